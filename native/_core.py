@@ -1,0 +1,77 @@
+"""Loads the extension and takes the core's names from it.
+
+Importing this module realises every type and symbol of the extension once, in the importing thread.  cffi
+does that lazily otherwise, and on CPython 3.11 not safely enough when many threads start at once.
+"""
+
+from __future__ import annotations
+
+import os
+import sys
+from contextlib import suppress
+
+__all__ = [
+    "COUNTER_NAMES",
+    "FLUSH_REASONS",
+    "FLUSH_SCOPES",
+    "HISTOGRAM_NAMES",
+    "VM_STAT_NAMES",
+    "enum_names",
+    "ffi",
+    "lib",
+]
+
+# Until every module of the core exists, functions that nobody defines yet may stay unresolved.
+_flags = sys.getdlopenflags()
+sys.setdlopenflags(os.RTLD_LAZY)
+try:
+    from native._native import ffi, lib
+except ModuleNotFoundError as error:
+    raise ImportError(
+        "the C core is not built: run 'pip install .', or 'python -m native.build' in a checkout"
+    ) from error
+finally:
+    sys.setdlopenflags(_flags)
+
+
+def enum_names(enum: str, prefix: str) -> tuple[str, ...]:
+    """Names of an enum's values 0, 1, ... in lower case without the prefix.
+
+    Members that do not start with the prefix (the count at the end) are left out.
+
+    >>> enum_names("page_size", "PAGE_")
+    ('4k', '2m', '1g')
+    """
+    members = ffi.typeof(f"enum {enum}").relements
+    ordered = sorted((value, name) for name, value in members.items() if name.startswith(prefix))
+    if [value for value, _ in ordered] != list(range(len(ordered))):
+        raise ImportError(f"native: values of enum {enum} with prefix {prefix} are not 0, 1, 2, ...")
+    return tuple(name.removeprefix(prefix).lower() for _, name in ordered)
+
+
+def _realise_everything() -> None:
+    typedefs, structs, unions = ffi.list_types()
+    for name in typedefs:
+        ffi.typeof(name)
+    for name in (*(f"struct {s}" for s in structs), *(f"union {u}" for u in unions)):
+        ffi.typeof(f"{name} *")
+        # new() lays the fields out; opaque types have none and refuse.
+        with suppress(TypeError, ffi.error):
+            ffi.new(f"{name} *")
+    for name in dir(lib):
+        symbol = getattr(lib, name)
+        if callable(symbol):
+            signature = ffi.typeof(symbol)
+            _ = (signature.args, signature.result)
+    for name in ("uint8_t", "uint16_t", "uint32_t", "uint64_t", "int32_t", "int64_t", "char"):
+        ffi.typeof(f"{name} *")
+        ffi.typeof(f"{name}[]")
+
+
+_realise_everything()
+
+COUNTER_NAMES = enum_names("counter", "COUNT_")
+HISTOGRAM_NAMES = enum_names("histogram", "HISTOGRAM_")
+FLUSH_SCOPES = enum_names("flush_scope", "SCOPE_")
+FLUSH_REASONS = enum_names("flush_reason", "REASON_")
+VM_STAT_NAMES = enum_names("vm_stat", "STAT_")

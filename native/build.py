@@ -1,0 +1,148 @@
+"""Builds `native._native`, the C core, with cffi in API mode.
+
+`pip install` reaches `BuildExt` through pyproject.toml; `python -m native.build` builds in place for
+development.  What Python sees of the core is what stands between `/* api */` and `/* end api */` in the
+headers of this directory: there is no second list of declarations that could disagree with the first.
+
+Environment:
+    FLUSHLAB_SANITIZE=thread|address   instrument the core (address brings undefined behaviour along)
+    FLUSHLAB_WERROR=0                  let a compiler that knows more warnings than ours pass
+"""
+
+from __future__ import annotations
+
+import os
+import re
+import sys
+from pathlib import Path
+
+from cffi import FFI
+from setuptools import Distribution, Extension
+from setuptools.command.build_ext import build_ext
+
+MODULE = "native._native"
+HERE = Path(__file__).resolve().parent
+ROOT = HERE.parent
+
+_API = re.compile(r"/\* api \*/(.*?)/\* end api \*/", re.DOTALL)
+_INCLUDE = re.compile(r'^#include "([^"]+)"', re.MULTILINE)
+
+# gcc and clang both take these.  Debian's hardening options come from the interpreter's own CFLAGS.
+_FLAGS = ["-std=c11", "-O2", "-Wall", "-Wextra", "-pthread"]
+
+# cffi's generated wrappers are not ours to keep warning-free; our headers in the same file are.
+_PRELUDE_END = """
+#pragma GCC diagnostic ignored "-Wunused-parameter"
+#pragma GCC diagnostic ignored "-Wmissing-field-initializers"
+#pragma GCC diagnostic ignored "-Wsign-compare"
+"""
+
+
+def headers() -> list[Path]:
+    """The headers, each after those that it includes."""
+    ordered: list[Path] = []
+    entered: set[Path] = set()
+
+    def visit(header: Path) -> None:
+        if header in entered:
+            return
+        entered.add(header)
+        for name in _INCLUDE.findall(header.read_text()):
+            if (HERE / name).exists():
+                visit(HERE / name)
+        ordered.append(header)
+
+    for header in sorted(HERE.glob("*.h")):
+        visit(header)
+    return ordered
+
+
+def sources() -> list[Path]:
+    """Every C file of the core, without what cffi generates and without the C tests' main programs."""
+    return [path for path in sorted(HERE.glob("*.c")) if not path.name.startswith(("_", "test_"))]
+
+
+def declarations() -> str:
+    """What cffi parses: the api parts of all headers, in dependency order."""
+    return "\n".join(part for header in headers() for part in _API.findall(header.read_text()))
+
+
+def compile_flags() -> list[str]:
+    flags = list(_FLAGS)
+    if os.environ.get("FLUSHLAB_WERROR", "1") != "0":
+        flags.append("-Werror")
+    return flags + _sanitizer_flags()
+
+
+def _sanitizer_flags() -> list[str]:
+    sanitizer = os.environ.get("FLUSHLAB_SANITIZE", "")
+    if not sanitizer:
+        return []
+    if sanitizer not in ("thread", "address"):
+        sys.exit(f"FLUSHLAB_SANITIZE: found {sanitizer!r}, expected thread or address")
+    kinds = "thread" if sanitizer == "thread" else "address,undefined"
+    return [f"-fsanitize={kinds}", "-fno-omit-frame-pointer", "-g"]
+
+
+def ffibuilder() -> FFI:
+    ffi = FFI()
+    ffi.cdef(declarations())
+    includes = "".join(f'#include "{header.name}"\n' for header in headers())
+    ffi.set_source(MODULE, includes + _PRELUDE_END)
+    return ffi
+
+
+class BuildExt(build_ext):
+    """`build_ext` that writes cffi's wrapper source first and then compiles it with the core.
+
+    pyproject.toml names the extension without sources; they are found here, so that a new C file needs
+    no mention anywhere.
+    """
+
+    def finalize_options(self) -> None:
+        super().finalize_options()
+        for extension in self.extensions:
+            if extension.name == MODULE:
+                self._describe(extension)
+
+    def _describe(self, extension: Extension) -> None:
+        # Paths relative to the project: distutils puts objects under build_temp by relative path, and
+        # sdist takes the lists as what belongs to the archive.
+        here = HERE.relative_to(Path.cwd()) if HERE.is_relative_to(Path.cwd()) else HERE
+        extension.sources = [str(here / path.name) for path in sources()]
+        extension.depends = [str(here / path.name) for path in headers()]
+        extension.include_dirs = [str(here)]
+        extension.extra_compile_args = compile_flags()
+        extension.extra_link_args = ["-pthread", *_sanitizer_flags()]
+
+    def build_extension(self, ext: Extension) -> None:
+        if ext.name == MODULE:
+            generated = Path(self.build_temp) / "_native.c"
+            generated.parent.mkdir(parents=True, exist_ok=True)
+            ffibuilder().emit_c_code(str(generated))
+            ext.sources = [*ext.sources, str(generated)]
+        super().build_extension(ext)
+
+
+def build_in_place() -> None:
+    """Compile into this directory, where `import native` from a checkout looks."""
+    os.chdir(ROOT)
+    distribution = Distribution(
+        {
+            "name": "flushlab",
+            "packages": ["native"],
+            "ext_modules": [Extension(MODULE, sources=[])],
+            "cmdclass": {"build_ext": BuildExt},
+        }
+    )
+    command = distribution.get_command_obj("build_ext")
+    command.inplace = True
+    command.parallel = os.cpu_count()
+    # Objects of different sanitizers must not meet.
+    command.build_temp = str(Path("build") / ("native-" + os.environ.get("FLUSHLAB_SANITIZE", "plain")))
+    command.force = "--force" in sys.argv
+    distribution.run_command("build_ext")
+
+
+if __name__ == "__main__":
+    build_in_place()
