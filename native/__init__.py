@@ -8,9 +8,11 @@ import sys
 if "native.build" not in sys.orig_argv:
     from native._core import (
         COUNTER_NAMES,
+        EXIT_REASONS,
         FLUSH_REASONS,
         FLUSH_SCOPES,
         HISTOGRAM_NAMES,
+        VIOLATION_KINDS,
         VM_STAT_NAMES,
         enum_names,
         ffi,
@@ -19,9 +21,11 @@ if "native.build" not in sys.orig_argv:
 
 __all__ = [
     "COUNTER_NAMES",
+    "EXIT_REASONS",
     "FLUSH_REASONS",
     "FLUSH_SCOPES",
     "HISTOGRAM_NAMES",
+    "VIOLATION_KINDS",
     "VM_STAT_NAMES",
     "enum_names",
     "ffi",

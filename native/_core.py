@@ -12,9 +12,11 @@ from contextlib import suppress
 
 __all__ = [
     "COUNTER_NAMES",
+    "EXIT_REASONS",
     "FLUSH_REASONS",
     "FLUSH_SCOPES",
     "HISTOGRAM_NAMES",
+    "VIOLATION_KINDS",
     "VM_STAT_NAMES",
     "enum_names",
     "ffi",
@@ -34,16 +36,18 @@ finally:
     sys.setdlopenflags(_flags)
 
 
-def enum_names(enum: str, prefix: str) -> tuple[str, ...]:
+def enum_names(enum: str, prefix: str, count: str = "") -> tuple[str, ...]:
     """Names of an enum's values 0, 1, ... in lower case without the prefix.
 
-    Members that do not start with the prefix (the count at the end) are left out.
+    `count` is the member that ends the list, where the prefix does not tell it from the others.
 
     >>> enum_names("page_size", "PAGE_")
     ('4k', '2m', '1g')
     """
     members = ffi.typeof(f"enum {enum}").relements
-    ordered = sorted((value, name) for name, value in members.items() if name.startswith(prefix))
+    ordered = sorted(
+        (value, name) for name, value in members.items() if name.startswith(prefix) and name != count
+    )
     if [value for value, _ in ordered] != list(range(len(ordered))):
         raise ImportError(f"native: values of enum {enum} with prefix {prefix} are not 0, 1, 2, ...")
     return tuple(name.removeprefix(prefix).lower() for _, name in ordered)
@@ -75,3 +79,6 @@ HISTOGRAM_NAMES = enum_names("histogram", "HISTOGRAM_")
 FLUSH_SCOPES = enum_names("flush_scope", "SCOPE_")
 FLUSH_REASONS = enum_names("flush_reason", "REASON_")
 VM_STAT_NAMES = enum_names("vm_stat", "STAT_")
+EXIT_REASONS = enum_names("exit_reason", "EXIT_", count="EXIT_REASONS")
+# As reports and documents write them: use-after-free.
+VIOLATION_KINDS = tuple(name.replace("_", "-") for name in enum_names("violation", "VIOLATION_"))

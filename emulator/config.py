@@ -1,0 +1,241 @@
+"""Scenarios: the machine, its VMs, and what happens to them.
+
+A scenario is a TOML file.  Every key is checked; the error names the file, the key, what was found and what
+was expected.  Rates are per second and for the whole machine, over all actors, during storms; 0 is never.
+"""
+
+from __future__ import annotations
+
+import re
+import tomllib
+from importlib import resources
+from pathlib import Path
+from typing import Annotated, Any, Literal, Self
+
+from pydantic import (
+    BaseModel,
+    BeforeValidator,
+    ConfigDict,
+    Field,
+    PrivateAttr,
+    ValidationError,
+    model_validator,
+)
+
+from emulator.costs import Costs, load_costs
+from emulator.errors import BadInput
+from emulator.validation import first_error
+
+DEFAULT_SCENARIO = "main"
+PAGES_PER_MIB = 256
+
+_DURATION = re.compile(r"(?P<number>\d+(?:\.\d+)?)\s*(?P<unit>ms|s|m|h)?")
+_SECONDS = {"ms": 0.001, "s": 1.0, "m": 60.0, "h": 3600.0, None: 1.0}
+
+MAX_PCPUS = 4096
+
+
+def parse_duration(text: object) -> float:
+    """Seconds in "500ms", "30s", "5m", "1h", or a bare number of seconds.
+
+    >>> parse_duration("5m")
+    300.0
+    """
+    match = _DURATION.fullmatch(str(text).strip()) if not isinstance(text, bool) else None
+    if match is None:
+        raise ValueError("a duration such as 500ms, 30s, 5m or 1h")
+    return float(match["number"]) * _SECONDS[match["unit"]]
+
+
+Duration = Annotated[float, BeforeValidator(parse_duration), Field(ge=0)]
+Rate = Annotated[float, Field(ge=0, le=1e6, allow_inf_nan=False)]
+Count = Annotated[int, Field(ge=1, strict=True)]
+
+
+class Section(BaseModel):
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+
+class Geometry(Section):
+    """The TLB of each pCPU. 0 entries: unbounded, nothing is ever evicted."""
+
+    l2_entries: int = Field(default=1536, ge=0, le=1 << 22, strict=True)
+    l2_ways: int = Field(default=12, ge=1, le=64, strict=True)
+    psc_entries: int = Field(default=32, ge=0, le=1 << 16, strict=True)
+
+    @model_validator(mode="after")
+    def _whole_sets(self) -> Self:
+        if self.l2_entries == 0:
+            return self
+        sets, rest = divmod(self.l2_entries, self.l2_ways)
+        if rest or sets & (sets - 1):
+            raise ValueError("l2_entries to be l2_ways times a power of two, or 0 for unbounded")
+        return self
+
+    @classmethod
+    def unbounded(cls) -> Self:
+        return cls(l2_entries=0, l2_ways=12, psc_entries=0)
+
+
+class MachineSection(Section):
+    pcpus: int = Field(default=4, ge=1, le=MAX_PCPUS, strict=True)
+    geometry: Geometry = Geometry()
+
+
+class VmSection(Section):
+    """`count` VMs of this kind."""
+
+    count: int = Field(default=1, ge=1, le=4096, strict=True)
+    vcpus: int = Field(default=1, ge=1, le=1024, strict=True)
+    memory: int = Field(default=64, ge=8, le=1 << 20, strict=True, description="MiB")
+    # Embedded names, or paths of .fltrace files beside the scenario. The vCPUs' guest processes take them
+    # in turn. Empty: all embedded traces.
+    traces: tuple[str, ...] = ()
+    # Address spaces of each vCPU's guest OS.
+    processes: int = Field(default=2, ge=1, le=64, strict=True)
+    guest_huge_pages: bool = False
+
+
+class HostSection(Section):
+    """What the host does to the VMs' memory, through the mmu_notifier."""
+
+    actors: int = Field(default=2, ge=0, le=64, strict=True)
+    # Pages of one range that is unmapped, write-protected or migrated.
+    pages: int = Field(default=64, ge=1, le=1 << 18, strict=True)
+    unmap: Rate = 0
+    mprotect: Rate = 0
+    migrate: Rate = 0
+    # 2 MiB ranges: khugepaged and its opposite.
+    collapse: Rate = 0
+    split: Rate = 0
+
+    @model_validator(mode="after")
+    def _somebody_does_it(self) -> Self:
+        if self.actors == 0 and any((self.unmap, self.mprotect, self.migrate, self.collapse, self.split)):
+            raise ValueError("at least 1 actor where a rate is not 0")
+        return self
+
+
+class KvmSection(Section):
+    """What each VM's VMM asks of KVM."""
+
+    # Delete and re-create a memslot.
+    memslot_cycles: Rate = 0
+    # Arm dirty logging, read it a few times, disarm it (which recovers huge pages).
+    dirty_log_cycles: Rate = 0
+
+
+class SchedulerSection(Section):
+    mode: Literal["storm", "balance", "pin"] = "storm"
+    # vCPUs moved to another pCPU, in storm mode.
+    migrations: Rate = 2000
+
+
+class PhasesSection(Section):
+    """Storms alternate with quiet phases, in which nothing flushes but what is under test."""
+
+    storm: Duration = 2.0
+    quiet: Duration = 1.0
+
+    @model_validator(mode="after")
+    def _some_storm(self) -> Self:
+        if self.storm <= 0:
+            raise ValueError("storm to be longer than 0s")
+        return self
+
+
+class Scenario(Section):
+    title: str = ""
+    duration: Annotated[float, BeforeValidator(parse_duration), Field(gt=0)] = 30.0
+    machine: MachineSection = MachineSection()
+    vm: tuple[VmSection, ...] = Field(min_length=1)
+    host: HostSection = HostSection()
+    kvm: KvmSection = KvmSection()
+    scheduler: SchedulerSection = SchedulerSection()
+    phases: PhasesSection = PhasesSection()
+    # A file that replaces entries of the embedded table of costs, relative to the scenario.
+    costs: str = ""
+
+    # Where it came from, and what its files held; set by load_scenario.
+    _name: str = PrivateAttr(default="scenario")
+    _directory: Path = PrivateAttr(default=Path())
+    _cost_table: Costs = PrivateAttr(default_factory=load_costs)
+
+    @property
+    def name(self) -> str:
+        return self._name
+
+    @property
+    def directory(self) -> Path:
+        """What relative paths in the scenario are relative to."""
+        return self._directory
+
+    @property
+    def cost_table(self) -> Costs:
+        return self._cost_table
+
+    @property
+    def vms(self) -> int:
+        return sum(vm.count for vm in self.vm)
+
+    @property
+    def vcpus(self) -> int:
+        return sum(vm.count * vm.vcpus for vm in self.vm)
+
+    @property
+    def guest_pages(self) -> int:
+        """4 KiB pages of all VMs' memory."""
+        return sum(vm.count * vm.memory * PAGES_PER_MIB for vm in self.vm)
+
+    @property
+    def threads(self) -> int:
+        """OS threads that a run starts: pCPUs, one Kvm per VM, hosts, scheduler, RCU."""
+        return self.machine.pcpus + self.vms + self.host.actors + 2
+
+    def changed(self, **sections: Any) -> Self:
+        """A copy with whole sections replaced, for tests and command line options."""
+        copy = self.model_copy(update=sections)
+        copy._name, copy._directory, copy._cost_table = self._name, self._directory, self._cost_table
+        return copy
+
+
+def embedded_scenarios() -> dict[str, str]:
+    """Names of the scenarios that ship with the package, and their texts."""
+    directory = resources.files("emulator").joinpath("scenarios")
+    files = sorted((file.name, file) for file in directory.iterdir() if file.name.endswith(".toml"))
+    return {name.removesuffix(".toml"): file.read_text("utf-8") for name, file in files}
+
+
+def load_scenario(name_or_path: str = DEFAULT_SCENARIO) -> Scenario:
+    """An embedded scenario by name, or a file: whatever has a suffix or a slash is a file."""
+    if "/" not in name_or_path and "." not in name_or_path:
+        embedded = embedded_scenarios()
+        if name_or_path in embedded:
+            return parse_scenario(embedded[name_or_path], name_or_path, Path())
+        raise BadInput(
+            f"scenario {name_or_path!r}", "no such scenario", f"one of {', '.join(embedded)}, or a .toml file"
+        )
+    path = Path(name_or_path)
+    try:
+        text = path.read_text("utf-8")
+    except OSError as error:
+        raise BadInput(str(path), error.strerror or str(error), "a readable scenario file") from error
+    except UnicodeDecodeError as error:
+        raise BadInput(
+            str(path), f"not UTF-8: {error.reason} at byte {error.start}", "a TOML file"
+        ) from error
+    return parse_scenario(text, str(path), path.parent)
+
+
+def parse_scenario(text: str, name: str, directory: Path) -> Scenario:
+    try:
+        scenario = Scenario.model_validate(tomllib.loads(text))
+    except tomllib.TOMLDecodeError as error:
+        raise BadInput(name, f"not TOML: {error}") from error
+    except ValidationError as error:
+        raise BadInput(name, *first_error(error, Scenario)) from error
+    scenario._name = name
+    scenario._directory = directory
+    if scenario.costs:
+        scenario._cost_table = load_costs(directory / scenario.costs)
+    return scenario

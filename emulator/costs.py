@@ -1,0 +1,146 @@
+"""Modelled cycles: counts times a table of costs.
+
+Wall-clock figures of an emulator on a shared machine mean little; counts are exact.  The table has a source
+for each default and can be replaced entry by entry.  Lines in the group `flush` are what flushing costs under
+the policy: instructions, interrupts, interrupted guests and refilled entries.  Lines in the group `work`
+are what the same run costs besides.
+"""
+
+from __future__ import annotations
+
+import tomllib
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
+from importlib import resources
+from pathlib import Path
+from typing import Literal, Protocol
+
+from pydantic import BaseModel, ConfigDict, Field, ValidationError
+
+from emulator.errors import BadInput
+from emulator.validation import first_error
+
+Group = Literal["flush", "work"]
+
+
+class Cost(BaseModel):
+    """Cycles of one event."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+    cycles: float = Field(ge=0, le=1e9, allow_inf_nan=False)
+    source: str = Field(default="the user's own figure", min_length=1)
+
+
+class Costs(BaseModel):
+    """The table.  One field per kind of event, so that a mistyped key is an error."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+    vm_exit_entry: Cost
+    ept_violation: Cost
+    vmcs_load: Cost
+    ipi_send: Cost
+    ipi_receive: Cost
+    call_ride_along: Cost
+    invept_global: Cost
+    invept_single: Cost
+    invvpid_single: Cost
+    invvpid_all: Cost
+    invvpid_address: Cost
+    l2_hit: Cost
+    walk_reference: Cost
+    spte_change: Cost
+    guest_invalidation: Cost
+
+
+@dataclass(frozen=True, slots=True)
+class CycleLine:
+    """One line of the account."""
+
+    item: str
+    group: Group
+    events: int
+    cycles_each: float
+    source: str
+
+    @property
+    def cycles(self) -> float:
+        return self.events * self.cycles_each
+
+
+class Flush(Protocol):
+    """What is read of a flush count."""
+
+    @property
+    def scope(self) -> str: ...
+    @property
+    def count(self) -> int: ...
+
+
+def load_costs(path: Path | None = None) -> Costs:
+    """The embedded table, with the entries of the user's file in their places."""
+    embedded = resources.files("emulator").joinpath("costs.toml").read_text("utf-8")
+    table = tomllib.loads(embedded)
+    if path is None:
+        return Costs.model_validate(table)
+    try:
+        own = tomllib.loads(path.read_text("utf-8"))
+    except OSError as error:
+        raise BadInput(str(path), error.strerror or str(error), "a readable file of costs") from error
+    except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
+        raise BadInput(str(path), f"not TOML: {error}") from error
+    try:
+        return Costs.model_validate({**table, **own})
+    except ValidationError as error:
+        raise BadInput(str(path), *first_error(error, Costs)) from error
+
+
+def modelled_cycles(
+    costs: Costs,
+    counters: Mapping[str, int],
+    vms: Iterable[Mapping[str, int]],
+    flushes: Iterable[Flush],
+) -> tuple[CycleLine, ...]:
+    """The account of a run.  Every event is charged once.
+
+    An interruption of guest mode is an exit and an entry that the flush caused, so it counts there and not
+    among the other exits; likewise the walk references of refills that flushes caused, taken at the run's
+    mean length of a walk.
+    """
+    stats = list(vms)
+    faults = sum(vm["faults"] for vm in stats)
+    migrations = sum(vm["migrations"] for vm in stats)
+    by_scope: dict[str, int] = {}
+    for flush in flushes:
+        by_scope[flush.scope] = by_scope.get(flush.scope, 0) + flush.count
+
+    walks = counters["l2_misses"]
+    refill_references = counters["walk_references"] * min(counters["refills"], walks) // max(walks, 1)
+    ride_along = max(counters["csd_queued"] - counters["ipis_sent"], 0)
+
+    def line(item: str, group: Group, events: int, cost: Cost) -> CycleLine:
+        return CycleLine(item, group, max(events, 0), cost.cycles, cost.source)
+
+    flush_lines = [line(scope, "flush", n, getattr(costs, scope)) for scope, n in sorted(by_scope.items())]
+    return (
+        *flush_lines,
+        line("IPIs sent", "flush", counters["ipis_sent"], costs.ipi_send),
+        line("IPIs received", "flush", counters["ipis_received"], costs.ipi_receive),
+        line("calls that rode along", "flush", ride_along, costs.call_ride_along),
+        line("guests interrupted", "flush", counters["interruptions"], costs.vm_exit_entry),
+        line("refill walk references", "flush", refill_references, costs.walk_reference),
+        line("other exits", "work", counters["vm_entries"] - counters["interruptions"], costs.vm_exit_entry),
+        line("EPT violations", "work", faults, costs.ept_violation),
+        line("VMCS loads elsewhere", "work", migrations, costs.vmcs_load),
+        line("SPTEs zapped", "work", counters["sptes_zapped"], costs.spte_change),
+        line("SPTEs mapped", "work", counters["sptes_mapped"], costs.spte_change),
+        line("second-level hits", "work", counters["l1_misses"] - walks, costs.l2_hit),
+        line(
+            "other walk references",
+            "work",
+            counters["walk_references"] - refill_references,
+            costs.walk_reference,
+        ),
+        line("guest invalidations", "work", counters["guest_invalidations"], costs.guest_invalidation),
+    )

@@ -1,0 +1,194 @@
+"""What a run has to show: a snapshot while it runs, a result when it is over.
+
+Both are plain data.  `read_snapshot` sums the native counters; it takes no lock, so any thread may call it
+as often as it likes while the machine exists.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Any, Literal, Protocol
+
+from emulator.costs import Costs, CycleLine, modelled_cycles
+from native import (
+    COUNTER_NAMES,
+    FLUSH_REASONS,
+    FLUSH_SCOPES,
+    HISTOGRAM_NAMES,
+    VIOLATION_KINDS,
+    VM_STAT_NAMES,
+    ffi,
+    lib,
+)
+
+Verdict = Literal["clean", "violations", "inconclusive"]
+
+
+class MachineObserver(Protocol):
+    """Somebody who reads a machine from outside: the scrape endpoint.
+
+    `Job` calls `machine_up` once the machine exists and before any actor starts, `machine_down` when all
+    actors are gone and before `machine_destroy`; after the latter returned nobody touches the machine.
+    """
+
+    def machine_up(self, machine: Any, *, pcpus: int, vms: int) -> None: ...
+
+    def machine_down(self) -> None: ...
+
+
+@dataclass(frozen=True, slots=True)
+class Histogram:
+    """Durations in buckets of powers of two: bucket i holds those of at most 2^i nanoseconds."""
+
+    buckets: tuple[int, ...]
+    nanoseconds: int
+
+    @property
+    def count(self) -> int:
+        return sum(self.buckets)
+
+    @property
+    def mean(self) -> float:
+        """Seconds; 0 without samples."""
+        return self.nanoseconds / self.count / 1e9 if self.count else 0.0
+
+    def percentile(self, percent: float) -> float:
+        """Seconds that `percent` of the samples do not exceed: a bound, at most twice the true value."""
+        wanted = self.count * percent / 100
+        seen = 0
+        for exponent, samples in enumerate(self.buckets):
+            seen += samples
+            if samples and seen >= wanted:
+                return float(2**exponent) / 1e9
+        return 0.0
+
+    @property
+    def longest(self) -> float:
+        """Upper bound of the longest sample in seconds."""
+        return self.percentile(100)
+
+
+@dataclass(frozen=True, slots=True)
+class FlushCount:
+    """Flushes of one VM, scope and reason, and how many of them averted a use."""
+
+    vm: int
+    scope: str
+    reason: str
+    count: int
+    necessary: int
+
+
+@dataclass(frozen=True, slots=True)
+class Report:
+    """One violation. `text` is for people and has several lines; `details` goes into the JSON document."""
+
+    kind: str
+    kinds: tuple[str, ...]
+    text: str
+    details: Mapping[str, Any] = field(default_factory=dict)
+
+
+@dataclass(frozen=True, slots=True)
+class Snapshot:
+    """Sums so far, over all CPUs."""
+
+    elapsed: float
+    phase: str
+    counters: Mapping[str, int]
+    vms: tuple[Mapping[str, int], ...]
+    flushes: tuple[FlushCount, ...]
+    histograms: Mapping[str, Histogram]
+    violations: Mapping[str, int]
+    rcu_pending: int
+
+    @property
+    def violated(self) -> int:
+        return sum(self.violations.values())
+
+    @property
+    def necessary(self) -> int:
+        """Flushes that averted a use."""
+        return sum(flush.necessary for flush in self.flushes)
+
+    def kvm(self, stat: str) -> int:
+        """One of KVM's statistics, summed over the VMs."""
+        return sum(vm[stat] for vm in self.vms)
+
+
+@dataclass(frozen=True, slots=True)
+class Result:
+    """A finished run.
+
+    `preconditions` counts how often each check had something to check.  `failure` is empty or says which
+    actor died and why; such a run proves nothing, whatever its counts.
+    """
+
+    snapshot: Snapshot
+    scenario: str
+    policy: Mapping[str, str]
+    policy_name: str
+    seed: int
+    reports: tuple[Report, ...] = ()
+    preconditions: Mapping[str, int] = field(default_factory=dict)
+    cycles: tuple[CycleLine, ...] = ()
+    failure: str = ""
+    interrupted: bool = False
+
+    @classmethod
+    def of(cls, snapshot: Snapshot, costs: Costs, **rest: Any) -> Result:
+        """A result with its account of modelled cycles."""
+        cycles = modelled_cycles(costs, snapshot.counters, snapshot.vms, snapshot.flushes)
+        return cls(snapshot=snapshot, cycles=cycles, **rest)
+
+    @property
+    def verdict(self) -> Verdict:
+        """A run in which no flush averted a use never met the danger that flushes are for: inconclusive."""
+        if self.snapshot.violated:
+            return "violations"
+        return "clean" if self.snapshot.necessary and not self.failure else "inconclusive"
+
+
+def read_snapshot(machine: Any, *, vms: int, elapsed: float, phase: str = "") -> Snapshot:
+    """Sum the native counters of a machine with VMs 0 .. vms-1.
+
+    `vms` is what `machine_config.vms` was: the flush tables have that many rows.
+    """
+    values = ffi.new("uint64_t[]", len(COUNTER_NAMES))
+    lib.counters_sum(machine, values)
+    violations = ffi.new("uint64_t[]", len(VIOLATION_KINDS))
+    lib.oracle_counts(machine, violations)
+    return Snapshot(
+        elapsed=elapsed,
+        phase=phase,
+        counters=dict(zip(COUNTER_NAMES, values, strict=True)),
+        vms=tuple(_vm_stats(machine, vm) for vm in range(vms)),
+        flushes=_read_flushes(machine, vms),
+        histograms={name: _read_histogram(machine, i) for i, name in enumerate(HISTOGRAM_NAMES)},
+        violations={kind: n for kind, n in zip(VIOLATION_KINDS, violations, strict=True) if n},
+        rcu_pending=lib.rcu_pending(machine),
+    )
+
+
+def _vm_stats(machine: Any, vm: int) -> dict[str, int]:
+    return {name: lib.vm_stat(machine, vm, i) for i, name in enumerate(VM_STAT_NAMES)}
+
+
+def _read_histogram(machine: Any, index: int) -> Histogram:
+    buckets = ffi.new("uint64_t[]", lib.HISTOGRAM_BUCKETS)
+    nanoseconds = ffi.new("uint64_t *")
+    lib.histogram_sum(machine, index, buckets, nanoseconds)
+    return Histogram(tuple(buckets), nanoseconds[0])
+
+
+def _read_flushes(machine: Any, vms: int) -> tuple[FlushCount, ...]:
+    cells = vms * len(FLUSH_SCOPES) * len(FLUSH_REASONS)
+    counts, necessary = ffi.new("uint64_t[]", cells), ffi.new("uint64_t[]", cells)
+    lib.flushes_sum(machine, counts, necessary)
+    keys = ((vm, scope, reason) for vm in range(vms) for scope in FLUSH_SCOPES for reason in FLUSH_REASONS)
+    return tuple(
+        FlushCount(vm, scope, reason, counts[i], necessary[i])
+        for i, (vm, scope, reason) in enumerate(keys)
+        if counts[i] or necessary[i]
+    )
