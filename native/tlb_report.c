@@ -1,0 +1,62 @@
+/* What a flush dropped, ghosts, and dumps for tests and reports. */
+#include <string.h>
+
+#include "tlb_internal.h"
+
+void tlb_flush_begin(struct tlb *t, uint64_t flush)
+{
+	t->flush = flush;
+	t->dropped = 0;
+	t->epoch++;
+}
+
+uint64_t tlb_ghost_flush(struct tlb *t)
+{
+	return t->ghost_flush;
+}
+
+void tlb_ghost_forget(struct tlb *t)
+{
+	if (t->ghost)
+		t->ghost->born = 0;
+	t->ghost = NULL;
+}
+
+uint64_t tlb_dropped(struct tlb *t, int64_t vm)
+{
+	if (vm < 0 || vm >= t->vms || t->dropped_epoch[vm] != t->epoch)
+		return t->dropped;
+	return t->dropped - t->dropped_by_vm[vm];
+}
+
+uint32_t tlb_dump(struct tlb *t, struct tlb_entry *entries, uint32_t max)
+{
+	uint32_t n = 0;
+
+	for (uint32_t i = 0; i < t->l2.cell_count; i++) {
+		const struct cell *cell = &t->l2.cells[i];
+
+		if (!cell_live(&t->l2, cell))
+			continue;
+		if (n < max)
+			entries[n] = ((const struct slot *)cell_payload(&t->l2, cell))->entry;
+		n++;
+	}
+	return n;
+}
+
+uint32_t tlb_contexts(struct tlb *t)
+{
+	return t->live_count;
+}
+
+int tlb_l1_probe(struct tlb *t, uint64_t page, uint32_t *hfn, uint32_t *right)
+{
+	const struct tlb_hot *hot = tlb_l1_lookup(&t->l1, page & PAGE_NUMBER_MASK);
+
+	if (!hot)
+		return 0;
+	*hfn = hot->hfn;
+	memcpy(right, hot->right, sizeof(hot->right));
+	return 1;
+}
