@@ -1,0 +1,79 @@
+"""The crew of one machine: its actors, who died, and how they all go home."""
+
+from __future__ import annotations
+
+import threading
+import time
+from collections import deque
+from typing import TYPE_CHECKING, Any
+
+from native import lib
+
+if TYPE_CHECKING:
+    from emulator.actors.base import Death, MachineActor
+    from emulator.runtime import Cpu, Machine
+
+STOP_SECONDS = 2.0
+
+
+class Crew:
+    """Keeps the actors of a machine together.
+
+    Actors may note `events` (any thread, never waits); one reporter prints them.
+    """
+
+    def __init__(self, machine: Machine) -> None:
+        self.machine = machine
+        self.actors: list[MachineActor] = []
+        self.deaths: deque[Death] = deque()
+        self.events: deque[tuple[str, dict[str, Any]]] = deque(maxlen=10_000)
+        self.stopped = threading.Event()
+
+    def enlist(self, actor: MachineActor) -> None:
+        self.actors.append(actor)
+
+    def note(self, event: str, **fields: Any) -> None:
+        self.events.append((event, fields))
+
+    def what_holds(self, cpu: Cpu) -> tuple[str, ...]:
+        """What a CPU holds that others may wait for, in words."""
+        held = []
+        if lib.irqs_disabled(cpu.m, cpu.id):
+            held.append("interrupts off")
+        depth = lib.rcu_read_depth(cpu.m, cpu.id)
+        if depth:
+            held.append("an RCU read section" if depth == 1 else f"{depth} nested RCU read sections")
+        for vm in range(self.machine.config.vms):
+            kind = lib.mmu_lock_held(cpu.m, cpu.id, vm)
+            if kind:
+                held.append(f"mmu_lock of VM {vm} for {'write' if kind == 2 else 'read'}")
+        return tuple(held)
+
+    def let_go(self, cpu: Cpu) -> None:
+        """The thread of `cpu` ends: drop its locks, acknowledge its calls, leave RCU."""
+        for vm in range(self.machine.config.vms):
+            lib.mmu_lock_abandon(cpu.m, cpu.id, vm)
+        lib.cpu_offline(cpu.m, cpu.id)
+
+    def report_death(self, death: Death) -> None:
+        self.deaths.append(death)
+        self.note("actor died", who=death.who, cpu=death.cpu, cause=death.cause)
+        self.stop()
+
+    def stop(self) -> None:
+        """Every wait returns, every guest leaves guest mode, every actor's loop ends."""
+        lib.machine_stop(self.machine.m)
+        self.stopped.set()
+
+    def join(self, seconds: float = STOP_SECONDS) -> list[str]:
+        """Wait for the threads; returns the names of those that did not end."""
+        deadline = time.monotonic() + seconds
+        late = []
+        for actor in self.actors:
+            thread = actor.thread
+            if thread is None or thread is threading.current_thread():
+                continue
+            thread.join(max(0.0, deadline - time.monotonic()))
+            if thread.is_alive():
+                late.append(actor.name)
+        return late

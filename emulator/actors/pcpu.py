@@ -1,0 +1,161 @@
+"""A physical CPU: one real OS thread, a run queue of vCPUs, and `hlt` when there is nothing to run.
+
+The pCPU's loop is its inbox: while no message waits it runs one turn of the vCPU at the head of its queue,
+and without a vCPU it halts natively.  Messages and interrupts end both.  Nothing on this thread waits in
+Python or writes to a log.
+"""
+
+from __future__ import annotations
+
+import time
+from collections import deque
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+from emulator.actors.base import MachineActor
+from emulator.actors.task import VcpuTask
+from emulator.kvm.kvm_main import kvm_sched_in, kvm_sched_out
+from native import lib
+
+if TYPE_CHECKING:
+    from pykka import ActorRef, Future
+
+    from emulator.actors.crew import Crew
+    from emulator.runtime import Cpu
+
+
+@dataclass(frozen=True, slots=True)
+class Arrive:
+    """The task runs here from now on."""
+
+    task: VcpuTask
+
+
+@dataclass(frozen=True, slots=True)
+class Depart:
+    """Send the task to another pCPU, wherever in its code it is preemptible just now."""
+
+    task: VcpuTask
+    to: ActorRef[Any]
+
+
+@dataclass(frozen=True, slots=True)
+class Park:
+    """Do not run the task until Unpark; `parked` is set as soon as it stands still."""
+
+    task: VcpuTask
+    parked: Future[None]
+
+
+@dataclass(frozen=True, slots=True)
+class Unpark:
+    task: VcpuTask
+
+
+Command = Arrive | Depart | Park | Unpark
+
+
+class PCpu(MachineActor):
+    """One physical CPU."""
+
+    def __init__(self, crew: Crew, cpu: Cpu) -> None:
+        super().__init__(crew, cpu, f"pcpu{cpu.id}")
+        self.run_queue: deque[VcpuTask] = deque()
+        self.blocked: list[VcpuTask] = []
+        self.parked: set[VcpuTask] = set()
+        # The task whose vCPU is loaded: kvm_running_vcpu.
+        self.current: VcpuTask | None = None
+        # Commands that overtook the task they are about: it comes from another pCPU, they from the scheduler.
+        self.early: dict[VcpuTask, list[Command]] = {}
+
+    def on_receive(self, message: Command) -> None:
+        task = message.task
+        if isinstance(message, Arrive):
+            self._arrive(task)
+        elif task.pcpu != self.cpu.id:
+            self.early.setdefault(task, []).append(message)
+        else:
+            self._obey(message)
+
+    def _arrive(self, task: VcpuTask) -> None:
+        task.pcpu = self.cpu.id
+        self._enqueue(task)
+        # A Depart among them takes the task away again, and those after it wait for its return.
+        for command in self.early.pop(task, []):
+            self.on_receive(command)
+
+    def _obey(self, command: Command) -> None:
+        task = command.task
+        if isinstance(command, Depart):
+            self._dequeue(task)
+            task.pcpu = -1
+            command.to.tell(Arrive(task))
+        elif isinstance(command, Park):
+            self._dequeue(task)
+            self.parked.add(task)
+            command.parked.set(None)
+        elif isinstance(command, Unpark):
+            self.parked.discard(task)
+            self._enqueue(task)
+
+    def _enqueue(self, task: VcpuTask) -> None:
+        self.run_queue.append(task)
+
+    def _dequeue(self, task: VcpuTask) -> None:
+        if self.current is task:
+            self._switch_to(None)
+        if task in self.parked:
+            self.parked.discard(task)
+        elif task in self.blocked:
+            self.blocked.remove(task)
+        else:
+            self.run_queue.remove(task)
+
+    def _switch_to(self, task: VcpuTask | None) -> None:
+        """__schedule(): preempt notifiers of the task that leaves and of the one that comes."""
+        if self.current is task:
+            return
+        if self.current is not None:
+            kvm_sched_out(self.cpu, self.current.vcpu)
+        self.current = task
+        if task is not None:
+            kvm_sched_in(self.cpu, task.vcpu)
+
+    def idle(self) -> None:
+        if self.blocked:
+            self._wake_blocked()
+        if self.run_queue:
+            self._run(self.run_queue[0])
+        else:
+            self._halt()
+
+    def _run(self, task: VcpuTask) -> None:
+        """Let the task run until its slice ends, it blocks, or a message waits."""
+        self._switch_to(task)
+        messages = self.inbox
+        while messages.empty():
+            stop = task.resume(self.cpu)
+            if stop is None:
+                continue
+            if stop.block_seconds:
+                task.wake_at = time.monotonic() + stop.block_seconds
+                self.run_queue.remove(task)
+                self.blocked.append(task)
+            elif len(self.run_queue) > 1:
+                self.run_queue.rotate(-1)
+            return
+
+    def _wake_blocked(self) -> None:
+        now = time.monotonic()
+        for task in [task for task in self.blocked if task.wake_at <= now]:
+            self.blocked.remove(task)
+            self.run_queue.append(task)
+
+    def _halt(self) -> None:
+        # A blocked vCPU is scheduled out; its VMCS stays loaded.
+        self._switch_to(None)
+        microseconds = 0
+        if self.blocked:
+            soonest = min(task.wake_at for task in self.blocked)
+            microseconds = max(1, int((soonest - time.monotonic()) * 1e6))
+        self.cpu.check(lib.cpu_halt(self.cpu.m, self.cpu.id, microseconds))

@@ -1,0 +1,25 @@
+"""The thread that drives grace periods and runs RCU callbacks (rcu_gp_kthread, rcuc)."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+from emulator.actors.base import MachineActor
+from native import lib
+
+if TYPE_CHECKING:
+    from emulator.actors.crew import Crew
+    from emulator.runtime import Cpu
+
+
+class RcuThread(MachineActor):
+    """Lives in the C core until the machine stops; it takes no messages."""
+
+    def __init__(self, crew: Crew, cpu: Cpu) -> None:
+        super().__init__(crew, cpu, "rcu")
+
+    def on_start(self) -> None:
+        # Who asks hears at once that nobody answers.
+        self.inbox.close()
+        self.cpu.check(lib.rcu_thread(self.cpu.m, self.cpu.id))
+        self.actor_stopped.set()

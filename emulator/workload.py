@@ -1,0 +1,134 @@
+"""What happens when: storms in which everything acts, and quiet phases in which one thing does.
+
+VMX's answer to most flush requests is INVEPT global, and under a storm it heals what an elided flush left
+behind before anyone can use it.  In a quiet phase only one source of danger acts, a different one each time;
+a policy that elides the flush of that source has nobody to hide behind.
+"""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Sequence
+from dataclasses import dataclass
+from random import Random
+
+from emulator.config import Scenario
+
+# Activities of the actors, as scenarios name their rates.
+HOST_ACTIVITIES = ("unmap", "mprotect", "migrate", "collapse", "split")
+KVM_ACTIVITIES = ("memslot_cycles", "dirty_log_cycles")
+MIGRATIONS = "migrations"
+
+# What acts in quiet phases, in turn: one source of flushes, or two that only together are dangerous.
+FLAVOURS: tuple[tuple[str, ...], ...] = (
+    (MIGRATIONS,),
+    ("unmap",),
+    ("memslot_cycles",),
+    ("mprotect",),
+    ("collapse", "split"),
+    ("dirty_log_cycles",),
+    ("unmap", MIGRATIONS),
+    ("migrate",),
+)
+# An activity that a storm sees a few times a second has a quiet second to itself: let it act more often.
+QUIET_LEAST_RATE = 10.0
+# Who was late does not make up for more than this.
+_LONGEST_ARREARS = 0.05
+
+
+@dataclass(frozen=True, slots=True)
+class Phase:
+    name: str
+    quiet: bool
+    activities: frozenset[str]
+
+
+class Workload:
+    """The plan of a run and the phase it is in.
+
+    One thread moves it along (`advance`); actors read `phase` and `rate` as often as they like.
+    """
+
+    def __init__(self, scenario: Scenario) -> None:
+        self.rates = rates_of(scenario)
+        self._storm = scenario.phases.storm
+        self._quiet = scenario.phases.quiet
+        every = frozenset(activity for activity, rate in self.rates.items() if rate)
+        self._storm_phase = Phase("storm", False, every)
+        self._quiet_phases = _quiet_phases(every)
+        self.phase = self._storm_phase
+        self.phases_seen: Counter[str] = Counter({self.phase.name: 1})
+
+    def advance(self, elapsed: float) -> bool:
+        """Go to the phase that holds `elapsed` seconds after the start. True if it is another one."""
+        phase = self._phase_at(elapsed)
+        if phase is self.phase:
+            return False
+        self.phase = phase
+        self.phases_seen[phase.name] += 1
+        return True
+
+    def _phase_at(self, elapsed: float) -> Phase:
+        if not self._quiet or not self._quiet_phases:
+            return self._storm_phase
+        turn, within = divmod(elapsed, self._storm + self._quiet)
+        if within < self._storm:
+            return self._storm_phase
+        return self._quiet_phases[int(turn) % len(self._quiet_phases)]
+
+    def rate(self, activity: str) -> float:
+        """How often a second the whole machine does this just now."""
+        phase = self.phase
+        if activity not in phase.activities:
+            return 0.0
+        rate = self.rates[activity]
+        return max(rate, QUIET_LEAST_RATE) if phase.quiet else rate
+
+
+def rates_of(scenario: Scenario) -> dict[str, float]:
+    """Rates per second by activity, over all actors."""
+    host, kvm, scheduler = scenario.host, scenario.kvm, scenario.scheduler
+    rates = {activity: float(getattr(host, activity)) for activity in HOST_ACTIVITIES}
+    rates |= {activity: float(getattr(kvm, activity)) for activity in KVM_ACTIVITIES}
+    storming = scheduler.mode == "storm" and scenario.machine.pcpus > 1
+    rates[MIGRATIONS] = float(scheduler.migrations) if storming else 0.0
+    return rates
+
+
+def _quiet_phases(every: frozenset[str]) -> tuple[Phase, ...]:
+    phases = []
+    for flavour in FLAVOURS:
+        activities = frozenset(flavour) & every
+        if activities and (len(activities) == len(flavour) or MIGRATIONS not in flavour):
+            phases.append(Phase("quiet: " + " and ".join(sorted(activities)), True, activities))
+    return tuple(dict.fromkeys(phases))
+
+
+class Pacer:
+    """When one actor does which of its activities: each at `share` of the machine's rate."""
+
+    def __init__(self, workload: Workload, activities: Sequence[str], share: float, rng: Random) -> None:
+        self._workload = workload
+        self._share = share
+        self._rng = rng
+        self._due: dict[str, float | None] = dict.fromkeys(activities)
+
+    def next(self, now: float) -> tuple[str | None, float]:
+        """What is due at `now` (the most overdue first), or None and the seconds until something may be."""
+        chosen, soonest = None, now + 0.05
+        for activity, due in self._due.items():
+            rate = self._workload.rate(activity) * self._share
+            if not rate:
+                self._due[activity] = None
+                continue
+            if due is None:
+                due = self._due[activity] = now + self._rng.random() / rate
+            if due < soonest:
+                chosen, soonest = activity, due
+        if chosen is None or soonest > now:
+            return None, max(soonest - now, 0.0)
+        rate = self._workload.rate(chosen) * self._share
+        # Irregular, so that two actors do not fall into step.
+        gap = self._rng.uniform(0.5, 1.5) / rate if rate else 0.0
+        self._due[chosen] = max(soonest + gap, now - _LONGEST_ARREARS)
+        return chosen, 0.0
