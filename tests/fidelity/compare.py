@@ -1,0 +1,61 @@
+"""What one operation counted against what its line of ground_truth.toml expects."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from .driver import VmCounts
+from .lines import VCPU_KEYS, Expected, Line
+
+
+def observed(counts: VmCounts) -> dict[str, Any]:
+    """The counters under the fixture's names."""
+    per_vcpu = {key: [getattr(vcpu, key) for vcpu in counts.vcpus] for key in VCPU_KEYS}
+    return {
+        "remote_tlb_flush_requests": counts.remote_tlb_flush_requests,
+        "requests": {name: n for name, n in counts.requests.items() if n},
+        **per_vcpu,
+    }
+
+
+def expected(line: Line, vcpus: int, result: int, counts: VmCounts) -> dict[str, Any]:
+    """The same for what the line expects of the VM that was operated on."""
+
+    def number(value: Expected) -> Any:
+        return result if value == "result" else value
+
+    # A zap that yields flushes there too, so that much more is due; the vCPUs may merge those.
+    more = counts.yields if line.yields else 0
+    requests = {name: number(n) for name, n in line.requests.items()}
+    if more:
+        requests["TLB_FLUSH"] += more
+    wanted: dict[str, Any] = {
+        "remote_tlb_flush_requests": number(line.expect.get("remote_tlb_flush_requests", 0)) + more,
+        "requests": requests,
+    }
+    for key in VCPU_KEYS:
+        value = number(line.expect.get(key, 0))
+        wanted[key] = value if isinstance(value, list) else [value] * vcpus
+    for key in line.at_most | (frozenset({"flush_all", "tlb_flush"}) if more else frozenset()):
+        pairs = zip((getattr(vcpu, key) for vcpu in counts.vcpus), wanted[key], strict=True)
+        wanted[key] = [have if 1 <= have <= most + more else most + more for have, most in pairs]
+    return wanted
+
+
+def problems(line: Line, vcpus: int, result: int, counts: list[VmCounts]) -> list[str]:
+    """Sentences, none if everything is as recorded. `counts` has every VM of the machine."""
+    found = []
+    if line.result is not None and result != line.result:
+        found.append(f"precondition: {line.do} returned {result}, recorded {line.result}")
+    if line.result_min is not None and result < line.result_min:
+        found.append(f"precondition: {line.do} returned {result}, expected at least {line.result_min}")
+    for vm, seen in enumerate(counts):
+        nothing = {"remote_tlb_flush_requests": 0, "requests": {}, **{key: [0] * vcpus for key in VCPU_KEYS}}
+        wanted = expected(line, vcpus, result, seen) if vm == line.vm else nothing
+        have = observed(seen)
+        found += [
+            f"VM {vm} {key}: {have[key]}, recorded {wanted[key]}"
+            for key in wanted
+            if have[key] != wanted[key]
+        ]
+    return found

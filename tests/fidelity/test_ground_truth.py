@@ -1,0 +1,41 @@
+"""Each line of ground_truth.toml, with as many vCPUs as recorded, under each preset that must agree."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+
+from .compare import problems
+from .driver import find_driver
+from .lines import Line, load
+
+LINES = load()
+
+
+def _cases() -> list[Any]:
+    return [
+        pytest.param(line, vcpus, preset, id=f"{line.id}-n{vcpus}-{preset}")
+        for line in LINES
+        for vcpus in line.vcpus
+        for preset in line.presets
+    ]
+
+
+@pytest.mark.parametrize(("line", "vcpus", "preset"), _cases())
+def test_counts_of_a_real_kvm(line: Line, vcpus: int, preset: str) -> None:
+    driver = find_driver()
+    if driver is None:
+        pytest.skip("this emulator has no emulator.job to run operations on")
+    if missing := line.needs - driver.capabilities:
+        pytest.skip(f"not modelled: {', '.join(sorted(missing))}")
+    vms = range(max(line.machine.vms, 1))
+    with driver.boot(line.machine, vcpus, preset) as bench:
+        for step in line.setup:
+            bench.step(step)
+            bench.settle()
+        before = [bench.counts(vm) for vm in vms]
+        result = bench.step(line.do)
+        bench.settle()
+        counts = [bench.counts(vm).since(before[vm]) for vm in vms]
+    assert problems(line, vcpus, result, counts) == []
