@@ -1,0 +1,68 @@
+"""`flushlab list`: what can be named on the command line."""
+
+from __future__ import annotations
+
+import inspect
+
+import typer
+from rich.console import Console
+from rich.table import Table
+from rich.text import Text
+
+from emulator.config import embedded_scenarios, load_scenario
+from emulator.policy import POINTS, PRESETS, preset
+
+app = typer.Typer(
+    help="List policies, decision points and scenarios.", no_args_is_help=True, rich_markup_mode=None
+)
+
+
+@app.command()
+def policies() -> None:
+    """Presets: what was merged or proposed, and when."""
+    table = _table("policy", "what it is")
+    for name in PRESETS:
+        table.add_row(name, Text(_one_line(preset(name).doc)))
+    _print(table)
+
+
+@app.command()
+def points() -> None:
+    """Decision points and their alternatives; the first is what Linux 7.3 does."""
+    table = _table("point", "alternative", "mutant", "what it is")
+    for point in POINTS.values():
+        table.add_row(Text(point.name, style="bold"), "", "", Text(_one_line(point.doc), style="bold"))
+        for alternative in point.alternatives:
+            mark = "mutant" if alternative.mutant else ""
+            table.add_row("", alternative.name, mark, Text(_one_line(alternative.doc)))
+    _print(table)
+
+
+@app.command()
+def scenarios() -> None:
+    """Embedded scenarios."""
+    table = _table("scenario", "pCPUs", "VMs", "vCPUs", "MiB", "what it is")
+    for name in embedded_scenarios():
+        scenario = load_scenario(name)
+        numbers = (scenario.machine.pcpus, scenario.vms, scenario.vcpus, scenario.guest_pages // 256)
+        table.add_row(name, *(str(number) for number in numbers), Text(scenario.title))
+    _print(table)
+
+
+def _one_line(doc: str) -> str:
+    return " ".join(inspect.cleandoc(doc).split())
+
+
+def _table(*columns: str) -> Table:
+    table = Table(box=None, pad_edge=False)
+    for column in columns:
+        table.add_column(column, no_wrap=column != "what it is")
+    return table
+
+
+def _print(table: Table) -> None:
+    """Folds to a terminal's width; a pipe gets whole lines."""
+    console = Console()
+    if not console.is_terminal:
+        console = Console(width=200)
+    console.print(table)

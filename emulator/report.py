@@ -1,0 +1,287 @@
+"""A result for people (rich tables) and for programs (one JSON document)."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping
+from typing import Any
+
+from rich.console import Group, RenderableType
+from rich.table import Table
+from rich.text import Text
+
+from emulator.result import FlushCount, Histogram, Result, Snapshot
+
+DOCUMENT_VERSION = 1
+# Violations shown in full; the JSON document has all that were kept.
+SHOWN_REPORTS = 3
+
+_VERDICTS = {
+    "clean": ("green", "clean: no translation was used after KVM promised that it was gone"),
+    "violations": ("bold red", "VIOLATIONS"),
+    "inconclusive": ("yellow", "inconclusive: no flush averted a use, so nothing was put to the test"),
+}
+
+
+def exit_status(result: Result) -> int:
+    """0 clean (or inconclusive: nothing was found), 1 violations, 3 an actor died."""
+    if result.failure:
+        return 3
+    return 1 if result.snapshot.violated else 0
+
+
+def document(result: Result) -> dict[str, Any]:
+    """The JSON document. Keys are stable; durations in seconds."""
+    snapshot = result.snapshot
+    return {
+        "flushlab": DOCUMENT_VERSION,
+        "verdict": result.verdict,
+        "exit_status": exit_status(result),
+        "scenario": result.scenario,
+        "policy": {"name": result.policy_name, "decisions": dict(result.policy)},
+        "seed": result.seed,
+        "elapsed_seconds": round(snapshot.elapsed, 3),
+        "interrupted": result.interrupted,
+        "failure": result.failure,
+        "totals": totals(snapshot),
+        "counters": dict(snapshot.counters),
+        "vms": [dict(vm) for vm in snapshot.vms],
+        "flushes": [_flush(flush) for flush in snapshot.flushes],
+        "histograms": {name: _histogram(histogram) for name, histogram in snapshot.histograms.items()},
+        "violations": dict(snapshot.violations),
+        "reports": [
+            {"kind": r.kind, "kinds": list(r.kinds), "text": r.text, **r.details} for r in result.reports
+        ],
+        "preconditions": dict(result.preconditions),
+        "cycles": {
+            "flush": _cycles(result, "flush"),
+            "work": _cycles(result, "work"),
+            "lines": [
+                {
+                    "item": line.item,
+                    "group": line.group,
+                    "events": line.events,
+                    "cycles_each": line.cycles_each,
+                    "cycles": line.cycles,
+                    "source": line.source,
+                }
+                for line in result.cycles
+            ],
+        },
+    }
+
+
+def totals(snapshot: Snapshot) -> dict[str, int]:
+    """The handful of sums that tell runs apart."""
+    counters = snapshot.counters
+    return {
+        "guest_accesses": counters["accesses"],
+        "pages_zapped": counters["sptes_zapped"],
+        "pages_mapped": counters["sptes_mapped"],
+        "frames_freed": counters["frames_freed"],
+        "faults": snapshot.kvm("faults"),
+        "migrations": snapshot.kvm("migrations"),
+        "flushes": sum(flush.count for flush in snapshot.flushes),
+        "necessary_flushes": snapshot.necessary,
+        "flushes_elided": snapshot.kvm("flushes_elided"),
+        "averted_uses": counters["averted"],
+        "legal_stale_uses": counters["legal_stale"],
+        "ipis": counters["ipis_sent"],
+        "violations": snapshot.violated,
+    }
+
+
+def progress_line(earlier: Snapshot | None, now: Snapshot | None, duration: float | None) -> Text:
+    """One line of live rates."""
+    if now is None:
+        return Text("booting")
+    span = now.elapsed - earlier.elapsed if earlier is not None else now.elapsed
+    before = totals(earlier) if earlier is not None else {}
+    current = totals(now)
+    text = Text(f"{now.elapsed:5.0f}s" + (f"/{duration:.0f}s" if duration else ""))
+    text.append(f" {now.phase:<6}", style="dim")
+    rates = (
+        ("guest_accesses", "accesses/s"),
+        ("faults", "faults/s"),
+        ("pages_zapped", "zaps/s"),
+        ("migrations", "migrations/s"),
+        ("flushes", "flushes/s"),
+        ("ipis", "IPIs/s"),
+    )
+    for key, label in rates:
+        rate = (current[key] - before.get(key, 0)) / span if span > 0 else 0
+        text.append(f"  {short(rate)}", style="bold")
+        text.append(f" {label}")
+    text.append(f"  averted {short(current['averted_uses'])}")
+    text.append(f"  violations {current['violations']}", style="bold red" if current["violations"] else "")
+    return text
+
+
+def summary(result: Result) -> RenderableType:
+    """What `flushlab run` prints at its end."""
+    snapshot = result.snapshot
+    parts: list[RenderableType] = [
+        _header(result),
+        _numbers(snapshot),
+        _flush_table(snapshot),
+        _pause_table(snapshot),
+        _vm_table(snapshot),
+    ]
+    if result.cycles:
+        parts.append(_cycle_table(result))
+    parts += [Text(report.text) for report in result.reports[:SHOWN_REPORTS]]
+    parts.append(_verdict(result))
+    return Group(*(part for pair in ((part, Text()) for part in parts) for part in pair))
+
+
+def short(number: float) -> str:
+    """1234567 -> 1.23M
+
+    >>> short(1234567), short(999), short(12345)
+    ('1.23M', '999', '12.3k')
+    """
+    for factor, unit in ((1e12, "T"), (1e9, "G"), (1e6, "M"), (1e3, "k")):
+        if number >= factor:
+            return f"{number / factor:.3g}{unit}"
+    return f"{number:.3g}"
+
+
+def duration_text(seconds: float) -> str:
+    """0.00000123 -> 1.23 us"""
+    for factor, unit in ((1.0, "s"), (1e-3, "ms"), (1e-6, "us")):
+        if seconds >= factor:
+            return f"{seconds / factor:.3g} {unit}"
+    return f"{seconds / 1e-9:.3g} ns"
+
+
+def _header(result: Result) -> Text:
+    ending = ", interrupted" if result.interrupted else ""
+    elapsed = f"{result.snapshot.elapsed:.1f}s{ending}"
+    return Text(f"{result.scenario} under {result.policy_name}, seed {result.seed}, {elapsed}", style="bold")
+
+
+def _numbers(snapshot: Snapshot) -> Table:
+    counters, sums = snapshot.counters, totals(snapshot)
+    elapsed = max(snapshot.elapsed, 1e-9)
+    table = _table("", "total", "per second", title="what happened")
+    rows = (
+        ("guest accesses", sums["guest_accesses"]),
+        ("faults", sums["faults"]),
+        ("pages zapped", sums["pages_zapped"]),
+        ("frames freed", sums["frames_freed"]),
+        ("migrations", sums["migrations"]),
+        ("IPIs", sums["ipis"]),
+        ("guests interrupted", counters["interruptions"]),
+        ("of those bystanders", counters["bystander"]),
+        ("flushes", sums["flushes"]),
+        ("flushes elided", sums["flushes_elided"]),
+        ("refills caused by flushes", counters["refills"]),
+        ("averted uses", sums["averted_uses"]),
+        ("legal stale uses", sums["legal_stale_uses"]),
+    )
+    for name, number in rows:
+        table.add_row(name, f"{number:,}", short(number / elapsed))
+    l1 = _hit_rate(counters["lookups"], counters["l1_misses"])
+    l2 = _hit_rate(counters["l1_misses"], counters["l2_misses"])
+    table.add_row("TLB hits, first level", l1, "")
+    table.add_row("TLB hits, second level", l2, "")
+    return table
+
+
+def _hit_rate(lookups: int, misses: int) -> str:
+    return f"{100 * (lookups - misses) / lookups:.2f}%" if lookups else "-"
+
+
+def _flush_table(snapshot: Snapshot) -> Table:
+    table = _table("scope", "reason", "flushes", "necessary", "", title="flushes", left=2)
+    for (scope, reason), (count, necessary) in sorted(_by_scope_and_reason(snapshot.flushes).items()):
+        share = f"{100 * necessary / count:.2f}%" if count else "-"
+        table.add_row(
+            scope.replace("_", " "), reason.replace("_", " "), f"{count:,}", f"{necessary:,}", share
+        )
+    return table
+
+
+def _by_scope_and_reason(flushes: Iterable[FlushCount]) -> dict[tuple[str, str], tuple[int, int]]:
+    sums: dict[tuple[str, str], tuple[int, int]] = {}
+    for flush in flushes:
+        count, necessary = sums.get((flush.scope, flush.reason), (0, 0))
+        sums[flush.scope, flush.reason] = (count + flush.count, necessary + flush.necessary)
+    return sums
+
+
+def _pause_table(snapshot: Snapshot) -> Table:
+    table = _table("duration, at most", "samples", "mean", "p50", "p99", "longest", title="waits and pauses")
+    for name, histogram in snapshot.histograms.items():
+        values = (histogram.mean, histogram.percentile(50), histogram.percentile(99), histogram.longest)
+        shown = [duration_text(v) for v in values] if histogram.count else ["-"] * 4
+        table.add_row(name.replace("_", " "), f"{histogram.count:,}", *shown)
+    return table
+
+
+def _vm_table(snapshot: Snapshot) -> Table:
+    table = _table("KVM statistic", *(f"VM {vm}" for vm in range(len(snapshot.vms))), title="per VM")
+    for stat in snapshot.vms[0] if snapshot.vms else ():
+        table.add_row(stat, *(f"{vm[stat]:,}" for vm in snapshot.vms))
+    return table
+
+
+def _cycle_table(result: Result) -> Table:
+    elapsed = max(result.snapshot.elapsed, 1e-9)
+    table = _table(
+        "modelled cycles", "group", "events", "each", "cycles", "per second", title="costs", left=2
+    )
+    for line in result.cycles:
+        if line.events:
+            rate = short(line.cycles / elapsed)
+            cells = (f"{line.events:,}", f"{line.cycles_each:g}", short(line.cycles), rate)
+            table.add_row(line.item.replace("_", " "), line.group, *cells)
+    for group in ("flush", "work"):
+        cycles = _cycles(result, group)
+        table.add_row(f"all of {group}", "", "", "", short(cycles), short(cycles / elapsed), style="bold")
+    return table
+
+
+def _verdict(result: Result) -> Text:
+    style, sentence = _VERDICTS[result.verdict]
+    text = Text(sentence, style=style)
+    if result.snapshot.violations:
+        kinds = ", ".join(f"{kind} {count:,}" for kind, count in result.snapshot.violations.items())
+        text.append(f": {kinds}")
+        hidden = result.snapshot.violated - min(len(result.reports), SHOWN_REPORTS)
+        if hidden > 0:
+            text.append(f" ({hidden:,} not shown; --json has those that were kept)")
+    if result.failure:
+        text.append(f"\nthe run failed and proves nothing: {result.failure}", style="bold red")
+    return text
+
+
+def _table(*columns: str, title: str, left: int = 1) -> Table:
+    table = Table(title=title, title_justify="left", title_style="bold", box=None, pad_edge=False)
+    for number, column in enumerate(columns):
+        table.add_column(column, justify="left" if number < left else "right", no_wrap=True)
+    return table
+
+
+def _cycles(result: Result, group: str) -> float:
+    return sum(line.cycles for line in result.cycles if line.group == group)
+
+
+def _flush(flush: FlushCount) -> Mapping[str, Any]:
+    return {
+        "vm": flush.vm,
+        "scope": flush.scope,
+        "reason": flush.reason,
+        "count": flush.count,
+        "necessary": flush.necessary,
+    }
+
+
+def _histogram(histogram: Histogram) -> Mapping[str, Any]:
+    return {
+        "count": histogram.count,
+        "mean": histogram.mean,
+        "p50": histogram.percentile(50),
+        "p90": histogram.percentile(90),
+        "p99": histogram.percentile(99),
+        "longest": histogram.longest,
+    }

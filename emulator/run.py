@@ -1,0 +1,172 @@
+"""`flushlab run` and `serve`: from what was typed to an exit status."""
+
+from __future__ import annotations
+
+import errno
+import json
+import sys
+from collections.abc import Iterator
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+
+from loguru import logger
+from rich.console import Console
+
+from emulator import limits
+from emulator.config import Scenario, load_scenario
+from emulator.errors import BadInput
+from emulator.log import LogFormat, Logging
+from emulator.policy import Policy, PolicyError, preset
+from emulator.report import document, exit_status, summary
+from emulator.result import Result
+from emulator.session import Session
+from metrics import Endpoint, MachineCollector, parse_address
+
+DEFAULT_POLICY = "linux-7.3"
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Request:
+    """What the user asked for. `duration` None: the scenario's own, unless `endless`."""
+
+    scenario: str
+    policy: str | None
+    settings: tuple[str, ...]
+    duration: float | None
+    endless: bool = False
+    seed: int
+    chaos: int
+    unbounded: bool
+    metrics: str | None
+    metrics_per_cpu: bool
+    as_json: bool
+    log_level: str
+    log_format: LogFormat
+    report_dir: Path | None
+
+
+def run_request(request: Request) -> int:
+    """All input is checked before anything starts; then the run, the output, the exit status."""
+    scenario = load_scenario(request.scenario)
+    policy = load_policy(request.policy or DEFAULT_POLICY, request.settings)
+    address = _metrics_address(request.metrics)
+    limits.check(scenario)
+    if request.report_dir is not None:
+        _make_directory(request.report_dir)
+    with Logging(request.log_level, request.log_format), ExitStack() as stack:
+        collector = MachineCollector(
+            {"policy": policy.name, "scenario": scenario.name}, per_cpu=request.metrics_per_cpu
+        )
+        if address is not None:
+            endpoint = stack.enter_context(_endpoint(collector, *address))
+            logger.info("serving metrics", url=endpoint.url)
+        result = _run(request, scenario, policy, collector)
+        _log_end(result)
+    _write(request, result)
+    return exit_status(result)
+
+
+def load_policy(name: str, settings: tuple[str, ...]) -> Policy:
+    """A preset with the answers of --set."""
+    answers: dict[str, str] = {}
+    for setting in settings:
+        point, separator, alternative = setting.partition("=")
+        if not separator or not point or not alternative:
+            raise BadInput("--set", f"found {setting!r}", "point=alternative, as in migration=none")
+        answers[point.strip()] = alternative.strip()
+    try:
+        policy = preset(name)
+    except PolicyError as error:
+        raise BadInput("--policy", str(error)) from error
+    try:
+        return policy.with_settings(answers) if answers else policy
+    except PolicyError as error:
+        raise BadInput("--set", str(error)) from error
+
+
+def _run(request: Request, scenario: Scenario, policy: Policy, collector: MachineCollector) -> Result:
+    # Imported late: `flushlab list` and bad input need no engine.
+    from emulator.job import Job
+
+    duration = None if request.endless else request.duration or scenario.duration
+    job = Job(
+        scenario,
+        policy,
+        seed=request.seed,
+        duration=duration,
+        chaos=request.chaos,
+        unbounded=request.unbounded,
+    )
+    job.observers.append(collector)
+    logger.info("starting", scenario=scenario.name, policy=policy.name, seed=request.seed)
+    return Session(job, duration, show_progress=not request.as_json).execute()
+
+
+def _log_end(result: Result) -> None:
+    log = logger.bind(verdict=result.verdict, elapsed=f"{result.snapshot.elapsed:.1f}s")
+    if result.failure:
+        log.error("stopped: the run failed")
+    elif result.snapshot.violated:
+        log.error("stopped: violations", violations=result.snapshot.violated)
+    else:
+        log.info("stopped")
+
+
+def _metrics_address(text: str | None) -> tuple[str, int] | None:
+    if text is None:
+        return None
+    try:
+        return parse_address(text)
+    except ValueError as error:
+        raise BadInput("--metrics", f"found {text!r}", str(error)) from None
+
+
+@contextmanager
+def _endpoint(collector: MachineCollector, host: str, port: int) -> Iterator[Endpoint]:
+    endpoint = Endpoint(collector, host, port)
+    try:
+        endpoint.__enter__()
+    except OSError as error:
+        if error.errno == errno.EADDRINUSE:
+            raise BadInput("--metrics", f"port {port} on {host} is in use", "a free port") from error
+        raise BadInput(
+            "--metrics", f"{host}:{port}: {error.strerror or error}", "an address of ours"
+        ) from error
+    try:
+        yield endpoint
+    finally:
+        endpoint.__exit__(None, None, None)
+
+
+def _write(request: Request, result: Result) -> None:
+    if request.as_json:
+        print(json.dumps(document(result), allow_nan=False))
+    else:
+        console = Console(highlight=False)
+        if not console.is_terminal:
+            console = Console(highlight=False, width=120)
+        console.print(summary(result))
+    sys.stdout.flush()
+    if request.report_dir is not None:
+        _write_files(request.report_dir, result)
+
+
+def _write_files(directory: Path, result: Result) -> None:
+    whole = document(result)
+    (directory / "result.json").write_text(json.dumps(whole, indent=1, allow_nan=False) + "\n")
+    for number, report in enumerate(whole["reports"], start=1):
+        path = directory / f"violation-{number:04}.json"
+        path.write_text(json.dumps(report, indent=1, allow_nan=False) + "\n")
+
+
+def _make_directory(directory: Path) -> None:
+    try:
+        directory.mkdir(parents=True, exist_ok=True)
+        # Found out now, not after half an hour of running.
+        probe = directory / ".flushlab"
+        probe.touch()
+        probe.unlink()
+    except OSError as error:
+        found = error.strerror or str(error)
+        raise BadInput(f"--report-dir {directory}", found, "a directory that can be written") from error

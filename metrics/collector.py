@@ -1,0 +1,193 @@
+"""The custom collector: new metric objects at each scrape, filled from the native counters.
+
+Cardinality is bounded whatever the scenario: VMs beyond the first `MAX_VMS` share the label value "other",
+histograms have thirteen buckets, pCPUs are labels only on request and then for the first `MAX_CPUS`.
+"""
+
+from __future__ import annotations
+
+import threading
+from collections import defaultdict
+from collections.abc import Iterable, Iterator, Mapping
+from typing import Any
+
+from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, HistogramMetricFamily, Metric
+from prometheus_client.registry import Collector
+
+from metrics.native_counters import NativeCounters
+from native import HISTOGRAM_NAMES
+
+MAX_VMS = 16
+MAX_CPUS = 64
+
+# Every second power of two from 256 ns to 1.07 s.
+_BUCKET_EXPONENTS = range(8, 31, 2)
+
+# Sums over the machine: counter, metric, help.
+_SUMS = (
+    ("accesses", "guest_accesses", "Guest accesses completed."),
+    ("lookups", "tlb_lookups", "TLB lookups for guest accesses."),
+    ("refills", "tlb_refills", "TLB misses that a flush caused: the entry would still have been there."),
+    ("averted", "averted_uses", "Uses of stale translations that a flush averted."),
+    ("legal_stale", "legal_stale_uses", "Stale translations used before their revocation completed."),
+    ("collateral", "tlb_collateral_entries", "Live TLB entries of other contexts that flushes removed."),
+    ("ipis_sent", "ipis_sent", "IPIs sent: calls that found the target's queue empty."),
+    ("ipis_received", "ipis_received", "IPIs received: queues drained that an interrupt announced."),
+    ("interruptions", "vcpu_interruptions", "Times that an IPI made a vCPU leave guest mode."),
+    ("bystander", "bystander_interruptions", "Of those, on pCPUs that ran nothing of the sender's VM."),
+    ("vm_entries", "vm_entries", "VM entries."),
+    ("sptes_zapped", "sptes_zapped", "Present leaf SPTEs removed, in pages of 4 KiB."),
+    ("sptes_mapped", "sptes_mapped", "Leaf SPTEs installed, in pages of 4 KiB."),
+    ("frames_freed", "frames_freed", "Guest frames freed by the host."),
+    ("rcu_callbacks", "rcu_callbacks_queued", "RCU callbacks queued."),
+    ("rcu_invoked", "rcu_callbacks_invoked", "RCU callbacks that have run."),
+    ("guest_invalidations", "guest_invalidations", "Native TLB invalidations by guests."),
+)
+
+# Per VM: statistic, metric, help.  The first two are KVM's own, under KVM's names.
+_VM_STATS = (
+    ("remote_tlb_flush", "remote_tlb_flush", "KVM's statistic remote_tlb_flush."),
+    ("remote_tlb_flush_requests", "remote_tlb_flush_requests", "KVM's statistic remote_tlb_flush_requests."),
+    ("flushes_elided", "tlb_flushes_elided", "Flush decisions that the policy answered with no flush."),
+    ("exits", "vm_exits", "VM exits."),
+    ("faults", "page_faults_fixed", "EPT violations that KVM fixed."),
+    ("fault_retries", "page_fault_retries", "Faults that raced an invalidation and were retried."),
+    ("migrations", "vcpu_migrations", "vCPUs loaded on another pCPU than before."),
+    ("mmu_load", "mmu_loads", "Calls of kvm_mmu_load."),
+    ("zaps", "zaps", "Range zaps."),
+    ("yields", "zap_yields", "Times that a zap yielded mmu_lock."),
+)
+
+_HISTOGRAMS = {
+    "ipi_wait": ("ipi_wait_seconds", "Wait of an IPI's sender, from the first call queued to the last ack."),
+    "vcpu_pause": ("vcpu_pause_seconds", "Pause of a runnable vCPU, from leaving guest mode to entering it."),
+    "grace_period": ("rcu_grace_period_seconds", "RCU grace periods."),
+    "remote_flush": ("remote_tlb_flush_seconds", "Duration of kvm_flush_remote_tlbs."),
+    "lock_wait": ("mmu_lock_wait_seconds", "Wait for mmu_lock."),
+}
+
+_PER_CPU = (
+    ("ipis_received", "pcpu_ipis_received", "IPIs received, by pCPU."),
+    ("interruptions", "pcpu_interruptions", "Guests interrupted by an IPI, by pCPU."),
+    ("lookups", "pcpu_tlb_lookups", "TLB lookups, by pCPU."),
+    ("l2_misses", "pcpu_tlb_walks", "TLB misses at both levels, by pCPU."),
+)
+
+
+class MachineCollector(Collector):
+    """Metrics of the machine that is up, if any.
+
+    The lock is between scrapes and the machine's end: `machine_down` waits for a scrape in progress, so that
+    the machine is not freed under it.  No CPU ever takes it.
+    """
+
+    def __init__(self, labels: Mapping[str, str] | None = None, *, per_cpu: bool = False) -> None:
+        self._labels = dict(labels or {})
+        self._per_cpu = per_cpu
+        self._lock = threading.Lock()
+        self._counters: NativeCounters | None = None
+
+    def machine_up(self, machine: Any, *, pcpus: int, vms: int) -> None:
+        with self._lock:
+            self._counters = NativeCounters(machine, pcpus=pcpus, vms=vms)
+
+    def machine_down(self) -> None:
+        with self._lock:
+            self._counters = None
+
+    def describe(self) -> Iterable[Metric]:
+        """Nothing: the registry must not scrape at registration."""
+        return ()
+
+    def collect(self) -> Iterable[Metric]:
+        with self._lock:
+            if self._counters is None:
+                return
+            # Complete before the lock goes: a consumer may take its time between two metrics.
+            families = list(self._families(self._counters))
+        yield from families
+
+    def _families(self, counters: NativeCounters) -> Iterator[Metric]:
+        yield self._info(counters)
+        sums = counters.sums()
+        for counter, name, text in _SUMS:
+            yield _counter(name, text, sums[counter])
+        misses = CounterMetricFamily("flushlab_tlb_misses", "TLB misses of guest accesses.", labels=["level"])
+        misses.add_metric(["1"], sums["l1_misses"])
+        misses.add_metric(["2"], sums["l2_misses"])
+        yield misses
+        yield _gauge("rcu_callbacks_pending", "RCU callbacks that wait.", counters.rcu_pending())
+        yield _labelled("violations", "Violations found, by kind.", "kind", counters.violations())
+        yield from _flush_families(counters)
+        yield from _vm_families(counters)
+        for index, histogram in enumerate(HISTOGRAM_NAMES):
+            yield _histogram(*_HISTOGRAMS[histogram], *counters.histogram(index))
+        if self._per_cpu:
+            yield from _cpu_families(counters)
+
+    def _info(self, counters: NativeCounters) -> Metric:
+        labels = {**self._labels, "pcpus": str(counters.pcpus), "vms": str(counters.vms)}
+        info = GaugeMetricFamily("flushlab_run_info", "What runs; always 1.", labels=list(labels))
+        info.add_metric(list(labels.values()), 1)
+        return info
+
+
+def _vm_label(vm: int) -> str:
+    return str(vm) if vm < MAX_VMS else "other"
+
+
+def _flush_families(counters: NativeCounters) -> Iterator[Metric]:
+    counts: dict[tuple[str, str, str], int] = defaultdict(int)
+    necessary: dict[tuple[str, str, str], int] = defaultdict(int)
+    for cell in counters.flushes():
+        key = (_vm_label(cell.vm), cell.scope, cell.reason)
+        counts[key] += cell.count
+        necessary[key] += cell.necessary
+    labels = ["vm", "scope", "reason"]
+    for name, text, cells in (
+        ("tlb_flushes", "TLB flushes executed, by VM, scope and reason.", counts),
+        ("tlb_flushes_necessary", "Of flushlab_tlb_flushes_total, those that averted a use.", necessary),
+    ):
+        family = CounterMetricFamily(f"flushlab_{name}", text, labels=labels)
+        for key, number in cells.items():
+            family.add_metric(key, number)
+        yield family
+
+
+def _vm_families(counters: NativeCounters) -> Iterator[Metric]:
+    sums: dict[str, dict[str, int]] = {stat: defaultdict(int) for stat, _, _ in _VM_STATS}
+    for vm in range(counters.vms):
+        stats = counters.vm_stats(vm)
+        for stat, by_vm in sums.items():
+            by_vm[_vm_label(vm)] += stats[stat]
+    for stat, name, text in _VM_STATS:
+        yield _labelled(name, text, "vm", sums[stat])
+
+
+def _cpu_families(counters: NativeCounters) -> Iterator[Metric]:
+    values = {str(cpu): counters.of_cpu(cpu) for cpu in range(min(counters.pcpus, MAX_CPUS))}
+    for counter, name, text in _PER_CPU:
+        yield _labelled(name, text, "cpu", {cpu: value[counter] for cpu, value in values.items()})
+
+
+def _counter(name: str, text: str, value: int) -> Metric:
+    return CounterMetricFamily(f"flushlab_{name}", text, value=value)
+
+
+def _gauge(name: str, text: str, value: int) -> Metric:
+    return GaugeMetricFamily(f"flushlab_{name}", text, value=value)
+
+
+def _labelled(name: str, text: str, label: str, values: Mapping[str, int]) -> Metric:
+    family = CounterMetricFamily(f"flushlab_{name}", text, labels=[label])
+    for key, value in values.items():
+        family.add_metric([key], value)
+    return family
+
+
+def _histogram(name: str, text: str, buckets: list[int], nanoseconds: int) -> Metric:
+    cumulative = [
+        (repr(2**exponent / 1e9), float(sum(buckets[: exponent + 1]))) for exponent in _BUCKET_EXPONENTS
+    ]
+    cumulative.append(("+Inf", float(sum(buckets))))
+    return HistogramMetricFamily(f"flushlab_{name}", text, buckets=cumulative, sum_value=nanoseconds / 1e9)
