@@ -1,0 +1,20 @@
+"""KVM for x86 with the TDP MMU on VMX: what arch/x86/kvm and virt/kvm do about TLBs, roots and SPTEs.
+
+Every function takes the acting `Cpu` first and is named as in Linux 7.3.  What the rest of the emulator calls:
+
+    kvm.vm            kvm_create_vm(cpu, machine, gfns, policy, params) -> Kvm; kvm_destroy_vm(cpu, kvm)
+                      kvm_vm_ioctl_create_vcpu(cpu, kvm) -> Vcpu
+                      kvm_vm_ioctl_enable_manual_dirty_log(cpu, kvm, flags)
+    kvm.memslots      kvm_set_memory_region(cpu, kvm, slot_id, base_gfn, npages, userspace_addr, flags=0)
+                      npages 0 deletes, other flags arm or disarm dirty logging
+    kvm.dirty_log     kvm_vm_ioctl_get_dirty_log(cpu, kvm, slot_id) -> list of 64-bit words
+                      kvm_vm_ioctl_clear_dirty_log(cpu, kvm, slot_id, first_page, num_pages, words)
+    kvm.mmu_notifier  kvm_mmu_notifier_invalidate_range_start(cpu, kvm, start, end, promise), ..._end(...)
+                      start and end are host virtual pages; promise is PROMISE_NOTIFIER, or
+                      PROMISE_NOTIFIER_WRITE when the host takes only write access away
+    kvm.mmu           kvm_zap_gfn_range(cpu, kvm, start, end)
+    kvm.kvm_main      kvm_flush_remote_tlbs(cpu, kvm, reason)
+    kvm.x86           vcpu_run(vcpu): generator, see there; kvm_sched_in(cpu, vcpu), kvm_sched_out(cpu, vcpu)
+"""
+
+from __future__ import annotations

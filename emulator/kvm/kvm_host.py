@@ -1,0 +1,90 @@
+"""include/linux/kvm_host.h and asm/kvm_host.h: request numbers, flags, and what a vCPU run reports.
+
+Request: bit number in the low byte, flags above it (Documentation/virt/kvm/vcpu-requests.rst).
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Final
+
+from native import lib
+
+OUTSIDE_GUEST_MODE: Final[int] = lib.OUTSIDE_GUEST_MODE
+IN_GUEST_MODE: Final[int] = lib.IN_GUEST_MODE
+EXITING_GUEST_MODE: Final[int] = lib.EXITING_GUEST_MODE
+
+KVM_REQUEST_MASK: Final = 0xFF
+KVM_REQUEST_NO_WAKEUP: Final = 1 << 8
+KVM_REQUEST_WAIT: Final = 1 << 9
+KVM_REQUEST_NO_ACTION: Final = 1 << 10
+KVM_REQUEST_ARCH_BASE: Final = 8
+_WAIT_NO_WAKEUP: Final = KVM_REQUEST_WAIT | KVM_REQUEST_NO_WAKEUP
+
+KVM_REQ_TLB_FLUSH: Final = 0 | _WAIT_NO_WAKEUP
+KVM_REQ_VM_DEAD: Final = 1 | _WAIT_NO_WAKEUP
+KVM_REQ_OUTSIDE_GUEST_MODE: Final = KVM_REQUEST_NO_ACTION | _WAIT_NO_WAKEUP
+KVM_REQ_LOAD_MMU_PGD: Final = KVM_REQUEST_ARCH_BASE + 5
+KVM_REQ_TLB_FLUSH_CURRENT: Final = KVM_REQUEST_ARCH_BASE + 26
+KVM_REQ_TLB_FLUSH_GUEST: Final = (KVM_REQUEST_ARCH_BASE + 27) | _WAIT_NO_WAKEUP
+KVM_REQ_MMU_FREE_OBSOLETE_ROOTS: Final = (KVM_REQUEST_ARCH_BASE + 31) | _WAIT_NO_WAKEUP
+
+# Flags of a memory slot.
+KVM_MEM_LOG_DIRTY_PAGES: Final = 1 << 0
+KVM_MEMSLOT_INVALID: Final = 1 << 16
+
+# KVM_CAP_MANUAL_DIRTY_LOG_PROTECT2
+KVM_DIRTY_LOG_MANUAL_PROTECT_ENABLE: Final = 1 << 0
+KVM_DIRTY_LOG_INITIALLY_SET: Final = 1 << 1
+
+KVM_MMU_NUM_PREV_ROOTS: Final = 3
+
+PG_LEVEL_4K: Final[int] = lib.PG_LEVEL_4K
+PG_LEVEL_2M: Final[int] = lib.PG_LEVEL_2M
+PG_LEVEL_1G: Final[int] = lib.PG_LEVEL_1G
+PG_LEVEL_512G: Final[int] = lib.PG_LEVEL_512G
+KVM_MAX_HUGEPAGE_LEVEL: Final = PG_LEVEL_2M  # the arena has blocks of 2M, none of 1G
+
+
+def kvm_pages_per_hpage(level: int) -> int:
+    """KVM_PAGES_PER_HPAGE()"""
+    return 1 << (9 * (level - 1))
+
+
+@dataclass(frozen=True, slots=True)
+class RunState:
+    """What `vcpu_run` yields: why it does not go on by itself."""
+
+    name: str
+
+    def __repr__(self) -> str:
+        return self.name
+
+
+# Nothing has been done yet: send it the Cpu that it starts on.
+READY: Final = RunState("READY")
+# Between serving requests and disabling interrupts: may be moved, goes on where it was.  Holds SRCU.
+PREEMPTIBLE: Final = RunState("PREEMPTIBLE")
+# After an exit, before the next entry (xfer_to_guest_mode_handle_work): holds nothing.
+RESCHED: Final = RunState("RESCHED")
+# HLT: not runnable until somebody resumes it (kvm_vcpu_block).  Holds nothing.
+HALTED: Final = RunState("HALTED")
+
+
+@dataclass(frozen=True, slots=True)
+class ExitToUser:
+    """KVM_RUN returned to user space; the vCPU is not loaded.  Resuming it calls KVM_RUN again.
+
+    mmio: `gpa` belongs to no memslot; resuming means that user space has emulated the access.
+    fault: KVM_EXIT_MEMORY_FAULT, the host does not permit the access (now); resuming retries.
+    no-memory: neither a frame nor a table page is left; resuming retries.
+    intr: immediate_exit was set.
+    shutdown: triple fault, or the VM is dead; do not resume.
+    """
+
+    reason: str
+    gpa: int = 0
+    write: bool = False
+
+
+RunYield = RunState | ExitToUser

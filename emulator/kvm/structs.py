@@ -1,0 +1,267 @@
+"""KVM's structures: struct kvm, kvm_vcpu, kvm_mmu, kvm_mmu_page, kvm_memory_slot, loaded_vmcs.
+
+What two actors share at the grain of single steps (mode, requests, mmu_lock, SPTEs, the invalidation
+sequence) lives in the native core under the numbers `Kvm.id` and `Vcpu.id`; what is here is read and written
+under the lock that the kernel has for it.
+"""
+
+from __future__ import annotations
+
+from bisect import bisect_right
+from dataclasses import dataclass, replace
+from typing import Any
+
+from emulator.kvm.kvm_host import (
+    KVM_MEM_LOG_DIRTY_PAGES,
+    KVM_MEMSLOT_INVALID,
+    KVM_MMU_NUM_PREV_ROOTS,
+    PG_LEVEL_512G,
+)
+from emulator.policy import Policy
+from emulator.runtime import Machine, MmuLock, Mutex, Refcount, SpinLock
+from native import ffi
+
+
+@dataclass(frozen=True, slots=True)
+class KvmParams:
+    """Module parameters and sizes that are no decision points.
+
+    fault_around: pages that one fault maps at most; real KVM maps one (0 or 1).
+    chunk: SPTEs per native call; 1 gives every step to the scheduler of `explore`.
+    resched_chunks: need_resched() for iterators: true after so many chunks; 0: never.
+    eager_page_split: as the module parameter.
+    tdp_level: 4 or 5.
+    slice_accesses: guest accesses until the preemption timer ends a slice.
+    """
+
+    fault_around: int = 16
+    chunk: int = 256
+    resched_chunks: int = 8
+    eager_page_split: bool = True
+    tdp_level: int = PG_LEVEL_512G
+    slice_accesses: int = 100_000
+
+
+@dataclass(frozen=True, slots=True)
+class KvmMmuPageRole:
+    """union kvm_mmu_page_role, as far as it tells TDP roots apart (mmu.c: kvm_calc_tdp_mmu_root_page_role).
+
+    `smm` is the address space; `invalid` takes part in comparisons, so an invalid root matches nobody.
+    """
+
+    level: int = PG_LEVEL_512G
+    smm: int = 0
+    guest_mode: bool = False
+    invalid: bool = False
+
+
+class KvmMmuPage:
+    """struct kvm_mmu_page of a TDP root.  Other table pages are plain frame numbers.
+
+    role.invalid is written under mmu_lock held for write; `tdp_mmu_scheduled_root_to_zap` likewise, cleared
+    under slots_lock.  `root_count` starts at 2: the vCPU's and the TDP MMU's own.
+    """
+
+    __slots__ = ("hfn", "role", "root_count", "tdp_mmu_scheduled_root_to_zap")
+
+    def __init__(self, hfn: int, role: KvmMmuPageRole) -> None:
+        self.hfn = hfn
+        self.role = role
+        self.root_count = Refcount(2)
+        self.tdp_mmu_scheduled_root_to_zap = False
+
+    def __repr__(self) -> str:
+        return f"<root {self.hfn:#x} {self.role} refs {self.root_count.value}>"
+
+    def invalidate(self) -> None:
+        self.role = replace(self.role, invalid=True)
+
+
+class KvmMmu:
+    """struct kvm_mmu: the current root and up to three previous ones (None: INVALID_PAGE)."""
+
+    __slots__ = ("prev_roots", "root", "root_role")
+
+    def __init__(self, root_role: KvmMmuPageRole) -> None:
+        self.root_role = root_role
+        self.root: KvmMmuPage | None = None
+        self.prev_roots: list[KvmMmuPage | None] = [None] * KVM_MMU_NUM_PREV_ROOTS
+
+
+class LoadedVmcs:
+    """struct loaded_vmcs: the pCPU on which it was loaded last, -1 nowhere."""
+
+    __slots__ = ("cpu",)
+
+    def __init__(self) -> None:
+        self.cpu = -1
+
+
+class KvmMemorySlot:
+    """struct kvm_memory_slot: immutable apart from the dirty bitmap.
+
+    The bitmap has a byte per page: marking a page is one store, and reaping clears only bytes that it read
+    as set, so a mark is either reported now or still there.
+    """
+
+    __slots__ = ("as_id", "base_gfn", "dirty_bitmap", "flags", "id", "npages", "userspace_addr")
+
+    def __init__(
+        self,
+        slot_id: int,
+        as_id: int,
+        base_gfn: int,
+        npages: int,
+        userspace_addr: int,
+        flags: int = 0,
+        dirty_bitmap: bytearray | None = None,
+    ) -> None:
+        self.id = slot_id
+        self.as_id = as_id
+        self.base_gfn = base_gfn
+        self.npages = npages
+        self.userspace_addr = userspace_addr  # in pages, as all host virtual addresses here
+        self.flags = flags
+        self.dirty_bitmap = dirty_bitmap
+
+    def __repr__(self) -> str:
+        return f"<slot {self.id} gfn {self.base_gfn:#x}+{self.npages:#x} flags {self.flags:#x}>"
+
+    @property
+    def end_gfn(self) -> int:
+        return self.base_gfn + self.npages
+
+    @property
+    def invalid(self) -> bool:
+        return bool(self.flags & KVM_MEMSLOT_INVALID)
+
+    @property
+    def log_dirty_pages(self) -> bool:
+        return bool(self.flags & KVM_MEM_LOG_DIRTY_PAGES)
+
+    def dirty_track_enabled(self) -> bool:
+        """kvm_slot_dirty_track_enabled()"""
+        return bool(self.flags & KVM_MEM_LOG_DIRTY_PAGES)
+
+    def gfn_to_hva(self, gfn: int) -> int:
+        """__gfn_to_hva_memslot()"""
+        return self.userspace_addr + gfn - self.base_gfn
+
+    def hva_to_gfn(self, hva: int) -> int:
+        """hva_to_gfn_memslot()"""
+        return self.base_gfn + hva - self.userspace_addr
+
+
+class KvmMemslots:
+    """struct kvm_memslots: one address space's slots; never changed once active."""
+
+    __slots__ = ("_bases", "by_id", "generation", "slots")
+
+    def __init__(self, generation: int = 0, slots: tuple[KvmMemorySlot, ...] = ()) -> None:
+        self.generation = generation
+        self.slots = tuple(sorted(slots, key=lambda slot: slot.base_gfn))
+        self.by_id = {slot.id: slot for slot in self.slots}
+        self._bases = [slot.base_gfn for slot in self.slots]
+
+    def search(self, gfn: int) -> KvmMemorySlot | None:
+        """search_memslots()"""
+        i = bisect_right(self._bases, gfn) - 1
+        if i >= 0:
+            slot = self.slots[i]
+            if gfn < slot.base_gfn + slot.npages:
+                return slot
+        return None
+
+
+class Kvm:
+    """struct kvm.
+
+    Lock order: slots_lock, slots_arch_lock, mn_invalidate_lock; mmu_lock, tdp_mmu_pages_lock.
+    """
+
+    __slots__ = (
+        "dirty_log_manual",
+        "gfns",
+        "id",
+        "machine",
+        "memslots",
+        "mmu_lock",
+        "mn_active_invalidate_count",
+        "mn_flush_at_end",
+        "mn_invalidate_lock",
+        "mn_memslots_update_waiter",
+        "params",
+        "pcpu_mask",
+        "policy",
+        "slots_arch_lock",
+        "slots_lock",
+        "tdp_mmu_pages_lock",
+        "tdp_mmu_roots",
+        "vcpus",
+        "vm_dead",
+    )
+
+    def __init__(self, machine: Machine, vm: int, gfns: int, policy: Policy, params: KvmParams) -> None:
+        self.machine = machine
+        self.id = vm
+        self.gfns = gfns
+        self.policy = policy
+        self.params = params
+        self.vm_dead = False
+        self.mmu_lock = MmuLock(vm)
+        self.slots_lock = Mutex("slots_lock")
+        self.slots_arch_lock = Mutex("slots_arch_lock")
+        self.vcpus: tuple[Vcpu, ...] = ()
+        # One per address space; KVM_X86 has two (SMM is the second).  Replaced whole, read under SRCU.
+        self.memslots: list[KvmMemslots] = [KvmMemslots(), KvmMemslots()]
+        self.mn_invalidate_lock = SpinLock("mn_invalidate_lock")
+        self.mn_active_invalidate_count = 0
+        self.mn_memslots_update_waiter = -1  # CPU of the memslot updater that waits for the count
+        self.mn_flush_at_end = False  # only with notifier_flush=at-range-end; under mmu_lock
+        # Replaced whole under tdp_mmu_pages_lock, read under RCU or mmu_lock.
+        self.tdp_mmu_roots: tuple[KvmMmuPage, ...] = ()
+        self.tdp_mmu_pages_lock = SpinLock("tdp_mmu_pages_lock")
+        self.dirty_log_manual = 0
+        # pCPUs on which a vCPU was ever loaded; only with remote_kick=vm-pcpu-mask.
+        self.pcpu_mask = bytearray(machine.pcpus)
+
+    def __repr__(self) -> str:
+        return f"<VM {self.id}>"
+
+
+class Vcpu:
+    """struct kvm_vcpu with vcpu->arch and struct vcpu_vmx.
+
+    Apart from what the core holds (mode, requests, cpu), only the thread of the pCPU that it is loaded on
+    touches it; `immediate_exit` is user space's (kvm_run->immediate_exit) and may be set by anyone.
+    """
+
+    __slots__ = (
+        "exit",
+        "id",
+        "immediate_exit",
+        "kvm",
+        "loaded",
+        "loaded_vmcs",
+        "mmu",
+        "mutex",
+        "root_mmu",
+        "srcu_idx",
+        "vpid",
+    )
+
+    def __init__(self, kvm: Kvm, number: int, vpid: int) -> None:
+        self.kvm = kvm
+        self.id = number
+        self.vpid = vpid
+        self.loaded_vmcs = LoadedVmcs()
+        self.root_mmu = KvmMmu(KvmMmuPageRole(level=kvm.params.tdp_level))
+        self.mmu = self.root_mmu
+        self.mutex = Mutex("vcpu->mutex")
+        self.srcu_idx = -1
+        self.loaded = False  # between vcpu_load or kvm_sched_in and vcpu_put or kvm_sched_out
+        self.immediate_exit = False
+        self.exit: Any = ffi.new("struct vcpu_exit *")
+
+    def __repr__(self) -> str:
+        return f"<vCPU {self.id} of VM {self.kvm.id}>"

@@ -1,0 +1,200 @@
+"""The decision points: where KVM could flush, kick, wait or order differently, and every known answer.
+
+The first alternative of each point is what Linux 7.3 does.  An alternative that is known to be wrong is a
+*mutant*: it exists so that the oracle can be seen to catch it.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+
+@dataclass(frozen=True, slots=True)
+class Alternative:
+    """One answer.  `mutant`: known to be wrong, on its own or in company that `doc` names."""
+
+    name: str
+    doc: str
+    mutant: bool = False
+
+
+@dataclass(frozen=True, slots=True)
+class DecisionPoint:
+    """A question that a policy answers; `name` is also the attribute of `Policy`."""
+
+    name: str
+    doc: str
+    alternatives: tuple[Alternative, ...]
+
+    @property
+    def default(self) -> str:
+        """What Linux 7.3 does."""
+        return self.alternatives[0].name
+
+    def names(self) -> tuple[str, ...]:
+        return tuple(alternative.name for alternative in self.alternatives)
+
+    def alternative(self, name: str) -> Alternative:
+        return next(a for a in self.alternatives if a.name == name)
+
+
+POINTS: tuple[DecisionPoint, ...] = (
+    DecisionPoint(
+        "remote_flush",
+        "what a vCPU drops when it serves KVM_REQ_TLB_FLUSH (kvm_vcpu_flush_tlb_all)",
+        (
+            Alternative("all-contexts", "INVEPT global: every EPTP, every VM on the pCPU"),
+            Alternative(
+                "current-context",
+                "INVEPT single on the current root only, as to 5.6; wrong as soon as a vCPU can switch to a "
+                "root that it used before without a flush, or loads a root for the first time on a pCPU",
+                mutant=True,
+            ),
+        ),
+    ),
+    DecisionPoint(
+        "remote_kick",
+        "which pCPUs a waiting request interrupts (kvm_make_vcpus_request_mask)",
+        (
+            Alternative("mode-not-outside", "those where a vCPU of the VM is not OUTSIDE_GUEST_MODE"),
+            Alternative(
+                "vm-pcpu-mask",
+                "every pCPU on which a vCPU of the VM was ever loaded; a pCPU that joins is flushed",
+            ),
+            Alternative("all-pcpus", "every pCPU of the host"),
+        ),
+    ),
+    DecisionPoint(
+        "kick_wait",
+        "does the flusher wait until the interrupted pCPUs have left guest mode (KVM_REQUEST_WAIT)",
+        (
+            Alternative("wait", "yes: smp_call_function_many() with wait"),
+            Alternative(
+                "no-wait",
+                "no: guests go on for a moment after the flush is said to be done",
+                mutant=True,
+            ),
+        ),
+    ),
+    DecisionPoint(
+        "root_load",
+        "a root becomes current through kvm_mmu_load",
+        (
+            Alternative("flush-current", "INVEPT single on it: its page may have been a root before"),
+            Alternative("none", "nothing: entries of its earlier life as a root come back", mutant=True),
+        ),
+    ),
+    DecisionPoint(
+        "migration",
+        "EPT half of what happens when a VMCS is loaded on another pCPU (vmx_vcpu_load_vmcs)",
+        (
+            Alternative("all-contexts", "KVM_REQ_TLB_FLUSH: INVEPT global before the next entry"),
+            Alternative("active-roots", "INVEPT single on current and previous roots (proposed 2025)"),
+            Alternative("none", "nothing: entries from an earlier stay on the pCPU come back", mutant=True),
+        ),
+    ),
+    DecisionPoint(
+        "migration_vpid",
+        "guest-visible half of the same flush: what the guest invalidated natively while it ran elsewhere",
+        (
+            Alternative("with-ept", "left to the EPT half; INVEPT drops combined mappings too"),
+            Alternative("invvpid", "INVVPID single-context of the vCPU's VPID on the new pCPU"),
+            Alternative(
+                "none",
+                "nothing; wrong together with an EPT half that does not drop the combined mappings",
+                mutant=True,
+            ),
+        ),
+    ),
+    DecisionPoint(
+        "slot_delete",
+        "what goes when a memslot is deleted or moved (kvm_arch_flush_shadow_memslot)",
+        (
+            Alternative("zap-all-roots", "every root is invalidated, vCPUs build new ones"),
+            Alternative("zap-slot-leafs", "leafs of the slot, with a flush (6.12 with the quirk disabled)"),
+        ),
+    ),
+    DecisionPoint(
+        "zap_scope",
+        "what a range zap removes (tdp_mmu_zap_leafs)",
+        (
+            Alternative("leafs", "leaf SPTEs only; tables stay (since 5.18)"),
+            Alternative("leafs-and-tables", "tables that lie wholly in the range go too (to 5.17)"),
+        ),
+    ),
+    DecisionPoint(
+        "zap_yield",
+        "order in tdp_mmu_iter_cond_resched, and at the end of walks that remove tables",
+        (
+            Alternative("flush-then-unlock", "flush, then rcu_read_unlock, then mmu_lock (since 5.18)"),
+            Alternative(
+                "unlock-then-flush",
+                "rcu_read_unlock, then the flush, then mmu_lock (5.12 to 5.17); harmless while only leafs "
+                "go, wrong when tables are freed through RCU",
+                mutant=True,
+            ),
+            Alternative("no-flush", "yields without the flush and reports it done", mutant=True),
+        ),
+    ),
+    DecisionPoint(
+        "map_replace",
+        "a fault installs a huge leaf over a table (tdp_mmu_map_handle_target_level)",
+        (
+            Alternative("flush", "kvm_flush_remote_tlbs_gfn before rcu_read_unlock"),
+            Alternative("none", "nothing: cached pointers to the freed table stay in use", mutant=True),
+        ),
+    ),
+    DecisionPoint(
+        "huge_recovery",
+        "dirty logging ends: how tables become huge pages again",
+        (
+            Alternative("in-place", "the huge leaf replaces the table, one batched flush (since 6.13)"),
+            Alternative("zap-each", "each table is zapped and flushed, faults bring 2M (to 6.12)"),
+        ),
+    ),
+    DecisionPoint(
+        "write_protect",
+        "flush after SPTEs were write-protected for dirty logging: when it is armed, and after reaping",
+        (
+            Alternative("flush", "always when logging is armed, and when a bit was reaped"),
+            Alternative(
+                "if-changed",
+                "only if some SPTE lost W just now (before b64d740ea7dd); wrong where W can be clear while a "
+                "TLB still holds a writable translation, as with access tracking without A/D bits",
+                mutant=True,
+            ),
+            Alternative("none", "never: writes through old translations are not logged", mutant=True),
+        ),
+    ),
+    DecisionPoint(
+        "notifier_flush",
+        "flush of mmu_notifier_invalidate_range_start after SPTEs were zapped",
+        (
+            Alternative("before-return", "under mmu_lock, before it returns"),
+            Alternative("at-range-end", "in invalidate_range_end: the page is free by then", mutant=True),
+            Alternative("none", "never", mutant=True),
+        ),
+    ),
+    DecisionPoint(
+        "fault_retry",
+        "a page fault races an invalidation (is_page_fault_stale)",
+        (
+            Alternative("invalidate-seq", "mmu_invalidate_retry_gfn: the fault starts over"),
+            Alternative("none", "the frame number taken before is mapped all the same", mutant=True),
+        ),
+    ),
+    DecisionPoint(
+        "entry_order",
+        "order of mode = IN_GUEST_MODE and the last look at requests in vcpu_enter_guest",
+        (
+            Alternative("mode-then-requests", "mode, full barrier, requests (vcpu-requests.rst)"),
+            Alternative(
+                "requests-then-mode",
+                "a request made in between sees OUTSIDE, sends no IPI, and is not seen at entry",
+                mutant=True,
+            ),
+        ),
+    ),
+)
+
+BY_NAME = {point.name: point for point in POINTS}

@@ -1,0 +1,427 @@
+"""The machine as KVM's code sees it: CPUs, errors, ordering points, locks, and every wait that Python does.
+
+The native core takes the acting CPU as an argument; here that CPU is an object, `Cpu`, and every function of
+`emulator.kvm` takes it first.  A pCPU's thread owns its `Cpu`; other threads own a housekeeping one.
+
+All waiting done in Python lives in this module and ends in `cpu_wait_event`: it releases the GIL, keeps
+running the calls that other CPUs queue for this one, and returns when the machine stops.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Mapping
+from types import TracebackType
+from typing import Any, Final, Literal, NoReturn
+
+from native import ffi, lib
+
+Mode = Literal["read", "write"]
+# What an installed hook is called with at an ordering point: who, kind of object, which one, access.
+Hook = Callable[["Cpu", str, object, Mode], None]
+
+READ: Final = 1
+WRITE: Final = 2
+# Neighbours that one fault maps at most (see emulator.kvm.page_fault): the length of the scratch arrays.
+FAULT_AROUND_MAX: Final = 64
+
+
+class MachineError(Exception):
+    """A native call did not do what it was asked to do."""
+
+
+class MachineStopped(MachineError):
+    """The machine stops: unwind."""
+
+
+class CpuOffline(MachineError):
+    """This CPU was taken offline under its thread."""
+
+
+class MachineMisuse(MachineError):
+    """A wait where waiting is forbidden: interrupts off, inside RCU, under a lock."""
+
+
+class OutOfFrames(MachineError):
+    """No host frame of the wanted kind is left."""
+
+
+class TryAgain(MachineError):
+    """A try form did not succeed; callers that expect it look at the return value instead."""
+
+
+class Machine:
+    """Owns the native machine; `cpus[i]` is CPU i, pCPUs first.
+
+    `config` holds the fields of the core's `struct machine_config`.
+    """
+
+    __slots__ = ("config", "cpus", "m", "vmx_vpid_bitmap", "vmx_vpid_lock")
+
+    def __init__(self, config: Mapping[str, int]) -> None:
+        self.config = dict(config)
+        error = ffi.new("char[]", 200)
+        self.m: Any = lib.machine_create(ffi.new("struct machine_config *", self.config), error, 200)
+        if self.m == ffi.NULL:
+            raise OutOfFrames(ffi.string(error).decode() or "the machine could not be built")
+        pcpus = self.config["pcpus"]
+        self.cpus = [Cpu(self, i, i < pcpus) for i in range(pcpus + self.config["housekeeping"])]
+        # VPIDs are of the host, not of a VM (vmx.c: vmx_vpid_bitmap).  VPID 0 is the host's own.
+        self.vmx_vpid_lock = SpinLock("vmx_vpid_lock")
+        self.vmx_vpid_bitmap = bytearray(1 << 16)
+        self.vmx_vpid_bitmap[0] = 1
+
+    @property
+    def pcpus(self) -> int:
+        return self.config["pcpus"]
+
+    @property
+    def stopping(self) -> bool:
+        return bool(lib.machine_stopping(self.m))
+
+    def stop(self) -> None:
+        lib.machine_stop(self.m)
+
+    def destroy(self) -> None:
+        """Free the native machine; no thread may be inside a call on it any more."""
+        if self.m != ffi.NULL:
+            m, self.m = self.m, ffi.NULL
+            for cpu in self.cpus:
+                cpu.m = ffi.NULL
+            lib.machine_destroy(m)
+
+    def install(self, hook: Hook | None) -> None:
+        """Call `hook` at every ordering point of every CPU; None removes it."""
+        for cpu in self.cpus:
+            cpu.hook = hook
+
+
+class Cpu:
+    """One CPU: the identity of a thread for IPIs, RCU and locks, and that thread's scratch memory.
+
+    `rcu_depth`, `mmu_lock_held` and `spinlocks` mirror what the thread holds, so that guards release exactly
+    that when a wait inside them ended with MachineStopped.
+    """
+
+    __slots__ = (
+        "hfns",
+        "hook",
+        "id",
+        "is_pcpu",
+        "kick_mask",
+        "kick_mask_words",
+        "m",
+        "machine",
+        "mmu_lock_held",
+        "page",
+        "rcu_depth",
+        "spinlocks",
+        "sptes",
+        "tables",
+        "tags",
+        "vcpu",
+        "writable",
+    )
+
+    def __init__(self, machine: Machine, number: int, is_pcpu: bool) -> None:
+        self.machine = machine
+        self.m: Any = machine.m
+        self.id = number
+        self.is_pcpu = is_pcpu
+        self.hook: Hook | None = None
+        self.rcu_depth = 0
+        self.mmu_lock_held = 0
+        self.spinlocks = 0
+        # kvm_running_vcpu: the vCPU that is loaded here (emulator.kvm.structs.Vcpu).
+        self.vcpu: Any = None
+        # Per-CPU scratch, as the kernel's cpu_kick_mask; the rest saves allocations in page faults.
+        self.kick_mask_words = (machine.config["pcpus"] + 63) // 64
+        self.kick_mask: Any = ffi.new("uint64_t[]", self.kick_mask_words)
+        self.page: Any = ffi.new("struct mm_page *")
+        self.sptes: Any = ffi.new("uint64_t[]", 8)
+        self.tables: Any = ffi.new("uint32_t[]", 8)
+        self.hfns: Any = ffi.new("uint32_t[]", FAULT_AROUND_MAX)
+        self.tags: Any = ffi.new("uint32_t[]", FAULT_AROUND_MAX)
+        self.writable: Any = ffi.new("uint32_t[]", FAULT_AROUND_MAX)
+
+    def __repr__(self) -> str:
+        return f"<{'pCPU' if self.is_pcpu else 'housekeeping CPU'} {self.id}>"
+
+    def check(self, rc: int) -> int:
+        """`rc` of a native call, or the exception that it stands for."""
+        if rc < 0:
+            self.fail(rc)
+        return rc
+
+    def fail(self, rc: int) -> NoReturn:
+        if rc == lib.MACHINE_STOPPED:
+            raise MachineStopped
+        if rc == lib.MACHINE_OFFLINE:
+            raise CpuOffline(f"CPU {self.id}")
+        if rc == lib.MACHINE_NOMEM:
+            raise OutOfFrames("no host frame of that kind is left")
+        if rc == lib.MACHINE_AGAIN:
+            raise TryAgain
+        if rc == lib.MACHINE_MISUSE:
+            text = ffi.string(lib.machine_error_text(self.m, self.id)).decode()
+            raise MachineMisuse(f"CPU {self.id}: {text}")
+        raise MachineError(f"CPU {self.id}: native error {rc}")
+
+    def point(self, kind: str, obj: object, mode: Mode) -> None:
+        """A step at which order matters: `kind` and `obj` name what is read or written."""
+        if self.hook is not None:
+            self.hook(self, kind, obj, mode)
+
+    def stat(self, vm: int, stat: int, n: int = 1) -> None:
+        lib.vm_stat_add(self.m, vm, stat, n)
+
+    def event(self, kind: int, a: int, b: int) -> None:
+        lib.event_record(self.m, self.id, kind, a, b)
+
+
+class timed:  # noqa: N801 - reads like a statement
+    """Records how long its block took in one of the native histograms."""
+
+    __slots__ = ("cpu", "histogram", "start")
+
+    def __init__(self, cpu: Cpu, histogram: int) -> None:
+        self.cpu, self.histogram = cpu, histogram
+
+    def __enter__(self) -> None:
+        self.start = time.monotonic_ns()
+
+    def __exit__(self, kind: object, value: object, traceback: object) -> None:
+        elapsed = time.monotonic_ns() - self.start
+        lib.histogram_record(self.cpu.m, self.cpu.id, self.histogram, elapsed)
+
+
+def wait_until(cpu: Cpu, condition: Callable[[], bool], what: str) -> None:
+    """Wait until `condition`; whoever makes it true calls `wake`.
+
+    The event is read before the condition is tested, so that a wake-up in between is not lost.
+    """
+    if cpu.spinlocks:
+        raise MachineMisuse(f"CPU {cpu.id}: waits for {what} while it holds a spinlock")
+    while True:
+        seq = lib.cpu_event(cpu.m, cpu.id)
+        if condition():
+            return
+        cpu.check(lib.cpu_wait_event(cpu.m, cpu.id, seq, 0))
+
+
+def wake(machine: Machine, cpu_id: int) -> None:
+    lib.cpu_wake(machine.m, cpu_id)
+
+
+class _Waitable:
+    """One token that threads take and give back; taking and giving are single list operations, hence
+    atomic under the GIL.  Waiters queue as CPU numbers and are woken by whoever gives the token back."""
+
+    __slots__ = ("_token", "_waiters", "name", "owner")
+
+    def __init__(self, name: str) -> None:
+        self.name = name
+        self.owner = -1  # for reports
+        self._token = [None]
+        self._waiters: list[int] = []
+
+    def _try(self, cpu: Cpu) -> bool:
+        try:
+            self._token.pop()
+        except IndexError:
+            return False
+        self.owner = cpu.id
+        return True
+
+    def _take(self, cpu: Cpu) -> None:
+        cpu.point("lock", self, "write")
+        while not self._try(cpu):
+            # Queue first, then read the event, then try again: the holder gives the token back before it
+            # looks at the queue, so one of the two sees the other.
+            self._waiters.append(cpu.id)
+            seq = lib.cpu_event(cpu.m, cpu.id)
+            if self._try(cpu):
+                return
+            cpu.check(lib.cpu_wait_event(cpu.m, cpu.id, seq, 0))
+
+    def _give(self, cpu: Cpu) -> None:
+        self.owner = -1
+        self._token.append(None)
+        while self._waiters:
+            try:
+                waiter = self._waiters.pop()
+            except IndexError:
+                break
+            lib.cpu_wake(cpu.m, waiter)
+
+
+class _SpinLockHeld:
+    __slots__ = ("cpu", "lock")
+
+    def __init__(self, lock: SpinLock, cpu: Cpu) -> None:
+        self.lock, self.cpu = lock, cpu
+
+    def __enter__(self) -> None:
+        self.lock._take(self.cpu)
+        self.cpu.spinlocks += 1
+
+    def __exit__(self, kind: object, value: object, traceback: object) -> None:
+        self.cpu.spinlocks -= 1
+        self.lock._give(self.cpu)
+
+
+class SpinLock(_Waitable):
+    """spinlock_t for short critical sections: its holder must not wait.  `with lock.held(cpu): ...`"""
+
+    __slots__ = ()
+
+    def held(self, cpu: Cpu) -> _SpinLockHeld:
+        return _SpinLockHeld(self, cpu)
+
+
+class _MutexHeld:
+    __slots__ = ("cpu", "lock", "locked")
+
+    def __init__(self, lock: Mutex, cpu: Cpu) -> None:
+        self.lock, self.cpu, self.locked = lock, cpu, False
+
+    def __enter__(self) -> _MutexHeld:
+        self.relock()
+        return self
+
+    def relock(self) -> None:
+        if self.cpu.spinlocks:
+            raise MachineMisuse(f"CPU {self.cpu.id}: takes {self.lock.name} while it holds a spinlock")
+        self.lock._take(self.cpu)
+        self.locked = True
+
+    def unlock(self) -> None:
+        self.locked = False
+        self.lock._give(self.cpu)
+
+    def __exit__(self, kind: object, value: object, traceback: object) -> None:
+        if self.locked:
+            self.unlock()
+
+
+class Mutex(_Waitable):
+    """struct mutex: may be held across waits.  `with lock.held(cpu) as held: ...`; `held.unlock()` in the
+    block drops it early."""
+
+    __slots__ = ()
+
+    def held(self, cpu: Cpu) -> _MutexHeld:
+        return _MutexHeld(self, cpu)
+
+
+class Refcount:
+    """refcount_t."""
+
+    __slots__ = ("_lock", "value")
+
+    def __init__(self, value: int) -> None:
+        self.value = value
+        self._lock = SpinLock("refcount")
+
+    def inc_not_zero(self, cpu: Cpu) -> bool:
+        """refcount_inc_not_zero()"""
+        with self._lock.held(cpu):
+            if self.value == 0:
+                return False
+            self.value += 1
+            return True
+
+    def dec_and_test(self, cpu: Cpu) -> bool:
+        """refcount_dec_and_test(): True for whoever dropped the last reference."""
+        with self._lock.held(cpu):
+            if self.value <= 0:
+                raise AssertionError("a reference is dropped that nobody holds")
+            self.value -= 1
+            return self.value == 0
+
+
+class _MmuLockHeld:
+    __slots__ = ("cpu", "how", "lock")
+
+    def __init__(self, lock: MmuLock, cpu: Cpu, how: int) -> None:
+        self.lock, self.cpu, self.how = lock, cpu, how
+
+    def __enter__(self) -> None:
+        self.lock.lock(self.cpu, self.how)
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        value: BaseException | None,
+        traceback: TracebackType | None,
+    ) -> None:
+        if self.cpu.mmu_lock_held:
+            self.lock.unlock(self.cpu)
+
+
+class MmuLock:
+    """kvm->mmu_lock of one VM.  `with kvm.mmu_lock.read_lock(cpu): ...`, likewise write_lock.
+
+    A CPU holds at most one mmu_lock; `cpu.mmu_lock_held` says how.
+    """
+
+    __slots__ = ("vm",)
+
+    def __init__(self, vm: int) -> None:
+        self.vm = vm
+
+    def read_lock(self, cpu: Cpu) -> _MmuLockHeld:
+        return _MmuLockHeld(self, cpu, READ)
+
+    def write_lock(self, cpu: Cpu) -> _MmuLockHeld:
+        return _MmuLockHeld(self, cpu, WRITE)
+
+    def lock(self, cpu: Cpu, how: int) -> None:
+        if cpu.spinlocks or cpu.mmu_lock_held:
+            raise MachineMisuse(f"CPU {cpu.id}: takes mmu_lock while it holds a spinlock or an mmu_lock")
+        cpu.point("mmu_lock", self.vm, "write" if how == WRITE else "read")
+        cpu.check((lib.mmu_write_lock if how == WRITE else lib.mmu_read_lock)(cpu.m, cpu.id, self.vm))
+        cpu.mmu_lock_held = how
+
+    def unlock(self, cpu: Cpu) -> None:
+        how, cpu.mmu_lock_held = cpu.mmu_lock_held, 0
+        (lib.mmu_write_unlock if how == WRITE else lib.mmu_read_unlock)(cpu.m, cpu.id, self.vm)
+        cpu.point("mmu_lock", self.vm, "write" if how == WRITE else "read")
+
+    def needbreak(self, cpu: Cpu) -> bool:
+        """rwlock_needbreak()"""
+        return bool(lib.mmu_lock_needbreak(cpu.m, self.vm))
+
+    def cond_resched(self, cpu: Cpu) -> None:
+        """cond_resched_rwlock_{read,write}() once it decided to let go."""
+        how = cpu.mmu_lock_held
+        self.unlock(cpu)
+        self.lock(cpu, how)
+
+
+class rcu_read_lock:  # noqa: N801 - the kernel's name
+    """An RCU read section.  Leaves RCU as deep as it was found, also after a failed yield inside."""
+
+    __slots__ = ("cpu", "depth")
+
+    def __init__(self, cpu: Cpu) -> None:
+        self.cpu = cpu
+
+    def __enter__(self) -> None:
+        self.depth = self.cpu.rcu_depth
+        rcu_enter(self.cpu)
+
+    def __exit__(self, kind: object, value: object, traceback: object) -> None:
+        if self.cpu.rcu_depth > self.depth:
+            rcu_leave(self.cpu)
+
+
+def rcu_enter(cpu: Cpu) -> None:
+    lib.rcu_read_lock(cpu.m, cpu.id)
+    cpu.rcu_depth += 1
+
+
+def rcu_leave(cpu: Cpu) -> None:
+    cpu.rcu_depth -= 1
+    lib.rcu_read_unlock(cpu.m, cpu.id)
+    cpu.point("rcu", cpu.id, "write")
