@@ -274,14 +274,20 @@ void tlb_insert(struct tlb *t, const struct tlb_entry *entry, uint64_t page)
 		l1_fill(t, &e, page);
 }
 
-void tlb_l1_update_right(struct tlb *t, uint64_t page, uint32_t type, uint32_t right)
+static void l1_update_right(struct tlb *t, uint32_t index, uint64_t page, uint32_t type, uint32_t right)
 {
-	uint64_t key = (page & PAGE_NUMBER_MASK) << L1_PAGE_SHIFT | t->l1.context_bits;
+	uint64_t bits = (uint64_t)index << GENERATION_BITS | t->generation[index];
+	uint64_t key = (page & PAGE_NUMBER_MASK) << L1_PAGE_SHIFT | bits;
 	uint32_t set = page % L1_SETS;
 
 	for (uint32_t way = 0; way < L1_WAYS; way++)
 		if (t->l1.key[set][way] == key)
 			t->l1.hot[set][way].right[type] = right;
+}
+
+void tlb_l1_update_right(struct tlb *t, uint64_t page, uint32_t type, uint32_t right)
+{
+	l1_update_right(t, t->serves, page, type, right);
 }
 
 void tlb_update_right(struct tlb *t, uint32_t kind, uint64_t page, uint32_t type, uint32_t right)
@@ -296,8 +302,8 @@ void tlb_update_right(struct tlb *t, uint32_t kind, uint64_t page, uint32_t type
 			if (cell && cell_live(&t->l2, cell))
 				((struct slot *)cell_payload(&t->l2, cell))->entry.right[type] = right;
 		}
-	if (kind == t->kind)
-		tlb_l1_update_right(t, page, type, right);
+	/* guest-physical ones may be there from when paging was off */
+	l1_update_right(t, index[0], page, type, right);
 }
 
 void tlb_drop(struct tlb *t, uint32_t kind, uint64_t page)
@@ -309,7 +315,6 @@ void tlb_drop(struct tlb *t, uint32_t kind, uint64_t page)
 	page &= PAGE_NUMBER_MASK;
 	for (uint32_t i = 0; i < n; i++)
 		context_drop_page(t, index[i], page);
-	if (kind == t->kind)
-		l1_drop(&t->l1, page);
+	l1_drop(&t->l1, page);
 	t->flush = flush;
 }

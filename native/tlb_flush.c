@@ -188,8 +188,7 @@ void ept_violation_invalidate(struct tlb *t, uint64_t gpa_page, uint64_t linear_
 	gpa_page &= PAGE_NUMBER_MASK;
 	context_drop_page(t, t->physical, gpa_page);
 	psc_drop_page(t, t->physical, gpa_page);
-	if (t->kind == KIND_GUEST_PHYSICAL)
-		l1_drop(&t->l1, gpa_page);
+	l1_drop(&t->l1, gpa_page); /* filled while paging was off */
 	if (linear_valid && t->kind == KIND_COMBINED) {
 		linear_page &= PAGE_NUMBER_MASK;
 		context_drop_page(t, t->paged, linear_page);
