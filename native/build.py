@@ -117,11 +117,18 @@ class BuildExt(build_ext):
 
     def build_extension(self, ext: Extension) -> None:
         if ext.name == MODULE:
+            self._require_python_headers()
             generated = Path(self.build_temp) / "_native.c"
             generated.parent.mkdir(parents=True, exist_ok=True)
             ffibuilder().emit_c_code(str(generated))
             ext.sources = [*ext.sources, str(generated)]
         super().build_extension(ext)
+
+    def _require_python_headers(self) -> None:
+        # Debian ships them apart, and the compiler's own message buries the reason.
+        if not any((Path(directory) / "Python.h").exists() for directory in self.include_dirs):
+            looked = ", ".join(self.include_dirs)
+            sys.exit(f"Python.h: not found in {looked}; expected from python3-dev (Debian) or python3-devel")
 
 
 def build_in_place() -> None:

@@ -1,0 +1,176 @@
+"""The collector: what a scrape says, what it costs in series, and that it may meet the machine's end."""
+
+from __future__ import annotations
+
+import re
+import shutil
+import subprocess
+import threading
+from collections import Counter
+
+import pytest
+from conftest import BareMachine
+from prometheus_client import CollectorRegistry, generate_latest
+from prometheus_client.parser import text_string_to_metric_families
+
+from metrics import MachineCollector
+from metrics.collector import MAX_VMS, _flush_families, _vm_families
+from metrics.native_counters import FlushCell
+from native import HISTOGRAM_NAMES, VIOLATION_KINDS, VM_STAT_NAMES, lib
+
+
+def scrape(collector: MachineCollector) -> str:
+    registry = CollectorRegistry()
+    registry.register(collector)
+    return generate_latest(registry).decode()
+
+
+def value(text: str, series: str) -> float:
+    match = re.search(rf"^{re.escape(series)} (\S+)$", text, re.MULTILINE)
+    assert match, f"{series} is not among\n{text}"
+    return float(match[1])
+
+
+@pytest.fixture
+def collector(bare_machine: BareMachine) -> MachineCollector:
+    collector = MachineCollector({"policy": "linux-7.3", "scenario": "test"})
+    collector.machine_up(bare_machine.pointer, pcpus=bare_machine.pcpus, vms=bare_machine.vms)
+    return collector
+
+
+def test_no_machine_no_series() -> None:
+    assert scrape(MachineCollector()) == ""
+
+
+def test_counters_are_sums_over_cpus(bare_machine: BareMachine, collector: MachineCollector) -> None:
+    bare_machine.count(0, lib.COUNT_IPIS_SENT, 3)
+    bare_machine.count(1, lib.COUNT_IPIS_SENT, 4)
+    bare_machine.count(3, lib.COUNT_IPIS_SENT, 5)
+    assert value(scrape(collector), "flushlab_ipis_sent_total") == 12
+
+
+def test_every_scrape_reads_anew(bare_machine: BareMachine, collector: MachineCollector) -> None:
+    for expected in (1, 2, 3):
+        bare_machine.count(0, lib.COUNT_AVERTED, 1)
+        assert value(scrape(collector), "flushlab_averted_uses_total") == expected
+
+
+def test_kvm_statistics_keep_their_names(bare_machine: BareMachine, collector: MachineCollector) -> None:
+    lib.vm_stat_add(bare_machine.pointer, 0, lib.STAT_REMOTE_TLB_FLUSH, 7)
+    lib.vm_stat_add(bare_machine.pointer, 0, lib.STAT_REMOTE_TLB_FLUSH_REQUESTS, 9)
+    text = scrape(collector)
+    assert value(text, 'flushlab_remote_tlb_flush_total{vm="0"}') == 7
+    assert value(text, 'flushlab_remote_tlb_flush_requests_total{vm="0"}') == 9
+
+
+def test_histogram_in_seconds(bare_machine: BareMachine, collector: MachineCollector) -> None:
+    lib.histogram_record(bare_machine.pointer, 0, lib.HISTOGRAM_IPI_WAIT, 1000)
+    lib.histogram_record(bare_machine.pointer, 1, lib.HISTOGRAM_IPI_WAIT, 3_000_000)
+    text = scrape(collector)
+    assert value(text, "flushlab_ipi_wait_seconds_count") == 2
+    assert value(text, "flushlab_ipi_wait_seconds_sum") == pytest.approx(3.001e-3)
+    assert value(text, 'flushlab_ipi_wait_seconds_bucket{le="2.56e-07"}') == 0
+    assert value(text, 'flushlab_ipi_wait_seconds_bucket{le="1.024e-06"}') == 1
+    assert value(text, 'flushlab_ipi_wait_seconds_bucket{le="+Inf"}') == 2
+
+
+def test_buckets_never_decrease(bare_machine: BareMachine, collector: MachineCollector) -> None:
+    for exponent in range(36):
+        lib.histogram_record(bare_machine.pointer, 0, lib.HISTOGRAM_VCPU_PAUSE, 1 << exponent)
+    counts = [
+        sample.value
+        for family in text_string_to_metric_families(scrape(collector))
+        for sample in family.samples
+        if sample.name == "flushlab_vcpu_pause_seconds_bucket"
+    ]
+    assert counts == sorted(counts)
+    assert counts[-1] == 36
+
+
+def test_each_violation_kind_has_a_series(collector: MachineCollector) -> None:
+    text = scrape(collector)
+    for kind in VIOLATION_KINDS:
+        assert value(text, f'flushlab_violations_total{{kind="{kind}"}}') == 0
+
+
+def test_every_native_histogram_is_exported(collector: MachineCollector) -> None:
+    assert scrape(collector).count("# TYPE flushlab_") > len(HISTOGRAM_NAMES)
+    assert scrape(collector).count(" histogram\n") == len(HISTOGRAM_NAMES)
+
+
+def test_promtool_finds_nothing(bare_machine: BareMachine) -> None:
+    promtool = shutil.which("promtool")
+    if promtool is None:
+        pytest.skip("promtool is not installed (apt-get install prometheus)")
+    collector = MachineCollector({"policy": "p", "scenario": "s"}, per_cpu=True)
+    collector.machine_up(bare_machine.pointer, pcpus=bare_machine.pcpus, vms=bare_machine.vms)
+    text = scrape(collector)
+    check = subprocess.run(
+        [promtool, "check", "metrics"], input=text, capture_output=True, text=True, check=False, timeout=30
+    )
+    assert (check.returncode, check.stdout, check.stderr) == (0, "", "")
+
+
+def test_pcpus_are_labels_only_on_request(bare_machine: BareMachine, collector: MachineCollector) -> None:
+    assert "cpu=" not in scrape(collector)
+    detailed = MachineCollector(per_cpu=True)
+    detailed.machine_up(bare_machine.pointer, pcpus=bare_machine.pcpus, vms=bare_machine.vms)
+    bare_machine.count(1, lib.COUNT_IPIS_RECEIVED, 5)
+    assert value(scrape(detailed), 'flushlab_pcpu_ipis_received_total{cpu="1"}') == 5
+
+
+class ManyVms:
+    """Stands for the native counters of a host with a hundred VMs."""
+
+    vms = 100
+    pcpus = 4
+
+    def flushes(self) -> list[FlushCell]:
+        return [FlushCell(vm, "invept_global", "migration", 2, 1) for vm in range(self.vms)]
+
+    def vm_stats(self, vm: int) -> dict[str, int]:
+        return dict.fromkeys(VM_STAT_NAMES, 1)
+
+
+def test_vms_beyond_the_first_share_a_series() -> None:
+    for families in (_flush_families, _vm_families):
+        for family in families(ManyVms()):  # type: ignore[arg-type]
+            by_vm = Counter({sample.labels["vm"]: sample.value for sample in family.samples})
+            assert len(by_vm) == MAX_VMS + 1
+            assert by_vm["other"] == (100 - MAX_VMS) * by_vm["0"]
+
+
+def test_default_series_stay_below_a_page(collector: MachineCollector) -> None:
+    # Thirteen buckets, +Inf, sum and count for each histogram; the rest are plain series.
+    lines = [line for line in scrape(collector).splitlines() if not line.startswith("#")]
+    assert len(lines) <= 60 + 16 * len(HISTOGRAM_NAMES)
+
+
+@pytest.mark.stress
+def test_scrapes_while_machines_come_and_go() -> None:
+    """machine_down waits for a scrape in progress, so no scrape reads a freed machine."""
+    collector = MachineCollector(per_cpu=True)
+    done = threading.Event()
+    seen: list[int] = []
+
+    def keep_scraping() -> None:
+        while not done.is_set():
+            seen.append(len(scrape(collector)))
+
+    threads = [threading.Thread(target=keep_scraping) for _ in range(3)]
+    for thread in threads:
+        thread.start()
+    try:
+        for _ in range(50):
+            machine = BareMachine()
+            collector.machine_up(machine.pointer, pcpus=machine.pcpus, vms=machine.vms)
+            before = len(seen)
+            while len(seen) < before + 4:
+                machine.count(0, lib.COUNT_ACCESSES, 1)
+            collector.machine_down()
+            machine.close()
+    finally:
+        done.set()
+        for thread in threads:
+            thread.join()
+    assert sum(1 for size in seen if size) >= 50
