@@ -1,0 +1,79 @@
+/* The guest: registers, 4-level page tables in guest memory, and a small guest OS.
+ *
+ * The OS runs the processes of one vCPU in turn: each has an address space with its own PCID and a
+ * recorded memory trace.  It maps on demand, unmaps and remaps pages, takes write access away and gives it
+ * back, shares pages between processes, keeps a global kernel mapping, switches address spaces, and
+ * invalidates with INVLPG, INVPCID and MOV CR3 as an OS must, without KVM seeing any of it.  Every table entry
+ * that it reads or writes is a guest-physical access through the pCPU's TLB and EPT.
+ */
+#ifndef FLUSHLAB_GUEST_H
+#define FLUSHLAB_GUEST_H
+
+#include "machine.h"
+
+/* api */
+struct guest_config {
+	uint64_t first_gfn;      /* guest-physical memory that this vCPU's OS hands out */
+	uint64_t end_gfn;
+	uint64_t mmio_gfn;       /* 0: none; else gfns of a second memslot that it maps, too */
+	uint64_t mmio_end_gfn;
+	uint32_t switch_every;   /* accesses between context switches; 0: never */
+	uint32_t unmap_every;    /* ... between unmapping one page */
+	uint32_t protect_every;  /* ... between taking write access from one page */
+	uint32_t hugepages;      /* map anonymous regions with 2 MiB guest pages where they fit */
+	uint32_t pcid;           /* CR4.PCIDE */
+	uint32_t paging;         /* 0: CR0.PG = 0, addresses are guest-physical */
+	uint32_t halt_every;     /* accesses between HLT exits; 0: never */
+	uint32_t seed;
+};
+
+int guest_configure(struct machine *m, uint32_t vcpu, const struct guest_config *config);
+/* Adds a process that replays records[n] (as emulator.traces defines them) for ever; pages[] are the sorted
+ * distinct page numbers in them.  The arrays stay the caller's and must outlive the guest. */
+int guest_add_process(struct machine *m, uint32_t vcpu, const uint64_t *records, uint64_t n,
+		      const uint64_t *pages, uint64_t n_pages);
+
+enum exit_reason {
+	EXIT_INTERRUPT,      /* external interrupt: calls were run and acknowledged */
+	EXIT_EPT_VIOLATION,  /* gpa, linear, access, present rights */
+	EXIT_EPT_MISCONFIG,  /* an SPTE that hardware cannot use */
+	EXIT_HLT,
+	EXIT_PREEMPTION_TIMER, /* the slice is used up */
+	EXIT_MESSAGE,        /* attention other than an IPI: message, resched, stop */
+	EXIT_TRIPLE_FAULT,   /* the guest OS cannot go on: out of memory, or its tables are garbage */
+	EXIT_REASONS
+};
+
+struct vcpu_exit {
+	uint32_t reason;
+	uint32_t access;     /* access_type of an EPT violation */
+	uint64_t gpa;
+	uint64_t linear;
+	uint32_t rights;     /* R/W/X of the SPTE met */
+	uint32_t attention;  /* attention bits at exit */
+	uint64_t accesses;   /* guest accesses done since entry */
+};
+
+/* EPT_POINTER: which root this vCPU's VMCS points to. */
+void vcpu_set_eptp(struct machine *m, uint32_t vcpu, uint32_t root, uint32_t root_level);
+
+/* VM entry to VM exit.  Before: interrupts off, mode IN_GUEST_MODE, the vCPU loaded on this pCPU.  Runs at
+ * most `budget` guest accesses.  At exit: mode OUTSIDE_GUEST_MODE, then interrupts on and queued calls run
+ * and acknowledged, in that order.  Returns the exit reason or an error. */
+int guest_run(struct machine *m, uint32_t cpu, uint32_t vcpu, uint64_t budget, struct vcpu_exit *out);
+/* Guest-physical frames that this vCPU's OS uses now. */
+uint64_t guest_frames_used(struct machine *m, uint32_t vcpu);
+uint64_t guest_clock(struct machine *m, uint32_t vcpu);
+/* Skip the instruction that exited (MMIO emulated by user space). */
+void guest_skip(struct machine *m, uint32_t vcpu);
+/* One guest memory access now, as guest_run would do it, for tests and litmus programs: linear address (or
+ * gpa with paging 0); value stored for writes.  Same preconditions and results as guest_run. */
+int guest_access(struct machine *m, uint32_t cpu, uint32_t vcpu, uint64_t linear, uint32_t type,
+		 struct vcpu_exit *out);
+/* end api */
+
+struct vcpu;
+int guest_create(struct machine *m, struct vcpu *vcpu);
+void guest_destroy(struct vcpu *vcpu);
+
+#endif

@@ -1,0 +1,150 @@
+/* Judging uses, and keeping reports.  See oracle.h for what is a violation. */
+#include <stdlib.h>
+#include <string.h>
+
+#include "events.h"
+#include "frame.h"
+#include "guest_state.h"
+#include "vm.h"
+
+static bool is_write(uint32_t type)
+{
+	return type == ACCESS_WRITE;
+}
+
+/* The state of the right that the entry stands for; the caller read the frame's tag before. */
+static void judge_right(struct machine *m, const struct tlb_entry *entry, uint64_t page, uint32_t type,
+			struct judgement *j)
+{
+	uint64_t gfn = entry->gfn + (page - entry->page);
+	uint32_t hfn = entry->hfn + (uint32_t)(page - entry->page);
+	struct ledger_entry e = { .hfn = 0xffffffff };
+
+	if (entry->vm < m->config.vms && gfn < m->vms[entry->vm].gfns)
+		ledger_copy(m, entry->vm, gfn, &e);
+	j->promise = e.promise;
+	j->promise_cpu = e.promise_cpu;
+	j->promise_time = e.promise_time;
+	if (e.hfn == hfn && !(e.revoked & (is_write(type) ? 2 : 1))) {
+		if (!(is_write(type) ? e.live_write : e.live_read))
+			j->verdict = VERDICT_LEGAL_STALE;
+		return;
+	}
+	j->verdict = VERDICT_VIOLATION;
+	j->kinds |= 1u << VIOLATION_STALE_AFTER_REVOKE;
+	if (frame_freed_since(m->frames, hfn, entry->custody))
+		j->kinds |= 1u << VIOLATION_USE_AFTER_FREE;
+}
+
+void oracle_judge(struct machine *m, const struct vcpu *vcpu, uint32_t life, const struct tlb_entry *entry,
+		  uint64_t page, uint32_t type, struct judgement *j)
+{
+	uint32_t hfn = entry->hfn + (uint32_t)(page - entry->page);
+
+	memset(j, 0, sizeof(*j));
+	/* Before the ledger: a later change there makes this tag old (oracle.h, order). */
+	j->right = (uint32_t)atomic_load_explicit(&m->frames->tag[hfn], memory_order_acquire) | life << 16;
+	judge_right(m, entry, page, type, j);
+	if (entry->vm != vcpu->vm)
+		j->kinds |= 1u << VIOLATION_CROSS_VM;
+	if (entry->right[type] != RIGHT_NONE && entry->right[type] >> 16 != life)
+		j->kinds |= 1u << VIOLATION_FOREIGN_ROOT;
+	if (guest_invalidated(vcpu, entry, page, type))
+		j->kinds |= 1u << VIOLATION_GUEST_STALE;
+	if (j->kinds)
+		j->verdict = VERDICT_VIOLATION;
+}
+
+void oracle_judge_table(struct judgement *j)
+{
+	memset(j, 0, sizeof(*j));
+	j->verdict = VERDICT_VIOLATION;
+	j->kinds = 1u << VIOLATION_WALK_AFTER_FREE;
+	j->promise = PROMISE_FREE;
+}
+
+void oracle_report(struct machine *m, uint32_t cpu, const struct violation_report *report)
+{
+	struct oracle *o = m->oracle;
+	uint32_t kind = (uint32_t)__builtin_ctz(report->kinds | 1u << VIOLATIONS);
+	uint32_t n;
+
+	if (kind >= VIOLATIONS)
+		return;
+	atomic_fetch_add_explicit(&o->count[kind], 1, memory_order_relaxed);
+	n = atomic_fetch_add_explicit(&o->reports, 1, memory_order_relaxed);
+	if (n >= REPORTS_KEPT)
+		return;
+	o->report[n].report = *report;
+	o->report[n].report.cpu = cpu;
+	o->report[n].report.time = monotonic_ns();
+	/* Release: pairs with the acquire in oracle_reports. */
+	atomic_store_explicit(&o->report[n].complete, 1, memory_order_release);
+}
+
+void oracle_violation(struct machine *m, struct cpu *cpu, const struct vcpu *vcpu,
+		      const struct tlb_entry *entry, uint64_t page, uint32_t type, uint32_t walk_level,
+		      uint64_t linear, const struct judgement *j)
+{
+	uint32_t hfn = entry->hfn + (uint32_t)(page - entry->page);
+	struct violation_report r = {
+		.kinds = j->kinds,
+		.vm = vcpu->vm,
+		.vcpu = vcpu->id,
+		.access = type,
+		.promise = j->promise,
+		.promise_cpu = j->promise_cpu,
+		.promise_time = j->promise_time,
+		.hfn = hfn,
+		.linear = linear,
+		.gfn = entry->gfn + (page - entry->page),
+		.guest_clock = vcpu->guest->clock,
+		.entry = *entry,
+		.walk_level = walk_level,
+		.tag_now = frame_host_tag(m->frames, hfn),
+	};
+
+	oracle_report(m, cpu->id, &r);
+}
+
+void oracle_counts(struct machine *m, uint64_t *counts)
+{
+	for (uint32_t i = 0; i < VIOLATIONS; i++)
+		counts[i] = atomic_load_explicit(&m->oracle->count[i], memory_order_relaxed);
+}
+
+uint32_t oracle_reports(struct machine *m, uint32_t from, struct violation_report *reports, uint32_t max)
+{
+	struct oracle *o = m->oracle;
+	uint32_t n = 0, end = atomic_load_explicit(&o->reports, memory_order_relaxed);
+
+	for (uint32_t i = from; i < end && i < REPORTS_KEPT && n < max; i++, n++) {
+		if (!atomic_load_explicit(&o->report[i].complete, memory_order_acquire))
+			break;
+		reports[n] = o->report[i].report;
+	}
+	return n;
+}
+
+int oracle_create(struct machine *m)
+{
+	m->oracle = calloc(1, sizeof(*m->oracle));
+	if (!m->oracle)
+		return MACHINE_NOMEM;
+	m->oracle->rings = aligned_alloc(CACHELINE, m->cpu_count * sizeof(struct event_ring));
+	if (!m->oracle->rings) {
+		oracle_destroy(m);
+		return MACHINE_NOMEM;
+	}
+	memset(m->oracle->rings, 0, m->cpu_count * sizeof(struct event_ring));
+	return 0;
+}
+
+void oracle_destroy(struct machine *m)
+{
+	if (!m->oracle)
+		return;
+	free(m->oracle->rings);
+	free(m->oracle);
+	m->oracle = NULL;
+}

@@ -1,0 +1,174 @@
+/* The oracle: judges every use of a translation, never its presence.
+ *
+ * Right: (VM, gfn, host frame, read or write).  Granted by a leaf SPTE, ungranted when that SPTE goes or
+ * loses write access, revoked when the operation that took it away *completes*: the moment KVM promises
+ * that nobody uses it any more.  A use is a violation iff the right was valid at no moment since the last
+ * completed revocation.
+ *
+ * The ledger holds the state of the rights of each gfn; it is exact.  Frame tags (frame.h) only say that
+ * something changed: the fast check of an access compares one word, and a mismatch comes here.
+ *
+ * Order: SPTE, then ledger, then tag.  A checker reads the tag first, so that a change which it misses in
+ * the ledger makes its refreshed tag old again.
+ */
+#ifndef FLUSHLAB_ORACLE_H
+#define FLUSHLAB_ORACLE_H
+
+#include "cpu.h"
+#include "tlb.h"
+
+/* api */
+/* Most specific first. */
+enum violation {
+	VIOLATION_CROSS_VM,
+	VIOLATION_FOREIGN_ROOT,
+	VIOLATION_WALK_AFTER_FREE,
+	VIOLATION_USE_AFTER_FREE,
+	VIOLATION_STALE_AFTER_REVOKE,
+	VIOLATION_GUEST_STALE,
+	VIOLATION_LOST_DIRTY,
+	VIOLATION_IPI_STALL,
+	VIOLATION_RCU_STALL,
+	VIOLATION_DEADLOCK,
+	VIOLATIONS
+};
+
+/* What KVM promises, and when it has: see kvm_mmu_notifier_invalidate_range_start, kvm_set_memslot,
+ * kvm_vm_ioctl_get_dirty_log, kvm_zap_gfn_range. */
+enum promise {
+	PROMISE_NONE,
+	PROMISE_NOTIFIER,       /* invalidate_range_start returned: nobody uses the range */
+	PROMISE_NOTIFIER_WRITE, /* ... nobody writes to it (mprotect, copy-on-write, KSM) */
+	PROMISE_MEMSLOT,        /* the slot is gone */
+	PROMISE_ZAP_RANGE,      /* kvm_zap_gfn_range returned */
+	PROMISE_DIRTY_LOG,      /* whoever writes from now on is logged */
+	PROMISE_FREE,           /* the frame was freed */
+	PROMISE_GUEST,          /* the guest invalidated its own mapping on this vCPU */
+	PROMISES
+};
+
+/* The operation behind `promise` on gfns [start, end) is complete.  Returns rights revoked. */
+uint64_t oracle_revoke(struct machine *m, uint32_t cpu, uint32_t vm, uint64_t start, uint64_t end,
+		       uint32_t promise);
+/* The same for single gfns: bit i of mask is gfn base + i (dirty log). */
+uint64_t oracle_revoke_mask(struct machine *m, uint32_t cpu, uint32_t vm, uint64_t base, uint64_t mask,
+			    uint32_t promise);
+
+struct violation_report {
+	uint32_t kinds;    /* all that hold, a bit per violation */
+	uint32_t cpu;      /* pCPU of the access */
+	uint32_t vm;
+	uint32_t vcpu;
+	uint32_t access;   /* access_type */
+	uint32_t promise;  /* what took the right away */
+	uint32_t promise_cpu; /* ... on which CPU */
+	uint32_t hfn;      /* frame accessed */
+	uint64_t linear;   /* linear address of the guest access under way, or gpa with paging off */
+	uint64_t gfn;      /* guest frame accessed */
+	uint64_t time;     /* monotonic ns */
+	uint64_t promise_time;
+	uint64_t guest_clock; /* the vCPU's clock at the access */
+	struct tlb_entry entry;
+	uint32_t walk_level; /* reference of a walk: level of the entry read; 0: the access itself */
+	uint32_t tag_now;    /* host tag of the frame now */
+};
+
+/* Totals by kind, each report counted once under its most specific kind. */
+void oracle_counts(struct machine *m, uint64_t *counts);
+/* Copies reports from number `from` on (the first 1024 of a run are kept); returns how many. */
+uint32_t oracle_reports(struct machine *m, uint32_t from, struct violation_report *reports, uint32_t max);
+/* For violations found outside guests: lost-dirty, stalls, deadlock. */
+void oracle_report(struct machine *m, uint32_t cpu, const struct violation_report *report);
+/* State of one right, for tests and reports: bit 0 readable granted, 1 writable granted, 2 read revoked,
+ * 3 write revoked; frame in *hfn. */
+uint32_t oracle_right(struct machine *m, uint32_t vm, uint64_t gfn, uint32_t *hfn);
+
+/* Events: a ring per CPU, for the story around a violation. */
+enum event_kind {
+	EVENT_NONE,
+	EVENT_ENTRY,     /* VM entry: vcpu, root */
+	EVENT_EXIT,      /* VM exit: vcpu, reason */
+	EVENT_LOAD,      /* VMCS loaded: vcpu, cpu it was on before */
+	EVENT_FLUSH,     /* scope and reason, argument of the instruction */
+	EVENT_ELIDED,    /* a flush that the policy elided: reason, argument */
+	EVENT_ZAP,       /* gfn, pages */
+	EVENT_PROTECT,   /* gfn, pages */
+	EVENT_MAP,       /* gfn, frame */
+	EVENT_REQUEST,   /* vcpu, request */
+	EVENT_IPI,       /* targets, function */
+	EVENT_PROMISE,   /* promise, first gfn */
+	EVENT_FREE,      /* frame */
+	EVENT_ROOT_LOAD, /* vcpu, root */
+	EVENT_ROOT_FREE, /* root */
+	EVENT_GUEST_INVALIDATE, /* vcpu, linear page */
+	EVENT_YIELD,     /* vm, flushed */
+	EVENT_UNLOAD,    /* VMCLEAR by IPI: vcpu */
+	EVENTS
+};
+
+struct event {
+	uint64_t time;
+	uint32_t kind;
+	uint32_t cpu;
+	uint64_t a;
+	uint64_t b;
+};
+
+void event_record(struct machine *m, uint32_t cpu, uint32_t kind, uint64_t a, uint64_t b);
+/* Last events of a CPU, oldest first; returns how many (the ring holds 256). */
+uint32_t events_read(struct machine *m, uint32_t cpu, struct event *events, uint32_t max);
+/* end api */
+
+struct vm;
+struct vcpu;
+
+struct ledger_entry {
+	_Atomic uint32_t lock;
+	uint32_t hfn;
+	uint8_t live_read;  /* SPTEs that grant it now, over all roots */
+	uint8_t live_write;
+	uint8_t revoked;    /* bit 0: read, bit 1: write */
+	uint8_t promise;    /* the last one */
+	uint32_t promise_cpu;
+	uint64_t promise_time;
+};
+
+int ledger_create(struct machine *m, struct vm *vm);
+void ledger_destroy(struct vm *vm);
+
+/* A leaf SPTE that grants gfn -> hfn appears; custody is the host tag that its fault took. */
+void ledger_grant(struct machine *m, uint32_t vm, uint64_t gfn, uint32_t hfn, uint32_t custody, bool write);
+/* An SPTE that granted read grants write as well now. */
+void ledger_grant_write(struct machine *m, uint32_t vm, uint64_t gfn, uint32_t hfn, uint32_t custody);
+/* It loses read and write, or write only. */
+void ledger_ungrant(struct machine *m, uint32_t vm, uint64_t gfn, uint32_t hfn, bool read, bool write);
+/* One consistent copy; its lock is not meaningful. */
+void ledger_copy(struct machine *m, uint32_t vm, uint64_t gfn, struct ledger_entry *out);
+
+enum verdict { VERDICT_LEGAL, VERDICT_LEGAL_STALE, VERDICT_VIOLATION };
+
+/* What a check found; `right` refreshed for the entry when legal. */
+struct judgement {
+	enum verdict verdict;
+	uint32_t kinds;  /* a bit per violation */
+	uint32_t right;
+	uint32_t promise; /* what took the right away, on which CPU, when (monotonic ns) */
+	uint32_t promise_cpu;
+	uint64_t promise_time;
+};
+
+/* The slow, exact check: may `vcpu`, running with root life `life`, use `entry` for an access of `type`
+ * to `page` (4 KiB units, within the entry)?  Has no effects. */
+void oracle_judge(struct machine *m, const struct vcpu *vcpu, uint32_t life, const struct tlb_entry *entry,
+		  uint64_t page, uint32_t type, struct judgement *j);
+/* A walk was about to read a table page through a link whose custody is not the page's any more. */
+void oracle_judge_table(struct judgement *j);
+/* Record a violation found by oracle_judge. */
+void oracle_violation(struct machine *m, struct cpu *cpu, const struct vcpu *vcpu,
+		      const struct tlb_entry *entry, uint64_t page, uint32_t type, uint32_t walk_level,
+		      uint64_t linear, const struct judgement *j);
+
+int oracle_create(struct machine *m);
+void oracle_destroy(struct machine *m);
+
+#endif

@@ -1,0 +1,257 @@
+/* Guest mode: from VM entry to VM exit.  Each guest access takes one interrupt poll, one TLB look-up and one
+ * custody check. */
+#include "counters.h"
+#include "frame.h"
+#include "guest_os.h"
+#include "tlb_internal.h"
+#include "vm.h"
+
+#define RECORD_PAGE(record) ((record) >> 12 & GUEST_PAGE_MASK)
+#define RECORD_TYPE(record) ((uint32_t)((record) >> 62))
+#define RECORD_WORD(record) ((uint32_t)(record) >> 3 & 511)
+
+enum { FAULTS_IN_A_ROW = 16 };
+
+struct run {
+	struct walk walk;
+	uint64_t budget;
+	uint64_t polls, lookups, checks, l1_misses;
+};
+
+static void store(struct walk *w, const struct tlb_entry *e, uint64_t record)
+{
+	uint32_t hfn = e->hfn + (uint32_t)(RECORD_PAGE(record) - e->page);
+
+	/* Relaxed: guest memory. */
+	if (RECORD_TYPE(record) == ACCESS_WRITE)
+		atomic_store_explicit(guest_word(w->m, hfn, RECORD_WORD(record)), w->guest->clock,
+				      memory_order_relaxed);
+}
+
+/* The first level did not have it, or not with a right that holds. */
+enum walk_result guest_access_slow(struct walk *w, uint64_t record)
+{
+	uint64_t page = RECORD_PAGE(record);
+	uint32_t type = RECORD_TYPE(record);
+	enum walk_result r = WALK_GUEST_FAULT;
+	struct tlb_entry e;
+	int hit;
+
+	w->linear = page << 12 | (record & 0xfff);
+	hit = tlb_refill_l1(w->tlb, page, &e);
+	if (hit == 1 && walk_check(w, &e, page, type, 0)) {
+		store(w, &e, record);
+		return WALK_DONE;
+	}
+	if (hit != 1)
+		count(w->cpu->counters, COUNT_L2_MISSES, 1);
+	if (hit == 2)
+		walk_ghost(w, &e, page, type);
+	for (int i = 0; i < FAULTS_IN_A_ROW && r == WALK_GUEST_FAULT; i++) {
+		r = w->guest->config.paging ? walk_linear(w, page, type, &e) : walk_physical(w, page, type, &e);
+		if (r == WALK_GUEST_FAULT && os_page_fault(w, page, type) == WALK_EPT_VIOLATION)
+			return WALK_EPT_VIOLATION;
+	}
+	if (r == WALK_DONE)
+		store(w, &e, record);
+	return r;
+}
+
+/* As many records as hit the first level with a right that holds: up to `n`.  Returns how many. */
+static uint64_t run_hits(struct run *run, const uint64_t *records, uint64_t n)
+{
+	const struct machine *m = run->walk.m;
+	struct tlb_l1 *l1 = &run->walk.tlb->l1;
+	const _Atomic uint32_t *attention = &run->walk.cpu->attention;
+	const _Atomic uint16_t *tag = m->frames->tag;
+	uint8_t *memory = m->frames->memory;
+	uint32_t life = run->walk.life_bits;
+	uint64_t clock = run->walk.guest->clock, i, lookups = 0, checks = 0;
+
+	for (i = 0; i < n; i++) {
+		uint64_t record = records[i];
+		uint32_t type = RECORD_TYPE(record);
+		struct tlb_hot *hot;
+
+		/* The poll.  Relaxed: whoever notices acquires when it takes the queue. */
+		if (__builtin_expect(atomic_load_explicit(attention, memory_order_relaxed), 0))
+			break;
+		lookups++;
+		hot = tlb_l1_lookup(l1, RECORD_PAGE(record));
+		if (__builtin_expect(!hot, 0))
+			break;
+		checks++;
+		if (__builtin_expect((atomic_load_explicit(&tag[hot->hfn], memory_order_relaxed) | life) !=
+					     hot->right[type], 0))
+			break;
+		if (type == ACCESS_WRITE)
+			atomic_store_explicit((_Atomic uint64_t *)(void *)(memory + ((uint64_t)hot->hfn << 12) +
+									   (record & 0xff8)),
+					      clock + i, memory_order_relaxed);
+	}
+	run->polls += i + (i < n);
+	run->lookups += lookups;
+	run->checks += checks;
+	return i;
+}
+
+static bool attention(const struct run *run)
+{
+	return atomic_load_explicit(&run->walk.cpu->attention, memory_order_relaxed) != 0;
+}
+
+/* Records up to `n` of the current process; WALK_DONE also when attention is wanted. */
+static enum walk_result run_records(struct run *run, uint64_t n)
+{
+	struct walk *w = &run->walk;
+	struct guest_process *p = &w->guest->process[w->guest->current];
+	enum walk_result r = WALK_DONE;
+
+	while (n && r == WALK_DONE && !attention(run)) {
+		uint64_t left = p->record_count - p->position;
+		uint64_t checks = run->checks, lookups = run->lookups;
+		uint64_t done = run_hits(run, p->records + p->position, n < left ? n : left);
+
+		w->guest->clock += done;
+		p->position += done;
+		n -= done;
+		run->budget -= done;
+		if (n && p->position < p->record_count && run->lookups - lookups > done) {
+			/* Looked up, and not done by the fast path. */
+			run->l1_misses += run->checks - checks == done;
+			run->checks += run->checks - checks == done;
+			r = guest_access_slow(w, p->records[p->position]);
+			if (r == WALK_SKIPPED)
+				r = WALK_DONE;
+			if (r == WALK_DONE) {
+				w->guest->clock++;
+				p->position++;
+				n--;
+				run->budget--;
+			}
+		}
+		if (p->position == p->record_count)
+			p->position = 0;
+	}
+	return r;
+}
+
+static uint64_t until_event(const struct run *run)
+{
+	uint64_t next = os_next_event(run->walk.guest), clock = run->walk.guest->clock;
+	uint64_t n = next > clock ? next - clock : 0;
+
+	return n < run->budget ? n : run->budget;
+}
+
+/* Returns an exit reason; EXIT_REASONS: nothing happened that needs one, go on. */
+static uint32_t step(struct run *run)
+{
+	struct walk *w = &run->walk;
+	struct guest *g = w->guest;
+	enum walk_result r;
+	uint64_t n;
+
+	if (attention(run))
+		return cpu_attention(w->m, w->cpu->id) & ATTENTION_IPI ? EXIT_INTERRUPT : EXIT_MESSAGE;
+	if (g->clock >= g->due[GUEST_HALT]) {
+		os_schedule(g, GUEST_HALT);
+		return EXIT_HLT;
+	}
+	r = os_setup(w);
+	if (r == WALK_DONE)
+		r = os_events(w);
+	if (r == WALK_EPT_VIOLATION)
+		return EXIT_EPT_VIOLATION;
+	n = until_event(run);
+	if (!n)
+		return run->budget ? EXIT_REASONS : EXIT_PREEMPTION_TIMER;
+	if (!g->processes)
+		return EXIT_HLT;
+	r = run_records(run, n);
+	return r == WALK_EPT_VIOLATION ? EXIT_EPT_VIOLATION : r == WALK_GUEST_FAULT ? EXIT_TRIPLE_FAULT
+										     : EXIT_REASONS;
+}
+
+static int enter(struct run *run, struct machine *m, uint32_t cpu, uint32_t vcpu, uint64_t budget,
+		 struct vcpu_exit *out)
+{
+	struct vcpu *v = &m->vcpus[vcpu];
+	struct walk *w = &run->walk;
+
+	if (!irqs_disabled(m, cpu))
+		return cpu_misuse(m, cpu, "VM entry on CPU %u with interrupts on", cpu);
+	if (vcpu_mode(m, vcpu) == OUTSIDE_GUEST_MODE)
+		return cpu_misuse(m, cpu, "VM entry on CPU %u with mode OUTSIDE_GUEST_MODE", cpu);
+	*out = (struct vcpu_exit){ .reason = EXIT_PREEMPTION_TIMER };
+	*run = (struct run){ .budget = budget };
+	*w = (struct walk){ .m = m, .cpu = &m->cpus[cpu], .tlb = m->cpus[cpu].tlb, .vcpu = v,
+			    .guest = v->guest, .life_bits = v->guest->life << 16, .exit = out };
+	if (v->left_guest_at)
+		histogram_record(m, cpu, HISTOGRAM_VCPU_PAUSE, monotonic_ns() - v->left_guest_at);
+	count(w->cpu->counters, COUNT_VM_ENTRIES, 1);
+	event_record(m, cpu, EVENT_ENTRY, vcpu, v->guest->root);
+	os_load_context(w);
+	return 0;
+}
+
+/* The order that makes an acknowledgement mean "left the guest": mode, then interrupts, then the queue. */
+static int leave(struct run *run, uint32_t reason, uint64_t accesses)
+{
+	struct walk *w = &run->walk;
+	struct counters *c = w->cpu->counters;
+	struct vcpu *v = w->vcpu;
+
+	w->exit->reason = reason;
+	w->exit->accesses = accesses;
+	w->exit->attention = cpu_attention(w->m, w->cpu->id);
+	vcpu_set_mode(w->m, v->id, OUTSIDE_GUEST_MODE);
+	v->left_guest_at = reason == EXIT_HLT ? 0 : monotonic_ns();
+	count(c, COUNT_ACCESSES, accesses);
+	count(c, COUNT_POLLS, run->polls);
+	count(c, COUNT_LOOKUPS, run->lookups);
+	count(c, COUNT_CHECKS, run->checks);
+	count(c, COUNT_L1_MISSES, run->l1_misses);
+	count(c, COUNT_INTERRUPTIONS, reason == EXIT_INTERRUPT);
+	event_record(w->m, w->cpu->id, EVENT_EXIT, v->id, reason);
+	return local_irq_enable(w->m, w->cpu->id);
+}
+
+int guest_run(struct machine *m, uint32_t cpu, uint32_t vcpu, uint64_t budget, struct vcpu_exit *out)
+{
+	struct run run;
+	uint32_t reason;
+	int r = enter(&run, m, cpu, vcpu, budget, out);
+
+	if (r)
+		return r;
+	do
+		reason = step(&run);
+	while (reason == EXIT_REASONS);
+	r = leave(&run, reason, budget - run.budget);
+	return r < 0 ? r : (int)reason;
+}
+
+int guest_access(struct machine *m, uint32_t cpu, uint32_t vcpu, uint64_t linear, uint32_t type,
+		 struct vcpu_exit *out)
+{
+	uint64_t record = (uint64_t)type << 62 | (linear & UINT64_C(0xffffffffffff));
+	uint32_t reason = EXIT_PREEMPTION_TIMER;
+	enum walk_result w;
+	struct run run;
+	int r = enter(&run, m, cpu, vcpu, 1, out);
+
+	if (r)
+		return r;
+	w = os_setup(&run.walk);
+	if (w == WALK_DONE)
+		w = run_hits(&run, &record, 1) ? WALK_DONE : guest_access_slow(&run.walk, record);
+	if (w == WALK_EPT_VIOLATION)
+		reason = EXIT_EPT_VIOLATION;
+	else if (w == WALK_GUEST_FAULT)
+		reason = EXIT_TRIPLE_FAULT;
+	else
+		run.walk.guest->clock++;
+	r = leave(&run, reason, reason == EXIT_PREEMPTION_TIMER);
+	return r < 0 ? r : (int)reason;
+}

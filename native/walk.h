@@ -1,0 +1,41 @@
+/* Hardware page walks: EPT walks, and two-dimensional walks for linear addresses (SDM vol. 3C, 29.3.2).
+ *
+ * Every table entry read or written, in either dimension, is an access that the oracle judges.
+ */
+#ifndef FLUSHLAB_WALK_H
+#define FLUSHLAB_WALK_H
+
+#include "guest_state.h"
+
+struct walk {
+	struct machine *m;
+	struct cpu *cpu;
+	struct tlb *tlb;
+	struct vcpu *vcpu;
+	struct guest *guest;
+	uint32_t life_bits;    /* life of the root page, << 16 */
+	uint64_t linear;       /* address under translation, for reports */
+	struct vcpu_exit *exit;
+};
+
+enum walk_result {
+	WALK_DONE,
+	WALK_GUEST_FAULT,  /* #PF */
+	WALK_EPT_VIOLATION, /* w->exit says where */
+	WALK_SKIPPED,      /* the access hit MMIO that user space has emulated: treat it as done */
+};
+
+/* Translate a guest-physical page for an access of `type`, through the TLB or by an EPT walk. */
+enum walk_result walk_physical(struct walk *w, uint64_t gfn, uint32_t type, struct tlb_entry *out);
+/* Translate a linear page by a two-dimensional walk, and cache the result. */
+enum walk_result walk_linear(struct walk *w, uint64_t page, uint32_t type, struct tlb_entry *out);
+/* The custody check of a cached translation.  True: it may be used (its right has been refreshed if need
+ * be).  False: there is no right of that type in it (walk), or it was a violation, is reported and dropped. */
+bool walk_check(struct walk *w, struct tlb_entry *entry, uint64_t page, uint32_t type, uint32_t level);
+/* A miss that met a ghost: a refill that a flush caused, perhaps an averted use. */
+void walk_ghost(struct walk *w, const struct tlb_entry *ghost, uint64_t page, uint32_t type);
+
+/* One 64-bit word of guest memory. */
+_Atomic uint64_t *guest_word(const struct machine *m, uint32_t hfn, uint32_t index);
+
+#endif
