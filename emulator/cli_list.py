@@ -10,7 +10,7 @@ from rich.table import Table
 from rich.text import Text
 
 from emulator.config import embedded_scenarios, load_scenario
-from emulator.policy import POINTS, PRESETS, preset
+from emulator.policy import DEFAULT, POINTS, PRESETS
 
 app = typer.Typer(
     help="List policies, decision points and scenarios.", no_args_is_help=True, rich_markup_mode=None
@@ -19,10 +19,15 @@ app = typer.Typer(
 
 @app.command()
 def policies() -> None:
-    """Presets: what was merged or proposed, and when."""
+    """Presets: what was merged or proposed, and where they differ from the default."""
     table = _table("policy", "what it is")
-    for name in PRESETS:
-        table.add_row(name, Text(_one_line(preset(name).doc)))
+    default = PRESETS[DEFAULT].answers()
+    for name, policy in PRESETS.items():
+        differences = [
+            f"{point}={answer}" for point, answer in policy.answers().items() if answer != default[point]
+        ]
+        what = "the default" if name == DEFAULT else f"{DEFAULT} but {', '.join(differences) or 'the same'}"
+        table.add_row(name, Text(what))
     _print(table)
 
 
@@ -30,7 +35,7 @@ def policies() -> None:
 def points() -> None:
     """Decision points and their alternatives; the first is what Linux 7.3 does."""
     table = _table("point", "alternative", "mutant", "what it is")
-    for point in POINTS.values():
+    for point in POINTS:
         table.add_row(Text(point.name, style="bold"), "", "", Text(_one_line(point.doc), style="bold"))
         for alternative in point.alternatives:
             mark = "mutant" if alternative.mutant else ""

@@ -17,13 +17,11 @@ from emulator import limits
 from emulator.config import Scenario, load_scenario
 from emulator.errors import BadInput
 from emulator.log import LogFormat, Logging
-from emulator.policy import Policy, PolicyError, preset
+from emulator.policy import DEFAULT, Policy, PolicyError, preset
 from emulator.report import document, exit_status, summary
 from emulator.result import Result
 from emulator.session import Session
 from metrics import Endpoint, MachineCollector, parse_address
-
-DEFAULT_POLICY = "linux-7.3"
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -49,7 +47,7 @@ class Request:
 def run_request(request: Request) -> int:
     """All input is checked before anything starts; then the run, the output, the exit status."""
     scenario = load_scenario(request.scenario)
-    policy = load_policy(request.policy or DEFAULT_POLICY, request.settings)
+    policy = load_policy(request.policy or DEFAULT, request.settings)
     address = _metrics_address(request.metrics)
     limits.check(scenario)
     if request.report_dir is not None:

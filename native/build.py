@@ -87,7 +87,8 @@ def _sanitizer_flags() -> list[str]:
 def ffibuilder() -> FFI:
     ffi = FFI()
     ffi.cdef(declarations())
-    includes = "".join(f'#include "{header.name}"\n' for header in headers())
+    public = (header for header in headers() if _API.search(header.read_text()))
+    includes = "".join(f'#include "{header.name}"\n' for header in public)
     ffi.set_source(MODULE, includes + _PRELUDE_END)
     return ffi
 

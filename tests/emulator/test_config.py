@@ -1,0 +1,214 @@
+"""Scenarios: what they say, and how they complain."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+from pydantic import BaseModel
+
+from emulator.config import Scenario, embedded_scenarios, load_scenario, parse_duration, parse_scenario
+from emulator.costs import Costs, load_costs
+from emulator.errors import BadInput
+from emulator.limits import Limit, _memory_limits, _thread_limits, check, memory_needed
+
+
+def parse(text: str) -> Scenario:
+    return parse_scenario(text, "own.toml", Path())
+
+
+def complaint(text: str) -> str:
+    with pytest.raises(BadInput) as caught:
+        parse(text)
+    line = str(caught.value)
+    assert "\n" not in line
+    assert line.startswith("own.toml: ")
+    return line
+
+
+def test_the_default_is_the_main_job() -> None:
+    scenario = load_scenario()
+    assert (scenario.machine.pcpus, scenario.vms, scenario.vcpus) == (4, 2, 4)
+    assert scenario.name == "main"
+    assert (scenario.machine.geometry.l2_entries, scenario.machine.geometry.l2_ways) == (1536, 12)
+
+
+@pytest.mark.parametrize("name", embedded_scenarios())
+def test_embedded_scenarios_load(name: str) -> None:
+    scenario = load_scenario(name)
+    assert scenario.title
+    assert scenario.phases.quiet > 0, "without quiet phases INVEPT-global heals every other bug"
+
+
+def test_one_vm_is_enough() -> None:
+    assert parse("[[vm]]").vms == 1
+
+
+@pytest.mark.parametrize(
+    ("text", "seconds"),
+    [("500ms", 0.5), ("30s", 30), ("5m", 300), ("1h", 3600), ("1.5h", 5400), ("2", 2), (3, 3), (" 4 s ", 4)],
+)
+def test_durations(text: object, seconds: float) -> None:
+    assert parse_duration(text) == seconds
+
+
+@pytest.mark.parametrize("text", ["", "s", "-1s", "1d", "1e3s", "nan", "inf", True, None, "1 2"])
+def test_bad_durations(text: object) -> None:
+    with pytest.raises(ValueError, match="duration"):
+        parse_duration(text)
+
+
+@pytest.mark.parametrize(
+    ("text", "expected"),
+    [
+        ("[[vm]]\n[machine]\npcpu = 2", "machine.pcpu: found an unknown key; expected 'pcpus'"),
+        ("[[vm]]\n[machine]\npcpus = 0", "machine.pcpus: found 0; expected at least 1"),
+        ("[[vm]]\n[machine]\npcpus = 'x'", "machine.pcpus: found 'x'; expected a whole number"),
+        ("[[vm]]\n[machine]\npcpus = 1.0", "machine.pcpus: found 1.0; expected a whole number"),
+        ("[machine]", "vm: found nothing; expected this key to be present"),
+        ("vm = []", "vm: found []; expected at least 1 entries"),
+        ("vm = 3", "vm: found 3; expected a list"),
+        ("[[vm]]\nvcpus = true", "vm[0].vcpus: found True; expected a whole number"),
+        ("[[vm]]\n[[vm]]\nmemory = 1", "vm[1].memory: found 1; expected at least 8"),
+        ("[[vm]]\ntraces = [3]", "vm[0].traces[0]: found 3; expected a text"),
+        ("[[vm]]\n[host]\nunmap = -1", "host.unmap: found -1; expected at least 0"),
+        ("[[vm]]\n[host]\nunmap = nan", "host.unmap: found nan; expected"),
+        ("[[vm]]\n[host]\nactors = 0\nunmap = 1", "host: found"),
+        ("[[vm]]\n[scheduler]\nmode = 'calm'", "scheduler.mode: found 'calm'; expected one of 'storm'"),
+        ("[[vm]]\n[phases]\nstorm = '3 days'", "phases.storm: found '3 days'; expected a duration"),
+        ("[[vm]]\n[phases]\nstorm = '0s'", "phases: found"),
+        ("[[vm]]\n[machine.geometry]\nl2_entries = 1537", "machine.geometry: found"),
+        ("[[vm]]\n[machine.geometry]\nl2_ways = 7", "l2_entries to be l2_ways times a power of two"),
+        ("duration = '0s'\n[[vm]]", "duration: found '0s'; expected more than 0"),
+        ("[[vm]\n", "not TOML"),
+        ("[[vm]]\ncolour = 1", "vm[0].colour: found an unknown key; expected one of count,"),
+    ],
+)
+def test_complaints_name_key_found_and_expected(text: str, expected: str) -> None:
+    assert expected in complaint(text)
+
+
+def test_several_mistakes_are_counted() -> None:
+    assert complaint("[[vm]]\nvcpus = 0\nmemory = 0").endswith("(and 1 more)")
+
+
+def test_unbounded_geometry_is_possible() -> None:
+    assert parse("[[vm]]\n[machine.geometry]\nl2_entries = 0").machine.geometry.l2_entries == 0
+
+
+def test_missing_and_binary_files(tmp_path: Path) -> None:
+    with pytest.raises(BadInput, match=r"nowhere\.toml: No such file"):
+        load_scenario(str(tmp_path / "nowhere.toml"))
+    binary = tmp_path / "binary.toml"
+    binary.write_bytes(b"\xff\xfe")
+    with pytest.raises(BadInput, match=r"binary\.toml: not UTF-8"):
+        load_scenario(str(binary))
+    with pytest.raises(BadInput, match="Is a directory"):
+        load_scenario(f"{tmp_path}/")
+
+
+def test_own_costs_replace_single_entries(tmp_path: Path) -> None:
+    (tmp_path / "costs.toml").write_text("[ipi_send]\ncycles = 9\n")
+    (tmp_path / "own.toml").write_text('costs = "costs.toml"\n[[vm]]\n')
+    scenario = load_scenario(str(tmp_path / "own.toml"))
+    assert scenario.cost_table.ipi_send.cycles == 9
+    assert scenario.cost_table.ipi_receive == load_costs().ipi_receive
+    assert scenario.changed(duration=1.0).cost_table is scenario.cost_table
+
+
+@pytest.mark.parametrize(
+    ("text", "expected"),
+    [
+        ("[ipi_sent]\ncycles = 9", "ipi_sent: found an unknown key; expected 'ipi_send'"),
+        ("[ipi_send]\ncycles = -1", "ipi_send.cycles: found -1; expected at least 0"),
+        ("[ipi_send]", "ipi_send.cycles: found nothing"),
+        ("ipi_send = 3", "ipi_send: found 3; expected a table"),
+        ("[", "not TOML"),
+    ],
+)
+def test_bad_costs(text: str, expected: str, tmp_path: Path) -> None:
+    path = tmp_path / "costs.toml"
+    path.write_text(text)
+    with pytest.raises(BadInput) as caught:
+        load_costs(path)
+    assert str(caught.value).startswith(f"{path}: ")
+    assert expected in str(caught.value)
+
+
+def test_every_default_cost_has_a_source() -> None:
+    for name, cost in load_costs():
+        assert cost.source != "the user's own figure", name
+    assert issubclass(Costs, BaseModel)
+
+
+class Proc:
+    """A /proc and a cgroup file system with few files."""
+
+    def __init__(self, root: Path) -> None:
+        self.proc, self.cgroup = root / "proc", root / "cgroup"
+        self.write("proc/meminfo", "MemTotal: 99 kB\nMemAvailable: 4194304 kB\n", root)
+        self.write("proc/loadavg", "0.00 0.00 0.00 1/500 1234\n", root)
+        self.write("proc/sys/kernel/threads-max", "100000\n", root)
+        self.write("proc/self/cgroup", "0::/user/me\n", root)
+        self.root = root
+
+    @staticmethod
+    def write(path: str, text: str, root: Path) -> None:
+        (root / path).parent.mkdir(parents=True, exist_ok=True)
+        (root / path).write_text(text)
+
+    def check(self, text: str) -> None:
+        check(parse(text), self.proc, self.cgroup)
+
+
+@pytest.fixture
+def proc(tmp_path: Path) -> Proc:
+    return Proc(tmp_path)
+
+
+def test_a_small_scenario_fits(proc: Proc) -> None:
+    proc.check("[[vm]]")
+
+
+def test_too_little_memory(proc: Proc) -> None:
+    with pytest.raises(
+        BadInput, match=r"need about \d+ MiB; expected at most the 4096 MiB left \(MemAvailable\)"
+    ):
+        proc.check("[[vm]]\nmemory = 65536")
+
+
+def test_cgroup_limits_count_up_to_the_root(proc: Proc) -> None:
+    proc.write("cgroup/user/memory.max", f"{256 << 20}\n", proc.root)
+    proc.write("cgroup/user/memory.current", f"{128 << 20}\n", proc.root)
+    proc.write("cgroup/user/me/memory.max", "max\n", proc.root)
+    with pytest.raises(BadInput, match=r"128 MiB left \(cgroup user memory\.max\)"):
+        proc.check("[[vm]]")
+
+
+def test_too_many_threads_names_the_most_pcpus(proc: Proc) -> None:
+    proc.write("cgroup/user/me/pids.max", "100\n", proc.root)
+    proc.write("cgroup/user/me/pids.current", "20\n", proc.root)
+    with pytest.raises(BadInput) as caught:
+        proc.check("[machine]\npcpus = 64\n[[vm]]")
+    line = str(caught.value)
+    assert "machine.pcpus = 64 needs 69 threads, 80 are left (cgroup me pids.max)" in line
+    most = int(line.rsplit(" ", 1)[1])
+    proc.check(f"[machine]\npcpus = {most}\n[[vm]]")
+    with pytest.raises(BadInput):
+        proc.check(f"[machine]\npcpus = {most + 1}\n[[vm]]")
+
+
+def test_kernel_wide_thread_limit(proc: Proc) -> None:
+    limits = list(_thread_limits(proc.proc, proc.cgroup))
+    assert Limit(99500, "kernel.threads-max") in limits
+
+
+def test_no_proc_no_complaint(tmp_path: Path) -> None:
+    assert not [limit for limit in _memory_limits(tmp_path, tmp_path) if limit.source == "MemAvailable"]
+    check(parse("[[vm]]"), tmp_path, tmp_path)
+
+
+def test_memory_grows_with_guests_and_pcpus() -> None:
+    small = memory_needed(parse("[[vm]]"))
+    assert memory_needed(parse("[[vm]]\ncount = 2")) > small
+    assert memory_needed(parse("[machine]\npcpus = 1024\n[[vm]]")) > small
