@@ -1,0 +1,143 @@
+/* EPT page tables: 512 atomic 64-bit SPTEs a page, in the arena of host frames.
+ *
+ * SPTE: 0 R, 1 W, 2 X, 5:3 memory type, 7 page size, 8 accessed, 9 dirty, 35:12 frame, 50:36 custody (host tag
+ * of the leaf's frame, tag of the child table's frame), 57 host-writable, 58 MMU-writable, as in
+ * arch/x86/kvm/mmu/spte.h where KVM has them.
+ *
+ * These are mechanisms: single SPTE steps that also keep the ledger, and chunks of like steps over a range.
+ * When to lock, flush, yield and free is Python's.  Levels are KVM's: 1 = 4K, 2 = 2M, 3 = 1G.
+ */
+#ifndef FLUSHLAB_EPT_H
+#define FLUSHLAB_EPT_H
+
+#include "frame.h"
+#include "machine.h"
+
+/* api */
+enum spte_level { PG_LEVEL_4K = 1, PG_LEVEL_2M = 2, PG_LEVEL_1G = 3, PG_LEVEL_512G = 4 };
+enum spte_bits_low {
+	SPTE_READABLE = 1,
+	SPTE_WRITABLE = 2,
+	SPTE_EXECUTABLE = 4,
+	SPTE_PAGE_SIZE = 128,
+	SPTE_ACCESSED = 256,
+	SPTE_DIRTY = 512,
+	FROZEN_SPTE = 0x1a0,
+};
+enum spte_shift { SPTE_HFN_SHIFT = 12, SPTE_CUSTODY_SHIFT = 36, SPTE_HOST_WRITABLE_BIT = 57, SPTE_MMU_WRITABLE_BIT = 58 };
+
+/* make_spte(): a present leaf; level > 1 sets the page-size bit.  W and MMU-writable iff both flags are set;
+ * A always, D iff W (KVM marks the page dirty in the log when it maps it writable). */
+uint64_t make_spte(uint32_t hfn, uint32_t custody, uint32_t level, int writable, int host_writable);
+/* make_nonleaf_spte() for a table page. */
+uint64_t make_nonleaf_spte(struct machine *m, uint32_t table);
+
+/* A zeroed table page (kind FRAME_ROOT or FRAME_TABLE), or MACHINE_NOMEM. */
+int64_t ept_table_alloc(struct machine *m, uint32_t cpu, uint32_t kind);
+uint64_t spte_read(struct machine *m, uint32_t table, uint32_t index);
+
+/* Walk from a root towards gfn without changing anything: sptes[level] and tables[level] are filled from
+ * the root's level down to the returned level (where the walk met a leaf, a non-present or level 1).
+ * Lockless: call under rcu_read_lock. */
+int tdp_mmu_get_walk(struct machine *m, uint32_t root, uint32_t root_level, uint64_t gfn, uint64_t *sptes,
+		     uint32_t *tables);
+
+/* __tdp_mmu_set_spte_atomic(): cmpxchg under mmu_lock for read.  0, or MACHINE_AGAIN if it changed.
+ * Keeps the ledger for leaf SPTEs; removed tables are the caller's business (handle_removed_pt). */
+int tdp_mmu_set_spte_atomic(struct machine *m, uint32_t cpu, uint32_t vm, uint32_t table, uint32_t index,
+			    uint32_t level, uint64_t gfn, uint64_t old_spte, uint64_t new_spte);
+/* tdp_mmu_set_spte(): under mmu_lock for write; returns the really old SPTE.  (All ones: arguments that make no
+ * sense; machine_error_text() says which, as for MACHINE_MISUSE of the others.) */
+uint64_t tdp_mmu_set_spte(struct machine *m, uint32_t cpu, uint32_t vm, uint32_t table, uint32_t index,
+			  uint32_t level, uint64_t gfn, uint64_t new_spte);
+
+/* handle_removed_pt(): freeze and ungrant the children of an unlinked table whose entries are of `level`
+ * and start at gfn, recursively; queue each page for RCU (deferred = 1) or list it for the caller in
+ * pages[max] (deferred = 0).  Returns pages removed, or MACHINE_NOMEM if the list was too short: it is full, and
+ * what did not fit went through RCU. */
+int handle_removed_pt(struct machine *m, uint32_t cpu, uint32_t vm, uint32_t table, uint32_t level,
+		      uint64_t gfn, int shared, int deferred, uint32_t *pages, uint32_t max);
+/* A free now, or after a grace period (call_rcu with tdp_mmu_free_sp_rcu_callback). */
+void ept_table_free(struct machine *m, uint32_t cpu, uint32_t table);
+int ept_table_free_rcu(struct machine *m, uint32_t cpu, uint32_t table);
+
+/* Ranges.  One walker, at most `max` SPTEs looked at per call (tables walked through do not count); start again
+ * with the same struct until done.  After a yield or a changed tree nothing needs to be reset: each call walks
+ * down from the root to next_gfn (as tdp_iter_restart does). */
+enum tdp_walk {
+	TDP_ZAP_LEAFS,    /* clear present leaf SPTEs (tdp_mmu_zap_leafs); a leaf larger than the range goes whole */
+	TDP_ZAP_LEVEL,    /* one pass of tdp_mmu_zap_root: clear present SPTEs at `level`, with the tables below
+			   * them; higher ones are only walked through; removed tables go through RCU */
+	TDP_WRPROT,       /* clear W (wrprot_gfn_range): leafs at min level `level` (0: 4K) and above */
+	TDP_CLEAR_DIRTY,  /* clear W of the 4K gfns in mask (kvm_tdp_mmu_clear_dirty_pt_masked) */
+	TDP_AGE,          /* clear A; needs no lock, only RCU, with shared = 1 */
+	TDP_COUNT,        /* present leafs, no change */
+	TDP_FIND_HUGE,    /* stop at the next leaf above `level` (0: 4K), for splitting */
+	TDP_FIND_TABLE,   /* stop at the next 2M-level SPTE that points to a table (for recovery) */
+	TDP_ZAP_RANGE,    /* zap_gfn_range() up to 5.17: leafs, and tables that lie wholly in the range */
+};
+
+struct tdp_chunk {
+	uint32_t root;
+	uint32_t root_level;
+	uint32_t walk;      /* tdp_walk */
+	uint32_t level;     /* for TDP_ZAP_LEVEL; least level for TDP_WRPROT; target level for TDP_FIND_HUGE */
+	uint32_t shared;    /* mmu_lock held for read (or not at all, TDP_AGE): cmpxchg, retry on change */
+	uint32_t done;
+	uint64_t next_gfn;  /* in: where to start; out: where to go on (past what TDP_FIND_* found) */
+	uint64_t end_gfn;
+	uint64_t mask;      /* TDP_CLEAR_DIRTY: bit i is gfn next_gfn + i; shifted along with next_gfn */
+	/* Of this call alone: */
+	uint64_t changed;   /* SPTEs changed (TDP_COUNT: leafs seen) */
+	uint64_t pages;     /* ... in 4 KiB pages, those in removed tables included */
+	uint64_t flush;     /* of those, how many need a TLB flush (zapped, or W cleared) */
+	uint64_t already;   /* leafs found without W; a TLB may still have them writable if MMU-writable is set */
+	uint64_t tables;    /* table pages removed */
+	uint64_t zapped;    /* next_gfn at entry, for forward progress (next_last_level_gfn != yielded_gfn) */
+	uint32_t found_table, found_index, found_level; /* TDP_FIND_*; found_level 0: none */
+	uint64_t found_gfn, found_spte;
+};
+
+/* 0, or an error.  MACHINE_AGAIN (shared zaps and write protection): the SPTE at next_gfn is frozen by somebody
+ * else; call again when others have had a chance to run. */
+int tdp_walk_chunk(struct machine *m, uint32_t cpu, uint32_t vm, struct tdp_chunk *chunk, uint32_t max);
+
+/* make_small_spte(), 512 times: a new table whose 512 leafs map what huge_spte maps, not yet linked;
+ * its number or MACHINE_NOMEM.  Linking it with tdp_mmu_set_spte_atomic changes no right. */
+int64_t tdp_mmu_make_split_table(struct machine *m, uint32_t cpu, uint64_t huge_spte, uint32_t level);
+/* Install 4K leafs for n gfns from `gfn` on in one table where the SPTE is not present (fault-around): hfns,
+ * host tags and writable flags from the arrays, hfn 0xffffffff: skip.  Returns how many were installed. */
+int tdp_mmu_map_around(struct machine *m, uint32_t cpu, uint32_t vm, uint32_t table, uint64_t gfn, uint32_t n,
+		       const uint32_t *hfns, const uint32_t *tags, const uint32_t *writable);
+/* end api */
+
+static inline uint32_t spte_hfn(uint64_t spte)
+{
+	return (uint32_t)(spte >> SPTE_HFN_SHIFT) & 0xffffff;
+}
+
+static inline uint32_t spte_custody(uint64_t spte)
+{
+	return (uint32_t)(spte >> SPTE_CUSTODY_SHIFT) & 0x7fff;
+}
+
+static inline bool spte_present(uint64_t spte)
+{
+	return spte & (SPTE_READABLE | SPTE_WRITABLE | SPTE_EXECUTABLE);
+}
+
+static inline bool spte_leaf(uint64_t spte, uint32_t level)
+{
+	return level == PG_LEVEL_4K || (spte & SPTE_PAGE_SIZE);
+}
+
+static inline _Atomic uint64_t *ept_table(const struct machine *m, uint32_t table)
+{
+	return frame_words(m->frames, table);
+}
+
+struct cpu;
+/* The handler of RCU_FREE_FRAME. */
+void tdp_mmu_free_sp_rcu_callback(struct machine *m, struct cpu *cpu, uint64_t table);
+
+#endif

@@ -1,0 +1,326 @@
+/* The arena of host frames and its pools.  See frame.h. */
+#define _GNU_SOURCE
+#include <stdio.h>
+#include <stdlib.h>
+#include <sys/mman.h>
+
+#include "ept.h"
+#include "frame.h"
+#include "oracle.h"
+#include "rcu.h"
+#include "spin.h"
+
+static const uint64_t FRAME_BYTES = 4096, ARENA_ALIGN = 2 << 20;
+
+static uint32_t frames_of(uint32_t kind)
+{
+	return kind == FRAME_BLOCK ? BLOCK_FRAMES : 1;
+}
+
+static uint32_t block_of(const struct frames *f, uint32_t hfn)
+{
+	return (hfn - f->pool[FRAME_BLOCK].first) / BLOCK_FRAMES;
+}
+
+/* Relaxed stores, and loads in frame_copy: who may use the frame is settled elsewhere (pool lock, SPTE
+ * publication).  They are atomic because a guest that uses a stale translation, which is what this program looks
+ * for, stores into the frame at the same time. */
+void frame_fill(struct frames *f, uint32_t hfn, uint64_t word)
+{
+	_Atomic uint64_t *words = frame_words(f, hfn);
+
+	for (uint32_t i = 0; i < FRAME_WORDS; i++)
+		atomic_store_explicit(&words[i], word, memory_order_relaxed);
+}
+
+void frame_copy(struct frames *f, uint32_t to, uint32_t from)
+{
+	_Atomic uint64_t *out = frame_words(f, to), *in = frame_words(f, from);
+
+	for (uint32_t i = 0; i < FRAME_WORDS; i++)
+		atomic_store_explicit(&out[i], atomic_load_explicit(&in[i], memory_order_relaxed),
+				      memory_order_relaxed);
+}
+
+static uint32_t behind(uint32_t older, uint32_t newer)
+{
+	return (newer - older) & FRAME_TAG_MASK;
+}
+
+/* After 2^15 - 1 promises without a free, the last free would seem to lie in the future; it is kept at the far
+ * end of what 15 bits can tell apart. */
+uint32_t frame_host_tag_advance(struct frames *f, uint32_t hfn)
+{
+	uint16_t old = atomic_load_explicit(&f->host_tag[hfn], memory_order_relaxed);
+	uint16_t next;
+
+	/* Release: pairs with the acquire of frame_host_tag, in which a fault takes its custody. */
+	do {
+		next = (uint16_t)((old + 1u) & FRAME_TAG_MASK);
+	} while (!atomic_compare_exchange_weak_explicit(&f->host_tag[hfn], &old, next, memory_order_release,
+							memory_order_relaxed));
+	/* Relaxed, like every use of host_tag_at_free: it is read for the words of a report only. */
+	if (atomic_load_explicit(&f->host_tag_at_free[hfn], memory_order_relaxed) == next)
+		atomic_store_explicit(&f->host_tag_at_free[hfn], (uint16_t)((next + 1u) & FRAME_TAG_MASK),
+				      memory_order_relaxed);
+	return next;
+}
+
+bool frame_freed_since(const struct frames *f, uint32_t hfn, uint32_t custody)
+{
+	uint32_t now = frame_host_tag(f, hfn);
+	uint32_t at_free = atomic_load_explicit(&f->host_tag_at_free[hfn], memory_order_relaxed);
+
+	if (!atomic_load_explicit(&f->life[hfn], memory_order_relaxed))
+		return false;
+	return behind(custody, now) > behind(at_free, now);
+}
+
+int32_t frame_block_host_tag(const struct frames *f, uint32_t first)
+{
+	uint32_t tag = frame_host_tag(f, first), differ = 0;
+
+	/* Relaxed for the others: a promise that completes meanwhile makes this custody void anyway. */
+	for (uint32_t i = 1; i < BLOCK_FRAMES; i++)
+		differ |= tag ^ atomic_load_explicit(&f->host_tag[first + i], memory_order_relaxed);
+	return differ ? -1 : (int32_t)tag;
+}
+
+/* One tag for all frames of a new block: younger than any that one of them had. */
+static void block_level_host_tags(struct frames *f, uint32_t first)
+{
+	uint32_t base = frame_host_tag(f, first), ahead = 0;
+
+	for (uint32_t i = 1; i < BLOCK_FRAMES; i++) {
+		uint32_t distance = behind(base, frame_host_tag(f, first + i));
+
+		/* More than half of the range ahead is behind. */
+		if (distance <= FRAME_TAG_MASK / 2 && distance > ahead)
+			ahead = distance;
+	}
+	for (uint32_t i = 0; i < BLOCK_FRAMES; i++)
+		while (frame_host_tag(f, first + i) != ((base + ahead) & FRAME_TAG_MASK))
+			frame_host_tag_advance(f, first + i);
+}
+
+static int64_t pool_pop(struct frame_pool *p)
+{
+	int64_t hfn = MACHINE_NOMEM;
+	uint32_t free;
+
+	spin_lock(&p->lock);
+	/* Relaxed: written under the lock only; atomic for frames_in_use. */
+	free = atomic_load_explicit(&p->free, memory_order_relaxed);
+	if (free) {
+		hfn = p->stack[free - 1];
+		atomic_store_explicit(&p->free, free - 1, memory_order_relaxed);
+	}
+	spin_unlock(&p->lock);
+	return hfn;
+}
+
+static void pool_push(struct frame_pool *p, uint32_t hfn)
+{
+	uint32_t free;
+
+	spin_lock(&p->lock);
+	free = atomic_load_explicit(&p->free, memory_order_relaxed);
+	p->stack[free] = hfn;
+	atomic_store_explicit(&p->free, free + 1, memory_order_relaxed);
+	spin_unlock(&p->lock);
+}
+
+int64_t frame_alloc(struct machine *m, uint32_t cpu, uint32_t kind)
+{
+	struct frames *f = m->frames;
+	int64_t first;
+
+	(void)cpu;
+	if (kind >= FRAME_KINDS)
+		return MACHINE_NOMEM;
+	first = pool_pop(&f->pool[kind]);
+	if (first < 0)
+		return first;
+	for (uint32_t hfn = (uint32_t)first; hfn < first + frames_of(kind); hfn++) {
+		atomic_store_explicit(&f->used[hfn], 1, memory_order_relaxed);
+		if (kind <= FRAME_TABLE)
+			frame_fill(f, hfn, 0);
+		else if (!atomic_load_explicit(&f->life[hfn], memory_order_relaxed))
+			frame_fill(f, hfn, FRAME_POISON); /* later lives: frame_release has done it */
+	}
+	if (kind == FRAME_BLOCK) {
+		atomic_store_explicit(&f->block_used[block_of(f, (uint32_t)first)], BLOCK_FRAMES,
+				      memory_order_relaxed);
+		block_level_host_tags(f, (uint32_t)first);
+	}
+	return first;
+}
+
+/* Custody goes first, then the memory: whoever reads poison finds the frame freed.  The tag goes last (oracle.h:
+ * what it announces must be there before it). */
+void frame_release(struct frames *f, uint32_t hfn)
+{
+	enum frame_kind kind = frame_kind_of(f, hfn);
+	uint32_t host_tag;
+
+	if (!hfn || hfn >= f->count || !atomic_exchange_explicit(&f->used[hfn], 0, memory_order_relaxed)) {
+		fprintf(stderr, "native: BUG: frame %u freed but not in use\n", hfn);
+		abort();
+	}
+	host_tag = frame_host_tag_advance(f, hfn);
+	atomic_store_explicit(&f->host_tag_at_free[hfn], (uint16_t)host_tag, memory_order_relaxed);
+	atomic_fetch_add_explicit(&f->life[hfn], 1, memory_order_relaxed);
+	frame_fill(f, hfn, FRAME_POISON);
+	frame_tag_advance(f, hfn);
+	if (kind != FRAME_BLOCK) {
+		pool_push(&f->pool[kind], hfn);
+		return;
+	}
+	/* Release: this frame's last stores are done when the block is handed out again; acquire: so are those
+	 * that other CPUs made to its other frames. */
+	if (atomic_fetch_sub_explicit(&f->block_used[block_of(f, hfn)], 1, memory_order_acq_rel) == 1)
+		pool_push(&f->pool[kind], hfn & ~(BLOCK_FRAMES - 1u));
+}
+
+void frame_free(struct machine *m, uint32_t cpu, uint32_t hfn)
+{
+	bool table = frame_kind_of(m->frames, hfn) <= FRAME_TABLE;
+
+	/* Before it can have a new owner, or the story of a violation would tell it in the wrong order. */
+	if (!table)
+		event_record(m, cpu, EVENT_FREE, hfn, 1);
+	frame_release(m->frames, hfn);
+	count(m->cpus[cpu].counters, table ? COUNT_TABLES_FREED : COUNT_FRAMES_FREED, 1);
+}
+
+uint32_t frame_tag_of(struct machine *m, uint32_t hfn)
+{
+	return frame_tag(m->frames, hfn);
+}
+
+uint32_t frame_host_tag_of(struct machine *m, uint32_t hfn)
+{
+	return frame_host_tag(m->frames, hfn);
+}
+
+uint32_t frame_life_of(struct machine *m, uint32_t hfn)
+{
+	return atomic_load_explicit(&m->frames->life[hfn], memory_order_relaxed);
+}
+
+uint64_t frame_read(struct machine *m, uint32_t hfn, uint32_t word)
+{
+	return atomic_load_explicit(&frame_words(m->frames, hfn)[word % FRAME_WORDS], memory_order_relaxed);
+}
+
+void frame_write(struct machine *m, uint32_t hfn, uint32_t word, uint64_t value)
+{
+	atomic_store_explicit(&frame_words(m->frames, hfn)[word % FRAME_WORDS], value, memory_order_relaxed);
+}
+
+uint32_t frames_in_use(struct machine *m, uint32_t kind)
+{
+	const struct frame_pool *p = &m->frames->pool[kind];
+
+	return p->total - atomic_load_explicit(&p->free, memory_order_relaxed);
+}
+
+uint32_t frames_total(struct machine *m, uint32_t kind)
+{
+	return m->frames->pool[kind].total;
+}
+
+/* Lowest frame on top, so that a small machine touches little memory. */
+static bool pool_create(struct frame_pool *p, uint32_t kind, uint32_t first, uint32_t total)
+{
+	p->first = first;
+	p->total = total;
+	p->stack = malloc((total + 1ul) * sizeof(*p->stack));
+	if (!p->stack)
+		return false;
+	for (uint32_t i = 0; i < total; i++)
+		p->stack[i] = first + (total - 1 - i) * frames_of(kind);
+	atomic_init(&p->free, total);
+	return true;
+}
+
+/* Address space for all, memory for what is touched.  Aligned to 2 MiB: the emulator's own TLB misses less when
+ * the kernel gives it huge pages. */
+static bool arena_create(struct frames *f)
+{
+	uintptr_t start;
+
+	f->memory_bytes = f->count * FRAME_BYTES;
+	f->mapping_bytes = f->memory_bytes + ARENA_ALIGN;
+	f->mapping = mmap(NULL, f->mapping_bytes, PROT_READ | PROT_WRITE,
+			  MAP_PRIVATE | MAP_ANONYMOUS | MAP_NORESERVE, -1, 0);
+	if (f->mapping == MAP_FAILED) {
+		f->mapping = NULL;
+		return false;
+	}
+	start = ((uintptr_t)f->mapping + ARENA_ALIGN - 1) & ~(ARENA_ALIGN - 1);
+	f->memory = (uint8_t *)start;
+	(void)madvise(f->memory, f->memory_bytes, MADV_HUGEPAGE); /* a kernel without them says no */
+	return true;
+}
+
+static bool frames_allocate(struct frames *f, const uint32_t *total)
+{
+	uint32_t blocks = total[FRAME_BLOCK];
+	uint64_t first = 1;
+
+	for (uint32_t kind = 0; kind < FRAME_KINDS; kind++) {
+		if (kind == FRAME_BLOCK)
+			first = (first + BLOCK_FRAMES - 1) & ~(BLOCK_FRAMES - 1ul);
+		if (first + (uint64_t)total[kind] * frames_of(kind) > FRAMES_MAX - 1)
+			return false;
+		if (!pool_create(&f->pool[kind], kind, (uint32_t)first, total[kind]))
+			return false;
+		first += (uint64_t)total[kind] * frames_of(kind);
+	}
+	f->count = (uint32_t)first;
+	f->tag = calloc(f->count, sizeof(*f->tag));
+	f->host_tag = calloc(f->count, sizeof(*f->host_tag));
+	f->host_tag_at_free = calloc(f->count, sizeof(*f->host_tag_at_free));
+	f->life = calloc(f->count, sizeof(*f->life));
+	f->used = calloc(f->count, sizeof(*f->used));
+	f->block_used = calloc(blocks + 1ul, sizeof(*f->block_used));
+	return f->tag && f->host_tag && f->host_tag_at_free && f->life && f->used && f->block_used &&
+	       arena_create(f);
+}
+
+int frames_create(struct machine *m)
+{
+	const struct machine_config *c = &m->config;
+	const uint32_t total[FRAME_KINDS] = { c->root_frames, c->table_frames, c->guest_frames, c->guest_blocks };
+
+	m->frames = calloc(1, sizeof(*m->frames));
+	if (!m->frames)
+		return MACHINE_NOMEM;
+	if (!frames_allocate(m->frames, total)) {
+		frames_destroy(m);
+		return MACHINE_NOMEM;
+	}
+	rcu_register(RCU_FREE_FRAME, tdp_mmu_free_sp_rcu_callback);
+	return 0;
+}
+
+void frames_destroy(struct machine *m)
+{
+	struct frames *f = m->frames;
+
+	if (!f)
+		return;
+	if (f->mapping)
+		munmap(f->mapping, f->mapping_bytes);
+	for (uint32_t kind = 0; kind < FRAME_KINDS; kind++)
+		free(f->pool[kind].stack);
+	free(f->tag);
+	free(f->host_tag);
+	free(f->host_tag_at_free);
+	free(f->life);
+	free(f->used);
+	free(f->block_used);
+	free(f);
+	m->frames = NULL;
+}

@@ -1,0 +1,134 @@
+/* Host memory: frames, their custody tags, and the pools they are recycled through.
+ *
+ * Frames are numbered through: roots, tables, single guest frames, guest blocks of 512.  Frame 0 is never handed
+ * out, so that a forgotten number is not somebody's frame.  Pools are last-in first-out per kind, so that a stale
+ * pointer soon meets a new owner.  Tables and guest pages never share a frame: a write through a stale translation
+ * can spoil guest memory, never the emulator's own tables.
+ *
+ * Two tags of 15 bits a frame:
+ *   tag       advanced whenever anything about a right on the frame changes: SPTE zapped or
+ *             write-protected, a revocation completed, a guest invalidation, the frame freed.  A TLB entry
+ *             holds the tag of its fill; whoever holds an older one asks the oracle before it uses the frame.
+ *   host_tag  advanced when the host takes the frame away from its user: an mmu_notifier's promise
+ *             completed, or the frame was freed.  This is the custody that a fault takes with the frame number,
+ *             that the SPTE carries in spare bits, and the TLB entry after it.
+ * A block comes with one host tag for all its frames, because a huge SPTE has room for one.
+ */
+#ifndef FLUSHLAB_FRAME_H
+#define FLUSHLAB_FRAME_H
+
+#include "machine.h"
+
+/* api */
+enum frame_kind { FRAME_ROOT, FRAME_TABLE, FRAME_GUEST, FRAME_BLOCK, FRAME_KINDS };
+enum { FRAME_TAG_MASK = 0x7fff, BLOCK_FRAMES = 512 };
+
+/* First frame number, or MACHINE_NOMEM.  Tables come zeroed; a block is 512 frames, aligned.  Guest frames
+ * hold poison until written. */
+int64_t frame_alloc(struct machine *m, uint32_t cpu, uint32_t kind);
+/* Free one frame (of a block too: the block returns to its pool when its last frame is freed).  Poisons
+ * it and advances its tags.  Freeing twice is a bug of the caller that ends the process. */
+void frame_free(struct machine *m, uint32_t cpu, uint32_t hfn);
+uint32_t frame_tag_of(struct machine *m, uint32_t hfn);
+uint32_t frame_host_tag_of(struct machine *m, uint32_t hfn);
+/* Times freed. */
+uint32_t frame_life_of(struct machine *m, uint32_t hfn);
+/* Of FRAME_BLOCK these count blocks: a block counts whole as long as one of its frames is in use. */
+uint32_t frames_in_use(struct machine *m, uint32_t kind);
+uint32_t frames_total(struct machine *m, uint32_t kind);
+/* One 64-bit word of a frame, as a guest or user space sees it. */
+uint64_t frame_read(struct machine *m, uint32_t hfn, uint32_t word);
+void frame_write(struct machine *m, uint32_t hfn, uint32_t word, uint64_t value);
+/* end api */
+
+enum { FRAME_WORDS = 512, FRAMES_MAX = 1 << 24 };
+
+/* What free memory holds.  As an SPTE or a guest's page-table entry it is not present, so that a walk that
+ * strays into it ends. */
+#define FRAME_POISON UINT64_C(0x6b6b6b6b6b6b6b68)
+
+struct frame_pool {
+	_Atomic uint32_t lock;
+	uint32_t *stack; /* free frames (first frames, for blocks); the top is the last one freed */
+	_Atomic uint32_t free;
+	uint32_t total;
+	uint32_t first; /* frame number */
+};
+
+struct frames {
+	uint8_t *memory; /* 4096 bytes a frame */
+	uint64_t memory_bytes;
+	uint32_t count;
+	_Atomic uint16_t *tag;
+	_Atomic uint16_t *host_tag;
+	_Atomic uint16_t *host_tag_at_free; /* host_tag right after the last free: younger than an entry's
+					     * custody, and the entry outlived the frame */
+	_Atomic uint32_t *life;          /* times freed */
+	_Atomic uint16_t *block_used;    /* frames of a block not yet freed, by block */
+	_Atomic uint8_t *used;           /* handed out now */
+	void *mapping;                   /* memory, before alignment */
+	uint64_t mapping_bytes;
+	struct frame_pool pool[FRAME_KINDS];
+};
+
+static inline uint8_t *frame_memory(const struct frames *f, uint32_t hfn)
+{
+	return f->memory + ((uint64_t)hfn << 12);
+}
+
+static inline _Atomic uint64_t *frame_words(const struct frames *f, uint32_t hfn)
+{
+	return (_Atomic uint64_t *)(void *)frame_memory(f, hfn);
+}
+
+static inline uint32_t frame_tag(const struct frames *f, uint32_t hfn)
+{
+	return atomic_load_explicit(&f->tag[hfn], memory_order_relaxed);
+}
+
+static inline uint32_t frame_host_tag(const struct frames *f, uint32_t hfn)
+{
+	return atomic_load_explicit(&f->host_tag[hfn], memory_order_acquire);
+}
+
+/* Advance the tag; returns the new one.  Release: what changed before is seen by whoever acquires the
+ * frame's ledger entry after noticing the tag.
+ *
+ * A loop, not an addition and a mask: a tag that has 16 bits for a moment could equal RIGHT_NONE. */
+static inline uint32_t frame_tag_advance(struct frames *f, uint32_t hfn)
+{
+	uint16_t old = atomic_load_explicit(&f->tag[hfn], memory_order_relaxed);
+	uint16_t next;
+
+	do {
+		next = (uint16_t)((old + 1u) & FRAME_TAG_MASK);
+	} while (!atomic_compare_exchange_weak_explicit(&f->tag[hfn], &old, next, memory_order_release,
+							memory_order_relaxed));
+	return next;
+}
+
+uint32_t frame_host_tag_advance(struct frames *f, uint32_t hfn);
+/* The entry's custody is older than the last free of the frame. */
+bool frame_freed_since(const struct frames *f, uint32_t hfn, uint32_t custody);
+
+static inline enum frame_kind frame_kind_of(const struct frames *f, uint32_t hfn)
+{
+	if (hfn < f->pool[FRAME_TABLE].first)
+		return FRAME_ROOT;
+	if (hfn < f->pool[FRAME_GUEST].first)
+		return FRAME_TABLE;
+	return hfn < f->pool[FRAME_BLOCK].first ? FRAME_GUEST : FRAME_BLOCK;
+}
+
+/* frame_free() without counters and events, for tearing a VM down: no CPU does it. */
+void frame_release(struct frames *f, uint32_t hfn);
+/* The host tag that all frames of the 2 MiB block have, or -1: a promise about a part of it has been made. */
+int32_t frame_block_host_tag(const struct frames *f, uint32_t first);
+/* Whole frames, word by word: a vCPU may store into either meanwhile. */
+void frame_fill(struct frames *f, uint32_t hfn, uint64_t word);
+void frame_copy(struct frames *f, uint32_t to, uint32_t from);
+
+int frames_create(struct machine *m);
+void frames_destroy(struct machine *m);
+
+#endif

@@ -1,0 +1,64 @@
+/* User memory behind a VM's memslots: one entry per page of the VMM's address space (hva in 4 KiB pages; as many
+ * as the VM has gfns, rounded up to 2 MiB).
+ *
+ * This is the host's side of the mmu_notifier protocol; callers bracket every change with KVM's
+ * invalidate_range_start and _end.  Contents are real: a page that is swapped out, migrated or collapsed
+ * keeps its bytes.  A page never touched, or given up with MADV_DONTNEED, reads as zeros.
+ */
+#ifndef FLUSHLAB_MM_H
+#define FLUSHLAB_MM_H
+
+#include "machine.h"
+
+/* api */
+struct mm_page {
+	uint32_t hfn;       /* of this very 4 KiB page, in a block too */
+	uint32_t tag;       /* host tag of the frame: the custody that a fault takes */
+	uint32_t writable;
+	uint32_t level;     /* how the host maps it: PG_LEVEL_4K or PG_LEVEL_2M */
+};
+
+/* hva_to_pfn(): the frame behind a page, allocated or swapped in on demand.  0, MACHINE_NOMEM, or
+ * MACHINE_AGAIN: a write to a page that is read-only for now (mprotect). */
+int mm_fault(struct machine *m, uint32_t cpu, uint32_t vm, uint64_t hva, int write, struct mm_page *page);
+/* The same for n pages from hva on, into hfns[], tags[], writable[] (hfn 0xffffffff: none; does not
+ * allocate unless `populate`).  Returns pages present. */
+int mm_fault_range(struct machine *m, uint32_t cpu, uint32_t vm, uint64_t hva, uint32_t n, int populate,
+		   uint32_t *hfns, uint32_t *tags, uint32_t *writable);
+/* Pages of the range that are present. */
+uint64_t mm_present(struct machine *m, uint32_t vm, uint64_t start, uint64_t end);
+/* Free the frames of a range: contents kept (reclaim) or lost (MADV_DONTNEED).  Returns frames freed.  Part of
+ * a huge page is split off first. */
+uint64_t mm_unmap(struct machine *m, uint32_t cpu, uint32_t vm, uint64_t start, uint64_t end, int keep);
+/* mprotect: the host's own right to write, present or not.  Returns pages changed.  Part of a huge page splits. */
+uint64_t mm_protect(struct machine *m, uint32_t cpu, uint32_t vm, uint64_t start, uint64_t end, int writable);
+/* Migrate each present 4K page of the range to a new frame (huge pages stay).  Returns pages moved; fewer when
+ * frames run out. */
+uint64_t mm_migrate(struct machine *m, uint32_t cpu, uint32_t vm, uint64_t start, uint64_t end);
+/* khugepaged: one 2M block for the aligned 512 pages at hva, contents copied; pages that are absent are filled
+ * in, but one at least must be there.  0, MACHINE_NOMEM (no block is free), or MACHINE_AGAIN (nothing there, or
+ * pages differ in their protection). */
+int mm_collapse(struct machine *m, uint32_t cpu, uint32_t vm, uint64_t hva);
+/* Map the block by 4K pages again, same frames. */
+int mm_split(struct machine *m, uint32_t cpu, uint32_t vm, uint64_t hva);
+/* 1 if the 2M range at hva is mapped huge. */
+int mm_huge(struct machine *m, uint32_t vm, uint64_t hva);
+
+/* Images: what live migration copies out.  Pages from hva `start` on, n of them; all zeros at first.  One image
+ * per VM, used by one thread. */
+int mm_image_create(struct machine *m, uint32_t vm, uint64_t start, uint64_t n);
+void mm_image_destroy(struct machine *m, uint32_t vm);
+/* Copy the pages set in a bitmap word (bit i: hva base + i), as user space reads them while vCPUs run.  Returns
+ * pages copied. */
+uint64_t mm_image_copy(struct machine *m, uint32_t vm, uint64_t base, uint64_t mask);
+/* First page (hva) from `from` on whose contents differ from the image, or -1.  Only while no vCPU runs. */
+int64_t mm_image_differs(struct machine *m, uint32_t vm, uint64_t from);
+/* One 64-bit word as user space reads it, without faulting the page in. */
+uint64_t mm_read(struct machine *m, uint32_t vm, uint64_t hva, uint32_t word);
+/* end api */
+
+struct vm;
+int mm_create(struct machine *m, struct vm *vm);
+void mm_destroy(struct machine *m, struct vm *vm);
+
+#endif

@@ -1,0 +1,56 @@
+/* Many SPTEs of one table at once: splitting a huge page, and mapping around a fault.  See ept.h. */
+#include "counters.h"
+#include "cpu.h"
+#include "spte.h"
+#include "vm.h"
+
+enum { NO_FRAME = 0xffffffff };
+
+int64_t tdp_mmu_make_split_table(struct machine *m, uint32_t cpu, uint64_t huge_spte, uint32_t level)
+{
+	int64_t table;
+	uint64_t child = huge_spte, step = kvm_pages_per_hpage(level - 1);
+
+	if (level <= PG_LEVEL_4K || !is_last_spte(huge_spte, level))
+		return MACHINE_MISUSE;
+	table = ept_table_alloc(m, cpu, FRAME_TABLE);
+	if (table < 0)
+		return table;
+	if (level - 1 == PG_LEVEL_4K)
+		child &= ~(uint64_t)SPTE_PAGE_SIZE;
+	/* Relaxed: nobody sees the page until it is linked, with release.  The custody is the huge page's: one
+	 * host tag for the block when the fault took it (frame.h). */
+	for (uint32_t i = 0; i < FRAME_WORDS; i++, child += step << SPTE_HFN_SHIFT)
+		atomic_store_explicit(&ept_table(m, (uint32_t)table)[i], child, memory_order_relaxed);
+	return table;
+}
+
+int tdp_mmu_map_around(struct machine *m, uint32_t cpu, uint32_t vm, uint32_t table, uint64_t gfn, uint32_t n,
+		       const uint32_t *hfns, const uint32_t *tags, const uint32_t *writable)
+{
+	_Atomic uint64_t *sptep = ept_table(m, table) + spte_index(gfn, PG_LEVEL_4K);
+	uint32_t room = FRAME_WORDS - spte_index(gfn, PG_LEVEL_4K);
+	uint64_t first = 0, mapped = 0;
+
+	if (n > room)
+		n = room;
+	if (gfn + n > m->vms[vm].gfns)
+		n = gfn < m->vms[vm].gfns ? (uint32_t)(m->vms[vm].gfns - gfn) : 0;
+	for (uint32_t i = 0; i < n; i++) {
+		uint64_t spte;
+
+		/* Only where nothing is: frozen SPTEs and what another fault has mapped are not touched. */
+		if (hfns[i] == NO_FRAME || atomic_load_explicit(&sptep[i], memory_order_relaxed))
+			continue;
+		spte = make_spte(hfns[i], tags[i], PG_LEVEL_4K, (int)writable[i], (int)writable[i]);
+		if (!spte_try_change(m, cpu, vm, &sptep[i], PG_LEVEL_4K, gfn + i, 0, spte))
+			continue;
+		if (!mapped++)
+			first = i;
+	}
+	if (mapped) {
+		count(m->cpus[cpu].counters, COUNT_SPTES_MAPPED, mapped);
+		event_record(m, cpu, EVENT_MAP, gfn + first, hfns[first]);
+	}
+	return (int)mapped;
+}

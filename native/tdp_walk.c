@@ -1,0 +1,358 @@
+/* Chunks of like steps over a range: the loops of tdp_mmu.c, native.  See ept.h.
+ *
+ * One table page is walked in a tight loop; whenever the walk must go to another table it starts from the root
+ * again, four loads in 512 SPTEs.  So a tree that changes between two calls, or under a reader's hands, needs no
+ * thought: the path is always fresh.
+ */
+#include "counters.h"
+#include "cpu.h"
+#include "ipi.h"
+#include "spte.h"
+
+struct tdp_iter {
+	struct machine *m;
+	struct tdp_chunk *c;
+	uint32_t cpu;
+	uint32_t vm;
+	uint32_t min_level;
+	uint32_t level;          /* of the entries of `table` */
+	uint32_t table;
+	uint64_t link;           /* the SPTE that led here; 0: the root */
+	uint64_t gfn;
+	uint64_t start;          /* next_gfn at entry */
+	uint64_t end;
+	uint64_t budget;
+	uint64_t first_changed;
+	int error;
+};
+
+enum step {
+	STEP_NEXT,    /* this SPTE is done */
+	STEP_RETRY,   /* it changed: look at it again */
+	STEP_DESCEND, /* it leads to a table: go on there */
+	STEP_FROZEN,  /* somebody else has frozen it, or the page that it is in */
+	STEP_TABLE,   /* the table page is done */
+	STEP_STOP,    /* the call is */
+};
+
+static void changed(struct tdp_iter *it, uint64_t pages, bool flush)
+{
+	if (!it->c->changed++)
+		it->first_changed = it->gfn;
+	it->c->pages += pages;
+	it->c->flush += flush;
+}
+
+/* Replace a present SPTE; *spte is the really old one afterwards.  False: it changed under a reader. */
+static inline bool replace(struct tdp_iter *it, _Atomic uint64_t *sptep, uint64_t *spte, uint64_t new_spte)
+{
+	if (!it->c->shared) {
+		*spte = kvm_tdp_mmu_write_spte(sptep, *spte, new_spte, it->level);
+		return true;
+	}
+	/* Orders as in kvm_tdp_mmu_write_spte(). */
+	return atomic_compare_exchange_strong_explicit(sptep, spte, new_spte, memory_order_acq_rel,
+						       memory_order_relaxed);
+}
+
+static enum step zap_leaf(struct tdp_iter *it, _Atomic uint64_t *sptep, uint64_t spte, uint64_t pages)
+{
+	if (!replace(it, sptep, &spte, 0))
+		return STEP_RETRY;
+	spte_ungrant_all(it->m, it->vm, it->gfn & ~(pages - 1), spte, it->level);
+	changed(it, pages, true);
+	return STEP_NEXT;
+}
+
+/* An SPTE with whatever is below it. */
+static enum step zap_spte(struct tdp_iter *it, _Atomic uint64_t *sptep, uint64_t spte, uint64_t pages)
+{
+	uint64_t leafs = 0;
+	int removed;
+
+	if (spte_leaf(spte, it->level))
+		return zap_leaf(it, sptep, spte, pages);
+	if (!replace(it, sptep, &spte, 0))
+		return STEP_RETRY;
+	removed = spte_remove_table(it->m, it->cpu, it->vm, spte, it->level, it->gfn & ~(pages - 1),
+				    it->c->shared, &leafs);
+	changed(it, leafs, true);
+	if (removed < 0) {
+		it->error = removed;
+		return STEP_STOP;
+	}
+	it->c->tables += (uint32_t)removed;
+	return STEP_NEXT;
+}
+
+/* A locked update also under mmu_lock for write: hardware sets A and D at any time, and a fast page fault W. */
+static enum step clear_writable(struct tdp_iter *it, _Atomic uint64_t *sptep, uint64_t spte, uint64_t pages)
+{
+	if (!(spte & SPTE_WRITABLE)) {
+		it->c->already++;
+		return STEP_NEXT;
+	}
+	if (!atomic_compare_exchange_strong_explicit(sptep, &spte, spte & ~(uint64_t)SPTE_WRITABLE,
+						     memory_order_acq_rel, memory_order_relaxed))
+		return STEP_RETRY;
+	spte_ungrant(it->m, it->vm, it->gfn & ~(pages - 1), spte, it->level, false, true);
+	changed(it, pages, true);
+	return STEP_NEXT;
+}
+
+/* Not a blind AND: it would turn FROZEN into something else. */
+static enum step clear_accessed(struct tdp_iter *it, _Atomic uint64_t *sptep, uint64_t spte, uint64_t pages)
+{
+	if (!(spte & SPTE_ACCESSED))
+		return STEP_NEXT;
+	if (!atomic_compare_exchange_strong_explicit(sptep, &spte, spte & ~(uint64_t)SPTE_ACCESSED,
+						     memory_order_acq_rel, memory_order_relaxed))
+		return STEP_RETRY;
+	changed(it, pages, false);
+	return STEP_NEXT;
+}
+
+static enum step found(struct tdp_iter *it, uint64_t spte, uint64_t pages)
+{
+	it->c->found_table = it->table;
+	it->c->found_index = spte_index(it->gfn, it->level);
+	it->c->found_level = it->level;
+	it->c->found_gfn = it->gfn & ~(pages - 1);
+	it->c->found_spte = spte;
+	return STEP_STOP;
+}
+
+static bool wanted_dirty(const struct tdp_iter *it)
+{
+	return it->level == PG_LEVEL_4K && it->c->mask >> (it->gfn - it->start) & 1;
+}
+
+static inline enum step visit(struct tdp_iter *it, _Atomic uint64_t *sptep, uint64_t spte, uint64_t pages,
+			      enum tdp_walk walk)
+{
+	bool leaf = spte_leaf(spte, it->level);
+
+	switch (walk) {
+	case TDP_ZAP_LEAFS:
+		return leaf ? zap_leaf(it, sptep, spte, pages) : STEP_NEXT;
+	case TDP_ZAP_LEVEL:
+		return it->level == it->min_level ? zap_spte(it, sptep, spte, pages) : STEP_NEXT;
+	case TDP_ZAP_RANGE:
+		return zap_spte(it, sptep, spte, pages);
+	case TDP_WRPROT:
+		return leaf ? clear_writable(it, sptep, spte, pages) : STEP_NEXT;
+	case TDP_CLEAR_DIRTY:
+		return wanted_dirty(it) ? clear_writable(it, sptep, spte, pages) : STEP_NEXT;
+	case TDP_AGE:
+		return leaf ? clear_accessed(it, sptep, spte, pages) : STEP_NEXT;
+	case TDP_COUNT:
+		it->c->changed++;
+		it->c->pages += pages;
+		it->c->already += !(spte & SPTE_WRITABLE);
+		return STEP_NEXT;
+	case TDP_FIND_HUGE:
+		return leaf ? found(it, spte, pages) : STEP_NEXT;
+	case TDP_FIND_TABLE:
+		return !leaf ? found(it, spte, pages) : STEP_NEXT;
+	}
+	return STEP_NEXT;
+}
+
+/* Must the walk go into the table behind this SPTE? */
+static inline bool descends(const struct tdp_iter *it, uint64_t spte, uint64_t pages, enum tdp_walk walk)
+{
+	uint64_t gfn = it->gfn & ~(pages - 1);
+
+	if (spte_leaf(spte, it->level) || it->level <= it->min_level)
+		return false;
+	return walk != TDP_ZAP_RANGE || gfn < it->start || gfn + pages > it->end;
+}
+
+/* Whoever takes rights away must not pass over what another thread is in the middle of; the others may, as the
+ * kernel's do: a frozen SPTE is not present. */
+static inline bool waits_for_frozen(const struct tdp_iter *it, enum tdp_walk walk)
+{
+	return it->c->shared && (walk == TDP_ZAP_LEAFS || walk == TDP_ZAP_LEVEL || walk == TDP_ZAP_RANGE ||
+				 walk == TDP_WRPROT || walk == TDP_CLEAR_DIRTY);
+}
+
+/* The rest of one table page.  Compiled once for each kind of walk. */
+static inline __attribute__((always_inline)) enum step walk_table(struct tdp_iter *it, enum tdp_walk walk)
+{
+	_Atomic uint64_t *table = ept_table(it->m, it->table);
+	uint64_t pages = kvm_pages_per_hpage(it->level);
+
+	while (it->gfn < it->end && it->budget) {
+		uint32_t index = spte_index(it->gfn, it->level);
+		/* Acquire: pairs with the release of whoever published it; what is behind it is complete. */
+		uint64_t spte = atomic_load_explicit(&table[index], memory_order_acquire);
+		enum step step = STEP_NEXT;
+
+		if (spte_present(spte)) {
+			if (descends(it, spte, pages, walk)) {
+				it->link = spte;
+				return STEP_DESCEND;
+			}
+			step = visit(it, &table[index], spte, pages, walk);
+			if (step == STEP_RETRY)
+				continue;
+		} else if (is_frozen_spte(spte) && waits_for_frozen(it, walk)) {
+			return STEP_FROZEN;
+		}
+		it->gfn = (it->gfn & ~(pages - 1)) + pages;
+		it->budget--;
+		if (step == STEP_STOP)
+			return STEP_STOP;
+		if (index == FRAME_WORDS - 1)
+			return STEP_TABLE;
+	}
+	return STEP_STOP;
+}
+
+static enum step walk_one_table(struct tdp_iter *it)
+{
+	switch (it->c->walk) {
+	case TDP_ZAP_LEAFS:
+		return walk_table(it, TDP_ZAP_LEAFS);
+	case TDP_ZAP_LEVEL:
+		return walk_table(it, TDP_ZAP_LEVEL);
+	case TDP_ZAP_RANGE:
+		return walk_table(it, TDP_ZAP_RANGE);
+	case TDP_WRPROT:
+		return walk_table(it, TDP_WRPROT);
+	case TDP_CLEAR_DIRTY:
+		return walk_table(it, TDP_CLEAR_DIRTY);
+	case TDP_AGE:
+		return walk_table(it, TDP_AGE);
+	case TDP_COUNT:
+		return walk_table(it, TDP_COUNT);
+	case TDP_FIND_HUGE:
+		return walk_table(it, TDP_FIND_HUGE);
+	default:
+		return walk_table(it, TDP_FIND_TABLE);
+	}
+}
+
+/* From the root down and along one table page.  A page that was freed while the walk was in it is found out by its
+ * tag: then mmu_lock and RCU have not done their work. */
+static enum step walk_from_root(struct tdp_iter *it)
+{
+	enum step step;
+
+	it->table = it->c->root;
+	it->level = it->c->root_level;
+	it->link = 0;
+	for (;;) {
+		uint64_t link = it->link;
+
+		step = walk_one_table(it);
+		if (link && !spte_child_holds(it->m, it->cpu, it->vm, link, it->level + 1, it->gfn))
+			return step == STEP_FROZEN || step == STEP_DESCEND ? STEP_STOP : step;
+		if (step != STEP_DESCEND)
+			return step;
+		if (!spte_child_holds(it->m, it->cpu, it->vm, it->link, it->level, it->gfn)) {
+			it->gfn = (it->gfn | (kvm_pages_per_hpage(it->level) - 1)) + 1;
+			return STEP_TABLE;
+		}
+		it->table = spte_hfn(it->link);
+		it->level--;
+	}
+}
+
+static int walk_range(struct tdp_iter *it)
+{
+	uint64_t frozen_at = UINT64_MAX;
+
+	for (;;) {
+		switch (walk_from_root(it)) {
+		case STEP_FROZEN:
+			/* The page may be one that another thread has just unlinked: then the path from the root
+			 * leads elsewhere by now.  If it leads here again, the SPTE's owner must run first. */
+			if (frozen_at == it->gfn)
+				return MACHINE_AGAIN;
+			frozen_at = it->gfn;
+			break;
+		case STEP_TABLE:
+			break;
+		default:
+			return it->error;
+		}
+	}
+}
+
+static void account(struct tdp_iter *it)
+{
+	struct counters *counters = it->m->cpus[it->cpu].counters;
+
+	switch (it->c->walk) {
+	case TDP_ZAP_LEAFS:
+	case TDP_ZAP_LEVEL:
+	case TDP_ZAP_RANGE:
+		count(counters, COUNT_SPTES_ZAPPED, it->c->pages);
+		if (it->c->changed)
+			event_record(it->m, it->cpu, EVENT_ZAP, it->first_changed, it->c->pages);
+		break;
+	case TDP_WRPROT:
+	case TDP_CLEAR_DIRTY:
+		if (it->c->changed)
+			event_record(it->m, it->cpu, EVENT_PROTECT, it->first_changed, it->c->pages);
+		break;
+	default:
+		break;
+	}
+}
+
+static uint32_t min_level_of(const struct tdp_chunk *c)
+{
+	switch (c->walk) {
+	case TDP_ZAP_LEVEL:
+	case TDP_WRPROT:
+		return c->level ? c->level : PG_LEVEL_4K;
+	case TDP_FIND_HUGE:
+		return (c->level ? c->level : PG_LEVEL_4K) + 1;
+	case TDP_FIND_TABLE:
+		return PG_LEVEL_2M;
+	default:
+		return PG_LEVEL_4K;
+	}
+}
+
+static void chunk_begin(struct tdp_iter *it, struct tdp_chunk *c)
+{
+	uint64_t limit = kvm_pages_per_hpage(c->root_level + 1);
+
+	c->changed = c->pages = c->flush = c->already = c->tables = 0;
+	c->found_level = 0;
+	c->zapped = c->next_gfn;
+	it->min_level = min_level_of(c);
+	it->gfn = it->start = c->next_gfn;
+	it->end = c->end_gfn < limit ? c->end_gfn : limit;
+	if (c->walk == TDP_CLEAR_DIRTY && it->end > it->start + 64)
+		it->end = it->start + 64;
+}
+
+static void chunk_end(const struct tdp_iter *it, struct tdp_chunk *c)
+{
+	uint64_t moved = it->gfn - it->start;
+
+	c->next_gfn = it->gfn;
+	c->done = it->gfn >= it->end;
+	if (c->walk == TDP_CLEAR_DIRTY) {
+		c->mask = moved < 64 ? c->mask >> moved : 0;
+		c->done |= !c->mask;
+	}
+}
+
+int tdp_walk_chunk(struct machine *m, uint32_t cpu, uint32_t vm, struct tdp_chunk *chunk, uint32_t max)
+{
+	struct tdp_iter it = { .m = m, .c = chunk, .cpu = cpu, .vm = vm, .budget = max ? max : 1 };
+	int error = 0;
+
+	ipi_drain(m, cpu);
+	chunk_begin(&it, chunk);
+	if (it.gfn < it.end)
+		error = walk_range(&it);
+	chunk_end(&it, chunk);
+	account(&it);
+	return error;
+}
