@@ -40,38 +40,14 @@ void tlb_destroy(struct tlb *t)
 	free(t);
 }
 
-void l1_clear(struct tlb_l1 *l1)
+static uint64_t l1_key(const struct tlb *t, uint32_t index, uint64_t page)
 {
-	memset(l1->key, 0, sizeof(l1->key));
-	l1->has_pieces = l1->has_globals = 0;
-}
-
-void l1_drop(struct tlb_l1 *l1, uint64_t page)
-{
-	uint32_t set = page % L1_SETS;
-
-	for (uint32_t way = 0; way < L1_WAYS; way++)
-		if (l1->key[set][way] >> L1_PAGE_SHIFT == page)
-			l1->key[set][way] = 0;
-	if (!l1->has_pieces)
-		return;
-	l1->has_pieces = 0;
-	for (set = 0; set < L1_SETS; set++)
-		for (uint32_t way = 0; way < L1_WAYS; way++) {
-			uint32_t span = l1->span[set][way];
-
-			if (!l1->key[set][way] || !span)
-				continue;
-			if ((l1->key[set][way] >> L1_PAGE_SHIFT ^ page) >> span)
-				l1->has_pieces = 1;
-			else
-				l1->key[set][way] = 0;
-		}
+	return page << L1_PAGE_SHIFT | (uint64_t)index << GENERATION_BITS | t->generation[index];
 }
 
 void l1_retag(struct tlb *t)
 {
-	t->l1.context_bits = (uint64_t)t->serves << GENERATION_BITS | t->generation[t->serves];
+	t->l1.context_bits = l1_key(t, t->serves, 0);
 }
 
 static void serve(struct tlb *t, uint32_t kind, uint32_t index)
@@ -104,42 +80,9 @@ void tlb_switch_physical(struct tlb *t, uint32_t vpid, uint32_t ep4ta)
 	serve(t, KIND_GUEST_PHYSICAL, t->physical);
 }
 
-/* The way that holds the key, or the one to replace: empty, else least recently used. */
-static uint32_t l1_victim(const struct tlb_l1 *l1, uint32_t set, uint64_t key)
+static void promote(struct tlb *t, const struct tlb_entry *entry, uint64_t page)
 {
-	uint32_t victim = 0;
-	uint64_t oldest = 0;
-
-	for (uint32_t way = 0; way < L1_WAYS; way++) {
-		uint64_t age = (uint64_t)(l1->clock - l1->stamp[set][way]) + 1;
-
-		if (l1->key[set][way] == key)
-			return way;
-		if (!l1->key[set][way])
-			age = UINT64_MAX;
-		if (age > oldest) {
-			oldest = age;
-			victim = way;
-		}
-	}
-	return victim;
-}
-
-static void l1_fill(struct tlb *t, const struct tlb_entry *entry, uint64_t page)
-{
-	struct tlb_l1 *l1 = &t->l1;
-	uint32_t set = page % L1_SETS;
-	uint64_t key = page << L1_PAGE_SHIFT | l1->context_bits;
-	uint32_t way = l1_victim(l1, set, key);
-	struct tlb_hot *hot = &l1->hot[set][way];
-
-	l1->key[set][way] = key;
-	l1->stamp[set][way] = ++l1->clock;
-	l1->span[set][way] = 9 * (entry->fractured ? entry->fractured - 1 : entry->size);
-	l1->has_pieces |= l1->span[set][way] != 0;
-	l1->has_globals |= entry->global;
-	memcpy(hot->right, entry->right, sizeof(hot->right));
-	hot->hfn = entry->hfn + (uint32_t)(page - entry->page);
+	l1_fill(&t->l1, entry, page);
 	/* also a copy of another context's global translation must end with this one's generation */
 	t->contexts[t->serves].filled = true;
 	context_list(t, t->serves);
@@ -220,7 +163,7 @@ int tlb_refill_l1(struct tlb *t, uint64_t page, struct tlb_entry *entry)
 	int result = tlb_lookup(t, t->kind, page, entry);
 
 	if (result == 1)
-		l1_fill(t, entry, page & PAGE_NUMBER_MASK);
+		promote(t, entry, page & PAGE_NUMBER_MASK);
 	return result;
 }
 
@@ -271,23 +214,12 @@ void tlb_insert(struct tlb *t, const struct tlb_entry *entry, uint64_t page)
 	e.ep4ta = t->contexts[index].ep4ta;
 	l2_fill(t, index, &e);
 	if (e.kind == t->kind)
-		l1_fill(t, &e, page);
-}
-
-static void l1_update_right(struct tlb *t, uint32_t index, uint64_t page, uint32_t type, uint32_t right)
-{
-	uint64_t bits = (uint64_t)index << GENERATION_BITS | t->generation[index];
-	uint64_t key = (page & PAGE_NUMBER_MASK) << L1_PAGE_SHIFT | bits;
-	uint32_t set = page % L1_SETS;
-
-	for (uint32_t way = 0; way < L1_WAYS; way++)
-		if (t->l1.key[set][way] == key)
-			t->l1.hot[set][way].right[type] = right;
+		promote(t, &e, page);
 }
 
 void tlb_l1_update_right(struct tlb *t, uint64_t page, uint32_t type, uint32_t right)
 {
-	l1_update_right(t, t->serves, page, type, right);
+	l1_update_right(&t->l1, l1_key(t, t->serves, page & PAGE_NUMBER_MASK), type, right);
 }
 
 void tlb_update_right(struct tlb *t, uint32_t kind, uint64_t page, uint32_t type, uint32_t right)
@@ -303,7 +235,7 @@ void tlb_update_right(struct tlb *t, uint32_t kind, uint64_t page, uint32_t type
 				((struct slot *)cell_payload(&t->l2, cell))->entry.right[type] = right;
 		}
 	/* guest-physical ones may be there from when paging was off */
-	l1_update_right(t, index[0], page, type, right);
+	l1_update_right(&t->l1, l1_key(t, index[0], page), type, right);
 }
 
 void tlb_drop(struct tlb *t, uint32_t kind, uint64_t page)

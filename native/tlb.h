@@ -152,39 +152,48 @@ int tlb_l1_probe(struct tlb *t, uint64_t page, uint32_t *hfn, uint32_t *right);
 
 /* First level: 64 entries, 16 sets of 4 ways, always in 4 KiB pieces, keyed by the current context.
  * Inline because every guest access goes through it.  A key is page(36) << 26 | context(11) << 15 |
- * generation(15); 0 is empty, since no generation is 0. */
-enum { L1_SETS = 16, L1_WAYS = 4, L1_PAGE_SHIFT = 26 };
+ * generation(15); 0 is empty, since no generation is 0.
+ *
+ * Comparing the ways of a set in turn costs a mispredicted branch for most accesses, and comparing them all
+ * at once half of the time that an access may take (bench/native/tlb_loop.c).  So each of 4096 classes of
+ * pages remembers where in the TLB it hit last.  That is only where the look-up begins: the key decides, and
+ * if it differs the set is searched. */
+enum { L1_SETS = 16, L1_WAYS = 4, L1_PAGE_SHIFT = 26, L1_HINTS = 4096 };
 
 struct tlb_hot {
+	_Alignas(32) uint64_t key;
 	uint32_t right[3];
-	uint32_t hfn; /* of the 4 KiB piece */
+	uint32_t hfn;   /* of the 4 KiB piece */
+	uint32_t stamp; /* clock at the last use */
+	uint8_t span;   /* log2 of the 4 KiB pages of the page that it is a piece of */
 };
 
 struct tlb_l1 {
-	_Alignas(64) uint64_t key[L1_SETS][L1_WAYS];
-	struct tlb_hot hot[L1_SETS][L1_WAYS];
-	uint32_t stamp[L1_SETS][L1_WAYS]; /* clock at the last use */
-	uint8_t span[L1_SETS][L1_WAYS];   /* log2 of the 4 KiB pages of the page that it is a piece of */
-	uint64_t context_bits;            /* low bits of a key in the current context */
-	uint32_t clock;                   /* counts fills: uses between two fills are one instant to LRU */
-	uint8_t has_pieces;               /* a span is not 0 somewhere */
-	uint8_t has_globals;              /* a copy of a global translation may be here, under some PCID */
+	_Alignas(64) struct tlb_hot hot[L1_SETS][L1_WAYS];
+	uint16_t hint[L1_HINTS]; /* by page: byte offset into hot, of anything if out of date */
+	uint64_t context_bits;   /* low bits of a key in the current context */
+	uint32_t clock;          /* counts fills: uses between two fills are one instant to LRU */
+	uint8_t has_pieces;      /* a span is not 0 somewhere */
+	uint8_t has_globals;     /* a copy of a global translation may be here, under some PCID */
 };
+
+/* Out of line: the hint was wrong.  Searches the set. */
+struct tlb_hot *tlb_l1_search(struct tlb_l1 *l1, uint64_t page);
 
 /* The translation of `page` (below 2^36) in the current context, or NULL.  One use: looks, and keeps the
  * replacement state, each time. */
 static inline struct tlb_hot *tlb_l1_lookup(struct tlb_l1 *l1, uint64_t page)
 {
-	uint64_t want = page << L1_PAGE_SHIFT | l1->context_bits;
-	uint32_t set = page & (L1_SETS - 1);
-	const uint64_t *key = l1->key[set];
-	/* Way numbers without a branch: which way hits is not predictable, that one does is. */
-	uint32_t way = (key[1] == want) | (key[2] == want) << 1 | (key[3] == want) * 3;
+	uint64_t key = page << L1_PAGE_SHIFT | l1->context_bits;
+	struct tlb_hot *hot = (struct tlb_hot *)((char *)l1->hot + l1->hint[page & (L1_HINTS - 1)]);
 
-	if (__builtin_expect(key[way] != want, 0))
-		return 0;
-	l1->stamp[set][way] = l1->clock;
-	return &l1->hot[set][way];
+	if (__builtin_expect(hot->key != key, 0)) {
+		hot = tlb_l1_search(l1, page);
+		if (!hot)
+			return hot;
+	}
+	hot->stamp = l1->clock;
+	return hot;
 }
 
 #endif

@@ -179,11 +179,15 @@ void account_dropped(struct tlb *t, uint32_t vm, uint64_t count);
 void cell_kill(struct tlb *t, struct cell *cell);
 uint32_t *piece_bucket(struct tlb *t, uint32_t context, uint64_t page, uint32_t piece, uint32_t guest);
 
-/* tlb.c */
+/* tlb_l1.c */
 void l1_clear(struct tlb_l1 *l1);
 /* Drop the page from the first level whatever its context, with all pieces of the page it is part of. */
 void l1_drop(struct tlb_l1 *l1, uint64_t page);
-/* Context bits of the current context changed. */
+/* Put the piece `page` of a translation in, under the current context. */
+void l1_fill(struct tlb_l1 *l1, const struct tlb_entry *entry, uint64_t page);
+void l1_update_right(struct tlb_l1 *l1, uint64_t key, uint32_t type, uint32_t right);
+
+/* tlb.c: context bits of the current context changed. */
 void l1_retag(struct tlb *t);
 
 /* tlb_address.c: drop one page of one context. */

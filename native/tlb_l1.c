@@ -1,0 +1,99 @@
+/* The first level: 4 KiB pieces of the translations in use, in front of the second.  See tlb.h for its
+ * look-up.  Its contents are copies: dropping too much here costs a look-up in the second level, no more.
+ */
+#include <string.h>
+
+#include "tlb_internal.h"
+
+struct tlb_hot *tlb_l1_search(struct tlb_l1 *l1, uint64_t page)
+{
+	uint64_t key = page << L1_PAGE_SHIFT | l1->context_bits;
+	struct tlb_hot *hot = l1->hot[page % L1_SETS];
+
+	for (uint32_t way = 0; way < L1_WAYS; way++, hot++)
+		if (hot->key == key) {
+			l1->hint[page % L1_HINTS] = (char *)hot - (char *)l1->hot;
+			return hot;
+		}
+	return NULL;
+}
+
+void l1_clear(struct tlb_l1 *l1)
+{
+	for (uint32_t set = 0; set < L1_SETS; set++)
+		for (uint32_t way = 0; way < L1_WAYS; way++)
+			l1->hot[set][way].key = 0;
+	l1->has_pieces = l1->has_globals = 0;
+}
+
+static void drop_pieces(struct tlb_l1 *l1, uint64_t page)
+{
+	l1->has_pieces = 0;
+	for (uint32_t set = 0; set < L1_SETS; set++)
+		for (uint32_t way = 0; way < L1_WAYS; way++) {
+			struct tlb_hot *hot = &l1->hot[set][way];
+
+			if (!hot->key || !hot->span)
+				continue;
+			if ((hot->key >> L1_PAGE_SHIFT ^ page) >> hot->span)
+				l1->has_pieces = 1;
+			else
+				hot->key = 0;
+		}
+}
+
+void l1_drop(struct tlb_l1 *l1, uint64_t page)
+{
+	struct tlb_hot *hot = l1->hot[page % L1_SETS];
+
+	for (uint32_t way = 0; way < L1_WAYS; way++)
+		if (hot[way].key >> L1_PAGE_SHIFT == page)
+			hot[way].key = 0;
+	if (l1->has_pieces)
+		drop_pieces(l1, page);
+}
+
+/* The way that holds the key, or the one to replace: empty, else least recently used. */
+static struct tlb_hot *victim_for(struct tlb_l1 *l1, uint64_t page, uint64_t key)
+{
+	struct tlb_hot *hot = l1->hot[page % L1_SETS], *victim = NULL;
+	uint64_t oldest = 0;
+
+	for (uint32_t way = 0; way < L1_WAYS; way++, hot++) {
+		uint64_t age = (uint64_t)(l1->clock - hot->stamp) + 1;
+
+		if (hot->key == key)
+			return hot;
+		if (!hot->key)
+			age = UINT64_MAX;
+		if (age > oldest) {
+			oldest = age;
+			victim = hot;
+		}
+	}
+	return victim;
+}
+
+void l1_fill(struct tlb_l1 *l1, const struct tlb_entry *entry, uint64_t page)
+{
+	uint64_t key = page << L1_PAGE_SHIFT | l1->context_bits;
+	struct tlb_hot *hot = victim_for(l1, page, key);
+
+	hot->key = key;
+	memcpy(hot->right, entry->right, sizeof(hot->right));
+	hot->hfn = entry->hfn + (uint32_t)(page - entry->page);
+	hot->stamp = ++l1->clock;
+	hot->span = 9 * (entry->fractured ? entry->fractured - 1 : entry->size);
+	l1->has_pieces |= hot->span != 0;
+	l1->has_globals |= entry->global;
+	l1->hint[page % L1_HINTS] = (char *)hot - (char *)l1->hot;
+}
+
+void l1_update_right(struct tlb_l1 *l1, uint64_t key, uint32_t type, uint32_t right)
+{
+	struct tlb_hot *hot = l1->hot[(key >> L1_PAGE_SHIFT) % L1_SETS];
+
+	for (uint32_t way = 0; way < L1_WAYS; way++)
+		if (hot[way].key == key)
+			hot[way].right[type] = right;
+}
