@@ -13,6 +13,7 @@ int mmu_lock_held(struct machine *m, uint32_t cpu, uint32_t vm)
 
 	if (!atomic_load_explicit(&m->vms[vm].live, memory_order_acquire))
 		return 0;
+	/* Reports only, nothing is derived from it: relaxed. */
 	if (atomic_load_explicit(&lock->writer, memory_order_relaxed) == cpu + 1)
 		return 2;
 	return atomic_load_explicit(&lock->readers[cpu], memory_order_relaxed) ? 1 : 0;
@@ -24,11 +25,6 @@ int ipi_pending(struct machine *m, uint32_t cpu)
 	return atomic_load_explicit(&m->cpus[cpu].call_queue, memory_order_relaxed) ? 1 : 0;
 }
 
-int cpu_sleeping(struct machine *m, uint32_t cpu)
-{
-	return atomic_load_explicit(&m->cpus[cpu].sleeping, memory_order_relaxed) ? 1 : 0;
-}
-
 int mmu_lock_holder(struct machine *m, uint32_t vm)
 {
 	for (uint32_t cpu = 0; cpu < m->cpu_count; cpu++)
@@ -37,15 +33,11 @@ int mmu_lock_holder(struct machine *m, uint32_t vm)
 	return -1;
 }
 
-void mmu_lock_waiters(struct machine *m, uint32_t vm, uint64_t *words)
+int mmu_lock_contended(struct machine *m, uint32_t vm)
 {
 	const struct mmu_lock *lock = &m->vms[vm].mmu_lock;
-	uint32_t n = (m->cpu_count + 63) / 64;
 
-	for (uint32_t i = 0; i < n; i++)
-		words[i] = 0;
 	if (!atomic_load_explicit(&m->vms[vm].live, memory_order_acquire))
-		return;
-	for (uint32_t i = 0; i < n; i++)
-		words[i] = atomic_load_explicit(&lock->waiters[i], memory_order_relaxed);
+		return 0;
+	return atomic_load_explicit(&lock->state, memory_order_relaxed) & MMU_LOCK_WAITERS ? 1 : 0;
 }

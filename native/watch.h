@@ -11,12 +11,10 @@ uint32_t rcu_read_depth(struct machine *m, uint32_t cpu);
 int mmu_lock_held(struct machine *m, uint32_t cpu, uint32_t vm);
 /* A call waits to be run by this CPU.  Any thread. */
 int ipi_pending(struct machine *m, uint32_t cpu);
-/* The CPU sleeps in a wait.  Any thread. */
-int cpu_sleeping(struct machine *m, uint32_t cpu);
-/* The CPU that holds a VM's mmu_lock for write, or the first of those that hold it for read; -1: free. */
+/* The CPU that holds a VM's mmu_lock (one of those that hold it for read), or -1. */
 int mmu_lock_holder(struct machine *m, uint32_t vm);
-/* Bit per CPU in words[]: who sleeps on a VM's mmu_lock. */
-void mmu_lock_waiters(struct machine *m, uint32_t vm, uint64_t *words);
+/* Somebody waits for a VM's mmu_lock. */
+int mmu_lock_contended(struct machine *m, uint32_t vm);
 /* end api */
 
 #endif

@@ -78,6 +78,8 @@ class MachineActor(Actor):
     def _actor_loop(self) -> None:
         adopt_thread(self.cpu)
         try:
+            if self.cpu.is_pcpu:
+                lib.cpu_online(self.cpu.m, self.cpu.id)
             self.on_start()
             while not self.actor_stopped.is_set():
                 self._receive_one()

@@ -22,11 +22,15 @@ class Crew:
     Actors may note `events` (any thread, never waits); one reporter prints them.
     """
 
-    def __init__(self, machine: Machine) -> None:
+    def __init__(self, machine: Machine, main: Cpu) -> None:
         self.machine = machine
+        # The CPU of the thread that boots the machine and looks after it.
+        self.main = main
         self.actors: list[MachineActor] = []
         self.deaths: deque[Death] = deque()
         self.events: deque[tuple[str, dict[str, Any]]] = deque(maxlen=10_000)
+        # vCPUs that ended in a triple fault.
+        self.shut_down: deque[int] = deque()
         self.stopped = threading.Event()
 
     def enlist(self, actor: MachineActor) -> None:
@@ -43,7 +47,7 @@ class Crew:
         depth = lib.rcu_read_depth(cpu.m, cpu.id)
         if depth:
             held.append("an RCU read section" if depth == 1 else f"{depth} nested RCU read sections")
-        for vm in range(self.machine.config.vms):
+        for vm in range(self.machine.config["vms"]):
             kind = lib.mmu_lock_held(cpu.m, cpu.id, vm)
             if kind:
                 held.append(f"mmu_lock of VM {vm} for {'write' if kind == 2 else 'read'}")
@@ -51,7 +55,7 @@ class Crew:
 
     def let_go(self, cpu: Cpu) -> None:
         """The thread of `cpu` ends: drop its locks, acknowledge its calls, leave RCU."""
-        for vm in range(self.machine.config.vms):
+        for vm in range(self.machine.config["vms"]):
             lib.mmu_lock_abandon(cpu.m, cpu.id, vm)
         lib.cpu_offline(cpu.m, cpu.id)
 

@@ -13,15 +13,19 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 from emulator.actors.base import MachineActor
-from emulator.actors.task import VcpuTask
-from emulator.kvm.kvm_main import kvm_sched_in, kvm_sched_out
+from emulator.kvm.kvm_host import PREEMPTIBLE, RESCHED, ExitToUser
 from native import lib
 
 if TYPE_CHECKING:
     from pykka import ActorRef, Future
 
     from emulator.actors.crew import Crew
+    from emulator.actors.task import VcpuTask
+    from emulator.kvm.kvm_host import RunYield
     from emulator.runtime import Cpu
+
+# Until the timer interrupt that ends a guest's HLT, and until user space tries again what the host refused.
+_BLOCK_SECONDS = 0.0001
 
 
 @dataclass(frozen=True, slots=True)
@@ -99,9 +103,12 @@ class PCpu(MachineActor):
             self._enqueue(task)
 
     def _enqueue(self, task: VcpuTask) -> None:
-        self.run_queue.append(task)
+        if not task.finished:
+            self.run_queue.append(task)
 
     def _dequeue(self, task: VcpuTask) -> None:
+        if task.finished:
+            return
         if self.current is task:
             self._switch_to(None)
         if task in self.parked:
@@ -112,14 +119,14 @@ class PCpu(MachineActor):
             self.run_queue.remove(task)
 
     def _switch_to(self, task: VcpuTask | None) -> None:
-        """__schedule(): preempt notifiers of the task that leaves and of the one that comes."""
+        """__schedule(): the preempt notifiers of the task that leaves and of the one that comes."""
         if self.current is task:
             return
         if self.current is not None:
-            kvm_sched_out(self.cpu, self.current.vcpu)
+            self.current.switch_out(self.cpu)
         self.current = task
         if task is not None:
-            kvm_sched_in(self.cpu, task.vcpu)
+            task.switch_in(self.cpu)
 
     def idle(self) -> None:
         if self.blocked:
@@ -130,20 +137,36 @@ class PCpu(MachineActor):
             self._halt()
 
     def _run(self, task: VcpuTask) -> None:
-        """Let the task run until its slice ends, it blocks, or a message waits."""
+        """Let the task run until a message waits, it is another one's turn, or it cannot go on."""
         self._switch_to(task)
-        messages = self.inbox
-        while messages.empty():
-            stop = task.resume(self.cpu)
-            if stop is None:
+        while self.inbox.empty():
+            state = task.resume(self.cpu)
+            if state is PREEMPTIBLE:
                 continue
-            if stop.block_seconds:
-                task.wake_at = time.monotonic() + stop.block_seconds
+            if state is RESCHED:
+                if len(self.run_queue) > 1 or self.blocked:
+                    self.run_queue.rotate(-1)
+                    return
+            elif not self._leave_guest(task, state):
+                return
+
+    def _leave_guest(self, task: VcpuTask, state: RunYield) -> bool:
+        """The task halted or is back in user space. True if it may go on at once."""
+        if isinstance(state, ExitToUser):
+            if state.reason == "mmio":
+                # User space has emulated the access.
+                return True
+            if state.reason == "shutdown":
+                task.finished = True
                 self.run_queue.remove(task)
-                self.blocked.append(task)
-            elif len(self.run_queue) > 1:
-                self.run_queue.rotate(-1)
-            return
+                self.current = None
+                self.crew.note("vCPU shut down", vcpu=task.vcpu.id, vm=task.vm, pcpu=self.cpu.id)
+                self.crew.shut_down.append(task.vcpu.id)
+                return False
+        self.run_queue.remove(task)
+        task.wake_at = time.monotonic() + _BLOCK_SECONDS
+        self.blocked.append(task)
+        return False
 
     def _wake_blocked(self) -> None:
         now = time.monotonic()

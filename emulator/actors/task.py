@@ -1,29 +1,53 @@
-"""The thread of a vCPU, as the host's scheduler sees it: something that runs on one pCPU at a time."""
+"""The user-space thread of a vCPU, as the host's scheduler sees it: it runs on one pCPU at a time."""
 
 from __future__ import annotations
 
-from dataclasses import dataclass
 from typing import TYPE_CHECKING
+
+from emulator.kvm.kvm_host import READY, RunYield
+from emulator.kvm.kvm_main import kvm_sched_in, kvm_sched_out
+from emulator.kvm.x86 import vcpu_run
 
 if TYPE_CHECKING:
     from emulator.kvm.structs import Vcpu
     from emulator.runtime import Cpu
 
 
-@dataclass(frozen=True, slots=True)
-class Stop:
-    """Why the task does not go on at once; block_seconds 0: somebody else's turn."""
-
-    block_seconds: float = 0.0
-
-
 class VcpuTask:
-    """Placeholder fields until vcpu_run is integrated."""
+    """Handed from pCPU to pCPU by message; only the pCPU that has it touches it.
+
+    `pcpu` says where it is (-1: on its way) and may be read by anyone.
+    """
+
+    __slots__ = ("_run", "finished", "pcpu", "scheduled_out", "vcpu", "vm", "wake_at")
 
     def __init__(self, vcpu: Vcpu) -> None:
         self.vcpu = vcpu
+        self.vm = vcpu.kvm.id
         self.pcpu = -1
         self.wake_at = 0.0
+        # The vCPU is shut down: a task that never runs again, wherever it is sent.
+        self.finished = False
+        # Preempted inside KVM_RUN: its preempt notifiers fire when it comes back.
+        self.scheduled_out = False
+        self._run = vcpu_run(vcpu)
+        first = next(self._run)
+        assert first is READY
 
-    def resume(self, cpu: Cpu) -> Stop | None:
-        raise NotImplementedError
+    def __repr__(self) -> str:
+        return f"<task of vCPU {self.vcpu.id}>"
+
+    def resume(self, cpu: Cpu) -> RunYield:
+        """Go on, on this pCPU, until KVM is preemptible or cannot go on."""
+        return self._run.send(cpu)
+
+    def switch_in(self, cpu: Cpu) -> None:
+        if self.scheduled_out:
+            self.scheduled_out = False
+            kvm_sched_in(cpu, self.vcpu)
+
+    def switch_out(self, cpu: Cpu) -> None:
+        # Outside KVM_RUN nothing is loaded and no preempt notifier is registered.
+        if self.vcpu.loaded:
+            self.scheduled_out = True
+            kvm_sched_out(cpu, self.vcpu)
