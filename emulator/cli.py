@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import Annotated
 
 import typer
+from pydantic import BaseModel, ValidationError
 
 from emulator import __version__
 from emulator.cli_list import app as list_app
@@ -23,6 +24,7 @@ from emulator.config import DEFAULT_SCENARIO, parse_duration
 from emulator.errors import BadInput
 from emulator.run import Request, run_request
 from emulator.traces import TraceError
+from emulator.validation import first_error
 
 BAD_INPUT = 2
 INTERNAL_FAILURE = 3
@@ -268,6 +270,11 @@ def _usage(error: typer.TyperException) -> int:
         print(text, file=sys.stderr)
         return BAD_INPUT
     path = context.command_path if context is not None else "flushlab"
+    parameter = getattr(error, "param", None)
+    if parameter is not None and isinstance(error.__cause__, ValidationError):
+        # Typer leaves out what was found.
+        found, expected = first_error(error.__cause__, BaseModel)
+        text = str(BadInput(parameter.opts[0], found, expected))
     print(f"{path}: {' '.join(text.split())}", file=sys.stderr)
     return BAD_INPUT
 

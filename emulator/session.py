@@ -29,6 +29,8 @@ STOP_SECONDS = 2.0
 # A machine that still runs this long after it was told to stop hangs: say where, and give up.
 GIVE_UP_SECONDS = 20.0
 _TICK = 0.1
+# The descriptor: whatever stands for sys.stderr just now need not be a file.
+_STDERR = 2
 
 
 class Runnable(Protocol):
@@ -89,7 +91,7 @@ class Session:
         print(
             f"flushlab: still running {GIVE_UP_SECONDS:.0f}s after the stop; stacks follow", file=sys.stderr
         )
-        faulthandler.dump_traceback(all_threads=True)
+        faulthandler.dump_traceback(_STDERR, all_threads=True)
         sys.stderr.flush()
         # Threads inside native calls cannot be ended in any other way.
         os._exit(3)
@@ -107,7 +109,7 @@ class Session:
             logger.info("stopping", signal=signal.Signals(number).name)
 
         previous = {number: signal.signal(number, stop) for number in (signal.SIGINT, signal.SIGTERM)}
-        faulthandler.register(signal.SIGUSR1, all_threads=True)
+        faulthandler.register(signal.SIGUSR1, _STDERR, all_threads=True)
         try:
             yield
         finally:

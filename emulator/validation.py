@@ -47,7 +47,9 @@ def _describe(details: ErrorDetails, model: type[BaseModel]) -> tuple[str, str |
         return "found nothing", "this key to be present"
     if kind == "value_error":
         # Our own validators say what they expect.
-        return f"found {_shown(details['input'])}", str(context.get("error", details["msg"]))
+        # An enumeration's parser says what was found as well, which we do ourselves.
+        said = str(context.get("error", details["msg"])).rstrip(".")
+        return f"found {_shown(details['input'])}", said.removeprefix(f"{details['input']!r} is not ")
     return f"found {_shown(details['input'])}", _expected(kind, context, details["msg"])
 
 

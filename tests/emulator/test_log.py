@@ -26,7 +26,7 @@ def test_text(capsys: pytest.CaptureFixture[str]) -> None:
 
 def test_json(capsys: pytest.CaptureFixture[str]) -> None:
     with Logging(log_format="json"):
-        logger.info('a "quoted"\nline {x}', pcpus=4)
+        logger.bind(pcpus=4).info('a "quoted"\nline {x}')
         try:
             raise ValueError("no")
         except ValueError:
