@@ -1,8 +1,8 @@
 """KVM for x86 with the TDP MMU on VMX: what arch/x86/kvm and virt/kvm do about TLBs, roots and SPTEs.
 
-Every function takes the acting `Cpu` first and is named as in Linux 7.3.  What the rest of the emulator calls:
+Every function takes the acting `Cpu` first and is named as in Linux 7.3.  What others call:
 
-    kvm.vm            kvm_create_vm(cpu, machine, gfns, policy, params) -> Kvm; kvm_destroy_vm(cpu, kvm)
+    kvm.vm            kvm_create_vm(cpu, gfns, policy, params) -> Kvm; kvm_destroy_vm(cpu, kvm)
                       kvm_vm_ioctl_create_vcpu(cpu, kvm) -> Vcpu
                       kvm_vm_ioctl_enable_manual_dirty_log(cpu, kvm, flags)
     kvm.memslots      kvm_set_memory_region(cpu, kvm, slot_id, base_gfn, npages, userspace_addr, flags=0)

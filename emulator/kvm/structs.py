@@ -35,7 +35,7 @@ class KvmParams:
     """
 
     fault_around: int = 16
-    chunk: int = 256
+    chunk: int = 128
     resched_chunks: int = 8
     eager_page_split: bool = True
     tdp_level: int = PG_LEVEL_512G
@@ -244,7 +244,6 @@ class Vcpu:
         "loaded",
         "loaded_vmcs",
         "mmu",
-        "mutex",
         "root_mmu",
         "srcu_idx",
         "vpid",
@@ -257,7 +256,6 @@ class Vcpu:
         self.loaded_vmcs = LoadedVmcs()
         self.root_mmu = KvmMmu(KvmMmuPageRole(level=kvm.params.tdp_level))
         self.mmu = self.root_mmu
-        self.mutex = Mutex("vcpu->mutex")
         self.srcu_idx = -1
         self.loaded = False  # between vcpu_load or kvm_sched_in and vcpu_put or kvm_sched_out
         self.immediate_exit = False

@@ -1,0 +1,202 @@
+"""arch/x86/kvm/mmu/mmu.c: page faults of guests on the TDP MMU.
+
+A fault samples mmu_invalidate_seq, looks the frame up without any lock, then takes mmu_lock for read and maps
+it only if no invalidation touched the gfn meanwhile.
+"""
+
+from __future__ import annotations
+
+from emulator.kvm.kvm_host import KVM_MAX_HUGEPAGE_LEVEL, PG_LEVEL_4K, kvm_pages_per_hpage
+from emulator.kvm.kvm_main import gfn_to_memslot, mark_page_dirty_in_slot
+from emulator.kvm.spte import (
+    PT_WRITABLE_MASK,
+    PfnAndRights,
+    is_last_spte,
+    is_mmu_writable_spte,
+    is_shadow_present_pte,
+)
+from emulator.kvm.structs import Kvm, KvmMemorySlot, Vcpu
+from emulator.kvm.tdp_map import (
+    EFAULT,
+    ENOMEM,
+    RET_PF_CONTINUE,
+    RET_PF_EMULATE,
+    RET_PF_FIXED,
+    RET_PF_INVALID,
+    RET_PF_RETRY,
+    RET_PF_SPURIOUS,
+    KvmPageFault,
+    fault_around_range,
+    is_access_allowed,
+    kvm_tdp_mmu_map,
+    tdp_entry,
+    tdp_mmu_set_spte_atomic,
+)
+from emulator.runtime import FAULT_AROUND_MAX, Cpu, OutOfFrames, rcu_read_lock
+from native import lib
+
+
+def kvm_mmu_page_fault(cpu: Cpu, vcpu: Vcpu, gpa: int, access: int, present: bool) -> int:
+    """kvm_mmu_page_fault() and kvm_mmu_do_page_fault(): a RET_PF_ value or a negative error.
+
+    FIXED, SPURIOUS and RETRY all mean: let the guest try again.
+    """
+    fault = KvmPageFault(gpa >> 12, access, present)
+    fault.slot = gfn_to_memslot(vcpu.kvm, fault.gfn, vcpu.mmu.root_role.smm)
+    r = kvm_tdp_page_fault(cpu, vcpu, fault)
+    if r == RET_PF_FIXED:
+        cpu.stat(vcpu.kvm.id, lib.STAT_FAULTS)
+    elif r == RET_PF_RETRY:
+        cpu.stat(vcpu.kvm.id, lib.STAT_FAULT_RETRIES)
+    return r
+
+
+def kvm_tdp_page_fault(cpu: Cpu, vcpu: Vcpu, fault: KvmPageFault) -> int:
+    """kvm_tdp_page_fault(), kvm_tdp_mmu_page_fault()"""
+    kvm = vcpu.kvm
+    r = fast_page_fault(cpu, vcpu, fault)
+    if r != RET_PF_INVALID:
+        return r
+    r = kvm_mmu_faultin_pfn(cpu, vcpu, fault)
+    if r != RET_PF_CONTINUE:
+        return r
+    with kvm.mmu_lock.read_lock(cpu):
+        if is_page_fault_stale(cpu, vcpu, fault):
+            return RET_PF_RETRY
+        kvm_mmu_hugepage_adjust(cpu, kvm, fault)
+        try:
+            return kvm_tdp_mmu_map(cpu, vcpu, fault)
+        except OutOfFrames:
+            return ENOMEM
+
+
+def fast_page_fault(cpu: Cpu, vcpu: Vcpu, fault: KvmPageFault) -> int:
+    """fast_page_fault(): gives a write-protected SPTE its W back, without mmu_lock.
+
+    Only where MMU-writable says that nothing but dirty logging took it.  W first, then the mark: the log is
+    reaped by write-protecting after it was read, so a write is either in this log or faults again.
+    """
+    root, slot = vcpu.mmu.root, fault.slot
+    if not (fault.present and fault.write) or root is None or slot is None:
+        return RET_PF_INVALID
+    with rcu_read_lock(cpu):
+        entry = tdp_entry(cpu, root, fault.gfn, PG_LEVEL_4K)
+        spte = entry.spte
+        if not is_shadow_present_pte(spte) or not is_last_spte(spte, entry.level):
+            return RET_PF_INVALID
+        if is_access_allowed(fault, spte):
+            return RET_PF_SPURIOUS
+        if not is_mmu_writable_spte(spte):
+            return RET_PF_INVALID
+        track = slot.dirty_track_enabled()
+        if entry.level > PG_LEVEL_4K and track:
+            return RET_PF_INVALID  # the fault splits it instead
+        if not tdp_mmu_set_spte_atomic(cpu, vcpu.kvm, entry, spte | PT_WRITABLE_MASK):
+            return RET_PF_RETRY
+        if track:
+            mark_page_dirty_in_slot(cpu, slot, fault.gfn)
+        return RET_PF_FIXED
+
+
+def kvm_mmu_faultin_pfn(cpu: Cpu, vcpu: Vcpu, fault: KvmPageFault) -> int:
+    """kvm_mmu_faultin_pfn(): sequence first, then the slot's state, then the frame.
+
+    A slot that is being deleted or moved makes the fault retry, or it would map what is zapped just now.  A
+    gfn whose invalidation is in progress retries before it takes a page or mmu_lock.
+    """
+    kvm, slot = vcpu.kvm, fault.slot
+    cpu.point("mmu_invalidate_seq", kvm.id, "read")
+    fault.mmu_seq = lib.mmu_invalidate_seq(cpu.m, kvm.id)
+    if slot is None:
+        return RET_PF_EMULATE  # kvm_handle_noslot_fault()
+    if slot.invalid:
+        return RET_PF_RETRY
+    if mmu_invalidate_retry(cpu, kvm, fault):
+        return RET_PF_RETRY
+    r = __kvm_mmu_faultin_pfn(cpu, kvm, fault, slot)
+    if r == RET_PF_CONTINUE and mmu_invalidate_retry(cpu, kvm, fault):
+        return RET_PF_RETRY
+    return r
+
+
+def __kvm_mmu_faultin_pfn(cpu: Cpu, kvm: Kvm, fault: KvmPageFault, slot: KvmMemorySlot) -> int:
+    """__kvm_mmu_faultin_pfn(), kvm_faultin_pfn(): the host's page behind the gfn, and its neighbours'."""
+    cpu.point("mm", (kvm.id, fault.gfn), "read")
+    page, hva = cpu.page, slot.gfn_to_hva(fault.gfn)
+    rc = lib.mm_fault(cpu.m, cpu.id, kvm.id, hva, fault.write, page)
+    if rc == lib.MACHINE_AGAIN:
+        return EFAULT
+    if rc == lib.MACHINE_NOMEM:
+        return ENOMEM
+    cpu.check(rc)
+    fault.pfn = PfnAndRights(page.hfn, page.tag, bool(page.writable))
+    fault.goal_level = page.level
+    around = min(kvm.params.fault_around, FAULT_AROUND_MAX)
+    # Under dirty logging a page that nobody writes to must not become writable unmarked: no neighbours.
+    if around > 1 and page.level == PG_LEVEL_4K and not slot.dirty_track_enabled():
+        fault.around_gfn, fault.around_n = fault_around_range(fault, around)
+        cpu.check(
+            lib.mm_fault_range(
+                cpu.m,
+                cpu.id,
+                kvm.id,
+                slot.gfn_to_hva(fault.around_gfn),
+                fault.around_n,
+                1,
+                cpu.hfns,
+                cpu.tags,
+                cpu.writable,
+            )
+        )
+    return RET_PF_CONTINUE
+
+
+def mmu_invalidate_retry(cpu: Cpu, kvm: Kvm, fault: KvmPageFault) -> bool:
+    """mmu_invalidate_retry_gfn() and its unlocked form.  Decision fault_retry."""
+    if kvm.policy.fault_retry == "none":
+        return False
+    return bool(lib.mmu_invalidate_retry_gfn(cpu.m, kvm.id, fault.mmu_seq, fault.gfn))
+
+
+def is_page_fault_stale(cpu: Cpu, vcpu: Vcpu, fault: KvmPageFault) -> bool:
+    """is_page_fault_stale(), under mmu_lock: the root was invalidated, or the frame may be gone."""
+    root = vcpu.mmu.root
+    if root is None or root.role.invalid:
+        return True
+    cpu.point("mmu_invalidate_seq", vcpu.kvm.id, "read")
+    return mmu_invalidate_retry(cpu, vcpu.kvm, fault)
+
+
+def kvm_mmu_hugepage_adjust(cpu: Cpu, kvm: Kvm, fault: KvmPageFault) -> None:
+    """kvm_mmu_hugepage_adjust(): the largest level that host page, slot and dirty logging permit."""
+    slot = fault.slot
+    assert slot is not None
+    level = fault.goal_level
+    if level > PG_LEVEL_4K and not _level_allowed(slot, fault.gfn, level):
+        level = PG_LEVEL_4K
+    fault.goal_level = level
+    if level > PG_LEVEL_4K:
+        fault.pfn.pfn &= -kvm_pages_per_hpage(level)
+
+
+def _level_allowed(slot: KvmMemorySlot, gfn: int, level: int) -> bool:
+    """lpage_info: no huge mapping while pages are logged, across the slot's ends, or where guest and host
+    addresses are aligned differently."""
+    pages = kvm_pages_per_hpage(level)
+    start = gfn & -pages
+    return (
+        level <= KVM_MAX_HUGEPAGE_LEVEL
+        and not slot.dirty_track_enabled()
+        and slot.base_gfn <= start
+        and start + pages <= slot.end_gfn
+        and (slot.base_gfn ^ slot.userspace_addr) & (pages - 1) == 0
+    )
+
+
+def kvm_mmu_max_mapping_level(cpu: Cpu, kvm: Kvm, slot: KvmMemorySlot, gfn: int) -> int:
+    """kvm_mmu_max_mapping_level(), under mmu_lock: by what the host maps now."""
+    level = KVM_MAX_HUGEPAGE_LEVEL
+    start = gfn & -kvm_pages_per_hpage(level)
+    if _level_allowed(slot, gfn, level) and lib.mm_huge(cpu.m, kvm.id, slot.gfn_to_hva(start)):
+        return level
+    return PG_LEVEL_4K

@@ -1,0 +1,83 @@
+"""arch/x86/kvm/mmu/spte.[ch]: what SPTE values mean, and making leaf SPTEs."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Final
+
+from emulator.kvm.kvm_host import PG_LEVEL_4K
+from emulator.kvm.kvm_main import mark_page_dirty_in_slot
+from emulator.kvm.structs import KvmMemorySlot
+from emulator.runtime import Cpu
+from native import lib
+
+PT_WRITABLE_MASK: Final[int] = lib.SPTE_WRITABLE
+PT_PAGE_SIZE_MASK: Final[int] = lib.SPTE_PAGE_SIZE
+SHADOW_HOST_WRITABLE_MASK: Final[int] = 1 << lib.SPTE_HOST_WRITABLE_BIT
+SHADOW_MMU_WRITABLE_MASK: Final[int] = 1 << lib.SPTE_MMU_WRITABLE_BIT
+FROZEN_SPTE: Final[int] = lib.FROZEN_SPTE
+_PRESENT: Final[int] = lib.SPTE_READABLE | lib.SPTE_WRITABLE | lib.SPTE_EXECUTABLE
+_HFN_SHIFT: Final[int] = lib.SPTE_HFN_SHIFT
+_HFN_MASK: Final = 0xFFFFFF
+
+
+def is_shadow_present_pte(spte: int) -> bool:
+    return bool(spte & _PRESENT)
+
+
+def is_frozen_spte(spte: int) -> bool:
+    """is_frozen_spte(): its table is going away, or somebody else is at it; do not install anything."""
+    return spte == FROZEN_SPTE
+
+
+def is_large_pte(spte: int) -> bool:
+    return bool(spte & PT_PAGE_SIZE_MASK)
+
+
+def is_last_spte(spte: int, level: int) -> bool:
+    return level == PG_LEVEL_4K or bool(spte & PT_PAGE_SIZE_MASK)
+
+
+def is_writable_pte(spte: int) -> bool:
+    return bool(spte & PT_WRITABLE_MASK)
+
+
+def is_mmu_writable_spte(spte: int) -> bool:
+    """is_mmu_writable_spte(): KVM may set W.  With W clear and this set, a TLB may still hold a writable
+    translation: W alone proves nothing."""
+    return bool(spte & SHADOW_MMU_WRITABLE_MASK)
+
+
+def leaf_spte_change_needs_tlb_flush(old_spte: int, new_spte: int) -> bool:
+    """leaf_spte_change_needs_tlb_flush(), 6.13 and later: MMU-writable was lost.  Clearing A, D or W alone is
+    tolerated until dirty logging reaps."""
+    return is_mmu_writable_spte(old_spte) and not is_mmu_writable_spte(new_spte)
+
+
+def spte_to_child_pt(spte: int) -> int:
+    """spte_to_child_pt(): frame number of the table that a non-leaf SPTE points to."""
+    return (spte >> _HFN_SHIFT) & _HFN_MASK
+
+
+@dataclass(slots=True)
+class PfnAndRights:
+    """What faultin found: frame, the custody tag that it was taken under, the host's permission."""
+
+    pfn: int
+    custody: int
+    host_writable: bool
+
+
+def make_spte(
+    cpu: Cpu, slot: KvmMemorySlot, gfn: int, level: int, pfn: PfnAndRights, prefetch: bool = False
+) -> int:
+    """make_spte(): a writable leaf if the host permits writes; under dirty logging that marks the page.
+
+    A page that is mapped before somebody writes to it (prefetch) is not marked, and so not made writable.
+    """
+    track = slot.dirty_track_enabled()
+    writable = pfn.host_writable and not (track and prefetch)
+    spte: int = lib.make_spte(pfn.pfn, pfn.custody, level, writable, pfn.host_writable)
+    if writable and track:
+        mark_page_dirty_in_slot(cpu, slot, gfn)
+    return spte

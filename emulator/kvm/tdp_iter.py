@@ -1,0 +1,112 @@
+"""arch/x86/kvm/mmu/tdp_iter.[ch] and the yielding of tdp_mmu.c: walks over the SPTEs of a range.
+
+The SPTE loop itself is native and does `params.chunk` SPTEs a call, always starting from the root; between
+two calls the code here decides whether to yield, in which order, and with which flush.
+"""
+
+from __future__ import annotations
+
+from emulator.kvm.kvm_main import flush_elided, kvm_flush_remote_tlbs
+from emulator.kvm.structs import Kvm, KvmMmuPage
+from emulator.runtime import Cpu, rcu_enter, rcu_leave
+from native import ffi, lib
+
+
+class TdpIter:
+    """struct tdp_iter over [start, end): what one walk does (enum tdp_walk) and how far it is.
+
+    After a yield nothing has to be restarted by hand: the next step walks down from the root again.
+    """
+
+    __slots__ = ("chunk", "chunks_since_yield", "reason", "root", "shared", "yielded_gfn")
+
+    def __init__(
+        self,
+        root: KvmMmuPage,
+        walk: int,
+        start: int,
+        end: int,
+        *,
+        shared: bool,
+        level: int = lib.PG_LEVEL_4K,
+        mask: int = 0,
+        reason: int = lib.REASON_OTHER,
+    ) -> None:
+        self.root = root
+        self.shared = shared
+        self.reason = reason  # what a flush at a yield is for
+        self.chunks_since_yield = 0
+        self.yielded_gfn = start
+        self.chunk = ffi.new("struct tdp_chunk *")
+        chunk = self.chunk
+        chunk.root = root.hfn
+        chunk.root_level = root.role.level
+        chunk.walk = walk
+        chunk.level = level
+        chunk.shared = shared
+        chunk.next_gfn = start
+        chunk.end_gfn = end
+        chunk.mask = mask
+
+    @property
+    def done(self) -> bool:
+        return bool(self.chunk.done)
+
+    @property
+    def next_last_level_gfn(self) -> int:
+        return int(self.chunk.next_gfn)
+
+    def step(self, cpu: Cpu, kvm: Kvm) -> int:
+        """Up to params.chunk SPTEs; returns how many of them changed.
+
+        A frozen SPTE in the way ends the step early; the next one looks again.
+        """
+        cpu.point("sptes", (self.root.hfn, self.chunk.next_gfn), "write")
+        rc = lib.tdp_walk_chunk(cpu.m, cpu.id, kvm.id, self.chunk, kvm.params.chunk)
+        if rc < 0 and rc != lib.MACHINE_AGAIN:
+            cpu.fail(rc)
+        self.chunks_since_yield += 1
+        return int(self.chunk.changed)
+
+    def retry(self, gfn: int) -> None:
+        """`goto retry` of the kernel's loops: look at gfn again."""
+        self.chunk.next_gfn = gfn
+        self.chunk.done = 0
+
+
+def tdp_mmu_iter_need_resched(cpu: Cpu, kvm: Kvm, it: TdpIter) -> bool:
+    """tdp_mmu_iter_need_resched(): never twice without progress in between.
+
+    need_resched() is a count of chunks; the other reason is that somebody waits for mmu_lock.
+    """
+    if it.next_last_level_gfn == it.yielded_gfn:
+        return False
+    if 0 < kvm.params.resched_chunks <= it.chunks_since_yield:
+        return True
+    return kvm.mmu_lock.needbreak(cpu)
+
+
+def tdp_mmu_iter_cond_resched(cpu: Cpu, kvm: Kvm, it: TdpIter, flush: bool) -> bool:
+    """tdp_mmu_iter_cond_resched(): drop mmu_lock and RCU if somebody needs them; True if it did.
+
+    If it returns True nothing is pending any more: the caller sets its own `flush` to False and goes on from
+    the root.  Decision zap_yield; the order matters because table pages are freed by RCU callbacks, which
+    this thread holds up as long as it is a reader.
+    """
+    if not tdp_mmu_iter_need_resched(cpu, kvm, it):
+        return False
+    order = kvm.policy.zap_yield
+    if flush and order == "flush-then-unlock":
+        kvm_flush_remote_tlbs(cpu, kvm, it.reason)
+    rcu_leave(cpu)
+    if flush and order == "unlock-then-flush":
+        kvm_flush_remote_tlbs(cpu, kvm, it.reason)
+    if flush and order == "no-flush":
+        flush_elided(cpu, kvm, it.reason, it.next_last_level_gfn)
+    cpu.stat(kvm.id, lib.STAT_YIELDS)
+    cpu.event(lib.EVENT_YIELD, kvm.id, flush and order != "no-flush")
+    kvm.mmu_lock.cond_resched(cpu)
+    rcu_enter(cpu)
+    it.chunks_since_yield = 0
+    it.yielded_gfn = it.next_last_level_gfn
+    return True

@@ -1,0 +1,246 @@
+"""arch/x86/kvm/mmu/tdp_mmu.c: installing SPTEs for page faults, under mmu_lock held for read.
+
+All changes are compare-and-swap.  Whoever loses retries by letting the guest fault again.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Final
+
+from emulator.kvm.kvm_host import PG_LEVEL_4K, kvm_pages_per_hpage
+from emulator.kvm.kvm_main import flush_elided, kvm_flush_remote_tlbs_range
+from emulator.kvm.spte import (
+    PfnAndRights,
+    is_frozen_spte,
+    is_large_pte,
+    is_last_spte,
+    is_shadow_present_pte,
+    is_writable_pte,
+    leaf_spte_change_needs_tlb_flush,
+    make_spte,
+    spte_to_child_pt,
+)
+from emulator.kvm.structs import Kvm, KvmMemorySlot, KvmMmuPage, Vcpu
+from emulator.runtime import Cpu, rcu_read_lock
+from native import ffi, lib
+
+# enum { RET_PF_... } of mmu_internal.h
+RET_PF_CONTINUE: Final = 0
+RET_PF_RETRY: Final = 1
+RET_PF_EMULATE: Final = 2
+RET_PF_INVALID: Final = 3
+RET_PF_FIXED: Final = 4
+RET_PF_SPURIOUS: Final = 5
+# Errors that KVM_RUN returns to user space.
+EFAULT: Final = -14
+ENOMEM: Final = -12
+
+_NO_FRAME: Final = 0xFFFFFFFF
+
+
+class KvmPageFault:
+    """struct kvm_page_fault.
+
+    around_gfn, around_n: the neighbours that faultin looked up, in the arrays of the Cpu (fault-around).
+    """
+
+    __slots__ = (
+        "around_gfn",
+        "around_n",
+        "exec",
+        "gfn",
+        "goal_level",
+        "mmu_seq",
+        "pfn",
+        "present",
+        "slot",
+        "write",
+    )
+
+    def __init__(self, gfn: int, access: int, present: bool) -> None:
+        self.gfn = gfn
+        self.write = access == lib.ACCESS_WRITE
+        self.exec = access == lib.ACCESS_EXECUTE
+        self.present = present
+        self.slot: KvmMemorySlot | None = None
+        self.mmu_seq = 0
+        self.pfn = PfnAndRights(0, 0, False)
+        self.goal_level = PG_LEVEL_4K
+        self.around_gfn = 0
+        self.around_n = 0
+
+
+def is_access_allowed(fault: KvmPageFault, spte: int) -> bool:
+    """is_access_allowed()"""
+    if fault.write:
+        return is_writable_pte(spte)
+    if fault.exec:
+        return bool(spte & lib.SPTE_EXECUTABLE)
+    return is_shadow_present_pte(spte)
+
+
+@dataclass(slots=True)
+class Entry:
+    """Where a walk stands: the SPTE, its table page, index and level, and the first gfn that it covers."""
+
+    spte: int
+    table: int
+    level: int
+    gfn: int
+
+    @property
+    def index(self) -> int:
+        return (self.gfn >> (9 * (self.level - 1))) & 511
+
+
+def tdp_entry(cpu: Cpu, root: KvmMmuPage, gfn: int, goal_level: int) -> Entry:
+    """The deepest entry for gfn that exists, not below goal_level.  Under rcu_read_lock."""
+    walked = lib.tdp_mmu_get_walk(cpu.m, root.hfn, root.role.level, gfn, cpu.sptes, cpu.tables)
+    level = max(cpu.check(walked), goal_level)
+    return Entry(cpu.sptes[level], cpu.tables[level], level, gfn & -kvm_pages_per_hpage(level))
+
+
+def tdp_mmu_set_spte_atomic(cpu: Cpu, kvm: Kvm, entry: Entry, new_spte: int) -> bool:
+    """tdp_mmu_set_spte_atomic(): False if the SPTE is not entry.spte any more.
+
+    With the part of handle_changed_spte() that matters here: a table that loses its link is taken apart and
+    left to RCU.
+    """
+    cpu.point("spte", (entry.table, entry.index), "write")
+    rc = lib.tdp_mmu_set_spte_atomic(
+        cpu.m, cpu.id, kvm.id, entry.table, entry.index, entry.level, entry.gfn, entry.spte, new_spte
+    )
+    if rc == lib.MACHINE_AGAIN:
+        return False
+    cpu.check(rc)
+    if is_shadow_present_pte(entry.spte) and not is_last_spte(entry.spte, entry.level):
+        handle_removed_pt(cpu, kvm, entry)
+    return True
+
+
+def handle_removed_pt(cpu: Cpu, kvm: Kvm, entry: Entry) -> None:
+    """handle_removed_pt(): freeze the children of the unlinked table and below, give the pages to RCU."""
+    cpu.check(
+        lib.handle_removed_pt(
+            cpu.m, cpu.id, kvm.id, spte_to_child_pt(entry.spte), entry.level - 1, entry.gfn, 1, 1, ffi.NULL, 0
+        )
+    )
+
+
+def tdp_mmu_link_sp(cpu: Cpu, kvm: Kvm, entry: Entry) -> Entry | None:
+    """tdp_mmu_link_sp() with tdp_mmu_alloc_sp(): an empty table below `entry`.  None: somebody was
+    quicker."""
+    table = cpu.check(lib.ept_table_alloc(cpu.m, cpu.id, lib.FRAME_TABLE))
+    return _link(cpu, kvm, entry, table)
+
+
+def tdp_mmu_split_huge_page(cpu: Cpu, kvm: Kvm, entry: Entry) -> Entry | None:
+    """tdp_mmu_split_huge_page(): a table that maps what the huge SPTE maps.  No right changes, so no
+    flush."""
+    table = cpu.check(lib.tdp_mmu_make_split_table(cpu.m, cpu.id, entry.spte, entry.level))
+    return _link(cpu, kvm, entry, table)
+
+
+def _link(cpu: Cpu, kvm: Kvm, entry: Entry, table: int) -> Entry | None:
+    if not tdp_mmu_set_spte_atomic(cpu, kvm, entry, lib.make_nonleaf_spte(cpu.m, table)):
+        lib.ept_table_free(cpu.m, cpu.id, table)
+        return None
+    return Entry(0, table, entry.level - 1, entry.gfn)
+
+
+def _step_down(cpu: Cpu, child: Entry, gfn: int) -> Entry:
+    """The entry for gfn in the table that `child` is in."""
+    child.gfn = gfn & -kvm_pages_per_hpage(child.level)
+    child.spte = lib.spte_read(cpu.m, child.table, child.index)
+    return child
+
+
+def kvm_tdp_mmu_map(cpu: Cpu, vcpu: Vcpu, fault: KvmPageFault) -> int:
+    """kvm_tdp_mmu_map(): link or split down to goal_level, then install the leaf.  Raises OutOfFrames."""
+    kvm, root = vcpu.kvm, vcpu.mmu.root
+    assert root is not None
+    with rcu_read_lock(cpu):
+        entry = tdp_entry(cpu, root, fault.gfn, fault.goal_level)
+        while True:
+            if is_frozen_spte(entry.spte):
+                return RET_PF_RETRY
+            if entry.level == fault.goal_level:
+                return tdp_mmu_map_handle_target_level(cpu, vcpu, fault, entry)
+            if is_shadow_present_pte(entry.spte):
+                # A huge leaf above the goal; a table would have been walked through.
+                if not is_large_pte(entry.spte):
+                    child: Entry | None = Entry(0, spte_to_child_pt(entry.spte), entry.level - 1, 0)
+                else:
+                    child = tdp_mmu_split_huge_page(cpu, kvm, entry)
+            else:
+                child = tdp_mmu_link_sp(cpu, kvm, entry)
+            if child is None:
+                return RET_PF_RETRY
+            entry = _step_down(cpu, child, fault.gfn)
+
+
+def tdp_mmu_map_handle_target_level(cpu: Cpu, vcpu: Vcpu, fault: KvmPageFault, entry: Entry) -> int:
+    """tdp_mmu_map_handle_target_level()
+
+    A leaf over a non-present SPTE needs no flush.  Over a table it does: CPUs may still hold pointers to the
+    table page, which RCU frees.  Decision map_replace.
+    """
+    kvm, old_spte = vcpu.kvm, entry.spte
+    assert fault.slot is not None
+    present = is_shadow_present_pte(old_spte)
+    last = is_last_spte(old_spte, entry.level)
+    if present and last and is_access_allowed(fault, old_spte):
+        return RET_PF_SPURIOUS
+    new_spte = make_spte(cpu, fault.slot, fault.gfn, entry.level, fault.pfn)
+    if new_spte == old_spte:
+        return RET_PF_SPURIOUS
+    if not tdp_mmu_set_spte_atomic(cpu, kvm, entry, new_spte):
+        return RET_PF_RETRY
+    if present and (not last or leaf_spte_change_needs_tlb_flush(old_spte, new_spte)):
+        if kvm.policy.map_replace == "flush":
+            kvm_flush_remote_tlbs_range(
+                cpu, kvm, entry.gfn, kvm_pages_per_hpage(entry.level), lib.REASON_REMOTE_REPLACE
+            )
+        else:
+            flush_elided(cpu, kvm, lib.REASON_REMOTE_REPLACE, entry.gfn)
+    if fault.around_n and entry.level == PG_LEVEL_4K:
+        tdp_mmu_map_around(cpu, kvm, fault, entry.table)
+    return RET_PF_FIXED
+
+
+def tdp_mmu_map_around(cpu: Cpu, kvm: Kvm, fault: KvmPageFault, table: int) -> None:
+    """Maps the neighbours that faultin looked up where nothing is mapped yet, in the same table.
+
+    Real KVM prefetches only for shadow paging; without this, storms of zaps crawl.  Each neighbour passes
+    the same test as the fault itself: its gfn may be in a range whose invalidation is in progress.
+    """
+    if kvm.policy.fault_retry == "invalidate-seq":
+        for i in range(fault.around_n):
+            if lib.mmu_invalidate_retry_gfn(cpu.m, kvm.id, fault.mmu_seq, fault.around_gfn + i):
+                cpu.hfns[i] = _NO_FRAME
+    cpu.point("spte", (table, fault.around_gfn & 511), "write")
+    cpu.check(
+        lib.tdp_mmu_map_around(
+            cpu.m,
+            cpu.id,
+            kvm.id,
+            table,
+            fault.around_gfn,
+            fault.around_n,
+            cpu.hfns,
+            cpu.tags,
+            cpu.writable,
+        )
+    )
+
+
+def fault_around_range(fault: KvmPageFault, pages: int) -> tuple[int, int]:
+    """The aligned window of `pages` (a power of two, so within one table) around the fault, cut to its slot:
+    first gfn, number."""
+    slot = fault.slot
+    assert slot is not None
+    start = fault.gfn & -pages
+    end = min(start + pages, slot.end_gfn)
+    start = max(start, slot.base_gfn)
+    return start, end - start

@@ -1,0 +1,228 @@
+"""arch/x86/kvm/mmu/tdp_mmu.c: what happens to a memslot's SPTEs when dirty logging is armed, read and ended.
+
+None of the write-protecting and splitting here flushes; the callers do, once, where user space is told.
+"""
+
+from __future__ import annotations
+
+from emulator.kvm.kvm_host import kvm_pages_per_hpage
+from emulator.kvm.kvm_main import kvm_flush_remote_tlbs_memslot, kvm_flush_remote_tlbs_range
+from emulator.kvm.page_fault import kvm_mmu_max_mapping_level
+from emulator.kvm.spte import (
+    FROZEN_SPTE,
+    PT_PAGE_SIZE_MASK,
+    PT_WRITABLE_MASK,
+    SHADOW_MMU_WRITABLE_MASK,
+    is_last_spte,
+    is_shadow_present_pte,
+    spte_to_child_pt,
+)
+from emulator.kvm.structs import Kvm, KvmMemorySlot, KvmMmuPage
+from emulator.kvm.tdp_iter import TdpIter, tdp_mmu_iter_cond_resched
+from emulator.kvm.tdp_map import (
+    Entry,
+    handle_removed_pt,
+    tdp_entry,
+    tdp_mmu_set_spte_atomic,
+    tdp_mmu_split_huge_page,
+)
+from emulator.kvm.tdp_mmu import KVM_VALID_ROOTS, for_each_tdp_mmu_root_yield_safe
+from emulator.runtime import READ, WRITE, Cpu, OutOfFrames, rcu_read_lock
+from native import lib
+
+_HFN_SHIFT = lib.SPTE_HFN_SHIFT
+
+
+def kvm_tdp_mmu_wrprot_slot(cpu: Cpu, kvm: Kvm, slot: KvmMemorySlot, min_level: int) -> bool:
+    """kvm_tdp_mmu_wrprot_slot(), wrprot_gfn_range(): True if some SPTE lost W.  Yields without a flush."""
+    spte_set = False
+    for root in for_each_tdp_mmu_root_yield_safe(cpu, kvm, KVM_VALID_ROOTS):
+        it = TdpIter(root, lib.TDP_WRPROT, slot.base_gfn, slot.end_gfn, shared=True, level=min_level)
+        with rcu_read_lock(cpu):
+            while not it.done:
+                if tdp_mmu_iter_cond_resched(cpu, kvm, it, flush=False):
+                    continue
+                if it.step(cpu, kvm):
+                    spte_set = True
+    return spte_set
+
+
+def kvm_tdp_mmu_clear_dirty_pt_masked(cpu: Cpu, kvm: Kvm, gfn: int, mask: int) -> int:
+    """kvm_tdp_mmu_clear_dirty_pt_masked(wrprot=true), under mmu_lock for write: takes W from the 4K SPTEs of
+    the gfns in mask; returns from how many."""
+    assert cpu.mmu_lock_held == WRITE
+    changed = 0
+    for root in kvm.tdp_mmu_roots:
+        if root.role.invalid:
+            continue
+        it = TdpIter(root, lib.TDP_CLEAR_DIRTY, gfn, gfn + 64, shared=False, mask=mask)
+        with rcu_read_lock(cpu):
+            while not it.done:
+                changed += it.step(cpu, kvm)
+    return changed
+
+
+def kvm_tdp_mmu_write_protect_gfn(cpu: Cpu, kvm: Kvm, gfn: int, min_level: int) -> bool:
+    """kvm_tdp_mmu_write_protect_gfn(), write_protect_gfn(), under mmu_lock for write: takes W and
+    MMU-writable from a leaf of min_level or above."""
+    assert cpu.mmu_lock_held == WRITE
+    spte_set = False
+    for root in kvm.tdp_mmu_roots:
+        if root.role.invalid:
+            continue
+        with rcu_read_lock(cpu):
+            entry = tdp_entry(cpu, root, gfn, min_level)
+            if not is_shadow_present_pte(entry.spte) or not is_last_spte(entry.spte, entry.level):
+                continue
+            new_spte = entry.spte & ~(PT_WRITABLE_MASK | SHADOW_MMU_WRITABLE_MASK)
+            if new_spte != entry.spte:
+                _tdp_mmu_set_spte(cpu, kvm, entry, new_spte)
+                spte_set = True
+    return spte_set
+
+
+def _tdp_mmu_set_spte(cpu: Cpu, kvm: Kvm, entry: Entry, new_spte: int) -> None:
+    """tdp_mmu_set_spte(): under mmu_lock for write, or as the owner of a frozen SPTE."""
+    cpu.point("spte", (entry.table, entry.index), "write")
+    lib.tdp_mmu_set_spte(cpu.m, cpu.id, kvm.id, entry.table, entry.index, entry.level, entry.gfn, new_spte)
+
+
+def kvm_tdp_mmu_try_split_huge_pages(
+    cpu: Cpu, kvm: Kvm, start: int, end: int, target_level: int, shared: bool
+) -> None:
+    """kvm_tdp_mmu_try_split_huge_pages(): as many as there are table pages for."""
+    assert cpu.mmu_lock_held == (READ if shared else WRITE)
+    for root in for_each_tdp_mmu_root_yield_safe(cpu, kvm, KVM_VALID_ROOTS):
+        tdp_mmu_split_huge_pages_root(cpu, kvm, root, start, end, target_level, shared)
+
+
+def tdp_mmu_split_huge_pages_root(
+    cpu: Cpu, kvm: Kvm, root: KvmMmuPage, start: int, end: int, target_level: int, shared: bool
+) -> None:
+    """tdp_mmu_split_huge_pages_root()"""
+    it = TdpIter(root, lib.TDP_FIND_HUGE, start, end, shared=shared, level=target_level)
+    with rcu_read_lock(cpu):
+        while not it.done:
+            if tdp_mmu_iter_cond_resched(cpu, kvm, it, flush=False):
+                continue
+            it.step(cpu, kvm)
+            entry = _found(it)
+            if entry is None:
+                continue
+            try:
+                split = tdp_mmu_split_huge_page(cpu, kvm, entry)
+            except OutOfFrames:
+                return  # faults will split what is left
+            if split is None:
+                it.retry(entry.gfn)
+
+
+def _found(it: TdpIter) -> Entry | None:
+    """What a TDP_FIND_ walk stopped at."""
+    chunk = it.chunk
+    if not chunk.found_level:
+        return None
+    return Entry(chunk.found_spte, chunk.found_table, chunk.found_level, chunk.found_gfn)
+
+
+def kvm_tdp_mmu_recover_huge_pages(cpu: Cpu, kvm: Kvm, slot: KvmMemorySlot) -> None:
+    """kvm_tdp_mmu_recover_huge_pages() and, to 6.12, kvm_tdp_mmu_zap_collapsible_sptes(); decision
+    huge_recovery.  Under mmu_lock for read."""
+    assert cpu.mmu_lock_held == READ
+    for root in for_each_tdp_mmu_root_yield_safe(cpu, kvm, KVM_VALID_ROOTS):
+        if kvm.policy.huge_recovery == "in-place":
+            recover_huge_pages_range(cpu, kvm, root, slot)
+        else:
+            zap_collapsible_spte_range(cpu, kvm, root, slot)
+
+
+def recover_huge_pages_range(cpu: Cpu, kvm: Kvm, root: KvmMmuPage, slot: KvmMemorySlot) -> None:
+    """recover_huge_pages_range(): a huge leaf replaces each table that the host maps huge.
+
+    The tables are freed by RCU, so the flush has to be over before RCU is left, here and in each yield.
+    """
+    reason = lib.REASON_REMOTE_RECOVER
+    it = TdpIter(root, lib.TDP_FIND_TABLE, slot.base_gfn, slot.end_gfn, shared=True, reason=reason)
+    flush = False
+    with rcu_read_lock(cpu):
+        while not it.done:
+            if tdp_mmu_iter_cond_resched(cpu, kvm, it, flush):
+                flush = False
+                continue
+            it.step(cpu, kvm)
+            entry = _collapsible(cpu, kvm, slot, it)
+            if entry is None:
+                continue
+            huge_spte = tdp_mmu_make_huge_spte(cpu, entry)
+            if huge_spte is None:
+                continue
+            if not tdp_mmu_set_spte_atomic(cpu, kvm, entry, huge_spte):
+                it.retry(entry.gfn)
+                continue
+            flush = True
+        if flush and kvm.policy.zap_yield != "unlock-then-flush":
+            kvm_flush_remote_tlbs_memslot(cpu, kvm, slot, reason)
+            flush = False
+    if flush:
+        kvm_flush_remote_tlbs_memslot(cpu, kvm, slot, reason)
+
+
+def _collapsible(cpu: Cpu, kvm: Kvm, slot: KvmMemorySlot, it: TdpIter) -> Entry | None:
+    """The table that the walk stopped at, if its range lies in the slot and the host maps it huge."""
+    entry = _found(it)
+    if entry is None or not slot.base_gfn <= entry.gfn < slot.end_gfn:
+        return None
+    if kvm_mmu_max_mapping_level(cpu, kvm, slot, entry.gfn) < entry.level:
+        return None
+    return entry
+
+
+def tdp_mmu_make_huge_spte(cpu: Cpu, parent: Entry) -> int | None:
+    """tdp_mmu_make_huge_spte(), make_huge_spte(): from the first present child; None if there is none.
+
+    The huge SPTE takes the child's custody, which must be that of the whole block.
+    """
+    table = spte_to_child_pt(parent.spte)
+    for index in range(512):
+        small_spte = lib.spte_read(cpu.m, table, index)
+        if is_shadow_present_pte(small_spte):
+            break
+    else:
+        return None
+    pages = kvm_pages_per_hpage(parent.level)
+    first = spte_to_child_pt(small_spte) - index
+    custody = (small_spte >> lib.SPTE_CUSTODY_SHIFT) & lib.FRAME_TAG_MASK
+    if first & (pages - 1) or lib.frame_host_tag_of(cpu.m, first) != custody:
+        return None
+    return int(small_spte - (index << _HFN_SHIFT)) | PT_PAGE_SIZE_MASK
+
+
+def zap_collapsible_spte_range(cpu: Cpu, kvm: Kvm, root: KvmMmuPage, slot: KvmMemorySlot) -> None:
+    """zap_collapsible_spte_range(), to 6.12: each such table is zapped with a flush of its own."""
+    it = TdpIter(root, lib.TDP_FIND_TABLE, slot.base_gfn, slot.end_gfn, shared=True)
+    with rcu_read_lock(cpu):
+        while not it.done:
+            if tdp_mmu_iter_cond_resched(cpu, kvm, it, flush=False):
+                continue
+            it.step(cpu, kvm)
+            entry = _collapsible(cpu, kvm, slot, it)
+            if entry is not None and not tdp_mmu_zap_spte_atomic(cpu, kvm, entry):
+                it.retry(entry.gfn)
+
+
+def tdp_mmu_zap_spte_atomic(cpu: Cpu, kvm: Kvm, entry: Entry) -> bool:
+    """tdp_mmu_zap_spte_atomic(), about 5.13 to 6.12: frozen until the flush is over, so that nobody installs
+    a translation beside the stale ones.  False if the SPTE changed."""
+    cpu.point("spte", (entry.table, entry.index), "write")
+    rc = lib.tdp_mmu_set_spte_atomic(
+        cpu.m, cpu.id, kvm.id, entry.table, entry.index, entry.level, entry.gfn, entry.spte, FROZEN_SPTE
+    )
+    if rc == lib.MACHINE_AGAIN:
+        return False
+    cpu.check(rc)
+    kvm_flush_remote_tlbs_range(
+        cpu, kvm, entry.gfn, kvm_pages_per_hpage(entry.level), lib.REASON_REMOTE_RECOVER
+    )
+    _tdp_mmu_set_spte(cpu, kvm, entry, 0)
+    handle_removed_pt(cpu, kvm, entry)
+    return True
