@@ -1,0 +1,1 @@
+"""Tests of the trace format, its converter and the embedded traces."""
