@@ -1,0 +1,123 @@
+#define _POSIX_C_SOURCE 200809L
+#include "counters.h"
+
+#include <stdlib.h>
+#include <string.h>
+#include <time.h>
+
+#include "cpu.h"
+
+uint64_t monotonic_ns(void)
+{
+	struct timespec now;
+
+	clock_gettime(CLOCK_MONOTONIC, &now);
+	return (uint64_t)now.tv_sec * 1000000000u + (uint64_t)now.tv_nsec;
+}
+
+static size_t flush_cells(const struct machine *m)
+{
+	return (size_t)m->config.vms * SCOPES * REASONS;
+}
+
+struct counters *counters_create(const struct machine *m)
+{
+	size_t size = (sizeof(struct counters) + CACHELINE - 1) & ~(size_t)(CACHELINE - 1);
+	struct counters *c = aligned_alloc(CACHELINE, size);
+
+	if (!c)
+		return NULL;
+	memset(c, 0, size);
+	c->flushes = calloc(flush_cells(m), sizeof(*c->flushes));
+	c->necessary = calloc(flush_cells(m), sizeof(*c->necessary));
+	if (flush_cells(m) && (!c->flushes || !c->necessary)) {
+		counters_destroy(c);
+		return NULL;
+	}
+	return c;
+}
+
+void counters_destroy(struct counters *c)
+{
+	if (!c)
+		return;
+	free(c->flushes);
+	free(c->necessary);
+	free(c);
+}
+
+/* Relaxed: each value is whole by itself, and no reader draws conclusions from one about another. */
+static void add_values(uint64_t *sums, _Atomic uint64_t *values, size_t n)
+{
+	for (size_t i = 0; i < n; i++)
+		sums[i] += atomic_load_explicit(&values[i], memory_order_relaxed);
+}
+
+void counters_read(struct machine *m, uint32_t cpu, uint64_t *values)
+{
+	memset(values, 0, COUNTERS * sizeof(*values));
+	add_values(values, m->cpus[cpu].counters->value, COUNTERS);
+}
+
+void counters_sum(struct machine *m, uint64_t *values)
+{
+	memset(values, 0, COUNTERS * sizeof(*values));
+	for (uint32_t cpu = 0; cpu < m->cpu_count; cpu++)
+		add_values(values, m->cpus[cpu].counters->value, COUNTERS);
+}
+
+void histogram_sum(struct machine *m, uint32_t histogram, uint64_t *buckets, uint64_t *sum)
+{
+	memset(buckets, 0, HISTOGRAM_BUCKETS * sizeof(*buckets));
+	*sum = 0;
+	if (histogram >= HISTOGRAMS)
+		return;
+	for (uint32_t cpu = 0; cpu < m->cpu_count; cpu++) {
+		struct counters *c = m->cpus[cpu].counters;
+
+		add_values(buckets, c->bucket[histogram], HISTOGRAM_BUCKETS);
+		add_values(sum, &c->nanoseconds[histogram], 1);
+	}
+}
+
+void flushes_sum(struct machine *m, uint64_t *flushes, uint64_t *necessary)
+{
+	memset(flushes, 0, flush_cells(m) * sizeof(*flushes));
+	memset(necessary, 0, flush_cells(m) * sizeof(*necessary));
+	for (uint32_t cpu = 0; cpu < m->cpu_count; cpu++) {
+		add_values(flushes, m->cpus[cpu].counters->flushes, flush_cells(m));
+		add_values(necessary, m->cpus[cpu].counters->necessary, flush_cells(m));
+	}
+}
+
+void counter_add(struct machine *m, uint32_t cpu, uint32_t counter, uint64_t n)
+{
+	if (counter < COUNTERS)
+		count(m->cpus[cpu].counters, counter, n);
+}
+
+/* Bucket i holds what is below 2^i and not below 2^(i-1). */
+static uint32_t histogram_bucket(uint64_t nanoseconds)
+{
+	uint32_t bits = nanoseconds ? 64 - (uint32_t)__builtin_clzll(nanoseconds) : 0;
+
+	return bits < HISTOGRAM_BUCKETS ? bits : HISTOGRAM_BUCKETS - 1;
+}
+
+/* The owner's relaxed load, add, store, as count(). */
+static void add_owned(_Atomic uint64_t *cell, uint64_t n)
+{
+	uint64_t v = atomic_load_explicit(cell, memory_order_relaxed);
+
+	atomic_store_explicit(cell, v + n, memory_order_relaxed);
+}
+
+void histogram_record(struct machine *m, uint32_t cpu, uint32_t histogram, uint64_t nanoseconds)
+{
+	struct counters *c = m->cpus[cpu].counters;
+
+	if (histogram >= HISTOGRAMS)
+		return;
+	add_owned(&c->bucket[histogram][histogram_bucket(nanoseconds)], 1);
+	add_owned(&c->nanoseconds[histogram], nanoseconds);
+}

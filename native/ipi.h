@@ -1,0 +1,56 @@
+/* Inter-processor interrupts: call queues as in kernel/smp.c.
+ *
+ * A call is a node on the target's lock-free queue; whoever makes the queue non-empty interrupts the
+ * target, later queuers ride along.  The target takes the whole queue and runs it in order, synchronous
+ * calls first: run, then acknowledge; then the others: acknowledge, then run.  A halted or offline target
+ * is served by the sender under the HALTED -> SERVICED -> HALTED handshake of cpu.h.  Functions are
+ * native, never wait and never send.
+ *
+ * Sending may wait (a node per sender and target is reused when acknowledged), so it is MACHINE_MISUSE
+ * with interrupts off or from a function; a sender that is offline gets MACHINE_OFFLINE.  A call that runs on
+ * the caller's own CPU is not counted as a call.
+ */
+#ifndef FLUSHLAB_IPI_H
+#define FLUSHLAB_IPI_H
+
+#include "cpu.h"
+
+/* api */
+enum ipi_function {
+	IPI_ACK_KICK,      /* does nothing: the interrupt is the effect (ack_kick) */
+	IPI_VMCS_CLEAR,    /* __loaded_vmcs_clear: argument is the vCPU */
+	IPI_INVEPT_GLOBAL,
+	IPI_INVEPT_SINGLE, /* argument is the EP4TA */
+	IPI_FUNCTIONS
+};
+
+/* mask: one bit per pCPU in words of 64.  Never runs locally.  With wait, returns after every target
+ * has run it.  Returns the number of pCPUs called (offline ones are not), or an error. */
+int smp_call_function_many(struct machine *m, uint32_t cpu, const uint64_t *mask, uint32_t function,
+			   uint64_t argument, int wait);
+/* On the caller's own CPU it runs at once.  Returns 1, or 0 if the target is offline, or an error. */
+int smp_call_function_single(struct machine *m, uint32_t cpu, uint32_t target, uint32_t function,
+			     uint64_t argument, int wait);
+/* All online pCPUs, the caller's own included (with interrupts off around it) if it is one.  Returns how
+ * many, or an error. */
+int on_each_cpu(struct machine *m, uint32_t cpu, uint32_t function, uint64_t argument, int wait);
+/* Run what is queued for this CPU now, unless its interrupts are off.  Returns the number of calls. */
+int ipi_drain(struct machine *m, uint32_t cpu);
+/* end api */
+
+typedef void ipi_handler(struct machine *m, struct cpu *target, uint64_t argument);
+
+/* Sets what a function does; IPI_ACK_KICK needs none.  Before threads start. */
+void ipi_register(uint32_t function, ipi_handler *handler);
+
+/* Take and run the queue of `target`, which the caller owns (its thread, or SERVICED by the caller).
+ * Returns the number of calls. */
+int ipi_run_queue(struct machine *m, struct cpu *target);
+/* Acknowledge the queue of `target`, which the caller owns, without running it. */
+void ipi_discard_queue(struct machine *m, struct cpu *target);
+/* Make sure that `target` takes its queue: interrupt it, or serve it if it is halted or offline. */
+void ipi_kick(struct machine *m, uint32_t cpu, struct cpu *target);
+/* Is there something that ipi_drain() would run if interrupts were on? */
+bool ipi_queued(const struct cpu *c);
+
+#endif

@@ -1,0 +1,237 @@
+#define _GNU_SOURCE
+#include "machine.h"
+
+#include <sched.h>
+#include <stdio.h>
+#include <stdlib.h>
+#include <string.h>
+
+#include "cpu.h"
+#include "flush.h"
+#include "frame.h"
+#include "oracle.h"
+#include "rcu.h"
+#include "tlb.h"
+#include "vm.h"
+
+/* --- what cannot be built --------------------------------------------------------------------------- */
+
+static uint64_t frames_wanted(const struct machine_config *config)
+{
+	return (uint64_t)config->root_frames + config->table_frames + config->guest_frames +
+	       (uint64_t)config->guest_blocks * BLOCK_FRAMES;
+}
+
+static const char *cpus_impossible(const struct machine_config *config)
+{
+	if (!config->pcpus)
+		return "pcpus is 0: a machine needs a physical CPU";
+	if ((uint64_t)config->pcpus + config->housekeeping > MACHINE_CPUS_MAX)
+		return "pcpus and housekeeping CPUs exceed 16384 in all";
+	return NULL;
+}
+
+static const char *tlb_impossible(const struct machine_config *config)
+{
+	if (config->l1_ways != L1_WAYS)
+		return "l1_ways must be 4: the first-level TLB has 64 entries in 4 ways";
+	if (config->l2_entries && !config->l2_ways)
+		return "l2_ways is 0: a second-level TLB that is bounded needs ways";
+	if (config->l2_entries && config->l2_entries % config->l2_ways)
+		return "l2_ways must divide l2_entries";
+	return NULL;
+}
+
+/* A sentence, or NULL. */
+static const char *impossible(const struct machine_config *config)
+{
+	const char *why = cpus_impossible(config);
+
+	if (!why)
+		why = tlb_impossible(config);
+	if (!why && frames_wanted(config) > MACHINE_FRAMES_MAX)
+		why = "more than 2^24 host frames: an SPTE has 24 bits for the frame number";
+	return why;
+}
+
+/* --- parts ------------------------------------------------------------------------------------------ */
+
+/* Spinning is for those whom another core may serve meanwhile. */
+static uint32_t spin_time(void)
+{
+	cpu_set_t allowed;
+
+	if (sched_getaffinity(0, sizeof(allowed), &allowed) == 0 && CPU_COUNT(&allowed) < 2)
+		return 0;
+	return 1500;
+}
+
+/* splitmix64 (Steele, Lea, Flood 2014): different CPUs, different streams; never 0. */
+static uint64_t chaos_seed(uint64_t seed, uint32_t cpu)
+{
+	uint64_t z = seed + (cpu + 1) * 0x9e3779b97f4a7c15ull;
+
+	z = (z ^ (z >> 30)) * 0xbf58476d1ce4e5b9ull;
+	z = (z ^ (z >> 27)) * 0x94d049bb133111ebull;
+	z ^= z >> 31;
+	return z ? z : 1;
+}
+
+static int cpu_create(struct machine *m, uint32_t id)
+{
+	struct cpu *c = &m->cpus[id];
+
+	c->id = id;
+	atomic_init(&c->chaos_state, chaos_seed(m->config.seed, id));
+	atomic_init(&c->power, cpu_is_target(m, id) ? CPU_OFFLINE : CPU_RUNNING);
+	c->counters = counters_create(m);
+	if (!c->counters)
+		return MACHINE_NOMEM;
+	if (!cpu_is_target(m, id))
+		return 0;
+	c->tlb = tlb_create(&m->config);
+	return c->tlb ? 0 : MACHINE_NOMEM;
+}
+
+int cpus_create(struct machine *m)
+{
+	size_t size = m->cpu_count * sizeof(*m->cpus);
+
+	m->cpus = aligned_alloc(CACHELINE, size);
+	if (!m->cpus)
+		return MACHINE_NOMEM;
+	memset(m->cpus, 0, size);
+	for (uint32_t id = 0; id < m->cpu_count; id++) {
+		int r = cpu_create(m, id);
+
+		if (r)
+			return r;
+	}
+	return 0;
+}
+
+void cpus_destroy(struct machine *m)
+{
+	for (uint32_t id = 0; m->cpus && id < m->cpu_count; id++) {
+		struct cpu *c = &m->cpus[id];
+
+		if (c->tlb)
+			tlb_destroy(c->tlb);
+		counters_destroy(c->counters);
+		flush_account_destroy(c);
+		free(c->csds);
+		free(c->calls_sent);
+	}
+	free(m->cpus);
+	m->cpus = NULL;
+}
+
+static void *zeroed_lines(size_t n, size_t size)
+{
+	void *memory = aligned_alloc(CACHELINE, n ? n * size : CACHELINE);
+
+	if (memory)
+		memset(memory, 0, n * size);
+	return memory;
+}
+
+int vms_create(struct machine *m)
+{
+	m->vms = zeroed_lines(m->config.vms, sizeof(*m->vms));
+	m->vcpus = zeroed_lines(m->config.vcpus, sizeof(*m->vcpus));
+	return m->vms && m->vcpus ? 0 : MACHINE_NOMEM;
+}
+
+void vms_destroy(struct machine *m)
+{
+	for (uint32_t vcpu = 0; m->vcpus && vcpu < m->config.vcpus; vcpu++)
+		vcpu_destroy(m, vcpu);
+	for (uint32_t vm = 0; m->vms && vm < m->config.vms; vm++)
+		vm_destroy(m, vm);
+	free(m->vcpus);
+	free(m->vms);
+	m->vcpus = NULL;
+	m->vms = NULL;
+}
+
+/* --- the machine ------------------------------------------------------------------------------------ */
+
+/* In the order of need, and what ran short.  Callbacks that are still queued free frames, so RCU goes
+ * before them; VMs give theirs back, too. */
+static const char *build(struct machine *m)
+{
+	if (cpus_create(m))
+		return "the CPUs and their TLBs";
+	if (oracle_create(m))
+		return "the oracle";
+	if (frames_create(m))
+		return "host frames";
+	if (rcu_create(m))
+		return "RCU";
+	if (vms_create(m))
+		return "VMs and vCPUs";
+	return NULL;
+}
+
+static void dismantle(struct machine *m)
+{
+	rcu_destroy(m);
+	if (m->vms)
+		vms_destroy(m);
+	if (m->frames)
+		frames_destroy(m);
+	if (m->oracle)
+		oracle_destroy(m);
+	cpus_destroy(m);
+	free(m);
+}
+
+struct machine *machine_create(const struct machine_config *config, char *error, uint32_t size)
+{
+	const char *why = impossible(config);
+	struct machine *m;
+
+	if (why) {
+		snprintf(error, size, "machine: %s", why);
+		return NULL;
+	}
+	m = calloc(1, sizeof(*m));
+	if (!m) {
+		snprintf(error, size, "machine: not enough memory");
+		return NULL;
+	}
+	m->config = *config;
+	m->cpu_count = config->pcpus + config->housekeeping;
+	m->spin_ns = spin_time();
+	flush_register();
+	why = build(m);
+	if (why) {
+		snprintf(error, size, "machine: not enough memory for %s", why);
+		dismantle(m);
+		return NULL;
+	}
+	return m;
+}
+
+void machine_destroy(struct machine *m)
+{
+	if (m)
+		dismantle(m);
+}
+
+void machine_stop(struct machine *m)
+{
+	atomic_store_explicit(&m->stopping, 1, memory_order_seq_cst);
+	for (uint32_t cpu = 0; cpu < m->cpu_count; cpu++)
+		cpu_notify(m, cpu, ATTENTION_STOP);
+}
+
+int machine_stopping(const struct machine *m)
+{
+	return atomic_load_explicit(&m->stopping, memory_order_seq_cst) != 0;
+}
+
+const char *machine_error_text(struct machine *m, uint32_t cpu)
+{
+	return m->cpus[cpu].error;
+}

@@ -1,0 +1,86 @@
+/* The machine: what every module shares.
+ *
+ * A machine owns its CPUs, frames, VMs and counters; nothing is global and nothing is thread-local:
+ * the CPU that acts is an argument of every call.  CPUs 0 .. pcpus-1 are physical CPUs (they own a TLB
+ * and receive IPIs); CPUs pcpus .. cpus-1 are housekeeping CPUs: the identity that a thread which is not
+ * a pCPU has for RCU, locks and sent calls.  A housekeeping CPU is never the target of a call.
+ *
+ * Declarations between "api" and "end api" are what Python sees; they use only types that a plain C
+ * declaration parser understands.
+ */
+#ifndef FLUSHLAB_MACHINE_H
+#define FLUSHLAB_MACHINE_H
+
+#include <stdatomic.h>
+#include <stdbool.h>
+#include <stdint.h>
+
+#define CACHELINE 64
+
+/* api */
+/* Every blocking call returns 0 (or a count) or one of these, negative. */
+enum machine_error {
+	MACHINE_STOPPED = -108, /* the machine is stopping: unwind */
+	MACHINE_OFFLINE = -19,  /* this CPU was taken offline */
+	MACHINE_AGAIN = -11,    /* a try form did not succeed */
+	MACHINE_NOMEM = -12,    /* no frame of that kind is left */
+	MACHINE_MISUSE = -35,   /* waiting where waiting is forbidden; machine_error_text() says where */
+};
+
+struct machine_config {
+	uint32_t pcpus;
+	uint32_t housekeeping;
+	uint32_t vms;            /* most VMs that live at once */
+	uint32_t vcpus;          /* most vCPUs of all VMs that live at once */
+	uint32_t root_frames;    /* 4 KiB frames for EPT root pages */
+	uint32_t table_frames;   /* 4 KiB frames for the other EPT pages */
+	uint32_t guest_frames;   /* 4 KiB frames that are handed out singly to guests */
+	uint32_t guest_blocks;   /* 2 MiB blocks for huge pages */
+	uint32_t l1_ways;        /* first-level TLB: 64 entries in l1_ways ways; fixed at 4 */
+	uint32_t l2_entries;     /* second-level TLB; 0: unbounded, never evicts */
+	uint32_t l2_ways;
+	uint32_t psc_entries;    /* paging-structure-cache entries per level; 0: unbounded */
+	uint32_t chaos;          /* one in so many points delays its caller; 0: never */
+	uint64_t seed;
+};
+
+struct machine;
+
+/* Builds a machine; NULL if memory is short, and then error holds a sentence. */
+struct machine *machine_create(const struct machine_config *config, char *error, uint32_t size);
+/* Frees it.  No other thread may be inside a call on it. */
+void machine_destroy(struct machine *m);
+/* Makes every wait, current and future, return MACHINE_STOPPED, and every guest leave guest mode. */
+void machine_stop(struct machine *m);
+int machine_stopping(const struct machine *m);
+/* What the last MACHINE_MISUSE on this CPU was about. */
+const char *machine_error_text(struct machine *m, uint32_t cpu);
+/* end api */
+
+struct cpu;
+struct frames;
+struct rcu;
+struct vm;
+struct vcpu;
+struct counters;
+struct oracle;
+
+/* Most CPUs of all kinds: mmu_lock counts its holders in 15 bits. */
+#define MACHINE_CPUS_MAX 16384
+/* Most host frames: an SPTE has 24 bits for the frame number. */
+#define MACHINE_FRAMES_MAX (1u << 24)
+
+struct machine {
+	struct machine_config config;
+	_Atomic uint32_t stopping;
+	uint32_t cpu_count; /* pcpus + housekeeping */
+	uint32_t spin_ns;   /* how long a wait spins before it sleeps; 0 where one core runs everything */
+	struct cpu *cpus;
+	struct frames *frames;
+	struct rcu *rcu;
+	struct vm *vms;
+	struct vcpu *vcpus;
+	struct oracle *oracle;
+};
+
+#endif

@@ -1,0 +1,106 @@
+/* VMs and vCPUs: the state that several actors share.  Policy and everything else is Python's. */
+#ifndef FLUSHLAB_VM_H
+#define FLUSHLAB_VM_H
+
+#include "cpu.h"
+#include "mmu_lock.h"
+#include "rcu.h"
+
+/* api */
+enum vcpu_mode { OUTSIDE_GUEST_MODE, IN_GUEST_MODE, EXITING_GUEST_MODE, READING_SHADOW_PAGE_TABLES };
+
+/* Guest-physical memory of a VM: gfns 0 .. gfns-1.  Returns the VM's number or an error. */
+int vm_create(struct machine *m, uint64_t gfns);
+void vm_destroy(struct machine *m, uint32_t vm);
+/* A vCPU of a VM; its number is machine-wide.  VPID is its own until destroyed. */
+int vcpu_create(struct machine *m, uint32_t vm, uint32_t vpid);
+void vcpu_destroy(struct machine *m, uint32_t vcpu);
+
+/* vcpu->mode; stores are release, the load is acquire, all sequentially consistent (vcpu-requests.rst). */
+uint32_t vcpu_mode(struct machine *m, uint32_t vcpu);
+void vcpu_set_mode(struct machine *m, uint32_t vcpu, uint32_t mode);
+/* kvm_vcpu_exiting_guest_mode(): IN -> EXITING; returns the old mode. */
+uint32_t vcpu_exiting_guest_mode(struct machine *m, uint32_t vcpu);
+/* vcpu->requests */
+void kvm_make_request(struct machine *m, uint32_t vcpu, uint32_t request);
+int kvm_check_request(struct machine *m, uint32_t vcpu, uint32_t request);
+int kvm_test_request(struct machine *m, uint32_t vcpu, uint32_t request);
+uint64_t kvm_requests(struct machine *m, uint32_t vcpu);
+/* vcpu->cpu: where it is loaded, -1 nowhere. */
+int vcpu_cpu(struct machine *m, uint32_t vcpu);
+void vcpu_set_cpu(struct machine *m, uint32_t vcpu, int cpu);
+/* Why TLB_FLUSH was requested since the last call of vcpu_take_flush_reasons: a bit per flush_reason. */
+void vcpu_add_flush_reason(struct machine *m, uint32_t vcpu, uint32_t reason);
+uint32_t vcpu_take_flush_reasons(struct machine *m, uint32_t vcpu);
+
+/* mmu_invalidate_seq, mmu_invalidate_in_progress and the merged range of a VM.  begin and end under
+ * mmu_lock held for write; the reads pair with them (acquire/release). */
+void mmu_invalidate_begin(struct machine *m, uint32_t vm);
+void mmu_invalidate_range_add(struct machine *m, uint32_t vm, uint64_t start, uint64_t end);
+void mmu_invalidate_end(struct machine *m, uint32_t vm);
+uint64_t mmu_invalidate_seq(struct machine *m, uint32_t vm);
+/* mmu_invalidate_retry_gfn(): 1 if a fault that sampled `seq` must retry. */
+int mmu_invalidate_retry_gfn(struct machine *m, uint32_t vm, uint64_t seq, uint64_t gfn);
+
+/* VM statistics of KVM's own names. */
+enum vm_stat {
+	STAT_REMOTE_TLB_FLUSH_REQUESTS,
+	STAT_REMOTE_TLB_FLUSH,
+	STAT_MMU_LOAD,             /* kvm_mmu_load calls */
+	STAT_MAKE_ALL_CPUS_REQUEST, /* kvm_make_all_cpus_request calls */
+	STAT_TLB_FLUSH,            /* vCPU stat tlb_flush, summed */
+	STAT_FLUSH_ALL,            /* vmx_flush_tlb_all calls */
+	STAT_FLUSH_CURRENT,        /* vmx_flush_tlb_current calls */
+	STAT_FLUSH_GUEST,          /* vmx_flush_tlb_guest calls */
+	STAT_FAULTS,               /* page faults fixed */
+	STAT_FAULT_RETRIES,        /* RET_PF_RETRY */
+	STAT_EXITS,
+	STAT_MIGRATIONS,
+	STAT_ZAPS,                 /* range zaps */
+	STAT_YIELDS,               /* tdp_mmu_iter_cond_resched that did */
+	STAT_FLUSHES_ELIDED,       /* flush decisions answered with no flush */
+	VM_STATS
+};
+void vm_stat_add(struct machine *m, uint32_t vm, uint32_t stat, uint64_t n);
+uint64_t vm_stat(struct machine *m, uint32_t vm, uint32_t stat);
+/* end api */
+
+struct ledger_entry;
+struct guest;
+struct mm;
+
+struct vm {
+	_Atomic uint32_t live;
+	uint32_t id;
+	uint64_t gfns;
+	struct mmu_lock mmu_lock;
+	struct srcu srcu;
+	alignas(CACHELINE) _Atomic uint64_t invalidate_seq;
+	_Atomic uint32_t invalidate_in_progress;
+	_Atomic uint64_t invalidate_start;
+	_Atomic uint64_t invalidate_end;
+	alignas(CACHELINE) _Atomic uint64_t stat[VM_STATS];
+	struct ledger_entry *ledger; /* one per gfn (oracle.h) */
+	struct mm *mm;               /* user memory behind the memslots (mm.h) */
+};
+
+struct vcpu {
+	alignas(CACHELINE) _Atomic uint32_t mode;
+	_Atomic uint32_t live;
+	_Atomic uint64_t requests;
+	_Atomic int32_t cpu;
+	_Atomic uint32_t flush_reasons;
+	uint32_t id;
+	uint32_t vm;
+	uint32_t vpid;
+	uint64_t left_guest_at; /* monotonic ns, for pauses; 0: not runnable meanwhile */
+	struct guest *guest;    /* registers and the guest OS (guest.h) */
+};
+
+/* The VM, or NULL with a MACHINE_MISUSE sentence on `cpu` if there is none of that number. */
+struct vm *vm_get(struct machine *m, uint32_t cpu, uint32_t vm);
+
+int vms_create(struct machine *m);
+void vms_destroy(struct machine *m);
+
+#endif

@@ -1,0 +1,327 @@
+/* Calls between CPUs: none lost, none run twice, none run while interrupts are off, nobody waits for ever. */
+#include "harness.h"
+
+enum { PCPUS = 4, SENDERS = 2 };
+
+/* What functions leave on their target: plain, because only who owns the target may touch it. */
+static struct {
+	uint64_t ran;
+	uint64_t last[PCPUS + SENDERS]; /* last argument by sender */
+	char pad[CACHELINE];
+} seen[PCPUS];
+/* Set by the target with interrupts off. */
+static _Atomic uint32_t closed[PCPUS];
+static _Atomic uint32_t senders_left;
+
+static uint64_t argument_of(uint32_t sender, uint64_t n)
+{
+	return (uint64_t)sender << 48 | n;
+}
+
+/* Calls of one sender to one target come in order and complete. */
+static void note_call(struct machine *m, struct cpu *target, uint64_t argument)
+{
+	uint32_t sender = (uint32_t)(argument >> 48);
+	uint64_t n = argument & 0xffffffffffff;
+
+	(void)m;
+	CHECK(!atomic_load(&closed[target->id]));
+	CHECK(n > seen[target->id].last[sender]);
+	seen[target->id].last[sender] = n;
+	seen[target->id].ran++;
+}
+
+static struct machine *begin(const char *name, uint32_t chaos)
+{
+	struct machine *m = harness_machine(PCPUS, SENDERS + 1, chaos);
+
+	harness_begin(name, 60);
+	for (uint32_t cpu = 0; cpu < PCPUS; cpu++) {
+		seen[cpu].ran = 0;
+		for (uint32_t sender = 0; sender < PCPUS + SENDERS; sender++)
+			seen[cpu].last[sender] = 0;
+	}
+	ipi_register(IPI_INVEPT_GLOBAL, note_call);
+	return m;
+}
+
+static uint64_t total(struct machine *m, uint32_t counter)
+{
+	uint64_t values[COUNTERS];
+
+	counters_sum(m, values);
+	return values[counter];
+}
+
+static void start_all(struct actor *actors, uint32_t n, struct machine *m, uint32_t first, uint32_t rounds,
+		      void *(*body)(void *))
+{
+	for (uint32_t i = 0; i < n; i++) {
+		actors[i] = (struct actor){ .m = m, .cpu = first + i, .rounds = rounds };
+		actor_start(&actors[i], body);
+	}
+}
+
+static void join_all(struct actor *actors, uint32_t n)
+{
+	for (uint32_t i = 0; i < n; i++)
+		actor_join(&actors[i]);
+}
+
+static void wait_online(struct machine *m)
+{
+	for (uint32_t cpu = 0; cpu < PCPUS; cpu++)
+		while (cpu_power(m, cpu) == CPU_OFFLINE)
+			usleep(100);
+}
+
+/* --- broadcasts against each other ----------------------------------------------------------------- */
+
+static _Atomic uint32_t to_start, to_finish;
+
+/* A barrier that keeps draining. */
+static void arrive(struct actor *a, _Atomic uint32_t *missing)
+{
+	atomic_fetch_sub(missing, 1);
+	while (atomic_load(missing)) {
+		ipi_drain(a->m, a->cpu);
+		sched_yield();
+	}
+}
+
+static void *broadcaster(void *argument)
+{
+	struct actor *a = argument;
+
+	cpu_online(a->m, a->cpu);
+	arrive(a, &to_start);
+	for (uint32_t i = 1; i <= a->rounds; i++)
+		CHECK(on_each_cpu(a->m, a->cpu, IPI_INVEPT_GLOBAL, argument_of(a->cpu, i), i % 4 != 0) ==
+		      PCPUS);
+	arrive(a, &to_finish);
+	ipi_drain(a->m, a->cpu);
+	cpu_offline(a->m, a->cpu);
+	return NULL;
+}
+
+static void test_broadcasts(uint32_t rounds, uint32_t chaos)
+{
+	struct machine *m = begin("broadcasts against each other", chaos);
+	struct actor actors[PCPUS];
+
+	atomic_store(&to_start, PCPUS);
+	atomic_store(&to_finish, PCPUS);
+	start_all(actors, PCPUS, m, 0, rounds, broadcaster);
+	join_all(actors, PCPUS);
+	for (uint32_t cpu = 0; cpu < PCPUS; cpu++)
+		CHECK(seen[cpu].ran == (uint64_t)rounds * PCPUS);
+	CHECK(total(m, COUNT_CALLS_RUN) == total(m, COUNT_CSD_QUEUED));
+	CHECK(total(m, COUNT_CSD_QUEUED) == (uint64_t)rounds * PCPUS * (PCPUS - 1));
+	machine_destroy(m);
+}
+
+/* --- senders and targets of different kinds -------------------------------------------------------- */
+
+/* Calls in all forms from a housekeeping CPU. */
+static void *sender(void *argument)
+{
+	struct actor *a = argument;
+	uint64_t mask = (1 << PCPUS) - 1;
+
+	for (uint32_t i = 1; i <= a->rounds; i++) {
+		uint64_t n = argument_of(a->cpu, i);
+		int r;
+
+		if (i % 3 == 0)
+			r = smp_call_function_many(a->m, a->cpu, &mask, IPI_INVEPT_GLOBAL, n, i % 2);
+		else if (i % 3 == 1)
+			r = on_each_cpu(a->m, a->cpu, IPI_INVEPT_GLOBAL, n, i % 2);
+		else
+			r = smp_call_function_single(a->m, a->cpu, i % PCPUS, IPI_INVEPT_GLOBAL, n, i % 4);
+		CHECK(r >= 0);
+	}
+	atomic_fetch_sub(&senders_left, 1);
+	return NULL;
+}
+
+static uint64_t calls_expected(uint32_t rounds)
+{
+	uint64_t calls = 0;
+
+	for (uint32_t i = 1; i <= rounds; i++)
+		calls += i % 3 == 2 ? 1 : PCPUS;
+	return calls * SENDERS;
+}
+
+static void run_senders(const char *name, uint32_t rounds, uint32_t chaos, void *(*target)(void *),
+			bool all_run)
+{
+	struct machine *m = begin(name, chaos);
+	struct actor targets[PCPUS], senders[SENDERS];
+	uint64_t ran = 0;
+
+	atomic_store(&senders_left, SENDERS);
+	start_all(targets, PCPUS, m, 0, rounds, target);
+	wait_online(m);
+	start_all(senders, SENDERS, m, PCPUS, rounds, sender);
+	join_all(senders, SENDERS);
+	machine_stop(m);
+	join_all(targets, PCPUS);
+	for (uint32_t cpu = 0; cpu < PCPUS; cpu++)
+		ran += seen[cpu].ran;
+	CHECK(ran == total(m, COUNT_CALLS_RUN));
+	CHECK(ran <= calls_expected(rounds) && total(m, COUNT_CSD_QUEUED) <= calls_expected(rounds));
+	/* The last asynchronous ones may find their target offline; what was waited for did not. */
+	if (all_run)
+		CHECK(ran + 2 * SENDERS * PCPUS >= calls_expected(rounds));
+	machine_destroy(m);
+}
+
+/* Halts for a moment, again and again. */
+static void *dozer(void *argument)
+{
+	struct actor *a = argument;
+	uint64_t own = 0;
+	int r;
+
+	cpu_online(a->m, a->cpu);
+	while ((r = cpu_halt(a->m, a->cpu, 1 + a->cpu * 30)) != MACHINE_STOPPED) {
+		CHECK(r == 0);
+		seen[a->cpu].ran += 1; /* TSan: a sender that serves us must not be here */
+		seen[a->cpu].ran -= 1;
+		own++;
+	}
+	cpu_offline(a->m, a->cpu);
+	CHECK(own > 0);
+	return NULL;
+}
+
+/* Goes offline and comes back. */
+static void *hotplugged(void *argument)
+{
+	struct actor *a = argument;
+
+	while (!machine_stopping(a->m)) {
+		cpu_online(a->m, a->cpu);
+		for (int i = 0; i < 20; i++)
+			ipi_drain(a->m, a->cpu);
+		cpu_halt(a->m, a->cpu, 5);
+		cpu_offline(a->m, a->cpu);
+	}
+	return NULL;
+}
+
+/* Interrupts off most of the time. */
+static void *closer(void *argument)
+{
+	struct actor *a = argument;
+
+	cpu_online(a->m, a->cpu);
+	while (!machine_stopping(a->m)) {
+		local_irq_disable(a->m, a->cpu, "closer");
+		atomic_store(&closed[a->cpu], 1);
+		for (int i = 0; i < 50; i++)
+			CHECK(ipi_drain(a->m, a->cpu) == 0);
+		CHECK(cpu_halt(a->m, a->cpu, 1) == MACHINE_MISUSE);
+		atomic_store(&closed[a->cpu], 0);
+		local_irq_enable(a->m, a->cpu);
+		sched_yield(); /* there are more of these than processors */
+	}
+	cpu_offline(a->m, a->cpu);
+	return NULL;
+}
+
+/* --- stop and death -------------------------------------------------------------------------------- */
+
+static void *stuck_sender(void *argument)
+{
+	struct actor *a = argument;
+
+	cpu_online(a->m, a->cpu);
+	CHECK(smp_call_function_single(a->m, a->cpu, 0, IPI_ACK_KICK, 0, 1) == *(int *)a->shared);
+	atomic_fetch_sub(&senders_left, 1);
+	return NULL;
+}
+
+/* CPU 0 is online and drains nothing: senders wait until it dies or the machine stops. */
+static void test_ends_wait(const char *name, int expected)
+{
+	struct machine *m = begin(name, 0);
+	struct actor senders[PCPUS - 1];
+
+	cpu_online(m, 0);
+	atomic_store(&senders_left, PCPUS - 1);
+	for (uint32_t i = 0; i < PCPUS - 1; i++) {
+		senders[i] = (struct actor){ .m = m, .cpu = i + 1, .shared = &expected };
+		actor_start(&senders[i], stuck_sender);
+	}
+	for (uint32_t cpu = 1; cpu < PCPUS; cpu++)
+		while (cpu_power(m, cpu) != CPU_HALTED)
+			usleep(100);
+	CHECK(atomic_load(&senders_left) == PCPUS - 1);
+	if (expected == MACHINE_STOPPED)
+		machine_stop(m);
+	else
+		cpu_offline(m, 0);
+	join_all(senders, PCPUS - 1);
+	machine_destroy(m);
+}
+
+/* A sender that was taken offline gets to know, and its calls still reach their targets. */
+static void test_sender_dies(void)
+{
+	struct machine *m = begin("a sender taken offline mid-broadcast", 0);
+	int expected = MACHINE_OFFLINE;
+	struct actor sender = { .m = m, .cpu = 1, .shared = &expected };
+
+	cpu_online(m, 0);
+	atomic_store(&senders_left, 1);
+	actor_start(&sender, stuck_sender);
+	while (cpu_power(m, 1) != CPU_HALTED)
+		usleep(100);
+	cpu_offline(m, 1);
+	actor_join(&sender);
+	CHECK(ipi_drain(m, 0) == 1);
+	machine_destroy(m);
+}
+
+static void test_misuse(void)
+{
+	struct machine *m = begin("misuse", 0);
+	uint64_t mask = 3;
+
+	CHECK(on_each_cpu(m, 0, IPI_ACK_KICK, 0, 1) == MACHINE_OFFLINE);
+	cpu_online(m, 0);
+	CHECK(on_each_cpu(m, 0, IPI_ACK_KICK, 0, 1) == 1);
+	CHECK(smp_call_function_single(m, 0, 1, IPI_ACK_KICK, 0, 1) == 0);
+	CHECK(smp_call_function_single(m, 0, PCPUS, IPI_ACK_KICK, 0, 1) == MACHINE_MISUSE);
+	CHECK(smp_call_function_many(m, 0, &mask, IPI_FUNCTIONS, 0, 1) == MACHINE_MISUSE);
+	local_irq_disable(m, 0, "test_misuse");
+	CHECK(irqs_disabled(m, 0));
+	CHECK(smp_call_function_many(m, 0, &mask, IPI_ACK_KICK, 0, 1) == MACHINE_MISUSE);
+	printf("    %s\n", machine_error_text(m, 0));
+	local_irq_enable(m, 0);
+	CHECK(smp_call_function_many(m, 0, &mask, IPI_ACK_KICK, 0, 1) == 0);
+	machine_destroy(m);
+}
+
+int main(int argc, char **argv)
+{
+	uint32_t rounds = argc > 1 ? (uint32_t)atoi(argv[1]) : 2000;
+
+	test_misuse();
+	test_ends_wait("stop while senders wait", MACHINE_STOPPED);
+	test_ends_wait("a target dies while senders wait", 1);
+	test_sender_dies();
+	for (uint32_t chaos = 0; chaos <= 8; chaos += 8) {
+		uint32_t n = chaos ? rounds / 4 : rounds;
+
+		test_broadcasts(n, chaos);
+		run_senders("guests that look at attention only", n, chaos, harness_guest, true);
+		run_senders("idle targets", n, chaos, harness_idle, true);
+		run_senders("targets that doze", n, chaos, dozer, true);
+		run_senders("targets with interrupts off", n, chaos, closer, true);
+		run_senders("targets that come and go", n, chaos, hotplugged, false);
+	}
+	return 0;
+}
