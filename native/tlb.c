@@ -42,7 +42,9 @@ void tlb_destroy(struct tlb *t)
 
 static uint64_t l1_key(const struct tlb *t, uint32_t index, uint64_t page)
 {
-	return page << L1_PAGE_SHIFT | (uint64_t)index << GENERATION_BITS | t->generation[index];
+	uint64_t bits = (uint64_t)index << GENERATION_BITS | t->generation[index];
+
+	return bits << L1_CONTEXT_SHIFT | page;
 }
 
 void l1_retag(struct tlb *t)

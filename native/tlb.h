@@ -151,14 +151,14 @@ int tlb_l1_probe(struct tlb *t, uint64_t page, uint32_t *hfn, uint32_t *right);
 /* end api */
 
 /* First level: 64 entries, 16 sets of 4 ways, always in 4 KiB pieces, keyed by the current context.
- * Inline because every guest access goes through it.  A key is page(36) << 26 | context(11) << 15 |
- * generation(15); 0 is empty, since no generation is 0.
+ * Inline because every guest access goes through it.  A key is context(11) << 51 | generation(15) <<
+ * 36 | page(36); 0 is empty, since no generation is 0.
  *
  * Comparing the ways of a set in turn costs a mispredicted branch for most accesses, and comparing them all
  * at once half of the time that an access may take (bench/native/tlb_loop.c).  So each of 4096 classes of
  * pages remembers where in the TLB it hit last.  That is only where the look-up begins: the key decides, and
  * if it differs the set is searched. */
-enum { L1_SETS = 16, L1_WAYS = 4, L1_PAGE_SHIFT = 26, L1_HINTS = 4096 };
+enum { L1_SETS = 16, L1_WAYS = 4, L1_CONTEXT_SHIFT = 36, L1_HINTS = 4096 };
 
 struct tlb_hot {
 	_Alignas(32) uint64_t key;
@@ -171,7 +171,7 @@ struct tlb_hot {
 struct tlb_l1 {
 	_Alignas(64) struct tlb_hot hot[L1_SETS][L1_WAYS];
 	uint16_t hint[L1_HINTS]; /* by page: byte offset into hot, of anything if out of date */
-	uint64_t context_bits;   /* low bits of a key in the current context */
+	uint64_t context_bits;   /* high bits of a key in the current context */
 	uint32_t clock;          /* counts fills: uses between two fills are one instant to LRU */
 	uint8_t has_pieces;      /* a span is not 0 somewhere */
 	uint8_t has_globals;     /* a copy of a global translation may be here, under some PCID */
@@ -184,7 +184,7 @@ struct tlb_hot *tlb_l1_search(struct tlb_l1 *l1, uint64_t page);
  * replacement state, each time. */
 static inline struct tlb_hot *tlb_l1_lookup(struct tlb_l1 *l1, uint64_t page)
 {
-	uint64_t key = page << L1_PAGE_SHIFT | l1->context_bits;
+	uint64_t key = l1->context_bits | page;
 	struct tlb_hot *hot = (struct tlb_hot *)((char *)l1->hot + l1->hint[page & (L1_HINTS - 1)]);
 
 	if (__builtin_expect(hot->key != key, 0)) {

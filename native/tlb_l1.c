@@ -7,7 +7,7 @@
 
 struct tlb_hot *tlb_l1_search(struct tlb_l1 *l1, uint64_t page)
 {
-	uint64_t key = page << L1_PAGE_SHIFT | l1->context_bits;
+	uint64_t key = l1->context_bits | page;
 	struct tlb_hot *hot = l1->hot[page % L1_SETS];
 
 	for (uint32_t way = 0; way < L1_WAYS; way++, hot++)
@@ -35,7 +35,7 @@ static void drop_pieces(struct tlb_l1 *l1, uint64_t page)
 
 			if (!hot->key || !hot->span)
 				continue;
-			if ((hot->key >> L1_PAGE_SHIFT ^ page) >> hot->span)
+			if (((hot->key & PAGE_NUMBER_MASK) ^ page) >> hot->span)
 				l1->has_pieces = 1;
 			else
 				hot->key = 0;
@@ -47,7 +47,7 @@ void l1_drop(struct tlb_l1 *l1, uint64_t page)
 	struct tlb_hot *hot = l1->hot[page % L1_SETS];
 
 	for (uint32_t way = 0; way < L1_WAYS; way++)
-		if (hot[way].key >> L1_PAGE_SHIFT == page)
+		if ((hot[way].key & PAGE_NUMBER_MASK) == page)
 			hot[way].key = 0;
 	if (l1->has_pieces)
 		drop_pieces(l1, page);
@@ -76,7 +76,7 @@ static struct tlb_hot *victim_for(struct tlb_l1 *l1, uint64_t page, uint64_t key
 
 void l1_fill(struct tlb_l1 *l1, const struct tlb_entry *entry, uint64_t page)
 {
-	uint64_t key = page << L1_PAGE_SHIFT | l1->context_bits;
+	uint64_t key = l1->context_bits | page;
 	struct tlb_hot *hot = victim_for(l1, page, key);
 
 	hot->key = key;
@@ -91,7 +91,7 @@ void l1_fill(struct tlb_l1 *l1, const struct tlb_entry *entry, uint64_t page)
 
 void l1_update_right(struct tlb_l1 *l1, uint64_t key, uint32_t type, uint32_t right)
 {
-	struct tlb_hot *hot = l1->hot[(key >> L1_PAGE_SHIFT) % L1_SETS];
+	struct tlb_hot *hot = l1->hot[key % L1_SETS];
 
 	for (uint32_t way = 0; way < L1_WAYS; way++)
 		if (hot[way].key == key)

@@ -39,7 +39,7 @@ struct world {
 	struct split rival;
 	uint64_t record[RECORDS];
 	_Atomic uint32_t attention;
-	_Atomic uint16_t tag[FRAMES];
+	_Atomic uint16_t *tag;
 	uint64_t life;
 	uint8_t *memory;
 	uint64_t direct[1024];
@@ -61,21 +61,23 @@ static double cpu_seconds(void)
 	return ts.tv_sec + ts.tv_nsec * 1e-9;
 }
 
-/* `pages` pages, all cached, in random ways; one access in four writes. */
-static struct world *build(uint32_t pages, uint32_t run)
+/* `pages` pages, all cached, in random ways; one access in four writes, at
+ * random or each fourth. */
+static struct world *build(uint32_t pages, uint32_t run, bool regular)
 {
 	struct world *w = aligned_alloc(64, (sizeof(*w) + 63) / 64 * 64);
 	uint64_t x = 88172645463325252u, page = 0;
 	uint32_t used[L1_SETS] = { 0 };
 
 	memset(w, 0, sizeof(*w));
+	w->tag = calloc(FRAMES, sizeof(*w->tag));
 	w->memory = aligned_alloc(4096, FRAMES * 4096);
 	memset(w->memory, 0, FRAMES * 4096);
-	w->l1.context_bits = w->rival.context_bits = 5 << 15 | 7;
+	w->l1.context_bits = w->rival.context_bits = UINT64_C(0x28007) << L1_CONTEXT_SHIFT;
 	for (uint32_t p = 0; p < pages; p++) {
 		uint32_t set = p % L1_SETS, way = used[set]++;
 
-		w->l1.hot[set][way].key = (uint64_t)p << L1_PAGE_SHIFT | w->l1.context_bits;
+		w->l1.hot[set][way].key = w->l1.context_bits | p;
 		w->l1.hot[set][way].hfn = p * 3 % FRAMES;
 		w->rival.key[set][way] = w->l1.hot[set][way].key;
 		w->rival.hot[set][way].hfn = p * 3 % FRAMES;
@@ -84,7 +86,7 @@ static struct world *build(uint32_t pages, uint32_t run)
 	for (uint32_t i = 0; i < RECORDS; i++) {
 		if (i % run == 0)
 			page = next(&x) % pages;
-		w->record[i] = page << 12 | (next(&x) & 0xff8) | !(next(&x) & 3);
+		w->record[i] = page << 12 | (next(&x) & 0xff8) | !((regular ? i : next(&x)) & 3);
 	}
 	return w;
 }
@@ -100,7 +102,7 @@ ALWAYS struct tlb_hot *look_shipped(struct world *w, uint64_t page)
 ALWAYS struct payload *look_branches(struct world *w, uint64_t page)
 {
 	struct split *l1 = &w->rival;
-	uint64_t want = page << L1_PAGE_SHIFT | l1->context_bits;
+	uint64_t want = l1->context_bits | page;
 	uint32_t set = page & (L1_SETS - 1);
 
 	for (uint32_t way = 0; way < L1_WAYS; way++)
@@ -115,7 +117,7 @@ ALWAYS struct payload *look_branches(struct world *w, uint64_t page)
 ALWAYS struct payload *look_mru(struct world *w, uint64_t page)
 {
 	struct split *l1 = &w->rival;
-	uint64_t want = page << L1_PAGE_SHIFT | l1->context_bits;
+	uint64_t want = l1->context_bits | page;
 	uint32_t set = page & (L1_SETS - 1), way = l1->mru[set];
 	const uint64_t *key = l1->key[set];
 
@@ -133,7 +135,7 @@ ALWAYS struct payload *look_mru(struct world *w, uint64_t page)
 ALWAYS struct payload *look_arithmetic(struct world *w, uint64_t page)
 {
 	struct split *l1 = &w->rival;
-	uint64_t want = page << L1_PAGE_SHIFT | l1->context_bits;
+	uint64_t want = l1->context_bits | page;
 	uint32_t set = page & (L1_SETS - 1);
 	const uint64_t *key = l1->key[set];
 	uint32_t way = (key[1] == want) | (key[2] == want) << 1 | (key[3] == want) * 3;
@@ -148,7 +150,7 @@ ALWAYS struct payload *look_arithmetic(struct world *w, uint64_t page)
 ALWAYS struct payload *look_sse2(struct world *w, uint64_t page)
 {
 	struct split *l1 = &w->rival;
-	uint64_t want = page << L1_PAGE_SHIFT | l1->context_bits;
+	uint64_t want = l1->context_bits | page;
 	uint32_t set = page & (L1_SETS - 1);
 	__m128i v = _mm_set1_epi64x((long long)want);
 	__m128i a = _mm_cmpeq_epi32(_mm_load_si128((const __m128i *)&l1->key[set][0]), v);
@@ -171,6 +173,8 @@ ALWAYS struct payload *look_sse2(struct world *w, uint64_t page)
 	{                                                                                           \
 		uint64_t slow = 0;                                                                  \
 		uint32_t life = (uint32_t)w->life << 16;                                            \
+		const _Atomic uint16_t *tag = w->tag;                                               \
+		uint8_t *memory = w->memory;                                                        \
                                                                                                     \
 		for (uint32_t i = 0; i < RECORDS; i++) {                                            \
 			uint64_t r = w->record[i];                                                  \
@@ -184,13 +188,13 @@ ALWAYS struct payload *look_sse2(struct world *w, uint64_t page)
 				slow++;                                                             \
 				continue;                                                           \
 			}                                                                           \
-			if ((atomic_load_explicit(&w->tag[hot->hfn], memory_order_acquire) | life) !=\
+			if ((atomic_load_explicit(&tag[hot->hfn], memory_order_acquire) | life) !=  \
 			    hot->right[type]) {                                                     \
 				slow++;                                                             \
 				continue;                                                           \
 			}                                                                           \
 			if (type == ACCESS_WRITE)                                                   \
-				*(uint64_t *)(w->memory + ((uint64_t)hot->hfn << 12) +              \
+				*(uint64_t *)(memory + ((uint64_t)hot->hfn << 12) +                 \
 					      (r & 0xff8)) = r;                                     \
 		}                                                                                   \
 		return slow;                                                                        \
@@ -246,26 +250,27 @@ int main(int argc, char **argv)
 		{ "sse2", loop_sse2 },
 	};
 	enum { RIVALS = sizeof(rival) / sizeof(rival[0]), MOST = 64 };
-	static const uint32_t shape[][2] = { { 64, 1 }, { 64, 8 }, { 16, 1 }, { 16, 32 } };
+	static const uint32_t shape[][3] = { { 64, 1, 0 }, { 64, 1, 1 }, { 64, 8, 0 }, { 64, 8, 1 }, { 16, 32, 1 } };
 	int repeats = argc > 1 ? atoi(argv[1]) : 7;
 	double rate[RIVALS][MOST];
 
 	if (repeats < 1 || repeats > MOST)
 		return fprintf(stderr, "tlb_loop: repeats must be 1 to %d\n", MOST), 2;
 	for (uint32_t s = 0; s < sizeof(shape) / sizeof(shape[0]); s++) {
-		struct world *w = build(shape[s][0], shape[s][1]);
+		struct world *w = build(shape[s][0], shape[s][1], shape[s][2]);
 
 		for (int i = 0; i < repeats; i++)
 			for (int k = 0; k < RIVALS; k++)
 				rate[k][i] = measure(rival[k].loop, w);
-		printf("%u pages, %u accesses to a page in a row: M accesses/s, median (best)\n", shape[s][0],
-		       shape[s][1]);
+		printf("%u pages, %u accesses to a page in a row, %s writes: M accesses/s, median (best)\n",
+		       shape[s][0], shape[s][1], shape[s][2] ? "regular" : "random");
 		for (int k = 0; k < RIVALS; k++) {
 			qsort(rate[k], (size_t)repeats, sizeof(double), by_value);
 			printf("  %-10s %6.0f (%.0f)\n", rival[k].name, rate[k][repeats / 2],
 			       rate[k][repeats - 1]);
 		}
 		free(w->memory);
+		free(w->tag);
 		free(w);
 	}
 	return 0;
