@@ -6,8 +6,6 @@ does that lazily otherwise, and on CPython 3.11 not safely enough when many thre
 
 from __future__ import annotations
 
-import os
-import sys
 from contextlib import suppress
 
 __all__ = [
@@ -23,17 +21,12 @@ __all__ = [
     "lib",
 ]
 
-# Until every module of the core exists, functions that nobody defines yet may stay unresolved.
-_flags = sys.getdlopenflags()
-sys.setdlopenflags(os.RTLD_LAZY)
 try:
     from native._native import ffi, lib
 except ModuleNotFoundError as error:
     raise ImportError(
         "the C core is not built: run 'pip install .', or 'python -m native.build' in a checkout"
     ) from error
-finally:
-    sys.setdlopenflags(_flags)
 
 
 def enum_names(enum: str, prefix: str, count: str = "") -> tuple[str, ...]:
