@@ -124,7 +124,8 @@ class Watchdog:
         """Into the oracle's books, as one more violation."""
         report = ffi.new("struct violation_report *")
         report.kinds = 1 << VIOLATION_KINDS.index(stall.kind)
-        report.cpu = stall.cpu
+        # The core notes who reports as the CPU of the report; the one that is waited for goes here.
+        report.promise_cpu = stall.cpu
         report.time = time.monotonic_ns()
         lib.oracle_report(self.machine.m, self.crew.main.id, report)
 

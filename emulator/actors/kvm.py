@@ -1,0 +1,150 @@
+"""The VMM's thread that makes a VM's ioctls: memory slots and dirty logging.
+
+Dirty logging is used for what it is for: user space really copies the reported pages into an image, and after
+the last, paused round the image must equal the guest's memory.  A page that differs was written without being
+logged: a lost dirty bit, proven end to end.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from random import Random
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+from emulator.actors.base import MachineActor
+from emulator.actors.scheduler import Pause, Resume
+from emulator.kvm import structs
+from emulator.kvm.kvm_host import KVM_MEM_LOG_DIRTY_PAGES
+from emulator.kvm.mmu import kvm_zap_gfn_range
+from emulator.kvm.vm import kvm_set_memory_region, kvm_vm_ioctl_get_dirty_log
+from emulator.workload import KVM_ACTIVITIES, Pacer, Workload
+from native import ffi, lib
+
+if TYPE_CHECKING:
+    from pykka import ActorRef
+
+    from emulator.actors.crew import Crew
+    from emulator.runtime import Cpu
+
+RAM_SLOT = 0
+SECOND_SLOT = 1
+
+# Rounds of reading the log while the guest runs, as a live migration's pre-copy.
+_ROUNDS = 3
+_BETWEEN_ROUNDS_US = 2000
+# How long the second slot stays away.
+_SLOT_GONE_US = 500
+_ZAP_PAGES = 256
+
+
+class Kvm(MachineActor):
+    """The ioctl caller of one VM."""
+
+    def __init__(
+        self,
+        crew: Crew,
+        cpu: Cpu,
+        kvm: structs.Kvm,
+        scheduler: ActorRef[Any],
+        pacer: Pacer,
+        rng: Random,
+    ) -> None:
+        super().__init__(crew, cpu, f"kvm{kvm.id}")
+        self.kvm = kvm
+        self.scheduler = scheduler
+        self.pacer = pacer
+        self.rng = rng
+        self.dirty_rounds = 0
+        self.pages_copied = 0
+        self._actions: dict[str, Callable[[], None]] = {
+            "memslot_cycles": self.memslot_cycle,
+            "dirty_log_cycles": self.dirty_log_cycle,
+        }
+
+    def idle(self) -> None:
+        activity, wait = self.pacer.next(time.monotonic())
+        if activity is None:
+            self._sleep(wait * 1e6)
+        else:
+            self._actions[activity]()
+
+    def _sleep(self, microseconds: float) -> None:
+        self.cpu.check(lib.cpu_halt(self.cpu.m, self.cpu.id, max(1, int(microseconds))))
+
+    # --- memory slots ----------------------------------------------------------------------------------
+
+    def memslot_cycle(self) -> None:
+        """KVM_SET_USER_MEMORY_REGION: delete a slot and create it again; or zap a range as MTRR changes do."""
+        slot = self.kvm.memslots[0].by_id[SECOND_SLOT]
+        kvm_set_memory_region(self.cpu, self.kvm, SECOND_SLOT, slot.base_gfn, 0, slot.userspace_addr)
+        self._sleep(_SLOT_GONE_US)
+        kvm_set_memory_region(
+            self.cpu, self.kvm, SECOND_SLOT, slot.base_gfn, slot.npages, slot.userspace_addr
+        )
+        ram = self.kvm.memslots[0].by_id[RAM_SLOT]
+        start = self.rng.randrange(ram.npages)
+        kvm_zap_gfn_range(self.cpu, self.kvm, start, min(start + _ZAP_PAGES, ram.npages))
+
+    # --- dirty logging ---------------------------------------------------------------------------------
+
+    def dirty_log_cycle(self) -> None:
+        """Arm, copy everything, copy what gets dirty, pause, copy the rest, compare, disarm."""
+        slot = self.kvm.memslots[0].by_id[RAM_SLOT]
+        self._set_logging(slot, KVM_MEM_LOG_DIRTY_PAGES)
+        self.cpu.check(lib.mm_image_create(self.cpu.m, self.kvm.id, slot.userspace_addr, slot.npages))
+        try:
+            self._copy(slot, b"\x01" * slot.npages)
+            for _ in range(_ROUNDS):
+                self._sleep(_BETWEEN_ROUNDS_US)
+                self._copy(slot, kvm_vm_ioctl_get_dirty_log(self.cpu, self.kvm, RAM_SLOT))
+            with self._vcpus_paused():
+                self._copy(slot, kvm_vm_ioctl_get_dirty_log(self.cpu, self.kvm, RAM_SLOT))
+                self._compare()
+        finally:
+            lib.mm_image_destroy(self.cpu.m, self.kvm.id)
+        self._set_logging(slot, 0)
+        self.dirty_rounds += 1
+
+    def _set_logging(self, slot: structs.KvmMemorySlot, flags: int) -> None:
+        kvm_set_memory_region(
+            self.cpu, self.kvm, slot.id, slot.base_gfn, slot.npages, slot.userspace_addr, flags
+        )
+
+    def _copy(self, slot: structs.KvmMemorySlot, dirty: bytes) -> None:
+        """Copy the pages of a bitmap (a byte per page)."""
+        bits = np.packbits(np.frombuffer(dirty, np.uint8).astype(bool), bitorder="little")
+        words = np.pad(bits, (0, -len(bits) % 8)).view(np.uint64)
+        for i in np.flatnonzero(words).tolist():
+            base = slot.userspace_addr + 64 * i
+            self.pages_copied += lib.mm_image_copy(self.cpu.m, self.kvm.id, base, int(words[i]))
+
+    @contextmanager
+    def _vcpus_paused(self) -> Iterator[None]:
+        for parked in self.scheduler.ask(Pause(self.kvm.id)):
+            parked.get()
+        try:
+            yield
+        finally:
+            self.scheduler.tell(Resume(self.kvm.id))
+
+    def _compare(self) -> None:
+        """Nobody writes now: where memory and image differ, the log missed a write."""
+        page = lib.mm_image_differs(self.cpu.m, self.kvm.id, 0)
+        while page >= 0:
+            report = ffi.new("struct violation_report *")
+            report.kinds = 1 << lib.VIOLATION_LOST_DIRTY
+            report.cpu = report.promise_cpu = self.cpu.id
+            report.vm = self.kvm.id
+            report.gfn = page
+            report.promise = lib.PROMISE_DIRTY_LOG
+            report.time = report.promise_time = time.monotonic_ns()
+            lib.oracle_report(self.cpu.m, self.cpu.id, report)
+            page = lib.mm_image_differs(self.cpu.m, self.kvm.id, page + 1)
+
+
+def kvm_pacer(workload: Workload, vms: int, rng: Random) -> Pacer:
+    return Pacer(workload, KVM_ACTIVITIES, 1.0 / vms, rng)

@@ -1,0 +1,162 @@
+"""The job behind `flushlab run` and `serve`: boot, run through the phases, stop, and say what was seen."""
+
+from __future__ import annotations
+
+import threading
+import time
+from collections.abc import Callable
+
+from loguru import logger
+
+from emulator.actors.watchdog import ROUND_SECONDS, Watchdog
+from emulator.config import Scenario
+from emulator.costs import modelled_cycles
+from emulator.kvm.structs import KvmParams
+from emulator.machine import Emulation
+from emulator.policy import Policy
+from emulator.preconditions import preconditions
+from emulator.result import MachineObserver, Result, Snapshot, read_snapshot
+from emulator.story import Stories
+
+_PROGRESS_SECONDS = 0.5
+# The event rings forget fast: look for new reports this often.
+_POLL_SECONDS = 0.01
+
+
+class Job:
+    """One run of a scenario under a policy.
+
+    `observers` are told of the native machine while it exists.  `stop` ends the run early.
+    """
+
+    def __init__(
+        self,
+        scenario: Scenario,
+        policy: Policy,
+        *,
+        seed: int = 0,
+        duration: float | None = None,
+        chaos: int = 0,
+        unbounded: bool = False,
+        params: KvmParams | None = None,
+        stop_at_violation: bool = False,
+    ) -> None:
+        self.scenario = scenario
+        self.policy = policy
+        self.seed = seed
+        self.duration = duration
+        self.observers: list[MachineObserver] = []
+        self._options = {"chaos": chaos, "unbounded": unbounded, "params": params}
+        self._stop_at_violation = stop_at_violation
+
+    def run(self, progress: Callable[[Snapshot], None], stop: threading.Event) -> Result:
+        with Emulation(self.scenario, self.policy, seed=self.seed, **self._options) as emulation:
+            run = _Run(self, emulation, progress, stop)
+            for observer in self.observers:
+                observer.machine_up(emulation.m, pcpus=emulation.machine.pcpus, vms=self.scenario.vms)
+            try:
+                run.run()
+            finally:
+                # Actors first: nobody may touch the machine that observers are about to let go of.
+                run.late = emulation.stop()
+                for observer in self.observers:
+                    observer.machine_down()
+            return run.result()
+
+
+class _Run:
+    def __init__(
+        self, job: Job, emulation: Emulation, progress: Callable[[Snapshot], None], stop: threading.Event
+    ) -> None:
+        self.job = job
+        self.emulation = emulation
+        self.progress = progress
+        self.stop = stop
+        self.late: list[str] = []
+        self.stalls: list[str] = []
+        self.elapsed = 0.0
+        self.stories = Stories(emulation.m, len(emulation.machine.cpus))
+        self.watchdog = Watchdog(emulation.crew)
+
+    def run(self) -> None:
+        crew, workload = self.emulation.crew, self.emulation.workload
+        self.emulation.adopt()
+        try:
+            self.emulation.start()
+            logger.info("booted", pcpus=len(self.emulation.pcpus), vcpus=len(self.emulation.tasks))
+            started = time.monotonic()
+            next_round = next_progress = 0.0
+            while not self._over():
+                if self.stories.poll() and self.job._stop_at_violation:
+                    break
+                self.elapsed = time.monotonic() - started
+                if workload.advance(self.elapsed):
+                    logger.debug("phase", name=workload.phase.name)
+                self._print_events()
+                if self.elapsed >= next_round:
+                    next_round = self.elapsed + ROUND_SECONDS
+                    self._watch()
+                if self.elapsed >= next_progress:
+                    next_progress = self.elapsed + _PROGRESS_SECONDS
+                    self.progress(self.snapshot())
+                crew.stopped.wait(_POLL_SECONDS)
+            self.elapsed = time.monotonic() - started
+        finally:
+            self.emulation.release()
+
+    def _over(self) -> bool:
+        duration = self.job.duration
+        return (
+            self.stop.is_set()
+            or self.emulation.crew.stopped.is_set()
+            or bool(self.stalls)
+            or (duration is not None and self.elapsed >= duration)
+        )
+
+    def _watch(self) -> None:
+        for stall in self.watchdog.check():
+            self.watchdog.report(stall)
+            self.stalls.append(str(stall))
+            logger.error("stall", kind=stall.kind, text=str(stall))
+
+    def _print_events(self) -> None:
+        events = self.emulation.crew.events
+        while events:
+            event, fields = events.popleft()
+            logger.bind(**fields).warning(event)
+
+    def snapshot(self) -> Snapshot:
+        emulation = self.emulation
+        return read_snapshot(
+            emulation.m, vms=len(emulation.vms), elapsed=self.elapsed, phase=emulation.workload.phase.name
+        )
+
+    def result(self) -> Result:
+        self._print_events()
+        snapshot, job = self.snapshot(), self.job
+        names = {actor.cpu.id: actor.name for actor in self.emulation.crew.actors}
+        return Result(
+            snapshot=snapshot,
+            scenario=job.scenario.name,
+            policy=job.policy.answers(),
+            policy_name=job.policy.name,
+            seed=job.seed,
+            reports=self.stories.finish(names, job.policy.mutants()),
+            preconditions=preconditions(snapshot, self.emulation),
+            cycles=modelled_cycles(
+                job.scenario.cost_table, snapshot.counters, snapshot.vms, snapshot.flushes
+            ),
+            failure=self._failure(snapshot),
+            interrupted=self.stop.is_set(),
+        )
+
+    def _failure(self, snapshot: Snapshot) -> str:
+        crew = self.emulation.crew
+        deaths = [f"{death}\n{death.traceback}" for death in crew.deaths]
+        if self.late:
+            deaths.append(f"did not end in time: {', '.join(self.late)}")
+        if crew.shut_down and not snapshot.violated:
+            # A guest whose memory was spoilt through a stale translation may well fall over.
+            vcpus = ", ".join(str(vcpu) for vcpu in sorted(crew.shut_down))
+            deaths.append(f"triple fault of vCPU {vcpus} although no translation was misused")
+        return "\n".join(deaths)

@@ -1,0 +1,274 @@
+"""Boots a scenario: the native machine, its VMs and guests, its actors; and takes it all down again.
+
+    with Emulation(scenario, policy, seed=1) as emulation:
+        emulation.start()
+        ...
+
+Leaving the context stops every actor within two seconds, whatever happened, and frees the machine.
+"""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Iterator
+from dataclasses import dataclass
+from itertools import cycle
+from random import Random
+from types import TracebackType
+from typing import TYPE_CHECKING, Any, Self
+
+from emulator.actors.crew import Crew
+from emulator.actors.host import Host, host_pacer
+from emulator.actors.inbox import adopt_thread, release_thread
+from emulator.actors.kvm import RAM_SLOT, SECOND_SLOT, kvm_pacer
+from emulator.actors.kvm import Kvm as KvmActor
+from emulator.actors.pcpu import PCpu
+from emulator.actors.rcu import RcuThread
+from emulator.actors.scheduler import Place, Scheduler
+from emulator.actors.task import VcpuTask
+from emulator.config import PAGES_PER_MIB, Scenario, VmSection
+from emulator.errors import BadInput
+from emulator.kvm.structs import Kvm, KvmParams, Vcpu
+from emulator.kvm.vm import kvm_create_vm, kvm_set_memory_region, kvm_vm_ioctl_create_vcpu
+from emulator.policy import Policy
+from emulator.runtime import Cpu, Machine, OutOfFrames
+from emulator.traces import Trace
+from emulator.traces import embedded as embedded_traces
+from emulator.traces import load as load_trace
+from emulator.workload import Workload
+from native import ffi, lib
+
+if TYPE_CHECKING:
+    from pykka import ActorRef
+
+BLOCK_PAGES = 512
+# The slot that is deleted and created again: this many pages per vCPU.
+SECOND_SLOT_PAGES = 256
+# Between two bytecodes of different threads.  A pCPU that comes out of the guest waits at most so long for
+# threads that compute in Python; the default of 5 ms would be several slices.
+SWITCH_INTERVAL = 0.0005
+
+
+@dataclass(frozen=True, slots=True)
+class Layout:
+    """Guest-physical memory of a VM, in pages: RAM from 0 on, then the second slot, 2 MiB aligned."""
+
+    ram: int
+    second: int
+    vcpus: int
+
+    @property
+    def second_base(self) -> int:
+        return -(-self.ram // BLOCK_PAGES) * BLOCK_PAGES
+
+    @property
+    def gfns(self) -> int:
+        return -(-(self.second_base + self.second) // BLOCK_PAGES) * BLOCK_PAGES
+
+    def ram_of(self, vcpu: int) -> tuple[int, int]:
+        """What one vCPU's guest OS hands out; 2 MiB aligned if there is that much."""
+        share = self.ram // self.vcpus
+        if share >= BLOCK_PAGES:
+            share -= share % BLOCK_PAGES
+        return vcpu * share, (vcpu + 1) * share
+
+    def second_of(self, vcpu: int) -> tuple[int, int]:
+        share = self.second // self.vcpus
+        return self.second_base + vcpu * share, self.second_base + (vcpu + 1) * share
+
+
+def layout_of(vm: VmSection) -> Layout:
+    return Layout(vm.memory * PAGES_PER_MIB, SECOND_SLOT_PAGES * vm.vcpus, vm.vcpus)
+
+
+def machine_config(scenario: Scenario, seed: int, chaos: int, unbounded: bool) -> dict[str, int]:
+    """Fields of the core's `struct machine_config`, sized for the scenario.
+
+    Guest frames: every page mapped singly, and a block for each 2 MiB that khugepaged may collapse.  Tables:
+    a VM's tree may exist several times, as invalid roots and in RCU's hands.
+    """
+    geometry = scenario.machine.geometry
+    layouts = [layout_of(vm) for vm in scenario.vm for _ in range(vm.count)]
+    gfns = sum(layout.gfns for layout in layouts)
+    return {
+        "pcpus": scenario.machine.pcpus,
+        "housekeeping": housekeeping_cpus(scenario),
+        "vms": scenario.vms,
+        "vcpus": scenario.vcpus,
+        "root_frames": 64 + 32 * scenario.vms,
+        "table_frames": 1024 + 8 * sum(layout.gfns // BLOCK_PAGES + 4 for layout in layouts),
+        "guest_frames": gfns + 1024,
+        "guest_blocks": gfns // BLOCK_PAGES,
+        "l1_ways": 4,
+        "l2_entries": 0 if unbounded else geometry.l2_entries,
+        "l2_ways": geometry.l2_ways,
+        "psc_entries": 0 if unbounded else geometry.psc_entries,
+        "chaos": chaos,
+        "seed": seed,
+    }
+
+
+def housekeeping_cpus(scenario: Scenario) -> int:
+    """A Kvm actor per VM, the hosts, scheduler, RCU, and whoever boots the machine."""
+    return scenario.vms + scenario.host.actors + 3
+
+
+class Emulation:
+    """A booted scenario."""
+
+    def __init__(
+        self,
+        scenario: Scenario,
+        policy: Policy,
+        *,
+        seed: int = 0,
+        chaos: int = 0,
+        unbounded: bool = False,
+        params: KvmParams | None = None,
+    ) -> None:
+        self.scenario = scenario
+        self.policy = policy
+        self.workload = Workload(scenario)
+        self.params = params or KvmParams()
+        self._rng = Random(seed)
+        # The guests replay these arrays: they live as long as the machine.
+        self._traces: dict[str, Trace] = {}
+        config = machine_config(scenario, seed, chaos, unbounded)
+        try:
+            self.machine = Machine(config)
+        except OutOfFrames as error:
+            raise BadInput(scenario.name, str(error), "memory for the scenario's machine") from error
+        self._free_cpus = iter(self.machine.cpus[self.machine.pcpus :])
+        main = next(self._free_cpus)
+        self.crew = Crew(self.machine, main)
+        self.vms: list[Kvm] = []
+        self.tasks: list[VcpuTask] = []
+        self.pcpus: list[ActorRef[Any]] = []
+        self._switch_interval = sys.getswitchinterval()
+        self._started = False
+        try:
+            self._create_vms(main)
+        except BaseException:
+            self.machine.destroy()
+            raise
+
+    @property
+    def m(self) -> Any:
+        """The native machine."""
+        return self.machine.m
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        late = self.stop()
+        if late:
+            # Somebody is still inside: freeing the machine under it would be worse than not freeing it.
+            return
+        self.machine.destroy()
+
+    # --- boot ------------------------------------------------------------------------------------------
+
+    def _create_vms(self, cpu: Cpu) -> None:
+        for section in self.scenario.vm:
+            traces = cycle(self._traces_of(section))
+            for _ in range(section.count):
+                self._create_vm(cpu, section, traces)
+
+    def _create_vm(self, cpu: Cpu, section: VmSection, traces: Iterator[Trace]) -> None:
+        layout = layout_of(section)
+        kvm = kvm_create_vm(cpu, self.machine, layout.gfns, self.policy, self.params)
+        self.vms.append(kvm)
+        kvm_set_memory_region(cpu, kvm, RAM_SLOT, 0, layout.ram, 0)
+        kvm_set_memory_region(cpu, kvm, SECOND_SLOT, layout.second_base, layout.second, layout.second_base)
+        for i in range(section.vcpus):
+            vcpu = kvm_vm_ioctl_create_vcpu(cpu, kvm)
+            self._furnish(cpu, vcpu, section, layout, i, traces)
+            self.tasks.append(VcpuTask(vcpu))
+
+    def _furnish(
+        self, cpu: Cpu, vcpu: Vcpu, section: VmSection, layout: Layout, i: int, traces: Iterator[Trace]
+    ) -> None:
+        """A guest OS with its processes, each on the next trace."""
+        first, end = layout.ram_of(i)
+        second, second_end = layout.second_of(i)
+        config = ffi.new(
+            "struct guest_config *",
+            {
+                "first_gfn": first,
+                "end_gfn": end,
+                "mmio_gfn": second,
+                "mmio_end_gfn": second_end,
+                "switch_every": 200_000,
+                "unmap_every": 20_000,
+                "protect_every": 30_000,
+                "hugepages": section.guest_huge_pages,
+                "pcid": 1,
+                "paging": 1,
+                "halt_every": 20_000_000,
+                "seed": self._rng.getrandbits(31),
+            },
+        )
+        cpu.check(lib.guest_configure(cpu.m, vcpu.id, config))
+        for _ in range(section.processes):
+            trace = next(traces)
+            records = ffi.from_buffer("uint64_t[]", trace.records)
+            pages = ffi.from_buffer("uint64_t[]", trace.pages)
+            cpu.check(
+                lib.guest_add_process(cpu.m, vcpu.id, records, len(trace.records), pages, len(trace.pages))
+            )
+
+    def _traces_of(self, section: VmSection) -> list[Trace]:
+        names = section.traces or tuple(info.name for info in embedded_traces())
+        for name in names:
+            if name not in self._traces:
+                path = self.scenario.directory / name
+                self._traces[name] = load_trace(path if path.suffix else name)
+        return [self._traces[name] for name in names]
+
+    # --- running ---------------------------------------------------------------------------------------
+
+    def start(self) -> None:
+        """Start all actors; the vCPUs run from the end of this call on."""
+        self._started = True
+        sys.setswitchinterval(SWITCH_INTERVAL)
+        RcuThread.start(self.crew, next(self._free_cpus))
+        self.pcpus = [PCpu.start(self.crew, cpu) for cpu in self.machine.cpus[: self.machine.pcpus]]
+        scheduler = Scheduler.start(
+            self.crew,
+            next(self._free_cpus),
+            self.pcpus,
+            self.workload,
+            self.scenario.scheduler.mode,
+            self._seeded(),
+        )
+        scheduler.tell(Place(tuple(self.tasks)))
+        for kvm in self.vms:
+            rng = self._seeded()
+            pacer = kvm_pacer(self.workload, len(self.vms), rng)
+            KvmActor.start(self.crew, next(self._free_cpus), kvm, scheduler, pacer, rng)
+        for i in range(self.scenario.host.actors):
+            rng = self._seeded()
+            pacer = host_pacer(self.workload, self.scenario.host.actors, rng)
+            Host.start(self.crew, next(self._free_cpus), i, self.vms, self.scenario.host.pages, pacer, rng)
+
+    def _seeded(self) -> Random:
+        return Random(self._rng.getrandbits(64))
+
+    def adopt(self) -> None:
+        """The calling thread is the machine's main CPU until `release`."""
+        adopt_thread(self.crew.main)
+
+    def release(self) -> None:
+        release_thread()
+
+    def stop(self) -> list[str]:
+        """Stop everything; returns the names of actors that did not end in time. May be called twice."""
+        self.crew.stop()
+        late = self.crew.join()
+        if self._started:
+            self._started = False
+            sys.setswitchinterval(self._switch_interval)
+        return late

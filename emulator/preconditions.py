@@ -1,0 +1,42 @@
+"""How often each check had something to check: a verdict about nothing is no verdict."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+from emulator.result import Snapshot
+
+if TYPE_CHECKING:
+    from emulator.machine import Emulation
+
+
+def preconditions(snapshot: Snapshot, emulation: Emulation) -> dict[str, int]:
+    """Names of dangers, and how often a guest was in reach of them."""
+    counters = snapshot.counters
+    found = {
+        "migrations": snapshot.kvm("migrations"),
+        "pages zapped": counters["sptes_zapped"],
+        "frames freed": counters["frames_freed"],
+        "faults": snapshot.kvm("faults"),
+        "fault retries": snapshot.kvm("fault_retries"),
+        "range zaps": snapshot.kvm("zaps"),
+        "yields in zaps": snapshot.kvm("yields"),
+        "flushes elided": snapshot.kvm("flushes_elided"),
+        "roots loaded": snapshot.kvm("mmu_load"),
+        "tables freed": counters["tables_freed"],
+        "guest invalidations": counters["guest_invalidations"],
+        "legal stale uses": counters["legal_stale"],
+        "uses averted": counters["averted"],
+        "dead roots' entries at a flush": counters["dead_root_entries"],
+    }
+    for flush in snapshot.flushes:
+        if flush.necessary:
+            name = f"uses averted by {flush.reason}"
+            found[name] = found.get(name, 0) + flush.necessary
+    for actor in emulation.crew.actors:
+        rounds = getattr(actor, "dirty_rounds", None)
+        if rounds is not None:
+            found["dirty logs compared"] = found.get("dirty logs compared", 0) + rounds
+    for phase, times in emulation.workload.phases_seen.items():
+        found[f"phases: {phase}"] = times
+    return found

@@ -1,0 +1,70 @@
+"""Phases and pace."""
+
+from __future__ import annotations
+
+from random import Random
+
+from emulator.config import load_scenario
+from emulator.workload import MIGRATIONS, QUIET_LEAST_RATE, Pacer, Workload
+
+
+def test_storms_alternate_with_quiet_phases_of_every_flavour() -> None:
+    workload = Workload(load_scenario())
+    assert workload.phase.name == "storm"
+    names = []
+    for tenth in range(10 * 27):
+        if workload.advance(tenth / 10):
+            names.append(workload.phase.name)
+    assert names[1::2] == ["storm"] * len(names[1::2])
+    quiet = set(names[0::2])
+    assert "quiet: migrations" in quiet
+    assert len(quiet) == 8
+
+
+def test_in_a_quiet_phase_only_its_activities_have_a_rate() -> None:
+    scenario = load_scenario()
+    workload = Workload(scenario)
+    assert workload.rate("memslot_cycles") == scenario.kvm.memslot_cycles
+    while workload.phase.activities != {"memslot_cycles"}:
+        elapsed = 0.0
+        for _ in range(100):
+            elapsed += 1.0
+            workload.advance(elapsed)
+            if workload.phase.activities == {"memslot_cycles"}:
+                break
+    assert workload.rate("memslot_cycles") == QUIET_LEAST_RATE
+    assert workload.rate("unmap") == workload.rate(MIGRATIONS) == 0
+
+
+def test_what_a_scenario_does_not_do_is_no_quiet_phase() -> None:
+    scenario = load_scenario()
+    quiet = scenario.changed(host=scenario.host.model_copy(update={"unmap": 0.0, "mprotect": 0.0}))
+    workload = Workload(quiet)
+    for second in range(60):
+        workload.advance(float(second))
+    assert not any("unmap" in name or "mprotect" in name for name in workload.phases_seen)
+
+
+def test_pacer_keeps_its_share_of_the_rate() -> None:
+    workload = Workload(load_scenario())
+    pacer = Pacer(workload, ("unmap", "mprotect"), 0.5, Random(1))
+    done = {"unmap": 0, "mprotect": 0}
+    now = 0.0
+    while now < 1.0:
+        activity, wait = pacer.next(now)
+        if activity is None:
+            now += max(wait, 1e-6)
+        else:
+            done[activity] += 1
+    for activity, times in done.items():
+        assert 0.9 < times / (workload.rates[activity] / 2) < 1.1
+
+
+def test_pacer_forgets_what_it_is_far_behind_with() -> None:
+    workload = Workload(load_scenario())
+    pacer = Pacer(workload, ("unmap",), 1.0, Random(1))
+    pacer.next(0.0)
+    at_once = 0
+    while pacer.next(10.0)[0]:
+        at_once += 1
+    assert at_once < workload.rates["unmap"] * 0.06
