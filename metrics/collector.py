@@ -15,7 +15,7 @@ from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, Histo
 from prometheus_client.registry import Collector
 
 from metrics.native_counters import NativeCounters
-from native import HISTOGRAM_NAMES
+from native import EXIT_REASONS, HISTOGRAM_NAMES
 
 MAX_VMS = 16
 MAX_CPUS = 64
@@ -49,7 +49,6 @@ _VM_STATS = (
     ("remote_tlb_flush", "remote_tlb_flush", "KVM's statistic remote_tlb_flush."),
     ("remote_tlb_flush_requests", "remote_tlb_flush_requests", "KVM's statistic remote_tlb_flush_requests."),
     ("flushes_elided", "tlb_flushes_elided", "Flush decisions that the policy answered with no flush."),
-    ("exits", "vm_exits", "VM exits."),
     ("faults", "page_faults_fixed", "EPT violations that KVM fixed."),
     ("fault_retries", "page_fault_retries", "Faults that raced an invalidation and were retried."),
     ("migrations", "vcpu_migrations", "vCPUs loaded on another pCPU than before."),
@@ -116,6 +115,8 @@ class MachineCollector(Collector):
         misses.add_metric(["1"], sums["l1_misses"])
         misses.add_metric(["2"], sums["l2_misses"])
         yield misses
+        exits = {reason: sums[f"exit_{reason}"] for reason in EXIT_REASONS}
+        yield _labelled("vm_exits", "VM exits, by reason.", "reason", exits)
         yield _gauge("rcu_callbacks_pending", "RCU callbacks that wait.", counters.rcu_pending())
         yield _labelled("violations", "Violations found, by kind.", "kind", counters.violations())
         yield from _flush_families(counters)

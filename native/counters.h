@@ -46,6 +46,13 @@ enum counter {
 	COUNT_GUEST_INVALIDATIONS, /* INVLPG, INVPCID, MOV CR3 with flush by the guest */
 	COUNT_GUEST_SWITCHES,    /* MOV CR3 */
 	COUNT_DEAD_ROOT_ENTRIES, /* translations of earlier owners of a root page, found when it was loaded */
+	COUNT_EXIT_INTERRUPT,    /* VM exits by reason, in the order of exit_reason (guest.h) */
+	COUNT_EXIT_EPT_VIOLATION,
+	COUNT_EXIT_EPT_MISCONFIG,
+	COUNT_EXIT_HLT,
+	COUNT_EXIT_PREEMPTION_TIMER,
+	COUNT_EXIT_MESSAGE,
+	COUNT_EXIT_TRIPLE_FAULT,
 	COUNTERS
 };
 

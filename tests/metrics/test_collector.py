@@ -16,7 +16,7 @@ from prometheus_client.parser import text_string_to_metric_families
 from metrics import MachineCollector
 from metrics.collector import MAX_VMS, _flush_families, _vm_families
 from metrics.native_counters import FlushCell
-from native import HISTOGRAM_NAMES, VIOLATION_KINDS, VM_STAT_NAMES, lib
+from native import COUNTER_NAMES, EXIT_REASONS, HISTOGRAM_NAMES, VIOLATION_KINDS, VM_STAT_NAMES, lib
 
 
 def scrape(collector: MachineCollector) -> str:
@@ -91,6 +91,14 @@ def test_each_violation_kind_has_a_series(collector: MachineCollector) -> None:
     text = scrape(collector)
     for kind in VIOLATION_KINDS:
         assert value(text, f'flushlab_violations_total{{kind="{kind}"}}') == 0
+
+
+def test_exits_have_reasons(bare_machine: BareMachine, collector: MachineCollector) -> None:
+    # guest_run adds the reason to the first of these counters: the order must be the same.
+    names = [name.removeprefix("exit_") for name in COUNTER_NAMES if name.startswith("exit_")]
+    assert tuple(names) == EXIT_REASONS
+    bare_machine.count(0, lib.COUNT_EXIT_INTERRUPT + lib.EXIT_HLT, 2)
+    assert value(scrape(collector), 'flushlab_vm_exits_total{reason="hlt"}') == 2
 
 
 def test_every_native_histogram_is_exported(collector: MachineCollector) -> None:
