@@ -1,17 +1,16 @@
-"""The machine as KVM's code sees it: CPUs, errors, ordering points, locks, and every wait that Python does.
+"""The machine as KVM's code sees it: CPUs, errors, ordering points, RCU, and how Python waits.
 
 The native core takes the acting CPU as an argument; here that CPU is an object, `Cpu`, and every function of
 `emulator.kvm` takes it first.  A pCPU's thread owns its `Cpu`; other threads own a housekeeping one.
 
-All waiting done in Python lives in this module and ends in `cpu_wait_event`: it releases the GIL, keeps
-running the calls that other CPUs queue for this one, and returns when the machine stops.
+All waiting done in Python lives here and in `emulator.locks` and ends in `cpu_wait_event`: it releases the
+GIL, keeps running the calls that other CPUs queue for this one, and returns when the machine stops.
 """
 
 from __future__ import annotations
 
 import time
 from collections.abc import Callable, Mapping
-from types import TracebackType
 from typing import Any, Final, Literal, NoReturn
 
 from native import ffi, lib
@@ -20,6 +19,7 @@ Mode = Literal["read", "write"]
 # What an installed hook is called with at an ordering point: who, kind of object, which one, access.
 Hook = Callable[["Cpu", str, object, Mode], None]
 
+# Cpu.mmu_lock_held
 READ: Final = 1
 WRITE: Final = 2
 # Neighbours that one fault maps at most (see emulator.kvm.page_fault): the length of the scratch arrays.
@@ -56,7 +56,7 @@ class Machine:
     `config` holds the fields of the core's `struct machine_config`.
     """
 
-    __slots__ = ("config", "cpus", "m", "vmx_vpid_bitmap", "vmx_vpid_lock")
+    __slots__ = ("config", "cpus", "m", "vmx_vpids")
 
     def __init__(self, config: Mapping[str, int]) -> None:
         self.config = dict(config)
@@ -66,10 +66,9 @@ class Machine:
             raise OutOfFrames(ffi.string(error).decode() or "the machine could not be built")
         pcpus = self.config["pcpus"]
         self.cpus = [Cpu(self, i, i < pcpus) for i in range(pcpus + self.config["housekeeping"])]
-        # VPIDs are of the host, not of a VM (vmx.c: vmx_vpid_bitmap).  VPID 0 is the host's own.
-        self.vmx_vpid_lock = SpinLock("vmx_vpid_lock")
-        self.vmx_vpid_bitmap = bytearray(1 << 16)
-        self.vmx_vpid_bitmap[0] = 1
+        # VPIDs are of the host, not of a VM (vmx.c: vmx_vpid_bitmap); 0 is the host's own.  Taking one and
+        # giving it back are single list operations, and the last one freed is the next one used.
+        self.vmx_vpids = list(range((1 << 16) - 1, 0, -1))
 
     @property
     def pcpus(self) -> int:
@@ -211,192 +210,6 @@ def wait_until(cpu: Cpu, condition: Callable[[], bool], what: str) -> None:
 
 def wake(machine: Machine, cpu_id: int) -> None:
     lib.cpu_wake(machine.m, cpu_id)
-
-
-class _Waitable:
-    """One token that threads take and give back; taking and giving are single list operations, hence
-    atomic under the GIL.  Waiters queue as CPU numbers and are woken by whoever gives the token back."""
-
-    __slots__ = ("_token", "_waiters", "name", "owner")
-
-    def __init__(self, name: str) -> None:
-        self.name = name
-        self.owner = -1  # for reports
-        self._token = [None]
-        self._waiters: list[int] = []
-
-    def _try(self, cpu: Cpu) -> bool:
-        try:
-            self._token.pop()
-        except IndexError:
-            return False
-        self.owner = cpu.id
-        return True
-
-    def _take(self, cpu: Cpu) -> None:
-        cpu.point("lock", self, "write")
-        while not self._try(cpu):
-            # Queue first, then read the event, then try again: the holder gives the token back before it
-            # looks at the queue, so one of the two sees the other.
-            self._waiters.append(cpu.id)
-            seq = lib.cpu_event(cpu.m, cpu.id)
-            if self._try(cpu):
-                return
-            cpu.check(lib.cpu_wait_event(cpu.m, cpu.id, seq, 0))
-
-    def _give(self, cpu: Cpu) -> None:
-        self.owner = -1
-        self._token.append(None)
-        while self._waiters:
-            try:
-                waiter = self._waiters.pop()
-            except IndexError:
-                break
-            lib.cpu_wake(cpu.m, waiter)
-
-
-class _SpinLockHeld:
-    __slots__ = ("cpu", "lock")
-
-    def __init__(self, lock: SpinLock, cpu: Cpu) -> None:
-        self.lock, self.cpu = lock, cpu
-
-    def __enter__(self) -> None:
-        self.lock._take(self.cpu)
-        self.cpu.spinlocks += 1
-
-    def __exit__(self, kind: object, value: object, traceback: object) -> None:
-        self.cpu.spinlocks -= 1
-        self.lock._give(self.cpu)
-
-
-class SpinLock(_Waitable):
-    """spinlock_t for short critical sections: its holder must not wait.  `with lock.held(cpu): ...`"""
-
-    __slots__ = ()
-
-    def held(self, cpu: Cpu) -> _SpinLockHeld:
-        return _SpinLockHeld(self, cpu)
-
-
-class _MutexHeld:
-    __slots__ = ("cpu", "lock", "locked")
-
-    def __init__(self, lock: Mutex, cpu: Cpu) -> None:
-        self.lock, self.cpu, self.locked = lock, cpu, False
-
-    def __enter__(self) -> _MutexHeld:
-        self.relock()
-        return self
-
-    def relock(self) -> None:
-        if self.cpu.spinlocks:
-            raise MachineMisuse(f"CPU {self.cpu.id}: takes {self.lock.name} while it holds a spinlock")
-        self.lock._take(self.cpu)
-        self.locked = True
-
-    def unlock(self) -> None:
-        self.locked = False
-        self.lock._give(self.cpu)
-
-    def __exit__(self, kind: object, value: object, traceback: object) -> None:
-        if self.locked:
-            self.unlock()
-
-
-class Mutex(_Waitable):
-    """struct mutex: may be held across waits.  `with lock.held(cpu) as held: ...`; `held.unlock()` in the
-    block drops it early."""
-
-    __slots__ = ()
-
-    def held(self, cpu: Cpu) -> _MutexHeld:
-        return _MutexHeld(self, cpu)
-
-
-class Refcount:
-    """refcount_t."""
-
-    __slots__ = ("_lock", "value")
-
-    def __init__(self, value: int) -> None:
-        self.value = value
-        self._lock = SpinLock("refcount")
-
-    def inc_not_zero(self, cpu: Cpu) -> bool:
-        """refcount_inc_not_zero()"""
-        with self._lock.held(cpu):
-            if self.value == 0:
-                return False
-            self.value += 1
-            return True
-
-    def dec_and_test(self, cpu: Cpu) -> bool:
-        """refcount_dec_and_test(): True for whoever dropped the last reference."""
-        with self._lock.held(cpu):
-            if self.value <= 0:
-                raise AssertionError("a reference is dropped that nobody holds")
-            self.value -= 1
-            return self.value == 0
-
-
-class _MmuLockHeld:
-    __slots__ = ("cpu", "how", "lock")
-
-    def __init__(self, lock: MmuLock, cpu: Cpu, how: int) -> None:
-        self.lock, self.cpu, self.how = lock, cpu, how
-
-    def __enter__(self) -> None:
-        self.lock.lock(self.cpu, self.how)
-
-    def __exit__(
-        self,
-        kind: type[BaseException] | None,
-        value: BaseException | None,
-        traceback: TracebackType | None,
-    ) -> None:
-        if self.cpu.mmu_lock_held:
-            self.lock.unlock(self.cpu)
-
-
-class MmuLock:
-    """kvm->mmu_lock of one VM.  `with kvm.mmu_lock.read_lock(cpu): ...`, likewise write_lock.
-
-    A CPU holds at most one mmu_lock; `cpu.mmu_lock_held` says how.
-    """
-
-    __slots__ = ("vm",)
-
-    def __init__(self, vm: int) -> None:
-        self.vm = vm
-
-    def read_lock(self, cpu: Cpu) -> _MmuLockHeld:
-        return _MmuLockHeld(self, cpu, READ)
-
-    def write_lock(self, cpu: Cpu) -> _MmuLockHeld:
-        return _MmuLockHeld(self, cpu, WRITE)
-
-    def lock(self, cpu: Cpu, how: int) -> None:
-        if cpu.spinlocks or cpu.mmu_lock_held:
-            raise MachineMisuse(f"CPU {cpu.id}: takes mmu_lock while it holds a spinlock or an mmu_lock")
-        cpu.point("mmu_lock", self.vm, "write" if how == WRITE else "read")
-        cpu.check((lib.mmu_write_lock if how == WRITE else lib.mmu_read_lock)(cpu.m, cpu.id, self.vm))
-        cpu.mmu_lock_held = how
-
-    def unlock(self, cpu: Cpu) -> None:
-        how, cpu.mmu_lock_held = cpu.mmu_lock_held, 0
-        (lib.mmu_write_unlock if how == WRITE else lib.mmu_read_unlock)(cpu.m, cpu.id, self.vm)
-        cpu.point("mmu_lock", self.vm, "write" if how == WRITE else "read")
-
-    def needbreak(self, cpu: Cpu) -> bool:
-        """rwlock_needbreak()"""
-        return bool(lib.mmu_lock_needbreak(cpu.m, self.vm))
-
-    def cond_resched(self, cpu: Cpu) -> None:
-        """cond_resched_rwlock_{read,write}() once it decided to let go."""
-        how = cpu.mmu_lock_held
-        self.unlock(cpu)
-        self.lock(cpu, how)
 
 
 class rcu_read_lock:  # noqa: N801 - the kernel's name

@@ -2,19 +2,24 @@
 
 Every function takes the acting `Cpu` first and is named as in Linux 7.3.  What others call:
 
-    kvm.vm            kvm_create_vm(cpu, gfns, policy, params) -> Kvm; kvm_destroy_vm(cpu, kvm)
-                      kvm_vm_ioctl_create_vcpu(cpu, kvm) -> Vcpu
-                      kvm_vm_ioctl_enable_manual_dirty_log(cpu, kvm, flags)
-    kvm.memslots      kvm_set_memory_region(cpu, kvm, slot_id, base_gfn, npages, userspace_addr, flags=0)
-                      npages 0 deletes, other flags arm or disarm dirty logging
-    kvm.dirty_log     kvm_vm_ioctl_get_dirty_log(cpu, kvm, slot_id) -> list of 64-bit words
-                      kvm_vm_ioctl_clear_dirty_log(cpu, kvm, slot_id, first_page, num_pages, words)
-    kvm.mmu_notifier  kvm_mmu_notifier_invalidate_range_start(cpu, kvm, start, end, promise), ..._end(...)
-                      start and end are host virtual pages; promise is PROMISE_NOTIFIER, or
-                      PROMISE_NOTIFIER_WRITE when the host takes only write access away
-    kvm.mmu           kvm_zap_gfn_range(cpu, kvm, start, end)
-    kvm.kvm_main      kvm_flush_remote_tlbs(cpu, kvm, reason)
-    kvm.x86           vcpu_run(vcpu): generator, see there; kvm_sched_in(cpu, vcpu), kvm_sched_out(cpu, vcpu)
+    kvm_main    kvm_create_vm(cpu, gfns, policy, params) -> Kvm; kvm_destroy_vm(cpu, kvm)
+                kvm_vm_ioctl_create_vcpu(cpu, kvm) -> Vcpu
+                kvm_set_memory_region(cpu, kvm, slot_id, base_gfn, npages, userspace_addr, flags=0):
+                npages 0 deletes, other flags arm or disarm dirty logging
+                kvm_vm_ioctl_enable_manual_dirty_log(cpu, kvm, flags)
+                kvm_vm_ioctl_get_dirty_log(cpu, kvm, slot_id) -> list of 64-bit words
+                kvm_vm_ioctl_clear_dirty_log(cpu, kvm, slot_id, first_page, num_pages, words)
+                kvm_mmu_notifier_invalidate_range_start(cpu, kvm, start, end, promise), ..._end(cpu, kvm,
+                ...): host virtual pages; promise is PROMISE_NOTIFIER, or PROMISE_NOTIFIER_WRITE when the host
+                takes only write access away
+                kvm_flush_remote_tlbs(cpu, kvm, reason)
+                kvm_sched_in(cpu, vcpu), kvm_sched_out(cpu, vcpu)
+    x86         vcpu_run(vcpu): generator, see there
+    mmu         kvm_zap_gfn_range(cpu, kvm, start, end)
+
+Where to find what: virt/kvm/kvm_main.c is requests.py (requests, kicks, remote flushes), vcpu.py, vm.py,
+memslots.py, mmu_notifier.py and dirty_log.py; arch/x86/kvm/mmu/mmu.c is mmu.py and page_fault.py; tdp_mmu.c
+is tdp_mmu.py (roots, zaps), tdp_map.py (faults) and tdp_slot.py (dirty logging, splitting, recovery).
 """
 
 from __future__ import annotations

@@ -1,155 +1,48 @@
-"""virt/kvm/kvm_main.c: requests, kicks and remote TLB flushes.
-
-A request is a bit that the vCPU looks at between `mode = IN_GUEST_MODE` and VM entry; a kick makes it look
-again.  Requester: set the bit, then read the mode.  vCPU: store the mode, then read the bits.  At least one
-of the two sees the other (Documentation/virt/kvm/vcpu-requests.rst).
-"""
+"""virt/kvm/kvm_main.c: everything that lies there, from the files that it is spread over here."""
 
 from __future__ import annotations
 
-from emulator.kvm.kvm_host import (
-    IN_GUEST_MODE,
-    KVM_REQ_TLB_FLUSH,
-    KVM_REQUEST_MASK,
-    KVM_REQUEST_NO_ACTION,
-    KVM_REQUEST_WAIT,
-    OUTSIDE_GUEST_MODE,
+from emulator.kvm.dirty_log import (
+    kvm_vm_ioctl_clear_dirty_log,
+    kvm_vm_ioctl_enable_manual_dirty_log,
+    kvm_vm_ioctl_get_dirty_log,
 )
-from emulator.kvm.structs import Kvm, KvmMemorySlot, Vcpu
-from emulator.runtime import Cpu, timed
-from native import lib
+from emulator.kvm.memslots import kvm_set_memory_region
+from emulator.kvm.mmu_notifier import (
+    kvm_mmu_notifier_invalidate_range_end,
+    kvm_mmu_notifier_invalidate_range_start,
+)
+from emulator.kvm.requests import (
+    kvm_flush_remote_tlbs,
+    kvm_flush_remote_tlbs_memslot,
+    kvm_flush_remote_tlbs_range,
+    kvm_make_all_cpus_request,
+    kvm_make_request,
+    kvm_make_vcpu_request,
+    kvm_vcpu_kick,
+)
+from emulator.kvm.vcpu import kvm_sched_in, kvm_sched_out, vcpu_load, vcpu_put
+from emulator.kvm.vm import kvm_create_vm, kvm_destroy_vm, kvm_vm_ioctl_create_vcpu
 
-
-def kvm_make_request(cpu: Cpu, vcpu: Vcpu, req: int) -> None:
-    """__kvm_make_request(): sets the bit.  What the request is about must be visible before."""
-    cpu.point("requests", vcpu.id, "write")
-    lib.kvm_make_request(cpu.m, vcpu.id, req & KVM_REQUEST_MASK)
-    cpu.event(lib.EVENT_REQUEST, vcpu.id, req & KVM_REQUEST_MASK)
-
-
-def kvm_check_request(cpu: Cpu, vcpu: Vcpu, req: int) -> bool:
-    """kvm_check_request(): tests and clears the bit."""
-    return bool(lib.kvm_check_request(cpu.m, vcpu.id, req & KVM_REQUEST_MASK))
-
-
-def kvm_test_request(cpu: Cpu, vcpu: Vcpu, req: int) -> bool:
-    return bool(lib.kvm_test_request(cpu.m, vcpu.id, req & KVM_REQUEST_MASK))
-
-
-def kvm_request_needs_ipi(cpu: Cpu, vcpu: Vcpu, req: int) -> bool:
-    """kvm_request_needs_ipi(): moves IN_GUEST_MODE to EXITING_GUEST_MODE, then decides by the old mode.
-
-    Who waits must wait for a vCPU that is already EXITING, too: it is not OUTSIDE yet.
-    """
-    cpu.point("mode", vcpu.id, "write")
-    mode: int = lib.vcpu_exiting_guest_mode(cpu.m, vcpu.id)
-    if req & KVM_REQUEST_WAIT:
-        return mode != OUTSIDE_GUEST_MODE
-    return mode == IN_GUEST_MODE
-
-
-def kvm_make_vcpu_request(cpu: Cpu, vcpu: Vcpu, req: int) -> int:
-    """kvm_make_vcpu_request(): the pCPU to interrupt, or -1.
-
-    All requests made here are NO_WAKEUP: a blocked vCPU sees them when it runs again.  The caller's own pCPU
-    is never interrupted; a vCPU whose ->cpu equals it is not in guest mode.
-    """
-    if not req & KVM_REQUEST_NO_ACTION:
-        kvm_make_request(cpu, vcpu, req)
-    if not kvm_request_needs_ipi(cpu, vcpu, req):
-        return -1
-    target: int = lib.vcpu_cpu(cpu.m, vcpu.id)
-    return target if target != cpu.id else -1
-
-
-def kvm_make_all_cpus_request(cpu: Cpu, kvm: Kvm, req: int) -> bool:
-    """kvm_make_all_cpus_request(): True if some pCPU was interrupted.
-
-    Decision remote_kick: the pCPUs where a vCPU is not OUTSIDE; those where one ever was; all of them.
-    """
-    cpu.stat(kvm.id, lib.STAT_MAKE_ALL_CPUS_REQUEST)
-    mask = cpu.kick_mask
-    for word in range(cpu.kick_mask_words):
-        mask[word] = 0
-    called = False
-    for vcpu in kvm.vcpus:
-        target = kvm_make_vcpu_request(cpu, vcpu, req)
-        if target >= 0:
-            mask[target >> 6] |= 1 << (target & 63)
-            called = True
-    if kvm.policy.remote_kick != "mode-not-outside":
-        called = _kick_more(cpu, kvm)
-    return called and kvm_kick_many_cpus(cpu, kvm, bool(req & KVM_REQUEST_WAIT))
-
-
-def _kick_more(cpu: Cpu, kvm: Kvm) -> bool:
-    """What remote_kick adds to the mask: vm-pcpu-mask or all-pcpus."""
-    everyone = kvm.policy.remote_kick == "all-pcpus"
-    called = False
-    for target in range(len(kvm.pcpu_mask)):
-        if target != cpu.id and (everyone or kvm.pcpu_mask[target]):
-            cpu.kick_mask[target >> 6] |= 1 << (target & 63)
-            called = True
-    return called
-
-
-def kvm_kick_many_cpus(cpu: Cpu, kvm: Kvm, wait: bool) -> bool:
-    """kvm_kick_many_cpus(): the call is empty, the interrupt is the effect; its acknowledgement says that the
-    pCPU has left guest mode.  Decision kick_wait: whether to wait for it."""
-    wait = wait and kvm.policy.kick_wait == "wait"
-    cpu.point("call_queue", kvm.id, "write")
-    cpu.check(lib.smp_call_function_many(cpu.m, cpu.id, cpu.kick_mask, lib.IPI_ACK_KICK, 0, wait))
-    return True
-
-
-def kvm_vcpu_kick(cpu: Cpu, vcpu: Vcpu) -> None:
-    """__kvm_vcpu_kick(wait=false): a reschedule IPI if the vCPU is in guest mode; no request, no flush."""
-    cpu.point("mode", vcpu.id, "write")
-    if lib.vcpu_exiting_guest_mode(cpu.m, vcpu.id) != IN_GUEST_MODE:
-        return
-    target: int = lib.vcpu_cpu(cpu.m, vcpu.id)
-    if target not in (cpu.id, -1):
-        cpu.check(lib.smp_call_function_single(cpu.m, cpu.id, target, lib.IPI_ACK_KICK, 0, 0))
-
-
-def kvm_flush_remote_tlbs(cpu: Cpu, kvm: Kvm, reason: int) -> None:
-    """kvm_flush_remote_tlbs(): on return every vCPU is outside guest mode with the request pending, or has
-    entered again after flushing.  Entries may still exist; nobody will use them.
-
-    `reason` (enum flush_reason) is for the accounts.
-    """
-    with timed(cpu, lib.HISTOGRAM_REMOTE_FLUSH):
-        cpu.stat(kvm.id, lib.STAT_REMOTE_TLB_FLUSH_REQUESTS)
-        for vcpu in kvm.vcpus:
-            lib.vcpu_add_flush_reason(cpu.m, vcpu.id, reason)
-        if kvm_make_all_cpus_request(cpu, kvm, KVM_REQ_TLB_FLUSH):
-            cpu.stat(kvm.id, lib.STAT_REMOTE_TLB_FLUSH)
-
-
-def kvm_flush_remote_tlbs_range(cpu: Cpu, kvm: Kvm, gfn: int, nr_pages: int, reason: int) -> None:
-    """kvm_flush_remote_tlbs_range(): bare metal has no range hook, so the whole VM is flushed."""
-    kvm_flush_remote_tlbs(cpu, kvm, reason)
-
-
-def kvm_flush_remote_tlbs_memslot(cpu: Cpu, kvm: Kvm, slot: KvmMemorySlot, reason: int) -> None:
-    """kvm_flush_remote_tlbs_memslot(): under slots_lock, without mmu_lock."""
-    kvm_flush_remote_tlbs_range(cpu, kvm, slot.base_gfn, slot.npages, reason)
-
-
-def flush_elided(cpu: Cpu, kvm: Kvm, reason: int, argument: int = 0) -> None:
-    """Accounts for a flush that Linux 7.3 makes here and this policy does not."""
-    cpu.stat(kvm.id, lib.STAT_FLUSHES_ELIDED)
-    cpu.event(lib.EVENT_ELIDED, reason, argument)
-
-
-def gfn_to_memslot(kvm: Kvm, gfn: int, as_id: int = 0) -> KvmMemorySlot | None:
-    """gfn_to_memslot(), under SRCU or slots_lock."""
-    return kvm.memslots[as_id].search(gfn)
-
-
-def mark_page_dirty_in_slot(cpu: Cpu, slot: KvmMemorySlot, gfn: int) -> None:
-    """mark_page_dirty_in_slot()"""
-    bitmap = slot.dirty_bitmap
-    if bitmap is not None:
-        cpu.point("dirty_bitmap", (slot.id, gfn), "write")
-        bitmap[gfn - slot.base_gfn] = 1
+__all__ = [
+    "kvm_create_vm",
+    "kvm_destroy_vm",
+    "kvm_flush_remote_tlbs",
+    "kvm_flush_remote_tlbs_memslot",
+    "kvm_flush_remote_tlbs_range",
+    "kvm_make_all_cpus_request",
+    "kvm_make_request",
+    "kvm_make_vcpu_request",
+    "kvm_mmu_notifier_invalidate_range_end",
+    "kvm_mmu_notifier_invalidate_range_start",
+    "kvm_sched_in",
+    "kvm_sched_out",
+    "kvm_set_memory_region",
+    "kvm_vcpu_kick",
+    "kvm_vm_ioctl_clear_dirty_log",
+    "kvm_vm_ioctl_create_vcpu",
+    "kvm_vm_ioctl_enable_manual_dirty_log",
+    "kvm_vm_ioctl_get_dirty_log",
+    "vcpu_load",
+    "vcpu_put",
+]

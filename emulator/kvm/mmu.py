@@ -11,7 +11,7 @@ from emulator.kvm.kvm_host import (
     PG_LEVEL_2M,
     PG_LEVEL_4K,
 )
-from emulator.kvm.kvm_main import (
+from emulator.kvm.requests import (
     flush_elided,
     kvm_check_request,
     kvm_flush_remote_tlbs_memslot,

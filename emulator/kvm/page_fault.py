@@ -7,7 +7,7 @@ it only if no invalidation touched the gfn meanwhile.
 from __future__ import annotations
 
 from emulator.kvm.kvm_host import KVM_MAX_HUGEPAGE_LEVEL, PG_LEVEL_4K, kvm_pages_per_hpage
-from emulator.kvm.kvm_main import gfn_to_memslot, mark_page_dirty_in_slot
+from emulator.kvm.requests import gfn_to_memslot, mark_page_dirty_in_slot
 from emulator.kvm.spte import (
     PT_WRITABLE_MASK,
     PfnAndRights,

@@ -17,8 +17,9 @@ from emulator.kvm.kvm_host import (
     KVM_MMU_NUM_PREV_ROOTS,
     PG_LEVEL_512G,
 )
+from emulator.locks import MmuLock, Mutex, Refcount, SpinLock
 from emulator.policy import Policy
-from emulator.runtime import Machine, MmuLock, Mutex, Refcount, SpinLock
+from emulator.runtime import Machine
 from native import ffi
 
 
@@ -198,7 +199,6 @@ class Kvm:
         "tdp_mmu_pages_lock",
         "tdp_mmu_roots",
         "vcpus",
-        "vm_dead",
     )
 
     def __init__(self, machine: Machine, vm: int, gfns: int, policy: Policy, params: KvmParams) -> None:
@@ -207,7 +207,6 @@ class Kvm:
         self.gfns = gfns
         self.policy = policy
         self.params = params
-        self.vm_dead = False
         self.mmu_lock = MmuLock(vm)
         self.slots_lock = Mutex("slots_lock")
         self.slots_arch_lock = Mutex("slots_arch_lock")

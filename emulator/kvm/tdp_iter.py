@@ -6,7 +6,7 @@ two calls the code here decides whether to yield, in which order, and with which
 
 from __future__ import annotations
 
-from emulator.kvm.kvm_main import flush_elided, kvm_flush_remote_tlbs
+from emulator.kvm.requests import flush_elided, kvm_flush_remote_tlbs
 from emulator.kvm.structs import Kvm, KvmMmuPage
 from emulator.runtime import Cpu, rcu_enter, rcu_leave
 from native import ffi, lib

@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from typing import Final
 
 from emulator.kvm.kvm_host import PG_LEVEL_4K, kvm_pages_per_hpage
-from emulator.kvm.kvm_main import flush_elided, kvm_flush_remote_tlbs_range
+from emulator.kvm.requests import flush_elided, kvm_flush_remote_tlbs_range
 from emulator.kvm.spte import (
     PfnAndRights,
     is_frozen_spte,

@@ -10,7 +10,7 @@ from collections.abc import Iterator
 from typing import Final
 
 from emulator.kvm.kvm_host import PG_LEVEL_1G, PG_LEVEL_2M, PG_LEVEL_4K
-from emulator.kvm.kvm_main import kvm_flush_remote_tlbs
+from emulator.kvm.requests import kvm_flush_remote_tlbs
 from emulator.kvm.structs import Kvm, KvmMmuPage, KvmMmuPageRole
 from emulator.kvm.tdp_iter import TdpIter, tdp_mmu_iter_cond_resched
 from emulator.runtime import WRITE, Cpu, rcu_read_lock

@@ -6,8 +6,8 @@ None of the write-protecting and splitting here flushes; the callers do, once, w
 from __future__ import annotations
 
 from emulator.kvm.kvm_host import kvm_pages_per_hpage
-from emulator.kvm.kvm_main import kvm_flush_remote_tlbs_memslot, kvm_flush_remote_tlbs_range
 from emulator.kvm.page_fault import kvm_mmu_max_mapping_level
+from emulator.kvm.requests import kvm_flush_remote_tlbs_memslot, kvm_flush_remote_tlbs_range
 from emulator.kvm.spte import (
     FROZEN_SPTE,
     PT_PAGE_SIZE_MASK,

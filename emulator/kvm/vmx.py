@@ -3,26 +3,23 @@
 from __future__ import annotations
 
 from emulator.kvm.kvm_host import KVM_REQ_TLB_FLUSH
-from emulator.kvm.kvm_main import flush_elided, kvm_make_request
+from emulator.kvm.requests import flush_elided, kvm_make_request
 from emulator.kvm.structs import Kvm, KvmMmuPage, Vcpu
 from emulator.runtime import Cpu, Machine, OutOfFrames
 from native import lib
 
 
-def allocate_vpid(cpu: Cpu, machine: Machine) -> int:
-    """allocate_vpid(): from 1 on; 0 would mean that VPIDs are used up."""
-    with machine.vmx_vpid_lock.held(cpu):
-        vpid = machine.vmx_vpid_bitmap.find(0)
-        if vpid < 0:
-            raise OutOfFrames("no VPID is left")
-        machine.vmx_vpid_bitmap[vpid] = 1
-        return vpid
+def allocate_vpid(machine: Machine) -> int:
+    """allocate_vpid()"""
+    try:
+        return machine.vmx_vpids.pop()
+    except IndexError:
+        raise OutOfFrames("no VPID is left") from None
 
 
-def free_vpid(cpu: Cpu, machine: Machine, vpid: int) -> None:
+def free_vpid(machine: Machine, vpid: int) -> None:
     """free_vpid(): whoever gets it next flushes when its VMCS is loaded for the first time."""
-    with machine.vmx_vpid_lock.held(cpu):
-        machine.vmx_vpid_bitmap[vpid] = 0
+    machine.vmx_vpids.append(vpid)
 
 
 def vmx_flush_tlb_all(cpu: Cpu, vcpu: Vcpu, reason: int) -> None:
@@ -111,4 +108,4 @@ def request_tlb_flush(cpu: Cpu, vcpu: Vcpu, reason: int) -> None:
 def vmx_vcpu_free(cpu: Cpu, kvm: Kvm, vcpu: Vcpu) -> None:
     """vmx_vcpu_free(): the VMCS must not stay loaded anywhere, the VPID is anybody's."""
     loaded_vmcs_clear(cpu, vcpu)
-    free_vpid(cpu, kvm.machine, vcpu.vpid)
+    free_vpid(kvm.machine, vcpu.vpid)

@@ -1,0 +1,115 @@
+"""virt/kvm/kvm_main.c: KVM_GET_DIRTY_LOG and KVM_CLEAR_DIRTY_LOG.
+
+Bitmaps are lists of 64-bit words, one bit per page of the slot.  Reaping clears a page's mark first and then
+write-protects it: whoever writes later marks it again.  The flush makes that true for TLBs, too, and comes
+before user space reads the pages.
+"""
+
+from __future__ import annotations
+
+from emulator.kvm.kvm_host import KVM_DIRTY_LOG_INITIALLY_SET, KVM_DIRTY_LOG_MANUAL_PROTECT_ENABLE
+from emulator.kvm.mmu import kvm_arch_mmu_enable_log_dirty_pt_masked, write_protect_flush
+from emulator.kvm.structs import Kvm, KvmMemorySlot
+from emulator.runtime import Cpu
+from native import lib
+
+_WORD = 64
+
+
+def kvm_vm_ioctl_enable_manual_dirty_log(
+    cpu: Cpu, kvm: Kvm, flags: int = KVM_DIRTY_LOG_MANUAL_PROTECT_ENABLE
+) -> None:
+    """KVM_CAP_MANUAL_DIRTY_LOG_PROTECT2: with INITIALLY_SET, arming protects nothing and all pages start
+    dirty.  Before the first slot is logged."""
+    if flags & KVM_DIRTY_LOG_INITIALLY_SET and not flags & KVM_DIRTY_LOG_MANUAL_PROTECT_ENABLE:
+        raise ValueError("INITIALLY_SET needs MANUAL_PROTECT_ENABLE")
+    with kvm.slots_lock.held(cpu):
+        kvm.dirty_log_manual = flags
+
+
+def _logged_slot(kvm: Kvm, slot_id: int, as_id: int) -> tuple[KvmMemorySlot, bytearray]:
+    slot = kvm.memslots[as_id].by_id.get(slot_id)
+    if slot is None or slot.dirty_bitmap is None:
+        raise ValueError(f"memslot {slot_id} has no dirty log")
+    return slot, slot.dirty_bitmap
+
+
+def _word(bitmap: bytearray, offset: int) -> int:
+    """The marks of 64 pages as bits."""
+    word = 0
+    at = bitmap.find(1, offset, offset + _WORD)
+    while at >= 0:
+        word |= 1 << (at - offset)
+        at = bitmap.find(1, at + 1, offset + _WORD)
+    return word
+
+
+def _clear(cpu: Cpu, slot: KvmMemorySlot, bitmap: bytearray, offset: int, mask: int) -> None:
+    """xchg()/atomic_long_fetch_andnot() of a bitmap word, for marks that were seen set."""
+    cpu.point("dirty_bitmap", (slot.id, slot.base_gfn + offset), "write")
+    while mask:
+        bit = mask & -mask
+        bitmap[offset + bit.bit_length() - 1] = 0
+        mask ^= bit
+
+
+def kvm_vm_ioctl_get_dirty_log(cpu: Cpu, kvm: Kvm, slot_id: int, as_id: int = 0) -> list[int]:
+    """kvm_get_dirty_log_protect(): the pages written since the last time.
+
+    Without manual protect they are write-protected again; with it, they stay as they are until they are
+    cleared, and nothing is promised.
+    """
+    with kvm.slots_lock.held(cpu):
+        slot, bitmap = _logged_slot(kvm, slot_id, as_id)
+        if kvm.dirty_log_manual:
+            return [_word(bitmap, offset) for offset in range(0, slot.npages, _WORD)]
+        words, changed = [], 0
+        with kvm.mmu_lock.write_lock(cpu):
+            for offset in range(0, slot.npages, _WORD):
+                mask = _word(bitmap, offset)
+                words.append(mask)
+                if mask:
+                    _clear(cpu, slot, bitmap, offset, mask)
+                    changed += kvm_arch_mmu_enable_log_dirty_pt_masked(cpu, kvm, slot, offset, mask)
+        _flush_and_promise(cpu, kvm, slot, 0, words, changed)
+        return words
+
+
+def kvm_vm_ioctl_clear_dirty_log(
+    cpu: Cpu,
+    kvm: Kvm,
+    slot_id: int,
+    first_page: int,
+    num_pages: int,
+    words: list[int],
+    as_id: int = 0,
+) -> None:
+    """kvm_clear_dirty_log_protect(): of the pages named in `words` (from first_page on, a multiple of 64)
+    those that are dirty become clean and are write-protected."""
+    with kvm.slots_lock.held(cpu):
+        slot, bitmap = _logged_slot(kvm, slot_id, as_id)
+        end = first_page + num_pages
+        if first_page % _WORD or end > slot.npages or (num_pages % _WORD and end != slot.npages):
+            raise ValueError(f"pages {first_page}+{num_pages} of {slot!r} are not whole words")
+        reaped, changed = [], 0
+        with kvm.mmu_lock.write_lock(cpu):
+            for i, offset in enumerate(range(first_page, end, _WORD)):
+                mask = words[i] & _word(bitmap, offset)
+                reaped.append(mask)
+                if mask:
+                    _clear(cpu, slot, bitmap, offset, mask)
+                    changed += kvm_arch_mmu_enable_log_dirty_pt_masked(cpu, kvm, slot, offset, mask)
+        _flush_and_promise(cpu, kvm, slot, first_page, reaped, changed)
+
+
+def _flush_and_promise(
+    cpu: Cpu, kvm: Kvm, slot: KvmMemorySlot, first_page: int, words: list[int], changed: int
+) -> None:
+    """One flush for the slot, without mmu_lock, iff a page was reaped; then user space may read."""
+    if not any(words):
+        return
+    write_protect_flush(cpu, kvm, slot, changed > 0)
+    for i, mask in enumerate(words):
+        if mask:
+            base = slot.base_gfn + first_page + i * _WORD
+            lib.oracle_revoke_mask(cpu.m, cpu.id, kvm.id, base, mask, lib.PROMISE_DIRTY_LOG)

@@ -1,0 +1,153 @@
+"""virt/kvm/kvm_main.c: memory slots.
+
+The active set of slots is replaced whole and read under SRCU.  Deleting or moving a slot replaces it twice:
+by an INVALID copy, which makes faults retry and lets mmu_notifiers still find it, and, after everything
+mapped through it has gone, by the final set.
+"""
+
+from __future__ import annotations
+
+from emulator.kvm.kvm_host import KVM_MEM_LOG_DIRTY_PAGES, KVM_MEMSLOT_INVALID
+from emulator.kvm.mmu import (
+    kvm_arch_flush_shadow_memslot,
+    kvm_dirty_log_manual_protect_and_init_set,
+    kvm_mmu_slot_apply_flags,
+)
+from emulator.kvm.requests import kvm_vcpu_kick
+from emulator.kvm.structs import Kvm, KvmMemorySlot, KvmMemslots
+from emulator.runtime import Cpu, wait_until
+from native import lib
+
+CREATE, DELETE, MOVE, FLAGS_ONLY = "create", "delete", "move", "flags-only"
+
+
+def kvm_set_memory_region(
+    cpu: Cpu,
+    kvm: Kvm,
+    slot_id: int,
+    base_gfn: int,
+    npages: int,
+    userspace_addr: int,
+    flags: int = 0,
+    as_id: int = 0,
+) -> None:
+    """KVM_SET_USER_MEMORY_REGION: npages 0 deletes; an existing slot with another base moves, with other
+    flags arms or disarms dirty logging.  userspace_addr is in pages."""
+    with kvm.slots_lock.held(cpu):
+        old = kvm.memslots[as_id].by_id.get(slot_id)
+        if not npages:
+            if old is None:
+                raise ValueError(f"memslot {slot_id} does not exist")
+            kvm_set_memslot(cpu, kvm, old, None, DELETE)
+            _revoke(cpu, kvm, old)
+            return
+        new = KvmMemorySlot(slot_id, as_id, base_gfn, npages, userspace_addr, flags)
+        _check(kvm, old, new)
+        if old is None:
+            change = CREATE
+        elif old.base_gfn != new.base_gfn:
+            change = MOVE
+        elif old.flags != new.flags:
+            change = FLAGS_ONLY
+        else:
+            return  # nothing to change
+        kvm_prepare_memory_region(kvm, old, new, change)
+        kvm_set_memslot(cpu, kvm, old, new, change)
+        if change == MOVE and old is not None:
+            _revoke(cpu, kvm, old)
+
+
+def _check(kvm: Kvm, old: KvmMemorySlot | None, new: KvmMemorySlot) -> None:
+    """The -EINVAL and -EEXIST of kvm_set_memory_region()."""
+    if new.base_gfn < 0 or new.end_gfn > kvm.gfns:
+        raise ValueError(f"{new!r} is beyond guest memory of {kvm.gfns:#x} pages")
+    if new.flags & ~KVM_MEM_LOG_DIRTY_PAGES:
+        raise ValueError(f"{new!r} has unknown flags")
+    if old is not None and (old.npages, old.userspace_addr) != (new.npages, new.userspace_addr):
+        raise ValueError(f"{old!r} cannot change its size or its memory")
+    for other in kvm.memslots[new.as_id].slots:
+        if other is not old and other.base_gfn < new.end_gfn and new.base_gfn < other.end_gfn:
+            raise ValueError(f"{new!r} overlaps {other!r}")
+
+
+def _revoke(cpu: Cpu, kvm: Kvm, slot: KvmMemorySlot) -> None:
+    """The ioctl promises that nobody uses the slot's memory through its gfns any more."""
+    lib.oracle_revoke(cpu.m, cpu.id, kvm.id, slot.base_gfn, slot.end_gfn, lib.PROMISE_MEMSLOT)
+
+
+def kvm_prepare_memory_region(kvm: Kvm, old: KvmMemorySlot | None, new: KvmMemorySlot, change: str) -> None:
+    """kvm_prepare_memory_region(): the dirty bitmap, all set with KVM_DIRTY_LOG_INITIALLY_SET."""
+    if not new.log_dirty_pages:
+        new.dirty_bitmap = None
+    elif old is not None and old.dirty_bitmap is not None:
+        new.dirty_bitmap = old.dirty_bitmap
+    else:
+        fill = b"\x01" if kvm_dirty_log_manual_protect_and_init_set(kvm) else b"\x00"
+        new.dirty_bitmap = bytearray(fill * new.npages)
+
+
+def kvm_set_memslot(
+    cpu: Cpu, kvm: Kvm, old: KvmMemorySlot | None, new: KvmMemorySlot | None, change: str
+) -> None:
+    """kvm_set_memslot(), under slots_lock."""
+    if change in (DELETE, MOVE):
+        assert old is not None
+        kvm_invalidate_memslot(cpu, kvm, old)
+    kvm_swap_active_memslots(cpu, kvm, old, new)
+    if change == FLAGS_ONLY and old is not None and new is not None:
+        kvm_mmu_slot_apply_flags(cpu, kvm, old, new)  # kvm_arch_commit_memory_region()
+
+
+def kvm_invalidate_memslot(cpu: Cpu, kvm: Kvm, old: KvmMemorySlot) -> None:
+    """kvm_invalidate_memslot(): the INVALID copy becomes active, then what is mapped goes."""
+    invalid = KvmMemorySlot(
+        old.id,
+        old.as_id,
+        old.base_gfn,
+        old.npages,
+        old.userspace_addr,
+        old.flags | KVM_MEMSLOT_INVALID,
+        old.dirty_bitmap,
+    )
+    kvm_swap_active_memslots(cpu, kvm, old, invalid)
+    kvm_arch_flush_shadow_memslot(cpu, kvm, old)
+
+
+def kvm_swap_active_memslots(
+    cpu: Cpu, kvm: Kvm, old: KvmMemorySlot | None, new: KvmMemorySlot | None
+) -> None:
+    """kvm_swap_active_memslots(): `old` (by id) goes, `new` comes; on return nobody uses the set before.
+
+    No mmu_notifier may be between its start and its end meanwhile: both must find the same slots.
+    """
+    given = old if old is not None else new
+    assert given is not None
+    as_id = given.as_id
+    before = kvm.memslots[as_id]
+    slots = [slot for slot in before.slots if slot.id != given.id]
+    if new is not None:
+        slots.append(new)
+    after = KvmMemslots(before.generation + 1, tuple(slots))
+
+    def swap() -> bool:
+        with kvm.mn_invalidate_lock.held(cpu):
+            if kvm.mn_active_invalidate_count:
+                return False
+            cpu.point("memslots", kvm.id, "write")
+            kvm.memslots[as_id] = after
+            return True
+
+    with kvm.slots_arch_lock.held(cpu):
+        kvm.mn_memslots_update_waiter = cpu.id
+        try:
+            wait_until(cpu, swap, "mn_active_invalidate_count")
+        finally:
+            kvm.mn_memslots_update_waiter = -1
+    cpu.check(lib.synchronize_srcu(cpu.m, cpu.id, kvm.id))
+    kvm_arch_memslots_updated(cpu, kvm)
+
+
+def kvm_arch_memslots_updated(cpu: Cpu, kvm: Kvm) -> None:
+    """kvm_arch_memslots_updated(): kicks every vCPU once; no request, no flush."""
+    for vcpu in kvm.vcpus:
+        kvm_vcpu_kick(cpu, vcpu)

@@ -1,0 +1,103 @@
+"""virt/kvm/kvm_main.c: the mmu_notifier, by which the host takes pages, or rights to them, back.
+
+    kvm_mmu_notifier_invalidate_range_start(...)    on return nobody uses the range any more
+    the host changes its page tables and frees frames
+    kvm_mmu_notifier_invalidate_range_end(...)      from here on faults may map the range again
+
+Ranges are host virtual pages, [start, end).
+"""
+
+from __future__ import annotations
+
+from emulator.kvm.mmu import kvm_unmap_gfn_range
+from emulator.kvm.requests import flush_elided, kvm_flush_remote_tlbs
+from emulator.kvm.structs import Kvm, KvmMemorySlot
+from emulator.runtime import Cpu, wake
+from native import lib
+
+GfnRange = tuple[KvmMemorySlot, int, int]
+
+
+def kvm_for_each_memslot_in_hva_range(kvm: Kvm, start: int, end: int) -> list[GfnRange]:
+    """kvm_for_each_memslot_in_hva_range(), all address spaces, INVALID slots too: slot and gfns.  Under
+    SRCU."""
+    ranges = []
+    for slots in kvm.memslots:
+        for slot in slots.slots:
+            hva_start = max(start, slot.userspace_addr)
+            hva_end = min(end, slot.userspace_addr + slot.npages)
+            if hva_start < hva_end:
+                ranges.append((slot, slot.hva_to_gfn(hva_start), slot.hva_to_gfn(hva_end)))
+    return ranges
+
+
+def kvm_mmu_notifier_invalidate_range_start(
+    cpu: Cpu, kvm: Kvm, start: int, end: int, promise: int = lib.PROMISE_NOTIFIER
+) -> None:
+    """kvm_mmu_notifier_invalidate_range_start()
+
+    `promise` is what the host needs: PROMISE_NOTIFIER, nobody uses the range; or PROMISE_NOTIFIER_WRITE,
+    nobody writes to it (mprotect, KSM, copy-on-write).  KVM does the same for both: it unmaps.
+    """
+    with kvm.mn_invalidate_lock.held(cpu):
+        kvm.mn_active_invalidate_count += 1
+    index = cpu.check(lib.srcu_read_lock(cpu.m, cpu.id, kvm.id))
+    try:
+        ranges = kvm_for_each_memslot_in_hva_range(kvm, start, end)
+        if ranges:
+            kvm_handle_hva_range(cpu, kvm, ranges)
+        for _, gfn_start, gfn_end in ranges:
+            lib.oracle_revoke(cpu.m, cpu.id, kvm.id, gfn_start, gfn_end, promise)
+    finally:
+        lib.srcu_read_unlock(cpu.m, cpu.id, kvm.id, index)
+
+
+def kvm_handle_hva_range(cpu: Cpu, kvm: Kvm, ranges: list[GfnRange]) -> None:
+    """kvm_handle_hva_range() with kvm_mmu_unmap_gfn_range(): begin, unmap and flush in one critical section.
+
+    Each slot's handler starts without a pending flush, as the kernel's; what an earlier one left is flushed
+    in the end.
+    """
+    with kvm.mmu_lock.write_lock(cpu):
+        cpu.point("mmu_invalidate_seq", kvm.id, "write")
+        lib.mmu_invalidate_begin(cpu.m, kvm.id)
+        flush = False
+        for _, gfn_start, gfn_end in ranges:
+            lib.mmu_invalidate_range_add(cpu.m, kvm.id, gfn_start, gfn_end)
+            flush |= kvm_unmap_gfn_range(cpu, kvm, gfn_start, gfn_end, False)
+        if flush:
+            notifier_flush(cpu, kvm, ranges[0][1])
+
+
+def notifier_flush(cpu: Cpu, kvm: Kvm, gfn: int) -> None:
+    """Decision notifier_flush: under mmu_lock and before the host goes on, or too late, or never."""
+    if kvm.policy.notifier_flush == "before-return":
+        kvm_flush_remote_tlbs(cpu, kvm, lib.REASON_REMOTE_NOTIFIER)
+    elif kvm.policy.notifier_flush == "at-range-end":
+        kvm.mn_flush_at_end = True
+    else:
+        flush_elided(cpu, kvm, lib.REASON_REMOTE_NOTIFIER, gfn)
+
+
+def kvm_mmu_notifier_invalidate_range_end(cpu: Cpu, kvm: Kvm, start: int, end: int) -> None:
+    """kvm_mmu_notifier_invalidate_range_end(): the sequence moves on before in_progress ends, so that a fault
+    which sees nothing in progress sees the new sequence.  Then a memslot update may go on.
+
+    The slots are those that range_start found: an update waits for mn_active_invalidate_count.
+    """
+    index = cpu.check(lib.srcu_read_lock(cpu.m, cpu.id, kvm.id))
+    try:
+        if kvm_for_each_memslot_in_hva_range(kvm, start, end):
+            with kvm.mmu_lock.write_lock(cpu):
+                if kvm.mn_flush_at_end:
+                    kvm.mn_flush_at_end = False
+                    kvm_flush_remote_tlbs(cpu, kvm, lib.REASON_REMOTE_NOTIFIER)
+                cpu.point("mmu_invalidate_seq", kvm.id, "write")
+                lib.mmu_invalidate_end(cpu.m, kvm.id)
+    finally:
+        lib.srcu_read_unlock(cpu.m, cpu.id, kvm.id, index)
+    with kvm.mn_invalidate_lock.held(cpu):
+        kvm.mn_active_invalidate_count -= 1
+        waiter = kvm.mn_memslots_update_waiter if not kvm.mn_active_invalidate_count else -1
+    if waiter >= 0:
+        wake(kvm.machine, waiter)

@@ -1,0 +1,57 @@
+"""virt/kvm/kvm_main.c: VMs and vCPUs come and go."""
+
+from __future__ import annotations
+
+from emulator.kvm.kvm_host import KVM_REQ_TLB_FLUSH_GUEST
+from emulator.kvm.mmu import kvm_mmu_unload, kvm_mmu_zap_all
+from emulator.kvm.requests import kvm_make_request
+from emulator.kvm.structs import Kvm, KvmParams, Vcpu
+from emulator.kvm.tdp_mmu import kvm_tdp_mmu_invalidate_roots, kvm_tdp_mmu_zap_invalidated_roots
+from emulator.kvm.vmx import allocate_vpid, vmx_vcpu_free
+from emulator.policy import Policy
+from emulator.runtime import Cpu
+from native import lib
+
+
+def kvm_create_vm(cpu: Cpu, gfns: int, policy: Policy, params: KvmParams | None = None) -> Kvm:
+    """kvm_create_vm(): guest-physical memory of `gfns` pages, nothing in it yet."""
+    vm = cpu.check(lib.vm_create(cpu.m, gfns))
+    return Kvm(cpu.machine, vm, gfns, policy, params or KvmParams())
+
+
+def kvm_vm_ioctl_create_vcpu(cpu: Cpu, kvm: Kvm) -> Vcpu:
+    """KVM_CREATE_VCPU, and KVM_SET_SREGS as every user space calls it next."""
+    vpid = allocate_vpid(kvm.machine)
+    vcpu = Vcpu(kvm, cpu.check(lib.vcpu_create(cpu.m, kvm.id, vpid)), vpid)
+    kvm_arch_vcpu_ioctl_set_sregs(cpu, vcpu)
+    with kvm.slots_lock.held(cpu):
+        kvm.vcpus = (*kvm.vcpus, vcpu)
+    return vcpu
+
+
+def kvm_arch_vcpu_ioctl_set_sregs(cpu: Cpu, vcpu: Vcpu) -> None:
+    """kvm_arch_vcpu_ioctl_set_sregs(): user space changed special registers, the guest's TLB is flushed."""
+    kvm_make_request(cpu, vcpu, KVM_REQ_TLB_FLUSH_GUEST)
+
+
+def kvm_destroy_vm(cpu: Cpu, kvm: Kvm) -> None:
+    """kvm_destroy_vm(): no vCPU runs any more, nor will.  No flush; pages go through RCU, for which it
+    waits."""
+    kvm_mmu_zap_all(cpu, kvm)  # kvm_mmu_notifier_release()
+    for vcpu in kvm.vcpus:
+        kvm_mmu_unload(cpu, vcpu)
+        vmx_vcpu_free(cpu, kvm, vcpu)
+        lib.vcpu_destroy(cpu.m, vcpu.id)
+    kvm.vcpus = ()
+    kvm_mmu_uninit_tdp_mmu(cpu, kvm)
+    lib.vm_destroy(cpu.m, kvm.id)
+
+
+def kvm_mmu_uninit_tdp_mmu(cpu: Cpu, kvm: Kvm) -> None:
+    """kvm_mmu_uninit_tdp_mmu(): the TDP MMU's own references go, and with them the last roots."""
+    with kvm.mmu_lock.write_lock(cpu):
+        kvm_tdp_mmu_invalidate_roots(cpu, kvm)
+    kvm_tdp_mmu_zap_invalidated_roots(cpu, kvm, shared=False)
+    if kvm.tdp_mmu_roots:
+        raise AssertionError(f"{kvm!r} ends with roots {kvm.tdp_mmu_roots}")
+    cpu.check(lib.rcu_barrier(cpu.m, cpu.id))

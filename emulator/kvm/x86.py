@@ -1,0 +1,276 @@
+"""arch/x86/kvm/x86.c: entering the guest, exits, and KVM_RUN.
+
+`vcpu_run` is a generator, because a vCPU's thread can be preempted and moved to another pCPU in the middle of
+KVM's code, and goes on there without repeating what it did.  It yields a `RunYield` wherever that may happen
+or the vCPU cannot go on, and is resumed by `send(cpu)` with the pCPU that its thread is on by then; whoever
+moves it calls kvm_sched_out on the old pCPU and kvm_sched_in on the new one in between.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Generator
+from typing import Final
+
+from emulator.kvm.kvm_host import (
+    EXITING_GUEST_MODE,
+    HALTED,
+    IN_GUEST_MODE,
+    KVM_REQ_LOAD_MMU_PGD,
+    KVM_REQ_MMU_FREE_OBSOLETE_ROOTS,
+    KVM_REQ_TLB_FLUSH,
+    KVM_REQ_TLB_FLUSH_CURRENT,
+    KVM_REQ_TLB_FLUSH_GUEST,
+    KVM_REQ_VM_DEAD,
+    OUTSIDE_GUEST_MODE,
+    PREEMPTIBLE,
+    READY,
+    RESCHED,
+    ExitToUser,
+    RunYield,
+)
+from emulator.kvm.mmu import kvm_mmu_free_obsolete_roots, kvm_mmu_reload
+from emulator.kvm.page_fault import kvm_mmu_page_fault
+from emulator.kvm.requests import flush_elided, kvm_check_request, kvm_test_request
+from emulator.kvm.structs import Vcpu
+from emulator.kvm.tdp_map import EFAULT, ENOMEM, RET_PF_EMULATE
+from emulator.kvm.vcpu import vcpu_load, vcpu_put
+from emulator.kvm.vmx import (
+    vmx_flush_tlb_all,
+    vmx_flush_tlb_current,
+    vmx_flush_tlb_guest,
+    vmx_load_mmu_pgd,
+)
+from emulator.runtime import Cpu, MachineError, OutOfFrames
+from native import lib
+
+# Exits after which KVM looks at need_resched() even if nobody asked; stands for the timer tick.
+_EXITS_PER_TICK: Final = 64
+_ATTENTION_WORK: Final[int] = lib.ATTENTION_MESSAGE | lib.ATTENTION_RESCHED | lib.ATTENTION_STOP
+
+# What vcpu_enter_guest hands back: the Cpu that the thread is on, and why KVM_RUN ends (None: it goes on).
+Entered = tuple[Cpu, ExitToUser | None]
+
+# --- flush requests -----------------------------------------------------------------------------------------
+
+
+def kvm_vcpu_flush_tlb_all(cpu: Cpu, vcpu: Vcpu) -> None:
+    """kvm_vcpu_flush_tlb_all(): KVM_REQ_TLB_FLUSH, by whomever and however often it was made.
+
+    Decision remote_flush.  It covers KVM_REQ_TLB_FLUSH_CURRENT, but not _GUEST.
+    """
+    kvm = vcpu.kvm
+    reasons: int = lib.vcpu_take_flush_reasons(cpu.m, vcpu.id)
+    reason = (reasons & -reasons).bit_length() - 1 if reasons else lib.REASON_OTHER
+    cpu.stat(kvm.id, lib.STAT_TLB_FLUSH)
+    if kvm.policy.remote_flush == "all-contexts":
+        vmx_flush_tlb_all(cpu, vcpu, reason)
+    else:
+        flush_elided(cpu, kvm, reason, vcpu.id)
+        vmx_flush_tlb_current(cpu, vcpu, reason)
+    kvm_check_request(cpu, vcpu, KVM_REQ_TLB_FLUSH_CURRENT)
+
+
+def kvm_service_local_tlb_flush_requests(cpu: Cpu, vcpu: Vcpu) -> None:
+    """kvm_service_local_tlb_flush_requests(): flushes of the current context."""
+    if kvm_check_request(cpu, vcpu, KVM_REQ_TLB_FLUSH_CURRENT):
+        cpu.stat(vcpu.kvm.id, lib.STAT_TLB_FLUSH)
+        vmx_flush_tlb_current(cpu, vcpu, lib.REASON_OTHER)
+    if kvm_check_request(cpu, vcpu, KVM_REQ_TLB_FLUSH_GUEST):
+        cpu.stat(vcpu.kvm.id, lib.STAT_TLB_FLUSH)
+        vmx_flush_tlb_guest(cpu, vcpu, lib.REASON_GUEST)
+
+
+# --- entry --------------------------------------------------------------------------------------------------
+
+
+def serve_requests(cpu: Cpu, vcpu: Vcpu) -> ExitToUser | None:
+    """The request block of vcpu_enter_guest(), in its order."""
+    if kvm_test_request(cpu, vcpu, KVM_REQ_VM_DEAD):
+        return ExitToUser("shutdown")
+    if kvm_check_request(cpu, vcpu, KVM_REQ_MMU_FREE_OBSOLETE_ROOTS):
+        kvm_mmu_free_obsolete_roots(cpu, vcpu)
+    if kvm_check_request(cpu, vcpu, KVM_REQ_LOAD_MMU_PGD) and vcpu.mmu.root is not None:
+        vmx_load_mmu_pgd(cpu, vcpu, vcpu.mmu.root)
+    if kvm_check_request(cpu, vcpu, KVM_REQ_TLB_FLUSH):
+        kvm_vcpu_flush_tlb_all(cpu, vcpu)
+    kvm_service_local_tlb_flush_requests(cpu, vcpu)
+    return None
+
+
+def kvm_vcpu_exit_request(cpu: Cpu, vcpu: Vcpu) -> bool:
+    """kvm_vcpu_exit_request(): the last look before VM entry, interrupts off and mode IN_GUEST_MODE.
+
+    Whoever made a request before sees it here; whoever makes one later finds the mode and interrupts.
+    """
+    cpu.point("requests", vcpu.id, "read")
+    if lib.kvm_requests(cpu.m, vcpu.id):
+        return True
+    return bool(lib.vcpu_mode(cpu.m, vcpu.id) == EXITING_GUEST_MODE)
+
+
+def set_mode(cpu: Cpu, vcpu: Vcpu, mode: int) -> None:
+    cpu.point("mode", vcpu.id, "write")
+    lib.vcpu_set_mode(cpu.m, vcpu.id, mode)
+
+
+def vcpu_enter_guest(cpu: Cpu, vcpu: Vcpu) -> Generator[RunYield, Cpu, Entered]:
+    """vcpu_enter_guest(): requests, root, then with interrupts off mode, last check, guest, exit.
+
+    Preemptible up to local_irq_disable(): a flush may have been done on a pCPU that the vCPU is not on any
+    more.  It is the move itself that must make that good.
+    """
+    if lib.kvm_requests(cpu.m, vcpu.id):
+        leave = serve_requests(cpu, vcpu)
+        if leave is not None:
+            return cpu, leave
+        cpu = yield PREEMPTIBLE
+    try:
+        loaded = kvm_mmu_reload(cpu, vcpu)
+    except OutOfFrames:
+        return cpu, ExitToUser("no-memory")
+    if loaded:
+        cpu = yield PREEMPTIBLE
+
+    cpu.check(lib.local_irq_disable(cpu.m, cpu.id, _ENTER))
+    try:
+        if not _enter_with_irqs_off(cpu, vcpu):
+            return cpu, None
+    except BaseException:
+        _unwind_entry(cpu, vcpu)
+        raise
+    # guest_run left with mode OUTSIDE_GUEST_MODE and interrupts on, in this order.
+    kvm_vcpu_srcu_read_lock(cpu, vcpu)
+    return cpu, vmx_handle_exit(cpu, vcpu)
+
+
+def _enter_with_irqs_off(cpu: Cpu, vcpu: Vcpu) -> bool:
+    """From local_irq_disable() to VM exit; False if the last check found a request, and all is unwound.
+
+    Decision entry_order: mode first, so that a request made after the check finds IN_GUEST_MODE and
+    interrupts; the interrupt stays pending until VM entry and makes it exit at once.
+    """
+    if vcpu.kvm.policy.entry_order == "mode-then-requests":
+        set_mode(cpu, vcpu, IN_GUEST_MODE)
+        kvm_vcpu_srcu_read_unlock(cpu, vcpu)
+        cancelled = kvm_vcpu_exit_request(cpu, vcpu)
+    else:
+        cancelled = kvm_vcpu_exit_request(cpu, vcpu)
+        kvm_vcpu_srcu_read_unlock(cpu, vcpu)
+        set_mode(cpu, vcpu, IN_GUEST_MODE)
+    if cancelled:
+        set_mode(cpu, vcpu, OUTSIDE_GUEST_MODE)
+        cpu.check(lib.local_irq_enable(cpu.m, cpu.id))
+        kvm_vcpu_srcu_read_lock(cpu, vcpu)
+        return False
+    budget = vcpu.kvm.params.slice_accesses
+    cpu.point("guest", vcpu.id, "write")
+    cpu.check(lib.guest_run(cpu.m, cpu.id, vcpu.id, budget, vcpu.exit))
+    return True
+
+
+_ENTER = b"vcpu_enter_guest"
+
+
+def _unwind_entry(cpu: Cpu, vcpu: Vcpu) -> None:
+    """An exception between local_irq_disable() and the exit: as cancel_injection would leave it."""
+    lib.vcpu_set_mode(cpu.m, vcpu.id, OUTSIDE_GUEST_MODE)
+    if lib.irqs_disabled(cpu.m, cpu.id):
+        lib.local_irq_enable(cpu.m, cpu.id)
+
+
+# --- exits --------------------------------------------------------------------------------------------------
+
+
+def vmx_handle_exit(cpu: Cpu, vcpu: Vcpu) -> ExitToUser | None:
+    """vmx_handle_exit(): what the exit asks for, or None: enter again."""
+    reason = vcpu.exit.reason
+    cpu.stat(vcpu.kvm.id, lib.STAT_EXITS)
+    if reason == lib.EXIT_EPT_VIOLATION:
+        return handle_ept_violation(cpu, vcpu)
+    if reason == lib.EXIT_TRIPLE_FAULT:
+        return ExitToUser("shutdown")
+    if reason == lib.EXIT_EPT_MISCONFIG:
+        raise MachineError(f"EPT misconfiguration of {vcpu!r} at {vcpu.exit.gpa:#x}")
+    return None
+
+
+def handle_ept_violation(cpu: Cpu, vcpu: Vcpu) -> ExitToUser | None:
+    """handle_ept_violation()"""
+    exit_info = vcpu.exit
+    gpa, access = exit_info.gpa, exit_info.access
+    r = kvm_mmu_page_fault(cpu, vcpu, gpa, access, bool(exit_info.rights))
+    if r == RET_PF_EMULATE:
+        return ExitToUser("mmio", gpa, access == lib.ACCESS_WRITE)
+    if r == EFAULT:
+        return ExitToUser("fault", gpa, access == lib.ACCESS_WRITE)
+    if r == ENOMEM:
+        return ExitToUser("no-memory", gpa)
+    return None
+
+
+# --- KVM_RUN ------------------------------------------------------------------------------------------------
+
+
+def kvm_vcpu_srcu_read_lock(cpu: Cpu, vcpu: Vcpu) -> None:
+    """kvm_vcpu_srcu_read_lock(): held while KVM handles the vCPU, never in guest mode."""
+    vcpu.srcu_idx = cpu.check(lib.srcu_read_lock(cpu.m, cpu.id, vcpu.kvm.id))
+
+
+def kvm_vcpu_srcu_read_unlock(cpu: Cpu, vcpu: Vcpu) -> None:
+    index, vcpu.srcu_idx = vcpu.srcu_idx, -1
+    lib.srcu_read_unlock(cpu.m, cpu.id, vcpu.kvm.id, index)
+
+
+def xfer_to_guest_mode_work_pending(vcpu: Vcpu, exits: int) -> bool:
+    """__xfer_to_guest_mode_work_pending(): a signal, or need_resched()."""
+    if vcpu.immediate_exit or exits >= _EXITS_PER_TICK:
+        return True
+    exit_info = vcpu.exit
+    return bool(exit_info.attention & _ATTENTION_WORK) or exit_info.reason == lib.EXIT_PREEMPTION_TIMER
+
+
+def kvm_vcpu_ioctl_run(cpu: Cpu, vcpu: Vcpu) -> Generator[RunYield, Cpu, Entered]:
+    """kvm_arch_vcpu_ioctl_run() and its loop vcpu_run()."""
+    kvm_vcpu_srcu_read_lock(cpu, vcpu)
+    exits = 0
+    vcpu.exit.attention = 0
+    vcpu.exit.reason = lib.EXIT_MESSAGE
+    try:
+        while not vcpu.immediate_exit:
+            cpu, leave = yield from vcpu_enter_guest(cpu, vcpu)
+            if leave is not None:
+                return cpu, leave
+            exits += 1
+            halted = vcpu.exit.reason == lib.EXIT_HLT
+            if halted or xfer_to_guest_mode_work_pending(vcpu, exits):
+                # kvm_vcpu_block(), or xfer_to_guest_mode_handle_work(): nothing is held.
+                kvm_vcpu_srcu_read_unlock(cpu, vcpu)
+                vcpu.exit.reason = lib.EXIT_MESSAGE
+                vcpu.exit.attention = 0
+                exits = 0
+                cpu = yield HALTED if halted else RESCHED
+                kvm_vcpu_srcu_read_lock(cpu, vcpu)
+        return cpu, ExitToUser("intr")
+    finally:
+        if vcpu.srcu_idx >= 0:
+            kvm_vcpu_srcu_read_unlock(cpu, vcpu)
+
+
+def vcpu_run(vcpu: Vcpu) -> Generator[RunYield, Cpu, None]:
+    """A vCPU's thread: calls KVM_RUN again and again.
+
+    Start it with `next()`, which yields READY, then `send(cpu)` each time with the Cpu that the thread is on.
+    READY and ExitToUser: not loaded.  PREEMPTIBLE, RESCHED, HALTED: loaded; if the thread goes to another
+    pCPU, or another vCPU runs on this one, kvm_sched_out(cpu, vcpu) first and kvm_sched_in(cpu, vcpu) before
+    it is resumed.  PREEMPTIBLE holds SRCU: park a vCPU at the other ones.  Never returns; close() ends it.
+    """
+    cpu = yield READY
+    while True:
+        vcpu_load(cpu, vcpu)
+        cpu, leave = yield from kvm_vcpu_ioctl_run(cpu, vcpu)
+        vcpu_put(cpu, vcpu)
+        assert leave is not None
+        cpu = yield leave
+        if leave.reason == "mmio":
+            # User space has emulated the access (complete_emulated_mmio).
+            lib.guest_skip(cpu.m, vcpu.id)
