@@ -12,6 +12,7 @@ enum {
 	FLUSHING_SWITCH_ONE_IN = 16,
 	INVPCID_ALL_ONE_IN = 64,
 	LOOK_FOR_PAGE = 256,     /* pages looked at for one that can be unmapped */
+	RECLAIM_TRIES = 16,      /* pages taken away for one, which others may share */
 };
 
 static struct guest_process *current(struct walk *w)
@@ -236,6 +237,22 @@ static enum walk_result map(struct walk *w, struct guest_process *p, uint64_t pa
 	return WALK_DONE;
 }
 
+/* Out of memory: take a page from whoever has one.  WALK_GUEST_FAULT: nobody has. */
+static enum walk_result reclaim(struct walk *w)
+{
+	struct guest *g = w->guest;
+	uint64_t start = guest_random(g);
+
+	for (uint32_t i = 0; i < g->processes; i++) {
+		struct guest_process *p = &g->process[(start + i) % g->processes];
+		uint64_t at = find_mapped(p, false);
+
+		if (at != p->page_count)
+			return unmap(w, p, p->pages[at], &p->page[at]);
+	}
+	return WALK_GUEST_FAULT;
+}
+
 enum walk_result os_page_fault(struct walk *w, uint64_t page, uint32_t type)
 {
 	struct guest *g = w->guest;
@@ -249,9 +266,8 @@ enum walk_result os_page_fault(struct walk *w, uint64_t page, uint32_t type)
 		return WALK_GUEST_FAULT;
 	if (gp->gfn == GUEST_NO_GFN) {
 		r = map(w, p, page, gp);
-		/* Out of memory: page something out and try again. */
-		for (int i = 0; r == WALK_GUEST_FAULT && i < 4; i++) {
-			r = unmap_some(w, p);
+		for (int i = 0; r == WALK_GUEST_FAULT && i < RECLAIM_TRIES; i++) {
+			r = reclaim(w);
 			if (r == WALK_DONE)
 				r = map(w, p, page, gp);
 		}

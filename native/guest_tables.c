@@ -19,16 +19,18 @@ static enum walk_result zero_page(struct walk *w, uint64_t gfn)
 
 enum walk_result os_alloc_zeroed(struct walk *w, bool mmio, uint64_t *gfn)
 {
+	uint64_t fresh = guest_gfn_alloc(w->guest, mmio);
 	enum walk_result r;
 
-	*gfn = guest_gfn_alloc(w->guest, mmio);
-	if (*gfn == GUEST_NO_GFN)
+	if (fresh == GUEST_NO_GFN)
 		return WALK_GUEST_FAULT;
-	r = zero_page(w, *gfn);
-	if (r == WALK_DONE || r == WALK_SKIPPED)
-		return WALK_DONE;
-	guest_gfn_put(w->guest, *gfn);
-	return r;
+	r = zero_page(w, fresh);
+	if (r != WALK_DONE && r != WALK_SKIPPED) {
+		guest_gfn_put(w->guest, fresh);
+		return r;
+	}
+	*gfn = fresh;
+	return WALK_DONE;
 }
 
 enum walk_result os_write_entry(struct walk *w, uint64_t table_gfn, uint32_t index, uint64_t value)

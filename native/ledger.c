@@ -77,7 +77,8 @@ static void grant(struct ledger_entry *e, bool custody_holds, bool read, bool wr
 	}
 }
 
-void ledger_grant(struct machine *m, uint32_t vm, uint64_t gfn, uint32_t hfn, uint32_t custody, bool write)
+static void grant_one(struct machine *m, uint32_t vm, uint64_t gfn, uint32_t hfn, bool custody_holds,
+		      bool write)
 {
 	struct ledger_entry *e = ledger_lock(m, vm, gfn);
 
@@ -87,17 +88,32 @@ void ledger_grant(struct machine *m, uint32_t vm, uint64_t gfn, uint32_t hfn, ui
 		e->live_write = 0;
 		e->revoked = write ? 0 : REVOKED_WRITE;
 	}
-	grant(e, custody == frame_host_tag(m->frames, hfn), true, write);
+	grant(e, custody_holds, true, write);
 	ledger_unlock(e);
 }
 
-void ledger_grant_write(struct machine *m, uint32_t vm, uint64_t gfn, uint32_t hfn, uint32_t custody)
+void ledger_grant(struct machine *m, uint32_t vm, uint64_t gfn, uint32_t hfn, uint64_t n, uint32_t custody,
+		  bool write)
 {
-	struct ledger_entry *e = ledger_lock(m, vm, gfn);
+	/* A huge leaf's custody is that of its first frame. */
+	bool custody_holds = custody == frame_host_tag(m->frames, hfn);
 
-	if (e->hfn == hfn)
-		grant(e, custody == frame_host_tag(m->frames, hfn), false, true);
-	ledger_unlock(e);
+	for (uint64_t i = 0; i < n; i++)
+		grant_one(m, vm, gfn + i, hfn + (uint32_t)i, custody_holds, write);
+}
+
+void ledger_grant_write(struct machine *m, uint32_t vm, uint64_t gfn, uint32_t hfn, uint64_t n,
+			uint32_t custody)
+{
+	bool custody_holds = custody == frame_host_tag(m->frames, hfn);
+
+	for (uint64_t i = 0; i < n; i++) {
+		struct ledger_entry *e = ledger_lock(m, vm, gfn + i);
+
+		if (e->hfn == hfn + i)
+			grant(e, custody_holds, false, true);
+		ledger_unlock(e);
+	}
 }
 
 void ledger_ungrant(struct machine *m, uint32_t vm, uint64_t gfn, uint32_t hfn, bool read, bool write)
@@ -141,6 +157,13 @@ static uint8_t ends(const struct ledger_entry *e, uint32_t promise)
 	return rights & (uint8_t)~e->revoked;
 }
 
+/* The frame is not its user's any more, or not through this slot: an SPTE that still points to it, or appears
+ * later from a fault that took it before, has no custody of it. */
+static bool withdraws_custody(uint32_t promise)
+{
+	return promise == PROMISE_NOTIFIER || promise == PROMISE_NOTIFIER_WRITE || promise == PROMISE_MEMSLOT;
+}
+
 static uint64_t revoke(struct machine *m, uint32_t cpu, uint32_t vm, uint64_t gfn, uint32_t promise,
 		       uint64_t now)
 {
@@ -154,7 +177,7 @@ static uint64_t revoke(struct machine *m, uint32_t cpu, uint32_t vm, uint64_t gf
 		e->promise = (uint8_t)promise;
 		e->promise_cpu = cpu;
 		e->promise_time = now;
-		if (promise == PROMISE_NOTIFIER)
+		if (withdraws_custody(promise))
 			frame_host_tag_advance(m->frames, e->hfn);
 		frame_tag_advance(m->frames, e->hfn);
 	}

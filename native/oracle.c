@@ -55,11 +55,11 @@ void oracle_judge(struct machine *m, const struct vcpu *vcpu, uint32_t life, con
 		j->verdict = VERDICT_VIOLATION;
 }
 
-void oracle_judge_table(struct judgement *j)
+void oracle_judge_table(struct judgement *j, uint32_t kinds)
 {
 	memset(j, 0, sizeof(*j));
 	j->verdict = VERDICT_VIOLATION;
-	j->kinds = 1u << VIOLATION_WALK_AFTER_FREE;
+	j->kinds = kinds;
 	j->promise = PROMISE_FREE;
 }
 

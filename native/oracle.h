@@ -136,10 +136,13 @@ struct ledger_entry {
 int ledger_create(struct machine *m, struct vm *vm);
 void ledger_destroy(struct vm *vm);
 
-/* A leaf SPTE that grants gfn -> hfn appears; custody is the host tag that its fault took. */
-void ledger_grant(struct machine *m, uint32_t vm, uint64_t gfn, uint32_t hfn, uint32_t custody, bool write);
+/* A leaf SPTE that grants n gfns from `gfn` on the frames from `hfn` on appears; custody is the host tag of
+ * the first frame that its fault took. */
+void ledger_grant(struct machine *m, uint32_t vm, uint64_t gfn, uint32_t hfn, uint64_t n, uint32_t custody,
+		  bool write);
 /* An SPTE that granted read grants write as well now. */
-void ledger_grant_write(struct machine *m, uint32_t vm, uint64_t gfn, uint32_t hfn, uint32_t custody);
+void ledger_grant_write(struct machine *m, uint32_t vm, uint64_t gfn, uint32_t hfn, uint64_t n,
+			uint32_t custody);
 /* It loses read and write, or write only. */
 void ledger_ungrant(struct machine *m, uint32_t vm, uint64_t gfn, uint32_t hfn, bool read, bool write);
 /* One consistent copy; its lock is not meaningful. */
@@ -161,8 +164,8 @@ struct judgement {
  * to `page` (4 KiB units, within the entry)?  Has no effects. */
 void oracle_judge(struct machine *m, const struct vcpu *vcpu, uint32_t life, const struct tlb_entry *entry,
 		  uint64_t page, uint32_t type, struct judgement *j);
-/* A walk was about to read a table page through a link whose custody is not the page's any more. */
-void oracle_judge_table(struct judgement *j);
+/* A walk was about to read a table page through a link that no longer stands for it; kinds say why. */
+void oracle_judge_table(struct judgement *j, uint32_t kinds);
 /* Record a violation found by oracle_judge. */
 void oracle_violation(struct machine *m, struct cpu *cpu, const struct vcpu *vcpu,
 		      const struct tlb_entry *entry, uint64_t page, uint32_t type, uint32_t walk_level,

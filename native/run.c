@@ -45,7 +45,8 @@ enum walk_result guest_access_slow(struct walk *w, uint64_t record)
 	}
 	if (hit != 1)
 		count(w->cpu->counters, COUNT_L2_MISSES, 1);
-	if (hit == 2)
+	/* Without paging the walk looks the same translation up again, and minds the ghost. */
+	if (hit == 2 && w->guest->config.paging)
 		walk_ghost(w, &e, page, type);
 	for (int i = 0; i < FAULTS_IN_A_ROW && r == WALK_GUEST_FAULT; i++) {
 		r = w->guest->config.paging ? walk_linear(w, page, type, &e) : walk_physical(w, page, type, &e);
@@ -212,6 +213,7 @@ static int leave(struct run *run, uint32_t reason, uint64_t accesses)
 	count(c, COUNT_LOOKUPS, run->lookups);
 	count(c, COUNT_CHECKS, run->checks);
 	count(c, COUNT_L1_MISSES, run->l1_misses);
+	count(c, COUNT_EXIT_INTERRUPT + reason, 1);
 	count(c, COUNT_INTERRUPTIONS, reason == EXIT_INTERRUPT);
 	event_record(w->m, w->cpu->id, EVENT_EXIT, v->id, reason);
 	return local_irq_enable(w->m, w->cpu->id);

@@ -6,7 +6,10 @@
 #include "vm.h"
 #include "walk.h"
 
-enum { SPTE_RWX = SPTE_READABLE | SPTE_WRITABLE | SPTE_EXECUTABLE };
+enum {
+	SPTE_RWX = SPTE_READABLE | SPTE_WRITABLE | SPTE_EXECUTABLE,
+	TAG_SUSPECT = 0x4000, /* half the tag space away from the true one */
+};
 
 _Atomic uint64_t *guest_word(const struct machine *m, uint32_t hfn, uint32_t index)
 {
@@ -117,17 +120,25 @@ static void fill(struct walk *w, uint64_t spte, uint32_t level, uint64_t gfn, ui
 	out->right[ACCESS_EXECUTE] = spte & SPTE_EXECUTABLE ? right : RIGHT_NONE;
 }
 
-/* A table page that its link no longer owns. */
+/* A table page that the link to it no longer owns, or that an earlier owner of the root page linked. */
+static void report_link(struct walk *w, const struct psc_entry *link, uint64_t gfn, uint32_t type, uint32_t kinds)
+{
+	struct tlb_entry e = { .page = gfn, .gfn = gfn, .hfn = link->hfn, .kind = KIND_GUEST_PHYSICAL,
+			       .vm = link->vm, .vcpu = link->vcpu, .clock = link->clock,
+			       .custody = link->right & FRAME_TAG_MASK, .ep4ta = w->guest->root };
+	struct judgement j;
+
+	oracle_judge_table(&j, kinds);
+	oracle_violation(w->m, w->cpu, w->vcpu, &e, gfn, type, link->level, w->linear, &j);
+}
+
 static void report_table(struct walk *w, uint32_t table, uint32_t custody, uint64_t gfn, uint32_t level,
 			 uint32_t type)
 {
-	struct tlb_entry e = { .page = gfn, .gfn = gfn, .hfn = table, .kind = KIND_GUEST_PHYSICAL,
-			       .vm = w->vcpu->vm, .vcpu = w->vcpu->id, .clock = w->guest->clock,
-			       .custody = (uint16_t)custody, .ep4ta = w->guest->root };
-	struct judgement j;
+	struct psc_entry link = { .hfn = table, .right = custody, .level = (uint8_t)level, .vm = w->vcpu->vm,
+				  .vcpu = w->vcpu->id, .clock = w->guest->clock };
 
-	oracle_judge_table(&j);
-	oracle_violation(w->m, w->cpu, w->vcpu, &e, gfn, type, level, w->linear, &j);
+	report_link(w, &link, gfn, type, 1u << VIOLATION_WALK_AFTER_FREE);
 }
 
 static bool table_holds(const struct walk *w, uint32_t table, uint32_t custody)
@@ -142,12 +153,20 @@ static uint32_t walk_start(struct walk *w, uint64_t gfn, uint32_t type, uint32_t
 	struct psc_entry p;
 
 	if (psc_lookup(w->tlb, KIND_GUEST_PHYSICAL, gfn, &p)) {
-		if (p.right >> 16 == w->life_bits >> 16 && table_holds(w, p.hfn, p.right & FRAME_TAG_MASK)) {
+		uint32_t kinds = 0;
+
+		if (!table_holds(w, p.hfn, p.right & FRAME_TAG_MASK))
+			kinds |= 1u << VIOLATION_WALK_AFTER_FREE;
+		if (p.right >> 16 != w->life_bits >> 16)
+			kinds |= 1u << VIOLATION_FOREIGN_ROOT;
+		if (p.vm != w->vcpu->vm)
+			kinds |= 1u << VIOLATION_CROSS_VM;
+		if (!kinds) {
 			*table = p.hfn;
 			*custody = p.right & FRAME_TAG_MASK;
 			return p.level;
 		}
-		report_table(w, p.hfn, p.right & FRAME_TAG_MASK, gfn, p.level, type);
+		report_link(w, &p, gfn, type, kinds);
 		ept_violation_invalidate(w->tlb, gfn, 0, 0);
 	}
 	*table = w->guest->root;
@@ -214,6 +233,9 @@ static enum walk_result ept_walk(struct walk *w, uint64_t gfn, uint32_t type, st
 			memory_order_acquire);
 		if (atomic_load_explicit(slot, memory_order_acquire) != spte)
 			continue;
+		/* Void custody: no tag can stand for it, the oracle decides. */
+		if (spte_custody(spte) != frame_host_tag(w->m->frames, spte_hfn(spte)))
+			tag ^= TAG_SUSPECT;
 		fill(w, spte, level, gfn, tag | w->life_bits, out);
 		return WALK_DONE;
 	}

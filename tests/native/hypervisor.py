@@ -1,0 +1,192 @@
+"""A hypervisor of a hundred lines on the native primitives, driven by one thread.
+
+It maps on EPT violations, unmaps, write-protects and frees in whatever order a test says, with or without the
+flush that is due: what the oracle must tell apart.  It is not KVM; emulator/kvm is.
+"""
+
+from __future__ import annotations
+
+from types import TracebackType
+from typing import Any
+
+from native import ffi, lib
+
+READ, WRITE, EXECUTE = 0, 1, 2
+GLOBAL_FLUSH = "global"
+
+
+def config(**changes: int) -> Any:
+    """A small machine: 2 pCPUs, 2 VMs, one vCPU each."""
+    values = dict(
+        pcpus=2,
+        housekeeping=1,
+        vms=2,
+        vcpus=4,
+        root_frames=8,
+        table_frames=256,
+        guest_frames=2048,
+        guest_blocks=4,
+        l1_ways=4,
+        l2_entries=1536,
+        l2_ways=12,
+        psc_entries=32,
+        chaos=0,
+        seed=1,
+    )
+    values.update(changes)
+    return ffi.new("struct machine_config *", values)
+
+
+class Hypervisor:
+    """One native machine with VMs; the calling thread plays every CPU in turn."""
+
+    def __init__(self, **changes: int) -> None:
+        error = ffi.new("char[200]")
+        self.m = lib.machine_create(config(**changes), error, 200)
+        if self.m == ffi.NULL:
+            raise AssertionError(ffi.string(error).decode())
+        self.pcpus = changes.get("pcpus", 2)
+        for cpu in range(self.pcpus):
+            lib.cpu_online(self.m, cpu)
+        self.exit = ffi.new("struct vcpu_exit *")
+        self.keep: list[Any] = []
+        self.roots: dict[int, int] = {}
+        self.vm_of: dict[int, int] = {}
+
+    def __enter__(self) -> Hypervisor:
+        return self
+
+    def __exit__(self, kind: type | None, error: BaseException | None, trace: TracebackType | None) -> None:
+        lib.machine_stop(self.m)
+        lib.machine_destroy(self.m)
+
+    def vm(self, gfns: int = 1024) -> int:
+        """A VM with a fresh root."""
+        vm = int(lib.vm_create(self.m, gfns))
+        assert vm >= 0
+        self.roots[vm] = self.new_root()
+        return vm
+
+    def new_root(self) -> int:
+        root = int(lib.ept_table_alloc(self.m, 0, lib.FRAME_ROOT))
+        assert root >= 0
+        return root
+
+    def vcpu(self, vm: int, vpid: int, **guest: int) -> int:
+        """A vCPU whose guest has paging off unless told otherwise."""
+        vcpu = int(lib.vcpu_create(self.m, vm, vpid))
+        assert vcpu >= 0
+        values = dict(first_gfn=0, end_gfn=1024, pcid=1, seed=vpid, paging=0)
+        values.update(guest)
+        lib.guest_configure(self.m, vcpu, ffi.new("struct guest_config *", values))
+        lib.vcpu_set_eptp(self.m, vcpu, self.roots[vm], 4)
+        self.vm_of[vcpu] = vm
+        return vcpu
+
+    def process(self, vcpu: int, records: list[int], pages: list[int]) -> None:
+        """A process that replays records; the OS knows its pages."""
+        r, p = ffi.new("uint64_t[]", records or [0]), ffi.new("uint64_t[]", sorted(pages))
+        self.keep += [r, p]
+        lib.guest_add_process(self.m, vcpu, r, len(records), p, len(pages))
+
+    # -- guest mode
+
+    def _enter(self, cpu: int, vcpu: int) -> None:
+        lib.local_irq_disable(self.m, cpu, b"test")
+        lib.vcpu_set_mode(self.m, vcpu, lib.IN_GUEST_MODE)
+
+    def access(self, cpu: int, vcpu: int, linear: int, kind: int = READ) -> None:
+        """One access, with every EPT violation on the way served by mapping the page."""
+        for _ in range(64):
+            self._enter(cpu, vcpu)
+            reason = lib.guest_access(self.m, cpu, vcpu, linear, kind, self.exit)
+            assert reason >= 0, ffi.string(lib.machine_error_text(self.m, cpu))
+            if reason != lib.EXIT_EPT_VIOLATION:
+                assert reason == lib.EXIT_PREEMPTION_TIMER, reason
+                return
+            self.map(cpu, self.vm_of[vcpu], self.exit.gpa >> 12)
+        raise AssertionError("64 EPT violations for one access")
+
+    def run(self, cpu: int, vcpu: int, budget: int) -> int:
+        """Guest accesses until the budget is used up; returns how many were done."""
+        done = 0
+        while done < budget:
+            self._enter(cpu, vcpu)
+            reason = lib.guest_run(self.m, cpu, vcpu, budget - done, self.exit)
+            assert reason >= 0, ffi.string(lib.machine_error_text(self.m, cpu))
+            done += self.exit.accesses
+            if reason == lib.EXIT_EPT_VIOLATION:
+                self.map(cpu, self.vm_of[vcpu], self.exit.gpa >> 12)
+            else:
+                assert reason in (lib.EXIT_PREEMPTION_TIMER, lib.EXIT_HLT), reason
+        return done
+
+    # -- EPT
+
+    def _leaf(self, cpu: int, vm: int, gfn: int, create: bool) -> tuple[int, int, int]:
+        sptes, tables = ffi.new("uint64_t[6]"), ffi.new("uint32_t[6]")
+        while True:
+            level = lib.tdp_mmu_get_walk(self.m, self.roots[vm], 4, gfn, sptes, tables)
+            if level == 1 or not create:
+                return int(tables[level]), gfn >> 9 * (level - 1) & 511, int(sptes[level])
+            child = lib.ept_table_alloc(self.m, cpu, lib.FRAME_TABLE)
+            assert child >= 0
+            assert not lib.tdp_mmu_set_spte_atomic(
+                self.m, cpu, vm, tables[level], gfn >> 9 * (level - 1) & 511, level, gfn, sptes[level],
+                lib.make_nonleaf_spte(self.m, child),
+            )  # fmt: skip
+
+    def map(self, cpu: int, vm: int, gfn: int, writable: bool = True) -> int:
+        """Fault a page in; returns its frame."""
+        page = ffi.new("struct mm_page *")
+        assert lib.mm_fault(self.m, cpu, vm, gfn, 1, page) == 0
+        table, index, old = self._leaf(cpu, vm, gfn, True)
+        new = lib.make_spte(page.hfn, page.tag, 1, writable, 1)
+        assert lib.tdp_mmu_set_spte_atomic(self.m, cpu, vm, table, index, 1, gfn, old, new) == 0
+        return int(page.hfn)
+
+    def mapped(self, vm: int, gfn: int) -> bool:
+        """A present 4K SPTE is there."""
+        return bool(self._leaf(0, vm, gfn, False)[2] & 7)
+
+    def zap(self, cpu: int, vm: int, gfn: int) -> None:
+        """Clear the SPTE; flush nothing, promise nothing."""
+        table, index, old = self._leaf(cpu, vm, gfn, False)
+        if old & 7:
+            lib.tdp_mmu_set_spte(self.m, cpu, vm, table, index, 1, gfn, 0)
+
+    def write_protect(self, cpu: int, vm: int, gfn: int) -> None:
+        """Take W from the SPTE."""
+        table, index, old = self._leaf(cpu, vm, gfn, False)
+        if old & 2:
+            lib.tdp_mmu_set_spte(self.m, cpu, vm, table, index, 1, gfn, old & ~2)
+
+    def flush(self, vm: int) -> None:
+        """INVEPT all-context on every pCPU."""
+        for cpu in range(self.pcpus):
+            lib.flush_invept_global(self.m, cpu, vm, lib.REASON_REMOTE_ZAP)
+
+    def promise(self, cpu: int, vm: int, gfn: int, promise: int) -> None:
+        lib.oracle_revoke(self.m, cpu, vm, gfn, gfn + 1, promise)
+
+    def free(self, cpu: int, vm: int, gfn: int) -> None:
+        """Give the frame behind the page back to the host."""
+        lib.mm_unmap(self.m, cpu, vm, gfn, gfn + 1, 0)
+
+    # -- what came of it
+
+    def violations(self) -> dict[str, int]:
+        """Counts of the kinds that occurred."""
+        counts = ffi.new("uint64_t[]", lib.VIOLATIONS)
+        lib.oracle_counts(self.m, counts)
+        names = sorted((v, k) for k, v in ffi.typeof("enum violation").relements.items() if k != "VIOLATIONS")
+        return {name[10:].lower().replace("_", "-"): int(counts[v]) for v, name in names if counts[v]}
+
+    def reports(self) -> list[Any]:
+        out = ffi.new("struct violation_report[]", 64)
+        return [out[i] for i in range(lib.oracle_reports(self.m, 0, out, 64))]
+
+    def count(self, counter: int) -> int:
+        values = ffi.new("uint64_t[]", lib.COUNTERS)
+        lib.counters_sum(self.m, values)
+        return int(values[counter])

@@ -1,0 +1,195 @@
+"""The fast oracle against the slow one on random runs, and single cases of each verdict."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+from tests.native.hypervisor import READ, WRITE, Hypervisor
+from tests.native.slow_oracle import Model
+
+from native import ffi, lib
+
+GFNS = 4
+OPERATIONS = st.one_of(
+    st.tuples(st.just("access"), st.integers(0, 1), st.integers(0, GFNS - 1), st.sampled_from([READ, WRITE])),
+    st.tuples(st.just("zap"), st.integers(0, GFNS - 1)),
+    st.tuples(st.just("protect"), st.integers(0, GFNS - 1)),
+    st.tuples(st.just("flush")),
+    st.tuples(st.just("dirty-log"), st.integers(0, GFNS - 1)),
+    st.tuples(st.just("zap-range"), st.integers(0, GFNS - 1)),
+    st.tuples(st.just("free"), st.integers(0, GFNS - 1), st.booleans()),
+)
+
+
+def access(machine: Hypervisor, model: Model, vcpus: list[int], step: Any) -> None:
+    """The same access on both sides, EPT violations served in between."""
+    _, cpu, gfn, kind = step
+    before = sum(machine.violations().values())
+    expected = model.violations
+    machine.access(cpu, vcpus[cpu], gfn << 12, kind)
+    while not model.access(cpu, gfn, kind):
+        frame = ffi.new("uint32_t *")
+        lib.oracle_right(machine.m, 0, gfn, frame)
+        model.map(gfn, int(frame[0]))
+    found = sum(machine.violations().values()) - before
+    assert found == model.violations - expected, f"{step}: fast {found}, slow {model.violations - expected}"
+
+
+def apply(machine: Hypervisor, model: Model, vcpus: list[int], step: Any) -> None:
+    match step:
+        case ("access", *_):
+            access(machine, model, vcpus, step)
+        case ("zap", gfn):
+            machine.zap(0, 0, gfn)
+            model.zap(gfn)
+        case ("protect", gfn):
+            machine.write_protect(0, 0, gfn)
+            model.write_protect(gfn)
+        case ("flush",):
+            machine.flush(0)
+            model.flush()
+        case ("dirty-log", gfn):
+            machine.promise(0, 0, gfn, lib.PROMISE_DIRTY_LOG)
+            model.history.add("revoke", 0, gfn, -1, (WRITE,))
+        case ("zap-range", gfn):
+            machine.promise(0, 0, gfn, lib.PROMISE_ZAP_RANGE)
+            model.history.add("revoke", 0, gfn, -1, (READ, WRITE))
+        case ("free", gfn, zap):
+            if zap:
+                machine.zap(0, 0, gfn)
+                model.zap(gfn)
+            machine.promise(0, 0, gfn, lib.PROMISE_NOTIFIER)
+            model.history.add("withdraw", 0, gfn, -1, (READ, WRITE))
+            machine.free(0, 0, gfn)
+
+
+@settings(max_examples=300, deadline=None, print_blob=True, suppress_health_check=[HealthCheck.too_slow])
+@given(st.lists(OPERATIONS, min_size=5, max_size=60))
+def test_fast_and_slow_oracle_agree(steps: list[Any]) -> None:
+    model = Model(pcpus=2)
+    with Hypervisor(l2_entries=0, psc_entries=0) as machine:
+        vm = machine.vm(GFNS)
+        vcpus = [machine.vcpu(vm, 1, end_gfn=GFNS), machine.vcpu(vm, 2, end_gfn=GFNS)]
+        for step in steps:
+            apply(machine, model, vcpus, step)
+
+
+@pytest.fixture
+def machine() -> Any:
+    with Hypervisor() as h:
+        yield h
+
+
+def test_use_before_the_promise_is_legal_and_counted(machine: Hypervisor) -> None:
+    vm = machine.vm()
+    vcpu = machine.vcpu(vm, 1)
+    machine.access(0, vcpu, 0x5000, WRITE)
+    machine.zap(0, vm, 5)
+    machine.access(0, vcpu, 0x5000, WRITE)
+    assert machine.violations() == {}
+    assert machine.count(lib.COUNT_LEGAL_STALE) == 1
+    assert not machine.mapped(vm, 5), "the access went through the TLB, not through a new fault"
+
+
+@pytest.mark.parametrize("flush", [True, False])
+def test_freed_frame(machine: Hypervisor, flush: bool) -> None:
+    vm = machine.vm()
+    vcpu = machine.vcpu(vm, 1)
+    machine.access(0, vcpu, 0x5000, READ)
+    machine.zap(0, vm, 5)
+    if flush:
+        machine.flush(vm)
+    machine.promise(0, vm, 5, lib.PROMISE_NOTIFIER)
+    machine.free(0, vm, 5)
+    machine.access(0, vcpu, 0x5000, READ)
+    assert machine.violations() == ({} if flush else {"use-after-free": 1})
+    assert machine.count(lib.COUNT_AVERTED) == flush
+    if not flush:
+        (report,) = machine.reports()
+        assert report.gfn == 5 and report.promise == lib.PROMISE_NOTIFIER
+        assert report.kinds >> lib.VIOLATION_STALE_AFTER_REVOKE & 1, "all kinds that hold are listed"
+
+
+def test_one_report_per_stale_entry(machine: Hypervisor) -> None:
+    vm = machine.vm()
+    vcpu = machine.vcpu(vm, 1)
+    machine.access(0, vcpu, 0x5000, READ)
+    machine.zap(0, vm, 5)
+    machine.promise(0, vm, 5, lib.PROMISE_ZAP_RANGE)
+    for _ in range(5):
+        machine.access(0, vcpu, 0x5000, READ)
+    assert machine.violations() == {"stale-after-revoke": 1}
+
+
+def test_a_right_granted_again_is_no_violation(machine: Hypervisor) -> None:
+    vm = machine.vm()
+    vcpu, other = machine.vcpu(vm, 1), machine.vcpu(vm, 2)
+    machine.access(0, vcpu, 0x5000, READ)
+    machine.zap(0, vm, 5)
+    machine.promise(0, vm, 5, lib.PROMISE_MEMSLOT)
+    machine.access(1, other, 0x5000, READ)
+    machine.access(0, vcpu, 0x5000, READ)
+    assert machine.violations() == {}
+
+
+def test_losing_only_write_is_a_revocation(machine: Hypervisor) -> None:
+    vm = machine.vm()
+    vcpu = machine.vcpu(vm, 1)
+    machine.access(0, vcpu, 0x5000, WRITE)
+    machine.write_protect(0, vm, 5)
+    machine.access(0, vcpu, 0x5000, WRITE)
+    assert machine.violations() == {}, "stale writable entries before the log is read are legal"
+    machine.promise(0, vm, 5, lib.PROMISE_DIRTY_LOG)
+    machine.access(0, vcpu, 0x5000, READ)
+    assert machine.violations() == {}, "the right to read is not affected"
+    machine.access(0, vcpu, 0x5000, WRITE)
+    assert machine.violations() == {"stale-after-revoke": 1}
+
+
+def test_root_page_reused_by_another_vm(machine: Hypervisor) -> None:
+    first, second = machine.vm(), machine.vm()
+    vcpu = machine.vcpu(first, 1)
+    machine.access(0, vcpu, 0x5000, READ)
+    # The first VM's root dies, and its page becomes a root of the second VM: no flush in between.
+    lib.ept_table_free(machine.m, 0, machine.roots[first])
+    lib.ept_table_free(machine.m, 0, machine.roots[second])
+    machine.new_root()
+    machine.roots[second] = machine.new_root()
+    assert machine.roots[second] == machine.roots[first], "last in, first out"
+    stranger = machine.vcpu(second, 2)
+    machine.access(0, stranger, 0x5000, READ)
+    # Its translation, and the paging-structure-cache entry behind it.
+    assert machine.violations() == {"cross-vm": 2}
+    report = machine.reports()[0]
+    assert report.kinds >> lib.VIOLATION_FOREIGN_ROOT & 1
+
+
+def test_freed_table_behind_a_paging_structure_cache(machine: Hypervisor) -> None:
+    vm = machine.vm()
+    vcpu = machine.vcpu(vm, 1)
+    machine.access(0, vcpu, 0x5000, READ)
+    sptes, tables = ffi.new("uint64_t[6]"), ffi.new("uint32_t[6]")
+    assert lib.tdp_mmu_get_walk(machine.m, machine.roots[vm], 4, 5, sptes, tables) == 1
+    lib.tdp_mmu_set_spte(machine.m, 0, vm, tables[2], 0, 2, 0, 0)
+    lib.handle_removed_pt(machine.m, 0, vm, tables[1], 1, 0, 0, 0, ffi.new("uint32_t[8]"), 8)
+    lib.ept_table_free(machine.m, 0, tables[1])
+    machine.access(0, vcpu, 0x6000, READ)
+    assert machine.violations() == {"walk-after-free": 1}
+
+
+def test_custody_void_before_the_spte_was_installed(machine: Hypervisor) -> None:
+    """What a fault without mmu_invalidate_seq does: it maps a frame that it no longer owns."""
+    vm = machine.vm()
+    vcpu = machine.vcpu(vm, 1)
+    page = ffi.new("struct mm_page *")
+    assert lib.mm_fault(machine.m, 0, vm, 5, 1, page) == 0
+    machine.promise(0, vm, 5, lib.PROMISE_NOTIFIER)
+    machine.free(0, vm, 5)
+    table, index, old = machine._leaf(0, vm, 5, True)
+    spte = lib.make_spte(page.hfn, page.tag, 1, 1, 1)
+    assert lib.tdp_mmu_set_spte_atomic(machine.m, 0, vm, table, index, 1, 5, old, spte) == 0
+    machine.access(0, vcpu, 0x5000, READ)
+    assert "use-after-free" in machine.violations()
