@@ -23,6 +23,7 @@ if TYPE_CHECKING:
 LogFormat = Literal["text", "json"]
 LEVELS = ("TRACE", "DEBUG", "INFO", "SUCCESS", "WARNING", "ERROR", "CRITICAL")
 
+_LAST_WORDS_SECONDS = 1.0
 _TEXT = "{time:HH:mm:ss.SSS} {level: <8} {message}{extra[_fields]}"
 
 
@@ -34,6 +35,7 @@ class Logging:
         self._format = log_format
         self._lines: queue.SimpleQueue[str | None] = queue.SimpleQueue()
         self._writer = threading.Thread(target=self._write, name="log", daemon=True)
+        self._abandoned = False
         self._previous: tuple[list[logging.Handler], int] = ([], logging.WARNING)
 
     def __enter__(self) -> Self:
@@ -65,13 +67,14 @@ class Logging:
         logger.remove()
         self._lines.put(None)
         # A reader that takes nothing must not keep the program from ending.
-        self._writer.join(timeout=2)
+        self._writer.join(timeout=_LAST_WORDS_SECONDS)
+        self._abandoned = True
 
     def _put(self, message: Message) -> None:
         self._lines.put(str(message))
 
     def _write(self) -> None:
-        while (line := self._lines.get()) is not None:
+        while (line := self._lines.get()) is not None and not self._abandoned:
             # Looked up per line: a live display replaces it for its time.
             stream = sys.stderr
             try:

@@ -10,7 +10,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any, Literal, Protocol
 
-from emulator.costs import Costs, CycleLine, modelled_cycles
+from emulator.costs import CycleLine
 from native import (
     COUNTER_NAMES,
     FLUSH_REASONS,
@@ -135,12 +135,6 @@ class Result:
     cycles: tuple[CycleLine, ...] = ()
     failure: str = ""
     interrupted: bool = False
-
-    @classmethod
-    def of(cls, snapshot: Snapshot, costs: Costs, **rest: Any) -> Result:
-        """A result with its account of modelled cycles."""
-        cycles = modelled_cycles(costs, snapshot.counters, snapshot.vms, snapshot.flushes)
-        return cls(snapshot=snapshot, cycles=cycles, **rest)
 
     @property
     def verdict(self) -> Verdict:

@@ -98,7 +98,7 @@ def _run(request: Request, scenario: Scenario, policy: Policy, collector: Machin
     )
     job.observers.append(collector)
     logger.info("starting", scenario=scenario.name, policy=policy.name, seed=request.seed)
-    return Session(job, duration, show_progress=not request.as_json).execute()
+    return Session(job, duration).execute()
 
 
 def _log_end(result: Result) -> None:

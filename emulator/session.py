@@ -24,8 +24,6 @@ from rich.live import Live
 from emulator.report import progress_line
 from emulator.result import Result, Snapshot
 
-# Every thread sees the stop flag in a wait or at the end of a slice of a millisecond.
-STOP_SECONDS = 2.0
 # A machine that still runs this long after it was told to stop hangs: say where, and give up.
 GIVE_UP_SECONDS = 20.0
 _TICK = 0.1
@@ -42,11 +40,10 @@ class Runnable(Protocol):
 class Session:
     """One run. Use `execute` once, from the main thread."""
 
-    def __init__(self, job: Runnable, duration: float | None, *, show_progress: bool) -> None:
+    def __init__(self, job: Runnable, duration: float | None) -> None:
         self._job = job
         self._duration = duration
         self._console = Console(stderr=True)
-        self._live = show_progress and self._console.is_terminal
         self._stop = threading.Event()
         self._snapshots: tuple[Snapshot | None, Snapshot | None] = (None, None)
         self._result: Result | None = None
@@ -56,7 +53,7 @@ class Session:
         """Run the job to its end, or to the first SIGINT or SIGTERM.  Raises what the job raised."""
         worker = threading.Thread(target=self._work, name="job", daemon=True)
         with self._signals(), ExitStack() as stack:
-            live = stack.enter_context(self._display()) if self._live else None
+            live = stack.enter_context(self._display()) if self._console.is_terminal else None
             worker.start()
             self._wait(worker, live)
         if self._error is not None:

@@ -8,7 +8,7 @@ from dataclasses import replace
 from typing import Any, ClassVar
 
 from emulator.config import Scenario
-from emulator.costs import load_costs
+from emulator.costs import load_costs, modelled_cycles
 from emulator.policy import Policy
 from emulator.result import FlushCount, Histogram, MachineObserver, Report, Result, Snapshot
 from native import COUNTER_NAMES, HISTOGRAM_NAMES, VM_STAT_NAMES
@@ -34,14 +34,17 @@ def snapshot(**changes: Any) -> Snapshot:
 
 
 def result(now: Snapshot | None = None, **changes: Any) -> Result:
+    seen = now or snapshot()
     rest: dict[str, Any] = {
+        "snapshot": seen,
+        "cycles": modelled_cycles(load_costs(), seen.counters, seen.vms, seen.flushes),
         "scenario": "main",
         "policy": Policy().answers(),
         "policy_name": "linux-7.3",
         "seed": 1,
         "preconditions": {"migration": 12},
     }
-    return Result.of(now or snapshot(), load_costs(), **{**rest, **changes})
+    return Result(**{**rest, **changes})
 
 
 def violated() -> Result:

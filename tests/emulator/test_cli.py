@@ -259,3 +259,37 @@ def test_module_is_the_command() -> None:
     ended = subprocess.run(command, capture_output=True, text=True, check=False, timeout=60)
     assert (ended.returncode, ended.stdout) == (2, "")
     assert ended.stderr == "flushlab: --set: found 'x'; expected point=alternative, as in migration=none\n"
+
+
+HANGING = """
+import signal, sys, threading, types
+from canned import CannedJob
+from emulator import cli, session
+
+class Hanging(CannedJob):
+    def run(self, progress, stop):
+        signal.raise_signal(signal.SIGTERM)
+        threading.Event().wait()
+
+module = types.ModuleType("emulator.job")
+module.Job = Hanging
+sys.modules["emulator.job"] = module
+session.GIVE_UP_SECONDS = 0.5
+sys.exit(cli.main(["run"]))
+"""
+
+
+def test_a_job_that_does_not_stop_is_given_up_with_stacks() -> None:
+    here = Path(__file__).parent
+    environment = os.environ | {"PYTHONPATH": f"{here.parents[1]}{os.pathsep}{here}"}
+    ended = subprocess.run(
+        [sys.executable, "-c", HANGING],
+        capture_output=True,
+        text=True,
+        check=False,
+        timeout=60,
+        env=environment,
+    )
+    assert ended.returncode == 3
+    assert "still running" in ended.stderr
+    assert "in run" in ended.stderr, "the stack of the thread that hangs"
