@@ -69,7 +69,10 @@ def convert(
 
     Reading stops when the window is full. `progress` is told the bytes read, the records seen, those kept.
     """
-    name = name or output.name.removesuffix(".fltrace")
+    if not output.parent.is_dir():  # said before minutes of reading, not after
+        raise TraceError(str(output), "cannot be written", f"a directory {output.parent}")
+    if name is None:
+        name = output.name.removesuffix(".fltrace")
     trace = read_recording(stream, where, name, cut, description, progress)
     return trace, write_trace(output, trace.records, trace.metadata)
 

@@ -12,4 +12,4 @@ class TraceError(Exception):
 
     def __init__(self, where: str, found: str, expected: str | None = None) -> None:
         message = f"{where}: {found}" if expected is None else f"{where}: {found}; expected {expected}"
-        super().__init__(" ".join(message.split()))
+        super().__init__(" ".join(message.splitlines()))

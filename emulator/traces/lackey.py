@@ -79,7 +79,7 @@ class LackeyReader:
             cut = text.rfind(b"\n") + 1
             rest = text[cut:]
             if len(rest) > MAX_LINE:
-                raise self._error(text[cut : cut + 60], text.count(b"\n", 0, cut))
+                raise self._error(text[cut : cut + 61], text.count(b"\n", 0, cut))
             if cut:
                 yield Batch(self._parse(text[:cut]), len(chunk))
         if rest:

@@ -47,7 +47,8 @@ def page_reuse(records: Records) -> PageReuse:
     within_l1 = same + int(np.searchsorted(warm, L1_ENTRIES))
     within_l2 = same + int(np.searchsorted(warm, L2_ENTRIES))
     wanted = int(np.ceil(0.99 * (same + warm.size))) - same
-    working_set = int(warm[wanted - 1]) + 1 if wanted > 0 else 1
+    # The accesses with distance 0 need one entry, if there are any.
+    working_set = int(warm[wanted - 1]) + 1 if wanted > 0 else min(same + warm.size, 1)
     return PageReuse(
         within_l1=within_l1 / total,
         within_l2=(within_l2 - within_l1) / total,
