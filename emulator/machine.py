@@ -29,7 +29,7 @@ from emulator.actors.task import VcpuTask
 from emulator.config import PAGES_PER_MIB, Scenario, VmSection
 from emulator.errors import BadInput
 from emulator.kvm.structs import Kvm, KvmParams, Vcpu
-from emulator.kvm.vm import kvm_create_vm, kvm_set_memory_region, kvm_vm_ioctl_create_vcpu
+from emulator.kvm.kvm_main import kvm_create_vm, kvm_set_memory_region, kvm_vm_ioctl_create_vcpu
 from emulator.policy import Policy
 from emulator.runtime import Cpu, Machine, OutOfFrames
 from emulator.traces import Trace
@@ -179,7 +179,7 @@ class Emulation:
 
     def _create_vm(self, cpu: Cpu, section: VmSection, traces: Iterator[Trace]) -> None:
         layout = layout_of(section)
-        kvm = kvm_create_vm(cpu, self.machine, layout.gfns, self.policy, self.params)
+        kvm = kvm_create_vm(cpu, layout.gfns, self.policy, self.params)
         self.vms.append(kvm)
         kvm_set_memory_region(cpu, kvm, RAM_SLOT, 0, layout.ram, 0)
         kvm_set_memory_region(cpu, kvm, SECOND_SLOT, layout.second_base, layout.second, layout.second_base)

@@ -1,8 +1,8 @@
 """What a violation report says to people: who used what, who filled it, who promised that it was gone, and
 what the policy did not do in between.
 
-The core's reports are copied out while the machine runs, together with the last events of all CPUs, because the
-event rings forget within milliseconds.
+The core's reports are copied out while the machine runs, together with the last events of all CPUs, because
+the event rings forget within milliseconds.
 """
 
 from __future__ import annotations
@@ -106,7 +106,8 @@ class Stories:
         return sorted(events, key=lambda event: event.time)
 
     def finish(self, names: dict[int, str], mutants: Iterable[str]) -> tuple[Report, ...]:
-        """All reports, most telling first: the events' owners by CPU number, the answers that may be to blame."""
+        """All reports, most telling first: the events' owners by CPU number, the answers that may be to
+        blame."""
         self.poll()
         blame = tuple(mutants)
         return tuple(_report(report, events, names, blame) for report, events in self._reports)
@@ -142,16 +143,20 @@ def _use_text(r: Any, kinds: tuple[str, ...], names: dict[int, str]) -> list[str
     entry = r.entry
     where = f"reference of a walk at level {r.walk_level}" if r.walk_level else f"linear {r.linear:#x}"
     also = f" (also {', '.join(kinds[1:])})" if kinds[1:] else ""
-    return [
-        f"{kinds[0]}{also}: {_name(_ACCESSES, r.access)} by vCPU {r.vcpu} of VM {r.vm} on {names.get(r.cpu, r.cpu)}",
+    who = names.get(r.cpu, str(r.cpu))
+    promised_on = names.get(r.promise_cpu, str(r.promise_cpu))
+    promise = _PROMISED_BY[_name(_PROMISES, r.promise)]
+    age = f", {r.guest_clock - entry.clock} accesses ago" if entry.vcpu == r.vcpu else ""
+    lines = (
+        f"{kinds[0]}{also}: {_name(_ACCESSES, r.access)} by vCPU {r.vcpu} of VM {r.vm} on {who}",
         f"  access: {where}, gfn {r.gfn:#x}, frame {r.hfn:#x}",
-        f"  entry: {_name(_SIZES, entry.size)} {_name(_MAPPINGS, entry.kind)}, page {entry.page:#x}, "
-        f"VPID {entry.vpid}, PCID {entry.pcid}, EP4TA {entry.ep4ta:#x}; filled by vCPU {entry.vcpu} of VM "
-        f"{entry.vm}, {r.guest_clock - entry.clock if entry.vcpu == r.vcpu else '?'} accesses ago",
-        f"  revoked: {_PROMISED_BY[_name(_PROMISES, r.promise)]} on "
-        f"{names.get(r.promise_cpu, r.promise_cpu)}, {(r.time - r.promise_time) / 1000:.1f} us before",
+        f"  entry: {_name(_SIZES, entry.size)} {_name(_MAPPINGS, entry.kind)}, page {entry.page:#x},"
+        f" VPID {entry.vpid}, PCID {entry.pcid}, EP4TA {entry.ep4ta:#x}",
+        f"  filled by: vCPU {entry.vcpu} of VM {entry.vm}{age}",
+        f"  revoked: {promise} on {promised_on}, {(r.time - r.promise_time) / 1000:.1f} us before",
         f"  missing: {_missing(kinds[0], r)}",
-    ]
+    )
+    return list(lines)
 
 
 def _missing(kind: str, r: Any) -> str:

@@ -70,7 +70,8 @@ class Host(MachineActor):
         self._change_protection(kvm, start, end, writable=1)
 
     def _change_protection(self, kvm: Kvm, start: int, end: int, writable: int) -> None:
-        kvm_mmu_notifier_invalidate_range_start(self.cpu, kvm, start, end)
+        promise = lib.PROMISE_NOTIFIER if writable else lib.PROMISE_NOTIFIER_WRITE
+        kvm_mmu_notifier_invalidate_range_start(self.cpu, kvm, start, end, promise)
         lib.mm_protect(self.cpu.m, self.cpu.id, kvm.id, start, end, writable)
         kvm_mmu_notifier_invalidate_range_end(self.cpu, kvm, start, end)
 

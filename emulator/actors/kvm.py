@@ -13,14 +13,12 @@ from contextlib import contextmanager
 from random import Random
 from typing import TYPE_CHECKING, Any
 
-import numpy as np
-
 from emulator.actors.base import MachineActor
 from emulator.actors.scheduler import Pause, Resume
 from emulator.kvm import structs
 from emulator.kvm.kvm_host import KVM_MEM_LOG_DIRTY_PAGES
 from emulator.kvm.mmu import kvm_zap_gfn_range
-from emulator.kvm.vm import kvm_set_memory_region, kvm_vm_ioctl_get_dirty_log
+from emulator.kvm.kvm_main import kvm_set_memory_region, kvm_vm_ioctl_get_dirty_log
 from emulator.workload import KVM_ACTIVITIES, Pacer, Workload
 from native import ffi, lib
 
@@ -97,7 +95,7 @@ class Kvm(MachineActor):
         self._set_logging(slot, KVM_MEM_LOG_DIRTY_PAGES)
         self.cpu.check(lib.mm_image_create(self.cpu.m, self.kvm.id, slot.userspace_addr, slot.npages))
         try:
-            self._copy(slot, b"\x01" * slot.npages)
+            self._copy(slot, _every_page(slot))
             for _ in range(_ROUNDS):
                 self._sleep(_BETWEEN_ROUNDS_US)
                 self._copy(slot, kvm_vm_ioctl_get_dirty_log(self.cpu, self.kvm, RAM_SLOT))
@@ -114,13 +112,12 @@ class Kvm(MachineActor):
             self.cpu, self.kvm, slot.id, slot.base_gfn, slot.npages, slot.userspace_addr, flags
         )
 
-    def _copy(self, slot: structs.KvmMemorySlot, dirty: bytes) -> None:
-        """Copy the pages of a bitmap (a byte per page)."""
-        bits = np.packbits(np.frombuffer(dirty, np.uint8).astype(bool), bitorder="little")
-        words = np.pad(bits, (0, -len(bits) % 8)).view(np.uint64)
-        for i in np.flatnonzero(words).tolist():
-            base = slot.userspace_addr + 64 * i
-            self.pages_copied += lib.mm_image_copy(self.cpu.m, self.kvm.id, base, int(words[i]))
+    def _copy(self, slot: structs.KvmMemorySlot, words: list[int]) -> None:
+        """Copy the pages of a bitmap, 64 to a word."""
+        m, vm, base = self.cpu.m, self.kvm.id, slot.userspace_addr
+        for i, mask in enumerate(words):
+            if mask:
+                self.pages_copied += lib.mm_image_copy(m, vm, base + 64 * i, mask)
 
     @contextmanager
     def _vcpus_paused(self) -> Iterator[None]:
@@ -148,3 +145,8 @@ class Kvm(MachineActor):
 
 def kvm_pacer(workload: Workload, vms: int, rng: Random) -> Pacer:
     return Pacer(workload, KVM_ACTIVITIES, 1.0 / vms, rng)
+
+
+def _every_page(slot: structs.KvmMemorySlot) -> list[int]:
+    whole, rest = divmod(slot.npages, 64)
+    return [(1 << 64) - 1] * whole + ([(1 << rest) - 1] if rest else [])

@@ -67,6 +67,8 @@ class PCpu(MachineActor):
         self.run_queue: deque[VcpuTask] = deque()
         self.blocked: list[VcpuTask] = []
         self.parked: set[VcpuTask] = set()
+        # To be parked as soon as they hold nothing.
+        self.parking: dict[VcpuTask, Future[None]] = {}
         # The task whose vCPU is loaded: kvm_running_vcpu.
         self.current: VcpuTask | None = None
         # Commands that overtook the task they are about: it comes from another pCPU, they from the scheduler.
@@ -95,12 +97,19 @@ class PCpu(MachineActor):
             task.pcpu = -1
             command.to.tell(Arrive(task))
         elif isinstance(command, Park):
-            self._dequeue(task)
-            self.parked.add(task)
-            command.parked.set(None)
+            self.parking[task] = command.parked
+            if task.finished or task.state is not PREEMPTIBLE:
+                self._park(task)
         elif isinstance(command, Unpark):
             self.parked.discard(task)
             self._enqueue(task)
+
+    def _park(self, task: VcpuTask) -> None:
+        """It holds nothing now; parked inside a read section it would hold up memslot updates."""
+        parked = self.parking.pop(task)
+        self._dequeue(task)
+        self.parked.add(task)
+        parked.set(None)
 
     def _enqueue(self, task: VcpuTask) -> None:
         if not task.finished:
@@ -143,6 +152,11 @@ class PCpu(MachineActor):
             state = task.resume(self.cpu)
             if state is PREEMPTIBLE:
                 continue
+            if isinstance(state, ExitToUser) and state.reason == "shutdown":
+                self._shut_down(task)
+            if task in self.parking:
+                self._park(task)
+                return
             if state is RESCHED:
                 if len(self.run_queue) > 1 or self.blocked:
                     self.run_queue.rotate(-1)
@@ -152,21 +166,22 @@ class PCpu(MachineActor):
 
     def _leave_guest(self, task: VcpuTask, state: RunYield) -> bool:
         """The task halted or is back in user space. True if it may go on at once."""
-        if isinstance(state, ExitToUser):
-            if state.reason == "mmio":
-                # User space has emulated the access.
-                return True
-            if state.reason == "shutdown":
-                task.finished = True
-                self.run_queue.remove(task)
-                self.current = None
-                self.crew.note("vCPU shut down", vcpu=task.vcpu.id, vm=task.vm, pcpu=self.cpu.id)
-                self.crew.shut_down.append(task.vcpu.id)
-                return False
+        if isinstance(state, ExitToUser) and state.reason == "mmio":
+            # User space has emulated the access.
+            return True
+        if task.finished:
+            return False
         self.run_queue.remove(task)
         task.wake_at = time.monotonic() + _BLOCK_SECONDS
         self.blocked.append(task)
         return False
+
+    def _shut_down(self, task: VcpuTask) -> None:
+        self.run_queue.remove(task)
+        self.current = None
+        task.finished = True
+        self.crew.note("vCPU shut down", vcpu=task.vcpu.id, vm=task.vm, pcpu=self.cpu.id)
+        self.crew.shut_down.append(task.vcpu.id)
 
     def _wake_blocked(self) -> None:
         now = time.monotonic()

@@ -19,7 +19,7 @@ class VcpuTask:
     `pcpu` says where it is (-1: on its way) and may be read by anyone.
     """
 
-    __slots__ = ("_run", "finished", "pcpu", "scheduled_out", "vcpu", "vm", "wake_at")
+    __slots__ = ("_run", "finished", "pcpu", "scheduled_out", "state", "vcpu", "vm", "wake_at")
 
     def __init__(self, vcpu: Vcpu) -> None:
         self.vcpu = vcpu
@@ -31,15 +31,17 @@ class VcpuTask:
         # Preempted inside KVM_RUN: its preempt notifiers fire when it comes back.
         self.scheduled_out = False
         self._run = vcpu_run(vcpu)
-        first = next(self._run)
-        assert first is READY
+        # What it said when it stood still last.
+        self.state: RunYield = next(self._run)
+        assert self.state is READY
 
     def __repr__(self) -> str:
         return f"<task of vCPU {self.vcpu.id}>"
 
     def resume(self, cpu: Cpu) -> RunYield:
         """Go on, on this pCPU, until KVM is preemptible or cannot go on."""
-        return self._run.send(cpu)
+        self.state = self._run.send(cpu)
+        return self.state
 
     def switch_in(self, cpu: Cpu) -> None:
         if self.scheduled_out:
