@@ -14,7 +14,7 @@ from contextlib import contextmanager
 from pathlib import Path
 
 import pytest
-from conftest import wait_until
+from support import wait_until
 
 COMMAND = [sys.executable, "-m", "emulator"]
 ENVIRONMENT = {name: value for name, value in os.environ.items() if not name.startswith("FLUSHLAB_")}

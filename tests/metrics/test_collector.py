@@ -9,9 +9,9 @@ import threading
 from collections import Counter
 
 import pytest
-from conftest import BareMachine
 from prometheus_client import CollectorRegistry, generate_latest
 from prometheus_client.parser import text_string_to_metric_families
+from support import BareMachine
 
 from metrics import MachineCollector
 from metrics.collector import MAX_VMS, _flush_families, _vm_families

@@ -8,7 +8,7 @@ from importlib import resources
 from typing import Any
 
 import pytest
-from conftest import BareMachine
+from support import BareMachine
 
 from metrics import MachineCollector
 

@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from conftest import BareMachine, wait_until
+from support import BareMachine, wait_until
 
 from metrics import Endpoint, MachineCollector, parse_address
 from native import lib

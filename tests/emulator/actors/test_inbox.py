@@ -10,7 +10,7 @@ from typing import Any
 
 import pykka
 import pytest
-from conftest import wait_until
+from support import wait_until
 from crews import crew_of, small_machine
 
 from emulator.actors.base import MachineActor

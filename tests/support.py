@@ -1,0 +1,60 @@
+"""Helpers of many tests. Not in conftest.py: several directories have one, and all of them that name."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+
+from native import ffi, lib
+
+
+def wait_until(condition: Callable[[], bool], what: str, seconds: float = 20.0) -> None:
+    """Return as soon as the condition holds; fail the test if it does not in time."""
+    deadline = time.monotonic() + seconds
+    while not condition():
+        if time.monotonic() > deadline:
+            pytest.fail(f"{what}: not within {seconds:g}s")
+        time.sleep(0.01)
+
+
+class BareMachine:
+    """A machine without actors: 2 pCPUs, one VM, small memory."""
+
+    pcpus = 2
+    vms = 1
+
+    def __init__(self) -> None:
+        config = ffi.new(
+            "struct machine_config *",
+            {
+                "pcpus": self.pcpus,
+                "housekeeping": 2,
+                "vms": self.vms,
+                "vcpus": 2,
+                "root_frames": 8,
+                "table_frames": 64,
+                "guest_frames": 256,
+                "guest_blocks": 1,
+                "l1_ways": 4,
+                "l2_entries": 1536,
+                "l2_ways": 12,
+                "psc_entries": 32,
+                "seed": 1,
+            },
+        )
+        error = ffi.new("char[]", 256)
+        self.pointer: Any = lib.machine_create(config, error, len(error))
+        if self.pointer == ffi.NULL:
+            pytest.fail(f"machine_create: {ffi.string(error).decode()}")
+        if lib.vm_create(self.pointer, 64) != 0:
+            pytest.fail("vm_create")
+
+    def count(self, cpu: int, counter: int, n: int) -> None:
+        lib.counter_add(self.pointer, cpu, counter, n)
+
+    def close(self) -> None:
+        lib.machine_stop(self.pointer)
+        lib.machine_destroy(self.pointer)
