@@ -40,7 +40,7 @@ from emulator.kvm.vmx import (
     vmx_flush_tlb_guest,
     vmx_load_mmu_pgd,
 )
-from emulator.runtime import Cpu, MachineError, OutOfFrames
+from emulator.runtime import Cpu, MachineError, MachineStopped, OutOfFrames
 from native import lib
 
 # Exits after which KVM looks at need_resched() even if nobody asked; stands for the timer tick.
@@ -222,11 +222,15 @@ def kvm_vcpu_srcu_read_unlock(cpu: Cpu, vcpu: Vcpu) -> None:
 
 
 def xfer_to_guest_mode_work_pending(vcpu: Vcpu, exits: int) -> bool:
-    """__xfer_to_guest_mode_work_pending(): a signal, or need_resched()."""
-    if vcpu.immediate_exit or exits >= _EXITS_PER_TICK:
-        return True
+    """__xfer_to_guest_mode_work_pending(): a signal, or need_resched().  A machine that stops ends KVM_RUN here
+    at the latest: a vCPU that only runs and faults never waits."""
     exit_info = vcpu.exit
-    return bool(exit_info.attention & _ATTENTION_WORK) or exit_info.reason == lib.EXIT_PREEMPTION_TIMER
+    attention = exit_info.attention & _ATTENTION_WORK
+    if attention & lib.ATTENTION_STOP:
+        raise MachineStopped
+    if attention or vcpu.immediate_exit or exits >= _EXITS_PER_TICK:
+        return True
+    return bool(exit_info.reason == lib.EXIT_PREEMPTION_TIMER)
 
 
 def kvm_vcpu_ioctl_run(cpu: Cpu, vcpu: Vcpu) -> Generator[RunYield, Cpu, Entered]:
