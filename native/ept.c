@@ -214,13 +214,13 @@ static int check_step(struct machine *m, uint32_t cpu, uint32_t vm, uint32_t tab
 	if (level < PG_LEVEL_4K || level > 5)
 		return misuse(m, cpu, "level", level);
 	pages = kvm_pages_per_hpage(level);
-	if (index != spte_index(gfn, level) || (gfn & (pages - 1)))
+	if (index != spte_index(gfn, level))
 		return misuse(m, cpu, "the gfn does not belong to this index", gfn);
 	if (is_nonleaf_spte(new_spte, level) && !is_table(m, spte_hfn(new_spte)))
 		return misuse(m, cpu, "points to what is no table page", new_spte);
 	if (!is_last_spte(new_spte, level))
 		return 0;
-	if (gfn + pages > m->vms[vm].gfns)
+	if ((gfn | (pages - 1)) >= m->vms[vm].gfns)
 		return misuse(m, cpu, "gfn beyond guest memory", gfn);
 	if (spte_hfn(new_spte) + pages > m->frames->count ||
 	    frame_kind_of(m->frames, spte_hfn(new_spte)) <= FRAME_TABLE)
@@ -235,6 +235,7 @@ int tdp_mmu_set_spte_atomic(struct machine *m, uint32_t cpu, uint32_t vm, uint32
 
 	if (error)
 		return error;
+	gfn &= ~(kvm_pages_per_hpage(level) - 1);
 	/* handle_changed_spte() has a BUG() for it: the old frame must be flushed before the new one appears. */
 	if (is_last_spte(old_spte, level) && is_last_spte(new_spte, level) &&
 	    spte_hfn(old_spte) != spte_hfn(new_spte))
@@ -248,12 +249,14 @@ int tdp_mmu_set_spte_atomic(struct machine *m, uint32_t cpu, uint32_t vm, uint32
 uint64_t tdp_mmu_set_spte(struct machine *m, uint32_t cpu, uint32_t vm, uint32_t table, uint32_t index,
 			  uint32_t level, uint64_t gfn, uint64_t new_spte)
 {
-	_Atomic uint64_t *sptep = &ept_table(m, table)[index & 511];
+	_Atomic uint64_t *sptep;
 	struct change c;
 	uint64_t old;
 
 	if (check_step(m, cpu, vm, table, index, level, gfn, new_spte))
 		return UINT64_MAX;
+	sptep = &ept_table(m, table)[index];
+	gfn &= ~(kvm_pages_per_hpage(level) - 1);
 	old = spte_read(m, table, index);
 	if (is_last_spte(old, level) && is_last_spte(new_spte, level)) {
 		/* What changes depends on W of the old one, which a fast page fault may set. */

@@ -36,6 +36,8 @@ uint64_t make_nonleaf_spte(struct machine *m, uint32_t table);
 int64_t ept_table_alloc(struct machine *m, uint32_t cpu, uint32_t kind);
 uint64_t spte_read(struct machine *m, uint32_t table, uint32_t index);
 
+/* In the steps gfn is any that the SPTE covers; index must agree with it. */
+
 /* Walk from a root towards gfn without changing anything: sptes[level] and tables[level] are filled from
  * the root's level down to the returned level (where the walk met a leaf, a non-present or level 1).
  * Lockless: call under rcu_read_lock. */
@@ -98,8 +100,8 @@ struct tdp_chunk {
 	uint64_t found_gfn, found_spte;
 };
 
-/* 0, or an error.  MACHINE_AGAIN (shared zaps and write protection): the SPTE at next_gfn is frozen by somebody
- * else; call again when others have had a chance to run. */
+/* 0, or an error.  A call ends early at an SPTE that somebody else has frozen (shared walks that take rights
+ * away): not done and next_gfn unchanged; others must have a chance to run before the next call. */
 int tdp_walk_chunk(struct machine *m, uint32_t cpu, uint32_t vm, struct tdp_chunk *chunk, uint32_t max);
 
 /* make_small_spte(), 512 times: a new table whose 512 leafs map what huge_spte maps, not yet linked;

@@ -25,25 +25,38 @@ int64_t tdp_mmu_make_split_table(struct machine *m, uint32_t cpu, uint64_t huge_
 	return table;
 }
 
+/* spte_try_change() from nothing to a 4K leaf, without its questions. */
+static inline bool install(struct machine *m, uint32_t vm, _Atomic uint64_t *sptep, uint64_t gfn, uint64_t spte)
+{
+	uint64_t old = 0;
+
+	/* Only where nothing is: frozen SPTEs and what another fault has mapped are not touched. */
+	if (atomic_load_explicit(sptep, memory_order_relaxed))
+		return false;
+	spte_grant(m, vm, gfn, spte, PG_LEVEL_4K);
+	/* Orders as in spte_try_change(). */
+	if (atomic_compare_exchange_strong_explicit(sptep, &old, spte, memory_order_acq_rel, memory_order_relaxed))
+		return true;
+	spte_ungrant_all(m, vm, gfn, spte, PG_LEVEL_4K);
+	return false;
+}
+
 int tdp_mmu_map_around(struct machine *m, uint32_t cpu, uint32_t vm, uint32_t table, uint64_t gfn, uint32_t n,
 		       const uint32_t *hfns, const uint32_t *tags, const uint32_t *writable)
 {
 	_Atomic uint64_t *sptep = ept_table(m, table) + spte_index(gfn, PG_LEVEL_4K);
 	uint32_t room = FRAME_WORDS - spte_index(gfn, PG_LEVEL_4K);
-	uint64_t first = 0, mapped = 0;
+	uint32_t first = 0, mapped = 0;
 
 	if (n > room)
 		n = room;
 	if (gfn + n > m->vms[vm].gfns)
 		n = gfn < m->vms[vm].gfns ? (uint32_t)(m->vms[vm].gfns - gfn) : 0;
 	for (uint32_t i = 0; i < n; i++) {
-		uint64_t spte;
-
-		/* Only where nothing is: frozen SPTEs and what another fault has mapped are not touched. */
-		if (hfns[i] == NO_FRAME || atomic_load_explicit(&sptep[i], memory_order_relaxed))
+		if (hfns[i] == NO_FRAME)
 			continue;
-		spte = make_spte(hfns[i], tags[i], PG_LEVEL_4K, (int)writable[i], (int)writable[i]);
-		if (!spte_try_change(m, cpu, vm, &sptep[i], PG_LEVEL_4K, gfn + i, 0, spte))
+		if (!install(m, vm, &sptep[i], gfn + i,
+			     make_spte(hfns[i], tags[i], PG_LEVEL_4K, writable[i] != 0, writable[i] != 0)))
 			continue;
 		if (!mapped++)
 			first = i;

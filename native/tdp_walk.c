@@ -32,13 +32,13 @@ enum step {
 	STEP_DESCEND, /* it leads to a table: go on there */
 	STEP_FROZEN,  /* somebody else has frozen it, or the page that it is in */
 	STEP_TABLE,   /* the table page is done */
-	STEP_STOP,    /* the call is */
+	STEP_STOP,    /* the call is: found, failed, out of budget, or at the end */
 };
 
-static void changed(struct tdp_iter *it, uint64_t pages, bool flush)
+static inline void changed(struct tdp_iter *it, uint64_t gfn, uint64_t pages, bool flush)
 {
 	if (!it->c->changed++)
-		it->first_changed = it->gfn;
+		it->first_changed = gfn;
 	it->c->pages += pages;
 	it->c->flush += flush;
 }
@@ -55,28 +55,29 @@ static inline bool replace(struct tdp_iter *it, _Atomic uint64_t *sptep, uint64_
 						       memory_order_relaxed);
 }
 
-static enum step zap_leaf(struct tdp_iter *it, _Atomic uint64_t *sptep, uint64_t spte, uint64_t pages)
+static enum step zap_leaf(struct tdp_iter *it, _Atomic uint64_t *sptep, uint64_t gfn, uint64_t spte,
+			  uint64_t pages)
 {
 	if (!replace(it, sptep, &spte, 0))
 		return STEP_RETRY;
-	spte_ungrant_all(it->m, it->vm, it->gfn & ~(pages - 1), spte, it->level);
-	changed(it, pages, true);
+	spte_ungrant_all(it->m, it->vm, gfn, spte, it->level);
+	changed(it, gfn, pages, true);
 	return STEP_NEXT;
 }
 
 /* An SPTE with whatever is below it. */
-static enum step zap_spte(struct tdp_iter *it, _Atomic uint64_t *sptep, uint64_t spte, uint64_t pages)
+static enum step zap_spte(struct tdp_iter *it, _Atomic uint64_t *sptep, uint64_t gfn, uint64_t spte,
+			  uint64_t pages)
 {
 	uint64_t leafs = 0;
 	int removed;
 
 	if (spte_leaf(spte, it->level))
-		return zap_leaf(it, sptep, spte, pages);
+		return zap_leaf(it, sptep, gfn, spte, pages);
 	if (!replace(it, sptep, &spte, 0))
 		return STEP_RETRY;
-	removed = spte_remove_table(it->m, it->cpu, it->vm, spte, it->level, it->gfn & ~(pages - 1),
-				    it->c->shared, &leafs);
-	changed(it, leafs, true);
+	removed = spte_remove_table(it->m, it->cpu, it->vm, spte, it->level, gfn, it->c->shared, &leafs);
+	changed(it, gfn, leafs, true);
 	if (removed < 0) {
 		it->error = removed;
 		return STEP_STOP;
@@ -86,7 +87,8 @@ static enum step zap_spte(struct tdp_iter *it, _Atomic uint64_t *sptep, uint64_t
 }
 
 /* A locked update also under mmu_lock for write: hardware sets A and D at any time, and a fast page fault W. */
-static enum step clear_writable(struct tdp_iter *it, _Atomic uint64_t *sptep, uint64_t spte, uint64_t pages)
+static enum step clear_writable(struct tdp_iter *it, _Atomic uint64_t *sptep, uint64_t gfn, uint64_t spte,
+			  uint64_t pages)
 {
 	if (!(spte & SPTE_WRITABLE)) {
 		it->c->already++;
@@ -95,74 +97,74 @@ static enum step clear_writable(struct tdp_iter *it, _Atomic uint64_t *sptep, ui
 	if (!atomic_compare_exchange_strong_explicit(sptep, &spte, spte & ~(uint64_t)SPTE_WRITABLE,
 						     memory_order_acq_rel, memory_order_relaxed))
 		return STEP_RETRY;
-	spte_ungrant(it->m, it->vm, it->gfn & ~(pages - 1), spte, it->level, false, true);
-	changed(it, pages, true);
+	spte_ungrant(it->m, it->vm, gfn, spte, it->level, false, true);
+	changed(it, gfn, pages, true);
 	return STEP_NEXT;
 }
 
 /* Not a blind AND: it would turn FROZEN into something else. */
-static enum step clear_accessed(struct tdp_iter *it, _Atomic uint64_t *sptep, uint64_t spte, uint64_t pages)
+static enum step clear_accessed(struct tdp_iter *it, _Atomic uint64_t *sptep, uint64_t gfn, uint64_t spte,
+			  uint64_t pages)
 {
 	if (!(spte & SPTE_ACCESSED))
 		return STEP_NEXT;
 	if (!atomic_compare_exchange_strong_explicit(sptep, &spte, spte & ~(uint64_t)SPTE_ACCESSED,
 						     memory_order_acq_rel, memory_order_relaxed))
 		return STEP_RETRY;
-	changed(it, pages, false);
+	changed(it, gfn, pages, false);
 	return STEP_NEXT;
 }
 
-static enum step found(struct tdp_iter *it, uint64_t spte, uint64_t pages)
+static enum step found(struct tdp_iter *it, uint64_t gfn, uint64_t spte)
 {
 	it->c->found_table = it->table;
-	it->c->found_index = spte_index(it->gfn, it->level);
+	it->c->found_index = spte_index(gfn, it->level);
 	it->c->found_level = it->level;
-	it->c->found_gfn = it->gfn & ~(pages - 1);
+	it->c->found_gfn = gfn;
 	it->c->found_spte = spte;
 	return STEP_STOP;
 }
 
-static bool wanted_dirty(const struct tdp_iter *it)
+static bool wanted_dirty(const struct tdp_iter *it, uint64_t gfn)
 {
-	return it->level == PG_LEVEL_4K && it->c->mask >> (it->gfn - it->start) & 1;
+	return it->level == PG_LEVEL_4K && it->c->mask >> (gfn - it->start) & 1;
 }
 
-static inline enum step visit(struct tdp_iter *it, _Atomic uint64_t *sptep, uint64_t spte, uint64_t pages,
-			      enum tdp_walk walk)
+static inline enum step visit(struct tdp_iter *it, _Atomic uint64_t *sptep, uint64_t gfn, uint64_t spte,
+			      uint64_t pages, enum tdp_walk walk)
 {
 	bool leaf = spte_leaf(spte, it->level);
 
 	switch (walk) {
 	case TDP_ZAP_LEAFS:
-		return leaf ? zap_leaf(it, sptep, spte, pages) : STEP_NEXT;
+		return leaf ? zap_leaf(it, sptep, gfn, spte, pages) : STEP_NEXT;
 	case TDP_ZAP_LEVEL:
-		return it->level == it->min_level ? zap_spte(it, sptep, spte, pages) : STEP_NEXT;
+		return it->level == it->min_level ? zap_spte(it, sptep, gfn, spte, pages) : STEP_NEXT;
 	case TDP_ZAP_RANGE:
-		return zap_spte(it, sptep, spte, pages);
+		return zap_spte(it, sptep, gfn, spte, pages);
 	case TDP_WRPROT:
-		return leaf ? clear_writable(it, sptep, spte, pages) : STEP_NEXT;
+		return leaf ? clear_writable(it, sptep, gfn, spte, pages) : STEP_NEXT;
 	case TDP_CLEAR_DIRTY:
-		return wanted_dirty(it) ? clear_writable(it, sptep, spte, pages) : STEP_NEXT;
+		return wanted_dirty(it, gfn) ? clear_writable(it, sptep, gfn, spte, pages) : STEP_NEXT;
 	case TDP_AGE:
-		return leaf ? clear_accessed(it, sptep, spte, pages) : STEP_NEXT;
+		return leaf ? clear_accessed(it, sptep, gfn, spte, pages) : STEP_NEXT;
 	case TDP_COUNT:
 		it->c->changed++;
 		it->c->pages += pages;
 		it->c->already += !(spte & SPTE_WRITABLE);
 		return STEP_NEXT;
 	case TDP_FIND_HUGE:
-		return leaf ? found(it, spte, pages) : STEP_NEXT;
+		return leaf ? found(it, gfn, spte) : STEP_NEXT;
 	case TDP_FIND_TABLE:
-		return !leaf ? found(it, spte, pages) : STEP_NEXT;
+		return !leaf ? found(it, gfn, spte) : STEP_NEXT;
 	}
 	return STEP_NEXT;
 }
 
 /* Must the walk go into the table behind this SPTE? */
-static inline bool descends(const struct tdp_iter *it, uint64_t spte, uint64_t pages, enum tdp_walk walk)
+static inline bool descends(const struct tdp_iter *it, uint64_t gfn, uint64_t spte, uint64_t pages,
+			    enum tdp_walk walk)
 {
-	uint64_t gfn = it->gfn & ~(pages - 1);
-
 	if (spte_leaf(spte, it->level) || it->level <= it->min_level)
 		return false;
 	return walk != TDP_ZAP_RANGE || gfn < it->start || gfn + pages > it->end;
@@ -176,37 +178,48 @@ static inline bool waits_for_frozen(const struct tdp_iter *it, enum tdp_walk wal
 				 walk == TDP_WRPROT || walk == TDP_CLEAR_DIRTY);
 }
 
-/* The rest of one table page.  Compiled once for each kind of walk. */
+/* The rest of one table page.  Compiled once for each kind of walk; what the loop counts is in registers. */
 static inline __attribute__((always_inline)) enum step walk_table(struct tdp_iter *it, enum tdp_walk walk)
 {
 	_Atomic uint64_t *table = ept_table(it->m, it->table);
-	uint64_t pages = kvm_pages_per_hpage(it->level);
+	uint64_t pages = kvm_pages_per_hpage(it->level), budget = it->budget, gfn = it->gfn;
+	uint64_t in_table = FRAME_WORDS - spte_index(gfn, it->level);
+	uint64_t to_end = (it->end - gfn - 1 + (gfn & (pages - 1))) / pages + 1;
+	enum step end = in_table <= to_end && in_table <= budget ? STEP_TABLE : STEP_STOP;
+	_Atomic uint64_t *sptep = &table[FRAME_WORDS - in_table], *stop;
 
-	while (it->gfn < it->end && it->budget) {
-		uint32_t index = spte_index(it->gfn, it->level);
+	stop = sptep + (in_table < to_end ? in_table : to_end);
+	if (stop > sptep + budget)
+		stop = sptep + budget;
+	while (sptep < stop) {
 		/* Acquire: pairs with the release of whoever published it; what is behind it is complete. */
-		uint64_t spte = atomic_load_explicit(&table[index], memory_order_acquire);
+		uint64_t spte = atomic_load_explicit(sptep, memory_order_acquire);
 		enum step step = STEP_NEXT;
 
 		if (spte_present(spte)) {
-			if (descends(it, spte, pages, walk)) {
+			if (descends(it, gfn & ~(pages - 1), spte, pages, walk)) {
 				it->link = spte;
-				return STEP_DESCEND;
+				end = STEP_DESCEND;
+				break;
 			}
-			step = visit(it, &table[index], spte, pages, walk);
+			step = visit(it, sptep, gfn & ~(pages - 1), spte, pages, walk);
 			if (step == STEP_RETRY)
 				continue;
 		} else if (is_frozen_spte(spte) && waits_for_frozen(it, walk)) {
-			return STEP_FROZEN;
+			end = STEP_FROZEN;
+			break;
 		}
-		it->gfn = (it->gfn & ~(pages - 1)) + pages;
-		it->budget--;
-		if (step == STEP_STOP)
-			return STEP_STOP;
-		if (index == FRAME_WORDS - 1)
-			return STEP_TABLE;
+		gfn = (gfn & ~(pages - 1)) + pages;
+		budget--;
+		sptep++;
+		if (step == STEP_STOP) {
+			end = STEP_STOP;
+			break;
+		}
 	}
-	return STEP_STOP;
+	it->gfn = gfn;
+	it->budget = budget;
+	return end;
 }
 
 static enum step walk_one_table(struct tdp_iter *it)
@@ -269,10 +282,12 @@ static int walk_range(struct tdp_iter *it)
 			/* The page may be one that another thread has just unlinked: then the path from the root
 			 * leads elsewhere by now.  If it leads here again, the SPTE's owner must run first. */
 			if (frozen_at == it->gfn)
-				return MACHINE_AGAIN;
+				return 0;
 			frozen_at = it->gfn;
 			break;
 		case STEP_TABLE:
+			if (it->gfn >= it->end || !it->budget)
+				return 0;
 			break;
 		default:
 			return it->error;

@@ -1,0 +1,128 @@
+"""A machine with one VM, and its frames, EPT and user memory without any KVM above them."""
+
+from __future__ import annotations
+
+from types import TracebackType
+from typing import Any
+
+from native import ffi, lib
+
+CPU = 1  # the housekeeping CPU that the tests act as
+RCU_CPU = 2
+PRESENT, WRITABLE, ACCESSED, DIRTY, HUGE = 7, 2, 0x100, 0x200, 0x80
+MMU_WRITABLE = 1 << lib.SPTE_MMU_WRITABLE_BIT
+CUSTODY_MASK = 0x7FFF << lib.SPTE_CUSTODY_SHIFT
+BLOCK = int(lib.BLOCK_FRAMES)
+
+
+def pages_of(level: int) -> int:
+    """KVM_PAGES_PER_HPAGE()"""
+    return 1 << 9 * (level - 1)
+
+
+def index_of(gfn: int, level: int) -> int:
+    return gfn >> 9 * (level - 1) & 511
+
+
+class Rig:
+    """One machine, VM 0, and a root."""
+
+    def __init__(self, gfns: int = 2048, root_level: int = 4, **changes: int) -> None:
+        values = dict(
+            pcpus=1, housekeeping=2, vms=2, vcpus=1, root_frames=4, table_frames=64, guest_frames=256,
+            guest_blocks=3, l1_ways=4, l2_entries=64, l2_ways=4, psc_entries=4, seed=1,
+        )  # fmt: skip
+        values.update(changes)
+        error = ffi.new("char[200]")
+        self.m = lib.machine_create(ffi.new("struct machine_config *", values), error, 200)
+        if self.m == ffi.NULL:
+            raise AssertionError(ffi.string(error).decode())
+        assert lib.vm_create(self.m, gfns) == 0
+        self.gfns = gfns
+        self.root_level = root_level
+        self.root = self.table(lib.FRAME_ROOT)
+
+    def __enter__(self) -> Rig:
+        return self
+
+    def __exit__(self, kind: type | None, error: BaseException | None, trace: TracebackType | None) -> None:
+        lib.machine_stop(self.m)
+        lib.machine_destroy(self.m)
+
+    def error(self) -> str:
+        return str(ffi.string(lib.machine_error_text(self.m, CPU)).decode())
+
+    def events(self) -> list[tuple[int, int, int]]:
+        out = ffi.new("struct event[256]")
+        return [(out[i].kind, out[i].a, out[i].b) for i in range(lib.events_read(self.m, CPU, out, 256))]
+
+    def count(self, counter: int) -> int:
+        values = ffi.new("uint64_t[]", lib.COUNTERS)
+        lib.counters_sum(self.m, values)
+        return int(values[counter])
+
+    # -- frames
+
+    def frame(self, kind: int) -> int:
+        return int(lib.frame_alloc(self.m, CPU, kind))
+
+    def free(self, hfn: int) -> None:
+        lib.frame_free(self.m, CPU, hfn)
+
+    def words(self, hfn: int) -> set[int]:
+        return {lib.frame_read(self.m, hfn, i) for i in range(512)}
+
+    # -- EPT
+
+    def table(self, kind: int = lib.FRAME_TABLE) -> int:
+        table = int(lib.ept_table_alloc(self.m, CPU, kind))
+        assert table > 0
+        return table
+
+    def walk(self, gfn: int) -> tuple[int, int, int]:
+        """Table, level and SPTE where a walk to gfn ends."""
+        sptes, tables = ffi.new("uint64_t[6]"), ffi.new("uint32_t[6]")
+        level = lib.tdp_mmu_get_walk(self.m, self.root, self.root_level, gfn, sptes, tables)
+        return int(tables[level]), int(level), int(sptes[level])
+
+    def set_atomic(self, table: int, level: int, gfn: int, old: int, new: int) -> int:
+        return int(
+            lib.tdp_mmu_set_spte_atomic(self.m, CPU, 0, table, index_of(gfn, level), level, gfn, old, new)
+        )
+
+    def set(self, table: int, level: int, gfn: int, new: int) -> int:
+        return int(lib.tdp_mmu_set_spte(self.m, CPU, 0, table, index_of(gfn, level), level, gfn, new))
+
+    def link(self, gfn: int, goal: int) -> tuple[int, int]:
+        """Tables down to `goal`; returns the table and the SPTE there."""
+        while True:
+            table, level, spte = self.walk(gfn)
+            if level <= goal or spte & PRESENT:
+                return table, spte
+            assert self.set_atomic(table, level, gfn, spte, lib.make_nonleaf_spte(self.m, self.table())) == 0
+
+    def chunk(self, walk: int, start: int = 0, end: int | None = None, **more: int) -> Any:
+        fields = dict(
+            root=self.root, root_level=self.root_level, walk=walk, next_gfn=start, end_gfn=end or self.gfns
+        )
+        return ffi.new("struct tdp_chunk *", {**fields, **more})
+
+    def step(self, chunk: Any, most: int = 1 << 20) -> Any:
+        assert lib.tdp_walk_chunk(self.m, CPU, 0, chunk, most) == 0
+        return chunk
+
+    def right(self, gfn: int) -> int:
+        """Rights granted now: 1 read, 2 write."""
+        return int(lib.oracle_right(self.m, 0, gfn, ffi.new("uint32_t *"))) & 3
+
+    def hfn(self, gfn: int) -> int:
+        hfn = ffi.new("uint32_t *")
+        lib.oracle_right(self.m, 0, gfn, hfn)
+        return int(hfn[0])
+
+    # -- user memory
+
+    def fault(self, hva: int, write: bool = True) -> Any:
+        page = ffi.new("struct mm_page *")
+        rc = int(lib.mm_fault(self.m, CPU, 0, hva, write, page))
+        return page if rc == 0 else rc
