@@ -9,7 +9,7 @@ from rich.console import Group, RenderableType
 from rich.table import Table
 from rich.text import Text
 
-from emulator.result import FlushCount, Histogram, Result, Snapshot
+from emulator.result import FlushCount, Histogram, Report, Result, Snapshot
 
 DOCUMENT_VERSION = 1
 # Violations shown in full; the JSON document has all that were kept.
@@ -128,7 +128,7 @@ def summary(result: Result) -> RenderableType:
     ]
     if result.cycles:
         parts.append(_cycle_table(result))
-    parts += [Text(report.text) for report in result.reports[:SHOWN_REPORTS]]
+    parts += [Text(report.text) for report in _examples(result.reports)]
     parts.append(_verdict(result))
     return Group(*(part for pair in ((part, Text()) for part in parts) for part in pair))
 
@@ -151,6 +151,14 @@ def duration_text(seconds: float) -> str:
         if seconds >= factor:
             return f"{seconds / factor:.3g} {unit}"
     return f"{seconds / 1e-9:.3g} ns"
+
+
+def _examples(reports: tuple[Report, ...]) -> list[Report]:
+    """The first report of each kind; there are usually thousands that differ in numbers only."""
+    first: dict[str, Report] = {}
+    for report in reports:
+        first.setdefault(report.kind, report)
+    return list(first.values())[:SHOWN_REPORTS]
 
 
 def _header(result: Result) -> Text:
@@ -247,7 +255,7 @@ def _verdict(result: Result) -> Text:
     if result.snapshot.violations:
         kinds = ", ".join(f"{kind} {count:,}" for kind, count in result.snapshot.violations.items())
         text.append(f": {kinds}")
-        hidden = result.snapshot.violated - min(len(result.reports), SHOWN_REPORTS)
+        hidden = result.snapshot.violated - len(_examples(result.reports))
         if hidden > 0:
             text.append(f" ({hidden:,} not shown; --json has those that were kept)")
     if result.failure:
