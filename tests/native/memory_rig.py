@@ -28,10 +28,9 @@ class Rig:
     """One machine, VM 0, and a root."""
 
     def __init__(self, gfns: int = 2048, root_level: int = 4, **changes: int) -> None:
-        values = dict(
-            pcpus=1, housekeeping=2, vms=2, vcpus=1, root_frames=4, table_frames=64, guest_frames=256,
-            guest_blocks=3, l1_ways=4, l2_entries=64, l2_ways=4, psc_entries=4, seed=1,
-        )  # fmt: skip
+        values = {"pcpus": 1, "housekeeping": 2, "vms": 2, "vcpus": 1, "seed": 1}
+        values |= {"root_frames": 4, "table_frames": 64, "guest_frames": 256, "guest_blocks": 3}
+        values |= {"l1_ways": 4, "l2_entries": 64, "l2_ways": 4, "psc_entries": 4}
         values.update(changes)
         error = ffi.new("char[200]")
         self.m = lib.machine_create(ffi.new("struct machine_config *", values), error, 200)
@@ -79,11 +78,16 @@ class Rig:
         assert table > 0
         return table
 
+    def path(self, gfn: int) -> tuple[int, Any, Any]:
+        """The level where a walk to gfn ends; tables and SPTEs by level."""
+        sptes, tables = ffi.new("uint64_t[6]"), ffi.new("uint32_t[6]")
+        level = int(lib.tdp_mmu_get_walk(self.m, self.root, self.root_level, gfn, sptes, tables))
+        return level, tables, sptes
+
     def walk(self, gfn: int) -> tuple[int, int, int]:
         """Table, level and SPTE where a walk to gfn ends."""
-        sptes, tables = ffi.new("uint64_t[6]"), ffi.new("uint32_t[6]")
-        level = lib.tdp_mmu_get_walk(self.m, self.root, self.root_level, gfn, sptes, tables)
-        return int(tables[level]), int(level), int(sptes[level])
+        level, tables, sptes = self.path(gfn)
+        return int(tables[level]), level, int(sptes[level])
 
     def set_atomic(self, table: int, level: int, gfn: int, old: int, new: int) -> int:
         return int(
@@ -96,15 +100,15 @@ class Rig:
     def link(self, gfn: int, goal: int) -> tuple[int, int]:
         """Tables down to `goal`; returns the table and the SPTE there."""
         while True:
-            table, level, spte = self.walk(gfn)
-            if level <= goal or spte & PRESENT:
-                return table, spte
-            assert self.set_atomic(table, level, gfn, spte, lib.make_nonleaf_spte(self.m, self.table())) == 0
+            level, tables, sptes = self.path(gfn)
+            if level <= goal or sptes[level] & PRESENT:
+                return int(tables[max(level, goal)]), int(sptes[max(level, goal)])
+            child = lib.make_nonleaf_spte(self.m, self.table())
+            assert self.set_atomic(tables[level], level, gfn, sptes[level], child) == 0
 
     def chunk(self, walk: int, start: int = 0, end: int | None = None, **more: int) -> Any:
-        fields = dict(
-            root=self.root, root_level=self.root_level, walk=walk, next_gfn=start, end_gfn=end or self.gfns
-        )
+        fields = {"root": self.root, "root_level": self.root_level, "walk": walk, "next_gfn": start}
+        fields["end_gfn"] = self.gfns if end is None else end
         return ffi.new("struct tdp_chunk *", {**fields, **more})
 
     def step(self, chunk: Any, most: int = 1 << 20) -> Any:
