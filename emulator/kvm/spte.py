@@ -68,16 +68,10 @@ class PfnAndRights:
     host_writable: bool
 
 
-def make_spte(
-    cpu: Cpu, slot: KvmMemorySlot, gfn: int, level: int, pfn: PfnAndRights, prefetch: bool = False
-) -> int:
-    """make_spte(): a writable leaf if the host permits writes; under dirty logging that marks the page.
-
-    A page that is mapped before somebody writes to it (prefetch) is not marked, and so not made writable.
-    """
-    track = slot.dirty_track_enabled()
-    writable = pfn.host_writable and not (track and prefetch)
-    spte: int = lib.make_spte(pfn.pfn, pfn.custody, level, writable, pfn.host_writable)
-    if writable and track:
+def make_spte(cpu: Cpu, slot: KvmMemorySlot, gfn: int, level: int, pfn: PfnAndRights) -> int:
+    """make_spte(): a leaf that is writable if the host permits writes, whatever the fault asked for; under
+    dirty logging that marks the page."""
+    spte: int = lib.make_spte(pfn.pfn, pfn.custody, level, pfn.host_writable, pfn.host_writable)
+    if pfn.host_writable and slot.dirty_track_enabled():
         mark_page_dirty_in_slot(cpu, slot, gfn)
     return spte

@@ -153,7 +153,7 @@ def recover_huge_pages_range(cpu: Cpu, kvm: Kvm, root: KvmMmuPage, slot: KvmMemo
             entry = _collapsible(cpu, kvm, slot, it)
             if entry is None:
                 continue
-            huge_spte = tdp_mmu_make_huge_spte(cpu, entry)
+            huge_spte = tdp_mmu_make_huge_spte(cpu, kvm, entry)
             if huge_spte is None:
                 continue
             if not tdp_mmu_set_spte_atomic(cpu, kvm, entry, huge_spte):
@@ -177,7 +177,7 @@ def _collapsible(cpu: Cpu, kvm: Kvm, slot: KvmMemorySlot, it: TdpIter) -> Entry 
     return entry
 
 
-def tdp_mmu_make_huge_spte(cpu: Cpu, parent: Entry) -> int | None:
+def tdp_mmu_make_huge_spte(cpu: Cpu, kvm: Kvm, parent: Entry) -> int | None:
     """tdp_mmu_make_huge_spte(), make_huge_spte(): from the first present child; None if there is none.
 
     The huge SPTE takes the child's custody, which must be that of the whole block.

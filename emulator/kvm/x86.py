@@ -41,11 +41,14 @@ from emulator.kvm.vmx import (
     vmx_load_mmu_pgd,
 )
 from emulator.runtime import Cpu, MachineError, MachineStopped, OutOfFrames
-from native import lib
+from native import ffi, lib
 
 # Exits after which KVM looks at need_resched() even if nobody asked; stands for the timer tick.
 _EXITS_PER_TICK: Final = 64
 _ATTENTION_WORK: Final[int] = lib.ATTENTION_MESSAGE | lib.ATTENTION_RESCHED | lib.ATTENTION_STOP
+
+# The core keeps the pointer: where interrupts were disabled.
+_ENTER: Final = ffi.new("char[]", b"vcpu_enter_guest")
 
 # What vcpu_enter_guest hands back: the Cpu that the thread is on, and why KVM_RUN ends (None: it goes on).
 Entered = tuple[Cpu, ExitToUser | None]
@@ -166,9 +169,6 @@ def _enter_with_irqs_off(cpu: Cpu, vcpu: Vcpu) -> bool:
     cpu.point("guest", vcpu.id, "write")
     cpu.check(lib.guest_run(cpu.m, cpu.id, vcpu.id, budget, vcpu.exit))
     return True
-
-
-_ENTER = b"vcpu_enter_guest"
 
 
 def _unwind_entry(cpu: Cpu, vcpu: Vcpu) -> None:

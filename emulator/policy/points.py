@@ -46,8 +46,8 @@ POINTS: tuple[DecisionPoint, ...] = (
             Alternative("all-contexts", "INVEPT global: every EPTP, every VM on the pCPU"),
             Alternative(
                 "current-context",
-                "INVEPT single on the current root only, as to 5.6; wrong as soon as a vCPU can switch to a "
-                "root that it used before without a flush, or loads a root for the first time on a pCPU",
+                "INVEPT single on the current root only, as to 5.6; wrong as soon as a vCPU can go back to a "
+                "root that it used before without a flush (SMM, nested guests)",
                 mutant=True,
             ),
         ),

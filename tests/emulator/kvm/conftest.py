@@ -1,0 +1,12 @@
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+import pytest
+from rig import Rig, running_rig
+
+
+@pytest.fixture
+def rig() -> Iterator[Rig]:
+    with running_rig() as rig:
+        yield rig

@@ -1,0 +1,190 @@
+"""A machine driven by hand: one thread plays all CPUs, guests do one access at a time."""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+
+from emulator.kvm.kvm_host import PREEMPTIBLE, RESCHED, RunYield
+from emulator.kvm.kvm_main import (
+    kvm_create_vm,
+    kvm_destroy_vm,
+    kvm_mmu_notifier_invalidate_range_end,
+    kvm_mmu_notifier_invalidate_range_start,
+    kvm_sched_in,
+    kvm_sched_out,
+    kvm_set_memory_region,
+    kvm_vm_ioctl_create_vcpu,
+)
+from emulator.kvm.structs import Kvm, KvmParams, Vcpu
+from emulator.kvm.x86 import vcpu_run
+from emulator.policy import Policy
+from emulator.runtime import Cpu, Machine
+from native import VIOLATION_KINDS, VM_STAT_NAMES, ffi, lib
+
+GFNS = 4096
+SLOT = 0
+
+CONFIG = {
+    "pcpus": 3,
+    "housekeeping": 3,
+    "vms": 4,
+    "vcpus": 8,
+    "root_frames": 4,
+    "table_frames": 256,
+    "guest_frames": 3 * GFNS,
+    "guest_blocks": 8,
+    "l1_ways": 4,
+    "l2_entries": 0,
+    "l2_ways": 12,
+    "psc_entries": 0,
+    "chaos": 0,
+    "seed": 1,
+}
+
+
+@contextmanager
+def online(cpu: Cpu) -> Iterator[None]:
+    """One thread plays several pCPUs: calls to those that it does not play at the moment are served for them,
+    as for any CPU that is offline."""
+    lib.cpu_online(cpu.m, cpu.id)
+    try:
+        yield
+    finally:
+        lib.cpu_offline(cpu.m, cpu.id)
+
+
+class Guest:
+    """One vCPU's thread.  Its process is a single record that tests rewrite, or one that walks over
+    `pages`."""
+
+    def __init__(self, rig: Rig, kvm: Kvm, pages: int = 1, **config: int) -> None:
+        self.rig = rig
+        self.vcpu: Vcpu = kvm_vm_ioctl_create_vcpu(rig.host, kvm)
+        self.on: Cpu | None = None
+        settings = {"first_gfn": 0, "end_gfn": GFNS, "seed": 1, **config}
+        self._config = ffi.new("struct guest_config *", settings)
+        rig.host.check(lib.guest_configure(rig.machine.m, self.vcpu.id, self._config))
+        # Written and read in turn.
+        self.records = ffi.new("uint64_t[]", [page << 12 | (page & 1) << 62 for page in range(pages)])
+        self.pages = ffi.new("uint64_t[]", list(range(pages)))
+        rig.host.check(
+            lib.guest_add_process(rig.machine.m, self.vcpu.id, self.records, pages, self.pages, pages)
+        )
+        self.run = vcpu_run(self.vcpu)
+        next(self.run)
+
+    def resume(self, pcpu: int) -> RunYield:
+        """Go on on that pCPU, moving there if need be."""
+        cpu = self.rig.machine.cpus[pcpu]
+        if self.on is not None and self.on is not cpu and self.vcpu.loaded:
+            kvm_sched_out(self.on, self.vcpu)
+            with online(cpu):
+                kvm_sched_in(cpu, self.vcpu)
+        self.on = cpu
+        with online(cpu):
+            return self.run.send(cpu)
+
+    def access(self, pcpu: int, gfn: int, kind: int) -> RunYield:
+        """One access, with all exits that it takes."""
+        self.records[0] = kind << 62 | gfn << 12
+        while True:
+            state = self.resume(pcpu)
+            if state is not PREEMPTIBLE:
+                return state
+
+    def run_slices(self, pcpu: int, slices: int) -> None:
+        while slices:
+            slices -= self.resume(pcpu) is RESCHED
+
+    def write(self, pcpu: int, gfn: int) -> RunYield:
+        return self.access(pcpu, gfn, lib.ACCESS_WRITE)
+
+    def read(self, pcpu: int, gfn: int) -> RunYield:
+        return self.access(pcpu, gfn, lib.ACCESS_READ)
+
+
+class Rig:
+    """`host` is the CPU of the ioctl caller and of the host's memory management, `other` a second one."""
+
+    def __init__(self, machine: Machine) -> None:
+        self.machine = machine
+        self.host, self.other = machine.cpus[machine.pcpus : machine.pcpus + 2]
+        for cpu in (self.host, self.other):
+            lib.cpu_online(machine.m, cpu.id)
+        self.vms: list[Kvm] = []
+
+    def vm(self, policy: Policy | None = None, slot: bool = True, **params: Any) -> Kvm:
+        defaults: dict[str, Any] = {"slice_accesses": 1, "fault_around": 0, "resched_chunks": 0}
+        kvm = kvm_create_vm(self.host, GFNS, policy or Policy(), KvmParams(**{**defaults, **params}))
+        self.vms.append(kvm)
+        if slot:
+            kvm_set_memory_region(self.host, kvm, SLOT, 0, GFNS, 0)
+        return kvm
+
+    def guest(self, kvm: Kvm, **config: int) -> Guest:
+        return Guest(self, kvm, **config)
+
+    def destroy(self, kvm: Kvm) -> None:
+        self.vms.remove(kvm)
+        kvm_destroy_vm(self.host, kvm)
+
+    def unmap(self, kvm: Kvm, start: int, end: int, promise: int = lib.PROMISE_NOTIFIER) -> None:
+        kvm_mmu_notifier_invalidate_range_start(self.host, kvm, start, end, promise)
+        lib.mm_unmap(self.machine.m, self.host.id, kvm.id, start, end, 1)
+        kvm_mmu_notifier_invalidate_range_end(self.host, kvm, start, end)
+
+    def protect(self, kvm: Kvm, start: int, end: int, writable: int) -> None:
+        promise = lib.PROMISE_NOTIFIER_WRITE
+        kvm_mmu_notifier_invalidate_range_start(self.host, kvm, start, end, promise)
+        lib.mm_protect(self.machine.m, self.host.id, kvm.id, start, end, writable)
+        kvm_mmu_notifier_invalidate_range_end(self.host, kvm, start, end)
+
+    def collapse(self, kvm: Kvm, start: int) -> None:
+        kvm_mmu_notifier_invalidate_range_start(self.host, kvm, start, start + 512)
+        assert lib.mm_collapse(self.machine.m, self.host.id, kvm.id, start) == 0
+        kvm_mmu_notifier_invalidate_range_end(self.host, kvm, start, start + 512)
+
+    def stats(self, kvm: Kvm) -> dict[str, int]:
+        return {name: lib.vm_stat(self.machine.m, kvm.id, i) for i, name in enumerate(VM_STAT_NAMES)}
+
+    @contextmanager
+    def counting(self, kvm: Kvm) -> Iterator[dict[str, int]]:
+        """Statistics of the VM that the block changed, without the zeros."""
+        before, changed = self.stats(kvm), dict[str, int]()
+        yield changed
+        after = self.stats(kvm)
+        changed.update({name: after[name] - before[name] for name in after if after[name] != before[name]})
+
+    def violations(self) -> dict[str, int]:
+        counts = ffi.new("uint64_t[]", len(VIOLATION_KINDS))
+        lib.oracle_counts(self.machine.m, counts)
+        return {kind: n for kind, n in zip(VIOLATION_KINDS, counts, strict=True) if n}
+
+    def counter(self, counter: int) -> int:
+        values = ffi.new("uint64_t[]", lib.COUNTERS)
+        lib.counters_sum(self.machine.m, values)
+        return int(values[counter])
+
+    def rcu(self) -> None:
+        """All callbacks queued so far have run."""
+        self.host.check(lib.rcu_barrier(self.machine.m, self.host.id))
+
+
+@contextmanager
+def running_rig(**config: int) -> Iterator[Rig]:
+    machine = Machine({**CONFIG, **config})
+    rcu_cpu = machine.cpus[-1]
+    rcu = threading.Thread(target=lib.rcu_thread, args=(machine.m, rcu_cpu.id))
+    rcu.start()
+    rig = Rig(machine)
+    try:
+        yield rig
+        for kvm in list(rig.vms):
+            rig.destroy(kvm)
+    finally:
+        machine.stop()
+        rcu.join()
+        machine.destroy()
