@@ -167,7 +167,7 @@ uint64_t mmu_invalidate_seq(struct machine *m, uint32_t vm)
 	return atomic_load_explicit(&m->vms[vm].invalidate_seq, memory_order_acquire);
 }
 
-int mmu_invalidate_retry_gfn(struct machine *m, uint32_t vm, uint64_t seq, uint64_t gfn)
+int mmu_invalidate_retry_range(struct machine *m, uint32_t vm, uint64_t seq, uint64_t first, uint64_t last)
 {
 	struct vm *v = &m->vms[vm];
 
@@ -177,10 +177,15 @@ int mmu_invalidate_retry_gfn(struct machine *m, uint32_t vm, uint64_t seq, uint6
 		uint64_t end = atomic_load_explicit(&v->invalidate_end, memory_order_relaxed);
 
 		/* begun, but the range is not known yet */
-		if (start == UINT64_MAX || (gfn >= start && gfn < end))
+		if (start == UINT64_MAX || (last > start && first < end))
 			return 1;
 	}
 	return mmu_invalidate_seq(m, vm) != seq;
+}
+
+int mmu_invalidate_retry_gfn(struct machine *m, uint32_t vm, uint64_t seq, uint64_t gfn)
+{
+	return mmu_invalidate_retry_range(m, vm, seq, gfn, gfn + 1);
 }
 
 /* --- vCPUs ------------------------------------------------------------------------------------------ */

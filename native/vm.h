@@ -41,6 +41,8 @@ void mmu_invalidate_end(struct machine *m, uint32_t vm);
 uint64_t mmu_invalidate_seq(struct machine *m, uint32_t vm);
 /* mmu_invalidate_retry_gfn(): 1 if a fault that sampled `seq` must retry. */
 int mmu_invalidate_retry_gfn(struct machine *m, uint32_t vm, uint64_t seq, uint64_t gfn);
+/* The same for gfns [start, end): 1 if one of them may have to retry. */
+int mmu_invalidate_retry_range(struct machine *m, uint32_t vm, uint64_t seq, uint64_t start, uint64_t end);
 
 /* VM statistics of KVM's own names. */
 enum vm_stat {

@@ -36,8 +36,6 @@ RET_PF_SPURIOUS: Final = 5
 EFAULT: Final = -14
 ENOMEM: Final = -12
 
-_NO_FRAME: Final = 0xFFFFFFFF
-
 
 class KvmPageFault:
     """struct kvm_page_fault.
@@ -212,13 +210,14 @@ def tdp_mmu_map_handle_target_level(cpu: Cpu, vcpu: Vcpu, fault: KvmPageFault, e
 def tdp_mmu_map_around(cpu: Cpu, kvm: Kvm, fault: KvmPageFault, table: int) -> None:
     """Maps the neighbours that faultin looked up where nothing is mapped yet, in the same table.
 
-    Real KVM prefetches only for shadow paging; without this, storms of zaps crawl.  Each neighbour passes
-    the same test as the fault itself: its gfn may be in a range whose invalidation is in progress.
+    Real KVM prefetches only for shadow paging; without this, storms of zaps crawl.  A neighbour may be in a
+    range whose invalidation is in progress although the fault itself is not.
     """
-    if kvm.policy.fault_retry == "invalidate-seq":
-        for i in range(fault.around_n):
-            if lib.mmu_invalidate_retry_gfn(cpu.m, kvm.id, fault.mmu_seq, fault.around_gfn + i):
-                cpu.hfns[i] = _NO_FRAME
+    end = fault.around_gfn + fault.around_n
+    if kvm.policy.fault_retry == "invalidate-seq" and lib.mmu_invalidate_retry_range(
+        cpu.m, kvm.id, fault.mmu_seq, fault.around_gfn, end
+    ):
+        return
     cpu.point("spte", (table, fault.around_gfn & 511), "write")
     cpu.check(
         lib.tdp_mmu_map_around(

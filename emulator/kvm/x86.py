@@ -222,8 +222,8 @@ def kvm_vcpu_srcu_read_unlock(cpu: Cpu, vcpu: Vcpu) -> None:
 
 
 def xfer_to_guest_mode_work_pending(vcpu: Vcpu, exits: int) -> bool:
-    """__xfer_to_guest_mode_work_pending(): a signal, or need_resched().  A machine that stops ends KVM_RUN here
-    at the latest: a vCPU that only runs and faults never waits."""
+    """__xfer_to_guest_mode_work_pending(): a signal, or need_resched().  A machine that stops ends KVM_RUN
+    here at the latest: a vCPU that only runs and faults never waits."""
     exit_info = vcpu.exit
     attention = exit_info.attention & _ATTENTION_WORK
     if attention & lib.ATTENTION_STOP:

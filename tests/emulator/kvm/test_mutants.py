@@ -81,8 +81,8 @@ def root_page_reused(rig: Rig, policy: Policy) -> set[str]:
 def table_replaced(rig: Rig, policy: Policy) -> set[str]:
     """A huge leaf replaces a table that another pCPU has a pointer to.
 
-    Logging maps huge memory by 4K pages, one of which is missing.  It ends, and before the table as a whole is
-    turned into a huge page, a fault on the missing page does so.
+    Logging maps huge memory by 4K pages, one of which is missing.  It ends, and before the table as a whole
+    is turned into a huge page, a fault on the missing page does so.
     """
     kvm = rig.vm(policy)
     first, second = rig.guest(kvm), rig.guest(kvm)
