@@ -47,7 +47,8 @@ nothing
 smi vcpu
     An SMI; the guest executes RSM at once. Returns 0.
 guest_insn vcpu insn n
-    The guest executes cr0_wp, cr4_pge, cr4_pse (toggles), mov_cr3 or invlpg n times. Returns how often.
+    The guest executes cr0_wp, cr4_pge, cr4_pse (toggles), mov_cr3 or invlpg at least n times. Returns how
+    often it did.
 vm_create
     With as many vCPUs as the machine was booted for. Returns 0 after each vCPU's first entry.
 vm_destroy

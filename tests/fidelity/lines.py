@@ -59,6 +59,7 @@ class Machine:
     thp: bool = False
     host_4k: bool = False
     manual_protect: bool = False
+    guest_os: bool = False
 
 
 @dataclass(frozen=True)

@@ -1,0 +1,235 @@
+"""The driver: the steps of ground_truth.toml on an emulated machine (driver.py says what each means)."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import replace
+from types import MappingProxyType
+from typing import Any
+
+from emulator.kvm.kvm_host import KVM_MEM_LOG_DIRTY_PAGES
+from emulator.kvm.kvm_main import (
+    kvm_destroy_vm,
+    kvm_vm_ioctl_clear_dirty_log,
+    kvm_vm_ioctl_get_dirty_log,
+)
+from emulator.kvm.structs import KvmParams
+from emulator.policy import preset as preset_named
+from native import lib
+
+from .host_mm import BLOCK
+from .lines import Machine, Step
+from .machine import EmulatedMachine, Vm
+from .probes import Probes
+
+# Memory of the process that no slot covers.
+UNBACKED = 0x8000
+
+
+class EmulatorDriver:
+    capabilities = frozenset({"force_yield", "memslot_move", "thp", "collapse", "zap_collapsible", "pageout"})
+
+    @contextmanager
+    def boot(
+        self, machine: Machine, vcpus: int, preset: str, settings: Mapping[str, str] = MappingProxyType({})
+    ) -> Iterator[EmulatedBench]:
+        """`settings` are answers to decision points that differ from the preset's."""
+        with Probes() as probes:
+            bench = EmulatedBench(machine, vcpus, preset_named(preset).with_settings(settings), probes)
+            try:
+                bench.start()
+                yield bench
+            finally:
+                bench.close()
+
+
+class EmulatedBench(EmulatedMachine):
+    """The machine under the test's steps."""
+
+    def step(self, step: Step) -> int:
+        perform: Callable[[Step], int] = getattr(self, f"_{step.op}")
+        return perform(step)
+
+    def _vm(self, step: Step) -> Vm:
+        return self.vms[step.number("vm", 0)]
+
+    # --- the guest ------------------------------------------------------------------------------------------
+
+    def _guest(self, step: Step) -> int:
+        for vm in [self._vm(step)] if "vm" in step.args else self.vms:
+            match step.word("do"):
+                case "stop":
+                    self.leave_kvm_run(vm)
+                case "idle":
+                    for program in vm.programs:
+                        program.idle()
+                case "write":
+                    slot = vm.slots[step.number("slot")]
+                    for program in vm.programs:
+                        program.access(slot.gfn, step.number("n", slot.pages), lib.ACCESS_WRITE)
+        return 0
+
+    def _touch(self, step: Step) -> int:
+        vm = self._vm(step)
+        slot = vm.slots[step.number("slot")]
+        kind = lib.ACCESS_READ if step.word("access") == "read" else lib.ACCESS_WRITE
+        faults = lib.vm_stat(self.native.m, vm.kvm.id, lib.STAT_FAULTS)
+        at_once = step.args.get("concurrent") == "yes"
+        for turn in [vm.programs] if at_once else [[program] for program in vm.programs]:
+            before = [program.accesses for program in turn]
+            for program in turn:
+                program.access(slot.gfn, slot.pages, kind)
+            self.whole_round(vm)
+            for program, earlier in zip(turn, before, strict=True):
+                program.access(*earlier)
+        return int(lib.vm_stat(self.native.m, vm.kvm.id, lib.STAT_FAULTS) - faults)
+
+    # --- the host's memory ----------------------------------------------------------------------------------
+
+    def _range(self, vm: Vm, step: Step) -> tuple[int, int]:
+        if step.args.get("slot") == "none":
+            return UNBACKED, UNBACKED + step.number("n")
+        start = vm.slots[step.number("slot")].gfn + step.number("first")
+        return start, start + step.number("n")
+
+    def _zapped(self) -> int:
+        return self.counter(self.cpu.id, lib.COUNT_SPTES_ZAPPED)
+
+    def _unmap(self, step: Step) -> int:
+        vm, before = self._vm(step), self._zapped()
+        if "yield_after" in step.args:
+            vm.kvm.params = YieldOnce(vm.kvm.params, step.number("yield_after"))  # type: ignore[assignment]
+        self.mm.unmap(vm.kvm, *self._range(vm, step))
+        return self._zapped() - before
+
+    def _pageout(self, step: Step) -> int:
+        vm, before = self._vm(step), self._zapped()
+        for page in range(*self._range(vm, step)):
+            self.mm.unmap(vm.kvm, page, page + 1, keep=True)
+        return self._zapped() - before
+
+    def _mprotect(self, step: Step) -> int:
+        vm, before = self._vm(step), self._zapped()
+        vm.protected = step.word("prot") != "rw"
+        self.mm.protect(vm.kvm, *self._range(vm, step), step.word("prot"))
+        return self._zapped() - before
+
+    def _collapse(self, step: Step) -> int:
+        vm = self._vm(step)
+        before = self.probes.count("huge leaves", vm.kvm.id)
+        start, end = self._range(vm, step)
+        for block in range(start, end, BLOCK):
+            self.mm.collapse(vm.kvm, block)
+            self.whole_round(vm)
+        return self.probes.count("huge leaves", vm.kvm.id) - before
+
+    # --- memslots and dirty logging -------------------------------------------------------------------------
+
+    def _memslot_create(self, step: Step) -> int:
+        vm, number = self._vm(step), step.number("slot")
+        self.set_slot(vm, number, vm.slots[number])
+        return 0
+
+    def _memslot_delete(self, step: Step) -> int:
+        vm, number = self._vm(step), step.number("slot")
+        self.set_slot(vm, number, replace(vm.slots[number], pages=0))
+        return 0
+
+    def _memslot_move(self, step: Step) -> int:
+        vm, number = self._vm(step), step.number("slot")
+        vm.slots[number] = replace(vm.slots[number], gfn=step.number("gpa") >> 12)
+        self.set_slot(vm, number, vm.slots[number])
+        return 0
+
+    def _dirty_log_enable(self, step: Step) -> int:
+        vm, number = self._vm(step), step.number("slot")
+        before = self.probes.count("protected", vm.kvm.id)
+        self.set_slot(vm, number, vm.slots[number], KVM_MEM_LOG_DIRTY_PAGES)
+        return self.probes.count("protected", vm.kvm.id) - before
+
+    def _dirty_log_disable(self, step: Step) -> int:
+        vm, number = self._vm(step), step.number("slot")
+        before = self.probes.count("recovered", vm.kvm.id)
+        self.set_slot(vm, number, vm.slots[number])
+        return self.probes.count("recovered", vm.kvm.id) - before
+
+    def _get_dirty_log(self, step: Step) -> int:
+        words = kvm_vm_ioctl_get_dirty_log(self.cpu, self._vm(step).kvm, step.number("slot"))
+        return sum(word.bit_count() for word in words)
+
+    def _clear_dirty_log(self, step: Step) -> int:
+        vm, first, n = self._vm(step), step.number("first"), step.number("n")
+        before = self.probes.count("protected", vm.kvm.id)
+        words = [(1 << 64) - 1] * (n // 64)
+        kvm_vm_ioctl_clear_dirty_log(self.cpu, vm.kvm, step.number("slot"), first, n, words)
+        return self.probes.count("protected", vm.kvm.id) - before
+
+    # --- the scheduler --------------------------------------------------------------------------------------
+
+    def _migrate(self, step: Step) -> int:
+        used = {task.pcpu for vm in self.vms for task in vm.tasks}
+        free = min(set(range(self.pcpus)) - used)
+        self.move(self._vm(step).tasks[step.number("vcpu")], free)
+        return 0
+
+    def _share_pcpus(self, step: Step) -> int:
+        if step.word("with") == "vcpu0":
+            for task in self._vm(step).tasks:
+                self.move(task, self._vm(step).tasks[0].pcpu)
+        else:
+            for vm in self.vms[1:]:
+                for task, host in zip(vm.tasks, self.vms[0].tasks, strict=True):
+                    self.move(task, host.pcpu)
+        return 0
+
+    def _run(self, step: Step) -> int:
+        def switches() -> int:
+            return sum(self.probes.count("sched_in", task.vcpu.id) for vm in self.vms for task in vm.tasks)
+
+        before = switches()
+        self.wait(lambda: switches() - before >= step.number("switches"), "context switches")
+        return switches() - before
+
+    def _nothing(self, step: Step) -> int:
+        time.sleep(0.02)
+        return 0
+
+    def _guest_insn(self, step: Step) -> int:
+        counter = {"mov_cr3": lib.COUNT_GUEST_SWITCHES, "invlpg": lib.COUNT_GUEST_INVALIDATIONS}[
+            step.word("insn")
+        ]
+        pcpu = self._vm(step).tasks[step.number("vcpu")].pcpu
+        before = self.counter(pcpu, counter)
+        self.wait(lambda: self.counter(pcpu, counter) - before >= step.number("n"), str(step))
+        return self.counter(pcpu, counter) - before
+
+    # --- a VM's life ----------------------------------------------------------------------------------------
+
+    def _vm_create(self, step: Step) -> int:
+        self.create_vm()
+        return 0
+
+    def _vm_destroy(self, step: Step) -> int:
+        vm = self._vm(step)
+        vm.exists = False
+        kvm_destroy_vm(self.cpu, vm.kvm)
+        return 0
+
+
+class YieldOnce:
+    """Module parameters under which the next zap finds need_resched() set after its first so many SPTEs."""
+
+    def __init__(self, params: KvmParams, after: int) -> None:
+        self._params = params
+        self.chunk = after
+        self._set = True
+
+    @property
+    def resched_chunks(self) -> int:
+        was, self._set = self._set, False
+        return int(was)
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._params, name)

@@ -1,0 +1,52 @@
+"""The host's side: what madvise, mprotect, reclaim and khugepaged do to the VMM's memory."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+from emulator.kvm.kvm_main import (
+    kvm_mmu_notifier_invalidate_range_end,
+    kvm_mmu_notifier_invalidate_range_start,
+)
+from emulator.kvm.structs import Kvm
+from emulator.runtime import Cpu
+from native import ffi, lib
+
+BLOCK = 512
+
+
+class HostMm:
+    """Ranges are host virtual pages."""
+
+    def __init__(self, cpu: Cpu) -> None:
+        self.cpu = cpu
+
+    @contextmanager
+    def _notified(self, kvm: Kvm, start: int, end: int, promise: int) -> Iterator[None]:
+        kvm_mmu_notifier_invalidate_range_start(self.cpu, kvm, start, end, promise)
+        yield
+        kvm_mmu_notifier_invalidate_range_end(self.cpu, kvm, start, end)
+
+    def unmap(self, kvm: Kvm, start: int, end: int, keep: bool = False) -> None:
+        """MADV_DONTNEED, or reclaim if the contents are kept."""
+        with self._notified(kvm, start, end, lib.PROMISE_NOTIFIER):
+            lib.mm_unmap(self.cpu.m, self.cpu.id, kvm.id, start, end, keep)
+
+    def protect(self, kvm: Kvm, start: int, end: int, prot: str) -> None:
+        """mprotect. PROT_NONE differs from PROT_READ only for who faults, and then nobody does."""
+        promise = lib.PROMISE_NOTIFIER_WRITE if prot == "r" else lib.PROMISE_NOTIFIER
+        with self._notified(kvm, start, end, promise):
+            lib.mm_protect(self.cpu.m, self.cpu.id, kvm.id, start, end, prot == "rw")
+
+    def collapse(self, kvm: Kvm, start: int) -> None:
+        """khugepaged, one 2M range."""
+        with self._notified(kvm, start, start + BLOCK, lib.PROMISE_NOTIFIER):
+            self.cpu.check(lib.mm_collapse(self.cpu.m, self.cpu.id, kvm.id, start))
+
+    def make_huge(self, kvm: Kvm, start: int, pages: int) -> None:
+        """Memory that is huge from its first fault on, before any vCPU uses it."""
+        page = ffi.new("struct mm_page *")
+        for block in range(start, start + pages, BLOCK):
+            self.cpu.check(lib.mm_fault(self.cpu.m, self.cpu.id, kvm.id, block, 1, page))
+            self.cpu.check(lib.mm_collapse(self.cpu.m, self.cpu.id, kvm.id, block))

@@ -1,0 +1,50 @@
+"""Which of KVM's functions the driver counts calls of."""
+
+from __future__ import annotations
+
+from emulator.kvm import kvm_host
+from emulator.kvm.structs import Kvm
+from emulator.kvm.tdp_iter import TdpIter
+from emulator.runtime import Cpu
+from native import lib
+
+from .probes import Probes
+
+
+def probe_kvm(probes: Probes) -> None:
+    """The functions that the recordings traced, and what says that an operation did something."""
+    names = {
+        getattr(kvm_host, name): name.removeprefix("KVM_REQ_") for name in dir(kvm_host) if "_REQ_" in name
+    }
+
+    def each_call(function: str, what: str) -> None:
+        probes.probe(function, lambda args, _: (what, args[1].id, 1))
+
+    for scope in ("all", "current", "guest"):
+        each_call(f"vmx_flush_tlb_{scope}", f"flush_{scope}")
+    each_call("kvm_mmu_load", "kvm_mmu_load")
+    each_call("kvm_flush_remote_tlbs", "remote_tlb_flush_requests")
+    each_call("kvm_sched_in", "sched_in")
+    each_call("vmx_handle_exit", "exits")
+    probes.probe("kvm_make_all_cpus_request", lambda args, _: (f"request {names[args[2]]}", args[1].id, 1))
+    # kvm_vcpu_flush_tlb_{all,current,guest} count here, on the pCPU on which the vCPU is loaded.
+    probes.probe_method(
+        Cpu,
+        "stat",
+        lambda args, _: ("tlb_flush", args[0].vcpu.id, 1) if args[2] == lib.STAT_TLB_FLUSH else None,
+    )
+    probes.probe(
+        "tdp_mmu_iter_cond_resched", lambda args, yielded: ("yields", args[1].id, yielded and args[3])
+    )
+    probes.probe_method(TdpIter, "step", lambda args, n: _walked(args[0].chunk.walk, args[2], n), cpu=1)
+    probes.probe(
+        "tdp_mmu_map_handle_target_level",
+        lambda args, _: ("huge leaves", args[1].kvm.id, args[3].level > kvm_host.PG_LEVEL_4K),
+    )
+    probes.probe("tdp_mmu_make_huge_spte", lambda args, spte: ("recovered", args[1].id, spte is not None))
+    probes.probe("tdp_mmu_zap_spte_atomic", lambda args, zapped: ("recovered", args[1].id, zapped))
+
+
+def _walked(walk: int, kvm: Kvm, n: int) -> tuple[str, int, int] | None:
+    protects = walk in (lib.TDP_WRPROT, lib.TDP_CLEAR_DIRTY)
+    return ("protected", kvm.id, n) if protects else None

@@ -1,0 +1,60 @@
+"""What a vCPU's guest executes: an endless loop of accesses that the test may rewrite at any time."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from native import ffi, lib
+
+# Pages of the largest slot: a loop of this many accesses visits each page of any slot.
+LENGTH = 1024
+IDLE_GFN = 0x10
+# What the guest OS maps for each of its processes.
+LINEAR_PAGE = 0x400
+OS_PAGES = 16
+
+
+class Program:
+    """The guest runs without paging, so that it accesses what the test says and nothing else.
+
+    With `guest_os`, an OS of two processes with PCIDs works in slot 0 instead, and what the test says is not
+    asked.
+    """
+
+    def __init__(
+        self, m: Any, vcpu: int, *, guest_os: bool = False, first_gfn: int = 0, end_gfn: int = 1
+    ) -> None:
+        self._m, self._vcpu = m, vcpu
+        self._records = ffi.new("uint64_t[]", LENGTH)
+        self._pages = ffi.new("uint64_t[]", [LINEAR_PAGE + i for i in range(OS_PAGES)])
+        self._start = 0
+        config = {"first_gfn": first_gfn, "end_gfn": end_gfn, "seed": vcpu + 1}
+        if guest_os:
+            config |= {"paging": 1, "pcid": 1, "switch_every": 500, "unmap_every": 300, "protect_every": 700}
+        statuses = [lib.guest_configure(m, vcpu, ffi.new("struct guest_config *", config))]
+        for _ in range(2 if guest_os else 1):
+            statuses.append(lib.guest_add_process(m, vcpu, self._records, LENGTH, self._pages, OS_PAGES))
+        if any(statuses):
+            raise MemoryError(f"guest of vCPU {vcpu}: {statuses}")
+        if guest_os:
+            self.access(LINEAR_PAGE, OS_PAGES, lib.ACCESS_WRITE)
+        else:
+            self.idle()
+
+    def idle(self) -> None:
+        """In guest mode, without an access to slots 1 and 2: its own code, in slot 0."""
+        self.access(IDLE_GFN, 1, lib.ACCESS_READ)
+
+    def access(self, gfn: int, pages: int, kind: int) -> None:
+        """Each of the pages in turn, for ever; `kind` is an access_type."""
+        for i in range(LENGTH):
+            self._records[i] = kind << 62 | (gfn + i % pages) << 12 | (i * 8) & 0xFF8
+        self.accesses = (gfn, pages, kind)
+        self.mark()
+
+    def mark(self) -> None:
+        self._start = lib.guest_clock(self._m, self._vcpu)
+
+    def rounds(self) -> float:
+        """Whole loops since the mark."""
+        return float(lib.guest_clock(self._m, self._vcpu) - self._start) / LENGTH
