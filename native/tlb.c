@@ -219,25 +219,37 @@ void tlb_insert(struct tlb *t, const struct tlb_entry *entry, uint64_t page)
 		promote(t, &e, page);
 }
 
-void tlb_l1_update_right(struct tlb *t, uint64_t page, uint32_t type, uint32_t right)
-{
-	l1_update_right(&t->l1, l1_key(t, t->serves, page & PAGE_NUMBER_MASK), type, right);
-}
-
-void tlb_update_right(struct tlb *t, uint32_t kind, uint64_t page, uint32_t type, uint32_t right)
+/* What tlb_lookup would return. */
+static struct slot *first_live(struct tlb *t, uint32_t kind, uint64_t page)
 {
 	uint32_t index[2], n = contexts_of(t, kind, index);
 
-	page &= PAGE_NUMBER_MASK;
 	for (uint32_t i = 0; i < n; i++)
 		for (uint32_t size = PAGE_4K; size <= PAGE_1G; size++) {
 			struct cell *cell = find_size(t, index[i], size, page);
 
 			if (cell && cell_live(&t->l2, cell))
-				((struct slot *)cell_payload(&t->l2, cell))->entry.right[type] = right;
+				return cell_payload(&t->l2, cell);
 		}
+	return NULL;
+}
+
+void tlb_update_right(struct tlb *t, uint32_t kind, uint64_t page, uint32_t type, uint32_t right)
+{
+	uint32_t index = kind == KIND_GUEST_PHYSICAL ? t->physical : t->paged;
+	struct tlb_entry *entry;
+	struct slot *slot;
+
+	page &= PAGE_NUMBER_MASK;
+	slot = first_live(t, kind, page);
+	if (!slot)
+		return;
+	entry = &slot->entry;
+	if (entry->size == PAGE_4K)
+		entry->right[type] = right;
 	/* guest-physical ones may be there from when paging was off */
-	l1_update_right(&t->l1, l1_key(t, index[0], page), type, right);
+	l1_update_right(&t->l1, l1_key(t, index, page), entry->hfn + (uint32_t)(page - entry->page), type,
+			right);
 }
 
 void tlb_drop(struct tlb *t, uint32_t kind, uint64_t page)

@@ -92,12 +92,10 @@ void psc_insert(struct tlb *t, const struct psc_entry *entry);
 
 /* First level missed: try the second, promote on a hit.  As tlb_lookup, for the kind in use. */
 int tlb_refill_l1(struct tlb *t, uint64_t page, struct tlb_entry *entry);
-/* Replace the rights of one access type wherever the translation of `page` in the current context is
- * cached (both levels).  With a large entry the second level's copy serves other 4 KiB frames too: for a
- * right that is true of one frame only, use tlb_l1_update_right. */
+/* Refresh the right of one access type to `page`, after a check of the entry that tlb_lookup returns: in
+ * that entry and in the first level's copy.  Nowhere else: a right is one frame's custody, so the copy of a
+ * large translation in the second level, which serves other frames too, keeps the one it was filled with. */
 void tlb_update_right(struct tlb *t, uint32_t kind, uint64_t page, uint32_t type, uint32_t right);
-/* The same in the first level's 4 KiB piece alone. */
-void tlb_l1_update_right(struct tlb *t, uint64_t page, uint32_t type, uint32_t right);
 /* Drop the translations of `page` in the current context, both levels (hardware: the ghost has flush 0). */
 void tlb_drop(struct tlb *t, uint32_t kind, uint64_t page);
 

@@ -185,7 +185,8 @@ void l1_clear(struct tlb_l1 *l1);
 void l1_drop(struct tlb_l1 *l1, uint64_t page);
 /* Put the piece `page` of a translation in, under the current context. */
 void l1_fill(struct tlb_l1 *l1, const struct tlb_entry *entry, uint64_t page);
-void l1_update_right(struct tlb_l1 *l1, uint64_t key, uint32_t type, uint32_t right);
+/* ... if it is of that frame. */
+void l1_update_right(struct tlb_l1 *l1, uint64_t key, uint32_t hfn, uint32_t type, uint32_t right);
 
 /* tlb.c: context bits of the current context changed. */
 void l1_retag(struct tlb *t);

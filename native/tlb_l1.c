@@ -89,11 +89,11 @@ void l1_fill(struct tlb_l1 *l1, const struct tlb_entry *entry, uint64_t page)
 	l1->hint[page % L1_HINTS] = (char *)hot - (char *)l1->hot;
 }
 
-void l1_update_right(struct tlb_l1 *l1, uint64_t key, uint32_t type, uint32_t right)
+void l1_update_right(struct tlb_l1 *l1, uint64_t key, uint32_t hfn, uint32_t type, uint32_t right)
 {
 	struct tlb_hot *hot = l1->hot[key % L1_SETS];
 
 	for (uint32_t way = 0; way < L1_WAYS; way++)
-		if (hot[way].key == key)
+		if (hot[way].key == key && hot[way].hfn == hfn)
 			hot[way].right[type] = right;
 }

@@ -310,17 +310,37 @@ def test_dropped_counts_by_vm() -> None:
     lib.tlb_destroy(tlb)
 
 
-def test_rights_are_replaced_in_both_levels(pair: Pair) -> None:
+def right_of(pair: Pair, page: int) -> tuple[int, int]:
+    """In the first level and in the second, for accesses of type 2."""
+    assert lib.tlb_l1_probe(pair.native, page, pair.hfn, pair.right)
+    assert lib.tlb_lookup(pair.native, Kind.COMBINED, page, pair.entry) == 1
+    return pair.right[2], pair.entry.right[2]
+
+
+def test_a_right_is_refreshed_in_both_levels(pair: Pair) -> None:
     fill(pair, 1)
-    fill(pair, 1, is_global=True)
     lib.tlb_update_right(pair.native, Kind.COMBINED, 1, 2, 0x123)
-    assert lib.tlb_l1_probe(pair.native, 1, pair.hfn, pair.right)
-    assert pair.right[2] == 0x123
+    assert right_of(pair, 1) == (0x123, 0x123)
+
+
+def test_a_right_to_one_frame_of_a_large_page_says_nothing_about_the_others(pair: Pair) -> None:
+    fill(pair, 600, size=1)
+    before = right_of(pair, 600)[1]
+    lib.tlb_update_right(pair.native, Kind.COMBINED, 600, 2, 0x123)
+    assert right_of(pair, 600) == (0x123, before)
+    assert pair.lookup(700, physical=False, refill=True) == 1
+    assert right_of(pair, 700) == (before, before)
+
+
+def test_a_right_is_not_refreshed_in_another_translation_of_the_page(pair: Pair) -> None:
+    fill(pair, 1)
+    fill(pair, 1, is_global=True)  # the first level has this one, a look-up finds the other
+    before = right_of(pair, 1)[0]
+    lib.tlb_update_right(pair.native, Kind.COMBINED, 1, 2, 0x123)
+    assert right_of(pair, 1) == (before, 0x123)
+    pair.invalidate("mov_to_cr3", 0)
     assert lib.tlb_lookup(pair.native, Kind.COMBINED, 1, pair.entry) == 1
-    assert pair.entry.right[2] == 0x123
-    lib.tlb_l1_update_right(pair.native, 1, 2, 0x456)
-    assert lib.tlb_lookup(pair.native, Kind.COMBINED, 1, pair.entry) == 1
-    assert pair.entry.right[2] == 0x123
+    assert pair.entry.right[2] == before
 
 
 def test_least_recently_used_goes_first() -> None:
