@@ -1,7 +1,7 @@
 """kprobes for the emulated KVM: counts calls of its functions by name, without help of its own counters.
 
-The recordings were made the same way. A probe replaces every reference to a function in the emulator's modules
-and is taken out again at the end.
+The recordings were made the same way. A probe replaces every reference to a function in the modules of
+the emulator and is taken out again at the end.
 """
 
 from __future__ import annotations
