@@ -125,6 +125,7 @@ static int cpu_resume(struct machine *m, struct cpu *c)
 /* The one place where a CPU's thread sleeps.  HALTED meanwhile: senders serve its calls. */
 static int cpu_sleep(struct machine *m, struct cpu *c, uint32_t seq, uint64_t nanoseconds)
 {
+	chaos_point(m, c->id);
 	if (!power_change(c, CPU_RUNNING, CPU_HALTED))
 		return MACHINE_OFFLINE;
 	chaos_point(m, c->id);
@@ -151,6 +152,7 @@ void cpu_offline(struct machine *m, uint32_t cpu)
 	for (uint32_t vm = 0; vm < m->config.vms; vm++)
 		mmu_lock_abandon(m, cpu, vm);
 	ipi_discard_queue(m, c);
+	chaos_point(m, cpu);
 	atomic_store_explicit(&c->power, CPU_OFFLINE, SEQ_CST);
 	chaos_point(m, cpu);
 	/* P3: whoever queued meanwhile saw SERVICED and left it to us. */

@@ -33,6 +33,7 @@ int srcu_read_lock(struct machine *m, uint32_t cpu, uint32_t vm)
 	ipi_drain(m, cpu);
 	/* relaxed: a stale index is what the second phase of synchronize_srcu is for */
 	index = atomic_load_explicit(&v->srcu.index, memory_order_relaxed) & 1;
+	chaos_point(m, cpu);
 	atomic_fetch_add_explicit(&v->srcu.lock_count[index], 1, SEQ_CST);
 	return (int)index;
 }

@@ -95,9 +95,13 @@ static void *broadcaster(void *argument)
 
 	cpu_online(a->m, a->cpu);
 	arrive(a, &to_start);
-	for (uint32_t i = 1; i <= a->rounds; i++)
-		CHECK(on_each_cpu(a->m, a->cpu, IPI_INVEPT_GLOBAL, argument_of(a->cpu, i), i % 4 != 0) ==
-		      PCPUS);
+	for (uint32_t i = 1; i <= a->rounds; i++) {
+		int wait = i % 4 != 0;
+
+		CHECK(on_each_cpu(a->m, a->cpu, IPI_INVEPT_GLOBAL, argument_of(a->cpu, i), wait) == PCPUS);
+		for (uint32_t target = 0; wait && target < PCPUS; target++)
+			CHECK(seen[target].last[a->cpu] == i); /* acknowledged: it has run */
+	}
 	arrive(a, &to_finish);
 	ipi_drain(a->m, a->cpu);
 	cpu_offline(a->m, a->cpu);
@@ -231,6 +235,55 @@ static void *closer(void *argument)
 	return NULL;
 }
 
+/* --- one call against one change of power ------------------------------------------------------------ */
+
+static _Atomic uint32_t round_of[2]; /* of the target, of the sender */
+
+/* Nothing but the call itself can end the sender's wait: the target neither looks nor comes back before. */
+static void *changing(void *argument)
+{
+	struct actor *a = argument;
+	bool unplug = a->shared != NULL;
+
+	cpu_online(a->m, a->cpu);
+	for (uint32_t i = 1; i <= a->rounds; i++) {
+		atomic_store(&round_of[0], i);
+		if (unplug) {
+			cpu_offline(a->m, a->cpu);
+			while (atomic_load(&round_of[1]) < i)
+				sched_yield();
+			cpu_online(a->m, a->cpu);
+		} else {
+			CHECK(cpu_halt(a->m, a->cpu, 0) & ATTENTION_MESSAGE);
+			cpu_clear_attention(a->m, a->cpu, ATTENTION_MESSAGE);
+		}
+	}
+	cpu_offline(a->m, a->cpu);
+	return NULL;
+}
+
+static void test_power(const char *name, uint32_t rounds, uint32_t chaos, bool unplug)
+{
+	struct machine *m = begin(name, chaos);
+	struct actor target = { .m = m, .cpu = 0, .rounds = rounds, .shared = unplug ? m : NULL };
+
+	atomic_store(&round_of[0], 0);
+	atomic_store(&round_of[1], 0);
+	actor_start(&target, changing);
+	for (uint32_t i = 1; i <= rounds; i++) {
+		while (atomic_load(&round_of[0]) < i)
+			cpu_relax();
+		for (uint32_t pause = i * 7 % 300; pause; pause--)
+			cpu_relax();
+		CHECK(smp_call_function_single(m, PCPUS, 0, IPI_ACK_KICK, 0, 1) >= 0);
+		atomic_store(&round_of[1], i);
+		if (!unplug)
+			cpu_notify(m, 0, ATTENTION_MESSAGE);
+	}
+	actor_join(&target);
+	machine_destroy(m);
+}
+
 /* --- stop and death -------------------------------------------------------------------------------- */
 
 static void *stuck_sender(void *argument)
@@ -285,6 +338,39 @@ static void test_sender_dies(void)
 	machine_destroy(m);
 }
 
+static void *blocked_broadcaster(void *argument)
+{
+	struct actor *a = argument;
+
+	cpu_online(a->m, a->cpu);
+	CHECK(smp_call_function_single(a->m, a->cpu, 3, IPI_ACK_KICK, 0, 0) == 1);
+	/* queued for 0, then stuck: the node for 3 is in use */
+	CHECK(on_each_cpu(a->m, a->cpu, IPI_INVEPT_GLOBAL, argument_of(a->cpu, 1), 1) == MACHINE_OFFLINE);
+	return NULL;
+}
+
+/* A sender that gives up half-way kicks whom it queued for: later senders count on it. */
+static void test_half_sent(void)
+{
+	struct machine *m = begin("a sender taken offline half-way", 0);
+	struct actor idle = { .m = m, .cpu = 0 }, half = { .m = m, .cpu = 1 };
+
+	cpu_online(m, 3);
+	actor_start(&idle, harness_idle);
+	while (cpu_power(m, 0) != CPU_HALTED)
+		usleep(100);
+	actor_start(&half, blocked_broadcaster);
+	while (cpu_power(m, 1) != CPU_HALTED)
+		usleep(100);
+	cpu_offline(m, 1);
+	actor_join(&half);
+	CHECK(smp_call_function_single(m, PCPUS, 0, IPI_ACK_KICK, 0, 1) == 1);
+	CHECK(seen[0].ran == 1);
+	machine_stop(m);
+	actor_join(&idle);
+	machine_destroy(m);
+}
+
 static void test_misuse(void)
 {
 	struct machine *m = begin("misuse", 0);
@@ -313,10 +399,13 @@ int main(int argc, char **argv)
 	test_ends_wait("stop while senders wait", MACHINE_STOPPED);
 	test_ends_wait("a target dies while senders wait", 1);
 	test_sender_dies();
+	test_half_sent();
 	for (uint32_t chaos = 0; chaos <= 8; chaos += 8) {
 		uint32_t n = chaos ? rounds / 4 : rounds;
 
 		test_broadcasts(n, chaos);
+		test_power("a call against halting", n, chaos, false);
+		test_power("a call against going offline", n, chaos, true);
 		run_senders("guests that look at attention only", n, chaos, harness_guest, true);
 		run_senders("idle targets", n, chaos, harness_idle, true);
 		run_senders("targets that doze", n, chaos, dozer, true);
