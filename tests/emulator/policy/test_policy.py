@@ -1,0 +1,63 @@
+from __future__ import annotations
+
+import dataclasses
+
+import pytest
+
+from emulator.errors import BadInput
+from emulator.policy import DEFAULT, POINTS, PRESETS, Policy, PolicyError, preset
+
+
+def test_every_point_is_an_attribute_and_its_first_alternative_the_default() -> None:
+    names = [field.name for field in dataclasses.fields(Policy)]
+    assert sorted(names) == sorted(["name", *(point.name for point in POINTS)])
+    assert Policy().answers() == {point.name: point.default for point in POINTS}
+
+
+def test_the_default_preset_has_no_mutant() -> None:
+    assert PRESETS[DEFAULT] == Policy()
+    assert all(not policy.mutants() for policy in PRESETS.values())
+
+
+def test_alternatives_are_described_and_distinct() -> None:
+    for point in POINTS:
+        assert point.doc
+        assert len(set(point.names())) == len(point.alternatives) >= 2
+        assert not point.alternatives[0].mutant
+        assert all(alternative.doc for alternative in point.alternatives)
+
+
+def test_with_settings() -> None:
+    policy = Policy().with_settings({"migration": "none", "kick_wait": "no-wait"})
+    assert (policy.migration, policy.kick_wait, policy.root_load) == ("none", "no-wait", "flush-current")
+    assert policy.name == "linux-7.3+kick_wait=no-wait+migration=none"
+    assert policy.mutants() == ("kick_wait=no-wait", "migration=none")
+    assert Policy().with_settings({}) == Policy()
+
+
+@pytest.mark.parametrize(
+    ("settings", "found", "expected"),
+    [
+        ({"migraton": "none"}, "'migraton'", "did you mean migration?"),
+        ({"migration": "nothing"}, "'nothing'", "all-contexts, active-roots, none"),
+        ({"name": "x"}, "'name'", "one of remote_flush"),
+    ],
+)
+def test_bad_settings_say_so_in_one_line(settings: dict[str, str], found: str, expected: str) -> None:
+    with pytest.raises(PolicyError) as error:
+        Policy().with_settings(settings)
+    text = str(error.value)
+    assert found in text
+    assert expected in text
+    assert "\n" not in text
+    assert isinstance(error.value, BadInput)
+
+
+def test_an_unknown_preset_says_which_there_are() -> None:
+    with pytest.raises(PolicyError, match=r"linux-7\.4.*linux-6\.12"):
+        preset("linux-7.4")
+
+
+def test_a_policy_checks_itself() -> None:
+    with pytest.raises(PolicyError, match="root_load"):
+        Policy(root_load="flush")
