@@ -67,7 +67,9 @@ static uint64_t run_hits(struct run *run, const uint64_t *records, uint64_t n)
 	const _Atomic uint16_t *tag = m->frames->tag;
 	uint8_t *memory = m->frames->memory;
 	uint32_t life = run->walk.life_bits;
-	uint64_t clock = run->walk.guest->clock, i, lookups = 0, checks = 0;
+	uint64_t clock = run->walk.guest->clock, i;
+	/* Where the record that ended the loop got to; every record before it took all three steps. */
+	uint32_t polled = 1, looked_up = 1, checked = 1;
 
 	for (i = 0; i < n; i++) {
 		uint64_t record = records[i];
@@ -76,23 +78,27 @@ static uint64_t run_hits(struct run *run, const uint64_t *records, uint64_t n)
 
 		/* The poll.  Relaxed: whoever notices acquires when it takes the queue. */
 		if (__builtin_expect(atomic_load_explicit(attention, memory_order_relaxed), 0))
-			break;
-		lookups++;
+			goto interrupted;
 		hot = tlb_l1_lookup(l1, RECORD_PAGE(record));
 		if (__builtin_expect(!hot, 0))
-			break;
-		checks++;
+			goto missed;
 		if (__builtin_expect((atomic_load_explicit(&tag[hot->hfn], memory_order_relaxed) | life) !=
 					     hot->right[type], 0))
-			break;
+			goto out;
 		if (type == ACCESS_WRITE)
 			atomic_store_explicit((_Atomic uint64_t *)(void *)(memory + ((uint64_t)hot->hfn << 12) +
 									   (record & 0xff8)),
 					      clock + i, memory_order_relaxed);
 	}
-	run->polls += i + (i < n);
-	run->lookups += lookups;
-	run->checks += checks;
+	polled = 0;
+interrupted:
+	looked_up = 0;
+missed:
+	checked = 0;
+out:
+	run->polls += i + polled;
+	run->lookups += i + looked_up;
+	run->checks += i + checked;
 	return i;
 }
 
