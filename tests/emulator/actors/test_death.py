@@ -11,8 +11,8 @@ from typing import Any
 
 import pykka
 import pytest
-from support import wait_until
 from crews import crew_of, small_machine
+from support import wait_until
 
 from emulator.actors.base import MachineActor
 from emulator.actors.crew import Crew
