@@ -118,7 +118,10 @@ def kvm_swap_active_memslots(
 ) -> None:
     """kvm_swap_active_memslots(): `old` (by id) goes, `new` comes; on return nobody uses the set before.
 
-    No mmu_notifier may be between its start and its end meanwhile: both must find the same slots.
+    No mmu_notifier may be between its start and its end meanwhile: both must find the same slots.  So the
+    last one to end installs the set if it cannot be done at once; the kernel wakes the updater to do it,
+    which here would come too late again and again, because a thread takes longer to wake than invalidations
+    pause.
     """
     given = old if old is not None else new
     assert given is not None
@@ -129,20 +132,17 @@ def kvm_swap_active_memslots(
         slots.append(new)
     after = KvmMemslots(before.generation + 1, tuple(slots))
 
-    def swap() -> bool:
-        with kvm.mn_invalidate_lock.held(cpu):
-            if kvm.mn_active_invalidate_count:
-                return False
-            cpu.point("memslots", kvm.id, "write")
-            kvm.memslots[as_id] = after
-            return True
+    def install() -> None:
+        cpu.point("memslots", kvm.id, "write")
+        kvm.memslots[as_id] = after
 
     with kvm.slots_arch_lock.held(cpu):
-        kvm.mn_memslots_update_waiter = cpu.id
-        try:
-            wait_until(cpu, swap, "mn_active_invalidate_count")
-        finally:
-            kvm.mn_memslots_update_waiter = -1
+        with kvm.mn_invalidate_lock.held(cpu):
+            if kvm.mn_active_invalidate_count:
+                kvm.mn_memslots_update = (install, cpu.id)
+            else:
+                install()
+        wait_until(cpu, lambda: kvm.memslots[as_id] is after, "mn_active_invalidate_count")
     cpu.check(lib.synchronize_srcu(cpu.m, cpu.id, kvm.id))
     kvm_arch_memslots_updated(cpu, kvm)
 

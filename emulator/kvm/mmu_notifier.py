@@ -81,7 +81,7 @@ def notifier_flush(cpu: Cpu, kvm: Kvm, gfn: int) -> None:
 
 def kvm_mmu_notifier_invalidate_range_end(cpu: Cpu, kvm: Kvm, start: int, end: int) -> None:
     """kvm_mmu_notifier_invalidate_range_end(): the sequence moves on before in_progress ends, so that a fault
-    which sees nothing in progress sees the new sequence.  Then a memslot update may go on.
+    which sees nothing in progress sees the new sequence.  Then a memslot update that waits for it happens.
 
     The slots are those that range_start found: an update waits for mn_active_invalidate_count.
     """
@@ -96,8 +96,12 @@ def kvm_mmu_notifier_invalidate_range_end(cpu: Cpu, kvm: Kvm, start: int, end: i
                 lib.mmu_invalidate_end(cpu.m, kvm.id)
     finally:
         lib.srcu_read_unlock(cpu.m, cpu.id, kvm.id, index)
+    waiter = -1
     with kvm.mn_invalidate_lock.held(cpu):
         kvm.mn_active_invalidate_count -= 1
-        waiter = kvm.mn_memslots_update_waiter if not kvm.mn_active_invalidate_count else -1
+        if not kvm.mn_active_invalidate_count and kvm.mn_memslots_update is not None:
+            install, waiter = kvm.mn_memslots_update
+            kvm.mn_memslots_update = None
+            install()
     if waiter >= 0:
         wake(kvm.machine, waiter)

@@ -8,6 +8,7 @@ under the lock that the kernel has for it.
 from __future__ import annotations
 
 from bisect import bisect_right
+from collections.abc import Callable
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -190,7 +191,7 @@ class Kvm:
         "mn_active_invalidate_count",
         "mn_flush_at_end",
         "mn_invalidate_lock",
-        "mn_memslots_update_waiter",
+        "mn_memslots_update",
         "params",
         "pcpu_mask",
         "policy",
@@ -215,7 +216,8 @@ class Kvm:
         self.memslots: list[KvmMemslots] = [KvmMemslots(), KvmMemslots()]
         self.mn_invalidate_lock = SpinLock("mn_invalidate_lock")
         self.mn_active_invalidate_count = 0
-        self.mn_memslots_update_waiter = -1  # CPU of the memslot updater that waits for the count
+        # What installs the next set of memslots when that count is 0, and the CPU that waits for it.
+        self.mn_memslots_update: tuple[Callable[[], None], int] | None = None
         self.mn_flush_at_end = False  # only with notifier_flush=at-range-end; under mmu_lock
         # Replaced whole under tdp_mmu_pages_lock, read under RCU or mmu_lock.
         self.tdp_mmu_roots: tuple[KvmMmuPage, ...] = ()

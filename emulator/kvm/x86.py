@@ -256,7 +256,8 @@ def kvm_vcpu_ioctl_run(cpu: Cpu, vcpu: Vcpu) -> Generator[RunYield, Cpu, Entered
                 kvm_vcpu_srcu_read_lock(cpu, vcpu)
         return cpu, ExitToUser("intr")
     finally:
-        if vcpu.srcu_idx >= 0:
+        # A generator that nobody closed is closed when it is collected, perhaps after the machine is gone.
+        if vcpu.srcu_idx >= 0 and cpu.m:
             kvm_vcpu_srcu_read_unlock(cpu, vcpu)
 
 

@@ -64,6 +64,7 @@ class Guest:
         self.rig = rig
         self.vcpu: Vcpu = kvm_vm_ioctl_create_vcpu(rig.host, kvm)
         self.on: Cpu | None = None
+        self.scheduled_out = False
         settings = {"first_gfn": 0, "end_gfn": GFNS, "seed": 1, **config}
         self._config = ffi.new("struct guest_config *", settings)
         rig.host.check(lib.guest_configure(rig.machine.m, self.vcpu.id, self._config))

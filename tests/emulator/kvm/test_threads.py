@@ -1,0 +1,178 @@
+"""KVM on real threads: pCPUs that take vCPUs in turn, two that play the host, one that makes ioctls."""
+
+from __future__ import annotations
+
+import threading
+import time
+from collections import deque
+from collections.abc import Callable
+from contextlib import suppress
+from random import Random
+
+import pytest
+from rig import GFNS, SLOT, Guest, Rig, running_rig
+
+from emulator.kvm.kvm_host import KVM_MEM_LOG_DIRTY_PAGES, RunState
+from emulator.kvm.kvm_main import (
+    kvm_mmu_notifier_invalidate_range_end,
+    kvm_mmu_notifier_invalidate_range_start,
+    kvm_sched_in,
+    kvm_sched_out,
+    kvm_set_memory_region,
+    kvm_vm_ioctl_get_dirty_log,
+)
+from emulator.kvm.mmu import kvm_zap_gfn_range
+from emulator.kvm.structs import Kvm
+from emulator.policy import Policy
+from emulator.runtime import Cpu, MachineStopped
+from native import lib
+
+PAGES = 1024
+
+
+class Storm:
+    """Threads that end when the machine stops; an exception in one stops it."""
+
+    def __init__(self, rig: Rig, kvm: Kvm, vcpus: int) -> None:
+        self.rig = rig
+        self.kvm = kvm
+        self.runnable = deque(Guest(rig, kvm, pages=PAGES, end_gfn=PAGES) for _ in range(vcpus))
+        self.threads: list[threading.Thread] = []
+        self.errors: list[BaseException] = []
+        self.rounds: dict[str, int] = {}
+        self.stats: dict[str, int] = {}
+        self.averted = 0
+
+    def start(self, cpu: Cpu, turn: Callable[[Cpu], None]) -> None:
+        def body() -> None:
+            lib.cpu_online(cpu.m, cpu.id)
+            try:
+                with suppress(MachineStopped):
+                    while not self.rig.machine.stopping:
+                        turn(cpu)
+                        name = getattr(turn, "__name__", "turn")
+                        self.rounds[name] = self.rounds.get(name, 0) + 1
+            except BaseException as error:
+                self.errors.append(error)
+                self.rig.machine.stop()
+            finally:
+                lib.cpu_offline(cpu.m, cpu.id)
+
+        self.threads.append(threading.Thread(target=body))
+
+    def pcpu(self, cpu: Cpu) -> None:
+        """One vCPU for some turns; whatever it is in the middle of, another pCPU may go on with it."""
+        try:
+            guest = self.runnable.popleft()
+        except IndexError:
+            cpu.check(lib.cpu_halt(cpu.m, cpu.id, 50))
+            return
+        if guest.on is not None and guest.scheduled_out:
+            kvm_sched_in(cpu, guest.vcpu)
+        guest.on = cpu
+        for _ in range(8):
+            if not isinstance(guest.run.send(cpu), RunState):
+                break
+        guest.scheduled_out = guest.vcpu.loaded
+        if guest.scheduled_out:
+            kvm_sched_out(cpu, guest.vcpu)
+        self.runnable.append(guest)
+
+    def host(self, cpu: Cpu) -> None:
+        """Pages 0 to 511 are unmapped in small pieces, the others also in one, and collapsed."""
+        rng = self.randoms.setdefault(cpu.id, Random(cpu.id))
+        action = rng.choice(("piece", "piece", "huge piece", "all", "collapse"))
+        notified = range(512, 1024)
+        unmapped = notified
+        if action == "piece":
+            notified = unmapped = range(start := rng.randrange(448), start + 64)
+        elif action == "huge piece":
+            # Whoever splits a huge page invalidates all of it (__split_huge_pmd).
+            unmapped = range(start := rng.randrange(512, 960), start + 64)
+        m, vm = cpu.m, self.kvm.id
+        kvm_mmu_notifier_invalidate_range_start(cpu, self.kvm, notified.start, notified.stop)
+        if action == "collapse":
+            lib.mm_collapse(m, cpu.id, vm, notified.start)
+        else:
+            lib.mm_unmap(m, cpu.id, vm, unmapped.start, unmapped.stop, 1)
+        kvm_mmu_notifier_invalidate_range_end(cpu, self.kvm, notified.start, notified.stop)
+        # The merged range of invalidations only shrinks when none is in progress.
+        cpu.check(lib.cpu_halt(cpu.m, cpu.id, 2000))
+
+    randoms: dict[int, Random] = {}  # noqa: RUF012 - by CPU, the same in every run
+
+    def ioctls(self, cpu: Cpu) -> None:
+        kvm = self.kvm
+        kvm_set_memory_region(cpu, kvm, SLOT, 0, GFNS, 0, KVM_MEM_LOG_DIRTY_PAGES)
+        for _ in range(3):
+            kvm_vm_ioctl_get_dirty_log(cpu, kvm, SLOT)
+        kvm_set_memory_region(cpu, kvm, SLOT, 0, GFNS, 0)
+        kvm_zap_gfn_range(cpu, kvm, 100, 200)
+        kvm_set_memory_region(cpu, kvm, SLOT, 0, 0, 0)
+        kvm_set_memory_region(cpu, kvm, SLOT, 0, GFNS, 0)
+
+    def run(self, seconds: float, until: Callable[[], bool] = lambda: False) -> None:
+        self.randoms.clear()
+        for thread in self.threads:
+            thread.start()
+        deadline = time.monotonic() + seconds
+        while time.monotonic() < deadline and not until() and not self.rig.machine.stopping:
+            time.sleep(0.02)
+        self.rig.machine.stop()
+        for thread in self.threads:
+            thread.join(20)
+        assert not [thread for thread in self.threads if thread.is_alive()]
+        if self.errors:
+            raise self.errors[0]
+        # What stopped in the middle of something cannot be destroyed in order.
+        self.rig.vms.clear()
+
+
+def storm(
+    policy: Policy, seconds: float, until: Callable[[Rig], bool] = lambda rig: False
+) -> tuple[dict[str, int], Storm]:
+    """Violations, and what ran."""
+    with running_rig(pcpus=2, housekeeping=4, root_frames=8, chaos=64) as rig:
+        kvm = rig.vm(policy, slice_accesses=2000, fault_around=16, chunk=32, resched_chunks=2)
+        storm = Storm(rig, kvm, 3)
+        for cpu in rig.machine.cpus[:2]:
+            storm.start(cpu, storm.pcpu)
+        for cpu in rig.machine.cpus[3:5]:
+            storm.start(cpu, storm.host)
+        storm.start(rig.host, storm.ioctls)
+        storm.run(seconds, lambda: until(rig))
+        storm.averted = rig.counter(lib.COUNT_AVERTED)
+        storm.stats = rig.stats(kvm)
+        return rig.violations(), storm
+
+
+@pytest.mark.stress
+@pytest.mark.parametrize(
+    "settings",
+    [
+        {},
+        {"huge_recovery": "zap-each"},
+        {"migration": "active-roots"},
+        {"zap_scope": "leafs-and-tables"},
+        {"slot_delete": "zap-slot-leafs"},
+        {"remote_kick": "vm-pcpu-mask"},
+    ],
+    ids=str,
+)
+def test_nothing_goes_wrong(settings: dict[str, str]) -> None:
+    violations, ran = storm(Policy().with_settings(settings), seconds=3)
+    assert violations == {}
+    assert ran.averted > 0
+    assert ran.stats["faults"] > 100
+    assert ran.stats["migrations"] > 20
+    assert ran.stats["yields"] > 0
+    assert all(ran.rounds[name] > 2 for name in ("pcpu", "host", "ioctls")), ran.rounds
+
+
+@pytest.mark.stress
+@pytest.mark.parametrize("settings", [{"kick_wait": "no-wait"}, {"notifier_flush": "none"}], ids=str)
+def test_the_oracle_fires(settings: dict[str, str]) -> None:
+    violations, ran = storm(
+        Policy().with_settings(settings), seconds=25, until=lambda rig: bool(rig.violations())
+    )
+    assert "use-after-free" in violations or "stale-after-revoke" in violations, (violations, ran.rounds)
