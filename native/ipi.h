@@ -50,6 +50,13 @@ int ipi_run_queue(struct machine *m, struct cpu *target);
 void ipi_discard_queue(struct machine *m, struct cpu *target);
 /* Make sure that `target` takes its queue: interrupt it, or serve it if it is halted or offline. */
 void ipi_kick(struct machine *m, uint32_t cpu, struct cpu *target);
+/* At the start of a primitive: cheap where nobody interrupts.  Relaxed: a hint that draining looks behind. */
+static inline void ipi_poll(struct machine *m, struct cpu *c)
+{
+	if (atomic_load_explicit(&c->attention, memory_order_relaxed) & ATTENTION_IPI)
+		ipi_drain(m, c->id);
+}
+
 /* Is there something that ipi_drain() would run if interrupts were on? */
 bool ipi_queued(const struct cpu *c);
 

@@ -237,7 +237,7 @@ static struct vm *may_lock(struct machine *m, uint32_t cpu, uint32_t vm, const c
 
 	if (cpu_may_wait(m, cpu, what))
 		return NULL;
-	ipi_drain(m, cpu);
+	ipi_poll(m, &m->cpus[cpu]);
 	v = vm_get(m, cpu, vm);
 	if (v && (reads(&v->mmu_lock, cpu) || writes(&v->mmu_lock, cpu))) {
 		/* not recursive: a writer that waits in between would wait for ever */
@@ -312,7 +312,7 @@ void mmu_read_unlock(struct machine *m, uint32_t cpu, uint32_t vm)
 	}
 	note_reader(&m->cpus[cpu], lock, -1);
 	give_back(m, lock, false);
-	ipi_drain(m, cpu);
+	ipi_poll(m, &m->cpus[cpu]);
 }
 
 void mmu_write_unlock(struct machine *m, uint32_t cpu, uint32_t vm)
@@ -326,7 +326,7 @@ void mmu_write_unlock(struct machine *m, uint32_t cpu, uint32_t vm)
 	}
 	note_writer(&m->cpus[cpu], lock, false);
 	give_back(m, lock, true);
-	ipi_drain(m, cpu);
+	ipi_poll(m, &m->cpus[cpu]);
 }
 
 int mmu_lock_needbreak(struct machine *m, uint32_t vm)

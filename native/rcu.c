@@ -72,7 +72,7 @@ void rcu_read_lock(struct machine *m, uint32_t cpu)
 
 	if (c->rcu_depth++)
 		return;
-	ipi_drain(m, cpu);
+	ipi_poll(m, c);
 	atomic_exchange_explicit(&c->rcu_snapshot,
 				 atomic_load_explicit(&m->rcu->gp_seq, memory_order_acquire),
 				 memory_order_acq_rel);

@@ -30,7 +30,7 @@ int srcu_read_lock(struct machine *m, uint32_t cpu, uint32_t vm)
 
 	if (!v)
 		return MACHINE_MISUSE;
-	ipi_drain(m, cpu);
+	ipi_poll(m, &m->cpus[cpu]);
 	/* relaxed: a stale index is what the second phase of synchronize_srcu is for */
 	index = atomic_load_explicit(&v->srcu.index, memory_order_relaxed) & 1;
 	chaos_point(m, cpu);
