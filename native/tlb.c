@@ -82,14 +82,6 @@ void tlb_switch_physical(struct tlb *t, uint32_t vpid, uint32_t ep4ta)
 	serve(t, KIND_GUEST_PHYSICAL, t->physical);
 }
 
-static void promote(struct tlb *t, const struct tlb_entry *entry, uint64_t page)
-{
-	l1_fill(&t->l1, entry, page);
-	/* also a copy of another context's global translation must end with this one's generation */
-	t->contexts[t->serves].filled = true;
-	context_list(t, t->serves);
-}
-
 /* Contexts that translate for accesses of a kind. */
 static uint32_t contexts_of(const struct tlb *t, uint32_t kind, uint32_t index[2])
 {
@@ -165,7 +157,7 @@ int tlb_refill_l1(struct tlb *t, uint64_t page, struct tlb_entry *entry)
 	int result = tlb_lookup(t, t->kind, page, entry);
 
 	if (result == 1)
-		promote(t, entry, page & PAGE_NUMBER_MASK);
+		l1_fill(&t->l1, entry, page & PAGE_NUMBER_MASK);
 	return result;
 }
 
@@ -216,7 +208,7 @@ void tlb_insert(struct tlb *t, const struct tlb_entry *entry, uint64_t page)
 	e.ep4ta = t->contexts[index].ep4ta;
 	l2_fill(t, index, &e);
 	if (e.kind == t->kind)
-		promote(t, &e, page);
+		l1_fill(&t->l1, &e, page);
 }
 
 /* What tlb_lookup would return. */
