@@ -1,4 +1,4 @@
-"""Writes a web server's access log: 100,000 requests of random clients, 22 MB. Input of several traces."""
+"""Writes a web server's access log: 100,000 requests of random clients, 22 MB. Input of two traces."""
 
 import random
 

@@ -1,6 +1,6 @@
 """A hash join: the rows of one table, in random order, look up their partner in a dict that holds the other.
 
-Recorded as the workload `python-join`; see SOURCES.md.
+Recorded as the trace `python`; see SOURCES.md.
 """
 
 import random
