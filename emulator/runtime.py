@@ -24,6 +24,7 @@ READ: Final = 1
 WRITE: Final = 2
 # Neighbours that one fault maps at most (see emulator.kvm.page_fault): the length of the scratch arrays.
 FAULT_AROUND_MAX: Final = 64
+_U64: Final = (1 << 64) - 1
 
 
 class MachineError(Exception):
@@ -176,6 +177,31 @@ class Cpu:
 
     def event(self, kind: int, a: int, b: int) -> None:
         lib.event_record(self.m, self.id, kind, a, b)
+
+
+class Chaos:
+    """A hook that delays its CPU at one in so many ordering points, differently for each seed.
+
+    The delay gives the GIL away and lets nothing else happen: a CPU that is slow just here.
+    """
+
+    __slots__ = ("_states", "one_in")
+
+    def __init__(self, machine: Machine, one_in: int, seed: int) -> None:
+        self.one_in = one_in
+        self._states = [
+            (seed * 0x9E3779B97F4A7C15 + cpu.id * 0x632BE59BD9B4E019 + 1) & _U64 for cpu in machine.cpus
+        ]
+
+    def __call__(self, cpu: Cpu, kind: str, obj: object, mode: Mode) -> None:
+        # xorshift64 (Marsaglia 2003); each CPU's state is its own thread's.
+        x = self._states[cpu.id] or 1
+        x ^= x << 13 & _U64
+        x ^= x >> 7
+        x ^= x << 17 & _U64
+        self._states[cpu.id] = x
+        if (x >> 16) % self.one_in == 0:
+            time.sleep((x >> 40) % 200 * 1e-6)
 
 
 class timed:  # noqa: N801 - reads like a statement
