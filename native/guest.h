@@ -15,6 +15,8 @@
 struct guest_config {
 	uint64_t first_gfn;      /* guest-physical memory that this vCPU's OS hands out */
 	uint64_t end_gfn;
+	uint32_t stride;         /* vCPUs of a VM that share the range page by page (2 MiB block by block): */
+	uint32_t phase;          /* ... this one has every stride-th, from phase on; stride 0: all of it */
 	uint64_t mmio_gfn;       /* 0: none; else gfns of a second memslot that it maps, too */
 	uint64_t mmio_end_gfn;
 	uint32_t switch_every;   /* accesses between context switches; 0: never */

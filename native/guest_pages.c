@@ -26,6 +26,12 @@ static uint16_t *users_of(struct guest *g, uint64_t gfn)
 			       : &g->users[gfn - g->config.first_gfn];
 }
 
+/* Pages of vCPUs that share a range lie side by side, so that they share EPT pages, too. */
+static bool is_own(const struct guest *g, uint64_t unit)
+{
+	return !g->config.stride || unit % g->config.stride == g->config.phase;
+}
+
 /* The upper half of memory in blocks for 2 MiB pages, if the guest uses them; the rest singly. */
 static void fill_stacks(struct guest *g)
 {
@@ -36,14 +42,17 @@ static void fill_stacks(struct guest *g)
 		uint64_t block = (half + BLOCK_GFNS - 1) / BLOCK_GFNS * BLOCK_GFNS;
 
 		for (uint64_t gfn = block; gfn + BLOCK_GFNS <= end; gfn += BLOCK_GFNS)
-			g->free_block[g->free_blocks++] = (uint32_t)gfn;
+			if (is_own(g, gfn / BLOCK_GFNS))
+				g->free_block[g->free_blocks++] = (uint32_t)gfn;
 		if (block < end)
 			end = block;
 	}
 	for (uint64_t gfn = end; gfn > first; gfn--)
-		g->free_gfn[g->free_count++] = (uint32_t)(gfn - 1);
+		if (is_own(g, gfn - 1))
+			g->free_gfn[g->free_count++] = (uint32_t)(gfn - 1);
 	for (uint64_t gfn = g->config.mmio_end_gfn; mmio_gfns(g) && gfn > g->config.mmio_gfn; gfn--)
-		g->free_mmio[g->free_mmio_count++] = (uint32_t)(gfn - 1);
+		if (is_own(g, gfn - 1))
+			g->free_mmio[g->free_mmio_count++] = (uint32_t)(gfn - 1);
 }
 
 int guest_memory_create(struct guest *g)
