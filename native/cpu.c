@@ -246,7 +246,6 @@ int wait_turn(struct wait *w)
 		return r;
 	if (!w->started)
 		wait_account(w, c, monotonic_ns());
-	ipi_drain(w->m, w->cpu);
 	if (w->sleeps)
 		r = cpu_sleep(w->m, c, w->seq, w->sleep_ns);
 	else
