@@ -179,7 +179,9 @@ class MmuLock:
         if cpu.spinlocks or cpu.mmu_lock_held:
             raise MachineMisuse(f"CPU {cpu.id}: takes mmu_lock while it holds a spinlock or an mmu_lock")
         cpu.point("mmu_lock", self.vm, "write" if how == WRITE else "read")
-        cpu.check((lib.mmu_write_lock if how == WRITE else lib.mmu_read_lock)(cpu.m, cpu.id, self.vm))
+        # Free most of the time; trying is brief and keeps the GIL.
+        if (lib.mmu_write_trylock if how == WRITE else lib.mmu_read_trylock)(cpu.m, cpu.id, self.vm):
+            cpu.check((lib.mmu_write_lock if how == WRITE else lib.mmu_read_lock)(cpu.m, cpu.id, self.vm))
         cpu.mmu_lock_held = how
 
     def unlock(self, cpu: Cpu) -> None:

@@ -18,7 +18,7 @@ from types import TracebackType
 from typing import TYPE_CHECKING, Any, Self
 
 from emulator.actors.crew import Crew
-from emulator.actors.host import Host, host_pacer
+from emulator.actors.host import Host, UserMemory, host_pacer
 from emulator.actors.inbox import adopt_thread, release_thread
 from emulator.actors.kvm import RAM_SLOT, SECOND_SLOT, kvm_pacer
 from emulator.actors.kvm import Kvm as KvmActor
@@ -167,6 +167,8 @@ class Emulation:
         if late:
             # Somebody is still inside: freeing the machine under it would be worse than not freeing it.
             return
+        for task in self.tasks:
+            task.close()
         self.machine.destroy()
 
     # --- boot ------------------------------------------------------------------------------------------
@@ -249,10 +251,11 @@ class Emulation:
             rng = self._seeded()
             pacer = kvm_pacer(self.workload, len(self.vms), rng)
             KvmActor.start(self.crew, next(self._free_cpus), kvm, scheduler, pacer, rng)
+        memories = [UserMemory(kvm) for kvm in self.vms]
         for i in range(self.scenario.host.actors):
             rng = self._seeded()
             pacer = host_pacer(self.workload, self.scenario.host.actors, rng)
-            Host.start(self.crew, next(self._free_cpus), i, self.vms, self.scenario.host.pages, pacer, rng)
+            Host.start(self.crew, next(self._free_cpus), i, memories, self.scenario.host.pages, pacer, rng)
 
     def _seeded(self) -> Random:
         return Random(self._rng.getrandbits(64))

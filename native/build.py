@@ -13,7 +13,9 @@ from __future__ import annotations
 
 import os
 import re
+import runpy
 import sys
+from collections.abc import Callable
 from pathlib import Path
 
 from cffi import FFI
@@ -23,6 +25,9 @@ from setuptools.command.build_ext import build_ext
 MODULE = "native._native"
 HERE = Path(__file__).resolve().parent
 ROOT = HERE.parent
+
+# By path: in pip's build there is no package `native` to import from yet.
+keep_gil: Callable[[str], str] = runpy.run_path(str(HERE / "brief.py"))["keep_gil"]
 
 _API = re.compile(r"/\* api \*/(.*?)/\* end api \*/", re.DOTALL)
 _INCLUDE = re.compile(r'^#include "([^"]+)"', re.MULTILINE)
@@ -121,7 +126,11 @@ class BuildExt(build_ext):
             self._require_python_headers()
             generated = Path(self.build_temp) / "_native.c"
             generated.parent.mkdir(parents=True, exist_ok=True)
-            ffibuilder().emit_c_code(str(generated))
+            emitted = generated.with_suffix(".cffi.c")
+            ffibuilder().emit_c_code(str(emitted))
+            wrappers = keep_gil(emitted.read_text())
+            if not generated.exists() or generated.read_text() != wrappers:
+                generated.write_text(wrappers)
             ext.sources = [*ext.sources, str(generated)]
         super().build_extension(ext)
 

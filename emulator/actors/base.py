@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING, Any
 from pykka import Actor, ActorDeadError, ActorRegistry, Future, messages
 
 from emulator.actors.inbox import NativeFuture, NativeInbox, adopt_thread, release_thread
+from emulator.actors.slices import shorten_slice
 from emulator.runtime import MachineStopped
 from native import lib
 
@@ -77,6 +78,7 @@ class MachineActor(Actor):
 
     def _actor_loop(self) -> None:
         adopt_thread(self.cpu)
+        shorten_slice()
         try:
             if self.cpu.is_pcpu:
                 lib.cpu_online(self.cpu.m, self.cpu.id)

@@ -7,7 +7,8 @@ several of these actors do so concurrently with each other and with the VMs' own
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import ExitStack, contextmanager
 from random import Random
 from typing import TYPE_CHECKING
 
@@ -16,6 +17,7 @@ from emulator.kvm.kvm_main import (
     kvm_mmu_notifier_invalidate_range_end,
     kvm_mmu_notifier_invalidate_range_start,
 )
+from emulator.locks import Mutex
 from emulator.workload import HOST_ACTIVITIES, Pacer, Workload
 from native import lib
 
@@ -29,18 +31,64 @@ HUGE_PAGES = 512
 _PROTECTED_SECONDS = 0.0005
 
 
+class UserMemory:
+    """A VMM's address space, as all hosts share it.
+
+    A lock per 2 MiB stands for what keeps khugepaged out of a range that is being unmapped (mmap_lock, the
+    folio's and the anon_vma's locks): whether a range is mapped huge does not change under its holder.
+    """
+
+    def __init__(self, kvm: Kvm) -> None:
+        self.kvm = kvm
+        self.pages = kvm.gfns
+        regions = -(-self.pages // HUGE_PAGES)
+        self._locks = [Mutex(f"page tables of VM {kvm.id} at {i * HUGE_PAGES:#x}") for i in range(regions)]
+
+    @contextmanager
+    def changing(
+        self, cpu: Cpu, start: int, end: int, promise: int = lib.PROMISE_NOTIFIER
+    ) -> Iterator[None]:
+        """Bracket a change of [start, end).
+
+        A huge page that is changed in part is split first, and that invalidates all of it
+        (__split_huge_pmd): a fault outside the range must not map the huge page meanwhile.
+        """
+        with ExitStack() as stack:
+            for region in range(start // HUGE_PAGES, -(-end // HUGE_PAGES)):
+                stack.enter_context(self._locks[region].held(cpu))
+            first, last = self._widen(cpu, start, end)
+            kvm_mmu_notifier_invalidate_range_start(cpu, self.kvm, first, last, promise)
+            yield
+            kvm_mmu_notifier_invalidate_range_end(cpu, self.kvm, first, last)
+
+    def _widen(self, cpu: Cpu, start: int, end: int) -> tuple[int, int]:
+        first, last = start // HUGE_PAGES * HUGE_PAGES, -(-end // HUGE_PAGES) * HUGE_PAGES
+        if first != start and lib.mm_huge(cpu.m, self.kvm.id, first):
+            start = first
+        if last != end and lib.mm_huge(cpu.m, self.kvm.id, last - HUGE_PAGES):
+            end = last
+        return start, end
+
+
 class Host(MachineActor):
     """One kernel thread of the host's memory management, at work on all VMs."""
 
     def __init__(
-        self, crew: Crew, cpu: Cpu, number: int, vms: Sequence[Kvm], pages: int, pacer: Pacer, rng: Random
+        self,
+        crew: Crew,
+        cpu: Cpu,
+        number: int,
+        memories: Sequence[UserMemory],
+        pages: int,
+        pacer: Pacer,
+        rng: Random,
     ) -> None:
         super().__init__(crew, cpu, f"host{number}")
-        self.vms = vms
+        self.memories = memories
         self.pages = pages
         self.pacer = pacer
         self.rng = rng
-        self._actions: dict[str, Callable[[Kvm], None]] = {
+        self._actions: dict[str, Callable[[UserMemory], None]] = {
             "unmap": self.unmap,
             "mprotect": self.mprotect,
             "migrate": self.migrate,
@@ -53,62 +101,60 @@ class Host(MachineActor):
         if activity is None:
             self.cpu.check(lib.cpu_halt(self.cpu.m, self.cpu.id, max(1, int(wait * 1e6))))
             return
-        self._actions[activity](self.rng.choice(self.vms))
+        self._actions[activity](self.rng.choice(self.memories))
 
-    def unmap(self, kvm: Kvm) -> None:
+    def unmap(self, memory: UserMemory) -> None:
         """Reclaim: the frames go back to the host, contents to swap."""
-        start, end = self._range(kvm, self.pages)
-        kvm_mmu_notifier_invalidate_range_start(self.cpu, kvm, start, end)
-        lib.mm_unmap(self.cpu.m, self.cpu.id, kvm.id, start, end, 1)
-        kvm_mmu_notifier_invalidate_range_end(self.cpu, kvm, start, end)
+        start, end = self._range(memory)
+        with memory.changing(self.cpu, start, end):
+            lib.mm_unmap(self.cpu.m, self.cpu.id, memory.kvm.id, start, end, 1)
 
-    def mprotect(self, kvm: Kvm) -> None:
+    def mprotect(self, memory: UserMemory) -> None:
         """mprotect(PROT_READ), and back after a moment."""
-        start, end = self._range(kvm, self.pages)
-        self._change_protection(kvm, start, end, writable=0)
+        start, end = self._range(memory)
+        vm = memory.kvm.id
+        with memory.changing(self.cpu, start, end, lib.PROMISE_NOTIFIER_WRITE):
+            lib.mm_protect(self.cpu.m, self.cpu.id, vm, start, end, 0)
         self.cpu.check(lib.cpu_halt(self.cpu.m, self.cpu.id, int(_PROTECTED_SECONDS * 1e6)))
-        self._change_protection(kvm, start, end, writable=1)
+        with memory.changing(self.cpu, start, end):
+            lib.mm_protect(self.cpu.m, self.cpu.id, vm, start, end, 1)
 
-    def _change_protection(self, kvm: Kvm, start: int, end: int, writable: int) -> None:
-        promise = lib.PROMISE_NOTIFIER if writable else lib.PROMISE_NOTIFIER_WRITE
-        kvm_mmu_notifier_invalidate_range_start(self.cpu, kvm, start, end, promise)
-        lib.mm_protect(self.cpu.m, self.cpu.id, kvm.id, start, end, writable)
-        kvm_mmu_notifier_invalidate_range_end(self.cpu, kvm, start, end)
-
-    def migrate(self, kvm: Kvm) -> None:
+    def migrate(self, memory: UserMemory) -> None:
         """migrate_pages(): each page to a new frame."""
-        start, end = self._range(kvm, self.pages)
-        kvm_mmu_notifier_invalidate_range_start(self.cpu, kvm, start, end)
-        lib.mm_migrate(self.cpu.m, self.cpu.id, kvm.id, start, end)
-        kvm_mmu_notifier_invalidate_range_end(self.cpu, kvm, start, end)
+        start, end = self._range(memory)
+        with memory.changing(self.cpu, start, end):
+            lib.mm_migrate(self.cpu.m, self.cpu.id, memory.kvm.id, start, end)
 
-    def collapse(self, kvm: Kvm) -> None:
+    def collapse(self, memory: UserMemory) -> None:
         """khugepaged: one block for 512 pages.  Without a free block it has nothing to do."""
-        start = self._huge_range(kvm)
-        if lib.mm_huge(self.cpu.m, kvm.id, start):
+        start, end = self._huge_range(memory)
+        if lib.mm_huge(self.cpu.m, memory.kvm.id, start):
             return
-        kvm_mmu_notifier_invalidate_range_start(self.cpu, kvm, start, start + HUGE_PAGES)
-        rc = lib.mm_collapse(self.cpu.m, self.cpu.id, kvm.id, start)
-        kvm_mmu_notifier_invalidate_range_end(self.cpu, kvm, start, start + HUGE_PAGES)
+        with memory.changing(self.cpu, start, end):
+            rc = lib.mm_collapse(self.cpu.m, self.cpu.id, memory.kvm.id, start)
         if rc not in (0, lib.MACHINE_NOMEM, lib.MACHINE_AGAIN):
             self.cpu.fail(rc)
 
-    def split(self, kvm: Kvm) -> None:
+    def split(self, memory: UserMemory) -> None:
         """__split_huge_pmd(): the same frames, mapped by 4K pages."""
-        start = self._huge_range(kvm)
-        if not lib.mm_huge(self.cpu.m, kvm.id, start):
-            return
-        kvm_mmu_notifier_invalidate_range_start(self.cpu, kvm, start, start + HUGE_PAGES)
-        lib.mm_split(self.cpu.m, self.cpu.id, kvm.id, start)
-        kvm_mmu_notifier_invalidate_range_end(self.cpu, kvm, start, start + HUGE_PAGES)
+        start, end = self._huge_range(memory)
+        if lib.mm_huge(self.cpu.m, memory.kvm.id, start):
+            with memory.changing(self.cpu, start, end):
+                self.cpu.check(lib.mm_split(self.cpu.m, self.cpu.id, memory.kvm.id, start))
 
-    def _range(self, kvm: Kvm, pages: int) -> tuple[int, int]:
-        pages = min(pages, kvm.gfns)
-        start = self.rng.randrange(kvm.gfns - pages + 1)
+    def _range(self, memory: UserMemory) -> tuple[int, int]:
+        """Pages of which some are present, if a few tries find such."""
+        pages = min(self.pages, memory.pages)
+        start = 0
+        for _ in range(4):
+            start = self.rng.randrange(memory.pages - pages + 1)
+            if lib.mm_present(self.cpu.m, memory.kvm.id, start, start + pages):
+                break
         return start, start + pages
 
-    def _huge_range(self, kvm: Kvm) -> int:
-        return self.rng.randrange(max(1, kvm.gfns // HUGE_PAGES)) * HUGE_PAGES
+    def _huge_range(self, memory: UserMemory) -> tuple[int, int]:
+        start = self.rng.randrange(memory.pages // HUGE_PAGES) * HUGE_PAGES
+        return start, start + HUGE_PAGES
 
 
 def host_pacer(workload: Workload, actors: int, rng: Random) -> Pacer:

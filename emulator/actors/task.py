@@ -53,3 +53,7 @@ class VcpuTask:
         if self.vcpu.loaded:
             self.scheduled_out = True
             kvm_sched_out(cpu, self.vcpu)
+
+    def close(self) -> None:
+        """End the thread for good, while the machine exists: leaving KVM_RUN releases what it holds."""
+        self._run.close()
