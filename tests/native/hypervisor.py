@@ -17,22 +17,22 @@ GLOBAL_FLUSH = "global"
 
 def config(**changes: int) -> Any:
     """A small machine: 2 pCPUs, 2 VMs, one vCPU each."""
-    values = dict(
-        pcpus=2,
-        housekeeping=1,
-        vms=2,
-        vcpus=4,
-        root_frames=8,
-        table_frames=256,
-        guest_frames=2048,
-        guest_blocks=4,
-        l1_ways=4,
-        l2_entries=1536,
-        l2_ways=12,
-        psc_entries=32,
-        chaos=0,
-        seed=1,
-    )
+    values = {
+        "pcpus": 2,
+        "housekeeping": 1,
+        "vms": 2,
+        "vcpus": 4,
+        "root_frames": 8,
+        "table_frames": 256,
+        "guest_frames": 2048,
+        "guest_blocks": 4,
+        "l1_ways": 4,
+        "l2_entries": 1536,
+        "l2_ways": 12,
+        "psc_entries": 32,
+        "chaos": 0,
+        "seed": 1,
+    }
     values.update(changes)
     return ffi.new("struct machine_config *", values)
 
@@ -76,7 +76,7 @@ class Hypervisor:
         """A vCPU whose guest has paging off unless told otherwise."""
         vcpu = int(lib.vcpu_create(self.m, vm, vpid))
         assert vcpu >= 0
-        values = dict(first_gfn=0, end_gfn=1024, pcid=1, seed=vpid, paging=0)
+        values = {"first_gfn": 0, "end_gfn": 1024, "pcid": 1, "seed": vpid, "paging": 0}
         values.update(guest)
         lib.guest_configure(self.m, vcpu, ffi.new("struct guest_config *", values))
         lib.vcpu_set_eptp(self.m, vcpu, self.roots[vm], 4)
@@ -123,9 +123,10 @@ class Hypervisor:
 
     # -- EPT
 
-    def _leaf(self, cpu: int, vm: int, gfn: int, create: bool) -> tuple[int, int, int]:
+    def leaf(self, cpu: int, vm: int, gfn: int, create: bool) -> tuple[int, int, int]:
+        """Table, index and SPTE of a gfn's 4K level (or where the walk ends, without `create`)."""
         sptes, tables = ffi.new("uint64_t[6]"), ffi.new("uint32_t[6]")
-        while True:
+        while True:  # one table more each time round
             level = lib.tdp_mmu_get_walk(self.m, self.roots[vm], 4, gfn, sptes, tables)
             if level == 1 or not create:
                 return int(tables[level]), gfn >> 9 * (level - 1) & 511, int(sptes[level])
@@ -140,24 +141,24 @@ class Hypervisor:
         """Fault a page in; returns its frame."""
         page = ffi.new("struct mm_page *")
         assert lib.mm_fault(self.m, cpu, vm, gfn, 1, page) == 0
-        table, index, old = self._leaf(cpu, vm, gfn, True)
+        table, index, old = self.leaf(cpu, vm, gfn, True)
         new = lib.make_spte(page.hfn, page.tag, 1, writable, 1)
         assert lib.tdp_mmu_set_spte_atomic(self.m, cpu, vm, table, index, 1, gfn, old, new) == 0
         return int(page.hfn)
 
     def mapped(self, vm: int, gfn: int) -> bool:
         """A present 4K SPTE is there."""
-        return bool(self._leaf(0, vm, gfn, False)[2] & 7)
+        return bool(self.leaf(0, vm, gfn, False)[2] & 7)
 
     def zap(self, cpu: int, vm: int, gfn: int) -> None:
         """Clear the SPTE; flush nothing, promise nothing."""
-        table, index, old = self._leaf(cpu, vm, gfn, False)
+        table, index, old = self.leaf(cpu, vm, gfn, False)
         if old & 7:
             lib.tdp_mmu_set_spte(self.m, cpu, vm, table, index, 1, gfn, 0)
 
     def write_protect(self, cpu: int, vm: int, gfn: int) -> None:
         """Take W from the SPTE."""
-        table, index, old = self._leaf(cpu, vm, gfn, False)
+        table, index, old = self.leaf(cpu, vm, gfn, False)
         if old & 2:
             lib.tdp_mmu_set_spte(self.m, cpu, vm, table, index, 1, gfn, old & ~2)
 

@@ -7,10 +7,10 @@ from typing import Any
 import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
-from tests.native.hypervisor import READ, WRITE, Hypervisor
-from tests.native.slow_oracle import Model
 
 from native import ffi, lib
+from tests.native.hypervisor import READ, WRITE, Hypervisor
+from tests.native.slow_oracle import Model
 
 GFNS = 4
 OPERATIONS = st.one_of(
@@ -109,7 +109,8 @@ def test_freed_frame(machine: Hypervisor, flush: bool) -> None:
     assert machine.count(lib.COUNT_AVERTED) == flush
     if not flush:
         (report,) = machine.reports()
-        assert report.gfn == 5 and report.promise == lib.PROMISE_NOTIFIER
+        assert report.gfn == 5
+        assert report.promise == lib.PROMISE_NOTIFIER
         assert report.kinds >> lib.VIOLATION_STALE_AFTER_REVOKE & 1, "all kinds that hold are listed"
 
 
@@ -188,7 +189,7 @@ def test_custody_void_before_the_spte_was_installed(machine: Hypervisor) -> None
     assert lib.mm_fault(machine.m, 0, vm, 5, 1, page) == 0
     machine.promise(0, vm, 5, lib.PROMISE_NOTIFIER)
     machine.free(0, vm, 5)
-    table, index, old = machine._leaf(0, vm, 5, True)
+    table, index, old = machine.leaf(0, vm, 5, True)
     spte = lib.make_spte(page.hfn, page.tag, 1, 1, 1)
     assert lib.tdp_mmu_set_spte_atomic(machine.m, 0, vm, table, index, 1, 5, old, spte) == 0
     machine.access(0, vcpu, 0x5000, READ)
