@@ -91,14 +91,15 @@ class Hypervisor:
 
     # -- guest mode
 
-    def _enter(self, cpu: int, vcpu: int) -> None:
+    def enter(self, cpu: int, vcpu: int) -> None:
+        """What must be done right before guest_run or guest_access."""
         lib.local_irq_disable(self.m, cpu, b"test")
         lib.vcpu_set_mode(self.m, vcpu, lib.IN_GUEST_MODE)
 
     def access(self, cpu: int, vcpu: int, linear: int, kind: int = READ) -> None:
         """One access, with every EPT violation on the way served by mapping the page."""
         for _ in range(64):
-            self._enter(cpu, vcpu)
+            self.enter(cpu, vcpu)
             reason = lib.guest_access(self.m, cpu, vcpu, linear, kind, self.exit)
             assert reason >= 0, ffi.string(lib.machine_error_text(self.m, cpu))
             if reason != lib.EXIT_EPT_VIOLATION:
@@ -111,7 +112,7 @@ class Hypervisor:
         """Guest accesses until the budget is used up; returns how many were done."""
         done = 0
         while done < budget:
-            self._enter(cpu, vcpu)
+            self.enter(cpu, vcpu)
             reason = lib.guest_run(self.m, cpu, vcpu, budget - done, self.exit)
             assert reason >= 0, ffi.string(lib.machine_error_text(self.m, cpu))
             done += self.exit.accesses
