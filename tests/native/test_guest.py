@@ -14,7 +14,8 @@ PAGES = [0x1000 + 3 * i for i in range(128)]
 
 def records(n: int = 4096) -> list[int]:
     """A third writes, spread over PAGES."""
-    return [(WRITE if i % 3 == 0 else READ) << 62 | PAGES[i * 41 % 128] << 12 | i * 8 & 0xFF8 for i in range(n)]
+    kinds = [WRITE, READ, READ]
+    return [kinds[i % 3] << 62 | PAGES[i * 41 % 128] << 12 | i * 8 & 0xFF8 for i in range(n)]
 
 
 @pytest.fixture
