@@ -39,7 +39,6 @@ def kvm_set_memory_region(
             if old is None:
                 raise ValueError(f"memslot {slot_id} does not exist")
             kvm_set_memslot(cpu, kvm, old, None, DELETE)
-            _revoke(cpu, kvm, old)
             return
         new = KvmMemorySlot(slot_id, as_id, base_gfn, npages, userspace_addr, flags)
         _check(kvm, old, new)
@@ -53,8 +52,6 @@ def kvm_set_memory_region(
             return  # nothing to change
         kvm_prepare_memory_region(kvm, old, new, change)
         kvm_set_memslot(cpu, kvm, old, new, change)
-        if change == MOVE and old is not None:
-            _revoke(cpu, kvm, old)
 
 
 def _check(kvm: Kvm, old: KvmMemorySlot | None, new: KvmMemorySlot) -> None:
@@ -71,7 +68,11 @@ def _check(kvm: Kvm, old: KvmMemorySlot | None, new: KvmMemorySlot) -> None:
 
 
 def _revoke(cpu: Cpu, kvm: Kvm, slot: KvmMemorySlot) -> None:
-    """The ioctl promises that nobody uses the slot's memory through its gfns any more."""
+    """The ioctl promises that nobody uses the slot's memory through its gfns any more.
+
+    True from here on, and said here, while mmu_notifiers still find the INVALID slot: without a slot the host
+    takes the slot's pages away without a word to KVM, and they are soon somebody else's.
+    """
     lib.oracle_revoke(cpu.m, cpu.id, kvm.id, slot.base_gfn, slot.end_gfn, lib.PROMISE_MEMSLOT)
 
 
@@ -111,6 +112,7 @@ def kvm_invalidate_memslot(cpu: Cpu, kvm: Kvm, old: KvmMemorySlot) -> None:
     )
     kvm_swap_active_memslots(cpu, kvm, old, invalid)
     kvm_arch_flush_shadow_memslot(cpu, kvm, old)
+    _revoke(cpu, kvm, old)
 
 
 def kvm_swap_active_memslots(
