@@ -180,7 +180,8 @@ bool spte_try_change(struct machine *m, uint32_t cpu, uint32_t vm, _Atomic uint6
 }
 
 /* Counters and events of one step. */
-static void account(struct machine *m, uint32_t cpu, uint64_t gfn, uint32_t level, uint64_t old, uint64_t new_spte)
+static void account(struct machine *m, uint32_t cpu, uint64_t gfn, uint32_t level, uint64_t old,
+		    uint64_t new_spte)
 {
 	uint64_t pages = kvm_pages_per_hpage(level);
 	bool was = is_last_spte(old, level), is = is_last_spte(new_spte, level);
@@ -202,8 +203,8 @@ static int misuse(struct machine *m, uint32_t cpu, const char *what, uint64_t va
 }
 
 /* A wrong argument here would put the ledger at odds with the tables, to be noticed much later. */
-static int check_step(struct machine *m, uint32_t cpu, uint32_t vm, uint32_t table, uint32_t index, uint32_t level,
-		      uint64_t gfn, uint64_t new_spte)
+static int check_step(struct machine *m, uint32_t cpu, uint32_t vm, uint32_t table, uint32_t index,
+		      uint32_t level, uint64_t gfn, uint64_t new_spte)
 {
 	uint64_t pages;
 

@@ -46,8 +46,9 @@ static uint64_t populate_page(struct machine *m, uint32_t cpu, struct mm *mm, ui
 	return entry;
 }
 
-/* Under the region's lock, so that frame and custody belong together: the page cannot be unmapped, its frame freed
- * and its host tag advanced between the two reads.  Custody read later would vouch for a frame that is another's. */
+/* Under the region's lock, so that frame and custody belong together: the page cannot be unmapped, its frame
+ * freed and its host tag advanced between the two reads.  Custody read later would vouch for a frame that is
+ * another's by then. */
 static uint32_t custody_of(struct machine *m, uint64_t entry)
 {
 	return frame_host_tag(m->frames, mm_hfn(entry));

@@ -246,8 +246,8 @@ static enum step walk_one_table(struct tdp_iter *it)
 	}
 }
 
-/* From the root down and along one table page.  A page that was freed while the walk was in it is found out by its
- * tag: then mmu_lock and RCU have not done their work. */
+/* From the root down and along one table page.  A page that was freed while the walk was in it is found out by
+ * its tag: then mmu_lock and RCU have not done their work. */
 static enum step walk_from_root(struct tdp_iter *it)
 {
 	enum step step;

@@ -130,3 +130,12 @@ class Rig:
         page = ffi.new("struct mm_page *")
         rc = int(lib.mm_fault(self.m, CPU, 0, hva, write, page))
         return page if rc == 0 else rc
+
+
+def map_page(rig: Rig, gfn: int, writable: bool = True) -> int:
+    """Map one 4K page; returns its SPTE."""
+    table, old = rig.link(gfn, 1)
+    page = rig.fault(gfn)
+    spte = int(lib.make_spte(page.hfn, page.tag, 1, writable, 1))
+    assert rig.set_atomic(table, 1, gfn, old, spte) == 0
+    return spte

@@ -1,5 +1,5 @@
-/* Frames and user memory under several threads: nobody shares a frame, contents survive every move, and the custody
- * that a fault takes belongs to the frame that it takes. */
+/* Frames and user memory under several threads: nobody shares a frame, contents survive every move, and the
+ * custody that a fault takes belongs to the frame that it takes. */
 #include <string.h>
 
 #include "frame.h"
@@ -42,7 +42,7 @@ static uint32_t next_random(uint32_t *state)
 
 static void run(uint32_t n, void *(*const *bodies)(void *), uint32_t rounds)
 {
-	struct actor actors[THREADS];
+	struct actor actors[THREADS] = { 0 };
 
 	for (uint32_t i = 0; i < n; i++) {
 		actors[i] = (struct actor){ .m = m, .cpu = 1 + i, .rounds = rounds };

@@ -1,76 +1,7 @@
-/* SPTE steps against each other, against hardware's A and D, and against a checker of the ledger. */
+/* Single SPTE steps against each other, against hardware's A and D, and against a checker of the ledger. */
 #include <string.h>
 
-#include "ept.h"
-#include "harness.h"
-#include "oracle.h"
-
-enum { PAGES = 512, THREADS = 4 };
-
-static struct machine *m;
-static uint32_t root, path[5]; /* path[level]: the table of that level, all for gfn 0 */
-static _Atomic uint32_t stop;
-static uint32_t scale = 1;
-
-static void machine_begin(uint32_t chaos)
-{
-	struct machine_config config = {
-		.pcpus = THREADS, .housekeeping = 2, .vms = 1, .vcpus = 1,
-		.root_frames = 2, .table_frames = 64, .guest_frames = PAGES, .guest_blocks = 1,
-		.l1_ways = 4, .l2_entries = 64, .l2_ways = 4, .psc_entries = 16, .chaos = chaos, .seed = 1,
-	};
-	char error[200] = "";
-
-	m = machine_create(&config, error, sizeof(error));
-	CHECK(m && vm_create(m, PAGES) == 0);
-	root = path[4] = (uint32_t)ept_table_alloc(m, THREADS, FRAME_ROOT);
-	for (uint32_t level = 4; level > 1; level--) {
-		path[level - 1] = (uint32_t)ept_table_alloc(m, THREADS, FRAME_TABLE);
-		CHECK(!tdp_mmu_set_spte_atomic(m, THREADS, 0, path[level], 0, level, 0, 0,
-					       make_nonleaf_spte(m, path[level - 1])));
-	}
-	atomic_store(&stop, 0);
-}
-
-static void machine_end(void)
-{
-	machine_destroy(m);
-}
-
-static uint32_t frame_of(uint64_t gfn)
-{
-	return m->frames->pool[FRAME_GUEST].first + (uint32_t)gfn;
-}
-
-static void check_no_right(void)
-{
-	struct ledger_entry e;
-
-	for (uint64_t gfn = 0; gfn < PAGES; gfn++) {
-		ledger_copy(m, 0, gfn, &e);
-		CHECK(!e.live_read && !e.live_write);
-	}
-}
-
-static uint32_t next_random(uint32_t *state)
-{
-	*state = *state * 1664525 + 1013904223;
-	return *state >> 8;
-}
-
-static void run(uint32_t n, void *(*const *bodies)(void *), uint32_t rounds)
-{
-	struct actor actors[THREADS];
-
-	for (uint32_t i = 0; i < n; i++) {
-		actors[i] = (struct actor){ .m = m, .cpu = i, .rounds = rounds };
-		actor_start(&actors[i], bodies[i]);
-	}
-	actor_join(&actors[0]);
-	atomic_store(&stop, 1);
-	for (uint32_t i = 1; i < n; i++)
-		actor_join(&actors[i]);
-}
+#include "spte_machine.h"
 
 /* --- a present SPTE has its rights in the ledger ------------------------------------------------------- */
 
@@ -131,24 +62,25 @@ static void test_grants_cover_sptes(uint32_t chaos)
 
 static _Atomic uint32_t removed_round, fillers_done;
 
-/* Faults that found the table before it was unlinked: they map whatever they can until it is frozen. */
+/* Faults that found the table before it was unlinked: they map and unmap right where it is about to be frozen. */
 static void *fills(void *argument)
 {
 	struct actor *a = argument;
-	uint32_t random = a->cpu;
 
 	for (uint32_t round = 1; round <= a->rounds; round++) {
-		uint32_t table, index = next_random(&random) % PAGES;
+		uint32_t index = 0, table;
 
 		while (atomic_load(&removed_round) < round)
 			sched_yield();
 		table = path[1];
-		for (uint32_t i = 0; i < PAGES; i++, index = (index + 1) % PAGES) {
+		while (index < PAGES) {
+			uint64_t old = spte_read(m, table, index);
 			uint64_t spte = make_spte(frame_of(index), 0, PG_LEVEL_4K, 1, 1);
 
-			tdp_mmu_set_spte_atomic(m, a->cpu, 0, table, index, 1, index, 0, spte);
-			tdp_mmu_set_spte_atomic(m, a->cpu, 0, table, index, 1, index, spte, 0);
-			tdp_mmu_set_spte_atomic(m, a->cpu, 0, table, index, 1, index, 0, spte);
+			if (old == FROZEN_SPTE)
+				index++;
+			else
+				tdp_mmu_set_spte_atomic(m, a->cpu, 0, table, index, 1, index, old, old ? 0 : spte);
 		}
 		atomic_fetch_add(&fillers_done, 1);
 	}
@@ -164,7 +96,8 @@ static void *removes(void *argument)
 		path[1] = (uint32_t)ept_table_alloc(m, a->cpu, FRAME_TABLE);
 		atomic_store(&fillers_done, 0);
 		atomic_store(&removed_round, round);
-		sched_yield();
+		for (uint32_t i = 0; i < round % 4; i++)
+			sched_yield();
 		CHECK(handle_removed_pt(m, a->cpu, 0, path[1], 1, 0, 1, 0, &page, 1) == 1 && page == path[1]);
 		while (atomic_load(&fillers_done) < 2)
 			sched_yield();
@@ -183,7 +116,7 @@ static void test_removed_table(uint32_t chaos)
 	harness_begin("no right survives a removed table", 120);
 	machine_begin(chaos);
 	atomic_store(&removed_round, 0);
-	run(3, bodies, (chaos ? 10 : 150) * scale);
+	run(3, bodies, (chaos ? 10 : 300) * scale);
 	machine_end();
 }
 
@@ -267,78 +200,6 @@ static void test_exclusive(uint32_t chaos)
 	machine_end();
 }
 
-/* --- chunked walks against each other ------------------------------------------------------------------ */
-
-static _Atomic uint64_t mapped, zapped;
-
-static void *walks(void *argument, uint32_t walk, uint32_t *passes)
-{
-	struct actor *a = argument;
-
-	do {
-		struct tdp_chunk c = { .root = root, .root_level = 4, .walk = walk, .shared = 1, .end_gfn = PAGES };
-
-		while (!c.done) {
-			rcu_read_lock(m, a->cpu);
-			CHECK(!tdp_walk_chunk(m, a->cpu, 0, &c, 7));
-			rcu_read_unlock(m, a->cpu);
-			if (walk == TDP_ZAP_LEAFS)
-				atomic_fetch_add(&zapped, c.pages);
-		}
-		++*passes;
-	} while (!atomic_load(&stop));
-	return NULL;
-}
-
-static void *zaps(void *argument)
-{
-	uint32_t passes = 0;
-
-	walks(argument, TDP_ZAP_LEAFS, &passes);
-	/* Once more when nobody maps any longer. */
-	return walks(argument, TDP_ZAP_LEAFS, &passes);
-}
-
-static void *protects(void *argument)
-{
-	uint32_t passes = 0;
-
-	return walks(argument, TDP_WRPROT, &passes);
-}
-
-static void *maps_around(void *argument)
-{
-	struct actor *a = argument;
-	uint32_t hfns[PAGES], tags[PAGES], writable[PAGES], random = 5;
-
-	for (uint32_t i = 0; i < PAGES; i++) {
-		hfns[i] = frame_of(i);
-		tags[i] = frame_host_tag(m->frames, hfns[i]);
-		writable[i] = 1;
-	}
-	for (uint32_t round = 0; round < a->rounds; round++) {
-		uint32_t gfn = next_random(&random) % PAGES, n = 1 + next_random(&random) % 32;
-
-		atomic_fetch_add(&mapped, (uint64_t)tdp_mmu_map_around(m, a->cpu, 0, path[1], gfn, n, hfns + gfn,
-								       tags + gfn, writable + gfn));
-	}
-	return NULL;
-}
-
-static void test_shared_walks(uint32_t chaos)
-{
-	void *(*const bodies[])(void *) = { maps_around, zaps, zaps, protects };
-
-	harness_begin("each mapping is zapped once, whoever does it", 120);
-	machine_begin(chaos);
-	atomic_store(&mapped, 0);
-	atomic_store(&zapped, 0);
-	run(4, bodies, (chaos ? 1000 : 20000) * scale);
-	CHECK(atomic_load(&mapped) == atomic_load(&zapped) && atomic_load(&mapped));
-	check_no_right();
-	machine_end();
-}
-
 int main(int argc, char **argv)
 {
 	if (argc > 1)
@@ -347,7 +208,6 @@ int main(int argc, char **argv)
 		test_grants_cover_sptes(chaos);
 		test_removed_table(chaos);
 		test_exclusive(chaos);
-		test_shared_walks(chaos);
 	}
 	return 0;
 }
