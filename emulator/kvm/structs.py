@@ -37,8 +37,8 @@ class KvmParams:
     """
 
     fault_around: int = 16
-    chunk: int = 128
-    resched_chunks: int = 8
+    chunk: int = 32
+    resched_chunks: int = 16
     eager_page_split: bool = True
     tdp_level: int = PG_LEVEL_512G
     slice_accesses: int = 100_000

@@ -30,7 +30,7 @@ from emulator.kvm.kvm_host import (
 )
 from emulator.kvm.mmu import kvm_mmu_free_obsolete_roots, kvm_mmu_reload
 from emulator.kvm.page_fault import kvm_mmu_page_fault
-from emulator.kvm.requests import flush_elided, kvm_check_request, kvm_test_request
+from emulator.kvm.requests import kvm_check_request, kvm_test_request
 from emulator.kvm.structs import Vcpu
 from emulator.kvm.tdp_map import EFAULT, ENOMEM, RET_PF_EMULATE
 from emulator.kvm.vcpu import vcpu_load, vcpu_put
@@ -38,6 +38,7 @@ from emulator.kvm.vmx import (
     vmx_flush_tlb_all,
     vmx_flush_tlb_current,
     vmx_flush_tlb_guest,
+    vmx_flush_tlb_roots,
     vmx_load_mmu_pgd,
 )
 from emulator.runtime import Cpu, MachineError, MachineStopped, OutOfFrames
@@ -67,8 +68,9 @@ def kvm_vcpu_flush_tlb_all(cpu: Cpu, vcpu: Vcpu) -> None:
     cpu.stat(kvm.id, lib.STAT_TLB_FLUSH)
     if kvm.policy.remote_flush == "all-contexts":
         vmx_flush_tlb_all(cpu, vcpu, reason)
+    elif kvm.policy.remote_flush == "active-roots":
+        vmx_flush_tlb_roots(cpu, vcpu, reason)
     else:
-        flush_elided(cpu, kvm, reason, vcpu.id)
         vmx_flush_tlb_current(cpu, vcpu, reason)
     kvm_check_request(cpu, vcpu, KVM_REQ_TLB_FLUSH_CURRENT)
 

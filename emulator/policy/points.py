@@ -44,6 +44,7 @@ POINTS: tuple[DecisionPoint, ...] = (
         "what a vCPU drops when it serves KVM_REQ_TLB_FLUSH (kvm_vcpu_flush_tlb_all)",
         (
             Alternative("all-contexts", "INVEPT global: every EPTP, every VM on the pCPU"),
+            Alternative("active-roots", "INVEPT single on the vCPU's current and previous roots"),
             Alternative(
                 "current-context",
                 "INVEPT single on the current root only, as to 5.6; wrong as soon as a vCPU can go back to a "

@@ -235,6 +235,8 @@ MUTANTS: list[tuple[Scenario, dict[str, str], str]] = [
 SOUND: list[tuple[Scenario, dict[str, str]]] = [
     *((scenario, {}) for scenario in dict.fromkeys(mutant[0] for mutant in MUTANTS)),
     (away_and_back, {"migration": "active-roots"}),
+    (away_and_back, {"remote_flush": "active-roots"}),
+    (page_freed, {"remote_flush": "active-roots"}),
     (away_and_back, {"remote_kick": "all-pcpus"}),
     (away_and_back, {"remote_kick": "vm-pcpu-mask"}),
     (root_page_reused, {"migration": "active-roots"}),
