@@ -1,7 +1,7 @@
 """The slow, obvious oracle: the whole history is kept, each access is judged by reading it from the start.
 
-It knows nothing of tags, ledgers or custody.  A right is (vm, gfn, frame, kind of access).  An access is legal
-iff its right was valid at some moment since the last completed revocation of (vm, gfn, kind).
+It knows nothing of tags, ledgers or custody.  A right is (vm, gfn, frame, kind of access).  An access is
+legal iff its right was valid at some moment since the last completed revocation of (vm, gfn, kind).
 """
 
 from __future__ import annotations
