@@ -103,6 +103,8 @@ class HostSection(Section):
     # Pages of one range that is unmapped, write-protected or migrated.
     pages: int = Field(default=64, ge=1, le=1 << 18, strict=True)
     unmap: Rate = 0
+    # Ranges of 8 MiB, in two steps that overlap: page tables become empty, and walks end in what was unmapped.
+    reclaim: Rate = 0
     mprotect: Rate = 0
     migrate: Rate = 0
     # 2 MiB ranges: khugepaged and its opposite.
@@ -111,7 +113,8 @@ class HostSection(Section):
 
     @model_validator(mode="after")
     def _somebody_does_it(self) -> Self:
-        if self.actors == 0 and any((self.unmap, self.mprotect, self.migrate, self.collapse, self.split)):
+        rates = (self.unmap, self.reclaim, self.mprotect, self.migrate, self.collapse, self.split)
+        if self.actors == 0 and any(rates):
             raise ValueError("at least 1 actor where a rate is not 0")
         return self
 
@@ -123,6 +126,8 @@ class KvmSection(Section):
     memslot_cycles: Rate = 0
     # Arm dirty logging, read it a few times, disarm it (which recovers huge pages).
     dirty_log_cycles: Rate = 0
+    # Arm it and disarm it again, as a migration that is called off.
+    dirty_log_toggles: Rate = 0
 
 
 class SchedulerSection(Section):

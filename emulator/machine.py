@@ -17,6 +17,7 @@ from random import Random
 from types import TracebackType
 from typing import TYPE_CHECKING, Any, Self
 
+from emulator.actors.chaos import Chaos
 from emulator.actors.crew import Crew
 from emulator.actors.host import Host, UserMemory, host_pacer
 from emulator.actors.inbox import adopt_thread, release_thread
@@ -51,7 +52,11 @@ SWITCH_INTERVAL = 0.0005
 
 @dataclass(frozen=True, slots=True)
 class Layout:
-    """Guest-physical memory of a VM, in pages: RAM from 0 on, then the second slot, 2 MiB aligned."""
+    """Guest-physical memory of a VM, in pages: RAM from 0 on, then the second slot, 2 MiB aligned.
+
+    Each vCPU's guest OS hands out its own pages of both, but they lie side by side: vCPUs share EPT pages, as
+    those of an SMP guest do, and what one of them changes in a table the others have cached.
+    """
 
     ram: int
     second: int
@@ -64,17 +69,6 @@ class Layout:
     @property
     def gfns(self) -> int:
         return -(-(self.second_base + self.second) // BLOCK_PAGES) * BLOCK_PAGES
-
-    def ram_of(self, vcpu: int) -> tuple[int, int]:
-        """What one vCPU's guest OS hands out; 2 MiB aligned if there is that much."""
-        share = self.ram // self.vcpus
-        if share >= BLOCK_PAGES:
-            share -= share % BLOCK_PAGES
-        return vcpu * share, (vcpu + 1) * share
-
-    def second_of(self, vcpu: int) -> tuple[int, int]:
-        share = self.second // self.vcpus
-        return self.second_base + vcpu * share, self.second_base + (vcpu + 1) * share
 
 
 def layout_of(vm: VmSection) -> Layout:
@@ -138,6 +132,8 @@ class Emulation:
             self.machine = Machine(config)
         except OutOfFrames as error:
             raise BadInput(scenario.name, str(error), "memory for the scenario's machine") from error
+        if chaos:
+            self.machine.install(Chaos(chaos, seed, len(self.machine.cpus)))
         self._free_cpus = iter(self.machine.cpus[self.machine.pcpus :])
         main = next(self._free_cpus)
         self.crew = Crew(self.machine, main)
@@ -194,15 +190,15 @@ class Emulation:
         self, cpu: Cpu, vcpu: Vcpu, section: VmSection, layout: Layout, i: int, traces: Iterator[Trace]
     ) -> None:
         """A guest OS with its processes, each on the next trace."""
-        first, end = layout.ram_of(i)
-        second, second_end = layout.second_of(i)
         config = ffi.new(
             "struct guest_config *",
             {
-                "first_gfn": first,
-                "end_gfn": end,
-                "mmio_gfn": second,
-                "mmio_end_gfn": second_end,
+                "first_gfn": 0,
+                "end_gfn": layout.ram,
+                "stride": layout.vcpus,
+                "phase": i,
+                "mmio_gfn": layout.second_base,
+                "mmio_end_gfn": layout.second_base + layout.second,
                 "switch_every": 200_000,
                 "unmap_every": 20_000,
                 "protect_every": 30_000,

@@ -15,8 +15,8 @@ from random import Random
 from emulator.config import Scenario
 
 # Activities of the actors, as scenarios name their rates.
-HOST_ACTIVITIES = ("unmap", "mprotect", "migrate", "collapse", "split")
-KVM_ACTIVITIES = ("memslot_cycles", "dirty_log_cycles")
+HOST_ACTIVITIES = ("unmap", "reclaim", "mprotect", "migrate", "collapse", "split")
+KVM_ACTIVITIES = ("memslot_cycles", "dirty_log_cycles", "dirty_log_toggles")
 MIGRATIONS = "migrations"
 
 # What acts in quiet phases, in turn: one source of flushes, or two that only together are dangerous.
@@ -28,7 +28,11 @@ FLAVOURS: tuple[tuple[str, ...], ...] = (
     ("collapse", "split"),
     ("dirty_log_cycles",),
     ("unmap", MIGRATIONS),
+    # Logging splits huge pages and recovers them: tables with mapped pages go while CPUs point to them.
+    ("collapse", "dirty_log_cycles", "memslot_cycles"),
     ("migrate",),
+    ("reclaim",),
+    ("collapse", "split", "dirty_log_toggles"),
 )
 # An activity that a storm sees a few times a second has a quiet second to itself: let it act more often.
 QUIET_LEAST_RATE = 10.0

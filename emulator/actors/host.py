@@ -29,6 +29,7 @@ if TYPE_CHECKING:
 HUGE_PAGES = 512
 # mprotect takes write access away for about this long; a guest that writes meanwhile waits for it.
 _PROTECTED_SECONDS = 0.0005
+_RECLAIM_PAGES = 4 * HUGE_PAGES
 
 
 class UserMemory:
@@ -90,6 +91,7 @@ class Host(MachineActor):
         self.rng = rng
         self._actions: dict[str, Callable[[UserMemory], None]] = {
             "unmap": self.unmap,
+            "reclaim": self.reclaim,
             "mprotect": self.mprotect,
             "migrate": self.migrate,
             "collapse": self.collapse,
@@ -108,6 +110,14 @@ class Host(MachineActor):
         start, end = self._range(memory)
         with memory.changing(self.cpu, start, end):
             lib.mm_unmap(self.cpu.m, self.cpu.id, memory.kvm.id, start, end, 1)
+
+    def reclaim(self, memory: UserMemory) -> None:
+        """The second half of a large range, then all of it: the second walk ends where nothing is left."""
+        pages = min(_RECLAIM_PAGES, memory.pages)
+        first = self.rng.randrange(memory.pages - pages + 1)
+        for start in (first + pages // 2, first):
+            with memory.changing(self.cpu, start, first + pages):
+                lib.mm_unmap(self.cpu.m, self.cpu.id, memory.kvm.id, start, first + pages, 1)
 
     def mprotect(self, memory: UserMemory) -> None:
         """mprotect(PROT_READ), and back after a moment."""

@@ -17,8 +17,8 @@ from emulator.actors.base import MachineActor
 from emulator.actors.scheduler import Pause, Resume
 from emulator.kvm import structs
 from emulator.kvm.kvm_host import KVM_MEM_LOG_DIRTY_PAGES
-from emulator.kvm.mmu import kvm_zap_gfn_range
 from emulator.kvm.kvm_main import kvm_set_memory_region, kvm_vm_ioctl_get_dirty_log
+from emulator.kvm.mmu import kvm_zap_gfn_range
 from emulator.workload import KVM_ACTIVITIES, Pacer, Workload
 from native import ffi, lib
 
@@ -34,6 +34,8 @@ SECOND_SLOT = 1
 # Rounds of reading the log while the guest runs, as a live migration's pre-copy.
 _ROUNDS = 3
 _BETWEEN_ROUNDS_US = 2000
+# How long logging stays on when nobody reads the log.
+_ARMED_US = 5000
 # How long the second slot stays away.
 _SLOT_GONE_US = 500
 _ZAP_PAGES = 256
@@ -61,6 +63,7 @@ class Kvm(MachineActor):
         self._actions: dict[str, Callable[[], None]] = {
             "memslot_cycles": self.memslot_cycle,
             "dirty_log_cycles": self.dirty_log_cycle,
+            "dirty_log_toggles": self.dirty_log_toggle,
         }
 
     def idle(self) -> None:
@@ -106,6 +109,14 @@ class Kvm(MachineActor):
             lib.mm_image_destroy(self.cpu.m, self.kvm.id)
         self._set_logging(slot, 0)
         self.dirty_rounds += 1
+
+    def dirty_log_toggle(self) -> None:
+        """Arm and disarm.  What faults in between is mapped by 4K pages, however the host maps it; disarming
+        makes huge pages of it again, and so do faults that are quicker."""
+        slot = self.kvm.memslots[0].by_id[RAM_SLOT]
+        self._set_logging(slot, KVM_MEM_LOG_DIRTY_PAGES)
+        self._sleep(_ARMED_US)
+        self._set_logging(slot, 0)
 
     def _set_logging(self, slot: structs.KvmMemorySlot, flags: int) -> None:
         kvm_set_memory_region(
