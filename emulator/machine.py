@@ -29,8 +29,8 @@ from emulator.actors.scheduler import Place, Scheduler
 from emulator.actors.task import VcpuTask
 from emulator.config import PAGES_PER_MIB, Scenario, VmSection
 from emulator.errors import BadInput
-from emulator.kvm.structs import Kvm, KvmParams, Vcpu
 from emulator.kvm.kvm_main import kvm_create_vm, kvm_set_memory_region, kvm_vm_ioctl_create_vcpu
+from emulator.kvm.structs import Kvm, KvmParams, Vcpu
 from emulator.policy import Policy
 from emulator.runtime import Cpu, Machine, OutOfFrames
 from emulator.traces import Trace

@@ -8,7 +8,7 @@ a policy that elides the flush of that source has nobody to hide behind.
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from random import Random
 
@@ -19,32 +19,42 @@ HOST_ACTIVITIES = ("unmap", "reclaim", "mprotect", "migrate", "collapse", "split
 KVM_ACTIVITIES = ("memslot_cycles", "dirty_log_cycles", "dirty_log_toggles")
 MIGRATIONS = "migrations"
 
-# What acts in quiet phases, in turn: one source of flushes, or two that only together are dangerous.
-FLAVOURS: tuple[tuple[str, ...], ...] = (
-    (MIGRATIONS,),
-    ("unmap",),
-    ("memslot_cycles",),
-    ("mprotect",),
-    ("collapse", "split"),
-    ("dirty_log_cycles",),
-    ("unmap", MIGRATIONS),
+# What acts in quiet phases, in turn: one source of flushes, or several that only together are dangerous.  A
+# number is a rate of its own, in calls per second; None: the scenario's, or QUIET_LEAST_RATES if that is more.
+Flavour = Mapping[str, float | None]
+FLAVOURS: tuple[Flavour, ...] = (
+    {MIGRATIONS: None},
+    {"unmap": None},
+    # Faults between the end of logging and recovery replace tables by huge leafs, if khugepaged was at work
+    # and unmapping left holes.
+    {"collapse": 400.0, "split": 100.0, "unmap": 200.0, "dirty_log_toggles": 60.0},
+    {"memslot_cycles": None},
+    {"reclaim": None},
     # Logging splits huge pages and recovers them: tables with mapped pages go while CPUs point to them.
-    ("collapse", "dirty_log_cycles", "memslot_cycles"),
-    ("migrate",),
-    ("reclaim",),
-    ("collapse", "split", "dirty_log_toggles"),
+    {"collapse": None, "dirty_log_cycles": None, "memslot_cycles": None},
+    {"mprotect": None},
+    {"collapse": None, "split": None},
+    {"dirty_log_cycles": None},
+    {"unmap": None, MIGRATIONS: None},
+    {"migrate": None},
 )
-# An activity that a storm sees a few times a second has a quiet second to itself: let it act more often.
-QUIET_LEAST_RATE = 10.0
+# What a storm sees a few times a second acts more often in a quiet second that it has to itself.
+QUIET_LEAST_RATES = {"collapse": 200.0, "split": 40.0, "memslot_cycles": 10.0, "dirty_log_cycles": 20.0}
 # Who was late does not make up for more than this.
 _LONGEST_ARREARS = 0.05
 
 
 @dataclass(frozen=True, slots=True)
 class Phase:
+    """`rates`: calls per second, over all actors, of what acts."""
+
     name: str
     quiet: bool
-    activities: frozenset[str]
+    rates: Mapping[str, float]
+
+    @property
+    def activities(self) -> frozenset[str]:
+        return frozenset(self.rates)
 
 
 class Workload:
@@ -57,7 +67,7 @@ class Workload:
         self.rates = rates_of(scenario)
         self._storm = scenario.phases.storm
         self._quiet = scenario.phases.quiet
-        every = frozenset(activity for activity, rate in self.rates.items() if rate)
+        every = {activity: rate for activity, rate in self.rates.items() if rate}
         self._storm_phase = Phase("storm", False, every)
         self._quiet_phases = _quiet_phases(every)
         self.phase = self._storm_phase
@@ -82,11 +92,7 @@ class Workload:
 
     def rate(self, activity: str) -> float:
         """How often a second the whole machine does this just now."""
-        phase = self.phase
-        if activity not in phase.activities:
-            return 0.0
-        rate = self.rates[activity]
-        return max(rate, QUIET_LEAST_RATE) if phase.quiet else rate
+        return self.phase.rates.get(activity, 0.0)
 
 
 def rates_of(scenario: Scenario) -> dict[str, float]:
@@ -99,13 +105,17 @@ def rates_of(scenario: Scenario) -> dict[str, float]:
     return rates
 
 
-def _quiet_phases(every: frozenset[str]) -> tuple[Phase, ...]:
-    phases = []
+def _quiet_phases(every: Mapping[str, float]) -> tuple[Phase, ...]:
+    """The flavours whose activities the scenario has, each once."""
+    phases: dict[frozenset[str], Phase] = {}
     for flavour in FLAVOURS:
-        activities = frozenset(flavour) & every
-        if activities and (len(activities) == len(flavour) or MIGRATIONS not in flavour):
-            phases.append(Phase("quiet: " + " and ".join(sorted(activities)), True, activities))
-    return tuple(dict.fromkeys(phases))
+        present = {activity: own for activity, own in flavour.items() if activity in every}
+        if not present or (len(present) < len(flavour) and MIGRATIONS in flavour):
+            continue
+        rates = {a: own or max(every[a], QUIET_LEAST_RATES.get(a, 0.0)) for a, own in present.items()}
+        phase = Phase("quiet: " + " and ".join(sorted(rates)), True, rates)
+        phases.setdefault(phase.activities, phase)
+    return tuple(phases.values())
 
 
 class Pacer:

@@ -46,9 +46,7 @@ class UserMemory:
         self._locks = [Mutex(f"page tables of VM {kvm.id} at {i * HUGE_PAGES:#x}") for i in range(regions)]
 
     @contextmanager
-    def changing(
-        self, cpu: Cpu, start: int, end: int, promise: int = lib.PROMISE_NOTIFIER
-    ) -> Iterator[None]:
+    def changing(self, cpu: Cpu, start: int, end: int, promise: int = lib.PROMISE_NOTIFIER) -> Iterator[None]:
         """Bracket a change of [start, end).
 
         A huge page that is changed in part is split first, and that invalidates all of it
