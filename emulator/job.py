@@ -46,11 +46,18 @@ class Job:
         self.seed = seed
         self.duration = duration
         self.observers: list[MachineObserver] = []
-        self._options = {"chaos": chaos, "unbounded": unbounded, "params": params}
+        self._chaos, self._unbounded, self._params = chaos, unbounded, params
         self._stop_at_violation = stop_at_violation
 
     def run(self, progress: Callable[[Snapshot], None], stop: threading.Event) -> Result:
-        with Emulation(self.scenario, self.policy, seed=self.seed, **self._options) as emulation:
+        with Emulation(
+            self.scenario,
+            self.policy,
+            seed=self.seed,
+            chaos=self._chaos,
+            unbounded=self._unbounded,
+            params=self._params,
+        ) as emulation:
             run = _Run(self, emulation, progress, stop)
             for observer in self.observers:
                 observer.machine_up(emulation.m, pcpus=emulation.machine.pcpus, vms=self.scenario.vms)

@@ -33,7 +33,7 @@ from emulator.kvm.kvm_main import kvm_create_vm, kvm_set_memory_region, kvm_vm_i
 from emulator.kvm.structs import Kvm, KvmParams, Vcpu
 from emulator.policy import Policy
 from emulator.runtime import Cpu, Machine, OutOfFrames
-from emulator.traces import Trace
+from emulator.traces import Trace, TraceError
 from emulator.traces import embedded as embedded_traces
 from emulator.traces import load as load_trace
 from emulator.workload import Workload
@@ -223,7 +223,10 @@ class Emulation:
         for name in names:
             if name not in self._traces:
                 path = self.scenario.directory / name
-                self._traces[name] = load_trace(path if path.suffix else name)
+                try:
+                    self._traces[name] = load_trace(path if path.suffix else name)
+                except TraceError as error:
+                    raise BadInput(f"{self.scenario.name}: vm.traces", str(error)) from error
         return [self._traces[name] for name in names]
 
     # --- running ---------------------------------------------------------------------------------------

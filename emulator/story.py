@@ -46,7 +46,8 @@ class Event:
     b: int
 
     def describe(self) -> str:
-        return _EVENT_TEXTS.get(self.kind, lambda e: f"{e.kind} {e.a:#x} {e.b:#x}")(self)
+        text = _EVENT_TEXTS.get(self.kind)
+        return text(self) if text else f"{self.kind} {self.a:#x} {self.b:#x}"
 
 
 def _name(names: tuple[str, ...], index: int) -> str:
@@ -69,6 +70,7 @@ _EVENT_TEXTS: dict[str, Callable[[Event], str]] = {
     "root_load": lambda e: f"vCPU {e.a} loads root {e.b:#x}",
     "root_free": lambda e: f"root {e.a:#x} freed",
     "guest_invalidate": lambda e: f"guest of vCPU {e.a} invalidates page {e.b:#x}",
+    "unload": lambda e: f"VMCLEAR of vCPU {e.a}, which is loaded elsewhere",
     "yield": lambda e: f"zap of VM {e.a} yields, {'flushed' if e.b else 'not flushed'}",
 }
 
@@ -143,6 +145,7 @@ def _use_text(r: Any, kinds: tuple[str, ...], names: dict[int, str]) -> list[str
     entry = r.entry
     where = f"reference of a walk at level {r.walk_level}" if r.walk_level else f"linear {r.linear:#x}"
     also = f" (also {', '.join(kinds[1:])})" if kinds[1:] else ""
+    translation = f"{_name(_SIZES, entry.size)} {_name(_MAPPINGS, entry.kind)}, page {entry.page:#x}"
     who = names.get(r.cpu, str(r.cpu))
     promised_on = names.get(r.promise_cpu, str(r.promise_cpu))
     promise = _PROMISED_BY[_name(_PROMISES, r.promise)]
@@ -150,8 +153,7 @@ def _use_text(r: Any, kinds: tuple[str, ...], names: dict[int, str]) -> list[str
     lines = (
         f"{kinds[0]}{also}: {_name(_ACCESSES, r.access)} by vCPU {r.vcpu} of VM {r.vm} on {who}",
         f"  access: {where}, gfn {r.gfn:#x}, frame {r.hfn:#x}",
-        f"  entry: {_name(_SIZES, entry.size)} {_name(_MAPPINGS, entry.kind)}, page {entry.page:#x},"
-        f" VPID {entry.vpid}, PCID {entry.pcid}, EP4TA {entry.ep4ta:#x}",
+        f"  entry: {translation}, VPID {entry.vpid}, PCID {entry.pcid}, EP4TA {entry.ep4ta:#x}",
         f"  filled by: vCPU {entry.vcpu} of VM {entry.vm}{age}",
         f"  revoked: {promise} on {promised_on}, {(r.time - r.promise_time) / 1000:.1f} us before",
         f"  missing: {_missing(kinds[0], r)}",

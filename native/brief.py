@@ -1,8 +1,8 @@
 """Core functions during which Python keeps the GIL.
 
-cffi releases the GIL around every call.  Around a call of a few dozen nanoseconds that costs more than it gives:
-with other threads waiting, each release wakes one of them for nothing, and the caller may find the GIL gone
-for a whole switch interval.  A VM exit makes some twenty such calls.
+cffi releases the GIL around every call.  Around a call of a few dozen nanoseconds that costs more than it
+gives: with other threads waiting, each release wakes one of them for nothing, and the caller may find the
+GIL gone for a whole switch interval.  A VM exit makes some twenty such calls.
 
 Here are functions that touch a few words, never wait, and never need the GIL's owner to make progress.
 Whatever waits, copies pages or loops over more than a cache line's worth of state is not here.

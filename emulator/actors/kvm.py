@@ -23,7 +23,7 @@ from emulator.workload import KVM_ACTIVITIES, Pacer, Workload
 from native import ffi, lib
 
 if TYPE_CHECKING:
-    from pykka import ActorRef
+    from pykka import ActorRef, Future
 
     from emulator.actors.crew import Crew
     from emulator.runtime import Cpu
@@ -79,7 +79,7 @@ class Kvm(MachineActor):
     # --- memory slots ----------------------------------------------------------------------------------
 
     def memslot_cycle(self) -> None:
-        """KVM_SET_USER_MEMORY_REGION: delete a slot and create it again; or zap a range as MTRR changes do."""
+        """Delete a slot and create it again; then zap a range, as changes of MTRRs do."""
         slot = self.kvm.memslots[0].by_id[SECOND_SLOT]
         kvm_set_memory_region(self.cpu, self.kvm, SECOND_SLOT, slot.base_gfn, 0, slot.userspace_addr)
         self._sleep(_SLOT_GONE_US)
@@ -132,8 +132,9 @@ class Kvm(MachineActor):
 
     @contextmanager
     def _vcpus_paused(self) -> Iterator[None]:
-        for parked in self.scheduler.ask(Pause(self.kvm.id)):
-            parked.get()
+        parked: list[Future[None]] = self.scheduler.ask(Pause(self.kvm.id), block=True)
+        for future in parked:
+            future.get()
         try:
             yield
         finally:

@@ -1,0 +1,97 @@
+"""Boot, stop and death of whole machines."""
+
+from __future__ import annotations
+
+import ctypes
+import threading
+import time
+
+import pytest
+from support import wait_until
+
+from emulator.actors.base import MachineActor
+from emulator.config import MachineSection, Scenario, VmSection, load_scenario
+from emulator.errors import BadInput
+from emulator.machine import Emulation, machine_config
+from emulator.policy import preset
+from native import lib
+
+LINUX = preset("linux-7.3")
+
+
+class Killed(BaseException):
+    """What no handler of ours expects."""
+
+
+def small() -> Scenario:
+    """The main job on 2 pCPUs and 1 VM."""
+    scenario = load_scenario()
+    vm = scenario.vm[0].model_copy(update={"count": 1, "memory": 16, "traces": ("cc1",)})
+    return scenario.changed(vm=(vm,), machine=MachineSection(pcpus=2))
+
+
+def entries(emulation: Emulation) -> int:
+    return int(lib.vm_stat(emulation.m, 0, lib.STAT_EXITS))
+
+
+def kill(actor: MachineActor) -> None:
+    assert actor.thread is not None
+    assert ctypes.pythonapi.PyThreadState_SetAsyncExc(
+        ctypes.c_ulong(actor.thread.ident), ctypes.py_object(Killed)
+    )
+    # Who sleeps executes no bytecode until somebody wakes it.
+    lib.cpu_notify(actor.cpu.m, actor.cpu.id, lib.ATTENTION_MESSAGE)
+
+
+def test_boots_runs_and_stops_in_time() -> None:
+    with Emulation(small(), LINUX, seed=1) as emulation:
+        emulation.start()
+        wait_until(lambda: entries(emulation) > 100, "guests run")
+        started = time.monotonic()
+        assert emulation.stop() == []
+        assert time.monotonic() - started < 2
+        assert not emulation.crew.deaths
+
+
+def test_context_stops_a_machine_whose_user_failed() -> None:
+    threads = threading.active_count()
+    emulation = Emulation(small(), LINUX)
+    emulation.__enter__()
+    emulation.start()
+    emulation.__exit__(ZeroDivisionError, ZeroDivisionError(), None)
+    wait_until(lambda: threading.active_count() == threads, "no thread is left")
+
+
+def test_never_started_machine_is_freed() -> None:
+    with Emulation(small(), LINUX) as emulation:
+        assert emulation.m
+
+
+@pytest.mark.parametrize("who", ["pcpu0", "kvm0", "host0", "scheduler"])
+@pytest.mark.parametrize("delay", [0.0, 0.05])
+def test_killed_actor_ends_the_machine_with_a_report(who: str, delay: float) -> None:
+    with Emulation(small(), LINUX, seed=2) as emulation:
+        emulation.start()
+        wait_until(lambda: entries(emulation) > 10, "guests run")
+        time.sleep(delay)
+        (victim,) = (actor for actor in emulation.crew.actors if actor.name == who)
+        kill(victim)
+        assert emulation.crew.stopped.wait(10)
+        assert emulation.stop() == []
+        death = emulation.crew.deaths[0]
+        assert (death.who, death.cause.split(":")[0]) == (who, "Killed")
+        assert "Traceback" in death.traceback
+
+
+def test_config_fits_the_scenario() -> None:
+    scenario = small()
+    config = machine_config(scenario, seed=7, chaos=3, unbounded=True)
+    assert config["l2_entries"] == 0
+    assert (config["pcpus"], config["vms"], config["vcpus"], config["seed"]) == (2, 1, 2, 7)
+    assert config["guest_frames"] > scenario.guest_pages
+
+
+def test_unknown_trace_is_bad_input() -> None:
+    scenario = small().changed(vm=(VmSection(traces=("nonsense",)),))
+    with pytest.raises(BadInput, match="nonsense"):
+        Emulation(scenario, LINUX)

@@ -1,0 +1,79 @@
+"""Each policy answer that is known to be wrong is caught on real threads, and not by accident.
+
+A run ends at its first violation.  Every mutant also asserts its precondition: what it is supposed to break
+did happen.  The right answers, on the same scenarios, are clean, and flushes averted uses.
+"""
+
+from __future__ import annotations
+
+import threading
+
+import pytest
+
+from emulator.config import load_scenario
+from emulator.job import Job
+from emulator.policy import preset
+from emulator.result import Result
+
+SECONDS = 30.0
+LATE_FLUSH = "zap_yield=unlock-then-flush"
+STALE = {"use-after-free", "stale-after-revoke", "cross-vm", "walk-after-free"}
+
+
+def run(scenario: str, settings: dict[str, str], seconds: float = SECONDS, seed: int = 1) -> Result:
+    policy = preset("linux-7.3")
+    job = Job(
+        load_scenario(scenario),
+        policy.with_settings(settings) if settings else policy,
+        seed=seed,
+        duration=seconds,
+        stop_at_violation=True,
+    )
+    return job.run(lambda snapshot: None, threading.Event())
+
+
+@pytest.mark.stress
+@pytest.mark.parametrize(
+    ("scenario", "settings", "kinds", "precondition"),
+    [
+        ("main", "migration=none", STALE | {"foreign-root", "guest-stale"}, "flushes elided"),
+        ("main", "migration=none migration_vpid=none", STALE | {"guest-stale"}, "flushes elided"),
+        ("main", "fault_retry=none", STALE, "faults"),
+        ("tables", "map_replace=none", {"walk-after-free"}, "flushes elided"),
+        ("main", "write_protect=none", {"stale-after-revoke", "lost-dirty"}, "flushes elided"),
+        ("main", "root_load=none", {"foreign-root", "walk-after-free"}, "roots loaded"),
+        ("main", "notifier_flush=none", STALE, "flushes elided"),
+        ("main", "kick_wait=no-wait", STALE, "pages zapped"),
+        ("main", "zap_yield=no-flush", STALE, "yields in zaps"),
+        (
+            "tables",
+            "zap_yield=unlock-then-flush zap_scope=leafs-and-tables",
+            {"walk-after-free"},
+            "tables freed",
+        ),
+        ("tables", LATE_FLUSH, {"walk-after-free"}, "tables freed"),
+    ],
+)
+def test_mutant_is_caught(scenario: str, settings: str, kinds: set[str], precondition: str) -> None:
+    result = run(scenario, dict(setting.split("=") for setting in settings.split()))
+    assert result.failure == ""
+    assert result.verdict == "violations"
+    assert result.preconditions[precondition] > 0
+    found = {kind for report in result.reports for kind in report.kinds}
+    assert found
+    assert found & kinds, found
+    assert "  filled by: vCPU" in result.reports[0].text
+    assert settings.split()[0] in result.reports[0].text
+
+
+@pytest.mark.stress
+@pytest.mark.parametrize("scenario", ["main", "tables"])
+def test_linux_is_clean(scenario: str) -> None:
+    result = run(scenario, {}, seconds=10.0)
+    assert result.failure == ""
+    assert result.verdict == "clean", [report.text for report in result.reports[:2]]
+    assert result.preconditions["uses averted"] > 0
+    assert result.preconditions["dirty logs compared"] > 0
+    counters = result.snapshot.counters
+    assert counters["polls"] >= counters["accesses"]
+    assert counters["checks"] >= counters["accesses"]
