@@ -20,7 +20,7 @@ KVM_ACTIVITIES = ("memslot_cycles", "dirty_log_cycles", "dirty_log_toggles")
 MIGRATIONS = "migrations"
 
 # What acts in quiet phases, in turn: one source of flushes, or several that only together are dangerous.  A
-# number is a rate of its own, in calls per second; None: the scenario's, or QUIET_LEAST_RATES if that is more.
+# number is a rate of its own, in calls per second; None: the scenario's, or more by QUIET_LEAST_RATES.
 Flavour = Mapping[str, float | None]
 FLAVOURS: tuple[Flavour, ...] = (
     {MIGRATIONS: None},
