@@ -20,6 +20,7 @@ Mode = Literal["read", "write"]
 Hook = Callable[["Cpu", str, object, Mode], None]
 
 # Cpu.mmu_lock_held
+_RELAX_MICROSECONDS: Final = 50
 READ: Final = 1
 WRITE: Final = 2
 # Neighbours that one fault maps at most (see emulator.kvm.page_fault): the length of the scratch arrays.
@@ -218,6 +219,14 @@ class timed:  # noqa: N801 - reads like a statement
     def __exit__(self, kind: object, value: object, traceback: object) -> None:
         elapsed = time.monotonic_ns() - self.start
         lib.histogram_record(self.cpu.m, self.cpu.id, self.histogram, elapsed)
+
+
+def cpu_relax(cpu: Cpu) -> None:
+    """In a loop that can only end when another thread goes on: let it have the GIL and the processor.
+
+    A few microseconds' nap that serves calls; real CPUs get by with `pause`.
+    """
+    cpu.check(lib.cpu_wait_event(cpu.m, cpu.id, lib.cpu_event(cpu.m, cpu.id), _RELAX_MICROSECONDS))
 
 
 def wait_until(cpu: Cpu, condition: Callable[[], bool], what: str) -> None:

@@ -32,7 +32,7 @@ from emulator.kvm.mmu import kvm_mmu_free_obsolete_roots, kvm_mmu_reload
 from emulator.kvm.page_fault import kvm_mmu_page_fault
 from emulator.kvm.requests import kvm_check_request, kvm_test_request
 from emulator.kvm.structs import Vcpu
-from emulator.kvm.tdp_map import EFAULT, ENOMEM, RET_PF_EMULATE
+from emulator.kvm.tdp_map import EFAULT, ENOMEM, RET_PF_EMULATE, RET_PF_RETRY
 from emulator.kvm.vcpu import vcpu_load, vcpu_put
 from emulator.kvm.vmx import (
     vmx_flush_tlb_all,
@@ -41,7 +41,7 @@ from emulator.kvm.vmx import (
     vmx_flush_tlb_roots,
     vmx_load_mmu_pgd,
 )
-from emulator.runtime import Cpu, MachineError, MachineStopped, OutOfFrames
+from emulator.runtime import Cpu, MachineError, MachineStopped, OutOfFrames, cpu_relax
 from native import ffi, lib
 
 # Exits after which KVM looks at need_resched() even if nobody asked; stands for the timer tick.
@@ -201,6 +201,9 @@ def handle_ept_violation(cpu: Cpu, vcpu: Vcpu) -> ExitToUser | None:
     exit_info = vcpu.exit
     gpa, access = exit_info.gpa, exit_info.access
     r = kvm_mmu_page_fault(cpu, vcpu, gpa, access, bool(exit_info.rights))
+    if r == RET_PF_RETRY:
+        # The guest would fault again at once, for as long as the invalidation lasts.
+        cpu_relax(cpu)
     if r == RET_PF_EMULATE:
         return ExitToUser("mmio", gpa, access == lib.ACCESS_WRITE)
     if r == EFAULT:
