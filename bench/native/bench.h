@@ -1,4 +1,4 @@
-/* What the benchmark programs share: time, medians, one JSON object per figure, a machine, a hypervisor that maps
+/* What the benchmark programs share: time, quantiles, one JSON object per figure, a machine, a hypervisor that maps
  * what a guest misses.
  *
  * Each program is linked with the whole core and prints one line of JSON per figure; `python -m bench` compiles,
@@ -55,23 +55,76 @@ static inline double quantile(double *values, size_t n, double q)
 	return values[(size_t)((double)(n - 1) * q)];
 }
 
-/* One figure beside its reference.  ratio: how to read it is in `what`. */
-static inline void emit(const char *name, const char *what, double value, const char *unit,
-			const char *reference_name, double reference, double ratio)
+enum { REPEATS_MAX = 64 };
+
+/* One figure: a sample per repeat beside one of its reference, taken in turn.  The medians, the ratio and what
+ * is wanted of them are bench/figures.py's business. */
+struct figure {
+	const char *name;
+	const char *what;
+	const char *unit;
+	const char *reference_name;
+	const char *ratio_of; /* "value/reference" or "reference/value" */
+	const char *wanted;   /* "value <= 1000 and ratio >= 5"; NULL: nothing in particular */
+	const double *values;
+	const double *references;
+	size_t repeats;
+};
+
+static inline void emit_samples(const char *key, const double *samples, size_t n)
 {
-	printf("{\"name\": \"%s\", \"what\": \"%s\", \"value\": %.6g, \"unit\": \"%s\", "
-	       "\"reference_name\": \"%s\", \"reference\": %.6g, \"ratio\": %.4g}\n",
-	       name, what, value, unit, reference_name, reference, ratio);
+	printf(", \"%s\": [", key);
+	for (size_t i = 0; i < n; i++)
+		printf("%s%.6g", i ? ", " : "", samples[i]);
+	printf("]");
+}
+
+static inline void emit(const struct figure *f)
+{
+	printf("{\"name\": \"%s\", \"what\": \"%s\", \"unit\": \"%s\", \"reference_name\": \"%s\", "
+	       "\"ratio_of\": \"%s\", \"wanted\": \"%s\"",
+	       f->name, f->what, f->unit, f->reference_name, f->ratio_of, f->wanted ? f->wanted : "");
+	emit_samples("values", f->values, f->repeats);
+	emit_samples("references", f->references, f->repeats);
+	printf("}\n");
 	fflush(stdout);
 }
 
-static inline void pin(unsigned cpu)
+/* A number of the command line, at least 1. */
+static inline uint32_t bench_number(const char *text, uint32_t max)
 {
-	cpu_set_t set;
+	long number = strtol(text, NULL, 10);
 
-	CPU_ZERO(&set);
-	CPU_SET(cpu % (unsigned)sysconf(_SC_NPROCESSORS_ONLN), &set);
-	sched_setaffinity(0, sizeof(set), &set);
+	REQUIRE(number >= 1 && number <= (long)max);
+	return (uint32_t)number;
+}
+
+static inline int bench_cores(void)
+{
+	cpu_set_t allowed;
+
+	REQUIRE(!sched_getaffinity(0, sizeof(allowed), &allowed));
+	return CPU_COUNT(&allowed);
+}
+
+/* Stay on the n-th of the cores that the program was started on.  main() calls it first. */
+static inline void pin(unsigned n)
+{
+	static cpu_set_t allowed;
+	cpu_set_t one;
+	unsigned left;
+
+	if (!CPU_COUNT(&allowed))
+		REQUIRE(!sched_getaffinity(0, sizeof(allowed), &allowed));
+	left = n % (unsigned)CPU_COUNT(&allowed);
+	CPU_ZERO(&one);
+	for (int core = 0; core < CPU_SETSIZE; core++) {
+		if (CPU_ISSET(core, &allowed) && !left--) {
+			CPU_SET(core, &one);
+			break;
+		}
+	}
+	REQUIRE(!sched_setaffinity(0, sizeof(one), &one));
 }
 
 static inline struct machine *bench_machine(uint32_t pcpus, uint32_t frames)

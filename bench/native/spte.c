@@ -63,32 +63,36 @@ static double zap_all(struct machine *m, uint32_t root)
 
 int main(int argc, char **argv)
 {
-	double walk[64], map[64], zap[64], map_ratio[64], zap_ratio[64];
-	size_t repeats = argc == 2 ? (size_t)atoi(argv[1]) : 0;
-	struct machine *m = bench_machine(1, GFNS + 16);
+	double walk[REPEATS_MAX], map[REPEATS_MAX], zap[REPEATS_MAX];
+	struct figure figure = { .unit = "ns", .reference_name = "bare walk per leaf",
+				 .ratio_of = "value/reference", .wanted = "ratio <= 2" };
+	struct machine *m;
 	uint32_t root;
 
-	REQUIRE(repeats && repeats <= 64);
+	REQUIRE(argc == 2);
+	figure.repeats = bench_number(argv[1], REPEATS_MAX);
 	pin(0);
+	m = bench_machine(1, GFNS + 16);
 	REQUIRE(vm_create(m, GFNS) == 0);
 	root = (uint32_t)ept_table_alloc(m, 1, FRAME_ROOT);
 	for (uint64_t gfn = 0; gfn < GFNS; gfn++)
 		bench_map(m, 1, 0, root, gfn);
 	REQUIRE(mm_fault_range(m, 1, 0, 0, GFNS, 0, hfns, tags, writable) == GFNS);
 	zap_all(m, root);
-	for (size_t i = 0; i < repeats; i++) {
+	for (size_t i = 0; i < figure.repeats; i++) {
 		map[i] = map_all(m, root);
 		walk[i] = bare_walk(m, root);
 		zap[i] = zap_all(m, root);
-		map_ratio[i] = map[i] / walk[i];
-		zap_ratio[i] = zap[i] / walk[i];
 	}
-	emit("map per SPTE", "with its right in the ledger; ratio to the reference, at most 2 wanted",
-	     quantile(map, repeats, 0.5), "ns", "bare walk per leaf", quantile(walk, repeats, 0.5),
-	     quantile(map_ratio, repeats, 0.5));
-	emit("zap per SPTE", "with its right and the frame's tag; ratio to the reference, at most 2 wanted",
-	     quantile(zap, repeats, 0.5), "ns", "bare walk per leaf", quantile(walk, repeats, 0.5),
-	     quantile(zap_ratio, repeats, 0.5));
+	figure.references = walk;
+	figure.name = "map per SPTE";
+	figure.what = "with its right in the ledger";
+	figure.values = map;
+	emit(&figure);
+	figure.name = "zap per SPTE";
+	figure.what = "with its right and the frame's tag";
+	figure.values = zap;
+	emit(&figure);
 	machine_destroy(m);
 	return 0;
 }

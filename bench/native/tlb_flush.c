@@ -1,39 +1,36 @@
 /* Does the price of a flush depend on how much the TLB holds?
  *
- * An unbounded TLB holds n translations: most of them of other contexts, 512 of the one that is flushed.
- * Timed are a flush that finds something (after one fill of that context), and INVLPG.
+ *   tlb_flush ENTRIES REPEATS
  *
- *   gcc -std=c11 -O2 -Inative bench/native/tlb_flush.c native/tlb*.c native/psc.c -o tlb_flush && ./tlb_flush
+ * An unbounded TLB holds n translations, n = 1000, 10000 .. ENTRIES: most of them of other contexts, 512 of the
+ * one that is flushed, which are filled again before each flush.  Timed is one flush; the clock's own cost is
+ * in the price and in its reference, the price with 1000 translations.
  */
-#define _POSIX_C_SOURCE 200809L
-#include <stdio.h>
-#include <stdlib.h>
-#include <time.h>
+#include "bench.h"
 
 #include "tlb.h"
 
-enum { ROUNDS = 2001, OTHERS = 64, OWN_VPID = 1, OWN_ROOT = 1000 };
+enum { ROUNDS = 301, OTHERS = 64, OWN_VPID = 1, OWN_ROOT = 1000, OWN = 512, FIRST = 1000, DECADES = 6 };
 
-static uint64_t now(void)
-{
-	struct timespec ts;
+enum what { INVEPT_SINGLE, INVVPID_SINGLE, MOV_CR3, INVLPG, INVLPG_PIECES, REFILL, WHATS };
 
-	clock_gettime(CLOCK_MONOTONIC, &ts);
-	return (uint64_t)ts.tv_sec * 1000000000 + (uint64_t)ts.tv_nsec;
-}
-
-static int by_value(const void *a, const void *b)
-{
-	uint64_t x = *(const uint64_t *)a, y = *(const uint64_t *)b;
-
-	return (x > y) - (x < y);
-}
+static const char *const what_name[WHATS] = {
+	"INVEPT single-context", "INVVPID single-context", "MOV CR3", "INVLPG",
+	"INVLPG of a 2M page in 4K pieces", "refill after INVEPT, per translation",
+};
 
 static void fill(struct tlb *t, uint64_t page, uint32_t guest)
 {
-	struct tlb_entry e = { .page = page, .kind = KIND_COMBINED, .hfn = (uint32_t)page, .fractured = guest };
+	struct tlb_entry e = { .page = page, .kind = KIND_COMBINED, .hfn = (uint32_t)page,
+			       .fractured = (uint8_t)guest };
 
 	tlb_insert(t, &e, page);
+}
+
+static void fill_own(struct tlb *t, uint32_t guest)
+{
+	for (uint64_t page = 0; page < OWN; page++)
+		fill(t, page, guest);
 }
 
 static struct tlb *build(uint64_t n)
@@ -41,74 +38,85 @@ static struct tlb *build(uint64_t n)
 	struct machine_config config = { .vms = 2 };
 	struct tlb *t = tlb_create(&config);
 
+	REQUIRE(t);
 	for (uint64_t i = 0; i < n; i++) {
 		tlb_switch(t, 100 + i % OTHERS, 0, 2000 + i % OTHERS, 1);
 		fill(t, i / OTHERS, 0);
 	}
 	tlb_switch(t, OWN_VPID, 0, OWN_ROOT, 1);
-	for (uint64_t page = 0; page < 512; page++)
-		fill(t, page, 0);
 	return t;
 }
 
-enum what { INVEPT_SINGLE, INVVPID_SINGLE, MOV_CR3, INVLPG, INVLPG_PIECES };
-
 static void flush(struct tlb *t, enum what what)
 {
-	switch (what) {
-	case INVEPT_SINGLE:
+	if (what == INVEPT_SINGLE || what == REFILL)
 		invept_single(t, OWN_ROOT);
-		break;
-	case INVVPID_SINGLE:
+	else if (what == INVVPID_SINGLE)
 		invvpid_single(t, OWN_VPID);
-		break;
-	case MOV_CR3:
+	else if (what == MOV_CR3)
 		mov_to_cr3(t, 0);
-		break;
-	case INVLPG:
-	case INVLPG_PIECES:
+	else
 		invlpg(t, 7);
-		break;
-	}
 }
 
-/* Median nanoseconds; the clock's own cost is in it. */
-static uint64_t price(uint64_t n, enum what what)
+/* Median nanoseconds. */
+static double price(struct tlb *t, enum what what)
 {
-	static uint64_t ns[ROUNDS];
-	struct tlb *t = build(n);
+	uint32_t guest = what == INVLPG_PIECES ? PAGE_2M + 1 : 0;
+	struct tlb_entry e;
+	double ns[ROUNDS];
 
+	fill_own(t, guest);
 	for (uint32_t i = 0; i < ROUNDS; i++) {
-		uint64_t start;
+		uint64_t start, middle, end;
 
-		fill(t, 7, what == INVLPG_PIECES ? PAGE_2M + 1 : 0);
-		start = now();
+		start = now_ns();
 		flush(t, what);
-		ns[i] = now() - start;
+		middle = now_ns();
+		/* It did what it is there for. */
+		REQUIRE(tlb_lookup(t, KIND_COMBINED, 7, &e) != 1);
+		end = now_ns();
+		fill_own(t, guest);
+		ns[i] = what == REFILL ? (double)(now_ns() - end) / OWN : (double)(middle - start);
+		REQUIRE(tlb_lookup(t, KIND_COMBINED, 7, &e) == 1);
 	}
-	tlb_destroy(t);
-	qsort(ns, ROUNDS, sizeof(ns[0]), by_value);
-	return ns[ROUNDS / 2];
+	return quantile(ns, ROUNDS, 0.5);
 }
 
-int main(void)
+int main(int argc, char **argv)
 {
-	static const char *const name[] = { "INVEPT single", "INVVPID single", "MOV CR3", "INVLPG",
-					    "INVLPG of a 2M page in 4K pieces" };
-	uint64_t start = now(), end = start;
+	static double ns[DECADES][WHATS][REPEATS_MAX];
+	struct figure figure = { .what = "512 translations live in the context", .unit = "ns",
+				 .reference_name = "the same with 1000 translations cached",
+				 .ratio_of = "value/reference" };
+	uint32_t most, decades = 0;
+	char name[80];
 
-	for (int i = 0; i < 1000; i++)
-		end = now();
-	printf("median ns of one flush (%llu of them the clock's), by translations cached\n%-34s",
-	       (unsigned long long)(end - start) / 1000, "");
-	for (uint64_t n = 1000; n <= 1000000; n *= 10)
-		printf("%10llu", (unsigned long long)n);
-	printf("\n");
-	for (uint32_t what = INVEPT_SINGLE; what <= INVLPG_PIECES; what++) {
-		printf("%-34s", name[what]);
-		for (uint64_t n = 1000; n <= 1000000; n *= 10)
-			printf("%10llu", (unsigned long long)price(n, what));
-		printf("\n");
+	REQUIRE(argc == 3);
+	most = bench_number(argv[1], 10000000);
+	figure.repeats = bench_number(argv[2], REPEATS_MAX);
+	figure.name = name;
+	pin(0);
+	for (size_t i = 0; i < figure.repeats; i++) {
+		decades = 0;
+		for (uint64_t n = FIRST; n <= most && decades < DECADES; n *= 10, decades++) {
+			struct tlb *t = build(n);
+
+			for (uint32_t what = 0; what < WHATS; what++)
+				ns[decades][what][i] = price(t, what);
+			tlb_destroy(t);
+		}
+	}
+	REQUIRE(decades > 1);
+	for (uint32_t what = 0; what < WHATS; what++) {
+		/* Every size of what the machine's own flushes are, the largest of the others. */
+		for (uint32_t d = what == INVEPT_SINGLE ? 1 : decades - 1; d < decades; d++) {
+			snprintf(name, sizeof(name), "%s, 10^%u cached", what_name[what], d + 3);
+			figure.wanted = what == REFILL ? NULL : "ratio <= 2";
+			figure.values = ns[d][what];
+			figure.references = ns[0][what];
+			emit(&figure);
+		}
 	}
 	return 0;
 }

@@ -1,22 +1,20 @@
-/* How fast can one core look up and check guest accesses?
+/* Why the first level looks up as it does: the loop of guest execution with the shipped look-up and with rivals.
  *
- * The loop of guest execution, cut down to what every access needs: load an 8-byte trace record, poll the
- * attention word, look the page up in the first-level TLB, compare the custody of the frame with the right
- * that the entry carries, store on a write.  Rivals differ in the look-up only.  The yardstick is a bare
- * loop that looks the same records up in a direct-mapped array and does nothing else.
+ *   tlb_loop REPEATS
  *
- *   gcc -std=c11 -O2 -Inative bench/native/tlb_loop.c native/tlb*.c native/psc.c -o tlb_loop && ./tlb_loop [repeats]
+ * What every access needs and nothing else: load an 8-byte trace record, poll the attention word, look the page
+ * up, compare the custody of the frame with the right that the entry carries, store on a write.  (guest_loop.c
+ * measures the whole of it, on real traces.)
  */
-#define _POSIX_C_SOURCE 200809L
+#include "bench.h"
+
+#ifdef __SSE2__
 #include <emmintrin.h>
-#include <stdio.h>
-#include <stdlib.h>
-#include <string.h>
-#include <time.h>
+#endif
 
 #include "tlb.h"
 
-enum { RECORDS = 1 << 16, FRAMES = 256, LOOPS = 300 };
+enum { RECORDS = 1 << 16, FRAMES = 256, LOOPS = 100 };
 
 /* What the rivals search: keys of a set side by side, the rest elsewhere. */
 struct payload {
@@ -28,7 +26,6 @@ struct split {
 	_Alignas(64) uint64_t key[L1_SETS][L1_WAYS];
 	struct payload hot[L1_SETS][L1_WAYS];
 	uint32_t stamp[L1_SETS][L1_WAYS];
-	uint8_t mru[L1_SETS];
 	uint32_t clock;
 	uint64_t context_bits;
 };
@@ -42,7 +39,6 @@ struct world {
 	_Atomic uint16_t *tag;
 	uint64_t life;
 	uint8_t *memory;
-	uint64_t direct[1024];
 };
 
 static uint64_t next(uint64_t *x)
@@ -53,14 +49,6 @@ static uint64_t next(uint64_t *x)
 	return *x;
 }
 
-static double cpu_seconds(void)
-{
-	struct timespec ts;
-
-	clock_gettime(CLOCK_THREAD_CPUTIME_ID, &ts); /* the machine may be shared */
-	return ts.tv_sec + ts.tv_nsec * 1e-9;
-}
-
 /* `pages` pages, all cached, in random ways; one access in four writes, at
  * random or each fourth. */
 static struct world *build(uint32_t pages, uint32_t run, bool regular)
@@ -69,9 +57,11 @@ static struct world *build(uint32_t pages, uint32_t run, bool regular)
 	uint64_t x = 88172645463325252u, page = 0;
 	uint32_t used[L1_SETS] = { 0 };
 
+	REQUIRE(w);
 	memset(w, 0, sizeof(*w));
 	w->tag = calloc(FRAMES, sizeof(*w->tag));
 	w->memory = aligned_alloc(4096, FRAMES * 4096);
+	REQUIRE(w->tag && w->memory);
 	memset(w->memory, 0, FRAMES * 4096);
 	w->l1.context_bits = w->rival.context_bits = UINT64_C(0x28007) << L1_CONTEXT_SHIFT;
 	for (uint32_t p = 0; p < pages; p++) {
@@ -81,7 +71,6 @@ static struct world *build(uint32_t pages, uint32_t run, bool regular)
 		w->l1.hot[set][way].hfn = p * 3 % FRAMES;
 		w->rival.key[set][way] = w->l1.hot[set][way].key;
 		w->rival.hot[set][way].hfn = p * 3 % FRAMES;
-		w->direct[p] = (uint64_t)p << 16 | (p * 3 % FRAMES);
 	}
 	for (uint32_t i = 0; i < RECORDS; i++) {
 		if (i % run == 0)
@@ -113,40 +102,8 @@ ALWAYS struct payload *look_branches(struct world *w, uint64_t page)
 	return 0;
 }
 
-/* The way of the last hit in the set first. */
-ALWAYS struct payload *look_mru(struct world *w, uint64_t page)
-{
-	struct split *l1 = &w->rival;
-	uint64_t want = l1->context_bits | page;
-	uint32_t set = page & (L1_SETS - 1), way = l1->mru[set];
-	const uint64_t *key = l1->key[set];
-
-	if (key[way] != want) {
-		way = (key[1] == want) | (key[2] == want) << 1 | (key[3] == want) * 3;
-		if (key[way] != want)
-			return 0;
-		l1->mru[set] = way;
-	}
-	l1->stamp[set][way] = l1->clock;
-	return &l1->hot[set][way];
-}
-
-/* All compared; gcc makes a branch of the last way all the same. */
-ALWAYS struct payload *look_arithmetic(struct world *w, uint64_t page)
-{
-	struct split *l1 = &w->rival;
-	uint64_t want = l1->context_bits | page;
-	uint32_t set = page & (L1_SETS - 1);
-	const uint64_t *key = l1->key[set];
-	uint32_t way = (key[1] == want) | (key[2] == want) << 1 | (key[3] == want) * 3;
-
-	if (__builtin_expect(key[way] != want, 0))
-		return 0;
-	l1->stamp[set][way] = l1->clock;
-	return &l1->hot[set][way];
-}
-
-/* Four 64-bit compares with SSE2, which has only 32-bit ones. */
+#ifdef __SSE2__
+/* All ways at once: four 64-bit compares with SSE2, which has only 32-bit ones. */
 ALWAYS struct payload *look_sse2(struct world *w, uint64_t page)
 {
 	struct split *l1 = &w->rival;
@@ -166,6 +123,7 @@ ALWAYS struct payload *look_sse2(struct world *w, uint64_t page)
 	l1->stamp[set][way] = l1->clock;
 	return &l1->hot[set][way];
 }
+#endif
 
 /* Everything an access needs; returns how many missed or failed the check. */
 #define LOOP(name, look, hot_type)                                                                  \
@@ -202,76 +160,72 @@ ALWAYS struct payload *look_sse2(struct world *w, uint64_t page)
 
 LOOP(shipped, look_shipped, struct tlb_hot)
 LOOP(branches, look_branches, struct payload)
-LOOP(arithmetic, look_arithmetic, struct payload)
-LOOP(mru, look_mru, struct payload)
+#ifdef __SSE2__
 LOOP(sse2, look_sse2, struct payload)
 
-/* The yardstick. */
-static __attribute__((noinline)) uint64_t loop_bare(struct world *w)
-{
-	uint64_t slow = 0;
-
-	for (uint32_t i = 0; i < RECORDS; i++) {
-		uint64_t page = w->record[i] >> 12;
-
-		slow += w->direct[page & 1023] >> 16 != page;
-	}
-	return slow;
-}
+#endif
 
 static double measure(uint64_t (*loop)(struct world *), struct world *w)
 {
-	double start = cpu_seconds();
+	uint64_t start = now_ns();
 
 	for (uint32_t i = 0; i < LOOPS; i++)
-		if (loop(w))
-			abort();
-	return (double)RECORDS * LOOPS / (cpu_seconds() - start) * 1e-6;
+		REQUIRE(!loop(w));
+	return (double)RECORDS * LOOPS * 1e3 / (double)(now_ns() - start);
 }
 
-static int by_value(const void *a, const void *b)
-{
-	double x = *(const double *)a, y = *(const double *)b;
+enum { RIVALS = 2, SHAPES = 2 };
 
-	return (x > y) - (x < y);
+static const struct {
+	const char *name;
+	uint64_t (*loop)(struct world *);
+} rival[RIVALS] = {
+	{ "ways tried in turn", loop_branches },
+#ifdef __SSE2__
+	{ "all ways compared at once", loop_sse2 },
+#endif
+};
+
+static const struct {
+	const char *name;
+	uint32_t pages, run;
+	bool regular;
+} shape[SHAPES] = {
+	{ "look-up, 64 pages at random", 64, 1, false },
+	{ "look-up, 16 pages, 32 accesses each", 16, 32, true },
+};
+
+static void measure_shape(uint32_t which, size_t repeats)
+{
+	struct world *w = build(shape[which].pages, shape[which].run, shape[which].regular);
+	double shipped[REPEATS_MAX], rivals[RIVALS][REPEATS_MAX];
+
+	for (size_t i = 0; i < repeats; i++) {
+		shipped[i] = measure(loop_shipped, w);
+		for (uint32_t k = 0; k < RIVALS && rival[k].loop; k++)
+			rivals[k][i] = measure(rival[k].loop, w);
+	}
+	for (uint32_t k = 0; k < RIVALS && rival[k].loop; k++) {
+		struct figure figure = { .name = shape[which].name, .unit = "M/s",
+					 .what = "hits of the first level, with poll, check and store",
+					 .reference_name = rival[k].name, .ratio_of = "value/reference",
+					 .values = shipped, .references = rivals[k], .repeats = repeats };
+
+		emit(&figure);
+	}
+	free(w->memory);
+	free(w->tag);
+	free(w);
 }
 
 int main(int argc, char **argv)
 {
-	static const struct {
-		const char *name;
-		uint64_t (*loop)(struct world *);
-	} rival[] = {
-		{ "bare", loop_bare },
-		{ "shipped", loop_shipped },
-		{ "branches", loop_branches },
-		{ "arithmetic", loop_arithmetic },
-		{ "mru", loop_mru },
-		{ "sse2", loop_sse2 },
-	};
-	enum { RIVALS = sizeof(rival) / sizeof(rival[0]), MOST = 64 };
-	static const uint32_t shape[][3] = { { 64, 1, 0 }, { 64, 1, 1 }, { 64, 8, 0 }, { 64, 8, 1 }, { 16, 32, 1 } };
-	int repeats = argc > 1 ? atoi(argv[1]) : 7;
-	double rate[RIVALS][MOST];
+	size_t repeats;
 
-	if (repeats < 1 || repeats > MOST)
-		return fprintf(stderr, "tlb_loop: repeats must be 1 to %d\n", MOST), 2;
-	for (uint32_t s = 0; s < sizeof(shape) / sizeof(shape[0]); s++) {
-		struct world *w = build(shape[s][0], shape[s][1], shape[s][2]);
-
-		for (int i = 0; i < repeats; i++)
-			for (int k = 0; k < RIVALS; k++)
-				rate[k][i] = measure(rival[k].loop, w);
-		printf("%u pages, %u accesses to a page in a row, %s writes: M accesses/s, median (best)\n",
-		       shape[s][0], shape[s][1], shape[s][2] ? "regular" : "random");
-		for (int k = 0; k < RIVALS; k++) {
-			qsort(rate[k], (size_t)repeats, sizeof(double), by_value);
-			printf("  %-10s %6.0f (%.0f)\n", rival[k].name, rate[k][repeats / 2],
-			       rate[k][repeats - 1]);
-		}
-		free(w->memory);
-		free(w->tag);
-		free(w);
-	}
+	REQUIRE(argc == 2);
+	repeats = bench_number(argv[1], REPEATS_MAX);
+	pin(0);
+	for (uint32_t which = 0; which < SHAPES; which++)
+		measure_shape(which, repeats);
 	return 0;
 }

@@ -1,0 +1,116 @@
+/* RCU: what a read section costs its reader, and how fast callbacks are queued and invoked.
+ *
+ *   rcu CALLBACKS REPEATS
+ *
+ * The RCU thread has a core of its own where there are two.
+ */
+#include "bench.h"
+
+#include "rcu.h"
+
+enum { SECTIONS = 1 << 20, READER = 1, THREAD = 2, KEPT = 256, NODE_BYTES = 32 };
+
+static double section_ns(struct machine *m)
+{
+	uint64_t start = now_ns();
+
+	for (uint32_t i = 0; i < SECTIONS; i++) {
+		rcu_read_lock(m, READER);
+		rcu_read_unlock(m, READER);
+	}
+	return (double)(now_ns() - start) / SECTIONS;
+}
+
+/* The cheapest thing by which two threads agree on an order, with nobody on the other side. */
+static double atomic_add_ns(void)
+{
+	static _Atomic uint64_t word;
+	uint64_t start = now_ns();
+
+	for (uint32_t i = 0; i < SECTIONS; i++)
+		atomic_fetch_add_explicit(&word, 1, memory_order_seq_cst);
+	return (double)(now_ns() - start) / SECTIONS;
+}
+
+/* From the first call_rcu() to the return of rcu_barrier(). */
+static double callbacks_rate(struct machine *m, uint32_t callbacks)
+{
+	uint64_t before[COUNTERS], after[COUNTERS], start;
+
+	counters_sum(m, before);
+	start = now_ns();
+	for (uint32_t i = 0; i < callbacks; i++)
+		REQUIRE(!call_rcu(m, READER, RCU_NOTHING, i));
+	REQUIRE(!rcu_barrier(m, READER));
+	start = now_ns() - start;
+	counters_sum(m, after);
+	REQUIRE(!rcu_pending(m));
+	REQUIRE(after[COUNT_RCU_CALLBACKS] - before[COUNT_RCU_CALLBACKS] >= callbacks);
+	REQUIRE(after[COUNT_RCU_INVOKED] - before[COUNT_RCU_INVOKED] ==
+		after[COUNT_RCU_CALLBACKS] - before[COUNT_RCU_CALLBACKS]);
+	return callbacks * 1e3 / (double)start;
+}
+
+/* What freeing without waiting for readers costs. */
+static double malloc_rate(uint32_t nodes)
+{
+	void *volatile kept[KEPT] = { 0 };
+	uint64_t start = now_ns();
+
+	for (uint32_t i = 0; i < nodes; i++) {
+		free(kept[i % KEPT]);
+		kept[i % KEPT] = malloc(NODE_BYTES);
+	}
+	start = now_ns() - start;
+	for (uint32_t i = 0; i < KEPT; i++)
+		free(kept[i]);
+	return nodes * 1e3 / (double)start;
+}
+
+static void *run_rcu_thread(void *argument)
+{
+	pin(1);
+	REQUIRE(!rcu_thread(argument, THREAD));
+	return NULL;
+}
+
+int main(int argc, char **argv)
+{
+	double section[REPEATS_MAX], add[REPEATS_MAX], rate[REPEATS_MAX], nodes[REPEATS_MAX];
+	struct figure figure = { .ratio_of = "value/reference" };
+	struct machine *m;
+	pthread_t thread;
+	uint32_t callbacks;
+
+	REQUIRE(argc == 3);
+	callbacks = bench_number(argv[1], 1 << 24);
+	figure.repeats = bench_number(argv[2], REPEATS_MAX);
+	pin(0);
+	m = bench_machine(1, 16);
+	REQUIRE(!pthread_create(&thread, NULL, run_rcu_thread, m));
+	callbacks_rate(m, callbacks); /* allocates the nodes */
+	for (size_t i = 0; i < figure.repeats; i++) {
+		section[i] = section_ns(m);
+		add[i] = atomic_add_ns();
+		rate[i] = callbacks_rate(m, callbacks);
+		nodes[i] = malloc_rate(callbacks);
+	}
+	machine_stop(m);
+	pthread_join(thread, NULL);
+	figure.name = "RCU read section";
+	figure.what = "rcu_read_lock and rcu_read_unlock";
+	figure.unit = "ns";
+	figure.reference_name = "uncontended atomic add";
+	figure.values = section;
+	figure.references = add;
+	emit(&figure);
+	figure.name = "call_rcu";
+	figure.what = "callbacks queued, waited for and invoked";
+	figure.unit = "M/s";
+	figure.reference_name = "malloc and free of 32 bytes";
+	figure.values = rate;
+	figure.references = nodes;
+	emit(&figure);
+	machine_destroy(m);
+	return 0;
+}
