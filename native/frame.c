@@ -86,6 +86,11 @@ int32_t frame_block_host_tag(const struct frames *f, uint32_t first)
 	return differ ? -1 : (int32_t)tag;
 }
 
+int32_t frame_block_custody(struct machine *m, uint32_t first)
+{
+	return frame_block_host_tag(m->frames, first);
+}
+
 /* One tag for all frames of a new block: younger than any that one of them had. */
 static void block_level_host_tags(struct frames *f, uint32_t first)
 {

@@ -39,6 +39,9 @@ uint32_t frames_total(struct machine *m, uint32_t kind);
 /* One 64-bit word of a frame, as a guest or user space sees it. */
 uint64_t frame_read(struct machine *m, uint32_t hfn, uint32_t word);
 void frame_write(struct machine *m, uint32_t hfn, uint32_t word, uint64_t value);
+/* The host tag that all 512 frames from `first` on share, which is the custody of a huge leaf; -1: they differ,
+ * because a promise was about some of them only. */
+int32_t frame_block_custody(struct machine *m, uint32_t first);
 /* end api */
 
 enum { FRAME_WORDS = 512, FRAMES_MAX = 1 << 24 };

@@ -180,7 +180,8 @@ def _collapsible(cpu: Cpu, kvm: Kvm, slot: KvmMemorySlot, it: TdpIter) -> Entry 
 def tdp_mmu_make_huge_spte(cpu: Cpu, kvm: Kvm, parent: Entry) -> int | None:
     """tdp_mmu_make_huge_spte(), make_huge_spte(): from the first present child; None if there is none.
 
-    The huge SPTE takes the child's custody, which must be that of the whole block.
+    The huge SPTE takes the child's custody, which must be that of the whole block: after a notifier about a
+    part of it, its frames are no longer one thing that a single SPTE can stand for.
     """
     table = spte_to_child_pt(parent.spte)
     for index in range(512):
@@ -192,7 +193,7 @@ def tdp_mmu_make_huge_spte(cpu: Cpu, kvm: Kvm, parent: Entry) -> int | None:
     pages = kvm_pages_per_hpage(parent.level)
     first = spte_to_child_pt(small_spte) - index
     custody = (small_spte >> lib.SPTE_CUSTODY_SHIFT) & lib.FRAME_TAG_MASK
-    if first & (pages - 1) or lib.frame_host_tag_of(cpu.m, first) != custody:
+    if first & (pages - 1) or lib.frame_block_custody(cpu.m, first) != custody:
         return None
     return int(small_spte - (index << _HFN_SHIFT)) | PT_PAGE_SIZE_MASK
 
