@@ -25,6 +25,7 @@ struct guest_thread {
 	pthread_barrier_t *start;
 };
 
+static pthread_mutex_t faults = PTHREAD_MUTEX_INITIALIZER;
 static uint64_t *records, *pages, record_count, page_count;
 
 /* The reference: load a record, look its page up, use what is there. */
@@ -67,7 +68,8 @@ static uint32_t make_guest(struct machine *m, uint32_t vm, uint32_t root, uint32
 	return (uint32_t)vcpu;
 }
 
-/* The first rounds fault everything in: what met an EPT violation was polled and looked up again. */
+/* The first rounds fault everything in, one guest after the other (bench_map() knows no concurrency): what met an
+ * EPT violation was polled and looked up again. */
 static void *run_guest(void *argument)
 {
 	struct guest_thread *t = argument;
@@ -75,7 +77,9 @@ static void *run_guest(void *argument)
 
 	pin(t->cpu);
 	cpu_online(t->m, t->cpu);
+	pthread_mutex_lock(&faults);
 	bench_run(t->m, t->cpu, t->vcpu, 0, t->root, record_count * 2);
+	pthread_mutex_unlock(&faults);
 	counters_read(t->m, t->cpu, before);
 	pthread_barrier_wait(t->start);
 	t->started = now_ns();

@@ -1,0 +1,129 @@
+"""python -m bench; what it measures and how to read it stands in bench/__init__.py."""
+
+from __future__ import annotations
+
+import argparse
+import json
+import signal
+import sys
+import tempfile
+from collections.abc import Sequence
+from pathlib import Path
+from typing import NoReturn
+
+from rich.console import Console
+
+from bench import programs
+from bench.benchmark import FULL, QUICK, Benchmark, Context
+from bench.errors import BenchFailed
+from bench.idle import idle
+from bench.job import job
+from bench.machine import facts, load, usable_cores
+from bench.report import Report
+from bench.toolchain import Toolchain
+from emulator.errors import BadInput
+
+BENCHMARKS = (
+    Benchmark("guest", "guest accesses of the embedded traces", programs.guest),
+    Benchmark("walk", "a working set beyond the TLB", programs.walk),
+    Benchmark("ipi", "on_each_cpu to a pCPU that runs a guest", programs.ipi, cores=2),
+    Benchmark("job", "kvm_flush_remote_tlbs in the main job", job, cores=2),
+    Benchmark("idle", "broadcast to idle pCPUs, their boot and stop", idle),
+    Benchmark("spte", "map and zap per SPTE", programs.spte),
+    Benchmark("flush", "flushes as the TLB grows", programs.flush),
+    Benchmark("lookup", "the first-level look-up and its rivals", programs.lookup),
+    Benchmark("rcu", "read sections and callbacks", programs.rcu),
+)
+
+
+_PIPE_COLUMNS = 140
+
+
+class _Parser(argparse.ArgumentParser):
+    def error(self, message: str) -> NoReturn:
+        """One line, as everywhere."""
+        raise BadInput("bench", message)
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    try:
+        options = _parse(arguments)
+        with tempfile.TemporaryDirectory(prefix="flushlab-bench-") as directory:
+            report = run(options.benchmarks, Path(directory), quick=options.quick)
+    except BadInput as error:
+        print(error, file=sys.stderr)
+        return 2
+    except KeyboardInterrupt:
+        return 130
+    console = Console(stderr=options.json == "-")
+    # Into a file or a pipe: as wide as the table is, not 80 columns.
+    report.print(console if console.is_terminal else Console(stderr=console.stderr, width=_PIPE_COLUMNS))
+    if options.json == "-":
+        print(json.dumps(report.document()))
+    elif options.json:
+        Path(options.json).write_text(json.dumps(report.document(), indent=1) + "\n")
+    return 1 if report.failures else 0
+
+
+def run(benchmarks: Sequence[Benchmark], directory: Path, *, quick: bool) -> Report:
+    """All of them, one after the other; one that fails does not keep the others from running."""
+    toolchain = Toolchain(directory)
+    report = Report(quick, facts(toolchain))
+    sizes = QUICK if quick else FULL
+    with Console(stderr=True).status("compiling") as status:
+        context = Context(toolchain, directory, sizes, status.update)
+        for benchmark in benchmarks:
+            _run_one(benchmark, context, report)
+    report.machine["load_at_end"] = round(load(), 2)
+    return report
+
+
+def _run_one(benchmark: Benchmark, context: Context, report: Report) -> None:
+    if usable_cores() < benchmark.cores:
+        report.skipped.append((benchmark.name, f"needs {benchmark.cores} cores"))
+        return
+    context.say(benchmark.title)
+    try:
+        for figure in benchmark.figures(context):
+            report.figures.append((benchmark.name, figure))
+    except BenchFailed as error:
+        report.failures.append((benchmark.name, str(error)))
+
+
+def _parse(arguments: Sequence[str] | None) -> argparse.Namespace:
+    parser = _Parser(
+        prog="python -m bench",
+        description="Measurements, each beside a reference taken in the same run.",
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+        epilog="benchmarks:\n" + "\n".join(f"  {one.name:<8} {one.title}" for one in BENCHMARKS),
+    )
+    parser.add_argument("--json", metavar="FILE|-", help="write a JSON document as well")
+    parser.add_argument("--only", metavar="NAME", nargs="+", action="extend", help="only these benchmarks")
+    parser.add_argument("--quick", action="store_true", help="tiny sizes: only whether everything works")
+    options = parser.parse_args(arguments)
+    options.benchmarks = _chosen(options.only)
+    if options.json not in (None, "-"):
+        _check_writable(Path(options.json))
+    return options
+
+
+def _chosen(names: Sequence[str] | None) -> list[Benchmark]:
+    known = {benchmark.name: benchmark for benchmark in BENCHMARKS}
+    for name in names or ():
+        if name not in known:
+            raise BadInput("--only", f"found {name!r}", f"names among {', '.join(known)}")
+    return [benchmark for benchmark in BENCHMARKS if names is None or benchmark.name in names]
+
+
+def _check_writable(path: Path) -> None:
+    """Before minutes of measuring, not after."""
+    try:
+        path.open("a").close()
+    except OSError as error:
+        raise BadInput("--json", f"{path}: {error.strerror}", "a file that can be written") from None
+
+
+if __name__ == "__main__":
+    # As Ctrl-C: what runs just now is ended, and the programs are removed.
+    signal.signal(signal.SIGTERM, signal.default_int_handler)
+    sys.exit(main())

@@ -1,0 +1,70 @@
+"""What a benchmark is: a name, the cores it needs, and how it comes to its figures."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+from bench.figures import Figure
+from bench.toolchain import Toolchain
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Sizes:
+    """How much is measured."""
+
+    repeats: int
+    # Of each embedded trace; None: all.
+    trace_records: int | None
+    # Interrupts of one repeat.
+    ipi_rounds: int
+    # Idle pCPUs, plain actors beside them, and broadcasts of one repeat.
+    idle_pcpus: int
+    idle_rounds: int
+    idle_repeats: int
+    job_seconds: int
+    # Translations in the fullest TLB.
+    tlb_entries: int
+    rcu_callbacks: int
+
+
+FULL = Sizes(
+    repeats=11,
+    trace_records=None,
+    ipi_rounds=20_000,
+    idle_pcpus=1024,
+    idle_rounds=20,
+    idle_repeats=5,
+    job_seconds=10,
+    tlb_entries=1_000_000,
+    rcu_callbacks=1_000_000,
+)
+QUICK = Sizes(
+    repeats=2,
+    trace_records=20_000,
+    ipi_rounds=100,
+    idle_pcpus=16,
+    idle_rounds=2,
+    idle_repeats=1,
+    job_seconds=2,
+    tlb_entries=10_000,
+    rcu_callbacks=1000,
+)
+
+
+@dataclass(frozen=True, slots=True)
+class Context:
+    toolchain: Toolchain
+    directory: Path
+    sizes: Sizes
+    # Told what is being measured just now.
+    say: Callable[[str], None]
+
+
+@dataclass(frozen=True, slots=True)
+class Benchmark:
+    name: str
+    title: str
+    figures: Callable[[Context], Iterator[Figure]]
+    cores: int = 1

@@ -1,0 +1,7 @@
+"""What can go wrong with a benchmark."""
+
+from __future__ import annotations
+
+
+class BenchFailed(Exception):
+    """A benchmark did not run to its end, or one of its invariants does not hold."""

@@ -1,0 +1,101 @@
+"""The table for people and the document for programs."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+from rich.console import Console
+from rich.table import Table
+
+from bench.figures import Figure
+
+FORMAT = 1
+
+
+@dataclass(slots=True)
+class Report:
+    """What a run of the benchmarks came to."""
+
+    quick: bool
+    machine: dict[str, Any]
+    figures: list[tuple[str, Figure]] = field(default_factory=list)
+    failures: list[tuple[str, str]] = field(default_factory=list)
+    skipped: list[tuple[str, str]] = field(default_factory=list)
+
+    def document(self) -> Mapping[str, Any]:
+        return {
+            "bench": FORMAT,
+            "quick": self.quick,
+            "machine": self.machine,
+            "figures": [
+                {"benchmark": name, **figure.document(judged=not self.quick)} for name, figure in self.figures
+            ],
+            "failures": [{"benchmark": name, "text": text} for name, text in self.failures],
+            "skipped": [{"benchmark": name, "text": text} for name, text in self.skipped],
+        }
+
+    def print(self, console: Console) -> None:
+        console.print(_table(self))
+        console.print(_footer(self))
+        for name, text in self.skipped:
+            console.print(f"{name}: skipped: {text}", style="yellow", markup=False)
+        for name, text in self.failures:
+            console.print(f"{name}: FAILED: {text}", style="bold red", markup=False)
+
+
+def _table(report: Report) -> Table:
+    table = Table(box=None, pad_edge=False)
+    table.add_column("figure, and its reference")
+    table.add_column("value", justify="right", no_wrap=True)
+    table.add_column("reference", justify="right", no_wrap=True)
+    table.add_column("ratio", justify="right", no_wrap=True)
+    table.add_column("low … high", justify="right", no_wrap=True, style="dim")
+    table.add_column("wanted", no_wrap=True)
+    table.add_column("met?", no_wrap=True)
+    previous = None
+    for name, figure in report.figures:
+        if previous not in (None, name):
+            table.add_row()
+        previous = name
+        ratios = figure.ratios
+        table.add_row(
+            f"{figure.name}\n  [dim]{figure.reference_name}[/]",
+            f"{short(figure.value)} {figure.unit}",
+            f"{short(figure.reference)} {figure.unit}",
+            f"{short(figure.ratio)}×" + (" quicker" if figure.ratio_of == "reference/value" else ""),
+            f"{short(ratios[0])} … {short(ratios[-1])}",
+            figure.wanted.replace("<=", "≤").replace(">=", "≥").replace(" and ", ",\n"),
+            _met(figure, report.quick),
+        )
+    return table
+
+
+def _met(figure: Figure, quick: bool) -> str:
+    if figure.met is None or quick:
+        return ""
+    return "[green]yes[/]" if figure.met else "[bold red]no[/]"
+
+
+def _footer(report: Report) -> str:
+    machine = report.machine
+    line = (
+        f"{machine['cpu']}, {machine['usable_cores']} of {machine['cores']} cores, "
+        f"Linux {machine['kernel']}; "
+        f"load {machine['load_at_start']:g} at start, {machine.get('load_at_end', 0):g} at end"
+    )
+    if report.quick:
+        return f"{line}\n[yellow]--quick: the figures mean nothing[/]"
+    if machine["load_at_start"] > 0.5:
+        return f"{line}\n[yellow]the machine was not idle at start: the figures are noisy[/]"
+    return line
+
+
+def short(number: float) -> str:
+    """Three significant digits.
+
+    >>> short(1234.5), short(12.345), short(0.012345)
+    ('1234', '12.3', '0.0123')
+    """
+    return f"{number:.0f}" if number >= 100 else f"{number:.3g}"
