@@ -125,16 +125,25 @@ void ledger_ungrant(struct machine *m, uint32_t vm, uint64_t gfn, uint32_t hfn, 
 			e->live_read--;
 		if (write && e->live_write)
 			e->live_write--;
+		/* Acquire: pairs with oracle_ticket, whose flush comes after it. */
+		e->ungranted = atomic_load_explicit(&m->vms[vm].promise_clock, memory_order_acquire);
 	}
 	ledger_unlock(e);
 }
 
+uint64_t oracle_ticket(struct machine *m, uint32_t vm)
+{
+	return atomic_fetch_add_explicit(&m->vms[vm].promise_clock, 1, memory_order_acq_rel) + 1;
+}
+
 /* Which rights this promise ends for an entry.  A notifier's and a memslot's promise is absolute: nothing may
  * be granted before the host or user space says so again.  After the others a fault may already have granted
- * anew what the operation took away; then the right is valid and stays. */
-static uint8_t ends(const struct ledger_entry *e, uint32_t promise)
+ * anew what the operation took away; then the right is valid and stays, and if somebody else takes it away once
+ * more, after the flush, that is not this operation's to promise. */
+static uint8_t ends(const struct ledger_entry *e, uint32_t promise, uint64_t ticket)
 {
 	uint8_t rights = 0;
+	bool covered = e->ungranted < ticket;
 
 	switch (promise) {
 	case PROMISE_NOTIFIER:
@@ -146,10 +155,11 @@ static uint8_t ends(const struct ledger_entry *e, uint32_t promise)
 		rights = REVOKED_WRITE;
 		break;
 	case PROMISE_ZAP_RANGE:
-		rights = (e->live_read ? 0 : REVOKED_READ) | (e->live_write ? 0 : REVOKED_WRITE);
+		rights = (e->live_read || !covered ? 0 : REVOKED_READ) |
+			 (e->live_write || !covered ? 0 : REVOKED_WRITE);
 		break;
 	case PROMISE_DIRTY_LOG:
-		rights = e->live_write ? 0 : REVOKED_WRITE;
+		rights = e->live_write || !covered ? 0 : REVOKED_WRITE;
 		break;
 	default:
 		break;
@@ -165,13 +175,13 @@ static bool withdraws_custody(uint32_t promise)
 }
 
 static uint64_t revoke(struct machine *m, uint32_t cpu, uint32_t vm, uint64_t gfn, uint32_t promise,
-		       uint64_t now)
+		       uint64_t ticket, uint64_t now)
 {
 	struct ledger_entry *e = ledger_lock(m, vm, gfn);
 	uint8_t rights = 0;
 
 	if (e->hfn != NO_FRAME)
-		rights = ends(e, promise);
+		rights = ends(e, promise, ticket);
 	if (rights) {
 		e->revoked |= rights;
 		e->promise = (uint8_t)promise;
@@ -186,20 +196,20 @@ static uint64_t revoke(struct machine *m, uint32_t cpu, uint32_t vm, uint64_t gf
 }
 
 uint64_t oracle_revoke(struct machine *m, uint32_t cpu, uint32_t vm, uint64_t start, uint64_t end,
-		       uint32_t promise)
+		       uint32_t promise, uint64_t ticket)
 {
 	uint64_t now = monotonic_ns(), revoked = 0;
 
 	if (end > m->vms[vm].gfns)
 		end = m->vms[vm].gfns;
 	for (uint64_t gfn = start; gfn < end; gfn++)
-		revoked += revoke(m, cpu, vm, gfn, promise, now);
+		revoked += revoke(m, cpu, vm, gfn, promise, ticket, now);
 	event_record(m, cpu, EVENT_PROMISE, promise, start);
 	return revoked;
 }
 
 uint64_t oracle_revoke_mask(struct machine *m, uint32_t cpu, uint32_t vm, uint64_t base, uint64_t mask,
-			    uint32_t promise)
+			    uint32_t promise, uint64_t ticket)
 {
 	uint64_t now = monotonic_ns(), revoked = 0;
 
@@ -207,7 +217,7 @@ uint64_t oracle_revoke_mask(struct machine *m, uint32_t cpu, uint32_t vm, uint64
 		uint64_t gfn = base + (uint32_t)__builtin_ctzll(mask);
 
 		if (gfn < m->vms[vm].gfns)
-			revoked += revoke(m, cpu, vm, gfn, promise, now);
+			revoked += revoke(m, cpu, vm, gfn, promise, ticket, now);
 	}
 	event_record(m, cpu, EVENT_PROMISE, promise, base);
 	return revoked;

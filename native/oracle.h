@@ -47,12 +47,16 @@ enum promise {
 	PROMISES
 };
 
-/* The operation behind `promise` on gfns [start, end) is complete.  Returns rights revoked. */
+/* A moment in the history of a VM's rights: taken after an operation has changed SPTEs, before its flush. */
+uint64_t oracle_ticket(struct machine *m, uint32_t vm);
+/* The operation behind `promise` on gfns [start, end) is complete.  `ticket` says which rights its flush has
+ * covered: those that were taken away before it; a notifier's and a memslot's promise need none (0), because
+ * nothing is granted while they are under way.  Returns rights revoked. */
 uint64_t oracle_revoke(struct machine *m, uint32_t cpu, uint32_t vm, uint64_t start, uint64_t end,
-		       uint32_t promise);
+		       uint32_t promise, uint64_t ticket);
 /* The same for single gfns: bit i of mask is gfn base + i (dirty log). */
 uint64_t oracle_revoke_mask(struct machine *m, uint32_t cpu, uint32_t vm, uint64_t base, uint64_t mask,
-			    uint32_t promise);
+			    uint32_t promise, uint64_t ticket);
 
 struct violation_report {
 	uint32_t kinds;    /* all that hold, a bit per violation */
@@ -131,6 +135,7 @@ struct ledger_entry {
 	uint8_t promise;    /* the last one */
 	uint32_t promise_cpu;
 	uint64_t promise_time;
+	uint64_t ungranted;   /* the VM's promise clock when a right was last taken away */
 };
 
 int ledger_create(struct machine *m, struct vm *vm);

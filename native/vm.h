@@ -83,6 +83,7 @@ struct vm {
 	_Atomic uint64_t invalidate_end;
 	alignas(CACHELINE) _Atomic uint64_t stat[VM_STATS];
 	struct ledger_entry *ledger; /* one per gfn (oracle.h) */
+	_Atomic uint64_t promise_clock; /* tickets given out */
 	struct mm *mm;               /* user memory behind the memslots (mm.h) */
 };
 

@@ -108,8 +108,9 @@ def _flush_and_promise(
     """One flush for the slot, without mmu_lock, iff a page was reaped; then user space may read."""
     if not any(words):
         return
+    ticket = lib.oracle_ticket(cpu.m, kvm.id)
     write_protect_flush(cpu, kvm, slot, changed > 0)
     for i, mask in enumerate(words):
         if mask:
             base = slot.base_gfn + first_page + i * _WORD
-            lib.oracle_revoke_mask(cpu.m, cpu.id, kvm.id, base, mask, lib.PROMISE_DIRTY_LOG)
+            lib.oracle_revoke_mask(cpu.m, cpu.id, kvm.id, base, mask, lib.PROMISE_DIRTY_LOG, ticket)

@@ -73,7 +73,7 @@ def _revoke(cpu: Cpu, kvm: Kvm, slot: KvmMemorySlot) -> None:
     True from here on, and said here, while mmu_notifiers still find the INVALID slot: without a slot the host
     takes the slot's pages away without a word to KVM, and they are soon somebody else's.
     """
-    lib.oracle_revoke(cpu.m, cpu.id, kvm.id, slot.base_gfn, slot.end_gfn, lib.PROMISE_MEMSLOT)
+    lib.oracle_revoke(cpu.m, cpu.id, kvm.id, slot.base_gfn, slot.end_gfn, lib.PROMISE_MEMSLOT, 0)
 
 
 def kvm_prepare_memory_region(kvm: Kvm, old: KvmMemorySlot | None, new: KvmMemorySlot, change: str) -> None:

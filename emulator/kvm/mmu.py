@@ -152,10 +152,12 @@ def kvm_zap_gfn_range(cpu: Cpu, kvm: Kvm, gfn_start: int, gfn_end: int) -> None:
     with kvm.mmu_lock.write_lock(cpu):
         lib.mmu_invalidate_begin(cpu.m, kvm.id)
         lib.mmu_invalidate_range_add(cpu.m, kvm.id, gfn_start, gfn_end)
-        if kvm_tdp_mmu_zap_leafs(cpu, kvm, gfn_start, gfn_end, False, reason):
+        flush = kvm_tdp_mmu_zap_leafs(cpu, kvm, gfn_start, gfn_end, False, reason)
+        ticket = lib.oracle_ticket(cpu.m, kvm.id)
+        if flush:
             kvm_flush_remote_tlbs_range(cpu, kvm, gfn_start, gfn_end - gfn_start, reason)
         lib.mmu_invalidate_end(cpu.m, kvm.id)
-    lib.oracle_revoke(cpu.m, cpu.id, kvm.id, gfn_start, gfn_end, lib.PROMISE_ZAP_RANGE)
+    lib.oracle_revoke(cpu.m, cpu.id, kvm.id, gfn_start, gfn_end, lib.PROMISE_ZAP_RANGE, ticket)
 
 
 def kvm_unmap_gfn_range(cpu: Cpu, kvm: Kvm, start: int, end: int, flush: bool) -> bool:
@@ -217,8 +219,9 @@ def kvm_mmu_slot_apply_flags(cpu: Cpu, kvm: Kvm, old: KvmMemorySlot, new: KvmMem
     if kvm.params.eager_page_split:
         kvm_mmu_slot_try_split_huge_pages(cpu, kvm, new, PG_LEVEL_4K)
     changed = kvm_mmu_slot_remove_write_access(cpu, kvm, new, PG_LEVEL_4K)
+    ticket = lib.oracle_ticket(cpu.m, kvm.id)
     write_protect_flush(cpu, kvm, new, changed)
-    lib.oracle_revoke(cpu.m, cpu.id, kvm.id, new.base_gfn, new.end_gfn, lib.PROMISE_DIRTY_LOG)
+    lib.oracle_revoke(cpu.m, cpu.id, kvm.id, new.base_gfn, new.end_gfn, lib.PROMISE_DIRTY_LOG, ticket)
 
 
 def kvm_arch_mmu_enable_log_dirty_pt_masked(

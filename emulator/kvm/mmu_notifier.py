@@ -47,7 +47,7 @@ def kvm_mmu_notifier_invalidate_range_start(
         if ranges:
             kvm_handle_hva_range(cpu, kvm, ranges)
         for _, gfn_start, gfn_end in ranges:
-            lib.oracle_revoke(cpu.m, cpu.id, kvm.id, gfn_start, gfn_end, promise)
+            lib.oracle_revoke(cpu.m, cpu.id, kvm.id, gfn_start, gfn_end, promise, 0)
     finally:
         lib.srcu_read_unlock(cpu.m, cpu.id, kvm.id, index)
 

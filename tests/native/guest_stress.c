@@ -128,7 +128,7 @@ static void zap(struct world *w, uint32_t cpu, uint64_t start, uint64_t end)
 	if (chunk.flush)
 		flush(w, cpu);
 	mmu_write_unlock(w->m, cpu, w->vm);
-	oracle_revoke(w->m, cpu, w->vm, start, end, PROMISE_NOTIFIER);
+	oracle_revoke(w->m, cpu, w->vm, start, end, PROMISE_NOTIFIER, 0);
 	atomic_fetch_add_explicit(&w->pages, mm_unmap(w->m, cpu, w->vm, start, end, 1), memory_order_relaxed);
 	if (mmu_write_lock(w->m, cpu, w->vm))
 		return;

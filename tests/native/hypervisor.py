@@ -169,7 +169,7 @@ class Hypervisor:
             lib.flush_invept_global(self.m, cpu, vm, lib.REASON_REMOTE_ZAP)
 
     def promise(self, cpu: int, vm: int, gfn: int, promise: int) -> None:
-        lib.oracle_revoke(self.m, cpu, vm, gfn, gfn + 1, promise)
+        lib.oracle_revoke(self.m, cpu, vm, gfn, gfn + 1, promise, lib.oracle_ticket(self.m, vm))
 
     def free(self, cpu: int, vm: int, gfn: int) -> None:
         """Give the frame behind the page back to the host."""

@@ -114,7 +114,7 @@ def test_uneven_custody_is_mapped_small(rig: Rig) -> None:
     table, _ = rig.link(9, 1)
     assert rig.set_atomic(table, 1, 9, 0, lib.make_spte(page.hfn, page.tag, 1, 1, 1)) == 0
     rig.set(table, 1, 9, 0)
-    lib.oracle_revoke(rig.m, CPU, 0, 9, 10, lib.PROMISE_NOTIFIER)
+    lib.oracle_revoke(rig.m, CPU, 0, 9, 10, lib.PROMISE_NOTIFIER, 0)
     assert rig.fault(9).tag != page.tag
     assert rig.fault(8).level == lib.PG_LEVEL_4K
 

@@ -194,3 +194,19 @@ def test_custody_void_before_the_spte_was_installed(machine: Hypervisor) -> None
     assert lib.tdp_mmu_set_spte_atomic(machine.m, 0, vm, table, index, 1, 5, old, spte) == 0
     machine.access(0, vcpu, 0x5000, READ)
     assert "use-after-free" in machine.violations()
+
+
+def test_a_promise_is_about_what_was_taken_away_before_its_flush(machine: Hypervisor) -> None:
+    """Granted again after the flush, then taken away by somebody who has not flushed yet: still legal."""
+    vm = machine.vm()
+    vcpu = machine.vcpu(vm, 1)
+    machine.access(0, vcpu, 0x5000, WRITE)
+    machine.write_protect(0, vm, 5)
+    ticket = lib.oracle_ticket(machine.m, vm)
+    machine.flush(vm)
+    machine.access(0, vcpu, 0x5000, WRITE)  # a fault gives W back
+    machine.zap(0, vm, 5)
+    lib.oracle_revoke(machine.m, 0, vm, 5, 6, lib.PROMISE_DIRTY_LOG, ticket)
+    machine.access(0, vcpu, 0x5000, WRITE)
+    assert machine.violations() == {}
+    assert machine.count(lib.COUNT_LEGAL_STALE) == 1
