@@ -103,7 +103,7 @@ class HostSection(Section):
     # Pages of one range that is unmapped, write-protected or migrated.
     pages: int = Field(default=64, ge=1, le=1 << 18, strict=True)
     unmap: Rate = 0
-    # Ranges of 8 MiB, in two steps that overlap: page tables become empty, and walks end in what was unmapped.
+    # Ranges of 8 MiB, in two steps that overlap: tables become empty, and walks end in what was unmapped.
     reclaim: Rate = 0
     mprotect: Rate = 0
     migrate: Rate = 0
