@@ -205,7 +205,7 @@ class Emulation:
                 "hugepages": section.guest_huge_pages,
                 "pcid": 1,
                 "paging": 1,
-                "halt_every": 20_000_000,
+                "halt_every": 200_000,
                 "seed": self._rng.getrandbits(31),
             },
         )
