@@ -52,6 +52,7 @@ def run(scenario: str, settings: dict[str, str], seconds: float = SECONDS, seed:
             "tables freed",
         ),
         ("tables", LATE_FLUSH, {"walk-after-free"}, "tables freed"),
+        ("reclaim", "zap_yield=no-flush", STALE, "yields in zaps"),
     ],
 )
 def test_mutant_is_caught(scenario: str, settings: str, kinds: set[str], precondition: str) -> None:
@@ -77,3 +78,16 @@ def test_linux_is_clean(scenario: str) -> None:
     counters = result.snapshot.counters
     assert counters["polls"] >= counters["accesses"]
     assert counters["checks"] >= counters["accesses"]
+
+
+@pytest.mark.stress
+def test_late_flush_is_safe_while_only_leafs_are_zapped() -> None:
+    """Leafs are not freed by RCU: the order of flush and rcu_read_unlock() matters for tables only.
+
+    The scenario is sharp: without the flush it is caught (above).
+    """
+    result = run("reclaim", {"zap_yield": "unlock-then-flush", "zap_scope": "leafs"}, seconds=15.0)
+    assert result.failure == ""
+    assert result.verdict == "clean", [report.text for report in result.reports[:2]]
+    assert result.preconditions["yields in zaps"] > 0
+    assert result.preconditions["uses averted"] > 0
