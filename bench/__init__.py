@@ -18,7 +18,8 @@ the figure, `met` whether it is so; figures without a `wanted` are there for inf
 
 What spoils it.  Anything else that runs: what needs two cores suffers first (a membarrier of half a
 microsecond interrupted nobody, and two pCPUs on one core are no faster than one).  The document says what the
-load was at start and end.  Judge by the ratios, and by how far their extremes lie apart.
+load was at start and at end (where the benchmarks' own threads count).  Judge by the ratios, and by how far
+their extremes lie apart.
 
 Exit status: 0 everything ran, whether or not what is wanted was met; 1 a benchmark failed or one of its
 invariants did not hold (each program asserts that every record took one poll, one look-up and one check, that
