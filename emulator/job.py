@@ -82,7 +82,7 @@ class _Run:
         self.late: list[str] = []
         self.stalls: list[str] = []
         self.elapsed = 0.0
-        self.stories = Stories(emulation.m, len(emulation.machine.cpus))
+        self.stories = Stories(emulation.m)
         self.watchdog = Watchdog(emulation.crew)
 
     def run(self) -> None:

@@ -1,8 +1,7 @@
 """What a violation report says to people: who used what, who filled it, who promised that it was gone, and
 what the policy did not do in between.
 
-The core's reports are copied out while the machine runs, together with the last events of all CPUs, because
-the event rings forget within milliseconds.
+The core keeps the reports, the first ones together with the events that led to them.
 """
 
 from __future__ import annotations
@@ -14,10 +13,8 @@ from typing import Any
 from emulator.result import Report
 from native import EXIT_REASONS, FLUSH_REASONS, FLUSH_SCOPES, VIOLATION_KINDS, enum_names, ffi, lib
 
-# Reports with events; of the others (up to 1024) the facts alone are kept.
-STORIES = 8
 EVENTS_SHOWN = 24
-_RING = 256
+_EVENTS_KEPT = 64
 
 _EVENT_KINDS = enum_names("event_kind", "EVENT_", count="EVENTS")
 _PROMISES = enum_names("promise", "PROMISE_", count="PROMISES")
@@ -78,33 +75,26 @@ _EVENT_TEXTS: dict[str, Callable[[Event], str]] = {
 class Stories:
     """Collects a machine's reports. `poll` often; `finish` once, when its actors are gone."""
 
-    def __init__(self, m: Any, cpus: int) -> None:
+    def __init__(self, m: Any) -> None:
         self._m = m
-        self._cpus = cpus
-        self._taken = 0
         self._reports: list[tuple[Any, list[Event]]] = []
         self._buffer = ffi.new("struct violation_report[]", 64)
-        self._ring = ffi.new("struct event[]", _RING)
+        self._events = ffi.new("struct event[]", _EVENTS_KEPT)
 
     def poll(self) -> int:
         """Take new reports; returns how many."""
-        taken = 0
-        while n := lib.oracle_reports(self._m, self._taken, self._buffer, 64):
-            events = self._events() if len(self._reports) < STORIES else []
+        before = len(self._reports)
+        while n := lib.oracle_reports(self._m, len(self._reports), self._buffer, 64):
             for i in range(n):
                 copy = ffi.new("struct violation_report *", self._buffer[i])
-                self._reports.append((copy, events if len(self._reports) < STORIES else []))
-            self._taken += n
-            taken += n
-        return taken
+                self._reports.append((copy, self._events_of(len(self._reports))))
+        return len(self._reports) - before
 
-    def _events(self) -> list[Event]:
+    def _events_of(self, report: int) -> list[Event]:
         events = []
-        for cpu in range(self._cpus):
-            for i in range(lib.events_read(self._m, cpu, self._ring, _RING)):
-                event = self._ring[i]
-                kind = _name(_EVENT_KINDS, event.kind)
-                events.append(Event(event.time, kind, cpu, event.a, event.b))
+        for i in range(lib.oracle_report_events(self._m, report, self._events, _EVENTS_KEPT)):
+            e = self._events[i]
+            events.append(Event(e.time, _name(_EVENT_KINDS, e.kind), e.cpu, e.a, e.b))
         return sorted(events, key=lambda event: event.time)
 
     def finish(self, names: dict[int, str], mutants: Iterable[str]) -> tuple[Report, ...]:
@@ -117,7 +107,7 @@ class Stories:
 
 def _report(r: Any, events: list[Event], names: dict[int, str], blame: tuple[str, ...]) -> Report:
     kinds = tuple(kind for i, kind in enumerate(VIOLATION_KINDS) if r.kinds >> i & 1) or ("deadlock",)
-    story = [event for event in events if event.time <= r.time + 1_000_000][-EVENTS_SHOWN:]
+    story = events[-EVENTS_SHOWN:]
     text = _stall_text(r, kinds, names) if kinds[0].endswith("stall") or kinds[0] == "deadlock" else None
     lines = [text] if text else _use_text(r, kinds, names)
     if blame:
@@ -150,12 +140,14 @@ def _use_text(r: Any, kinds: tuple[str, ...], names: dict[int, str]) -> list[str
     promised_on = names.get(r.promise_cpu, str(r.promise_cpu))
     promise = _PROMISED_BY[_name(_PROMISES, r.promise)]
     age = f", {r.guest_clock - entry.clock} accesses ago" if entry.vcpu == r.vcpu else ""
+    # A freed table does not say when.
+    when = f" on {promised_on}, {(r.time - r.promise_time) / 1000:.1f} us before" if r.promise_time else ""
     lines = (
         f"{kinds[0]}{also}: {_name(_ACCESSES, r.access)} by vCPU {r.vcpu} of VM {r.vm} on {who}",
         f"  access: {where}, gfn {r.gfn:#x}, frame {r.hfn:#x}",
         f"  entry: {translation}, VPID {entry.vpid}, PCID {entry.pcid}, EP4TA {entry.ep4ta:#x}",
         f"  filled by: vCPU {entry.vcpu} of VM {entry.vm}{age}",
-        f"  revoked: {promise} on {promised_on}, {(r.time - r.promise_time) / 1000:.1f} us before",
+        f"  revoked: {promise}{when}",
         f"  missing: {_missing(kinds[0], r)}",
     )
     return list(lines)

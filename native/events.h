@@ -4,7 +4,7 @@
 
 #include "oracle.h"
 
-enum { EVENT_RING = 256, REPORTS_KEPT = 1024 };
+enum { EVENT_RING = 1024, REPORTS_KEPT = 1024, REPORTS_WITH_EVENTS = 16, EVENTS_KEPT = 64, EVENTS_OF_CPU = 16 };
 
 struct event_slot {
 	_Atomic uint64_t time;
@@ -23,11 +23,21 @@ struct report_slot {
 	struct violation_report report;
 };
 
+/* What led to one report, copied when it is made: the rings forget within milliseconds. */
+struct story {
+	uint32_t events;
+	struct event event[EVENTS_KEPT];
+};
+
 struct oracle {
 	struct event_ring *rings;
 	_Atomic uint64_t count[VIOLATIONS];
 	_Atomic uint32_t reports; /* taken; may exceed REPORTS_KEPT */
 	struct report_slot report[REPORTS_KEPT];
+	struct story story[REPORTS_WITH_EVENTS];
 };
+
+/* Fill the story of a report: events that concern it, CPU by CPU, those of the CPUs involved first. */
+void story_copy(struct machine *m, const struct violation_report *report, struct story *story);
 
 #endif

@@ -78,6 +78,8 @@ void oracle_report(struct machine *m, uint32_t cpu, const struct violation_repor
 	o->report[n].report = *report;
 	o->report[n].report.cpu = cpu;
 	o->report[n].report.time = monotonic_ns();
+	if (n < REPORTS_WITH_EVENTS)
+		story_copy(m, &o->report[n].report, &o->story[n]);
 	/* Release: pairs with the acquire in oracle_reports. */
 	atomic_store_explicit(&o->report[n].complete, 1, memory_order_release);
 }
@@ -123,6 +125,19 @@ uint32_t oracle_reports(struct machine *m, uint32_t from, struct violation_repor
 			break;
 		reports[n] = o->report[i].report;
 	}
+	return n;
+}
+
+uint32_t oracle_report_events(struct machine *m, uint32_t report, struct event *events, uint32_t max)
+{
+	const struct oracle *o = m->oracle;
+	uint32_t n;
+
+	if (report >= REPORTS_WITH_EVENTS ||
+	    !atomic_load_explicit(&o->report[report].complete, memory_order_acquire))
+		return 0;
+	n = o->story[report].events < max ? o->story[report].events : max;
+	memcpy(events, o->story[report].event, n * sizeof(*events));
 	return n;
 }
 

@@ -119,8 +119,11 @@ struct event {
 };
 
 void event_record(struct machine *m, uint32_t cpu, uint32_t kind, uint64_t a, uint64_t b);
-/* Last events of a CPU, oldest first; returns how many (the ring holds 256). */
+/* Last events of a CPU, oldest first; returns how many (the ring holds 1024). */
 uint32_t events_read(struct machine *m, uint32_t cpu, struct event *events, uint32_t max);
+/* What led to a report, in no order: events that concern it, of all CPUs, as they were when it was made.  For the
+ * first 16 reports of a run; at most 64. */
+uint32_t oracle_report_events(struct machine *m, uint32_t report, struct event *events, uint32_t max);
 /* end api */
 
 struct vm;
