@@ -5,20 +5,16 @@
  */
 #include "tlb_internal.h"
 
-enum { PSC_WAYS = 4 };
+enum { PSC_WAYS = FEW_WAYS };
 
 int psc_create(struct tlb *t, const struct machine_config *config)
 {
 	for (uint32_t level = 0; level < PSC_LEVELS; level++) {
 		struct store *s = &t->psc[level];
 
-		if (store_create(s, config->psc_entries, PSC_WAYS, sizeof(struct psc_entry),
+		if (store_create(s, config->psc_entries, PSC_WAYS, true, sizeof(struct psc_entry),
 				 t->psc_generation))
 			return MACHINE_NOMEM;
-		/* an entry for a table of level 1 covers 512 pages, and so on; the store's `size`
-		 * is level - 1 */
-		for (uint32_t i = 0; i < PSC_LEVELS; i++)
-			s->shift[i] = 9 * (i + 1);
 	}
 	return 0;
 }
@@ -29,23 +25,29 @@ void psc_destroy(struct tlb *t)
 		store_destroy(&t->psc[level]);
 }
 
+static struct psc_entry *payload_of(const struct store *s, uint32_t cell)
+{
+	return (struct psc_entry *)s->payload + cell_slot(s, cell);
+}
+
 static uint64_t region_id(uint32_t index, uint32_t level, uint64_t page)
 {
+	/* An entry for a table of level 1 covers 512 pages, and so on; `size` says which. */
 	uint32_t shift = 9 * level;
 
 	return mapping_id(level - 1, (page & PAGE_NUMBER_MASK) >> shift << shift, index);
 }
 
 /* The live entry of that level which covers the page. */
-static struct cell *psc_find(struct tlb *t, uint32_t index, uint32_t level, uint64_t page)
+static inline __attribute__((always_inline)) uint32_t psc_find(const struct tlb *t, uint32_t index, uint32_t level, uint64_t page)
 {
-	struct store *s = &t->psc[level - 1];
-	struct cell *cell;
+	const struct store *s = &t->psc[level - 1];
+	uint32_t cell;
 
 	if (!t->contexts[index].psc_slots[level - 1])
-		return NULL;
-	cell = store_find(s, region_id(index, level, page));
-	return cell && cell_live(s, cell) ? cell : NULL;
+		return NO_CELL;
+	cell = store_find(s, region_id(index, level, page), 9 * level, true);
+	return cell != NO_CELL && (s->key[cell] & GENERATION_MAX) == t->psc_generation[index] ? cell : NO_CELL;
 }
 
 static uint32_t context_of_kind(const struct tlb *t, uint32_t kind)
@@ -53,57 +55,68 @@ static uint32_t context_of_kind(const struct tlb *t, uint32_t kind)
 	return kind == KIND_GUEST_PHYSICAL ? t->physical : t->paged;
 }
 
+const struct psc_entry *psc_search(struct tlb *t, uint32_t kind, uint64_t page)
+{
+	uint32_t index = context_of_kind(t, kind), cell = NO_CELL;
+	struct store *s = t->psc;
+
+#pragma GCC unroll 4
+	for (uint32_t level = 1; level <= PSC_LEVELS; level++, s++) {
+		cell = psc_find(t, index, level, page);
+		if (cell != NO_CELL)
+			break;
+	}
+	if (cell == NO_CELL)
+		return NULL;
+	store_touch(s, cell);
+	return payload_of(s, cell);
+}
+
 int psc_lookup(struct tlb *t, uint32_t kind, uint64_t page, struct psc_entry *entry)
 {
-	uint32_t index = context_of_kind(t, kind);
+	const struct psc_entry *found = psc_search(t, kind, page);
 
-	for (uint32_t level = 1; level <= PSC_LEVELS; level++) {
-		struct cell *cell = psc_find(t, index, level, page);
-
-		if (!cell)
-			continue;
-		cell->stamp = ++t->psc[level - 1].clock;
-		*entry = *(const struct psc_entry *)cell_payload(&t->psc[level - 1], cell);
-		return level;
-	}
-	return 0;
+	if (!found)
+		return 0;
+	*entry = *found;
+	return found->level;
 }
 
 void psc_insert(struct tlb *t, const struct psc_entry *entry)
 {
-	uint32_t index = context_of_kind(t, entry->kind);
+	uint32_t index = context_of_kind(t, entry->kind), cell;
 	struct store *s = &t->psc[entry->level - 1];
 	uint64_t id = region_id(index, entry->level, entry->page);
+	struct context *c = &t->contexts[index];
 	struct psc_entry *payload;
-	struct cell *cell;
 
 	if (index == NO_CONTEXT)
 		return;
-	cell = store_claim(s, id);
-	if (!cell)
+	cell = store_claim(s, id, 9 * entry->level, true, false);
+	if (cell == NO_CELL)
 		return;
-	if (cell->key)
-		t->contexts[key_context(cell->key)].psc_slots[key_size(cell->key)]--;
-	t->contexts[index].psc_slots[entry->level - 1]++;
-	cell->key = id << GENERATION_BITS | t->psc_generation[index];
-	cell->stamp = ++s->clock;
-	payload = cell_payload(s, cell);
+	if (s->key[cell])
+		t->contexts[key_context(s->key[cell])].psc_slots[key_size(s->key[cell])]--;
+	c->psc_slots[entry->level - 1]++;
+	s->key[cell] = id << GENERATION_BITS | t->psc_generation[index];
+	store_touch(s, cell);
+	payload = payload_of(s, cell);
 	*payload = *entry;
-	payload->page = key_page(cell->key);
-	payload->vpid = t->contexts[index].vpid;
-	payload->pcid = t->contexts[index].pcid;
-	payload->ep4ta = t->contexts[index].ep4ta;
-	t->contexts[index].psc_filled = true;
+	payload->page = key_page(s->key[cell]);
+	payload->vpid = c->vpid;
+	payload->pcid = c->pcid;
+	payload->ep4ta = c->ep4ta;
+	c->psc_filled = true;
 	context_list(t, index);
 }
 
 void psc_drop_page(struct tlb *t, uint32_t index, uint64_t page)
 {
 	for (uint32_t level = 1; level <= PSC_LEVELS; level++) {
-		struct cell *cell = psc_find(t, index, level, page);
+		uint32_t cell = psc_find(t, index, level, page);
 
-		if (cell)
-			cell->key &= ~(uint64_t)GENERATION_MAX;
+		if (cell != NO_CELL)
+			cell_mark_dead(&t->psc[level - 1], cell);
 	}
 }
 
@@ -114,11 +127,11 @@ uint32_t psc_dump(struct tlb *t, struct psc_entry *entries, uint32_t max)
 	for (uint32_t level = 0; level < PSC_LEVELS; level++) {
 		const struct store *s = &t->psc[level];
 
-		for (uint32_t i = 0; i < s->cell_count; i++) {
-			if (!cell_live(s, &s->cells[i]))
+		for (uint32_t cell = 0; cell < s->cell_count; cell++) {
+			if (!cell_live(s, cell))
 				continue;
 			if (n < max)
-				entries[n] = *(const struct psc_entry *)cell_payload(s, &s->cells[i]);
+				entries[n] = *payload_of(s, cell);
 			n++;
 		}
 	}

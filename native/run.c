@@ -28,26 +28,14 @@ static void store(struct walk *w, const struct tlb_entry *e, uint64_t record)
 				      memory_order_relaxed);
 }
 
-/* The first level did not have it, or not with a right that holds. */
-enum walk_result guest_access_slow(struct walk *w, uint64_t record)
+/* Walk, with the page faults on the way. */
+static enum walk_result walk(struct walk *w, uint64_t record)
 {
 	uint64_t page = RECORD_PAGE(record);
 	uint32_t type = RECORD_TYPE(record);
 	enum walk_result r = WALK_GUEST_FAULT;
 	struct tlb_entry e;
-	int hit;
 
-	w->linear = page << 12 | (record & 0xfff);
-	hit = tlb_refill_l1(w->tlb, page, &e);
-	if (hit == 1 && walk_check(w, &e, page, type, 0)) {
-		store(w, &e, record);
-		return WALK_DONE;
-	}
-	if (hit != 1)
-		count(w->cpu->counters, COUNT_L2_MISSES, 1);
-	/* Without paging the walk looks the same translation up again, and minds the ghost. */
-	if (hit == 2 && w->guest->config.paging)
-		walk_ghost(w, &e, page, type);
 	for (int i = 0; i < FAULTS_IN_A_ROW && r == WALK_GUEST_FAULT; i++) {
 		r = w->guest->config.paging ? walk_linear(w, page, type, &e) : walk_physical(w, page, type, &e);
 		if (r == WALK_GUEST_FAULT && os_page_fault(w, page, type) == WALK_EPT_VIOLATION)
@@ -58,19 +46,51 @@ enum walk_result guest_access_slow(struct walk *w, uint64_t record)
 	return r;
 }
 
-/* As many records as hit the first level with a right that holds: up to `n`.  Returns how many. */
-static uint64_t run_hits(struct run *run, const uint64_t *records, uint64_t n)
+/* Neither level had it.  ghost: what tlb_ghost() says, or NULL. */
+static enum walk_result guest_access_miss(struct walk *w, uint64_t record, const struct tlb_entry *ghost)
+{
+	w->linear = record & (GUEST_PAGE_MASK << 12 | 0xfff);
+	count(w->cpu->counters, COUNT_L2_MISSES, 1);
+	/* Without paging the walk looks the same translation up again, and minds the ghost. */
+	if (ghost && w->guest->config.paging)
+		walk_ghost(w, ghost, RECORD_PAGE(record), RECORD_TYPE(record));
+	return walk(w, record);
+}
+
+enum walk_result guest_access_slow(struct walk *w, uint64_t record)
+{
+	uint64_t page = RECORD_PAGE(record);
+	struct tlb_entry e;
+	int hit;
+
+	w->linear = page << 12 | (record & 0xfff);
+	hit = tlb_refill_l1(w->tlb, page, &e);
+	if (hit != 1)
+		return guest_access_miss(w, record, hit ? &e : NULL);
+	if (!walk_check(w, &e, page, RECORD_TYPE(record), 0))
+		return walk(w, record);
+	store(w, &e, record);
+	return WALK_DONE;
+}
+
+/* How far a record got that run_hits() could not do: polled, and interrupted; in neither level; checked, and its
+ * right did not hold. */
+enum progress { POLLED, MISSED, CHECKED };
+
+/* As many records as the TLB has, with a right that holds: up to `n`.  Returns how many; if less than n, *progress
+ * tells where the next one got to. */
+static uint64_t run_hits(struct run *run, const uint64_t *records, uint64_t n, enum progress *progress)
 {
 	const struct machine *m = run->walk.m;
-	struct tlb_l1 *l1 = &run->walk.tlb->l1;
+	struct tlb *tlb = run->walk.tlb;
 	const _Atomic uint32_t *attention = &run->walk.cpu->attention;
 	const _Atomic uint16_t *tag = m->frames->tag;
 	uint8_t *memory = m->frames->memory;
 	uint32_t life = run->walk.life_bits;
-	uint64_t clock = run->walk.guest->clock, i;
-	/* Where the record that ended the loop got to; every record before it took all three steps. */
-	uint32_t polled = 1, looked_up = 1, checked = 1;
+	uint64_t clock = run->walk.guest->clock, misses = 0, i;
+	struct tlb_view view = tlb_l1_view(&tlb->l1);
 
+	*progress = POLLED;
 	for (i = 0; i < n; i++) {
 		uint64_t record = records[i];
 		uint32_t type = RECORD_TYPE(record);
@@ -78,33 +98,48 @@ static uint64_t run_hits(struct run *run, const uint64_t *records, uint64_t n)
 
 		/* The poll.  Relaxed: whoever notices acquires when it takes the queue. */
 		if (__builtin_expect(atomic_load_explicit(attention, memory_order_relaxed), 0))
-			goto interrupted;
-		hot = tlb_l1_lookup(l1, RECORD_PAGE(record));
-		if (__builtin_expect(!hot, 0))
-			goto missed;
+			break;
+		hot = tlb_l1_view_lookup(&tlb->l1, &view, RECORD_PAGE(record));
+		if (__builtin_expect(!hot, 0)) {
+			misses++;
+			hot = tlb_l1_promote(tlb, RECORD_PAGE(record));
+			view = tlb_l1_view(&tlb->l1);
+			if (!hot) {
+				*progress = MISSED;
+				break;
+			}
+		}
 		if (__builtin_expect((atomic_load_explicit(&tag[hot->hfn], memory_order_relaxed) | life) !=
-					     hot->right[type], 0))
-			goto out;
+					     hot->right[type], 0)) {
+			*progress = CHECKED;
+			break;
+		}
 		if (type == ACCESS_WRITE)
 			atomic_store_explicit((_Atomic uint64_t *)(void *)(memory + ((uint64_t)hot->hfn << 12) +
 									   (record & 0xff8)),
 					      clock + i, memory_order_relaxed);
 	}
-	polled = 0;
-interrupted:
-	looked_up = 0;
-missed:
-	checked = 0;
-out:
-	run->polls += i + polled;
-	run->lookups += i + looked_up;
-	run->checks += i + checked;
+	/* Who missed is checked by the walk. */
+	run->polls += i + (i < n);
+	run->lookups += i + (*progress != POLLED);
+	run->checks += i + (*progress != POLLED);
+	run->l1_misses += misses;
 	return i;
 }
 
 static bool attention(const struct run *run)
 {
 	return atomic_load_explicit(&run->walk.cpu->attention, memory_order_relaxed) != 0;
+}
+
+/* The record that run_hits() could not do, from where it got to. */
+static enum walk_result finish_record(struct run *run, uint64_t record, enum progress progress)
+{
+	struct walk *w = &run->walk;
+	enum walk_result r;
+
+	r = progress == MISSED ? guest_access_miss(w, record, tlb_ghost(w->tlb)) : guest_access_slow(w, record);
+	return r == WALK_SKIPPED ? WALK_DONE : r;
 }
 
 /* Records up to `n` of the current process; WALK_DONE also when attention is wanted. */
@@ -116,27 +151,20 @@ static enum walk_result run_records(struct run *run, uint64_t n)
 
 	while (n && r == WALK_DONE && !attention(run)) {
 		uint64_t left = p->record_count - p->position;
-		uint64_t checks = run->checks, lookups = run->lookups;
-		uint64_t done = run_hits(run, p->records + p->position, n < left ? n : left);
+		enum progress progress;
+		uint64_t done = run_hits(run, p->records + p->position, n < left ? n : left, &progress);
 
 		w->guest->clock += done;
+		if (progress != POLLED) {
+			r = finish_record(run, p->records[p->position + done], progress);
+			if (r == WALK_DONE) {
+				w->guest->clock++;
+				done++;
+			}
+		}
 		p->position += done;
 		n -= done;
 		run->budget -= done;
-		if (n && p->position < p->record_count && run->lookups - lookups > done) {
-			/* Looked up, and not done by the fast path. */
-			run->l1_misses += run->checks - checks == done;
-			run->checks += run->checks - checks == done;
-			r = guest_access_slow(w, p->records[p->position]);
-			if (r == WALK_SKIPPED)
-				r = WALK_DONE;
-			if (r == WALK_DONE) {
-				w->guest->clock++;
-				p->position++;
-				n--;
-				run->budget--;
-			}
-		}
 		if (p->position == p->record_count)
 			p->position = 0;
 	}
@@ -245,6 +273,7 @@ int guest_access(struct machine *m, uint32_t cpu, uint32_t vcpu, uint64_t linear
 {
 	uint64_t record = (uint64_t)type << 62 | (linear & UINT64_C(0xffffffffffff));
 	uint32_t reason = EXIT_PREEMPTION_TIMER;
+	enum progress progress;
 	enum walk_result w;
 	struct run run;
 	int r = enter(&run, m, cpu, vcpu, 1, out);
@@ -253,7 +282,7 @@ int guest_access(struct machine *m, uint32_t cpu, uint32_t vcpu, uint64_t linear
 		return r;
 	w = os_setup(&run.walk);
 	if (w == WALK_DONE)
-		w = run_hits(&run, &record, 1) ? WALK_DONE : guest_access_slow(&run.walk, record);
+		w = run_hits(&run, &record, 1, &progress) ? WALK_DONE : finish_record(&run, record, progress);
 	if (w == WALK_EPT_VIOLATION)
 		reason = EXIT_EPT_VIOLATION;
 	else if (w == WALK_GUEST_FAULT)

@@ -16,13 +16,11 @@ struct tlb *tlb_create(const struct machine_config *config)
 	t->dropped_by_vm = calloc(t->vms + 1, sizeof(uint64_t));
 	t->dropped_epoch = calloc(t->vms + 1, sizeof(uint64_t));
 	if (!t->dropped_by_vm || !t->dropped_epoch ||
-	    store_create(&t->l2, config->l2_entries, config->l2_ways, sizeof(struct slot), t->generation) ||
+	    store_create(&t->l2, config->l2_entries, config->l2_ways, false, sizeof(struct slot), t->generation) ||
 	    psc_create(t, config)) {
 		tlb_destroy(t);
 		return NULL;
 	}
-	for (uint32_t i = 0; i < 4; i++)
-		t->l2.shift[i] = 9 * i;
 	t->epoch = 1;
 	contexts_init(t);
 	l1_retag(t);
@@ -82,41 +80,20 @@ void tlb_switch_physical(struct tlb *t, uint32_t vpid, uint32_t ep4ta)
 	serve(t, KIND_GUEST_PHYSICAL, t->physical);
 }
 
-/* Contexts that translate for accesses of a kind. */
-static uint32_t contexts_of(const struct tlb *t, uint32_t kind, uint32_t index[2])
+/* Of two ghosts the one filled last is the one that would be hit. */
+static __attribute__((noinline)) void consider_ghost(struct tlb *t, uint32_t cell)
 {
-	if (kind == KIND_GUEST_PHYSICAL) {
-		index[0] = t->physical;
-		return 1;
-	}
-	index[0] = t->paged;
-	index[1] = t->global;
-	return 2;
-}
-
-static struct cell *find_size(struct tlb *t, uint32_t index, uint32_t size, uint64_t page)
-{
-	uint32_t shift = 9 * size;
-
-	if (!t->contexts[index].slots[size])
-		return NULL;
-	return store_find(&t->l2, mapping_id(size, page >> shift << shift, index));
-}
-
-/* Of two ghosts the one used last is the one that would be hit. */
-static void consider_ghost(struct tlb *t, const struct cell *cell, uint32_t *age)
-{
-	struct slot *slot = cell_payload(&t->l2, cell);
-	uint32_t index = key_context(cell->key);
+	struct slot *slot = slot_of(t, cell);
+	uint64_t key = t->l2.key[cell];
+	uint32_t index = key_context(key);
 	uint32_t lived = t->generation[index] - slot->born;
 
 	if (!slot->born || slot->born < t->contexts[index].birth)
 		return;
-	if (t->ghost && t->l2.clock - cell->stamp >= *age)
+	if (t->ghost && t->ghost->filled > slot->filled)
 		return;
-	*age = t->l2.clock - cell->stamp;
 	t->ghost = slot;
-	if (!(cell->key & GENERATION_MAX))
+	if (!(key & GENERATION_MAX))
 		t->ghost_flush = slot->flush;
 	else if (lived <= FLUSH_HISTORY)
 		t->ghost_flush = t->contexts[index].flush[slot->born % FLUSH_HISTORY];
@@ -124,32 +101,77 @@ static void consider_ghost(struct tlb *t, const struct cell *cell, uint32_t *age
 		t->ghost_flush = 0;
 }
 
-int tlb_lookup(struct tlb *t, uint32_t kind, uint64_t page, struct tlb_entry *entry)
+static inline __attribute__((always_inline)) struct slot *find_size(struct tlb *t, uint32_t index, uint32_t size,
+								     uint64_t page)
 {
-	uint32_t index[2], n = contexts_of(t, kind, index), age = 0;
+	uint32_t shift = 9 * size;
+	uint64_t id = mapping_id(size, page >> shift << shift, index);
+	uint32_t cell = store_find(&t->l2, id, shift, false);
 
-	page &= PAGE_NUMBER_MASK;
+	if (cell == NO_CELL) {
+		if (size == PAGE_4K)
+			t->absent[index == t->physical] = id;
+		return NULL;
+	}
+	if (__builtin_expect((t->l2.key[cell] & GENERATION_MAX) == t->generation[index], 1)) {
+		store_touch(&t->l2, cell);
+		return slot_of(t, cell);
+	}
+	consider_ghost(t, cell);
+	return NULL;
+}
+
+static __attribute__((noinline)) struct slot *find_large(struct tlb *t, uint32_t index, uint64_t page)
+{
+	struct slot *slot = NULL;
+
+	for (uint32_t size = PAGE_2M; !slot && size <= PAGE_1G; size++)
+		if (t->contexts[index].slots[size])
+			slot = find_size(t, index, size, page);
+	return slot;
+}
+
+/* The live translation of a page in a context, or NULL; ghosts on the way are considered. */
+static inline __attribute__((always_inline)) struct slot *find_in_context(struct tlb *t, uint32_t index, uint64_t page)
+{
+	const uint32_t *slots = t->contexts[index].slots;
+	struct slot *slot = NULL;
+
+	if (slots[PAGE_4K])
+		slot = find_size(t, index, PAGE_4K, page);
+	if (!slot && (slots[PAGE_2M] | slots[PAGE_1G]))
+		slot = find_large(t, index, page);
+	return slot;
+}
+
+static __attribute__((noinline)) struct slot *find_global(struct tlb *t, uint64_t page)
+{
+	return find_in_context(t, t->global, page);
+}
+
+/* The live translation for accesses of a kind, or NULL; then t->ghost is the best ghost, if any. */
+static inline struct slot *find(struct tlb *t, uint32_t kind, uint64_t page)
+{
+	struct slot *slot;
+
 	t->ghost = NULL;
 	t->ghost_flush = 0;
-	for (uint32_t i = 0; i < n; i++)
-		for (uint32_t size = PAGE_4K; size <= PAGE_1G; size++) {
-			struct cell *cell = find_size(t, index[i], size, page);
+	slot = find_in_context(t, kind == KIND_GUEST_PHYSICAL ? t->physical : t->paged, page);
+	if (!slot && kind != KIND_GUEST_PHYSICAL && t->global != NO_CONTEXT)
+		slot = find_global(t, page);
+	if (slot)
+		t->ghost = NULL;
+	return slot;
+}
 
-			if (!cell)
-				continue;
-			if (!cell_live(&t->l2, cell)) {
-				consider_ghost(t, cell, &age);
-				continue;
-			}
-			cell->stamp = ++t->l2.clock;
-			*entry = ((const struct slot *)cell_payload(&t->l2, cell))->entry;
-			t->ghost = NULL;
-			return 1;
-		}
-	if (!t->ghost)
+int tlb_lookup(struct tlb *t, uint32_t kind, uint64_t page, struct tlb_entry *entry)
+{
+	const struct slot *slot = find(t, kind, page & PAGE_NUMBER_MASK);
+
+	if (!slot && !t->ghost)
 		return 0;
-	*entry = t->ghost->entry;
-	return 2;
+	*entry = slot ? slot->entry : t->ghost->entry;
+	return slot ? 1 : 2;
 }
 
 int tlb_refill_l1(struct tlb *t, uint64_t page, struct tlb_entry *entry)
@@ -159,6 +181,18 @@ int tlb_refill_l1(struct tlb *t, uint64_t page, struct tlb_entry *entry)
 	if (result == 1)
 		l1_fill(&t->l1, entry, page & PAGE_NUMBER_MASK);
 	return result;
+}
+
+struct tlb_hot *tlb_l1_promote(struct tlb *t, uint64_t page)
+{
+	const struct slot *slot = find(t, t->kind, page);
+	struct tlb_hot *hot;
+
+	if (!slot)
+		return NULL;
+	hot = l1_victim(&t->l1, page);
+	l1_put(&t->l1, hot, &slot->entry, page);
+	return hot;
 }
 
 /* Context that an entry being filled belongs to. */
@@ -173,57 +207,52 @@ static uint32_t context_for(struct tlb *t, const struct tlb_entry *entry)
 	return t->global;
 }
 
-static void l2_fill(struct tlb *t, uint32_t index, const struct tlb_entry *entry)
+/* Would account_replace() do nothing? */
+static inline bool same_account(const struct tlb *t, uint32_t cell, uint64_t key, const struct tlb_entry *old,
+				const struct tlb_entry *entry)
 {
-	uint64_t id = mapping_id(entry->size, entry->page, index);
-	struct cell *cell = store_claim(&t->l2, id);
+	uint64_t page = PAGE_NUMBER_MASK << (CONTEXT_BITS + GENERATION_BITS);
+
+	return !((t->l2.key[cell] ^ key) & ~page) && old->vm == entry->vm && !(old->fractured | entry->fractured);
+}
+
+static void l2_fill(struct tlb *t, uint32_t index, const struct tlb_entry *entry, uint64_t page)
+{
+	uint64_t id = mapping_id(entry->size, page, index), key = id << GENERATION_BITS | t->generation[index];
+	bool physical = entry->kind == KIND_GUEST_PHYSICAL;
+	uint32_t cell = store_claim(&t->l2, id, 9 * entry->size, false, t->absent[physical] == id);
 	struct slot *slot;
 
-	if (!cell) /* out of memory: as if evicted at once */
+	if (cell == NO_CELL) /* out of memory: as if evicted at once */
 		return;
-	account_evict(t, cell);
-	cell->key = id << GENERATION_BITS | t->generation[index];
-	cell->stamp = ++t->l2.clock;
-	slot = cell_payload(&t->l2, cell);
+	t->absent[physical] = 0;
+	slot = slot_of(t, cell);
+	if (!same_account(t, cell, key, &slot->entry, entry))
+		account_replace(t, cell, key, entry);
+	t->l2.key[cell] = key;
+	store_touch(&t->l2, cell);
 	slot->entry = *entry;
+	slot->entry.page = page;
+	slot->entry.vpid = physical ? 0 : (uint16_t)t->vpid;
+	slot->entry.pcid = physical ? 0 : (uint16_t)t->pcid;
+	slot->entry.ep4ta = t->contexts[index].ep4ta;
+	slot->filled = ++t->fills;
 	slot->born = t->generation[index];
-	account_fill(t, cell->key, slot);
 	t->contexts[index].filled = true;
 	context_list(t, index);
 }
 
 void tlb_insert(struct tlb *t, const struct tlb_entry *entry, uint64_t page)
 {
-	uint32_t index = context_for(t, entry);
-	uint32_t shift = 9 * entry->size;
-	struct tlb_entry e = *entry;
+	uint32_t index = context_for(t, entry), shift = 9 * entry->size;
 
 	t->ghost = NULL;
 	if (index == NO_CONTEXT)
 		return;
 	page &= PAGE_NUMBER_MASK;
-	e.page = page >> shift << shift;
-	e.vpid = e.kind == KIND_GUEST_PHYSICAL ? 0 : t->vpid;
-	e.pcid = e.kind == KIND_GUEST_PHYSICAL ? 0 : t->pcid;
-	e.ep4ta = t->contexts[index].ep4ta;
-	l2_fill(t, index, &e);
-	if (e.kind == t->kind)
-		l1_fill(&t->l1, &e, page);
-}
-
-/* What tlb_lookup would return. */
-static struct slot *first_live(struct tlb *t, uint32_t kind, uint64_t page)
-{
-	uint32_t index[2], n = contexts_of(t, kind, index);
-
-	for (uint32_t i = 0; i < n; i++)
-		for (uint32_t size = PAGE_4K; size <= PAGE_1G; size++) {
-			struct cell *cell = find_size(t, index[i], size, page);
-
-			if (cell && cell_live(&t->l2, cell))
-				return cell_payload(&t->l2, cell);
-		}
-	return NULL;
+	l2_fill(t, index, entry, page >> shift << shift);
+	if (entry->kind == t->kind)
+		l1_fill(&t->l1, entry, page);
 }
 
 void tlb_update_right(struct tlb *t, uint32_t kind, uint64_t page, uint32_t type, uint32_t right)
@@ -233,7 +262,7 @@ void tlb_update_right(struct tlb *t, uint32_t kind, uint64_t page, uint32_t type
 	struct slot *slot;
 
 	page &= PAGE_NUMBER_MASK;
-	slot = first_live(t, kind, page);
+	slot = find(t, kind, page);
 	if (!slot)
 		return;
 	entry = &slot->entry;
@@ -246,13 +275,16 @@ void tlb_update_right(struct tlb *t, uint32_t kind, uint64_t page, uint32_t type
 
 void tlb_drop(struct tlb *t, uint32_t kind, uint64_t page)
 {
-	uint32_t index[2], n = contexts_of(t, kind, index);
 	uint64_t flush = t->flush;
 
 	t->flush = 0;
 	page &= PAGE_NUMBER_MASK;
-	for (uint32_t i = 0; i < n; i++)
-		context_drop_page(t, index[i], page);
+	if (kind == KIND_GUEST_PHYSICAL) {
+		context_drop_page(t, t->physical, page);
+	} else {
+		context_drop_page(t, t->paged, page);
+		context_drop_page(t, t->global, page);
+	}
 	l1_drop(&t->l1, page);
 	t->flush = flush;
 }

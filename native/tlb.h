@@ -178,11 +178,22 @@ struct tlb_l1 {
 /* Out of line: the hint was wrong.  Searches the set. */
 struct tlb_hot *tlb_l1_search(struct tlb_l1 *l1, uint64_t page);
 
+/* What changes in the first level only when something is filled or invalidated, for a loop to keep in registers. */
+struct tlb_view {
+	uint64_t context_bits;
+	uint32_t clock;
+};
+
+static inline struct tlb_view tlb_l1_view(const struct tlb_l1 *l1)
+{
+	return (struct tlb_view){ l1->context_bits, l1->clock };
+}
+
 /* The translation of `page` (below 2^36) in the current context, or NULL.  One use: looks, and keeps the
  * replacement state, each time. */
-static inline struct tlb_hot *tlb_l1_lookup(struct tlb_l1 *l1, uint64_t page)
+static inline struct tlb_hot *tlb_l1_view_lookup(struct tlb_l1 *l1, const struct tlb_view *view, uint64_t page)
 {
-	uint64_t key = l1->context_bits | page;
+	uint64_t key = view->context_bits | page;
 	struct tlb_hot *hot = (struct tlb_hot *)((char *)l1->hot + l1->hint[page & (L1_HINTS - 1)]);
 
 	if (__builtin_expect(hot->key != key, 0)) {
@@ -190,8 +201,15 @@ static inline struct tlb_hot *tlb_l1_lookup(struct tlb_l1 *l1, uint64_t page)
 		if (!hot)
 			return hot;
 	}
-	hot->stamp = l1->clock;
+	hot->stamp = view->clock;
 	return hot;
+}
+
+static inline struct tlb_hot *tlb_l1_lookup(struct tlb_l1 *l1, uint64_t page)
+{
+	struct tlb_view view = tlb_l1_view(l1);
+
+	return tlb_l1_view_lookup(l1, &view, page);
 }
 
 #endif

@@ -14,25 +14,9 @@ static uint32_t *piece_count(struct tlb *t, uint64_t key, const struct tlb_entry
 	return piece_bucket(t, key_context(key), entry->page, entry->size, entry->fractured - 1u);
 }
 
-void account_fill(struct tlb *t, uint64_t key, struct slot *slot)
+static void account_unlive(struct tlb *t, const struct slot *slot, uint64_t key)
 {
 	struct context *c = &t->contexts[key_context(key)];
-
-	if (!c->live && !c->live_other)
-		c->vm = slot->entry.vm;
-	if (slot->entry.vm == c->vm)
-		c->live++;
-	else
-		c->live_other++;
-	c->slots[key_size(key)]++;
-	if (slot->entry.fractured)
-		++*piece_count(t, key, &slot->entry);
-}
-
-static void account_unlive(struct tlb *t, const struct cell *cell)
-{
-	const struct slot *slot = cell_payload(&t->l2, cell);
-	struct context *c = &t->contexts[key_context(cell->key)];
 
 	if (slot->entry.vm == c->vm)
 		c->live--;
@@ -40,17 +24,34 @@ static void account_unlive(struct tlb *t, const struct cell *cell)
 		c->live_other--;
 }
 
-void account_evict(struct tlb *t, const struct cell *cell)
+static void account_evict(struct tlb *t, uint32_t cell)
 {
-	const struct slot *slot = cell_payload(&t->l2, cell);
+	const struct slot *slot = slot_of(t, cell);
+	uint64_t key = t->l2.key[cell];
 
-	if (!cell->key)
+	if (!key)
 		return;
 	if (cell_live(&t->l2, cell))
-		account_unlive(t, cell);
-	t->contexts[key_context(cell->key)].slots[key_size(cell->key)]--;
+		account_unlive(t, slot, key);
+	t->contexts[key_context(key)].slots[key_size(key)]--;
 	if (slot->entry.fractured)
-		--*piece_count(t, cell->key, &slot->entry);
+		--*piece_count(t, key, &slot->entry);
+}
+
+void account_replace(struct tlb *t, uint32_t cell, uint64_t key, const struct tlb_entry *entry)
+{
+	struct context *c = &t->contexts[key_context(key)];
+
+	account_evict(t, cell);
+	if (!c->live && !c->live_other)
+		c->vm = entry->vm;
+	if (entry->vm == c->vm)
+		c->live++;
+	else
+		c->live_other++;
+	c->slots[key_size(key)]++;
+	if (entry->fractured)
+		++*piece_bucket(t, key_context(key), key_page(key), entry->size, entry->fractured - 1u);
 }
 
 void account_dropped(struct tlb *t, uint32_t vm, uint64_t count)
@@ -65,12 +66,12 @@ void account_dropped(struct tlb *t, uint32_t vm, uint64_t count)
 	t->dropped_by_vm[vm] += count;
 }
 
-void cell_kill(struct tlb *t, struct cell *cell)
+void cell_kill(struct tlb *t, uint32_t cell)
 {
-	struct slot *slot = cell_payload(&t->l2, cell);
+	struct slot *slot = slot_of(t, cell);
 
-	account_unlive(t, cell);
+	account_unlive(t, slot, t->l2.key[cell]);
 	account_dropped(t, slot->entry.vm, 1);
 	slot->flush = t->flush;
-	cell->key &= ~(uint64_t)GENERATION_MAX;
+	cell_mark_dead(&t->l2, cell);
 }

@@ -15,23 +15,23 @@ static uint64_t align_page(uint64_t page, uint32_t size)
 void context_drop_page(struct tlb *t, uint32_t index, uint64_t page)
 {
 	for (uint32_t size = PAGE_4K; size <= PAGE_1G; size++) {
-		struct cell *cell;
+		uint32_t cell;
 
 		if (!t->contexts[index].slots[size])
 			continue;
-		cell = store_find(&t->l2, mapping_id(size, align_page(page, size), index));
-		if (cell && cell_live(&t->l2, cell))
+		cell = store_find(&t->l2, mapping_id(size, align_page(page, size), index), 9 * size, false);
+		if (cell != NO_CELL && cell_live(&t->l2, cell))
 			cell_kill(t, cell);
 	}
 }
 
-static void kill_if_piece(struct tlb *t, struct cell *cell, uint32_t guest)
+static void kill_if_piece(struct tlb *t, uint32_t cell, uint32_t guest)
 {
 	const struct slot *slot;
 
-	if (!cell || !cell_live(&t->l2, cell))
+	if (cell == NO_CELL || !cell_live(&t->l2, cell))
 		return;
-	slot = cell_payload(&t->l2, cell);
+	slot = slot_of(t, cell);
 	if (slot->entry.fractured == guest + 1)
 		cell_kill(t, cell);
 }
@@ -42,14 +42,13 @@ static void probe_pieces(struct tlb *t, uint32_t index, uint64_t first, uint32_t
 	uint64_t end = first + (UINT64_C(1) << 9 * guest);
 
 	for (uint64_t page = first; page < end; page += step)
-		kill_if_piece(t, store_find(&t->l2, mapping_id(piece, page, index)), guest);
+		kill_if_piece(t, store_find(&t->l2, mapping_id(piece, page, index), 9 * piece, false), guest);
 }
 
 static void scan_pieces(struct tlb *t, uint32_t index, uint64_t first, uint32_t piece, uint32_t guest)
 {
-	for (uint32_t i = 0; i < t->l2.cell_count; i++) {
-		struct cell *cell = &t->l2.cells[i];
-		uint64_t key = cell->key;
+	for (uint32_t cell = 0; cell < t->l2.cell_count; cell++) {
+		uint64_t key = t->l2.key[cell];
 
 		if (key && key_context(key) == index && key_size(key) == piece &&
 		    align_page(key_page(key), guest) == first)

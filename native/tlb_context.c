@@ -70,13 +70,11 @@ uint32_t context_find(struct tlb *t, uint32_t kind, uint32_t vpid, uint32_t pcid
 	return NO_CONTEXT;
 }
 
-void context_list(struct tlb *t, uint32_t index)
+void context_list_new(struct tlb *t, uint32_t index)
 {
 	struct context *c = &t->contexts[index];
 	uint16_t *head = &t->vpid_chain[c->vpid % VPID_BUCKETS];
 
-	if (c->listed)
-		return;
 	c->listed = true;
 	c->live_position = t->live_count;
 	t->live[t->live_count++] = index;
@@ -109,11 +107,11 @@ static void context_unlist(struct tlb *t, uint32_t index)
 static void purge(struct tlb *t, uint32_t index)
 {
 	store_purge(&t->l2, index);
-	for (uint32_t i = 0; i < t->l2.cell_count; i++) {
-		const struct cell *cell = &t->l2.cells[i];
+	for (uint32_t cell = 0; cell < t->l2.cell_count; cell++) {
+		uint64_t key = t->l2.key[cell];
 
-		if (cell->key && key_context(cell->key) == index)
-			((struct slot *)cell_payload(&t->l2, cell))->born = 0;
+		if (key && key_context(key) == index)
+			slot_of(t, cell)->born = 0;
 	}
 	l1_clear(&t->l1);
 }
@@ -133,6 +131,7 @@ static void end_generation(struct tlb *t, uint32_t index)
 		c->birth = 1;
 	}
 	t->generation[index]++;
+	t->l2.deaths++;
 	if (index == t->serves)
 		l1_retag(t);
 }
@@ -146,6 +145,8 @@ static void end_psc_generation(struct tlb *t, uint32_t index)
 		t->psc_generation[index] = 0;
 	}
 	t->psc_generation[index]++;
+	for (uint32_t level = 0; level < PSC_LEVELS; level++)
+		t->psc[level].deaths++;
 }
 
 void context_drop(struct tlb *t, uint32_t index, uint32_t what)

@@ -1,23 +1,10 @@
-/* Inside of the TLB: shared by tlb*.c and psc.c, and by the run loop, which reaches into struct tlb for l1.
- *
- * Key of a cached mapping: size(2) | page(36) | context(11) | generation(15).  Without the generation it is
- * an *id*: an id has one slot at most, which holds its live mapping or its ghost.  Context 0 is never used
- * and no generation is 0, so key 0 is an empty cell and generation 0 a mapping that was dropped singly.
- */
+/* Inside of the TLB: shared by tlb*.c and psc.c, and by the run loop and the walks, which reach into it. */
 #ifndef FLUSHLAB_TLB_INTERNAL_H
 #define FLUSHLAB_TLB_INTERNAL_H
 
-#include <stddef.h>
-
-#include "tlb.h"
+#include "tlb_store.h"
 
 enum {
-	GENERATION_BITS = 15,
-	GENERATION_MAX = (1 << GENERATION_BITS) - 1,
-	CONTEXT_BITS = 11,
-	CONTEXTS = 1 << CONTEXT_BITS,
-	PAGE_BITS = 36,
-	NO_CONTEXT = 0,
 	PCID_GLOBAL = 0xffff,  /* the context of the global translations of a VPID (and EP4TA) */
 	FLUSH_HISTORY = 16,    /* generations back that a context remembers what ended them */
 	VPID_BUCKETS = 256,
@@ -25,75 +12,6 @@ enum {
 	PIECE_BUCKETS = 1024,
 	PSC_LEVELS = 4,
 };
-
-#define PAGE_NUMBER_MASK ((UINT64_C(1) << PAGE_BITS) - 1)
-
-/* tlb_store.c: cells found by id, set-associative with LRU or, if unbounded, a growing hash table. */
-struct cell {
-	uint64_t key;
-	uint32_t slot; /* of the payload */
-	uint32_t stamp;
-};
-
-struct store {
-	struct cell *cells;
-	uint8_t *payload;
-	size_t payload_size;
-	const uint16_t *generation; /* by context: what a live key holds */
-	uint32_t cell_count;
-	uint32_t sets;
-	uint32_t ways;  /* 0: unbounded */
-	uint32_t used;  /* unbounded: cells in use, and next free slot */
-	uint32_t slots; /* unbounded: payloads allocated */
-	uint32_t clock;
-	uint8_t shift[4]; /* by size: log2 of the pages that a mapping covers */
-};
-
-static inline uint64_t mapping_id(uint32_t size, uint64_t page, uint32_t context)
-{
-	return (uint64_t)size << (PAGE_BITS + CONTEXT_BITS) | page << CONTEXT_BITS | context;
-}
-
-static inline uint64_t key_id(uint64_t key)
-{
-	return key >> GENERATION_BITS;
-}
-
-static inline uint32_t key_context(uint64_t key)
-{
-	return key >> GENERATION_BITS & (CONTEXTS - 1);
-}
-
-static inline uint32_t key_size(uint64_t key)
-{
-	return key >> (PAGE_BITS + CONTEXT_BITS + GENERATION_BITS);
-}
-
-static inline uint64_t key_page(uint64_t key)
-{
-	return key >> (CONTEXT_BITS + GENERATION_BITS) & PAGE_NUMBER_MASK;
-}
-
-static inline bool cell_live(const struct store *s, const struct cell *cell)
-{
-	return cell->key && (cell->key & GENERATION_MAX) == s->generation[key_context(cell->key)];
-}
-
-static inline void *cell_payload(const struct store *s, const struct cell *cell)
-{
-	return s->payload + (size_t)cell->slot * s->payload_size;
-}
-
-int store_create(struct store *s, uint32_t entries, uint32_t ways, size_t payload_size,
-		 const uint16_t *generation);
-void store_destroy(struct store *s);
-/* The cell of an id, live or not; NULL: none.  Valid until the next store_claim. */
-struct cell *store_find(const struct store *s, uint64_t id);
-/* A cell to put an id in: its own, an empty one, a dead one, or the least recently used.  The cell still
- * holds its old key and payload, for the caller to account for and overwrite.  NULL: out of memory. */
-struct cell *store_claim(struct store *s, uint64_t id);
-/* Make every mapping of a context dead, by a scan. */
-void store_purge(struct store *s, uint32_t context);
 
 /* tlb_context.c */
 struct context {
@@ -117,10 +35,11 @@ struct context {
 	uint32_t psc_slots[PSC_LEVELS];
 };
 
-/* Payload of a second-level cell. */
+/* Payload of a second-level cell; of two cache lines. */
 struct slot {
-	struct tlb_entry entry;
+	_Alignas(CACHELINE) struct tlb_entry entry;
 	uint64_t flush; /* dropped singly: by which flush */
+	uint64_t filled; /* when, in fills of this TLB */
 	uint16_t born;  /* generation when filled; 0: not to be reported as a ghost */
 };
 
@@ -148,6 +67,10 @@ struct tlb {
 	 * whether INVLPG must search for pieces. */
 	uint32_t pieces[PIECE_BUCKETS];
 	/* flushes and ghosts */
+	/* The last 4 KiB ids looked for and not in any cell, of linear or combined and of guest-physical mappings:
+	 * the fill that follows such a miss needs not look again. */
+	uint64_t absent[2];
+	uint64_t fills;
 	uint64_t flush;
 	uint64_t ghost_flush;
 	struct slot *ghost;
@@ -158,25 +81,36 @@ struct tlb {
 	uint32_t vms;
 };
 
+static inline struct slot *slot_of(const struct tlb *t, uint32_t cell)
+{
+	return (struct slot *)t->l2.payload + cell_slot(&t->l2, cell);
+}
+
 enum { DROP_TRANSLATIONS = 1, DROP_PSC = 2, DROP_BOTH = 3 };
 
 void contexts_init(struct tlb *t);
 /* The context of a tag; 0 if there is none.  context_get makes one, recycling if it must. */
 uint32_t context_find(struct tlb *t, uint32_t kind, uint32_t vpid, uint32_t pcid, uint32_t ep4ta);
 uint32_t context_get(struct tlb *t, uint32_t kind, uint32_t vpid, uint32_t pcid, uint32_t ep4ta);
+void context_list_new(struct tlb *t, uint32_t index);
+
 /* Something is being cached in it. */
-void context_list(struct tlb *t, uint32_t index);
+static inline void context_list(struct tlb *t, uint32_t index)
+{
+	if (!t->contexts[index].listed)
+		context_list_new(t, index);
+}
+
 /* Drop all its translations and/or paging-structure-cache entries in one step. */
 void context_drop(struct tlb *t, uint32_t index, uint32_t what);
 
-/* tlb_account.c: who filled what was dropped, ghosts, pieces. */
-void account_fill(struct tlb *t, uint64_t key, struct slot *slot);
-/* A cell is about to be overwritten. */
-void account_evict(struct tlb *t, const struct cell *cell);
+/* tlb_account.c: who filled what was dropped, ghosts, pieces.  A cell is about to be overwritten by a mapping with
+ * this key and entry. */
+void account_replace(struct tlb *t, uint32_t cell, uint64_t key, const struct tlb_entry *entry);
 /* `count` live translations that `vm` filled were dropped. */
 void account_dropped(struct tlb *t, uint32_t vm, uint64_t count);
 /* Drop one live cell. */
-void cell_kill(struct tlb *t, struct cell *cell);
+void cell_kill(struct tlb *t, uint32_t cell);
 uint32_t *piece_bucket(struct tlb *t, uint32_t context, uint64_t page, uint32_t piece, uint32_t guest);
 
 /* tlb_l1.c */
@@ -185,11 +119,51 @@ void l1_clear(struct tlb_l1 *l1);
 void l1_drop(struct tlb_l1 *l1, uint64_t page);
 /* Put the piece `page` of a translation in, under the current context. */
 void l1_fill(struct tlb_l1 *l1, const struct tlb_entry *entry, uint64_t page);
+
+/* ... in place of what is there. */
+static inline void l1_put(struct tlb_l1 *l1, struct tlb_hot *hot, const struct tlb_entry *entry, uint64_t page)
+{
+	uint64_t span = (UINT64_C(1) << 9 * entry->size) - 1;
+
+	hot->key = l1->context_bits | page;
+	hot->right[ACCESS_READ] = entry->right[ACCESS_READ];
+	hot->right[ACCESS_WRITE] = entry->right[ACCESS_WRITE];
+	hot->right[ACCESS_EXECUTE] = entry->right[ACCESS_EXECUTE];
+	hot->hfn = entry->hfn + (uint32_t)(page & span);
+	hot->stamp = ++l1->clock;
+	hot->span = 9 * (entry->fractured ? entry->fractured - 1 : entry->size);
+	l1->has_pieces |= hot->span != 0;
+	l1->has_globals |= entry->global;
+	l1->hint[page % L1_HINTS] = (char *)hot - (char *)l1->hot;
+}
+
+/* The one to replace: least recently used, empty ones being older than any. */
+static inline struct tlb_hot *l1_victim(struct tlb_l1 *l1, uint64_t page)
+{
+	struct tlb_hot *hot = l1->hot[page % L1_SETS];
+	uint32_t age[L1_WAYS], a, b;
+
+#pragma GCC unroll 4
+	for (uint32_t way = 0; way < L1_WAYS; way++)
+		age[way] = (l1->clock - hot[way].stamp) << 2 | way;
+	a = age[0] > age[1] ? age[0] : age[1];
+	b = age[2] > age[3] ? age[2] : age[3];
+	return &hot[(a > b ? a : b) % L1_WAYS];
+}
+
 /* ... if it is of that frame. */
 void l1_update_right(struct tlb_l1 *l1, uint64_t key, uint32_t hfn, uint32_t type, uint32_t right);
 
 /* tlb.c: context bits of the current context changed. */
 void l1_retag(struct tlb *t);
+/* The first level has no `page` (below 2^36): tlb_refill_l1() without a copy.  NULL: missed here, too, and
+ * tlb_ghost() is what may be a ghost of it.  Valid until the next fill. */
+struct tlb_hot *tlb_l1_promote(struct tlb *t, uint64_t page);
+
+static inline const struct tlb_entry *tlb_ghost(const struct tlb *t)
+{
+	return t->ghost ? &t->ghost->entry : NULL;
+}
 
 /* tlb_address.c: drop one page of one context. */
 void context_drop_page(struct tlb *t, uint32_t index, uint64_t page);
@@ -197,6 +171,8 @@ void context_drop_page(struct tlb *t, uint32_t index, uint64_t page);
 void context_drop_pieces(struct tlb *t, uint32_t index, uint64_t page);
 
 /* psc.c */
+/* psc_lookup() without a copy; NULL: none.  Valid until the next psc_insert. */
+const struct psc_entry *psc_search(struct tlb *t, uint32_t kind, uint64_t page);
 int psc_create(struct tlb *t, const struct machine_config *config);
 void psc_destroy(struct tlb *t);
 /* Entries of one context that a walk for the page could use. */

@@ -1,8 +1,6 @@
 /* The first level: 4 KiB pieces of the translations in use, in front of the second.  See tlb.h for its
  * look-up.  Its contents are copies: dropping too much here costs a look-up in the second level, no more.
  */
-#include <string.h>
-
 #include "tlb_internal.h"
 
 struct tlb_hot *tlb_l1_search(struct tlb_l1 *l1, uint64_t page)
@@ -10,6 +8,7 @@ struct tlb_hot *tlb_l1_search(struct tlb_l1 *l1, uint64_t page)
 	uint64_t key = l1->context_bits | page;
 	struct tlb_hot *hot = l1->hot[page % L1_SETS];
 
+#pragma GCC unroll 4
 	for (uint32_t way = 0; way < L1_WAYS; way++, hot++)
 		if (hot->key == key) {
 			l1->hint[page % L1_HINTS] = (char *)hot - (char *)l1->hot;
@@ -18,11 +17,18 @@ struct tlb_hot *tlb_l1_search(struct tlb_l1 *l1, uint64_t page)
 	return NULL;
 }
 
+/* Empty, and the first to be replaced. */
+static void empty(struct tlb_l1 *l1, struct tlb_hot *hot)
+{
+	hot->key = 0;
+	hot->stamp = l1->clock - UINT32_MAX / 8;
+}
+
 void l1_clear(struct tlb_l1 *l1)
 {
 	for (uint32_t set = 0; set < L1_SETS; set++)
 		for (uint32_t way = 0; way < L1_WAYS; way++)
-			l1->hot[set][way].key = 0;
+			empty(l1, &l1->hot[set][way]);
 	l1->has_pieces = l1->has_globals = 0;
 }
 
@@ -38,7 +44,7 @@ static void drop_pieces(struct tlb_l1 *l1, uint64_t page)
 			if (((hot->key & PAGE_NUMBER_MASK) ^ page) >> hot->span)
 				l1->has_pieces = 1;
 			else
-				hot->key = 0;
+				empty(l1, hot);
 		}
 }
 
@@ -48,45 +54,21 @@ void l1_drop(struct tlb_l1 *l1, uint64_t page)
 
 	for (uint32_t way = 0; way < L1_WAYS; way++)
 		if ((hot[way].key & PAGE_NUMBER_MASK) == page)
-			hot[way].key = 0;
+			empty(l1, &hot[way]);
 	if (l1->has_pieces)
 		drop_pieces(l1, page);
-}
-
-/* The way that holds the key, or the one to replace: empty, else least recently used. */
-static struct tlb_hot *victim_for(struct tlb_l1 *l1, uint64_t page, uint64_t key)
-{
-	struct tlb_hot *hot = l1->hot[page % L1_SETS], *victim = NULL;
-	uint64_t oldest = 0;
-
-	for (uint32_t way = 0; way < L1_WAYS; way++, hot++) {
-		uint64_t age = (uint64_t)(l1->clock - hot->stamp) + 1;
-
-		if (hot->key == key)
-			return hot;
-		if (!hot->key)
-			age = UINT64_MAX;
-		if (age > oldest) {
-			oldest = age;
-			victim = hot;
-		}
-	}
-	return victim;
 }
 
 void l1_fill(struct tlb_l1 *l1, const struct tlb_entry *entry, uint64_t page)
 {
 	uint64_t key = l1->context_bits | page;
-	struct tlb_hot *hot = victim_for(l1, page, key);
+	struct tlb_hot *hot = l1->hot[page % L1_SETS], *place = l1_victim(l1, page);
 
-	hot->key = key;
-	memcpy(hot->right, entry->right, sizeof(hot->right));
-	hot->hfn = entry->hfn + (uint32_t)(page - entry->page);
-	hot->stamp = ++l1->clock;
-	hot->span = 9 * (entry->fractured ? entry->fractured - 1 : entry->size);
-	l1->has_pieces |= hot->span != 0;
-	l1->has_globals |= entry->global;
-	l1->hint[page % L1_HINTS] = (char *)hot - (char *)l1->hot;
+#pragma GCC unroll 4
+	for (uint32_t way = 0; way < L1_WAYS; way++)
+		if (hot[way].key == key)
+			place = &hot[way];
+	l1_put(l1, place, entry, page);
 }
 
 void l1_update_right(struct tlb_l1 *l1, uint64_t key, uint32_t hfn, uint32_t type, uint32_t right)

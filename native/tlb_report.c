@@ -33,13 +33,11 @@ uint32_t tlb_dump(struct tlb *t, struct tlb_entry *entries, uint32_t max)
 {
 	uint32_t n = 0;
 
-	for (uint32_t i = 0; i < t->l2.cell_count; i++) {
-		const struct cell *cell = &t->l2.cells[i];
-
+	for (uint32_t cell = 0; cell < t->l2.cell_count; cell++) {
 		if (!cell_live(&t->l2, cell))
 			continue;
 		if (n < max)
-			entries[n] = ((const struct slot *)cell_payload(&t->l2, cell))->entry;
+			entries[n] = slot_of(t, cell)->entry;
 		n++;
 	}
 	return n;

@@ -1,16 +1,16 @@
 /* Where cached mappings lie: cells found by id.
  *
- * Bounded: sets of `ways` cells, least recently used goes first, dead cells before live ones.  The set
- * comes from the page bits of the mapping's size, displaced by a hash of its context, so that equal pages
- * of many contexts spread.  Unbounded: open addressing that doubles; a cell is never emptied, since an id
- * keeps its one slot for its next mapping.
+ * Bounded: sets of `ways` cells.  Dead cells are replaced before live ones, and among either those that were not
+ * used recently before the others, which a bit for each tells, as in hardware: a full order would cost too much.
+ * Unbounded: open addressing that doubles; a cell is never emptied, since an id keeps its one slot for its next
+ * mapping.
  */
 #include <stdlib.h>
 #include <string.h>
 
 #include "tlb_internal.h"
 
-enum { FIRST_CELLS = 1024 };
+enum { FIRST_CELLS = 1024, WAYS_MAX = 64 };
 
 static uint64_t mix(uint64_t x)
 {
@@ -21,156 +21,165 @@ static uint64_t mix(uint64_t x)
 	return x ^ x >> 33;
 }
 
-static uint32_t set_of(const struct store *s, uint64_t id)
+/* Zeroed, on a cache line of its own: what belongs to a set does not straddle two lines more than it must. */
+static void *array(size_t n, size_t size)
 {
-	uint64_t page = id >> CONTEXT_BITS & PAGE_NUMBER_MASK;
-	uint32_t size = id >> (PAGE_BITS + CONTEXT_BITS);
-	uint64_t position = (page >> s->shift[size]) + mix(id & (CONTEXTS - 1)) + size;
+	size_t bytes = (n * size + CACHELINE - 1) / CACHELINE * CACHELINE;
+	void *memory = aligned_alloc(CACHELINE, bytes);
 
-	if (!(s->sets & (s->sets - 1)))
-		return position & (s->sets - 1);
-	return position % s->sets;
+	return memory ? memset(memory, 0, bytes) : NULL;
 }
 
-int store_create(struct store *s, uint32_t entries, uint32_t ways, size_t payload_size,
+static bool create_sets(struct store *s, uint32_t entries, uint32_t ways, bool few)
+{
+	ways = ways && ways <= entries ? ways : entries;
+	s->ways = ways < WAYS_MAX ? (uint8_t)ways : WAYS_MAX;
+	s->way_bits = (uint8_t)__builtin_ctz(few ? FEW_WAYS : TAGGED_WAYS);
+	while (1u << s->way_bits < s->ways)
+		s->way_bits++;
+	s->sets = entries / s->ways;
+	s->set_mask = s->sets & (s->sets - 1) ? 0 : s->sets - 1;
+	s->set_bits = (uint8_t)__builtin_ctz(s->sets);
+	s->cell_count = s->slots = s->sets << s->way_bits;
+	s->tags = array(s->cell_count, sizeof(*s->tags));
+	s->set = array(s->sets, sizeof(*s->set));
+	s->deaths = 1; /* no set is clean */
+	for (uint32_t i = 0; s->set && i < s->sets; i++)
+		s->set[i].recent = UINT64_MAX << (s->ways - 1) << 1;
+	return s->tags && s->set;
+}
+
+static bool create_table(struct store *s)
+{
+	s->cell_count = s->slots = FIRST_CELLS;
+	s->slot = array(s->cell_count, sizeof(*s->slot));
+	return s->slot;
+}
+
+int store_create(struct store *s, uint32_t entries, uint32_t ways, bool few, size_t payload_size,
 		 const uint16_t *generation)
 {
 	s->generation = generation;
-	s->payload_size = payload_size;
-	if (entries) {
-		s->ways = ways && ways <= entries ? ways : entries;
-		s->sets = entries / s->ways;
-		s->slots = s->cell_count = s->sets * s->ways;
-	} else {
-		s->cell_count = FIRST_CELLS;
-		s->slots = FIRST_CELLS;
-	}
-	s->cells = calloc(s->cell_count, sizeof(*s->cells));
-	s->payload = calloc(s->slots, payload_size);
-	if (!s->cells || !s->payload)
+	s->payload_size = (uint32_t)payload_size;
+	if (!(entries ? create_sets(s, entries, ways, few) : create_table(s)))
 		return MACHINE_NOMEM;
-	if (entries)
-		for (uint32_t i = 0; i < s->cell_count; i++)
-			s->cells[i].slot = i;
-	return 0;
+	s->key = array(s->cell_count, sizeof(*s->key));
+	s->payload = array(s->slots, payload_size);
+	return s->key && s->payload ? 0 : MACHINE_NOMEM;
 }
 
 void store_destroy(struct store *s)
 {
-	free(s->cells);
+	free(s->key);
+	free(s->tags);
+	free(s->set);
+	free(s->slot);
 	free(s->payload);
 }
 
-static struct cell *find_in_set(const struct store *s, uint64_t id)
-{
-	struct cell *cell = &s->cells[set_of(s, id) * s->ways];
-
-	for (uint32_t way = 0; way < s->ways; way++, cell++)
-		if (cell->key && key_id(cell->key) == id)
-			return cell;
-	return NULL;
-}
-
 /* The cell that holds the id, or the empty one where it belongs. */
-static struct cell *probe(const struct store *s, uint64_t id)
+static uint32_t place_of(const struct store *s, uint64_t id)
 {
 	uint32_t mask = s->cell_count - 1;
 	uint32_t i = mix(id) & mask;
 
-	while (s->cells[i].key && key_id(s->cells[i].key) != id)
+	while (s->key[i] && key_id(s->key[i]) != id)
 		i = (i + 1) & mask;
-	return &s->cells[i];
+	return i;
 }
 
-struct cell *store_find(const struct store *s, uint64_t id)
+uint32_t store_probe(const struct store *s, uint64_t id)
 {
-	struct cell *cell;
+	uint32_t cell = place_of(s, id);
 
-	if (s->ways)
-		return find_in_set(s, id);
-	cell = probe(s, id);
-	return cell->key ? cell : NULL;
+	return s->key[cell] ? cell : NO_CELL;
 }
 
-static struct cell *claim_in_set(struct store *s, uint64_t id)
+/* Empty before dead before live, unused before used.  Notes if there is nothing but live ones. */
+uint32_t store_least_valuable(struct store *s, uint32_t set)
 {
-	struct cell *cell = &s->cells[set_of(s, id) * s->ways];
-	struct cell *victim = NULL;
-	uint64_t victim_rank = 0;
+	uint32_t first = set << s->way_bits, victim = first, victim_rank = 0;
 
-	for (uint32_t way = 0; way < s->ways; way++, cell++) {
-		/* empty before dead before live; the longer unused the sooner */
-		uint64_t rank = (uint32_t)(s->clock - cell->stamp);
+	for (uint32_t way = 0; way < s->ways; way++) {
+		uint32_t rank = 1 + !(s->set[set].recent >> way & 1);
 
-		if (cell->key && key_id(cell->key) == id)
-			return cell;
-		if (!cell->key)
-			rank |= UINT64_C(2) << 32;
-		else if (!cell_live(s, cell))
-			rank |= UINT64_C(1) << 32;
-		if (!victim || rank > victim_rank) {
-			victim = cell;
+		if (!s->key[first + way])
+			rank |= 8;
+		else if (!cell_live(s, first + way))
+			rank |= 4;
+		if (rank > victim_rank) {
+			victim = first + way;
 			victim_rank = rank;
 		}
 	}
+	if (victim_rank < 4)
+		s->set[set].clean = s->deaths;
 	return victim;
 }
 
 static int grow_cells(struct store *s)
 {
-	struct cell *old = s->cells;
-	uint32_t count = s->cell_count;
+	struct store old = *s;
 
-	if (count > UINT32_MAX / 2)
+	if (old.cell_count > UINT32_MAX / 4)
 		return MACHINE_NOMEM;
-	s->cells = calloc((size_t)count * 2, sizeof(*s->cells));
-	if (!s->cells) {
-		s->cells = old;
+	s->cell_count *= 2;
+	s->key = array(s->cell_count, sizeof(*s->key));
+	s->slot = array(s->cell_count, sizeof(*s->slot));
+	if (!s->key || !s->slot) {
+		free(s->key);
+		free(s->slot);
+		*s = old;
 		return MACHINE_NOMEM;
 	}
-	s->cell_count = count * 2;
-	for (uint32_t i = 0; i < count; i++)
-		if (old[i].key)
-			*probe(s, key_id(old[i].key)) = old[i];
-	free(old);
+	for (uint32_t i = 0; i < old.cell_count; i++) {
+		uint32_t cell;
+
+		if (!old.key[i])
+			continue;
+		cell = place_of(s, key_id(old.key[i]));
+		s->key[cell] = old.key[i];
+		s->slot[cell] = old.slot[i];
+	}
+	free(old.key);
+	free(old.slot);
 	return 0;
 }
 
 static int grow_payload(struct store *s)
 {
-	uint8_t *payload = realloc(s->payload, (size_t)s->slots * 2 * s->payload_size);
+	void *payload = array((size_t)s->slots * 2, s->payload_size);
 
 	if (!payload)
 		return MACHINE_NOMEM;
-	memset(payload + (size_t)s->slots * s->payload_size, 0, (size_t)s->slots * s->payload_size);
+	memcpy(payload, s->payload, (size_t)s->slots * s->payload_size);
+	free(s->payload);
 	s->payload = payload;
 	s->slots *= 2;
 	return 0;
 }
 
-struct cell *store_claim(struct store *s, uint64_t id)
+uint32_t store_extend(struct store *s, uint64_t id)
 {
-	struct cell *cell;
+	uint32_t cell = place_of(s, id);
 
-	if (s->ways)
-		return claim_in_set(s, id);
-	cell = probe(s, id);
-	if (cell->key)
+	if (s->key[cell])
 		return cell;
 	if (s->used == s->slots && grow_payload(s))
-		return NULL;
+		return NO_CELL;
 	if (s->used >= s->cell_count / 4 * 3) {
 		if (grow_cells(s))
-			return NULL;
-		cell = probe(s, id);
+			return NO_CELL;
+		cell = place_of(s, id);
 	}
-	cell->slot = s->used++;
+	s->slot[cell] = s->used++;
 	return cell;
 }
 
 void store_purge(struct store *s, uint32_t context)
 {
+	s->deaths++;
 	for (uint32_t i = 0; i < s->cell_count; i++)
-		if (s->cells[i].key && key_context(s->cells[i].key) == context)
-			s->cells[i].key &= ~(uint64_t)GENERATION_MAX;
+		if (s->key[i] && key_context(s->key[i]) == context)
+			s->key[i] &= ~(uint64_t)GENERATION_MAX;
 }

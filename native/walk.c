@@ -3,6 +3,7 @@
 #include "ept.h"
 #include "flush.h"
 #include "frame.h"
+#include "tlb_internal.h"
 #include "vm.h"
 #include "walk.h"
 
@@ -11,23 +12,10 @@ enum {
 	TAG_SUSPECT = 0x4000, /* half the tag space away from the true one */
 };
 
-_Atomic uint64_t *guest_word(const struct machine *m, uint32_t hfn, uint32_t index)
+bool walk_check_slow(struct walk *w, struct tlb_entry *entry, uint64_t page, uint32_t type, uint32_t level)
 {
-	return (_Atomic uint64_t *)(void *)frame_memory(m->frames, hfn) + index;
-}
-
-static bool right_holds(const struct walk *w, uint32_t right, uint32_t hfn)
-{
-	return (frame_tag(w->m->frames, hfn) | w->life_bits) == right;
-}
-
-bool walk_check(struct walk *w, struct tlb_entry *entry, uint64_t page, uint32_t type, uint32_t level)
-{
-	uint32_t hfn = entry->hfn + (uint32_t)(page - entry->page);
 	struct judgement j;
 
-	if (right_holds(w, entry->right[type], hfn))
-		return true;
 	if (entry->right[type] == RIGHT_NONE)
 		return false;
 	count(w->cpu->counters, COUNT_ORACLE_SLOW, 1);
@@ -44,21 +32,30 @@ bool walk_check(struct walk *w, struct tlb_entry *entry, uint64_t page, uint32_t
 	return true;
 }
 
+/* Would the ghost's use have been a violation? */
+static bool averted(struct walk *w, const struct tlb_entry *ghost, uint64_t page, uint32_t type)
+{
+	struct judgement j;
+
+	if (right_holds(w, ghost->right[type], ghost->hfn + (uint32_t)(page - ghost->page)))
+		return false;
+	oracle_judge(w->m, w->vcpu, w->life_bits >> 16, ghost, page, type, &j);
+	return j.verdict == VERDICT_VIOLATION;
+}
+
 void walk_ghost(struct walk *w, const struct tlb_entry *ghost, uint64_t page, uint32_t type)
 {
 	uint64_t flush = tlb_ghost_flush(w->tlb);
-	struct judgement j;
 
 	if (!flush || ghost->right[type] == RIGHT_NONE)
 		return;
 	count(w->cpu->counters, COUNT_REFILLS, 1);
-	if (right_holds(w, ghost->right[type], ghost->hfn + (uint32_t)(page - ghost->page)))
-		return;
-	oracle_judge(w->m, w->vcpu, w->life_bits >> 16, ghost, page, type, &j);
-	if (j.verdict != VERDICT_VIOLATION)
-		return;
-	count(w->cpu->counters, COUNT_AVERTED, 1);
-	flush_averted(w->m, w->cpu, flush);
+	if (averted(w, ghost, page, type)) {
+		count(w->cpu->counters, COUNT_AVERTED, 1);
+		flush_averted(w->m, w->cpu, flush);
+	}
+	/* The access may be retried after an exit; the refill is one all the same. */
+	tlb_ghost_forget(w->tlb);
 }
 
 static enum walk_result violate(struct walk *w, uint64_t gfn, uint32_t type, uint64_t spte)
@@ -141,32 +138,39 @@ static void report_table(struct walk *w, uint32_t table, uint32_t custody, uint6
 	report_link(w, &link, gfn, type, 1u << VIOLATION_WALK_AFTER_FREE);
 }
 
-static bool table_holds(const struct walk *w, uint32_t table, uint32_t custody)
+static inline bool table_holds(const struct walk *w, uint32_t table, uint32_t custody)
 {
-	return table < w->m->frames->count && frame_kind_of(w->m->frames, table) <= FRAME_TABLE &&
-	       frame_tag(w->m->frames, table) == custody;
+	return table < w->m->frames->pool[FRAME_GUEST].first && frame_tag(w->m->frames, table) == custody;
+}
+
+/* Why a cached link may not be used: a bit per violation. */
+static uint32_t link_faults(const struct walk *w, const struct psc_entry *p)
+{
+	uint32_t kinds = 0;
+
+	if (!table_holds(w, p->hfn, p->right & FRAME_TAG_MASK))
+		kinds |= 1u << VIOLATION_WALK_AFTER_FREE;
+	if (p->right >> 16 != w->life_bits >> 16)
+		kinds |= 1u << VIOLATION_FOREIGN_ROOT;
+	if (p->vm != w->vcpu->vm)
+		kinds |= 1u << VIOLATION_CROSS_VM;
+	return kinds;
 }
 
 /* Where the walk starts: the deepest cached table, or the root. */
 static uint32_t walk_start(struct walk *w, uint64_t gfn, uint32_t type, uint32_t *table, uint32_t *custody)
 {
-	struct psc_entry p;
+	const struct psc_entry *p = psc_search(w->tlb, KIND_GUEST_PHYSICAL, gfn);
+	uint32_t kinds;
 
-	if (psc_lookup(w->tlb, KIND_GUEST_PHYSICAL, gfn, &p)) {
-		uint32_t kinds = 0;
-
-		if (!table_holds(w, p.hfn, p.right & FRAME_TAG_MASK))
-			kinds |= 1u << VIOLATION_WALK_AFTER_FREE;
-		if (p.right >> 16 != w->life_bits >> 16)
-			kinds |= 1u << VIOLATION_FOREIGN_ROOT;
-		if (p.vm != w->vcpu->vm)
-			kinds |= 1u << VIOLATION_CROSS_VM;
+	if (p) {
+		kinds = link_faults(w, p);
 		if (!kinds) {
-			*table = p.hfn;
-			*custody = p.right & FRAME_TAG_MASK;
-			return p.level;
+			*table = p->hfn;
+			*custody = p->right & FRAME_TAG_MASK;
+			return p->level;
 		}
-		report_link(w, &p, gfn, type, kinds);
+		report_link(w, p, gfn, type, kinds);
 		ept_violation_invalidate(w->tlb, gfn, 0, 0);
 	}
 	*table = w->guest->root;

@@ -5,7 +5,9 @@
 #ifndef FLUSHLAB_WALK_H
 #define FLUSHLAB_WALK_H
 
+#include "frame.h"
 #include "guest_state.h"
+#include "machine.h"
 
 struct walk {
 	struct machine *m;
@@ -29,13 +31,29 @@ enum walk_result {
 enum walk_result walk_physical(struct walk *w, uint64_t gfn, uint32_t type, struct tlb_entry *out);
 /* Translate a linear page by a two-dimensional walk, and cache the result. */
 enum walk_result walk_linear(struct walk *w, uint64_t page, uint32_t type, struct tlb_entry *out);
-/* The custody check of a cached translation.  True: it may be used (its right has been refreshed if need
- * be).  False: there is no right of that type in it (walk), or it was a violation, is reported and dropped. */
-bool walk_check(struct walk *w, struct tlb_entry *entry, uint64_t page, uint32_t type, uint32_t level);
-/* A miss that met a ghost: a refill that a flush caused, perhaps an averted use. */
+/* A right that the fast check refused: the oracle's turn.  As walk_check. */
+bool walk_check_slow(struct walk *w, struct tlb_entry *entry, uint64_t page, uint32_t type, uint32_t level);
+/* A miss that met a ghost: a refill that a flush caused, perhaps an averted use.  The ghost is met no more. */
 void walk_ghost(struct walk *w, const struct tlb_entry *ghost, uint64_t page, uint32_t type);
 
+static inline bool right_holds(const struct walk *w, uint32_t right, uint32_t hfn)
+{
+	return (frame_tag(w->m->frames, hfn) | w->life_bits) == right;
+}
+
+/* The custody check of a cached translation.  True: it may be used (its right has been refreshed if need
+ * be).  False: there is no right of that type in it (walk), or it was a violation, is reported and dropped. */
+static inline bool walk_check(struct walk *w, struct tlb_entry *entry, uint64_t page, uint32_t type, uint32_t level)
+{
+	if (right_holds(w, entry->right[type], entry->hfn + (uint32_t)(page - entry->page)))
+		return true;
+	return walk_check_slow(w, entry, page, type, level);
+}
+
 /* One 64-bit word of guest memory. */
-_Atomic uint64_t *guest_word(const struct machine *m, uint32_t hfn, uint32_t index);
+static inline _Atomic uint64_t *guest_word(const struct machine *m, uint32_t hfn, uint32_t index)
+{
+	return frame_words(m->frames, hfn) + index;
+}
 
 #endif

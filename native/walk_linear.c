@@ -1,6 +1,7 @@
 /* Two-dimensional walks: guest tables, each of whose entries is itself reached through the EPT. */
 #include "counters.h"
 #include "frame.h"
+#include "tlb_internal.h"
 #include "vm.h"
 #include "walk.h"
 
@@ -34,8 +35,8 @@ static void cache_table(struct walk *w, uint64_t page, const struct table *t, ui
 	psc_insert(w->tlb, &p);
 }
 
-/* May the cached pointer to a guest table be used?  As walk_check, for the page that it points to. */
-static bool table_check(struct walk *w, uint64_t page, const struct psc_entry *p)
+/* A cached pointer to a guest table whose right does not hold as it stands: the oracle's turn. */
+static bool table_check_slow(struct walk *w, uint64_t page, const struct psc_entry *p)
 {
 	struct tlb_entry e = {
 		.page = p->gfn, .gfn = p->gfn, .hfn = p->hfn, .kind = KIND_GUEST_PHYSICAL,
@@ -48,8 +49,6 @@ static bool table_check(struct walk *w, uint64_t page, const struct psc_entry *p
 	struct table t = { .gfn = p->gfn, .hfn = p->hfn, .level = p->level };
 	struct judgement j;
 
-	if ((frame_tag(w->m->frames, p->hfn) | w->life_bits) == p->right)
-		return true;
 	count(w->cpu->counters, COUNT_ORACLE_SLOW, 1);
 	oracle_judge(w->m, w->vcpu, w->life_bits >> 16, &e, p->gfn, ACCESS_READ, &j);
 	if (j.verdict == VERDICT_VIOLATION) {
@@ -61,6 +60,12 @@ static bool table_check(struct walk *w, uint64_t page, const struct psc_entry *p
 		count(w->cpu->counters, COUNT_LEGAL_STALE, 1);
 	cache_table(w, page, &t, j.right);
 	return true;
+}
+
+/* May the cached pointer to a guest table be used?  As walk_check, for the page that it points to. */
+static inline bool table_check(struct walk *w, uint64_t page, const struct psc_entry *p)
+{
+	return right_holds(w, p->right, p->hfn) || table_check_slow(w, page, p);
 }
 
 static enum walk_result table_enter(struct walk *w, uint64_t gfn, uint32_t level, struct table *t,
@@ -81,14 +86,15 @@ static enum walk_result table_enter(struct walk *w, uint64_t gfn, uint32_t level
 static enum walk_result walk_begin(struct walk *w, uint64_t page, struct table *t)
 {
 	const struct guest *g = w->guest;
-	struct psc_entry p;
+	const struct psc_entry *p = psc_search(w->tlb, KIND_COMBINED, page);
 	uint32_t right;
 
-	if (psc_lookup(w->tlb, KIND_COMBINED, page, &p) && table_check(w, page, &p)) {
-		t->gfn = p.gfn;
-		t->hfn = p.hfn;
-		t->level = p.level;
-		return WALK_DONE;
+	if (p) {
+		t->gfn = p->gfn;
+		t->hfn = p->hfn;
+		t->level = p->level;
+		if (table_check(w, page, p))
+			return WALK_DONE;
 	}
 	return table_enter(w, g->process[g->current].cr3_gfn, GUEST_LEVELS, t, &right);
 }

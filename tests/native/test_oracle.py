@@ -114,6 +114,22 @@ def test_freed_frame(machine: Hypervisor, flush: bool) -> None:
         assert report.kinds >> lib.VIOLATION_STALE_AFTER_REVOKE & 1, "all kinds that hold are listed"
 
 
+@pytest.mark.parametrize(("paging", "pages"), [(0, 1), (1, 5)])
+def test_a_refill_is_counted_once_whatever_exits_it_takes(machine: Hypervisor, paging: int, pages: int) -> None:
+    vm = machine.vm()
+    vcpu = machine.vcpu(vm, 1, paging=paging)
+    machine.process(vcpu, [0x5000], [5])
+    machine.access(0, vcpu, 0x5000)
+    mapped = [gfn for gfn in range(1024) if machine.mapped(vm, gfn)]
+    assert len(mapped) == pages, "with four levels of the guest's tables"
+    machine.flush(vm)
+    for gfn in mapped:
+        machine.zap(0, vm, gfn)
+    machine.access(0, vcpu, 0x5000)  # an EPT violation for each of them
+    assert machine.count(lib.COUNT_REFILLS) == pages + paging
+    assert machine.violations() == {}
+
+
 def test_one_report_per_stale_entry(machine: Hypervisor) -> None:
     vm = machine.vm()
     vcpu = machine.vcpu(vm, 1)

@@ -1,0 +1,244 @@
+/* Where cached mappings lie: cells found by id, set-associative or, if unbounded, in a growing hash table.
+ *
+ * Key of a cached mapping: size(2) | page(36) | context(11) | generation(15).  Without the generation it is
+ * an *id*: an id has one slot at most, which holds its live mapping or its ghost.  Context 0 is never used
+ * and no generation is 0, so key 0 is an empty cell and generation 0 a mapping that was dropped singly.
+ *
+ * A cell is a number; what is looked at together lies together.  Inline: every miss of the first level comes here.
+ */
+#ifndef FLUSHLAB_TLB_STORE_H
+#define FLUSHLAB_TLB_STORE_H
+
+#include <stddef.h>
+#ifdef __SSE2__
+#include <emmintrin.h>
+#endif
+
+#include "tlb.h"
+
+enum {
+	GENERATION_BITS = 15,
+	GENERATION_MAX = (1 << GENERATION_BITS) - 1,
+	CONTEXT_BITS = 11,
+	CONTEXTS = 1 << CONTEXT_BITS,
+	PAGE_BITS = 36,
+	NO_CONTEXT = 0,
+	FEW_WAYS = 4,     /* sets compared key by key, */
+	TAGGED_WAYS = 16, /* or by tags, sixteen at a time */
+};
+
+#define PAGE_NUMBER_MASK ((UINT64_C(1) << PAGE_BITS) - 1)
+#define NO_CELL UINT32_MAX
+
+struct set {
+	uint64_t recent; /* a bit for each way that was used; when all were, only the last of them */
+	uint32_t clean;  /* `deaths` when all of its cells were last seen to be live */
+};
+
+struct store {
+	uint64_t *key;   /* by cell; 0: empty */
+	uint8_t *tags;   /* by cell: a byte of its id (not if FEW_WAYS) */
+	struct set *set; /* bounded */
+	uint32_t *slot;  /* unbounded: where a cell's payload is; bounded: NULL, at the cell's number */
+	void *payload;
+	uint32_t payload_size;
+	uint32_t deaths;   /* counts whatever made live cells dead */
+	uint32_t sets;
+	uint32_t set_mask; /* sets - 1, if that is a mask, else 0 */
+	uint8_t set_bits;
+	uint8_t ways;      /* 0: unbounded */
+	uint8_t way_bits;  /* log2 of the cells from one set to the next: FEW_WAYS, or from TAGGED_WAYS on */
+	uint32_t cell_count;
+	uint32_t used;   /* unbounded: cells in use, and next free slot */
+	uint32_t slots;  /* payloads allocated */
+	const uint16_t *generation; /* by context: what a live key holds */
+};
+
+static inline uint64_t mapping_id(uint32_t size, uint64_t page, uint32_t context)
+{
+	return (uint64_t)size << (PAGE_BITS + CONTEXT_BITS) | page << CONTEXT_BITS | context;
+}
+
+static inline uint64_t key_id(uint64_t key)
+{
+	return key >> GENERATION_BITS;
+}
+
+static inline uint32_t key_context(uint64_t key)
+{
+	return key >> GENERATION_BITS & (CONTEXTS - 1);
+}
+
+static inline uint32_t key_size(uint64_t key)
+{
+	return key >> (PAGE_BITS + CONTEXT_BITS + GENERATION_BITS);
+}
+
+static inline uint64_t key_page(uint64_t key)
+{
+	return key >> (CONTEXT_BITS + GENERATION_BITS) & PAGE_NUMBER_MASK;
+}
+
+static inline bool cell_live(const struct store *s, uint32_t cell)
+{
+	uint64_t key = s->key[cell];
+
+	return key && (key & GENERATION_MAX) == s->generation[key_context(key)];
+}
+
+/* Which payload is the cell's. */
+static inline size_t cell_slot(const struct store *s, uint32_t cell)
+{
+	return s->slot ? s->slot[cell] : cell;
+}
+
+/* Make a cell's mapping dead, by itself. */
+static inline void cell_mark_dead(struct store *s, uint32_t cell)
+{
+	s->key[cell] &= ~(uint64_t)GENERATION_MAX;
+	s->deaths++;
+}
+
+/* few: compiled for stores of FEW_WAYS at most. */
+int store_create(struct store *s, uint32_t entries, uint32_t ways, bool few, size_t payload_size,
+		 const uint16_t *generation);
+void store_destroy(struct store *s);
+/* Make every mapping of a context dead, by a scan. */
+void store_purge(struct store *s, uint32_t context);
+/* Unbounded stores: find and claim. */
+uint32_t store_probe(const struct store *s, uint64_t id);
+uint32_t store_extend(struct store *s, uint64_t id);
+/* A bounded store's set has cells that died, or empty ones: what to replace. */
+uint32_t store_least_valuable(struct store *s, uint32_t set);
+
+/* Where an id belongs in a bounded store: a set, and a byte that tells it from most others there.  By the page bits
+ * that matter to a mapping of 2^shift pages, displaced by a hash of its context, so that equal pages of many
+ * contexts spread. */
+struct position {
+	uint32_t set;
+	uint8_t tag;
+};
+
+static inline struct position position_of(const struct store *s, uint64_t id, uint32_t shift)
+{
+	uint32_t at = (uint32_t)(id >> (CONTEXT_BITS + shift)) +
+		      (((uint32_t)id & (CONTEXTS - 1)) * 0x9e3779b1u >> 16);
+
+	if (__builtin_expect(!s->set_mask, 0))
+		return (struct position){ at % s->sets, (uint8_t)(at / s->sets) };
+	return (struct position){ at & s->set_mask, (uint8_t)(at >> s->set_bits) };
+}
+
+static inline uint32_t find_among_few(const struct store *s, uint32_t set, uint64_t id)
+{
+	const uint64_t *key = &s->key[set * FEW_WAYS];
+
+#pragma GCC unroll 4
+	for (uint32_t way = 0; way < FEW_WAYS; way++)
+		if (key_id(key[way]) == id)
+			return set * FEW_WAYS + way;
+	return NO_CELL;
+}
+
+/* Which of sixteen bytes equal the tag: a bit each. */
+static inline uint32_t bytes_equal(const uint8_t *tags, uint8_t tag)
+{
+#ifdef __SSE2__
+	__m128i wanted = _mm_set1_epi64x((int64_t)(tag * UINT64_C(0x0101010101010101)));
+
+	return (uint32_t)_mm_movemask_epi8(_mm_cmpeq_epi8(*(const __m128i *)(const void *)tags, wanted));
+#else
+	uint32_t equal = 0;
+
+	for (uint32_t i = 0; i < TAGGED_WAYS; i++)
+		equal |= (uint32_t)(tags[i] == tag) << i;
+	return equal;
+#endif
+}
+
+/* Among the sixteen cells from `first` on.  The tags rule out nearly all others at once, without a branch that would
+ * be hard to predict. */
+static inline uint32_t find_by_tag(const struct store *s, uint32_t first, uint8_t tag, uint64_t id)
+{
+	uint32_t equal = bytes_equal(&s->tags[first], tag);
+
+	for (; equal; equal &= equal - 1) {
+		uint32_t cell = first + (uint32_t)__builtin_ctz(equal);
+
+		if (key_id(s->key[cell]) == id)
+			return cell;
+	}
+	return NO_CELL;
+}
+
+static inline uint32_t find_in_set(const struct store *s, struct position at, uint64_t id)
+{
+	uint32_t cell = at.set << s->way_bits, end = cell + (1u << s->way_bits), found;
+
+	do {
+		found = find_by_tag(s, cell, at.tag, id);
+		cell += TAGGED_WAYS;
+	} while (__builtin_expect(found == NO_CELL && cell < end, 0));
+	return found;
+}
+
+/* The cell of an id, live or not; NO_CELL: none.  shift: log2 of the pages that the mapping covers.  few: the store
+ * has FEW_WAYS.  Valid until the next store_claim. */
+static inline __attribute__((always_inline)) uint32_t store_find(const struct store *s, uint64_t id, uint32_t shift,
+								 bool few)
+{
+	struct position at;
+
+	if (__builtin_expect(!s->ways, 0))
+		return store_probe(s, id);
+	at = position_of(s, id, shift);
+	return few ? find_among_few(s, at.set, id) : find_in_set(s, at, id);
+}
+
+/* A cell is being used. */
+static inline void store_touch(struct store *s, uint32_t cell)
+{
+	struct set *set;
+	uint64_t recent;
+
+	if (__builtin_expect(!s->ways, 0))
+		return;
+	set = &s->set[cell >> s->way_bits];
+	recent = set->recent | UINT64_C(1) << (cell & ((1u << s->way_bits) - 1));
+	/* All bits from `ways` on are set from the start. */
+	if (__builtin_expect(recent == UINT64_MAX, 0))
+		recent = (recent ^ set->recent) | UINT64_MAX << (s->ways - 1) << 1;
+	set->recent = recent;
+}
+
+/* A cell to put an id in: its own, an empty one, a dead one, or one not used recently.  The cell still holds its
+ * old key and payload, for the caller to account for and overwrite.  absent: it has none, as the caller knows.
+ * NO_CELL: out of memory. */
+static inline __attribute__((always_inline)) uint32_t store_claim(struct store *s, uint64_t id, uint32_t shift, bool few,
+								  bool absent)
+{
+	struct position at;
+	struct set *set;
+	uint32_t cell;
+
+	if (__builtin_expect(!s->ways, 0))
+		return store_extend(s, id);
+	at = position_of(s, id, shift);
+	if (!absent) {
+		cell = few ? find_among_few(s, at.set, id) : find_in_set(s, at, id);
+		if (cell != NO_CELL)
+			return cell;
+	}
+	set = &s->set[at.set];
+	/* If nothing has died since no cell of the set was dead, none is. */
+	if (__builtin_expect(set->clean == s->deaths, 1))
+		cell = (at.set << s->way_bits) +
+		       (uint32_t)__builtin_ctzll(~set->recent | UINT64_C(1) << (s->ways - 1));
+	else
+		cell = store_least_valuable(s, at.set);
+	if (!few)
+		s->tags[cell] = at.tag;
+	return cell;
+}
+
+#endif
