@@ -39,7 +39,7 @@ FLAVOURS: tuple[Flavour, ...] = (
     {"migrate": None},
 )
 # What a storm sees a few times a second acts more often in a quiet second that it has to itself.
-QUIET_LEAST_RATES = {"collapse": 200.0, "split": 40.0, "memslot_cycles": 10.0, "dirty_log_cycles": 20.0}
+QUIET_LEAST_RATES = {"collapse": 200.0, "split": 40.0, "memslot_cycles": 60.0, "dirty_log_cycles": 20.0}
 # Who was late does not make up for more than this.
 _LONGEST_ARREARS = 0.05
 

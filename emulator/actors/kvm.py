@@ -39,6 +39,8 @@ _ARMED_US = 5000
 # How long the second slot stays away.
 _SLOT_GONE_US = 500
 _ZAP_PAGES = 256
+# After how many of the cycles a range is zapped: its flush would heal what the deletion alone leaves behind.
+_ZAP_SHARE = 0.25
 
 
 class Kvm(MachineActor):
@@ -86,6 +88,10 @@ class Kvm(MachineActor):
         kvm_set_memory_region(
             self.cpu, self.kvm, SECOND_SLOT, slot.base_gfn, slot.npages, slot.userspace_addr
         )
+        if self.rng.random() < _ZAP_SHARE:
+            self._zap_range()
+
+    def _zap_range(self) -> None:
         ram = self.kvm.memslots[0].by_id[RAM_SLOT]
         start = self.rng.randrange(ram.npages)
         kvm_zap_gfn_range(self.cpu, self.kvm, start, min(start + _ZAP_PAGES, ram.npages))

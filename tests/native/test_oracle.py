@@ -115,7 +115,9 @@ def test_freed_frame(machine: Hypervisor, flush: bool) -> None:
 
 
 @pytest.mark.parametrize(("paging", "pages"), [(0, 1), (1, 5)])
-def test_a_refill_is_counted_once_whatever_exits_it_takes(machine: Hypervisor, paging: int, pages: int) -> None:
+def test_a_refill_is_counted_once_whatever_exits_it_takes(
+    machine: Hypervisor, paging: int, pages: int
+) -> None:
     vm = machine.vm()
     vcpu = machine.vcpu(vm, 1, paging=paging)
     machine.process(vcpu, [0x5000], [5])

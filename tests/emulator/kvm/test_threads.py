@@ -175,7 +175,6 @@ def test_nothing_goes_wrong(settings: dict[str, str]) -> None:
     "settings",
     [
         {"kick_wait": "no-wait"},
-        {"zap_yield": "unlock-then-flush", "zap_scope": "leafs-and-tables"},
         {"write_protect": "none"},
     ],
     ids=str,
