@@ -39,15 +39,27 @@ static uint64_t region_id(uint32_t index, uint32_t level, uint64_t page)
 }
 
 /* The live entry of that level which covers the page. */
-static inline __attribute__((always_inline)) uint32_t psc_find(const struct tlb *t, uint32_t index, uint32_t level, uint64_t page)
+static inline __attribute__((always_inline)) uint32_t psc_find(const struct tlb *t, uint32_t index, uint32_t level,
+							       uint64_t page)
 {
 	const struct store *s = &t->psc[level - 1];
-	uint32_t cell;
+	uint64_t id, key;
+	uint32_t cell, set;
 
 	if (!t->contexts[index].psc_slots[level - 1])
 		return NO_CELL;
-	cell = store_find(s, region_id(index, level, page), 9 * level, true);
-	return cell != NO_CELL && (s->key[cell] & GENERATION_MAX) == t->psc_generation[index] ? cell : NO_CELL;
+	id = region_id(index, level, page);
+	key = id << GENERATION_BITS | t->psc_generation[index];
+	if (__builtin_expect(!s->ways, 0)) {
+		cell = store_probe(s, id);
+		return cell != NO_CELL && s->key[cell] == key ? cell : NO_CELL;
+	}
+	set = position_of(s, id, 9 * level).set;
+#pragma GCC unroll 4
+	for (cell = set * FEW_WAYS; cell < set * FEW_WAYS + FEW_WAYS; cell++)
+		if (s->key[cell] == key)
+			return cell;
+	return NO_CELL;
 }
 
 static uint32_t context_of_kind(const struct tlb *t, uint32_t kind)
@@ -57,19 +69,20 @@ static uint32_t context_of_kind(const struct tlb *t, uint32_t kind)
 
 const struct psc_entry *psc_search(struct tlb *t, uint32_t kind, uint64_t page)
 {
-	uint32_t index = context_of_kind(t, kind), cell = NO_CELL;
-	struct store *s = t->psc;
+	uint32_t index = context_of_kind(t, kind);
 
 #pragma GCC unroll 4
-	for (uint32_t level = 1; level <= PSC_LEVELS; level++, s++) {
-		cell = psc_find(t, index, level, page);
-		if (cell != NO_CELL)
-			break;
+	for (uint32_t level = 1; level <= PSC_LEVELS; level++) {
+		struct store *s = &t->psc[level - 1];
+		uint32_t cell = psc_find(t, index, level, page);
+
+		if (cell == NO_CELL)
+			continue;
+		if (s->ways)
+			set_touch(s, &s->set[cell / FEW_WAYS], cell % FEW_WAYS);
+		return payload_of(s, cell);
 	}
-	if (cell == NO_CELL)
-		return NULL;
-	store_touch(s, cell);
-	return payload_of(s, cell);
+	return NULL;
 }
 
 int psc_lookup(struct tlb *t, uint32_t kind, uint64_t page, struct psc_entry *entry)

@@ -7,6 +7,8 @@
 #include "vm.h"
 
 #define RECORD_PAGE(record) ((record) >> 12 & GUEST_PAGE_MASK)
+/* The same in fewer instructions, if bits 48 to 61 are 0, as they should be. */
+#define RECORD_PAGE_FAST(record) ((record) << 2 >> 14)
 #define RECORD_TYPE(record) ((uint32_t)((record) >> 62))
 #define RECORD_WORD(record) ((uint32_t)(record) >> 3 & 511)
 
@@ -73,24 +75,29 @@ enum walk_result guest_access_slow(struct walk *w, uint64_t record)
 	return WALK_DONE;
 }
 
-/* How far a record got that run_hits() could not do: polled, and interrupted; in neither level; checked, and its
- * right did not hold. */
-enum progress { POLLED, MISSED, CHECKED };
-
-/* As many records as the TLB has, with a right that holds: up to `n`.  Returns how many; if less than n, *progress
- * tells where the next one got to. */
-static uint64_t run_hits(struct run *run, const uint64_t *records, uint64_t n, enum progress *progress)
+/* A record that the first level cannot do.  Not in the TLB at all (`missed`): a walk, which checks.  Else its right
+ * did not hold. */
+static __attribute__((noinline)) enum walk_result finish_record(struct walk *w, uint64_t record, bool missed)
 {
-	const struct machine *m = run->walk.m;
-	struct tlb *tlb = run->walk.tlb;
-	const _Atomic uint32_t *attention = &run->walk.cpu->attention;
-	const _Atomic uint16_t *tag = m->frames->tag;
-	uint8_t *memory = m->frames->memory;
-	uint32_t life = run->walk.life_bits;
-	uint64_t clock = run->walk.guest->clock, misses = 0, i;
-	struct tlb_view view = tlb_l1_view(&tlb->l1);
+	enum walk_result r = missed ? guest_access_miss(w, record, tlb_ghost(w->tlb)) : guest_access_slow(w, record);
 
-	*progress = POLLED;
+	return r == WALK_SKIPPED ? WALK_DONE : r;
+}
+
+/* Records up to `n` as far as they can be done: WALK_DONE, which also means that attention is wanted, or why the
+ * next one cannot.  *done: how many were. */
+static enum walk_result run_stretch(struct run *run, const uint64_t *records, uint64_t n, uint64_t *done)
+{
+	struct walk *w = &run->walk;
+	struct tlb *tlb = w->tlb;
+	const _Atomic uint32_t *attention = &w->cpu->attention;
+	const _Atomic uint16_t *tag = w->m->frames->tag;
+	uint8_t *memory = w->m->frames->memory;
+	uint32_t life = w->life_bits;
+	uint64_t clock = w->guest->clock, misses = tlb->l1_misses, i;
+	struct tlb_view view = tlb_l1_view(&tlb->l1);
+	enum walk_result r = WALK_DONE;
+
 	for (i = 0; i < n; i++) {
 		uint64_t record = records[i];
 		uint32_t type = RECORD_TYPE(record);
@@ -99,32 +106,40 @@ static uint64_t run_hits(struct run *run, const uint64_t *records, uint64_t n, e
 		/* The poll.  Relaxed: whoever notices acquires when it takes the queue. */
 		if (__builtin_expect(atomic_load_explicit(attention, memory_order_relaxed), 0))
 			break;
-		hot = tlb_l1_view_lookup(&tlb->l1, &view, RECORD_PAGE(record));
+		/* The look-up. */
+		hot = tlb_l1_hinted(&tlb->l1, view, RECORD_PAGE_FAST(record));
 		if (__builtin_expect(!hot, 0)) {
-			misses++;
-			hot = tlb_l1_promote(tlb, RECORD_PAGE(record));
+			hot = tlb_l1_miss(tlb, RECORD_PAGE(record));
 			view = tlb_l1_view(&tlb->l1);
-			if (!hot) {
-				*progress = MISSED;
-				break;
-			}
+			if (!hot)
+				goto slow;
 		}
+		tlb_l1_touch(hot, view);
+		/* The check. */
 		if (__builtin_expect((atomic_load_explicit(&tag[hot->hfn], memory_order_relaxed) | life) !=
-					     hot->right[type], 0)) {
-			*progress = CHECKED;
-			break;
-		}
+					     hot->right[type], 0))
+			goto slow;
 		if (type == ACCESS_WRITE)
 			atomic_store_explicit((_Atomic uint64_t *)(void *)(memory + ((uint64_t)hot->hfn << 12) +
 									   (record & 0xff8)),
 					      clock + i, memory_order_relaxed);
+		continue;
+slow:
+		w->guest->clock = clock + i;
+		r = finish_record(w, record, !hot);
+		if (r != WALK_DONE)
+			break;
+		/* A page fault may have taken time. */
+		clock = w->guest->clock - i;
+		view = tlb_l1_view(&tlb->l1);
 	}
-	/* Who missed is checked by the walk. */
+	w->guest->clock = r == WALK_DONE ? clock + i : w->guest->clock;
 	run->polls += i + (i < n);
-	run->lookups += i + (*progress != POLLED);
-	run->checks += i + (*progress != POLLED);
-	run->l1_misses += misses;
-	return i;
+	run->lookups += i + (r != WALK_DONE);
+	run->checks += i + (r != WALK_DONE);
+	run->l1_misses += tlb->l1_misses - misses;
+	*done = i;
+	return r;
 }
 
 static bool attention(const struct run *run)
@@ -132,36 +147,16 @@ static bool attention(const struct run *run)
 	return atomic_load_explicit(&run->walk.cpu->attention, memory_order_relaxed) != 0;
 }
 
-/* The record that run_hits() could not do, from where it got to. */
-static enum walk_result finish_record(struct run *run, uint64_t record, enum progress progress)
-{
-	struct walk *w = &run->walk;
-	enum walk_result r;
-
-	r = progress == MISSED ? guest_access_miss(w, record, tlb_ghost(w->tlb)) : guest_access_slow(w, record);
-	return r == WALK_SKIPPED ? WALK_DONE : r;
-}
-
 /* Records up to `n` of the current process; WALK_DONE also when attention is wanted. */
 static enum walk_result run_records(struct run *run, uint64_t n)
 {
-	struct walk *w = &run->walk;
-	struct guest_process *p = &w->guest->process[w->guest->current];
+	struct guest_process *p = &run->walk.guest->process[run->walk.guest->current];
 	enum walk_result r = WALK_DONE;
 
 	while (n && r == WALK_DONE && !attention(run)) {
-		uint64_t left = p->record_count - p->position;
-		enum progress progress;
-		uint64_t done = run_hits(run, p->records + p->position, n < left ? n : left, &progress);
+		uint64_t left = p->record_count - p->position, done;
 
-		w->guest->clock += done;
-		if (progress != POLLED) {
-			r = finish_record(run, p->records[p->position + done], progress);
-			if (r == WALK_DONE) {
-				w->guest->clock++;
-				done++;
-			}
-		}
+		r = run_stretch(run, p->records + p->position, n < left ? n : left, &done);
 		p->position += done;
 		n -= done;
 		run->budget -= done;
@@ -271,9 +266,8 @@ int guest_run(struct machine *m, uint32_t cpu, uint32_t vcpu, uint64_t budget, s
 int guest_access(struct machine *m, uint32_t cpu, uint32_t vcpu, uint64_t linear, uint32_t type,
 		 struct vcpu_exit *out)
 {
-	uint64_t record = (uint64_t)type << 62 | (linear & UINT64_C(0xffffffffffff));
+	uint64_t record = (uint64_t)type << 62 | (linear & UINT64_C(0xffffffffffff)), done = 0;
 	uint32_t reason = EXIT_PREEMPTION_TIMER;
-	enum progress progress;
 	enum walk_result w;
 	struct run run;
 	int r = enter(&run, m, cpu, vcpu, 1, out);
@@ -282,13 +276,16 @@ int guest_access(struct machine *m, uint32_t cpu, uint32_t vcpu, uint64_t linear
 		return r;
 	w = os_setup(&run.walk);
 	if (w == WALK_DONE)
-		w = run_hits(&run, &record, 1, &progress) ? WALK_DONE : finish_record(&run, record, progress);
+		w = run_stretch(&run, &record, 1, &done);
+	/* Wanted elsewhere: the access is done all the same. */
+	if (w == WALK_DONE && !done) {
+		w = finish_record(&run.walk, record, false);
+		run.walk.guest->clock += w == WALK_DONE;
+	}
 	if (w == WALK_EPT_VIOLATION)
 		reason = EXIT_EPT_VIOLATION;
 	else if (w == WALK_GUEST_FAULT)
 		reason = EXIT_TRIPLE_FAULT;
-	else
-		run.walk.guest->clock++;
 	r = leave(&run, reason, reason == EXIT_PREEMPTION_TIMER);
 	return r < 0 ? r : (int)reason;
 }

@@ -183,15 +183,67 @@ int tlb_refill_l1(struct tlb *t, uint64_t page, struct tlb_entry *entry)
 	return result;
 }
 
-struct tlb_hot *tlb_l1_promote(struct tlb *t, uint64_t page)
+/* What most misses of the first level find: a live 4 KiB translation of the context in use, in a second level of up
+ * to sixteen ways.  find() without what that needs for the others.  *absent: no cell has it, not even a dead one. */
+static inline const struct tlb_entry *find_usual(struct tlb *t, uint64_t page, bool *absent)
 {
-	const struct slot *slot = find(t, t->kind, page);
+	uint64_t key = page << (CONTEXT_BITS + GENERATION_BITS) | t->l1.context_bits >> L1_CONTEXT_SHIFT;
+	const struct store *s = &t->l2;
+	struct position at;
+	uint32_t equal;
+
+	*absent = false;
+	if (__builtin_expect(s->way_bits != TAGGED_WAY_BITS, 0))
+		return NULL;
+	at = position_of(s, key_id(key), 0);
+	for (equal = bytes_equal(&s->tags[at.set * TAGGED_WAYS], at.tag); equal; equal &= equal - 1) {
+		uint32_t way = (uint32_t)__builtin_ctz(equal), cell = at.set * TAGGED_WAYS + way;
+
+		if (s->key[cell] == key) {
+			set_touch(s, &s->set[at.set], way);
+			return &((const struct slot *)s->payload)[cell].entry;
+		}
+		if (key_id(s->key[cell]) == key_id(key))
+			return NULL;
+	}
+	*absent = true;
+	return NULL;
+}
+
+/* ... and the others. */
+static __attribute__((noinline)) struct tlb_hot *promote(struct tlb *t, uint64_t page, bool absent)
+{
+	const uint32_t *slots = t->contexts[t->serves].slots;
+	const struct slot *slot;
 	struct tlb_hot *hot;
 
+	if (absent && !(slots[PAGE_2M] | slots[PAGE_1G]) && t->global == NO_CONTEXT) {
+		t->ghost = NULL;
+		t->absent[t->serves == t->physical] = mapping_id(PAGE_4K, page, t->serves);
+		return NULL;
+	}
+	slot = find(t, t->kind, page);
 	if (!slot)
 		return NULL;
 	hot = l1_victim(&t->l1, page);
-	l1_put(&t->l1, hot, &slot->entry, page);
+	l1_put(&t->l1, hot, &slot->entry, slot->entry.size, page);
+	return hot;
+}
+
+struct tlb_hot *tlb_l1_miss(struct tlb *t, uint64_t page)
+{
+	struct tlb_hot *hot = l1_search(&t->l1, page);
+	const struct tlb_entry *entry;
+	bool absent;
+
+	if (__builtin_expect(hot != NULL, 0))
+		return hot;
+	t->l1_misses++;
+	entry = find_usual(t, page, &absent);
+	if (__builtin_expect(!entry, 0))
+		return promote(t, page, absent);
+	hot = l1_victim(&t->l1, page);
+	l1_put(&t->l1, hot, entry, PAGE_4K, page);
 	return hot;
 }
 

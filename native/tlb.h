@@ -17,6 +17,8 @@
 #ifndef FLUSHLAB_TLB_H
 #define FLUSHLAB_TLB_H
 
+#include <stddef.h>
+
 #include "machine.h"
 
 /* api */
@@ -189,27 +191,32 @@ static inline struct tlb_view tlb_l1_view(const struct tlb_l1 *l1)
 	return (struct tlb_view){ l1->context_bits, l1->clock };
 }
 
-/* The translation of `page` (below 2^36) in the current context, or NULL.  One use: looks, and keeps the
- * replacement state, each time. */
-static inline struct tlb_hot *tlb_l1_view_lookup(struct tlb_l1 *l1, const struct tlb_view *view, uint64_t page)
+/* Where the hint for `page` (below 2^36) points, if the page is there in the current context; else NULL. */
+static inline struct tlb_hot *tlb_l1_hinted(struct tlb_l1 *l1, struct tlb_view view, uint64_t page)
 {
-	uint64_t key = view->context_bits | page;
 	struct tlb_hot *hot = (struct tlb_hot *)((char *)l1->hot + l1->hint[page & (L1_HINTS - 1)]);
 
-	if (__builtin_expect(hot->key != key, 0)) {
-		hot = tlb_l1_search(l1, page);
-		if (!hot)
-			return hot;
-	}
-	hot->stamp = view->clock;
-	return hot;
+	return __builtin_expect(hot->key == (view.context_bits | page), 1) ? hot : NULL;
 }
 
+/* One use: keeps the replacement state. */
+static inline void tlb_l1_touch(struct tlb_hot *hot, struct tlb_view view)
+{
+	hot->stamp = view.clock;
+}
+
+/* The translation of `page` in the current context, or NULL.  One use: looks, and keeps the replacement state, each
+ * time. */
 static inline struct tlb_hot *tlb_l1_lookup(struct tlb_l1 *l1, uint64_t page)
 {
 	struct tlb_view view = tlb_l1_view(l1);
+	struct tlb_hot *hot = tlb_l1_hinted(l1, view, page);
 
-	return tlb_l1_view_lookup(l1, &view, page);
+	if (!hot)
+		hot = tlb_l1_search(l1, page);
+	if (hot)
+		tlb_l1_touch(hot, view);
+	return hot;
 }
 
 #endif

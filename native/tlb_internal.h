@@ -45,6 +45,7 @@ struct slot {
 
 struct tlb {
 	struct tlb_l1 l1; /* first: the run loop's */
+	uint64_t l1_misses; /* in tlb_l1_miss() */
 	/* what is translated for */
 	uint32_t vpid, pcid;
 	uint32_t kind;     /* of the accesses: what the first level serves */
@@ -114,16 +115,31 @@ void cell_kill(struct tlb *t, uint32_t cell);
 uint32_t *piece_bucket(struct tlb *t, uint32_t context, uint64_t page, uint32_t piece, uint32_t guest);
 
 /* tlb_l1.c */
+static inline struct tlb_hot *l1_search(struct tlb_l1 *l1, uint64_t page)
+{
+	uint64_t key = l1->context_bits | page;
+	struct tlb_hot *hot = l1->hot[page % L1_SETS];
+
+#pragma GCC unroll 4
+	for (uint32_t way = 0; way < L1_WAYS; way++, hot++)
+		if (hot->key == key) {
+			l1->hint[page % L1_HINTS] = (char *)hot - (char *)l1->hot;
+			return hot;
+		}
+	return NULL;
+}
+
 void l1_clear(struct tlb_l1 *l1);
 /* Drop the page from the first level whatever its context, with all pieces of the page it is part of. */
 void l1_drop(struct tlb_l1 *l1, uint64_t page);
 /* Put the piece `page` of a translation in, under the current context. */
 void l1_fill(struct tlb_l1 *l1, const struct tlb_entry *entry, uint64_t page);
 
-/* ... in place of what is there. */
-static inline void l1_put(struct tlb_l1 *l1, struct tlb_hot *hot, const struct tlb_entry *entry, uint64_t page)
+/* ... in place of what is there.  size: the translation's. */
+static inline __attribute__((always_inline)) void l1_put(struct tlb_l1 *l1, struct tlb_hot *hot,
+							 const struct tlb_entry *entry, uint32_t size, uint64_t page)
 {
-	uint64_t span = (UINT64_C(1) << 9 * entry->size) - 1;
+	uint64_t span = (UINT64_C(1) << 9 * size) - 1;
 
 	hot->key = l1->context_bits | page;
 	hot->right[ACCESS_READ] = entry->right[ACCESS_READ];
@@ -131,7 +147,9 @@ static inline void l1_put(struct tlb_l1 *l1, struct tlb_hot *hot, const struct t
 	hot->right[ACCESS_EXECUTE] = entry->right[ACCESS_EXECUTE];
 	hot->hfn = entry->hfn + (uint32_t)(page & span);
 	hot->stamp = ++l1->clock;
-	hot->span = 9 * (entry->fractured ? entry->fractured - 1 : entry->size);
+	hot->span = 9 * size;
+	if (__builtin_expect(entry->fractured, 0))
+		hot->span = 9 * (entry->fractured - 1u);
 	l1->has_pieces |= hot->span != 0;
 	l1->has_globals |= entry->global;
 	l1->hint[page % L1_HINTS] = (char *)hot - (char *)l1->hot;
@@ -156,9 +174,9 @@ void l1_update_right(struct tlb_l1 *l1, uint64_t key, uint32_t hfn, uint32_t typ
 
 /* tlb.c: context bits of the current context changed. */
 void l1_retag(struct tlb *t);
-/* The first level has no `page` (below 2^36): tlb_refill_l1() without a copy.  NULL: missed here, too, and
- * tlb_ghost() is what may be a ghost of it.  Valid until the next fill. */
-struct tlb_hot *tlb_l1_promote(struct tlb *t, uint64_t page);
+/* The hint for `page` (below 2^36) was wrong: search the first level, then the second, and promote.  NULL: it is in
+ * neither, and tlb_ghost() is what may be a ghost of it.  Valid until the next fill. */
+struct tlb_hot *tlb_l1_miss(struct tlb *t, uint64_t page);
 
 static inline const struct tlb_entry *tlb_ghost(const struct tlb *t)
 {

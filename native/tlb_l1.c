@@ -5,16 +5,7 @@
 
 struct tlb_hot *tlb_l1_search(struct tlb_l1 *l1, uint64_t page)
 {
-	uint64_t key = l1->context_bits | page;
-	struct tlb_hot *hot = l1->hot[page % L1_SETS];
-
-#pragma GCC unroll 4
-	for (uint32_t way = 0; way < L1_WAYS; way++, hot++)
-		if (hot->key == key) {
-			l1->hint[page % L1_HINTS] = (char *)hot - (char *)l1->hot;
-			return hot;
-		}
-	return NULL;
+	return l1_search(l1, page);
 }
 
 /* Empty, and the first to be replaced. */
@@ -68,7 +59,7 @@ void l1_fill(struct tlb_l1 *l1, const struct tlb_entry *entry, uint64_t page)
 	for (uint32_t way = 0; way < L1_WAYS; way++)
 		if (hot[way].key == key)
 			place = &hot[way];
-	l1_put(l1, place, entry, page);
+	l1_put(l1, place, entry, entry->size, page);
 }
 
 void l1_update_right(struct tlb_l1 *l1, uint64_t key, uint32_t hfn, uint32_t type, uint32_t right)

@@ -24,7 +24,8 @@ enum {
 	PAGE_BITS = 36,
 	NO_CONTEXT = 0,
 	FEW_WAYS = 4,     /* sets compared key by key, */
-	TAGGED_WAYS = 16, /* or by tags, sixteen at a time */
+	TAGGED_WAY_BITS = 4,
+	TAGGED_WAYS = 1 << TAGGED_WAY_BITS, /* or by tags, sixteen at a time */
 };
 
 #define PAGE_NUMBER_MASK ((UINT64_C(1) << PAGE_BITS) - 1)
@@ -195,20 +196,21 @@ static inline __attribute__((always_inline)) uint32_t store_find(const struct st
 	return few ? find_among_few(s, at.set, id) : find_in_set(s, at, id);
 }
 
+static inline void set_touch(const struct store *s, struct set *set, uint32_t way)
+{
+	uint64_t bit = UINT64_C(1) << way, recent = set->recent | bit;
+
+	/* All bits from `ways` on are set from the start. */
+	if (__builtin_expect(recent == UINT64_MAX, 0))
+		recent = UINT64_MAX << (s->ways - 1) << 1 | bit;
+	set->recent = recent;
+}
+
 /* A cell is being used. */
 static inline void store_touch(struct store *s, uint32_t cell)
 {
-	struct set *set;
-	uint64_t recent;
-
-	if (__builtin_expect(!s->ways, 0))
-		return;
-	set = &s->set[cell >> s->way_bits];
-	recent = set->recent | UINT64_C(1) << (cell & ((1u << s->way_bits) - 1));
-	/* All bits from `ways` on are set from the start. */
-	if (__builtin_expect(recent == UINT64_MAX, 0))
-		recent = (recent ^ set->recent) | UINT64_MAX << (s->ways - 1) << 1;
-	set->recent = recent;
+	if (__builtin_expect(s->ways != 0, 1))
+		set_touch(s, &s->set[cell >> s->way_bits], cell & ((1u << s->way_bits) - 1));
 }
 
 /* A cell to put an id in: its own, an empty one, a dead one, or one not used recently.  The cell still holds its

@@ -117,24 +117,23 @@ static enum walk_result set_flags(struct walk *w, const struct table *t, uint32_
 	return WALK_DONE;
 }
 
-/* The guest page and the guest-physical page behind it become one combined mapping of the smaller size. */
-static void combine(struct walk *w, uint64_t page, uint64_t gpte, uint32_t guest_size, bool dirty,
-		    const struct tlb_entry *physical, uint64_t gfn, struct tlb_entry *out)
+/* The guest page and the guest-physical page behind it, in *e, become one combined mapping of the smaller size. */
+static void combine(struct walk *w, uint64_t page, uint64_t gpte, uint32_t guest_size, bool dirty, uint64_t gfn,
+		    struct tlb_entry *e)
 {
-	uint32_t size = physical->size < guest_size ? physical->size : guest_size;
+	uint32_t size = e->size < guest_size ? e->size : guest_size;
 	uint64_t span = UINT64_C(1) << size * 9, below = page & (span - 1);
 
-	*out = *physical;
-	out->kind = KIND_COMBINED;
-	out->page = page - below;
-	out->gfn = gfn - below;
-	out->hfn = physical->hfn + (uint32_t)(out->gfn - physical->page);
-	out->size = (uint8_t)size;
-	out->global = (gpte & GPTE_GLOBAL) != 0;
-	out->fractured = size < guest_size ? (uint8_t)(guest_size + 1) : 0;
-	out->clock = w->guest->clock;
+	e->kind = KIND_COMBINED;
+	e->gfn = gfn - below;
+	e->hfn += (uint32_t)(e->gfn - e->page);
+	e->page = page - below;
+	e->size = (uint8_t)size;
+	e->global = (gpte & GPTE_GLOBAL) != 0;
+	e->fractured = size < guest_size ? (uint8_t)(guest_size + 1) : 0;
+	e->clock = w->guest->clock;
 	if (!(gpte & GPTE_WRITABLE) || !dirty)
-		out->right[ACCESS_WRITE] = RIGHT_NONE;
+		e->right[ACCESS_WRITE] = RIGHT_NONE;
 }
 
 static enum walk_result finish(struct walk *w, uint64_t page, uint32_t type, const struct table *t,
@@ -144,7 +143,6 @@ static enum walk_result finish(struct walk *w, uint64_t page, uint32_t type, con
 	uint64_t offset = page & ((UINT64_C(1) << guest_size * 9) - 1);
 	uint64_t gfn = ((gpte & GPTE_ADDRESS) >> 12) + offset;
 	uint64_t flags = GPTE_ACCESSED | (type == ACCESS_WRITE ? GPTE_DIRTY : 0);
-	struct tlb_entry physical;
 	enum walk_result r;
 
 	if (type == ACCESS_WRITE && !(gpte & GPTE_WRITABLE))
@@ -152,10 +150,10 @@ static enum walk_result finish(struct walk *w, uint64_t page, uint32_t type, con
 	r = set_flags(w, t, index, gpte, flags);
 	if (r != WALK_DONE)
 		return r;
-	r = walk_physical(w, gfn, type, &physical);
+	r = walk_physical(w, gfn, type, out);
 	if (r != WALK_DONE)
 		return r;
-	combine(w, page, gpte, guest_size, (gpte | flags) & GPTE_DIRTY, &physical, gfn, out);
+	combine(w, page, gpte, guest_size, (gpte | flags) & GPTE_DIRTY, gfn, out);
 	tlb_insert(w->tlb, out, page);
 	return WALK_DONE;
 }
