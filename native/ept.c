@@ -101,6 +101,15 @@ bool spte_child_holds(struct machine *m, uint32_t cpu, uint32_t vm, uint64_t spt
 	return false;
 }
 
+void spte_ungrant_at(struct ledger_cursor *c, struct frames *f, uint64_t gfn, uint64_t spte, uint32_t level, bool read,
+		     bool write)
+{
+	uint32_t hfn = spte_hfn(spte);
+
+	for (uint64_t end = gfn + kvm_pages_per_hpage(level); gfn < end; gfn++, hfn++)
+		ledger_ungrant_one(c, f, gfn, hfn, read, write);
+}
+
 /* How rights change when `old` becomes `new_spte`. */
 struct change {
 	bool grant, grant_write;      /* before */

@@ -1,23 +1,21 @@
-/* The ledger: the state of every right of a VM, one entry per gfn.  See oracle.h. */
+/* The ledger: the state of every right of a VM.  See oracle.h and ledger.h. */
 #define _GNU_SOURCE
 #include <sched.h>
 #include <stdlib.h>
 #include <sys/mman.h>
 
-#include "frame.h"
-#include "oracle.h"
-#include "vm.h"
+#include "ledger.h"
 
-enum { REVOKED_READ = 1, REVOKED_WRITE = 2, NO_FRAME = 0xffffffff };
+enum { NO_FRAME = 0xffffffff };
 
-/* Test-and-set; acquire pairs with the release of ledger_unlock.  Held for a few dozen instructions, but its
+/* Test-and-set; acquire pairs with the release of ledger_release.  Held for as long as a few SPTEs take, but its
  * holder's thread may lose the processor. */
-static struct ledger_entry *ledger_lock(struct machine *m, uint32_t vm, uint64_t gfn)
+void ledger_move(struct ledger_cursor *c, uint64_t group)
 {
-	struct ledger_entry *e = &m->vms[vm].ledger[gfn];
 	uint32_t spins = 0;
 
-	while (atomic_exchange_explicit(&e->lock, 1, memory_order_acquire)) {
+	ledger_release(c);
+	while (atomic_exchange_explicit(&c->ledger->lock[group], 1, memory_order_acquire)) {
 		if (++spins < 64) {
 			cpu_relax();
 		} else {
@@ -25,110 +23,71 @@ static struct ledger_entry *ledger_lock(struct machine *m, uint32_t vm, uint64_t
 			spins = 0;
 		}
 	}
-	return e;
-}
-
-static void ledger_unlock(struct ledger_entry *e)
-{
-	atomic_store_explicit(&e->lock, 0, memory_order_release);
+	c->group = group;
 }
 
 int ledger_create(struct machine *m, struct vm *vm)
 {
-	uint64_t bytes = vm->gfns * sizeof(struct ledger_entry);
-	void *memory = mmap(NULL, bytes, PROT_READ | PROT_WRITE,
-			    MAP_PRIVATE | MAP_ANONYMOUS | MAP_NORESERVE, -1, 0);
+	uint64_t groups = (vm->gfns >> LEDGER_GROUP_BITS) + 1;
+	uint64_t bytes = CACHELINE + vm->gfns * (sizeof(struct ledger_right) + sizeof(struct ledger_promise)) +
+			 groups * sizeof(_Atomic uint32_t);
+	struct ledger *l = mmap(NULL, bytes, PROT_READ | PROT_WRITE, MAP_PRIVATE | MAP_ANONYMOUS | MAP_NORESERVE, -1,
+				0);
 
 	(void)m;
-	if (memory == MAP_FAILED)
+	if (l == MAP_FAILED)
 		return MACHINE_NOMEM;
-	vm->ledger = memory;
+	l->bytes = bytes;
+	l->right = (struct ledger_right *)(void *)((char *)l + CACHELINE);
+	l->promise = (struct ledger_promise *)(void *)(l->right + vm->gfns);
+	l->lock = (_Atomic uint32_t *)(void *)(l->promise + vm->gfns);
 	for (uint64_t gfn = 0; gfn < vm->gfns; gfn++)
-		vm->ledger[gfn].hfn = NO_FRAME;
+		l->right[gfn].hfn = NO_FRAME;
+	vm->ledger = l;
 	return 0;
 }
 
 void ledger_destroy(struct vm *vm)
 {
 	if (vm->ledger)
-		munmap(vm->ledger, vm->gfns * sizeof(struct ledger_entry));
+		munmap(vm->ledger, vm->ledger->bytes);
 	vm->ledger = NULL;
-}
-
-/* A grant under a custody that the host has withdrawn meanwhile grants nothing: it is the mark that an
- * SPTE was installed for a frame which its fault no longer owned. */
-static void grant(struct ledger_entry *e, bool custody_holds, bool read, bool write)
-{
-	if (read) {
-		if (custody_holds)
-			e->revoked &= (uint8_t)~REVOKED_READ;
-		else if (!e->live_read)
-			e->revoked |= REVOKED_READ;
-		if (e->live_read < UINT8_MAX)
-			e->live_read++;
-	}
-	if (write) {
-		if (custody_holds)
-			e->revoked &= (uint8_t)~REVOKED_WRITE;
-		else if (!e->live_write)
-			e->revoked |= REVOKED_WRITE;
-		if (e->live_write < UINT8_MAX)
-			e->live_write++;
-	}
-}
-
-static void grant_one(struct machine *m, uint32_t vm, uint64_t gfn, uint32_t hfn, bool custody_holds,
-		      bool write)
-{
-	struct ledger_entry *e = ledger_lock(m, vm, gfn);
-
-	if (e->hfn != hfn) {
-		e->hfn = hfn;
-		e->live_read = 0;
-		e->live_write = 0;
-		e->revoked = write ? 0 : REVOKED_WRITE;
-	}
-	grant(e, custody_holds, true, write);
-	ledger_unlock(e);
 }
 
 void ledger_grant(struct machine *m, uint32_t vm, uint64_t gfn, uint32_t hfn, uint64_t n, uint32_t custody,
 		  bool write)
 {
+	struct ledger_cursor c = ledger_cursor(m, vm);
 	/* A huge leaf's custody is that of its first frame. */
 	bool custody_holds = custody == frame_host_tag(m->frames, hfn);
 
 	for (uint64_t i = 0; i < n; i++)
-		grant_one(m, vm, gfn + i, hfn + (uint32_t)i, custody_holds, write);
+		ledger_grant_one(&c, gfn + i, hfn + (uint32_t)i, custody_holds, write);
+	ledger_release(&c);
 }
 
 void ledger_grant_write(struct machine *m, uint32_t vm, uint64_t gfn, uint32_t hfn, uint64_t n,
 			uint32_t custody)
 {
+	struct ledger_cursor c = ledger_cursor(m, vm);
 	bool custody_holds = custody == frame_host_tag(m->frames, hfn);
 
 	for (uint64_t i = 0; i < n; i++) {
-		struct ledger_entry *e = ledger_lock(m, vm, gfn + i);
+		struct ledger_right *e = ledger_at(&c, gfn + i);
 
 		if (e->hfn == hfn + i)
-			grant(e, custody_holds, false, true);
-		ledger_unlock(e);
+			ledger_add(&e->live_write, &e->revoked, REVOKED_WRITE, custody_holds);
 	}
+	ledger_release(&c);
 }
 
-void ledger_ungrant(struct machine *m, uint32_t vm, uint64_t gfn, uint32_t hfn, bool read, bool write)
+void ledger_ungrant(struct machine *m, uint32_t vm, uint64_t gfn, uint32_t hfn, uint64_t n, bool read, bool write)
 {
-	struct ledger_entry *e = ledger_lock(m, vm, gfn);
+	struct ledger_cursor c = ledger_cursor(m, vm);
 
-	if (e->hfn == hfn) {
-		if (read && e->live_read)
-			e->live_read--;
-		if (write && e->live_write)
-			e->live_write--;
-		/* Acquire: pairs with oracle_ticket, whose flush comes after it. */
-		e->ungranted = atomic_load_explicit(&m->vms[vm].promise_clock, memory_order_acquire);
-	}
-	ledger_unlock(e);
+	for (uint64_t i = 0; i < n; i++)
+		ledger_ungrant_one(&c, m->frames, gfn + i, hfn + (uint32_t)i, read, write);
+	ledger_release(&c);
 }
 
 uint64_t oracle_ticket(struct machine *m, uint32_t vm)
@@ -140,7 +99,7 @@ uint64_t oracle_ticket(struct machine *m, uint32_t vm)
  * be granted before the host or user space says so again.  After the others a fault may already have granted
  * anew what the operation took away; then the right is valid and stays, and if somebody else takes it away once
  * more, after the flush, that is not this operation's to promise. */
-static uint8_t ends(const struct ledger_entry *e, uint32_t promise, uint64_t ticket)
+static uint8_t ends(const struct ledger_right *e, uint32_t promise, uint64_t ticket)
 {
 	uint8_t rights = 0;
 	bool covered = e->ungranted < ticket;
@@ -174,36 +133,47 @@ static bool withdraws_custody(uint32_t promise)
 	return promise == PROMISE_NOTIFIER || promise == PROMISE_NOTIFIER_WRITE || promise == PROMISE_MEMSLOT;
 }
 
-static uint64_t revoke(struct machine *m, uint32_t cpu, uint32_t vm, uint64_t gfn, uint32_t promise,
-		       uint64_t ticket, uint64_t now)
-{
-	struct ledger_entry *e = ledger_lock(m, vm, gfn);
-	uint8_t rights = 0;
+struct revocation {
+	struct ledger_cursor cursor;
+	struct frames *frames;
+	uint32_t cpu;
+	uint32_t promise;
+	uint64_t ticket;
+	uint64_t now;
+};
 
-	if (e->hfn != NO_FRAME)
-		rights = ends(e, promise, ticket);
-	if (rights) {
-		e->revoked |= rights;
-		e->promise = (uint8_t)promise;
-		e->promise_cpu = cpu;
-		e->promise_time = now;
-		if (withdraws_custody(promise))
-			frame_host_tag_advance(m->frames, e->hfn);
-		frame_tag_advance(m->frames, e->hfn);
-	}
-	ledger_unlock(e);
-	return rights ? 1 : 0;
+static uint64_t revoke(struct revocation *r, uint64_t gfn)
+{
+	struct ledger_right *e = ledger_at(&r->cursor, gfn);
+	uint8_t rights = e->hfn != NO_FRAME ? ends(e, r->promise, r->ticket) : 0;
+
+	if (!rights)
+		return 0;
+	e->revoked |= rights;
+	e->promise = (uint8_t)r->promise;
+	r->cursor.ledger->promise[gfn] = (struct ledger_promise){ .time = r->now, .cpu = r->cpu };
+	if (withdraws_custody(r->promise))
+		frame_host_tag_advance(r->frames, e->hfn);
+	frame_tag_advance(r->frames, e->hfn);
+	return 1;
+}
+
+static struct revocation revocation(struct machine *m, uint32_t cpu, uint32_t vm, uint32_t promise, uint64_t ticket)
+{
+	return (struct revocation){ ledger_cursor(m, vm), m->frames, cpu, promise, ticket, monotonic_ns() };
 }
 
 uint64_t oracle_revoke(struct machine *m, uint32_t cpu, uint32_t vm, uint64_t start, uint64_t end,
 		       uint32_t promise, uint64_t ticket)
 {
-	uint64_t now = monotonic_ns(), revoked = 0;
+	struct revocation r = revocation(m, cpu, vm, promise, ticket);
+	uint64_t revoked = 0;
 
 	if (end > m->vms[vm].gfns)
 		end = m->vms[vm].gfns;
 	for (uint64_t gfn = start; gfn < end; gfn++)
-		revoked += revoke(m, cpu, vm, gfn, promise, ticket, now);
+		revoked += revoke(&r, gfn);
+	ledger_release(&r.cursor);
 	event_record(m, cpu, EVENT_PROMISE, promise, start);
 	return revoked;
 }
@@ -211,30 +181,30 @@ uint64_t oracle_revoke(struct machine *m, uint32_t cpu, uint32_t vm, uint64_t st
 uint64_t oracle_revoke_mask(struct machine *m, uint32_t cpu, uint32_t vm, uint64_t base, uint64_t mask,
 			    uint32_t promise, uint64_t ticket)
 {
-	uint64_t now = monotonic_ns(), revoked = 0;
+	struct revocation r = revocation(m, cpu, vm, promise, ticket);
+	uint64_t revoked = 0;
 
 	for (; mask; mask &= mask - 1) {
 		uint64_t gfn = base + (uint32_t)__builtin_ctzll(mask);
 
 		if (gfn < m->vms[vm].gfns)
-			revoked += revoke(m, cpu, vm, gfn, promise, ticket, now);
+			revoked += revoke(&r, gfn);
 	}
+	ledger_release(&r.cursor);
 	event_record(m, cpu, EVENT_PROMISE, promise, base);
 	return revoked;
 }
 
 void ledger_copy(struct machine *m, uint32_t vm, uint64_t gfn, struct ledger_entry *out)
 {
-	struct ledger_entry *e = ledger_lock(m, vm, gfn);
+	struct ledger_cursor c = ledger_cursor(m, vm);
+	const struct ledger_right *e = ledger_at(&c, gfn);
+	const struct ledger_promise *p = &c.ledger->promise[gfn];
 
-	out->hfn = e->hfn;
-	out->live_read = e->live_read;
-	out->live_write = e->live_write;
-	out->revoked = e->revoked;
-	out->promise = e->promise;
-	out->promise_cpu = e->promise_cpu;
-	out->promise_time = e->promise_time;
-	ledger_unlock(e);
+	*out = (struct ledger_entry){ .hfn = e->hfn, .live_read = e->live_read, .live_write = e->live_write,
+				      .revoked = e->revoked, .promise = e->promise, .promise_cpu = p->cpu,
+				      .promise_time = p->time, .ungranted = e->ungranted };
+	ledger_release(&c);
 }
 
 uint32_t oracle_right(struct machine *m, uint32_t vm, uint64_t gfn, uint32_t *hfn)

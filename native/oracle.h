@@ -129,8 +129,8 @@ uint32_t oracle_report_events(struct machine *m, uint32_t report, struct event *
 struct vm;
 struct vcpu;
 
+/* One right's state, as ledger_copy() gives it. */
 struct ledger_entry {
-	_Atomic uint32_t lock;
 	uint32_t hfn;
 	uint8_t live_read;  /* SPTEs that grant it now, over all roots */
 	uint8_t live_write;
@@ -151,9 +151,9 @@ void ledger_grant(struct machine *m, uint32_t vm, uint64_t gfn, uint32_t hfn, ui
 /* An SPTE that granted read grants write as well now. */
 void ledger_grant_write(struct machine *m, uint32_t vm, uint64_t gfn, uint32_t hfn, uint64_t n,
 			uint32_t custody);
-/* It loses read and write, or write only. */
-void ledger_ungrant(struct machine *m, uint32_t vm, uint64_t gfn, uint32_t hfn, bool read, bool write);
-/* One consistent copy; its lock is not meaningful. */
+/* It loses read and write, or write only; the frames' tags are advanced. */
+void ledger_ungrant(struct machine *m, uint32_t vm, uint64_t gfn, uint32_t hfn, uint64_t n, bool read, bool write);
+/* One consistent copy. */
 void ledger_copy(struct machine *m, uint32_t vm, uint64_t gfn, struct ledger_entry *out);
 
 enum verdict { VERDICT_LEGAL, VERDICT_LEGAL_STALE, VERDICT_VIOLATION };

@@ -10,8 +10,7 @@
 #define FLUSHLAB_SPTE_H
 
 #include "ept.h"
-#include "frame.h"
-#include "oracle.h"
+#include "ledger.h"
 
 static inline uint64_t kvm_pages_per_hpage(uint32_t level)
 {
@@ -83,19 +82,17 @@ static inline void spte_grant_write(struct machine *m, uint32_t vm, uint64_t gfn
 static inline void spte_ungrant(struct machine *m, uint32_t vm, uint64_t gfn, uint64_t spte, uint32_t level,
 				bool read, bool write)
 {
-	uint32_t hfn = spte_hfn(spte);
-	uint64_t pages = kvm_pages_per_hpage(level);
-
-	for (uint64_t i = 0; i < pages; i++) {
-		ledger_ungrant(m, vm, gfn + i, hfn + (uint32_t)i, read, write);
-		frame_tag_advance(m->frames, hfn + (uint32_t)i);
-	}
+	ledger_ungrant(m, vm, gfn, spte_hfn(spte), kvm_pages_per_hpage(level), read, write);
 }
 
 static inline void spte_ungrant_all(struct machine *m, uint32_t vm, uint64_t gfn, uint64_t spte, uint32_t level)
 {
 	spte_ungrant(m, vm, gfn, spte, level, true, spte & SPTE_WRITABLE);
 }
+
+/* The same for loops over many SPTEs, whose cursor holds the locks of the ledger. */
+void spte_ungrant_at(struct ledger_cursor *c, struct frames *f, uint64_t gfn, uint64_t spte, uint32_t level, bool read,
+		     bool write);
 
 /* Is the table behind a non-leaf SPTE of `level` still the one that it was made for?  If not, the walk is one
  * through freed memory and is reported; the caller goes no further. */

@@ -26,18 +26,20 @@ int64_t tdp_mmu_make_split_table(struct machine *m, uint32_t cpu, uint64_t huge_
 }
 
 /* spte_try_change() from nothing to a 4K leaf, without its questions. */
-static inline bool install(struct machine *m, uint32_t vm, _Atomic uint64_t *sptep, uint64_t gfn, uint64_t spte)
+static inline bool install(struct machine *m, struct ledger_cursor *c, _Atomic uint64_t *sptep, uint64_t gfn,
+			   uint64_t spte)
 {
+	uint32_t hfn = spte_hfn(spte);
 	uint64_t old = 0;
 
 	/* Only where nothing is: frozen SPTEs and what another fault has mapped are not touched. */
 	if (atomic_load_explicit(sptep, memory_order_relaxed))
 		return false;
-	spte_grant(m, vm, gfn, spte, PG_LEVEL_4K);
+	ledger_grant_one(c, gfn, hfn, spte_custody(spte) == frame_host_tag(m->frames, hfn), spte & SPTE_WRITABLE);
 	/* Orders as in spte_try_change(). */
 	if (atomic_compare_exchange_strong_explicit(sptep, &old, spte, memory_order_acq_rel, memory_order_relaxed))
 		return true;
-	spte_ungrant_all(m, vm, gfn, spte, PG_LEVEL_4K);
+	spte_ungrant_at(c, m->frames, gfn, spte, PG_LEVEL_4K, true, spte & SPTE_WRITABLE);
 	return false;
 }
 
@@ -46,6 +48,9 @@ int tdp_mmu_map_around(struct machine *m, uint32_t cpu, uint32_t vm, uint32_t ta
 {
 	_Atomic uint64_t *sptep = ept_table(m, table) + spte_index(gfn, PG_LEVEL_4K);
 	uint32_t room = FRAME_WORDS - spte_index(gfn, PG_LEVEL_4K);
+	struct ledger_cursor c = ledger_cursor(m, vm);
+	/* All of an SPTE but frame and custody, by `writable`. */
+	const uint64_t bits[2] = { make_spte(0, 0, PG_LEVEL_4K, 0, 0), make_spte(0, 0, PG_LEVEL_4K, 1, 1) };
 	uint32_t first = 0, mapped = 0;
 
 	if (n > room)
@@ -53,14 +58,15 @@ int tdp_mmu_map_around(struct machine *m, uint32_t cpu, uint32_t vm, uint32_t ta
 	if (gfn + n > m->vms[vm].gfns)
 		n = gfn < m->vms[vm].gfns ? (uint32_t)(m->vms[vm].gfns - gfn) : 0;
 	for (uint32_t i = 0; i < n; i++) {
-		if (hfns[i] == NO_FRAME)
-			continue;
-		if (!install(m, vm, &sptep[i], gfn + i,
-			     make_spte(hfns[i], tags[i], PG_LEVEL_4K, writable[i] != 0, writable[i] != 0)))
+		uint64_t spte = bits[writable[i] != 0] | (uint64_t)hfns[i] << SPTE_HFN_SHIFT |
+				(uint64_t)(tags[i] & FRAME_TAG_MASK) << SPTE_CUSTODY_SHIFT;
+
+		if (hfns[i] == NO_FRAME || !install(m, &c, &sptep[i], gfn + i, spte))
 			continue;
 		if (!mapped++)
 			first = i;
 	}
+	ledger_release(&c);
 	if (mapped) {
 		count(m->cpus[cpu].counters, COUNT_SPTES_MAPPED, mapped);
 		event_record(m, cpu, EVENT_MAP, gfn + first, hfns[first]);

@@ -7,6 +7,7 @@
 
 struct removal {
 	struct machine *m;
+	struct ledger_cursor ledger;
 	uint32_t cpu;
 	uint32_t vm;
 	bool shared;
@@ -34,6 +35,7 @@ static int freeze(struct removal *r, _Atomic uint64_t *sptep, uint32_t level, ui
 	}
 	/* acq_rel: what the last writer published is ours to take apart, and nobody's after. */
 	while (is_frozen_spte(*old = atomic_exchange_explicit(sptep, FROZEN_SPTE, memory_order_acq_rel))) {
+		ledger_release(&r->ledger);
 		if (atomic_load_explicit(&r->m->stopping, memory_order_relaxed))
 			return MACHINE_STOPPED;
 		ipi_drain(r->m, r->cpu);
@@ -62,27 +64,31 @@ static int remove_pt(struct removal *r, uint32_t table, uint32_t level, uint64_t
 
 	for (uint32_t i = 0; i < FRAME_WORDS; i++, gfn += pages) {
 		error = freeze(r, &ept_table(r->m, table)[i], level, &old);
-		if (error)
+		if (error) /* it waited, and holds nothing */
 			return error;
 		if (!spte_present(old))
 			continue;
 		if (spte_leaf(old, level)) {
-			spte_ungrant_all(r->m, r->vm, gfn, old, level);
+			spte_ungrant_at(&r->ledger, r->m->frames, gfn, old, level, true, old & SPTE_WRITABLE);
 			r->leafs += pages;
-		} else if (spte_child_holds(r->m, r->cpu, r->vm, old, level, gfn)) {
+			continue;
+		}
+		ledger_release(&r->ledger);
+		if (spte_child_holds(r->m, r->cpu, r->vm, old, level, gfn)) {
 			error = remove_pt(r, spte_hfn(old), level - 1, gfn);
 			if (error)
 				return error;
 		}
 	}
+	ledger_release(&r->ledger);
 	return queue_page(r, table);
 }
 
 int handle_removed_pt(struct machine *m, uint32_t cpu, uint32_t vm, uint32_t table, uint32_t level,
 		      uint64_t gfn, int shared, int deferred, uint32_t *pages, uint32_t max)
 {
-	struct removal r = { .m = m, .cpu = cpu, .vm = vm, .shared = shared, .deferred = deferred,
-			     .pages = pages, .max = max };
+	struct removal r = { .m = m, .ledger = ledger_cursor(m, vm), .cpu = cpu, .vm = vm, .shared = shared,
+			     .deferred = deferred, .pages = pages, .max = max };
 	int error = remove_pt(&r, table, level, gfn & ~(kvm_pages_per_hpage(level + 1) - 1));
 
 	count(m->cpus[cpu].counters, COUNT_SPTES_ZAPPED, r.leafs);
@@ -96,7 +102,8 @@ int handle_removed_pt(struct machine *m, uint32_t cpu, uint32_t vm, uint32_t tab
 int spte_remove_table(struct machine *m, uint32_t cpu, uint32_t vm, uint64_t spte, uint32_t level, uint64_t gfn,
 		      bool shared, uint64_t *leafs)
 {
-	struct removal r = { .m = m, .cpu = cpu, .vm = vm, .shared = shared, .deferred = true };
+	struct removal r = { .m = m, .ledger = ledger_cursor(m, vm), .cpu = cpu, .vm = vm, .shared = shared,
+			     .deferred = true };
 	int error;
 
 	if (!spte_child_holds(m, cpu, vm, spte, level, gfn))

@@ -11,6 +11,8 @@
 
 struct tdp_iter {
 	struct machine *m;
+	struct frames *frames;
+	struct ledger_cursor ledger; /* held within one table page at most */
 	struct tdp_chunk *c;
 	uint32_t cpu;
 	uint32_t vm;
@@ -55,12 +57,15 @@ static inline bool replace(struct tdp_iter *it, _Atomic uint64_t *sptep, uint64_
 						       memory_order_relaxed);
 }
 
-static enum step zap_leaf(struct tdp_iter *it, _Atomic uint64_t *sptep, uint64_t gfn, uint64_t spte,
-			  uint64_t pages)
+static inline __attribute__((always_inline)) enum step zap_leaf(struct tdp_iter *it, _Atomic uint64_t *sptep,
+								 uint64_t gfn, uint64_t spte, uint64_t pages)
 {
 	if (!replace(it, sptep, &spte, 0))
 		return STEP_RETRY;
-	spte_ungrant_all(it->m, it->vm, gfn, spte, it->level);
+	if (pages == 1)
+		ledger_ungrant_one(&it->ledger, it->frames, gfn, spte_hfn(spte), true, spte & SPTE_WRITABLE);
+	else
+		spte_ungrant_at(&it->ledger, it->frames, gfn, spte, it->level, true, spte & SPTE_WRITABLE);
 	changed(it, gfn, pages, true);
 	return STEP_NEXT;
 }
@@ -74,6 +79,7 @@ static enum step zap_spte(struct tdp_iter *it, _Atomic uint64_t *sptep, uint64_t
 
 	if (spte_leaf(spte, it->level))
 		return zap_leaf(it, sptep, gfn, spte, pages);
+	ledger_release(&it->ledger);
 	if (!replace(it, sptep, &spte, 0))
 		return STEP_RETRY;
 	removed = spte_remove_table(it->m, it->cpu, it->vm, spte, it->level, gfn, it->c->shared, &leafs);
@@ -97,7 +103,7 @@ static enum step clear_writable(struct tdp_iter *it, _Atomic uint64_t *sptep, ui
 	if (!atomic_compare_exchange_strong_explicit(sptep, &spte, spte & ~(uint64_t)SPTE_WRITABLE,
 						     memory_order_acq_rel, memory_order_relaxed))
 		return STEP_RETRY;
-	spte_ungrant(it->m, it->vm, gfn, spte, it->level, false, true);
+	spte_ungrant_at(&it->ledger, it->frames, gfn, spte, it->level, false, true);
 	changed(it, gfn, pages, true);
 	return STEP_NEXT;
 }
@@ -217,6 +223,7 @@ static inline __attribute__((always_inline)) enum step walk_table(struct tdp_ite
 			break;
 		}
 	}
+	ledger_release(&it->ledger);
 	it->gfn = gfn;
 	it->budget = budget;
 	return end;
@@ -360,7 +367,8 @@ static void chunk_end(const struct tdp_iter *it, struct tdp_chunk *c)
 
 int tdp_walk_chunk(struct machine *m, uint32_t cpu, uint32_t vm, struct tdp_chunk *chunk, uint32_t max)
 {
-	struct tdp_iter it = { .m = m, .c = chunk, .cpu = cpu, .vm = vm, .budget = max ? max : 1 };
+	struct tdp_iter it = { .m = m, .frames = m->frames, .ledger = ledger_cursor(m, vm), .c = chunk, .cpu = cpu,
+			       .vm = vm, .budget = max ? max : 1 };
 	int error = 0;
 
 	ipi_drain(m, cpu);

@@ -67,7 +67,7 @@ void vm_stat_add(struct machine *m, uint32_t vm, uint32_t stat, uint64_t n);
 uint64_t vm_stat(struct machine *m, uint32_t vm, uint32_t stat);
 /* end api */
 
-struct ledger_entry;
+struct ledger;
 struct guest;
 struct mm;
 
@@ -82,7 +82,7 @@ struct vm {
 	_Atomic uint64_t invalidate_start;
 	_Atomic uint64_t invalidate_end;
 	alignas(CACHELINE) _Atomic uint64_t stat[VM_STATS];
-	struct ledger_entry *ledger; /* one per gfn (oracle.h) */
+	struct ledger *ledger;       /* rights by gfn (oracle.h) */
 	_Atomic uint64_t promise_clock; /* tickets given out */
 	struct mm *mm;               /* user memory behind the memslots (mm.h) */
 };
