@@ -44,7 +44,8 @@ static inline __attribute__((always_inline)) uint32_t psc_find(const struct tlb 
 {
 	const struct store *s = &t->psc[level - 1];
 	uint64_t id, key;
-	uint32_t cell, set;
+	const uint64_t *keys;
+	uint32_t cell, way;
 
 	if (!t->contexts[index].psc_slots[level - 1])
 		return NO_CELL;
@@ -54,12 +55,11 @@ static inline __attribute__((always_inline)) uint32_t psc_find(const struct tlb 
 		cell = store_probe(s, id);
 		return cell != NO_CELL && s->key[cell] == key ? cell : NO_CELL;
 	}
-	set = position_of(s, id, 9 * level).set;
-#pragma GCC unroll 4
-	for (cell = set * FEW_WAYS; cell < set * FEW_WAYS + FEW_WAYS; cell++)
-		if (s->key[cell] == key)
-			return cell;
-	return NO_CELL;
+	cell = position_of(s, id, 9 * level).set * FEW_WAYS;
+	keys = &s->key[cell];
+	/* A branch for each way would be hard to predict. */
+	way = (uint32_t)(keys[1] == key) + 2u * (keys[2] == key) + 3u * (keys[3] == key);
+	return keys[way] == key ? cell + way : NO_CELL;
 }
 
 static uint32_t context_of_kind(const struct tlb *t, uint32_t kind)

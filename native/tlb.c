@@ -259,15 +259,6 @@ static uint32_t context_for(struct tlb *t, const struct tlb_entry *entry)
 	return t->global;
 }
 
-/* Would account_replace() do nothing? */
-static inline bool same_account(const struct tlb *t, uint32_t cell, uint64_t key, const struct tlb_entry *old,
-				const struct tlb_entry *entry)
-{
-	uint64_t page = PAGE_NUMBER_MASK << (CONTEXT_BITS + GENERATION_BITS);
-
-	return !((t->l2.key[cell] ^ key) & ~page) && old->vm == entry->vm && !(old->fractured | entry->fractured);
-}
-
 static void l2_fill(struct tlb *t, uint32_t index, const struct tlb_entry *entry, uint64_t page)
 {
 	uint64_t id = mapping_id(entry->size, page, index), key = id << GENERATION_BITS | t->generation[index];
@@ -279,8 +270,7 @@ static void l2_fill(struct tlb *t, uint32_t index, const struct tlb_entry *entry
 		return;
 	t->absent[physical] = 0;
 	slot = slot_of(t, cell);
-	if (!same_account(t, cell, key, &slot->entry, entry))
-		account_replace(t, cell, key, entry);
+	account_replace(t, cell, key, entry);
 	t->l2.key[cell] = key;
 	store_touch(&t->l2, cell);
 	slot->entry = *entry;

@@ -133,12 +133,10 @@ static inline struct position position_of(const struct store *s, uint64_t id, ui
 static inline uint32_t find_among_few(const struct store *s, uint32_t set, uint64_t id)
 {
 	const uint64_t *key = &s->key[set * FEW_WAYS];
+	/* A branch for each would be hard to predict. */
+	uint32_t way = (uint32_t)(key_id(key[1]) == id) + 2u * (key_id(key[2]) == id) + 3u * (key_id(key[3]) == id);
 
-#pragma GCC unroll 4
-	for (uint32_t way = 0; way < FEW_WAYS; way++)
-		if (key_id(key[way]) == id)
-			return set * FEW_WAYS + way;
-	return NO_CELL;
+	return key_id(key[way]) == id ? set * FEW_WAYS + way : NO_CELL;
 }
 
 /* Which of sixteen bytes equal the tag: a bit each. */
