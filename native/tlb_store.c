@@ -44,8 +44,9 @@ static bool create_sets(struct store *s, uint32_t entries, uint32_t ways, bool f
 	s->tags = array(s->cell_count, sizeof(*s->tags));
 	s->set = array(s->sets, sizeof(*s->set));
 	s->deaths = 1; /* no set is clean */
+	s->beyond = UINT64_MAX << (s->ways - 1) << 1;
 	for (uint32_t i = 0; s->set && i < s->sets; i++)
-		s->set[i].recent = UINT64_MAX << (s->ways - 1) << 1;
+		s->set[i].recent = s->beyond;
 	return s->tags && s->set;
 }
 

@@ -32,7 +32,7 @@ enum {
 #define NO_CELL UINT32_MAX
 
 struct set {
-	uint64_t recent; /* a bit for each way that was used; when all were, only the last of them */
+	uint64_t recent; /* a bit for each way that was used; when all were, for the last alone; and those beyond */
 	uint32_t clean;  /* `deaths` when all of its cells were last seen to be live */
 };
 
@@ -49,6 +49,7 @@ struct store {
 	uint8_t set_bits;
 	uint8_t ways;      /* 0: unbounded */
 	uint8_t way_bits;  /* log2 of the cells from one set to the next: FEW_WAYS, or from TAGGED_WAYS on */
+	uint64_t beyond;   /* the bits from `ways` on */
 	uint32_t cell_count;
 	uint32_t used;   /* unbounded: cells in use, and next free slot */
 	uint32_t slots;  /* payloads allocated */
@@ -198,10 +199,9 @@ static inline void set_touch(const struct store *s, struct set *set, uint32_t wa
 {
 	uint64_t bit = UINT64_C(1) << way, recent = set->recent | bit;
 
-	/* All bits from `ways` on are set from the start. */
-	if (__builtin_expect(recent == UINT64_MAX, 0))
-		recent = UINT64_MAX << (s->ways - 1) << 1 | bit;
-	set->recent = recent;
+	/* All those beyond are set from the start.  When none is left clear, only they and this one stay; without a
+	 * branch, which would be hard to predict. */
+	set->recent = recent & (-(uint64_t)(recent != UINT64_MAX) | s->beyond | bit);
 }
 
 /* A cell is being used. */
