@@ -64,7 +64,7 @@ def kvm_mmu_load(cpu: Cpu, vcpu: Vcpu) -> None:
     mmu.root = kvm_tdp_mmu_alloc_root(cpu, kvm, mmu.root_role)
     vmx_load_mmu_pgd(cpu, vcpu, mmu.root)
     cpu.event(lib.EVENT_ROOT_LOAD, vcpu.id, mmu.root.hfn)
-    if kvm.policy.root_load == "flush-current":
+    if kvm.policy.root_load(cpu, vcpu, mmu.root) == "flush-current":
         vmx_flush_tlb_current(cpu, vcpu, lib.REASON_ROOT_LOAD)
     else:
         flush_elided(cpu, kvm, lib.REASON_ROOT_LOAD, mmu.root.hfn)
@@ -134,7 +134,7 @@ def kvm_mmu_zap_memslot(cpu: Cpu, kvm: Kvm, slot: KvmMemorySlot) -> None:
 
 def kvm_arch_flush_shadow_memslot(cpu: Cpu, kvm: Kvm, slot: KvmMemorySlot) -> None:
     """kvm_arch_flush_shadow_memslot(): the slot is marked INVALID by now.  Decision slot_delete."""
-    if kvm.policy.slot_delete == "zap-all-roots":
+    if kvm.policy.slot_delete(cpu, kvm, slot) == "zap-all-roots":
         kvm_mmu_zap_all_fast(cpu, kvm)
     else:
         kvm_mmu_zap_memslot(cpu, kvm, slot)
@@ -197,7 +197,7 @@ def write_protect_flush(cpu: Cpu, kvm: Kvm, slot: KvmMemorySlot, changed: bool) 
     `changed`: some SPTE lost W just now.  That none did proves nothing: TLBs may hold writable translations
     of SPTEs whose W went earlier.
     """
-    answer = kvm.policy.write_protect
+    answer = kvm.policy.write_protect(cpu, kvm, slot)
     if answer == "flush" or (answer == "if-changed" and changed):
         kvm_flush_remote_tlbs_memslot(cpu, kvm, slot, lib.REASON_REMOTE_PROTECT)
     else:

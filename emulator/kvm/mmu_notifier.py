@@ -71,9 +71,10 @@ def kvm_handle_hva_range(cpu: Cpu, kvm: Kvm, ranges: list[GfnRange]) -> None:
 
 def notifier_flush(cpu: Cpu, kvm: Kvm, gfn: int) -> None:
     """Decision notifier_flush: under mmu_lock and before the host goes on, or too late, or never."""
-    if kvm.policy.notifier_flush == "before-return":
+    answer = kvm.policy.notifier_flush(cpu, kvm, gfn)
+    if answer == "before-return":
         kvm_flush_remote_tlbs(cpu, kvm, lib.REASON_REMOTE_NOTIFIER)
-    elif kvm.policy.notifier_flush == "at-range-end":
+    elif answer == "at-range-end":
         kvm.mn_flush_at_end = True
     else:
         flush_elided(cpu, kvm, lib.REASON_REMOTE_NOTIFIER, gfn)

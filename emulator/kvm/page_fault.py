@@ -153,7 +153,7 @@ def __kvm_mmu_faultin_pfn(cpu: Cpu, kvm: Kvm, fault: KvmPageFault, slot: KvmMemo
 
 def mmu_invalidate_retry(cpu: Cpu, kvm: Kvm, fault: KvmPageFault) -> bool:
     """mmu_invalidate_retry_gfn() and its unlocked form.  Decision fault_retry."""
-    if kvm.policy.fault_retry == "none":
+    if kvm.policy.fault_retry(cpu, kvm, fault.gfn) == "none":
         return False
     return bool(lib.mmu_invalidate_retry_gfn(cpu.m, kvm.id, fault.mmu_seq, fault.gfn))
 

@@ -77,14 +77,14 @@ def kvm_make_all_cpus_request(cpu: Cpu, kvm: Kvm, req: int) -> bool:
         if target >= 0:
             mask[target >> 6] |= 1 << (target & 63)
             called = True
-    if kvm.policy.remote_kick != "mode-not-outside":
-        called = _kick_more(cpu, kvm)
+    answer = kvm.policy.remote_kick(cpu, kvm)
+    if answer != "mode-not-outside":
+        called = _kick_more(cpu, kvm, answer == "all-pcpus")
     return called and kvm_kick_many_cpus(cpu, kvm, bool(req & KVM_REQUEST_WAIT))
 
 
-def _kick_more(cpu: Cpu, kvm: Kvm) -> bool:
-    """What remote_kick adds to the mask: vm-pcpu-mask or all-pcpus."""
-    everyone = kvm.policy.remote_kick == "all-pcpus"
+def _kick_more(cpu: Cpu, kvm: Kvm, everyone: bool) -> bool:
+    """What remote_kick adds to the mask: vm-pcpu-mask, or with `everyone` all-pcpus."""
     called = False
     for target in range(len(kvm.pcpu_mask)):
         if target != cpu.id and (everyone or kvm.pcpu_mask[target]):
@@ -96,7 +96,7 @@ def _kick_more(cpu: Cpu, kvm: Kvm) -> bool:
 def kvm_kick_many_cpus(cpu: Cpu, kvm: Kvm, wait: bool) -> bool:
     """kvm_kick_many_cpus(): the call is empty, the interrupt is the effect; its acknowledgement says that the
     pCPU has left guest mode.  Decision kick_wait: whether to wait for it."""
-    wait = wait and kvm.policy.kick_wait == "wait"
+    wait = wait and kvm.policy.kick_wait(cpu, kvm) == "wait"
     cpu.point("call_queue", kvm.id, "write")
     cpu.check(lib.smp_call_function_many(cpu.m, cpu.id, cpu.kick_mask, lib.IPI_ACK_KICK, 0, wait))
     return True

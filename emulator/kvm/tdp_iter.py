@@ -95,7 +95,7 @@ def tdp_mmu_iter_cond_resched(cpu: Cpu, kvm: Kvm, it: TdpIter, flush: bool) -> b
     """
     if not tdp_mmu_iter_need_resched(cpu, kvm, it):
         return False
-    order = kvm.policy.zap_yield
+    order = kvm.policy.zap_yield(cpu, kvm)
     if flush and order == "flush-then-unlock":
         kvm_flush_remote_tlbs(cpu, kvm, it.reason)
     rcu_leave(cpu)

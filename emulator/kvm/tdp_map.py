@@ -196,7 +196,7 @@ def tdp_mmu_map_handle_target_level(cpu: Cpu, vcpu: Vcpu, fault: KvmPageFault, e
     if not tdp_mmu_set_spte_atomic(cpu, kvm, entry, new_spte):
         return RET_PF_RETRY
     if present and (not last or leaf_spte_change_needs_tlb_flush(old_spte, new_spte)):
-        if kvm.policy.map_replace == "flush":
+        if kvm.policy.map_replace(cpu, kvm, entry.gfn) == "flush":
             kvm_flush_remote_tlbs_range(
                 cpu, kvm, entry.gfn, kvm_pages_per_hpage(entry.level), lib.REASON_REMOTE_REPLACE
             )
@@ -214,7 +214,7 @@ def tdp_mmu_map_around(cpu: Cpu, kvm: Kvm, fault: KvmPageFault, table: int) -> N
     range whose invalidation is in progress although the fault itself is not.
     """
     end = fault.around_gfn + fault.around_n
-    if kvm.policy.fault_retry == "invalidate-seq" and lib.mmu_invalidate_retry_range(
+    if kvm.policy.fault_retry(cpu, kvm, fault.gfn) == "invalidate-seq" and lib.mmu_invalidate_retry_range(
         cpu.m, kvm.id, fault.mmu_seq, fault.around_gfn, end
     ):
         return

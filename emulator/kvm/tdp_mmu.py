@@ -163,7 +163,7 @@ def tdp_mmu_zap_leafs(
     caller flushes before it drops mmu_lock.
     """
     assert cpu.mmu_lock_held == WRITE
-    tables_too = kvm.policy.zap_scope == "leafs-and-tables"
+    tables_too = kvm.policy.zap_scope(cpu, kvm) == "leafs-and-tables"
     walk = lib.TDP_ZAP_RANGE if tables_too else lib.TDP_ZAP_LEAFS
     it = TdpIter(root, walk, start, end, shared=False, reason=reason)
     with rcu_read_lock(cpu):
@@ -174,7 +174,7 @@ def tdp_mmu_zap_leafs(
             # Zapping SPTEs in invalid roots needs no flush: see kvm_tdp_mmu_zap_invalidated_roots.
             if it.step(cpu, kvm) and not root.role.invalid:
                 flush = True
-        if tables_too and flush and kvm.policy.zap_yield == "flush-then-unlock":
+        if tables_too and flush and kvm.policy.zap_yield(cpu, kvm) == "flush-then-unlock":
             kvm_flush_remote_tlbs(cpu, kvm, reason)
             flush = False
     return flush

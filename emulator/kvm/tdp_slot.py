@@ -129,8 +129,9 @@ def kvm_tdp_mmu_recover_huge_pages(cpu: Cpu, kvm: Kvm, slot: KvmMemorySlot) -> N
     """kvm_tdp_mmu_recover_huge_pages() and, to 6.12, kvm_tdp_mmu_zap_collapsible_sptes(); decision
     huge_recovery.  Under mmu_lock for read."""
     assert cpu.mmu_lock_held == READ
+    in_place = kvm.policy.huge_recovery(cpu, kvm) == "in-place"
     for root in for_each_tdp_mmu_root_yield_safe(cpu, kvm, KVM_VALID_ROOTS):
-        if kvm.policy.huge_recovery == "in-place":
+        if in_place:
             recover_huge_pages_range(cpu, kvm, root, slot)
         else:
             zap_collapsible_spte_range(cpu, kvm, root, slot)
@@ -160,7 +161,7 @@ def recover_huge_pages_range(cpu: Cpu, kvm: Kvm, root: KvmMmuPage, slot: KvmMemo
                 it.retry(entry.gfn)
                 continue
             flush = True
-        if flush and kvm.policy.zap_yield != "unlock-then-flush":
+        if flush and kvm.policy.zap_yield(cpu, kvm) != "unlock-then-flush":
             kvm_flush_remote_tlbs_memslot(cpu, kvm, slot, reason)
             flush = False
     if flush:

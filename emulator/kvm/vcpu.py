@@ -21,7 +21,7 @@ def kvm_arch_vcpu_load(cpu: Cpu, vcpu: Vcpu) -> None:
 def join_pcpu_mask(cpu: Cpu, vcpu: Vcpu) -> None:
     """Decision remote_kick=vm-pcpu-mask: a pCPU that joins the VM's mask missed the flushes before."""
     kvm = vcpu.kvm
-    if kvm.policy.remote_kick == "vm-pcpu-mask" and not kvm.pcpu_mask[cpu.id]:
+    if not kvm.pcpu_mask[cpu.id] and kvm.policy.remote_kick(cpu, kvm) == "vm-pcpu-mask":
         kvm.pcpu_mask[cpu.id] = 1
         request_tlb_flush(cpu, vcpu, lib.REASON_OTHER)
 

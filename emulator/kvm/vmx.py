@@ -90,9 +90,10 @@ def vmx_vcpu_load_vmcs(cpu: Cpu, vcpu: Vcpu) -> None:
 def migration_ept(cpu: Cpu, vcpu: Vcpu) -> None:
     """Decision `migration`: guest-physical mappings, and the combined ones with them."""
     kvm = vcpu.kvm
-    if kvm.policy.migration == "all-contexts":
+    answer = kvm.policy.migration(cpu, vcpu)
+    if answer == "all-contexts":
         request_tlb_flush(cpu, vcpu, lib.REASON_MIGRATION)
-    elif kvm.policy.migration == "active-roots":
+    elif answer == "active-roots":
         vmx_flush_tlb_roots(cpu, vcpu, lib.REASON_MIGRATION)
     else:
         flush_elided(cpu, kvm, lib.REASON_MIGRATION, vcpu.id)
@@ -100,7 +101,7 @@ def migration_ept(cpu: Cpu, vcpu: Vcpu) -> None:
 
 def migration_vpid(cpu: Cpu, vcpu: Vcpu) -> None:
     """Decision `migration_vpid`: combined mappings under this vCPU's VPID."""
-    if vcpu.kvm.policy.migration_vpid == "invvpid":
+    if vcpu.kvm.policy.migration_vpid(cpu, vcpu) == "invvpid":
         cpu.point("tlb", cpu.id, "write")
         lib.flush_invvpid_single(cpu.m, cpu.id, vcpu.kvm.id, vcpu.vpid, lib.REASON_MIGRATION)
 

@@ -66,9 +66,10 @@ def kvm_vcpu_flush_tlb_all(cpu: Cpu, vcpu: Vcpu) -> None:
     reasons: int = lib.vcpu_take_flush_reasons(cpu.m, vcpu.id)
     reason = (reasons & -reasons).bit_length() - 1 if reasons else lib.REASON_OTHER
     cpu.stat(kvm.id, lib.STAT_TLB_FLUSH)
-    if kvm.policy.remote_flush == "all-contexts":
+    answer = kvm.policy.remote_flush(cpu, vcpu)
+    if answer == "all-contexts":
         vmx_flush_tlb_all(cpu, vcpu, reason)
-    elif kvm.policy.remote_flush == "active-roots":
+    elif answer == "active-roots":
         vmx_flush_tlb_roots(cpu, vcpu, reason)
     else:
         vmx_flush_tlb_current(cpu, vcpu, reason)
@@ -154,7 +155,7 @@ def _enter_with_irqs_off(cpu: Cpu, vcpu: Vcpu) -> bool:
     Decision entry_order: mode first, so that a request made after the check finds IN_GUEST_MODE and
     interrupts; the interrupt stays pending until VM entry and makes it exit at once.
     """
-    if vcpu.kvm.policy.entry_order == "mode-then-requests":
+    if vcpu.kvm.policy.entry_order(cpu, vcpu) == "mode-then-requests":
         set_mode(cpu, vcpu, IN_GUEST_MODE)
         kvm_vcpu_srcu_read_unlock(cpu, vcpu)
         cancelled = kvm_vcpu_exit_request(cpu, vcpu)

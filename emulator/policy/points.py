@@ -20,7 +20,7 @@ class Alternative:
 
 @dataclass(frozen=True, slots=True)
 class DecisionPoint:
-    """A question that a policy answers; `name` is also the attribute of `Policy`."""
+    """A question that a policy answers; `name` is also the method of `Policy`."""
 
     name: str
     doc: str

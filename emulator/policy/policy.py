@@ -1,72 +1,145 @@
-"""A policy: one answer to every decision point."""
+"""A policy: an answer to each decision point, at the moment when KVM asks."""
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from dataclasses import dataclass, fields, replace
+from collections.abc import Iterable, Mapping
 from difflib import get_close_matches
+from typing import TYPE_CHECKING
 
 from emulator.errors import BadInput
 from emulator.policy.points import BY_NAME, POINTS
+
+if TYPE_CHECKING:
+    from emulator.kvm.structs import Kvm, KvmMemorySlot, KvmMmuPage, Vcpu
+    from emulator.runtime import Cpu
 
 
 class PolicyError(BadInput):
     """A policy, point or alternative that does not exist, in one line."""
 
 
-@dataclass(frozen=True, slots=True)
 class Policy:
-    """Answers by point; the defaults are Linux 7.3's.
+    """KVM's code asks where it decides: `if kvm.policy.root_load(cpu, vcpu, root) == "flush-current"`.
 
-    KVM's code compares them where it decides: `if kvm.policy.root_load == "flush-current"`.
+    Each method is a decision point (emulator.policy.points) and returns the name of an alternative; what it
+    is given is what the kernel's code has at hand there.  This class answers from a table: Linux 7.3's
+    answers, but for those given by name.  A subclass may decide case by case.  `bugs`: names of historical
+    or injected bugs that KVM's code has under this policy.
     """
 
-    name: str = "linux-7.3"
-    remote_flush: str = "all-contexts"
-    remote_kick: str = "mode-not-outside"
-    kick_wait: str = "wait"
-    root_load: str = "flush-current"
-    migration: str = "all-contexts"
-    migration_vpid: str = "with-ept"
-    slot_delete: str = "zap-all-roots"
-    zap_scope: str = "leafs"
-    zap_yield: str = "flush-then-unlock"
-    map_replace: str = "flush"
-    huge_recovery: str = "in-place"
-    write_protect: str = "flush"
-    notifier_flush: str = "before-return"
-    fault_retry: str = "invalidate-seq"
-    entry_order: str = "mode-then-requests"
+    def __init__(self, name: str = "linux-7.3", bugs: Iterable[str] = (), **answers: str) -> None:
+        self.name = name
+        self.bugs = frozenset(bugs)
+        self._answers = {point.name: point.default for point in POINTS}
+        for point, alternative in answers.items():
+            check_answer(point, alternative)
+            self._answers[point] = alternative
 
-    def __post_init__(self) -> None:
-        for field in fields(self):
-            if field.name != "name":
-                _check(field.name, getattr(self, field.name))
+    def __repr__(self) -> str:
+        return f"<policy {self.name}>"
+
+    def __eq__(self, other: object) -> bool:
+        if not isinstance(other, Policy):
+            return NotImplemented
+        return (type(self), self.name, self.bugs, self._answers) == (
+            type(other),
+            other.name,
+            other.bugs,
+            other._answers,
+        )
+
+    def __hash__(self) -> int:
+        return hash((type(self), self.name, self.bugs))
+
+    # --- the decision points ---------------------------------------------------------------------------
+
+    def remote_flush(self, cpu: Cpu, vcpu: Vcpu) -> str:
+        """`vcpu` serves KVM_REQ_TLB_FLUSH on `cpu`."""
+        return self._answers["remote_flush"]
+
+    def remote_kick(self, cpu: Cpu, kvm: Kvm) -> str:
+        """A request to all vCPUs of `kvm` is about to interrupt pCPUs."""
+        return self._answers["remote_kick"]
+
+    def kick_wait(self, cpu: Cpu, kvm: Kvm) -> str:
+        """They were interrupted."""
+        return self._answers["kick_wait"]
+
+    def root_load(self, cpu: Cpu, vcpu: Vcpu, root: KvmMmuPage) -> str:
+        """`root` became current through kvm_mmu_load."""
+        return self._answers["root_load"]
+
+    def migration(self, cpu: Cpu, vcpu: Vcpu) -> str:
+        """The VMCS of `vcpu` is loaded on `cpu`, and was on another pCPU before (loaded_vmcs.cpu)."""
+        return self._answers["migration"]
+
+    def migration_vpid(self, cpu: Cpu, vcpu: Vcpu) -> str:
+        """The same moment, for what the guest invalidated natively elsewhere."""
+        return self._answers["migration_vpid"]
+
+    def slot_delete(self, cpu: Cpu, kvm: Kvm, slot: KvmMemorySlot) -> str:
+        """`slot` is being deleted or moved."""
+        return self._answers["slot_delete"]
+
+    def zap_scope(self, cpu: Cpu, kvm: Kvm) -> str:
+        """A range of gfns is about to be zapped."""
+        return self._answers["zap_scope"]
+
+    def zap_yield(self, cpu: Cpu, kvm: Kvm) -> str:
+        """A walk that may owe a flush drops its locks."""
+        return self._answers["zap_yield"]
+
+    def map_replace(self, cpu: Cpu, kvm: Kvm, gfn: int) -> str:
+        """A huge leaf replaced the table that mapped `gfn`."""
+        return self._answers["map_replace"]
+
+    def huge_recovery(self, cpu: Cpu, kvm: Kvm) -> str:
+        """Dirty logging ended."""
+        return self._answers["huge_recovery"]
+
+    def write_protect(self, cpu: Cpu, kvm: Kvm, slot: KvmMemorySlot) -> str:
+        """SPTEs of `slot` were write-protected."""
+        return self._answers["write_protect"]
+
+    def notifier_flush(self, cpu: Cpu, kvm: Kvm, gfn: int) -> str:
+        """An mmu_notifier zapped SPTEs from `gfn` on."""
+        return self._answers["notifier_flush"]
+
+    def fault_retry(self, cpu: Cpu, kvm: Kvm, gfn: int) -> str:
+        """A fault on `gfn` asks whether it raced an invalidation."""
+        return self._answers["fault_retry"]
+
+    def entry_order(self, cpu: Cpu, vcpu: Vcpu) -> str:
+        """`vcpu` is about to enter the guest, interrupts off."""
+        return self._answers["entry_order"]
+
+    # --- about the policy ------------------------------------------------------------------------------
 
     def with_settings(self, settings: Mapping[str, str], name: str | None = None) -> Policy:
-        """This policy with some points answered differently."""
+        """A policy of tables with some points answered differently."""
         for point, alternative in settings.items():
-            _check(point, alternative)
+            check_answer(point, alternative)
         if name is None:
             changed = [f"{point}={settings[point]}" for point in sorted(settings)]
             name = "+".join([self.name, *changed])
-        return replace(self, name=name, **settings)
+        return Policy(name, self.bugs, **{**self._answers, **settings})
 
     def answers(self) -> dict[str, str]:
-        """Alternative by point, in the order of POINTS."""
-        return {point.name: getattr(self, point.name) for point in POINTS}
+        """Alternative by point, in the order of POINTS: what the table says."""
+        return dict(self._answers)
 
     def mutants(self) -> tuple[str, ...]:
-        """The points whose answer is known to be wrong, as `point=alternative`."""
-        answers = self.answers()
-        return tuple(
-            f"{point.name}={answers[point.name]}"
+        """What is known to be wrong about it: bugs, and points whose answer is, as `point=alternative`."""
+        wrong = tuple(
+            f"{point.name}={self._answers[point.name]}"
             for point in POINTS
-            if point.alternative(answers[point.name]).mutant
+            if point.alternative(self._answers[point.name]).mutant
         )
+        return (*sorted(self.bugs), *wrong)
 
 
-def _check(point: str, alternative: str) -> None:
+def check_answer(point: str, alternative: str) -> None:
+    """Raises PolicyError unless `alternative` is one of the point's."""
     known = BY_NAME.get(point)
     if known is None:
         raise PolicyError("policy", f"unknown decision point {point!r}", _expected(point, tuple(BY_NAME)))

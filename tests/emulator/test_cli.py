@@ -111,7 +111,7 @@ def test_options_reach_the_job() -> None:
     assert main(["run", *options, "--set", "root_load=none"]) == 0
     (job,) = CannedJob.made
     assert job.options == {"seed": 9, "duration": 300.0, "chaos": 100, "unbounded": True}
-    assert job.policy.root_load == "none"
+    assert job.policy.answers()["root_load"] == "none"
 
 
 def test_environment_mirrors_options(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -122,7 +122,8 @@ def test_environment_mirrors_options(monkeypatch: pytest.MonkeyPatch) -> None:
     (job,) = CannedJob.made
     assert job.options["duration"] == 2.0
     assert job.options["seed"] == 3
-    assert (job.policy.root_load, job.policy.write_protect) == ("none", "none")
+    answers = job.policy.answers()
+    assert (answers["root_load"], answers["write_protect"]) == ("none", "none")
 
 
 def test_the_scenario_has_a_duration_unless_told_otherwise(tmp_path: Path) -> None:

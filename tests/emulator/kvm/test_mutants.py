@@ -138,7 +138,7 @@ def fault_races(rig: Rig, policy: Policy) -> set[str]:
     with at_point(rig, 0, "mmu_lock", "read", lambda: rig.unmap(kvm, 0, 64)) as fired:
         guest.write(0, 5)
     assert fired
-    assert rig.stats(kvm)["fault_retries"] == (policy.fault_retry == "invalidate-seq")
+    assert rig.stats(kvm)["fault_retries"] == (policy.answers()["fault_retry"] == "invalidate-seq")
     return set(rig.violations())
 
 
