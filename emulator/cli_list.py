@@ -10,10 +10,10 @@ from rich.table import Table
 from rich.text import Text
 
 from emulator.config import embedded_scenarios, load_scenario
-from emulator.policy import DEFAULT, POINTS, PRESETS
+from emulator.policy import DEFAULT, MUTANTS, POINTS, PRESETS
 
 app = typer.Typer(
-    help="List policies, decision points and scenarios.", no_args_is_help=True, rich_markup_mode=None
+    help="List policies, mutants, decision points and scenarios.", no_args_is_help=True, rich_markup_mode=None
 )
 
 
@@ -28,6 +28,18 @@ def policies() -> None:
         ]
         what = "the default" if name == DEFAULT else f"{DEFAULT} but {', '.join(differences) or 'the same'}"
         table.add_row(name, Text(what))
+    _print(table)
+    print(f"and {len(MUTANTS)} mutants, mutant:{next(iter(MUTANTS))} and so on: flushlab list mutants")
+
+
+@app.command()
+def mutants() -> None:
+    """Bugs that KVM had, and plausible ones, as policies: what each is, and what it is caught by."""
+    table = _table("policy", "base", "caught by", "what it is")
+    for mutant in MUTANTS.values():
+        caught = ", ".join(mutant.expected) or "nothing: costs only"
+        what = Text(f"{_one_line(mutant.doc)} ({mutant.source})")
+        table.add_row(f"mutant:{mutant.name}", mutant.base, Text(caught), what)
     _print(table)
 
 

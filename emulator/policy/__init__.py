@@ -2,17 +2,24 @@
 
 from __future__ import annotations
 
+from emulator.policy.mutants import MUTANTS, Mutant
 from emulator.policy.points import POINTS, Alternative, DecisionPoint
 from emulator.policy.policy import Policy, PolicyError
 from emulator.policy.presets import DEFAULT, PRESETS, preset
+from emulator.policy.user import UserPolicyError, load_user_policy, resolve_policy
 
 __all__ = [
     "DEFAULT",
+    "MUTANTS",
     "POINTS",
     "PRESETS",
     "Alternative",
     "DecisionPoint",
+    "Mutant",
     "Policy",
     "PolicyError",
+    "UserPolicyError",
+    "load_user_policy",
     "preset",
+    "resolve_policy",
 ]

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from difflib import get_close_matches
 
+from emulator.policy.mutants import PREFIX, find_mutant
 from emulator.policy.policy import Policy, PolicyError
 
 DEFAULT = "linux-7.3"
@@ -19,7 +20,10 @@ PRESETS: dict[str, Policy] = {
 
 
 def preset(name: str) -> Policy:
-    """A preset by name."""
+    """A preset, or a mutant (`mutant:B6`), by name."""
+    if name.startswith(PREFIX):
+        mutant = find_mutant(name)
+        return mutant.policy(preset(mutant.base))
     try:
         return PRESETS[name]
     except KeyError:
