@@ -80,7 +80,10 @@ ScenarioArgument = Annotated[
 PolicyOption = Annotated[
     str | None,
     typer.Option(
-        "--policy", metavar="P", envvar="FLUSHLAB_POLICY", help="A preset; see `flushlab list policies`."
+        "--policy",
+        metavar="P",
+        envvar="FLUSHLAB_POLICY",
+        help="A preset or mutant (see `flushlab list policies`), or a file with a policy of your own (.py).",
     ),
 ]
 SetOption = Annotated[

@@ -68,6 +68,9 @@ class Job:
                 run.late = emulation.stop()
                 for observer in self.observers:
                     observer.machine_down()
+            error = emulation.crew.bad_input()
+            if error is not None:
+                raise error
             return run.result()
 
 
@@ -147,6 +150,8 @@ class _Run:
             scenario=job.scenario.name,
             policy=job.policy.answers(),
             policy_name=job.policy.name,
+            policy_overrides=job.policy.overrides(),
+            policy_given=job.policy.given(),
             seed=job.seed,
             reports=self.stories.finish(names, job.policy.mutants()),
             preconditions=preconditions(snapshot, self.emulation),

@@ -37,7 +37,7 @@ def document(result: Result) -> dict[str, Any]:
         "verdict": result.verdict,
         "exit_status": exit_status(result),
         "scenario": result.scenario,
-        "policy": {"name": result.policy_name, "decisions": dict(result.policy)},
+        "policy": _policy(result),
         "seed": result.seed,
         "elapsed_seconds": round(snapshot.elapsed, 3),
         "interrupted": result.interrupted,
@@ -66,6 +66,18 @@ def document(result: Result) -> dict[str, Any]:
                 }
                 for line in result.cycles
             ],
+        },
+    }
+
+
+def _policy(result: Result) -> dict[str, Any]:
+    """`overridden`: points that a user's class decided case by case; `decisions` has what its base says."""
+    return {
+        "name": result.policy_name,
+        "decisions": dict(result.policy),
+        "overridden": {
+            point: {"where": where, "answers": dict(result.policy_given.get(point, {}))}
+            for point, where in result.policy_overrides.items()
         },
     }
 
@@ -164,7 +176,13 @@ def _examples(reports: tuple[Report, ...]) -> list[Report]:
 def _header(result: Result) -> Text:
     ending = ", interrupted" if result.interrupted else ""
     elapsed = f"{result.snapshot.elapsed:.1f}s{ending}"
-    return Text(f"{result.scenario} under {result.policy_name}, seed {result.seed}, {elapsed}", style="bold")
+    head = f"{result.scenario} under {result.policy_name}, seed {result.seed}, {elapsed}"
+    text = Text(head, style="bold")
+    for point, where in result.policy_overrides.items():
+        given = result.policy_given.get(point, {})
+        answers = ", ".join(f"{alternative} {n:,}" for alternative, n in given.items())
+        text.append(f"\n{point} decided by {where}: {answers or 'never asked'}", style="not bold")
+    return text
 
 
 def _numbers(snapshot: Snapshot) -> Table:

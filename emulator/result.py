@@ -135,6 +135,9 @@ class Result:
     cycles: tuple[CycleLine, ...] = ()
     failure: str = ""
     interrupted: bool = False
+    # Of a user's policy: where its class decides a point, and how often it answered what.
+    policy_overrides: Mapping[str, str] = field(default_factory=dict)
+    policy_given: Mapping[str, Mapping[str, int]] = field(default_factory=dict)
 
     @property
     def verdict(self) -> Verdict:

@@ -17,7 +17,7 @@ from emulator import limits
 from emulator.config import Scenario, load_scenario
 from emulator.errors import BadInput
 from emulator.log import LogFormat, Logging
-from emulator.policy import DEFAULT, Policy, PolicyError, preset
+from emulator.policy import DEFAULT, Policy, PolicyError, resolve_policy
 from emulator.report import document, exit_status, summary
 from emulator.result import Result
 from emulator.session import Session
@@ -66,7 +66,7 @@ def run_request(request: Request) -> int:
 
 
 def load_policy(name: str, settings: tuple[str, ...]) -> Policy:
-    """A preset with the answers of --set."""
+    """A preset, a mutant or a user's policy, with the answers of --set."""
     answers: dict[str, str] = {}
     for setting in settings:
         point, separator, alternative = setting.partition("=")
@@ -74,7 +74,7 @@ def load_policy(name: str, settings: tuple[str, ...]) -> Policy:
             raise BadInput("--set", f"found {setting!r}", "point=alternative, as in migration=none")
         answers[point.strip()] = alternative.strip()
     try:
-        policy = preset(name)
+        policy = resolve_policy(name)
     except PolicyError as error:
         raise BadInput("--policy", str(error)) from error
     try:

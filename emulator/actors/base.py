@@ -35,6 +35,7 @@ class Death:
     cause: str
     traceback: str
     held: tuple[str, ...]
+    error: BaseException | None = None
 
     def __str__(self) -> str:
         holding = f", holding {' and '.join(self.held)}" if self.held else ""
@@ -129,6 +130,7 @@ class MachineActor(Actor):
             cause=f"{type(error).__name__}: {error}",
             traceback="".join(traceback.format_exception(error)),
             held=self.crew.what_holds(self.cpu),
+            error=error,
         )
         # From here on nobody waits for this CPU; only then does the machine stop.
         self.crew.let_go(self.cpu)

@@ -7,6 +7,7 @@ import time
 from collections import deque
 from typing import TYPE_CHECKING, Any
 
+from emulator.errors import BadInput
 from native import lib
 
 if TYPE_CHECKING:
@@ -61,8 +62,13 @@ class Crew:
 
     def report_death(self, death: Death) -> None:
         self.deaths.append(death)
-        self.note("actor died", who=death.who, cpu=death.cpu, cause=death.cause)
+        if not isinstance(death.error, BadInput):
+            self.note("actor died", who=death.who, cpu=death.cpu, cause=death.cause)
         self.stop()
+
+    def bad_input(self) -> BadInput | None:
+        """What an actor could not go on with because of the user: a policy of his that failed."""
+        return next((d.error for d in self.deaths if isinstance(d.error, BadInput)), None)
 
     def stop(self) -> None:
         """Every wait returns, every guest leaves guest mode, every actor's loop ends."""

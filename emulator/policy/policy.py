@@ -128,6 +128,18 @@ class Policy:
         """Alternative by point, in the order of POINTS: what the table says."""
         return dict(self._answers)
 
+    def fresh(self) -> Policy:
+        """One like it that remembers nothing of earlier runs: itself, unless it is a user's."""
+        return self
+
+    def overrides(self) -> dict[str, str]:
+        """Points that a user's class decides case by case, and where in its file."""
+        return {}
+
+    def given(self) -> dict[str, dict[str, int]]:
+        """What that class answered so far: times by point and alternative."""
+        return {}
+
     def mutants(self) -> tuple[str, ...]:
         """What is known to be wrong about it: bugs, and points whose answer is, as `point=alternative`."""
         wrong = tuple(
