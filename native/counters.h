@@ -31,7 +31,8 @@ enum counter {
 	COUNT_CALLS_RUN,         /* calls run on this CPU */
 	COUNT_CALLS_SERVICED,    /* of those, by their sender while this CPU was halted */
 	COUNT_INTERRUPTIONS,     /* guest mode left because of an IPI */
-	COUNT_BYSTANDER,         /* of those, the sender's VM had nothing loaded here */
+	COUNT_BYSTANDER,         /* of those, no call was about the VM whose guest was left */
+	COUNT_NECESSARY_INTERRUPTIONS, /* flushes that an interruption led to and that averted a use */
 	COUNT_VM_ENTRIES,
 	COUNT_RCU_CALLBACKS,     /* queued */
 	COUNT_RCU_INVOKED,

@@ -89,7 +89,7 @@ void cpu_wake(struct machine *m, uint32_t cpu)
 
 	atomic_fetch_add_explicit(&c->event, 1, SEQ_CST);
 	power = atomic_load_explicit(&c->power, SEQ_CST);
-	if (power == CPU_HALTED || power == CPU_SERVICED)
+	if (power == CPU_HALTED || power == CPU_SERVICED || power == CPU_GUEST_HALTED)
 		futex_wake(&c->event);
 }
 
@@ -313,6 +313,21 @@ int cpu_halt(struct machine *m, uint32_t cpu, uint64_t timeout_us)
 			return r;
 	}
 	return 0;
+}
+
+void cpu_guest_halt(struct machine *m, uint32_t cpu, uint64_t until)
+{
+	struct cpu *c = &m->cpus[cpu];
+	uint32_t seq = cpu_event(m, cpu);
+	uint64_t now = monotonic_ns();
+
+	if (now >= until || !power_change(c, CPU_RUNNING, CPU_GUEST_HALTED))
+		return;
+	chaos_point(m, cpu);
+	/* P5 */
+	if (!cpu_attention(m, cpu))
+		futex_wait(&c->event, seq, until - now);
+	power_change(c, CPU_GUEST_HALTED, CPU_RUNNING);
 }
 
 int cpu_wait_event(struct machine *m, uint32_t cpu, uint32_t seq, uint64_t timeout_us)

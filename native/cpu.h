@@ -16,6 +16,8 @@
  *       sender: queue the call; read power                                  -- Dekker, sequentially consistent
  *   P3  servicer: power = HALTED (or OFFLINE) again; test call queue
  *       sender:   queue the call; read power, go if SERVICED                -- Dekker, sequentially consistent
+ *   P5  target: power = GUEST_HALTED; test attention; sleep
+ *       sender: set attention; read power, wake if asleep                   -- Dekker, sequentially consistent
  *   P4  owner and servicers hand the CPU's plain fields to each other through power:
  *       compare-and-swap acquires, the store or compare-and-swap that leaves a state releases
  */
@@ -42,6 +44,7 @@ enum power {
 	CPU_HALTED = 1,   /* sleeps; a sender may take it to SERVICED and run its calls */
 	CPU_SERVICED = 2, /* a sender runs its calls; waking waits */
 	CPU_OFFLINE = 3,  /* acknowledges everything, runs nothing; as HALTED for senders */
+	CPU_GUEST_HALTED = 4, /* asleep in guest mode: an interrupt wakes it and makes it exit */
 };
 
 /* The CPU's thread: hlt until attention other than IPI is non-zero, then return it.  timeout_us 0: no time
@@ -105,6 +108,9 @@ struct cpu {
 	uint32_t locks_held; /* mmu_locks held: no synchronize_* while not 0 */
 	uint32_t irqs_off;
 	uint32_t in_call; /* runs an IPI function: neither waits nor sends */
+	uint32_t guest_vm; /* VM whose guest runs here or was left last */
+	bool concerned;    /* a call since then was about that VM */
+	bool interrupted;  /* that guest was left because of an IPI */
 	struct counters *counters;
 	struct tlb *tlb; /* NULL on a housekeeping CPU */
 	_Atomic uint64_t chaos_state; /* relaxed: two threads may act for a CPU at its power changes */
@@ -149,6 +155,10 @@ struct wait {
 };
 struct wait wait_begin(struct machine *m, uint32_t cpu);
 int wait_turn(struct wait *w);
+
+/* HLT in guest mode, without an exit: sleep until there is attention, at most up to `until` (monotonic ns).
+ * Senders do not serve this CPU's calls, they wake it: it must leave guest mode to acknowledge. */
+void cpu_guest_halt(struct machine *m, uint32_t cpu, uint64_t until);
 
 /* CPUs that wait for something that has no better way to find them. */
 struct waiters {

@@ -33,10 +33,17 @@ void flush_account_destroy(struct cpu *cpu)
 	cpu->flush_account = NULL;
 }
 
+/* The flush followed an interruption of the guest. */
+#define FLUSH_INTERRUPTED (UINT64_C(1) << 63)
+
 /* A flush's number says what it was: sequence << 24 | vm << 8 | scope << 4 | reason, sequence from 1. */
-static uint64_t flush_number(uint64_t sequence, uint32_t vm, uint32_t scope, uint32_t reason)
+static uint64_t flush_number(const struct cpu *c, uint64_t sequence, uint32_t vm, uint32_t scope,
+			     uint32_t reason)
 {
-	return sequence << 24 | (uint64_t)(vm & 0xffff) << 8 | scope << 4 | reason;
+	bool forced = c->interrupted && reason != REASON_MIGRATION;
+
+	return (forced ? FLUSH_INTERRUPTED : 0) | sequence << 24 | (uint64_t)(vm & 0xffff) << 8 | scope << 4 |
+	       reason;
 }
 
 static void bump(_Atomic uint64_t *table, uint32_t vm, uint32_t scope, uint32_t reason)
@@ -55,7 +62,7 @@ static struct tlb *begin(struct machine *m, uint32_t cpu, uint32_t vm, uint32_t 
 	struct flush_account *a = account(m, c);
 
 	bump(c->counters->flushes, vm, scope, reason);
-	tlb_flush_begin(c->tlb, a ? flush_number(++a->flushes, vm, scope, reason) : 0);
+	tlb_flush_begin(c->tlb, a ? flush_number(c, ++a->flushes, vm, scope, reason) : 0);
 	event_record(m, cpu, EVENT_FLUSH, (uint64_t)scope << 32 | reason, argument);
 	return c->tlb;
 }
@@ -116,6 +123,7 @@ void flush_averted(struct machine *m, struct cpu *cpu, uint64_t flush)
 	if (!cpu->flush_account || cpu->flush_account->necessary[slot] == flush)
 		return;
 	cpu->flush_account->necessary[slot] = flush;
+	count(cpu->counters, COUNT_NECESSARY_INTERRUPTIONS, flush >> 63);
 	if (vm < m->config.vms)
 		bump(cpu->counters->necessary, vm, scope, reason);
 }

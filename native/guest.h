@@ -25,7 +25,8 @@ struct guest_config {
 	uint32_t hugepages;      /* map anonymous regions with 2 MiB guest pages where they fit */
 	uint32_t pcid;           /* CR4.PCIDE */
 	uint32_t paging;         /* 0: CR0.PG = 0, addresses are guest-physical */
-	uint32_t halt_every;     /* accesses between HLT exits; 0: never */
+	uint32_t halt_every;     /* accesses between HLTs; 0: never */
+	uint32_t halt_us;        /* 0: HLT exits (kvm_vcpu_block); else it does not, and a timer ends it after so long */
 	uint32_t seed;
 };
 

@@ -58,6 +58,7 @@ struct guest {
 	uint64_t clock;        /* accesses and changes so far; only grows */
 	uint64_t due[GUEST_EVENTS]; /* clock at which it is time; UINT64_MAX: never */
 	uint64_t random;
+	uint64_t halted_until; /* monotonic ns: activity state HLT, without an exit, until then; 0: active */
 	/* guest-physical memory of this OS: stacks of free gfns, last in first out, and users of each page */
 	uint32_t *free_gfn;
 	uint64_t free_count;

@@ -3,6 +3,8 @@
 #include <stdlib.h>
 #include <string.h>
 
+#include "vm.h"
+
 /* The orders of P2 and P3 in cpu.h. */
 #define SEQ_CST memory_order_seq_cst
 
@@ -70,8 +72,16 @@ static void csd_unlock(struct machine *m, struct csd *csd)
 		cpu_wake(m, sender);
 }
 
+/* The VM on whose behalf a call is made (ipi.h). */
+static uint32_t vm_of_call(const struct machine *m, uint32_t function, uint64_t argument)
+{
+	return function == IPI_VMCS_CLEAR && argument < m->config.vcpus ? m->vcpus[argument].vm
+									: (uint32_t)(argument >> 32);
+}
+
 static void run_function(struct machine *m, struct cpu *target, uint32_t function, uint64_t argument)
 {
+	target->concerned |= vm_of_call(m, function, argument) == target->guest_vm;
 	target->in_call = 1;
 	handler_of(function)(m, target, argument);
 	target->in_call = 0;
@@ -194,9 +204,12 @@ void ipi_kick(struct machine *m, uint32_t cpu, struct cpu *target)
 		uint32_t power = atomic_load_explicit(&target->power, SEQ_CST);
 		uint32_t found = power;
 
-		if (power == CPU_RUNNING) {
+		if (power == CPU_RUNNING || power == CPU_GUEST_HALTED) {
 			chaos_point(m, cpu);
 			atomic_fetch_or_explicit(&target->attention, ATTENTION_IPI, SEQ_CST);
+			/* P5 */
+			if (atomic_load_explicit(&target->power, SEQ_CST) == CPU_GUEST_HALTED)
+				cpu_wake(m, target->id);
 			return;
 		}
 		if (power == CPU_SERVICED)

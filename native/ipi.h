@@ -16,11 +16,12 @@
 #include "cpu.h"
 
 /* api */
+/* Arguments name the VM on whose behalf the call is made in their upper 32 bits, but for IPI_VMCS_CLEAR. */
 enum ipi_function {
 	IPI_ACK_KICK,      /* does nothing: the interrupt is the effect (ack_kick) */
 	IPI_VMCS_CLEAR,    /* __loaded_vmcs_clear: argument is the vCPU */
 	IPI_INVEPT_GLOBAL,
-	IPI_INVEPT_SINGLE, /* argument is the EP4TA */
+	IPI_INVEPT_SINGLE, /* argument's lower half is the EP4TA */
 	IPI_FUNCTIONS
 };
 

@@ -174,6 +174,19 @@ static uint64_t until_event(const struct run *run)
 	return n < run->budget ? n : run->budget;
 }
 
+/* HLT without an exit (KVM_CAP_X86_DISABLE_EXITS), as on hosts that give guests pCPUs of their own.  An interrupt
+ * of the host makes the guest exit; entered again it goes on halting (VMCS activity state). */
+static uint32_t halted(struct run *run)
+{
+	struct walk *w = &run->walk;
+	struct guest *g = w->guest;
+
+	cpu_guest_halt(w->m, w->cpu->id, g->halted_until);
+	if (monotonic_ns() >= g->halted_until)
+		g->halted_until = 0;
+	return EXIT_REASONS;
+}
+
 /* Returns an exit reason; EXIT_REASONS: nothing happened that needs one, go on. */
 static uint32_t step(struct run *run)
 {
@@ -184,9 +197,14 @@ static uint32_t step(struct run *run)
 
 	if (attention(run))
 		return cpu_attention(w->m, w->cpu->id) & ATTENTION_IPI ? EXIT_INTERRUPT : EXIT_MESSAGE;
+	if (g->halted_until)
+		return halted(run);
 	if (g->clock >= g->due[GUEST_HALT]) {
 		os_schedule(g, GUEST_HALT);
-		return EXIT_HLT;
+		if (!g->config.halt_us)
+			return EXIT_HLT;
+		g->halted_until = monotonic_ns() + g->config.halt_us * UINT64_C(1000);
+		return EXIT_REASONS;
 	}
 	r = os_setup(w);
 	if (r == WALK_DONE)
@@ -217,6 +235,8 @@ static int enter(struct run *run, struct machine *m, uint32_t cpu, uint32_t vcpu
 	*run = (struct run){ .budget = budget };
 	*w = (struct walk){ .m = m, .cpu = &m->cpus[cpu], .tlb = m->cpus[cpu].tlb, .vcpu = v,
 			    .guest = v->guest, .life_bits = v->guest->life << 16, .exit = out };
+	w->cpu->guest_vm = v->vm;
+	w->cpu->interrupted = false;
 	if (v->left_guest_at)
 		histogram_record(m, cpu, HISTOGRAM_VCPU_PAUSE, monotonic_ns() - v->left_guest_at);
 	count(w->cpu->counters, COUNT_VM_ENTRIES, 1);
@@ -231,6 +251,7 @@ static int leave(struct run *run, uint32_t reason, uint64_t accesses)
 	struct walk *w = &run->walk;
 	struct counters *c = w->cpu->counters;
 	struct vcpu *v = w->vcpu;
+	int r;
 
 	w->exit->reason = reason;
 	w->exit->accesses = accesses;
@@ -245,7 +266,11 @@ static int leave(struct run *run, uint32_t reason, uint64_t accesses)
 	count(c, COUNT_EXIT_INTERRUPT + reason, 1);
 	count(c, COUNT_INTERRUPTIONS, reason == EXIT_INTERRUPT);
 	event_record(w->m, w->cpu->id, EVENT_EXIT, v->id, reason);
-	return local_irq_enable(w->m, w->cpu->id);
+	w->cpu->concerned = false;
+	w->cpu->interrupted = reason == EXIT_INTERRUPT;
+	r = local_irq_enable(w->m, w->cpu->id);
+	count(c, COUNT_BYSTANDER, reason == EXIT_INTERRUPT && !w->cpu->concerned);
+	return r;
 }
 
 int guest_run(struct machine *m, uint32_t cpu, uint32_t vcpu, uint64_t budget, struct vcpu_exit *out)

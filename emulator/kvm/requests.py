@@ -98,7 +98,7 @@ def kvm_kick_many_cpus(cpu: Cpu, kvm: Kvm, wait: bool) -> bool:
     pCPU has left guest mode.  Decision kick_wait: whether to wait for it."""
     wait = wait and kvm.policy.kick_wait(cpu, kvm) == "wait"
     cpu.point("call_queue", kvm.id, "write")
-    cpu.check(lib.smp_call_function_many(cpu.m, cpu.id, cpu.kick_mask, lib.IPI_ACK_KICK, 0, wait))
+    cpu.check(lib.smp_call_function_many(cpu.m, cpu.id, cpu.kick_mask, lib.IPI_ACK_KICK, kvm.id << 32, wait))
     return True
 
 
@@ -109,7 +109,7 @@ def kvm_vcpu_kick(cpu: Cpu, vcpu: Vcpu) -> None:
         return
     target: int = lib.vcpu_cpu(cpu.m, vcpu.id)
     if target not in (cpu.id, -1):
-        cpu.check(lib.smp_call_function_single(cpu.m, cpu.id, target, lib.IPI_ACK_KICK, 0, 0))
+        cpu.check(lib.smp_call_function_single(cpu.m, cpu.id, target, lib.IPI_ACK_KICK, vcpu.kvm.id << 32, 0))
 
 
 def kvm_flush_remote_tlbs(cpu: Cpu, kvm: Kvm, reason: int) -> None:

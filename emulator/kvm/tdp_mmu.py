@@ -90,6 +90,7 @@ def kvm_tdp_mmu_alloc_root(cpu: Cpu, kvm: Kvm, role: KvmMmuPageRole) -> KvmMmuPa
                 return root
             hfn = cpu.check(lib.ept_table_alloc(cpu.m, cpu.id, lib.FRAME_ROOT))
             root = KvmMmuPage(hfn, role)
+            cpu.stat(kvm.id, lib.STAT_ROOTS_ALLOCATED)
             cpu.point("tdp_mmu_roots", kvm.id, "write")
             kvm.tdp_mmu_roots = (root, *kvm.tdp_mmu_roots)
             return root
