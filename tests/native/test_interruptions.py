@@ -1,0 +1,107 @@
+"""Who is interrupted by whom: guests that halt without an exit, bystanders, flushes that an interruption led to."""
+
+from __future__ import annotations
+
+import threading
+import time
+from collections.abc import Callable, Iterator
+
+import pytest
+from support import wait_until
+
+from native import ffi, lib
+from tests.native.hypervisor import READ, Hypervisor
+
+PAGES = list(range(0x100, 0x110))
+HALT_US = 20_000
+
+
+@pytest.fixture
+def machine() -> Iterator[Hypervisor]:
+    with Hypervisor() as h:
+        yield h
+
+
+def idle_guest(machine: Hypervisor, halt_us: int = HALT_US) -> int:
+    """A vCPU that halts after every 1000 accesses."""
+    vcpu = machine.vcpu(machine.vm(), 1, halt_every=1000, halt_us=halt_us)
+    machine.process(vcpu, [READ << 62 | page << 12 for page in PAGES], PAGES)
+    for page in PAGES:
+        machine.access(0, vcpu, page << 12)
+    return vcpu
+
+
+def enter_and(machine: Hypervisor, vcpu: int, act: Callable[[], None]) -> int:
+    """Run the guest on pCPU 0 on a thread of its own; `act` once it halts; the exit's reason."""
+    reasons: list[int] = []
+
+    def guest() -> None:
+        machine.enter(0, vcpu)
+        reasons.append(lib.guest_run(machine.m, 0, vcpu, 1 << 30, machine.exit))
+
+    thread = threading.Thread(target=guest, daemon=True)
+    thread.start()
+    wait_until(lambda: lib.cpu_power(machine.m, 0) == lib.CPU_GUEST_HALTED, "the guest halts")
+    assert lib.vcpu_mode(machine.m, vcpu) == lib.IN_GUEST_MODE
+    act()
+    thread.join(10)
+    assert reasons, "the guest is still asleep"
+    return reasons[0]
+
+
+def kick(machine: Hypervisor, vm: int) -> None:
+    mask = ffi.new("uint64_t[]", [1])
+    sender = machine.pcpus
+    assert lib.smp_call_function_many(machine.m, sender, mask, lib.IPI_ACK_KICK, vm << 32, 1) == 1
+    # Acknowledged: then it has left guest mode, with nothing else to make it.
+    assert lib.vcpu_mode(machine.m, 0) == lib.OUTSIDE_GUEST_MODE
+
+
+def test_an_ipi_makes_a_halted_guest_exit(machine: Hypervisor) -> None:
+    vcpu = idle_guest(machine, halt_us=60_000_000)
+    assert enter_and(machine, vcpu, lambda: kick(machine, 0)) == lib.EXIT_INTERRUPT
+    assert machine.count(lib.COUNT_INTERRUPTIONS) == 1
+    assert machine.count(lib.COUNT_BYSTANDER) == 0
+
+
+def test_an_ipi_for_another_vm_makes_it_a_bystander(machine: Hypervisor) -> None:
+    vcpu = idle_guest(machine, halt_us=60_000_000)
+    assert enter_and(machine, vcpu, lambda: kick(machine, 1)) == lib.EXIT_INTERRUPT
+    assert machine.count(lib.COUNT_BYSTANDER) == 1
+
+
+def test_entered_again_it_halts_for_the_rest_of_the_time(machine: Hypervisor) -> None:
+    vcpu = idle_guest(machine, halt_us=300_000)
+    started = time.monotonic()
+    enter_and(machine, vcpu, lambda: kick(machine, 0))
+    machine.enter(0, vcpu)
+    # 1000 accesses to the next HLT: the timer has fired by then.
+    assert lib.guest_run(machine.m, 0, vcpu, 500, machine.exit) == lib.EXIT_PREEMPTION_TIMER
+    assert time.monotonic() - started >= 0.29
+
+
+def test_a_message_wakes_it(machine: Hypervisor) -> None:
+    vcpu = idle_guest(machine, halt_us=60_000_000)
+    notify = lambda: lib.cpu_notify(machine.m, 0, lib.ATTENTION_MESSAGE)  # noqa: E731
+    assert enter_and(machine, vcpu, notify) == lib.EXIT_MESSAGE
+
+
+def test_stop_wakes_it(machine: Hypervisor) -> None:
+    vcpu = idle_guest(machine, halt_us=60_000_000)
+    assert enter_and(machine, vcpu, lambda: lib.machine_stop(machine.m)) == lib.EXIT_MESSAGE
+
+
+@pytest.mark.parametrize("interrupted", [True, False])
+def test_a_necessary_flush_knows_whether_an_interruption_led_to_it(
+    machine: Hypervisor, interrupted: bool
+) -> None:
+    vcpu = idle_guest(machine, halt_us=60_000_000)
+    if interrupted:
+        enter_and(machine, vcpu, lambda: kick(machine, 0))
+    gfn = PAGES[0]
+    machine.zap(0, 0, gfn)
+    lib.flush_invept_global(machine.m, 0, 0, lib.REASON_REMOTE_ZAP)
+    machine.promise(0, 0, gfn, lib.PROMISE_ZAP_RANGE)
+    machine.access(0, vcpu, gfn << 12)
+    assert machine.count(lib.COUNT_AVERTED) > 0
+    assert machine.count(lib.COUNT_NECESSARY_INTERRUPTIONS) == int(interrupted)
