@@ -1,0 +1,268 @@
+"""Operations of litmus tests on the threads of ioctl callers and of the host's memory management.
+
+Host pages are those of the VMM's address space, which memslot 0 maps one to one: page 0x10 of the guest
+is page 0x10 of user memory.
+"""
+
+from __future__ import annotations
+
+from typing import ClassVar
+
+from emulator.kvm.kvm_host import KVM_MEM_LOG_DIRTY_PAGES
+from emulator.kvm.kvm_main import (
+    kvm_flush_remote_tlbs,
+    kvm_mmu_notifier_invalidate_range_end,
+    kvm_mmu_notifier_invalidate_range_start,
+    kvm_set_memory_region,
+    kvm_vm_ioctl_clear_dirty_log,
+    kvm_vm_ioctl_get_dirty_log,
+)
+from emulator.kvm.mmu import kvm_mmu_zap_all_fast, kvm_zap_gfn_range
+from emulator.litmus.syntax import Arg, Context, KvmOp, Op
+from native import lib
+
+SLOT = 0
+HUGE_PAGES = 512
+_RANGE = (Arg("page", "page"), Arg("count", "count", 1))
+_HUGE = (Arg("page", "page"),)
+
+
+class _Range(KvmOp):
+    args: ClassVar[tuple[Arg, ...]] = _RANGE
+
+    def range(self) -> tuple[int, int]:
+        """[start, end) in pages."""
+        start = self.number("page")
+        return start, start + self.number("count")
+
+
+# --- the host's memory management ---------------------------------------------------------------------------
+
+
+class HostUnmap(_Range):
+    verb = "host-unmap"
+    doc = "reclaim: mmu_notifier, then the frames of PAGE (COUNT pages) are free; contents go to swap"
+
+    def run(self, context: Context) -> None:
+        cpu, vm = context.cpu, context.kvm.id
+        start, end = self.range()
+        with context.memory.changing(cpu, start, end):
+            lib.mm_unmap(cpu.m, cpu.id, vm, start, end, 1)
+
+
+class HostDiscard(_Range):
+    verb = "host-discard"
+    doc = "MADV_DONTNEED: the same, contents are lost (a balloon)"
+
+    def run(self, context: Context) -> None:
+        cpu, vm = context.cpu, context.kvm.id
+        start, end = self.range()
+        with context.memory.changing(cpu, start, end):
+            lib.mm_unmap(cpu.m, cpu.id, vm, start, end, 0)
+
+
+class HostTouch(_Range):
+    verb = "host-touch"
+    doc = "user space writes to PAGE: takes frames, those first that were freed last"
+
+    def run(self, context: Context) -> None:
+        cpu, vm = context.cpu, context.kvm.id
+        for page in range(*self.range()):
+            rc = lib.mm_fault(cpu.m, cpu.id, vm, page, 1, cpu.page)
+            if rc != lib.MACHINE_AGAIN:
+                cpu.check(rc)
+
+
+class HostProtect(_Range):
+    verb = "host-protect"
+    doc = "mprotect(PROT_READ), or KSM: nobody writes to the pages any more"
+
+    def run(self, context: Context) -> None:
+        cpu, vm = context.cpu, context.kvm.id
+        start, end = self.range()
+        with context.memory.changing(cpu, start, end, lib.PROMISE_NOTIFIER_WRITE):
+            lib.mm_protect(cpu.m, cpu.id, vm, start, end, 0)
+
+
+class HostUnprotect(_Range):
+    verb = "host-unprotect"
+    doc = "mprotect(PROT_READ | PROT_WRITE)"
+
+    def run(self, context: Context) -> None:
+        cpu, vm = context.cpu, context.kvm.id
+        start, end = self.range()
+        with context.memory.changing(cpu, start, end):
+            lib.mm_protect(cpu.m, cpu.id, vm, start, end, 1)
+
+
+class HostMigrate(_Range):
+    verb = "host-migrate"
+    doc = "migrate_pages(): each page to another frame, the old one is free"
+
+    def run(self, context: Context) -> None:
+        cpu, vm = context.cpu, context.kvm.id
+        start, end = self.range()
+        with context.memory.changing(cpu, start, end):
+            lib.mm_migrate(cpu.m, cpu.id, vm, start, end)
+
+
+class HostCollapse(KvmOp):
+    verb = "host-collapse"
+    doc = "khugepaged: one 2 MiB page for the 512 pages from PAGE on"
+    args = _HUGE
+
+    def run(self, context: Context) -> None:
+        cpu, vm, start = context.cpu, context.kvm.id, self.number("page")
+        with context.memory.changing(cpu, start, start + HUGE_PAGES):
+            rc = lib.mm_collapse(cpu.m, cpu.id, vm, start)
+        if rc not in (lib.MACHINE_NOMEM, lib.MACHINE_AGAIN):
+            cpu.check(rc)
+
+
+class HostSplit(KvmOp):
+    verb = "host-split"
+    doc = "__split_huge_pmd(): the same frames mapped by 4 KiB pages"
+    args = _HUGE
+
+    def run(self, context: Context) -> None:
+        cpu, vm, start = context.cpu, context.kvm.id, self.number("page")
+        with context.memory.changing(cpu, start, start + HUGE_PAGES):
+            if lib.mm_huge(cpu.m, vm, start):
+                cpu.check(lib.mm_split(cpu.m, cpu.id, vm, start))
+
+
+class NotifierStart(_Range):
+    verb = "notifier-start"
+    doc = "only mmu_notifier_invalidate_range_start(), for tests that look between it and the end"
+
+    def run(self, context: Context) -> None:
+        kvm_mmu_notifier_invalidate_range_start(context.cpu, context.kvm, *self.range())
+
+
+class NotifierFree(_Range):
+    verb = "notifier-free"
+    doc = "what reclaim does between notifier-start and notifier-end: the frames are free"
+
+    def run(self, context: Context) -> None:
+        cpu = context.cpu
+        lib.mm_unmap(cpu.m, cpu.id, context.kvm.id, *self.range(), 1)
+
+
+class NotifierEnd(_Range):
+    verb = "notifier-end"
+    doc = "only mmu_notifier_invalidate_range_end()"
+
+    def run(self, context: Context) -> None:
+        kvm_mmu_notifier_invalidate_range_end(context.cpu, context.kvm, *self.range())
+
+
+# --- ioctls -------------------------------------------------------------------------------------------------
+
+
+class Zap(_Range):
+    verb = "zap"
+    doc = "kvm_zap_gfn_range()"
+
+    def run(self, context: Context) -> None:
+        kvm_zap_gfn_range(context.cpu, context.kvm, *self.range())
+
+
+class ZapAll(KvmOp):
+    verb = "zap-all"
+    doc = "kvm_mmu_zap_all_fast(): all roots are invalidated and replaced"
+
+    def run(self, context: Context) -> None:
+        with context.kvm.slots_lock.held(context.cpu):
+            kvm_mmu_zap_all_fast(context.cpu, context.kvm)
+
+
+class FlushRemote(KvmOp):
+    verb = "flush-remote"
+    doc = "kvm_flush_remote_tlbs()"
+
+    def run(self, context: Context) -> None:
+        kvm_flush_remote_tlbs(context.cpu, context.kvm, lib.REASON_OTHER)
+
+
+class SlotDelete(KvmOp):
+    verb = "slot-delete"
+    doc = "KVM_SET_USER_MEMORY_REGION: memslot 0 is deleted"
+
+    def run(self, context: Context) -> None:
+        kvm_set_memory_region(context.cpu, context.kvm, SLOT, 0, 0, 0)
+
+
+class SlotCreate(KvmOp):
+    verb = "slot-create"
+    doc = "... and created again"
+
+    def run(self, context: Context) -> None:
+        kvm_set_memory_region(context.cpu, context.kvm, SLOT, 0, context.vm.pages, 0)
+
+
+class LogArm(KvmOp):
+    verb = "log-arm"
+    doc = "dirty logging of memslot 0 begins"
+
+    def run(self, context: Context) -> None:
+        pages = context.vm.pages
+        kvm_set_memory_region(context.cpu, context.kvm, SLOT, 0, pages, 0, KVM_MEM_LOG_DIRTY_PAGES)
+
+
+class LogDisarm(KvmOp):
+    verb = "log-disarm"
+    doc = "... and ends: huge pages are recovered"
+
+    def run(self, context: Context) -> None:
+        kvm_set_memory_region(context.cpu, context.kvm, SLOT, 0, context.vm.pages, 0)
+
+
+class LogGet(KvmOp):
+    verb = "log-get"
+    doc = "KVM_GET_DIRTY_LOG of memslot 0"
+
+    def run(self, context: Context) -> None:
+        kvm_vm_ioctl_get_dirty_log(context.cpu, context.kvm, SLOT)
+
+
+class LogClear(KvmOp):
+    verb = "log-clear"
+    doc = "KVM_CLEAR_DIRTY_LOG of the 64 pages around PAGE, as reported dirty or not"
+    args = _HUGE
+
+    def run(self, context: Context) -> None:
+        first = self.number("page") & -64
+        kvm_vm_ioctl_clear_dirty_log(context.cpu, context.kvm, SLOT, first, 64, [(1 << 64) - 1])
+
+
+class Rcu(KvmOp):
+    verb = "rcu"
+    doc = "rcu_barrier(): all callbacks queued so far have run, pages left to RCU are free"
+
+    def run(self, context: Context) -> None:
+        context.cpu.check(lib.rcu_barrier(context.cpu.m, context.cpu.id))
+
+
+KVM_OPS: tuple[type[Op], ...] = (
+    HostUnmap,
+    HostDiscard,
+    HostTouch,
+    HostProtect,
+    HostUnprotect,
+    HostMigrate,
+    HostCollapse,
+    HostSplit,
+    NotifierStart,
+    NotifierFree,
+    NotifierEnd,
+    Zap,
+    ZapAll,
+    FlushRemote,
+    SlotDelete,
+    SlotCreate,
+    LogArm,
+    LogDisarm,
+    LogGet,
+    LogClear,
+    Rcu,
+)

@@ -1,0 +1,79 @@
+"""Litmus tests from the package or from files; errors name file, key, what was found, what is expected."""
+
+from __future__ import annotations
+
+import tomllib
+from collections.abc import Iterable
+from functools import cache
+from importlib import resources
+from pathlib import Path
+
+from pydantic import ValidationError
+
+from emulator.errors import BadInput
+from emulator.litmus.model import LitmusTest, SchemaError, bind
+from emulator.validation import first_error
+
+
+@cache
+def shipped_texts() -> dict[str, str]:
+    """Texts of the tests that ship with the package, by name."""
+    directory = resources.files("emulator").joinpath("litmus")
+    files = sorted((file.name, file) for file in directory.iterdir() if file.name.endswith(".toml"))
+    return {name.removesuffix(".toml"): file.read_text("utf-8") for name, file in files}
+
+
+def shipped_tests() -> list[LitmusTest]:
+    return [parse_test(text, name, None) for name, text in shipped_texts().items()]
+
+
+def parse_test(text: str, where: str, path: Path | None) -> LitmusTest:
+    """A test from its text; `where` is what errors call it."""
+    try:
+        test = LitmusTest.model_validate(tomllib.loads(text))
+        bind(test)
+    except tomllib.TOMLDecodeError as error:
+        raise BadInput(where, f"not TOML: {error}") from error
+    except ValidationError as error:
+        raise BadInput(where, *first_error(error, LitmusTest)) from error
+    except SchemaError as error:
+        raise BadInput(f"{where}: {error.key}", f"found {error.found}", error.expected) from error
+    test._name = path.stem if path is not None else where
+    test._path = path
+    return test
+
+
+def load_test(name_or_path: str) -> LitmusTest:
+    """A shipped test by name, or a file: whatever has a suffix or a slash is a file."""
+    if "/" not in name_or_path and "." not in name_or_path:
+        shipped = shipped_texts()
+        if name_or_path in shipped:
+            return parse_test(shipped[name_or_path], name_or_path, None)
+        raise BadInput(
+            f"litmus test {name_or_path!r}",
+            "no such test",
+            "a name that `flushlab list litmus` prints, or a .toml file",
+        )
+    path = Path(name_or_path)
+    try:
+        text = path.read_text("utf-8")
+    except OSError as error:
+        raise BadInput(str(path), error.strerror or str(error), "a readable litmus test") from error
+    except UnicodeDecodeError as error:
+        raise BadInput(str(path), f"not UTF-8 at byte {error.start}", "a TOML file") from error
+    return parse_test(text, str(path), path)
+
+
+def load_tests(names: Iterable[str]) -> list[LitmusTest]:
+    """The named ones, files, or all of a directory's .toml files; without names all that ship."""
+    tests: list[LitmusTest] = []
+    for name in names:
+        path = Path(name)
+        if "/" in name and path.is_dir():
+            files = sorted(path.glob("*.toml"))
+            if not files:
+                raise BadInput(name, "no .toml file in this directory", "litmus tests")
+            tests.extend(load_test(str(file)) for file in files)
+        else:
+            tests.append(load_test(name))
+    return tests or shipped_tests()

@@ -1,0 +1,327 @@
+"""The schema of litmus tests: one TOML file each.
+
+    doc = "One paragraph: what could go wrong, and why it does or does not."
+    source = "The thread (subject, date) or the commit that the test comes from."
+
+    [machine]                     # all optional
+    pcpus = 2                     # physical CPUs; TLBs never evict
+    root_frames = 4               # host frames for EPT roots: few, so that pages become roots again
+
+    [[vm]]                        # one VM with one vCPU if not given
+    vcpus = 2
+    pages = 2048                  # guest-physical memory; memslot 0 covers it
+    smm_slots = false             # the same memory in the address space of SMM, too
+    tdp_levels = [4, 5]           # of each vCPU's EPT (all 4 if not given)
+    paging = false                # guests run with CR0.PG = 0: addresses are guest-physical
+    pcid = false                  # CR4.PCIDE
+    chunk = 32                    # SPTEs that a zap handles in one step
+    resched_chunks = 0            # a zap yields after so many steps; 0: only if somebody wants mmu_lock
+    dirty_log = "protect"         # or "manual", "initially-set" (KVM_CAP_MANUAL_DIRTY_LOG_PROTECT2)
+
+    init = ["v0: write 0x10"]     # done one after the other before the threads start
+    final = ["v0: read 0x10"]     # ... and after they have ended
+
+    [threads.v0]                  # a vCPU's thread
+    vcpu = 0                      # of which VM: vm = 0
+    pcpu = 0                      # where it starts
+    ops = ["read 0x10", "migrate 1"]
+
+    [threads.mm]                  # an ioctl caller, or the host's memory management
+    vm = 0
+    ops = ["wait v0 1", "host-unmap 0x10"]
+
+    [stress]                      # only for runs on real threads
+    delays = ["v0 mode write", "mm mmu_lock"]  # THREAD POINT [read|write]: linger here now and then
+
+    [expect]
+    needs = "averted"             # without which a run without violations proves nothing; see below
+    default = "safe"
+    "mutant:B21" = ["use-after-free"]
+
+Pages are numbers of 4 KiB pages, decimal or 0x hexadecimal.  `flushlab list litmus --ops` explains the
+operations.  A thread's name is made of letters, digits and "_".  `wait THREAD N` waits until THREAD has
+completed its first N operations (those of `ops`); a vCPU waits in guest mode, with `block` outside of it.
+
+The verdict of a policy is
+    safe           no violation, and the danger was there (`needs`)
+    violations     some access used what KVM had promised to be gone
+    inconclusive   no violation, but nothing that could have led to one either
+`expect` names the policies for which it is not safe: a list of violation kinds means that at least one
+execution violates, and that every violation is of one of these kinds.  "inconclusive" is for a policy under
+which the danger cannot arise.  Keys are presets, mutants, or "point=alternative" (several joined by ","): the
+default policy with that changed.
+
+`needs`, any of:
+    averted        a flush removed an entry whose use would have been a violation, and the use came
+    legal-stale    an entry was used between a zap and its completed flush: allowed, and must stay so
+    dead-root      a root page came back as a root while old entries of it were cached
+    yields, retries, tables-freed, elided, guest-invalidations    KVM or a guest did such a thing
+    nothing        the test proves by itself
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated, Literal, Self
+
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, PrivateAttr, model_validator
+
+from emulator.litmus.ops import Op, OpError, parse_op
+from native import VIOLATION_KINDS
+
+SAFE = "safe"
+INCONCLUSIVE = "inconclusive"
+VIOLATION_KINDS_SET = frozenset(VIOLATION_KINDS)
+
+Need = Literal[
+    "averted",
+    "legal-stale",
+    "dead-root",
+    "yields",
+    "retries",
+    "tables-freed",
+    "elided",
+    "guest-invalidations",
+    "nothing",
+]
+Kind = Literal["vcpu", "kvm"]
+
+
+class Section(BaseModel):
+    model_config = ConfigDict(frozen=True, extra="forbid", arbitrary_types_allowed=True)
+
+
+def _one_or_many(value: object) -> object:
+    return (value,) if isinstance(value, str) else value
+
+
+class MachineSection(Section):
+    pcpus: int = Field(default=2, ge=1, le=8, strict=True)
+    root_frames: int = Field(default=8, ge=2, le=64, strict=True)
+    table_frames: int = Field(default=256, ge=16, le=4096, strict=True)
+    guest_blocks: int = Field(default=4, ge=0, le=16, strict=True)
+
+
+class VmSection(Section):
+    vcpus: int = Field(default=1, ge=1, le=4, strict=True)
+    pages: int = Field(default=2048, ge=64, le=1 << 19, strict=True)
+    smm_slots: bool = False
+    tdp_levels: tuple[Literal[4, 5], ...] = ()
+    paging: bool = False
+    pcid: bool = False
+    chunk: int = Field(default=32, ge=1, le=512, strict=True)
+    resched_chunks: int = Field(default=0, ge=0, le=1024, strict=True)
+    eager_page_split: bool = True
+    dirty_log: Literal["protect", "manual", "initially-set"] = "protect"
+
+    @model_validator(mode="after")
+    def _a_level_for_each(self) -> Self:
+        if self.tdp_levels and len(self.tdp_levels) != self.vcpus:
+            raise ValueError(f"tdp_levels to have {self.vcpus} entries, one for each vCPU")
+        if self.pcid and not self.paging:
+            raise ValueError("paging = true where pcid = true")
+        return self
+
+    def tdp_level(self, vcpu: int) -> int:
+        return self.tdp_levels[vcpu] if self.tdp_levels else 4
+
+
+class ThreadSection(Section):
+    vcpu: int | None = Field(default=None, ge=0, strict=True)
+    vm: int = Field(default=0, ge=0, strict=True)
+    pcpu: int = Field(default=0, ge=0, strict=True)
+    ops: tuple[str, ...] = ()
+
+    _parsed: tuple[Op, ...] = PrivateAttr(default=())
+
+    @property
+    def is_vcpu(self) -> bool:
+        return self.vcpu is not None
+
+    @property
+    def parsed(self) -> tuple[Op, ...]:
+        """The operations, as `emulator.litmus.ops` knows them."""
+        return self._parsed
+
+
+class StressSection(Section):
+    delays: tuple[str, ...] = ()
+
+
+class Delay(Section):
+    """Linger at a point of KVM's code: thread, kind of object, access ("" for any)."""
+
+    thread: str
+    point: str
+    mode: str = ""
+
+
+Expected = str | tuple[str, ...]
+
+
+def _verdict(value: object) -> Expected:
+    if value in (SAFE, INCONCLUSIVE):
+        return str(value)
+    if isinstance(value, list | tuple) and value and all(kind in VIOLATION_KINDS_SET for kind in value):
+        return tuple(value)
+    kinds = ", ".join(VIOLATION_KINDS)
+    raise ValueError(f'"safe", "inconclusive", or a list of violations ({kinds})')
+
+
+class ExpectSection(BaseModel):
+    model_config = ConfigDict(frozen=True, extra="allow")
+
+    needs: Annotated[tuple[Need, ...], BeforeValidator(_one_or_many)] = ("averted",)
+    default: Literal["safe", "inconclusive"] = "safe"
+    __pydantic_extra__: dict[str, Annotated[Expected, BeforeValidator(_verdict)]] = Field(init=False)
+
+    @property
+    def policies(self) -> dict[str, Expected]:
+        """What is not `default`: by preset, mutant, or "point=alternative[,...]"."""
+        return self.__pydantic_extra__ or {}
+
+
+class LitmusTest(Section):
+    doc: str = Field(min_length=1)
+    source: str = Field(min_length=1)
+    machine: MachineSection = MachineSection()
+    vm: tuple[VmSection, ...] = Field(default=(VmSection(),), min_length=1, max_length=4)
+    init: tuple[str, ...] = ()
+    final: tuple[str, ...] = ()
+    threads: dict[str, ThreadSection] = Field(min_length=1)
+    stress: StressSection = StressSection()
+    expect: ExpectSection = ExpectSection()
+
+    _name: str = PrivateAttr(default="litmus")
+    _path: Path | None = PrivateAttr(default=None)
+    _init: tuple[tuple[str, Op], ...] = PrivateAttr(default=())
+    _final: tuple[tuple[str, Op], ...] = PrivateAttr(default=())
+    _delays: tuple[Delay, ...] = PrivateAttr(default=())
+
+    @property
+    def name(self) -> str:
+        """The file's, without directory and suffix."""
+        return self._name
+
+    @property
+    def path(self) -> Path | None:
+        """Where it was read from; None: shipped with the package."""
+        return self._path
+
+    @property
+    def parsed_init(self) -> tuple[tuple[str, Op], ...]:
+        """(thread, operation), in order."""
+        return self._init
+
+    @property
+    def parsed_final(self) -> tuple[tuple[str, Op], ...]:
+        return self._final
+
+    @property
+    def delays(self) -> tuple[Delay, ...]:
+        return self._delays
+
+    def thread_names(self) -> tuple[str, ...]:
+        return tuple(self.threads)
+
+    @property
+    def operations(self) -> int:
+        """Of all threads, without init and final."""
+        return sum(len(thread.ops) for thread in self.threads.values())
+
+
+class SchemaError(ValueError):
+    """(key, found, expected) of what pydantic cannot check."""
+
+    def __init__(self, key: str, found: str, expected: str) -> None:
+        super().__init__(f"{key}: found {found}; expected {expected}")
+        self.key, self.found, self.expected = key, found, expected
+
+
+def bind(test: LitmusTest) -> None:
+    """Parse the operations and check what refers to what.  Raises SchemaError."""
+    for name, thread in test.threads.items():
+        _check_thread(test, name, thread)
+    for name, thread in test.threads.items():
+        thread._parsed = tuple(
+            _parse(test, f"threads.{name}.ops[{i}]", name, text) for i, text in enumerate(thread.ops)
+        )
+    test._init = _parse_prefixed(test, "init", test.init)
+    test._final = _parse_prefixed(test, "final", test.final)
+    test._delays = tuple(
+        _parse_delay(test, f"stress.delays[{i}]", text) for i, text in enumerate(test.stress.delays)
+    )
+    _check_progress(test)
+
+
+def _check_thread(test: LitmusTest, name: str, thread: ThreadSection) -> None:
+    key = f"threads.{name}"
+    if not name.isidentifier():
+        raise SchemaError(key, repr(name), 'a name of letters, digits and "_"')
+    if thread.vm >= len(test.vm):
+        raise SchemaError(f"{key}.vm", str(thread.vm), f"less than {len(test.vm)}, the number of VMs")
+    if thread.vcpu is None:
+        return
+    vcpus = test.vm[thread.vm].vcpus
+    if thread.vcpu >= vcpus:
+        raise SchemaError(f"{key}.vcpu", str(thread.vcpu), f"less than {vcpus}, the vCPUs of VM {thread.vm}")
+    if thread.pcpu >= test.machine.pcpus:
+        raise SchemaError(f"{key}.pcpu", str(thread.pcpu), f"less than machine.pcpus, {test.machine.pcpus}")
+    for other, section in test.threads.items():
+        if other != name and (section.vm, section.vcpu) == (thread.vm, thread.vcpu):
+            raise SchemaError(f"{key}.vcpu", str(thread.vcpu), f"another vCPU than that of thread {other}")
+
+
+def _parse(test: LitmusTest, key: str, name: str, text: str) -> Op:
+    thread = test.threads[name]
+    try:
+        op = parse_op(text, "vcpu" if thread.is_vcpu else "kvm")
+        op.check(test, name)
+    except OpError as error:
+        raise SchemaError(key, error.found, error.expected) from None
+    return op
+
+
+def _parse_prefixed(test: LitmusTest, where: str, texts: tuple[str, ...]) -> tuple[tuple[str, Op], ...]:
+    parsed = []
+    for i, text in enumerate(texts):
+        key = f"{where}[{i}]"
+        name, colon, rest = text.partition(":")
+        name = name.strip()
+        if not colon or name not in test.threads:
+            raise SchemaError(
+                key, repr(text), f'"THREAD: OPERATION", THREAD one of {", ".join(test.threads)}'
+            )
+        op = _parse(test, key, name, rest.strip())
+        if op.waits_for() is not None:
+            raise SchemaError(key, repr(text), f"no wait: the operations of {where} follow one another")
+        parsed.append((name, op))
+    return tuple(parsed)
+
+
+def _parse_delay(test: LitmusTest, key: str, text: str) -> Delay:
+    words = text.split()
+    if not 2 <= len(words) <= 3 or (len(words) == 3 and words[2] not in ("read", "write")):
+        raise SchemaError(key, repr(text), '"THREAD POINT [read|write]"')
+    if words[0] not in test.threads:
+        raise SchemaError(key, repr(words[0]), f"one of the threads {', '.join(test.threads)}")
+    return Delay(thread=words[0], point=words[1], mode=words[2] if len(words) == 3 else "")
+
+
+def _check_progress(test: LitmusTest) -> None:
+    """Waits must be able to end: run all threads as far as they get."""
+    done = dict.fromkeys(test.threads, 0)
+    moved = True
+    while moved:
+        moved = False
+        for name, thread in test.threads.items():
+            while done[name] < len(thread.parsed):
+                wait = thread.parsed[done[name]].waits_for()
+                if wait is not None and done[wait[0]] < wait[1]:
+                    break
+                done[name] += 1
+                moved = True
+    for name, thread in test.threads.items():
+        if done[name] < len(thread.parsed):
+            at = done[name]
+            raise SchemaError(f"threads.{name}.ops[{at}]", repr(thread.ops[at]), "a wait that can end")

@@ -1,0 +1,35 @@
+"""The operations of litmus tests: what each is called, and how it is read.
+
+A *guest* operation becomes instructions of the vCPU's guest program; consecutive ones run in one stretch of
+guest mode.  Any other operation has one implementation, `run(context)`, on KVM's public functions.
+"""
+
+from __future__ import annotations
+
+from emulator.litmus.guest_ops import GUEST_OPS, VCPU_OPS
+from emulator.litmus.kvm_ops import KVM_OPS
+from emulator.litmus.syntax import Context, GuestOp, Instruction, KvmOp, Op, OpError, VcpuOp, Who, parse
+from emulator.litmus.waits import Block, Wait
+
+__all__ = [
+    "VERBS",
+    "Block",
+    "Context",
+    "GuestOp",
+    "Instruction",
+    "KvmOp",
+    "Op",
+    "OpError",
+    "VcpuOp",
+    "Wait",
+    "parse_op",
+]
+
+_KINDS: tuple[type[Op], ...] = (*GUEST_OPS, Wait, Block, *VCPU_OPS, *KVM_OPS)
+
+VERBS: dict[str, type[Op]] = {kind.verb: kind for kind in _KINDS}
+
+
+def parse_op(text: str, who: Who) -> Op:
+    """The operation that `text` says, for a thread with a vCPU ("vcpu") or without ("kvm")."""
+    return parse(text, who, VERBS)

@@ -1,0 +1,209 @@
+"""How operations of litmus tests are written: `VERB ARGUMENT ... [WORD ...]`, and what is wrong with one."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from difflib import get_close_matches
+from typing import TYPE_CHECKING, ClassVar, Literal, Protocol
+
+if TYPE_CHECKING:
+    from emulator.actors.host import UserMemory
+    from emulator.kvm.structs import Kvm, Vcpu
+    from emulator.litmus.model import LitmusTest, VmSection
+    from emulator.runtime import Cpu
+
+Who = Literal["vcpu", "kvm"]
+ArgumentKind = Literal["page", "count", "number", "pcpu", "thread"]
+
+_EXPECTED: dict[str, str] = {
+    "page": "a page number such as 0x10",
+    "count": "a number of pages, at least 1",
+    "number": "a whole number",
+    "pcpu": "the number of a pCPU",
+    "thread": "a thread's name",
+}
+_MAX_PAGE = (1 << 36) - 1
+
+
+class OpError(ValueError):
+    """What was found, and what was expected."""
+
+    def __init__(self, found: str, expected: str) -> None:
+        super().__init__(f"found {found}; expected {expected}")
+        self.found, self.expected = found, expected
+
+
+@dataclass(frozen=True, slots=True)
+class Arg:
+    """One argument; without a default it must be given."""
+
+    name: str
+    kind: ArgumentKind
+    default: int | None = None
+
+    def parse(self, text: str) -> int | str:
+        if self.kind == "thread":
+            return text
+        try:
+            value = int(text, 0)
+        except ValueError:
+            raise OpError(repr(text), f"{_EXPECTED[self.kind]} for {self.name.upper()}") from None
+        low = 1 if self.kind == "count" else 0
+        if not low <= value <= _MAX_PAGE:
+            raise OpError(repr(text), f"{_EXPECTED[self.kind]} for {self.name.upper()}")
+        return value
+
+
+class Op:
+    """One operation of a thread.  Subclasses say how it is written and who may do it."""
+
+    verb: ClassVar[str]
+    doc: ClassVar[str]
+    args: ClassVar[tuple[Arg, ...]] = ()
+    words: ClassVar[tuple[str, ...]] = ()
+    who: ClassVar[tuple[Who, ...]] = ("kvm",)
+
+    __slots__ = ("flags", "text", "values")
+
+    def __init__(self, text: str, values: dict[str, int | str], flags: frozenset[str]) -> None:
+        self.text = text
+        self.values = values
+        self.flags = flags
+
+    def __repr__(self) -> str:
+        return f"<{self.text}>"
+
+    def __eq__(self, other: object) -> bool:
+        if not isinstance(other, Op):
+            return NotImplemented
+        return (type(self), self.values, self.flags) == (type(other), other.values, other.flags)
+
+    def __hash__(self) -> int:
+        return hash((type(self), self.text))
+
+    @classmethod
+    def usage(cls) -> str:
+        args = [arg.name.upper() if arg.default is None else f"[{arg.name.upper()}]" for arg in cls.args]
+        return " ".join([cls.verb, *args, *(f"[{word}]" for word in cls.words)])
+
+    def number(self, name: str) -> int:
+        value = self.values[name]
+        assert isinstance(value, int)
+        return value
+
+    def name(self, name: str) -> str:
+        value = self.values[name]
+        assert isinstance(value, str)
+        return value
+
+    def waits_for(self) -> tuple[str, int] | None:
+        """(thread, operations that it must have completed), if this operation waits for another thread."""
+        return None
+
+    def check(self, test: LitmusTest, thread: str) -> None:
+        """What only the whole test tells.  Raises OpError."""
+        section = test.threads[thread]
+        pages = test.vm[section.vm].pages
+        for arg in self.args:
+            if arg.kind == "pcpu" and self.number(arg.name) >= test.machine.pcpus:
+                expected = f"a pCPU below machine.pcpus, {test.machine.pcpus}"
+                raise OpError(str(self.number(arg.name)), expected)
+        if self._physical(test, thread):
+            end = self.number("page") + self.values.get("count", 1)  # type: ignore[operator]
+            if end > pages:
+                raise OpError(repr(self.text), f"pages of VM {section.vm}, which has {pages:#x}")
+
+    def _physical(self, test: LitmusTest, thread: str) -> bool:
+        """PAGE is guest-physical."""
+        paging = test.vm[test.threads[thread].vm].paging
+        return "page" in self.values and not (paging and "vcpu" in self.who)
+
+
+class Context(Protocol):
+    """What an operation runs on: a thread of the test, whatever that runs on."""
+
+    @property
+    def cpu(self) -> Cpu:
+        """The CPU that the thread is on now."""
+
+    @property
+    def kvm(self) -> Kvm: ...
+
+    @property
+    def vm(self) -> VmSection: ...
+
+    @property
+    def memory(self) -> UserMemory:
+        """The VMM's address space behind the VM."""
+
+    @property
+    def vcpu(self) -> Vcpu:
+        """The thread's vCPU: loaded on `cpu`, between two KVM_RUN or where KVM_RUN holds nothing."""
+
+    def migrate(self, pcpu: int) -> None:
+        """The thread goes to another pCPU now."""
+
+    def preempt(self, pcpu: int) -> None:
+        """... the next time that KVM is preemptible on the way into the guest."""
+
+    def wait_for(self, thread: str, n: int) -> None: ...
+
+
+@dataclass(frozen=True, slots=True)
+class Instruction:
+    """One instruction of a guest program: kind as in GUEST_OP_*, a linear address, another operand."""
+
+    kind: str
+    linear: int = 0
+    value: int = 0
+    flags: frozenset[str] = frozenset()
+
+
+class GuestOp(Op):
+    """Executed by the guest."""
+
+    who: ClassVar[tuple[Who, ...]] = ("vcpu",)
+
+    def instructions(self) -> list[Instruction]:
+        raise NotImplementedError
+
+
+class KvmOp(Op):
+    """Executed by an ioctl caller or the host's memory management."""
+
+    def run(self, context: Context) -> None:
+        raise NotImplementedError
+
+
+class VcpuOp(Op):
+    """Something that happens to a vCPU outside of its guest, on the thread that runs it."""
+
+    who: ClassVar[tuple[Who, ...]] = ("vcpu",)
+
+    def run(self, context: Context) -> None:
+        raise NotImplementedError
+
+
+def parse(text: str, who: Who, verbs: dict[str, type[Op]]) -> Op:
+    """The operation that `text` says."""
+    words = text.split()
+    if not words:
+        raise OpError("an empty text", "an operation")
+    kind = verbs.get(words[0])
+    if kind is None:
+        close = get_close_matches(words[0], verbs, n=1)
+        guess = f"{close[0]!r}" if close else "one of those that `flushlab list litmus --ops` prints"
+        raise OpError(f"unknown operation {words[0]!r}", guess)
+    if who not in kind.who:
+        needed = "a thread with a vcpu" if who == "kvm" else "a thread without a vcpu"
+        raise OpError(repr(text), f"{words[0]} in {needed}")
+    rest = words[1:]
+    flags = frozenset(word for word in rest if word in kind.words)
+    given = [word for word in rest if word not in kind.words]
+    required = sum(arg.default is None for arg in kind.args)
+    if not required <= len(given) <= len(kind.args):
+        raise OpError(repr(text), f"{kind.usage()!r}")
+    values: dict[str, int | str] = {arg.name: arg.default for arg in kind.args if arg.default is not None}
+    for arg, word in zip(kind.args, given, strict=False):
+        values[arg.name] = arg.parse(word)
+    return kind(text, values, flags)
