@@ -124,6 +124,31 @@ POINTS: tuple[DecisionPoint, ...] = (
         ),
     ),
     DecisionPoint(
+        "zap",
+        "tables lose their link: when they are flushed, and when given to RCU (handle_removed_pt)",
+        (
+            Alternative(
+                "rcu-proxy",
+                "to RCU at once; one flush for all of them, before this thread leaves its read section and a "
+                "grace period can end (since 5.18)",
+            ),
+            Alternative(
+                "disconnected-list",
+                "collected, flushed once, then given to RCU (proposed November 2021)",
+            ),
+            Alternative("flush-per-table", "a flush before each is given to RCU, at every level (to 5.17)"),
+        ),
+    ),
+    DecisionPoint(
+        "zap_root",
+        "in which passes an invalidated root is zapped; it can yield between two SPTEs of a pass only",
+        (
+            Alternative("4k-2m-1g-root", "level by level, so that no step is long (since 6.9)"),
+            Alternative("1g-root", "what is below 1G in one step each (5.18 to 6.8)"),
+            Alternative("root", "what is below each SPTE of the root page in one step (to 5.17)"),
+        ),
+    ),
+    DecisionPoint(
         "zap_yield",
         "order in tdp_mmu_iter_cond_resched, and at the end of walks that remove tables",
         (
@@ -131,7 +156,7 @@ POINTS: tuple[DecisionPoint, ...] = (
             Alternative(
                 "unlock-then-flush",
                 "rcu_read_unlock, then the flush, then mmu_lock (5.12 to 5.17); harmless while only leafs "
-                "go, wrong when tables are freed through RCU",
+                "go, or tables go to RCU after a flush of their own; wrong with zap=rcu-proxy",
                 mutant=True,
             ),
             Alternative("no-flush", "yields without the flush and reports it done", mutant=True),

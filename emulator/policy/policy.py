@@ -85,6 +85,14 @@ class Policy:
         """A range of gfns is about to be zapped."""
         return self._answers["zap_scope"]
 
+    def zap(self, cpu: Cpu, kvm: Kvm) -> str:
+        """A table page has lost its link and all its entries."""
+        return self._answers["zap"]
+
+    def zap_root(self, cpu: Cpu, kvm: Kvm, root: KvmMmuPage) -> str:
+        """`root`, which nobody uses any more, is about to be zapped."""
+        return self._answers["zap_root"]
+
     def zap_yield(self, cpu: Cpu, kvm: Kvm) -> str:
         """A walk that may owe a flush drops its locks."""
         return self._answers["zap_yield"]
