@@ -63,7 +63,7 @@ static struct tlb *begin(struct machine *m, uint32_t cpu, uint32_t vm, uint32_t 
 
 	bump(c->counters->flushes, vm, scope, reason);
 	tlb_flush_begin(c->tlb, a ? flush_number(c, ++a->flushes, vm, scope, reason) : 0);
-	event_record(m, cpu, EVENT_FLUSH, (uint64_t)scope << 32 | reason, argument);
+	event_record(m, cpu, event_of(vm, EVENT_FLUSH), (uint64_t)scope << 32 | reason, argument);
 	return c->tlb;
 }
 
@@ -112,6 +112,15 @@ void flush_invvpid_address(struct machine *m, uint32_t cpu, uint32_t vm, uint32_
 {
 	invvpid_address(begin(m, cpu, vm, SCOPE_INVVPID_ADDRESS, reason, page), vpid, page);
 	end(m, cpu, vm);
+}
+
+void flush_reset(struct machine *m, uint32_t cpu)
+{
+	struct tlb *t = m->cpus[cpu].tlb;
+
+	tlb_flush_begin(t, 0);
+	invept_global(t);
+	invvpid_all(t);
 }
 
 void flush_averted(struct machine *m, struct cpu *cpu, uint64_t flush)

@@ -13,6 +13,8 @@ void flush_invvpid_single(struct machine *m, uint32_t cpu, uint32_t vm, uint32_t
 void flush_invvpid_all(struct machine *m, uint32_t cpu, uint32_t vm, uint32_t reason);
 void flush_invvpid_address(struct machine *m, uint32_t cpu, uint32_t vm, uint32_t vpid, uint64_t page,
 			   uint32_t reason);
+/* Reset of the pCPU: nothing is cached any more, and on nobody's account.  For machines that go on with other VMs. */
+void flush_reset(struct machine *m, uint32_t cpu);
 /* end api */
 
 struct cpu;
