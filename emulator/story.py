@@ -14,7 +14,7 @@ from emulator.result import Report
 from native import EXIT_REASONS, FLUSH_REASONS, FLUSH_SCOPES, VIOLATION_KINDS, enum_names, ffi, lib
 
 EVENTS_SHOWN = 24
-_EVENTS_KEPT = 64
+_EVENTS_KEPT = 512
 
 _EVENT_KINDS = enum_names("event_kind", "EVENT_", count="EVENTS")
 _PROMISES = enum_names("promise", "PROMISE_", count="PROMISES")

@@ -189,7 +189,7 @@ bool spte_try_change(struct machine *m, uint32_t cpu, uint32_t vm, _Atomic uint6
 }
 
 /* Counters and events of one step. */
-static void account(struct machine *m, uint32_t cpu, uint64_t gfn, uint32_t level, uint64_t old,
+static void account(struct machine *m, uint32_t cpu, uint32_t vm, uint64_t gfn, uint32_t level, uint64_t old,
 		    uint64_t new_spte)
 {
 	uint64_t pages = kvm_pages_per_hpage(level);
@@ -197,12 +197,12 @@ static void account(struct machine *m, uint32_t cpu, uint64_t gfn, uint32_t leve
 
 	if (is && !was) {
 		count(m->cpus[cpu].counters, COUNT_SPTES_MAPPED, pages);
-		event_record(m, cpu, EVENT_MAP, gfn, spte_hfn(new_spte));
+		event_record_more(m, cpu, event_of(vm, EVENT_MAP), gfn, spte_hfn(new_spte), pages);
 	} else if (was && !spte_present(new_spte)) {
 		count(m->cpus[cpu].counters, COUNT_SPTES_ZAPPED, pages);
-		event_record(m, cpu, EVENT_ZAP, gfn, pages);
+		event_record_more(m, cpu, event_of(vm, EVENT_ZAP), gfn, pages, pages);
 	} else if (was && is && (old & ~new_spte & SPTE_WRITABLE)) {
-		event_record(m, cpu, EVENT_PROTECT, gfn, pages);
+		event_record_more(m, cpu, event_of(vm, EVENT_PROTECT), gfn, pages, pages);
 	}
 }
 
@@ -252,7 +252,7 @@ int tdp_mmu_set_spte_atomic(struct machine *m, uint32_t cpu, uint32_t vm, uint32
 		return misuse(m, cpu, "a leaf replaces one of another frame", new_spte);
 	if (!spte_try_change(m, cpu, vm, &ept_table(m, table)[index], level, gfn, old_spte, new_spte))
 		return MACHINE_AGAIN;
-	account(m, cpu, gfn, level, old_spte, new_spte);
+	account(m, cpu, vm, gfn, level, old_spte, new_spte);
 	return 0;
 }
 
@@ -280,6 +280,6 @@ uint64_t tdp_mmu_set_spte(struct machine *m, uint32_t cpu, uint32_t vm, uint32_t
 		chaos(m, cpu);
 		ungrant_after(m, vm, gfn, old, level, c);
 	}
-	account(m, cpu, gfn, level, old, new_spte);
+	account(m, cpu, vm, gfn, level, old, new_spte);
 	return old;
 }

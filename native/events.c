@@ -3,17 +3,28 @@
  * whole. */
 #include "events.h"
 
+#include "guest.h"
+#include "ipi.h"
+
 static struct event event_at(const struct event_ring *ring, uint64_t position, uint32_t cpu)
 {
 	const struct event_slot *slot = &ring->slot[position % EVENT_RING];
+	uint64_t kind = atomic_load_explicit(&slot->kind, memory_order_relaxed);
 
 	return (struct event){
 		.time = atomic_load_explicit(&slot->time, memory_order_relaxed),
-		.kind = (uint32_t)atomic_load_explicit(&slot->kind, memory_order_relaxed),
+		.kind = (uint32_t)kind & 0xffff,
 		.cpu = cpu,
+		.vm = ((uint32_t)(kind >> 16) - 1) & EVENT_NO_VM,
+		.more = (uint32_t)(kind >> 32),
 		.a = atomic_load_explicit(&slot->a, memory_order_relaxed),
 		.b = atomic_load_explicit(&slot->b, memory_order_relaxed),
 	};
+}
+
+uint64_t events_count(struct machine *m, uint32_t cpu)
+{
+	return atomic_load_explicit(&m->oracle->rings[cpu].next, memory_order_acquire);
 }
 
 uint32_t events_read(struct machine *m, uint32_t cpu, struct event *events, uint32_t max)
@@ -31,40 +42,60 @@ uint32_t events_read(struct machine *m, uint32_t cpu, struct event *events, uint
 
 void event_record(struct machine *m, uint32_t cpu, uint32_t kind, uint64_t a, uint64_t b)
 {
+	event_record_more(m, cpu, kind, a, b, 0);
+}
+
+void event_record_more(struct machine *m, uint32_t cpu, uint32_t kind, uint64_t a, uint64_t b, uint64_t more)
+{
 	struct event_ring *ring = &m->oracle->rings[cpu];
 	uint64_t next = atomic_load_explicit(&ring->next, memory_order_relaxed);
 	struct event_slot *slot = &ring->slot[next % EVENT_RING];
 
 	atomic_store_explicit(&slot->time, monotonic_ns(), memory_order_relaxed);
-	atomic_store_explicit(&slot->kind, kind, memory_order_relaxed);
+	atomic_store_explicit(&slot->kind, kind | more << 32, memory_order_relaxed);
 	atomic_store_explicit(&slot->a, a, memory_order_relaxed);
 	atomic_store_explicit(&slot->b, b, memory_order_relaxed);
 	/* Release: pairs with the acquire in events_read, the slot is whole once it is counted. */
 	atomic_store_explicit(&ring->next, next + 1, memory_order_release);
 }
 
-static bool same_table(uint64_t gfn, uint64_t other)
+/* Does an event about [gfn, gfn + pages) concern the page, or where a table is at stake, its neighbours? */
+static bool covers(const struct violation_report *r, uint64_t gfn, uint64_t pages)
 {
-	return gfn >> 9 == other >> 9;
+	if (r->kinds & (1u << VIOLATION_WALK_AFTER_FREE))
+		return gfn >> 9 <= r->gfn >> 9 && r->gfn >> 9 <= (gfn + (pages ? pages - 1 : 0)) >> 9;
+	return gfn <= r->gfn && r->gfn - gfn < (pages ? pages : 1);
 }
 
-/* Faults and entries flood the rings; of them only what touches the page, or the vCPU's last ones, is telling. */
-static bool concerns(const struct violation_report *r, const struct event *e, uint32_t kept)
+static bool of_vcpus(const struct violation_report *r, uint64_t vcpu)
 {
+	return vcpu == r->vcpu || vcpu == r->entry.vcpu;
+}
+
+/* Faults, entries and exits flood the rings; entries and exits are story_entry()'s. */
+static bool concerns(const struct violation_report *r, const struct event *e)
+{
+	if (e->vm != EVENT_NO_VM && e->vm != r->vm)
+		return e->kind == EVENT_FLUSH && e->cpu == r->cpu;
 	switch (e->kind) {
 	case EVENT_NONE:
+	case EVENT_ENTRY:
+	case EVENT_EXIT:
 		return false;
 	case EVENT_MAP:
 	case EVENT_ZAP:
 	case EVENT_PROTECT:
-		return same_table(e->a, r->gfn);
+	case EVENT_PROMISE:
+		return covers(r, e->a, e->more);
 	case EVENT_FREE:
 		return e->a == r->hfn;
-	case EVENT_ENTRY:
-	case EVENT_EXIT:
-		return e->a == r->vcpu && kept < 2;
+	case EVENT_LOAD:
+	case EVENT_UNLOAD:
 	case EVENT_REQUEST:
-		return e->a == r->vcpu;
+	case EVENT_ROOT_LOAD:
+		return of_vcpus(r, e->a);
+	case EVENT_IPI:
+		return e->cpu == r->promise_cpu || e->more == IPI_INVEPT_SINGLE || e->more == IPI_INVEPT_GLOBAL;
 	case EVENT_GUEST_INVALIDATE:
 		return e->a == r->vcpu && e->b == r->entry.page;
 	default:
@@ -72,21 +103,62 @@ static bool concerns(const struct violation_report *r, const struct event *e, ui
 	}
 }
 
-/* Newest first; a CPU that is not involved has half as much to say. */
+/* What a CPU has to say is gone through from the newest event on. */
+struct telling {
+	struct story *story;
+	uint32_t kept;
+	uint32_t most;
+	bool fill_told;
+	struct event entry; /* the last VM entry seen, not told yet; kind 0: none */
+};
+
+static void tell(struct telling *t, const struct event *e)
+{
+	if (t->kept >= t->most || t->story->events >= EVENTS_KEPT)
+		return;
+	t->story->event[t->story->events++] = *e;
+	t->kept++;
+}
+
+/* Of VM entries and exits: the last ones, the first entry after anything else that is told, kicks, and the entry
+ * of the stay in guest mode in which the translation was filled. */
+static void tell_entry(struct telling *t, const struct violation_report *r, const struct event *e)
+{
+	int32_t before_fill = (int32_t)((uint32_t)r->entry.clock - e->more);
+
+	if (!of_vcpus(r, e->a))
+		return;
+	if (e->kind == EVENT_EXIT) {
+		if (t->kept < 2 || e->b == EXIT_INTERRUPT)
+			tell(t, e);
+		return;
+	}
+	t->entry = *e;
+	if (t->kept < 2 || (!t->fill_told && e->a == r->entry.vcpu && e->cpu == r->cpu && before_fill >= 0)) {
+		t->fill_told |= before_fill >= 0;
+		t->entry.kind = EVENT_NONE;
+		tell(t, e);
+	}
+}
+
 static void copy_cpu(struct machine *m, uint32_t cpu, const struct violation_report *r, struct story *story)
 {
 	const struct event_ring *ring = &m->oracle->rings[cpu];
 	uint64_t next = atomic_load_explicit(&ring->next, memory_order_acquire);
 	uint64_t n = next < EVENT_RING ? next : EVENT_RING;
 	bool involved = cpu == r->cpu || cpu == r->promise_cpu;
-	uint32_t most = involved ? EVENTS_OF_CPU : EVENTS_OF_CPU / 2, kept = 0;
+	struct telling t = { .story = story, .most = involved ? EVENTS_OF_CPU : EVENTS_OF_CPU / 4 };
 
-	for (uint64_t i = 1; i <= n && kept < most && story->events < EVENTS_KEPT; i++) {
+	for (uint64_t i = 1; i <= n && t.kept < t.most; i++) {
 		struct event e = event_at(ring, next - i, cpu);
 
-		if (concerns(r, &e, kept)) {
-			story->event[story->events++] = e;
-			kept++;
+		if (e.kind == EVENT_ENTRY || e.kind == EVENT_EXIT) {
+			tell_entry(&t, r, &e);
+		} else if (concerns(r, &e)) {
+			if (t.entry.kind)
+				tell(&t, &t.entry);
+			t.entry.kind = EVENT_NONE;
+			tell(&t, &e);
 		}
 	}
 }

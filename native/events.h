@@ -4,11 +4,11 @@
 
 #include "oracle.h"
 
-enum { EVENT_RING = 1024, REPORTS_KEPT = 1024, REPORTS_WITH_EVENTS = 16, EVENTS_KEPT = 64, EVENTS_OF_CPU = 16 };
+enum { EVENT_RING = 1024, REPORTS_KEPT = 1024, REPORTS_WITH_EVENTS = 16, EVENTS_KEPT = 512, EVENTS_OF_CPU = 128 };
 
 struct event_slot {
 	_Atomic uint64_t time;
-	_Atomic uint64_t kind;
+	_Atomic uint64_t kind; /* bits 0-15 kind, 16-31 VM + 1, 32-63 more */
 	_Atomic uint64_t a;
 	_Atomic uint64_t b;
 };

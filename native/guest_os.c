@@ -44,7 +44,7 @@ static void invalidate_page(struct walk *w, const struct guest_process *p, uint6
 		invlpg(w->tlb, page);
 	else
 		invpcid_address(w->tlb, p->pcid, page);
-	event_record(w->m, w->cpu->id, EVENT_GUEST_INVALIDATE, w->vcpu->id, page);
+	event_record(w->m, w->cpu->id, event_of(w->vcpu->vm, EVENT_GUEST_INVALIDATE), w->vcpu->id, page);
 }
 
 /* The guest took something away: whoever still translates to the frame must ask the oracle. */

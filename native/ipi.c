@@ -3,6 +3,7 @@
 #include <stdlib.h>
 #include <string.h>
 
+#include "oracle.h"
 #include "vm.h"
 
 /* The orders of P2 and P3 in cpu.h. */
@@ -398,6 +399,8 @@ static int call_many(struct machine *m, uint32_t cpu, const uint64_t *mask, cons
 	kick_mask(m, c);
 	if (targets < 0)
 		return targets;
+	if (targets)
+		event_record_more(m, cpu, EVENT_IPI, c->calls_sent[0], (uint64_t)targets, call->function);
 	if (run_local)
 		call_locally(m, c, call);
 	if (call->sync && targets) {
@@ -443,6 +446,7 @@ int smp_call_function_single(struct machine *m, uint32_t cpu, uint32_t target, u
 	}
 	if (cpu_is_offline(m, target))
 		return 0;
+	event_record_more(m, cpu, EVENT_IPI, target < 64 ? UINT64_C(1) << target : 0, 1, function);
 	r = queue_call(m, c, target, &call);
 	if (r > 0)
 		ipi_kick(m, cpu, &m->cpus[target]);

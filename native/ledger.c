@@ -174,7 +174,7 @@ uint64_t oracle_revoke(struct machine *m, uint32_t cpu, uint32_t vm, uint64_t st
 	for (uint64_t gfn = start; gfn < end; gfn++)
 		revoked += revoke(&r, gfn);
 	ledger_release(&r.cursor);
-	event_record(m, cpu, EVENT_PROMISE, promise, start);
+	event_record_more(m, cpu, event_of(vm, EVENT_PROMISE), promise, start, end - start);
 	return revoked;
 }
 
@@ -191,7 +191,7 @@ uint64_t oracle_revoke_mask(struct machine *m, uint32_t cpu, uint32_t vm, uint64
 			revoked += revoke(&r, gfn);
 	}
 	ledger_release(&r.cursor);
-	event_record(m, cpu, EVENT_PROMISE, promise, base);
+	event_record_more(m, cpu, event_of(vm, EVENT_PROMISE), promise, base, 64);
 	return revoked;
 }
 

@@ -90,17 +90,17 @@ uint32_t oracle_right(struct machine *m, uint32_t vm, uint64_t gfn, uint32_t *hf
 /* Events: a ring per CPU, for the story around a violation. */
 enum event_kind {
 	EVENT_NONE,
-	EVENT_ENTRY,     /* VM entry: vcpu, root */
-	EVENT_EXIT,      /* VM exit: vcpu, reason */
+	EVENT_ENTRY,     /* VM entry: vcpu, root; more: the guest's clock */
+	EVENT_EXIT,      /* VM exit: vcpu, reason; more: the guest's clock */
 	EVENT_LOAD,      /* VMCS loaded: vcpu, cpu it was on before */
 	EVENT_FLUSH,     /* scope and reason, argument of the instruction */
 	EVENT_ELIDED,    /* a flush that the policy elided: reason, argument */
-	EVENT_ZAP,       /* gfn, pages */
-	EVENT_PROTECT,   /* gfn, pages */
-	EVENT_MAP,       /* gfn, frame */
+	EVENT_ZAP,       /* gfn, pages; more: gfns between the first and the last */
+	EVENT_PROTECT,   /* gfn, pages; more: as above */
+	EVENT_MAP,       /* gfn, frame; more: pages */
 	EVENT_REQUEST,   /* vcpu, request */
-	EVENT_IPI,       /* targets, function */
-	EVENT_PROMISE,   /* promise, first gfn */
+	EVENT_IPI,       /* mask of the pCPUs 0 to 63 that were called, how many in all; more: function */
+	EVENT_PROMISE,   /* promise, first gfn; more: gfns */
 	EVENT_FREE,      /* frame */
 	EVENT_ROOT_LOAD, /* vcpu, root */
 	EVENT_ROOT_FREE, /* root */
@@ -114,20 +114,34 @@ struct event {
 	uint64_t time;
 	uint32_t kind;
 	uint32_t cpu;
+	uint32_t vm;   /* 0xffff: of none, or not said */
+	uint32_t more; /* low 32 bits */
 	uint64_t a;
 	uint64_t b;
 };
 
 void event_record(struct machine *m, uint32_t cpu, uint32_t kind, uint64_t a, uint64_t b);
+/* How many a CPU has recorded so far. */
+uint64_t events_count(struct machine *m, uint32_t cpu);
 /* Last events of a CPU, oldest first; returns how many (the ring holds 1024). */
 uint32_t events_read(struct machine *m, uint32_t cpu, struct event *events, uint32_t max);
 /* What led to a report, in no order: events that concern it, of all CPUs, as they were when it was made.  For the
- * first 16 reports of a run; at most 64. */
+ * first 16 reports of a run; at most 512. */
 uint32_t oracle_report_events(struct machine *m, uint32_t report, struct event *events, uint32_t max);
 /* end api */
 
 struct vm;
 struct vcpu;
+
+enum { EVENT_NO_VM = 0xffff };
+
+/* The kind of an event that belongs to a VM, for event_record() and event_record_more(). */
+static inline uint32_t event_of(uint32_t vm, uint32_t kind)
+{
+	return (vm + 1) << 16 | kind;
+}
+
+void event_record_more(struct machine *m, uint32_t cpu, uint32_t kind, uint64_t a, uint64_t b, uint64_t more);
 
 /* One right's state, as ledger_copy() gives it. */
 struct ledger_entry {

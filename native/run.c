@@ -240,7 +240,7 @@ static int enter(struct run *run, struct machine *m, uint32_t cpu, uint32_t vcpu
 	if (v->left_guest_at)
 		histogram_record(m, cpu, HISTOGRAM_VCPU_PAUSE, monotonic_ns() - v->left_guest_at);
 	count(w->cpu->counters, COUNT_VM_ENTRIES, 1);
-	event_record(m, cpu, EVENT_ENTRY, vcpu, v->guest->root);
+	event_record_more(m, cpu, event_of(v->vm, EVENT_ENTRY), vcpu, v->guest->root, v->guest->clock);
 	os_load_context(w);
 	return 0;
 }
@@ -265,7 +265,7 @@ static int leave(struct run *run, uint32_t reason, uint64_t accesses)
 	count(c, COUNT_L1_MISSES, run->l1_misses);
 	count(c, COUNT_EXIT_INTERRUPT + reason, 1);
 	count(c, COUNT_INTERRUPTIONS, reason == EXIT_INTERRUPT);
-	event_record(w->m, w->cpu->id, EVENT_EXIT, v->id, reason);
+	event_record_more(w->m, w->cpu->id, event_of(v->vm, EVENT_EXIT), v->id, reason, w->guest->clock);
 	w->cpu->concerned = false;
 	w->cpu->interrupted = reason == EXIT_INTERRUPT;
 	r = local_irq_enable(w->m, w->cpu->id);

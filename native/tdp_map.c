@@ -69,7 +69,7 @@ int tdp_mmu_map_around(struct machine *m, uint32_t cpu, uint32_t vm, uint32_t ta
 	ledger_release(&c);
 	if (mapped) {
 		count(m->cpus[cpu].counters, COUNT_SPTES_MAPPED, mapped);
-		event_record(m, cpu, EVENT_MAP, gfn + first, hfns[first]);
+		event_record_more(m, cpu, event_of(vm, EVENT_MAP), gfn + first, hfns[first], n - first);
 	}
 	return (int)mapped;
 }
