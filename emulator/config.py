@@ -52,6 +52,10 @@ Rate = Annotated[float, Field(ge=0, le=1e6, allow_inf_nan=False)]
 Count = Annotated[int, Field(ge=1, strict=True)]
 
 
+# What a scenario is about: operations whose cost under each policy is of interest.
+Unit = Literal["migrations", "root allocations", "pages zapped", "SMIs", "remote flushes"]
+
+
 class Section(BaseModel):
     model_config = ConfigDict(frozen=True, extra="forbid")
 
@@ -85,15 +89,33 @@ class MachineSection(Section):
 class VmSection(Section):
     """`count` VMs of this kind."""
 
-    count: int = Field(default=1, ge=1, le=4096, strict=True)
+    count: int = Field(default=1, ge=1, le=MAX_PCPUS, strict=True)
+    name: str = ""
+    # Whether there are more of them on a larger host (`--pcpus`); the others stay as many as they are.
+    grows: bool = True
     vcpus: int = Field(default=1, ge=1, le=1024, strict=True)
-    memory: int = Field(default=64, ge=8, le=1 << 20, strict=True, description="MiB")
+    memory: int = Field(default=64, ge=2, le=1 << 20, strict=True, description="MiB")
+    # own: as many pCPUs as vCPUs, on which nobody else runs; its vCPUs migrate among them only.
+    placement: Literal["shared", "own"] = "shared"
+    # Whether the host and KVM's ioctls do anything to it.
+    disturbed: bool = True
     # Embedded names, or paths of .fltrace files beside the scenario. The vCPUs' guest processes take them
     # in turn. Empty: all embedded traces.
     traces: tuple[str, ...] = ()
     # Address spaces of each vCPU's guest OS.
     processes: int = Field(default=2, ge=1, le=64, strict=True)
     guest_huge_pages: bool = False
+    # Accesses between two HLTs (0: never), and how long a HLT lasts.
+    halt_every: int = Field(default=200_000, ge=0, le=1 << 31, strict=True)
+    halt: Duration = 0.0001
+    # Without exits (KVM_CAP_X86_DISABLE_EXITS) an idle guest stays in guest mode: every IPI interrupts it.
+    halt_exits: bool = True
+
+    @model_validator(mode="after")
+    def _halts_for_a_while(self) -> Self:
+        if self.halt_every and not 1e-6 <= self.halt <= 10:
+            raise ValueError("halt of 0.001ms to 10s, or halt_every = 0")
+        return self
 
 
 class HostSection(Section):
@@ -161,6 +183,12 @@ class Scenario(Section):
     # A file that replaces entries of the embedded table of costs, relative to the scenario.
     costs: str = ""
 
+    # Guest accesses in millions that stand for one second of the host's work in comparisons: every policy
+    # meets the same work per access, however fast it lets the guests run here.  0: seconds on the wall.
+    pace: float = Field(default=0, ge=0, le=1e6, allow_inf_nan=False)
+    # What `compare` counts costs per, besides guest accesses.
+    unit: Unit | None = None
+
     # Where it came from, and what its files held; set by load_scenario.
     _name: str = PrivateAttr(default="scenario")
     _directory: Path = PrivateAttr(default=Path())
@@ -188,14 +216,62 @@ class Scenario(Section):
         return sum(vm.count * vm.vcpus for vm in self.vm)
 
     @property
+    def own_pcpus(self) -> int:
+        """pCPUs that belong to one VM each, the first ones of the machine."""
+        return sum(vm.count * vm.vcpus for vm in self.vm if vm.placement == "own")
+
+    @property
+    def ioctl_callers(self) -> int:
+        """VMs whose VMM calls KVM while they run."""
+        return sum(vm.count for vm in self.vm if vm.disturbed)
+
+    @property
     def guest_pages(self) -> int:
         """4 KiB pages of all VMs' memory."""
         return sum(vm.count * vm.memory * PAGES_PER_MIB for vm in self.vm)
 
     @property
     def threads(self) -> int:
-        """OS threads that a run starts: pCPUs, one Kvm per VM, hosts, scheduler, RCU."""
-        return self.machine.pcpus + self.vms + self.host.actors + 2
+        """OS threads that a run starts: pCPUs, a Kvm per VM that has work for it, hosts, scheduler, RCU."""
+        return self.machine.pcpus + self.ioctl_callers + self.host.actors + 2
+
+    @model_validator(mode="after")
+    def _everybody_has_a_pcpu(self) -> Self:
+        shared = any(vm.placement == "shared" for vm in self.vm)
+        if self.own_pcpus + shared > self.machine.pcpus:
+            others = " and one for the others" if shared else ""
+            raise ValueError(
+                f"machine.pcpus of at least {self.own_pcpus + shared}: {self.own_pcpus} for VMs with "
+                f"placement = 'own'{others}"
+            )
+        return self
+
+    def scaled(self, pcpus: int) -> Self:
+        """The same host with more or fewer pCPUs, and as many more or fewer of the VMs that grow with it.
+
+        Rates stay what they are: they are the machine's, and what drives them are a few threads.
+        """
+        fixed = sum(vm.count * vm.vcpus for vm in self.vm if vm.placement == "own" and not vm.grows)
+        growing = self.own_pcpus - fixed
+        factors = {
+            "own": (pcpus - fixed) / growing if growing and not self._shares else pcpus / self.machine.pcpus,
+            "shared": pcpus / self.machine.pcpus,
+        }
+        vms = tuple(
+            vm.model_copy(update={"count": max(1, int(vm.count * factors[vm.placement]))}) if vm.grows else vm
+            for vm in self.vm
+        )
+        machine = self.machine.model_copy(update={"pcpus": pcpus})
+        scaled = self.changed(vm=vms, machine=machine)
+        if scaled.own_pcpus + scaled._shares > pcpus:
+            raise BadInput(
+                "--pcpus", f"found {pcpus}", f"at least {scaled.own_pcpus + scaled._shares} for {self.name}"
+            )
+        return scaled
+
+    @property
+    def _shares(self) -> bool:
+        return any(vm.placement == "shared" for vm in self.vm)
 
     def changed(self, **sections: Any) -> Self:
         """A copy with whole sections replaced, for tests and command line options."""

@@ -15,6 +15,7 @@ from emulator.kvm.structs import KvmParams
 from emulator.machine import Emulation
 from emulator.policy import Policy
 from emulator.preconditions import preconditions
+from emulator.receivers import read_receivers
 from emulator.result import MachineObserver, Result, Snapshot, read_snapshot
 from emulator.story import Stories
 
@@ -26,7 +27,9 @@ _POLL_SECONDS = 0.01
 class Job:
     """One run of a scenario under a policy.
 
-    `observers` are told of the native machine while it exists.  `stop` ends the run early.
+    `duration` is in seconds on the wall or, with a `pace`, in seconds of so many guest accesses each; then
+    `wall_limit` ends a run whose guests get nowhere.  `observers` are told of the native machine while it
+    exists.  `stop` ends the run early.
     """
 
     def __init__(
@@ -40,6 +43,8 @@ class Job:
         unbounded: bool = False,
         params: KvmParams | None = None,
         stop_at_violation: bool = False,
+        pace: float = 0,
+        wall_limit: float | None = None,
     ) -> None:
         self.scenario = scenario
         self.policy = policy
@@ -48,6 +53,7 @@ class Job:
         self.observers: list[MachineObserver] = []
         self._chaos, self._unbounded, self._params = chaos, unbounded, params
         self._stop_at_violation = stop_at_violation
+        self._pace, self._wall_limit = pace, wall_limit
 
     def run(self, progress: Callable[[Snapshot], None], stop: threading.Event) -> Result:
         with Emulation(
@@ -57,6 +63,7 @@ class Job:
             chaos=self._chaos,
             unbounded=self._unbounded,
             params=self._params,
+            pace=self._pace,
         ) as emulation:
             run = _Run(self, emulation, progress, stop)
             for observer in self.observers:
@@ -85,6 +92,8 @@ class _Run:
         self.late: list[str] = []
         self.stalls: list[str] = []
         self.elapsed = 0.0
+        # Seconds by the workload's clock: `elapsed`, unless the guests set the pace.
+        self.worked = 0.0
         self.stories = Stories(emulation.m)
         self.watchdog = Watchdog(emulation.crew)
 
@@ -94,13 +103,14 @@ class _Run:
         try:
             self.emulation.start()
             logger.info("booted", pcpus=len(self.emulation.pcpus), vcpus=len(self.emulation.tasks))
-            started = time.monotonic()
+            started, began = time.monotonic(), workload.clock()
             next_round = next_progress = 0.0
             while not self._over():
                 if self.stories.poll() and self.job._stop_at_violation:
                     break
                 self.elapsed = time.monotonic() - started
-                if workload.advance(self.elapsed):
+                self.worked = workload.clock() - began
+                if workload.advance(self.worked):
                     logger.debug("phase", name=workload.phase.name)
                 self._print_events()
                 if self.elapsed >= next_round:
@@ -115,12 +125,13 @@ class _Run:
             self.emulation.release()
 
     def _over(self) -> bool:
-        duration = self.job.duration
+        duration, limit = self.job.duration, self.job._wall_limit
         return (
             self.stop.is_set()
             or self.emulation.crew.stopped.is_set()
             or bool(self.stalls)
-            or (duration is not None and self.elapsed >= duration)
+            or (duration is not None and self.worked >= duration)
+            or (limit is not None and self.elapsed >= limit)
         )
 
     def _watch(self) -> None:
@@ -160,6 +171,8 @@ class _Run:
             ),
             failure=self._failure(snapshot),
             interrupted=self.stop.is_set(),
+            receivers=read_receivers(self.emulation.m, job.scenario),
+            worked=self.worked,
         )
 
     def _failure(self, snapshot: Snapshot) -> str:

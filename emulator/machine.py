@@ -10,7 +10,7 @@ Leaving the context stops every actor within two seconds, whatever happened, and
 from __future__ import annotations
 
 import sys
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from itertools import cycle
 from random import Random
@@ -72,7 +72,9 @@ class Layout:
 
 
 def layout_of(vm: VmSection) -> Layout:
-    return Layout(vm.memory * PAGES_PER_MIB, SECOND_SLOT_PAGES * vm.vcpus, vm.vcpus)
+    """Slots come and go only where somebody asks for it: an undisturbed VM needs no second one."""
+    second = SECOND_SLOT_PAGES * vm.vcpus if vm.disturbed else 0
+    return Layout(vm.memory * PAGES_PER_MIB, second, vm.vcpus)
 
 
 def machine_config(scenario: Scenario, seed: int, chaos: int, unbounded: bool) -> dict[str, int]:
@@ -84,6 +86,7 @@ def machine_config(scenario: Scenario, seed: int, chaos: int, unbounded: bool) -
     geometry = scenario.machine.geometry
     layouts = [layout_of(vm) for vm in scenario.vm for _ in range(vm.count)]
     gfns = sum(layout.gfns for layout in layouts)
+    disturbed = sum(layout_of(vm).gfns * vm.count for vm in scenario.vm if vm.disturbed)
     return {
         "pcpus": scenario.machine.pcpus,
         "housekeeping": housekeeping_cpus(scenario),
@@ -92,7 +95,7 @@ def machine_config(scenario: Scenario, seed: int, chaos: int, unbounded: bool) -
         "root_frames": 64 + 32 * scenario.vms,
         "table_frames": 1024 + 8 * sum(layout.gfns // BLOCK_PAGES + 4 for layout in layouts),
         "guest_frames": gfns + 1024,
-        "guest_blocks": gfns // BLOCK_PAGES,
+        "guest_blocks": disturbed // BLOCK_PAGES if scenario.host.collapse else 0,
         "l1_ways": 4,
         "l2_entries": 0 if unbounded else geometry.l2_entries,
         "l2_ways": geometry.l2_ways,
@@ -103,8 +106,8 @@ def machine_config(scenario: Scenario, seed: int, chaos: int, unbounded: bool) -
 
 
 def housekeeping_cpus(scenario: Scenario) -> int:
-    """A Kvm actor per VM, the hosts, scheduler, RCU, and whoever boots the machine."""
-    return scenario.vms + scenario.host.actors + 3
+    """The threads that are no pCPUs, and whoever boots the machine."""
+    return scenario.threads - scenario.machine.pcpus + 1
 
 
 class Emulation:
@@ -119,10 +122,10 @@ class Emulation:
         chaos: int = 0,
         unbounded: bool = False,
         params: KvmParams | None = None,
+        pace: float = 0,
     ) -> None:
         self.scenario = scenario
         self.policy = policy
-        self.workload = Workload(scenario)
         self.params = params or KvmParams()
         self._rng = Random(seed)
         # The guests replay these arrays: they live as long as the machine.
@@ -137,10 +140,16 @@ class Emulation:
         self._free_cpus = iter(self.machine.cpus[self.machine.pcpus :])
         main = next(self._free_cpus)
         self.crew = Crew(self.machine, main)
+        self.workload = Workload(scenario, self._clock(pace))
         self.vms: list[Kvm] = []
+        # Those that the host and KVM's ioctls act on.
+        self.disturbed: list[Kvm] = []
         self.tasks: list[VcpuTask] = []
+        # Where each task may run.
+        self.homes: list[range] = []
         self.pcpus: list[ActorRef[Any]] = []
         self._switch_interval = sys.getswitchinterval()
+        self._next_own = 0
         self._started = False
         try:
             self._create_vms(main)
@@ -180,11 +189,25 @@ class Emulation:
         kvm = kvm_create_vm(cpu, layout.gfns, self.policy, self.params)
         self.vms.append(kvm)
         kvm_set_memory_region(cpu, kvm, RAM_SLOT, 0, layout.ram, 0)
-        kvm_set_memory_region(cpu, kvm, SECOND_SLOT, layout.second_base, layout.second, layout.second_base)
+        if section.disturbed:
+            self.disturbed.append(kvm)
+            kvm_set_memory_region(
+                cpu, kvm, SECOND_SLOT, layout.second_base, layout.second, layout.second_base
+            )
+        home = self._home(section)
         for i in range(section.vcpus):
             vcpu = kvm_vm_ioctl_create_vcpu(cpu, kvm)
             self._furnish(cpu, vcpu, section, layout, i, traces)
-            self.tasks.append(VcpuTask(vcpu))
+            self.tasks.append(VcpuTask(vcpu, section.halt))
+            self.homes.append(home)
+
+    def _home(self, section: VmSection) -> range:
+        """pCPUs for the next VM: its own, counted from the first one on, or what those VMs leave."""
+        if section.placement == "shared":
+            return range(self.scenario.own_pcpus, self.machine.pcpus)
+        first = self._next_own
+        self._next_own += section.vcpus
+        return range(first, self._next_own)
 
     def _furnish(
         self, cpu: Cpu, vcpu: Vcpu, section: VmSection, layout: Layout, i: int, traces: Iterator[Trace]
@@ -205,7 +228,8 @@ class Emulation:
                 "hugepages": section.guest_huge_pages,
                 "pcid": 1,
                 "paging": 1,
-                "halt_every": 200_000,
+                "halt_every": section.halt_every,
+                "halt_us": 0 if section.halt_exits else max(1, int(section.halt * 1e6)),
                 "seed": self._rng.getrandbits(31),
             },
         )
@@ -245,16 +269,21 @@ class Emulation:
             self.scenario.scheduler.mode,
             self._seeded(),
         )
-        scheduler.tell(Place(tuple(self.tasks)))
-        for kvm in self.vms:
+        scheduler.tell(Place(tuple(zip(self.tasks, self.homes, strict=True))))
+        for kvm in self.disturbed:
             rng = self._seeded()
-            pacer = kvm_pacer(self.workload, len(self.vms), rng)
+            pacer = kvm_pacer(self.workload, len(self.disturbed), rng)
             KvmActor.start(self.crew, next(self._free_cpus), kvm, scheduler, pacer, rng)
-        memories = [UserMemory(kvm) for kvm in self.vms]
+        memories = [UserMemory(kvm) for kvm in self.disturbed]
         for i in range(self.scenario.host.actors):
             rng = self._seeded()
             pacer = host_pacer(self.workload, self.scenario.host.actors, rng)
             Host.start(self.crew, next(self._free_cpus), i, memories, self.scenario.host.pages, pacer, rng)
+
+    def _clock(self, pace: float) -> Callable[[], float] | None:
+        """Seconds of `pace` guest accesses each, over all guests; None without a pace."""
+        m = self.machine.m
+        return (lambda: lib.counter_sum(m, lib.COUNT_ACCESSES) / pace) if pace else None
 
     def _seeded(self) -> Random:
         return Random(self._rng.getrandbits(64))

@@ -11,6 +11,7 @@ from dataclasses import dataclass, field
 from typing import Any, Literal, Protocol
 
 from emulator.costs import CycleLine
+from emulator.receivers import Receivers
 from native import (
     COUNTER_NAMES,
     FLUSH_REASONS,
@@ -135,6 +136,9 @@ class Result:
     cycles: tuple[CycleLine, ...] = ()
     failure: str = ""
     interrupted: bool = False
+    receivers: tuple[Receivers, ...] = ()
+    # Seconds by the workload's clock.
+    worked: float = 0
     # Of a user's policy: where its class decides a point, and how often it answered what.
     policy_overrides: Mapping[str, str] = field(default_factory=dict)
     policy_given: Mapping[str, Mapping[str, int]] = field(default_factory=dict)

@@ -7,8 +7,9 @@ a policy that elides the flush of that source has nobody to hide behind.
 
 from __future__ import annotations
 
+import time
 from collections import Counter
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from random import Random
 
@@ -42,6 +43,10 @@ FLAVOURS: tuple[Flavour, ...] = (
 QUIET_LEAST_RATES = {"collapse": 200.0, "split": 40.0, "memslot_cycles": 60.0, "dirty_log_cycles": 20.0}
 # Who was late does not make up for more than this.
 _LONGEST_ARREARS = 0.05
+_LONGEST_ARREARS_PACED = 10.0
+# Nobody looks at the clock less often: phases change, and the guests' clock may run faster than the wall's.
+_LONGEST_WAIT = 0.05
+_LONGEST_WAIT_PACED = 0.001
 
 
 @dataclass(frozen=True, slots=True)
@@ -63,7 +68,11 @@ class Workload:
     One thread moves it along (`advance`); actors read `phase` and `rate` as often as they like.
     """
 
-    def __init__(self, scenario: Scenario) -> None:
+    def __init__(self, scenario: Scenario, clock: Callable[[], float] | None = None) -> None:
+        # Of the guests' own pace, if given, where nobody is ever too late; else the one on the wall.
+        self.clock = clock or time.monotonic
+        self.longest_wait = _LONGEST_WAIT_PACED if clock else _LONGEST_WAIT
+        self.longest_arrears = _LONGEST_ARREARS_PACED if clock else _LONGEST_ARREARS
         self.rates = rates_of(scenario)
         self._storm = scenario.phases.storm
         self._quiet = scenario.phases.quiet
@@ -127,9 +136,10 @@ class Pacer:
         self._rng = rng
         self._due: dict[str, float | None] = dict.fromkeys(activities)
 
-    def next(self, now: float) -> tuple[str | None, float]:
-        """What is due at `now` (the most overdue first), or None and the seconds until something may be."""
-        chosen, soonest = None, now + 0.05
+    def next(self) -> tuple[str | None, float]:
+        """What is due now (the most overdue first), or None and the seconds until something may be."""
+        now = self._workload.clock()
+        chosen, soonest = None, now + self._workload.longest_wait
         for activity, due in self._due.items():
             rate = self._workload.rate(activity) * self._share
             if not rate:
@@ -144,5 +154,5 @@ class Pacer:
         rate = self._workload.rate(chosen) * self._share
         # Irregular, so that two actors do not fall into step.
         gap = self._rng.uniform(0.5, 1.5) / rate if rate else 0.0
-        self._due[chosen] = max(soonest + gap, now - _LONGEST_ARREARS)
+        self._due[chosen] = max(soonest + gap, now - self._workload.longest_arrears)
         return chosen, 0.0

@@ -66,6 +66,15 @@ void counters_sum(struct machine *m, uint64_t *values)
 		add_values(values, m->cpus[cpu].counters->value, COUNTERS);
 }
 
+uint64_t counter_sum(struct machine *m, uint32_t counter)
+{
+	uint64_t sum = 0;
+
+	for (uint32_t cpu = 0; counter < COUNTERS && cpu < m->cpu_count; cpu++)
+		add_values(&sum, &m->cpus[cpu].counters->value[counter], 1);
+	return sum;
+}
+
 void histogram_sum(struct machine *m, uint32_t histogram, uint64_t *buckets, uint64_t *sum)
 {
 	memset(buckets, 0, HISTOGRAM_BUCKETS * sizeof(*buckets));

@@ -96,6 +96,8 @@ enum flush_reason {
 
 /* Sums over all CPUs into values[COUNTERS]. */
 void counters_sum(struct machine *m, uint64_t *values);
+/* The sum of one counter. */
+uint64_t counter_sum(struct machine *m, uint32_t counter);
 /* One CPU's values[COUNTERS]. */
 void counters_read(struct machine *m, uint32_t cpu, uint64_t *values);
 /* buckets[HISTOGRAM_BUCKETS], sum in nanoseconds. */

@@ -6,7 +6,6 @@ several of these actors do so concurrently with each other and with the VMs' own
 
 from __future__ import annotations
 
-import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from random import Random
@@ -97,7 +96,7 @@ class Host(MachineActor):
         }
 
     def idle(self) -> None:
-        activity, wait = self.pacer.next(time.monotonic())
+        activity, wait = self.pacer.next()
         if activity is None:
             self.cpu.check(lib.cpu_halt(self.cpu.m, self.cpu.id, max(1, int(wait * 1e6))))
             return

@@ -69,7 +69,7 @@ class Kvm(MachineActor):
         }
 
     def idle(self) -> None:
-        activity, wait = self.pacer.next(time.monotonic())
+        activity, wait = self.pacer.next()
         if activity is None:
             self._sleep(wait * 1e6)
         else:

@@ -13,7 +13,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 from emulator.actors.base import MachineActor
-from emulator.kvm.kvm_host import PREEMPTIBLE, RESCHED, ExitToUser
+from emulator.kvm.kvm_host import HALTED, PREEMPTIBLE, RESCHED, ExitToUser
 from native import lib
 
 if TYPE_CHECKING:
@@ -24,8 +24,8 @@ if TYPE_CHECKING:
     from emulator.kvm.kvm_host import RunYield
     from emulator.runtime import Cpu
 
-# Until the timer interrupt that ends a guest's HLT, and until user space tries again what the host refused.
-_BLOCK_SECONDS = 0.0001
+# Until user space tries again what the host refused.
+_RETRY_SECONDS = 0.0001
 
 
 @dataclass(frozen=True, slots=True)
@@ -172,7 +172,7 @@ class PCpu(MachineActor):
         if task.finished:
             return False
         self.run_queue.remove(task)
-        task.wake_at = time.monotonic() + _BLOCK_SECONDS
+        task.wake_at = time.monotonic() + (task.halt_seconds if state is HALTED else _RETRY_SECONDS)
         self.blocked.append(task)
         return False
 

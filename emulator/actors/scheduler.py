@@ -7,9 +7,9 @@ costs a round trip.
 
 from __future__ import annotations
 
-import time
-from collections.abc import Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
+from itertools import cycle
 from random import Random
 from typing import TYPE_CHECKING, Any
 
@@ -27,13 +27,15 @@ if TYPE_CHECKING:
     from emulator.runtime import Cpu
 
 _BALANCE_SECONDS = 0.01
+# Blind tries before looking at every task.
+_PICKS = 4
 
 
 @dataclass(frozen=True, slots=True)
 class Place:
-    """Let these tasks run, the first on pCPU 0 and so on around."""
+    """Let these tasks run, each on a pCPU of the range given with it; ranges are used in turn."""
 
-    tasks: tuple[VcpuTask, ...]
+    tasks: tuple[tuple[VcpuTask, range], ...]
 
 
 @dataclass(frozen=True, slots=True)
@@ -65,14 +67,15 @@ class Scheduler(MachineActor):
         self.pacer = Pacer(workload, (MIGRATIONS,), 1.0, rng)
         # Where each task was last sent; it is there when task.pcpu says so.
         self.placement: dict[VcpuTask, int] = {}
+        # Tasks that have a choice, and which.
+        self.homes: dict[VcpuTask, range] = {}
+        self.movable: list[VcpuTask] = []
         self.paused: set[int] = set()
         self.sent = 0
 
     def on_receive(self, message: Place | Pause | Resume) -> list[Future[None]] | None:
         if isinstance(message, Place):
-            for i, task in enumerate(message.tasks):
-                self.placement[task] = i % len(self.pcpus)
-                self.pcpus[i % len(self.pcpus)].tell(Arrive(task))
+            self._place(message.tasks)
         elif isinstance(message, Pause):
             return self._pause(message.vm)
         elif isinstance(message, Resume):
@@ -80,6 +83,16 @@ class Scheduler(MachineActor):
             for task in self._tasks_of(message.vm):
                 self._pcpu_of(task).tell(Unpark(task))
         return None
+
+    def _place(self, tasks: Iterable[tuple[VcpuTask, range]]) -> None:
+        turns: dict[range, Iterator[int]] = {}
+        for task, home in tasks:
+            pcpu = next(turns.setdefault(home, cycle(home)))
+            self.placement[task] = pcpu
+            self.homes[task] = home
+            if len(home) > 1:
+                self.movable.append(task)
+            self.pcpus[pcpu].tell(Arrive(task))
 
     def _pause(self, vm: int) -> list[Future[None]]:
         self.paused.add(vm)
@@ -108,27 +121,39 @@ class Scheduler(MachineActor):
     def _storm(self) -> int:
         """All migrations that are due; returns microseconds until the next."""
         while True:
-            activity, wait = self.pacer.next(time.monotonic())
+            activity, wait = self.pacer.next()
             if activity is None:
                 return max(200, int(wait * 1e6))
-            movable = [task for task in self.placement if self._may_move(task)]
-            if not movable:
+            task = self._pick()
+            if task is None:
                 # All are on their way already: as fast as it goes.
                 return 200
-            task = self.rng.choice(movable)
-            others = [i for i in range(len(self.pcpus)) if i != self.placement[task]]
-            self._move(task, self.rng.choice(others))
+            self._move(task, self._elsewhere(task))
+
+    def _pick(self) -> VcpuTask | None:
+        """One that may move; of many hundreds it takes no look at all of them to find one."""
+        for _ in range(_PICKS):
+            if self.movable and self._may_move(task := self.rng.choice(self.movable)):
+                return task
+        movable = [task for task in self.movable if self._may_move(task)]
+        return self.rng.choice(movable) if movable else None
+
+    def _elsewhere(self, task: VcpuTask) -> int:
+        home = self.homes[task]
+        pcpu = self.rng.randrange(home.start, home.stop - 1)
+        return pcpu + (pcpu >= self.placement[task])
 
     def _balance(self) -> None:
-        """Move one task from the pCPU with the most to the one with the least."""
+        """Move one task from the pCPU with the most to the one with the least that it may use."""
         load = [0] * len(self.pcpus)
         for pcpu in self.placement.values():
             load[pcpu] += 1
-        most, least = load.index(max(load)), load.index(min(load))
-        if load[most] - load[least] < 2:
-            return
-        for task, pcpu in self.placement.items():
-            if pcpu == most and self._may_move(task):
+        most = load.index(max(load))
+        for task in self.movable:
+            if self.placement[task] != most or not self._may_move(task):
+                continue
+            least = min(self.homes[task], key=load.__getitem__)
+            if load[most] - load[least] >= 2:
                 self._move(task, least)
                 return
 

@@ -13,19 +13,34 @@ if TYPE_CHECKING:
     from emulator.runtime import Cpu
 
 
+# Until the timer interrupt that ends a guest's HLT, unless it is told otherwise.
+HALT_SECONDS = 0.0001
+
+
 class VcpuTask:
     """Handed from pCPU to pCPU by message; only the pCPU that has it touches it.
 
     `pcpu` says where it is (-1: on its way) and may be read by anyone.
     """
 
-    __slots__ = ("_run", "finished", "pcpu", "scheduled_out", "state", "vcpu", "vm", "wake_at")
+    __slots__ = (
+        "_run",
+        "finished",
+        "halt_seconds",
+        "pcpu",
+        "scheduled_out",
+        "state",
+        "vcpu",
+        "vm",
+        "wake_at",
+    )
 
-    def __init__(self, vcpu: Vcpu) -> None:
+    def __init__(self, vcpu: Vcpu, halt_seconds: float = HALT_SECONDS) -> None:
         self.vcpu = vcpu
         self.vm = vcpu.kvm.id
         self.pcpu = -1
         self.wake_at = 0.0
+        self.halt_seconds = halt_seconds
         # The vCPU is shut down: a task that never runs again, wherever it is sent.
         self.finished = False
         # Preempted inside KVM_RUN: its preempt notifiers fire when it comes back.

@@ -70,7 +70,7 @@ def test_bad_durations(text: object) -> None:
         ("vm = []", "vm: found []; expected at least 1 entries"),
         ("vm = 3", "vm: found 3; expected a list"),
         ("[[vm]]\nvcpus = true", "vm[0].vcpus: found True; expected a whole number"),
-        ("[[vm]]\n[[vm]]\nmemory = 1", "vm[1].memory: found 1; expected at least 8"),
+        ("[[vm]]\n[[vm]]\nmemory = 1", "vm[1].memory: found 1; expected at least 2"),
         ("[[vm]]\ntraces = [3]", "vm[0].traces[0]: found 3; expected a text"),
         ("[[vm]]\n[host]\nunmap = -1", "host.unmap: found -1; expected at least 0"),
         ("[[vm]]\n[host]\nunmap = nan", "host.unmap: found nan; expected"),

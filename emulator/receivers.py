@@ -1,0 +1,70 @@
+"""By whom interrupts were received: the pCPUs of each kind of VM that has its own, and the rest.
+
+A pCPU of a VM that nothing was done to is *uninvolved*: whatever reaches it is somebody else's doing.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Any
+
+from emulator.config import Scenario
+from native import ffi, lib
+
+
+@dataclass(frozen=True, slots=True)
+class Receivers:
+    """Some pCPUs and what reached them.
+
+    `ipis`: interrupts received, of which `serviced` found a halted pCPU outside of guest mode.
+    `interruptions`: exits from guest mode that they caused, of which `bystanders` had no call about the VM.
+    """
+
+    who: str
+    pcpus: int
+    uninvolved: bool
+    ipis: int
+    serviced: int
+    interruptions: int
+    bystanders: int
+
+
+def read_receivers(m: Any, scenario: Scenario) -> tuple[Receivers, ...]:
+    """The groups of a scenario's pCPUs, in their order; empty groups are left out."""
+    return tuple(
+        _read(m, who, pcpus, uninvolved) for who, pcpus, uninvolved in _groups(scenario) if len(pcpus)
+    )
+
+
+def _groups(scenario: Scenario) -> Iterator[tuple[str, range, bool]]:
+    first = 0
+    for vm in scenario.vm:
+        if vm.placement == "own":
+            pcpus = range(first, first + vm.count * vm.vcpus)
+            first = pcpus.stop
+            yield vm.name or f"VMs with pCPUs {pcpus.start}-{pcpus.stop - 1}", pcpus, not vm.disturbed
+    yield "shared pCPUs", range(first, scenario.machine.pcpus), False
+
+
+def _read(m: Any, who: str, pcpus: range, uninvolved: bool) -> Receivers:
+    sums = [0] * lib.COUNTERS
+    values = ffi.new("uint64_t[]", lib.COUNTERS)
+    for pcpu in pcpus:
+        lib.counters_read(m, pcpu, values)
+        for i in (
+            lib.COUNT_IPIS_RECEIVED,
+            lib.COUNT_CALLS_SERVICED,
+            lib.COUNT_INTERRUPTIONS,
+            lib.COUNT_BYSTANDER,
+        ):
+            sums[i] += values[i]
+    return Receivers(
+        who,
+        len(pcpus),
+        uninvolved,
+        ipis=sums[lib.COUNT_IPIS_RECEIVED],
+        serviced=sums[lib.COUNT_CALLS_SERVICED],
+        interruptions=sums[lib.COUNT_INTERRUPTIONS],
+        bystanders=sums[lib.COUNT_BYSTANDER],
+    )
