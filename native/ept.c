@@ -101,6 +101,11 @@ bool spte_child_holds(struct machine *m, uint32_t cpu, uint32_t vm, uint64_t spt
 	return false;
 }
 
+int tdp_table_holds(struct machine *m, uint32_t cpu, uint32_t vm, uint64_t spte, uint32_t level, uint64_t gfn)
+{
+	return spte_child_holds(m, cpu, vm, spte, level, gfn);
+}
+
 void spte_ungrant_at(struct ledger_cursor *c, struct frames *f, uint64_t gfn, uint64_t spte, uint32_t level, bool read,
 		     bool write)
 {

@@ -53,12 +53,33 @@ int tdp_mmu_set_spte_atomic(struct machine *m, uint32_t cpu, uint32_t vm, uint32
 uint64_t tdp_mmu_set_spte(struct machine *m, uint32_t cpu, uint32_t vm, uint32_t table, uint32_t index,
 			  uint32_t level, uint64_t gfn, uint64_t new_spte);
 
-/* handle_removed_pt(): freeze and ungrant the children of an unlinked table whose entries are of `level`
- * and start at gfn, recursively; queue each page for RCU (deferred = 1) or list it for the caller in
- * pages[max] (deferred = 0).  Returns pages removed, or MACHINE_NOMEM if the list was too short: it is full, and
- * what did not fit went through RCU. */
-int handle_removed_pt(struct machine *m, uint32_t cpu, uint32_t vm, uint32_t table, uint32_t level,
-		      uint64_t gfn, int shared, int deferred, uint32_t *pages, uint32_t max);
+/* handle_removed_pt(), step by step: freeze and ungrant the children of an unlinked table, and of the tables below
+ * it.  Children come before their parent.  Begin, then step until level is 0; each page that a step is done with is
+ * the caller's, to be flushed and freed as its policy says. */
+struct tdp_removal {
+	uint32_t shared;     /* mmu_lock held for read: others may be in the table */
+	uint32_t freeze;     /* 1; 0: empty entries stay behind, in which others may install something */
+	uint32_t recurse;    /* 1; 0: the tables below are left alone, and lost */
+	uint32_t top;        /* level of the first table's entries */
+	uint32_t level;      /* of the entries in work; 0: done */
+	uint32_t table[6];   /* by level, from top down */
+	uint32_t index[6];   /* the next entry, likewise */
+	uint64_t gfn;        /* what it covers */
+	/* Of this step alone: */
+	uint32_t page;       /* the table page that it is done with; 0: none */
+	uint32_t page_level; /* of that page's entries */
+	uint64_t leafs;      /* 4 KiB pages unmapped */
+};
+
+/* `spte`, of `level`, was the link.  A table that is not its any more is reported, and there is nothing to do. */
+int tdp_removal_begin(struct machine *m, uint32_t cpu, uint32_t vm, struct tdp_removal *removal, uint64_t spte,
+		      uint32_t level, uint64_t gfn, int shared);
+/* At most `max` entries, of one page; 0, or MACHINE_AGAIN at an entry that somebody else has frozen: that one must
+ * run, and may need this CPU's answer to its flush, before the next step. */
+int tdp_removal_step(struct machine *m, uint32_t cpu, uint32_t vm, struct tdp_removal *removal, uint32_t max);
+/* Is the table behind a non-leaf SPTE of `level` still the one that it was made for?  If not, a software walk went
+ * through freed memory, and that is reported. */
+int tdp_table_holds(struct machine *m, uint32_t cpu, uint32_t vm, uint64_t spte, uint32_t level, uint64_t gfn);
 /* A free now, or after a grace period (call_rcu with tdp_mmu_free_sp_rcu_callback). */
 void ept_table_free(struct machine *m, uint32_t cpu, uint32_t table);
 int ept_table_free_rcu(struct machine *m, uint32_t cpu, uint32_t table);
@@ -68,35 +89,40 @@ int ept_table_free_rcu(struct machine *m, uint32_t cpu, uint32_t table);
  * down from the root to next_gfn (as tdp_iter_restart does). */
 enum tdp_walk {
 	TDP_ZAP_LEAFS,    /* clear present leaf SPTEs (tdp_mmu_zap_leafs); a leaf larger than the range goes whole */
-	TDP_ZAP_LEVEL,    /* one pass of tdp_mmu_zap_root: clear present SPTEs at `level`, with the tables below
-			   * them; higher ones are only walked through; removed tables go through RCU */
+	TDP_ZAP_LEVEL,    /* one pass of tdp_mmu_zap_root: clear present SPTEs at `level`; higher ones are only walked
+			   * through; stops at each table that lost its link */
 	TDP_WRPROT,       /* clear W (wrprot_gfn_range): leafs at min level `level` (0: 4K) and above */
 	TDP_CLEAR_DIRTY,  /* clear W of the 4K gfns in mask (kvm_tdp_mmu_clear_dirty_pt_masked) */
 	TDP_AGE,          /* clear A; needs no lock, only RCU, with shared = 1 */
 	TDP_COUNT,        /* present leafs, no change */
 	TDP_FIND_HUGE,    /* stop at the next leaf above `level` (0: 4K), for splitting */
 	TDP_FIND_TABLE,   /* stop at the next 2M-level SPTE that points to a table (for recovery) */
-	TDP_ZAP_RANGE,    /* zap_gfn_range() up to 5.17: leafs, and tables that lie wholly in the range */
+	TDP_ZAP_RANGE,    /* zap_gfn_range() up to 5.17: leafs, and tables that lie wholly in the range; stops at each
+			   * table that lost its link */
 };
 
 struct tdp_chunk {
 	uint32_t root;
 	uint32_t root_level;
+	uint64_t root_link; /* make_nonleaf_spte(root) of when it became a root: a walk in a freed one is reported;
+			     * 0: not asked for */
 	uint32_t walk;      /* tdp_walk */
 	uint32_t level;     /* for TDP_ZAP_LEVEL; least level for TDP_WRPROT; target level for TDP_FIND_HUGE */
 	uint32_t shared;    /* mmu_lock held for read (or not at all, TDP_AGE): cmpxchg, retry on change */
+	uint32_t freeze;    /* TDP_ZAP_LEVEL, TDP_ZAP_RANGE: a table's link becomes FROZEN, not 0 */
 	uint32_t done;
 	uint64_t next_gfn;  /* in: where to start; out: where to go on (past what TDP_FIND_* found) */
 	uint64_t end_gfn;
 	uint64_t mask;      /* TDP_CLEAR_DIRTY: bit i is gfn next_gfn + i; shifted along with next_gfn */
 	/* Of this call alone: */
 	uint64_t changed;   /* SPTEs changed (TDP_COUNT: leafs seen) */
-	uint64_t pages;     /* ... in 4 KiB pages, those in removed tables included */
+	uint64_t pages;     /* ... in 4 KiB pages, those in tables not included */
 	uint64_t flush;     /* of those, how many need a TLB flush (zapped, or W cleared) */
 	uint64_t already;   /* leafs found without W; a TLB may still have them writable if MMU-writable is set */
-	uint64_t tables;    /* table pages removed */
 	uint64_t zapped;    /* next_gfn at entry, for forward progress (next_last_level_gfn != yielded_gfn) */
-	uint32_t found_table, found_index, found_level; /* TDP_FIND_*; found_level 0: none */
+	/* TDP_FIND_*, and tables that lost their link: the caller takes them apart (tdp_removal_begin) before it goes
+	 * on.  found_level 0: none. */
+	uint32_t found_table, found_index, found_level;
 	uint64_t found_gfn, found_spte;
 };
 

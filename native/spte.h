@@ -102,8 +102,4 @@ bool spte_child_holds(struct machine *m, uint32_t cpu, uint32_t vm, uint64_t spt
 bool spte_try_change(struct machine *m, uint32_t cpu, uint32_t vm, _Atomic uint64_t *sptep, uint32_t level,
 		     uint64_t gfn, uint64_t old, uint64_t new_spte);
 
-/* handle_removed_pt() for the walker: tables through RCU; *leafs counts 4 KiB pages unmapped. */
-int spte_remove_table(struct machine *m, uint32_t cpu, uint32_t vm, uint64_t spte, uint32_t level, uint64_t gfn,
-		      bool shared, uint64_t *leafs);
-
 #endif

@@ -25,7 +25,6 @@ struct tdp_iter {
 	uint64_t end;
 	uint64_t budget;
 	uint64_t first_changed;
-	int error;
 };
 
 enum step {
@@ -34,7 +33,7 @@ enum step {
 	STEP_DESCEND, /* it leads to a table: go on there */
 	STEP_FROZEN,  /* somebody else has frozen it, or the page that it is in */
 	STEP_TABLE,   /* the table page is done */
-	STEP_STOP,    /* the call is: found, failed, out of budget, or at the end */
+	STEP_STOP,    /* the call is: found, out of budget, or at the end */
 };
 
 static inline void changed(struct tdp_iter *it, uint64_t gfn, uint64_t pages, bool flush)
@@ -70,26 +69,27 @@ static inline __attribute__((always_inline)) enum step zap_leaf(struct tdp_iter 
 	return STEP_NEXT;
 }
 
-/* An SPTE with whatever is below it. */
+static enum step found(struct tdp_iter *it, uint64_t gfn, uint64_t spte)
+{
+	it->c->found_table = it->table;
+	it->c->found_index = spte_index(gfn, it->level);
+	it->c->found_level = it->level;
+	it->c->found_gfn = gfn;
+	it->c->found_spte = spte;
+	return STEP_STOP;
+}
+
+/* An SPTE with whatever is below it; the caller takes a table apart. */
 static enum step zap_spte(struct tdp_iter *it, _Atomic uint64_t *sptep, uint64_t gfn, uint64_t spte,
 			  uint64_t pages)
 {
-	uint64_t leafs = 0;
-	int removed;
-
 	if (spte_leaf(spte, it->level))
 		return zap_leaf(it, sptep, gfn, spte, pages);
 	ledger_release(&it->ledger);
-	if (!replace(it, sptep, &spte, 0))
+	if (!replace(it, sptep, &spte, it->c->freeze ? FROZEN_SPTE : 0))
 		return STEP_RETRY;
-	removed = spte_remove_table(it->m, it->cpu, it->vm, spte, it->level, gfn, it->c->shared, &leafs);
-	changed(it, gfn, leafs, true);
-	if (removed < 0) {
-		it->error = removed;
-		return STEP_STOP;
-	}
-	it->c->tables += (uint32_t)removed;
-	return STEP_NEXT;
+	changed(it, gfn, 0, true);
+	return found(it, gfn, spte);
 }
 
 /* A locked update also under mmu_lock for write: hardware sets A and D at any time, and a fast page fault W. */
@@ -119,16 +119,6 @@ static enum step clear_accessed(struct tdp_iter *it, _Atomic uint64_t *sptep, ui
 		return STEP_RETRY;
 	changed(it, gfn, pages, false);
 	return STEP_NEXT;
-}
-
-static enum step found(struct tdp_iter *it, uint64_t gfn, uint64_t spte)
-{
-	it->c->found_table = it->table;
-	it->c->found_index = spte_index(gfn, it->level);
-	it->c->found_level = it->level;
-	it->c->found_gfn = gfn;
-	it->c->found_spte = spte;
-	return STEP_STOP;
 }
 
 static bool wanted_dirty(const struct tdp_iter *it, uint64_t gfn)
@@ -279,7 +269,7 @@ static enum step walk_from_root(struct tdp_iter *it)
 	}
 }
 
-static int walk_range(struct tdp_iter *it)
+static void walk_range(struct tdp_iter *it)
 {
 	uint64_t frozen_at = UINT64_MAX;
 
@@ -289,17 +279,23 @@ static int walk_range(struct tdp_iter *it)
 			/* The page may be one that another thread has just unlinked: then the path from the root
 			 * leads elsewhere by now.  If it leads here again, the SPTE's owner must run first. */
 			if (frozen_at == it->gfn)
-				return 0;
+				return;
 			frozen_at = it->gfn;
 			break;
 		case STEP_TABLE:
 			if (it->gfn >= it->end || !it->budget)
-				return 0;
+				return;
 			break;
 		default:
-			return it->error;
+			return;
 		}
 	}
+}
+
+static void record(const struct tdp_iter *it, uint32_t kind)
+{
+	event_record_more(it->m, it->cpu, event_of(it->vm, kind), it->first_changed, it->c->pages,
+			  it->gfn - it->first_changed);
 }
 
 static void account(struct tdp_iter *it)
@@ -312,12 +308,12 @@ static void account(struct tdp_iter *it)
 	case TDP_ZAP_RANGE:
 		count(counters, COUNT_SPTES_ZAPPED, it->c->pages);
 		if (it->c->changed)
-			event_record(it->m, it->cpu, EVENT_ZAP, it->first_changed, it->c->pages);
+			record(it, EVENT_ZAP);
 		break;
 	case TDP_WRPROT:
 	case TDP_CLEAR_DIRTY:
 		if (it->c->changed)
-			event_record(it->m, it->cpu, EVENT_PROTECT, it->first_changed, it->c->pages);
+			record(it, EVENT_PROTECT);
 		break;
 	default:
 		break;
@@ -339,11 +335,19 @@ static uint32_t min_level_of(const struct tdp_chunk *c)
 	}
 }
 
+/* A walk whose root page was freed, and maybe used again, ends. */
+static bool root_holds(const struct tdp_iter *it)
+{
+	const struct tdp_chunk *c = it->c;
+
+	return !c->root_link || spte_child_holds(it->m, it->cpu, it->vm, c->root_link, c->root_level + 1, it->gfn);
+}
+
 static void chunk_begin(struct tdp_iter *it, struct tdp_chunk *c)
 {
 	uint64_t limit = kvm_pages_per_hpage(c->root_level + 1);
 
-	c->changed = c->pages = c->flush = c->already = c->tables = 0;
+	c->changed = c->pages = c->flush = c->already = 0;
 	c->found_level = 0;
 	c->zapped = c->next_gfn;
 	it->min_level = min_level_of(c);
@@ -369,13 +373,14 @@ int tdp_walk_chunk(struct machine *m, uint32_t cpu, uint32_t vm, struct tdp_chun
 {
 	struct tdp_iter it = { .m = m, .frames = m->frames, .ledger = ledger_cursor(m, vm), .c = chunk, .cpu = cpu,
 			       .vm = vm, .budget = max ? max : 1 };
-	int error = 0;
 
 	ipi_drain(m, cpu);
 	chunk_begin(&it, chunk);
+	if (!root_holds(&it))
+		it.gfn = it.end;
 	if (it.gfn < it.end)
-		error = walk_range(&it);
+		walk_range(&it);
 	chunk_end(&it, chunk);
 	account(&it);
-	return error;
+	return 0;
 }

@@ -1,33 +1,30 @@
-"""arch/x86/kvm/mmu/mmu.c: roots of vCPUs, and zaps of whole slots and ranges.  Page faults: page_fault.py."""
+"""arch/x86/kvm/mmu/mmu.c: zaps of whole slots and ranges, and dirty logging.
+
+Roles and roots of vCPUs: roots.py.  Page faults: page_fault.py.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Callable
-
 from emulator.kvm.kvm_host import (
     KVM_DIRTY_LOG_INITIALLY_SET,
-    KVM_MMU_NUM_PREV_ROOTS,
     KVM_REQ_MMU_FREE_OBSOLETE_ROOTS,
     PG_LEVEL_2M,
     PG_LEVEL_4K,
 )
 from emulator.kvm.requests import (
     flush_elided,
-    kvm_check_request,
     kvm_flush_remote_tlbs_memslot,
     kvm_flush_remote_tlbs_range,
     kvm_make_all_cpus_request,
 )
-from emulator.kvm.structs import Kvm, KvmMemorySlot, KvmMmu, KvmMmuPage, Vcpu
+from emulator.kvm.structs import Kvm, KvmMemorySlot
 from emulator.kvm.tdp_mmu import (
-    kvm_tdp_mmu_alloc_root,
-    kvm_tdp_mmu_invalidate_roots,
-    kvm_tdp_mmu_put_root,
     kvm_tdp_mmu_unmap_gfn_range,
     kvm_tdp_mmu_zap_all,
     kvm_tdp_mmu_zap_invalidated_roots,
     kvm_tdp_mmu_zap_leafs,
 )
+from emulator.kvm.tdp_roots import kvm_tdp_mmu_invalidate_roots
 from emulator.kvm.tdp_slot import (
     kvm_tdp_mmu_clear_dirty_pt_masked,
     kvm_tdp_mmu_recover_huge_pages,
@@ -35,72 +32,8 @@ from emulator.kvm.tdp_slot import (
     kvm_tdp_mmu_write_protect_gfn,
     kvm_tdp_mmu_wrprot_slot,
 )
-from emulator.kvm.vmx import vmx_flush_tlb_current, vmx_load_mmu_pgd
 from emulator.runtime import Cpu
 from native import lib
-
-# --- roots --------------------------------------------------------------------------------------------------
-
-
-def kvm_mmu_reload(cpu: Cpu, vcpu: Vcpu) -> bool:
-    """kvm_mmu_reload(): makes sure that there is a current root; True if one had to be loaded."""
-    if kvm_check_request(cpu, vcpu, KVM_REQ_MMU_FREE_OBSOLETE_ROOTS):
-        kvm_mmu_free_obsolete_roots(cpu, vcpu)
-    if vcpu.mmu.root is not None:
-        return False
-    kvm_mmu_load(cpu, vcpu)
-    return True
-
-
-def kvm_mmu_load(cpu: Cpu, vcpu: Vcpu) -> None:
-    """kvm_mmu_load(): finds or allocates the root, writes EPT_POINTER, and flushes.
-
-    The flush does not go through a request.  It is what allows roots to be freed without one: the page may
-    have been a root before, and entries tagged with it may have survived on this pCPU.  Decision root_load.
-    Raises OutOfFrames.
-    """
-    kvm, mmu = vcpu.kvm, vcpu.mmu
-    cpu.stat(kvm.id, lib.STAT_MMU_LOAD)
-    mmu.root = kvm_tdp_mmu_alloc_root(cpu, kvm, mmu.root_role)
-    vmx_load_mmu_pgd(cpu, vcpu, mmu.root)
-    cpu.event(lib.EVENT_ROOT_LOAD, vcpu.id, mmu.root.hfn)
-    if kvm.policy.root_load(cpu, vcpu, mmu.root) == "flush-current":
-        vmx_flush_tlb_current(cpu, vcpu, lib.REASON_ROOT_LOAD)
-    else:
-        flush_elided(cpu, kvm, lib.REASON_ROOT_LOAD, mmu.root.hfn)
-
-
-def is_obsolete_root(root: KvmMmuPage) -> bool:
-    """is_obsolete_root(), is_obsolete_sp() of a TDP root."""
-    return root.role.invalid
-
-
-def kvm_mmu_free_roots(cpu: Cpu, kvm: Kvm, mmu: KvmMmu, wanted: Callable[[KvmMmuPage], bool]) -> None:
-    """kvm_mmu_free_roots(): drops the references on those roots of `mmu` that are wanted.  mmu_lock for read,
-    if there are any."""
-    roots = (mmu.root, *mmu.prev_roots)
-    if not any(root is not None and wanted(root) for root in roots):
-        return
-    with kvm.mmu_lock.read_lock(cpu):
-        if mmu.root is not None and wanted(mmu.root):
-            root, mmu.root = mmu.root, None
-            kvm_tdp_mmu_put_root(cpu, kvm, root)
-        for i in range(KVM_MMU_NUM_PREV_ROOTS):
-            prev = mmu.prev_roots[i]
-            if prev is not None and wanted(prev):
-                mmu.prev_roots[i] = None
-                kvm_tdp_mmu_put_root(cpu, kvm, prev)
-
-
-def kvm_mmu_free_obsolete_roots(cpu: Cpu, vcpu: Vcpu) -> None:
-    """kvm_mmu_free_obsolete_roots()"""
-    kvm_mmu_free_roots(cpu, vcpu.kvm, vcpu.root_mmu, is_obsolete_root)
-
-
-def kvm_mmu_unload(cpu: Cpu, vcpu: Vcpu) -> None:
-    """kvm_mmu_unload(): all roots; no flush."""
-    kvm_mmu_free_roots(cpu, vcpu.kvm, vcpu.root_mmu, lambda root: True)
-
 
 # --- zaps ---------------------------------------------------------------------------------------------------
 
@@ -128,7 +61,7 @@ def kvm_mmu_zap_memslot(cpu: Cpu, kvm: Kvm, slot: KvmMemorySlot) -> None:
     """kvm_mmu_zap_memslot(), 6.12 and later with KVM_X86_QUIRK_SLOT_ZAP_ALL disabled."""
     reason = lib.REASON_REMOTE_ZAP
     with kvm.mmu_lock.write_lock(cpu):
-        if kvm_tdp_mmu_unmap_gfn_range(cpu, kvm, slot.base_gfn, slot.end_gfn, False, reason):
+        if kvm_tdp_mmu_unmap_gfn_range(cpu, kvm, slot, slot.base_gfn, slot.end_gfn, False, reason):
             kvm_flush_remote_tlbs_memslot(cpu, kvm, slot, reason)
 
 
@@ -160,9 +93,9 @@ def kvm_zap_gfn_range(cpu: Cpu, kvm: Kvm, gfn_start: int, gfn_end: int) -> None:
     lib.oracle_revoke(cpu.m, cpu.id, kvm.id, gfn_start, gfn_end, lib.PROMISE_ZAP_RANGE, ticket)
 
 
-def kvm_unmap_gfn_range(cpu: Cpu, kvm: Kvm, start: int, end: int, flush: bool) -> bool:
+def kvm_unmap_gfn_range(cpu: Cpu, kvm: Kvm, slot: KvmMemorySlot, start: int, end: int, flush: bool) -> bool:
     """kvm_unmap_gfn_range(): the mmu_notifier's handler."""
-    return kvm_tdp_mmu_unmap_gfn_range(cpu, kvm, start, end, flush, lib.REASON_REMOTE_NOTIFIER)
+    return kvm_tdp_mmu_unmap_gfn_range(cpu, kvm, slot, start, end, flush, lib.REASON_REMOTE_NOTIFIER)
 
 
 # --- dirty logging ------------------------------------------------------------------------------------------
@@ -182,7 +115,9 @@ def kvm_mmu_slot_remove_write_access(cpu: Cpu, kvm: Kvm, slot: KvmMemorySlot, le
 def kvm_mmu_slot_try_split_huge_pages(cpu: Cpu, kvm: Kvm, slot: KvmMemorySlot, target_level: int) -> None:
     """kvm_mmu_slot_try_split_huge_pages(): no flush, translations stay what they are."""
     with kvm.mmu_lock.read_lock(cpu):
-        kvm_tdp_mmu_try_split_huge_pages(cpu, kvm, slot.base_gfn, slot.end_gfn, target_level, shared=True)
+        kvm_tdp_mmu_try_split_huge_pages(
+            cpu, kvm, slot, slot.base_gfn, slot.end_gfn, target_level, shared=True
+        )
 
 
 def kvm_mmu_recover_huge_pages(cpu: Cpu, kvm: Kvm, slot: KvmMemorySlot) -> None:
@@ -238,8 +173,8 @@ def kvm_arch_mmu_enable_log_dirty_pt_masked(
         start = base + (mask & -mask).bit_length() - 1
         end = base + mask.bit_length() - 1
         if kvm.params.eager_page_split:
-            kvm_tdp_mmu_try_split_huge_pages(cpu, kvm, start, end + 1, PG_LEVEL_4K, shared=False)
-        kvm_tdp_mmu_write_protect_gfn(cpu, kvm, start, PG_LEVEL_2M)
+            kvm_tdp_mmu_try_split_huge_pages(cpu, kvm, slot, start, end + 1, PG_LEVEL_4K, shared=False)
+        kvm_tdp_mmu_write_protect_gfn(cpu, kvm, slot, start, PG_LEVEL_2M)
         if start >> 9 != end >> 9:
-            kvm_tdp_mmu_write_protect_gfn(cpu, kvm, end, PG_LEVEL_2M)
-    return kvm_tdp_mmu_clear_dirty_pt_masked(cpu, kvm, base, mask)
+            kvm_tdp_mmu_write_protect_gfn(cpu, kvm, slot, end, PG_LEVEL_2M)
+    return kvm_tdp_mmu_clear_dirty_pt_masked(cpu, kvm, slot, base, mask)

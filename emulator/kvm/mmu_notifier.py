@@ -62,9 +62,9 @@ def kvm_handle_hva_range(cpu: Cpu, kvm: Kvm, ranges: list[GfnRange]) -> None:
         cpu.point("mmu_invalidate_seq", kvm.id, "write")
         lib.mmu_invalidate_begin(cpu.m, kvm.id)
         flush = False
-        for _, gfn_start, gfn_end in ranges:
+        for slot, gfn_start, gfn_end in ranges:
             lib.mmu_invalidate_range_add(cpu.m, kvm.id, gfn_start, gfn_end)
-            flush |= kvm_unmap_gfn_range(cpu, kvm, gfn_start, gfn_end, False)
+            flush |= kvm_unmap_gfn_range(cpu, kvm, slot, gfn_start, gfn_end, False)
         if flush:
             notifier_flush(cpu, kvm, ranges[0][1])
 

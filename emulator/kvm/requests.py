@@ -15,6 +15,7 @@ from emulator.kvm.kvm_host import (
     KVM_REQUEST_WAIT,
     OUTSIDE_GUEST_MODE,
 )
+from emulator.kvm.root_tracking import roots_tlb_changed
 from emulator.kvm.structs import Kvm, KvmMemorySlot, Vcpu
 from emulator.runtime import Cpu, timed
 from native import lib
@@ -116,14 +117,20 @@ def kvm_flush_remote_tlbs(cpu: Cpu, kvm: Kvm, reason: int) -> None:
     """kvm_flush_remote_tlbs(): on return every vCPU is outside guest mode with the request pending, or has
     entered again after flushing.  Entries may still exist; nobody will use them.
 
-    `reason` (enum flush_reason) is for the accounts.
+    Where a policy elides flushes by what roots remember, roots forget before a request is visible: see
+    root_tracking.py.  Mutant P23b: after the kick.  `reason` (enum flush_reason) is for the accounts.
     """
     with timed(cpu, lib.HISTOGRAM_REMOTE_FLUSH):
         cpu.stat(kvm.id, lib.STAT_REMOTE_TLB_FLUSH_REQUESTS)
+        late = "P23b" in kvm.policy.bugs
+        if kvm.tracks_roots and not late:
+            roots_tlb_changed(cpu, kvm)
         for vcpu in kvm.vcpus:
             lib.vcpu_add_flush_reason(cpu.m, vcpu.id, reason)
         if kvm_make_all_cpus_request(cpu, kvm, KVM_REQ_TLB_FLUSH):
             cpu.stat(kvm.id, lib.STAT_REMOTE_TLB_FLUSH)
+        if kvm.tracks_roots and late:
+            roots_tlb_changed(cpu, kvm)
 
 
 def kvm_flush_remote_tlbs_range(cpu: Cpu, kvm: Kvm, gfn: int, nr_pages: int, reason: int) -> None:

@@ -8,6 +8,7 @@ under the lock that the kernel has for it.
 from __future__ import annotations
 
 from bisect import bisect_right
+from collections import deque
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from typing import Any
@@ -17,11 +18,18 @@ from emulator.kvm.kvm_host import (
     KVM_MEMSLOT_INVALID,
     KVM_MMU_NUM_PREV_ROOTS,
     PG_LEVEL_512G,
+    X86_CR0_PE,
+    X86_CR0_PG,
+    X86_CR0_WP,
+    X86_CR4_PAE,
 )
 from emulator.locks import MmuLock, Mutex, Refcount, SpinLock
 from emulator.policy import Policy
 from emulator.runtime import Machine
 from native import ffi
+
+# Answers to `migration` that look at what roots remember.
+TRACKING = ("cpu-flushed-mask", "cpu-flushed-mask-cleared", "root-tlb-gen")
 
 
 @dataclass(frozen=True, slots=True)
@@ -32,7 +40,7 @@ class KvmParams:
     chunk: SPTEs per native call; 1 gives every step to the scheduler of `explore`.
     resched_chunks: need_resched() for iterators: true after so many chunks; 0: never.
     eager_page_split: as the module parameter.
-    tdp_level: 4 or 5.
+    tdp_level: the host's, 4 or 5; a vCPU whose CPUID has a MAXPHYADDR of 48 or less uses 4 at most.
     slice_accesses: guest accesses until the preemption timer ends a slice.
     """
 
@@ -61,15 +69,40 @@ class KvmMmuPage:
     """struct kvm_mmu_page of a TDP root.  Other table pages are plain frame numbers.
 
     role.invalid is written under mmu_lock held for write; `tdp_mmu_scheduled_root_to_zap` likewise, cleared
-    under slots_lock.  `root_count` starts at 2: the vCPU's and the TDP MMU's own.
+    under slots_lock.  `root_count` starts at 2: the vCPU's and the TDP MMU's own; at 1 where the TDP MMU
+    keeps none (`own_reference`, decision root_put).  `tracking` is for policies that elide flushes
+    (emulator.kvm.root_tracking).  `special`: a root without a shadow page, which root_to_sp() does not find.
+    `link`: the SPTE that would point to the page, with its custody.
     """
 
-    __slots__ = ("hfn", "role", "root_count", "tdp_mmu_scheduled_root_to_zap")
+    __slots__ = (
+        "hfn",
+        "link",
+        "own_reference",
+        "role",
+        "root_count",
+        "special",
+        "tdp_mmu_scheduled_root_to_zap",
+        "tracking",
+    )
 
-    def __init__(self, hfn: int, role: KvmMmuPageRole) -> None:
+    def __init__(
+        self,
+        hfn: int,
+        role: KvmMmuPageRole,
+        *,
+        tracking: RootTracking | None = None,
+        own_reference: bool = True,
+        special: bool = False,
+        link: int = 0,
+    ) -> None:
         self.hfn = hfn
         self.role = role
-        self.root_count = Refcount(2)
+        self.link = link
+        self.own_reference = own_reference
+        self.special = special
+        self.tracking = tracking
+        self.root_count = Refcount(2 if own_reference else 1)
         self.tdp_mmu_scheduled_root_to_zap = False
 
     def __repr__(self) -> str:
@@ -77,6 +110,25 @@ class KvmMmuPage:
 
     def invalidate(self) -> None:
         self.role = replace(self.role, invalid=True)
+
+
+class RootTracking:
+    """What a policy remembers about one root and each pCPU, for one life of the root's page.
+
+    Shared by all CPUs without a lock: only native single steps touch it (native/bitops.h).
+    cpu_flushed_mask: pCPUs that have flushed the root; `cpu_clean_mask` is the same, cleared by remote
+    flushes.  tlb_gen: remote flushes of the root so far, from 1; cpu_tlb_gen[i]: what it was when pCPU i last
+    flushed, 0: never.
+    """
+
+    __slots__ = ("cpu_clean_mask", "cpu_flushed_mask", "cpu_tlb_gen", "tlb_gen", "words")
+
+    def __init__(self, pcpus: int) -> None:
+        self.words = (pcpus + 63) // 64
+        self.cpu_flushed_mask: Any = ffi.new("uint64_t[]", self.words)
+        self.cpu_clean_mask: Any = ffi.new("uint64_t[]", self.words)
+        self.tlb_gen: Any = ffi.new("uint64_t *", 1)
+        self.cpu_tlb_gen: Any = ffi.new("uint64_t[]", pcpus)
 
 
 class KvmMmu:
@@ -179,6 +231,8 @@ class Kvm:
     """struct kvm.
 
     Lock order: slots_lock, slots_arch_lock, mn_invalidate_lock; mmu_lock, tdp_mmu_pages_lock.
+    `tdp_mmu_zap_works`: roots that wait for the worker that zaps them (decision root_put=async).
+    `tracks_roots`: the policy may elide flushes by what roots remember.  `warned`: WARN_ON_ONCE() sentences.
     """
 
     __slots__ = (
@@ -199,7 +253,11 @@ class Kvm:
         "slots_lock",
         "tdp_mmu_pages_lock",
         "tdp_mmu_roots",
+        "tdp_mmu_zap_works",
+        "tracking_by_frame",
+        "tracks_roots",
         "vcpus",
+        "warned",
     )
 
     def __init__(self, machine: Machine, vm: int, gfns: int, policy: Policy, params: KvmParams) -> None:
@@ -223,11 +281,30 @@ class Kvm:
         self.tdp_mmu_roots: tuple[KvmMmuPage, ...] = ()
         self.tdp_mmu_pages_lock = SpinLock("tdp_mmu_pages_lock")
         self.dirty_log_manual = 0
-        # pCPUs on which a vCPU was ever loaded; only with remote_kick=vm-pcpu-mask.
+        self.tdp_mmu_zap_works: deque[KvmMmuPage] = deque()
+        self.tracks_roots = policy.may_answer("migration", TRACKING)
+        self.tracking_by_frame: dict[int, RootTracking] = {}  # only with mutant R4
+        self.warned: set[str] = set()
+        # pCPUs on which a vCPU was ever loaded, for remote_kick and root_alloc=vm-pcpu-mask.
         self.pcpu_mask = bytearray(machine.pcpus)
 
     def __repr__(self) -> str:
         return f"<VM {self.id}>"
+
+
+class VcpuArch:
+    """Registers of struct kvm_vcpu_arch that decide about roots and flushes: those of a 64-bit guest, as user
+    space sets them.  `smram`: what enter_smm() saved."""
+
+    __slots__ = ("cr0", "cr3", "cr4", "smi_pending", "smm", "smram")
+
+    def __init__(self) -> None:
+        self.cr0 = X86_CR0_PE | X86_CR0_WP | X86_CR0_PG
+        self.cr3 = 0
+        self.cr4 = X86_CR4_PAE
+        self.smm = False  # hflags & HF_SMM_MASK
+        self.smi_pending = False
+        self.smram: tuple[int, int, int] = (0, 0, 0)  # CR0, CR3, CR4
 
 
 class Vcpu:
@@ -235,15 +312,21 @@ class Vcpu:
 
     Apart from what the core holds (mode, requests, cpu), only the thread of the pCPU that it is loaded on
     touches it; `immediate_exit` is user space's (kvm_run->immediate_exit) and may be set by anyone.
+
+    mmu is root_mmu, or guest_mmu, which shadows the EPT of a nested guest: without nested guests it exists
+    and has no roots.  maxphyaddr: of the guest's CPUID, decides on 4 or 5 levels.
     """
 
     __slots__ = (
+        "arch",
         "exit",
+        "guest_mmu",
         "id",
         "immediate_exit",
         "kvm",
         "loaded",
         "loaded_vmcs",
+        "maxphyaddr",
         "mmu",
         "root_mmu",
         "srcu_idx",
@@ -255,7 +338,10 @@ class Vcpu:
         self.id = number
         self.vpid = vpid
         self.loaded_vmcs = LoadedVmcs()
+        self.arch = VcpuArch()
+        self.maxphyaddr = 52
         self.root_mmu = KvmMmu(KvmMmuPageRole(level=kvm.params.tdp_level))
+        self.guest_mmu = KvmMmu(KvmMmuPageRole(level=kvm.params.tdp_level))
         self.mmu = self.root_mmu
         self.srcu_idx = -1
         self.loaded = False  # between vcpu_load or kvm_sched_in and vcpu_put or kvm_sched_out

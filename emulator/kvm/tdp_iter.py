@@ -6,10 +6,26 @@ two calls the code here decides whether to yield, in which order, and with which
 
 from __future__ import annotations
 
+from dataclasses import dataclass
+
 from emulator.kvm.requests import flush_elided, kvm_flush_remote_tlbs
 from emulator.kvm.structs import Kvm, KvmMmuPage
 from emulator.runtime import Cpu, rcu_enter, rcu_leave
 from native import ffi, lib
+
+
+@dataclass(slots=True)
+class Entry:
+    """Where a walk stands: the SPTE, its table page, index and level, and the first gfn that it covers."""
+
+    spte: int
+    table: int
+    level: int
+    gfn: int
+
+    @property
+    def index(self) -> int:
+        return (self.gfn >> (9 * (self.level - 1))) & 511
 
 
 class TdpIter:
@@ -41,6 +57,7 @@ class TdpIter:
         chunk = self.chunk
         chunk.root = root.hfn
         chunk.root_level = root.role.level
+        chunk.root_link = root.link
         chunk.walk = walk
         chunk.level = level
         chunk.shared = shared
@@ -67,6 +84,18 @@ class TdpIter:
             cpu.fail(rc)
         self.chunks_since_yield += 1
         return int(self.chunk.changed)
+
+    def found(self) -> Entry | None:
+        """What the last step stopped at: what a TDP_FIND_ walk looks for, or a table that lost its link."""
+        chunk = self.chunk
+        if not chunk.found_level:
+            return None
+        return Entry(chunk.found_spte, chunk.found_table, chunk.found_level, chunk.found_gfn)
+
+    def skip(self) -> None:
+        """Past the SPTE that it would look at next."""
+        self.chunk.next_gfn += 1
+        self.chunk.done = self.chunk.next_gfn >= self.chunk.end_gfn
 
     def retry(self, gfn: int) -> None:
         """`goto retry` of the kernel's loops: look at gfn again."""
@@ -109,4 +138,6 @@ def tdp_mmu_iter_cond_resched(cpu: Cpu, kvm: Kvm, it: TdpIter, flush: bool) -> b
     rcu_enter(cpu)
     it.chunks_since_yield = 0
     it.yielded_gfn = it.next_last_level_gfn
+    if "B6" in kvm.policy.bugs:  # the iterator is restarted, and then advanced
+        it.skip()
     return True

@@ -5,7 +5,6 @@ All changes are compare-and-swap.  Whoever loses retries by letting the guest fa
 
 from __future__ import annotations
 
-from dataclasses import dataclass
 from typing import Final
 
 from emulator.kvm.kvm_host import PG_LEVEL_4K, kvm_pages_per_hpage
@@ -22,8 +21,10 @@ from emulator.kvm.spte import (
     spte_to_child_pt,
 )
 from emulator.kvm.structs import Kvm, KvmMemorySlot, KvmMmuPage, Vcpu
+from emulator.kvm.tdp_iter import Entry
+from emulator.kvm.tdp_remove import handle_disconnected_sps, handle_removed_pt, tables_flush_themselves
 from emulator.runtime import Cpu, rcu_read_lock
-from native import ffi, lib
+from native import lib
 
 # enum { RET_PF_... } of mmu_internal.h
 RET_PF_CONTINUE: Final = 0
@@ -78,20 +79,6 @@ def is_access_allowed(fault: KvmPageFault, spte: int) -> bool:
     return is_shadow_present_pte(spte)
 
 
-@dataclass(slots=True)
-class Entry:
-    """Where a walk stands: the SPTE, its table page, index and level, and the first gfn that it covers."""
-
-    spte: int
-    table: int
-    level: int
-    gfn: int
-
-    @property
-    def index(self) -> int:
-        return (self.gfn >> (9 * (self.level - 1))) & 511
-
-
 def tdp_entry(cpu: Cpu, root: KvmMmuPage, gfn: int, goal_level: int) -> Entry:
     """The deepest entry for gfn that exists, not below goal_level.  Under rcu_read_lock."""
     walked = lib.tdp_mmu_get_walk(cpu.m, root.hfn, root.role.level, gfn, cpu.sptes, cpu.tables)
@@ -99,11 +86,18 @@ def tdp_entry(cpu: Cpu, root: KvmMmuPage, gfn: int, goal_level: int) -> Entry:
     return Entry(cpu.sptes[level], cpu.tables[level], level, gfn & -kvm_pages_per_hpage(level))
 
 
-def tdp_mmu_set_spte_atomic(cpu: Cpu, kvm: Kvm, entry: Entry, new_spte: int) -> bool:
+def tdp_mmu_set_spte_atomic(
+    cpu: Cpu,
+    kvm: Kvm,
+    entry: Entry,
+    new_spte: int,
+    disconnected_sps: list[int] | None = None,
+    reason: int = lib.REASON_REMOTE_REPLACE,
+) -> bool:
     """tdp_mmu_set_spte_atomic(): False if the SPTE is not entry.spte any more.
 
     With the part of handle_changed_spte() that matters here: a table that loses its link is taken apart and
-    left to RCU.
+    left to RCU, or to handle_disconnected_sps().
     """
     cpu.point("spte", (entry.table, entry.index), "write")
     rc = lib.tdp_mmu_set_spte_atomic(
@@ -113,17 +107,9 @@ def tdp_mmu_set_spte_atomic(cpu: Cpu, kvm: Kvm, entry: Entry, new_spte: int) -> 
         return False
     cpu.check(rc)
     if is_shadow_present_pte(entry.spte) and not is_last_spte(entry.spte, entry.level):
-        handle_removed_pt(cpu, kvm, entry)
+        assert disconnected_sps is not None, "who replaces a table frees it"
+        handle_removed_pt(cpu, kvm, entry, True, reason, disconnected_sps)
     return True
-
-
-def handle_removed_pt(cpu: Cpu, kvm: Kvm, entry: Entry) -> None:
-    """handle_removed_pt(): freeze the children of the unlinked table and below, give the pages to RCU."""
-    cpu.check(
-        lib.handle_removed_pt(
-            cpu.m, cpu.id, kvm.id, spte_to_child_pt(entry.spte), entry.level - 1, entry.gfn, 1, 1, ffi.NULL, 0
-        )
-    )
 
 
 def tdp_mmu_link_sp(cpu: Cpu, kvm: Kvm, entry: Entry) -> Entry | None:
@@ -161,7 +147,7 @@ def kvm_tdp_mmu_map(cpu: Cpu, vcpu: Vcpu, fault: KvmPageFault) -> int:
     with rcu_read_lock(cpu):
         entry = tdp_entry(cpu, root, fault.gfn, fault.goal_level)
         while True:
-            if is_frozen_spte(entry.spte):
+            if is_frozen_spte(entry.spte) and "P13" not in kvm.policy.bugs:
                 return RET_PF_RETRY
             if entry.level == fault.goal_level:
                 return tdp_mmu_map_handle_target_level(cpu, vcpu, fault, entry)
@@ -193,18 +179,28 @@ def tdp_mmu_map_handle_target_level(cpu: Cpu, vcpu: Vcpu, fault: KvmPageFault, e
     new_spte = make_spte(cpu, fault.slot, fault.gfn, entry.level, fault.pfn)
     if new_spte == old_spte:
         return RET_PF_SPURIOUS
-    if not tdp_mmu_set_spte_atomic(cpu, kvm, entry, new_spte):
+    disconnected_sps: list[int] = []
+    if not tdp_mmu_set_spte_atomic(cpu, kvm, entry, new_spte, disconnected_sps):
         return RET_PF_RETRY
-    if present and (not last or leaf_spte_change_needs_tlb_flush(old_spte, new_spte)):
-        if kvm.policy.map_replace(cpu, kvm, entry.gfn) == "flush":
-            kvm_flush_remote_tlbs_range(
-                cpu, kvm, entry.gfn, kvm_pages_per_hpage(entry.level), lib.REASON_REMOTE_REPLACE
-            )
-        else:
-            flush_elided(cpu, kvm, lib.REASON_REMOTE_REPLACE, entry.gfn)
+    if present and (
+        leaf_spte_change_needs_tlb_flush(old_spte, new_spte)
+        if last
+        else not tables_flush_themselves(cpu, kvm)
+    ):
+        map_replace_flush(cpu, kvm, entry)
+    handle_disconnected_sps(cpu, disconnected_sps)
     if fault.around_n and entry.level == PG_LEVEL_4K:
         tdp_mmu_map_around(cpu, kvm, fault, entry.table)
     return RET_PF_FIXED
+
+
+def map_replace_flush(cpu: Cpu, kvm: Kvm, entry: Entry) -> None:
+    """Decision map_replace."""
+    if kvm.policy.map_replace(cpu, kvm, entry.gfn) == "flush":
+        pages = kvm_pages_per_hpage(entry.level)
+        kvm_flush_remote_tlbs_range(cpu, kvm, entry.gfn, pages, lib.REASON_REMOTE_REPLACE)
+    else:
+        flush_elided(cpu, kvm, lib.REASON_REMOTE_REPLACE, entry.gfn)
 
 
 def tdp_mmu_map_around(cpu: Cpu, kvm: Kvm, fault: KvmPageFault, table: int) -> None:

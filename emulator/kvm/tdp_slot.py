@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from emulator.kvm.kvm_host import kvm_pages_per_hpage
 from emulator.kvm.page_fault import kvm_mmu_max_mapping_level
-from emulator.kvm.requests import kvm_flush_remote_tlbs_memslot, kvm_flush_remote_tlbs_range
+from emulator.kvm.requests import flush_elided, kvm_flush_remote_tlbs_memslot
 from emulator.kvm.spte import (
     FROZEN_SPTE,
     PT_PAGE_SIZE_MASK,
@@ -18,15 +18,15 @@ from emulator.kvm.spte import (
     spte_to_child_pt,
 )
 from emulator.kvm.structs import Kvm, KvmMemorySlot, KvmMmuPage
-from emulator.kvm.tdp_iter import TdpIter, tdp_mmu_iter_cond_resched
-from emulator.kvm.tdp_map import (
-    Entry,
-    handle_removed_pt,
-    tdp_entry,
-    tdp_mmu_set_spte_atomic,
-    tdp_mmu_split_huge_page,
+from emulator.kvm.tdp_iter import Entry, TdpIter, tdp_mmu_iter_cond_resched
+from emulator.kvm.tdp_map import tdp_entry, tdp_mmu_set_spte_atomic, tdp_mmu_split_huge_page
+from emulator.kvm.tdp_remove import (
+    handle_disconnected_sps,
+    tables_flush_themselves,
+    tdp_mmu_set_spte,
+    tdp_mmu_zap_frozen,
 )
-from emulator.kvm.tdp_mmu import KVM_VALID_ROOTS, for_each_tdp_mmu_root_yield_safe
+from emulator.kvm.tdp_roots import KVM_VALID_ROOTS, for_each_tdp_mmu_root_yield_safe
 from emulator.runtime import READ, WRITE, Cpu, OutOfFrames, rcu_read_lock
 from native import lib
 
@@ -36,7 +36,7 @@ _HFN_SHIFT = lib.SPTE_HFN_SHIFT
 def kvm_tdp_mmu_wrprot_slot(cpu: Cpu, kvm: Kvm, slot: KvmMemorySlot, min_level: int) -> bool:
     """kvm_tdp_mmu_wrprot_slot(), wrprot_gfn_range(): True if some SPTE lost W.  Yields without a flush."""
     spte_set = False
-    for root in for_each_tdp_mmu_root_yield_safe(cpu, kvm, KVM_VALID_ROOTS):
+    for root in for_each_tdp_mmu_root_yield_safe(cpu, kvm, KVM_VALID_ROOTS, slot.as_id):
         it = TdpIter(root, lib.TDP_WRPROT, slot.base_gfn, slot.end_gfn, shared=True, level=min_level)
         with rcu_read_lock(cpu):
             while not it.done:
@@ -47,13 +47,13 @@ def kvm_tdp_mmu_wrprot_slot(cpu: Cpu, kvm: Kvm, slot: KvmMemorySlot, min_level: 
     return spte_set
 
 
-def kvm_tdp_mmu_clear_dirty_pt_masked(cpu: Cpu, kvm: Kvm, gfn: int, mask: int) -> int:
+def kvm_tdp_mmu_clear_dirty_pt_masked(cpu: Cpu, kvm: Kvm, slot: KvmMemorySlot, gfn: int, mask: int) -> int:
     """kvm_tdp_mmu_clear_dirty_pt_masked(wrprot=true), under mmu_lock for write: takes W from the 4K SPTEs of
     the gfns in mask; returns from how many."""
     assert cpu.mmu_lock_held == WRITE
     changed = 0
     for root in kvm.tdp_mmu_roots:
-        if root.role.invalid:
+        if root.role.invalid or root.role.smm != slot.as_id:
             continue
         it = TdpIter(root, lib.TDP_CLEAR_DIRTY, gfn, gfn + 64, shared=False, mask=mask)
         with rcu_read_lock(cpu):
@@ -62,13 +62,13 @@ def kvm_tdp_mmu_clear_dirty_pt_masked(cpu: Cpu, kvm: Kvm, gfn: int, mask: int) -
     return changed
 
 
-def kvm_tdp_mmu_write_protect_gfn(cpu: Cpu, kvm: Kvm, gfn: int, min_level: int) -> bool:
+def kvm_tdp_mmu_write_protect_gfn(cpu: Cpu, kvm: Kvm, slot: KvmMemorySlot, gfn: int, min_level: int) -> bool:
     """kvm_tdp_mmu_write_protect_gfn(), write_protect_gfn(), under mmu_lock for write: takes W and
     MMU-writable from a leaf of min_level or above."""
     assert cpu.mmu_lock_held == WRITE
     spte_set = False
     for root in kvm.tdp_mmu_roots:
-        if root.role.invalid:
+        if root.role.invalid or root.role.smm != slot.as_id:
             continue
         with rcu_read_lock(cpu):
             entry = tdp_entry(cpu, root, gfn, min_level)
@@ -76,23 +76,17 @@ def kvm_tdp_mmu_write_protect_gfn(cpu: Cpu, kvm: Kvm, gfn: int, min_level: int) 
                 continue
             new_spte = entry.spte & ~(PT_WRITABLE_MASK | SHADOW_MMU_WRITABLE_MASK)
             if new_spte != entry.spte:
-                _tdp_mmu_set_spte(cpu, kvm, entry, new_spte)
+                tdp_mmu_set_spte(cpu, kvm, entry, new_spte)
                 spte_set = True
     return spte_set
 
 
-def _tdp_mmu_set_spte(cpu: Cpu, kvm: Kvm, entry: Entry, new_spte: int) -> None:
-    """tdp_mmu_set_spte(): under mmu_lock for write, or as the owner of a frozen SPTE."""
-    cpu.point("spte", (entry.table, entry.index), "write")
-    lib.tdp_mmu_set_spte(cpu.m, cpu.id, kvm.id, entry.table, entry.index, entry.level, entry.gfn, new_spte)
-
-
 def kvm_tdp_mmu_try_split_huge_pages(
-    cpu: Cpu, kvm: Kvm, start: int, end: int, target_level: int, shared: bool
+    cpu: Cpu, kvm: Kvm, slot: KvmMemorySlot, start: int, end: int, target_level: int, shared: bool
 ) -> None:
     """kvm_tdp_mmu_try_split_huge_pages(): as many as there are table pages for."""
     assert cpu.mmu_lock_held == (READ if shared else WRITE)
-    for root in for_each_tdp_mmu_root_yield_safe(cpu, kvm, KVM_VALID_ROOTS):
+    for root in for_each_tdp_mmu_root_yield_safe(cpu, kvm, KVM_VALID_ROOTS, slot.as_id):
         tdp_mmu_split_huge_pages_root(cpu, kvm, root, start, end, target_level, shared)
 
 
@@ -106,7 +100,7 @@ def tdp_mmu_split_huge_pages_root(
             if tdp_mmu_iter_cond_resched(cpu, kvm, it, flush=False):
                 continue
             it.step(cpu, kvm)
-            entry = _found(it)
+            entry = it.found()
             if entry is None:
                 continue
             try:
@@ -117,20 +111,12 @@ def tdp_mmu_split_huge_pages_root(
                 it.retry(entry.gfn)
 
 
-def _found(it: TdpIter) -> Entry | None:
-    """What a TDP_FIND_ walk stopped at."""
-    chunk = it.chunk
-    if not chunk.found_level:
-        return None
-    return Entry(chunk.found_spte, chunk.found_table, chunk.found_level, chunk.found_gfn)
-
-
 def kvm_tdp_mmu_recover_huge_pages(cpu: Cpu, kvm: Kvm, slot: KvmMemorySlot) -> None:
     """kvm_tdp_mmu_recover_huge_pages() and, to 6.12, kvm_tdp_mmu_zap_collapsible_sptes(); decision
     huge_recovery.  Under mmu_lock for read."""
     assert cpu.mmu_lock_held == READ
     in_place = kvm.policy.huge_recovery(cpu, kvm) == "in-place"
-    for root in for_each_tdp_mmu_root_yield_safe(cpu, kvm, KVM_VALID_ROOTS):
+    for root in for_each_tdp_mmu_root_yield_safe(cpu, kvm, KVM_VALID_ROOTS, slot.as_id):
         if in_place:
             recover_huge_pages_range(cpu, kvm, root, slot)
         else:
@@ -140,11 +126,13 @@ def kvm_tdp_mmu_recover_huge_pages(cpu: Cpu, kvm: Kvm, slot: KvmMemorySlot) -> N
 def recover_huge_pages_range(cpu: Cpu, kvm: Kvm, root: KvmMmuPage, slot: KvmMemorySlot) -> None:
     """recover_huge_pages_range(): a huge leaf replaces each table that the host maps huge.
 
-    The tables are freed by RCU, so the flush has to be over before RCU is left, here and in each yield.
+    The tables are freed by RCU, so the flush has to be over before RCU is left, here and in each yield; or
+    before they are given to RCU (decision zap).
     """
-    reason = lib.REASON_REMOTE_RECOVER
+    reason, bugs = lib.REASON_REMOTE_RECOVER, kvm.policy.bugs
     it = TdpIter(root, lib.TDP_FIND_TABLE, slot.base_gfn, slot.end_gfn, shared=True, reason=reason)
     flush = False
+    disconnected_sps: list[int] = []
     with rcu_read_lock(cpu):
         while not it.done:
             if tdp_mmu_iter_cond_resched(cpu, kvm, it, flush):
@@ -154,23 +142,29 @@ def recover_huge_pages_range(cpu: Cpu, kvm: Kvm, root: KvmMmuPage, slot: KvmMemo
             entry = _collapsible(cpu, kvm, slot, it)
             if entry is None:
                 continue
+            if "B3" in bugs:  # something called here yields, and nobody is told
+                tdp_mmu_iter_cond_resched(cpu, kvm, it, flush)
             huge_spte = tdp_mmu_make_huge_spte(cpu, kvm, entry)
             if huge_spte is None:
                 continue
-            if not tdp_mmu_set_spte_atomic(cpu, kvm, entry, huge_spte):
+            if not tdp_mmu_set_spte_atomic(cpu, kvm, entry, huge_spte, disconnected_sps, reason):
                 it.retry(entry.gfn)
                 continue
-            flush = True
+            flush = not tables_flush_themselves(cpu, kvm)
+            if "B2" in bugs:  # that the TDP MMU needs a flush is not passed on
+                flush_elided(cpu, kvm, reason, entry.gfn)
+                flush = False
         if flush and kvm.policy.zap_yield(cpu, kvm) != "unlock-then-flush":
             kvm_flush_remote_tlbs_memslot(cpu, kvm, slot, reason)
             flush = False
     if flush:
         kvm_flush_remote_tlbs_memslot(cpu, kvm, slot, reason)
+    handle_disconnected_sps(cpu, disconnected_sps)
 
 
 def _collapsible(cpu: Cpu, kvm: Kvm, slot: KvmMemorySlot, it: TdpIter) -> Entry | None:
     """The table that the walk stopped at, if its range lies in the slot and the host maps it huge."""
-    entry = _found(it)
+    entry = it.found()
     if entry is None or not slot.base_gfn <= entry.gfn < slot.end_gfn:
         return None
     if kvm_mmu_max_mapping_level(cpu, kvm, slot, entry.gfn) < entry.level:
@@ -185,6 +179,8 @@ def tdp_mmu_make_huge_spte(cpu: Cpu, kvm: Kvm, parent: Entry) -> int | None:
     part of it, its frames are no longer one thing that a single SPTE can stand for.
     """
     table = spte_to_child_pt(parent.spte)
+    if not lib.tdp_table_holds(cpu.m, cpu.id, kvm.id, parent.spte, parent.level, parent.gfn):
+        return None  # freed under our hands, and reported
     for index in range(512):
         small_spte = lib.spte_read(cpu.m, table, index)
         if is_shadow_present_pte(small_spte):
@@ -222,9 +218,5 @@ def tdp_mmu_zap_spte_atomic(cpu: Cpu, kvm: Kvm, entry: Entry) -> bool:
     if rc == lib.MACHINE_AGAIN:
         return False
     cpu.check(rc)
-    kvm_flush_remote_tlbs_range(
-        cpu, kvm, entry.gfn, kvm_pages_per_hpage(entry.level), lib.REASON_REMOTE_RECOVER
-    )
-    _tdp_mmu_set_spte(cpu, kvm, entry, 0)
-    handle_removed_pt(cpu, kvm, entry)
+    tdp_mmu_zap_frozen(cpu, kvm, entry, lib.REASON_REMOTE_RECOVER)
     return True

@@ -19,10 +19,16 @@ def kvm_arch_vcpu_load(cpu: Cpu, vcpu: Vcpu) -> None:
 
 
 def join_pcpu_mask(cpu: Cpu, vcpu: Vcpu) -> None:
-    """Decision remote_kick=vm-pcpu-mask: a pCPU that joins the VM's mask missed the flushes before."""
+    """Decisions remote_kick and root_alloc=vm-pcpu-mask: a pCPU that joins the VM's mask missed the flushes
+    before.  It joins first: who reads the mask from here on includes it."""
     kvm = vcpu.kvm
-    if not kvm.pcpu_mask[cpu.id] and kvm.policy.remote_kick(cpu, kvm) == "vm-pcpu-mask":
-        kvm.pcpu_mask[cpu.id] = 1
+    if kvm.pcpu_mask[cpu.id]:
+        return
+    cpu.point("pcpu_mask", kvm.id, "write")
+    kvm.pcpu_mask[cpu.id] = 1
+    if kvm.policy.remote_kick(cpu, kvm) == "vm-pcpu-mask" or kvm.policy.may_answer(
+        "root_alloc", ("vm-pcpu-mask",)
+    ):
         request_tlb_flush(cpu, vcpu, lib.REASON_OTHER)
 
 

@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
-from emulator.kvm.kvm_host import KVM_REQ_TLB_FLUSH
+from typing import Final
+
+from emulator.kvm.kvm_host import KVM_REQ_TLB_FLUSH, PG_LEVEL_256T
 from emulator.kvm.requests import flush_elided, kvm_make_request
-from emulator.kvm.structs import Kvm, KvmMmuPage, Vcpu
+from emulator.kvm.root_tracking import active_roots, mmu_roots, root_tlb_gen_is_old, test_and_set_flushed
+from emulator.kvm.structs import Kvm, KvmMmu, KvmMmuPage, Vcpu
 from emulator.runtime import Cpu, Machine, OutOfFrames
 from native import lib
 
@@ -22,12 +25,58 @@ def free_vpid(machine: Machine, vpid: int) -> None:
     machine.vmx_vpids.append(vpid)
 
 
+# EPTP (SDM vol. 3C, 25.6.11): memory type, levels - 1, accessed and dirty flags enabled, page of the root.
+VMX_EPTP_MT_WB: Final = 6
+VMX_EPTP_PWL_4: Final = 3 << 3
+VMX_EPTP_PWL_5: Final = 4 << 3
+VMX_EPTP_AD_ENABLE_BIT: Final = 1 << 6
+# INVALID_PAGE: what construct_eptp() makes of a root without a shadow page.
+INVALID_EPTP: Final = -1
+
+
+def root_to_sp(root: KvmMmuPage) -> KvmMmuPage | None:
+    """root_to_sp(): None for a root that has no shadow page (a dummy root, PAE roots)."""
+    return None if root.special else root
+
+
+def construct_eptp(cpu: Cpu, kvm: Kvm, root: KvmMmuPage) -> int:
+    """construct_eptp(): from the role of the root, not from the state of a vCPU: it is also asked for roots
+    that are not current."""
+    sp = root_to_sp(root)
+    if sp is None:
+        warn_on_once(cpu, kvm, "construct_eptp: the root has no shadow page")
+        return INVALID_EPTP
+    levels = VMX_EPTP_PWL_5 if sp.role.level == PG_LEVEL_256T else VMX_EPTP_PWL_4
+    return sp.hfn << 12 | VMX_EPTP_MT_WB | levels | VMX_EPTP_AD_ENABLE_BIT
+
+
+def warn_on_once(cpu: Cpu, kvm: Kvm, what: str) -> None:
+    """WARN_ON_ONCE(): kept with the VM; threads of pCPUs do not print."""
+    kvm.warned.add(what)
+
+
+def vmx_flush_tlb_ept_root(cpu: Cpu, kvm: Kvm, root: KvmMmuPage, reason: int) -> None:
+    """vmx_flush_tlb_ept_root(): INVEPT single; global where no EPTP can be made.
+
+    Mutant P23c: a root without a shadow page is not flushed.
+    """
+    eptp = construct_eptp(cpu, kvm, root)
+    cpu.point("tlb", cpu.id, "write")
+    if eptp != INVALID_EPTP:
+        lib.flush_invept_single(cpu.m, cpu.id, kvm.id, eptp >> 12, reason)
+    elif "P23c" not in kvm.policy.bugs:
+        lib.flush_invept_global(cpu.m, cpu.id, kvm.id, reason)
+
+
 def vmx_flush_tlb_all(cpu: Cpu, vcpu: Vcpu, reason: int) -> None:
     """vmx_flush_tlb_all(): INVEPT global, because neither INVVPID nor VM entry drops guest-physical mappings.
-    It hits every VM on this pCPU."""
+    It hits every VM on this pCPU.  Mutant P7: INVVPID."""
     cpu.stat(vcpu.kvm.id, lib.STAT_FLUSH_ALL)
     cpu.point("tlb", cpu.id, "write")
-    lib.flush_invept_global(cpu.m, cpu.id, vcpu.kvm.id, reason)
+    if "P7" in vcpu.kvm.policy.bugs:
+        lib.flush_invvpid_single(cpu.m, cpu.id, vcpu.kvm.id, vcpu.vpid, reason)
+    else:
+        lib.flush_invept_global(cpu.m, cpu.id, vcpu.kvm.id, reason)
 
 
 def vmx_flush_tlb_current(cpu: Cpu, vcpu: Vcpu, reason: int) -> None:
@@ -35,22 +84,25 @@ def vmx_flush_tlb_current(cpu: Cpu, vcpu: Vcpu, reason: int) -> None:
     if vcpu.mmu.root is None:
         return
     cpu.stat(vcpu.kvm.id, lib.STAT_FLUSH_CURRENT)
-    cpu.point("tlb", cpu.id, "write")
-    lib.flush_invept_single(cpu.m, cpu.id, vcpu.kvm.id, vcpu.mmu.root.hfn, reason)
+    vmx_flush_tlb_ept_root(cpu, vcpu.kvm, vcpu.mmu.root, reason)
 
 
 def vmx_flush_tlb_roots(cpu: Cpu, vcpu: Vcpu, reason: int) -> None:
     """INVEPT single on each root that this vCPU can use without kvm_mmu_load, as proposed on the list in
     2025."""
-    for root in (vcpu.mmu.root, *vcpu.mmu.prev_roots):
-        if root is not None:
-            cpu.point("tlb", cpu.id, "write")
-            lib.flush_invept_single(cpu.m, cpu.id, vcpu.kvm.id, root.hfn, reason)
+    for root in active_roots(vcpu):
+        vmx_flush_tlb_ept_root(cpu, vcpu.kvm, root, reason)
 
 
 def vmx_flush_tlb_guest(cpu: Cpu, vcpu: Vcpu, reason: int) -> None:
-    """vmx_flush_tlb_guest(): INVVPID single-context of the current VPID, never INVEPT."""
+    """vmx_flush_tlb_guest(): INVVPID single-context of the current VPID, never INVEPT.
+
+    Mutant P8: INVEPT single on the current root: drops what it should, and more than it should.
+    """
     cpu.stat(vcpu.kvm.id, lib.STAT_FLUSH_GUEST)
+    if "P8" in vcpu.kvm.policy.bugs and vcpu.mmu.root is not None:
+        vmx_flush_tlb_ept_root(cpu, vcpu.kvm, vcpu.mmu.root, reason)
+        return
     cpu.point("tlb", cpu.id, "write")
     lib.flush_invvpid_single(cpu.m, cpu.id, vcpu.kvm.id, vcpu.vpid, reason)
 
@@ -88,22 +140,53 @@ def vmx_vcpu_load_vmcs(cpu: Cpu, vcpu: Vcpu) -> None:
 
 
 def migration_ept(cpu: Cpu, vcpu: Vcpu) -> None:
-    """Decision `migration`: guest-physical mappings, and the combined ones with them."""
+    """Decision `migration`: guest-physical mappings, and the combined ones with them.
+
+    Roots that are neither current nor cached need nothing: they become current through kvm_mmu_load.
+    """
     kvm = vcpu.kvm
     answer = kvm.policy.migration(cpu, vcpu)
     if answer == "all-contexts":
         request_tlb_flush(cpu, vcpu, lib.REASON_MIGRATION)
-    elif answer == "active-roots":
-        vmx_flush_tlb_roots(cpu, vcpu, lib.REASON_MIGRATION)
-    else:
+    elif answer == "none":
         flush_elided(cpu, kvm, lib.REASON_MIGRATION, vcpu.id)
+    else:
+        vmx_flush_ept_on_pcpu_migration(cpu, vcpu, vcpu.root_mmu, answer)
+        vmx_flush_ept_on_pcpu_migration(cpu, vcpu, vcpu.guest_mmu, answer)
+
+
+def vmx_flush_ept_on_pcpu_migration(cpu: Cpu, vcpu: Vcpu, mmu: KvmMmu, answer: str) -> None:
+    """vmx_flush_ept_on_pcpu_migration(), proposed in August 2025: current and previous roots, preemption off.
+
+    With a policy that remembers, only those that need it; generations are looked at once more before VM
+    entry, so that previous roots can wait until one of them is used.  Mutant P24: previous roots left out.
+    """
+    roots = mmu_roots(mmu)
+    if answer == "root-tlb-gen" or "P24" in vcpu.kvm.policy.bugs:
+        roots = [root for root in roots if root is mmu.root]
+    for root in roots:
+        if answer != "active-roots" and test_and_set_flushed(cpu, root, answer):
+            flush_elided(cpu, vcpu.kvm, lib.REASON_MIGRATION, root.hfn)
+        else:
+            vmx_flush_tlb_ept_root(cpu, vcpu.kvm, root, lib.REASON_MIGRATION)
 
 
 def migration_vpid(cpu: Cpu, vcpu: Vcpu) -> None:
-    """Decision `migration_vpid`: combined mappings under this vCPU's VPID."""
+    """Decision `migration_vpid`: combined mappings under this vCPU's VPID, whatever the root."""
     if vcpu.kvm.policy.migration_vpid(cpu, vcpu) == "invvpid":
         cpu.point("tlb", cpu.id, "write")
         lib.flush_invvpid_single(cpu.m, cpu.id, vcpu.kvm.id, vcpu.vpid, lib.REASON_MIGRATION)
+
+
+def vmx_flush_tlb_before_entry(cpu: Cpu, vcpu: Vcpu) -> None:
+    """With migration=root-tlb-gen, interrupts off and mode IN_GUEST_MODE: the current root's generation, by
+    whatever way it became current.  Mutant R1: not looked at."""
+    kvm = vcpu.kvm
+    if "R1" in kvm.policy.bugs or kvm.policy.migration(cpu, vcpu) != "root-tlb-gen":
+        return
+    if root_tlb_gen_is_old(cpu, vcpu):
+        assert vcpu.mmu.root is not None
+        vmx_flush_tlb_ept_root(cpu, kvm, vcpu.mmu.root, lib.REASON_MIGRATION)
 
 
 def request_tlb_flush(cpu: Cpu, vcpu: Vcpu, reason: int) -> None:

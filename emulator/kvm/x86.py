@@ -28,14 +28,16 @@ from emulator.kvm.kvm_host import (
     ExitToUser,
     RunYield,
 )
-from emulator.kvm.mmu import kvm_mmu_free_obsolete_roots, kvm_mmu_reload
 from emulator.kvm.page_fault import kvm_mmu_page_fault
 from emulator.kvm.requests import kvm_check_request, kvm_test_request
+from emulator.kvm.root_tracking import active_roots, mmu_roots, record_flush
+from emulator.kvm.roots import kvm_mmu_free_obsolete_roots, kvm_mmu_reload
 from emulator.kvm.structs import Vcpu
 from emulator.kvm.tdp_map import EFAULT, ENOMEM, RET_PF_EMULATE, RET_PF_RETRY
 from emulator.kvm.vcpu import vcpu_load, vcpu_put
 from emulator.kvm.vmx import (
     vmx_flush_tlb_all,
+    vmx_flush_tlb_before_entry,
     vmx_flush_tlb_current,
     vmx_flush_tlb_guest,
     vmx_flush_tlb_roots,
@@ -67,12 +69,15 @@ def kvm_vcpu_flush_tlb_all(cpu: Cpu, vcpu: Vcpu) -> None:
     reason = (reasons & -reasons).bit_length() - 1 if reasons else lib.REASON_OTHER
     cpu.stat(kvm.id, lib.STAT_TLB_FLUSH)
     answer = kvm.policy.remote_flush(cpu, vcpu)
-    if answer == "all-contexts":
-        vmx_flush_tlb_all(cpu, vcpu, reason)
-    elif answer == "active-roots":
-        vmx_flush_tlb_roots(cpu, vcpu, reason)
-    else:
+    if answer == "current-context":
+        record_flush(cpu, kvm, [root for root in mmu_roots(vcpu.mmu) if root is vcpu.mmu.root])
         vmx_flush_tlb_current(cpu, vcpu, reason)
+    else:
+        record_flush(cpu, kvm, active_roots(vcpu))
+        if answer == "all-contexts":
+            vmx_flush_tlb_all(cpu, vcpu, reason)
+        else:
+            vmx_flush_tlb_roots(cpu, vcpu, reason)
     kvm_check_request(cpu, vcpu, KVM_REQ_TLB_FLUSH_CURRENT)
 
 
@@ -168,6 +173,8 @@ def _enter_with_irqs_off(cpu: Cpu, vcpu: Vcpu) -> bool:
         cpu.check(lib.local_irq_enable(cpu.m, cpu.id))
         kvm_vcpu_srcu_read_lock(cpu, vcpu)
         return False
+    if vcpu.kvm.tracks_roots:
+        vmx_flush_tlb_before_entry(cpu, vcpu)
     budget = vcpu.kvm.params.slice_accesses
     cpu.point("guest", vcpu.id, "write")
     cpu.check(lib.guest_run(cpu.m, cpu.id, vcpu.id, budget, vcpu.exit))

@@ -82,7 +82,68 @@ POINTS: tuple[DecisionPoint, ...] = (
         "a root becomes current through kvm_mmu_load",
         (
             Alternative("flush-current", "INVEPT single on it: its page may have been a root before"),
-            Alternative("none", "nothing: entries of its earlier life as a root come back", mutant=True),
+            Alternative(
+                "none",
+                "nothing: entries of its page's earlier life as a root come back, unless its allocation "
+                "flushed every pCPU, or its generation is looked at before entry",
+                mutant=True,
+            ),
+        ),
+    ),
+    DecisionPoint(
+        "cached_root",
+        "a previous root becomes current without kvm_mmu_load (fast_pgd_switch)",
+        (
+            Alternative("none", "nothing: whatever makes entries stale flushes previous roots, too"),
+            Alternative(
+                "flush-current",
+                "KVM_REQ_TLB_FLUSH_CURRENT, as with force_flush_and_sync_on_reuse; INVEPT single on it",
+            ),
+        ),
+    ),
+    DecisionPoint(
+        "root_alloc",
+        "a page becomes a root (kvm_tdp_mmu_alloc_root)",
+        (
+            Alternative("none", "nothing: whoever loads it flushes, on the pCPU where it does"),
+            Alternative("on-each-cpu", "INVEPT single on it on every pCPU of the host (proposed July 2025)"),
+            Alternative(
+                "vm-pcpu-mask",
+                "... on the pCPUs where a vCPU of the VM was ever loaded; one that joins is flushed (idea of "
+                "August 2025)",
+            ),
+        ),
+    ),
+    DecisionPoint(
+        "root_put",
+        "the last reference to a root goes (kvm_tdp_mmu_put_root)",
+        (
+            Alternative(
+                "sync-no-flush",
+                "its page goes to RCU; the TDP MMU holds a reference of its own until the root is "
+                "invalidated, and who invalidated it has zapped it by then (since 6.6)",
+            ),
+            Alternative("flush", "the same with a remote flush before"),
+            Alternative(
+                "async",
+                "a worker zaps it first; a role change may drop the last reference and lose the whole tree "
+                "(5.18 to 6.5)",
+            ),
+            Alternative(
+                "inline",
+                "unlinked and zapped on the spot, in one go, by whoever dropped it, which a role change may "
+                "do (to 5.17)",
+            ),
+        ),
+    ),
+    DecisionPoint(
+        "invalid_root_zap",
+        "the SPTEs of an invalidated root were zapped",
+        (
+            Alternative(
+                "no-flush", "no vCPU uses the root any more; its page's next life begins with a flush"
+            ),
+            Alternative("flush", "at yields and at the end (5.12 to 5.17)"),
         ),
     ),
     DecisionPoint(
@@ -90,7 +151,26 @@ POINTS: tuple[DecisionPoint, ...] = (
         "EPT half of what happens when a VMCS is loaded on another pCPU (vmx_vcpu_load_vmcs)",
         (
             Alternative("all-contexts", "KVM_REQ_TLB_FLUSH: INVEPT global before the next entry"),
-            Alternative("active-roots", "INVEPT single on current and previous roots (proposed 2025)"),
+            Alternative(
+                "active-roots",
+                "INVEPT single on current and previous roots of root_mmu and guest_mmu (proposed in August "
+                "2025)",
+            ),
+            Alternative(
+                "cpu-flushed-mask",
+                "the same, but not for a root whose cpu_flushed_mask has this pCPU, which it has from then "
+                "on (sketched in August 2025); what is zapped while the vCPU is elsewhere comes back",
+                mutant=True,
+            ),
+            Alternative(
+                "cpu-flushed-mask-cleared",
+                "the same, and a remote flush clears the masks of all roots before it makes requests",
+            ),
+            Alternative(
+                "root-tlb-gen",
+                "INVEPT single on those active roots whose generation moved on since this pCPU flushed them; "
+                "a remote flush advances it before it makes requests",
+            ),
             Alternative("none", "nothing: entries from an earlier stay on the pCPU come back", mutant=True),
         ),
     ),
@@ -98,7 +178,10 @@ POINTS: tuple[DecisionPoint, ...] = (
         "migration_vpid",
         "guest-visible half of the same flush: what the guest invalidated natively while it ran elsewhere",
         (
-            Alternative("with-ept", "left to the EPT half; INVEPT drops combined mappings too"),
+            Alternative(
+                "with-ept",
+                "left to the EPT half: INVEPT drops combined mappings, too; wrong where that half elides it",
+            ),
             Alternative("invvpid", "INVVPID single-context of the vCPU's VPID on the new pCPU"),
             Alternative(
                 "none",
@@ -217,6 +300,31 @@ POINTS: tuple[DecisionPoint, ...] = (
             Alternative(
                 "requests-then-mode",
                 "a request made in between sees OUTSIDE, sends no IPI, and is not seen at entry",
+                mutant=True,
+            ),
+        ),
+    ),
+    DecisionPoint(
+        "role_change",
+        "what happens to a vCPU's roots when CR0, CR4, EFER, SMM or CPUID change (kvm_mmu_reset_context)",
+        (
+            Alternative(
+                "reset-context",
+                "all are dropped, the one of the new role is looked up and loaded; CR0.WP alone changes "
+                "none, and flushes that the guest is due are requested apart",
+            ),
+            Alternative(
+                "unload-all",
+                "all are dropped for CR0.WP, too; the load's flush is also what the guest is due (to 5.17)",
+            ),
+            Alternative(
+                "keep-roots",
+                "the root of the new role may be a cached one, without a load; flushes that the guest is due "
+                "are requested apart (proposed February 2022)",
+            ),
+            Alternative(
+                "no-guest-flush",
+                "roots are kept and the guest does not get the flushes that it is due",
                 mutant=True,
             ),
         ),

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Collection, Iterable, Mapping
 from difflib import get_close_matches
 from typing import TYPE_CHECKING
 
@@ -69,6 +69,23 @@ class Policy:
         """`root` became current through kvm_mmu_load."""
         return self._answers["root_load"]
 
+    def cached_root(self, cpu: Cpu, vcpu: Vcpu, root: KvmMmuPage) -> str:
+        """`root` became current again without kvm_mmu_load."""
+        return self._answers["cached_root"]
+
+    def root_alloc(self, cpu: Cpu, kvm: Kvm, root: KvmMmuPage) -> str:
+        """`root` comes to be; nobody finds it yet."""
+        return self._answers["root_alloc"]
+
+    def root_put(self, cpu: Cpu, kvm: Kvm, root: KvmMmuPage) -> str:
+        """`root` loses its last reference; also asked when it comes to be, because who holds a reference
+        depends on it."""
+        return self._answers["root_put"]
+
+    def invalid_root_zap(self, cpu: Cpu, kvm: Kvm, root: KvmMmuPage) -> str:
+        """SPTEs of `root`, which is invalid, were zapped."""
+        return self._answers["invalid_root_zap"]
+
     def migration(self, cpu: Cpu, vcpu: Vcpu) -> str:
         """The VMCS of `vcpu` is loaded on `cpu`, and was on another pCPU before (loaded_vmcs.cpu)."""
         return self._answers["migration"]
@@ -121,6 +138,10 @@ class Policy:
         """`vcpu` is about to enter the guest, interrupts off."""
         return self._answers["entry_order"]
 
+    def role_change(self, cpu: Cpu, vcpu: Vcpu) -> str:
+        """What decides the role of `vcpu`'s roots changed."""
+        return self._answers["role_change"]
+
     # --- about the policy ------------------------------------------------------------------------------
 
     def with_settings(self, settings: Mapping[str, str], name: str | None = None) -> Policy:
@@ -135,6 +156,11 @@ class Policy:
     def answers(self) -> dict[str, str]:
         """Alternative by point, in the order of POINTS: what the table says."""
         return dict(self._answers)
+
+    def may_answer(self, point: str, alternatives: Collection[str]) -> bool:
+        """Whether it can ever answer `point` with one of these: a class that decides itself, always."""
+        decides = getattr(type(self), point) is not getattr(Policy, point)
+        return decides or self._answers[point] in alternatives
 
     def fresh(self) -> Policy:
         """One like it that remembers nothing of earlier runs: itself, unless it is a user's."""

@@ -39,6 +39,7 @@ class Rig:
         assert lib.vm_create(self.m, gfns) == 0
         self.gfns = gfns
         self.root_level = root_level
+        self.unmapped = 0  # pages, by zap() and remove()
         self.root = self.table(lib.FRAME_ROOT)
 
     def __enter__(self) -> Rig:
@@ -114,6 +115,35 @@ class Rig:
     def step(self, chunk: Any, most: int = 1 << 20) -> Any:
         assert lib.tdp_walk_chunk(self.m, CPU, 0, chunk, most) == 0
         return chunk
+
+    def remove(self, spte: int, level: int, gfn: int, shared: bool = False, most: int = 512) -> list[int]:
+        """Take the table apart that was linked by this SPTE; its pages, children first."""
+        removal = ffi.new("struct tdp_removal *")
+        assert lib.tdp_removal_begin(self.m, CPU, 0, removal, spte, level, gfn, shared) == 0
+        pages = []
+        while removal.level:
+            assert lib.tdp_removal_step(self.m, CPU, 0, removal, most) == 0
+            self.unmapped += removal.leafs
+            if removal.page:
+                pages.append(int(removal.page))
+        return pages
+
+    def zap(self, chunk: Any, most: int = 1 << 20) -> tuple[int, int, int]:
+        """The whole walk: SPTEs changed, pages unmapped, tables removed and freed."""
+        changed = tables = 0
+        before = self.unmapped
+        while not chunk.done:
+            self.step(chunk, most)
+            changed += chunk.changed
+            self.unmapped += chunk.pages
+            if chunk.found_level:
+                removed = self.remove(
+                    chunk.found_spte, chunk.found_level, chunk.found_gfn, chunk.shared, most
+                )
+                tables += len(removed)
+                for table in removed:
+                    lib.ept_table_free_rcu(self.m, CPU, table)
+        return changed, self.unmapped - before, tables
 
     def right(self, gfn: int) -> int:
         """Rights granted now: 1 read, 2 write."""

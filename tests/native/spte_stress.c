@@ -58,7 +58,7 @@ static void test_grants_cover_sptes(uint32_t chaos)
 	machine_end();
 }
 
-/* --- handle_removed_pt() against faults ---------------------------------------------------------------- */
+/* --- tdp_removal_step() against faults ---------------------------------------------------------------- */
 
 static _Atomic uint32_t removed_round, fillers_done;
 
@@ -93,12 +93,18 @@ static void *removes(void *argument)
 	uint32_t page;
 
 	for (uint32_t round = 1; round <= a->rounds; round++) {
+		struct tdp_removal removal;
+
 		path[1] = (uint32_t)ept_table_alloc(m, a->cpu, FRAME_TABLE);
 		atomic_store(&fillers_done, 0);
 		atomic_store(&removed_round, round);
 		for (uint32_t i = 0; i < round % 4; i++)
 			sched_yield();
-		CHECK(handle_removed_pt(m, a->cpu, 0, path[1], 1, 0, 1, 0, &page, 1) == 1 && page == path[1]);
+		CHECK(!tdp_removal_begin(m, a->cpu, 0, &removal, make_nonleaf_spte(m, path[1]), 2, 0, 1));
+		while (removal.level)
+			CHECK(!tdp_removal_step(m, a->cpu, 0, &removal, 1 + round % 512));
+		page = removal.page;
+		CHECK(page == path[1]);
 		while (atomic_load(&fillers_done) < 2)
 			sched_yield();
 		for (uint32_t i = 0; i < PAGES; i++)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import threading
 from collections.abc import Iterator
+from typing import Any
 
 import pytest
 from memory_rig import (
@@ -139,38 +140,97 @@ def test_huge_replaces_table(rig: Rig) -> None:
     link = lib.make_nonleaf_spte(rig.m, table)
     assert rig.set_atomic(parent, 2, HUGE_GFN, spte, link) == 0
     assert rig.set_atomic(parent, 2, HUGE_GFN, link, spte) == 0
-    pages = ffi.new("uint32_t[4]")
-    assert lib.handle_removed_pt(rig.m, CPU, 0, table, 1, HUGE_GFN, 1, 0, pages, 4) == 1
-    assert pages[0] == table
+    assert rig.remove(link, 2, HUGE_GFN, shared=True) == [table]
     assert {rig.right(HUGE_GFN + i) for i in range(512)} == {3}
     rig.set(parent, 2, HUGE_GFN, 0)
     assert {rig.right(HUGE_GFN + i) for i in range(512)} == {0}, "every grant had its end"
 
 
-def test_removed_tree(rig: Rig) -> None:
+@pytest.mark.parametrize("most", [1, 7, 512])
+def test_removed_tree(rig: Rig, most: int) -> None:
     for gfn in (0, 1, 600, 1500):
         map_page(rig, gfn)
     table, _ = rig.link(0, 3)
     link = lib.spte_read(rig.m, table, 0)
     rig.set(table, 3, 0, 0)
-    pages = ffi.new("uint32_t[8]")
-    top = link >> lib.SPTE_HFN_SHIFT & 0xFFFFFF
-    assert lib.handle_removed_pt(rig.m, CPU, 0, top, 2, 0, 0, 0, pages, 8) == 4
-    assert pages[3] == top, "children before their parent"
+    pages = rig.remove(link, 3, 0, most=most)
+    assert len(pages) == 4
+    assert pages[3] == link >> lib.SPTE_HFN_SHIFT & 0xFFFFFF, "children before their parent"
     assert {rig.right(gfn) for gfn in (0, 1, 600, 1500)} == {0}
+    assert rig.unmapped == 4
     assert lib.spte_read(rig.m, pages[0], 1) == lib.FROZEN_SPTE
     assert lib.spte_read(rig.m, pages[0], 2) == 0, "under the write lock only what was present is frozen"
 
 
-def test_pages_that_do_not_fit_the_list_go_through_rcu(rig: Rig) -> None:
-    for gfn in (0, 600, 1500):
+def unlinked(rig: Rig, *gfns: int) -> tuple[int, Any]:
+    """The link of a table that had these pages, and the table's removal, begun."""
+    for gfn in gfns:
         map_page(rig, gfn)
-    table, _ = rig.link(0, 3)
-    top = lib.spte_read(rig.m, table, 0) >> lib.SPTE_HFN_SHIFT & 0xFFFFFF
-    rig.set(table, 3, 0, 0)
-    pages = ffi.new("uint32_t[2]")
-    assert lib.handle_removed_pt(rig.m, CPU, 0, top, 2, 0, 1, 0, pages, 2) == lib.MACHINE_NOMEM
-    assert lib.rcu_pending(rig.m) == 2
+    parent, link = rig.link(0, 2)
+    rig.set(parent, 2, 0, 0)
+    removal = ffi.new("struct tdp_removal *")
+    assert lib.tdp_removal_begin(rig.m, CPU, 0, removal, link, 2, 0, 1) == 0
+    return link >> lib.SPTE_HFN_SHIFT & 0xFFFFFF, removal
+
+
+def test_removal_goes_entry_by_entry(rig: Rig) -> None:
+    table, removal = unlinked(rig, 0, 2)
+    seen = []
+    while removal.level:
+        assert lib.tdp_removal_step(rig.m, CPU, 0, removal, 1) == 0
+        seen.append((removal.leafs, removal.page))
+    assert seen == [(1, 0), (0, 0), (1, 0), *[(0, 0)] * 508, (0, table)]
+
+
+def test_removal_stops_at_what_somebody_else_has_frozen(rig: Rig) -> None:
+    table, removal = unlinked(rig, 0, 2)
+    rig.set(table, 1, 1, lib.FROZEN_SPTE)
+    for _ in range(3):
+        assert lib.tdp_removal_step(rig.m, CPU, 0, removal, 512) == lib.MACHINE_AGAIN
+        assert (removal.index[1], removal.page) == (1, 0)
+    assert (rig.right(0), rig.right(2)) == (0, 3)
+    rig.set(table, 1, 1, 0)
+    assert lib.tdp_removal_step(rig.m, CPU, 0, removal, 512) == 0
+    assert (removal.page, removal.level, rig.right(2)) == (table, 0, 0)
+
+
+def test_removal_without_freezing_leaves_entries_to_install_in(rig: Rig) -> None:
+    table, removal = unlinked(rig, 0)
+    removal.freeze = 0
+    assert lib.tdp_removal_step(rig.m, CPU, 0, removal, 512) == 0
+    assert {lib.spte_read(rig.m, table, i) for i in range(512)} == {0}
+
+
+def test_removal_of_a_table_that_was_freed_is_reported(rig: Rig) -> None:
+    map_page(rig, 0)
+    _, link = rig.link(0, 2)
+    lib.ept_table_free(rig.m, CPU, link >> lib.SPTE_HFN_SHIFT & 0xFFFFFF)
+    removal = ffi.new("struct tdp_removal *")
+    assert lib.tdp_removal_begin(rig.m, CPU, 0, removal, link, 2, 0, 1) == 0
+    assert removal.level == 0
+    assert not lib.tdp_table_holds(rig.m, CPU, 0, link, 2, 0)
+    counts = ffi.new("uint64_t[]", lib.VIOLATIONS)
+    lib.oracle_counts(rig.m, counts)
+    assert counts[lib.VIOLATION_WALK_AFTER_FREE] == 2
+
+
+def test_removal_of_a_leaf_is_misuse(rig: Rig) -> None:
+    spte = map_page(rig, 0)
+    removal = ffi.new("struct tdp_removal *")
+    assert lib.tdp_removal_begin(rig.m, CPU, 0, removal, spte, 1, 0, 1) == lib.MACHINE_MISUSE
+    assert "no table" in rig.error()
+
+
+def test_a_walk_in_a_freed_root_is_reported(rig: Rig) -> None:
+    map_page(rig, 5)
+    link = lib.make_nonleaf_spte(rig.m, rig.root)
+    assert rig.step(rig.chunk(lib.TDP_COUNT, root_link=link)).changed == 1
+    lib.ept_table_free(rig.m, CPU, rig.root)
+    chunk = rig.step(rig.chunk(lib.TDP_COUNT, root_link=link))
+    assert (chunk.changed, chunk.done) == (0, 1)
+    counts = ffi.new("uint64_t[]", lib.VIOLATIONS)
+    lib.oracle_counts(rig.m, counts)
+    assert counts[lib.VIOLATION_WALK_AFTER_FREE] == 1
 
 
 def test_tables_are_freed_after_a_grace_period(rig: Rig) -> None:
@@ -181,8 +241,7 @@ def test_tables_are_freed_after_a_grace_period(rig: Rig) -> None:
     thread.start()
     try:
         lib.rcu_read_lock(rig.m, CPU)
-        chunk = rig.step(rig.chunk(lib.TDP_ZAP_LEVEL, 0, 1 << 36, level=rig.root_level))
-        assert (chunk.changed, chunk.tables, chunk.pages, chunk.done) == (1, before, 1, 1)
+        assert rig.zap(rig.chunk(lib.TDP_ZAP_LEVEL, 0, 1 << 36, level=rig.root_level)) == (1, 1, before)
         lib.ept_table_free_rcu(rig.m, CPU, rig.root)
         assert lib.frames_in_use(rig.m, lib.FRAME_TABLE) == before, "this CPU is a reader"
         lib.rcu_read_unlock(rig.m, CPU)
@@ -201,8 +260,7 @@ def test_zap_root_in_passes(rig: Rig) -> None:
         map_page(rig, gfn)
     passes = []
     for level in (1, 2, 3, rig.root_level):
-        chunk = rig.step(rig.chunk(lib.TDP_ZAP_LEVEL, 0, 1 << 60, level=level, shared=1))
-        passes.append((chunk.changed, chunk.pages, chunk.tables))
+        passes.append(rig.zap(rig.chunk(lib.TDP_ZAP_LEVEL, 0, 1 << 60, level=level, shared=1)))
     assert passes == [(3, 3, 0), (3, 512, 2), (1, 0, 1), (1, 0, rig.root_level - 3)]
     assert {rig.right(gfn) for gfn in range(2048)} == {0}
 
@@ -211,9 +269,17 @@ def test_zap_range_takes_whole_tables(rig: Rig) -> None:
     """zap_gfn_range() up to 5.17."""
     for gfn in (510, 511, 512, 1023, 1024, 1025):
         map_page(rig, gfn)
-    chunk = rig.step(rig.chunk(lib.TDP_ZAP_RANGE, 511, 1025))
-    assert (chunk.changed, chunk.pages, chunk.tables) == (3, 4, 1)
+    assert rig.zap(rig.chunk(lib.TDP_ZAP_RANGE, 511, 1025)) == (3, 4, 1)
     assert [gfn for gfn in range(2048) if rig.right(gfn)] == [510, 1025]
+
+
+def test_the_link_of_a_zapped_table_may_stay_frozen(rig: Rig) -> None:
+    """tdp_mmu_zap_spte_atomic() to 6.12."""
+    map_page(rig, 512)
+    chunk = rig.step(rig.chunk(lib.TDP_ZAP_RANGE, 512, 1024, shared=1, freeze=1))
+    assert (chunk.changed, chunk.pages, chunk.found_level, chunk.found_gfn) == (1, 0, 2, 512)
+    assert lib.spte_read(rig.m, chunk.found_table, chunk.found_index) == lib.FROZEN_SPTE
+    assert rig.right(512) == 3, "until the table is taken apart"
 
 
 def test_partial_zap_of_a_huge_page_takes_it_whole(rig: Rig) -> None:

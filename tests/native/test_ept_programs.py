@@ -93,6 +93,9 @@ def do_split(rig: Rig, model: Model, gfn: int) -> None:
 
 def do_walk(rig: Rig, model: Model, name: str, start: int, end: int, most: int, shared: bool) -> None:
     chunk, pages, calls = rig.chunk(WALKS[name], start, end, shared=shared), 0, 0
+    if name == "zap-tables":
+        assert rig.zap(chunk, most)[1] == model.walk(name, start, end)
+        return
     while not chunk.done:
         pages += rig.step(chunk, most).pages
         calls += 1
@@ -147,7 +150,7 @@ def test_programs(operations: list[tuple[str, int, int]], most: int, shared: boo
             else:
                 do_walk(rig, model, name, gfn, min(gfn + value, 2048), most, shared)
             compare(rig, model)
-        chunk = rig.step(rig.chunk(lib.TDP_ZAP_LEVEL, 0, 1 << 60, level=root_level, shared=shared))
-        assert chunk.pages == len(model.rights())
+        chunk = rig.chunk(lib.TDP_ZAP_LEVEL, 0, 1 << 60, level=root_level, shared=shared)
+        assert rig.zap(chunk, most)[1] == len(model.rights())
         model.leafs.clear()
         compare(rig, model)

@@ -193,7 +193,10 @@ def test_freed_table_behind_a_paging_structure_cache(machine: Hypervisor) -> Non
     sptes, tables = ffi.new("uint64_t[6]"), ffi.new("uint32_t[6]")
     assert lib.tdp_mmu_get_walk(machine.m, machine.roots[vm], 4, 5, sptes, tables) == 1
     lib.tdp_mmu_set_spte(machine.m, 0, vm, tables[2], 0, 2, 0, 0)
-    lib.handle_removed_pt(machine.m, 0, vm, tables[1], 1, 0, 0, 0, ffi.new("uint32_t[8]"), 8)
+    removal = ffi.new("struct tdp_removal *")
+    assert lib.tdp_removal_begin(machine.m, 0, vm, removal, sptes[2], 2, 0, 0) == 0
+    assert lib.tdp_removal_step(machine.m, 0, vm, removal, 512) == 0
+    assert removal.page == tables[1]
     lib.ept_table_free(machine.m, 0, tables[1])
     machine.access(0, vcpu, 0x6000, READ)
     assert machine.violations() == {"walk-after-free": 1}

@@ -1,0 +1,103 @@
+"""What roots remember about pCPUs, so that flushes can be elided: masks and generations per root.
+
+Proposed on the list in August 2025 as root.cpu_flushed_mask, and here with two repairs.  All three say of a
+root and a pCPU: this pCPU has dropped what it had cached under the root's EP4TA, and nothing that it may
+have cached since is stale.  A remote flush ends that for every pCPU, also for those on which no vCPU of the
+VM will serve the request: there entries stay.  So the flush has to say so itself, when SPTEs have changed and
+before a vCPU can have served the request anywhere (kvm_flush_remote_tlbs).
+
+    flusher                                vCPU, coming to a pCPU
+    SPTEs change                           mask or generation is read
+    masks are cleared, generations move    INVEPT, if that says so
+    requests are made                      mode = IN_GUEST_MODE
+    vCPUs are kicked                       requests are read
+
+Whoever reads before the flusher clears finds the request later; whoever reads after it flushes.
+
+Recording comes before the INVEPT and in one section with preemption disabled: a flusher that clears in
+between only makes the next flush superfluous, and no other vCPU runs on the pCPU in between.  (A generation
+that was read before may be recorded late; a bit may not be set late.)
+"""
+
+from __future__ import annotations
+
+from emulator.kvm.structs import Kvm, KvmMmu, KvmMmuPage, RootTracking, Vcpu
+from emulator.runtime import Cpu
+from native import lib
+
+
+def mmu_roots(mmu: KvmMmu) -> list[KvmMmuPage]:
+    """The roots that can become current without kvm_mmu_load."""
+    return [root for root in (mmu.root, *mmu.prev_roots) if root is not None]
+
+
+def active_roots(vcpu: Vcpu) -> list[KvmMmuPage]:
+    """Those of root_mmu and guest_mmu.  (nested_mmu never maps anything into a TLB.)"""
+    return mmu_roots(vcpu.root_mmu) + mmu_roots(vcpu.guest_mmu)
+
+
+def alloc_root_cpu_mask(cpu: Cpu, kvm: Kvm, hfn: int) -> RootTracking | None:
+    """kvm_x86_call(alloc_root_cpu_mask): a new life of the page, so nobody has flushed.
+
+    Mutant R4: the page's earlier life is believed.
+    """
+    if not kvm.tracks_roots:
+        return None
+    if "R4" in kvm.policy.bugs:
+        return kvm.tracking_by_frame.setdefault(hfn, RootTracking(cpu.machine.pcpus))
+    return RootTracking(cpu.machine.pcpus)
+
+
+def roots_tlb_changed(cpu: Cpu, kvm: Kvm) -> None:
+    """A remote flush is due: what any pCPU has flushed of any root of this VM does not count any more.
+
+    All roots that are linked: what was zapped was found there.  Invalid ones do no harm.
+    """
+    for root in kvm.tdp_mmu_roots:
+        if root.tracking is not None:
+            cpu.point("root_tlb", root.hfn, "write")
+            lib.bitmap_clear(root.tracking.cpu_clean_mask, root.tracking.words)
+            cpu.point("root_tlb", root.hfn, "write")
+            lib.atomic64_inc_return(root.tracking.tlb_gen)
+
+
+def test_and_set_flushed(cpu: Cpu, root: KvmMmuPage, how: str) -> bool:
+    """Whether `cpu` has flushed `root` already.  If not, it is recorded that it has: the INVEPT follows at
+    once, with preemption disabled.  `how`: the answer to decision `migration`.
+
+    A root without a shadow page has no record, and must be flushed.
+    """
+    tracking = root.tracking
+    if tracking is None or root.special:
+        return False
+    cpu.point("root_tlb", root.hfn, "write")
+    if how == "cpu-flushed-mask":
+        return bool(lib.test_and_set_bit(tracking.cpu_flushed_mask, cpu.id))
+    if how == "cpu-flushed-mask-cleared":
+        return bool(lib.test_and_set_bit(tracking.cpu_clean_mask, cpu.id))
+    gen = lib.atomic64_read(tracking.tlb_gen)
+    if tracking.cpu_tlb_gen[cpu.id] == gen:
+        return True
+    tracking.cpu_tlb_gen[cpu.id] = gen
+    return False
+
+
+def record_flush(cpu: Cpu, kvm: Kvm, roots: list[KvmMmuPage]) -> None:
+    """`cpu` is about to flush these roots for another reason than a migration.  The sketch of 2025 does not
+    look at such flushes; a bit less would only cost a flush."""
+    if not kvm.tracks_roots:
+        return
+    for root in roots:
+        test_and_set_flushed(cpu, root, "cpu-flushed-mask-cleared")
+        test_and_set_flushed(cpu, root, "root-tlb-gen")
+
+
+def root_tlb_gen_is_old(cpu: Cpu, vcpu: Vcpu) -> bool:
+    """The last look before VM entry, interrupts off and mode IN_GUEST_MODE: has the current root moved on
+    since this pCPU flushed it?
+
+    By whatever way the root became current: kvm_mmu_load, a cached one, a move.  If it has, it is recorded,
+    and the INVEPT follows at once.
+    """
+    root = vcpu.mmu.root
+    return root is not None and not test_and_set_flushed(cpu, root, "root-tlb-gen")

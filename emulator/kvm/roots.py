@@ -1,0 +1,199 @@
+"""arch/x86/kvm/mmu/mmu.c: roles, and the roots that a vCPU holds: loaded, cached, freed.  Zaps: mmu.py."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+from emulator.kvm.kvm_host import (
+    KVM_MMU_NUM_PREV_ROOTS,
+    KVM_REQ_LOAD_MMU_PGD,
+    KVM_REQ_MMU_FREE_OBSOLETE_ROOTS,
+    KVM_REQ_TLB_FLUSH_CURRENT,
+    PG_LEVEL_256T,
+    PG_LEVEL_512G,
+)
+from emulator.kvm.requests import flush_elided, kvm_check_request, kvm_make_request
+from emulator.kvm.root_tracking import record_flush
+from emulator.kvm.structs import Kvm, KvmMmu, KvmMmuPage, KvmMmuPageRole, Vcpu
+from emulator.kvm.tdp_roots import kvm_tdp_mmu_alloc_root, kvm_tdp_mmu_put_root
+from emulator.kvm.vmx import root_to_sp, vmx_flush_tlb_current, vmx_load_mmu_pgd
+from emulator.runtime import Cpu
+from native import lib
+
+# --- roles --------------------------------------------------------------------------------------------------
+
+
+def kvm_mmu_get_tdp_level(vcpu: Vcpu) -> int:
+    """kvm_mmu_get_tdp_level(): a guest that cannot address more than 48 bits does without the fifth level."""
+    max_tdp_level = vcpu.kvm.params.tdp_level
+    if max_tdp_level == PG_LEVEL_256T and vcpu.maxphyaddr <= 48:
+        return PG_LEVEL_512G
+    return max_tdp_level
+
+
+def kvm_calc_tdp_mmu_root_page_role(vcpu: Vcpu) -> KvmMmuPageRole:
+    """kvm_calc_tdp_mmu_root_page_role(): of CR0, CR4 and EFER nothing is in it.
+
+    Mutant P31: the address space does not change with SMM.
+    """
+    smm = vcpu.arch.smm and "P31" not in vcpu.kvm.policy.bugs
+    return KvmMmuPageRole(level=kvm_mmu_get_tdp_level(vcpu), smm=int(smm))
+
+
+def kvm_init_mmu(vcpu: Vcpu) -> None:
+    """kvm_init_mmu(), init_kvm_tdp_mmu()"""
+    vcpu.root_mmu.root_role = kvm_calc_tdp_mmu_root_page_role(vcpu)
+
+
+def kvm_mmu_reset_context(cpu: Cpu, vcpu: Vcpu) -> None:
+    """kvm_mmu_reset_context(): the role may be another one.  Decision role_change.
+
+    The roots go although the role is often the same; they are found again, and loaded with a flush.  To keep
+    them means to switch to a cached one without.
+    """
+    if vcpu.kvm.policy.role_change(cpu, vcpu) in ("reset-context", "unload-all"):
+        kvm_mmu_unload(cpu, vcpu)
+        kvm_init_mmu(vcpu)
+    else:
+        kvm_init_mmu(vcpu)
+        kvm_mmu_new_pgd(cpu, vcpu)
+
+
+def kvm_mmu_after_set_cpuid(cpu: Cpu, vcpu: Vcpu, maxphyaddr: int) -> None:
+    """kvm_mmu_after_set_cpuid(): KVM_SET_CPUID2 with another MAXPHYADDR may change the levels of the root."""
+    vcpu.maxphyaddr = maxphyaddr
+    kvm_mmu_unload(cpu, vcpu)
+    kvm_init_mmu(vcpu)
+
+
+# --- switching between cached roots -------------------------------------------------------------------------
+
+
+def is_root_usable(root: KvmMmuPage | None, role: KvmMmuPageRole) -> bool:
+    """is_root_usable() of a direct root: its guest page directory does not matter.  role.invalid does."""
+    return root is not None and root_to_sp(root) is not None and root.role == role
+
+
+def cached_root_find_and_keep_current(cpu: Cpu, kvm: Kvm, mmu: KvmMmu, role: KvmMmuPageRole) -> bool:
+    """cached_root_find_and_keep_current(): the current root becomes the first previous one.
+
+    C   0 1 2   before          0   C 1 2   it was prev_roots[0]
+    1   C 0 2   ... [1]         2   C 0 1   ... [2]; and if it was none, 2 is freed
+    """
+    if is_root_usable(mmu.root, role):
+        return True
+    for i in range(KVM_MMU_NUM_PREV_ROOTS):
+        mmu.root, mmu.prev_roots[i] = mmu.prev_roots[i], mmu.root
+        if is_root_usable(mmu.root, role):
+            return True
+    oldest = mmu.root
+    kvm_mmu_free_roots(cpu, kvm, mmu, lambda root: root is oldest)
+    return False
+
+
+def cached_root_find_without_current(mmu: KvmMmu, role: KvmMmuPageRole) -> bool:
+    """cached_root_find_without_current(): there is no current root to keep; the gap is closed."""
+    for i, prev in enumerate(mmu.prev_roots):
+        if is_root_usable(prev, role):
+            mmu.root = prev
+            mmu.prev_roots = [*mmu.prev_roots[:i], *mmu.prev_roots[i + 1 :], None]
+            return True
+    return False
+
+
+def fast_pgd_switch(cpu: Cpu, kvm: Kvm, mmu: KvmMmu, role: KvmMmuPageRole) -> bool:
+    """fast_pgd_switch(): True if a root of that role was at hand.  A special root is never kept."""
+    if mmu.root is not None and root_to_sp(mmu.root) is None:
+        special = mmu.root
+        kvm_mmu_free_roots(cpu, kvm, mmu, lambda root: root is special)
+    if mmu.root is not None:
+        return cached_root_find_and_keep_current(cpu, kvm, mmu, role)
+    return cached_root_find_without_current(mmu, role)
+
+
+def kvm_mmu_new_pgd(cpu: Cpu, vcpu: Vcpu) -> None:
+    """kvm_mmu_new_pgd(): go back to a cached root of the new role, or leave it to kvm_mmu_reload.
+
+    Decision cached_root: no flush.  Whatever made entries of a previous root stale has flushed it, too: a
+    remote flush drops all contexts, a move to another pCPU all of them, or all previous roots.
+    An obsolete root does no harm: KVM_REQ_MMU_FREE_OBSOLETE_ROOTS is pending with it.
+    """
+    mmu = vcpu.mmu
+    if not fast_pgd_switch(cpu, vcpu.kvm, mmu, mmu.root_role):
+        return
+    assert mmu.root is not None
+    kvm_make_request(cpu, vcpu, KVM_REQ_LOAD_MMU_PGD)
+    if vcpu.kvm.policy.cached_root(cpu, vcpu, mmu.root) == "flush-current":
+        kvm_make_request(cpu, vcpu, KVM_REQ_TLB_FLUSH_CURRENT)
+
+
+# --- loading and freeing ------------------------------------------------------------------------------------
+
+
+def kvm_mmu_reload(cpu: Cpu, vcpu: Vcpu) -> bool:
+    """kvm_mmu_reload(): makes sure that there is a current root; True if one had to be loaded."""
+    if kvm_check_request(cpu, vcpu, KVM_REQ_MMU_FREE_OBSOLETE_ROOTS):
+        kvm_mmu_free_obsolete_roots(cpu, vcpu)
+    if vcpu.mmu.root is not None:
+        return False
+    kvm_mmu_load(cpu, vcpu)
+    return True
+
+
+def kvm_mmu_load(cpu: Cpu, vcpu: Vcpu) -> None:
+    """kvm_mmu_load(): finds or allocates the root, writes EPT_POINTER, and flushes.
+
+    The flush does not go through a request.  It is what allows roots to be freed without one: the page may
+    have been a root before, and entries tagged with it may have survived on this pCPU.  Decision root_load.
+    Raises OutOfFrames.
+    """
+    kvm, mmu = vcpu.kvm, vcpu.mmu
+    cpu.stat(kvm.id, lib.STAT_MMU_LOAD)
+    mmu.root = kvm_tdp_mmu_alloc_root(cpu, kvm, mmu.root_role)
+    vmx_load_mmu_pgd(cpu, vcpu, mmu.root)
+    cpu.event(lib.EVENT_ROOT_LOAD, vcpu.id, mmu.root.hfn)
+    if kvm.policy.root_load(cpu, vcpu, mmu.root) == "flush-current":
+        record_flush(cpu, kvm, [mmu.root])
+        vmx_flush_tlb_current(cpu, vcpu, lib.REASON_ROOT_LOAD)
+    else:
+        flush_elided(cpu, kvm, lib.REASON_ROOT_LOAD, mmu.root.hfn)
+
+
+def is_obsolete_root(root: KvmMmuPage) -> bool:
+    """is_obsolete_root(), is_obsolete_sp() of a TDP root; one without a shadow page always counts as one."""
+    return root_to_sp(root) is None or root.role.invalid
+
+
+def kvm_mmu_free_roots(cpu: Cpu, kvm: Kvm, mmu: KvmMmu, wanted: Callable[[KvmMmuPage], bool]) -> None:
+    """kvm_mmu_free_roots(): drops the references on those roots of `mmu` that are wanted.  mmu_lock for read,
+    if there are any."""
+    roots = (mmu.root, *mmu.prev_roots)
+    if not any(root is not None and wanted(root) for root in roots):
+        return
+    with kvm.mmu_lock.read_lock(cpu):
+        if mmu.root is not None and wanted(mmu.root):
+            root, mmu.root = mmu.root, None
+            mmu_free_root_page(cpu, kvm, root)
+        for i in range(KVM_MMU_NUM_PREV_ROOTS):
+            prev = mmu.prev_roots[i]
+            if prev is not None and wanted(prev):
+                mmu.prev_roots[i] = None
+                mmu_free_root_page(cpu, kvm, prev)
+
+
+def mmu_free_root_page(cpu: Cpu, kvm: Kvm, root: KvmMmuPage) -> None:
+    """mmu_free_root_page(): a root without a shadow page is nobody's to put."""
+    if root_to_sp(root) is not None:
+        kvm_tdp_mmu_put_root(cpu, kvm, root)
+
+
+def kvm_mmu_free_obsolete_roots(cpu: Cpu, vcpu: Vcpu) -> None:
+    """kvm_mmu_free_obsolete_roots()"""
+    for mmu in (vcpu.root_mmu, vcpu.guest_mmu):
+        kvm_mmu_free_roots(cpu, vcpu.kvm, mmu, is_obsolete_root)
+
+
+def kvm_mmu_unload(cpu: Cpu, vcpu: Vcpu) -> None:
+    """kvm_mmu_unload(): all roots; no flush."""
+    for mmu in (vcpu.root_mmu, vcpu.guest_mmu):
+        kvm_mmu_free_roots(cpu, vcpu.kvm, mmu, lambda root: True)

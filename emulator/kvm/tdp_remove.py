@@ -1,0 +1,97 @@
+"""arch/x86/kvm/mmu/tdp_mmu.c: tables that have lost their link, taken apart and freed (handle_removed_pt()).
+
+Their pages are freed by RCU callbacks.  Guest mode is no RCU read section, so RCU alone does not keep a CPU
+from walking a page that is free; what does is a flush between the loss of the link and the callback.
+Decision zap: where that flush comes, and how many there are.
+"""
+
+from __future__ import annotations
+
+from typing import Final
+
+from emulator.kvm.kvm_host import kvm_pages_per_hpage
+from emulator.kvm.requests import kvm_flush_remote_tlbs_range
+from emulator.kvm.structs import Kvm
+from emulator.kvm.tdp_iter import Entry
+from emulator.runtime import Cpu, cpu_relax
+from native import ffi, lib
+
+PTES_PER_TABLE: Final = 512
+
+
+def handle_removed_pt(
+    cpu: Cpu, kvm: Kvm, entry: Entry, shared: bool, reason: int, disconnected_sps: list[int]
+) -> None:
+    """handle_removed_pt(): freeze what the unlinked table at `entry` maps, and the tables below it; each page
+    goes to RCU, or on the caller's list, which is for handle_disconnected_sps().
+
+    Children come before their parent.  Nothing yields in here.  Whoever has frozen an entry that is met here
+    is waited for: it will still write to it.
+    """
+    removal = ffi.new("struct tdp_removal *")
+    cpu.check(
+        lib.tdp_removal_begin(cpu.m, cpu.id, kvm.id, removal, entry.spte, entry.level, entry.gfn, shared)
+    )
+    if "P14" in kvm.policy.bugs:
+        removal.freeze = 0
+    # A table a call: what others could see in between is what they see of a real CPU at work.
+    most = 1 if kvm.params.chunk == 1 else PTES_PER_TABLE
+    while removal.level:
+        cpu.point("spte", (removal.table[removal.level], removal.index[removal.level]), "write")
+        rc = lib.tdp_removal_step(cpu.m, cpu.id, kvm.id, removal, most)
+        if rc == lib.MACHINE_AGAIN:
+            cpu_relax(cpu)
+            continue
+        cpu.check(rc)
+        if removal.page:
+            pages = kvm_pages_per_hpage(removal.page_level + 1)
+            removed_page(cpu, kvm, removal.page, removal.gfn - pages, pages, reason, disconnected_sps)
+
+
+def removed_page(
+    cpu: Cpu, kvm: Kvm, table: int, gfn: int, pages: int, reason: int, disconnected_sps: list[int]
+) -> None:
+    """Decision zap, for one page that mapped `pages` from `gfn` on."""
+    answer = kvm.policy.zap(cpu, kvm)
+    if answer == "disconnected-list":
+        disconnected_sps.append(table)
+        return
+    if answer == "flush-per-table":
+        kvm_flush_remote_tlbs_range(cpu, kvm, gfn, pages, reason)
+    tdp_mmu_free_sp_rcu(cpu, table)
+
+
+def handle_disconnected_sps(cpu: Cpu, disconnected_sps: list[int]) -> None:
+    """handle_disconnected_sps() of the proposal: after the flush, RCU may have them."""
+    for table in disconnected_sps:
+        tdp_mmu_free_sp_rcu(cpu, table)
+    disconnected_sps.clear()
+
+
+def tdp_mmu_set_spte(cpu: Cpu, kvm: Kvm, entry: Entry, new_spte: int) -> None:
+    """tdp_mmu_set_spte(): under mmu_lock for write, or as the owner of a frozen SPTE."""
+    cpu.point("spte", (entry.table, entry.index), "write")
+    lib.tdp_mmu_set_spte(cpu.m, cpu.id, kvm.id, entry.table, entry.index, entry.level, entry.gfn, new_spte)
+
+
+def tdp_mmu_zap_frozen(cpu: Cpu, kvm: Kvm, entry: Entry, reason: int) -> None:
+    """The rest of tdp_mmu_zap_spte_atomic(): `entry` led to a table and is FROZEN now.
+
+    Flush, then empty it for others, then take the table apart (6.12; before, that came first).  After this
+    flush nothing leads to the table, so its pages may go to RCU at once.
+    """
+    kvm_flush_remote_tlbs_range(cpu, kvm, entry.gfn, kvm_pages_per_hpage(entry.level), reason)
+    tdp_mmu_set_spte(cpu, kvm, entry, 0)
+    disconnected_sps: list[int] = []
+    handle_removed_pt(cpu, kvm, entry, True, reason, disconnected_sps)
+    handle_disconnected_sps(cpu, disconnected_sps)
+
+
+def tdp_mmu_free_sp_rcu(cpu: Cpu, table: int) -> None:
+    """call_rcu(&sp->rcu_head, tdp_mmu_free_sp_rcu_callback)"""
+    cpu.check(lib.ept_table_free_rcu(cpu.m, cpu.id, table))
+
+
+def tables_flush_themselves(cpu: Cpu, kvm: Kvm) -> bool:
+    """To 5.17: whoever removes tables with nothing else owes no flush."""
+    return kvm.policy.zap(cpu, kvm) == "flush-per-table"

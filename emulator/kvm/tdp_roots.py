@@ -1,0 +1,241 @@
+"""arch/x86/kvm/mmu/tdp_mmu.c: the life of roots.
+
+A root is found through kvm.tdp_mmu_roots as long as somebody holds a reference: each vCPU that uses it, and
+the TDP MMU itself until the root is invalidated.  Its page is freed by an RCU callback, never at once.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import Final
+
+from emulator.kvm.requests import kvm_flush_remote_tlbs
+from emulator.kvm.root_tracking import alloc_root_cpu_mask
+from emulator.kvm.structs import Kvm, KvmMmuPage, KvmMmuPageRole
+from emulator.runtime import READ, WRITE, Cpu
+from native import lib
+
+# enum kvm_tdp_mmu_root_types
+KVM_VALID_ROOTS: Final = 1
+KVM_INVALID_ROOTS: Final = 2
+KVM_ALL_ROOTS: Final = KVM_VALID_ROOTS | KVM_INVALID_ROOTS
+# as_id of the iterators: both address spaces.
+ALL_ADDRESS_SPACES: Final = -1
+
+# --- references ---------------------------------------------------------------------------------------------
+
+
+def kvm_tdp_mmu_get_root(cpu: Cpu, root: KvmMmuPage) -> bool:
+    """kvm_tdp_mmu_get_root(): False if the last reference is gone."""
+    return root.root_count.inc_not_zero(cpu)
+
+
+def kvm_tdp_mmu_put_root(cpu: Cpu, kvm: Kvm, root: KvmMmuPage) -> None:
+    """kvm_tdp_mmu_put_root(), under mmu_lock: the last one unlinks the root and leaves its page to RCU.
+
+    Decision root_put.  No flush: whoever makes the page a root again flushes when it is loaded
+    (kvm_mmu_load).  No zap either, as long as the TDP MMU holds a reference of its own until somebody has
+    invalidated and zapped the root.
+    """
+    if not root.root_count.dec_and_test(cpu):
+        return
+    answer = kvm.policy.root_put(cpu, kvm, root)
+    if answer == "async":
+        if not root.role.invalid:
+            tdp_mmu_schedule_zap_root(kvm, root)
+            return
+    elif answer == "inline":
+        _unlink_root(cpu, kvm, root)
+        _zap_unlinked_root(cpu, kvm, root)
+        _free_root(cpu, kvm, root)
+        return
+    elif not root.role.invalid:
+        raise AssertionError(f"KVM_BUG_ON: the last reference of valid {root!r} was put")
+    if answer == "flush":
+        kvm_flush_remote_tlbs(cpu, kvm, lib.REASON_REMOTE_ZAP)
+    _unlink_root(cpu, kvm, root)
+    _free_root(cpu, kvm, root)
+
+
+def _unlink_root(cpu: Cpu, kvm: Kvm, root: KvmMmuPage) -> None:
+    with kvm.tdp_mmu_pages_lock.held(cpu):
+        cpu.point("tdp_mmu_roots", kvm.id, "write")
+        kvm.tdp_mmu_roots = tuple(other for other in kvm.tdp_mmu_roots if other is not root)
+
+
+def _free_root(cpu: Cpu, kvm: Kvm, root: KvmMmuPage) -> None:
+    cpu.event(lib.EVENT_ROOT_FREE, root.hfn, kvm.id)
+    cpu.check(lib.ept_table_free_rcu(cpu.m, cpu.id, root.hfn))
+
+
+def _zap_unlinked_root(cpu: Cpu, kvm: Kvm, root: KvmMmuPage) -> None:
+    """To 5.17, in kvm_tdp_mmu_put_root(): mmu_notifiers do not find the root any more; mmu_lock, which they
+    need for write, is not given up before all of it is gone."""
+    # tdp_mmu.py builds on this module.
+    from emulator.kvm.tdp_mmu import tdp_mmu_zap_root
+
+    tdp_mmu_zap_root(cpu, kvm, root, shared=cpu.mmu_lock_held == READ, can_yield=False)
+
+
+# --- the worker of 5.18 to 6.5 ------------------------------------------------------------------------------
+
+
+def tdp_mmu_schedule_zap_root(kvm: Kvm, root: KvmMmuPage) -> None:
+    """tdp_mmu_schedule_zap_root(): invalid from here on, with one reference, which is the worker's.
+
+    Readers cannot take one of a root that had none; writers wait for mmu_lock.
+    """
+    root.invalidate()
+    root.root_count.value = 1
+    kvm.tdp_mmu_zap_works.append(root)
+
+
+def tdp_mmu_zap_root_work(cpu: Cpu, kvm: Kvm) -> bool:
+    """tdp_mmu_zap_root_work(), on the thread that plays the worker: zaps one root and drops the reference.
+    False: there was none to zap."""
+    from emulator.kvm.tdp_mmu import tdp_mmu_zap_root
+
+    try:
+        root = kvm.tdp_mmu_zap_works.popleft()
+    except IndexError:
+        return False
+    with kvm.mmu_lock.read_lock(cpu):
+        tdp_mmu_zap_root(cpu, kvm, root, shared=True)
+        kvm_tdp_mmu_put_root(cpu, kvm, root)
+    return True
+
+
+def flush_workqueue(cpu: Cpu, kvm: Kvm) -> None:
+    """flush_workqueue(kvm->arch.tdp_mmu_zap_wq): here, whoever waits for the worker does its work."""
+    while tdp_mmu_zap_root_work(cpu, kvm):
+        pass
+
+
+# --- iteration ----------------------------------------------------------------------------------------------
+
+
+def _matches(root: KvmMmuPage, types: int, as_id: int) -> bool:
+    """tdp_mmu_root_match()"""
+    if as_id not in (ALL_ADDRESS_SPACES, root.role.smm):
+        return False
+    return bool((KVM_INVALID_ROOTS if root.role.invalid else KVM_VALID_ROOTS) & types)
+
+
+def tdp_mmu_next_root(
+    cpu: Cpu, kvm: Kvm, prev: KvmMmuPage | None, types: int, as_id: int = ALL_ADDRESS_SPACES
+) -> KvmMmuPage | None:
+    """tdp_mmu_next_root(): takes a reference on the next root of these types, then drops that on `prev`."""
+    roots = kvm.tdp_mmu_roots
+    found = None
+    for root in roots if prev is None else roots[roots.index(prev) + 1 :]:
+        if _matches(root, types, as_id) and kvm_tdp_mmu_get_root(cpu, root):
+            found = root
+            break
+    if prev is not None:
+        kvm_tdp_mmu_put_root(cpu, kvm, prev)
+    return found
+
+
+def for_each_tdp_mmu_root_yield_safe(
+    cpu: Cpu, kvm: Kvm, types: int, as_id: int = ALL_ADDRESS_SPACES
+) -> Iterator[KvmMmuPage]:
+    """for_each_tdp_mmu_root_yield_safe(): mmu_lock may be dropped in the loop.
+
+    Loops run to the end (leaving one early would keep a reference); an exception leaves the reference,
+    which only happens when the machine stops.
+    """
+    root = tdp_mmu_next_root(cpu, kvm, None, types, as_id)
+    while root is not None:
+        yield root
+        root = tdp_mmu_next_root(cpu, kvm, root, types, as_id)
+
+
+# --- allocation ---------------------------------------------------------------------------------------------
+
+
+def kvm_tdp_mmu_find_root(cpu: Cpu, kvm: Kvm, role: KvmMmuPageRole) -> KvmMmuPage | None:
+    """A valid root of that role, with a reference."""
+    for root in kvm.tdp_mmu_roots:
+        if root.role == role and kvm_tdp_mmu_get_root(cpu, root):
+            return root
+    return None
+
+
+def kvm_tdp_mmu_alloc_root(cpu: Cpu, kvm: Kvm, role: KvmMmuPageRole) -> KvmMmuPage:
+    """kvm_tdp_mmu_alloc_root(): a valid root of this role, found or new, with a reference for the caller.
+
+    May be invalidated before the caller stores it: then KVM_REQ_MMU_FREE_OBSOLETE_ROOTS is pending and
+    keeps the vCPU from entering with it.  Raises OutOfFrames.
+    """
+    with kvm.mmu_lock.read_lock(cpu):
+        root = kvm_tdp_mmu_find_root(cpu, kvm, role)
+        if root is not None:
+            return root
+        with kvm.tdp_mmu_pages_lock.held(cpu):
+            root = kvm_tdp_mmu_find_root(cpu, kvm, role)
+            if root is not None:
+                return root
+            root = tdp_mmu_init_root(cpu, kvm, role)
+            kvm_mmu_flush_all_tlbs_root(cpu, kvm, root)
+            cpu.point("tdp_mmu_roots", kvm.id, "write")
+            kvm.tdp_mmu_roots = (root, *kvm.tdp_mmu_roots)
+            return root
+
+
+def tdp_mmu_init_root(cpu: Cpu, kvm: Kvm, role: KvmMmuPageRole) -> KvmMmuPage:
+    """tdp_mmu_alloc_sp(), tdp_mmu_init_sp()"""
+    hfn = cpu.check(lib.ept_table_alloc(cpu.m, cpu.id, lib.FRAME_ROOT))
+    root = KvmMmuPage(
+        hfn, role, tracking=alloc_root_cpu_mask(cpu, kvm, hfn), link=lib.make_nonleaf_spte(cpu.m, hfn)
+    )
+    if kvm.policy.root_put(cpu, kvm, root) in ("async", "inline"):
+        root.own_reference = False
+        root.root_count.value = 1
+    cpu.stat(kvm.id, lib.STAT_ROOTS_ALLOCATED)
+    return root
+
+
+def kvm_mmu_flush_all_tlbs_root(cpu: Cpu, kvm: Kvm, root: KvmMmuPage) -> None:
+    """kvm_mmu_flush_all_tlbs_root(), proposed in July 2025: drop what any pCPU has under this EP4TA from an
+    earlier life of the page.  Decision root_alloc.
+
+    As posted, with mmu_lock and tdp_mmu_pages_lock held: legal with interrupts on, and every pCPU of the
+    host, or of those where the VM ever ran, is interrupted.
+    """
+    answer = kvm.policy.root_alloc(cpu, kvm, root)
+    argument = kvm.id << 32 | root.hfn
+    if answer == "on-each-cpu":
+        cpu.point("call_queue", kvm.id, "write")
+        cpu.check(lib.on_each_cpu(cpu.m, cpu.id, lib.IPI_INVEPT_SINGLE, argument, 1))
+    elif answer == "vm-pcpu-mask":
+        _flush_root_where_vm_ran(cpu, kvm, root, argument)
+
+
+def _flush_root_where_vm_ran(cpu: Cpu, kvm: Kvm, root: KvmMmuPage, argument: int) -> None:
+    """A pCPU that joins the mask after this is flushed then (join_pcpu_mask)."""
+    mask = cpu.kick_mask
+    for word in range(cpu.kick_mask_words):
+        mask[word] = 0
+    cpu.point("pcpu_mask", kvm.id, "read")
+    for pcpu, ran in enumerate(kvm.pcpu_mask):
+        if ran:
+            mask[pcpu >> 6] |= 1 << (pcpu & 63)
+    if cpu.is_pcpu and kvm.pcpu_mask[cpu.id]:
+        cpu.check(lib.smp_call_function_single(cpu.m, cpu.id, cpu.id, lib.IPI_INVEPT_SINGLE, argument, 1))
+    cpu.point("call_queue", kvm.id, "write")
+    cpu.check(lib.smp_call_function_many(cpu.m, cpu.id, mask, lib.IPI_INVEPT_SINGLE, argument, 1))
+
+
+def kvm_tdp_mmu_invalidate_roots(cpu: Cpu, kvm: Kvm) -> None:
+    """kvm_tdp_mmu_invalidate_roots(), under mmu_lock for write: from here on nobody finds them or maps into
+    them.  The TDP MMU's own references pass to kvm_tdp_mmu_zap_invalidated_roots; where it has none, as to
+    6.3, one is taken for it."""
+    assert cpu.mmu_lock_held == WRITE
+    for root in kvm.tdp_mmu_roots:
+        if root.role.invalid:
+            continue
+        if not root.own_reference and not kvm_tdp_mmu_get_root(cpu, root):
+            continue
+        cpu.point("role", root.hfn, "write")
+        root.tdp_mmu_scheduled_root_to_zap = True
+        root.invalidate()
