@@ -1,0 +1,269 @@
+"""Every interleaving of a program, up to the order of independent steps.
+
+Source-DPOR (Abdulla, Aronsson, Jonsson, Sagonas, "Optimal dynamic partial order reduction", POPL 2014,
+algorithm 1) with sleep sets (Godefroid): after each step, its races with earlier steps are looked for, and
+for each race that can be turned round some task that begins the turned-round execution is put on the list of
+choices where the earlier step was taken.  Steps that wait for a condition follow Flanagan and Godefroid (POPL
+2005): such a step may be enabled by the very step it depends on, so it is compared with every concurrent
+earlier step, not with the last one only, and where it was disabled nothing is turned round.
+
+With a bound on preemptions the choices at a race are not enough, because the turned-round execution may
+need one more preemption than is left: the same task is tried where the block of steps began, too (Coons,
+Musuvathi, McKinley, "Bounded partial-order reduction", OOPSLA 2013), and no sleep sets are used.
+"""
+
+from __future__ import annotations
+
+from emulator.explore.objects import Objects, bits, dependent
+from emulator.explore.scheduler import Divergence, Label, Task, Wait
+
+
+class Node:
+    """A state along the current execution and the step taken from it.
+
+    `backtrack` is what must be tried here, `done` what was; `sleep` maps tasks whose next step need not be
+    taken here to that step's reads and writes.  `before` has a bit for each earlier step of the execution
+    that happens before this one.
+    """
+
+    __slots__ = (
+        "backtrack",
+        "before",
+        "chosen",
+        "done",
+        "enabled",
+        "label",
+        "last",
+        "preemptions",
+        "reads",
+        "sleep",
+        "sleeping",
+        "writes",
+    )
+
+    def __init__(self, enabled: int, last: int, preemptions: int) -> None:
+        self.enabled = enabled
+        self.last = last
+        self.preemptions = preemptions  # in the steps up to here
+        self.backtrack = 0
+        self.done = 0
+        self.sleep: dict[int, tuple[int, int]] = {}
+        self.sleeping = 0
+        self.chosen = -1
+        self.label: Label | None = None
+        self.reads = 0
+        self.writes = 0
+        self.before = 0
+
+
+class Exhaustive:
+    """The strategy: depth first.  `reduce=False` tries all enabled tasks everywhere."""
+
+    exhaustive = True
+
+    def __init__(self, objects: Objects, *, bound: int | None = None, reduce: bool = True) -> None:
+        self.objects = objects
+        self.bound = bound
+        self.reduce = reduce
+        self.bounded_away = False  # a choice was left out because of the bound
+        self.stack: list[Node] = []
+        self.depth = 0
+        self._fresh = 0  # steps before this one are replayed
+        self._last_of: list[int] = []  # per task: its last step of this execution
+        # Per object: which steps of the execution wrote it, which touched it.
+        self._wrote: dict[int, int] = {}
+        self._touched: dict[int, int] = {}
+
+    # --- the scheduler's side -------------------------------------------------------------------------------
+
+    def begin(self, tasks: int) -> None:
+        self.depth = 0
+        self._last_of = [-1] * tasks
+
+    def choose(self, enabled: int, last: int) -> int:
+        depth = self.depth
+        if depth < len(self.stack):
+            node = self.stack[depth]
+            if node.enabled != enabled:
+                raise Divergence(f"step {depth}: other tasks can go on than at the first time")
+            return node.chosen
+        node = self._new_node(enabled, last)
+        if self.reduce and depth:
+            # Who could go on and cannot any more races with the step that stopped it.
+            parent = self.stack[-1]
+            parent.backtrack |= parent.enabled & ~enabled & ~(1 << parent.chosen)
+        able = enabled & ~node.sleeping
+        if not able:
+            return -1
+        # On with the same task if possible: then the bound is never exceeded here.
+        node.chosen = last if last >= 0 and able >> last & 1 else (able & -able).bit_length() - 1
+        node.backtrack = 1 << node.chosen if self.reduce else enabled
+        self.stack.append(node)
+        return node.chosen
+
+    def stepped(self, task: Task) -> None:
+        depth = self.depth
+        self.depth += 1
+        node = self.stack[depth]
+        if depth < self._fresh:
+            if node.label != task.label:
+                raise Divergence(
+                    f"step {depth} of {task.name}: {task.label}, but {node.label} at the first time"
+                )
+            self._last_of[task.index] = depth
+            return
+        node.label, node.reads, node.writes = task.label, task.reads, task.writes
+        if self.reduce:
+            previous = self._last_of[task.index]
+            node.before = self._races(depth, task.index, task.reads, task.writes, task.was_blocking)
+            if previous >= 0:
+                node.before |= self.stack[previous].before | 1 << previous
+            self._note_accesses(depth, task.reads, task.writes)
+        self._last_of[task.index] = depth
+
+    def end(self, tasks: list[Task], deadlock: tuple[Wait, ...]) -> bool:
+        """The execution is over.  True: there is another one, and the next `choose` calls lead into it."""
+        if deadlock and self.reduce:
+            for task in tasks:
+                if not task.done:
+                    # It never came to that step, but it could have been first.
+                    self._races(self.depth, task.index, task.reads, task.writes, True)
+        return self._advance()
+
+    def schedule(self) -> tuple[int, ...]:
+        return tuple(node.chosen for node in self.stack[: self.depth])
+
+    # --- the search -----------------------------------------------------------------------------------------
+
+    def _new_node(self, enabled: int, last: int) -> Node:
+        if not self.stack:
+            return Node(enabled, last, 0)
+        parent = self.stack[-1]
+        node = Node(enabled, last, parent.preemptions + self._cost(parent, parent.chosen))
+        if self.reduce and self.bound is None:
+            for index, (reads, writes) in parent.sleep.items():
+                if index != parent.chosen and not dependent(reads, writes, parent.reads, parent.writes):
+                    node.sleep[index] = (reads, writes)
+                    node.sleeping |= 1 << index
+        return node
+
+    @staticmethod
+    def _cost(node: Node, index: int) -> int:
+        """Taking another task while the last one could go on is a preemption."""
+        return int(node.last >= 0 and node.last != index and bool(node.enabled >> node.last & 1))
+
+    def _affordable(self, node: Node, index: int) -> bool:
+        return self.bound is None or node.preemptions + self._cost(node, index) <= self.bound
+
+    def _advance(self) -> bool:
+        stack = self.stack
+        while stack:
+            node = stack[-1]
+            node.done |= 1 << node.chosen
+            if self.reduce and self.bound is None:
+                node.sleep[node.chosen] = (node.reads, node.writes)
+                node.sleeping |= 1 << node.chosen
+            for index in bits(node.backtrack & ~node.done & ~node.sleeping):
+                if not self._affordable(node, index):
+                    self.bounded_away = True
+                    continue
+                node.chosen = index
+                self._forget_from(len(stack) - 1)
+                return True
+            stack.pop()
+        return False
+
+    def _forget_from(self, depth: int) -> None:
+        self._fresh = depth
+        keep = (1 << depth) - 1
+        for table in (self._wrote, self._touched):
+            for bit in table:
+                table[bit] &= keep
+
+    def _note_accesses(self, depth: int, reads: int, writes: int) -> None:
+        mark = 1 << depth
+        for bit in bits(reads | writes):
+            self._touched[bit] = self._touched.get(bit, 0) | mark
+        for bit in bits(writes):
+            self._wrote[bit] = self._wrote.get(bit, 0) | mark
+
+    # --- races ----------------------------------------------------------------------------------------------
+
+    def _races(self, depth: int, index: int, reads: int, writes: int, blocking: bool) -> int:
+        """Races of a step of task `index`, the next after `depth` steps, with earlier ones: puts on the lists
+        what turns them round.  Returns the earlier steps that it depends on."""
+        stack = self.stack
+        previous = self._last_of[index]
+        base = 0 if previous < 0 else stack[previous].before | 1 << previous
+        found = self._dependent_steps(reads, writes)
+        before = found & ~base
+        for i in bits(before):
+            before |= stack[i].before
+        candidates = found & ~base
+        covered = 0
+        while candidates:
+            i = candidates.bit_length() - 1
+            candidates ^= 1 << i
+            node = stack[i]
+            if node.chosen == index or covered >> i & 1:
+                continue
+            if blocking and i > previous and not node.enabled >> index & 1:
+                continue  # it waited there already, perhaps for this very step
+            if not blocking:
+                covered |= node.before
+            self._turn_round(i, depth, index, before)
+        return before
+
+    def _dependent_steps(self, reads: int, writes: int) -> int:
+        found = 0
+        for bit in bits(writes):
+            found |= self._touched.get(bit, 0)
+        for bit in bits(reads & ~writes):
+            found |= self._wrote.get(bit, 0)
+        return found
+
+    def _turn_round(self, i: int, depth: int, index: int, before: int) -> None:
+        """Step i of the execution and the next step of `index` race: try those first that do not follow i."""
+        stack, node = self.stack, self.stack[i]
+        after = 0  # steps after i that do not depend on it
+        begins = seen = 0
+        for k in range(i + 1, depth):
+            other = stack[k]
+            if other.before >> i & 1 or other.chosen == node.chosen:
+                continue
+            mark = 1 << other.chosen
+            if not seen & mark and not other.before & after:
+                begins |= mark
+            seen |= mark
+            after |= 1 << k
+        if not seen >> index & 1 and not before & after:
+            begins |= 1 << index
+        if self.bound is None:
+            self._add(node, begins, index)
+        else:
+            self._add_bounded(i, begins | 1 << index)
+
+    @staticmethod
+    def _add(node: Node, begins: int, index: int) -> None:
+        if begins & node.backtrack:
+            return
+        begins &= node.enabled
+        if begins >> index & 1:
+            node.backtrack |= 1 << index
+        elif begins:
+            node.backtrack |= begins & -begins
+        else:
+            node.backtrack |= node.enabled
+
+    def _add_bounded(self, i: int, begins: int) -> None:
+        """Here, and where the block of steps that i is in began: a preemption there may be free."""
+        stack = self.stack
+        for k in (i, self._block(i)):
+            node = stack[k]
+            node.backtrack |= begins & node.enabled or node.enabled
+
+    def _block(self, i: int) -> int:
+        stack = self.stack
+        while i > 0 and stack[i - 1].chosen == stack[i].chosen:
+            i -= 1
+        return i

@@ -1,0 +1,44 @@
+"""What steps read and write: shared objects by name, and sets of them as integers."""
+
+from __future__ import annotations
+
+from collections.abc import Hashable, Iterable, Iterator
+
+
+class Objects:
+    """Gives each shared object a bit.  Names are hashable and the same in every execution."""
+
+    __slots__ = ("_bits", "names")
+
+    def __init__(self) -> None:
+        self._bits: dict[Hashable, int] = {}
+        self.names: list[Hashable] = []
+
+    def bit(self, name: Hashable) -> int:
+        bit = self._bits.get(name)
+        if bit is None:
+            bit = self._bits[name] = 1 << len(self.names)
+            self.names.append(name)
+        return bit
+
+    def mask(self, names: Iterable[Hashable]) -> int:
+        mask = 0
+        for name in names:
+            mask |= self.bit(name)
+        return mask
+
+    def of(self, mask: int) -> list[Hashable]:
+        return [self.names[i] for i in bits(mask)]
+
+
+def bits(mask: int) -> Iterator[int]:
+    """Positions of the bits that are set, lowest first."""
+    while mask:
+        low = mask & -mask
+        yield low.bit_length() - 1
+        mask ^= low
+
+
+def dependent(reads: int, writes: int, other_reads: int, other_writes: int) -> bool:
+    """Two steps do not commute if one writes what the other touches."""
+    return bool(writes & (other_reads | other_writes) or other_writes & reads)

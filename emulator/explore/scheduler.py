@@ -1,0 +1,291 @@
+"""A controlled scheduler: tasks are greenlets of one thread, and one at a time goes one step.
+
+A step reaches from one announcement to the next: `step()` ends the running task's step and says with which
+access to shared state its next one begins, so before every step all tasks stand right before an access.  What
+the step touches after that is added by `touch()`.  A task that cannot go on gives a condition; it is tested
+before each choice, and must depend on nothing but the objects that it names.
+
+Who goes next is a strategy's choice, among the tasks that can.  When none can and some are not finished, that
+is a deadlock.  Tasks that never finish (interrupts, RCU) are daemons: they do not keep an execution going.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Hashable
+from dataclasses import dataclass
+from typing import Any, Protocol
+
+from greenlet import getcurrent, greenlet
+
+from emulator.explore.objects import Objects
+
+Label = tuple[str, Hashable, str]  # kind, object, "read" or "write"
+Condition = Callable[[], bool]
+
+START: Label = ("start", None, "read")
+
+
+class Abandoned(BaseException):
+    """The execution is over for this task: unwind."""
+
+
+class Divergence(Exception):
+    """A replayed execution does not do what it did when it was recorded."""
+
+
+class Strategy(Protocol):
+    """Decides, and hears of every step."""
+
+    def choose(self, enabled: int, last: int) -> int:
+        """One of the tasks in the mask, or -1: there is no point in going on.  `last` took the last step."""
+
+    def stepped(self, task: Task) -> None:
+        """The step that was chosen last is over: task.label, reads, writes."""
+
+
+class Task:
+    """One controlled thread.  `label`, `reads`, `writes` are those of the step that it is in or about to
+    take."""
+
+    __slots__ = (
+        "body",
+        "changed",
+        "condition",
+        "daemon",
+        "done",
+        "greenlet",
+        "index",
+        "label",
+        "name",
+        "notes",
+        "reads",
+        "steps",
+        "waits_for",
+        "was_blocking",
+        "watch",
+        "writes",
+    )
+
+    def __init__(self, index: int, name: str, body: Callable[[], None], daemon: bool) -> None:
+        self.index = index
+        self.name = name
+        self.body = body
+        self.daemon = daemon
+        self.greenlet: Any = None
+        self.done = False
+        self.steps = 0
+        self.label: Label = START
+        self.reads = 0
+        self.writes = 0
+        self.condition: Condition | None = None
+        self.was_blocking = False  # the step in question had a condition
+        self.waits_for = ""
+        self.watch = 0  # what the current turn of a retry loop has read
+        self.changed = False  # ... and somebody has written since
+        self.notes: list[str] = []
+
+    def __repr__(self) -> str:
+        return f"<task {self.name}>"
+
+
+@dataclass(frozen=True, slots=True)
+class Wait:
+    """Who cannot go on at the end, and why."""
+
+    task: str
+    label: Label
+    waits_for: str
+
+
+class Execution:
+    """One run of a program's tasks.  After `run`: `failure` (an exception of a task), `pruned` (the strategy
+    gave up), `too_long`, `deadlock` (who waits), `stopped` (somebody called `stop`)."""
+
+    __slots__ = (
+        "aborting",
+        "current",
+        "deadlock",
+        "failure",
+        "hub",
+        "last",
+        "length",
+        "limit",
+        "next",
+        "objects",
+        "on_step",
+        "pruned",
+        "starting",
+        "stopped",
+        "strategy",
+        "tasks",
+        "too_long",
+    )
+
+    def __init__(self, objects: Objects, strategy: Strategy, limit: int = 5000) -> None:
+        self.objects = objects
+        self.strategy = strategy
+        self.limit = limit
+        self.tasks: list[Task] = []
+        self.hub: Any = None
+        self.current: Task = Task(-1, "nobody", lambda: None, True)
+        self.next: Task | None = None
+        self.last = -1
+        self.length = 0
+        self.starting = True
+        self.aborting = False
+        self.stopped = False
+        self.pruned = False
+        self.too_long = False
+        self.failure: BaseException | None = None
+        self.deadlock: tuple[Wait, ...] = ()
+        self.on_step: Callable[[Task], None] | None = None
+
+    # --- what programs call ---------------------------------------------------------------------------------
+
+    def spawn(self, name: str, body: Callable[[], None], daemon: bool = False) -> Task:
+        task = Task(len(self.tasks), name, body, daemon)
+        self.tasks.append(task)
+        return task
+
+    def step(
+        self,
+        label: Label,
+        reads: int,
+        writes: int,
+        condition: Condition | None = None,
+        waits_for: str = "",
+    ) -> None:
+        """The running task's step ends; its next one begins with this access, once `condition` holds."""
+        if self.aborting:
+            raise Abandoned
+        task = self.current
+        if not self.starting:
+            self._ended(task)
+        task.label = label
+        task.reads = reads
+        task.writes = writes
+        task.condition = condition
+        task.was_blocking = condition is not None
+        task.waits_for = waits_for
+        if self.starting:
+            self.hub.switch()
+        else:
+            chosen = self._choose()
+            if chosen is task:
+                return
+            if chosen is None:
+                self.hub.switch()
+            else:
+                chosen.greenlet.switch()
+        if self.aborting:
+            raise Abandoned
+
+    def touch(self, reads: int, writes: int) -> None:
+        """The current step does this, too."""
+        task = self.current
+        task.reads |= reads
+        task.writes |= writes
+
+    def await_change(self, label: Label, waits_for: str) -> None:
+        """In a loop that tries again: go on when somebody has written something that this turn has read.
+
+        A turn without effects that sees the same again would only do the same again, so nothing is lost
+        (as with await statements; cf. spin loops in stateless model checkers).
+        """
+        task = self.current
+        task.watch |= task.reads | task.writes
+        self.step(label, task.watch, 0, lambda: task.changed, waits_for)
+        task.changed = False
+        task.watch = 0
+
+    def stop(self) -> None:
+        """Enough was seen: the execution ends with the current step."""
+        self.stopped = True
+
+    def note(self, text: str) -> None:
+        self.current.notes.append(text)
+
+    # --- running --------------------------------------------------------------------------------------------
+
+    def run(self) -> None:
+        self.hub = getcurrent()
+        for task in self.tasks:
+            task.greenlet = greenlet(self._body(task), self.hub)
+        for task in self.tasks:
+            # To its first announcement: nothing shared is touched before.
+            self.current = task
+            task.greenlet.switch()
+        self.starting = False
+        self.next = None if self.failure is not None else self._choose()
+        while self.next is not None:
+            task, self.next = self.next, None
+            task.greenlet.switch()
+        self._abandon()
+
+    def _body(self, task: Task) -> Callable[[], None]:
+        def body() -> None:
+            try:
+                task.body()
+            except Abandoned:
+                return
+            except BaseException as error:
+                task.done = True
+                if self.failure is None:
+                    self.failure = error
+                self.next = None
+                return
+            task.done = True
+            if not self.starting:
+                self._ended(task)
+                self.next = self._choose()
+
+        return body
+
+    def _ended(self, task: Task) -> None:
+        task.steps += 1
+        self.length += 1
+        self.last = task.index
+        writes = task.writes
+        task.watch |= task.reads
+        for other in self.tasks:
+            if other.watch & writes and other is not task:
+                other.changed = True
+        self.strategy.stepped(task)
+        if self.on_step is not None:
+            self.on_step(task)
+
+    def _choose(self) -> Task | None:
+        if self.stopped:
+            return None
+        if self.length >= self.limit:
+            self.too_long = True
+            return None
+        enabled = 0
+        for task in self.tasks:
+            if not task.done and (task.condition is None or task.condition()):
+                enabled |= 1 << task.index
+        if not enabled:
+            self.deadlock = tuple(
+                Wait(task.name, task.label, task.waits_for)
+                for task in self.tasks
+                if not task.done and not task.daemon
+            )
+            return None
+        index = self.strategy.choose(enabled, self.last)
+        if index < 0:
+            self.pruned = True
+            return None
+        task = self.tasks[index]
+        if not enabled >> index & 1:
+            raise Divergence(f"step {self.length}: {task.name} cannot go on, but it could then")
+        task.condition = None
+        self.current = task
+        return task
+
+    def _abandon(self) -> None:
+        """Unwind whoever is not finished."""
+        self.aborting = True
+        for task in self.tasks:
+            if task.greenlet and not task.greenlet.dead:
+                self.current = task
+                task.greenlet.throw(Abandoned)

@@ -1,0 +1,98 @@
+"""Runs a program under a strategy: one execution after the other, until there is nothing more to see."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from typing import Protocol
+
+from emulator.explore.dpor import Exhaustive
+from emulator.explore.objects import Objects
+from emulator.explore.sampling import Sampler
+from emulator.explore.scheduler import Execution
+
+
+class Program(Protocol):
+    """What is explored.  Every execution starts from the same state and depends on the schedule alone."""
+
+    def start(self, execution: Execution) -> None:
+        """Back to the initial state; spawn the tasks."""
+
+    def finish(self, execution: Execution) -> str:
+        """What this execution came to; a short text, "" for nothing worth mentioning."""
+
+
+@dataclass(slots=True)
+class Limits:
+    """executions: of all strategies together; 0: none.  steps: of one execution."""
+
+    executions: int = 0
+    steps: int = 5000
+    first_only: bool = True  # stop at the first outcome that `bad` is true of
+
+
+@dataclass(slots=True)
+class Found:
+    """What a search has seen.
+
+    `complete`: every interleaving (within `bound` preemptions, if not None) was covered.
+    """
+
+    executions: int = 0
+    pruned: int = 0
+    depth: int = 0
+    steps: int = 0
+    too_long: int = 0
+    complete: bool = False
+    bound: int | None = None
+    outcomes: dict[str, int] = field(default_factory=dict)
+    # The first bad one: the tasks in the order of their steps.
+    schedule: tuple[int, ...] | None = None
+    outcome: str = ""
+
+
+def run_once(program: Program, objects: Objects, strategy: Exhaustive | Sampler, limits: Limits) -> Execution:
+    execution = Execution(objects, strategy, limits.steps)
+    program.start(execution)
+    strategy.begin(len(execution.tasks))
+    execution.run()
+    return execution
+
+
+def search(
+    program: Program,
+    objects: Objects,
+    strategy: Exhaustive | Sampler,
+    limits: Limits,
+    bad: Callable[[str], bool],
+) -> Found:
+    """Until the strategy is through, or a limit is reached, or something bad was found."""
+    found = Found(bound=strategy.bound)
+    more = True
+    while more:
+        if limits.executions and found.executions >= limits.executions:
+            return found
+        execution = run_once(program, objects, strategy, limits)
+        if execution.failure is not None:
+            raise execution.failure
+        _count(found, execution, program)
+        if found.schedule is None and bad(found.outcome):
+            found.schedule = strategy.schedule()
+            if limits.first_only:
+                return found
+        more = strategy.end(execution.tasks, execution.deadlock)
+    found.complete = strategy.exhaustive and not found.too_long
+    return found
+
+
+def _count(found: Found, execution: Execution, program: Program) -> None:
+    found.steps += execution.length
+    found.depth = max(found.depth, execution.length)
+    if execution.pruned:
+        found.pruned += 1
+        found.outcome = ""
+        return
+    found.executions += 1
+    found.too_long += execution.too_long
+    found.outcome = program.finish(execution)
+    found.outcomes[found.outcome] = found.outcomes.get(found.outcome, 0) + 1

@@ -1,0 +1,72 @@
+"""Tiny programs of explore's own tests: each task a list of operations on shared variables."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+from emulator.explore.dpor import Exhaustive
+from emulator.explore.objects import Objects
+from emulator.explore.scheduler import Execution
+from emulator.explore.search import Found, Limits, search
+
+Op = tuple[str, ...]
+
+
+class Tiny:
+    """Operations: ("r", x) into the task's register; ("w", x, v); ("inc", x) reads and writes in one step;
+    ("lock", x), ("unlock", x); ("wait", x, v) until x is v.  The outcome is everything at the end."""
+
+    def __init__(self, *tasks: list[Op], objects: Objects | None = None) -> None:
+        self.tasks = tasks
+        self.objects = objects or Objects()
+
+    def start(self, execution: Execution) -> None:
+        self.shared: dict[str, int] = {}
+        self.registers: list[list[int]] = [[] for _ in self.tasks]
+        for i in range(len(self.tasks)):
+            execution.spawn(f"t{i}", self._body(execution, i))
+
+    def finish(self, execution: Execution) -> str:
+        held = "deadlock " + ",".join(wait.task for wait in execution.deadlock) if execution.deadlock else ""
+        return f"{sorted(self.shared.items())} {self.registers} {held}"
+
+    def _body(self, execution: Execution, i: int) -> Callable[[], None]:
+        shared, bit = self.shared, self.objects.bit
+
+        def body() -> None:
+            for op in self.tasks[i]:
+                kind, x = op[0], op[1]
+                mask = bit(x)
+                if kind == "r":
+                    execution.step((kind, x, "read"), mask, 0)
+                    self.registers[i].append(shared.get(x, 0))
+                elif kind == "w":
+                    execution.step((kind, x, "write"), 0, mask)
+                    shared[x] = int(op[2])
+                elif kind == "inc":
+                    execution.step((kind, x, "write"), mask, mask)
+                    shared[x] = shared.get(x, 0) + 1
+                elif kind == "lock":
+                    execution.step((kind, x, "write"), 0, mask, lambda x=x: not shared.get(x, 0), x)
+                    shared[x] = 1
+                elif kind == "unlock":
+                    execution.step((kind, x, "write"), 0, mask)
+                    shared[x] = 0
+                else:
+                    wanted = int(op[2])
+                    execution.step(
+                        (kind, x, "read"), mask, 0, lambda x=x, wanted=wanted: shared.get(x, 0) == wanted, x
+                    )
+
+        return body
+
+
+def explore(
+    *tasks: list[Op],
+    reduce: bool = True,
+    bound: int | None = None,
+    bad: Callable[[str], bool] = lambda _: False,
+) -> Found:
+    program = Tiny(*tasks)
+    strategy = Exhaustive(program.objects, bound=bound, reduce=reduce)
+    return search(program, program.objects, strategy, Limits(), bad)
