@@ -85,8 +85,9 @@ static bool concerns(const struct violation_report *r, const struct event *e)
 	case EVENT_MAP:
 	case EVENT_ZAP:
 	case EVENT_PROTECT:
-	case EVENT_PROMISE:
 		return covers(r, e->a, e->more);
+	case EVENT_PROMISE:
+		return covers(r, e->b, e->more);
 	case EVENT_FREE:
 		return e->a == r->hfn;
 	case EVENT_LOAD:

@@ -1,0 +1,164 @@
+"""Events of the core's rings: what each CPU did last, in the kernel's words."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+from emulator.kvm import kvm_host
+from native import EXIT_REASONS, FLUSH_REASONS, FLUSH_SCOPES, enum_names, ffi, lib
+
+EVENT_KINDS = enum_names("event_kind", "EVENT_", count="EVENTS")
+PROMISES = enum_names("promise", "PROMISE_", count="PROMISES")
+_FUNCTIONS = enum_names("ipi_function", "IPI_", count="IPI_FUNCTIONS")
+
+NO_VM = 0xFFFF
+# A VMCS that was loaded nowhere before.
+_NOWHERE = 1 << 31
+
+PROMISED_BY = {
+    "none": "nothing",
+    "notifier": "an mmu_notifier's invalidate_range_start returned",
+    "notifier_write": "an mmu_notifier's invalidate_range_start returned (write access only)",
+    "memslot": "the memslot was deleted",
+    "zap_range": "kvm_zap_gfn_range returned",
+    "dirty_log": "the dirty log's ioctl returned (write access only)",
+    "free": "the page was freed",
+    "guest": "the guest itself invalidated it on this vCPU",
+}
+
+
+def name_of(names: tuple[str, ...], index: int) -> str:
+    return names[index] if 0 <= index < len(names) else str(index)
+
+
+def _request_names() -> dict[int, str]:
+    return {
+        value & kvm_host.KVM_REQUEST_MASK: name
+        for name, value in vars(kvm_host).items()
+        if name.startswith("KVM_REQ_") and not value & kvm_host.KVM_REQUEST_NO_ACTION
+    }
+
+
+REQUESTS = _request_names()
+
+
+@dataclass(frozen=True, slots=True)
+class Event:
+    """`time` in nanoseconds; where time is of no meaning (explore), a number that only grows."""
+
+    time: int
+    kind: str
+    cpu: int
+    a: int
+    b: int
+    vm: int = NO_VM
+    more: int = 0
+
+    @classmethod
+    def of_core(cls, e: Any) -> Event:
+        """From the core's struct event."""
+        return cls(e.time, name_of(EVENT_KINDS, e.kind), e.cpu, e.a, e.b, e.vm, e.more)
+
+    @classmethod
+    def of_dict(cls, value: Mapping[str, Any], time: int | None = None) -> Event:
+        """From what `as_dict` gave."""
+        numbers = {name: int(value.get(name, default)) for name, default in _NUMBERS.items()}
+        return cls(time=int(value["time_ns"]) if time is None else time, kind=str(value["kind"]), **numbers)
+
+    def as_dict(self, *, timed: bool = False) -> dict[str, Any]:
+        when = {"time_ns": self.time} if timed else {}
+        numbers = {name: getattr(self, name) for name in _NUMBERS}
+        return {**when, "kind": self.kind, **numbers, "text": self.describe()}
+
+    def describe(self) -> str:
+        text = _TEXTS.get(self.kind)
+        return text(self) if text else f"{self.kind} {self.a:#x} {self.b:#x}"
+
+    @property
+    def scope(self) -> str:
+        """Of a flush."""
+        return name_of(FLUSH_SCOPES, self.a >> 32)
+
+    @property
+    def reason(self) -> str:
+        """Of a flush, or of one that was elided."""
+        return name_of(FLUSH_REASONS, self.a & 0xFFFF)
+
+    @property
+    def function(self) -> str:
+        """Of a call to other CPUs."""
+        return name_of(_FUNCTIONS, self.more)
+
+    @property
+    def targets(self) -> tuple[int, ...]:
+        """The pCPUs below 64 that were called."""
+        return tuple(cpu for cpu in range(64) if self.a >> cpu & 1)
+
+    @property
+    def promise(self) -> str:
+        return name_of(PROMISES, self.a)
+
+    @property
+    def request(self) -> str:
+        return REQUESTS.get(self.b, str(self.b))
+
+    def covers(self, gfn: int) -> bool:
+        """Is a zap, a mapping or a promise about this page?"""
+        first = self.b if self.kind == "promise" else self.a
+        return first <= gfn < first + max(self.more, 1)
+
+
+_NUMBERS = {"cpu": 0, "vm": NO_VM, "a": 0, "b": 0, "more": 0}
+
+
+def _targets(e: Event) -> str:
+    return f"pCPU {e.targets[0]}" if e.b == 1 and e.targets else f"{e.b} pCPUs"
+
+
+_TEXTS: dict[str, Callable[[Event], str]] = {
+    "entry": lambda e: f"VM entry of vCPU {e.a}, root {e.b:#x}",
+    "exit": lambda e: f"VM exit of vCPU {e.a}: {name_of(EXIT_REASONS, e.b)}",
+    "load": lambda e: f"VMCS of vCPU {e.a} loaded" + ("" if e.b >= _NOWHERE else f", was on pCPU {e.b}"),
+    "flush": lambda e: f"{e.scope} for {e.reason}",
+    "elided": lambda e: f"flush for {e.reason} ELIDED by the policy",
+    "zap": lambda e: f"zapped {e.b} pages from gfn {e.a:#x} on",
+    "protect": lambda e: f"write-protected {e.b} pages from gfn {e.a:#x} on",
+    "map": lambda e: f"mapped gfn {e.a:#x} to frame {e.b:#x}",
+    "request": lambda e: f"{e.request} to vCPU {e.a}",
+    "ipi": lambda e: f"IPI ({e.function}) to {_targets(e)}",
+    "promise": lambda e: f"promise: {PROMISED_BY.get(e.promise, e.promise)}, gfn {e.b:#x}",
+    "free": lambda e: f"frame {e.a:#x} freed",
+    "root_load": lambda e: f"vCPU {e.a} loads root {e.b:#x}",
+    "root_free": lambda e: f"root {e.a:#x} freed",
+    "guest_invalidate": lambda e: f"guest of vCPU {e.a} invalidates page {e.b:#x}",
+    "unload": lambda e: f"VMCLEAR of vCPU {e.a}, which is loaded elsewhere",
+    "yield": lambda e: f"zap of VM {e.a} yields, {'flushed' if e.b else 'not flushed'}",
+}
+
+
+class EventTail:
+    """What happens on a machine from now on, in pieces.  For a machine that runs one step at a time: events
+    of different CPUs in one piece are in the order of their times."""
+
+    def __init__(self, m: Any, cpus: int) -> None:
+        self._m = m
+        self._counts = [lib.events_count(m, cpu) for cpu in range(cpus)]
+
+    def take(self) -> list[Event]:
+        """The events since the last time; at most 1024 a CPU."""
+        events: list[Event] = []
+        for cpu, seen in enumerate(self._counts):
+            count = lib.events_count(self._m, cpu)
+            if count != seen:
+                self._counts[cpu] = count
+                events += read_events(self._m, cpu, count - seen)
+        return sorted(events, key=lambda event: event.time)
+
+
+def read_events(m: Any, cpu: int, most: int) -> list[Event]:
+    """The last events of a CPU, oldest first."""
+    buffer = ffi.new("struct event[]", min(most, 1024))
+    n = lib.events_read(m, cpu, buffer, len(buffer))
+    return [Event.of_core(buffer[i]) for i in range(n)]
