@@ -10,7 +10,7 @@ from rich.table import Table
 from rich.text import Text
 
 from emulator.config import embedded_scenarios, load_scenario
-from emulator.policy import DEFAULT, MUTANTS, POINTS, PRESETS
+from emulator.policy import DEFAULT, MUTANTS, POINTS, PRESET_DOCS, PRESETS
 
 app = typer.Typer(
     help="List policies, mutants, decision points and scenarios.", no_args_is_help=True, rich_markup_mode=None
@@ -27,7 +27,7 @@ def policies() -> None:
             f"{point}={answer}" for point, answer in policy.answers().items() if answer != default[point]
         ]
         what = "the default" if name == DEFAULT else f"{DEFAULT} but {', '.join(differences) or 'the same'}"
-        table.add_row(name, Text(what))
+        table.add_row(name, Text(f"{PRESET_DOCS[name]}\n{what}"))
     _print(table)
     print(f"and {len(MUTANTS)} mutants, mutant:{next(iter(MUTANTS))} and so on: flushlab list mutants")
 

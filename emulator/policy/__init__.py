@@ -5,7 +5,7 @@ from __future__ import annotations
 from emulator.policy.mutants import MUTANTS, Mutant
 from emulator.policy.points import POINTS, Alternative, DecisionPoint
 from emulator.policy.policy import Policy, PolicyError
-from emulator.policy.presets import DEFAULT, PRESETS, preset
+from emulator.policy.presets import DEFAULT, PRESET_DOCS, PRESETS, preset
 from emulator.policy.user import UserPolicyError, load_user_policy, resolve_policy
 
 __all__ = [
@@ -13,6 +13,7 @@ __all__ = [
     "MUTANTS",
     "POINTS",
     "PRESETS",
+    "PRESET_DOCS",
     "Alternative",
     "DecisionPoint",
     "Mutant",

@@ -1,4 +1,7 @@
-"""Named policies: what was merged, and when.  A preset exists only if each of its answers does."""
+"""Named policies: what was merged or proposed, and when.
+
+A proposal is encoded as posted, holes included.  A preset exists only if each of its answers does.
+"""
 
 from __future__ import annotations
 
@@ -9,13 +12,77 @@ from emulator.policy.policy import Policy, PolicyError
 
 DEFAULT = "linux-7.3"
 
+# Answers where they are not those of Linux 7.3.  Bugs that were found later are not among them (they are
+# mutants), and neither is what is no decision point.
+_LINUX_5_14 = {
+    "root_put": "inline",
+    "invalid_root_zap": "flush",
+    "zap_scope": "leafs-and-tables",
+    "zap": "flush-per-table",
+    "zap_root": "root",
+    # Harmless here: each table is flushed for before it goes to RCU.
+    "zap_yield": "unlock-then-flush",
+    "huge_recovery": "zap-each",
+    "role_change": "unload-all",
+}
+_LINUX_5_18 = {"root_put": "async", "zap_root": "1g-root", "huge_recovery": "zap-each"}
+_BATCH_LIST = {"zap": "disconnected-list"}
+_TRACKING = {"migration_vpid": "invvpid", "remote_flush": "active-roots"}
+
 PRESETS: dict[str, Policy] = {
-    preset.name: preset
-    for preset in (
+    policy.name: policy
+    for policy in (
         Policy(name=DEFAULT),
-        # The same answers but one: huge pages come back by zapping each table, with a flush each.
         Policy(name="linux-6.12", huge_recovery="zap-each"),
+        Policy(name="linux-5.18", **_LINUX_5_18),
+        Policy(name="linux-5.14", **_LINUX_5_14),
+        Policy(name="lkml-2021-single-context", **{**_LINUX_5_14, "remote_flush": "current-context"}),
+        Policy(name="lkml-2021-batch-list", **{**_LINUX_5_14, **_BATCH_LIST}),
+        Policy(
+            name="lkml-2025-on-each-cpu",
+            root_alloc="on-each-cpu",
+            root_load="none",
+            migration="none",
+            migration_vpid="none",
+        ),
+        Policy(
+            name="lkml-2025-vm-pcpu-mask",
+            root_alloc="vm-pcpu-mask",
+            root_load="none",
+            migration="none",
+            migration_vpid="none",
+        ),
+        Policy(name="lkml-2025-active-roots", migration="active-roots"),
+        Policy(name="lkml-2025-cpu-flushed-mask", migration="cpu-flushed-mask"),
+        Policy(name="cpu-flushed-mask-cleared", **_TRACKING, migration="cpu-flushed-mask-cleared"),
+        Policy(name="root-tlb-gen", **_TRACKING, migration="root-tlb-gen"),
     )
+}
+
+PRESET_DOCS = {
+    "linux-7.3": "October 2026, the newest that was read",
+    "linux-6.12": "huge pages come back by zapping each table, with a flush for each",
+    "linux-5.18": "the overhaul of zaps and flushes: RCU as the proxy; roots are zapped by a worker",
+    "linux-5.14": "a flush for each removed table; the last reference to a root zaps it on the spot",
+    "lkml-2021-single-context": (
+        "August 2021: KVM_REQ_TLB_FLUSH flushes the current context only; sound while a vCPU has one root"
+    ),
+    "lkml-2021-batch-list": "November 2021: removed tables on a list until one flush is over",
+    "lkml-2025-on-each-cpu": (
+        "July 2025: a new root is flushed on every pCPU; loads and migrations flush nothing"
+    ),
+    "lkml-2025-vm-pcpu-mask": "August 2025: the same, on the pCPUs where the VM ever ran",
+    "lkml-2025-active-roots": ("August 2025, patch 4: a migration flushes current and previous roots only"),
+    "lkml-2025-cpu-flushed-mask": (
+        "the same, patch 5 as sketched: ... if this pCPU has not flushed them before; nothing clears the mask"
+    ),
+    "cpu-flushed-mask-cleared": (
+        "the sketch repaired: a remote flush clears the masks before its requests, a migration does INVVPID"
+    ),
+    "root-tlb-gen": (
+        "a generation per root, moved on by each remote flush, compared on each pCPU before the guest is "
+        "entered; a migration does INVVPID"
+    ),
 }
 
 

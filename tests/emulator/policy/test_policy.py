@@ -4,6 +4,7 @@ import pytest
 
 from emulator.errors import BadInput
 from emulator.policy import DEFAULT, POINTS, PRESETS, Policy, PolicyError, preset
+from emulator.policy.presets import PRESET_DOCS
 
 
 def test_every_point_is_a_method_and_its_first_alternative_the_default() -> None:
@@ -13,7 +14,17 @@ def test_every_point_is_a_method_and_its_first_alternative_the_default() -> None
 
 def test_the_default_preset_has_no_mutant() -> None:
     assert PRESETS[DEFAULT] == Policy()
-    assert all(not policy.mutants() for policy in PRESETS.values())
+    assert not PRESETS[DEFAULT].mutants()
+
+
+@pytest.mark.parametrize("name", ["linux-6.12", "linux-5.18", "cpu-flushed-mask-cleared", "root-tlb-gen"])
+def test_what_is_thought_sound_contains_no_mutant(name: str) -> None:
+    assert not PRESETS[name].mutants()
+
+
+def test_every_preset_is_described() -> None:
+    assert list(PRESET_DOCS) == list(PRESETS)
+    assert all(name == policy.name for name, policy in PRESETS.items())
 
 
 def test_alternatives_are_described_and_distinct() -> None:
