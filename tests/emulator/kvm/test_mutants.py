@@ -19,7 +19,7 @@ from emulator.kvm.kvm_main import (
 )
 from emulator.kvm.structs import Kvm
 from emulator.policy import Policy
-from emulator.runtime import Cpu
+from emulator.runtime import Cpu, rcu_read_lock
 from native import lib
 
 Scenario = Callable[[Rig, Policy], set[str]]
@@ -68,7 +68,8 @@ def root_page_reused(rig: Rig, policy: Policy) -> set[str]:
     first = guest.vcpu.mmu.root.hfn
     for _ in range(6):
         recreate_slot(rig, kvm)
-        guest.write(0, 70)
+        with rcu_read_lock(rig.other):  # the page is not free before the next root has another one
+            guest.write(0, 70)
         rig.rcu()
         if guest.vcpu.mmu.root.hfn == first:
             break
