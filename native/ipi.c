@@ -32,6 +32,7 @@ struct csd {
 struct call {
 	uint32_t function;
 	uint32_t sync;
+	bool wait;
 	uint64_t argument;
 };
 
@@ -256,6 +257,20 @@ static int csd_lock_wait(struct machine *m, uint32_t cpu, struct csd *csd)
 	}
 }
 
+int csd_busy(struct machine *m, uint32_t cpu, uint32_t target)
+{
+	const struct cpu *c = &m->cpus[cpu];
+
+	/* acquire: pairs with csd_unlock */
+	return c->csds && atomic_load_explicit(&c->csds[target].flags, memory_order_acquire) != 0;
+}
+
+static struct call new_call(uint32_t function, uint64_t argument, int wait)
+{
+	return (struct call){ .function = function, .argument = argument, .sync = wait != IPI_NO_WAIT,
+			      .wait = wait == IPI_WAIT };
+}
+
 static int allocate_calls(struct machine *m, struct cpu *c)
 {
 	size_t targets = m->config.pcpus, words = (targets + 63) / 64;
@@ -390,7 +405,7 @@ static int call_many(struct machine *m, uint32_t cpu, const uint64_t *mask, cons
 		     bool run_local)
 {
 	struct cpu *c = &m->cpus[cpu];
-	uint64_t began = call->sync ? monotonic_ns() : 0;
+	uint64_t began = call->wait ? monotonic_ns() : 0;
 	int targets, r = 0;
 
 	memset(c->calls_sent, 0, 2 * sizeof(*c->calls_sent) * ((m->config.pcpus + 63) / 64));
@@ -403,7 +418,7 @@ static int call_many(struct machine *m, uint32_t cpu, const uint64_t *mask, cons
 		event_record_more(m, cpu, EVENT_IPI, c->calls_sent[0], (uint64_t)targets, call->function);
 	if (run_local)
 		call_locally(m, c, call);
-	if (call->sync && targets) {
+	if (call->wait && targets) {
 		r = wait_mask(m, c);
 		histogram_record(m, cpu, HISTOGRAM_IPI_WAIT, monotonic_ns() - began);
 	}
@@ -413,7 +428,7 @@ static int call_many(struct machine *m, uint32_t cpu, const uint64_t *mask, cons
 int smp_call_function_many(struct machine *m, uint32_t cpu, const uint64_t *mask, uint32_t function,
 			   uint64_t argument, int wait)
 {
-	struct call call = { .function = function, .argument = argument, .sync = wait != 0 };
+	struct call call = new_call(function, argument, wait);
 	int r = may_send(m, cpu, function, "smp_call_function_many");
 
 	return r ? r : call_many(m, cpu, mask, &call, false);
@@ -421,7 +436,7 @@ int smp_call_function_many(struct machine *m, uint32_t cpu, const uint64_t *mask
 
 int on_each_cpu(struct machine *m, uint32_t cpu, uint32_t function, uint64_t argument, int wait)
 {
-	struct call call = { .function = function, .argument = argument, .sync = wait != 0 };
+	struct call call = new_call(function, argument, wait);
 	int r = may_send(m, cpu, function, "on_each_cpu");
 
 	return r ? r : call_many(m, cpu, NULL, &call, cpu_is_target(m, cpu));
@@ -430,9 +445,9 @@ int on_each_cpu(struct machine *m, uint32_t cpu, uint32_t function, uint64_t arg
 int smp_call_function_single(struct machine *m, uint32_t cpu, uint32_t target, uint32_t function,
 			     uint64_t argument, int wait)
 {
-	struct call call = { .function = function, .argument = argument, .sync = wait != 0 };
+	struct call call = new_call(function, argument, wait);
 	struct cpu *c = &m->cpus[cpu];
-	uint64_t began = wait ? monotonic_ns() : 0;
+	uint64_t began = call.wait ? monotonic_ns() : 0;
 	int r = may_send(m, cpu, function, "smp_call_function_single");
 
 	if (r)
@@ -450,7 +465,7 @@ int smp_call_function_single(struct machine *m, uint32_t cpu, uint32_t target, u
 	r = queue_call(m, c, target, &call);
 	if (r > 0)
 		ipi_kick(m, cpu, &m->cpus[target]);
-	if (r >= 0 && wait) {
+	if (r >= 0 && call.wait) {
 		r = csd_lock_wait(m, cpu, &c->csds[target]);
 		histogram_record(m, cpu, HISTOGRAM_IPI_WAIT, monotonic_ns() - began);
 	}

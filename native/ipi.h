@@ -25,6 +25,9 @@ enum ipi_function {
 	IPI_FUNCTIONS
 };
 
+/* The sender waits for its targets: not at all; until all have run the call; or it does so itself, with csd_busy. */
+enum ipi_wait { IPI_NO_WAIT, IPI_WAIT, IPI_WAIT_LATER };
+
 /* mask: one bit per pCPU in words of 64.  Never runs locally.  With wait, returns after every target
  * has run it.  Returns the number of pCPUs called (offline ones are not), or an error. */
 int smp_call_function_many(struct machine *m, uint32_t cpu, const uint64_t *mask, uint32_t function,
@@ -37,6 +40,9 @@ int smp_call_function_single(struct machine *m, uint32_t cpu, uint32_t target, u
 int on_each_cpu(struct machine *m, uint32_t cpu, uint32_t function, uint64_t argument, int wait);
 /* Run what is queued for this CPU now, unless its interrupts are off.  Returns the number of calls. */
 int ipi_drain(struct machine *m, uint32_t cpu);
+/* 1: `cpu` has sent `target` a call that is not acknowledged.  The sender's thread; calls to that target would
+ * wait. */
+int csd_busy(struct machine *m, uint32_t cpu, uint32_t target);
 /* end api */
 
 typedef void ipi_handler(struct machine *m, struct cpu *target, uint64_t argument);

@@ -29,6 +29,8 @@ struct rcu {
 	_Atomic int32_t thread;     /* CPU of rcu_thread(), -1: none */
 	_Atomic int32_t holdout;
 	struct waiters waiters; /* for a grace period or for callbacks */
+	struct rcu_head *stepped; /* callbacks of the grace period that rcu_gp_begin() began */
+	uint64_t stepped_gp;      /* ... and its number, 0: none */
 	alignas(CACHELINE) _Atomic(struct rcu_head *) pending;
 	_Atomic uint64_t queued;
 	alignas(CACHELINE) _Atomic uint64_t invoked;
@@ -382,6 +384,41 @@ int rcu_thread(struct machine *m, uint32_t cpu)
 	return r;
 }
 
+int rcu_gp_begin(struct machine *m, uint32_t cpu)
+{
+	struct rcu *rcu = m->rcu;
+
+	(void)cpu;
+	if (rcu->stepped_gp || !is_wanted(rcu))
+		return 0;
+	rcu->stepped = take_pending(rcu);
+	rcu->stepped_gp = atomic_fetch_add_explicit(&rcu->gp_seq, 1, memory_order_acq_rel) + 1;
+	return 1;
+}
+
+int rcu_gp_end(struct machine *m, uint32_t cpu)
+{
+	struct rcu *rcu = m->rcu;
+	struct rcu_head *list = rcu->stepped;
+	uint64_t before = atomic_load_explicit(&rcu->invoked, SEQ_CST);
+
+	if (!rcu->stepped_gp)
+		return 0;
+	for (uint32_t reader = 0; reader < m->cpu_count; reader++) {
+		if (is_quiescent(&m->cpus[reader], rcu->stepped_gp))
+			continue;
+		atomic_store_explicit(&rcu->holdout, (int32_t)reader, memory_order_relaxed);
+		return MACHINE_AGAIN;
+	}
+	atomic_store_explicit(&rcu->holdout, -1, memory_order_relaxed);
+	atomic_store_explicit(&rcu->gp_completed, rcu->stepped_gp, SEQ_CST);
+	count(m->cpus[cpu].counters, COUNT_GRACE_PERIODS, 1);
+	rcu->stepped = NULL;
+	rcu->stepped_gp = 0;
+	invoke(m, cpu, list);
+	return (int)(atomic_load_explicit(&rcu->invoked, SEQ_CST) - before);
+}
+
 int rcu_create(struct machine *m)
 {
 	struct rcu *rcu = aligned_alloc(CACHELINE, sizeof(*rcu));
@@ -393,6 +430,8 @@ int rcu_create(struct machine *m)
 	atomic_init(&rcu->gp_wanted, 0);
 	atomic_init(&rcu->thread, -1);
 	atomic_init(&rcu->holdout, -1);
+	rcu->stepped = NULL;
+	rcu->stepped_gp = 0;
 	atomic_init(&rcu->pending, NULL);
 	atomic_init(&rcu->queued, 0);
 	atomic_init(&rcu->invoked, 0);
@@ -405,6 +444,7 @@ void rcu_destroy(struct machine *m)
 {
 	if (!m->rcu)
 		return;
+	invoke(m, 0, m->rcu->stepped);
 	invoke(m, 0, take_pending(m->rcu));
 	for (uint32_t cpu = 0; cpu < m->cpu_count; cpu++) {
 		struct rcu_chunk *chunk = m->cpus[cpu].rcu_chunks;

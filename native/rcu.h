@@ -32,6 +32,10 @@ int rcu_barrier(struct machine *m, uint32_t cpu);
 /* The body of the RCU thread, on a housekeeping CPU: returns 0 when the machine stops and all callbacks have
  * run, for which readers must leave or go offline.  Only one may run. */
 int rcu_thread(struct machine *m, uint32_t cpu);
+/* The same in steps, for a scheduler that has no thread for it: a grace period begins if one is wanted (1, else 0);
+ * and ends, unless a reader of before is left (MACHINE_AGAIN): then callbacks run, and their number is returned. */
+int rcu_gp_begin(struct machine *m, uint32_t cpu);
+int rcu_gp_end(struct machine *m, uint32_t cpu);
 uint64_t rcu_pending(struct machine *m);
 /* Who keeps the current grace period waiting: CPU number, or -1. */
 int rcu_holdout(struct machine *m);

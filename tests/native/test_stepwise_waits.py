@@ -1,0 +1,64 @@
+"""Waiting in steps, as a scheduler does it that has one thread for everything: calls and grace periods."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+import pytest
+
+from emulator.runtime import Machine
+from native import ffi, lib
+
+CONFIG = {
+    "pcpus": 2,
+    "housekeeping": 2,
+    "vms": 1,
+    "vcpus": 1,
+    "root_frames": 2,
+    "table_frames": 4,
+    "guest_frames": 4,
+    "guest_blocks": 0,
+    "l1_ways": 4,
+    "l2_entries": 0,
+    "l2_ways": 12,
+    "psc_entries": 0,
+    "chaos": 0,
+    "seed": 0,
+}
+
+
+@pytest.fixture
+def machine() -> Iterator[Machine]:
+    machine = Machine(CONFIG)
+    for cpu in machine.cpus:
+        lib.cpu_online(machine.m, cpu.id)
+    yield machine
+    machine.destroy()
+
+
+def test_a_sender_that_waits_later_polls_its_node(machine: Machine) -> None:
+    mask = ffi.new("uint64_t[]", [0b11])
+    assert lib.smp_call_function_many(machine.m, 0, mask, lib.IPI_ACK_KICK, 0, lib.IPI_WAIT_LATER) == 1
+    assert lib.csd_busy(machine.m, 0, 1)
+    assert not lib.csd_busy(machine.m, 1, 0)
+    assert lib.ipi_drain(machine.m, 1) == 1
+    assert not lib.csd_busy(machine.m, 0, 1)
+
+
+def test_a_grace_period_waits_for_readers_of_before(machine: Machine) -> None:
+    m, rcu = machine.m, 3
+    table = lib.ept_table_alloc(m, 0, lib.FRAME_TABLE)
+    assert lib.rcu_gp_begin(m, rcu) == 0
+    lib.rcu_read_lock(m, 1)
+    lib.ept_table_free_rcu(m, 0, table)
+    assert lib.rcu_gp_begin(m, rcu) == 1
+    assert lib.rcu_gp_begin(m, rcu) == 0
+    lib.rcu_read_lock(m, 0)  # after the grace period began: nobody waits for it
+    assert lib.rcu_gp_end(m, rcu) == lib.MACHINE_AGAIN
+    assert lib.rcu_holdout(m) == 1
+    assert lib.frames_in_use(m, lib.FRAME_TABLE) == 1
+    lib.rcu_read_unlock(m, 1)
+    assert lib.rcu_gp_end(m, rcu) == 1
+    assert lib.frames_in_use(m, lib.FRAME_TABLE) == 0
+    assert lib.rcu_gp_end(m, rcu) == 0
+    lib.rcu_read_unlock(m, 0)
