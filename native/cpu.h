@@ -111,6 +111,7 @@ struct cpu {
 	uint32_t guest_vm; /* VM whose guest runs here or was left last */
 	bool concerned;    /* a call since then was about that VM */
 	bool interrupted;  /* that guest was left because of an IPI */
+	bool calls_held;   /* ipi_hold(): set while nobody else runs */
 	struct counters *counters;
 	struct tlb *tlb; /* NULL on a housekeeping CPU */
 	_Atomic uint64_t chaos_state; /* relaxed: two threads may act for a CPU at its power changes */

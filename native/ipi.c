@@ -181,6 +181,8 @@ int ipi_drain(struct machine *m, uint32_t cpu)
 
 	if (c->irqs_off || c->in_call)
 		return 0;
+	if (c->calls_held && !(atomic_load_explicit(&c->attention, SEQ_CST) & ATTENTION_IPI))
+		return 0;
 	/* The bit may come after its call was already taken: cleared here all the same. */
 	if (!ipi_queued(c) && !(atomic_load_explicit(&c->attention, SEQ_CST) & ATTENTION_IPI))
 		return 0;
@@ -188,6 +190,17 @@ int ipi_drain(struct machine *m, uint32_t cpu)
 	if (atomic_load_explicit(&c->power, SEQ_CST) != CPU_RUNNING)
 		return 0;
 	return ipi_run_queue(m, c);
+}
+
+void ipi_hold(struct machine *m, uint32_t cpu, int hold)
+{
+	m->cpus[cpu].calls_held = hold != 0;
+}
+
+int ipi_arrive(struct machine *m, uint32_t cpu)
+{
+	atomic_fetch_or_explicit(&m->cpus[cpu].attention, ATTENTION_IPI, SEQ_CST);
+	return ipi_drain(m, cpu);
 }
 
 /* --- sender's side ---------------------------------------------------------------------------------- */
@@ -202,6 +215,8 @@ static void service(struct machine *m, struct cpu *target)
 
 void ipi_kick(struct machine *m, uint32_t cpu, struct cpu *target)
 {
+	if (target->calls_held)
+		return; /* on its way, for as long as ipi_arrive() likes */
 	for (;;) {
 		uint32_t power = atomic_load_explicit(&target->power, SEQ_CST);
 		uint32_t found = power;

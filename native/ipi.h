@@ -40,6 +40,11 @@ int smp_call_function_single(struct machine *m, uint32_t cpu, uint32_t target, u
 int on_each_cpu(struct machine *m, uint32_t cpu, uint32_t function, uint64_t argument, int wait);
 /* Run what is queued for this CPU now, unless its interrupts are off.  Returns the number of calls. */
 int ipi_drain(struct machine *m, uint32_t cpu);
+/* For a scheduler that decides when an interrupt arrives: with hold, queued calls neither interrupt this CPU nor
+ * run, until ipi_arrive(): then its guest exits, or they run at once (their number is returned), or as soon as its
+ * interrupts are on. */
+void ipi_hold(struct machine *m, uint32_t cpu, int hold);
+int ipi_arrive(struct machine *m, uint32_t cpu);
 /* 1: `cpu` has sent `target` a call that is not acknowledged.  The sender's thread; calls to that target would
  * wait. */
 int csd_busy(struct machine *m, uint32_t cpu, uint32_t target);

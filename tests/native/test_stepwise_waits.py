@@ -45,6 +45,22 @@ def test_a_sender_that_waits_later_polls_its_node(machine: Machine) -> None:
     assert not lib.csd_busy(machine.m, 0, 1)
 
 
+def test_a_held_call_runs_when_it_arrives(machine: Machine) -> None:
+    m, mask = machine.m, ffi.new("uint64_t[]", [0b10])
+    lib.ipi_hold(m, 1, 1)
+    lib.smp_call_function_many(m, 0, mask, lib.IPI_ACK_KICK, 0, lib.IPI_WAIT_LATER)
+    assert lib.ipi_drain(m, 1) == 0
+    assert not lib.cpu_attention(m, 1)
+    assert lib.ipi_arrive(m, 1) == 1
+    assert not lib.csd_busy(m, 0, 1)
+    lib.smp_call_function_many(m, 0, mask, lib.IPI_ACK_KICK, 0, lib.IPI_WAIT_LATER)
+    lib.local_irq_disable(m, 1, b"a test")
+    assert lib.ipi_arrive(m, 1) == 0
+    assert lib.csd_busy(m, 0, 1)
+    lib.local_irq_enable(m, 1)
+    assert not lib.csd_busy(m, 0, 1)
+
+
 def test_a_grace_period_waits_for_readers_of_before(machine: Machine) -> None:
     m, rcu = machine.m, 3
     table = lib.ept_table_alloc(m, 0, lib.FRAME_TABLE)
