@@ -29,6 +29,7 @@ class Request:
     """What the user asked for. `duration` None: the scenario's own, unless `endless`."""
 
     scenario: str
+    pcpus: int | None = None
     policy: str | None
     settings: tuple[str, ...]
     duration: float | None
@@ -46,7 +47,7 @@ class Request:
 
 def run_request(request: Request) -> int:
     """All input is checked before anything starts; then the run, the output, the exit status."""
-    scenario = load_scenario(request.scenario)
+    scenario = load_scaled(request.scenario, request.pcpus)
     policy = load_policy(request.policy or DEFAULT, request.settings)
     address = _metrics_address(request.metrics)
     limits.check(scenario)
@@ -63,6 +64,12 @@ def run_request(request: Request) -> int:
         _log_end(result)
     _write(request, result)
     return exit_status(result)
+
+
+def load_scaled(name: str, pcpus: int | None) -> Scenario:
+    """A scenario as it is written, or with as many pCPUs as asked for."""
+    scenario = load_scenario(name)
+    return scenario if pcpus is None else scenario.scaled(pcpus)
 
 
 def load_policy(name: str, settings: tuple[str, ...]) -> Policy:

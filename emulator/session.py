@@ -15,14 +15,14 @@ import time
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
 from types import FrameType
-from typing import Protocol
+from typing import Generic, Protocol, TypeVar
 
 from loguru import logger
-from rich.console import Console
+from rich.console import Console, RenderableType
 from rich.live import Live
 
 from emulator.report import progress_line
-from emulator.result import Result, Snapshot
+from emulator.result import Snapshot
 
 # A machine that still runs this long after it was told to stop hangs: say where, and give up.
 GIVE_UP_SECONDS = 20.0
@@ -31,25 +31,34 @@ _TICK = 0.1
 _STDERR = 2
 
 
-class Runnable(Protocol):
+T = TypeVar("T")
+T_co = TypeVar("T_co", covariant=True)
+
+
+class Runnable(Protocol[T_co]):
     """What a session needs of a job."""
 
-    def run(self, progress: Callable[[Snapshot], None], stop: threading.Event) -> Result: ...
+    def run(self, progress: Callable[[Snapshot], None], stop: threading.Event) -> T_co: ...
 
 
-class Session:
-    """One run. Use `execute` once, from the main thread."""
+class Session(Generic[T]):
+    """One run. Use `execute` once, from the main thread.
 
-    def __init__(self, job: Runnable, duration: float | None) -> None:
+    `view` draws the line that is shown meanwhile; without it that is the job's progress.
+    """
+
+    def __init__(
+        self, job: Runnable[T], duration: float | None, view: Callable[[], RenderableType] | None = None
+    ) -> None:
         self._job = job
-        self._duration = duration
+        self._view = view or (lambda: progress_line(*self._snapshots, duration))
         self._console = Console(stderr=True)
         self._stop = threading.Event()
         self._snapshots: tuple[Snapshot | None, Snapshot | None] = (None, None)
-        self._result: Result | None = None
+        self._result: T | None = None
         self._error: BaseException | None = None
 
-    def execute(self) -> Result:
+    def execute(self) -> T:
         """Run the job to its end, or to the first SIGINT or SIGTERM.  Raises what the job raised."""
         worker = threading.Thread(target=self._work, name="job", daemon=True)
         with self._signals(), ExitStack() as stack:
@@ -77,7 +86,7 @@ class Session:
         while worker.is_alive():
             worker.join(_TICK)
             if live is not None:
-                live.update(progress_line(*self._snapshots, self._duration))
+                live.update(self._view())
             if self._stop.is_set():
                 now = time.monotonic()
                 give_up = give_up or now + GIVE_UP_SECONDS

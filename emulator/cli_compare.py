@@ -1,0 +1,155 @@
+"""`flushlab compare`: policies side by side."""
+
+from __future__ import annotations
+
+import json
+import sys
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+from rich.console import Console
+
+from emulator import limits
+from emulator.cli_options import (
+    DurationOption,
+    JsonOption,
+    LogLevel,
+    MachineOptions,
+    ScenarioArgument,
+    duration_of,
+    expanded,
+)
+from emulator.errors import BadInput
+from emulator.log import Logging
+from emulator.policy import DEFAULT, Policy
+from emulator.run import load_policy, load_scaled
+from emulator.session import Session
+
+if TYPE_CHECKING:
+    from emulator.compare.runner import Comparison
+    from emulator.result import Result
+
+DEFAULT_COMPARED = "migration-storm"
+
+PoliciesOption = Annotated[
+    list[str] | None,
+    typer.Option(
+        "--policy",
+        metavar="P",
+        help="What to compare, the first is the baseline; repeatable. P+point=alternative changes single "
+        f"answers. A single one is compared with {DEFAULT}.",
+    ),
+]
+RepeatOption = Annotated[
+    int, typer.Option(min=1, max=1000, metavar="N", help="Runs per policy; medians and spreads are shown.")
+]
+HtmlOption = Annotated[
+    Path | None,
+    typer.Option(metavar="FILE", help="Write a report with plots as well: one self-contained page."),
+]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class CompareOptions(MachineOptions):
+    """The machine's, and what is logged meanwhile."""
+
+
+@expanded
+def compare(
+    scenario: ScenarioArgument = DEFAULT_COMPARED,
+    policies: PoliciesOption = None,
+    repeat: RepeatOption = 1,
+    duration: DurationOption = None,
+    as_json: JsonOption = False,
+    html: HtmlOption = None,
+    *,
+    options: CompareOptions,
+) -> None:
+    """Run the same seeded workload under each policy; show what each flushes and what that costs."""
+    from emulator.compare.runner import Comparer, Plan
+
+    shape = load_scaled(scenario, options.pcpus)
+    chosen = load_policies(policies or [])
+    limits.check(shape)
+    if html is not None:
+        _check_html(html)
+    plan = Plan(
+        scenario=shape,
+        policies=chosen,
+        repeat=repeat,
+        duration=duration_of(duration) or shape.duration,
+        seed=options.chosen_seed,
+        chaos=options.chaos,
+        unbounded=options.unbounded,
+    )
+    comparer = Comparer(plan, _announce)
+    with Logging(LogLevel.WARNING.upper(), "text"):
+        comparison = Session(comparer, None, comparer.view).execute()
+    _write(comparison, as_json, html)
+    raise typer.Exit(comparison.exit_status)
+
+
+def load_policies(texts: list[str]) -> tuple[Policy, ...]:
+    """The policies named, the baseline first; each once."""
+    if not texts:
+        raise BadInput("--policy", "found none", f"the policies to compare, such as --policy {DEFAULT}")
+    loaded = [_load_policy(text) for text in texts]
+    if len(loaded) == 1 and loaded[0].name != DEFAULT:
+        loaded.insert(0, load_policy(DEFAULT, ()))
+    names = [policy.name for policy in loaded]
+    for name in names:
+        if names.count(name) > 1:
+            raise BadInput("--policy", f"found {name} twice", "each policy once; --repeat N runs it again")
+    return tuple(loaded)
+
+
+def _load_policy(text: str) -> Policy:
+    """NAME, or NAME+point=alternative+..."""
+    name, *settings = text.split("+")
+    if all("=" in setting for setting in settings):
+        return load_policy(name, tuple(settings))
+    return load_policy(text, ())
+
+
+def _announce(number: int, runs: int, result: Result) -> None:
+    """One line per run where nobody sees the live display."""
+    if not sys.stderr.isatty():
+        seconds = f"{result.snapshot.elapsed:.1f}s"
+        print(f"run {number} of {runs}: {result.policy_name}: {result.verdict}, {seconds}", file=sys.stderr)
+
+
+def _check_html(path: Path) -> None:
+    """Found out before minutes of running: is the library there, can the file be written?"""
+    try:
+        import matplotlib  # noqa: F401
+    except ImportError:
+        raise BadInput(
+            "--html", "matplotlib is not installed", "it: pip install 'flushlab[report]'"
+        ) from None
+    try:
+        with path.open("a"):
+            pass
+    except OSError as error:
+        raise BadInput(
+            f"--html {path}", error.strerror or str(error), "a file that can be written"
+        ) from error
+
+
+def _write(comparison: Comparison, as_json: bool, html: Path | None) -> None:
+    from emulator.compare.document import comparison_document
+    from emulator.compare.table import comparison_table
+
+    if html is not None:
+        from emulator.compare.html import write_page
+
+        write_page(comparison, html)
+    if as_json:
+        print(json.dumps(comparison_document(comparison), allow_nan=False))
+    else:
+        console = Console(highlight=False)
+        if not console.is_terminal:
+            console = Console(highlight=False, width=40 + 32 * (len(comparison.columns) + 1))
+        console.print(comparison_table(comparison))
+    sys.stdout.flush()

@@ -1,0 +1,203 @@
+"""Options that several commands share: each is declared once, as a field of a dataclass.
+
+    @app.command()
+    @expanded
+    def run(as_json: JsonOption = False, *, options: RunOptions) -> None:
+
+has the fields of RunOptions as options of the command line, after its own.
+"""
+
+from __future__ import annotations
+
+import functools
+import inspect
+import secrets
+from collections.abc import Callable
+from dataclasses import dataclass, fields
+from enum import StrEnum
+from pathlib import Path
+from typing import Annotated, Any, get_type_hints
+
+import typer
+
+from emulator.config import MAX_PCPUS, parse_duration
+from emulator.errors import BadInput
+from emulator.log import LogFormat
+
+
+class GeometryChoice(StrEnum):
+    DEFAULT = "default"
+    UNBOUNDED = "unbounded"
+
+
+class LogLevel(StrEnum):
+    DEBUG = "debug"
+    INFO = "info"
+    WARNING = "warning"
+    ERROR = "error"
+
+
+class LogFormatChoice(StrEnum):
+    TEXT = "text"
+    JSON = "json"
+
+
+ScenarioArgument = Annotated[
+    str,
+    typer.Argument(
+        metavar="[SCENARIO]",
+        envvar="FLUSHLAB_SCENARIO",
+        help="An embedded scenario's name, or a .toml file.",
+    ),
+]
+PolicyOption = Annotated[
+    str | None,
+    typer.Option(
+        "--policy", metavar="P", envvar="FLUSHLAB_POLICY", help="A preset; see `flushlab list policies`."
+    ),
+]
+SetOption = Annotated[
+    list[str] | None,
+    typer.Option(
+        "--set",
+        metavar="POINT=ALTERNATIVE",
+        envvar="FLUSHLAB_SET",
+        help="Answer one decision point differently; repeatable. See `flushlab list points`.",
+    ),
+]
+PcpusOption = Annotated[
+    int | None,
+    typer.Option(
+        min=1,
+        max=MAX_PCPUS,
+        metavar="N",
+        envvar="FLUSHLAB_PCPUS",
+        help="Scale the scenario to so many pCPUs, and its VMs with them.",
+    ),
+]
+SeedOption = Annotated[
+    int | None,
+    typer.Option(
+        min=0, max=2**63 - 1, envvar="FLUSHLAB_SEED", help="Of everything that is drawn; random if not given."
+    ),
+]
+DurationOption = Annotated[
+    str | None,
+    typer.Option(
+        metavar="TIME",
+        envvar="FLUSHLAB_DURATION",
+        help="Such as 30s, 5m, 1h; the scenario's if not given.",
+    ),
+]
+JsonOption = Annotated[bool, typer.Option("--json", help="Print one JSON document instead of the summary.")]
+MetricsOption = Annotated[
+    str | None,
+    typer.Option(
+        metavar="[HOST:]PORT",
+        envvar="FLUSHLAB_METRICS",
+        help="Serve Prometheus metrics here; on loopback unless HOST says otherwise.",
+    ),
+]
+PerCpuOption = Annotated[
+    bool,
+    typer.Option(
+        "--metrics-per-cpu", envvar="FLUSHLAB_METRICS_PER_CPU", help="Add series for the first 64 pCPUs."
+    ),
+]
+ChaosOption = Annotated[
+    int,
+    typer.Option(
+        min=0,
+        max=2**32 - 1,
+        metavar="N",
+        envvar="FLUSHLAB_CHAOS",
+        help="Delay one in N points where order matters; 0 never.",
+    ),
+]
+GeometryOption = Annotated[
+    GeometryChoice,
+    typer.Option(
+        envvar="FLUSHLAB_GEOMETRY",
+        help="unbounded: TLBs never evict, stale entries live as long as they can.",
+    ),
+]
+LogLevelOption = Annotated[LogLevel, typer.Option(envvar="FLUSHLAB_LOG_LEVEL", help="What is logged.")]
+LogFormatOption = Annotated[
+    LogFormatChoice, typer.Option(envvar="FLUSHLAB_LOG_FORMAT", help="json: one object a line.")
+]
+ReportDirOption = Annotated[
+    Path | None,
+    typer.Option(
+        metavar="DIR",
+        envvar="FLUSHLAB_REPORT_DIR",
+        help="Write the JSON document and each violation into this directory as well.",
+    ),
+]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class MachineOptions:
+    """The machine, its workload, and what is drawn."""
+
+    pcpus: PcpusOption = None
+    seed: SeedOption = None
+    chaos: ChaosOption = 0
+    geometry: GeometryOption = GeometryChoice.DEFAULT
+
+    @property
+    def chosen_seed(self) -> int:
+        """Ask once: without --seed it is another one each time."""
+        return secrets.randbits(32) if self.seed is None else self.seed
+
+    @property
+    def unbounded(self) -> bool:
+        return self.geometry is GeometryChoice.UNBOUNDED
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class RunOptions(MachineOptions):
+    """What `run` and `serve` have in common."""
+
+    policy: PolicyOption = None
+    settings: SetOption = None
+    metrics_per_cpu: PerCpuOption = False
+    log_level: LogLevelOption = LogLevel.INFO
+    log_format: LogFormatOption = LogFormatChoice.TEXT
+    report_dir: ReportDirOption = None
+
+    @property
+    def log_form(self) -> LogFormat:
+        return "json" if self.log_format is LogFormatChoice.JSON else "text"
+
+
+def expanded(function: Callable[..., None]) -> Callable[..., None]:
+    """Replaces the parameter `options`, whose type is one of the dataclasses, by that one's fields."""
+    signature = inspect.signature(function, eval_str=True)
+    kind: Any = signature.parameters["options"].annotation
+    own = [p for p in signature.parameters.values() if p.name != "options"]
+    hints = get_type_hints(kind, include_extras=True)
+    shared = [
+        inspect.Parameter(f.name, inspect.Parameter.KEYWORD_ONLY, default=f.default, annotation=hints[f.name])
+        for f in fields(kind)
+    ]
+
+    @functools.wraps(function)
+    def command(*args: Any, **given: Any) -> None:
+        options = kind(**{parameter.name: given.pop(parameter.name) for parameter in shared})
+        function(*args, **given, options=options)
+
+    command.__signature__ = signature.replace(parameters=[*own, *shared])  # type: ignore[attr-defined]
+    return command
+
+
+def duration_of(text: str | None) -> float | None:
+    """Seconds of --duration, or None if it is not given."""
+    if text is None:
+        return None
+    try:
+        seconds = parse_duration(text)
+    except ValueError as error:
+        raise BadInput("--duration", f"found {text!r}", str(error)) from None
+    if seconds <= 0:
+        raise BadInput("--duration", f"found {text!r}", "more than 0s")
+    return seconds

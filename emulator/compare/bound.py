@@ -1,0 +1,69 @@
+"""The omniscient bound: what a policy with perfect knowledge would have paid for the same run.
+
+`oracle-optimal` knows at each moment which cached translations KVM has taken back *and* which of those the
+pCPU would use again.  It is computed from what a run under some policy showed, and pays for exactly this:
+
+* **Flushes**: those that were necessary, that is, that averted at least one use of a stale translation, each
+  once, at the narrowest scope that drops what they had to drop.  Guest-physical and combined mappings that
+  KVM's SPTEs made stale: INVEPT single-context, for the SDM has nothing narrower.  Combined mappings that
+  only the guest made stale: INVVPID individual-address.
+* **Interruptions**: only of pCPUs that were in guest mode when they had to flush, and only for a necessary
+  flush: one IPI sent, one received, one exit and entry.  Other flushes wait for an exit that comes anyway.
+* **Refills**: only of the stale entries themselves, one walk for each averted use.  Nothing that was still
+  valid is ever dropped: no collateral, no other refill.
+
+It is not a lower bound over all policies: which flushes are necessary depends on the entries that a policy
+lets live.  One that flushes more often than it must leaves fewer entries to become stale.  So each run has
+its own bound, and `cycles of flushing / cycles of the bound` is how far that policy is from perfection.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from emulator.costs import Costs, CycleLine
+from emulator.result import Snapshot
+
+NAME = "oracle-optimal"
+
+
+@dataclass(frozen=True, slots=True)
+class Bound:
+    """What `oracle-optimal` does and pays."""
+
+    invept_single: int
+    invvpid_address: int
+    interruptions: int
+    refills: int
+    lines: tuple[CycleLine, ...]
+
+    @property
+    def flushes(self) -> int:
+        return self.invept_single + self.invvpid_address
+
+    @property
+    def cycles(self) -> float:
+        return sum(line.cycles for line in self.lines)
+
+
+def oracle_optimal(snapshot: Snapshot, costs: Costs) -> Bound:
+    """The bound of a finished run."""
+    counters = snapshot.counters
+    by_vpid = sum(flush.necessary for flush in snapshot.flushes if flush.scope.startswith("invvpid"))
+    by_ept = snapshot.necessary - by_vpid
+    # Two flushes that one interruption led to may both have been necessary.
+    interruptions = min(counters["necessary_interruptions"], counters["interruptions"])
+    refills = counters["averted"]
+    references = counters["walk_references"] * refills // max(counters["l2_misses"], 1)
+    entries = (
+        ("invept_single", by_ept, costs.invept_single),
+        ("invvpid_address", by_vpid, costs.invvpid_address),
+        ("IPIs sent", interruptions, costs.ipi_send),
+        ("IPIs received", interruptions, costs.ipi_receive),
+        ("guests interrupted", interruptions, costs.vm_exit_entry),
+        ("refill walk references", references, costs.walk_reference),
+    )
+    lines = tuple(
+        CycleLine(item, "flush", events, cost.cycles, cost.source) for item, events, cost in entries
+    )
+    return Bound(by_ept, by_vpid, interruptions, refills, lines)

@@ -1,0 +1,111 @@
+"""One run reduced to the figures that are compared: plain numbers by key."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from emulator.compare.bound import Bound, oracle_optimal
+from emulator.config import Scenario
+from emulator.result import Result
+
+MILLION = 1e6
+
+
+@dataclass(frozen=True, slots=True)
+class Measurement:
+    """A run and its figures.
+
+    `values` are keyed by the rows' names (emulator.compare.rows); those that end in `/M` are per million
+    guest accesses, those that end in `/unit` per operation of the scenario's unit.
+    """
+
+    result: Result
+    bound: Bound
+    values: dict[str, float]
+
+
+def units_of(result: Result, scenario: Scenario) -> int:
+    """How many operations of the scenario's unit the run saw."""
+    snapshot = result.snapshot
+    counts = {
+        "migrations": lambda: snapshot.kvm("migrations"),
+        "root allocations": lambda: snapshot.kvm("roots_allocated"),
+        "pages zapped": lambda: snapshot.counters["sptes_zapped"],
+        "SMIs": lambda: snapshot.kvm("smis"),
+        "remote flushes": lambda: snapshot.kvm("remote_tlb_flush_requests"),
+    }
+    return counts[scenario.unit]() if scenario.unit else 0
+
+
+def measure(result: Result, scenario: Scenario) -> Measurement:
+    snapshot = result.snapshot
+    bound = oracle_optimal(snapshot, scenario.cost_table)
+    per_million = MILLION / max(snapshot.counters["accesses"], 1)
+    values = {f"{key}/M": count * per_million for key, count in _counts(result, bound).items()}
+    values |= _pauses(result)
+    units = units_of(result, scenario)
+    if scenario.unit:
+        values["units"] = float(units)
+        values |= {f"{key}/unit": count / max(units, 1) for key, count in _per_unit(result, bound).items()}
+    flushes = sum(flush.count for flush in snapshot.flushes)
+    values |= {
+        "violations": float(snapshot.violated),
+        "accesses": float(snapshot.counters["accesses"]),
+        "necessary share": snapshot.necessary / flushes if flushes else 0.0,
+        "wall seconds": snapshot.elapsed,
+        "accesses per second": snapshot.counters["accesses"] / max(snapshot.elapsed, 1e-9),
+        "times the bound": _flush_cycles(result) / bound.cycles if bound.cycles else 0.0,
+    }
+    return Measurement(result, bound, values)
+
+
+def _flush_cycles(result: Result) -> float:
+    return sum(line.cycles for line in result.cycles if line.group == "flush")
+
+
+def _counts(result: Result, bound: Bound) -> dict[str, float]:
+    """What is given per million guest accesses."""
+    snapshot, counters = result.snapshot, result.snapshot.counters
+    counts: dict[str, float] = {
+        "flushes": 0.0,
+        "flushes elided": snapshot.kvm("flushes_elided"),
+        "necessary flushes": snapshot.necessary,
+        "collateral": counters["collateral"],
+        "refills": counters["refills"],
+        "IPIs sent": counters["ipis_sent"],
+        "interruptions": counters["interruptions"],
+        "bystanders": counters["bystander"],
+        **_uninvolved(result),
+        "flush cycles": _flush_cycles(result),
+        "work cycles": sum(line.cycles for line in result.cycles if line.group == "work"),
+        "bound cycles": bound.cycles,
+    }
+    for flush in snapshot.flushes:
+        for key in ("flushes", f"scope {flush.scope}", f"reason {flush.reason}"):
+            counts[key] = counts.get(key, 0) + flush.count
+    for group in result.receivers:
+        counts[f"received {group.who}"] = group.ipis
+    for line in result.cycles:
+        counts[f"cycles {line.item}"] = line.cycles
+    return counts
+
+
+def _per_unit(result: Result, bound: Bound) -> dict[str, float]:
+    return {
+        "flush cycles": _flush_cycles(result),
+        "bound cycles": bound.cycles,
+        "IPIs sent": result.snapshot.counters["ipis_sent"],
+        **_uninvolved(result),
+        "flushes": sum(flush.count for flush in result.snapshot.flushes),
+    }
+
+
+def _uninvolved(result: Result) -> dict[str, float]:
+    """Exits of guests on pCPUs whose VM nothing was done to; nothing where all are involved."""
+    groups = [group.interruptions for group in result.receivers if group.uninvolved]
+    return {"uninvolved": float(sum(groups))} if groups else {}
+
+
+def _pauses(result: Result) -> dict[str, float]:
+    pause = result.snapshot.histograms["vcpu_pause"]
+    return {"p99 pause": pause.percentile(99), "longest pause": pause.longest}

@@ -1,0 +1,287 @@
+"""The plots of a comparison: SVG that takes its foreground colours from the page it stands in."""
+
+from __future__ import annotations
+
+import io
+import re
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from statistics import median
+from typing import Any
+
+import matplotlib as mpl
+from cycler import cycler
+from matplotlib.axes import Axes
+from matplotlib.figure import Figure
+from matplotlib.ticker import FuncFormatter, LogLocator, NullFormatter
+
+from emulator.compare.bound import NAME
+from emulator.compare.measure import MILLION, Measurement
+from emulator.compare.rows import spread_of
+from emulator.compare.runner import Comparison
+from emulator.report import duration_text, short
+from emulator.result import Histogram
+
+# Stand for variables of the page's style sheet, so that one picture fits light and dark.
+_FOREGROUND, _MUTED, _GRID = "#010101", "#020202", "#030303"
+_VARIABLES = {_FOREGROUND: "var(--text)", _MUTED: "var(--muted)", _GRID: "var(--grid)"}
+
+# Okabe and Ito's, told apart by everybody, darkened or lightened to stand on both grounds.
+PALETTE = ("#3b82c4", "#e08a1e", "#2a9d78", "#c9557f", "#8a6fd1", "#b8a12f", "#57a9d6", "#9a7b5f", "#7d8794")
+
+_STYLE: dict[Any, Any] = {
+    "svg.fonttype": "none",
+    "font.family": "sans-serif",
+    "font.size": 10,
+    "text.color": _FOREGROUND,
+    "axes.labelcolor": _MUTED,
+    "axes.edgecolor": _GRID,
+    "axes.spines.top": False,
+    "axes.spines.right": False,
+    "axes.spines.left": False,
+    "axes.axisbelow": True,
+    "axes.prop_cycle": cycler(color=PALETTE),
+    "grid.color": _GRID,
+    "grid.linewidth": 0.8,
+    "xtick.color": _MUTED,
+    "ytick.color": _FOREGROUND,
+    "ytick.major.size": 0,
+    "legend.frameon": False,
+    "figure.facecolor": "none",
+    "axes.facecolor": "none",
+    "savefig.facecolor": "none",
+}
+
+# Lines of the account of flushing, as they are stacked.
+_COSTS: tuple[tuple[str, tuple[str, ...]], ...] = (
+    ("instructions", ("invept_", "invvpid_")),
+    ("IPIs", ("IPIs ", "calls ")),
+    ("interrupted guests", ("guests interrupted",)),
+    ("refills", ("refill ",)),
+)
+
+
+@dataclass(frozen=True, slots=True)
+class Plot:
+    title: str
+    note: str
+    svg: str
+
+
+def plots(comparison: Comparison) -> list[Plot]:
+    """All that this comparison has data for."""
+    made = [_cycles(comparison), _flushes(comparison), _interrupts(comparison)]
+    made += [_per_unit(comparison), _pauses(comparison), _wall(comparison)]
+    return [plot for plot in made if plot is not None]
+
+
+# --- the plots ----------------------------------------------------------------------------------------------
+
+
+def _cycles(comparison: Comparison) -> Plot:
+    stacks = {
+        name: {label: _median_sum(runs, prefixes) for label, prefixes in _COSTS}
+        for name, runs in comparison.columns
+    }
+    bound = comparison.bound
+    if bound is not None:
+        accesses = comparison.measurements[comparison.baseline][0].values["accesses"]
+        stacks[NAME] = {
+            label: sum(line.cycles for line in bound.lines if line.item.startswith(prefixes))
+            * (MILLION / max(accesses, 1))
+            for label, prefixes in _COSTS
+        }
+    return Plot(
+        "Modelled cycles of flushing",
+        "per million guest accesses; oracle-optimal: what perfect knowledge would have paid in the first run",
+        _stacked(stacks),
+    )
+
+
+def _flushes(comparison: Comparison) -> Plot:
+    reasons = dict.fromkeys(
+        key.removeprefix("reason ").removesuffix("/M")
+        for _, runs in comparison.columns
+        for m in runs
+        for key in m.values
+        if key.startswith("reason ")
+    )
+    stacks = {
+        name: {reason.replace("_", " "): _median(runs, f"reason {reason}/M") for reason in reasons}
+        for name, runs in comparison.columns
+    }
+    necessary = {name: _median(runs, "necessary flushes/M") for name, runs in comparison.columns}
+    return Plot(
+        "Flushes by reason",
+        "per million guest accesses; the mark: how many of them averted a use of a stale translation",
+        _stacked(stacks, marks=necessary),
+    )
+
+
+def _interrupts(comparison: Comparison) -> Plot | None:
+    groups = dict.fromkeys(
+        key.removeprefix("received ").removesuffix("/M")
+        for _, runs in comparison.columns
+        for m in runs
+        for key in m.values
+        if key.startswith("received ")
+    )
+    stacks = {
+        name: {group: _median(runs, f"received {group}/M") for group in groups}
+        for name, runs in comparison.columns
+    }
+    if not any(value for stack in stacks.values() for value in stack.values()):
+        return None
+    note = "per million guest accesses, by the pCPUs that received them"
+    return Plot("Interrupts received", note, _stacked(stacks))
+
+
+def _per_unit(comparison: Comparison) -> Plot | None:
+    unit = comparison.plan.scenario.unit
+    if unit is None:
+        return None
+    uninvolved = any("uninvolved/unit" in m.values for _, runs in comparison.columns for m in runs)
+    key = "uninvolved/unit" if uninvolved else "flush cycles/unit"
+    what = "Interruptions of uninvolved pCPUs" if uninvolved else "Modelled cycles of flushing"
+    values = {name: {what: _median(runs, key)} for name, runs in comparison.columns}
+    return Plot(what, f"for each of the {unit}", _stacked(values, legend=False))
+
+
+def _pauses(comparison: Comparison) -> Plot:
+    def draw(axes: Axes) -> None:
+        for name, runs in comparison.columns:
+            histogram = _sum([m.result.snapshot.histograms["vcpu_pause"] for m in runs])
+            seconds, shares = _exceeding(histogram)
+            axes.step(seconds, shares, where="post", label=name, linewidth=1.8)
+        axes.set_xscale("log")
+        axes.set_yscale("log")
+        axes.xaxis.set_major_formatter(FuncFormatter(lambda x, _: duration_text(x)))
+        axes.xaxis.set_major_locator(LogLocator(base=10))
+        axes.yaxis.set_major_formatter(FuncFormatter(lambda y, _: f"{100 * y:g} %"))
+        axes.yaxis.set_minor_formatter(NullFormatter())
+        axes.grid(visible=True)
+        axes.set_xlabel("pause of a runnable vCPU")
+        axes.set_ylabel("share that lasted longer")
+        axes.legend(fontsize=9)
+
+    note = "from leaving guest mode to entering it; on this machine's clock, in powers of two"
+    return Plot("Pauses", note, _figure(draw, 3.2))
+
+
+def _wall(comparison: Comparison) -> Plot:
+    columns = comparison.columns
+
+    def draw(axes: Axes) -> None:
+        for number, (_, runs) in enumerate(columns):
+            values = [m.values["accesses per second"] for m in runs]
+            axes.plot([min(values), max(values)], [number] * 2, color=PALETTE[number % len(PALETTE)], lw=2)
+            axes.plot(values, [number] * len(values), "o", color=PALETTE[number % len(PALETTE)], alpha=0.7)
+        _names(axes, [name for name, _ in columns])
+        axes.set_xlim(0, 1.05 * max(m.values["accesses per second"] for _, runs in columns for m in runs))
+        axes.xaxis.set_major_formatter(FuncFormatter(lambda x, _: short(x) if x else "0"))
+        axes.grid(visible=True, axis="x")
+
+    note = "guest accesses per second on this machine, a point per run; other load on it shows here only"
+    return Plot("Speed of the emulation", note, _figure(draw, _height(len(columns), legend=False)))
+
+
+# --- how they are drawn -------------------------------------------------------------------------------------
+
+
+def _stacked(
+    stacks: Mapping[str, Mapping[str, float]],
+    marks: Mapping[str, float] | None = None,
+    *,
+    legend: bool = True,
+) -> str:
+    """Horizontal bars, one per policy, of parts in the same order."""
+    parts = [
+        part for part in next(iter(stacks.values()), {}) if any(stack.get(part) for stack in stacks.values())
+    ]
+
+    def draw(axes: Axes) -> None:
+        left = [0.0] * len(stacks)
+        rows = range(len(stacks))
+        for part in parts:
+            widths = [stack.get(part, 0.0) for stack in stacks.values()]
+            axes.barh(rows, widths, left=left, label=part, height=0.62)
+            left = [a + b for a, b in zip(left, widths, strict=True)]
+        most = max(left, default=0.0) or 1.0
+        for row, total in zip(rows, left, strict=True):
+            axes.text(total + most * 0.012, row, short(total) if total else "0", va="center", fontsize=9)
+        if marks:
+            axes.plot(
+                [marks.get(name, 0) for name in stacks], rows, "|", color=_FOREGROUND, ms=16, mew=2,
+                label="necessary",
+            )  # fmt: skip
+        _names(axes, list(stacks))
+        axes.set_xlim(0, most * 1.14)
+        axes.xaxis.set_major_formatter(FuncFormatter(lambda x, _: short(x) if x else "0"))
+        axes.grid(visible=True, axis="x")
+        if legend and (len(parts) > 1 or marks):
+            axes.legend(
+                loc="lower left", bbox_to_anchor=(0, 1.0), ncols=min(5, len(parts) + bool(marks)), fontsize=9,
+                borderaxespad=0.2, handlelength=1.1, columnspacing=1.2,
+            )  # fmt: skip
+
+    return _figure(draw, _height(len(stacks), legend=legend and len(parts) > 1))
+
+
+def _names(axes: Axes, names: Sequence[str]) -> None:
+    axes.set_yticks(range(len(names)), [name.replace("+", "\n+") for name in names])
+    axes.set_ylim(len(names) - 0.45, -0.55)
+
+
+def _height(bars: int, *, legend: bool) -> float:
+    return 0.75 + 0.42 * bars + (0.35 if legend else 0)
+
+
+def _figure(draw: Callable[[Axes], None], height: float) -> str:
+    with mpl.rc_context(_STYLE):
+        figure = Figure(figsize=(7.2, height), layout="constrained")
+        draw(figure.add_subplot())
+        text = io.StringIO()
+        figure.savefig(text, format="svg", metadata={"Date": None, "Creator": None})
+    svg = text.getvalue()
+    svg = svg[svg.index("<svg") :]
+    # The page scales it: width and height in points would fix its size.
+    svg = re.sub(r'^<svg ([^>]*?)width="[^"]*"', r"<svg \1", svg, count=1)
+    svg = re.sub(r'^<svg ([^>]*?)height="[^"]*"', r"<svg \1", svg, count=1)
+    for colour, variable in _VARIABLES.items():
+        svg = svg.replace(colour, variable)
+    return svg
+
+
+# --- figures ------------------------------------------------------------------------------------------------
+
+
+def _median(runs: Sequence[Measurement], key: str) -> float:
+    spread = spread_of(runs, key)
+    return spread.median if spread else 0.0
+
+
+def _median_sum(runs: Sequence[Measurement], prefixes: tuple[str, ...]) -> float:
+    return median(
+        sum(
+            value
+            for key, value in m.values.items()
+            if key.startswith("cycles ") and key.removeprefix("cycles ").startswith(prefixes)
+        )
+        for m in runs
+    )
+
+
+def _sum(histograms: Sequence[Histogram]) -> Histogram:
+    buckets = zip(*(histogram.buckets for histogram in histograms), strict=True)
+    return Histogram(tuple(sum(bucket) for bucket in buckets), sum(h.nanoseconds for h in histograms))
+
+
+def _exceeding(histogram: Histogram) -> tuple[list[float], list[float]]:
+    """Seconds, and which share of the samples may have been longer: steps at the buckets' upper bounds."""
+    seconds, shares, left = [], [], histogram.count
+    for exponent, samples in enumerate(histogram.buckets):
+        left -= samples
+        if histogram.count and samples:
+            seconds.append(2**exponent / 1e9)
+            shares.append(left / histogram.count)
+    return seconds[:-1], shares[:-1]

@@ -1,0 +1,160 @@
+"""Runs the scenario under each policy in turn, and again for each repetition.
+
+Repetitions go round the policies rather than one policy after the other, so that what the machine does
+besides, getting warmer or busier, meets all of them alike.  Repetition n has the seed + n, for every policy.
+"""
+
+from __future__ import annotations
+
+import threading
+import time
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+
+from rich.console import RenderableType
+from rich.progress_bar import ProgressBar
+from rich.table import Table
+from rich.text import Text
+
+from emulator.compare.bound import Bound
+from emulator.compare.measure import Measurement, measure
+from emulator.config import Scenario
+from emulator.job import Job
+from emulator.policy import Policy
+from emulator.report import short
+from emulator.result import Result, Snapshot
+
+# A run at the guests' own pace may take so many times its duration, and a little to start.
+_WALL_FACTOR = 8.0
+_WALL_EXTRA = 20.0
+
+# Called after each run: number of the run from 1, of how many, and the run.
+Finished = Callable[[int, int, Result], None]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Plan:
+    """What to compare. The first policy is the baseline."""
+
+    scenario: Scenario
+    policies: tuple[Policy, ...]
+    repeat: int
+    duration: float
+    seed: int
+    chaos: int = 0
+    unbounded: bool = False
+
+    @property
+    def runs(self) -> int:
+        return self.repeat * len(self.policies)
+
+
+@dataclass(frozen=True, slots=True)
+class Comparison:
+    """What came of it: measurements by policy, as many as there were repetitions (fewer if interrupted)."""
+
+    plan: Plan
+    measurements: Mapping[str, Sequence[Measurement]]
+    interrupted: bool = False
+    # Runs that did not do all their work within the time limit, as "policy, repetition n".
+    cut_short: tuple[str, ...] = ()
+
+    @property
+    def baseline(self) -> str:
+        return self.plan.policies[0].name
+
+    @property
+    def columns(self) -> list[tuple[str, Sequence[Measurement]]]:
+        """Policies that have at least one run, the baseline first."""
+        return [(name, runs) for name, runs in self.measurements.items() if runs]
+
+    @property
+    def bound(self) -> Bound | None:
+        """`oracle-optimal` for the baseline's first run."""
+        runs = self.measurements.get(self.baseline)
+        return runs[0].bound if runs else None
+
+    def verdict(self, policy: str) -> str:
+        """The worst of its runs: a single violation is one."""
+        verdicts = [m.result.verdict for m in self.measurements[policy]]
+        return next((v for v in ("violations", "inconclusive", "clean") if v in verdicts), "not run")
+
+    @property
+    def exit_status(self) -> int:
+        results = [m.result for _, runs in self.columns for m in runs]
+        if any(result.failure for result in results):
+            return 3
+        return 1 if any(result.snapshot.violated for result in results) else 0
+
+
+@dataclass
+class Comparer:
+    """The job of a session: `run` does it, `view` says how far it is, from another thread."""
+
+    plan: Plan
+    finished: Finished | None = None
+    _done: int = 0
+    _policy: str = ""
+    _repetition: int = 0
+    _started: float = field(default_factory=time.monotonic)
+    _now: Snapshot | None = None
+    _share: float = 0.0
+
+    def run(self, progress: Callable[[Snapshot], None], stop: threading.Event) -> Comparison:
+        plan = self.plan
+        measurements: dict[str, list[Measurement]] = {policy.name: [] for policy in plan.policies}
+        cut_short: list[str] = []
+        for repetition in range(plan.repeat):
+            for policy in plan.policies:
+                result = self._run_one(policy, repetition, stop)
+                if stop.is_set():
+                    return Comparison(plan, measurements, interrupted=True, cut_short=tuple(cut_short))
+                if result.worked < plan.duration and not result.failure:
+                    cut_short.append(f"{policy.name}, repetition {repetition + 1}")
+                measurements[policy.name].append(measure(result, plan.scenario))
+                self._done += 1
+                if self.finished is not None:
+                    self.finished(self._done, plan.runs, result)
+        return Comparison(plan, measurements, cut_short=tuple(cut_short))
+
+    def _run_one(self, policy: Policy, repetition: int, stop: threading.Event) -> Result:
+        plan = self.plan
+        self._policy, self._repetition, self._now, self._share = policy.name, repetition, None, 0.0
+        pace = plan.scenario.pace * 1e6
+        job = Job(
+            plan.scenario,
+            policy.fresh(),
+            seed=plan.seed + repetition,
+            duration=plan.duration,
+            chaos=plan.chaos,
+            unbounded=plan.unbounded,
+            pace=pace,
+            wall_limit=plan.duration * _WALL_FACTOR + _WALL_EXTRA if pace else None,
+        )
+        return job.run(self._progress, stop)
+
+    def _progress(self, snapshot: Snapshot) -> None:
+        pace = self.plan.scenario.pace * 1e6
+        worked = snapshot.counters["accesses"] / pace if pace else snapshot.elapsed
+        self._share = min(worked / self.plan.duration, 1.0)
+        self._now = snapshot
+
+    def view(self) -> RenderableType:
+        """One line: bar, which run, time left, what the guests do."""
+        plan = self.plan
+        share = (self._done + self._share) / plan.runs
+        elapsed = time.monotonic() - self._started
+        line = Table.grid(padding=(0, 1))
+        text = Text(f"run {min(self._done + 1, plan.runs)} of {plan.runs}", style="bold")
+        text.append(f"  {self._policy}", style="cyan")
+        if plan.repeat > 1:
+            text.append(f"  repetition {self._repetition + 1} of {plan.repeat}", style="dim")
+        if share > 0.02:
+            text.append(f"  {elapsed * (1 - share) / share:.0f}s left")
+        if self._now is not None:
+            rate = self._now.counters["accesses"] / max(self._now.elapsed, 1e-9)
+            text.append(f"  {short(rate)} accesses/s", style="dim")
+            if self._now.violated:
+                text.append(f"  {self._now.violated} violations", style="bold red")
+        line.add_row(ProgressBar(total=1.0, completed=share, width=30), text)
+        return line

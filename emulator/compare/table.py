@@ -1,0 +1,151 @@
+"""A comparison for a terminal: the baseline's figures, the others' with what changed, and the bound's."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+from rich.console import Group, RenderableType
+from rich.table import Table
+from rich.text import Text
+
+from emulator.compare.bound import NAME
+from emulator.compare.measure import Measurement
+from emulator.compare.rows import Row, Spread, bound_values, sections, spread_of, text_of
+from emulator.compare.runner import Comparison
+
+# Changes smaller than this are not called better or worse.
+_NOTABLE = 0.02
+
+_VERDICT_STYLES = {"clean": "green", "violations": "bold red", "inconclusive": "yellow"}
+
+
+def comparison_table(comparison: Comparison) -> RenderableType:
+    """Everything, in one table whose rows are in sections."""
+    plan, columns = comparison.plan, comparison.columns
+    parts: list[RenderableType] = [_header(comparison), Text()]
+    if columns:
+        table = Table(box=None, pad_edge=False, padding=(0, 1), show_header=True, header_style="bold")
+        table.add_column("", no_wrap=True)
+        for name, _ in columns:
+            table.add_column(name.replace("+", "\n+"), justify="right")
+        table.add_column(NAME, justify="right", style="dim")
+        table.add_row("verdict", *(_verdict(comparison, name) for name, _ in columns), "")
+        reference = _bound_column(comparison)
+        for section in sections((runs for _, runs in columns), plan.scenario.unit):
+            table.add_row()
+            table.add_row(Text(section.title, style="bold underline"))
+            for row in section.rows:
+                _add_row(table, row, columns, reference)
+        parts.append(table)
+    parts += _footnotes(comparison)
+    return Group(*parts)
+
+
+def _header(comparison: Comparison) -> Text:
+    plan = comparison.plan
+    scenario = plan.scenario
+    text = Text(f"{scenario.name}: {scenario.title}\n", style="bold")
+    pace = (
+        f"{plan.duration:g} s of {scenario.pace:g} M guest accesses each"
+        if scenario.pace
+        else (f"{plan.duration:g} s")
+    )
+    text.append(
+        f"{scenario.machine.pcpus} pCPUs, {scenario.vms} VMs, {scenario.vcpus} vCPUs; {pace}, "
+        f"{plan.repeat} run{'s' if plan.repeat > 1 else ''} per policy, seed {plan.seed}"
+        f"{', interrupted' if comparison.interrupted else ''}",
+        style="dim",
+    )
+    return text
+
+
+def _verdict(comparison: Comparison, policy: str) -> Text:
+    verdict = comparison.verdict(policy)
+    return Text(verdict, style=_VERDICT_STYLES.get(verdict, ""))
+
+
+def _bound_column(comparison: Comparison) -> dict[str, float]:
+    bound = comparison.bound
+    if bound is None:
+        return {}
+    first = comparison.measurements[comparison.baseline][0]
+    return bound_values(bound, first.values["accesses"], first.values.get("units", 0))
+
+
+def _add_row(
+    table: Table,
+    row: Row,
+    columns: Sequence[tuple[str, Sequence[Measurement]]],
+    reference: dict[str, float],
+) -> None:
+    base = spread_of(columns[0][1], row.key)
+    nothing = Spread(0, 0, 0)
+    cells = [
+        _cell(row, runs, (base or nothing) if number else None) for number, (_, runs) in enumerate(columns)
+    ]
+    bound = text_of(row, reference[row.key]) if row.key in reference else ""
+    style = "bold" if row.head else ""
+    table.add_row(Text(row.label, style=style), *cells, bound)
+
+
+def _cell(row: Row, runs: Sequence[Measurement], base: Spread | None) -> Text:
+    own = spread_of(runs, row.key)
+    if own is None:
+        own = Spread(0, 0, 0)
+    text = Text(text_of(row, own.median), style="bold" if row.head else "")
+    if row.spread and len(runs) > 1 and own.least != own.most:
+        text.append(f" ({text_of(row, own.least)} to {text_of(row, own.most)})", style="dim")
+    if base is not None:
+        text.append(
+            f" {change(own.median, base.median):>6}", style=_change_style(row, own.median, base.median)
+        )
+    return text
+
+
+def change(now: float, before: float) -> str:
+    """+12 %, -3 %, x4.2; nothing where there is nothing to compare with."""
+    if before == now:
+        return "="
+    if not before:
+        return "new"
+    ratio = now / before
+    if abs(ratio - 1) < 0.005:
+        return "="
+    return f"x{ratio:.3g}" if ratio >= 2 else f"{100 * (ratio - 1):+.0f}%"
+
+
+def better(row: Row, now: float, before: float) -> bool | None:
+    """None: neither, or not by enough to say."""
+    if row.less is None or abs(now - before) <= _NOTABLE * max(abs(before), abs(now)):
+        return None
+    return (now < before) == row.less
+
+
+def _change_style(row: Row, now: float, before: float) -> str:
+    return {True: "green", False: "red", None: "dim"}[better(row, now, before)]
+
+
+def _footnotes(comparison: Comparison) -> list[RenderableType]:
+    notes: list[RenderableType] = [Text()]
+    for name, runs in comparison.columns:
+        for measurement in runs:
+            if measurement.result.failure:
+                notes.append(Text(f"{name} failed: {measurement.result.failure}", style="bold red"))
+        kinds = sorted({kind for m in runs for kind in m.result.snapshot.violations})
+        if kinds:
+            notes.append(Text(f"{name}: {', '.join(kinds)}", style="red"))
+            example = next((r for m in runs for r in m.result.reports), None)
+            if example is not None:
+                notes.append(Text(example.text, style="dim"))
+    notes += [
+        Text(f"cut short by the time limit: {which}; its rates still hold", style="yellow")
+        for which in comparison.cut_short
+    ]
+    notes.append(
+        Text(
+            f"{NAME}: what perfect knowledge would have paid in the first run of {comparison.baseline}; the "
+            "run's own bound is a row of each column. Percentages: against the first column.",
+            style="dim",
+        )
+    )
+    return notes
