@@ -71,6 +71,8 @@ def kvm_vm_ioctl_get_dirty_log(cpu: Cpu, kvm: Kvm, slot_id: int, as_id: int = 0)
                 if mask:
                     _clear(cpu, slot, bitmap, offset, mask)
                     changed += kvm_arch_mmu_enable_log_dirty_pt_masked(cpu, kvm, slot, offset, mask)
+                    if "P32" in kvm.policy.bugs and not any(words[:-1]):
+                        write_protect_flush(cpu, kvm, slot, changed > 0)
         _flush_and_promise(cpu, kvm, slot, 0, words, changed)
         return words
 
@@ -109,7 +111,8 @@ def _flush_and_promise(
     if not any(words):
         return
     ticket = lib.oracle_ticket(cpu.m, kvm.id)
-    write_protect_flush(cpu, kvm, slot, changed > 0)
+    if "P32" not in kvm.policy.bugs:  # it came after the first word, before the others were write-protected
+        write_protect_flush(cpu, kvm, slot, changed > 0)
     for i, mask in enumerate(words):
         if mask:
             base = slot.base_gfn + first_page + i * _WORD

@@ -168,11 +168,11 @@ def _zap_leafs_of(
     pending no more."""
     bugs = kvm.policy.bugs
     for root in roots:
-        handed_in = flush and not bugs & {"B1", "cf3e26427c08"}
+        handed_in = flush and not bugs & {"B1", "B1b"}
         zapped = tdp_mmu_zap_leafs(
             cpu, kvm, root, start, end, can_yield=can_yield, flush=handed_in, reason=reason
         )
-        # `flush |=`: before a835429cda91 what was pending was not handed in; before c7785d85b6c6 it was.
+        # `flush |=`: to 5.11 what was pending was not handed in, after that it was; B1b: `=` without it.
         flush = zapped or (flush and bool(bugs & {"B1", "B4"}))
     cpu.stat(kvm.id, lib.STAT_ZAPS)
     return flush

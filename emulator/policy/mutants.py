@@ -20,8 +20,8 @@ PREFIX = "mutant:"
 class Mutant:
     """One of them.
 
-    source: the commit that fixed it, or where the idea comes from.  expected: kinds of violation that it is
-    caught by, the most specific of each use; none if it only costs something.
+    source: the commit that fixed it, or what it turns round.  expected: kinds of violation that it is caught
+    by; none if it only costs something.
     """
 
     name: str
@@ -45,6 +45,62 @@ class Mutant:
 MUTANTS: dict[str, Mutant] = {
     mutant.name: mutant
     for mutant in (
+        Mutant(
+            name="B1",
+            doc="a zap yields although a flush from an earlier root is pending: it was not handed in",
+            source="a835429cda91, 5.12",
+            bugs=("B1",),
+            expected=("use-after-free",),
+        ),
+        Mutant(
+            name="B1b",
+            doc="a pending flush from an earlier root is forgotten when a later root needs none",
+            source="cf3e26427c08, reverted by 873dd122172f before 5.18",
+            bugs=("B1b",),
+            expected=("use-after-free",),
+        ),
+        Mutant(
+            name="B2",
+            doc="recovery of huge pages does not pass on that the TDP MMU needs a flush",
+            source="048f49809c52, 5.12, for NX huge pages; here for those that come back after dirty logging",
+            bugs=("B2",),
+            expected=("walk-after-free",),
+        ),
+        Mutant(
+            name="B3",
+            doc="recovery of huge pages calls something that yields, and goes on with what it had found",
+            source="33a3164161fc, 5.12, for NX huge pages; here for those that come back after dirty logging",
+            bugs=("B3",),
+            expected=("walk-after-free",),
+        ),
+        Mutant(
+            name="B4",
+            doc="a flush that a yield has made is made once more",
+            source="c7785d85b6c6 and 8ed716ca7dc9, 5.16",
+            bugs=("B4",),
+        ),
+        Mutant(
+            name="B6",
+            doc="after a yield the iterator is restarted and then advanced: an SPTE is skipped and survives",
+            source="3a0f64de479c, 5.16",
+            bugs=("B6",),
+            expected=("use-after-free",),
+        ),
+        Mutant(
+            name="B10",
+            doc="a zap leaves its flush to whoever flushes next (kvm->tlbs_dirty), and a notifier that finds "
+            "nothing to zap does not",
+            source="what 6bc6db000295, 5.15, removed",
+            bugs=("B10",),
+            expected=("use-after-free", "stale-after-revoke"),
+        ),
+        Mutant(
+            name="B25",
+            doc="a notifier holds no reference on the root that it walks, and yields: the root is freed",
+            source="7533377215b6, 5.16",
+            bugs=("B25",),
+            expected=("walk-after-free",),
+        ),
         Mutant(
             name="P1",
             doc="the last look at requests comes before mode = IN_GUEST_MODE: both sides miss each other",
@@ -74,6 +130,28 @@ MUTANTS: dict[str, Mutant] = {
             expected=("walk-after-free",),
         ),
         Mutant(
+            name="P11",
+            doc="flush first, then zap: what is refilled in between stays",
+            source="the order of kvm_handle_hva_range() turned round",
+            bugs=("P11",),
+            expected=("use-after-free",),
+        ),
+        Mutant(
+            name="P13",
+            doc="a fault maps over a FROZEN SPTE, whose owner then empties it without another flush",
+            source="tdp_mmu_zap_spte_atomic() to 6.12, is_frozen_spte() in kvm_tdp_mmu_map()",
+            base="linux-6.12",
+            bugs=("P13",),
+            expected=("use-after-free",),
+        ),
+        Mutant(
+            name="P14",
+            doc="children of a removed table are emptied, not frozen: a fault maps into it, where no zap "
+            "finds it; a leak only, because the flush that is due takes every way to the table",
+            source="handle_removed_pt()",
+            bugs=("P14",),
+        ),
+        Mutant(
             name="P15",
             doc="a fault does not ask whether it raced an invalidation",
             source="mmu_invalidate_retry_gfn()",
@@ -86,6 +164,13 @@ MUTANTS: dict[str, Mutant] = {
             source="kvm_handle_hva_range()",
             settings={"notifier_flush": "at-range-end"},
             expected=("use-after-free",),
+        ),
+        Mutant(
+            name="P32",
+            doc="the flush after reaping a dirty log comes before the last pages are write-protected",
+            source="kvm_get_dirty_log_protect()",
+            bugs=("P32",),
+            expected=("stale-after-revoke",),
         ),
     )
 }
