@@ -106,7 +106,7 @@ def modelled_cycles(
 
     An interruption of guest mode is an exit and an entry that the flush caused, so it counts there and not
     among the other exits; likewise the walk references of refills that flushes caused, taken at the run's
-    mean length of a walk.
+    mean length of a walk.  The IPI of a VMCLEAR belongs to the migration that needs it, whatever is flushed.
     """
     stats = list(vms)
     faults = sum(vm["faults"] for vm in stats)
@@ -117,6 +117,9 @@ def modelled_cycles(
 
     walks = counters["l2_misses"]
     refill_references = counters["walk_references"] * min(counters["refills"], walks) // max(walks, 1)
+    vmclears = counters["ipis_vmclear"]
+    interruptions = counters["interruptions"] - counters["interruptions_vmclear"]
+    both_ends = Cost(cycles=costs.ipi_send.cycles + costs.ipi_receive.cycles, source="sent and received")
     ride_along = max(counters["csd_queued"] - counters["ipis_sent"], 0)
 
     def line(item: str, group: Group, events: int, cost: Cost) -> CycleLine:
@@ -125,12 +128,13 @@ def modelled_cycles(
     flush_lines = [line(scope, "flush", n, getattr(costs, scope)) for scope, n in sorted(by_scope.items())]
     return (
         *flush_lines,
-        line("IPIs sent", "flush", counters["ipis_sent"], costs.ipi_send),
-        line("IPIs received", "flush", counters["ipis_received"], costs.ipi_receive),
+        line("IPIs sent", "flush", counters["ipis_sent"] - vmclears, costs.ipi_send),
+        line("IPIs received", "flush", counters["ipis_received"] - vmclears, costs.ipi_receive),
         line("calls that rode along", "flush", ride_along, costs.call_ride_along),
-        line("guests interrupted", "flush", counters["interruptions"], costs.vm_exit_entry),
+        line("guests interrupted", "flush", interruptions, costs.vm_exit_entry),
         line("refill walk references", "flush", refill_references, costs.walk_reference),
-        line("other exits", "work", counters["vm_entries"] - counters["interruptions"], costs.vm_exit_entry),
+        line("other exits", "work", counters["vm_entries"] - interruptions, costs.vm_exit_entry),
+        line("IPIs for VMCLEAR", "work", vmclears, both_ends),
         line("EPT violations", "work", faults, costs.ept_violation),
         line("VMCS loads elsewhere", "work", migrations, costs.vmcs_load),
         line("SPTEs zapped", "work", counters["sptes_zapped"], costs.spte_change),

@@ -32,6 +32,8 @@ enum counter {
 	COUNT_CALLS_SERVICED,    /* of those, by their sender while this CPU was halted */
 	COUNT_INTERRUPTIONS,     /* guest mode left because of an IPI */
 	COUNT_BYSTANDER,         /* of those, no call was about the VM whose guest was left */
+	COUNT_IPIS_VMCLEAR,      /* of COUNT_IPIS_SENT: for a VMCLEAR, which every migration needs */
+	COUNT_INTERRUPTIONS_VMCLEAR, /* of COUNT_INTERRUPTIONS: for nothing else */
 	COUNT_NECESSARY_INTERRUPTIONS, /* flushes that an interruption led to and that averted a use */
 	COUNT_VM_ENTRIES,
 	COUNT_RCU_CALLBACKS,     /* queued */

@@ -110,6 +110,7 @@ struct cpu {
 	uint32_t in_call; /* runs an IPI function: neither waits nor sends */
 	uint32_t guest_vm; /* VM whose guest runs here or was left last */
 	bool concerned;    /* a call since then was about that VM */
+	bool kicked;       /* a call since then was none of IPI_VMCS_CLEAR */
 	bool interrupted;  /* that guest was left because of an IPI */
 	bool calls_held;   /* ipi_hold(): set while nobody else runs */
 	struct counters *counters;

@@ -83,6 +83,7 @@ static uint32_t vm_of_call(const struct machine *m, uint32_t function, uint64_t 
 
 static void run_function(struct machine *m, struct cpu *target, uint32_t function, uint64_t argument)
 {
+	target->kicked |= function != IPI_VMCS_CLEAR;
 	target->concerned |= vm_of_call(m, function, argument) == target->guest_vm;
 	target->in_call = 1;
 	handler_of(function)(m, target, argument);
@@ -346,6 +347,7 @@ static int queue_call(struct machine *m, struct cpu *c, uint32_t target, const s
 	if (head)
 		return 0;
 	count(c->counters, COUNT_IPIS_SENT, 1);
+	count(c->counters, COUNT_IPIS_VMCLEAR, call->function == IPI_VMCS_CLEAR);
 	return 1;
 }
 

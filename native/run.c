@@ -266,10 +266,11 @@ static int leave(struct run *run, uint32_t reason, uint64_t accesses)
 	count(c, COUNT_EXIT_INTERRUPT + reason, 1);
 	count(c, COUNT_INTERRUPTIONS, reason == EXIT_INTERRUPT);
 	event_record_more(w->m, w->cpu->id, event_of(v->vm, EVENT_EXIT), v->id, reason, w->guest->clock);
-	w->cpu->concerned = false;
+	w->cpu->concerned = w->cpu->kicked = false;
 	w->cpu->interrupted = reason == EXIT_INTERRUPT;
 	r = local_irq_enable(w->m, w->cpu->id);
 	count(c, COUNT_BYSTANDER, reason == EXIT_INTERRUPT && !w->cpu->concerned);
+	count(c, COUNT_INTERRUPTIONS_VMCLEAR, reason == EXIT_INTERRUPT && !w->cpu->kicked);
 	return r;
 }
 

@@ -86,7 +86,8 @@ def _counts(result: Result, bound: Bound) -> dict[str, float]:
     for group in result.receivers:
         counts[f"received {group.who}"] = group.ipis
     for line in result.cycles:
-        counts[f"cycles {line.item}"] = line.cycles
+        if line.group == "flush":
+            counts[f"cycles {line.item}"] = line.cycles
     return counts
 
 

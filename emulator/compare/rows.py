@@ -164,12 +164,9 @@ def _per_unit(seen: Sequence[str]) -> tuple[Row, ...]:
 
 
 def _cycles(seen: Sequence[str]) -> tuple[Row, ...]:
-    work = {"other exits", "EPT violations", "VMCS loads elsewhere", "SPTEs zapped", "SPTEs mapped"}
-    work |= {"second-level hits", "other walk references", "guest invalidations"}
-    flush = [row for row in _each(seen, "cycles ", "  ") if row.label.strip() not in work]
     return (
         Row("flush cycles/M", "of flushing", head=True),
-        *flush,
+        *_each(seen, "cycles ", "  "),
         Row("bound cycles/M", "the run's own oracle-optimal", less=None),
         Row("times the bound", "flushing / oracle-optimal", "times", head=True),
         Row("work cycles/M", "of everything else", less=None),

@@ -129,6 +129,9 @@ def test_each_event_is_charged_once() -> None:
         "interruptions": 30,
         "csd_queued": 50,
         "ipis_sent": 40,
+        "ipis_received": 40,
+        "ipis_vmclear": 15,
+        "interruptions_vmclear": 5,
         "walk_references": 1000,
         "l2_misses": 100,
         "l1_misses": 300,
@@ -136,7 +139,9 @@ def test_each_event_is_charged_once() -> None:
     }
     vm = dict.fromkeys(VM_STAT_NAMES, 0)
     lines = {line.item: line for line in modelled_cycles(load_costs(), counters, [vm], [])}
+    assert lines["guests interrupted"].events == 25
     assert lines["guests interrupted"].events + lines["other exits"].events == 100
+    assert [lines[f"IPIs {what}"].events for what in ("sent", "received", "for VMCLEAR")] == [25, 25, 15]
     assert lines["refill walk references"].events == 100
     assert lines["refill walk references"].events + lines["other walk references"].events == 1000
     assert lines["calls that rode along"].events == 10

@@ -70,6 +70,19 @@ def test_an_ipi_for_another_vm_makes_it_a_bystander(machine: Hypervisor) -> None
     assert machine.count(lib.COUNT_BYSTANDER) == 1
 
 
+def test_a_vmclear_is_told_from_a_kick(machine: Hypervisor) -> None:
+    vcpu = idle_guest(machine, halt_us=60_000_000)
+
+    def vmclear() -> None:
+        lib.smp_call_function_single(machine.m, machine.pcpus, 0, lib.IPI_VMCS_CLEAR, vcpu, 1)
+
+    assert enter_and(machine, vcpu, vmclear) == lib.EXIT_INTERRUPT
+    enter_and(machine, vcpu, lambda: kick(machine, 0))
+    assert (machine.count(lib.COUNT_IPIS_VMCLEAR), machine.count(lib.COUNT_IPIS_SENT)) == (1, 2)
+    assert machine.count(lib.COUNT_INTERRUPTIONS_VMCLEAR) == 1
+    assert machine.count(lib.COUNT_INTERRUPTIONS) == 2
+
+
 def test_entered_again_it_halts_for_the_rest_of_the_time(machine: Hypervisor) -> None:
     vcpu = idle_guest(machine, halt_us=300_000)
     started = time.monotonic()
