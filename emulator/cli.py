@@ -16,6 +16,7 @@ from pydantic import BaseModel, ValidationError
 
 from emulator import __version__
 from emulator.cli_compare import compare
+from emulator.cli_explain import explain
 from emulator.cli_list import app as list_app
 from emulator.cli_options import (
     DurationOption,
@@ -46,6 +47,7 @@ app = typer.Typer(
     context_settings={"help_option_names": ["-h", "--help"]},
 )
 app.command()(compare)
+app.command()(explain)
 app.add_typer(list_app, name="list")
 app.add_typer(trace_app, name="trace")
 

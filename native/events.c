@@ -95,6 +95,8 @@ static bool concerns(const struct violation_report *r, const struct event *e)
 	case EVENT_REQUEST:
 	case EVENT_ROOT_LOAD:
 		return of_vcpus(r, e->a);
+	case EVENT_ELIDED:
+		return e->cpu == r->cpu || e->cpu == r->promise_cpu;
 	case EVENT_IPI:
 		return e->cpu == r->promise_cpu || e->more == IPI_INVEPT_SINGLE || e->more == IPI_INVEPT_GLOBAL;
 	case EVENT_GUEST_INVALIDATE:
@@ -148,7 +150,7 @@ static void copy_cpu(struct machine *m, uint32_t cpu, const struct violation_rep
 	uint64_t next = atomic_load_explicit(&ring->next, memory_order_acquire);
 	uint64_t n = next < EVENT_RING ? next : EVENT_RING;
 	bool involved = cpu == r->cpu || cpu == r->promise_cpu;
-	struct telling t = { .story = story, .most = involved ? EVENTS_OF_CPU : EVENTS_OF_CPU / 4 };
+	struct telling t = { .story = story, .most = involved ? EVENTS_OF_CPU : EVENTS_OF_CPU / 2 };
 
 	for (uint64_t i = 1; i <= n && t.kept < t.most; i++) {
 		struct event e = event_at(ring, next - i, cpu);

@@ -55,6 +55,7 @@ class Event:
     b: int
     vm: int = NO_VM
     more: int = 0
+    said: str = ""
 
     @classmethod
     def of_core(cls, e: Any) -> Event:
@@ -65,7 +66,10 @@ class Event:
     def of_dict(cls, value: Mapping[str, Any], time: int | None = None) -> Event:
         """From what `as_dict` gave."""
         numbers = {name: int(value.get(name, default)) for name, default in _NUMBERS.items()}
-        return cls(time=int(value["time_ns"]) if time is None else time, kind=str(value["kind"]), **numbers)
+        kind = str(value["kind"])
+        # The text of a kind that this version does not know.
+        said = "" if kind in _TEXTS else str(value.get("text", ""))
+        return cls(int(value["time_ns"]) if time is None else time, kind, said=said, **numbers)
 
     def as_dict(self, *, timed: bool = False) -> dict[str, Any]:
         when = {"time_ns": self.time} if timed else {}
@@ -74,7 +78,7 @@ class Event:
 
     def describe(self) -> str:
         text = _TEXTS.get(self.kind)
-        return text(self) if text else f"{self.kind} {self.a:#x} {self.b:#x}"
+        return text(self) if text else self.said or f"{self.kind} {self.a:#x} {self.b:#x}"
 
     @property
     def scope(self) -> str:

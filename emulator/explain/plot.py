@@ -25,6 +25,8 @@ USE = "use"
 
 _WRITE_PROMISES = ("dirty_log", "notifier_write")
 _WITHOUT_ENTRY = {"lost-dirty", "ipi-stall", "rcu-stall", "deadlock"}
+# KVM promised nothing: the guest did, or nobody.
+_NO_PROMISE = {"guest-stale", "foreign-root"}
 _ACCESS_VERBS = {"read": "reads", "write": "writes", "execute": "executes"}
 
 
@@ -106,8 +108,10 @@ class Plot:
         self.facts = facts
         self.events: Sequence[Event] = sorted(events, key=lambda event: event.time)
         self._parts: dict[int, str] = {}
+        # A request that needed no interrupt.
+        self._asked: int | None = None
         self._start = self._fill()
-        self._promised = self._last(self._is_promise)
+        self._promised = self._last(self._is_promise) if facts.kind not in _NO_PROMISE else None
         self._revoked = self._revocation()
         # From here on the entry should not have been used: the best that is known.
         self._stale = self._revoked if self._revoked is not None else self._promised
@@ -123,12 +127,7 @@ class Plot:
     @property
     def revoked_on(self) -> int:
         """The pCPU that the vCPU was on when the right went away, -1 if nobody knows."""
-        i = (
-            self._last(self._is_load(self.facts.vcpu), before=self._stale)
-            if self._stale is not None
-            else None
-        )
-        return self.events[i].cpu if i is not None else -1
+        return self._whereabouts(self._stale) if self._stale is not None else -1
 
     def flushed_on(self) -> tuple[int, ...]:
         """The pCPUs on which somebody flushed for the VM between the revocation and the use."""
@@ -201,8 +200,7 @@ class Plot:
         facts, revoked = self.facts, self._revoked
         self._keep(self._start)
         self._keep(revoked, REVOKE)
-        if facts.kind not in ("guest-stale", "foreign-root"):
-            self._keep(self._promised, PROMISE if self._promised is not None else "")
+        self._keep(self._promised, PROMISE)
         if self._stale is not None:
             self._keep(self._last(lambda e: e.kind == "free" and e.a == facts.frame, self._stale))
         self._moves()
@@ -217,7 +215,9 @@ class Plot:
         facts, stale = self.facts, self._stale
         if stale is None:
             return
-        away = self._last(self._is_load(facts.vcpu), self._start, stale)
+        # Another vCPU may have filled the entry while this one was elsewhere already.
+        since = self._start if facts.filled_by == facts.vcpu else None
+        away = self._last(self._is_load(facts.vcpu), since, stale)
         if away is not None and self.events[away].cpu != facts.pcpu:
             self._keep(away)
         back = self._back()
@@ -243,11 +243,10 @@ class Plot:
         by = self.events[revoked].cpu
         asked = self._keep(self._first(self._is_request(by), revoked, promised))
         sent = self._keep(self._first(lambda e: e.kind == "ipi" and e.cpu == by, revoked, promised))
-        self._keep(self._first(lambda e: e.kind == "yield" and e.cpu == by, revoked, promised))
+        self._keep(self._first(lambda e: e.kind == "yield" and e.cpu == by and not e.b, revoked, promised))
         if sent is not None:
             self._unanswered(sent)
-        elif asked is not None:
-            self._unseen(asked)
+        self._asked = asked if sent is None else None
 
     def _unanswered(self, sent: int) -> None:
         """A kick that the promise did not wait for."""
@@ -290,24 +289,44 @@ class Plot:
             by = self.events[self._promised].cpu
             here = self._last(self._is_elision(by), self._start, self._promised)
         self._keep(here, ELIDED)
+        if here is None and self._asked is not None and back is None:
+            self._unseen(self._asked)
+
+    def _is_flush_elsewhere(self, e: Event) -> bool:
+        return e.kind == "flush" and e.vm == self.facts.vm and e.cpu != self.facts.pcpu
+
+    def _whereabouts(self, i: int) -> int:
+        """The pCPU that the vCPU was loaded on at an event; -1: not known."""
+        load = self._last(self._is_load(self.facts.vcpu), before=i)
+        return self.events[load].cpu if load is not None else -1
 
     def _is_flush_here(self, e: Event) -> bool:
         return e.kind == "flush" and e.cpu == self.facts.pcpu
 
     def _flushes(self) -> None:
         """Flushes that did happen: elsewhere, for the request; and on the pCPU itself, if too narrow."""
-        facts, stale = self.facts, self._stale
+        stale = self._stale
         if stale is None:
             return
-        elsewhere: set[int] = set()
-        for i in range(stale + 1, len(self.events)):
-            e = self.events[i]
-            if e.kind == "flush" and e.vm == facts.vm and e.cpu not in (*elsewhere, facts.pcpu):
-                elsewhere.add(e.cpu)
-                if e.cpu == self.revoked_on or len(elsewhere) == 1:
-                    self._keep(i)
+        flushed = [i for i in range(stale + 1, len(self.events)) if self._is_flush_elsewhere(self.events[i])]
+        own = next((i for i in flushed if self.events[i].cpu == self._whereabouts(i)), None)
+        if own is not None:
+            self._meanwhile(own)
+        else:
+            # Somebody else's, if it needs no column of its own.
+            shown = {self.events[i].cpu for i in self._parts}
+            self._keep(next((i for i in flushed if self.events[i].cpu in shown), None))
         # A flush of everything would have dropped the entry.
-        self._keep(self._last(self._is_flush_here, stale), NARROW)
+        if not {ELIDED, LATE, MISSED} & set(self._parts.values()):
+            self._keep(self._last(self._is_flush_here, stale), NARROW)
+
+    def _meanwhile(self, flush: int) -> None:
+        """The vCPU itself flushed, on another pCPU: that is where it matters that it was."""
+        self._keep(flush)
+        load = self._keep(self._last(self._is_load(self.facts.vcpu), before=flush))
+        for i in [i for i, part in self._parts.items() if not part and self.events[i].kind == "load"]:
+            if load is not None and i < load and self.events[i].cpu != self.events[load].cpu:
+                del self._parts[i]
 
     def _choose_without_use(self) -> None:
         """A lost dirty bit, or somebody who waits for ever: what is known of the page, or the last events."""
@@ -396,5 +415,5 @@ _PHRASES: dict[str, Callable[[Event, Facts], list[str]]] = {
     "root_free": lambda e, f: [f"root {e.a:#x} is freed"],
     "guest_invalidate": lambda e, f: [f"v{e.a}: INVLPG page {e.b:#x}"],
     "unload": lambda e, f: [f"VMCLEAR v{e.a}"],
-    "yield": lambda e, f: ["tdp_mmu_iter_cond_resched()", "flushed" if e.b else "not flushed"],
+    "yield": lambda e, f: ["zap yields mmu_lock", "flushed" if e.b else "not flushed"],
 }

@@ -1,0 +1,83 @@
+"""`flushlab explain`: a violation from a file, as a diagram."""
+
+from __future__ import annotations
+
+import json
+import sys
+from enum import StrEnum
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from emulator.errors import BadInput
+from emulator.explain.diagram import diagram
+from emulator.explain.document import Case, load_cases
+from emulator.explain.perfetto import perfetto
+from emulator.explain.svg import svg
+from emulator.explain.tale import as_dict, tell
+
+
+class Format(StrEnum):
+    TEXT = "text"
+    SVG = "svg"
+    JSON = "json"
+    PERFETTO = "perfetto"
+
+
+def explain(
+    file: Annotated[
+        Path,
+        typer.Argument(
+            metavar="FILE",
+            help="A counterexample of explore, a report of --report-dir, or what --json printed.",
+        ),
+    ],
+    form: Annotated[
+        Format,
+        typer.Option("--format", help="perfetto: a trace that ui.perfetto.dev and chrome://tracing load."),
+    ] = Format.TEXT,
+    report: Annotated[
+        int | None,
+        typer.Option(min=1, metavar="N", help="The N-th violation of the file, not the one that shows most."),
+    ] = None,
+    width: Annotated[
+        int | None,
+        typer.Option(min=40, max=1000, metavar="N", help="Of the text; 72 for up to three CPUs."),
+    ] = None,
+    times: Annotated[
+        bool, typer.Option("--times", help="Add a column of times, in microseconds before the use.")
+    ] = False,
+    output: Annotated[
+        Path | None, typer.Option("--output", "-o", metavar="PATH", help="Write it there instead.")
+    ] = None,
+) -> None:
+    """Draw the race behind a violation CPU by CPU, as kernel changelogs do."""
+    case = _chosen(file, report)
+    tale = tell(case)
+    if form is Format.TEXT:
+        text = diagram(tale, width, times)
+    elif form is Format.SVG:
+        text = svg(tale)
+    else:
+        text = perfetto(case) if form is Format.PERFETTO else json.dumps(as_dict(tale), indent=1) + "\n"
+    if output is None:
+        sys.stdout.write(text)
+        return
+    try:
+        output.write_text(text, "utf-8")
+    except OSError as error:
+        found = error.strerror or str(error)
+        raise BadInput(f"--output {output}", found, "a path that can be written") from error
+
+
+def _chosen(file: Path, number: int | None) -> Case:
+    cases = load_cases(file)
+    if number is None:
+        if len(cases) > 1:
+            print(f"{len(cases)} violations with events; --report N chooses", file=sys.stderr)
+        # The first of those that show most.
+        return max(cases, key=Case.quality)
+    if number > len(cases):
+        raise BadInput("--report", f"found {number}", f"1 to {len(cases)}, as many as {file} has with events")
+    return cases[number - 1]

@@ -1,0 +1,68 @@
+"""The diagram as text, for commit messages: a column per CPU, time downwards, plain ASCII."""
+
+from __future__ import annotations
+
+import textwrap
+
+from emulator.explain.tale import Row, Tale
+
+# What fits into a commit message; more than three columns need more.
+WIDTH = 72
+_FITTING = 3
+_COLUMN = 24
+_LEAST = 16
+
+
+def diagram(tale: Tale, width: int | None = None, times: bool = False) -> str:
+    """At most `width` columns wide: 72, or 24 for each CPU if there are more than three."""
+    columns = len(tale.columns)
+    times = times and tale.case.timed
+    width = width or (WIDTH if columns <= _FITTING else _COLUMN * columns + (12 if times else 0))
+    layout = _Layout(tale, width, times)
+    lines = _wrap(tale.title, width)
+    lines += ["", layout.header(), layout.header("-"), *layout.rows(), ""]
+    for note in tale.notes:
+        lines += _wrap(note.text, width, f"[{note.mark}] ", "    ")
+    return "\n".join(line.rstrip() for line in lines) + "\n"
+
+
+class _Layout:
+    def __init__(self, tale: Tale, width: int, times: bool) -> None:
+        self.tale, self.width = tale, width
+        self.left = 12 if times else 0
+        self.column = max(_LEAST, (width - self.left) // max(len(tale.columns), 1))
+
+    def header(self, underline: str = "") -> str:
+        line = " " * self.left
+        for i, label in enumerate(self.tale.labels()):
+            line = line.ljust(self._offset(i)) + (underline * len(label) if underline else label)
+        return line
+
+    def rows(self) -> list[str]:
+        last = self.tale.rows[-1].moment.time if self.tale.rows else 0
+        lines = []
+        for row in self.tale.rows:
+            time = f"{(row.moment.time - last) / 1000:+.1f}us" if self.left and row.moment.time else ""
+            for i, text in enumerate(self._cell(row)):
+                offset = self._offset(self.tale.columns.index(row.cpu))
+                lines.append((time if i == 0 else "").ljust(offset) + text)
+        return lines
+
+    def _offset(self, column: int) -> int:
+        return self.left + column * self.column
+
+    def _cell(self, row: Row) -> list[str]:
+        """A row has one entry only: what its column cannot hold runs on to the right of it."""
+        mark = f" [{row.mark}]" if row.mark else ""
+        room = self.width - self._offset(self.tale.columns.index(row.cpu))
+        lines: list[str] = []
+        for i, text in enumerate(row.lines):
+            indent = "" if i == 0 else "  "
+            last = i == len(row.lines) - 1
+            whole = text + (mark if last else "")
+            lines += _wrap(whole, room, indent, "  ") or [""]
+        return lines
+
+
+def _wrap(text: str, width: int, first: str = "", others: str = "") -> list[str]:
+    return textwrap.wrap(text, width, initial_indent=first, subsequent_indent=others, break_on_hyphens=False)

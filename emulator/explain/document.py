@@ -1,0 +1,147 @@
+"""Files with violations: documents of `run --json` and `litmus --json`, single reports, counterexamples.
+
+A report is any object with a `kind` and `events` (emulator.story writes them), wherever in the file; a
+counterexample has a `schedule`, its `steps` carry the events, and its `violation` is a report.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from emulator.errors import BadInput
+from emulator.explain.events import Event
+from emulator.explain.plot import ELIDED, LATE, MISSED, NARROW, REVOKE, Facts, Moment, Plot
+
+_CULPRITS = (ELIDED, LATE, NARROW, MISSED)
+_EXPECTED = "JSON of flushlab run, litmus or explore, with a violation"
+
+
+@dataclass(frozen=True, slots=True)
+class Case:
+    """One violation to be explained.  `timed`: the events' times are nanoseconds, not just an order."""
+
+    where: str
+    policy: str
+    report: Mapping[str, Any]
+    facts: Facts
+    events: tuple[Event, ...]
+    names: Mapping[int, str]
+    timed: bool = True
+    plot: Plot = field(init=False)
+
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "plot", Plot(self.facts, self.events))
+
+    @property
+    def moments(self) -> list[Moment]:
+        return self.plot.moments
+
+    def label(self, cpu: int) -> str:
+        """What the CPU's column is called: as in changelogs, CPU0; threads of KVM and of the host by name."""
+        name = self.names.get(cpu, "")
+        return name.replace("pcpu", "CPU") if name else f"CPU{cpu}"
+
+    @property
+    def is_pcpu(self) -> Mapping[int, bool]:
+        return {cpu: self.label(cpu).startswith("CPU") for cpu in self.columns}
+
+    @property
+    def columns(self) -> list[int]:
+        """CPUs that do something, pCPUs first."""
+        cpus = dict.fromkeys(moment.cpu for moment in self.moments)
+        return sorted(cpus, key=lambda cpu: (not self.label(cpu).startswith("CPU"), cpu))
+
+    def quality(self) -> int:
+        """How much of the race is known, and how narrow it is: better cases are shown first."""
+        known = [self.plot.part(REVOKE), next((m for m in self.moments if m.part in _CULPRITS), None)]
+        return 10 * sum(moment is not None for moment in known) - len(self.columns)
+
+
+def load_cases(path: Path) -> list[Case]:
+    """The violations of a file, in its order; raises BadInput if there are none."""
+    try:
+        document = json.loads(path.read_text("utf-8"))
+    except OSError as error:
+        raise BadInput(str(path), error.strerror or str(error), "a readable file") from error
+    except UnicodeDecodeError as error:
+        raise BadInput(str(path), "not UTF-8", _EXPECTED) from error
+    except (json.JSONDecodeError, RecursionError) as error:
+        raise BadInput(str(path), f"not JSON: {error}", _EXPECTED) from error
+    try:
+        cases = list(_cases(document, {}))
+    except (KeyError, TypeError, ValueError, AttributeError) as error:
+        raise BadInput(str(path), f"a damaged report: {type(error).__name__}: {error}", _EXPECTED) from error
+    if not cases:
+        raise BadInput(str(path), "no violation with events in it", _EXPECTED)
+    return cases
+
+
+def _cases(value: Any, context: Mapping[str, str]) -> Iterator[Case]:
+    if isinstance(value, list):
+        for item in value:
+            yield from _cases(item, context)
+    elif isinstance(value, dict):
+        context = {**context, **_context(value)}
+        if isinstance(value.get("steps"), list) and "violation" in value:
+            yield _counterexample(value, context)
+        elif "kind" in value and value.get("events"):
+            yield _report(value, context)
+        else:
+            for item in value.values():
+                yield from _cases(item, context)
+
+
+def _context(value: Mapping[str, Any]) -> dict[str, str]:
+    """Which run this is about, from the objects around a report."""
+    context = {key: str(value[key]) for key in ("test", "scenario") if isinstance(value.get(key), str)}
+    policy = value.get("policy")
+    if isinstance(policy, dict):
+        policy = policy.get("name")
+    return {**context, "policy": policy} if isinstance(policy, str) else context
+
+
+def _where(context: Mapping[str, str]) -> str:
+    return context.get("test") or context.get("scenario") or ""
+
+
+def _names(value: Mapping[str, Any]) -> dict[int, str]:
+    return {int(cpu): str(name) for cpu, name in (value.get("actors") or {}).items()}
+
+
+def _report(value: Mapping[str, Any], context: Mapping[str, str]) -> Case:
+    events = tuple(Event.of_dict(event) for event in value["events"])
+    policy = context.get("policy", "")
+    return Case(_where(context), policy, value, Facts.of_report(value), events, _names(value))
+
+
+def _counterexample(value: Mapping[str, Any], context: Mapping[str, str]) -> Case:
+    """Times stand still in explore: the number of the step says what came first."""
+    events = [
+        Event.of_dict(event, time)
+        for time, event in enumerate(
+            (event for step in value["steps"] for event in _events_of_step(step)), start=1
+        )
+    ]
+    report = dict(value["violation"] or {})
+    report.pop("time_ns", None)
+    report.pop("promise_time_ns", None)
+    names = _names(value) or _names(report) or _names_of_steps(value["steps"])
+    facts = Facts.of_report(report)
+    return Case(_where(context), context.get("policy", ""), report, facts, tuple(events), names, timed=False)
+
+
+def _events_of_step(step: Mapping[str, Any]) -> list[dict[str, Any]]:
+    """What a step did; of one that left no event, what it was."""
+    events = step.get("events")
+    if events:
+        return list(events)
+    text = str(step.get("text") or f"{step.get('kind', '')} {step.get('object', '')}").strip()
+    return [{"kind": "step", "cpu": int(step.get("cpu", 0)), "text": text}]
+
+
+def _names_of_steps(steps: list[Mapping[str, Any]]) -> dict[int, str]:
+    return {int(step["cpu"]): str(step["thread"]) for step in steps if "cpu" in step and "thread" in step}

@@ -1,0 +1,126 @@
+"""A Chrome trace (JSON array format with metadata): ui.perfetto.dev and chrome://tracing load it.
+
+All events of the case are in it, not only the plot's: a thread per CPU, a slice for each stay in guest mode,
+an instant for each flush, an arrow for each IPI to the exit that it caused.  Format: "Trace Event Format",
+https://docs.google.com/document/d/1CvAClvFfyA5R-PhYUmn5OOQtYMH4h6I0nSsKchNAySU
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator
+from typing import Any
+
+from emulator.explain.document import Case
+from emulator.explain.events import Event
+from emulator.explain.plot import FILL, USE, Moment, phrases
+
+_PCPUS = 1
+_THREADS = 2
+# Long enough to be seen and clicked at.
+_SHORT_US = 0.2
+_COLOURS = {
+    "revoke": "terrible",
+    "elided": "bad",
+    "late": "bad",
+    "narrow": "bad",
+    "missed": "bad",
+    "use": "terrible",
+}
+
+
+def perfetto(case: Case) -> str:
+    return json.dumps({"traceEvents": list(_Trace(case).events()), "displayTimeUnit": "ns"}, indent=1) + "\n"
+
+
+class _Trace:
+    def __init__(self, case: Case) -> None:
+        self.case = case
+        self.all = sorted([*case.events, *_synthetic(case)], key=lambda event: event.time)
+        self.parts = {id(m.event): m for m in case.moments}
+        self.begin = min((event.time for event in self.all if event.time), default=0)
+        self.cpus = sorted({event.cpu for event in self.all})
+
+    def events(self) -> Iterator[dict[str, Any]]:
+        yield from self._metadata()
+        for cpu in self.cpus:
+            yield from self._guest_mode(cpu)
+        for event in self.all:
+            yield from self._event(event)
+
+    def _ts(self, event: Event) -> float:
+        """Microseconds; where there is no time, a microsecond for each event."""
+        since = max(event.time - self.begin, 0)
+        return since / 1000 if self.case.timed else float(since)
+
+    def _where(self, cpu: int) -> dict[str, int]:
+        pcpu = self.case.label(cpu).startswith("CPU")
+        return {"pid": _PCPUS if pcpu else _THREADS, "tid": cpu}
+
+    def _metadata(self) -> Iterator[dict[str, Any]]:
+        for pid, name in ((_PCPUS, "pCPUs"), (_THREADS, "KVM and host threads")):
+            yield {"ph": "M", "ts": 0, "pid": pid, "tid": 0, "name": "process_name", "args": {"name": name}}
+        for cpu in self.cpus:
+            named = {"name": self.case.label(cpu)}
+            yield {"ph": "M", "ts": 0, **self._where(cpu), "name": "thread_name", "args": named}
+
+    def _guest_mode(self, cpu: int) -> Iterator[dict[str, Any]]:
+        """From VM entry to VM exit; what the rings have forgotten is cut off at what else the CPU did."""
+        entered: Event | None = None
+        for event in (e for e in self.all if e.cpu == cpu):
+            if entered is not None and event.kind in ("entry", "exit", "load", "unload"):
+                yield self._slice(
+                    f"guest mode, vCPU {entered.a}", entered, self._ts(event) - self._ts(entered)
+                )
+                entered = None
+            if event.kind == "entry":
+                entered = event
+        if entered is not None:
+            last = max(self._ts(event) for event in self.all)
+            yield self._slice(f"guest mode, vCPU {entered.a}", entered, last + 1 - self._ts(entered))
+
+    def _slice(self, name: str, event: Event, duration: float, **more: Any) -> dict[str, Any]:
+        return {
+            "ph": "X",
+            "ts": self._ts(event),
+            "dur": max(duration, _SHORT_US),
+            **self._where(event.cpu),
+            "name": name,
+            "cat": event.kind,
+            **more,
+        }
+
+    def _event(self, event: Event) -> Iterator[dict[str, Any]]:
+        moment = self.parts.get(id(event))
+        name = ", ".join(phrases(moment or Moment(event.cpu, event), self.case.facts))
+        if moment is not None and moment.part:
+            name = f"[{moment.part}] {name}"
+        if event.kind in ("flush", "elided") or (moment is not None and moment.part):
+            mark = {"ts": self._ts(event), **self._where(event.cpu), "cat": event.kind}
+            yield {"ph": "i", **mark, "name": name, "s": "t"}
+        if event.kind != "entry":
+            more: dict[str, Any] = (
+                {"args": {"what": event.describe()}} if event.kind not in (FILL, USE) else {}
+            )
+            if moment is not None and moment.part in _COLOURS:
+                more["cname"] = _COLOURS[moment.part]
+            yield self._slice(name, event, _SHORT_US, **more)
+        if event.kind == "ipi":
+            yield from self._arrows(event)
+
+    def _arrows(self, ipi: Event) -> Iterator[dict[str, Any]]:
+        """To what each pCPU that was called does next."""
+        for target in ipi.targets:
+            answer = next(
+                (e for e in self.all if e.cpu == target and e.time >= ipi.time and e is not ipi), None
+            )
+            if answer is None:
+                continue
+            flow = {"id": f"{ipi.time}-{ipi.cpu}-{target}", "name": "IPI", "cat": "ipi"}
+            yield {"ph": "s", "ts": self._ts(ipi), **self._where(ipi.cpu), **flow}
+            yield {"ph": "f", "bp": "e", "ts": self._ts(answer), **self._where(target), **flow}
+
+
+def _synthetic(case: Case) -> list[Event]:
+    """The fill and the use, which are not in the rings."""
+    return [moment.event for moment in case.moments if moment.event.kind in (FILL, USE)]

@@ -1,0 +1,159 @@
+"""A case in words: columns, rows and a legend, the same for every format."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+from emulator.explain.document import Case
+from emulator.explain.plot import ELIDED, FILL, LATE, MISSED, NARROW, PROMISE, REVOKE, USE, Moment, phrases
+from emulator.story import DECISIONS
+
+
+@dataclass(frozen=True, slots=True)
+class Row:
+    """One moment; `mark` is the number of its explanation in the legend, 0 none."""
+
+    cpu: int
+    lines: tuple[str, ...]
+    part: str
+    mark: int
+    moment: Moment
+
+
+@dataclass(frozen=True, slots=True)
+class Note:
+    """One line of the legend."""
+
+    mark: int
+    part: str
+    text: str
+
+
+@dataclass(frozen=True, slots=True)
+class Tale:
+    case: Case
+    title: str
+    columns: tuple[int, ...]
+    rows: tuple[Row, ...]
+    notes: tuple[Note, ...]
+
+    def labels(self) -> list[str]:
+        return [self.case.label(cpu) for cpu in self.columns]
+
+
+def tell(case: Case) -> Tale:
+    rows: list[Row] = []
+    notes: list[Note] = []
+    culprit = any(moment.part in _BLAMED for moment in case.moments)
+    for moment in case.moments:
+        part = moment.part
+        if part == PROMISE and culprit:
+            part = ""
+        mark = 0
+        if part:
+            mark = len(notes) + 1
+            notes.append(Note(mark, part, _SENTENCES[part](case, moment)))
+        rows.append(Row(moment.cpu, tuple(phrases(moment, case.facts)), part, mark, moment))
+    return Tale(case, _title(case), tuple(case.columns), tuple(rows), tuple(notes))
+
+
+def as_dict(tale: Tale) -> dict[str, Any]:
+    """For programs: what the diagram shows."""
+    case = tale.case
+    return {
+        "title": tale.title,
+        "policy": case.policy,
+        "kinds": list(case.facts.kinds),
+        "actors": [{"cpu": cpu, "label": case.label(cpu)} for cpu in tale.columns],
+        "moments": [_row(tale, row) for row in tale.rows],
+        "legend": [{"mark": note.mark, "part": note.part, "text": note.text} for note in tale.notes],
+    }
+
+
+def _row(tale: Tale, row: Row) -> dict[str, Any]:
+    when = {"time_ns": row.moment.time} if tale.case.timed else {}
+    return {
+        **when,
+        "cpu": row.cpu,
+        "text": list(row.lines),
+        "part": row.part,
+        "mark": row.mark,
+        "event": row.moment.event.kind,
+    }
+
+
+_BLAMED = (ELIDED, LATE, NARROW, MISSED)
+
+
+def _title(case: Case) -> str:
+    facts = case.facts
+    policy = f" under {case.policy}" if case.policy else ""
+    where = f" ({case.where})" if case.where else ""
+    vm = f", VM {facts.vm}" if facts.vm >= 0 else ""
+    return f"{', '.join(facts.kinds)}{policy}{where}{vm}"
+
+
+def _fill(case: Case, moment: Moment) -> str:
+    entry: Mapping[str, Any] = case.report.get("entry") or {}
+    if not entry:
+        return "the entry that goes stale"
+    tags = {
+        "combined": "VPID {vpid}, PCID {pcid}, EP4TA {ep4ta:#x}",
+        "guest-physical": "EP4TA {ep4ta:#x}",
+        "linear": "VPID {vpid}, PCID {pcid}",
+    }.get(entry.get("kind", ""), "")
+    return (
+        f"the entry that goes stale: {entry.get('size', '')} {entry.get('kind', '')}, "
+        f"page {entry.get('page', 0):#x} to frame {entry.get('frame', 0):#x}, {tags.format_map(_Zero(entry))}"
+    )
+
+
+class _Zero(dict[str, Any]):
+    def __missing__(self, key: str) -> int:
+        return 0
+
+
+def _revoke(case: Case, moment: Moment) -> str:
+    facts, on = case.facts, case.plot.revoked_on
+    where = f"; v{facts.vcpu} is on {case.label(on)}" if on not in (-1, facts.pcpu) else ""
+    what = {
+        "protect": "write access goes",
+        "guest_invalidate": f"the guest invalidates it here, but {case.label(facts.pcpu)} keeps its entry",
+        "root_free": "the root's page may become another root",
+    }.get(moment.event.kind, "the translation goes")
+    return what + where
+
+
+def _elided(case: Case, moment: Moment) -> str:
+    decision = DECISIONS.get(moment.event.reason, "")
+    answers = [a for a in case.report.get("unsafe_answers", ()) if a.startswith(f"{decision}=")]
+    return f"the flush that was elided ({answers[0] if answers else f'decision {decision}'})"
+
+
+def _late(case: Case, moment: Moment) -> str:
+    if moment.event.kind == "ipi":
+        return f"nobody waits for the answer: {case.label(case.facts.pcpu)} is still in the guest"
+    return "the flush comes too late: the promise has been given"
+
+
+def _use(case: Case, moment: Moment) -> str:
+    facts = case.facts
+    since = next((m for m in case.moments if m.part == REVOKE), None)
+    after = ""
+    if case.timed and since is not None and moment.time > since.time > 0:
+        after = f" {(moment.time - since.time) / 1000:.0f} us later"
+    return f"the access that uses the stale entry{after}: {', '.join(facts.kinds)}"
+
+
+_SENTENCES: dict[str, Callable[[Case, Moment], str]] = {
+    FILL: _fill,
+    REVOKE: _revoke,
+    ELIDED: _elided,
+    LATE: _late,
+    NARROW: lambda case, moment: "a flush, but too narrow: the entry stays",
+    MISSED: lambda case, moment: "enters without having seen the request",
+    PROMISE: lambda case, moment: f"KVM's promise, and {case.label(case.facts.pcpu)} has not flushed",
+    USE: _use,
+}
