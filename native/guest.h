@@ -44,6 +44,7 @@ enum exit_reason {
 	EXIT_PREEMPTION_TIMER, /* the slice is used up */
 	EXIT_MESSAGE,        /* attention other than an IPI: message, resched, stop */
 	EXIT_TRIPLE_FAULT,   /* the guest OS cannot go on: out of memory, or its tables are garbage */
+	EXIT_INSTRUCTION,    /* guest_insn.h: access is the instruction, linear its operand */
 	EXIT_REASONS
 };
 

@@ -4,6 +4,7 @@
 #define FLUSHLAB_GUEST_STATE_H
 
 #include "guest.h"
+#include "guest_insn.h"
 #include "oracle.h"
 
 enum {
@@ -76,6 +77,12 @@ struct guest {
 	uint32_t root;
 	uint32_t root_level;
 	uint32_t life;         /* tag of the root page when it was loaded */
+	/* An instruction that exits (guest_insn.h), and SMM */
+	_Atomic uint32_t insn;
+	uint64_t insn_operand; /* released by insn */
+	struct guest_process smi_handler;
+	uint32_t smm;
+	uint32_t paging_outside_smm;
 	/* MMIO: an EPT violation at this gpa page is to be treated as done by user space */
 	uint64_t skip_gfn;
 	uint64_t last_violation;

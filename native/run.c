@@ -187,16 +187,56 @@ static uint32_t halted(struct run *run)
 	return EXIT_REASONS;
 }
 
+static uint32_t exit_of(enum walk_result r)
+{
+	return r == WALK_EPT_VIOLATION ? EXIT_EPT_VIOLATION : r == WALK_GUEST_FAULT ? EXIT_TRIPLE_FAULT
+										     : EXIT_REASONS;
+}
+
+static uint32_t instruction(struct run *run, uint32_t insn, uint64_t operand)
+{
+	run->walk.exit->access = insn;
+	run->walk.exit->linear = operand;
+	return EXIT_INSTRUCTION;
+}
+
+/* The SMI handler, to its end, and RSM. */
+static uint32_t smm(struct run *run)
+{
+	struct guest_process *p = &run->walk.guest->smi_handler;
+	uint64_t left = p->record_count - p->position, done;
+	enum walk_result r;
+
+	if (!run->budget)
+		return EXIT_PREEMPTION_TIMER;
+	if (!left)
+		return instruction(run, GUEST_INSN_RSM, 0);
+	r = run_stretch(run, p->records + p->position, left < run->budget ? left : run->budget, &done);
+	p->position += done;
+	run->budget -= done;
+	return exit_of(r);
+}
+
 /* Returns an exit reason; EXIT_REASONS: nothing happened that needs one, go on. */
 static uint32_t step(struct run *run)
 {
 	struct walk *w = &run->walk;
 	struct guest *g = w->guest;
 	enum walk_result r;
-	uint64_t n;
+	uint64_t n, operand;
+	uint32_t insn;
 
 	if (attention(run))
 		return cpu_attention(w->m, w->cpu->id) & ATTENTION_IPI ? EXIT_INTERRUPT : EXIT_MESSAGE;
+	if (g->smm)
+		return smm(run);
+	insn = guest_take_insn(g, &operand);
+	if (insn == GUEST_INSN_TOGGLE_PGE) {
+		invpcid_all(w->tlb);
+		count(w->cpu->counters, COUNT_GUEST_INVALIDATIONS, 1);
+	} else if (insn) {
+		return instruction(run, insn, operand);
+	}
 	if (g->halted_until)
 		return halted(run);
 	if (g->clock >= g->due[GUEST_HALT]) {
@@ -216,9 +256,7 @@ static uint32_t step(struct run *run)
 		return run->budget ? EXIT_REASONS : EXIT_PREEMPTION_TIMER;
 	if (!g->processes)
 		return EXIT_HLT;
-	r = run_records(run, n);
-	return r == WALK_EPT_VIOLATION ? EXIT_EPT_VIOLATION : r == WALK_GUEST_FAULT ? EXIT_TRIPLE_FAULT
-										     : EXIT_REASONS;
+	return exit_of(run_records(run, n));
 }
 
 static int enter(struct run *run, struct machine *m, uint32_t cpu, uint32_t vcpu, uint64_t budget,

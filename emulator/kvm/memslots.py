@@ -32,7 +32,7 @@ def kvm_set_memory_region(
     as_id: int = 0,
 ) -> None:
     """KVM_SET_USER_MEMORY_REGION: npages 0 deletes; an existing slot with another base moves, with other
-    flags arms or disarms dirty logging.  userspace_addr is in pages."""
+    flags arms or disarms dirty logging.  userspace_addr is in pages.  as_id 1: what a vCPU in SMM sees."""
     with kvm.slots_lock.held(cpu):
         old = kvm.memslots[as_id].by_id.get(slot_id)
         if not npages:
@@ -65,15 +65,31 @@ def _check(kvm: Kvm, old: KvmMemorySlot | None, new: KvmMemorySlot) -> None:
     for other in kvm.memslots[new.as_id].slots:
         if other is not old and other.base_gfn < new.end_gfn and new.base_gfn < other.end_gfn:
             raise ValueError(f"{new!r} overlaps {other!r}")
+    for other in kvm.memslots[1 - new.as_id].slots:
+        overlaps = other.base_gfn < new.end_gfn and new.base_gfn < other.end_gfn
+        if overlaps and other.gfn_to_hva(0) != new.gfn_to_hva(0):
+            # The oracle's ledger has one frame for each gfn of a VM.
+            raise ValueError(f"{new!r} and {other!r} of the other address space map gfns to different memory")
 
 
 def _revoke(cpu: Cpu, kvm: Kvm, slot: KvmMemorySlot) -> None:
     """The ioctl promises that nobody uses the slot's memory through its gfns any more.
 
     True from here on, and said here, while mmu_notifiers still find the INVALID slot: without a slot the host
-    takes the slot's pages away without a word to KVM, and they are soon somebody else's.
+    takes the slot's pages away without a word to KVM, and they are soon somebody else's.  Not said of gfns at
+    which the other address space has the same memory.
     """
-    lib.oracle_revoke(cpu.m, cpu.id, kvm.id, slot.base_gfn, slot.end_gfn, lib.PROMISE_MEMSLOT, 0)
+    start = slot.base_gfn
+    for other in kvm.memslots[1 - slot.as_id].slots:
+        if other.base_gfn < slot.end_gfn and start < other.end_gfn:
+            _revoke_range(cpu, kvm, start, other.base_gfn)
+            start = other.end_gfn
+    _revoke_range(cpu, kvm, start, slot.end_gfn)
+
+
+def _revoke_range(cpu: Cpu, kvm: Kvm, start: int, end: int) -> None:
+    if start < end:
+        lib.oracle_revoke(cpu.m, cpu.id, kvm.id, start, end, lib.PROMISE_MEMSLOT, 0)
 
 
 def kvm_prepare_memory_region(kvm: Kvm, old: KvmMemorySlot | None, new: KvmMemorySlot, change: str) -> None:

@@ -42,13 +42,18 @@ def kvm_mmu_page_fault(cpu: Cpu, vcpu: Vcpu, gpa: int, access: int, present: boo
     FIXED, SPURIOUS and RETRY all mean: let the guest try again.
     """
     fault = KvmPageFault(gpa >> 12, access, present)
-    fault.slot = gfn_to_memslot(vcpu.kvm, fault.gfn, vcpu.mmu.root_role.smm)
+    fault.slot = gfn_to_memslot(vcpu.kvm, fault.gfn, kvm_arch_vcpu_memslots_id(vcpu))
     r = kvm_tdp_page_fault(cpu, vcpu, fault)
     if r == RET_PF_FIXED:
         cpu.stat(vcpu.kvm.id, lib.STAT_FAULTS)
     elif r == RET_PF_RETRY:
         cpu.stat(vcpu.kvm.id, lib.STAT_FAULT_RETRIES)
     return r
+
+
+def kvm_arch_vcpu_memslots_id(vcpu: Vcpu) -> int:
+    """kvm_arch_vcpu_memslots_id(): by the vCPU's mode, not by its root."""
+    return int(vcpu.arch.smm)
 
 
 def kvm_tdp_page_fault(cpu: Cpu, vcpu: Vcpu, fault: KvmPageFault) -> int:

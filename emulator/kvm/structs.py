@@ -296,13 +296,14 @@ class VcpuArch:
     """Registers of struct kvm_vcpu_arch that decide about roots and flushes: those of a 64-bit guest, as user
     space sets them.  `smram`: what enter_smm() saved."""
 
-    __slots__ = ("cr0", "cr3", "cr4", "smi_pending", "smm", "smram")
+    __slots__ = ("cr0", "cr3", "cr4", "leaving_smm", "smi_pending", "smm", "smram")
 
     def __init__(self) -> None:
         self.cr0 = X86_CR0_PE | X86_CR0_WP | X86_CR0_PG
         self.cr3 = 0
         self.cr4 = X86_CR4_PAE
         self.smm = False  # hflags & HF_SMM_MASK
+        self.leaving_smm = False  # in RSM: registers change that the guest does not run with
         self.smi_pending = False
         self.smram: tuple[int, int, int] = (0, 0, 0)  # CR0, CR3, CR4
 

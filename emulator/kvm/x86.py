@@ -17,6 +17,7 @@ from emulator.kvm.kvm_host import (
     IN_GUEST_MODE,
     KVM_REQ_LOAD_MMU_PGD,
     KVM_REQ_MMU_FREE_OBSOLETE_ROOTS,
+    KVM_REQ_SMI,
     KVM_REQ_TLB_FLUSH,
     KVM_REQ_TLB_FLUSH_CURRENT,
     KVM_REQ_TLB_FLUSH_GUEST,
@@ -29,9 +30,11 @@ from emulator.kvm.kvm_host import (
     RunYield,
 )
 from emulator.kvm.page_fault import kvm_mmu_page_fault
+from emulator.kvm.regs import handle_cr
 from emulator.kvm.requests import kvm_check_request, kvm_test_request
 from emulator.kvm.root_tracking import active_roots, mmu_roots, record_flush
 from emulator.kvm.roots import kvm_mmu_free_obsolete_roots, kvm_mmu_reload
+from emulator.kvm.smm import emulator_leave_smm, enter_smm, process_smi
 from emulator.kvm.structs import Vcpu
 from emulator.kvm.tdp_map import EFAULT, ENOMEM, RET_PF_EMULATE, RET_PF_RETRY
 from emulator.kvm.vcpu import vcpu_load, vcpu_put
@@ -105,7 +108,16 @@ def serve_requests(cpu: Cpu, vcpu: Vcpu) -> ExitToUser | None:
     if kvm_check_request(cpu, vcpu, KVM_REQ_TLB_FLUSH):
         kvm_vcpu_flush_tlb_all(cpu, vcpu)
     kvm_service_local_tlb_flush_requests(cpu, vcpu)
+    if kvm_check_request(cpu, vcpu, KVM_REQ_SMI):
+        process_smi(vcpu)
     return None
+
+
+def kvm_check_and_inject_events(cpu: Cpu, vcpu: Vcpu) -> None:
+    """kvm_check_and_inject_events(), as far as it concerns SMIs."""
+    if vcpu.arch.smi_pending and not vcpu.arch.smm:
+        vcpu.arch.smi_pending = False
+        enter_smm(cpu, vcpu)
 
 
 def kvm_vcpu_exit_request(cpu: Cpu, vcpu: Vcpu) -> bool:
@@ -135,6 +147,8 @@ def vcpu_enter_guest(cpu: Cpu, vcpu: Vcpu) -> Generator[RunYield, Cpu, Entered]:
         if leave is not None:
             return cpu, leave
         cpu = yield PREEMPTIBLE
+    if vcpu.arch.smi_pending:
+        kvm_check_and_inject_events(cpu, vcpu)
     try:
         loaded = kvm_mmu_reload(cpu, vcpu)
     except OutOfFrames:
@@ -197,11 +211,21 @@ def vmx_handle_exit(cpu: Cpu, vcpu: Vcpu) -> ExitToUser | None:
     cpu.stat(vcpu.kvm.id, lib.STAT_EXITS)
     if reason == lib.EXIT_EPT_VIOLATION:
         return handle_ept_violation(cpu, vcpu)
+    if reason == lib.EXIT_INSTRUCTION:
+        handle_instruction(cpu, vcpu, vcpu.exit.access, vcpu.exit.linear)
     if reason == lib.EXIT_TRIPLE_FAULT:
         return ExitToUser("shutdown")
     if reason == lib.EXIT_EPT_MISCONFIG:
         raise MachineError(f"EPT misconfiguration of {vcpu!r} at {vcpu.exit.gpa:#x}")
     return None
+
+
+def handle_instruction(cpu: Cpu, vcpu: Vcpu, insn: int, operand: int) -> None:
+    """handle_cr(), and what emulation of RSM comes to."""
+    if insn == lib.GUEST_INSN_RSM:
+        emulator_leave_smm(cpu, vcpu)
+    else:
+        handle_cr(cpu, vcpu, insn, operand)
 
 
 def handle_ept_violation(cpu: Cpu, vcpu: Vcpu) -> ExitToUser | None:

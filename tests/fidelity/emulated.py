@@ -9,12 +9,14 @@ from dataclasses import replace
 from types import MappingProxyType
 from typing import Any
 
+from emulator.kvm import kvm_host
 from emulator.kvm.kvm_host import KVM_MEM_LOG_DIRTY_PAGES
 from emulator.kvm.kvm_main import (
     kvm_destroy_vm,
     kvm_vm_ioctl_clear_dirty_log,
     kvm_vm_ioctl_get_dirty_log,
 )
+from emulator.kvm.smm import kvm_inject_smi
 from emulator.kvm.structs import KvmParams
 from emulator.policy import preset as preset_named
 from native import lib
@@ -24,12 +26,29 @@ from .lines import Machine, Step
 from .machine import EmulatedMachine, Vm
 from .probes import Probes
 
+# Instructions that the guest executes on request: CR0.WP exits or not, which is the same to KVM with EPT.
+TOGGLES: dict[str, tuple[int, int]] = {
+    "cr0_wp": (lib.GUEST_INSN_MOV_CR0, kvm_host.X86_CR0_WP),
+    "cr4_pse": (lib.GUEST_INSN_MOV_CR4, kvm_host.X86_CR4_PSE),
+    "cr4_pge": (lib.GUEST_INSN_TOGGLE_PGE, 0),
+}
 # Memory of the process that no slot covers.
 UNBACKED = 0x8000
 
 
 class EmulatorDriver:
-    capabilities = frozenset({"force_yield", "memslot_move", "thp", "collapse", "zap_collapsible", "pageout"})
+    capabilities = frozenset(
+        {
+            "force_yield",
+            "memslot_move",
+            "thp",
+            "collapse",
+            "zap_collapsible",
+            "pageout",
+            "smm",
+            "guest_cr",
+        }
+    )
 
     @contextmanager
     def boot(
@@ -196,7 +215,33 @@ class EmulatedBench(EmulatedMachine):
         time.sleep(0.02)
         return 0
 
+    def _smi(self, step: Step) -> int:
+        vcpu = self._vm(step).tasks[step.number("vcpu")].vcpu
+        before = self.probes.count("rsm", vcpu.id)
+        kvm_inject_smi(self.cpu, vcpu)
+        self.wait(lambda: self.probes.count("rsm", vcpu.id) > before, "RSM")
+        return 0
+
     def _guest_insn(self, step: Step) -> int:
+        insn = step.word("insn")
+        if insn in TOGGLES:
+            return self._toggle(step, *TOGGLES[insn])
+        return self._counted_insn(step)
+
+    def _toggle(self, step: Step, insn: int, bit: int) -> int:
+        """A register bit, there and back again, each time in an instruction of its own."""
+        vcpu = self._vm(step).tasks[step.number("vcpu")].vcpu
+        for _ in range(step.number("n")):
+            old = vcpu.arch.cr0 if insn == lib.GUEST_INSN_MOV_CR0 else vcpu.arch.cr4
+            before = self.probes.count("register", vcpu.id)
+            assert lib.guest_execute(self.native.m, vcpu.id, insn, old ^ bit) == 0
+            if insn == lib.GUEST_INSN_TOGGLE_PGE:
+                self.wait(lambda: bool(lib.guest_executed(self.native.m, vcpu.id)), str(step))
+            else:
+                self.wait(lambda before=before: self.probes.count("register", vcpu.id) > before, str(step))  # type: ignore[misc]
+        return step.number("n")
+
+    def _counted_insn(self, step: Step) -> int:
         counter = {"mov_cr3": lib.COUNT_GUEST_SWITCHES, "invlpg": lib.COUNT_GUEST_INVALIDATIONS}[
             step.word("insn")
         ]

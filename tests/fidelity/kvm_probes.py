@@ -26,6 +26,8 @@ def probe_kvm(probes: Probes) -> None:
     each_call("kvm_flush_remote_tlbs", "remote_tlb_flush_requests")
     each_call("kvm_sched_in", "sched_in")
     each_call("vmx_handle_exit", "exits")
+    each_call("handle_cr", "register")
+    each_call("emulator_leave_smm", "rsm")
     probes.probe("kvm_make_all_cpus_request", lambda args, _: (f"request {names[args[2]]}", args[1].id, 1))
     # kvm_vcpu_flush_tlb_{all,current,guest} count here, on the pCPU on which the vCPU is loaded.
     probes.probe_method(

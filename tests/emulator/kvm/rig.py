@@ -18,6 +18,7 @@ from emulator.kvm.kvm_main import (
     kvm_set_memory_region,
     kvm_vm_ioctl_create_vcpu,
 )
+from emulator.kvm.smm import kvm_inject_smi
 from emulator.kvm.structs import Kvm, KvmParams, Vcpu
 from emulator.kvm.x86 import vcpu_run
 from emulator.policy import Policy
@@ -26,6 +27,7 @@ from native import VIOLATION_KINDS, VM_STAT_NAMES, ffi, lib
 
 GFNS = 4096
 SLOT = 0
+HANDLER = 16
 
 CONFIG = {
     "pcpus": 3,
@@ -74,6 +76,9 @@ class Guest:
         rig.host.check(
             lib.guest_add_process(rig.machine.m, self.vcpu.id, self.records, pages, self.pages, pages)
         )
+        # What the SMI handler does, one access after the other.
+        self.handler = ffi.new("uint64_t[]", HANDLER)
+        lib.guest_set_smi_handler(rig.machine.m, self.vcpu.id, self.handler, 0)
         self.run = vcpu_run(self.vcpu)
         next(self.run)
 
@@ -91,14 +96,34 @@ class Guest:
     def access(self, pcpu: int, gfn: int, kind: int) -> RunYield:
         """One access, with all exits that it takes."""
         self.records[0] = kind << 62 | gfn << 12
+        return self.next_slice(pcpu)
+
+    def run_slices(self, pcpu: int, slices: int) -> None:
+        while slices:
+            slices -= self.resume(pcpu) is RESCHED
+
+    def enter_smm(self, pcpu: int, *gfns: int) -> None:
+        """An SMI; the handler reads the first of these pages.  Each `resume` reads one more, and after the
+        last one comes RSM."""
+        for i, gfn in enumerate(gfns):
+            self.handler[i] = gfn << 12
+        lib.guest_set_smi_handler(self.rig.machine.m, self.vcpu.id, self.handler, len(gfns))
+        kvm_inject_smi(self.rig.host, self.vcpu)
+        if gfns:
+            self.next_slice(pcpu)
+
+    def next_slice(self, pcpu: int) -> RunYield:
+        """One access, with all exits that it takes."""
         while True:
             state = self.resume(pcpu)
             if state is not PREEMPTIBLE:
                 return state
 
-    def run_slices(self, pcpu: int, slices: int) -> None:
-        while slices:
-            slices -= self.resume(pcpu) is RESCHED
+    def execute(self, pcpu: int, insn: int, operand: int) -> None:
+        """An instruction that exits, and one access."""
+        assert lib.guest_execute(self.rig.machine.m, self.vcpu.id, insn, operand) == 0
+        self.next_slice(pcpu)
+        assert lib.guest_executed(self.rig.machine.m, self.vcpu.id)
 
     def write(self, pcpu: int, gfn: int) -> RunYield:
         return self.access(pcpu, gfn, lib.ACCESS_WRITE)
@@ -124,6 +149,10 @@ class Rig:
         if slot:
             kvm_set_memory_region(self.host, kvm, SLOT, 0, GFNS, 0)
         return kvm
+
+    def smm_slots(self, kvm: Kvm) -> None:
+        """SMM sees the same memory."""
+        kvm_set_memory_region(self.host, kvm, SLOT, 0, GFNS, 0, as_id=1)
 
     def guest(self, kvm: Kvm, **config: int) -> Guest:
         return Guest(self, kvm, **config)

@@ -1,0 +1,114 @@
+"""arch/x86/kvm/regs.c: control registers that the guest writes with an exit, and which roots and flushes
+that takes.
+
+With EPT few writes exit: CR0.PG, and of CR4 what is part of a role.  CR0.WP and CR4.PGE are the guest's own,
+and so is CR3; their flushes are the hardware's, on the pCPU where the guest is.
+"""
+
+from __future__ import annotations
+
+from emulator.kvm.kvm_host import (
+    KVM_MMU_CR0_ROLE_BITS,
+    KVM_MMU_CR4_ROLE_BITS,
+    KVM_REQ_TLB_FLUSH_CURRENT,
+    KVM_REQ_TLB_FLUSH_GUEST,
+    X86_CR0_PG,
+    X86_CR0_WP,
+    X86_CR3_PCID_NOFLUSH,
+    X86_CR4_PAE,
+    X86_CR4_PCIDE,
+    X86_CR4_PGE,
+    X86_CR4_SMEP,
+)
+from emulator.kvm.requests import flush_elided, kvm_make_request
+from emulator.kvm.roots import kvm_init_mmu, kvm_mmu_new_pgd, kvm_mmu_reset_context
+from emulator.kvm.structs import Vcpu
+from emulator.runtime import Cpu
+from native import lib
+
+
+def request_guest_flush(cpu: Cpu, vcpu: Vcpu, req: int) -> None:
+    """A flush that the architecture promises the guest.  Decision role_change: apart from what happens to the
+    roots (5.18), or not at all."""
+    if vcpu.kvm.policy.role_change(cpu, vcpu) == "no-guest-flush":
+        flush_elided(cpu, vcpu.kvm, lib.REASON_GUEST, vcpu.id)
+    else:
+        kvm_make_request(cpu, vcpu, req)
+
+
+def kvm_set_cr0(cpu: Cpu, vcpu: Vcpu, cr0: int) -> None:
+    """kvm_set_cr0()"""
+    old_cr0, vcpu.arch.cr0 = vcpu.arch.cr0, cr0
+    vmx_set_cr0(cpu, vcpu, old_cr0, cr0)
+    kvm_post_set_cr0(cpu, vcpu, old_cr0, cr0)
+
+
+def vmx_set_cr0(cpu: Cpu, vcpu: Vcpu, old_cr0: int, cr0: int) -> None:
+    """vmx_set_cr0(), with an unrestricted guest.  (Out of SMM: there the guest has no paging anyway.)"""
+    if (cr0 ^ old_cr0) & X86_CR0_PG and not vcpu.arch.smm and not vcpu.arch.leaving_smm:
+        lib.vcpu_set_paging(cpu.m, vcpu.id, bool(cr0 & X86_CR0_PG))
+
+
+def kvm_post_set_cr0(cpu: Cpu, vcpu: Vcpu, old_cr0: int, cr0: int) -> None:
+    """kvm_post_set_cr0()
+
+    CR0.WP is in no SPTE with EPT (since 6.4).  Clearing CR0.PG flushes the guest's TLB; to 5.17 that was left
+    to the load of the root.
+    """
+    changed = cr0 ^ old_cr0
+    unload_all = vcpu.kvm.policy.role_change(cpu, vcpu) == "unload-all"
+    if changed == X86_CR0_WP and not unload_all:
+        if cr0 & X86_CR0_PG:
+            kvm_init_mmu(vcpu)
+        return
+    if changed & X86_CR0_PG and not cr0 & X86_CR0_PG and not unload_all:
+        request_guest_flush(cpu, vcpu, KVM_REQ_TLB_FLUSH_GUEST)
+    if changed & KVM_MMU_CR0_ROLE_BITS:
+        kvm_mmu_reset_context(cpu, vcpu)
+
+
+def kvm_set_cr4(cpu: Cpu, vcpu: Vcpu, cr4: int) -> None:
+    """kvm_set_cr4()"""
+    old_cr4, vcpu.arch.cr4 = vcpu.arch.cr4, cr4
+    kvm_post_set_cr4(cpu, vcpu, old_cr4, cr4)
+
+
+def kvm_post_set_cr4(cpu: Cpu, vcpu: Vcpu, old_cr4: int, cr4: int) -> None:
+    """kvm_post_set_cr4(): which bits flush what is the SDM's (vol. 3A, 4.10.4.1)."""
+    changed = cr4 ^ old_cr4
+    if changed & KVM_MMU_CR4_ROLE_BITS:
+        kvm_mmu_reset_context(cpu, vcpu)
+        if vcpu.kvm.policy.role_change(cpu, vcpu) == "unload-all":
+            return
+    if changed & X86_CR4_PGE or (old_cr4 & ~cr4) & X86_CR4_PCIDE:
+        request_guest_flush(cpu, vcpu, KVM_REQ_TLB_FLUSH_GUEST)
+    elif changed & X86_CR4_PAE or (cr4 & ~old_cr4) & X86_CR4_SMEP:
+        request_guest_flush(cpu, vcpu, KVM_REQ_TLB_FLUSH_CURRENT)
+
+
+def kvm_set_cr3(cpu: Cpu, vcpu: Vcpu, cr3: int) -> None:
+    """kvm_set_cr3(): with EPT only from the emulator, as for RSM; MOV CR3 does not exit."""
+    skip_tlb_flush = False
+    if vcpu.arch.cr4 & X86_CR4_PCIDE:
+        skip_tlb_flush = bool(cr3 & X86_CR3_PCID_NOFLUSH)
+        cr3 &= ~X86_CR3_PCID_NOFLUSH
+    if cr3 != vcpu.arch.cr3:
+        kvm_mmu_new_pgd(cpu, vcpu)
+    vcpu.arch.cr3 = cr3
+    if not skip_tlb_flush:
+        kvm_invalidate_pcid(cpu, vcpu)
+
+
+def kvm_invalidate_pcid(cpu: Cpu, vcpu: Vcpu) -> None:
+    """kvm_invalidate_pcid() with EPT: combined mappings of any PCID under this VPID."""
+    request_guest_flush(cpu, vcpu, KVM_REQ_TLB_FLUSH_GUEST)
+
+
+def handle_cr(cpu: Cpu, vcpu: Vcpu, insn: int, value: int) -> None:
+    """handle_cr(): MOV to a control register that exits."""
+    if insn == lib.GUEST_INSN_MOV_CR0:
+        kvm_set_cr0(cpu, vcpu, value)
+    elif insn == lib.GUEST_INSN_MOV_CR3:
+        kvm_set_cr3(cpu, vcpu, value)
+    else:
+        kvm_set_cr4(cpu, vcpu, value)

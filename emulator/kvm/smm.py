@@ -1,0 +1,81 @@
+"""arch/x86/kvm/smm.c: system-management mode.  It has memory slots of its own, and so roots of its own.
+
+kvm_inject_smi      user space, any thread
+process_smi         the vCPU serves the request
+enter_smm           before the next entry: the guest runs its handler, without paging
+emulator_leave_smm  the guest executed RSM
+"""
+
+from __future__ import annotations
+
+from emulator.kvm.kvm_host import KVM_REQ_SMI, X86_CR0_PE, X86_CR0_PG, X86_CR4_PAE, X86_CR4_PCIDE
+from emulator.kvm.regs import kvm_set_cr0, kvm_set_cr3, kvm_set_cr4
+from emulator.kvm.requests import kvm_make_request, kvm_vcpu_kick
+from emulator.kvm.roots import kvm_mmu_reset_context
+from emulator.kvm.structs import Vcpu
+from emulator.runtime import Cpu
+from native import lib
+
+_CR3_PCID = 0xFFF
+
+
+def kvm_inject_smi(cpu: Cpu, vcpu: Vcpu) -> None:
+    """kvm_inject_smi(): KVM_SMI, or an interrupt of that kind."""
+    kvm_make_request(cpu, vcpu, KVM_REQ_SMI)
+    kvm_vcpu_kick(cpu, vcpu)
+
+
+def process_smi(vcpu: Vcpu) -> None:
+    """process_smi()"""
+    vcpu.arch.smi_pending = True
+
+
+def kvm_smm_changed(cpu: Cpu, vcpu: Vcpu, entering_smm: bool) -> None:
+    """kvm_smm_changed(): the role has another address space now, and with it another root."""
+    vcpu.arch.smm = entering_smm
+    kvm_mmu_reset_context(cpu, vcpu)
+
+
+def enter_smm(cpu: Cpu, vcpu: Vcpu) -> None:
+    """enter_smm(): registers go to SMRAM; CR0 and CR4 change without what kvm_set_cr0() and kvm_set_cr4()
+    request.  The guest finds what it had cached when it is back, as after an SMI on hardware."""
+    arch = vcpu.arch
+    arch.smram = (arch.cr0, arch.cr3, arch.cr4)
+    kvm_smm_changed(cpu, vcpu, True)
+    arch.cr0 &= ~(X86_CR0_PE | X86_CR0_PG)
+    arch.cr4 = 0
+    lib.vcpu_set_smm(cpu.m, vcpu.id, 1)
+    kvm_mmu_reset_context(cpu, vcpu)
+
+
+def emulator_leave_smm(cpu: Cpu, vcpu: Vcpu) -> None:
+    """emulator_leave_smm(): back to real mode first, then what SMRAM says."""
+    arch = vcpu.arch
+    kvm_smm_changed(cpu, vcpu, False)
+    lib.vcpu_set_smm(cpu.m, vcpu.id, 0)
+    arch.leaving_smm = True
+    try:
+        if arch.cr4 & X86_CR4_PCIDE:
+            kvm_set_cr4(cpu, vcpu, arch.cr4 & ~X86_CR4_PCIDE)
+        if arch.cr0 & X86_CR0_PE:
+            kvm_set_cr0(cpu, vcpu, arch.cr0 & ~(X86_CR0_PG | X86_CR0_PE))
+        if arch.cr4 & X86_CR4_PAE:
+            kvm_set_cr4(cpu, vcpu, arch.cr4 & ~X86_CR4_PAE)
+        rsm_enter_protected_mode(cpu, vcpu, *arch.smram)
+    finally:
+        arch.leaving_smm = False
+
+
+def rsm_enter_protected_mode(cpu: Cpu, vcpu: Vcpu, cr0: int, cr3: int, cr4: int) -> None:
+    """rsm_enter_protected_mode(): CR4.PCIDE only after paging is on, and with CR3[11:0] clear until then."""
+    pcid = 0
+    if cr4 & X86_CR4_PCIDE:
+        pcid = cr3 & _CR3_PCID
+        cr3 &= ~_CR3_PCID
+    kvm_set_cr3(cpu, vcpu, cr3)
+    kvm_set_cr4(cpu, vcpu, cr4 & ~X86_CR4_PCIDE)
+    kvm_set_cr0(cpu, vcpu, cr0)
+    if cr4 & X86_CR4_PCIDE:
+        kvm_set_cr4(cpu, vcpu, cr4)
+        if pcid:
+            kvm_set_cr3(cpu, vcpu, cr3 | pcid)
