@@ -10,7 +10,7 @@ from collections.abc import Iterable, Mapping
 from typing import Any
 
 from emulator.explain.events import PROMISED_BY, PROMISES, Event, EventTail, name_of
-from emulator.explain.plot import ELIDED, LATE, NARROW, REVOKE, Facts, Plot, phrases
+from emulator.explain.plot import ELIDED, LATE, MISSED, NARROW, REVOKE, Facts, Plot, phrases
 from emulator.result import Report
 from native import VIOLATION_KINDS, ffi, lib
 
@@ -30,6 +30,14 @@ DECISIONS = {
     "remote_recover": "huge_recovery",
     "migration": "migration",
     "root_load": "root_load",
+}
+
+
+_CULPRITS = {
+    ELIDED: "elided",
+    LATE: "too late",
+    NARROW: "too narrow",
+    MISSED: "request not seen",
 }
 
 
@@ -116,7 +124,7 @@ def _use_text(r: Any, kinds: tuple[str, ...], plot: Plot, names: dict[int, str])
         f"  revoked: {_promise_text(r, kinds[0], names)}",
         *_revocation_text(r, plot, names),
         *_flush_text(r, plot, names),
-        f"  missing: {_missing(kinds[0], r)}",
+        *([] if plot.culprit else [f"  missing: {_missing(kinds[0], r)}"]),
     ]
 
 
@@ -147,13 +155,13 @@ def _flush_text(r: Any, plot: Plot, names: dict[int, str]) -> list[str]:
     flushed = [_name(names, cpu) for cpu in plot.flushed_on()]
     if flushed:
         lines.append(f"  flushed since: {', '.join(flushed)}")
-    for part, word in ((ELIDED, "elided"), (LATE, "too late"), (NARROW, "too narrow")):
-        moment = plot.part(part)
-        if moment is not None:
-            decision = DECISIONS.get(moment.event.reason, "") if part == ELIDED else ""
-            asked = f" (decision {decision})" if decision else ""
-            what = phrases(moment, plot.facts)[0]
-            lines.append(f"  {word}: {what} on {_name(names, moment.cpu)}, {_ago(moment.time, r)}{asked}")
+    culprit = plot.culprit
+    if culprit is not None:
+        decision = DECISIONS.get(culprit.event.reason, "") if culprit.part == ELIDED else ""
+        asked = f" (decision {decision})" if decision else ""
+        what = phrases(culprit, plot.facts)[0]
+        where = _name(names, culprit.cpu)
+        lines.append(f"  {_CULPRITS[culprit.part]}: {what} on {where}, {_ago(culprit.time, r)}{asked}")
     return lines
 
 

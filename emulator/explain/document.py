@@ -14,9 +14,8 @@ from typing import Any
 
 from emulator.errors import BadInput
 from emulator.explain.events import Event
-from emulator.explain.plot import ELIDED, LATE, MISSED, NARROW, REVOKE, Facts, Moment, Plot
+from emulator.explain.plot import REVOKE, Facts, Moment, Plot
 
-_CULPRITS = (ELIDED, LATE, NARROW, MISSED)
 _EXPECTED = "JSON of flushlab run, litmus or explore, with a violation"
 
 
@@ -57,7 +56,7 @@ class Case:
 
     def quality(self) -> int:
         """How much of the race is known, and how narrow it is: better cases are shown first."""
-        known = [self.plot.part(REVOKE), next((m for m in self.moments if m.part in _CULPRITS), None)]
+        known = (self.plot.part(REVOKE), self.plot.culprit)
         return 10 * sum(moment is not None for moment in known) - len(self.columns)
 
 

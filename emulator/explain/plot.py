@@ -22,6 +22,7 @@ NARROW = "narrow"
 MISSED = "missed"
 PROMISE = "promise"
 USE = "use"
+CULPRITS = (ELIDED, LATE, NARROW, MISSED)
 
 _WRITE_PROMISES = ("dirty_log", "notifier_write")
 _WITHOUT_ENTRY = {"lost-dirty", "ipi-stall", "rcu-stall", "deadlock"}
@@ -123,6 +124,11 @@ class Plot:
 
     def part(self, name: str) -> Moment | None:
         return next((moment for moment in self.moments if moment.part == name), None)
+
+    @property
+    def culprit(self) -> Moment | None:
+        """The flush that did not do it, if it is known."""
+        return next((moment for moment in self.moments if moment.part in CULPRITS), None)
 
     @property
     def revoked_on(self) -> int:
@@ -309,9 +315,11 @@ class Plot:
         if stale is None:
             return
         flushed = [i for i in range(stale + 1, len(self.events)) if self._is_flush_elsewhere(self.events[i])]
-        own = next((i for i in flushed if self.events[i].cpu == self._whereabouts(i)), None)
-        if own is not None:
-            self._meanwhile(own)
+        own = [i for i in flushed if self.events[i].cpu == self._whereabouts(i)]
+        if own:
+            # Rather the one that was asked for than that of a migration on the way.
+            asked = (i for i in own if self.events[i].reason.startswith("remote"))
+            self._meanwhile(next(asked, own[0]))
         else:
             # Somebody else's, if it needs no column of its own.
             shown = {self.events[i].cpu for i in self._parts}

@@ -135,7 +135,7 @@ class _Picture:
         seen: dict[int, tuple[int, int]] = {}
         for row, _, bottom, top in self.boxes:
             event, middle = row.moment.event, (top + bottom) // 2
-            if event.kind in ("load", "entry", USE, FILL):
+            if event.kind in ("load", "entry", "guest_invalidate", USE, FILL):
                 before = seen.get(event.a)
                 if event.kind == "load" and before is not None and before[0] != row.cpu:
                     yield self._arrow("a", before[0], before[1], row.cpu, middle)

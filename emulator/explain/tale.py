@@ -46,10 +46,9 @@ class Tale:
 def tell(case: Case) -> Tale:
     rows: list[Row] = []
     notes: list[Note] = []
-    culprit = any(moment.part in _BLAMED for moment in case.moments)
     for moment in case.moments:
         part = moment.part
-        if part == PROMISE and culprit:
+        if part == PROMISE and case.plot.culprit is not None:
             part = ""
         mark = 0
         if part:
@@ -82,9 +81,6 @@ def _row(tale: Tale, row: Row) -> dict[str, Any]:
         "mark": row.mark,
         "event": row.moment.event.kind,
     }
-
-
-_BLAMED = (ELIDED, LATE, NARROW, MISSED)
 
 
 def _title(case: Case) -> str:
@@ -123,7 +119,7 @@ def _revoke(case: Case, moment: Moment) -> str:
         "guest_invalidate": f"the guest invalidates it here, but {case.label(facts.pcpu)} keeps its entry",
         "root_free": "the root's page may become another root",
     }.get(moment.event.kind, "the translation goes")
-    return what + where
+    return what if moment.event.kind == "guest_invalidate" else what + where
 
 
 def _elided(case: Case, moment: Moment) -> str:
