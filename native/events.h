@@ -4,7 +4,7 @@
 
 #include "oracle.h"
 
-enum { EVENT_RING = 1024, REPORTS_KEPT = 1024, REPORTS_WITH_EVENTS = 16, EVENTS_KEPT = 512, EVENTS_OF_CPU = 128 };
+enum { EVENT_RING = 1024, REPORTS_KEPT = 1024, STORIES = 24, STORIES_OF_KIND = 6, EVENTS_KEPT = 512, EVENTS_OF_CPU = 128 };
 
 struct event_slot {
 	_Atomic uint64_t time;
@@ -20,6 +20,7 @@ struct event_ring {
 
 struct report_slot {
 	_Atomic uint32_t complete;
+	uint32_t story; /* its number + 1; 0: none */
 	struct violation_report report;
 };
 
@@ -34,7 +35,8 @@ struct oracle {
 	_Atomic uint64_t count[VIOLATIONS];
 	_Atomic uint32_t reports; /* taken; may exceed REPORTS_KEPT */
 	struct report_slot report[REPORTS_KEPT];
-	struct story story[REPORTS_WITH_EVENTS];
+	_Atomic uint32_t stories;  /* taken; may exceed STORIES */
+	struct story story[STORIES];
 };
 
 /* Fill the story of a report: events that concern it, CPU by CPU, those of the CPUs involved first. */

@@ -63,23 +63,35 @@ void oracle_judge_table(struct judgement *j, uint32_t kinds)
 	j->promise = PROMISE_FREE;
 }
 
+static uint32_t take_story(struct machine *m, const struct violation_report *report)
+{
+	uint32_t n = atomic_fetch_add_explicit(&m->oracle->stories, 1, memory_order_relaxed);
+
+	if (n >= STORIES)
+		return 0;
+	story_copy(m, report, &m->oracle->story[n]);
+	return n + 1;
+}
+
 void oracle_report(struct machine *m, uint32_t cpu, const struct violation_report *report)
 {
 	struct oracle *o = m->oracle;
 	uint32_t kind = (uint32_t)__builtin_ctz(report->kinds | 1u << VIOLATIONS);
+	uint64_t before;
 	uint32_t n;
 
 	if (kind >= VIOLATIONS)
 		return;
-	atomic_fetch_add_explicit(&o->count[kind], 1, memory_order_relaxed);
+	before = atomic_fetch_add_explicit(&o->count[kind], 1, memory_order_relaxed);
 	n = atomic_fetch_add_explicit(&o->reports, 1, memory_order_relaxed);
 	if (n >= REPORTS_KEPT)
 		return;
 	o->report[n].report = *report;
 	o->report[n].report.cpu = cpu;
 	o->report[n].report.time = monotonic_ns();
-	if (n < REPORTS_WITH_EVENTS)
-		story_copy(m, &o->report[n].report, &o->story[n]);
+	/* A kind that is frequent leaves room for the others. */
+	if (before < STORIES_OF_KIND)
+		o->report[n].story = take_story(m, &o->report[n].report);
 	/* Release: pairs with the acquire in oracle_reports. */
 	atomic_store_explicit(&o->report[n].complete, 1, memory_order_release);
 }
@@ -131,13 +143,15 @@ uint32_t oracle_reports(struct machine *m, uint32_t from, struct violation_repor
 uint32_t oracle_report_events(struct machine *m, uint32_t report, struct event *events, uint32_t max)
 {
 	const struct oracle *o = m->oracle;
+	const struct story *story;
 	uint32_t n;
 
-	if (report >= REPORTS_WITH_EVENTS ||
-	    !atomic_load_explicit(&o->report[report].complete, memory_order_acquire))
+	if (report >= REPORTS_KEPT || !atomic_load_explicit(&o->report[report].complete, memory_order_acquire) ||
+	    !o->report[report].story)
 		return 0;
-	n = o->story[report].events < max ? o->story[report].events : max;
-	memcpy(events, o->story[report].event, n * sizeof(*events));
+	story = &o->story[o->report[report].story - 1];
+	n = story->events < max ? story->events : max;
+	memcpy(events, story->event, n * sizeof(*events));
 	return n;
 }
 

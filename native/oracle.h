@@ -126,7 +126,7 @@ uint64_t events_count(struct machine *m, uint32_t cpu);
 /* Last events of a CPU, oldest first; returns how many (the ring holds 1024). */
 uint32_t events_read(struct machine *m, uint32_t cpu, struct event *events, uint32_t max);
 /* What led to a report, in no order: events that concern it, of all CPUs, as they were when it was made.  For the
- * first 16 reports of a run; at most 512. */
+ * first 6 reports of each kind, and 24 of a run; at most 512 events. */
 uint32_t oracle_report_events(struct machine *m, uint32_t report, struct event *events, uint32_t max);
 /* end api */
 

@@ -15,6 +15,7 @@ from typing import Any
 from emulator.errors import BadInput
 from emulator.explain.events import Event
 from emulator.explain.plot import REVOKE, Facts, Moment, Plot
+from native import VIOLATION_KINDS
 
 _EXPECTED = "JSON of flushlab run, litmus or explore, with a violation"
 
@@ -54,10 +55,12 @@ class Case:
         cpus = dict.fromkeys(moment.cpu for moment in self.moments)
         return sorted(cpus, key=lambda cpu: (not self.label(cpu).startswith("CPU"), cpu))
 
-    def quality(self) -> int:
-        """How much of the race is known, and how narrow it is: better cases are shown first."""
+    def quality(self) -> tuple[int, int, int]:
+        """How much of the race is known, how specific its kind, how narrow it is: better is greater."""
         known = (self.plot.part(REVOKE), self.plot.culprit)
-        return 10 * sum(moment is not None for moment in known) - len(self.columns)
+        kinds = VIOLATION_KINDS
+        rank = kinds.index(self.facts.kind) if self.facts.kind in kinds else len(kinds)
+        return sum(moment is not None for moment in known), -rank, -len(self.columns)
 
 
 def load_cases(path: Path) -> list[Case]:
