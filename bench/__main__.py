@@ -21,6 +21,7 @@ from bench.job import job
 from bench.machine import facts, load, usable_cores
 from bench.report import Report
 from bench.toolchain import Toolchain
+from bench.zap import zap_flushes
 from emulator.errors import BadInput
 
 BENCHMARKS = (
@@ -30,6 +31,7 @@ BENCHMARKS = (
     Benchmark("job", "kvm_flush_remote_tlbs in the main job", job, cores=2),
     Benchmark("idle", "broadcast to idle pCPUs, their boot and stop", idle),
     Benchmark("spte", "map and zap per SPTE", programs.spte),
+    Benchmark("zap_flushes", "1 GiB of 4K mappings goes: flushes by policy", zap_flushes),
     Benchmark("flush", "flushes as the TLB grows", programs.flush),
     Benchmark("lookup", "the first-level look-up and its rivals", programs.lookup),
     Benchmark("rcu", "read sections and callbacks", programs.rcu),
@@ -95,7 +97,7 @@ def _parse(arguments: Sequence[str] | None) -> argparse.Namespace:
         prog="python -m bench",
         description="Measurements, each beside a reference taken in the same run.",
         formatter_class=argparse.RawDescriptionHelpFormatter,
-        epilog="benchmarks:\n" + "\n".join(f"  {one.name:<8} {one.title}" for one in BENCHMARKS),
+        epilog="benchmarks:\n" + "\n".join(f"  {one.name:<11} {one.title}" for one in BENCHMARKS),
     )
     parser.add_argument("--json", metavar="FILE|-", help="write a JSON document as well")
     parser.add_argument("--only", metavar="NAME", nargs="+", action="extend", help="only these benchmarks")

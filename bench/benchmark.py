@@ -27,6 +27,8 @@ class Sizes:
     # Translations in the fullest TLB.
     tlb_entries: int
     rcu_callbacks: int
+    # Page tables of the range that is zapped.
+    zap_tables: int
 
 
 FULL = Sizes(
@@ -39,6 +41,7 @@ FULL = Sizes(
     job_seconds=10,
     tlb_entries=1_000_000,
     rcu_callbacks=1_000_000,
+    zap_tables=512,
 )
 QUICK = Sizes(
     repeats=2,
@@ -50,6 +53,7 @@ QUICK = Sizes(
     job_seconds=2,
     tlb_entries=10_000,
     rcu_callbacks=1000,
+    zap_tables=4,
 )
 
 
