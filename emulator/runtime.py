@@ -176,8 +176,9 @@ class Cpu:
     def stat(self, vm: int, stat: int, n: int = 1) -> None:
         lib.vm_stat_add(self.m, vm, stat, n)
 
-    def event(self, kind: int, a: int, b: int) -> None:
-        lib.event_record(self.m, self.id, kind, a, b)
+    def event(self, kind: int, a: int, b: int, vm: int = -1) -> None:
+        """Into this CPU's ring, for the story of a violation.  The core's event_of() packs the VM alike."""
+        lib.event_record(self.m, self.id, (vm + 1) << 16 | kind, a, b)
 
 
 class Chaos:

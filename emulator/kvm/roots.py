@@ -151,7 +151,7 @@ def kvm_mmu_load(cpu: Cpu, vcpu: Vcpu) -> None:
     cpu.stat(kvm.id, lib.STAT_MMU_LOAD)
     mmu.root = kvm_tdp_mmu_alloc_root(cpu, kvm, mmu.root_role)
     vmx_load_mmu_pgd(cpu, vcpu, mmu.root)
-    cpu.event(lib.EVENT_ROOT_LOAD, vcpu.id, mmu.root.hfn)
+    cpu.event(lib.EVENT_ROOT_LOAD, vcpu.id, mmu.root.hfn, vcpu.kvm.id)
     if kvm.policy.root_load(cpu, vcpu, mmu.root) == "flush-current":
         record_flush(cpu, kvm, [mmu.root])
         vmx_flush_tlb_current(cpu, vcpu, lib.REASON_ROOT_LOAD)

@@ -133,7 +133,7 @@ def tdp_mmu_iter_cond_resched(cpu: Cpu, kvm: Kvm, it: TdpIter, flush: bool) -> b
     if flush and order == "no-flush":
         flush_elided(cpu, kvm, it.reason, it.next_last_level_gfn)
     cpu.stat(kvm.id, lib.STAT_YIELDS)
-    cpu.event(lib.EVENT_YIELD, kvm.id, flush and order != "no-flush")
+    cpu.event(lib.EVENT_YIELD, kvm.id, flush and order != "no-flush", kvm.id)
     kvm.mmu_lock.cond_resched(cpu)
     rcu_enter(cpu)
     it.chunks_since_yield = 0

@@ -64,7 +64,7 @@ def _unlink_root(cpu: Cpu, kvm: Kvm, root: KvmMmuPage) -> None:
 
 
 def _free_root(cpu: Cpu, kvm: Kvm, root: KvmMmuPage) -> None:
-    cpu.event(lib.EVENT_ROOT_FREE, root.hfn, kvm.id)
+    cpu.event(lib.EVENT_ROOT_FREE, root.hfn, 0, kvm.id)
     cpu.check(lib.ept_table_free_rcu(cpu.m, cpu.id, root.hfn))
 
 
