@@ -18,6 +18,7 @@ from emulator import __version__
 from emulator.cli_compare import compare
 from emulator.cli_explain import explain
 from emulator.cli_list import app as list_app
+from emulator.cli_litmus import EXAMPLES, LITMUS_HELP, litmus
 from emulator.cli_options import (
     DurationOption,
     JsonOption,
@@ -48,6 +49,7 @@ app = typer.Typer(
 )
 app.command()(compare)
 app.command()(explain)
+app.command(help=LITMUS_HELP, epilog=EXAMPLES)(litmus)
 app.add_typer(list_app, name="list")
 app.add_typer(trace_app, name="trace")
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import inspect
+from typing import Annotated
 
 import typer
 from rich.console import Console
@@ -53,6 +54,20 @@ def points() -> None:
             mark = "mutant" if alternative.mutant else ""
             table.add_row("", alternative.name, mark, Text(_one_line(alternative.doc)))
     _print(table)
+
+
+@app.command()
+def litmus(
+    ops: Annotated[bool, typer.Option("--ops", help="What a test file may say, and the operations.")] = False,
+) -> None:
+    """Litmus tests, what each is about and where it comes from."""
+    from emulator.litmus import describe
+
+    if ops:
+        print(describe.schema())
+        _print(describe.operations())
+    else:
+        _print(describe.tests())
 
 
 @app.command()

@@ -2,7 +2,14 @@
 
 from __future__ import annotations
 
-from emulator.litmus.syntax import Arg, Context, GuestOp, Instruction, Op, VcpuOp
+from typing import TYPE_CHECKING, ClassVar
+
+from emulator.kvm.regs import kvm_set_cr0, kvm_set_cr4
+from emulator.kvm.smm import emulator_leave_smm, kvm_inject_smi
+from emulator.litmus.syntax import Arg, Context, GuestOp, Instruction, Op, OpError, VcpuOp
+
+if TYPE_CHECKING:
+    from emulator.litmus.model import LitmusTest
 
 _PAGE = Arg("page", "page")
 
@@ -115,5 +122,67 @@ class Preempt(VcpuOp):
         context.preempt(self.number("pcpu"))
 
 
+class Exit(VcpuOp):
+    verb = "exit"
+    doc = "leave the guest; the next operation enters it again"
+
+    def run(self, context: Context) -> None:
+        pass
+
+
+class Smi(VcpuOp):
+    verb = "smi"
+    doc = "an SMI: the vCPU enters SMM, its address space and its root, before its guest goes on"
+
+    def run(self, context: Context) -> None:
+        kvm_inject_smi(context.cpu, context.vcpu)
+
+
+class Rsm(VcpuOp):
+    verb = "rsm"
+    doc = "RSM: it leaves SMM"
+
+    def run(self, context: Context) -> None:
+        emulator_leave_smm(context.cpu, context.vcpu)
+
+
+class _ControlRegister(VcpuOp):
+    args = (Arg("bit", "name"), Arg("value", "number"))
+    bits: ClassVar[dict[str, int]] = {}
+
+    def check(self, test: LitmusTest, thread: str) -> None:
+        if self.name("bit") not in self.bits or self.number("value") > 1:
+            raise OpError(repr(self.text), f"{self.verb} {'|'.join(self.bits)} 0|1")
+
+    def changed(self, value: int) -> int:
+        mask = self.bits[self.name("bit")]
+        return value | mask if self.number("value") else value & ~mask
+
+
+class Cr0(_ControlRegister):
+    verb = "cr0"
+    doc = "MOV to CR0 that sets or clears BIT (pg, wp) and exits to KVM"
+    bits: ClassVar[dict[str, int]] = {"wp": 1 << 16, "pg": 1 << 31}
+
+    def run(self, context: Context) -> None:
+        kvm_set_cr0(context.cpu, context.vcpu, self.changed(context.vcpu.arch.cr0))
+
+
+class Cr4(_ControlRegister):
+    verb = "cr4"
+    doc = "MOV to CR4 that sets or clears BIT (pse, pae, pge, pcide, smep, smap)"
+    bits: ClassVar[dict[str, int]] = {
+        "pse": 1 << 4,
+        "pae": 1 << 5,
+        "pge": 1 << 7,
+        "pcide": 1 << 17,
+        "smep": 1 << 20,
+        "smap": 1 << 21,
+    }
+
+    def run(self, context: Context) -> None:
+        kvm_set_cr4(context.cpu, context.vcpu, self.changed(context.vcpu.arch.cr4))
+
+
 GUEST_OPS: tuple[type[Op], ...] = (Read, Write, Exec, Map, Unmap, Protect, Invlpg, Invpcid, MovCr3)
-VCPU_OPS: tuple[type[Op], ...] = (Migrate, Preempt)
+VCPU_OPS: tuple[type[Op], ...] = (Migrate, Preempt, Exit, Smi, Rsm, Cr0, Cr4)

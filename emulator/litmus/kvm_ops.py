@@ -23,6 +23,7 @@ from native import lib
 
 SLOT = 0
 HUGE_PAGES = 512
+_LINGER_MICROSECONDS = 150
 _RANGE = (Arg("page", "page"), Arg("count", "count", 1))
 _HUGE = (Arg("page", "page"),)
 
@@ -243,6 +244,15 @@ class Rcu(KvmOp):
         context.cpu.check(lib.rcu_barrier(context.cpu.m, context.cpu.id))
 
 
+class Linger(KvmOp):
+    verb = "linger"
+    doc = "give the others time; `explore` gives it them anyway"
+
+    def run(self, context: Context) -> None:
+        cpu = context.cpu
+        cpu.check(lib.cpu_wait_event(cpu.m, cpu.id, lib.cpu_event(cpu.m, cpu.id), _LINGER_MICROSECONDS))
+
+
 KVM_OPS: tuple[type[Op], ...] = (
     HostUnmap,
     HostDiscard,
@@ -265,4 +275,5 @@ KVM_OPS: tuple[type[Op], ...] = (
     LogGet,
     LogClear,
     Rcu,
+    Linger,
 )

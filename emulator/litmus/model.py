@@ -32,6 +32,7 @@
 
     [stress]                      # only for runs on real threads
     delays = ["v0 mode write", "mm mmu_lock"]  # THREAD POINT [read|write]: linger here now and then
+    chaos = 0                     # one in so many points of the native core delays its CPU
 
     [expect]
     needs = "averted"             # without which a run without violations proves nothing; see below
@@ -146,6 +147,7 @@ class ThreadSection(Section):
 
 class StressSection(Section):
     delays: tuple[str, ...] = ()
+    chaos: int = Field(default=0, ge=0, le=1 << 16, strict=True)
 
 
 class Delay(Section):

@@ -13,7 +13,7 @@ if TYPE_CHECKING:
     from emulator.runtime import Cpu
 
 Who = Literal["vcpu", "kvm"]
-ArgumentKind = Literal["page", "count", "number", "pcpu", "thread"]
+ArgumentKind = Literal["page", "count", "number", "pcpu", "thread", "name"]
 
 _EXPECTED: dict[str, str] = {
     "page": "a page number such as 0x10",
@@ -21,6 +21,7 @@ _EXPECTED: dict[str, str] = {
     "number": "a whole number",
     "pcpu": "the number of a pCPU",
     "thread": "a thread's name",
+    "name": "a name",
 }
 _MAX_PAGE = (1 << 36) - 1
 
@@ -42,7 +43,7 @@ class Arg:
     default: int | None = None
 
     def parse(self, text: str) -> int | str:
-        if self.kind == "thread":
+        if self.kind in ("thread", "name"):
             return text
         try:
             value = int(text, 0)

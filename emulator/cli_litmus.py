@@ -1,0 +1,138 @@
+"""`flushlab litmus`: small programs with known verdicts, on real threads."""
+
+from __future__ import annotations
+
+import json
+import os
+import secrets
+import sys
+import time
+from typing import Annotated
+
+import typer
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
+
+VIOLATIONS_OR_SURPRISES = 1
+MAX_JOBS = 64
+
+LITMUS_HELP = (
+    "Run litmus tests on real threads and compare the verdicts with those expected.\n\n"
+    "A litmus test is a TOML file: a machine, a few vCPU, KVM and host threads with a handful of operations "
+    "each, and the verdict that each policy deserves. `flushlab list litmus` names those that ship and where "
+    "they come from; `flushlab list litmus --ops` explains the file and its operations.\n\n"
+    "Verdicts: safe (no violation, and the danger was there), violations (by kind), inconclusive (no "
+    "violation, and nothing that could have led to one). The exit status is 1 if a verdict is not what the "
+    "test expects of a preset or of a policy that it names; where nothing is expected (a policy of your own), "
+    "if there are violations."
+)
+EXAMPLES = """\
+All tests under all presets, in about a minute:
+
+    flushlab litmus
+
+One test, one proposal; then a policy of your own on everything:
+
+    flushlab litmus return-zap --policy lkml-2025-cpu-flushed-mask
+
+    flushlab litmus --policy my_policy.py --iterations 1000
+
+Single answers changed, on a test of your own:
+
+    flushlab litmus my.toml --policy root-tlb-gen+migration_vpid=none
+"""
+
+FilesArgument = Annotated[
+    list[str] | None,
+    typer.Argument(
+        metavar="[FILES]", help="Names of shipped tests, .toml files or directories; all if none."
+    ),
+]
+PolicyOption = Annotated[
+    list[str] | None,
+    typer.Option(
+        "--policy",
+        metavar="P",
+        help="A preset, mutant:NAME, a .py file, each with +point=alternative if need be, or "
+        "point=alternative,...; repeatable. Without it: all presets, what the tests name, and the mutants "
+        "that must only cost.",
+    ),
+]
+
+
+def litmus(
+    files: FilesArgument = None,
+    policy: PolicyOption = None,
+    iterations: Annotated[
+        int, typer.Option(min=1, max=10**9, metavar="N", help="Executions per test and policy.")
+    ] = 40,
+    seed: Annotated[
+        int | None,
+        typer.Option(
+            min=0, max=2**62, envvar="FLUSHLAB_SEED", help="Of the first execution; random if not given."
+        ),
+    ] = None,
+    mutants: Annotated[bool, typer.Option("--mutants", help="Every mutant on every test as well.")] = False,
+    jobs: Annotated[
+        int | None,
+        typer.Option(min=1, max=MAX_JOBS, help="Processes; as many as there are cores if not given."),
+    ] = None,
+    as_json: Annotated[
+        bool, typer.Option("--json", help="Print one JSON document instead of the tables.")
+    ] = False,
+) -> None:
+    """Run litmus tests under policies and compare the verdicts with those expected."""
+    # Imported late: help and bad usage need no engine.
+    from emulator.litmus.loader import load_tests
+    from emulator.litmus.policies import expected_of, named_policy, policies_for
+    from emulator.litmus.suite import run_suite
+    from emulator.litmus.table import Results, print_results
+
+    tests = load_tests(files or [])
+    chosen = policy or []
+    for name in chosen:
+        named_policy(name)
+    seed = secrets.randbits(31) if seed is None else seed
+    jobs = jobs or len(os.sched_getaffinity(0))
+    plan = [(test, tuple(policies_for(test, chosen, mutants))) for test in tests]
+    results = Results(tests, seed)
+    started = time.monotonic()
+    with _progress(as_json) as progress:
+        bar = progress.add_task("litmus", total=iterations * sum(len(policies) for _, policies in plan))
+        for outcome in run_suite(
+            plan, iterations, seed, min(jobs, len(plan)), lambda n: progress.advance(bar, n)
+        ):
+            results.add(outcome)
+    seconds = time.monotonic() - started
+    if as_json:
+        json.dump(results.document(), sys.stdout, indent=1)
+        print()
+    else:
+        print_results(results, _console())
+        print(f"seed {seed}, {seconds:.0f} s, {results.executions / max(seconds, 1e-9):,.0f} executions/s")
+    unexpected = any(
+        outcome.kinds and not expected_of(test, name)
+        for name in chosen
+        for test, outcome in results.of_policy(name)
+    )
+    if results.differing() or unexpected:
+        raise typer.Exit(VIOLATIONS_OR_SURPRISES)
+
+
+def _progress(quiet: bool) -> Progress:
+    console = Console(stderr=True)
+    return Progress(
+        TextColumn("{task.description}"),
+        BarColumn(),
+        MofNCompleteColumn(),
+        TimeElapsedColumn(),
+        console=console,
+        transient=True,
+        disable=quiet or not console.is_terminal,
+    )
+
+
+def _console() -> Console:
+    """Folds to a terminal's width; a pipe gets whole lines."""
+    console = Console()
+    return console if console.is_terminal else Console(width=200)

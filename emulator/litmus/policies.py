@@ -1,0 +1,59 @@
+"""Which policies a table of verdicts has, and what each test expects of them."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from functools import lru_cache
+
+from emulator.litmus.model import INCONCLUSIVE, SAFE, Expected, LitmusTest
+from emulator.policy import MUTANTS, PRESETS, Policy, resolve_policy
+from emulator.policy.mutants import PREFIX
+
+
+@lru_cache(maxsize=512)
+def named_policy(name: str) -> Policy:
+    """A preset, mutant or file; with other answers as "NAME+point=alternative+...", or of the default policy
+    as "point=alternative,point=alternative"."""
+    base, settings = name, ""
+    if "=" in name and "+" not in name and not name.endswith(".py"):
+        base, settings = next(iter(PRESETS)), name
+    elif "+" in name:
+        base, settings = name.split("+", 1)
+    policy = resolve_policy(base)
+    if not settings:
+        return policy
+    answers = dict(part.split("=", 1) for part in settings.replace("+", ",").split(",") if "=" in part)
+    return policy.with_settings(answers, name)
+
+
+def mutant_names() -> list[str]:
+    return [PREFIX + name for name in MUTANTS]
+
+
+def is_cost_only(name: str) -> bool:
+    """A mutant that must not trip the oracle."""
+    mutant = MUTANTS.get(name.removeprefix(PREFIX))
+    return name.startswith(PREFIX) and mutant is not None and mutant.cost_only
+
+
+def policies_for(test: LitmusTest, chosen: Sequence[str], all_mutants: bool) -> list[str]:
+    """What the test is run under: what was chosen, or all presets, what the test names, and the mutants that
+    must only cost (with `all_mutants` every mutant)."""
+    if chosen:
+        return list(dict.fromkeys(chosen))
+    mutants = mutant_names() if all_mutants else [name for name in mutant_names() if is_cost_only(name)]
+    return list(dict.fromkeys([*PRESETS, *test.expect.policies, *mutants]))
+
+
+def expected_of(test: LitmusTest, name: str) -> tuple[Expected, ...]:
+    """The verdicts that are as expected; none: anything is.
+
+    A test names the presets that are not safe.  Mutants and users' policies are judged where it names them.
+    """
+    if name in test.expect.policies:
+        return (test.expect.policies[name],)
+    if name in PRESETS:
+        return (test.expect.default,)
+    if is_cost_only(name):
+        return (SAFE, INCONCLUSIVE)
+    return ()

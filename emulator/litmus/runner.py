@@ -1,0 +1,265 @@
+"""Litmus tests on real threads: one per thread of the test, all races real, many executions on one machine.
+
+Executions are numbered by their seed, which decides who starts how late and where threads linger; the races
+themselves are the hardware's, so the same seed makes the same outcome likely, not certain.
+"""
+
+from __future__ import annotations
+
+import sys
+import threading
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from random import Random
+from typing import Any
+
+from emulator.errors import BadInput
+from emulator.litmus.model import LitmusTest
+from emulator.litmus.verdict import Outcome
+from emulator.litmus.world import LitmusFailure, LitmusThread, World, machine_config
+from emulator.policy import Policy
+from emulator.runtime import Cpu, Machine, MachineStopped, Mode
+from native import VIOLATION_KINDS, ffi, lib
+
+# No execution takes that long unless somebody waits for ever.
+STUCK_SECONDS = 20.0
+# Threads start up to so much apart, and linger so long at a point, in microseconds.
+_START_SPREAD = 60
+_LINGER = 120
+# In every other execution, besides what the test asks for, one in so many points delays its thread.
+_CHAOS_ONE_IN = 24
+_SWITCH_SECONDS = 2e-5
+
+_COUNTERS = {
+    "averted": lib.COUNT_AVERTED,
+    "legal-stale": lib.COUNT_LEGAL_STALE,
+    "dead-root": lib.COUNT_DEAD_ROOT_ENTRIES,
+    "tables-freed": lib.COUNT_TABLES_FREED,
+    "guest-invalidations": lib.COUNT_GUEST_INVALIDATIONS,
+}
+_STATS = {"yields": lib.STAT_YIELDS, "retries": lib.STAT_FAULT_RETRIES, "elided": lib.STAT_FLUSHES_ELIDED}
+
+
+class Delays:
+    """The hook at KVM's ordering points: lingers where the test says so, and elsewhere now and then."""
+
+    def __init__(self, world: World) -> None:
+        self._world = world
+        self._named = {(delay.thread, delay.point, delay.mode) for delay in world.test.delays}
+        self._random = Random(0)
+        self._everywhere = False
+
+    def reseed(self, seed: int) -> None:
+        self._random.seed(seed)
+        self._everywhere = seed % 2 == 1
+
+    def __call__(self, cpu: Cpu, kind: str, obj: object, mode: Mode) -> None:
+        thread = self._world.thread_on(cpu)
+        if thread is None:
+            return
+        name = thread.name
+        named = self._named
+        if named and ((name, kind, mode) in named or (name, kind, "") in named):
+            if self._random.random() < 0.6:
+                time.sleep(self._random.random() * _LINGER * 1e-6)
+        elif self._everywhere and self._random.random() * _CHAOS_ONE_IN < 1:
+            time.sleep(self._random.random() * _LINGER * 1e-6)
+
+
+class Worker(threading.Thread):
+    """One thread of the test, execution after execution."""
+
+    def __init__(self, runner: Runner, number: int) -> None:
+        super().__init__(name=f"litmus {number}", daemon=True)
+        self.runner = runner
+        self.number = number
+        self.go = threading.Semaphore(0)
+        self.start_late = 0.0
+        self.thread: LitmusThread | None = None
+
+    def run(self) -> None:
+        while True:
+            self.go.acquire()
+            if self.thread is None:
+                return
+            try:
+                if self.start_late:
+                    time.sleep(self.start_late)
+                self.thread.run()
+            except MachineStopped:
+                pass
+            except BaseException as error:
+                self.runner.failed(self.thread, error)
+            self.runner.arrived()
+
+
+class Runner:
+    """The machine of one test, which serves one policy after the other."""
+
+    def __init__(self, test: LitmusTest, seed: int) -> None:
+        self.test = test
+        self.seed = seed
+        self.machine = Machine(machine_config(test, seed))
+        self.errors: list[tuple[str, BaseException]] = []
+        self._left = 0
+        self._lock = threading.Lock()
+        self._finished = threading.Semaphore(0)
+        self._counts = ffi.new("uint64_t[]", len(VIOLATION_KINDS))
+        self._counters = ffi.new("uint64_t[]", lib.COUNTERS)
+        machine = self.machine
+        for cpu in machine.cpus[machine.pcpus :]:
+            lib.cpu_online(machine.m, cpu.id)
+        rcu_cpu = machine.cpus[machine.pcpus + 1]
+        self._rcu = threading.Thread(target=lib.rcu_thread, args=(machine.m, rcu_cpu.id), daemon=True)
+        self._rcu.start()
+        self._workers = [Worker(self, i) for i in range(len(test.threads))]
+        for worker in self._workers:
+            worker.start()
+
+    # --- called by workers ----------------------------------------------------------------------------------
+
+    def failed(self, thread: LitmusThread, error: BaseException) -> None:
+        self.errors.append((thread.name, error))
+        self.machine.stop()
+
+    def arrived(self) -> None:
+        with self._lock:
+            self._left -= 1
+            last = self._left == 0
+        if last:
+            self._finished.release()
+
+    # --- running --------------------------------------------------------------------------------------------
+
+    def run(
+        self,
+        policy: Policy,
+        executions: int,
+        seed: int,
+        progress: Callable[[int], None] = lambda done: None,
+        stop_at: int = 0,
+    ) -> Outcome:
+        """Executions seed, seed + 1, ...; with stop_at, no more once so many of them have violated."""
+        world = World(self.test, policy, self.machine)
+        outcome = Outcome(self.test.name, policy.name)
+        delays = Delays(world)
+        started = time.monotonic()
+        before = self._evidence()
+        self.machine.install(delays)
+        try:
+            for i in range(executions):
+                self._execute(world, delays, outcome, seed + i)
+                progress(1)
+                if stop_at and outcome.violating >= stop_at:
+                    break
+            world.teardown()
+        except (MachineStopped, LitmusFailure) as error:
+            self._explain_failure(outcome, error)
+        finally:
+            self.machine.install(None)
+        outcome.seconds = time.monotonic() - started
+        if not outcome.failure:
+            for name, n in self._evidence().items():
+                outcome.evidence[name] = n - before[name]
+        return outcome
+
+    def _execute(self, world: World, delays: Delays, outcome: Outcome, seed: int) -> None:
+        violations = self._violations()
+        random = Random(seed)
+        # A seed that is a multiple of three: all at once.
+        spread = _START_SPREAD * 1e-6 if seed % 3 else 0.0
+        delays.reseed(seed)
+        world.reset()
+        world.run_init()
+        self._left = len(self._workers)
+        for worker, thread in zip(self._workers, world.threads.values(), strict=True):
+            worker.thread = thread
+            worker.start_late = random.random() * spread
+        for worker in self._workers:
+            worker.go.release()
+        if not self._finished.acquire(timeout=STUCK_SECONDS):
+            self._stuck(world)
+        if self.errors:
+            raise MachineStopped
+        world.run_final()
+        outcome.executions += 1
+        self._count_stats(world, outcome)
+        self._judge(outcome, violations, seed)
+
+    def _stuck(self, world: World) -> None:
+        waiting = ", ".join(
+            f"{thread.name} after {world.done[thread.number]} operations" for thread in world.threads.values()
+        )
+        self.errors.append(("runner", LitmusFailure(f"nobody goes on: {waiting}")))
+        self.machine.stop()
+        self._finished.acquire(timeout=STUCK_SECONDS)
+
+    def _judge(self, outcome: Outcome, before: list[int], seed: int) -> None:
+        after = self._violations()
+        if after == before:
+            return
+        outcome.violating += 1
+        if outcome.first is None:
+            outcome.first = seed
+        for kind, old, new in zip(VIOLATION_KINDS, before, after, strict=True):
+            if new != old:
+                outcome.kinds[kind] = outcome.kinds.get(kind, 0) + new - old
+
+    def _violations(self) -> list[int]:
+        lib.oracle_counts(self.machine.m, self._counts)
+        return list(self._counts)
+
+    def _evidence(self) -> dict[str, int]:
+        lib.counters_sum(self.machine.m, self._counters)
+        return {name: int(self._counters[counter]) for name, counter in _COUNTERS.items()}
+
+    def _count_stats(self, world: World, outcome: Outcome) -> None:
+        """Statistics of VMs, which go with them."""
+        for kvm in world.kvms:
+            for name, stat in _STATS.items():
+                n = lib.vm_stat(self.machine.m, kvm.id, stat)
+                outcome.evidence[name] = outcome.evidence.get(name, 0) + n
+
+    def _explain_failure(self, outcome: Outcome, error: BaseException) -> None:
+        name, cause = self.errors[0] if self.errors else ("runner", error)
+        if isinstance(cause, BadInput):
+            raise cause
+        if not isinstance(cause, MachineStopped | LitmusFailure):
+            raise RuntimeError(f"litmus test {self.test.name}, policy {outcome.policy}, {name}") from cause
+        outcome.failure = f"{name}: {cause}"
+
+    @property
+    def usable(self) -> bool:
+        """False after a failure: the machine has stopped."""
+        return not self.machine.stopping
+
+    def close(self) -> None:
+        self.machine.stop()
+        for worker in self._workers:
+            worker.thread = None
+            worker.go.release()
+        for worker in self._workers:
+            worker.join(STUCK_SECONDS)
+        self._rcu.join(STUCK_SECONDS)
+        if not any(thread.is_alive() for thread in (*self._workers, self._rcu)):
+            self.machine.destroy()
+
+
+@contextmanager
+def running(test: LitmusTest, seed: int = 0) -> Iterator[Runner]:
+    """A machine for the test, and threads that hand the GIL on often."""
+    interval = sys.getswitchinterval()
+    sys.setswitchinterval(_SWITCH_SECONDS)
+    runner = Runner(test, seed)
+    try:
+        yield runner
+    finally:
+        runner.close()
+        sys.setswitchinterval(interval)
+
+
+def run_test(test: LitmusTest, policy: Policy, executions: int, seed: int = 0, **options: Any) -> Outcome:
+    """One test under one policy, on a machine of its own."""
+    with running(test, seed) as runner:
+        return runner.run(policy, executions, seed, **options)

@@ -1,0 +1,73 @@
+"""Many tests under many policies, on several processes."""
+
+from __future__ import annotations
+
+import multiprocessing
+from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import ProcessPoolExecutor, as_completed
+from dataclasses import dataclass
+
+from emulator.litmus.loader import load_test
+from emulator.litmus.model import LitmusTest
+from emulator.litmus.policies import named_policy
+from emulator.litmus.runner import Runner, running
+from emulator.litmus.verdict import Outcome
+
+Progress = Callable[[int], None]
+
+
+@dataclass(frozen=True, slots=True)
+class Task:
+    """One test (by name or path), the policies to run it under, and how often."""
+
+    test: str
+    policies: tuple[str, ...]
+    executions: int
+    seed: int
+
+
+def run_task(task: Task, progress: Progress = lambda done: None) -> list[Outcome]:
+    """One machine for all policies, a new one after a failure."""
+    test = load_test(task.test)
+    outcomes: list[Outcome] = []
+    left = list(task.policies)
+    while left:
+        with running(test, task.seed) as runner:
+            while left and runner.usable:
+                outcomes.append(_run(runner, left.pop(0), task, progress))
+    return outcomes
+
+
+def _run(runner: Runner, name: str, task: Task, progress: Progress) -> Outcome:
+    outcome = runner.run(named_policy(name), task.executions, task.seed, progress)
+    outcome.policy = name
+    return outcome
+
+
+def run_suite(
+    tests: Sequence[tuple[LitmusTest, tuple[str, ...]]],
+    executions: int,
+    seed: int,
+    jobs: int,
+    progress: Progress,
+) -> Iterator[Outcome]:
+    """Outcomes as they come; progress in executions."""
+    tasks = [
+        Task(str(test.path) if test.path else test.name, policies, executions, seed)
+        for test, policies in tests
+    ]
+    if jobs == 1:
+        for task in tasks:
+            yield from run_task(task, progress)
+        return
+    # Processes of their own: threads of one would share one interpreter lock.
+    context = multiprocessing.get_context("spawn")
+    with ProcessPoolExecutor(jobs, mp_context=context) as pool:
+        futures = {pool.submit(run_task, task): task for task in tasks}
+        try:
+            for future in as_completed(futures):
+                progress(executions * len(futures[future].policies))
+                yield from future.result()
+        except BaseException:
+            pool.shutdown(cancel_futures=True)
+            raise

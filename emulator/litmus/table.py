@@ -1,0 +1,168 @@
+"""Verdicts of a suite as text and as a document."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+from rich.console import Console
+from rich.table import Table
+from rich.text import Text
+
+from emulator.litmus.model import INCONCLUSIVE, SAFE, LitmusTest
+from emulator.litmus.policies import expected_of, is_cost_only
+from emulator.litmus.verdict import VIOLATIONS, Outcome, differs
+from emulator.policy import PRESETS
+
+_STYLES = {SAFE: "green", INCONCLUSIVE: "yellow", VIOLATIONS: "red"}
+
+
+class Results:
+    """Outcomes of tests under policies."""
+
+    def __init__(self, tests: Sequence[LitmusTest], seed: int) -> None:
+        self.tests = list(tests)
+        self.seed = seed
+        self.outcomes: dict[tuple[str, str], Outcome] = {}
+
+    def add(self, outcome: Outcome) -> None:
+        self.outcomes[outcome.test, outcome.policy] = outcome
+
+    @property
+    def policies(self) -> list[str]:
+        """In the order in which presets are listed; the others after them as they came."""
+        seen = dict.fromkeys(policy for _, policy in self.outcomes)
+        return [*(name for name in PRESETS if name in seen), *(name for name in seen if name not in PRESETS)]
+
+    def of_policy(self, policy: str) -> list[tuple[LitmusTest, Outcome]]:
+        found = []
+        for test in self.tests:
+            outcome = self.outcomes.get((test.name, policy))
+            if outcome is not None:
+                found.append((test, outcome))
+        return found
+
+    def differing(self) -> list[tuple[LitmusTest, Outcome, str]]:
+        found = []
+        for policy in self.policies:
+            for test, outcome in self.of_policy(policy):
+                text = differs(outcome, test, expected_of(test, policy))
+                if text is not None:
+                    found.append((test, outcome, text))
+        return found
+
+    @property
+    def executions(self) -> int:
+        return sum(outcome.executions for outcome in self.outcomes.values())
+
+    def document(self) -> dict[str, Any]:
+        return {
+            "seed": self.seed,
+            "executions": self.executions,
+            "outcomes": [
+                outcome.document(test, expected_of(test, policy))
+                for policy in self.policies
+                for test, outcome in self.of_policy(policy)
+            ],
+        }
+
+
+def print_results(results: Results, console: Console) -> None:
+    shown = [name for name in results.policies if name in PRESETS]
+    others = [name for name in results.policies if name not in PRESETS]
+    if shown:
+        _print_matrix(results, shown, console)
+    if others:
+        console.print()
+        _print_policies(results, others, console)
+    console.print()
+    _print_differences(results, console)
+
+
+def _print_matrix(results: Results, policies: list[str], console: Console) -> None:
+    """Test x preset: a dot is safe, ? inconclusive, a number the violating executions per hundred."""
+    table = Table(box=None, pad_edge=False)
+    table.add_column("test", no_wrap=True)
+    for i, _ in enumerate(policies):
+        table.add_column(_letter(i), justify="right", no_wrap=True)
+    for test in results.tests:
+        cells = []
+        for policy in policies:
+            outcome = results.outcomes.get((test.name, policy))
+            cells.append(Text("") if outcome is None else _cell(outcome, test))
+        table.add_row(test.name, *cells)
+    console.print(table)
+    console.print()
+    for i, policy in enumerate(policies):
+        console.print(Text(f"{_letter(i)}  {policy}: {_sum(results, policy)}"))
+    console.print(
+        Text(". safe   ? inconclusive   50% of the executions violated   ! not as expected", style="dim")
+    )
+
+
+def _letter(i: int) -> str:
+    return chr(ord("A") + i)
+
+
+def _cell(outcome: Outcome, test: LitmusTest) -> Text:
+    verdict = outcome.verdict(test)
+    share = 100 * outcome.violating / max(1, outcome.executions)
+    text = {SAFE: ".", INCONCLUSIVE: "?", VIOLATIONS: f"{max(1, round(share))}%"}.get(verdict, "x")
+    mark = "!" if differs(outcome, test, expected_of(test, outcome.policy)) else ""
+    return Text(text + mark, style=_STYLES.get(verdict, "bold red"))
+
+
+def _sum(results: Results, policy: str) -> str:
+    outcomes = results.of_policy(policy)
+    kinds: dict[str, int] = {}
+    for _, outcome in outcomes:
+        for kind, n in outcome.kinds.items():
+            kinds[kind] = kinds.get(kind, 0) + n
+    executions = sum(outcome.executions for _, outcome in outcomes)
+    averted = sum(outcome.evidence.get("averted", 0) for _, outcome in outcomes)
+    caught = sum(bool(outcome.kinds) for _, outcome in outcomes)
+    text = f"{len(outcomes)} tests, {executions:,} executions, {averted:,} uses averted"
+    if not caught:
+        return f"{text}, no violation"
+    return f"{text}, caught by {caught}: " + ", ".join(f"{n:,} {kind}" for kind, n in sorted(kinds.items()))
+
+
+def _print_policies(results: Results, policies: list[str], console: Console) -> None:
+    """Mutants, settings and users' policies: by which tests they are caught."""
+    table = Table(box=None, pad_edge=False)
+    table.add_column("policy", no_wrap=True)
+    table.add_column("tests", justify="right")
+    table.add_column("executions", justify="right")
+    table.add_column("caught by")
+    for policy in policies:
+        outcomes = results.of_policy(policy)
+        caught = [
+            f"{test.name} {max(1, round(100 * outcome.violating / max(1, outcome.executions)))}% "
+            f"({', '.join(sorted(outcome.kinds))})"
+            for test, outcome in outcomes
+            if outcome.kinds
+        ]
+        nothing = Text("nothing" + (", as it should be" if is_cost_only(policy) else ""))
+        executions = sum(outcome.executions for _, outcome in outcomes)
+        found = Text("; ".join(caught), style="red") if caught else nothing
+        table.add_row(policy, str(len(outcomes)), f"{executions:,}", found)
+    console.print(table)
+
+
+def _print_differences(results: Results, console: Console) -> None:
+    differing = results.differing()
+    if not differing:
+        console.print(Text(f"all verdicts as expected, {results.executions:,} executions"))
+        return
+    console.print(Text(f"{len(differing)} verdicts are not as expected:", style="bold"))
+    for test, outcome, text in differing:
+        console.print(Text(f"  {test.name} under {outcome.policy}: {text}"))
+        if outcome.first is not None:
+            console.print(Text(f"    {rerun(test, outcome)}", style="dim"))
+
+
+def rerun(test: LitmusTest, outcome: Outcome) -> str:
+    """The command that repeats what was found."""
+    name = str(test.path) if test.path else test.name
+    seed = outcome.first if outcome.first is not None else 0
+    return f"flushlab litmus {name} --policy {outcome.policy} --seed {seed} --iterations 20"

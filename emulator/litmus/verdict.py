@@ -1,0 +1,80 @@
+"""What came of running one litmus test under one policy, and whether that was expected."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+from emulator.litmus.model import INCONCLUSIVE, SAFE, Expected, LitmusTest
+
+VIOLATIONS = "violations"
+FAILED = "failed"
+
+
+@dataclass(slots=True)
+class Outcome:
+    """Many executions.
+
+    kinds: violations by kind, each counted under its most specific one; violating: executions with any;
+    evidence: how often the dangers that `expect.needs` may name were there; first: the seed of the first
+    execution with a violation.
+    """
+
+    test: str
+    policy: str
+    executions: int = 0
+    violating: int = 0
+    kinds: dict[str, int] = field(default_factory=dict)
+    evidence: dict[str, int] = field(default_factory=dict)
+    seconds: float = 0.0
+    first: int | None = None
+    failure: str = ""
+
+    def verdict(self, test: LitmusTest) -> str:
+        if self.failure:
+            return FAILED
+        if self.kinds:
+            return VIOLATIONS
+        return SAFE if proven(test, self.evidence) else INCONCLUSIVE
+
+    def document(self, test: LitmusTest, expected: tuple[Expected, ...]) -> dict[str, Any]:
+        """For --json; holds no times."""
+        return {
+            "test": self.test,
+            "policy": self.policy,
+            "verdict": self.verdict(test),
+            "expected": [one if isinstance(one, str) else list(one) for one in expected],
+            "differs": differs(self, test, expected),
+            "executions": self.executions,
+            "violating": self.violating,
+            "violations": dict(sorted(self.kinds.items())),
+            "evidence": {name: n for name, n in sorted(self.evidence.items()) if n},
+            "first_seed": self.first,
+            "failure": self.failure or None,
+        }
+
+
+def proven(test: LitmusTest, evidence: Mapping[str, int]) -> bool:
+    """One of the dangers that the test needs was there."""
+    return any(need == "nothing" or evidence.get(need, 0) for need in test.expect.needs)
+
+
+def differs(outcome: Outcome, test: LitmusTest, expected: tuple[Expected, ...]) -> str | None:
+    """How the outcome is none of those expected, in a few words; None: it is, or nothing was expected."""
+    verdict = outcome.verdict(test)
+    if verdict == FAILED:
+        return outcome.failure
+    if not expected:
+        return None
+    said = [_differs(outcome, verdict, one) for one in expected]
+    return None if None in said else said[0]
+
+
+def _differs(outcome: Outcome, verdict: str, expected: Expected) -> str | None:
+    if isinstance(expected, str):
+        return None if verdict == expected else f"{verdict} instead of {expected}"
+    if verdict != VIOLATIONS:
+        return f"{verdict} instead of {', '.join(expected)}"
+    others = sorted(set(outcome.kinds) - set(expected))
+    return f"also {', '.join(others)}" if others else None

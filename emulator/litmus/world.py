@@ -1,0 +1,341 @@
+"""One litmus test's machine, VMs and threads, and one execution after another on it.
+
+The machine is booted once.  Each execution begins with `World.reset()`: new VMs, TLBs as after a reset of the
+pCPUs.  Whoever runs the threads (real ones: emulator.litmus.runner) calls `World.run_init()`, each thread's
+`run()`, and `World.run_final()`.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from dataclasses import dataclass
+
+from emulator.actors.host import UserMemory
+from emulator.actors.task import VcpuTask
+from emulator.kvm.kvm_host import (
+    KVM_DIRTY_LOG_INITIALLY_SET,
+    KVM_DIRTY_LOG_MANUAL_PROTECT_ENABLE,
+    PREEMPTIBLE,
+    ExitToUser,
+)
+from emulator.kvm.kvm_main import (
+    kvm_create_vm,
+    kvm_destroy_vm,
+    kvm_set_memory_region,
+    kvm_vm_ioctl_create_vcpu,
+    kvm_vm_ioctl_enable_manual_dirty_log,
+)
+from emulator.kvm.structs import Kvm, KvmParams, Vcpu
+from emulator.litmus.guest_program import GuestProgram
+from emulator.litmus.kvm_ops import SLOT
+from emulator.litmus.model import LitmusTest, ThreadSection, VmSection
+from emulator.litmus.ops import GuestOp, KvmOp, Op, VcpuOp, Wait
+from emulator.locks import Mutex
+from emulator.policy import Policy
+from emulator.runtime import Cpu, Machine, MachineError, cpu_relax
+from native import lib
+
+SMM_SLOT = 1
+_DIRTY_LOG = {
+    "protect": 0,
+    "manual": KVM_DIRTY_LOG_MANUAL_PROTECT_ENABLE,
+    "initially-set": KVM_DIRTY_LOG_MANUAL_PROTECT_ENABLE | KVM_DIRTY_LOG_INITIALLY_SET,
+}
+
+
+class LitmusFailure(MachineError):
+    """The test cannot be run as it is written."""
+
+
+def machine_config(test: LitmusTest, seed: int) -> dict[str, int]:
+    """The core's configuration: TLBs that never evict, few frames of each kind."""
+    pages = sum(vm.pages for vm in test.vm)
+    return {
+        "pcpus": test.machine.pcpus,
+        # Each thread's own, the one that runs init and final, and RCU's.
+        "housekeeping": len(test.threads) + 2,
+        "vms": len(test.vm) + 1,
+        "vcpus": sum(vm.vcpus for vm in test.vm) + 1,
+        "root_frames": test.machine.root_frames,
+        "table_frames": test.machine.table_frames,
+        "guest_frames": min(pages + 64, 1 << 16),
+        "guest_blocks": test.machine.guest_blocks,
+        "l1_ways": 4,
+        "l2_entries": 0,
+        "l2_ways": 12,
+        "psc_entries": 0,
+        "chaos": test.stress.chaos,
+        "seed": seed,
+    }
+
+
+@dataclass(frozen=True, slots=True)
+class Stretch:
+    """Operations of one thread that are done at one go: a stretch of guest mode, or a single other one."""
+
+    ops: tuple[Op, ...]
+    first: int
+
+    @property
+    def in_guest(self) -> bool:
+        return isinstance(self.ops[0], GuestOp | Wait)
+
+
+def stretches(ops: Iterable[Op], is_vcpu: bool) -> tuple[Stretch, ...]:
+    """What belongs together: a vCPU's consecutive guest operations and waits."""
+    found: list[Stretch] = []
+    for i, op in enumerate(ops):
+        in_guest = is_vcpu and isinstance(op, GuestOp | Wait)
+        if in_guest and found and found[-1].in_guest:
+            found[-1] = Stretch((*found[-1].ops, op), found[-1].first)
+        else:
+            found.append(Stretch((op,), i))
+    return tuple(found)
+
+
+class LitmusThread:
+    """One thread of the test; the `Context` of its operations.
+
+    A vCPU's thread is on one pCPU at a time and owns it while it is: a pCPU that nobody owns is offline, and
+    what is sent to it is done by the sender.  Any OS thread may play it: init and final are done by one.
+    """
+
+    def __init__(self, world: World, number: int, name: str, section: ThreadSection) -> None:
+        self.world = world
+        self.number = number
+        self.name = name
+        self.section = section
+        self.home = world.machine.cpus[world.machine.pcpus + 2 + number]
+        self.stretches = stretches(section.parsed, section.is_vcpu)
+        self.pcpu = section.pcpu
+        self.on: Cpu | None = None
+        self.preempt_to = -1
+        self.task: VcpuTask | None = None
+        self.program: GuestProgram | None = None
+
+    # --- Context --------------------------------------------------------------------------------------------
+
+    @property
+    def cpu(self) -> Cpu:
+        return self.home if self.on is None else self.on
+
+    @property
+    def kvm(self) -> Kvm:
+        return self.world.kvms[self.section.vm]
+
+    @property
+    def vm(self) -> VmSection:
+        return self.world.test.vm[self.section.vm]
+
+    @property
+    def memory(self) -> UserMemory:
+        return self.world.memories[self.section.vm]
+
+    @property
+    def vcpu(self) -> Vcpu:
+        assert self.task is not None
+        return self.task.vcpu
+
+    def migrate(self, pcpu: int) -> None:
+        if pcpu != self.pcpu:
+            self.leave_pcpu()
+            self.pcpu = pcpu
+            self.enter_pcpu()
+
+    def preempt(self, pcpu: int) -> None:
+        self.preempt_to = pcpu
+
+    def wait_for(self, thread: str, n: int) -> None:
+        self.leave_pcpu()
+        self.world.wait_progress(self.home, self.world.threads[thread].number, n)
+        self.enter_pcpu()
+
+    # --- the pCPU -------------------------------------------------------------------------------------------
+
+    def enter_pcpu(self) -> None:
+        if not self.section.is_vcpu or self.on is not None:
+            return
+        assert self.task is not None
+        self.world.pcpu_locks[self.pcpu].take(self.home)
+        self.on = self.world.machine.cpus[self.pcpu]
+        self.world.entered(self.on, self)
+        lib.cpu_online(self.on.m, self.on.id)
+        self.task.switch_in(self.on)
+
+    def leave_pcpu(self) -> None:
+        if self.on is None:
+            return
+        assert self.task is not None
+        self.task.switch_out(self.on)
+        lib.cpu_offline(self.on.m, self.on.id)
+        self.on = None
+        self.world.pcpu_locks[self.pcpu].give(self.home)
+
+    # --- running --------------------------------------------------------------------------------------------
+
+    def run(self) -> None:
+        """All operations, in order."""
+        self.enter_pcpu()
+        for stretch in self.stretches:
+            self.do(stretch.ops, report=True)
+        self.leave_pcpu()
+
+    def do(self, ops: tuple[Op, ...], report: bool) -> None:
+        """One stretch; `report` tells those who wait for this thread's progress."""
+        op = ops[0]
+        if self.section.is_vcpu and isinstance(op, GuestOp | Wait):
+            self._run_guest(ops, report)
+            return
+        assert isinstance(op, VcpuOp | KvmOp | Wait) or op.waits_for() is not None
+        op.run(self)  # type: ignore[attr-defined]
+        if report:
+            self.world.progressed(self.number)
+
+    def _run_guest(self, ops: tuple[Op, ...], report: bool) -> None:
+        assert self.task is not None
+        assert self.program is not None
+        self.program.load(self, ops, report)
+        while not self.program.done(self):
+            state = self.task.resume(self.cpu)
+            if state is PREEMPTIBLE and self.preempt_to >= 0:
+                pcpu, self.preempt_to = self.preempt_to, -1
+                self.migrate(pcpu)
+            elif isinstance(state, ExitToUser):
+                self._left_to_user(state, ops)
+
+    def _left_to_user(self, state: ExitToUser, ops: tuple[Op, ...]) -> None:
+        """User space tries again what the host refused for the moment."""
+        if state.reason in ("shutdown", "no-memory"):
+            what = "; ".join(op.text for op in ops)
+            raise LitmusFailure(f"{self.name}: {state.reason} at {state.gpa:#x} in {what!r}")
+        cpu_relax(self.cpu)
+
+
+class PcpuLock:
+    """Who is on a pCPU: one thread at a time."""
+
+    def __init__(self, number: int) -> None:
+        self._mutex = Mutex(f"pCPU {number}")
+        self._held: object = None
+
+    def take(self, cpu: Cpu) -> None:
+        self._held = self._mutex.held(cpu).__enter__()
+
+    def give(self, cpu: Cpu) -> None:
+        held, self._held = self._held, None
+        held.unlock()  # type: ignore[attr-defined]
+
+
+class World:
+    """A test on a machine."""
+
+    def __init__(self, test: LitmusTest, policy: Policy, machine: Machine) -> None:
+        self.test = test
+        self.policy = policy
+        self.machine = machine
+        self.main = machine.cpus[machine.pcpus]
+        self.kvms: list[Kvm] = []
+        self.memories: list[UserMemory] = []
+        self.done: list[int] = []
+        # The thread that each CPU works for now.
+        self._on: dict[int, LitmusThread] = {}
+        self.pcpu_locks = [PcpuLock(i) for i in range(machine.pcpus)]
+        self.threads: dict[str, LitmusThread] = {}
+        for number, (name, section) in enumerate(test.threads.items()):
+            thread = self.threads[name] = LitmusThread(self, number, name, section)
+            self._on[thread.home.id] = thread
+        self._init = self._grouped(test.parsed_init)
+        self._final = self._grouped(test.parsed_final)
+
+    def _grouped(self, ops: tuple[tuple[str, Op], ...]) -> list[tuple[LitmusThread, tuple[Op, ...]]]:
+        """Consecutive operations of one thread, in stretches."""
+        found: list[tuple[LitmusThread, tuple[Op, ...]]] = []
+        for name, op in ops:
+            thread = self.threads[name]
+            together = thread.section.is_vcpu and isinstance(op, GuestOp)
+            if together and found and found[-1][0] is thread and isinstance(found[-1][1][0], GuestOp):
+                found[-1] = (thread, (*found[-1][1], op))
+            else:
+                found.append((thread, (op,)))
+        return found
+
+    # --- executions -----------------------------------------------------------------------------------------
+
+    def reset(self) -> None:
+        """Everything as at the beginning; no thread runs."""
+        self.teardown()
+        for cpu in self.machine.cpus[: self.machine.pcpus]:
+            lib.flush_reset(cpu.m, cpu.id)
+        self.done = [0] * len(self.threads)
+        for section in self.test.vm:
+            self._create_vm(section)
+        for thread in self.threads.values():
+            thread.pcpu = thread.section.pcpu
+            thread.preempt_to = -1
+            if thread.section.vcpu is not None:
+                vcpu = self.kvms[thread.section.vm].vcpus[thread.section.vcpu]
+                thread.task = VcpuTask(vcpu)
+                thread.program = GuestProgram(thread, vcpu)
+
+    def _create_vm(self, section: VmSection) -> None:
+        cpu = self.main
+        params = KvmParams(
+            fault_around=0,
+            chunk=section.chunk,
+            resched_chunks=section.resched_chunks,
+            eager_page_split=section.eager_page_split,
+            tdp_level=section.tdp_level(0),
+            slice_accesses=1,
+        )
+        kvm = kvm_create_vm(cpu, section.pages, self.policy.fresh(), params)
+        self.kvms.append(kvm)
+        self.memories.append(UserMemory(kvm))
+        if section.dirty_log != "protect":
+            kvm_vm_ioctl_enable_manual_dirty_log(cpu, kvm, _DIRTY_LOG[section.dirty_log])
+        kvm_set_memory_region(cpu, kvm, SLOT, 0, section.pages, 0)
+        if section.smm_slots:
+            kvm_set_memory_region(cpu, kvm, SMM_SLOT, 0, section.pages, 0, as_id=1)
+        for _ in range(section.vcpus):
+            kvm_vm_ioctl_create_vcpu(cpu, kvm)
+
+    def teardown(self) -> None:
+        """The VMs go."""
+        for thread in self.threads.values():
+            if thread.task is not None:
+                thread.leave_pcpu()
+                thread.task.close()
+                thread.task = thread.program = None
+        for kvm in self.kvms:
+            kvm_destroy_vm(self.main, kvm)
+        self.kvms.clear()
+        self.memories.clear()
+
+    def run_init(self) -> None:
+        self._run_sequence(self._init)
+
+    def run_final(self) -> None:
+        self._run_sequence(self._final)
+
+    def _run_sequence(self, sequence: list[tuple[LitmusThread, tuple[Op, ...]]]) -> None:
+        for thread, ops in sequence:
+            thread.enter_pcpu()
+            thread.do(ops, report=False)
+            thread.leave_pcpu()
+
+    def thread_on(self, cpu: Cpu) -> LitmusThread | None:
+        """The thread that `cpu` works for; None: between executions."""
+        return self._on.get(cpu.id)
+
+    def entered(self, cpu: Cpu, thread: LitmusThread) -> None:
+        self._on[cpu.id] = thread
+
+    # --- progress -------------------------------------------------------------------------------------------
+
+    def progressed(self, thread: int) -> None:
+        """Another operation of the thread is complete."""
+        self.done[thread] += 1
+
+    def wait_progress(self, cpu: Cpu, thread: int, n: int) -> None:
+        """Sleep until the thread has completed n operations."""
+        while self.done[thread] < n:
+            cpu_relax(cpu)
