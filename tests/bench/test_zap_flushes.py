@@ -18,7 +18,7 @@ def test_predicted() -> None:
     assert SHORT.removed(512) == 511
 
 
-@pytest.mark.parametrize(("zap", "flushes"), zip(ZAPS, (1, 1, 6), strict=True))
+@pytest.mark.parametrize(("zap", "flushes"), list(zip(ZAPS, (1, 1, 6), strict=True)))
 def test_counts(zap: str, flushes: int) -> None:
     cost = Cost()
     with zap_machine(Policy("test", zap_scope="leafs-and-tables", zap=zap), 4, contended=False) as machine:
