@@ -15,9 +15,10 @@ from emulator.kvm.structs import KvmParams
 from emulator.machine import Emulation
 from emulator.policy import Policy
 from emulator.preconditions import preconditions
-from emulator.receivers import read_receivers
+from emulator.receivers import Receivers, read_receivers
 from emulator.result import MachineObserver, Result, Snapshot, read_snapshot
 from emulator.story import Stories
+from native import lib
 
 _PROGRESS_SECONDS = 0.5
 # The event rings forget fast: look for new reports this often.
@@ -27,6 +28,7 @@ _POLL_SECONDS = 0.01
 class Job:
     """One run of a scenario under a policy.
 
+    `settle`: seconds after which, once every VM has run, the books begin; what booting costs is not in them.
     `duration` is in seconds on the wall or, with a `pace`, in seconds of so many guest accesses each; then
     `wall_limit` ends a run whose guests get nowhere.  `observers` are told of the native machine while it
     exists.  `stop` ends the run early.
@@ -43,6 +45,7 @@ class Job:
         unbounded: bool = False,
         params: KvmParams | None = None,
         stop_at_violation: bool = False,
+        settle: float = 0,
         pace: float = 0,
         wall_limit: float | None = None,
     ) -> None:
@@ -53,7 +56,7 @@ class Job:
         self.observers: list[MachineObserver] = []
         self._chaos, self._unbounded, self._params = chaos, unbounded, params
         self._stop_at_violation = stop_at_violation
-        self._pace, self._wall_limit = pace, wall_limit
+        self._settle, self._pace, self._wall_limit = settle, pace, wall_limit
 
     def run(self, progress: Callable[[Snapshot], None], stop: threading.Event) -> Result:
         with Emulation(
@@ -94,6 +97,9 @@ class _Run:
         self.elapsed = 0.0
         # Seconds by the workload's clock: `elapsed`, unless the guests set the pace.
         self.worked = 0.0
+        # Where the books begin, and the workload's clock then.
+        self.before: tuple[Snapshot, tuple[Receivers, ...]] | None = None
+        self.began = 0.0
         self.stories = Stories(emulation.m)
         self.watchdog = Watchdog(emulation.crew)
 
@@ -103,13 +109,16 @@ class _Run:
         try:
             self.emulation.start()
             logger.info("booted", pcpus=len(self.emulation.pcpus), vcpus=len(self.emulation.tasks))
-            started, began = time.monotonic(), workload.clock()
+            started = time.monotonic()
+            self.began = workload.clock()
             next_round = next_progress = 0.0
             while not self._over():
                 if self.stories.poll() and self.job._stop_at_violation:
                     break
                 self.elapsed = time.monotonic() - started
-                self.worked = workload.clock() - began
+                self.worked = workload.clock() - self.began
+                if self._settling() and self._everybody_ran():
+                    self._begin()
                 if workload.advance(self.worked):
                     logger.debug("phase", name=workload.phase.name)
                 self._print_events()
@@ -124,13 +133,25 @@ class _Run:
         finally:
             self.emulation.release()
 
+    def _settling(self) -> bool:
+        return bool(self.job._settle) and self.before is None
+
+    def _everybody_ran(self) -> bool:
+        """Booted, and every VM has been in guest mode."""
+        m, vms = self.emulation.m, range(len(self.emulation.vms))
+        return self.elapsed >= self.job._settle and all(lib.vm_stat(m, vm, lib.STAT_EXITS) for vm in vms)
+
+    def _begin(self) -> None:
+        self.before = self.snapshot(), read_receivers(self.emulation.m, self.job.scenario)
+        self.began, self.worked = self.emulation.workload.clock(), 0.0
+
     def _over(self) -> bool:
         duration, limit = self.job.duration, self.job._wall_limit
         return (
             self.stop.is_set()
             or self.emulation.crew.stopped.is_set()
             or bool(self.stalls)
-            or (duration is not None and self.worked >= duration)
+            or (duration is not None and self.worked >= duration and not self._settling())
             or (limit is not None and self.elapsed >= limit)
         )
 
@@ -155,6 +176,10 @@ class _Run:
     def result(self) -> Result:
         self._print_events()
         snapshot, job = self.snapshot(), self.job
+        receivers = read_receivers(self.emulation.m, job.scenario)
+        if self.before is not None:
+            snapshot = snapshot.since(self.before[0])
+            receivers = tuple(now.less(then) for now, then in zip(receivers, self.before[1], strict=True))
         names = {actor.cpu.id: actor.name for actor in self.emulation.crew.actors}
         return Result(
             snapshot=snapshot,
@@ -171,7 +196,7 @@ class _Run:
             ),
             failure=self._failure(snapshot),
             interrupted=self.stop.is_set(),
-            receivers=read_receivers(self.emulation.m, job.scenario),
+            receivers=receivers,
             worked=self.worked,
         )
 

@@ -6,7 +6,7 @@ A pCPU of a VM that nothing was done to is *uninvolved*: whatever reaches it is 
 from __future__ import annotations
 
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 from emulator.config import Scenario
@@ -28,6 +28,16 @@ class Receivers:
     serviced: int
     interruptions: int
     bystanders: int
+
+    def less(self, before: Receivers) -> Receivers:
+        """Since then."""
+        return replace(
+            self,
+            ipis=self.ipis - before.ipis,
+            serviced=self.serviced - before.serviced,
+            interruptions=self.interruptions - before.interruptions,
+            bystanders=self.bystanders - before.bystanders,
+        )
 
 
 def read_receivers(m: Any, scenario: Scenario) -> tuple[Receivers, ...]:

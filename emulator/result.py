@@ -7,7 +7,7 @@ as often as it likes while the machine exists.
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any, Literal, Protocol
 
 from emulator.costs import CycleLine
@@ -49,6 +49,11 @@ class Histogram:
     def count(self) -> int:
         return sum(self.buckets)
 
+    def less(self, before: Histogram) -> Histogram:
+        """The samples since then."""
+        buckets = zip(self.buckets, before.buckets, strict=True)
+        return Histogram(tuple(now - then for now, then in buckets), self.nanoseconds - before.nanoseconds)
+
     @property
     def mean(self) -> float:
         """Seconds; 0 without samples."""
@@ -79,6 +84,14 @@ class FlushCount:
     reason: str
     count: int
     necessary: int
+
+    def less(self, before: FlushCount | None) -> FlushCount:
+        """Since then."""
+        if before is None:
+            return self
+        # An entry dropped before may be missed only now: no more than were made are called necessary.
+        count = self.count - before.count
+        return replace(self, count=count, necessary=min(self.necessary - before.necessary, count))
 
 
 @dataclass(frozen=True, slots=True)
@@ -117,6 +130,18 @@ class Snapshot:
         """One of KVM's statistics, summed over the VMs."""
         return sum(vm[stat] for vm in self.vms)
 
+    def since(self, before: Snapshot) -> Snapshot:
+        """What happened since an earlier snapshot of the same machine.  Violations are never forgotten."""
+        flushed = {(f.vm, f.scope, f.reason): f for f in before.flushes}
+        return replace(
+            self,
+            elapsed=self.elapsed - before.elapsed,
+            counters=_less(self.counters, before.counters),
+            vms=tuple(_less(now, then) for now, then in zip(self.vms, before.vms, strict=True)),
+            flushes=tuple(f.less(flushed.get((f.vm, f.scope, f.reason))) for f in self.flushes),
+            histograms={name: h.less(before.histograms[name]) for name, h in self.histograms.items()},
+        )
+
 
 @dataclass(frozen=True, slots=True)
 class Result:
@@ -149,6 +174,10 @@ class Result:
         if self.snapshot.violated:
             return "violations"
         return "clean" if self.snapshot.necessary and not self.failure else "inconclusive"
+
+
+def _less(now: Mapping[str, int], before: Mapping[str, int]) -> dict[str, int]:
+    return {name: value - before[name] for name, value in now.items()}
 
 
 def read_snapshot(machine: Any, *, vms: int, elapsed: float, phase: str = "") -> Snapshot:

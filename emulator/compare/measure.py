@@ -73,6 +73,7 @@ def _counts(result: Result, bound: Bound) -> dict[str, float]:
         "collateral": counters["collateral"],
         "refills": counters["refills"],
         "IPIs sent": counters["ipis_sent"],
+        "IPIs for VMCLEAR": counters["ipis_vmclear"],
         "interruptions": counters["interruptions"],
         "bystanders": counters["bystander"],
         **_uninvolved(result),
@@ -95,7 +96,7 @@ def _per_unit(result: Result, bound: Bound) -> dict[str, float]:
     return {
         "flush cycles": _flush_cycles(result),
         "bound cycles": bound.cycles,
-        "IPIs sent": result.snapshot.counters["ipis_sent"],
+        "IPIs sent": result.snapshot.counters["ipis_sent"] - result.snapshot.counters["ipis_vmclear"],
         **_uninvolved(result),
         "flushes": sum(flush.count for flush in result.snapshot.flushes),
     }

@@ -143,6 +143,7 @@ def _flushes(seen: Sequence[str]) -> tuple[Row, ...]:
 def _interrupts(seen: Sequence[str]) -> tuple[Row, ...]:
     rows = [
         Row("IPIs sent/M", "IPIs sent", head=True),
+        Row("IPIs for VMCLEAR/M", "  for a migration's VMCLEAR"),
         *_each(seen, "received ", "  received by "),
         Row("interruptions/M", "guests interrupted"),
         Row("bystanders/M", "of those, of another VM"),
@@ -155,7 +156,7 @@ def _interrupts(seen: Sequence[str]) -> tuple[Row, ...]:
 def _per_unit(seen: Sequence[str]) -> tuple[Row, ...]:
     rows = [
         Row("flushes/unit", "flushes"),
-        Row("IPIs sent/unit", "IPIs sent"),
+        Row("IPIs sent/unit", "IPIs sent, VMCLEARs aside"),
         Row("flush cycles/unit", "modelled cycles of flushing", head=True),
     ]
     if "uninvolved/unit" in seen:

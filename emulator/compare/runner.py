@@ -24,6 +24,8 @@ from emulator.policy import Policy
 from emulator.report import short
 from emulator.result import Result, Snapshot
 
+# Seconds for booting, which is not compared.
+_SETTLE = 0.5
 # A run at the guests' own pace may take so many times its duration, and a little to start.
 _WALL_FACTOR = 8.0
 _WALL_EXTRA = 20.0
@@ -128,6 +130,7 @@ class Comparer:
             duration=plan.duration,
             chaos=plan.chaos,
             unbounded=plan.unbounded,
+            settle=_SETTLE,
             pace=pace,
             wall_limit=plan.duration * _WALL_FACTOR + _WALL_EXTRA if pace else None,
         )

@@ -1,0 +1,95 @@
+"""A comparison as a table, a document and a page."""
+
+from __future__ import annotations
+
+import io
+import json
+import re
+from pathlib import Path
+
+import pytest
+from rich.console import Console
+
+from emulator.compare.bound import NAME
+from emulator.compare.document import comparison_document
+from emulator.compare.runner import Comparison
+from emulator.compare.table import comparison_table
+from tests.emulator.compare.figures import comparison
+
+
+def printed(what: Comparison) -> str:
+    text = io.StringIO()
+    Console(file=text, width=200, highlight=False).print(comparison_table(what))
+    return text.getvalue()
+
+
+def page(what: Comparison, tmp_path: Path) -> str:
+    pytest.importorskip("matplotlib")
+    from emulator.compare.html import write_page
+
+    write_page(what, tmp_path / "page.html")
+    return (tmp_path / "page.html").read_text("utf-8")
+
+
+def test_table_has_a_column_per_policy_and_the_bound() -> None:
+    text = printed(comparison())
+    head = next(line for line in text.splitlines() if "root-tlb-gen" in line)
+    assert re.search(r"linux-7\.3 +root-tlb-gen +lkml-2025-cpu-flushed-mask +oracle-optimal", head)
+    assert "partitioned: " in text
+    assert re.search(r"verdict +clean +clean +violations", text)
+    assert "received by tenants" in text
+    assert "interruptions of uninvolved pCPUs" in text
+    assert "use-after-free: <vCPU 0> & more" in text
+
+
+def test_wall_clock_figures_have_their_spread() -> None:
+    assert "2 s (1 s to 3 s)" in printed(comparison())
+
+
+def test_what_was_cut_short_says_so() -> None:
+    assert "cut short by the time limit: linux-7.3, repetition 1" in printed(
+        comparison(cut_short=("linux-7.3, repetition 1",))
+    )
+
+
+def test_nothing_finished_is_said_and_no_error(tmp_path: Path) -> None:
+    empty = Comparison(comparison().plan, {"linux-7.3": []}, interrupted=True)
+    assert "interrupted" in printed(empty)
+    assert comparison_document(empty)[NAME] is None
+    assert "No run was finished" in page(empty, tmp_path)
+
+
+def test_document_is_json_with_every_figure() -> None:
+    document = json.loads(json.dumps(comparison_document(comparison()), allow_nan=False))
+    assert document["baseline"] == "linux-7.3"
+    assert document["exit_status"] == 1
+    first, second, third = document["policies"]
+    assert (first["verdict"], third["verdict"]) == ("clean", "violations")
+    assert [len(policy["runs"]) for policy in document["policies"]] == [2, 1, 1]
+    assert second["figures"]["flushes/M"]["median"] < first["figures"]["flushes/M"]["median"]
+    assert first["runs"][0][NAME]["flushes"] == document[NAME]["flushes"] == 8
+    assert document[NAME]["figures"]["times the bound"] == 1
+
+
+def test_page_is_self_contained_and_escapes_what_it_shows(tmp_path: Path) -> None:
+    text = page(comparison(), tmp_path)
+    assert "&lt;vCPU 0&gt; &amp; more" in text
+    assert "<vCPU" not in text
+    links = set(re.findall(r'(?:src|href)="([^"#]+)"', text))
+    assert links == set(), "a page that must be shown without anything else"
+    assert not re.search(r"url\((?!#)", text)
+    assert text.count("<figure>") == 6
+    assert text.count("<svg") == 6
+
+
+def test_page_is_readable_on_light_and_dark_ground(tmp_path: Path) -> None:
+    text = page(comparison(), tmp_path)
+    assert "prefers-color-scheme: dark" in text
+    assert "var(--text)" in text[text.index("<svg") :]
+    assert not re.search(r"#0[123]0[123]0[123]", text), "a placeholder stayed"
+
+
+def test_page_says_how_to_run_it_again_and_where_policies_differ(tmp_path: Path) -> None:
+    text = page(comparison(), tmp_path)
+    assert "flushlab compare partitioned --policy linux-7.3 --policy root-tlb-gen" in text
+    assert "--pcpus 16 --duration 5s --repeat 2 --seed 1" in text
