@@ -75,7 +75,9 @@ static bool of_vcpus(const struct violation_report *r, uint64_t vcpu)
 /* Faults, entries and exits flood the rings; entries and exits are story_entry()'s. */
 static bool concerns(const struct violation_report *r, const struct event *e)
 {
-	if (e->vm != EVENT_NO_VM && e->vm != r->vm)
+	if (e->kind == EVENT_ROOT_FREE)
+		return e->a == r->entry.ep4ta;
+	if (e->vm != EVENT_NO_VM && e->vm != r->vm && e->vm != r->entry.vm)
 		return e->kind == EVENT_FLUSH && e->cpu == r->cpu;
 	switch (e->kind) {
 	case EVENT_NONE:

@@ -1,0 +1,196 @@
+"""Which moments a race is made of, and the part that each of them plays."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+from race import GFN, HOST, KVM, PAGE, ROOT, VCPU, VM, Race, flushed_mask, noisy
+
+from emulator.explain.events import Event
+from emulator.explain.plot import ELIDED, FILL, LATE, MISSED, NARROW, PROMISE, REVOKE, USE, Facts, Plot
+
+
+def plot(race: Race, **report: Any) -> Plot:
+    return Plot(Facts.of_report(race.report(**report)), race.events)
+
+
+def told(found: Plot) -> list[tuple[str, int, str]]:
+    return [(moment.event.kind, moment.cpu, moment.part) for moment in found.moments]
+
+
+MASK = [
+    ("entry", 0, ""),
+    (FILL, 0, FILL),
+    ("load", 1, ""),
+    ("zap", HOST, REVOKE),
+    ("request", HOST, ""),
+    ("ipi", HOST, ""),
+    ("promise", HOST, PROMISE),
+    ("flush", 1, ""),
+    ("free", HOST, ""),
+    ("load", 0, ""),
+    ("elided", 0, ELIDED),
+    ("entry", 0, ""),
+    (USE, 0, USE),
+]
+
+
+def test_a_migration_that_does_not_flush() -> None:
+    found = plot(flushed_mask())
+    assert told(found) == MASK
+    assert found.revoked_on == 1
+    assert found.flushed_on() == (1,)
+    assert found.culprit is not None
+    assert found.culprit.event.reason == "migration"
+
+
+def test_what_does_not_belong_to_it_is_left_out() -> None:
+    assert told(plot(noisy(flushed_mask()))) == MASK
+
+
+def test_the_order_of_the_events_given_does_not_matter() -> None:
+    race = flushed_mask()
+    facts = Facts.of_report(race.report())
+    assert told(Plot(facts, reversed(race.events))) == MASK
+
+
+def test_an_entry_that_another_vcpu_filled() -> None:
+    race = Race().load(2, 0).enter(0, 100, vcpu=0).zap(HOST).request(HOST).promise(HOST)
+    race.load(0, 2).elided(0).enter(0, 400)
+    report = race.report()
+    report["entry"]["filled_by_vcpu"] = 0
+    found = Plot(Facts.of_report(report), race.events)
+    assert found.moments[1].event.a == 0
+    assert ("load", 2, "") in told(found)
+    assert found.revoked_on == 2
+    assert found.part(ELIDED) is not None
+
+
+def test_a_notifier_that_does_not_flush() -> None:
+    race = Race().enter(0, 100).zap(HOST).elided(HOST, "remote_notifier").promise(HOST).free(HOST)
+    assert told(plot(race)) == [
+        ("entry", 0, ""),
+        (FILL, 0, FILL),
+        ("zap", HOST, REVOKE),
+        ("elided", HOST, ELIDED),
+        ("promise", HOST, PROMISE),
+        ("free", HOST, ""),
+        (USE, 0, USE),
+    ]
+
+
+def test_a_flush_after_the_promise() -> None:
+    race = Race().enter(0, 100).zap(HOST).promise(HOST).request(HOST)
+    found = plot(race)
+    assert found.culprit is not None
+    assert (found.culprit.part, found.culprit.event.kind) == (LATE, "request")
+
+
+def test_a_kick_that_nobody_waits_for() -> None:
+    race = Race().enter(0, 100).zap(HOST).request(HOST).kick(HOST, 0, 3).promise(HOST)
+    found = plot(race)
+    assert found.culprit is not None
+    assert (found.culprit.part, found.culprit.event.kind) == (LATE, "ipi")
+    answered = Race().enter(0, 100).zap(HOST).request(HOST).kick(HOST, 0, 3).leave(0, 160).promise(HOST)
+    assert plot(answered).culprit is None
+
+
+def test_a_request_that_is_not_seen_at_vm_entry() -> None:
+    race = Race().enter(0, 100).leave(0, 160).zap(HOST).request(HOST).promise(HOST).enter(0, 160)
+    found = plot(race)
+    assert found.culprit is not None
+    assert (found.culprit.part, found.culprit.event.kind) == (MISSED, "entry")
+
+
+def test_a_flush_that_is_too_narrow() -> None:
+    race = Race().enter(0, 100).leave(0, 160).zap(HOST).request(HOST).promise(HOST)
+    race.flush(0, "invept_single").enter(0, 160)
+    found = plot(race)
+    assert found.culprit is not None
+    assert (found.culprit.part, found.culprit.event.scope) == (NARROW, "invept_single")
+
+
+def test_a_promise_without_any_flush() -> None:
+    found = plot(Race().enter(0, 100).zap(HOST).promise(HOST))
+    assert found.culprit is None
+    assert found.part(PROMISE) is not None
+
+
+def test_what_the_guest_invalidated_elsewhere() -> None:
+    race = Race().enter(0, 100).load(1, 0).enter(1, 200).add("guest_invalidate", 1, VCPU, PAGE)
+    # A promise on the same page has nothing to do with it.
+    race.promise(HOST).request(HOST).load(0, 1).elided(0).enter(0, 400)
+    found = plot(race, kinds=("guest-stale",))
+    assert [kind for kind, _, part in told(found) if part] == [FILL, "guest_invalidate", "elided", USE]
+    assert found.part(REVOKE) is not None
+    assert found.revoked_on == 1
+    assert "promise" not in [kind for kind, _, _ in told(found)]
+
+
+def test_a_root_page_that_comes_back() -> None:
+    race = Race().enter(0, 100).add("root_free", KVM, ROOT).add("root_load", 0, VCPU, ROOT)
+    race.elided(0, "root_load").enter(0, 300)
+    found = plot(race, kinds=("foreign-root",))
+    assert [(kind, part) for kind, _, part in told(found)][2:5] == [
+        ("root_free", REVOKE),
+        ("root_load", ""),
+        ("elided", ELIDED),
+    ]
+
+
+def test_write_protection_is_a_revocation_for_who_writes() -> None:
+    race = Race().enter(0, 100).add("protect", KVM, GFN, 1, 1).elided(KVM, "remote_protect")
+    race.promise(KVM, "dirty_log")
+    found = plot(race, promise="dirty-log", promise_cpu=KVM, access="write")
+    revoked = found.part(REVOKE)
+    assert revoked is not None
+    assert revoked.event.kind == "protect"
+    assert found.part(ELIDED) is not None
+
+
+def test_a_fill_that_the_ring_has_forgotten() -> None:
+    race = Race().zap(HOST).elided(HOST, "remote_notifier").promise(HOST)
+    assert told(plot(race))[0] == (FILL, 0, FILL)
+
+
+def test_clocks_wrap_around() -> None:
+    race = Race().enter(0, 0xFFFFFFF0).zap(HOST).promise(HOST)
+    report = race.report()
+    report["entry"]["clock"] = (1 << 32) + 5
+    assert told(Plot(Facts.of_report(report), race.events))[0] == ("entry", 0, "")
+    report["entry"]["clock"] = 0xFFFFFFEF
+    assert told(Plot(Facts.of_report(report), race.events))[0] == (FILL, 0, FILL)
+
+
+def test_a_report_of_something_else_than_a_use() -> None:
+    race = Race().add("protect", KVM, GFN, 1, 1).elided(KVM, "remote_protect").promise(KVM, "dirty_log")
+    found = plot(race, kinds=("lost-dirty",), promise="dirty-log")
+    assert [part for _, _, part in told(found)] == [REVOKE, ELIDED, PROMISE]
+    stall = plot(Race().enter(0, 100).kick(HOST, 0), kinds=("ipi-stall",))
+    assert [kind for kind, _, _ in told(stall)] == ["entry", "ipi"]
+
+
+def test_no_events_at_all() -> None:
+    assert told(Plot(Facts(), [])) == []
+    assert [kind for kind, _, _ in told(plot(Race()))] == [FILL, USE]
+
+
+@pytest.mark.parametrize("drop", range(len(flushed_mask().events)))
+def test_any_event_may_be_missing(drop: int) -> None:
+    race = flushed_mask()
+    del race.events[drop]
+    found = told(plot(race))
+    assert (FILL, 0, FILL) in found
+    assert found[-1] == (USE, 0, USE)
+
+
+def test_events_survive_json() -> None:
+    for event in flushed_mask().events:
+        assert Event.of_dict(event.as_dict(timed=True)) == event
+        assert "time_ns" not in event.as_dict()
+    unknown = Event.of_dict({"kind": "new_kind", "cpu": 1, "text": "something new"}, 4)
+    assert unknown.describe() == "something new"
+    assert (unknown.time, unknown.vm) == (4, 0xFFFF)
+    assert Event(1, "zap", 0, GFN, 4, VM, 8).covers(GFN + 7)
+    assert not Event(1, "zap", 0, GFN, 4, VM, 8).covers(GFN + 8)
