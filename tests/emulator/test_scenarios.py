@@ -1,0 +1,172 @@
+"""The scenarios that ship, at several sizes: placement, who is disturbed, what they are about."""
+
+from __future__ import annotations
+
+import threading
+import time
+
+import pytest
+from support import wait_until
+
+from emulator.config import VmSection, load_scenario, parse_scenario
+from emulator.errors import BadInput
+from emulator.job import Job
+from emulator.machine import Emulation, machine_config
+from emulator.policy import preset
+from emulator.result import Result
+from native import lib
+
+LINUX = preset("linux-7.3")
+# With what each is about: a counter or statistic that must move.
+COMPARED = {
+    "partitioned": "roots_allocated",
+    "migration-storm": "migrations",
+    "dirty-log": "remote_tlb_flush_requests",
+    "balloon": "remote_tlb_flush_requests",
+    "boot-storm": "roots_allocated",
+    "mixed": "migrations",
+}
+
+
+def run(name: str, policy: str = "linux-7.3", seconds: float = 1.0, pcpus: int | None = None) -> Result:
+    scenario = load_scenario(name)
+    if pcpus:
+        scenario = scenario.scaled(pcpus)
+    job = Job(scenario, preset(policy), seed=3, duration=seconds, settle=0.2)
+    return job.run(lambda now: None, threading.Event())
+
+
+@pytest.mark.parametrize("name", COMPARED)
+def test_each_does_what_it_is_about_and_is_clean(name: str) -> None:
+    result = run(name)
+    assert not result.failure
+    assert not result.snapshot.violated, result.reports[0].text
+    assert result.snapshot.kvm(COMPARED[name]) > 5
+    assert load_scenario(name).unit
+
+
+@pytest.mark.parametrize("name", COMPARED)
+@pytest.mark.parametrize("pcpus", [4, 64, 1024, 4096])
+def test_one_parameter_scales_them(name: str, pcpus: int) -> None:
+    scenario = load_scenario(name).scaled(pcpus)
+    assert scenario.machine.pcpus == pcpus
+    assert scenario.own_pcpus <= pcpus
+    assert scenario.vcpus >= pcpus * 0.9
+    machine_config(scenario, 1, 0, False)
+
+
+def test_too_small_is_one_line() -> None:
+    with pytest.raises(BadInput, match=r"--pcpus: found 2; expected at least 3 for partitioned"):
+        load_scenario("partitioned").scaled(2)
+
+
+def test_vms_that_do_not_grow_stay_as_many() -> None:
+    scenario = load_scenario("partitioned").scaled(256)
+    assert [vm.count for vm in scenario.vm] == [1, 254]
+    assert scenario.ioctl_callers == 1
+    assert scenario.threads < 256 + 10, "a tenant that nobody disturbs has no thread but its pCPU's"
+
+
+@pytest.mark.parametrize(
+    ("text", "expected"),
+    [
+        (
+            "[[vm]]\nplacement = 'own'\ncount = 5",
+            "machine.pcpus of at least 5: 5 for VMs with placement = 'own'",
+        ),
+        (
+            "[[vm]]\nplacement = 'own'\ncount = 4\n[[vm]]",
+            "at least 5: 4 for VMs with placement = 'own' and one",
+        ),
+        ("[[vm]]\nhalt = '0s'", "halt of 0.001ms to 10s, or halt_every = 0"),
+        ("[[vm]]\nplacement = 'mine'", "vm[0].placement: found 'mine'; expected one of 'shared'"),
+        ("unit = 'miles'\n[[vm]]", "unit: found 'miles'; expected one of 'migrations'"),
+        ("pace = -1\n[[vm]]", "pace: found -1; expected at least 0"),
+    ],
+)
+def test_complaints(text: str, expected: str) -> None:
+    from pathlib import Path
+
+    with pytest.raises(BadInput) as caught:
+        parse_scenario(text, "own.toml", Path())
+    assert expected in str(caught.value)
+
+
+def test_own_pcpus_are_nobody_elses() -> None:
+    scenario = load_scenario("mixed")
+    with Emulation(scenario, LINUX, seed=1) as emulation:
+        emulation.start()
+        tenants = [
+            task for task, home in zip(emulation.tasks, emulation.homes, strict=True) if len(home) == 1
+        ]
+        others = [task for task in emulation.tasks if task not in tenants]
+        assert len(tenants) == scenario.own_pcpus == 4
+        seen: set[int] = set()
+
+        def look() -> bool:
+            assert [task.pcpu for task in tenants if task.pcpu >= 0] in (
+                [0, 1, 2, 3],
+                [],
+                *([0, 1, 2, 3][:i] for i in range(4)),
+            )
+            seen.update(task.pcpu for task in others)
+            return seen >= {4, 5, 6, 7}
+
+        wait_until(look, "the others migrate over all pCPUs that are left")
+        time.sleep(0.1)
+        look()
+        assert seen <= {-1, 4, 5, 6, 7}
+
+
+def test_nothing_of_the_host_reaches_undisturbed_vms() -> None:
+    result = run("mixed")
+    tenants, shared = result.snapshot.vms[:4], result.snapshot.vms[4:]
+    assert sum(vm["remote_tlb_flush_requests"] for vm in tenants) == 0
+    assert sum(vm["remote_tlb_flush_requests"] for vm in shared) > 0
+    groups = {group.who: group for group in result.receivers}
+    assert groups["tenants"].uninvolved
+    assert groups["tenants"].interruptions == 0, "Linux interrupts who is in the guest of that VM only"
+
+
+def test_flushing_every_pcpu_interrupts_all_who_have_nothing_to_do_with_it() -> None:
+    result = run("partitioned", "lkml-2025-on-each-cpu", seconds=1.5, pcpus=24)
+    tenants = next(group for group in result.receivers if group.uninvolved)
+    roots = result.snapshot.kvm("roots_allocated")
+    assert tenants.pcpus == 22
+    assert tenants.interruptions / roots > 0.8 * tenants.pcpus
+    assert tenants.bystanders == tenants.interruptions
+
+
+def test_idle_guests_stay_in_guest_mode() -> None:
+    with Emulation(load_scenario("partitioned"), LINUX, seed=1) as emulation:
+        emulation.start()
+        idle = range(2, 16)
+        wait_until(
+            lambda: sum(lib.cpu_power(emulation.m, cpu) == lib.CPU_GUEST_HALTED for cpu in idle) > 10,
+            "most tenants halt in guest mode",
+        )
+
+
+def test_at_the_guests_own_pace_the_work_per_access_is_the_scenarios() -> None:
+    scenario = load_scenario("migration-storm")
+    job = Job(scenario, LINUX, seed=1, duration=1.0, pace=scenario.pace * 1e6, wall_limit=60, settle=0.2)
+    result = job.run(lambda now: None, threading.Event())
+    assert result.worked >= 1.0
+    accesses = result.snapshot.counters["accesses"] / 1e6
+    assert accesses == pytest.approx(scenario.pace * result.worked, rel=0.05)
+    requests = result.snapshot.kvm("remote_tlb_flush_requests")
+    assert requests == pytest.approx(scenario.host.unmap * accesses / scenario.pace, rel=0.3)
+
+
+def test_books_begin_when_everybody_has_booted() -> None:
+    result = run("partitioned", seconds=0.5)
+    guest = sum(flush.count for flush in result.snapshot.flushes if flush.reason == "guest")
+    assert guest == 0, "vCPUs were created before"
+    assert 0.4 < result.snapshot.elapsed < 3
+
+
+def test_a_second_slot_is_for_those_whose_slots_come_and_go() -> None:
+    from emulator.machine import layout_of
+
+    assert layout_of(VmSection(memory=4, disturbed=False)).second == 0
+    assert layout_of(VmSection(memory=4)).second > 0
