@@ -1,0 +1,195 @@
+"""The diagram as text: what it looks like, and that it fits into a commit message."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+from race import GFN, HOST, KVM, PAGE, VCPU, Race, flushed_mask
+
+from emulator.explain.diagram import WIDTH, diagram
+from emulator.explain.document import Case, load_cases
+from emulator.explain.events import EVENT_KINDS, Event
+from emulator.explain.plot import Facts
+from emulator.explain.tale import Tale, tell
+from native import VIOLATION_KINDS
+
+MASK = """\
+use-after-free, stale-after-revoke under lkml-2025-cpu-flushed-mask
+(migration-storm), VM 0
+
+CPU0                    CPU1                    host0
+----                    ----                    -----
+vcpu_enter_guest(v1)
+v1 uses gfn 0x105
+  TLB entry is filled [1]
+                        vmx_vcpu_load_vmcs(v1)
+                                                zap gfn 0x105 [2]
+                                                KVM_REQ_TLB_FLUSH to v1
+                                                kick: IPI to CPU1
+                                                invalidate_range_start()
+                                                  returns
+                        INVEPT global
+                                                frame 0xb34 is freed
+vmx_vcpu_load_vmcs(v1)
+flush for migration
+  ELIDED [3]
+vcpu_enter_guest(v1)
+v1 reads gfn 0x105
+  by the stale entry [4]
+
+[1] the entry that goes stale: 4K combined, page 0x5e39 to frame 0xb34,
+    VPID 2, PCID 1, EP4TA 0x2
+[2] the translation goes; v1 is on CPU1
+[3] the flush that was elided (migration=cpu-flushed-mask)
+[4] the access that uses the stale entry 12 us later: use-after-free,
+    stale-after-revoke
+"""
+
+NOTIFIER = """\
+use-after-free under linux-7.3+notifier_flush=none (main), VM 0
+
+CPU0                                host0
+----                                -----
+vcpu_enter_guest(v1)
+v1 uses gfn 0x105
+  TLB entry is filled [1]
+                                    zap gfn 0x105 [2]
+                                    flush for remote_notifier
+                                      ELIDED [3]
+                                    invalidate_range_start()
+                                      returns
+                                    frame 0xb34 is freed
+v1 reads gfn 0x105
+  by the stale entry [4]
+
+[1] the entry that goes stale: 4K combined, page 0x5e39 to frame 0xb34,
+    VPID 2, PCID 1, EP4TA 0x2
+[2] the translation goes
+[3] the flush that was elided (decision notifier_flush)
+[4] the access that uses the stale entry 4 us later: use-after-free
+"""
+
+
+def tale(race: Race, policy: str, where: str = "main", timed: bool = True, **report: Any) -> Tale:
+    whole = race.report(**report)
+    names = {int(cpu): name for cpu, name in whole["actors"].items()}
+    return tell(Case(where, policy, whole, Facts.of_report(whole), tuple(race.events), names, timed))
+
+
+def mask() -> Tale:
+    return tale(
+        flushed_mask(),
+        "lkml-2025-cpu-flushed-mask",
+        "migration-storm",
+        kinds=("use-after-free", "stale-after-revoke"),
+        unsafe_answers=["migration=cpu-flushed-mask"],
+    )
+
+
+def test_the_flushed_mask() -> None:
+    assert diagram(mask()) == MASK
+
+
+def test_a_notifier() -> None:
+    race = Race().enter(0, 100).zap(HOST).elided(HOST, "remote_notifier").promise(HOST).free(HOST)
+    assert diagram(tale(race, "linux-7.3+notifier_flush=none")) == NOTIFIER
+
+
+def test_times_are_a_column() -> None:
+    lines = diagram(mask(), times=True).splitlines()
+    assert lines[3].startswith("            CPU0")
+    assert lines[5].startswith("-17.0us     vcpu_enter_guest(v1)")
+    assert any(line.startswith("+0.0us      v1 reads gfn 0x105") for line in lines)
+    assert max(map(len, lines)) <= WIDTH
+
+
+def test_without_times_there_is_no_such_column() -> None:
+    race = flushed_mask()
+    told = tale(race, "p", timed=False)
+    assert diagram(told, times=True) == diagram(told)
+    assert "us later" not in diagram(told)
+
+
+def test_four_cpus_need_more_room() -> None:
+    race = flushed_mask()
+    race.events.insert(6, Event(race.events[6].time - 1, "load", 3, VCPU, 1, 0))
+    race.events.insert(7, Event(race.events[7].time - 1, "free", KVM, 0xB34, 1, 0))
+    race.events[-3:-3] = [Event(race.events[-3].time - 1, "free", KVM, 0xB34, 1, 0)]
+    lines = diagram(tale(race, "p")).splitlines()
+    columns = lines[2].split()
+    assert len(columns) == 4
+    assert WIDTH < max(map(len, lines)) <= 24 * 4
+    narrow = diagram(tale(race, "p"), width=72).splitlines()
+    assert max(map(len, narrow)) <= 72
+
+
+def test_what_the_legend_says_of_other_races() -> None:
+    late = Race().enter(0, 100).zap(HOST).promise(HOST).request(HOST)
+    assert "[3] the flush comes too late: the promise has been given" in diagram(tale(late, "p"))
+    unanswered = Race().enter(0, 100).zap(HOST).request(HOST).kick(HOST, 0).promise(HOST)
+    assert "[3] nobody waits for the answer: CPU0 is still in the guest" in diagram(tale(unanswered, "p"))
+    unseen = Race().enter(0, 100).leave(0, 160).zap(HOST).request(HOST).promise(HOST).enter(0, 160)
+    assert "enters without having seen the request" in diagram(tale(unseen, "p"))
+    promised = Race().enter(0, 100).zap(HOST).promise(HOST)
+    assert "[3] KVM's promise, and CPU0 has not flushed" in diagram(tale(promised, "p"))
+    guest = Race().enter(0, 100).load(1, 0).add("guest_invalidate", 1, VCPU, PAGE).load(0, 1).elided(0)
+    text = diagram(tale(guest, "p", kinds=("guest-stale",)))
+    assert "v1: INVLPG page 0x5e39 [2]" in text
+    assert "the guest invalidates it here, but CPU0 keeps its entry" in text
+    protect = Race().enter(0, 100).add("protect", KVM, GFN, 1, 1).promise(KVM, "dirty_log")
+    text = diagram(tale(protect, "p", promise="dirty-log", access="write"))
+    assert "[2] write access goes" in text
+    assert "kvm_get_dirty_log()" in text
+
+
+EVENTS = st.builds(
+    Event,
+    time=st.integers(1, 1 << 40),
+    kind=st.sampled_from(EVENT_KINDS),
+    cpu=st.integers(0, 2),
+    a=st.sampled_from([0, 1, GFN, PAGE, (1 << 64) - 1]) | st.integers(0, (1 << 64) - 1),
+    b=st.sampled_from([0, 1, GFN, PAGE]) | st.integers(0, (1 << 64) - 1),
+    vm=st.sampled_from([0, 1, 0xFFFF]),
+    more=st.integers(0, (1 << 32) - 1),
+)
+
+
+@given(
+    st.lists(EVENTS, max_size=30),
+    st.sampled_from(VIOLATION_KINDS),
+    st.booleans(),
+    st.text(max_size=90),
+)
+def test_three_cpus_fit_whatever_they_do(events: list[Event], kind: str, times: bool, policy: str) -> None:
+    race = Race()
+    race.events = events
+    text = diagram(tale(race, policy, kinds=(kind,)), times=times)
+    assert max((len(line) for line in text.splitlines()), default=0) <= WIDTH
+    assert all(line == line.rstrip() for line in text.splitlines())
+
+
+def test_plain_ascii() -> None:
+    assert diagram(mask()).isascii()
+
+
+def test_the_example_is_a_file_that_can_be_explained(tmp_path: Path) -> None:
+    race = flushed_mask()
+    path = tmp_path / "v.json"
+    report = {
+        "kinds": ("use-after-free", "stale-after-revoke"),
+        "unsafe_answers": ["migration=cpu-flushed-mask"],
+    }
+    document = race.document("lkml-2025-cpu-flushed-mask", **report) | {"scenario": "migration-storm"}
+    path.write_text(json.dumps(document))
+    (case,) = load_cases(path)
+    assert diagram(tell(case)) == MASK
+
+
+@pytest.mark.parametrize("width", [40, 55, 100])
+def test_a_width_of_ones_own(width: int) -> None:
+    assert max(map(len, diagram(mask(), width=width).splitlines())) <= width

@@ -1,0 +1,199 @@
+"""`flushlab explain`: which files it reads, and what it says of those that it cannot."""
+
+from __future__ import annotations
+
+import json
+import threading
+from pathlib import Path
+from typing import Any
+
+import pytest
+from race import NAMES, Race, flushed_mask
+
+from emulator.cli import main
+from emulator.config import load_scenario
+from emulator.explain.document import load_cases
+from emulator.job import Job
+from emulator.policy import resolve_policy
+from emulator.report import document
+
+
+def counterexample(race: Race) -> dict[str, Any]:
+    """As explore writes it: no times anywhere."""
+    report = race.report()
+    for name in ("time_ns", "promise_time_ns", "events", "actors"):
+        del report[name]
+    steps = [
+        {
+            "n": n,
+            "thread": NAMES[str(event.cpu)],
+            "cpu": event.cpu,
+            "kind": "spte",
+            "events": [event.as_dict()],
+        }
+        for n, event in enumerate(race.events)
+    ]
+    return {
+        "format": 1,
+        "test": "migrate-after-zap",
+        "policy": "lkml-2025-cpu-flushed-mask",
+        "seed": 0,
+        "schedule": [step["thread"] for step in steps],
+        "steps": steps,
+        "violation": report,
+    }
+
+
+def written(directory: Path, value: Any) -> str:
+    path = directory / "violation.json"
+    path.write_text(value if isinstance(value, str) else json.dumps(value))
+    return str(path)
+
+
+def printed(capsys: pytest.CaptureFixture[str], *arguments: str) -> str:
+    assert main(["explain", *arguments]) == 0
+    return capsys.readouterr().out
+
+
+@pytest.mark.parametrize("form", ["run", "report", "litmus"])
+def test_reports_wherever_they_are(form: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    race = flushed_mask()
+    value: Any = {
+        "run": lambda: race.document("p"),
+        "report": race.report,
+        "litmus": lambda: {"results": [{"test": "t", "policy": "p", "reports": [race.report()]}]},
+    }[form]()
+    out = printed(capsys, written(tmp_path, value))
+    where = {"run": " under p (main)", "report": "", "litmus": " under p (t)"}[form]
+    assert out.startswith(f"use-after-free{where}, VM 0\n")
+    assert "ELIDED [3]" in out
+
+
+def test_a_counterexample_has_no_times(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    path = written(tmp_path, counterexample(flushed_mask()))
+    out = printed(capsys, path, "--times")
+    title, columns = out.split("\n\n")[0].replace("\n", " "), out.split("\n\n")[1]
+    assert title == "use-after-free under lkml-2025-cpu-flushed-mask (migrate-after-zap), VM 0"
+    assert columns.startswith("CPU0  ")
+    assert "CPU1" in out
+    assert "host0" in out
+    assert "us later" not in out
+    assert "[3] the flush that was elided" in out
+
+
+def test_a_counterexample_without_events_shows_its_steps(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    value = counterexample(flushed_mask())
+    value["violation"] = {"kind": "deadlock", "text": "pcpu0 waits for host0, host0 for pcpu0"}
+    for step in value["steps"]:
+        del step["events"]
+        step["text"] = f"step {step['n']}"
+    out = printed(capsys, written(tmp_path, value))
+    assert "deadlock under" in out
+    assert f"step {len(value['steps']) - 1}" in out
+
+
+def test_the_one_that_shows_most_comes_first_and_any_can_be_chosen(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    poor, rich = Race().enter(0, 100), flushed_mask()
+    path = written(tmp_path, {"reports": [poor.report(), rich.report(pcpu=0)]})
+    assert main(["explain", path]) == 0
+    out, err = capsys.readouterr()
+    assert "ELIDED" in out
+    assert err == "2 violations with events; --report N chooses\n"
+    assert "ELIDED" not in printed(capsys, path, "--report", "1")
+
+
+@pytest.mark.parametrize("form", ["text", "svg", "json", "perfetto"])
+def test_output_goes_to_a_file(form: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    path = written(tmp_path, flushed_mask().document())
+    whole = printed(capsys, path, "--format", form)
+    assert printed(capsys, path, "--format", form, "-o", str(tmp_path / "out")) == ""
+    assert (tmp_path / "out").read_text() == whole
+    assert whole.endswith("\n")
+
+
+CLEAN = {"flushlab": 1, "verdict": "clean", "reports": []}
+DAMAGED = {"kind": "use-after-free", "events": [{"kind": "zap", "cpu": "x", "time_ns": 1}]}
+
+
+@pytest.mark.parametrize(
+    ("content", "words"),
+    [
+        ("{", ["not JSON"]),
+        ("", ["not JSON"]),
+        ("[" * 100_000, ["not JSON"]),
+        ("3", ["no violation with events"]),
+        (json.dumps(CLEAN), ["no violation with events"]),
+        (json.dumps(DAMAGED), ["a damaged report", "ValueError"]),
+        (json.dumps({"kind": "x", "events": [3]}), ["a damaged report"]),
+        (json.dumps({"kind": "x", "events": [{"kind": "zap"}]}), ["a damaged report", "time_ns"]),
+        (json.dumps({"steps": [3], "violation": {}}), ["a damaged report"]),
+        ("\udcff", ["not UTF-8"]),
+    ],
+)
+def test_bad_files_are_one_line(
+    content: str, words: list[str], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    path = tmp_path / "bad.json"
+    path.write_bytes(content.encode("utf-8", "surrogateescape"))
+    assert main(["explain", str(path)]) == 2
+    out, err = capsys.readouterr()
+    assert out == ""
+    assert err.count("\n") == 1
+    assert err.startswith(f"flushlab: {path}: ")
+    assert all(word in err for word in words), err
+
+
+@pytest.mark.parametrize(
+    ("arguments", "words"),
+    [
+        (["nowhere.json"], ["nowhere.json: No such file"]),
+        (["{path}", "--report", "2"], ["--report", "1 to 1"]),
+        (["{path}", "--report", "0"], ["--report", "0"]),
+        (["{path}", "--format", "pdf"], ["--format", "pdf", "svg"]),
+        (["{path}", "--width", "3"], ["--width", "3"]),
+        (["{path}", "-o", "/proc/nowhere/x"], ["--output /proc/nowhere/x"]),
+        ([], ["FILE"]),
+    ],
+)
+def test_bad_options_are_one_line(
+    arguments: list[str], words: list[str], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    path = written(tmp_path, flushed_mask().document())
+    assert main(["explain", *(argument.format(path=path) for argument in arguments)]) == 2
+    err = capsys.readouterr().err
+    assert err.count("\n") == 1
+    assert all(word in err for word in words), err
+
+
+# --- a real run --------------------------------------------------------------------------------------------
+
+
+def test_the_flushed_mask_is_caught_told_and_drawn(tmp_path: Path) -> None:
+    """In six seconds, with both pCPUs, the zap, and the elided flush by name."""
+    scenario = load_scenario("migration-storm")
+    policy = resolve_policy("lkml-2025-cpu-flushed-mask")
+    result = Job(scenario, policy, seed=1, duration=6.0).run(lambda snapshot: None, threading.Event())
+    assert result.verdict == "violations"
+    told = [
+        r
+        for r in result.reports
+        if r.kind in ("use-after-free", "stale-after-revoke") and r.details["events"]
+    ]
+    assert told
+    text = max((report.text for report in told), key=lambda text: text.count("pcpu"))
+    assert "zap gfn" in text
+    assert "elided: flush for migration on pcpu" in text
+    assert "migration=cpu-flushed-mask" in text
+    pcpus = {word for word in text.replace(",", " ").split() if word.startswith("pcpu")}
+    assert len(pcpus) >= 2
+    path = written(tmp_path, document(result))
+    cases = [case for case in load_cases(Path(path)) if case.facts.kind == "use-after-free"]
+    best = max(cases, key=lambda case: case.quality())
+    assert best.plot.culprit is not None
+    assert best.plot.culprit.cpu == best.facts.pcpu
+    assert best.plot.part("revoke") is not None
+    assert any(name.startswith("host") for name in (best.label(cpu) for cpu in best.columns))
