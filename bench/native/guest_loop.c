@@ -28,7 +28,8 @@ struct guest_thread {
 static pthread_mutex_t faults = PTHREAD_MUTEX_INITIALIZER;
 static uint64_t *records, *pages, record_count, page_count;
 
-/* The reference: load a record, look its page up, use what is there. */
+/* The reference: load a record, look its page up, use what is there.  What is not there is put there, or a page that
+ * shares its place with another would never be found again: four records in five of `shuf`. */
 static double bare_rate(void)
 {
 	static struct direct table[DIRECT];
@@ -40,12 +41,13 @@ static double bare_rate(void)
 	for (int loop = 0; loop < LOOPS_PER_REPEAT; loop++) {
 		for (uint64_t i = 0; i < record_count; i++) {
 			uint64_t page = records[i] >> 12 & ((1ull << 36) - 1);
-			const struct direct *d = &table[page % DIRECT];
+			struct direct *d = &table[page % DIRECT];
 
-			if (__builtin_expect(d->page != page, 0))
+			if (__builtin_expect(d->page != page, 0)) {
+				*d = (struct direct){ page, i };
 				misses++;
-			else
-				sum += d->value;
+			}
+			sum += d->value;
 		}
 	}
 	start = now_ns() - start;

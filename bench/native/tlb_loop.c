@@ -12,7 +12,7 @@
 #include <emmintrin.h>
 #endif
 
-#include "tlb.h"
+#include "tlb_internal.h"
 
 enum { RECORDS = 1 << 16, FRAMES = 256, LOOPS = 100 };
 
@@ -63,6 +63,7 @@ static struct world *build(uint32_t pages, uint32_t run, bool regular)
 	w->memory = aligned_alloc(4096, FRAMES * 4096);
 	REQUIRE(w->tag && w->memory);
 	memset(w->memory, 0, FRAMES * 4096);
+	l1_create(&w->l1);
 	w->l1.context_bits = w->rival.context_bits = UINT64_C(0x28007) << L1_CONTEXT_SHIFT;
 	for (uint32_t p = 0; p < pages; p++) {
 		uint32_t set = p % L1_SETS, way = used[set]++;

@@ -1,0 +1,194 @@
+/* Guest accesses.  See access.h. */
+#include "access.h"
+#include "counters.h"
+#include "frame.h"
+#include "guest_os.h"
+#include "tlb_internal.h"
+#include "vm.h"
+
+#define RECORD_PAGE(record) ((record) >> 12 & GUEST_PAGE_MASK)
+/* The same in fewer instructions, if bits 48 to 61 are 0, as they should be. */
+#define RECORD_PAGE_FAST(record) ((record) << 2 >> 14)
+#define RECORD_TYPE(record) ((uint32_t)((record) >> 62))
+
+enum { FAULTS_IN_A_ROW = 16 };
+
+/* Relaxed: guest memory, ordered by nothing but the guest. */
+static inline void store(uint8_t *memory, uint32_t hfn, uint64_t record, uint64_t value)
+{
+	atomic_store_explicit((_Atomic uint64_t *)(void *)(memory + ((uint64_t)hfn << 12) + (record & 0xff8)), value,
+			      memory_order_relaxed);
+}
+
+static void store_by(struct walk *w, const struct tlb_entry *e, uint64_t record)
+{
+	if (RECORD_TYPE(record) == ACCESS_WRITE)
+		store(w->m->frames->memory, e->hfn + (uint32_t)(RECORD_PAGE(record) - e->page), record,
+		      w->guest->clock);
+}
+
+/* Walk, with the page faults on the way. */
+static enum walk_result walk(struct walk *w, uint64_t record)
+{
+	uint64_t page = RECORD_PAGE(record);
+	uint32_t type = RECORD_TYPE(record);
+	enum walk_result r = WALK_GUEST_FAULT;
+	struct tlb_entry e;
+
+	for (int i = 0; i < FAULTS_IN_A_ROW && r == WALK_GUEST_FAULT; i++) {
+		r = w->guest->config.paging ? walk_linear(w, page, type, &e) : walk_physical(w, page, type, &e);
+		if (r == WALK_GUEST_FAULT && os_page_fault(w, page, type) == WALK_EPT_VIOLATION)
+			return WALK_EPT_VIOLATION;
+	}
+	if (r == WALK_DONE)
+		store_by(w, &e, record);
+	return r;
+}
+
+/* Neither level had it.  ghost: what tlb_ghost() says, or NULL. */
+static enum walk_result access_miss(struct walk *w, uint64_t record, const struct tlb_entry *ghost)
+{
+	w->linear = record & (GUEST_PAGE_MASK << 12 | 0xfff);
+	count(w->cpu->counters, COUNT_L2_MISSES, 1);
+	/* Without paging the walk looks the same translation up again, and minds the ghost. */
+	if (ghost && w->guest->config.paging)
+		walk_ghost(w, ghost, RECORD_PAGE(record), RECORD_TYPE(record));
+	return walk(w, record);
+}
+
+enum walk_result guest_access_slow(struct walk *w, uint64_t record)
+{
+	uint64_t page = RECORD_PAGE(record);
+	struct tlb_entry e;
+	int hit;
+
+	w->linear = page << 12 | (record & 0xfff);
+	hit = tlb_refill_l1(w->tlb, page, &e);
+	if (hit != 1)
+		return access_miss(w, record, hit ? &e : NULL);
+	if (!walk_check(w, &e, page, RECORD_TYPE(record), 0))
+		return walk(w, record);
+	store_by(w, &e, record);
+	return WALK_DONE;
+}
+
+static inline bool tag_is(const _Atomic uint16_t *tag, const struct tlb_hot *hot, uint32_t type)
+{
+	/* Relaxed: the tag is compared and nothing is read through it; see oracle.h for what orders it. */
+	return atomic_load_explicit(&tag[hot->hfn], memory_order_relaxed) == hot->right[type];
+}
+
+static inline enum walk_result unless_skipped(enum walk_result r)
+{
+	return r == WALK_SKIPPED ? WALK_DONE : r;
+}
+
+/* The hint for its page was wrong, or its right did not hold, or it is done by itself. */
+__attribute__((noinline)) enum walk_result accesses_one(struct walk *w, uint64_t record)
+{
+	struct tlb_hot *hot = tlb_l1_miss(w->tlb, RECORD_PAGE(record));
+	uint32_t type = RECORD_TYPE(record);
+
+	if (__builtin_expect(!hot, 0))
+		return unless_skipped(access_miss(w, record, tlb_ghost(w->tlb)));
+	tlb_l1_touch(hot, tlb_l1_view(&w->tlb->l1));
+	if (__builtin_expect(!tag_is(w->m->frames->tag, hot, type), 0))
+		return unless_skipped(guest_access_slow(w, record));
+	if (type == ACCESS_WRITE)
+		store(w->m->frames->memory, hot->hfn, record, w->guest->clock);
+	return WALK_DONE;
+}
+
+/* What stays in registers. */
+struct loop {
+	const struct accesses *a;
+	struct tlb_l1 *l1;
+	struct tlb_view view;
+	const _Atomic uint32_t *attention;
+	const _Atomic uint16_t *tag;
+};
+
+/* Record p[i], if a hint leads to it.  touch: note the use for replacement. */
+static inline __attribute__((always_inline)) bool hit(struct loop l, const uint64_t *p, uint32_t i, bool touch)
+{
+	uint64_t record = p[i];
+	uint32_t type = RECORD_TYPE(record);
+	struct tlb_hot *hot;
+
+	/* The poll.  Relaxed: whoever notices acquires when it takes the queue. */
+	if (__builtin_expect(atomic_load_explicit(l.attention, memory_order_relaxed), 0))
+		return false;
+	/* The look-up. */
+	hot = tlb_l1_hinted(l.l1, l.view, RECORD_PAGE_FAST(record));
+	if (__builtin_expect(!hot, 0))
+		return false;
+	if (touch)
+		tlb_l1_touch(hot, l.view);
+	/* The check. */
+	if (__builtin_expect(!tag_is(l.tag, hot, type), 0))
+		return false;
+	if (__builtin_expect(type == ACCESS_WRITE, 0))
+		store(l.a->memory, hot->hfn, record, l.a->clock + i + (uintptr_t)p / sizeof(*p));
+	return true;
+}
+
+/* Records as far as hints lead to them; returns the first that was not done.
+ *
+ * Four in a row, as the loop's own instructions cost a tenth of what an access may take, and the store that notes a
+ * use another: one use in four is noted, which makes a few more misses in a hundred of them (an L1 that replaces in
+ * order of first use has a fifth more). */
+static inline __attribute__((always_inline)) const uint64_t *run_hits(const struct accesses *a, struct tlb_l1 *l1,
+								       const uint64_t *p, const uint64_t *end)
+{
+	struct loop l = { a, l1, tlb_l1_view(l1), a->attention, a->tag };
+	const uint64_t *fours = p + ((end - p) & ~(ptrdiff_t)3);
+
+	for (; p != fours; p += 4) {
+		if (__builtin_expect(!hit(l, p, 0, true), 0))
+			return p;
+		if (__builtin_expect(!hit(l, p, 1, false), 0))
+			return p + 1;
+		if (__builtin_expect(!hit(l, p, 2, false), 0))
+			return p + 2;
+		if (__builtin_expect(!hit(l, p, 3, false), 0))
+			return p + 3;
+	}
+	while (p != end && hit(l, p, 0, true))
+		p++;
+	return p;
+}
+
+void accesses_begin(struct accesses *a, struct walk *w)
+{
+	*a = (struct accesses){ .attention = &w->cpu->attention, .tag = w->m->frames->tag,
+				.memory = w->m->frames->memory };
+	l1_set_life(&w->tlb->l1, w->life_bits);
+}
+
+enum walk_result accesses_run(struct accesses *a, struct walk *w, const uint64_t *records, uint64_t n, uint64_t *done)
+{
+	const uint64_t *p = records, *end = records + n;
+	uint64_t misses = w->tlb->l1_misses, i;
+	enum walk_result r = WALK_DONE;
+
+	for (;;) {
+		a->clock = w->guest->clock - (uintptr_t)p / sizeof(*p);
+		p = run_hits(a, &w->tlb->l1, p, end);
+		w->guest->clock = a->clock + (uintptr_t)p / sizeof(*p);
+		if (p == end || atomic_load_explicit(a->attention, memory_order_relaxed))
+			break;
+		/* A page fault may take the guest's time. */
+		r = accesses_one(w, *p);
+		if (__builtin_expect(r != WALK_DONE, 0))
+			break;
+		w->guest->clock++;
+		p++;
+	}
+	i = (uint64_t)(p - records);
+	a->polls += i + (i < n);
+	a->lookups += i + (r != WALK_DONE);
+	a->checks += i + (r != WALK_DONE);
+	a->l1_misses += w->tlb->l1_misses - misses;
+	*done = i;
+	return r;
+}
