@@ -203,7 +203,7 @@ static void account(struct machine *m, uint32_t cpu, uint32_t vm, uint64_t gfn, 
 	if (is && !was) {
 		count(m->cpus[cpu].counters, COUNT_SPTES_MAPPED, pages);
 		event_record_more(m, cpu, event_of(vm, EVENT_MAP), gfn, spte_hfn(new_spte), pages);
-	} else if (was && !spte_present(new_spte)) {
+	} else if (was && !is_shadow_present_pte(new_spte)) {
 		count(m->cpus[cpu].counters, COUNT_SPTES_ZAPPED, pages);
 		event_record_more(m, cpu, event_of(vm, EVENT_ZAP), gfn, pages, pages);
 	} else if (was && is && (old & ~new_spte & SPTE_WRITABLE)) {

@@ -1,8 +1,8 @@
 /* EPT page tables: 512 atomic 64-bit SPTEs a page, in the arena of host frames.
  *
  * SPTE: 0 R, 1 W, 2 X, 5:3 memory type, 7 page size, 8 accessed, 9 dirty, 35:12 frame, 50:36 custody (host tag
- * of the leaf's frame, tag of the child table's frame), 57 host-writable, 58 MMU-writable, as in
- * arch/x86/kvm/mmu/spte.h where KVM has them.
+ * of the leaf's frame, tag of the child table's frame), 54 and 56 R and X of a leaf that is access-tracked,
+ * 57 host-writable, 58 MMU-writable, as in arch/x86/kvm/mmu/spte.h where KVM has them.
  *
  * These are mechanisms: single SPTE steps that also keep the ledger, and chunks of like steps over a range.
  * When to lock, flush, yield and free is Python's.  Levels are KVM's: 1 = 4K, 2 = 2M, 3 = 1G.
@@ -24,7 +24,13 @@ enum spte_bits_low {
 	SPTE_DIRTY = 512,
 	FROZEN_SPTE = 0x1a0,
 };
-enum spte_shift { SPTE_HFN_SHIFT = 12, SPTE_CUSTODY_SHIFT = 36, SPTE_HOST_WRITABLE_BIT = 57, SPTE_MMU_WRITABLE_BIT = 58 };
+enum spte_shift {
+	SPTE_HFN_SHIFT = 12,
+	SPTE_CUSTODY_SHIFT = 36,
+	SPTE_ACC_TRACK_SAVED_SHIFT = 54, /* SHADOW_ACC_TRACK_SAVED_BITS_SHIFT */
+	SPTE_HOST_WRITABLE_BIT = 57,
+	SPTE_MMU_WRITABLE_BIT = 58,
+};
 
 /* make_spte(): a present leaf; level > 1 sets the page-size bit.  W and MMU-writable iff both flags are set;
  * A always, D iff W (KVM marks the page dirty in the log when it maps it writable). */
@@ -94,6 +100,7 @@ enum tdp_walk {
 	TDP_WRPROT,       /* clear W (wrprot_gfn_range): leafs at min level `level` (0: 4K) and above */
 	TDP_CLEAR_DIRTY,  /* clear W of the 4K gfns in mask (kvm_tdp_mmu_clear_dirty_pt_masked) */
 	TDP_AGE,          /* clear A; needs no lock, only RCU, with shared = 1 */
+	TDP_ACCESS_TRACK, /* the same without A/D bits (mark_spte_for_access_track): take R, W and X; R and X are saved */
 	TDP_COUNT,        /* present leafs, no change */
 	TDP_FIND_HUGE,    /* stop at the next leaf above `level` (0: 4K), for splitting */
 	TDP_FIND_TABLE,   /* stop at the next 2M-level SPTE that points to a table (for recovery) */

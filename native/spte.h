@@ -27,9 +27,31 @@ static inline bool is_frozen_spte(uint64_t spte)
 	return spte == FROZEN_SPTE;
 }
 
+#define SPTE_ACC_TRACK_SAVED ((uint64_t)(SPTE_READABLE | SPTE_EXECUTABLE) << SPTE_ACC_TRACK_SAVED_SHIFT)
+
+/* KVM's notion: an access-tracked SPTE is present, too, though a CPU cannot use it. */
+static inline bool is_shadow_present_pte(uint64_t spte)
+{
+	return spte & (SPTE_READABLE | SPTE_WRITABLE | SPTE_EXECUTABLE | SPTE_ACC_TRACK_SAVED);
+}
+
+static inline bool is_access_track_spte(uint64_t spte)
+{
+	return !spte_present(spte) && spte & SPTE_ACC_TRACK_SAVED;
+}
+
+/* R and X move to where they are saved; W is not: MMU-writable tells whether it may come back. */
+static inline uint64_t mark_spte_for_access_track(uint64_t spte)
+{
+	uint64_t saved = spte & (SPTE_READABLE | SPTE_EXECUTABLE);
+
+	return (spte & ~(uint64_t)(SPTE_READABLE | SPTE_WRITABLE | SPTE_EXECUTABLE)) |
+	       saved << SPTE_ACC_TRACK_SAVED_SHIFT;
+}
+
 static inline bool is_last_spte(uint64_t spte, uint32_t level)
 {
-	return spte_present(spte) && spte_leaf(spte, level);
+	return is_shadow_present_pte(spte) && spte_leaf(spte, level);
 }
 
 static inline bool is_nonleaf_spte(uint64_t spte, uint32_t level)
@@ -43,13 +65,13 @@ static inline bool is_mmu_writable_spte(uint64_t spte)
 }
 
 /* spte_needs_atomic_update(): may somebody without mmu_lock change something of it that matters?  A fast page
- * fault sets W where MMU-writable allows it; a CPU sets D where W is set.  That a CPU sets A does not matter, as in
+ * fault sets W where MMU-writable allows it, and restores what is access-tracked; a CPU sets D where W is set.  That a CPU sets A does not matter, as in
  * the kernel. */
 static inline bool spte_has_volatile_bits(uint64_t spte)
 {
 	if (spte & SPTE_WRITABLE)
 		return !(spte & SPTE_DIRTY);
-	return is_mmu_writable_spte(spte);
+	return is_mmu_writable_spte(spte) || is_access_track_spte(spte);
 }
 
 /* kvm_tdp_mmu_write_spte(), under mmu_lock held for write: returns the really old SPTE. */

@@ -20,7 +20,7 @@ static bool freeze(const struct tdp_removal *r, _Atomic uint64_t *sptep, uint64_
 
 	if (!r->shared) {
 		*old = atomic_load_explicit(sptep, memory_order_acquire);
-		if (spte_present(*old))
+		if (is_shadow_present_pte(*old))
 			*old = kvm_tdp_mmu_write_spte(sptep, *old, new_spte, r->level);
 		return true;
 	}
@@ -58,7 +58,7 @@ static bool remove_child(struct machine *m, uint32_t cpu, uint32_t vm, struct le
 	if (!freeze(r, entry(m, r), &old))
 		return false;
 	r->index[level]++;
-	*nothing = !spte_present(old);
+	*nothing = !is_shadow_present_pte(old);
 	if (is_nonleaf_spte(old, level)) {
 		ledger_release(ledger);
 		if (r->recurse && spte_child_holds(m, cpu, vm, old, level, gfn)) {

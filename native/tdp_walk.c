@@ -121,6 +121,21 @@ static enum step clear_accessed(struct tdp_iter *it, _Atomic uint64_t *sptep, ui
 	return STEP_NEXT;
 }
 
+/* What was readable stays so for the ledger: whoever asked has been promised nothing. */
+static enum step track_access(struct tdp_iter *it, _Atomic uint64_t *sptep, uint64_t gfn, uint64_t spte,
+			      uint64_t pages)
+{
+	if (is_access_track_spte(spte))
+		return STEP_NEXT;
+	if (!atomic_compare_exchange_strong_explicit(sptep, &spte, mark_spte_for_access_track(spte),
+						     memory_order_acq_rel, memory_order_relaxed))
+		return STEP_RETRY;
+	if (spte & SPTE_WRITABLE)
+		spte_ungrant_at(&it->ledger, it->frames, gfn, spte, it->level, false, true);
+	changed(it, gfn, pages, false);
+	return STEP_NEXT;
+}
+
 static bool wanted_dirty(const struct tdp_iter *it, uint64_t gfn)
 {
 	return it->level == PG_LEVEL_4K && it->c->mask >> (gfn - it->start) & 1;
@@ -144,6 +159,8 @@ static inline enum step visit(struct tdp_iter *it, _Atomic uint64_t *sptep, uint
 		return wanted_dirty(it, gfn) ? clear_writable(it, sptep, gfn, spte, pages) : STEP_NEXT;
 	case TDP_AGE:
 		return leaf ? clear_accessed(it, sptep, gfn, spte, pages) : STEP_NEXT;
+	case TDP_ACCESS_TRACK:
+		return leaf ? track_access(it, sptep, gfn, spte, pages) : STEP_NEXT;
 	case TDP_COUNT:
 		it->c->changed++;
 		it->c->pages += pages;
@@ -192,7 +209,7 @@ static inline __attribute__((always_inline)) enum step walk_table(struct tdp_ite
 		uint64_t spte = atomic_load_explicit(sptep, memory_order_acquire);
 		enum step step = STEP_NEXT;
 
-		if (spte_present(spte)) {
+		if (is_shadow_present_pte(spte)) {
 			if (descends(it, gfn & ~(pages - 1), spte, pages, walk)) {
 				it->link = spte;
 				end = STEP_DESCEND;
@@ -234,6 +251,8 @@ static enum step walk_one_table(struct tdp_iter *it)
 		return walk_table(it, TDP_CLEAR_DIRTY);
 	case TDP_AGE:
 		return walk_table(it, TDP_AGE);
+	case TDP_ACCESS_TRACK:
+		return walk_table(it, TDP_ACCESS_TRACK);
 	case TDP_COUNT:
 		return walk_table(it, TDP_COUNT);
 	case TDP_FIND_HUGE:

@@ -19,6 +19,7 @@ from emulator.kvm.requests import (
 )
 from emulator.kvm.structs import Kvm, KvmMemorySlot
 from emulator.kvm.tdp_mmu import (
+    kvm_tdp_mmu_age_gfn_range,
     kvm_tdp_mmu_unmap_gfn_range,
     kvm_tdp_mmu_zap_all,
     kvm_tdp_mmu_zap_invalidated_roots,
@@ -96,6 +97,11 @@ def kvm_zap_gfn_range(cpu: Cpu, kvm: Kvm, gfn_start: int, gfn_end: int) -> None:
 def kvm_unmap_gfn_range(cpu: Cpu, kvm: Kvm, slot: KvmMemorySlot, start: int, end: int, flush: bool) -> bool:
     """kvm_unmap_gfn_range(): the mmu_notifier's handler."""
     return kvm_tdp_mmu_unmap_gfn_range(cpu, kvm, slot, start, end, flush, lib.REASON_REMOTE_NOTIFIER)
+
+
+def kvm_age_gfn(cpu: Cpu, kvm: Kvm, slot: KvmMemorySlot, start: int, end: int) -> bool:
+    """kvm_age_gfn()"""
+    return kvm_tdp_mmu_age_gfn_range(cpu, kvm, slot, start, end)
 
 
 # --- dirty logging ------------------------------------------------------------------------------------------

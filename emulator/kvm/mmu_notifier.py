@@ -9,7 +9,7 @@ Ranges are host virtual pages, [start, end).
 
 from __future__ import annotations
 
-from emulator.kvm.mmu import kvm_unmap_gfn_range
+from emulator.kvm.mmu import kvm_age_gfn, kvm_unmap_gfn_range
 from emulator.kvm.requests import flush_elided, kvm_flush_remote_tlbs
 from emulator.kvm.structs import Kvm, KvmMemorySlot
 from emulator.runtime import Cpu, wake
@@ -106,3 +106,15 @@ def kvm_mmu_notifier_invalidate_range_end(cpu: Cpu, kvm: Kvm, start: int, end: i
             install()
     if waiter >= 0:
         wake(kvm.machine, waiter)
+
+
+def kvm_mmu_notifier_clear_young(cpu: Cpu, kvm: Kvm, start: int, end: int) -> bool:
+    """kvm_mmu_notifier_clear_young(): has the guest used the range since the last time?  No flush."""
+    index = cpu.check(lib.srcu_read_lock(cpu.m, cpu.id, kvm.id))
+    try:
+        young = False
+        for slot, gfn_start, gfn_end in kvm_for_each_memslot_in_hva_range(kvm, start, end):
+            young |= kvm_age_gfn(cpu, kvm, slot, gfn_start, gfn_end)
+        return young
+    finally:
+        lib.srcu_read_unlock(cpu.m, cpu.id, kvm.id, index)

@@ -11,9 +11,11 @@ from emulator.kvm.requests import gfn_to_memslot, mark_page_dirty_in_slot
 from emulator.kvm.spte import (
     PT_WRITABLE_MASK,
     PfnAndRights,
+    is_access_track_spte,
     is_last_spte,
     is_mmu_writable_spte,
     is_shadow_present_pte,
+    restore_acc_track_spte,
 )
 from emulator.kvm.structs import Kvm, KvmMemorySlot, Vcpu
 from emulator.kvm.tdp_map import (
@@ -76,13 +78,16 @@ def kvm_tdp_page_fault(cpu: Cpu, vcpu: Vcpu, fault: KvmPageFault) -> int:
 
 
 def fast_page_fault(cpu: Cpu, vcpu: Vcpu, fault: KvmPageFault) -> int:
-    """fast_page_fault(): gives a write-protected SPTE its W back, without mmu_lock.
+    """fast_page_fault(): gives a write-protected SPTE its W back, and an access-tracked one R and X, without
+    mmu_lock.
 
-    Only where MMU-writable says that nothing but dirty logging took it.  W first, then the mark: the log is
-    reaped by write-protecting after it was read, so a write is either in this log or faults again.
+    Only where MMU-writable says that nothing but dirty logging or aging took W.  W first, then the mark: the
+    log is reaped by write-protecting after it was read, so a write is either in this log or faults again.
     """
     root, slot = vcpu.mmu.root, fault.slot
-    if not (fault.present and fault.write) or root is None or slot is None:
+    # page_fault_can_be_fast(): without A/D bits a leaf may be absent for the CPU only.
+    fast = fault.write if fault.present else not vcpu.kvm.params.eptad
+    if not fast or root is None or slot is None:
         return RET_PF_INVALID
     with rcu_read_lock(cpu):
         entry = tdp_entry(cpu, root, fault.gfn, PG_LEVEL_4K)
@@ -91,12 +96,16 @@ def fast_page_fault(cpu: Cpu, vcpu: Vcpu, fault: KvmPageFault) -> int:
             return RET_PF_INVALID
         if is_access_allowed(fault, spte):
             return RET_PF_SPURIOUS
-        if not is_mmu_writable_spte(spte):
-            return RET_PF_INVALID
-        track = slot.dirty_track_enabled()
+        new_spte = restore_acc_track_spte(spte) if is_access_track_spte(spte) else spte
+        writes = fault.write and is_mmu_writable_spte(spte)
+        if writes:
+            new_spte |= PT_WRITABLE_MASK
+        track = writes and slot.dirty_track_enabled()
         if entry.level > PG_LEVEL_4K and track:
             return RET_PF_INVALID  # the fault splits it instead
-        if not tdp_mmu_set_spte_atomic(cpu, vcpu.kvm, entry, spte | PT_WRITABLE_MASK):
+        if new_spte == spte or not is_access_allowed(fault, new_spte):
+            return RET_PF_INVALID
+        if not tdp_mmu_set_spte_atomic(cpu, vcpu.kvm, entry, new_spte):
             return RET_PF_RETRY
         if track:
             mark_page_dirty_in_slot(cpu, slot, fault.gfn)

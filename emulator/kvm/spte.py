@@ -16,13 +16,29 @@ PT_PAGE_SIZE_MASK: Final[int] = lib.SPTE_PAGE_SIZE
 SHADOW_HOST_WRITABLE_MASK: Final[int] = 1 << lib.SPTE_HOST_WRITABLE_BIT
 SHADOW_MMU_WRITABLE_MASK: Final[int] = 1 << lib.SPTE_MMU_WRITABLE_BIT
 FROZEN_SPTE: Final[int] = lib.FROZEN_SPTE
-_PRESENT: Final[int] = lib.SPTE_READABLE | lib.SPTE_WRITABLE | lib.SPTE_EXECUTABLE
+_RX: Final[int] = lib.SPTE_READABLE | lib.SPTE_EXECUTABLE
+_ACC_TRACK_SAVED_SHIFT: Final[int] = lib.SPTE_ACC_TRACK_SAVED_SHIFT
+_ACC_TRACK_SAVED: Final[int] = _RX << _ACC_TRACK_SAVED_SHIFT
+_RWX: Final[int] = _RX | lib.SPTE_WRITABLE
+_PRESENT: Final[int] = _RWX | _ACC_TRACK_SAVED
 _HFN_SHIFT: Final[int] = lib.SPTE_HFN_SHIFT
 _HFN_MASK: Final = 0xFFFFFF
 
 
 def is_shadow_present_pte(spte: int) -> bool:
+    """is_shadow_present_pte(): KVM's notion; a CPU cannot use an access-tracked one."""
     return bool(spte & _PRESENT)
+
+
+def is_access_track_spte(spte: int) -> bool:
+    """is_access_track_spte(): without A/D bits in EPT, the next access is seen because it faults."""
+    return not spte & _RWX and bool(spte & _ACC_TRACK_SAVED)
+
+
+def restore_acc_track_spte(spte: int) -> int:
+    """restore_acc_track_spte(): R and X come back, W does not."""
+    saved = (spte & _ACC_TRACK_SAVED) >> _ACC_TRACK_SAVED_SHIFT
+    return (spte & ~_ACC_TRACK_SAVED) | saved
 
 
 def is_frozen_spte(spte: int) -> bool:

@@ -22,6 +22,7 @@ from emulator.kvm.kvm_host import (
     X86_CR0_PG,
     X86_CR0_WP,
     X86_CR4_PAE,
+    X86_CR4_PGE,
 )
 from emulator.locks import MmuLock, Mutex, Refcount, SpinLock
 from emulator.policy import Policy
@@ -40,6 +41,7 @@ class KvmParams:
     chunk: SPTEs per native call; 1 gives every step to the scheduler of `explore`.
     resched_chunks: need_resched() for iterators: true after so many chunks; 0: never.
     eager_page_split: as the module parameter.
+    eptad: kvm_intel.eptad; without A/D bits in EPT, aging takes an SPTE's permissions to see the next access.
     tdp_level: the host's, 4 or 5; a vCPU whose CPUID has a MAXPHYADDR of 48 or less uses 4 at most.
     slice_accesses: guest accesses until the preemption timer ends a slice.
     """
@@ -48,6 +50,7 @@ class KvmParams:
     chunk: int = 32
     resched_chunks: int = 16
     eager_page_split: bool = True
+    eptad: bool = True
     tdp_level: int = PG_LEVEL_512G
     slice_accesses: int = 100_000
 
@@ -293,15 +296,15 @@ class Kvm:
 
 
 class VcpuArch:
-    """Registers of struct kvm_vcpu_arch that decide about roots and flushes: those of a 64-bit guest, as user
-    space sets them.  `smram`: what enter_smm() saved."""
+    """Registers of struct kvm_vcpu_arch that decide about roots and flushes: those of a 64-bit OS that is up.
+    `smram`: what enter_smm() saved."""
 
     __slots__ = ("cr0", "cr3", "cr4", "leaving_smm", "smi_pending", "smm", "smram")
 
     def __init__(self) -> None:
         self.cr0 = X86_CR0_PE | X86_CR0_WP | X86_CR0_PG
         self.cr3 = 0
-        self.cr4 = X86_CR4_PAE
+        self.cr4 = X86_CR4_PAE | X86_CR4_PGE
         self.smm = False  # hflags & HF_SMM_MASK
         self.leaving_smm = False  # in RSM: registers change that the guest does not run with
         self.smi_pending = False

@@ -76,7 +76,7 @@ def is_access_allowed(fault: KvmPageFault, spte: int) -> bool:
         return is_writable_pte(spte)
     if fault.exec:
         return bool(spte & lib.SPTE_EXECUTABLE)
-    return is_shadow_present_pte(spte)
+    return bool(spte & lib.SPTE_READABLE)
 
 
 def tdp_entry(cpu: Cpu, root: KvmMmuPage, gfn: int, goal_level: int) -> Entry:

@@ -204,3 +204,19 @@ def kvm_tdp_mmu_unmap_gfn_range(
     if "B25" in kvm.policy.bugs:  # without references, although mmu_lock may be dropped
         roots = kvm.tdp_mmu_roots
     return _zap_leafs_of(cpu, kvm, roots, start, end, flush, reason, may_block)
+
+
+def kvm_tdp_mmu_age_gfn_range(cpu: Cpu, kvm: Kvm, slot: KvmMemorySlot, start: int, end: int) -> bool:
+    """kvm_tdp_mmu_age_gfn_range(), without mmu_lock: True if the guest used the range since the last time.
+
+    No flush (since 6.13): that a TLB still has a translation makes a page look unused, which costs little.
+    But from SPTEs without a permission nobody can conclude any more that no TLB has it.
+    """
+    walk = lib.TDP_AGE if kvm.params.eptad else lib.TDP_ACCESS_TRACK
+    young = False
+    for root in for_each_tdp_mmu_root_yield_safe(cpu, kvm, KVM_VALID_ROOTS, slot.as_id):
+        it = TdpIter(root, walk, start, end, shared=True)
+        with rcu_read_lock(cpu):
+            while not it.done:
+                young |= it.step(cpu, kvm) > 0
+    return young

@@ -87,6 +87,14 @@ MUTANTS: dict[str, Mutant] = {
             expected=("use-after-free",),
         ),
         Mutant(
+            name="B7",
+            doc="when dirty logging is armed, a flush only if some SPTE loses W just now; with access "
+            "tracking (eptad = 0) aging may have taken it before, and a TLB still has it",
+            source="b64d740ea7dd, 6.0",
+            settings={"write_protect": "if-changed"},
+            expected=("stale-after-revoke",),
+        ),
+        Mutant(
             name="B10",
             doc="a zap leaves its flush to whoever flushes next (kvm->tlbs_dirty), and a notifier that finds "
             "nothing to zap does not",

@@ -1,0 +1,112 @@
+"""Aging with and without A/D bits in EPT, and what it means for whoever looks at W."""
+
+from __future__ import annotations
+
+import pytest
+from rig import GFNS, SLOT, Guest, Rig
+
+from emulator.kvm.kvm_host import KVM_MEM_LOG_DIRTY_PAGES
+from emulator.kvm.kvm_main import (
+    kvm_mmu_notifier_clear_young,
+    kvm_set_memory_region,
+    kvm_vm_ioctl_get_dirty_log,
+)
+from emulator.kvm.spte import is_access_track_spte, is_shadow_present_pte, is_writable_pte
+from emulator.kvm.structs import Kvm
+from emulator.kvm.tdp_map import tdp_entry
+from emulator.policy import MUTANTS, Policy, preset
+from native import lib
+
+
+def spte_of(rig: Rig, guest: Guest, gfn: int) -> int:
+    root = guest.vcpu.mmu.root
+    assert root is not None
+    return tdp_entry(rig.host, root, gfn, 1).spte
+
+
+def young(rig: Rig, kvm: Kvm) -> bool:
+    return kvm_mmu_notifier_clear_young(rig.host, kvm, 0, 64)
+
+
+@pytest.mark.parametrize("eptad", [True, False])
+def test_use_since_the_last_time(rig: Rig, eptad: bool) -> None:
+    kvm = rig.vm(eptad=eptad)
+    guest = rig.guest(kvm)
+    assert not young(rig, kvm)
+    guest.write(0, 5)
+    with rig.counting(kvm) as counts:
+        assert young(rig, kvm)
+        assert not young(rig, kvm)
+    assert counts == {}, "no flush"
+    guest.read(0, 5)
+    assert not young(rig, kvm), "the TLB still has the translation"
+    rig.unmap(kvm, 600, 700)
+    guest.write(0, 600)
+    rig.unmap(kvm, 600, 700)  # which flushes
+    guest.read(0, 5)
+    assert young(rig, kvm)
+    assert rig.violations() == {}
+
+
+def test_access_tracking_takes_permissions_and_a_fault_restores_them(rig: Rig) -> None:
+    kvm = rig.vm(eptad=False)
+    guest = rig.guest(kvm)
+    guest.write(0, 5)
+    young(rig, kvm)
+    spte = spte_of(rig, guest, 5)
+    assert is_access_track_spte(spte)
+    assert is_shadow_present_pte(spte)
+    assert not spte & 7
+    other = rig.guest(kvm)  # another vCPU, on a pCPU without the translation
+    other.read(1, 5)
+    spte = spte_of(rig, guest, 5)
+    assert not is_access_track_spte(spte)
+    assert not is_writable_pte(spte)
+    other.write(1, 5)
+    assert is_writable_pte(spte_of(rig, guest, 5))
+    assert rig.violations() == {}
+
+
+def test_a_tracked_spte_is_zapped_and_flushed(rig: Rig) -> None:
+    kvm = rig.vm(eptad=False)
+    guest = rig.guest(kvm)
+    guest.write(0, 5)
+    young(rig, kvm)
+    with rig.counting(kvm) as counts:
+        rig.unmap(kvm, 0, 64)
+    assert counts["remote_tlb_flush_requests"] == 1
+    guest.read(0, 5)
+    assert rig.violations() == {}
+
+
+def log_after_aging(rig: Rig, policy: Policy) -> dict[str, int]:
+    """All of the slot's SPTEs have lost W to aging, without a flush, when logging is armed."""
+    kvm = rig.vm(policy, eptad=False)
+    guest = rig.guest(kvm)
+    guest.write(0, 5)
+    young(rig, kvm)
+    kvm_set_memory_region(rig.host, kvm, SLOT, 0, GFNS, 0, KVM_MEM_LOG_DIRTY_PAGES)
+    guest.write(0, 5)
+    assert kvm_vm_ioctl_get_dirty_log(rig.host, kvm, SLOT)[0] == 1 << 5, "the oracle keeps memory right"
+    return rig.violations()
+
+
+def test_w_that_is_clear_proves_nothing(rig: Rig) -> None:
+    """B7: logging is armed, and writes through the old translation go unnoticed."""
+    assert set(log_after_aging(rig, preset("mutant:B7"))) >= set(MUTANTS["B7"].expected)
+
+
+def test_arming_always_flushes(rig: Rig) -> None:
+    assert log_after_aging(rig, preset("linux-7.3")) == {}
+
+
+def test_with_a_d_bits_the_same_answer_is_right(rig: Rig) -> None:
+    """With them aging leaves W alone, and some SPTE loses it when logging is armed."""
+    kvm = rig.vm(preset("mutant:B7"))
+    guest = rig.guest(kvm)
+    guest.write(0, 5)
+    young(rig, kvm)
+    kvm_set_memory_region(rig.host, kvm, SLOT, 0, GFNS, 0, KVM_MEM_LOG_DIRTY_PAGES)
+    guest.write(0, 5)
+    assert rig.violations() == {}
+    assert rig.counter(lib.COUNT_ACCESSES) >= 2
