@@ -14,3 +14,13 @@ class BadInput(Exception):
         message = f"{where}: {found}" if expected is None else f"{where}: {found}; expected {expected}"
         # Whatever went in, one line comes out.
         super().__init__(" ".join(message.split()))
+
+    def __reduce__(self) -> tuple[object, ...]:
+        # Other processes' errors come pickled; the class is made again from its one argument, the line.
+        return _again, (type(self), str(self))
+
+
+def _again(cls: type[BadInput], line: str) -> BadInput:
+    error = cls.__new__(cls, line)
+    Exception.__init__(error, line)
+    return error

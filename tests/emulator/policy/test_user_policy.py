@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import pickle
 import subprocess
 import sys
 import textwrap
@@ -280,6 +281,15 @@ def test_wrong_answers_name_the_method(line: str, words: str, tmp_path: Path) ->
     assert "\n" not in str(error.value)
     # Nor does it count.
     assert policy.given() == {"migration": {}}
+
+
+def test_the_error_crosses_process_boundaries(tmp_path: Path) -> None:
+    policy = load_user_policy(of(tmp_path, "def migration(self, cpu, vcpu):\n    return 7"))
+    with pytest.raises(UserPolicyError) as error:
+        migration(policy)
+    again = pickle.loads(pickle.dumps(error.value))
+    assert type(again) is UserPolicyError
+    assert str(again) == str(error.value)
 
 
 def test_a_machine_that_stops_is_not_the_policys_fault(tmp_path: Path) -> None:
