@@ -4,6 +4,7 @@
 
 #include "frame.h"
 #include "guest_os.h"
+#include "program.h"
 #include "vm.h"
 
 enum { EVENT_SPREAD = 8 };
@@ -45,6 +46,7 @@ void guest_destroy(struct vcpu *vcpu)
 	for (uint32_t i = 0; i < g->processes; i++)
 		free(g->process[i].page);
 	guest_memory_destroy(g);
+	program_destroy(g);
 	free(g);
 	vcpu->guest = NULL;
 }

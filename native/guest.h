@@ -45,6 +45,8 @@ enum exit_reason {
 	EXIT_MESSAGE,        /* attention other than an IPI: message, resched, stop */
 	EXIT_TRIPLE_FAULT,   /* the guest OS cannot go on: out of memory, or its tables are garbage */
 	EXIT_INSTRUCTION,    /* guest_insn.h: access is the instruction, linear its operand */
+	EXIT_PROGRAM,        /* program.h: GUEST_OP_EXIT, linear its value */
+	EXIT_PROGRAM_END,    /* ... and no operation is left */
 	EXIT_REASONS
 };
 

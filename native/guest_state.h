@@ -86,6 +86,7 @@ struct guest {
 	/* MMIO: an EPT violation at this gpa page is to be treated as done by user space */
 	uint64_t skip_gfn;
 	uint64_t last_violation;
+	struct program *program; /* instead of processes' traces (program.h); NULL: none */
 };
 
 /* Entry's mapping was changed by the guest and invalidated on this vCPU after it was filled, and the guest has

@@ -81,6 +81,7 @@ struct machine {
 	struct vm *vms;
 	struct vcpu *vcpus;
 	struct oracle *oracle;
+	_Atomic uint64_t signals[64]; /* program.h: MACHINE_SIGNALS */
 };
 
 #endif

@@ -1,146 +1,17 @@
-/* Guest mode: from VM entry to VM exit.  Each guest access takes one interrupt poll, one TLB look-up and one
- * custody check. */
+/* Guest mode: from VM entry to VM exit. */
+#include "access.h"
 #include "counters.h"
 #include "frame.h"
 #include "guest_os.h"
+#include "program.h"
 #include "tlb_internal.h"
 #include "vm.h"
-
-#define RECORD_PAGE(record) ((record) >> 12 & GUEST_PAGE_MASK)
-/* The same in fewer instructions, if bits 48 to 61 are 0, as they should be. */
-#define RECORD_PAGE_FAST(record) ((record) << 2 >> 14)
-#define RECORD_TYPE(record) ((uint32_t)((record) >> 62))
-#define RECORD_WORD(record) ((uint32_t)(record) >> 3 & 511)
-
-enum { FAULTS_IN_A_ROW = 16 };
 
 struct run {
 	struct walk walk;
 	uint64_t budget;
-	uint64_t polls, lookups, checks, l1_misses;
+	struct accesses accesses;
 };
-
-static void store(struct walk *w, const struct tlb_entry *e, uint64_t record)
-{
-	uint32_t hfn = e->hfn + (uint32_t)(RECORD_PAGE(record) - e->page);
-
-	/* Relaxed: guest memory. */
-	if (RECORD_TYPE(record) == ACCESS_WRITE)
-		atomic_store_explicit(guest_word(w->m, hfn, RECORD_WORD(record)), w->guest->clock,
-				      memory_order_relaxed);
-}
-
-/* Walk, with the page faults on the way. */
-static enum walk_result walk(struct walk *w, uint64_t record)
-{
-	uint64_t page = RECORD_PAGE(record);
-	uint32_t type = RECORD_TYPE(record);
-	enum walk_result r = WALK_GUEST_FAULT;
-	struct tlb_entry e;
-
-	for (int i = 0; i < FAULTS_IN_A_ROW && r == WALK_GUEST_FAULT; i++) {
-		r = w->guest->config.paging ? walk_linear(w, page, type, &e) : walk_physical(w, page, type, &e);
-		if (r == WALK_GUEST_FAULT && os_page_fault(w, page, type) == WALK_EPT_VIOLATION)
-			return WALK_EPT_VIOLATION;
-	}
-	if (r == WALK_DONE)
-		store(w, &e, record);
-	return r;
-}
-
-/* Neither level had it.  ghost: what tlb_ghost() says, or NULL. */
-static enum walk_result guest_access_miss(struct walk *w, uint64_t record, const struct tlb_entry *ghost)
-{
-	w->linear = record & (GUEST_PAGE_MASK << 12 | 0xfff);
-	count(w->cpu->counters, COUNT_L2_MISSES, 1);
-	/* Without paging the walk looks the same translation up again, and minds the ghost. */
-	if (ghost && w->guest->config.paging)
-		walk_ghost(w, ghost, RECORD_PAGE(record), RECORD_TYPE(record));
-	return walk(w, record);
-}
-
-enum walk_result guest_access_slow(struct walk *w, uint64_t record)
-{
-	uint64_t page = RECORD_PAGE(record);
-	struct tlb_entry e;
-	int hit;
-
-	w->linear = page << 12 | (record & 0xfff);
-	hit = tlb_refill_l1(w->tlb, page, &e);
-	if (hit != 1)
-		return guest_access_miss(w, record, hit ? &e : NULL);
-	if (!walk_check(w, &e, page, RECORD_TYPE(record), 0))
-		return walk(w, record);
-	store(w, &e, record);
-	return WALK_DONE;
-}
-
-/* A record that the first level cannot do.  Not in the TLB at all (`missed`): a walk, which checks.  Else its right
- * did not hold. */
-static __attribute__((noinline)) enum walk_result finish_record(struct walk *w, uint64_t record, bool missed)
-{
-	enum walk_result r = missed ? guest_access_miss(w, record, tlb_ghost(w->tlb)) : guest_access_slow(w, record);
-
-	return r == WALK_SKIPPED ? WALK_DONE : r;
-}
-
-/* Records up to `n` as far as they can be done: WALK_DONE, which also means that attention is wanted, or why the
- * next one cannot.  *done: how many were. */
-static enum walk_result run_stretch(struct run *run, const uint64_t *records, uint64_t n, uint64_t *done)
-{
-	struct walk *w = &run->walk;
-	struct tlb *tlb = w->tlb;
-	const _Atomic uint32_t *attention = &w->cpu->attention;
-	const _Atomic uint16_t *tag = w->m->frames->tag;
-	uint8_t *memory = w->m->frames->memory;
-	uint32_t life = w->life_bits;
-	uint64_t clock = w->guest->clock, misses = tlb->l1_misses, i;
-	struct tlb_view view = tlb_l1_view(&tlb->l1);
-	enum walk_result r = WALK_DONE;
-
-	for (i = 0; i < n; i++) {
-		uint64_t record = records[i];
-		uint32_t type = RECORD_TYPE(record);
-		struct tlb_hot *hot;
-
-		/* The poll.  Relaxed: whoever notices acquires when it takes the queue. */
-		if (__builtin_expect(atomic_load_explicit(attention, memory_order_relaxed), 0))
-			break;
-		/* The look-up. */
-		hot = tlb_l1_hinted(&tlb->l1, view, RECORD_PAGE_FAST(record));
-		if (__builtin_expect(!hot, 0)) {
-			hot = tlb_l1_miss(tlb, RECORD_PAGE(record));
-			view = tlb_l1_view(&tlb->l1);
-			if (!hot)
-				goto slow;
-		}
-		tlb_l1_touch(hot, view);
-		/* The check. */
-		if (__builtin_expect((atomic_load_explicit(&tag[hot->hfn], memory_order_relaxed) | life) !=
-					     hot->right[type], 0))
-			goto slow;
-		if (type == ACCESS_WRITE)
-			atomic_store_explicit((_Atomic uint64_t *)(void *)(memory + ((uint64_t)hot->hfn << 12) +
-									   (record & 0xff8)),
-					      clock + i, memory_order_relaxed);
-		continue;
-slow:
-		w->guest->clock = clock + i;
-		r = finish_record(w, record, !hot);
-		if (r != WALK_DONE)
-			break;
-		/* A page fault may have taken time. */
-		clock = w->guest->clock - i;
-		view = tlb_l1_view(&tlb->l1);
-	}
-	w->guest->clock = r == WALK_DONE ? clock + i : w->guest->clock;
-	run->polls += i + (i < n);
-	run->lookups += i + (r != WALK_DONE);
-	run->checks += i + (r != WALK_DONE);
-	run->l1_misses += tlb->l1_misses - misses;
-	*done = i;
-	return r;
-}
 
 static bool attention(const struct run *run)
 {
@@ -156,7 +27,7 @@ static enum walk_result run_records(struct run *run, uint64_t n)
 	while (n && r == WALK_DONE && !attention(run)) {
 		uint64_t left = p->record_count - p->position, done;
 
-		r = run_stretch(run, p->records + p->position, n < left ? n : left, &done);
+		r = accesses_run(&run->accesses, &run->walk, p->records + p->position, n < left ? n : left, &done);
 		p->position += done;
 		n -= done;
 		run->budget -= done;
@@ -211,7 +82,7 @@ static uint32_t smm(struct run *run)
 		return EXIT_PREEMPTION_TIMER;
 	if (!left)
 		return instruction(run, GUEST_INSN_RSM, 0);
-	r = run_stretch(run, p->records + p->position, left < run->budget ? left : run->budget, &done);
+	r = accesses_run(&run->accesses, &run->walk, p->records + p->position, left < run->budget ? left : run->budget, &done);
 	p->position += done;
 	run->budget -= done;
 	return exit_of(r);
@@ -228,6 +99,8 @@ static uint32_t step(struct run *run)
 
 	if (attention(run))
 		return cpu_attention(w->m, w->cpu->id) & ATTENTION_IPI ? EXIT_INTERRUPT : EXIT_MESSAGE;
+	if (g->program)
+		return program_step(w, &run->accesses, &run->budget);
 	if (g->smm)
 		return smm(run);
 	insn = guest_take_insn(g, &operand);
@@ -273,6 +146,7 @@ static int enter(struct run *run, struct machine *m, uint32_t cpu, uint32_t vcpu
 	*run = (struct run){ .budget = budget };
 	*w = (struct walk){ .m = m, .cpu = &m->cpus[cpu], .tlb = m->cpus[cpu].tlb, .vcpu = v,
 			    .guest = v->guest, .life_bits = v->guest->life << 16, .exit = out };
+	accesses_begin(&run->accesses, w);
 	w->cpu->guest_vm = v->vm;
 	w->cpu->interrupted = false;
 	if (v->left_guest_at)
@@ -297,10 +171,10 @@ static int leave(struct run *run, uint32_t reason, uint64_t accesses)
 	vcpu_set_mode(w->m, v->id, OUTSIDE_GUEST_MODE);
 	v->left_guest_at = reason == EXIT_HLT ? 0 : monotonic_ns();
 	count(c, COUNT_ACCESSES, accesses);
-	count(c, COUNT_POLLS, run->polls);
-	count(c, COUNT_LOOKUPS, run->lookups);
-	count(c, COUNT_CHECKS, run->checks);
-	count(c, COUNT_L1_MISSES, run->l1_misses);
+	count(c, COUNT_POLLS, run->accesses.polls);
+	count(c, COUNT_LOOKUPS, run->accesses.lookups);
+	count(c, COUNT_CHECKS, run->accesses.checks);
+	count(c, COUNT_L1_MISSES, run->accesses.l1_misses);
 	count(c, COUNT_EXIT_INTERRUPT + reason, 1);
 	count(c, COUNT_INTERRUPTIONS, reason == EXIT_INTERRUPT);
 	event_record_more(w->m, w->cpu->id, event_of(v->vm, EVENT_EXIT), v->id, reason, w->guest->clock);
@@ -340,10 +214,10 @@ int guest_access(struct machine *m, uint32_t cpu, uint32_t vcpu, uint64_t linear
 		return r;
 	w = os_setup(&run.walk);
 	if (w == WALK_DONE)
-		w = run_stretch(&run, &record, 1, &done);
+		w = accesses_run(&run.accesses, &run.walk, &record, 1, &done);
 	/* Wanted elsewhere: the access is done all the same. */
 	if (w == WALK_DONE && !done) {
-		w = finish_record(&run.walk, record, false);
+		w = accesses_one(&run.walk, record);
 		run.walk.guest->clock += w == WALK_DONE;
 	}
 	if (w == WALK_EPT_VIOLATION)

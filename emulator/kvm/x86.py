@@ -51,6 +51,8 @@ from native import ffi, lib
 
 # Exits after which KVM looks at need_resched() even if nobody asked; stands for the timer tick.
 _EXITS_PER_TICK: Final = 64
+# A slice, or what there is for the guest to do, is over.
+_SLICE_ENDS: Final = (lib.EXIT_PREEMPTION_TIMER, lib.EXIT_PROGRAM, lib.EXIT_PROGRAM_END)
 _ATTENTION_WORK: Final[int] = lib.ATTENTION_MESSAGE | lib.ATTENTION_RESCHED | lib.ATTENTION_STOP
 
 # The core keeps the pointer: where interrupts were disabled.
@@ -189,6 +191,12 @@ def _enter_with_irqs_off(cpu: Cpu, vcpu: Vcpu) -> bool:
         return False
     if vcpu.kvm.tracks_roots:
         vmx_flush_tlb_before_entry(cpu, vcpu)
+    if "P2" in vcpu.kvm.policy.bugs:
+        # The interrupt that should end guest mode at once comes here.
+        cpu.point("interrupts", cpu.id, "write")
+        cpu.check(lib.local_irq_enable(cpu.m, cpu.id))
+        cpu.point("interrupts", cpu.id, "read")
+        cpu.check(lib.local_irq_disable(cpu.m, cpu.id, _ENTER))
     budget = vcpu.kvm.params.slice_accesses
     cpu.point("guest", vcpu.id, "write")
     cpu.check(lib.guest_run(cpu.m, cpu.id, vcpu.id, budget, vcpu.exit))
@@ -267,7 +275,7 @@ def xfer_to_guest_mode_work_pending(vcpu: Vcpu, exits: int) -> bool:
         raise MachineStopped
     if attention or vcpu.immediate_exit or exits >= _EXITS_PER_TICK:
         return True
-    return bool(exit_info.reason == lib.EXIT_PREEMPTION_TIMER)
+    return exit_info.reason in _SLICE_ENDS
 
 
 def kvm_vcpu_ioctl_run(cpu: Cpu, vcpu: Vcpu) -> Generator[RunYield, Cpu, Entered]:

@@ -1,0 +1,65 @@
+/* Guest programs: a vCPU can have, instead of processes with traces, a list of instructions, for litmus tests.
+ *
+ * One operation is one step of the guest.  Page tables are the guest's own, as those of its OS (guest.h): what an
+ * operation changes there it does not invalidate, and the oracle calls an old translation stale only once a
+ * covering invalidation was executed on this vCPU.
+ */
+#ifndef FLUSHLAB_PROGRAM_H
+#define FLUSHLAB_PROGRAM_H
+
+#include "machine.h"
+
+/* api */
+enum guest_op_kind {
+	GUEST_OP_READ,       /* linear: address (guest-physical without paging) */
+	GUEST_OP_WRITE,
+	GUEST_OP_EXECUTE,
+	GUEST_OP_INVLPG,     /* linear */
+	GUEST_OP_INVPCID,    /* flags: type; value: process; linear for type 0 */
+	GUEST_OP_MOV_CR3,    /* value: process; flags: GUEST_OP_NOFLUSH */
+	GUEST_OP_MAP,        /* linear -> value (gfn); flags: GUEST_OP_READ_ONLY, _GLOBAL, _HUGE */
+	GUEST_OP_UNMAP,      /* linear */
+	GUEST_OP_PROTECT,    /* linear loses write access */
+	GUEST_OP_HLT,        /* exit EXIT_HLT */
+	GUEST_OP_EXIT,       /* exit EXIT_PROGRAM with `value` in exit.linear */
+	GUEST_OP_SIGNAL,     /* add 1 to the machine's signal `value` */
+	GUEST_OP_WAIT,       /* in guest mode until signal `linear` is at least `value` */
+	GUEST_OPS
+};
+
+enum guest_op_flag {
+	GUEST_OP_NOFLUSH = 1,
+	GUEST_OP_READ_ONLY = 2,
+	GUEST_OP_GLOBAL = 4,
+	GUEST_OP_HUGE = 8,
+};
+
+enum { MACHINE_SIGNALS = 64 };
+
+struct guest_op {
+	uint32_t kind;
+	uint32_t flags;
+	uint64_t linear;
+	uint64_t value;
+};
+
+/* Copies ops[n]: what the vCPU executes from its next entry on, until EXIT_PROGRAM_END, which it goes on to exit
+ * with until it is given another one.  While it is outside guest mode.  Pages that are mapped must be among those
+ * of its processes (guest_add_process). */
+int guest_set_program(struct machine *m, uint32_t vcpu, const struct guest_op *ops, uint32_t n);
+/* Operations completed. */
+uint32_t guest_program_position(struct machine *m, uint32_t vcpu);
+/* Counters of the machine, for programs and their surroundings; any thread. */
+void signal_add(struct machine *m, uint32_t slot, uint64_t n);
+uint64_t signal_get(struct machine *m, uint32_t slot);
+void signal_reset(struct machine *m);
+/* end api */
+
+struct walk;
+struct accesses;
+struct guest;
+/* One operation in guest mode; an exit reason, or EXIT_REASONS: go on. */
+uint32_t program_step(struct walk *w, struct accesses *a, uint64_t *budget);
+void program_destroy(struct guest *g);
+
+#endif
