@@ -124,13 +124,32 @@ def kvm_mmu_faultin_pfn(cpu: Cpu, vcpu: Vcpu, fault: KvmPageFault) -> int:
     if slot is None:
         return RET_PF_EMULATE  # kvm_handle_noslot_fault()
     if slot.invalid:
-        return RET_PF_RETRY
+        return kvm_handle_invalid_slot_fault(cpu, vcpu, fault)
     if mmu_invalidate_retry(cpu, kvm, fault):
         return RET_PF_RETRY
     r = __kvm_mmu_faultin_pfn(cpu, kvm, fault, slot)
+    if "P15b" in kvm.policy.bugs:
+        cpu.point("mmu_invalidate_seq", kvm.id, "read")
+        fault.mmu_seq = lib.mmu_invalidate_seq(cpu.m, kvm.id)
     if r == RET_PF_CONTINUE and mmu_invalidate_retry(cpu, kvm, fault):
         return RET_PF_RETRY
     return r
+
+
+def kvm_handle_invalid_slot_fault(cpu: Cpu, vcpu: Vcpu, fault: KvmPageFault) -> int:
+    """A slot that is being deleted or moved: retry (since 6.0, e0c378684b65).
+
+    Mutant B27: as if there were no slot.  The MMIO SPTE takes the place of the one that is still there, and
+    whoever zaps the range afterwards finds nothing to flush for.
+    """
+    root = vcpu.mmu.root
+    if "B27" not in vcpu.kvm.policy.bugs or root is None:
+        return RET_PF_RETRY
+    with vcpu.kvm.mmu_lock.read_lock(cpu), rcu_read_lock(cpu):
+        entry = tdp_entry(cpu, root, fault.gfn, PG_LEVEL_4K)
+        if is_shadow_present_pte(entry.spte) and is_last_spte(entry.spte, entry.level):
+            tdp_mmu_set_spte_atomic(cpu, vcpu.kvm, entry, 0)
+    return RET_PF_EMULATE
 
 
 def __kvm_mmu_faultin_pfn(cpu: Cpu, kvm: Kvm, fault: KvmPageFault, slot: KvmMemorySlot) -> int:
@@ -166,9 +185,14 @@ def __kvm_mmu_faultin_pfn(cpu: Cpu, kvm: Kvm, fault: KvmPageFault, slot: KvmMemo
 
 
 def mmu_invalidate_retry(cpu: Cpu, kvm: Kvm, fault: KvmPageFault) -> bool:
-    """mmu_invalidate_retry_gfn() and its unlocked form.  Decision fault_retry."""
+    """mmu_invalidate_retry_gfn() and its unlocked form.  Decision fault_retry.
+
+    Mutants: P15b takes the sequence after the frame; P15c does not ask whether one is in progress.
+    """
     if kvm.policy.fault_retry(cpu, kvm, fault.gfn) == "none":
         return False
+    if "P15c" in kvm.policy.bugs:
+        return bool(lib.mmu_invalidate_seq(cpu.m, kvm.id) != fault.mmu_seq)
     return bool(lib.mmu_invalidate_retry_gfn(cpu.m, kvm.id, fault.mmu_seq, fault.gfn))
 
 

@@ -53,11 +53,14 @@ def kvm_make_vcpu_request(cpu: Cpu, vcpu: Vcpu, req: int) -> int:
     """kvm_make_vcpu_request(): the pCPU to interrupt, or -1.
 
     All requests made here are NO_WAKEUP: a blocked vCPU sees them when it runs again.  The caller's own pCPU
-    is never interrupted; a vCPU whose ->cpu equals it is not in guest mode.
+    is never interrupted; a vCPU whose ->cpu equals it is not in guest mode.  Mutant P3: the mode is read
+    before the request is made.
     """
+    late = "P3" in vcpu.kvm.policy.bugs
+    needs_ipi = late and kvm_request_needs_ipi(cpu, vcpu, req)
     if not req & KVM_REQUEST_NO_ACTION:
         kvm_make_request(cpu, vcpu, req)
-    if not kvm_request_needs_ipi(cpu, vcpu, req):
+    if not (needs_ipi if late else kvm_request_needs_ipi(cpu, vcpu, req)):
         return -1
     target: int = lib.vcpu_cpu(cpu.m, vcpu.id)
     return target if target != cpu.id else -1
@@ -146,7 +149,7 @@ def kvm_flush_remote_tlbs_memslot(cpu: Cpu, kvm: Kvm, slot: KvmMemorySlot, reaso
 def flush_elided(cpu: Cpu, kvm: Kvm, reason: int, argument: int = 0) -> None:
     """Accounts for a flush that Linux 7.3 makes here and this policy does not."""
     cpu.stat(kvm.id, lib.STAT_FLUSHES_ELIDED)
-    cpu.event(lib.EVENT_ELIDED, reason, argument)
+    cpu.event(lib.EVENT_ELIDED, reason, argument, kvm.id)
 
 
 def gfn_to_memslot(kvm: Kvm, gfn: int, as_id: int = 0) -> KvmMemorySlot | None:

@@ -56,15 +56,12 @@ def warn_on_once(cpu: Cpu, kvm: Kvm, what: str) -> None:
 
 
 def vmx_flush_tlb_ept_root(cpu: Cpu, kvm: Kvm, root: KvmMmuPage, reason: int) -> None:
-    """vmx_flush_tlb_ept_root(): INVEPT single; global where no EPTP can be made.
-
-    Mutant P23c: a root without a shadow page is not flushed.
-    """
+    """vmx_flush_tlb_ept_root(): INVEPT single; global where no EPTP can be made."""
     eptp = construct_eptp(cpu, kvm, root)
     cpu.point("tlb", cpu.id, "write")
     if eptp != INVALID_EPTP:
         lib.flush_invept_single(cpu.m, cpu.id, kvm.id, eptp >> 12, reason)
-    elif "P23c" not in kvm.policy.bugs:
+    else:
         lib.flush_invept_global(cpu.m, cpu.id, kvm.id, reason)
 
 

@@ -217,6 +217,7 @@ class EmulatedMachine:
             self.mm.make_huge(kvm, vm.slots[1].gfn, vm.slots[1].pages)
         for _ in range(self.vcpus):
             vcpu = kvm_vm_ioctl_create_vcpu(self.cpu, kvm)
+            vcpu.arch.cr4 = kvm_host.X86_CR4_PAE  # the recorded guests had no global pages
             vm.programs.append(self._program(vm, vcpu.id))
             vm.tasks.append(VcpuTask(vcpu))
         first = len(self.vms) * self.vcpus

@@ -66,7 +66,7 @@ def root_page_reused(rig: Rig, policy: Policy) -> set[str]:
     guest.write(0, 5)
     assert guest.vcpu.mmu.root is not None
     first = guest.vcpu.mmu.root.hfn
-    for _ in range(6):
+    for _ in range(200):
         recreate_slot(rig, kvm)
         with rcu_read_lock(rig.other):  # the page is not free before the next root has another one
             guest.write(0, 70)

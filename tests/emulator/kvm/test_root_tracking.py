@@ -1,0 +1,417 @@
+"""Policies that elide flushes by what roots remember: each hole is shown, and each repair closes it."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from threading import Event, Thread
+
+import pytest
+from rig import GFNS, SLOT, Guest, Rig, running_rig
+
+from emulator.kvm import root_tracking
+from emulator.kvm.kvm_main import kvm_set_memory_region
+from emulator.kvm.structs import Kvm, KvmMmuPage
+from emulator.policy import MUTANTS, Policy, preset
+from emulator.runtime import Cpu
+from native import lib
+
+Scenario = Callable[[Rig, Policy], set[str]]
+
+
+@contextmanager
+def at_point(rig: Rig, cpu: int, kind: str, mode: str, action: Callable[[], object]) -> Iterator[list[int]]:
+    """Do `action` once, when that CPU passes the next point of this kind."""
+    fired: list[int] = []
+
+    def hook(at: Cpu, what: str, obj: object, access: str) -> None:
+        if at.id == cpu and (what, access) == (kind, mode) and not fired:
+            fired.append(at.id)
+            action()
+
+    rig.machine.install(hook)
+    try:
+        yield fired
+    finally:
+        rig.machine.install(None)
+
+
+def recreate_slot(rig: Rig, kvm: Kvm) -> None:
+    kvm_set_memory_region(rig.host, kvm, SLOT, 0, 0, 0)
+    kvm_set_memory_region(rig.host, kvm, SLOT, 0, GFNS, 0)
+
+
+def bounce(guest: Guest, gfn: int) -> None:
+    """Both pCPUs have flushed the root and have the page's translation; the vCPU is on pCPU 1.  (Page 70 is
+    one that stays.)"""
+    for pcpu in (0, 1, 0, 1):
+        guest.read(pcpu, gfn)
+        guest.read(pcpu, 70)
+
+
+def zapped_while_away(rig: Rig, policy: Policy) -> set[str]:
+    """The page goes while the vCPU is on another pCPU, which alone serves the flush."""
+    kvm = rig.vm(policy)
+    guest = rig.guest(kvm)
+    bounce(guest, 5)
+    rig.unmap(kvm, 0, 64)
+    guest.read(1, 70)
+    guest.read(0, 5)
+    return set(rig.violations())
+
+
+def zapped_while_another_vcpu_fills(rig: Rig, policy: Policy) -> set[str]:
+    """Another vCPU of the VM has filled the entry under the same root, and serves the flush elsewhere."""
+    kvm = rig.vm(policy)
+    mine, other = rig.guest(kvm), rig.guest(kvm)
+    bounce(mine, 70)
+    bounce(other, 70)
+    other.read(0, 5)
+    other.read(2, 70)
+    rig.unmap(kvm, 0, 64)
+    other.read(2, 70)
+    mine.read(1, 70)
+    mine.read(0, 5)
+    return set(rig.violations())
+
+
+def served_and_moved_before_the_flush_ends(rig: Rig, policy: Policy) -> set[str]:
+    """The vCPU serves the request and is on the other pCPU before whoever flushes goes on."""
+    kvm = rig.vm(policy)
+    guest = rig.guest(kvm)
+    bounce(guest, 5)
+
+    def serve_and_move() -> None:
+        guest.read(1, 70)
+        guest.read(0, 70)
+
+    with at_point(rig, rig.host.id, "mode", "write", serve_and_move) as fired:
+        rig.unmap(kvm, 0, 64)
+    assert fired
+    guest.read(0, 5)
+    return set(rig.violations())
+
+
+def served_before_the_masks_are_cleared(rig: Rig, policy: Policy) -> set[str]:
+    """The same, at the moment before roots forget: too late if requests are visible by then."""
+    kvm = rig.vm(policy)
+    guest = rig.guest(kvm)
+    bounce(guest, 5)
+
+    def serve_and_move() -> None:
+        guest.read(1, 70)
+        guest.read(0, 70)
+
+    with at_point(rig, rig.host.id, "root_tlb", "write", serve_and_move) as fired:
+        rig.unmap(kvm, 0, 64)
+    assert fired
+    guest.read(0, 5)
+    return set(rig.violations())
+
+
+def entered_before_the_masks_are_cleared(rig: Rig, policy: Policy) -> set[str]:
+    """The same, and the vCPU is in guest mode on the other pCPU until the flush is over."""
+    kvm = rig.vm(policy)
+    guest = rig.guest(kvm)
+    bounce(guest, 5)
+    in_guest, go_on = Event(), Event()
+    thread = Thread(target=guest.read, args=(0, 5))
+
+    def serve_and_move() -> None:
+        guest.read(1, 70)
+        thread.start()
+        assert in_guest.wait(10)
+
+    def hook(at: Cpu, what: str, obj: object, access: str) -> None:
+        if at is rig.host and what == "root_tlb" and not thread.ident:
+            serve_and_move()
+        elif at.id == 0 and what == "guest":
+            in_guest.set()
+            # If it is waited for, it must not wait.
+            go_on.wait(0.3)
+
+    rig.machine.install(hook)
+    rig.unmap(kvm, 0, 64)
+    go_on.set()
+    thread.join()
+    rig.machine.install(None)
+    return set(rig.violations())
+
+
+def guest_invalidates_elsewhere(rig: Rig, policy: Policy) -> set[str]:
+    """The guest changes its page tables and invalidates on one pCPU, and comes back to the other."""
+    kvm = rig.vm(policy, slice_accesses=40)
+    guest = Guest(rig, kvm, pages=16, paging=1, pcid=1, unmap_every=10, end_gfn=512)
+    for turn in range(60):
+        guest.run_slices(turn % 2, 4)
+    assert rig.counter(lib.COUNT_GUEST_INVALIDATIONS) > 50
+    return set(rig.violations())
+
+
+def root_page_has_a_new_life(rig: Rig, policy: Policy) -> set[str]:
+    """The root's page is a root again, and an idle pCPU still has entries of its earlier life."""
+    kvm = rig.vm(policy)
+    guest = rig.guest(kvm)
+    bounce(guest, 5)
+    assert guest.vcpu.mmu.root is not None
+    first = guest.vcpu.mmu.root.hfn
+    for _ in range(200):
+        recreate_slot(rig, kvm)
+        guest.write(1, 70)
+        rig.rcu()
+        if guest.vcpu.mmu.root.hfn == first:
+            break
+    else:
+        raise AssertionError("the page did not become a root again")
+    guest.read(0, 5)
+    return set(rig.violations())
+
+
+def zapped_in_smm(rig: Rig, policy: Policy) -> set[str]:
+    """The page goes while the vCPU is in SMM, where it was not mapped."""
+    kvm = rig.vm(policy)
+    rig.smm_slots(kvm)
+    guest = rig.guest(kvm)
+    guest.write(0, 5)
+    guest.enter_smm(0, 70, 71, 72)
+    rig.unmap(kvm, 0, 64)
+    for _ in range(3):
+        guest.next_slice(0)
+    guest.read(0, 5)
+    assert not guest.vcpu.arch.smm
+    return set(rig.violations())
+
+
+def zapped_in_smm_while_away(rig: Rig, policy: Policy) -> set[str]:
+    """The same while it is in SMM on another pCPU; then it comes back, and leaves SMM there."""
+    kvm = rig.vm(policy)
+    rig.smm_slots(kvm)
+    guest = rig.guest(kvm)
+    bounce(guest, 70)
+    guest.write(0, 5)
+    guest.enter_smm(0, 70, 71, 72, 73, 74)
+    guest.next_slice(1)
+    rig.unmap(kvm, 0, 64)
+    guest.next_slice(1)
+    for _ in range(4):
+        guest.next_slice(0)
+    guest.read(0, 5)
+    assert not guest.vcpu.arch.smm
+    return set(rig.violations())
+
+
+SCENARIOS: tuple[Scenario, ...] = (
+    zapped_while_away,
+    zapped_while_another_vcpu_fills,
+    served_and_moved_before_the_flush_ends,
+    guest_invalidates_elsewhere,
+    root_page_has_a_new_life,
+    zapped_in_smm,
+    zapped_in_smm_while_away,
+)
+SOUND = (
+    "linux-7.3",
+    "linux-6.12",
+    "linux-5.18",
+    "linux-5.14",
+    "lkml-2021-batch-list",
+    "lkml-2025-active-roots",
+    "cpu-flushed-mask-cleared",
+    "root-tlb-gen",
+)
+KEEP = {"role_change": "keep-roots"}
+# Policy, other answers, what shows the hole, and how.
+HOLES: list[tuple[str, dict[str, str], Scenario, str]] = [
+    ("lkml-2025-cpu-flushed-mask", {}, zapped_while_away, "use-after-free"),
+    ("lkml-2025-cpu-flushed-mask", {}, zapped_while_another_vcpu_fills, "use-after-free"),
+    ("lkml-2025-cpu-flushed-mask", {}, guest_invalidates_elsewhere, "guest-stale"),
+    ("lkml-2025-cpu-flushed-mask", KEEP, zapped_in_smm_while_away, "use-after-free"),
+    ("lkml-2025-on-each-cpu", {}, zapped_while_away, "use-after-free"),
+    ("lkml-2025-on-each-cpu", {}, guest_invalidates_elsewhere, "guest-stale"),
+    ("lkml-2025-vm-pcpu-mask", {}, zapped_while_away, "use-after-free"),
+    ("lkml-2025-vm-pcpu-mask", {}, guest_invalidates_elsewhere, "guest-stale"),
+    ("lkml-2021-single-context", KEEP, zapped_in_smm, "use-after-free"),
+    ("mutant:B21", {}, zapped_in_smm, "use-after-free"),
+    ("mutant:P23", {}, zapped_while_away, "use-after-free"),
+    ("mutant:P23b", {}, served_before_the_masks_are_cleared, "use-after-free"),
+    ("mutant:P23d", {}, guest_invalidates_elsewhere, "guest-stale"),
+    ("mutant:P24", {}, zapped_in_smm_while_away, "use-after-free"),
+    ("mutant:R1", {}, zapped_in_smm_while_away, "use-after-free"),
+    ("mutant:R2", {}, guest_invalidates_elsewhere, "guest-stale"),
+    ("mutant:R3", {}, entered_before_the_masks_are_cleared, "use-after-free"),
+    ("mutant:R4", {}, root_page_has_a_new_life, "foreign-root"),
+]
+
+
+def _id(value: object) -> str | None:
+    if isinstance(value, dict):
+        return ",".join(f"{point}={answer}" for point, answer in value.items()) or "as-it-is"
+    return getattr(value, "__name__", None)
+
+
+@pytest.mark.parametrize(("policy", "settings", "scenario", "kind"), HOLES, ids=_id)
+def test_the_hole(rig: Rig, policy: str, settings: dict[str, str], scenario: Scenario, kind: str) -> None:
+    changed = preset(policy).with_settings(settings) if settings else preset(policy)
+    assert kind in scenario(rig, changed)
+
+
+@pytest.mark.parametrize("scenario", SCENARIOS, ids=_id)
+@pytest.mark.parametrize("policy", SOUND)
+def test_sound_policies_stay_silent(rig: Rig, policy: str, scenario: Scenario) -> None:
+    assert scenario(rig, preset(policy)) == set()
+
+
+@pytest.mark.parametrize("policy", ["linux-7.3", "lkml-2025-active-roots", *SOUND[-2:]])
+@pytest.mark.parametrize("scenario", [zapped_in_smm, zapped_in_smm_while_away], ids=_id)
+def test_cached_roots_are_no_hole(rig: Rig, policy: str, scenario: Scenario) -> None:
+    assert scenario(rig, preset(policy).with_settings(KEEP)) == set()
+
+
+@pytest.mark.parametrize("policy", ["cpu-flushed-mask-cleared", "root-tlb-gen"])
+@pytest.mark.parametrize(
+    "scenario", [served_before_the_masks_are_cleared, entered_before_the_masks_are_cleared], ids=_id
+)
+def test_roots_forget_before_requests_are_visible(rig: Rig, policy: str, scenario: Scenario) -> None:
+    assert scenario(rig, preset(policy)) == set()
+
+
+def test_one_context_is_enough_while_a_vcpu_has_one_root(rig: Rig) -> None:
+    """The argument of 2021: every change of the root comes with a flush of its own."""
+    assert zapped_in_smm(rig, preset("lkml-2021-single-context")) == set()
+
+
+def test_a_look_before_entry_makes_the_flush_at_load_superfluous(rig: Rig) -> None:
+    policy = preset("root-tlb-gen").with_settings({"root_load": "none"})
+    assert root_page_has_a_new_life(rig, policy) == set()
+    assert zapped_in_smm_while_away(rig, policy) == set()
+
+
+# --- what is elided -----------------------------------------------------------------------------------------
+
+
+def flushes_of(rig: Rig, policy: str, action: Callable[[Kvm, Guest], None]) -> dict[str, int]:
+    """INVEPTs and INVVPIDs that the action takes, once both pCPUs know the root."""
+    kvm = rig.vm(preset(policy))
+    guest = rig.guest(kvm)
+    bounce(guest, 5)
+    before = scopes(rig)
+    action(kvm, guest)
+    return {name: n - before[name] for name, n in scopes(rig).items() if n != before[name]}
+
+
+def scopes(rig: Rig) -> dict[str, int]:
+    from native import FLUSH_REASONS, FLUSH_SCOPES, ffi
+
+    size = rig.machine.config["vms"] * len(FLUSH_SCOPES) * len(FLUSH_REASONS)
+    flushes, necessary = ffi.new("uint64_t[]", size), ffi.new("uint64_t[]", size)
+    lib.flushes_sum(rig.machine.m, flushes, necessary)
+    n = len(FLUSH_REASONS)
+    return {
+        scope: sum(flushes[(vm * len(FLUSH_SCOPES) + i) * n + r] for vm in range(4) for r in range(n))
+        for i, scope in enumerate(FLUSH_SCOPES)
+    }
+
+
+@pytest.mark.parametrize(
+    ("policy", "expected"),
+    [
+        ("linux-7.3", {"invept_global": 2}),
+        ("lkml-2025-active-roots", {"invept_single": 2}),
+        ("lkml-2025-cpu-flushed-mask", {}),
+        ("cpu-flushed-mask-cleared", {"invvpid_single": 2}),
+        ("root-tlb-gen", {"invvpid_single": 2}),
+        ("lkml-2025-on-each-cpu", {}),
+    ],
+)
+def test_what_two_moves_cost_when_nothing_changes(rig: Rig, policy: str, expected: dict[str, int]) -> None:
+    def move(_: Kvm, guest: Guest) -> None:
+        guest.read(0, 5)
+        guest.read(1, 5)
+
+    assert flushes_of(rig, policy, move) == expected
+
+
+@pytest.mark.parametrize(
+    ("policy", "expected"),
+    [
+        ("linux-7.3", {"invept_global": 3}),
+        ("cpu-flushed-mask-cleared", {"invept_single": 2, "invvpid_single": 2}),
+        ("root-tlb-gen", {"invept_single": 2, "invvpid_single": 2}),
+    ],
+)
+def test_what_they_cost_after_a_remote_flush(rig: Rig, policy: str, expected: dict[str, int]) -> None:
+    """Served on pCPU 1; then pCPU 0 is due once, and pCPU 1 not again."""
+
+    def zap_and_move(kvm: Kvm, guest: Guest) -> None:
+        rig.unmap(kvm, 0, 64)
+        guest.read(1, 70)
+        guest.read(0, 70)
+        guest.read(1, 70)
+
+    assert flushes_of(rig, policy, zap_and_move) == expected
+
+
+def test_a_second_vcpu_profits_from_the_flush_of_the_first(rig: Rig) -> None:
+    kvm = rig.vm(preset("root-tlb-gen"))
+    first, second = rig.guest(kvm), rig.guest(kvm)
+    first.read(0, 5)
+    second.read(1, 5)
+    before = scopes(rig)
+    second.read(0, 5)
+    assert scopes(rig)["invept_single"] == before["invept_single"]
+
+
+def test_elided_flushes_are_counted(rig: Rig) -> None:
+    kvm = rig.vm(preset("root-tlb-gen"))
+    guest = rig.guest(kvm)
+    bounce(guest, 5)
+    with rig.counting(kvm) as counts:
+        guest.read(0, 5)
+    assert counts["flushes_elided"] == 1
+
+
+# --- single pieces ------------------------------------------------------------------------------------------
+
+
+def root_of(rig: Rig, policy: str = "root-tlb-gen") -> tuple[Kvm, KvmMmuPage]:
+    kvm = rig.vm(preset(policy))
+    guest = rig.guest(kvm)
+    guest.read(0, 5)
+    assert guest.vcpu.mmu.root is not None
+    return kvm, guest.vcpu.mmu.root
+
+
+def test_a_root_without_a_shadow_page_has_no_record(rig: Rig) -> None:
+    _, root = root_of(rig)
+    cpu = rig.machine.cpus[0]
+    root.special = True
+    for how in ("cpu-flushed-mask", "cpu-flushed-mask-cleared", "root-tlb-gen"):
+        assert not root_tracking.test_and_set_flushed(cpu, root, how)
+        assert not root_tracking.test_and_set_flushed(cpu, root, how)
+    root.special = False
+
+
+@pytest.mark.parametrize("how", ["cpu-flushed-mask-cleared", "root-tlb-gen"])
+def test_a_record_is_of_one_pcpu_and_ends_with_a_remote_flush(rig: Rig, how: str) -> None:
+    kvm, root = root_of(rig)
+    a, b = rig.machine.cpus[1:3]
+    root_tracking.record_flush(a, kvm, [root])
+    assert root_tracking.test_and_set_flushed(a, root, how)
+    assert not root_tracking.test_and_set_flushed(b, root, how)
+    assert root_tracking.test_and_set_flushed(b, root, how)
+    rig.unmap(kvm, 0, 64)
+    assert not root_tracking.test_and_set_flushed(a, root, how)
+
+
+def test_nothing_is_remembered_where_no_policy_asks() -> None:
+    with running_rig() as rig:
+        kvm = rig.vm()
+        guest = rig.guest(kvm)
+        guest.read(0, 5)
+        assert not kvm.tracks_roots
+        assert guest.vcpu.mmu.root is not None
+        assert guest.vcpu.mmu.root.tracking is None
+
+
+def test_guards_of_the_repaired_policies_are_registered() -> None:
+    assert {"P23", "P23b", "P23d", "P24", "R1", "R2", "R3", "R4"} <= set(MUTANTS)
