@@ -23,6 +23,7 @@ struct tlb *tlb_create(const struct machine_config *config)
 	}
 	t->epoch = 1;
 	contexts_init(t);
+	l1_create(&t->l1);
 	l1_retag(t);
 	return t;
 }
@@ -272,7 +273,9 @@ static void l2_fill(struct tlb *t, uint32_t index, const struct tlb_entry *entry
 	slot = slot_of(t, cell);
 	account_replace(t, cell, key, entry);
 	t->l2.key[cell] = key;
-	store_touch(&t->l2, cell);
+	/* While a combined mapping stands in front of a guest-physical one, nobody asks for that: as good as unused. */
+	if (entry->kind == t->kind)
+		store_touch(&t->l2, cell);
 	slot->entry = *entry;
 	slot->entry.page = page;
 	slot->entry.vpid = physical ? 0 : (uint16_t)t->vpid;

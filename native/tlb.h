@@ -162,7 +162,7 @@ enum { L1_SETS = 16, L1_WAYS = 4, L1_CONTEXT_SHIFT = 36, L1_HINTS = 4096 };
 
 struct tlb_hot {
 	_Alignas(32) uint64_t key;
-	uint32_t right[3];
+	uint32_t right[3]; /* a tlb_entry's ^ tlb_l1.life: one that holds equals a tag alone */
 	uint32_t hfn;   /* of the 4 KiB piece */
 	uint32_t stamp; /* clock at the last use */
 	uint8_t span;   /* log2 of the 4 KiB pages of the page that it is a piece of */
@@ -170,9 +170,10 @@ struct tlb_hot {
 
 struct tlb_l1 {
 	_Alignas(64) struct tlb_hot hot[L1_SETS][L1_WAYS];
-	uint16_t hint[L1_HINTS]; /* by page: byte offset into hot, of anything if out of date */
+	struct tlb_hot *hint[L1_HINTS]; /* by page: into hot, at anything if out of date */
 	uint64_t context_bits;   /* high bits of a key in the current context */
 	uint32_t clock;          /* counts fills: uses between two fills are one instant to LRU */
+	uint32_t life;           /* of the root page in use, << 16 */
 	uint8_t has_pieces;      /* a span is not 0 somewhere */
 	uint8_t has_globals;     /* a copy of a global translation may be here, under some PCID */
 };
@@ -194,7 +195,7 @@ static inline struct tlb_view tlb_l1_view(const struct tlb_l1 *l1)
 /* Where the hint for `page` (below 2^36) points, if the page is there in the current context; else NULL. */
 static inline struct tlb_hot *tlb_l1_hinted(struct tlb_l1 *l1, struct tlb_view view, uint64_t page)
 {
-	struct tlb_hot *hot = (struct tlb_hot *)((char *)l1->hot + l1->hint[page & (L1_HINTS - 1)]);
+	struct tlb_hot *hot = l1->hint[page & (L1_HINTS - 1)];
 
 	return __builtin_expect(hot->key == (view.context_bits | page), 1) ? hot : NULL;
 }

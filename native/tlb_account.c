@@ -14,28 +14,31 @@ static uint32_t *piece_count(struct tlb *t, uint64_t key, const struct tlb_entry
 	return piece_bucket(t, key_context(key), entry->page, entry->size, entry->fractured - 1u);
 }
 
-static void account_unlive(struct tlb *t, const struct slot *slot, uint64_t key)
+/* What the context can tell is not looked up in the slot: of a mapping that is evicted nothing else is wanted, and its
+ * slot is seldom in the host's own caches. */
+static void account_unlive(struct context *c, const struct slot *slot)
 {
-	struct context *c = &t->contexts[key_context(key)];
-
-	if (slot->entry.vm == c->vm)
-		c->live--;
-	else
+	if (c->live_other && slot->entry.vm != c->vm)
 		c->live_other--;
+	else
+		c->live--;
 }
 
 static void account_evict(struct tlb *t, uint32_t cell)
 {
 	const struct slot *slot = slot_of(t, cell);
 	uint64_t key = t->l2.key[cell];
+	struct context *c = &t->contexts[key_context(key)];
 
 	if (!key)
 		return;
 	if (cell_live(&t->l2, cell))
-		account_unlive(t, slot, key);
-	t->contexts[key_context(key)].slots[key_size(key)]--;
-	if (slot->entry.fractured)
+		account_unlive(c, slot);
+	c->slots[key_size(key)]--;
+	if (c->pieces && slot->entry.fractured) {
+		c->pieces--;
 		--*piece_count(t, key, &slot->entry);
+	}
 }
 
 void account_replace(struct tlb *t, uint32_t cell, uint64_t key, const struct tlb_entry *entry)
@@ -50,8 +53,10 @@ void account_replace(struct tlb *t, uint32_t cell, uint64_t key, const struct tl
 	else
 		c->live_other++;
 	c->slots[key_size(key)]++;
-	if (entry->fractured)
-		++*piece_bucket(t, key_context(key), key_page(key), entry->size, entry->fractured - 1u);
+	if (!entry->fractured)
+		return;
+	c->pieces++;
+	++*piece_bucket(t, key_context(key), key_page(key), entry->size, entry->fractured - 1u);
 }
 
 void account_dropped(struct tlb *t, uint32_t vm, uint64_t count)
@@ -70,7 +75,7 @@ void cell_kill(struct tlb *t, uint32_t cell)
 {
 	struct slot *slot = slot_of(t, cell);
 
-	account_unlive(t, slot, t->l2.key[cell]);
+	account_unlive(&t->contexts[key_context(t->l2.key[cell])], slot);
 	account_dropped(t, slot->entry.vm, 1);
 	slot->flush = t->flush;
 	cell_mark_dead(&t->l2, cell);

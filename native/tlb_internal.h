@@ -32,6 +32,7 @@ struct context {
 	uint32_t live;       /* live translations, second level, of that VM */
 	uint32_t live_other; /* ... of any other */
 	uint32_t slots[3];   /* second-level cells of this context by size, ghosts included */
+	uint32_t pieces;     /* those of them that hold pieces of larger guest pages */
 	uint32_t psc_slots[PSC_LEVELS];
 };
 
@@ -123,13 +124,23 @@ static inline struct tlb_hot *l1_search(struct tlb_l1 *l1, uint64_t page)
 #pragma GCC unroll 4
 	for (uint32_t way = 0; way < L1_WAYS; way++, hot++)
 		if (hot->key == key) {
-			l1->hint[page % L1_HINTS] = (char *)hot - (char *)l1->hot;
+			l1->hint[page % L1_HINTS] = hot;
 			return hot;
 		}
 	return NULL;
 }
 
+void l1_create(struct tlb_l1 *l1);
 void l1_clear(struct tlb_l1 *l1);
+/* The life of the root page in use from now on, << 16. */
+void l1_change_life(struct tlb_l1 *l1, uint32_t life);
+
+static inline void l1_set_life(struct tlb_l1 *l1, uint32_t life)
+{
+	if (l1->life != life)
+		l1_change_life(l1, life);
+}
+
 /* Drop the page from the first level whatever its context, with all pieces of the page it is part of. */
 void l1_drop(struct tlb_l1 *l1, uint64_t page);
 /* Put the piece `page` of a translation in, under the current context. */
@@ -142,9 +153,9 @@ static inline __attribute__((always_inline)) void l1_put(struct tlb_l1 *l1, stru
 	uint64_t span = (UINT64_C(1) << 9 * size) - 1;
 
 	hot->key = l1->context_bits | page;
-	hot->right[ACCESS_READ] = entry->right[ACCESS_READ];
-	hot->right[ACCESS_WRITE] = entry->right[ACCESS_WRITE];
-	hot->right[ACCESS_EXECUTE] = entry->right[ACCESS_EXECUTE];
+	hot->right[ACCESS_READ] = entry->right[ACCESS_READ] ^ l1->life;
+	hot->right[ACCESS_WRITE] = entry->right[ACCESS_WRITE] ^ l1->life;
+	hot->right[ACCESS_EXECUTE] = entry->right[ACCESS_EXECUTE] ^ l1->life;
 	hot->hfn = entry->hfn + (uint32_t)(page & span);
 	hot->stamp = ++l1->clock;
 	hot->span = 9 * size;
@@ -152,7 +163,7 @@ static inline __attribute__((always_inline)) void l1_put(struct tlb_l1 *l1, stru
 		hot->span = 9 * (entry->fractured - 1u);
 	l1->has_pieces |= hot->span != 0;
 	l1->has_globals |= entry->global;
-	l1->hint[page % L1_HINTS] = (char *)hot - (char *)l1->hot;
+	l1->hint[page % L1_HINTS] = hot;
 }
 
 /* The one to replace: least recently used, empty ones being older than any. */

@@ -23,6 +23,24 @@ void l1_clear(struct tlb_l1 *l1)
 	l1->has_pieces = l1->has_globals = 0;
 }
 
+void l1_create(struct tlb_l1 *l1)
+{
+	for (uint32_t i = 0; i < L1_HINTS; i++)
+		l1->hint[i] = l1->hot[0];
+}
+
+/* Seldom: when a pCPU takes another root up. */
+void l1_change_life(struct tlb_l1 *l1, uint32_t life)
+{
+	uint32_t change = l1->life ^ life;
+
+	for (uint32_t set = 0; set < L1_SETS; set++)
+		for (uint32_t way = 0; way < L1_WAYS; way++)
+			for (uint32_t type = 0; type < ACCESS_TYPES; type++)
+				l1->hot[set][way].right[type] ^= change;
+	l1->life = life;
+}
+
 static void drop_pieces(struct tlb_l1 *l1, uint64_t page)
 {
 	l1->has_pieces = 0;
@@ -68,5 +86,5 @@ void l1_update_right(struct tlb_l1 *l1, uint64_t key, uint32_t hfn, uint32_t typ
 
 	for (uint32_t way = 0; way < L1_WAYS; way++)
 		if (hot[way].key == key && hot[way].hfn == hfn)
-			hot[way].right[type] = right;
+			hot[way].right[type] = right ^ l1->life;
 }

@@ -1,6 +1,4 @@
 /* What a flush dropped, ghosts, and dumps for tests and reports. */
-#include <string.h>
-
 #include "tlb_internal.h"
 
 void tlb_flush_begin(struct tlb *t, uint64_t flush)
@@ -55,6 +53,7 @@ int tlb_l1_probe(struct tlb *t, uint64_t page, uint32_t *hfn, uint32_t *right)
 	if (!hot)
 		return 0;
 	*hfn = hot->hfn;
-	memcpy(right, hot->right, sizeof(hot->right));
+	for (uint32_t type = 0; type < ACCESS_TYPES; type++)
+		right[type] = hot->right[type] ^ t->l1.life;
 	return 1;
 }
