@@ -3,6 +3,7 @@
 #include "counters.h"
 #include "frame.h"
 #include "guest_os.h"
+#include "program.h"
 #include "tlb_internal.h"
 #include "vm.h"
 
@@ -98,6 +99,8 @@ static uint32_t step(struct run *run)
 
 	if (attention(run))
 		return cpu_attention(w->m, w->cpu->id) & ATTENTION_IPI ? EXIT_INTERRUPT : EXIT_MESSAGE;
+	if (g->program)
+		return program_step(w, &run->accesses, &run->budget);
 	if (g->smm)
 		return smm(run);
 	insn = guest_take_insn(g, &operand);
