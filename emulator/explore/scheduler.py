@@ -157,7 +157,7 @@ class Execution:
     ) -> None:
         """The running task's step ends; its next one begins with this access, once `condition` holds."""
         if self.aborting:
-            raise Abandoned
+            return  # on the way out, past `finally`
         task = self.current
         if not self.starting:
             self._ended(task)

@@ -1,0 +1,217 @@
+"""One machine under control: which execution runs, and what its waits are about.
+
+Calls on other CPUs arrive when the scheduler says so (one daemon per pCPU), grace periods begin and end when
+it says so (one daemon).  What is locked, sent and read is remembered here, because conditions are tested
+before every step and must be cheap.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Hashable
+from typing import Any
+
+from emulator.explore.objects import Objects
+from emulator.explore.scheduler import Execution
+from emulator.locks import SpinLock
+from emulator.runtime import Cpu, Machine, MachineMisuse, Mode
+from native import VIOLATION_KINDS, ffi, lib
+
+# Points of KVM's code whose access is a native call right behind them, which is a step itself.
+_COVERED = frozenset(
+    {
+        "call_queue",
+        "guest",
+        "mm",
+        "mmu_invalidate_seq",
+        "mmu_lock",
+        "mode",
+        "rcu",
+        "requests",
+        "spte",
+        "sptes",
+        "tlb",
+        "vcpu->cpu",
+    }
+)
+
+
+class RwLock:
+    """Who holds an mmu_lock."""
+
+    __slots__ = ("readers", "waiting", "writer")
+
+    def __init__(self) -> None:
+        self.readers = 0
+        self.writer = False
+        self.waiting = 0
+
+
+class Readers:
+    """Read sections of RCU or one VM's SRCU, by whoever is in them; `left` counts how often they left."""
+
+    __slots__ = ("depth", "left")
+
+    def __init__(self) -> None:
+        self.depth: dict[int, int] = {}
+        self.left: dict[int, int] = {}
+
+    def enter(self, who: int) -> None:
+        self.depth[who] = self.depth.get(who, 0) + 1
+
+    def leave(self, who: int) -> None:
+        depth = self.depth[who] = max(0, self.depth.get(who, 0) - 1)
+        if not depth:
+            self.left[who] = self.left.get(who, 0) + 1
+
+    def now(self) -> tuple[tuple[int, int], ...]:
+        """Those inside, for `gone`."""
+        return tuple((who, self.left.get(who, 0)) for who, depth in self.depth.items() if depth > 0)
+
+    def gone(self, before: tuple[tuple[int, int], ...]) -> bool:
+        return all(self.left.get(who, 0) != left for who, left in before)
+
+    def who(self, before: tuple[tuple[int, int], ...]) -> list[int]:
+        return [who for who, left in before if self.left.get(who, 0) == left]
+
+
+class Control:
+    """`execution` is None between executions: then native calls go straight through, and waits must have an
+    end without anybody else."""
+
+    def __init__(self, machine: Machine, objects: Objects) -> None:
+        self.machine = machine
+        self.objects = objects
+        self.execution: Execution | None = None
+        self.everything = objects.bit(("everything",))
+        self.vm_of_vcpu: dict[int, int] = {}
+        self._counters = ffi.new("uint64_t[]", lib.COUNTERS)
+        self._violations = ffi.new("uint64_t[]", lib.VIOLATIONS)
+        self.reset()
+
+    def reset(self) -> None:
+        self.mmu_locks: dict[int, RwLock] = {}
+        self.rcu = Readers()
+        self.srcu: dict[int, Readers] = {}
+        self.queued: set[int] = set()  # pCPUs to which an interrupt is on its way
+        self.callbacks_run = 0
+        self.known: tuple[str, ...] = self.violations()
+
+    def bit(self, *name: Hashable) -> int:
+        return self.objects.bit(name)
+
+    def mmu_lock(self, vm: int) -> RwLock:
+        lock = self.mmu_locks.get(vm)
+        if lock is None:
+            lock = self.mmu_locks[vm] = RwLock()
+        return lock
+
+    def srcu_of(self, vm: int) -> Readers:
+        readers = self.srcu.get(vm)
+        if readers is None:
+            readers = self.srcu[vm] = Readers()
+        return readers
+
+    # --- the hook at KVM's ordering points ------------------------------------------------------------------
+
+    def point(self, cpu: Cpu, kind: str, obj: Any, mode: Mode) -> None:
+        execution = self.execution
+        if execution is None or kind in _COVERED:
+            return
+        if kind == "lock":
+            self._lock(execution, obj)
+        elif kind == "unlock":
+            execution.touch(0, self.bit("lock", obj.name))
+        else:
+            mask = self.bit(kind, obj)
+            read, write = (mask, 0) if mode == "read" else (0, mask)
+            execution.step((kind, obj, mode), read, write)
+
+    def _lock(self, execution: Execution, lock: Any) -> None:
+        mask = self.bit("lock", lock.name)
+        token = lock._token
+        label = ("spinlock" if isinstance(lock, SpinLock) else "mutex", lock.name, "write")
+        execution.step(label, 0, mask, lambda: bool(token), lock.name)
+
+    # --- daemons --------------------------------------------------------------------------------------------
+
+    def spawn_daemons(self, execution: Execution) -> None:
+        for number in range(self.machine.pcpus):
+            execution.spawn(f"irq{number}", self._interrupts(execution, number), daemon=True)
+        execution.spawn("rcu", self._grace_periods(execution), daemon=True)
+
+    def _interrupts(self, execution: Execution, number: int) -> Callable[[], None]:
+        """An interrupt is on its way for as long as the scheduler likes."""
+        calls, irq = self.bit("calls", number), self.bit("irq", number)
+        tlb, custody = self.bit("tlb", number), self.bit("custody")
+        queued, m = self.queued, self.machine.m
+
+        def body() -> None:
+            while True:
+                execution.step(
+                    ("interrupt", number, "write"), custody, calls | irq, lambda: number in queued, "an IPI"
+                )
+                queued.discard(number)
+                if lib.ipi_arrive(m, number):
+                    execution.touch(0, tlb)
+
+        return body
+
+    def _grace_periods(self, execution: Execution) -> Callable[[], None]:
+        callbacks, rcu = self.bit("callbacks"), self.bit("rcu")
+        freed = self.bit("frames", "table") | self.bit("frames", "root") | self.bit("custody")
+        m, cpu = self.machine.m, self.machine.cpus[-1].id
+
+        def body() -> None:
+            while True:
+                execution.step(
+                    ("grace period", "begins", "write"),
+                    0,
+                    callbacks | rcu,
+                    lambda: bool(lib.rcu_pending(m)),
+                    "callbacks",
+                )
+                before = self.rcu.now()
+                lib.rcu_gp_begin(m, cpu)
+                execution.step(
+                    ("grace period", "ends", "write"),
+                    0,
+                    callbacks | rcu | freed,
+                    lambda: self.rcu.gone(before),
+                    "readers of RCU",
+                )
+                done = lib.rcu_gp_end(m, cpu)
+                if done < 0:
+                    raise MachineMisuse(f"a reader of RCU on CPU {lib.rcu_holdout(m)} that explore missed")
+                self.callbacks_run += done
+
+        return body
+
+    # --- between executions ---------------------------------------------------------------------------------
+
+    def run_callbacks(self) -> None:
+        """rcu_barrier() when nobody else runs."""
+        m, cpu = self.machine.m, self.machine.cpus[-1].id
+        while lib.rcu_pending(m):
+            lib.rcu_gp_begin(m, cpu)
+            if lib.rcu_gp_end(m, cpu) < 0:
+                raise MachineMisuse(f"CPU {lib.rcu_holdout(m)} stays in a read section of RCU")
+
+    # --- what happened --------------------------------------------------------------------------------------
+
+    def misses(self, cpu: int) -> int:
+        """Hardware walks on this pCPU so far."""
+        lib.counters_read(self.machine.m, cpu, self._counters)
+        return int(self._counters[lib.COUNT_L2_MISSES] + self._counters[lib.COUNT_GPA_LOOKUPS])
+
+    def vm_of(self, vcpu: int) -> int:
+        return self.vm_of_vcpu.get(vcpu, 0)
+
+    def violations(self) -> tuple[str, ...]:
+        """Kinds of those that the oracle has reported."""
+        lib.oracle_counts(self.machine.m, self._violations)
+        return tuple(kind for kind, n in zip(VIOLATION_KINDS, self._violations, strict=True) if n)
+
+    def judge(self) -> None:
+        """After an access: one violation is enough."""
+        if self.execution is not None and self.violations() != self.known:
+            self.execution.stop()

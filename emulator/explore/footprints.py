@@ -1,0 +1,230 @@
+"""What each native call reads and writes of what several threads share.
+
+Objects are named by what they are and, in templates, by the argument that says which: ("mode", 1) is the mode
+of the vCPU in argument 1.  EPT, custody and frames of a kind are one object each: coarse, so steps that would
+commute are sometimes tried in both orders, and never the other way round.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Hashable
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+from emulator.explore.scheduler import Execution, Label
+from native import lib
+
+if TYPE_CHECKING:
+    from emulator.explore.control import Control
+
+Args = tuple[Any, ...]
+Template = tuple[Hashable, ...]  # a name and numbers of arguments, or a name alone
+Mask = Callable[[Args], int]
+After = Callable[[Execution, Args, Any], None]
+# (control, arguments, result) -> what the call has read and written besides
+Outcome = Callable[["Control", Args, Any], tuple[int, int]]
+
+
+@dataclass(frozen=True, slots=True)
+class Footprint:
+    """`step`: the call begins a step; otherwise it belongs to the step it is in."""
+
+    reads: tuple[Template, ...] = ()
+    writes: tuple[Template, ...] = ()
+    outcome: Outcome | None = None
+    step: bool = True
+    kind: str = ""
+
+    def bind(
+        self, name: str, control: Control
+    ) -> tuple[Callable[[Args], Label], Mask, Mask, After | None, bool]:
+        kind = self.kind or name
+        mode = "write" if self.writes or self.outcome is not None else "read"
+        which = _which(self.writes or self.reads)
+        after: After | None = None
+        if self.outcome is not None:
+            outcome = self.outcome
+
+            def added(execution: Execution, args: Args, result: Any) -> None:
+                reads, writes = outcome(control, args, result)
+                execution.touch(reads, writes)
+
+            after = added
+
+        def label(args: Args) -> Label:
+            return kind, which(args), mode
+
+        return label, _mask(self.reads, control), _mask(self.writes, control), after, self.step
+
+
+def _which(templates: tuple[Template, ...]) -> Callable[[Args], Hashable]:
+    numbers = tuple(part for part in templates[0][1:] if isinstance(part, int)) if templates else ()
+    if not numbers:
+        return lambda args: None
+    if len(numbers) == 1:
+        number = numbers[0]
+        return lambda args: args[number]
+    return lambda args: tuple(args[number] for number in numbers)
+
+
+def _mask(templates: tuple[Template, ...], control: Control) -> Mask:
+    """The objects, with numbers in the templates replaced by those arguments."""
+    fixed = 0
+    varying: list[tuple[Hashable, tuple[int, ...]]] = []
+    for name, *parts in templates:
+        numbers = tuple(part for part in parts if isinstance(part, int))
+        if numbers:
+            varying.append((name, numbers))
+        else:
+            fixed |= control.objects.bit((name, *parts))
+    if not varying:
+        return lambda args: fixed
+    known: dict[Args, int] = {}
+    used = tuple(sorted({number for _, numbers in varying for number in numbers}))
+
+    def mask(args: Args) -> int:
+        key = tuple(args[number] for number in used)
+        found = known.get(key)
+        if found is None:
+            found = fixed
+            for name, numbers in varying:
+                found |= control.objects.bit((name, *(args[number] for number in numbers)))
+            known[key] = found
+        return found
+
+    return mask
+
+
+# --- what depends on the result -----------------------------------------------------------------------------
+
+
+def _request_cleared(control: Control, args: Args, result: Any) -> tuple[int, int]:
+    if not result:
+        return 0, 0
+    return 0, control.bit("request", args[1], args[2]) | control.bit("requests", args[1])
+
+
+def _mode_changed(control: Control, args: Args, result: Any) -> tuple[int, int]:
+    return 0, control.bit("mode", args[1]) if result == lib.IN_GUEST_MODE else 0
+
+
+def _spte_changed(control: Control, args: Args, result: Any) -> tuple[int, int]:
+    return 0, control.bit("ept") if result == 0 else 0
+
+
+def _sptes_changed(control: Control, args: Args, result: Any) -> tuple[int, int]:
+    chunk = args[3]
+    return 0, control.bit("ept") if chunk.changed and chunk.walk != lib.TDP_COUNT else 0
+
+
+def _frame_kind(control: Control, args: Args, result: Any) -> tuple[int, int]:
+    return 0, control.bit("frames", "root" if args[2] == lib.FRAME_ROOT else "table")
+
+
+EPT: Template = ("ept",)
+CUSTODY: Template = ("custody",)
+_MM: tuple[Template, ...] = (("mm", 2), ("frames", "guest"), CUSTODY, ("memory", 2))
+_ANY_TABLE: tuple[Template, ...] = (("frames", "root"), ("frames", "table"))
+
+FOOTPRINTS: dict[str, Footprint] = {
+    # vcpu->mode, vcpu->requests, vcpu->cpu
+    "vcpu_mode": Footprint(reads=(("mode", 1),), kind="mode"),
+    "vcpu_set_mode": Footprint(writes=(("mode", 1),), kind="mode"),
+    "vcpu_exiting_guest_mode": Footprint(reads=(("mode", 1),), outcome=_mode_changed, kind="mode"),
+    "kvm_make_request": Footprint(writes=(("request", 1, 2), ("requests", 1)), kind="requests"),
+    "kvm_check_request": Footprint(reads=(("request", 1, 2),), outcome=_request_cleared, kind="requests"),
+    "kvm_test_request": Footprint(reads=(("request", 1, 2),), kind="requests"),
+    "kvm_requests": Footprint(reads=(("requests", 1),), kind="requests"),
+    "vcpu_cpu": Footprint(reads=(("vcpu->cpu", 1),), kind="vcpu->cpu"),
+    "vcpu_set_cpu": Footprint(writes=(("vcpu->cpu", 1),), kind="vcpu->cpu"),
+    # EPT
+    "tdp_mmu_get_walk": Footprint(reads=(EPT,), kind="sptes"),
+    "spte_read": Footprint(reads=(EPT,), step=False),
+    "tdp_mmu_set_spte_atomic": Footprint(reads=(EPT,), outcome=_spte_changed, kind="spte"),
+    "tdp_mmu_set_spte": Footprint(writes=(EPT,), kind="spte"),
+    "tdp_walk_chunk": Footprint(reads=(EPT,), outcome=_sptes_changed, kind="sptes"),
+    "tdp_removal_begin": Footprint(reads=(EPT,), step=False),
+    "tdp_removal_step": Footprint(writes=(EPT,), kind="sptes"),
+    "tdp_table_holds": Footprint(reads=(EPT,), kind="sptes"),
+    "tdp_mmu_map_around": Footprint(writes=(EPT,), kind="sptes"),
+    "handle_removed_pt": Footprint(writes=(EPT, ("callbacks",)), kind="sptes"),
+    "ept_table_alloc": Footprint(outcome=_frame_kind, kind="table"),
+    "ept_table_free": Footprint(writes=_ANY_TABLE, kind="table"),
+    "ept_table_free_rcu": Footprint(writes=(("callbacks",),), kind="call_rcu"),
+    "tdp_mmu_make_split_table": Footprint(writes=(("frames", "table"),), kind="table"),
+    # mmu_invalidate_seq
+    "mmu_invalidate_begin": Footprint(writes=(("invalidate", 1),), kind="mmu_invalidate_seq"),
+    "mmu_invalidate_range_add": Footprint(writes=(("invalidate", 1),), step=False),
+    "mmu_invalidate_end": Footprint(writes=(("invalidate", 1),), kind="mmu_invalidate_seq"),
+    "mmu_invalidate_seq": Footprint(reads=(("invalidate", 1),), kind="mmu_invalidate_seq"),
+    "mmu_invalidate_retry_gfn": Footprint(reads=(("invalidate", 1),), kind="mmu_invalidate_seq"),
+    "mmu_invalidate_retry_range": Footprint(reads=(("invalidate", 1),), kind="mmu_invalidate_seq"),
+    # the host's memory
+    "mm_fault_range": Footprint(reads=(CUSTODY,), writes=(("mm", 2), ("frames", "guest")), kind="mm"),
+    "mm_unmap": Footprint(writes=_MM, kind="mm"),
+    "mm_protect": Footprint(writes=_MM, kind="mm"),
+    "mm_migrate": Footprint(writes=_MM, kind="mm"),
+    "mm_collapse": Footprint(writes=(*_MM, ("frames", "block")), kind="mm"),
+    "mm_split": Footprint(writes=(*_MM, ("frames", "block")), kind="mm"),
+    "mm_huge": Footprint(reads=(("mm", 1),), step=False),
+    "mm_present": Footprint(reads=(("mm", 1),), step=False),
+    "mm_image_copy": Footprint(reads=(("memory", 1), ("mm", 1)), kind="mm"),
+    "mm_image_differs": Footprint(reads=(("memory", 1), ("mm", 1)), kind="mm"),
+    "frame_block_custody": Footprint(reads=(CUSTODY,), step=False),
+    # promises
+    "oracle_ticket": Footprint(reads=(EPT,), step=False),
+    "oracle_revoke": Footprint(reads=(EPT,), writes=(CUSTODY,), kind="promise"),
+    "oracle_revoke_mask": Footprint(reads=(EPT,), writes=(CUSTODY,), kind="promise"),
+    # A TLB belongs to the pCPU that the thread is on; INVEPT by IPI is the interrupt's step.
+    "flush_invept_global": Footprint(writes=(("tlb", 1),), step=False),
+    "flush_invept_single": Footprint(writes=(("tlb", 1),), step=False),
+    "flush_invvpid_single": Footprint(writes=(("tlb", 1),), step=False),
+    "flush_invvpid_all": Footprint(writes=(("tlb", 1),), step=False),
+    "flush_invvpid_address": Footprint(writes=(("tlb", 1),), step=False),
+}
+
+# Calls that touch nothing shared, or only accounts; or what a point of KVM's code right before them names.
+LOCAL = frozenset(
+    {
+        "atomic64_inc_return",
+        "atomic64_read",
+        "atomic64_set",
+        "bitmap_clear",
+        "counters_read",
+        "counters_sum",
+        "cpu_attention",
+        "cpu_event",
+        "event_record",
+        "flush_reset",
+        "frame_tag_of",
+        "guest_add_process",
+        "guest_clock",
+        "guest_configure",
+        "guest_skip",
+        "histogram_record",
+        "ipi_pending",
+        "irqs_disabled",
+        "local_irq_disable",
+        "machine_create",
+        "machine_destroy",
+        "machine_error_text",
+        "machine_stop",
+        "machine_stopping",
+        "make_nonleaf_spte",
+        "make_spte",
+        "oracle_counts",
+        "oracle_reports",
+        "rcu_pending",
+        "test_and_set_bit",
+        "test_bit",
+        "vcpu_add_flush_reason",
+        "vcpu_create",
+        "vcpu_destroy",
+        "vcpu_set_eptp",
+        "vcpu_take_flush_reasons",
+        "vm_create",
+        "vm_destroy",
+        "vm_stat",
+        "vm_stat_add",
+    }
+)

@@ -1,0 +1,94 @@
+"""A litmus test as a program: its threads are tasks, on a machine that is put back to the start each time."""
+
+from __future__ import annotations
+
+from emulator.explore.control import Control
+from emulator.explore.objects import Objects
+from emulator.explore.scheduler import Execution
+from emulator.litmus.model import LitmusTest
+from emulator.litmus.world import World, machine_config
+from emulator.policy import Policy
+from emulator.runtime import Cpu, Machine
+from native import lib
+
+DEADLOCK = "deadlock"
+
+
+class ExploredWorld(World):
+    """Progress of threads is known to the scheduler."""
+
+    control: Control | None = None
+
+    def progressed(self, thread: int) -> None:
+        super().progressed(thread)
+        control = self.control
+        if control is not None and control.execution is not None:
+            control.execution.touch(0, control.bit("progress", thread))
+
+    def wait_progress(self, cpu: Cpu, thread: int, n: int) -> None:
+        control = self.control
+        if control is None or control.execution is None:
+            super().wait_progress(cpu, thread, n)
+            return
+        done, name = self.done, tuple(self.threads)[thread]
+        control.execution.step(
+            ("progress", name, "read"),
+            control.bit("progress", thread),
+            0,
+            lambda: done[thread] >= n,
+            f"operation {n} of {name}",
+        )
+
+
+class LitmusProgram:
+    """One test under one policy.  Use inside `installed(program.control)`."""
+
+    def __init__(self, test: LitmusTest, policy: Policy) -> None:
+        self.test = test
+        self.policy = policy
+        self.objects = Objects()
+        self.machine = Machine(machine_config(test, 0))
+        m = self.machine.m
+        for cpu in self.machine.cpus:
+            lib.cpu_online(m, cpu.id)
+        self.control = Control(self.machine, self.objects)
+        self.world = ExploredWorld(test, policy, self.machine)
+        self.world.control = self.control
+
+    def start(self, execution: Execution) -> None:
+        control, world = self.control, self.world
+        self._hold(False)
+        world.reset()
+        world.run_init()
+        control.run_callbacks()
+        control.reset()
+        self._hold(True)
+        control.vm_of_vcpu = {vcpu.id: kvm.id for kvm in world.kvms for vcpu in kvm.vcpus}
+        for thread in world.threads.values():
+            task = execution.spawn(thread.name, thread.run)
+            if thread.task is not None and thread.vcpu.srcu_idx >= 0:
+                control.srcu_of(thread.kvm.id).enter(task.index)
+        control.spawn_daemons(execution)
+        control.execution = execution
+
+    def finish(self, execution: Execution) -> str:
+        control = self.control
+        control.execution = None
+        self._hold(False)
+        if execution.deadlock:
+            return f"{DEADLOCK}: " + ", ".join(
+                f"{wait.task} waits for {wait.waits_for}" for wait in execution.deadlock
+            )
+        if not execution.stopped and not execution.too_long:
+            self.world.run_final()
+        return ", ".join(kind for kind in control.violations() if kind not in control.known)
+
+    def _hold(self, hold: bool) -> None:
+        m = self.machine.m
+        for number in range(self.machine.pcpus):
+            lib.ipi_hold(m, number, hold)
+            if not hold:
+                lib.ipi_arrive(m, number)
+
+    def close(self) -> None:
+        self.machine.destroy()
