@@ -102,6 +102,8 @@ class VmSection(Section):
     # Embedded names, or paths of .fltrace files beside the scenario. The vCPUs' guest processes take them
     # in turn. Empty: all embedded traces.
     traces: tuple[str, ...] = ()
+    # Of each trace only the first so many records, for guests with little to do; 0: all.
+    records: int = Field(default=0, ge=0, strict=True)
     # Address spaces of each vCPU's guest OS.
     processes: int = Field(default=2, ge=1, le=64, strict=True)
     guest_huge_pages: bool = False

@@ -48,6 +48,7 @@ SECOND_SLOT_PAGES = 256
 # Between two bytecodes of different threads.  A pCPU that comes out of the guest waits at most so long for
 # threads that compute in Python; the default of 5 ms would be several slices.
 SWITCH_INTERVAL = 0.0005
+SWITCH_THREADS = 100
 
 
 @dataclass(frozen=True, slots=True)
@@ -129,7 +130,7 @@ class Emulation:
         self.params = params or KvmParams()
         self._rng = Random(seed)
         # The guests replay these arrays: they live as long as the machine.
-        self._traces: dict[str, Trace] = {}
+        self._traces: dict[tuple[str, int], Trace] = {}
         config = machine_config(scenario, seed, chaos, unbounded)
         try:
             self.machine = Machine(config)
@@ -244,21 +245,25 @@ class Emulation:
 
     def _traces_of(self, section: VmSection) -> list[Trace]:
         names = section.traces or tuple(info.name for info in embedded_traces())
-        for name in names:
-            if name not in self._traces:
-                path = self.scenario.directory / name
-                try:
-                    self._traces[name] = load_trace(path if path.suffix else name)
-                except TraceError as error:
-                    raise BadInput(f"{self.scenario.name}: vm.traces", str(error)) from error
-        return [self._traces[name] for name in names]
+        return [self._trace(name, section.records) for name in names]
+
+    def _trace(self, name: str, records: int) -> Trace:
+        if (name, records) not in self._traces:
+            path = self.scenario.directory / name
+            try:
+                trace = load_trace(path if path.suffix else name)
+            except TraceError as error:
+                raise BadInput(f"{self.scenario.name}: vm.traces", str(error)) from error
+            self._traces[name, records] = trace.first(records) if records else trace
+        return self._traces[name, records]
 
     # --- running ---------------------------------------------------------------------------------------
 
     def start(self) -> None:
         """Start all actors; the vCPUs run from the end of this call on."""
         self._started = True
-        sys.setswitchinterval(SWITCH_INTERVAL)
+        # Every thread that waits for the GIL wakes once an interval to ask for it, and all ask at once.
+        sys.setswitchinterval(SWITCH_INTERVAL * max(1.0, self.scenario.threads / SWITCH_THREADS) ** 2)
         RcuThread.start(self.crew, next(self._free_cpus))
         self.pcpus = [PCpu.start(self.crew, cpu) for cpu in self.machine.cpus[: self.machine.pcpus]]
         scheduler = Scheduler.start(

@@ -14,7 +14,10 @@ if TYPE_CHECKING:
     from emulator.actors.base import Death, MachineActor
     from emulator.runtime import Cpu, Machine
 
+# For all to go home; of more than so many each gets a moment of its own, for they all need the GIL.
 STOP_SECONDS = 2.0
+STOP_ACTORS = 256
+STOP_SECONDS_EACH = 0.01
 
 
 class Crew:
@@ -75,8 +78,10 @@ class Crew:
         lib.machine_stop(self.machine.m)
         self.stopped.set()
 
-    def join(self, seconds: float = STOP_SECONDS) -> list[str]:
+    def join(self, seconds: float | None = None) -> list[str]:
         """Wait for the threads; returns the names of those that did not end."""
+        if seconds is None:
+            seconds = STOP_SECONDS + STOP_SECONDS_EACH * max(0, len(self.actors) - STOP_ACTORS)
         deadline = time.monotonic() + seconds
         late = []
         for actor in self.actors:

@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Annotated, Self
 
 import numpy as np
 import numpy.typing as npt
 from pydantic import BaseModel, ConfigDict, Field, model_validator
 
-from emulator.traces.record import MAX_RECORDS, Records
+from emulator.traces.record import MAX_RECORDS, Records, distinct_pages
 
 NAME_PATTERN = r"^[A-Za-z0-9][A-Za-z0-9._+-]{0,63}$"
 
@@ -71,6 +71,11 @@ class Trace:
     records: Records
     pages: npt.NDArray[np.uint64]
     metadata: TraceMetadata
+
+    def first(self, records: int) -> Trace:
+        """A trace of the first records only, and of the pages in them."""
+        some = self.records[:records]
+        return replace(self, records=some, pages=distinct_pages(some))
 
 
 @dataclass(frozen=True)
