@@ -175,6 +175,30 @@ void cpu_online(struct machine *m, uint32_t cpu)
 	ipi_drain(m, cpu);
 }
 
+int cpu_idle(struct machine *m, uint32_t cpu)
+{
+	struct cpu *c = &m->cpus[cpu];
+
+	ipi_drain(m, cpu);
+	if (!power_change(c, CPU_RUNNING, CPU_HALTED))
+		return MACHINE_OFFLINE;
+	chaos_point(m, cpu);
+	/* P2: a sender that still saw RUNNING left it to this CPU's next poll, which may be long in coming. */
+	if (ipi_queued(c))
+		ipi_kick(m, cpu, c);
+	return 0;
+}
+
+int cpu_take(struct machine *m, uint32_t cpu)
+{
+	if (cpu_power(m, cpu) == CPU_OFFLINE)
+		cpu_online(m, cpu);
+	else if (cpu_resume(m, &m->cpus[cpu]))
+		return MACHINE_OFFLINE;
+	ipi_drain(m, cpu);
+	return 0;
+}
+
 int cpu_power(struct machine *m, uint32_t cpu)
 {
 	return (int)atomic_load_explicit(&m->cpus[cpu].power, SEQ_CST);

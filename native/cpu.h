@@ -78,6 +78,10 @@ int irqs_disabled(struct machine *m, uint32_t cpu);
 void cpu_offline(struct machine *m, uint32_t cpu);
 void cpu_online(struct machine *m, uint32_t cpu);
 int cpu_power(struct machine *m, uint32_t cpu);
+/* A CPU without a thread of its own, which one thread after the other plays: idle while nobody does (HALTED, senders
+ * run its calls), taken by the next one.  cpu_take also takes it online.  0 or MACHINE_OFFLINE. */
+int cpu_idle(struct machine *m, uint32_t cpu);
+int cpu_take(struct machine *m, uint32_t cpu);
 /* end api */
 
 struct csd;

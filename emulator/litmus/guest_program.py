@@ -1,65 +1,106 @@
-"""Stretches of a litmus test's guest operations, executed by the guest."""
+"""Stretches of a litmus test's guest operations as guest programs (native/program.h)."""
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
+from collections.abc import Sequence
+from typing import TYPE_CHECKING, Any
 
 from emulator.kvm.structs import Vcpu
-from emulator.litmus.ops import GuestOp, Op
+from emulator.litmus.ops import GuestOp, Instruction, Op
 from native import ffi, lib
 
 if TYPE_CHECKING:
     from emulator.litmus.world import LitmusThread
+    from emulator.runtime import Cpu
 
-_TYPES = {"READ": lib.ACCESS_READ, "WRITE": lib.ACCESS_WRITE, "EXECUTE": lib.ACCESS_EXECUTE}
+# At the end of guest-physical memory, each vCPU's page tables (with paging).
+TABLE_PAGES = 64
+
+_FLAGS = {
+    "noflush": lib.GUEST_OP_NOFLUSH,
+    "ro": lib.GUEST_OP_READ_ONLY,
+    "global": lib.GUEST_OP_GLOBAL,
+    "huge": lib.GUEST_OP_HUGE,
+    "type0": 0,
+    "type1": 1,
+    "type2": 2,
+    "type3": 3,
+}
 
 
 class GuestProgram:
-    """One vCPU's."""
+    """What a vCPU's thread lets its guest execute; compiled once, loaded into each new vCPU."""
 
-    def __init__(self, thread: LitmusThread, vcpu: Vcpu) -> None:
-        cpu = thread.world.main
-        config = {"first_gfn": 0, "end_gfn": 64, "seed": 1}
-        self.vcpu = vcpu
-        self._config = ffi.new("struct guest_config *", config)
-        cpu.check(lib.guest_configure(cpu.m, vcpu.id, self._config))
-        self.records = ffi.new("uint64_t[]", 1)
-        self.pages = ffi.new("uint64_t[]", [0])
-        cpu.check(lib.guest_add_process(cpu.m, vcpu.id, self.records, 1, self.pages, 1))
-        self.ops: list[Op] = []
-        self.report = False
-        self.clock = 0
+    def __init__(self, thread: LitmusThread) -> None:
+        self._thread = thread
+        self._stretches: dict[tuple[tuple[Op, ...], bool], Any] = {}
+        self._length = 0
+        self._pages, self._processes = self._what_it_maps()
+        # The core keeps the pointers.
+        self._page_array = ffi.new("uint64_t[]", self._pages or [0])
+        self._records = ffi.new("uint64_t[]", 1)
+        self._config = ffi.new("struct guest_config *")
 
-    def load(self, thread: LitmusThread, ops: tuple[Op, ...], report: bool) -> None:
-        self.ops = list(ops)
-        self.report = report
-        self.armed = False
+    def _what_it_maps(self) -> tuple[list[int], int]:
+        """Linear pages that the guest's processes know, and how many processes there are."""
+        world, name = self._thread.world, self._thread.name
+        sequences = (*world.test.parsed_init, *world.test.parsed_final)
+        ops = [*self._thread.section.parsed, *(op for who, op in sequences if who == name)]
+        instructions = [ins for op in ops if isinstance(op, GuestOp) for ins in op.instructions()]
+        processes = max((ins.value + 1 for ins in instructions if ins.kind == "MOV_CR3"), default=1)
+        return sorted({ins.linear >> 12 for ins in instructions}), processes
 
-    def done(self, thread: LitmusThread) -> bool:
-        m = thread.world.machine.m
-        while self.ops:
-            op = self.ops[0]
-            if self.armed:
-                if self.vcpu.exit.accesses == 0 or self.vcpu.exit.reason != lib.EXIT_MESSAGE:
-                    pass
-                if lib.guest_clock(m, self.vcpu.id) == self.clock:
-                    return False
-                self.armed = False
-                self.ops.pop(0)
-                if self.report:
-                    thread.world.progressed(thread.number)
-                continue
-            waits = op.waits_for()
-            if waits is not None:
-                thread.wait_for(*waits)
-                self.ops.pop(0)
-                if self.report:
-                    thread.world.progressed(thread.number)
-                continue
-            assert isinstance(op, GuestOp)
-            (ins,) = op.instructions()
-            self.records[0] = _TYPES[ins.kind] << 62 | ins.linear
-            self.clock = lib.guest_clock(m, self.vcpu.id)
-            self.armed = True
-            return False
-        return True
+    def attach(self, cpu: Cpu, vcpu: Vcpu) -> None:
+        """The guest of a new vCPU."""
+        section, number = self._thread.vm, self._thread.section.vcpu
+        assert number is not None
+        config = self._config
+        config.paging, config.pcid, config.seed = section.paging, section.pcid, 1
+        config.end_gfn = section.pages - number * TABLE_PAGES
+        config.first_gfn = config.end_gfn - TABLE_PAGES
+        cpu.check(lib.guest_configure(cpu.m, vcpu.id, config))
+        if section.paging:
+            for _ in range(self._processes):
+                rc = lib.guest_add_process(
+                    cpu.m, vcpu.id, self._records, 1, self._page_array, len(self._pages)
+                )
+                cpu.check(rc)
+
+    def load(self, ops: tuple[Op, ...], report: bool) -> None:
+        """What the guest executes next."""
+        compiled = self._stretches.get((ops, report))
+        if compiled is None:
+            compiled = self._stretches[ops, report] = self._compile(ops, report)
+        cpu, vcpu = self._thread.cpu, self._thread.vcpu
+        self._length = len(compiled)
+        cpu.check(lib.guest_set_program(cpu.m, vcpu.id, compiled, self._length))
+
+    def done(self) -> bool:
+        position: int = lib.guest_program_position(self._thread.cpu.m, self._thread.vcpu.id)
+        return position == self._length
+
+    def _compile(self, ops: Sequence[Op], report: bool) -> Any:
+        """With `report`, each operation is followed by a signal: this thread's progress."""
+        found: list[dict[str, int]] = []
+        for op in ops:
+            found.extend(_encode(ins) for ins in self._instructions(op))
+            if report:
+                found.append(_encode(Instruction("SIGNAL", 0, self._thread.number)))
+        return ffi.new("struct guest_op[]", found)
+
+    def _instructions(self, op: Op) -> list[Instruction]:
+        if isinstance(op, GuestOp):
+            return op.instructions()
+        waits = op.waits_for()
+        assert waits is not None
+        thread, n = waits
+        return [Instruction("WAIT", self._thread.world.threads[thread].number, n)]
+
+
+def _encode(instruction: Instruction) -> dict[str, int]:
+    return {
+        "kind": getattr(lib, f"GUEST_OP_{instruction.kind}"),
+        "flags": sum(_FLAGS[flag] for flag in instruction.flags),
+        "linear": instruction.linear,
+        "value": instruction.value,
+    }

@@ -105,7 +105,7 @@ class MachineSection(Section):
 
 class VmSection(Section):
     vcpus: int = Field(default=1, ge=1, le=4, strict=True)
-    pages: int = Field(default=2048, ge=64, le=1 << 19, strict=True)
+    pages: int = Field(default=2048, ge=512, le=1 << 19, strict=True)
     smm_slots: bool = False
     tdp_levels: tuple[Literal[4, 5], ...] = ()
     paging: bool = False

@@ -189,7 +189,7 @@ class Runner:
 
     def _stuck(self, world: World) -> None:
         waiting = ", ".join(
-            f"{thread.name} after {world.done[thread.number]} operations" for thread in world.threads.values()
+            f"{thread.name} after {world.progress(thread)} operations" for thread in world.threads.values()
         )
         self.errors.append(("runner", LitmusFailure(f"nobody goes on: {waiting}")))
         self.machine.stop()

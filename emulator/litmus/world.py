@@ -96,7 +96,7 @@ def stretches(ops: Iterable[Op], is_vcpu: bool) -> tuple[Stretch, ...]:
 class LitmusThread:
     """One thread of the test; the `Context` of its operations.
 
-    A vCPU's thread is on one pCPU at a time and owns it while it is: a pCPU that nobody owns is offline, and
+    A vCPU's thread is on one pCPU at a time and owns it while it is: a pCPU that nobody owns is idle, and
     what is sent to it is done by the sender.  Any OS thread may play it: init and final are done by one.
     """
 
@@ -111,7 +111,7 @@ class LitmusThread:
         self.on: Cpu | None = None
         self.preempt_to = -1
         self.task: VcpuTask | None = None
-        self.program: GuestProgram | None = None
+        self.program = GuestProgram(self) if section.is_vcpu else None
 
     # --- Context --------------------------------------------------------------------------------------------
 
@@ -159,7 +159,7 @@ class LitmusThread:
         self.world.pcpu_locks[self.pcpu].take(self.home)
         self.on = self.world.machine.cpus[self.pcpu]
         self.world.entered(self.on, self)
-        lib.cpu_online(self.on.m, self.on.id)
+        self.home.check(lib.cpu_take(self.on.m, self.on.id))
         self.task.switch_in(self.on)
 
     def leave_pcpu(self) -> None:
@@ -167,7 +167,7 @@ class LitmusThread:
             return
         assert self.task is not None
         self.task.switch_out(self.on)
-        lib.cpu_offline(self.on.m, self.on.id)
+        lib.cpu_idle(self.on.m, self.on.id)
         self.on = None
         self.world.pcpu_locks[self.pcpu].give(self.home)
 
@@ -194,8 +194,8 @@ class LitmusThread:
     def _run_guest(self, ops: tuple[Op, ...], report: bool) -> None:
         assert self.task is not None
         assert self.program is not None
-        self.program.load(self, ops, report)
-        while not self.program.done(self):
+        self.program.load(ops, report)
+        while not self.program.done():
             state = self.task.resume(self.cpu)
             if state is PREEMPTIBLE and self.preempt_to >= 0:
                 pcpu, self.preempt_to = self.preempt_to, -1
@@ -236,7 +236,6 @@ class World:
         self.main = machine.cpus[machine.pcpus]
         self.kvms: list[Kvm] = []
         self.memories: list[UserMemory] = []
-        self.done: list[int] = []
         # The thread that each CPU works for now.
         self._on: dict[int, LitmusThread] = {}
         self.pcpu_locks = [PcpuLock(i) for i in range(machine.pcpus)]
@@ -244,6 +243,9 @@ class World:
         for number, (name, section) in enumerate(test.threads.items()):
             thread = self.threads[name] = LitmusThread(self, number, name, section)
             self._on[thread.home.id] = thread
+        for cpu in machine.cpus[: machine.pcpus]:
+            self.main.check(lib.cpu_take(cpu.m, cpu.id))
+            self.main.check(lib.cpu_idle(cpu.m, cpu.id))
         self._init = self._grouped(test.parsed_init)
         self._final = self._grouped(test.parsed_final)
 
@@ -266,7 +268,7 @@ class World:
         self.teardown()
         for cpu in self.machine.cpus[: self.machine.pcpus]:
             lib.flush_reset(cpu.m, cpu.id)
-        self.done = [0] * len(self.threads)
+        lib.signal_reset(self.machine.m)
         for section in self.test.vm:
             self._create_vm(section)
         for thread in self.threads.values():
@@ -275,7 +277,8 @@ class World:
             if thread.section.vcpu is not None:
                 vcpu = self.kvms[thread.section.vm].vcpus[thread.section.vcpu]
                 thread.task = VcpuTask(vcpu)
-                thread.program = GuestProgram(thread, vcpu)
+                assert thread.program is not None
+                thread.program.attach(self.main, vcpu)
 
     def _create_vm(self, section: VmSection) -> None:
         cpu = self.main
@@ -285,7 +288,7 @@ class World:
             resched_chunks=section.resched_chunks,
             eager_page_split=section.eager_page_split,
             tdp_level=section.tdp_level(0),
-            slice_accesses=1,
+            slice_accesses=1 << 30,
         )
         kvm = kvm_create_vm(cpu, section.pages, self.policy.fresh(), params)
         self.kvms.append(kvm)
@@ -304,7 +307,7 @@ class World:
             if thread.task is not None:
                 thread.leave_pcpu()
                 thread.task.close()
-                thread.task = thread.program = None
+                thread.task = None
         for kvm in self.kvms:
             kvm_destroy_vm(self.main, kvm)
         self.kvms.clear()
@@ -333,9 +336,13 @@ class World:
 
     def progressed(self, thread: int) -> None:
         """Another operation of the thread is complete."""
-        self.done[thread] += 1
+        lib.signal_add(self.machine.m, thread, 1)
 
     def wait_progress(self, cpu: Cpu, thread: int, n: int) -> None:
         """Sleep until the thread has completed n operations."""
-        while self.done[thread] < n:
+        while lib.signal_get(self.machine.m, thread) < n:
             cpu_relax(cpu)
+
+    def progress(self, thread: LitmusThread) -> int:
+        """Operations that it has completed."""
+        return int(lib.signal_get(self.machine.m, thread.number))
