@@ -145,6 +145,17 @@ static void invalidated(struct walk *w, struct covered what)
 	event_record(w->m, w->cpu->id, event_of(w->vcpu->vm, EVENT_GUEST_INVALIDATE), w->vcpu->id, what.page);
 }
 
+void guest_invalidates_all(struct machine *m, uint32_t vcpu)
+{
+	struct walk w = { .m = m, .vcpu = &m->vcpus[vcpu], .guest = m->vcpus[vcpu].guest };
+	struct program *p = w.guest->program;
+
+	for (uint32_t i = 0; p && i < p->pending_count; i++)
+		settle(&w, &p->pending[i]);
+	if (p)
+		p->pending_count = 0;
+}
+
 static uint32_t pcid_of(const struct guest *g, uint64_t process)
 {
 	return process < g->processes ? g->process[process].pcid : 0;

@@ -47,6 +47,9 @@ struct guest_op {
  * with until it is given another one.  While it is outside guest mode.  Pages that are mapped must be among those
  * of its processes (guest_add_process). */
 int guest_set_program(struct machine *m, uint32_t vcpu, const struct guest_op *ops, uint32_t n);
+/* The vCPU's thread, outside guest mode: KVM emulates an instruction of the guest that invalidates all that its
+ * page tables said (CR0.PG cleared).  Whether KVM drops it is another matter. */
+void guest_invalidates_all(struct machine *m, uint32_t vcpu);
 /* Operations completed. */
 uint32_t guest_program_position(struct machine *m, uint32_t vcpu);
 /* Counters of the machine, for programs and their surroundings; any thread. */

@@ -47,6 +47,8 @@ def vmx_set_cr0(cpu: Cpu, vcpu: Vcpu, old_cr0: int, cr0: int) -> None:
     """vmx_set_cr0(), with an unrestricted guest.  (Out of SMM: there the guest has no paging anyway.)"""
     if (cr0 ^ old_cr0) & X86_CR0_PG and not vcpu.arch.smm and not vcpu.arch.leaving_smm:
         lib.vcpu_set_paging(cpu.m, vcpu.id, bool(cr0 & X86_CR0_PG))
+        if not cr0 & X86_CR0_PG:
+            lib.guest_invalidates_all(cpu.m, vcpu.id)
 
 
 def kvm_post_set_cr0(cpu: Cpu, vcpu: Vcpu, old_cr0: int, cr0: int) -> None:
@@ -76,11 +78,14 @@ def kvm_set_cr4(cpu: Cpu, vcpu: Vcpu, cr4: int) -> None:
 def kvm_post_set_cr4(cpu: Cpu, vcpu: Vcpu, old_cr4: int, cr4: int) -> None:
     """kvm_post_set_cr4(): which bits flush what is the SDM's (vol. 3A, 4.10.4.1)."""
     changed = cr4 ^ old_cr4
+    all_contexts = bool(changed & X86_CR4_PGE or (old_cr4 & ~cr4) & X86_CR4_PCIDE)
+    if all_contexts:
+        lib.guest_invalidates_all(cpu.m, vcpu.id)
     if changed & KVM_MMU_CR4_ROLE_BITS:
         kvm_mmu_reset_context(cpu, vcpu)
         if vcpu.kvm.policy.role_change(cpu, vcpu) == "unload-all":
             return
-    if changed & X86_CR4_PGE or (old_cr4 & ~cr4) & X86_CR4_PCIDE:
+    if all_contexts:
         request_guest_flush(cpu, vcpu, KVM_REQ_TLB_FLUSH_GUEST)
     elif changed & X86_CR4_PAE or (cr4 & ~old_cr4) & X86_CR4_SMEP:
         request_guest_flush(cpu, vcpu, KVM_REQ_TLB_FLUSH_CURRENT)
