@@ -115,11 +115,11 @@ class Migrate(VcpuOp):
 
 class Preempt(VcpuOp):
     verb = "preempt"
-    doc = "... to PCPU the next time that KVM is preemptible between serving requests and VM entry"
-    args = (Arg("pcpu", "pcpu"),)
+    doc = "... to PCPU the NTH time from now that KVM is preemptible between serving requests and VM entry"
+    args = (Arg("pcpu", "pcpu"), Arg("nth", "count", 1))
 
     def run(self, context: Context) -> None:
-        context.preempt(self.number("pcpu"))
+        context.preempt(self.number("pcpu"), self.number("nth"))
 
 
 class Exit(VcpuOp):

@@ -26,7 +26,7 @@ from native import VIOLATION_KINDS, ffi, lib
 STUCK_SECONDS = 20.0
 # Threads start up to so much apart, and linger so long at a point, in microseconds.
 _START_SPREAD = 60
-_LINGER = 120
+_LINGER = 150
 # In every other execution, besides what the test asks for, one in so many points delays its thread.
 _CHAOS_ONE_IN = 24
 _SWITCH_SECONDS = 2e-5

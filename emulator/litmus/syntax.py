@@ -17,7 +17,7 @@ ArgumentKind = Literal["page", "count", "number", "pcpu", "thread", "name"]
 
 _EXPECTED: dict[str, str] = {
     "page": "a page number such as 0x10",
-    "count": "a number of pages, at least 1",
+    "count": "a number, at least 1",
     "number": "a whole number",
     "pcpu": "the number of a pCPU",
     "thread": "a thread's name",
@@ -144,8 +144,8 @@ class Context(Protocol):
     def migrate(self, pcpu: int) -> None:
         """The thread goes to another pCPU now."""
 
-    def preempt(self, pcpu: int) -> None:
-        """... the next time that KVM is preemptible on the way into the guest."""
+    def preempt(self, pcpu: int, nth: int) -> None:
+        """... the nth time from now that KVM is preemptible on the way into the guest."""
 
     def wait_for(self, thread: str, n: int) -> None: ...
 

@@ -110,6 +110,7 @@ class LitmusThread:
         self.pcpu = section.pcpu
         self.on: Cpu | None = None
         self.preempt_to = -1
+        self.preempt_after = 0
         self.task: VcpuTask | None = None
         self.program = GuestProgram(self) if section.is_vcpu else None
 
@@ -142,8 +143,8 @@ class LitmusThread:
             self.pcpu = pcpu
             self.enter_pcpu()
 
-    def preempt(self, pcpu: int) -> None:
-        self.preempt_to = pcpu
+    def preempt(self, pcpu: int, nth: int) -> None:
+        self.preempt_to, self.preempt_after = pcpu, nth
 
     def wait_for(self, thread: str, n: int) -> None:
         self.leave_pcpu()
@@ -197,11 +198,18 @@ class LitmusThread:
         self.program.load(ops, report)
         while not self.program.done():
             state = self.task.resume(self.cpu)
-            if state is PREEMPTIBLE and self.preempt_to >= 0:
-                pcpu, self.preempt_to = self.preempt_to, -1
-                self.migrate(pcpu)
+            if state is PREEMPTIBLE:
+                self._preemptible()
             elif isinstance(state, ExitToUser):
                 self._left_to_user(state, ops)
+
+    def _preemptible(self) -> None:
+        if self.preempt_to < 0:
+            return
+        self.preempt_after -= 1
+        if not self.preempt_after:
+            pcpu, self.preempt_to = self.preempt_to, -1
+            self.migrate(pcpu)
 
     def _left_to_user(self, state: ExitToUser, ops: tuple[Op, ...]) -> None:
         """User space tries again what the host refused for the moment."""
