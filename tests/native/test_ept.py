@@ -282,6 +282,36 @@ def test_the_link_of_a_zapped_table_may_stay_frozen(rig: Rig) -> None:
     assert rig.right(512) == 3, "until the table is taken apart"
 
 
+@pytest.mark.parametrize("shared", [0, 1])
+def test_access_tracking(rig: Rig, shared: int) -> None:
+    """mark_spte_for_access_track(): absent for the CPU, present for KVM; only W is gone for good."""
+    spte = map_page(rig, 5)
+    chunk = rig.step(rig.chunk(lib.TDP_ACCESS_TRACK, shared=1))
+    assert (chunk.changed, chunk.flush) == (1, 0)
+    table, level, tracked = rig.walk(5)
+    assert level == 1
+    assert not tracked & (PRESENT | WRITABLE)
+    assert tracked >> lib.SPTE_ACC_TRACK_SAVED_SHIFT & 7 == lib.SPTE_READABLE | lib.SPTE_EXECUTABLE
+    assert rig.right(5) == 1, "nobody was promised anything about reads"
+    assert rig.step(rig.chunk(lib.TDP_ACCESS_TRACK, shared=1)).changed == 0
+    chunk = rig.step(rig.chunk(lib.TDP_WRPROT, shared=shared))
+    assert (chunk.changed, chunk.already) == (0, 1)
+    assert rig.set_atomic(table, 1, 5, tracked, spte) == 0, "a fast page fault restores it"
+    assert rig.right(5) == 3
+    rig.step(rig.chunk(lib.TDP_ACCESS_TRACK, shared=1))
+    chunk = rig.step(rig.chunk(lib.TDP_ZAP_LEAFS, shared=shared))
+    assert (chunk.changed, chunk.flush) == (1, 1)
+    assert rig.right(5) == 0
+
+
+def test_a_removed_table_takes_tracked_sptes_along(rig: Rig) -> None:
+    for gfn in (3, 4):
+        map_page(rig, gfn)
+    rig.step(rig.chunk(lib.TDP_ACCESS_TRACK, shared=1))
+    assert rig.zap(rig.chunk(lib.TDP_ZAP_RANGE, 0, 512)) == (1, 2, 1)
+    assert {rig.right(gfn) for gfn in (3, 4)} == {0}
+
+
 def test_partial_zap_of_a_huge_page_takes_it_whole(rig: Rig) -> None:
     map_huge(rig)
     chunk = rig.step(rig.chunk(lib.TDP_ZAP_LEAFS, HUGE_GFN + 100, HUGE_GFN + 101))
