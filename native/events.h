@@ -35,6 +35,7 @@ struct oracle {
 	_Atomic uint64_t count[VIOLATIONS];
 	_Atomic uint32_t reports; /* taken; may exceed REPORTS_KEPT */
 	struct report_slot report[REPORTS_KEPT];
+	_Atomic uint32_t told[VIOLATIONS]; /* reports of a kind, with or without a story */
 	_Atomic uint32_t stories;  /* taken; may exceed STORIES */
 	struct story story[STORIES];
 };

@@ -25,14 +25,19 @@ static void judge_right(struct machine *m, const struct tlb_entry *entry, uint64
 	j->promise = e.promise;
 	j->promise_cpu = e.promise_cpu;
 	j->promise_time = e.promise_time;
-	if (e.hfn == hfn && !(e.revoked & (is_write(type) ? 2 : 1))) {
+	bool freed = frame_freed_since(m->frames, hfn, entry->custody);
+	bool held = e.hfn == hfn && !(e.revoked & (is_write(type) ? 2 : 1));
+
+	/* A right that was granted after the promise and before the host freed the frame is none. */
+	if (held && !freed) {
 		if (!(is_write(type) ? e.live_write : e.live_read))
 			j->verdict = VERDICT_LEGAL_STALE;
 		return;
 	}
 	j->verdict = VERDICT_VIOLATION;
-	j->kinds |= 1u << VIOLATION_STALE_AFTER_REVOKE;
-	if (frame_freed_since(m->frames, hfn, entry->custody))
+	if (!held)
+		j->kinds |= 1u << VIOLATION_STALE_AFTER_REVOKE;
+	if (freed)
 		j->kinds |= 1u << VIOLATION_USE_AFTER_FREE;
 }
 
@@ -69,6 +74,7 @@ static uint32_t take_story(struct machine *m, const struct violation_report *rep
 
 	if (n >= STORIES)
 		return 0;
+	m->oracle->story[n].events = 0;
 	story_copy(m, report, &m->oracle->story[n]);
 	return n + 1;
 }
@@ -77,12 +83,11 @@ void oracle_report(struct machine *m, uint32_t cpu, const struct violation_repor
 {
 	struct oracle *o = m->oracle;
 	uint32_t kind = (uint32_t)__builtin_ctz(report->kinds | 1u << VIOLATIONS);
-	uint64_t before;
 	uint32_t n;
 
 	if (kind >= VIOLATIONS)
 		return;
-	before = atomic_fetch_add_explicit(&o->count[kind], 1, memory_order_relaxed);
+	atomic_fetch_add_explicit(&o->count[kind], 1, memory_order_relaxed);
 	n = atomic_fetch_add_explicit(&o->reports, 1, memory_order_relaxed);
 	if (n >= REPORTS_KEPT)
 		return;
@@ -90,10 +95,25 @@ void oracle_report(struct machine *m, uint32_t cpu, const struct violation_repor
 	o->report[n].report.cpu = cpu;
 	o->report[n].report.time = monotonic_ns();
 	/* A kind that is frequent leaves room for the others. */
-	if (before < STORIES_OF_KIND)
+	o->report[n].story = 0;
+	if (atomic_fetch_add_explicit(&o->told[kind], 1, memory_order_relaxed) < STORIES_OF_KIND)
 		o->report[n].story = take_story(m, &o->report[n].report);
 	/* Release: pairs with the acquire in oracle_reports. */
 	atomic_store_explicit(&o->report[n].complete, 1, memory_order_release);
+}
+
+void oracle_forget(struct machine *m)
+{
+	struct oracle *o = m->oracle;
+	uint32_t n = atomic_exchange_explicit(&o->reports, 0, memory_order_relaxed);
+
+	for (uint32_t i = 0; i < n && i < REPORTS_KEPT; i++)
+		atomic_store_explicit(&o->report[i].complete, 0, memory_order_relaxed);
+	for (uint32_t i = 0; i < VIOLATIONS; i++)
+		atomic_store_explicit(&o->told[i], 0, memory_order_relaxed);
+	atomic_store_explicit(&o->stories, 0, memory_order_relaxed);
+	for (uint32_t i = 0; i < m->cpu_count; i++)
+		atomic_store_explicit(&o->rings[i].next, 0, memory_order_relaxed);
 }
 
 void oracle_violation(struct machine *m, struct cpu *cpu, const struct vcpu *vcpu,

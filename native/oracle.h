@@ -81,6 +81,8 @@ struct violation_report {
 void oracle_counts(struct machine *m, uint64_t *counts);
 /* Copies reports from number `from` on (the first 1024 of a run are kept); returns how many. */
 uint32_t oracle_reports(struct machine *m, uint32_t from, struct violation_report *reports, uint32_t max);
+/* Reports and events start over; counts go on.  No CPU does anything meanwhile. */
+void oracle_forget(struct machine *m);
 /* For violations found outside guests: lost-dirty, stalls, deadlock. */
 void oracle_report(struct machine *m, uint32_t cpu, const struct violation_report *report);
 /* State of one right, for tests and reports: bit 0 readable granted, 1 writable granted, 2 read revoked,
