@@ -85,6 +85,7 @@ int cpu_take(struct machine *m, uint32_t cpu);
 /* end api */
 
 struct csd;
+struct run;
 struct rcu_head;
 struct rcu_chunk;
 struct tlb;
@@ -116,6 +117,8 @@ struct cpu {
 	bool concerned;    /* a call since then was about that VM */
 	bool kicked;       /* a call since then was none of IPI_VMCS_CLEAR */
 	bool interrupted;  /* that guest was left because of an IPI */
+	struct run *stepped; /* guest mode step by step, between guest_enter() and guest_leave() */
+	uint64_t stepped_budget;
 	bool calls_held;   /* ipi_hold(): set while nobody else runs */
 	struct counters *counters;
 	struct tlb *tlb; /* NULL on a housekeeping CPU */

@@ -67,6 +67,11 @@ void vcpu_set_eptp(struct machine *m, uint32_t vcpu, uint32_t root, uint32_t roo
  * most `budget` guest accesses.  At exit: mode OUTSIDE_GUEST_MODE, then interrupts on and queued calls run
  * and acknowledged, in that order.  Returns the exit reason or an error. */
 int guest_run(struct machine *m, uint32_t cpu, uint32_t vcpu, uint64_t budget, struct vcpu_exit *out);
+/* The same in steps: entry; then steps until one returns an exit reason (EXIT_REASONS: go on), one operation of a
+ * program each; then exit with that reason. */
+int guest_enter(struct machine *m, uint32_t cpu, uint32_t vcpu, uint64_t budget, struct vcpu_exit *out);
+int guest_step(struct machine *m, uint32_t cpu);
+int guest_leave(struct machine *m, uint32_t cpu, uint32_t reason);
 /* Guest-physical frames that this vCPU's OS uses now. */
 uint64_t guest_frames_used(struct machine *m, uint32_t vcpu);
 uint64_t guest_clock(struct machine *m, uint32_t vcpu);

@@ -121,6 +121,7 @@ void cpus_destroy(struct machine *m)
 		flush_account_destroy(c);
 		free(c->csds);
 		free(c->calls_sent);
+		free(c->stepped);
 	}
 	free(m->cpus);
 	m->cpus = NULL;

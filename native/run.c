@@ -1,5 +1,8 @@
 /* Guest mode: from VM entry to VM exit. */
 #include "access.h"
+
+#include <stdlib.h>
+
 #include "counters.h"
 #include "frame.h"
 #include "guest_os.h"
@@ -225,5 +228,32 @@ int guest_access(struct machine *m, uint32_t cpu, uint32_t vcpu, uint64_t linear
 	else if (w == WALK_GUEST_FAULT)
 		reason = EXIT_TRIPLE_FAULT;
 	r = leave(&run, reason, reason == EXIT_PREEMPTION_TIMER);
+	return r < 0 ? r : (int)reason;
+}
+
+/* --- the same step by step -------------------------------------------------------------------------- */
+
+int guest_enter(struct machine *m, uint32_t cpu, uint32_t vcpu, uint64_t budget, struct vcpu_exit *out)
+{
+	struct cpu *c = &m->cpus[cpu];
+
+	if (!c->stepped)
+		c->stepped = malloc(sizeof(*c->stepped));
+	if (!c->stepped)
+		return MACHINE_NOMEM;
+	c->stepped_budget = budget;
+	return enter(c->stepped, m, cpu, vcpu, budget, out);
+}
+
+int guest_step(struct machine *m, uint32_t cpu)
+{
+	return (int)step(m->cpus[cpu].stepped);
+}
+
+int guest_leave(struct machine *m, uint32_t cpu, uint32_t reason)
+{
+	struct cpu *c = &m->cpus[cpu];
+	int r = leave(c->stepped, reason, c->stepped_budget - c->stepped->budget);
+
 	return r < 0 ? r : (int)reason;
 }
