@@ -19,7 +19,9 @@ from emulator.litmus.model import LitmusTest
 from emulator.litmus.verdict import Outcome
 from emulator.litmus.world import LitmusFailure, LitmusThread, World, machine_config
 from emulator.policy import Policy
+from emulator.result import Report
 from emulator.runtime import Cpu, Machine, MachineStopped, Mode
+from emulator.story import Stories
 from native import VIOLATION_KINDS, ffi, lib
 
 # No execution takes that long unless somebody waits for ever.
@@ -166,6 +168,7 @@ class Runner:
 
     def _execute(self, world: World, delays: Delays, outcome: Outcome, seed: int) -> None:
         violations = self._violations()
+        lib.oracle_forget(self.machine.m)
         random = Random(seed)
         # A seed that is a multiple of three: all at once.
         spread = _START_SPREAD * 1e-6 if seed % 3 else 0.0
@@ -185,7 +188,7 @@ class Runner:
         world.run_final()
         outcome.executions += 1
         self._count_stats(world, outcome)
-        self._judge(outcome, violations, seed)
+        self._judge(outcome, violations, seed, world)
 
     def _stuck(self, world: World) -> None:
         waiting = ", ".join(
@@ -195,16 +198,26 @@ class Runner:
         self.machine.stop()
         self._finished.acquire(timeout=STUCK_SECONDS)
 
-    def _judge(self, outcome: Outcome, before: list[int], seed: int) -> None:
+    def _judge(self, outcome: Outcome, before: list[int], seed: int, world: World) -> None:
         after = self._violations()
         if after == before:
             return
         outcome.violating += 1
         if outcome.first is None:
             outcome.first = seed
+            outcome.reports = self._reports(world)
         for kind, old, new in zip(VIOLATION_KINDS, before, after, strict=True):
             if new != old:
                 outcome.kinds[kind] = outcome.kinds.get(kind, 0) + new - old
+
+    def _reports(self, world: World) -> tuple[Report, ...]:
+        """Of this execution, the first of each kind."""
+        names = {cpu.id: f"pcpu{cpu.id}" for cpu in self.machine.cpus[: self.machine.pcpus]}
+        names |= {thread.home.id: name for name, thread in world.threads.items()}
+        found: dict[str, Report] = {}
+        for report in Stories(self.machine.m).finish(names, world.policy.mutants()):
+            found.setdefault(report.kind, report)
+        return tuple(found.values())
 
     def _violations(self) -> list[int]:
         lib.oracle_counts(self.machine.m, self._counts)

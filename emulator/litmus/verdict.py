@@ -7,6 +7,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from emulator.litmus.model import INCONCLUSIVE, SAFE, Expected, LitmusTest
+from emulator.result import Report
 
 VIOLATIONS = "violations"
 FAILED = "failed"
@@ -30,6 +31,8 @@ class Outcome:
     seconds: float = 0.0
     first: int | None = None
     failure: str = ""
+    # Of the first execution with a violation, one of each kind: what `flushlab explain` draws.
+    reports: tuple[Report, ...] = ()
 
     def verdict(self, test: LitmusTest) -> str:
         if self.failure:
@@ -39,7 +42,7 @@ class Outcome:
         return SAFE if proven(test, self.evidence) else INCONCLUSIVE
 
     def document(self, test: LitmusTest, expected: tuple[Expected, ...]) -> dict[str, Any]:
-        """For --json; holds no times."""
+        """For --json; holds no times, but for those of a violation's events."""
         return {
             "test": self.test,
             "policy": self.policy,
@@ -52,6 +55,9 @@ class Outcome:
             "evidence": {name: n for name, n in sorted(self.evidence.items()) if n},
             "first_seed": self.first,
             "failure": self.failure or None,
+            "reports": [
+                {"kind": r.kind, "kinds": list(r.kinds), "text": r.text, **r.details} for r in self.reports
+            ],
         }
 
 
