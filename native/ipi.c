@@ -427,12 +427,12 @@ static int call_many(struct machine *m, uint32_t cpu, const uint64_t *mask, cons
 
 	memset(c->calls_sent, 0, 2 * sizeof(*c->calls_sent) * ((m->config.pcpus + 63) / 64));
 	targets = queue_mask(m, c, mask, call);
+	if (targets > 0)
+		event_record_more(m, cpu, EVENT_IPI, c->calls_sent[0], (uint64_t)targets, call->function);
 	/* Even if we give up: others may have queued behind us and count on our kick. */
 	kick_mask(m, c);
 	if (targets < 0)
 		return targets;
-	if (targets)
-		event_record_more(m, cpu, EVENT_IPI, c->calls_sent[0], (uint64_t)targets, call->function);
 	if (run_local)
 		call_locally(m, c, call);
 	if (call->wait && targets) {
