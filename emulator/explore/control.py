@@ -84,6 +84,8 @@ class Control:
         self.execution: Execution | None = None
         self.everything = objects.bit(("everything",))
         self.vm_of_vcpu: dict[int, int] = {}
+        self.paging: frozenset[int] = frozenset()  # VMs whose guests have page tables
+        self.programs: dict[int, Any] = {}  # what each vCPU's guest executes
         self._counters = ffi.new("uint64_t[]", lib.COUNTERS)
         self._violations = ffi.new("uint64_t[]", lib.VIOLATIONS)
         self.reset()
@@ -202,6 +204,12 @@ class Control:
         """Hardware walks on this pCPU so far."""
         lib.counters_read(self.machine.m, cpu, self._counters)
         return int(self._counters[lib.COUNT_L2_MISSES] + self._counters[lib.COUNT_GPA_LOOKUPS])
+
+    def next_op(self, vcpu: int) -> Any:
+        """The operation that the guest does next; None at the end of its program."""
+        ops = self.programs[vcpu]
+        position = lib.guest_program_position(self.machine.m, vcpu)
+        return ops[position] if position < len(ops) else None
 
     def vm_of(self, vcpu: int) -> int:
         return self.vm_of_vcpu.get(vcpu, 0)

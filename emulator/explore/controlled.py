@@ -12,7 +12,7 @@ import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
 from types import ModuleType
-from typing import Any
+from typing import Any, Final
 
 from emulator.explore.control import Control, RwLock
 from emulator.explore.footprints import FOOTPRINTS, LOCAL, Footprint
@@ -20,8 +20,18 @@ from emulator.explore.scheduler import Execution
 from emulator.runtime import MachineMisuse
 from native import lib
 
+_FLAGS = ("GUEST_OP_NOFLUSH", "GUEST_OP_READ_ONLY", "GUEST_OP_GLOBAL", "GUEST_OP_HUGE")
 _PACKAGES = ("emulator.kvm", "emulator.litmus", "emulator.actors.task", "emulator.actors.host")
 _MODULES = ("emulator.runtime", "emulator.locks")
+
+EXIT_REASONS: Final[int] = lib.EXIT_REASONS
+GUEST_OP_NAMES: Final = {
+    getattr(lib, name): name.removeprefix("GUEST_OP_").replace("_", " ").lower()
+    for name in dir(lib)
+    if name.startswith("GUEST_OP_") and name not in _FLAGS
+}
+_WRITE: Final[int] = lib.GUEST_OP_WRITE
+_STORES: Final = frozenset({_WRITE, lib.GUEST_OP_MAP, lib.GUEST_OP_UNMAP, lib.GUEST_OP_PROTECT})
 
 
 def instrumented_modules() -> list[ModuleType]:
@@ -156,9 +166,11 @@ class ControlledLib:
 
     # --- calls ----------------------------------------------------------------------------------------------
 
-    def smp_call_function_many(self, m: Any, cpu: int, mask: Any, function: int, argument: int, wait: int) -> int:
+    def smp_call_function_many(
+        self, m: Any, cpu: int, mask: Any, function: int, argument: int, wait: int
+    ) -> int:
         if self.control.execution is None:
-            return self._served(lib.smp_call_function_many(m, cpu, mask, function, argument, int(wait)))
+            return int(lib.smp_call_function_many(m, cpu, mask, function, argument, int(wait)))
         targets = [
             target
             for target in range(self.control.machine.pcpus)
@@ -176,7 +188,7 @@ class ControlledLib:
         if execution is None or target == cpu:
             if execution is not None:
                 execution.touch(0, self.control.bit("tlb", cpu))
-            return self._served(lib.smp_call_function_single(m, cpu, target, function, argument, int(wait)))
+            return int(lib.smp_call_function_single(m, cpu, target, function, argument, int(wait)))
         self._wait_for_nodes(m, cpu, [target], "smp_call_function_single")
         later = lib.IPI_WAIT_LATER if wait else lib.IPI_NO_WAIT
         sent = lib.smp_call_function_single(m, cpu, target, function, argument, later)
@@ -185,7 +197,7 @@ class ControlledLib:
     def on_each_cpu(self, m: Any, cpu: int, function: int, argument: int, wait: int) -> int:
         execution = self.control.execution
         if execution is None:
-            return self._served(lib.on_each_cpu(m, cpu, function, argument, int(wait)))
+            return int(lib.on_each_cpu(m, cpu, function, argument, int(wait)))
         targets = [target for target in range(self.control.machine.pcpus) if target != cpu]
         self._wait_for_nodes(m, cpu, targets, "on_each_cpu")
         later = lib.IPI_WAIT_LATER if wait else lib.IPI_NO_WAIT
@@ -193,10 +205,6 @@ class ControlledLib:
         if cpu < self.control.machine.pcpus:
             execution.touch(0, self.control.bit("tlb", cpu))
         return self._sent(m, cpu, targets, sent, bool(wait))
-
-    def _served(self, result: int) -> int:
-        """Outside of executions interrupts are not held."""
-        return int(result)
 
     def _wait_for_nodes(self, m: Any, cpu: int, targets: list[int], what: str) -> None:
         """csd_lock(): a node per sender and target is in use until it is acknowledged."""
@@ -247,28 +255,63 @@ class ControlledLib:
 
     # --- guest mode and the host's pages --------------------------------------------------------------------
 
+    def guest_set_program(self, m: Any, vcpu: int, ops: Any, n: int) -> int:
+        self.control.programs[vcpu] = ops
+        return int(lib.guest_set_program(m, vcpu, ops, n))
+
     def guest_run(self, m: Any, cpu: int, vcpu: int, budget: int, out: Any) -> int:
-        control = self.control
-        execution = control.execution
+        """From VM entry to VM exit: one operation of the guest's program is one step, with its whole walk; no
+        interrupt comes inside an instruction."""
+        execution = self.control.execution
         if execution is None:
             return int(lib.guest_run(m, cpu, vcpu, budget, out))
-        bit = control.bit
+        result = lib.guest_enter(m, cpu, vcpu, budget, out)
+        if result < 0:
+            return int(result)
+        reason = EXIT_REASONS
+        while reason == EXIT_REASONS:
+            reason = self._guest_step(execution, m, cpu, vcpu)
+        bit = self.control.bit
+        execution.step(("mode", vcpu, "write"), bit("irq", cpu), bit("mode", vcpu))
+        if reason == lib.EXIT_INTERRUPT or lib.cpu_attention(m, cpu) & lib.ATTENTION_IPI:
+            execution.touch(0, bit("calls", cpu) | bit("irq", cpu) | bit("tlb", cpu))
+        return int(lib.guest_leave(m, cpu, reason))
+
+    def _guest_step(self, execution: Execution, m: Any, cpu: int, vcpu: int) -> int:
+        control = self.control
+        op = control.next_op(vcpu)
+        if op is None or op.kind == lib.GUEST_OP_SIGNAL:
+            # Progress belongs to the operation before; the end of a program is nothing by itself.
+            if op is not None:
+                execution.touch(0, control.bit("progress", op.value))
+            return int(lib.guest_step(m, cpu))
+        if op.kind == lib.GUEST_OP_WAIT:
+            self._guest_wait(execution, m, cpu, op)
+            return int(lib.guest_step(m, cpu))
+        bit, vm = control.bit, control.vm_of(vcpu)
+        memory = bit("memory", vm)
         execution.step(
-            ("guest", vcpu, "write"),
-            bit("irq", cpu) | bit("custody") | control.everything,
-            bit("tlb", cpu) | bit("mode", vcpu),
+            (GUEST_OP_NAMES[op.kind], (vcpu, op.linear >> 12), "write" if op.kind == _WRITE else "read"),
+            bit("irq", cpu) | bit("custody") | control.everything | memory,
+            bit("tlb", cpu),
         )
         misses = control.misses(cpu)
-        reason = int(lib.guest_run(m, cpu, vcpu, budget, out))
-        vm = control.vm_of(vcpu)
-        reads, writes = 0, 0
-        if control.misses(cpu) != misses or reason == lib.EXIT_EPT_VIOLATION:
-            reads |= bit("ept") | bit("memory", vm)
-        if reason == lib.EXIT_INTERRUPT:
-            writes |= bit("calls", cpu) | bit("irq", cpu)
-        execution.touch(reads, writes | bit("memory", vm))
+        reason = int(lib.guest_step(m, cpu))
+        walked = control.misses(cpu) != misses or reason == lib.EXIT_EPT_VIOLATION
+        stored = op.kind in _STORES or (walked and vm in control.paging)
+        execution.touch(bit("ept") if walked else 0, memory if stored else 0)
         control.judge()
         return reason
+
+    def _guest_wait(self, execution: Execution, m: Any, cpu: int, op: Any) -> None:
+        slot, value = int(op.linear), int(op.value)
+        execution.step(
+            ("guest waits", slot, "read"),
+            self.control.bit("progress", slot) | self.control.bit("irq", cpu),
+            0,
+            lambda: lib.signal_get(m, slot) >= value or bool(lib.cpu_attention(m, cpu)),
+            f"{value} operations of thread {slot}",
+        )
 
     def mm_fault(self, m: Any, cpu: int, vm: int, hva: int, write: int, page: Any) -> int:
         control = self.control
@@ -388,8 +431,8 @@ class ControlledLib:
 
     # --- pCPUs are there all the time -----------------------------------------------------------------------
 
-    def cpu_online(self, m: Any, cpu: int) -> None:
-        pass
+    def cpu_take(self, m: Any, cpu: int) -> int:
+        return 0 if self.control.execution is not None else int(lib.cpu_take(m, cpu))
 
-    def cpu_offline(self, m: Any, cpu: int) -> None:
-        pass
+    def cpu_idle(self, m: Any, cpu: int) -> int:
+        return 0 if self.control.execution is not None else int(lib.cpu_idle(m, cpu))

@@ -21,6 +21,9 @@ class Program(Protocol):
     def finish(self, execution: Execution) -> str:
         """What this execution came to; a short text, "" for nothing worth mentioning."""
 
+    def abandon(self) -> None:
+        """... or it was not finished: the strategy has seen enough."""
+
 
 @dataclass(slots=True)
 class Limits:
@@ -74,6 +77,7 @@ def search(
             return found
         execution = run_once(program, objects, strategy, limits)
         if execution.failure is not None:
+            program.abandon()
             raise execution.failure
         _count(found, execution, program)
         if found.schedule is None and bad(found.outcome):
@@ -91,6 +95,7 @@ def _count(found: Found, execution: Execution, program: Program) -> None:
     if execution.pruned:
         found.pruned += 1
         found.outcome = ""
+        program.abandon()
         return
     found.executions += 1
     found.too_long += execution.too_long

@@ -19,23 +19,17 @@ class ExploredWorld(World):
 
     control: Control | None = None
 
-    def progressed(self, thread: int) -> None:
-        super().progressed(thread)
-        control = self.control
-        if control is not None and control.execution is not None:
-            control.execution.touch(0, control.bit("progress", thread))
-
     def wait_progress(self, cpu: Cpu, thread: int, n: int) -> None:
         control = self.control
         if control is None or control.execution is None:
             super().wait_progress(cpu, thread, n)
             return
-        done, name = self.done, tuple(self.threads)[thread]
+        m, name = self.machine.m, tuple(self.threads)[thread]
         control.execution.step(
             ("progress", name, "read"),
             control.bit("progress", thread),
             0,
-            lambda: done[thread] >= n,
+            lambda: lib.signal_get(m, thread) >= n,
             f"operation {n} of {name}",
         )
 
@@ -48,22 +42,23 @@ class LitmusProgram:
         self.policy = policy
         self.objects = Objects()
         self.machine = Machine(machine_config(test, 0))
-        m = self.machine.m
-        for cpu in self.machine.cpus:
-            lib.cpu_online(m, cpu.id)
+        for cpu in self.machine.cpus[self.machine.pcpus :]:
+            lib.cpu_online(self.machine.m, cpu.id)
         self.control = Control(self.machine, self.objects)
         self.world = ExploredWorld(test, policy, self.machine)
         self.world.control = self.control
 
     def start(self, execution: Execution) -> None:
         control, world = self.control, self.world
-        self._hold(False)
         world.reset()
         world.run_init()
         control.run_callbacks()
         control.reset()
-        self._hold(True)
         control.vm_of_vcpu = {vcpu.id: kvm.id for kvm in world.kvms for vcpu in kvm.vcpus}
+        control.paging = frozenset(
+            kvm.id for kvm, section in zip(world.kvms, self.test.vm, strict=True) if section.paging
+        )
+        self._take_pcpus()
         for thread in world.threads.values():
             task = execution.spawn(thread.name, thread.run)
             if thread.task is not None and thread.vcpu.srcu_idx >= 0:
@@ -73,8 +68,7 @@ class LitmusProgram:
 
     def finish(self, execution: Execution) -> str:
         control = self.control
-        control.execution = None
-        self._hold(False)
+        self._leave_pcpus()
         if execution.deadlock:
             return f"{DEADLOCK}: " + ", ".join(
                 f"{wait.task} waits for {wait.waits_for}" for wait in execution.deadlock
@@ -83,12 +77,24 @@ class LitmusProgram:
             self.world.run_final()
         return ", ".join(kind for kind in control.violations() if kind not in control.known)
 
-    def _hold(self, hold: bool) -> None:
+    def abandon(self) -> None:
+        """The execution is not worth finishing."""
+        self._leave_pcpus()
+
+    def _take_pcpus(self) -> None:
+        """All pCPUs run, whether somebody plays them or not; interrupts arrive when the scheduler says so."""
         m = self.machine.m
         for number in range(self.machine.pcpus):
-            lib.ipi_hold(m, number, hold)
-            if not hold:
-                lib.ipi_arrive(m, number)
+            self.world.main.check(lib.cpu_take(m, number))
+            lib.ipi_hold(m, number, 1)
+
+    def _leave_pcpus(self) -> None:
+        self.control.execution = None
+        m = self.machine.m
+        for number in range(self.machine.pcpus):
+            lib.ipi_hold(m, number, 0)
+            lib.ipi_arrive(m, number)
+            lib.cpu_idle(m, number)
 
     def close(self) -> None:
         self.machine.destroy()

@@ -30,6 +30,9 @@ class Tiny:
         held = "deadlock " + ",".join(wait.task for wait in execution.deadlock) if execution.deadlock else ""
         return f"{sorted(self.shared.items())} {self.registers} {held}"
 
+    def abandon(self) -> None:
+        pass
+
     def _body(self, execution: Execution, i: int) -> Callable[[], None]:
         shared, bit = self.shared, self.objects.bit
 
