@@ -152,6 +152,8 @@ class KvmSection(Section):
     dirty_log_cycles: Rate = 0
     # Arm it and disarm it again, as a migration that is called off.
     dirty_log_toggles: Rate = 0
+    # System-management interrupts, each to one vCPU.
+    smis: Rate = 0
 
 
 class SchedulerSection(Section):

@@ -45,6 +45,8 @@ if TYPE_CHECKING:
 BLOCK_PAGES = 512
 # The slot that is deleted and created again: this many pages per vCPU.
 SECOND_SLOT_PAGES = 256
+# Pages that an SMI handler looks at.
+SMI_PAGES = 64
 # Between two bytecodes of different threads.  A pCPU that comes out of the guest waits at most so long for
 # threads that compute in Python; the default of 5 ms would be several slices.
 SWITCH_INTERVAL = 0.0005
@@ -131,6 +133,7 @@ class Emulation:
         self._rng = Random(seed)
         # The guests replay these arrays: they live as long as the machine.
         self._traces: dict[tuple[str, int], Trace] = {}
+        self._handlers: dict[int, tuple[Any, int]] = {}
         config = machine_config(scenario, seed, chaos, unbounded)
         try:
             self.machine = Machine(config)
@@ -195,10 +198,15 @@ class Emulation:
             kvm_set_memory_region(
                 cpu, kvm, SECOND_SLOT, layout.second_base, layout.second, layout.second_base
             )
+        if section.disturbed and self.scenario.kvm.smis:
+            # The handler sees the guest's memory where the guest does.
+            kvm_set_memory_region(cpu, kvm, RAM_SLOT, 0, layout.ram, 0, as_id=1)
         home = self._home(section)
         for i in range(section.vcpus):
             vcpu = kvm_vm_ioctl_create_vcpu(cpu, kvm)
             self._furnish(cpu, vcpu, section, layout, i, traces)
+            if section.disturbed and self.scenario.kvm.smis:
+                lib.guest_set_smi_handler(cpu.m, vcpu.id, *self._smi_handler(layout))
             self.tasks.append(VcpuTask(vcpu, section.halt))
             self.homes.append(home)
 
@@ -242,6 +250,15 @@ class Emulation:
             cpu.check(
                 lib.guest_add_process(cpu.m, vcpu.id, records, len(trace.records), pages, len(trace.pages))
             )
+
+    def _smi_handler(self, layout: Layout) -> tuple[Any, int]:
+        """What runs in SMM, without paging: it looks at pages all over the guest, and changes none."""
+        if layout.ram not in self._handlers:
+            gpas = [
+                page << 12 | page % 64 * 8 for page in range(0, layout.ram, max(1, layout.ram // SMI_PAGES))
+            ]
+            self._handlers[layout.ram] = ffi.new("uint64_t[]", gpas), len(gpas)
+        return self._handlers[layout.ram]
 
     def _traces_of(self, section: VmSection) -> list[Trace]:
         names = section.traces or tuple(info.name for info in embedded_traces())

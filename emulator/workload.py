@@ -17,7 +17,7 @@ from emulator.config import Scenario
 
 # Activities of the actors, as scenarios name their rates.
 HOST_ACTIVITIES = ("unmap", "reclaim", "mprotect", "migrate", "collapse", "split")
-KVM_ACTIVITIES = ("memslot_cycles", "dirty_log_cycles", "dirty_log_toggles")
+KVM_ACTIVITIES = ("memslot_cycles", "dirty_log_cycles", "dirty_log_toggles", "smis")
 MIGRATIONS = "migrations"
 
 # What acts in quiet phases, in turn: one source of flushes, or several that only together are dangerous.  A

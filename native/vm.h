@@ -62,6 +62,7 @@ enum vm_stat {
 	STAT_YIELDS,               /* tdp_mmu_iter_cond_resched that did */
 	STAT_FLUSHES_ELIDED,       /* flush decisions answered with no flush */
 	STAT_ROOTS_ALLOCATED,
+	STAT_SMIS,                 /* enter_smm */
 	VM_STATS
 };
 void vm_stat_add(struct machine *m, uint32_t vm, uint32_t stat, uint64_t n);

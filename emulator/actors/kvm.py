@@ -19,6 +19,7 @@ from emulator.kvm import structs
 from emulator.kvm.kvm_host import KVM_MEM_LOG_DIRTY_PAGES
 from emulator.kvm.kvm_main import kvm_set_memory_region, kvm_vm_ioctl_get_dirty_log
 from emulator.kvm.mmu import kvm_zap_gfn_range
+from emulator.kvm.smm import kvm_inject_smi
 from emulator.workload import KVM_ACTIVITIES, Pacer, Workload
 from native import ffi, lib
 
@@ -66,6 +67,7 @@ class Kvm(MachineActor):
             "memslot_cycles": self.memslot_cycle,
             "dirty_log_cycles": self.dirty_log_cycle,
             "dirty_log_toggles": self.dirty_log_toggle,
+            "smis": self.smi,
         }
 
     def idle(self) -> None:
@@ -95,6 +97,10 @@ class Kvm(MachineActor):
         ram = self.kvm.memslots[0].by_id[RAM_SLOT]
         start = self.rng.randrange(ram.npages)
         kvm_zap_gfn_range(self.cpu, self.kvm, start, min(start + _ZAP_PAGES, ram.npages))
+
+    def smi(self) -> None:
+        """KVM_SMI: the vCPU runs its handler, in an address space and on a root of its own."""
+        kvm_inject_smi(self.cpu, self.rng.choice(self.kvm.vcpus))
 
     # --- dirty logging ---------------------------------------------------------------------------------
 

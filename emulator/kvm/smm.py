@@ -39,6 +39,7 @@ def kvm_smm_changed(cpu: Cpu, vcpu: Vcpu, entering_smm: bool) -> None:
 def enter_smm(cpu: Cpu, vcpu: Vcpu) -> None:
     """enter_smm(): registers go to SMRAM; CR0 and CR4 change without what kvm_set_cr0() and kvm_set_cr4()
     request.  The guest finds what it had cached when it is back, as after an SMI on hardware."""
+    cpu.stat(vcpu.kvm.id, lib.STAT_SMIS)
     arch = vcpu.arch
     arch.smram = (arch.cr0, arch.cr3, arch.cr4)
     kvm_smm_changed(cpu, vcpu, True)

@@ -24,6 +24,7 @@ COMPARED = {
     "dirty-log": "remote_tlb_flush_requests",
     "balloon": "remote_tlb_flush_requests",
     "boot-storm": "roots_allocated",
+    "smm-heavy": "smis",
     "mixed": "migrations",
 }
 
