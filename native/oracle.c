@@ -19,14 +19,14 @@ static void judge_right(struct machine *m, const struct tlb_entry *entry, uint64
 	uint64_t gfn = entry->gfn + (page - entry->page);
 	uint32_t hfn = entry->hfn + (uint32_t)(page - entry->page);
 	struct ledger_entry e = { .hfn = 0xffffffff };
+	bool freed = frame_freed_since(m->frames, hfn, entry->custody), held;
 
 	if (entry->vm < m->config.vms && gfn < m->vms[entry->vm].gfns)
 		ledger_copy(m, entry->vm, gfn, &e);
 	j->promise = e.promise;
 	j->promise_cpu = e.promise_cpu;
 	j->promise_time = e.promise_time;
-	bool freed = frame_freed_since(m->frames, hfn, entry->custody);
-	bool held = e.hfn == hfn && !(e.revoked & (is_write(type) ? 2 : 1));
+	held = e.hfn == hfn && !(e.revoked & (is_write(type) ? 2 : 1));
 
 	/* A right that was granted after the promise and before the host freed the frame is none. */
 	if (held && !freed) {

@@ -1,0 +1,343 @@
+"""Roots: the cache of previous ones, references, EPTPs, and what allocating and freeing them flushes."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from threading import Thread
+
+import pytest
+from rig import GFNS, SLOT, Guest, Rig
+
+from emulator.kvm.kvm_host import KVM_REQ_LOAD_MMU_PGD, KVM_REQ_TLB_FLUSH_CURRENT, X86_CR4_PSE
+from emulator.kvm.kvm_main import kvm_set_memory_region
+from emulator.kvm.requests import kvm_test_request
+from emulator.kvm.roots import (
+    cached_root_find_and_keep_current,
+    cached_root_find_without_current,
+    fast_pgd_switch,
+    is_obsolete_root,
+    kvm_mmu_free_obsolete_roots,
+    kvm_mmu_free_roots,
+    kvm_mmu_new_pgd,
+    kvm_mmu_unload,
+)
+from emulator.kvm.structs import Kvm, KvmMmu, KvmMmuPage, KvmMmuPageRole
+from emulator.kvm.tdp_roots import flush_workqueue, kvm_tdp_mmu_alloc_root, kvm_tdp_mmu_put_root
+from emulator.kvm.vmx import (
+    INVALID_EPTP,
+    construct_eptp,
+    vmx_flush_tlb_current,
+    vmx_flush_tlb_ept_root,
+)
+from emulator.policy import Policy, preset
+from native import lib
+
+NORMAL, SMM = KvmMmuPageRole(), KvmMmuPageRole(smm=1)
+FIVE, FIVE_SMM = KvmMmuPageRole(level=5), KvmMmuPageRole(level=5, smm=1)
+ROLES = (NORMAL, SMM, FIVE, FIVE_SMM)
+
+
+def recreate_slot(rig: Rig, kvm: Kvm) -> None:
+    kvm_set_memory_region(rig.host, kvm, SLOT, 0, 0, 0)
+    kvm_set_memory_region(rig.host, kvm, SLOT, 0, GFNS, 0)
+
+
+@contextmanager
+def cache(rig: Rig, *roles: KvmMmuPageRole) -> Iterator[tuple[Kvm, KvmMmu]]:
+    """An MMU whose current root and previous ones have these roles."""
+    kvm = rig.vm()
+    mmu = KvmMmu(NORMAL)
+    roots = [kvm_tdp_mmu_alloc_root(rig.host, kvm, role) for role in roles]
+    mmu.root, mmu.prev_roots = roots[0], [*roots[1:], *[None] * (4 - len(roots))]
+    yield kvm, mmu
+    kvm_mmu_free_roots(rig.host, kvm, mmu, lambda root: True)
+
+
+def order(mmu: KvmMmu) -> list[KvmMmuPageRole | None]:
+    return [root and root.role for root in (mmu.root, *mmu.prev_roots)]
+
+
+# --- the cache ----------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("wanted", "after"),
+    [
+        (NORMAL, [NORMAL, SMM, FIVE, FIVE_SMM]),
+        (SMM, [SMM, NORMAL, FIVE, FIVE_SMM]),
+        (FIVE, [FIVE, NORMAL, SMM, FIVE_SMM]),
+        (FIVE_SMM, [FIVE_SMM, NORMAL, SMM, FIVE]),
+    ],
+)
+def test_a_cached_root_is_rotated_to_the_front(
+    rig: Rig, wanted: KvmMmuPageRole, after: list[KvmMmuPageRole]
+) -> None:
+    with cache(rig, *ROLES) as (kvm, mmu):
+        assert cached_root_find_and_keep_current(rig.host, kvm, mmu, wanted)
+        assert order(mmu) == after
+
+
+def test_a_miss_frees_the_oldest(rig: Rig) -> None:
+    with cache(rig, *ROLES) as (kvm, mmu):
+        oldest = mmu.prev_roots[2]
+        assert oldest is not None
+        missing = KvmMmuPageRole(guest_mode=True)
+        assert not cached_root_find_and_keep_current(rig.host, kvm, mmu, missing)
+        assert order(mmu) == [None, NORMAL, SMM, FIVE]
+        assert oldest.root_count.value == 1  # the TDP MMU's own
+
+
+@pytest.mark.parametrize(
+    ("wanted", "after"),
+    [
+        (NORMAL, [NORMAL, SMM, FIVE, None]),
+        (SMM, [SMM, NORMAL, FIVE, None]),
+        (FIVE, [FIVE, NORMAL, SMM, None]),
+        (FIVE_SMM, [None, NORMAL, SMM, FIVE]),
+    ],
+)
+def test_without_a_current_root_the_gap_is_closed(
+    rig: Rig, wanted: KvmMmuPageRole, after: list[KvmMmuPageRole | None]
+) -> None:
+    with cache(rig, NORMAL, SMM, FIVE) as (_, mmu):
+        mmu.root, mmu.prev_roots = None, [mmu.root, *mmu.prev_roots[:2]]
+        assert cached_root_find_without_current(mmu, wanted) == (wanted in (NORMAL, SMM, FIVE))
+        assert order(mmu) == after
+
+
+def test_an_invalid_root_matches_no_role(rig: Rig) -> None:
+    with cache(rig, NORMAL, SMM) as (kvm, mmu):
+        smm = mmu.prev_roots[0]
+        assert smm is not None
+        smm.role = KvmMmuPageRole(smm=1, invalid=True)
+        assert not fast_pgd_switch(rig.host, kvm, mmu, SMM)
+        smm.role = SMM
+
+
+def test_a_special_root_is_not_kept(rig: Rig) -> None:
+    with cache(rig, NORMAL) as (kvm, mmu):
+        mmu.root, mmu.prev_roots[0] = KvmMmuPage(0, NORMAL, special=True), mmu.root
+        assert fast_pgd_switch(rig.host, kvm, mmu, NORMAL)
+        assert order(mmu) == [NORMAL, None, None, None]
+
+
+@pytest.mark.parametrize("answer", ["none", "flush-current"])
+def test_what_is_requested_for_a_cached_root(rig: Rig, answer: str) -> None:
+    kvm = rig.vm(Policy().with_settings({"cached_root": answer}))
+    guest = rig.guest(kvm)
+    guest.write(0, 5)
+    cpu = rig.machine.cpus[0]
+    kvm_mmu_new_pgd(cpu, guest.vcpu)
+    assert kvm_test_request(cpu, guest.vcpu, KVM_REQ_LOAD_MMU_PGD)
+    assert kvm_test_request(cpu, guest.vcpu, KVM_REQ_TLB_FLUSH_CURRENT) == (answer == "flush-current")
+    guest.read(0, 5)
+    assert rig.violations() == {}
+
+
+def test_a_root_that_was_switched_to_is_the_one_the_guest_uses(rig: Rig) -> None:
+    kvm = rig.vm(Policy().with_settings({"role_change": "keep-roots"}))
+    rig.smm_slots(kvm)
+    guest = rig.guest(kvm)
+    guest.write(0, 5)
+    with rig.counting(kvm) as counts:
+        for _ in range(3):
+            guest.enter_smm(0, 70)
+            guest.write(0, 5)
+    # Only the first SMI loads a root.
+    assert counts["mmu_load"] == 1
+    rig.unmap(kvm, 0, 64)
+    guest.enter_smm(0, 5)
+    guest.read(0, 5)
+    assert rig.violations() == {}
+
+
+# --- obsolete roots and unloading ---------------------------------------------------------------------------
+
+
+def test_obsolete_roots_of_both_mmus_go(rig: Rig) -> None:
+    kvm = rig.vm()
+    guest = rig.guest(kvm)
+    guest.write(0, 5)
+    vcpu = guest.vcpu
+    root = kvm_tdp_mmu_alloc_root(rig.host, kvm, SMM)
+    vcpu.guest_mmu.prev_roots[1] = root
+    kvm_mmu_free_obsolete_roots(rig.host, vcpu)
+    assert vcpu.guest_mmu.prev_roots[1] is root
+    root.invalidate()
+    kvm_mmu_free_obsolete_roots(rig.host, vcpu)
+    assert vcpu.guest_mmu.prev_roots[1] is None
+    assert vcpu.root_mmu.root is not None
+    root.role = SMM
+    vcpu.guest_mmu.root = kvm_tdp_mmu_alloc_root(rig.host, kvm, SMM)
+    kvm_mmu_unload(rig.host, vcpu)
+    assert (vcpu.root_mmu.root, vcpu.guest_mmu.root) == (None, None)
+
+
+def test_active_roots_are_those_of_both_mmus(rig: Rig) -> None:
+    kvm = rig.vm(preset("lkml-2025-active-roots"))
+    guest = rig.guest(kvm)
+    guest.write(0, 5)
+    vcpu = guest.vcpu
+    vcpu.guest_mmu.prev_roots[2] = kvm_tdp_mmu_alloc_root(rig.host, kvm, SMM)
+    before = flushes(rig, "invept_single")
+    guest.write(1, 5)
+    assert flushes(rig, "invept_single") - before == 2
+
+
+# --- EPTP ---------------------------------------------------------------------------------------------------
+
+
+def flushes(rig: Rig, wanted: str) -> int:
+    from test_root_tracking import scopes
+
+    return scopes(rig)[wanted]
+
+
+@pytest.mark.parametrize(("role", "walk"), [(NORMAL, 3), (FIVE, 4)])
+def test_the_eptp_is_of_the_roots_role(rig: Rig, role: KvmMmuPageRole, walk: int) -> None:
+    kvm = rig.vm()
+    eptp = construct_eptp(rig.host, kvm, KvmMmuPage(0x123, role))
+    assert eptp >> 12 == 0x123
+    assert (eptp & 7, eptp >> 3 & 7, eptp >> 6 & 1) == (6, walk, 1)
+    assert not kvm.warned
+
+
+def test_a_root_without_a_shadow_page_is_flushed_globally(rig: Rig) -> None:
+    kvm = rig.vm()
+    guest = rig.guest(kvm)
+    guest.write(0, 5)
+    root = KvmMmuPage(0, NORMAL, special=True)
+    assert is_obsolete_root(root)
+    assert construct_eptp(rig.host, kvm, root) == INVALID_EPTP
+    assert kvm.warned == {"construct_eptp: the root has no shadow page"}
+    before = flushes(rig, "invept_global")
+    vmx_flush_tlb_ept_root(rig.machine.cpus[0], kvm, root, lib.REASON_OTHER)
+    assert flushes(rig, "invept_global") - before == 1
+
+
+def test_without_a_root_there_is_nothing_to_flush(rig: Rig) -> None:
+    kvm = rig.vm()
+    guest = rig.guest(kvm)
+    before = flushes(rig, "invept_single")
+    vmx_flush_tlb_current(rig.machine.cpus[0], guest.vcpu, lib.REASON_OTHER)
+    assert flushes(rig, "invept_single") == before
+
+
+# --- allocation and the last reference ----------------------------------------------------------------------
+
+
+@contextmanager
+def idle_pcpus(rig: Rig, *pcpus: int) -> Iterator[None]:
+    """Threads of pCPUs that run nothing and serve calls."""
+    threads = []
+    for pcpu in pcpus:
+        lib.cpu_online(rig.machine.m, pcpu)
+        threads.append(Thread(target=lib.cpu_halt, args=(rig.machine.m, pcpu, 0)))
+        threads[-1].start()
+    yield
+    for pcpu, thread in zip(pcpus, threads, strict=True):
+        lib.cpu_notify(rig.machine.m, pcpu, lib.ATTENTION_RESCHED)
+        thread.join()
+        lib.cpu_clear_attention(rig.machine.m, pcpu, lib.ATTENTION_RESCHED)
+        lib.cpu_offline(rig.machine.m, pcpu)
+
+
+@pytest.mark.parametrize(("answer", "flushed"), [("none", 0), ("on-each-cpu", 3), ("vm-pcpu-mask", 2)])
+def test_which_pcpus_a_new_root_flushes(rig: Rig, answer: str, flushed: int) -> None:
+    """The VM has run on pCPUs 0 and 1."""
+    kvm = rig.vm(Policy().with_settings({"root_alloc": answer}))
+    guest = rig.guest(kvm)
+    guest.read(0, 5)
+    guest.read(1, 5)
+    with idle_pcpus(rig, 0, 1, 2):
+        before = flushes(rig, "invept_single")
+        root = kvm_tdp_mmu_alloc_root(rig.host, kvm, SMM)
+        assert flushes(rig, "invept_single") - before == flushed
+        # Found, not allocated.
+        assert kvm_tdp_mmu_alloc_root(rig.host, kvm, SMM) is root
+        assert flushes(rig, "invept_single") - before == flushed
+    for _ in range(2):
+        with kvm.mmu_lock.read_lock(rig.host):
+            kvm_tdp_mmu_put_root(rig.host, kvm, root)
+
+
+def test_a_pcpu_that_joins_is_flushed(rig: Rig) -> None:
+    kvm = rig.vm(preset("lkml-2025-vm-pcpu-mask"))
+    guest = rig.guest(kvm)
+    guest.read(0, 5)
+    with rig.counting(kvm) as counts:
+        guest.read(1, 5)
+        guest.read(0, 5)
+        guest.read(1, 5)
+    assert counts["flush_all"] == 1
+
+
+def cr4_toggle(rig: Rig, guest: Guest) -> None:
+    guest.execute(0, lib.GUEST_INSN_MOV_CR4, guest.vcpu.arch.cr4 ^ X86_CR4_PSE)
+
+
+@pytest.mark.parametrize(
+    ("answer", "faults"), [("sync-no-flush", 0), ("flush", 0), ("async", 2), ("inline", 2)]
+)
+def test_whether_a_role_change_costs_the_tree(rig: Rig, answer: str, faults: int) -> None:
+    """Since 6.4 the TDP MMU holds a reference of its own (edbdb43fc96b)."""
+    kvm = rig.vm(Policy().with_settings({"root_put": answer}))
+    guest = rig.guest(kvm)
+    guest.write(0, 5)
+    guest.write(0, 70)
+    with rig.counting(kvm) as counts:
+        cr4_toggle(rig, guest)
+        guest.write(0, 5)
+    assert counts.get("faults", 0) == faults
+    assert counts["mmu_load"] == 1
+    flush_workqueue(rig.host, kvm)
+    assert len(kvm.tdp_mmu_roots) == 1
+    assert rig.violations() == {}
+
+
+def test_the_worker_zaps_what_notifiers_still_find(rig: Rig) -> None:
+    kvm = rig.vm(Policy().with_settings({"root_put": "async"}))
+    guest = rig.guest(kvm)
+    guest.write(0, 5)
+    cr4_toggle(rig, guest)
+    assert [root.role.invalid for root in kvm.tdp_mmu_roots] == [False, True]
+    zapped = rig.counter(lib.COUNT_SPTES_ZAPPED)
+    rig.unmap(kvm, 0, 64)
+    assert rig.counter(lib.COUNT_SPTES_ZAPPED) - zapped == 2
+    flush_workqueue(rig.host, kvm)
+    assert len(kvm.tdp_mmu_roots) == 1
+
+
+@pytest.mark.parametrize(
+    ("answer", "flushed"), [("sync-no-flush", 0), ("flush", 1), ("async", 0), ("inline", 0)]
+)
+def test_what_a_deleted_slot_flushes(rig: Rig, answer: str, flushed: int) -> None:
+    kvm = rig.vm(Policy().with_settings({"root_put": answer}))
+    guest = rig.guest(kvm)
+    guest.write(0, 5)
+    with rig.counting(kvm) as counts:
+        recreate_slot(rig, kvm)
+        guest.write(0, 5)
+    assert counts.get("remote_tlb_flush_requests", 0) == flushed
+    assert rig.violations() == {}
+
+
+@pytest.mark.parametrize(("answer", "flushed"), [("no-flush", 0), ("flush", 1)])
+def test_whether_zapping_an_invalid_root_flushes(rig: Rig, answer: str, flushed: int) -> None:
+    kvm = rig.vm(Policy().with_settings({"invalid_root_zap": answer}))
+    guest = rig.guest(kvm)
+    guest.write(0, 5)
+    with rig.counting(kvm) as counts:
+        recreate_slot(rig, kvm)
+    assert counts.get("remote_tlb_flush_requests", 0) == flushed
+
+
+def test_the_last_reference_to_a_valid_root_is_never_put(rig: Rig) -> None:
+    kvm = rig.vm()
+    root = kvm_tdp_mmu_alloc_root(rig.host, kvm, SMM)
+    with kvm.mmu_lock.read_lock(rig.host):
+        kvm_tdp_mmu_put_root(rig.host, kvm, root)
+        with pytest.raises(AssertionError, match="KVM_BUG_ON"):
+            kvm_tdp_mmu_put_root(rig.host, kvm, root)
+        root.root_count.value = 1
