@@ -197,3 +197,17 @@ def test_the_flushed_mask_is_caught_told_and_drawn(tmp_path: Path) -> None:
     assert best.plot.culprit.cpu == best.facts.pcpu
     assert best.plot.part("revoke") is not None
     assert any(name.startswith("host") for name in (best.label(cpu) for cpu in best.columns))
+
+
+def test_a_litmus_test_is_drawn(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    arguments = ["litmus", "bounce-zap", "--policy", "lkml-2025-cpu-flushed-mask", "--json"]
+    main([*arguments, "--iterations", "100", "--jobs", "1", "--seed", "1"])
+    path = written(tmp_path, capsys.readouterr().out)
+    (case,) = [case for case in load_cases(Path(path)) if case.facts.kind == "use-after-free"]
+    assert (case.where, case.policy) == ("bounce-zap", "lkml-2025-cpu-flushed-mask")
+    out = printed(capsys, path)
+    assert max(map(len, out.splitlines())) <= 72
+    columns = out.split("\n\n")[1].split("\n")[0].split()
+    assert columns[-1] == "mm"
+    assert "ELIDED [3]" in out
+    assert "(migration=cpu-flushed-mask)" in out
