@@ -22,7 +22,7 @@ from emulator.kvm.spte import (
 )
 from emulator.kvm.structs import Kvm, KvmMemorySlot, KvmMmuPage, Vcpu
 from emulator.kvm.tdp_iter import Entry
-from emulator.kvm.tdp_remove import handle_disconnected_sps, handle_removed_pt, tables_flush_themselves
+from emulator.kvm.tdp_remove import handle_removed_pt, tables_need_a_flush
 from emulator.runtime import Cpu, rcu_read_lock
 from native import lib
 
@@ -97,7 +97,7 @@ def tdp_mmu_set_spte_atomic(
     """tdp_mmu_set_spte_atomic(): False if the SPTE is not entry.spte any more.
 
     With the part of handle_changed_spte() that matters here: a table that loses its link is taken apart and
-    left to RCU, or to handle_disconnected_sps().
+    left to RCU, or to the caller's list for handle_disconnected_sps().
     """
     cpu.point("spte", (entry.table, entry.index), "write")
     rc = lib.tdp_mmu_set_spte_atomic(
@@ -107,7 +107,6 @@ def tdp_mmu_set_spte_atomic(
         return False
     cpu.check(rc)
     if is_shadow_present_pte(entry.spte) and not is_last_spte(entry.spte, entry.level):
-        assert disconnected_sps is not None, "who replaces a table frees it"
         handle_removed_pt(cpu, kvm, entry, True, reason, disconnected_sps)
     return True
 
@@ -168,7 +167,8 @@ def tdp_mmu_map_handle_target_level(cpu: Cpu, vcpu: Vcpu, fault: KvmPageFault, e
     """tdp_mmu_map_handle_target_level()
 
     A leaf over a non-present SPTE needs no flush.  Over a table it does: CPUs may still hold pointers to the
-    table page, which RCU frees.  Decision map_replace.
+    table page, which RCU frees.  Decision map_replace; before RCU was the proxy, a table without a list to go
+    on was flushed for when it was taken apart.
     """
     kvm, old_spte = vcpu.kvm, entry.spte
     assert fault.slot is not None
@@ -179,16 +179,12 @@ def tdp_mmu_map_handle_target_level(cpu: Cpu, vcpu: Vcpu, fault: KvmPageFault, e
     new_spte = make_spte(cpu, fault.slot, fault.gfn, entry.level, fault.pfn)
     if new_spte == old_spte:
         return RET_PF_SPURIOUS
-    disconnected_sps: list[int] = []
-    if not tdp_mmu_set_spte_atomic(cpu, kvm, entry, new_spte, disconnected_sps):
+    if not tdp_mmu_set_spte_atomic(cpu, kvm, entry, new_spte):
         return RET_PF_RETRY
     if present and (
-        leaf_spte_change_needs_tlb_flush(old_spte, new_spte)
-        if last
-        else not tables_flush_themselves(cpu, kvm)
+        leaf_spte_change_needs_tlb_flush(old_spte, new_spte) if last else tables_need_a_flush(cpu, kvm)
     ):
         map_replace_flush(cpu, kvm, entry)
-    handle_disconnected_sps(cpu, disconnected_sps)
     if fault.around_n and entry.level == PG_LEVEL_4K:
         tdp_mmu_map_around(cpu, kvm, fault, entry.table)
     return RET_PF_FIXED

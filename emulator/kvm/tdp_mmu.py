@@ -11,7 +11,7 @@ from emulator.kvm.tdp_iter import TdpIter, tdp_mmu_iter_cond_resched
 from emulator.kvm.tdp_remove import (
     handle_disconnected_sps,
     handle_removed_pt,
-    tables_flush_themselves,
+    tables_need_a_flush,
     tdp_mmu_zap_frozen,
 )
 from emulator.kvm.tdp_roots import (
@@ -76,7 +76,7 @@ def _tdp_mmu_zap_root(
             continue
         if tdp_mmu_zap_step(cpu, kvm, it, disconnected_sps):
             flush = kvm.policy.invalid_root_zap(cpu, kvm, root) == "flush"
-    handle_disconnected_sps(cpu, disconnected_sps)
+    flush_disconnected_sps(cpu, kvm, disconnected_sps, reason, can_yield)
     return flush
 
 
@@ -139,19 +139,29 @@ def tdp_mmu_zap_leafs(
             # Zapping SPTEs in invalid roots needs no flush: see kvm_tdp_mmu_zap_invalidated_roots.
             if tdp_mmu_zap_step(cpu, kvm, it, disconnected_sps) and not root.role.invalid:
                 flush = "P11" not in kvm.policy.bugs
+        if flush_disconnected_sps(cpu, kvm, disconnected_sps, reason, can_yield):
+            flush = False
         if tables_too and flush and _flushes_inside_rcu(cpu, kvm):
             kvm_flush_remote_tlbs(cpu, kvm, reason)
             flush = False
-    if disconnected_sps and flush:
-        kvm_flush_remote_tlbs(cpu, kvm, reason)
-        flush = False
-    handle_disconnected_sps(cpu, disconnected_sps)
     return flush
 
 
+def flush_disconnected_sps(
+    cpu: Cpu, kvm: Kvm, disconnected_sps: list[int], reason: int, can_yield: bool
+) -> bool:
+    """The end of zap_gfn_range() in the proposal: a flush if a table was removed, whatever yields have
+    flushed, then they go to RCU.  True if it flushed."""
+    if not disconnected_sps:
+        return False
+    kvm_flush_remote_tlbs(cpu, kvm, reason)
+    handle_disconnected_sps(cpu, kvm, disconnected_sps, can_yield)
+    return True
+
+
 def _flushes_inside_rcu(cpu: Cpu, kvm: Kvm) -> bool:
-    """Since 5.18; before, tables had been flushed one by one, and the caller flushed once more."""
-    return kvm.policy.zap_yield(cpu, kvm) == "flush-then-unlock" and not tables_flush_themselves(cpu, kvm)
+    """With RCU as the proxy; before, tables had been flushed for, and the caller flushed once more."""
+    return kvm.policy.zap_yield(cpu, kvm) == "flush-then-unlock" and tables_need_a_flush(cpu, kvm)
 
 
 def _zap_leafs_of(

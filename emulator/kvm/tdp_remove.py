@@ -13,17 +13,17 @@ from emulator.kvm.kvm_host import kvm_pages_per_hpage
 from emulator.kvm.requests import kvm_flush_remote_tlbs_range
 from emulator.kvm.structs import Kvm
 from emulator.kvm.tdp_iter import Entry
-from emulator.runtime import Cpu, cpu_relax
+from emulator.runtime import Cpu, cpu_relax, rcu_enter, rcu_leave
 from native import ffi, lib
 
 PTES_PER_TABLE: Final = 512
 
 
 def handle_removed_pt(
-    cpu: Cpu, kvm: Kvm, entry: Entry, shared: bool, reason: int, disconnected_sps: list[int]
+    cpu: Cpu, kvm: Kvm, entry: Entry, shared: bool, reason: int, disconnected_sps: list[int] | None
 ) -> None:
     """handle_removed_pt(): freeze what the unlinked table at `entry` maps, and the tables below it; each page
-    goes to RCU, or on the caller's list, which is for handle_disconnected_sps().
+    goes to RCU, or on the caller's list, if it has one, which is for handle_disconnected_sps().
 
     Children come before their parent.  Nothing yields in here.  Whoever has frozen an entry that is met here
     is waited for: it will still write to it.
@@ -49,22 +49,32 @@ def handle_removed_pt(
 
 
 def removed_page(
-    cpu: Cpu, kvm: Kvm, table: int, gfn: int, pages: int, reason: int, disconnected_sps: list[int]
+    cpu: Cpu, kvm: Kvm, table: int, gfn: int, pages: int, reason: int, disconnected_sps: list[int] | None
 ) -> None:
-    """Decision zap, for one page that mapped `pages` from `gfn` on."""
+    """Decision zap, for one page that mapped `pages` from `gfn` on.
+
+    With rcu-proxy the caller owes a flush before it leaves RCU.
+    """
     answer = kvm.policy.zap(cpu, kvm)
-    if answer == "disconnected-list":
+    if answer == "disconnected-list" and disconnected_sps is not None:
         disconnected_sps.append(table)
         return
-    if answer == "flush-per-table":
+    if answer != "rcu-proxy":
         kvm_flush_remote_tlbs_range(cpu, kvm, gfn, pages, reason)
     tdp_mmu_free_sp_rcu(cpu, table)
 
 
-def handle_disconnected_sps(cpu: Cpu, disconnected_sps: list[int]) -> None:
-    """handle_disconnected_sps() of the proposal: after the flush, RCU may have them."""
+def handle_disconnected_sps(cpu: Cpu, kvm: Kvm, disconnected_sps: list[int], can_yield: bool) -> None:
+    """handle_disconnected_sps() of the proposal, after the flush: RCU may have them now.  Yields in between,
+    which needs no flush any more."""
     for table in disconnected_sps:
         tdp_mmu_free_sp_rcu(cpu, table)
+        if can_yield and kvm.mmu_lock.needbreak(cpu):
+            rcu_leave(cpu)
+            cpu.stat(kvm.id, lib.STAT_YIELDS)
+            cpu.event(lib.EVENT_YIELD, kvm.id, 0)
+            kvm.mmu_lock.cond_resched(cpu)
+            rcu_enter(cpu)
     disconnected_sps.clear()
 
 
@@ -84,7 +94,7 @@ def tdp_mmu_zap_frozen(cpu: Cpu, kvm: Kvm, entry: Entry, reason: int) -> None:
     tdp_mmu_set_spte(cpu, kvm, entry, 0)
     disconnected_sps: list[int] = []
     handle_removed_pt(cpu, kvm, entry, True, reason, disconnected_sps)
-    handle_disconnected_sps(cpu, disconnected_sps)
+    handle_disconnected_sps(cpu, kvm, disconnected_sps, can_yield=False)
 
 
 def tdp_mmu_free_sp_rcu(cpu: Cpu, table: int) -> None:
@@ -92,6 +102,6 @@ def tdp_mmu_free_sp_rcu(cpu: Cpu, table: int) -> None:
     cpu.check(lib.ept_table_free_rcu(cpu.m, cpu.id, table))
 
 
-def tables_flush_themselves(cpu: Cpu, kvm: Kvm) -> bool:
-    """To 5.17: whoever removes tables with nothing else owes no flush."""
-    return kvm.policy.zap(cpu, kvm) == "flush-per-table"
+def tables_need_a_flush(cpu: Cpu, kvm: Kvm) -> bool:
+    """Does a table that was removed without a list wait for the caller's flush?"""
+    return kvm.policy.zap(cpu, kvm) == "rcu-proxy"

@@ -22,7 +22,7 @@ from emulator.kvm.tdp_iter import Entry, TdpIter, tdp_mmu_iter_cond_resched
 from emulator.kvm.tdp_map import tdp_entry, tdp_mmu_set_spte_atomic, tdp_mmu_split_huge_page
 from emulator.kvm.tdp_remove import (
     handle_disconnected_sps,
-    tables_flush_themselves,
+    tables_need_a_flush,
     tdp_mmu_set_spte,
     tdp_mmu_zap_frozen,
 )
@@ -150,7 +150,7 @@ def recover_huge_pages_range(cpu: Cpu, kvm: Kvm, root: KvmMmuPage, slot: KvmMemo
             if not tdp_mmu_set_spte_atomic(cpu, kvm, entry, huge_spte, disconnected_sps, reason):
                 it.retry(entry.gfn)
                 continue
-            flush = not tables_flush_themselves(cpu, kvm)
+            flush = tables_need_a_flush(cpu, kvm) or bool(disconnected_sps)
             if "B2" in bugs:  # that the TDP MMU needs a flush is not passed on
                 flush_elided(cpu, kvm, reason, entry.gfn)
                 flush = False
@@ -159,7 +159,7 @@ def recover_huge_pages_range(cpu: Cpu, kvm: Kvm, root: KvmMmuPage, slot: KvmMemo
             flush = False
     if flush:
         kvm_flush_remote_tlbs_memslot(cpu, kvm, slot, reason)
-    handle_disconnected_sps(cpu, disconnected_sps)
+    handle_disconnected_sps(cpu, kvm, disconnected_sps, can_yield=False)
 
 
 def _collapsible(cpu: Cpu, kvm: Kvm, slot: KvmMemorySlot, it: TdpIter) -> Entry | None:
