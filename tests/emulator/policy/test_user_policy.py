@@ -330,6 +330,11 @@ def test_a_failure_while_running_is_one_line_and_status_2(tmp_path: Path) -> Non
 # --- what a run says of them -------------------------------------------------------------------------------
 
 
+def test_the_worked_example_is_readmes() -> None:
+    text = (Path(__file__).parents[3] / "README.md").read_text("utf-8")
+    assert RETURNING.strip() in text or "class Returning" not in text
+
+
 def test_the_worked_example_is_caught_and_named(tmp_path: Path) -> None:
     result = run(load_user_policy(written(tmp_path, RETURNING, "returning.py")), 20.0)
     assert result.verdict == "violations"
