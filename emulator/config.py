@@ -33,6 +33,8 @@ _DURATION = re.compile(r"(?P<number>\d+(?:\.\d+)?)\s*(?P<unit>ms|s|m|h)?")
 _SECONDS = {"ms": 0.001, "s": 1.0, "m": 60.0, "h": 3600.0, None: 1.0}
 
 MAX_PCPUS = 4096
+_LONGEST_HALT = 10.0
+_BUSY_PCPUS = 256
 
 
 def parse_duration(text: object) -> float:
@@ -113,9 +115,14 @@ class VmSection(Section):
     # Without exits (KVM_CAP_X86_DISABLE_EXITS) an idle guest stays in guest mode: every IPI interrupts it.
     halt_exits: bool = True
 
+    def grown(self, factor: float, idler: float) -> Self:
+        """So many times as many of them; those that idle in guest mode halt so many times as long."""
+        halt = self.halt if self.halt_exits else min(self.halt * idler, _LONGEST_HALT)
+        return self.model_copy(update={"count": max(1, int(self.count * factor)), "halt": halt})
+
     @model_validator(mode="after")
     def _halts_for_a_while(self) -> Self:
-        if self.halt_every and not 1e-6 <= self.halt <= 10:
+        if self.halt_every and not 1e-6 <= self.halt <= _LONGEST_HALT:
             raise ValueError("halt of 0.001ms to 10s, or halt_every = 0")
         return self
 
@@ -253,7 +260,8 @@ class Scenario(Section):
     def scaled(self, pcpus: int) -> Self:
         """The same host with more or fewer pCPUs, and as many more or fewer of the VMs that grow with it.
 
-        Rates stay what they are: they are the machine's, and what drives them are a few threads.
+        Rates stay what they are: they are the machine's, and what drives them are a few threads.  Idle guests of
+        more than `_BUSY_PCPUS` wake up as much less often, or a core or two could not run them.
         """
         fixed = sum(vm.count * vm.vcpus for vm in self.vm if vm.placement == "own" and not vm.grows)
         growing = self.own_pcpus - fixed
@@ -262,7 +270,7 @@ class Scenario(Section):
             "shared": pcpus / self.machine.pcpus,
         }
         vms = tuple(
-            vm.model_copy(update={"count": max(1, int(vm.count * factors[vm.placement]))}) if vm.grows else vm
+            vm.grown(factors[vm.placement], max(1.0, pcpus / _BUSY_PCPUS)) if vm.grows else vm
             for vm in self.vm
         )
         machine = self.machine.model_copy(update={"pcpus": pcpus})

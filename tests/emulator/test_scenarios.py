@@ -68,6 +68,13 @@ def test_vms_that_do_not_grow_stay_as_many() -> None:
     assert scenario.threads < 256 + 10, "a tenant that nobody disturbs has no thread but its pCPU's"
 
 
+def test_idle_guests_of_a_large_host_wake_up_less_often() -> None:
+    scenario = load_scenario("partitioned")
+    halts = {pcpus: scenario.scaled(pcpus).vm[1].halt for pcpus in (16, 256, 1024)}
+    assert halts == pytest.approx({16: 0.1, 256: 0.1, 1024: 0.4})
+    assert scenario.scaled(1024).vm[0].halt == scenario.vm[0].halt
+
+
 @pytest.mark.parametrize(
     ("text", "expected"),
     [
