@@ -11,6 +11,7 @@ from typing import ClassVar
 from emulator.kvm.kvm_host import KVM_MEM_LOG_DIRTY_PAGES
 from emulator.kvm.kvm_main import (
     kvm_flush_remote_tlbs,
+    kvm_mmu_notifier_clear_young,
     kvm_mmu_notifier_invalidate_range_end,
     kvm_mmu_notifier_invalidate_range_start,
     kvm_set_memory_region,
@@ -130,6 +131,14 @@ class HostSplit(KvmOp):
         with context.memory.changing(cpu, start, start + HUGE_PAGES):
             if lib.mm_huge(cpu.m, vm, start):
                 cpu.check(lib.mm_split(cpu.m, cpu.id, vm, start))
+
+
+class HostAge(_Range):
+    verb = "host-age"
+    doc = "clear_young: were the pages used since the last time?"
+
+    def run(self, context: Context) -> None:
+        kvm_mmu_notifier_clear_young(context.cpu, context.kvm, *self.range())
 
 
 class NotifierStart(_Range):
@@ -262,6 +271,7 @@ KVM_OPS: tuple[type[Op], ...] = (
     HostMigrate,
     HostCollapse,
     HostSplit,
+    HostAge,
     NotifierStart,
     NotifierFree,
     NotifierEnd,

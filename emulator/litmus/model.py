@@ -11,6 +11,8 @@
     vcpus = 2
     pages = 2048                  # guest-physical memory; memslot 0 covers it
     smm_slots = false             # the same memory in the address space of SMM, too
+    smram = 0x600                 # pages from here on belong to SMM alone
+    ept_ad = true                 # kvm_intel.eptad; without A/D bits aging takes permissions from SPTEs
     tdp_levels = [4, 5]           # of each vCPU's EPT (all 4 if not given)
     paging = false                # guests run with CR0.PG = 0: addresses are guest-physical
     pcid = false                  # CR4.PCIDE
@@ -31,7 +33,8 @@
     ops = ["wait v0 1", "host-unmap 0x10"]
 
     [stress]                      # only for runs on real threads
-    delays = ["v0 mode write", "mm mmu_lock"]  # THREAD POINT [read|write]: linger here now and then
+    # THREAD POINT [read|write] [MICROSECONDS]: linger here now and then
+    delays = ["v0 mode write", "mm mmu_lock 400"]
     chaos = 0                     # one in so many points of the native core delays its CPU
 
     [expect]
@@ -107,6 +110,8 @@ class VmSection(Section):
     vcpus: int = Field(default=1, ge=1, le=4, strict=True)
     pages: int = Field(default=2048, ge=512, le=1 << 19, strict=True)
     smm_slots: bool = False
+    smram: int | None = Field(default=None, ge=0, strict=True)
+    ept_ad: bool = True
     tdp_levels: tuple[Literal[4, 5], ...] = ()
     paging: bool = False
     pcid: bool = False
@@ -122,9 +127,6 @@ class VmSection(Section):
         if self.pcid and not self.paging:
             raise ValueError("paging = true where pcid = true")
         return self
-
-    def tdp_level(self, vcpu: int) -> int:
-        return self.tdp_levels[vcpu] if self.tdp_levels else 4
 
 
 class ThreadSection(Section):
@@ -151,11 +153,13 @@ class StressSection(Section):
 
 
 class Delay(Section):
-    """Linger at a point of KVM's code: thread, kind of object, access ("" for any)."""
+    """Linger at a point of KVM's code: thread, kind of object, access ("" for any), at most so long (0: as long
+    as usual)."""
 
     thread: str
     point: str
     mode: str = ""
+    microseconds: int = 0
 
 
 Expected = str | tuple[str, ...]
@@ -303,11 +307,13 @@ def _parse_prefixed(test: LitmusTest, where: str, texts: tuple[str, ...]) -> tup
 
 def _parse_delay(test: LitmusTest, key: str, text: str) -> Delay:
     words = text.split()
+    microseconds = int(words.pop()) if len(words) > 2 and words[-1].isdecimal() else 0
     if not 2 <= len(words) <= 3 or (len(words) == 3 and words[2] not in ("read", "write")):
-        raise SchemaError(key, repr(text), '"THREAD POINT [read|write]"')
+        raise SchemaError(key, repr(text), '"THREAD POINT [read|write] [MICROSECONDS]"')
     if words[0] not in test.threads:
         raise SchemaError(key, repr(words[0]), f"one of the threads {', '.join(test.threads)}")
-    return Delay(thread=words[0], point=words[1], mode=words[2] if len(words) == 3 else "")
+    mode = words[2] if len(words) == 3 else ""
+    return Delay(thread=words[0], point=words[1], mode=mode, microseconds=microseconds)
 
 
 def _check_progress(test: LitmusTest) -> None:

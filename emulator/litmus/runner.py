@@ -48,7 +48,10 @@ class Delays:
 
     def __init__(self, world: World) -> None:
         self._world = world
-        self._named = {(delay.thread, delay.point, delay.mode) for delay in world.test.delays}
+        self._named = {
+            (delay.thread, delay.point, delay.mode): (delay.microseconds or _LINGER) * 1e-6
+            for delay in world.test.delays
+        }
         self._random = Random(0)
         self._everywhere = False
 
@@ -60,11 +63,13 @@ class Delays:
         thread = self._world.thread_on(cpu)
         if thread is None:
             return
-        name = thread.name
-        named = self._named
-        if named and ((name, kind, mode) in named or (name, kind, "") in named):
+        seconds = 0.0
+        if self._named:
+            named, name = self._named, thread.name
+            seconds = named.get((name, kind, mode)) or named.get((name, kind, "")) or 0.0
+        if seconds:
             if self._random.random() < 0.6:
-                time.sleep(self._random.random() * _LINGER * 1e-6)
+                time.sleep(self._random.random() * seconds)
         elif self._everywhere and self._random.random() * _CHAOS_ONE_IN < 1:
             time.sleep(self._random.random() * _LINGER * 1e-6)
 

@@ -25,6 +25,7 @@ from emulator.kvm.kvm_main import (
     kvm_vm_ioctl_create_vcpu,
     kvm_vm_ioctl_enable_manual_dirty_log,
 )
+from emulator.kvm.roots import kvm_mmu_after_set_cpuid
 from emulator.kvm.structs import Kvm, KvmParams, Vcpu
 from emulator.litmus.guest_program import GuestProgram
 from emulator.litmus.kvm_ops import SLOT
@@ -295,7 +296,8 @@ class World:
             chunk=section.chunk,
             resched_chunks=section.resched_chunks,
             eager_page_split=section.eager_page_split,
-            tdp_level=section.tdp_level(0),
+            tdp_level=max(section.tdp_levels, default=4),
+            eptad=section.ept_ad,
             slice_accesses=1 << 30,
         )
         kvm = kvm_create_vm(cpu, section.pages, self.policy.fresh(), params)
@@ -303,11 +305,15 @@ class World:
         self.memories.append(UserMemory(kvm))
         if section.dirty_log != "protect":
             kvm_vm_ioctl_enable_manual_dirty_log(cpu, kvm, _DIRTY_LOG[section.dirty_log])
-        kvm_set_memory_region(cpu, kvm, SLOT, 0, section.pages, 0)
-        if section.smm_slots:
+        end = section.pages if section.smram is None else section.smram
+        kvm_set_memory_region(cpu, kvm, SLOT, 0, end, 0)
+        if section.smm_slots or section.smram is not None:
             kvm_set_memory_region(cpu, kvm, SMM_SLOT, 0, section.pages, 0, as_id=1)
-        for _ in range(section.vcpus):
-            kvm_vm_ioctl_create_vcpu(cpu, kvm)
+        for number in range(section.vcpus):
+            vcpu = kvm_vm_ioctl_create_vcpu(cpu, kvm)
+            if section.tdp_levels:
+                # A guest with 48 physical address bits does without the fifth level.
+                kvm_mmu_after_set_cpuid(cpu, vcpu, 48 if section.tdp_levels[number] == 4 else 52)
 
     def teardown(self) -> None:
         """The VMs go."""
