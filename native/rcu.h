@@ -30,7 +30,8 @@ int synchronize_rcu(struct machine *m, uint32_t cpu);
 /* Wait until every callback queued before has run; same restrictions. */
 int rcu_barrier(struct machine *m, uint32_t cpu);
 /* The body of the RCU thread, on a housekeeping CPU: returns 0 when the machine stops and all callbacks have
- * run, for which readers must leave or go offline.  Only one may run. */
+ * run, for which readers must leave or go offline.  Only one may run.  ATTENTION_MESSAGE: that is set, and the
+ * thread may look for its messages, forget it and call again (the grace period that it was in begins anew). */
 int rcu_thread(struct machine *m, uint32_t cpu);
 /* The same in steps, for a scheduler that has no thread for it: a grace period begins if one is wanted (1, else 0);
  * and ends, unless a reader of before is left (MACHINE_AGAIN): then callbacks run, and their number is returned. */

@@ -13,7 +13,11 @@ if TYPE_CHECKING:
 
 
 class RcuThread(MachineActor):
-    """Lives in the C core until the machine stops; it takes no messages."""
+    """Lives in the C core until the machine stops; it takes no messages.
+
+    Whoever announces one nevertheless gets it back into Python for a moment: what is raised in a thread from
+    outside takes effect there.
+    """
 
     def __init__(self, crew: Crew, cpu: Cpu) -> None:
         super().__init__(crew, cpu, "rcu")
@@ -21,5 +25,6 @@ class RcuThread(MachineActor):
     def on_start(self) -> None:
         # Who asks hears at once that nobody answers.
         self.inbox.close()
-        self.cpu.check(lib.rcu_thread(self.cpu.m, self.cpu.id))
+        while self.cpu.check(lib.rcu_thread(self.cpu.m, self.cpu.id)):
+            lib.cpu_clear_attention(self.cpu.m, self.cpu.id, lib.ATTENTION_MESSAGE)
         self.actor_stopped.set()

@@ -128,6 +128,101 @@ def test_dies_inside_rcu(crew: Crew) -> None:
     assert crew.deaths[0].held == ("an RCU read section",)
 
 
+@pytest.mark.parametrize("when", ["idle", "in a grace period"])
+def test_the_rcu_thread_dies(crew: Crew, when: str) -> None:
+    """Who waits for a grace period or for callbacks is let go; what was queued still runs before the end."""
+    machine = crew.machine
+    reader, updater, barrier = (start(crew, i) for i in range(3))
+    RcuThread.start(crew, machine.cpus[machine.pcpus + 3])
+    m, thread, waiting = machine.m, crew.actors[-1], []
+    wait_until(lambda: lib.cpu_power(m, thread.cpu.id) == lib.CPU_HALTED, "it waits for work")
+    if when != "idle":
+        read_until(reader, machine.m, threading.Event())
+        frame = lib.ept_table_alloc(m, reader_cpu(crew), lib.FRAME_TABLE)
+        lib.call_rcu(m, reader_cpu(crew), lib.RCU_FREE_FRAME, frame)
+        for ref, wait in (updater, lib.synchronize_rcu), (barrier, lib.rcu_barrier):
+            waiting.append(
+                ref.ask(lambda actor, wait=wait: actor.cpu.check(wait(m, actor.cpu.id)), block=False)
+            )
+        wait_until(lambda: lib.rcu_holdout(m) == reader_cpu(crew), "the grace period waits for the reader")
+    kill(thread)
+    lib.cpu_notify(m, thread.cpu.id, lib.ATTENTION_MESSAGE)
+    assert crew.stopped.wait(5)
+    assert crew.join() == []
+    assert [(death.who, death.cause.split(":")[0]) for death in crew.deaths] == [("rcu", "Killed")]
+    for future in waiting:
+        with pytest.raises((MachineStopped, pykka.ActorDeadError)):
+            future.get(timeout=5)
+    assert lib.rcu_pending(m) == (0 if when == "idle" else 1), "freeing the machine runs it"
+
+
+def read_until(reader: pykka.ActorRef[Doer], m: Any, go: threading.Event) -> None:
+    """The actor is inside an RCU read section from now on, until then or until the machine stops."""
+    inside = threading.Event()
+
+    def read(actor: Doer) -> None:
+        rcu_enter(actor.cpu)
+        inside.set()
+        while not go.wait(0.01) and not lib.machine_stopping(m):
+            pass
+        lib.rcu_read_unlock(m, actor.cpu.id)
+
+    reader.tell(read)
+    assert inside.wait(5)
+
+
+def reader_cpu(crew: Crew) -> int:
+    return crew.machine.pcpus
+
+
+def test_a_message_to_the_rcu_thread_does_no_harm(crew: Crew) -> None:
+    """It leaves its grace period and begins another: callbacks run once, in order, after the reader left."""
+    machine = crew.machine
+    reader, updater = start(crew, 0), start(crew, 1)
+    RcuThread.start(crew, machine.cpus[machine.pcpus + 3])
+    m, thread = machine.m, crew.actors[-1]
+    go = threading.Event()
+    read_until(reader, m, go)
+    for _ in range(3):
+        updater.ask(lambda actor: actor.cpu.check(lib.call_rcu(m, actor.cpu.id, lib.RCU_NOTHING, 0)))
+        wait_until(lambda: lib.rcu_holdout(m) == reader_cpu(crew), "the grace period waits for the reader")
+        lib.cpu_notify(m, thread.cpu.id, lib.ATTENTION_MESSAGE)
+        wait_until(lambda: not lib.cpu_attention(m, thread.cpu.id) & lib.ATTENTION_MESSAGE, "it was seen")
+    assert lib.rcu_pending(m) == 3
+    go.set()
+    updater.ask(lambda actor: actor.cpu.check(lib.rcu_barrier(m, actor.cpu.id)))
+    assert lib.rcu_pending(m) == 0
+    assert lib.counter_sum(m, lib.COUNT_RCU_INVOKED) == 3
+
+
+def test_dies_inside_srcu(crew: Crew) -> None:
+    """Nothing ends the dead reader's section; the machine's stop ends the wait for it."""
+    machine = crew.machine
+    assert lib.vm_create(machine.m, 64) == 0
+    reader, updater = start(crew, 0), start(crew, 1)
+    inside, go = threading.Event(), threading.Event()
+
+    def read(actor: Doer) -> None:
+        assert lib.srcu_read_lock(actor.cpu.m, actor.cpu.id, 0) >= 0
+        inside.set()
+        go.wait(5)
+        die(actor)
+
+    reader.tell(read)
+    inside.wait(5)
+    waiting = updater.ask(
+        lambda actor: actor.cpu.check(lib.synchronize_srcu(actor.cpu.m, actor.cpu.id, 0)), block=False
+    )
+    wait_until(lambda: lib.cpu_power(machine.m, machine.pcpus + 1) == lib.CPU_HALTED, "the updater waits")
+    go.set()
+    began = time.monotonic()
+    with pytest.raises((MachineStopped, pykka.ActorDeadError)):
+        waiting.get(timeout=5)
+    assert crew.join() == []
+    assert time.monotonic() - began < 1
+    assert [death.who for death in crew.deaths] == ["doer0"]
+
+
 def broadcast_for_ever(actor: Doer) -> None:
     cpu = actor.cpu
     # A broadcast that finds nobody has nothing to wait for and does not see the stop.
