@@ -260,8 +260,8 @@ class Scenario(Section):
     def scaled(self, pcpus: int) -> Self:
         """The same host with more or fewer pCPUs, and as many more or fewer of the VMs that grow with it.
 
-        Rates stay what they are: they are the machine's, and what drives them are a few threads.  Idle guests of
-        more than `_BUSY_PCPUS` wake up as much less often, or a core or two could not run them.
+        Rates stay what they are: they are the machine's, and what drives them are a few threads.  Idle guests
+        on many pCPUs wake up less often, or a core or two could not run them.
         """
         fixed = sum(vm.count * vm.vcpus for vm in self.vm if vm.placement == "own" and not vm.grows)
         growing = self.own_pcpus - fixed
