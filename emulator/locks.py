@@ -52,6 +52,7 @@ class _Waitable:
             except IndexError:
                 break
             lib.cpu_wake(cpu.m, waiter)
+        cpu.point("unlock", self, "write")
 
 
 class _SpinLockHeld:

@@ -19,8 +19,9 @@ Mode = Literal["read", "write"]
 # What an installed hook is called with at an ordering point: who, kind of object, which one, access.
 Hook = Callable[["Cpu", str, object, Mode], None]
 
+# How long cpu_relax() naps.
+RELAX_MICROSECONDS: Final = 50
 # Cpu.mmu_lock_held
-_RELAX_MICROSECONDS: Final = 50
 READ: Final = 1
 WRITE: Final = 2
 # Neighbours that one fault maps at most (see emulator.kvm.page_fault): the length of the scratch arrays.
@@ -227,7 +228,7 @@ def cpu_relax(cpu: Cpu) -> None:
 
     A few microseconds' nap that serves calls; real CPUs get by with `pause`.
     """
-    cpu.check(lib.cpu_wait_event(cpu.m, cpu.id, lib.cpu_event(cpu.m, cpu.id), _RELAX_MICROSECONDS))
+    cpu.check(lib.cpu_wait_event(cpu.m, cpu.id, lib.cpu_event(cpu.m, cpu.id), RELAX_MICROSECONDS))
 
 
 def wait_until(cpu: Cpu, condition: Callable[[], bool], what: str) -> None:

@@ -236,6 +236,27 @@ uint32_t frames_total(struct machine *m, uint32_t kind)
 }
 
 /* Lowest frame on top, so that a small machine touches little memory. */
+static void pool_order(struct frame_pool *p, uint32_t kind)
+{
+	for (uint32_t i = 0; i < p->total; i++)
+		p->stack[i] = p->first + (p->total - 1 - i) * frames_of(kind);
+}
+
+uint64_t frames_order(struct machine *m)
+{
+	uint64_t used = 0;
+
+	for (uint32_t kind = 0; kind < FRAME_KINDS; kind++) {
+		struct frame_pool *p = &m->frames->pool[kind];
+
+		if (frames_in_use(m, kind))
+			used += frames_in_use(m, kind);
+		else
+			pool_order(p, kind);
+	}
+	return used;
+}
+
 static bool pool_create(struct frame_pool *p, uint32_t kind, uint32_t first, uint32_t total)
 {
 	p->first = first;
@@ -243,8 +264,7 @@ static bool pool_create(struct frame_pool *p, uint32_t kind, uint32_t first, uin
 	p->stack = malloc((total + 1ul) * sizeof(*p->stack));
 	if (!p->stack)
 		return false;
-	for (uint32_t i = 0; i < total; i++)
-		p->stack[i] = first + (total - 1 - i) * frames_of(kind);
+	pool_order(p, kind);
 	atomic_init(&p->free, total);
 	return true;
 }

@@ -36,6 +36,9 @@ uint32_t frame_life_of(struct machine *m, uint32_t hfn);
 /* Of FRAME_BLOCK these count blocks: a block counts whole as long as one of its frames is in use. */
 uint32_t frames_in_use(struct machine *m, uint32_t kind);
 uint32_t frames_total(struct machine *m, uint32_t kind);
+/* While nobody runs: hand the frames of all kinds of which none is in use out in the same order as in a new machine.
+ * Returns how many are in use. */
+uint64_t frames_order(struct machine *m);
 /* One 64-bit word of a frame, as a guest or user space sees it. */
 uint64_t frame_read(struct machine *m, uint32_t hfn, uint32_t word);
 void frame_write(struct machine *m, uint32_t hfn, uint32_t word, uint64_t value);

@@ -14,7 +14,7 @@ from emulator.explore.objects import Objects
 from emulator.explore.scheduler import Execution
 from emulator.locks import SpinLock
 from emulator.runtime import Cpu, Machine, MachineMisuse, Mode
-from native import VIOLATION_KINDS, ffi, lib
+from native import ffi, lib
 
 # Points of KVM's code whose access is a native call right behind them, which is a step itself.
 _COVERED = frozenset(
@@ -96,7 +96,7 @@ class Control:
         self.srcu: dict[int, Readers] = {}
         self.queued: set[int] = set()  # pCPUs to which an interrupt is on its way
         self.callbacks_run = 0
-        self.known: tuple[str, ...] = self.violations()
+        self.known = self.violations()  # of earlier executions
 
     def bit(self, *name: Hashable) -> int:
         return self.objects.bit(name)
@@ -214,10 +214,10 @@ class Control:
     def vm_of(self, vcpu: int) -> int:
         return self.vm_of_vcpu.get(vcpu, 0)
 
-    def violations(self) -> tuple[str, ...]:
-        """Kinds of those that the oracle has reported."""
+    def violations(self) -> list[int]:
+        """How many of each kind the oracle has reported."""
         lib.oracle_counts(self.machine.m, self._violations)
-        return tuple(kind for kind, n in zip(VIOLATION_KINDS, self._violations, strict=True) if n)
+        return list(self._violations)
 
     def judge(self) -> None:
         """After an access: one violation is enough."""

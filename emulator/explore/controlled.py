@@ -17,7 +17,7 @@ from typing import Any, Final
 from emulator.explore.control import Control, RwLock
 from emulator.explore.footprints import FOOTPRINTS, LOCAL, Footprint
 from emulator.explore.scheduler import Execution
-from emulator.runtime import MachineMisuse
+from emulator.runtime import RELAX_MICROSECONDS, MachineMisuse
 from native import lib
 
 _FLAGS = ("GUEST_OP_NOFLUSH", "GUEST_OP_READ_ONLY", "GUEST_OP_GLOBAL", "GUEST_OP_HUGE")
@@ -410,10 +410,12 @@ class ControlledLib:
             if not microseconds:
                 raise MachineMisuse("a wait that nobody can end: no execution runs")
             return 0
-        if microseconds:
-            # A nap: whoever takes it will look again.
+        if microseconds == RELAX_MICROSECONDS:
+            # Whoever relaxes will look again.
             execution.await_change(("cpu_relax", cpu, "read"), "a change")
             return 0
+        if microseconds:
+            return 0  # a nap: it ends by itself, and others may go on at any time anyway
         execution.step(
             ("event", cpu, "read"),
             self.control.bit("event", cpu),

@@ -99,12 +99,19 @@ class Wait:
 
 class Execution:
     """One run of a program's tasks.  After `run`: `failure` (an exception of a task), `pruned` (the strategy
-    gave up), `too_long`, `deadlock` (who waits), `stopped` (somebody called `stop`)."""
+    gave up), `too_long`, `deadlock` (who waits), `stopped` (somebody called `stop`).
+
+    When the strategy gives up or somebody stops it, the tasks still go on to their ends, in whichever order,
+    unrecorded (`draining`): so the next execution finds nothing half done.
+    """
 
     __slots__ = (
         "aborting",
+        "crashed",
         "current",
         "deadlock",
+        "drained",
+        "draining",
         "failure",
         "hub",
         "last",
@@ -133,6 +140,9 @@ class Execution:
         self.length = 0
         self.starting = True
         self.aborting = False
+        self.draining = False
+        self.drained = 0
+        self.crashed = False
         self.stopped = False
         self.pruned = False
         self.too_long = False
@@ -229,8 +239,8 @@ class Execution:
             except Abandoned:
                 return
             except BaseException as error:
-                task.done = True
-                if self.failure is None:
+                task.done = self.crashed = True
+                if self.failure is None and not self.draining:
                     self.failure = error
                 self.next = None
                 return
@@ -242,9 +252,14 @@ class Execution:
         return body
 
     def _ended(self, task: Task) -> None:
+        if self.draining:
+            self.drained += 1
+            for other in self.tasks:
+                if other.watch & task.writes and other is not task:
+                    other.changed = True
+            return
         task.steps += 1
         self.length += 1
-        self.last = task.index
         writes = task.writes
         task.watch |= task.reads
         for other in self.tasks:
@@ -256,14 +271,16 @@ class Execution:
 
     def _choose(self) -> Task | None:
         if self.stopped:
-            return None
-        if self.length >= self.limit:
-            self.too_long = True
+            self.draining = True
+        if self.length >= self.limit or self.drained >= self.limit:
+            self.too_long = self.length >= self.limit
             return None
         enabled = 0
         for task in self.tasks:
             if not task.done and (task.condition is None or task.condition()):
                 enabled |= 1 << task.index
+        if not enabled and self.draining:
+            return None
         if not enabled:
             self.deadlock = tuple(
                 Wait(task.name, task.label, task.waits_for)
@@ -271,16 +288,28 @@ class Execution:
                 if not task.done and not task.daemon
             )
             return None
-        index = self.strategy.choose(enabled, self.last)
+        index = -1 if self.draining else self.strategy.choose(enabled, self.last)
         if index < 0:
-            self.pruned = True
-            return None
+            self.pruned |= not self.draining
+            self.draining = True
+            index = self._any(enabled)
+        self.last = index
         task = self.tasks[index]
         if not enabled >> index & 1:
             raise Divergence(f"step {self.length}: {task.name} cannot go on, but it could then")
         task.condition = None
         self.current = task
         return task
+
+    def _any(self, enabled: int) -> int:
+        """Whoever went last, if possible."""
+        last = self.last
+        return last if last >= 0 and enabled >> last & 1 else (enabled & -enabled).bit_length() - 1
+
+    @property
+    def clean(self) -> bool:
+        """All tasks came to their ends: nothing is held, nobody is in the middle of anything."""
+        return not self.crashed and all(task.done or task.daemon for task in self.tasks)
 
     def _abandon(self) -> None:
         """Unwind whoever is not finished."""

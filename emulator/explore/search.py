@@ -21,8 +21,8 @@ class Program(Protocol):
     def finish(self, execution: Execution) -> str:
         """What this execution came to; a short text, "" for nothing worth mentioning."""
 
-    def abandon(self) -> None:
-        """... or it was not finished: the strategy has seen enough."""
+    def abandon(self, execution: Execution) -> None:
+        """... or nothing: it was pruned, or a task has failed."""
 
 
 @dataclass(slots=True)
@@ -68,16 +68,17 @@ def search(
     strategy: Exhaustive | Sampler,
     limits: Limits,
     bad: Callable[[str], bool],
+    stop: Callable[[], bool] = lambda: False,
 ) -> Found:
     """Until the strategy is through, or a limit is reached, or something bad was found."""
     found = Found(bound=strategy.bound)
     more = True
     while more:
-        if limits.executions and found.executions >= limits.executions:
+        if stop() or (limits.executions and found.executions >= limits.executions):
             return found
         execution = run_once(program, objects, strategy, limits)
         if execution.failure is not None:
-            program.abandon()
+            program.abandon(execution)
             raise execution.failure
         _count(found, execution, program)
         if found.schedule is None and bad(found.outcome):
@@ -95,7 +96,7 @@ def _count(found: Found, execution: Execution, program: Program) -> None:
     if execution.pruned:
         found.pruned += 1
         found.outcome = ""
-        program.abandon()
+        program.abandon(execution)
         return
     found.executions += 1
     found.too_long += execution.too_long

@@ -9,7 +9,7 @@ from emulator.litmus.model import LitmusTest
 from emulator.litmus.world import World, machine_config
 from emulator.policy import Policy
 from emulator.runtime import Cpu, Machine
-from native import lib
+from native import VIOLATION_KINDS, lib
 
 DEADLOCK = "deadlock"
 
@@ -42,14 +42,28 @@ class LitmusProgram:
         self.policy = policy
         self.objects = Objects()
         self.machine = Machine(machine_config(test, 0))
+        self.control = Control(self.machine, self.objects)
+        self._build_world()
+
+    def _build_world(self) -> None:
         for cpu in self.machine.cpus[self.machine.pcpus :]:
             lib.cpu_online(self.machine.m, cpu.id)
-        self.control = Control(self.machine, self.objects)
-        self.world = ExploredWorld(test, policy, self.machine)
+        self.world = ExploredWorld(self.test, self.policy, self.machine)
         self.world.control = self.control
+
+    def _rebuild(self) -> None:
+        """Somebody was left in the middle of something."""
+        self.machine.destroy()
+        self.machine = self.control.machine = Machine(machine_config(self.test, 0))
+        self.machine.install(self.control.point)
+        self._build_world()
 
     def start(self, execution: Execution) -> None:
         control, world = self.control, self.world
+        world.teardown()
+        if lib.frames_order(self.machine.m):
+            raise AssertionError("an execution has left frames behind")
+        self.machine.vmx_vpids.sort(reverse=True)
         world.reset()
         world.run_init()
         control.run_callbacks()
@@ -69,17 +83,26 @@ class LitmusProgram:
     def finish(self, execution: Execution) -> str:
         control = self.control
         self._leave_pcpus()
-        if execution.deadlock:
+        if not execution.clean:
+            self._rebuild()
+            if not execution.deadlock:
+                return ""
             return f"{DEADLOCK}: " + ", ".join(
                 f"{wait.task} waits for {wait.waits_for}" for wait in execution.deadlock
             )
-        if not execution.stopped and not execution.too_long:
+        if not execution.stopped:
             self.world.run_final()
-        return ", ".join(kind for kind in control.violations() if kind not in control.known)
+        return ", ".join(
+            kind
+            for kind, n, before in zip(VIOLATION_KINDS, control.violations(), control.known, strict=True)
+            if n > before
+        )
 
-    def abandon(self) -> None:
-        """The execution is not worth finishing."""
+    def abandon(self, execution: Execution) -> None:
+        """The execution was not finished: it is like another one, or a task has failed."""
         self._leave_pcpus()
+        if not execution.clean:
+            self._rebuild()
 
     def _take_pcpus(self) -> None:
         """All pCPUs run, whether somebody plays them or not; interrupts arrive when the scheduler says so."""

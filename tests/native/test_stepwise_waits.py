@@ -78,3 +78,15 @@ def test_a_grace_period_waits_for_readers_of_before(machine: Machine) -> None:
     assert lib.frames_in_use(m, lib.FRAME_TABLE) == 0
     assert lib.rcu_gp_end(m, rcu) == 0
     lib.rcu_read_unlock(m, 0)
+
+
+def test_frames_come_in_the_order_of_a_new_machine_again(machine: Machine) -> None:
+    m = machine.m
+    frames = [lib.frame_alloc(m, 0, lib.FRAME_TABLE) for _ in range(3)]
+    for hfn in frames:
+        lib.frame_free(m, 0, hfn)
+    assert lib.frame_alloc(m, 0, lib.FRAME_TABLE) == frames[2]
+    assert lib.frames_order(m) == 1
+    lib.frame_free(m, 0, frames[2])
+    assert lib.frames_order(m) == 0
+    assert [lib.frame_alloc(m, 0, lib.FRAME_TABLE) for _ in range(3)] == frames

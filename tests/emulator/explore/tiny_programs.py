@@ -30,7 +30,7 @@ class Tiny:
         held = "deadlock " + ",".join(wait.task for wait in execution.deadlock) if execution.deadlock else ""
         return f"{sorted(self.shared.items())} {self.registers} {held}"
 
-    def abandon(self) -> None:
+    def abandon(self, execution: Execution) -> None:
         pass
 
     def _body(self, execution: Execution, i: int) -> Callable[[], None]:
