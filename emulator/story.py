@@ -21,18 +21,6 @@ _ACCESSES = ("read", "write", "execute")
 _SIZES = ("4K", "2M", "1G")
 _MAPPINGS = ("linear", "guest-physical", "combined")
 
-# The decision behind a flush, by the flush's reason.
-DECISIONS = {
-    "remote_zap": "zap_yield",
-    "remote_notifier": "notifier_flush",
-    "remote_protect": "write_protect",
-    "remote_replace": "map_replace",
-    "remote_recover": "huge_recovery",
-    "migration": "migration",
-    "root_load": "root_load",
-}
-
-
 _CULPRITS = {
     ELIDED: "elided",
     LATE: "too late",
@@ -157,7 +145,7 @@ def _flush_text(r: Any, plot: Plot, names: dict[int, str]) -> list[str]:
         lines.append(f"  flushed since: {', '.join(flushed)}")
     culprit = plot.culprit
     if culprit is not None:
-        decision = DECISIONS.get(culprit.event.reason, "") if culprit.part == ELIDED else ""
+        decision = plot.decision(culprit) if culprit.part == ELIDED else ""
         asked = f" (decision {decision})" if decision else ""
         what = phrases(culprit, plot.facts)[0]
         where = _name(names, culprit.cpu)

@@ -130,7 +130,11 @@ static void tell(struct telling *t, const struct event *e)
 static void tell_entry(struct telling *t, const struct violation_report *r, const struct event *e)
 {
 	int32_t before_fill = (int32_t)((uint32_t)r->entry.clock - e->more);
+	/* The clock stands still while the guest faults: what was promised later cannot be older than the entry. */
+	bool promised = r->promise_time && !(r->kinds & 1u << VIOLATION_GUEST_STALE) && e->time > r->promise_time;
 
+	if (promised)
+		before_fill = -1;
 	if (!of_vcpus(r, e->a))
 		return;
 	if (e->kind == EVENT_EXIT) {

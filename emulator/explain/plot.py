@@ -26,6 +26,16 @@ CULPRITS = (ELIDED, LATE, NARROW, MISSED)
 
 _WRITE_PROMISES = ("dirty_log", "notifier_write")
 _WITHOUT_ENTRY = {"lost-dirty", "ipi-stall", "rcu-stall", "deadlock"}
+# The decision behind a flush, by the flush's reason.
+_DECISIONS = {
+    "remote_zap": "zap",
+    "remote_notifier": "notifier_flush",
+    "remote_protect": "write_protect",
+    "remote_replace": "map_replace",
+    "remote_recover": "huge_recovery",
+    "migration": "migration",
+    "root_load": "root_load",
+}
 # KVM promised nothing: the guest did, or nobody.
 _NO_PROMISE = {"guest-stale", "foreign-root"}
 _ACCESS_VERBS = {"read": "reads", "write": "writes", "execute": "executes"}
@@ -111,8 +121,8 @@ class Plot:
         self._parts: dict[int, str] = {}
         # A request that needed no interrupt.
         self._asked: int | None = None
-        self._start = self._fill()
         self._promised = self._last(self._is_promise) if facts.kind not in _NO_PROMISE else None
+        self._start = self._fill()
         self._revoked = self._revocation()
         # From here on the entry should not have been used: the best that is known.
         self._stale = self._revoked if self._revoked is not None else self._promised
@@ -129,6 +139,14 @@ class Plot:
     def culprit(self) -> Moment | None:
         """The flush that did not do it, if it is known."""
         return next((moment for moment in self.moments if moment.part in CULPRITS), None)
+
+    def decision(self, moment: Moment) -> str:
+        """The decision point behind a flush that was elided; "" if it is not known."""
+        following = (e for e in self.events if e.cpu == moment.cpu and e.time > moment.time)
+        after = next(following, None)
+        if after is not None and after.kind == "yield" and not after.b:
+            return "zap_yield"
+        return _DECISIONS.get(moment.event.reason, "")
 
     @property
     def revoked_on(self) -> int:
@@ -192,7 +210,11 @@ class Plot:
             age = (facts.clock - e.more) & 0xFFFFFFFF
             return e.kind == "entry" and e.cpu == facts.pcpu and e.a == facts.filled_by and age < 1 << 31
 
-        return self._last(before_fill) if facts.clock >= 0 else None
+        if facts.clock < 0:
+            return None
+        # The clock stands still while the guest faults: the promise came later, whatever it says.
+        before_promise = self._last(before_fill, before=self._promised)
+        return self._last(before_fill) if before_promise is None else before_promise
 
     def _revocation(self) -> int | None:
         facts = self.facts
@@ -423,5 +445,5 @@ _PHRASES: dict[str, Callable[[Event, Facts], list[str]]] = {
     "root_free": lambda e, f: [f"root {e.a:#x} is freed"],
     "guest_invalidate": lambda e, f: [f"v{e.a}: INVLPG page {e.b:#x}"],
     "unload": lambda e, f: [f"VMCLEAR v{e.a}"],
-    "yield": lambda e, f: ["zap yields mmu_lock", "flushed" if e.b else "not flushed"],
+    "yield": lambda e, f: ["yields mmu_lock", "flushed" if e.b else "not flushed"],
 }

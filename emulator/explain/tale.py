@@ -8,7 +8,6 @@ from typing import Any
 
 from emulator.explain.document import Case
 from emulator.explain.plot import ELIDED, FILL, LATE, MISSED, NARROW, PROMISE, REVOKE, USE, Moment, phrases
-from emulator.story import DECISIONS
 
 
 @dataclass(frozen=True, slots=True)
@@ -123,9 +122,11 @@ def _revoke(case: Case, moment: Moment) -> str:
 
 
 def _elided(case: Case, moment: Moment) -> str:
-    decision = DECISIONS.get(moment.event.reason, "")
-    answers = [a for a in case.report.get("unsafe_answers", ()) if a.startswith(f"{decision}=")]
-    return f"the flush that was elided ({answers[0] if answers else f'decision {decision}'})"
+    decision = case.plot.decision(moment)
+    answers = [str(answer) for answer in case.report.get("unsafe_answers", ())]
+    own = [answer for answer in answers if answer.startswith(f"{decision}=")]
+    why = own or answers[:1] or ([f"decision {decision}"] if decision else [])
+    return "the flush that was elided" + (f" ({why[0]})" if why else "")
 
 
 def _late(case: Case, moment: Moment) -> str:

@@ -163,6 +163,27 @@ def test_clocks_wrap_around() -> None:
     assert told(Plot(Facts.of_report(report), race.events))[0] == (FILL, 0, FILL)
 
 
+def test_the_clock_stands_still_while_the_guest_faults() -> None:
+    """The entry was filled before the promise, though the guest's clock was the same at every entry."""
+    race = Race().enter(0, 150).add("protect", KVM, GFN, 1, 1).elided(KVM, "remote_protect")
+    race.promise(KVM, "dirty_log").leave(0, 150, "ept_violation").enter(0, 150)
+    found = plot(race, promise="dirty-log", promise_cpu=KVM, access="write")
+    assert [part for _, _, part in told(found) if part] == [FILL, REVOKE, ELIDED, PROMISE, USE]
+
+
+def test_the_decision_behind_an_elided_flush() -> None:
+    def decision(race: Race) -> str:
+        found = plot(race)
+        assert found.culprit is not None
+        return found.decision(found.culprit)
+
+    before = Race().enter(0, 100).zap(HOST)
+    assert decision(before.elided(HOST, "remote_notifier").promise(HOST)) == "notifier_flush"
+    yielding = Race().enter(0, 100).zap(HOST).elided(HOST, "remote_notifier").add("yield", HOST, VM, 0)
+    assert decision(yielding.promise(HOST)) == "zap_yield"
+    assert decision(flushed_mask()) == "migration"
+
+
 def test_a_report_of_something_else_than_a_use() -> None:
     race = Race().add("protect", KVM, GFN, 1, 1).elided(KVM, "remote_protect").promise(KVM, "dirty_log")
     found = plot(race, kinds=("lost-dirty",), promise="dirty-log")
