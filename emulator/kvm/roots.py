@@ -13,7 +13,7 @@ from emulator.kvm.kvm_host import (
     PG_LEVEL_512G,
 )
 from emulator.kvm.requests import flush_elided, kvm_check_request, kvm_make_request
-from emulator.kvm.root_tracking import record_flush
+from emulator.kvm.root_tracking import record_flush, test_and_set_flushed
 from emulator.kvm.structs import Kvm, KvmMmu, KvmMmuPage, KvmMmuPageRole, Vcpu
 from emulator.kvm.tdp_roots import kvm_tdp_mmu_alloc_root, kvm_tdp_mmu_put_root
 from emulator.kvm.vmx import root_to_sp, vmx_flush_tlb_current, vmx_load_mmu_pgd
@@ -152,11 +152,13 @@ def kvm_mmu_load(cpu: Cpu, vcpu: Vcpu) -> None:
     mmu.root = kvm_tdp_mmu_alloc_root(cpu, kvm, mmu.root_role)
     vmx_load_mmu_pgd(cpu, vcpu, mmu.root)
     cpu.event(lib.EVENT_ROOT_LOAD, vcpu.id, mmu.root.hfn, vcpu.kvm.id)
-    if kvm.policy.root_load(cpu, vcpu, mmu.root) == "flush-current":
+    answer = kvm.policy.root_load(cpu, vcpu, mmu.root)
+    known = answer == "root-tlb-gen" and test_and_set_flushed(cpu, mmu.root, answer)
+    if answer == "none" or known:
+        flush_elided(cpu, kvm, lib.REASON_ROOT_LOAD, mmu.root.hfn)
+    else:
         record_flush(cpu, kvm, [mmu.root])
         vmx_flush_tlb_current(cpu, vcpu, lib.REASON_ROOT_LOAD)
-    else:
-        flush_elided(cpu, kvm, lib.REASON_ROOT_LOAD, mmu.root.hfn)
 
 
 def is_obsolete_root(root: KvmMmuPage) -> bool:

@@ -29,7 +29,7 @@ from emulator.policy import Policy
 from emulator.runtime import Machine
 from native import ffi
 
-# Answers to `migration` that look at what roots remember.
+# Answers that look at what roots remember.
 TRACKING = ("cpu-flushed-mask", "cpu-flushed-mask-cleared", "root-tlb-gen")
 
 
@@ -285,7 +285,9 @@ class Kvm:
         self.tdp_mmu_pages_lock = SpinLock("tdp_mmu_pages_lock")
         self.dirty_log_manual = 0
         self.tdp_mmu_zap_works: deque[KvmMmuPage] = deque()
-        self.tracks_roots = policy.may_answer("migration", TRACKING)
+        self.tracks_roots = any(
+            policy.may_answer(point, TRACKING) for point in ("migration", "root_load", "remote_flush")
+        )
         self.tracking_by_frame: dict[int, RootTracking] = {}  # only with mutant R4
         self.warned: set[str] = set()
         # pCPUs on which a vCPU was ever loaded, for remote_kick and root_alloc=vm-pcpu-mask.

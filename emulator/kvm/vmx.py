@@ -91,6 +91,15 @@ def vmx_flush_tlb_roots(cpu: Cpu, vcpu: Vcpu, reason: int) -> None:
         vmx_flush_tlb_ept_root(cpu, vcpu.kvm, root, reason)
 
 
+def vmx_flush_tlb_old_roots(cpu: Cpu, vcpu: Vcpu, reason: int) -> None:
+    """The same for those whose generation has moved on since this pCPU flushed them."""
+    for root in active_roots(vcpu):
+        if test_and_set_flushed(cpu, root, "root-tlb-gen"):
+            flush_elided(cpu, vcpu.kvm, reason, root.hfn)
+        else:
+            vmx_flush_tlb_ept_root(cpu, vcpu.kvm, root, reason)
+
+
 def vmx_flush_tlb_guest(cpu: Cpu, vcpu: Vcpu, reason: int) -> None:
     """vmx_flush_tlb_guest(): INVVPID single-context of the current VPID, never INVEPT.
 

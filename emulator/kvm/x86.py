@@ -43,6 +43,7 @@ from emulator.kvm.vmx import (
     vmx_flush_tlb_before_entry,
     vmx_flush_tlb_current,
     vmx_flush_tlb_guest,
+    vmx_flush_tlb_old_roots,
     vmx_flush_tlb_roots,
     vmx_load_mmu_pgd,
 )
@@ -54,6 +55,9 @@ _EXITS_PER_TICK: Final = 64
 # A slice, or what there is for the guest to do, is over.
 _SLICE_ENDS: Final = (lib.EXIT_PREEMPTION_TIMER, lib.EXIT_PROGRAM, lib.EXIT_PROGRAM_END)
 _ATTENTION_WORK: Final[int] = lib.ATTENTION_MESSAGE | lib.ATTENTION_RESCHED | lib.ATTENTION_STOP
+
+# Why a vCPU requests KVM_REQ_TLB_FLUSH of itself: it was moved, or its pCPU joins a mask.
+_LOCAL_REASONS: Final[int] = 1 << lib.REASON_MIGRATION | 1 << lib.REASON_OTHER
 
 # The core keeps the pointer: where interrupts were disabled.
 _ENTER: Final = ffi.new("char[]", b"vcpu_enter_guest")
@@ -67,14 +71,17 @@ Entered = tuple[Cpu, ExitToUser | None]
 def kvm_vcpu_flush_tlb_all(cpu: Cpu, vcpu: Vcpu) -> None:
     """kvm_vcpu_flush_tlb_all(): KVM_REQ_TLB_FLUSH, by whomever and however often it was made.
 
-    Decision remote_flush.  It covers KVM_REQ_TLB_FLUSH_CURRENT, but not _GUEST.
+    Decision remote_flush.  It covers KVM_REQ_TLB_FLUSH_CURRENT, but not _GUEST.  Generations say nothing
+    about what the vCPU asked of itself.
     """
     kvm = vcpu.kvm
     reasons: int = lib.vcpu_take_flush_reasons(cpu.m, vcpu.id)
     reason = (reasons & -reasons).bit_length() - 1 if reasons else lib.REASON_OTHER
     cpu.stat(kvm.id, lib.STAT_TLB_FLUSH)
     answer = kvm.policy.remote_flush(cpu, vcpu)
-    if answer == "current-context":
+    if answer == "root-tlb-gen" and not reasons & _LOCAL_REASONS:
+        vmx_flush_tlb_old_roots(cpu, vcpu, reason)
+    elif answer == "current-context":
         record_flush(cpu, kvm, [root for root in mmu_roots(vcpu.mmu) if root is vcpu.mmu.root])
         vmx_flush_tlb_current(cpu, vcpu, reason)
     else:

@@ -46,6 +46,10 @@ POINTS: tuple[DecisionPoint, ...] = (
             Alternative("all-contexts", "INVEPT global: every EPTP, every VM on the pCPU"),
             Alternative("active-roots", "INVEPT single on the vCPU's current and previous roots"),
             Alternative(
+                "root-tlb-gen",
+                "... on those whose generation moved on since this pCPU flushed them, maybe for another vCPU",
+            ),
+            Alternative(
                 "current-context",
                 "INVEPT single on the current root only, as to 5.6; wrong as soon as a vCPU can go back to a "
                 "root that it used before without a flush (SMM, nested guests)",
@@ -82,6 +86,11 @@ POINTS: tuple[DecisionPoint, ...] = (
         "a root becomes current through kvm_mmu_load",
         (
             Alternative("flush-current", "INVEPT single on it: its page may have been a root before"),
+            Alternative(
+                "root-tlb-gen",
+                "... unless this pCPU has flushed it since its generation moved on; wrong with "
+                "role_change=unload-all, where the guest relies on this flush",
+            ),
             Alternative(
                 "none",
                 "nothing: entries of its page's earlier life as a root come back, unless its allocation "

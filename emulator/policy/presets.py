@@ -27,7 +27,7 @@ _LINUX_5_14 = {
 }
 _LINUX_5_18 = {"root_put": "async", "zap_root": "1g-root", "huge_recovery": "zap-each"}
 _BATCH_LIST = {"zap": "disconnected-list"}
-_TRACKING = {"migration_vpid": "invvpid", "remote_flush": "active-roots"}
+_GENERATIONS = dict.fromkeys(("remote_flush", "root_load", "migration"), "root-tlb-gen")
 
 PRESETS: dict[str, Policy] = {
     policy.name: policy
@@ -54,8 +54,13 @@ PRESETS: dict[str, Policy] = {
         ),
         Policy(name="lkml-2025-active-roots", migration="active-roots"),
         Policy(name="lkml-2025-cpu-flushed-mask", migration="cpu-flushed-mask"),
-        Policy(name="cpu-flushed-mask-cleared", **_TRACKING, migration="cpu-flushed-mask-cleared"),
-        Policy(name="root-tlb-gen", **_TRACKING, migration="root-tlb-gen"),
+        Policy(
+            name="cpu-flushed-mask-cleared",
+            remote_flush="active-roots",
+            migration="cpu-flushed-mask-cleared",
+            migration_vpid="invvpid",
+        ),
+        Policy(name="root-tlb-gen", **_GENERATIONS, migration_vpid="invvpid"),
     )
 }
 
@@ -80,8 +85,8 @@ PRESET_DOCS = {
         "the sketch repaired: a remote flush clears the masks before its requests, a migration does INVVPID"
     ),
     "root-tlb-gen": (
-        "a generation per root, moved on by each remote flush, compared on each pCPU before the guest is "
-        "entered; a migration does INVVPID"
+        "a generation per root, moved on by each remote flush, compared with the pCPU's where roots are flushed "
+        "today and once more before the guest is entered; a migration does INVVPID"
     ),
 }
 

@@ -244,6 +244,13 @@ def test_what_only_costs_is_not_caught(rig: Rig, name: str, scenario: Scenario) 
     assert scenario(rig, preset(f"mutant:{name}")) == set()
 
 
+def test_to_5_17_the_guest_relied_on_the_flush_at_load(rig: Rig) -> None:
+    """So a load that flushes only old roots needs the separate flushes of 5.18."""
+    policy = preset("root-tlb-gen")
+    assert paging_off_and_on(rig, policy) == set()
+    assert "guest-stale" in paging_off_and_on(rig, policy.with_settings({"role_change": "unload-all"}))
+
+
 @pytest.mark.parametrize("answer", ["keep-roots", "unload-all"])
 def test_other_ways_to_change_roles_flush_for_the_guest(rig: Rig, answer: str) -> None:
     assert paging_off_and_on(rig, Policy().with_settings({"role_change": answer})) == set()

@@ -280,8 +280,9 @@ def test_one_context_is_enough_while_a_vcpu_has_one_root(rig: Rig) -> None:
     assert zapped_in_smm(rig, preset("lkml-2021-single-context")) == set()
 
 
-def test_a_look_before_entry_makes_the_flush_at_load_superfluous(rig: Rig) -> None:
-    policy = preset("root-tlb-gen").with_settings({"root_load": "none"})
+@pytest.mark.parametrize("answer", ["flush-current", "root-tlb-gen", "none"])
+def test_a_look_before_entry_makes_the_flush_at_load_superfluous(rig: Rig, answer: str) -> None:
+    policy = preset("root-tlb-gen").with_settings({"root_load": answer})
     assert root_page_has_a_new_life(rig, policy) == set()
     assert zapped_in_smm_while_away(rig, policy) == set()
 
@@ -359,6 +360,52 @@ def test_a_second_vcpu_profits_from_the_flush_of_the_first(rig: Rig) -> None:
     before = scopes(rig)
     second.read(0, 5)
     assert scopes(rig)["invept_single"] == before["invept_single"]
+
+
+@pytest.mark.parametrize(
+    ("policy", "answers", "flushed"),
+    [("root-tlb-gen", {}, 1), ("root-tlb-gen", {"remote_flush": "active-roots"}, 2)],
+)
+def test_vcpus_on_one_pcpu_serve_a_remote_flush_once(
+    rig: Rig, policy: str, answers: dict[str, str], flushed: int
+) -> None:
+    kvm = rig.vm(preset(policy).with_settings(answers) if answers else preset(policy))
+    guests = rig.guest(kvm), rig.guest(kvm)
+    for guest in guests:
+        guest.read(0, 5)
+        guest.read(0, 70)
+    before = scopes(rig)
+    rig.unmap(kvm, 0, 64)
+    for guest in guests:
+        guest.read(0, 70)
+    assert scopes(rig)["invept_single"] - before["invept_single"] == flushed
+    for guest in guests:
+        guest.read(0, 5)
+    assert rig.violations() == {}
+
+
+def test_a_root_that_is_loaded_again_is_not_flushed_again(rig: Rig) -> None:
+    kvm = rig.vm(preset("root-tlb-gen"))
+    rig.smm_slots(kvm)
+    guest = rig.guest(kvm)
+    for _ in range(2):
+        guest.write(0, 5)
+        guest.enter_smm(0, 70)
+    guest.write(0, 5)
+    before = scopes(rig)
+    with rig.counting(kvm) as counts:
+        guest.enter_smm(0, 70)
+        guest.write(0, 5)
+    assert counts["mmu_load"] == 2
+    assert scopes(rig)["invept_single"] == before["invept_single"]
+    assert rig.violations() == {}
+
+
+def test_a_flush_that_a_vcpu_asks_of_itself_is_no_remote_one(rig: Rig) -> None:
+    """With migration=all-contexts it is owed for what the guest invalidated, too."""
+    policy = Policy().with_settings({"remote_flush": "root-tlb-gen"})
+    assert guest_invalidates_elsewhere(rig, policy) == set()
+    assert zapped_while_away(rig, policy) == set()
 
 
 def test_elided_flushes_are_counted(rig: Rig) -> None:
