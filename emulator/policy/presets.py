@@ -85,8 +85,8 @@ PRESET_DOCS = {
         "the sketch repaired: a remote flush clears the masks before its requests, a migration does INVVPID"
     ),
     "root-tlb-gen": (
-        "a generation per root, moved on by each remote flush, compared with the pCPU's where roots are flushed "
-        "today and once more before the guest is entered; a migration does INVVPID"
+        "a generation per root, moved on by each remote flush, compared with the pCPU's where roots are "
+        "flushed today, and once more before the guest is entered; a migration does INVVPID"
     ),
 }
 
