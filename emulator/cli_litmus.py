@@ -23,8 +23,8 @@ LITMUS_HELP = (
     "they come from; `flushlab list litmus --ops` explains the file and its operations.\n\n"
     "Verdicts: safe (no violation, and the danger was there), violations (by kind), inconclusive (no "
     "violation, and nothing that could have led to one). The exit status is 1 if a verdict is not what the "
-    "test expects of a preset or of a policy that it names; where nothing is expected (a policy of your own), "
-    "if there are violations."
+    "test expects of a preset or of a policy that it names; where nothing is expected (a policy of your "
+    "own), if there are violations."
 )
 EXAMPLES = """\
 All tests under all presets, in about a minute:

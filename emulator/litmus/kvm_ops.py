@@ -255,11 +255,12 @@ class Rcu(KvmOp):
 
 class Linger(KvmOp):
     verb = "linger"
-    doc = "give the others time; `explore` gives it them anyway"
+    doc = "give the others time, TIMES as long; `explore` gives it them anyway"
+    args = (Arg("times", "count", 1),)
 
     def run(self, context: Context) -> None:
-        cpu = context.cpu
-        cpu.check(lib.cpu_wait_event(cpu.m, cpu.id, lib.cpu_event(cpu.m, cpu.id), _LINGER_MICROSECONDS))
+        cpu, microseconds = context.cpu, self.number("times") * _LINGER_MICROSECONDS
+        cpu.check(lib.cpu_wait_event(cpu.m, cpu.id, lib.cpu_event(cpu.m, cpu.id), microseconds))
 
 
 KVM_OPS: tuple[type[Op], ...] = (

@@ -153,8 +153,8 @@ class StressSection(Section):
 
 
 class Delay(Section):
-    """Linger at a point of KVM's code: thread, kind of object, access ("" for any), at most so long (0: as long
-    as usual)."""
+    """Linger at a point of KVM's code: thread, kind of object, access ("" for any), at most how long (0: as
+    long as usual)."""
 
     thread: str
     point: str

@@ -34,6 +34,18 @@ class Outcome:
     # Of the first execution with a violation, one of each kind: what `flushlab explain` draws.
     reports: tuple[Report, ...] = ()
 
+    def add(self, other: Outcome) -> None:
+        """More executions of the same."""
+        self.executions += other.executions
+        self.violating += other.violating
+        self.seconds += other.seconds
+        for mine, theirs in ((self.kinds, other.kinds), (self.evidence, other.evidence)):
+            for name, n in theirs.items():
+                mine[name] = mine.get(name, 0) + n
+        if self.first is None:
+            self.first, self.reports = other.first, other.reports
+        self.failure = self.failure or other.failure
+
     def verdict(self, test: LitmusTest) -> str:
         if self.failure:
             return FAILED

@@ -1,0 +1,202 @@
+"""Verdicts on real threads: what is unsound is caught by its test, what is sound is not."""
+
+from __future__ import annotations
+
+import json
+import os
+from pathlib import Path
+
+import pytest
+
+from emulator.cli import main
+from emulator.errors import BadInput
+from emulator.litmus.loader import load_test, parse_test, shipped_tests
+from emulator.litmus.policies import expected_of, named_policy, policies_for
+from emulator.litmus.runner import run_test, running
+from emulator.litmus.suite import Task, run_task
+from emulator.litmus.verdict import Outcome, differs, proven
+from emulator.policy import PRESETS, Policy
+
+# For the long run of all tests: executions per test and policy.
+ITERATIONS = int(os.environ.get("FLUSHLAB_LITMUS_ITERATIONS", "4"))
+
+# Caught every time: what is wrong needs no luck.
+CERTAIN = [
+    ("away-zap", "migration=none", "use-after-free"),
+    ("return-zap", "lkml-2025-cpu-flushed-mask", "use-after-free"),
+    ("guest-invlpg-away", "lkml-2025-on-each-cpu", "guest-stale"),
+    ("guest-mov-cr3-away", "mutant:R2", "guest-stale"),
+    ("remote-smm-twice", "mutant:B21", "use-after-free"),
+    ("root-recycled", "mutant:P9", "foreign-root"),
+    ("root-recycled-other-vm", "root_load=none,migration=none", "cross-vm"),
+    ("preempted-after-flush", "migration=none", "use-after-free"),
+    ("remote-one-root", "notifier_flush=none", "use-after-free"),
+    ("notifier-protect", "notifier_flush=none", "stale-after-revoke"),
+    ("zap-leafs-yield", "zap_yield=no-flush", "use-after-free"),
+    ("zap-root-order", "mutant:B1b", "use-after-free"),
+    ("log-arm", "write_protect=none", "stale-after-revoke"),
+    ("log-arm-aged", "mutant:B7", "stale-after-revoke"),
+    ("slot-delete-away", "slot_delete=zap-slot-leafs,migration=none", "use-after-free"),
+    ("smm-memory", "mutant:P31", "use-after-free"),
+    ("guest-paging-off", "mutant:P29", "guest-stale"),
+    ("huge-collapse", "notifier_flush=none", "use-after-free"),
+]
+
+
+@pytest.mark.parametrize(("name", "policy", "kind"), CERTAIN)
+def test_the_unsound_is_caught(name: str, policy: str, kind: str) -> None:
+    test = load_test(name)
+    outcome = run_test(test, named_policy(policy), 5, seed=1)
+    assert kind in outcome.kinds
+    assert outcome.verdict(test) == "violations"
+    assert outcome.violating == outcome.executions == 5
+    assert outcome.first == 1
+    assert expected_of(test, policy) != ("safe",)
+
+
+@pytest.mark.parametrize("name", sorted({name for name, _, _ in CERTAIN}))
+def test_the_sound_is_safe(name: str) -> None:
+    test = load_test(name)
+    with running(test, 1) as runner:
+        for policy in ("linux-7.3", "root-tlb-gen"):
+            outcome = runner.run(named_policy(policy), 5, 1)
+            assert (policy, outcome.verdict(test), outcome.kinds) == (policy, "safe", {})
+
+
+def test_races_are_hit() -> None:
+    """Each needs a schedule that comes about now and then; given time, it does."""
+    for name, policy in [("entry-races-request", "mutant:P1"), ("kick-waits", "mutant:P4")]:
+        test = load_test(name)
+        outcome = run_test(test, named_policy(policy), 400, stop_at=1)
+        assert outcome.violating == 1, (name, policy)
+
+
+def test_nothing_at_stake_is_inconclusive() -> None:
+    test = parse_test('doc="d"\nsource="s"\n[threads.v0]\nvcpu=0\nops=["read 1", "read 2"]', "t", None)
+    outcome = run_test(test, Policy(), 3)
+    assert outcome.verdict(test) == "inconclusive"
+    assert differs(outcome, test, ("safe",)) == "inconclusive instead of safe"
+    assert not proven(test, {"averted": 0})
+    assert proven(test, {"averted": 1})
+
+
+def test_executions_do_not_see_each_other() -> None:
+    """What an unsound policy leaves in TLBs is not there in the next execution."""
+    test = load_test("return-zap")
+    with running(test, 0) as runner:
+        bad = runner.run(named_policy("migration=none"), 3, 0)
+        good = runner.run(Policy(), 20, 0)
+    assert bad.violating == 3
+    assert good.kinds == {}
+
+
+def test_who_waits_for_ever_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("emulator.litmus.runner.STUCK_SECONDS", 1.0)
+    text = 'doc="d"\nsource="s"\ninit=["mm: host-protect 0x10"]\n[threads.v0]\nvcpu=0\nops=["write 0x10"]\n'
+    test = parse_test(text + "[threads.mm]", "t", None)
+    outcome = run_test(test, Policy(), 1)
+    assert outcome.verdict(test) == "failed"
+    assert "v0 after 0 operations" in outcome.failure
+
+
+def test_the_same_machine_for_all_policies_of_a_task() -> None:
+    outcomes = run_task(Task("away-zap", ("linux-7.3", "migration=none"), 3, 1))
+    assert [(outcome.policy, bool(outcome.kinds)) for outcome in outcomes] == [
+        ("linux-7.3", False),
+        ("migration=none", True),
+    ]
+
+
+def test_what_differs() -> None:
+    test = load_test("away-zap")
+    outcome = Outcome("away-zap", "p", executions=1, violating=1, kinds={"cross-vm": 1})
+    assert differs(outcome, test, (("cross-vm",),)) is None
+    assert differs(outcome, test, (("use-after-free",),)) == "also cross-vm"
+    assert differs(outcome, test, ("safe",)) == "violations instead of safe"
+    assert differs(outcome, test, ()) is None
+    assert expected_of(test, "linux-7.3") == ("safe",)
+    assert expected_of(test, "mutant:B4") == ("safe", "inconclusive")
+    assert expected_of(test, "mutant:B7") == ()
+    named = policies_for(test, [], all_mutants=False)
+    assert named[: len(PRESETS)] == list(PRESETS)
+    assert "migration=none" in named
+    assert policies_for(test, ["root-tlb-gen"], all_mutants=True) == ["root-tlb-gen"]
+
+
+def test_names_of_policies() -> None:
+    assert named_policy("root-tlb-gen+migration_vpid=none").answers()["migration_vpid"] == "none"
+    assert named_policy("migration=none,root_load=none").answers()["root_load"] == "none"
+    with pytest.raises(BadInput, match="unknown policy"):
+        named_policy("linux-9")
+    with pytest.raises(BadInput, match="unknown alternative"):
+        named_policy("migration=nope")
+
+
+def test_a_users_policy(tmp_path: Path) -> None:
+    path = tmp_path / "mine.py"
+    path.write_text(
+        "from emulator.policy import Policy\n"
+        "class Mine(Policy):\n"
+        "    def migration(self, cpu, vcpu):\n"
+        "        return 'none'\n"
+    )
+    assert main(["litmus", "away-zap", "--policy", str(path), "--iterations", "3", "--jobs", "1"]) == 1
+
+
+def test_command_line(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
+    arguments = ["litmus", "away-zap", "return-zap", "--iterations", "3", "--seed", "7", "--jobs", "1"]
+    assert main([*arguments, "--policy", "linux-7.3", "--policy", "lkml-2025-cpu-flushed-mask"]) == 0
+    text = capsys.readouterr().out
+    assert "all verdicts as expected, 12 executions" in text
+    assert "lkml-2025-cpu-flushed-mask: 2 tests" in text
+    assert main([*arguments, "--policy", "linux-7.3", "--json"]) == 0
+    document = json.loads(capsys.readouterr().out)
+    assert document["seed"] == 7
+    assert [(o["test"], o["verdict"], o["differs"]) for o in document["outcomes"]] == [
+        ("away-zap", "safe", None),
+        ("return-zap", "safe", None),
+    ]
+
+
+def test_a_wrong_expectation_is_exit_status_1(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
+    path = tmp_path / "mine.toml"
+    path.write_text(
+        'doc="d"\nsource="s"\ninit=["v0: read 1"]\n[threads.v0]\nvcpu=0\nops=["wait mm 1", "read 1"]\n'
+        '[threads.mm]\nops=["host-unmap 1"]\n[expect]\n"linux-7.3"=["use-after-free"]\n'
+    )
+    arguments = ["litmus", str(path), "--policy", "linux-7.3", "--iterations", "2", "--jobs", "1"]
+    assert main(arguments) == 1
+    assert "safe instead of use-after-free" in capsys.readouterr().out
+
+
+def test_bad_input_is_exit_status_2(capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["litmus", "away-zip"]) == 2
+    assert "no such test" in capsys.readouterr().err
+    assert main(["litmus", "--policy", "nonsense"]) == 2
+    assert "unknown policy" in capsys.readouterr().err
+
+
+def test_lists(capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["list", "litmus"]) == 0
+    assert "return-zap" in capsys.readouterr().out
+    assert main(["list", "litmus", "--ops"]) == 0
+    text = capsys.readouterr().out
+    assert "host-unmap PAGE [COUNT]" in text
+    assert "mov-cr3 PROCESS [noflush]" in text
+    assert "[expect]" in text
+
+
+@pytest.mark.stress
+@pytest.mark.timeout(0 if ITERATIONS > 50 else 300)
+def test_all_presets_on_all_tests() -> None:
+    """FLUSHLAB_LITMUS_ITERATIONS=1500: a million executions of what is sound."""
+    wrong = []
+    for test in shipped_tests():
+        with running(test, 1) as runner:
+            for name in PRESETS:
+                outcome = runner.run(named_policy(name), ITERATIONS, 1)
+                expected = expected_of(test, name)
+                # Few executions: what has not happened yet is not held against anybody.
+                if outcome.failure or (outcome.kinds and differs(outcome, test, expected)):
+                    wrong.append((test.name, name, outcome.kinds, outcome.failure))
+    assert not wrong

@@ -1,0 +1,122 @@
+"""Litmus files: everything that is wrong with one is said in one line, with file, key, found, expected."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+
+from emulator.errors import BadInput
+from emulator.litmus.loader import load_test, load_tests, parse_test, shipped_tests
+from emulator.litmus.ops import VERBS, OpError, parse_op
+from emulator.policy import MUTANTS
+
+GOOD = """
+doc = "d"
+source = "s"
+init = ["v0: read 0x10"]
+final = ["mm: host-unmap 0x10"]
+[threads.v0]
+vcpu = 0
+ops = ["read 0x10", "wait mm 1", "migrate 1"]
+[threads.mm]
+ops = ["host-unmap 0x10"]
+[stress]
+delays = ["v0 mode write 300"]
+[expect]
+"migration=none" = ["use-after-free"]
+"""
+
+
+def parse(text: str):
+    return parse_test(text, "t.toml", None)
+
+
+def test_a_good_one() -> None:
+    test = parse(GOOD)
+    v0 = test.threads["v0"]
+    assert [op.text for op in v0.parsed] == ["read 0x10", "wait mm 1", "migrate 1"]
+    assert v0.parsed[1].waits_for() == ("mm", 1)
+    assert [(who, op.text) for who, op in test.parsed_init] == [("v0", "read 0x10")]
+    assert test.expect.policies == {"migration=none": ("use-after-free",)}
+    assert test.expect.needs == ("averted",)
+    (delay,) = test.delays
+    assert (delay.thread, delay.point, delay.mode, delay.microseconds) == ("v0", "mode", "write", 300)
+
+
+BAD = [
+    ("read 0x10", "raed 0x10", "init[0]: found unknown operation 'raed'; expected 'read'"),
+    ("migrate 1", "migrate 9", "threads.v0.ops[2]: found 9; expected a pCPU below machine.pcpus, 2"),
+    ("migrate 1", "migrate", "threads.v0.ops[2]: found 'migrate'; expected 'migrate PCPU'"),
+    ('"read 0x10", "wait', '"read 0x9999", "wait', "expected pages of VM 0, which has 0x800"),
+    ('"read 0x10", "wait', '"read x", "wait', "threads.v0.ops[0]: found 'x'; expected a page number such as"),
+    ('"wait mm 1"', '"wait mn 1"', "found 'mn'; expected another thread: mm"),
+    ('"wait mm 1"', '"wait mm 2"', "found 2; expected 1 to 1, the operations of thread mm"),
+    ('ops = ["host-unmap 0x10"]', 'ops = ["wait v0 3"]', "expected a wait that can end"),
+    (
+        'ops = ["host-unmap 0x10"]',
+        'ops = ["read 1"]',
+        "found 'read 1'; expected read in a thread with a vcpu",
+    ),
+    ('"v0: read 0x10"', '"read 0x10"', "init[0]: found 'read 0x10'; expected \"THREAD: OPERATION\""),
+    ('"v0: read 0x10"', '"v0: wait mm 1"', "init[0]: found 'v0: wait mm 1'; expected no wait"),
+    ("vcpu = 0", "vcpu = 1", "threads.v0.vcpu: found 1; expected less than 1, the vCPUs of VM 0"),
+    ("vcpu = 0", "vcpu = 0\npcpu = 2", "threads.v0.pcpu: found 2; expected less than machine.pcpus, 2"),
+    ("vcpu = 0", "vcpu = 0\nvm = 1", "threads.v0.vm: found 1; expected less than 1, the number of VMs"),
+    ("v0 mode write 300", "v7 mode", "stress.delays[0]: found 'v7'; expected one of the threads v0, mm"),
+    ("v0 mode write 300", "v0", "stress.delays[0]: found 'v0'; expected \"THREAD POINT"),
+    ('doc = "d"', 'dok = "d"', "t.toml: dok: found an unknown key; expected 'doc'"),
+    ('doc = "d"\n', "", "t.toml: doc: found nothing; expected this key to be present"),
+    ('["use-after-free"]', '["use-after-fre"]', 'expected "safe", "inconclusive", or a list of violations'),
+    ("[expect]", '[expect]\nneeds = "luck"', "expect.needs[0]: found 'luck'; expected one of 'averted'"),
+    ('"d"', '"d', "t.toml: not TOML"),
+]
+
+
+@pytest.mark.parametrize(("good", "bad", "message"), BAD, ids=[bad for _, bad, _ in BAD])
+def test_a_bad_one_says_where(good: str, bad: str, message: str) -> None:
+    assert good in GOOD
+    with pytest.raises(BadInput) as caught:
+        parse(GOOD.replace(good, bad, 1))
+    line = str(caught.value)
+    assert line.startswith("t.toml: ")
+    assert message in line
+    assert "\n" not in line
+
+
+def test_two_threads_cannot_be_one_vcpu() -> None:
+    with pytest.raises(BadInput, match="another vCPU than that of thread v1"):
+        parse(GOOD.replace("[threads.mm]", "[threads.v1]\nvcpu = 0\n[threads.mm]"))
+
+
+def test_files_directories_names(tmp_path: Path) -> None:
+    with pytest.raises(BadInput, match="no such test"):
+        load_test("no-such-test")
+    with pytest.raises(BadInput, match=r"gone\.toml"):
+        load_test("gone.toml")
+    with pytest.raises(BadInput, match=r"no \.toml file"):
+        load_tests([f"{tmp_path}/"])
+    (tmp_path / "mine.toml").write_text(GOOD)
+    assert [test.name for test in load_tests([f"{tmp_path}/"])] == ["mine"]
+    assert load_test("away-zap").path is None
+    assert len(load_tests([])) == len(shipped_tests())
+
+
+def test_operations_explain_themselves() -> None:
+    for verb, kind in VERBS.items():
+        assert kind.doc
+        assert kind.usage().split()[0] == verb
+    with pytest.raises(OpError, match="an operation"):
+        parse_op("", "kvm")
+
+
+def test_what_ships() -> None:
+    """Enough tests, each with its origin, and one at least for each mutant that is more than a cost."""
+    tests = shipped_tests()
+    assert len(tests) >= 40
+    assert all(test.source and test.threads for test in tests)
+    named = {name for test in tests for name, verdict in test.expect.policies.items() if verdict}
+    missing = {name for name, mutant in MUTANTS.items() if not mutant.cost_only} - {
+        name.removeprefix("mutant:") for name in named
+    }
+    assert not missing
