@@ -68,10 +68,11 @@ def _subtitle(comparison: Comparison) -> str:
 
 
 def _cards(comparison: Comparison) -> Iterator[str]:
-    base = spread_of(comparison.columns[0][1], "flush cycles/M") or _NOTHING
+    suffix, per = comparison.plan.per
+    base = spread_of(comparison.columns[0][1], f"flush cycles{suffix}") or _NOTHING
     for number, (name, runs) in enumerate(comparison.columns):
         verdict = "failed" if any(m.result.failure for m in runs) else comparison.verdict(name)
-        cycles = spread_of(runs, "flush cycles/M") or _NOTHING
+        cycles = spread_of(runs, f"flush cycles{suffix}") or _NOTHING
         bound = spread_of(runs, "times the bound") or _NOTHING
         delta = ""
         if number:
@@ -82,7 +83,7 @@ def _cards(comparison: Comparison) -> Iterator[str]:
         yield (
             f'<div class="card"><h3>{escape(name)}</h3><span class="chip {verdict}">{verdict}</span>'
             f'<div class="big">{short(cycles.median)}</div><p class="note">modelled cycles of flushing per '
-            f"million guest accesses; {delta}{bound.median:.3g} times {NAME}</p></div>"
+            f"{per}; {delta}{bound.median:.3g} times {NAME}</p></div>"
         )
 
 

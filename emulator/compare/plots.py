@@ -79,21 +79,22 @@ def plots(comparison: Comparison) -> list[Plot]:
 
 
 def _cycles(comparison: Comparison) -> Plot:
+    suffix, per = comparison.plan.per
     stacks = {
-        name: {label: _median_sum(runs, prefixes) for label, prefixes in _COSTS}
+        name: {label: _median_cycles(runs, prefixes, suffix) for label, prefixes in _COSTS}
         for name, runs in comparison.columns
     }
     bound = comparison.bound
     if bound is not None:
-        accesses = comparison.measurements[comparison.baseline][0].values["accesses"]
+        first = comparison.measurements[comparison.baseline][0]
         stacks[NAME] = {
             label: sum(line.cycles for line in bound.lines if line.item.startswith(prefixes))
-            * (MILLION / max(accesses, 1))
+            * _scale(first, suffix)
             for label, prefixes in _COSTS
         }
     return Plot(
         "Modelled cycles of flushing",
-        "per million guest accesses; oracle-optimal: what perfect knowledge would have paid in the first run",
+        f"per {per}; oracle-optimal: what perfect knowledge would have paid in the first run",
         _stacked(stacks),
     )
 
@@ -260,13 +261,19 @@ def _median(runs: Sequence[Measurement], key: str) -> float:
     return spread.median if spread else 0.0
 
 
-def _median_sum(runs: Sequence[Measurement], prefixes: tuple[str, ...]) -> float:
+def _scale(run: Measurement, suffix: str) -> float:
+    """From a run's total to what it is given per."""
+    return 1 / max(run.values["units"], 1) if suffix == "/unit" else MILLION / max(run.values["accesses"], 1)
+
+
+def _median_cycles(runs: Sequence[Measurement], prefixes: tuple[str, ...], suffix: str) -> float:
     return median(
         sum(
-            value
-            for key, value in m.values.items()
-            if key.startswith("cycles ") and key.removeprefix("cycles ").startswith(prefixes)
+            line.cycles
+            for line in m.result.cycles
+            if line.group == "flush" and line.item.startswith(prefixes)
         )
+        * _scale(m, suffix)
         for m in runs
     )
 

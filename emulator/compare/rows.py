@@ -59,7 +59,7 @@ def sections(columns: Iterable[Sequence[Measurement]], unit: str | None) -> list
         Section("work", _work(unit)),
         Section("flushes, per million guest accesses", _flushes(seen)),
         Section("interrupts, per million guest accesses", _interrupts(seen)),
-        *([Section(f"per {_singular(unit)}", _per_unit(seen))] if unit else []),
+        *([Section(f"per {singular(unit)}", _per_unit(seen))] if unit else []),
         Section("pauses of a vCPU, at most", _PAUSES),
         Section("modelled cycles, per million guest accesses", _cycles(seen)),
         Section("on this machine's clock", _WALL),
@@ -179,7 +179,8 @@ def _each(seen: Sequence[str], prefix: str, indent: str) -> tuple[Row, ...]:
     return tuple(Row(key, indent + key[len(prefix) : -2].replace("_", " ")) for key in keys)
 
 
-def _singular(unit: str | None) -> str:
+def singular(unit: str | None) -> str:
+    """One of the scenario's operations."""
     return {"pages zapped": "page zapped", "remote flushes": "remote flush"}.get(
         unit or "", (unit or "").removesuffix("s")
     )

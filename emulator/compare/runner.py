@@ -18,6 +18,7 @@ from rich.text import Text
 
 from emulator.compare.bound import Bound
 from emulator.compare.measure import Measurement, measure
+from emulator.compare.rows import singular
 from emulator.config import Scenario
 from emulator.job import Job
 from emulator.policy import Policy
@@ -49,6 +50,17 @@ class Plan:
     @property
     def runs(self) -> int:
         return self.repeat * len(self.policies)
+
+    @property
+    def per(self) -> tuple[str, str]:
+        """What costs are best given per: its suffix in keys, and in words.
+
+        Accesses, if all policies meet the same work per access; without a pace, the scenario's operations.
+        """
+        unit = self.scenario.unit
+        return (
+            ("/unit", singular(unit)) if unit and not self.scenario.pace else ("/M", "million guest accesses")
+        )
 
 
 @dataclass(frozen=True, slots=True)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import io
 import json
 import re
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -87,6 +88,16 @@ def test_page_is_readable_on_light_and_dark_ground(tmp_path: Path) -> None:
     assert "prefers-color-scheme: dark" in text
     assert "var(--text)" in text[text.index("<svg") :]
     assert not re.search(r"#0[123]0[123]0[123]", text), "a placeholder stayed"
+
+
+def test_costs_are_per_operation_where_the_guests_do_not_set_the_pace(tmp_path: Path) -> None:
+    """More accesses in the same time would look like less flushing."""
+    text = page(comparison(), tmp_path)
+    assert "modelled cycles of flushing per root allocation;" in text
+    paced = comparison()
+    scenario = paced.plan.scenario.changed(pace=100)
+    text = page(replace(paced, plan=replace(paced.plan, scenario=scenario)), tmp_path)
+    assert "modelled cycles of flushing per million guest accesses;" in text
 
 
 def test_page_says_how_to_run_it_again_and_where_policies_differ(tmp_path: Path) -> None:
