@@ -166,7 +166,7 @@ class Comparer:
             text.append(f"  repetition {self._repetition + 1} of {plan.repeat}", style="dim")
         if share > 0.02:
             text.append(f"  {elapsed * (1 - share) / share:.0f}s left")
-        if self._now is not None:
+        if self._now is not None and self._now.elapsed > 0.1:
             rate = self._now.counters["accesses"] / max(self._now.elapsed, 1e-9)
             text.append(f"  {short(rate)} accesses/s", style="dim")
             if self._now.violated:
