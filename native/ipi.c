@@ -1,40 +1,10 @@
-#include "ipi.h"
-
-#include <stdlib.h>
-#include <string.h>
-
+/* Calls between CPUs, where they arrive: what they do, whose turn it is to run them.  smp.c sends them. */
+#include "ipi_internal.h"
 #include "oracle.h"
 #include "vm.h"
 
 /* The orders of P2 and P3 in cpu.h. */
 #define SEQ_CST memory_order_seq_cst
-
-enum csd_flags {
-	CSD_LOCKED = 1, /* in use: queued or being run */
-	CSD_WAITED = 2, /* the sender sleeps until it is unlocked */
-};
-
-/* One per sender and target (cfd_data in kernel/smp.c), so that queueing never allocates.
- *
- * The plain fields are written by the sender before it queues the node (release, acquired by whoever takes
- * the queue) and read before the node is unlocked (release, acquired by csd_lock_wait).
- */
-struct csd {
-	alignas(CACHELINE) struct csd *next;
-	_Atomic uint32_t flags;
-	uint32_t sender;
-	uint32_t function;
-	uint32_t sync;
-	uint64_t argument;
-};
-
-/* What to call, before it is copied into nodes. */
-struct call {
-	uint32_t function;
-	uint32_t sync;
-	bool wait;
-	uint64_t argument;
-};
 
 /* What a function does does not depend on the machine: one table, set before threads start.  Atomic because a
  * second machine may be built while the first one runs. */
@@ -63,6 +33,11 @@ void ipi_register(uint32_t function, ipi_handler *handler)
 		atomic_store_explicit(&handlers[function], handler, memory_order_release);
 }
 
+bool ipi_is_registered(uint32_t function)
+{
+	return handler_of(function) != NULL;
+}
+
 /* --- target's side ---------------------------------------------------------------------------------- */
 
 /* csd_unlock().  Release: what the function did, before the sender goes on. */
@@ -81,7 +56,7 @@ static uint32_t vm_of_call(const struct machine *m, uint32_t function, uint64_t 
 									: (uint32_t)(argument >> 32);
 }
 
-static void run_function(struct machine *m, struct cpu *target, uint32_t function, uint64_t argument)
+void ipi_run_function(struct machine *m, struct cpu *target, uint32_t function, uint64_t argument)
 {
 	target->kicked |= function != IPI_VMCS_CLEAR;
 	target->concerned |= vm_of_call(m, function, argument) == target->guest_vm;
@@ -127,7 +102,7 @@ static struct csd *run_synchronous(struct machine *m, struct cpu *target, struct
 			end = &csd->next;
 			continue;
 		}
-		run_function(m, target, csd->function, csd->argument);
+		ipi_run_function(m, target, csd->function, csd->argument);
 		chaos_point(m, target->id);
 		csd_unlock(m, csd);
 		++*calls;
@@ -150,7 +125,7 @@ static int run_queue(struct machine *m, struct cpu *target, bool announced)
 		next = list->next;
 		csd_unlock(m, list);
 		chaos_point(m, target->id);
-		run_function(m, target, function, argument);
+		ipi_run_function(m, target, function, argument);
 		calls++;
 	}
 	if (calls)
@@ -204,7 +179,7 @@ int ipi_arrive(struct machine *m, uint32_t cpu)
 	return ipi_drain(m, cpu);
 }
 
-/* --- sender's side ---------------------------------------------------------------------------------- */
+/* --- a target that must look --------------------------------------------------------------------------- */
 
 /* On behalf of a halted target, which the caller has taken to SERVICED. */
 static void service(struct machine *m, struct cpu *target)
@@ -245,246 +220,4 @@ void ipi_kick(struct machine *m, uint32_t cpu, struct cpu *target)
 		if (!ipi_queued(target))
 			return;
 	}
-}
-
-/* csd_lock_wait().  Asks to be woken only when it is about to sleep: the bit is set while the node is still
- * locked, so the unlocker finds it, and the event was read before. */
-static int csd_lock_wait(struct machine *m, uint32_t cpu, struct csd *csd)
-{
-	struct wait w;
-	int r;
-
-	/* acquire: pairs with csd_unlock */
-	if (!atomic_load_explicit(&csd->flags, memory_order_acquire))
-		return 0;
-	w = wait_begin(m, cpu);
-	for (;;) {
-		uint32_t flags = atomic_load_explicit(&csd->flags, memory_order_acquire);
-
-		while (w.sleeps && flags == CSD_LOCKED &&
-		       !atomic_compare_exchange_weak_explicit(&csd->flags, &flags, CSD_LOCKED | CSD_WAITED,
-							      SEQ_CST, memory_order_acquire))
-			;
-		if (!flags)
-			return 0;
-		r = wait_turn(&w);
-		if (r)
-			return r;
-	}
-}
-
-int csd_busy(struct machine *m, uint32_t cpu, uint32_t target)
-{
-	const struct cpu *c = &m->cpus[cpu];
-
-	/* acquire: pairs with csd_unlock */
-	return c->csds && atomic_load_explicit(&c->csds[target].flags, memory_order_acquire) != 0;
-}
-
-static struct call new_call(uint32_t function, uint64_t argument, int wait)
-{
-	return (struct call){ .function = function, .argument = argument, .sync = wait != IPI_NO_WAIT,
-			      .wait = wait == IPI_WAIT };
-}
-
-static int allocate_calls(struct machine *m, struct cpu *c)
-{
-	size_t targets = m->config.pcpus, words = (targets + 63) / 64;
-
-	if (c->csds)
-		return 0;
-	c->calls_sent = calloc(2 * words, sizeof(*c->calls_sent));
-	if (!c->calls_sent)
-		return MACHINE_NOMEM;
-	c->calls_kick = c->calls_sent + words;
-	c->csds = aligned_alloc(CACHELINE, targets * sizeof(*c->csds));
-	if (!c->csds) {
-		free(c->calls_sent);
-		c->calls_sent = NULL;
-		return MACHINE_NOMEM;
-	}
-	memset(c->csds, 0, targets * sizeof(*c->csds));
-	return 0;
-}
-
-static int may_send(struct machine *m, uint32_t cpu, uint32_t function, const char *what)
-{
-	int r = cpu_may_wait(m, cpu, what);
-
-	if (r)
-		return r;
-	if (!handler_of(function))
-		return cpu_misuse(m, cpu, "%s on CPU %u: nothing registered for function %u", what, cpu,
-				  function);
-	if (cpu_power(m, cpu) == CPU_OFFLINE)
-		return MACHINE_OFFLINE;
-	ipi_drain(m, cpu);
-	return allocate_calls(m, &m->cpus[cpu]);
-}
-
-/* Queue one call.  1: the target must be kicked; 0: somebody queued before and does that. */
-static int queue_call(struct machine *m, struct cpu *c, uint32_t target, const struct call *call)
-{
-	struct cpu *t = &m->cpus[target];
-	struct csd *csd = &c->csds[target], *head;
-	int r = csd_lock_wait(m, c->id, csd);
-
-	if (r)
-		return r;
-	/* relaxed: queueing publishes it */
-	atomic_store_explicit(&csd->flags, CSD_LOCKED, memory_order_relaxed);
-	csd->sender = c->id;
-	csd->function = call->function;
-	csd->argument = call->argument;
-	csd->sync = call->sync;
-	chaos_point(m, c->id);
-	head = atomic_load_explicit(&t->call_queue, memory_order_relaxed);
-	do {
-		csd->next = head;
-	} while (!atomic_compare_exchange_weak_explicit(&t->call_queue, &head, csd, SEQ_CST,
-							memory_order_relaxed));
-	count(c->counters, COUNT_CSD_QUEUED, 1);
-	if (head)
-		return 0;
-	count(c->counters, COUNT_IPIS_SENT, 1);
-	count(c->counters, COUNT_IPIS_VMCLEAR, call->function == IPI_VMCS_CLEAR);
-	return 1;
-}
-
-static bool cpu_is_offline(struct machine *m, uint32_t cpu)
-{
-	return cpu_power(m, cpu) == CPU_OFFLINE;
-}
-
-/* Queue the call for every target of the mask (NULL: all), and interrupt those that run.  Targets that
- * must be served are left for kick_mask(): nobody who runs waits for them.  Returns how many. */
-static int queue_mask(struct machine *m, struct cpu *c, const uint64_t *mask, const struct call *call)
-{
-	int targets = 0;
-
-	for (uint32_t target = 0; target < m->config.pcpus; target++) {
-		uint64_t bit = 1ull << (target % 64);
-		int r;
-
-		if (mask && !(mask[target / 64] & bit)) {
-			if (!mask[target / 64])
-				target |= 63;
-			continue;
-		}
-		if (target == c->id || cpu_is_offline(m, target))
-			continue;
-		r = queue_call(m, c, target, call);
-		if (r < 0)
-			return r;
-		targets++;
-		c->calls_sent[target / 64] |= bit;
-		if (r && cpu_power(m, target) == CPU_RUNNING)
-			ipi_kick(m, c->id, &m->cpus[target]);
-		else if (r)
-			c->calls_kick[target / 64] |= bit;
-	}
-	return targets;
-}
-
-static void kick_mask(struct machine *m, struct cpu *c)
-{
-	uint32_t words = (m->config.pcpus + 63) / 64;
-
-	for (uint32_t i = 0; i < words; i++)
-		for (uint64_t bits = c->calls_kick[i]; bits; bits &= bits - 1)
-			ipi_kick(m, c->id, &m->cpus[i * 64 + (uint32_t)__builtin_ctzll(bits)]);
-}
-
-static int wait_mask(struct machine *m, struct cpu *c)
-{
-	uint32_t words = (m->config.pcpus + 63) / 64;
-
-	for (uint32_t i = 0; i < words; i++) {
-		for (uint64_t bits = c->calls_sent[i]; bits; bits &= bits - 1) {
-			uint32_t target = i * 64 + (uint32_t)__builtin_ctzll(bits);
-			int r = csd_lock_wait(m, c->id, &c->csds[target]);
-
-			if (r)
-				return r;
-		}
-	}
-	return 0;
-}
-
-/* On the caller's own CPU, with interrupts off: in_call makes waiting, sending and draining impossible. */
-static void call_locally(struct machine *m, struct cpu *c, const struct call *call)
-{
-	run_function(m, c, call->function, call->argument);
-}
-
-/* smp_call_function_many_cond(); run_local is SCF_RUN_LOCAL. */
-static int call_many(struct machine *m, uint32_t cpu, const uint64_t *mask, const struct call *call,
-		     bool run_local)
-{
-	struct cpu *c = &m->cpus[cpu];
-	uint64_t began = call->wait ? monotonic_ns() : 0;
-	int targets, r = 0;
-
-	memset(c->calls_sent, 0, 2 * sizeof(*c->calls_sent) * ((m->config.pcpus + 63) / 64));
-	targets = queue_mask(m, c, mask, call);
-	if (targets > 0)
-		event_record_more(m, cpu, EVENT_IPI, c->calls_sent[0], (uint64_t)targets, call->function);
-	/* Even if we give up: others may have queued behind us and count on our kick. */
-	kick_mask(m, c);
-	if (targets < 0)
-		return targets;
-	if (run_local)
-		call_locally(m, c, call);
-	if (call->wait && targets) {
-		r = wait_mask(m, c);
-		histogram_record(m, cpu, HISTOGRAM_IPI_WAIT, monotonic_ns() - began);
-	}
-	return r ? r : targets + run_local;
-}
-
-int smp_call_function_many(struct machine *m, uint32_t cpu, const uint64_t *mask, uint32_t function,
-			   uint64_t argument, int wait)
-{
-	struct call call = new_call(function, argument, wait);
-	int r = may_send(m, cpu, function, "smp_call_function_many");
-
-	return r ? r : call_many(m, cpu, mask, &call, false);
-}
-
-int on_each_cpu(struct machine *m, uint32_t cpu, uint32_t function, uint64_t argument, int wait)
-{
-	struct call call = new_call(function, argument, wait);
-	int r = may_send(m, cpu, function, "on_each_cpu");
-
-	return r ? r : call_many(m, cpu, NULL, &call, cpu_is_target(m, cpu));
-}
-
-int smp_call_function_single(struct machine *m, uint32_t cpu, uint32_t target, uint32_t function,
-			     uint64_t argument, int wait)
-{
-	struct call call = new_call(function, argument, wait);
-	struct cpu *c = &m->cpus[cpu];
-	uint64_t began = call.wait ? monotonic_ns() : 0;
-	int r = may_send(m, cpu, function, "smp_call_function_single");
-
-	if (r)
-		return r;
-	if (!cpu_is_target(m, target))
-		return cpu_misuse(m, cpu, "smp_call_function_single on CPU %u: CPU %u is not a pCPU", cpu,
-				  target);
-	if (target == cpu) {
-		call_locally(m, c, &call);
-		return 1;
-	}
-	if (cpu_is_offline(m, target))
-		return 0;
-	event_record_more(m, cpu, EVENT_IPI, target < 64 ? UINT64_C(1) << target : 0, 1, function);
-	r = queue_call(m, c, target, &call);
-	if (r > 0)
-		ipi_kick(m, cpu, &m->cpus[target]);
-	if (r >= 0 && call.wait) {
-		r = csd_lock_wait(m, cpu, &c->csds[target]);
-		histogram_record(m, cpu, HISTOGRAM_IPI_WAIT, monotonic_ns() - began);
-	}
-	return r < 0 ? r : 1;
 }
