@@ -8,11 +8,14 @@
 
 Nothing up to here knows of KVM.
 
+    control     one machine under control: interrupts, grace periods, what waits are about
     controlled  the native library as explored code sees it: shared calls are steps, waits are the scheduler's
     footprints  what each native call reads and writes
     world       a litmus test as a program
     verdict     a test under a policy: safe, violations, or how far the search came
-    record      counterexamples: files, replay, and shorter ones
+    record      counterexamples: files and replay
+    minimize    shorter ones
+    suite       many tests and policies, on several cores
 """
 
 from __future__ import annotations

@@ -8,6 +8,7 @@ before every step and must be cheap.
 from __future__ import annotations
 
 from collections.abc import Callable, Hashable
+from functools import partial
 from typing import Any
 
 from emulator.explore.objects import Objects
@@ -178,7 +179,7 @@ class Control:
                     ("grace period", "ends", "write"),
                     0,
                     callbacks | rcu | freed,
-                    lambda: self.rcu.gone(before),
+                    partial(self.rcu.gone, before),
                     "readers of RCU",
                 )
                 done = lib.rcu_gp_end(m, cpu)

@@ -1,9 +1,9 @@
 """The native library as explored code sees it.
 
 KVM's modules call `lib.f(...)` of their own global `lib`; while a machine is explored that is an object of
-this class.  A call that touches what others touch, too, is a step with a footprint (emulator.explore.footprints
-has the plain ones); a call that would wait is a step with a condition, and then the native call does not wait.
-Everything else is the native function itself.
+this class.  A call that touches what others touch, too, is a step with a footprint (most of them are in
+emulator.explore.footprints); a call that would wait is a step with a condition, and then the native call does
+not wait.  Everything else is the native function itself.
 """
 
 from __future__ import annotations

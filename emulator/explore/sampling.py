@@ -2,8 +2,8 @@
 
 PCT (Burckhardt, Kothari, Musuvathi, Nagarakatte, "A randomized scheduler with probabilistic guarantees of
 finding bugs", ASPLOS 2010): tasks have random priorities, the highest one that can goes; at d - 1 random
-steps the running task's priority drops below all others.  A bug of depth d in a program of n tasks and k steps is
-found with a probability of at least 1 / (n * k^(d-1)) in each execution.
+steps the running task's priority drops below all others.  A bug of depth d in a program of n tasks and
+k steps is found with a probability of at least 1 / (n * k^(d-1)) in each execution.
 """
 
 from __future__ import annotations

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 from emulator.explore.control import Control
 from emulator.explore.objects import Objects
-from emulator.explore.scheduler import Execution
+from emulator.explore.scheduler import Execution, Task
+from emulator.litmus.loader import shipped_texts
 from emulator.litmus.model import LitmusTest
 from emulator.litmus.world import World, machine_config
 from emulator.policy import Policy
@@ -118,6 +119,35 @@ class LitmusProgram:
             lib.ipi_hold(m, number, 0)
             lib.ipi_arrive(m, number)
             lib.cpu_idle(m, number)
+
+    # --- for recordings -------------------------------------------------------------------------------------
+
+    @property
+    def source(self) -> str:
+        """The test's text, so that a counterexample needs no other file."""
+        path = self.test.path
+        return path.read_text("utf-8") if path is not None else shipped_texts()[self.test.name]
+
+    def names(self) -> dict[int, str]:
+        """Who is behind each CPU's number."""
+        names = {number: f"pcpu{number}" for number in range(self.machine.pcpus)}
+        for thread in self.world.threads.values():
+            names[thread.home.id] = thread.name
+        names[self.machine.cpus[-1].id] = names.get(self.machine.cpus[-1].id, "rcu")
+        return names
+
+    def task_names(self) -> list[str]:
+        """In the order in which they are spawned."""
+        return [*self.world.threads, *(f"irq{n}" for n in range(self.machine.pcpus)), "rcu"]
+
+    def cpu_of(self, task: Task) -> int:
+        """The CPU that a task is on now."""
+        thread = self.world.threads.get(task.name)
+        if thread is not None:
+            return thread.cpu.id
+        if task.name.startswith("irq"):
+            return int(task.name.removeprefix("irq"))
+        return self.machine.cpus[-1].id
 
     def close(self) -> None:
         self.machine.destroy()

@@ -1,0 +1,193 @@
+"""`flushlab explore`: small programs with every interleaving, proved or refuted."""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+import sys
+import time
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+from rich.console import Console
+from rich.table import Table
+from rich.text import Text
+
+from emulator.errors import BadInput
+
+if TYPE_CHECKING:
+    from emulator.explore.verdict import Verdict
+
+FOUND = 1
+DIVERGED = 3
+MAX_JOBS = 64
+
+EXPLORE_HELP = (
+    "Run litmus tests under a controlled scheduler, every interleaving up to the order of independent "
+    "steps, and prove or refute each policy.\n\n"
+    "The code is KVM's, as `run` and `litmus` use it; only threads and waits are the scheduler's. The "
+    "exhaustive strategy tries few preemptions first and ends when everything is covered or --executions "
+    "are done; what it says then is what it covered. pct and random sample. All verdicts are about "
+    "sequentially consistent interleavings.\n\n"
+    "A counterexample is as short as it could be made; --output keeps it for --replay and for `flushlab "
+    "explain`. The exit status is 1 if there is a violation or a deadlock."
+)
+EXPLORE_EXAMPLES = """\
+Is the proposal sound, and if not, how does it fail?
+
+    flushlab explore return-zap --policy lkml-2025-cpu-flushed-mask --output hole
+
+    flushlab explain hole/*.json
+
+The same execution again, step by step the same or an error:
+
+    flushlab explore --replay hole/return-zap-lkml-2025-cpu-flushed-mask.json
+"""
+
+
+def explore(
+    files: Annotated[
+        list[str] | None,
+        typer.Argument(
+            metavar="[FILES]", help="Names of shipped tests, .toml files or directories; all if none."
+        ),
+    ] = None,
+    policy: Annotated[
+        list[str] | None,
+        typer.Option(
+            "--policy",
+            metavar="P",
+            help="A preset, mutant:NAME, a .py file, each with +point=alternative if need be; repeatable. "
+            "Without it: the default.",
+        ),
+    ] = None,
+    strategy: Annotated[str, typer.Option(metavar="S", help="exhaustive, pct or random.")] = "exhaustive",
+    bound: Annotated[
+        int | None, typer.Option(min=0, max=100, metavar="N", help="No more than so many preemptions.")
+    ] = None,
+    executions: Annotated[
+        int, typer.Option(min=1, max=10**9, metavar="N", help="Most executions per test and policy.")
+    ] = 2000,
+    depth: Annotated[
+        int, typer.Option(min=1, max=20, metavar="D", help="pct: depth of the bugs that it looks for.")
+    ] = 3,
+    seed: Annotated[
+        int, typer.Option(min=0, max=2**62, envvar="FLUSHLAB_SEED", help="Of pct and random.")
+    ] = 0,
+    seconds: Annotated[
+        float,
+        typer.Option(
+            min=0, metavar="S", help="Give up on a test after so long; results then depend on the machine."
+        ),
+    ] = 0.0,
+    jobs: Annotated[
+        int | None,
+        typer.Option(min=1, max=MAX_JOBS, help="Processes; as many as there are cores if not given."),
+    ] = None,
+    output: Annotated[
+        Path | None, typer.Option(metavar="DIR", help="Write counterexamples there, a file each.")
+    ] = None,
+    replay: Annotated[
+        Path | None, typer.Option(metavar="FILE", help="Run a counterexample again instead.")
+    ] = None,
+    as_json: Annotated[
+        bool, typer.Option("--json", help="Print one JSON document instead of the table; it holds no times.")
+    ] = False,
+) -> None:
+    """Explore litmus tests: every interleaving, proved or refuted."""
+    # Imported late: help and bad usage need no engine.
+    from emulator.explore.suite import Work, explore_suite
+    from emulator.explore.verdict import STRATEGIES, Plan
+    from emulator.litmus.loader import load_tests
+    from emulator.litmus.policies import named_policy
+    from emulator.policy import DEFAULT
+
+    if replay is not None:
+        raise typer.Exit(_replay(replay, as_json))
+    if strategy not in STRATEGIES:
+        raise BadInput("--strategy", repr(strategy), " or ".join(STRATEGIES))
+    tests = load_tests(files or [])
+    names = list(dict.fromkeys(policy or [DEFAULT]))
+    for name in names:
+        named_policy(name)
+    plan = Plan(strategy, executions, bound, seed=seed, depth=depth)
+    work = [Work(test, name, plan, seconds) for test in tests for name in names]
+    started = time.monotonic()
+    verdicts = []
+    table = None if as_json else _console()
+    for verdict in explore_suite(work, jobs or len(os.sched_getaffinity(0))):
+        verdicts.append(verdict)
+        if table is not None:
+            table.print(_row(verdict))
+        if output is not None:
+            _write(output, verdict)
+    elapsed = time.monotonic() - started
+    if as_json:
+        json.dump(
+            {"format": 1, "explored": [verdict.document() for verdict in verdicts]}, sys.stdout, indent=1
+        )
+        print()
+    else:
+        runs = sum(verdict.executions + verdict.pruned for verdict in verdicts)
+        print(f"{runs:,} executions in {elapsed:.1f} s, {runs / max(elapsed, 1e-9):,.0f} a second")
+        _show_only(verdicts)
+    if any(verdict.counterexample is not None for verdict in verdicts):
+        raise typer.Exit(FOUND)
+
+
+def _console() -> Console:
+    console = Console()
+    return console if console.is_terminal else Console(width=200)
+
+
+def _row(verdict: Verdict) -> Table:
+    table = Table(box=None, pad_edge=False, show_header=False)
+    table.add_column(width=28, no_wrap=True)
+    table.add_column(width=30, no_wrap=True)
+    table.add_column()
+    table.add_row(verdict.test, verdict.policy, Text(verdict.summary()))
+    return table
+
+
+def _show_only(verdicts: list[Verdict]) -> None:
+    """A single counterexample is what one wants to see."""
+    if len(verdicts) != 1 or verdicts[0].counterexample is None:
+        return
+    found = verdicts[0].counterexample
+    print(f"\n{len(found.steps)} steps, {found.document()['context_switches']} context switches:\n")
+    if found.violation is not None:
+        print(found.violation["text"])
+
+
+def _write(directory: Path, verdict: Verdict) -> None:
+    if verdict.counterexample is None:
+        return
+    name = re.sub(r"[^A-Za-z0-9_.-]+", "-", f"{verdict.test}-{verdict.policy}")
+    try:
+        directory.mkdir(parents=True, exist_ok=True)
+        verdict.counterexample.write(directory / f"{name}.json")
+    except OSError as error:
+        raise BadInput(str(directory), error.strerror or str(error), "a directory to write to") from error
+
+
+def _replay(path: Path, as_json: bool) -> int:
+    from emulator.explore.record import replay
+    from emulator.explore.scheduler import Divergence
+
+    try:
+        recording = replay(path)
+    except Divergence as error:
+        print(f"flushlab explore: {path}: diverges: {error}", file=sys.stderr)
+        return DIVERGED
+    if as_json:
+        json.dump(recording.document(), sys.stdout, indent=1)
+        print()
+    else:
+        print(
+            f"{recording.test} under {recording.policy}: {len(recording.steps)} steps, the same as recorded"
+        )
+        if recording.violation is not None:
+            print(recording.violation["text"])
+    return FOUND if recording.violation is not None else 0

@@ -1,0 +1,221 @@
+"""Counterexamples: what each step of an execution was, as a file, and the same execution again."""
+
+from __future__ import annotations
+
+import json
+import re
+from collections.abc import Hashable
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from emulator.errors import BadInput
+from emulator.explain.events import EventTail
+from emulator.explore.controlled import installed
+from emulator.explore.sampling import Replay
+from emulator.explore.scheduler import Divergence, Execution, Task
+from emulator.explore.world import LitmusProgram
+from emulator.litmus.loader import parse_test
+from emulator.litmus.policies import named_policy
+from emulator.story import Stories
+from native import lib
+
+FORMAT = 1
+_EXPECTED = "a counterexample of flushlab explore"
+_TIME = re.compile(r",? *[-+]?\d+\.\d us( before)?")
+# What depends on when something ran, or on how often frames were freed before.
+_UNSTABLE = ("time_ns", "promise_time_ns", "custody")
+
+
+@dataclass(slots=True)
+class Recording:
+    """One execution, step by step.  `violation`: what the oracle says, or the deadlock; None: nothing."""
+
+    test: str
+    source: str  # of the test
+    policy: str
+    schedule: list[str]
+    steps: list[dict[str, Any]]
+    actors: dict[str, str]
+    violation: dict[str, Any] | None
+    kinds: tuple[str, ...] = field(default=())
+
+    def document(self) -> dict[str, Any]:
+        return {
+            "format": FORMAT,
+            "test": self.test,
+            "policy": self.policy,
+            "memory": "sequentially consistent",
+            "context_switches": sum(a != b for a, b in zip(self.schedule, self.schedule[1:], strict=False)),
+            "schedule": self.schedule,
+            "actors": self.actors,
+            "steps": self.steps,
+            "violation": self.violation,
+            "source": self.source,
+        }
+
+    def write(self, path: Path) -> None:
+        path.write_text(json.dumps(self.document(), indent=1) + "\n", "utf-8")
+
+
+class _Recorder:
+    """Writes down each step as it ends."""
+
+    def __init__(self, program: LitmusProgram, execution: Execution) -> None:
+        self.program = program
+        self.execution = execution
+        self.steps: list[dict[str, Any]] = []
+        lib.oracle_forget(program.machine.m)
+        self.tail = EventTail(program.machine.m, len(program.machine.cpus))
+        self.violation: dict[str, Any] | None = None
+
+    def __call__(self, task: Task) -> None:
+        kind, obj, mode = task.label
+        objects = self.program.objects
+        touched = _names(objects.of(task.reads & ~task.writes)), _names(objects.of(task.writes))
+        self.steps.append(
+            {
+                "n": len(self.steps),
+                "thread": task.name,
+                "cpu": self.program.cpu_of(task),
+                "kind": kind,
+                "object": _name(obj),
+                "mode": "write" if task.writes and mode == "write" else "read" if not task.writes else mode,
+                "text": _text(kind, obj),
+                "reads": touched[0],
+                "writes": touched[1],
+                "events": [event.as_dict() for event in self.tail.take()],
+            }
+        )
+        if self.execution.stopped and self.violation is None:
+            self.violation = self._report()
+
+    def _report(self) -> dict[str, Any] | None:
+        program = self.program
+        stories = Stories(program.machine.m)
+        reports = stories.finish(program.names(), program.policy.mutants())
+        if not reports:
+            return None
+        report = reports[0]
+        found: dict[str, Any] = _timeless(
+            {"kind": report.kind, "kinds": list(report.kinds), "text": report.text, **report.details}
+        )
+        return found
+
+
+def _timeless(value: Any) -> Any:
+    """Without what differs between two runs of the same thing."""
+    if isinstance(value, str):
+        return _TIME.sub("", value)
+    if isinstance(value, dict):
+        return {key: _timeless(item) for key, item in value.items() if key not in _UNSTABLE}
+    if isinstance(value, list | tuple):
+        return [_timeless(item) for item in value]
+    return value
+
+
+def _name(obj: Hashable) -> str:
+    if isinstance(obj, tuple):
+        return " ".join(_name(part) for part in obj)
+    return "" if obj is None else str(obj)
+
+
+def _names(objects: list[Hashable]) -> list[str]:
+    return sorted(_name(obj) for obj in objects if obj != ("everything",))
+
+
+def _text(kind: str, obj: Hashable) -> str:
+    return f"{kind} {_name(obj)}".strip()
+
+
+def record(program: LitmusProgram, schedule: tuple[int, ...]) -> Recording:
+    """Execute it once more, writing everything down."""
+    strategy = Replay(schedule, then_any=True)
+    execution = Execution(program.objects, strategy)
+    program.start(execution)
+    recorder = _Recorder(program, execution)
+    execution.on_step = recorder
+    strategy.begin(len(execution.tasks))
+    execution.run()
+    names = [task.name for task in execution.tasks]
+    actors = {str(cpu): name for cpu, name in program.names().items()}
+    if execution.failure is not None:
+        program.abandon(execution)
+        raise execution.failure
+    outcome = program.finish(execution)
+    violation = recorder.violation
+    if violation is None and outcome:
+        violation = {"kind": outcome.partition(":")[0], "kinds": [outcome.partition(":")[0]], "text": outcome}
+    return Recording(
+        test=program.test.name,
+        source=program.source,
+        policy=program.policy.name,
+        schedule=[names[index] for index in strategy.schedule()],
+        steps=recorder.steps,
+        actors=actors,
+        violation=violation,
+        kinds=tuple(violation["kinds"]) if violation else (),
+    )
+
+
+def load(path: Path) -> dict[str, Any]:
+    """A counterexample's document; raises BadInput."""
+    try:
+        document = json.loads(path.read_text("utf-8"))
+    except OSError as error:
+        raise BadInput(str(path), error.strerror or str(error), "a readable file") from error
+    except (UnicodeDecodeError, json.JSONDecodeError, RecursionError) as error:
+        raise BadInput(str(path), f"not JSON: {error}", _EXPECTED) from error
+    found = _find(document)
+    if found is None:
+        raise BadInput(str(path), "no counterexample in it", _EXPECTED)
+    if found.get("format") != FORMAT:
+        raise BadInput(f"{path}: format", repr(found.get("format")), str(FORMAT))
+    return found
+
+
+def _find(document: Any) -> dict[str, Any] | None:
+    """The counterexample in a file of its own, or the first one in a document of `explore --json`."""
+    if isinstance(document, dict):
+        if {"schedule", "steps", "source", "policy", "test"} <= document.keys():
+            return document
+        document = list(document.values())
+    if isinstance(document, list):
+        for item in document:
+            found = _find(item)
+            if found is not None:
+                return found
+    return None
+
+
+def replay(path: Path) -> Recording:
+    """Run a recorded execution again; raises Divergence if it is not the same, step for step."""
+    document = load(path)
+    test = parse_test(document["source"], document["test"], None)
+    program = LitmusProgram(test, named_policy(document["policy"]))
+    try:
+        with installed(program.control):
+            names = program.task_names()
+            unknown = sorted(set(document["schedule"]) - set(names))
+            if unknown:
+                raise BadInput(f"{path}: schedule", unknown[0], f"one of {', '.join(names)}")
+            schedule = tuple(names.index(name) for name in document["schedule"])
+            again = record(program, schedule)
+    finally:
+        program.close()
+    _compare(document, json.loads(json.dumps(again.document())))
+    return again
+
+
+def _compare(before: dict[str, Any], again: dict[str, Any]) -> None:
+    for old, new in zip(before["steps"], again["steps"], strict=False):
+        if old != new:
+            key = next(key for key in old if old[key] != new.get(key))
+            raise Divergence(
+                f"step {old['n']} of {old['thread']}: {key} is {new.get(key)!r}, was {old[key]!r}"
+            )
+    for key in ("schedule", "steps", "violation"):
+        if key == "steps" and len(before[key]) != len(again[key]):
+            raise Divergence(f"{len(again[key])} steps, but {len(before[key])} were recorded")
+        if before[key] != again[key]:
+            raise Divergence(f"{key} is not what was recorded")

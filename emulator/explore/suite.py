@@ -1,0 +1,52 @@
+"""Many tests under many policies, each pair in a process of its own pool, in the order asked for."""
+
+from __future__ import annotations
+
+import multiprocessing
+import time
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+
+from emulator.errors import BadInput
+from emulator.explore.verdict import Plan, Verdict, explore_verdict
+from emulator.litmus.model import LitmusTest
+from emulator.litmus.policies import named_policy
+
+
+@dataclass(frozen=True, slots=True)
+class Work:
+    test: LitmusTest
+    policy: str
+    plan: Plan
+    seconds: float  # 0: no limit
+
+
+def explore_one(work: Work) -> Verdict | BadInput:
+    """One test under one policy.  Bad input travels as a value: exceptions lose their fields on the way."""
+    started = time.monotonic()
+
+    def out_of_time() -> bool:
+        return bool(work.seconds) and time.monotonic() - started > work.seconds
+
+    try:
+        verdict = explore_verdict(work.test, named_policy(work.policy), work.plan, out_of_time)
+    except BadInput as error:
+        return error
+    verdict.policy = work.policy
+    return verdict
+
+
+def explore_suite(work: Sequence[Work], jobs: int) -> Iterator[Verdict]:
+    """Verdicts in the order of the work."""
+    if jobs <= 1 or len(work) <= 1:
+        yield from map(_checked, map(explore_one, work))
+        return
+    context = multiprocessing.get_context("spawn")
+    with context.Pool(min(jobs, len(work))) as pool:
+        yield from map(_checked, pool.imap(explore_one, work))
+
+
+def _checked(result: Verdict | BadInput) -> Verdict:
+    if isinstance(result, BadInput):
+        raise result
+    return result

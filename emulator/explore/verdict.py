@@ -1,0 +1,190 @@
+"""A litmus test under a policy, explored: what is proved, and how far the search came where nothing is.
+
+The exhaustive strategy goes from few preemptions to many (iterative context bounding: Musuvathi and Qadeer,
+PLDI 2007), because most races need one or two and the shortest counterexample is the best one; then, without
+a bound, to the end if the budget allows.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from typing import Any
+
+from emulator.explore.controlled import installed
+from emulator.explore.dpor import Exhaustive
+from emulator.explore.minimize import minimized
+from emulator.explore.record import Recording, record
+from emulator.explore.sampling import Pct, RandomWalk
+from emulator.explore.search import Found, Limits, search
+from emulator.explore.world import LitmusProgram
+from emulator.litmus.model import LitmusTest
+from emulator.policy import Policy
+
+SAFE = "safe"
+VIOLATIONS = "violations"
+BOUNDED = "safe up to a bound"
+UNFINISHED = "nothing found"
+
+STRATEGIES = ("exhaustive", "pct", "random")
+CONSISTENCY = "sequentially consistent"
+
+
+@dataclass(frozen=True, slots=True)
+class Plan:
+    """executions: most of them, of all rounds together.  bound: the exhaustive strategy stops there; None: it
+    tries 0 to `rounds` - 1 preemptions and then all.  depth: PCT's d."""
+
+    strategy: str = "exhaustive"
+    executions: int = 2000
+    bound: int | None = None
+    rounds: int = 3
+    seed: int = 0
+    depth: int = 3
+    minimize: bool = True
+
+
+@dataclass(slots=True)
+class Verdict:
+    """`bound`: the most preemptions that are covered completely; None with `complete`: all interleavings."""
+
+    test: str
+    policy: str
+    plan: Plan
+    verdict: str = UNFINISHED
+    kinds: tuple[str, ...] = ()
+    executions: int = 0
+    pruned: int = 0
+    steps: int = 0
+    depth: int = 0
+    complete: bool = False
+    bound: int | None = None
+    guarantee: float | None = None
+    rounds: list[dict[str, Any]] = field(default_factory=list)
+    counterexample: Recording | None = None
+
+    def document(self) -> dict[str, Any]:
+        """For --json: holds no times."""
+        found = self.counterexample
+        return {
+            "test": self.test,
+            "policy": self.policy,
+            "verdict": self.verdict,
+            "violations": list(self.kinds),
+            "memory": CONSISTENCY,
+            "strategy": self.plan.strategy,
+            "seed": self.plan.seed if self.plan.strategy != "exhaustive" else None,
+            "complete": self.complete,
+            "preemption_bound": self.bound,
+            "executions": self.executions,
+            "pruned": self.pruned,
+            "steps": self.steps,
+            "depth": self.depth,
+            "pct_guarantee": self.guarantee,
+            "rounds": self.rounds,
+            "counterexample": found.document() if found is not None else None,
+        }
+
+    def summary(self) -> str:
+        """One line: what the tool is entitled to say."""
+        n = f"{self.executions:,} interleavings"
+        if self.verdict == VIOLATIONS:
+            return f"{', '.join(self.kinds)} after {n}"
+        if self.complete:
+            return f"no violation in all {n}, up to the order of independent steps"
+        if self.bound is not None:
+            return f"no violation with up to {self.bound} preemptions; nor in {n} altogether (not all)"
+        return f"no violation in {n}; not all"
+
+
+Stop = Callable[[], bool]
+
+
+def explore_verdict(
+    test: LitmusTest, policy: Policy, plan: Plan | None = None, stop: Stop = lambda: False
+) -> Verdict:
+    """Explore one test under one policy.  `stop` is asked between executions; with it results depend on
+    time."""
+    plan = plan or Plan()
+    program = LitmusProgram(test, policy)
+    verdict = Verdict(test.name, policy.name, plan)
+    try:
+        with installed(program.control):
+            if plan.strategy == "exhaustive":
+                _exhaustively(program, verdict, stop)
+            else:
+                _sampled(program, verdict, stop)
+    finally:
+        program.close()
+    return verdict
+
+
+def _exhaustively(program: LitmusProgram, verdict: Verdict, stop: Stop) -> None:
+    plan = verdict.plan
+    bounds: list[int | None] = [*range(plan.rounds), None]
+    if plan.bound is not None:
+        bounds = list(range(plan.bound + 1))
+    for number, bound in enumerate(bounds):
+        left = plan.executions - verdict.executions
+        if left <= 0:
+            return
+        # Not all for a bound that is out of reach, when there are others to come.
+        budget = left if number == len(bounds) - 1 else max(1, left // 2)
+        strategy = Exhaustive(program.objects, bound=bound)
+        found = search(program, program.objects, strategy, Limits(executions=budget), bool, stop)
+        _add(verdict, found, bound)
+        if found.schedule is not None:
+            _violated(program, verdict, found)
+            return
+        if found.complete and (bound is None or not strategy.bounded_away):
+            verdict.verdict, verdict.complete, verdict.bound = SAFE, True, None
+            return
+        if found.complete:
+            verdict.verdict, verdict.bound = BOUNDED, bound
+        elif bound is not None:
+            # The next bound would be out of reach as well; everything together may not be.
+            rest = [other for other in bounds[number + 1 :] if other is None]
+            if not rest:
+                return
+
+
+def _sampled(program: LitmusProgram, verdict: Verdict, stop: Stop) -> None:
+    plan = verdict.plan
+    if plan.strategy == "pct":
+        strategy: Pct | RandomWalk = Pct(plan.executions, plan.seed, plan.depth)
+    else:
+        strategy = RandomWalk(plan.executions, plan.seed)
+    found = search(program, program.objects, strategy, Limits(), bool, stop)
+    _add(verdict, found, None)
+    if isinstance(strategy, Pct):
+        verdict.guarantee = strategy.guarantee()
+    if found.schedule is not None:
+        _violated(program, verdict, found)
+
+
+def _add(verdict: Verdict, found: Found, bound: int | None) -> None:
+    verdict.executions += found.executions
+    verdict.pruned += found.pruned
+    verdict.steps += found.steps
+    verdict.depth = max(verdict.depth, found.depth)
+    verdict.rounds.append(
+        {
+            "preemption_bound": bound,
+            "executions": found.executions,
+            "pruned": found.pruned,
+            "depth": found.depth,
+            "complete": found.complete,
+        }
+    )
+
+
+def _violated(program: LitmusProgram, verdict: Verdict, found: Found) -> None:
+    assert found.schedule is not None
+    schedule = found.schedule
+    if verdict.plan.minimize:
+        schedule = minimized(program, schedule, found.outcome)
+    verdict.verdict = VIOLATIONS
+    verdict.kinds = (found.outcome,)
+    verdict.counterexample = record(program, schedule)
+    if verdict.counterexample.kinds:
+        verdict.kinds = verdict.counterexample.kinds
