@@ -30,9 +30,16 @@ void mm_fill_from(struct machine *m, uint64_t entry, uint32_t hfn)
 	}
 }
 
-/* Under the region's lock: make the page present.  Its entry, or 0 if there is no frame. */
-static uint64_t populate_page(struct machine *m, uint32_t cpu, struct mm *mm, uint64_t hva, uint64_t entry)
+void mm_set_zero_page(struct machine *m, uint32_t vm, int on)
 {
+	m->vms[vm].mm->zero_page = on != 0;
+}
+
+/* Under the region's lock: make the page present.  Its entry, or 0 if there is no frame. */
+static uint64_t populate_page(struct machine *m, uint32_t cpu, struct mm *mm, uint64_t hva, uint64_t entry,
+			      bool write)
+{
+	uint64_t cow = mm->zero_page && !write && !(entry & MM_SWAPPED) ? MM_COW : 0;
 	int64_t hfn;
 
 	if (entry & MM_PRESENT)
@@ -41,9 +48,33 @@ static uint64_t populate_page(struct machine *m, uint32_t cpu, struct mm *mm, ui
 	if (hfn < 0)
 		return 0;
 	mm_fill_from(m, entry, (uint32_t)hfn);
-	entry = (uint64_t)hfn << MM_HFN_SHIFT | MM_PRESENT | (entry & MM_READONLY);
+	entry = (uint64_t)hfn << MM_HFN_SHIFT | MM_PRESENT | cow | (entry & MM_READONLY);
 	mm_set(mm, hva, entry);
 	return entry;
+}
+
+int mm_break_cow(struct machine *m, uint32_t cpu, uint32_t vm, uint64_t hva)
+{
+	struct mm *mm = m->vms[vm].mm;
+	struct mm_region *r;
+	uint64_t entry;
+	int64_t hfn;
+
+	if (hva >= mm->pages)
+		return mm_misuse(m, cpu, "copy beyond it", hva);
+	hfn = frame_alloc(m, cpu, FRAME_GUEST);
+	if (hfn < 0)
+		return MACHINE_NOMEM;
+	r = mm_region_lock(mm, hva);
+	entry = mm_get(mm, hva);
+	if (entry & MM_COW) {
+		mm_fill_from(m, entry, (uint32_t)hfn);
+		mm_set(mm, hva, (uint64_t)hfn << MM_HFN_SHIFT | MM_PRESENT | (entry & MM_READONLY));
+		hfn = mm_hfn(entry);
+	}
+	mm_region_unlock(r);
+	frame_free(m, cpu, (uint32_t)hfn);
+	return 0;
 }
 
 /* Under the region's lock, so that frame and custody belong together: the page cannot be unmapped, its frame
@@ -76,17 +107,18 @@ int mm_fault(struct machine *m, uint32_t cpu, uint32_t vm, uint64_t hva, int wri
 		return mm_misuse(m, cpu, "fault beyond it", hva);
 	r = mm_region_lock(mm, hva);
 	entry = mm_get(mm, hva);
-	if (write && (entry & MM_READONLY)) {
+	page->cow = write && (entry & (MM_COW | MM_READONLY)) == MM_COW;
+	if (write && (entry & (MM_READONLY | MM_COW))) {
 		error = MACHINE_AGAIN;
 	} else {
-		entry = populate_page(m, cpu, mm, hva, entry);
+		entry = populate_page(m, cpu, mm, hva, entry, write);
 		if (!entry)
 			error = MACHINE_NOMEM;
 	}
 	if (!error) {
 		page->hfn = mm_hfn(entry);
 		page->tag = custody_of(m, entry);
-		page->writable = !(entry & MM_READONLY);
+		page->writable = !(entry & (MM_READONLY | MM_COW));
 		page->level = level_of(m, r, entry);
 	}
 	mm_region_unlock(r);
@@ -104,13 +136,13 @@ static uint32_t fault_region(struct machine *m, uint32_t cpu, struct mm *mm, uin
 		uint64_t entry = mm_get(mm, hva);
 
 		if (populate)
-			entry = populate_page(m, cpu, mm, hva, entry);
+			entry = populate_page(m, cpu, mm, hva, entry, false);
 		hfns[i] = NO_FRAME;
 		if (!(entry & MM_PRESENT))
 			continue;
 		hfns[i] = mm_hfn(entry);
 		tags[i] = custody_of(m, entry);
-		writable[i] = !(entry & MM_READONLY);
+		writable[i] = !(entry & (MM_READONLY | MM_COW));
 		present++;
 	}
 	mm_region_unlock(r);

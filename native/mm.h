@@ -16,10 +16,18 @@ struct mm_page {
 	uint32_t tag;       /* host tag of the frame: the custody that a fault takes */
 	uint32_t writable;
 	uint32_t level;     /* how the host maps it: PG_LEVEL_4K or PG_LEVEL_2M */
+	uint32_t cow;       /* with MACHINE_AGAIN: mm_break_cow() first */
 };
 
+/* Anonymous memory that is read before it is written: the zero page is mapped, read-only, and the first write
+ * makes a copy.  (Every page has a zero page of its own here, so that a frame has one user.)  Off at first. */
+void mm_set_zero_page(struct machine *m, uint32_t vm, int on);
+/* wp_page_copy(), between invalidate_range_start and _end: the page's copy, in a new frame; the old one is freed.
+ * 0, also if somebody else was quicker, or MACHINE_NOMEM. */
+int mm_break_cow(struct machine *m, uint32_t cpu, uint32_t vm, uint64_t hva);
+
 /* hva_to_pfn(): the frame behind a page, allocated or swapped in on demand.  0, MACHINE_NOMEM, or
- * MACHINE_AGAIN: a write to a page that is read-only for now (mprotect). */
+ * MACHINE_AGAIN: a write to a page that is read-only for now (mprotect, or page->cow). */
 int mm_fault(struct machine *m, uint32_t cpu, uint32_t vm, uint64_t hva, int write, struct mm_page *page);
 /* The same for n pages from hva on, into hfns[], tags[], writable[] (hfn 0xffffffff: none; does not
  * allocate unless `populate`).  Returns pages present. */

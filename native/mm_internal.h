@@ -12,7 +12,8 @@
 #include "spin.h"
 #include "vm.h"
 
-enum { MM_PRESENT = 1, MM_READONLY = 2, MM_SWAPPED = 4, MM_FLAGS = 15, MM_HFN_SHIFT = 12 };
+/* MM_COW: present, and its first write gets a copy. */
+enum { MM_PRESENT = 1, MM_READONLY = 2, MM_SWAPPED = 4, MM_COW = 8, MM_FLAGS = 15, MM_HFN_SHIFT = 12 };
 enum { REGION_PAGES = BLOCK_FRAMES };
 
 struct mm_region {
@@ -28,6 +29,7 @@ struct mm_image {
 
 struct mm {
 	uint64_t pages; /* a multiple of REGION_PAGES */
+	bool zero_page;
 	_Atomic uint64_t *entry;
 	struct mm_region *region;
 	struct mm_image image;

@@ -158,7 +158,7 @@ def __kvm_mmu_faultin_pfn(cpu: Cpu, kvm: Kvm, fault: KvmPageFault, slot: KvmMemo
     page, hva = cpu.page, slot.gfn_to_hva(fault.gfn)
     rc = lib.mm_fault(cpu.m, cpu.id, kvm.id, hva, fault.write, page)
     if rc == lib.MACHINE_AGAIN:
-        return EFAULT
+        return wp_page_copy(cpu, kvm, hva) if page.cow else EFAULT
     if rc == lib.MACHINE_NOMEM:
         return ENOMEM
     cpu.check(rc)
@@ -182,6 +182,24 @@ def __kvm_mmu_faultin_pfn(cpu: Cpu, kvm: Kvm, fault: KvmPageFault, slot: KvmMemo
             )
         )
     return RET_PF_CONTINUE
+
+
+def wp_page_copy(cpu: Cpu, kvm: Kvm, hva: int) -> int:
+    """get_user_pages() for a write to memory that was only read so far: the host copies the page, which calls
+    the mmu_notifiers of this very VM, so that the fault has to start over."""
+    # mmu_notifier.py builds on mmu.py, and that on this module.
+    from emulator.kvm.mmu_notifier import (
+        kvm_mmu_notifier_invalidate_range_end,
+        kvm_mmu_notifier_invalidate_range_start,
+    )
+
+    kvm_mmu_notifier_invalidate_range_start(cpu, kvm, hva, hva + 1)
+    rc = lib.mm_break_cow(cpu.m, cpu.id, kvm.id, hva)
+    kvm_mmu_notifier_invalidate_range_end(cpu, kvm, hva, hva + 1)
+    if rc == lib.MACHINE_NOMEM:
+        return ENOMEM
+    cpu.check(rc)
+    return RET_PF_RETRY
 
 
 def mmu_invalidate_retry(cpu: Cpu, kvm: Kvm, fault: KvmPageFault) -> bool:

@@ -47,6 +47,7 @@ class EmulatorDriver:
             "pageout",
             "smm",
             "guest_cr",
+            "zero_page",
         }
     )
 

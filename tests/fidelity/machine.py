@@ -207,6 +207,7 @@ class EmulatedMachine:
         """Returns after each vCPU's first entry, and a round of its guest."""
         params = KvmParams(fault_around=1, resched_chunks=0)
         kvm = kvm_create_vm(self.cpu, GFNS, self.policy, params)
+        lib.mm_set_zero_page(self.cpu.m, kvm.id, 1)
         vm = Vm(kvm, dict(THP_SLOTS if self.config.thp else SLOTS))
         if self.config.manual_protect:
             flags = kvm_host.KVM_DIRTY_LOG_MANUAL_PROTECT_ENABLE | kvm_host.KVM_DIRTY_LOG_INITIALLY_SET
