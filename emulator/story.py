@@ -10,7 +10,9 @@ from collections.abc import Iterable, Mapping
 from typing import Any
 
 from emulator.explain.events import PROMISED_BY, PROMISES, Event, EventTail, name_of
-from emulator.explain.plot import ELIDED, LATE, MISSED, NARROW, REVOKE, Facts, Plot, phrases
+from emulator.explain.facts import Facts
+from emulator.explain.phrases import phrases
+from emulator.explain.plot import ELIDED, LATE, MISSED, NARROW, OUTDATED, REVOKE, Plot
 from emulator.result import Report
 from native import VIOLATION_KINDS, ffi, lib
 
@@ -26,6 +28,7 @@ _CULPRITS = {
     LATE: "too late",
     NARROW: "too narrow",
     MISSED: "request not seen",
+    OUTDATED: "looked up before the promise",
 }
 
 

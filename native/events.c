@@ -102,7 +102,7 @@ static bool concerns(const struct violation_report *r, const struct event *e)
 	case EVENT_IPI:
 		return e->cpu == r->promise_cpu || e->more == IPI_INVEPT_SINGLE || e->more == IPI_INVEPT_GLOBAL;
 	case EVENT_GUEST_INVALIDATE:
-		return e->a == r->vcpu && e->b == r->entry.page;
+		return e->a == r->vcpu && (e->b == r->entry.page || e->b == UINT64_MAX);
 	default:
 		return true;
 	}
@@ -114,6 +114,7 @@ struct telling {
 	uint32_t kept;
 	uint32_t most;
 	bool fill_told;
+	bool mapped; /* told last: a mapping, that is, a fault */
 	struct event entry; /* the last VM entry seen, not told yet; kind 0: none */
 };
 
@@ -138,8 +139,9 @@ static void tell_entry(struct telling *t, const struct violation_report *r, cons
 	if (!of_vcpus(r, e->a))
 		return;
 	if (e->kind == EVENT_EXIT) {
-		if (t->kept < 2 || e->b == EXIT_INTERRUPT)
+		if (t->kept < 2 || e->b == EXIT_INTERRUPT || t->mapped)
 			tell(t, e);
+		t->mapped = false;
 		return;
 	}
 	t->entry = *e;
@@ -167,6 +169,7 @@ static void copy_cpu(struct machine *m, uint32_t cpu, const struct violation_rep
 			if (t.entry.kind)
 				tell(&t, &t.entry);
 			t.entry.kind = EVENT_NONE;
+			t.mapped = e.kind == EVENT_MAP;
 			tell(&t, &e);
 		}
 	}

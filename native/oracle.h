@@ -106,7 +106,7 @@ enum event_kind {
 	EVENT_FREE,      /* frame */
 	EVENT_ROOT_LOAD, /* vcpu, root */
 	EVENT_ROOT_FREE, /* root */
-	EVENT_GUEST_INVALIDATE, /* vcpu, linear page */
+	EVENT_GUEST_INVALIDATE, /* vcpu, linear page, UINT64_MAX: all */
 	EVENT_YIELD,     /* vm, flushed */
 	EVENT_UNLOAD,    /* VMCLEAR by IPI: vcpu */
 	EVENTS

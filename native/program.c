@@ -142,7 +142,8 @@ static void invalidated(struct walk *w, struct covered what)
 	}
 	p->pending_count = left;
 	count(w->cpu->counters, COUNT_GUEST_INVALIDATIONS, 1);
-	event_record(w->m, w->cpu->id, event_of(w->vcpu->vm, EVENT_GUEST_INVALIDATE), w->vcpu->id, what.page);
+	event_record(w->m, w->cpu->id, event_of(w->vcpu->vm, EVENT_GUEST_INVALIDATE), w->vcpu->id,
+		     what.any_page ? UINT64_MAX : what.page);
 }
 
 void guest_invalidates_all(struct machine *m, uint32_t vcpu)

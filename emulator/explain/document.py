@@ -14,7 +14,8 @@ from typing import Any
 
 from emulator.errors import BadInput
 from emulator.explain.events import Event
-from emulator.explain.plot import REVOKE, Facts, Moment, Plot
+from emulator.explain.facts import Facts
+from emulator.explain.plot import REVOKE, Moment, Plot
 from native import VIOLATION_KINDS
 
 _EXPECTED = "JSON of flushlab run, litmus or explore, with a violation"

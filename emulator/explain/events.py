@@ -14,6 +14,8 @@ PROMISES = enum_names("promise", "PROMISE_", count="PROMISES")
 _FUNCTIONS = enum_names("ipi_function", "IPI_", count="IPI_FUNCTIONS")
 
 NO_VM = 0xFFFF
+# What a guest invalidates: not one page, but everything (MOV CR3, INVPCID).
+WHOLE = (1 << 64) - 1
 # A VMCS that was loaded nowhere before.
 _NOWHERE = 1 << 31
 
@@ -121,6 +123,10 @@ def _targets(e: Event) -> str:
     return f"pCPU {e.targets[0]}" if e.b == 1 and e.targets else f"{e.b} pCPUs"
 
 
+def _what(e: Event) -> str:
+    return "all its pages" if e.b == WHOLE else f"page {e.b:#x}"
+
+
 _TEXTS: dict[str, Callable[[Event], str]] = {
     "entry": lambda e: f"VM entry of vCPU {e.a}, root {e.b:#x}",
     "exit": lambda e: f"VM exit of vCPU {e.a}: {name_of(EXIT_REASONS, e.b)}",
@@ -136,7 +142,7 @@ _TEXTS: dict[str, Callable[[Event], str]] = {
     "free": lambda e: f"frame {e.a:#x} freed",
     "root_load": lambda e: f"vCPU {e.a} loads root {e.b:#x}",
     "root_free": lambda e: f"root {e.a:#x} freed",
-    "guest_invalidate": lambda e: f"guest of vCPU {e.a} invalidates page {e.b:#x}",
+    "guest_invalidate": lambda e: f"guest of vCPU {e.a} invalidates {_what(e)}",
     "unload": lambda e: f"VMCLEAR of vCPU {e.a}, which is loaded elsewhere",
     "yield": lambda e: f"zap of VM {e.a} yields, {'flushed' if e.b else 'not flushed'}",
 }

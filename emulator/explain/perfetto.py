@@ -13,20 +13,14 @@ from typing import Any
 
 from emulator.explain.document import Case
 from emulator.explain.events import Event
-from emulator.explain.plot import FILL, USE, Moment, phrases
+from emulator.explain.phrases import phrases
+from emulator.explain.plot import CULPRITS, FILL, USE, Moment
 
 _PCPUS = 1
 _THREADS = 2
 # Long enough to be seen and clicked at.
 _SHORT_US = 0.2
-_COLOURS = {
-    "revoke": "terrible",
-    "elided": "bad",
-    "late": "bad",
-    "narrow": "bad",
-    "missed": "bad",
-    "use": "terrible",
-}
+_COLOURS = dict.fromkeys(CULPRITS, "bad") | {"revoke": "terrible", "use": "terrible"}
 
 
 def perfetto(case: Case) -> str:

@@ -6,12 +6,11 @@ between did not or not in time, and the translation is used.  Whatever else happ
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
-from typing import Any
 
-from emulator.explain.events import NO_VM, Event, name_of
-from native import EXIT_REASONS
+from emulator.explain.events import NO_VM, WHOLE, Event
+from emulator.explain.facts import Facts
 
 # The parts of a plot, in the order in which they are explained.
 FILL = "fill"
@@ -20,12 +19,14 @@ ELIDED = "elided"
 LATE = "late"
 NARROW = "narrow"
 MISSED = "missed"
+OUTDATED = "outdated"
 PROMISE = "promise"
 USE = "use"
-CULPRITS = (ELIDED, LATE, NARROW, MISSED)
+CULPRITS = (ELIDED, LATE, NARROW, MISSED, OUTDATED)
 
 _WRITE_PROMISES = ("dirty_log", "notifier_write")
-_WITHOUT_ENTRY = {"lost-dirty", "ipi-stall", "rcu-stall", "deadlock"}
+# Pages of the smallest huge leaf.
+_HUGE = 512
 # The decision behind a flush, by the flush's reason.
 _DECISIONS = {
     "remote_zap": "zap",
@@ -36,67 +37,6 @@ _DECISIONS = {
     "migration": "migration",
     "root_load": "root_load",
 }
-# KVM promised nothing: the guest did, or nobody.
-_NO_PROMISE = {"guest-stale", "foreign-root"}
-_ACCESS_VERBS = {"read": "reads", "write": "writes", "execute": "executes"}
-
-
-@dataclass(frozen=True, slots=True)
-class Facts:
-    """What a report says about the use (emulator.story); -1: unknown."""
-
-    kinds: tuple[str, ...] = ()
-    pcpu: int = -1
-    vm: int = -1
-    vcpu: int = -1
-    access: str = "read"
-    gfn: int = -1
-    frame: int = -1
-    walk_level: int = 0
-    time: int = 0
-    promise: str = "none"
-    promise_cpu: int = -1
-    promise_time: int = 0
-    filled_by: int = -1
-    clock: int = -1
-    page: int = -1
-    root: int = -1
-
-    @classmethod
-    def of_report(cls, report: Mapping[str, Any]) -> Facts:
-        entry = report.get("entry") or {}
-        if str(report.get("kind", "")) in _WITHOUT_ENTRY or _WITHOUT_ENTRY & set(report.get("kinds", ())):
-            entry = {}
-        return cls(
-            kinds=tuple(report.get("kinds") or (report.get("kind", "violation"),)),
-            pcpu=report.get("pcpu", -1),
-            vm=report.get("vm", -1),
-            vcpu=report.get("vcpu", -1),
-            access=report.get("access", "read"),
-            gfn=report.get("gfn", -1),
-            frame=report.get("frame", -1),
-            walk_level=report.get("walk_level", 0),
-            time=report.get("time_ns", 0),
-            promise=str(report.get("promise", "none")).replace("-", "_"),
-            promise_cpu=report.get("promise_cpu", -1),
-            promise_time=report.get("promise_time_ns", 0),
-            filled_by=entry.get("filled_by_vcpu", -1),
-            clock=entry.get("clock", -1),
-            page=entry.get("page", -1),
-            root=entry.get("ep4ta", -1),
-        )
-
-    @property
-    def kind(self) -> str:
-        return self.kinds[0] if self.kinds else "violation"
-
-    @property
-    def is_use(self) -> bool:
-        """Is it about an entry that was used?  Else about something that did not happen."""
-        return self.filled_by >= 0
-
-    def verb(self) -> str:
-        return _ACCESS_VERBS.get(self.access, self.access)
 
 
 @dataclass(frozen=True, slots=True)
@@ -121,9 +61,11 @@ class Plot:
         self._parts: dict[int, str] = {}
         # A request that needed no interrupt.
         self._asked: int | None = None
-        self._promised = self._last(self._is_promise) if facts.kind not in _NO_PROMISE else None
+        self._promised = self._last(self._is_promise) if facts.promised else None
+        # A mapping of what the fault had looked up before the promise.
+        self._outdated = self._outdated_map()
         self._start = self._fill()
-        self._revoked = self._revocation()
+        self._revoked = self._revocation() if self._outdated is None else None
         # From here on the entry should not have been used: the best that is known.
         self._stale = self._revoked if self._revoked is not None else self._promised
         if facts.is_use:
@@ -199,6 +141,16 @@ class Plot:
         kinds = ("protect", "zap") if self.facts.promise in _WRITE_PROMISES else ("zap",)
         return e.kind in kinds and self._mine(e) and e.covers(self.facts.gfn)
 
+    def _unlinks(self, e: Event) -> bool:
+        """A table that maps the page's neighbourhood goes, or a huge leaf takes its place."""
+        first, last = e.a >> 9, e.a + max(e.more, 1) - 1 >> 9
+        kinds = e.kind == "zap" or (e.kind == "map" and e.more >= _HUGE)
+        return kinds and self._mine(e) and first <= self.facts.gfn >> 9 <= last
+
+    def _is_guest_invalidation(self, e: Event) -> bool:
+        mine = e.kind == "guest_invalidate" and e.a == self.facts.vcpu
+        return mine and e.b in (self.facts.page, WHOLE)
+
     # --- the parts ---------------------------------------------------------------------------------------
 
     def _fill(self) -> int | None:
@@ -213,15 +165,38 @@ class Plot:
         if facts.clock < 0:
             return None
         # The clock stands still while the guest faults: the promise came later, whatever it says.
+        if self._outdated is not None:
+            after = self._last(before_fill, self._outdated)
+            if after is not None:
+                return after
+            # The entry is older: somebody faulted the page in again.
+            self._outdated = None
         before_promise = self._last(before_fill, before=self._promised)
         return self._last(before_fill) if before_promise is None else before_promise
+
+    def _outdated_map(self) -> int | None:
+        facts = self.facts
+        if self._promised is None or facts.about_table:
+            return None
+
+        def maps_it(e: Event) -> bool:
+            return (
+                e.kind == "map"
+                and self._mine(e)
+                and e.covers(facts.gfn)
+                and e.b + facts.gfn - e.a == facts.frame
+            )
+
+        return self._last(maps_it, self._promised)
 
     def _revocation(self) -> int | None:
         facts = self.facts
         if facts.kind == "guest-stale":
-            return self._last(lambda e: e.kind == "guest_invalidate" and e.a == facts.vcpu, self._start)
-        if facts.kind == "foreign-root":
+            return self._last(self._is_guest_invalidation, self._start)
+        if facts.about_root:
             return self._last(lambda e: e.kind == "root_free" and e.a == facts.root, self._start)
+        if facts.about_table:
+            return self._last(self._unlinks, self._start)
         return self._last(self._takes_away, self._start, self._promised)
 
     def _choose(self) -> None:
@@ -229,6 +204,10 @@ class Plot:
         self._keep(self._start)
         self._keep(revoked, REVOKE)
         self._keep(self._promised, PROMISE)
+        if self._outdated is not None:
+            self._keep(self._outdated, OUTDATED)
+            faulted = self._last(lambda e: e.kind == "exit" and e.a == facts.vcpu, before=self._promised)
+            self._keep(faulted)
         if self._stale is not None:
             self._keep(self._last(lambda e: e.kind == "free" and e.a == facts.frame, self._stale))
         self._moves()
@@ -242,6 +221,7 @@ class Plot:
         """Where the vCPU was meanwhile, and that it came back."""
         facts, stale = self.facts, self._stale
         if stale is None:
+            self._round_trip()
             return
         # Another vCPU may have filled the entry while this one was elsewhere already.
         since = self._start if facts.filled_by == facts.vcpu else None
@@ -253,6 +233,14 @@ class Plot:
         if back is not None and entered is not None:
             self._keep(back)
             self._keep(entered)
+
+    def _round_trip(self) -> None:
+        """It is not known what took the right away, but the vCPU was elsewhere and came back."""
+        facts = self.facts
+        back = self._last(self._is_load(facts.vcpu, facts.pcpu), self._start)
+        if self._start is not None and back is not None:
+            self._keep(self._last(self._is_load(facts.vcpu), self._start, back))
+            self._keep(back)
 
     def _back(self) -> int | None:
         """When the vCPU came to the pCPU of the access, if that was after the right had gone."""
@@ -284,20 +272,26 @@ class Plot:
             self._keep(sent, LATE)
 
     def _unseen(self, asked: int) -> None:
-        """A VM entry after the request, without the flush."""
+        """A VM entry after the request, without the flush; or nobody was interrupted who should have been."""
+        facts = self.facts
         entered = self._entered(asked)
-        if entered is not None and self._first(self._is_flush_here, asked, entered) is None:
-            self._keep(entered, MISSED)
+        if entered is not None:
+            if self._first(self._is_flush_here, asked, entered) is None:
+                self._keep(entered, MISSED)
+            return
+        inside = self._last(lambda e: e.kind in ("entry", "exit") and e.cpu == facts.pcpu, before=asked)
+        if inside is not None and self.events[inside].kind == "entry" and self.events[inside].a == facts.vcpu:
+            self._keep(asked, MISSED)
 
     def _roots(self) -> None:
         facts = self.facts
-        if facts.kind == "foreign-root":
+        if facts.about_root:
             self._keep(self._last(lambda e: e.kind == "root_load" and e.b == facts.root, self._stale))
 
     def _late(self) -> bool:
         """The flush that was asked for only after the promise."""
         promised = self._promised
-        if LATE in self._parts.values():
+        if {LATE, OUTDATED} & set(self._parts.values()):
             return True
         if promised is None or self._revoked is None:
             return False
@@ -347,8 +341,11 @@ class Plot:
             shown = {self.events[i].cpu for i in self._parts}
             self._keep(next((i for i in flushed if self.events[i].cpu in shown), None))
         # A flush of everything would have dropped the entry.
-        if not {ELIDED, LATE, MISSED} & set(self._parts.values()):
-            self._keep(self._last(self._is_flush_here, stale), NARROW)
+        if not set(CULPRITS) & set(self._parts.values()):
+            here = [i for i in range(stale + 1, len(self.events)) if self._is_flush_here(self.events[i])]
+            # What was due is INVEPT; what a vCPU does besides, as when its root changes, counts less.
+            here.sort(key=lambda i: (self.events[i].scope.startswith("invept"), i))
+            self._keep(here[-1] if here else None, NARROW)
 
     def _meanwhile(self, flush: int) -> None:
         """The vCPU itself flushed, on another pCPU: that is where it matters that it was."""
@@ -373,77 +370,14 @@ class Plot:
         chosen = [Moment(self.events[i].cpu, self.events[i], part) for i, part in sorted(self._parts.items())]
         if not facts.is_use:
             return chosen
+        last = max([facts.time, *(event.time for event in self.events)])
+        use = Event(facts.time or last, USE, facts.pcpu, facts.vcpu, facts.gfn, facts.vm)
+        if facts.by_kvm:
+            return [*chosen, Moment(facts.pcpu, use, USE)]
         first = self.events[self._start].time if self._start is not None else 0
         fill = Event(first, FILL, facts.pcpu, facts.filled_by, facts.gfn, facts.vm)
         at = (
             0 if self._start is None else 1 + next(i for i, m in enumerate(chosen) if m.event.kind == "entry")
         )
         chosen.insert(at, Moment(facts.pcpu, fill, FILL))
-        last = max([facts.time, *(event.time for event in self.events)])
-        use = Event(facts.time or last, USE, facts.pcpu, facts.vcpu, facts.gfn, facts.vm)
         return [*chosen, Moment(facts.pcpu, use, USE)]
-
-
-def phrases(moment: Moment, facts: Facts) -> list[str]:
-    """A moment in the kernel's words: one line or two, the second one a detail."""
-    e = moment.event
-    words = _PHRASES.get(e.kind)
-    return words(e, facts) if words else [e.describe()]
-
-
-_SCOPES = {
-    "invept_global": "INVEPT global",
-    "invept_single": "INVEPT single",
-    "invvpid_single": "INVVPID single",
-    "invvpid_all": "INVVPID all",
-    "invvpid_address": "INVVPID address",
-}
-
-_PROMISERS = {
-    "notifier": "invalidate_range_start()",
-    "notifier_write": "invalidate_range_start()",
-    "memslot": "kvm_set_memslot()",
-    "zap_range": "kvm_zap_gfn_range()",
-    "dirty_log": "kvm_get_dirty_log()",
-}
-
-
-def _flush(e: Event, facts: Facts) -> list[str]:
-    target = {"invept_single": " root {:#x}", "invvpid_single": " VPID {}", "invvpid_address": " page {:#x}"}
-    return [_SCOPES.get(e.scope, e.scope) + target.get(e.scope, "").format(e.b)]
-
-
-def _ipi(e: Event, facts: Facts) -> list[str]:
-    to = f"CPU{e.targets[0]}" if e.b == 1 and e.targets else f"{e.b} CPUs"
-    what = {"ack_kick": "kick", "vmcs_clear": "VMCLEAR"}.get(e.function, e.function.replace("_", " "))
-    return [f"{what}: IPI to {to}"]
-
-
-def _use(e: Event, facts: Facts) -> list[str]:
-    what = (
-        f"walk reads level {facts.walk_level}" if facts.walk_level else f"{facts.verb()} gfn {facts.gfn:#x}"
-    )
-    return [f"v{facts.vcpu} {what}", "by the stale entry"]
-
-
-_PHRASES: dict[str, Callable[[Event, Facts], list[str]]] = {
-    FILL: lambda e, f: [f"v{e.a} uses gfn {f.gfn:#x}", "TLB entry is filled"],
-    USE: _use,
-    "entry": lambda e, f: [f"vcpu_enter_guest(v{e.a})"],
-    "exit": lambda e, f: [f"VM exit ({name_of(EXIT_REASONS, e.b).replace('_', ' ')})"],
-    "load": lambda e, f: [f"vmx_vcpu_load_vmcs(v{e.a})"],
-    "flush": _flush,
-    "elided": lambda e, f: [f"flush for {e.reason}", "ELIDED"],
-    "zap": lambda e, f: [f"zap gfn {f.gfn if e.covers(f.gfn) else e.a:#x}"],
-    "protect": lambda e, f: [f"write-protect gfn {f.gfn if e.covers(f.gfn) else e.a:#x}"],
-    "map": lambda e, f: [f"map gfn {e.a:#x} to {e.b:#x}"],
-    "request": lambda e, f: [f"{e.request} to v{e.a}"],
-    "ipi": _ipi,
-    "promise": lambda e, f: [_PROMISERS.get(e.promise, e.promise), "returns"],
-    "free": lambda e, f: [f"frame {e.a:#x} is freed"],
-    "root_load": lambda e, f: [f"kvm_mmu_load(v{e.a})", f"root {e.b:#x}"],
-    "root_free": lambda e, f: [f"root {e.a:#x} is freed"],
-    "guest_invalidate": lambda e, f: [f"v{e.a}: INVLPG page {e.b:#x}"],
-    "unload": lambda e, f: [f"VMCLEAR v{e.a}"],
-    "yield": lambda e, f: ["yields mmu_lock", "flushed" if e.b else "not flushed"],
-}

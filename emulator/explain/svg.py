@@ -7,7 +7,7 @@ import textwrap
 from collections.abc import Iterator
 from html import escape
 
-from emulator.explain.plot import ELIDED, FILL, LATE, MISSED, NARROW, PROMISE, REVOKE, USE
+from emulator.explain.plot import ELIDED, FILL, LATE, MISSED, NARROW, OUTDATED, PROMISE, REVOKE, USE
 from emulator.explain.tale import Row, Tale
 
 _COLUMN = 290
@@ -31,6 +31,7 @@ _COLOURS = {
     LATE: ("#fde3e1", "#b3261e"),
     NARROW: ("#fde3e1", "#b3261e"),
     MISSED: ("#fde3e1", "#b3261e"),
+    OUTDATED: ("#fde3e1", "#b3261e"),
     USE: ("#b3261e", "#7d120c"),
 }
 _STYLE = (

@@ -7,7 +7,8 @@ from dataclasses import dataclass
 from typing import Any
 
 from emulator.explain.document import Case
-from emulator.explain.plot import ELIDED, FILL, LATE, MISSED, NARROW, PROMISE, REVOKE, USE, Moment, phrases
+from emulator.explain.phrases import phrases
+from emulator.explain.plot import ELIDED, FILL, LATE, MISSED, NARROW, OUTDATED, PROMISE, REVOKE, USE, Moment
 
 
 @dataclass(frozen=True, slots=True)
@@ -92,6 +93,8 @@ def _title(case: Case) -> str:
 
 def _fill(case: Case, moment: Moment) -> str:
     entry: Mapping[str, Any] = case.report.get("entry") or {}
+    if case.facts.about_table:
+        return f"a cached pointer to the table in frame {case.facts.frame:#x}"
     if not entry:
         return "the entry that goes stale"
     tags = {
@@ -117,8 +120,11 @@ def _revoke(case: Case, moment: Moment) -> str:
         "protect": "write access goes",
         "guest_invalidate": f"the guest invalidates it here, but {case.label(facts.pcpu)} keeps its entry",
         "root_free": "the root's page may become another root",
-    }.get(moment.event.kind, "the translation goes")
-    return what if moment.event.kind == "guest_invalidate" else what + where
+        "map": "the table below goes",
+    }.get(moment.event.kind, "the table goes" if facts.about_table else "the translation goes")
+    if moment.event.kind == "guest_invalidate":
+        return what
+    return what + where + ("" if case.plot.culprit else _answers(case))
 
 
 def _elided(case: Case, moment: Moment) -> str:
@@ -135,13 +141,30 @@ def _late(case: Case, moment: Moment) -> str:
     return "the flush comes too late: the promise has been given"
 
 
+def _answers(case: Case) -> str:
+    """Where no single flush is to blame: the policy's answers that are."""
+    answers = [str(answer) for answer in case.report.get("unsafe_answers", ())]
+    return f" ({', '.join(answers)})" if answers else ""
+
+
+def _missed(case: Case, moment: Moment) -> str:
+    if moment.event.kind == "request":
+        return f"nobody is interrupted, though v{case.facts.vcpu} is in the guest{_answers(case)}"
+    return f"enters without having seen the request{_answers(case)}"
+
+
+def _promise(case: Case, moment: Moment) -> str:
+    return f"KVM's promise, and {case.label(case.facts.pcpu)} has not flushed"
+
+
 def _use(case: Case, moment: Moment) -> str:
     facts = case.facts
     since = next((m for m in case.moments if m.part == REVOKE), None)
     after = ""
     if case.timed and since is not None and moment.time > since.time > 0:
         after = f" {(moment.time - since.time) / 1000:.0f} us later"
-    return f"the access that uses the stale entry{after}: {', '.join(facts.kinds)}"
+    what = "the walk through it" if facts.about_table else "the access that uses the stale entry"
+    return f"{what}{after}: {', '.join(facts.kinds)}"
 
 
 _SENTENCES: dict[str, Callable[[Case, Moment], str]] = {
@@ -149,8 +172,9 @@ _SENTENCES: dict[str, Callable[[Case, Moment], str]] = {
     REVOKE: _revoke,
     ELIDED: _elided,
     LATE: _late,
-    NARROW: lambda case, moment: "a flush, but too narrow: the entry stays",
-    MISSED: lambda case, moment: "enters without having seen the request",
-    PROMISE: lambda case, moment: f"KVM's promise, and {case.label(case.facts.pcpu)} has not flushed",
+    NARROW: lambda case, moment: f"a flush, but too narrow: the entry stays{_answers(case)}",
+    MISSED: _missed,
+    OUTDATED: lambda case, moment: f"what the fault had looked up before the promise{_answers(case)}",
+    PROMISE: _promise,
     USE: _use,
 }

@@ -38,6 +38,9 @@ class Race:
     def zap(self, cpu: int, gfn: int = GFN, pages: int = 1) -> Race:
         return self.add("zap", cpu, gfn, pages, pages)
 
+    def map(self, cpu: int) -> Race:
+        return self.add("map", cpu, GFN - 2, FRAME - 2, 4)
+
     def promise(self, cpu: int, name: str = "notifier") -> Race:
         return self.add("promise", cpu, PROMISES.index(name), GFN - 3, 8)
 

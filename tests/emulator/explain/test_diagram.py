@@ -14,7 +14,7 @@ from race import GFN, HOST, KVM, PAGE, VCPU, Race, flushed_mask
 from emulator.explain.diagram import WIDTH, diagram
 from emulator.explain.document import Case, load_cases
 from emulator.explain.events import EVENT_KINDS, Event
-from emulator.explain.plot import Facts
+from emulator.explain.facts import Facts
 from emulator.explain.tale import Tale, tell
 from native import VIOLATION_KINDS
 
@@ -139,8 +139,24 @@ def test_what_the_legend_says_of_other_races() -> None:
     assert "[3] KVM's promise, and CPU0 has not flushed" in diagram(tale(promised, "p"))
     guest = Race().enter(0, 100).load(1, 0).add("guest_invalidate", 1, VCPU, PAGE).load(0, 1).elided(0)
     text = diagram(tale(guest, "p", kinds=("guest-stale",)))
-    assert "v1: INVLPG page 0x5e39 [2]" in text
+    assert "v1: page 0x5e39\n" in text
+    assert "  the guest invalidates [2]" in text
     assert "the guest invalidates it here, but CPU0 keeps its entry" in text
+    fault = Race().leave(0, 100, "ept_violation").promise(HOST).map(0).enter(0, 100)
+    text = diagram(tale(fault, "p", unsafe_answers=["fault_retry=none"]))
+    assert "map gfn 0x105" in text
+    assert "[1] what the fault had looked up before the promise (fault_retry=none)" in text
+    walk = Race().enter(0, 100).zap(HOST, GFN & ~511, 512)
+    text = diagram(tale(walk, "p", kinds=("walk-after-free",)))
+    assert "[1] a cached pointer to the table in frame 0xb34" in text
+    assert "[2] the table goes" in text
+    assert "through the freed table [3]" in text
+    by_kvm = Race().zap(HOST, GFN & ~511, 512)
+    text = diagram(tale(by_kvm, "p", kinds=("walk-after-free",), vcpu=0xFFFFFFFF))
+    assert "v4294967295" not in text
+    assert "KVM walks, gfn 0x105" in text
+    quiet = Race().enter(0, 100).zap(HOST).request(HOST).promise(HOST)
+    assert "nobody is interrupted, though v1 is in the guest" in diagram(tale(quiet, "p"))
     protect = Race().enter(0, 100).add("protect", KVM, GFN, 1, 1).promise(KVM, "dirty_log")
     text = diagram(tale(protect, "p", promise="dirty-log", access="write"))
     assert "[2] write access goes" in text
@@ -163,7 +179,7 @@ EVENTS = st.builds(
     st.lists(EVENTS, max_size=30),
     st.sampled_from(VIOLATION_KINDS),
     st.booleans(),
-    st.text(max_size=90),
+    st.text(st.characters(categories=["L", "N", "P", "S", "Zs"]), max_size=90),
 )
 def test_three_cpus_fit_whatever_they_do(events: list[Event], kind: str, times: bool, policy: str) -> None:
     race = Race()

@@ -12,8 +12,8 @@ import pytest
 from race import HOST, Race, flushed_mask, noisy
 
 from emulator.explain.document import Case
+from emulator.explain.facts import Facts
 from emulator.explain.perfetto import perfetto
-from emulator.explain.plot import Facts
 from emulator.explain.svg import svg
 from emulator.explain.tale import as_dict, tell
 

@@ -8,7 +8,8 @@ import pytest
 from race import GFN, HOST, KVM, PAGE, ROOT, VCPU, VM, Race, flushed_mask, noisy
 
 from emulator.explain.events import Event
-from emulator.explain.plot import ELIDED, FILL, LATE, MISSED, NARROW, PROMISE, REVOKE, USE, Facts, Plot
+from emulator.explain.facts import Facts
+from emulator.explain.plot import ELIDED, FILL, LATE, MISSED, NARROW, OUTDATED, PROMISE, REVOKE, USE, Plot
 
 
 def plot(race: Race, **report: Any) -> Plot:
@@ -101,6 +102,56 @@ def test_a_request_that_is_not_seen_at_vm_entry() -> None:
     found = plot(race)
     assert found.culprit is not None
     assert (found.culprit.part, found.culprit.event.kind) == (MISSED, "entry")
+
+
+def test_a_request_without_an_interrupt_for_who_is_in_the_guest() -> None:
+    found = plot(Race().enter(0, 100).zap(HOST).request(HOST).promise(HOST))
+    assert found.culprit is not None
+    assert (found.culprit.part, found.culprit.event.kind) == (MISSED, "request")
+
+
+def test_a_mapping_of_what_was_looked_up_before_the_promise() -> None:
+    race = Race().enter(0, 150).leave(0, 150, "ept_violation").promise(HOST).free(HOST)
+    race.map(0).enter(0, 150)
+    assert told(plot(race)) == [
+        ("exit", 0, ""),
+        ("promise", HOST, PROMISE),
+        ("free", HOST, ""),
+        ("map", 0, OUTDATED),
+        ("entry", 0, ""),
+        (FILL, 0, FILL),
+        (USE, 0, USE),
+    ]
+
+
+def test_a_page_that_came_back_after_the_promise_is_no_such_mapping() -> None:
+    race = flushed_mask()
+    race.events.insert(-1, Event(race.events[-1].time - 1, "map", 1, GFN - 2, 0xB34 - 2, VM, 4))
+    assert told(plot(race)) == MASK
+
+
+def test_a_table_that_goes() -> None:
+    huge = Race().enter(0, 100).add("map", 1, GFN & ~511, 0x200, 512).elided(1, "remote_replace")
+    found = plot(huge, kinds=("walk-after-free",), promise="free")
+    assert [(kind, part) for kind, _, part in told(found)] == [
+        ("entry", ""),
+        (FILL, FILL),
+        ("map", REVOKE),
+        ("elided", ELIDED),
+        (USE, USE),
+    ]
+    zapped = Race().enter(0, 100).zap(HOST, GFN & ~511, 512).promise(HOST)
+    assert [part for _, _, part in told(plot(zapped, kinds=("walk-after-free",))) if part] == [
+        FILL,
+        REVOKE,
+        USE,
+    ]
+
+
+def test_kvms_own_walk_used_no_entry() -> None:
+    race = Race().zap(HOST, GFN & ~511, 512)
+    found = plot(race, kinds=("walk-after-free",), vcpu=0xFFFFFFFF)
+    assert [kind for kind, _, _ in told(found)] == ["zap", USE]
 
 
 def test_a_flush_that_is_too_narrow() -> None:

@@ -1,0 +1,91 @@
+"""What a report says about the use of a translation."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+_WITHOUT_ENTRY = {"lost-dirty", "ipi-stall", "rcu-stall", "deadlock"}
+_ACCESS_VERBS = {"read": "reads", "write": "writes", "execute": "executes"}
+# The core's number for no vCPU.
+_NOBODY = 0xFFFFFFFF
+
+
+@dataclass(frozen=True, slots=True)
+class Facts:
+    """What a report says about the use (emulator.story); -1: unknown."""
+
+    kinds: tuple[str, ...] = ()
+    pcpu: int = -1
+    vm: int = -1
+    vcpu: int = -1
+    access: str = "read"
+    gfn: int = -1
+    frame: int = -1
+    walk_level: int = 0
+    time: int = 0
+    promise: str = "none"
+    promise_cpu: int = -1
+    promise_time: int = 0
+    filled_by: int = -1
+    clock: int = -1
+    page: int = -1
+    root: int = -1
+
+    @classmethod
+    def of_report(cls, report: Mapping[str, Any]) -> Facts:
+        entry = report.get("entry") or {}
+        kinds = tuple(report.get("kinds") or (report.get("kind", "violation"),))
+        if _WITHOUT_ENTRY & set(kinds) or report.get("vcpu", 0) == _NOBODY:
+            entry = {}
+        return cls(
+            kinds=kinds,
+            pcpu=report.get("pcpu", -1),
+            vm=report.get("vm", -1),
+            vcpu=report.get("vcpu", -1),
+            access=report.get("access", "read"),
+            gfn=report.get("gfn", -1),
+            frame=report.get("frame", -1),
+            walk_level=report.get("walk_level", 0),
+            time=report.get("time_ns", 0),
+            promise=str(report.get("promise", "none")).replace("-", "_"),
+            promise_cpu=report.get("promise_cpu", -1),
+            promise_time=report.get("promise_time_ns", 0),
+            filled_by=entry.get("filled_by_vcpu", -1),
+            clock=entry.get("clock", -1),
+            page=entry.get("page", -1),
+            root=entry.get("ep4ta", -1),
+        )
+
+    @property
+    def kind(self) -> str:
+        return self.kinds[0] if self.kinds else "violation"
+
+    @property
+    def is_use(self) -> bool:
+        """Is it about an entry that was used?  Else about something that did not happen."""
+        return self.filled_by >= 0 or self.by_kvm
+
+    @property
+    def by_kvm(self) -> bool:
+        """KVM's own walk, of tables that others free."""
+        return self.vcpu == _NOBODY
+
+    @property
+    def about_table(self) -> bool:
+        """The cached pointer to a table page was used, not a translation."""
+        return self.kind == "walk-after-free"
+
+    @property
+    def about_root(self) -> bool:
+        """The entry is of an earlier life of the root's page."""
+        return "foreign-root" in self.kinds or "cross-vm" in self.kinds
+
+    @property
+    def promised(self) -> bool:
+        """Was it KVM's promise that was broken?  Not the guest's own, nor RCU's."""
+        return not (self.about_table or self.about_root or self.kind == "guest-stale")
+
+    def verb(self) -> str:
+        return _ACCESS_VERBS.get(self.access, self.access)

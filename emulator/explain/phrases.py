@@ -1,0 +1,94 @@
+"""Moments in the kernel's words."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+from emulator.explain.events import WHOLE, Event, name_of
+from emulator.explain.facts import Facts
+from emulator.explain.plot import FILL, USE, Moment
+from native import EXIT_REASONS
+
+
+def phrases(moment: Moment, facts: Facts) -> list[str]:
+    """A moment in the kernel's words: one line or two, the second one a detail."""
+    e = moment.event
+    words = _PHRASES.get(e.kind)
+    return words(e, facts) if words else [e.describe()]
+
+
+# Pages of the smallest huge leaf.
+_HUGE = 512
+_SCOPES = {
+    "invept_global": "INVEPT global",
+    "invept_single": "INVEPT single",
+    "invvpid_single": "INVVPID single",
+    "invvpid_all": "INVVPID all",
+    "invvpid_address": "INVVPID address",
+}
+
+_PROMISERS = {
+    "notifier": "invalidate_range_start()",
+    "notifier_write": "invalidate_range_start()",
+    "memslot": "kvm_set_memslot()",
+    "zap_range": "kvm_zap_gfn_range()",
+    "dirty_log": "kvm_get_dirty_log()",
+}
+
+
+def _flush(e: Event, facts: Facts) -> list[str]:
+    target = {"invept_single": " root {:#x}", "invvpid_single": " VPID {}", "invvpid_address": " page {:#x}"}
+    return [_SCOPES.get(e.scope, e.scope) + target.get(e.scope, "").format(e.b)]
+
+
+def _ipi(e: Event, facts: Facts) -> list[str]:
+    to = f"CPU{e.targets[0]}" if e.b == 1 and e.targets else f"{e.b} CPUs"
+    what = {"ack_kick": "kick", "vmcs_clear": "VMCLEAR"}.get(e.function, e.function.replace("_", " "))
+    return [f"{what}: IPI to {to}"]
+
+
+def _fill(e: Event, facts: Facts) -> list[str]:
+    what = "walk cache is filled" if facts.about_table else "TLB entry is filled"
+    return [f"v{e.a} uses gfn {facts.gfn:#x}", what]
+
+
+def _use(e: Event, facts: Facts) -> list[str]:
+    who = "KVM" if facts.by_kvm else f"v{facts.vcpu}"
+    if facts.about_table:
+        return [f"{who} walks, gfn {facts.gfn:#x}", "through the freed table"]
+    what = f"walk {facts.verb()}" if facts.walk_level else facts.verb()
+    return [f"{who} {what} gfn {facts.gfn:#x}", "by the stale entry"]
+
+
+def _map(e: Event, facts: Facts) -> list[str]:
+    if e.more >= _HUGE:
+        return [f"map huge gfn {e.a:#x}", f"to frame {e.b:#x}"]
+    gfn = facts.gfn if e.covers(facts.gfn) else e.a
+    return [f"map gfn {gfn:#x}", f"to frame {e.b + gfn - e.a:#x}"]
+
+
+def _guest_invalidate(e: Event, facts: Facts) -> list[str]:
+    return [f"v{e.a}: all its pages" if e.b == WHOLE else f"v{e.a}: page {e.b:#x}", "the guest invalidates"]
+
+
+_PHRASES: dict[str, Callable[[Event, Facts], list[str]]] = {
+    FILL: _fill,
+    USE: _use,
+    "entry": lambda e, f: [f"vcpu_enter_guest(v{e.a})"],
+    "exit": lambda e, f: [f"VM exit ({name_of(EXIT_REASONS, e.b).replace('_', ' ')})"],
+    "load": lambda e, f: [f"vmx_vcpu_load_vmcs(v{e.a})"],
+    "flush": _flush,
+    "elided": lambda e, f: [f"flush for {e.reason}", "ELIDED"],
+    "zap": lambda e, f: [f"zap gfn {f.gfn if e.covers(f.gfn) else e.a:#x}"],
+    "protect": lambda e, f: [f"write-protect gfn {f.gfn if e.covers(f.gfn) else e.a:#x}"],
+    "map": _map,
+    "request": lambda e, f: [f"{e.request} to v{e.a}"],
+    "ipi": _ipi,
+    "promise": lambda e, f: [_PROMISERS.get(e.promise, e.promise), "returns"],
+    "free": lambda e, f: [f"frame {e.a:#x} is freed"],
+    "root_load": lambda e, f: [f"kvm_mmu_load(v{e.a})", f"root {e.b:#x}"],
+    "root_free": lambda e, f: [f"root {e.a:#x} is freed"],
+    "guest_invalidate": _guest_invalidate,
+    "unload": lambda e, f: [f"VMCLEAR v{e.a}"],
+    "yield": lambda e, f: ["yields mmu_lock", "flushed" if e.b else "not flushed"],
+}
