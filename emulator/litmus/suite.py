@@ -14,6 +14,8 @@ from emulator.litmus.runner import Runner, running
 from emulator.litmus.verdict import Outcome, differs
 
 MORE_ROUNDS = 20
+# Executions that one process does of a test before it takes another piece.
+PIECE = 250
 
 Progress = Callable[[int], None]
 
@@ -26,6 +28,8 @@ class Task:
     policies: tuple[str, ...]
     executions: int
     seed: int
+    # Go on where luck has not shown yet what is expected.
+    more: bool = False
 
 
 def run_task(task: Task, progress: Progress = lambda done: None) -> list[Outcome]:
@@ -47,7 +51,7 @@ def _run(runner: Runner, name: str, task: Task, progress: Progress) -> Outcome:
     expected = expected_of(test, name)
     outcome = runner.run(policy, task.executions, task.seed, progress)
     outcome.policy = name
-    for _ in range(MORE_ROUNDS):
+    for _ in range(MORE_ROUNDS if task.more else 0):
         luck = not outcome.kinds and not outcome.failure
         if not luck or differs(outcome, test, expected) is None:
             break
@@ -58,6 +62,21 @@ def _run(runner: Runner, name: str, task: Task, progress: Progress) -> Outcome:
     return outcome
 
 
+def _tasks(tests: Sequence[tuple[LitmusTest, tuple[str, ...]]], executions: int, seed: int) -> list[Task]:
+    """Pieces of work, in the order of executions: first some of each test."""
+    return [
+        Task(
+            str(test.path) if test.path else test.name,
+            policies,
+            min(PIECE, executions - done),
+            seed + done,
+            more=executions <= PIECE,
+        )
+        for done in range(0, executions, PIECE)
+        for test, policies in tests
+    ]
+
+
 def run_suite(
     tests: Sequence[tuple[LitmusTest, tuple[str, ...]]],
     executions: int,
@@ -65,11 +84,9 @@ def run_suite(
     jobs: int,
     progress: Progress,
 ) -> Iterator[Outcome]:
-    """Outcomes as they come; progress in executions."""
-    tasks = [
-        Task(str(test.path) if test.path else test.name, policies, executions, seed)
-        for test, policies in tests
-    ]
+    """Outcomes as they come, several of a test and policy if there are many executions; progress in
+    executions."""
+    tasks = _tasks(tests, executions, seed)
     if jobs == 1:
         for task in tasks:
             yield from run_task(task, progress)
@@ -80,7 +97,8 @@ def run_suite(
         futures = {pool.submit(run_task, task): task for task in tasks}
         try:
             for future in as_completed(futures):
-                progress(executions * len(futures[future].policies))
+                task = futures[future]
+                progress(task.executions * len(task.policies))
                 yield from future.result()
         except BaseException:
             pool.shutdown(cancel_futures=True)

@@ -13,6 +13,7 @@ from emulator.litmus.model import INCONCLUSIVE, SAFE, LitmusTest
 from emulator.litmus.policies import expected_of, is_cost_only
 from emulator.litmus.verdict import VIOLATIONS, Outcome, differs
 from emulator.policy import PRESETS
+from emulator.policy.mutants import PREFIX
 
 _STYLES = {SAFE: "green", INCONCLUSIVE: "yellow", VIOLATIONS: "red"}
 
@@ -26,7 +27,9 @@ class Results:
         self.outcomes: dict[tuple[str, str], Outcome] = {}
 
     def add(self, outcome: Outcome) -> None:
-        self.outcomes[outcome.test, outcome.policy] = outcome
+        known = self.outcomes.setdefault((outcome.test, outcome.policy), outcome)
+        if known is not outcome:
+            known.add(outcome)
 
     @property
     def policies(self) -> list[str]:
@@ -50,6 +53,16 @@ class Results:
                 if text is not None:
                     found.append((test, outcome, text))
         return found
+
+    def unforeseen(self) -> list[tuple[LitmusTest, Outcome]]:
+        """Violations under presets' changes and policies of users: nobody has said that there are any."""
+        return [
+            (test, outcome)
+            for policy in self.policies
+            if not policy.startswith(PREFIX)
+            for test, outcome in self.of_policy(policy)
+            if outcome.kinds and not expected_of(test, policy)
+        ]
 
     @property
     def executions(self) -> int:
@@ -150,15 +163,23 @@ def _print_policies(results: Results, policies: list[str], console: Console) -> 
 
 
 def _print_differences(results: Results, console: Console) -> None:
-    differing = results.differing()
-    if not differing:
-        console.print(Text(f"all verdicts as expected, {results.executions:,} executions"))
-        return
-    console.print(Text(f"{len(differing)} verdicts are not as expected:", style="bold"))
+    differing, unforeseen = results.differing(), results.unforeseen()
+    if unforeseen:
+        console.print(
+            Text(f"{len(unforeseen)} tests found violations where nothing is expected:", style="bold")
+        )
+    for test, outcome in unforeseen:
+        found = ", ".join(f"{n:,} {kind}" for kind, n in sorted(outcome.kinds.items()))
+        console.print(Text(f"  {test.name} under {outcome.policy}: {found}"))
+        console.print(Text(f"    {rerun(test, outcome)}", style="dim"))
+    if differing:
+        console.print(Text(f"{len(differing)} verdicts are not as expected:", style="bold"))
     for test, outcome, text in differing:
         console.print(Text(f"  {test.name} under {outcome.policy}: {text}"))
         if outcome.first is not None:
             console.print(Text(f"    {rerun(test, outcome)}", style="dim"))
+    if not differing:
+        console.print(Text(f"all verdicts as expected, {results.executions:,} executions"))
 
 
 def rerun(test: LitmusTest, outcome: Outcome) -> str:

@@ -13,7 +13,8 @@ from emulator.errors import BadInput
 from emulator.litmus.loader import load_test, parse_test, shipped_tests
 from emulator.litmus.policies import expected_of, named_policy, policies_for
 from emulator.litmus.runner import run_test, running
-from emulator.litmus.suite import Task, run_task
+from emulator.litmus.suite import Task, run_suite, run_task
+from emulator.litmus.table import Results
 from emulator.litmus.verdict import Outcome, differs, proven
 from emulator.policy import PRESETS, Policy
 
@@ -105,6 +106,18 @@ def test_the_same_machine_for_all_policies_of_a_task() -> None:
         ("linux-7.3", False),
         ("migration=none", True),
     ]
+
+
+def test_many_executions_come_in_pieces(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("emulator.litmus.suite.PIECE", 3)
+    test = load_test("away-zap")
+    results, progress = Results([test], 5), list[int]()
+    for outcome in run_suite([(test, ("linux-7.3", "migration=none"))], 7, 5, 1, progress.append):
+        results.add(outcome)
+    assert sum(progress) == results.executions == 14
+    assert results.outcomes["away-zap", "migration=none"].violating == 7
+    assert results.outcomes["away-zap", "migration=none"].first == 5
+    assert results.differing() == []
 
 
 def test_what_differs() -> None:
