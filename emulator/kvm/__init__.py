@@ -15,11 +15,15 @@ Every function takes the acting `Cpu` first and is named as in Linux 7.3.  What 
                 kvm_flush_remote_tlbs(cpu, kvm, reason)
                 kvm_sched_in(cpu, vcpu), kvm_sched_out(cpu, vcpu)
     x86         vcpu_run(vcpu): generator, see there
+    smm         kvm_inject_smi(cpu, vcpu); SMM's slots are those of kvm_set_memory_region(..., as_id=1)
     mmu         kvm_zap_gfn_range(cpu, kvm, start, end)
 
 Where to find what: virt/kvm/kvm_main.c is requests.py (requests, kicks, remote flushes), vcpu.py, vm.py,
-memslots.py, mmu_notifier.py and dirty_log.py; arch/x86/kvm/mmu/mmu.c is mmu.py and page_fault.py; tdp_mmu.c
-is tdp_mmu.py (roots, zaps), tdp_map.py (faults) and tdp_slot.py (dirty logging, splitting, recovery).
+memslots.py, mmu_notifier.py and dirty_log.py; arch/x86/kvm/mmu/mmu.c is mmu.py (zaps, dirty logging),
+roots.py (roles, loading, the cache of previous roots) and page_fault.py; tdp_mmu.c is tdp_roots.py (the life
+of roots), tdp_mmu.py (zaps), tdp_remove.py (removed tables), tdp_map.py (faults) and tdp_slot.py (dirty
+logging, splitting, recovery); regs.c and smm.c have their own names.  What roots remember about pCPUs, which
+no kernel has yet, is root_tracking.py.
 """
 
 from __future__ import annotations

@@ -25,6 +25,11 @@ LINES = {line.id: line for line in load()}
         ("remote_flush", "current-context", "unmap-one-page-while-written"),
         ("slot_delete", "zap-slot-leafs", "memslot_delete-populated"),
         ("huge_recovery", "in-place", "thp-dirty_log_disable"),
+        ("role_change", "keep-roots", "smi-rsm"),
+        ("role_change", "no-guest-flush", "smi-rsm"),
+        ("role_change", "unload-all", "cr0-wp"),
+        ("role_change", "keep-roots", "cr4-pse"),
+        ("root_load", "root-tlb-gen", "smi-rsm"),
     ],
 )
 def test_other_decisions_do_not_reproduce_the_recording(point: str, alternative: str, line_id: str) -> None:

@@ -23,7 +23,7 @@ from emulator.kvm.structs import Kvm, KvmParams, Vcpu
 from emulator.kvm.x86 import vcpu_run
 from emulator.policy import Policy
 from emulator.runtime import Cpu, Machine
-from native import VIOLATION_KINDS, VM_STAT_NAMES, ffi, lib
+from native import FLUSH_REASONS, FLUSH_SCOPES, VIOLATION_KINDS, VM_STAT_NAMES, ffi, lib
 
 GFNS = 4096
 SLOT = 0
@@ -201,6 +201,18 @@ class Rig:
     def rcu(self) -> None:
         """All callbacks queued so far have run."""
         self.host.check(lib.rcu_barrier(self.machine.m, self.host.id))
+
+
+def scopes(rig: Rig) -> dict[str, int]:
+    """Flushes so far, by scope."""
+    size = rig.machine.config["vms"] * len(FLUSH_SCOPES) * len(FLUSH_REASONS)
+    flushes, necessary = ffi.new("uint64_t[]", size), ffi.new("uint64_t[]", size)
+    lib.flushes_sum(rig.machine.m, flushes, necessary)
+    n = len(FLUSH_REASONS)
+    return {
+        scope: sum(flushes[(vm * len(FLUSH_SCOPES) + i) * n + r] for vm in range(4) for r in range(n))
+        for i, scope in enumerate(FLUSH_SCOPES)
+    }
 
 
 @contextmanager

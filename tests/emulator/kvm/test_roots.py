@@ -7,7 +7,7 @@ from contextlib import contextmanager
 from threading import Thread
 
 import pytest
-from rig import GFNS, SLOT, Guest, Rig
+from rig import GFNS, SLOT, Guest, Rig, scopes
 
 from emulator.kvm.kvm_host import KVM_REQ_LOAD_MMU_PGD, KVM_REQ_TLB_FLUSH_CURRENT, X86_CR4_PSE
 from emulator.kvm.kvm_main import kvm_set_memory_region
@@ -189,8 +189,6 @@ def test_active_roots_are_those_of_both_mmus(rig: Rig) -> None:
 
 
 def flushes(rig: Rig, wanted: str) -> int:
-    from test_root_tracking import scopes
-
     return scopes(rig)[wanted]
 
 
