@@ -95,6 +95,8 @@ def tdp_mmu_zap_step(cpu: Cpu, kvm: Kvm, it: TdpIter, disconnected_sps: list[int
         tdp_mmu_zap_frozen(cpu, kvm, entry, it.reason)
     else:
         handle_removed_pt(cpu, kvm, entry, it.shared, it.reason, disconnected_sps)
+        if "RFC02" in kvm.policy.bugs:  # the list is one SPTE's, and nobody has flushed
+            handle_disconnected_sps(cpu, kvm, disconnected_sps, can_yield=False)
     return True
 
 

@@ -323,6 +323,14 @@ MUTANTS: dict[str, Mutant] = {
             bugs=("R4",),
             expected=("foreign-root",),
         ),
+        Mutant(
+            name="RFC02",
+            doc="each removed table goes to RCU by way of a list, and the flush comes when RCU was left",
+            source="[RFC 02/19] of November 2021 alone; asked in its review, mended by 03/19",
+            base="lkml-2021-batch-list",
+            bugs=("RFC02",),
+            expected=("walk-after-free",),
+        ),
     )
 }
 

@@ -252,6 +252,21 @@ def log_of_two_words(rig: Rig, policy: Policy) -> dict[str, int]:
     return rig.violations()
 
 
+def table_freed_as_the_zap_leaves_rcu(rig: Rig, policy: Policy) -> dict[str, int]:
+    kvm = rig.vm(policy)
+    guest, walker = rig.guest(kvm), rig.guest(kvm)
+    guest.write(0, 1024)
+    walker.read(1, 1024)
+
+    def free_and_walk(n: int) -> None:
+        rig.other.check(lib.rcu_barrier(rig.machine.m, rig.other.id))
+        walker.read(1, 1025)
+
+    with at_each(rig, rig.host, "rcu", free_and_walk):
+        rig.unmap(kvm, 1024, 1536)
+    return rig.violations()
+
+
 CAUGHT: dict[str, Scenario] = {
     "B1": a_later_root_yields,
     "B1b": a_later_root_needs_no_flush,
@@ -260,9 +275,11 @@ CAUGHT: dict[str, Scenario] = {
     "B6": spte_where_the_zap_yields,
     "B10": zap_then_notifier,
     "B25": root_freed_under_a_notifier,
+    "P10": table_freed_as_the_zap_leaves_rcu,
     "P11": refilled_before_the_zap,
     "P13": fault_meets_frozen,
     "P32": log_of_two_words,
+    "RFC02": table_freed_as_the_zap_leaves_rcu,
 }
 
 
