@@ -40,11 +40,13 @@ def check(scenario: Scenario, proc: Path = Path("/proc"), cgroup: Path = Path("/
 
 
 def memory_needed(scenario: Scenario) -> int:
-    """Bytes, generously: guest pages may all be mapped singly while blocks for huge pages stand ready."""
+    """Bytes, generously: guest pages may all be mapped singly while blocks for huge pages stand ready, if the
+    host collapses any."""
     pcpus = scenario.machine.pcpus
+    frames = 2 if scenario.host.collapse else 1
     # A sender has a call node for each target, a cache line each, from its first broadcast on.
     call_nodes = 64 * pcpus * min(pcpus, scenario.threads)
-    return _BASE_BYTES + 2 * 4096 * scenario.guest_pages + pcpus * _PCPU_BYTES + call_nodes
+    return _BASE_BYTES + frames * 4096 * scenario.guest_pages + pcpus * _PCPU_BYTES + call_nodes
 
 
 def _check_memory(scenario: Scenario, proc: Path, cgroup: Path) -> None:

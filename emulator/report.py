@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
+from dataclasses import asdict
 from typing import Any
 
 from rich.console import Group, RenderableType
@@ -47,6 +48,7 @@ def document(result: Result) -> dict[str, Any]:
         "vms": [dict(vm) for vm in snapshot.vms],
         "flushes": [_flush(flush) for flush in snapshot.flushes],
         "histograms": {name: _histogram(histogram) for name, histogram in snapshot.histograms.items()},
+        "receivers": [asdict(group) for group in result.receivers],
         "violations": dict(snapshot.violations),
         "reports": [
             {"kind": r.kind, "kinds": list(r.kinds), "text": r.text, **r.details} for r in result.reports

@@ -17,7 +17,7 @@ if TYPE_CHECKING:
 # For all to go home; of more than so many each gets a moment of its own, for they all need the GIL.
 STOP_SECONDS = 2.0
 STOP_ACTORS = 256
-STOP_SECONDS_EACH = 0.01
+STOP_SECONDS_EACH = 0.05
 
 
 class Crew:

@@ -214,3 +214,5 @@ def test_memory_grows_with_guests_and_pcpus() -> None:
     small = memory_needed(parse("[[vm]]"))
     assert memory_needed(parse("[[vm]]\ncount = 2")) > small
     assert memory_needed(parse("[machine]\npcpus = 1024\n[[vm]]")) > small
+    # Blocks for huge pages stand ready where khugepaged is at work.
+    assert memory_needed(parse("[[vm]]\n[host]\ncollapse = 1")) > small
