@@ -53,6 +53,7 @@ def roots_tlb_changed(cpu: Cpu, kvm: Kvm) -> None:
 
     All roots that are linked: what was zapped was found there.  Invalid ones do no harm.
     """
+    cpu.point("tdp_mmu_roots", kvm.id, "read")
     for root in kvm.tdp_mmu_roots:
         if root.tracking is not None:
             cpu.point("root_tlb", root.hfn, "write")

@@ -146,12 +146,16 @@ class KvmMmu:
 
 
 class LoadedVmcs:
-    """struct loaded_vmcs: the pCPU on which it was loaded last, -1 nowhere."""
+    """struct loaded_vmcs: the pCPU on which it was loaded last, -1 nowhere.
 
-    __slots__ = ("cpu",)
+    by_generation: it was left to generations there which roots are flushed (decision migration).
+    """
+
+    __slots__ = ("by_generation", "cpu")
 
     def __init__(self) -> None:
         self.cpu = -1
+        self.by_generation = False
 
 
 class KvmMemorySlot:

@@ -125,6 +125,7 @@ def tdp_mmu_next_root(
     cpu: Cpu, kvm: Kvm, prev: KvmMmuPage | None, types: int, as_id: int = ALL_ADDRESS_SPACES
 ) -> KvmMmuPage | None:
     """tdp_mmu_next_root(): takes a reference on the next root of these types, then drops that on `prev`."""
+    cpu.point("tdp_mmu_roots", kvm.id, "read")
     roots = kvm.tdp_mmu_roots
     found = None
     for root in roots if prev is None else roots[roots.index(prev) + 1 :]:
@@ -155,6 +156,7 @@ def for_each_tdp_mmu_root_yield_safe(
 
 def kvm_tdp_mmu_find_root(cpu: Cpu, kvm: Kvm, role: KvmMmuPageRole) -> KvmMmuPage | None:
     """A valid root of that role, with a reference."""
+    cpu.point("tdp_mmu_roots", kvm.id, "read")
     for root in kvm.tdp_mmu_roots:
         if root.role == role and kvm_tdp_mmu_get_root(cpu, root):
             return root

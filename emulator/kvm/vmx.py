@@ -152,6 +152,7 @@ def migration_ept(cpu: Cpu, vcpu: Vcpu) -> None:
     """
     kvm = vcpu.kvm
     answer = kvm.policy.migration(cpu, vcpu)
+    vcpu.loaded_vmcs.by_generation = answer == "root-tlb-gen"
     if answer == "all-contexts":
         request_tlb_flush(cpu, vcpu, lib.REASON_MIGRATION)
     elif answer == "none":
@@ -185,10 +186,10 @@ def migration_vpid(cpu: Cpu, vcpu: Vcpu) -> None:
 
 
 def vmx_flush_tlb_before_entry(cpu: Cpu, vcpu: Vcpu) -> None:
-    """With migration=root-tlb-gen, interrupts off and mode IN_GUEST_MODE: the current root's generation, by
+    """Where migration=root-tlb-gen, interrupts off and mode IN_GUEST_MODE: the current root's generation, by
     whatever way it became current.  Mutant R1: not looked at."""
     kvm = vcpu.kvm
-    if "R1" in kvm.policy.bugs or kvm.policy.migration(cpu, vcpu) != "root-tlb-gen":
+    if not vcpu.loaded_vmcs.by_generation or "R1" in kvm.policy.bugs:
         return
     if root_tlb_gen_is_old(cpu, vcpu):
         assert vcpu.mmu.root is not None

@@ -9,8 +9,9 @@ from rig import Guest, Rig, running_rig, scopes
 from test_root_tracking import bounce, guest_invalidates_elsewhere, zapped_while_away
 
 from emulator.kvm import root_tracking
-from emulator.kvm.structs import Kvm, KvmMmuPage
+from emulator.kvm.structs import Kvm, KvmMmuPage, Vcpu
 from emulator.policy import MUTANTS, Policy, preset
+from emulator.runtime import Cpu
 
 
 def flushes_of(rig: Rig, policy: str, action: Callable[[Kvm, Guest], None]) -> dict[str, int]:
@@ -116,6 +117,21 @@ def test_a_flush_that_a_vcpu_asks_of_itself_is_no_remote_one(rig: Rig) -> None:
     policy = Policy().with_settings({"remote_flush": "root-tlb-gen"})
     assert guest_invalidates_elsewhere(rig, policy) == set()
     assert zapped_while_away(rig, policy) == set()
+
+
+def test_a_policy_is_asked_about_migrations_when_there_is_one(rig: Rig) -> None:
+    class Counts(Policy):
+        asked = 0
+
+        def migration(self, cpu: Cpu, vcpu: Vcpu) -> str:
+            self.asked += 1
+            return "root-tlb-gen"
+
+    policy = Counts(migration_vpid="invvpid")
+    guest = rig.guest(rig.vm(policy))
+    for pcpu in (0, 0, 1, 1, 0, 0):
+        guest.read(pcpu, 5)
+    assert policy.asked == 3
 
 
 def test_elided_flushes_are_counted(rig: Rig) -> None:
