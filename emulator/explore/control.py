@@ -89,6 +89,7 @@ class Control:
         self.programs: dict[int, Any] = {}  # what each vCPU's guest executes
         self._counters = ffi.new("uint64_t[]", lib.COUNTERS)
         self._violations = ffi.new("uint64_t[]", lib.VIOLATIONS)
+        self.known = self.violations()  # of earlier executions
         self.reset()
 
     def reset(self) -> None:
@@ -97,7 +98,6 @@ class Control:
         self.srcu: dict[int, Readers] = {}
         self.queued: set[int] = set()  # pCPUs to which an interrupt is on its way
         self.callbacks_run = 0
-        self.known = self.violations()  # of earlier executions
 
     def bit(self, *name: Hashable) -> int:
         return self.objects.bit(name)

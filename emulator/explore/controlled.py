@@ -244,13 +244,21 @@ class ControlledLib:
 
     # --- interrupts on and off ------------------------------------------------------------------------------
 
-    def local_irq_enable(self, m: Any, cpu: int) -> int:
+    def local_irq_disable(self, m: Any, cpu: int, where: Any) -> int:
         execution = self.control.execution
-        if execution is not None and lib.cpu_attention(m, cpu) & lib.ATTENTION_IPI:
-            execution.touch(
-                self.control.bit("custody"),
-                self.control.bit("calls", cpu) | self.control.bit("irq", cpu) | self.control.bit("tlb", cpu),
-            )
+        if execution is not None:
+            execution.touch(0, self.control.bit("irq", cpu))
+        return int(lib.local_irq_disable(m, cpu, where))
+
+    def local_irq_enable(self, m: Any, cpu: int) -> int:
+        """An interrupt that has arrived meanwhile is taken at once."""
+        execution = self.control.execution
+        if execution is not None:
+            execution.touch(0, self.control.bit("irq", cpu))
+            if lib.cpu_attention(m, cpu) & lib.ATTENTION_IPI:
+                execution.touch(
+                    self.control.bit("custody"), self.control.bit("calls", cpu) | self.control.bit("tlb", cpu)
+                )
         return int(lib.local_irq_enable(m, cpu))
 
     # --- guest mode and the host's pages --------------------------------------------------------------------
@@ -272,9 +280,9 @@ class ControlledLib:
         while reason == EXIT_REASONS:
             reason = self._guest_step(execution, m, cpu, vcpu)
         bit = self.control.bit
-        execution.step(("mode", vcpu, "write"), bit("irq", cpu), bit("mode", vcpu))
+        execution.step(("mode", vcpu, "write"), 0, bit("irq", cpu) | bit("mode", vcpu))
         if reason == lib.EXIT_INTERRUPT or lib.cpu_attention(m, cpu) & lib.ATTENTION_IPI:
-            execution.touch(0, bit("calls", cpu) | bit("irq", cpu) | bit("tlb", cpu))
+            execution.touch(0, bit("calls", cpu) | bit("tlb", cpu))
         return int(lib.guest_leave(m, cpu, reason))
 
     def _guest_step(self, execution: Execution, m: Any, cpu: int, vcpu: int) -> int:

@@ -207,12 +207,21 @@ class Exhaustive:
             node = stack[i]
             if node.chosen == index or covered >> i & 1:
                 continue
-            if blocking and i > previous and not node.enabled >> index & 1:
-                continue  # it waited there already, perhaps for this very step
+            if (
+                blocking
+                and i > previous
+                and not node.enabled >> index & 1
+                and not self._enabled_without(i, before)
+            ):
+                continue  # it waited there already, for this very step or one behind it
             if not blocking:
                 covered |= node.before
             self._turn_round(i, depth, index, before)
         return before
+
+    def _enabled_without(self, i: int, before: int) -> bool:
+        """Is there a step after i, not because of i, that the step in question depends on?"""
+        return any(not self.stack[k].before >> i & 1 for k in bits(before >> i + 1 << i + 1))
 
     def _dependent_steps(self, reads: int, writes: int) -> int:
         found = 0

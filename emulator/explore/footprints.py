@@ -210,7 +210,6 @@ LOCAL = frozenset(
         "histogram_record",
         "ipi_pending",
         "irqs_disabled",
-        "local_irq_disable",
         "machine_create",
         "machine_destroy",
         "machine_error_text",

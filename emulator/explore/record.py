@@ -18,7 +18,6 @@ from emulator.explore.world import LitmusProgram
 from emulator.litmus.loader import parse_test
 from emulator.litmus.policies import named_policy
 from emulator.story import Stories
-from native import lib
 
 FORMAT = 1
 _EXPECTED = "a counterexample of flushlab explore"
@@ -65,7 +64,6 @@ class _Recorder:
         self.program = program
         self.execution = execution
         self.steps: list[dict[str, Any]] = []
-        lib.oracle_forget(program.machine.m)
         self.tail = EventTail(program.machine.m, len(program.machine.cpus))
         self.violation: dict[str, Any] | None = None
 
@@ -88,9 +86,9 @@ class _Recorder:
             }
         )
         if self.execution.stopped and self.violation is None:
-            self.violation = self._report()
+            self.violation = self.report()
 
-    def _report(self) -> dict[str, Any] | None:
+    def report(self) -> dict[str, Any] | None:
         program = self.program
         stories = Stories(program.machine.m)
         reports = stories.finish(program.names(), program.policy.mutants())
@@ -135,6 +133,8 @@ def record(program: LitmusProgram, schedule: tuple[int, ...]) -> Recording:
     program.start(execution)
     recorder = _Recorder(program, execution)
     execution.on_step = recorder
+    if execution.stopped:
+        recorder.violation = recorder.report()  # before anybody raced
     strategy.begin(len(execution.tasks))
     execution.run()
     names = [task.name for task in execution.tasks]

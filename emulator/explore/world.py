@@ -7,7 +7,8 @@ from emulator.explore.objects import Objects
 from emulator.explore.scheduler import Execution, Task
 from emulator.litmus.loader import shipped_texts
 from emulator.litmus.model import LitmusTest
-from emulator.litmus.world import World, machine_config
+from emulator.litmus.ops import Op
+from emulator.litmus.world import LitmusThread, World, machine_config
 from emulator.policy import Policy
 from emulator.runtime import Cpu, Machine
 from native import VIOLATION_KINDS, lib
@@ -16,9 +17,16 @@ DEADLOCK = "deadlock"
 
 
 class ExploredWorld(World):
-    """Progress of threads is known to the scheduler."""
+    """Progress of threads is known to the scheduler.  Before and after an execution, grace periods are over
+    between any two operations."""
 
     control: Control | None = None
+
+    def _run_sequence(self, sequence: list[tuple[LitmusThread, tuple[Op, ...]]]) -> None:
+        for thread, ops in sequence:
+            super()._run_sequence([(thread, ops)])
+            if self.control is not None:
+                self.control.run_callbacks()
 
     def wait_progress(self, cpu: Cpu, thread: int, n: int) -> None:
         control = self.control
@@ -62,6 +70,8 @@ class LitmusProgram:
     def start(self, execution: Execution) -> None:
         control, world = self.control, self.world
         world.teardown()
+        lib.oracle_forget(self.machine.m)
+        control.known = control.violations()
         if lib.frames_order(self.machine.m):
             raise AssertionError("an execution has left frames behind")
         self.machine.vmx_vpids.sort(reverse=True)
@@ -80,6 +90,7 @@ class LitmusProgram:
                 control.srcu_of(thread.kvm.id).enter(task.index)
         control.spawn_daemons(execution)
         control.execution = execution
+        control.judge()
 
     def finish(self, execution: Execution) -> str:
         control = self.control

@@ -14,7 +14,8 @@ Op = tuple[str, ...]
 
 class Tiny:
     """Operations: ("r", x) into the task's register; ("w", x, v); ("inc", x) reads and writes in one step;
-    ("lock", x), ("unlock", x); ("wait", x, v) until x is v.  The outcome is everything at the end."""
+    ("lock", x), ("unlock", x); ("wait", x, v) until x is v; ("when", x, y) once
+    x is 1 reads y, in one step.  The outcome is everything at the end."""
 
     def __init__(self, *tasks: list[Op], objects: Objects | None = None) -> None:
         self.tasks = tasks
@@ -55,6 +56,10 @@ class Tiny:
                 elif kind == "unlock":
                     execution.step((kind, x, "write"), 0, mask)
                     shared[x] = 0
+                elif kind == "when":
+                    y = op[2]
+                    execution.step((kind, x, "read"), mask | bit(y), 0, lambda x=x: shared.get(x, 0) == 1, x)
+                    self.registers[i].append(shared.get(y, 0))
                 else:
                     wanted = int(op[2])
                     execution.step(
