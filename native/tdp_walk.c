@@ -108,29 +108,17 @@ static enum step clear_writable(struct tdp_iter *it, _Atomic uint64_t *sptep, ui
 	return STEP_NEXT;
 }
 
-/* Not a blind AND: it would turn FROZEN into something else. */
-static enum step clear_accessed(struct tdp_iter *it, _Atomic uint64_t *sptep, uint64_t gfn, uint64_t spte,
-			  uint64_t pages)
+/* Clear A, or take what is access-tracked instead; readable it stays for the ledger, nobody was promised anything.
+ * Not a blind AND: it would turn FROZEN into something else. */
+static enum step age(struct tdp_iter *it, _Atomic uint64_t *sptep, uint64_t gfn, uint64_t spte, uint64_t pages,
+		     uint64_t new_spte)
 {
-	if (!(spte & SPTE_ACCESSED))
+	if (new_spte == spte)
 		return STEP_NEXT;
-	if (!atomic_compare_exchange_strong_explicit(sptep, &spte, spte & ~(uint64_t)SPTE_ACCESSED,
-						     memory_order_acq_rel, memory_order_relaxed))
+	if (!atomic_compare_exchange_strong_explicit(sptep, &spte, new_spte, memory_order_acq_rel,
+						     memory_order_relaxed))
 		return STEP_RETRY;
-	changed(it, gfn, pages, false);
-	return STEP_NEXT;
-}
-
-/* What was readable stays so for the ledger: whoever asked has been promised nothing. */
-static enum step track_access(struct tdp_iter *it, _Atomic uint64_t *sptep, uint64_t gfn, uint64_t spte,
-			      uint64_t pages)
-{
-	if (is_access_track_spte(spte))
-		return STEP_NEXT;
-	if (!atomic_compare_exchange_strong_explicit(sptep, &spte, mark_spte_for_access_track(spte),
-						     memory_order_acq_rel, memory_order_relaxed))
-		return STEP_RETRY;
-	if (spte & SPTE_WRITABLE)
+	if (spte & ~new_spte & SPTE_WRITABLE)
 		spte_ungrant_at(&it->ledger, it->frames, gfn, spte, it->level, false, true);
 	changed(it, gfn, pages, false);
 	return STEP_NEXT;
@@ -158,9 +146,9 @@ static inline enum step visit(struct tdp_iter *it, _Atomic uint64_t *sptep, uint
 	case TDP_CLEAR_DIRTY:
 		return wanted_dirty(it, gfn) ? clear_writable(it, sptep, gfn, spte, pages) : STEP_NEXT;
 	case TDP_AGE:
-		return leaf ? clear_accessed(it, sptep, gfn, spte, pages) : STEP_NEXT;
+		return leaf ? age(it, sptep, gfn, spte, pages, spte & ~(uint64_t)SPTE_ACCESSED) : STEP_NEXT;
 	case TDP_ACCESS_TRACK:
-		return leaf ? track_access(it, sptep, gfn, spte, pages) : STEP_NEXT;
+		return leaf ? age(it, sptep, gfn, spte, pages, mark_spte_for_access_track(spte)) : STEP_NEXT;
 	case TDP_COUNT:
 		it->c->changed++;
 		it->c->pages += pages;
