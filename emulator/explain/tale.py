@@ -124,7 +124,8 @@ def _revoke(case: Case, moment: Moment) -> str:
     }.get(moment.event.kind, "the table goes" if facts.about_table else "the translation goes")
     if moment.event.kind == "guest_invalidate":
         return what
-    return what + where + ("" if case.plot.culprit else _answers(case))
+    blamed = case.plot.culprit is not None or case.plot.part(PROMISE) is not None
+    return what + where + ("" if blamed else _answers(case))
 
 
 def _elided(case: Case, moment: Moment) -> str:
@@ -154,7 +155,7 @@ def _missed(case: Case, moment: Moment) -> str:
 
 
 def _promise(case: Case, moment: Moment) -> str:
-    return f"KVM's promise, and {case.label(case.facts.pcpu)} has not flushed"
+    return f"KVM's promise, and {case.label(case.facts.pcpu)} has not flushed{_answers(case)}"
 
 
 def _use(case: Case, moment: Moment) -> str:
