@@ -16,7 +16,7 @@
 #include <time.h>
 #include <unistd.h>
 
-#include "ept.h"
+#include "ept_map.h"
 #include "flush.h"
 #include "frame.h"
 #include "guest.h"
@@ -142,25 +142,13 @@ static inline struct machine *bench_machine(uint32_t pcpus, uint32_t frames)
 	return m;
 }
 
-/* Map one 4K page, tables included.  No concurrency. */
+/* Map one 4K page.  No concurrency. */
 static inline void bench_map(struct machine *m, uint32_t cpu, uint32_t vm, uint32_t root, uint64_t gfn)
 {
 	struct mm_page page;
-	uint64_t sptes[6];
-	uint32_t tables[6];
-	int level;
 
 	REQUIRE(mm_fault(m, cpu, vm, gfn, 1, &page) == 0);
-	while ((level = tdp_mmu_get_walk(m, root, 4, gfn, sptes, tables)) > 1) {
-		int64_t child = ept_table_alloc(m, cpu, FRAME_TABLE);
-
-		REQUIRE(child >= 0);
-		REQUIRE(!tdp_mmu_set_spte_atomic(m, cpu, vm, tables[level], gfn >> 9 * (level - 1) & 511,
-						 (uint32_t)level, gfn, sptes[level],
-						 make_nonleaf_spte(m, (uint32_t)child)));
-	}
-	REQUIRE(!tdp_mmu_set_spte_atomic(m, cpu, vm, tables[1], gfn & 511, 1, gfn, sptes[1],
-					 make_spte(page.hfn, page.tag, 1, 1, 1)));
+	REQUIRE(!ept_map_page(m, cpu, vm, root, gfn, &page));
 }
 
 /* Run a guest for n accesses, serving its EPT violations. */

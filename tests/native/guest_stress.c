@@ -7,7 +7,7 @@
  */
 #include "harness.h"
 
-#include "ept.h"
+#include "ept_map.h"
 #include "flush.h"
 #include "frame.h"
 #include "guest.h"
@@ -29,33 +29,7 @@ struct world {
 	uint64_t page[2][PAGES];
 };
 
-/* kvm_mmu_page_fault(), reduced to 4K pages. */
-static int install(struct world *w, uint32_t cpu, uint64_t gfn, const struct mm_page *page, uint64_t seq)
-{
-	uint64_t sptes[6];
-	uint32_t tables[6];
-	int level, r = 0;
-
-	if (w->mutant != NO_RETRY && mmu_invalidate_retry_gfn(w->m, w->vm, seq, gfn))
-		return 0;
-	rcu_read_lock(w->m, cpu);
-	while ((level = tdp_mmu_get_walk(w->m, w->root, 4, gfn, sptes, tables)) > 1 && !r) {
-		int64_t child = ept_table_alloc(w->m, cpu, FRAME_TABLE);
-
-		CHECK(child >= 0);
-		r = tdp_mmu_set_spte_atomic(w->m, cpu, w->vm, tables[level], gfn >> 9 * (level - 1) & 511,
-					    (uint32_t)level, gfn, sptes[level],
-					    make_nonleaf_spte(w->m, (uint32_t)child));
-		if (r)
-			ept_table_free(w->m, cpu, (uint32_t)child);
-	}
-	if (!r)
-		tdp_mmu_set_spte_atomic(w->m, cpu, w->vm, tables[1], gfn & 511, 1, gfn, sptes[1],
-					make_spte(page->hfn, page->tag, 1, 1, 1));
-	rcu_read_unlock(w->m, cpu);
-	return r;
-}
-
+/* direct_page_fault(), reduced to 4K pages.  Who loses a race faults again. */
 static void fault(struct world *w, uint32_t cpu, uint64_t gfn)
 {
 	uint64_t seq = mmu_invalidate_seq(w->m, w->vm);
@@ -64,7 +38,11 @@ static void fault(struct world *w, uint32_t cpu, uint64_t gfn)
 	CHECK(mm_fault(w->m, cpu, w->vm, gfn, 1, &page) == 0);
 	if (mmu_read_lock(w->m, cpu, w->vm))
 		return;
-	install(w, cpu, gfn, &page, seq);
+	if (w->mutant == NO_RETRY || !mmu_invalidate_retry_gfn(w->m, w->vm, seq, gfn)) {
+		rcu_read_lock(w->m, cpu);
+		ept_map_page(w->m, cpu, w->vm, w->root, gfn, &page);
+		rcu_read_unlock(w->m, cpu);
+	}
 	mmu_read_unlock(w->m, cpu, w->vm);
 }
 
