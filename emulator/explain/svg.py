@@ -133,18 +133,25 @@ class _Picture:
                 )
 
     def _arrows(self) -> Iterator[str]:
-        seen: dict[int, tuple[int, int]] = {}
-        for row, _, bottom, top in self.boxes:
+        """From the last thing that was done on a vCPU's old pCPU to its loading on the new one; from an IPI to
+        what the called pCPU does next."""
+        on: dict[int, int] = {}
+        last: dict[int, int] = {}
+        for i, (row, _, bottom, top) in enumerate(self.boxes):
             event, middle = row.moment.event, (top + bottom) // 2
-            if event.kind in ("load", "entry", "guest_invalidate", USE, FILL):
-                before = seen.get(event.a)
-                if event.kind == "load" and before is not None and before[0] != row.cpu:
-                    yield self._arrow("a", before[0], before[1], row.cpu, middle)
-                seen[event.a] = (row.cpu, middle)
+            if event.kind in ("load", "entry", USE, FILL):
+                before = on.get(event.a, row.cpu)
+                if event.kind == "load" and before != row.cpu:
+                    yield self._arrow("a", before, last[before], row.cpu, middle)
+                on[event.a] = row.cpu
             if event.kind == "ipi":
-                for target in event.targets:
-                    if target in self.tale.columns:
-                        yield self._arrow("i", row.cpu, middle, target, bottom + _GAP)
+                for target in (cpu for cpu in event.targets if cpu in self.tale.columns):
+                    yield self._arrow("i", row.cpu, middle, target, self._next(i, target))
+            last[row.cpu] = middle
+
+    def _next(self, i: int, cpu: int) -> int:
+        later = ((top + bottom) // 2 for row, _, bottom, top in self.boxes[i + 1 :] if row.cpu == cpu)
+        return next(later, self.boxes[i][2] + _GAP)
 
     def _arrow(self, style: str, source: int, y1: int, target: int, y2: int) -> str:
         """From the edge of one column's boxes to that of another's."""
