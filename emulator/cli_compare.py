@@ -83,6 +83,7 @@ def compare(
         seed=options.chosen_seed,
         chaos=options.chaos,
         unbounded=options.unbounded,
+        named=(scenario, tuple(policies or ())),
     )
     comparer = Comparer(plan, _announce)
     with Logging(LogLevel.WARNING.upper(), "text"):

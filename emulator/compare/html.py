@@ -173,9 +173,10 @@ def _table_head(cells: str, kind: str = "") -> Iterator[str]:
 
 def command_line(comparison: Comparison) -> str:
     plan = comparison.plan
-    words = ["flushlab", "compare", plan.scenario.name]
-    for policy in plan.policies:
-        words += ["--policy", policy.name]
+    scenario, policies = plan.named or (plan.scenario.name, tuple(policy.name for policy in plan.policies))
+    words = ["flushlab", "compare", scenario]
+    for policy in policies:
+        words += ["--policy", policy]
     words += ["--pcpus", str(plan.scenario.machine.pcpus), "--duration", f"{plan.duration:g}s"]
     words += ["--repeat", str(plan.repeat), "--seed", str(plan.seed)]
     if plan.chaos:

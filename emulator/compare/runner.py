@@ -46,6 +46,8 @@ class Plan:
     seed: int
     chaos: int = 0
     unbounded: bool = False
+    # What the user called the scenario and the policies, to be told how to run it again.
+    named: tuple[str, tuple[str, ...]] | None = None
 
     @property
     def runs(self) -> int:

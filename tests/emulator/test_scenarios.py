@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import threading
 import time
 
@@ -143,6 +144,24 @@ def test_flushing_every_pcpu_interrupts_all_who_have_nothing_to_do_with_it() -> 
     assert tenants.pcpus == 22
     assert tenants.interruptions / roots > 0.8 * tenants.pcpus
     assert tenants.bystanders == tenants.interruptions
+
+
+def test_the_flushed_mask_as_sketched_is_caught_and_told() -> None:
+    """Within its eight seconds: the two pCPUs, the zap, and the flush that was elided."""
+    scenario = load_scenario("migration-storm")
+    job = Job(scenario, preset("lkml-2025-cpu-flushed-mask"), seed=1, duration=scenario.duration)
+    result = job.run(lambda now: None, threading.Event())
+    assert scenario.duration < 10
+    told = [r.text for r in result.reports if r.kind in ("use-after-free", "stale-after-revoke")]
+    assert told, result.snapshot.violations
+    whole = [
+        text
+        for text in told
+        if "zap gfn" in text
+        and "elided: flush for migration" in text
+        and len(set(re.findall(r"pcpu\d", text))) > 1
+    ]
+    assert whole, told[0]
 
 
 def test_idle_guests_stay_in_guest_mode() -> None:

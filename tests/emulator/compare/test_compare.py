@@ -149,7 +149,9 @@ def test_html_is_written(tmp_path: Path) -> None:
     pytest.importorskip("matplotlib")
     path = tmp_path / "page.html"
     assert compare("--policy", "root-tlb-gen", "--html", str(path)) == 0
-    assert path.read_text("utf-8").startswith("<!doctype html>")
+    text = path.read_text("utf-8")
+    assert text.startswith("<!doctype html>")
+    assert "flushlab compare migration-storm --policy root-tlb-gen --pcpus 4" in text, "as it was typed"
 
 
 @pytest.mark.parametrize(
