@@ -1,0 +1,155 @@
+"""Litmus tests under the controlled scheduler: verdicts, counterexamples, and the same thing twice."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+
+from emulator.cli import main
+from emulator.explore.minimize import size
+from emulator.explore.record import load, replay
+from emulator.explore.scheduler import Divergence
+from emulator.explore.verdict import BOUNDED, SAFE, UNFINISHED, VIOLATIONS, Plan, Verdict, explore_verdict
+from emulator.litmus.loader import load_test
+from emulator.litmus.policies import named_policy
+
+TEXT = """
+doc = "A kick that does not come, and a thread that waits for one that waits for it."
+source = "here"
+[threads.v0]
+vcpu = 0
+ops = ["read 0x10", "read 0x11"]
+[threads.mm]
+ops = ["host-unmap 0x10"]
+"""
+
+
+def verdict_of(test: str, policy: str, plan: Plan | None = None) -> Verdict:
+    return explore_verdict(load_test(test), named_policy(policy), plan)
+
+
+@pytest.mark.parametrize("policy", ["linux-7.3", "root-tlb-gen", "cpu-flushed-mask-cleared"])
+def test_what_is_sound_is_proved(policy: str) -> None:
+    found = verdict_of("return-zap", policy)
+    assert (found.verdict, found.complete, found.counterexample) == (SAFE, True, None)
+    assert "in all" in found.summary()
+
+
+def test_a_race_is_explored_to_the_end() -> None:
+    found = verdict_of("entry-races-request", "linux-7.3")
+    assert (found.verdict, found.complete) == (SAFE, True)
+    assert found.rounds[-1]["preemption_bound"] is None
+    assert found.executions > 20
+
+
+@pytest.mark.parametrize(
+    ("test", "policy", "kind"),
+    [
+        ("return-zap", "lkml-2025-cpu-flushed-mask", "use-after-free"),
+        ("guest-invlpg-away", "lkml-2025-cpu-flushed-mask", "guest-stale"),
+        ("entry-races-request", "mutant:P1", "use-after-free"),
+        ("entry-races-request", "mutant:P2", "use-after-free"),
+        ("entry-races-request", "mutant:P3", "use-after-free"),
+        ("fault-races-unmap", "mutant:P15", "use-after-free"),
+        ("kick-waits", "mutant:P4", "use-after-free"),
+        ("root-recycled", "mutant:P9", "foreign-root"),
+        ("log-get", "write_protect=none", "stale-after-revoke"),
+        ("notifier-range-end", "mutant:P16", "use-after-free"),
+    ],
+)
+def test_what_is_unsound_is_refuted(test: str, policy: str, kind: str) -> None:
+    found = verdict_of(test, policy)
+    assert found.verdict == VIOLATIONS
+    assert found.kinds[0] == kind
+    assert found.counterexample is not None
+    assert found.counterexample.violation is not None
+    assert found.counterexample.violation["kind"] == kind
+
+
+def test_a_bound_or_a_budget_is_admitted() -> None:
+    found = verdict_of("fault-races-unmap", "linux-7.3", Plan(bound=1))
+    assert (found.verdict, found.complete, found.bound) == (BOUNDED, False, 1)
+    assert "up to 1 preemptions" in found.summary()
+    found = verdict_of("fault-races-unmap", "linux-7.3", Plan(executions=3, bound=9))
+    assert (found.complete, found.executions <= 3) == (False, True)
+    found = verdict_of("fault-races-unmap", "linux-7.3", Plan("random", executions=3))
+    assert (found.verdict, found.complete, found.executions) == (UNFINISHED, False, 3)
+
+
+@pytest.mark.parametrize("strategy", ["pct", "random"])
+def test_sampling_finds_what_is_easy_to_find(strategy: str) -> None:
+    plan = Plan(strategy, executions=300, seed=1)
+    found = verdict_of("entry-races-request", "mutant:P1", plan)
+    assert found.verdict == VIOLATIONS
+    assert (found.guarantee is not None) == (strategy == "pct")
+    again = verdict_of("entry-races-request", "mutant:P1", plan)
+    assert again.document() == found.document()
+
+
+def test_minimizing_makes_it_shorter() -> None:
+    plan = Plan("random", executions=300, seed=3, minimize=False)
+    long = verdict_of("entry-races-request", "mutant:P1", plan).counterexample
+    short = verdict_of(
+        "entry-races-request", "mutant:P1", Plan("random", executions=300, seed=3)
+    ).counterexample
+    assert long is not None
+    assert short is not None
+    assert size(tuple(map(hash, short.schedule))) < size(tuple(map(hash, long.schedule)))
+
+
+def test_a_counterexample_replays_and_says_when_it_does_not(tmp_path: Path) -> None:
+    found = verdict_of("entry-races-request", "mutant:P1").counterexample
+    assert found is not None
+    path = tmp_path / "hole.json"
+    found.write(path)
+    assert replay(path).document() == found.document()
+
+    document = load(path)
+    document["policy"] = "linux-7.3"
+    path.write_text(json.dumps(document))
+    with pytest.raises(Divergence, match="step|steps|schedule"):
+        replay(path)
+
+
+def test_the_same_document_byte_for_byte(capsys: pytest.CaptureFixture[str]) -> None:
+    texts = []
+    for _ in range(2):
+        status = main(["explore", "entry-races-request", "return-zap", "--policy", "mutant:P3", "--json"])
+        assert status == 1
+        texts.append(capsys.readouterr().out)
+    assert texts[0] == texts[1]
+    assert [item["verdict"] for item in json.loads(texts[0])["explored"]] == [VIOLATIONS, SAFE]
+
+
+def test_the_command_line_writes_and_replays(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    arguments = ["explore", "return-zap", "--policy", "lkml-2025-cpu-flushed-mask", "--output", str(tmp_path)]
+    assert main(arguments) == 1
+    (path,) = tmp_path.iterdir()
+    capsys.readouterr()
+    assert main(["explore", "--replay", str(path)]) == 1
+    assert "the same as recorded" in capsys.readouterr().out
+    assert main(["explain", str(path)]) in (0, 1)
+    assert "CPU0" in capsys.readouterr().out
+    path.write_text("{}")
+    assert main(["explore", "--replay", str(path)]) == 2
+    assert main(["explore", "return-zap", "--strategy", "guess"]) == 2
+
+
+def test_a_deadlock_says_who_waits_for_whom(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    from emulator.explore import control
+
+    # An interrupt that never arrives.
+    def nothing(self: control.Control, execution: object, number: int) -> object:
+        return lambda: None
+
+    monkeypatch.setattr(control.Control, "_interrupts", nothing)
+    path = tmp_path / "stuck.toml"
+    path.write_text(TEXT)
+    found = explore_verdict(load_test(str(path)), named_policy("linux-7.3"), Plan(minimize=False))
+    assert found.verdict == VIOLATIONS
+    assert found.kinds[0].startswith("deadlock")
+    assert found.counterexample is not None
+    assert found.counterexample.violation is not None
+    assert "mm waits for an acknowledgement by pCPU 0" in found.counterexample.violation["text"]
