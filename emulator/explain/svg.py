@@ -133,7 +133,7 @@ class _Picture:
                 )
 
     def _arrows(self) -> Iterator[str]:
-        """From the last thing that was done on a vCPU's old pCPU to its loading on the new one; from an IPI to
+        """From what was done last on a vCPU's old pCPU to its loading on the new one; from an IPI to
         what the called pCPU does next."""
         on: dict[int, int] = {}
         last: dict[int, int] = {}
