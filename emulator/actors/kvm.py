@@ -7,6 +7,7 @@ logged: a lost dirty bit, proven end to end.
 
 from __future__ import annotations
 
+import math
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -20,6 +21,7 @@ from emulator.kvm.kvm_host import KVM_MEM_LOG_DIRTY_PAGES
 from emulator.kvm.kvm_main import kvm_set_memory_region, kvm_vm_ioctl_get_dirty_log
 from emulator.kvm.mmu import kvm_zap_gfn_range
 from emulator.kvm.smm import kvm_inject_smi
+from emulator.kvm.tdp_roots import flush_workqueue
 from emulator.workload import KVM_ACTIVITIES, Pacer, Workload
 from native import ffi, lib
 
@@ -40,6 +42,8 @@ _ARMED_US = 5000
 # How long the second slot stays away.
 _SLOT_GONE_US = 500
 _ZAP_PAGES = 256
+# How soon the workqueue looks for work, with policies that have any.
+_WORKQUEUE_US = 200
 # After how many of the cycles a range is zapped: its flush would heal what the deletion alone leaves behind.
 _ZAP_SHARE = 0.25
 
@@ -63,6 +67,8 @@ class Kvm(MachineActor):
         self.rng = rng
         self.dirty_rounds = 0
         self.pages_copied = 0
+        has_worker = kvm.policy.may_answer("root_put", ("async",))
+        self._longest_sleep_us = _WORKQUEUE_US if has_worker else math.inf
         self._actions: dict[str, Callable[[], None]] = {
             "memslot_cycles": self.memslot_cycle,
             "dirty_log_cycles": self.dirty_log_cycle,
@@ -71,9 +77,11 @@ class Kvm(MachineActor):
         }
 
     def idle(self) -> None:
+        # It is the VM's workqueue, too.
+        flush_workqueue(self.cpu, self.kvm)
         activity, wait = self.pacer.next()
         if activity is None:
-            self._sleep(wait * 1e6)
+            self._sleep(min(wait * 1e6, self._longest_sleep_us))
         else:
             self._actions[activity]()
 
