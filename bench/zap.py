@@ -13,7 +13,7 @@ from __future__ import annotations
 import sys
 import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
 from statistics import median
@@ -22,7 +22,7 @@ from bench.benchmark import Context
 from bench.errors import BenchFailed
 from bench.figures import Figure
 from emulator.kvm.kvm_main import kvm_create_vm, kvm_set_memory_region, kvm_vm_ioctl_create_vcpu
-from emulator.kvm.mmu import kvm_zap_gfn_range
+from emulator.kvm.mmu import kvm_mmu_zap_all_fast, kvm_zap_gfn_range
 from emulator.kvm.structs import Kvm, KvmMmuPage, KvmParams
 from emulator.kvm.tdp_map import tdp_entry, tdp_mmu_link_sp
 from emulator.kvm.x86 import vcpu_run
@@ -159,9 +159,6 @@ class ZapMachine:
         lib.counters_read(self.machine.m, cpu.id, values)
         return int(values[counter])
 
-    def _stat(self, stat: int) -> int:
-        return int(lib.vm_stat(self.machine.m, self.kvm.id, stat))
-
     def fill(self) -> None:
         """4K leafs in all of the range's tables."""
         cpu, kvm, (root,) = self.host, self.kvm, self.kvm.tdp_mmu_roots
@@ -175,22 +172,42 @@ class ZapMachine:
                     raise BenchFailed(f"zap: {mapped} of {TABLE} pages were mapped")
 
     def zap(self, pages: int, cost: Cost) -> None:
+        self._measure(lambda: kvm_zap_gfn_range(self.host, self.kvm, 0, pages), cost)
+
+    def zap_root(self, cost: Cost) -> None:
+        """All roots are invalidated, and zapped while the guests go on on a new one."""
+
+        def zap() -> None:
+            with self.kvm.slots_lock.held(self.host):
+                kvm_mmu_zap_all_fast(self.host, self.kvm)
+
+        self._measure(zap, cost)
+        deadline = time.monotonic() + _PATIENCE_SECONDS
+        while len(self.kvm.tdp_mmu_roots) != 1 or self.kvm.tdp_mmu_roots[0].role.invalid:
+            if time.monotonic() > deadline:
+                raise BenchFailed("zap: the guests do not use the new root")
+            time.sleep(0.001)
+
+    def _measure(self, zap: Callable[[], None], cost: Cost) -> None:
         self.fill()
-        flushes, yields, ipis = (
-            self._stat(lib.STAT_REMOTE_TLB_FLUSH_REQUESTS),
-            self._stat(lib.STAT_YIELDS),
-            self._counter(self.host, lib.COUNT_IPIS_SENT),
-        )
+        before = self._counts()
         self.longest_wait = 0.0
         start = time.perf_counter()
-        kvm_zap_gfn_range(self.host, self.kvm, 0, pages)
+        zap()
         cost.milliseconds.append((time.perf_counter() - start) * 1e3)
-        cost.flushes.append(self._stat(lib.STAT_REMOTE_TLB_FLUSH_REQUESTS) - flushes)
-        cost.yields.append(self._stat(lib.STAT_YIELDS) - yields)
-        cost.ipis.append(self._counter(self.host, lib.COUNT_IPIS_SENT) - ipis)
+        flushes, yields, ipis = (now - then for now, then in zip(self._counts(), before, strict=True))
+        cost.flushes.append(flushes)
+        cost.yields.append(yields)
+        cost.ipis.append(ipis)
         self.host.check(lib.rcu_barrier(self.machine.m, self.host.id))
         time.sleep(0.002)  # the contender, if it waits, gets the lock and notes how long it took
         cost.lock_waits.append(self.longest_wait * 1e3)
+
+    def _counts(self) -> tuple[int, int, int]:
+        """Remote flushes, yields, and IPIs of the zapping thread, so far."""
+        flushes = lib.vm_stat(self.machine.m, self.kvm.id, lib.STAT_REMOTE_TLB_FLUSH_REQUESTS)
+        yields = lib.vm_stat(self.machine.m, self.kvm.id, lib.STAT_YIELDS)
+        return int(flushes), int(yields), self._counter(self.host, lib.COUNT_IPIS_SENT)
 
     def close(self) -> None:
         self.machine.stop()
@@ -249,6 +266,7 @@ def zap_flushes(context: Context) -> Iterator[Figure]:
     for contended in (False, True):
         for what in (WHOLE, SHORT, LEAFS):
             yield from _compare(context, what, contended)
+    yield from _passes(context)
 
 
 def _compare(context: Context, what: Range, contended: bool) -> Iterator[Figure]:
@@ -271,6 +289,30 @@ def _measure(context: Context, policy: Policy, what: Range, contended: bool) -> 
         for _ in range(context.sizes.repeats):
             machine.zap(what.pages, cost)
     return cost
+
+
+def _passes(context: Context) -> Iterator[Figure]:
+    """A root with the GiB in it, zapped in passes (decision zap_root): how long others wait for mmu_lock."""
+    policies = {answer: Policy("bench", zap_root=answer) for answer in ("root", "1g-root", "4k-2m-1g-root")}
+    policies["root, flush-per-table"] = Policy("bench", zap_root="root", zap="flush-per-table")
+    whole = Cost()
+    for name, policy in policies.items():
+        context.say(f"zap of a root: {name}")
+        cost = Cost() if name != "root" else whole
+        with zap_machine(policy, context.sizes.zap_tables, contended=True) as machine:
+            machine.zap_root(Cost())
+            for _ in range(context.sizes.repeats):
+                machine.zap_root(cost)
+        yield Figure(
+            name=f"longest wait for mmu_lock: a root with 1 GiB, {name}",
+            what=f"{median(cost.yields):g} yields, {median(cost.flushes):g} flushes, "
+            f"{median(cost.milliseconds):.3g} ms in all",
+            unit="ms",
+            values=tuple(max(wait, 1e-6) for wait in cost.lock_waits),
+            reference_name="in one pass over the root page",
+            references=tuple(max(wait, 1e-6) for wait in whole.lock_waits),
+            ratio_of="value/reference",
+        )
 
 
 def predicted(zap: str, removed: int, yields: int) -> int:

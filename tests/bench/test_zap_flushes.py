@@ -47,4 +47,5 @@ def test_figures(tmp_path: Path) -> None:
     figures = list(zap_flushes(context))
     counts = [figure for figure in figures if figure.name.startswith("flushes: ")]
     assert len(counts) == 2 * (3 + 3 + 1)
+    assert sum("a root with 1 GiB" in figure.name for figure in figures) == 4
     assert all(figure.met for figure in counts)
