@@ -2,7 +2,8 @@
 
 The exhaustive strategy goes from few preemptions to many (iterative context bounding: Musuvathi and Qadeer,
 PLDI 2007), because most races need one or two and the shortest counterexample is the best one; then, without
-a bound, to the end if the budget allows.
+a bound, to the end if the budget allows.  Where no preemption at all is not the whole story, some PCT executions
+come in between: they find early what an exhaustive search of a large program would find late.
 """
 
 from __future__ import annotations
@@ -28,6 +29,8 @@ UNFINISHED = "nothing found"
 
 STRATEGIES = ("exhaustive", "pct", "random")
 CONSISTENCY = "sequentially consistent"
+# Executions by PCT that the exhaustive strategy begins with.
+PROBES = 150
 
 
 @dataclass(frozen=True, slots=True)
@@ -73,7 +76,7 @@ class Verdict:
             "violations": list(self.kinds),
             "memory": CONSISTENCY,
             "strategy": self.plan.strategy,
-            "seed": self.plan.seed if self.plan.strategy != "exhaustive" else None,
+            "seed": self.plan.seed,
             "complete": self.complete,
             "preemption_bound": self.bound,
             "executions": self.executions,
@@ -125,14 +128,16 @@ def _exhaustively(program: LitmusProgram, verdict: Verdict, stop: Stop) -> None:
     if plan.bound is not None:
         bounds = list(range(plan.bound + 1))
     for number, bound in enumerate(bounds):
+        if number == 1 and plan.bound is None and _probed(program, verdict, stop):
+            return
         left = plan.executions - verdict.executions
         if left <= 0:
             return
         # Not all for a bound that is out of reach, when there are others to come.
-        budget = left if number == len(bounds) - 1 else max(1, left // 2)
+        budget = left if number == len(bounds) - 1 else max(1, left // 4)
         strategy = Exhaustive(program.objects, bound=bound)
         found = search(program, program.objects, strategy, Limits(executions=budget), bool, stop)
-        _add(verdict, found, bound)
+        _add(verdict, found, bound, "exhaustive")
         if found.schedule is not None:
             _violated(program, verdict, found)
             return
@@ -148,6 +153,19 @@ def _exhaustively(program: LitmusProgram, verdict: Verdict, stop: Stop) -> None:
                 return
 
 
+def _probed(program: LitmusProgram, verdict: Verdict, stop: Stop) -> bool:
+    """A few executions by PCT; True if that was enough."""
+    plan = verdict.plan
+    n = min(PROBES, (plan.executions - verdict.executions) // 4)
+    if n <= 0:
+        return False
+    found = search(program, program.objects, Pct(n, plan.seed, plan.depth), Limits(), bool, stop)
+    _add(verdict, found, None, "pct")
+    if found.schedule is not None:
+        _violated(program, verdict, found)
+    return found.schedule is not None
+
+
 def _sampled(program: LitmusProgram, verdict: Verdict, stop: Stop) -> None:
     plan = verdict.plan
     if plan.strategy == "pct":
@@ -155,20 +173,21 @@ def _sampled(program: LitmusProgram, verdict: Verdict, stop: Stop) -> None:
     else:
         strategy = RandomWalk(plan.executions, plan.seed)
     found = search(program, program.objects, strategy, Limits(), bool, stop)
-    _add(verdict, found, None)
+    _add(verdict, found, None, plan.strategy)
     if isinstance(strategy, Pct):
         verdict.guarantee = strategy.guarantee()
     if found.schedule is not None:
         _violated(program, verdict, found)
 
 
-def _add(verdict: Verdict, found: Found, bound: int | None) -> None:
+def _add(verdict: Verdict, found: Found, bound: int | None, strategy: str) -> None:
     verdict.executions += found.executions
     verdict.pruned += found.pruned
     verdict.steps += found.steps
     verdict.depth = max(verdict.depth, found.depth)
     verdict.rounds.append(
         {
+            "strategy": strategy,
             "preemption_bound": bound,
             "executions": found.executions,
             "pruned": found.pruned,

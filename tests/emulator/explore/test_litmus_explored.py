@@ -109,7 +109,7 @@ def test_a_counterexample_replays_and_says_when_it_does_not(tmp_path: Path) -> N
     document = load(path)
     document["policy"] = "linux-7.3"
     path.write_text(json.dumps(document))
-    with pytest.raises(Divergence, match="step|steps|schedule"):
+    with pytest.raises(Divergence, match=r"step|schedule"):
         replay(path)
 
 
