@@ -149,7 +149,7 @@ def record(program: LitmusProgram, schedule: tuple[int, ...]) -> Recording:
     return Recording(
         test=program.test.name,
         source=program.source,
-        policy=program.policy.name,
+        policy=program.policy.spelled(),
         schedule=[names[index] for index in strategy.schedule()],
         steps=recorder.steps,
         actors=actors,

@@ -166,6 +166,10 @@ class Policy:
         """One like it that remembers nothing of earlier runs: itself, unless it is a user's."""
         return self
 
+    def spelled(self) -> str:
+        """What names it on a command line: its name, or the file that a user's policy is in."""
+        return self.name
+
     def overrides(self) -> dict[str, str]:
         """Points that a user's class decides case by case, and where in its file."""
         return {}

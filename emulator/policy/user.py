@@ -35,7 +35,7 @@ from emulator.runtime import MachineStopped
 # A method whose name resembles a point's this much is a slip of the pen, not a helper.
 _TYPO = 0.75
 # A policy is asked through these; what they do is not for the user's class to change.
-_RESERVED = ("answers", "fresh", "mutants", "overrides", "with_settings")
+_RESERVED = ("answers", "fresh", "given", "mutants", "overrides", "spelled", "with_settings")
 
 
 class UserPolicyError(PolicyError):
@@ -127,6 +127,10 @@ class _Asked(Policy):
 
     def fresh(self) -> Policy:
         return self._source.make(self._settings, self.name)
+
+    def spelled(self) -> str:
+        settings = (f"{point}={self._settings[point]}" for point in sorted(self._settings))
+        return "+".join([self._source.path, *settings])
 
     def overrides(self) -> dict[str, str]:
         path = Path(self._source.path).name

@@ -141,6 +141,7 @@ def test_settings_win_over_the_class(tmp_path: Path) -> None:
     assert policy.name == "mine+migration=active-roots"
     assert [migration(policy) for _ in range(2)] == ["active-roots", "active-roots"]
     assert policy.overrides() == {}
+    assert policy.spelled() == f"{tmp_path / 'mine.py'}+migration=active-roots"
     again = policy.with_settings({"kick_wait": "no-wait"})
     assert migration(again) == "active-roots"
     assert again.mutants() == ("kick_wait=no-wait",)
@@ -351,3 +352,29 @@ def test_the_repaired_example_is_clean(tmp_path: Path) -> None:
     result = run(load_user_policy(written(tmp_path, text)), 2.0)
     assert not result.snapshot.violations, result.reports[0].text
     assert result.policy_given["migration"]["active-roots"] > 0
+
+
+def test_explore_judges_it_and_replays_what_it_found(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    path = written(tmp_path, RETURNING, "returning.py")
+    found = tmp_path / "found"
+    assert main(["explore", "return-zap", "--policy", str(path), "--output", str(found)]) == 1
+    (counterexample,) = found.glob("*.json")
+    assert main(["explore", "--replay", str(counterexample)]) == 1
+    assert "flush for migration, ELIDED" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("command", ["litmus", "explore", "compare"])
+def test_whoever_asks_a_broken_one_says_so_in_one_line(
+    command: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    path = str(of(tmp_path, "def migration(self, cpu, vcpu):\n    return 'nothing'"))
+    arguments = {
+        "litmus": ["litmus", "return-zap", "--policy", path, "--iterations", "5"],
+        "explore": ["explore", "return-zap", "--policy", path],
+        "compare": ["compare", "--policy", path, "--policy", "linux-7.3", "--duration", "1s", "main"],
+    }[command]
+    assert main(arguments) == 2
+    last = capsys.readouterr().err.splitlines()[-1]
+    assert last.startswith(f"flushlab: {path}:3: Mine.migration: returned 'nothing'; expected one of")
