@@ -12,6 +12,7 @@ from dataclasses import dataclass
 
 from emulator.actors.host import UserMemory
 from emulator.actors.task import VcpuTask
+from emulator.errors import BadInput
 from emulator.kvm.kvm_host import (
     KVM_DIRTY_LOG_INITIALLY_SET,
     KVM_DIRTY_LOG_MANUAL_PROTECT_ENABLE,
@@ -189,7 +190,12 @@ class LitmusThread:
             self._run_guest(ops, report)
             return
         assert isinstance(op, VcpuOp | KvmOp | Wait) or op.waits_for() is not None
-        op.run(self)  # type: ignore[attr-defined]
+        try:
+            op.run(self)  # type: ignore[attr-defined]
+        except ValueError as error:
+            # -EINVAL of an ioctl: not something that a policy brings about.
+            where = f"litmus test {self.world.test.name}: thread {self.name}"
+            raise BadInput(where, f"{op.text!r} is refused: {error}") from error
         if report:
             self.world.progressed(self.number)
 
@@ -213,11 +219,12 @@ class LitmusThread:
             self.migrate(pcpu)
 
     def _left_to_user(self, state: ExitToUser, ops: tuple[Op, ...]) -> None:
-        """User space tries again what the host refused for the moment."""
+        """User space tries again what the host refused for the moment; MMIO it has emulated."""
         if state.reason in ("shutdown", "no-memory"):
             what = "; ".join(op.text for op in ops)
             raise LitmusFailure(f"{self.name}: {state.reason} at {state.gpa:#x} in {what!r}")
-        cpu_relax(self.cpu)
+        if state.reason != "mmio":
+            cpu_relax(self.cpu)
 
 
 class PcpuLock:
