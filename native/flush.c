@@ -40,7 +40,8 @@ void flush_account_destroy(struct cpu *cpu)
 static uint64_t flush_number(const struct cpu *c, uint64_t sequence, uint32_t vm, uint32_t scope,
 			     uint32_t reason)
 {
-	bool forced = c->interrupted && reason != REASON_MIGRATION;
+	/* A VMCLEAR's interrupt would have come without the flush. */
+	bool forced = c->interrupted && c->kicked && reason != REASON_MIGRATION;
 
 	return (forced ? FLUSH_INTERRUPTED : 0) | sequence << 24 | (uint64_t)(vm & 0xffff) << 8 | scope << 4 |
 	       reason;

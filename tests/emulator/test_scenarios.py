@@ -9,6 +9,7 @@ import time
 import pytest
 from support import wait_until
 
+from emulator.compare.measure import measure
 from emulator.config import VmSection, load_scenario, parse_scenario
 from emulator.errors import BadInput
 from emulator.job import Job
@@ -44,6 +45,8 @@ def test_each_does_what_it_is_about_and_is_clean(name: str) -> None:
     assert not result.failure
     assert not result.snapshot.violated, result.reports[0].text
     assert result.snapshot.kvm(COMPARED[name]) > 5
+    values = measure(result, load_scenario(name)).values
+    assert values["flush cycles/M"] >= values["bound cycles/M"] > 0, "nobody does better than perfectly"
     assert load_scenario(name).unit
 
 
