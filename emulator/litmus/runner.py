@@ -20,7 +20,7 @@ from emulator.litmus.verdict import Outcome
 from emulator.litmus.world import LitmusFailure, LitmusThread, World, machine_config
 from emulator.policy import Policy
 from emulator.result import Report
-from emulator.runtime import Cpu, Machine, MachineStopped, Mode
+from emulator.runtime import Cpu, Machine, MachineError, MachineStopped, Mode
 from emulator.story import Stories
 from native import VIOLATION_KINDS, ffi, lib
 
@@ -32,6 +32,9 @@ _LINGER = 150
 # In every other execution, besides what the test asks for, one in so many points delays its thread.
 _CHAOS_ONE_IN = 24
 _SWITCH_SECONDS = 2e-5
+
+# What a policy can bring about: KVM_BUG_ON, a wait where waiting is forbidden, a test that cannot go on.
+KVM_FAILS = (MachineError, AssertionError)
 
 _COUNTERS = {
     "averted": lib.COUNT_AVERTED,
@@ -161,7 +164,7 @@ class Runner:
                 if stop_at and outcome.violating >= stop_at:
                     break
             world.teardown()
-        except (MachineStopped, LitmusFailure) as error:
+        except KVM_FAILS as error:
             self._explain_failure(outcome, error)
         finally:
             self.machine.install(None)
@@ -243,9 +246,12 @@ class Runner:
         name, cause = self.errors[0] if self.errors else ("runner", error)
         if isinstance(cause, BadInput):
             raise cause
-        if not isinstance(cause, MachineStopped | LitmusFailure):
+        if not isinstance(cause, KVM_FAILS):
             raise RuntimeError(f"litmus test {self.test.name}, policy {outcome.policy}, {name}") from cause
-        outcome.failure = f"{name}: {cause}"
+        kind = "" if isinstance(cause, LitmusFailure) else f"{type(cause).__name__}: "
+        outcome.failure = f"{name}: {kind}{cause}"
+        # What is left of the VMs is of no use to the next policy.
+        self.machine.stop()
 
     @property
     def usable(self) -> bool:

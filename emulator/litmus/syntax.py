@@ -97,6 +97,10 @@ class Op:
         assert isinstance(value, str)
         return value
 
+    def run(self, context: Context) -> None:
+        """Do it, outside of the guest."""
+        raise NotImplementedError
+
     def waits_for(self) -> tuple[str, int] | None:
         """(thread, operations that it must have completed), if this operation waits for another thread."""
         return None
@@ -172,17 +176,11 @@ class GuestOp(Op):
 class KvmOp(Op):
     """Executed by an ioctl caller or the host's memory management."""
 
-    def run(self, context: Context) -> None:
-        raise NotImplementedError
-
 
 class VcpuOp(Op):
     """Something that happens to a vCPU outside of its guest, on the thread that runs it."""
 
     who: ClassVar[tuple[Who, ...]] = ("vcpu",)
-
-    def run(self, context: Context) -> None:
-        raise NotImplementedError
 
 
 def parse(text: str, who: Who, verbs: dict[str, type[Op]]) -> Op:

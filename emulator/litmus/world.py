@@ -31,7 +31,7 @@ from emulator.kvm.structs import Kvm, KvmParams, Vcpu
 from emulator.litmus.guest_program import GuestProgram
 from emulator.litmus.kvm_ops import SLOT
 from emulator.litmus.model import LitmusTest, ThreadSection, VmSection
-from emulator.litmus.ops import GuestOp, KvmOp, Op, VcpuOp, Wait
+from emulator.litmus.ops import GuestOp, Op, Wait
 from emulator.locks import Mutex
 from emulator.policy import Policy
 from emulator.runtime import Cpu, Machine, MachineError, cpu_relax
@@ -189,9 +189,8 @@ class LitmusThread:
         if self.section.is_vcpu and isinstance(op, GuestOp | Wait):
             self._run_guest(ops, report)
             return
-        assert isinstance(op, VcpuOp | KvmOp | Wait) or op.waits_for() is not None
         try:
-            op.run(self)  # type: ignore[attr-defined]
+            op.run(self)
         except ValueError as error:
             # -EINVAL of an ioctl: not something that a policy brings about.
             where = f"litmus test {self.world.test.name}: thread {self.name}"

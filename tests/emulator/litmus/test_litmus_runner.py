@@ -100,6 +100,28 @@ def test_who_waits_for_ever_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
     assert "v0 after 0 operations" in outcome.failure
 
 
+def test_a_bug_of_kvm_is_a_verdict(monkeypatch: pytest.MonkeyPatch) -> None:
+    """And the next policy gets another machine."""
+
+    def fail(self: object, context: object) -> None:
+        raise AssertionError("KVM_BUG_ON")
+
+    test = load_test("away-zap")
+    with monkeypatch.context() as patched:
+        patched.setattr("emulator.litmus.kvm_ops.HostUnmap.run", fail)
+        outcomes = run_task(Task("away-zap", ("linux-7.3", "root-tlb-gen"), 3, 1))
+    assert [outcome.failure for outcome in outcomes] == ["mm: AssertionError: KVM_BUG_ON"] * 2
+    assert differs(outcomes[0], test, ("safe",)) == "mm: AssertionError: KVM_BUG_ON"
+
+
+def test_what_kvm_refuses_is_bad_input() -> None:
+    """Also where nobody else runs: in `init`."""
+    text = 'doc="d"\nsource="s"\ninit=["k: log-get"]\n[threads.k]\nops=["log-get"]\n'
+    for part in (text, text.replace('["k: log-get"]', "[]")):
+        with pytest.raises(BadInput, match=r"litmus test t: thread k: 'log-get' is refused: .*no dirty log"):
+            run_test(parse_test(part, "t", None), Policy(), 1)
+
+
 def test_the_same_machine_for_all_policies_of_a_task() -> None:
     outcomes = run_task(Task("away-zap", ("linux-7.3", "migration=none"), 3, 1))
     assert [(outcome.policy, bool(outcome.kinds)) for outcome in outcomes] == [
