@@ -26,11 +26,11 @@ class Format(StrEnum):
 
 
 def explain(
-    file: Annotated[
-        Path,
+    files: Annotated[
+        list[Path],
         typer.Argument(
-            metavar="FILE",
-            help="A counterexample of explore, a report of --report-dir, or what --json printed.",
+            metavar="FILE...",
+            help="Counterexamples of explore, reports of --report-dir, or what --json printed.",
         ),
     ],
     form: Annotated[
@@ -53,14 +53,17 @@ def explain(
     ] = None,
 ) -> None:
     """Draw the race behind a violation CPU by CPU, as kernel changelogs do."""
-    case = _chosen(file, report)
-    tale = tell(case)
+    if form is not Format.TEXT and len(files) > 1:
+        raise BadInput(f"--format {form}", f"found {len(files)} files", "one")
+    cases = [_chosen(file, report) for file in files]
     if form is Format.TEXT:
-        text = diagram(tale, width, times)
+        text = "\n".join(diagram(tell(case), width, times) for case in cases)
     elif form is Format.SVG:
-        text = svg(tale)
+        text = svg(tell(cases[0]))
+    elif form is Format.PERFETTO:
+        text = perfetto(cases[0])
     else:
-        text = perfetto(case) if form is Format.PERFETTO else json.dumps(as_dict(tale), indent=1) + "\n"
+        text = json.dumps(as_dict(tell(cases[0])), indent=1) + "\n"
     if output is None:
         sys.stdout.write(text)
         return
@@ -75,7 +78,7 @@ def _chosen(file: Path, number: int | None) -> Case:
     cases = load_cases(file)
     if number is None:
         if len(cases) > 1:
-            print(f"{len(cases)} violations with events; --report N chooses", file=sys.stderr)
+            print(f"{file}: {len(cases)} violations with events; --report N chooses", file=sys.stderr)
         # The first of those that show most.
         return max(cases, key=Case.quality)
     if number > len(cases):

@@ -103,7 +103,7 @@ def test_the_one_that_shows_most_comes_first_and_any_can_be_chosen(
     assert main(["explain", path]) == 0
     out, err = capsys.readouterr()
     assert "ELIDED" in out
-    assert err == "2 violations with events; --report N chooses\n"
+    assert err == f"{path}: 2 violations with events; --report N chooses\n"
     assert "ELIDED" not in printed(capsys, path, "--report", "1")
 
 
@@ -114,6 +114,14 @@ def test_output_goes_to_a_file(form: str, tmp_path: Path, capsys: pytest.Capture
     assert printed(capsys, path, "--format", form, "-o", str(tmp_path / "out")) == ""
     assert (tmp_path / "out").read_text() == whole
     assert whole.endswith("\n")
+
+
+def test_several_files_are_drawn_one_after_the_other(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    path = written(tmp_path, flushed_mask().document())
+    once = printed(capsys, path)
+    assert printed(capsys, path, path) == f"{once}\n{once}"
 
 
 CLEAN = {"flushlab": 1, "verdict": "clean", "reports": []}
@@ -152,6 +160,7 @@ def test_bad_files_are_one_line(
     ("arguments", "words"),
     [
         (["nowhere.json"], ["nowhere.json: No such file"]),
+        (["{path}", "{path}", "--format", "svg"], ["--format svg", "2 files", "one"]),
         (["{path}", "--report", "2"], ["--report", "1 to 1"]),
         (["{path}", "--report", "0"], ["--report", "0"]),
         (["{path}", "--format", "pdf"], ["--format", "pdf", "svg"]),
