@@ -1,4 +1,4 @@
-"""Who is interrupted by whom: guests that halt without an exit, bystanders, flushes that an interruption led to."""
+"""Who interrupts whom: guests that halt without an exit, bystanders, flushes that an interruption led to."""
 
 from __future__ import annotations
 
@@ -118,3 +118,33 @@ def test_a_necessary_flush_knows_whether_an_interruption_led_to_it(machine: Hype
     machine.access(0, vcpu, gfn << 12)
     assert machine.count(lib.COUNT_AVERTED) > 0
     assert machine.count(lib.COUNT_NECESSARY_INTERRUPTIONS) == int(by == "kick")
+
+
+@pytest.mark.parametrize("chaos", [0, 5])
+def test_no_interrupt_is_lost_on_a_guest_that_is_about_to_halt(chaos: int) -> None:
+    """The sender waits for each acknowledgement, and only an exit gives it: a lost wake-up hangs."""
+    rounds = 3000
+    with Hypervisor(chaos=chaos) as machine:
+        # Halts right after each entry, for longer than the test may take.
+        vcpu = machine.vcpu(machine.vm(), 1, halt_every=1, halt_us=200_000_000)
+        machine.process(vcpu, [READ << 62 | page << 12 for page in PAGES], PAGES)
+        for page in PAGES:
+            machine.access(0, vcpu, page << 12)
+        done = threading.Event()
+
+        def guest() -> None:
+            exit_info = ffi.new("struct vcpu_exit *")
+            while not done.is_set():
+                machine.enter(0, vcpu)
+                lib.guest_run(machine.m, 0, vcpu, 1000, exit_info)
+
+        thread = threading.Thread(target=guest, daemon=True)
+        thread.start()
+        mask = ffi.new("uint64_t[]", [1])
+        for _ in range(rounds):
+            assert lib.smp_call_function_many(machine.m, machine.pcpus, mask, lib.IPI_ACK_KICK, 0, 1) == 1
+        done.set()
+        lib.cpu_notify(machine.m, 0, lib.ATTENTION_MESSAGE)
+        thread.join(10)
+        assert not thread.is_alive()
+        assert machine.count(lib.COUNT_INTERRUPTIONS) > 0
