@@ -367,3 +367,17 @@ def test_contexts_do_not_share_one_set() -> None:
             lib.tlb_insert(tlb, e, page)
     assert lib.tlb_dump(tlb, e, 0) > 1000
     lib.tlb_destroy(tlb)
+
+
+@pytest.mark.parametrize("paging", [True, False])
+def test_guest_physical_mappings_behind_combined_ones_go_first(paging: bool) -> None:
+    """While a combined mapping answers for a page nobody asks for its guest-physical one."""
+    pair = Pair(Geometry(l2_entries=4, l2_ways=4, psc_entries=4))
+    if not paging:
+        pair.switch(Kind.GUEST_PHYSICAL, 1, 0, 3)
+    for page in (1, 100, 2, 3, 4):
+        fill(pair, page, physical=not paging or page == 100)
+    kept = [page for page in (1, 100, 2, 3, 4) if hit(pair, page, physical=not paging or page == 100)]
+    # Without paging it is a translation like the others.
+    assert kept == ([1, 2, 3, 4] if paging else [100, 2, 3, 4])
+    pair.close()
