@@ -14,7 +14,7 @@ Musuvathi, McKinley, "Bounded partial-order reduction", OOPSLA 2013), and no sle
 
 from __future__ import annotations
 
-from emulator.explore.objects import Objects, bits, dependent
+from emulator.explore.objects import Objects, bits, dependent, members
 from emulator.explore.scheduler import Divergence, Label, Task, Wait
 
 
@@ -182,10 +182,11 @@ class Exhaustive:
 
     def _note_accesses(self, depth: int, reads: int, writes: int) -> None:
         mark = 1 << depth
-        for bit in bits(reads | writes):
-            self._touched[bit] = self._touched.get(bit, 0) | mark
-        for bit in bits(writes):
-            self._wrote[bit] = self._wrote.get(bit, 0) | mark
+        touched, wrote = self._touched, self._wrote
+        for bit in members(reads | writes):
+            touched[bit] = touched.get(bit, 0) | mark
+        for bit in members(writes):
+            wrote[bit] = wrote.get(bit, 0) | mark
 
     # --- races ----------------------------------------------------------------------------------------------
 
@@ -224,11 +225,11 @@ class Exhaustive:
         return any(not self.stack[k].before >> i & 1 for k in bits(before >> i + 1 << i + 1))
 
     def _dependent_steps(self, reads: int, writes: int) -> int:
-        found = 0
-        for bit in bits(writes):
-            found |= self._touched.get(bit, 0)
-        for bit in bits(reads & ~writes):
-            found |= self._wrote.get(bit, 0)
+        found, touched, wrote = 0, self._touched, self._wrote
+        for bit in members(writes):
+            found |= touched.get(bit, 0)
+        for bit in members(reads & ~writes):
+            found |= wrote.get(bit, 0)
         return found
 
     def _turn_round(self, i: int, depth: int, index: int, before: int) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Hashable, Iterable, Iterator
+from functools import lru_cache
 
 
 class Objects:
@@ -37,6 +38,12 @@ def bits(mask: int) -> Iterator[int]:
         low = mask & -mask
         yield low.bit_length() - 1
         mask ^= low
+
+
+@lru_cache(maxsize=1 << 14)
+def members(mask: int) -> tuple[int, ...]:
+    """The same for sets that come up again and again."""
+    return tuple(bits(mask))
 
 
 def dependent(reads: int, writes: int, other_reads: int, other_writes: int) -> bool:

@@ -2,8 +2,8 @@
 
 The exhaustive strategy goes from few preemptions to many (iterative context bounding: Musuvathi and Qadeer,
 PLDI 2007), because most races need one or two and the shortest counterexample is the best one; then, without
-a bound, to the end if the budget allows.  Where no preemption at all is not the whole story, some PCT executions
-come in between: they find early what an exhaustive search of a large program would find late.
+a bound, to the end if the budget allows.  Where no preemption at all is not the whole story, some sampled
+executions come first: they find early what an exhaustive search of a large program would find late.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ from emulator.explore.controlled import installed
 from emulator.explore.dpor import Exhaustive
 from emulator.explore.minimize import minimized
 from emulator.explore.record import Recording, record
-from emulator.explore.sampling import Pct, RandomWalk
+from emulator.explore.sampling import Pct, RandomWalk, Sampler
 from emulator.explore.search import Found, Limits, search
 from emulator.explore.world import LitmusProgram
 from emulator.litmus.model import LitmusTest
@@ -29,8 +29,8 @@ UNFINISHED = "nothing found"
 
 STRATEGIES = ("exhaustive", "pct", "random")
 CONSISTENCY = "sequentially consistent"
-# Executions by PCT that the exhaustive strategy begins with.
-PROBES = 150
+# Executions of each kind that the exhaustive strategy begins with.
+PROBES = 60
 
 
 @dataclass(frozen=True, slots=True)
@@ -127,9 +127,9 @@ def _exhaustively(program: LitmusProgram, verdict: Verdict, stop: Stop) -> None:
     bounds: list[int | None] = [*range(plan.rounds), None]
     if plan.bound is not None:
         bounds = list(range(plan.bound + 1))
+    if plan.bound is None and _probed(program, verdict, stop):
+        return
     for number, bound in enumerate(bounds):
-        if number == 1 and plan.bound is None and _probed(program, verdict, stop):
-            return
         left = plan.executions - verdict.executions
         if left <= 0:
             return
@@ -154,16 +154,23 @@ def _exhaustively(program: LitmusProgram, verdict: Verdict, stop: Stop) -> None:
 
 
 def _probed(program: LitmusProgram, verdict: Verdict, stop: Stop) -> bool:
-    """A few executions by PCT; True if that was enough."""
+    """A few executions without preemptions, by PCT and at random; True if that was enough."""
     plan = verdict.plan
-    n = min(PROBES, (plan.executions - verdict.executions) // 4)
-    if n <= 0:
-        return False
-    found = search(program, program.objects, Pct(n, plan.seed, plan.depth), Limits(), bool, stop)
-    _add(verdict, found, None, "pct")
-    if found.schedule is not None:
-        _violated(program, verdict, found)
-    return found.schedule is not None
+    n = min(PROBES, plan.executions // 10)
+    first = Exhaustive(program.objects, bound=0)
+    probes: list[tuple[str, Exhaustive | Sampler]] = [("exhaustive", first)]
+    if n:
+        probes += [("pct", Pct(n, plan.seed, plan.depth)), ("random", RandomWalk(n // 2 + 1, plan.seed))]
+    for name, strategy in probes:
+        found = search(program, program.objects, strategy, Limits(executions=n + 1), bool, stop)
+        _add(verdict, found, strategy.bound, name)
+        if found.schedule is not None:
+            _violated(program, verdict, found)
+            return True
+        if found.complete and not first.bounded_away:
+            verdict.verdict, verdict.complete, verdict.bound = SAFE, True, None
+            return True
+    return False
 
 
 def _sampled(program: LitmusProgram, verdict: Verdict, stop: Stop) -> None:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 from emulator.explore.control import Control
 from emulator.explore.objects import Objects
 from emulator.explore.scheduler import Execution, Task
@@ -27,6 +29,12 @@ class ExploredWorld(World):
             super()._run_sequence([(thread, ops)])
             if self.control is not None:
                 self.control.run_callbacks()
+
+    def teardown(self) -> None:
+        """Nobody else runs: in large strides."""
+        for kvm in self.kvms:
+            kvm.params = replace(kvm.params, chunk=1 << 16, resched_chunks=0)
+        super().teardown()
 
     def wait_progress(self, cpu: Cpu, thread: int, n: int) -> None:
         control = self.control
@@ -74,7 +82,7 @@ class LitmusProgram:
         control.known = control.violations()
         if lib.frames_order(self.machine.m):
             raise AssertionError("an execution has left frames behind")
-        self.machine.vmx_vpids.sort(reverse=True)
+        self._order_vpids()
         world.reset()
         world.run_init()
         control.run_callbacks()
@@ -91,6 +99,12 @@ class LitmusProgram:
         control.spawn_daemons(execution)
         control.execution = execution
         control.judge()
+
+    def _order_vpids(self) -> None:
+        """Those that were in use come back in the order of a new machine."""
+        vpids = self.machine.vmx_vpids
+        n = sum(section.vcpus for section in self.test.vm)
+        vpids[-n:] = sorted(vpids[-n:], reverse=True)
 
     def finish(self, execution: Execution) -> str:
         control = self.control
