@@ -105,12 +105,15 @@ class Guest:
     def enter_smm(self, pcpu: int, *gfns: int) -> None:
         """An SMI; the handler reads the first of these pages.  Each `resume` reads one more, and after the
         last one comes RSM."""
-        for i, gfn in enumerate(gfns):
-            self.handler[i] = gfn << 12
-        lib.guest_set_smi_handler(self.rig.machine.m, self.vcpu.id, self.handler, len(gfns))
+        self.set_handler(*gfns)
         kvm_inject_smi(self.rig.host, self.vcpu)
         if gfns:
             self.next_slice(pcpu)
+
+    def set_handler(self, *gfns: int) -> None:
+        for i, gfn in enumerate(gfns):
+            self.handler[i] = gfn << 12
+        lib.guest_set_smi_handler(self.rig.machine.m, self.vcpu.id, self.handler, len(gfns))
 
     def next_slice(self, pcpu: int) -> RunYield:
         """One access, with all exits that it takes."""

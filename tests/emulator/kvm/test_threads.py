@@ -22,8 +22,10 @@ from emulator.kvm.kvm_main import (
     kvm_vm_ioctl_get_dirty_log,
 )
 from emulator.kvm.mmu import kvm_zap_gfn_range
+from emulator.kvm.smm import kvm_inject_smi
 from emulator.kvm.structs import Kvm
-from emulator.policy import Policy
+from emulator.kvm.tdp_roots import flush_workqueue
+from emulator.policy import Policy, preset
 from emulator.runtime import Chaos, Cpu, MachineStopped
 from native import lib
 
@@ -111,6 +113,13 @@ class Storm:
         kvm_set_memory_region(cpu, kvm, SLOT, 0, 0, 0)
         kvm_set_memory_region(cpu, kvm, SLOT, 0, GFNS, 0)
 
+    def smis(self, cpu: Cpu) -> None:
+        """SMIs for all vCPUs; this thread is the workqueue, too."""
+        for vcpu in self.kvm.vcpus:
+            kvm_inject_smi(cpu, vcpu)
+        cpu.check(lib.cpu_halt(cpu.m, cpu.id, 500))
+        flush_workqueue(cpu, self.kvm)
+
     def run(self, seconds: float, until: Callable[[], bool] = lambda: False) -> None:
         self.randoms.clear()
         for thread in self.threads:
@@ -129,10 +138,10 @@ class Storm:
 
 
 def storm(
-    policy: Policy, seconds: float, until: Callable[[Rig], bool] = lambda rig: False
+    policy: Policy, seconds: float, until: Callable[[Rig], bool] = lambda rig: False, smm: bool = False
 ) -> tuple[dict[str, int], Storm]:
     """Violations, and what ran."""
-    with running_rig(pcpus=2, housekeeping=4, root_frames=8, chaos=64) as rig:
+    with running_rig(pcpus=2, housekeeping=5, root_frames=16, chaos=64) as rig:
         kvm = rig.vm(policy, slice_accesses=2000, fault_around=16, chunk=32, resched_chunks=2)
         storm = Storm(rig, kvm, 3)
         rig.machine.install(Chaos(rig.machine, 100, seed=1))
@@ -140,6 +149,11 @@ def storm(
             storm.start(cpu, storm.pcpu)
         for cpu in rig.machine.cpus[3:5]:
             storm.start(cpu, storm.host)
+        if smm:
+            rig.smm_slots(kvm)
+            for guest in storm.runnable:
+                guest.set_handler(*range(0, 512, 32))
+            storm.start(rig.machine.cpus[5], storm.smis)
         storm.start(rig.host, storm.ioctls)
         storm.run(seconds, lambda: until(rig))
         storm.averted = rig.counter(lib.COUNT_AVERTED)
@@ -172,6 +186,42 @@ def test_nothing_goes_wrong(settings: dict[str, str]) -> None:
     assert ran.stats["migrations"] > 20
     assert ran.stats["yields"] > 0
     assert all(ran.rounds[name] > 2 for name in ("pcpu", "host", "ioctls")), ran.rounds
+
+
+KEEP = {"role_change": "keep-roots"}
+
+
+@pytest.mark.stress
+@pytest.mark.parametrize(
+    ("policy", "settings"),
+    [
+        ("linux-7.3", {}),
+        ("linux-5.18", {}),
+        ("linux-5.14", {}),
+        ("lkml-2021-single-context", {}),
+        ("lkml-2025-active-roots", KEEP),
+        ("cpu-flushed-mask-cleared", KEEP),
+        ("root-tlb-gen", {}),
+        ("root-tlb-gen", KEEP),
+        ("root-tlb-gen", {**KEEP, "root_load": "none"}),
+        ("linux-7.3", {"root_put": "flush", "cached_root": "flush-current", **KEEP}),
+    ],
+    ids=str,
+)
+def test_nothing_goes_wrong_with_several_roots(policy: str, settings: dict[str, str]) -> None:
+    chosen = preset(policy).with_settings(settings) if settings else preset(policy)
+    violations, ran = storm(chosen, seconds=3, smm=True)
+    assert violations == {}
+    assert ran.averted > 0
+    assert ran.stats["migrations"] > 20
+    assert ran.rounds["smis"] > 20
+
+
+@pytest.mark.stress
+@pytest.mark.parametrize("policy", ["lkml-2025-cpu-flushed-mask", "mutant:P24", "mutant:B21", "mutant:R3"])
+def test_the_oracle_fires_with_several_roots(policy: str) -> None:
+    violations, ran = storm(preset(policy), 25, lambda rig: bool(rig.violations()), smm=True)
+    assert violations, ran.rounds
 
 
 @pytest.mark.stress
