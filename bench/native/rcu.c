@@ -77,19 +77,19 @@ static void *run_rcu_thread(void *argument)
 int main(int argc, char **argv)
 {
 	double section[REPEATS_MAX], add[REPEATS_MAX], rate[REPEATS_MAX], nodes[REPEATS_MAX];
-	struct figure figure = { .ratio_of = "value/reference" };
 	struct machine *m;
 	pthread_t thread;
 	uint32_t callbacks;
+	size_t repeats;
 
 	REQUIRE(argc == 3);
 	callbacks = bench_number(argv[1], 1 << 24);
-	figure.repeats = bench_number(argv[2], REPEATS_MAX);
+	repeats = bench_number(argv[2], REPEATS_MAX);
 	pin(0);
 	m = bench_machine(1, 16);
 	REQUIRE(!pthread_create(&thread, NULL, run_rcu_thread, m));
 	callbacks_rate(m, callbacks); /* allocates the nodes */
-	for (size_t i = 0; i < figure.repeats; i++) {
+	for (size_t i = 0; i < repeats; i++) {
 		section[i] = section_ns(m);
 		add[i] = atomic_add_ns();
 		rate[i] = callbacks_rate(m, callbacks);
@@ -97,20 +97,12 @@ int main(int argc, char **argv)
 	}
 	machine_stop(m);
 	pthread_join(thread, NULL);
-	figure.name = "RCU read section";
-	figure.what = "rcu_read_lock and rcu_read_unlock";
-	figure.unit = "ns";
-	figure.reference_name = "uncontended atomic add";
-	figure.values = section;
-	figure.references = add;
-	emit(&figure);
-	figure.name = "call_rcu";
-	figure.what = "callbacks queued, waited for and invoked";
-	figure.unit = "M/s";
-	figure.reference_name = "malloc and free of 32 bytes";
-	figure.values = rate;
-	figure.references = nodes;
-	emit(&figure);
+	emit(&(struct figure){ .name = "RCU read section", .what = "rcu_read_lock and rcu_read_unlock", .unit = "ns",
+			       .values = section, .reference_name = "uncontended atomic add", .references = add,
+			       .ratio_of = "value/reference", .repeats = repeats });
+	emit(&(struct figure){ .name = "call_rcu", .what = "callbacks queued, waited for and invoked", .unit = "M/s",
+			       .values = rate, .reference_name = "malloc and free of 32 bytes", .references = nodes,
+			       .ratio_of = "value/reference", .repeats = repeats });
 	machine_destroy(m);
 	return 0;
 }
