@@ -15,6 +15,8 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 
 VIOLATIONS_OR_SURPRISES = 1
 MAX_JOBS = 64
+EXECUTIONS = 40
+INTERLEAVINGS = 2000
 
 LITMUS_HELP = (
     "Run litmus tests on real threads and compare the verdicts with those expected.\n\n"
@@ -64,8 +66,18 @@ def litmus(
     files: FilesArgument = None,
     policy: PolicyOption = None,
     iterations: Annotated[
-        int, typer.Option(min=1, max=10**9, metavar="N", help="Executions per test and policy.")
-    ] = 40,
+        int | None,
+        typer.Option(
+            min=1,
+            max=10**9,
+            metavar="N",
+            help=f"Executions per test and policy: {EXECUTIONS}, with --explore at most {INTERLEAVINGS}.",
+        ),
+    ] = None,
+    explore: Annotated[
+        bool,
+        typer.Option("--explore", help="By proof, not by luck: every interleaving, as `flushlab explore`."),
+    ] = False,
     seed: Annotated[
         int | None,
         typer.Option(
@@ -85,21 +97,23 @@ def litmus(
     # Imported late: help and bad usage need no engine.
     from emulator.litmus.loader import load_tests
     from emulator.litmus.policies import named_policy, policies_for
-    from emulator.litmus.suite import run_suite
+    from emulator.litmus.suite import explore_all, run_suite
     from emulator.litmus.table import Results, print_results
 
     tests = load_tests(files or [])
     chosen = policy or []
     for name in chosen:
         named_policy(name)
-    seed = secrets.randbits(31) if seed is None else seed
+    iterations = iterations or (INTERLEAVINGS if explore else EXECUTIONS)
+    seed = (0 if explore else secrets.randbits(31)) if seed is None else seed
+    run = explore_all if explore else run_suite
     jobs = jobs or len(os.sched_getaffinity(0))
     plan = [(test, tuple(policies_for(test, chosen, mutants))) for test in tests]
     results = Results(tests, seed)
     started = time.monotonic()
     with _progress(as_json) as progress:
         bar = progress.add_task("litmus", total=iterations * sum(len(policies) for _, policies in plan))
-        for outcome in run_suite(plan, iterations, seed, jobs, lambda n: progress.advance(bar, n)):
+        for outcome in run(plan, iterations, seed, jobs, lambda n: progress.advance(bar, n)):
             results.add(outcome)
     seconds = time.monotonic() - started
     if as_json:

@@ -11,9 +11,12 @@ from emulator.litmus.loader import load_test
 from emulator.litmus.model import LitmusTest
 from emulator.litmus.policies import expected_of, named_policy
 from emulator.litmus.runner import Runner, running
-from emulator.litmus.verdict import Outcome, differs
+from emulator.litmus.verdict import SEARCHED, Outcome, differs
+from native import VIOLATION_KINDS
 
 MORE_ROUNDS = 20
+# Longest search of one test under one policy.
+EXPLORE_SECONDS = 10.0
 # Executions that one process does of a test before it takes another piece.
 PIECE = 250
 
@@ -75,6 +78,34 @@ def _tasks(tests: Sequence[tuple[LitmusTest, tuple[str, ...]]], executions: int,
         for done in range(0, executions, PIECE)
         for test, policies in tests
     ]
+
+
+def explore_all(
+    tests: Sequence[tuple[LitmusTest, tuple[str, ...]]],
+    executions: int,
+    seed: int,
+    jobs: int,
+    progress: Progress,
+) -> Iterator[Outcome]:
+    """The same verdicts by proof: every interleaving, as far as `executions` and EXPLORE_SECONDS reach."""
+    from emulator.explore.suite import Work, explore_suite
+    from emulator.explore.verdict import Plan
+
+    plan = Plan(executions=executions, seed=seed, minimize=False)
+    work = [Work(test, policy, plan, EXPLORE_SECONDS) for test, policies in tests for policy in policies]
+    for verdict in explore_suite(work, jobs):
+        progress(executions)
+        proof = SEARCHED if verdict.counterexample is not None else verdict.verdict
+        # As on real threads: under its most specific kind.
+        kinds = [kind for kind in VIOLATION_KINDS if kind in verdict.kinds] or list(verdict.kinds)
+        yield Outcome(
+            verdict.test,
+            verdict.policy,
+            executions=verdict.executions,
+            violating=int(bool(kinds)),
+            kinds=dict.fromkeys(kinds[:1], 1),
+            proof=proof,
+        )
 
 
 def run_suite(

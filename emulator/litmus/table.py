@@ -11,7 +11,7 @@ from rich.text import Text
 
 from emulator.litmus.model import INCONCLUSIVE, SAFE, LitmusTest
 from emulator.litmus.policies import expected_of, is_cost_only
-from emulator.litmus.verdict import VIOLATIONS, Outcome, differs
+from emulator.litmus.verdict import BOUNDED, SEARCHED, VIOLATIONS, Outcome, differs
 from emulator.policy import PRESETS
 from emulator.policy.mutants import PREFIX
 
@@ -108,9 +108,10 @@ def _print_matrix(results: Results, policies: list[str], console: Console) -> No
     console.print()
     for i, policy in enumerate(policies):
         console.print(Text(f"{_letter(i)}  {policy}: {_sum(results, policy)}"))
-    console.print(
-        Text(". safe   ? inconclusive   50% of the executions violated   ! not as expected", style="dim")
-    )
+    legend = ". safe   ? inconclusive   50% of the executions violated   ! not as expected"
+    if any(outcome.proof for outcome in results.outcomes.values()):
+        legend = ". proved   b with few preemptions   ? not all   X counterexample   ! not as expected"
+    console.print(Text(legend, style="dim"))
 
 
 def _letter(i: int) -> str:
@@ -120,7 +121,9 @@ def _letter(i: int) -> str:
 def _cell(outcome: Outcome, test: LitmusTest) -> Text:
     verdict = outcome.verdict(test)
     share = 100 * outcome.violating / max(1, outcome.executions)
-    text = {SAFE: ".", INCONCLUSIVE: "?", VIOLATIONS: f"{max(1, round(share))}%"}.get(verdict, "x")
+    found = "X" if outcome.proof else f"{max(1, round(share))}%"
+    signs = {SAFE: ".", BOUNDED: "b", SEARCHED: "?", INCONCLUSIVE: "?", VIOLATIONS: found}
+    text = signs.get(verdict, "x")
     mark = "!" if differs(outcome, test, expected_of(test, outcome.policy)) else ""
     return Text(text + mark, style=_STYLES.get(verdict, "bold red"))
 
@@ -134,7 +137,9 @@ def _sum(results: Results, policy: str) -> str:
     executions = sum(outcome.executions for _, outcome in outcomes)
     averted = sum(outcome.evidence.get("averted", 0) for _, outcome in outcomes)
     caught = sum(bool(outcome.kinds) for _, outcome in outcomes)
-    text = f"{len(outcomes)} tests, {executions:,} executions, {averted:,} uses averted"
+    text = f"{len(outcomes)} tests, {executions:,} executions"
+    proved = sum(outcome.proof == SAFE and not outcome.kinds for _, outcome in outcomes)
+    text += f", {proved} proved" if proved else f", {averted:,} uses averted"
     if not caught:
         return f"{text}, no violation"
     return f"{text}, caught by {caught}: " + ", ".join(f"{n:,} {kind}" for kind, n in sorted(kinds.items()))

@@ -193,6 +193,15 @@ def test_command_line(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> Non
     ]
 
 
+def test_by_proof(capsys: pytest.CaptureFixture[str]) -> None:
+    arguments = ["litmus", "return-zap", "--explore", "--iterations", "150", "--jobs", "1"]
+    assert main([*arguments, "--policy", "root-tlb-gen", "--policy", "lkml-2025-cpu-flushed-mask"]) == 0
+    text = capsys.readouterr().out
+    assert "root-tlb-gen: 1 tests" in text
+    assert "1 proved, no violation" in text
+    assert "caught by 1: 1 use-after-free" in text
+
+
 def test_a_wrong_expectation_is_exit_status_1(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
     path = tmp_path / "mine.toml"
     path.write_text(
