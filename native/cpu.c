@@ -345,6 +345,7 @@ void cpu_guest_halt(struct machine *m, uint32_t cpu, uint64_t until)
 	uint32_t seq = cpu_event(m, cpu);
 	uint64_t now = monotonic_ns();
 
+	chaos_point(m, cpu);
 	if (now >= until || !power_change(c, CPU_RUNNING, CPU_GUEST_HALTED))
 		return;
 	chaos_point(m, cpu);

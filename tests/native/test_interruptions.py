@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import random
 import threading
 import time
 from collections.abc import Callable, Iterator
@@ -141,7 +142,12 @@ def test_no_interrupt_is_lost_on_a_guest_that_is_about_to_halt(chaos: int) -> No
         thread = threading.Thread(target=guest, daemon=True)
         thread.start()
         mask = ffi.new("uint64_t[]", [1])
+        rng = random.Random(1)
         for _ in range(rounds):
+            # At any moment of the guest's way from Python into its sleep.
+            until = time.perf_counter() + rng.random() * 60e-6
+            while time.perf_counter() < until:
+                pass
             assert lib.smp_call_function_many(machine.m, machine.pcpus, mask, lib.IPI_ACK_KICK, 0, 1) == 1
         done.set()
         lib.cpu_notify(machine.m, 0, lib.ATTENTION_MESSAGE)
