@@ -95,6 +95,8 @@ enum flush_reason {
 	REASON_ROOT_LOAD,       /* kvm_mmu_load */
 	REASON_GUEST,           /* KVM_REQ_TLB_FLUSH_GUEST */
 	REASON_RESET,           /* vCPU creation and reset */
+	REASON_ROOT_ALLOC,      /* a page became a root (INVEPT by IPI) */
+	REASON_PCPU_MASK,       /* a pCPU joined those where the VM ever ran */
 	REASON_OTHER,
 	REASONS
 };

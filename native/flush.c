@@ -145,7 +145,7 @@ static void ipi_invept_global(struct machine *m, struct cpu *target, uint64_t ar
 
 static void ipi_invept_single(struct machine *m, struct cpu *target, uint64_t argument)
 {
-	flush_invept_single(m, target->id, (uint32_t)(argument >> 32), (uint32_t)argument, REASON_OTHER);
+	flush_invept_single(m, target->id, (uint32_t)(argument >> 32), (uint32_t)argument, REASON_ROOT_ALLOC);
 }
 
 /* __loaded_vmcs_clear(): VMCLEAR writes the VMCS back; the emulated one is never held in a cache. */

@@ -21,7 +21,7 @@ enum ipi_function {
 	IPI_ACK_KICK,      /* does nothing: the interrupt is the effect (ack_kick) */
 	IPI_VMCS_CLEAR,    /* __loaded_vmcs_clear: argument is the vCPU */
 	IPI_INVEPT_GLOBAL,
-	IPI_INVEPT_SINGLE, /* argument's lower half is the EP4TA */
+	IPI_INVEPT_SINGLE, /* of a new root: argument's lower half is the EP4TA */
 	IPI_FUNCTIONS
 };
 

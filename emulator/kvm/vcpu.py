@@ -29,7 +29,7 @@ def join_pcpu_mask(cpu: Cpu, vcpu: Vcpu) -> None:
     if kvm.policy.remote_kick(cpu, kvm) == "vm-pcpu-mask" or kvm.policy.may_answer(
         "root_alloc", ("vm-pcpu-mask",)
     ):
-        request_tlb_flush(cpu, vcpu, lib.REASON_OTHER)
+        request_tlb_flush(cpu, vcpu, lib.REASON_PCPU_MASK)
 
 
 def kvm_arch_vcpu_put(cpu: Cpu, vcpu: Vcpu) -> None:

@@ -57,7 +57,7 @@ _SLICE_ENDS: Final = (lib.EXIT_PREEMPTION_TIMER, lib.EXIT_PROGRAM, lib.EXIT_PROG
 _ATTENTION_WORK: Final[int] = lib.ATTENTION_MESSAGE | lib.ATTENTION_RESCHED | lib.ATTENTION_STOP
 
 # Why a vCPU requests KVM_REQ_TLB_FLUSH of itself: it was moved, or its pCPU joins a mask.
-_LOCAL_REASONS: Final[int] = 1 << lib.REASON_MIGRATION | 1 << lib.REASON_OTHER
+_LOCAL_REASONS: Final[int] = 1 << lib.REASON_MIGRATION | 1 << lib.REASON_PCPU_MASK
 
 # The core keeps the pointer: where interrupts were disabled.
 _ENTER: Final = ffi.new("char[]", b"vcpu_enter_guest")
@@ -151,6 +151,7 @@ def vcpu_enter_guest(cpu: Cpu, vcpu: Vcpu) -> Generator[RunYield, Cpu, Entered]:
     Preemptible up to local_irq_disable(): a flush may have been done on a pCPU that the vCPU is not on any
     more.  It is the move itself that must make that good.
     """
+    cpu.point("requests", vcpu.id, "read")
     if lib.kvm_requests(cpu.m, vcpu.id):
         leave = serve_requests(cpu, vcpu)
         if leave is not None:
