@@ -254,12 +254,17 @@ class Plot:
     def _requests(self) -> None:
         """What the one who took the right away asked of others, before it promised."""
         revoked, promised = self._revoked, self._promised
-        if revoked is None:
+        if revoked is None and promised is None:
             return
-        by = self.events[revoked].cpu
-        asked = self._keep(self._first(self._is_request(by), revoked, promised))
-        sent = self._keep(self._first(lambda e: e.kind == "ipi" and e.cpu == by, revoked, promised))
-        self._keep(self._first(lambda e: e.kind == "yield" and e.cpu == by and not e.b, revoked, promised))
+        # If it is not known what was taken away, whoever promised did it.
+        by = self.events[revoked if revoked is not None else promised or 0].cpu
+        since = revoked if revoked is not None else self._start
+        find = self._first if revoked is not None else self._last
+        asked = self._keep(find(self._is_request(by), since, promised))
+        sent = None
+        if asked is not None:
+            sent = self._keep(self._first(lambda e: e.kind == "ipi" and e.cpu == by, asked, promised))
+        self._keep(self._first(lambda e: e.kind == "yield" and e.cpu == by and not e.b, since, promised))
         if sent is not None:
             self._unanswered(sent)
         self._asked = asked if sent is None else None

@@ -97,6 +97,20 @@ def test_a_kick_that_nobody_waits_for() -> None:
     assert plot(answered).culprit is None
 
 
+def test_a_kick_of_whoever_promised_without_a_zap() -> None:
+    race = Race().enter(0, 100).kick(KVM, 0).request(KVM).kick(KVM, 0).promise(KVM, "dirty_log")
+    found = plot(race, promise="dirty-log", promise_cpu=KVM, access="write")
+    assert found.culprit is not None
+    assert (found.culprit.part, found.culprit.event) == (LATE, race.events[3])
+
+
+def test_a_kick_for_something_else_is_no_flush() -> None:
+    race = Race().enter(0, 100).kick(KVM, 0).elided(KVM, "remote_protect").promise(KVM, "dirty_log")
+    found = plot(race, promise="dirty-log", promise_cpu=KVM, access="write")
+    assert found.culprit is not None
+    assert found.culprit.part == ELIDED
+
+
 def test_a_request_that_is_not_seen_at_vm_entry() -> None:
     race = Race().enter(0, 100).leave(0, 160).zap(HOST).request(HOST).promise(HOST).enter(0, 160)
     found = plot(race)
