@@ -11,6 +11,7 @@ from collections.abc import Callable, Hashable
 from functools import partial
 from typing import Any
 
+from emulator.explore.audit import Audit
 from emulator.explore.objects import Objects
 from emulator.explore.scheduler import Execution
 from emulator.locks import SpinLock
@@ -21,6 +22,8 @@ from native import ffi, lib
 _COVERED = frozenset(
     {
         "call_queue",
+        "call_rcu",
+        "frames",
         "guest",
         "mm",
         "mmu_invalidate_seq",
@@ -90,6 +93,7 @@ class Control:
         self._counters = ffi.new("uint64_t[]", lib.COUNTERS)
         self._violations = ffi.new("uint64_t[]", lib.VIOLATIONS)
         self.known = self.violations()  # of earlier executions
+        self.audit: Audit | None = None
         self.reset()
 
     def reset(self) -> None:
@@ -118,6 +122,8 @@ class Control:
 
     def point(self, cpu: Cpu, kind: str, obj: Any, mode: Mode) -> None:
         execution = self.execution
+        if self.audit is not None:
+            self.audit.announced = kind
         if execution is None or kind in _COVERED:
             return
         if kind == "lock":

@@ -82,6 +82,8 @@ class ControlledLib:
 
             def unknown(*args: Any) -> Any:
                 execution = control.execution
+                if control.audit is not None and execution is not None:
+                    control.audit.undescribed(name)
                 if execution is not None:
                     execution.step((name, None, "write"), 0, everything)
                 return native(*args)
@@ -93,6 +95,8 @@ class ControlledLib:
             execution = control.execution
             if execution is None:
                 return native(*args)
+            if control.audit is not None and step:
+                control.audit.access(name)
             if step:
                 execution.step(label(args), reads(args) | everything, writes(args))
             else:

@@ -226,6 +226,8 @@ LOCAL = frozenset(
         "vcpu_create",
         "vcpu_destroy",
         "vcpu_set_eptp",
+        "vcpu_set_paging",
+        "vcpu_set_smm",
         "vcpu_take_flush_reasons",
         "vm_create",
         "vm_destroy",

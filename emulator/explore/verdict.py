@@ -30,7 +30,7 @@ UNFINISHED = "nothing found"
 STRATEGIES = ("exhaustive", "pct", "random")
 CONSISTENCY = "sequentially consistent"
 # Executions of each kind that the exhaustive strategy begins with.
-PROBES = 60
+PROBES = 200
 
 
 @dataclass(frozen=True, slots=True)

@@ -84,12 +84,14 @@ def kvm_zap_gfn_range(cpu: Cpu, kvm: Kvm, gfn_start: int, gfn_end: int) -> None:
     """kvm_zap_gfn_range(): brackets itself as an invalidation, so that faults in the range retry."""
     reason = lib.REASON_REMOTE_ZAP
     with kvm.mmu_lock.write_lock(cpu):
+        cpu.point("mmu_invalidate_seq", kvm.id, "write")
         lib.mmu_invalidate_begin(cpu.m, kvm.id)
         lib.mmu_invalidate_range_add(cpu.m, kvm.id, gfn_start, gfn_end)
         flush = kvm_tdp_mmu_zap_leafs(cpu, kvm, gfn_start, gfn_end, False, reason)
         ticket = lib.oracle_ticket(cpu.m, kvm.id)
         if flush:
             kvm_flush_remote_tlbs_range(cpu, kvm, gfn_start, gfn_end - gfn_start, reason)
+        cpu.point("mmu_invalidate_seq", kvm.id, "write")
         lib.mmu_invalidate_end(cpu.m, kvm.id)
     lib.oracle_revoke(cpu.m, cpu.id, kvm.id, gfn_start, gfn_end, lib.PROMISE_ZAP_RANGE, ticket)
 

@@ -43,6 +43,7 @@ def kvm_mmu_notifier_invalidate_range_start(
         kvm.mn_active_invalidate_count += 1
     index = cpu.check(lib.srcu_read_lock(cpu.m, cpu.id, kvm.id))
     try:
+        cpu.point("memslots", kvm.id, "read")
         ranges = kvm_for_each_memslot_in_hva_range(kvm, start, end)
         if ranges:
             kvm_handle_hva_range(cpu, kvm, ranges)
@@ -88,6 +89,7 @@ def kvm_mmu_notifier_invalidate_range_end(cpu: Cpu, kvm: Kvm, start: int, end: i
     """
     index = cpu.check(lib.srcu_read_lock(cpu.m, cpu.id, kvm.id))
     try:
+        cpu.point("memslots", kvm.id, "read")
         if kvm_for_each_memslot_in_hva_range(kvm, start, end):
             with kvm.mmu_lock.write_lock(cpu):
                 if kvm.mn_flush_at_end:

@@ -44,6 +44,7 @@ def kvm_mmu_page_fault(cpu: Cpu, vcpu: Vcpu, gpa: int, access: int, present: boo
     FIXED, SPURIOUS and RETRY all mean: let the guest try again.
     """
     fault = KvmPageFault(gpa >> 12, access, present)
+    cpu.point("memslots", vcpu.kvm.id, "read")
     fault.slot = gfn_to_memslot(vcpu.kvm, fault.gfn, kvm_arch_vcpu_memslots_id(vcpu))
     r = kvm_tdp_page_fault(cpu, vcpu, fault)
     if r == RET_PF_FIXED:

@@ -62,6 +62,7 @@ def kvm_make_vcpu_request(cpu: Cpu, vcpu: Vcpu, req: int) -> int:
         kvm_make_request(cpu, vcpu, req)
     if not (needs_ipi if late else kvm_request_needs_ipi(cpu, vcpu, req)):
         return -1
+    cpu.point("vcpu->cpu", vcpu.id, "read")
     target: int = lib.vcpu_cpu(cpu.m, vcpu.id)
     return target if target != cpu.id else -1
 
@@ -111,6 +112,7 @@ def kvm_vcpu_kick(cpu: Cpu, vcpu: Vcpu) -> None:
     cpu.point("mode", vcpu.id, "write")
     if lib.vcpu_exiting_guest_mode(cpu.m, vcpu.id) != IN_GUEST_MODE:
         return
+    cpu.point("vcpu->cpu", vcpu.id, "read")
     target: int = lib.vcpu_cpu(cpu.m, vcpu.id)
     if target not in (cpu.id, -1):
         cpu.check(lib.smp_call_function_single(cpu.m, cpu.id, target, lib.IPI_ACK_KICK, vcpu.kvm.id << 32, 0))

@@ -13,7 +13,7 @@ from emulator.kvm.kvm_host import (
     PG_LEVEL_512G,
 )
 from emulator.kvm.requests import flush_elided, kvm_check_request, kvm_make_request
-from emulator.kvm.root_tracking import record_flush, test_and_set_flushed
+from emulator.kvm.root_tracking import mmu_roots, record_flush, test_and_set_flushed
 from emulator.kvm.structs import Kvm, KvmMmu, KvmMmuPage, KvmMmuPageRole, Vcpu
 from emulator.kvm.tdp_roots import kvm_tdp_mmu_alloc_root, kvm_tdp_mmu_put_root
 from emulator.kvm.vmx import root_to_sp, vmx_flush_tlb_current, vmx_load_mmu_pgd
@@ -192,6 +192,8 @@ def mmu_free_root_page(cpu: Cpu, kvm: Kvm, root: KvmMmuPage) -> None:
 def kvm_mmu_free_obsolete_roots(cpu: Cpu, vcpu: Vcpu) -> None:
     """kvm_mmu_free_obsolete_roots()"""
     for mmu in (vcpu.root_mmu, vcpu.guest_mmu):
+        for root in mmu_roots(mmu):
+            cpu.point("role", root.hfn, "read")
         kvm_mmu_free_roots(cpu, vcpu.kvm, mmu, is_obsolete_root)
 
 

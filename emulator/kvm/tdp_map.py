@@ -81,6 +81,7 @@ def is_access_allowed(fault: KvmPageFault, spte: int) -> bool:
 
 def tdp_entry(cpu: Cpu, root: KvmMmuPage, gfn: int, goal_level: int) -> Entry:
     """The deepest entry for gfn that exists, not below goal_level.  Under rcu_read_lock."""
+    cpu.point("sptes", (root.hfn, gfn), "read")
     walked = lib.tdp_mmu_get_walk(cpu.m, root.hfn, root.role.level, gfn, cpu.sptes, cpu.tables)
     level = max(cpu.check(walked), goal_level)
     return Entry(cpu.sptes[level], cpu.tables[level], level, gfn & -kvm_pages_per_hpage(level))
@@ -114,6 +115,7 @@ def tdp_mmu_set_spte_atomic(
 def tdp_mmu_link_sp(cpu: Cpu, kvm: Kvm, entry: Entry) -> Entry | None:
     """tdp_mmu_link_sp() with tdp_mmu_alloc_sp(): an empty table below `entry`.  None: somebody was
     quicker."""
+    cpu.point("frames", "table", "write")
     table = cpu.check(lib.ept_table_alloc(cpu.m, cpu.id, lib.FRAME_TABLE))
     return _link(cpu, kvm, entry, table)
 
@@ -121,6 +123,7 @@ def tdp_mmu_link_sp(cpu: Cpu, kvm: Kvm, entry: Entry) -> Entry | None:
 def tdp_mmu_split_huge_page(cpu: Cpu, kvm: Kvm, entry: Entry) -> Entry | None:
     """tdp_mmu_split_huge_page(): a table that maps what the huge SPTE maps.  No right changes, so no
     flush."""
+    cpu.point("frames", "table", "write")
     table = cpu.check(lib.tdp_mmu_make_split_table(cpu.m, cpu.id, entry.spte, entry.level))
     return _link(cpu, kvm, entry, table)
 

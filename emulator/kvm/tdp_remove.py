@@ -99,6 +99,7 @@ def tdp_mmu_zap_frozen(cpu: Cpu, kvm: Kvm, entry: Entry, reason: int) -> None:
 
 def tdp_mmu_free_sp_rcu(cpu: Cpu, table: int) -> None:
     """call_rcu(&sp->rcu_head, tdp_mmu_free_sp_rcu_callback)"""
+    cpu.point("call_rcu", table, "write")
     cpu.check(lib.ept_table_free_rcu(cpu.m, cpu.id, table))
 
 

@@ -65,6 +65,7 @@ def _unlink_root(cpu: Cpu, kvm: Kvm, root: KvmMmuPage) -> None:
 
 def _free_root(cpu: Cpu, kvm: Kvm, root: KvmMmuPage) -> None:
     cpu.event(lib.EVENT_ROOT_FREE, root.hfn, 0, kvm.id)
+    cpu.point("call_rcu", root.hfn, "write")
     cpu.check(lib.ept_table_free_rcu(cpu.m, cpu.id, root.hfn))
 
 
@@ -186,6 +187,7 @@ def kvm_tdp_mmu_alloc_root(cpu: Cpu, kvm: Kvm, role: KvmMmuPageRole) -> KvmMmuPa
 
 def tdp_mmu_init_root(cpu: Cpu, kvm: Kvm, role: KvmMmuPageRole) -> KvmMmuPage:
     """tdp_mmu_alloc_sp(), tdp_mmu_init_sp()"""
+    cpu.point("frames", "root", "write")
     hfn = cpu.check(lib.ept_table_alloc(cpu.m, cpu.id, lib.FRAME_ROOT))
     root = KvmMmuPage(
         hfn, role, tracking=alloc_root_cpu_mask(cpu, kvm, hfn), link=lib.make_nonleaf_spte(cpu.m, hfn)

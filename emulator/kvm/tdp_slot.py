@@ -179,6 +179,7 @@ def tdp_mmu_make_huge_spte(cpu: Cpu, kvm: Kvm, parent: Entry) -> int | None:
     part of it, its frames are no longer one thing that a single SPTE can stand for.
     """
     table = spte_to_child_pt(parent.spte)
+    cpu.point("sptes", (table, 0), "read")
     if not lib.tdp_table_holds(cpu.m, cpu.id, kvm.id, parent.spte, parent.level, parent.gfn):
         return None  # freed under our hands, and reported
     for index in range(512):
