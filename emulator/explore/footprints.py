@@ -147,7 +147,6 @@ FOOTPRINTS: dict[str, Footprint] = {
     "tdp_removal_step": Footprint(writes=(EPT,), kind="sptes"),
     "tdp_table_holds": Footprint(reads=(EPT,), kind="sptes"),
     "tdp_mmu_map_around": Footprint(writes=(EPT,), kind="sptes"),
-    "handle_removed_pt": Footprint(writes=(EPT, ("callbacks",)), kind="sptes"),
     "ept_table_alloc": Footprint(outcome=_frame_kind, kind="table"),
     "ept_table_free": Footprint(writes=_ANY_TABLE, kind="table"),
     "ept_table_free_rcu": Footprint(writes=(("callbacks",),), kind="call_rcu"),
