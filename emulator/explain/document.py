@@ -123,18 +123,26 @@ def _report(value: Mapping[str, Any], context: Mapping[str, str]) -> Case:
 
 def _counterexample(value: Mapping[str, Any], context: Mapping[str, str]) -> Case:
     """Times stand still in explore: the number of the step says what came first."""
-    events = [
-        Event.of_dict(event, time)
-        for time, event in enumerate(
-            (event for step in value["steps"] for event in _events_of_step(step)), start=1
-        )
-    ]
     report = dict(value["violation"] or {})
+    steps = [event for step in value["steps"] for event in _events_of_step(step)]
+    told = [*_before(report.get("events") or [], steps), *steps]
+    events = [Event.of_dict(event, time) for time, event in enumerate(told, start=1)]
     report.pop("time_ns", None)
     report.pop("promise_time_ns", None)
     names = _names(value) or _names(report) or _names_of_steps(value["steps"])
     facts = Facts.of_report(report)
     return Case(_where(context), context.get("policy", ""), report, facts, tuple(events), names, timed=False)
+
+
+def _before(report: list[dict[str, Any]], steps: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    """What the report knows of the time before the first step: of init."""
+    rest, earlier = list(steps), []
+    for event in reversed(report):
+        if event in rest:
+            rest.remove(event)
+        else:
+            earlier.append(event)
+    return earlier[::-1]
 
 
 def _events_of_step(step: Mapping[str, Any]) -> list[dict[str, Any]]:

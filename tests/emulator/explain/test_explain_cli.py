@@ -82,6 +82,18 @@ def test_a_counterexample_has_no_times(tmp_path: Path, capsys: pytest.CaptureFix
     assert "[3] the flush that was elided" in out
 
 
+def test_what_happened_before_the_first_step_is_in_the_report(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    race = flushed_mask()
+    value = counterexample(race)
+    value["violation"]["events"] = [event.as_dict() for event in race.events]
+    whole = printed(capsys, written(tmp_path, value))
+    # The first moves were made by init, which is no step.
+    value["steps"] = value["steps"][5:]
+    assert printed(capsys, written(tmp_path, value)) == whole
+
+
 def test_a_counterexample_without_events_shows_its_steps(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -229,6 +241,7 @@ use-after-free, stale-after-revoke under lkml-2025-cpu-flushed-mask
 
 CPU0                    CPU1                    mm
 ----                    ----                    --
+vcpu_enter_guest(v0)
 v0 uses gfn 0x10
   TLB entry is filled [1]
                         vmx_vcpu_load_vmcs(v0)
