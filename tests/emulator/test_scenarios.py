@@ -150,7 +150,7 @@ def test_flushing_every_pcpu_interrupts_all_who_have_nothing_to_do_with_it() -> 
 
 
 def test_the_flushed_mask_as_sketched_is_caught_and_told() -> None:
-    """Within its eight seconds: the two pCPUs, the zap, and the flush that was elided."""
+    """Within its few seconds: the two pCPUs, the zap, and the flush that was elided."""
     scenario = load_scenario("migration-storm")
     job = Job(scenario, preset("lkml-2025-cpu-flushed-mask"), seed=1, duration=scenario.duration)
     result = job.run(lambda now: None, threading.Event())
