@@ -8,7 +8,7 @@ from emulator.kvm.requests import kvm_make_request
 from emulator.kvm.roots import kvm_mmu_unload
 from emulator.kvm.structs import Kvm, KvmParams, Vcpu
 from emulator.kvm.tdp_mmu import kvm_tdp_mmu_zap_invalidated_roots
-from emulator.kvm.tdp_roots import flush_workqueue, kvm_tdp_mmu_invalidate_roots
+from emulator.kvm.tdp_roots import kvm_tdp_mmu_invalidate_roots
 from emulator.kvm.vmx import allocate_vpid, vmx_vcpu_free
 from emulator.policy import Policy
 from emulator.runtime import Cpu
@@ -51,7 +51,6 @@ def kvm_destroy_vm(cpu: Cpu, kvm: Kvm) -> None:
 
 def kvm_mmu_uninit_tdp_mmu(cpu: Cpu, kvm: Kvm) -> None:
     """kvm_mmu_uninit_tdp_mmu(): the TDP MMU's own references go, and with them the last roots."""
-    flush_workqueue(cpu, kvm)
     with kvm.mmu_lock.write_lock(cpu):
         kvm_tdp_mmu_invalidate_roots(cpu, kvm)
     kvm_tdp_mmu_zap_invalidated_roots(cpu, kvm, shared=False)

@@ -119,6 +119,16 @@ def test_a_flush_that_a_vcpu_asks_of_itself_is_no_remote_one(rig: Rig) -> None:
     assert zapped_while_away(rig, policy) == set()
 
 
+@pytest.mark.parametrize("policy", ["cpu-flushed-mask-cleared", "root-tlb-gen"])
+def test_the_flush_of_a_load_counts(rig: Rig, policy: str) -> None:
+    guest = rig.guest(rig.vm(preset(policy)))
+    guest.read(0, 5)
+    guest.read(1, 5)
+    before = scopes(rig)
+    guest.read(0, 5)
+    assert scopes(rig)["invept_single"] == before["invept_single"]
+
+
 def test_a_policy_is_asked_about_migrations_when_there_is_one(rig: Rig) -> None:
     class Counts(Policy):
         asked = 0

@@ -7,7 +7,7 @@ from contextlib import contextmanager
 from threading import Thread
 
 import pytest
-from rig import GFNS, SLOT, Guest, Rig, scopes
+from rig import GFNS, SLOT, Guest, Rig, online, scopes
 
 from emulator.kvm.kvm_host import KVM_REQ_LOAD_MMU_PGD, KVM_REQ_TLB_FLUSH_CURRENT, X86_CR4_PSE
 from emulator.kvm.kvm_main import kvm_set_memory_region
@@ -258,6 +258,20 @@ def test_which_pcpus_a_new_root_flushes(rig: Rig, answer: str, flushed: int) -> 
     for _ in range(2):
         with kvm.mmu_lock.read_lock(rig.host):
             kvm_tdp_mmu_put_root(rig.host, kvm, root)
+
+
+def test_a_pcpu_that_allocates_a_root_flushes_itself_too(rig: Rig) -> None:
+    kvm = rig.vm(Policy().with_settings({"root_alloc": "vm-pcpu-mask"}))
+    guest = rig.guest(kvm)
+    guest.read(0, 5)
+    guest.read(1, 5)
+    cpu = rig.machine.cpus[0]
+    with idle_pcpus(rig, 1, 2), online(cpu):
+        before = flushes(rig, "invept_single")
+        root = kvm_tdp_mmu_alloc_root(cpu, kvm, SMM)
+        assert flushes(rig, "invept_single") - before == 2
+    with kvm.mmu_lock.read_lock(rig.host):
+        kvm_tdp_mmu_put_root(rig.host, kvm, root)
 
 
 def test_a_pcpu_that_joins_is_flushed(rig: Rig) -> None:

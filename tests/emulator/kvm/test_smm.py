@@ -117,6 +117,16 @@ def test_a_slot_of_one_address_space_goes_and_the_other_stays(rig: Rig) -> None:
     assert rig.violations() == {}
 
 
+def test_nothing_is_promised_of_what_the_other_address_space_maps_as_well(rig: Rig) -> None:
+    kvm, guest = smm_guest(rig, Policy().with_settings({"slot_delete": "zap-slot-leafs"}))
+    guest.write(0, 5)
+    kvm_set_memory_region(rig.host, kvm, SLOT, 0, 0, 0, as_id=1)
+    guest.write(0, 5)
+    assert rig.violations() == {}
+    kvm_set_memory_region(rig.host, kvm, SLOT, 0, 0, 0)
+    assert isinstance(guest.read(0, 5), ExitToUser)
+
+
 def test_slots_of_both_address_spaces_map_the_same_memory(rig: Rig) -> None:
     kvm = rig.vm()
     with pytest.raises(ValueError, match="other address space"):
@@ -219,6 +229,16 @@ def test_what_clearing_cr0_pg_takes(rig: Rig, answer: str, expected: dict[str, i
         guest.execute(0, lib.GUEST_INSN_MOV_CR0, guest.vcpu.arch.cr0 & ~X86_CR0_PG)
         guest.write(0, 5)
     assert flushes(counts) == expected
+
+
+def test_smep_flushes_the_current_context_also_where_roots_are_kept(rig: Rig) -> None:
+    kvm = rig.vm(Policy().with_settings({"role_change": "keep-roots"}))
+    guest = rig.guest(kvm)
+    guest.write(0, 5)
+    with rig.counting(kvm) as counts:
+        guest.execute(0, lib.GUEST_INSN_MOV_CR4, guest.vcpu.arch.cr4 | X86_CR4_SMEP)
+        guest.write(0, 5)
+    assert flushes(counts) == {"flush_current": 1, "tlb_flush": 1}
 
 
 # --- levels -------------------------------------------------------------------------------------------------
