@@ -76,19 +76,15 @@ bool frame_freed_since(const struct frames *f, uint32_t hfn, uint32_t custody)
 	return behind(custody, now) > behind(at_free, now);
 }
 
-int32_t frame_block_host_tag(const struct frames *f, uint32_t first)
+int32_t frame_block_custody(struct machine *m, uint32_t first)
 {
+	const struct frames *f = m->frames;
 	uint32_t tag = frame_host_tag(f, first), differ = 0;
 
 	/* Relaxed for the others: a promise that completes meanwhile makes this custody void anyway. */
 	for (uint32_t i = 1; i < BLOCK_FRAMES; i++)
 		differ |= tag ^ atomic_load_explicit(&f->host_tag[first + i], memory_order_relaxed);
 	return differ ? -1 : (int32_t)tag;
-}
-
-int32_t frame_block_custody(struct machine *m, uint32_t first)
-{
-	return frame_block_host_tag(m->frames, first);
 }
 
 /* One tag for all frames of a new block: younger than any that one of them had. */

@@ -128,8 +128,6 @@ static inline enum frame_kind frame_kind_of(const struct frames *f, uint32_t hfn
 
 /* frame_free() without counters and events, for tearing a VM down: no CPU does it. */
 void frame_release(struct frames *f, uint32_t hfn);
-/* The host tag that all frames of the 2 MiB block have, or -1: a promise about a part of it has been made. */
-int32_t frame_block_host_tag(const struct frames *f, uint32_t first);
 /* Whole frames, word by word: a vCPU may store into either meanwhile. */
 void frame_fill(struct frames *f, uint32_t hfn, uint64_t word);
 void frame_copy(struct frames *f, uint32_t to, uint32_t from);

@@ -91,7 +91,7 @@ static uint32_t level_of(struct machine *m, const struct mm_region *r, uint64_t 
 {
 	uint32_t first = mm_hfn(entry) & ~(BLOCK_FRAMES - 1u);
 
-	if (!mm_is_huge(r) || frame_block_host_tag(m->frames, first) < 0)
+	if (!mm_is_huge(r) || frame_block_custody(m, first) < 0)
 		return PG_LEVEL_4K;
 	return PG_LEVEL_2M;
 }

@@ -143,16 +143,16 @@ static void test_block_custody(void)
 	harness_begin("a block comes with one host tag", 30);
 	machine_begin(8);
 	block = (uint32_t)frame_alloc(m, 1, FRAME_BLOCK);
-	CHECK(block % BLOCK_FRAMES == 0 && frame_block_host_tag(m->frames, block) == 0);
+	CHECK(block % BLOCK_FRAMES == 0 && frame_block_custody(m, block) == 0);
 	frame_host_tag_advance(m->frames, block + 7);
-	CHECK(frame_block_host_tag(m->frames, block) < 0);
+	CHECK(frame_block_custody(m, block) < 0);
 	for (uint32_t i = 0; i < BLOCK_FRAMES; i++) {
 		CHECK(frames_in_use(m, FRAME_BLOCK) == 1);
 		frame_free(m, 1, block + (i * 7) % BLOCK_FRAMES);
 	}
 	CHECK(!frames_in_use(m, FRAME_BLOCK));
 	CHECK((uint32_t)frame_alloc(m, 1, FRAME_BLOCK) == block);
-	CHECK(frame_block_host_tag(m->frames, block) == 2);
+	CHECK(frame_block_custody(m, block) == 2);
 	/* The custody of the one frame that was a promise ahead is not younger than before. */
 	CHECK(!frame_freed_since(m->frames, block, 2) && frame_freed_since(m->frames, block, 0));
 	for (uint32_t i = 0; i < BLOCK_FRAMES; i++)
