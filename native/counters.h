@@ -24,7 +24,7 @@ enum counter {
 	COUNT_AVERTED,           /* of those, ghosts whose use would have been a violation */
 	COUNT_LEGAL_STALE,       /* stale translations used before their revocation completed */
 	COUNT_ORACLE_SLOW,       /* custody checks that needed the slow path */
-	COUNT_SPECULATIVE,       /* not used by guests: reserved for speculative fills */
+	COUNT_SPECULATIVE,       /* translations filled without an access (guest_speculate) */
 	COUNT_CSD_QUEUED,        /* calls queued by this CPU */
 	COUNT_IPIS_SENT,         /* of those, first in the target's queue: an interrupt */
 	COUNT_IPIS_RECEIVED,     /* queues drained on this CPU that an interrupt announced */
@@ -84,7 +84,7 @@ enum flush_scope {
 	SCOPES
 };
 
-/* Why KVM flushed. */
+/* Why KVM flushed.  At most 16: a flush's number has four bits for it. */
 enum flush_reason {
 	REASON_REMOTE_ZAP,      /* KVM_REQ_TLB_FLUSH after SPTEs were removed */
 	REASON_REMOTE_NOTIFIER, /* ... by an mmu_notifier */
@@ -97,6 +97,8 @@ enum flush_reason {
 	REASON_RESET,           /* vCPU creation and reset */
 	REASON_ROOT_ALLOC,      /* a page became a root (INVEPT by IPI) */
 	REASON_PCPU_MASK,       /* a pCPU joined those where the VM ever ran */
+	REASON_ROOT_PUT,        /* the last reference on a root went */
+	REASON_CACHED_ROOT,     /* a previous root became current */
 	REASON_OTHER,
 	REASONS
 };

@@ -33,6 +33,7 @@ def request_guest_flush(cpu: Cpu, vcpu: Vcpu, req: int) -> None:
     if vcpu.kvm.policy.role_change(cpu, vcpu) == "no-guest-flush":
         flush_elided(cpu, vcpu.kvm, lib.REASON_GUEST, vcpu.id)
     else:
+        vcpu.flush_current_reason = lib.REASON_GUEST
         kvm_make_request(cpu, vcpu, req)
 
 

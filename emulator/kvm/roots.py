@@ -124,6 +124,7 @@ def kvm_mmu_new_pgd(cpu: Cpu, vcpu: Vcpu) -> None:
     assert mmu.root is not None
     kvm_make_request(cpu, vcpu, KVM_REQ_LOAD_MMU_PGD)
     if vcpu.kvm.policy.cached_root(cpu, vcpu, mmu.root) == "flush-current":
+        vcpu.flush_current_reason = lib.REASON_CACHED_ROOT
         kvm_make_request(cpu, vcpu, KVM_REQ_TLB_FLUSH_CURRENT)
 
 

@@ -27,7 +27,7 @@ from emulator.kvm.kvm_host import (
 from emulator.locks import MmuLock, Mutex, Refcount, SpinLock
 from emulator.policy import Policy
 from emulator.runtime import Machine
-from native import ffi
+from native import ffi, lib
 
 # Answers that look at what roots remember.
 TRACKING = ("cpu-flushed-mask", "cpu-flushed-mask-cleared", "root-tlb-gen")
@@ -324,12 +324,14 @@ class Vcpu:
     touches it; `immediate_exit` is user space's (kvm_run->immediate_exit) and may be set by anyone.
 
     mmu is root_mmu, or guest_mmu, which shadows the EPT of a nested guest: without nested guests it exists
-    and has no roots.  maxphyaddr: of the guest's CPUID, decides on 4 or 5 levels.
+    and has no roots.  maxphyaddr: of the guest's CPUID, decides on 4 or 5 levels.  flush_current_reason: why
+    it last made KVM_REQ_TLB_FLUSH_CURRENT of itself, for the accounts.
     """
 
     __slots__ = (
         "arch",
         "exit",
+        "flush_current_reason",
         "guest_mmu",
         "id",
         "immediate_exit",
@@ -356,6 +358,7 @@ class Vcpu:
         self.srcu_idx = -1
         self.loaded = False  # between vcpu_load or kvm_sched_in and vcpu_put or kvm_sched_out
         self.immediate_exit = False
+        self.flush_current_reason: int = lib.REASON_GUEST
         self.exit: Any = ffi.new("struct vcpu_exit *")
 
     def __repr__(self) -> str:

@@ -52,7 +52,7 @@ def kvm_tdp_mmu_put_root(cpu: Cpu, kvm: Kvm, root: KvmMmuPage) -> None:
     elif not root.role.invalid:
         raise AssertionError(f"KVM_BUG_ON: the last reference of valid {root!r} was put")
     if answer == "flush":
-        kvm_flush_remote_tlbs(cpu, kvm, lib.REASON_REMOTE_ZAP)
+        kvm_flush_remote_tlbs(cpu, kvm, lib.REASON_ROOT_PUT)
     _unlink_root(cpu, kvm, root)
     _free_root(cpu, kvm, root)
 

@@ -97,7 +97,7 @@ def kvm_service_local_tlb_flush_requests(cpu: Cpu, vcpu: Vcpu) -> None:
     """kvm_service_local_tlb_flush_requests(): flushes of the current context."""
     if kvm_check_request(cpu, vcpu, KVM_REQ_TLB_FLUSH_CURRENT):
         cpu.stat(vcpu.kvm.id, lib.STAT_TLB_FLUSH)
-        vmx_flush_tlb_current(cpu, vcpu, lib.REASON_OTHER)
+        vmx_flush_tlb_current(cpu, vcpu, vcpu.flush_current_reason)
     if kvm_check_request(cpu, vcpu, KVM_REQ_TLB_FLUSH_GUEST):
         cpu.stat(vcpu.kvm.id, lib.STAT_TLB_FLUSH)
         vmx_flush_tlb_guest(cpu, vcpu, lib.REASON_GUEST)
