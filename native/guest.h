@@ -72,6 +72,11 @@ int guest_run(struct machine *m, uint32_t cpu, uint32_t vcpu, uint64_t budget, s
 int guest_enter(struct machine *m, uint32_t cpu, uint32_t vcpu, uint64_t budget, struct vcpu_exit *out);
 int guest_step(struct machine *m, uint32_t cpu);
 int guest_leave(struct machine *m, uint32_t cpu, uint32_t reason);
+/* Between guest_enter and guest_leave: the processor fetches the translation of a linear address (gpa without
+ * paging) for a read that never happens, as it may at any time (SDM vol. 3A, 4.10.2.3), with the
+ * paging-structure-cache entries on the way, and sets accessed flags.  Where an access would fault, or meet what
+ * it may not use, nothing happens: only use is judged.  1: the translation was not cached and is now; 0: not. */
+int guest_speculate(struct machine *m, uint32_t cpu, uint64_t linear);
 /* Guest-physical frames that this vCPU's OS uses now. */
 uint64_t guest_frames_used(struct machine *m, uint32_t vcpu);
 uint64_t guest_clock(struct machine *m, uint32_t vcpu);

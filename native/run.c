@@ -14,6 +14,7 @@ struct run {
 	struct walk walk;
 	uint64_t budget;
 	struct accesses accesses;
+	bool inside; /* in steps: between guest_enter and guest_leave */
 };
 
 static bool attention(const struct run *run)
@@ -236,13 +237,16 @@ int guest_access(struct machine *m, uint32_t cpu, uint32_t vcpu, uint64_t linear
 int guest_enter(struct machine *m, uint32_t cpu, uint32_t vcpu, uint64_t budget, struct vcpu_exit *out)
 {
 	struct cpu *c = &m->cpus[cpu];
+	int r;
 
 	if (!c->stepped)
-		c->stepped = malloc(sizeof(*c->stepped));
+		c->stepped = calloc(1, sizeof(*c->stepped));
 	if (!c->stepped)
 		return MACHINE_NOMEM;
 	c->stepped_budget = budget;
-	return enter(c->stepped, m, cpu, vcpu, budget, out);
+	r = enter(c->stepped, m, cpu, vcpu, budget, out);
+	c->stepped->inside = !r;
+	return r;
 }
 
 int guest_step(struct machine *m, uint32_t cpu)
@@ -250,10 +254,21 @@ int guest_step(struct machine *m, uint32_t cpu)
 	return (int)step(m->cpus[cpu].stepped);
 }
 
+int guest_speculate(struct machine *m, uint32_t cpu, uint64_t linear)
+{
+	const struct run *run = m->cpus[cpu].stepped;
+
+	if (!run || !run->inside)
+		return cpu_misuse(m, cpu, "speculation on CPU %u outside guest mode", cpu);
+	return walk_speculatively(&run->walk, linear);
+}
+
 int guest_leave(struct machine *m, uint32_t cpu, uint32_t reason)
 {
 	struct cpu *c = &m->cpus[cpu];
-	int r = leave(c->stepped, reason, c->stepped_budget - c->stepped->budget);
+	int r;
 
+	c->stepped->inside = false;
+	r = leave(c->stepped, reason, c->stepped_budget - c->stepped->budget);
 	return r < 0 ? r : (int)reason;
 }

@@ -20,6 +20,8 @@ bool walk_check_slow(struct walk *w, struct tlb_entry *entry, uint64_t page, uin
 		return false;
 	count(w->cpu->counters, COUNT_ORACLE_SLOW, 1);
 	oracle_judge(w->m, w->vcpu, w->life_bits >> 16, entry, page, type, &j);
+	if (j.verdict == VERDICT_VIOLATION && w->speculative)
+		return false;
 	if (j.verdict == VERDICT_VIOLATION) {
 		oracle_violation(w->m, w->cpu, w->vcpu, entry, page, type, level, w->linear, &j);
 		tlb_drop(w->tlb, entry->kind, page);
@@ -47,7 +49,7 @@ void walk_ghost(struct walk *w, const struct tlb_entry *ghost, uint64_t page, ui
 {
 	uint64_t flush = tlb_ghost_flush(w->tlb);
 
-	if (!flush || ghost->right[type] == RIGHT_NONE)
+	if (w->speculative || !flush || ghost->right[type] == RIGHT_NONE)
 		return;
 	count(w->cpu->counters, COUNT_REFILLS, 1);
 	if (averted(w, ghost, page, type)) {
@@ -60,6 +62,8 @@ void walk_ghost(struct walk *w, const struct tlb_entry *ghost, uint64_t page, ui
 
 static enum walk_result violate(struct walk *w, uint64_t gfn, uint32_t type, uint64_t spte)
 {
+	if (w->speculative)
+		return WALK_EPT_VIOLATION;
 	if (w->guest->skip_gfn == gfn) {
 		w->guest->skip_gfn = GUEST_NO_GFN;
 		return WALK_SKIPPED;
@@ -157,7 +161,7 @@ static uint32_t link_faults(const struct walk *w, const struct psc_entry *p)
 	return kinds;
 }
 
-/* Where the walk starts: the deepest cached table, or the root. */
+/* Where the walk starts: the deepest cached table, or the root.  0: a speculative walk ends here, and heals nothing. */
 static uint32_t walk_start(struct walk *w, uint64_t gfn, uint32_t type, uint32_t *table, uint32_t *custody)
 {
 	const struct psc_entry *p = psc_search(w->tlb, KIND_GUEST_PHYSICAL, gfn);
@@ -170,6 +174,8 @@ static uint32_t walk_start(struct walk *w, uint64_t gfn, uint32_t type, uint32_t
 			*custody = p->right & FRAME_TAG_MASK;
 			return p->level;
 		}
+		if (w->speculative)
+			return 0;
 		report_link(w, p, gfn, type, kinds);
 		ept_violation_invalidate(w->tlb, gfn, 0, 0);
 	}
@@ -201,6 +207,8 @@ static enum walk_result ept_walk(struct walk *w, uint64_t gfn, uint32_t type, st
 {
 	uint32_t table, custody, level = walk_start(w, gfn, type, &table, &custody);
 
+	if (!level)
+		return WALK_EPT_VIOLATION;
 	for (;;) {
 		_Atomic uint64_t *slot = ept_table(w->m, table) + (gfn >> (level - 1) * 9 & 511);
 		uint64_t spte = atomic_load_explicit(slot, memory_order_acquire);
@@ -209,6 +217,8 @@ static enum walk_result ept_walk(struct walk *w, uint64_t gfn, uint32_t type, st
 		count(w->cpu->counters, COUNT_WALK_REFERENCES, 1);
 		if (!table_holds(w, table, custody)) {
 			/* Freed under the walk, or linked though freed. */
+			if (w->speculative)
+				return WALK_EPT_VIOLATION;
 			report_table(w, table, custody, gfn, level, type);
 			ept_violation_invalidate(w->tlb, gfn, 0, 0);
 			return violate(w, gfn, type, 0);
@@ -220,6 +230,8 @@ static enum walk_result ept_walk(struct walk *w, uint64_t gfn, uint32_t type, st
 			table = spte_hfn(spte);
 			custody = spte_custody(spte);
 			if (!table_holds(w, table, custody)) {
+				if (w->speculative)
+					return WALK_EPT_VIOLATION;
 				report_table(w, table, custody, gfn, level, type);
 				return violate(w, gfn, type, 0);
 			}
@@ -253,6 +265,8 @@ enum walk_result walk_physical(struct walk *w, uint64_t gfn, uint32_t type, stru
 	count(w->cpu->counters, COUNT_GPA_LOOKUPS, 1);
 	if (hit == 1 && walk_check(w, out, gfn, type, 1))
 		return WALK_DONE;
+	if (hit == 1 && w->speculative && out->right[type] != RIGHT_NONE)
+		return WALK_EPT_VIOLATION;
 	count(w->cpu->counters, COUNT_GPA_MISSES, 1);
 	if (hit == 2)
 		walk_ghost(w, out, gfn, type);

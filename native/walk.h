@@ -18,6 +18,7 @@ struct walk {
 	uint32_t life_bits;    /* life of the root page, << 16 */
 	uint64_t linear;       /* address under translation, for reports */
 	struct vcpu_exit *exit;
+	bool speculative;      /* nobody's access: nothing is reported, faults have no effects (adversary.c) */
 };
 
 enum walk_result {
@@ -31,6 +32,8 @@ enum walk_result {
 enum walk_result walk_physical(struct walk *w, uint64_t gfn, uint32_t type, struct tlb_entry *out);
 /* Translate a linear page by a two-dimensional walk, and cache the result. */
 enum walk_result walk_linear(struct walk *w, uint64_t page, uint32_t type, struct tlb_entry *out);
+/* guest_speculate() */
+int walk_speculatively(const struct walk *w, uint64_t linear);
 /* A right that the fast check refused: the oracle's turn.  As walk_check. */
 bool walk_check_slow(struct walk *w, struct tlb_entry *entry, uint64_t page, uint32_t type, uint32_t level);
 /* A miss that met a ghost: a refill that a flush caused, perhaps an averted use.  The ghost is met no more. */

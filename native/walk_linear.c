@@ -51,6 +51,8 @@ static bool table_check_slow(struct walk *w, uint64_t page, const struct psc_ent
 
 	count(w->cpu->counters, COUNT_ORACLE_SLOW, 1);
 	oracle_judge(w->m, w->vcpu, w->life_bits >> 16, &e, p->gfn, ACCESS_READ, &j);
+	if (j.verdict == VERDICT_VIOLATION && w->speculative)
+		return false;
 	if (j.verdict == VERDICT_VIOLATION) {
 		oracle_violation(w->m, w->cpu, w->vcpu, &e, p->gfn, ACCESS_READ, p->level, w->linear, &j);
 		page_fault_invalidate(w->tlb, page);
@@ -95,6 +97,8 @@ static enum walk_result walk_begin(struct walk *w, uint64_t page, struct table *
 		t->level = p->level;
 		if (table_check(w, page, p))
 			return WALK_DONE;
+		if (w->speculative)
+			return WALK_EPT_VIOLATION;
 	}
 	return table_enter(w, g->process[g->current].cr3_gfn, GUEST_LEVELS, t, &right);
 }
