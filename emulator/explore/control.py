@@ -92,7 +92,8 @@ class Control:
         self.programs: dict[int, Any] = {}  # what each vCPU's guest executes
         self._counters = ffi.new("uint64_t[]", lib.COUNTERS)
         self._violations = ffi.new("uint64_t[]", lib.VIOLATIONS)
-        self.known = self.violations()  # of earlier executions
+        self._violations_now: Any = ffi.buffer(self._violations)
+        self.forget()
         self.audit: Audit | None = None
         self.reset()
 
@@ -226,7 +227,13 @@ class Control:
         lib.oracle_counts(self.machine.m, self._violations)
         return list(self._violations)
 
+    def forget(self) -> None:
+        """What was reported until now belongs to earlier executions."""
+        self.known = self.violations()
+        self._violations_known: bytes = self._violations_now[:]
+
     def judge(self) -> None:
         """After an access: one violation is enough."""
-        if self.execution is not None and self.violations() != self.known:
+        lib.oracle_counts(self.machine.m, self._violations)
+        if self.execution is not None and self._violations_now[:] != self._violations_known:
             self.execution.stop()

@@ -65,6 +65,7 @@ class ControlledLib:
 
     def __init__(self, control: Control) -> None:
         self.control = control
+        self._guest_masks: dict[tuple[int, int], tuple[int, int, int, int]] = {}
         own = {name for name in dir(type(self)) if not name.startswith("_")}
         for name in dir(lib):
             if name in own:
@@ -300,18 +301,24 @@ class ControlledLib:
         if op.kind == lib.GUEST_OP_WAIT:
             self._guest_wait(execution, m, cpu, op)
             return int(lib.guest_step(m, cpu))
-        bit, vm = control.bit, control.vm_of(vcpu)
-        memory = bit("memory", vm)
+        vm = control.vm_of(vcpu)
+        masks = self._guest_masks.get((cpu, vm))
+        if masks is None:
+            bit = control.bit
+            memory = bit("memory", vm)
+            reads = bit("irq", cpu) | bit("custody") | control.everything | memory
+            masks = self._guest_masks[cpu, vm] = (reads, bit("tlb", cpu), memory, bit("ept"))
+        reads, tlb, memory, ept = masks
         execution.step(
             (GUEST_OP_NAMES[op.kind], (vcpu, op.linear >> 12), "write" if op.kind == _WRITE else "read"),
-            bit("irq", cpu) | bit("custody") | control.everything | memory,
-            bit("tlb", cpu),
+            reads,
+            tlb,
         )
         misses = control.misses(cpu)
         reason = int(lib.guest_step(m, cpu))
         walked = control.misses(cpu) != misses or reason == lib.EXIT_EPT_VIOLATION
         stored = op.kind in _STORES or (walked and vm in control.paging)
-        execution.touch(bit("ept") if walked else 0, memory if stored else 0)
+        execution.touch(ept if walked else 0, memory if stored else 0)
         control.judge()
         return reason
 

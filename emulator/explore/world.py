@@ -79,7 +79,7 @@ class LitmusProgram:
         control, world = self.control, self.world
         world.teardown()
         lib.oracle_forget(self.machine.m)
-        control.known = control.violations()
+        control.forget()
         if lib.frames_order(self.machine.m):
             raise AssertionError("an execution has left frames behind")
         self._order_vpids()
