@@ -94,7 +94,8 @@ class Verdict:
         if self.verdict == VIOLATIONS:
             return f"{', '.join(self.kinds)} after {n}"
         if self.complete:
-            return f"no violation in all {n}, up to the order of independent steps"
+            last = self.rounds[-1]["executions"]
+            return f"no violation in all {last:,} interleavings, up to the order of independent steps"
         if self.bound is not None:
             return f"no violation with up to {self.bound} preemptions; nor in {n} altogether (not all)"
         return f"no violation in {n}; not all"
