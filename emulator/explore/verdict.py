@@ -31,6 +31,8 @@ STRATEGIES = ("exhaustive", "pct", "random")
 CONSISTENCY = "sequentially consistent"
 # Executions of each kind that the exhaustive strategy begins with.
 PROBES = 200
+# A program with no more executions than so many is done at once.
+SMALL = 60
 
 
 @dataclass(frozen=True, slots=True)
@@ -155,20 +157,23 @@ def _exhaustively(program: LitmusProgram, verdict: Verdict, stop: Stop) -> None:
 
 
 def _probed(program: LitmusProgram, verdict: Verdict, stop: Stop) -> bool:
-    """A few executions without preemptions, by PCT and at random; True if that was enough."""
+    """All executions if they are few, and some by PCT and at random; True if that was enough."""
     plan = verdict.plan
     n = min(PROBES, plan.executions // 10)
-    first = Exhaustive(program.objects, bound=0)
-    probes: list[tuple[str, Exhaustive | Sampler]] = [("exhaustive", first)]
+    probes: list[tuple[str, Exhaustive | Sampler]] = [
+        ("exhaustive", Exhaustive(program.objects, bound=0)),
+        ("exhaustive", Exhaustive(program.objects)),
+    ]
     if n:
         probes += [("pct", Pct(n, plan.seed, plan.depth)), ("random", RandomWalk(n // 2 + 1, plan.seed))]
     for name, strategy in probes:
-        found = search(program, program.objects, strategy, Limits(executions=n + 1), bool, stop)
+        budget = min(n, SMALL) + 1 if isinstance(strategy, Exhaustive) else n
+        found = search(program, program.objects, strategy, Limits(executions=budget), bool, stop)
         _add(verdict, found, strategy.bound, name)
         if found.schedule is not None:
             _violated(program, verdict, found)
             return True
-        if found.complete and not first.bounded_away:
+        if found.complete and isinstance(strategy, Exhaustive) and not strategy.bounded_away:
             verdict.verdict, verdict.complete, verdict.bound = SAFE, True, None
             return True
     return False
