@@ -59,6 +59,8 @@ class CannedJob:
 
     ending: Callable[[], Result] = staticmethod(result)
     until_stopped = False
+    # Set as soon as a job waits to be stopped.
+    waits: ClassVar[threading.Event] = threading.Event()
     made: ClassVar[list[CannedJob]] = []
 
     def __init__(
@@ -80,6 +82,7 @@ class CannedJob:
     def run(self, progress: Callable[[Snapshot], None], stop: threading.Event) -> Result:
         progress(snapshot())
         if self.until_stopped:
+            self.waits.set()
             assert stop.wait(20)
         ending = type(self).ending()
         return replace(ending, policy_name=self.policy.name, interrupted=stop.is_set())

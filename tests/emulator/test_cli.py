@@ -213,7 +213,13 @@ def test_signals_stop_the_run_and_the_summary_is_printed(
 ) -> None:
     monkeypatch.setattr(CannedJob, "until_stopped", True)
     before = signal.getsignal(number)
-    killer = threading.Timer(0.3, os.kill, (os.getpid(), number))
+    CannedJob.waits.clear()
+
+    def kill() -> None:
+        assert CannedJob.waits.wait(20)
+        os.kill(os.getpid(), number)
+
+    killer = threading.Thread(target=kill)
     killer.start()
     assert main(["serve", "--metrics", "0"]) == 0
     killer.join()
