@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import threading
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any
 
@@ -233,3 +233,21 @@ def running_rig(**config: int) -> Iterator[Rig]:
         machine.stop()
         rcu.join()
         machine.destroy()
+
+
+@contextmanager
+def at_point(rig: Rig, cpu: int, kind: str, mode: str, action: Callable[[], object]) -> Iterator[None]:
+    """Do `action` once, when that CPU passes the next point of this kind; it must."""
+    fired: list[int] = []
+
+    def hook(at: Cpu, what: str, obj: object, access: str) -> None:
+        if at.id == cpu and (what, access) == (kind, mode) and not fired:
+            fired.append(at.id)
+            action()
+
+    rig.machine.install(hook)
+    try:
+        yield
+        assert fired
+    finally:
+        rig.machine.install(None)

@@ -9,7 +9,7 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 
 import pytest
-from rig import GFNS, SLOT, Guest, Rig
+from rig import GFNS, SLOT, Guest, Rig, at_point
 
 from emulator.kvm.kvm_host import KVM_MEM_LOG_DIRTY_PAGES
 from emulator.kvm.kvm_main import (
@@ -19,28 +19,10 @@ from emulator.kvm.kvm_main import (
 )
 from emulator.kvm.structs import Kvm
 from emulator.policy import Policy
-from emulator.runtime import Cpu, rcu_read_lock
+from emulator.runtime import rcu_read_lock
 from native import lib
 
 Scenario = Callable[[Rig, Policy], None]
-
-
-@contextmanager
-def at_point(rig: Rig, cpu: int, kind: str, mode: str, action: Callable[[], None]) -> Iterator[None]:
-    """Do `action` once, when that CPU passes the next point of this kind; it must."""
-    fired: list[int] = []
-
-    def hook(at: Cpu, what: str, obj: object, access: str) -> None:
-        if at.id == cpu and (what, access) == (kind, mode) and not fired:
-            fired.append(at.id)
-            action()
-
-    rig.machine.install(hook)
-    try:
-        yield
-        assert fired
-    finally:
-        rig.machine.install(None)
 
 
 def one_guest(rig: Rig, policy: Policy, **params: int) -> tuple[Kvm, Guest]:

@@ -2,12 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 from threading import Event, Thread
 
 import pytest
-from rig import GFNS, SLOT, Guest, Rig
+from rig import GFNS, SLOT, Guest, Rig, at_point
 
 from emulator.kvm.kvm_main import kvm_set_memory_region
 from emulator.kvm.structs import Kvm
@@ -16,23 +15,6 @@ from emulator.runtime import Cpu
 from native import lib
 
 Scenario = Callable[[Rig, Policy], set[str]]
-
-
-@contextmanager
-def at_point(rig: Rig, cpu: int, kind: str, mode: str, action: Callable[[], object]) -> Iterator[list[int]]:
-    """Do `action` once, when that CPU passes the next point of this kind."""
-    fired: list[int] = []
-
-    def hook(at: Cpu, what: str, obj: object, access: str) -> None:
-        if at.id == cpu and (what, access) == (kind, mode) and not fired:
-            fired.append(at.id)
-            action()
-
-    rig.machine.install(hook)
-    try:
-        yield fired
-    finally:
-        rig.machine.install(None)
 
 
 def recreate_slot(rig: Rig, kvm: Kvm) -> None:
@@ -74,8 +56,8 @@ def zapped_while_another_vcpu_fills(rig: Rig, policy: Policy) -> set[str]:
     return set(rig.violations())
 
 
-def served_and_moved_before_the_flush_ends(rig: Rig, policy: Policy) -> set[str]:
-    """The vCPU serves the request and is on the other pCPU before whoever flushes goes on."""
+def serve_and_move_at(rig: Rig, policy: Policy, kind: str) -> set[str]:
+    """The vCPU serves the request and is on the other pCPU when whoever flushes is at its point `kind`."""
     kvm = rig.vm(policy)
     guest = rig.guest(kvm)
     bounce(guest, 5)
@@ -84,28 +66,20 @@ def served_and_moved_before_the_flush_ends(rig: Rig, policy: Policy) -> set[str]
         guest.read(1, 70)
         guest.read(0, 70)
 
-    with at_point(rig, rig.host.id, "mode", "write", serve_and_move) as fired:
+    with at_point(rig, rig.host.id, kind, "write", serve_and_move):
         rig.unmap(kvm, 0, 64)
-    assert fired
     guest.read(0, 5)
     return set(rig.violations())
+
+
+def served_and_moved_before_the_flush_ends(rig: Rig, policy: Policy) -> set[str]:
+    """All requests are made, nobody has been kicked."""
+    return serve_and_move_at(rig, policy, "mode")
 
 
 def served_before_the_masks_are_cleared(rig: Rig, policy: Policy) -> set[str]:
-    """The same, at the moment before roots forget: too late if requests are visible by then."""
-    kvm = rig.vm(policy)
-    guest = rig.guest(kvm)
-    bounce(guest, 5)
-
-    def serve_and_move() -> None:
-        guest.read(1, 70)
-        guest.read(0, 70)
-
-    with at_point(rig, rig.host.id, "root_tlb", "write", serve_and_move) as fired:
-        rig.unmap(kvm, 0, 64)
-    assert fired
-    guest.read(0, 5)
-    return set(rig.violations())
+    """Just before roots forget: too late if requests are visible by then."""
+    return serve_and_move_at(rig, policy, "root_tlb")
 
 
 def entered_before_the_masks_are_cleared(rig: Rig, policy: Policy) -> set[str]:
