@@ -251,3 +251,31 @@ def at_point(rig: Rig, cpu: int, kind: str, mode: str, action: Callable[[], obje
         assert fired
     finally:
         rig.machine.install(None)
+
+
+def unmap_while_entering(rig: Rig, kvm: Kvm, guest: Guest, kind: str, before: Callable[[], object]) -> None:
+    """Unmap pages 0 to 63; at the unmapper's first point `kind` the vCPU does `before`, reads page 5 on pCPU
+    0, and is in guest mode until the flush is over."""
+    in_guest, go_on = threading.Event(), threading.Event()
+    thread = threading.Thread(target=guest.read, args=(0, 5))
+
+    def hook(at: Cpu, what: str, obj: object, access: str) -> None:
+        if at is rig.host and (what, access) == (kind, "write") and not thread.ident:
+            before()
+            thread.start()
+            assert in_guest.wait(10)
+        elif at.id == 0 and what == "guest":
+            in_guest.set()
+            # If somebody waits for it to leave, it must not wait.
+            go_on.wait(0.3)
+
+    rig.machine.install(hook)
+    rig.unmap(kvm, 0, 64)
+    go_on.set()
+    thread.join()
+    rig.machine.install(None)
+
+
+def recreate_slot(rig: Rig, kvm: Kvm) -> None:
+    kvm_set_memory_region(rig.host, kvm, SLOT, 0, 0, 0)
+    kvm_set_memory_region(rig.host, kvm, SLOT, 0, GFNS, 0)

@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from threading import Event, Thread
+from threading import Thread
 
 import pytest
-from rig import GFNS, SLOT, Guest, Rig
+from rig import GFNS, SLOT, Guest, Rig, unmap_while_entering
 
 from emulator.kvm.kvm_host import X86_CR0_PG
 from emulator.kvm.kvm_main import (
@@ -53,23 +53,7 @@ def enters_while_a_request_is_made(rig: Rig, policy: Policy) -> set[str]:
     kvm = rig.vm(policy)
     guest = rig.guest(kvm)
     guest.read(0, 5)
-    in_guest, go_on = Event(), Event()
-    thread = Thread(target=guest.read, args=(0, 5))
-
-    def hook(at: Cpu, what: str, obj: object, access: str) -> None:
-        if at is rig.host and (what, access) == ("requests", "write") and not thread.ident:
-            thread.start()
-            assert in_guest.wait(10)
-        elif at.id == 0 and what == "guest":
-            in_guest.set()
-            # If somebody waits for it to leave, it must not wait.
-            go_on.wait(0.3)
-
-    rig.machine.install(hook)
-    rig.unmap(kvm, 0, 64)
-    go_on.set()
-    thread.join()
-    rig.machine.install(None)
+    unmap_while_entering(rig, kvm, guest, "requests", lambda: None)
     return set(rig.violations())
 
 

@@ -9,7 +9,7 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 
 import pytest
-from rig import GFNS, SLOT, Guest, Rig, at_point
+from rig import GFNS, SLOT, Guest, Rig, at_point, recreate_slot
 
 from emulator.kvm.kvm_host import KVM_MEM_LOG_DIRTY_PAGES
 from emulator.kvm.kvm_main import (
@@ -40,11 +40,6 @@ def freed_and_walked(rig: Rig, walker: Guest) -> Iterator[None]:
 
     with at_point(rig, rig.host.id, "rcu", "write", free_and_walk):
         yield
-
-
-def recreate_slot(rig: Rig, kvm: Kvm) -> None:
-    kvm_set_memory_region(rig.host, kvm, SLOT, 0, 0, 0)
-    kvm_set_memory_region(rig.host, kvm, SLOT, 0, GFNS, 0)
 
 
 def away_and_back(rig: Rig, policy: Policy) -> None:

@@ -3,23 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from threading import Event, Thread
 
 import pytest
-from rig import GFNS, SLOT, Guest, Rig, at_point
+from rig import Guest, Rig, at_point, recreate_slot, unmap_while_entering
 
-from emulator.kvm.kvm_main import kvm_set_memory_region
-from emulator.kvm.structs import Kvm
 from emulator.policy import Policy, preset
-from emulator.runtime import Cpu
 from native import lib
 
 Scenario = Callable[[Rig, Policy], set[str]]
-
-
-def recreate_slot(rig: Rig, kvm: Kvm) -> None:
-    kvm_set_memory_region(rig.host, kvm, SLOT, 0, 0, 0)
-    kvm_set_memory_region(rig.host, kvm, SLOT, 0, GFNS, 0)
 
 
 def bounce(guest: Guest, gfn: int) -> None:
@@ -87,27 +78,7 @@ def entered_before_the_masks_are_cleared(rig: Rig, policy: Policy) -> set[str]:
     kvm = rig.vm(policy)
     guest = rig.guest(kvm)
     bounce(guest, 5)
-    in_guest, go_on = Event(), Event()
-    thread = Thread(target=guest.read, args=(0, 5))
-
-    def serve_and_move() -> None:
-        guest.read(1, 70)
-        thread.start()
-        assert in_guest.wait(10)
-
-    def hook(at: Cpu, what: str, obj: object, access: str) -> None:
-        if at is rig.host and what == "root_tlb" and not thread.ident:
-            serve_and_move()
-        elif at.id == 0 and what == "guest":
-            in_guest.set()
-            # If it is waited for, it must not wait.
-            go_on.wait(0.3)
-
-    rig.machine.install(hook)
-    rig.unmap(kvm, 0, 64)
-    go_on.set()
-    thread.join()
-    rig.machine.install(None)
+    unmap_while_entering(rig, kvm, guest, "root_tlb", lambda: guest.read(1, 70))
     return set(rig.violations())
 
 

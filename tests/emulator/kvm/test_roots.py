@@ -7,10 +7,9 @@ from contextlib import contextmanager
 from threading import Thread
 
 import pytest
-from rig import GFNS, SLOT, Guest, Rig, online, scopes
+from rig import Guest, Rig, online, recreate_slot, scopes
 
 from emulator.kvm.kvm_host import KVM_REQ_LOAD_MMU_PGD, KVM_REQ_TLB_FLUSH_CURRENT, X86_CR4_PSE
-from emulator.kvm.kvm_main import kvm_set_memory_region
 from emulator.kvm.requests import kvm_test_request
 from emulator.kvm.roots import (
     cached_root_find_and_keep_current,
@@ -36,11 +35,6 @@ from native import lib
 NORMAL, SMM = KvmMmuPageRole(), KvmMmuPageRole(smm=1)
 FIVE, FIVE_SMM = KvmMmuPageRole(level=5), KvmMmuPageRole(level=5, smm=1)
 ROLES = (NORMAL, SMM, FIVE, FIVE_SMM)
-
-
-def recreate_slot(rig: Rig, kvm: Kvm) -> None:
-    kvm_set_memory_region(rig.host, kvm, SLOT, 0, 0, 0)
-    kvm_set_memory_region(rig.host, kvm, SLOT, 0, GFNS, 0)
 
 
 @contextmanager
