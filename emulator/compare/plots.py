@@ -99,17 +99,25 @@ def _cycles(comparison: Comparison) -> Plot:
     )
 
 
-def _flushes(comparison: Comparison) -> Plot:
-    reasons = dict.fromkeys(
-        key.removeprefix("reason ").removesuffix("/M")
+def _parts(comparison: Comparison, prefix: str) -> dict[str, dict[str, float]]:
+    """By policy: medians per million guest accesses of the figures whose names begin so, by the rest."""
+    names = dict.fromkeys(
+        key.removeprefix(prefix).removesuffix("/M")
         for _, runs in comparison.columns
         for m in runs
         for key in m.values
-        if key.startswith("reason ")
+        if key.startswith(prefix)
     )
+    return {
+        policy: {name: _median(runs, f"{prefix}{name}/M") for name in names}
+        for policy, runs in comparison.columns
+    }
+
+
+def _flushes(comparison: Comparison) -> Plot:
     stacks = {
-        name: {reason.replace("_", " "): _median(runs, f"reason {reason}/M") for reason in reasons}
-        for name, runs in comparison.columns
+        name: {reason.replace("_", " "): value for reason, value in parts.items()}
+        for name, parts in _parts(comparison, "reason ").items()
     }
     necessary = {name: _median(runs, "necessary flushes/M") for name, runs in comparison.columns}
     return Plot(
@@ -120,17 +128,7 @@ def _flushes(comparison: Comparison) -> Plot:
 
 
 def _interrupts(comparison: Comparison) -> Plot | None:
-    groups = dict.fromkeys(
-        key.removeprefix("received ").removesuffix("/M")
-        for _, runs in comparison.columns
-        for m in runs
-        for key in m.values
-        if key.startswith("received ")
-    )
-    stacks = {
-        name: {group: _median(runs, f"received {group}/M") for group in groups}
-        for name, runs in comparison.columns
-    }
+    stacks = _parts(comparison, "received ")
     if not any(value for stack in stacks.values() for value in stack.values()):
         return None
     note = "per million guest accesses, by the pCPUs that received them"
