@@ -1,11 +1,11 @@
 #define _POSIX_C_SOURCE 200809L
 #include "counters.h"
 
-#include <stdlib.h>
 #include <string.h>
 #include <time.h>
 
 #include "cpu.h"
+#include "heap.h"
 
 uint64_t monotonic_ns(void)
 {
@@ -22,28 +22,26 @@ static size_t flush_cells(const struct machine *m)
 
 struct counters *counters_create(const struct machine *m)
 {
-	size_t size = (sizeof(struct counters) + CACHELINE - 1) & ~(size_t)(CACHELINE - 1);
-	struct counters *c = aligned_alloc(CACHELINE, size);
+	struct counters *c = heap_zalloc_lines(m->heap, 1, sizeof(*c));
 
 	if (!c)
 		return NULL;
-	memset(c, 0, size);
-	c->flushes = calloc(flush_cells(m), sizeof(*c->flushes));
-	c->necessary = calloc(flush_cells(m), sizeof(*c->necessary));
+	c->flushes = heap_zalloc(m->heap, flush_cells(m), sizeof(*c->flushes));
+	c->necessary = heap_zalloc(m->heap, flush_cells(m), sizeof(*c->necessary));
 	if (flush_cells(m) && (!c->flushes || !c->necessary)) {
-		counters_destroy(c);
+		counters_destroy(m, c);
 		return NULL;
 	}
 	return c;
 }
 
-void counters_destroy(struct counters *c)
+void counters_destroy(const struct machine *m, struct counters *c)
 {
 	if (!c)
 		return;
-	free(c->flushes);
-	free(c->necessary);
-	free(c);
+	heap_free(m->heap, c->flushes);
+	heap_free(m->heap, c->necessary);
+	heap_free(m->heap, c);
 }
 
 /* Relaxed: each value is whole by itself, and no reader draws conclusions from one about another. */

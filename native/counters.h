@@ -126,7 +126,7 @@ struct counters {
 };
 
 struct counters *counters_create(const struct machine *m);
-void counters_destroy(struct counters *c);
+void counters_destroy(const struct machine *m, struct counters *c);
 
 static inline void count(struct counters *c, uint32_t which, uint64_t n)
 {

@@ -175,7 +175,7 @@ struct waiters {
 	uint32_t words;
 };
 int waiters_init(struct waiters *waiters, const struct machine *m);
-void waiters_fini(struct waiters *waiters);
+void waiters_fini(struct waiters *waiters, const struct machine *m);
 /* Before the waiter tests its condition for the last time: P1 with waiters_wake() after it came true. */
 void waiters_add(struct waiters *waiters, uint32_t cpu);
 void waiters_wake(struct machine *m, struct waiters *waiters);

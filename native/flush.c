@@ -1,10 +1,9 @@
 /* KVM's flush instructions, counted and attributed.  See flush.h. */
 #include "flush.h"
 
-#include <stdlib.h>
-
 #include "cpu.h"
 #include "frame.h"
+#include "heap.h"
 #include "ipi.h"
 #include "oracle.h"
 #include "tlb.h"
@@ -22,14 +21,14 @@ struct flush_account {
 static struct flush_account *account(const struct machine *m, struct cpu *c)
 {
 	if (!c->flush_account)
-		c->flush_account = calloc(1, sizeof(struct flush_account) +
-						     m->config.root_frames * sizeof(uint16_t));
+		c->flush_account = heap_zalloc(m->heap, 1, sizeof(struct flush_account) +
+							   m->config.root_frames * sizeof(uint16_t));
 	return c->flush_account;
 }
 
-void flush_account_destroy(struct cpu *cpu)
+void flush_account_destroy(struct machine *m, struct cpu *cpu)
 {
-	free(cpu->flush_account);
+	heap_free(m->heap, cpu->flush_account);
 	cpu->flush_account = NULL;
 }
 

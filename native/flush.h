@@ -22,7 +22,7 @@ struct cpu;
 void flush_register(void);
 /* What a pCPU remembers of its flushes; made at the first one. */
 struct flush_account;
-void flush_account_destroy(struct cpu *cpu);
+void flush_account_destroy(struct machine *m, struct cpu *cpu);
 /* A ghost that `flush` left would have been a violation if used: the flush was necessary. */
 void flush_averted(struct machine *m, struct cpu *cpu, uint64_t flush);
 

@@ -6,6 +6,7 @@
 
 #include "ept.h"
 #include "frame.h"
+#include "heap.h"
 #include "oracle.h"
 #include "rcu.h"
 #include "spin.h"
@@ -253,11 +254,11 @@ uint64_t frames_order(struct machine *m)
 	return used;
 }
 
-static bool pool_create(struct frame_pool *p, uint32_t kind, uint32_t first, uint32_t total)
+static bool pool_create(struct heap *heap, struct frame_pool *p, uint32_t kind, uint32_t first, uint32_t total)
 {
 	p->first = first;
 	p->total = total;
-	p->stack = malloc((total + 1ul) * sizeof(*p->stack));
+	p->stack = heap_zalloc(heap, total + 1ul, sizeof(*p->stack));
 	if (!p->stack)
 		return false;
 	pool_order(p, kind);
@@ -266,12 +267,16 @@ static bool pool_create(struct frame_pool *p, uint32_t kind, uint32_t first, uin
 }
 
 /* Address space for all, memory for what is touched.  Aligned to 2 MiB: the emulator's own TLB misses less when
- * the kernel gives it huge pages. */
-static bool arena_create(struct frames *f)
+ * the kernel gives it huge pages; a heap does without. */
+static bool arena_create(struct heap *heap, struct frames *f)
 {
 	uintptr_t start;
 
 	f->memory_bytes = f->count * FRAME_BYTES;
+	if (heap) {
+		f->memory = heap_zalloc(heap, f->count, FRAME_BYTES);
+		return f->memory;
+	}
 	f->mapping_bytes = f->memory_bytes + ARENA_ALIGN;
 	f->mapping = mmap(NULL, f->mapping_bytes, PROT_READ | PROT_WRITE,
 			  MAP_PRIVATE | MAP_ANONYMOUS | MAP_NORESERVE, -1, 0);
@@ -285,7 +290,7 @@ static bool arena_create(struct frames *f)
 	return true;
 }
 
-static bool frames_allocate(struct frames *f, const uint32_t *total)
+static bool frames_allocate(struct heap *heap, struct frames *f, const uint32_t *total)
 {
 	uint32_t blocks = total[FRAME_BLOCK];
 	uint64_t first = 1;
@@ -295,19 +300,19 @@ static bool frames_allocate(struct frames *f, const uint32_t *total)
 			first = (first + BLOCK_FRAMES - 1) & ~(BLOCK_FRAMES - 1ul);
 		if (first + (uint64_t)total[kind] * frames_of(kind) > FRAMES_MAX - 1)
 			return false;
-		if (!pool_create(&f->pool[kind], kind, (uint32_t)first, total[kind]))
+		if (!pool_create(heap, &f->pool[kind], kind, (uint32_t)first, total[kind]))
 			return false;
 		first += (uint64_t)total[kind] * frames_of(kind);
 	}
 	f->count = (uint32_t)first;
-	f->tag = calloc(f->count, sizeof(*f->tag));
-	f->host_tag = calloc(f->count, sizeof(*f->host_tag));
-	f->host_tag_at_free = calloc(f->count, sizeof(*f->host_tag_at_free));
-	f->life = calloc(f->count, sizeof(*f->life));
-	f->used = calloc(f->count, sizeof(*f->used));
-	f->block_used = calloc(blocks + 1ul, sizeof(*f->block_used));
+	f->tag = heap_zalloc(heap, f->count, sizeof(*f->tag));
+	f->host_tag = heap_zalloc(heap, f->count, sizeof(*f->host_tag));
+	f->host_tag_at_free = heap_zalloc(heap, f->count, sizeof(*f->host_tag_at_free));
+	f->life = heap_zalloc(heap, f->count, sizeof(*f->life));
+	f->used = heap_zalloc(heap, f->count, sizeof(*f->used));
+	f->block_used = heap_zalloc(heap, blocks + 1ul, sizeof(*f->block_used));
 	return f->tag && f->host_tag && f->host_tag_at_free && f->life && f->used && f->block_used &&
-	       arena_create(f);
+	       arena_create(heap, f);
 }
 
 int frames_create(struct machine *m)
@@ -315,10 +320,10 @@ int frames_create(struct machine *m)
 	const struct machine_config *c = &m->config;
 	const uint32_t total[FRAME_KINDS] = { c->root_frames, c->table_frames, c->guest_frames, c->guest_blocks };
 
-	m->frames = calloc(1, sizeof(*m->frames));
+	m->frames = heap_zalloc(m->heap, 1, sizeof(*m->frames));
 	if (!m->frames)
 		return MACHINE_NOMEM;
-	if (!frames_allocate(m->frames, total)) {
+	if (!frames_allocate(m->heap, m->frames, total)) {
 		frames_destroy(m);
 		return MACHINE_NOMEM;
 	}
@@ -334,14 +339,16 @@ void frames_destroy(struct machine *m)
 		return;
 	if (f->mapping)
 		munmap(f->mapping, f->mapping_bytes);
+	else
+		heap_free(m->heap, f->memory);
 	for (uint32_t kind = 0; kind < FRAME_KINDS; kind++)
-		free(f->pool[kind].stack);
-	free(f->tag);
-	free(f->host_tag);
-	free(f->host_tag_at_free);
-	free(f->life);
-	free(f->used);
-	free(f->block_used);
-	free(f);
+		heap_free(m->heap, f->pool[kind].stack);
+	heap_free(m->heap, f->tag);
+	heap_free(m->heap, f->host_tag);
+	heap_free(m->heap, f->host_tag_at_free);
+	heap_free(m->heap, f->life);
+	heap_free(m->heap, f->used);
+	heap_free(m->heap, f->block_used);
+	heap_free(m->heap, f);
 	m->frames = NULL;
 }

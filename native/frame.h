@@ -72,7 +72,7 @@ struct frames {
 	_Atomic uint32_t *life;          /* times freed */
 	_Atomic uint16_t *block_used;    /* frames of a block not yet freed, by block */
 	_Atomic uint8_t *used;           /* handed out now */
-	void *mapping;                   /* memory, before alignment */
+	void *mapping;                   /* memory, before alignment; NULL: it is the heap's */
 	uint64_t mapping_bytes;
 	struct frame_pool pool[FRAME_KINDS];
 };

@@ -1,9 +1,9 @@
 /* The guest's configuration, processes and books.  See guest.h. */
-#include <stdlib.h>
 #include <string.h>
 
 #include "frame.h"
 #include "guest_os.h"
+#include "heap.h"
 #include "program.h"
 #include "vm.h"
 
@@ -20,9 +20,8 @@ uint64_t guest_random(struct guest *g)
 
 int guest_create(struct machine *m, struct vcpu *vcpu)
 {
-	struct guest *g = calloc(1, sizeof(*g));
+	struct guest *g = heap_zalloc(m->heap, 1, sizeof(*g));
 
-	(void)m;
 	if (!g)
 		return MACHINE_NOMEM;
 	g->skip_gfn = GUEST_NO_GFN;
@@ -37,17 +36,17 @@ int guest_create(struct machine *m, struct vcpu *vcpu)
 	return 0;
 }
 
-void guest_destroy(struct vcpu *vcpu)
+void guest_destroy(struct machine *m, struct vcpu *vcpu)
 {
 	struct guest *g = vcpu->guest;
 
 	if (!g)
 		return;
 	for (uint32_t i = 0; i < g->processes; i++)
-		free(g->process[i].page);
-	guest_memory_destroy(g);
-	program_destroy(g);
-	free(g);
+		heap_free(m->heap, g->process[i].page);
+	guest_memory_destroy(m, g);
+	program_destroy(m, g);
+	heap_free(m->heap, g);
 	vcpu->guest = NULL;
 }
 
@@ -88,12 +87,12 @@ int guest_configure(struct machine *m, uint32_t vcpu, const struct guest_config 
 	struct guest *g = m->vcpus[vcpu].guest;
 	int r;
 
-	guest_memory_destroy(g);
+	guest_memory_destroy(m, g);
 	g->config = *config;
 	g->random = config->seed * 0x9e3779b97f4a7c15 + 0x632be59bd9b4e019;
 	if (!g->random)
 		g->random = 1;
-	r = guest_memory_create(g);
+	r = guest_memory_create(m, g);
 	if (r)
 		return r;
 	for (uint32_t i = 0; i < GUEST_EVENTS; i++)
@@ -110,7 +109,7 @@ int guest_add_process(struct machine *m, uint32_t vcpu, const uint64_t *records,
 	if (g->processes == GUEST_PROCESSES)
 		return MACHINE_NOMEM;
 	memset(p, 0, sizeof(*p));
-	p->page = calloc(n_pages + 1, sizeof(*p->page));
+	p->page = heap_zalloc(m->heap, n_pages + 1, sizeof(*p->page));
 	if (!p->page)
 		return MACHINE_NOMEM;
 	for (uint64_t i = 0; i < n_pages; i++)

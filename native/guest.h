@@ -90,6 +90,6 @@ int guest_access(struct machine *m, uint32_t cpu, uint32_t vcpu, uint64_t linear
 
 struct vcpu;
 int guest_create(struct machine *m, struct vcpu *vcpu);
-void guest_destroy(struct vcpu *vcpu);
+void guest_destroy(struct machine *m, struct vcpu *vcpu);
 
 #endif

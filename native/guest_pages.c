@@ -1,7 +1,6 @@
 /* Guest-physical memory of one guest OS: free lists, last in first out, and users of each page. */
-#include <stdlib.h>
-
 #include "guest_state.h"
+#include "heap.h"
 
 enum { BLOCK_GFNS = 512 };
 
@@ -55,30 +54,30 @@ static void fill_stacks(struct guest *g)
 			g->free_mmio[g->free_mmio_count++] = (uint32_t)(gfn - 1);
 }
 
-int guest_memory_create(struct guest *g)
+int guest_memory_create(struct machine *m, struct guest *g)
 {
 	uint64_t ram = ram_gfns(g), mmio = mmio_gfns(g);
 
-	g->free_gfn = calloc(ram + 1, sizeof(*g->free_gfn));
-	g->free_block = calloc(ram / BLOCK_GFNS + 1, sizeof(*g->free_block));
-	g->users = calloc(ram + 1, sizeof(*g->users));
-	g->free_mmio = calloc(mmio + 1, sizeof(*g->free_mmio));
-	g->mmio_users = calloc(mmio + 1, sizeof(*g->mmio_users));
+	g->free_gfn = heap_zalloc(m->heap, ram + 1, sizeof(*g->free_gfn));
+	g->free_block = heap_zalloc(m->heap, ram / BLOCK_GFNS + 1, sizeof(*g->free_block));
+	g->users = heap_zalloc(m->heap, ram + 1, sizeof(*g->users));
+	g->free_mmio = heap_zalloc(m->heap, mmio + 1, sizeof(*g->free_mmio));
+	g->mmio_users = heap_zalloc(m->heap, mmio + 1, sizeof(*g->mmio_users));
 	if (!g->free_gfn || !g->free_block || !g->users || !g->free_mmio || !g->mmio_users) {
-		guest_memory_destroy(g);
+		guest_memory_destroy(m, g);
 		return MACHINE_NOMEM;
 	}
 	fill_stacks(g);
 	return 0;
 }
 
-void guest_memory_destroy(struct guest *g)
+void guest_memory_destroy(struct machine *m, struct guest *g)
 {
-	free(g->free_gfn);
-	free(g->free_block);
-	free(g->users);
-	free(g->free_mmio);
-	free(g->mmio_users);
+	heap_free(m->heap, g->free_gfn);
+	heap_free(m->heap, g->free_block);
+	heap_free(m->heap, g->users);
+	heap_free(m->heap, g->free_mmio);
+	heap_free(m->heap, g->mmio_users);
 	g->free_gfn = g->free_block = g->free_mmio = NULL;
 	g->users = g->mmio_users = NULL;
 	g->free_count = g->free_blocks = g->free_mmio_count = 0;

@@ -98,8 +98,8 @@ struct guest_page *guest_page_find(const struct guest *g, uint32_t process, uint
 uint64_t guest_random(struct guest *g);
 
 /* Allocation of guest-physical memory (guest_pages.c). */
-int guest_memory_create(struct guest *g);
-void guest_memory_destroy(struct guest *g);
+int guest_memory_create(struct machine *m, struct guest *g);
+void guest_memory_destroy(struct machine *m, struct guest *g);
 uint64_t guest_gfn_alloc(struct guest *g, bool mmio);
 uint64_t guest_block_alloc(struct guest *g);
 void guest_gfn_get(struct guest *g, uint64_t gfn);

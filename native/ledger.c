@@ -1,9 +1,9 @@
 /* The ledger: the state of every right of a VM.  See oracle.h and ledger.h. */
 #define _GNU_SOURCE
 #include <sched.h>
-#include <stdlib.h>
 #include <sys/mman.h>
 
+#include "heap.h"
 #include "ledger.h"
 
 enum { NO_FRAME = 0xffffffff };
@@ -26,16 +26,25 @@ void ledger_move(struct ledger_cursor *c, uint64_t group)
 	c->group = group;
 }
 
+/* Address space for all, memory for what is touched. */
+static void *ledger_memory(struct machine *m, uint64_t bytes)
+{
+	void *memory;
+
+	if (m->heap)
+		return heap_zalloc_lines(m->heap, 1, bytes);
+	memory = mmap(NULL, bytes, PROT_READ | PROT_WRITE, MAP_PRIVATE | MAP_ANONYMOUS | MAP_NORESERVE, -1, 0);
+	return memory == MAP_FAILED ? NULL : memory;
+}
+
 int ledger_create(struct machine *m, struct vm *vm)
 {
 	uint64_t groups = (vm->gfns >> LEDGER_GROUP_BITS) + 1;
 	uint64_t bytes = CACHELINE + vm->gfns * (sizeof(struct ledger_right) + sizeof(struct ledger_promise)) +
 			 groups * sizeof(_Atomic uint32_t);
-	struct ledger *l = mmap(NULL, bytes, PROT_READ | PROT_WRITE, MAP_PRIVATE | MAP_ANONYMOUS | MAP_NORESERVE, -1,
-				0);
+	struct ledger *l = ledger_memory(m, bytes);
 
-	(void)m;
-	if (l == MAP_FAILED)
+	if (!l)
 		return MACHINE_NOMEM;
 	l->bytes = bytes;
 	l->right = (struct ledger_right *)(void *)((char *)l + CACHELINE);
@@ -47,9 +56,11 @@ int ledger_create(struct machine *m, struct vm *vm)
 	return 0;
 }
 
-void ledger_destroy(struct vm *vm)
+void ledger_destroy(struct machine *m, struct vm *vm)
 {
-	if (vm->ledger)
+	if (m->heap)
+		heap_free(m->heap, vm->ledger);
+	else if (vm->ledger)
 		munmap(vm->ledger, vm->ledger->bytes);
 	vm->ledger = NULL;
 }

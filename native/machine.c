@@ -3,12 +3,12 @@
 
 #include <sched.h>
 #include <stdio.h>
-#include <stdlib.h>
 #include <string.h>
 
 #include "cpu.h"
 #include "flush.h"
 #include "frame.h"
+#include "heap.h"
 #include "oracle.h"
 #include "rcu.h"
 #include "tlb.h"
@@ -89,18 +89,15 @@ static int cpu_create(struct machine *m, uint32_t id)
 		return MACHINE_NOMEM;
 	if (!cpu_is_target(m, id))
 		return 0;
-	c->tlb = tlb_create(&m->config);
+	c->tlb = tlb_create_in(m->heap, &m->config);
 	return c->tlb ? 0 : MACHINE_NOMEM;
 }
 
 int cpus_create(struct machine *m)
 {
-	size_t size = m->cpu_count * sizeof(*m->cpus);
-
-	m->cpus = aligned_alloc(CACHELINE, size);
+	m->cpus = heap_zalloc_lines(m->heap, m->cpu_count, sizeof(*m->cpus));
 	if (!m->cpus)
 		return MACHINE_NOMEM;
-	memset(m->cpus, 0, size);
 	for (uint32_t id = 0; id < m->cpu_count; id++) {
 		int r = cpu_create(m, id);
 
@@ -117,29 +114,20 @@ void cpus_destroy(struct machine *m)
 
 		if (c->tlb)
 			tlb_destroy(c->tlb);
-		counters_destroy(c->counters);
-		flush_account_destroy(c);
-		free(c->csds);
-		free(c->calls_sent);
-		free(c->stepped);
+		counters_destroy(m, c->counters);
+		flush_account_destroy(m, c);
+		heap_free(m->heap, c->csds);
+		heap_free(m->heap, c->calls_sent);
+		heap_free(m->heap, c->stepped);
 	}
-	free(m->cpus);
+	heap_free(m->heap, m->cpus);
 	m->cpus = NULL;
-}
-
-static void *zeroed_lines(size_t n, size_t size)
-{
-	void *memory = aligned_alloc(CACHELINE, n ? n * size : CACHELINE);
-
-	if (memory)
-		memset(memory, 0, n * size);
-	return memory;
 }
 
 int vms_create(struct machine *m)
 {
-	m->vms = zeroed_lines(m->config.vms, sizeof(*m->vms));
-	m->vcpus = zeroed_lines(m->config.vcpus, sizeof(*m->vcpus));
+	m->vms = heap_zalloc_lines(m->heap, m->config.vms, sizeof(*m->vms));
+	m->vcpus = heap_zalloc_lines(m->heap, m->config.vcpus, sizeof(*m->vcpus));
 	return m->vms && m->vcpus ? 0 : MACHINE_NOMEM;
 }
 
@@ -149,8 +137,8 @@ void vms_destroy(struct machine *m)
 		vcpu_destroy(m, vcpu);
 	for (uint32_t vm = 0; m->vms && vm < m->config.vms; vm++)
 		vm_destroy(m, vm);
-	free(m->vcpus);
-	free(m->vms);
+	heap_free(m->heap, m->vcpus);
+	heap_free(m->heap, m->vms);
 	m->vcpus = NULL;
 	m->vms = NULL;
 }
@@ -176,6 +164,8 @@ static const char *build(struct machine *m)
 
 static void dismantle(struct machine *m)
 {
+	struct heap *heap = m->heap;
+
 	rcu_destroy(m);
 	if (m->vms)
 		vms_destroy(m);
@@ -184,23 +174,43 @@ static void dismantle(struct machine *m)
 	if (m->oracle)
 		oracle_destroy(m);
 	cpus_destroy(m);
-	free(m);
+	heap_free(heap, m);
+	heap_destroy(heap);
+}
+
+static struct machine *no_memory(char *error, uint32_t size)
+{
+	snprintf(error, size, "machine: not enough memory");
+	return NULL;
+}
+
+/* Frames, and for everything else more than any such machine needs: the memory that counts is what is used. */
+static size_t heap_wanted(const struct machine_config *config)
+{
+	return ((size_t)256 << 20) + ((size_t)frames_wanted(config) << 13);
 }
 
 struct machine *machine_create(const struct machine_config *config, char *error, uint32_t size)
 {
 	const char *why = impossible(config);
+	struct heap *heap = NULL;
 	struct machine *m;
 
 	if (why) {
 		snprintf(error, size, "machine: %s", why);
 		return NULL;
 	}
-	m = calloc(1, sizeof(*m));
-	if (!m) {
-		snprintf(error, size, "machine: not enough memory");
-		return NULL;
+	if (config->snapshots) {
+		heap = heap_create(heap_wanted(config));
+		if (!heap)
+			return no_memory(error, size);
 	}
+	m = heap_zalloc(heap, 1, sizeof(*m));
+	if (!m) {
+		heap_destroy(heap);
+		return no_memory(error, size);
+	}
+	m->heap = heap;
 	m->config = *config;
 	m->cpu_count = config->pcpus + config->housekeeping;
 	m->spin_ns = spin_time();
@@ -218,6 +228,21 @@ void machine_destroy(struct machine *m)
 {
 	if (m)
 		dismantle(m);
+}
+
+int machine_snapshot(struct machine *m)
+{
+	return m->heap ? heap_snapshot(m->heap) : MACHINE_MISUSE;
+}
+
+int machine_restore(struct machine *m)
+{
+	return m->heap ? heap_restore(m->heap) : MACHINE_MISUSE;
+}
+
+uint64_t machine_fingerprint(const struct machine *m)
+{
+	return m->heap ? heap_fingerprint(m->heap) : 0;
 }
 
 void machine_stop(struct machine *m)

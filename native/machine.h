@@ -41,6 +41,7 @@ struct machine_config {
 	uint32_t l2_ways;
 	uint32_t psc_entries;    /* paging-structure-cache entries per level; 0: unbounded */
 	uint32_t chaos;          /* one in so many points delays its caller; 0: never */
+	uint32_t snapshots;      /* machine_snapshot() is wanted: all memory comes from one region */
 	uint64_t seed;
 };
 
@@ -53,12 +54,21 @@ void machine_destroy(struct machine *m);
 /* Makes every wait, current and future, return MACHINE_STOPPED, and every guest leave guest mode. */
 void machine_stop(struct machine *m);
 int machine_stopping(const struct machine *m);
+/* Keep the state of a machine that was built with `snapshots`; nobody is inside a call on it, now and when it comes
+ * back.  0 or MACHINE_NOMEM, or MACHINE_MISUSE without `snapshots`. */
+int machine_snapshot(struct machine *m);
+/* Everything as at the last machine_snapshot(), counters, events and reports included.  Costs what was changed
+ * since then.  0, or MACHINE_MISUSE if there was none. */
+int machine_restore(struct machine *m);
+/* Of all its memory; equal for equal states of one machine.  0 without `snapshots`. */
+uint64_t machine_fingerprint(const struct machine *m);
 /* What the last MACHINE_MISUSE on this CPU was about. */
 const char *machine_error_text(struct machine *m, uint32_t cpu);
 /* end api */
 
 struct cpu;
 struct frames;
+struct heap;
 struct rcu;
 struct vm;
 struct vcpu;
@@ -74,6 +84,7 @@ struct machine {
 	struct machine_config config;
 	_Atomic uint32_t stopping;
 	uint32_t cpu_count; /* pcpus + housekeeping */
+	struct heap *heap;  /* heap.h; NULL: calloc's */
 	uint32_t spin_ns;   /* how long a wait spins before it sleeps; 0 where one core runs everything */
 	struct cpu *cpus;
 	struct frames *frames;

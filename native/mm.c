@@ -1,8 +1,7 @@
 /* Faults, reclaim and protection of user memory.  See mm.h. */
-#include <stdlib.h>
-
 #include "counters.h"
 #include "ept.h"
+#include "heap.h"
 #include "mm_internal.h"
 #include "oracle.h"
 
@@ -24,7 +23,7 @@ void mm_fill_from(struct machine *m, uint64_t entry, uint32_t hfn)
 		/* Relaxed, as in frame_fill(). */
 		for (uint32_t i = 0; i < FRAME_WORDS; i++)
 			atomic_store_explicit(&words[i], swap[i], memory_order_relaxed);
-		free(swap);
+		heap_free(m->heap, swap);
 	} else {
 		frame_fill(m->frames, hfn, 0);
 	}
@@ -190,7 +189,7 @@ uint64_t mm_present(struct machine *m, uint32_t vm, uint64_t start, uint64_t end
 static uint64_t swap_out(struct machine *m, uint64_t entry)
 {
 	const _Atomic uint64_t *words = frame_words(m->frames, mm_hfn(entry));
-	uint64_t *swap = malloc(FRAME_WORDS * sizeof(*swap));
+	uint64_t *swap = heap_zalloc(m->heap, FRAME_WORDS, sizeof(*swap));
 
 	if (!swap)
 		return entry;
@@ -206,7 +205,7 @@ static uint32_t unmap_page(struct machine *m, uint32_t cpu, struct mm *mm, uint6
 
 	if (!(entry & MM_PRESENT)) {
 		if ((entry & MM_SWAPPED) && !keep) {
-			free(mm_swap(entry));
+			heap_free(m->heap, mm_swap(entry));
 			mm_set(mm, hva, next);
 		}
 		return 0;
@@ -269,15 +268,14 @@ uint64_t mm_protect(struct machine *m, uint32_t cpu, uint32_t vm, uint64_t start
 
 int mm_create(struct machine *m, struct vm *vm)
 {
-	struct mm *mm = calloc(1, sizeof(*mm));
+	struct mm *mm = heap_zalloc(m->heap, 1, sizeof(*mm));
 
-	(void)m;
 	if (!mm)
 		return MACHINE_NOMEM;
 	vm->mm = mm;
 	mm->pages = (vm->gfns + REGION_PAGES - 1) & ~(REGION_PAGES - 1ul);
-	mm->entry = calloc(mm->pages + 1, sizeof(*mm->entry));
-	mm->region = calloc(mm->pages / REGION_PAGES + 1, sizeof(*mm->region));
+	mm->entry = heap_zalloc(m->heap, mm->pages + 1, sizeof(*mm->entry));
+	mm->region = heap_zalloc(m->heap, mm->pages / REGION_PAGES + 1, sizeof(*mm->region));
 	if (mm->entry && mm->region)
 		return 0;
 	mm_destroy(m, vm);
@@ -297,11 +295,11 @@ void mm_destroy(struct machine *m, struct vm *vm)
 		if (entry & MM_PRESENT)
 			frame_release(m->frames, mm_hfn(entry));
 		else if (entry & MM_SWAPPED)
-			free(mm_swap(entry));
+			heap_free(m->heap, mm_swap(entry));
 	}
-	free(mm->entry);
-	free(mm->region);
-	free(mm->image.words);
-	free(mm);
+	heap_free(m->heap, mm->entry);
+	heap_free(m->heap, mm->region);
+	heap_free(m->heap, mm->image.words);
+	heap_free(m->heap, mm);
 	vm->mm = NULL;
 }

@@ -1,6 +1,5 @@
 /* Images: user space's copies of guest memory, as live migration makes them.  See mm.h. */
-#include <stdlib.h>
-
+#include "heap.h"
 #include "mm_internal.h"
 
 int mm_image_create(struct machine *m, uint32_t vm, uint64_t start, uint64_t n)
@@ -10,7 +9,7 @@ int mm_image_create(struct machine *m, uint32_t vm, uint64_t start, uint64_t n)
 	if (start > mm->pages || n > mm->pages - start)
 		return MACHINE_NOMEM;
 	mm_image_destroy(m, vm);
-	mm->image.words = calloc(n + 1, FRAME_WORDS * sizeof(*mm->image.words));
+	mm->image.words = heap_zalloc(m->heap, n + 1, FRAME_WORDS * sizeof(*mm->image.words));
 	if (!mm->image.words)
 		return MACHINE_NOMEM;
 	mm->image.start = start;
@@ -22,7 +21,7 @@ void mm_image_destroy(struct machine *m, uint32_t vm)
 {
 	struct mm_image *image = &m->vms[vm].mm->image;
 
-	free(image->words);
+	heap_free(m->heap, image->words);
 	*image = (struct mm_image){ 0 };
 }
 

@@ -1,8 +1,8 @@
 #include "mmu_lock.h"
 
 #include <sched.h>
-#include <stdlib.h>
 
+#include "heap.h"
 #include "ipi.h"
 #include "spin.h"
 #include "vm.h"
@@ -16,13 +16,13 @@ int mmu_lock_init(struct mmu_lock *lock, const struct machine *m)
 	atomic_init(&lock->queue_lock, 0);
 	atomic_init(&lock->writer, 0);
 	lock->first = lock->last = NULL;
-	lock->readers = calloc(m->cpu_count, sizeof(*lock->readers));
+	lock->readers = heap_zalloc(m->heap, m->cpu_count, sizeof(*lock->readers));
 	return lock->readers ? 0 : MACHINE_NOMEM;
 }
 
-void mmu_lock_fini(struct mmu_lock *lock)
+void mmu_lock_fini(struct mmu_lock *lock, const struct machine *m)
 {
-	free(lock->readers);
+	heap_free(m->heap, lock->readers);
 	lock->readers = NULL;
 }
 

@@ -41,6 +41,6 @@ struct mmu_lock {
 };
 
 int mmu_lock_init(struct mmu_lock *lock, const struct machine *m);
-void mmu_lock_fini(struct mmu_lock *lock);
+void mmu_lock_fini(struct mmu_lock *lock, const struct machine *m);
 
 #endif

@@ -1,10 +1,10 @@
 /* Judging uses, and keeping reports.  See oracle.h for what is a violation. */
-#include <stdlib.h>
 #include <string.h>
 
 #include "events.h"
 #include "frame.h"
 #include "guest_state.h"
+#include "heap.h"
 #include "vm.h"
 
 static bool is_write(uint32_t type)
@@ -177,15 +177,14 @@ uint32_t oracle_report_events(struct machine *m, uint32_t report, struct event *
 
 int oracle_create(struct machine *m)
 {
-	m->oracle = calloc(1, sizeof(*m->oracle));
+	m->oracle = heap_zalloc(m->heap, 1, sizeof(*m->oracle));
 	if (!m->oracle)
 		return MACHINE_NOMEM;
-	m->oracle->rings = aligned_alloc(CACHELINE, m->cpu_count * sizeof(struct event_ring));
+	m->oracle->rings = heap_zalloc_lines(m->heap, m->cpu_count, sizeof(struct event_ring));
 	if (!m->oracle->rings) {
 		oracle_destroy(m);
 		return MACHINE_NOMEM;
 	}
-	memset(m->oracle->rings, 0, m->cpu_count * sizeof(struct event_ring));
 	return 0;
 }
 
@@ -193,7 +192,7 @@ void oracle_destroy(struct machine *m)
 {
 	if (!m->oracle)
 		return;
-	free(m->oracle->rings);
-	free(m->oracle);
+	heap_free(m->heap, m->oracle->rings);
+	heap_free(m->heap, m->oracle);
 	m->oracle = NULL;
 }

@@ -158,7 +158,7 @@ struct ledger_entry {
 };
 
 int ledger_create(struct machine *m, struct vm *vm);
-void ledger_destroy(struct vm *vm);
+void ledger_destroy(struct machine *m, struct vm *vm);
 
 /* A leaf SPTE that grants n gfns from `gfn` on the frames from `hfn` on appears; custody is the host tag of
  * the first frame that its fault took. */

@@ -1,13 +1,13 @@
 /* Guest programs.  See program.h. */
 #include "program.h"
 
-#include <stdlib.h>
 #include <string.h>
 
 #include "access.h"
 #include "counters.h"
 #include "guest_os.h"
 #include "guest_tables.h"
+#include "heap.h"
 #include "oracle.h"
 #include "vm.h"
 
@@ -51,27 +51,27 @@ void signal_reset(struct machine *m)
 		atomic_store_explicit(&m->signals[i], 0, memory_order_release);
 }
 
-void program_destroy(struct guest *g)
+void program_destroy(struct machine *m, struct guest *g)
 {
 	if (g->program)
-		free(g->program->ops);
-	free(g->program);
+		heap_free(m->heap, g->program->ops);
+	heap_free(m->heap, g->program);
 	g->program = NULL;
 }
 
 int guest_set_program(struct machine *m, uint32_t vcpu, const struct guest_op *ops, uint32_t n)
 {
 	struct guest *g = m->vcpus[vcpu].guest;
-	struct guest_op *copy = malloc((n + 1) * sizeof(*ops));
+	struct guest_op *copy = heap_zalloc(m->heap, n + 1ul, sizeof(*ops));
 
 	if (!g->program)
-		g->program = calloc(1, sizeof(*g->program));
+		g->program = heap_zalloc(m->heap, 1, sizeof(*g->program));
 	if (!copy || !g->program) {
-		free(copy);
+		heap_free(m->heap, copy);
 		return MACHINE_NOMEM;
 	}
 	memcpy(copy, ops, n * sizeof(*ops));
-	free(g->program->ops);
+	heap_free(m->heap, g->program->ops);
 	g->program->ops = copy;
 	g->program->count = n;
 	g->program->position = 0;

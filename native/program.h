@@ -63,6 +63,6 @@ struct accesses;
 struct guest;
 /* One operation in guest mode; an exit reason, or EXIT_REASONS: go on. */
 uint32_t program_step(struct walk *w, struct accesses *a, uint64_t *budget);
-void program_destroy(struct guest *g);
+void program_destroy(struct machine *m, struct guest *g);
 
 #endif

@@ -12,7 +12,7 @@ int psc_create(struct tlb *t, const struct machine_config *config)
 	for (uint32_t level = 0; level < PSC_LEVELS; level++) {
 		struct store *s = &t->psc[level];
 
-		if (store_create(s, config->psc_entries, PSC_WAYS, true, sizeof(struct psc_entry),
+		if (store_create(s, t->heap, config->psc_entries, PSC_WAYS, true, sizeof(struct psc_entry),
 				 t->psc_generation))
 			return MACHINE_NOMEM;
 	}

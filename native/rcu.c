@@ -1,6 +1,5 @@
 /* RCU: readers, grace periods, who waits for them and who drives them.  See rcu.h. */
-#include <stdlib.h>
-
+#include "heap.h"
 #include "ipi.h"
 #include "rcu_internal.h"
 #include "vm.h"
@@ -269,7 +268,7 @@ int rcu_gp_end(struct machine *m, uint32_t cpu)
 
 int rcu_create(struct machine *m)
 {
-	struct rcu *rcu = aligned_alloc(CACHELINE, sizeof(*rcu));
+	struct rcu *rcu = heap_zalloc_lines(m->heap, 1, sizeof(*rcu));
 
 	if (!rcu)
 		return MACHINE_NOMEM;
@@ -295,7 +294,7 @@ void rcu_destroy(struct machine *m)
 	rcu_invoke(m, 0, m->rcu->taken);
 	rcu_invoke(m, 0, rcu_take_pending(m->rcu));
 	rcu_free_nodes(m);
-	waiters_fini(&m->rcu->waiters);
-	free(m->rcu);
+	waiters_fini(&m->rcu->waiters, m);
+	heap_free(m->heap, m->rcu);
 	m->rcu = NULL;
 }

@@ -68,6 +68,6 @@ struct srcu {
 };
 
 int srcu_init(struct srcu *srcu, const struct machine *m);
-void srcu_fini(struct srcu *srcu);
+void srcu_fini(struct srcu *srcu, const struct machine *m);
 
 #endif

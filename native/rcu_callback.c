@@ -1,6 +1,5 @@
 /* call_rcu(): callbacks, from the CPU that queues them to the RCU thread that runs them. */
-#include <stdlib.h>
-
+#include "heap.h"
 #include "ipi.h"
 #include "rcu_internal.h"
 
@@ -37,9 +36,9 @@ void rcu_register(uint32_t callback, rcu_handler *handler)
 		atomic_store_explicit(&handlers[callback], handler, memory_order_release);
 }
 
-static struct rcu_head *new_nodes(struct cpu *c)
+static struct rcu_head *new_nodes(struct machine *m, struct cpu *c)
 {
-	struct rcu_chunk *chunk = malloc(sizeof(*chunk));
+	struct rcu_chunk *chunk = heap_zalloc(m->heap, 1, sizeof(*chunk));
 	size_t n = sizeof(chunk->heads) / sizeof(chunk->heads[0]);
 
 	if (!chunk)
@@ -53,14 +52,14 @@ static struct rcu_head *new_nodes(struct cpu *c)
 	return chunk->heads;
 }
 
-static struct rcu_head *take_node(struct cpu *c)
+static struct rcu_head *take_node(struct machine *m, struct cpu *c)
 {
 	struct rcu_head *head = c->rcu_free;
 
 	if (!head) /* acquire: pairs with give_node */
 		head = atomic_exchange_explicit(&c->rcu_returned, NULL, memory_order_acquire);
 	if (!head)
-		head = new_nodes(c);
+		head = new_nodes(m, c);
 	if (head)
 		c->rcu_free = head->next;
 	return head;
@@ -85,7 +84,7 @@ int call_rcu(struct machine *m, uint32_t cpu, uint32_t callback, uint64_t argume
 	if (!handler_of(callback))
 		return cpu_misuse(m, cpu, "call_rcu on CPU %u: nothing registered for callback %u", cpu,
 				  callback);
-	head = take_node(c);
+	head = take_node(m, c);
 	if (!head)
 		return MACHINE_NOMEM;
 	head->callback = callback;
@@ -143,7 +142,7 @@ void rcu_free_nodes(struct machine *m)
 		while (chunk) {
 			struct rcu_chunk *next = chunk->next;
 
-			free(chunk);
+			heap_free(m->heap, chunk);
 			chunk = next;
 		}
 		m->cpus[cpu].rcu_chunks = NULL;

@@ -1,11 +1,10 @@
 /* Guest mode: from VM entry to VM exit. */
 #include "access.h"
 
-#include <stdlib.h>
-
 #include "counters.h"
 #include "frame.h"
 #include "guest_os.h"
+#include "heap.h"
 #include "program.h"
 #include "tlb_internal.h"
 #include "vm.h"
@@ -240,7 +239,7 @@ int guest_enter(struct machine *m, uint32_t cpu, uint32_t vcpu, uint64_t budget,
 	int r;
 
 	if (!c->stepped)
-		c->stepped = calloc(1, sizeof(*c->stepped));
+		c->stepped = heap_zalloc(m->heap, 1, sizeof(*c->stepped));
 	if (!c->stepped)
 		return MACHINE_NOMEM;
 	c->stepped_budget = budget;

@@ -1,7 +1,7 @@
 /* Calls between CPUs, where they are sent (kernel/smp.c).  ipi.c is where they arrive. */
-#include <stdlib.h>
 #include <string.h>
 
+#include "heap.h"
 #include "ipi_internal.h"
 #include "oracle.h"
 
@@ -62,17 +62,16 @@ static int allocate_calls(struct machine *m, struct cpu *c)
 
 	if (c->csds)
 		return 0;
-	c->calls_sent = calloc(2 * words, sizeof(*c->calls_sent));
+	c->calls_sent = heap_zalloc(m->heap, 2 * words, sizeof(*c->calls_sent));
 	if (!c->calls_sent)
 		return MACHINE_NOMEM;
 	c->calls_kick = c->calls_sent + words;
-	c->csds = aligned_alloc(CACHELINE, targets * sizeof(*c->csds));
+	c->csds = heap_zalloc_lines(m->heap, targets, sizeof(*c->csds));
 	if (!c->csds) {
-		free(c->calls_sent);
+		heap_free(m->heap, c->calls_sent);
 		c->calls_sent = NULL;
 		return MACHINE_NOMEM;
 	}
-	memset(c->csds, 0, targets * sizeof(*c->csds));
 	return 0;
 }
 

@@ -18,9 +18,9 @@ int srcu_init(struct srcu *srcu, const struct machine *m)
 	return waiters_init(&srcu->queue, m);
 }
 
-void srcu_fini(struct srcu *srcu)
+void srcu_fini(struct srcu *srcu, const struct machine *m)
 {
-	waiters_fini(&srcu->queue);
+	waiters_fini(&srcu->queue, m);
 }
 
 int srcu_read_lock(struct machine *m, uint32_t cpu, uint32_t vm)

@@ -1,22 +1,21 @@
 /* The TLB's two levels: look-up, fill, and what both share.  See tlb.h for the model. */
-#include <stdlib.h>
 #include <string.h>
 
+#include "heap.h"
 #include "tlb_internal.h"
 
-struct tlb *tlb_create(const struct machine_config *config)
+struct tlb *tlb_create_in(struct heap *heap, const struct machine_config *config)
 {
-	size_t size = (sizeof(struct tlb) + CACHELINE - 1) / CACHELINE * CACHELINE;
-	struct tlb *t = aligned_alloc(CACHELINE, size);
+	struct tlb *t = heap_zalloc_lines(heap, 1, sizeof(*t));
 
 	if (!t)
 		return NULL;
-	memset(t, 0, size);
+	t->heap = heap;
 	t->vms = config->vms;
-	t->dropped_by_vm = calloc(t->vms + 1, sizeof(uint64_t));
-	t->dropped_epoch = calloc(t->vms + 1, sizeof(uint64_t));
+	t->dropped_by_vm = heap_zalloc(heap, t->vms + 1, sizeof(uint64_t));
+	t->dropped_epoch = heap_zalloc(heap, t->vms + 1, sizeof(uint64_t));
 	if (!t->dropped_by_vm || !t->dropped_epoch ||
-	    store_create(&t->l2, config->l2_entries, config->l2_ways, false, sizeof(struct slot), t->generation) ||
+	    store_create(&t->l2, heap, config->l2_entries, config->l2_ways, false, sizeof(struct slot), t->generation) ||
 	    psc_create(t, config)) {
 		tlb_destroy(t);
 		return NULL;
@@ -28,15 +27,20 @@ struct tlb *tlb_create(const struct machine_config *config)
 	return t;
 }
 
+struct tlb *tlb_create(const struct machine_config *config)
+{
+	return tlb_create_in(NULL, config);
+}
+
 void tlb_destroy(struct tlb *t)
 {
 	if (!t)
 		return;
 	store_destroy(&t->l2);
 	psc_destroy(t);
-	free(t->dropped_by_vm);
-	free(t->dropped_epoch);
-	free(t);
+	heap_free(t->heap, t->dropped_by_vm);
+	heap_free(t->heap, t->dropped_epoch);
+	heap_free(t->heap, t);
 }
 
 static uint64_t l1_key(const struct tlb *t, uint32_t index, uint64_t page)

@@ -150,6 +150,10 @@ uint32_t tlb_contexts(struct tlb *t);
 int tlb_l1_probe(struct tlb *t, uint64_t page, uint32_t *hfn, uint32_t *right);
 /* end api */
 
+struct heap;
+/* tlb_create() with memory from a machine's heap (heap.h). */
+struct tlb *tlb_create_in(struct heap *heap, const struct machine_config *config);
+
 /* First level: 64 entries, 16 sets of 4 ways, always in 4 KiB pieces, keyed by the current context.
  * Inline because every guest access goes through it.  A key is context(11) << 51 | generation(15) <<
  * 36 | page(36); 0 is empty, since no generation is 0.

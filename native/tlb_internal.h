@@ -81,6 +81,7 @@ struct tlb {
 	uint64_t *dropped_epoch;  /* flush epoch that dropped_by_vm[vm] is of */
 	uint64_t epoch;
 	uint32_t vms;
+	struct heap *heap;
 };
 
 static inline struct slot *slot_of(const struct tlb *t, uint32_t cell)

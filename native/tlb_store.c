@@ -5,9 +5,9 @@
  * Unbounded: open addressing that doubles; a cell is never emptied, since an id keeps its one slot for its next
  * mapping.
  */
-#include <stdlib.h>
 #include <string.h>
 
+#include "heap.h"
 #include "tlb_internal.h"
 
 enum { FIRST_CELLS = 1024, WAYS_MAX = 64 };
@@ -21,13 +21,10 @@ static uint64_t mix(uint64_t x)
 	return x ^ x >> 33;
 }
 
-/* Zeroed, on a cache line of its own: what belongs to a set does not straddle two lines more than it must. */
-static void *array(size_t n, size_t size)
+/* On a cache line of its own: what belongs to a set does not straddle two lines more than it must. */
+static void *array(const struct store *s, size_t n, size_t size)
 {
-	size_t bytes = (n * size + CACHELINE - 1) / CACHELINE * CACHELINE;
-	void *memory = aligned_alloc(CACHELINE, bytes);
-
-	return memory ? memset(memory, 0, bytes) : NULL;
+	return heap_zalloc_lines(s->heap, n, size);
 }
 
 static bool create_sets(struct store *s, uint32_t entries, uint32_t ways, bool few)
@@ -41,8 +38,8 @@ static bool create_sets(struct store *s, uint32_t entries, uint32_t ways, bool f
 	s->set_mask = s->sets & (s->sets - 1) ? 0 : s->sets - 1;
 	s->set_bits = (uint8_t)__builtin_ctz(s->sets);
 	s->cell_count = s->slots = s->sets << s->way_bits;
-	s->tags = array(s->cell_count, sizeof(*s->tags));
-	s->set = array(s->sets, sizeof(*s->set));
+	s->tags = array(s, s->cell_count, sizeof(*s->tags));
+	s->set = array(s, s->sets, sizeof(*s->set));
 	s->deaths = 1; /* no set is clean */
 	s->beyond = UINT64_MAX << (s->ways - 1) << 1;
 	for (uint32_t i = 0; s->set && i < s->sets; i++)
@@ -53,29 +50,30 @@ static bool create_sets(struct store *s, uint32_t entries, uint32_t ways, bool f
 static bool create_table(struct store *s)
 {
 	s->cell_count = s->slots = FIRST_CELLS;
-	s->slot = array(s->cell_count, sizeof(*s->slot));
+	s->slot = array(s, s->cell_count, sizeof(*s->slot));
 	return s->slot;
 }
 
-int store_create(struct store *s, uint32_t entries, uint32_t ways, bool few, size_t payload_size,
+int store_create(struct store *s, struct heap *heap, uint32_t entries, uint32_t ways, bool few, size_t payload_size,
 		 const uint16_t *generation)
 {
+	s->heap = heap;
 	s->generation = generation;
 	s->payload_size = (uint32_t)payload_size;
 	if (!(entries ? create_sets(s, entries, ways, few) : create_table(s)))
 		return MACHINE_NOMEM;
-	s->key = array(s->cell_count, sizeof(*s->key));
-	s->payload = array(s->slots, payload_size);
+	s->key = array(s, s->cell_count, sizeof(*s->key));
+	s->payload = array(s, s->slots, payload_size);
 	return s->key && s->payload ? 0 : MACHINE_NOMEM;
 }
 
 void store_destroy(struct store *s)
 {
-	free(s->key);
-	free(s->tags);
-	free(s->set);
-	free(s->slot);
-	free(s->payload);
+	heap_free(s->heap, s->key);
+	heap_free(s->heap, s->tags);
+	heap_free(s->heap, s->set);
+	heap_free(s->heap, s->slot);
+	heap_free(s->heap, s->payload);
 }
 
 /* The cell that holds the id, or the empty one where it belongs. */
@@ -125,11 +123,11 @@ static int grow_cells(struct store *s)
 	if (old.cell_count > UINT32_MAX / 4)
 		return MACHINE_NOMEM;
 	s->cell_count *= 2;
-	s->key = array(s->cell_count, sizeof(*s->key));
-	s->slot = array(s->cell_count, sizeof(*s->slot));
+	s->key = array(s, s->cell_count, sizeof(*s->key));
+	s->slot = array(s, s->cell_count, sizeof(*s->slot));
 	if (!s->key || !s->slot) {
-		free(s->key);
-		free(s->slot);
+		heap_free(s->heap, s->key);
+		heap_free(s->heap, s->slot);
 		*s = old;
 		return MACHINE_NOMEM;
 	}
@@ -142,19 +140,19 @@ static int grow_cells(struct store *s)
 		s->key[cell] = old.key[i];
 		s->slot[cell] = old.slot[i];
 	}
-	free(old.key);
-	free(old.slot);
+	heap_free(s->heap, old.key);
+	heap_free(s->heap, old.slot);
 	return 0;
 }
 
 static int grow_payload(struct store *s)
 {
-	void *payload = array((size_t)s->slots * 2, s->payload_size);
+	void *payload = array(s, (size_t)s->slots * 2, s->payload_size);
 
 	if (!payload)
 		return MACHINE_NOMEM;
 	memcpy(payload, s->payload, (size_t)s->slots * s->payload_size);
-	free(s->payload);
+	heap_free(s->heap, s->payload);
 	s->payload = payload;
 	s->slots *= 2;
 	return 0;

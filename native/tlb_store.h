@@ -54,6 +54,7 @@ struct store {
 	uint32_t used;   /* unbounded: cells in use, and next free slot */
 	uint32_t slots;  /* payloads allocated */
 	const uint16_t *generation; /* by context: what a live key holds */
+	struct heap *heap;
 };
 
 static inline uint64_t mapping_id(uint32_t size, uint64_t page, uint32_t context)
@@ -102,7 +103,7 @@ static inline void cell_mark_dead(struct store *s, uint32_t cell)
 }
 
 /* few: compiled for stores of FEW_WAYS at most. */
-int store_create(struct store *s, uint32_t entries, uint32_t ways, bool few, size_t payload_size,
+int store_create(struct store *s, struct heap *heap, uint32_t entries, uint32_t ways, bool few, size_t payload_size,
 		 const uint16_t *generation);
 void store_destroy(struct store *s);
 /* Make every mapping of a context dead, by a scan. */

@@ -57,13 +57,13 @@ static void vm_empty(struct machine *m, struct vm *vm)
 	if (vm->mm)
 		mm_destroy(m, vm);
 	if (vm->ledger)
-		ledger_destroy(vm);
+		ledger_destroy(m, vm);
 	vm->mm = NULL;
 	vm->ledger = NULL;
 	if (vm->srcu.queue.mask)
-		srcu_fini(&vm->srcu);
+		srcu_fini(&vm->srcu, m);
 	if (vm->mmu_lock.readers)
-		mmu_lock_fini(&vm->mmu_lock);
+		mmu_lock_fini(&vm->mmu_lock, m);
 }
 
 static int vm_fill(struct machine *m, struct vm *vm)
@@ -226,7 +226,7 @@ void vcpu_destroy(struct machine *m, uint32_t vcpu)
 	if (vcpu >= m->config.vcpus || !slot_is_live(&m->vcpus[vcpu].live))
 		return;
 	slot_set(&m->vcpus[vcpu].live, SLOT_BUSY);
-	guest_destroy(&m->vcpus[vcpu]);
+	guest_destroy(m, &m->vcpus[vcpu]);
 	m->vcpus[vcpu].guest = NULL;
 	slot_set(&m->vcpus[vcpu].live, SLOT_FREE);
 }

@@ -1,7 +1,6 @@
 /* Sets of CPUs that wait for the same: whoever makes it true wakes them all.  See cpu.h. */
-#include <stdlib.h>
-
 #include "cpu.h"
+#include "heap.h"
 
 /* P1 of cpu.h, from both sides. */
 #define SEQ_CST memory_order_seq_cst
@@ -9,13 +8,13 @@
 int waiters_init(struct waiters *waiters, const struct machine *m)
 {
 	waiters->words = (m->cpu_count + 63) / 64;
-	waiters->mask = calloc(waiters->words, sizeof(*waiters->mask));
+	waiters->mask = heap_zalloc(m->heap, waiters->words, sizeof(*waiters->mask));
 	return waiters->mask ? 0 : MACHINE_NOMEM;
 }
 
-void waiters_fini(struct waiters *waiters)
+void waiters_fini(struct waiters *waiters, const struct machine *m)
 {
-	free(waiters->mask);
+	heap_free(m->heap, waiters->mask);
 	waiters->mask = NULL;
 }
 
