@@ -66,6 +66,7 @@ struct tdp_removal {
 	uint32_t shared;     /* mmu_lock held for read: others may be in the table */
 	uint32_t freeze;     /* 1; 0: empty entries stay behind, in which others may install something */
 	uint32_t recurse;    /* 1; 0: the tables below are left alone, and lost */
+	uint32_t single;     /* 0; 1: a step ends after the first entry that mapped something, however many were empty */
 	uint32_t top;        /* level of the first table's entries */
 	uint32_t level;      /* of the entries in work; 0: done */
 	uint32_t table[6];   /* by level, from top down */
@@ -121,10 +122,12 @@ struct tdp_chunk {
 	uint64_t next_gfn;  /* in: where to start; out: where to go on (past what TDP_FIND_* found) */
 	uint64_t end_gfn;
 	uint64_t mask;      /* TDP_CLEAR_DIRTY: bit i is gfn next_gfn + i; shifted along with next_gfn */
+	uint64_t most_changed; /* a call ends after so many changes; 0: no such limit */
 	/* Of this call alone: */
 	uint64_t changed;   /* SPTEs changed (TDP_COUNT: leafs seen) */
 	uint64_t pages;     /* ... in 4 KiB pages, those in tables not included */
 	uint64_t flush;     /* of those, how many need a TLB flush (zapped, or W cleared) */
+	uint64_t looked_at; /* SPTEs, out of `max` */
 	uint64_t already;   /* leafs found without W; a TLB may still have them writable if MMU-writable is set */
 	uint64_t zapped;    /* next_gfn at entry, for forward progress (next_last_level_gfn != yielded_gfn) */
 	/* TDP_FIND_*, and tables that lost their link: the caller takes them apart (tdp_removal_begin) before it goes

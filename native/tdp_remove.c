@@ -109,7 +109,7 @@ int tdp_removal_step(struct machine *m, uint32_t cpu, uint32_t vm, struct tdp_re
 		if (!remove_child(m, cpu, vm, &ledger, removal, &nothing))
 			rc = MACHINE_AGAIN;
 		else /* under the write lock nobody can tell when an empty entry was passed */
-			budget -= removal->shared || !nothing;
+			budget -= removal->single ? (nothing ? 0 : budget) : removal->shared || !nothing;
 	}
 	ledger_release(&ledger);
 	count(m->cpus[cpu].counters, COUNT_SPTES_ZAPPED, removal->leafs);

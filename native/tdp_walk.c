@@ -24,6 +24,7 @@ struct tdp_iter {
 	uint64_t start;          /* next_gfn at entry */
 	uint64_t end;
 	uint64_t budget;
+	uint64_t most_changed;
 	uint64_t first_changed;
 };
 
@@ -206,6 +207,8 @@ static inline __attribute__((always_inline)) enum step walk_table(struct tdp_ite
 			step = visit(it, sptep, gfn & ~(pages - 1), spte, pages, walk);
 			if (step == STEP_RETRY)
 				continue;
+			if (it->c->changed >= it->most_changed)
+				step = STEP_STOP;
 		} else if (is_frozen_spte(spte) && waits_for_frozen(it, walk)) {
 			end = STEP_FROZEN;
 			break;
@@ -357,6 +360,7 @@ static void chunk_begin(struct tdp_iter *it, struct tdp_chunk *c)
 	c->changed = c->pages = c->flush = c->already = 0;
 	c->found_level = 0;
 	c->zapped = c->next_gfn;
+	it->most_changed = c->most_changed && c->walk != TDP_COUNT ? c->most_changed : UINT64_MAX;
 	it->min_level = min_level_of(c);
 	it->gfn = it->start = c->next_gfn;
 	it->end = c->end_gfn < limit ? c->end_gfn : limit;
@@ -388,6 +392,7 @@ int tdp_walk_chunk(struct machine *m, uint32_t cpu, uint32_t vm, struct tdp_chun
 	if (it.gfn < it.end)
 		walk_range(&it);
 	chunk_end(&it, chunk);
+	chunk->looked_at = (max ? max : 1) - it.budget;
 	account(&it);
 	return 0;
 }

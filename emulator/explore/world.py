@@ -23,6 +23,7 @@ class ExploredWorld(World):
     between any two operations."""
 
     control: Control | None = None
+    single = True  # one SPTE changes in a step
 
     def _run_sequence(self, sequence: list[tuple[LitmusThread, tuple[Op, ...]]]) -> None:
         for thread, ops in sequence:
@@ -33,7 +34,7 @@ class ExploredWorld(World):
     def teardown(self) -> None:
         """Nobody else runs: in large strides."""
         for kvm in self.kvms:
-            kvm.params = replace(kvm.params, chunk=1 << 16, resched_chunks=0)
+            kvm.params = replace(kvm.params, chunk=1 << 16, resched_chunks=0, single=False)
         super().teardown()
 
     def wait_progress(self, cpu: Cpu, thread: int, n: int) -> None:

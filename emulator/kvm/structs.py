@@ -38,7 +38,8 @@ class KvmParams:
     """Module parameters and sizes that are no decision points.
 
     fault_around: pages that one fault maps at most; real KVM maps one (0 or 1).
-    chunk: SPTEs per native call; 1 gives every step to the scheduler of `explore`.
+    chunk: SPTEs per native call.
+    single: and never more than one change; so explored steps change one SPTE each.
     resched_chunks: need_resched() for iterators: true after so many chunks; 0: never.
     eager_page_split: as the module parameter.
     eptad: kvm_intel.eptad; without A/D bits in EPT, aging takes an SPTE's permissions to see the next access.
@@ -48,6 +49,7 @@ class KvmParams:
 
     fault_around: int = 16
     chunk: int = 32
+    single: bool = False
     resched_chunks: int = 16
     eager_page_split: bool = True
     eptad: bool = True

@@ -34,7 +34,7 @@ class TdpIter:
     After a yield nothing has to be restarted by hand: the next step walks down from the root again.
     """
 
-    __slots__ = ("chunk", "chunks_since_yield", "reason", "root", "shared", "yielded_gfn")
+    __slots__ = ("chunk", "chunks_since_yield", "looked_at", "reason", "root", "shared", "yielded_gfn")
 
     def __init__(
         self,
@@ -52,6 +52,7 @@ class TdpIter:
         self.shared = shared
         self.reason = reason  # what a flush at a yield is for
         self.chunks_since_yield = 0
+        self.looked_at = 0  # SPTEs of a chunk that is not complete
         self.yielded_gfn = start
         self.chunk = ffi.new("struct tdp_chunk *")
         chunk = self.chunk
@@ -74,15 +75,18 @@ class TdpIter:
         return int(self.chunk.next_gfn)
 
     def step(self, cpu: Cpu, kvm: Kvm) -> int:
-        """Up to params.chunk SPTEs; returns how many of them changed.
+        """Up to params.chunk SPTEs, or up to the first that changes; returns how many of them changed.
 
         A frozen SPTE in the way ends the step early; the next one looks again.
         """
         cpu.point("sptes", (self.root.hfn, self.chunk.next_gfn), "write")
-        rc = lib.tdp_walk_chunk(cpu.m, cpu.id, kvm.id, self.chunk, kvm.params.chunk)
-        if rc < 0 and rc != lib.MACHINE_AGAIN:
-            cpu.fail(rc)
-        self.chunks_since_yield += 1
+        most = kvm.params.chunk - self.looked_at
+        self.chunk.most_changed = kvm.params.single
+        cpu.check(lib.tdp_walk_chunk(cpu.m, cpu.id, kvm.id, self.chunk, most))
+        self.looked_at += self.chunk.looked_at
+        if not kvm.params.single or self.chunk.done or self.looked_at >= kvm.params.chunk:
+            self.chunks_since_yield += 1
+            self.looked_at = 0
         return int(self.chunk.changed)
 
     def found(self) -> Entry | None:
@@ -136,7 +140,7 @@ def tdp_mmu_iter_cond_resched(cpu: Cpu, kvm: Kvm, it: TdpIter, flush: bool) -> b
     cpu.event(lib.EVENT_YIELD, kvm.id, flush and order != "no-flush", kvm.id)
     kvm.mmu_lock.cond_resched(cpu)
     rcu_enter(cpu)
-    it.chunks_since_yield = 0
+    it.chunks_since_yield = it.looked_at = 0
     it.yielded_gfn = it.next_last_level_gfn
     if "B6" in kvm.policy.bugs:  # the iterator is restarted, and then advanced
         it.skip()

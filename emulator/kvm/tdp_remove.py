@@ -34,8 +34,9 @@ def handle_removed_pt(
     )
     if "P14" in kvm.policy.bugs:
         removal.freeze = 0
+    removal.single = kvm.params.single
     # A table a call: what others could see in between is what they see of a real CPU at work.
-    most = 1 if kvm.params.chunk == 1 else PTES_PER_TABLE
+    most = 1 if kvm.params.chunk == 1 and not kvm.params.single else PTES_PER_TABLE
     while removal.level:
         cpu.point("spte", (removal.table[removal.level], removal.index[removal.level]), "write")
         rc = lib.tdp_removal_step(cpu.m, cpu.id, kvm.id, removal, most)

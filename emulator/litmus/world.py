@@ -244,6 +244,8 @@ class PcpuLock:
 class World:
     """A test on a machine."""
 
+    single = False  # KvmParams.single
+
     def __init__(self, test: LitmusTest, policy: Policy, machine: Machine) -> None:
         self.test = test
         self.policy = policy
@@ -300,6 +302,7 @@ class World:
         params = KvmParams(
             fault_around=0,
             chunk=section.chunk,
+            single=self.single,
             resched_chunks=section.resched_chunks,
             eager_page_split=section.eager_page_split,
             tdp_level=max(section.tdp_levels, default=4),

@@ -182,6 +182,16 @@ def test_removal_goes_entry_by_entry(rig: Rig) -> None:
     assert seen == [(1, 0), (0, 0), (1, 0), *[(0, 0)] * 508, (0, table)]
 
 
+def test_removal_by_single_changes(rig: Rig) -> None:
+    table, removal = unlinked(rig, 0, 2)
+    removal.single = 1
+    seen = []
+    while removal.level:
+        assert lib.tdp_removal_step(rig.m, CPU, 0, removal, 512) == 0
+        seen.append((removal.leafs, removal.page))
+    assert seen == [(1, 0), (1, 0), (0, table)]
+
+
 def test_removal_stops_at_what_somebody_else_has_frozen(rig: Rig) -> None:
     table, removal = unlinked(rig, 0, 2)
     rig.set(table, 1, 1, lib.FROZEN_SPTE)
@@ -336,6 +346,24 @@ def test_write_protection_of_huge_pages_only(rig: Rig) -> None:
     chunk = rig.step(rig.chunk(lib.TDP_WRPROT, level=2))
     assert (chunk.changed, chunk.pages) == (1, 512)
     assert (rig.right(5), rig.right(HUGE_GFN)) == (3, 1)
+
+
+@pytest.mark.parametrize("walk", [lib.TDP_ZAP_LEAFS, lib.TDP_WRPROT])
+def test_a_walk_by_single_changes(rig: Rig, walk: int) -> None:
+    for gfn in (3, 4, 700):
+        map_page(rig, gfn)
+    chunk = rig.chunk(walk, most_changed=1)
+    seen = []
+    while not chunk.done:
+        rig.step(chunk)
+        seen.append((chunk.changed, chunk.next_gfn))
+    assert seen == [(1, 4), (1, 5), (1, 701), (0, rig.gfns)]
+
+
+def test_sptes_looked_at_are_counted(rig: Rig) -> None:
+    map_page(rig, 3)
+    chunk = rig.chunk(lib.TDP_ZAP_LEAFS, 0, 100, most_changed=1)
+    assert [rig.step(chunk).looked_at for _ in range(2)] == [4, 96]
 
 
 @pytest.mark.parametrize("most", [1, 7, 1000])

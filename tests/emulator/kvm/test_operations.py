@@ -90,8 +90,9 @@ def test_unmap_flushes_once_if_something_was_mapped(rig: Rig) -> None:
     assert flushes(counts) == {}
 
 
-def test_unmap_flushes_once_more_per_yield_with_a_flush_pending(rig: Rig) -> None:
-    kvm = rig.vm(chunk=32, resched_chunks=1)
+@pytest.mark.parametrize("single", [False, True])
+def test_unmap_flushes_once_more_per_yield_with_a_flush_pending(rig: Rig, single: bool) -> None:
+    kvm = rig.vm(chunk=32, single=single, resched_chunks=1)
     guests = two_guests(rig, kvm, 5, 100)
     with rig.counting(kvm) as counts:
         rig.unmap(kvm, 0, 128)
