@@ -123,6 +123,10 @@ def _frame_kind(control: Control, args: Args, result: Any) -> tuple[int, int]:
 
 EPT: Template = ("ept",)
 CUSTODY: Template = ("custody",)
+# kvm->mmu_invalidate_seq; mmu_invalidate_in_progress with its range.  A fault's first sample is of seq alone, so
+# the begin of an invalidation does not concern it.
+SEQ: Template = ("mmu_invalidate_seq", 1)
+IN_PROGRESS: Template = ("mmu_invalidate_in_progress", 1)
 _MM: tuple[Template, ...] = (("mm", 2), ("frames", "guest"), CUSTODY, ("memory", 2))
 _ANY_TABLE: tuple[Template, ...] = (("frames", "root"), ("frames", "table"))
 
@@ -152,12 +156,12 @@ FOOTPRINTS: dict[str, Footprint] = {
     "ept_table_free_rcu": Footprint(writes=(("callbacks",),), kind="call_rcu"),
     "tdp_mmu_make_split_table": Footprint(writes=(("frames", "table"),), kind="table"),
     # mmu_invalidate_seq
-    "mmu_invalidate_begin": Footprint(writes=(("invalidate", 1),), kind="mmu_invalidate_seq"),
-    "mmu_invalidate_range_add": Footprint(writes=(("invalidate", 1),), step=False),
-    "mmu_invalidate_end": Footprint(writes=(("invalidate", 1),), kind="mmu_invalidate_seq"),
-    "mmu_invalidate_seq": Footprint(reads=(("invalidate", 1),), kind="mmu_invalidate_seq"),
-    "mmu_invalidate_retry_gfn": Footprint(reads=(("invalidate", 1),), kind="mmu_invalidate_seq"),
-    "mmu_invalidate_retry_range": Footprint(reads=(("invalidate", 1),), kind="mmu_invalidate_seq"),
+    "mmu_invalidate_begin": Footprint(writes=(IN_PROGRESS,), kind="mmu_invalidate_seq"),
+    "mmu_invalidate_range_add": Footprint(writes=(IN_PROGRESS,), step=False),
+    "mmu_invalidate_end": Footprint(writes=(SEQ, IN_PROGRESS), kind="mmu_invalidate_seq"),
+    "mmu_invalidate_seq": Footprint(reads=(SEQ,), kind="mmu_invalidate_seq"),
+    "mmu_invalidate_retry_gfn": Footprint(reads=(SEQ, IN_PROGRESS), kind="mmu_invalidate_seq"),
+    "mmu_invalidate_retry_range": Footprint(reads=(SEQ, IN_PROGRESS), kind="mmu_invalidate_seq"),
     # the host's memory
     "mm_fault_range": Footprint(reads=(CUSTODY,), writes=(("mm", 2), ("frames", "guest")), kind="mm"),
     "mm_unmap": Footprint(writes=_MM, kind="mm"),
