@@ -19,6 +19,7 @@ from bench.errors import BenchFailed
 from bench.idle import idle
 from bench.job import job
 from bench.machine import facts, load, usable_cores
+from bench.reduction import reduction
 from bench.report import Report
 from bench.toolchain import Toolchain
 from bench.zap import zap_flushes
@@ -32,6 +33,7 @@ BENCHMARKS = (
     Benchmark("idle", "broadcast to idle pCPUs, their boot and stop", idle),
     Benchmark("spte", "map and zap per SPTE", programs.spte),
     Benchmark("zap_flushes", "1 GiB of 4K mappings goes: flushes by policy", zap_flushes),
+    Benchmark("reduction", "explore with and without partial-order reduction", reduction),
     Benchmark("flush", "flushes as the TLB grows", programs.flush),
     Benchmark("lookup", "the first-level look-up and its rivals", programs.lookup),
     Benchmark("rcu", "read sections and callbacks", programs.rcu),

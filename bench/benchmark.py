@@ -29,6 +29,8 @@ class Sizes:
     rcu_callbacks: int
     # Page tables of the range that is zapped.
     zap_tables: int
+    # Most executions of a search.
+    executions: int
 
 
 FULL = Sizes(
@@ -42,6 +44,7 @@ FULL = Sizes(
     tlb_entries=1_000_000,
     rcu_callbacks=1_000_000,
     zap_tables=512,
+    executions=20_000,
 )
 QUICK = Sizes(
     repeats=2,
@@ -54,6 +57,7 @@ QUICK = Sizes(
     tlb_entries=10_000,
     rcu_callbacks=1000,
     zap_tables=4,
+    executions=40,
 )
 
 

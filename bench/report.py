@@ -45,6 +45,12 @@ class Report:
             console.print(f"{name}: FAILED: {text}", style="bold red", markup=False)
 
 
+def _better(figure: Figure) -> str:
+    if figure.ratio_of == "value/reference":
+        return ""
+    return " fewer" if figure.unit == "executions" else " quicker"
+
+
 def _table(report: Report) -> Table:
     table = Table(box=None, pad_edge=False)
     table.add_column("figure, and its reference")
@@ -64,7 +70,7 @@ def _table(report: Report) -> Table:
             f"{figure.name}\n  [dim]{figure.reference_name}[/]",
             f"{short(figure.value)} {figure.unit}",
             f"{short(figure.reference)} {figure.unit}",
-            f"{short(figure.ratio)}×" + (" quicker" if figure.ratio_of == "reference/value" else ""),
+            f"{short(figure.ratio)}×{_better(figure)}",
             f"{short(ratios[0])} … {short(ratios[-1])}",
             figure.wanted.replace("<=", "≤").replace(">=", "≥").replace(" and ", ",\n"),
             _met(figure, report.quick),
