@@ -101,6 +101,8 @@ static bool concerns(const struct violation_report *r, const struct event *e)
 		return e->cpu == r->cpu || e->cpu == r->promise_cpu;
 	case EVENT_IPI:
 		return e->cpu == r->promise_cpu || e->more == IPI_INVEPT_SINGLE || e->more == IPI_INVEPT_GLOBAL;
+	case EVENT_SPECULATE:
+		return e->cpu == r->cpu && e->b == r->entry.page;
 	case EVENT_GUEST_INVALIDATE:
 		return e->a == r->vcpu && (e->b == r->entry.page || e->b == UINT64_MAX);
 	default:

@@ -109,8 +109,11 @@ enum event_kind {
 	EVENT_GUEST_INVALIDATE, /* vcpu, linear page, UINT64_MAX: all */
 	EVENT_YIELD,     /* vm, flushed */
 	EVENT_UNLOAD,    /* VMCLEAR by IPI: vcpu */
+	EVENT_SPECULATE, /* a translation filled without an access: vcpu, linear page (gfn without paging) */
+	EVENT_EVICT,     /* cached mappings that no flush took: page, or how many; enum evicted */
 	EVENTS
 };
+enum evicted { EVICT_PAGE, EVICT_TABLES, EVICT_PHYSICAL };
 
 struct event {
 	uint64_t time;

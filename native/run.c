@@ -256,10 +256,15 @@ int guest_step(struct machine *m, uint32_t cpu)
 int guest_speculate(struct machine *m, uint32_t cpu, uint64_t linear)
 {
 	const struct run *run = m->cpus[cpu].stepped;
+	const struct vcpu *v;
 
 	if (!run || !run->inside)
 		return cpu_misuse(m, cpu, "speculation on CPU %u outside guest mode", cpu);
-	return walk_speculatively(&run->walk, linear);
+	if (!walk_speculatively(&run->walk, linear))
+		return 0;
+	v = run->walk.vcpu;
+	event_record(m, cpu, event_of(v->vm, EVENT_SPECULATE), v->id, linear >> 12 & GUEST_PAGE_MASK);
+	return 1;
 }
 
 int guest_leave(struct machine *m, uint32_t cpu, uint32_t reason)

@@ -127,6 +127,14 @@ def _what(e: Event) -> str:
     return "all its pages" if e.b == WHOLE else f"page {e.b:#x}"
 
 
+def _evicted(e: Event) -> str:
+    what = {
+        lib.EVICT_TABLES: "the paging-structure caches",
+        lib.EVICT_PHYSICAL: "the guest-physical mappings",
+    }.get(e.b, f"the translation of page {e.a:#x}")
+    return f"evicts {what}"
+
+
 _TEXTS: dict[str, Callable[[Event], str]] = {
     "entry": lambda e: f"VM entry of vCPU {e.a}, root {e.b:#x}",
     "exit": lambda e: f"VM exit of vCPU {e.a}: {name_of(EXIT_REASONS, e.b)}",
@@ -143,6 +151,8 @@ _TEXTS: dict[str, Callable[[Event], str]] = {
     "root_load": lambda e: f"vCPU {e.a} loads root {e.b:#x}",
     "root_free": lambda e: f"root {e.a:#x} freed",
     "guest_invalidate": lambda e: f"guest of vCPU {e.a} invalidates {_what(e)}",
+    "speculate": lambda e: f"speculative fill of page {e.b:#x} for vCPU {e.a}",
+    "evict": _evicted,
     "unload": lambda e: f"VMCLEAR of vCPU {e.a}, which is loaded elsewhere",
     "yield": lambda e: f"zap of VM {e.a} yields, {'flushed' if e.b else 'not flushed'}",
 }

@@ -89,6 +89,8 @@ _PHRASES: dict[str, Callable[[Event, Facts], list[str]]] = {
     "root_load": lambda e, f: [f"kvm_mmu_load(v{e.a})", f"root {e.b:#x}"],
     "root_free": lambda e, f: [f"root {e.a:#x} is freed"],
     "guest_invalidate": _guest_invalidate,
+    "speculate": lambda e, f: [f"speculative fill of page {e.b:#x}", "no access asked for it"],
+    "evict": lambda e, f: [e.describe()],
     "unload": lambda e, f: [f"VMCLEAR v{e.a}"],
     "yield": lambda e, f: ["yields mmu_lock", "flushed" if e.b else "not flushed"],
 }
