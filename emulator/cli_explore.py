@@ -31,6 +31,10 @@ EXPLORE_HELP = (
     "exhaustive strategy tries few preemptions first and ends when everything is covered or --executions "
     "are done; what it says then is what it covered. pct and random sample. All verdicts are about "
     "sequentially consistent interleavings.\n\n"
+    "What the architecture leaves to the processor becomes a choice of the scheduler, too, if asked for: a "
+    "TLB may drop any cached mapping at any time (--adversary evict), and in guest mode it may fetch "
+    "translations of the guests' pages that no access needs (--adversary speculate). Verdicts then say how "
+    "many of these an execution has at most.\n\n"
     "A counterexample is as short as it could be made; --output keeps it for --replay and for `flushlab "
     "explain`. The exit status is 1 if there is a violation or a deadlock."
 )
@@ -86,6 +90,13 @@ def explore(
         int | None,
         typer.Option(min=1, max=MAX_JOBS, help="Processes; as many as there are cores if not given."),
     ] = None,
+    adversary: Annotated[
+        list[str] | None,
+        typer.Option(metavar="A", help="evict or speculate: what TLBs may do of their own; repeatable."),
+    ] = None,
+    adversary_budget: Annotated[
+        int, typer.Option(min=1, max=100, metavar="N", help="... and how often each in one execution.")
+    ] = 1,
     output: Annotated[
         Path | None, typer.Option(metavar="DIR", help="Write counterexamples there, a file each.")
     ] = None,
@@ -98,6 +109,7 @@ def explore(
 ) -> None:
     """Explore litmus tests: every interleaving, proved or refuted."""
     # Imported late: help and bad usage need no engine.
+    from emulator.explore.choices import Choices
     from emulator.explore.suite import Work, explore_suite
     from emulator.explore.verdict import STRATEGIES, Plan
     from emulator.litmus.loader import load_tests
@@ -112,7 +124,8 @@ def explore(
     names = list(dict.fromkeys(policy or [DEFAULT]))
     for name in names:
         named_policy(name)
-    plan = Plan(strategy, executions, bound, seed=seed, depth=depth)
+    choices = Choices.given(adversary or [], adversary_budget)
+    plan = Plan(strategy, executions, bound, seed=seed, depth=depth, choices=choices)
     work = [Work(test, name, plan, seconds) for test in tests for name in names]
     started = time.monotonic()
     verdicts = []

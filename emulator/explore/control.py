@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Hashable
 from functools import partial
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from emulator.explore.audit import Audit
 from emulator.explore.objects import Objects
@@ -17,6 +17,9 @@ from emulator.explore.scheduler import Execution
 from emulator.locks import SpinLock
 from emulator.runtime import Cpu, Machine, MachineMisuse, Mode
 from native import ffi, lib
+
+if TYPE_CHECKING:
+    from emulator.explore.adversary import Adversary
 
 # Points of KVM's code whose access is a native call right behind them, which is a step itself.
 _COVERED = frozenset(
@@ -90,6 +93,8 @@ class Control:
         self.vm_of_vcpu: dict[int, int] = {}
         self.paging: frozenset[int] = frozenset()  # VMs whose guests have page tables
         self.programs: dict[int, Any] = {}  # what each vCPU's guest executes
+        self.adversary: Adversary | None = None
+        self.library: Callable[[Control], Any] | None = None  # instead of the usual ControlledLib
         self._counters = ffi.new("uint64_t[]", lib.COUNTERS)
         self._violations = ffi.new("uint64_t[]", lib.VIOLATIONS)
         self._violations_now: Any = ffi.buffer(self._violations)

@@ -48,7 +48,7 @@ def installed(control: Control) -> Iterator[None]:
     """Explored code calls this library, and its ordering points tell `control`."""
     modules = instrumented_modules()
     originals = [module.__dict__["lib"] for module in modules]
-    controlled = ControlledLib(control)
+    controlled = (control.library or ControlledLib)(control)
     control.machine.install(control.point)
     for module in modules:
         module.__dict__["lib"] = controlled

@@ -11,6 +11,7 @@ from typing import Any
 
 from emulator.errors import BadInput
 from emulator.explain.events import EventTail
+from emulator.explore.choices import NONE, Choices
 from emulator.explore.controlled import installed
 from emulator.explore.sampling import Replay
 from emulator.explore.scheduler import Divergence, Execution, Task
@@ -38,13 +39,15 @@ class Recording:
     actors: dict[str, str]
     violation: dict[str, Any] | None
     kinds: tuple[str, ...] = field(default=())
+    choices: Choices = field(default=NONE)
 
     def document(self) -> dict[str, Any]:
         return {
             "format": FORMAT,
             "test": self.test,
             "policy": self.policy,
-            "memory": "sequentially consistent",
+            "memory": self.choices.memory,
+            **self.choices.document(),
             "context_switches": sum(a != b for a, b in zip(self.schedule, self.schedule[1:], strict=False)),
             "schedule": self.schedule,
             "actors": self.actors,
@@ -155,6 +158,7 @@ def record(program: LitmusProgram, schedule: tuple[int, ...]) -> Recording:
         actors=actors,
         violation=violation,
         kinds=tuple(violation["kinds"]) if violation else (),
+        choices=program.choices,
     )
 
 
@@ -192,7 +196,11 @@ def replay(path: Path) -> Recording:
     """Run a recorded execution again; raises Divergence if it is not the same, step for step."""
     document = load(path)
     test = parse_test(document["source"], document["test"], None)
-    program = LitmusProgram(test, named_policy(document["policy"]))
+    try:
+        choices = Choices.of(document)
+    except ValueError as error:
+        raise BadInput(str(path), str(error), _EXPECTED) from error
+    program = LitmusProgram(test, named_policy(document["policy"]), choices)
     try:
         with installed(program.control):
             names = program.task_names()

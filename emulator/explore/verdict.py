@@ -12,6 +12,7 @@ from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any
 
+from emulator.explore.choices import NONE, Choices
 from emulator.explore.controlled import installed
 from emulator.explore.dpor import Exhaustive
 from emulator.explore.minimize import minimized
@@ -28,7 +29,6 @@ BOUNDED = "safe up to a bound"
 UNFINISHED = "nothing found"
 
 STRATEGIES = ("exhaustive", "pct", "random")
-CONSISTENCY = "sequentially consistent"
 # Executions of each kind that the exhaustive strategy begins with.
 PROBES = 200
 # A program with no more executions than so many is done at once.
@@ -47,6 +47,7 @@ class Plan:
     seed: int = 0
     depth: int = 3
     minimize: bool = True
+    choices: Choices = NONE
 
 
 @dataclass(slots=True)
@@ -76,7 +77,8 @@ class Verdict:
             "policy": self.policy,
             "verdict": self.verdict,
             "violations": list(self.kinds),
-            "memory": CONSISTENCY,
+            "memory": self.plan.choices.memory,
+            **self.plan.choices.document(),
             "strategy": self.plan.strategy,
             "seed": self.plan.seed,
             "complete": self.complete,
@@ -92,6 +94,9 @@ class Verdict:
 
     def summary(self) -> str:
         """One line: what the tool is entitled to say."""
+        return ", ".join(filter(None, [self._found(), self.plan.choices.describe()]))
+
+    def _found(self) -> str:
         n = f"{self.executions:,} interleavings"
         if self.verdict == VIOLATIONS:
             return f"{', '.join(self.kinds)} after {n}"
@@ -112,7 +117,7 @@ def explore_verdict(
     """Explore one test under one policy.  `stop` is asked between executions; with it results depend on
     time."""
     plan = plan or Plan()
-    program = LitmusProgram(test, policy)
+    program = LitmusProgram(test, policy, plan.choices)
     verdict = Verdict(test.name, policy.name, plan)
     try:
         with installed(program.control):

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from dataclasses import replace
 
+from emulator.explore.adversary import AdversarialLib, Adversary
+from emulator.explore.choices import NONE, Choices
 from emulator.explore.control import Control
 from emulator.explore.objects import Objects
 from emulator.explore.scheduler import Execution, Task
@@ -55,12 +57,16 @@ class ExploredWorld(World):
 class LitmusProgram:
     """One test under one policy.  Use inside `installed(program.control)`."""
 
-    def __init__(self, test: LitmusTest, policy: Policy) -> None:
+    def __init__(self, test: LitmusTest, policy: Policy, choices: Choices = NONE) -> None:
         self.test = test
         self.policy = policy
+        self.choices = choices
         self.objects = Objects()
         self.machine = Machine(machine_config(test, 0))
         self.control = Control(self.machine, self.objects)
+        if self.choices.adversary:
+            self.control.adversary = Adversary(test, self.control, self.choices)
+            self.control.library = AdversarialLib
         self._build_world()
 
     def _build_world(self) -> None:
@@ -98,6 +104,8 @@ class LitmusProgram:
             if thread.task is not None and thread.vcpu.srcu_idx >= 0:
                 control.srcu_of(thread.kvm.id).enter(task.index)
         control.spawn_daemons(execution)
+        if control.adversary is not None:
+            control.adversary.spawn(execution, world)
         control.execution = execution
         control.judge()
 
@@ -164,7 +172,9 @@ class LitmusProgram:
 
     def task_names(self) -> list[str]:
         """In the order in which they are spawned."""
-        return [*self.world.threads, *(f"irq{n}" for n in range(self.machine.pcpus)), "rcu"]
+        names = [*self.world.threads, *(f"irq{n}" for n in range(self.machine.pcpus)), "rcu"]
+        adversary = self.control.adversary
+        return names if adversary is None else [*names, *adversary.names]
 
     def cpu_of(self, task: Task) -> int:
         """The CPU that a task is on now."""
@@ -173,6 +183,8 @@ class LitmusProgram:
             return thread.cpu.id
         if task.name.startswith("irq"):
             return int(task.name.removeprefix("irq"))
+        if self.control.adversary is not None and task.name in self.control.adversary.cpu_of:
+            return self.control.adversary.cpu_of[task.name]
         return self.machine.cpus[-1].id
 
     def close(self) -> None:

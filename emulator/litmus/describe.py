@@ -29,6 +29,9 @@ def tests() -> Table:
         unsafe = [name for name, verdict in test.expect.policies.items() if isinstance(verdict, tuple)]
         if unsafe:
             what.append(f"\nunsafe: {', '.join(unsafe)}", style="dim")
+        for choice, policies in test.expect.apart().items():
+            if policies:
+                what.append(f"\nunsafe only with {choice}: {', '.join(policies)}", style="dim")
         table.add_row(test.name, str(len(test.threads)), str(test.operations), what)
     return table
 

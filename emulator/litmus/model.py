@@ -53,7 +53,11 @@ The verdict of a policy is
 `expect` names the policies for which it is not safe: a list of violation kinds means that at least one
 execution violates, and that every violation is of one of these kinds.  "inconclusive" is for a policy under
 which the danger cannot arise.  Keys are presets, mutants, or "point=alternative" (several joined by ","): the
-default policy with that changed.
+default policy with that changed.  What only `flushlab explore` with more choices of its scheduler
+can show stands apart, in the same form; anything else is expected to be as it is without them:
+
+    [expect.evict]                # --adversary evict
+    [expect.speculate]            # --adversary speculate
 
 `needs`, any of:
     averted        a flush removed an entry whose use would have been a violation, and the use came
@@ -174,17 +178,26 @@ def _verdict(value: object) -> Expected:
     raise ValueError(f'"safe", "inconclusive", or a list of violations ({kinds})')
 
 
+ByPolicy = dict[str, Annotated[Expected, BeforeValidator(_verdict)]]
+
+
 class ExpectSection(BaseModel):
     model_config = ConfigDict(frozen=True, extra="allow")
 
     needs: Annotated[tuple[Need, ...], BeforeValidator(_one_or_many)] = ("averted",)
     default: Literal["safe", "inconclusive"] = "safe"
+    evict: ByPolicy = Field(default={})
+    speculate: ByPolicy = Field(default={})
     __pydantic_extra__: dict[str, Annotated[Expected, BeforeValidator(_verdict)]] = Field(init=False)
 
     @property
     def policies(self) -> dict[str, Expected]:
         """What is not `default`: by preset, mutant, or "point=alternative[,...]"."""
         return self.__pydantic_extra__ or {}
+
+    def apart(self) -> dict[str, dict[str, Expected]]:
+        """The same with more choices of explore's scheduler, by choice."""
+        return {"evict": self.evict, "speculate": self.speculate}
 
 
 class LitmusTest(Section):

@@ -1,0 +1,70 @@
+"""What else than the order of steps is up to the scheduler, if one asks for it."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from emulator.errors import BadInput
+
+SEQUENTIALLY_CONSISTENT = "sequentially consistent"
+EVICT = "evict"
+SPECULATE = "speculate"
+ADVERSARY = (EVICT, SPECULATE)
+
+
+@dataclass(frozen=True, slots=True)
+class Choices:
+    """evict: how often in one execution some pCPU may lose a cached mapping; speculate: how often one may
+    fetch a translation that nobody asked for.  0: not at all."""
+
+    evict: int = 0
+    speculate: int = 0
+
+    @property
+    def memory(self) -> str:
+        """The memory model of KVM's own accesses."""
+        return SEQUENTIALLY_CONSISTENT
+
+    @property
+    def adversary(self) -> bool:
+        return bool(self.evict or self.speculate)
+
+    def describe(self) -> str:
+        """For a verdict: what it allows besides interleavings; "" for nothing."""
+        said = []
+        if self.evict:
+            said.append(_times(self.evict, "eviction"))
+        if self.speculate:
+            said.append(_times(self.speculate, "speculative fill"))
+        return f"with up to {' and '.join(said)}" if said else ""
+
+    def document(self) -> dict[str, Any]:
+        return {"adversary": {EVICT: self.evict, SPECULATE: self.speculate} if self.adversary else None}
+
+    @classmethod
+    def given(cls, adversary: Sequence[str], budget: int) -> Choices:
+        """From a command line; raises BadInput."""
+        for name in adversary:
+            if name not in ADVERSARY:
+                raise BadInput("--adversary", repr(name), " or ".join(ADVERSARY))
+        return cls(**dict.fromkeys(adversary, budget))
+
+    @classmethod
+    def of(cls, document: Mapping[str, Any]) -> Choices:
+        """From a document that has what `document` gave; raises ValueError."""
+        adversary = document.get("adversary") or {}
+        if not isinstance(adversary, dict):
+            raise ValueError(f"adversary {adversary!r}")
+        budgets = {name: adversary.get(name, 0) for name in ADVERSARY}
+        if not all(type(n) is int and n >= 0 for n in budgets.values()):
+            raise ValueError(f"adversary {adversary!r}")
+        return cls(**budgets)
+
+
+NONE = Choices()
+
+
+def _times(n: int, what: str) -> str:
+    return f"{n} {what}" if n == 1 else f"{n} {what}s"

@@ -1,0 +1,184 @@
+"""TLBs that drop and fetch translations of their own: what that makes reachable, and what it does not."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+
+from emulator.cli import main
+from emulator.errors import BadInput
+from emulator.explain.document import load_cases
+from emulator.explain.plot import FILL
+from emulator.explore.adversary import places
+from emulator.explore.choices import Choices
+from emulator.explore.controlled import installed
+from emulator.explore.dpor import Exhaustive
+from emulator.explore.record import load, replay
+from emulator.explore.scheduler import Execution
+from emulator.explore.search import Found, Limits, search
+from emulator.explore.verdict import SAFE, VIOLATIONS, Plan, Verdict, explore_verdict
+from emulator.explore.world import LitmusProgram
+from emulator.litmus.loader import load_test, parse_test, shipped_tests
+from emulator.litmus.model import LitmusTest
+from emulator.litmus.policies import named_policy
+from native import ffi, lib
+
+APART = [
+    (test.name, choice, policy, expected)
+    for test in shipped_tests()
+    for choice, policies in test.expect.apart().items()
+    if choice in ("evict", "speculate")
+    for policy, expected in policies.items()
+]
+TINY = """
+doc = "Two reads of one page, and one of another."
+source = "here"
+[machine]
+pcpus = 1
+[threads.v0]
+vcpu = 0
+ops = ["read 0x10", "read 0x10", "read 0x11"]
+[expect]
+needs = "nothing"
+"""
+
+
+def verdict_of(test: str, policy: str, choices: Choices, executions: int = 2000) -> Verdict:
+    plan = Plan(executions=executions, minimize=False, choices=choices)
+    return explore_verdict(load_test(test), named_policy(policy), plan)
+
+
+class Counted(LitmusProgram):
+    """The outcome is how often the guest missed the TLB, and how much was fetched for nobody."""
+
+    def __init__(self, test: LitmusTest, choices: Choices) -> None:
+        super().__init__(test, named_policy("linux-7.3"), choices)
+        self.counters = ffi.new("uint64_t[]", lib.COUNTERS)
+        self.before = (0, 0)
+
+    def count(self) -> tuple[int, int]:
+        lib.counters_sum(self.machine.m, self.counters)
+        return int(self.counters[lib.COUNT_L2_MISSES]), int(self.counters[lib.COUNT_SPECULATIVE])
+
+    def start(self, execution: Execution) -> None:
+        super().start(execution)
+        self.before = self.count()
+
+    def finish(self, execution: Execution) -> str:
+        after = self.count()
+        missed, fetched = after[0] - self.before[0], after[1] - self.before[1]
+        return f"{super().finish(execution)} missed {missed} fetched {fetched}"
+
+
+def outcomes(choices: Choices, *, reduce: bool = True) -> Found:
+    program = Counted(parse_test(TINY, "tiny", None), choices)
+    try:
+        with installed(program.control):
+            strategy = Exhaustive(program.objects, reduce=reduce)
+            found = search(program, program.objects, strategy, Limits(), lambda outcome: False)
+    finally:
+        program.close()
+    assert found.complete
+    return found
+
+
+def test_there_are_litmus_tests_for_both() -> None:
+    assert {choice for _, choice, _, _ in APART} == {"evict", "speculate"}
+
+
+@pytest.mark.parametrize(("test", "choice", "policy", "expected"), APART)
+def test_unsafe_only_with_the_adversary(
+    test: str, choice: str, policy: str, expected: tuple[str, ...]
+) -> None:
+    assert verdict_of(test, policy, Choices(), 300).verdict != VIOLATIONS
+    found = verdict_of(test, policy, Choices(**{choice: 1}))
+    assert found.verdict == VIOLATIONS
+    assert found.kinds[0] in expected
+
+
+@pytest.mark.parametrize("policy", ["linux-7.3", "root-tlb-gen"])
+@pytest.mark.parametrize(
+    "test", ["return-zap", "speculative-fill", "evicted-walk", "guest-invlpg-away", "root-recycled"]
+)
+def test_what_is_sound_stays_sound(test: str, policy: str) -> None:
+    assert verdict_of(test, policy, Choices(evict=1, speculate=1), 120).verdict != VIOLATIONS
+
+
+@pytest.mark.parametrize("choices", [Choices(evict=1), Choices(speculate=1)])
+def test_proofs_come_to_their_ends(choices: Choices) -> None:
+    found = verdict_of("return-zap", "linux-7.3", choices)
+    assert (found.verdict, found.complete) == (SAFE, True)
+    assert found.summary().endswith(choices.describe())
+    assert found.document()["adversary"] == {"evict": choices.evict, "speculate": choices.speculate}
+
+
+def test_evictions_and_fills_change_what_can_happen() -> None:
+    # The first access to each page misses twice: before KVM maps it, and again.
+    (alone,) = outcomes(Choices()).outcomes
+    assert alone == " missed 4 fetched 0"
+    assert set(outcomes(Choices(evict=1)).outcomes) == {alone, " missed 5 fetched 0"}
+    # What is mapped may be fetched before it is used: 0x10 by nobody's access after the fault on it.
+    assert " missed 3 fetched 1" in outcomes(Choices(speculate=1)).outcomes
+
+
+@pytest.mark.parametrize("choices", [Choices(evict=1), Choices(speculate=1)])
+def test_the_reduction_loses_no_outcome(choices: Choices) -> None:
+    reduced, everything = outcomes(choices), outcomes(choices, reduce=False)
+    assert set(reduced.outcomes) == set(everything.outcomes)
+    assert reduced.executions < everything.executions
+
+
+def test_candidates_are_the_pages_of_guests_on_pcpus_that_they_come_to() -> None:
+    found = places(load_test("return-zap"))
+    assert [(place.pcpu, place.page) for place in found] == [(0, 0x10), (0, 0x11), (1, 0x10), (1, 0x11)]
+    assert [(place.pcpu, place.page) for place in places(parse_test(TINY, "tiny", None))] == [
+        (0, 0x10),
+        (0, 0x11),
+    ]
+
+
+def test_a_recording_knows_its_choices(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    arguments = ["explore", "speculative-fill", "--policy", "migration=none", "--adversary", "speculate"]
+    assert main([*arguments, "--output", str(tmp_path)]) == 1
+    (path,) = tmp_path.iterdir()
+    assert load(path)["adversary"] == {"evict": 0, "speculate": 1}
+    assert "fill0:0x10" in load(path)["schedule"]
+    assert replay(path).document() == load(path)
+    (case,) = load_cases(path)
+    fill = case.plot.part(FILL)
+    assert fill is not None
+    assert fill.event.describe() == "speculative fill of page 0x10 for vCPU 0"
+    capsys.readouterr()
+    assert main(["explain", str(path)]) in (0, 1)
+    assert "speculative fill of page 0x10" in capsys.readouterr().out
+    path.write_text(path.read_text().replace('"speculate": 1', '"speculate": -1'))
+    assert main(["explore", "--replay", str(path)]) == 2
+
+
+def test_what_was_evicted_is_told(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    arguments = ["explore", "evicted-walk", "--policy", "mutant:P10", "--adversary", "evict"]
+    assert main([*arguments, "--output", str(tmp_path)]) == 1
+    (path,) = tmp_path.iterdir()
+    capsys.readouterr()
+    main(["explain", str(path)])
+    assert "evicts the translation of page 0x200" in capsys.readouterr().out
+    assert any(step["text"] == "evicts the translation of page 0x200" for step in load(path)["steps"])
+
+
+def test_without_its_adversary_nothing_is_replayed(tmp_path: Path) -> None:
+    plan = Plan(choices=Choices(evict=1))
+    found = explore_verdict(load_test("evicted-walk"), named_policy("mutant:P10"), plan).counterexample
+    assert found is not None
+    path = tmp_path / "less.json"
+    found.write(path)
+    document = load(path)
+    document["adversary"] = None
+    path.write_text(json.dumps(document))
+    with pytest.raises(BadInput, match="evict1:0x200"):
+        replay(path)
+
+
+def test_bad_names_are_refused() -> None:
+    assert main(["explore", "return-zap", "--adversary", "flush"]) == 2
