@@ -71,7 +71,9 @@ class Machine:
         self.cpus = [Cpu(self, i, i < pcpus) for i in range(pcpus + self.config["housekeeping"])]
         # VPIDs are of the host, not of a VM (vmx.c: vmx_vpid_bitmap); 0 is the host's own.  Taking one and
         # giving it back are single list operations, and the last one freed is the next one used.
-        self.vmx_vpids = list(range((1 << 16) - 1, 0, -1))
+        # No more of them are ever in use than there can be vCPUs, but for some that are on their way.
+        vpids = min((1 << 16) - 1, 2 * self.config.get("vcpus", 0) + 16)
+        self.vmx_vpids = list(range(vpids, 0, -1))
 
     @property
     def pcpus(self) -> int:

@@ -69,6 +69,11 @@ class VcpuTask:
             self.scheduled_out = True
             kvm_sched_out(cpu, self.vcpu)
 
+    def restart(self) -> None:
+        """Another thread takes over where one stood that said `state` (not PREEMPTIBLE)."""
+        self._run = vcpu_run(self.vcpu, self.state)
+        next(self._run)
+
     def close(self) -> None:
         """End the thread for good, while the machine exists: leaving KVM_RUN releases what it holds."""
         self._run.close()

@@ -123,8 +123,8 @@ def _frame_kind(control: Control, args: Args, result: Any) -> tuple[int, int]:
 
 EPT: Template = ("ept",)
 CUSTODY: Template = ("custody",)
-# kvm->mmu_invalidate_seq; mmu_invalidate_in_progress with its range.  A fault's first sample is of seq alone, so
-# the begin of an invalidation does not concern it.
+# kvm->mmu_invalidate_seq; mmu_invalidate_in_progress with its range.  A fault's first sample is of seq alone,
+# so the begin of an invalidation does not concern it.
 SEQ: Template = ("mmu_invalidate_seq", 1)
 IN_PROGRESS: Template = ("mmu_invalidate_in_progress", 1)
 _MM: tuple[Template, ...] = (("mm", 2), ("frames", "guest"), CUSTODY, ("memory", 2))

@@ -2,15 +2,17 @@
 
 from __future__ import annotations
 
-from dataclasses import replace
+from collections.abc import Iterator
 
+from emulator.actors.task import VcpuTask
 from emulator.explore.adversary import AdversarialLib, Adversary
 from emulator.explore.choices import NONE, Choices
 from emulator.explore.control import Control
 from emulator.explore.objects import Objects
 from emulator.explore.scheduler import Execution, Task
+from emulator.explore.snapshot import CannotRestore, Snapshot
 from emulator.litmus.loader import shipped_texts
-from emulator.litmus.model import LitmusTest
+from emulator.litmus.model import LitmusTest, Section
 from emulator.litmus.ops import Op
 from emulator.litmus.world import LitmusThread, World, machine_config
 from emulator.policy import Policy
@@ -33,12 +35,6 @@ class ExploredWorld(World):
             if self.control is not None:
                 self.control.run_callbacks()
 
-    def teardown(self) -> None:
-        """Nobody else runs: in large strides."""
-        for kvm in self.kvms:
-            kvm.params = replace(kvm.params, chunk=1 << 16, resched_chunks=0, single=False)
-        super().teardown()
-
     def wait_progress(self, cpu: Cpu, thread: int, n: int) -> None:
         control = self.control
         if control is None or control.execution is None:
@@ -54,20 +50,38 @@ class ExploredWorld(World):
         )
 
 
-class LitmusProgram:
-    """One test under one policy.  Use inside `installed(program.control)`."""
+def _is_constant(obj: object) -> bool:
+    """Of an explored machine: what stays as it is, or belongs to the search."""
+    return isinstance(obj, LitmusTest | Section | Op | Control) or type(obj) is Policy
 
-    def __init__(self, test: LitmusTest, policy: Policy, choices: Choices = NONE) -> None:
+
+class LitmusProgram:
+    """One test under one policy.  Use inside `installed(program.control)`.
+
+    init is executed once; what it has come to is kept, and each execution begins with putting that back: the
+    core's memory (machine_restore), and the Python objects (`Snapshot`).  A user's policy may remember things
+    that cannot be put back; then, and with `rebuild`, each execution has a new machine.
+    """
+
+    def __init__(
+        self, test: LitmusTest, policy: Policy, choices: Choices = NONE, *, rebuild: bool = False
+    ) -> None:
         self.test = test
         self.policy = policy
         self.choices = choices
         self.objects = Objects()
-        self.machine = Machine(machine_config(test, 0))
+        self._rebuilds = rebuild
+        self._initial: Snapshot | None = None
+        self._started = False
+        self.machine = self._new_machine()
         self.control = Control(self.machine, self.objects)
         if self.choices.adversary:
             self.control.adversary = Adversary(test, self.control, self.choices)
             self.control.library = AdversarialLib
         self._build_world()
+
+    def _new_machine(self) -> Machine:
+        return Machine({**machine_config(self.test, 0), "snapshots": int(not self._rebuilds)})
 
     def _build_world(self) -> None:
         for cpu in self.machine.cpus[self.machine.pcpus :]:
@@ -76,56 +90,79 @@ class LitmusProgram:
         self.world.control = self.control
 
     def _rebuild(self) -> None:
-        """Somebody was left in the middle of something."""
         self.machine.destroy()
-        self.machine = self.control.machine = Machine(machine_config(self.test, 0))
+        self.machine = self.control.machine = self._new_machine()
         self.machine.install(self.control.point)
         self._build_world()
 
-    def start(self, execution: Execution) -> None:
+    def _prepare(self) -> None:
+        """To where the threads begin."""
         control, world = self.control, self.world
-        world.teardown()
-        lib.oracle_forget(self.machine.m)
         control.forget()
-        if lib.frames_order(self.machine.m):
-            raise AssertionError("an execution has left frames behind")
-        self._order_vpids()
         world.reset()
         world.run_init()
         control.run_callbacks()
-        control.reset()
         control.vm_of_vcpu = {vcpu.id: kvm.id for kvm in world.kvms for vcpu in kvm.vcpus}
         control.paging = frozenset(
             kvm.id for kvm, section in zip(world.kvms, self.test.vm, strict=True) if section.paging
         )
         self._take_pcpus()
-        for thread in world.threads.values():
-            task = execution.spawn(thread.name, thread.run)
-            if thread.task is not None and thread.vcpu.srcu_idx >= 0:
-                control.srcu_of(thread.kvm.id).enter(task.index)
+        if not self._rebuilds:
+            self._keep()
+
+    def _keep(self) -> None:
+        try:
+            self._initial = Snapshot(
+                (self.world, self.machine, self.control.programs),
+                _is_constant,
+                {VcpuTask: frozenset({"_run"})},
+            )
+        except CannotRestore:
+            self._rebuilds = True
+            return
+        self.world.main.check(lib.machine_snapshot(self.machine.m))
+
+    def _put_back(self, initial: Snapshot) -> None:
+        """Whoever was in the middle of something has been unwound."""
+        for task in self._vcpu_tasks():
+            task.close()
+        self.world.main.check(lib.machine_restore(self.machine.m))
+        initial.restore()
+        for task in self._vcpu_tasks():
+            task.restart()
+
+    def _vcpu_tasks(self) -> Iterator[VcpuTask]:
+        return (thread.task for thread in self.world.threads.values() if thread.task is not None)
+
+    def start(self, execution: Execution) -> None:
+        control = self.control
+        if self._initial is not None:
+            self._put_back(self._initial)
+        else:
+            if self._started:
+                self._rebuild()
+            self._started = True
+            self._prepare()
+        control.reset()
+        for thread in self.world.threads.values():
+            execution.spawn(thread.name, thread.run)
         control.spawn_daemons(execution)
         if control.adversary is not None:
-            control.adversary.spawn(execution, world)
+            control.adversary.spawn(execution, self.world)
         control.execution = execution
         control.judge()
 
-    def _order_vpids(self) -> None:
-        """Those that were in use come back in the order of a new machine."""
-        vpids = self.machine.vmx_vpids
-        n = sum(section.vcpus for section in self.test.vm)
-        vpids[-n:] = sorted(vpids[-n:], reverse=True)
-
     def finish(self, execution: Execution) -> str:
         control = self.control
-        self._leave_pcpus()
+        control.execution = None
         if not execution.clean:
-            self._rebuild()
             if not execution.deadlock:
                 return ""
             return f"{DEADLOCK}: " + ", ".join(
                 f"{wait.task} waits for {wait.waits_for}" for wait in execution.deadlock
             )
-        if not execution.stopped:
+        if not execution.stopped and self.test.final:
+            self._leave_pcpus()
             self.world.run_final()
         return ", ".join(
             kind
@@ -135,9 +172,7 @@ class LitmusProgram:
 
     def abandon(self, execution: Execution) -> None:
         """The execution was not finished: it is like another one, or a task has failed."""
-        self._leave_pcpus()
-        if not execution.clean:
-            self._rebuild()
+        self.control.execution = None
 
     def _take_pcpus(self) -> None:
         """All pCPUs run, whether somebody plays them or not; interrupts arrive when the scheduler says so."""
@@ -147,7 +182,6 @@ class LitmusProgram:
             lib.ipi_hold(m, number, 1)
 
     def _leave_pcpus(self) -> None:
-        self.control.execution = None
         m = self.machine.m
         for number in range(self.machine.pcpus):
             lib.ipi_hold(m, number, 0)

@@ -314,21 +314,25 @@ def kvm_vcpu_ioctl_run(cpu: Cpu, vcpu: Vcpu) -> Generator[RunYield, Cpu, Entered
             kvm_vcpu_srcu_read_unlock(cpu, vcpu)
 
 
-def vcpu_run(vcpu: Vcpu) -> Generator[RunYield, Cpu, None]:
+def vcpu_run(vcpu: Vcpu, state: RunYield = READY) -> Generator[RunYield, Cpu, None]:
     """A vCPU's thread: calls KVM_RUN again and again.
 
-    Start it with `next()`, which yields READY, then `send(cpu)` each time with the Cpu that the thread is on.
+    Start it with `next()`, which yields `state`, then `send(cpu)` each time with the Cpu that it is on.
+    `state` is READY, or where a thread stood that this one stands in for, but for PREEMPTIBLE.
     READY and ExitToUser: not loaded.  PREEMPTIBLE, RESCHED, HALTED: loaded; if the thread goes to another
     pCPU, or another vCPU runs on this one, kvm_sched_out(cpu, vcpu) first and kvm_sched_in(cpu, vcpu) before
     it is resumed.  PREEMPTIBLE holds SRCU: park a vCPU at the other ones.  Never returns; close() ends it.
     """
-    cpu = yield READY
+    assert state is not PREEMPTIBLE
     while True:
-        vcpu_load(cpu, vcpu)
+        cpu = yield state
+        if isinstance(state, ExitToUser) and state.reason == "mmio":
+            # User space has emulated the access (complete_emulated_mmio).
+            lib.guest_skip(cpu.m, vcpu.id)
+        if not vcpu.loaded:
+            vcpu_load(cpu, vcpu)
+        # From HALTED and RESCHED the loop of KVM_RUN goes on as it begins.
         cpu, leave = yield from kvm_vcpu_ioctl_run(cpu, vcpu)
         vcpu_put(cpu, vcpu)
         assert leave is not None
-        cpu = yield leave
-        if leave.reason == "mmio":
-            # User space has emulated the access (complete_emulated_mmio).
-            lib.guest_skip(cpu.m, vcpu.id)
+        state = leave

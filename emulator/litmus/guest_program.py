@@ -68,12 +68,16 @@ class GuestProgram:
 
     def load(self, ops: tuple[Op, ...], report: bool) -> None:
         """What the guest executes next."""
-        compiled = self._stretches.get((ops, report))
-        if compiled is None:
-            compiled = self._stretches[ops, report] = self._compile(ops, report)
+        compiled = self.compiled(ops, report)
         cpu, vcpu = self._thread.cpu, self._thread.vcpu
         self._length = len(compiled)
         cpu.check(lib.guest_set_program(cpu.m, vcpu.id, compiled, self._length))
+
+    def compiled(self, ops: tuple[Op, ...], report: bool) -> Any:
+        compiled = self._stretches.get((ops, report))
+        if compiled is None:
+            compiled = self._stretches[ops, report] = self._compile(ops, report)
+        return compiled
 
     def done(self) -> bool:
         position: int = lib.guest_program_position(self._thread.cpu.m, self._thread.vcpu.id)

@@ -265,6 +265,17 @@ class World:
             self.main.check(lib.cpu_idle(cpu.m, cpu.id))
         self._init = self._grouped(test.parsed_init)
         self._final = self._grouped(test.parsed_final)
+        self._compile()
+
+    def _compile(self) -> None:
+        """Nothing is left to compile while an execution runs."""
+        for thread in self.threads.values():
+            for stretch in thread.stretches:
+                if thread.program is not None and stretch.in_guest:
+                    thread.program.compiled(stretch.ops, True)
+        for thread, ops in (*self._init, *self._final):
+            if thread.program is not None and isinstance(ops[0], GuestOp):
+                thread.program.compiled(ops, False)
 
     def _grouped(self, ops: tuple[tuple[str, Op], ...]) -> list[tuple[LitmusThread, tuple[Op, ...]]]:
         """Consecutive operations of one thread, in stretches."""

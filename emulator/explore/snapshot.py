@@ -1,0 +1,206 @@
+"""The state of Python objects, kept once and put back in place again and again.
+
+Walks over everything that is reachable from some objects: instances of classes that are written in Python,
+containers, and memory that cffi owns.  Their contents are remembered, one level deep each, and `restore()`
+writes them back into the same objects, so whoever refers to one of them still does.  There is no list of what
+may change: what can be changed is put back, and what nobody knows how to put back is refused
+(`CannotRestore`).
+"""
+
+from __future__ import annotations
+
+import re
+from collections import Counter, OrderedDict, defaultdict, deque
+from collections.abc import Callable, Iterable, Mapping
+from enum import Enum
+from functools import partial
+from pathlib import PurePath
+from types import (
+    BuiltinFunctionType,
+    CellType,
+    EllipsisType,
+    FunctionType,
+    MappingProxyType,
+    MemberDescriptorType,
+    MethodType,
+    ModuleType,
+    NotImplementedType,
+)
+from typing import Any, Final
+
+from native import ffi
+
+# No contents that change.
+_ATOMS: Final = (
+    type(None), bool, int, float, complex, str, bytes, range, type,
+    BuiltinFunctionType, EllipsisType, Enum, ModuleType, NotImplementedType, PurePath, re.Pattern,
+)  # fmt: skip
+_DICTS: Final = (dict, defaultdict, OrderedDict, Counter)
+_SEQUENCES: Final = (list, bytearray)
+_HEAP_TYPE: Final = 1 << 9  # Py_TPFLAGS_HEAPTYPE: not a static type of the interpreter's
+_WORD: Final = tuple.__itemsize__
+_BUFFER: Final = type(ffi.buffer(ffi.new("char[]", 1)))
+
+
+class CannotRestore(TypeError):
+    """An object whose state nobody knows how to put back."""
+
+
+class Snapshot:
+    """The state of what is reachable from `roots`, now.
+
+    constant: true of objects that are left alone, and so is what is reachable through them only.
+    aside: by type, attributes that are left alone; who takes the snapshot puts them back.
+    """
+
+    def __init__(
+        self,
+        roots: Iterable[object],
+        constant: Callable[[object], bool] = lambda obj: False,
+        aside: Mapping[type, frozenset[str]] = MappingProxyType({}),
+    ) -> None:
+        self._constant = constant
+        self._aside = aside
+        self._seen: dict[int, object] = {}
+        self._instances: dict[tuple[type, tuple[str, ...]], list[tuple[object, tuple[object, ...]]]] = {}
+        self._unset: list[tuple[object, str]] = []
+        # (container, contents), for the slice assignments and for what is emptied and filled again
+        self._slices: list[tuple[Any, Any]] = []
+        self._dicts: list[tuple[Any, Any]] = []
+        self._sets: list[tuple[Any, Any]] = []
+        self._deques: list[tuple[Any, Any]] = []
+        pending: list[object] = list(roots)
+        while pending:
+            obj = pending.pop()
+            if id(obj) not in self._seen and not isinstance(obj, _ATOMS):
+                self._seen[id(obj)] = obj
+                pending.extend(self._keep(obj))
+        self._restorers = [(_restorer(names), items) for (_, names), items in self._instances.items()]
+        self.restore()  # sets are in the order in which they always will be
+
+    def __len__(self) -> int:
+        """Objects looked at."""
+        return len(self._seen)
+
+    def restore(self) -> None:
+        for assign, items in self._restorers:
+            assign(items)
+        for container, contents in self._slices:
+            container[:] = contents
+        for mapping, contents in self._dicts:
+            mapping.clear()
+            mapping.update(contents)
+        for elements, contents in self._sets:
+            elements.clear()
+            elements.update(contents)
+        for queue, contents in self._deques:
+            queue.clear()
+            queue.extend(contents)
+        for obj, name in self._unset:
+            if hasattr(obj, name):
+                delattr(obj, name)
+
+    # --- one object -----------------------------------------------------------------------------------------
+
+    def _keep(self, obj: Any) -> Iterable[object]:
+        """Remember its contents; what they refer to."""
+        kind = type(obj)
+        if self._constant(obj):
+            return ()
+        if isinstance(obj, tuple | frozenset):
+            return obj
+        if kind in _UNCHANGING:
+            return _UNCHANGING[kind](obj)
+        if isinstance(obj, ffi.CData):
+            return self._keep_memory(obj)
+        if kind is CellType:
+            return self._keep_instance(obj, kind, ["cell_contents"])
+        if kind in _SEQUENCES:
+            contents = kind(obj)
+            self._slices.append((obj, contents))
+            return contents if kind is list else ()
+        if kind in _DICTS:
+            mapping = dict(obj)
+            self._dicts.append((obj, mapping))
+            return [*mapping, *mapping.values()]
+        if kind in (set, deque):
+            elements = tuple(obj)
+            (self._sets if kind is set else self._deques).append((obj, elements))
+            return elements
+        _check_python_class(kind)
+        return self._keep_instance(obj, kind, _slots(kind))
+
+    def _keep_memory(self, obj: Any) -> Iterable[object]:
+        """Memory of the core's is the core's to restore."""
+        if " owning " in repr(obj):
+            memory = ffi.buffer(obj)
+            self._slices.append((memory, bytes(memory)))
+        return ()
+
+    def _keep_instance(self, obj: object, kind: type, names: list[str]) -> Iterable[object]:
+        aside = self._aside.get(kind, frozenset())
+        names = [name for name in names if name not in aside]
+        there = tuple(name for name in names if hasattr(obj, name))
+        self._unset += [(obj, name) for name in names if name not in there]
+        values = tuple(getattr(obj, name) for name in there)
+        if _is_frozen(kind):
+            return (*values, *getattr(obj, "__dict__", {}).values())
+        if there:
+            self._instances.setdefault((kind, there), []).append((obj, values))
+        return (*values, vars(obj)) if hasattr(obj, "__dict__") else values
+
+
+def _methods_own(method: Any) -> Iterable[object]:
+    return (method.__self__, method.__func__)
+
+
+def _functions_own(function: Any) -> Iterable[object]:
+    """A closure's variables; the rest is code."""
+    return function.__closure__ or ()
+
+
+def _partials_own(function: Any) -> Iterable[object]:
+    return (function.func, function.args, *function.keywords.values())
+
+
+# Types whose objects do not change themselves, and what those refer to.
+_UNCHANGING: Final[Mapping[type, Callable[[Any], Iterable[object]]]] = {
+    MethodType: _methods_own,
+    FunctionType: _functions_own,
+    partial: _partials_own,
+    MappingProxyType: lambda proxy: (*proxy.keys(), *proxy.values()),
+    _BUFFER: lambda buffer: (),
+}
+
+
+def _is_frozen(kind: type) -> bool:
+    """A frozen dataclass: only what it refers to can change."""
+    return bool(getattr(getattr(kind, "__dataclass_params__", None), "frozen", False))
+
+
+def _members(cls: type) -> list[str]:
+    return [name for name, value in vars(cls).items() if isinstance(value, MemberDescriptorType)]
+
+
+def _slots(kind: type) -> list[str]:
+    """Attributes in slots, by the names that they have in the class (`__x` is mangled)."""
+    return [name for cls in reversed(kind.__mro__) for name in _members(cls)]
+
+
+def _check_python_class(kind: type) -> None:
+    """All that an object has lies in slots and __dict__: nothing is between them that C code knows of."""
+    for cls in kind.__mro__[:-1]:
+        base = cls.__base__
+        room = cls.__basicsize__ - (base.__basicsize__ if base is not None else 0)
+        # ... but for the addresses of __dict__ and of weak references, in some versions of Python.
+        if not cls.__flags__ & _HEAP_TYPE or room > (len(_members(cls)) + 2) * _WORD or cls.__itemsize__:
+            raise CannotRestore(f"{kind.__module__}.{kind.__qualname__}: nobody knows how to put this back")
+
+
+def _restorer(names: tuple[str, ...]) -> Callable[[list[tuple[object, tuple[object, ...]]]], None]:
+    """Assigns the attributes of many objects: code for it, as this is done for each execution."""
+    targets = ", ".join(f"obj.{name}" for name in names)
+    namespace: dict[str, Any] = {}
+    exec(f"def assign(items):\n    for obj, ({targets},) in items:\n        pass\n", namespace)
+    found: Callable[[list[tuple[object, tuple[object, ...]]]], None] = namespace["assign"]
+    return found

@@ -1,0 +1,294 @@
+"""What is put back between two executions: Python's objects, and with them whole worlds."""
+
+from __future__ import annotations
+
+import random
+from collections import deque
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field
+from pathlib import Path
+from threading import Lock
+from typing import Any
+from weakref import ref
+
+import pytest
+
+from emulator.explore.controlled import installed
+from emulator.explore.sampling import RandomWalk
+from emulator.explore.scheduler import Execution, Task
+from emulator.explore.search import Limits, run_once
+from emulator.explore.snapshot import CannotRestore, Snapshot
+from emulator.explore.verdict import Plan, explore_verdict
+from emulator.explore.world import LitmusProgram
+from emulator.litmus.loader import load_test, shipped_texts
+from emulator.litmus.policies import named_policy
+from native import ffi, lib
+from tests.emulator.explore.likeness import describe
+
+POLICIES = ("linux-6.12", "lkml-2025-cpu-flushed-mask", "root-tlb-gen")
+
+
+class Slots:
+    __slots__ = ("__private", "a", "later")
+
+    def __init__(self, a: object) -> None:
+        self.a = a
+        self.__private = 1
+
+    def raise_it(self) -> int:
+        self.__private += 1
+        return self.__private
+
+
+class MoreSlots(Slots):
+    __slots__ = ("b",)
+
+
+class Plain:
+    def __init__(self, **attributes: object) -> None:
+        self.__dict__.update(attributes)
+
+
+@dataclass(frozen=True, slots=True)
+class Frozen:
+    inside: list[int] = field(default_factory=list)
+
+
+def counting() -> Callable[[], int]:
+    n = 0
+
+    def count() -> int:
+        nonlocal n
+        n += 1
+        return n
+
+    return count
+
+
+# --- objects ------------------------------------------------------------------------------------------------
+
+
+def test_contents_come_back_in_the_same_objects() -> None:
+    inner: list[object] = [1, [2]]
+    world = Plain(
+        numbers=[3, 1, 2], inner=inner, again=inner, names={"b": 1, "a": [0]}, bag={1, 2, 3},
+        queue=deque([1, 2], maxlen=5), marks=bytearray(4), frozen=Frozen([7]), pair=([], {}),
+    )  # fmt: skip
+    before, objects = describe(world), dict(vars(world))
+    snapshot = Snapshot([world])
+    for _ in range(3):
+        world.numbers.sort()  # type: ignore[attr-defined]
+        inner[1].append(3)  # type: ignore[attr-defined]
+        inner.append(world)
+        world.names["c"] = world.names.pop("b")  # type: ignore[attr-defined]
+        world.names["a"].clear()  # type: ignore[attr-defined]
+        world.bag.clear()  # type: ignore[attr-defined]
+        world.queue.rotate()  # type: ignore[attr-defined]
+        world.marks[2] = 9  # type: ignore[attr-defined]
+        world.frozen.inside.append(8)  # type: ignore[attr-defined]
+        world.pair[0].append(1)  # type: ignore[attr-defined]
+        world.again = None
+        world.more = 1  # type: ignore[attr-defined]
+        assert describe(world) != before
+        snapshot.restore()
+        assert describe(world) == before
+        assert all(vars(world)[name] is value for name, value in objects.items())
+    assert list(world.names) == ["b", "a"]  # type: ignore[attr-defined]
+
+
+def test_slots_come_back_set_or_not() -> None:
+    obj = MoreSlots([])
+    obj.b = 5  # type: ignore[attr-defined]
+    snapshot = Snapshot([obj])
+    for _ in range(2):
+        obj.a = obj.b = None  # type: ignore[attr-defined]
+        obj.later = 1
+        assert obj.raise_it() == 2
+        snapshot.restore()
+        assert (obj.a, obj.b) == ([], 5)  # type: ignore[attr-defined]
+        assert not hasattr(obj, "later")
+    del obj.a
+    snapshot.restore()
+    assert obj.a == []
+
+
+def test_what_code_remembers_comes_back() -> None:
+    count = counting()
+    bound = Slots(1).raise_it
+    count()
+    snapshot = Snapshot([count, bound])
+    for _ in range(2):
+        assert (count(), count(), bound()) == (2, 3, 2)
+        snapshot.restore()
+
+
+def test_memory_of_cffi_comes_back() -> None:
+    words = ffi.new("uint64_t[]", [1, 2, 3])
+    event = ffi.new("struct event *")
+    snapshot = Snapshot([[words, event, ffi.NULL, ffi.cast("void *", 5)]])
+    words[1] = event.a = 77
+    snapshot.restore()
+    assert (list(words), event.a) == ([1, 2, 3], 0)
+
+
+def test_what_is_constant_or_somebody_elses_is_left_alone() -> None:
+    left, aside = Plain(a=1), Slots(iter([]))
+    snapshot = Snapshot([left, aside], lambda obj: obj is left, {Slots: frozenset({"a"})})
+    left.a, aside.a = 2, 3  # type: ignore[attr-defined]
+    snapshot.restore()
+    assert (left.a, aside.a) == (2, 3)  # type: ignore[attr-defined]
+
+
+def generator() -> Iterator[int]:
+    yield 1
+
+
+@pytest.mark.parametrize(
+    "obj", [iter([1]), generator(), random.Random(1), map(int, []), memoryview(b""), Lock(), ref(Plain)]
+)
+def test_what_cannot_be_put_back_is_refused(obj: object) -> None:
+    with pytest.raises(CannotRestore):
+        Snapshot([Plain(state=[obj])])
+
+
+# --- worlds -------------------------------------------------------------------------------------------------
+
+
+def world_of(program: LitmusProgram) -> list[str]:
+    lines = describe(program.world, program.machine, program.control.programs)
+    return [line.replace("'snapshots'=1", "'snapshots'=0") for line in lines]
+
+
+def executed(program: LitmusProgram, executions: int, seed: int = 1) -> list[tuple[object, ...]]:
+    """All steps of some random executions, and what they came to."""
+    strategy = RandomWalk(executions, seed)
+    found: list[tuple[object, ...]] = []
+    steps: list[object] = []
+
+    def note(task: Task) -> None:
+        steps.append((task.name, task.label, task.reads, task.writes))
+
+    start = program.start
+
+    def noted(execution: Execution) -> None:
+        start(execution)
+        execution.on_step = note
+
+    program.start = noted  # type: ignore[method-assign]
+    for _ in range(executions):
+        execution = run_once(program, program.objects, strategy, Limits())
+        assert execution.failure is None
+        found.append((program.finish(execution), tuple(steps)))
+        steps.clear()
+    program.start = start  # type: ignore[method-assign]
+    return found
+
+
+@pytest.mark.parametrize("test", sorted(shipped_texts()))
+def test_a_restored_world_is_like_a_new_one(test: str) -> None:
+    """And so is what happens on it: the same steps with the same footprints, and the same outcome."""
+    policy = named_policy(POLICIES[len(test) % len(POLICIES)])
+    used, rebuilt = (LitmusProgram(load_test(test), policy, rebuild=r) for r in (False, True))
+    strategy = RandomWalk(1, 1)
+    try:
+        with installed(rebuilt.control):
+            rebuilt.start(Execution(rebuilt.objects, strategy))
+            new = world_of(rebuilt)
+            rebuilt.control.execution = None
+            want = executed(rebuilt, 3)
+        with installed(used.control):
+            used.start(Execution(used.objects, strategy))
+            memory = lib.machine_fingerprint(used.machine.m)
+            used.control.execution = None
+            assert executed(used, 3) == want
+            assert executed(used, 3) == want
+            used.start(Execution(used.objects, strategy))
+            assert world_of(used) == new
+            assert lib.machine_fingerprint(used.machine.m) == memory
+            used.control.execution = None
+    finally:
+        used.close()
+        rebuilt.close()
+
+
+def test_the_comparison_sees_a_difference() -> None:
+    program = LitmusProgram(load_test("return-zap"), named_policy("linux-6.12"))
+    with installed(program.control):
+        program.start(Execution(program.objects, RandomWalk(1, 1)))
+        before = world_of(program)
+        kvm = program.world.kvms[0]
+        changes: list[Callable[[], Any]] = [
+            lambda: kvm.warned.add("x"),
+            lambda: setattr(kvm.vcpus[0].loaded_vmcs, "cpu", 1),
+            lambda: kvm.slots_lock._token.pop(),
+            lambda: setattr(program.world.threads["v0"], "pcpu", 1),
+            lambda: program.machine.vmx_vpids.append(9),
+        ]
+        for change in changes:
+            change()
+            assert world_of(program) != before
+            assert program._initial is not None
+            program._initial.restore()
+            assert world_of(program) == before
+    program.close()
+
+
+USER_POLICY = """
+import random
+from emulator.policy import Policy
+
+class Moody(Policy):
+    base = "linux-6.12"
+
+    def __init__(self):
+        super().__init__()
+        self.asked = 0
+        {memory}
+
+    def migration(self, cpu, vcpu):
+        self.asked += 1
+        return {answer}
+"""
+
+
+@pytest.mark.parametrize(
+    ("memory", "answer", "restores"),
+    [
+        ("self.last = []", '"none" if self.asked == 2 else "active-roots"', True),
+        ("self.dice = random.Random(1)", '"none" if self.dice.random() < 0.9 else "active-roots"', False),
+    ],
+)
+def test_a_policy_remembers_nothing_of_earlier_executions(
+    tmp_path: Path, memory: str, answer: str, restores: bool
+) -> None:
+    path = tmp_path / "moody.py"
+    path.write_text(USER_POLICY.format(memory=memory, answer=answer))
+    test, policy = load_test("return-three-pcpus"), named_policy(str(path))
+    program, rebuilt = LitmusProgram(test, policy), LitmusProgram(test, policy, rebuild=True)
+    with installed(rebuilt.control):
+        want = executed(rebuilt, 8)
+    with installed(program.control):
+        assert executed(program, 8) == want
+        assert (program._initial is not None) == restores
+    asked = [p.world.kvms[0].policy.asked for p in (program, rebuilt)]  # type: ignore[attr-defined]
+    assert asked[0] == asked[1] > 1
+    program.close()
+    rebuilt.close()
+
+
+@pytest.mark.parametrize("policy", ["linux-6.12", "mutant:P1"])
+def test_a_search_is_the_same_with_and_without(policy: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    test, plan = load_test("entry-races-request"), Plan()
+    restored = explore_verdict(test, named_policy(policy), plan)
+    init = LitmusProgram.__init__
+
+    def rebuilding(self: LitmusProgram, *arguments: Any) -> None:
+        init(self, *arguments, rebuild=True)
+
+    monkeypatch.setattr(LitmusProgram, "__init__", rebuilding)
+    rebuilt = explore_verdict(test, named_policy(policy), plan)
+    assert restored.rounds == rebuilt.rounds
+    assert restored.kinds == rebuilt.kinds
+    if restored.counterexample is not None:
+        assert rebuilt.counterexample is not None
+        assert restored.counterexample.document() == rebuilt.counterexample.document()
