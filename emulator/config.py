@@ -161,6 +161,8 @@ class KvmSection(Section):
     dirty_log_toggles: Rate = 0
     # System-management interrupts, each to one vCPU.
     smis: Rate = 0
+    # INITs, each to one vCPU, whose guest boots again.
+    resets: Rate = 0
 
 
 class SchedulerSection(Section):

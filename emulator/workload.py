@@ -17,7 +17,7 @@ from emulator.config import Scenario
 
 # Activities of the actors, as scenarios name their rates.
 HOST_ACTIVITIES = ("unmap", "reclaim", "mprotect", "migrate", "collapse", "split")
-KVM_ACTIVITIES = ("memslot_cycles", "dirty_log_cycles", "dirty_log_toggles", "smis")
+KVM_ACTIVITIES = ("memslot_cycles", "dirty_log_cycles", "dirty_log_toggles", "smis", "resets")
 MIGRATIONS = "migrations"
 
 # What acts in quiet phases, in turn: one source of flushes, or several that only together are dangerous.  A
@@ -26,6 +26,7 @@ Flavour = Mapping[str, float | None]
 FLAVOURS: tuple[Flavour, ...] = (
     {MIGRATIONS: None},
     {"unmap": None},
+    {"resets": None},
     # Faults between the end of logging and recovery replace tables by huge leafs, if khugepaged was at work
     # and unmapping left holes.
     {"collapse": 400.0, "split": 100.0, "unmap": 200.0, "dirty_log_toggles": 60.0},
@@ -40,7 +41,13 @@ FLAVOURS: tuple[Flavour, ...] = (
     {"migrate": None},
 )
 # What a storm sees a few times a second acts more often in a quiet second that it has to itself.
-QUIET_LEAST_RATES = {"collapse": 200.0, "split": 40.0, "memslot_cycles": 60.0, "dirty_log_cycles": 20.0}
+QUIET_LEAST_RATES = {
+    "collapse": 200.0,
+    "split": 40.0,
+    "memslot_cycles": 60.0,
+    "dirty_log_cycles": 20.0,
+    "resets": 40.0,
+}
 # Who was late does not make up for more than this.
 _LONGEST_ARREARS = 0.05
 _LONGEST_ARREARS_PACED = 10.0

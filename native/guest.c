@@ -89,6 +89,7 @@ int guest_configure(struct machine *m, uint32_t vcpu, const struct guest_config 
 
 	guest_memory_destroy(m, g);
 	g->config = *config;
+	g->paged = config->paging;
 	g->random = config->seed * 0x9e3779b97f4a7c15 + 0x632be59bd9b4e019;
 	if (!g->random)
 		g->random = 1;

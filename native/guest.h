@@ -77,6 +77,10 @@ int guest_leave(struct machine *m, uint32_t cpu, uint32_t reason);
  * paging-structure-cache entries on the way, and sets accessed flags.  Where an access would fault, or meet what
  * it may not use, nothing happens: only use is judged.  1: the translation was not cached and is now; 0: not. */
 int guest_speculate(struct machine *m, uint32_t cpu, uint64_t linear);
+/* The vCPU's thread, outside guest mode, after a reset (INIT) has cleared CR0.PG: the guest OS starts again.  It
+ * knows nothing of what its memory held: all of it is free, page tables are built anew, and no translation of
+ * before is valid.  It sets CR4 and CR0 up first, which exits.  Of a program nothing changes but HLT. */
+void guest_boot(struct machine *m, uint32_t vcpu);
 /* Guest-physical frames that this vCPU's OS uses now. */
 uint64_t guest_frames_used(struct machine *m, uint32_t vcpu);
 uint64_t guest_clock(struct machine *m, uint32_t vcpu);

@@ -1,4 +1,6 @@
 /* Guest-physical memory of one guest OS: free lists, last in first out, and users of each page. */
+#include <string.h>
+
 #include "guest_state.h"
 #include "heap.h"
 
@@ -52,6 +54,16 @@ static void fill_stacks(struct guest *g)
 	for (uint64_t gfn = g->config.mmio_end_gfn; mmio_gfns(g) && gfn > g->config.mmio_gfn; gfn--)
 		if (is_own(g, gfn - 1))
 			g->free_mmio[g->free_mmio_count++] = (uint32_t)(gfn - 1);
+}
+
+void guest_memory_reset(struct guest *g)
+{
+	if (!g->users)
+		return;
+	memset(g->users, 0, ram_gfns(g) * sizeof(*g->users));
+	memset(g->mmio_users, 0, mmio_gfns(g) * sizeof(*g->mmio_users));
+	g->free_count = g->free_blocks = g->free_mmio_count = 0;
+	fill_stacks(g);
 }
 
 int guest_memory_create(struct machine *m, struct guest *g)

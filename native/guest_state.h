@@ -51,6 +51,9 @@ struct guest_process {
 /* What the OS is in the middle of; each step can be repeated from its start. */
 enum guest_event { GUEST_SWITCH, GUEST_UNMAP, GUEST_PROTECT, GUEST_HALT, GUEST_EVENTS };
 
+/* What an OS that boots after a reset still has to do before it runs its processes. */
+enum guest_boot_step { GUEST_BOOT_DONE, GUEST_BOOT_CR4, GUEST_BOOT_CR0 };
+
 struct guest {
 	struct guest_config config;
 	struct guest_process process[GUEST_PROCESSES];
@@ -59,6 +62,8 @@ struct guest {
 	uint64_t clock;        /* accesses and changes so far; only grows */
 	uint64_t due[GUEST_EVENTS]; /* clock at which it is time; UINT64_MAX: never */
 	uint64_t random;
+	bool paged;            /* the OS is one that turns paging on */
+	enum guest_boot_step boot;
 	uint64_t halted_until; /* monotonic ns: activity state HLT, without an exit, until then; 0: active */
 	/* guest-physical memory of this OS: stacks of free gfns, last in first out, and users of each page */
 	uint32_t *free_gfn;
@@ -100,6 +105,8 @@ uint64_t guest_random(struct guest *g);
 /* Allocation of guest-physical memory (guest_pages.c). */
 int guest_memory_create(struct machine *m, struct guest *g);
 void guest_memory_destroy(struct machine *m, struct guest *g);
+/* Everything is free again. */
+void guest_memory_reset(struct guest *g);
 uint64_t guest_gfn_alloc(struct guest *g, bool mmio);
 uint64_t guest_block_alloc(struct guest *g);
 void guest_gfn_get(struct guest *g, uint64_t gfn);

@@ -9,6 +9,13 @@
 #include "tlb_internal.h"
 #include "vm.h"
 
+/* SDM vol. 3A, 2.5: control registers. */
+#define CR0_PE UINT64_C(1)
+#define CR0_WP (UINT64_C(1) << 16)
+#define CR0_PG (UINT64_C(1) << 31)
+#define CR4_PAE (UINT64_C(1) << 5)
+#define CR4_PGE (UINT64_C(1) << 7)
+
 struct run {
 	struct walk walk;
 	uint64_t budget;
@@ -74,6 +81,19 @@ static uint32_t instruction(struct run *run, uint32_t insn, uint64_t operand)
 	return EXIT_INSTRUCTION;
 }
 
+/* SDM vol. 3A, 10.8.5: four-level paging is prepared in CR4, and goes on with CR0.PG.  Both are KVM's to see. */
+static uint32_t boot(struct run *run)
+{
+	struct guest *g = run->walk.guest;
+
+	if (g->boot == GUEST_BOOT_CR4) {
+		g->boot = GUEST_BOOT_CR0;
+		return instruction(run, GUEST_INSN_MOV_CR4, CR4_PAE | CR4_PGE);
+	}
+	g->boot = GUEST_BOOT_DONE;
+	return instruction(run, GUEST_INSN_MOV_CR0, CR0_PE | CR0_WP | CR0_PG);
+}
+
 /* The SMI handler, to its end, and RSM. */
 static uint32_t smm(struct run *run)
 {
@@ -106,6 +126,8 @@ static uint32_t step(struct run *run)
 		return program_step(w, &run->accesses, &run->budget);
 	if (g->smm)
 		return smm(run);
+	if (g->boot)
+		return boot(run);
 	insn = guest_take_insn(g, &operand);
 	if (insn == GUEST_INSN_TOGGLE_PGE) {
 		invpcid_all(w->tlb);

@@ -63,6 +63,7 @@ enum vm_stat {
 	STAT_FLUSHES_ELIDED,       /* flush decisions answered with no flush */
 	STAT_ROOTS_ALLOCATED,
 	STAT_SMIS,                 /* enter_smm */
+	STAT_RESETS,               /* kvm_vcpu_reset of a vCPU that ran */
 	VM_STATS
 };
 void vm_stat_add(struct machine *m, uint32_t vm, uint32_t stat, uint64_t n);

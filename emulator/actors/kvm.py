@@ -20,6 +20,7 @@ from emulator.kvm import structs
 from emulator.kvm.kvm_host import KVM_MEM_LOG_DIRTY_PAGES
 from emulator.kvm.kvm_main import kvm_set_memory_region, kvm_vm_ioctl_get_dirty_log
 from emulator.kvm.mmu import kvm_zap_gfn_range
+from emulator.kvm.reset import apic_send_init
 from emulator.kvm.smm import kvm_inject_smi
 from emulator.kvm.tdp_roots import flush_workqueue
 from emulator.workload import KVM_ACTIVITIES, Pacer, Workload
@@ -74,6 +75,7 @@ class Kvm(MachineActor):
             "dirty_log_cycles": self.dirty_log_cycle,
             "dirty_log_toggles": self.dirty_log_toggle,
             "smis": self.smi,
+            "resets": self.reset,
         }
 
     def idle(self) -> None:
@@ -109,6 +111,10 @@ class Kvm(MachineActor):
     def smi(self) -> None:
         """KVM_SMI: the vCPU runs its handler, in an address space and on a root of its own."""
         kvm_inject_smi(self.cpu, self.rng.choice(self.kvm.vcpus))
+
+    def reset(self) -> None:
+        """A vCPU gets an INIT from another one: its guest boots, and knows nothing of what it had cached."""
+        apic_send_init(self.cpu, self.rng.choice(self.kvm.vcpus))
 
     # --- dirty logging ---------------------------------------------------------------------------------
 

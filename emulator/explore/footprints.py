@@ -204,6 +204,7 @@ LOCAL = frozenset(
         "event_record",
         "flush_reset",
         "frame_tag_of",
+        "guest_boot",
         "guest_add_process",
         "guest_clock",
         "guest_configure",

@@ -8,7 +8,14 @@ emulator_leave_smm  the guest executed RSM
 
 from __future__ import annotations
 
-from emulator.kvm.kvm_host import KVM_REQ_SMI, X86_CR0_PE, X86_CR0_PG, X86_CR4_PAE, X86_CR4_PCIDE
+from emulator.kvm.kvm_host import (
+    KVM_REQ_EVENT,
+    KVM_REQ_SMI,
+    X86_CR0_PE,
+    X86_CR0_PG,
+    X86_CR4_PAE,
+    X86_CR4_PCIDE,
+)
 from emulator.kvm.regs import kvm_set_cr0, kvm_set_cr3, kvm_set_cr4
 from emulator.kvm.requests import kvm_make_request, kvm_vcpu_kick
 from emulator.kvm.roots import kvm_mmu_reset_context
@@ -31,8 +38,12 @@ def process_smi(vcpu: Vcpu) -> None:
 
 
 def kvm_smm_changed(cpu: Cpu, vcpu: Vcpu, entering_smm: bool) -> None:
-    """kvm_smm_changed(): the role has another address space now, and with it another root."""
+    """kvm_smm_changed(): the role has another address space now, and with it another root.  An INIT that was
+    latched is due."""
     vcpu.arch.smm = entering_smm
+    if not entering_smm and vcpu.arch.init_latched:
+        vcpu.arch.init_latched = False
+        kvm_make_request(cpu, vcpu, KVM_REQ_EVENT)
     kvm_mmu_reset_context(cpu, vcpu)
 
 

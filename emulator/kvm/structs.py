@@ -307,7 +307,7 @@ class VcpuArch:
     """Registers of struct kvm_vcpu_arch that decide about roots and flushes: those of a 64-bit OS that is up.
     `smram`: what enter_smm() saved."""
 
-    __slots__ = ("cr0", "cr3", "cr4", "leaving_smm", "smi_pending", "smm", "smram")
+    __slots__ = ("cr0", "cr3", "cr4", "init_latched", "leaving_smm", "smi_pending", "smm", "smram")
 
     def __init__(self) -> None:
         self.cr0 = X86_CR0_PE | X86_CR0_WP | X86_CR0_PG
@@ -316,6 +316,7 @@ class VcpuArch:
         self.smm = False  # hflags & HF_SMM_MASK
         self.leaving_smm = False  # in RSM: registers change that the guest does not run with
         self.smi_pending = False
+        self.init_latched = False  # KVM_APIC_INIT in pending_events, while in SMM
         self.smram: tuple[int, int, int] = (0, 0, 0)  # CR0, CR3, CR4
 
 

@@ -15,6 +15,7 @@ from emulator.kvm.kvm_host import (
     EXITING_GUEST_MODE,
     HALTED,
     IN_GUEST_MODE,
+    KVM_REQ_EVENT,
     KVM_REQ_LOAD_MMU_PGD,
     KVM_REQ_MMU_FREE_OBSOLETE_ROOTS,
     KVM_REQ_SMI,
@@ -32,6 +33,7 @@ from emulator.kvm.kvm_host import (
 from emulator.kvm.page_fault import kvm_mmu_page_fault
 from emulator.kvm.regs import handle_cr
 from emulator.kvm.requests import kvm_check_request, kvm_test_request
+from emulator.kvm.reset import kvm_apic_accept_events
 from emulator.kvm.root_tracking import active_roots, mmu_roots, record_flush
 from emulator.kvm.roots import kvm_mmu_free_obsolete_roots, kvm_mmu_reload
 from emulator.kvm.smm import emulator_leave_smm, enter_smm, process_smi
@@ -119,6 +121,8 @@ def serve_requests(cpu: Cpu, vcpu: Vcpu) -> ExitToUser | None:
     kvm_service_local_tlb_flush_requests(cpu, vcpu)
     if kvm_check_request(cpu, vcpu, KVM_REQ_SMI):
         process_smi(vcpu)
+    if kvm_check_request(cpu, vcpu, KVM_REQ_EVENT):
+        kvm_apic_accept_events(cpu, vcpu)
     return None
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, ClassVar
 
 from emulator.kvm.regs import kvm_set_cr0, kvm_set_cr4
+from emulator.kvm.reset import apic_send_init
 from emulator.kvm.smm import emulator_leave_smm, kvm_inject_smi
 from emulator.litmus.syntax import Arg, Context, GuestOp, Instruction, Op, OpError, VcpuOp
 
@@ -146,6 +147,14 @@ class Rsm(VcpuOp):
         emulator_leave_smm(context.cpu, context.vcpu)
 
 
+class Init(VcpuOp):
+    verb = "init"
+    doc = "an INIT: the vCPU is reset before its guest goes on, without paging"
+
+    def run(self, context: Context) -> None:
+        apic_send_init(context.cpu, context.vcpu)
+
+
 class _ControlRegister(VcpuOp):
     args = (Arg("bit", "name"), Arg("value", "number"))
     bits: ClassVar[dict[str, int]] = {}
@@ -185,4 +194,4 @@ class Cr4(_ControlRegister):
 
 
 GUEST_OPS: tuple[type[Op], ...] = (Read, Write, Exec, Map, Unmap, Protect, Invlpg, Invpcid, MovCr3)
-VCPU_OPS: tuple[type[Op], ...] = (Migrate, Preempt, Exit, Smi, Rsm, Cr0, Cr4)
+VCPU_OPS: tuple[type[Op], ...] = (Migrate, Preempt, Exit, Smi, Rsm, Init, Cr0, Cr4)

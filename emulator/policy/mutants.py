@@ -132,6 +132,14 @@ MUTANTS: dict[str, Mutant] = {
             settings={"root_put": "inline"},
         ),
         Mutant(
+            name="I1",
+            doc="INIT resets a vCPU without a flush, and so do the writes to CR4 and CR0 with which it boots",
+            source="kvm_vcpu_reset() and vmx_vcpu_reset(); those of the boot would do",
+            settings={"role_change": "no-guest-flush"},
+            bugs=("I1",),
+            expected=("guest-stale",),
+        ),
+        Mutant(
             name="P1",
             doc="the last look at requests comes before mode = IN_GUEST_MODE: both sides miss each other",
             source="Documentation/virt/kvm/vcpu-requests.rst",

@@ -1,0 +1,66 @@
+"""lapic.c, x86.c, vmx.c: INIT, with which one vCPU has another one boot again.
+
+apic_send_init          another vCPU's ICR write, as in the INIT-SIPI-SIPI of a reboot or of kexec; any thread
+kvm_apic_accept_events  the vCPU serves the request
+kvm_vcpu_reset          registers as after INIT; the guest's translations are gone
+"""
+
+from __future__ import annotations
+
+from emulator.kvm.kvm_host import KVM_REQ_EVENT, KVM_REQ_TLB_FLUSH_GUEST, X86_CR0_PG
+from emulator.kvm.regs import vmx_set_cr0
+from emulator.kvm.requests import flush_elided, kvm_make_request, kvm_vcpu_kick
+from emulator.kvm.roots import kvm_mmu_reset_context
+from emulator.kvm.structs import Vcpu
+from emulator.runtime import Cpu
+from native import lib
+
+
+def apic_send_init(cpu: Cpu, vcpu: Vcpu) -> None:
+    """__apic_accept_irq() for APIC_DM_INIT, as it concerns the vCPU that gets it.  INIT is the only event
+    that is made here, so that the request says all."""
+    kvm_make_request(cpu, vcpu, KVM_REQ_EVENT)
+    kvm_vcpu_kick(cpu, vcpu)
+
+
+def kvm_apic_accept_events(cpu: Cpu, vcpu: Vcpu) -> None:
+    """kvm_apic_accept_events(): in SMM an INIT is latched until RSM.  The SIPI that ends wait-for-SIPI has
+    come with it: the vCPU runs on."""
+    if vcpu.arch.smm:
+        vcpu.arch.init_latched = True
+        return
+    kvm_vcpu_reset(cpu, vcpu, init_event=True)
+
+
+def kvm_vcpu_reset(cpu: Cpu, vcpu: Vcpu, init_event: bool) -> None:
+    """kvm_vcpu_reset(): what decides about roots and flushes.
+
+    No roots are freed and no flush is requested unless CR0.PG was set, but for INIT: the SDM has it drop all
+    translations (vol. 3A, 10.1), and so does KVM (since 5.15).  Mutant I1: neither this nor vmx_vcpu_reset()
+    flushes.
+    """
+    arch = vcpu.arch
+    old_cr0 = arch.cr0
+    flushes = "I1" not in vcpu.kvm.policy.bugs
+    cpu.stat(vcpu.kvm.id, lib.STAT_RESETS)
+    arch.smi_pending = False
+    if flushes:
+        vmx_vcpu_reset(cpu, vcpu)
+    else:
+        flush_elided(cpu, vcpu.kvm, lib.REASON_GUEST, vcpu.id)
+    arch.cr3 = arch.cr0 = arch.cr4 = 0
+    vmx_set_cr0(cpu, vcpu, old_cr0, arch.cr0)
+    if old_cr0 & X86_CR0_PG:
+        if flushes:
+            kvm_make_request(cpu, vcpu, KVM_REQ_TLB_FLUSH_GUEST)
+        kvm_mmu_reset_context(cpu, vcpu)
+    if init_event and flushes:
+        kvm_make_request(cpu, vcpu, KVM_REQ_TLB_FLUSH_GUEST)
+    # RIP is that of the reset vector.
+    lib.guest_boot(cpu.m, vcpu.id)
+
+
+def vmx_vcpu_reset(cpu: Cpu, vcpu: Vcpu) -> None:
+    """vmx_vcpu_reset() ends with vpid_sync_context(): INVVPID single, here and now."""
+    cpu.point("tlb", cpu.id, "write")
+    lib.flush_invvpid_single(cpu.m, cpu.id, vcpu.kvm.id, vcpu.vpid, lib.REASON_GUEST)
