@@ -19,16 +19,16 @@ enum { PAGE_BYTES = 4096, CLASSES = 48, BLOCK_MAGIC = 0x48454150 };
 /* In front of each block, on a line of its own. */
 struct block {
 	struct block *next; /* while it is free */
-	uint32_t class;
+	size_t bytes;
 	uint32_t magic; /* while it is not */
-	uint8_t pad[CACHELINE - sizeof(void *) - 2 * sizeof(uint32_t)];
+	uint8_t pad[CACHELINE - sizeof(void *) - sizeof(size_t) - sizeof(uint32_t)];
 };
 
 /* The allocator's books: the first page of the region. */
 struct books {
 	_Atomic uint32_t lock;
 	size_t used; /* bytes of the region, from its start; what lies behind was never handed out: zeroes */
-	struct block *free[CLASSES]; /* 2^i bytes each */
+	struct block *free[CLASSES]; /* of 2^i bytes, and fewer than twice that */
 };
 
 /* Itself outside the region. */
@@ -81,29 +81,38 @@ void heap_destroy(struct heap *h)
 	free(h);
 }
 
-static uint32_t class_of(size_t bytes)
+static struct block **free_blocks(struct books *books, size_t bytes)
 {
-	uint32_t class = __builtin_ctz(CACHELINE);
+	return &books->free[63 - __builtin_clzll(bytes)];
+}
 
-	while ((size_t)1 << class < bytes)
-		class++;
-	return class;
+/* One of exactly that size: what is freed is mostly wanted again by its like. */
+static struct block *reuse(struct books *books, size_t bytes)
+{
+	struct block **link = free_blocks(books, bytes), *block;
+
+	while (*link && (*link)->bytes != bytes)
+		link = &(*link)->next;
+	block = *link;
+	if (block)
+		*link = block->next;
+	return block;
 }
 
 /* From the end of what is in use.  What fills pages begins with one, so that few pages have something of it. */
-static struct block *carve(struct heap *h, uint32_t class)
+static struct block *carve(struct heap *h, size_t bytes)
 {
 	struct books *books = books_of(h);
-	size_t size = (size_t)1 << class, start = books->used + sizeof(struct block);
+	size_t start = books->used + sizeof(struct block);
 	struct block *block;
 
-	if (size >= PAGE_BYTES)
+	if (bytes >= PAGE_BYTES)
 		start = (start + PAGE_BYTES - 1) & ~(size_t)(PAGE_BYTES - 1);
-	if (start > h->bytes || size > h->bytes - start)
+	if (start > h->bytes || bytes > h->bytes - start)
 		return NULL;
-	books->used = start + size;
+	books->used = start + bytes;
 	block = (struct block *)(void *)(h->memory + start) - 1;
-	block->class = class;
+	block->bytes = bytes;
 	return block;
 }
 
@@ -111,24 +120,24 @@ static void *region_zalloc(struct heap *h, size_t n, size_t size)
 {
 	struct books *books = books_of(h);
 	struct block *block;
-	uint32_t class;
+	size_t bytes;
 	bool reused;
 
-	if (size && n > ((size_t)1 << (CLASSES - 1)) / size)
+	if (size && n > h->bytes / size)
 		return NULL;
-	class = class_of(n * size);
+	bytes = (n * size + CACHELINE - 1) & ~(size_t)(CACHELINE - 1);
+	if (!bytes)
+		bytes = CACHELINE;
 	spin_lock(&books->lock);
-	block = books->free[class];
+	block = reuse(books, bytes);
 	reused = block;
-	if (block)
-		books->free[class] = block->next;
-	else
-		block = carve(h, class);
+	if (!block)
+		block = carve(h, bytes);
 	spin_unlock(&books->lock);
 	if (!block)
 		return NULL;
 	block->magic = BLOCK_MAGIC;
-	return reused ? memset(block + 1, 0, n * size) : block + 1;
+	return reused ? memset(block + 1, 0, bytes) : block + 1;
 }
 
 static void region_free(struct heap *h, void *memory)
@@ -142,8 +151,8 @@ static void region_free(struct heap *h, void *memory)
 	}
 	block->magic = 0;
 	spin_lock(&books->lock);
-	block->next = books->free[block->class];
-	books->free[block->class] = block;
+	block->next = *free_blocks(books, block->bytes);
+	*free_blocks(books, block->bytes) = block;
 	spin_unlock(&books->lock);
 }
 
