@@ -10,7 +10,7 @@
 #include "heap.h"
 #include "tlb_internal.h"
 
-enum { FIRST_CELLS = 1024, WAYS_MAX = 64 };
+enum { FIRST_CELLS = 64, WAYS_MAX = 64 };
 
 static uint64_t mix(uint64_t x)
 {
