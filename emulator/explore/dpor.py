@@ -15,7 +15,7 @@ Musuvathi, McKinley, "Bounded partial-order reduction", OOPSLA 2013), and no sle
 from __future__ import annotations
 
 from emulator.explore.objects import Objects, bits, dependent, members
-from emulator.explore.scheduler import Divergence, Label, Task, Wait
+from emulator.explore.scheduler import START, Divergence, Known, Label, Task, Wait
 
 
 class Node:
@@ -77,8 +77,13 @@ class Exhaustive:
     # --- the scheduler's side -------------------------------------------------------------------------------
 
     def begin(self, tasks: int) -> None:
-        self.depth = 0
-        self._last_of = [-1] * tasks
+        self.depth = self._fresh
+        last_of = self._last_of = [-1] * tasks
+        for depth in range(self._fresh):
+            last_of[self.stack[depth].chosen] = depth
+
+    def known(self) -> list[Known]:
+        return [(node.chosen, node.label or START) for node in self.stack[: self._fresh]]
 
     def choose(self, enabled: int, last: int) -> int:
         depth = self.depth
@@ -105,13 +110,6 @@ class Exhaustive:
         depth = self.depth
         self.depth += 1
         node = self.stack[depth]
-        if depth < self._fresh:
-            if node.label != task.label:
-                raise Divergence(
-                    f"step {depth} of {task.name}: {task.label}, but {node.label} at the first time"
-                )
-            self._last_of[task.index] = depth
-            return
         node.label, node.reads, node.writes = task.label, task.reads, task.writes
         if self.reduce:
             previous = self._last_of[task.index]

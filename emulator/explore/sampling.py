@@ -8,8 +8,10 @@ k steps is found with a probability of at least 1 / (n * k^(d-1)) in each execut
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 from emulator.explore.objects import bits
-from emulator.explore.scheduler import Divergence, Task, Wait
+from emulator.explore.scheduler import Divergence, Known, Task, Wait
 
 _U64 = (1 << 64) - 1
 
@@ -46,6 +48,9 @@ class Sampler:
     def begin(self, tasks: int) -> None:
         self._schedule = []
         self.left -= 1
+
+    def known(self) -> Sequence[Known]:
+        return ()
 
     def schedule(self) -> tuple[int, ...]:
         return tuple(self._schedule)

@@ -11,7 +11,7 @@ is a deadlock.  Tasks that never finish (interrupts, RCU) are daemons: they do n
 
 from __future__ import annotations
 
-from collections.abc import Callable, Hashable
+from collections.abc import Callable, Hashable, Sequence
 from dataclasses import dataclass
 from typing import Any, Protocol
 
@@ -21,6 +21,7 @@ from emulator.explore.objects import Objects
 
 Label = tuple[str, Hashable, str]  # kind, object, "read" or "write"
 Condition = Callable[[], bool]
+Known = tuple[int, Label]  # a task, and its step
 
 START: Label = ("start", None, "read")
 
@@ -34,7 +35,11 @@ class Divergence(Exception):
 
 
 class Strategy(Protocol):
-    """Decides, and hears of every step."""
+    """Decides, and hears of every step, except of those that it knows."""
+
+    def known(self) -> Sequence[Known]:
+        """The steps that the execution begins with, when an earlier one began with them, too: they are taken
+        without asking, and `choose` and `stepped` go on after them."""
 
     def choose(self, enabled: int, last: int) -> int:
         """One of the tasks in the mask, or -1: there is no point in going on.  `last` took the last step."""
@@ -50,7 +55,6 @@ class Task:
     __slots__ = (
         "body",
         "changed",
-        "condition",
         "daemon",
         "done",
         "greenlet",
@@ -77,7 +81,6 @@ class Task:
         self.label: Label = START
         self.reads = 0
         self.writes = 0
-        self.condition: Condition | None = None
         self.was_blocking = False  # the step in question had a condition
         self.waits_for = ""
         self.watch = 0  # what the current turn of a retry loop has read
@@ -114,6 +117,7 @@ class Execution:
         "draining",
         "failure",
         "hub",
+        "known",
         "last",
         "length",
         "limit",
@@ -121,11 +125,14 @@ class Execution:
         "objects",
         "on_step",
         "pruned",
+        "ready",
+        "replayed",
         "starting",
         "stopped",
         "strategy",
         "tasks",
         "too_long",
+        "waiting",
     )
 
     def __init__(self, objects: Objects, strategy: Strategy, limit: int = 5000) -> None:
@@ -138,6 +145,10 @@ class Execution:
         self.next: Task | None = None
         self.last = -1
         self.length = 0
+        self.known: Sequence[Known] = ()
+        self.replayed = 0  # steps before this one are known
+        self.ready = 0  # tasks that can go on without a condition
+        self.waiting: dict[int, Condition] = {}  # ... and with one
         self.starting = True
         self.aborting = False
         self.draining = False
@@ -174,13 +185,17 @@ class Execution:
         task.label = label
         task.reads = reads
         task.writes = writes
-        task.condition = condition
         task.was_blocking = condition is not None
         task.waits_for = waits_for
+        if condition is None:
+            self.ready |= 1 << task.index
+        else:
+            self.ready &= ~(1 << task.index)
+            self.waiting[task.index] = condition
         if self.starting:
             self.hub.switch()
         else:
-            chosen = self._choose()
+            chosen = self._next_known() if self.length < self.replayed else self._choose()
             if chosen is task:
                 return
             if chosen is None:
@@ -219,6 +234,8 @@ class Execution:
 
     def run(self) -> None:
         self.hub = getcurrent()
+        self.known = self.strategy.known()
+        self.replayed = len(self.known)
         for task in self.tasks:
             task.greenlet = greenlet(self._body(task), self.hub)
         for task in self.tasks:
@@ -226,7 +243,8 @@ class Execution:
             self.current = task
             task.greenlet.switch()
         self.starting = False
-        self.next = None if self.failure is not None else self._choose()
+        if self.failure is None:
+            self.next = self._next_known() if self.replayed else self._choose()
         while self.next is not None:
             task, self.next = self.next, None
             task.greenlet.switch()
@@ -240,14 +258,16 @@ class Execution:
                 return
             except BaseException as error:
                 task.done = self.crashed = True
+                self.ready &= ~(1 << task.index)
                 if self.failure is None and not self.draining:
                     self.failure = error
                 self.next = None
                 return
             task.done = True
+            self.ready &= ~(1 << task.index)
             if not self.starting:
                 self._ended(task)
-                self.next = self._choose()
+                self.next = self._next_known() if self.length < self.replayed else self._choose()
 
         return body
 
@@ -259,13 +279,20 @@ class Execution:
                     other.changed = True
             return
         task.steps += 1
-        self.length += 1
+        length = self.length
+        self.length = length + 1
         writes = task.writes
         task.watch |= task.reads
-        for other in self.tasks:
-            if other.watch & writes and other is not task:
-                other.changed = True
-        self.strategy.stepped(task)
+        if writes:
+            for other in self.tasks:
+                if other.watch & writes and other is not task:
+                    other.changed = True
+        if length >= self.replayed:
+            self.strategy.stepped(task)
+        elif self.known[length][1] != task.label:
+            raise Divergence(
+                f"step {length} of {task.name}: {task.label}, but {self.known[length][1]} at the first time"
+            )
         if self.on_step is not None:
             self.on_step(task)
 
@@ -275,10 +302,10 @@ class Execution:
         if self.length >= self.limit or self.drained >= self.limit:
             self.too_long = self.length >= self.limit
             return None
-        enabled = 0
-        for task in self.tasks:
-            if not task.done and (task.condition is None or task.condition()):
-                enabled |= 1 << task.index
+        enabled = self.ready
+        for index, condition in self.waiting.items():
+            if condition():
+                enabled |= 1 << index
         if not enabled and self.draining:
             return None
         if not enabled:
@@ -297,8 +324,17 @@ class Execution:
         task = self.tasks[index]
         if not enabled >> index & 1:
             raise Divergence(f"step {self.length}: {task.name} cannot go on, but it could then")
-        task.condition = None
+        self.waiting.pop(index, None)
         self.current = task
+        return task
+
+    def _next_known(self) -> Task:
+        """The next one of those steps that the execution begins with."""
+        index = self.last = self.known[self.length][0]
+        condition = self.waiting.pop(index, None)
+        if not (condition() if condition is not None else self.ready >> index & 1):
+            raise Divergence(f"step {self.length}: {self.tasks[index].name} cannot go on, but it could then")
+        task = self.current = self.tasks[index]
         return task
 
     def _any(self, enabled: int) -> int:
