@@ -15,8 +15,9 @@ from collections.abc import Callable, Hashable, Sequence
 from dataclasses import dataclass
 from typing import Any, Protocol
 
-from greenlet import getcurrent, greenlet
+from greenlet import getcurrent
 
+from emulator.explore.fibers import Body, fiber
 from emulator.explore.objects import Objects
 
 Label = tuple[str, Hashable, str]  # kind, object, "read" or "write"
@@ -104,8 +105,8 @@ class Execution:
     """One run of a program's tasks.  After `run`: `failure` (an exception of a task), `pruned` (the strategy
     gave up), `too_long`, `deadlock` (who waits), `stopped` (somebody called `stop`).
 
-    When the strategy gives up or somebody stops it, the tasks still go on to their ends, in whichever order,
-    unrecorded (`draining`): so the next execution finds nothing half done.
+    Tasks that have not come to their ends by then are unwound where they stand.  What they leave half done is
+    the program's to put back before the next execution.
     """
 
     __slots__ = (
@@ -113,8 +114,6 @@ class Execution:
         "crashed",
         "current",
         "deadlock",
-        "drained",
-        "draining",
         "failure",
         "hub",
         "known",
@@ -151,8 +150,6 @@ class Execution:
         self.waiting: dict[int, Condition] = {}  # ... and with one
         self.starting = True
         self.aborting = False
-        self.draining = False
-        self.drained = 0
         self.crashed = False
         self.stopped = False
         self.pruned = False
@@ -178,7 +175,7 @@ class Execution:
     ) -> None:
         """The running task's step ends; its next one begins with this access, once `condition` holds."""
         if self.aborting:
-            return  # on the way out, past `finally`
+            raise Abandoned  # on the way out, in a `finally`
         task = self.current
         if not self.starting:
             self._ended(task)
@@ -236,48 +233,52 @@ class Execution:
         self.hub = getcurrent()
         self.known = self.strategy.known()
         self.replayed = len(self.known)
-        for task in self.tasks:
-            task.greenlet = greenlet(self._body(task), self.hub)
+        try:
+            self._run()
+        finally:
+            self._abandon()
+
+    def _run(self) -> None:
         for task in self.tasks:
             # To its first announcement: nothing shared is touched before.
             self.current = task
-            task.greenlet.switch()
+            task.greenlet = fiber()
+            task.greenlet.switch(self._body(task))
         self.starting = False
         if self.failure is None:
             self.next = self._next_known() if self.replayed else self._choose()
         while self.next is not None:
             task, self.next = self.next, None
             task.greenlet.switch()
-        self._abandon()
 
-    def _body(self, task: Task) -> Callable[[], None]:
-        def body() -> None:
+    def _body(self, task: Task) -> Body:
+        def body() -> Any:
             try:
                 task.body()
-            except Abandoned:
-                return
+                self._done(task)
             except BaseException as error:
-                task.done = self.crashed = True
-                self.ready &= ~(1 << task.index)
-                if self.failure is None and not self.draining:
-                    self.failure = error
-                self.next = None
-                return
-            task.done = True
-            self.ready &= ~(1 << task.index)
-            if not self.starting:
-                self._ended(task)
-                self.next = self._next_known() if self.length < self.replayed else self._choose()
+                if not self.aborting:
+                    self._failed(task, error)
+            task.greenlet = None
+            return self.hub
 
         return body
 
+    def _done(self, task: Task) -> None:
+        task.done = True
+        self.ready &= ~(1 << task.index)
+        if not self.starting:
+            self._ended(task)
+            self.next = self._next_known() if self.length < self.replayed else self._choose()
+
+    def _failed(self, task: Task, error: BaseException) -> None:
+        task.done = self.crashed = True
+        self.ready &= ~(1 << task.index)
+        self.next = None
+        if self.failure is None:
+            self.failure = error
+
     def _ended(self, task: Task) -> None:
-        if self.draining:
-            self.drained += 1
-            for other in self.tasks:
-                if other.watch & task.writes and other is not task:
-                    other.changed = True
-            return
         task.steps += 1
         length = self.length
         self.length = length + 1
@@ -298,16 +299,14 @@ class Execution:
 
     def _choose(self) -> Task | None:
         if self.stopped:
-            self.draining = True
-        if self.length >= self.limit or self.drained >= self.limit:
-            self.too_long = self.length >= self.limit
+            return None
+        if self.length >= self.limit:
+            self.too_long = True
             return None
         enabled = self.ready
         for index, condition in self.waiting.items():
             if condition():
                 enabled |= 1 << index
-        if not enabled and self.draining:
-            return None
         if not enabled:
             self.deadlock = tuple(
                 Wait(task.name, task.label, task.waits_for)
@@ -315,11 +314,10 @@ class Execution:
                 if not task.done and not task.daemon
             )
             return None
-        index = -1 if self.draining else self.strategy.choose(enabled, self.last)
+        index = self.strategy.choose(enabled, self.last)
         if index < 0:
-            self.pruned |= not self.draining
-            self.draining = True
-            index = self._any(enabled)
+            self.pruned = True
+            return None
         self.last = index
         task = self.tasks[index]
         if not enabled >> index & 1:
@@ -337,11 +335,6 @@ class Execution:
         task = self.current = self.tasks[index]
         return task
 
-    def _any(self, enabled: int) -> int:
-        """Whoever went last, if possible."""
-        last = self.last
-        return last if last >= 0 and enabled >> last & 1 else (enabled & -enabled).bit_length() - 1
-
     @property
     def clean(self) -> bool:
         """All tasks came to their ends: nothing is held, nobody is in the middle of anything."""
@@ -351,6 +344,6 @@ class Execution:
         """Unwind whoever is not finished."""
         self.aborting = True
         for task in self.tasks:
-            if task.greenlet and not task.greenlet.dead:
+            if task.greenlet is not None:
                 self.current = task
                 task.greenlet.throw(Abandoned)

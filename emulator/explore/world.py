@@ -155,15 +155,14 @@ class LitmusProgram:
     def finish(self, execution: Execution) -> str:
         control = self.control
         control.execution = None
-        if not execution.clean:
-            if not execution.deadlock:
-                return ""
+        if execution.deadlock:
             return f"{DEADLOCK}: " + ", ".join(
                 f"{wait.task} waits for {wait.waits_for}" for wait in execution.deadlock
             )
-        if not execution.stopped and self.test.final:
-            self._leave_pcpus()
-            self.world.run_final()
+        if not execution.stopped:
+            if not execution.clean:
+                return ""
+            self._run_final()
         return ", ".join(
             kind
             for kind, n, before in zip(VIOLATION_KINDS, control.violations(), control.known, strict=True)
@@ -181,12 +180,15 @@ class LitmusProgram:
             self.world.main.check(lib.cpu_take(m, number))
             lib.ipi_hold(m, number, 1)
 
-    def _leave_pcpus(self) -> None:
+    def _run_final(self) -> None:
+        if not self.test.final:
+            return
         m = self.machine.m
         for number in range(self.machine.pcpus):
             lib.ipi_hold(m, number, 0)
             lib.ipi_arrive(m, number)
             lib.cpu_idle(m, number)
+        self.world.run_final()
 
     # --- for recordings -------------------------------------------------------------------------------------
 
