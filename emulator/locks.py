@@ -44,6 +44,7 @@ class _Waitable:
             cpu.check(lib.cpu_wait_event(cpu.m, cpu.id, seq, 0))
 
     def _give(self, cpu: Cpu) -> None:
+        cpu.point("unlocking", self, "write")
         self.owner = -1
         self._token.append(None)
         while self._waiters:

@@ -225,6 +225,17 @@ class timed:  # noqa: N801 - reads like a statement
         lib.histogram_record(self.cpu.m, self.cpu.id, self.histogram, elapsed)
 
 
+def smp_mb(cpu: Cpu) -> None:
+    """smp_mb(): nothing to do on real threads, where every access of the core is sequentially consistent;
+    with store buffers explore waits here."""
+    cpu.point("smp_mb", None, "write")
+
+
+def plain_store(cpu: Cpu, obj: object) -> None:
+    """The next store of this CPU is no locked instruction (mutants; explore with store buffers)."""
+    cpu.point("plain store", obj, "write")
+
+
 def cpu_relax(cpu: Cpu) -> None:
     """In a loop that can only end when another thread goes on: let it have the GIL and the processor.
 

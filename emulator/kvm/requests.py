@@ -17,13 +17,18 @@ from emulator.kvm.kvm_host import (
 )
 from emulator.kvm.root_tracking import roots_tlb_changed
 from emulator.kvm.structs import Kvm, KvmMemorySlot, Vcpu
-from emulator.runtime import Cpu, timed
+from emulator.runtime import Cpu, plain_store, timed
 from native import lib
 
 
 def kvm_make_request(cpu: Cpu, vcpu: Vcpu, req: int) -> None:
-    """__kvm_make_request(): sets the bit.  What the request is about must be visible before."""
+    """__kvm_make_request(): sets the bit.  What the request is about must be visible before.
+
+    Mutant S2: by a plain store.
+    """
     cpu.point("requests", vcpu.id, "write")
+    if "S2" in vcpu.kvm.policy.bugs:
+        plain_store(cpu, vcpu.id)
     lib.kvm_make_request(cpu.m, vcpu.id, req & KVM_REQUEST_MASK)
     cpu.event(lib.EVENT_REQUEST, vcpu.id, req & KVM_REQUEST_MASK)
 
@@ -40,9 +45,12 @@ def kvm_test_request(cpu: Cpu, vcpu: Vcpu, req: int) -> bool:
 def kvm_request_needs_ipi(cpu: Cpu, vcpu: Vcpu, req: int) -> bool:
     """kvm_request_needs_ipi(): moves IN_GUEST_MODE to EXITING_GUEST_MODE, then decides by the old mode.
 
-    Who waits must wait for a vCPU that is already EXITING, too: it is not OUTSIDE yet.
+    Who waits must wait for a vCPU that is already EXITING, too: it is not OUTSIDE yet.  The cmpxchg is the
+    barrier between the request and the mode; mutant S2 looks first, and has none for a vCPU that is OUTSIDE.
     """
     cpu.point("mode", vcpu.id, "write")
+    if "S2" in vcpu.kvm.policy.bugs and lib.vcpu_mode(cpu.m, vcpu.id) == OUTSIDE_GUEST_MODE:
+        return False
     mode: int = lib.vcpu_exiting_guest_mode(cpu.m, vcpu.id)
     if req & KVM_REQUEST_WAIT:
         return mode != OUTSIDE_GUEST_MODE
@@ -71,13 +79,17 @@ def kvm_make_all_cpus_request(cpu: Cpu, kvm: Kvm, req: int) -> bool:
     """kvm_make_all_cpus_request(): True if some pCPU was interrupted.
 
     Decision remote_kick: the pCPUs where a vCPU is not OUTSIDE; those where one ever was; all of them.
+    Mutant S3: a vCPU that is OUTSIDE needs no request to flush, since it looks at its root's generation.
     """
+    by_generation = "S3" in kvm.policy.bugs and req == KVM_REQ_TLB_FLUSH
     cpu.stat(kvm.id, lib.STAT_MAKE_ALL_CPUS_REQUEST)
     mask = cpu.kick_mask
     for word in range(cpu.kick_mask_words):
         mask[word] = 0
     called = False
     for vcpu in kvm.vcpus:
+        if by_generation and _is_outside(cpu, vcpu):
+            continue
         target = kvm_make_vcpu_request(cpu, vcpu, req)
         if target >= 0:
             mask[target >> 6] |= 1 << (target & 63)
@@ -86,6 +98,11 @@ def kvm_make_all_cpus_request(cpu: Cpu, kvm: Kvm, req: int) -> bool:
     if answer != "mode-not-outside":
         called = _kick_more(cpu, kvm, answer == "all-pcpus")
     return called and kvm_kick_many_cpus(cpu, kvm, bool(req & KVM_REQUEST_WAIT))
+
+
+def _is_outside(cpu: Cpu, vcpu: Vcpu) -> bool:
+    cpu.point("mode", vcpu.id, "read")
+    return bool(lib.vcpu_mode(cpu.m, vcpu.id) == OUTSIDE_GUEST_MODE)
 
 
 def _kick_more(cpu: Cpu, kvm: Kvm, everyone: bool) -> bool:

@@ -22,7 +22,7 @@ that was read before may be recorded late; a bit may not be set late.)
 from __future__ import annotations
 
 from emulator.kvm.structs import Kvm, KvmMmu, KvmMmuPage, RootTracking, Vcpu
-from emulator.runtime import Cpu
+from emulator.runtime import Cpu, plain_store
 from native import lib
 
 
@@ -51,7 +51,8 @@ def alloc_root_cpu_mask(cpu: Cpu, kvm: Kvm, hfn: int) -> RootTracking | None:
 def roots_tlb_changed(cpu: Cpu, kvm: Kvm) -> None:
     """A remote flush is due: what any pCPU has flushed of any root of this VM does not count any more.
 
-    All roots that are linked: what was zapped was found there.  Invalid ones do no harm.
+    All roots that are linked: what was zapped was found there.  Invalid ones do no harm.  Mutant S3: the
+    generation moves on by a plain store, without the barrier that atomic64_inc_return() is.
     """
     cpu.point("tdp_mmu_roots", kvm.id, "read")
     for root in kvm.tdp_mmu_roots:
@@ -59,6 +60,8 @@ def roots_tlb_changed(cpu: Cpu, kvm: Kvm) -> None:
             cpu.point("root_tlb", root.hfn, "write")
             lib.bitmap_clear(root.tracking.cpu_clean_mask, root.tracking.words)
             cpu.point("root_tlb", root.hfn, "write")
+            if "S3" in kvm.policy.bugs:
+                plain_store(cpu, root.hfn)
             lib.atomic64_inc_return(root.tracking.tlb_gen)
 
 

@@ -49,7 +49,7 @@ from emulator.kvm.vmx import (
     vmx_flush_tlb_roots,
     vmx_load_mmu_pgd,
 )
-from emulator.runtime import Cpu, MachineError, MachineStopped, OutOfFrames, cpu_relax
+from emulator.runtime import Cpu, MachineError, MachineStopped, OutOfFrames, cpu_relax, smp_mb
 from native import ffi, lib
 
 # Exits after which KVM looks at need_resched() even if nobody asked; stands for the timer tick.
@@ -186,11 +186,14 @@ def _enter_with_irqs_off(cpu: Cpu, vcpu: Vcpu) -> bool:
     """From local_irq_disable() to VM exit; False if the last check found a request, and all is unwound.
 
     Decision entry_order: mode first, so that a request made after the check finds IN_GUEST_MODE and
-    interrupts; the interrupt stays pending until VM entry and makes it exit at once.
+    interrupts; the interrupt stays pending until VM entry and makes it exit at once.  Mutant S1: without the
+    barrier in between, the mode may be visible later than the check.
     """
     if vcpu.kvm.policy.entry_order(cpu, vcpu) == "mode-then-requests":
         set_mode(cpu, vcpu, IN_GUEST_MODE)
         kvm_vcpu_srcu_read_unlock(cpu, vcpu)
+        if "S1" not in vcpu.kvm.policy.bugs:
+            smp_mb__after_srcu_read_unlock(cpu)
         cancelled = kvm_vcpu_exit_request(cpu, vcpu)
     else:
         cancelled = kvm_vcpu_exit_request(cpu, vcpu)
@@ -276,6 +279,11 @@ def kvm_vcpu_srcu_read_lock(cpu: Cpu, vcpu: Vcpu) -> None:
 def kvm_vcpu_srcu_read_unlock(cpu: Cpu, vcpu: Vcpu) -> None:
     index, vcpu.srcu_idx = vcpu.srcu_idx, -1
     lib.srcu_read_unlock(cpu.m, cpu.id, vcpu.kvm.id, index)
+
+
+def smp_mb__after_srcu_read_unlock(cpu: Cpu) -> None:
+    """smp_mb__after_srcu_read_unlock(): together with the unlock a full barrier."""
+    smp_mb(cpu)
 
 
 def xfer_to_guest_mode_work_pending(vcpu: Vcpu, exits: int) -> bool:

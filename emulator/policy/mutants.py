@@ -21,7 +21,8 @@ class Mutant:
     """One of them.
 
     source: the commit that fixed it, or what it turns round.  expected: kinds of violation that it is caught
-    by; none if it only costs something.
+    by; none if it only costs something.  store_buffers: only where stores become visible late, that is, by
+    `flushlab explore --store-buffers`.
     """
 
     name: str
@@ -31,6 +32,7 @@ class Mutant:
     base: str = "linux-7.3"
     settings: Mapping[str, str] = field(default_factory=dict)
     bugs: tuple[str, ...] = ()
+    store_buffers: bool = False
 
     @property
     def cost_only(self) -> bool:
@@ -338,6 +340,43 @@ MUTANTS: dict[str, Mutant] = {
             base="lkml-2021-batch-list",
             bugs=("RFC02",),
             expected=("walk-after-free",),
+        ),
+        Mutant(
+            name="S1",
+            doc="no full barrier between mode = IN_GUEST_MODE and the last look at requests: the store may "
+            "still be in the CPU's store buffer",
+            source="smp_mb__after_srcu_read_unlock() in vcpu_enter_guest()",
+            bugs=("S1",),
+            expected=("use-after-free",),
+            store_buffers=True,
+        ),
+        Mutant(
+            name="S2",
+            doc="a request is a plain store, and the mode is read before the cmpxchg: no barrier in between "
+            "where the vCPU is outside",
+            source="smp_mb__before_atomic() in kvm_vcpu_exiting_guest_mode()",
+            bugs=("S2",),
+            expected=("use-after-free",),
+            store_buffers=True,
+        ),
+        Mutant(
+            name="S3",
+            doc="root-tlb-gen that makes no request to vCPUs outside, because they look at the generation "
+            "before entry; and moves it on by a plain store, without a barrier before it reads the modes",
+            source="atomic64_inc_return() in a remote flush under root-tlb-gen",
+            base="root-tlb-gen",
+            bugs=("S3",),
+            expected=("use-after-free",),
+            store_buffers=True,
+        ),
+        Mutant(
+            name="S4",
+            doc="S1 under root-tlb-gen: generation and requests are looked at before the mode is visible",
+            source="smp_mb__after_srcu_read_unlock() in vcpu_enter_guest()",
+            base="root-tlb-gen",
+            bugs=("S1",),
+            expected=("use-after-free",),
+            store_buffers=True,
         ),
     )
 }
