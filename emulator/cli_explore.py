@@ -29,8 +29,9 @@ EXPLORE_HELP = (
     "steps, and prove or refute each policy.\n\n"
     "The code is KVM's, as `run` and `litmus` use it; only threads and waits are the scheduler's. The "
     "exhaustive strategy tries few preemptions first and ends when everything is covered or --executions "
-    "are done; what it says then is what it covered. pct and random sample. All verdicts are about "
-    "sequentially consistent interleavings.\n\n"
+    "are done; what it says then is what it covered. pct and random sample. Verdicts are about "
+    "sequentially consistent interleavings; with --store-buffers about x86-TSO: a plain store of KVM's code "
+    "reaches memory when the scheduler says so, and only locked instructions and barriers wait for it.\n\n"
     "What the architecture leaves to the processor becomes a choice of the scheduler, too, if asked for: a "
     "TLB may drop any cached mapping at any time (--adversary evict), and in guest mode it may fetch "
     "translations of the guests' pages that no access needs (--adversary speculate). Verdicts then say how "
@@ -97,6 +98,12 @@ def explore(
     adversary_budget: Annotated[
         int, typer.Option(min=1, max=100, metavar="N", help="... and how often each in one execution.")
     ] = 1,
+    store_buffers: Annotated[
+        bool,
+        typer.Option(
+            "--store-buffers", help="Plain stores may reach memory late (x86-TSO), for missing barriers."
+        ),
+    ] = False,
     output: Annotated[
         Path | None, typer.Option(metavar="DIR", help="Write counterexamples there, a file each.")
     ] = None,
@@ -124,7 +131,7 @@ def explore(
     names = list(dict.fromkeys(policy or [DEFAULT]))
     for name in names:
         named_policy(name)
-    choices = Choices.given(adversary or [], adversary_budget)
+    choices = Choices.given(adversary or [], adversary_budget, store_buffers)
     plan = Plan(strategy, executions, bound, seed=seed, depth=depth, choices=choices)
     work = [Work(test, name, plan, seconds) for test in tests for name in names]
     started = time.monotonic()

@@ -11,6 +11,7 @@ from dataclasses import dataclass
 
 from emulator.explain.events import NO_VM, WHOLE, Event
 from emulator.explain.facts import Facts
+from emulator.explain.processor import processor_moves
 
 # The parts of a plot, in the order in which they are explained.
 FILL = "fill"
@@ -174,19 +175,6 @@ class Plot:
         before_promise = self._last(before_fill, before=self._promised)
         return self._last(before_fill) if before_promise is None else before_promise
 
-    def _adversary(self) -> None:
-        """A fill that no access asked for; an eviction that made the processor walk once more."""
-        facts = self.facts
-        here = [i for i, e in enumerate(self.events) if e.cpu == facts.pcpu and self._mine(e)]
-        if facts.about_table:
-            evicted = [i for i in here if self.events[i].kind == "evict" and self.events[i].a == facts.gfn]
-            self._keep(evicted[-1] if evicted else None)
-        elif self._start is not None:
-            filled = [
-                i for i in here if self.events[i].kind == "speculate" and self.events[i].b == facts.page
-            ]
-            self._keep(filled[-1] if filled and filled[-1] > self._start else None, FILL)
-
     def _outdated_map(self) -> int | None:
         facts = self.facts
         if self._promised is None or facts.about_table:
@@ -215,7 +203,8 @@ class Plot:
     def _choose(self) -> None:
         facts, revoked = self.facts, self._revoked
         self._keep(self._start)
-        self._adversary()
+        for i in processor_moves(facts, self.events, self._start, revoked):
+            self._keep(i, FILL if self.events[i].kind == "speculate" else "")
         self._keep(revoked, REVOKE)
         self._keep(self._promised, PROMISE)
         if self._outdated is not None:

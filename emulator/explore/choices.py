@@ -9,6 +9,7 @@ from typing import Any
 from emulator.errors import BadInput
 
 SEQUENTIALLY_CONSISTENT = "sequentially consistent"
+TSO = "x86-TSO"
 EVICT = "evict"
 SPECULATE = "speculate"
 ADVERSARY = (EVICT, SPECULATE)
@@ -21,11 +22,12 @@ class Choices:
 
     evict: int = 0
     speculate: int = 0
+    store_buffers: bool = False
 
     @property
     def memory(self) -> str:
         """The memory model of KVM's own accesses."""
-        return SEQUENTIALLY_CONSISTENT
+        return TSO if self.store_buffers else SEQUENTIALLY_CONSISTENT
 
     @property
     def adversary(self) -> bool:
@@ -38,29 +40,33 @@ class Choices:
             said.append(_times(self.evict, "eviction"))
         if self.speculate:
             said.append(_times(self.speculate, "speculative fill"))
-        return f"with up to {' and '.join(said)}" if said else ""
+        said = [f"with up to {' and '.join(said)}"] if said else []
+        return ", ".join([*said, *([self.memory] if self.store_buffers else [])])
 
     def document(self) -> dict[str, Any]:
         return {"adversary": {EVICT: self.evict, SPECULATE: self.speculate} if self.adversary else None}
 
     @classmethod
-    def given(cls, adversary: Sequence[str], budget: int) -> Choices:
+    def given(cls, adversary: Sequence[str], budget: int, store_buffers: bool) -> Choices:
         """From a command line; raises BadInput."""
         for name in adversary:
             if name not in ADVERSARY:
                 raise BadInput("--adversary", repr(name), " or ".join(ADVERSARY))
-        return cls(**dict.fromkeys(adversary, budget))
+        return cls(**dict.fromkeys(adversary, budget), store_buffers=store_buffers)
 
     @classmethod
     def of(cls, document: Mapping[str, Any]) -> Choices:
         """From a document that has what `document` gave; raises ValueError."""
+        memory = document.get("memory", SEQUENTIALLY_CONSISTENT)
+        if memory not in (SEQUENTIALLY_CONSISTENT, TSO):
+            raise ValueError(f"memory {memory!r}")
         adversary = document.get("adversary") or {}
         if not isinstance(adversary, dict):
             raise ValueError(f"adversary {adversary!r}")
         budgets = {name: adversary.get(name, 0) for name in ADVERSARY}
         if not all(type(n) is int and n >= 0 for n in budgets.values()):
             raise ValueError(f"adversary {adversary!r}")
-        return cls(**budgets)
+        return cls(**budgets, store_buffers=memory == TSO)
 
 
 NONE = Choices()

@@ -32,11 +32,14 @@ _COVERED = frozenset(
         "mmu_invalidate_seq",
         "mmu_lock",
         "mode",
+        "plain store",
         "rcu",
         "requests",
+        "smp_mb",
         "spte",
         "sptes",
         "tlb",
+        "unlocking",
         "vcpu->cpu",
     }
 )
@@ -94,6 +97,7 @@ class Control:
         self.paging: frozenset[int] = frozenset()  # VMs whose guests have page tables
         self.programs: dict[int, Any] = {}  # what each vCPU's guest executes
         self.adversary: Adversary | None = None
+        self.queues = 0  # of stores that are not visible yet (store_buffers.py)
         self.library: Callable[[Control], Any] | None = None  # instead of the usual ControlledLib
         self._counters = ffi.new("uint64_t[]", lib.COUNTERS)
         self._violations = ffi.new("uint64_t[]", lib.VIOLATIONS)
@@ -108,6 +112,11 @@ class Control:
         self.srcu: dict[int, Readers] = {}
         self.queued: set[int] = set()  # pCPUs to which an interrupt is on its way
         self.callbacks_run = 0
+
+    @staticmethod
+    def is_step(kind: str) -> bool:
+        """Is a point of this kind the beginning of a step, or is that the call behind it?"""
+        return kind not in _COVERED and kind != "unlock"
 
     def bit(self, *name: Hashable) -> int:
         return self.objects.bit(name)
@@ -159,17 +168,22 @@ class Control:
         calls, irq = self.bit("calls", number), self.bit("irq", number)
         tlb, custody = self.bit("tlb", number), self.bit("custody")
         queued, m = self.queued, self.machine.m
+        stores, arrives = self.interruptible(number)
+        reads = custody | stores
 
         def body() -> None:
             while True:
-                execution.step(
-                    ("interrupt", number, "write"), custody, calls | irq, lambda: number in queued, "an IPI"
-                )
+                execution.step(("interrupt", number, "write"), reads, calls | irq, arrives, "an IPI")
                 queued.discard(number)
                 if lib.ipi_arrive(m, number):
                     execution.touch(0, tlb)
 
         return body
+
+    def interruptible(self, number: int) -> tuple[int, Callable[[], bool]]:
+        """When an interrupt can arrive, and what that depends on besides."""
+        queued = self.queued
+        return 0, lambda: number in queued
 
     def _grace_periods(self, execution: Execution) -> Callable[[], None]:
         callbacks, rcu = self.bit("callbacks"), self.bit("rcu")
@@ -180,7 +194,7 @@ class Control:
             while True:
                 execution.step(
                     ("grace period", "begins", "write"),
-                    0,
+                    self.queues,
                     callbacks | rcu,
                     lambda: bool(lib.rcu_pending(m)),
                     "callbacks",
@@ -189,7 +203,7 @@ class Control:
                 lib.rcu_gp_begin(m, cpu)
                 execution.step(
                     ("grace period", "ends", "write"),
-                    0,
+                    self.queues,
                     callbacks | rcu | freed,
                     partial(self.rcu.gone, before),
                     "readers of RCU",

@@ -6,11 +6,13 @@ from collections.abc import Iterator
 
 from emulator.actors.task import VcpuTask
 from emulator.explore.adversary import AdversarialLib, Adversary
+from emulator.explore.buffered import BufferedAdversarialLib, BufferedLib
 from emulator.explore.choices import NONE, Choices
 from emulator.explore.control import Control
 from emulator.explore.objects import Objects
 from emulator.explore.scheduler import Execution, Task
 from emulator.explore.snapshot import CannotRestore, Snapshot
+from emulator.explore.store_buffers import BufferedControl, buffer_name
 from emulator.litmus.loader import shipped_texts
 from emulator.litmus.model import LitmusTest, Section
 from emulator.litmus.ops import Op
@@ -74,11 +76,23 @@ class LitmusProgram:
         self._initial: Snapshot | None = None
         self._started = False
         self.machine = self._new_machine()
-        self.control = Control(self.machine, self.objects)
-        if self.choices.adversary:
-            self.control.adversary = Adversary(test, self.control, self.choices)
-            self.control.library = AdversarialLib
+        self.control = self._control()
         self._build_world()
+        self._buffers = {buffer_name(name): cpu for cpu, name in self._buffered().items()}
+
+    def _control(self) -> Control:
+        choices = self.choices
+        control: Control
+        if choices.store_buffers:
+            control = buffered = BufferedControl(self.machine, self.objects)
+            buffered.cpu_of = self.cpu_of
+            control.library = BufferedAdversarialLib if choices.adversary else BufferedLib
+        else:
+            control = Control(self.machine, self.objects)
+            control.library = AdversarialLib if choices.adversary else None
+        if choices.adversary:
+            control.adversary = Adversary(self.test, control, choices)
+        return control
 
     def _new_machine(self) -> Machine:
         return Machine({**machine_config(self.test, 0), "snapshots": int(not self._rebuilds)})
@@ -147,6 +161,8 @@ class LitmusProgram:
         for thread in self.world.threads.values():
             execution.spawn(thread.name, thread.run)
         control.spawn_daemons(execution)
+        if isinstance(control, BufferedControl):
+            control.spawn_buffers(execution, self._buffered())
         if control.adversary is not None:
             control.adversary.spawn(execution, self.world)
         control.execution = execution
@@ -209,8 +225,16 @@ class LitmusProgram:
     def task_names(self) -> list[str]:
         """In the order in which they are spawned."""
         names = [*self.world.threads, *(f"irq{n}" for n in range(self.machine.pcpus)), "rcu"]
+        if self.choices.store_buffers:
+            names += map(buffer_name, self._buffered().values())
         adversary = self.control.adversary
         return names if adversary is None else [*names, *adversary.names]
+
+    def _buffered(self) -> dict[int, str]:
+        """The CPUs that KVM's code runs on; a vCPU's thread is on a pCPU then."""
+        names = {number: f"pcpu{number}" for number in range(self.machine.pcpus)}
+        others = (thread for thread in self.world.threads.values() if not thread.section.is_vcpu)
+        return names | {thread.home.id: thread.name for thread in others}
 
     def cpu_of(self, task: Task) -> int:
         """The CPU that a task is on now."""
@@ -219,6 +243,8 @@ class LitmusProgram:
             return thread.cpu.id
         if task.name.startswith("irq"):
             return int(task.name.removeprefix("irq"))
+        if task.name in self._buffers:
+            return self._buffers[task.name]
         if self.control.adversary is not None and task.name in self.control.adversary.cpu_of:
             return self.control.adversary.cpu_of[task.name]
         return self.machine.cpus[-1].id

@@ -58,6 +58,7 @@ can show stands apart, in the same form; anything else is expected to be as it i
 
     [expect.evict]                # --adversary evict
     [expect.speculate]            # --adversary speculate
+    [expect.store-buffers]        # --store-buffers
 
 `needs`, any of:
     averted        a flush removed an entry whose use would have been a violation, and the use came
@@ -188,6 +189,7 @@ class ExpectSection(BaseModel):
     default: Literal["safe", "inconclusive"] = "safe"
     evict: ByPolicy = Field(default={})
     speculate: ByPolicy = Field(default={})
+    store_buffers: ByPolicy = Field(default={}, alias="store-buffers")
     __pydantic_extra__: dict[str, Annotated[Expected, BeforeValidator(_verdict)]] = Field(init=False)
 
     @property
@@ -197,7 +199,7 @@ class ExpectSection(BaseModel):
 
     def apart(self) -> dict[str, dict[str, Expected]]:
         """The same with more choices of explore's scheduler, by choice."""
-        return {"evict": self.evict, "speculate": self.speculate}
+        return {"evict": self.evict, "speculate": self.speculate, "store-buffers": self.store_buffers}
 
 
 class LitmusTest(Section):
