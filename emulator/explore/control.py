@@ -91,6 +91,7 @@ class Control:
     def __init__(self, machine: Machine, objects: Objects) -> None:
         self.machine = machine
         self.objects = objects
+        self._bits = objects.bits
         self.execution: Execution | None = None
         self.everything = objects.bit(("everything",))
         self.vm_of_vcpu: dict[int, int] = {}
@@ -119,7 +120,7 @@ class Control:
         return kind not in _COVERED and kind != "unlock"
 
     def bit(self, *name: Hashable) -> int:
-        return self.objects.bit(name)
+        return self._bits.get(name) or self.objects.bit(name)
 
     def mmu_lock(self, vm: int) -> RwLock:
         lock = self.mmu_locks.get(vm)
@@ -136,10 +137,12 @@ class Control:
     # --- the hook at KVM's ordering points ------------------------------------------------------------------
 
     def point(self, cpu: Cpu, kind: str, obj: Any, mode: Mode) -> None:
-        execution = self.execution
         if self.audit is not None:
             self.audit.announced = kind
-        if execution is None or kind in _COVERED:
+        if kind in _COVERED:
+            return
+        execution = self.execution
+        if execution is None:
             return
         if kind == "lock":
             self._lock(execution, obj)
@@ -147,8 +150,7 @@ class Control:
             execution.touch(0, self.bit("lock", obj.name))
         else:
             mask = self.bit(kind, obj)
-            read, write = (mask, 0) if mode == "read" else (0, mask)
-            execution.step((kind, obj, mode), read, write)
+            execution.step((kind, obj, mode), *((mask, 0) if mode == "read" else (0, mask)))
 
     def _lock(self, execution: Execution, lock: Any) -> None:
         mask = self.bit("lock", lock.name)

@@ -90,21 +90,22 @@ class ControlledLib:
                 return native(*args)
 
             return unknown
-        label, reads, writes, after, step = footprint.bind(name, control)
+        access, step, outcome = footprint.bind(name, control), footprint.step, footprint.outcome
 
         def stepped(*args: Any) -> Any:
             execution = control.execution
             if execution is None:
                 return native(*args)
-            if control.audit is not None and step:
-                control.audit.access(name)
+            label, reads, writes = access(args)
             if step:
-                execution.step(label(args), reads(args) | everything, writes(args))
+                if control.audit is not None:
+                    control.audit.access(name)
+                execution.step(label, reads | everything, writes)
             else:
-                execution.touch(reads(args), writes(args))
+                execution.touch(reads, writes)
             result = native(*args)
-            if after is not None:
-                after(execution, args, result)
+            if outcome is not None:
+                execution.touch(*outcome(control, args, result))
             return result
 
         return stepped

@@ -9,9 +9,10 @@ from __future__ import annotations
 
 from collections.abc import Callable, Hashable
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from operator import itemgetter
+from typing import TYPE_CHECKING, Any, Literal
 
-from emulator.explore.scheduler import Execution, Label
+from emulator.explore.scheduler import Label
 from native import lib
 
 if TYPE_CHECKING:
@@ -19,8 +20,7 @@ if TYPE_CHECKING:
 
 Args = tuple[Any, ...]
 Template = tuple[Hashable, ...]  # a name and numbers of arguments, or a name alone
-Mask = Callable[[Args], int]
-After = Callable[[Execution, Args, Any], None]
+Access = Callable[[Args], tuple[Label, int, int]]
 # (control, arguments, result) -> what the call has read and written besides
 Outcome = Callable[["Control", Args, Any], tuple[int, int]]
 
@@ -35,64 +35,37 @@ class Footprint:
     step: bool = True
     kind: str = ""
 
-    def bind(
-        self, name: str, control: Control
-    ) -> tuple[Callable[[Args], Label], Mask, Mask, After | None, bool]:
-        kind = self.kind or name
-        mode = "write" if self.writes or self.outcome is not None else "read"
-        which = _which(self.writes or self.reads)
-        after: After | None = None
-        if self.outcome is not None:
-            outcome = self.outcome
+    def bind(self, name: str, control: Control) -> Access:
+        """(arguments) -> what the call is, and what it will read and write for certain."""
+        mode: Literal["read", "write"] = "write" if self.writes or self.outcome is not None else "read"
+        which = _numbers((self.writes or self.reads)[:1])
+        used = _numbers(self.reads + self.writes)
+        key: Callable[[Args], Hashable] = itemgetter(*used) if used else len
+        known: dict[Hashable, tuple[Label, int, int]] = {}
 
-            def added(execution: Execution, args: Args, result: Any) -> None:
-                reads, writes = outcome(control, args, result)
-                execution.touch(reads, writes)
+        def access(args: Args) -> tuple[Label, int, int]:
+            found = known.get(key(args))
+            if found is None:
+                obj = tuple(args[number] for number in which)
+                label = (self.kind or name, obj if len(obj) > 1 else obj[0] if obj else None, mode)
+                found = label, _mask(self.reads, args, control), _mask(self.writes, args, control)
+                known[key(args)] = found
+            return found
 
-            after = added
-
-        def label(args: Args) -> Label:
-            return kind, which(args), mode
-
-        return label, _mask(self.reads, control), _mask(self.writes, control), after, self.step
+        return access
 
 
-def _which(templates: tuple[Template, ...]) -> Callable[[Args], Hashable]:
-    numbers = tuple(part for part in templates[0][1:] if isinstance(part, int)) if templates else ()
-    if not numbers:
-        return lambda args: None
-    if len(numbers) == 1:
-        number = numbers[0]
-        return lambda args: args[number]
-    return lambda args: tuple(args[number] for number in numbers)
+def _numbers(templates: tuple[Template, ...]) -> tuple[int, ...]:
+    """Of the arguments that they mention."""
+    return tuple(dict.fromkeys(part for _, *parts in templates for part in parts if isinstance(part, int)))
 
 
-def _mask(templates: tuple[Template, ...], control: Control) -> Mask:
+def _mask(templates: tuple[Template, ...], args: Args, control: Control) -> int:
     """The objects, with numbers in the templates replaced by those arguments."""
-    fixed = 0
-    varying: list[tuple[Hashable, tuple[int, ...]]] = []
-    for name, *parts in templates:
-        numbers = tuple(part for part in parts if isinstance(part, int))
-        if numbers:
-            varying.append((name, numbers))
-        else:
-            fixed |= control.objects.bit((name, *parts))
-    if not varying:
-        return lambda args: fixed
-    known: dict[Args, int] = {}
-    used = tuple(sorted({number for _, numbers in varying for number in numbers}))
-
-    def mask(args: Args) -> int:
-        key = tuple(args[number] for number in used)
-        found = known.get(key)
-        if found is None:
-            found = fixed
-            for name, numbers in varying:
-                found |= control.objects.bit((name, *(args[number] for number in numbers)))
-            known[key] = found
-        return found
-
-    return mask
+    return control.objects.mask(
+        (name, *(args[part] if isinstance(part, int) else part for part in parts))
+        for name, *parts in templates
+    )
 
 
 # --- what depends on the result -----------------------------------------------------------------------------

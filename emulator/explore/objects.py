@@ -9,16 +9,16 @@ from functools import lru_cache
 class Objects:
     """Gives each shared object a bit.  Names are hashable and the same in every execution."""
 
-    __slots__ = ("_bits", "names")
+    __slots__ = ("bits", "names")
 
     def __init__(self) -> None:
-        self._bits: dict[Hashable, int] = {}
+        self.bits: dict[Hashable, int] = {}
         self.names: list[Hashable] = []
 
     def bit(self, name: Hashable) -> int:
-        bit = self._bits.get(name)
+        bit = self.bits.get(name)
         if bit is None:
-            bit = self._bits[name] = 1 << len(self.names)
+            bit = self.bits[name] = 1 << len(self.names)
             self.names.append(name)
         return bit
 

@@ -192,7 +192,13 @@ class Execution:
         if self.starting:
             self.hub.switch()
         else:
-            chosen = self._next_known() if self.length < self.replayed else self._choose()
+            if self.length < self.replayed:
+                if condition is None and self.known[self.length][0] == task.index:
+                    self.last = task.index
+                    return
+                chosen: Task | None = self._next_known()
+            else:
+                chosen = self._choose()
             if chosen is task:
                 return
             if chosen is None:
