@@ -182,10 +182,9 @@ class Control:
 
         return body
 
-    def interruptible(self, number: int) -> tuple[int, Callable[[], bool]]:
+    def interruptible(self, number: int) -> tuple[int, Callable[[], object]]:
         """When an interrupt can arrive, and what that depends on besides."""
-        queued = self.queued
-        return 0, lambda: number in queued
+        return 0, partial(self.queued.__contains__, number)
 
     def _grace_periods(self, execution: Execution) -> Callable[[], None]:
         callbacks, rcu = self.bit("callbacks"), self.bit("rcu")
@@ -198,7 +197,7 @@ class Control:
                     ("grace period", "begins", "write"),
                     self.queues,
                     callbacks | rcu,
-                    lambda: bool(lib.rcu_pending(m)),
+                    partial(lib.rcu_pending, m),
                     "callbacks",
                 )
                 before = self.rcu.now()

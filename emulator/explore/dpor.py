@@ -14,6 +14,8 @@ Musuvathi, McKinley, "Bounded partial-order reduction", OOPSLA 2013), and no sle
 
 from __future__ import annotations
 
+from collections import defaultdict
+
 from emulator.explore.objects import Objects, bits, dependent, members
 from emulator.explore.scheduler import START, Divergence, Known, Label, Task, Wait
 
@@ -71,8 +73,8 @@ class Exhaustive:
         self._fresh = 0  # steps before this one are replayed
         self._last_of: list[int] = []  # per task: its last step of this execution
         # Per object: which steps of the execution wrote it, which touched it.
-        self._wrote: dict[int, int] = {}
-        self._touched: dict[int, int] = {}
+        self._wrote: defaultdict[int, int] = defaultdict(int)
+        self._touched: defaultdict[int, int] = defaultdict(int)
 
     # --- the scheduler's side -------------------------------------------------------------------------------
 
@@ -113,10 +115,10 @@ class Exhaustive:
         node.label, node.reads, node.writes = task.label, task.reads, task.writes
         if self.reduce:
             previous = self._last_of[task.index]
-            node.before = self._races(depth, task.index, task.reads, task.writes, task.was_blocking)
+            found = self._accessed(depth, task.reads, task.writes)
+            node.before = self._races(depth, task.index, found, task.was_blocking)
             if previous >= 0:
                 node.before |= self.stack[previous].before | 1 << previous
-            self._note_accesses(depth, task.reads, task.writes)
         self._last_of[task.index] = depth
 
     def end(self, tasks: list[Task], deadlock: tuple[Wait, ...]) -> bool:
@@ -125,7 +127,8 @@ class Exhaustive:
             for task in tasks:
                 if not task.done:
                     # It never came to that step, but it could have been first.
-                    self._races(self.depth, task.index, task.reads, task.writes, True)
+                    found = self._dependent_steps(task.reads, task.writes)
+                    self._races(self.depth, task.index, found, True)
         return self._advance()
 
     def schedule(self) -> tuple[int, ...]:
@@ -178,27 +181,33 @@ class Exhaustive:
             for bit in table:
                 table[bit] &= keep
 
-    def _note_accesses(self, depth: int, reads: int, writes: int) -> None:
-        mark = 1 << depth
+    def _accessed(self, depth: int, reads: int, writes: int) -> int:
+        """A step has done this: the earlier steps that it depends on."""
+        found, mark = 0, 1 << depth
         touched, wrote = self._touched, self._wrote
-        for bit in members(reads | writes):
-            touched[bit] = touched.get(bit, 0) | mark
         for bit in members(writes):
-            wrote[bit] = wrote.get(bit, 0) | mark
+            steps = touched[bit]
+            found |= steps
+            touched[bit] = steps | mark
+            wrote[bit] |= mark
+        for bit in members(reads & ~writes):
+            found |= wrote[bit]
+            touched[bit] |= mark
+        return found
 
     # --- races ----------------------------------------------------------------------------------------------
 
-    def _races(self, depth: int, index: int, reads: int, writes: int, blocking: bool) -> int:
-        """Races of a step of task `index`, the next after `depth` steps, with earlier ones: puts on the lists
-        what turns them round.  Returns the earlier steps that it depends on."""
+    def _races(self, depth: int, index: int, found: int, blocking: bool) -> int:
+        """Races of a step of task `index`, the next after `depth` steps, with those earlier ones that it
+        depends on (`found`): puts on the lists what turns them round.  Returns what happens before it."""
         stack = self.stack
         previous = self._last_of[index]
         base = 0 if previous < 0 else stack[previous].before | 1 << previous
-        found = self._dependent_steps(reads, writes)
-        before = found & ~base
+        before = candidates = found & ~base
+        if not candidates:
+            return 0
         for i in bits(before):
             before |= stack[i].before
-        candidates = found & ~base
         covered = 0
         while candidates:
             i = candidates.bit_length() - 1
@@ -225,9 +234,9 @@ class Exhaustive:
     def _dependent_steps(self, reads: int, writes: int) -> int:
         found, touched, wrote = 0, self._touched, self._wrote
         for bit in members(writes):
-            found |= touched.get(bit, 0)
+            found |= touched[bit]
         for bit in members(reads & ~writes):
-            found |= wrote.get(bit, 0)
+            found |= wrote[bit]
         return found
 
     def _turn_round(self, i: int, depth: int, index: int, before: int) -> None:

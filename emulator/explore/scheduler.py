@@ -21,7 +21,7 @@ from emulator.explore.fibers import Body, fiber
 from emulator.explore.objects import Objects
 
 Label = tuple[str, Hashable, str]  # kind, object, "read" or "write"
-Condition = Callable[[], bool]
+Condition = Callable[[], object]  # true: go on
 Known = tuple[int, Label]  # a task, and its step
 
 START: Label = ("start", None, "read")
