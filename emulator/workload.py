@@ -46,7 +46,7 @@ QUIET_LEAST_RATES = {
     "split": 40.0,
     "memslot_cycles": 60.0,
     "dirty_log_cycles": 20.0,
-    "resets": 40.0,
+    "resets": 60.0,
 }
 # Who was late does not make up for more than this.
 _LONGEST_ARREARS = 0.05
