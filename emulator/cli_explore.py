@@ -19,6 +19,7 @@ from emulator.errors import BadInput
 
 if TYPE_CHECKING:
     from emulator.explore.verdict import Verdict
+    from emulator.litmus.model import LitmusTest
 
 FOUND = 1
 DIVERGED = 3
@@ -53,6 +54,7 @@ The same execution again, step by step the same or an error:
 
 
 def explore(
+    context: typer.Context,
     files: Annotated[
         list[str] | None,
         typer.Argument(
@@ -110,6 +112,14 @@ def explore(
     replay: Annotated[
         Path | None, typer.Option(metavar="FILE", help="Run a counterexample again instead.")
     ] = None,
+    audit: Annotated[
+        bool,
+        typer.Option(
+            "--audit",
+            help="Look for shared state that is touched without a step that says so, instead; in "
+            "--executions random executions each, 20 if not given.",
+        ),
+    ] = False,
     as_json: Annotated[
         bool, typer.Option("--json", help="Print one JSON document instead of the table; it holds no times.")
     ] = False,
@@ -131,6 +141,10 @@ def explore(
     names = list(dict.fromkeys(policy or [DEFAULT]))
     for name in names:
         named_policy(name)
+    if audit:
+        source = context.get_parameter_source("executions")
+        given = executions if source is not None and source.name != "DEFAULT" else None
+        raise typer.Exit(_audit(tests, names, given, seed, as_json))
     choices = Choices.given(adversary or [], adversary_budget, store_buffers)
     plan = Plan(strategy, executions, bound, seed=seed, depth=depth, choices=choices)
     work = [Work(test, name, plan, seconds) for test in tests for name in names]
@@ -155,6 +169,15 @@ def explore(
         _show_only(verdicts)
     if any(verdict.counterexample is not None for verdict in verdicts):
         raise typer.Exit(FOUND)
+
+
+def _audit(
+    tests: list[LitmusTest], policies: list[str], executions: int | None, seed: int, as_json: bool
+) -> int:
+    from emulator.cli_audit import audit
+    from emulator.explore.audited import EXECUTIONS
+
+    return audit(tests, policies, executions or EXECUTIONS, seed, as_json)
 
 
 def _console() -> Console:

@@ -4,7 +4,7 @@ Explored code is stopped before every native call that others could notice, name
 (chaos, `stress.delays`) only at named points.  The audit lists the calls that no named point announces, and
 native functions whose footprint nobody has described, which conflict with everything.
 
-Python's own objects are not watched: what is not behind a lock needs a point, which the reviewer has to see.
+Python's own objects are watched by shared_state.py.
 """
 
 from __future__ import annotations

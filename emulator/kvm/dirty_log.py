@@ -7,6 +7,8 @@ before user space reads the pages.
 
 from __future__ import annotations
 
+from collections.abc import Iterable, Iterator
+
 from emulator.kvm.kvm_host import KVM_DIRTY_LOG_INITIALLY_SET, KVM_DIRTY_LOG_MANUAL_PROTECT_ENABLE
 from emulator.kvm.mmu import kvm_arch_mmu_enable_log_dirty_pt_masked, write_protect_flush
 from emulator.kvm.structs import Kvm, KvmMemorySlot
@@ -44,9 +46,24 @@ def _word(bitmap: bytearray, offset: int) -> int:
     return word
 
 
+def _words(
+    cpu: Cpu, slot: KvmMemorySlot, bitmap: bytearray, offsets: Iterable[int]
+) -> Iterator[tuple[int, int]]:
+    """The marks word by word.  Others mark pages meanwhile: they write SPTEs without mmu_lock
+    (fast_page_fault)."""
+    looked = False
+    for offset in offsets:
+        if not looked:
+            cpu.point("dirty_bitmap", (slot.as_id, slot.id), "read")
+        word = _word(bitmap, offset)
+        # With a word that is not empty the caller does something before it asks for the next one.
+        looked = not word
+        yield offset, word
+
+
 def _clear(cpu: Cpu, slot: KvmMemorySlot, bitmap: bytearray, offset: int, mask: int) -> None:
     """xchg()/atomic_long_fetch_andnot() of a bitmap word, for marks that were seen set."""
-    cpu.point("dirty_bitmap", (slot.id, slot.base_gfn + offset), "write")
+    cpu.point("dirty_bitmap", (slot.as_id, slot.id), "write")
     while mask:
         bit = mask & -mask
         bitmap[offset + bit.bit_length() - 1] = 0
@@ -62,11 +79,10 @@ def kvm_vm_ioctl_get_dirty_log(cpu: Cpu, kvm: Kvm, slot_id: int, as_id: int = 0)
     with kvm.slots_lock.held(cpu):
         slot, bitmap = _logged_slot(kvm, slot_id, as_id)
         if kvm.dirty_log_manual:
-            return [_word(bitmap, offset) for offset in range(0, slot.npages, _WORD)]
+            return [word for _, word in _words(cpu, slot, bitmap, range(0, slot.npages, _WORD))]
         words, changed = [], 0
         with kvm.mmu_lock.write_lock(cpu):
-            for offset in range(0, slot.npages, _WORD):
-                mask = _word(bitmap, offset)
+            for offset, mask in _words(cpu, slot, bitmap, range(0, slot.npages, _WORD)):
                 words.append(mask)
                 if mask:
                     _clear(cpu, slot, bitmap, offset, mask)
@@ -95,8 +111,9 @@ def kvm_vm_ioctl_clear_dirty_log(
             raise ValueError(f"pages {first_page}+{num_pages} of {slot!r} are not whole words")
         reaped, changed = [], 0
         with kvm.mmu_lock.write_lock(cpu):
-            for i, offset in enumerate(range(first_page, end, _WORD)):
-                mask = words[i] & _word(bitmap, offset)
+            offsets = range(first_page, end, _WORD)
+            for wanted, (offset, dirty) in zip(words, _words(cpu, slot, bitmap, offsets), strict=True):
+                mask = wanted & dirty
                 reaped.append(mask)
                 if mask:
                     _clear(cpu, slot, bitmap, offset, mask)

@@ -180,5 +180,5 @@ def mark_page_dirty_in_slot(cpu: Cpu, slot: KvmMemorySlot, gfn: int) -> None:
     """mark_page_dirty_in_slot()"""
     bitmap = slot.dirty_bitmap
     if bitmap is not None:
-        cpu.point("dirty_bitmap", (slot.id, gfn), "write")
+        cpu.point("dirty_bitmap", (slot.as_id, slot.id), "write")
         bitmap[gfn - slot.base_gfn] = 1

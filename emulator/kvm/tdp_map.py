@@ -130,6 +130,7 @@ def tdp_mmu_split_huge_page(cpu: Cpu, kvm: Kvm, entry: Entry) -> Entry | None:
 
 def _link(cpu: Cpu, kvm: Kvm, entry: Entry, table: int) -> Entry | None:
     if not tdp_mmu_set_spte_atomic(cpu, kvm, entry, lib.make_nonleaf_spte(cpu.m, table)):
+        cpu.point("frames", "table", "write")
         lib.ept_table_free(cpu.m, cpu.id, table)
         return None
     return Entry(0, table, entry.level - 1, entry.gfn)

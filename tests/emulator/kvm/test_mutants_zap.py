@@ -242,7 +242,7 @@ def log_of_two_words(rig: Rig, policy: Policy) -> dict[str, int]:
 
     def write_again(n: int) -> None:
         """Whoever has flushed fills again, until the page's W is gone."""
-        if n == 2:
+        if n == 4:  # each word is looked at and then cleared
             guest.write(0, 100)
 
     with at_each(rig, rig.host, "dirty_bitmap", write_again):

@@ -1,0 +1,50 @@
+"""`flushlab explore --audit`: does explored code touch anything that the search does not know of?"""
+
+from __future__ import annotations
+
+import json
+import sys
+from collections.abc import Sequence
+
+from emulator.explore.audited import Audited, audited, by_sentence
+from emulator.litmus.model import LitmusTest
+from emulator.litmus.policies import named_policy
+
+FOUND = 1
+
+_TITLES = {
+    "unannounced": "native calls without a named point before them",
+    "undescribed": "native functions without a described footprint",
+    "shared": "Python state that two tasks touch in either order, without a step that says so",
+}
+# Tests that are named where a finding came up in many.
+_NAMED = 4
+
+
+def audit(
+    tests: Sequence[LitmusTest], policies: Sequence[str], executions: int, seed: int, as_json: bool
+) -> int:
+    """The exit status: 1 if there is a finding."""
+    found = []
+    for name in policies:
+        policy = named_policy(name)
+        found += [audited(test, policy, executions, seed) for test in tests]
+    if as_json:
+        json.dump({"format": 1, "audited": [one.document() for one in found]}, sys.stdout, indent=1)
+        print()
+    else:
+        _print(found)
+    return 0 if all(one.clean for one in found) else FOUND
+
+
+def _print(found: Sequence[Audited]) -> None:
+    for kind, title in _TITLES.items():
+        sentences = by_sentence(found, kind)
+        if sentences:
+            print(f"{title}:")
+        for sentence, (n, tests) in sentences.items():
+            more = f" and {len(tests) - _NAMED} more" if len(tests) > _NAMED else ""
+            print(f"  {n:>6}x {sentence}  [{', '.join(tests[:_NAMED])}{more}]")
+    runs = sum(one.executions for one in found)
+    clean = sum(one.clean for one in found)
+    print(f"{clean} of {len(found)} tests and policies without a finding, {runs:,} random executions")

@@ -1,0 +1,74 @@
+"""Audits of litmus tests: what each touches without the search knowing."""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Iterable
+from dataclasses import dataclass, field
+from typing import Any
+
+from emulator.explore.audit import Audit
+from emulator.explore.controlled import installed
+from emulator.explore.search import Limits, search
+from emulator.explore.shared_state import SharedState, watching
+from emulator.explore.world import LitmusProgram
+from emulator.litmus.model import LitmusTest
+from emulator.policy import Policy
+
+# How many random executions of a test are looked at.
+EXECUTIONS = 20
+
+
+@dataclass(frozen=True, slots=True)
+class Audited:
+    """Of one test under one policy, in so many executions; sentences with how often each came up.
+
+    unannounced: native calls that no named point announces.  undescribed: native functions without a
+    footprint.  shared: accesses of two tasks to a Python object, neither of which happens before the other.
+    """
+
+    test: str
+    policy: str
+    executions: int
+    unannounced: Counter[str] = field(default_factory=Counter)
+    undescribed: Counter[str] = field(default_factory=Counter)
+    shared: Counter[str] = field(default_factory=Counter)
+
+    @property
+    def clean(self) -> bool:
+        return not (self.unannounced or self.undescribed or self.shared)
+
+    def document(self) -> dict[str, Any]:
+        """For --json."""
+        return {
+            "test": self.test,
+            "policy": self.policy,
+            "executions": self.executions,
+            "unannounced": dict(sorted(self.unannounced.items())),
+            "undescribed": dict(sorted(self.undescribed.items())),
+            "shared": dict(sorted(self.shared.items())),
+        }
+
+
+def audited(test: LitmusTest, policy: Policy, executions: int = EXECUTIONS, seed: int = 0) -> Audited:
+    """The same for the same arguments."""
+    program = LitmusProgram(test, policy)
+    walks = SharedState(program.control, executions, seed)
+    audit = program.control.audit = Audit()
+    try:
+        with installed(program.control), watching(walks):
+            search(program, program.objects, walks, Limits(), lambda outcome: False)
+    finally:
+        program.close()
+    undescribed = Counter(dict.fromkeys(audit.unknown, 1))
+    return Audited(test.name, policy.name, executions, audit.unannounced, undescribed, walks.findings)
+
+
+def by_sentence(found: Iterable[Audited], kind: str) -> dict[str, tuple[int, list[str]]]:
+    """Each sentence of a kind: how often, and in which tests, in the order of their first appearance."""
+    sentences: dict[str, tuple[int, list[str]]] = {}
+    for one in found:
+        for sentence, n in sorted(getattr(one, kind).items()):
+            total, tests = sentences.get(sentence, (0, []))
+            sentences[sentence] = (total + n, tests if one.test in tests else [*tests, one.test])
+    return sentences
