@@ -19,8 +19,8 @@ DAY = 86400
 @pytest.mark.stress
 @pytest.mark.timeout(0 if "FLUSHLAB_AGREE" in os.environ else 300)
 def test_over_the_whole_suite() -> None:
-    """Some tests under some policies, others each day, or all of them, with as many executions on real threads
-    as the environment says.  A million, with searches to match, takes some hours on two cores:
+    """Some tests under some policies, others each day, or all of them, with as many executions on real
+    threads as the environment says.  A million, with searches to match, takes some hours on two cores:
 
         FLUSHLAB_AGREE=1000000 python -m pytest -s -m stress tests/stress/test_explore_and_stress_agree.py
 
@@ -40,8 +40,8 @@ def test_over_the_whole_suite() -> None:
         for contradiction in contradicting:
             print(contradiction, flush=True)
     print(
-        f"{pairs:,} pairs of test and policy: {executions:,} executions on real threads, {explored:,} explored, "
-        f"{complete:,} pairs in all interleavings, {len(found)} contradictions, seed {seed}"
+        f"{pairs:,} pairs of test and policy: {executions:,} executions on real threads, {explored:,} "
+        f"explored, {complete:,} pairs in all interleavings, {len(found)} contradictions, seed {seed}"
     )
     assert executions >= 0.9 * stress
     assert not found, "\n".join(map(str, found))
@@ -70,7 +70,7 @@ FREED, STALE = "use-after-free", "stale-after-revoke"
     ],
 )
 def test_what_can_be_true_at_once(stressed: Outcome, explored: Verdict, expected: tuple[object, ...]) -> None:
-    assert contradictions(stressed, explored, expected) == []  # type: ignore[arg-type]
+    assert contradictions(stressed, explored, expected) == []
 
 
 @pytest.mark.parametrize(
@@ -87,7 +87,7 @@ def test_what_can_be_true_at_once(stressed: Outcome, explored: Verdict, expected
     ],
 )
 def test_what_cannot(stressed: Outcome, explored: Verdict, expected: tuple[object, ...], said: str) -> None:
-    (sentence,) = contradictions(stressed, explored, expected)[:1]  # type: ignore[arg-type]
+    (sentence,) = contradictions(stressed, explored, expected)[:1]
     assert sentence.startswith(said)
 
 
