@@ -40,6 +40,7 @@ struct heap {
 	uint32_t *dirty;
 	uint8_t *is_dirty; /* a byte per page */
 	uint32_t dirty_count;
+	bool told; /* the kernel does tell which pages have one */
 	pid_t pid;
 	long faults;
 };
@@ -245,6 +246,15 @@ static int know_dirty(struct heap *h)
 	return 0;
 }
 
+/* Some sandboxes have a pagemap that says nothing: does it know the page that is stored to here? */
+static bool is_told(struct heap *h)
+{
+	_Atomic uint32_t *lock = &books_of(h)->lock;
+
+	atomic_store_explicit(lock, 0, memory_order_relaxed); /* which it is: nobody else uses the region */
+	return !know_dirty(h) && h->is_dirty[0];
+}
+
 /* --- snapshots ------------------------------------------------------------------------------------------ */
 
 static bool is_zero(const uint8_t *page)
@@ -271,7 +281,7 @@ static int write_pages(const struct heap *h, int fd, bool only_dirty)
  * go on with the former one. */
 static int write_file(struct heap *h)
 {
-	bool only_dirty = !h->saved && !know_dirty(h);
+	bool only_dirty = !h->saved && is_told(h);
 	int fd = memfd_create("flushlab-machine", MFD_CLOEXEC);
 
 	if (fd < 0)
@@ -335,6 +345,7 @@ int heap_snapshot(struct heap *h)
 	if (r)
 		return MACHINE_NOMEM;
 	dirty_forget(h);
+	h->told = is_told(h);
 	return 0;
 }
 
@@ -342,7 +353,7 @@ int heap_restore(struct heap *h)
 {
 	if (!h->saved)
 		return MACHINE_MISUSE;
-	if (know_dirty(h)) {
+	if (!h->told || know_dirty(h)) {
 		dirty_forget(h);
 		return madvise(h->memory, h->bytes, MADV_DONTNEED) ? MACHINE_NOMEM : 0;
 	}
