@@ -98,7 +98,7 @@ class ControlledLib:
                 return native(*args)
             label, reads, writes = access(args)
             if step:
-                if control.audit is not None:
+                if control.audit is not None and not execution.aborting:
                     control.audit.access(name)
                 execution.step(label, reads | everything, writes)
             else:

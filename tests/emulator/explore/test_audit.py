@@ -38,6 +38,11 @@ def test_no_shared_state_is_touched_without_a_point(policy: str) -> None:
     assert [one for one in found if not one.clean] == []
 
 
+def test_who_is_unwound_announces_nothing() -> None:
+    """The execution ends at the violation; what tasks do on their way out is not explored."""
+    assert audit_of("return-protect", "lkml-2025-cpu-flushed-mask", 10).clean
+
+
 def test_the_audit_sees_a_missing_point(monkeypatch: pytest.MonkeyPatch) -> None:
     without_points(monkeypatch, "mode")
     unannounced = audit_of("return-zap", "linux-7.3").unannounced
