@@ -53,7 +53,10 @@ ScenarioArgument = Annotated[
 PolicyOption = Annotated[
     str | None,
     typer.Option(
-        "--policy", metavar="P", envvar="FLUSHLAB_POLICY", help="A preset; see `flushlab list policies`."
+        "--policy",
+        metavar="P",
+        envvar="FLUSHLAB_POLICY",
+        help="A preset, mutant:NAME or FILE.py; see `flushlab list policies`.",
     ),
 ]
 SetOption = Annotated[
