@@ -71,6 +71,7 @@ class Exhaustive:
         self.stack: list[Node] = []
         self.depth = 0
         self._fresh = 0  # steps before this one are replayed
+        self._asleep = False  # it was given up: everybody who could go on was seen to go on elsewhere
         self._last_of: list[int] = []  # per task: its last step of this execution
         # Per object: which steps of the execution wrote it, which touched it.
         self._wrote: defaultdict[int, int] = defaultdict(int)
@@ -79,6 +80,7 @@ class Exhaustive:
     # --- the scheduler's side -------------------------------------------------------------------------------
 
     def begin(self, tasks: int) -> None:
+        self._asleep = False
         self.depth = self._fresh
         last_of = self._last_of = [-1] * tasks
         for depth in range(self._fresh):
@@ -101,6 +103,7 @@ class Exhaustive:
             parent.backtrack |= parent.enabled & ~enabled & ~(1 << parent.chosen)
         able = enabled & ~node.sleeping
         if not able:
+            self._asleep = True
             return -1
         # On with the same task if possible: then the bound is never exceeded here.
         node.chosen = last if last >= 0 and able >> last & 1 else (able & -able).bit_length() - 1
@@ -123,6 +126,10 @@ class Exhaustive:
 
     def end(self, tasks: list[Task], deadlock: tuple[Wait, ...]) -> bool:
         """The execution is over.  True: there is another one, and the next `choose` calls lead into it."""
+        if self.reduce and self.stack and not self._asleep:
+            # The last step may have stopped others as well; daemons, where the execution is over after it.
+            last = self.stack[-1]
+            last.backtrack |= last.enabled & ~(1 << last.chosen)
         if deadlock and self.reduce:
             for task in tasks:
                 if not task.done:
