@@ -39,6 +39,8 @@ def mutants() -> None:
     table = _table("policy", "base", "caught by", "what it is")
     for mutant in MUTANTS.values():
         caught = ", ".join(mutant.expected) or "nothing: costs only"
+        if mutant.store_buffers:
+            caught += " (explore --store-buffers)"
         what = Text(f"{_one_line(mutant.doc)} ({mutant.source})")
         table.add_row(f"mutant:{mutant.name}", mutant.base, Text(caught), what)
     _print(table)

@@ -11,6 +11,7 @@ from __future__ import annotations
 import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
+from functools import partial
 from types import ModuleType
 from typing import Any, Final
 
@@ -382,11 +383,10 @@ class ControlledLib:
         if execution is None:
             return 0
         bit = control.bit("rcu")
-        execution.step(("synchronize_rcu", None, "write"), 0, bit)
+        execution.step(("synchronize_rcu", None, "write"), control.queues, bit)
         before = control.rcu.now()
-        execution.step(
-            ("synchronize_rcu", "done", "write"), 0, bit, lambda: control.rcu.gone(before), "readers of RCU"
-        )
+        gone = partial(control.rcu.gone, before)
+        execution.step(("synchronize_rcu", "done", "write"), control.queues, bit, gone, "readers of RCU")
         return 0
 
     def srcu_read_lock(self, m: Any, cpu: int, vm: int) -> int:

@@ -11,11 +11,12 @@ store here:
     they protect; and what a mutant stores without the locked instruction that the kernel has (point
     "plain store").
 
-Everything else that writes is a locked instruction (requests, cmpxchg of SPTEs, locks, reference counts),
-or visible at once together with all stores before it (Python's own objects, such as memslots). Interrupts
+Everything else that writes is a locked instruction (requests, SPTEs, locks, reference counts; that Linux has
+plain stores for some SPTEs under mmu_lock held for write is left out), or visible at once together with all
+stores before it (Python's own objects, such as memslots; spinlocks are released behind a fence). Interrupts
 are sent behind a fence (weak_wrmsr_fence()) and taken when the queue is empty; INVEPT and INVVPID
 serialize (SDM vol. 3A, 9.3), VM entry and a context switch wait likewise; a grace period does not end
-before the stores that were waiting when it began.
+before the stores are visible that were waiting when it began, and those of the readers that it waits for.
 """
 
 from __future__ import annotations
@@ -33,8 +34,9 @@ from emulator.runtime import Cpu, Machine, Mode
 
 Key = tuple[Hashable, ...]
 
-# Points of KVM's code at which a locked instruction or a full barrier stands.
-_FENCES: Final = frozenset({"lock", "unlocking", "smp_mb"})
+# Points of KVM's code at which a full barrier stands; a locked instruction is at all that begin a step and write
+# (taking a lock is one).
+_FENCES: Final = frozenset({"unlocking", "smp_mb"})
 # ... and those where the calls behind them say what they are.
 _SPECIFIC: Final = frozenset({"root_tlb"})
 
@@ -120,11 +122,17 @@ class StoreBuffers:
 
 
 class BufferedReaders(Readers):
-    """Readers of RCU: a grace period contains a full barrier on every CPU."""
+    """CPUs that read under RCU.  A grace period contains a full barrier on every CPU, after it has left the
+    read section that it was in."""
 
     def __init__(self, stores: StoreBuffers) -> None:
         super().__init__()
         self.stores = stores
+        self._put: dict[int, int] = {}  # how many stores there were when it left
+
+    def leave(self, who: int) -> None:
+        super().leave(who)
+        self._put[who] = self.stores.put.get(who, 0)
 
     def now(self) -> tuple[tuple[int, int], ...]:
         queues = tuple((-1 - cpu, put) for cpu, put in self.stores.put.items() if self.stores.queues[cpu])
@@ -134,7 +142,8 @@ class BufferedReaders(Readers):
         done = self.stores.gone
         if any(who < 0 and done[-1 - who] < n for who, n in before):
             return False
-        return super().gone(tuple(one for one in before if one[0] >= 0))
+        readers = tuple(one for one in before if one[0] >= 0)
+        return super().gone(readers) and all(done.get(who, 0) >= self._put[who] for who, _ in readers)
 
 
 class BufferedControl(Control):

@@ -10,7 +10,7 @@ from rich.table import Table
 from rich.text import Text
 
 from emulator.litmus.model import INCONCLUSIVE, SAFE, LitmusTest
-from emulator.litmus.policies import expected_of, is_cost_only
+from emulator.litmus.policies import expected_of, is_consistent, is_cost_only
 from emulator.litmus.verdict import BOUNDED, SEARCHED, VIOLATIONS, Outcome, differs
 from emulator.policy import PRESETS
 from emulator.policy.mutants import PREFIX
@@ -160,11 +160,17 @@ def _print_policies(results: Results, policies: list[str], console: Console) -> 
             for test, outcome in outcomes
             if outcome.kinds
         ]
-        nothing = Text("nothing" + (", as it should be" if is_cost_only(policy) else ""))
+        nothing = Text("nothing" + _why(policy))
         executions = sum(outcome.executions for _, outcome in outcomes)
         found = Text("; ".join(caught), style="red") if caught else nothing
         table.add_row(policy, str(len(outcomes)), f"{executions:,}", found)
     console.print(table)
+
+
+def _why(policy: str) -> str:
+    if is_consistent(policy):
+        return ", as it should be: flushlab explore --store-buffers catches it"
+    return ", as it should be" if is_cost_only(policy) else ""
 
 
 def _print_differences(results: Results, console: Console) -> None:

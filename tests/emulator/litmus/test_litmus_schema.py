@@ -8,7 +8,9 @@ import pytest
 
 from emulator.errors import BadInput
 from emulator.litmus.loader import load_test, load_tests, parse_test, shipped_tests
+from emulator.litmus.model import INCONCLUSIVE, SAFE
 from emulator.litmus.ops import VERBS, OpError, parse_op
+from emulator.litmus.policies import expected_of, policies_for
 from emulator.policy import MUTANTS
 
 GOOD = """
@@ -123,3 +125,12 @@ def test_what_ships() -> None:
         name.removeprefix("mutant:") for name in named
     }
     assert not missing
+
+
+def test_what_takes_late_stores_is_expected_to_be_safe_without() -> None:
+    test = load_test("entry-races-request")
+    assert expected_of(test, "mutant:S1") == (SAFE, INCONCLUSIVE)
+    assert expected_of(test, "mutant:P1") == (("use-after-free",),)
+    assert expected_of(load_test("return-zap"), "mutant:S1") == (SAFE, INCONCLUSIVE)
+    assert expected_of(load_test("speculative-fill"), "migration=none") == (SAFE, INCONCLUSIVE)
+    assert {"mutant:S1", "mutant:S2"} <= set(policies_for(test, (), False))

@@ -1,0 +1,321 @@
+"""What x86 orders although stores are late: releases, grace periods, handlers' answers, one's own loads."""
+
+from __future__ import annotations
+
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+
+from emulator.explore import buffered
+from emulator.explore.choices import Choices
+from emulator.explore.control import Readers
+from emulator.explore.controlled import installed
+from emulator.explore.dpor import Exhaustive
+from emulator.explore.scheduler import Execution
+from emulator.explore.search import Limits, search
+from emulator.explore.store_buffers import BufferedControl, Store
+from emulator.explore.world import LitmusProgram
+from emulator.kvm import requests
+from emulator.litmus.loader import parse_test
+from emulator.litmus.policies import named_policy
+from emulator.litmus.world import LitmusThread
+from emulator.locks import SpinLock
+from emulator.runtime import Cpu, smp_mb
+from native import ffi, lib
+
+TEXT = """
+doc = "A vCPU, and two threads that do what a test tells them."
+source = "here"
+[threads.v0]
+vcpu = 0
+ops = []
+[threads.a]
+ops = []
+[threads.b]
+ops = []
+[expect]
+needs = "nothing"
+"""
+IN, OUTSIDE = lib.IN_GUEST_MODE, lib.OUTSIDE_GUEST_MODE
+FREE = 40  # a request that KVM does not have
+
+
+class Script:
+    """What thread a does, and thread b; `saw` is the outcome."""
+
+    def __init__(self) -> None:
+        self.lock = SpinLock("a lock")
+        self.order: list[str] = []
+        self.saw: list[int] = []
+
+    def a(self, k: Any, cpu: Cpu, vm: int) -> None:
+        raise NotImplementedError
+
+    def b(self, k: Any, cpu: Cpu, vm: int) -> None:
+        raise NotImplementedError
+
+
+scripts: list[Script] = []
+
+
+def outcomes(script: type[Script], monkeypatch: pytest.MonkeyPatch) -> set[str]:
+    """What the script has noted, in every interleaving."""
+    current = scripts
+
+    class Scripted(LitmusProgram):
+        def start(self, execution: Execution) -> None:
+            current[:] = [script()]
+            super().start(execution)
+
+        def finish(self, execution: Execution) -> str:
+            return f"{super().finish(execution)} {current[0].order} {current[0].saw}"
+
+    def run(thread: LitmusThread) -> None:
+        if thread.name in ("a", "b"):
+            getattr(current[0], thread.name)(vars(requests)["lib"], thread.cpu, thread.kvm.id)
+
+    monkeypatch.setattr(LitmusThread, "run", run)
+    program = Scripted(
+        parse_test(TEXT, "script", None), named_policy("linux-7.3"), Choices(store_buffers=True)
+    )
+    try:
+        with installed(program.control):
+            found = search(program, program.objects, Exhaustive(program.objects), Limits(), lambda _: False)
+    finally:
+        program.close()
+    assert found.complete
+    return set(found.outcomes)
+
+
+class Unlocks(Script):
+    def a(self, k: Any, cpu: Cpu, vm: int) -> None:
+        k.mmu_write_trylock(cpu.m, cpu.id, vm)
+        self.order.append("a")
+        k.mmu_invalidate_begin(cpu.m, vm)
+        k.mmu_invalidate_end(cpu.m, vm)
+        k.mmu_write_unlock(cpu.m, cpu.id, vm)
+
+    def b(self, k: Any, cpu: Cpu, vm: int) -> None:
+        k.mmu_read_trylock(cpu.m, cpu.id, vm)
+        self.order.append("b")
+        self.saw.append(k.mmu_invalidate_seq(cpu.m, vm))
+        k.mmu_read_unlock(cpu.m, cpu.id, vm)
+
+
+def test_mmu_lock_is_released_behind_what_it_protects(monkeypatch: pytest.MonkeyPatch) -> None:
+    seen = outcomes(Unlocks, monkeypatch)
+    first = {outcome for outcome in seen if "['a', 'b']" in outcome}
+    assert len(first) == 1
+    assert len(seen) == 2
+
+
+class SpinUnlocks(Script):
+    def a(self, k: Any, cpu: Cpu, vm: int) -> None:
+        with self.lock.held(cpu):
+            self.order.append("a")
+            k.vcpu_set_mode(cpu.m, 0, IN)
+
+    def b(self, k: Any, cpu: Cpu, vm: int) -> None:
+        with self.lock.held(cpu):
+            self.order.append("b")
+            self.saw.append(k.vcpu_mode(cpu.m, 0))
+
+
+class SrcuReaders(Script):
+    def a(self, k: Any, cpu: Cpu, vm: int) -> None:
+        index = k.srcu_read_lock(cpu.m, cpu.id, vm)
+        k.vcpu_set_mode(cpu.m, 0, IN)
+        k.srcu_read_unlock(cpu.m, cpu.id, vm, index)
+
+    def b(self, k: Any, cpu: Cpu, vm: int) -> None:
+        k.synchronize_srcu(cpu.m, cpu.id, vm)
+        self.saw.append(k.vcpu_mode(cpu.m, 0))
+
+
+class RcuReaders(Script):
+    """The store comes when the grace period may have begun already."""
+
+    def a(self, k: Any, cpu: Cpu, vm: int) -> None:
+        k.rcu_read_lock(cpu.m, cpu.id)
+        k.kvm_test_request(cpu.m, 0, FREE)
+        k.vcpu_set_mode(cpu.m, 0, IN)
+        k.rcu_read_unlock(cpu.m, cpu.id)
+
+    def b(self, k: Any, cpu: Cpu, vm: int) -> None:
+        k.kvm_make_request(cpu.m, 0, FREE)
+        k.synchronize_rcu(cpu.m, cpu.id)
+        self.saw.append(k.vcpu_mode(cpu.m, 0))
+
+
+class Locked(Script):
+    """A locked instruction behind the store."""
+
+    def a(self, k: Any, cpu: Cpu, vm: int) -> None:
+        k.vcpu_set_mode(cpu.m, 0, IN)
+        k.kvm_make_request(cpu.m, 0, FREE)
+
+    def b(self, k: Any, cpu: Cpu, vm: int) -> None:
+        self.order.append("a" if k.kvm_test_request(cpu.m, 0, FREE) else "b")
+        self.saw.append(k.vcpu_mode(cpu.m, 0))
+
+
+class Plain(Locked):
+    """... and one that is none, but stores stay in order."""
+
+    def a(self, k: Any, cpu: Cpu, vm: int) -> None:
+        k.vcpu_set_mode(cpu.m, 0, IN)
+        cpu.point("plain store", 0, "write")
+        k.kvm_make_request(cpu.m, 0, FREE)
+
+
+@pytest.mark.parametrize("script", [SpinUnlocks, Locked, Plain])
+def test_who_sees_the_later_sees_the_earlier(script: type[Script], monkeypatch: pytest.MonkeyPatch) -> None:
+    seen = outcomes(script, monkeypatch)
+    after = [outcome for outcome in seen if "['a'" in outcome]
+    assert after
+    assert all(outcome.endswith(f"[{IN}]") for outcome in after)
+    assert any(outcome.endswith(f"[{OUTSIDE}]") for outcome in seen)
+
+
+@pytest.mark.parametrize("script", [SrcuReaders, RcuReaders])
+def test_a_grace_period_contains_barriers(script: type[Script], monkeypatch: pytest.MonkeyPatch) -> None:
+    now = Readers.now
+
+    def noted(readers: Readers) -> tuple[tuple[int, int], ...]:
+        found = now(readers)
+        # b's synchronize_*() has begun: is a inside?
+        scripts[0].order.append("inside" if found else "outside")
+        return found
+
+    monkeypatch.setattr(Readers, "now", noted)
+    seen = outcomes(script, monkeypatch)
+    inside = [outcome for outcome in seen if "['inside']" in outcome]
+    assert inside
+    assert all(outcome.endswith(f"[{IN}]") for outcome in inside)
+    assert any(outcome.endswith(f"[{OUTSIDE}]") for outcome in seen)
+
+
+class Dekker(Script):
+    """Each stores, then loads what the other stores; between the two of a stands what the test is about."""
+
+    def between(self, k: Any, cpu: Cpu) -> None:
+        pass
+
+    def a(self, k: Any, cpu: Cpu, vm: int) -> None:
+        k.vcpu_set_mode(cpu.m, 0, IN)
+        self.between(k, cpu)
+        self.saw.append(k.kvm_test_request(cpu.m, 0, FREE))
+
+    def b(self, k: Any, cpu: Cpu, vm: int) -> None:
+        k.kvm_make_request(cpu.m, 0, FREE)
+        self.order.append("sees" if k.vcpu_mode(cpu.m, 0) == IN else "misses")
+
+
+class WithLock(Dekker):
+    def a(self, k: Any, cpu: Cpu, vm: int) -> None:
+        k.vcpu_set_mode(cpu.m, 0, IN)
+        with self.lock.held(cpu):
+            self.saw.append(k.kvm_test_request(cpu.m, 0, FREE))
+
+
+class WithBarrier(Dekker):
+    def between(self, k: Any, cpu: Cpu) -> None:
+        smp_mb(cpu)
+
+
+class WithInterrupt(Dekker):
+    """One that has come while interrupts were off."""
+
+    def between(self, k: Any, cpu: Cpu) -> None:
+        k.local_irq_disable(cpu.m, cpu.id, ffi.NULL)
+        k.local_irq_enable(cpu.m, cpu.id)
+
+
+def interrupted() -> SimpleNamespace:
+    """The native library where an IPI is always there."""
+    natives = {name: getattr(lib, name) for name in dir(lib)}
+    return SimpleNamespace(**(natives | {"cpu_attention": lambda m, cpu: lib.ATTENTION_IPI}))
+
+
+BOTH_MISS = " ['misses'] [0]"
+
+
+def test_without_a_barrier_both_may_miss_each_other(monkeypatch: pytest.MonkeyPatch) -> None:
+    for script in (Dekker, WithInterrupt):
+        assert BOTH_MISS in outcomes(script, monkeypatch)
+
+
+@pytest.mark.parametrize("script", [WithLock, WithBarrier, WithInterrupt])
+def test_with_one_they_do_not(script: type[Script], monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(buffered, "lib", interrupted())
+    seen = outcomes(script, monkeypatch)
+    assert BOTH_MISS not in seen
+    assert len(seen) == 3
+
+
+class Forwards(Script):
+    def a(self, k: Any, cpu: Cpu, vm: int) -> None:
+        k.vcpu_set_mode(cpu.m, 0, IN)
+        self.saw.append(k.vcpu_mode(cpu.m, 0))
+        k.vcpu_set_cpu(cpu.m, 0, 1)
+        self.saw.append(k.vcpu_cpu(cpu.m, 0))
+        cpu.point("plain store", 0, "write")
+        k.kvm_make_request(cpu.m, 0, FREE)
+        self.saw.append(k.kvm_check_request(cpu.m, 0, FREE))
+        before = k.mmu_invalidate_seq(cpu.m, vm)
+        k.mmu_invalidate_begin(cpu.m, vm)
+        k.mmu_invalidate_end(cpu.m, vm)
+        self.saw.append(k.mmu_invalidate_seq(cpu.m, vm) - before)
+
+    def b(self, k: Any, cpu: Cpu, vm: int) -> None:
+        pass
+
+
+def test_a_cpu_sees_its_own_stores(monkeypatch: pytest.MonkeyPatch) -> None:
+    assert {outcome.partition("] ")[2] for outcome in outcomes(Forwards, monkeypatch)} == {f"[{IN}, 1, 1, 1]"}
+
+
+def test_an_interrupt_answers_behind_all_stores() -> None:
+    program = LitmusProgram(
+        parse_test(TEXT, "script", None), named_policy("linux-7.3"), Choices(store_buffers=True)
+    )
+    control = program.control
+    assert isinstance(control, BufferedControl)
+    execution = Execution(program.objects, Exhaustive(program.objects))
+    with installed(control):
+        program.start(execution)
+        stores, arrives = control.interruptible(0)
+        control.queued.add(0)
+        assert arrives()
+        control.stores.store(execution, 0, Store(("x",), 1, "x", 0, lambda: None))
+        assert not arrives()
+        assert stores == control.stores.mask(0)
+        control.execution = None
+    program.close()
+
+
+def test_every_explored_call_that_writes_waits_for_the_stores_before_it(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    from emulator.explore.footprints import FOOTPRINTS
+
+    plain = {
+        "bitmap_clear",
+        "kvm_check_request",  # a load, unless it is set
+        "kvm_make_request",  # if a mutant says so
+        "mmu_invalidate_begin",
+        "mmu_invalidate_end",
+        "mmu_invalidate_range_add",
+        "vcpu_set_cpu",
+        "vcpu_set_mode",
+    }
+    program = LitmusProgram(
+        parse_test(TEXT, "script", None), named_policy("linux-7.3"), Choices(store_buffers=True)
+    )
+    with installed(program.control):
+        controlled = vars(requests)["lib"]
+        for name, footprint in FOOTPRINTS.items():
+            fenced = getattr(controlled, name).__qualname__.startswith("BufferedLib._fenced")
+            assert fenced == (bool(footprint.writes or footprint.outcome) and name not in plain), name
+    program.close()
