@@ -47,6 +47,12 @@ Is the proposal sound, and if not, how does it fail?
 
     flushlab explain hole/*.json
 
+What only a TLB that fetches of its own accord can do, and what only a missing barrier:
+
+    flushlab explore speculative-fill --policy migration=none --adversary speculate
+
+    flushlab explore entry-races-request --policy mutant:S1 --store-buffers
+
 The same execution again, step by step the same or an error:
 
     flushlab explore --replay hole/return-zap-lkml-2025-cpu-flushed-mask.json

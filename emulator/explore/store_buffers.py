@@ -34,8 +34,8 @@ from emulator.runtime import Cpu, Machine, Mode
 
 Key = tuple[Hashable, ...]
 
-# Points of KVM's code at which a full barrier stands; a locked instruction is at all that begin a step and write
-# (taking a lock is one).
+# Points of KVM's code at which a full barrier stands.  At all that begin a step and write, such as taking a
+# lock, there is a locked instruction.
 _FENCES: Final = frozenset({"unlocking", "smp_mb"})
 # ... and those where the calls behind them say what they are.
 _SPECIFIC: Final = frozenset({"root_tlb"})
