@@ -42,7 +42,9 @@ _BETWEEN_ROUNDS_US = 2000
 _ARMED_US = 5000
 # How long the second slot stays away.
 _SLOT_GONE_US = 500
-_ZAP_PAGES = 256
+_ZAP_PAGES = 2048
+# How long the guest has to map pages again before; all of its roots went with the slot.
+_REFILL_US = 10_000
 # How soon the workqueue looks for work, with policies that have any.
 _WORKQUEUE_US = 200
 # After how many of the cycles a range is zapped: its flush would heal what the deletion alone leaves behind.
@@ -101,6 +103,7 @@ class Kvm(MachineActor):
             self.cpu, self.kvm, SECOND_SLOT, slot.base_gfn, slot.npages, slot.userspace_addr
         )
         if self.rng.random() < _ZAP_SHARE:
+            self._sleep(_REFILL_US)
             self._zap_range()
 
     def _zap_range(self) -> None:
