@@ -34,14 +34,14 @@ class Choices:
         return bool(self.evict or self.speculate)
 
     def describe(self) -> str:
-        """For a verdict: what it allows besides interleavings; "" for nothing."""
+        """For a verdict: what it allows besides interleavings, and the memory model."""
         said = []
         if self.evict:
             said.append(_times(self.evict, "eviction"))
         if self.speculate:
             said.append(_times(self.speculate, "speculative fill"))
-        said = [f"with up to {' and '.join(said)}"] if said else []
-        return ", ".join([*said, *([self.memory] if self.store_buffers else [])])
+        turns = [f"with up to {' and '.join(said)}"] if said else []
+        return ", ".join([*turns, self.memory])
 
     def document(self) -> dict[str, Any]:
         return {"adversary": {EVICT: self.evict, SPECULATE: self.speculate} if self.adversary else None}

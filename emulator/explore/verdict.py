@@ -94,7 +94,7 @@ class Verdict:
 
     def summary(self) -> str:
         """One line: what the tool is entitled to say."""
-        return ", ".join(filter(None, [self._found(), self.plan.choices.describe()]))
+        return f"{self._found()}, {self.plan.choices.describe()}"
 
     def _found(self) -> str:
         n = f"{self.executions:,} interleavings"

@@ -193,6 +193,7 @@ def test_a_missing_barrier_matters_with_store_buffers_only(
     consistent = verdict_of(test, policy, store_buffers=False)
     assert (consistent.verdict, consistent.complete) == (SAFE, True)
     assert consistent.document()["memory"] == "sequentially consistent"
+    assert consistent.summary().endswith(", sequentially consistent")
     found = verdict_of(test, policy, store_buffers=True)
     assert found.verdict == VIOLATIONS
     assert found.kinds[0] in expected
