@@ -58,6 +58,14 @@ class Node:
         self.before = 0
 
 
+def choices(backtrack: int, enabled: int, begins: int, index: int) -> int:
+    """Who must be tried as well at a node, so that some task in `begins` is: rather `index` than another."""
+    if begins & backtrack:
+        return 0
+    begins &= enabled
+    return begins & 1 << index or begins & -begins or enabled
+
+
 class Exhaustive:
     """The strategy: depth first.  `reduce=False` tries all enabled tasks everywhere."""
 
@@ -69,6 +77,7 @@ class Exhaustive:
         self.reduce = reduce
         self.bounded_away = False  # a choice was left out because of the bound
         self.stack: list[Node] = []
+        self.floor = 0  # nodes before this one are somebody else's: a subtree is searched
         self.depth = 0
         self._fresh = 0  # steps before this one are replayed
         self._asleep = False  # it was given up: everybody who could go on was seen to go on elsewhere
@@ -100,7 +109,9 @@ class Exhaustive:
         if self.reduce and depth:
             # Who could go on and cannot any more races with the step that stopped it.
             parent = self.stack[-1]
-            parent.backtrack |= parent.enabled & ~enabled & ~(1 << parent.chosen)
+            stopped = parent.enabled & ~enabled & ~(1 << parent.chosen)
+            if stopped:
+                self._add_any(depth - 1, stopped)
         able = enabled & ~node.sleeping
         if not able:
             self._asleep = True
@@ -165,7 +176,7 @@ class Exhaustive:
 
     def _advance(self) -> bool:
         stack = self.stack
-        while stack:
+        while len(stack) > self.floor:
             node = stack[-1]
             node.done |= 1 << node.chosen
             if self.reduce and self.bound is None:
@@ -263,28 +274,19 @@ class Exhaustive:
         if not seen >> index & 1 and not before & after:
             begins |= 1 << index
         if self.bound is None:
-            self._add(node, begins, index)
+            self._add(i, begins, index)
         else:
-            self._add_bounded(i, begins | 1 << index)
+            # Here, and where the block of steps that i is in began: a preemption there may be free.
+            for k in {i, self._block(i)}:
+                self._add_any(k, begins | 1 << index)
 
-    @staticmethod
-    def _add(node: Node, begins: int, index: int) -> None:
-        if begins & node.backtrack:
-            return
-        begins &= node.enabled
-        if begins >> index & 1:
-            node.backtrack |= 1 << index
-        elif begins:
-            node.backtrack |= begins & -begins
-        else:
-            node.backtrack |= node.enabled
+    def _add(self, i: int, begins: int, index: int) -> None:
+        node = self.stack[i]
+        node.backtrack |= choices(node.backtrack, node.enabled, begins, index)
 
-    def _add_bounded(self, i: int, begins: int) -> None:
-        """Here, and where the block of steps that i is in began: a preemption there may be free."""
-        stack = self.stack
-        for k in (i, self._block(i)):
-            node = stack[k]
-            node.backtrack |= begins & node.enabled or node.enabled
+    def _add_any(self, i: int, tasks: int) -> None:
+        node = self.stack[i]
+        node.backtrack |= tasks & node.enabled or node.enabled
 
     def _block(self, i: int) -> int:
         stack = self.stack

@@ -40,6 +40,7 @@ class Sampler:
 
     exhaustive = False
     bound: int | None = None
+    bounded_away = False
 
     def __init__(self, executions: int) -> None:
         self.left = executions

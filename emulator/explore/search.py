@@ -48,6 +48,8 @@ class Found:
     too_long: int = 0
     complete: bool = False
     bound: int | None = None
+    bounded_away: bool = False  # something was left out because of the bound
+    more: bool = True  # the strategy was not through
     outcomes: dict[str, int] = field(default_factory=dict)
     # The first bad one: the tasks in the order of their steps.
     schedule: tuple[int, ...] | None = None
@@ -72,10 +74,9 @@ def search(
 ) -> Found:
     """Until the strategy is through, or a limit is reached, or something bad was found."""
     found = Found(bound=strategy.bound)
-    more = True
-    while more:
+    while found.more:
         if stop() or (limits.executions and found.executions >= limits.executions):
-            return found
+            break
         execution = run_once(program, objects, strategy, limits)
         if execution.failure is not None:
             program.abandon(execution)
@@ -84,9 +85,10 @@ def search(
         if found.schedule is None and bad(found.outcome):
             found.schedule = strategy.schedule()
             if limits.first_only:
-                return found
-        more = strategy.end(execution.tasks, execution.deadlock)
-    found.complete = strategy.exhaustive and not found.too_long
+                break
+        found.more = strategy.end(execution.tasks, execution.deadlock)
+    found.complete = strategy.exhaustive and not found.more and not found.too_long
+    found.bounded_away = strategy.bounded_away
     return found
 
 

@@ -21,7 +21,7 @@ class Work:
     seconds: float  # 0: no limit
 
 
-def explore_one(work: Work) -> Verdict | BadInput:
+def explore_one(work: Work, jobs: int = 1) -> Verdict | BadInput:
     """One test under one policy.  Bad input travels as a value: exceptions lose their fields on the way."""
     started = time.monotonic()
 
@@ -29,7 +29,7 @@ def explore_one(work: Work) -> Verdict | BadInput:
         return bool(work.seconds) and time.monotonic() - started > work.seconds
 
     try:
-        verdict = explore_verdict(work.test, named_policy(work.policy), work.plan, out_of_time)
+        verdict = explore_verdict(work.test, named_policy(work.policy), work.plan, out_of_time, jobs)
     except BadInput as error:
         return error
     verdict.policy = work.policy
@@ -37,9 +37,9 @@ def explore_one(work: Work) -> Verdict | BadInput:
 
 
 def explore_suite(work: Sequence[Work], jobs: int) -> Iterator[Verdict]:
-    """Verdicts in the order of the work."""
+    """Verdicts in the order of the work.  A single pair is divided among the processes."""
     if jobs <= 1 or len(work) <= 1:
-        yield from map(_checked, map(explore_one, work))
+        yield from (_checked(explore_one(one, jobs)) for one in work)
         return
     context = multiprocessing.get_context("spawn")
     with context.Pool(min(jobs, len(work))) as pool:

@@ -19,6 +19,8 @@ from emulator.explore.minimize import minimized
 from emulator.explore.record import Recording, record
 from emulator.explore.sampling import Pct, RandomWalk, Sampler
 from emulator.explore.search import Found, Limits, search
+from emulator.explore.team import Team
+from emulator.explore.tree import wide_search
 from emulator.explore.world import LitmusProgram
 from emulator.litmus.model import LitmusTest
 from emulator.policy import Policy
@@ -112,17 +114,17 @@ Stop = Callable[[], bool]
 
 
 def explore_verdict(
-    test: LitmusTest, policy: Policy, plan: Plan | None = None, stop: Stop = lambda: False
+    test: LitmusTest, policy: Policy, plan: Plan | None = None, stop: Stop = lambda: False, jobs: int = 1
 ) -> Verdict:
     """Explore one test under one policy.  `stop` is asked between executions; with it results depend on
-    time."""
+    time, on the number of processes (`jobs`) they never do."""
     plan = plan or Plan()
     program = LitmusProgram(test, policy, plan.choices)
     verdict = Verdict(test.name, policy.name, plan)
     try:
-        with installed(program.control):
+        with installed(program.control), Team(program, jobs, stop) as team:
             if plan.strategy == "exhaustive":
-                _exhaustively(program, verdict, stop)
+                _exhaustively(program, verdict, team, stop)
             else:
                 _sampled(program, verdict, stop)
     finally:
@@ -130,7 +132,7 @@ def explore_verdict(
     return verdict
 
 
-def _exhaustively(program: LitmusProgram, verdict: Verdict, stop: Stop) -> None:
+def _exhaustively(program: LitmusProgram, verdict: Verdict, team: Team, stop: Stop) -> None:
     plan = verdict.plan
     bounds: list[int | None] = [*range(plan.rounds), None]
     if plan.bound is not None:
@@ -143,13 +145,12 @@ def _exhaustively(program: LitmusProgram, verdict: Verdict, stop: Stop) -> None:
             return
         # Not all for a bound that is out of reach, when there are others to come.
         budget = left if number == len(bounds) - 1 else max(1, left // 4)
-        strategy = Exhaustive(program.objects, bound=bound)
-        found = search(program, program.objects, strategy, Limits(executions=budget), bool, stop)
+        found = wide_search(program, program.objects, bound, Limits(executions=budget), bool, team, stop)
         _add(verdict, found, bound, "exhaustive")
         if found.schedule is not None:
             _violated(program, verdict, found)
             return
-        if found.complete and (bound is None or not strategy.bounded_away):
+        if found.complete and (bound is None or not found.bounded_away):
             verdict.verdict, verdict.complete, verdict.bound = SAFE, True, None
             return
         if found.complete:

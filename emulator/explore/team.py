@@ -1,0 +1,96 @@
+"""Who does the parts of a search: this process alone, or with others that have the same program."""
+
+from __future__ import annotations
+
+import multiprocessing
+import signal
+from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import Future, ProcessPoolExecutor
+from contextlib import ExitStack
+from types import TracebackType
+from typing import Final
+
+from emulator.explore.choices import Choices
+from emulator.explore.controlled import installed
+from emulator.explore.search import Found
+from emulator.explore.subtree import Outcome, Part, search_part
+from emulator.explore.world import LitmusProgram
+from emulator.litmus.model import LitmusTest
+from emulator.litmus.policies import named_policy
+
+# Parts that are done before others are called in: these need a while to start.
+FIRST_PARTS: Final = 16
+
+_NOT_BEGUN = Outcome(Found(), ((), ()), (), (), ())
+
+
+class Team:
+    """`jobs` processes, this one not counted if there are several.  `stop` is asked between executions here,
+    and between parts elsewhere; what it cuts off counts as not begun."""
+
+    def __init__(self, program: LitmusProgram, jobs: int, stop: Callable[[], bool]) -> None:
+        self.program = program
+        self.jobs = jobs
+        self.stop = stop
+        self._parts = 0
+        self._pool: ProcessPoolExecutor | None = None
+
+    def __enter__(self) -> Team:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        if self._pool is not None:
+            self._pool.shutdown(wait=True, cancel_futures=True)
+
+    def outcomes(self, parts: Sequence[Part]) -> Iterator[Outcome]:
+        """In the order of the parts.  Whoever needs no more of them may stop asking."""
+        if self.jobs == 1 or self._parts < FIRST_PARTS:
+            for part in parts:
+                self._parts += 1
+                yield search_part(self.program, self.program.objects, part, bool, self.stop)
+            return
+        futures = [self._others().submit(_do, part) for part in parts]
+        try:
+            for future in futures:
+                if self.stop() and future.cancel():
+                    yield _NOT_BEGUN
+                else:
+                    yield future.result()
+        finally:
+            _cancel(futures)
+
+    def _others(self) -> ProcessPoolExecutor:
+        if self._pool is None:
+            program = self.program
+            self._pool = ProcessPoolExecutor(
+                self.jobs,
+                multiprocessing.get_context("spawn"),
+                _begin,
+                (program.test, program.policy.spelled(), program.choices),
+            )
+        return self._pool
+
+
+def _cancel(futures: list[Future[Outcome]]) -> None:
+    for future in futures:
+        future.cancel()
+
+
+class _Here:
+    """Another process' program, from its first part to its end."""
+
+    program: LitmusProgram
+    stack = ExitStack()
+
+
+def _begin(test: LitmusTest, policy: str, choices: Choices) -> None:
+    # Ctrl-C is for whoever waits for the outcomes.
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    _Here.program = LitmusProgram(test, named_policy(policy), choices)
+    _Here.stack.enter_context(installed(_Here.program.control))
+
+
+def _do(part: Part) -> Outcome:
+    return search_part(_Here.program, _Here.program.objects, part, bool)
