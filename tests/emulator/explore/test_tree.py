@@ -80,6 +80,7 @@ def test_the_same_as_a_plain_search(tasks: list[list[Op]], bound: int | None, pa
     wide, _ = explore_wide(*tasks, bound=bound, part=part)
     assert wide.outcomes.keys() == plain.outcomes.keys()
     assert (wide.complete, wide.bounded_away) == (plain.complete, plain.bounded_away)
+    assert (wide.executions, wide.pruned) == (plain.executions, plain.pruned)
     if bound is None:
         assert wide.outcomes.keys() == explore(*tasks, reduce=False).outcomes.keys()
 
