@@ -19,6 +19,7 @@ import pykka
 from bench.benchmark import Context
 from bench.errors import BenchFailed
 from bench.figures import Figure
+from bench.machine import machine_fields
 from emulator.actors.crew import Crew
 from emulator.actors.pcpu import PCpu
 from emulator.machine import SWITCH_INTERVAL
@@ -188,22 +189,10 @@ def _wait_until(condition: Callable[[], bool], otherwise: str) -> None:
 
 
 def _config(pcpus: int) -> dict[str, int]:
-    """TLBs of the default geometry; no VM ever runs."""
-    return {
-        "pcpus": pcpus,
-        "housekeeping": 1,
-        "vms": 1,
-        "vcpus": 1,
-        "root_frames": 8,
-        "table_frames": 8,
-        "guest_frames": 16,
-        "guest_blocks": 1,
-        "l1_ways": 4,
-        "l2_entries": 1536,
-        "l2_ways": 12,
-        "psc_entries": 32,
-        "seed": 1,
-    }
+    """No VM ever runs."""
+    return machine_fields(
+        pcpus=pcpus, housekeeping=1, vms=1, vcpus=1, root_frames=8, table_frames=8, guest_frames=16
+    )
 
 
 def _since(started: int) -> float:

@@ -1,4 +1,4 @@
-"""On what was measured."""
+"""On what was measured: the real machine, and emulated ones."""
 
 from __future__ import annotations
 
@@ -44,3 +44,9 @@ def cpu_model(cpuinfo: Path = Path("/proc/cpuinfo")) -> str:
         if key.strip() == "model name":
             return value.strip()
     return "unknown"
+
+
+def machine_fields(**fields: int) -> dict[str, int]:
+    """Fields of struct machine_config: these, and TLBs of the default geometry."""
+    geometry = {"l1_ways": 4, "l2_entries": 1536, "l2_ways": 12, "psc_entries": 32}
+    return {"guest_blocks": 1, **geometry, "seed": 1, **fields}

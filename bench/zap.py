@@ -21,6 +21,7 @@ from statistics import median
 from bench.benchmark import Context
 from bench.errors import BenchFailed
 from bench.figures import Figure
+from bench.machine import machine_fields
 from emulator.kvm.kvm_main import kvm_create_vm, kvm_set_memory_region, kvm_vm_ioctl_create_vcpu
 from emulator.kvm.mmu import kvm_mmu_zap_all_fast, kvm_zap_gfn_range
 from emulator.kvm.structs import Kvm, KvmMmuPage, KvmParams
@@ -59,22 +60,15 @@ class ZapMachine:
     def __init__(self, policy: Policy, tables: int, contended: bool) -> None:
         self.tables = tables
         self.machine = Machine(
-            {
-                "pcpus": PCPUS,
-                "housekeeping": 3,
-                "vms": 1,
-                "vcpus": PCPUS,
-                "root_frames": 4,
-                "table_frames": 4 * tables + 64,
-                "guest_frames": 4 * TABLE,
-                "guest_blocks": 1,
-                "l1_ways": 4,
-                "l2_entries": 1536,
-                "l2_ways": 12,
-                "psc_entries": 32,
-                "chaos": 0,
-                "seed": 1,
-            }
+            machine_fields(
+                pcpus=PCPUS,
+                housekeeping=3,
+                vms=1,
+                vcpus=PCPUS,
+                root_frames=4,
+                table_frames=4 * tables + 64,
+                guest_frames=4 * TABLE,
+            )
         )
         self.host, self.contender, self.rcu_cpu = self.machine.cpus[PCPUS:]
         self.threads: list[threading.Thread] = []

@@ -20,6 +20,12 @@ def wait_until(condition: Callable[[], bool], what: str, seconds: float = 20.0) 
         time.sleep(0.01)
 
 
+def machine_fields(**fields: int) -> dict[str, int]:
+    """Fields of struct machine_config: these, and a TLB as current server cores have it."""
+    geometry = {"l1_ways": 4, "l2_entries": 1536, "l2_ways": 12, "psc_entries": 32}
+    return {**geometry, "chaos": 0, "seed": 1, **fields}
+
+
 class BareMachine:
     """A machine without actors: 2 pCPUs, one VM, small memory."""
 
@@ -29,21 +35,16 @@ class BareMachine:
     def __init__(self) -> None:
         config = ffi.new(
             "struct machine_config *",
-            {
-                "pcpus": self.pcpus,
-                "housekeeping": 2,
-                "vms": self.vms,
-                "vcpus": 2,
-                "root_frames": 8,
-                "table_frames": 64,
-                "guest_frames": 256,
-                "guest_blocks": 1,
-                "l1_ways": 4,
-                "l2_entries": 1536,
-                "l2_ways": 12,
-                "psc_entries": 32,
-                "seed": 1,
-            },
+            machine_fields(
+                pcpus=self.pcpus,
+                housekeeping=2,
+                vms=self.vms,
+                vcpus=2,
+                root_frames=8,
+                table_frames=64,
+                guest_frames=256,
+                guest_blocks=1,
+            ),
         )
         error = ffi.new("char[]", 256)
         self.pointer: Any = lib.machine_create(config, error, len(error))

@@ -8,6 +8,8 @@ from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any
 
+from support import machine_fields
+
 from emulator.actors.crew import Crew
 from emulator.actors.inbox import NativeFuture, adopt_thread, release_thread
 from emulator.actors.pcpu import Arrive, Depart, Park, PCpu
@@ -71,22 +73,16 @@ class EmulatedMachine:
         vms = max(machine.vms, 1)
         self.pcpus = vms * vcpus + 1
         self.native = NativeMachine(
-            {
-                "pcpus": self.pcpus,
-                "housekeeping": 2,
-                "vms": vms,
-                "vcpus": vms * vcpus,
-                "root_frames": 64,
-                "table_frames": 512,
-                "guest_frames": 4096,
-                "guest_blocks": 8,
-                "l1_ways": 4,
-                "l2_entries": 1536,
-                "l2_ways": 12,
-                "psc_entries": 32,
-                "chaos": 0,
-                "seed": 1,
-            }
+            machine_fields(
+                pcpus=self.pcpus,
+                housekeeping=2,
+                vms=vms,
+                vcpus=vms * vcpus,
+                root_frames=64,
+                table_frames=512,
+                guest_frames=4096,
+                guest_blocks=8,
+            )
         )
         self.cpu = self.native.cpus[self.pcpus]
         self.mm = HostMm(self.cpu)

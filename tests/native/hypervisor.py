@@ -9,6 +9,8 @@ from __future__ import annotations
 from types import TracebackType
 from typing import Any
 
+from support import machine_fields
+
 from native import ffi, lib
 
 READ, WRITE, EXECUTE = 0, 1, 2
@@ -17,24 +19,9 @@ GLOBAL_FLUSH = "global"
 
 def config(**changes: int) -> Any:
     """A small machine: 2 pCPUs, 2 VMs, one vCPU each."""
-    values = {
-        "pcpus": 2,
-        "housekeeping": 1,
-        "vms": 2,
-        "vcpus": 4,
-        "root_frames": 8,
-        "table_frames": 256,
-        "guest_frames": 2048,
-        "guest_blocks": 4,
-        "l1_ways": 4,
-        "l2_entries": 1536,
-        "l2_ways": 12,
-        "psc_entries": 32,
-        "chaos": 0,
-        "seed": 1,
-    }
-    values.update(changes)
-    return ffi.new("struct machine_config *", values)
+    fields = {"pcpus": 2, "housekeeping": 1, "vms": 2, "vcpus": 4, "root_frames": 8}
+    fields |= {"table_frames": 256, "guest_frames": 2048, "guest_blocks": 4}
+    return ffi.new("struct machine_config *", machine_fields(**(fields | changes)))
 
 
 class Hypervisor:

@@ -5,28 +5,22 @@ from __future__ import annotations
 from collections.abc import Iterator
 from contextlib import contextmanager
 
+from support import machine_fields
+
 from emulator.actors.crew import Crew
 from emulator.runtime import Machine
 
 
 def small_machine(pcpus: int = 2, housekeeping: int = 4, **changes: int) -> Machine:
-    config = {
-        "pcpus": pcpus,
-        "housekeeping": housekeeping,
+    fields = {
         "vms": 1,
         "vcpus": 2,
         "root_frames": 8,
         "table_frames": 64,
         "guest_frames": 512,
         "guest_blocks": 1,
-        "l1_ways": 4,
-        "l2_entries": 1536,
-        "l2_ways": 12,
-        "psc_entries": 32,
-        "chaos": 0,
-        "seed": 1,
     }
-    return Machine(config | changes)
+    return Machine(machine_fields(pcpus=pcpus, housekeeping=housekeeping, **(fields | changes)))
 
 
 @contextmanager

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import threading
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from typing import Any
 
 from emulator.kvm.kvm_host import PREEMPTIBLE, RESCHED, RunYield
@@ -279,3 +279,20 @@ def unmap_while_entering(rig: Rig, kvm: Kvm, guest: Guest, kind: str, before: Ca
 def recreate_slot(rig: Rig, kvm: Kvm) -> None:
     kvm_set_memory_region(rig.host, kvm, SLOT, 0, 0, 0)
     kvm_set_memory_region(rig.host, kvm, SLOT, 0, GFNS, 0)
+
+
+def page_is_a_root_again(
+    rig: Rig, guest: Guest, pcpu: int, reader: Callable[[], AbstractContextManager[object]] = nullcontext
+) -> None:
+    """Slots come and go, and the guest writes on that pCPU to page 70, each time inside `reader()`, until the
+    page of its root is that of its root again."""
+    assert guest.vcpu.mmu.root is not None
+    first = guest.vcpu.mmu.root.hfn
+    for _ in range(200):
+        recreate_slot(rig, guest.vcpu.kvm)
+        with reader():
+            guest.write(pcpu, 70)
+        rig.rcu()
+        if guest.vcpu.mmu.root.hfn == first:
+            return
+    raise AssertionError("the page did not become a root again")

@@ -9,7 +9,7 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 
 import pytest
-from rig import GFNS, SLOT, Guest, Rig, at_point, recreate_slot
+from rig import GFNS, SLOT, Guest, Rig, at_point, page_is_a_root_again
 
 from emulator.kvm.kvm_host import KVM_MEM_LOG_DIRTY_PAGES
 from emulator.kvm.kvm_main import (
@@ -54,19 +54,10 @@ def away_and_back(rig: Rig, policy: Policy) -> None:
 
 def root_page_reused(rig: Rig, policy: Policy) -> None:
     """A root's page becomes a root again on the same pCPU."""
-    kvm, guest = one_guest(rig, policy)
+    _, guest = one_guest(rig, policy)
     guest.write(0, 5)
-    assert guest.vcpu.mmu.root is not None
-    first = guest.vcpu.mmu.root.hfn
-    for _ in range(200):
-        recreate_slot(rig, kvm)
-        with rcu_read_lock(rig.other):  # the page is not free before the next root has another one
-            guest.write(0, 70)
-        rig.rcu()
-        if guest.vcpu.mmu.root.hfn == first:
-            break
-    else:
-        raise AssertionError("the page did not become a root again")
+    # A reader: the page is not free before the next root has another one.
+    page_is_a_root_again(rig, guest, 0, lambda: rcu_read_lock(rig.other))
     guest.read(0, 5)
 
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable
 
 import pytest
-from rig import Guest, Rig, at_point, recreate_slot, unmap_while_entering
+from rig import Guest, Rig, at_point, page_is_a_root_again, unmap_while_entering
 
 from emulator.policy import Policy, preset
 from native import lib
@@ -97,16 +97,7 @@ def root_page_has_a_new_life(rig: Rig, policy: Policy) -> set[str]:
     kvm = rig.vm(policy)
     guest = rig.guest(kvm)
     bounce(guest, 5)
-    assert guest.vcpu.mmu.root is not None
-    first = guest.vcpu.mmu.root.hfn
-    for _ in range(200):
-        recreate_slot(rig, kvm)
-        guest.write(1, 70)
-        rig.rcu()
-        if guest.vcpu.mmu.root.hfn == first:
-            break
-    else:
-        raise AssertionError("the page did not become a root again")
+    page_is_a_root_again(rig, guest, 1)
     guest.read(0, 5)
     return set(rig.violations())
 
