@@ -1,11 +1,13 @@
 """The slow, obvious oracle: the whole history is kept, each access is judged by reading it from the start.
 
 It knows nothing of tags, ledgers or custody.  A right is (vm, gfn, frame, kind of access).  An access is
-legal iff its right was valid at some moment since the last completed revocation of (vm, gfn, kind).
+legal iff its right was valid at some moment since the last completed revocation of (vm, gfn, kind), and the
+frame has not been freed since the translation was made: the same frame granted again is another right.
 """
 
 from __future__ import annotations
 
+from collections import Counter
 from dataclasses import dataclass, field
 from typing import NamedTuple
 
@@ -48,10 +50,11 @@ class History:
 
 
 class Translation(NamedTuple):
-    """What a TLB holds: the frame, and whether it may be written through."""
+    """What a TLB holds: the frame, whether it may be written through, how often the frame had been freed."""
 
     frame: int
     write: bool
+    life: int
 
 
 @dataclass
@@ -62,6 +65,8 @@ class Model:
     history: History = field(default_factory=History)
     sptes: dict[int, Translation] = field(default_factory=dict)
     cached: list[dict[int, Translation]] = field(default_factory=list)
+    behind: dict[int, int] = field(default_factory=dict)
+    freed: Counter[int] = field(default_factory=Counter)
     violations: int = 0
     stale: int = 0
 
@@ -74,7 +79,8 @@ class Model:
             self.history.add("grant", 0, gfn, frame, (WRITE,))
         else:
             self.history.add("grant", 0, gfn, frame, (READ, WRITE))
-        self.sptes[gfn] = Translation(frame, True)
+        self.behind[gfn] = frame
+        self.sptes[gfn] = Translation(frame, True, self.freed[frame])
 
     def zap(self, gfn: int) -> None:
         if old := self.sptes.pop(gfn, None):
@@ -84,7 +90,13 @@ class Model:
         old = self.sptes.get(gfn)
         if old and old.write:
             self.history.add("ungrant", 0, gfn, old.frame, (WRITE,))
-            self.sptes[gfn] = Translation(old.frame, False)
+            self.sptes[gfn] = old._replace(write=False)
+
+    def free(self, gfn: int) -> None:
+        """The host takes the frame behind the page away, whatever SPTEs and TLBs hold."""
+        self.history.add("withdraw", 0, gfn, -1, (READ, WRITE))
+        if gfn in self.behind:
+            self.freed[self.behind.pop(gfn)] += 1
 
     def flush(self) -> None:
         for tlb in self.cached:
@@ -92,7 +104,7 @@ class Model:
 
     def use(self, gfn: int, entry: Translation, kind: int) -> bool:
         """A translation is used: True if that is legal."""
-        legal = self.history.legal(0, gfn, entry.frame, kind)
+        legal = self.history.legal(0, gfn, entry.frame, kind) and entry.life == self.freed[entry.frame]
         self.violations += not legal
         return legal
 
