@@ -130,6 +130,9 @@ class Hypervisor:
         page = ffi.new("struct mm_page *")
         assert lib.mm_fault(self.m, cpu, vm, gfn, 1, page) == 0
         table, index, old = self.leaf(cpu, vm, gfn, True)
+        if old & 7 and old >> lib.SPTE_HFN_SHIFT & 0xFFFFFF != page.hfn:
+            self.zap(cpu, vm, gfn)  # another frame: KVM, too, has zapped the old one before
+            old = 0
         new = lib.make_spte(page.hfn, page.tag, 1, writable, 1)
         assert lib.tdp_mmu_set_spte_atomic(self.m, cpu, vm, table, index, 1, gfn, old, new) == 0
         return int(page.hfn)

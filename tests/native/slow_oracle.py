@@ -75,6 +75,8 @@ class Model:
 
     def map(self, gfn: int, frame: int) -> None:
         old = self.sptes.get(gfn)
+        if old and old.frame != frame:
+            self.zap(gfn)
         if old and old.frame == frame:
             self.history.add("grant", 0, gfn, frame, (WRITE,))
         else:

@@ -70,6 +70,16 @@ def apply(machine: Hypervisor, model: Model, vcpus: list[int], step: Any) -> Non
 @example(
     [("access", 1, 1, READ), ("zap", 0), ("free", 1, True), ("access", 0, 1, READ), ("access", 1, 1, READ)]
 )
+# An SPTE of a freed frame that another one replaces.
+@example(
+    [
+        ("access", 0, 2, READ),
+        ("protect", 2),
+        ("free", 2, False),
+        ("access", 0, 0, READ),
+        ("access", 0, 2, WRITE),
+    ]
+)
 @settings(max_examples=300, deadline=None, print_blob=True, suppress_health_check=[HealthCheck.too_slow])
 @given(st.lists(OPERATIONS, min_size=5, max_size=60))
 def test_fast_and_slow_oracle_agree(steps: list[Any]) -> None:
