@@ -54,7 +54,6 @@ static enum walk_result walk(struct walk *w, uint64_t record)
 static enum walk_result access_miss(struct walk *w, uint64_t record, const struct tlb_entry *ghost)
 {
 	w->linear = record & (GUEST_PAGE_MASK << 12 | 0xfff);
-	count(w->cpu->counters, COUNT_L2_MISSES, 1);
 	/* Without paging the walk looks the same translation up again, and minds the ghost. */
 	if (ghost && w->guest->config.paging)
 		walk_ghost(w, ghost, RECORD_PAGE(record), RECORD_TYPE(record));
@@ -69,8 +68,10 @@ enum walk_result guest_access_slow(struct walk *w, uint64_t record)
 
 	w->linear = page << 12 | (record & 0xfff);
 	hit = tlb_refill_l1(w->tlb, page, &e);
-	if (hit != 1)
+	if (hit != 1) {
+		count(w->cpu->counters, COUNT_L2_MISSES, 1);
 		return access_miss(w, record, hit ? &e : NULL);
+	}
 	if (!walk_check(w, &e, page, RECORD_TYPE(record), 0))
 		return walk(w, record);
 	store_by(w, &e, record);
@@ -92,10 +93,16 @@ static inline enum walk_result unless_skipped(enum walk_result r)
 __attribute__((noinline)) enum walk_result accesses_one(struct walk *w, uint64_t record)
 {
 	struct tlb_hot *hot = tlb_l1_miss(w->tlb, RECORD_PAGE(record));
-	uint32_t type = RECORD_TYPE(record);
+	uint32_t type = RECORD_TYPE(record), hfn;
 
-	if (__builtin_expect(!hot, 0))
-		return unless_skipped(access_miss(w, record, tlb_ghost(w->tlb)));
+	if (__builtin_expect(!hot, 0)) {
+		count(w->cpu->counters, COUNT_L2_MISSES, 1);
+		if (!walk_usual(w, RECORD_PAGE(record), type, &hfn))
+			return unless_skipped(access_miss(w, record, tlb_ghost(w->tlb)));
+		if (type == ACCESS_WRITE)
+			store(w->m->frames->memory, hfn, record, w->guest->clock);
+		return WALK_DONE;
+	}
 	tlb_l1_touch(hot, tlb_l1_view(&w->tlb->l1));
 	if (__builtin_expect(!tag_is(w->m->frames->tag, hot, type), 0))
 		return unless_skipped(guest_access_slow(w, record));

@@ -25,43 +25,6 @@ void psc_destroy(struct tlb *t)
 		store_destroy(&t->psc[level]);
 }
 
-static struct psc_entry *payload_of(const struct store *s, uint32_t cell)
-{
-	return (struct psc_entry *)s->payload + cell_slot(s, cell);
-}
-
-static uint64_t region_id(uint32_t index, uint32_t level, uint64_t page)
-{
-	/* An entry for a table of level 1 covers 512 pages, and so on; `size` says which. */
-	uint32_t shift = 9 * level;
-
-	return mapping_id(level - 1, (page & PAGE_NUMBER_MASK) >> shift << shift, index);
-}
-
-/* The live entry of that level which covers the page. */
-static inline __attribute__((always_inline)) uint32_t psc_find(const struct tlb *t, uint32_t index, uint32_t level,
-							       uint64_t page)
-{
-	const struct store *s = &t->psc[level - 1];
-	uint64_t id, key;
-	const uint64_t *keys;
-	uint32_t cell, way;
-
-	if (!t->contexts[index].psc_slots[level - 1])
-		return NO_CELL;
-	id = region_id(index, level, page);
-	key = id << GENERATION_BITS | t->psc_generation[index];
-	if (__builtin_expect(!s->ways, 0)) {
-		cell = store_probe(s, id);
-		return cell != NO_CELL && s->key[cell] == key ? cell : NO_CELL;
-	}
-	cell = position_of(s, id, 9 * level).set * FEW_WAYS;
-	keys = &s->key[cell];
-	/* A branch for each way would be hard to predict. */
-	way = (uint32_t)(keys[1] == key) + 2u * (keys[2] == key) + 3u * (keys[3] == key);
-	return keys[way] == key ? cell + way : NO_CELL;
-}
-
 static uint32_t context_of_kind(const struct tlb *t, uint32_t kind)
 {
 	return kind == KIND_GUEST_PHYSICAL ? t->physical : t->paged;
@@ -80,7 +43,7 @@ const struct psc_entry *psc_search(struct tlb *t, uint32_t kind, uint64_t page)
 			continue;
 		if (s->ways)
 			set_touch(s, &s->set[cell / FEW_WAYS], cell % FEW_WAYS);
-		return payload_of(s, cell);
+		return psc_payload(s, cell);
 	}
 	return NULL;
 }
@@ -113,7 +76,7 @@ void psc_insert(struct tlb *t, const struct psc_entry *entry)
 	c->psc_slots[entry->level - 1]++;
 	s->key[cell] = id << GENERATION_BITS | t->psc_generation[index];
 	store_touch(s, cell);
-	payload = payload_of(s, cell);
+	payload = psc_payload(s, cell);
 	*payload = *entry;
 	payload->page = key_page(s->key[cell]);
 	payload->vpid = c->vpid;
@@ -144,7 +107,7 @@ uint32_t psc_dump(struct tlb *t, struct psc_entry *entries, uint32_t max)
 			if (!cell_live(s, cell))
 				continue;
 			if (n < max)
-				entries[n] = *payload_of(s, cell);
+				entries[n] = *psc_payload(s, cell);
 			n++;
 		}
 	}

@@ -14,45 +14,18 @@ static uint32_t *piece_count(struct tlb *t, uint64_t key, const struct tlb_entry
 	return piece_bucket(t, key_context(key), entry->page, entry->size, entry->fractured - 1u);
 }
 
-/* What the context can tell is not looked up in the slot: of a mapping that is evicted nothing else is wanted, and its
- * slot is seldom in the host's own caches. */
-static void account_unlive(struct context *c, const struct slot *slot)
+void account_piece_gone(struct tlb *t, const struct slot *slot, uint64_t key)
 {
-	if (c->live_other && slot->entry.vm != c->vm)
-		c->live_other--;
-	else
-		c->live--;
-}
-
-static void account_evict(struct tlb *t, uint32_t cell)
-{
-	const struct slot *slot = slot_of(t, cell);
-	uint64_t key = t->l2.key[cell];
-	struct context *c = &t->contexts[key_context(key)];
-
-	if (!key)
-		return;
-	if (cell_live(&t->l2, cell))
-		account_unlive(c, slot);
-	c->slots[key_size(key)]--;
-	if (c->pieces && slot->entry.fractured) {
-		c->pieces--;
-		--*piece_count(t, key, &slot->entry);
-	}
+	t->contexts[key_context(key)].pieces--;
+	--*piece_count(t, key, &slot->entry);
 }
 
 void account_replace(struct tlb *t, uint32_t cell, uint64_t key, const struct tlb_entry *entry)
 {
 	struct context *c = &t->contexts[key_context(key)];
 
-	account_evict(t, cell);
-	if (!c->live && !c->live_other)
-		c->vm = entry->vm;
-	if (entry->vm == c->vm)
-		c->live++;
-	else
-		c->live_other++;
-	c->slots[key_size(key)]++;
+	account_evict(t, slot_of(t, cell), t->l2.key[cell]);
+	account_fill(c, entry->vm, key_size(key));
 	if (!entry->fractured)
 		return;
 	c->pieces++;

@@ -107,8 +107,48 @@ static inline void context_list(struct tlb *t, uint32_t index)
 /* Drop all its translations and/or paging-structure-cache entries in one step. */
 void context_drop(struct tlb *t, uint32_t index, uint32_t what);
 
-/* tlb_account.c: who filled what was dropped, ghosts, pieces.  A cell is about to be overwritten by a mapping with
- * this key and entry. */
+/* tlb_account.c: who filled what was dropped, ghosts, pieces.  A piece of a larger guest page is about to be
+ * overwritten. */
+void account_piece_gone(struct tlb *t, const struct slot *slot, uint64_t key);
+
+/* What the context can tell is not looked up in the slot: of a mapping that is evicted nothing else is wanted, and its
+ * slot is seldom in the host's own caches. */
+static inline void account_unlive(struct context *c, const struct slot *slot)
+{
+	if (__builtin_expect(c->live_other != 0, 0) && slot->entry.vm != c->vm)
+		c->live_other--;
+	else
+		c->live--;
+}
+
+/* What `slot` holds under a key is about to be overwritten. */
+static inline void account_evict(struct tlb *t, const struct slot *slot, uint64_t key)
+{
+	uint32_t index = key_context(key);
+	struct context *c = &t->contexts[index];
+
+	if (__builtin_expect(!key, 0))
+		return;
+	if (__builtin_expect((key & GENERATION_MAX) == t->generation[index], 1))
+		account_unlive(c, slot);
+	c->slots[key_size(key)]--;
+	if (__builtin_expect(c->pieces != 0, 0) && slot->entry.fractured)
+		account_piece_gone(t, slot, key);
+}
+
+/* `vm` fills a translation. */
+static inline void account_fill(struct context *c, uint32_t vm, uint32_t size)
+{
+	if (!c->live && !c->live_other)
+		c->vm = vm;
+	if (__builtin_expect(vm == c->vm, 1))
+		c->live++;
+	else
+		c->live_other++;
+	c->slots[size]++;
+}
+
+/* A cell is about to be overwritten by a mapping with this key and entry. */
 void account_replace(struct tlb *t, uint32_t cell, uint64_t key, const struct tlb_entry *entry);
 /* `count` live translations that `vm` filled were dropped. */
 void account_dropped(struct tlb *t, uint32_t vm, uint64_t count);
@@ -201,6 +241,58 @@ void context_drop_page(struct tlb *t, uint32_t index, uint64_t page);
 void context_drop_pieces(struct tlb *t, uint32_t index, uint64_t page);
 
 /* psc.c */
+static inline struct psc_entry *psc_payload(const struct store *s, uint32_t cell)
+{
+	return (struct psc_entry *)s->payload + cell_slot(s, cell);
+}
+
+static inline uint64_t region_id(uint32_t index, uint32_t level, uint64_t page)
+{
+	/* An entry for a table of level 1 covers 512 pages, and so on; `size` says which. */
+	uint32_t shift = 9 * level;
+
+	return mapping_id(level - 1, (page & PAGE_NUMBER_MASK) >> shift << shift, index);
+}
+
+/* The live entry of that level which covers the page. */
+static inline __attribute__((always_inline)) uint32_t psc_find(const struct tlb *t, uint32_t index, uint32_t level,
+							       uint64_t page)
+{
+	const struct store *s = &t->psc[level - 1];
+	uint64_t id, key;
+	const uint64_t *keys;
+	uint32_t cell, way;
+
+	if (!t->contexts[index].psc_slots[level - 1])
+		return NO_CELL;
+	id = region_id(index, level, page);
+	key = id << GENERATION_BITS | t->psc_generation[index];
+	if (__builtin_expect(!s->ways, 0)) {
+		cell = store_probe(s, id);
+		return cell != NO_CELL && s->key[cell] == key ? cell : NO_CELL;
+	}
+	cell = position_of(s, id, 9 * level).set * FEW_WAYS;
+	keys = &s->key[cell];
+	/* A branch for each way would be hard to predict. */
+	way = (uint32_t)(keys[1] == key) + 2u * (keys[2] == key) + 3u * (keys[3] == key);
+	return keys[way] == key ? cell + way : NO_CELL;
+}
+
+/* psc_lookup() of the deepest tables alone, where they are kept in sets; likewise. */
+static inline const struct psc_entry *psc_search_deepest(struct tlb *t, uint32_t index, uint64_t page)
+{
+	struct store *s = &t->psc[0];
+	uint32_t cell;
+
+	if (__builtin_expect(!s->ways, 0))
+		return NULL;
+	cell = psc_find(t, index, 1, page);
+	if (cell == NO_CELL)
+		return NULL;
+	set_touch(s, &s->set[cell / FEW_WAYS], cell % FEW_WAYS);
+	return psc_payload(s, cell);
+}
+
 /* psc_lookup() without a copy; NULL: none.  Valid until the next psc_insert. */
 const struct psc_entry *psc_search(struct tlb *t, uint32_t kind, uint64_t page);
 int psc_create(struct tlb *t, const struct machine_config *config);

@@ -212,6 +212,17 @@ static inline void store_touch(struct store *s, uint32_t cell)
 		set_touch(s, &s->set[cell >> s->way_bits], cell & ((1u << s->way_bits) - 1));
 }
 
+/* The cell of a bounded store's set to be replaced. */
+static inline uint32_t store_victim(struct store *s, uint32_t set, uint32_t way_bits)
+{
+	const struct set *in = &s->set[set];
+
+	/* If nothing has died since no cell of the set was dead, none is. */
+	if (__builtin_expect(in->clean == s->deaths, 1))
+		return (set << way_bits) + (uint32_t)__builtin_ctzll(~in->recent | UINT64_C(1) << (s->ways - 1));
+	return store_least_valuable(s, set);
+}
+
 /* A cell to put an id in: its own, an empty one, a dead one, or one not used recently.  The cell still holds its
  * old key and payload, for the caller to account for and overwrite.  absent: it has none, as the caller knows.
  * NO_CELL: out of memory. */
@@ -219,7 +230,6 @@ static inline __attribute__((always_inline)) uint32_t store_claim(struct store *
 								  bool absent)
 {
 	struct position at;
-	struct set *set;
 	uint32_t cell;
 
 	if (__builtin_expect(!s->ways, 0))
@@ -230,13 +240,7 @@ static inline __attribute__((always_inline)) uint32_t store_claim(struct store *
 		if (cell != NO_CELL)
 			return cell;
 	}
-	set = &s->set[at.set];
-	/* If nothing has died since no cell of the set was dead, none is. */
-	if (__builtin_expect(set->clean == s->deaths, 1))
-		cell = (at.set << s->way_bits) +
-		       (uint32_t)__builtin_ctzll(~set->recent | UINT64_C(1) << (s->ways - 1));
-	else
-		cell = store_least_valuable(s, at.set);
+	cell = store_victim(s, at.set, s->way_bits);
 	if (!few)
 		s->tags[cell] = at.tag;
 	return cell;

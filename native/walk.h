@@ -32,6 +32,9 @@ enum walk_result {
 enum walk_result walk_physical(struct walk *w, uint64_t gfn, uint32_t type, struct tlb_entry *out);
 /* Translate a linear page by a two-dimensional walk, and cache the result. */
 enum walk_result walk_linear(struct walk *w, uint64_t page, uint32_t type, struct tlb_entry *out);
+/* The same for a page that was just looked for and is in neither level, where nothing is unusual: *hfn is its frame.
+ * False: nothing has happened, walk_linear() must. */
+bool walk_usual(struct walk *w, uint64_t page, uint32_t type, uint32_t *hfn);
 /* guest_speculate() */
 int walk_speculatively(const struct walk *w, uint64_t linear);
 /* A right that the fast check refused: the oracle's turn.  As walk_check. */

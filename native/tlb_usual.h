@@ -1,0 +1,59 @@
+/* The usual case of the second level: 4 KiB translations in sets of up to sixteen ways, that are in no cell yet.  Inline,
+ * for the walk that most misses of both levels take (walk_usual.c): what tlb.c does for every size and geometry, less
+ * what only others need. */
+#ifndef FLUSHLAB_TLB_USUAL_H
+#define FLUSHLAB_TLB_USUAL_H
+
+#include "tlb_internal.h"
+
+/* Where a 4 KiB translation of a context belongs, and under which key. */
+struct place {
+	uint64_t key;
+	struct position at;
+	struct context *context;
+};
+
+static inline struct place place_of_4k(struct tlb *t, uint32_t index, uint64_t page)
+{
+	uint64_t id = mapping_id(PAGE_4K, page, index);
+
+	return (struct place){ id << GENERATION_BITS | t->generation[index], position_of(&t->l2, id, 0),
+			       &t->contexts[index] };
+}
+
+/* No cell is its, live or dead. */
+static inline bool place_vacant(const struct tlb *t, const struct place *p)
+{
+	uint32_t first = p->at.set * TAGGED_WAYS;
+
+	for (uint32_t equal = bytes_equal(&t->l2.tags[first], p->at.tag); equal; equal &= equal - 1)
+		if (key_id(t->l2.key[first + (uint32_t)__builtin_ctz(equal)]) == key_id(p->key))
+			return false;
+	return true;
+}
+
+/* The entry of a vacant place, for the caller to write: a translation that `vm` fills, of no larger guest page.  used:
+ * by the access that it is filled for.  As l2_fill(). */
+static inline __attribute__((always_inline)) struct tlb_entry *place_fill(struct tlb *t, const struct place *p, uint32_t vm,
+									  bool used)
+{
+	struct store *s = &t->l2;
+	struct set *set = &s->set[p->at.set];
+	uint32_t cell = store_victim(s, p->at.set, TAGGED_WAY_BITS);
+	struct slot *slot = &((struct slot *)s->payload)[cell];
+
+	account_evict(t, slot, s->key[cell]);
+	account_fill(p->context, vm, PAGE_4K);
+	s->tags[cell] = p->at.tag;
+	s->key[cell] = p->key;
+	if (used)
+		set_touch(s, set, cell % TAGGED_WAYS);
+	slot->filled = ++t->fills;
+	slot->born = p->key & GENERATION_MAX;
+	p->context->filled = true;
+	if (__builtin_expect(!p->context->listed, 0))
+		context_list_new(t, key_context(p->key));
+	return &slot->entry;
+}
+
+#endif
