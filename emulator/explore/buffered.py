@@ -38,6 +38,15 @@ _MODES: Final = {
     lib.EXITING_GUEST_MODE: "EXITING_GUEST_MODE",
 }
 
+# Loads of SPTEs, if the rest does not wait anyway.
+_READS_SPTES: Final = (
+    "tdp_mmu_get_walk",
+    "spte_read",
+    "tdp_table_holds",
+    "tdp_removal_begin",
+    "oracle_ticket",
+)
+
 Native = Callable[..., Any]
 
 
@@ -66,6 +75,8 @@ class BufferedLib(ControlledLib):
             self._replace(name, self._loads, name)
         for name in ("mmu_invalidate_seq", "mmu_invalidate_retry_gfn", "mmu_invalidate_retry_range"):
             self._replace(name, self._settles, "mmu_invalidate")
+        for name in _READS_SPTES:
+            self._replace(name, self._settles, "spte")
         self._replace("kvm_requests", self._settles, "request")
         self._replace("kvm_test_request", self._settles, "request")
         self._replace("atomic64_read", self._settles, "atomic64")
@@ -74,7 +85,8 @@ class BufferedLib(ControlledLib):
         self._replace("kvm_check_request", self._checks)
         self._replace("kvm_make_request", self._requests)
         self._replace("atomic64_inc_return", self._increments)
-        for name in ("vcpu_set_mode", "vcpu_set_cpu", "bitmap_clear", "local_irq_enable"):
+        plain = ("vcpu_set_mode", "vcpu_set_cpu", "bitmap_clear", "tdp_mmu_set_spte")
+        for name in (*plain, "local_irq_enable"):
             self.__dict__[name] = getattr(self, f"_{name}")
         self.__dict__["mmu_write_unlock"] = self._mmu_write_unlock
         self.__dict__["srcu_read_unlock"] = self._srcu_read_unlock
@@ -174,6 +186,12 @@ class BufferedLib(ControlledLib):
         execution = self.control.execution
         writes = execution.current.writes if execution is not None else 0
         self._store(("bitmap",), 0, "a root's mask is cleared", writes, lambda: lib.bitmap_clear(words, n))
+
+    def _tdp_mmu_set_spte(self, *args: Any) -> int:
+        """WRITE_ONCE() by the owner of a frozen SPTE, or under mmu_lock held for write."""
+        what = f"an SPTE of gfn {args[6]:#x}"
+        self._store(("spte",), 0, what, self.control.bit("ept"), lambda: lib.tdp_mmu_set_spte(*args))
+        return 0  # nobody asks for what was there
 
     def _invalidates(self, call: Native, name: str) -> Native:
         native = getattr(lib, name)

@@ -7,16 +7,16 @@ instructions, full barriers and whatever else serializes wait until the queue is
 store here:
 
     vcpu->mode, vcpu->cpu (WRITE_ONCE, smp_store_release), mmu_invalidate_seq and what belongs to it, the
-    clearing of masks of pCPUs; the release of mmu_lock held for write and of SRCU, which come behind what
-    they protect; and what a mutant stores without the locked instruction that the kernel has (point
-    "plain store").
+    clearing of masks of pCPUs, an SPTE that its owner sets alone (tdp_mmu_set_spte); the release of mmu_lock
+    held for write and of SRCU, which come behind what they protect; and what a mutant stores without the
+    locked instruction that the kernel has (point "plain store").
 
-Everything else that writes is a locked instruction (requests, SPTEs, locks, reference counts; that Linux has
-plain stores for some SPTEs under mmu_lock held for write is left out), or visible at once together with all
-stores before it (Python's own objects, such as memslots; spinlocks are released behind a fence). Interrupts
-are sent behind a fence (weak_wrmsr_fence()) and taken when the queue is empty; INVEPT and INVVPID
-serialize (SDM vol. 3A, 9.3), VM entry and a context switch wait likewise; a grace period does not end
-before the stores are visible that were waiting when it began, and those of the readers that it waits for.
+Everything else that writes is a locked instruction (requests, other SPTEs, locks, reference counts), or
+visible at once together with all stores before it (Python's own objects, such as memslots; spinlocks are
+released behind a fence). Interrupts are sent behind a fence (weak_wrmsr_fence()) and taken when the queue
+is empty; INVEPT and INVVPID serialize (SDM vol. 3A, 9.3), VM entry and a context switch wait likewise; a
+grace period does not end before the stores are visible that were waiting when it began, and those of the
+readers that it waits for.
 """
 
 from __future__ import annotations

@@ -7,17 +7,19 @@ from typing import Any
 
 import pytest
 
+from emulator.explain.processor import VISIBLE
 from emulator.explore import buffered
 from emulator.explore.choices import Choices
 from emulator.explore.control import Readers
 from emulator.explore.controlled import installed
 from emulator.explore.dpor import Exhaustive
-from emulator.explore.scheduler import Execution
+from emulator.explore.sampling import RandomWalk
+from emulator.explore.scheduler import Execution, Task
 from emulator.explore.search import Limits, search
 from emulator.explore.store_buffers import BufferedControl, Store
 from emulator.explore.world import LitmusProgram
 from emulator.kvm import requests
-from emulator.litmus.loader import parse_test
+from emulator.litmus.loader import load_test, parse_test
 from emulator.litmus.policies import named_policy
 from emulator.litmus.world import LitmusThread
 from emulator.locks import SpinLock
@@ -307,6 +309,7 @@ def test_every_explored_call_that_writes_waits_for_the_stores_before_it(
         "mmu_invalidate_begin",
         "mmu_invalidate_end",
         "mmu_invalidate_range_add",
+        "tdp_mmu_set_spte",
         "vcpu_set_cpu",
         "vcpu_set_mode",
     }
@@ -318,4 +321,33 @@ def test_every_explored_call_that_writes_waits_for_the_stores_before_it(
         for name, footprint in FOOTPRINTS.items():
             fenced = getattr(controlled, name).__qualname__.startswith("BufferedLib._fenced")
             assert fenced == (bool(footprint.writes or footprint.outcome) and name not in plain), name
+            settles = getattr(controlled, name).__qualname__.startswith("BufferedLib._settles")
+            reads_sptes = ("ept",) in footprint.reads and not (footprint.writes or footprint.outcome)
+            assert settles >= reads_sptes, name
     program.close()
+
+
+def test_an_spte_that_is_not_frozen_any_more_is_seen_later() -> None:
+    """tdp_mmu_zap_spte_atomic() of 6.12: faults meet the frozen SPTE while the store is on its way."""
+    policy = named_policy("linux-6.12")
+    program = LitmusProgram(load_test("recover-frozen"), policy, Choices(store_buffers=True))
+    visible: list[object] = []
+
+    def note(task: Task) -> None:
+        if task.label[0] == VISIBLE:
+            visible.append(task.label[1])
+
+    try:
+        with installed(program.control):
+            for seed in range(3):
+                strategy = RandomWalk(1, seed)
+                execution = Execution(program.objects, strategy)
+                program.start(execution)
+                execution.on_step = note
+                strategy.begin(len(execution.tasks))
+                execution.run()
+                assert execution.failure is None
+                assert program.finish(execution) == ""
+    finally:
+        program.close()
+    assert "an SPTE of gfn 0x200" in visible
