@@ -6,23 +6,34 @@ import multiprocessing
 import os
 from collections.abc import Iterator, Sequence
 from concurrent.futures import ProcessPoolExecutor
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from random import Random
 
 from emulator.explore.choices import NONE, Choices
 from emulator.explore.suite import Work, explore_suite
 from emulator.explore.verdict import Plan, Verdict
 from emulator.litmus.loader import load_test, shipped_texts
-from emulator.litmus.model import SAFE, Expected
+from emulator.litmus.model import SAFE, Expected, LitmusTest
 from emulator.litmus.policies import expected_of, policies_for
 from emulator.litmus.suite import PIECE, Task, run_task
 from emulator.litmus.verdict import Outcome
-from emulator.policy import MUTANTS
 from native import VIOLATION_KINDS
 
 Pair = tuple[str, str]  # test, policy
 # Executions on real threads that are worth the start of a machine.
 _LEAST = 20
+# By the names that tests and the command line have for them.
+_CHOICES = {
+    "evict": Choices(evict=1),
+    "speculate": Choices(speculate=1),
+    "store-buffers": Choices(store_buffers=True),
+}
+
+_OPTIONS = {
+    "evict": " --adversary evict",
+    "speculate": " --adversary speculate",
+    "store-buffers": " --store-buffers",
+}
 
 
 @dataclass(frozen=True, slots=True)
@@ -59,13 +70,13 @@ class Contradiction:
 
     def __str__(self) -> str:
         test, policy, n = self.outcome.test, self.outcome.policy, self.outcome.executions
-        buffers = " --store-buffers" if self.verdict.plan.choices.store_buffers else ""
+        choice = next((_OPTIONS[n] for n, c in _CHOICES.items() if c == self.verdict.plan.choices), "")
         seed = self.scale.seed if self.outcome.first is None else self.outcome.first
         return (
             f"{test} under {policy}, seed {self.scale.seed}: {self.sentence}\n"
             f"    flushlab litmus {test} --policy {policy} --iterations {n} --seed {seed}\n"
             f"    flushlab explore {test} --policy {policy} --executions {self.scale.explored} "
-            f"--seed {self.scale.seed}{buffers}"
+            f"--seed {self.scale.seed}{choice}"
         )
 
 
@@ -94,10 +105,13 @@ def _list(kinds: set[str]) -> str:
     return ", ".join(sorted(kinds))
 
 
-def choices_of(policy: str) -> Choices:
-    """Without a barrier, a search needs store buffers to find anything."""
-    mutant = MUTANTS.get(policy.removeprefix("mutant:"))
-    return Choices(store_buffers=True) if mutant is not None and mutant.store_buffers else NONE
+def searched(test: LitmusTest, policy: str) -> tuple[Choices, tuple[Expected, ...]]:
+    """What the scheduler may choose besides the order of steps, if the test says that the policy is unsafe
+    only then; and what is expected."""
+    for choice, policies in test.expect.apart().items():
+        if policy in policies and policy not in test.expect.policies:
+            return _CHOICES[choice], (policies[policy],)
+    return NONE, expected_of(test, policy)
 
 
 def compare(scale: Scale) -> Iterator[tuple[Outcome, Verdict, list[Contradiction]]]:
@@ -105,18 +119,16 @@ def compare(scale: Scale) -> Iterator[tuple[Outcome, Verdict, list[Contradiction
     pairs = scale.pairs()
     jobs = len(os.sched_getaffinity(0))
     outcomes = _stressed(pairs, scale, jobs)
+    tests = {name: load_test(name) for name, _ in pairs}
+    asked = [(tests[name], policy, *searched(tests[name], policy)) for name, policy in pairs]
+    plan = Plan(executions=scale.explored, seed=scale.seed, minimize=False)
     work = [
-        Work(
-            load_test(test),
-            policy,
-            Plan(executions=scale.explored, seed=scale.seed, minimize=False, choices=choices_of(policy)),
-            scale.seconds,
-        )
-        for test, policy in pairs
+        Work(test, policy, replace(plan, choices=choices), scale.seconds)
+        for test, policy, choices, _ in asked
     ]
-    for item, verdict in zip(work, explore_suite(work, jobs), strict=True):
-        outcome = outcomes[item.test.name, item.policy]
-        found = contradictions(outcome, verdict, expected_of(item.test, item.policy))
+    for (test, policy, _, expected), verdict in zip(asked, explore_suite(work, jobs), strict=True):
+        outcome = outcomes[test.name, policy]
+        found = contradictions(outcome, verdict, expected)
         yield outcome, verdict, [Contradiction(outcome, verdict, scale, sentence) for sentence in found]
 
 

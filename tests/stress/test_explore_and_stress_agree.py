@@ -6,9 +6,12 @@ import os
 import time
 
 import pytest
-from stress.agreement import Scale, compare, contradictions
+from stress.agreement import Scale, compare, contradictions, searched
 
+from emulator.explore.choices import NONE
 from emulator.explore.verdict import BOUNDED, SAFE, VIOLATIONS, Plan, Verdict
+from emulator.litmus.loader import load_test
+from emulator.litmus.policies import expected_of
 from emulator.litmus.verdict import Outcome
 
 # Executions on real threads; some tens of seconds with the searches.
@@ -89,6 +92,14 @@ def test_what_can_be_true_at_once(stressed: Outcome, explored: Verdict, expected
 def test_what_cannot(stressed: Outcome, explored: Verdict, expected: tuple[object, ...], said: str) -> None:
     (sentence,) = contradictions(stressed, explored, expected)[:1]
     assert sentence.startswith(said)
+
+
+def test_what_only_a_search_with_more_choices_finds_is_searched_with_them() -> None:
+    test = load_test("entry-races-request")
+    choices, expected = searched(test, "mutant:S3")
+    assert choices.store_buffers
+    assert expected == (test.expect.store_buffers["mutant:S3"],)
+    assert searched(test, "mutant:P1") == (NONE, expected_of(test, "mutant:P1"))
 
 
 def test_a_scale_that_is_large_enough_has_all_pairs() -> None:
