@@ -84,7 +84,9 @@ class TdpIter:
         self.chunk.most_changed = kvm.params.single
         cpu.check(lib.tdp_walk_chunk(cpu.m, cpu.id, kvm.id, self.chunk, most))
         self.looked_at += self.chunk.looked_at
-        if not kvm.params.single or self.chunk.done or self.looked_at >= kvm.params.chunk:
+        # Cut short by a change alone, it is the same chunk still.
+        cut = kvm.params.single and not (self.chunk.done or self.chunk.found_level)
+        if not cut or self.looked_at >= kvm.params.chunk:
             self.chunks_since_yield += 1
             self.looked_at = 0
         return int(self.chunk.changed)
