@@ -7,6 +7,7 @@ import os
 import secrets
 import sys
 import time
+from functools import partial
 from typing import Annotated
 
 import typer
@@ -42,6 +43,10 @@ One test, one proposal; then a policy of your own on everything:
 Single answers changed, on a test of your own:
 
     flushlab litmus my.toml --policy root-tlb-gen+migration_vpid=none
+
+By proof, as far as a minute for each test and policy goes (hours, for a night):
+
+    flushlab litmus --explore --iterations 1000000 --seconds 60
 """
 
 FilesArgument = Annotated[
@@ -78,6 +83,15 @@ def litmus(
         bool,
         typer.Option("--explore", help="By proof, not by luck: every interleaving, as `flushlab explore`."),
     ] = False,
+    limit: Annotated[
+        float,
+        typer.Option(
+            "--seconds",
+            min=0,
+            metavar="S",
+            help="--explore: give up on a test and policy after so long, and say how far it came; 0: never.",
+        ),
+    ] = 10.0,
     seed: Annotated[
         int | None,
         typer.Option(
@@ -106,7 +120,7 @@ def litmus(
         named_policy(name)
     iterations = iterations or (INTERLEAVINGS if explore else EXECUTIONS)
     seed = (0 if explore else secrets.randbits(31)) if seed is None else seed
-    run = explore_all if explore else run_suite
+    run = partial(explore_all, seconds=limit) if explore else run_suite
     jobs = jobs or len(os.sched_getaffinity(0))
     plan = [(test, tuple(policies_for(test, chosen, mutants))) for test in tests]
     results = Results(tests, seed)

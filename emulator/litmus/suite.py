@@ -16,7 +16,6 @@ from native import VIOLATION_KINDS
 
 MORE_ROUNDS = 20
 # Longest search of one test under one policy.
-EXPLORE_SECONDS = 10.0
 # Executions that one process does of a test before it takes another piece.
 PIECE = 250
 
@@ -86,13 +85,15 @@ def explore_all(
     seed: int,
     jobs: int,
     progress: Progress,
+    seconds: float,
 ) -> Iterator[Outcome]:
-    """The same verdicts by proof: every interleaving, as far as `executions` and EXPLORE_SECONDS reach."""
+    """The same verdicts by proof: every interleaving, as far as `executions` and `seconds` of each pair reach
+    (0: no limit)."""
     from emulator.explore.suite import Work, explore_suite
     from emulator.explore.verdict import Plan
 
     plan = Plan(executions=executions, seed=seed, minimize=False)
-    work = [Work(test, policy, plan, EXPLORE_SECONDS) for test, policies in tests for policy in policies]
+    work = [Work(test, policy, plan, seconds) for test, policies in tests for policy in policies]
     for verdict in explore_suite(work, jobs):
         progress(executions)
         proof = SEARCHED if verdict.counterexample is not None else verdict.verdict
@@ -105,6 +106,7 @@ def explore_all(
             violating=int(bool(kinds)),
             kinds=dict.fromkeys(kinds[:1], 1),
             proof=proof,
+            bound=verdict.bound,
         )
 
 

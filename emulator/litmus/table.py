@@ -110,7 +110,7 @@ def _print_matrix(results: Results, policies: list[str], console: Console) -> No
         console.print(Text(f"{_letter(i)}  {policy}: {_sum(results, policy)}"))
     legend = ". safe   ? inconclusive   50% of the executions violated   ! not as expected"
     if any(outcome.proof for outcome in results.outcomes.values()):
-        legend = ". proved   b with few preemptions   ? not all   X counterexample   ! not as expected"
+        legend = ". proved   ≤1 up to one preemption   ? not all   X counterexample   ! not as expected"
     console.print(Text(legend, style="dim"))
 
 
@@ -122,7 +122,7 @@ def _cell(outcome: Outcome, test: LitmusTest) -> Text:
     verdict = outcome.verdict(test)
     share = 100 * outcome.violating / max(1, outcome.executions)
     found = "X" if outcome.proof else f"{max(1, round(share))}%"
-    signs = {SAFE: ".", BOUNDED: "b", SEARCHED: "?", INCONCLUSIVE: "?", VIOLATIONS: found}
+    signs = {SAFE: ".", BOUNDED: f"≤{outcome.bound}", SEARCHED: "?", INCONCLUSIVE: "?", VIOLATIONS: found}
     text = signs.get(verdict, "x")
     mark = "!" if differs(outcome, test, expected_of(test, outcome.policy)) else ""
     return Text(text + mark, style=_STYLES.get(verdict, "bold red"))
@@ -139,7 +139,8 @@ def _sum(results: Results, policy: str) -> str:
     caught = sum(bool(outcome.kinds) for _, outcome in outcomes)
     text = f"{len(outcomes)} tests, {executions:,} executions"
     proved = sum(outcome.proof == SAFE and not outcome.kinds for _, outcome in outcomes)
-    text += f", {proved} proved" if proved else f", {averted:,} uses averted"
+    by_proof = any(outcome.proof for _, outcome in outcomes)
+    text += f", {proved} proved" if by_proof else f", {averted:,} uses averted"
     if not caught:
         return f"{text}, no violation"
     return f"{text}, caught by {caught}: " + ", ".join(f"{n:,} {kind}" for kind, n in sorted(kinds.items()))
@@ -155,8 +156,7 @@ def _print_policies(results: Results, policies: list[str], console: Console) -> 
     for policy in policies:
         outcomes = results.of_policy(policy)
         caught = [
-            f"{test.name} {max(1, round(100 * outcome.violating / max(1, outcome.executions)))}% "
-            f"({', '.join(sorted(outcome.kinds))})"
+            f"{test.name}{_share(outcome)} ({', '.join(sorted(outcome.kinds))})"
             for test, outcome in outcomes
             if outcome.kinds
         ]
@@ -165,6 +165,12 @@ def _print_policies(results: Results, policies: list[str], console: Console) -> 
         found = Text("; ".join(caught), style="red") if caught else nothing
         table.add_row(policy, str(len(outcomes)), f"{executions:,}", found)
     console.print(table)
+
+
+def _share(outcome: Outcome) -> str:
+    if outcome.proof:
+        return ""
+    return f" {max(1, round(100 * outcome.violating / max(1, outcome.executions)))}%"
 
 
 def _why(policy: str) -> str:

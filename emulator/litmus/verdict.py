@@ -37,6 +37,8 @@ class Outcome:
     failure: str = ""
     # With --explore: how far the proof came, one of BY_PROOF; "" on real threads.
     proof: str = ""
+    # ... and the most preemptions that it covers, if it covers all with so many and no more.
+    bound: int | None = None
     # Of the first execution with a violation, one of each kind: what `flushlab explain` draws.
     reports: tuple[Report, ...] = ()
 
@@ -69,6 +71,7 @@ class Outcome:
             "verdict": self.verdict(test),
             "expected": [one if isinstance(one, str) else list(one) for one in expected],
             "differs": differs(self, test, expected),
+            "preemption_bound": self.bound,
             "executions": self.executions,
             "violating": self.violating,
             "violations": dict(sorted(self.kinds.items())),

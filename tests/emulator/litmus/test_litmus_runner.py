@@ -202,6 +202,26 @@ def test_by_proof(capsys: pytest.CaptureFixture[str]) -> None:
     assert "caught by 1: 1 use-after-free" in text
 
 
+def test_how_far_a_proof_came(capsys: pytest.CaptureFixture[str]) -> None:
+    """Too few executions for more than the executions without any preemption."""
+    arguments = [
+        "litmus",
+        "fault-races-two",
+        "--explore",
+        "--iterations",
+        "150",
+        "--seconds",
+        "0",
+        "--jobs",
+        "1",
+    ]
+    assert main([*arguments, "--policy", "root-tlb-gen"]) == 0
+    assert "≤0" in capsys.readouterr().out
+    assert main([*arguments, "--policy", "root-tlb-gen", "--json"]) == 0
+    (outcome,) = json.loads(capsys.readouterr().out)["outcomes"]
+    assert (outcome["verdict"], outcome["preemption_bound"]) == ("safe up to a bound", 0)
+
+
 def test_a_wrong_expectation_is_exit_status_1(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
     path = tmp_path / "mine.toml"
     path.write_text(
