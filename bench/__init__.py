@@ -26,6 +26,6 @@ invariants did not hold (each program asserts that every record took one poll, o
 every call ran, every callback was invoked, every flush dropped something); 2 bad usage or no compiler.
 
 Where things are: native/*.c print samples, one JSON object per figure (native/bench.h); toolchain.py compiles
-and runs them; programs.py, job.py and idle.py are the benchmarks; figures.py does all arithmetic; report.py
-prints; machine.py says on what it ran.
+and runs them; programs.py, job.py, idle.py, zap.py, exploring.py and reduction.py are the benchmarks;
+figures.py does all arithmetic; report.py prints; machine.py says on what it ran.
 """

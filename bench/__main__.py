@@ -16,6 +16,7 @@ from rich.console import Console
 from bench import programs
 from bench.benchmark import FULL, QUICK, Benchmark, Context
 from bench.errors import BenchFailed
+from bench.exploring import exploring, exploring_jobs
 from bench.idle import idle
 from bench.job import job
 from bench.machine import facts, load, usable_cores
@@ -33,6 +34,8 @@ BENCHMARKS = (
     Benchmark("idle", "broadcast to idle pCPUs, their boot and stop", idle),
     Benchmark("spte", "map and zap per SPTE", programs.spte),
     Benchmark("zap_flushes", "1 GiB of 4K mappings goes: flushes by policy", zap_flushes),
+    Benchmark("explore", "executions of flushlab explore", exploring),
+    Benchmark("explore_jobs", "one search by several processes", exploring_jobs, cores=2),
     Benchmark("reduction", "explore with and without partial-order reduction", reduction),
     Benchmark("flush", "flushes as the TLB grows", programs.flush),
     Benchmark("lookup", "the first-level look-up and its rivals", programs.lookup),
