@@ -25,7 +25,8 @@ def test_over_the_whole_suite() -> None:
     """Some tests under some policies, others each day, or all of them, with as many executions on real
     threads as the environment says.  A million, with searches to match, takes some hours on two cores:
 
-        FLUSHLAB_AGREE=1000000 python -m pytest -s -m stress tests/stress/test_explore_and_stress_agree.py
+        FLUSHLAB_AGREE=1000000 python -m pytest -s -m stress -o faulthandler_timeout=0 \\
+            tests/stress/test_explore_and_stress_agree.py
 
     FLUSHLAB_SEED: which executions, and which pairs where it is not all of them.
     """
