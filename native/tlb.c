@@ -115,7 +115,7 @@ static inline __attribute__((always_inline)) struct slot *find_size(struct tlb *
 
 	if (cell == NO_CELL) {
 		if (size == PAGE_4K)
-			t->absent[index == t->physical] = id;
+			*absent_of(t, index) = id;
 		return NULL;
 	}
 	if (__builtin_expect((t->l2.key[cell] & GENERATION_MAX) == t->generation[index], 1)) {
@@ -224,7 +224,7 @@ static __attribute__((noinline)) struct tlb_hot *promote(struct tlb *t, uint64_t
 
 	if (absent && !(slots[PAGE_2M] | slots[PAGE_1G]) && t->global == NO_CONTEXT) {
 		t->ghost = NULL;
-		t->absent[t->serves == t->physical] = mapping_id(PAGE_4K, page, t->serves);
+		*absent_of(t, t->serves) = mapping_id(PAGE_4K, page, t->serves);
 		return NULL;
 	}
 	slot = find(t, t->kind, page);
@@ -268,12 +268,12 @@ static void l2_fill(struct tlb *t, uint32_t index, const struct tlb_entry *entry
 {
 	uint64_t id = mapping_id(entry->size, page, index), key = id << GENERATION_BITS | t->generation[index];
 	bool physical = entry->kind == KIND_GUEST_PHYSICAL;
-	uint32_t cell = store_claim(&t->l2, id, 9 * entry->size, false, t->absent[physical] == id);
+	uint32_t cell = store_claim(&t->l2, id, 9 * entry->size, false, *absent_of(t, index) == id);
 	struct slot *slot;
 
 	if (cell == NO_CELL) /* out of memory: as if evicted at once */
 		return;
-	t->absent[physical] = 0;
+	*absent_of(t, index) = 0;
 	slot = slot_of(t, cell);
 	account_replace(t, cell, key, entry);
 	t->l2.key[cell] = key;

@@ -193,6 +193,8 @@ static uint32_t context_recycle(struct tlb *t)
 		}
 	lru_remove(t, index);
 	c->birth = t->generation[index];
+	/* The next owner's ids may be those of cells that this one leaves. */
+	memset(t->absent, 0, sizeof(t->absent));
 	return index;
 }
 

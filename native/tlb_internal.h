@@ -44,6 +44,8 @@ struct slot {
 	uint16_t born;  /* generation when filled; 0: not to be reported as a ghost */
 };
 
+enum { ABSENT_PAGED, ABSENT_GLOBAL, ABSENT_PHYSICAL, ABSENTS };
+
 struct tlb {
 	struct tlb_l1 l1; /* first: the run loop's */
 	uint64_t l1_misses; /* in tlb_l1_miss() */
@@ -69,9 +71,9 @@ struct tlb {
 	 * whether INVLPG must search for pieces. */
 	uint32_t pieces[PIECE_BUCKETS];
 	/* flushes and ghosts */
-	/* The last 4 KiB ids looked for and not in any cell, of linear or combined and of guest-physical mappings:
-	 * the fill that follows such a miss needs not look again. */
-	uint64_t absent[2];
+	/* The last 4 KiB ids looked for and not in any cell, by whose mappings: the fill that follows such a miss
+	 * needs not look again. */
+	uint64_t absent[ABSENTS];
 	uint64_t fills;
 	uint64_t flush;
 	uint64_t ghost_flush;
@@ -87,6 +89,11 @@ struct tlb {
 static inline struct slot *slot_of(const struct tlb *t, uint32_t cell)
 {
 	return (struct slot *)t->l2.payload + cell_slot(&t->l2, cell);
+}
+
+static inline uint64_t *absent_of(struct tlb *t, uint32_t index)
+{
+	return &t->absent[index == t->physical ? ABSENT_PHYSICAL : index == t->global ? ABSENT_GLOBAL : ABSENT_PAGED];
 }
 
 enum { DROP_TRANSLATIONS = 1, DROP_PSC = 2, DROP_BOTH = 3 };

@@ -123,7 +123,7 @@ bool walk_usual(struct walk *w, uint64_t page, uint32_t type, uint32_t *hfn)
 	struct found f = { 0 };
 	uint64_t gpte;
 
-	if (t->l2.way_bits != TAGGED_WAY_BITS || t->absent[0] != mapping_id(PAGE_4K, page, t->paged) || t->ghost)
+	if (t->l2.way_bits != TAGGED_WAY_BITS || t->absent[ABSENT_PAGED] != mapping_id(PAGE_4K, page, t->paged) || t->ghost)
 		return false;
 	gpte = read_gpte(w, page, type);
 	if (!gpte || !find_physical(w, (gpte & GPTE_ADDRESS) >> 12, type, &f))
@@ -139,7 +139,7 @@ bool walk_usual(struct walk *w, uint64_t page, uint32_t type, uint32_t *hfn)
 		f.right[ACCESS_WRITE] = RIGHT_NONE;
 	write_entry(w, &f, &combined, e);
 	l1_put(&t->l1, l1_victim(&t->l1, page), e, PAGE_4K, page);
-	t->absent[0] = t->absent[1] = 0;
+	t->absent[ABSENT_PAGED] = t->absent[ABSENT_PHYSICAL] = 0;
 	*hfn = f.hfn;
 	return true;
 }
