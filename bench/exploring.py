@@ -1,8 +1,8 @@
 """Executions per second of `flushlab explore`, and what more processes bring.
 
 Tests of three actors each (a vCPU, the host, interrupts), all interleavings, again and again in one process;
-the reference builds the machine anew for each execution instead of putting it back.  Then one large search, by
-as many processes as there are cores, beside the same search by one.
+the reference builds the machine anew each time.  Then one large search, by as many processes as there are
+cores, beside the same search by one.
 """
 
 from __future__ import annotations

@@ -1,0 +1,107 @@
+"""Guest mode as explored code sees it, operation by operation, and the pages of the host behind it."""
+
+from __future__ import annotations
+
+from typing import Any, Final
+
+from emulator.explore.control import Control
+from emulator.explore.scheduler import Execution
+from native import lib
+
+_FLAGS = ("GUEST_OP_NOFLUSH", "GUEST_OP_READ_ONLY", "GUEST_OP_GLOBAL", "GUEST_OP_HUGE")
+
+EXIT_REASONS: Final[int] = lib.EXIT_REASONS
+GUEST_OP_NAMES: Final = {
+    getattr(lib, name): name.removeprefix("GUEST_OP_").replace("_", " ").lower()
+    for name in dir(lib)
+    if name.startswith("GUEST_OP_") and name not in _FLAGS
+}
+_WRITE: Final[int] = lib.GUEST_OP_WRITE
+_STORES: Final = frozenset({_WRITE, lib.GUEST_OP_MAP, lib.GUEST_OP_UNMAP, lib.GUEST_OP_PROTECT})
+
+
+class GuestMode:
+    """From VM entry to VM exit: an operation of the guest is a step."""
+
+    control: Control
+
+    def __init__(self) -> None:
+        # By CPU and VM: the shared objects of a guest's step.
+        self._guest_masks: dict[tuple[int, int], tuple[int, int, int, int]] = {}
+
+    def guest_set_program(self, m: Any, vcpu: int, ops: Any, n: int) -> int:
+        self.control.programs[vcpu] = ops
+        return int(lib.guest_set_program(m, vcpu, ops, n))
+
+    def guest_run(self, m: Any, cpu: int, vcpu: int, budget: int, out: Any) -> int:
+        """From VM entry to VM exit: one operation of the guest's program is one step, with its whole walk; no
+        interrupt comes inside an instruction."""
+        execution = self.control.execution
+        if execution is None:
+            return int(lib.guest_run(m, cpu, vcpu, budget, out))
+        result = lib.guest_enter(m, cpu, vcpu, budget, out)
+        if result < 0:
+            return int(result)
+        reason = EXIT_REASONS
+        while reason == EXIT_REASONS:
+            reason = self._guest_step(execution, m, cpu, vcpu)
+        bit = self.control.bit
+        execution.step(("mode", vcpu, "write"), 0, bit("irq", cpu) | bit("mode", vcpu))
+        if reason == lib.EXIT_INTERRUPT or lib.cpu_attention(m, cpu) & lib.ATTENTION_IPI:
+            execution.touch(0, bit("calls", cpu) | bit("tlb", cpu))
+        return int(lib.guest_leave(m, cpu, reason))
+
+    def _guest_step(self, execution: Execution, m: Any, cpu: int, vcpu: int) -> int:
+        control = self.control
+        op = control.next_op(vcpu)
+        if op is None or op.kind == lib.GUEST_OP_SIGNAL:
+            # Progress belongs to the operation before; the end of a program is nothing by itself.
+            if op is not None:
+                execution.touch(0, control.bit("progress", op.value))
+            return int(lib.guest_step(m, cpu))
+        if op.kind == lib.GUEST_OP_WAIT:
+            self._guest_wait(execution, m, cpu, op)
+            return int(lib.guest_step(m, cpu))
+        vm = control.vm_of(vcpu)
+        masks = self._guest_masks.get((cpu, vm))
+        if masks is None:
+            bit = control.bit
+            memory = bit("memory", vm)
+            reads = bit("irq", cpu) | bit("custody") | control.everything | memory
+            masks = self._guest_masks[cpu, vm] = (reads, bit("tlb", cpu), memory, bit("ept"))
+        reads, tlb, memory, ept = masks
+        execution.step(
+            (GUEST_OP_NAMES[op.kind], (vcpu, op.linear >> 12), "write" if op.kind == _WRITE else "read"),
+            reads,
+            tlb,
+        )
+        misses = control.misses(cpu)
+        reason = int(lib.guest_step(m, cpu))
+        walked = control.misses(cpu) != misses or reason == lib.EXIT_EPT_VIOLATION
+        stored = op.kind in _STORES or (walked and vm in control.paging)
+        execution.touch(ept if walked else 0, memory if stored else 0)
+        control.judge()
+        return reason
+
+    def _guest_wait(self, execution: Execution, m: Any, cpu: int, op: Any) -> None:
+        slot, value = int(op.linear), int(op.value)
+        execution.step(
+            ("guest waits", slot, "read"),
+            self.control.bit("progress", slot) | self.control.bit("irq", cpu),
+            0,
+            lambda: lib.signal_get(m, slot) >= value or bool(lib.cpu_attention(m, cpu)),
+            f"{value} operations of thread {slot}",
+        )
+
+    def mm_fault(self, m: Any, cpu: int, vm: int, hva: int, write: int, page: Any) -> int:
+        control = self.control
+        execution = control.execution
+        if execution is not None:
+            bit = control.bit
+            writes = 0 if lib.mm_present(m, vm, hva, hva + 1) else bit("mm", vm) | bit("frames", "guest")
+            execution.step(
+                ("mm", (vm, hva), "read"), bit("mm", vm) | bit("custody") | control.everything, writes
+            )
+            if not lib.mm_present(m, vm, hva, hva + 1):
+                execution.touch(0, bit("mm", vm) | bit("frames", "guest"))
+        return int(lib.mm_fault(m, cpu, vm, hva, write, page))

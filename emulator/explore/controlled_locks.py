@@ -1,0 +1,151 @@
+"""mmu_lock, RCU and SRCU as explored code sees them: who waits for whom is the scheduler's."""
+
+from __future__ import annotations
+
+from functools import partial
+from typing import Any
+
+from emulator.explore.control import Control, RwLock
+from emulator.explore.scheduler import Execution
+from native import lib
+
+
+class Locks:
+    """Native functions that stand for what may have to wait for other holders or readers."""
+
+    control: Control
+
+    # --- mmu_lock -------------------------------------------------------------------------------------------
+
+    def mmu_read_trylock(self, m: Any, cpu: int, vm: int) -> int:
+        execution = self.control.execution
+        if execution is not None:
+            lock = self.control.mmu_lock(vm)
+            self._wait_for_mmu_lock(execution, vm, lock, False)
+            lock.readers += 1
+        return int(lib.mmu_read_trylock(m, cpu, vm))
+
+    def mmu_write_trylock(self, m: Any, cpu: int, vm: int) -> int:
+        execution = self.control.execution
+        if execution is not None:
+            lock = self.control.mmu_lock(vm)
+            self._wait_for_mmu_lock(execution, vm, lock, True)
+            lock.writer = True
+        return int(lib.mmu_write_trylock(m, cpu, vm))
+
+    def _wait_for_mmu_lock(self, execution: Execution, vm: int, lock: RwLock, write: bool) -> None:
+        control = self.control
+        mask = control.bit("mmu_lock", vm)
+        waiters = control.bit("mmu_lock waiters", vm)
+        contended = lock.writer or (write and lock.readers > 0)
+        if contended:
+            lock.waiting += 1
+            execution.touch(0, waiters)
+        label = ("mmu_lock", vm, "write" if write else "read")
+        if write:
+            execution.step(label, 0, mask, lambda: not (lock.writer or lock.readers), "mmu_lock")
+        else:
+            execution.step(label, mask, 0, lambda: not lock.writer, "mmu_lock")
+        if contended:
+            lock.waiting -= 1
+            execution.touch(0, waiters)
+
+    def mmu_read_unlock(self, m: Any, cpu: int, vm: int) -> None:
+        execution = self.control.execution
+        if execution is not None:
+            self.control.mmu_lock(vm).readers -= 1
+            execution.touch(self.control.bit("mmu_lock", vm), 0)
+        lib.mmu_read_unlock(m, cpu, vm)
+
+    def mmu_write_unlock(self, m: Any, cpu: int, vm: int) -> None:
+        execution = self.control.execution
+        if execution is not None:
+            self.control.mmu_lock(vm).writer = False
+            execution.touch(0, self.control.bit("mmu_lock", vm))
+        lib.mmu_write_unlock(m, cpu, vm)
+
+    def mmu_lock_needbreak(self, m: Any, vm: int) -> int:
+        execution = self.control.execution
+        if execution is None:
+            return int(lib.mmu_lock_needbreak(m, vm))
+        execution.step(
+            ("needbreak", vm, "read"),
+            self.control.bit("mmu_lock waiters", vm) | self.control.everything,
+            0,
+        )
+        return int(self.control.mmu_lock(vm).waiting > 0)
+
+    # --- RCU and SRCU ---------------------------------------------------------------------------------------
+
+    def rcu_read_lock(self, m: Any, cpu: int) -> None:
+        execution = self.control.execution
+        if execution is not None:
+            execution.step(("rcu_read_lock", cpu, "read"), self.control.bit("rcu"), 0)
+            self.control.rcu.enter(cpu)
+        lib.rcu_read_lock(m, cpu)
+
+    def rcu_read_unlock(self, m: Any, cpu: int) -> None:
+        execution = self.control.execution
+        if execution is not None:
+            execution.touch(self.control.bit("rcu"), 0)
+            self.control.rcu.leave(cpu)
+        lib.rcu_read_unlock(m, cpu)
+
+    def rcu_barrier(self, m: Any, cpu: int) -> int:
+        control = self.control
+        execution = control.execution
+        if execution is None:
+            control.run_callbacks()
+            return 0
+        bit = control.bit("callbacks")
+        execution.step(("rcu_barrier", None, "read"), bit | control.everything, 0)
+        wanted = control.callbacks_run + lib.rcu_pending(m)
+        execution.step(
+            ("rcu_barrier", "done", "read"), bit, 0, lambda: control.callbacks_run >= wanted, "RCU callbacks"
+        )
+        return 0
+
+    def synchronize_rcu(self, m: Any, cpu: int) -> int:
+        control = self.control
+        execution = control.execution
+        if execution is None:
+            return 0
+        bit = control.bit("rcu")
+        execution.step(("synchronize_rcu", None, "write"), control.queues, bit)
+        before = control.rcu.now()
+        gone = partial(control.rcu.gone, before)
+        execution.step(("synchronize_rcu", "done", "write"), control.queues, bit, gone, "readers of RCU")
+        return 0
+
+    def srcu_read_lock(self, m: Any, cpu: int, vm: int) -> int:
+        control = self.control
+        execution = control.execution
+        if execution is not None:
+            execution.step(("srcu_read_lock", vm, "read"), control.bit("srcu", vm), 0)
+            control.srcu_of(vm).enter(execution.current.index)
+        return int(lib.srcu_read_lock(m, cpu, vm))
+
+    def srcu_read_unlock(self, m: Any, cpu: int, vm: int, index: int) -> None:
+        control = self.control
+        execution = control.execution
+        if execution is not None:
+            execution.touch(control.bit("srcu", vm), 0)
+            control.srcu_of(vm).leave(execution.current.index)
+        lib.srcu_read_unlock(m, cpu, vm, index)
+
+    def synchronize_srcu(self, m: Any, cpu: int, vm: int) -> int:
+        control = self.control
+        execution = control.execution
+        if execution is None:
+            return int(lib.synchronize_srcu(m, cpu, vm))
+        bit, readers = control.bit("srcu", vm), control.srcu_of(vm)
+        execution.step(("synchronize_srcu", vm, "write"), control.everything, bit)
+        before = readers.now()
+        execution.step(
+            ("synchronize_srcu", (vm, "done"), "write"),
+            0,
+            bit,
+            lambda: readers.gone(before),
+            "readers of SRCU",
+        )
+        return 0
