@@ -16,7 +16,7 @@ from __future__ import annotations
 
 from collections import defaultdict
 
-from emulator.explore.objects import Objects, bits, dependent, members
+from emulator.explore.objects import Objects, bits, members
 from emulator.explore.scheduler import START, Divergence, Known, Label, Task, Wait
 
 
@@ -159,17 +159,21 @@ class Exhaustive:
             return Node(enabled, last, 0)
         parent = self.stack[-1]
         node = Node(enabled, last, parent.preemptions + self._cost(parent, parent.chosen))
-        if self.reduce and self.bound is None:
-            for index, (reads, writes) in parent.sleep.items():
-                if index != parent.chosen and not dependent(reads, writes, parent.reads, parent.writes):
-                    node.sleep[index] = (reads, writes)
+        if parent.sleeping and self.reduce and self.bound is None:
+            wrote = parent.writes
+            touched = wrote | parent.reads
+            for index, step in parent.sleep.items():
+                # Two steps do not commute if one writes what the other touches.
+                if index != parent.chosen and not (step[1] & touched or wrote & step[0]):
+                    node.sleep[index] = step
                     node.sleeping |= 1 << index
         return node
 
     @staticmethod
     def _cost(node: Node, index: int) -> int:
         """Taking another task while the last one could go on is a preemption."""
-        return int(node.last >= 0 and node.last != index and bool(node.enabled >> node.last & 1))
+        last = node.last
+        return node.enabled >> last & 1 if last >= 0 and last != index else 0
 
     def _affordable(self, node: Node, index: int) -> bool:
         return self.bound is None or node.preemptions + self._cost(node, index) <= self.bound

@@ -44,8 +44,3 @@ def bits(mask: int) -> Iterator[int]:
 def members(mask: int) -> tuple[int, ...]:
     """The same for sets that come up again and again."""
     return tuple(bits(mask))
-
-
-def dependent(reads: int, writes: int, other_reads: int, other_writes: int) -> bool:
-    """Two steps do not commute if one writes what the other touches."""
-    return bool(writes & (other_reads | other_writes) or other_writes & reads)
