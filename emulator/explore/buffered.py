@@ -164,7 +164,9 @@ class BufferedLib(ControlledLib):
         if execution is None:
             apply()
             return
-        self.control.stores.store(execution, self._cpu(execution), Store(key, value, what, writes, apply))
+        self.control.stores.store(
+            execution, self._cpu(execution), Store(key, value, what, writes, apply, execution.current)
+        )
 
     def _vcpu_set_mode(self, m: Any, vcpu: int, mode: int) -> None:
         what = f"v{vcpu}'s mode = {_MODES[mode]}"

@@ -54,6 +54,7 @@ class Task:
     take."""
 
     __slots__ = (
+        "acts_for",
         "body",
         "changed",
         "daemon",
@@ -86,6 +87,7 @@ class Task:
         self.waits_for = ""
         self.watch = 0  # what the current turn of a retry loop has read
         self.changed = False  # ... and somebody has written since
+        self.acts_for: Task | None = None  # a daemon that goes on with what this one has begun
         self.notes: list[str] = []
 
     def __repr__(self) -> str:
@@ -292,7 +294,7 @@ class Execution:
         task.watch |= task.reads
         if writes:
             for other in self.tasks:
-                if other.watch & writes and other is not task:
+                if other.watch & writes and other is not task and other is not task.acts_for:
                     other.changed = True
         if length >= self.replayed:
             self.strategy.stepped(task)

@@ -50,6 +50,7 @@ class Store:
     what: str
     writes: int
     apply: Callable[[], object]
+    by: Task | None = None
 
 
 class StoreBuffers:
@@ -116,6 +117,7 @@ class StoreBuffers:
                 self.gone[cpu] += 1
                 execution.current.label = (VISIBLE, store.what, "write")
                 execution.touch(0, store.writes)
+                execution.current.acts_for = store.by  # who waits for a change waits for others
                 store.apply()
 
         return body

@@ -15,6 +15,7 @@ from emulator.explore.controlled import installed
 from emulator.explore.dpor import Exhaustive
 from emulator.explore.objects import Objects
 from emulator.explore.record import load, replay
+from emulator.explore.sampling import Pct
 from emulator.explore.scheduler import Execution
 from emulator.explore.search import Found, Limits, search
 from emulator.explore.store_buffers import BufferedReaders, Store, StoreBuffers
@@ -255,3 +256,14 @@ def test_a_recording_knows_its_memory_model(tmp_path: Path, capsys: pytest.Captu
     assert main(["explore", "--replay", str(path)]) == 2
     path.write_text(json.dumps({**document, "memory": "weak"}))
     assert main(["explore", "--replay", str(path)]) == 2
+
+
+def test_ones_own_stores_are_no_change_to_wait_for() -> None:
+    """A fault that is tried again while an invalidation lasts: nothing changes by the vCPU's own mode."""
+    program = LitmusProgram(load_test("kick-waits"), named_policy("linux-7.3"), Choices(store_buffers=True))
+    try:
+        with installed(program.control):
+            found = search(program, program.objects, Pct(60, 0, 3), Limits(), bool)
+    finally:
+        program.close()
+    assert found.too_long == 0
