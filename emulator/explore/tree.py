@@ -28,8 +28,6 @@ PLAIN: Final = 256
 PART: Final = 64
 # Parts of a round: enough for many processes.
 ROUND: Final = 32
-# More pending nodes than so many, and the deepest are dealt with first.
-PENDING: Final = 4096
 
 
 class Team(Protocol):
@@ -96,9 +94,10 @@ class Tree:
     # --- which parts there are ------------------------------------------------------------------------------
 
     def round(self, most: int) -> list[tuple[Branch, int]]:
-        """Nodes, and the choice that comes next at each: near the root first, where most is behind them."""
+        """Nodes, and the choice that comes next at each: the deepest first, as in a depth-first search.  Near
+        the root, much is asleep until what is below is done, and most of what is tried there is pruned."""
         found = list(self._pending())
-        found.sort(key=lambda entry: entry[0], reverse=len(found) > PENDING)
+        found.sort(key=lambda entry: entry[0], reverse=True)
         return [(node, choice) for _, node, choice in found[:most]]
 
     def _pending(self) -> Iterator[tuple[int, Branch, int]]:
