@@ -140,7 +140,9 @@ class Exhaustive:
         if self.reduce and self.stack and not self._asleep:
             # The last step may have stopped others as well; daemons, where the execution is over after it.
             last = self.stack[-1]
-            last.backtrack |= last.enabled & ~(1 << last.chosen)
+            others = last.enabled & ~(1 << last.chosen)
+            if others:
+                self._add_any(len(self.stack) - 1, others)
         if deadlock and self.reduce:
             for task in tasks:
                 if not task.done:

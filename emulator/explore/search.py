@@ -27,11 +27,17 @@ class Program(Protocol):
 
 @dataclass(slots=True)
 class Limits:
-    """executions: of all strategies together; 0: none.  steps: of one execution."""
+    """executions: of all strategies together; runs: with those that were given up half way; 0: no limit.
+    steps: of one execution."""
 
     executions: int = 0
     steps: int = 5000
     first_only: bool = True  # stop at the first outcome that `bad` is true of
+    runs: int = 0
+
+    def reached(self, found: Found) -> bool:
+        runs = found.executions + found.pruned
+        return 0 < self.executions <= found.executions or 0 < self.runs <= runs
 
 
 @dataclass(slots=True)
@@ -75,7 +81,7 @@ def search(
     """Until the strategy is through, or a limit is reached, or something bad was found."""
     found = Found(bound=strategy.bound)
     while found.more:
-        if stop() or (limits.executions and found.executions >= limits.executions):
+        if stop() or limits.reached(found):
             break
         execution = run_once(program, objects, strategy, limits)
         if execution.failure is not None:

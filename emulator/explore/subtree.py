@@ -8,11 +8,15 @@ from __future__ import annotations
 
 from collections.abc import Callable, Hashable
 from dataclasses import dataclass
+from typing import Final
 
 from emulator.explore.dpor import Exhaustive, Node
 from emulator.explore.objects import Objects
 from emulator.explore.scheduler import Divergence, Task
 from emulator.explore.search import Found, Limits, Program, search
+
+# Runs of a part, those given up half way included, as a multiple of its executions: it must have an end.
+RUNS: Final = 4
 
 Access = tuple[tuple[Hashable, ...], tuple[Hashable, ...]]  # objects read, objects written
 Sleep = dict[int, Access]
@@ -139,7 +143,7 @@ def search_part(
     stop: Callable[[], bool] = lambda: False,
 ) -> Outcome:
     strategy = Subtree(objects, part)
-    limits = Limits(executions=part.executions, steps=part.steps)
+    limits = Limits(executions=part.executions, steps=part.steps, runs=RUNS * part.executions)
     found = search(program, objects, strategy, limits, bad, stop)
     begun = found.executions + found.pruned > 0
     return Outcome(

@@ -54,7 +54,8 @@ class Plan:
 
 @dataclass(slots=True)
 class Verdict:
-    """`bound`: the most preemptions that are covered completely; None with `complete`: all interleavings."""
+    """bound: the most preemptions that are covered completely; None with `complete`: all interleavings.
+    limit: what ended a search that is not complete: "seconds", "executions"; "" for the bound asked for."""
 
     test: str
     policy: str
@@ -66,6 +67,7 @@ class Verdict:
     steps: int = 0
     depth: int = 0
     complete: bool = False
+    limit: str = ""
     bound: int | None = None
     guarantee: float | None = None
     rounds: list[dict[str, Any]] = field(default_factory=list)
@@ -84,6 +86,7 @@ class Verdict:
             "strategy": self.plan.strategy,
             "seed": self.plan.seed,
             "complete": self.complete,
+            "limit": self.limit or None,
             "preemption_bound": self.bound,
             "executions": self.executions,
             "pruned": self.pruned,
@@ -106,8 +109,13 @@ class Verdict:
             last = self.rounds[-1]["executions"]
             return f"no violation in all {last:,} interleavings, up to the order of independent steps"
         if self.bound is not None:
-            return f"no violation with up to {self.bound} preemptions; nor in {n} altogether (not all)"
-        return f"no violation in {n}; not all"
+            found = f"no violation with up to {self.bound} preemptions"
+            return f"{found}; nor in {n} altogether (not all{self._why()})"
+        return f"no violation in {n}; not all{self._why()}"
+
+    def _why(self) -> str:
+        """Why there is no more to say."""
+        return {"seconds": ", the time was up", "executions": ", --executions were done"}.get(self.limit, "")
 
 
 Stop = Callable[[], bool]
@@ -129,6 +137,9 @@ def explore_verdict(
                 _sampled(program, verdict, stop)
     finally:
         program.close()
+    if not verdict.complete and verdict.verdict != VIOLATIONS:
+        as_asked = plan.bound is not None and verdict.bound == plan.bound
+        verdict.limit = "seconds" if stop() else "" if as_asked else "executions"
     return verdict
 
 

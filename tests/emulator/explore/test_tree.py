@@ -19,6 +19,7 @@ from emulator.explore.search import Found, Limits
 from emulator.explore.subtree import Outcome, Part, search_part
 from emulator.explore.team import FIRST_PARTS, Team
 from emulator.explore.tree import PLAIN, Tree, wide_search
+from emulator.explore.verdict import Plan, explore_verdict
 from emulator.explore.world import LitmusProgram
 from emulator.litmus.loader import load_test
 from emulator.litmus.policies import named_policy
@@ -91,6 +92,22 @@ def test_a_budget_is_exact(most: int) -> None:
     found, _ = explore_wide([("inc", "x")] * 4, [("inc", "x")] * 4, most=most, part=16)
     assert found.executions == min(most, 70)
     assert found.complete == (most >= 70)
+
+
+def test_what_is_given_up_half_way_is_limited_as_well() -> None:
+    limits = Limits(executions=3, runs=8)
+    assert not limits.reached(Found(executions=2, pruned=5))
+    assert limits.reached(Found(executions=2, pruned=6))
+    assert limits.reached(Found(executions=3))
+    assert not Limits().reached(Found(executions=10**9, pruned=10**9))
+
+
+def test_the_time_of_a_large_search_has_an_end() -> None:
+    """Near the root of this one nearly everything is pruned."""
+    plan = Plan(executions=1200, minimize=False)
+    found = explore_verdict(load_test("kick-cross"), named_policy("linux-7.3"), plan)
+    assert (found.executions, found.limit) == (1200, "executions")
+    assert found.pruned < 4 * found.executions
 
 
 def test_what_is_stopped_is_not_complete() -> None:
