@@ -6,6 +6,7 @@ failure (with traceback).
 
 from __future__ import annotations
 
+import signal
 import sys
 import traceback
 from collections.abc import Sequence
@@ -122,6 +123,18 @@ def _request(
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run a command line; returns the exit status and lets nothing escape."""
+    try:
+        # As Ctrl-C, so that a command's processes end with it; `run` and `serve` have handlers of their own.
+        before = signal.signal(signal.SIGTERM, signal.default_int_handler)
+    except ValueError:
+        return _run(arguments)  # not the main thread
+    try:
+        return _run(arguments)
+    finally:
+        signal.signal(signal.SIGTERM, before)
+
+
+def _run(arguments: Sequence[str] | None) -> int:
     try:
         command = typer.main.get_command(app)
         status = command.main(
