@@ -218,10 +218,14 @@ def test_nothing_goes_wrong_with_several_roots(policy: str, settings: dict[str, 
 
 
 @pytest.mark.stress
+@pytest.mark.timeout(300)
 @pytest.mark.parametrize("policy", ["mutant:P24", "mutant:B21", "mutant:R3"])
 def test_the_oracle_fires_with_several_roots(policy: str) -> None:
-    violations, ran = storm(preset(policy), 25, lambda rig: bool(rig.violations()), smm=True)
-    assert violations, ran.rounds
+    for _ in range(10):
+        violations, ran = storm(preset(policy), 22, lambda rig: bool(rig.violations()), smm=True)
+        if violations:
+            return
+    raise AssertionError(f"nothing found in ten storms, the last with {ran.rounds}")
 
 
 @pytest.mark.stress
