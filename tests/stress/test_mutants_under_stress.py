@@ -17,6 +17,7 @@ from emulator.policy import preset
 from emulator.result import Result
 
 SECONDS = 30.0
+SEEDS = range(1, 9)
 LATE_FLUSH = "zap_yield=unlock-then-flush"
 STALE = {"use-after-free", "stale-after-revoke", "cross-vm", "walk-after-free"}
 
@@ -34,6 +35,7 @@ def run(scenario: str, settings: dict[str, str], seconds: float = SECONDS, seed:
 
 
 @pytest.mark.stress
+@pytest.mark.timeout(300)
 @pytest.mark.parametrize(
     ("scenario", "settings", "kinds", "precondition"),
     [
@@ -58,7 +60,7 @@ def run(scenario: str, settings: dict[str, str], seconds: float = SECONDS, seed:
 )
 def test_mutant_is_caught(scenario: str, settings: str, kinds: set[str], precondition: str) -> None:
     # Real races on a machine that others may use: one that has slept through a run gets another one.
-    for seed in (1, 2, 3):
+    for seed in SEEDS:
         result = run(scenario, dict(setting.split("=") for setting in settings.split()), seed=seed)
         if result.verdict == "violations":
             break
@@ -86,11 +88,12 @@ def test_linux_is_clean(scenario: str) -> None:
 
 
 @pytest.mark.stress
+@pytest.mark.timeout(300)
 def test_in_the_main_job_every_kind_of_flush_averts_uses() -> None:
     """On a slow machine perhaps not in one run alone: ranges are zapped a few times in each."""
     made, averted = Counter[str](), Counter[str]()
-    for seed in (1, 2, 3):
-        result = run("main", {}, seconds=30.0, seed=seed)
+    for seed in SEEDS:
+        result = run("main", {}, seconds=SECONDS, seed=seed)
         assert result.verdict == "clean", [report.text for report in result.reports[:2]]
         for flush in result.snapshot.flushes:
             made[flush.reason] += flush.count
