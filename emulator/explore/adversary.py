@@ -248,7 +248,9 @@ class Adversary:
             vm, bit, m = self._ids[place.vm], self.control.bit, self.control.machine.m
             reads = bit("guest mode", pcpu) | self.control.everything
             # Two fills commute, whatever caches of table pointers they share on the way.
-            walks = bit("custody") | bit("ept") | self.walked(pcpu)
+            walks = bit("custody") | bit("custody of tables") | bit("ept") | self.walked(pcpu)
+            roots = range(self.control.machine.config["root_frames"])
+            walks |= self.control.objects.mask(("custody of root", root) for root in roots)
             # Accessed flags of SPTEs are set from the start; those of the guest's tables are not.
             flags = (bit("memory", vm) if place.paging else 0) | (bit("ept") if self.ages else 0)
             cached = bit("cached", pcpu, vm, page)

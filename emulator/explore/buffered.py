@@ -260,7 +260,7 @@ class BufferedLib(ControlledLib):
             control.srcu_of(vm).leave(who)
             lib.srcu_read_unlock(m, cpu, vm, index)
 
-        self._store(("srcu",), 0, "srcu_read_unlock()", control.bit("srcu", vm), leave)
+        self._store(("srcu",), 0, "srcu_read_unlock()", control.bit("srcu left", vm, who), leave)
 
     def _local_irq_enable(self, m: Any, cpu: int) -> int:
         """Handlers answer with stores, which come behind all others."""

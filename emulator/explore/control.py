@@ -7,7 +7,7 @@ before every step and must be cheap.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Hashable
+from collections.abc import Callable, Hashable, Iterable
 from functools import partial
 from typing import TYPE_CHECKING, Any
 
@@ -57,7 +57,13 @@ class RwLock:
 
 
 class Readers:
-    """Read sections of RCU or one VM's SRCU, by whoever is in them; `left` counts how often they left."""
+    """Read sections of RCU or one VM's SRCU, by whoever is in them; `left` counts how often they left.
+
+    Who waits for readers looks twice: at who is inside, and then whether those have left.  Shared objects
+    are who enters ("rcu", "srcu") and, one for each reader, that it left ("rcu left", "srcu left"): the first
+    look does not care whether somebody leaves just before or after it, the second not who enters, nor who
+    leaves that was not inside.
+    """
 
     __slots__ = ("depth", "left")
 
@@ -111,6 +117,8 @@ class Control:
         self.mmu_locks: dict[int, RwLock] = {}
         self.rcu = Readers()
         self.srcu: dict[int, Readers] = {}
+        self.roots_freed: set[int] = set()  # given to call_rcu()
+        self.root_of: dict[int, int] = {}  # the one that each vCPU runs on
         self.queued: set[int] = set()  # pCPUs to which an interrupt is on its way
         self.callbacks_run = 0
 
@@ -133,6 +141,18 @@ class Control:
         if readers is None:
             readers = self.srcu[vm] = Readers()
         return readers
+
+    def left(self, name: str, readers: Iterable[tuple[int, int]], *of: Hashable) -> int:
+        """What those inside do when they leave."""
+        return self.objects.mask((name, *of, who) for who, _ in readers)
+
+    def roots(self) -> int:
+        """What callbacks may free."""
+        if not self.roots_freed:
+            return 0
+        return self.bit("frames", "root") | self.objects.mask(
+            ("custody of root", r) for r in self.roots_freed
+        )
 
     # --- the hook at KVM's ordering points ------------------------------------------------------------------
 
@@ -168,14 +188,12 @@ class Control:
     def _interrupts(self, execution: Execution, number: int) -> Callable[[], None]:
         """An interrupt is on its way for as long as the scheduler likes."""
         calls, irq = self.bit("calls", number), self.bit("irq", number)
-        tlb, custody = self.bit("tlb", number), self.bit("custody")
-        queued, m = self.queued, self.machine.m
+        tlb, queued, m = self.bit("tlb", number), self.queued, self.machine.m
         stores, arrives = self.interruptible(number)
-        reads = custody | stores
 
         def body() -> None:
             while True:
-                execution.step(("interrupt", number, "write"), reads, calls | irq, arrives, "an IPI")
+                execution.step(("interrupt", number, "write"), stores, calls | irq, arrives, "an IPI")
                 queued.discard(number)
                 if lib.ipi_arrive(m, number):
                     execution.touch(0, tlb)
@@ -188,31 +206,33 @@ class Control:
 
     def _grace_periods(self, execution: Execution) -> Callable[[], None]:
         callbacks, rcu = self.bit("callbacks"), self.bit("rcu")
-        freed = self.bit("frames", "table") | self.bit("frames", "root") | self.bit("custody")
+        ends = self.bit("frames", "table") | self.bit("custody of tables")
         m, cpu = self.machine.m, self.machine.cpus[-1].id
 
         def body() -> None:
             while True:
                 execution.step(
                     ("grace period", "begins", "write"),
-                    self.queues,
-                    callbacks | rcu,
+                    self.queues | callbacks,
+                    rcu,
                     partial(lib.rcu_pending, m),
                     "callbacks",
                 )
                 before = self.rcu.now()
+                due = range(self.callbacks_run, self.callbacks_run + lib.rcu_pending(m))
                 lib.rcu_gp_begin(m, cpu)
+                done = self.objects.mask(("callbacks done", number) for number in due)
                 execution.step(
                     ("grace period", "ends", "write"),
                     self.queues,
-                    callbacks | rcu | freed,
+                    ends | done | self.roots() | self.left("rcu left", before),
                     partial(self.rcu.gone, before),
                     "readers of RCU",
                 )
-                done = lib.rcu_gp_end(m, cpu)
-                if done < 0:
+                run = lib.rcu_gp_end(m, cpu)
+                if run < 0:
                     raise MachineMisuse(f"a reader of RCU on CPU {lib.rcu_holdout(m)} that explore missed")
-                self.callbacks_run += done
+                self.callbacks_run += run
 
         return body
 
@@ -232,6 +252,10 @@ class Control:
         """Hardware walks on this pCPU so far."""
         lib.counters_read(self.machine.m, cpu, self._counters)
         return int(self._counters[lib.COUNT_L2_MISSES] + self._counters[lib.COUNT_GPA_LOOKUPS])
+
+    def caches_tables(self, cpu: int) -> bool:
+        """Whether this pCPU's paging-structure caches hold anything."""
+        return bool(lib.psc_dump(lib.cpu_tlb(self.machine.m, cpu), ffi.NULL, 0))
 
     def next_op(self, vcpu: int) -> Any:
         """The operation that the guest does next; None at the end of its program."""

@@ -106,9 +106,7 @@ class Calls:
         if execution is not None:
             execution.touch(0, self.control.bit("irq", cpu))
             if lib.cpu_attention(m, cpu) & lib.ATTENTION_IPI:
-                execution.touch(
-                    self.control.bit("custody"), self.control.bit("calls", cpu) | self.control.bit("tlb", cpu)
-                )
+                execution.touch(0, self.control.bit("calls", cpu) | self.control.bit("tlb", cpu))
         return int(lib.local_irq_enable(m, cpu))
 
     # --- the one wait of Python code ------------------------------------------------------------------------

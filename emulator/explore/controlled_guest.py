@@ -75,11 +75,16 @@ class GuestMode:
             reads,
             tlb,
         )
-        misses = control.misses(cpu)
+        misses, cached = control.misses(cpu), control.caches_tables(cpu)
         reason = int(lib.guest_step(m, cpu))
         walked = control.misses(cpu) != misses or reason == lib.EXIT_EPT_VIOLATION
         stored = op.kind in _STORES or (walked and vm in control.paging)
-        execution.touch(ept if walked else 0, memory if stored else 0)
+        if walked:
+            # From the root on a walk meets linked tables only; what a cached pointer leads to may be free.
+            root = control.bit("custody of root", control.root_of.get(vcpu))
+            execution.touch(ept | root | (control.bit("custody of tables") if cached else 0), 0)
+        if stored:
+            execution.touch(0, memory)
         control.judge()
         return reason
 

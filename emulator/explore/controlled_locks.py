@@ -87,7 +87,7 @@ class Locks:
     def rcu_read_unlock(self, m: Any, cpu: int) -> None:
         execution = self.control.execution
         if execution is not None:
-            execution.touch(self.control.bit("rcu"), 0)
+            execution.touch(self.control.bit("rcu left", cpu), 0)
             self.control.rcu.leave(cpu)
         lib.rcu_read_unlock(m, cpu)
 
@@ -97,11 +97,15 @@ class Locks:
         if execution is None:
             control.run_callbacks()
             return 0
-        bit = control.bit("callbacks")
-        execution.step(("rcu_barrier", None, "read"), bit | control.everything, 0)
+        # Run or pending, they are counted all the same: only one that is queued makes a difference.
+        execution.step(("rcu_barrier", None, "read"), control.bit("callbacks") | control.everything, 0)
         wanted = control.callbacks_run + lib.rcu_pending(m)
         execution.step(
-            ("rcu_barrier", "done", "read"), bit, 0, lambda: control.callbacks_run >= wanted, "RCU callbacks"
+            ("rcu_barrier", "done", "read"),
+            control.bit("callbacks done", wanted - 1),
+            0,
+            lambda: control.callbacks_run >= wanted,
+            "RCU callbacks",
         )
         return 0
 
@@ -110,11 +114,10 @@ class Locks:
         execution = control.execution
         if execution is None:
             return 0
-        bit = control.bit("rcu")
-        execution.step(("synchronize_rcu", None, "write"), control.queues, bit)
+        execution.step(("synchronize_rcu", None, "write"), control.queues, control.bit("rcu"))
         before = control.rcu.now()
-        gone = partial(control.rcu.gone, before)
-        execution.step(("synchronize_rcu", "done", "write"), control.queues, bit, gone, "readers of RCU")
+        gone, left = partial(control.rcu.gone, before), control.left("rcu left", before)
+        execution.step(("synchronize_rcu", "done", "write"), control.queues, left, gone, "readers of RCU")
         return 0
 
     def srcu_read_lock(self, m: Any, cpu: int, vm: int) -> int:
@@ -129,8 +132,9 @@ class Locks:
         control = self.control
         execution = control.execution
         if execution is not None:
-            execution.touch(control.bit("srcu", vm), 0)
-            control.srcu_of(vm).leave(execution.current.index)
+            who = execution.current.index
+            execution.touch(control.bit("srcu left", vm, who), 0)
+            control.srcu_of(vm).leave(who)
         lib.srcu_read_unlock(m, cpu, vm, index)
 
     def synchronize_srcu(self, m: Any, cpu: int, vm: int) -> int:
@@ -138,13 +142,13 @@ class Locks:
         execution = control.execution
         if execution is None:
             return int(lib.synchronize_srcu(m, cpu, vm))
-        bit, readers = control.bit("srcu", vm), control.srcu_of(vm)
-        execution.step(("synchronize_srcu", vm, "write"), control.everything, bit)
+        readers = control.srcu_of(vm)
+        execution.step(("synchronize_srcu", vm, "write"), control.everything, control.bit("srcu", vm))
         before = readers.now()
         execution.step(
             ("synchronize_srcu", (vm, "done"), "write"),
             0,
-            bit,
+            control.left("srcu left", before, vm),
             lambda: readers.gone(before),
             "readers of SRCU",
         )

@@ -94,8 +94,22 @@ def _frame_kind(control: Control, args: Args, result: Any) -> tuple[int, int]:
     return 0, control.bit("frames", "root" if args[2] == lib.FRAME_ROOT else "table")
 
 
+def _root_queued(control: Control, args: Args, result: Any) -> tuple[int, int]:
+    if args[2] < control.machine.config["root_frames"]:
+        control.roots_freed.add(args[2])
+    return 0, 0
+
+
+def _root_loaded(control: Control, args: Args, result: Any) -> tuple[int, int]:
+    control.root_of[args[1]] = args[2]
+    return control.bit("custody of root", args[2]), 0
+
+
 EPT: Template = ("ept",)
+# Of the guests' pages: what a TLB's entry stands for.  Of tables and roots: what a walk goes through.  What
+# flushes avert is counted, but nobody's next step depends on that.
 CUSTODY: Template = ("custody",)
+CUSTODY_OF_TABLES: Template = ("custody of tables",)
 # kvm->mmu_invalidate_seq; mmu_invalidate_in_progress with its range.  A fault's first sample is of seq alone,
 # so the begin of an invalidation does not concern it.
 SEQ: Template = ("mmu_invalidate_seq", 1)
@@ -115,6 +129,7 @@ FOOTPRINTS: dict[str, Footprint] = {
     "vcpu_cpu": Footprint(reads=(("vcpu->cpu", 1),), kind="vcpu->cpu"),
     "vcpu_set_cpu": Footprint(writes=(("vcpu->cpu", 1),), kind="vcpu->cpu"),
     # EPT
+    "vcpu_set_eptp": Footprint(outcome=_root_loaded, step=False),
     "tdp_mmu_get_walk": Footprint(reads=(EPT,), kind="sptes"),
     "spte_read": Footprint(reads=(EPT,), step=False),
     "tdp_mmu_set_spte_atomic": Footprint(reads=(EPT,), outcome=_spte_changed, kind="spte"),
@@ -125,8 +140,8 @@ FOOTPRINTS: dict[str, Footprint] = {
     "tdp_table_holds": Footprint(reads=(EPT,), kind="sptes"),
     "tdp_mmu_map_around": Footprint(writes=(EPT,), kind="sptes"),
     "ept_table_alloc": Footprint(outcome=_frame_kind, kind="table"),
-    "ept_table_free": Footprint(writes=_ANY_TABLE, kind="table"),
-    "ept_table_free_rcu": Footprint(writes=(("callbacks",),), kind="call_rcu"),
+    "ept_table_free": Footprint(writes=(*_ANY_TABLE, CUSTODY_OF_TABLES), kind="table"),
+    "ept_table_free_rcu": Footprint(writes=(("callbacks",),), outcome=_root_queued, kind="call_rcu"),
     "tdp_mmu_make_split_table": Footprint(writes=(("frames", "table"),), kind="table"),
     # mmu_invalidate_seq
     "mmu_invalidate_begin": Footprint(writes=(IN_PROGRESS,), kind="mmu_invalidate_seq"),
@@ -202,7 +217,6 @@ LOCAL = frozenset(
         "vcpu_add_flush_reason",
         "vcpu_create",
         "vcpu_destroy",
-        "vcpu_set_eptp",
         "vcpu_set_paging",
         "vcpu_set_smm",
         "vcpu_take_flush_reasons",
