@@ -249,8 +249,7 @@ class Adversary:
             reads = bit("guest mode", pcpu) | self.control.everything
             # Two fills commute, whatever caches of table pointers they share on the way.
             walks = bit("custody") | bit("custody of tables") | bit("ept") | self.walked(pcpu)
-            roots = range(self.control.machine.config["root_frames"])
-            walks |= self.control.objects.mask(("custody of root", root) for root in roots)
+            walks |= self.control.custody_of_root()
             # Accessed flags of SPTEs are set from the start; those of the guest's tables are not.
             flags = (bit("memory", vm) if place.paging else 0) | (bit("ept") if self.ages else 0)
             cached = bit("cached", pcpu, vm, page)

@@ -118,7 +118,7 @@ class Control:
         self.rcu = Readers()
         self.srcu: dict[int, Readers] = {}
         self.roots_freed: set[int] = set()  # given to call_rcu()
-        self.root_of: dict[int, int] = {}  # the one that each vCPU runs on
+        self.root_of: dict[int, int] = {}  # that each vCPU has loaded
         self.queued: set[int] = set()  # pCPUs to which an interrupt is on its way
         self.callbacks_run = 0
 
@@ -153,6 +153,13 @@ class Control:
         return self.bit("frames", "root") | self.objects.mask(
             ("custody of root", r) for r in self.roots_freed
         )
+
+    def custody_of_root(self, vcpu: int | None = None) -> int:
+        """What a walk of this vCPU's begins with: of any root if it was loaded before the execution, or if
+        nobody knows whose walk it is."""
+        root = None if vcpu is None else self.root_of.get(vcpu)
+        roots = range(self.machine.config["root_frames"]) if root is None else (root,)
+        return self.objects.mask(("custody of root", root) for root in roots)
 
     # --- the hook at KVM's ordering points ------------------------------------------------------------------
 

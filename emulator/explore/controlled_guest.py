@@ -81,7 +81,7 @@ class GuestMode:
         stored = op.kind in _STORES or (walked and vm in control.paging)
         if walked:
             # From the root on a walk meets linked tables only; what a cached pointer leads to may be free.
-            root = control.bit("custody of root", control.root_of.get(vcpu))
+            root = control.custody_of_root(vcpu)
             execution.touch(ept | root | (control.bit("custody of tables") if cached else 0), 0)
         if stored:
             execution.touch(0, memory)
