@@ -15,7 +15,6 @@ from emulator.litmus.verdict import SEARCHED, Outcome, differs
 from native import VIOLATION_KINDS
 
 MORE_ROUNDS = 20
-# Longest search of one test under one policy.
 # Executions that one process does of a test before it takes another piece.
 PIECE = 250
 

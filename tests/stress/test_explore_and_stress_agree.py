@@ -23,7 +23,7 @@ DAY = 86400
 @pytest.mark.timeout(0 if "FLUSHLAB_AGREE" in os.environ else 300)
 def test_over_the_whole_suite() -> None:
     """Some tests under some policies, others each day, or all of them, with as many executions on real
-    threads as the environment says.  A million, with searches to match, takes some hours on two cores:
+    threads as the environment says.  A million, with searches to match, takes an hour or two on two cores:
 
         FLUSHLAB_AGREE=1000000 python -m pytest -s -m stress -o faulthandler_timeout=0 \\
             tests/stress/test_explore_and_stress_agree.py
