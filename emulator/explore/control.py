@@ -117,7 +117,7 @@ class Control:
         self.mmu_locks: dict[int, RwLock] = {}
         self.rcu = Readers()
         self.srcu: dict[int, Readers] = {}
-        self.roots_freed: set[int] = set()  # given to call_rcu()
+        self.freed: list[int] = []  # tables given to call_rcu() since the last grace period began
         self.root_of: dict[int, int] = {}  # that each vCPU has loaded
         self.queued: set[int] = set()  # pCPUs to which an interrupt is on its way
         self.callbacks_run = 0
@@ -146,20 +146,32 @@ class Control:
         """What those inside do when they leave."""
         return self.objects.mask((name, *of, who) for who, _ in readers)
 
-    def roots(self) -> int:
-        """What callbacks may free."""
-        if not self.roots_freed:
-            return 0
-        return self.bit("frames", "root") | self.objects.mask(
-            ("custody of root", r) for r in self.roots_freed
-        )
+    def custody_of_table(self, hfn: int) -> int:
+        return self.bit("custody of table", hfn)
+
+    def frees(self, tables: Iterable[int]) -> int:
+        """What callbacks write that free these."""
+        roots = self.root_frames
+        mask = 0
+        for hfn in tables:
+            mask |= self.custody_of_table(hfn)
+            if hfn in roots:
+                mask |= self.bit("frames", "root")
+            else:
+                mask |= self.bit("frames", "table") | self.bit("custody of tables")
+        return mask
+
+    @property
+    def root_frames(self) -> range:
+        """Host frames that can be roots; frame 0 is nobody's."""
+        return range(1, self.machine.config["root_frames"] + 1)
 
     def custody_of_root(self, vcpu: int | None = None) -> int:
         """What a walk of this vCPU's begins with: of any root if it was loaded before the execution, or if
         nobody knows whose walk it is."""
         root = None if vcpu is None else self.root_of.get(vcpu)
-        roots = range(self.machine.config["root_frames"]) if root is None else (root,)
-        return self.objects.mask(("custody of root", root) for root in roots)
+        roots = self.root_frames if root is None else (root,)
+        return self.objects.mask(("custody of table", root) for root in roots)
 
     # --- the hook at KVM's ordering points ------------------------------------------------------------------
 
@@ -213,7 +225,6 @@ class Control:
 
     def _grace_periods(self, execution: Execution) -> Callable[[], None]:
         callbacks, rcu = self.bit("callbacks"), self.bit("rcu")
-        ends = self.bit("frames", "table") | self.bit("custody of tables")
         m, cpu = self.machine.m, self.machine.cpus[-1].id
 
         def body() -> None:
@@ -229,10 +240,11 @@ class Control:
                 due = range(self.callbacks_run, self.callbacks_run + lib.rcu_pending(m))
                 lib.rcu_gp_begin(m, cpu)
                 done = self.objects.mask(("callbacks done", number) for number in due)
+                frees, self.freed = self.frees(self.freed), []
                 execution.step(
                     ("grace period", "ends", "write"),
                     self.queues,
-                    ends | done | self.roots() | self.left("rcu left", before),
+                    frees | done | self.left("rcu left", before),
                     partial(self.rcu.gone, before),
                     "readers of RCU",
                 )

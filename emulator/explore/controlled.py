@@ -81,7 +81,8 @@ class ControlledLib(Locks, Calls, GuestMode):
                 return native(*args)
 
             return unknown
-        access, step, outcome = footprint.bind(name, control), footprint.step, footprint.outcome
+        access, step = footprint.bind(name, control), footprint.step
+        outcome, seen = footprint.outcome, footprint.seen
 
         def stepped(*args: Any) -> Any:
             execution = control.execution
@@ -96,7 +97,9 @@ class ControlledLib(Locks, Calls, GuestMode):
                 execution.touch(reads, writes)
             result = native(*args)
             if outcome is not None:
-                execution.touch(*outcome(control, args, result))
+                execution.touch(0, outcome(control, args, result))
+            if seen is not None:
+                execution.touch(seen(control, args), 0)
             return result
 
         return stepped

@@ -1,8 +1,8 @@
 """What each native call reads and writes of what several threads share.
 
 Objects are named by what they are and, in templates, by the argument that says which: ("mode", 1) is the mode
-of the vCPU in argument 1.  EPT, custody and frames of a kind are one object each: coarse, so steps that would
-commute are sometimes tried in both orders, and never the other way round.
+of the vCPU in argument 1.  The EPT, the custody of the guests' pages and the frames of a kind are one object
+each: coarse, so steps that would commute are sometimes tried in both orders.
 """
 
 from __future__ import annotations
@@ -13,6 +13,7 @@ from operator import itemgetter
 from typing import TYPE_CHECKING, Any, Literal
 
 from emulator.explore.scheduler import Label
+from emulator.kvm.spte import spte_to_child_pt
 from native import lib
 
 if TYPE_CHECKING:
@@ -21,8 +22,10 @@ if TYPE_CHECKING:
 Args = tuple[Any, ...]
 Template = tuple[Hashable, ...]  # a name and numbers of arguments, or a name alone
 Access = Callable[[Args], tuple[Label, int, int]]
-# (control, arguments, result) -> what the call has read and written besides
-Outcome = Callable[["Control", Args, Any], tuple[int, int]]
+# (control, arguments, result) -> what the call has written besides
+Outcome = Callable[["Control", Args, Any], int]
+# (control, arguments), after the call -> what it has read besides
+Seen = Callable[["Control", Args], int]
 
 
 @dataclass(frozen=True, slots=True)
@@ -32,6 +35,7 @@ class Footprint:
     reads: tuple[Template, ...] = ()
     writes: tuple[Template, ...] = ()
     outcome: Outcome | None = None
+    seen: Seen | None = None
     step: bool = True
     kind: str = ""
 
@@ -71,45 +75,66 @@ def _mask(templates: tuple[Template, ...], args: Args, control: Control) -> int:
 # --- what depends on the result -----------------------------------------------------------------------------
 
 
-def _request_cleared(control: Control, args: Args, result: Any) -> tuple[int, int]:
+def _request_cleared(control: Control, args: Args, result: Any) -> int:
     if not result:
-        return 0, 0
-    return 0, control.bit("request", args[1], args[2]) | control.bit("requests", args[1])
+        return 0
+    return control.bit("request", args[1], args[2]) | control.bit("requests", args[1])
 
 
-def _mode_changed(control: Control, args: Args, result: Any) -> tuple[int, int]:
-    return 0, control.bit("mode", args[1]) if result == lib.IN_GUEST_MODE else 0
+def _mode_changed(control: Control, args: Args, result: Any) -> int:
+    return control.bit("mode", args[1]) if result == lib.IN_GUEST_MODE else 0
 
 
-def _spte_changed(control: Control, args: Args, result: Any) -> tuple[int, int]:
-    return 0, control.bit("ept") if result == 0 else 0
+def _spte_changed(control: Control, args: Args, result: Any) -> int:
+    return control.bit("ept") if result == 0 else 0
 
 
-def _sptes_changed(control: Control, args: Args, result: Any) -> tuple[int, int]:
+def _sptes_changed(control: Control, args: Args, result: Any) -> int:
     chunk = args[3]
-    return 0, control.bit("ept") if chunk.changed and chunk.walk != lib.TDP_COUNT else 0
+    return control.bit("ept") if chunk.changed and chunk.walk != lib.TDP_COUNT else 0
 
 
-def _frame_kind(control: Control, args: Args, result: Any) -> tuple[int, int]:
-    return 0, control.bit("frames", "root" if args[2] == lib.FRAME_ROOT else "table")
+def _frame_kind(control: Control, args: Args, result: Any) -> int:
+    return control.bit("frames", "root" if args[2] == lib.FRAME_ROOT else "table")
 
 
-def _root_queued(control: Control, args: Args, result: Any) -> tuple[int, int]:
-    if args[2] < control.machine.config["root_frames"]:
-        control.roots_freed.add(args[2])
-    return 0, 0
+def _queued(control: Control, args: Args, result: Any) -> int:
+    control.freed.append(args[2])
+    return 0
 
 
-def _root_loaded(control: Control, args: Args, result: Any) -> tuple[int, int]:
+def _root_loaded(control: Control, args: Args) -> int:
     control.root_of[args[1]] = args[2]
-    return control.bit("custody of root", args[2]), 0
+    return control.custody_of_table(args[2])
+
+
+def _root_walked(control: Control, args: Args) -> int:
+    """From the root on, a call meets linked tables only."""
+    return control.custody_of_table(args[3].root)
+
+
+def _link_followed(control: Control, args: Args) -> int:
+    return control.custody_of_table(spte_to_child_pt(args[3]))
+
+
+def _tables_removed(control: Control, args: Args) -> int:
+    """Those on the way down to where it is now, and the one that it has done."""
+    return control.objects.mask(("custody of table", table) for table in args[3].table if table)
 
 
 EPT: Template = ("ept",)
-# Of the guests' pages: what a TLB's entry stands for.  Of tables and roots: what a walk goes through.  What
-# flushes avert is counted, but nobody's next step depends on that.
+# Of the guests' pages: what a TLB's entry stands for.  Of tables: whether they are free, one by one, and of
+# all together for who walks from what a pCPU has cached.  What flushes avert is counted, but nobody's next
+# step depends on that.
 CUSTODY: Template = ("custody",)
 CUSTODY_OF_TABLES: Template = ("custody of tables",)
+
+
+def _table(number: int) -> Template:
+    """The page that this argument is the number of."""
+    return "custody of table", number
+
+
 # kvm->mmu_invalidate_seq; mmu_invalidate_in_progress with its range.  A fault's first sample is of seq alone,
 # so the begin of an invalidation does not concern it.
 SEQ: Template = ("mmu_invalidate_seq", 1)
@@ -129,19 +154,19 @@ FOOTPRINTS: dict[str, Footprint] = {
     "vcpu_cpu": Footprint(reads=(("vcpu->cpu", 1),), kind="vcpu->cpu"),
     "vcpu_set_cpu": Footprint(writes=(("vcpu->cpu", 1),), kind="vcpu->cpu"),
     # EPT
-    "vcpu_set_eptp": Footprint(outcome=_root_loaded, step=False),
-    "tdp_mmu_get_walk": Footprint(reads=(EPT,), kind="sptes"),
-    "spte_read": Footprint(reads=(EPT,), step=False),
-    "tdp_mmu_set_spte_atomic": Footprint(reads=(EPT,), outcome=_spte_changed, kind="spte"),
-    "tdp_mmu_set_spte": Footprint(writes=(EPT,), kind="spte"),
-    "tdp_walk_chunk": Footprint(reads=(EPT,), outcome=_sptes_changed, kind="sptes"),
-    "tdp_removal_begin": Footprint(reads=(EPT,), step=False),
-    "tdp_removal_step": Footprint(writes=(EPT,), kind="sptes"),
-    "tdp_table_holds": Footprint(reads=(EPT,), kind="sptes"),
-    "tdp_mmu_map_around": Footprint(writes=(EPT,), kind="sptes"),
+    "vcpu_set_eptp": Footprint(seen=_root_loaded, step=False),
+    "tdp_mmu_get_walk": Footprint(reads=(EPT, _table(1)), kind="sptes"),
+    "spte_read": Footprint(reads=(EPT, _table(1)), step=False),
+    "tdp_mmu_set_spte_atomic": Footprint(reads=(EPT, _table(3)), outcome=_spte_changed, kind="spte"),
+    "tdp_mmu_set_spte": Footprint(reads=(_table(3),), writes=(EPT,), kind="spte"),
+    "tdp_walk_chunk": Footprint(reads=(EPT,), outcome=_sptes_changed, seen=_root_walked, kind="sptes"),
+    "tdp_removal_begin": Footprint(reads=(EPT,), seen=_tables_removed, step=False),
+    "tdp_removal_step": Footprint(writes=(EPT,), seen=_tables_removed, kind="sptes"),
+    "tdp_table_holds": Footprint(reads=(EPT,), seen=_link_followed, kind="sptes"),
+    "tdp_mmu_map_around": Footprint(reads=(_table(3),), writes=(EPT,), kind="sptes"),
     "ept_table_alloc": Footprint(outcome=_frame_kind, kind="table"),
-    "ept_table_free": Footprint(writes=(*_ANY_TABLE, CUSTODY_OF_TABLES), kind="table"),
-    "ept_table_free_rcu": Footprint(writes=(("callbacks",),), outcome=_root_queued, kind="call_rcu"),
+    "ept_table_free": Footprint(writes=(*_ANY_TABLE, CUSTODY_OF_TABLES, _table(2)), kind="table"),
+    "ept_table_free_rcu": Footprint(writes=(("callbacks",),), outcome=_queued, kind="call_rcu"),
     "tdp_mmu_make_split_table": Footprint(writes=(("frames", "table"),), kind="table"),
     # mmu_invalidate_seq
     "mmu_invalidate_begin": Footprint(writes=(IN_PROGRESS,), kind="mmu_invalidate_seq"),

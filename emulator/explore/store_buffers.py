@@ -130,11 +130,12 @@ class BufferedReaders(Readers):
     def __init__(self, stores: StoreBuffers) -> None:
         super().__init__()
         self.stores = stores
-        self._put: dict[int, int] = {}  # how many stores there were when it left
+        # How many stores there were when it left, by the number of that leave.
+        self._put: dict[tuple[int, int], int] = {}
 
     def leave(self, who: int) -> None:
         super().leave(who)
-        self._put[who] = self.stores.put.get(who, 0)
+        self._put.setdefault((who, self.left.get(who, 0)), self.stores.put.get(who, 0))
 
     def now(self) -> tuple[tuple[int, int], ...]:
         queues = tuple((-1 - cpu, put) for cpu, put in self.stores.put.items() if self.stores.queues[cpu])
@@ -145,7 +146,9 @@ class BufferedReaders(Readers):
         if any(who < 0 and done[-1 - who] < n for who, n in before):
             return False
         readers = tuple(one for one in before if one[0] >= 0)
-        return super().gone(readers) and all(done.get(who, 0) >= self._put[who] for who, _ in readers)
+        return super().gone(readers) and all(
+            done.get(who, 0) >= self._put[who, left + 1] for who, left in readers
+        )
 
 
 class BufferedControl(Control):

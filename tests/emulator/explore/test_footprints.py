@@ -3,16 +3,19 @@
 from __future__ import annotations
 
 from collections.abc import Hashable, Iterable
+from pathlib import Path
 from typing import NamedTuple
 
 from emulator.explore.controlled import installed
 from emulator.explore.dpor import Exhaustive
 from emulator.explore.objects import Objects
-from emulator.explore.scheduler import Label, Task
+from emulator.explore.scheduler import Execution, Label, Task
 from emulator.explore.search import Found, Limits, search
 from emulator.explore.world import LitmusProgram
+from emulator.kvm import tdp_iter
 from emulator.litmus.loader import load_test
 from emulator.litmus.policies import named_policy
+from native import lib
 
 
 class Step(NamedTuple):
@@ -24,8 +27,8 @@ class Step(NamedTuple):
 class Watched(Exhaustive):
     """All executions, and the steps of the first one."""
 
-    def __init__(self, objects: Objects) -> None:
-        super().__init__(objects)
+    def __init__(self, objects: Objects, bound: int | None) -> None:
+        super().__init__(objects, bound=bound)
         self.steps: list[Step] = []
 
     def stepped(self, task: Task) -> None:
@@ -35,12 +38,18 @@ class Watched(Exhaustive):
         self.steps.append(Step(task.label, of(task.reads), of(task.writes)))
 
 
-def searched(test: str, policy: str, executions: int) -> tuple[Found, list[Step]]:
-    """No samples, no bounds: what is found or proved is found or proved by the reduced search alone."""
-    program = LitmusProgram(load_test(test), named_policy(policy))
+def searched(
+    test: str,
+    policy: str,
+    executions: int,
+    program_of: type[LitmusProgram] = LitmusProgram,
+    bound: int | None = None,
+) -> tuple[Found, list[Step]]:
+    """No samples: what is found or proved is found or proved by the reduced search alone."""
+    program = program_of(load_test(test), named_policy(policy))
     try:
         with installed(program.control):
-            strategy = Watched(program.objects)
+            strategy = Watched(program.objects, bound)
             limits = Limits(executions=executions)
             found = search(program, program.objects, strategy, limits, bool, lambda: False)
     finally:
@@ -60,24 +69,27 @@ def test_a_walk_from_a_cached_pointer_races_the_freeing_of_the_table() -> None:
     assert found.outcome == "walk-after-free"
 
 
-def roots(names: Iterable[Hashable]) -> set[Hashable]:
-    return {name[1] for name in names if isinstance(name, tuple) and name[0] == "custody of root"}
+def roots(test: str, names: Iterable[Hashable]) -> set[Hashable]:
+    """Root pages among those whose custody these are."""
+    tables = {name[1] for name in names if isinstance(name, tuple) and name[0] == "custody of table"}
+    return tables & set(range(1, load_test(test).machine.root_frames + 1))
 
 
 def test_walks_race_the_freeing_of_their_root_alone() -> None:
-    _, steps = searched("root-mask-null", "linux-7.3", 1)
-    walked = roots(name for step in steps if step.label[0] == "read" for name in step.reads)
-    freed = roots(name for step in steps if step.label[0] == "grace period" for name in step.writes)
+    test = "root-mask-null"
+    _, steps = searched(test, "linux-7.3", 1)
+    walked = roots(test, (name for step in steps if step.label[0] == "read" for name in step.reads))
+    freed = roots(test, (name for step in steps if step.label[0] == "grace period" for name in step.writes))
     assert walked
     assert freed
     assert walked.isdisjoint(freed)  # vCPUs are on the new root by then
 
 
 def test_a_root_that_was_loaded_before_may_be_any() -> None:
-    test = load_test("return-zap")
-    _, steps = searched("return-zap", "linux-7.3", 1)
-    first = next(step for step in steps if step.label[0] in ("read", "write") and roots(step.reads))
-    assert roots(first.reads) == set(range(test.machine.root_frames))
+    test = "return-zap"
+    _, steps = searched(test, "linux-7.3", 1)
+    first = next(s for s in steps if s.label[0] in ("read", "write") and roots(test, s.reads))
+    assert len(roots(test, first.reads)) == load_test(test).machine.root_frames
 
 
 def test_a_grace_period_waits_for_those_who_were_inside() -> None:
@@ -98,3 +110,81 @@ def test_a_test_with_grace_periods_is_proved_in_few_executions() -> None:
     found, _ = searched("log-huge", "linux-7.3", 400)
     assert found.complete
     assert found.schedule is None
+
+
+ROOTS = """
+doc = "A root page comes back as a root on a pCPU that has entries of its life before."
+source = "kvm_mmu_load()"
+init = ["w0: read 0x10", "v0: read 0x10", "k: zap-all", "v0: read 0x11", "ka: zap-all", "w0: read 0x10"]
+[machine]
+root_frames = 3
+[[vm]]
+pages = 2048
+[[vm]]
+pages = 2048
+[threads.v0]
+vcpu = 0
+ops = ["read 0x11"]
+[threads.w0]
+vcpu = 0
+vm = 1
+pcpu = 1
+ops = []
+[threads.k]
+ops = ["zap-all"]
+[threads.ka]
+vm = 1
+ops = []
+[expect]
+"root_load=none" = ["foreign-root"]
+"""
+
+
+def test_the_last_root_page_is_freed_like_others(tmp_path: Path) -> None:
+    """All three are in use: which one the vCPU gets depends on whether the grace period is over."""
+    path = tmp_path / "roots.toml"
+    path.write_text(ROOTS)
+    found, _ = searched(str(path), "root_load=none", 3000, bound=1)
+    assert found.outcome == "foreign-root"
+
+
+class LateLook(LitmusProgram):
+    """`k` frees a table by RCU; `r` has a link to it from an earlier read section and looks in a later one,
+    which the grace period does not wait for."""
+
+    def start(self, execution: Execution) -> None:
+        super().start(execution)
+        m, control = self.machine.m, self.control
+        seen = control.bit("inside")
+        k, r = (self.world.threads[name].home.id for name in ("k", "r"))
+        vm, kvm = self.world.kvms[0].id, tdp_iter.__dict__["lib"]
+        table = lib.ept_table_alloc(m, k, lib.FRAME_TABLE)
+        link = lib.make_nonleaf_spte(m, table)
+        inside: list[bool] = []
+
+        def frees() -> None:
+            kvm.rcu_read_lock(m, k)
+            kvm.ept_table_free_rcu(m, k, table)
+            execution.step(("inside", None, "read"), seen, 0, lambda: bool(inside), "r")
+            kvm.rcu_read_unlock(m, k)
+
+        def looks() -> None:
+            kvm.rcu_read_lock(m, r)
+            execution.step(("inside", None, "write"), 0, seen)
+            inside.append(True)
+            kvm.tdp_table_holds(m, r, vm, link, 2, 0)
+            control.judge()
+            execution.step(("nothing", None, "read"), 0, 0)
+            kvm.rcu_read_unlock(m, r)
+
+        for task in execution.tasks:
+            task.body = {"k": frees, "r": looks}.get(task.name, task.body)
+
+
+def test_kvms_own_look_at_a_table_races_its_freeing(tmp_path: Path) -> None:
+    path = tmp_path / "late-look.toml"
+    path.write_text(
+        'doc = "d"\nsource = "s"\n[[vm]]\n[threads.k]\nops = []\n[threads.r]\nops = []\n[expect]\n'
+    )
+    found, _ = searched(str(path), "linux-7.3", 100, LateLook)
+    assert found.outcome == "walk-after-free"
