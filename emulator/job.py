@@ -180,6 +180,8 @@ class _Run:
         if self.before is not None:
             snapshot = snapshot.since(self.before[0])
             receivers = tuple(now.less(then) for now, then in zip(receivers, self.before[1], strict=True))
+        # The guests go on until the machine has stopped, and the books with them.
+        worked = snapshot.counters["accesses"] / job._pace if job._pace else self.worked
         names = {actor.cpu.id: actor.name for actor in self.emulation.crew.actors}
         return Result(
             snapshot=snapshot,
@@ -197,7 +199,7 @@ class _Run:
             failure=self._failure(snapshot),
             interrupted=self.stop.is_set(),
             receivers=receivers,
-            worked=self.worked,
+            worked=worked,
         )
 
     def _failure(self, snapshot: Snapshot) -> str:
