@@ -14,7 +14,7 @@ enum { FLUSHES_REMEMBERED = 1024 };
 struct flush_account {
 	uint64_t flushes;
 	uint64_t necessary[FLUSHES_REMEMBERED]; /* last flush known to have averted a use, by number */
-	uint16_t root_life[];                   /* life of each root page when last flushed here */
+	uint16_t root_life[];                   /* life of each root page, from frame 1 on, when last flushed here */
 };
 
 /* NULL only if memory is out: then flushes work, unattributed. */
@@ -88,9 +88,9 @@ void flush_invept_single(struct machine *m, uint32_t cpu, uint32_t vm, uint32_t 
 	uint16_t life = (uint16_t)frame_tag(m->frames, root);
 
 	invept_single(t, root);
-	if (a && root < m->config.root_frames && a->root_life[root] != life) {
+	if (a && root - 1 < m->config.root_frames && a->root_life[root - 1] != life) {
 		count(m->cpus[cpu].counters, COUNT_DEAD_ROOT_ENTRIES, tlb_dropped(t, -1));
-		a->root_life[root] = life;
+		a->root_life[root - 1] = life;
 	}
 	end(m, cpu, vm);
 }

@@ -200,6 +200,23 @@ def test_root_page_reused_by_another_vm(machine: Hypervisor) -> None:
     assert report.kinds >> lib.VIOLATION_FOREIGN_ROOT & 1
 
 
+@pytest.mark.parametrize("root_frames", [1, 2])
+def test_entries_of_a_dead_root_are_counted_whichever_page_it_was(root_frames: int) -> None:
+    with Hypervisor(root_frames=root_frames) as machine:
+        vm = machine.vm()
+        root = machine.roots[vm]
+        lib.flush_invept_single(machine.m, 0, vm, root, lib.REASON_MIGRATION)
+        machine.access(0, machine.vcpu(vm, 1), 0x5000, READ)
+        lib.ept_table_free(machine.m, 0, root)
+        assert machine.new_root() == root, "last in, first out"
+        before = lib.counter_sum(machine.m, lib.COUNT_DEAD_ROOT_ENTRIES)
+        lib.flush_invept_single(machine.m, 0, vm, root, lib.REASON_MIGRATION)
+        dead = lib.counter_sum(machine.m, lib.COUNT_DEAD_ROOT_ENTRIES) - before
+        assert dead > 0
+        lib.flush_invept_single(machine.m, 0, vm, root, lib.REASON_MIGRATION)
+        assert lib.counter_sum(machine.m, lib.COUNT_DEAD_ROOT_ENTRIES) == before + dead, "once"
+
+
 def test_freed_table_behind_a_paging_structure_cache(machine: Hypervisor) -> None:
     vm = machine.vm()
     vcpu = machine.vcpu(vm, 1)
