@@ -36,8 +36,8 @@ def kvm_vcpu_reset(cpu: Cpu, vcpu: Vcpu, init_event: bool) -> None:
     """kvm_vcpu_reset(): what decides about roots and flushes.
 
     No roots are freed and no flush is requested unless CR0.PG was set, but for INIT: the SDM has it drop all
-    translations (vol. 3A, 10.1), and so does KVM (since 5.15).  Mutant I1: neither this nor vmx_vcpu_reset()
-    flushes.
+    translations (vol. 3A, 10.1), and so does KVM (df37ed38e6c2, 5.15).  Mutant I1: neither this nor
+    vmx_vcpu_reset() flushes.
     """
     arch = vcpu.arch
     old_cr0 = arch.cr0
