@@ -13,6 +13,7 @@ PRESENT, WRITABLE, ACCESSED, DIRTY, HUGE = 7, 2, 0x100, 0x200, 0x80
 MMU_WRITABLE = 1 << lib.SPTE_MMU_WRITABLE_BIT
 CUSTODY_MASK = 0x7FFF << lib.SPTE_CUSTODY_SHIFT
 BLOCK = int(lib.BLOCK_FRAMES)
+HUGE_GFN = 512  # a 2M range of the rig's 2048 gfns that tests map huge
 
 
 def pages_of(level: int) -> int:
@@ -168,4 +169,15 @@ def map_page(rig: Rig, gfn: int, writable: bool = True) -> int:
     page = rig.fault(gfn)
     spte = int(lib.make_spte(page.hfn, page.tag, 1, writable, 1))
     assert rig.set_atomic(table, 1, gfn, old, spte) == 0
+    return spte
+
+
+def map_huge(rig: Rig, gfn: int = HUGE_GFN) -> int:
+    """Install a 2M leaf, and return it."""
+    rig.fault(gfn)
+    assert lib.mm_collapse(rig.m, CPU, 0, gfn) == 0
+    page = rig.fault(gfn)
+    table, old = rig.link(gfn, 2)
+    spte = int(lib.make_spte(page.hfn, page.tag, 2, 1, 1))
+    assert rig.set_atomic(table, 2, gfn, old, spte) == 0
     return spte

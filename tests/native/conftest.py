@@ -1,0 +1,14 @@
+"""What the tests of SPTEs, tables and walks have in common."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+import pytest
+from memory_rig import Rig
+
+
+@pytest.fixture(params=[4, 5])
+def rig(request: pytest.FixtureRequest) -> Iterator[Rig]:
+    with Rig(root_level=request.param) as machine:
+        yield machine
