@@ -100,6 +100,7 @@ class _Run:
         # Where the books begin, and the workload's clock then.
         self.before: tuple[Snapshot, tuple[Receivers, ...]] | None = None
         self.began = 0.0
+        self.settled = 0.0  # `elapsed` then
         self.stories = Stories(emulation.m)
         self.watchdog = Watchdog(emulation.crew)
 
@@ -128,7 +129,7 @@ class _Run:
                 if self.elapsed >= next_progress:
                     next_progress = self.elapsed + _PROGRESS_SECONDS
                     self.progress(self.snapshot())
-                crew.stopped.wait(_POLL_SECONDS)
+                crew.stopped.wait(self._pause())
             self.elapsed = time.monotonic() - started
         finally:
             self.emulation.release()
@@ -143,7 +144,7 @@ class _Run:
 
     def _begin(self) -> None:
         self.before = self.snapshot(), read_receivers(self.emulation.m, self.job.scenario)
-        self.began, self.worked = self.emulation.workload.clock(), 0.0
+        self.began, self.worked, self.settled = self.emulation.workload.clock(), 0.0, self.elapsed
 
     def _over(self) -> bool:
         duration, limit = self.job.duration, self.job._wall_limit
@@ -154,6 +155,13 @@ class _Run:
             or (duration is not None and self.worked >= duration and not self._settling())
             or (limit is not None and self.elapsed >= limit)
         )
+
+    def _pause(self) -> float:
+        """Until it looks again; near the end not longer than the rest takes."""
+        if self.job.duration is None or not self.worked or self._settling():
+            return _POLL_SECONDS
+        rest = (self.job.duration - self.worked) * (self.elapsed - self.settled) / self.worked
+        return min(max(rest, _POLL_SECONDS / 10), _POLL_SECONDS)
 
     def _watch(self) -> None:
         for stall in self.watchdog.check():
