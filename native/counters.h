@@ -20,6 +20,7 @@ enum counter {
 	COUNT_GPA_LOOKUPS,       /* guest-physical lookups of two-dimensional walks */
 	COUNT_GPA_MISSES,
 	COUNT_WALK_REFERENCES,   /* table entries read by hardware walks, both dimensions */
+	COUNT_WALK_UPDATES,      /* SPTEs in which hardware walks set A or D */
 	COUNT_REFILLS,           /* misses that match a ghost: refills caused by a flush */
 	COUNT_AVERTED,           /* of those, ghosts whose use would have been a violation */
 	COUNT_LEGAL_STALE,       /* stale translations used before their revocation completed */

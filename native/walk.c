@@ -85,7 +85,7 @@ static uint32_t access_bit(uint32_t type)
 
 /* Set A, and D for a write.  False: the SPTE changed meanwhile and must be read again.  *spte is what is in
  * the table afterwards. */
-static bool set_accessed(_Atomic uint64_t *slot, uint64_t *spte, uint32_t type)
+static bool set_accessed(struct counters *counters, _Atomic uint64_t *slot, uint64_t *spte, uint32_t type)
 {
 	uint64_t want = *spte | SPTE_ACCESSED | (type == ACCESS_WRITE ? SPTE_DIRTY : 0);
 
@@ -96,6 +96,7 @@ static bool set_accessed(_Atomic uint64_t *slot, uint64_t *spte, uint32_t type)
 						     memory_order_acquire))
 		return false;
 	*spte = want;
+	count(counters, COUNT_WALK_UPDATES, 1);
 	return true;
 }
 
@@ -240,7 +241,7 @@ static enum walk_result ept_walk(struct walk *w, uint64_t gfn, uint32_t type, st
 		}
 		if (!(spte & access_bit(type)) || spte_hfn(spte) >= w->m->frames->count)
 			return violate(w, gfn, type, spte);
-		if (!set_accessed(slot, &spte, type))
+		if (!set_accessed(w->cpu->counters, slot, &spte, type))
 			continue;
 		/* The tag must be one that the frame had while the SPTE was there: tag first, then the SPTE
 		 * again.  Whoever clears the SPTE advances the tag afterwards (oracle.h). */

@@ -87,7 +87,6 @@ class Adversary:
         self.pcpus = sorted({place.pcpu for place in self.places})
         self.paging = {place.pcpu for place in self.places if place.paging}
         self.several = len(test.vm) > 1
-        self.ages = any(op.verb == "host-age" for thread in test.threads.values() for op in thread.parsed)
         self.inside: dict[int, int] = {}  # pCPU: the VM whose guest it is in
         self.evictions = self.fills = 0  # that are left in this execution
         self.cpu_of: dict[str, int] = {}  # by name of a task
@@ -250,8 +249,8 @@ class Adversary:
             # Two fills commute, whatever caches of table pointers they share on the way.
             walks = bit("custody") | bit("custody of tables") | bit("ept") | self.walked(pcpu)
             walks |= self.control.custody_of_root()
-            # Accessed flags of SPTEs are set from the start; those of the guest's tables are not.
-            flags = (bit("memory", vm) if place.paging else 0) | (bit("ept") if self.ages else 0)
+            # Flags of the guest's tables.
+            flags = bit("memory", vm) if place.paging else 0
             cached = bit("cached", pcpu, vm, page)
             fills = cached | bit("speculative fills")
             label = ("speculative fill of", f"page {page:#x}", "write")
@@ -268,7 +267,10 @@ class Adversary:
                     continue
                 # Also where nothing comes of it, tables were read, and flags and caches on the way were set.
                 execution.touch(walks, flags)
+                before = self.control.walks(pcpu)
                 self.control.machine.cpus[pcpu].check(lib.guest_speculate(m, pcpu, page << 12))
+                if self.control.walks(pcpu).updates != before.updates:
+                    execution.touch(0, bit("ept"))
                 if self.is_large(pcpu, vm, page):
                     execution.touch(0, self._mask(pcpu, vm, page)[1])
 
@@ -300,14 +302,14 @@ class AdversarialLib(ControlledLib):
         op = control.next_op(vcpu)
         if op is None or op.kind in _QUIET_OPS or adversary is None:
             return super()._guest_step(execution, m, cpu, vcpu)
-        vm, page, misses = control.vm_of(vcpu), op.linear >> 12, control.misses(cpu)
+        vm, page, before = control.vm_of(vcpu), op.linear >> 12, control.walks(cpu)
         if op.kind not in _ACCESS_OPS:
             reason = super()._guest_step(execution, m, cpu, vcpu)
             execution.touch(0, adversary.everything_on(cpu, vm))
             return reason
         reason = super()._guest_step(execution, m, cpu, vcpu)
         touched = adversary.accessed(cpu, vm, page)
-        if control.misses(cpu) != misses or reason == lib.EXIT_EPT_VIOLATION:
+        if control.walks(cpu).misses != before.misses or reason == lib.EXIT_EPT_VIOLATION:
             touched |= adversary.walked(cpu)
         execution.touch(0, touched)
         return reason

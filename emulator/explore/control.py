@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Hashable, Iterable
 from functools import partial
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 from emulator.explore.audit import Audit
 from emulator.explore.objects import Objects
@@ -88,6 +88,14 @@ class Readers:
 
     def who(self, before: tuple[tuple[int, int], ...]) -> list[int]:
         return [who for who, left in before if self.left.get(who, 0) == left]
+
+
+class Walks(NamedTuple):
+    """Hardware walks; SPTEs in which they set A or D; uses that only the ledger of rights can judge."""
+
+    misses: int
+    updates: int
+    judged: int
 
 
 class Control:
@@ -267,10 +275,12 @@ class Control:
 
     # --- what happened --------------------------------------------------------------------------------------
 
-    def misses(self, cpu: int) -> int:
-        """Hardware walks on this pCPU so far."""
+    def walks(self, cpu: int) -> Walks:
+        """On this pCPU so far."""
         lib.counters_read(self.machine.m, cpu, self._counters)
-        return int(self._counters[lib.COUNT_L2_MISSES] + self._counters[lib.COUNT_GPA_LOOKUPS])
+        of = self._counters
+        misses = of[lib.COUNT_L2_MISSES] + of[lib.COUNT_GPA_LOOKUPS]
+        return Walks(misses, of[lib.COUNT_WALK_UPDATES], of[lib.COUNT_ORACLE_SLOW])
 
     def caches_tables(self, cpu: int) -> bool:
         """Whether this pCPU's paging-structure caches hold anything."""

@@ -75,14 +75,20 @@ class GuestMode:
             reads,
             tlb,
         )
-        misses, cached = control.misses(cpu), control.caches_tables(cpu)
+        before, cached = control.walks(cpu), control.caches_tables(cpu)
         reason = int(lib.guest_step(m, cpu))
-        walked = control.misses(cpu) != misses or reason == lib.EXIT_EPT_VIOLATION
+        now = control.walks(cpu)
+        walked = now.misses != before.misses or reason == lib.EXIT_EPT_VIOLATION
         stored = op.kind in _STORES or (walked and vm in control.paging)
         if walked:
             # From the root on a walk meets linked tables only; what a cached pointer leads to may be free.
             root = control.custody_of_root(vcpu)
             execution.touch(ept | root | (control.bit("custody of tables") if cached else 0), 0)
+        elif now.judged != before.judged:
+            # An SPTE that grants a right again makes legal what was not.
+            execution.touch(ept, 0)
+        if now.updates != before.updates:
+            execution.touch(0, ept)
         if stored:
             execution.touch(0, memory)
         control.judge()

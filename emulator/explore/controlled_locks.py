@@ -38,6 +38,7 @@ class Locks:
         mask = control.bit("mmu_lock", vm)
         waiters = control.bit("mmu_lock waiters", vm)
         contended = lock.writer or (write and lock.readers > 0)
+        execution.touch(mask, 0)
         if contended:
             lock.waiting += 1
             execution.touch(0, waiters)

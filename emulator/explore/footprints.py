@@ -13,7 +13,7 @@ from operator import itemgetter
 from typing import TYPE_CHECKING, Any, Literal
 
 from emulator.explore.scheduler import Label
-from emulator.kvm.spte import spte_to_child_pt
+from emulator.kvm.spte import is_last_spte, is_shadow_present_pte, spte_to_child_pt
 from native import lib
 
 if TYPE_CHECKING:
@@ -108,6 +108,12 @@ def _root_loaded(control: Control, args: Args) -> int:
     return control.custody_of_table(args[2])
 
 
+def _granted(control: Control, args: Args) -> int:
+    """A leaf grants its rights only if its custody still holds."""
+    spte, level = args[-1], args[5]
+    return control.bit("custody") if is_shadow_present_pte(spte) and is_last_spte(spte, level) else 0
+
+
 def _root_walked(control: Control, args: Args) -> int:
     """From the root on, a call meets linked tables only."""
     return control.custody_of_table(args[3].root)
@@ -157,13 +163,15 @@ FOOTPRINTS: dict[str, Footprint] = {
     "vcpu_set_eptp": Footprint(seen=_root_loaded, step=False),
     "tdp_mmu_get_walk": Footprint(reads=(EPT, _table(1)), kind="sptes"),
     "spte_read": Footprint(reads=(EPT, _table(1)), step=False),
-    "tdp_mmu_set_spte_atomic": Footprint(reads=(EPT, _table(3)), outcome=_spte_changed, kind="spte"),
-    "tdp_mmu_set_spte": Footprint(reads=(_table(3),), writes=(EPT,), kind="spte"),
+    "tdp_mmu_set_spte_atomic": Footprint(
+        reads=(EPT, _table(3)), outcome=_spte_changed, seen=_granted, kind="spte"
+    ),
+    "tdp_mmu_set_spte": Footprint(reads=(_table(3),), writes=(EPT,), seen=_granted, kind="spte"),
     "tdp_walk_chunk": Footprint(reads=(EPT,), outcome=_sptes_changed, seen=_root_walked, kind="sptes"),
     "tdp_removal_begin": Footprint(reads=(EPT,), seen=_tables_removed, step=False),
     "tdp_removal_step": Footprint(writes=(EPT,), seen=_tables_removed, kind="sptes"),
     "tdp_table_holds": Footprint(reads=(EPT,), seen=_link_followed, kind="sptes"),
-    "tdp_mmu_map_around": Footprint(reads=(_table(3),), writes=(EPT,), kind="sptes"),
+    "tdp_mmu_map_around": Footprint(reads=(_table(3), CUSTODY), writes=(EPT,), kind="sptes"),
     "ept_table_alloc": Footprint(outcome=_frame_kind, kind="table"),
     "ept_table_free": Footprint(writes=(*_ANY_TABLE, CUSTODY_OF_TABLES, _table(2)), kind="table"),
     "ept_table_free_rcu": Footprint(writes=(("callbacks",),), outcome=_queued, kind="call_rcu"),

@@ -44,13 +44,14 @@ def searched(
     executions: int,
     program_of: type[LitmusProgram] = LitmusProgram,
     bound: int | None = None,
+    every: bool = False,
 ) -> tuple[Found, list[Step]]:
     """No samples: what is found or proved is found or proved by the reduced search alone."""
     program = program_of(load_test(test), named_policy(policy))
     try:
         with installed(program.control):
             strategy = Watched(program.objects, bound)
-            limits = Limits(executions=executions)
+            limits = Limits(executions=executions, first_only=not every)
             found = search(program, program.objects, strategy, limits, bool, lambda: False)
     finally:
         program.close()
@@ -140,12 +141,102 @@ ops = []
 """
 
 
+def written(directory: Path, text: str) -> str:
+    path = directory / "test.toml"
+    path.write_text(text)
+    return str(path)
+
+
 def test_the_last_root_page_is_freed_like_others(tmp_path: Path) -> None:
     """All three are in use: which one the vCPU gets depends on whether the grace period is over."""
-    path = tmp_path / "roots.toml"
-    path.write_text(ROOTS)
-    found, _ = searched(str(path), "root_load=none", 3000, bound=1)
+    found, _ = searched(written(tmp_path, ROOTS), "root_load=none", 3000, bound=1)
     assert found.outcome == "foreign-root"
+
+
+GRANTED_AGAIN = """
+doc = "A stale read is no violation any more when somebody else has mapped the page again."
+source = "kvm_zap_gfn_range()"
+init = ["v1: read 0x11", "v0: read 0x10"]
+[[vm]]
+vcpus = 2
+[threads.v1]
+vcpu = 1
+pcpu = 1
+ops = ["wait k 1", "read 0x10"]
+[threads.v0]
+vcpu = 0
+ops = ["read 0x10"]
+[threads.k]
+ops = ["zap 0x10"]
+[expect]
+"mutant:B10" = ["stale-after-revoke"]
+"""
+
+
+def test_a_stale_use_races_whoever_grants_the_right_again(tmp_path: Path) -> None:
+    """The use hits the TLB.  v1 comes first in the first execution."""
+    found, _ = searched(written(tmp_path, GRANTED_AGAIN), "mutant:B10", 100)
+    assert found.outcome == "stale-after-revoke"
+
+
+CONTENDED = """
+doc = "An unmap that yields, because somebody waits for mmu_lock, and does not flush."
+source = "tdp_mmu_iter_need_resched()"
+init = ["v0: write 0x10", "k: host-touch 0x300"]
+[[vm]]
+chunk = 1
+[threads.v0]
+vcpu = 0
+ops = ["wait mm 1", "write 0x10"]
+[threads.k]
+ops = ["host-touch 0x300", "zap 0x300"]
+[threads.mm]
+ops = ["host-unmap 0x10 2"]
+[expect]
+"zap_yield=no-flush" = ["use-after-free"]
+"""
+
+
+def test_who_finds_mmu_lock_taken_races_its_holder(tmp_path: Path) -> None:
+    """Whoever comes while it is held makes the holder yield, whoever comes later does not."""
+    found, _ = searched(written(tmp_path, CONTENDED), "zap_yield=no-flush", 2000)
+    assert found.outcome == "use-after-free"
+
+
+AGED = """
+doc = "A walk sets the accessed flag that the host clears."
+source = "kvm_age_gfn()"
+init = ["v1: read 0x10", "v0: read 0x11", "k: host-age 0x10"]
+[[vm]]
+vcpus = 2
+[threads.k]
+ops = ["host-age 0x10"]
+[threads.v0]
+vcpu = 0
+ops = ["read 0x10"]
+[threads.v1]
+vcpu = 1
+pcpu = 1
+ops = []
+[expect]
+"""
+
+
+class LastFlag(LitmusProgram):
+    """The outcome is the SPTE's accessed flag."""
+
+    def finish(self, execution: Execution) -> str:
+        super().finish(execution)
+        self.control.execution = None
+        cpu, (root,) = self.machine.cpus[-1], self.world.kvms[0].tdp_mmu_roots
+        level = lib.tdp_mmu_get_walk(self.machine.m, root.hfn, root.role.level, 0x10, cpu.sptes, cpu.tables)
+        return "accessed" if cpu.sptes[level] & lib.SPTE_ACCESSED else "old"
+
+
+def test_the_flags_that_walks_set_race_whoever_clears_them(tmp_path: Path) -> None:
+    found, _ = searched(written(tmp_path, AGED), "linux-7.3", 100, LastFlag, every=True)
+    assert found.complete
+    assert set(found.outcomes) == {"accessed", "old"}
 
 
 class LateLook(LitmusProgram):
@@ -182,9 +273,6 @@ class LateLook(LitmusProgram):
 
 
 def test_kvms_own_look_at_a_table_races_its_freeing(tmp_path: Path) -> None:
-    path = tmp_path / "late-look.toml"
-    path.write_text(
-        'doc = "d"\nsource = "s"\n[[vm]]\n[threads.k]\nops = []\n[threads.r]\nops = []\n[expect]\n'
-    )
-    found, _ = searched(str(path), "linux-7.3", 100, LateLook)
+    test = 'doc = "d"\nsource = "s"\n[[vm]]\n[threads.k]\nops = []\n[threads.r]\nops = []\n[expect]\n'
+    found, _ = searched(written(tmp_path, test), "linux-7.3", 100, LateLook)
     assert found.outcome == "walk-after-free"
