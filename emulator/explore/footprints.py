@@ -94,8 +94,10 @@ def _sptes_changed(control: Control, args: Args, result: Any) -> int:
     return control.bit("ept") if chunk.changed and chunk.walk != lib.TDP_COUNT else 0
 
 
-def _frame_kind(control: Control, args: Args, result: Any) -> int:
-    return control.bit("frames", "root" if args[2] == lib.FRAME_ROOT else "table")
+def _allocated(control: Control, args: Args, result: Any) -> int:
+    """A page of that kind, which is empty now."""
+    kind = control.bit("frames", "root" if args[2] == lib.FRAME_ROOT else "table")
+    return kind | (control.custody_of_table(result) if result >= 0 else 0)
 
 
 def _queued(control: Control, args: Args, result: Any) -> int:
@@ -172,7 +174,7 @@ FOOTPRINTS: dict[str, Footprint] = {
     "tdp_removal_step": Footprint(writes=(EPT,), seen=_tables_removed, kind="sptes"),
     "tdp_table_holds": Footprint(reads=(EPT,), seen=_link_followed, kind="sptes"),
     "tdp_mmu_map_around": Footprint(reads=(_table(3), CUSTODY), writes=(EPT,), kind="sptes"),
-    "ept_table_alloc": Footprint(outcome=_frame_kind, kind="table"),
+    "ept_table_alloc": Footprint(outcome=_allocated, kind="table"),
     "ept_table_free": Footprint(writes=(*_ANY_TABLE, CUSTODY_OF_TABLES, _table(2)), kind="table"),
     "ept_table_free_rcu": Footprint(writes=(("callbacks",),), outcome=_queued, kind="call_rcu"),
     "tdp_mmu_make_split_table": Footprint(writes=(("frames", "table"),), kind="table"),
