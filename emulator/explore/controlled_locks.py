@@ -37,8 +37,9 @@ class Locks:
         control = self.control
         mask = control.bit("mmu_lock", vm)
         waiters = control.bit("mmu_lock waiters", vm)
+        # A look at the lock, which for a writer is another one before and after a reader comes or goes.
         contended = lock.writer or (write and lock.readers > 0)
-        execution.touch(mask, 0)
+        execution.touch(0 if write else mask, mask if write else 0)
         if contended:
             lock.waiting += 1
             execution.touch(0, waiters)
