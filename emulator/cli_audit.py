@@ -1,4 +1,4 @@
-"""`flushlab explore --audit`: does explored code touch anything that the search does not know of?"""
+"""`flushlab explore --audit`: does explored code do anything that the search does not know of?"""
 
 from __future__ import annotations
 
@@ -16,6 +16,7 @@ _TITLES = {
     "unannounced": "native calls without a named point before them",
     "undescribed": "native functions without a described footprint",
     "shared": "Python state that two tasks touch in either order, without a step that says so",
+    "ordered": "steps that should commute, and do not",
 }
 # Tests that are named where a finding came up in many.
 _NAMED = 4
@@ -46,5 +47,9 @@ def _print(found: Sequence[Audited]) -> None:
             more = f" and {len(tests) - _NAMED} more" if len(tests) > _NAMED else ""
             print(f"  {n:>6}x {sentence}  [{', '.join(tests[:_NAMED])}{more}]")
     runs = sum(one.executions for one in found)
+    swaps = sum(one.swaps for one in found)
     clean = sum(one.clean for one in found)
-    print(f"{clean} of {len(found)} tests and policies without a finding, {runs:,} random executions")
+    print(
+        f"{clean} of {len(found)} tests and policies without a finding, {runs:,} random executions, "
+        f"{swaps:,} pairs of steps swapped"
+    )

@@ -122,8 +122,9 @@ def explore(
         bool,
         typer.Option(
             "--audit",
-            help="Look for shared state that is touched without a step that says so, instead; in "
-            "--executions random executions each, 20 if not given.",
+            help="Look for shared state that is touched without a step that says so, and for steps that are "
+            "taken for independent and do not commute, instead; in --executions random executions each, 20 "
+            "if not given.",
         ),
     ] = False,
     as_json: Annotated[

@@ -8,15 +8,19 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from emulator.explore.audit import Audit
+from emulator.explore.choices import NONE, Choices
+from emulator.explore.commuting import Commuting
 from emulator.explore.controlled import installed
+from emulator.explore.remains import Remains
 from emulator.explore.search import Limits, search
 from emulator.explore.shared_state import SharedState, watching
-from emulator.explore.world import LitmusProgram
 from emulator.litmus.model import LitmusTest
 from emulator.policy import Policy
 
 # How many random executions of a test are looked at.
 EXECUTIONS = 20
+# Neighbours that are swapped in each of as many again.
+SWAPS = 10
 
 
 @dataclass(frozen=True, slots=True)
@@ -25,6 +29,8 @@ class Audited:
 
     unannounced: native calls that no named point announces.  undescribed: native functions without a
     footprint.  shared: accesses of two tasks to a Python object, neither of which happens before the other.
+    ordered: of `swaps` neighbouring steps whose footprints do not conflict, those whose order makes a
+    difference.
     """
 
     test: str
@@ -33,10 +39,12 @@ class Audited:
     unannounced: Counter[str] = field(default_factory=Counter)
     undescribed: Counter[str] = field(default_factory=Counter)
     shared: Counter[str] = field(default_factory=Counter)
+    ordered: Counter[str] = field(default_factory=Counter)
+    swaps: int = 0
 
     @property
     def clean(self) -> bool:
-        return not (self.unannounced or self.undescribed or self.shared)
+        return not (self.unannounced or self.undescribed or self.shared or self.ordered)
 
     def document(self) -> dict[str, Any]:
         """For --json."""
@@ -47,21 +55,37 @@ class Audited:
             "unannounced": dict(sorted(self.unannounced.items())),
             "undescribed": dict(sorted(self.undescribed.items())),
             "shared": dict(sorted(self.shared.items())),
+            "swaps": self.swaps,
+            "ordered": dict(sorted(self.ordered.items())),
         }
 
 
-def audited(test: LitmusTest, policy: Policy, executions: int = EXECUTIONS, seed: int = 0) -> Audited:
+def audited(
+    test: LitmusTest, policy: Policy, executions: int = EXECUTIONS, seed: int = 0, choices: Choices = NONE
+) -> Audited:
     """The same for the same arguments."""
-    program = LitmusProgram(test, policy)
+    program = Remains(test, policy, choices)
     walks = SharedState(program.control, executions, seed)
     audit = program.control.audit = Audit()
+    commuting = Commuting(program, seed)
     try:
-        with installed(program.control), watching(walks):
-            search(program, program.objects, walks, Limits(), lambda outcome: False)
+        with installed(program.control):
+            with watching(walks):
+                search(program, program.objects, walks, Limits(), lambda outcome: False)
+            program.control.audit = None
+            commuting.run(executions, SWAPS)
     finally:
         program.close()
-    undescribed = Counter(dict.fromkeys(audit.unknown, 1))
-    return Audited(test.name, policy.name, executions, audit.unannounced, undescribed, walks.findings)
+    return Audited(
+        test.name,
+        policy.name,
+        executions,
+        audit.unannounced,
+        Counter(dict.fromkeys(audit.unknown, 1)),
+        walks.findings,
+        commuting.findings,
+        commuting.swaps,
+    )
 
 
 def by_sentence(found: Iterable[Audited], kind: str) -> dict[str, tuple[int, list[str]]]:
