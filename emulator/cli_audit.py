@@ -7,6 +7,7 @@ import sys
 from collections.abc import Sequence
 
 from emulator.explore.audited import Audited, audited, by_sentence
+from emulator.explore.choices import Choices
 from emulator.litmus.model import LitmusTest
 from emulator.litmus.policies import named_policy
 
@@ -23,13 +24,18 @@ _NAMED = 4
 
 
 def audit(
-    tests: Sequence[LitmusTest], policies: Sequence[str], executions: int, seed: int, as_json: bool
+    tests: Sequence[LitmusTest],
+    policies: Sequence[str],
+    executions: int,
+    seed: int,
+    choices: Choices,
+    as_json: bool,
 ) -> int:
     """The exit status: 1 if there is a finding."""
     found = []
     for name in policies:
         policy = named_policy(name)
-        found += [audited(test, policy, executions, seed) for test in tests]
+        found += [audited(test, policy, executions, seed, choices) for test in tests]
     if as_json:
         json.dump({"format": 1, "audited": [one.document() for one in found]}, sys.stdout, indent=1)
         print()
@@ -50,6 +56,6 @@ def _print(found: Sequence[Audited]) -> None:
     swaps = sum(one.swaps for one in found)
     clean = sum(one.clean for one in found)
     print(
-        f"{clean} of {len(found)} tests and policies without a finding, {runs:,} random executions, "
-        f"{swaps:,} pairs of steps swapped"
+        f"{clean} of {len(found)} tests and policies without a finding, {runs:,} random executions of each "
+        f"kind, {swaps:,} pairs of steps swapped"
     )

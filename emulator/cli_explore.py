@@ -18,6 +18,7 @@ from rich.text import Text
 from emulator.errors import BadInput
 
 if TYPE_CHECKING:
+    from emulator.explore.choices import Choices
     from emulator.explore.verdict import Verdict
     from emulator.litmus.model import LitmusTest
 
@@ -123,8 +124,8 @@ def explore(
         typer.Option(
             "--audit",
             help="Look for shared state that is touched without a step that says so, and for steps that are "
-            "taken for independent and do not commute, instead; in --executions random executions each, 20 "
-            "if not given.",
+            "taken for independent and do not commute, instead; in --executions random executions each for "
+            "both, 20 if not given; after a violation there is nothing to swap.",
         ),
     ] = False,
     as_json: Annotated[
@@ -148,11 +149,11 @@ def explore(
     names = list(dict.fromkeys(policy or [DEFAULT]))
     for name in names:
         named_policy(name)
+    choices = Choices.given(adversary or [], adversary_budget, store_buffers)
     if audit:
         source = context.get_parameter_source("executions")
         given = executions if source is not None and source.name != "DEFAULT" else None
-        raise typer.Exit(_audit(tests, names, given, seed, as_json))
-    choices = Choices.given(adversary or [], adversary_budget, store_buffers)
+        raise typer.Exit(_audit(tests, names, given, seed, choices, as_json))
     plan = Plan(strategy, executions, bound, seed=seed, depth=depth, choices=choices)
     work = [Work(test, name, plan, seconds) for test in tests for name in names]
     started = time.monotonic()
@@ -179,12 +180,17 @@ def explore(
 
 
 def _audit(
-    tests: list[LitmusTest], policies: list[str], executions: int | None, seed: int, as_json: bool
+    tests: list[LitmusTest],
+    policies: list[str],
+    executions: int | None,
+    seed: int,
+    choices: Choices,
+    as_json: bool,
 ) -> int:
     from emulator.cli_audit import audit
     from emulator.explore.audited import EXECUTIONS
 
-    return audit(tests, policies, executions or EXECUTIONS, seed, as_json)
+    return audit(tests, policies, executions or EXECUTIONS, seed, choices, as_json)
 
 
 def _console() -> Console:

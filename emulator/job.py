@@ -23,6 +23,7 @@ from native import lib
 _PROGRESS_SECONDS = 0.5
 # The event rings forget fast: look for new reports this often.
 _POLL_SECONDS = 0.01
+_LEAST_PAUSE = 0.001
 
 
 class Job:
@@ -157,11 +158,11 @@ class _Run:
         )
 
     def _pause(self) -> float:
-        """Until it looks again; near the end not longer than the rest takes."""
+        """Seconds until it looks again; near the end not longer than the rest takes."""
         if self.job.duration is None or not self.worked or self._settling():
             return _POLL_SECONDS
         rest = (self.job.duration - self.worked) * (self.elapsed - self.settled) / self.worked
-        return min(max(rest, _POLL_SECONDS / 10), _POLL_SECONDS)
+        return min(max(rest, _LEAST_PAUSE), _POLL_SECONDS)
 
     def _watch(self) -> None:
         for stall in self.watchdog.check():

@@ -162,7 +162,7 @@ class Result:
     failure: str = ""
     interrupted: bool = False
     receivers: tuple[Receivers, ...] = ()
-    # Seconds by the workload's clock.
+    # Seconds by the workload's clock; with a pace, all accesses in the books by it.
     worked: float = 0
     # Of a user's policy: where its class decides a point, and how often it answered what.
     policy_overrides: Mapping[str, str] = field(default_factory=dict)

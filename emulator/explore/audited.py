@@ -25,7 +25,7 @@ SWAPS = 10
 
 @dataclass(frozen=True, slots=True)
 class Audited:
-    """Of one test under one policy, in so many executions; sentences with how often each came up.
+    """Of one test under one policy, in so many executions of each kind: sentences, how often each came up.
 
     unannounced: native calls that no named point announces.  undescribed: native functions without a
     footprint.  shared: accesses of two tasks to a Python object, neither of which happens before the other.
@@ -67,7 +67,7 @@ def audited(
     program = Remains(test, policy, choices)
     walks = SharedState(program.control, executions, seed)
     audit = program.control.audit = Audit()
-    commuting = Commuting(program, seed)
+    commuting = Commuting(program, program.objects, seed)
     try:
         with installed(program.control):
             with watching(walks):

@@ -8,7 +8,7 @@ from typing import Any, Final
 from emulator.explore.adversary import AdversarialLib
 from emulator.explore.control import Control
 from emulator.explore.controlled import ControlledLib
-from emulator.explore.footprints import FOOTPRINTS, LOCAL
+from emulator.explore.footprints import FOOTPRINTS, LOCAL, granted
 from emulator.explore.scheduler import Execution
 from emulator.explore.store_buffers import BufferedControl, Key, Store
 from emulator.kvm.kvm_host import KVM_REQUEST_MASK
@@ -159,13 +159,15 @@ class BufferedLib(ControlledLib):
 
     # --- stores ---------------------------------------------------------------------------------------------
 
-    def _store(self, key: Key, value: int, what: str, writes: int, apply: Callable[[], object]) -> None:
+    def _store(
+        self, key: Key, value: int, what: str, writes: int, apply: Callable[[], object], reads: int = 0
+    ) -> None:
         execution = self.control.execution
         if execution is None:
             apply()
             return
         self.control.stores.store(
-            execution, self._cpu(execution), Store(key, value, what, writes, apply, execution.current)
+            execution, self._cpu(execution), Store(key, value, what, writes, apply, execution.current, reads)
         )
 
     def _vcpu_set_mode(self, m: Any, vcpu: int, mode: int) -> None:
@@ -191,8 +193,9 @@ class BufferedLib(ControlledLib):
 
     def _tdp_mmu_set_spte(self, *args: Any) -> int:
         """WRITE_ONCE() by the owner of a frozen SPTE, or under mmu_lock held for write."""
-        what = f"an SPTE of gfn {args[6]:#x}"
-        self._store(("spte",), 0, what, self.control.bit("ept"), lambda: lib.tdp_mmu_set_spte(*args))
+        control, what = self.control, f"an SPTE of gfn {args[6]:#x}"
+        reads = control.custody_of_table(args[3]) | granted(control, args)
+        self._store(("spte",), 0, what, control.bit("ept"), lambda: lib.tdp_mmu_set_spte(*args), reads)
         return 0  # nobody asks for what was there
 
     def _invalidates(self, call: Native, name: str) -> Native:

@@ -13,15 +13,15 @@ from collections import Counter
 from dataclasses import dataclass
 from itertools import pairwise
 
-from emulator.explore.remains import Remains
+from emulator.explore.objects import Objects
 from emulator.explore.sampling import Random, RandomWalk, Replay, Sampler
 from emulator.explore.scheduler import Divergence, Execution, Label, Task
-from emulator.explore.search import Limits, run_once
+from emulator.explore.search import Limits, Program, run_once
 
 
 @dataclass(frozen=True, slots=True)
 class Step:
-    """`able`: the tasks that could have gone instead."""
+    """reads, writes: sets of Objects.  able: the tasks, as bits, that could have taken it."""
 
     task: int
     name: str
@@ -33,21 +33,24 @@ class Step:
     def conflicts(self, other: Step) -> bool:
         return bool(self.writes & (other.reads | other.writes) or self.reads & other.writes)
 
-    def same(self, other: Step) -> bool:
+    @property
+    def what(self) -> tuple[int, Label]:
         """What it reads besides may depend on what it finds."""
-        return (self.task, self.label) == (other.task, other.label)
+        return self.task, self.label
 
     def __str__(self) -> str:
         return f"{self.name}'s {self.label[0]}"
 
 
 class _Noted(Sampler):
-    """... and remembers the steps of its last execution."""
+    """A strategy that remembers the steps of its last execution."""
+
+    steps: list[Step]
+    _able = 0
 
     def begin(self, tasks: int) -> None:
         super().begin(tasks)
-        self.steps: list[Step] = []
-        self._able = 0
+        self.steps = []
 
     def choose(self, enabled: int, last: int) -> int:
         self._able = enabled
@@ -71,19 +74,20 @@ class Commuting:
     swaps: how many so far.  findings: sentences, and how often each came up.
     """
 
-    def __init__(self, program: Remains, seed: int) -> None:
+    def __init__(self, program: Program, objects: Objects, seed: int) -> None:
         self.program = program
+        self.objects = objects
         self.swaps = 0
         self.findings: Counter[str] = Counter()
         self._random = Random(seed)
         self._swapped: Counter[tuple[str, str]] = Counter()
 
     def run(self, executions: int, swaps: int) -> None:
-        """So many executions, with up to so many swaps each; what ends early is left out."""
+        """So many executions, with up to so many swaps each; what ends early, as at a violation, is left out.
+        Raises what a task raises."""
         walk = _Walk(executions, self._random.next())
         for _ in range(executions):
             execution, remains = self._run(walk)
-            walk.end(execution.tasks, execution.deadlock)
             if execution.failure is not None:
                 raise execution.failure
             if execution.stopped or execution.deadlock or not execution.clean:
@@ -93,7 +97,7 @@ class Commuting:
 
     def _run(self, strategy: Sampler) -> tuple[Execution, str]:
         program = self.program
-        execution = run_once(program, program.objects, strategy, Limits())
+        execution = run_once(program, self.objects, strategy, Limits())
         if execution.failure is not None or execution.too_long:
             program.abandon(execution)
             return execution, ""
@@ -128,4 +132,5 @@ class Commuting:
             raise execution.failure
         if now != remains:
             return "something else is left behind"
-        return "" if all(map(Step.same, again.steps, wanted)) else "then what follows is different"
+        same = [step.what for step in again.steps] == [step.what for step in wanted]
+        return "" if same else "then what follows is different"

@@ -72,7 +72,7 @@ def _mask(templates: tuple[Template, ...], args: Args, control: Control) -> int:
     )
 
 
-# --- what depends on the result -----------------------------------------------------------------------------
+# --- what is known after the call ---------------------------------------------------------------------------
 
 
 def _request_cleared(control: Control, args: Args, result: Any) -> int:
@@ -97,7 +97,11 @@ def _sptes_changed(control: Control, args: Args, result: Any) -> int:
 def _allocated(control: Control, args: Args, result: Any) -> int:
     """A page of that kind, which is empty now."""
     kind = control.bit("frames", "root" if args[2] == lib.FRAME_ROOT else "table")
-    return kind | (control.custody_of_table(result) if result >= 0 else 0)
+    return kind | _split(control, args, result)
+
+
+def _split(control: Control, args: Args, result: Any) -> int:
+    return control.custody_of_table(result) if result >= 0 else 0
 
 
 def _queued(control: Control, args: Args, result: Any) -> int:
@@ -110,7 +114,7 @@ def _root_loaded(control: Control, args: Args) -> int:
     return control.custody_of_table(args[2])
 
 
-def _granted(control: Control, args: Args) -> int:
+def granted(control: Control, args: Args) -> int:
     """A leaf grants its rights only if its custody still holds."""
     spte, level = args[-1], args[5]
     return control.bit("custody") if is_shadow_present_pte(spte) and is_last_spte(spte, level) else 0
@@ -126,8 +130,10 @@ def _link_followed(control: Control, args: Args) -> int:
 
 
 def _tables_removed(control: Control, args: Args) -> int:
-    """Those on the way down to where it is now, and the one that it has done."""
-    return control.objects.mask(("custody of table", table) for table in args[3].table if table)
+    """Those on the way down to where it is now, and the one that it has done; below are older ones."""
+    removal = args[3]
+    way = [removal.table[level] for level in range(removal.level or removal.top, removal.top + 1)]
+    return control.objects.mask(("custody of table", table) for table in (*way, removal.page) if table)
 
 
 EPT: Template = ("ept",)
@@ -166,9 +172,9 @@ FOOTPRINTS: dict[str, Footprint] = {
     "tdp_mmu_get_walk": Footprint(reads=(EPT, _table(1)), kind="sptes"),
     "spte_read": Footprint(reads=(EPT, _table(1)), step=False),
     "tdp_mmu_set_spte_atomic": Footprint(
-        reads=(EPT, _table(3)), outcome=_spte_changed, seen=_granted, kind="spte"
+        reads=(EPT, _table(3)), outcome=_spte_changed, seen=granted, kind="spte"
     ),
-    "tdp_mmu_set_spte": Footprint(reads=(_table(3),), writes=(EPT,), seen=_granted, kind="spte"),
+    "tdp_mmu_set_spte": Footprint(reads=(_table(3),), writes=(EPT,), seen=granted, kind="spte"),
     "tdp_walk_chunk": Footprint(reads=(EPT,), outcome=_sptes_changed, seen=_root_walked, kind="sptes"),
     "tdp_removal_begin": Footprint(reads=(EPT,), seen=_tables_removed, step=False),
     "tdp_removal_step": Footprint(writes=(EPT,), seen=_tables_removed, kind="sptes"),
@@ -177,7 +183,7 @@ FOOTPRINTS: dict[str, Footprint] = {
     "ept_table_alloc": Footprint(outcome=_allocated, kind="table"),
     "ept_table_free": Footprint(writes=(*_ANY_TABLE, CUSTODY_OF_TABLES, _table(2)), kind="table"),
     "ept_table_free_rcu": Footprint(writes=(("callbacks",),), outcome=_queued, kind="call_rcu"),
-    "tdp_mmu_make_split_table": Footprint(writes=(("frames", "table"),), kind="table"),
+    "tdp_mmu_make_split_table": Footprint(writes=(("frames", "table"),), outcome=_split, kind="table"),
     # mmu_invalidate_seq
     "mmu_invalidate_begin": Footprint(writes=(IN_PROGRESS,), kind="mmu_invalidate_seq"),
     "mmu_invalidate_range_add": Footprint(writes=(IN_PROGRESS,), step=False),

@@ -3,28 +3,18 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from typing import Final
+from typing import Any
 
-from emulator.explore.choices import NONE, Choices
 from emulator.explore.scheduler import Execution
 from emulator.explore.world import LitmusProgram
 from emulator.kvm.kvm_host import kvm_pages_per_hpage
 from emulator.kvm.structs import Kvm, KvmMmuPage
-from emulator.litmus.model import LitmusTest
-from emulator.policy import Policy
 from native import ffi, lib
-
-# Of one TLB; litmus tests touch a few pages.
-_ENTRIES: Final = 256
 
 
 class Remains(LitmusProgram):
     """A litmus test whose outcome is, besides violations: roots and leaf SPTEs with all their bits, where
-    vCPUs are and what is requested of them, and what TLBs hold."""
-
-    def __init__(self, test: LitmusTest, policy: Policy, choices: Choices = NONE) -> None:
-        super().__init__(test, policy, choices)
-        self._entries = ffi.new("struct tlb_entry[]", _ENTRIES)
+    vCPUs are and what is requested of them, and the translations in TLBs with what they allow."""
 
     def finish(self, execution: Execution) -> str:
         outcome = super().finish(execution)
@@ -58,8 +48,14 @@ class Remains(LitmusProgram):
         )
 
     def _tlbs(self) -> Iterator[str]:
-        m, entries = self.machine.m, self._entries
         for pcpu in range(self.machine.pcpus):
-            n = lib.tlb_dump(lib.cpu_tlb(m, pcpu), entries, _ENTRIES)
-            held = sorted((e.page, e.kind, e.hfn, e.size, e.vpid, e.ep4ta) for e in entries[0:n])
-            yield f"pcpu{pcpu} {held}"
+            tlb = lib.cpu_tlb(self.machine.m, pcpu)
+            entries = ffi.new("struct tlb_entry[]", lib.tlb_dump(tlb, ffi.NULL, 0))
+            lib.tlb_dump(tlb, entries, len(entries))
+            yield f"pcpu{pcpu} {sorted(map(_described, entries))}"
+
+
+def _described(entry: Any) -> tuple[int, ...]:
+    """Rights as what they allow: the tags in them say when they were looked at last."""
+    keys = entry.ep4ta, entry.vpid, entry.pcid, getattr(entry, "global")
+    return entry.page, entry.kind, entry.size, entry.hfn, *keys, *(int(bool(right)) for right in entry.right)

@@ -51,6 +51,7 @@ class Store:
     writes: int
     apply: Callable[[], object]
     by: Task | None = None
+    reads: int = 0  # what its effect depends on
 
 
 class StoreBuffers:
@@ -79,7 +80,7 @@ class StoreBuffers:
         """Into the queue; belongs to the step that the CPU is in, because nobody else can see it."""
         if cpu not in self.queues or execution.aborting:
             store.apply()
-            execution.touch(0, store.writes)
+            execution.touch(store.reads, store.writes)
             return
         self.queues[cpu].append(store)
         self.put[cpu] += 1
@@ -116,7 +117,7 @@ class StoreBuffers:
                 store = queue.popleft()
                 self.gone[cpu] += 1
                 execution.current.label = (VISIBLE, store.what, "write")
-                execution.touch(0, store.writes)
+                execution.touch(store.reads, store.writes)
                 execution.current.acts_for = store.by  # who waits for a change waits for others
                 store.apply()
 

