@@ -57,5 +57,6 @@ class Remains(LitmusProgram):
 
 def _described(entry: Any) -> tuple[int, ...]:
     """Rights as what they allow: the tags in them say when they were looked at last."""
+    allowed = (int(right != lib.RIGHT_NONE) for right in entry.right)
     keys = entry.ep4ta, entry.vpid, entry.pcid, getattr(entry, "global")
-    return entry.page, entry.kind, entry.size, entry.hfn, *keys, *(int(bool(right)) for right in entry.right)
+    return entry.page, entry.kind, entry.size, entry.hfn, *keys, *allowed
