@@ -194,7 +194,7 @@ class BufferedLib(ControlledLib):
     def _tdp_mmu_set_spte(self, *args: Any) -> int:
         """WRITE_ONCE() by the owner of a frozen SPTE, or under mmu_lock held for write."""
         control, what = self.control, f"an SPTE of gfn {args[6]:#x}"
-        reads = control.custody_of_table(args[3]) | granted(control, args)
+        reads = control.custody_of_tables((args[3],)) | granted(control, args)
         self._store(("spte",), 0, what, control.bit("ept"), lambda: lib.tdp_mmu_set_spte(*args), reads)
         return 0  # nobody asks for what was there
 

@@ -7,7 +7,7 @@ before every step and must be cheap.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Hashable, Iterable
+from collections.abc import Callable, Hashable, Iterable, Sequence
 from functools import partial
 from typing import TYPE_CHECKING, Any, NamedTuple
 
@@ -113,7 +113,7 @@ class Control:
         self.programs: dict[int, Any] = {}  # what each vCPU's guest executes
         self.adversary: Adversary | None = None
         self.queues = 0  # of stores that are not visible yet (store_buffers.py)
-        self.library: Callable[[Control], Any] | None = None  # instead of the usual ControlledLib
+        self.lib_class: Callable[[Control], Any] | None = None  # instead of the usual ControlledLib
         self._counters = ffi.new("uint64_t[]", lib.COUNTERS)
         self._violations = ffi.new("uint64_t[]", lib.VIOLATIONS)
         self._violations_now: Any = ffi.buffer(self._violations)
@@ -154,15 +154,15 @@ class Control:
         """What those inside do when they leave."""
         return self.objects.mask((name, *of, who) for who, _ in readers)
 
-    def custody_of_table(self, hfn: int) -> int:
-        return self.bit("custody of table", hfn)
+    def custody_of_tables(self, tables: Iterable[int]) -> int:
+        """Whether these are free; roots are tables, too."""
+        return self.objects.mask(("custody of table", hfn) for hfn in tables)
 
-    def frees(self, tables: Iterable[int]) -> int:
+    def frees(self, tables: Sequence[int]) -> int:
         """What callbacks write that free these."""
         roots = self.root_frames
-        mask = 0
+        mask = self.custody_of_tables(tables)
         for hfn in tables:
-            mask |= self.custody_of_table(hfn)
             if hfn in roots:
                 mask |= self.bit("frames", "root")
             else:
@@ -178,8 +178,7 @@ class Control:
         """What a walk of this vCPU's begins with: of any root if it was loaded before the execution, or if
         nobody knows whose walk it is."""
         root = None if vcpu is None else self.root_of.get(vcpu)
-        roots = self.root_frames if root is None else (root,)
-        return self.objects.mask(("custody of table", root) for root in roots)
+        return self.custody_of_tables(self.root_frames if root is None else (root,))
 
     # --- the hook at KVM's ordering points ------------------------------------------------------------------
 

@@ -39,7 +39,7 @@ def installed(control: Control) -> Iterator[None]:
     """Explored code calls this library, and its ordering points tell `control`."""
     modules = instrumented_modules()
     originals = [module.__dict__["lib"] for module in modules]
-    controlled = (control.library or ControlledLib)(control)
+    controlled = (control.lib_class or ControlledLib)(control)
     control.machine.install(control.point)
     for module in modules:
         module.__dict__["lib"] = controlled

@@ -97,11 +97,11 @@ def _sptes_changed(control: Control, args: Args, result: Any) -> int:
 def _allocated(control: Control, args: Args, result: Any) -> int:
     """A page of that kind, which is empty now."""
     kind = control.bit("frames", "root" if args[2] == lib.FRAME_ROOT else "table")
-    return kind | _split(control, args, result)
+    return kind | _new_page(control, args, result)
 
 
-def _split(control: Control, args: Args, result: Any) -> int:
-    return control.custody_of_table(result) if result >= 0 else 0
+def _new_page(control: Control, args: Args, result: Any) -> int:
+    return control.custody_of_tables((result,)) if result >= 0 else 0
 
 
 def _queued(control: Control, args: Args, result: Any) -> int:
@@ -111,7 +111,7 @@ def _queued(control: Control, args: Args, result: Any) -> int:
 
 def _root_loaded(control: Control, args: Args) -> int:
     control.root_of[args[1]] = args[2]
-    return control.custody_of_table(args[2])
+    return control.custody_of_tables((args[2],))
 
 
 def granted(control: Control, args: Args) -> int:
@@ -122,18 +122,18 @@ def granted(control: Control, args: Args) -> int:
 
 def _root_walked(control: Control, args: Args) -> int:
     """From the root on, a call meets linked tables only."""
-    return control.custody_of_table(args[3].root)
+    return control.custody_of_tables((args[3].root,))
 
 
 def _link_followed(control: Control, args: Args) -> int:
-    return control.custody_of_table(spte_to_child_pt(args[3]))
+    return control.custody_of_tables((spte_to_child_pt(args[3]),))
 
 
 def _tables_removed(control: Control, args: Args) -> int:
     """Those on the way down to where it is now, and the one that it has done; below are older ones."""
     removal = args[3]
     way = [removal.table[level] for level in range(removal.level or removal.top, removal.top + 1)]
-    return control.objects.mask(("custody of table", table) for table in (*way, removal.page) if table)
+    return control.custody_of_tables(table for table in (*way, removal.page) if table)
 
 
 EPT: Template = ("ept",)
@@ -183,7 +183,7 @@ FOOTPRINTS: dict[str, Footprint] = {
     "ept_table_alloc": Footprint(outcome=_allocated, kind="table"),
     "ept_table_free": Footprint(writes=(*_ANY_TABLE, CUSTODY_OF_TABLES, _table(2)), kind="table"),
     "ept_table_free_rcu": Footprint(writes=(("callbacks",),), outcome=_queued, kind="call_rcu"),
-    "tdp_mmu_make_split_table": Footprint(writes=(("frames", "table"),), outcome=_split, kind="table"),
+    "tdp_mmu_make_split_table": Footprint(writes=(("frames", "table"),), outcome=_new_page, kind="table"),
     # mmu_invalidate_seq
     "mmu_invalidate_begin": Footprint(writes=(IN_PROGRESS,), kind="mmu_invalidate_seq"),
     "mmu_invalidate_range_add": Footprint(writes=(IN_PROGRESS,), step=False),

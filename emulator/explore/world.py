@@ -86,10 +86,10 @@ class LitmusProgram:
         if choices.store_buffers:
             control = buffered = BufferedControl(self.machine, self.objects)
             buffered.cpu_of = self.cpu_of
-            control.library = BufferedAdversarialLib if choices.adversary else BufferedLib
+            control.lib_class = BufferedAdversarialLib if choices.adversary else BufferedLib
         else:
             control = Control(self.machine, self.objects)
-            control.library = AdversarialLib if choices.adversary else None
+            control.lib_class = AdversarialLib if choices.adversary else None
         if choices.adversary:
             control.adversary = Adversary(self.test, control, choices)
         return control
