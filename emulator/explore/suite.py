@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import multiprocessing
 import time
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
@@ -11,6 +10,7 @@ from emulator.errors import BadInput
 from emulator.explore.verdict import Plan, Verdict, explore_verdict
 from emulator.litmus.model import LitmusTest
 from emulator.litmus.policies import named_policy
+from emulator.processes import ProcessPool, ending
 
 
 @dataclass(frozen=True, slots=True)
@@ -26,7 +26,7 @@ def explore_one(work: Work, jobs: int = 1) -> Verdict | BadInput:
     started = time.monotonic()
 
     def out_of_time() -> bool:
-        return bool(work.seconds) and time.monotonic() - started > work.seconds
+        return (bool(work.seconds) and time.monotonic() - started > work.seconds) or ending()
 
     try:
         verdict = explore_verdict(work.test, named_policy(work.policy), work.plan, out_of_time, jobs)
@@ -41,9 +41,8 @@ def explore_suite(work: Sequence[Work], jobs: int) -> Iterator[Verdict]:
     if jobs <= 1 or len(work) <= 1:
         yield from (_checked(explore_one(one, jobs)) for one in work)
         return
-    context = multiprocessing.get_context("spawn")
-    with context.Pool(min(jobs, len(work))) as pool:
-        yield from map(_checked, pool.imap(explore_one, work))
+    with ProcessPool(min(jobs, len(work))) as pool:
+        yield from map(_checked, pool.map(explore_one, work))
 
 
 def _checked(result: Verdict | BadInput) -> Verdict:

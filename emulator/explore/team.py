@@ -2,10 +2,8 @@
 
 from __future__ import annotations
 
-import multiprocessing
-import signal
 from collections.abc import Callable, Iterator, Sequence
-from concurrent.futures import Future, ProcessPoolExecutor
+from concurrent.futures import Future
 from contextlib import ExitStack
 from types import TracebackType
 from typing import Final
@@ -17,6 +15,7 @@ from emulator.explore.subtree import Outcome, Part, search_part
 from emulator.explore.world import LitmusProgram
 from emulator.litmus.model import LitmusTest
 from emulator.litmus.policies import named_policy
+from emulator.processes import ProcessPool, ending
 
 # Parts that are done before others are called in: these need a while to start.
 FIRST_PARTS: Final = 16
@@ -33,7 +32,8 @@ class Team:
         self.jobs = jobs
         self.stop = stop
         self._parts = 0
-        self._pool: ProcessPoolExecutor | None = None
+        self._pool: ProcessPool | None = None
+        self._stack = ExitStack()
 
     def __enter__(self) -> Team:
         return self
@@ -41,8 +41,7 @@ class Team:
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
-        if self._pool is not None:
-            self._pool.shutdown(wait=True, cancel_futures=True)
+        self._stack.close()
 
     def outcomes(self, parts: Sequence[Part]) -> Iterator[Outcome]:
         """In the order of the parts.  Whoever needs no more of them may stop asking."""
@@ -61,15 +60,11 @@ class Team:
         finally:
             _cancel(futures)
 
-    def _others(self) -> ProcessPoolExecutor:
+    def _others(self) -> ProcessPool:
         if self._pool is None:
             program = self.program
-            self._pool = ProcessPoolExecutor(
-                self.jobs,
-                multiprocessing.get_context("spawn"),
-                _begin,
-                (program.test, program.policy.spelled(), program.choices),
-            )
+            arguments = (program.test, program.policy.spelled(), program.choices)
+            self._pool = self._stack.enter_context(ProcessPool(self.jobs, _begin, *arguments))
         return self._pool
 
 
@@ -86,11 +81,9 @@ class _Here:
 
 
 def _begin(test: LitmusTest, policy: str, choices: Choices) -> None:
-    # Ctrl-C is for whoever waits for the outcomes.
-    signal.signal(signal.SIGINT, signal.SIG_IGN)
     _Here.program = LitmusProgram(test, named_policy(policy), choices)
     _Here.stack.enter_context(installed(_Here.program.control))
 
 
 def _do(part: Part) -> Outcome:
-    return search_part(_Here.program, _Here.program.objects, part, bool)
+    return search_part(_Here.program, _Here.program.objects, part, bool, ending)

@@ -2,9 +2,8 @@
 
 from __future__ import annotations
 
-import multiprocessing
 from collections.abc import Callable, Iterator, Sequence
-from concurrent.futures import ProcessPoolExecutor, as_completed
+from concurrent.futures import as_completed
 from dataclasses import dataclass
 
 from emulator.litmus.loader import load_test
@@ -12,6 +11,7 @@ from emulator.litmus.model import LitmusTest
 from emulator.litmus.policies import expected_of, named_policy
 from emulator.litmus.runner import Runner, running
 from emulator.litmus.verdict import SEARCHED, Outcome, differs
+from emulator.processes import ProcessPool, ending
 from native import VIOLATION_KINDS
 
 MORE_ROUNDS = 20
@@ -38,9 +38,9 @@ def run_task(task: Task, progress: Progress = lambda done: None) -> list[Outcome
     test = load_test(task.test)
     outcomes: list[Outcome] = []
     left = list(task.policies)
-    while left:
+    while left and not ending():
         with running(test, task.seed) as runner:
-            while left and runner.usable:
+            while left and runner.usable and not ending():
                 outcomes.append(_run(runner, left.pop(0), task, progress))
     return outcomes
 
@@ -54,7 +54,7 @@ def _run(runner: Runner, name: str, task: Task, progress: Progress) -> Outcome:
     outcome.policy = name
     for _ in range(MORE_ROUNDS if task.more else 0):
         luck = not outcome.kinds and not outcome.failure
-        if not luck or differs(outcome, test, expected) is None:
+        if not luck or ending() or differs(outcome, test, expected) is None:
             break
         # No violation is waited for where none is expected.
         seed = task.seed + outcome.executions
@@ -124,14 +124,9 @@ def run_suite(
             yield from run_task(task, progress)
         return
     # Processes of their own: threads of one would share one interpreter lock.
-    context = multiprocessing.get_context("spawn")
-    with ProcessPoolExecutor(jobs, mp_context=context) as pool:
+    with ProcessPool(jobs) as pool:
         futures = {pool.submit(run_task, task): task for task in tasks}
-        try:
-            for future in as_completed(futures):
-                task = futures[future]
-                progress(task.executions * len(task.policies))
-                yield from future.result()
-        except BaseException:
-            pool.shutdown(cancel_futures=True)
-            raise
+        for future in as_completed(futures):
+            task = futures[future]
+            progress(task.executions * len(task.policies))
+            yield from future.result()

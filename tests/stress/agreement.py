@@ -2,10 +2,8 @@
 
 from __future__ import annotations
 
-import multiprocessing
 import os
 from collections.abc import Iterator, Sequence
-from concurrent.futures import ProcessPoolExecutor
 from dataclasses import dataclass, replace
 from random import Random
 
@@ -17,6 +15,7 @@ from emulator.litmus.model import SAFE, Expected, LitmusTest
 from emulator.litmus.policies import expected_of, policies_for
 from emulator.litmus.suite import PIECE, Task, run_task
 from emulator.litmus.verdict import Outcome
+from emulator.processes import ProcessPool
 from native import VIOLATION_KINDS
 
 Pair = tuple[str, str]  # test, policy
@@ -134,8 +133,7 @@ def compare(scale: Scale) -> Iterator[tuple[Outcome, Verdict, list[Contradiction
 
 def _stressed(pairs: Sequence[Pair], scale: Scale, jobs: int) -> dict[Pair, Outcome]:
     outcomes: dict[Pair, Outcome] = {}
-    context = multiprocessing.get_context("spawn")
-    with ProcessPoolExecutor(jobs, mp_context=context) as pool:
+    with ProcessPool(jobs) as pool:
         for found in pool.map(run_task, _tasks(pairs, scale)):
             for outcome in found:
                 known = outcomes.setdefault((outcome.test, outcome.policy), outcome)

@@ -3,13 +3,8 @@
 from __future__ import annotations
 
 import json
-import signal
-import subprocess
-import sys
-import time
 from collections.abc import Callable, Iterator, Sequence
 from math import factorial
-from pathlib import Path
 
 import pytest
 from hypothesis import given, settings
@@ -199,27 +194,3 @@ def test_the_only_bad_interleaving_is_found() -> None:
     assert found.schedule is not None
     assert found.schedule.index(1) in range(3, 7)
     assert "[], [3], []" in found.outcome
-
-
-@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
-def test_nobody_is_left_when_a_search_is_ended(number: signal.Signals) -> None:
-    arguments = ["explore", "remote-two-vcpus", "--executions", "1000000", "--jobs", "2"]
-    search = subprocess.Popen([sys.executable, "-m", "emulator", *arguments], start_new_session=True)
-    children = Path(f"/proc/{search.pid}/task/{search.pid}/children")
-    try:
-        # Two workers, and what looks after their semaphores.
-        wait_for(lambda: len(children.read_text().split()) >= 3)
-        workers = [Path("/proc", pid) for pid in children.read_text().split()]
-        search.send_signal(number)
-        assert search.wait(30) == 130
-        wait_for(lambda: not any(worker.exists() for worker in workers))
-    finally:
-        if search.poll() is None:
-            search.kill()
-
-
-def wait_for(condition: Callable[[], bool]) -> None:
-    deadline = time.monotonic() + 60
-    while not condition():
-        assert time.monotonic() < deadline
-        time.sleep(0.05)

@@ -1,0 +1,130 @@
+"""Processes that work for a command never outlive it, and never keep it from ending."""
+
+from __future__ import annotations
+
+import os
+import signal
+import subprocess
+import sys
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
+from pathlib import Path
+
+import pytest
+from support import wait_until
+
+COMMANDS = {
+    "one search": ["explore", "remote-two-vcpus", "--executions", "1000000"],
+    "several searches": ["explore", "remote-two-vcpus", "kick-cross", "--executions", "1000000"],
+    "proofs": ["litmus", "remote-two-vcpus", "kick-cross", "--explore", "--iterations", "1000000"],
+    "threads": ["litmus", "remote-two-vcpus", "kick-cross", "--iterations", "1000000"],
+}
+UNLIMITED = {"one search", "several searches"}
+
+# Interrupted as soon as so many processes have started, before anybody has noted them.
+INTERRUPTED = """
+import os, signal, sys
+from multiprocessing import popen_spawn_posix
+
+launch, launched = popen_spawn_posix.Popen._launch, []
+
+def launch_and_interrupt(self, process):
+    launch(self, process)
+    launched.append(process)
+    if len(launched) == int(sys.argv[1]):
+        os.kill(os.getpid(), signal.SIGINT)
+
+popen_spawn_posix.Popen._launch = launch_and_interrupt
+from emulator.cli import main
+sys.exit(main(sys.argv[2:]))
+"""
+
+
+@contextmanager
+def started(*command: str) -> Iterator[subprocess.Popen[str]]:
+    """In a process group of its own, as a shell would."""
+    process = subprocess.Popen(
+        [sys.executable, *command],
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+        start_new_session=True,
+    )
+    try:
+        yield process
+    finally:
+        with suppress(ProcessLookupError):
+            os.killpg(process.pid, signal.SIGKILL)
+        process.communicate()
+
+
+def children(process: subprocess.Popen[str]) -> list[Path]:
+    return [
+        Path("/proc", pid)
+        for pid in Path(f"/proc/{process.pid}/task/{process.pid}/children").read_text().split()
+    ]
+
+
+def workers(process: subprocess.Popen[str]) -> list[Path]:
+    """Two, beside what looks after their semaphores; at work."""
+    found: list[Path] = []
+
+    def at_work() -> bool:
+        found[:] = [child for child in children(process) if b"spawn_main" in (child / "cmdline").read_bytes()]
+        return len(found) == 2 and all(_seconds(worker) > 0.3 for worker in found)
+
+    wait_until(at_work, "two workers", 60)
+    return found
+
+
+def _seconds(process: Path) -> float:
+    user, system = (process / "stat").read_text().rpartition(")")[2].split()[11:13]
+    return (int(user) + int(system)) / os.sysconf("SC_CLK_TCK")
+
+
+def gone(processes: list[Path]) -> None:
+    wait_until(lambda: not any(process.exists() for process in processes), "the end of all processes", 60)
+
+
+@pytest.mark.parametrize("command", COMMANDS)
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_a_signal_ends_all_of_them_without_a_word(command: str, number: signal.Signals) -> None:
+    limits = ["--seconds", "0"] if command in UNLIMITED else []
+    with started("-m", "emulator", *COMMANDS[command], *limits, "--jobs", "2") as process:
+        all_of_them = workers(process)
+        if number == signal.SIGINT:
+            os.killpg(process.pid, number)  # as a terminal does
+        else:
+            process.send_signal(number)
+        _, errors = process.communicate(timeout=30)
+        assert process.returncode == 130
+        assert "Traceback" not in errors
+        gone(all_of_them)
+
+
+@pytest.mark.parametrize("after", [1, 2])
+@pytest.mark.parametrize("command", COMMANDS)
+def test_interrupts_wait_until_all_have_started(command: str, after: int) -> None:
+    with started("-c", INTERRUPTED, str(after), *COMMANDS[command], "--jobs", "2") as process:
+        _, errors = process.communicate(timeout=60)
+        assert process.returncode == 130
+        assert "Traceback" not in errors
+
+
+@pytest.mark.parametrize("command", COMMANDS)
+def test_they_end_with_a_parent_that_was_killed(command: str) -> None:
+    with started("-m", "emulator", *COMMANDS[command], "--jobs", "2") as process:
+        all_of_them = workers(process)
+        process.kill()
+        gone(all_of_them)
+
+
+@pytest.mark.parametrize("command", COMMANDS)
+def test_one_that_dies_is_missed(command: str) -> None:
+    with started("-m", "emulator", *COMMANDS[command], "--jobs", "2") as process:
+        one, other = workers(process)
+        os.kill(int(one.name), signal.SIGKILL)
+        _, errors = process.communicate(timeout=30)
+        assert process.returncode not in (0, 1, 2)
+        assert "terminated abruptly" in errors
+        gone([other])
