@@ -32,7 +32,6 @@ if TYPE_CHECKING:
 
 _ACCESSES: Final = ("READ", "WRITE", "EXECUTE")
 _ACCESS_OPS: Final = frozenset(getattr(lib, f"GUEST_OP_{name}") for name in _ACCESSES)
-_QUIET_OPS: Final = frozenset({lib.GUEST_OP_SIGNAL, lib.GUEST_OP_WAIT})
 _MOST: Final = 4096
 # 4 KiB pages of each page_size.
 _PAGES: Final = {lib.PAGE_4K: 1, lib.PAGE_2M: 1 << 9, lib.PAGE_1G: 1 << 18}
@@ -297,19 +296,13 @@ class AdversarialLib(ControlledLib):
         finally:
             adversary.left(execution, cpu)
 
-    def _guest_step(self, execution: Execution, m: Any, cpu: int, vcpu: int) -> int:
-        control, adversary = self.control, self.control.adversary
-        op = control.next_op(vcpu)
-        if op is None or op.kind in _QUIET_OPS or adversary is None:
-            return super()._guest_step(execution, m, cpu, vcpu)
-        vm, page, before = control.vm_of(vcpu), op.linear >> 12, control.walks(cpu)
+    def _performed(self, execution: Execution, cpu: int, vm: int, op: Any, walked: bool) -> None:
+        adversary = self.control.adversary
+        if adversary is None:
+            return
         if op.kind not in _ACCESS_OPS:
-            reason = super()._guest_step(execution, m, cpu, vcpu)
             execution.touch(0, adversary.everything_on(cpu, vm))
-            return reason
-        reason = super()._guest_step(execution, m, cpu, vcpu)
-        touched = adversary.accessed(cpu, vm, page)
-        if control.walks(cpu).misses != before.misses or reason == lib.EXIT_EPT_VIOLATION:
-            touched |= adversary.walked(cpu)
-        execution.touch(0, touched)
-        return reason
+            return
+        execution.touch(0, adversary.accessed(cpu, vm, op.linear >> 12))
+        if walked:
+            execution.touch(0, adversary.walked(cpu))

@@ -91,8 +91,12 @@ class GuestMode:
             execution.touch(0, ept)
         if stored:
             execution.touch(0, memory)
+        self._performed(execution, cpu, vm, op, walked)
         control.judge()
         return reason
+
+    def _performed(self, execution: Execution, cpu: int, vm: int, op: Any, walked: bool) -> None:
+        """For who else watches guests; `walked`: the TLB did not hold the translation."""
 
     def _guest_wait(self, execution: Execution, m: Any, cpu: int, op: Any) -> None:
         slot, value = int(op.linear), int(op.value)
