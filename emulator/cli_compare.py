@@ -96,7 +96,7 @@ def load_policies(texts: list[str]) -> tuple[Policy, ...]:
     """The policies named, the baseline first; each once."""
     if not texts:
         raise BadInput("--policy", "found none", f"the policies to compare, such as --policy {DEFAULT}")
-    loaded = [_load_policy(text) for text in texts]
+    loaded = [load_policy(text, ()) for text in texts]
     if len(loaded) == 1 and loaded[0].name != DEFAULT:
         loaded.insert(0, load_policy(DEFAULT, ()))
     names = [policy.name for policy in loaded]
@@ -104,14 +104,6 @@ def load_policies(texts: list[str]) -> tuple[Policy, ...]:
         if names.count(name) > 1:
             raise BadInput("--policy", f"found {name} twice", "each policy once; --repeat N runs it again")
     return tuple(loaded)
-
-
-def _load_policy(text: str) -> Policy:
-    """NAME, or NAME+point=alternative+..."""
-    name, *settings = text.split("+")
-    if all("=" in setting for setting in settings):
-        return load_policy(name, tuple(settings))
-    return load_policy(text, ())
 
 
 def _announce(number: int, runs: int, result: Result) -> None:

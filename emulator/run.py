@@ -17,7 +17,7 @@ from emulator import limits
 from emulator.config import Scenario, load_scenario
 from emulator.errors import BadInput
 from emulator.log import LogFormat, Logging
-from emulator.policy import DEFAULT, Policy, PolicyError, resolve_policy
+from emulator.policy import DEFAULT, Policy, check_answer, parse_policy, parse_setting, resolve_policy
 from emulator.report import document, exit_status, summary
 from emulator.result import Result
 from emulator.session import Session
@@ -74,20 +74,13 @@ def load_scaled(name: str, pcpus: int | None) -> Scenario:
 
 def load_policy(name: str, settings: tuple[str, ...]) -> Policy:
     """A preset, a mutant or a user's policy, with the answers of --set."""
-    answers: dict[str, str] = {}
-    for setting in settings:
-        point, separator, alternative = setting.partition("=")
-        if not separator or not point or not alternative:
-            raise BadInput("--set", f"found {setting!r}", "point=alternative, as in migration=none")
-        answers[point.strip()] = alternative.strip()
-    try:
-        policy = resolve_policy(name)
-    except PolicyError as error:
-        raise BadInput("--policy", str(error)) from error
-    try:
-        return policy.with_settings(answers) if answers else policy
-    except PolicyError as error:
-        raise BadInput("--set", str(error)) from error
+    answers = dict(parse_setting(setting, "--set") for setting in settings)
+    for point, alternative in answers.items():
+        check_answer(point, alternative, "--set")
+    base, own = parse_policy(name)
+    policy = resolve_policy(base)
+    policy = policy.with_settings(own) if own else policy
+    return policy.with_settings(answers) if answers else policy
 
 
 def _run(request: Request, scenario: Scenario, policy: Policy, collector: MachineCollector) -> Result:

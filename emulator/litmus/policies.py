@@ -6,24 +6,16 @@ from collections.abc import Sequence
 from functools import lru_cache
 
 from emulator.litmus.model import INCONCLUSIVE, SAFE, Expected, LitmusTest
-from emulator.policy import MUTANTS, PRESETS, Policy, resolve_policy
+from emulator.policy import MUTANTS, PRESETS, Policy, parse_policy, resolve_policy
 from emulator.policy.mutants import PREFIX
 
 
 @lru_cache(maxsize=512)
 def named_policy(name: str) -> Policy:
-    """A preset, mutant or file; with other answers as "NAME+point=alternative+...", or of the default policy
-    as "point=alternative,point=alternative"."""
-    base, settings = name, ""
-    if "=" in name and "+" not in name and not name.endswith(".py"):
-        base, settings = next(iter(PRESETS)), name
-    elif "+" in name:
-        base, settings = name.split("+", 1)
+    """What emulator.policy.spelling can spell, under the name that was written."""
+    base, answers = parse_policy(name)
     policy = resolve_policy(base)
-    if not settings:
-        return policy
-    answers = dict(part.split("=", 1) for part in settings.replace("+", ",").split(",") if "=" in part)
-    return policy.with_settings(answers, name)
+    return policy.with_settings(answers, name) if answers else policy
 
 
 def mutant_names() -> list[str]:

@@ -4,8 +4,9 @@ from __future__ import annotations
 
 from emulator.policy.mutants import MUTANTS, Mutant
 from emulator.policy.points import POINTS, Alternative, DecisionPoint
-from emulator.policy.policy import Policy, PolicyError
+from emulator.policy.policy import Policy, PolicyError, check_answer
 from emulator.policy.presets import DEFAULT, PRESET_DOCS, PRESETS, preset
+from emulator.policy.spelling import parse_policy, parse_setting
 from emulator.policy.user import UserPolicyError, load_user_policy, resolve_policy
 
 __all__ = [
@@ -20,7 +21,10 @@ __all__ = [
     "Policy",
     "PolicyError",
     "UserPolicyError",
+    "check_answer",
     "load_user_policy",
+    "parse_policy",
+    "parse_setting",
     "preset",
     "resolve_policy",
 ]

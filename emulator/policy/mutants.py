@@ -11,7 +11,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from difflib import get_close_matches
 
-from emulator.policy.policy import Policy, PolicyError
+from emulator.policy.policy import NAMED_BY, Policy, PolicyError
 
 PREFIX = "mutant:"
 
@@ -382,7 +382,7 @@ MUTANTS: dict[str, Mutant] = {
 }
 
 
-def find_mutant(name: str) -> Mutant:
+def find_mutant(name: str, where: str = NAMED_BY) -> Mutant:
     """By its name, with or without the prefix."""
     short = name.removeprefix(PREFIX)
     try:
@@ -391,4 +391,4 @@ def find_mutant(name: str) -> Mutant:
         close = get_close_matches(short, MUTANTS, n=1)
         guess = f" (did you mean {PREFIX}{close[0]}?)" if close else ""
         names = ", ".join(PREFIX + known for known in MUTANTS)
-        raise PolicyError("policy", f"unknown mutant {name!r}", f"one of {names}{guess}") from None
+        raise PolicyError(where, f"unknown mutant {name!r}", f"one of {names}{guess}") from None

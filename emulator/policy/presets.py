@@ -8,7 +8,7 @@ from __future__ import annotations
 from difflib import get_close_matches
 
 from emulator.policy.mutants import PREFIX, find_mutant
-from emulator.policy.policy import Policy, PolicyError
+from emulator.policy.policy import NAMED_BY, Policy, PolicyError
 
 DEFAULT = "linux-7.3"
 
@@ -91,16 +91,14 @@ PRESET_DOCS = {
 }
 
 
-def preset(name: str) -> Policy:
-    """A preset, or a mutant (`mutant:B6`), by name."""
+def preset(name: str, where: str = NAMED_BY) -> Policy:
+    """A preset, or a mutant (`mutant:B6`), by name; raises PolicyError that says `where`."""
     if name.startswith(PREFIX):
-        mutant = find_mutant(name)
+        mutant = find_mutant(name, where)
         return mutant.policy(preset(mutant.base))
     try:
         return PRESETS[name]
     except KeyError:
         close = get_close_matches(name, PRESETS, n=1)
         guess = f" (did you mean {close[0]}?)" if close else ""
-        raise PolicyError(
-            "policy", f"unknown policy {name!r}", f"one of {', '.join(PRESETS)}{guess}"
-        ) from None
+        raise PolicyError(where, f"unknown policy {name!r}", f"one of {', '.join(PRESETS)}{guess}") from None

@@ -164,7 +164,7 @@ def test_html_is_written(tmp_path: Path) -> None:
         ),
         (["--policy", "linux-9"], "--policy"),
         (["--policy", "linux-7.3+migration=nonsense"], "unknown alternative 'nonsense'"),
-        (["--policy", "linux-7.3+nonsense"], "linux-7.3+nonsense"),
+        (["--policy", "linux-7.3+nonsense"], "--policy linux-7.3+nonsense: found 'nonsense'"),
         (["nowhere", "--policy", "linux-7.3"], "no such scenario"),
         (["--policy", "linux-7.3", "--repeat", "0"], "--repeat"),
         (["--policy", "linux-7.3", "--duration", "0s"], "--duration: found '0s'"),

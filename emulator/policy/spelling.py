@@ -1,0 +1,35 @@
+"""How a policy is spelled where one can be named: what it is called, and answers that differ from it."""
+
+from __future__ import annotations
+
+from emulator.policy.policy import NAMED_BY, PolicyError
+from emulator.policy.presets import DEFAULT
+
+_FILE = ".py"
+
+
+def parse_setting(text: str, where: str = NAMED_BY) -> tuple[str, str]:
+    """`point=alternative`; raises PolicyError.  Whether there is such a point is not looked at."""
+    point, _, alternative = (part.strip() for part in text.partition("="))
+    if not point or not alternative:
+        raise PolicyError(where, f"found {text!r}", "point=alternative, as in migration=none")
+    return point, alternative
+
+
+def parse_policy(text: str) -> tuple[str, dict[str, str]]:
+    """The preset, mutant or file, and the answers that replace its own: `NAME+point=alternative+...`, or of
+    the default policy `point=alternative,point=alternative`.  A file's path ends with .py, whatever is in it.
+    Raises PolicyError."""
+    if text.endswith(_FILE):
+        return text, {}
+    if _FILE + "+" in text:
+        base, settings = text.rsplit(_FILE + "+", 1)
+        base += _FILE
+    elif "+" in text:
+        base, settings = text.split("+", 1)
+    elif "=" in text:
+        base, settings = DEFAULT, text
+    else:
+        return text, {}
+    parts = settings.replace("+", ",").split(",")
+    return base, dict(parse_setting(part, f"{NAMED_BY} {text}") for part in parts)

@@ -1,0 +1,65 @@
+"""Names of policies, with answers of one's own."""
+
+from __future__ import annotations
+
+import pytest
+
+from emulator.cli import main
+from emulator.policy import DEFAULT, PolicyError, parse_policy, parse_setting
+
+
+@pytest.mark.parametrize(
+    ("text", "base", "settings"),
+    [
+        ("linux-6.12", "linux-6.12", {}),
+        ("mutant:B6", "mutant:B6", {}),
+        ("linux-6.12+migration=none", "linux-6.12", {"migration": "none"}),
+        (
+            "linux-6.12+migration=none+root_load=none",
+            "linux-6.12",
+            {"migration": "none", "root_load": "none"},
+        ),
+        ("migration=none", DEFAULT, {"migration": "none"}),
+        ("migration=none,root_load = none", DEFAULT, {"migration": "none", "root_load": "none"}),
+        ("a+b=c/mine.py", "a+b=c/mine.py", {}),
+        ("c++/mine.py+migration=none", "c++/mine.py", {"migration": "none"}),
+    ],
+)
+def test_what_is_spelled(text: str, base: str, settings: dict[str, str]) -> None:
+    assert parse_policy(text) == (base, settings)
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        "linux-7.3+",
+        "linux-7.3+migration",
+        "linux-7.3+migration:none",
+        "linux-7.3+migration=",
+        "linux-7.3+=none",
+        "linux-7.3+migration=none,root_load",
+        "migration=none,",
+        "mine.py+",
+    ],
+)
+def test_no_part_is_passed_over(text: str) -> None:
+    with pytest.raises(PolicyError, match="expected point=alternative"):
+        parse_policy(text)
+
+
+def test_a_setting_names_its_option() -> None:
+    with pytest.raises(PolicyError, match=r"^--set: found 'migration'; expected"):
+        parse_setting("migration", "--set")
+
+
+@pytest.mark.parametrize("command", ["explore", "litmus"])
+def test_nothing_is_judged_under_a_name_that_is_not_understood(
+    command: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert main([command, "return-zap", "--policy", "linux-7.3+migration:none"]) == 2
+    out, err = capsys.readouterr()
+    assert out == ""
+    assert err == (
+        "flushlab: --policy linux-7.3+migration:none: found 'migration:none'; "
+        "expected point=alternative, as in migration=none\n"
+    )
