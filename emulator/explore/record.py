@@ -94,7 +94,7 @@ class _Recorder:
     def report(self) -> dict[str, Any] | None:
         program = self.program
         stories = Stories(program.machine.m)
-        reports = stories.finish(program.names(), program.policy.mutants())
+        reports = stories.finish(program.names(), program.world.policy.mutants())
         if not reports:
             return None
         report = reports[0]

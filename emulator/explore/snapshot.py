@@ -20,6 +20,7 @@ from types import (
     CellType,
     EllipsisType,
     FunctionType,
+    GetSetDescriptorType,
     MappingProxyType,
     MemberDescriptorType,
     MethodType,
@@ -37,6 +38,7 @@ _ATOMS: Final = (
 )  # fmt: skip
 _DICTS: Final = (dict, defaultdict, OrderedDict, Counter)
 _SEQUENCES: Final = (list, bytearray)
+_DESCRIPTORS: Final = (GetSetDescriptorType, MemberDescriptorType)
 _HEAP_TYPE: Final = 1 << 9  # Py_TPFLAGS_HEAPTYPE: not a static type of the interpreter's
 _WORD: Final = tuple.__itemsize__
 _BUFFER: Final = type(ffi.buffer(ffi.new("char[]", 1)))
@@ -51,6 +53,7 @@ class Snapshot:
 
     constant: true of objects that are left alone, and so is what is reachable through them only.
     aside: by type, attributes that are left alone; who takes the snapshot puts them back.
+    namespaces: modules and classes whose names count as well; of all others they are taken for constant.
     """
 
     def __init__(
@@ -58,6 +61,7 @@ class Snapshot:
         roots: Iterable[object],
         constant: Callable[[object], bool] = lambda obj: False,
         aside: Mapping[type, frozenset[str]] = MappingProxyType({}),
+        namespaces: Iterable[ModuleType | type] = (),
     ) -> None:
         self._constant = constant
         self._aside = aside
@@ -69,7 +73,10 @@ class Snapshot:
         self._dicts: list[tuple[Any, Any]] = []
         self._sets: list[tuple[Any, Any]] = []
         self._deques: list[tuple[Any, Any]] = []
+        self._namespaces: list[tuple[Any, dict[str, object]]] = []
         pending: list[object] = list(roots)
+        for namespace in namespaces:
+            pending.extend(self._keep_names(namespace))
         while pending:
             obj = pending.pop()
             if id(obj) not in self._seen and not isinstance(obj, _ATOMS):
@@ -96,6 +103,8 @@ class Snapshot:
         for queue, contents in self._deques:
             queue.clear()
             queue.extend(contents)
+        for namespace, names in self._namespaces:
+            _put_names_back(namespace, names)
         for obj, name in self._unset:
             if hasattr(obj, name):
                 delattr(obj, name)
@@ -130,6 +139,13 @@ class Snapshot:
         _check_python_class(kind)
         return self._keep_instance(obj, kind, _slots(kind))
 
+    def _keep_names(self, namespace: ModuleType | type) -> Iterable[object]:
+        """Functions there may have attributes, too."""
+        names = _names(namespace)
+        self._namespaces.append((namespace, names))
+        functions = (value for value in names.values() if isinstance(value, FunctionType))
+        return (*names.values(), *map(vars, functions))
+
     def _keep_memory(self, obj: Any) -> Iterable[object]:
         """Memory of the core's is the core's to restore."""
         if " owning " in repr(obj):
@@ -155,8 +171,9 @@ def _methods_own(method: Any) -> Iterable[object]:
 
 
 def _functions_own(function: Any) -> Iterable[object]:
-    """A closure's variables; the rest is code."""
-    return function.__closure__ or ()
+    """A closure's variables and what its parameters are if not given; the rest is code."""
+    given = function.__kwdefaults__ or {}
+    return (*(function.__closure__ or ()), *(function.__defaults__ or ()), *given.values())
 
 
 def _partials_own(function: Any) -> Iterable[object]:
@@ -168,9 +185,26 @@ _UNCHANGING: Final[Mapping[type, Callable[[Any], Iterable[object]]]] = {
     MethodType: _methods_own,
     FunctionType: _functions_own,
     partial: _partials_own,
+    property: lambda one: (one.fget, one.fset, one.fdel),
+    staticmethod: lambda one: (one.__func__,),
+    classmethod: lambda one: (one.__func__,),
     MappingProxyType: lambda proxy: (*proxy.keys(), *proxy.values()),
     _BUFFER: lambda buffer: (),
 }
+
+
+def _names(namespace: ModuleType | type) -> dict[str, object]:
+    """But for what Python itself puts into a class."""
+    return {name: value for name, value in vars(namespace).items() if type(value) not in _DESCRIPTORS}
+
+
+def _put_names_back(namespace: Any, names: Mapping[str, object]) -> None:
+    now = _names(namespace)
+    for name in now.keys() - names.keys():
+        delattr(namespace, name)
+    for name, value in names.items():
+        if now.get(name, names) is not value:
+            setattr(namespace, name, value)
 
 
 def _is_frozen(kind: type) -> bool:

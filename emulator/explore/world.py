@@ -130,6 +130,7 @@ class LitmusProgram:
                 (self.world, self.machine, self.control.programs),
                 _is_constant,
                 {VcpuTask: frozenset({"_run"})},
+                self.world.policy.namespaces(),
             )
         except CannotRestore:
             self._rebuilds = True

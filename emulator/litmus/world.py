@@ -294,6 +294,7 @@ class World:
     def reset(self) -> None:
         """Everything as at the beginning; no thread runs."""
         self.teardown()
+        self.policy = self.policy.fresh()
         for cpu in self.machine.cpus[: self.machine.pcpus]:
             lib.flush_reset(cpu.m, cpu.id)
         lib.signal_reset(self.machine.m)
@@ -320,7 +321,7 @@ class World:
             eptad=section.ept_ad,
             slice_accesses=1 << 30,
         )
-        kvm = kvm_create_vm(cpu, section.pages, self.policy.fresh(), params)
+        kvm = kvm_create_vm(cpu, section.pages, self.policy, params)
         self.kvms.append(kvm)
         self.memories.append(UserMemory(kvm))
         if section.dirty_log != "protect":

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 from collections.abc import Collection, Iterable, Mapping
 from difflib import get_close_matches
-from typing import TYPE_CHECKING
+from types import ModuleType
+from typing import TYPE_CHECKING, Final
 
 from emulator.errors import BadInput
 from emulator.policy.points import BY_NAME, POINTS
@@ -12,6 +13,10 @@ from emulator.policy.points import BY_NAME, POINTS
 if TYPE_CHECKING:
     from emulator.kvm.structs import Kvm, KvmMemorySlot, KvmMmuPage, Vcpu
     from emulator.runtime import Cpu
+
+
+# The option that policies are named by.
+NAMED_BY: Final = "--policy"
 
 
 class PolicyError(BadInput):
@@ -166,6 +171,10 @@ class Policy:
         """One like it that remembers nothing of earlier runs: itself, unless it is a user's."""
         return self
 
+    def namespaces(self) -> tuple[ModuleType | type, ...]:
+        """What of a user's file may remember things besides the policy itself: the module and its classes."""
+        return ()
+
     def spelled(self) -> str:
         """What names it on a command line: its name, or the file that a user's policy is in."""
         return self.name
@@ -188,14 +197,14 @@ class Policy:
         return (*sorted(self.bugs), *wrong)
 
 
-def check_answer(point: str, alternative: str) -> None:
-    """Raises PolicyError unless `alternative` is one of the point's."""
+def check_answer(point: str, alternative: str, where: str = NAMED_BY) -> None:
+    """Raises PolicyError unless `alternative` is one of the point's; `where` it was found."""
     known = BY_NAME.get(point)
     if known is None:
-        raise PolicyError("policy", f"unknown decision point {point!r}", _expected(point, tuple(BY_NAME)))
+        raise PolicyError(where, f"unknown decision point {point!r}", _expected(point, tuple(BY_NAME)))
     if alternative not in known.names():
         raise PolicyError(
-            f"policy: {point}", f"unknown alternative {alternative!r}", _expected(alternative, known.names())
+            f"{where}: {point}", f"unknown alternative {alternative!r}", _expected(alternative, known.names())
         )
 
 

@@ -12,16 +12,18 @@
 
 Its methods are the decision points (`flushlab list points`, emulator.policy.policy.Policy): whatever the
 class does not define, the base answers.  KVM's threads call them at the moment of the decision, several at
-once, so what a method remembers is best kept per `cpu` or `vcpu`.  A method that raises, or returns what is
-no alternative of its point, ends the run with one line that says so.
+once, and one object serves all VMs, so what a method remembers is best kept per `cpu` or `vcpu`.  The file
+is executed anew for each run.  A method that raises, or returns what is no alternative of its point, ends
+the run with one line that says so.
 """
 
 from __future__ import annotations
 
 import ast
+import builtins
 import inspect
 from collections.abc import Callable, Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from difflib import get_close_matches
 from pathlib import Path
 from types import ModuleType, TracebackType
@@ -35,7 +37,9 @@ from emulator.runtime import MachineStopped
 # A method whose name resembles a point's this much is a slip of the pen, not a helper.
 _TYPO = 0.75
 # A policy is asked through these; what they do is not for the user's class to change.
-_RESERVED = ("answers", "fresh", "given", "mutants", "overrides", "spelled", "with_settings")
+_RESERVED = (
+    "answers", "fresh", "given", "mutants", "namespaces", "overrides", "spelled", "with_settings",
+)  # fmt: skip
 
 
 class UserPolicyError(PolicyError):
@@ -53,8 +57,9 @@ def load_user_policy(path: Path) -> Policy:
     """The policy that a file defines; raises UserPolicyError."""
     tree = _parse(path)
     lines = _lines(tree)
-    cls = _policy_class(path, _execute(path, tree), lines)
-    source = Source(str(path), cls, lines, _base(path, cls, lines))
+    module = _execute(path, tree)
+    cls = _policy_class(path, module, lines)
+    source = Source(str(path), tree, module, cls, lines, _base(path, cls, lines))
     if not _overridden(source):
         points = ", ".join(BY_NAME)
         raise UserPolicyError(
@@ -68,9 +73,22 @@ class Source:
     """Where a user's policy comes from, and how to make another one like it."""
 
     path: str
+    tree: ast.Module
+    module: ModuleType
     cls: type[Policy]
     lines: Mapping[str, int]
     base: Policy
+
+    def again(self) -> Source:
+        """As if the file had been loaded just now, with the text that it had."""
+        path = Path(self.path)
+        module = _execute(path, self.tree)
+        return replace(self, module=module, cls=_policy_class(path, module, self.lines))
+
+    def namespaces(self) -> tuple[ModuleType | type, ...]:
+        """Where the file's names are."""
+        own = (value for value in vars(self.module).values() if isinstance(value, type))
+        return (self.module, *(cls for cls in own if cls.__module__ == self.module.__name__))
 
     def line(self, name: str) -> int:
         """Where the class, or a class of the file that it derives from, defines `name`."""
@@ -126,7 +144,10 @@ class _Asked(Policy):
         return self._source.make({**self._settings, **settings}, name)
 
     def fresh(self) -> Policy:
-        return self._source.make(self._settings, self.name)
+        return self._source.again().make(self._settings, self.name)
+
+    def namespaces(self) -> tuple[ModuleType | type, ...]:
+        return (*self._source.namespaces(), type(self))
 
     def spelled(self) -> str:
         settings = (f"{point}={self._settings[point]}" for point in sorted(self._settings))
@@ -169,6 +190,8 @@ def _checked(source: Source, point: DecisionPoint) -> Callable[..., str]:
     names = frozenset(point.names())
 
     def ask(self: _Asked, cpu: Any, *arguments: Any) -> str:
+        # Whatever it remembers, others may have been asked in between.
+        cpu.point("policy", source.path, "write")
         try:
             answer = method(self, cpu, *arguments)
         except (MachineStopped, UserPolicyError):
@@ -223,6 +246,7 @@ def _names(node: ast.ClassDef) -> Iterator[tuple[str, int]]:
 def _execute(path: Path, tree: ast.Module) -> ModuleType:
     module = ModuleType(f"flushlab policy {path}")
     module.__file__ = str(path)
+    vars(module)["__builtins__"] = builtins  # not a dictionary of them, as exec would do
     try:
         exec(compile(tree, str(path), "exec"), module.__dict__)
     except (Exception, SystemExit) as error:
@@ -249,13 +273,13 @@ def _policy_class(path: Path, module: ModuleType, lines: Mapping[str, int]) -> t
 
 def _base(path: Path, cls: type[Policy], lines: Mapping[str, int]) -> Policy:
     name: object = getattr(cls, "base", DEFAULT)
-    where = f"{path}:{lines.get(f'{cls.__name__}.base', 1)}: {cls.__name__}.base"
+    file, key = f"{path}:{lines.get(f'{cls.__name__}.base', 1)}", f"{cls.__name__}.base"
     if not isinstance(name, str):
-        raise UserPolicyError(where, repr(name), "the name of a preset")
+        raise UserPolicyError(f"{file}: {key}", repr(name), "the name of a preset")
     try:
-        return preset(name)
+        return preset(name, key)
     except PolicyError as error:
-        raise UserPolicyError(where, str(error)) from error
+        raise UserPolicyError(file, str(error)) from error
 
 
 def _overridden(source: Source) -> tuple[DecisionPoint, ...]:

@@ -263,6 +263,10 @@ def test_a_policy_remembers_nothing_of_earlier_executions(
 ) -> None:
     path = tmp_path / "moody.py"
     path.write_text(USER_POLICY.format(memory=memory, answer=answer))
+    remembers_nothing(path, restores)
+
+
+def remembers_nothing(path: Path, restores: bool) -> None:
     test, policy = load_test("return-three-pcpus"), named_policy(str(path))
     program, rebuilt = LitmusProgram(test, policy), LitmusProgram(test, policy, rebuild=True)
     with installed(rebuilt.control):
@@ -270,10 +274,65 @@ def test_a_policy_remembers_nothing_of_earlier_executions(
     with installed(program.control):
         assert executed(program, 8) == want
         assert (program._initial is not None) == restores
-    asked = [p.world.kvms[0].policy.asked for p in (program, rebuilt)]  # type: ignore[attr-defined]
+    asked = [p.world.policy.asked for p in (program, rebuilt)]  # type: ignore[attr-defined]
     assert asked[0] == asked[1] > 1
     program.close()
     rebuilt.close()
+
+
+FORGETFUL = """
+from collections import deque
+from emulator.policy import Policy
+
+NUMBER, MEMORY = 0, []
+
+def helper(): ...
+
+class Memory:
+    held = 0
+
+class Forgetful(Policy):
+    base = "linux-6.12"
+    number, memory, queue = 0, {{}}, deque()
+
+    def __init__(self):
+        super().__init__()
+        self.asked = 0
+
+    @staticmethod
+    def many(by_default=[]):
+        by_default.append(1)
+        return len(by_default)
+
+    def migration(self, cpu, vcpu, given=[], *, named=[]):
+        global NUMBER, LATE
+        {remember}
+        self.asked = {times}
+        return "none" if self.asked == 2 else "active-roots"
+"""
+
+
+@pytest.mark.parametrize(
+    ("remember", "times"),
+    [
+        ("NUMBER += 1", "NUMBER"),
+        ("MEMORY.append(1)", "len(MEMORY)"),
+        ("LATE = globals().get('LATE', 0) + 1", "LATE"),
+        ("helper.times = getattr(helper, 'times', 0) + 1", "helper.times"),
+        ("Memory.held += 1", "Memory.held"),
+        ("Forgetful.number += 1", "self.number"),
+        ("type(self).late = getattr(self, 'late', 0) + 1", "self.late"),
+        ("self.memory[len(self.memory)] = 1", "len(self.memory)"),
+        ("self.queue.append(1)", "len(self.queue)"),
+        ("given.append(1)", "len(given)"),
+        ("named.append(1)", "len(named)"),
+        ("n = self.many()", "n"),
+    ],
+)
+def test_nor_does_its_file(tmp_path: Path, remember: str, times: str) -> None:
+    path = tmp_path / "forgetful.py"
+    path.write_text(FORGETFUL.format(remember=remember, times=times))
+    remembers_nothing(path, True)
 
 
 @pytest.mark.parametrize("policy", ["linux-6.12", "mutant:P1"])

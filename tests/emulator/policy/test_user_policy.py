@@ -49,6 +49,9 @@ class Number:
     def __init__(self, number: int) -> None:
         self.id = number
 
+    def point(self, kind: str, obj: object, mode: str) -> None:
+        """Nobody else is there."""
+
 
 def ask(policy: Policy, point: str, *arguments: Any) -> str:
     answer: str = getattr(policy, point)(*arguments)
@@ -164,6 +167,22 @@ def test_a_fresh_one_remembers_nothing(tmp_path: Path) -> None:
     assert fresh.given() == {"migration": {}}
     assert migration(fresh) == "all-contexts"
     assert Policy().fresh() == Policy()
+
+
+def test_a_fresh_one_knows_nothing_of_its_file_either(tmp_path: Path) -> None:
+    """And keeps the text that was loaded, whatever has become of the file."""
+    body = """
+        seen = []
+        def migration(self, cpu, vcpu):
+            self.seen.append(vcpu.id)
+            return "none" if len(self.seen) > 1 else super().migration(cpu, vcpu)
+        """
+    path = of(tmp_path, body)
+    policy = load_user_policy(path)
+    assert [migration(policy), migration(policy)] == ["all-contexts", "none"]
+    path.write_text("nonsense")
+    assert migration(policy.fresh()) == "all-contexts"
+    assert migration(policy) == "none"
 
 
 def test_helpers_and_constants_are_the_users_business(tmp_path: Path) -> None:
