@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 from emulator.explore.audit import Audit
 from emulator.explore.objects import Objects
 from emulator.explore.scheduler import Execution
+from emulator.litmus.world import rcu_cpu
 from emulator.locks import SpinLock
 from emulator.runtime import Cpu, Machine, MachineMisuse, Mode
 from native import ffi, lib
@@ -232,7 +233,7 @@ class Control:
 
     def _grace_periods(self, execution: Execution) -> Callable[[], None]:
         callbacks, rcu = self.bit("callbacks"), self.bit("rcu")
-        m, cpu = self.machine.m, self.machine.cpus[-1].id
+        m, cpu = self.machine.m, rcu_cpu(self.machine).id
 
         def body() -> None:
             while True:
@@ -266,7 +267,7 @@ class Control:
 
     def run_callbacks(self) -> None:
         """rcu_barrier() when nobody else runs."""
-        m, cpu = self.machine.m, self.machine.cpus[-1].id
+        m, cpu = self.machine.m, rcu_cpu(self.machine).id
         while lib.rcu_pending(m):
             lib.rcu_gp_begin(m, cpu)
             if lib.rcu_gp_end(m, cpu) < 0:

@@ -33,7 +33,7 @@ class Remains(LitmusProgram):
         return f"root {root.hfn} of VM {kvm.id}{' invalid' if root.role.invalid else ''}: {leafs}"
 
     def _leafs(self, root: KvmMmuPage, pages: int) -> Iterator[tuple[int, int]]:
-        cpu, gfn = self.machine.cpus[-1], 0
+        cpu, gfn = self.world.main, 0
         while gfn < pages:
             level = lib.tdp_mmu_get_walk(cpu.m, root.hfn, root.role.level, gfn, cpu.sptes, cpu.tables)
             if cpu.sptes[level]:

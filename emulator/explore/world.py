@@ -16,7 +16,7 @@ from emulator.explore.store_buffers import BufferedControl, buffer_name
 from emulator.litmus.loader import shipped_texts
 from emulator.litmus.model import LitmusTest, Section
 from emulator.litmus.ops import Op
-from emulator.litmus.world import LitmusThread, World, machine_config
+from emulator.litmus.world import LitmusThread, World, machine_config, rcu_cpu
 from emulator.policy import Policy
 from emulator.runtime import Cpu, Machine
 from native import VIOLATION_KINDS, lib
@@ -220,7 +220,7 @@ class LitmusProgram:
         names = {number: f"pcpu{number}" for number in range(self.machine.pcpus)}
         for thread in self.world.threads.values():
             names[thread.home.id] = thread.name
-        names[self.machine.cpus[-1].id] = names.get(self.machine.cpus[-1].id, "rcu")
+        names[rcu_cpu(self.machine).id] = "rcu"
         return names
 
     def task_names(self) -> list[str]:
@@ -248,7 +248,7 @@ class LitmusProgram:
             return self._buffers[task.name]
         if self.control.adversary is not None and task.name in self.control.adversary.cpu_of:
             return self.control.adversary.cpu_of[task.name]
-        return self.machine.cpus[-1].id
+        return rcu_cpu(self.machine).id
 
     def close(self) -> None:
         self.machine.destroy()

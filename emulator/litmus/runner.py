@@ -17,7 +17,7 @@ from typing import Any
 from emulator.errors import BadInput
 from emulator.litmus.model import LitmusTest
 from emulator.litmus.verdict import Outcome
-from emulator.litmus.world import LitmusFailure, LitmusThread, World, machine_config
+from emulator.litmus.world import LitmusFailure, LitmusThread, World, machine_config, rcu_cpu
 from emulator.policy import Policy
 from emulator.result import Report
 from emulator.runtime import Cpu, Machine, MachineError, MachineStopped, Mode
@@ -120,8 +120,9 @@ class Runner:
         machine = self.machine
         for cpu in machine.cpus[machine.pcpus :]:
             lib.cpu_online(machine.m, cpu.id)
-        rcu_cpu = machine.cpus[machine.pcpus + 1]
-        self._rcu = threading.Thread(target=lib.rcu_thread, args=(machine.m, rcu_cpu.id), daemon=True)
+        self._rcu = threading.Thread(
+            target=lib.rcu_thread, args=(machine.m, rcu_cpu(machine).id), daemon=True
+        )
         self._rcu.start()
         self._workers = [Worker(self, i) for i in range(len(test.threads))]
         for worker in self._workers:

@@ -54,8 +54,8 @@ def machine_config(test: LitmusTest, seed: int) -> dict[str, int]:
     pages = sum(vm.pages for vm in test.vm)
     return {
         "pcpus": test.machine.pcpus,
-        # Each thread's own, the one that runs init and final, and RCU's.
-        "housekeeping": len(test.threads) + 2,
+        # The one that runs init and final, RCU's, and each thread's own.
+        "housekeeping": 2 + len(test.threads),
         "vms": len(test.vm) + 1,
         "vcpus": sum(vm.vcpus for vm in test.vm) + 1,
         "root_frames": test.machine.root_frames,
@@ -69,6 +69,11 @@ def machine_config(test: LitmusTest, seed: int) -> dict[str, int]:
         "chaos": test.stress.chaos,
         "seed": seed,
     }
+
+
+def rcu_cpu(machine: Machine) -> Cpu:
+    """Where grace periods are waited for, and callbacks run."""
+    return machine.cpus[machine.pcpus + 1]
 
 
 @dataclass(frozen=True, slots=True)

@@ -1,0 +1,38 @@
+"""Who is on which CPU."""
+
+from __future__ import annotations
+
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+
+from emulator.explore.choices import Choices
+from emulator.explore.controlled import installed
+from emulator.explore.verdict import Plan, explore_verdict
+from emulator.explore.world import LitmusProgram
+from emulator.litmus.loader import load_test, shipped_texts
+from emulator.litmus.policies import named_policy
+
+
+@pytest.mark.parametrize("name", sorted(shipped_texts()))
+def test_each_thread_has_a_cpu_of_its_own_and_so_has_rcu(name: str) -> None:
+    program = LitmusProgram(load_test(name), named_policy("linux-7.3"), Choices(store_buffers=True))
+    names = program.names()
+    assert sorted(names.values()) == sorted(set(names.values()))
+    with installed(program.control):
+        rcu: Any = SimpleNamespace(name="rcu")
+        assert names[program.cpu_of(rcu)] == "rcu"
+        # Callbacks' stores are in nobody's store buffer.
+        assert program.cpu_of(rcu) not in program._buffered()
+    program.close()
+
+
+def test_a_callback_frees_on_its_own_cpu() -> None:
+    verdict = explore_verdict(load_test("root-recycled"), named_policy("mutant:P9"), Plan())
+    assert verdict.counterexample is not None
+    violation = verdict.counterexample.document()["violation"]
+    root = violation["entry"]["ep4ta"]
+    freed = [e["cpu"] for e in violation["events"] if e["kind"] == "root_free" and e["a"] == root]
+    # kvm_tdp_mmu_put_root() takes it off the list; the page goes when its callback has run.
+    assert [violation["actors"][str(cpu)] for cpu in freed] == ["pcpu0", "rcu"]
