@@ -7,12 +7,26 @@ from typing import TYPE_CHECKING, ClassVar
 from emulator.kvm.regs import kvm_set_cr0, kvm_set_cr4
 from emulator.kvm.reset import apic_send_init
 from emulator.kvm.smm import emulator_leave_smm, kvm_inject_smi
-from emulator.litmus.syntax import Arg, Context, GuestOp, Instruction, Op, OpError, VcpuOp
+from emulator.litmus.syntax import (
+    HUGE_PAGES,
+    Arg,
+    Context,
+    GuestOp,
+    Instruction,
+    Op,
+    OpError,
+    VcpuOp,
+    check_huge,
+)
 
 if TYPE_CHECKING:
     from emulator.litmus.model import LitmusTest
 
 _PAGE = Arg("page", "page")
+# native/guest_state.h: GUEST_PROCESSES
+_LAST_PROCESS = 15
+# The core's books hold guest-physical pages in 32 bits, of which the last value means none.
+_LAST_GUEST_PAGE = (1 << 32) - 2
 
 
 class _Access(GuestOp):
@@ -53,7 +67,11 @@ class Invlpg(GuestOp):
 class Invpcid(GuestOp):
     verb = "invpcid"
     doc = "INVPCID of TYPE 0 (address), 1 (single), 2 (all, globals too) or 3 (all but globals)"
-    args = (Arg("type", "number"), Arg("process", "number", 0), Arg("page", "page", 0))
+    args = (
+        Arg("type", "number", most=3),
+        Arg("process", "number", 0, _LAST_PROCESS),
+        Arg("page", "page", 0),
+    )
 
     def instructions(self) -> list[Instruction]:
         # The type travels as a flag, so that operand and value keep their meaning.
@@ -70,7 +88,7 @@ class Invpcid(GuestOp):
 class MovCr3(GuestOp):
     verb = "mov-cr3"
     doc = "MOV to CR3: switch to the address space of PROCESS; `noflush` sets bit 63"
-    args = (Arg("process", "number"),)
+    args = (Arg("process", "number", most=_LAST_PROCESS),)
     words = ("noflush",)
 
     def instructions(self) -> list[Instruction]:
@@ -80,8 +98,16 @@ class MovCr3(GuestOp):
 class Map(GuestOp):
     verb = "map"
     doc = "the guest maps LINEAR to guest-physical PAGE in its tables"
-    args = (Arg("linear", "page"), _PAGE)
+    args = (Arg("linear", "page"), Arg("page", "page", most=_LAST_GUEST_PAGE))
     words = ("ro", "global", "huge")
+
+    def check(self, test: LitmusTest, thread: str) -> None:
+        super().check(test, thread)
+        if "huge" in self.flags:
+            check_huge(self, "linear", "page")
+
+    def span(self) -> int:
+        return HUGE_PAGES if "huge" in self.flags else 1
 
     def instructions(self) -> list[Instruction]:
         return [Instruction("MAP", self.number("linear") << 12, self.number("page"), self.flags)]

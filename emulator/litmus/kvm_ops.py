@@ -6,7 +6,7 @@ is page 0x10 of user memory.
 
 from __future__ import annotations
 
-from typing import ClassVar
+from typing import TYPE_CHECKING, ClassVar
 
 from emulator.kvm.kvm_host import KVM_MEM_LOG_DIRTY_PAGES
 from emulator.kvm.kvm_main import (
@@ -19,14 +19,19 @@ from emulator.kvm.kvm_main import (
     kvm_vm_ioctl_get_dirty_log,
 )
 from emulator.kvm.mmu import kvm_mmu_zap_all_fast, kvm_zap_gfn_range
-from emulator.litmus.syntax import Arg, Context, KvmOp, Op
+from emulator.litmus.syntax import HUGE_PAGES, Arg, Context, KvmOp, Op, check_huge
 from native import lib
 
+if TYPE_CHECKING:
+    from emulator.litmus.model import LitmusTest
+
 SLOT = 0
-HUGE_PAGES = 512
 _LINGER_MICROSECONDS = 150
+# Far below what counts as being stuck.
+_MOST_LINGERS = 10_000
 _RANGE = (Arg("page", "page"), Arg("count", "count", 1))
-_HUGE = (Arg("page", "page"),)
+_PAGE = (Arg("page", "page"),)
+_LOG_WORD = 64
 
 
 class _Range(KvmOp):
@@ -108,10 +113,20 @@ class HostMigrate(_Range):
             lib.mm_migrate(cpu.m, cpu.id, vm, start, end)
 
 
-class HostCollapse(KvmOp):
+class _Huge(KvmOp):
+    args = _PAGE
+
+    def check(self, test: LitmusTest, thread: str) -> None:
+        super().check(test, thread)
+        check_huge(self, "page")
+
+    def span(self) -> int:
+        return HUGE_PAGES
+
+
+class HostCollapse(_Huge):
     verb = "host-collapse"
     doc = "khugepaged: one 2 MiB page for the 512 pages from PAGE on"
-    args = _HUGE
 
     def run(self, context: Context) -> None:
         cpu, vm, start = context.cpu, context.kvm.id, self.number("page")
@@ -121,10 +136,9 @@ class HostCollapse(KvmOp):
             cpu.check(rc)
 
 
-class HostSplit(KvmOp):
+class HostSplit(_Huge):
     verb = "host-split"
     doc = "__split_huge_pmd(): the same frames mapped by 4 KiB pages"
-    args = _HUGE
 
     def run(self, context: Context) -> None:
         cpu, vm, start = context.cpu, context.kvm.id, self.number("page")
@@ -238,11 +252,12 @@ class LogGet(KvmOp):
 class LogClear(KvmOp):
     verb = "log-clear"
     doc = "KVM_CLEAR_DIRTY_LOG of the 64 pages around PAGE, as reported dirty or not"
-    args = _HUGE
+    args = _PAGE
 
     def run(self, context: Context) -> None:
-        first = self.number("page") & -64
-        kvm_vm_ioctl_clear_dirty_log(context.cpu, context.kvm, SLOT, first, 64, [(1 << 64) - 1])
+        first = self.number("page") & -_LOG_WORD
+        pages = min(_LOG_WORD, context.vm.pages - first)
+        kvm_vm_ioctl_clear_dirty_log(context.cpu, context.kvm, SLOT, first, pages, [(1 << pages) - 1])
 
 
 class Rcu(KvmOp):
@@ -256,7 +271,7 @@ class Rcu(KvmOp):
 class Linger(KvmOp):
     verb = "linger"
     doc = "give the others time, TIMES as long; `explore` gives it them anyway"
-    args = (Arg("times", "count", 1),)
+    args = (Arg("times", "count", 1, _MOST_LINGERS),)
 
     def run(self, context: Context) -> None:
         cpu, microseconds = context.cpu, self.number("times") * _LINGER_MICROSECONDS

@@ -94,6 +94,8 @@ Need = Literal[
     "nothing",
 ]
 Kind = Literal["vcpu", "kvm"]
+# That a delay lasts: far below what counts as being stuck.
+_MOST_MICROSECONDS = 1_000_000
 
 
 class Section(BaseModel):
@@ -115,7 +117,7 @@ class VmSection(Section):
     vcpus: int = Field(default=1, ge=1, le=4, strict=True)
     pages: int = Field(default=2048, ge=512, le=1 << 19, strict=True)
     smm_slots: bool = False
-    smram: int | None = Field(default=None, ge=0, strict=True)
+    smram: int | None = Field(default=None, ge=1, strict=True)
     ept_ad: bool = True
     tdp_levels: tuple[Literal[4, 5], ...] = ()
     paging: bool = False
@@ -129,6 +131,8 @@ class VmSection(Section):
     def _a_level_for_each(self) -> Self:
         if self.tdp_levels and len(self.tdp_levels) != self.vcpus:
             raise ValueError(f"tdp_levels to have {self.vcpus} entries, one for each vCPU")
+        if self.smram is not None and self.smram > self.pages:
+            raise ValueError(f"smram of at most {self.pages:#x}, the pages of this VM")
         if self.pcid and not self.paging:
             raise ValueError("paging = true where pcid = true")
         return self
@@ -322,7 +326,10 @@ def _parse_prefixed(test: LitmusTest, where: str, texts: tuple[str, ...]) -> tup
 
 def _parse_delay(test: LitmusTest, key: str, text: str) -> Delay:
     words = text.split()
-    microseconds = int(words.pop()) if len(words) > 2 and words[-1].isdecimal() else 0
+    digits = words.pop() if len(words) > 2 and words[-1].isdecimal() else "0"
+    if len(digits) > 9 or int(digits) > _MOST_MICROSECONDS:
+        raise SchemaError(key, repr(digits), f"at most {_MOST_MICROSECONDS} MICROSECONDS")
+    microseconds = int(digits)
     if not 2 <= len(words) <= 3 or (len(words) == 3 and words[2] not in ("read", "write")):
         raise SchemaError(key, repr(text), '"THREAD POINT [read|write] [MICROSECONDS]"')
     if words[0] not in test.threads:

@@ -24,6 +24,7 @@ _EXPECTED: dict[str, str] = {
     "name": "a name",
 }
 _MAX_PAGE = (1 << 36) - 1
+HUGE_PAGES = 512
 
 
 class OpError(ValueError):
@@ -41,6 +42,7 @@ class Arg:
     name: str
     kind: ArgumentKind
     default: int | None = None
+    most: int = _MAX_PAGE
 
     def parse(self, text: str) -> int | str:
         if self.kind in ("thread", "name"):
@@ -48,11 +50,15 @@ class Arg:
         try:
             value = int(text, 0)
         except ValueError:
-            raise OpError(repr(text), f"{_EXPECTED[self.kind]} for {self.name.upper()}") from None
+            raise OpError(repr(text), self._expected()) from None
         low = 1 if self.kind == "count" else 0
-        if not low <= value <= _MAX_PAGE:
-            raise OpError(repr(text), f"{_EXPECTED[self.kind]} for {self.name.upper()}")
+        if not low <= value <= self.most:
+            raise OpError(repr(text), self._expected())
         return value
+
+    def _expected(self) -> str:
+        most = f", at most {self.most}," if self.most != _MAX_PAGE else ""
+        return f"{_EXPECTED[self.kind]}{most} for {self.name.upper()}"
 
 
 class Op:
@@ -113,15 +119,24 @@ class Op:
             if arg.kind == "pcpu" and self.number(arg.name) >= test.machine.pcpus:
                 expected = f"a pCPU below machine.pcpus, {test.machine.pcpus}"
                 raise OpError(str(self.number(arg.name)), expected)
-        if self._physical(test, thread):
-            end = self.number("page") + self.values.get("count", 1)  # type: ignore[operator]
-            if end > pages:
-                raise OpError(repr(self.text), f"pages of VM {section.vm}, which has {pages:#x}")
+        if self._physical(test, thread) and self.number("page") + self.span() > pages:
+            raise OpError(repr(self.text), f"pages of VM {section.vm}, which has {pages:#x}")
+
+    def span(self) -> int:
+        """Pages from PAGE on that it is about."""
+        return self.number("count") if "count" in self.values else 1
 
     def _physical(self, test: LitmusTest, thread: str) -> bool:
         """PAGE is guest-physical."""
         paging = test.vm[test.threads[thread].vm].paging
         return "page" in self.values and not (paging and "vcpu" in self.who)
+
+
+def check_huge(op: Op, *names: str) -> None:
+    """These pages begin 2 MiB each.  Raises OpError."""
+    for name in names:
+        if op.number(name) % HUGE_PAGES:
+            raise OpError(repr(op.text), f"a multiple of {HUGE_PAGES:#x} for {name.upper()}")
 
 
 class Context(Protocol):

@@ -122,6 +122,14 @@ def test_what_kvm_refuses_is_bad_input() -> None:
             run_test(parse_test(part, "t", None), Policy(), 1)
 
 
+def test_the_last_pages_of_a_log_may_be_fewer_than_64() -> None:
+    text = (
+        'doc="d"\nsource="s"\n[[vm]]\npages=520\n[threads.v0]\nvcpu=0\nops=["write 519"]\n'
+        '[threads.k]\nops=["log-arm", "wait v0 1", "log-get", "log-clear 519"]\n'
+    )
+    assert run_test(parse_test(text, "t", None), Policy(), 1).failure == ""
+
+
 def test_the_same_machine_for_all_policies_of_a_task() -> None:
     outcomes = run_task(Task("away-zap", ("linux-7.3", "migration=none"), 3, 1))
     assert [(outcome.policy, bool(outcome.kinds)) for outcome in outcomes] == [

@@ -66,6 +66,9 @@ BAD = [
     ("vcpu = 0", "vcpu = 0\npcpu = 2", "threads.v0.pcpu: found 2; expected less than machine.pcpus, 2"),
     ("vcpu = 0", "vcpu = 0\nvm = 1", "threads.v0.vm: found 1; expected less than 1, the number of VMs"),
     ("v0 mode write 300", "v7 mode", "stress.delays[0]: found 'v7'; expected one of the threads v0, mm"),
+    ("mode write 300", "mode write 1000001", "stress.delays[0]: found '1000001'; expected at most 1000000"),
+    ("[threads.v0]", "[[vm]]\nsmram = 0x801\n[threads.v0]", "expected smram of at most 0x800"),
+    ("[threads.v0]", "[[vm]]\nsmram = 0\n[threads.v0]", "vm[0].smram: found 0; expected"),
     ("v0 mode write 300", "v0", "stress.delays[0]: found 'v0'; expected \"THREAD POINT"),
     ('doc = "d"', 'dok = "d"', "t.toml: dok: found an unknown key; expected 'doc'"),
     ('doc = "d"\n', "", "t.toml: doc: found nothing; expected this key to be present"),
@@ -84,6 +87,50 @@ def test_a_bad_one_says_where(good: str, bad: str, message: str) -> None:
     assert line.startswith("t.toml: ")
     assert message in line
     assert "\n" not in line
+
+
+# Any number will do: linear pages, and what never comes.
+ANY_NUMBER = {("map", "linear"), ("unmap", "linear"), ("protect", "linear"), ("preempt", "nth")}
+ARGUMENTS = [
+    (verb, arg.name)
+    for verb, kind in VERBS.items()
+    for arg in kind.args
+    if arg.kind not in ("thread", "name") and (verb, arg.name) not in ANY_NUMBER
+]
+
+
+@pytest.mark.parametrize(("verb", "name"), ARGUMENTS)
+def test_an_operand_that_is_far_too_large_is_refused_at_once(verb: str, name: str) -> None:
+    usual = {"page": "0x200", "linear": "0x200", "bit": "wp", "thread": "other"}
+    kind = VERBS[verb]
+    words = ["0xfffffffff" if arg.name == name else usual.get(arg.name, "1") for arg in kind.args]
+    vcpu = "vcpu = 0" if "kvm" not in kind.who else ""
+    text = (
+        f'doc="d"\nsource="s"\n[threads.one]\n{vcpu}\nops=["{verb} {" ".join(words)}"]\n'
+        '[threads.other]\nops=["rcu"]\n'
+    )
+    with pytest.raises(BadInput, match=r"^t\.toml: threads\.one\.ops\[0\]: found .*; expected "):
+        parse(text)
+
+
+@pytest.mark.parametrize(
+    ("op", "message"),
+    [
+        ("invpcid 4", "found '4'; expected a whole number, at most 3, for TYPE"),
+        ("mov-cr3 16", "found '16'; expected a whole number, at most 15, for PROCESS"),
+        ("map 0x200 0x201 huge", "expected a multiple of 0x200 for PAGE"),
+        ("map 0x201 0x200 huge", "expected a multiple of 0x200 for LINEAR"),
+        ("host-collapse 0x600", "expected pages of VM 0, which has 0x700"),
+        ("host-split 0x600", "expected pages of VM 0, which has 0x700"),
+        ("host-collapse 0x201", "expected a multiple of 0x200 for PAGE"),
+        ("linger 10001", "expected a number, at least 1, at most 10000, for TIMES"),
+    ],
+)
+def test_an_operand_that_is_a_little_off_is_refused_as_well(op: str, message: str) -> None:
+    vcpu = "vcpu = 0" if "kvm" not in VERBS[op.split()[0]].who else ""
+    with pytest.raises(BadInput) as caught:
+        parse(f'doc="d"\nsource="s"\n[[vm]]\npages=0x700\n[threads.one]\n{vcpu}\nops=["{op}"]\n')
+    assert message in str(caught.value)
 
 
 def test_two_threads_cannot_be_one_vcpu() -> None:
