@@ -65,15 +65,30 @@ def load_test(name_or_path: str) -> LitmusTest:
 
 
 def load_tests(names: Iterable[str]) -> list[LitmusTest]:
-    """The named ones, files, or all of a directory's .toml files; without names all that ship."""
-    tests: list[LitmusTest] = []
+    """The named ones, files, or all of a directory's .toml files, each once; without names all that ship."""
+    tests: dict[str, LitmusTest] = {}
     for name in names:
-        path = Path(name)
-        if "/" in name and path.is_dir():
-            files = sorted(path.glob("*.toml"))
-            if not files:
-                raise BadInput(name, "no .toml file in this directory", "litmus tests")
-            tests.extend(load_test(str(file)) for file in files)
-        else:
-            tests.append(load_test(name))
-    return tests or shipped_tests()
+        for test in _named(name):
+            known = tests.setdefault(test.name, test)
+            if _origin(known) != _origin(test):
+                # Results are kept by name.
+                raise BadInput(
+                    str(test.path or test.name),
+                    f"the second test of the name {test.name!r}, after {known.path or 'the one that ships'}",
+                    "each name once",
+                )
+    return list(tests.values()) or shipped_tests()
+
+
+def _named(name: str) -> list[LitmusTest]:
+    path = Path(name)
+    if "/" not in name or not path.is_dir():
+        return [load_test(name)]
+    files = sorted(path.glob("*.toml"))
+    if not files:
+        raise BadInput(name, "no .toml file in this directory", "litmus tests")
+    return [load_test(str(file)) for file in files]
+
+
+def _origin(test: LitmusTest) -> Path | None:
+    return test.path.resolve() if test.path is not None else None

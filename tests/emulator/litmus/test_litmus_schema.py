@@ -151,6 +151,27 @@ def test_files_directories_names(tmp_path: Path) -> None:
     assert len(load_tests([])) == len(shipped_tests())
 
 
+def test_a_test_is_taken_once_and_a_name_is_one_tests(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for directory in ("a", "b"):
+        (tmp_path / directory).mkdir()
+        (tmp_path / directory / "x.toml").write_text(GOOD)
+    (tmp_path / "away-zap.toml").write_text(GOOD)
+    monkeypatch.chdir(tmp_path)
+    assert [test.name for test in load_tests(["away-zap", "return-zap", "away-zap"])] == [
+        "away-zap",
+        "return-zap",
+    ]
+    assert [str(test.path) for test in load_tests(["a/x.toml", "./a/", "a/../a/x.toml"])] == ["a/x.toml"]
+    with pytest.raises(BadInput) as caught:
+        load_tests(["a/x.toml", "b/x.toml"])
+    expected = "b/x.toml: the second test of the name 'x', after a/x.toml; expected each name once"
+    assert str(caught.value) == expected
+    with pytest.raises(BadInput, match=r"away-zap\.toml: .* after the one that ships;"):
+        load_tests(["away-zap", "away-zap.toml"])
+
+
 def test_operations_explain_themselves() -> None:
     for verb, kind in VERBS.items():
         assert kind.doc
