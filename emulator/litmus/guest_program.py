@@ -79,9 +79,18 @@ class GuestProgram:
             compiled = self._stretches[ops, report] = self._compile(ops, report)
         return compiled
 
-    def done(self) -> bool:
+    def position(self) -> int:
+        """Instructions that the guest has executed."""
         position: int = lib.guest_program_position(self._thread.cpu.m, self._thread.vcpu.id)
-        return position == self._length
+        return position
+
+    def done(self) -> bool:
+        return self.position() == self._length
+
+    def operation(self, ops: Sequence[Op]) -> Op:
+        """Where it is in these, which were loaded without `report`."""
+        by_instruction = [op for op in ops for _ in self._instructions(op)]
+        return by_instruction[self.position()]
 
     def _compile(self, ops: Sequence[Op], report: bool) -> Any:
         """With `report`, each operation is followed by a signal: this thread's progress."""

@@ -15,12 +15,13 @@ from random import Random
 from typing import Any
 
 from emulator.errors import BadInput
+from emulator.litmus.failure import KVM_FAILS, LitmusFailure, failure_text
 from emulator.litmus.model import LitmusTest
 from emulator.litmus.verdict import Outcome
-from emulator.litmus.world import LitmusFailure, LitmusThread, World, machine_config, rcu_cpu
+from emulator.litmus.world import LitmusThread, World, machine_config, rcu_cpu
 from emulator.policy import Policy
 from emulator.result import Report
-from emulator.runtime import Cpu, Machine, MachineError, MachineStopped, Mode
+from emulator.runtime import Cpu, Machine, MachineStopped, Mode
 from emulator.story import Stories
 from native import VIOLATION_KINDS, ffi, lib
 
@@ -32,9 +33,6 @@ _LINGER = 150
 # In every other execution, besides what the test asks for, one in so many points delays its thread.
 _CHAOS_ONE_IN = 24
 _SWITCH_SECONDS = 2e-5
-
-# What a policy can bring about: KVM_BUG_ON, a wait where waiting is forbidden, a test that cannot go on.
-KVM_FAILS = (MachineError, AssertionError)
 
 _COUNTERS = {
     "averted": lib.COUNT_AVERTED,
@@ -104,6 +102,19 @@ class Worker(threading.Thread):
             self.runner.arrived()
 
 
+class Watchdog(threading.Thread):
+    """Sees that init and final come to an end: whoever runs them cannot."""
+
+    def __init__(self, runner: Runner) -> None:
+        super().__init__(name="litmus watchdog", daemon=True)
+        self.runner = runner
+        self.end = threading.Event()
+
+    def run(self) -> None:
+        while not self.end.wait(STUCK_SECONDS / 4):
+            self.runner.look_at_sequences()
+
+
 class Runner:
     """The machine of one test, which serves one policy after the other."""
 
@@ -124,11 +135,14 @@ class Runner:
             target=lib.rcu_thread, args=(machine.m, rcu_cpu(machine).id), daemon=True
         )
         self._rcu.start()
+        self._world: World | None = None
+        self._watchdog = Watchdog(self)
+        self._watchdog.start()
         self._workers = [Worker(self, i) for i in range(len(test.threads))]
         for worker in self._workers:
             worker.start()
 
-    # --- called by workers ----------------------------------------------------------------------------------
+    # --- called by other threads ----------------------------------------------------------------------------
 
     def failed(self, thread: LitmusThread, error: BaseException) -> None:
         self.errors.append((thread.name, error))
@@ -141,6 +155,14 @@ class Runner:
         if last:
             self._finished.release()
 
+    def look_at_sequences(self) -> None:
+        alone = None if self._world is None else self._world.alone
+        if alone is None or time.monotonic() - alone[2] < STUCK_SECONDS:
+            return
+        thread, ops, _ = alone
+        what = "; ".join(op.text for op in ops)
+        self.failed(thread, LitmusFailure(f"{thread.name}: {what!r} waits for ever: nobody else runs"))
+
     # --- running --------------------------------------------------------------------------------------------
 
     def run(
@@ -152,7 +174,7 @@ class Runner:
         stop_at: int = 0,
     ) -> Outcome:
         """Executions seed, seed + 1, ...; with stop_at, no more once so many of them have violated."""
-        world = World(self.test, policy, self.machine)
+        world = self._world = World(self.test, policy, self.machine)
         outcome = Outcome(self.test.name, policy.name)
         delays = Delays(world)
         started = time.monotonic()
@@ -249,8 +271,7 @@ class Runner:
             raise cause
         if not isinstance(cause, KVM_FAILS):
             raise RuntimeError(f"litmus test {self.test.name}, policy {outcome.policy}, {name}") from cause
-        kind = "" if isinstance(cause, LitmusFailure) else f"{type(cause).__name__}: "
-        outcome.failure = f"{name}: {kind}{cause}"
+        outcome.failure = failure_text(name, cause)
         # What is left of the VMs is of no use to the next policy.
         self.machine.stop()
 
@@ -261,13 +282,15 @@ class Runner:
 
     def close(self) -> None:
         self.machine.stop()
+        self._watchdog.end.set()
         for worker in self._workers:
             worker.thread = None
             worker.go.release()
         for worker in self._workers:
             worker.join(STUCK_SECONDS)
         self._rcu.join(STUCK_SECONDS)
-        if not any(thread.is_alive() for thread in (*self._workers, self._rcu)):
+        self._watchdog.join(STUCK_SECONDS)
+        if not any(thread.is_alive() for thread in (*self._workers, self._rcu, self._watchdog)):
             self.machine.destroy()
 
 

@@ -7,6 +7,7 @@ pCPUs.  Whoever runs the threads (real ones: emulator.litmus.runner) calls `Worl
 
 from __future__ import annotations
 
+import time
 from collections.abc import Iterable
 from dataclasses import dataclass
 
@@ -28,25 +29,24 @@ from emulator.kvm.kvm_main import (
 )
 from emulator.kvm.roots import kvm_mmu_after_set_cpuid
 from emulator.kvm.structs import Kvm, KvmParams, Vcpu
+from emulator.litmus.failure import LitmusFailure
 from emulator.litmus.guest_program import GuestProgram
 from emulator.litmus.kvm_ops import SLOT
 from emulator.litmus.model import LitmusTest, ThreadSection, VmSection
 from emulator.litmus.ops import GuestOp, Op, Wait
 from emulator.locks import Mutex
 from emulator.policy import Policy
-from emulator.runtime import Cpu, Machine, MachineError, cpu_relax
+from emulator.runtime import Cpu, Machine, cpu_relax
 from native import lib
 
 SMM_SLOT = 1
+# Turns without an instruction that a guest is given where nobody else runs.
+_TURNS = 200
 _DIRTY_LOG = {
     "protect": 0,
     "manual": KVM_DIRTY_LOG_MANUAL_PROTECT_ENABLE,
     "initially-set": KVM_DIRTY_LOG_MANUAL_PROTECT_ENABLE | KVM_DIRTY_LOG_INITIALLY_SET,
 }
-
-
-class LitmusFailure(MachineError):
-    """The test cannot be run as it is written."""
 
 
 def machine_config(test: LitmusTest, seed: int) -> dict[str, int]:
@@ -207,12 +207,19 @@ class LitmusThread:
         assert self.task is not None
         assert self.program is not None
         self.program.load(ops, report)
+        position, turns = 0, 0
         while not self.program.done():
             state = self.task.resume(self.cpu)
             if state is PREEMPTIBLE:
                 self._preemptible()
             elif isinstance(state, ExitToUser):
                 self._left_to_user(state, ops)
+            if self.world.alone is not None:
+                before, position = position, self.program.position()
+                turns = turns + 1 if position == before else 0
+                if turns == _TURNS:
+                    what = self.program.operation(ops).text
+                    raise LitmusFailure(f"{self.name}: {what!r} is refused for ever: nobody else runs")
 
     def _preemptible(self) -> None:
         if self.preempt_to < 0:
@@ -262,6 +269,8 @@ class World:
         self._on: dict[int, LitmusThread] = {}
         self.pcpu_locks = [PcpuLock(i) for i in range(machine.pcpus)]
         self.threads: dict[str, LitmusThread] = {}
+        # What of init or final is being done, and since when: then nobody else runs.
+        self.alone: tuple[LitmusThread, tuple[Op, ...], float] | None = None
         for number, (name, section) in enumerate(test.threads.items()):
             thread = self.threads[name] = LitmusThread(self, number, name, section)
             self._on[thread.home.id] = thread
@@ -361,9 +370,11 @@ class World:
 
     def _run_sequence(self, sequence: list[tuple[LitmusThread, tuple[Op, ...]]]) -> None:
         for thread, ops in sequence:
+            self.alone = thread, ops, time.monotonic()
             thread.enter_pcpu()
             thread.do(ops, report=False)
             thread.leave_pcpu()
+        self.alone = None
 
     def thread_on(self, cpu: Cpu) -> LitmusThread | None:
         """The thread that `cpu` works for; None: between executions."""

@@ -12,6 +12,7 @@ from emulator.explore.minimize import size
 from emulator.explore.record import load, replay
 from emulator.explore.scheduler import Divergence
 from emulator.explore.verdict import BOUNDED, SAFE, UNFINISHED, VIOLATIONS, Plan, Verdict, explore_verdict
+from emulator.litmus.failure import LitmusFailure
 from emulator.litmus.loader import load_test
 from emulator.litmus.policies import named_policy
 
@@ -135,6 +136,15 @@ def test_the_command_line_writes_and_replays(tmp_path: Path, capsys: pytest.Capt
     path.write_text("{}")
     assert main(["explore", "--replay", str(path)]) == 2
     assert main(["explore", "return-zap", "--strategy", "guess"]) == 2
+
+
+@pytest.mark.parametrize("where", ["init", "final"])
+def test_init_and_final_are_given_up(where: str, tmp_path: Path) -> None:
+    path = tmp_path / "refused.toml"
+    sequence = f'{where} = ["mm: host-protect 1", "v0: write 1"]'
+    path.write_text(TEXT.replace("[threads.v0]", f"{sequence}\n[threads.v0]"))
+    with pytest.raises(LitmusFailure, match="v0: 'write 1' is refused for ever"):
+        explore_verdict(load_test(str(path)), named_policy("linux-7.3"))
 
 
 def test_a_deadlock_says_who_waits_for_whom(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:

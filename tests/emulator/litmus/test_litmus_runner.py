@@ -100,6 +100,24 @@ def test_who_waits_for_ever_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
     assert "v0 after 0 operations" in outcome.failure
 
 
+@pytest.mark.parametrize(
+    ("sequence", "message"),
+    [
+        ('init=["mm: host-protect 0x10", "v0: read 0x10", "v0: write 0x10"]', "v0: 'write 0x10' is refused"),
+        ('init=["mm: notifier-start 0x10", "v0: read 0x10"]', "v0: 'read 0x10' is refused for ever"),
+        ('final=["mm: host-protect 0x10", "v0: write 0x10"]', "v0: 'write 0x10' is refused for ever"),
+        ('init=["mm: notifier-start 0x10", "mm: slot-delete"]', "mm: 'slot-delete' waits for ever"),
+    ],
+)
+def test_init_and_final_have_an_end(sequence: str, message: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    if "slot-delete" in sequence:
+        monkeypatch.setattr("emulator.litmus.runner.STUCK_SECONDS", 1.0)
+    text = f'doc="d"\nsource="s"\n{sequence}\n[threads.v0]\nvcpu=0\nops=["read 1"]\n[threads.mm]'
+    outcome = run_test(parse_test(text, "t", None), Policy(), 1)
+    assert outcome.failure.startswith(message)
+    assert outcome.failure.endswith("nobody else runs")
+
+
 def test_a_bug_of_kvm_is_a_verdict(monkeypatch: pytest.MonkeyPatch) -> None:
     """And the next policy gets another machine."""
 
