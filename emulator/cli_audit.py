@@ -18,6 +18,7 @@ _TITLES = {
     "undescribed": "native functions without a described footprint",
     "shared": "Python state that two tasks touch in either order, without a step that says so",
     "ordered": "steps that should commute, and do not",
+    "failed": "executions that cannot go on, as the test and the policy are",
 }
 # Tests that are named where a finding came up in many.
 _NAMED = 4

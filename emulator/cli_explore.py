@@ -39,7 +39,7 @@ EXPLORE_HELP = (
     "translations of the guests' pages that no access needs (--adversary speculate). Verdicts then say how "
     "many of these an execution has at most.\n\n"
     "A counterexample is as short as it could be made; --output keeps it for --replay and for `flushlab "
-    "explain`. The exit status is 1 if there is a violation or a deadlock."
+    "explain`. The exit status is 1 if there is a violation or a deadlock, or an execution that fails."
 )
 EXPLORE_EXAMPLES = """\
 Is the proposal sound, and if not, how does it fail?
@@ -175,7 +175,7 @@ def explore(
         runs = sum(verdict.executions + verdict.pruned for verdict in verdicts)
         print(f"{runs:,} executions in {elapsed:.1f} s, {runs / max(elapsed, 1e-9):,.0f} a second")
         _show_only(verdicts)
-    if any(verdict.counterexample is not None for verdict in verdicts):
+    if any(verdict.counterexample is not None or verdict.failure for verdict in verdicts):
         raise typer.Exit(FOUND)
 
 
@@ -231,10 +231,11 @@ def _write(directory: Path, verdict: Verdict) -> None:
 def _replay(path: Path, as_json: bool) -> int:
     from emulator.explore.record import replay
     from emulator.explore.scheduler import Divergence
+    from emulator.litmus.failure import LitmusFailure
 
     try:
         recording = replay(path)
-    except Divergence as error:
+    except (Divergence, LitmusFailure) as error:
         print(f"flushlab explore: {path}: diverges: {error}", file=sys.stderr)
         return DIVERGED
     if as_json:

@@ -14,6 +14,7 @@ from emulator.explore.controlled import installed
 from emulator.explore.remains import Remains
 from emulator.explore.search import Limits, search
 from emulator.explore.shared_state import SharedState, watching
+from emulator.litmus.failure import LitmusFailure
 from emulator.litmus.model import LitmusTest
 from emulator.policy import Policy
 
@@ -30,7 +31,7 @@ class Audited:
     unannounced: native calls that no named point announces.  undescribed: native functions without a
     footprint.  shared: accesses of two tasks to a Python object, neither of which happens before the other.
     ordered: of `swaps` neighbouring steps whose footprints do not conflict, those whose order makes a
-    difference.
+    difference.  failed: why an execution could not go on; then there were no more.
     """
 
     test: str
@@ -40,11 +41,12 @@ class Audited:
     undescribed: Counter[str] = field(default_factory=Counter)
     shared: Counter[str] = field(default_factory=Counter)
     ordered: Counter[str] = field(default_factory=Counter)
+    failed: Counter[str] = field(default_factory=Counter)
     swaps: int = 0
 
     @property
     def clean(self) -> bool:
-        return not (self.unannounced or self.undescribed or self.shared or self.ordered)
+        return not (self.unannounced or self.undescribed or self.shared or self.ordered or self.failed)
 
     def document(self) -> dict[str, Any]:
         """For --json."""
@@ -57,6 +59,7 @@ class Audited:
             "shared": dict(sorted(self.shared.items())),
             "swaps": self.swaps,
             "ordered": dict(sorted(self.ordered.items())),
+            "failed": dict(sorted(self.failed.items())),
         }
 
 
@@ -68,12 +71,15 @@ def audited(
     walks = SharedState(program.control, executions, seed)
     audit = program.control.audit = Audit()
     commuting = Commuting(program, program.objects, seed)
+    failed: Counter[str] = Counter()
     try:
         with installed(program.control):
             with watching(walks):
                 search(program, program.objects, walks, Limits(), lambda outcome: False)
             program.control.audit = None
             commuting.run(executions, SWAPS)
+    except LitmusFailure as error:
+        failed[str(error)] = 1
     finally:
         program.close()
     return Audited(
@@ -84,6 +90,7 @@ def audited(
         Counter(dict.fromkeys(audit.unknown, 1)),
         walks.findings,
         commuting.findings,
+        failed,
         commuting.swaps,
     )
 

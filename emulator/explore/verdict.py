@@ -9,6 +9,7 @@ executions come first: they find early what an exhaustive search of a large prog
 from __future__ import annotations
 
 from collections.abc import Callable
+from contextlib import suppress
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -18,17 +19,20 @@ from emulator.explore.dpor import Exhaustive
 from emulator.explore.minimize import minimized
 from emulator.explore.record import Recording, record
 from emulator.explore.sampling import Pct, RandomWalk, Sampler
+from emulator.explore.scheduler import Divergence
 from emulator.explore.search import Found, Limits, search
 from emulator.explore.team import Team
 from emulator.explore.tree import wide_search
 from emulator.explore.world import LitmusProgram
+from emulator.litmus.failure import LitmusFailure
 from emulator.litmus.model import LitmusTest
-from emulator.policy import Policy
+from emulator.policy import Policy, PolicyError
 
 SAFE = "safe"
 VIOLATIONS = "violations"
 BOUNDED = "safe up to a bound"
 UNFINISHED = "nothing found"
+FAILED = "failed"
 
 STRATEGIES = ("exhaustive", "pct", "random")
 # Executions of each kind that the exhaustive strategy begins with.
@@ -55,7 +59,8 @@ class Plan:
 @dataclass(slots=True)
 class Verdict:
     """bound: the most preemptions that are covered completely; None with `complete`: all interleavings.
-    limit: what ended a search that is not complete: "seconds", "executions"; "" for the bound asked for."""
+    limit: what ended a search that is not complete: "seconds", "executions"; "" for the bound asked for.
+    failure: why some execution could not go on, as in litmus.verdict.Outcome."""
 
     test: str
     policy: str
@@ -72,6 +77,7 @@ class Verdict:
     guarantee: float | None = None
     rounds: list[dict[str, Any]] = field(default_factory=list)
     counterexample: Recording | None = None
+    failure: str = ""
 
     def document(self) -> dict[str, Any]:
         """For --json: holds no times."""
@@ -94,11 +100,14 @@ class Verdict:
             "depth": self.depth,
             "pct_guarantee": self.guarantee,
             "rounds": self.rounds,
+            "failure": self.failure or None,
             "counterexample": found.document() if found is not None else None,
         }
 
     def summary(self) -> str:
         """One line: what the tool is entitled to say."""
+        if self.failure:
+            return f"{FAILED}: {self.failure}"
         return f"{self._found()}, {self.plan.choices.describe()}"
 
     def _found(self) -> str:
@@ -135,12 +144,24 @@ def explore_verdict(
                 _exhaustively(program, verdict, team, stop)
             else:
                 _sampled(program, verdict, stop)
+    except LitmusFailure as error:
+        verdict.verdict, verdict.failure = FAILED, str(error)
+    except Divergence as error:
+        raise _unsteady(policy, error) from error
     finally:
         program.close()
-    if not verdict.complete and verdict.verdict != VIOLATIONS:
+    if not verdict.complete and verdict.verdict not in (VIOLATIONS, FAILED):
         as_asked = plan.bound is not None and verdict.bound == plan.bound
         verdict.limit = "seconds" if stop() else "" if as_asked else "executions"
     return verdict
+
+
+def _unsteady(policy: Policy, error: Divergence) -> Exception:
+    """Two executions began with the same steps and were different: whose fault is that?"""
+    if not policy.overrides():
+        return error
+    found = f"the same steps went on in another way when they were repeated ({error})"
+    return PolicyError(policy.spelled(), found, "answers that depend on nothing but what KVM has done")
 
 
 def _exhaustively(program: LitmusProgram, verdict: Verdict, team: Team, stop: Stop) -> None:
@@ -231,9 +252,14 @@ def _violated(program: LitmusProgram, verdict: Verdict, found: Found) -> None:
     assert found.schedule is not None
     schedule = found.schedule
     if verdict.plan.minimize:
-        schedule = minimized(program, schedule, found.outcome)
+        # Where a shorter one might fail, it stays as it was found.
+        with suppress(LitmusFailure):
+            schedule = minimized(program, schedule, found.outcome)
+    recording = record(program, schedule)
+    if recording.violation is None:
+        raise Divergence(f"{found.outcome} did not come again")
     verdict.verdict = VIOLATIONS
     verdict.kinds = (found.outcome,)
-    verdict.counterexample = record(program, schedule)
+    verdict.counterexample = recording
     if verdict.counterexample.kinds:
         verdict.kinds = verdict.counterexample.kinds

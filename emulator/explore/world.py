@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 
 from emulator.actors.task import VcpuTask
 from emulator.explore.adversary import AdversarialLib, Adversary
@@ -13,6 +14,7 @@ from emulator.explore.objects import Objects
 from emulator.explore.scheduler import Execution, Task
 from emulator.explore.snapshot import CannotRestore, Snapshot
 from emulator.explore.store_buffers import BufferedControl, buffer_name
+from emulator.litmus.failure import KVM_FAILS, LitmusFailure, failure_text
 from emulator.litmus.loader import shipped_texts
 from emulator.litmus.model import LitmusTest, Section
 from emulator.litmus.ops import Op
@@ -113,9 +115,10 @@ class LitmusProgram:
         """To where the threads begin."""
         control, world = self.control, self.world
         control.forget()
-        world.reset()
-        world.run_init()
-        control.run_callbacks()
+        with self._told("init"):
+            world.reset()
+            world.run_init()
+            control.run_callbacks()
         control.vm_of_vcpu = {vcpu.id: kvm.id for kvm in world.kvms for vcpu in kvm.vcpus}
         control.paging = frozenset(
             kvm.id for kvm, section in zip(world.kvms, self.test.vm, strict=True) if section.paging
@@ -160,7 +163,7 @@ class LitmusProgram:
             self._prepare()
         control.reset()
         for thread in self.world.threads.values():
-            execution.spawn(thread.name, thread.run)
+            execution.spawn(thread.name, self._body(thread))
         control.spawn_daemons(execution)
         if isinstance(control, BufferedControl):
             control.spawn_buffers(execution, self._buffered())
@@ -169,7 +172,24 @@ class LitmusProgram:
         control.execution = execution
         control.judge()
 
+    def _body(self, thread: LitmusThread) -> Callable[[], None]:
+        def body() -> None:
+            with self._told(thread.name):
+                thread.run()
+
+        return body
+
+    @contextmanager
+    def _told(self, who: str) -> Iterator[None]:
+        """What a policy can bring about besides violations comes out as a LitmusFailure."""
+        try:
+            yield
+        except KVM_FAILS as error:
+            alone = self.world.alone
+            raise LitmusFailure(failure_text(alone[0].name if alone else who, error)) from error
+
     def finish(self, execution: Execution) -> str:
+        """... Raises LitmusFailure."""
         control = self.control
         control.execution = None
         if execution.deadlock:
@@ -205,7 +225,8 @@ class LitmusProgram:
             lib.ipi_hold(m, number, 0)
             lib.ipi_arrive(m, number)
             lib.cpu_idle(m, number)
-        self.world.run_final()
+        with self._told("final"):
+            self.world.run_final()
 
     # --- for recordings -------------------------------------------------------------------------------------
 

@@ -95,7 +95,7 @@ def explore_all(
     work = [Work(test, policy, plan, seconds) for test, policies in tests for policy in policies]
     for verdict in explore_suite(work, jobs):
         progress(executions)
-        proof = SEARCHED if verdict.counterexample is not None else verdict.verdict
+        proof = SEARCHED if verdict.counterexample is not None or verdict.failure else verdict.verdict
         # As on real threads: under its most specific kind.
         kinds = [kind for kind in VIOLATION_KINDS if kind in verdict.kinds] or list(verdict.kinds)
         yield Outcome(
@@ -106,6 +106,7 @@ def explore_all(
             kinds=dict.fromkeys(kinds[:1], 1),
             proof=proof,
             bound=verdict.bound,
+            failure=verdict.failure,
         )
 
 

@@ -12,7 +12,6 @@ from emulator.explore.minimize import size
 from emulator.explore.record import load, replay
 from emulator.explore.scheduler import Divergence
 from emulator.explore.verdict import BOUNDED, SAFE, UNFINISHED, VIOLATIONS, Plan, Verdict, explore_verdict
-from emulator.litmus.failure import LitmusFailure
 from emulator.litmus.loader import load_test
 from emulator.litmus.policies import named_policy
 
@@ -143,8 +142,74 @@ def test_init_and_final_are_given_up(where: str, tmp_path: Path) -> None:
     path = tmp_path / "refused.toml"
     sequence = f'{where} = ["mm: host-protect 1", "v0: write 1"]'
     path.write_text(TEXT.replace("[threads.v0]", f"{sequence}\n[threads.v0]"))
-    with pytest.raises(LitmusFailure, match="v0: 'write 1' is refused for ever"):
-        explore_verdict(load_test(str(path)), named_policy("linux-7.3"))
+    found = explore_verdict(load_test(str(path)), named_policy("linux-7.3"))
+    assert (found.verdict, found.counterexample) == ("failed", None)
+    assert found.failure == "v0: 'write 1' is refused for ever: nobody else runs"
+
+
+def test_a_failure_is_a_verdict_and_others_go_on(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def fail(self: object, context: object) -> None:
+        raise AssertionError("KVM_BUG_ON")
+
+    monkeypatch.setattr("emulator.litmus.kvm_ops.HostUnmap.run", fail)
+    arguments = ["entry-races-request", "guest-invlpg-away", "--policy", "linux-7.3", "--jobs", "1"]
+    assert main(["explore", *arguments]) == 1
+    first, second, *_ = capsys.readouterr().out.splitlines()
+    assert first.split(maxsplit=2)[2] == "failed: mm: AssertionError: KVM_BUG_ON"
+    assert "no violation in all" in second
+
+    assert main(["explore", *arguments, "--json"]) == 1
+    explored = json.loads(capsys.readouterr().out)["explored"]
+    assert [(one["verdict"], one["failure"]) for one in explored] == [
+        ("failed", "mm: AssertionError: KVM_BUG_ON"),
+        (SAFE, None),
+    ]
+
+    assert main(["litmus", "--explore", *arguments]) == 1
+    text = capsys.readouterr().out
+    assert "1 verdicts are not as expected" in text
+    assert "entry-races-request under linux-7.3: mm: AssertionError: KVM_BUG_ON" in text
+
+    assert main(["explore", "--audit", *arguments[:1], "--executions", "1"]) == 1
+    assert "1x mm: AssertionError: KVM_BUG_ON  [entry-races-request]" in capsys.readouterr().out
+
+
+def test_an_error_of_ours_is_none(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def fail(self: object, context: object) -> None:
+        raise IndexError("list index out of range")
+
+    monkeypatch.setattr("emulator.litmus.kvm_ops.HostUnmap.run", fail)
+    assert main(["explore", "entry-races-request", "--jobs", "1"]) == 3
+    assert "IndexError" in capsys.readouterr().err
+
+
+UNSTEADY = """
+from itertools import count
+from emulator.policy import Policy
+
+asked = count()
+
+class Unsteady(Policy):
+    def migration(self, cpu, vcpu):
+        return super().migration(cpu, vcpu) if next(asked) % 3 else "none"
+"""
+
+
+@pytest.mark.parametrize("command", [["explore"], ["litmus", "--explore"]])
+def test_a_policy_that_answers_now_so_now_so(
+    command: list[str], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    path = tmp_path / "unsteady.py"
+    path.write_text(UNSTEADY)
+    assert main([*command, "bounce-zap", "--policy", str(path), "--jobs", "1"]) == 2
+    err = capsys.readouterr().err
+    assert err.count("\n") == 1
+    assert err.startswith(f"flushlab: {path}: the same steps went on in another way")
+    assert err.endswith("; expected answers that depend on nothing but what KVM has done\n")
 
 
 def test_a_deadlock_says_who_waits_for_whom(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
