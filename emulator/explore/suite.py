@@ -6,7 +6,6 @@ import time
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
-from emulator.errors import BadInput
 from emulator.explore.verdict import Plan, Verdict, explore_verdict
 from emulator.litmus.model import LitmusTest
 from emulator.litmus.policies import named_policy
@@ -21,17 +20,14 @@ class Work:
     seconds: float  # 0: no limit
 
 
-def explore_one(work: Work, jobs: int = 1) -> Verdict | BadInput:
-    """One test under one policy.  Bad input travels as a value: exceptions lose their fields on the way."""
+def explore_one(work: Work, jobs: int = 1) -> Verdict:
+    """One test under one policy."""
     started = time.monotonic()
 
     def out_of_time() -> bool:
         return (bool(work.seconds) and time.monotonic() - started > work.seconds) or ending()
 
-    try:
-        verdict = explore_verdict(work.test, named_policy(work.policy), work.plan, out_of_time, jobs)
-    except BadInput as error:
-        return error
+    verdict = explore_verdict(work.test, named_policy(work.policy), work.plan, out_of_time, jobs)
     verdict.policy = work.policy
     return verdict
 
@@ -39,13 +35,7 @@ def explore_one(work: Work, jobs: int = 1) -> Verdict | BadInput:
 def explore_suite(work: Sequence[Work], jobs: int) -> Iterator[Verdict]:
     """Verdicts in the order of the work.  A single pair is divided among the processes."""
     if jobs <= 1 or len(work) <= 1:
-        yield from (_checked(explore_one(one, jobs)) for one in work)
+        yield from (explore_one(one, jobs) for one in work)
         return
     with ProcessPool(min(jobs, len(work))) as pool:
-        yield from map(_checked, pool.map(explore_one, work))
-
-
-def _checked(result: Verdict | BadInput) -> Verdict:
-    if isinstance(result, BadInput):
-        raise result
-    return result
+        yield from pool.map(explore_one, work)

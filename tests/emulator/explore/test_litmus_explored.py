@@ -212,6 +212,18 @@ def test_a_policy_that_answers_now_so_now_so(
     assert err.endswith("; expected answers that depend on nothing but what KVM has done\n")
 
 
+def test_bad_input_comes_from_another_process_as_one_line(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    path = tmp_path / "wrong.py"
+    path.write_text(UNSTEADY.replace('"none"', '"nothing"').replace("% 3", "% 1"))
+    arguments = ["return-zap", "away-zap", "--policy", str(path), "--jobs", "2"]
+    assert main(["explore", *arguments]) == 2
+    err = capsys.readouterr().err
+    assert err.startswith(f"flushlab: {path}:8: Unsteady.migration: returned 'nothing'; expected one of ")
+    assert err.count("\n") == 1
+
+
 def test_a_deadlock_says_who_waits_for_whom(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     from emulator.explore import control
 
