@@ -123,7 +123,7 @@ def litmus(
     run = partial(explore_all, seconds=limit) if explore else run_suite
     jobs = jobs or len(os.sched_getaffinity(0))
     plan = [(test, tuple(policies_for(test, chosen, mutants))) for test in tests]
-    results = Results(tests, seed)
+    results = Results(tests, seed, (iterations, limit) if explore else None)
     started = time.monotonic()
     with _progress(as_json) as progress:
         bar = progress.add_task("litmus", total=iterations * sum(len(policies) for _, policies in plan))

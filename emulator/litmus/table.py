@@ -19,11 +19,14 @@ _STYLES = {SAFE: "green", INCONCLUSIVE: "yellow", VIOLATIONS: "red"}
 
 
 class Results:
-    """Outcomes of tests under policies."""
+    """Outcomes of tests under policies.  `explored`: by proof, in at most so many executions and seconds."""
 
-    def __init__(self, tests: Sequence[LitmusTest], seed: int) -> None:
+    def __init__(
+        self, tests: Sequence[LitmusTest], seed: int, explored: tuple[int, float] | None = None
+    ) -> None:
         self.tests = list(tests)
         self.seed = seed
+        self.explored = explored
         self.outcomes: dict[tuple[str, str], Outcome] = {}
 
     def add(self, outcome: Outcome) -> None:
@@ -188,19 +191,23 @@ def _print_differences(results: Results, console: Console) -> None:
     for test, outcome in unforeseen:
         found = ", ".join(f"{n:,} {kind}" for kind, n in sorted(outcome.kinds.items()))
         console.print(Text(f"  {test.name} under {outcome.policy}: {found}"))
-        console.print(Text(f"    {rerun(test, outcome)}", style="dim"))
+        console.print(Text(f"    {rerun(results, test, outcome)}", style="dim"))
     if differing:
         console.print(Text(f"{len(differing)} verdicts are not as expected:", style="bold"))
     for test, outcome, text in differing:
         console.print(Text(f"  {test.name} under {outcome.policy}: {text}"))
-        if outcome.first is not None:
-            console.print(Text(f"    {rerun(test, outcome)}", style="dim"))
+        if outcome.first is not None or results.explored is not None:
+            console.print(Text(f"    {rerun(results, test, outcome)}", style="dim"))
     if not differing:
         console.print(Text(f"all verdicts as expected, {results.executions:,} executions"))
 
 
-def rerun(test: LitmusTest, outcome: Outcome) -> str:
+def rerun(results: Results, test: LitmusTest, outcome: Outcome) -> str:
     """The command that repeats what was found."""
     name = str(test.path) if test.path else test.name
+    command = f"flushlab litmus {name} --policy {outcome.policy}"
+    if results.explored is not None:
+        executions, seconds = results.explored
+        return f"{command} --explore --seed {results.seed} --iterations {executions} --seconds {seconds:g}"
     seed = outcome.first if outcome.first is not None else 0
-    return f"flushlab litmus {name} --policy {outcome.policy} --seed {seed} --iterations 20"
+    return f"{command} --seed {seed} --iterations 20"

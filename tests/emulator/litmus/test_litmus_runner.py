@@ -228,6 +228,19 @@ def test_by_proof(capsys: pytest.CaptureFixture[str]) -> None:
     assert "caught by 1: 1 use-after-free" in text
 
 
+def test_what_was_found_can_be_repeated(capsys: pytest.CaptureFixture[str]) -> None:
+    """Nothing is expected of such a policy, so its violation is told with the command that finds it again."""
+    policy = "migration=none,root_load=none"
+    arguments = ["litmus", "away-zap", "--policy", policy]
+    for options in (
+        ["--seed", "7", "--iterations", "20"],
+        ["--explore", "--seed", "3", "--iterations", "150", "--seconds", "0.5"],
+    ):
+        command = [*arguments, *options]
+        assert main([*command, "--jobs", "1"]) == 1
+        assert f"    flushlab {' '.join(command)}\n" in capsys.readouterr().out
+
+
 def test_how_far_a_proof_came(capsys: pytest.CaptureFixture[str]) -> None:
     """Too few executions for more than the executions without any preemption."""
     arguments = [
