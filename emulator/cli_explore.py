@@ -7,14 +7,17 @@ import os
 import re
 import sys
 import time
+from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
 import typer
 from rich.console import Console
-from rich.table import Table
+from rich.padding import Padding
+from rich.table import Column, Table
 from rich.text import Text
 
+from emulator.cli_options import refuse
 from emulator.errors import BadInput
 
 if TYPE_CHECKING:
@@ -25,6 +28,8 @@ if TYPE_CHECKING:
 FOUND = 1
 DIVERGED = 3
 MAX_JOBS = 64
+# Columns of a terminal, at least, for what is said of a policy beside its name.
+_READABLE = 50
 
 EXPLORE_HELP = (
     "Run litmus tests under a controlled scheduler, every interleaving up to the order of independent "
@@ -141,6 +146,7 @@ def explore(
     from emulator.litmus.policies import named_policy
     from emulator.policy import DEFAULT
 
+    _refuse_what_has_no_effect(context, strategy, bool(adversary), audit, replay is not None)
     if replay is not None:
         raise typer.Exit(_replay(replay, as_json))
     if strategy not in STRATEGIES:
@@ -158,11 +164,13 @@ def explore(
     work = [Work(test, name, plan, seconds) for test in tests for name in names]
     started = time.monotonic()
     verdicts = []
-    table = None if as_json else _console()
+    lines = None if as_json else Lines(tests, names)
+    if output is not None:
+        _make(output)
     for verdict in explore_suite(work, jobs or len(os.sched_getaffinity(0))):
         verdicts.append(verdict)
-        if table is not None:
-            table.print(_row(verdict))
+        if lines is not None:
+            lines.print(verdict)
         if output is not None:
             _write(output, verdict)
     elapsed = time.monotonic() - started
@@ -179,6 +187,23 @@ def explore(
         raise typer.Exit(FOUND)
 
 
+def _refuse_what_has_no_effect(
+    context: typer.Context, strategy: str, adversary: bool, audit: bool, replay: bool
+) -> None:
+    every = {parameter.name or "" for parameter in context.command.params}
+    if replay:
+        refuse(context, every - {"replay", "as_json"}, "with --replay", "no option but --json beside it")
+    if audit:
+        search = {"strategy", "bound", "depth", "seconds", "jobs", "output"}
+        refuse(context, search, "with --audit", "a search without --audit")
+    if strategy != "exhaustive":
+        refuse(context, {"bound"}, f"with --strategy {strategy}", "--strategy exhaustive")
+    if strategy != "pct":
+        refuse(context, {"depth"}, f"with --strategy {strategy}", "--strategy pct")
+    if not adversary:
+        refuse(context, {"adversary_budget"}, "without --adversary", "both")
+
+
 def _audit(
     tests: list[LitmusTest],
     policies: list[str],
@@ -193,18 +218,25 @@ def _audit(
     return audit(tests, policies, executions or EXECUTIONS, seed, choices, as_json)
 
 
-def _console() -> Console:
-    console = Console()
-    return console if console.is_terminal else Console(width=200)
+class Lines:
+    """A line for each verdict; on a terminal that is too narrow for one, two."""
 
+    def __init__(self, tests: Sequence[LitmusTest], policies: Sequence[str]) -> None:
+        self.console = Console()
+        self.widths = max(len(test.name) for test in tests), max(map(len, policies))
 
-def _row(verdict: Verdict) -> Table:
-    table = Table(box=None, pad_edge=False, show_header=False)
-    table.add_column(width=28, no_wrap=True)
-    table.add_column(width=30, no_wrap=True)
-    table.add_column()
-    table.add_row(verdict.test, verdict.policy, Text(verdict.summary()))
-    return table
+    def print(self, verdict: Verdict) -> None:
+        test, policy = self.widths
+        names = f"{verdict.test:<{test}}  {verdict.policy:<{policy}}  "
+        if not self.console.is_terminal:
+            print(names + verdict.summary())
+        elif self.console.width - len(names) >= _READABLE:
+            row = Table.grid(Column(width=len(names)), Column())
+            row.add_row(Text(names), Text(verdict.summary()))
+            self.console.print(row)
+        else:
+            self.console.print(Text(names.rstrip()))
+            self.console.print(Padding(Text(verdict.summary()), (0, 0, 0, 4)))
 
 
 def _show_only(verdicts: list[Verdict]) -> None:
@@ -217,15 +249,25 @@ def _show_only(verdicts: list[Verdict]) -> None:
         print(found.violation["text"])
 
 
+def _make(directory: Path) -> None:
+    """Before hours of searching, not after."""
+    try:
+        directory.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise BadInput(
+            f"--output {directory}", error.strerror or str(error), "a directory to write to"
+        ) from error
+
+
 def _write(directory: Path, verdict: Verdict) -> None:
     if verdict.counterexample is None:
         return
     name = re.sub(r"[^A-Za-z0-9_.-]+", "-", f"{verdict.test}-{verdict.policy}")
+    path = directory / f"{name}.json"
     try:
-        directory.mkdir(parents=True, exist_ok=True)
-        verdict.counterexample.write(directory / f"{name}.json")
+        verdict.counterexample.write(path)
     except OSError as error:
-        raise BadInput(str(directory), error.strerror or str(error), "a directory to write to") from error
+        raise BadInput(str(path), error.strerror or str(error), "a file that can be written") from error
 
 
 def _replay(path: Path, as_json: bool) -> int:

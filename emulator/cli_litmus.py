@@ -14,6 +14,8 @@ import typer
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 
+from emulator.cli_options import refuse
+
 VIOLATIONS_OR_SURPRISES = 1
 MAX_JOBS = 64
 EXECUTIONS = 40
@@ -68,6 +70,7 @@ PolicyOption = Annotated[
 
 
 def litmus(
+    context: typer.Context,
     files: FilesArgument = None,
     policy: PolicyOption = None,
     iterations: Annotated[
@@ -114,6 +117,10 @@ def litmus(
     from emulator.litmus.suite import explore_all, run_suite
     from emulator.litmus.table import Results, print_results
 
+    if not explore:
+        refuse(context, {"limit"}, "without --explore", "both")
+    if policy:
+        refuse(context, {"mutants"}, "with --policy", "--mutants alone, or --policy mutant:NAME")
     tests = load_tests(files or [])
     chosen = policy or []
     for name in chosen:

@@ -12,7 +12,7 @@ from __future__ import annotations
 import functools
 import inspect
 import secrets
-from collections.abc import Callable
+from collections.abc import Callable, Collection
 from dataclasses import dataclass, fields
 from enum import StrEnum
 from pathlib import Path
@@ -23,6 +23,16 @@ import typer
 from emulator.config import MAX_PCPUS, parse_duration
 from emulator.errors import BadInput
 from emulator.log import LogFormat
+
+
+def refuse(context: typer.Context, names: Collection[str], found: str, expected: str) -> None:
+    """Raise BadInput for the first of these parameters that was given on the command line: it would have no
+    effect, because of what was `found`."""
+    for parameter in context.command.params:
+        source = context.get_parameter_source(parameter.name or "")
+        if parameter.name in names and source is not None and source.name == "COMMANDLINE":
+            name = parameter.opts[0]
+            raise BadInput(name if name.startswith("-") else name.upper(), f"found {found}", expected)
 
 
 class GeometryChoice(StrEnum):

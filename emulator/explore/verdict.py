@@ -187,11 +187,8 @@ def _exhaustively(program: LitmusProgram, verdict: Verdict, team: Team, stop: St
             return
         if found.complete:
             verdict.verdict, verdict.bound = BOUNDED, bound
-        elif bound is not None:
-            # The next bound would be out of reach as well; everything together may not be.
-            rest = [other for other in bounds[number + 1 :] if other is None]
-            if not rest:
-                return
+        elif plan.bound is not None:
+            return  # the next bound would be out of reach as well
 
 
 def _probed(program: LitmusProgram, verdict: Verdict, stop: Stop) -> bool:
@@ -206,6 +203,9 @@ def _probed(program: LitmusProgram, verdict: Verdict, stop: Stop) -> bool:
         probes += [("pct", Pct(n, plan.seed, plan.depth)), ("random", RandomWalk(n // 2 + 1, plan.seed))]
     for name, strategy in probes:
         budget = min(n, SMALL) + 1 if isinstance(strategy, Exhaustive) else n
+        budget = min(budget, plan.executions - verdict.executions)
+        if not budget:
+            return False
         found = search(program, program.objects, strategy, Limits(executions=budget), bool, stop)
         _add(verdict, found, strategy.bound, name)
         if found.schedule is not None:

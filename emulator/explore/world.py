@@ -15,7 +15,6 @@ from emulator.explore.scheduler import Execution, Task
 from emulator.explore.snapshot import CannotRestore, Snapshot
 from emulator.explore.store_buffers import BufferedControl, buffer_name
 from emulator.litmus.failure import KVM_FAILS, LitmusFailure, failure_text
-from emulator.litmus.loader import shipped_texts
 from emulator.litmus.model import LitmusTest, Section
 from emulator.litmus.ops import Op
 from emulator.litmus.world import LitmusThread, World, machine_config, rcu_cpu
@@ -233,8 +232,7 @@ class LitmusProgram:
     @property
     def source(self) -> str:
         """The test's text, so that a counterexample needs no other file."""
-        path = self.test.path
-        return path.read_text("utf-8") if path is not None else shipped_texts()[self.test.name]
+        return self.test.text
 
     def names(self) -> dict[int, str]:
         """Who is behind each CPU's number."""

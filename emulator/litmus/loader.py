@@ -12,6 +12,7 @@ from pydantic import ValidationError
 
 from emulator.errors import BadInput
 from emulator.litmus.model import LitmusTest, SchemaError, bind
+from emulator.policy import check_policy
 from emulator.validation import first_error
 
 
@@ -38,8 +39,12 @@ def parse_test(text: str, where: str, path: Path | None) -> LitmusTest:
         raise BadInput(where, *first_error(error, LitmusTest)) from error
     except SchemaError as error:
         raise BadInput(f"{where}: {error.key}", f"found {error.found}", error.expected) from error
+    for key, policies in {"": test.expect.policies, **test.expect.apart()}.items():
+        for name in policies:
+            check_policy(name, f"{where}: expect{key and '.'}{key}")
     test._name = path.stem if path is not None else where
     test._path = path
+    test._text = text
     return test
 
 

@@ -70,6 +70,7 @@ can show stands apart, in the same form; anything else is expected to be as it i
 
 from __future__ import annotations
 
+import re
 from pathlib import Path
 from typing import Annotated, Literal, Self
 
@@ -96,6 +97,8 @@ Need = Literal[
 Kind = Literal["vcpu", "kvm"]
 # That a delay lasts: far below what counts as being stuck.
 _MOST_MICROSECONDS = 1_000_000
+# Who else there is when a test runs or is explored; schedules refer to all by name.
+_OTHERS = re.compile(r"main|rcu|(pcpu|irq)\d+")
 
 
 class Section(BaseModel):
@@ -219,6 +222,7 @@ class LitmusTest(Section):
 
     _name: str = PrivateAttr(default="litmus")
     _path: Path | None = PrivateAttr(default=None)
+    _text: str = PrivateAttr(default="")
     _init: tuple[tuple[str, Op], ...] = PrivateAttr(default=())
     _final: tuple[tuple[str, Op], ...] = PrivateAttr(default=())
     _delays: tuple[Delay, ...] = PrivateAttr(default=())
@@ -232,6 +236,11 @@ class LitmusTest(Section):
     def path(self) -> Path | None:
         """Where it was read from; None: shipped with the package."""
         return self._path
+
+    @property
+    def text(self) -> str:
+        """What it was read from."""
+        return self._text
 
     @property
     def parsed_init(self) -> tuple[tuple[str, Op], ...]:
@@ -283,6 +292,8 @@ def _check_thread(test: LitmusTest, name: str, thread: ThreadSection) -> None:
     key = f"threads.{name}"
     if not name.isidentifier():
         raise SchemaError(key, repr(name), 'a name of letters, digits and "_"')
+    if _OTHERS.fullmatch(name):
+        raise SchemaError(key, repr(name), "a name that is not the machine's own: rcu, pcpu0, irq0, ...")
     if thread.vm >= len(test.vm):
         raise SchemaError(f"{key}.vm", str(thread.vm), f"less than {len(test.vm)}, the number of VMs")
     if thread.vcpu is None:

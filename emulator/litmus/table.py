@@ -199,7 +199,8 @@ def _print_differences(results: Results, console: Console) -> None:
         if outcome.first is not None or results.explored is not None:
             console.print(Text(f"    {rerun(results, test, outcome)}", style="dim"))
     if not differing:
-        console.print(Text(f"all verdicts as expected, {results.executions:,} executions"))
+        verdicts = "" if unforeseen else "all verdicts as expected, "
+        console.print(Text(f"{verdicts}{results.executions:,} executions"))
 
 
 def rerun(results: Results, test: LitmusTest, outcome: Outcome) -> str:

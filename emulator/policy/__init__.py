@@ -6,7 +6,7 @@ from emulator.policy.mutants import MUTANTS, Mutant
 from emulator.policy.points import POINTS, Alternative, DecisionPoint
 from emulator.policy.policy import Policy, PolicyError, check_answer
 from emulator.policy.presets import DEFAULT, PRESET_DOCS, PRESETS, preset
-from emulator.policy.spelling import parse_policy, parse_setting
+from emulator.policy.spelling import check_policy, parse_policy, parse_setting
 from emulator.policy.user import UserPolicyError, load_user_policy, resolve_policy
 
 __all__ = [
@@ -22,6 +22,7 @@ __all__ = [
     "PolicyError",
     "UserPolicyError",
     "check_answer",
+    "check_policy",
     "load_user_policy",
     "parse_policy",
     "parse_setting",

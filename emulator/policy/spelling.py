@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from emulator.policy.policy import NAMED_BY, PolicyError
-from emulator.policy.presets import DEFAULT
+from emulator.policy.policy import NAMED_BY, PolicyError, check_answer
+from emulator.policy.presets import DEFAULT, preset
 
 _FILE = ".py"
 
@@ -16,7 +16,7 @@ def parse_setting(text: str, where: str = NAMED_BY) -> tuple[str, str]:
     return point, alternative
 
 
-def parse_policy(text: str) -> tuple[str, dict[str, str]]:
+def parse_policy(text: str, where: str = "") -> tuple[str, dict[str, str]]:
     """The preset, mutant or file, and the answers that replace its own: `NAME+point=alternative+...`, or of
     the default policy `point=alternative,point=alternative`.  A file's path ends with .py, whatever is in it.
     Raises PolicyError."""
@@ -31,5 +31,14 @@ def parse_policy(text: str) -> tuple[str, dict[str, str]]:
         base, settings = DEFAULT, text
     else:
         return text, {}
-    parts = settings.replace("+", ",").split(",")
-    return base, dict(parse_setting(part, f"{NAMED_BY} {text}") for part in parts)
+    where = where or f"{NAMED_BY} {text}"
+    return base, dict(parse_setting(part, where) for part in settings.replace("+", ",").split(","))
+
+
+def check_policy(text: str, where: str) -> None:
+    """Whether there is such a policy; a file is not looked at.  Raises PolicyError."""
+    base, answers = parse_policy(text, where)
+    if not base.endswith(_FILE):
+        preset(base, where)
+    for point, alternative in answers.items():
+        check_answer(point, alternative, where)
