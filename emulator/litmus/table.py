@@ -163,6 +163,7 @@ def _print_policies(results: Results, policies: list[str], console: Console) -> 
             for test, outcome in outcomes
             if outcome.kinds
         ]
+        caught += [f"{test.name} (failed)" for test, outcome in outcomes if outcome.failure]
         nothing = Text("nothing" + _why(policy))
         executions = sum(outcome.executions for _, outcome in outcomes)
         found = Text("; ".join(caught), style="red") if caught else nothing

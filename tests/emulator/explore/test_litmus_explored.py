@@ -172,6 +172,11 @@ def test_a_failure_is_a_verdict_and_others_go_on(
     assert "1 verdicts are not as expected" in text
     assert "entry-races-request under linux-7.3: mm: AssertionError: KVM_BUG_ON" in text
 
+    # A setting is no preset: those have a table of their own.
+    arguments[3] = "migration=active-roots"
+    assert main(["litmus", "--explore", *arguments]) == 1
+    assert "entry-races-request (failed)" in capsys.readouterr().out
+
     assert main(["explore", "--audit", *arguments[:1], "--executions", "1"]) == 1
     assert "1x mm: AssertionError: KVM_BUG_ON  [entry-races-request]" in capsys.readouterr().out
 
