@@ -125,6 +125,7 @@ def _counterexample(value: Mapping[str, Any], context: Mapping[str, str]) -> Cas
     """Times stand still in explore: the number of the step says what came first."""
     report = dict(value["violation"] or {})
     steps = [event for step in value["steps"] for event in _events_of_step(step)]
+    steps += value.get("final") or []
     told = [*_before(report.get("events") or [], steps), *steps]
     events = [Event.of_dict(event, time) for time, event in enumerate(told, start=1)]
     report.pop("time_ns", None)

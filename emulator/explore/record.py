@@ -29,7 +29,8 @@ _UNSTABLE = ("time_ns", "promise_time_ns", "custody")
 
 @dataclass(slots=True)
 class Recording:
-    """One execution, step by step.  `violation`: what the oracle says, or the deadlock; None: nothing."""
+    """One execution, step by step.  `violation`: what the oracle says, or the deadlock; None: nothing.
+    `final`: the events of the test's last operations, if the violation is there."""
 
     test: str
     source: str  # of the test
@@ -38,6 +39,7 @@ class Recording:
     steps: list[dict[str, Any]]
     actors: dict[str, str]
     violation: dict[str, Any] | None
+    final: list[dict[str, Any]] = field(default_factory=list)
     kinds: tuple[str, ...] = field(default=())
     choices: Choices = field(default=NONE)
 
@@ -52,6 +54,7 @@ class Recording:
             "schedule": self.schedule,
             "actors": self.actors,
             "steps": self.steps,
+            **({"final": self.final} if self.final else {}),
             "violation": self.violation,
             "source": self.source,
         }
@@ -68,6 +71,7 @@ class _Recorder:
         self.execution = execution
         self.steps: list[dict[str, Any]] = []
         self.tail = EventTail(program.machine.m, len(program.machine.cpus))
+        self.final: list[dict[str, Any]] = []
         self.violation: dict[str, Any] | None = None
 
     def __call__(self, task: Task) -> None:
@@ -91,13 +95,28 @@ class _Recorder:
         if self.execution.stopped and self.violation is None:
             self.violation = self.report()
 
-    def report(self) -> dict[str, Any] | None:
+    def end(self, outcome: str) -> tuple[str, ...]:
+        """All steps were taken, and the execution came to this; returns the kinds of its violations."""
+        if self.violation is None and outcome:
+            kind, _, deadlocked = outcome.partition(": ")
+            kinds = [kind] if deadlocked else outcome.split(", ")
+            self.violation = None if deadlocked else self.report(in_final=True)
+            if self.violation is None:
+                self.violation = {"kind": kinds[0], "kinds": kinds, "text": outcome}
+            # Other accesses of `final` may have violated in other ways.
+            return tuple(dict.fromkeys([*self.violation["kinds"], *kinds]))
+        return tuple(self.violation["kinds"]) if self.violation is not None else ()
+
+    def report(self, in_final: bool = False) -> dict[str, Any] | None:
         program = self.program
         stories = Stories(program.machine.m)
         reports = stories.finish(program.names(), program.world.policy.mutants())
         if not reports:
             return None
         report = reports[0]
+        if in_final:
+            used = report.details["time_ns"]
+            self.final = [event.as_dict() for event in self.tail.take() if event.time <= used]
         found: dict[str, Any] = _timeless(
             {"kind": report.kind, "kinds": list(report.kinds), "text": report.text, **report.details}
         )
@@ -129,8 +148,8 @@ def _text(kind: str, obj: Hashable) -> str:
     return f"{kind} {_name(obj)}".strip()
 
 
-def record(program: LitmusProgram, schedule: tuple[int, ...]) -> Recording:
-    """Execute it once more, writing everything down."""
+def record(program: LitmusProgram, schedule: tuple[int, ...], source: str | None = None) -> Recording:
+    """Execute it once more, writing everything down; `source`: the test's text, if it has no file."""
     strategy = Replay(schedule, then_any=True)
     execution = Execution(program.objects, strategy)
     program.start(execution)
@@ -145,19 +164,17 @@ def record(program: LitmusProgram, schedule: tuple[int, ...]) -> Recording:
     if execution.failure is not None:
         program.abandon(execution)
         raise execution.failure
-    outcome = program.finish(execution)
-    violation = recorder.violation
-    if violation is None and outcome:
-        violation = {"kind": outcome.partition(":")[0], "kinds": [outcome.partition(":")[0]], "text": outcome}
+    kinds = recorder.end(program.finish(execution))
     return Recording(
         test=program.test.name,
-        source=program.source,
+        source=program.source if source is None else source,
         policy=program.policy.spelled(),
         schedule=[names[index] for index in strategy.schedule()],
         steps=recorder.steps,
         actors=actors,
-        violation=violation,
-        kinds=tuple(violation["kinds"]) if violation else (),
+        violation=recorder.violation,
+        final=recorder.final,
+        kinds=kinds,
         choices=program.choices,
     )
 
@@ -208,7 +225,7 @@ def replay(path: Path) -> Recording:
             if unknown:
                 raise BadInput(f"{path}: schedule", unknown[0], f"one of {', '.join(names)}")
             schedule = tuple(names.index(name) for name in document["schedule"])
-            again = record(program, schedule)
+            again = record(program, schedule, document["source"])
     finally:
         program.close()
     _compare(document, json.loads(json.dumps(again.document())))
@@ -222,8 +239,8 @@ def _compare(before: dict[str, Any], again: dict[str, Any]) -> None:
             raise Divergence(
                 f"step {old['n']} of {old['thread']}: {key} is {new.get(key)!r}, was {old[key]!r}"
             )
-    for key in ("schedule", "steps", "violation"):
-        if key == "steps" and len(before[key]) != len(again[key]):
-            raise Divergence(f"{len(again[key])} steps, but {len(before[key])} were recorded")
-        if before[key] != again[key]:
+    if len(before["steps"]) != len(again["steps"]):
+        raise Divergence(f"{len(again['steps'])} steps, but {len(before['steps'])} were recorded")
+    for key in ("schedule", "steps", "final", "violation"):
+        if before.get(key) != again.get(key):
             raise Divergence(f"{key} is not what was recorded")
