@@ -1,12 +1,33 @@
-"""Pydantic's errors in one line: which key, what was found, what is expected."""
+"""What is wrong with a file in one line: which key, what was found, what is expected."""
 
 from __future__ import annotations
 
 import difflib
+import json
+from pathlib import Path
 from typing import Any
 
 from pydantic import BaseModel, ValidationError
 from pydantic_core import ErrorDetails
+
+from emulator.errors import BadInput
+
+
+def read_json(path: Path, expected: str) -> Any:
+    """What a JSON file holds; raises BadInput."""
+    try:
+        return json.loads(path.read_text("utf-8"))
+    except OSError as error:
+        raise BadInput(str(path), error.strerror or str(error), "a readable file") from error
+    except UnicodeDecodeError as error:
+        raise BadInput(str(path), "not UTF-8", expected) from error
+    except json.JSONDecodeError as error:
+        raise BadInput(str(path), f"not JSON: {error}", expected) from error
+    except RecursionError as error:
+        raise BadInput(str(path), "not JSON: nested too deeply", expected) from error
+    except ValueError as error:
+        # Python reads no number of more than some thousand digits.
+        raise BadInput(str(path), "a number of too many digits", expected) from error
 
 
 def first_error(error: ValidationError, model: type[BaseModel]) -> tuple[str, str | None]:

@@ -6,7 +6,6 @@ counterexample has a `schedule`, its `steps` carry the events, and its `violatio
 
 from __future__ import annotations
 
-import json
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -16,6 +15,7 @@ from emulator.errors import BadInput
 from emulator.explain.events import Event
 from emulator.explain.facts import Facts
 from emulator.explain.plot import REVOKE, Moment, Plot
+from emulator.validation import read_json
 from native import VIOLATION_KINDS
 
 _EXPECTED = "JSON of flushlab run, litmus or explore, with a violation"
@@ -66,14 +66,7 @@ class Case:
 
 def load_cases(path: Path) -> list[Case]:
     """The violations of a file, in its order; raises BadInput if there are none."""
-    try:
-        document = json.loads(path.read_text("utf-8"))
-    except OSError as error:
-        raise BadInput(str(path), error.strerror or str(error), "a readable file") from error
-    except UnicodeDecodeError as error:
-        raise BadInput(str(path), "not UTF-8", _EXPECTED) from error
-    except (json.JSONDecodeError, RecursionError) as error:
-        raise BadInput(str(path), f"not JSON: {error}", _EXPECTED) from error
+    document = read_json(path, _EXPECTED)
     try:
         cases = list(_cases(document, {}))
     except (KeyError, TypeError, ValueError, AttributeError) as error:

@@ -4,10 +4,13 @@ from __future__ import annotations
 
 import json
 import re
+import reprlib
 from collections.abc import Hashable
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, Final, Literal
+
+from pydantic import BaseModel, ConfigDict, ValidationError
 
 from emulator.errors import BadInput
 from emulator.explain.events import EventTail
@@ -19,9 +22,13 @@ from emulator.explore.world import LitmusProgram
 from emulator.litmus.loader import parse_test
 from emulator.litmus.policies import named_policy
 from emulator.story import Stories
+from emulator.validation import first_error, read_json
 
-FORMAT = 1
+FORMAT: Final = 1
 _EXPECTED = "a counterexample of flushlab explore"
+# Whatever a file has in a step, the line that says what differs stays one.
+_SHORT = reprlib.Repr()
+_SHORT.maxstring = _SHORT.maxother = 100
 _TIME = re.compile(r",? *[-+]?\d+\.\d us( before)?")
 # What depends on when something ran, or on how often frames were freed before.
 _UNSTABLE = ("time_ns", "promise_time_ns", "custody")
@@ -179,26 +186,55 @@ def record(program: LitmusProgram, schedule: tuple[int, ...], source: str | None
     )
 
 
+class _Step(BaseModel):
+    """What a step must have for a replay to be compared with it."""
+
+    model_config = ConfigDict(strict=True)
+
+    n: int
+    thread: str
+    cpu: int
+    kind: str
+    object: str
+    mode: str
+    text: str
+    reads: list[str]
+    writes: list[str]
+    events: list[dict[str, Any]]
+
+
+class _Document(BaseModel):
+    model_config = ConfigDict(strict=True)
+
+    format: Literal[1]  # FORMAT
+    test: str
+    source: str
+    policy: str
+    schedule: list[str]
+    steps: list[_Step]
+    final: list[dict[str, Any]] = []
+    violation: dict[str, Any] | None
+
+
 def load(path: Path) -> dict[str, Any]:
     """A counterexample's document; raises BadInput."""
+    document = read_json(path, _EXPECTED)
     try:
-        document = json.loads(path.read_text("utf-8"))
-    except OSError as error:
-        raise BadInput(str(path), error.strerror or str(error), "a readable file") from error
-    except (UnicodeDecodeError, json.JSONDecodeError, RecursionError) as error:
-        raise BadInput(str(path), f"not JSON: {error}", _EXPECTED) from error
-    found = _find(document)
-    if found is None:
-        raise BadInput(str(path), "no counterexample in it", _EXPECTED)
-    if found.get("format") != FORMAT:
-        raise BadInput(f"{path}: format", repr(found.get("format")), str(FORMAT))
+        found = _find(document)
+        if found is None:
+            raise BadInput(str(path), "no counterexample in it", _EXPECTED)
+        _Document.model_validate(found)
+    except ValidationError as error:
+        raise BadInput(str(path), *first_error(error, _Document)) from error
+    except RecursionError as error:
+        raise BadInput(str(path), "nested too deeply", _EXPECTED) from error
     return found
 
 
 def _find(document: Any) -> dict[str, Any] | None:
     """The counterexample in a file of its own, or the first one in a document of `explore --json`."""
     if isinstance(document, dict):
-        if {"schedule", "steps", "source", "policy", "test"} <= document.keys():
+        if {"schedule", "steps"} <= document.keys():
             return document
         document = list(document.values())
     if isinstance(document, list):
@@ -212,12 +248,15 @@ def _find(document: Any) -> dict[str, Any] | None:
 def replay(path: Path) -> Recording:
     """Run a recorded execution again; raises Divergence if it is not the same, step for step."""
     document = load(path)
-    test = parse_test(document["source"], document["test"], None)
     try:
+        test = parse_test(document["source"], document["test"], None)
+        policy = named_policy(document["policy"])
         choices = Choices.of(document)
+    except BadInput as error:
+        raise BadInput(str(path), str(error)) from error
     except ValueError as error:
         raise BadInput(str(path), str(error), _EXPECTED) from error
-    program = LitmusProgram(test, named_policy(document["policy"]), choices)
+    program = LitmusProgram(test, policy, choices)
     try:
         with installed(program.control):
             names = program.task_names()
@@ -236,9 +275,8 @@ def _compare(before: dict[str, Any], again: dict[str, Any]) -> None:
     for old, new in zip(before["steps"], again["steps"], strict=False):
         if old != new:
             key = next(key for key in old if old[key] != new.get(key))
-            raise Divergence(
-                f"step {old['n']} of {old['thread']}: {key} is {new.get(key)!r}, was {old[key]!r}"
-            )
+            now, then = _SHORT.repr(new.get(key)), _SHORT.repr(old[key])
+            raise Divergence(f"step {old['n']} of {old['thread']}: {key} is {now}, was {then}")
     if len(before["steps"]) != len(again["steps"]):
         raise Divergence(f"{len(again['steps'])} steps, but {len(before['steps'])} were recorded")
     for key in ("schedule", "steps", "final", "violation"):
