@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from typing import Any
 
 from hypothesis import strategies as st
@@ -30,8 +31,8 @@ _VALUES = st.sampled_from(
 
 
 def damage(document: Any, data: st.DataObject) -> Any:
-    """Somewhere in it a key or an entry is missing, or its value is another one; changes `document`."""
-    where = document
+    """A copy in which somewhere a key or an entry is missing, or its value is another one."""
+    where = document = copy.deepcopy(document)
     while True:
         key = data.draw(st.sampled_from(sorted(where) if isinstance(where, dict) else range(len(where))))
         inside = where[key]

@@ -11,10 +11,12 @@ WIDTH = 72
 _FITTING = 3
 _COLUMN = 24
 _LEAST = 16
+# The last column's text runs on to the right; even where nothing is left, it needs some room.
+_LEAST_ROOM = 8
 
 
 def diagram(tale: Tale, width: int | None = None, times: bool = False) -> str:
-    """At most `width` columns wide: 72, or 24 for each CPU if there are more than three."""
+    """At most `width` columns wide if that is enough; 72, or 24 for each CPU if there are more than three."""
     columns = len(tale.columns)
     times = times and tale.case.timed
     width = width or (WIDTH if columns <= _FITTING else _COLUMN * columns + (12 if times else 0))
@@ -54,7 +56,7 @@ class _Layout:
     def _cell(self, row: Row) -> list[str]:
         """A row has one entry only: what its column cannot hold runs on to the right of it."""
         mark = f" [{row.mark}]" if row.mark else ""
-        room = self.width - self._offset(self.tale.columns.index(row.cpu))
+        room = max(_LEAST_ROOM, self.width - self._offset(self.tale.columns.index(row.cpu)))
         lines: list[str] = []
         for i, text in enumerate(row.lines):
             indent = "" if i == 0 else "  "

@@ -11,11 +11,14 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from pydantic import BaseModel, ValidationError
+
 from emulator.errors import BadInput
 from emulator.explain.events import Event
 from emulator.explain.facts import Facts
 from emulator.explain.plot import REVOKE, Moment, Plot
-from emulator.validation import read_json
+from emulator.explain.schema import CounterexampleSchema, ReportSchema
+from emulator.validation import first_error, read_json
 from native import VIOLATION_KINDS
 
 _EXPECTED = "JSON of flushlab run, litmus or explore, with a violation"
@@ -69,11 +72,28 @@ def load_cases(path: Path) -> list[Case]:
     document = read_json(path, _EXPECTED)
     try:
         cases = list(_cases(document, {}))
+    except _Damaged as error:
+        raise BadInput(str(path), f"a damaged report: {error.found}", error.expected) from error
     except (KeyError, TypeError, ValueError, AttributeError) as error:
         raise BadInput(str(path), f"a damaged report: {type(error).__name__}: {error}", _EXPECTED) from error
+    except RecursionError as error:
+        raise BadInput(str(path), "nested too deeply", _EXPECTED) from error
     if not cases:
         raise BadInput(str(path), "no violation with events in it", _EXPECTED)
     return cases
+
+
+class _Damaged(Exception):
+    def __init__(self, found: str, expected: str | None) -> None:
+        super().__init__(found)
+        self.found, self.expected = found, expected
+
+
+def _check(value: Mapping[str, Any], schema: type[BaseModel]) -> None:
+    try:
+        schema.model_validate(value)
+    except ValidationError as error:
+        raise _Damaged(*first_error(error, schema)) from error
 
 
 def _cases(value: Any, context: Mapping[str, str]) -> Iterator[Case]:
@@ -93,11 +113,16 @@ def _cases(value: Any, context: Mapping[str, str]) -> Iterator[Case]:
 
 def _context(value: Mapping[str, Any]) -> dict[str, str]:
     """Which run this is about, from the objects around a report."""
-    context = {key: str(value[key]) for key in ("test", "scenario") if isinstance(value.get(key), str)}
+    context = {key: _printable(value[key]) for key in ("test", "scenario") if isinstance(value.get(key), str)}
     policy = value.get("policy")
     if isinstance(policy, dict):
         policy = policy.get("name")
-    return {**context, "policy": policy} if isinstance(policy, str) else context
+    return {**context, "policy": _printable(policy)} if isinstance(policy, str) else context
+
+
+def _printable(text: str) -> str:
+    """JSON can spell halves of characters, which no output takes."""
+    return text.encode("utf-8", "replace").decode("utf-8")
 
 
 def _where(context: Mapping[str, str]) -> str:
@@ -109,6 +134,7 @@ def _names(value: Mapping[str, Any]) -> dict[int, str]:
 
 
 def _report(value: Mapping[str, Any], context: Mapping[str, str]) -> Case:
+    _check(value, ReportSchema)
     events = tuple(Event.of_dict(event) for event in value["events"])
     policy = context.get("policy", "")
     return Case(_where(context), policy, value, Facts.of_report(value), events, _names(value))
@@ -116,6 +142,7 @@ def _report(value: Mapping[str, Any], context: Mapping[str, str]) -> Case:
 
 def _counterexample(value: Mapping[str, Any], context: Mapping[str, str]) -> Case:
     """Times stand still in explore: the number of the step says what came first."""
+    _check(value, CounterexampleSchema)
     report = dict(value["violation"] or {})
     steps = [event for step in value["steps"] for event in _events_of_step(step)]
     steps += value.get("final") or []

@@ -209,3 +209,13 @@ def test_the_example_is_a_file_that_can_be_explained(tmp_path: Path) -> None:
 @pytest.mark.parametrize("width", [40, 55, 100])
 def test_a_width_of_ones_own(width: int) -> None:
     assert max(map(len, diagram(mask(), width=width).splitlines())) <= width
+
+
+@pytest.mark.parametrize("width", range(40, 60))
+def test_where_the_columns_need_more_than_there_is(width: int) -> None:
+    race = flushed_mask()
+    race.events.insert(-3, Event(race.events[-3].time - 1, "free", KVM, 0xB34, 1, 0))
+    for told in (mask(), tale(race, "p")):
+        text = diagram(told, width=width, times=True)
+        assert "[4]" in text
+        assert max(map(len, text.splitlines())) <= width + 36

@@ -2,13 +2,18 @@
 
 from __future__ import annotations
 
+import io
 import json
 import re
 import threading
+from contextlib import redirect_stderr, redirect_stdout
 from pathlib import Path
 from typing import Any
 
 import pytest
+from damaged import damage
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
 from race import NAMES, Race, flushed_mask
 
 from emulator.cli import main
@@ -136,6 +141,10 @@ def test_several_files_are_drawn_one_after_the_other(
     assert printed(capsys, path, path) == f"{once}\n{once}"
 
 
+def damaged_entry(**entry: Any) -> dict[str, Any]:
+    return flushed_mask().document(entry=entry)
+
+
 CLEAN = {"flushlab": 1, "verdict": "clean", "reports": []}
 DAMAGED = {"kind": "use-after-free", "events": [{"kind": "zap", "cpu": "x", "time_ns": 1}]}
 
@@ -148,10 +157,15 @@ DAMAGED = {"kind": "use-after-free", "events": [{"kind": "zap", "cpu": "x", "tim
         ("[" * 100_000, ["not JSON"]),
         ("3", ["no violation with events"]),
         (json.dumps(CLEAN), ["no violation with events"]),
-        (json.dumps(DAMAGED), ["a damaged report", "ValueError"]),
+        (json.dumps(DAMAGED), ["a damaged report", "events[0].cpu: found 'x'; expected a whole number"]),
         (json.dumps({"kind": "x", "events": [3]}), ["a damaged report"]),
         (json.dumps({"kind": "x", "events": [{"kind": "zap"}]}), ["a damaged report", "time_ns"]),
         (json.dumps({"steps": [3], "violation": {}}), ["a damaged report"]),
+        (json.dumps(damaged_entry(filled_by_vcpu=0, page="0x10")), ["entry.page: found '0x10'"]),
+        (json.dumps({"kind": "x", "events": [{"kind": "zap", "time_ns": float("inf")}]}), ["time_ns"]),
+        (json.dumps({"kind": "x", "events": [{"kind": "zap", "time_ns": 1 << 70}]}), ["time_ns"]),
+        ("9" * 5000, ["too many digits"]),
+        ("[" * 980 + "]" * 980, ["expected JSON"]),
         ("\udcff", ["not UTF-8"]),
     ],
 )
@@ -166,6 +180,26 @@ def test_bad_files_are_one_line(
     assert err.count("\n") == 1
     assert err.startswith(f"flushlab: {path}: ")
     assert all(word in err for word in words), err
+
+
+@pytest.mark.parametrize("form", ["text", "svg", "json", "perfetto"])
+@pytest.mark.parametrize("explored", [False, True])
+@settings(deadline=None, max_examples=30, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@given(data=st.data())
+def test_no_damage_ends_in_a_traceback(
+    data: st.DataObject, explored: bool, form: str, tmp_path: Path
+) -> None:
+    whole = counterexample(flushed_mask()) if explored else flushed_mask().document()
+    path = written(tmp_path, damage(whole, data))
+    said = io.StringIO()
+    with redirect_stderr(said), redirect_stdout(io.StringIO()):
+        status = main(["explain", path, "--times", "--format", form])
+    assert status in (0, 2)
+    assert said.getvalue().count("\n") == (status == 2), said.getvalue()
+
+
+def test_half_a_character_is_no_reason_to_stop(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert "under ? (main)" in printed(capsys, written(tmp_path, flushed_mask().document("\ud800")))
 
 
 @pytest.mark.parametrize(

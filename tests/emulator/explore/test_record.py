@@ -145,7 +145,7 @@ def test_what_json_cannot_hold(text: str, tmp_path: Path) -> None:
 def test_no_damage_ends_in_a_traceback(
     data: st.DataObject, recording: dict[str, Any], tmp_path: Path
 ) -> None:
-    damaged = damage(copy.deepcopy(recording), data)
+    damaged = damage(recording, data)
     status, said = replayed(tmp_path / "bad.json", json.dumps(damaged))
     assert status in (0, 1, 2, 3)
     assert "Traceback" not in said
