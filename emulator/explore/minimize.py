@@ -9,8 +9,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 
 from emulator.explore.sampling import Sampler
-from emulator.explore.scheduler import Execution
-from emulator.explore.search import Limits, Program
+from emulator.explore.search import Limits, Program, run_once
 from emulator.explore.world import LitmusProgram
 
 _ATTEMPTS = 400
@@ -85,10 +84,7 @@ def _smaller(blocks: list[tuple[int, int]]) -> Iterator[list[tuple[int, int]]]:
 def _try(program: Program, blocks: list[tuple[int, int]], outcome: str) -> tuple[int, ...] | None:
     assert isinstance(program, LitmusProgram)
     strategy = Follow(blocks)
-    execution = Execution(program.objects, strategy, Limits().steps)
-    program.start(execution)
-    strategy.begin(len(execution.tasks))
-    execution.run()
+    execution = run_once(program, program.objects, strategy, Limits())
     if execution.failure is not None:
         program.abandon(execution)
         return None
