@@ -87,5 +87,7 @@ def _try(program: Program, blocks: list[tuple[int, int]], outcome: str) -> tuple
     execution = run_once(program, program.objects, strategy, Limits())
     if execution.failure is not None:
         program.abandon(execution)
+        if not isinstance(execution.failure, Exception):
+            raise execution.failure  # Ctrl-C
         return None
     return strategy.schedule() if program.finish(execution) == outcome else None

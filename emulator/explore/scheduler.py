@@ -265,7 +265,8 @@ class Execution:
                 task.body()
                 self._done(task)
             except BaseException as error:
-                if not self.aborting:
+                # On the way out errors do not count, but Ctrl-C does, whoever it hits.
+                if not self.aborting or not isinstance(error, Exception | Abandoned):
                     self._failed(task, error)
             task.greenlet = None
             return self.hub
@@ -283,7 +284,7 @@ class Execution:
         task.done = self.crashed = True
         self.ready &= ~(1 << task.index)
         self.next = None
-        if self.failure is None:
+        if self.failure is None or (isinstance(self.failure, Exception) and not isinstance(error, Exception)):
             self.failure = error
 
     def _ended(self, task: Task) -> None:

@@ -113,6 +113,22 @@ def test_a_failure_is_the_first_one() -> None:
     assert str(executed(Ordered(9), fails_at_once, fails, fails_at_once).failure) == "0"
 
 
+@pytest.mark.parametrize("failed", [False, True])
+def test_an_interrupt_on_the_way_out_is_the_failure(failed: bool) -> None:
+    def interrupted(execution: Execution) -> None:
+        try:
+            execution.step(READ, 1, 0)
+        finally:
+            raise KeyboardInterrupt
+
+    def fails(execution: Execution) -> None:
+        execution.step(READ, 1, 0)
+        raise ValueError("before")
+
+    execution = executed(Ordered(1), fails if failed else steps([], 3), interrupted)
+    assert isinstance(execution.failure, KeyboardInterrupt)
+
+
 def test_greenlets_serve_again() -> None:
     used = list[set[int]]()
     for n in (0, 1, 5, 1, 0):
