@@ -119,8 +119,9 @@ class Pct(Sampler):
             self._priorities[task.index] = lower
 
     def guarantee(self) -> float:
-        """The least probability with which one execution finds a bug of this depth."""
-        return 1.0 / float(max(1, self.tasks) * max(1, self.steps) ** (self.depth - 1))
+        """The least probability with which one more execution finds a bug of this depth."""
+        steps = max(self.steps, self._at)
+        return 1.0 / float(max(1, self.tasks) * steps ** (self.depth - 1))
 
 
 class Replay(Sampler):

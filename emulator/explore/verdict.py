@@ -108,7 +108,7 @@ class Verdict:
         """One line: what the tool is entitled to say."""
         if self.failure:
             return f"{FAILED}: {self.failure}"
-        return f"{self._found()}, {self.plan.choices.describe()}"
+        return f"{self._found()}{self._odds()}, {self.plan.choices.describe()}"
 
     def _found(self) -> str:
         n = f"{self.executions:,} interleavings"
@@ -121,6 +121,12 @@ class Verdict:
             found = f"no violation with up to {self.bound} preemptions"
             return f"{found}; nor in {n} altogether (not all{self._why()})"
         return f"no violation in {n}; not all{self._why()}"
+
+    def _odds(self) -> str:
+        if self.guarantee is None:
+            return ""
+        depth, odds = self.plan.depth, round(1 / self.guarantee)
+        return f"; PCT's odds for a bug of depth {depth}: at least 1 in {odds:,} an execution"
 
     def _why(self) -> str:
         """Why there is no more to say."""
