@@ -156,7 +156,7 @@ def test_a_recording_knows_its_choices(tmp_path: Path, capsys: pytest.CaptureFix
     assert fill is not None
     assert fill.event.describe() == "speculative fill of page 0x10 for vCPU 0"
     capsys.readouterr()
-    assert main(["explain", str(path)]) in (0, 1)
+    assert main(["explain", str(path)]) == 0
     assert "speculative fill of page 0x10" in capsys.readouterr().out
     path.write_text(path.read_text().replace('"speculate": 1', '"speculate": -1'))
     assert main(["explore", "--replay", str(path)]) == 2
