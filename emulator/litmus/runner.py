@@ -245,6 +245,7 @@ class Runner:
         """Of this execution, the first of each kind."""
         names = {cpu.id: f"pcpu{cpu.id}" for cpu in self.machine.cpus[: self.machine.pcpus]}
         names |= {thread.home.id: name for name, thread in world.threads.items()}
+        names[rcu_cpu(self.machine).id] = "rcu"
         found: dict[str, Report] = {}
         for report in Stories(self.machine.m).finish(names, world.policy.mutants()):
             found.setdefault(report.kind, report)

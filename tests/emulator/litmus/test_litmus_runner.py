@@ -64,6 +64,13 @@ def test_the_sound_is_safe(name: str) -> None:
             assert (policy, outcome.verdict(test), outcome.kinds) == (policy, "safe", {})
 
 
+def test_rcu_is_called_by_its_name() -> None:
+    outcome = run_test(load_test("root-recycled"), named_policy("mutant:P9"), 1, seed=1)
+    details = outcome.reports[0].details
+    freed = next(event for event in details["events"] if event["kind"] == "root_free")
+    assert details["actors"][str(freed["cpu"])] == "rcu"
+
+
 def test_races_are_hit() -> None:
     """Each needs a schedule that comes about now and then; given time, it does."""
     for name, policy in [("entry-races-request", "mutant:P1"), ("kick-waits", "mutant:P4")]:

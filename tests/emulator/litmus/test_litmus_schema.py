@@ -67,11 +67,7 @@ BAD = [
     ("[threads.mm]", "[threads.irq0]", "threads.irq0: found 'irq0'; expected a name that is not the"),
     ("[threads.mm]", "[threads.rcu]", "threads.rcu: found 'rcu'; expected a name that is not the"),
     ("migration=none", "linux-7.4", "expect: unknown policy 'linux-7.4'"),
-    (
-        "[threads.mm]",
-        "[expect]\n'migration=no'='safe'\n[threads.mm]",
-        "expect: migration: unknown alternative",
-    ),
+    ("migration=none", "migration=no", "expect: migration: unknown alternative 'no'"),
     (
         "[threads.mm]",
         "[expect.evict]\n'mutant:ZZ'='safe'\n[threads.mm]",
