@@ -50,10 +50,6 @@ class Case:
         return name.replace("pcpu", "CPU") if name else f"CPU{cpu}"
 
     @property
-    def is_pcpu(self) -> Mapping[int, bool]:
-        return {cpu: self.label(cpu).startswith("CPU") for cpu in self.columns}
-
-    @property
     def columns(self) -> list[int]:
         """CPUs that do something, pCPUs first."""
         cpus = dict.fromkeys(moment.cpu for moment in self.moments)

@@ -26,8 +26,6 @@ class Facts:
     walk_level: int = 0
     time: int = 0
     promise: str = "none"
-    promise_cpu: int = -1
-    promise_time: int = 0
     filled_by: int = -1
     clock: int = -1
     page: int = -1
@@ -50,8 +48,6 @@ class Facts:
             walk_level=report.get("walk_level", 0),
             time=report.get("time_ns", 0),
             promise=str(report.get("promise", "none")).replace("-", "_"),
-            promise_cpu=report.get("promise_cpu", -1),
-            promise_time=report.get("promise_time_ns", 0),
             filled_by=entry.get("filled_by_vcpu", -1),
             clock=entry.get("clock", -1),
             page=entry.get("page", -1),

@@ -6,7 +6,7 @@ from collections.abc import Callable
 
 from emulator.explain.events import WHOLE, Event, name_of
 from emulator.explain.facts import Facts
-from emulator.explain.plot import FILL, USE, Moment
+from emulator.explain.plot import FILL, HUGE, USE, Moment
 from native import EXIT_REASONS
 
 
@@ -17,8 +17,6 @@ def phrases(moment: Moment, facts: Facts) -> list[str]:
     return words(e, facts) if words else [e.describe()]
 
 
-# Pages of the smallest huge leaf.
-_HUGE = 512
 _SCOPES = {
     "invept_global": "INVEPT global",
     "invept_single": "INVEPT single",
@@ -61,7 +59,7 @@ def _use(e: Event, facts: Facts) -> list[str]:
 
 
 def _map(e: Event, facts: Facts) -> list[str]:
-    if e.more >= _HUGE:
+    if e.more >= HUGE:
         return [f"map huge gfn {e.a:#x}", f"to frame {e.b:#x}"]
     gfn = facts.gfn if e.covers(facts.gfn) else e.a
     return [f"map gfn {gfn:#x}", f"to frame {e.b + gfn - e.a:#x}"]

@@ -27,7 +27,7 @@ CULPRITS = (ELIDED, LATE, NARROW, MISSED, OUTDATED)
 
 _WRITE_PROMISES = ("dirty_log", "notifier_write")
 # Pages of the smallest huge leaf.
-_HUGE = 512
+HUGE = 512
 # The decision behind a flush, by the flush's reason.
 _DECISIONS = {
     "remote_zap": "zap",
@@ -145,7 +145,7 @@ class Plot:
     def _unlinks(self, e: Event) -> bool:
         """A table that maps the page's neighbourhood goes, or a huge leaf takes its place."""
         first, last = e.a >> 9, e.a + max(e.more, 1) - 1 >> 9
-        kinds = e.kind == "zap" or (e.kind == "map" and e.more >= _HUGE)
+        kinds = e.kind == "zap" or (e.kind == "map" and e.more >= HUGE)
         return kinds and self._mine(e) and first <= self.facts.gfn >> 9 <= last
 
     def _is_guest_invalidation(self, e: Event) -> bool:

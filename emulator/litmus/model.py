@@ -255,9 +255,6 @@ class LitmusTest(Section):
     def delays(self) -> tuple[Delay, ...]:
         return self._delays
 
-    def thread_names(self) -> tuple[str, ...]:
-        return tuple(self.threads)
-
     @property
     def operations(self) -> int:
         """Of all threads, without init and final."""

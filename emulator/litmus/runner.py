@@ -177,7 +177,6 @@ class Runner:
         world = self._world = World(self.test, policy, self.machine)
         outcome = Outcome(self.test.name, policy.name)
         delays = Delays(world)
-        started = time.monotonic()
         before = self._evidence()
         self.machine.install(delays)
         try:
@@ -191,7 +190,6 @@ class Runner:
             self._explain_failure(outcome, error)
         finally:
             self.machine.install(None)
-        outcome.seconds = time.monotonic() - started
         if not outcome.failure:
             for name, n in self._evidence().items():
                 outcome.evidence[name] = n - before[name]

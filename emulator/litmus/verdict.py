@@ -13,7 +13,6 @@ VIOLATIONS = "violations"
 # A proof that did not come to its end: all interleavings with so few preemptions, or only some.
 BOUNDED = "safe up to a bound"
 SEARCHED = "nothing found"
-BY_PROOF = (SAFE, BOUNDED, SEARCHED)
 FAILED = "failed"
 
 
@@ -32,10 +31,9 @@ class Outcome:
     violating: int = 0
     kinds: dict[str, int] = field(default_factory=dict)
     evidence: dict[str, int] = field(default_factory=dict)
-    seconds: float = 0.0
     first: int | None = None
     failure: str = ""
-    # With --explore: how far the proof came, one of BY_PROOF; "" on real threads.
+    # With --explore: how far the proof came, SAFE, BOUNDED or SEARCHED; "" on real threads.
     proof: str = ""
     # ... and the most preemptions that it covers, if it covers all with so many and no more.
     bound: int | None = None
@@ -46,7 +44,6 @@ class Outcome:
         """More executions of the same."""
         self.executions += other.executions
         self.violating += other.violating
-        self.seconds += other.seconds
         for mine, theirs in ((self.kinds, other.kinds), (self.evidence, other.evidence)):
             for name, n in theirs.items():
                 mine[name] = mine.get(name, 0) + n
