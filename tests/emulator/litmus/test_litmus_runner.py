@@ -67,8 +67,9 @@ def test_the_sound_is_safe(name: str) -> None:
 def test_rcu_is_called_by_its_name() -> None:
     outcome = run_test(load_test("root-recycled"), named_policy("mutant:P9"), 1, seed=1)
     details = outcome.reports[0].details
-    freed = next(event for event in details["events"] if event["kind"] == "root_free")
-    assert details["actors"][str(freed["cpu"])] == "rcu"
+    freed = [event["cpu"] for event in details["events"] if event["kind"] == "root_free"]
+    # The one whose root it was takes it off the list.
+    assert "rcu" in {details["actors"][str(cpu)] for cpu in freed}
 
 
 def test_races_are_hit() -> None:
