@@ -9,7 +9,6 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
 import typer
-from rich.console import Console
 
 from emulator import limits
 from emulator.cli_options import (
@@ -21,6 +20,7 @@ from emulator.cli_options import (
     duration_of,
     expanded,
 )
+from emulator.console import output_console
 from emulator.errors import BadInput
 from emulator.log import Logging
 from emulator.policy import DEFAULT, Policy
@@ -141,8 +141,6 @@ def _write(comparison: Comparison, as_json: bool, html: Path | None) -> None:
     if as_json:
         print(json.dumps(comparison_document(comparison), allow_nan=False))
     else:
-        console = Console(highlight=False)
-        if not console.is_terminal:
-            console = Console(highlight=False, width=40 + 32 * (len(comparison.columns) + 1))
-        console.print(comparison_table(comparison))
+        width = 40 + 32 * (len(comparison.columns) + 1)
+        output_console(width, highlight=False).print(comparison_table(comparison))
     sys.stdout.flush()

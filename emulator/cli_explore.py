@@ -17,7 +17,7 @@ from rich.padding import Padding
 from rich.table import Column, Table
 from rich.text import Text
 
-from emulator.cli_options import refuse
+from emulator.cli_options import FilesArgument, JobsOption, refuse
 from emulator.errors import BadInput
 
 if TYPE_CHECKING:
@@ -27,7 +27,6 @@ if TYPE_CHECKING:
 
 FOUND = 1
 DIVERGED = 3
-MAX_JOBS = 64
 # Columns of a terminal, at least, for what is said of a policy beside its name.
 _READABLE = 50
 
@@ -67,12 +66,7 @@ The same execution again, step by step the same or an error:
 
 def explore(
     context: typer.Context,
-    files: Annotated[
-        list[str] | None,
-        typer.Argument(
-            metavar="[FILES]", help="Names of shipped tests, .toml files or directories; all if none."
-        ),
-    ] = None,
+    files: FilesArgument = None,
     policy: Annotated[
         list[str] | None,
         typer.Option(
@@ -101,10 +95,7 @@ def explore(
             min=0, metavar="S", help="Give up on a test after so long; results then depend on the machine."
         ),
     ] = 0.0,
-    jobs: Annotated[
-        int | None,
-        typer.Option(min=1, max=MAX_JOBS, help="Processes; as many as there are cores if not given."),
-    ] = None,
+    jobs: JobsOption = None,
     adversary: Annotated[
         list[str] | None,
         typer.Option(metavar="A", help="evict or speculate: what TLBs may do of their own; repeatable."),

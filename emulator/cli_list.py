@@ -6,11 +6,11 @@ import inspect
 from typing import Annotated
 
 import typer
-from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
 from emulator.config import embedded_scenarios, load_scenario
+from emulator.console import output_console
 from emulator.policy import DEFAULT, MUTANTS, POINTS, PRESET_DOCS, PRESETS
 
 app = typer.Typer(
@@ -29,7 +29,7 @@ def policies() -> None:
         ]
         what = "the default" if name == DEFAULT else f"{DEFAULT} but {', '.join(differences) or 'the same'}"
         table.add_row(name, Text(f"{PRESET_DOCS[name]}\n{what}"))
-    _print(table)
+    output_console(200).print(table)
     print(f"and {len(MUTANTS)} mutants, mutant:{next(iter(MUTANTS))} and so on: flushlab list mutants")
 
 
@@ -43,7 +43,7 @@ def mutants() -> None:
             caught += " (explore --store-buffers)"
         what = Text(f"{_one_line(mutant.doc)} ({mutant.source})")
         table.add_row(f"mutant:{mutant.name}", mutant.base, Text(caught), what)
-    _print(table)
+    output_console(200).print(table)
 
 
 @app.command()
@@ -55,7 +55,7 @@ def points() -> None:
         for alternative in point.alternatives:
             mark = "mutant" if alternative.mutant else ""
             table.add_row("", alternative.name, mark, Text(_one_line(alternative.doc)))
-    _print(table)
+    output_console(200).print(table)
 
 
 @app.command()
@@ -67,9 +67,9 @@ def litmus(
 
     if ops:
         print(describe.schema())
-        _print(describe.operations())
+        output_console(200).print(describe.operations())
     else:
-        _print(describe.tests())
+        output_console(200).print(describe.tests())
 
 
 @app.command()
@@ -80,7 +80,7 @@ def scenarios() -> None:
         scenario = load_scenario(name)
         numbers = (scenario.machine.pcpus, scenario.vms, scenario.vcpus, scenario.guest_pages // 256)
         table.add_row(name, *(str(number) for number in numbers), Text(scenario.title))
-    _print(table)
+    output_console(200).print(table)
 
 
 def _one_line(doc: str) -> str:
@@ -92,11 +92,3 @@ def _table(*columns: str) -> Table:
     for column in columns:
         table.add_column(column, no_wrap=column != "what it is")
     return table
-
-
-def _print(table: Table) -> None:
-    """Folds to a terminal's width; a pipe gets whole lines."""
-    console = Console()
-    if not console.is_terminal:
-        console = Console(width=200)
-    console.print(table)

@@ -14,10 +14,10 @@ import typer
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 
-from emulator.cli_options import refuse
+from emulator.cli_options import FilesArgument, JobsOption, refuse
+from emulator.console import output_console
 
 VIOLATIONS_OR_SURPRISES = 1
-MAX_JOBS = 64
 EXECUTIONS = 40
 INTERLEAVINGS = 2000
 
@@ -51,12 +51,6 @@ By proof, as far as a minute for each test and policy goes (hours, for a night):
     flushlab litmus --explore --iterations 1000000 --seconds 60
 """
 
-FilesArgument = Annotated[
-    list[str] | None,
-    typer.Argument(
-        metavar="[FILES]", help="Names of shipped tests, .toml files or directories; all if none."
-    ),
-]
 PolicyOption = Annotated[
     list[str] | None,
     typer.Option(
@@ -102,10 +96,7 @@ def litmus(
         ),
     ] = None,
     mutants: Annotated[bool, typer.Option("--mutants", help="Every mutant on every test as well.")] = False,
-    jobs: Annotated[
-        int | None,
-        typer.Option(min=1, max=MAX_JOBS, help="Processes; as many as there are cores if not given."),
-    ] = None,
+    jobs: JobsOption = None,
     as_json: Annotated[
         bool, typer.Option("--json", help="Print one JSON document instead of the tables.")
     ] = False,
@@ -141,7 +132,7 @@ def litmus(
         json.dump(results.document(), sys.stdout, indent=1)
         print()
     else:
-        print_results(results, _console())
+        print_results(results, output_console(200))
         print(f"seed {seed}, {seconds:.0f} s, {results.executions / max(seconds, 1e-9):,.0f} executions/s")
     if results.differing() or results.unforeseen():
         raise typer.Exit(VIOLATIONS_OR_SURPRISES)
@@ -158,9 +149,3 @@ def _progress(quiet: bool) -> Progress:
         transient=True,
         disable=quiet or not console.is_terminal,
     )
-
-
-def _console() -> Console:
-    """Folds to a terminal's width; a pipe gets whole lines."""
-    console = Console()
-    return console if console.is_terminal else Console(width=200)

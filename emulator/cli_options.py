@@ -35,6 +35,20 @@ def refuse(context: typer.Context, names: Collection[str], found: str, expected:
             raise BadInput(name if name.startswith("-") else name.upper(), f"found {found}", expected)
 
 
+MAX_JOBS = 64
+
+FilesArgument = Annotated[
+    list[str] | None,
+    typer.Argument(
+        metavar="[FILES]", help="Names of shipped tests, .toml files or directories; all if none."
+    ),
+]
+JobsOption = Annotated[
+    int | None,
+    typer.Option("--jobs", min=1, max=MAX_JOBS, help="Processes; as many as there are cores if not given."),
+]
+
+
 class GeometryChoice(StrEnum):
     DEFAULT = "default"
     UNBOUNDED = "unbounded"

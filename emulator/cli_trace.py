@@ -14,6 +14,7 @@ from rich.progress import BarColumn, Progress, SpinnerColumn, TaskID, TextColumn
 from rich.table import Table
 
 from emulator import traces
+from emulator.console import output_console
 from emulator.traces import Cut, TraceError, TraceInfo
 from emulator.traces.reuse import L1_ENTRIES, L2_ENTRIES, page_reuse
 
@@ -125,7 +126,7 @@ def show_info(
             )
     except TraceError as error:
         _fail(error)
-    _print(table)
+    output_console(240).print(table)
     for line in details:
         typer.echo(line)
 
@@ -144,15 +145,7 @@ def show_list() -> None:
         meta = entry.metadata
         numbers = (f"{meta.accesses:,}", f"{meta.distinct_pages:,}", f"{entry.size:,}")
         table.add_row(entry.name, *numbers, meta.program, meta.description)
-    _print(table)
-
-
-def _print(table: Table) -> None:
-    """Folds to a terminal's width; a pipe gets whole lines."""
-    console = Console()
-    if not console.is_terminal:
-        console = Console(width=240)
-    console.print(table)
+    output_console(240).print(table)
 
 
 @contextmanager

@@ -11,10 +11,10 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from loguru import logger
-from rich.console import Console
 
 from emulator import limits
 from emulator.config import Scenario, load_scenario
+from emulator.console import output_console
 from emulator.errors import BadInput
 from emulator.log import LogFormat, Logging
 from emulator.policy import DEFAULT, Policy, check_answer, parse_policy, parse_setting, resolve_policy
@@ -141,10 +141,7 @@ def _write(request: Request, result: Result) -> None:
     if request.as_json:
         print(json.dumps(document(result), allow_nan=False))
     else:
-        console = Console(highlight=False)
-        if not console.is_terminal:
-            console = Console(highlight=False, width=120)
-        console.print(summary(result))
+        output_console(120, highlight=False).print(summary(result))
     sys.stdout.flush()
     if request.report_dir is not None:
         _write_files(request.report_dir, result)

@@ -87,9 +87,6 @@ class Readers:
     def gone(self, before: tuple[tuple[int, int], ...]) -> bool:
         return all(self.left.get(who, 0) != left for who, left in before)
 
-    def who(self, before: tuple[tuple[int, int], ...]) -> list[int]:
-        return [who for who, left in before if self.left.get(who, 0) == left]
-
 
 class Walks(NamedTuple):
     """Hardware walks; SPTEs in which they set A or D; uses that only the ledger of rights can judge."""

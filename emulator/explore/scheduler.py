@@ -63,9 +63,7 @@ class Task:
         "index",
         "label",
         "name",
-        "notes",
         "reads",
-        "steps",
         "waits_for",
         "was_blocking",
         "watch",
@@ -79,7 +77,6 @@ class Task:
         self.daemon = daemon
         self.greenlet: Any = None
         self.done = False
-        self.steps = 0
         self.label: Label = START
         self.reads = 0
         self.writes = 0
@@ -88,7 +85,6 @@ class Task:
         self.watch = 0  # what the current turn of a retry loop has read
         self.changed = False  # ... and somebody has written since
         self.acts_for: Task | None = None  # a daemon that goes on with what this one has begun
-        self.notes: list[str] = []
 
     def __repr__(self) -> str:
         return f"<task {self.name}>"
@@ -232,9 +228,6 @@ class Execution:
         """Enough was seen: the execution ends with the current step."""
         self.stopped = True
 
-    def note(self, text: str) -> None:
-        self.current.notes.append(text)
-
     # --- running --------------------------------------------------------------------------------------------
 
     def run(self) -> None:
@@ -288,7 +281,6 @@ class Execution:
             self.failure = error
 
     def _ended(self, task: Task) -> None:
-        task.steps += 1
         length = self.length
         self.length = length + 1
         writes = task.writes

@@ -27,7 +27,7 @@ class Program(Protocol):
 
 @dataclass(slots=True)
 class Limits:
-    """executions: of all strategies together; runs: with those that were given up half way; 0: no limit.
+    """executions: of one search; runs: with those that were given up half way; 0: no limit.
     steps: of one execution."""
 
     executions: int = 0
@@ -53,7 +53,6 @@ class Found:
     steps: int = 0
     too_long: int = 0
     complete: bool = False
-    bound: int | None = None
     bounded_away: bool = False  # something was left out because of the bound
     more: bool = True  # the strategy was not through
     outcomes: dict[str, int] = field(default_factory=dict)
@@ -79,7 +78,7 @@ def search(
     stop: Callable[[], bool] = lambda: False,
 ) -> Found:
     """Until the strategy is through, or a limit is reached, or something bad was found."""
-    found = Found(bound=strategy.bound)
+    found = Found()
     while found.more:
         if stop() or limits.reached(found):
             break

@@ -158,7 +158,6 @@ class BufferedControl(Control):
     def __init__(self, machine: Machine, objects: Objects) -> None:
         self.stores = StoreBuffers(objects, objects.bit(("everything",)))
         self.cpu_of: Callable[[Task], int] = lambda task: -1  # where a task is now
-        self.names: list[str] = []
         self._plain: set[int] = set()  # CPUs whose next store is a plain one
         super().__init__(machine, objects)
 

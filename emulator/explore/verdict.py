@@ -25,14 +25,9 @@ from emulator.explore.team import Team
 from emulator.explore.tree import wide_search
 from emulator.explore.world import LitmusProgram
 from emulator.litmus.failure import LitmusFailure
-from emulator.litmus.model import LitmusTest
+from emulator.litmus.model import SAFE, LitmusTest
+from emulator.litmus.verdict import BOUNDED, FAILED, SEARCHED, VIOLATIONS
 from emulator.policy import Policy, PolicyError
-
-SAFE = "safe"
-VIOLATIONS = "violations"
-BOUNDED = "safe up to a bound"
-UNFINISHED = "nothing found"
-FAILED = "failed"
 
 STRATEGIES = ("exhaustive", "pct", "random")
 # Executions of each kind that the exhaustive strategy begins with.
@@ -65,7 +60,7 @@ class Verdict:
     test: str
     policy: str
     plan: Plan
-    verdict: str = UNFINISHED
+    verdict: str = SEARCHED
     kinds: tuple[str, ...] = ()
     executions: int = 0
     pruned: int = 0

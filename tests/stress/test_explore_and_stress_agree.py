@@ -9,10 +9,11 @@ import pytest
 from stress.agreement import Scale, compare, contradictions, searched
 
 from emulator.explore.choices import NONE
-from emulator.explore.verdict import BOUNDED, SAFE, VIOLATIONS, Plan, Verdict
+from emulator.explore.verdict import Plan, Verdict
 from emulator.litmus.loader import load_test
+from emulator.litmus.model import SAFE
 from emulator.litmus.policies import expected_of
-from emulator.litmus.verdict import Outcome
+from emulator.litmus.verdict import BOUNDED, VIOLATIONS, Outcome
 
 # Executions on real threads; some tens of seconds with the searches.
 FEW = 1600

@@ -18,11 +18,12 @@ from emulator.explore.dpor import Exhaustive
 from emulator.explore.record import load, replay
 from emulator.explore.scheduler import Execution
 from emulator.explore.search import Found, Limits, search
-from emulator.explore.verdict import SAFE, VIOLATIONS, Plan, Verdict, explore_verdict
+from emulator.explore.verdict import Plan, Verdict, explore_verdict
 from emulator.explore.world import LitmusProgram
 from emulator.litmus.loader import load_test, parse_test, shipped_tests
-from emulator.litmus.model import LitmusTest
+from emulator.litmus.model import SAFE, LitmusTest
 from emulator.litmus.policies import named_policy
+from emulator.litmus.verdict import VIOLATIONS
 from native import ffi, lib
 
 APART = [

@@ -11,9 +11,11 @@ from emulator.cli import main
 from emulator.explore.minimize import size
 from emulator.explore.record import load, replay
 from emulator.explore.scheduler import Divergence
-from emulator.explore.verdict import BOUNDED, SAFE, UNFINISHED, VIOLATIONS, Plan, Verdict, explore_verdict
+from emulator.explore.verdict import Plan, Verdict, explore_verdict
 from emulator.litmus.loader import load_test
+from emulator.litmus.model import SAFE
 from emulator.litmus.policies import named_policy
+from emulator.litmus.verdict import BOUNDED, SEARCHED, VIOLATIONS
 
 TEXT = """
 doc = "A kick that does not come, and a thread that waits for one that waits for it."
@@ -75,7 +77,7 @@ def test_a_bound_or_a_budget_is_admitted() -> None:
     found = verdict_of("fault-races-unmap", "linux-7.3", Plan(executions=3, bound=9))
     assert (found.complete, found.executions <= 3) == (False, True)
     found = verdict_of("fault-races-unmap", "linux-7.3", Plan("random", executions=3))
-    assert (found.verdict, found.complete, found.executions) == (UNFINISHED, False, 3)
+    assert (found.verdict, found.complete, found.executions) == (SEARCHED, False, 3)
 
 
 @pytest.mark.parametrize("strategy", ["pct", "random"])

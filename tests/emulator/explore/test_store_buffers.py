@@ -19,10 +19,12 @@ from emulator.explore.sampling import Pct
 from emulator.explore.scheduler import Execution
 from emulator.explore.search import Found, Limits, search
 from emulator.explore.store_buffers import BufferedReaders, Store, StoreBuffers
-from emulator.explore.verdict import SAFE, VIOLATIONS, Plan, Verdict, explore_verdict
+from emulator.explore.verdict import Plan, Verdict, explore_verdict
 from emulator.explore.world import LitmusProgram
 from emulator.litmus.loader import load_test, shipped_tests
+from emulator.litmus.model import SAFE
 from emulator.litmus.policies import named_policy
+from emulator.litmus.verdict import VIOLATIONS
 from emulator.policy import MUTANTS, PRESETS
 
 Op = tuple[str, ...]
