@@ -6,7 +6,8 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
-_WITHOUT_ENTRY = {"lost-dirty", "ipi-stall", "rcu-stall", "deadlock"}
+DEADLOCK = "deadlock"
+_WITHOUT_ENTRY = {"lost-dirty", "ipi-stall", "rcu-stall", DEADLOCK}
 _ACCESS_VERBS = {"read": "reads", "write": "writes", "execute": "executes"}
 # The core's number for no vCPU.
 _NOBODY = 0xFFFFFFFF

@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 from emulator.explain.document import Case
+from emulator.explain.facts import DEADLOCK
 from emulator.explain.phrases import phrases
 from emulator.explain.plot import ELIDED, FILL, LATE, MISSED, NARROW, OUTDATED, PROMISE, REVOKE, USE, Moment
 
@@ -55,6 +56,11 @@ def tell(case: Case) -> Tale:
             mark = len(notes) + 1
             notes.append(Note(mark, part, _SENTENCES[part](case, moment)))
         rows.append(Row(moment.cpu, tuple(phrases(moment, case.facts)), part, mark, moment))
+    if rows and DEADLOCK in case.facts.kinds:
+        # Nobody uses anything: who waits for whom is what there is to say.
+        mark = len(notes) + 1
+        rows[-1] = replace(rows[-1], mark=mark)
+        notes.append(Note(mark, DEADLOCK, str(case.report.get("text", DEADLOCK))))
     return Tale(case, _title(case), tuple(case.columns), tuple(rows), tuple(notes))
 
 

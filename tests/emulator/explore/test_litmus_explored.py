@@ -249,3 +249,25 @@ def test_a_deadlock_says_who_waits_for_whom(monkeypatch: pytest.MonkeyPatch, tmp
     assert found.counterexample is not None
     assert found.counterexample.violation is not None
     assert "mm waits for an acknowledgement by pCPU 0" in found.counterexample.violation["text"]
+
+
+RETRIES = """
+doc = "The invalidation never ends, and the fault is retried for ever."
+source = "this test"
+
+[threads]
+v0 = { vcpu = 0, ops = ["wait mm 1", "read 0x10"] }
+mm.ops = ["notifier-start 0x10"]
+"""
+
+
+def test_a_retry_that_never_ends_says_what_it_looks_at(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    path, found = tmp_path / "retries.toml", tmp_path / "found"
+    path.write_text(RETRIES)
+    assert main(["explore", str(path), "--jobs", "1", "--output", str(found)]) == 1
+    waits = "deadlock: v0 waits for a change of mmu_invalidate_seq 0"
+    assert waits in capsys.readouterr().out
+    assert main(["explain", str(found / "retries-linux-7.3.json")]) == 0
+    assert f"\n[1] {waits}\n" in capsys.readouterr().out
