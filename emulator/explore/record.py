@@ -155,8 +155,8 @@ def _text(kind: str, obj: Hashable) -> str:
     return f"{kind} {_name(obj)}".strip()
 
 
-def record(program: LitmusProgram, schedule: tuple[int, ...], source: str | None = None) -> Recording:
-    """Execute it once more, writing everything down; `source`: the test's text, if it has no file."""
+def record(program: LitmusProgram, schedule: tuple[int, ...]) -> Recording:
+    """Execute it once more, writing everything down."""
     strategy = Replay(schedule, then_any=True)
     execution = Execution(program.objects, strategy)
     program.start(execution)
@@ -174,7 +174,7 @@ def record(program: LitmusProgram, schedule: tuple[int, ...], source: str | None
     kinds = recorder.end(program.finish(execution))
     return Recording(
         test=program.test.name,
-        source=program.source if source is None else source,
+        source=program.test.text,
         policy=program.policy.spelled(),
         schedule=[names[index] for index in strategy.schedule()],
         steps=recorder.steps,
@@ -264,7 +264,7 @@ def replay(path: Path) -> Recording:
             if unknown:
                 raise BadInput(f"{path}: schedule", unknown[0], f"one of {', '.join(names)}")
             schedule = tuple(names.index(name) for name in document["schedule"])
-            again = record(program, schedule, document["source"])
+            again = record(program, schedule)
     finally:
         program.close()
     _compare(document, json.loads(json.dumps(again.document())))

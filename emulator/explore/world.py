@@ -229,11 +229,6 @@ class LitmusProgram:
 
     # --- for recordings -------------------------------------------------------------------------------------
 
-    @property
-    def source(self) -> str:
-        """The test's text, so that a counterexample needs no other file."""
-        return self.test.text
-
     def names(self) -> dict[int, str]:
         """Who is behind each CPU's number."""
         names = {number: f"pcpu{number}" for number in range(self.machine.pcpus)}

@@ -239,7 +239,7 @@ class LitmusTest(Section):
 
     @property
     def text(self) -> str:
-        """What it was read from."""
+        """What it was read from: a counterexample holds it, and needs no other file."""
         return self._text
 
     @property
