@@ -32,6 +32,8 @@ from emulator.policy import Policy, PolicyError
 STRATEGIES = ("exhaustive", "pct", "random")
 # Executions of each kind that the exhaustive strategy begins with.
 PROBES = 200
+# A user's policy is asked so often whether it answers alike, with everything from its beginning and without.
+_BEGINNINGS, _REPETITIONS = 2, 4
 # A program with no more executions than so many is done at once.
 SMALL = 60
 
@@ -137,6 +139,8 @@ def explore_verdict(
     """Explore one test under one policy.  `stop` is asked between executions; with it results depend on
     time, on the number of processes (`jobs`) they never do."""
     plan = plan or Plan()
+    if policy.overrides():
+        _check_that_it_repeats(test, policy, plan.choices)
     program = LitmusProgram(test, policy, plan.choices)
     verdict = Verdict(test.name, policy.name, plan)
     try:
@@ -155,6 +159,27 @@ def explore_verdict(
         as_asked = plan.bound is not None and verdict.bound == plan.bound
         verdict.limit = "seconds" if stop() else "" if as_asked else "executions"
     return verdict
+
+
+def _check_that_it_repeats(test: LitmusTest, policy: Policy, choices: Choices) -> None:
+    """The same order of steps must come to the same, or nothing is proved; a user's policy may see to it that
+    it does not.  Raises PolicyError."""
+    first = None
+    for _ in range(_BEGINNINGS):
+        program = LitmusProgram(test, policy, choices)
+        try:
+            with installed(program.control):
+                for _ in range(_REPETITIONS):
+                    found = record(program, ()).document()
+                    first = first or found
+                    if found != first:
+                        raise Divergence("the first execution came out in another way")
+        except LitmusFailure:
+            return  # which the search will say
+        except Divergence as error:
+            raise _unsteady(policy, error) from error
+        finally:
+            program.close()
 
 
 def _unsteady(policy: Policy, error: Divergence) -> Exception:

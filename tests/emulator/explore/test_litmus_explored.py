@@ -221,6 +221,16 @@ def test_a_policy_that_answers_now_so_now_so(
     assert err.endswith("; expected answers that depend on nothing but what KVM has done\n")
 
 
+def test_not_even_one_interleaving_is_proved_of_it(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """The search has nothing to repeat here, and would be through before the policy's mind changes."""
+    path = tmp_path / "unsteady.py"
+    path.write_text(UNSTEADY.replace('"unsteady"', '"one interleaving"'))
+    assert main(["explore", "return-zap", "--policy", str(path), "--jobs", "1"]) == 2
+    assert "(the first execution came out in another way)" in capsys.readouterr().err
+
+
 def test_bad_input_comes_from_another_process_as_one_line(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
