@@ -9,7 +9,7 @@ import threading
 from collections.abc import Callable, Iterator
 from concurrent.futures import Future, ProcessPoolExecutor
 from contextlib import contextmanager
-from multiprocessing.synchronize import Event
+from ctypes import c_byte
 from types import FrameType, TracebackType
 from typing import Any, Final, ParamSpec, TypeVar
 
@@ -26,7 +26,8 @@ class ProcessPool(ProcessPoolExecutor):
 
     def __init__(self, jobs: int, begin: Callable[..., None] | None = None, *arguments: Any) -> None:
         context = multiprocessing.get_context("spawn")
-        self._end = context.Event()
+        # Without a lock, which a process that is killed might hold.
+        self._end = context.RawValue("b", 0)
         super().__init__(jobs, context, _begin, (self._end, begin, arguments))
 
     def submit(self, fn: Callable[P, T], /, *args: P.args, **kwargs: P.kwargs) -> Future[T]:
@@ -37,20 +38,20 @@ class ProcessPool(ProcessPoolExecutor):
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
-        self._end.set()
+        self._end.value = 1
         self.shutdown(cancel_futures=True)
 
 
 def ending() -> bool:
     """Whether this process belongs to a pool whose results nobody waits for any more."""
-    return _Here.end is not None and _Here.end.is_set()
+    return _Here.end is not None and bool(_Here.end.value)
 
 
 class _Here:
-    end: Event | None = None
+    end: c_byte | None = None
 
 
-def _begin(end: Event, begin: Callable[..., None] | None, arguments: tuple[Any, ...]) -> None:
+def _begin(end: c_byte, begin: Callable[..., None] | None, arguments: tuple[Any, ...]) -> None:
     _Here.end = end
     threading.Thread(target=_end_with_parent, daemon=True).start()
     if begin is not None:
