@@ -16,7 +16,10 @@ from emulator.errors import BadInput
 def read_json(path: Path, expected: str) -> Any:
     """What a JSON file holds; raises BadInput."""
     try:
-        return json.loads(path.read_text("utf-8"))
+        document = json.loads(path.read_text("utf-8"))
+        # JSON can spell halves of characters, which no output takes.
+        whole = json.dumps(document, ensure_ascii=False).encode("utf-8", "replace")
+        return json.loads(whole)
     except OSError as error:
         raise BadInput(str(path), error.strerror or str(error), "a readable file") from error
     except UnicodeDecodeError as error:

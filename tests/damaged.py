@@ -22,6 +22,7 @@ _VALUES = st.sampled_from(
         float("nan"),
         "",
         "x",
+        "\ud800",
         [],
         [1],
         {},

@@ -109,16 +109,11 @@ def _cases(value: Any, context: Mapping[str, str]) -> Iterator[Case]:
 
 def _context(value: Mapping[str, Any]) -> dict[str, str]:
     """Which run this is about, from the objects around a report."""
-    context = {key: _printable(value[key]) for key in ("test", "scenario") if isinstance(value.get(key), str)}
+    context = {key: value[key] for key in ("test", "scenario") if isinstance(value.get(key), str)}
     policy = value.get("policy")
     if isinstance(policy, dict):
         policy = policy.get("name")
-    return {**context, "policy": _printable(policy)} if isinstance(policy, str) else context
-
-
-def _printable(text: str) -> str:
-    """JSON can spell halves of characters, which no output takes."""
-    return text.encode("utf-8", "replace").decode("utf-8")
+    return {**context, "policy": policy} if isinstance(policy, str) else context
 
 
 def _where(context: Mapping[str, str]) -> str:

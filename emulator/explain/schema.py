@@ -51,6 +51,7 @@ class _Violation(_Part):
     frame: _Number = 0
     walk_level: _Number = 0
     promise: str = ""
+    text: str = ""
     entry: _Entry | None = None
     unsafe_answers: list[str] = []
     actors: dict[str, str] | None = None

@@ -40,3 +40,10 @@ def test_the_table_has_the_odds(capsys: pytest.CaptureFixture[str]) -> None:
     assert "PCT's odds" in " ".join(capsys.readouterr().out.split())
     assert main(["explore", "return-zap", "--strategy", "random", "--executions", "1", "--jobs", "1"]) == 0
     assert "odds" not in capsys.readouterr().out
+
+
+def test_nothing_is_promised_of_what_did_not_run() -> None:
+    plan = Plan(strategy="pct")
+    found = explore_verdict(load_test("return-zap"), named_policy("linux-7.3"), plan, lambda: True)
+    assert (found.executions, found.guarantee) == (0, None)
+    assert "odds" not in found.summary()
