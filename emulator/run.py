@@ -17,7 +17,7 @@ from emulator.config import Scenario, load_scenario
 from emulator.console import output_console
 from emulator.errors import BadInput
 from emulator.log import LogFormat, Logging
-from emulator.policy import DEFAULT, Policy, check_answer, parse_policy, parse_setting, resolve_policy
+from emulator.policy import DEFAULT, Policy, check_answer, parse_setting, spelled_policy
 from emulator.report import document, exit_status, summary
 from emulator.result import Result
 from emulator.session import Session
@@ -77,9 +77,7 @@ def load_policy(name: str, settings: tuple[str, ...]) -> Policy:
     answers = dict(parse_setting(setting, "--set") for setting in settings)
     for point, alternative in answers.items():
         check_answer(point, alternative, "--set")
-    base, own = parse_policy(name)
-    policy = resolve_policy(base)
-    policy = policy.with_settings(own) if own else policy
+    policy = spelled_policy(name)
     return policy.with_settings(answers) if answers else policy
 
 

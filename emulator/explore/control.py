@@ -12,6 +12,7 @@ from functools import partial
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 from emulator.explore.audit import Audit
+from emulator.explore.memory import Memory
 from emulator.explore.objects import Objects
 from emulator.explore.scheduler import Execution
 from emulator.litmus.world import rcu_cpu
@@ -107,6 +108,7 @@ class Control:
         self.execution: Execution | None = None
         self.everything = objects.bit(("everything",))
         self.vm_of_vcpu: dict[int, int] = {}
+        self.memory = Memory()
         self.paging: frozenset[int] = frozenset()  # VMs whose guests have page tables
         self.programs: dict[int, Any] = {}  # what each vCPU's guest executes
         self.adversary: Adversary | None = None
@@ -192,9 +194,14 @@ class Control:
             self._lock(execution, obj)
         elif kind == "unlock":
             execution.touch(0, self.bit("lock", obj.name))
+        elif kind == "policy answers":
+            # A turn of a loop is not like the one before if the policy has counted it, say.
+            execution.current.changed |= self.memory.changed()
         else:
             mask = self.bit(kind, obj)
             execution.step((kind, obj, mode), *((mask, 0) if mode == "read" else (0, mask)))
+            if kind == "policy":
+                self.memory.asking()
 
     def _lock(self, execution: Execution, lock: Any) -> None:
         mask = self.bit("lock", lock.name)

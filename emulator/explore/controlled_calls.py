@@ -118,9 +118,8 @@ class Calls:
                 raise MachineMisuse("a wait that nobody can end: no execution runs")
             return 0
         if microseconds == RELAX_MICROSECONDS:
-            # Whoever relaxes will look again at what they have just looked at.
-            kind, obj, _ = execution.current.label
-            execution.await_change(("cpu_relax", cpu, "read"), f"a change of {kind} {obj}")
+            # Whoever relaxes will look again.
+            execution.await_change(("cpu_relax", cpu, "read"))
             return 0
         if microseconds:
             return 0  # a nap: it ends by itself, and others may go on at any time anyway

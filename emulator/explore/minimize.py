@@ -11,6 +11,7 @@ from collections.abc import Iterator
 from emulator.explore.sampling import Sampler
 from emulator.explore.search import Limits, Program, run_once
 from emulator.explore.world import LitmusProgram
+from emulator.litmus.failure import LitmusFailure
 
 _ATTEMPTS = 400
 
@@ -90,4 +91,8 @@ def _try(program: Program, blocks: list[tuple[int, int]], outcome: str) -> tuple
         if not isinstance(execution.failure, Exception):
             raise execution.failure  # Ctrl-C
         return None
-    return strategy.schedule() if program.finish(execution) == outcome else None
+    try:
+        same = program.finish(execution) == outcome
+    except LitmusFailure:
+        return None
+    return strategy.schedule() if same else None

@@ -17,10 +17,11 @@ from emulator.explain.events import EventTail
 from emulator.explore.choices import NONE, Choices
 from emulator.explore.controlled import installed
 from emulator.explore.sampling import Replay
-from emulator.explore.scheduler import Divergence, Execution, Task
+from emulator.explore.scheduler import Divergence, Execution, Task, spelled
 from emulator.explore.world import LitmusProgram
 from emulator.litmus.loader import parse_test
 from emulator.litmus.policies import named_policy
+from emulator.policy import check_policy
 from emulator.story import Stories
 from emulator.validation import first_error, read_json
 
@@ -91,9 +92,9 @@ class _Recorder:
                 "thread": task.name,
                 "cpu": self.program.cpu_of(task),
                 "kind": kind,
-                "object": _name(obj),
+                "object": spelled(obj),
                 "mode": "write" if task.writes and mode == "write" else "read" if not task.writes else mode,
-                "text": _text(kind, obj),
+                "text": spelled(kind, obj),
                 "reads": touched[0],
                 "writes": touched[1],
                 "events": [event.as_dict() for event in self.tail.take()],
@@ -141,18 +142,8 @@ def _timeless(value: Any) -> Any:
     return value
 
 
-def _name(obj: Hashable) -> str:
-    if isinstance(obj, tuple):
-        return " ".join(_name(part) for part in obj)
-    return "" if obj is None else str(obj)
-
-
 def _names(objects: list[Hashable]) -> list[str]:
-    return sorted(_name(obj) for obj in objects if obj != ("everything",))
-
-
-def _text(kind: str, obj: Hashable) -> str:
-    return f"{kind} {_name(obj)}".strip()
+    return sorted(spelled(obj) for obj in objects if obj != ("everything",))
 
 
 def record(program: LitmusProgram, schedule: tuple[int, ...]) -> Recording:
@@ -248,6 +239,7 @@ def _find(document: Any) -> dict[str, Any] | None:
 def replay(path: Path) -> Recording:
     """Run a recorded execution again; raises Divergence if it is not the same, step for step."""
     document = load(path)
+    check_policy(document["policy"], f"{path}: policy")
     try:
         test = parse_test(document["source"], document["test"], None)
         policy = named_policy(document["policy"])

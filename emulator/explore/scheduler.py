@@ -27,6 +27,12 @@ Known = tuple[int, Label]  # a task, and its step
 START: Label = ("start", None, "read")
 
 
+def spelled(*parts: Hashable) -> str:
+    """Of a label's kind and object, say: parts of parts are parts, and None is nothing."""
+    words = (spelled(*part) if isinstance(part, tuple) else str(part) for part in parts if part is not None)
+    return " ".join(word for word in words if word)
+
+
 class Abandoned(BaseException):
     """The execution is over for this task: unwind."""
 
@@ -62,6 +68,7 @@ class Task:
         "greenlet",
         "index",
         "label",
+        "looked_at",
         "name",
         "reads",
         "waits_for",
@@ -78,6 +85,7 @@ class Task:
         self.greenlet: Any = None
         self.done = False
         self.label: Label = START
+        self.looked_at: Label = START  # before it waited for a change
         self.reads = 0
         self.writes = 0
         self.was_blocking = False  # the step in question had a condition
@@ -212,7 +220,7 @@ class Execution:
         task.reads |= reads
         task.writes |= writes
 
-    def await_change(self, label: Label, waits_for: str) -> None:
+    def await_change(self, label: Label) -> None:
         """In a loop that tries again: go on when somebody has written something that this turn has read.
 
         A turn without effects that sees the same again would only do the same again, so nothing is lost
@@ -220,7 +228,8 @@ class Execution:
         """
         task = self.current
         task.watch |= task.reads | task.writes
-        self.step(label, task.watch, 0, lambda: task.changed, waits_for)
+        task.looked_at = task.label
+        self.step(label, task.watch, 0, lambda: task.changed)
         task.changed = False
         task.watch = 0
 
@@ -310,7 +319,7 @@ class Execution:
                 enabled |= 1 << index
         if not enabled:
             self.deadlock = tuple(
-                Wait(task.name, task.label, task.waits_for)
+                Wait(task.name, task.label, task.waits_for or f"a change of {spelled(*task.looked_at[:2])}")
                 for task in self.tasks
                 if not task.done and not task.daemon
             )

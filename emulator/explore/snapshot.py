@@ -18,6 +18,7 @@ from pathlib import PurePath
 from types import (
     BuiltinFunctionType,
     CellType,
+    CodeType,
     EllipsisType,
     FunctionType,
     GetSetDescriptorType,
@@ -34,7 +35,7 @@ from native import ffi
 # No contents that change.
 _ATOMS: Final = (
     type(None), bool, int, float, complex, str, bytes, range, type,
-    BuiltinFunctionType, EllipsisType, Enum, ModuleType, NotImplementedType, PurePath, re.Pattern,
+    BuiltinFunctionType, CodeType, EllipsisType, Enum, ModuleType, NotImplementedType, PurePath, re.Pattern,
 )  # fmt: skip
 _DICTS: Final = (dict, defaultdict, OrderedDict, Counter)
 _SEQUENCES: Final = (list, bytearray)
@@ -48,12 +49,13 @@ class CannotRestore(TypeError):
     """An object whose state nobody knows how to put back."""
 
 
-class Snapshot:
-    """The state of what is reachable from `roots`, now.
+class Contents:
+    """What is reachable from `roots`, and what it contains, now.  Raises CannotRestore.
 
     constant: true of objects that are left alone, and so is what is reachable through them only.
     aside: by type, attributes that are left alone; who takes the snapshot puts them back.
-    namespaces: modules and classes whose names count as well; of all others they are taken for constant.
+    module: one whose names count, with its classes, wherever they come from, and attributes of its functions;
+    elsewhere all these are taken for constant.
     """
 
     def __init__(
@@ -61,10 +63,11 @@ class Snapshot:
         roots: Iterable[object],
         constant: Callable[[object], bool] = lambda obj: False,
         aside: Mapping[type, frozenset[str]] = MappingProxyType({}),
-        namespaces: Iterable[ModuleType | type] = (),
+        module: ModuleType | None = None,
     ) -> None:
         self._constant = constant
         self._aside = aside
+        self._module = "" if module is None else module.__name__
         self._seen: dict[int, object] = {}
         self._instances: dict[tuple[type, tuple[str, ...]], list[tuple[object, tuple[object, ...]]]] = {}
         self._unset: list[tuple[object, str]] = []
@@ -75,39 +78,25 @@ class Snapshot:
         self._deques: list[tuple[Any, Any]] = []
         self._namespaces: list[tuple[Any, dict[str, object]]] = []
         pending: list[object] = list(roots)
-        for namespace in namespaces:
-            pending.extend(self._keep_names(namespace))
+        if module is not None:
+            pending.extend(self._keep_names(module))
         while pending:
             obj = pending.pop()
-            if id(obj) not in self._seen and not isinstance(obj, _ATOMS):
+            if id(obj) not in self._seen and (self._is_own(obj) or not isinstance(obj, _ATOMS)):
                 self._seen[id(obj)] = obj
                 pending.extend(self._keep(obj))
-        self._restorers = [(_restorer(names), items) for (_, names), items in self._instances.items()]
-        self.restore()  # sets are in the order in which they always will be
 
     def __len__(self) -> int:
         """Objects looked at."""
         return len(self._seen)
 
-    def restore(self) -> None:
-        for assign, items in self._restorers:
-            assign(items)
-        for container, contents in self._slices:
-            container[:] = contents
-        for mapping, contents in self._dicts:
-            mapping.clear()
-            mapping.update(contents)
-        for elements, contents in self._sets:
-            elements.clear()
-            elements.update(contents)
-        for queue, contents in self._deques:
-            queue.clear()
-            queue.extend(contents)
-        for namespace, names in self._namespaces:
-            _put_names_back(namespace, names)
-        for obj, name in self._unset:
-            if hasattr(obj, name):
-                delattr(obj, name)
+    def same(self, other: Contents) -> bool:
+        """Whether nothing has changed between the two."""
+        return self._kept() == other._kept()
+
+    def _kept(self) -> tuple[object, ...]:
+        kept = (self._slices, self._dicts, self._sets, self._deques, self._namespaces)
+        return (self._seen.keys(), self._instances, self._unset, *kept)
 
     # --- one object -----------------------------------------------------------------------------------------
 
@@ -116,8 +105,12 @@ class Snapshot:
         kind = type(obj)
         if self._constant(obj):
             return ()
+        if isinstance(obj, type):
+            return (*self._keep_names(obj), *obj.__bases__)
         if isinstance(obj, tuple | frozenset):
             return obj
+        if kind is FunctionType and obj.__module__ == self._module:
+            return (*_functions_own(obj), vars(obj))
         if kind in _UNCHANGING:
             return _UNCHANGING[kind](obj)
         if isinstance(obj, ffi.CData):
@@ -140,11 +133,14 @@ class Snapshot:
         return self._keep_instance(obj, kind, _slots(kind))
 
     def _keep_names(self, namespace: ModuleType | type) -> Iterable[object]:
-        """Functions there may have attributes, too."""
         names = _names(namespace)
         self._namespaces.append((namespace, names))
-        functions = (value for value in names.values() if isinstance(value, FunctionType))
-        return (*names.values(), *map(vars, functions))
+        return names.values()
+
+    def _is_own(self, obj: object) -> bool:
+        """A class of the module's, or one of its enumerations' members."""
+        cls = obj if isinstance(obj, type) else type(obj) if isinstance(obj, Enum) else None
+        return cls is not None and bool(self._module) and self._module in {c.__module__ for c in cls.__mro__}
 
     def _keep_memory(self, obj: Any) -> Iterable[object]:
         """Memory of the core's is the core's to restore."""
@@ -160,10 +156,45 @@ class Snapshot:
         self._unset += [(obj, name) for name in names if name not in there]
         values = tuple(getattr(obj, name) for name in there)
         if _is_frozen(kind):
-            return (*values, *getattr(obj, "__dict__", {}).values())
+            return (kind, *values, *getattr(obj, "__dict__", {}).values())
         if there:
             self._instances.setdefault((kind, there), []).append((obj, values))
-        return (*values, vars(obj)) if hasattr(obj, "__dict__") else values
+        return (kind, *values, vars(obj)) if hasattr(obj, "__dict__") else (kind, *values)
+
+
+class Snapshot(Contents):
+    """The same, to be put back in place."""
+
+    def __init__(
+        self,
+        roots: Iterable[object],
+        constant: Callable[[object], bool] = lambda obj: False,
+        aside: Mapping[type, frozenset[str]] = MappingProxyType({}),
+        module: ModuleType | None = None,
+    ) -> None:
+        super().__init__(roots, constant, aside, module)
+        self._restorers = [(_restorer(names), items) for (_, names), items in self._instances.items()]
+        self.restore()  # sets are in the order in which they always will be
+
+    def restore(self) -> None:
+        for assign, items in self._restorers:
+            assign(items)
+        for container, contents in self._slices:
+            container[:] = contents
+        for mapping, contents in self._dicts:
+            mapping.clear()
+            mapping.update(contents)
+        for elements, contents in self._sets:
+            elements.clear()
+            elements.update(contents)
+        for queue, contents in self._deques:
+            queue.clear()
+            queue.extend(contents)
+        for namespace, names in self._namespaces:
+            _put_names_back(namespace, names)
+        for obj, name in self._unset:
+            if hasattr(obj, name):
+                delattr(obj, name)
 
 
 def _methods_own(method: Any) -> Iterable[object]:

@@ -9,7 +9,6 @@ executions come first: they find early what an exhaustive search of a large prog
 from __future__ import annotations
 
 from collections.abc import Callable
-from contextlib import suppress
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -251,7 +250,7 @@ def _sampled(program: LitmusProgram, verdict: Verdict, stop: Stop) -> None:
         strategy = RandomWalk(plan.executions, plan.seed)
     found = search(program, program.objects, strategy, Limits(), bool, stop)
     _add(verdict, found, None, plan.strategy)
-    if isinstance(strategy, Pct):
+    if isinstance(strategy, Pct) and found.executions:
         verdict.guarantee = strategy.guarantee()
     if found.schedule is not None:
         _violated(program, verdict, found)
@@ -278,9 +277,7 @@ def _violated(program: LitmusProgram, verdict: Verdict, found: Found) -> None:
     assert found.schedule is not None
     schedule = found.schedule
     if verdict.plan.minimize:
-        # Where a shorter one might fail, it stays as it was found.
-        with suppress(LitmusFailure):
-            schedule = minimized(program, schedule, found.outcome)
+        schedule = minimized(program, schedule, found.outcome)
     recording = record(program, schedule)
     if recording.violation is None:
         raise Divergence(f"{found.outcome} did not come again")

@@ -116,6 +116,7 @@ class LitmusProgram:
         control.forget()
         with self._told("init"):
             world.reset()
+            control.memory.policy = world.policy
             world.run_init()
             control.run_callbacks()
         control.vm_of_vcpu = {vcpu.id: kvm.id for kvm in world.kvms for vcpu in kvm.vcpus}
@@ -132,7 +133,7 @@ class LitmusProgram:
                 (self.world, self.machine, self.control.programs),
                 _is_constant,
                 {VcpuTask: frozenset({"_run"})},
-                self.world.policy.namespaces(),
+                self.world.policy.module(),
             )
         except CannotRestore:
             self._rebuilds = True

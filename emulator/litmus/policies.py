@@ -6,16 +6,14 @@ from collections.abc import Sequence
 from functools import lru_cache
 
 from emulator.litmus.model import INCONCLUSIVE, SAFE, Expected, LitmusTest
-from emulator.policy import MUTANTS, PRESETS, Policy, parse_policy, resolve_policy
+from emulator.policy import MUTANTS, PRESETS, Policy, spelled_policy
 from emulator.policy.mutants import PREFIX
 
 
 @lru_cache(maxsize=512)
 def named_policy(name: str) -> Policy:
     """What emulator.policy.spelling can spell, under the name that was written."""
-    base, answers = parse_policy(name)
-    policy = resolve_policy(base)
-    return policy.with_settings(answers, name) if answers else policy
+    return spelled_policy(name, name)
 
 
 def mutant_names() -> list[str]:

@@ -7,7 +7,7 @@ from emulator.policy.points import POINTS, Alternative, DecisionPoint
 from emulator.policy.policy import Policy, PolicyError, check_answer
 from emulator.policy.presets import DEFAULT, PRESET_DOCS, PRESETS, preset
 from emulator.policy.spelling import check_policy, parse_policy, parse_setting
-from emulator.policy.user import UserPolicyError, load_user_policy, resolve_policy
+from emulator.policy.user import UserPolicyError, load_user_policy, resolve_policy, spelled_policy
 
 __all__ = [
     "DEFAULT",
@@ -28,4 +28,5 @@ __all__ = [
     "parse_setting",
     "preset",
     "resolve_policy",
+    "spelled_policy",
 ]

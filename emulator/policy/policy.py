@@ -171,9 +171,9 @@ class Policy:
         """One like it that remembers nothing of earlier runs: itself, unless it is a user's."""
         return self
 
-    def namespaces(self) -> tuple[ModuleType | type, ...]:
-        """What of a user's file may remember things besides the policy itself: the module and its classes."""
-        return ()
+    def module(self) -> ModuleType | None:
+        """Of a user's file, whose names and classes may remember things, too."""
+        return None
 
     def spelled(self) -> str:
         """What names it on a command line: its name, or the file that a user's policy is in."""

@@ -13,8 +13,8 @@
 Its methods are the decision points (`flushlab list points`, emulator.policy.policy.Policy): whatever the
 class does not define, the base answers.  KVM's threads call them at the moment of the decision, several at
 once, and one object serves all VMs, so what a method remembers is best kept per `cpu` or `vcpu`.  The file
-is executed anew for each run.  A method that raises, or returns what is no alternative of its point, ends
-the run with one line that says so.
+is executed anew for each run, and for each execution of a litmus test.  A method that raises, or returns what
+is no alternative of its point, ends the run with one line that says so.
 """
 
 from __future__ import annotations
@@ -26,19 +26,20 @@ from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, replace
 from difflib import get_close_matches
 from pathlib import Path
-from types import ModuleType, TracebackType
+from types import CodeType, ModuleType, TracebackType
 from typing import Any
 
 from emulator.policy.points import BY_NAME, POINTS, DecisionPoint
 from emulator.policy.policy import Policy, PolicyError, check_answer
 from emulator.policy.presets import DEFAULT, preset
+from emulator.policy.spelling import parse_policy
 from emulator.runtime import MachineStopped
 
 # A method whose name resembles a point's this much is a slip of the pen, not a helper.
 _TYPO = 0.75
 # A policy is asked through these; what they do is not for the user's class to change.
 _RESERVED = (
-    "answers", "fresh", "given", "mutants", "namespaces", "overrides", "spelled", "with_settings",
+    "answers", "fresh", "given", "mutants", "module", "overrides", "spelled", "with_settings",
 )  # fmt: skip
 
 
@@ -53,13 +54,20 @@ def resolve_policy(text: str) -> Policy:
     return preset(text)
 
 
+def spelled_policy(text: str, name: str | None = None) -> Policy:
+    """The same, with other answers as emulator.policy.spelling has it; called `name`."""
+    base, answers = parse_policy(text)
+    policy = resolve_policy(base)
+    return policy.with_settings(answers, name) if answers else policy
+
+
 def load_user_policy(path: Path) -> Policy:
     """The policy that a file defines; raises UserPolicyError."""
-    tree = _parse(path)
+    tree, code = _parse(path)
     lines = _lines(tree)
-    module = _execute(path, tree)
+    module = _execute(path, code)
     cls = _policy_class(path, module, lines)
-    source = Source(str(path), tree, module, cls, lines, _base(path, cls, lines))
+    source = Source(str(path), code, module, cls, lines, _base(path, cls, lines))
     if not _overridden(source):
         points = ", ".join(BY_NAME)
         raise UserPolicyError(
@@ -73,7 +81,7 @@ class Source:
     """Where a user's policy comes from, and how to make another one like it."""
 
     path: str
-    tree: ast.Module
+    code: CodeType
     module: ModuleType
     cls: type[Policy]
     lines: Mapping[str, int]
@@ -82,13 +90,8 @@ class Source:
     def again(self) -> Source:
         """As if the file had been loaded just now, with the text that it had."""
         path = Path(self.path)
-        module = _execute(path, self.tree)
+        module = _execute(path, self.code)
         return replace(self, module=module, cls=_policy_class(path, module, self.lines))
-
-    def namespaces(self) -> tuple[ModuleType | type, ...]:
-        """Where the file's names are."""
-        own = (value for value in vars(self.module).values() if isinstance(value, type))
-        return (self.module, *(cls for cls in own if cls.__module__ == self.module.__name__))
 
     def line(self, name: str) -> int:
         """Where the class, or a class of the file that it derives from, defines `name`."""
@@ -146,8 +149,8 @@ class _Asked(Policy):
     def fresh(self) -> Policy:
         return self._source.again().make(self._settings, self.name)
 
-    def namespaces(self) -> tuple[ModuleType | type, ...]:
-        return (*self._source.namespaces(), type(self))
+    def module(self) -> ModuleType | None:
+        return self._source.module
 
     def spelled(self) -> str:
         settings = (f"{point}={self._settings[point]}" for point in sorted(self._settings))
@@ -199,6 +202,7 @@ def _checked(source: Source, point: DecisionPoint) -> Callable[..., str]:
         except (Exception, SystemExit) as error:
             where = source.where(point.name, _error_line(error, source.path))
             raise UserPolicyError(where, _told(error), _one_of(point, "")) from error
+        cpu.point("policy answers", source.path, "write")
         if not isinstance(answer, str) or answer not in names:
             raise UserPolicyError(source.where(point.name), f"returned {answer!r}", _one_of(point, answer))
         given = self._given[point.name]
@@ -212,9 +216,10 @@ def _checked(source: Source, point: DecisionPoint) -> Callable[..., str]:
 # --- reading the file -----------------------------------------------------------------------------------
 
 
-def _parse(path: Path) -> ast.Module:
+def _parse(path: Path) -> tuple[ast.Module, CodeType]:
     try:
-        return ast.parse(path.read_bytes(), str(path))
+        tree = ast.parse(path.read_bytes(), str(path))
+        return tree, compile(tree, str(path), "exec")
     except OSError as error:
         raise UserPolicyError(str(path), error.strerror or str(error), "a readable Python file") from error
     except SyntaxError as error:
@@ -243,12 +248,12 @@ def _names(node: ast.ClassDef) -> Iterator[tuple[str, int]]:
             yield inner.id, inner.lineno
 
 
-def _execute(path: Path, tree: ast.Module) -> ModuleType:
+def _execute(path: Path, code: CodeType) -> ModuleType:
     module = ModuleType(f"flushlab policy {path}")
     module.__file__ = str(path)
     vars(module)["__builtins__"] = builtins  # not a dictionary of them, as exec would do
     try:
-        exec(compile(tree, str(path), "exec"), module.__dict__)
+        exec(code, module.__dict__)
     except (Exception, SystemExit) as error:
         raise UserPolicyError(f"{path}:{_error_line(error, str(path)) or 1}", _told(error)) from error
     return module

@@ -89,3 +89,41 @@ class Counts(Policy):
         CALLS.append(vcpu.id)
         return "none" if self.careless else super().migration(cpu, vcpu)
 """
+
+
+# Gives up waiting for the end of an invalidation.
+PATIENT = """
+from emulator.policy import Policy
+
+class Patient(Policy):
+    def __init__(self):
+        super().__init__()
+        self.asked = 0
+
+    def fault_retry(self, cpu, kvm, gfn):
+        {count}
+        return "none" if self.asked > 4 else super().fault_retry(cpu, kvm, gfn)
+"""
+LONG_INVALIDATION = """
+doc = "A fault is retried until the invalidation ends."
+source = "this test"
+init = ["v0: write 0x200", "mm: host-touch 0x10"]
+
+[threads]
+v0 = { vcpu = 0, ops = ["wait mm 1", "read 0x10", "wait mm 3", "read 0x10"] }
+mm.ops = ["notifier-start 0x10", "linger", "notifier-free 0x10", "notifier-end 0x10"]
+"""
+
+
+def test_a_loop_that_asks_again_may_be_answered_otherwise(tmp_path: Path) -> None:
+    """Turns of a loop are the same only if the policy has not counted them."""
+    counting = explored(tmp_path, LONG_INVALIDATION, PATIENT.format(count="self.asked += 1"))
+    assert "use-after-free" in counting.kinds
+    idle = explored(tmp_path, LONG_INVALIDATION, PATIENT.format(count="pass"), "idle.py")
+    assert idle.complete
+    assert not idle.kinds
+
+
+def test_memory_that_nobody_knows_may_have_changed(tmp_path: Path) -> None:
+    count = "self.random = __import__('random').Random(1); self.asked += 1"
+    assert "use-after-free" in explored(tmp_path, LONG_INVALIDATION, PATIENT.format(count=count)).kinds

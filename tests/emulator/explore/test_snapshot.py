@@ -282,6 +282,7 @@ def remembers_nothing(path: Path, restores: bool) -> None:
 
 FORGETFUL = """
 from collections import deque
+from enum import Enum
 from emulator.policy import Policy
 
 NUMBER, MEMORY = 0, []
@@ -291,9 +292,22 @@ def helper(): ...
 class Memory:
     held = 0
 
+def made():
+    class Made:
+        held = 0
+    return Made()
+
+class Kind(Enum):
+    ONE = 1
+
+FUNCTIONS, MADE = [lambda: None], made()
+
 class Forgetful(Policy):
     base = "linux-6.12"
     number, memory, queue = 0, {{}}, deque()
+
+    class Nested:
+        held = 0
 
     def __init__(self):
         super().__init__()
@@ -327,6 +341,11 @@ class Forgetful(Policy):
         ("given.append(1)", "len(given)"),
         ("named.append(1)", "len(named)"),
         ("n = self.many()", "n"),
+        ("self.Nested.held += 1", "self.Nested.held"),
+        ("type(MADE).held += 1", "MADE.held"),
+        ("Kind.ONE.held = getattr(Kind.ONE, 'held', 0) + 1", "Kind.ONE.held"),
+        ("FUNCTIONS[0].times = getattr(FUNCTIONS[0], 'times', 0) + 1", "FUNCTIONS[0].times"),
+        ("Forgetful.many.times = getattr(self.many, 'times', 0) + 1", "self.many.times"),
     ],
 )
 def test_nor_does_its_file(tmp_path: Path, remember: str, times: str) -> None:

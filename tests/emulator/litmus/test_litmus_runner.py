@@ -242,7 +242,7 @@ def test_what_was_found_can_be_repeated(capsys: pytest.CaptureFixture[str]) -> N
     arguments = ["litmus", "away-zap", "--policy", policy]
     for options in (
         ["--seed", "7", "--iterations", "20"],
-        ["--explore", "--seed", "3", "--iterations", "150", "--seconds", "0.5"],
+        ["--explore", "--seed", "3", "--iterations", "150", "--seconds", "60"],
     ):
         command = [*arguments, *options]
         assert main([*command, "--jobs", "1"]) == 1

@@ -1,0 +1,42 @@
+"""What a user's policy remembers, as far as a loop that asks it again and again is concerned."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+from emulator.explore.snapshot import CannotRestore, Contents
+
+if TYPE_CHECKING:
+    from emulator.policy import Policy
+
+_OURS = __name__.partition(".")[0]
+
+
+class Memory:
+    """Has asking changed it?  KVM's objects in it are KVM's, and so are the counts of answers."""
+
+    def __init__(self) -> None:
+        self.policy: Policy | None = None
+        self._before: Contents | None = None
+
+    def asking(self) -> None:
+        self._before = self._now()
+
+    def changed(self) -> bool:
+        """Since `asking`; True where nobody knows."""
+        now = self._now()
+        return self._before is None or now is None or not now.same(self._before)
+
+    def _now(self) -> Contents | None:
+        policy = self.policy
+        assert policy is not None
+        given = getattr(policy, "_given", None)
+
+        def constant(obj: object) -> bool:
+            ours = type(obj).__module__.partition(".")[0] == _OURS
+            return obj is given or (ours and obj is not policy)
+
+        try:
+            return Contents((policy,), constant, module=policy.module())
+        except CannotRestore:
+            return None
