@@ -19,6 +19,7 @@ Nothing up to here knows of KVM.
     choices     what the scheduler may choose besides: adversary (TLBs that evict and fetch of their own),
                 store_buffers and buffered (plain stores that become visible late)
     world       a litmus test as a program
+    memory      what a user's policy remembers
     team        who does the parts of a search: this process, or several
     verdict     a test under a policy: safe, violations, or how far the search came
     record      counterexamples: files and replay
