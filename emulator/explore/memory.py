@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
-from emulator.explore.snapshot import CannotRestore, Contents
+from emulator.explore.snapshot import CannotRestore, Snapshot
 
 if TYPE_CHECKING:
     from emulator.policy import Policy
@@ -17,7 +17,7 @@ class Memory:
 
     def __init__(self) -> None:
         self.policy: Policy | None = None
-        self._before: Contents | None = None
+        self._before: Snapshot | None = None
 
     def asking(self) -> None:
         self._before = self._now()
@@ -27,7 +27,7 @@ class Memory:
         now = self._now()
         return self._before is None or now is None or not now.same(self._before)
 
-    def _now(self) -> Contents | None:
+    def _now(self) -> Snapshot | None:
         policy = self.policy
         assert policy is not None
         given = getattr(policy, "_given", None)
@@ -37,6 +37,6 @@ class Memory:
             return obj is given or (ours and obj is not policy)
 
         try:
-            return Contents((policy,), constant, module=policy.module())
+            return Snapshot((policy,), constant, module=policy.module())
         except CannotRestore:
             return None

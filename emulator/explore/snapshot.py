@@ -13,7 +13,7 @@ import re
 from collections import Counter, OrderedDict, defaultdict, deque
 from collections.abc import Callable, Iterable, Mapping
 from enum import Enum
-from functools import partial
+from functools import cached_property, partial
 from pathlib import PurePath
 from types import (
     BuiltinFunctionType,
@@ -49,8 +49,8 @@ class CannotRestore(TypeError):
     """An object whose state nobody knows how to put back."""
 
 
-class Contents:
-    """What is reachable from `roots`, and what it contains, now.  Raises CannotRestore.
+class Snapshot:
+    """The state of what is reachable from `roots`, now.  Raises CannotRestore.
 
     constant: true of objects that are left alone, and so is what is reachable through them only.
     aside: by type, attributes that are left alone; who takes the snapshot puts them back.
@@ -90,7 +90,32 @@ class Contents:
         """Objects looked at."""
         return len(self._seen)
 
-    def same(self, other: Contents) -> bool:
+    def restore(self) -> None:
+        """Put it back.  Sets are in the same order after each time, if not in the one that they had."""
+        for assign, items in self._restorers:
+            assign(items)
+        for container, contents in self._slices:
+            container[:] = contents
+        for mapping, contents in self._dicts:
+            mapping.clear()
+            mapping.update(contents)
+        for elements, contents in self._sets:
+            elements.clear()
+            elements.update(contents)
+        for queue, contents in self._deques:
+            queue.clear()
+            queue.extend(contents)
+        for namespace, names in self._namespaces:
+            _put_names_back(namespace, names)
+        for obj, name in self._unset:
+            if hasattr(obj, name):
+                delattr(obj, name)
+
+    @cached_property
+    def _restorers(self) -> list[tuple[Callable[[Any], None], Any]]:
+        return [(_restorer(names), items) for (_, names), items in self._instances.items()]
+
+    def same(self, other: Snapshot) -> bool:
         """Whether nothing has changed between the two."""
         return self._kept() == other._kept()
 
@@ -160,41 +185,6 @@ class Contents:
         if there:
             self._instances.setdefault((kind, there), []).append((obj, values))
         return (kind, *values, vars(obj)) if hasattr(obj, "__dict__") else (kind, *values)
-
-
-class Snapshot(Contents):
-    """The same, to be put back in place."""
-
-    def __init__(
-        self,
-        roots: Iterable[object],
-        constant: Callable[[object], bool] = lambda obj: False,
-        aside: Mapping[type, frozenset[str]] = MappingProxyType({}),
-        module: ModuleType | None = None,
-    ) -> None:
-        super().__init__(roots, constant, aside, module)
-        self._restorers = [(_restorer(names), items) for (_, names), items in self._instances.items()]
-        self.restore()  # sets are in the order in which they always will be
-
-    def restore(self) -> None:
-        for assign, items in self._restorers:
-            assign(items)
-        for container, contents in self._slices:
-            container[:] = contents
-        for mapping, contents in self._dicts:
-            mapping.clear()
-            mapping.update(contents)
-        for elements, contents in self._sets:
-            elements.clear()
-            elements.update(contents)
-        for queue, contents in self._deques:
-            queue.clear()
-            queue.extend(contents)
-        for namespace, names in self._namespaces:
-            _put_names_back(namespace, names)
-        for obj, name in self._unset:
-            if hasattr(obj, name):
-                delattr(obj, name)
 
 
 def _methods_own(method: Any) -> Iterable[object]:

@@ -138,6 +138,7 @@ class LitmusProgram:
         except CannotRestore:
             self._rebuilds = True
             return
+        self._initial.restore()  # as before each execution, the first one included
         self.world.main.check(lib.machine_snapshot(self.machine.m))
 
     def _put_back(self, initial: Snapshot) -> None:
