@@ -99,32 +99,43 @@ static inline uint32_t bench_number(const char *text, uint32_t max)
 	return (uint32_t)number;
 }
 
-static inline int bench_cores(void)
-{
-	cpu_set_t allowed;
-
-	REQUIRE(!sched_getaffinity(0, sizeof(allowed), &allowed));
-	return CPU_COUNT(&allowed);
-}
-
-/* Stay on the n-th of the cores that the program was started on.  main() calls it first. */
-static inline void pin(unsigned n)
+/* The cores that the program was started on, whatever its threads are pinned to since. */
+static inline const cpu_set_t *started_on(void)
 {
 	static cpu_set_t allowed;
-	cpu_set_t one;
-	unsigned left;
 
 	if (!CPU_COUNT(&allowed))
 		REQUIRE(!sched_getaffinity(0, sizeof(allowed), &allowed));
-	left = n % (unsigned)CPU_COUNT(&allowed);
+	return &allowed;
+}
+
+static inline unsigned bench_cores(void)
+{
+	return (unsigned)CPU_COUNT(started_on());
+}
+
+/* Stay on the n-th of the cores that the program was started on.  The machine must exist by then: see
+ * bench_machine(). */
+static inline void pin(unsigned n)
+{
+	const cpu_set_t *allowed = started_on();
+	cpu_set_t one;
+	unsigned left = n % bench_cores();
+
 	CPU_ZERO(&one);
 	for (int core = 0; core < CPU_SETSIZE; core++) {
-		if (CPU_ISSET(core, &allowed) && !left--) {
+		if (CPU_ISSET(core, allowed) && !left--) {
 			CPU_SET(core, &one);
 			break;
 		}
 	}
 	REQUIRE(!sched_setaffinity(0, sizeof(one), &one));
+}
+
+/* Run on every core again, as at the start. */
+static inline void unpin(void)
+{
+	REQUIRE(!sched_setaffinity(0, sizeof(cpu_set_t), started_on()));
 }
 
 static inline struct machine *bench_machine(uint32_t pcpus, uint32_t frames)
@@ -139,6 +150,9 @@ static inline struct machine *bench_machine(uint32_t pcpus, uint32_t frames)
 	if (!m)
 		fprintf(stderr, "%s\n", error);
 	REQUIRE(m);
+	/* The core spins before it sleeps only if it was created by a thread that may use a second core.  A program
+	 * that pins itself first would measure a futex in place of every short wait. */
+	REQUIRE(m->spin_ns > 0 || bench_cores() < 2);
 	return m;
 }
 

@@ -124,8 +124,8 @@ int main(int argc, char **argv)
 	REQUIRE(bench_cores() > 1);
 	ns = calloc(rounds, sizeof(*ns));
 	REQUIRE(ns);
-	pin(0);
 	make_guest(&t);
+	pin(0);
 	for (size_t i = 0; i < figure.repeats; i++) {
 		measure_calls(&t, ns, rounds);
 		call[0][i] = quantile(ns, rounds, 0.5);

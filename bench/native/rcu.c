@@ -85,8 +85,8 @@ int main(int argc, char **argv)
 	REQUIRE(argc == 3);
 	callbacks = bench_number(argv[1], 1 << 24);
 	repeats = bench_number(argv[2], REPEATS_MAX);
-	pin(0);
 	m = bench_machine(1, 16);
+	pin(0);
 	REQUIRE(!pthread_create(&thread, NULL, run_rcu_thread, m));
 	callbacks_rate(m, callbacks); /* allocates the nodes */
 	for (size_t i = 0; i < repeats; i++) {

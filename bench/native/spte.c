@@ -71,8 +71,8 @@ int main(int argc, char **argv)
 
 	REQUIRE(argc == 2);
 	figure.repeats = bench_number(argv[1], REPEATS_MAX);
-	pin(0);
 	m = bench_machine(1, GFNS + 16);
+	pin(0);
 	REQUIRE(vm_create(m, GFNS) == 0);
 	root = (uint32_t)ept_table_alloc(m, 1, FRAME_ROOT);
 	for (uint64_t gfn = 0; gfn < GFNS; gfn++)

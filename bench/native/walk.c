@@ -84,8 +84,8 @@ int main(int argc, char **argv)
 	REQUIRE(argc == 2);
 	figure.repeats = bench_number(argv[1], REPEATS_MAX);
 	records_run = figure.repeats * RECORDS;
-	pin(0);
 	m = bench_machine(1, PAGES + 4096);
+	pin(0);
 	cpu_online(m, 0);
 	vcpu = make_guest(m);
 	root = (uint32_t)ept_table_alloc(m, 1, FRAME_ROOT);
