@@ -4,8 +4,12 @@
     python -m bench --only guest ipi         some of it; --help names them
     python -m bench --json bench.json        a JSON document as well ("-": on standard output, the table on
                                              standard error)
-    python -m bench --quick                  tiny sizes: do the tools work, do the invariants hold?  The
-                                             figures mean nothing, so nothing is held against what is wanted
+    python -m bench --quick                  tiny sizes: do the tools work, do the invariants hold?  Times
+                                             mean nothing then; counts alone are held against what is wanted
+    python -m bench --check                  exit status 1 if a figure is not as wanted
+    python -m bench --keep bench.jsonl       append the figures to a file, one line a run
+    python -m bench --against bench.jsonl    say which ratios have changed since the last run that was kept
+                                             on a processor of this kind
 
 Needs a C compiler (`cc`, or what $CC says), and the core built for Python (`pip install -e .`).
 
@@ -21,11 +25,15 @@ microsecond interrupted nobody, and two pCPUs on one core are no faster than one
 load was at start and at end (where the benchmarks' own threads count).  Judge by the ratios, and by how far
 their extremes lie apart.
 
-Exit status: 0 everything ran, whether or not what is wanted was met; 1 a benchmark failed or one of its
-invariants did not hold (each program asserts that every record took one poll, one look-up and one check, that
-every call ran, every callback was invoked, every flush dropped something); 2 bad usage or no compiler.
+Every run ends with the list of figures that are not as wanted.
+
+Exit status: 0 everything ran, and with --check every figure is as wanted; 1 a benchmark failed, a figure is
+not as wanted (with --check), or an invariant of a program did not hold (each asserts that every record took
+one poll, one look-up and one check, that every call ran, every callback was invoked, every flush dropped
+something, and that the core spins before it sleeps where there are two cores); 2 bad usage or no compiler.
 
 Where things are: native/*.c print samples, one JSON object per figure (native/bench.h); toolchain.py compiles
 and runs them; programs.py, job.py, idle.py, zap.py, exploring.py and reduction.py are the benchmarks;
-figures.py does all arithmetic; report.py prints; machine.py says on what it ran.
+figures.py does all arithmetic; history.py keeps and compares; report.py prints; machine.py says on what it
+ran.
 """

@@ -17,6 +17,7 @@ from bench import programs
 from bench.benchmark import FULL, QUICK, Benchmark, Context
 from bench.errors import BenchFailed
 from bench.exploring import exploring, exploring_jobs
+from bench.history import keep, last_of
 from bench.idle import idle
 from bench.job import job
 from bench.machine import facts, load, usable_cores
@@ -57,6 +58,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         options = _parse(arguments)
         with tempfile.TemporaryDirectory(prefix="flushlab-bench-") as directory:
             report = run(options.benchmarks, Path(directory), quick=options.quick)
+        before = last_of(Path(options.against), report.machine) if options.against else None
     except BadInput as error:
         print(error, file=sys.stderr)
         return 2
@@ -64,12 +66,15 @@ def main(arguments: Sequence[str] | None = None) -> int:
         return 130
     console = Console(stderr=options.json == "-")
     # Into a file or a pipe: as wide as the table is, not 80 columns.
-    report.print(console if console.is_terminal else Console(stderr=console.stderr, width=_PIPE_COLUMNS))
+    wide = console if console.is_terminal else Console(stderr=console.stderr, width=_PIPE_COLUMNS)
+    report.print(wide, before)
+    if options.keep:
+        keep(Path(options.keep), report.machine, report.figures)
     if options.json == "-":
         print(json.dumps(report.document()))
     elif options.json:
         Path(options.json).write_text(json.dumps(report.document(), indent=1) + "\n")
-    return 1 if report.failures else 0
+    return 1 if report.failures or (options.check and report.unmet) else 0
 
 
 def run(benchmarks: Sequence[Benchmark], directory: Path, *, quick: bool) -> Report:
@@ -107,10 +112,22 @@ def _parse(arguments: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument("--json", metavar="FILE|-", help="write a JSON document as well")
     parser.add_argument("--only", metavar="NAME", nargs="+", action="extend", help="only these benchmarks")
     parser.add_argument("--quick", action="store_true", help="tiny sizes: only whether everything works")
+    parser.add_argument("--check", action="store_true", help="exit 1 if a figure is not as wanted")
+    parser.add_argument("--keep", metavar="FILE", help="append the figures to FILE, one line a run")
+    parser.add_argument(
+        "--against",
+        metavar="FILE",
+        help="say what has changed since the last run that FILE has of such a CPU",
+    )
     options = parser.parse_args(arguments)
     options.benchmarks = _chosen(options.only)
-    if options.json not in (None, "-"):
-        _check_writable(Path(options.json))
+    if options.keep and options.quick:
+        raise BadInput("--keep", "--quick", "figures that mean something")
+    if options.json != "-":
+        _check_writable("--json", options.json)
+    _check_writable("--keep", options.keep)
+    if options.against:
+        last_of(Path(options.against), {"cpu": "", "cpu_family": ""})
     return options
 
 
@@ -122,12 +139,14 @@ def _chosen(names: Sequence[str] | None) -> list[Benchmark]:
     return [benchmark for benchmark in BENCHMARKS if names is None or benchmark.name in names]
 
 
-def _check_writable(path: Path) -> None:
-    """Before minutes of measuring, not after."""
+def _check_writable(option: str, name: str | None) -> None:
+    """Raise BadInput before minutes of measuring, not after."""
+    if name is None:
+        return
     try:
-        path.open("a").close()
+        Path(name).open("a").close()
     except OSError as error:
-        raise BadInput("--json", f"{path}: {error.strerror}", "a file that can be written") from None
+        raise BadInput(option, f"{name}: {error.strerror}", "a file that can be written") from None
 
 
 if __name__ == "__main__":

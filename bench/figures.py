@@ -8,6 +8,9 @@ from typing import Annotated, Any, Literal, Self
 
 from pydantic import BaseModel, ConfigDict, Field, model_validator
 
+# Units of figures that count what happened: they depend neither on the machine's speed nor on its load.
+COUNTS = frozenset({"flushes", "IPIs", "executions"})
+
 _CONDITION = re.compile(r"(value|ratio) (<=|>=) (\d+(?:\.\d+)?)")
 
 Sample = Annotated[float, Field(gt=0, allow_inf_nan=False)]
@@ -33,6 +36,10 @@ class Figure(BaseModel):
             raise ValueError("as many values as references")
         conditions(self.wanted)
         return self
+
+    @property
+    def is_count(self) -> bool:
+        return self.unit in COUNTS
 
     @property
     def value(self) -> float:
@@ -65,8 +72,12 @@ class Figure(BaseModel):
             for what, sign, bound in conditions(self.wanted)
         )
 
-    def document(self, *, judged: bool) -> dict[str, Any]:
-        """`judged` False: the sizes were too small to say whether it is as wanted."""
+    def judged(self, *, quick: bool) -> bool | None:
+        """Return `met`; None if the sizes were too small to say, which they never are for a count."""
+        return None if quick and not self.is_count else self.met
+
+    def document(self, *, quick: bool) -> dict[str, Any]:
+        """Return the figure as JSON holds it; `quick`: it was measured with tiny sizes."""
         ratios = self.ratios
         return {
             "name": self.name,
@@ -80,7 +91,7 @@ class Figure(BaseModel):
             "ratio_low": ratios[0],
             "ratio_high": ratios[-1],
             "wanted": self.wanted or None,
-            "met": self.met if judged else None,
+            "met": self.judged(quick=quick),
             "values": list(self.values),
             "references": list(self.references),
         }

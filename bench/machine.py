@@ -10,6 +10,8 @@ from typing import Any
 
 from bench.toolchain import Toolchain
 
+CPUINFO = Path("/proc/cpuinfo")
+
 
 def usable_cores() -> int:
     return len(os.sched_getaffinity(0))
@@ -23,6 +25,7 @@ def load() -> float:
 def facts(toolchain: Toolchain) -> dict[str, Any]:
     return {
         "cpu": cpu_model(),
+        "cpu_family": cpu_family(),
         "cores": os.cpu_count(),
         "usable_cores": usable_cores(),
         "architecture": platform.machine(),
@@ -34,16 +37,24 @@ def facts(toolchain: Toolchain) -> dict[str, Any]:
     }
 
 
-def cpu_model(cpuinfo: Path = Path("/proc/cpuinfo")) -> str:
+def cpu_model(cpuinfo: Path = CPUINFO) -> str:
+    return _cpuinfo(cpuinfo).get("model name", "unknown")
+
+
+def cpu_family(cpuinfo: Path = CPUINFO) -> str:
+    """Return family and model, which tell processors apart that a hypervisor gives one name."""
+    fields = _cpuinfo(cpuinfo)
+    return f"family {fields.get('cpu family', '?')} model {fields.get('model', '?')}"
+
+
+def _cpuinfo(cpuinfo: Path) -> dict[str, str]:
+    """Return the first processor's fields; none where there is no such file."""
     try:
-        lines = cpuinfo.read_text().splitlines()
+        first, _, _ = cpuinfo.read_text().partition("\n\n")
     except OSError:
-        lines = []
-    for line in lines:
-        key, _, value = line.partition(":")
-        if key.strip() == "model name":
-            return value.strip()
-    return "unknown"
+        return {}
+    pairs = (line.partition(":") for line in first.splitlines())
+    return {key.strip(): value.strip() for key, _, value in pairs}
 
 
 def machine_fields(**fields: int) -> dict[str, int]:

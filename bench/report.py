@@ -10,6 +10,7 @@ from rich.console import Console
 from rich.table import Table
 
 from bench.figures import Figure
+from bench.history import Kept, changes
 
 FORMAT = 1
 
@@ -24,25 +25,42 @@ class Report:
     failures: list[tuple[str, str]] = field(default_factory=list)
     skipped: list[tuple[str, str]] = field(default_factory=list)
 
+    @property
+    def unmet(self) -> list[tuple[str, Figure]]:
+        """Return the figures that are not as wanted, with the names of their benchmarks."""
+        return [(name, figure) for name, figure in self.figures if figure.judged(quick=self.quick) is False]
+
+    @property
+    def wanted(self) -> int:
+        """Return how many figures were held against what is wanted of them."""
+        return sum(figure.judged(quick=self.quick) is not None for _, figure in self.figures)
+
     def document(self) -> Mapping[str, Any]:
         return {
             "bench": FORMAT,
             "quick": self.quick,
             "machine": self.machine,
             "figures": [
-                {"benchmark": name, **figure.document(judged=not self.quick)} for name, figure in self.figures
+                {"benchmark": name, **figure.document(quick=self.quick)} for name, figure in self.figures
             ],
+            "unmet": [{"benchmark": name, "name": figure.name} for name, figure in self.unmet],
             "failures": [{"benchmark": name, "text": text} for name, text in self.failures],
             "skipped": [{"benchmark": name, "text": text} for name, text in self.skipped],
         }
 
-    def print(self, console: Console) -> None:
+    def print(self, console: Console, before: Kept | None = None) -> None:
+        """Print the table, what has changed since `before`, and last what is not as wanted."""
         console.print(_table(self))
         console.print(_footer(self))
+        if before is not None:
+            for line in changes(before, self.figures):
+                console.print(line, markup=False, highlight=False)
         for name, text in self.skipped:
             console.print(f"{name}: skipped: {text}", style="yellow", markup=False)
         for name, text in self.failures:
             console.print(f"{name}: FAILED: {text}", style="bold red", markup=False)
+        for line in _verdict(self):
+            console.print(line, markup=False, highlight=False)
 
 
 def _better(figure: Figure) -> str:
@@ -79,9 +97,23 @@ def _table(report: Report) -> Table:
 
 
 def _met(figure: Figure, quick: bool) -> str:
-    if figure.met is None or quick:
+    met = figure.judged(quick=quick)
+    if met is None:
         return ""
-    return "[green]yes[/]" if figure.met else "[bold red]no[/]"
+    return "[green]yes[/]" if met else "[bold red]no[/]"
+
+
+def _verdict(report: Report) -> list[str]:
+    """Return the last lines: each figure that is not as wanted, or that there is none."""
+    if not report.wanted:
+        return []
+    if not report.unmet:
+        return [f"All {report.wanted} figures of which something is wanted are as wanted."]
+    lines = [f"Not as wanted, {len(report.unmet)} of {report.wanted}:"]
+    for name, figure in report.unmet:
+        found = f"{short(figure.value)} {figure.unit}, ratio {short(figure.ratio)}"
+        lines.append(f"  {name}: {figure.name}: {found}; wanted: {figure.wanted}")
+    return lines
 
 
 def _footer(report: Report) -> str:

@@ -2,20 +2,25 @@
 
 from __future__ import annotations
 
+import io
 import json
 import subprocess
 import sys
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 import pytest
+from rich.console import Console
 
+import bench.__main__
 from bench.__main__ import BENCHMARKS, main, run
 from bench.benchmark import Benchmark
 from bench.errors import BenchFailed
-from bench.figures import Figure, conditions
+from bench.figures import COUNTS, Figure, conditions
+from bench.history import Kept, changes, keep, last_of
 from bench.job import check_counters
-from bench.machine import cpu_model, usable_cores
+from bench.machine import cpu_family, cpu_model, usable_cores
+from bench.report import Report
 from bench.toolchain import Toolchain
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -39,17 +44,24 @@ def toolchain(tmp_path_factory: pytest.TempPathFactory) -> Toolchain:
     return Toolchain(tmp_path_factory.mktemp("programs"))
 
 
+# Far beyond the half minute that a quiet machine takes: only a hang is to be caught.
+QUICK_RUN_SECONDS = 280
+
+
 @pytest.fixture(scope="module")
 def document() -> dict[str, Any]:
     """Of the command as users type it: the table on standard error, the document on standard output."""
     command = [sys.executable, "-m", "bench", "--quick", "--json", "-"]
-    done = subprocess.run(command, capture_output=True, text=True, cwd=ROOT, timeout=110, check=False)
+    done = subprocess.run(
+        command, capture_output=True, text=True, cwd=ROOT, timeout=QUICK_RUN_SECONDS, check=False
+    )
     assert done.returncode == 0, done.stderr
     assert "wanted" in done.stderr
     document: dict[str, Any] = json.loads(done.stdout)
     return document
 
 
+@pytest.mark.timeout(QUICK_RUN_SECONDS + 20)
 class TestQuickRun:
     def test_every_benchmark_gives_figures_or_is_skipped_for_want_of_cores(
         self, document: dict[str, Any]
@@ -74,10 +86,17 @@ class TestQuickRun:
         names = [(entry["name"], entry["reference_name"]) for entry in document["figures"]]
         assert len(names) == len(set(names))
 
-    def test_tiny_sizes_are_held_against_nothing(self, document: dict[str, Any]) -> None:
+    def test_times_of_tiny_sizes_are_held_against_nothing(self, document: dict[str, Any]) -> None:
         assert document["quick"]
-        assert {entry["met"] for entry in document["figures"]} == {None}
-        assert any(entry["wanted"] for entry in document["figures"])
+        times = [entry for entry in document["figures"] if entry["unit"] not in COUNTS]
+        assert {entry["met"] for entry in times} == {None}
+        assert any(entry["wanted"] for entry in times)
+
+    def test_counts_are_as_wanted_whatever_the_sizes(self, document: dict[str, Any]) -> None:
+        counts = [entry for entry in document["figures"] if entry["unit"] in COUNTS and entry["wanted"]]
+        assert len(counts) >= 20
+        assert [entry["name"] for entry in counts if entry["met"] is not True] == []
+        assert document["unmet"] == []
 
     def test_says_on_what_it_ran(self, document: dict[str, Any]) -> None:
         machine = document["machine"]
@@ -151,6 +170,85 @@ class TestPrograms:
             Toolchain(tmp_path).run("walk", 1)
 
 
+class TestUnmet:
+    MACHINE: ClassVar[dict[str, Any]] = {
+        "cpu": "Some CPU",
+        "cpu_family": "family 1 model 2",
+        "usable_cores": 2,
+        "cores": 2,
+        "kernel": "6.18",
+        "load_at_start": 0.1,
+    }
+
+    def printed(self, report: Report, before: Kept | None = None) -> str:
+        console = Console(width=100, file=io.StringIO())
+        report.print(console, before)
+        return console.file.getvalue()  # type: ignore[attr-defined,no-any-return]
+
+    def test_the_last_lines_name_each_figure_that_is_not_as_wanted(self) -> None:
+        met, unmet = figure(name="good", wanted="ratio >= 1"), figure(name="bad", wanted="ratio <= 1")
+        report = Report(False, self.MACHINE, [("a", met), ("b", unmet), ("c", figure())])
+        *_, count, line = self.printed(report).splitlines()
+        assert count == "Not as wanted, 1 of 2:"
+        assert line == "  b: bad: 20 ns, ratio 2; wanted: ratio <= 1"
+        assert report.document()["unmet"] == [{"benchmark": "b", "name": "bad"}]
+
+    def test_nothing_unmet_is_said_too(self) -> None:
+        report = Report(False, self.MACHINE, [("a", figure(wanted="ratio >= 1"))])
+        assert self.printed(report).endswith("All 1 figures of which something is wanted are as wanted.\n")
+
+    def test_with_tiny_sizes_only_counts_are_judged(self) -> None:
+        time, count = figure(wanted="ratio <= 1"), figure(unit="flushes", wanted="ratio <= 1")
+        report = Report(True, self.MACHINE, [("a", time), ("a", count)])
+        assert report.unmet == [("a", count)]
+
+    @pytest.mark.parametrize(("arguments", "status"), [([], 0), (["--check"], 1)])
+    def test_check_makes_it_an_exit_status(
+        self, arguments: list[str], status: int, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        unmet = Benchmark("unmet", "", lambda context: iter([figure(wanted="ratio <= 1")]))
+        monkeypatch.setattr(bench.__main__, "BENCHMARKS", (unmet,))
+        assert main(arguments) == status
+
+
+class TestHistory:
+    MACHINE = TestUnmet.MACHINE
+
+    def test_what_is_kept_comes_back_by_processor(self, tmp_path: Path) -> None:
+        path = tmp_path / "kept.jsonl"
+        keep(path, self.MACHINE, [("a", figure())])
+        keep(path, {**self.MACHINE, "cpu_family": "family 1 model 3"}, [("a", figure(name="other"))])
+        found = last_of(path, self.MACHINE)
+        assert found is not None
+        assert [(one.benchmark, one.name, one.ratio) for one in found.figures] == [("a", "f", 2.0)]
+        assert last_of(path, {**self.MACHINE, "cpu": "None"}) is None
+
+    def test_only_what_leaves_the_ranges_of_both_runs_has_changed(self, tmp_path: Path) -> None:
+        path = tmp_path / "kept.jsonl"
+        steady, noisy = (10.0, 10.0, 10.0), (10.0, 20.0, 40.0)
+        keep(path, self.MACHINE, [("a", figure(values=steady)), ("a", figure(name="g", values=noisy))])
+        before = last_of(path, self.MACHINE)
+        assert before is not None
+        now = [("a", figure(values=(30.0, 31.0, 29.0))), ("a", figure(name="g", values=(30.0, 30.0, 30.0)))]
+        first, line = changes(before, now)
+        assert first.endswith("Some CPU (family 1 model 2): 1 of 2 ratios have changed.")
+        assert line == "  a: f: ratio 1 then, 3 now"
+
+    @pytest.mark.parametrize("line", ["{}", "nonsense", '{"date": 1}'])
+    def test_a_line_that_is_no_run_is_bad_input(self, tmp_path: Path, line: str) -> None:
+        path = tmp_path / "kept.jsonl"
+        path.write_text(line + "\n")
+        assert main(["--quick", "--only", "rcu", "--against", str(path)]) == 2
+
+    def test_command(self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+        one = Benchmark("one", "", lambda context: iter([figure()]))
+        monkeypatch.setattr(bench.__main__, "BENCHMARKS", (one,))
+        path = tmp_path / "kept.jsonl"
+        assert main(["--keep", str(path)]) == 0
+        assert main(["--against", str(path)]) == 0
+        assert len(path.read_text().splitlines()) == 1
+
+
 class TestCommandLine:
     @pytest.mark.parametrize(
         ("arguments", "sentence"),
@@ -159,6 +257,9 @@ class TestCommandLine:
             (["--json", "/nowhere/bench.json"], "--json: /nowhere/bench.json: No such file or directory"),
             (["--fast"], "unrecognized arguments: --fast"),
             (["--only"], "--only"),
+            (["--keep", "/nowhere/kept"], "--keep: /nowhere/kept: No such file or directory"),
+            (["--keep", "kept", "--quick"], "--keep: --quick; expected figures that mean something"),
+            (["--against", "/nowhere/kept"], "--against: /nowhere/kept: "),
         ],
     )
     def test_bad_usage_is_one_line_and_status_2(
@@ -230,6 +331,8 @@ class TestJobCounters:
 
 def test_cpu_model(tmp_path: Path) -> None:
     cpuinfo = tmp_path / "cpuinfo"
-    cpuinfo.write_text("processor\t: 0\nmodel name\t: Some CPU @ 3: GHz\n")
+    first = "cpu family\t: 26\nmodel\t\t: 2\nmodel name\t: Some CPU @ 3: GHz\n"
+    cpuinfo.write_text(f"processor\t: 0\n{first}\nprocessor\t: 1\nmodel\t\t: 3\n")
     assert cpu_model(cpuinfo) == "Some CPU @ 3: GHz"
+    assert cpu_family(cpuinfo) == "family 26 model 2"
     assert cpu_model(tmp_path / "none") == "unknown"
