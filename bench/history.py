@@ -26,6 +26,7 @@ class KeptFigure(BaseModel):
 
     benchmark: str
     name: str
+    reference_name: str
     unit: str
     value: float
     reference: float
@@ -77,12 +78,13 @@ def last_of(path: Path, machine: dict[str, Any]) -> Kept | None:
 
 def changes(before: Kept, figures: Sequence[tuple[str, Figure]]) -> Iterator[str]:
     """Yield a line that counts the ratios that have changed since, then a line for each."""
-    known = {(figure.benchmark, figure.name): figure for figure in before.figures}
-    pairs = [(known[name, f.name], f) for name, f in figures if (name, f.name) in known]
+    known = {(f.benchmark, f.name, f.reference_name): f for f in before.figures}
+    keyed = [((name, f.name, f.reference_name), f) for name, f in figures]
+    pairs = [(known[key], f) for key, f in keyed if key in known]
     changed = [(then, now) for then, now in pairs if _differ(then, now)]
     yield f"Since {before.date}, {before.cpu}: {len(changed)} of {len(pairs)} ratios have changed."
     for then, now in changed:
-        yield f"  {then.benchmark}: {now.name}: ratio {then.ratio:.3g} then, {now.ratio:.3g} now"
+        yield f"  {then.benchmark}: {now.name} to {now.reference_name}: ratio {then.ratio:.3g} then, {now.ratio:.3g} now"
 
 
 def _differ(then: KeptFigure, now: Figure) -> bool:
@@ -95,6 +97,7 @@ def _kept(benchmark: str, figure: Figure) -> KeptFigure:
     return KeptFigure(
         benchmark=benchmark,
         name=figure.name,
+        reference_name=figure.reference_name,
         unit=figure.unit,
         value=figure.value,
         reference=figure.reference,

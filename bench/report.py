@@ -111,7 +111,7 @@ def _verdict(report: Report) -> list[str]:
         return [f"All {report.wanted} figures of which something is wanted are as wanted."]
     lines = [f"Not as wanted, {len(report.unmet)} of {report.wanted}:"]
     for name, figure in report.unmet:
-        found = f"{short(figure.value)} {figure.unit}, ratio {short(figure.ratio)}"
+        found = f"{short(figure.value)} {figure.unit}, {short(figure.ratio)}x {figure.reference_name}"
         lines.append(f"  {name}: {figure.name}: {found}; wanted: {figure.wanted}")
     return lines
 

@@ -190,7 +190,7 @@ class TestUnmet:
         report = Report(False, self.MACHINE, [("a", met), ("b", unmet), ("c", figure())])
         *_, count, line = self.printed(report).splitlines()
         assert count == "Not as wanted, 1 of 2:"
-        assert line == "  b: bad: 20 ns, ratio 2; wanted: ratio <= 1"
+        assert line == "  b: bad: 20 ns, 2x r; wanted: ratio <= 1"
         assert report.document()["unmet"] == [{"benchmark": "b", "name": "bad"}]
 
     def test_nothing_unmet_is_said_too(self) -> None:
@@ -232,7 +232,7 @@ class TestHistory:
         now = [("a", figure(values=(30.0, 31.0, 29.0))), ("a", figure(name="g", values=(30.0, 30.0, 30.0)))]
         first, line = changes(before, now)
         assert first.endswith("Some CPU (family 1 model 2): 1 of 2 ratios have changed.")
-        assert line == "  a: f: ratio 1 then, 3 now"
+        assert line == "  a: f to r: ratio 1 then, 3 now"
 
     @pytest.mark.parametrize("line", ["{}", "nonsense", '{"date": 1}'])
     def test_a_line_that_is_no_run_is_bad_input(self, tmp_path: Path, line: str) -> None:
