@@ -84,7 +84,8 @@ def changes(before: Kept, figures: Sequence[tuple[str, Figure]]) -> Iterator[str
     changed = [(then, now) for then, now in pairs if _differ(then, now)]
     yield f"Since {before.date}, {before.cpu}: {len(changed)} of {len(pairs)} ratios have changed."
     for then, now in changed:
-        yield f"  {then.benchmark}: {now.name} to {now.reference_name}: ratio {then.ratio:.3g} then, {now.ratio:.3g} now"
+        what = f"{then.benchmark}: {now.name} to {now.reference_name}"
+        yield f"  {what}: ratio {then.ratio:.3g} then, {now.ratio:.3g} now"
 
 
 def _differ(then: KeptFigure, now: Figure) -> bool:

@@ -111,7 +111,10 @@ def _verdict(report: Report) -> list[str]:
         return [f"All {report.wanted} figures of which something is wanted are as wanted."]
     lines = [f"Not as wanted, {len(report.unmet)} of {report.wanted}:"]
     for name, figure in report.unmet:
-        found = f"{short(figure.value)} {figure.unit}, {short(figure.ratio)}x {figure.reference_name}"
+        ratio = (
+            f"{short(figure.ratio)}x{_better(figure) and f'{_better(figure)} than'} {figure.reference_name}"
+        )
+        found = f"{short(figure.value)} {figure.unit}, {ratio}"
         lines.append(f"  {name}: {figure.name}: {found}; wanted: {figure.wanted}")
     return lines
 
