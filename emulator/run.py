@@ -126,9 +126,8 @@ def _endpoint(collector: MachineCollector, host: str, port: int) -> Iterator[End
     except OSError as error:
         if error.errno == errno.EADDRINUSE:
             raise BadInput("--metrics", f"port {port} on {host} is in use", "a free port") from error
-        raise BadInput(
-            "--metrics", f"{host}:{port}: {error.strerror or error}", "an address of ours"
-        ) from error
+        found = f"{host}:{port}: {error.strerror or error}"
+        raise BadInput("--metrics", found, "a local address, and a port that may be opened") from error
     try:
         yield endpoint
     finally:

@@ -1,15 +1,24 @@
-"""The scrape endpoint: prometheus-client's HTTP server, on loopback unless told otherwise."""
+"""The scrape endpoint: prometheus-client's text on loopback unless told otherwise."""
 
 from __future__ import annotations
 
 import ipaddress
+import socket
+import threading
 from types import TracebackType
-from typing import Self
+from typing import Final, Self
 
-from prometheus_client import CollectorRegistry, disable_created_metrics, start_http_server
+from prometheus_client import CollectorRegistry, disable_created_metrics, make_wsgi_app
 from prometheus_client.registry import Collector
 
-LOOPBACK = "127.0.0.1"
+from metrics.server import PATH, Server, only_metrics
+
+LOOPBACK: Final = "127.0.0.1"
+
+# Between two looks at whether to stop, and at connections whose time is up.
+_POLL: Final = 0.1
+_MOST_DIGITS: Final = 5  # of a port
+_LONGEST_NAME: Final = 253  # of a host (RFC 1035, 2.3.4, without the length bytes)
 
 
 def parse_address(text: str) -> tuple[str, int]:
@@ -20,10 +29,29 @@ def parse_address(text: str) -> tuple[str, int]:
     host, separator, port = text.rpartition(":")
     if not separator:
         host = LOOPBACK
-    host = host.removeprefix("[").removesuffix("]")
-    if not port.isascii() or not port.isdigit() or not 0 <= int(port) <= 65535 or not host:
+    elif host.startswith("[") or ":" in host:
+        host = _ipv6(host)
+    else:
+        _check_name(host)
+    if not (port.isascii() and port.isdigit() and len(port) <= _MOST_DIGITS) or int(port) > 65535:
         raise ValueError("[HOST:]PORT with a port from 0 (any free one) to 65535")
     return host, int(port)
+
+
+def _ipv6(text: str) -> str:
+    """The address between brackets, without which its last colon and that of the port look alike."""
+    if text.startswith("[") and text.endswith("]") and _is_ipv6(text[1:-1]):
+        return text[1:-1]
+    raise ValueError("[HOST:]PORT with an IPv6 address in brackets, such as [::1]:9464")
+
+
+def _check_name(host: str) -> None:
+    try:
+        if not host.isprintable() or " " in host or not 0 < len(host.encode("idna")) <= _LONGEST_NAME:
+            raise ValueError
+    except ValueError:  # UnicodeError is one
+        expected = f"[HOST:]PORT with a host name of at most {_LONGEST_NAME} letters, 63 between dots"
+        raise ValueError(expected) from None
 
 
 class Endpoint:
@@ -42,8 +70,16 @@ class Endpoint:
     def __enter__(self) -> Self:
         # _created series would double the number of series and say nothing here.
         disable_created_metrics()  # type: ignore[no-untyped-call]
-        self._server, self._thread = start_http_server(self._port, self._host, self._registry)
+        found = socket.getaddrinfo(
+            self._host, self._port, type=socket.SOCK_STREAM, flags=socket.AI_PASSIVE | socket.AI_NUMERICSERV
+        )
+        family, _, _, _, address = found[0]
+        self._server = Server(family, address, only_metrics(make_wsgi_app(self._registry)))
         self._port = int(self._server.server_address[1])
+        self._thread = threading.Thread(
+            target=self._server.serve_forever, args=(_POLL,), name="metrics", daemon=True
+        )
+        self._thread.start()
         return self
 
     def __exit__(
@@ -56,7 +92,7 @@ class Endpoint:
     @property
     def url(self) -> str:
         host = f"[{self._host}]" if _is_ipv6(self._host) else self._host
-        return f"http://{host}:{self._port}/metrics"
+        return f"http://{host}:{self._port}{PATH}"
 
 
 def _is_ipv6(host: str) -> bool:

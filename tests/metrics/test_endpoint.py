@@ -2,13 +2,19 @@
 
 from __future__ import annotations
 
+import http.client
 import json
 import shutil
 import socket
+import struct
 import subprocess
+import threading
+import time
 import urllib.error
 import urllib.parse
 import urllib.request
+from collections.abc import Iterator
+from contextlib import ExitStack, contextmanager
 from importlib import resources
 from pathlib import Path
 from typing import Any
@@ -16,7 +22,9 @@ from typing import Any
 import pytest
 from support import BareMachine, wait_until
 
+import metrics.server
 from metrics import Endpoint, MachineCollector, parse_address
+from metrics.server import CONNECTIONS
 from native import lib
 
 
@@ -27,13 +35,47 @@ from native import lib
         ("0.0.0.0:1", ("0.0.0.0", 1)),
         ("localhost:0", ("localhost", 0)),
         ("[::1]:65535", ("::1", 65535)),
+        ("[::]:09464", ("::", 9464)),
+        ("[fe80::1%eth0]:9464", ("fe80::1%eth0", 9464)),
+        (f"{'a' * 63}.{'b' * 63}:1", (f"{'a' * 63}.{'b' * 63}", 1)),
+        ("b\u00fccher.example:1", ("b\u00fccher.example", 1)),
     ],
 )
 def test_addresses(text: str, address: tuple[str, int]) -> None:
     assert parse_address(text) == address
 
 
-@pytest.mark.parametrize("text", ["", "x", "65536", "-1", ":9464", "localhost:", "localhost:http", "9464 "])
+@pytest.mark.parametrize(
+    "text",
+    [
+        "",
+        "x",
+        "65536",
+        "70000",
+        "-1",
+        "+1",
+        "9" * 5000,
+        "\u0669464",
+        ":9464",
+        "localhost:",
+        "localhost:http",
+        "9464 ",
+        "a b:9464",
+        "a\0b:9464",
+        "a..b:9464",
+        "\udcff\udcfe:9464",
+        f"{'a' * 300}:9464",
+        f"{'a.' * 300}:9464",
+        "::1:9464",
+        "::1",
+        "[::1]",
+        "[::1:9464",
+        "::1]:9464",
+        "[localhost]:9464",
+        "[]:9464",
+        "[[::1]]:9464",
+    ],
+)
 def test_bad_addresses(text: str) -> None:
     with pytest.raises(ValueError, match="HOST"):
         parse_address(text)
@@ -78,6 +120,113 @@ def test_port_in_use(bare_machine: BareMachine) -> None:
         taken.listen()
         with pytest.raises(OSError, match="in use"):
             Endpoint(collector_of(bare_machine), "127.0.0.1", taken.getsockname()[1]).__enter__()
+
+
+@contextmanager
+def serving(machine: BareMachine) -> Iterator[tuple[str, tuple[str, int]]]:
+    """An endpoint's URL, and the address to connect to."""
+    with Endpoint(collector_of(machine), "127.0.0.1", 0) as endpoint:
+        port = urllib.parse.urlparse(endpoint.url).port
+        assert port is not None
+        yield endpoint.url, ("127.0.0.1", port)
+
+
+@pytest.mark.parametrize(
+    ("method", "path", "status"),
+    [
+        ("GET", "/metrics", 200),
+        ("GET", "/metrics?x=%ff", 200),
+        ("HEAD", "/metrics", 200),
+        ("GET", "/", 404),
+        ("HEAD", "/", 404),
+        ("GET", "/favicon.ico", 404),
+        ("GET", "/metrics/", 404),
+        ("GET", "/metrics%00", 404),
+        ("POST", "/elsewhere", 404),
+        ("POST", "/metrics", 405),
+        ("OPTIONS", "/metrics", 405),
+        ("BREW", "/metrics", 405),
+        ("GET", f"/{'x' * 70_000}", 414),
+    ],
+)
+def test_only_metrics_are_served(method: str, path: str, status: int, bare_machine: BareMachine) -> None:
+    with serving(bare_machine) as (_, address):
+        connection = http.client.HTTPConnection(*address, timeout=10)
+        connection.request(method, path)
+        answer = connection.getresponse()
+        body = answer.read()
+        connection.close()
+    assert answer.status == status
+    assert bool(body) == (method != "HEAD")
+    assert (answer.getheader("Allow") == "GET, HEAD") == (status == 405)
+
+
+@pytest.mark.parametrize(
+    "said",
+    [
+        b"",
+        b"\0",
+        b"GET /metrics HTTP/1.1\r\n",
+        b"GET /metrics HTTP/1.1\r\nX: ",
+        b"POST /metrics HTTP/1.1\r\n",
+    ],
+    ids=["nothing", "zero", "request line", "half a header", "a letter"],
+)
+def test_slow_clients_take_neither_threads_nor_time(said: bytes, bare_machine: BareMachine) -> None:
+    before = threading.active_count()
+    with serving(bare_machine) as (url, address), ExitStack() as stack:
+        for _ in range(400):
+            slow = stack.enter_context(socket.create_connection(address, timeout=10))
+            slow.sendall(said)
+        began = time.monotonic()
+        assert "flushlab_run_info" in fetch(url)
+        # An idle machine takes a few milliseconds.
+        assert time.monotonic() - began < 5
+        assert threading.active_count() - before <= CONNECTIONS + 1
+        # Each of them alone fills all places, and goes on sending.
+        slow.sendall(b"a")
+        assert "flushlab_run_info" in fetch(url)
+    wait_until(lambda: threading.active_count() <= before, "the end of all connections' threads")
+
+
+def test_a_connection_ends_when_its_time_is_up(
+    bare_machine: BareMachine, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(metrics.server, "SECONDS", 0.3)
+    with serving(bare_machine) as (_, address), socket.create_connection(address, timeout=30) as slow:
+        slow.sendall(b"GET /metrics HTTP/1.1\r\nX-Slow: ")
+        assert slow.recv(100) == b""
+
+
+def test_a_client_that_does_not_read_gives_way(bare_machine: BareMachine) -> None:
+    many = MachineCollector({f"label{i}": "x" * 10_000 for i in range(600)})
+    many.machine_up(bare_machine.pointer, pcpus=2, vms=1)
+    with Endpoint(many, "127.0.0.1", 0) as endpoint, ExitStack() as stack:
+        address = ("127.0.0.1", urllib.parse.urlparse(endpoint.url).port)
+        deaf = []
+        for _ in range(CONNECTIONS):
+            deaf.append(stack.enter_context(socket.socket()))
+            deaf[-1].setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 4096)
+            deaf[-1].settimeout(10)
+            deaf[-1].connect(address)
+            deaf[-1].sendall(b"GET /metrics HTTP/1.1\r\n\r\n")
+        assert all(client.recv(1) for client in deaf)
+        assert len(fetch(endpoint.url)) > 6_000_000
+
+
+def test_clients_that_vanish_leave_no_word(
+    bare_machine: BareMachine, capfd: pytest.CaptureFixture[str]
+) -> None:
+    reset = struct.pack("ii", 1, 0)
+    with serving(bare_machine) as (url, address):
+        for number in range(40):
+            with socket.create_connection(address, timeout=10) as client:
+                client.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, reset)
+                client.sendall(b"GET /metrics HTTP/1.1\r\n" + b"\r\n" * (number % 2))
+                if number % 4 < 2:
+                    time.sleep(0.02)  # so that some are being read, and some answered
+        assert "flushlab_run_info" in fetch(url)
+    assert capfd.readouterr() == ("", "")
 
 
 @pytest.mark.prometheus
