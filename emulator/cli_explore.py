@@ -43,7 +43,8 @@ EXPLORE_HELP = (
     "translations of the guests' pages that no access needs (--adversary speculate). Verdicts then say how "
     "many of these an execution has at most.\n\n"
     "A counterexample is as short as it could be made; --output keeps it for --replay and for `flushlab "
-    "explain`. The exit status is 1 if there is a violation or a deadlock, or an execution that fails."
+    "explain`. Where no interleaving met the test's precondition (`needs`) nothing was tested, and it is "
+    "inconclusive. The exit status is 1 if there is a violation or a deadlock, or an execution that fails."
 )
 EXPLORE_EXAMPLES = """\
 Is the proposal sound, and if not, how does it fail?
@@ -135,6 +136,7 @@ def explore(
     from emulator.explore.verdict import STRATEGIES, Plan
     from emulator.litmus.loader import load_tests
     from emulator.litmus.policies import named_policy
+    from emulator.litmus.verdict import proofs
     from emulator.policy import DEFAULT
 
     _refuse_what_has_no_effect(context, strategy, bool(adversary), audit, replay is not None)
@@ -173,6 +175,8 @@ def explore(
     else:
         runs = sum(verdict.executions + verdict.pruned for verdict in verdicts)
         print(f"{runs:,} executions in {elapsed:.1f} s, {runs / max(elapsed, 1e-9):,.0f} a second")
+        if len(verdicts) > 1:
+            print(proofs((v.verdict, v.test, v.policy) for v in verdicts))
         _show_only(verdicts)
     if any(verdict.counterexample is not None or verdict.failure for verdict in verdicts):
         raise typer.Exit(FOUND)

@@ -2,14 +2,23 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
-from typing import Protocol
+from typing import NamedTuple, Protocol
 
 from emulator.explore.dpor import Exhaustive
 from emulator.explore.objects import Objects
 from emulator.explore.sampling import Sampler
 from emulator.explore.scheduler import Execution
+from emulator.litmus.evidence import add
+
+
+class Met(NamedTuple):
+    """The dangers of one execution.  precondition: without it a search proves nothing; evidence: how often
+    each danger came about."""
+
+    precondition: bool
+    evidence: Mapping[str, int]
 
 
 class Program(Protocol):
@@ -20,6 +29,9 @@ class Program(Protocol):
 
     def finish(self, execution: Execution) -> str:
         """What this execution came to; a short text, "" for nothing worth mentioning."""
+
+    def met(self) -> Met:
+        """Return the dangers of the execution that was finished last."""
 
     def abandon(self, execution: Execution) -> None:
         """... or nothing: it was pruned, or a task has failed."""
@@ -44,7 +56,8 @@ class Limits:
 class Found:
     """What a search has seen.
 
-    `complete`: every interleaving (within `bound` preemptions, if not None) was covered.
+    `complete`: every interleaving (within `bound` preemptions, if not None) was covered.  `met`: executions,
+    of those that came to their ends, which met the precondition; `evidence`: the sums of all.
     """
 
     executions: int = 0
@@ -52,6 +65,8 @@ class Found:
     depth: int = 0
     steps: int = 0
     too_long: int = 0
+    met: int = 0
+    evidence: dict[str, int] = field(default_factory=dict)
     complete: bool = False
     bounded_away: bool = False  # something was left out because of the bound
     more: bool = True  # the strategy was not through
@@ -109,3 +124,7 @@ def _count(found: Found, execution: Execution, program: Program) -> None:
     found.too_long += execution.too_long
     found.outcome = program.finish(execution)
     found.outcomes[found.outcome] = found.outcomes.get(found.outcome, 0) + 1
+    if not execution.too_long:
+        met = program.met()
+        found.met += met.precondition
+        add(found.evidence, met.evidence)

@@ -21,6 +21,7 @@ from emulator.explore.dpor import Exhaustive, choices
 from emulator.explore.objects import Objects, bits
 from emulator.explore.search import Found, Limits, Program, search
 from emulator.explore.subtree import Access, Outcome, Part, Rest, Sleep, rest_of
+from emulator.litmus.evidence import add
 
 # Executions before anything is shared out.
 PLAIN: Final = 256
@@ -227,6 +228,8 @@ def _merge(found: Found, other: Found) -> None:
     found.depth = max(found.depth, other.depth)
     found.steps += other.steps
     found.too_long += other.too_long
+    found.met += other.met
+    add(found.evidence, other.evidence)
     found.bounded_away |= other.bounded_away
     for outcome, n in other.outcomes.items():
         found.outcomes[outcome] = found.outcomes.get(outcome, 0) + n

@@ -23,8 +23,9 @@ from emulator.explore.search import Found, Limits, search
 from emulator.explore.team import Team
 from emulator.explore.tree import wide_search
 from emulator.explore.world import LitmusProgram
+from emulator.litmus.evidence import add
 from emulator.litmus.failure import LitmusFailure
-from emulator.litmus.model import SAFE, LitmusTest
+from emulator.litmus.model import INCONCLUSIVE, SAFE, LitmusTest
 from emulator.litmus.verdict import BOUNDED, FAILED, SEARCHED, VIOLATIONS
 from emulator.policy import Policy, PolicyError
 
@@ -56,11 +57,14 @@ class Plan:
 class Verdict:
     """bound: the most preemptions that are covered completely; None with `complete`: all interleavings.
     limit: what ended a search that is not complete: "seconds", "executions"; "" for the bound asked for.
+    needs: dangers, any of which is the test's precondition; met: executions that met it; evidence: how often
+    each danger came about in all of them together.
     failure: why some execution could not go on, as in litmus.verdict.Outcome."""
 
     test: str
     policy: str
     plan: Plan
+    needs: tuple[str, ...]
     verdict: str = SEARCHED
     kinds: tuple[str, ...] = ()
     executions: int = 0
@@ -72,6 +76,8 @@ class Verdict:
     bound: int | None = None
     guarantee: float | None = None
     rounds: list[dict[str, Any]] = field(default_factory=list)
+    met: int = 0
+    evidence: dict[str, int] = field(default_factory=dict)
     counterexample: Recording | None = None
     failure: str = ""
 
@@ -83,6 +89,9 @@ class Verdict:
             "policy": self.policy,
             "verdict": self.verdict,
             "violations": list(self.kinds),
+            "needs": list(self.needs),
+            "met": self.met,
+            "evidence": {name: n for name, n in sorted(self.evidence.items()) if n},
             "memory": self.plan.choices.memory,
             **self.plan.choices.document(),
             "strategy": self.plan.strategy,
@@ -110,13 +119,24 @@ class Verdict:
         n = f"{self.executions:,} interleavings"
         if self.verdict == VIOLATIONS:
             return f"{', '.join(self.kinds)} after {n}"
+        if self.verdict == INCONCLUSIVE:
+            return f"{INCONCLUSIVE}: {self._untested()}"
+        return f"no violation {self._searched()}"
+
+    def _untested(self) -> str:
+        """Which precondition never held, and how much was searched for it."""
+        if not self.executions:
+            return f"no interleaving was executed{self._why()}"
+        return f"the precondition ({' or '.join(self.needs)}) never held {self._searched()}"
+
+    def _searched(self) -> str:
+        n = f"{self.executions:,} interleavings"
         if self.complete:
             last = self.rounds[-1]["executions"]
-            return f"no violation in all {last:,} interleavings, up to the order of independent steps"
+            return f"in all {last:,} interleavings, up to the order of independent steps"
         if self.bound is not None:
-            found = f"no violation with up to {self.bound} preemptions"
-            return f"{found}; nor in {n} altogether (not all{self._why()})"
-        return f"no violation in {n}; not all{self._why()}"
+            return f"with up to {self.bound} preemptions; nor in {n} altogether (not all{self._why()})"
+        return f"in {n}; not all{self._why()}"
 
     def _odds(self) -> str:
         if self.guarantee is None:
@@ -141,7 +161,7 @@ def explore_verdict(
     if policy.overrides():
         _check_that_it_repeats(test, policy, plan.choices)
     program = LitmusProgram(test, policy, plan.choices)
-    verdict = Verdict(test.name, policy.name, plan)
+    verdict = Verdict(test.name, policy.name, plan, test.expect.needs)
     try:
         with installed(program.control), Team(program, jobs, stop) as team:
             if plan.strategy == "exhaustive":
@@ -157,6 +177,8 @@ def explore_verdict(
     if not verdict.complete and verdict.verdict not in (VIOLATIONS, FAILED):
         as_asked = plan.bound is not None and verdict.bound == plan.bound
         verdict.limit = "seconds" if stop() else "" if as_asked else "executions"
+    if not verdict.met and verdict.verdict not in (VIOLATIONS, FAILED):
+        verdict.verdict = INCONCLUSIVE
     return verdict
 
 
@@ -261,6 +283,8 @@ def _add(verdict: Verdict, found: Found, bound: int | None, strategy: str) -> No
     verdict.pruned += found.pruned
     verdict.steps += found.steps
     verdict.depth = max(verdict.depth, found.depth)
+    verdict.met += found.met
+    add(verdict.evidence, found.evidence)
     verdict.rounds.append(
         {
             "strategy": strategy,

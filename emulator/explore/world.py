@@ -12,11 +12,14 @@ from emulator.explore.choices import NONE, Choices
 from emulator.explore.control import Control
 from emulator.explore.objects import Objects
 from emulator.explore.scheduler import Execution, Task
+from emulator.explore.search import Met
 from emulator.explore.snapshot import CannotRestore, Snapshot
 from emulator.explore.store_buffers import BufferedControl, buffer_name
+from emulator.litmus.evidence import Evidence
 from emulator.litmus.failure import KVM_FAILS, LitmusFailure, failure_text
 from emulator.litmus.model import LitmusTest, Section
 from emulator.litmus.ops import Op
+from emulator.litmus.verdict import proven
 from emulator.litmus.world import LitmusThread, World, machine_config, rcu_cpu
 from emulator.policy import Policy
 from emulator.runtime import Cpu, Machine
@@ -79,6 +82,8 @@ class LitmusProgram:
         self.machine = self._new_machine()
         self.control = self._control()
         self._build_world()
+        self._evidence = Evidence(self.machine)
+        self._found: dict[str, int] | None = None  # of an execution that has come to its end
         self._buffers = {buffer_name(name): cpu for cpu, name in self._buffered().items()}
 
     def _control(self) -> Control:
@@ -108,6 +113,7 @@ class LitmusProgram:
         self.machine.destroy()
         self.machine = self.control.machine = self._new_machine()
         self.machine.install(self.control.point)
+        self._evidence = Evidence(self.machine)
         self._build_world()
 
     def _prepare(self) -> None:
@@ -163,6 +169,7 @@ class LitmusProgram:
             self._started = True
             self._prepare()
         control.reset()
+        self._evidence.begin(self.world.kvms)
         for thread in self.world.threads.values():
             execution.spawn(thread.name, self._body(thread))
         control.spawn_daemons(execution)
@@ -193,6 +200,7 @@ class LitmusProgram:
         """... Raises LitmusFailure."""
         control = self.control
         control.execution = None
+        self._found = None
         if execution.deadlock:
             return f"{DEADLOCK}: " + ", ".join(
                 f"{wait.task} waits for {wait.waits_for}" for wait in execution.deadlock
@@ -201,11 +209,17 @@ class LitmusProgram:
             if not execution.clean:
                 return ""
             self._run_final()
+            self._found = self._evidence.found(self.world.kvms)
         return ", ".join(
             kind
             for kind, n, before in zip(VIOLATION_KINDS, control.violations(), control.known, strict=True)
             if n > before
         )
+
+    def met(self) -> Met:
+        """Return what the execution that was finished last met: nothing, if it was cut short."""
+        found = self._found
+        return Met(False, {}) if found is None else Met(proven(self.test, found), found)
 
     def abandon(self, execution: Execution) -> None:
         """The execution was not finished: it is like another one, or a task has failed."""

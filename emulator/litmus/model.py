@@ -49,7 +49,8 @@ completed its first N operations (those of `ops`); a vCPU waits in guest mode, w
 The verdict of a policy is
     safe           no violation, and the danger was there (`needs`)
     violations     some access used what KVM had promised to be gone
-    inconclusive   no violation, but nothing that could have led to one either
+    inconclusive   no violation, but nothing that could have led to one either; with `explore`, in none of the
+                   interleavings
 `expect` names the policies for which it is not safe: a list of violation kinds means that at least one
 execution violates, and that every violation is of one of these kinds.  "inconclusive" is for a policy under
 which the danger cannot arise.  Keys are presets, mutants, or "point=alternative" (several joined by ","): the

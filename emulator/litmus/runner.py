@@ -15,6 +15,7 @@ from random import Random
 from typing import Any
 
 from emulator.errors import BadInput
+from emulator.litmus.evidence import Evidence, add
 from emulator.litmus.failure import KVM_FAILS, LitmusFailure, failure_text
 from emulator.litmus.model import LitmusTest
 from emulator.litmus.verdict import Outcome
@@ -33,15 +34,6 @@ _LINGER = 150
 # In every other execution, besides what the test asks for, one in so many points delays its thread.
 _CHAOS_ONE_IN = 24
 _SWITCH_SECONDS = 2e-5
-
-_COUNTERS = {
-    "averted": lib.COUNT_AVERTED,
-    "legal-stale": lib.COUNT_LEGAL_STALE,
-    "dead-root": lib.COUNT_DEAD_ROOT_ENTRIES,
-    "tables-freed": lib.COUNT_TABLES_FREED,
-    "guest-invalidations": lib.COUNT_GUEST_INVALIDATIONS,
-}
-_STATS = {"yields": lib.STAT_YIELDS, "retries": lib.STAT_FAULT_RETRIES, "elided": lib.STAT_FLUSHES_ELIDED}
 
 
 class Delays:
@@ -127,7 +119,7 @@ class Runner:
         self._lock = threading.Lock()
         self._finished = threading.Semaphore(0)
         self._counts = ffi.new("uint64_t[]", len(VIOLATION_KINDS))
-        self._counters = ffi.new("uint64_t[]", lib.COUNTERS)
+        self._evidence = Evidence(self.machine)
         machine = self.machine
         for cpu in machine.cpus[machine.pcpus :]:
             lib.cpu_online(machine.m, cpu.id)
@@ -177,7 +169,6 @@ class Runner:
         world = self._world = World(self.test, policy, self.machine)
         outcome = Outcome(self.test.name, policy.name)
         delays = Delays(world)
-        before = self._evidence()
         self.machine.install(delays)
         try:
             for i in range(executions):
@@ -190,9 +181,6 @@ class Runner:
             self._explain_failure(outcome, error)
         finally:
             self.machine.install(None)
-        if not outcome.failure:
-            for name, n in self._evidence().items():
-                outcome.evidence[name] = n - before[name]
         return outcome
 
     def _execute(self, world: World, delays: Delays, outcome: Outcome, seed: int) -> None:
@@ -204,6 +192,7 @@ class Runner:
         delays.reseed(seed)
         world.reset()
         world.run_init()
+        self._evidence.begin(world.kvms)
         self._left = len(self._workers)
         for worker, thread in zip(self._workers, world.threads.values(), strict=True):
             worker.thread = thread
@@ -216,7 +205,7 @@ class Runner:
             raise MachineStopped
         world.run_final()
         outcome.executions += 1
-        self._count_stats(world, outcome)
+        add(outcome.evidence, self._evidence.found(world.kvms))
         self._judge(outcome, violations, seed, world)
 
     def _stuck(self, world: World) -> None:
@@ -252,17 +241,6 @@ class Runner:
     def _violations(self) -> list[int]:
         lib.oracle_counts(self.machine.m, self._counts)
         return list(self._counts)
-
-    def _evidence(self) -> dict[str, int]:
-        lib.counters_sum(self.machine.m, self._counters)
-        return {name: int(self._counters[counter]) for name, counter in _COUNTERS.items()}
-
-    def _count_stats(self, world: World, outcome: Outcome) -> None:
-        """Statistics of VMs, which go with them."""
-        for kvm in world.kvms:
-            for name, stat in _STATS.items():
-                n = lib.vm_stat(self.machine.m, kvm.id, stat)
-                outcome.evidence[name] = outcome.evidence.get(name, 0) + n
 
     def _explain_failure(self, outcome: Outcome, error: BaseException) -> None:
         name, cause = self.errors[0] if self.errors else ("runner", error)

@@ -104,6 +104,7 @@ def explore_all(
             executions=verdict.executions,
             violating=int(bool(kinds)),
             kinds=dict.fromkeys(kinds[:1], 1),
+            evidence=verdict.evidence,
             proof=proof,
             bound=verdict.bound,
             failure=verdict.failure,

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 from rich.console import Console
@@ -11,7 +11,7 @@ from rich.text import Text
 
 from emulator.litmus.model import INCONCLUSIVE, SAFE, LitmusTest
 from emulator.litmus.policies import expected_of, is_consistent, is_cost_only
-from emulator.litmus.verdict import BOUNDED, SEARCHED, VIOLATIONS, Outcome, differs
+from emulator.litmus.verdict import BOUNDED, SEARCHED, VIOLATIONS, Outcome, differs, proofs
 from emulator.policy import PRESETS
 from emulator.policy.mutants import PREFIX
 
@@ -67,6 +67,12 @@ class Results:
             if outcome.kinds and not expected_of(test, policy)
         ]
 
+    def verdicts(self) -> Iterator[tuple[str, str, str]]:
+        """Yield each verdict, and the test and the policy that it is about."""
+        for policy in self.policies:
+            for test, outcome in self.of_policy(policy):
+                yield outcome.verdict(test), test.name, policy
+
     @property
     def executions(self) -> int:
         return sum(outcome.executions for outcome in self.outcomes.values())
@@ -113,7 +119,8 @@ def _print_matrix(results: Results, policies: list[str], console: Console) -> No
         console.print(Text(f"{_letter(i)}  {policy}: {_sum(results, policy)}"))
     legend = ". safe   ? inconclusive   50% of the executions violated   ! not as expected"
     if any(outcome.proof for outcome in results.outcomes.values()):
-        legend = ". proved   ≤1 up to one preemption   ? not all   X counterexample   ! not as expected"
+        legend = ". proved   ≤1 up to one preemption   … not all   ? inconclusive   X counterexample"
+        legend += "   ! not as expected"
     console.print(Text(legend, style="dim"))
 
 
@@ -125,7 +132,7 @@ def _cell(outcome: Outcome, test: LitmusTest) -> Text:
     verdict = outcome.verdict(test)
     share = 100 * outcome.violating / max(1, outcome.executions)
     found = "X" if outcome.proof else f"{max(1, round(share))}%"
-    signs = {SAFE: ".", BOUNDED: f"≤{outcome.bound}", SEARCHED: "?", INCONCLUSIVE: "?", VIOLATIONS: found}
+    signs = {SAFE: ".", BOUNDED: f"≤{outcome.bound}", SEARCHED: "…", INCONCLUSIVE: "?", VIOLATIONS: found}
     text = signs.get(verdict, "x")
     mark = "!" if differs(outcome, test, expected_of(test, outcome.policy)) else ""
     return Text(text + mark, style=_STYLES.get(verdict, "bold red"))
@@ -185,6 +192,8 @@ def _why(policy: str) -> str:
 
 def _print_differences(results: Results, console: Console) -> None:
     differing, unforeseen = results.differing(), results.unforeseen()
+    if results.explored is not None:
+        console.print(Text(proofs(results.verdicts())))
     if unforeseen:
         console.print(
             Text(f"{len(unforeseen)} tests found violations where nothing is expected:", style="bold")

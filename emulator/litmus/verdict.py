@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -33,7 +33,8 @@ class Outcome:
     evidence: dict[str, int] = field(default_factory=dict)
     first: int | None = None
     failure: str = ""
-    # With --explore: how far the proof came, SAFE, BOUNDED or SEARCHED; "" on real threads.
+    # With --explore: how far the proof came, SAFE, BOUNDED or SEARCHED, or INCONCLUSIVE if no execution met
+    # the precondition; "" on real threads.
     proof: str = ""
     # ... and the most preemptions that it covers, if it covers all with so many and no more.
     bound: int | None = None
@@ -58,7 +59,7 @@ class Outcome:
             return VIOLATIONS
         if self.proof:
             return self.proof
-        return SAFE if proven(test, self.evidence) else INCONCLUSIVE
+        return SAFE if self.executions and proven(test, self.evidence) else INCONCLUSIVE
 
     def document(self, test: LitmusTest, expected: tuple[Expected, ...]) -> dict[str, Any]:
         """For --json; holds no times, but for those of a violation's events."""
@@ -86,6 +87,23 @@ def proven(test: LitmusTest, evidence: Mapping[str, int]) -> bool:
     return any(need == "nothing" or evidence.get(need, 0) for need in test.expect.needs)
 
 
+def proofs(verdicts: Iterable[tuple[str, str, str]]) -> str:
+    """Return one line about searches, each a verdict, a test and a policy: how many are proofs, and which
+    ones tested nothing."""
+    proved, vacuous = 0, dict[str, list[str]]()
+    for verdict, test, policy in verdicts:
+        proved += verdict == SAFE
+        if verdict == INCONCLUSIVE:
+            vacuous.setdefault(test, []).append(policy)
+    names = [
+        f"{test} under {policies[0] if len(policies) == 1 else f'{len(policies)} policies'}"
+        for test, policies in vacuous.items()
+    ]
+    n = sum(map(len, vacuous.values()))
+    text = f"{proved:,} proved with their precondition met, {n:,} inconclusive"
+    return f"{text}: {', '.join(names)}" if names else text
+
+
 def differs(outcome: Outcome, test: LitmusTest, expected: tuple[Expected, ...]) -> str | None:
     """How the outcome is none of those expected, in a few words; None: it is, or nothing was expected."""
     verdict = outcome.verdict(test)
@@ -99,9 +117,9 @@ def differs(outcome: Outcome, test: LitmusTest, expected: tuple[Expected, ...]) 
 
 def _differs(outcome: Outcome, verdict: str, expected: Expected) -> str | None:
     if isinstance(expected, str):
-        if outcome.proof and verdict != VIOLATIONS:
-            return None  # a proof knows no danger that did not come about
-        return None if verdict == expected else f"{verdict} instead of {expected}"
+        # A search that was cut short is as safe as it could be.
+        found = SAFE if verdict in (BOUNDED, SEARCHED) else verdict
+        return None if found == expected else f"{verdict} instead of {expected}"
     if verdict != VIOLATIONS:
         return f"{verdict} instead of {', '.join(expected)}"
     others = sorted(set(outcome.kinds) - set(expected))

@@ -16,6 +16,7 @@ from emulator.explore.footprints import FOOTPRINTS
 from emulator.explore.objects import Objects
 from emulator.explore.remains import Remains
 from emulator.explore.scheduler import Condition, Execution
+from emulator.explore.search import Met
 from emulator.litmus.loader import load_test
 from emulator.litmus.policies import named_policy
 
@@ -85,6 +86,9 @@ class Program:
 
     def finish(self, execution: Execution) -> str:
         return " ".join(self.done)
+
+    def met(self) -> Met:
+        return Met(True, {})
 
     def abandon(self, execution: Execution) -> None:
         pass

@@ -7,7 +7,7 @@ from collections.abc import Callable
 from emulator.explore.dpor import Exhaustive
 from emulator.explore.objects import Objects
 from emulator.explore.scheduler import Execution
-from emulator.explore.search import Found, Limits, search
+from emulator.explore.search import Found, Limits, Met, search
 
 Op = tuple[str, ...]
 
@@ -30,6 +30,9 @@ class Tiny:
     def finish(self, execution: Execution) -> str:
         held = "deadlock " + ",".join(wait.task for wait in execution.deadlock) if execution.deadlock else ""
         return f"{sorted(self.shared.items())} {self.registers} {held}"
+
+    def met(self) -> Met:
+        return Met(True, {})
 
     def abandon(self, execution: Execution) -> None:
         pass

@@ -89,6 +89,34 @@ def test_nothing_at_stake_is_inconclusive() -> None:
     assert proven(test, {"averted": 1})
 
 
+PREPARED = """
+doc = "d"
+source = "s"
+init = ["v0: read 0x10", "k: zap-all", "v0: read 0x10", "k: rcu"]
+[threads.v0]
+vcpu = 0
+ops = ["read 0x10"]
+[threads.k]
+ops = [{ops}]
+[expect]
+needs = "tables-freed"
+"""
+
+
+def test_neither_what_init_does_nor_the_end_of_a_vm_is_a_danger() -> None:
+    for ops, verdict in (("", "inconclusive"), ('"zap-all", "rcu"', "safe")):
+        test = parse_test(PREPARED.format(ops=ops), "t", None)
+        outcome = run_test(test, Policy(), 3)
+        assert (outcome.verdict(test), bool(outcome.evidence["tables-freed"])) == (verdict, bool(ops))
+
+
+@pytest.mark.parametrize("needs", ["averted", "nothing"])
+def test_no_execution_is_no_verdict(needs: str) -> None:
+    text = f'doc="d"\nsource="s"\n[threads.v0]\nvcpu=0\nops=["read 1"]\n[expect]\nneeds="{needs}"'
+    test = parse_test(text, "t", None)
+    assert Outcome("t", "linux-7.3").verdict(test) == "inconclusive"
+
+
 def test_executions_do_not_see_each_other() -> None:
     """What an unsound policy leaves in TLBs is not there in the next execution."""
     test = load_test("return-zap")

@@ -1,0 +1,59 @@
+"""How often the dangers came about that tests can need, in one execution.
+
+A search or a run in which none of them did has tested nothing.  Counted is what happens from the end of
+`init` to the end of `final`: neither what a test prepares, nor that its VMs are destroyed in the end.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping
+from typing import Final
+
+from emulator.kvm.structs import Kvm
+from emulator.runtime import Machine
+from native import ffi, lib
+
+# Counters of the core, summed over all CPUs.
+_COUNTERS: Final[Mapping[str, int]] = {
+    "averted": lib.COUNT_AVERTED,
+    "legal-stale": lib.COUNT_LEGAL_STALE,
+    "dead-root": lib.COUNT_DEAD_ROOT_ENTRIES,
+    "tables-freed": lib.COUNT_TABLES_FREED,
+    "guest-invalidations": lib.COUNT_GUEST_INVALIDATIONS,
+}
+# Statistics of the VMs, summed.
+_STATS: Final[Mapping[str, int]] = {
+    "yields": lib.STAT_YIELDS,
+    "retries": lib.STAT_FAULT_RETRIES,
+    "elided": lib.STAT_FLUSHES_ELIDED,
+}
+
+
+class Evidence:
+    """Counts between two moments of one machine."""
+
+    def __init__(self, machine: Machine) -> None:
+        self._machine = machine
+        self._counters = ffi.new("uint64_t[]", lib.COUNTERS)
+        self._before: dict[str, int] = {}
+
+    def begin(self, kvms: Iterable[Kvm]) -> None:
+        """Count from here on."""
+        self._before = self._now(kvms)
+
+    def found(self, kvms: Iterable[Kvm]) -> dict[str, int]:
+        """Return what came about since `begin`, by need; the VMs are those of then."""
+        return {name: n - self._before[name] for name, n in self._now(kvms).items()}
+
+    def _now(self, kvms: Iterable[Kvm]) -> dict[str, int]:
+        m = self._machine.m
+        lib.counters_sum(m, self._counters)
+        counted = {name: int(self._counters[counter]) for name, counter in _COUNTERS.items()}
+        vms = [kvm.id for kvm in kvms]
+        return counted | {name: sum(lib.vm_stat(m, vm, stat) for vm in vms) for name, stat in _STATS.items()}
+
+
+def add(total: dict[str, int], found: Mapping[str, int]) -> None:
+    """Add one execution's counts, or one search's, to others."""
+    for name, n in found.items():
+        total[name] = total.get(name, 0) + n
