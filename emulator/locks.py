@@ -6,6 +6,7 @@ and keep running the calls that others queue for it, so no holder can keep an IP
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from types import TracebackType
 
 from emulator.runtime import READ, WRITE, Cpu, MachineMisuse
@@ -195,8 +196,10 @@ class MmuLock:
         """rwlock_needbreak()"""
         return bool(lib.mmu_lock_needbreak(cpu.m, self.vm))
 
-    def cond_resched(self, cpu: Cpu) -> None:
-        """cond_resched_rwlock_{read,write}() once it decided to let go."""
+    def cond_resched(self, cpu: Cpu, schedule: Callable[[], object] | None = None) -> None:
+        """cond_resched_rwlock_{read,write}() once it decided to let go; `schedule`: meanwhile."""
         how = cpu.mmu_lock_held
         self.unlock(cpu)
+        if schedule is not None:
+            schedule()
         self.lock(cpu, how)

@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import cycle
 from random import Random
 from types import TracebackType
@@ -129,7 +129,7 @@ class Emulation:
     ) -> None:
         self.scenario = scenario
         self.policy = policy
-        self.params = params or KvmParams()
+        self.params = replace(params or KvmParams(), host_takes_time=True)
         self._rng = Random(seed)
         # The guests replay these arrays: they live as long as the machine.
         self._traces: dict[tuple[str, int], Trace] = {}

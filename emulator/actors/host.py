@@ -12,6 +12,7 @@ from random import Random
 from typing import TYPE_CHECKING
 
 from emulator.actors.base import MachineActor
+from emulator.kvm.host_work import host_works
 from emulator.kvm.kvm_main import (
     kvm_mmu_notifier_invalidate_range_end,
     kvm_mmu_notifier_invalidate_range_start,
@@ -55,6 +56,7 @@ class UserMemory:
             for region in range(start // HUGE_PAGES, -(-end // HUGE_PAGES)):
                 stack.enter_context(self._locks[region].held(cpu))
             first, last = self._widen(cpu, start, end)
+            host_works(cpu, self.kvm)
             kvm_mmu_notifier_invalidate_range_start(cpu, self.kvm, first, last, promise)
             yield
             kvm_mmu_notifier_invalidate_range_end(cpu, self.kvm, first, last)
@@ -139,6 +141,7 @@ class Host(MachineActor):
             return
         with memory.changing(self.cpu, start, end):
             rc = lib.mm_collapse(self.cpu.m, self.cpu.id, memory.kvm.id, start)
+            host_works(self.cpu, memory.kvm)  # 512 pages were copied
         if rc not in (0, lib.MACHINE_NOMEM, lib.MACHINE_AGAIN):
             self.cpu.fail(rc)
 

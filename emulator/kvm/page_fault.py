@@ -6,6 +6,7 @@ it only if no invalidation touched the gfn meanwhile.
 
 from __future__ import annotations
 
+from emulator.kvm.host_work import host_works
 from emulator.kvm.kvm_host import KVM_MAX_HUGEPAGE_LEVEL, PG_LEVEL_4K, kvm_pages_per_hpage
 from emulator.kvm.requests import gfn_to_memslot, mark_page_dirty_in_slot
 from emulator.kvm.spte import (
@@ -194,6 +195,9 @@ def wp_page_copy(cpu: Cpu, kvm: Kvm, hva: int) -> int:
         kvm_mmu_notifier_invalidate_range_start,
     )
 
+    # Until the page is allocated and copied; meanwhile another vCPU may have copied the same one.
+    if host_works(cpu, kvm):
+        return RET_PF_RETRY
     kvm_mmu_notifier_invalidate_range_start(cpu, kvm, hva, hva + 1)
     rc = lib.mm_break_cow(cpu.m, cpu.id, kvm.id, hva)
     kvm_mmu_notifier_invalidate_range_end(cpu, kvm, hva, hva + 1)

@@ -45,6 +45,8 @@ class KvmParams:
     eptad: kvm_intel.eptad; without A/D bits in EPT, aging takes an SPTE's permissions to see the next access.
     tdp_level: the host's, 4 or 5; a vCPU whose CPUID has a MAXPHYADDR of 48 or less uses 4 at most.
     slice_accesses: guest accesses until the preemption timer ends a slice.
+    host_takes_time: its own work between two flushes takes longer than an exit and an entry (host_work.py);
+    for machines whose vCPUs run by themselves.
     """
 
     fault_around: int = 16
@@ -55,6 +57,7 @@ class KvmParams:
     eptad: bool = True
     tdp_level: int = PG_LEVEL_512G
     slice_accesses: int = 100_000
+    host_takes_time: bool = False
 
 
 @dataclass(frozen=True, slots=True)
@@ -242,9 +245,11 @@ class Kvm:
     Lock order: slots_lock, slots_arch_lock, mn_invalidate_lock; mmu_lock, tdp_mmu_pages_lock.
     `tdp_mmu_zap_works`: roots that wait for the worker that zaps them (decision root_put=async).
     `tracks_roots`: the policy may elide flushes by what roots remember.  `warned`: WARN_ON_ONCE() sentences.
+    `at_host_work`: CPUs that wait in emulator.kvm.host_work.
     """
 
     __slots__ = (
+        "at_host_work",
         "dirty_log_manual",
         "gfns",
         "id",
@@ -296,6 +301,7 @@ class Kvm:
         )
         self.tracking_by_frame: dict[int, RootTracking] = {}  # only with mutant R4
         self.warned: set[str] = set()
+        self.at_host_work: list[int] = []
         # pCPUs on which a vCPU was ever loaded, for remote_kick and root_alloc=vm-pcpu-mask.
         self.pcpu_mask = bytearray(machine.pcpus)
 

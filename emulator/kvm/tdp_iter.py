@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+from emulator.kvm.host_work import host_works
 from emulator.kvm.requests import flush_elided, kvm_flush_remote_tlbs
 from emulator.kvm.structs import Kvm, KvmMmuPage
 from emulator.runtime import Cpu, rcu_enter, rcu_leave
@@ -109,26 +110,23 @@ class TdpIter:
         self.chunk.done = 0
 
 
-def tdp_mmu_iter_need_resched(cpu: Cpu, kvm: Kvm, it: TdpIter) -> bool:
-    """tdp_mmu_iter_need_resched(): never twice without progress in between.
-
-    need_resched() is a count of chunks; the other reason is that somebody waits for mmu_lock.
-    """
-    if it.next_last_level_gfn == it.yielded_gfn:
-        return False
-    if 0 < kvm.params.resched_chunks <= it.chunks_since_yield:
-        return True
-    return kvm.mmu_lock.needbreak(cpu)
+def need_resched(kvm: Kvm, it: TdpIter) -> bool:
+    """need_resched(): another thread's turn on this CPU.  It comes after so many chunks."""
+    return 0 < kvm.params.resched_chunks <= it.chunks_since_yield
 
 
 def tdp_mmu_iter_cond_resched(cpu: Cpu, kvm: Kvm, it: TdpIter, flush: bool) -> bool:
-    """tdp_mmu_iter_cond_resched(): drop mmu_lock and RCU if somebody needs them; True if it did.
+    """tdp_mmu_iter_cond_resched(): drop mmu_lock and RCU if another thread needs the CPU or the lock; True if
+    it did.  Never twice without progress in between.
 
     If it returns True nothing is pending any more: the caller sets its own `flush` to False and goes on from
     the root.  Decision zap_yield; the order matters because table pages are freed by RCU callbacks, which
     this thread holds up as long as it is a reader.
     """
-    if not tdp_mmu_iter_need_resched(cpu, kvm, it):
+    if it.next_last_level_gfn == it.yielded_gfn:
+        return False
+    scheduled = need_resched(kvm, it)
+    if not scheduled and not kvm.mmu_lock.needbreak(cpu):
         return False
     order = kvm.policy.zap_yield(cpu, kvm)
     if flush and order == "flush-then-unlock":
@@ -140,7 +138,8 @@ def tdp_mmu_iter_cond_resched(cpu: Cpu, kvm: Kvm, it: TdpIter, flush: bool) -> b
         flush_elided(cpu, kvm, it.reason, it.next_last_level_gfn)
     cpu.stat(kvm.id, lib.STAT_YIELDS)
     cpu.event(lib.EVENT_YIELD, kvm.id, flush and order != "no-flush", kvm.id)
-    kvm.mmu_lock.cond_resched(cpu)
+    # What another thread does in its turn takes as long as any work of the host.
+    kvm.mmu_lock.cond_resched(cpu, (lambda: host_works(cpu, kvm)) if scheduled else None)
     rcu_enter(cpu)
     it.chunks_since_yield = it.looked_at = 0
     it.yielded_gfn = it.next_last_level_gfn

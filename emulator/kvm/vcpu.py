@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from emulator.kvm.host_work import vcpus_went_on
 from emulator.kvm.structs import Vcpu
 from emulator.kvm.vmx import request_tlb_flush, vmx_vcpu_load_vmcs
 from emulator.runtime import Cpu
@@ -36,6 +37,8 @@ def kvm_arch_vcpu_put(cpu: Cpu, vcpu: Vcpu) -> None:
     """kvm_arch_vcpu_put(): the VMCS stays loaded and vcpu->cpu stays what it is; both may be stale."""
     vcpu.loaded = False
     cpu.vcpu = None
+    if vcpu.kvm.params.host_takes_time:
+        vcpus_went_on(vcpu.kvm)
 
 
 def vcpu_load(cpu: Cpu, vcpu: Vcpu) -> None:

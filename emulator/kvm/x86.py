@@ -11,6 +11,7 @@ from __future__ import annotations
 from collections.abc import Generator
 from typing import Final
 
+from emulator.kvm.host_work import vcpus_went_on
 from emulator.kvm.kvm_host import (
     EXITING_GUEST_MODE,
     HALTED,
@@ -118,6 +119,8 @@ def serve_requests(cpu: Cpu, vcpu: Vcpu) -> ExitToUser | None:
         vmx_load_mmu_pgd(cpu, vcpu, vcpu.mmu.root)
     if kvm_check_request(cpu, vcpu, KVM_REQ_TLB_FLUSH):
         kvm_vcpu_flush_tlb_all(cpu, vcpu)
+        if vcpu.kvm.params.host_takes_time:
+            vcpus_went_on(vcpu.kvm)
     kvm_service_local_tlb_flush_requests(cpu, vcpu)
     if kvm_check_request(cpu, vcpu, KVM_REQ_SMI):
         process_smi(vcpu)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from math import ceil
 from typing import Any
 
 from .driver import VmCounts
@@ -36,10 +37,18 @@ def expected(line: Line, vcpus: int, result: int, counts: VmCounts) -> dict[str,
     for key in VCPU_KEYS:
         value = number(line.expect.get(key, 0))
         wanted[key] = value if isinstance(value, list) else [value] * vcpus
-    for key in line.at_most | (frozenset({"flush_all", "tlb_flush"}) if more else frozenset()):
-        pairs = zip((getattr(vcpu, key) for vcpu in counts.vcpus), wanted[key], strict=True)
-        wanted[key] = [have if 1 <= have <= most + more else most + more for have, most in pairs]
+    if line.merged or more:
+        for key in ("flush_all", "tlb_flush"):
+            pairs = zip((getattr(vcpu, key) for vcpu in counts.vcpus), wanted[key], strict=True)
+            wanted[key] = [
+                have if fewest(line, due) <= have <= due + more else due + more for have, due in pairs
+            ]
     return wanted
+
+
+def fewest(line: Line, due: int) -> int:
+    """Return how few flushes of a vCPU may serve `due` requests."""
+    return max(1, ceil(due * (1 - line.merged)))
 
 
 def problems(line: Line, vcpus: int, result: int, counts: list[VmCounts]) -> list[str]:

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 from contextlib import contextmanager
 
+from emulator.kvm.host_work import host_works
 from emulator.kvm.kvm_main import (
     kvm_mmu_notifier_invalidate_range_end,
     kvm_mmu_notifier_invalidate_range_start,
@@ -24,6 +25,7 @@ class HostMm:
 
     @contextmanager
     def _notified(self, kvm: Kvm, start: int, end: int, promise: int) -> Iterator[None]:
+        host_works(self.cpu, kvm)
         kvm_mmu_notifier_invalidate_range_start(self.cpu, kvm, start, end, promise)
         yield
         kvm_mmu_notifier_invalidate_range_end(self.cpu, kvm, start, end)
@@ -43,6 +45,7 @@ class HostMm:
         """khugepaged, one 2M range."""
         with self._notified(kvm, start, start + BLOCK, lib.PROMISE_NOTIFIER):
             self.cpu.check(lib.mm_collapse(self.cpu.m, self.cpu.id, kvm.id, start))
+            host_works(self.cpu, kvm)  # 512 pages were copied
 
     def make_huge(self, kvm: Kvm, start: int, pages: int) -> None:
         """Memory that is huge from its first fault on, before any vCPU uses it."""

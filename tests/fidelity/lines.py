@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 FIXTURE = Path(__file__).with_name("ground_truth.toml")
+VCPUS = (1, 2, 4)
 PRESETS = ("linux-6.12", "linux-7.3")
 VCPU_KEYS = ("flush_all", "flush_current", "flush_guest", "tlb_flush", "kvm_mmu_load")
 
@@ -82,7 +83,8 @@ class Line:
     requests: dict[str, int | Literal["result"]] = field(default_factory=dict)
     result: int | None = None
     result_min: int | None = None
-    at_most: frozenset[str] = frozenset()
+    merged: float = 0.0
+    scale: bool = True
     yields: bool = False
     presets: tuple[str, ...] = PRESETS
     needs: frozenset[str] = frozenset()
@@ -94,6 +96,14 @@ class Line:
     def vcpus(self) -> tuple[int, ...]:
         """The numbers of vCPUs with which it was recorded."""
         return tuple(sorted({r.vcpus for r in self.recorded}))
+
+    @property
+    def scales_to(self) -> tuple[int, ...]:
+        """Return other numbers of vCPUs, for which the counts follow from those recorded; none if the
+        operation is about one vCPU."""
+        if not self.scale or "vcpu" in self.do.args:
+            return ()
+        return tuple(n for n in VCPUS if n not in self.vcpus)
 
     @property
     def vm(self) -> int:
@@ -109,7 +119,6 @@ class Line:
             machine=Machine(**known.pop("machine", {})),
             setup=tuple(Step.parse(s) for s in known.pop("setup")),
             do=Step.parse(known.pop("do")),
-            at_most=frozenset(known.pop("at_most", ())),
             needs=frozenset(known.pop("needs", ())),
             presets=tuple(known.pop("presets", PRESETS)),
             **known,

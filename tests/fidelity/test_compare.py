@@ -69,7 +69,7 @@ def test_precondition_that_does_not_hold_is_a_problem() -> None:
     assert problems(line, 2, 127, recorded(line, 2, 128))
 
 
-def test_requests_may_meet_in_one_flush_but_not_in_none() -> None:
+def test_some_requests_may_meet_in_one_flush_where_the_line_says_so() -> None:
     line = LINES["touch-write-after-read-contended"]
     exact = recorded(line, 2, 128)[0]
 
@@ -78,8 +78,10 @@ def test_requests_may_meet_in_one_flush_but_not_in_none() -> None:
         return [replace(exact, vcpus=(merged, exact.vcpus[1]))]
 
     assert problems(line, 2, 128, with_flushes(119)) == []
-    assert problems(line, 2, 128, with_flushes(0))
+    assert problems(line, 2, 128, with_flushes(116)) == []
+    assert problems(line, 2, 128, with_flushes(115))
     assert problems(line, 2, 128, with_flushes(129))
+    assert problems(replace(line, merged=0.0), 2, 128, with_flushes(127))
 
 
 def test_a_flush_at_a_yield_counts_only_where_zaps_may_yield() -> None:
