@@ -1,4 +1,4 @@
-"""Locks that Python code holds: spinlock_t, struct mutex, refcount_t, and kvm->mmu_lock.
+"""Locks that Python code holds: spinlock_t, struct mutex, struct rw_semaphore, refcount_t, and kvm->mmu_lock.
 
 mmu_lock is native.  The others guard Python objects for a few lines; their waiters sleep on their CPU's event
 and keep running the calls that others queue for it, so no holder can keep an IPI from being acknowledged.
@@ -6,10 +6,11 @@ and keep running the calls that others queue for it, so no holder can keep an IP
 
 from __future__ import annotations
 
+import time
 from collections.abc import Callable
 from types import TracebackType
 
-from emulator.runtime import READ, WRITE, Cpu, MachineMisuse
+from emulator.runtime import READ, WRITE, Cpu, MachineMisuse, Mode
 from native import lib
 
 
@@ -114,6 +115,96 @@ class Mutex(_Waitable):
 
     def held(self, cpu: Cpu) -> _MutexHeld:
         return _MutexHeld(self, cpu)
+
+
+class _RwSemaphoreHeld:
+    __slots__ = ("cpu", "semaphore", "write")
+
+    def __init__(self, semaphore: RwSemaphore, cpu: Cpu, write: bool) -> None:
+        self.semaphore, self.cpu, self.write = semaphore, cpu, write
+
+    def __enter__(self) -> None:
+        self.semaphore._down(self.cpu, self.write)
+
+    def __exit__(self, kind: object, value: object, traceback: object) -> None:
+        self.semaphore._up(self.cpu, self.write)
+
+
+class RwSemaphore:
+    """struct rw_semaphore: may be held across waits.  `with lock.read_lock(cpu): ...`, likewise write_lock.
+
+    A writer that waits keeps new readers out, so it does not wait for ever.
+    """
+
+    __slots__ = ("_owners", "_waiters", "_writers", "name")
+
+    def __init__(self, name: str) -> None:
+        self.name = name
+        # How many readers hold it, -1: a writer does.  A thread takes the number out to change it.
+        self._owners = [0]
+        self._writers: list[int] = []  # that wait, as CPU numbers
+        self._waiters: list[int] = []  # to be woken
+
+    def read_lock(self, cpu: Cpu) -> _RwSemaphoreHeld:
+        return _RwSemaphoreHeld(self, cpu, False)
+
+    def write_lock(self, cpu: Cpu) -> _RwSemaphoreHeld:
+        return _RwSemaphoreHeld(self, cpu, True)
+
+    def free_for(self, write: bool) -> bool:
+        """Whether those that hold it would let a reader or a writer in."""
+        return self._owners[0] == 0 if write else self._owners[0] >= 0
+
+    def _take_owners(self) -> int:
+        while True:
+            try:
+                return self._owners.pop()
+            except IndexError:
+                time.sleep(0)  # another thread is about to put the number back
+
+    def _try(self, write: bool) -> bool:
+        owners = self._take_owners()
+        free = owners == 0 if write else owners >= 0 and not self._writers
+        if free:
+            owners = -1 if write else owners + 1
+        self._owners.append(owners)
+        return free
+
+    def _down(self, cpu: Cpu, write: bool) -> None:
+        if cpu.spinlocks:
+            raise MachineMisuse(f"CPU {cpu.id}: takes {self.name} while it holds a spinlock")
+        cpu.point("down", self, "write" if write else "read")
+        if self._try(write):
+            return
+        if write:
+            self._writers.append(cpu.id)
+        try:
+            self._wait(cpu, write)
+        finally:
+            if write:
+                self._writers.remove(cpu.id)
+
+    def _wait(self, cpu: Cpu, write: bool) -> None:
+        """The order of _Waitable: queue, read the event, try, sleep."""
+        while True:
+            self._waiters.append(cpu.id)
+            seq = lib.cpu_event(cpu.m, cpu.id)
+            if self._try(write):
+                return
+            cpu.check(lib.cpu_wait_event(cpu.m, cpu.id, seq, 0))
+
+    def _up(self, cpu: Cpu, write: bool) -> None:
+        mode: Mode = "write" if write else "read"
+        cpu.point("unlocking", self, mode)
+        owners = self._take_owners()
+        self._owners.append(0 if write else owners - 1)
+        while self._waiters:
+            try:
+                waiter = self._waiters.pop()
+            except IndexError:
+                break
+            lib.cpu_wake(cpu.m, waiter)
+        cpu.point("up", self, mode)
 
 
 class Refcount:

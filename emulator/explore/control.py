@@ -16,7 +16,7 @@ from emulator.explore.memory import Memory
 from emulator.explore.objects import Objects
 from emulator.explore.scheduler import Execution
 from emulator.litmus.world import rcu_cpu
-from emulator.locks import SpinLock
+from emulator.locks import RwSemaphore, SpinLock
 from emulator.runtime import Cpu, Machine, MachineMisuse, Mode
 from native import ffi, lib
 
@@ -133,7 +133,7 @@ class Control:
     @staticmethod
     def is_step(kind: str) -> bool:
         """Is a point of this kind the beginning of a step, or is that the call behind it?"""
-        return kind not in _COVERED and kind != "unlock"
+        return kind not in _COVERED and kind not in ("unlock", "up")
 
     def bit(self, *name: Hashable) -> int:
         return self._bits.get(name) or self.objects.bit(name)
@@ -194,6 +194,11 @@ class Control:
             self._lock(execution, obj)
         elif kind == "unlock":
             execution.touch(0, self.bit("lock", obj.name))
+        elif kind == "down":
+            self._down(execution, obj, mode)
+        elif kind == "up":
+            mask = self.bit("lock", obj.name)
+            execution.touch(*((mask, 0) if mode == "read" else (0, mask)))
         elif kind == "policy answers":
             # A turn of a loop is not like the one before if the policy has counted it, say.
             execution.current.changed |= self.memory.changed()
@@ -208,6 +213,13 @@ class Control:
         token = lock._token
         label = ("spinlock" if isinstance(lock, SpinLock) else "mutex", lock.name, "write")
         execution.step(label, 0, mask, lambda: bool(token), lock.name)
+
+    def _down(self, execution: Execution, semaphore: RwSemaphore, mode: Mode) -> None:
+        """Readers do not exclude each other, so the order in which they come makes no difference."""
+        mask = self.bit("lock", semaphore.name)
+        masks = (mask, 0) if mode == "read" else (0, mask)
+        free = partial(semaphore.free_for, mode == "write")
+        execution.step(("rwsem", semaphore.name, mode), *masks, free, semaphore.name)
 
     # --- daemons --------------------------------------------------------------------------------------------
 

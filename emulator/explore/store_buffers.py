@@ -36,7 +36,7 @@ Key = tuple[Hashable, ...]
 
 # Points of KVM's code at which a full barrier stands.  At all that begin a step and write, such as taking a
 # lock, there is a locked instruction.
-_FENCES: Final = frozenset({"unlocking", "smp_mb"})
+_FENCES: Final = frozenset({"down", "unlocking", "smp_mb"})
 # ... and those where the calls behind them say what they are.
 _SPECIFIC: Final = frozenset({"root_tlb"})
 
