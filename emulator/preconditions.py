@@ -21,6 +21,7 @@ def preconditions(snapshot: Snapshot, emulation: Emulation) -> dict[str, int]:
         "fault retries": snapshot.kvm("fault_retries"),
         "range zaps": snapshot.kvm("zaps"),
         "yields in zaps": snapshot.kvm("yields"),
+        "invalidations that overlap": snapshot.kvm("overlaps"),
         "flushes elided": snapshot.kvm("flushes_elided"),
         "roots loaded": snapshot.kvm("mmu_load"),
         "tables freed": counters["tables_freed"],

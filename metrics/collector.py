@@ -55,6 +55,7 @@ _VM_STATS = (
     ("mmu_load", "mmu_loads", "Calls of kvm_mmu_load."),
     ("zaps", "zaps", "Range zaps."),
     ("yields", "zap_yields", "Times that a zap yielded mmu_lock."),
+    ("overlaps", "invalidations_overlapping", "Invalidations of what was being invalidated."),
 )
 
 _HISTOGRAMS = {

@@ -51,6 +51,7 @@ BRIEF = (
     "kvm_test_request",
     "mmu_invalidate_begin",
     "mmu_invalidate_end",
+    "mmu_invalidate_overlaps",
     "mmu_invalidate_range_add",
     "mmu_invalidate_retry_gfn",
     "mmu_invalidate_retry_range",

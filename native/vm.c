@@ -152,6 +152,16 @@ void mmu_invalidate_range_add(struct machine *m, uint32_t vm, uint64_t start, ui
 	atomic_store_explicit(&v->invalidate_start, start, memory_order_release);
 }
 
+int mmu_invalidate_overlaps(struct machine *m, uint32_t vm, uint64_t start, uint64_t end)
+{
+	struct vm *v = &m->vms[vm];
+	uint64_t first = atomic_load_explicit(&v->invalidate_start, memory_order_relaxed);
+
+	/* Relaxed: the caller holds mmu_lock for write, as all do that store these. */
+	return atomic_load_explicit(&v->invalidate_in_progress, memory_order_relaxed) > 1 && first != UINT64_MAX &&
+	       first < end && start < atomic_load_explicit(&v->invalidate_end, memory_order_relaxed);
+}
+
 /* kvm_mmu_invalidate_end(): seq first, so that who sees none in progress sees the new seq. */
 void mmu_invalidate_end(struct machine *m, uint32_t vm)
 {

@@ -37,6 +37,9 @@ uint32_t vcpu_take_flush_reasons(struct machine *m, uint32_t vcpu);
  * mmu_lock held for write; the reads pair with them (acquire/release). */
 void mmu_invalidate_begin(struct machine *m, uint32_t vm);
 void mmu_invalidate_range_add(struct machine *m, uint32_t vm, uint64_t start, uint64_t end);
+/* After mmu_invalidate_begin, before its first range: 1 if an earlier invalidation is in progress and the merged range
+ * reaches into [start, end). */
+int mmu_invalidate_overlaps(struct machine *m, uint32_t vm, uint64_t start, uint64_t end);
 void mmu_invalidate_end(struct machine *m, uint32_t vm);
 uint64_t mmu_invalidate_seq(struct machine *m, uint32_t vm);
 /* mmu_invalidate_retry_gfn(): 1 if a fault that sampled `seq` must retry. */
@@ -64,6 +67,7 @@ enum vm_stat {
 	STAT_ROOTS_ALLOCATED,
 	STAT_SMIS,                 /* enter_smm */
 	STAT_RESETS,               /* kvm_vcpu_reset of a vCPU that ran */
+	STAT_OVERLAPS,             /* invalidations that began while one of their pages was being invalidated */
 	VM_STATS
 };
 void vm_stat_add(struct machine *m, uint32_t vm, uint32_t stat, uint64_t n);

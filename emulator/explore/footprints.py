@@ -187,6 +187,7 @@ FOOTPRINTS: dict[str, Footprint] = {
     # mmu_invalidate_seq
     "mmu_invalidate_begin": Footprint(writes=(IN_PROGRESS,), kind="mmu_invalidate_seq"),
     "mmu_invalidate_range_add": Footprint(writes=(IN_PROGRESS,), step=False),
+    "mmu_invalidate_overlaps": Footprint(reads=(IN_PROGRESS,), step=False),
     "mmu_invalidate_end": Footprint(writes=(SEQ, IN_PROGRESS), kind="mmu_invalidate_seq"),
     "mmu_invalidate_seq": Footprint(reads=(SEQ,), kind="mmu_invalidate_seq"),
     "mmu_invalidate_retry_gfn": Footprint(reads=(SEQ, IN_PROGRESS), kind="mmu_invalidate_seq"),

@@ -5,6 +5,8 @@ Roles and roots of vCPUs: roots.py.  Page faults: page_fault.py.
 
 from __future__ import annotations
 
+from collections.abc import Iterable
+
 from emulator.kvm.kvm_host import (
     KVM_DIRTY_LOG_INITIALLY_SET,
     KVM_REQ_MMU_FREE_OBSOLETE_ROOTS,
@@ -80,12 +82,22 @@ def kvm_mmu_zap_all(cpu: Cpu, kvm: Kvm) -> None:
         kvm_tdp_mmu_zap_all(cpu, kvm)
 
 
+def kvm_mmu_invalidate_start(cpu: Cpu, kvm: Kvm, ranges: Iterable[tuple[int, int]]) -> None:
+    """kvm_mmu_invalidate_start() (kvm_mmu_invalidate_begin() before 7.x), under mmu_lock for write.
+
+    `ranges` are counted where they overlap with what is in progress; the caller adds each before it zaps it.
+    """
+    cpu.point("mmu_invalidate_seq", kvm.id, "write")
+    lib.mmu_invalidate_begin(cpu.m, kvm.id)
+    if any(lib.mmu_invalidate_overlaps(cpu.m, kvm.id, start, end) for start, end in ranges):
+        cpu.stat(kvm.id, lib.STAT_OVERLAPS)
+
+
 def kvm_zap_gfn_range(cpu: Cpu, kvm: Kvm, gfn_start: int, gfn_end: int) -> None:
     """kvm_zap_gfn_range(): brackets itself as an invalidation, so that faults in the range retry."""
     reason = lib.REASON_REMOTE_ZAP
     with kvm.mmu_lock.write_lock(cpu):
-        cpu.point("mmu_invalidate_seq", kvm.id, "write")
-        lib.mmu_invalidate_begin(cpu.m, kvm.id)
+        kvm_mmu_invalidate_start(cpu, kvm, ((gfn_start, gfn_end),))
         lib.mmu_invalidate_range_add(cpu.m, kvm.id, gfn_start, gfn_end)
         flush = kvm_tdp_mmu_zap_leafs(cpu, kvm, gfn_start, gfn_end, False, reason)
         ticket = lib.oracle_ticket(cpu.m, kvm.id)

@@ -9,7 +9,7 @@ Ranges are host virtual pages, [start, end).
 
 from __future__ import annotations
 
-from emulator.kvm.mmu import kvm_age_gfn, kvm_unmap_gfn_range
+from emulator.kvm.mmu import kvm_age_gfn, kvm_mmu_invalidate_start, kvm_unmap_gfn_range
 from emulator.kvm.requests import flush_elided, kvm_flush_remote_tlbs
 from emulator.kvm.structs import Kvm, KvmMemorySlot
 from emulator.runtime import Cpu, wake
@@ -60,8 +60,7 @@ def kvm_handle_hva_range(cpu: Cpu, kvm: Kvm, ranges: list[GfnRange]) -> None:
     in the end.
     """
     with kvm.mmu_lock.write_lock(cpu):
-        cpu.point("mmu_invalidate_seq", kvm.id, "write")
-        lib.mmu_invalidate_begin(cpu.m, kvm.id)
+        kvm_mmu_invalidate_start(cpu, kvm, ((start, end) for _, start, end in ranges))
         flush = False
         for slot, gfn_start, gfn_end in ranges:
             lib.mmu_invalidate_range_add(cpu.m, kvm.id, gfn_start, gfn_end)

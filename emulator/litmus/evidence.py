@@ -26,6 +26,7 @@ _STATS: Final[Mapping[str, int]] = {
     "yields": lib.STAT_YIELDS,
     "retries": lib.STAT_FAULT_RETRIES,
     "elided": lib.STAT_FLUSHES_ELIDED,
+    "overlaps": lib.STAT_OVERLAPS,
 }
 
 

@@ -66,6 +66,7 @@ can show stands apart, in the same form; anything else is expected to be as it i
     legal-stale    an entry was used between a zap and its completed flush: allowed, and must stay so
     dead-root      a root page came back as a root while old entries of it were cached
     yields, retries, tables-freed, elided, guest-invalidations    KVM or a guest did such a thing
+    overlaps       an invalidation began while another one of its pages was in progress
     nothing        the test proves by itself
 """
 
@@ -93,6 +94,7 @@ Need = Literal[
     "tables-freed",
     "elided",
     "guest-invalidations",
+    "overlaps",
     "nothing",
 ]
 Kind = Literal["vcpu", "kvm"]
