@@ -19,7 +19,7 @@ from typing import TYPE_CHECKING, Any, Self
 
 from emulator.actors.chaos import Chaos
 from emulator.actors.crew import Crew
-from emulator.actors.host import Host, UserMemory, host_pacer
+from emulator.actors.host import Host, host_pacer
 from emulator.actors.inbox import adopt_thread, release_thread
 from emulator.actors.kvm import RAM_SLOT, SECOND_SLOT, kvm_pacer
 from emulator.actors.kvm import Kvm as KvmActor
@@ -27,6 +27,7 @@ from emulator.actors.pcpu import PCpu
 from emulator.actors.rcu import RcuThread
 from emulator.actors.scheduler import Place, Scheduler
 from emulator.actors.task import VcpuTask
+from emulator.actors.user_memory import UserMemory
 from emulator.config import PAGES_PER_MIB, Scenario, VmSection
 from emulator.errors import BadInput
 from emulator.kvm.kvm_main import kvm_create_vm, kvm_set_memory_region, kvm_vm_ioctl_create_vcpu

@@ -21,7 +21,7 @@ from emulator.explore.controlled_locks import Locks
 from emulator.explore.footprints import FOOTPRINTS, LOCAL, Footprint
 from native import lib
 
-_PACKAGES = ("emulator.kvm", "emulator.litmus", "emulator.actors.task", "emulator.actors.host")
+_PACKAGES = ("emulator.kvm", "emulator.litmus", "emulator.actors.task", "emulator.actors.user_memory")
 _MODULES = ("emulator.runtime", "emulator.locks")
 
 

@@ -18,7 +18,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any, Final
 
-from emulator.actors.host import UserMemory
+from emulator.actors.user_memory import UserMemory
 from emulator.explore.control import Control
 from emulator.explore.objects import members
 from emulator.explore.sampling import RandomWalk

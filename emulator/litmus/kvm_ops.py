@@ -51,10 +51,7 @@ class HostUnmap(_Range):
     doc = "reclaim: mmu_notifier, then the frames of PAGE (COUNT pages) are free; contents go to swap"
 
     def run(self, context: Context) -> None:
-        cpu, vm = context.cpu, context.kvm.id
-        start, end = self.range()
-        with context.memory.changing(cpu, start, end):
-            lib.mm_unmap(cpu.m, cpu.id, vm, start, end, 1)
+        context.memory.reclaim(context.cpu, *self.range())
 
 
 class HostDiscard(_Range):
@@ -62,10 +59,7 @@ class HostDiscard(_Range):
     doc = "MADV_DONTNEED: the same, contents are lost (a balloon)"
 
     def run(self, context: Context) -> None:
-        cpu, vm = context.cpu, context.kvm.id
-        start, end = self.range()
-        with context.memory.changing(cpu, start, end):
-            lib.mm_unmap(cpu.m, cpu.id, vm, start, end, 0)
+        context.memory.discard(context.cpu, *self.range())
 
 
 class HostTouch(_Range):
@@ -85,10 +79,7 @@ class HostProtect(_Range):
     doc = "mprotect(PROT_READ), or KSM: nobody writes to the pages any more"
 
     def run(self, context: Context) -> None:
-        cpu, vm = context.cpu, context.kvm.id
-        start, end = self.range()
-        with context.memory.changing(cpu, start, end, lib.PROMISE_NOTIFIER_WRITE):
-            lib.mm_protect(cpu.m, cpu.id, vm, start, end, 0)
+        context.memory.protect(context.cpu, *self.range(), writable=False)
 
 
 class HostUnprotect(_Range):
@@ -96,10 +87,7 @@ class HostUnprotect(_Range):
     doc = "mprotect(PROT_READ | PROT_WRITE)"
 
     def run(self, context: Context) -> None:
-        cpu, vm = context.cpu, context.kvm.id
-        start, end = self.range()
-        with context.memory.changing(cpu, start, end):
-            lib.mm_protect(cpu.m, cpu.id, vm, start, end, 1)
+        context.memory.protect(context.cpu, *self.range(), writable=True)
 
 
 class HostMigrate(_Range):
@@ -107,10 +95,7 @@ class HostMigrate(_Range):
     doc = "migrate_pages(): each page to another frame, the old one is free"
 
     def run(self, context: Context) -> None:
-        cpu, vm = context.cpu, context.kvm.id
-        start, end = self.range()
-        with context.memory.changing(cpu, start, end):
-            lib.mm_migrate(cpu.m, cpu.id, vm, start, end)
+        context.memory.migrate(context.cpu, *self.range())
 
 
 class _Huge(KvmOp):
@@ -129,11 +114,7 @@ class HostCollapse(_Huge):
     doc = "khugepaged: one 2 MiB page for the 512 pages from PAGE on"
 
     def run(self, context: Context) -> None:
-        cpu, vm, start = context.cpu, context.kvm.id, self.number("page")
-        with context.memory.changing(cpu, start, start + HUGE_PAGES):
-            rc = lib.mm_collapse(cpu.m, cpu.id, vm, start)
-        if rc not in (lib.MACHINE_NOMEM, lib.MACHINE_AGAIN):
-            cpu.check(rc)
+        context.memory.collapse(context.cpu, self.number("page"))
 
 
 class HostSplit(_Huge):
@@ -141,10 +122,7 @@ class HostSplit(_Huge):
     doc = "__split_huge_pmd(): the same frames mapped by 4 KiB pages"
 
     def run(self, context: Context) -> None:
-        cpu, vm, start = context.cpu, context.kvm.id, self.number("page")
-        with context.memory.changing(cpu, start, start + HUGE_PAGES):
-            if lib.mm_huge(cpu.m, vm, start):
-                cpu.check(lib.mm_split(cpu.m, cpu.id, vm, start))
+        context.memory.split(context.cpu, self.number("page"))
 
 
 class HostAge(_Range):

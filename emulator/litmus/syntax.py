@@ -7,7 +7,7 @@ from difflib import get_close_matches
 from typing import TYPE_CHECKING, ClassVar, Literal, Protocol
 
 if TYPE_CHECKING:
-    from emulator.actors.host import UserMemory
+    from emulator.actors.user_memory import UserMemory
     from emulator.kvm.structs import Kvm, Vcpu
     from emulator.litmus.model import LitmusTest, VmSection
     from emulator.runtime import Cpu

@@ -11,8 +11,8 @@ import time
 from collections.abc import Iterable
 from dataclasses import dataclass
 
-from emulator.actors.host import UserMemory
 from emulator.actors.task import VcpuTask
+from emulator.actors.user_memory import UserMemory
 from emulator.errors import BadInput
 from emulator.kvm.kvm_host import (
     KVM_DIRTY_LOG_INITIALLY_SET,

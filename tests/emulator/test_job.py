@@ -7,7 +7,8 @@ from typing import Any
 
 import pytest
 
-from emulator.actors.host import Host, UserMemory
+from emulator.actors.host import Host
+from emulator.actors.user_memory import UserMemory
 from emulator.config import MachineSection, Scenario, load_scenario
 from emulator.job import Job
 from emulator.policy import preset

@@ -1,0 +1,128 @@
+"""A VMM's address space under the host: reclaim, MADV_DONTNEED, mprotect, page migration, khugepaged.
+
+Each operation brackets its change with KVM's mmu_notifier and takes the locks that Linux takes around that
+bracket, and no others.  Most take them shared, and what makes the change itself atomic, the page-table lock
+(native/mm_internal.h), is taken within the bracket.  So several invalidations of one page can be in progress
+at a time, and the later ones find nothing left to zap or to free.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import TYPE_CHECKING, Final
+
+from emulator.kvm.host_work import host_works
+from emulator.kvm.kvm_main import (
+    kvm_mmu_notifier_invalidate_range_end,
+    kvm_mmu_notifier_invalidate_range_start,
+)
+from emulator.locks import RwSemaphore
+from native import lib
+
+if TYPE_CHECKING:
+    from emulator.kvm.structs import Kvm
+    from emulator.runtime import Cpu
+
+HUGE_PAGES: Final = 512
+
+
+class UserMemory:
+    """struct mm_struct with one VMA, as all of the host's threads share it.
+
+    mmap_lock and anon_vma (the reverse map's lock) are taken in this order.  khugepaged alone holds both for
+    write, so no range becomes huge within another operation's bracket: collapse_huge_page().
+    """
+
+    def __init__(self, kvm: Kvm) -> None:
+        self.kvm = kvm
+        self.pages = kvm.gfns
+        self.mmap_lock = RwSemaphore(f"mmap_lock of VM {kvm.id}")
+        self.anon_vma = RwSemaphore(f"anon_vma of VM {kvm.id}")
+
+    def reclaim(self, cpu: Cpu, start: int, end: int) -> None:
+        """try_to_unmap(): the frames go back to the host, contents to swap.  Without mmap_lock.
+
+        A huge page that is reclaimed in part is split first (split_folio()).
+        """
+        with self.anon_vma.read_lock(cpu):
+            self._split_ends(cpu, start, end)
+            with self._invalidating(cpu, start, end):
+                lib.mm_unmap(cpu.m, cpu.id, self.kvm.id, start, end, 1)
+
+    def discard(self, cpu: Cpu, start: int, end: int) -> None:
+        """MADV_DONTNEED: the frames go back, contents are lost.
+
+        zap_pmd_range() splits a huge page after the bracket for [start, end) has begun; here, before it.
+        The difference is a moment in which faults may map the huge page again.  By then the host has changed
+        nothing, and the split's bracket invalidates all of it.
+        """
+        with self.mmap_lock.read_lock(cpu):
+            self._split_ends(cpu, start, end)
+            with self._invalidating(cpu, start, end):
+                lib.mm_unmap(cpu.m, cpu.id, self.kvm.id, start, end, 0)
+
+    def protect(self, cpu: Cpu, start: int, end: int, writable: bool) -> None:
+        """mprotect(): the VMA is split first, and with it a huge page (vma_adjust_trans_huge())."""
+        promise = lib.PROMISE_NOTIFIER if writable else lib.PROMISE_NOTIFIER_WRITE
+        with self.mmap_lock.write_lock(cpu):
+            self._split_ends(cpu, start, end)
+            with self._invalidating(cpu, start, end, promise):
+                lib.mm_protect(cpu.m, cpu.id, self.kvm.id, start, end, writable)
+
+    def migrate(self, cpu: Cpu, start: int, end: int) -> None:
+        """migrate_pages(): each page to a new frame.
+
+        try_to_migrate() invalidates whole folios, so a huge page that [start, end) touches is invalidated as
+        one.  A huge page that another thread splits meanwhile has been invalidated all the same.
+        """
+        with self.anon_vma.read_lock(cpu):
+            if self._cut(cpu, start):
+                start = start // HUGE_PAGES * HUGE_PAGES
+            if self._cut(cpu, end):
+                end = -(-end // HUGE_PAGES) * HUGE_PAGES
+            with self._invalidating(cpu, start, end):
+                lib.mm_migrate(cpu.m, cpu.id, self.kvm.id, start, end)
+
+    def collapse(self, cpu: Cpu, start: int) -> None:
+        """collapse_huge_page(): one block for the 512 pages from `start` on.  Without a free block, or with
+        nothing there, it leaves all as it is."""
+        with self.mmap_lock.write_lock(cpu), self.anon_vma.write_lock(cpu):
+            if lib.mm_huge(cpu.m, self.kvm.id, start):
+                return
+            with self._invalidating(cpu, start, start + HUGE_PAGES):
+                rc = lib.mm_collapse(cpu.m, cpu.id, self.kvm.id, start)
+                host_works(cpu, self.kvm)  # 512 pages were copied
+            if rc not in (lib.MACHINE_NOMEM, lib.MACHINE_AGAIN):
+                cpu.check(rc)
+
+    def split(self, cpu: Cpu, start: int) -> None:
+        """__split_huge_pmd(): the same frames, mapped by 4K pages."""
+        with self.mmap_lock.read_lock(cpu):
+            if lib.mm_huge(cpu.m, self.kvm.id, start):
+                self._split(cpu, start)
+
+    def _split_ends(self, cpu: Cpu, start: int, end: int) -> None:
+        """Split the huge pages that [start, end) cuts in two."""
+        for page in (start, end):
+            if self._cut(cpu, page):
+                self._split(cpu, page // HUGE_PAGES * HUGE_PAGES)
+
+    def _cut(self, cpu: Cpu, page: int) -> bool:
+        """Whether the boundary before `page` lies inside a huge page."""
+        return bool(page % HUGE_PAGES and lib.mm_huge(cpu.m, self.kvm.id, page))
+
+    def _split(self, cpu: Cpu, start: int) -> None:
+        """A bracket of its own, over all of the huge page: or a fault beside the caller's range would map it
+        huge again."""
+        with self._invalidating(cpu, start, start + HUGE_PAGES):
+            cpu.check(lib.mm_split(cpu.m, cpu.id, self.kvm.id, start))
+
+    @contextmanager
+    def _invalidating(
+        self, cpu: Cpu, start: int, end: int, promise: int = lib.PROMISE_NOTIFIER
+    ) -> Iterator[None]:
+        host_works(cpu, self.kvm)
+        kvm_mmu_notifier_invalidate_range_start(cpu, self.kvm, start, end, promise)
+        yield
+        kvm_mmu_notifier_invalidate_range_end(cpu, self.kvm, start, end)

@@ -1,0 +1,165 @@
+"""Two of the host's operations on one page at a time: which of them Linux lets overlap, and what then."""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Callable
+
+import pytest
+from rig import Guest, Rig
+from support import wait_until
+
+from emulator.actors import user_memory
+from emulator.actors.user_memory import HUGE_PAGES, UserMemory
+from emulator.kvm.structs import Kvm
+from emulator.runtime import Cpu
+from native import lib
+
+PAGE = HUGE_PAGES + 16
+Operation = Callable[[UserMemory, Cpu], None]
+
+OPERATIONS: dict[str, Operation] = {
+    "reclaim": lambda memory, cpu: memory.reclaim(cpu, PAGE, PAGE + 1),
+    "discard": lambda memory, cpu: memory.discard(cpu, PAGE, PAGE + 1),
+    "protect": lambda memory, cpu: memory.protect(cpu, PAGE, PAGE + 1, writable=False),
+    "migrate": lambda memory, cpu: memory.migrate(cpu, PAGE, PAGE + 1),
+    "collapse": lambda memory, cpu: memory.collapse(cpu, HUGE_PAGES),
+    "split": lambda memory, cpu: memory.split(cpu, HUGE_PAGES),
+}
+# mmap_lock and anon_vma, as Linux takes them: "r" shared, "w" alone.
+LOCKS = {
+    "reclaim": ("", "r"),
+    "discard": ("r", ""),
+    "protect": ("w", ""),
+    "migrate": ("", "r"),
+    "collapse": ("w", "w"),
+    "split": ("r", ""),
+}
+
+
+def exclude(first: str, second: str) -> bool:
+    pairs = zip(LOCKS[first], LOCKS[second], strict=True)
+    return any(mine and theirs and "w" in (mine, theirs) for mine, theirs in pairs)
+
+
+def during(monkeypatch: pytest.MonkeyPatch, cpu: Cpu, action: Callable[[], None], nth: int = 0) -> None:
+    """Do `action` when that CPU's invalidate_range_start has returned, the page is still there."""
+    start = user_memory.kvm_mmu_notifier_invalidate_range_start
+    seen: list[int] = []
+
+    def hooked(at: Cpu, *args: object) -> None:
+        start(at, *args)  # type: ignore[arg-type]
+        if at is cpu:
+            seen.append(1)
+            if len(seen) == nth + 1:
+                action()
+
+    monkeypatch.setattr(user_memory, "kvm_mmu_notifier_invalidate_range_start", hooked)
+
+
+def used_page(rig: Rig, huge: bool = False) -> tuple[Kvm, Guest, UserMemory]:
+    kvm = rig.vm()
+    guest, memory = rig.guest(kvm), UserMemory(kvm)
+    guest.write(0, PAGE)
+    if huge:
+        memory.collapse(rig.host, HUGE_PAGES)
+        guest.write(0, PAGE)
+    return kvm, guest, memory
+
+
+@pytest.mark.parametrize("second", OPERATIONS)
+@pytest.mark.parametrize("first", OPERATIONS)
+def test_what_overlaps(rig: Rig, monkeypatch: pytest.MonkeyPatch, first: str, second: str) -> None:
+    kvm, guest, memory = used_page(rig, huge=first == "split")
+    done: list[int] = []
+
+    def body() -> None:
+        OPERATIONS[second](memory, rig.other)
+        done.append(1)
+
+    thread = threading.Thread(target=body)
+
+    def waits() -> bool:
+        return rig.other.id in (*memory.mmap_lock._waiters, *memory.anon_vma._waiters)
+
+    def action() -> None:
+        thread.start()
+        wait_until(lambda: bool(done) or waits(), "the second operation ends or waits")
+        assert waits() == exclude(first, second)
+
+    during(monkeypatch, rig.host, action)
+    OPERATIONS[first](memory, rig.host)
+    thread.join()
+    assert done
+    guest.read(0, PAGE)
+    guest.read(0, PAGE + 1)
+    assert not rig.violations()
+    # Only a huge page is split.
+    invalidates = second != "split" or first == "split"
+    assert bool(rig.stats(kvm)["overlaps"]) == (invalidates and not exclude(first, second))
+
+
+def test_a_frame_is_freed_by_one_of_two(rig: Rig, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The second finds nothing to zap, promises all the same, and frees nothing; the contents are kept."""
+    kvm, guest, memory = used_page(rig)
+    lib.mm_fault(rig.host.m, rig.host.id, kvm.id, PAGE, 1, rig.host.page)
+    hfn = rig.host.page.hfn
+    lib.frame_write(rig.host.m, hfn, 5, 77)
+    freed = rig.counter(lib.COUNT_FRAMES_FREED)
+    zapped = rig.counter(lib.COUNT_SPTES_ZAPPED)
+    during(monkeypatch, rig.host, lambda: memory.reclaim(rig.other, PAGE, PAGE + 1))
+    memory.reclaim(rig.host, PAGE, PAGE + 1)
+    assert rig.counter(lib.COUNT_SPTES_ZAPPED) == zapped + 1
+    assert rig.counter(lib.COUNT_FRAMES_FREED) == freed + 1
+    assert lib.frame_life_of(rig.host.m, hfn) == 1
+    assert lib.mm_read(rig.host.m, kvm.id, PAGE, 5) == 77
+    assert rig.stats(kvm)["overlaps"] == 1
+    guest.read(0, PAGE)
+    assert not rig.violations()
+
+
+def test_faults_wait_for_both(rig: Rig, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The inner one has ended, the outer one has not: the merged range still holds a fault off."""
+    kvm, guest, memory = used_page(rig)
+
+    def action() -> None:
+        memory.migrate(rig.other, PAGE + 1, PAGE + 4)
+        for gfn, held_off in ((PAGE, 1), (PAGE + 3, 1), (PAGE + 4, 0), (PAGE - 1, 0)):
+            seq = lib.mmu_invalidate_seq(rig.host.m, kvm.id)
+            assert lib.mmu_invalidate_retry_gfn(rig.host.m, kvm.id, seq, gfn) == held_off
+
+    during(monkeypatch, rig.host, action)
+    memory.reclaim(rig.host, PAGE, PAGE + 2)
+    seq = lib.mmu_invalidate_seq(rig.host.m, kvm.id)
+    assert not lib.mmu_invalidate_retry_gfn(rig.host.m, kvm.id, seq, PAGE)
+    assert rig.stats(kvm)["overlaps"] == 1
+    guest.write(0, PAGE)
+    assert not rig.violations()
+
+
+def test_the_same_range_twice_is_one_invalidation(rig: Rig) -> None:
+    """The address space of SMM has the pages, too: both slots belong to one notifier."""
+    kvm, _, memory = used_page(rig)
+    rig.smm_slots(kvm)
+    memory.reclaim(rig.host, PAGE, PAGE + 1)
+    assert rig.stats(kvm)["overlaps"] == 0
+
+
+@pytest.mark.parametrize("first", ["reclaim", "discard", "protect"])
+def test_part_of_a_huge_page(rig: Rig, monkeypatch: pytest.MonkeyPatch, first: str) -> None:
+    """It is split in a bracket of its own, over all of it; then the caller's is for the caller's range."""
+    kvm, guest, memory = used_page(rig, huge=True)
+    seen: list[list[int]] = []
+
+    def held_off() -> None:
+        m, pages = rig.host.m, (HUGE_PAGES, PAGE, PAGE + 1, 2 * HUGE_PAGES - 1)
+        seq = lib.mmu_invalidate_seq(m, kvm.id)
+        seen.append([int(lib.mmu_invalidate_retry_gfn(m, kvm.id, seq, gfn)) for gfn in pages])
+
+    during(monkeypatch, rig.host, held_off)
+    during(monkeypatch, rig.host, held_off, nth=1)
+    OPERATIONS[first](memory, rig.host)
+    assert seen == [[1, 1, 1, 1], [0, 1, 0, 0]]
+    guest.read(0, PAGE)
+    guest.read(0, HUGE_PAGES)
+    assert not rig.violations()
