@@ -1,9 +1,33 @@
-"""`python -m emulator` is the command `flushlab`."""
+"""`python -m emulator` is the command `flushlab`: signals first, then the imports, then the command line."""
 
 from __future__ import annotations
 
+import os
 import sys
 
-from emulator.cli import main
+from emulator import interrupts
 
-sys.exit(main())
+
+def main() -> int:
+    """Run the command line of this process; returns the exit status."""
+    _open_standard_descriptors()
+    interrupts.install()
+    try:
+        with interrupts.held():
+            from emulator.cli import main as run
+        status = run()
+    except KeyboardInterrupt:
+        status = interrupts.INTERRUPTED
+    interrupts.ignore()
+    return status
+
+
+def _open_standard_descriptors() -> None:
+    """A file or socket that is opened later must not become standard output or standard error."""
+    while (descriptor := os.open(os.devnull, os.O_RDWR)) <= 2:
+        os.set_inheritable(descriptor, True)
+    os.close(descriptor)
+
+
+if __name__ == "__main__":
+    sys.exit(main())

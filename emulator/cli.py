@@ -1,12 +1,11 @@
 """The command line.
 
 Exit status: 0 clean, 1 violations found, 2 bad input or usage (one line on standard error), 3 internal
-failure (with traceback).
+failure (with traceback), 130 ended by a signal before there was anything to say.
 """
 
 from __future__ import annotations
 
-import signal
 import sys
 import traceback
 from collections.abc import Sequence
@@ -15,7 +14,7 @@ from typing import Annotated
 import typer
 from pydantic import BaseModel, ValidationError
 
-from emulator import __version__
+from emulator import __version__, interrupts
 from emulator.cli_compare import compare
 from emulator.cli_explain import explain
 from emulator.cli_explore import EXPLORE_EXAMPLES, EXPLORE_HELP, explore
@@ -33,6 +32,7 @@ from emulator.cli_options import (
 from emulator.cli_trace import app as trace_app
 from emulator.config import DEFAULT_SCENARIO
 from emulator.errors import BadInput
+from emulator.output import LostOutput, saying, watched
 from emulator.run import Request, run_request
 from emulator.traces import TraceError
 from emulator.validation import first_error
@@ -124,14 +124,10 @@ def _request(
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run a command line; returns the exit status and lets nothing escape."""
     try:
-        # As Ctrl-C, so that a command's processes end with it; `run` and `serve` have handlers of their own.
-        before = signal.signal(signal.SIGTERM, signal.default_int_handler)
-    except ValueError:
-        return _run(arguments)  # not the main thread
-    try:
-        return _run(arguments)
-    finally:
-        signal.signal(signal.SIGTERM, before)
+        with interrupts.installed(), watched():
+            return _run(arguments)
+    except KeyboardInterrupt:
+        return interrupts.INTERRUPTED
 
 
 def _run(arguments: Sequence[str] | None) -> int:
@@ -140,20 +136,28 @@ def _run(arguments: Sequence[str] | None) -> int:
         status = command.main(
             args=None if arguments is None else list(arguments), prog_name="flushlab", standalone_mode=False
         )
+        status = status if isinstance(status, int) else 0
+        with saying(status):
+            return status
     except (BadInput, TraceError) as error:
         return _complain(str(error))
     except typer.TyperException as error:
         return _usage(error)
     except typer.Abort:
-        return 130
-    except BrokenPipeError:
-        # Whoever read our output has seen enough.
-        sys.stdout = None
-        return 0
+        return interrupts.INTERRUPTED
+    except LostOutput as lost:
+        return _lost(lost)
     except Exception:
         traceback.print_exc()
         return INTERNAL_FAILURE
-    return status if isinstance(status, int) else 0
+
+
+def _lost(lost: LostOutput) -> int:
+    """A verdict stands, whatever became of its words; without one, output that is lost is bad input."""
+    if lost.unwanted:
+        return lost.status
+    bad = _complain(str(lost))
+    return lost.status or bad
 
 
 def _complain(line: str) -> int:

@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import json
-import sys
 from collections.abc import Sequence
 
+from emulator import interrupts
 from emulator.explore.audited import Audited, audited, by_sentence
 from emulator.explore.choices import Choices
 from emulator.litmus.model import LitmusTest
 from emulator.litmus.policies import named_policy
+from emulator.output import saying
 
 FOUND = 1
 
@@ -33,16 +34,20 @@ def audit(
     as_json: bool,
 ) -> int:
     """The exit status: 1 if there is a finding."""
-    found = []
-    for name in policies:
-        policy = named_policy(name)
-        found += [audited(test, policy, executions, seed, choices) for test in tests]
-    if as_json:
-        json.dump({"format": 1, "audited": [one.document() for one in found]}, sys.stdout, indent=1)
-        print()
-    else:
-        _print(found)
-    return 0 if all(one.clean for one in found) else FOUND
+    found: list[Audited] = []
+    pairs = [(test, name) for name in policies for test in tests]
+    interrupts.only_note()
+    for test, name in pairs:
+        if interrupts.came():
+            break
+        found.append(audited(test, named_policy(name), executions, seed, choices))
+    status = 0 if all(one.clean for one in found) else FOUND
+    with saying(status):
+        if as_json:
+            print(json.dumps({"format": 1, "audited": [one.document() for one in found]}, indent=1))
+        else:
+            _print(found)
+    return interrupts.ended(status, len(pairs) - len(found), len(pairs))
 
 
 def _print(found: Sequence[Audited]) -> None:

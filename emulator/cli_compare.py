@@ -23,6 +23,7 @@ from emulator.cli_options import (
 from emulator.console import output_console
 from emulator.errors import BadInput
 from emulator.log import Logging
+from emulator.output import Unwritable, check_file, saying
 from emulator.policy import DEFAULT, Policy
 from emulator.run import load_policy, load_scaled
 from emulator.session import Session
@@ -74,7 +75,8 @@ def compare(
     chosen = load_policies(policies or [])
     limits.check(shape)
     if html is not None:
-        _check_html(html)
+        _check_html()
+        check_file("--html", html)
     plan = Plan(
         scenario=shape,
         policies=chosen,
@@ -88,8 +90,7 @@ def compare(
     comparer = Comparer(plan, _announce)
     with Logging(LogLevel.WARNING.upper(), "text"):
         comparison = Session(comparer, None, comparer.view).execute()
-    _write(comparison, as_json, html)
-    raise typer.Exit(comparison.exit_status)
+    raise typer.Exit(_write(comparison, as_json, html))
 
 
 def load_policies(texts: list[str]) -> tuple[Policy, ...]:
@@ -113,34 +114,35 @@ def _announce(number: int, runs: int, result: Result) -> None:
         print(f"run {number} of {runs}: {result.policy_name}: {result.verdict}, {seconds}", file=sys.stderr)
 
 
-def _check_html(path: Path) -> None:
-    """Found out before minutes of running: is the library there, can the file be written?"""
+def _check_html() -> None:
+    """Find out before minutes of running whether the library is there."""
     try:
         import matplotlib  # noqa: F401
     except ImportError:
         raise BadInput(
             "--html", "matplotlib is not installed", "it: pip install 'flushlab[report]'"
         ) from None
-    try:
-        with path.open("a"):
-            pass
-    except OSError as error:
-        raise BadInput(
-            f"--html {path}", error.strerror or str(error), "a file that can be written"
-        ) from error
 
 
-def _write(comparison: Comparison, as_json: bool, html: Path | None) -> None:
+def _write(comparison: Comparison, as_json: bool, html: Path | None) -> int:
+    """The page first: what reads standard output may be slow.  Returns the exit status."""
     from emulator.compare.document import comparison_document
     from emulator.compare.table import comparison_table
 
+    lost = None
     if html is not None:
         from emulator.compare.html import write_page
 
-        write_page(comparison, html)
-    if as_json:
-        print(json.dumps(comparison_document(comparison), allow_nan=False))
-    else:
-        width = 40 + 32 * (len(comparison.columns) + 1)
-        output_console(width, highlight=False).print(comparison_table(comparison))
-    sys.stdout.flush()
+        try:
+            write_page(comparison, html)
+        except Unwritable as error:
+            lost = error
+    with saying(comparison.exit_status):
+        if as_json:
+            print(json.dumps(comparison_document(comparison), allow_nan=False))
+        else:
+            width = 40 + 32 * (len(comparison.columns) + 1)
+            output_console(width, highlight=False).print(comparison_table(comparison))
+    if lost is not None:
+        print(f"flushlab: {lost}", file=sys.stderr)
+    return comparison.exit_status

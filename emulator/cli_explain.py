@@ -16,6 +16,7 @@ from emulator.explain.document import Case, load_cases
 from emulator.explain.perfetto import perfetto
 from emulator.explain.svg import svg
 from emulator.explain.tale import as_dict, tell
+from emulator.output import write_file
 
 
 class Format(StrEnum):
@@ -67,11 +68,7 @@ def explain(
     if output is None:
         sys.stdout.write(text)
         return
-    try:
-        output.write_text(text, "utf-8")
-    except OSError as error:
-        found = error.strerror or str(error)
-        raise BadInput(f"--output {output}", found, "a path that can be written") from error
+    write_file("--output", output, text)
 
 
 def _chosen(file: Path, number: int | None) -> Case:

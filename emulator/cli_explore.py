@@ -9,7 +9,7 @@ import sys
 import time
 from collections.abc import Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 from rich.console import Console
@@ -17,11 +17,14 @@ from rich.padding import Padding
 from rich.table import Column, Table
 from rich.text import Text
 
+from emulator import interrupts
 from emulator.cli_options import FilesArgument, JobsOption, refuse
 from emulator.errors import BadInput
+from emulator.output import Unwritable, make_directory, saying
 
 if TYPE_CHECKING:
     from emulator.explore.choices import Choices
+    from emulator.explore.suite import Work
     from emulator.explore.verdict import Verdict
     from emulator.litmus.model import LitmusTest
 
@@ -45,6 +48,9 @@ EXPLORE_HELP = (
     "A counterexample is as short as it could be made; --output keeps it for --replay and for `flushlab "
     "explain`. Where no interleaving met the test's precondition (`needs`) nothing was tested, and it is "
     "inconclusive. The exit status is 1 if there is a violation or a deadlock, or an execution that fails."
+    "\n\n"
+    "Ctrl-C, SIGTERM and SIGHUP end the search; the verdicts reached so far are printed, and how many are "
+    "missing."
 )
 EXPLORE_EXAMPLES = """\
 Is the proposal sound, and if not, how does it fail?
@@ -136,7 +142,6 @@ def explore(
     from emulator.explore.verdict import STRATEGIES, Plan
     from emulator.litmus.loader import load_tests
     from emulator.litmus.policies import named_policy
-    from emulator.litmus.verdict import proofs
     from emulator.policy import DEFAULT
 
     _refuse_what_has_no_effect(context, strategy, bool(adversary), audit, replay is not None)
@@ -155,31 +160,13 @@ def explore(
         raise typer.Exit(_audit(tests, names, given, seed, choices, as_json))
     plan = Plan(strategy, executions, bound, seed=seed, depth=depth, choices=choices)
     work = [Work(test, name, plan, seconds) for test in tests for name in names]
-    started = time.monotonic()
-    verdicts = []
-    lines = None if as_json else Lines(tests, names)
     if output is not None:
-        _make(output)
+        make_directory("--output", output)
+    told = Told(work, None if as_json else Lines(tests, names), output)
+    interrupts.only_note()
     for verdict in explore_suite(work, jobs or len(os.sched_getaffinity(0))):
-        verdicts.append(verdict)
-        if lines is not None:
-            lines.print(verdict)
-        if output is not None:
-            _write(output, verdict)
-    elapsed = time.monotonic() - started
-    if as_json:
-        json.dump(
-            {"format": 1, "explored": [verdict.document() for verdict in verdicts]}, sys.stdout, indent=1
-        )
-        print()
-    else:
-        runs = sum(verdict.executions + verdict.pruned for verdict in verdicts)
-        print(f"{runs:,} executions in {elapsed:.1f} s, {runs / max(elapsed, 1e-9):,.0f} a second")
-        if len(verdicts) > 1:
-            print(proofs((v.verdict, v.test, v.policy) for v in verdicts))
-        _show_only(verdicts)
-    if any(verdict.counterexample is not None or verdict.failure for verdict in verdicts):
-        raise typer.Exit(FOUND)
+        told.take(verdict)
+    raise typer.Exit(told.end())
 
 
 def _refuse_what_has_no_effect(
@@ -197,6 +184,57 @@ def _refuse_what_has_no_effect(
         refuse(context, {"depth"}, f"with --strategy {strategy}", "--strategy pct")
     if not adversary:
         refuse(context, {"adversary_budget"}, "without --adversary", "both")
+
+
+class Told:
+    """The verdicts of a search: each is said, and its counterexample written, as soon as it is reached."""
+
+    def __init__(self, work: Sequence[Work], lines: Lines | None, output: Path | None) -> None:
+        self.work = work
+        self.lines = lines
+        self.output = output
+        self.verdicts: list[Verdict] = []
+        self.lost: Unwritable | None = None
+        self.started = time.monotonic()
+
+    @property
+    def status(self) -> int:
+        found = any(verdict.counterexample is not None or verdict.failure for verdict in self.verdicts)
+        return FOUND if found else 0
+
+    def take(self, verdict: Verdict) -> None:
+        self.verdicts.append(verdict)
+        if self.output is not None:
+            try:
+                _write(self.output, verdict)
+            except Unwritable as error:
+                self.lost = self.lost or error
+        if self.lines is not None:
+            with saying(self.status):
+                self.lines.print(verdict)
+
+    def end(self) -> int:
+        """Say the rest; returns the exit status."""
+        from emulator.litmus.verdict import proofs
+
+        elapsed = time.monotonic() - self.started
+        reached = {(verdict.test, verdict.policy) for verdict in self.verdicts}
+        missing = [(w.test.name, w.policy) for w in self.work if (w.test.name, w.policy) not in reached]
+        with saying(self.status):
+            if self.lines is None:
+                document: dict[str, Any] = {"format": 1, "explored": [v.document() for v in self.verdicts]}
+                if interrupts.came():
+                    document["not_reached"] = [{"test": test, "policy": policy} for test, policy in missing]
+                print(json.dumps(document, indent=1))
+            else:
+                runs = sum(verdict.executions + verdict.pruned for verdict in self.verdicts)
+                print(f"{runs:,} executions in {elapsed:.1f} s, {runs / max(elapsed, 1e-9):,.0f} a second")
+                if len(self.verdicts) > 1:
+                    print(proofs((v.verdict, v.test, v.policy) for v in self.verdicts))
+                _show_only(self.verdicts)
+        if self.lost is not None:
+            print(f"flushlab: {self.lost}", file=sys.stderr)
+        return interrupts.ended(self.status, len(missing), len(self.work))
 
 
 def _audit(
@@ -244,25 +282,11 @@ def _show_only(verdicts: list[Verdict]) -> None:
         print(found.violation["text"])
 
 
-def _make(directory: Path) -> None:
-    """Before hours of searching, not after."""
-    try:
-        directory.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        raise BadInput(
-            f"--output {directory}", error.strerror or str(error), "a directory to write to"
-        ) from error
-
-
 def _write(directory: Path, verdict: Verdict) -> None:
     if verdict.counterexample is None:
         return
     name = re.sub(r"[^A-Za-z0-9_.-]+", "-", f"{verdict.test}-{verdict.policy}")
-    path = directory / f"{name}.json"
-    try:
-        verdict.counterexample.write(path)
-    except OSError as error:
-        raise BadInput(str(path), error.strerror or str(error), "a file that can be written") from error
+    verdict.counterexample.write(directory / f"{name}.json")
 
 
 def _replay(path: Path, as_json: bool) -> int:
@@ -275,13 +299,13 @@ def _replay(path: Path, as_json: bool) -> int:
     except (Divergence, LitmusFailure) as error:
         print(f"flushlab explore: {path}: diverges: {error}", file=sys.stderr)
         return DIVERGED
-    if as_json:
-        json.dump(recording.document(), sys.stdout, indent=1)
-        print()
-    else:
-        print(
-            f"{recording.test} under {recording.policy}: {len(recording.steps)} steps, the same as recorded"
-        )
-        if recording.violation is not None:
-            print(recording.violation["text"])
-    return FOUND if recording.violation is not None else 0
+    status = FOUND if recording.violation is not None else 0
+    with saying(status):
+        if as_json:
+            print(json.dumps(recording.document(), indent=1))
+        else:
+            steps = f"{len(recording.steps)} steps, the same as recorded"
+            print(f"{recording.test} under {recording.policy}: {steps}")
+            if recording.violation is not None:
+                print(recording.violation["text"])
+    return status

@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 import os
 import secrets
-import sys
 import time
 from functools import partial
 from typing import Annotated
@@ -14,8 +13,10 @@ import typer
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 
+from emulator import interrupts
 from emulator.cli_options import FilesArgument, JobsOption, refuse
 from emulator.console import output_console
+from emulator.output import saying
 
 VIOLATIONS_OR_SURPRISES = 1
 EXECUTIONS = 40
@@ -29,7 +30,8 @@ LITMUS_HELP = (
     "Verdicts: safe (no violation, and the danger was there), violations (by kind), inconclusive (no "
     "violation, and nothing that could have led to one). The exit status is 1 if a verdict is not what the "
     "test expects of a preset or of a policy that it names; where nothing is expected (a policy of your "
-    "own), if there are violations."
+    "own), if there are violations. Ctrl-C, SIGTERM and SIGHUP end the run; the verdicts reached so far are "
+    "printed, and how many are missing."
 )
 EXAMPLES = """\
 All tests under all presets, in about a minute:
@@ -123,19 +125,24 @@ def litmus(
     plan = [(test, tuple(policies_for(test, chosen, mutants))) for test in tests]
     results = Results(tests, seed, (iterations, limit) if explore else None)
     started = time.monotonic()
+    interrupts.only_note()
     with _progress(as_json) as progress:
         bar = progress.add_task("litmus", total=iterations * sum(len(policies) for _, policies in plan))
         for outcome in run(plan, iterations, seed, jobs, lambda n: progress.advance(bar, n)):
             results.add(outcome)
     seconds = time.monotonic() - started
-    if as_json:
-        json.dump(results.document(), sys.stdout, indent=1)
-        print()
-    else:
-        print_results(results, output_console(200))
-        print(f"seed {seed}, {seconds:.0f} s, {results.executions / max(seconds, 1e-9):,.0f} executions/s")
-    if results.differing() or results.unforeseen():
-        raise typer.Exit(VIOLATIONS_OR_SURPRISES)
+    planned = sum(len(policies) for _, policies in plan)
+    missing = planned - len(results.outcomes)
+    results.interrupted = interrupts.came() is not None
+    status = VIOLATIONS_OR_SURPRISES if results.differing() or results.unforeseen() else 0
+    with saying(status):
+        if as_json:
+            print(json.dumps(results.document(), indent=1))
+        elif results.outcomes:
+            print_results(results, output_console(200))
+            rate = f"{results.executions / max(seconds, 1e-9):,.0f} executions/s"
+            print(f"seed {seed}, {seconds:.0f} s, {rate}")
+    raise typer.Exit(interrupts.ended(status, missing, planned))
 
 
 def _progress(quiet: bool) -> Progress:

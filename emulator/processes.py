@@ -6,34 +6,59 @@ import multiprocessing
 import os
 import signal
 import threading
-from collections.abc import Callable, Iterator
-from concurrent.futures import Future, ProcessPoolExecutor
-from contextlib import contextmanager
+from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import FIRST_COMPLETED, Future, ProcessPoolExecutor, wait
 from ctypes import c_byte
-from types import FrameType, TracebackType
+from types import TracebackType
 from typing import Any, Final, ParamSpec, TypeVar
+
+from emulator import interrupts
 
 P = ParamSpec("P")
 T = TypeVar("T")
 
-_INTERRUPTS: Final = (signal.SIGINT, signal.SIGTERM)
+# Between two looks whether a signal came.
+_TICK: Final = 0.05
 
 
 class ProcessPool(ProcessPoolExecutor):
-    """`jobs` processes, each of which calls `begin` first.  Ctrl-C does not reach them: it is for whoever
-    waits for their work.  When the pool is left, what has not begun is cancelled, and `ending` is true for
-    what has."""
+    """`jobs` processes, each of which calls `begin` first.  Signals to the process group do not end them: the
+    process that waits for their work decides.  When it is interrupted, and when the pool is left, work that
+    has not begun is cancelled, and `ending` is true for work that has."""
 
     def __init__(self, jobs: int, begin: Callable[..., None] | None = None, *arguments: Any) -> None:
         context = multiprocessing.get_context("spawn")
         # Without a lock, which a process that is killed might hold.
         self._end = context.RawValue("b", 0)
-        super().__init__(jobs, context, _begin, (self._end, begin, arguments))
+        # This starts multiprocessing's own process, which cleans up after the others.
+        with interrupts.blocked():
+            super().__init__(jobs, context, _begin, (self._end, begin, arguments))
 
     def submit(self, fn: Callable[P, T], /, *args: P.args, **kwargs: P.kwargs) -> Future[T]:
-        # This may start a process, and an interrupt before that is noted would leave one that nobody ends.
-        with _undisturbed():
+        # The first call starts the processes: an exception in between would leave some that nobody ends.
+        with interrupts.held(), interrupts.blocked():
             return super().submit(fn, *args, **kwargs)
+
+    def completed(self, futures: Sequence[Future[T]]) -> Iterator[Future[T]]:
+        """Yield each future that is done, in the order in which they end.  After a signal the rest is
+        cancelled: what has begun comes to an end soon, and is yielded."""
+        pending = set(futures)
+        while pending:
+            done, pending = wait(pending, _TICK, FIRST_COMPLETED)
+            yield from (future for future in done if not future.cancelled())
+            self._end_if_interrupted(pending)
+
+    def result(self, future: Future[T]) -> T:
+        """Wait for a result.  After a signal the work behind it comes to an end soon."""
+        while not wait([future], _TICK).done:
+            self._end_if_interrupted(())
+        return future.result()
+
+    def _end_if_interrupted(self, pending: set[Future[T]] | tuple[()]) -> None:
+        if interrupts.came() and not self._end.value:
+            self._end.value = 1
+            for future in pending:
+                future.cancel()
 
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
@@ -43,8 +68,8 @@ class ProcessPool(ProcessPoolExecutor):
 
 
 def ending() -> bool:
-    """Whether this process belongs to a pool whose results nobody waits for any more."""
-    return _Here.end is not None and bool(_Here.end.value)
+    """Whether work is to end: a signal came, or this process belongs to a pool whose work is not needed."""
+    return interrupts.came() is not None or (_Here.end is not None and bool(_Here.end.value))
 
 
 class _Here:
@@ -53,7 +78,9 @@ class _Here:
 
 def _begin(end: c_byte, begin: Callable[..., None] | None, arguments: tuple[Any, ...]) -> None:
     _Here.end = end
+    interrupts.dump_stacks_on_request()
     threading.Thread(target=_end_with_parent, daemon=True).start()
+    threading.Thread(target=_end_on_request, daemon=True).start()
     if begin is not None:
         begin(*arguments)
 
@@ -65,24 +92,9 @@ def _end_with_parent() -> None:
     os._exit(1)
 
 
-@contextmanager
-def _undisturbed() -> Iterator[None]:
-    """Signals wait for the end of the block.  Processes that are started in it never see SIGINT."""
-    if threading.current_thread() is not threading.main_thread():
-        yield  # signals interrupt the main thread only
-        return
-    came: list[int] = []
-
-    def note(number: int, frame: FrameType | None) -> None:
-        came.append(number)
-
-    handlers = {number: signal.signal(number, note) for number in _INTERRUPTS}
-    mask = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})
-    try:
-        yield
-    finally:
-        signal.pthread_sigmask(signal.SIG_SETMASK, mask)
-        for number, handler in handlers.items():
-            signal.signal(number, handler)
-    if came:
-        signal.raise_signal(came[0])
+def _end_on_request() -> None:
+    """End by the parent's own SIGTERM: a pool that lost a process ends the others so.  SIGTERM from elsewhere
+    is for the parent, which then ends the pool."""
+    while signal.sigwaitinfo({signal.SIGTERM}).si_pid != os.getppid():
+        pass
+    os._exit(1)

@@ -15,13 +15,14 @@ from emulator.compare.plots import plots
 from emulator.compare.rows import Row, Spread, bound_values, sections, spread_of, text_of
 from emulator.compare.runner import Comparison
 from emulator.compare.table import better, change
+from emulator.output import write_file
 from emulator.report import short
 
 _NOTHING = Spread(0, 0, 0)
 
 
 def write_page(comparison: Comparison, path: Path) -> None:
-    path.write_text("\n".join(_page(comparison)) + "\n", "utf-8")
+    write_file("--html", path, "\n".join(_page(comparison)) + "\n")
 
 
 def _page(comparison: Comparison) -> Iterator[str]:

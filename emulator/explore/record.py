@@ -21,6 +21,7 @@ from emulator.explore.scheduler import Divergence, Execution, Task, spelled
 from emulator.explore.world import LitmusProgram
 from emulator.litmus.loader import parse_test
 from emulator.litmus.policies import named_policy
+from emulator.output import write_file
 from emulator.policy import check_policy
 from emulator.story import Stories
 from emulator.validation import first_error, read_json
@@ -68,7 +69,7 @@ class Recording:
         }
 
     def write(self, path: Path) -> None:
-        path.write_text(json.dumps(self.document(), indent=1) + "\n", "utf-8")
+        write_file("", path, json.dumps(self.document(), indent=1) + "\n")
 
 
 class _Recorder:

@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import time
+from collections import deque
 from collections.abc import Iterator, Sequence
+from concurrent.futures import Future
 from dataclasses import dataclass
 
-from emulator.explore.verdict import Plan, Verdict, explore_verdict
+from emulator.explore.verdict import INTERRUPTED, Plan, Verdict, explore_verdict
 from emulator.litmus.model import LitmusTest
 from emulator.litmus.policies import named_policy
 from emulator.processes import ProcessPool, ending
@@ -33,9 +35,32 @@ def explore_one(work: Work, jobs: int = 1) -> Verdict:
 
 
 def explore_suite(work: Sequence[Work], jobs: int) -> Iterator[Verdict]:
-    """Verdicts in the order of the work.  A single pair is divided among the processes."""
+    """Yield verdicts in the order of the work, after a signal those that were reached.  A single pair is
+    divided among the processes."""
     if jobs <= 1 or len(work) <= 1:
-        yield from (explore_one(one, jobs) for one in work)
+        for one in work:
+            if ending():
+                return
+            yield from _reached(explore_one(one, jobs))
         return
     with ProcessPool(min(jobs, len(work))) as pool:
-        yield from pool.map(explore_one, work)
+        futures = [pool.submit(explore_one, one) for one in work]
+        done: set[Future[Verdict]] = set()
+        waiting = deque(futures)
+        for future in pool.completed(futures):
+            done.add(future)
+            while waiting and (waiting[0] in done or waiting[0].cancelled()):
+                yield from _said(waiting.popleft())
+        for future in waiting:
+            yield from _said(future)
+
+
+def _said(future: Future[Verdict]) -> Iterator[Verdict]:
+    if not future.cancelled():
+        yield from _reached(future.result())
+
+
+def _reached(verdict: Verdict) -> Iterator[Verdict]:
+    """Nothing can be said of a test in which a signal came before the first execution."""
+    if verdict.executions or verdict.failure or verdict.limit != INTERRUPTED:
+        yield verdict

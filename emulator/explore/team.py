@@ -56,7 +56,7 @@ class Team:
                 if self.stop() and future.cancel():
                     yield _NOT_BEGUN
                 else:
-                    yield future.result()
+                    yield self._others().result(future)
         finally:
             _cancel(futures)
 

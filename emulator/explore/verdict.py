@@ -28,7 +28,10 @@ from emulator.litmus.failure import LitmusFailure
 from emulator.litmus.model import INCONCLUSIVE, SAFE, LitmusTest
 from emulator.litmus.verdict import BOUNDED, FAILED, SEARCHED, VIOLATIONS
 from emulator.policy import Policy, PolicyError
+from emulator.processes import ending
 
+# What ended a search: a signal.
+INTERRUPTED = "interrupted"
 STRATEGIES = ("exhaustive", "pct", "random")
 # Executions of each kind that the exhaustive strategy begins with.
 PROBES = 200
@@ -56,7 +59,8 @@ class Plan:
 @dataclass(slots=True)
 class Verdict:
     """bound: the most preemptions that are covered completely; None with `complete`: all interleavings.
-    limit: what ended a search that is not complete: "seconds", "executions"; "" for the bound asked for.
+    limit: what ended a search that is not complete: "seconds", "executions", "interrupted"; "" for the
+    bound asked for.
     needs: dangers, any of which is the test's precondition; met: executions that met it; evidence: how often
     each danger came about in all of them together.
     failure: why some execution could not go on, as in litmus.verdict.Outcome."""
@@ -146,7 +150,11 @@ class Verdict:
 
     def _why(self) -> str:
         """Why there is no more to say."""
-        return {"seconds": ", the time was up", "executions": ", --executions were done"}.get(self.limit, "")
+        return {
+            "seconds": ", the time was up",
+            "executions": ", --executions were done",
+            INTERRUPTED: ", interrupted",
+        }.get(self.limit, "")
 
 
 Stop = Callable[[], bool]
@@ -176,7 +184,8 @@ def explore_verdict(
         program.close()
     if not verdict.complete and verdict.verdict not in (VIOLATIONS, FAILED):
         as_asked = plan.bound is not None and verdict.bound == plan.bound
-        verdict.limit = "seconds" if stop() else "" if as_asked else "executions"
+        ended = INTERRUPTED if ending() else "seconds" if stop() else ""
+        verdict.limit = ended or ("" if as_asked else "executions")
     if not verdict.met and verdict.verdict not in (VIOLATIONS, FAILED):
         verdict.verdict = INCONCLUSIVE
     return verdict

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
-from concurrent.futures import as_completed
 from dataclasses import dataclass
 
 from emulator.litmus.loader import load_test
@@ -123,12 +122,12 @@ def run_suite(
     tasks = _tasks(tests, executions, seed)
     if jobs == 1:
         for task in tasks:
-            yield from run_task(task, progress)
+            yield from run_task(task, progress)  # nothing of it after a signal
         return
     # Processes of their own: threads of one would share one interpreter lock.
     with ProcessPool(jobs) as pool:
         futures = {pool.submit(run_task, task): task for task in tasks}
-        for future in as_completed(futures):
+        for future in pool.completed(list(futures)):
             task = futures[future]
             progress(task.executions * len(task.policies))
             yield from future.result()

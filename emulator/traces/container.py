@@ -17,7 +17,6 @@ from __future__ import annotations
 
 import hashlib
 import lzma
-import os
 import struct
 from pathlib import Path
 from typing import Annotated, Any, Final
@@ -26,6 +25,7 @@ import numpy as np
 import numpy.typing as npt
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
+from emulator.output import write_file
 from emulator.traces.columns import COLUMN_NAMES, Columns, ColumnsError, decode, encode
 from emulator.traces.errors import TraceError
 from emulator.traces.model import Trace, TraceMetadata
@@ -66,15 +66,9 @@ class FileMetadata(BaseModel):
 
 
 def write_trace(path: Path, records: Records, metadata: TraceMetadata) -> int:
-    """Writes the file in one step (a reader sees the old one or the new one); returns its size."""
+    """Write the file in one step (a reader sees the old one or the new one); returns its size."""
     image = build_image(records, metadata)
-    partial = path.with_name(f".{path.name}.{os.getpid()}.part")
-    try:
-        partial.write_bytes(image)
-        partial.replace(path)
-    except OSError as error:
-        partial.unlink(missing_ok=True)
-        raise TraceError(str(path), f"cannot be written ({error.strerror})") from None
+    write_file("", path, image)
     return len(image)
 
 

@@ -10,6 +10,7 @@ from typing import BinaryIO
 
 import numpy as np
 
+from emulator.output import check_file
 from emulator.traces.container import write_trace
 from emulator.traces.errors import TraceError
 from emulator.traces.lackey import LackeyReader, Prelude
@@ -71,6 +72,7 @@ def convert(
     """
     if not output.parent.is_dir():  # said before minutes of reading, not after
         raise TraceError(str(output), "cannot be written", f"a directory {output.parent}")
+    check_file("", output)
     if name is None:
         name = output.name.removesuffix(".fltrace")
     trace = read_recording(stream, where, name, cut, description, progress)

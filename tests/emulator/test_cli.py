@@ -271,7 +271,7 @@ def test_module_is_the_command() -> None:
 HANGING = """
 import signal, sys, threading, types
 from canned import CannedJob
-from emulator import cli, session
+from emulator import cli, interrupts
 
 class Hanging(CannedJob):
     def run(self, progress, stop):
@@ -281,7 +281,9 @@ class Hanging(CannedJob):
 module = types.ModuleType("emulator.job")
 module.Job = Hanging
 sys.modules["emulator.job"] = module
-session.GIVE_UP_SECONDS = 0.5
+interrupts.GIVE_UP_SECONDS = 0.5
+interrupts.allow = lambda seconds: None
+interrupts._State.patience = 0.5
 sys.exit(cli.main(["run"]))
 """
 

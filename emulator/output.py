@@ -1,0 +1,230 @@
+"""Where results go: standard output, and files that are whole or not there.
+
+A file is written beside its place and renamed, so that a reader finds the old one or the new one, also after
+a run that was killed.  A place that is taken by something else than a regular file (a device, a directory, a
+FIFO) is refused: renaming would replace it.
+
+Standard output that takes nothing more raises `LostOutput`, which rich and typer do not mistake for something
+of theirs; the command line turns it into at most one line and an exit status.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import errno
+import io
+import os
+import secrets
+import stat
+import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any, Final, TextIO, cast
+
+from emulator import interrupts
+from emulator.errors import BadInput
+
+_KINDS: Final = {
+    stat.S_IFDIR: "a directory",
+    stat.S_IFCHR: "a device",
+    stat.S_IFBLK: "a device",
+    stat.S_IFIFO: "a FIFO",
+    stat.S_IFSOCK: "a socket",
+}
+# What a result may be called while it is being written.
+PARTIAL: Final = ".flushlab-"
+
+
+class Unwritable(BadInput):
+    """A file that a result was to go into: one line, and exit status 2 unless a verdict was said."""
+
+
+class LostOutput(Exception):
+    """Standard output took nothing more.  `status`: of the verdict that it was to take."""
+
+    def __init__(self, error: OSError, status: int = 0) -> None:
+        super().__init__(f"standard output: {error.strerror or error}")
+        # A reader that has seen enough is no failure.
+        self.unwanted = error.errno == errno.EPIPE
+        self.status = status
+
+
+# --- files ----------------------------------------------------------------------------------------------
+
+
+def write_file(where: str, path: Path, data: str | bytes) -> None:
+    """Put a file into its place in one step.  `where`: the option in front of the path, or an empty string;
+    raises Unwritable."""
+    place = _place(where, path)
+    try:
+        # Held: a signal must leave neither half a file nor one beside it.
+        with interrupts.held():
+            _replace(place, data.encode() if isinstance(data, str) else data)
+    except OSError as error:
+        raise _unwritable(where, path, error) from error
+
+
+def check_file(where: str, path: Path) -> None:
+    """Find out before hours of work, not after, whether `write_file` could do its part."""
+    place = _place(where, path)
+    try:
+        with interrupts.held():
+            _try(place.parent)
+    except OSError as error:
+        raise _unwritable(where, path, error) from error
+
+
+def make_directory(where: str, path: Path) -> None:
+    """Make a directory for results and see that a file can be made in it; raises Unwritable."""
+    try:
+        with interrupts.held():
+            path.mkdir(parents=True, exist_ok=True)
+            _try(path)
+    except OSError as error:
+        found = error.strerror or str(error)
+        raise Unwritable(f"{where} {path}".strip(), found, "a directory that can be written") from error
+
+
+def _place(where: str, path: Path) -> Path:
+    """Return the path behind symbolic links, which stay; refuse what is no regular file."""
+    try:
+        place = path.resolve()
+        mode = place.stat().st_mode
+    except FileNotFoundError:
+        return place
+    except (OSError, RuntimeError, ValueError) as error:
+        raise _unwritable(where, path, error) from error
+    if not stat.S_ISREG(mode):
+        found = f"it is {_KINDS.get(stat.S_IFMT(mode), 'no regular file')}"
+        raise Unwritable(f"{where} {path}".strip(), found, "a regular file or a new one")
+    if not os.access(place, os.W_OK):
+        raise _unwritable(where, path, PermissionError(errno.EACCES, os.strerror(errno.EACCES)))
+    return place
+
+
+def _unwritable(where: str, path: Path, error: Exception) -> Unwritable:
+    found = getattr(error, "strerror", None) or str(error)
+    return Unwritable(f"{where} {path}".strip(), found, "a file that can be written")
+
+
+def _replace(place: Path, data: bytes) -> None:
+    partial = _beside(place.parent)
+    descriptor = os.open(partial, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o666)
+    try:
+        with os.fdopen(descriptor, "wb") as file:
+            with contextlib.suppress(FileNotFoundError):
+                os.fchmod(descriptor, stat.S_IMODE(place.stat().st_mode))
+            file.write(data)
+        partial.replace(place)
+    except BaseException:
+        partial.unlink(missing_ok=True)
+        raise
+
+
+def _try(directory: Path) -> None:
+    partial = _beside(directory)
+    os.close(os.open(partial, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o666))
+    partial.unlink()
+
+
+def _beside(directory: Path) -> Path:
+    """A name of its own: the file's with something added might be too long."""
+    return directory / f"{PARTIAL}{os.getpid()}-{secrets.token_hex(4)}"
+
+
+# --- standard output ------------------------------------------------------------------------------------
+
+
+class _Closed(io.TextIOBase):
+    """Stands for a stream that was closed when the command began."""
+
+    def write(self, text: str) -> int:
+        raise OSError(errno.EBADF, "it is closed")
+
+
+class _Watched:
+    """Standard output, whose failures are LostOutput.
+
+    All else is the stream's own: rich and typer ask for the terminal, the encoding and more.
+    """
+
+    def __init__(self, stream: TextIO) -> None:
+        self._stream = stream
+
+    def write(self, text: str) -> int:
+        try:
+            return self._stream.write(text)
+        except OSError as error:
+            raise self._lost(error) from error
+
+    def flush(self) -> None:
+        try:
+            self._stream.flush()
+        except OSError as error:
+            raise self._lost(error) from error
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._stream, name)
+
+    def _lost(self, error: OSError) -> LostOutput:
+        self._discard()
+        return LostOutput(error)
+
+    def _discard(self) -> None:
+        """What is still in the buffer must not fail once more when the interpreter ends."""
+        with contextlib.suppress(OSError, ValueError):
+            nowhere = os.open(os.devnull, os.O_WRONLY | os.O_CLOEXEC)
+            os.dup2(nowhere, self._stream.fileno())
+            os.close(nowhere)
+
+
+class _Patient:
+    """Standard error: nothing that is said there is worth ending a run for."""
+
+    def __init__(self, stream: TextIO) -> None:
+        self._stream = stream
+
+    def write(self, text: str) -> int:
+        with contextlib.suppress(OSError):
+            self._stream.write(text)
+        return len(text)
+
+    def flush(self) -> None:
+        with contextlib.suppress(OSError):
+            self._stream.flush()
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._stream, name)
+
+
+@contextmanager
+def watched() -> Iterator[None]:
+    """Watch standard output and standard error while the block lasts."""
+    before = sys.stdout, sys.stderr
+    out, err = (_buffered(stream) if stream else cast(TextIO, _Closed()) for stream in before)
+    sys.stdout, sys.stderr = cast(TextIO, _Watched(out)), cast(TextIO, _Patient(err))
+    try:
+        yield
+    finally:
+        sys.stdout, sys.stderr = before
+
+
+def _buffered(stream: TextIO) -> TextIO:
+    """With PYTHONUNBUFFERED a write that a signal interrupts loses its rest: the text layer expects the layer
+    below it to write everything, and only a buffer does."""
+    if not isinstance(getattr(stream, "buffer", None), io.RawIOBase):
+        return stream
+    file = os.fdopen(stream.fileno(), "wb", closefd=False)
+    return io.TextIOWrapper(file, stream.encoding, stream.errors, line_buffering=True)
+
+
+@contextmanager
+def saying(status: int) -> Iterator[None]:
+    """Say a verdict, whose exit status is `status` also if standard output does not take it whole."""
+    try:
+        yield
+        sys.stdout.flush()
+    except LostOutput as lost:
+        lost.status = status
+        raise
