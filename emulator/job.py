@@ -16,7 +16,7 @@ from emulator.machine import Emulation
 from emulator.policy import Policy
 from emulator.preconditions import preconditions
 from emulator.receivers import Receivers, read_receivers
-from emulator.result import MachineObserver, Result, Snapshot, read_snapshot
+from emulator.result import Finder, MachineObserver, Result, Snapshot, read_snapshot
 from emulator.story import Stories
 from native import lib
 
@@ -55,6 +55,8 @@ class Job:
         self.seed = seed
         self.duration = duration
         self.observers: list[MachineObserver] = []
+        # Keeps violations while the run goes on; it may outlive this process.
+        self.finder: Finder | None = None
         self._chaos, self._unbounded, self._params = chaos, unbounded, params
         self._stop_at_violation = stop_at_violation
         self._settle, self._pace, self._wall_limit = settle, pace, wall_limit
@@ -115,7 +117,7 @@ class _Run:
             self.began = workload.clock()
             next_round = next_progress = 0.0
             while not self._over():
-                if self.stories.poll() and self.job._stop_at_violation:
+                if self._look_for_violations() and self.job._stop_at_violation:
                     break
                 self.elapsed = time.monotonic() - started
                 self.worked = workload.clock() - self.began
@@ -129,11 +131,33 @@ class _Run:
                     self._watch()
                 if self.elapsed >= next_progress:
                     next_progress = self.elapsed + _PROGRESS_SECONDS
-                    self.progress(self.snapshot())
+                    self._progress()
                 crew.stopped.wait(self._pause())
             self.elapsed = time.monotonic() - started
+            self._look_for_violations()
         finally:
             self.emulation.release()
+
+    def _look_for_violations(self) -> int:
+        """Take the core's new reports and keep those that are wanted; returns how many are new."""
+        stories, finder = self.stories, self.job.finder
+        new = stories.poll()
+        if finder is not None:
+            for index in range(len(stories) - new, len(stories)):
+                if finder.wanted(stories.kind(index), stories.has_events(index)):
+                    report = stories.report(index, self._names(), self.job.policy.mutants())
+                    finder.found(index + 1, report)
+        return new
+
+    def _progress(self) -> None:
+        snapshot = self.snapshot()
+        self.progress(snapshot)
+        if self.job.finder is not None:
+            self.job.finder.count(snapshot)
+
+    def _names(self) -> dict[int, str]:
+        """Return the actors by CPU number."""
+        return {actor.cpu.id: actor.name for actor in self.emulation.crew.actors}
 
     def _settling(self) -> bool:
         return bool(self.job._settle) and self.before is None
@@ -191,7 +215,6 @@ class _Run:
             receivers = tuple(now.less(then) for now, then in zip(receivers, self.before[1], strict=True))
         # The guests go on until the machine has stopped, and the books with them.
         worked = snapshot.counters["accesses"] / job._pace if job._pace else self.worked
-        names = {actor.cpu.id: actor.name for actor in self.emulation.crew.actors}
         return Result(
             snapshot=snapshot,
             scenario=job.scenario.name,
@@ -200,7 +223,7 @@ class _Run:
             policy_overrides=job.policy.overrides(),
             policy_given=job.policy.given(),
             seed=job.seed,
-            reports=self.stories.finish(names, job.policy.mutants()),
+            reports=self.stories.finish(self._names(), job.policy.mutants()),
             preconditions=preconditions(snapshot, self.emulation),
             cycles=modelled_cycles(
                 job.scenario.cost_table, snapshot.counters, snapshot.vms, snapshot.flushes

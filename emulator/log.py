@@ -95,7 +95,10 @@ class _Intercept(logging.Handler):
 
 def _describe_fields(record: Record) -> None:
     fields = {key: value for key, value in record["extra"].items() if key != "_fields"}
-    record["extra"]["_fields"] = "".join(f" {key}={value}" for key, value in fields.items())
+    short = [f" {key}={value}" for key, value in fields.items() if "\n" not in str(value)]
+    # A text of several lines stands by itself below.
+    long = [f"\n{value}" for value in fields.values() if "\n" in str(value)]
+    record["extra"]["_fields"] = "".join(short + long)
 
 
 def _as_json(record: Record) -> str:

@@ -50,9 +50,7 @@ def document(result: Result) -> dict[str, Any]:
         "histograms": {name: _histogram(histogram) for name, histogram in snapshot.histograms.items()},
         "receivers": [asdict(group) for group in result.receivers],
         "violations": dict(snapshot.violations),
-        "reports": [
-            {"kind": r.kind, "kinds": list(r.kinds), "text": r.text, **r.details} for r in result.reports
-        ],
+        "reports": [report_document(report) for report in result.reports],
         "preconditions": dict(result.preconditions),
         "cycles": {
             "flush": _cycles(result, "flush"),
@@ -70,6 +68,11 @@ def document(result: Result) -> dict[str, Any]:
             ],
         },
     }
+
+
+def report_document(report: Report) -> dict[str, Any]:
+    """One violation for programs."""
+    return {"kind": report.kind, "kinds": list(report.kinds), "text": report.text, **report.details}
 
 
 def _policy(result: Result) -> dict[str, Any]:

@@ -38,6 +38,16 @@ class MachineObserver(Protocol):
     def machine_down(self) -> None: ...
 
 
+class Finder(Protocol):
+    """Keeps violations at the moment they are found: the first of each kind, and some that can be drawn."""
+
+    def wanted(self, kind: str, has_events: bool) -> bool: ...
+
+    def found(self, number: int, report: Report) -> None: ...
+
+    def count(self, snapshot: Snapshot) -> None: ...
+
+
 @dataclass(frozen=True, slots=True)
 class Histogram:
     """Durations in buckets of powers of two: bucket i holds those of at most 2^i nanoseconds."""

@@ -9,6 +9,7 @@ from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 from loguru import logger
 
@@ -16,7 +17,9 @@ from emulator import limits
 from emulator.config import Scenario, load_scenario
 from emulator.console import output_console
 from emulator.errors import BadInput
+from emulator.findings import Findings
 from emulator.log import LogFormat, Logging
+from emulator.output import make_directory, saying
 from emulator.policy import DEFAULT, Policy, check_answer, parse_setting, spelled_policy
 from emulator.report import document, exit_status, summary
 from emulator.result import Result
@@ -52,7 +55,8 @@ def run_request(request: Request) -> int:
     address = _metrics_address(request.metrics)
     limits.check(scenario)
     if request.report_dir is not None:
-        _make_directory(request.report_dir)
+        make_directory("--report-dir", request.report_dir)
+    findings = Findings(request.report_dir, _head(request, scenario, policy))
     with Logging(request.log_level, request.log_format), ExitStack() as stack:
         collector = MachineCollector(
             {"policy": policy.name, "scenario": scenario.name}, per_cpu=request.metrics_per_cpu
@@ -60,10 +64,14 @@ def run_request(request: Request) -> int:
         if address is not None:
             endpoint = stack.enter_context(_endpoint(collector, *address))
             logger.info("serving metrics", url=endpoint.url)
-        result = _run(request, scenario, policy, collector)
+        result = _run(request, scenario, policy, collector, findings)
         _log_end(result)
-    _write(request, result)
-    return exit_status(result)
+    return _write(request, result, findings)
+
+
+def _head(request: Request, scenario: Scenario, policy: Policy) -> dict[str, Any]:
+    """Which run a file is about."""
+    return {"scenario": scenario.name, "policy": policy.name, "seed": request.seed}
 
 
 def load_scaled(name: str, pcpus: int | None) -> Scenario:
@@ -81,7 +89,9 @@ def load_policy(name: str, settings: tuple[str, ...]) -> Policy:
     return policy.with_settings(answers) if answers else policy
 
 
-def _run(request: Request, scenario: Scenario, policy: Policy, collector: MachineCollector) -> Result:
+def _run(
+    request: Request, scenario: Scenario, policy: Policy, collector: MachineCollector, findings: Findings
+) -> Result:
     # Imported late: `flushlab list` and bad input need no engine.
     from emulator.job import Job
 
@@ -95,6 +105,7 @@ def _run(request: Request, scenario: Scenario, policy: Policy, collector: Machin
         unbounded=request.unbounded,
     )
     job.observers.append(collector)
+    job.finder = findings
     logger.info("starting", scenario=scenario.name, policy=policy.name, seed=request.seed)
     return Session(job, duration).execute()
 
@@ -134,31 +145,15 @@ def _endpoint(collector: MachineCollector, host: str, port: int) -> Iterator[End
         endpoint.__exit__(None, None, None)
 
 
-def _write(request: Request, result: Result) -> None:
-    if request.as_json:
-        print(json.dumps(document(result), allow_nan=False))
-    else:
-        output_console(120, highlight=False).print(summary(result))
-    sys.stdout.flush()
-    if request.report_dir is not None:
-        _write_files(request.report_dir, result)
-
-
-def _write_files(directory: Path, result: Result) -> None:
-    whole = document(result)
-    (directory / "result.json").write_text(json.dumps(whole, indent=1, allow_nan=False) + "\n")
-    for number, report in enumerate(whole["reports"], start=1):
-        path = directory / f"violation-{number:04}.json"
-        path.write_text(json.dumps(report, indent=1, allow_nan=False) + "\n")
-
-
-def _make_directory(directory: Path) -> None:
-    try:
-        directory.mkdir(parents=True, exist_ok=True)
-        # Found out now, not after half an hour of running.
-        probe = directory / ".flushlab"
-        probe.touch()
-        probe.unlink()
-    except OSError as error:
-        found = error.strerror or str(error)
-        raise BadInput(f"--report-dir {directory}", found, "a directory that can be written") from error
+def _write(request: Request, result: Result, findings: Findings) -> int:
+    """Files first: what reads standard output may be slow.  Returns the exit status."""
+    status = exit_status(result)
+    lost = findings.finish(result)
+    with saying(status):
+        if request.as_json:
+            print(json.dumps(document(result), allow_nan=False))
+        else:
+            output_console(120, highlight=False).print(summary(result))
+    if lost is not None:
+        print(f"flushlab: {lost}", file=sys.stderr)
+    return status

@@ -50,20 +50,39 @@ class Stories:
                 self._reports.append((copy, self._events_of(len(self._reports))))
         return len(self._reports) - before
 
+    def __len__(self) -> int:
+        return len(self._reports)
+
+    def kind(self, index: int) -> str:
+        """Return the kind of a report that `poll` has taken."""
+        return _kinds(self._reports[index][0])[0]
+
+    def has_events(self, index: int) -> bool:
+        return bool(self._reports[index][1])
+
+    def report(self, index: int, names: dict[int, str], mutants: Iterable[str]) -> Report:
+        """Return one report as `finish` does: the events' owners by CPU number, the answers that may be to
+        blame."""
+        report, events = self._reports[index]
+        return _report(report, events, names, tuple(mutants))
+
     def _events_of(self, report: int) -> list[Event]:
         n = lib.oracle_report_events(self._m, report, self._events, _EVENTS_KEPT)
         return sorted((Event.of_core(self._events[i]) for i in range(n)), key=lambda event: event.time)
 
     def finish(self, names: dict[int, str], mutants: Iterable[str]) -> tuple[Report, ...]:
-        """All reports, most telling first: the events' owners by CPU number, the answers that may be to
-        blame."""
+        """Return all reports in the order in which they came."""
         self.poll()
         blame = tuple(mutants)
-        return tuple(_report(report, events, names, blame) for report, events in self._reports)
+        return tuple(self.report(index, names, blame) for index in range(len(self)))
+
+
+def _kinds(r: Any) -> tuple[str, ...]:
+    return tuple(kind for i, kind in enumerate(VIOLATION_KINDS) if r.kinds >> i & 1) or ("deadlock",)
 
 
 def _report(r: Any, events: list[Event], names: dict[int, str], blame: tuple[str, ...]) -> Report:
-    kinds = tuple(kind for i, kind in enumerate(VIOLATION_KINDS) if r.kinds >> i & 1) or ("deadlock",)
+    kinds = _kinds(r)
     details = _details(r, kinds, events, names, blame)
     plot = Plot(Facts.of_report(details), events)
     stall = kinds[0].endswith("stall") or kinds[0] == "deadlock"
