@@ -75,6 +75,8 @@ static bool of_vcpus(const struct violation_report *r, uint64_t vcpu)
 /* Faults, entries and exits flood the rings; entries and exits are story_entry()'s. */
 static bool concerns(const struct violation_report *r, const struct event *e)
 {
+	bool lost = r->kinds & 1u << VIOLATION_LOST_DIRTY;
+
 	if (e->kind == EVENT_ROOT_FREE)
 		return e->a == r->entry.ep4ta;
 	if (e->vm != EVENT_NO_VM && e->vm != r->vm && e->vm != r->entry.vm)
@@ -101,6 +103,15 @@ static bool concerns(const struct violation_report *r, const struct event *e)
 		return e->cpu == r->cpu || e->cpu == r->promise_cpu;
 	case EVENT_IPI:
 		return e->cpu == r->promise_cpu || e->more == IPI_INVEPT_SINGLE || e->more == IPI_INVEPT_GLOBAL;
+	case EVENT_STORE:
+		return lost && e->b == r->gfn;
+	case EVENT_COPY:
+	case EVENT_LOG_CLEAR:
+		return lost && r->gfn - e->a < 64 && e->b >> (r->gfn - e->a) & 1;
+	case EVENT_LOG_ARM:
+	case EVENT_LOG_GET:
+	case EVENT_LOG_END:
+		return lost;
 	case EVENT_SPECULATE:
 		return e->cpu == r->cpu && e->b == r->entry.page;
 	case EVENT_GUEST_INVALIDATE:

@@ -31,7 +31,7 @@ int guest_create(struct machine *m, struct vcpu *vcpu)
 	for (uint32_t i = 0; i < GUEST_EVENTS; i++)
 		g->due[i] = UINT64_MAX;
 	g->random = 1;
-	g->clock = 1;
+	g->clock = (uint64_t)vcpu->id << GUEST_CLOCK_VCPU | 1;
 	vcpu->guest = g;
 	return 0;
 }

@@ -83,6 +83,9 @@ int guest_speculate(struct machine *m, uint32_t cpu, uint64_t linear);
 void guest_boot(struct machine *m, uint32_t vcpu);
 /* Guest-physical frames that this vCPU's OS uses now. */
 uint64_t guest_frames_used(struct machine *m, uint32_t vcpu);
+/* Accesses and changes so far; the vCPU's number stands above bit GUEST_CLOCK_VCPU.  It is what the guest stores, so
+ * no two stores of a machine are of one value. */
+enum { GUEST_CLOCK_VCPU = 48 };
 uint64_t guest_clock(struct machine *m, uint32_t vcpu);
 /* Skip the instruction that exited (MMIO emulated by user space). */
 void guest_skip(struct machine *m, uint32_t vcpu);

@@ -59,7 +59,7 @@ struct guest {
 	struct guest_process process[GUEST_PROCESSES];
 	uint32_t processes;
 	uint32_t current;
-	uint64_t clock;        /* accesses and changes so far; only grows */
+	uint64_t clock;        /* guest_clock(); only grows */
 	uint64_t due[GUEST_EVENTS]; /* clock at which it is time; UINT64_MAX: never */
 	uint64_t random;
 	bool paged;            /* the OS is one that turns paging on */

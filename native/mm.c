@@ -299,7 +299,7 @@ void mm_destroy(struct machine *m, struct vm *vm)
 	}
 	heap_free(m->heap, mm->entry);
 	heap_free(m->heap, mm->region);
-	heap_free(m->heap, mm->image.words);
+	mm_image_destroy(m, (uint32_t)(vm - m->vms));
 	heap_free(m->heap, mm);
 	vm->mm = NULL;
 }

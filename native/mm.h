@@ -57,10 +57,17 @@ int mm_huge(struct machine *m, uint32_t vm, uint64_t hva);
 int mm_image_create(struct machine *m, uint32_t vm, uint64_t start, uint64_t n);
 void mm_image_destroy(struct machine *m, uint32_t vm);
 /* Copy the pages set in a bitmap word (bit i: hva base + i), as user space reads them while vCPUs run.  Returns
- * pages copied. */
-uint64_t mm_image_copy(struct machine *m, uint32_t vm, uint64_t base, uint64_t mask);
+ * pages copied, or MACHINE_NOMEM. */
+int64_t mm_image_copy(struct machine *m, uint32_t vm, uint64_t base, uint64_t mask);
+/* Copy every page of the image. */
+int64_t mm_image_copy_all(struct machine *m, uint32_t vm);
+/* Copies so far that have found their page changed. */
+uint64_t mm_image_changed(struct machine *m, uint32_t vm);
 /* First page (hva) from `from` on whose contents differ from the image, or -1.  Only while no vCPU runs. */
 int64_t mm_image_differs(struct machine *m, uint32_t vm, uint64_t from);
+/* 1 if this page does; *value: its first word that does; what a guest stored there is the
+ * clock of its vCPU then (guest.h). */
+int mm_image_lost(struct machine *m, uint32_t vm, uint64_t hva, uint64_t *value);
 /* One 64-bit word as user space reads it, without faulting the page in. */
 uint64_t mm_read(struct machine *m, uint32_t vm, uint64_t hva, uint32_t word);
 /* end api */

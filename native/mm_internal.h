@@ -22,9 +22,10 @@ struct mm_region {
 };
 
 struct mm_image {
-	uint64_t *words;
+	uint64_t **page; /* NULL: all zeros */
 	uint64_t start;
 	uint64_t n;
+	uint64_t changed;
 };
 
 struct mm {

@@ -111,6 +111,12 @@ enum event_kind {
 	EVENT_UNLOAD,    /* VMCLEAR by IPI: vcpu */
 	EVENT_SPECULATE, /* a translation filled without an access: vcpu, linear page (gfn without paging) */
 	EVENT_EVICT,     /* cached mappings that no flush took: page, or how many; enum evicted */
+	EVENT_STORE,     /* a store of a guest program: vcpu, gfn; more: the guest's clock, which is the value stored */
+	EVENT_LOG_ARM,   /* user space logs a VM's slots from now on, and has copied them whole: slots */
+	EVENT_LOG_GET,   /* user space has read a dirty log: first gfn of the slot, pages that the log named */
+	EVENT_LOG_CLEAR, /* user space has cleared marks in a dirty log: first gfn, pages asked for as bits */
+	EVENT_LOG_END,   /* user space has given its migration up */
+	EVENT_COPY,      /* user space has copied pages: first page, mask */
 	EVENTS
 };
 enum evicted { EVICT_PAGE, EVICT_TABLES, EVICT_PHYSICAL };

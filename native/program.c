@@ -261,6 +261,14 @@ static enum walk_result take_away(struct walk *w, const struct guest_op *op, uin
 
 /* --- steps -------------------------------------------------------------------------------------------------- */
 
+/* The gfn behind a page to which the guest has just stored. */
+static uint64_t stored_to(const struct guest *g, uint64_t page)
+{
+	const struct guest_page *gp = g->config.paging ? guest_page_find(g, g->current, page) : NULL;
+
+	return gp ? gp->gfn : page;
+}
+
 static enum walk_result do_access(struct walk *w, struct accesses *a, const struct guest_op *op, uint64_t *budget)
 {
 	uint64_t record = (uint64_t)op->kind << 62 | (op->linear & UINT64_C(0xffffffffffff));
@@ -271,6 +279,9 @@ static enum walk_result do_access(struct walk *w, struct accesses *a, const stru
 	a->checks++;
 	if (r != WALK_DONE)
 		return r;
+	if (op->kind == GUEST_OP_WRITE)
+		event_record_more(w->m, w->cpu->id, event_of(w->vcpu->vm, EVENT_STORE), w->vcpu->id,
+				  stored_to(w->guest, op->linear >> 12), w->guest->clock);
 	w->guest->clock++;
 	--*budget;
 	return r;

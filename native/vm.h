@@ -68,6 +68,7 @@ enum vm_stat {
 	STAT_SMIS,                 /* enter_smm */
 	STAT_RESETS,               /* kvm_vcpu_reset of a vCPU that ran */
 	STAT_OVERLAPS,             /* invalidations that began while one of their pages was being invalidated */
+	STAT_DIRTY_COMPARED,       /* pages that were written while they were logged, and compared with their copies */
 	VM_STATS
 };
 void vm_stat_add(struct machine *m, uint32_t vm, uint32_t stat, uint64_t n);

@@ -1,20 +1,19 @@
 """The VMM's thread that makes a VM's ioctls: memory slots and dirty logging.
 
-Dirty logging is used for what it is for: user space really copies the reported pages into an image, and after
-the last, paused round the image must equal the guest's memory.  A page that differs was written without being
-logged: a lost dirty bit, proven end to end.
+Dirty logging is used for what it is for: a migration's copy of the reported pages, which is compared with the
+guest's memory after the last, paused round (emulator.actors.image).
 """
 
 from __future__ import annotations
 
 import math
-import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from random import Random
 from typing import TYPE_CHECKING, Any
 
 from emulator.actors.base import MachineActor
+from emulator.actors.image import Image
 from emulator.actors.scheduler import Pause, Resume
 from emulator.kvm import structs
 from emulator.kvm.kvm_host import KVM_MEM_LOG_DIRTY_PAGES
@@ -24,7 +23,7 @@ from emulator.kvm.reset import apic_send_init
 from emulator.kvm.smm import kvm_inject_smi
 from emulator.kvm.tdp_roots import flush_workqueue
 from emulator.workload import KVM_ACTIVITIES, Pacer, Workload
-from native import ffi, lib
+from native import lib
 
 if TYPE_CHECKING:
     from pykka import ActorRef, Future
@@ -69,7 +68,6 @@ class Kvm(MachineActor):
         self.pacer = pacer
         self.rng = rng
         self.dirty_rounds = 0
-        self.pages_copied = 0
         has_worker = kvm.policy.may_answer("root_put", ("async",))
         self._longest_sleep_us = _WORKQUEUE_US if has_worker else math.inf
         self._actions: dict[str, Callable[[], None]] = {
@@ -125,17 +123,16 @@ class Kvm(MachineActor):
         """Arm, copy everything, copy what gets dirty, pause, copy the rest, compare, disarm."""
         slot = self.kvm.memslots[0].by_id[RAM_SLOT]
         self._set_logging(slot, KVM_MEM_LOG_DIRTY_PAGES)
-        self.cpu.check(lib.mm_image_create(self.cpu.m, self.kvm.id, slot.userspace_addr, slot.npages))
+        image = Image(self.cpu, self.kvm, slot.userspace_addr, slot.npages)
         try:
-            self._copy(slot, _every_page(slot))
             for _ in range(_ROUNDS):
                 self._sleep(_BETWEEN_ROUNDS_US)
-                self._copy(slot, kvm_vm_ioctl_get_dirty_log(self.cpu, self.kvm, RAM_SLOT))
+                self._read_and_copy(image, slot)
             with self._vcpus_paused():
-                self._copy(slot, kvm_vm_ioctl_get_dirty_log(self.cpu, self.kvm, RAM_SLOT))
-                self._compare()
+                self._read_and_copy(image, slot)
+                image.compare(self.cpu)
         finally:
-            lib.mm_image_destroy(self.cpu.m, self.kvm.id)
+            image.destroy(self.cpu)
         self._set_logging(slot, 0)
         self.dirty_rounds += 1
 
@@ -152,12 +149,11 @@ class Kvm(MachineActor):
             self.cpu, self.kvm, slot.id, slot.base_gfn, slot.npages, slot.userspace_addr, flags
         )
 
-    def _copy(self, slot: structs.KvmMemorySlot, words: list[int]) -> None:
-        """Copy the pages of a bitmap, 64 to a word."""
-        m, vm, base = self.cpu.m, self.kvm.id, slot.userspace_addr
-        for i, mask in enumerate(words):
-            if mask:
-                self.pages_copied += lib.mm_image_copy(m, vm, base + 64 * i, mask)
+    def _read_and_copy(self, image: Image, slot: structs.KvmMemorySlot) -> None:
+        words = kvm_vm_ioctl_get_dirty_log(self.cpu, self.kvm, slot.id)
+        named = sum(word.bit_count() for word in words)
+        self.cpu.event(lib.EVENT_LOG_GET, slot.base_gfn, named, self.kvm.id)
+        image.copy(self.cpu, slot.userspace_addr, words)
 
     @contextmanager
     def _vcpus_paused(self) -> Iterator[None]:
@@ -169,25 +165,6 @@ class Kvm(MachineActor):
         finally:
             self.scheduler.tell(Resume(self.kvm.id))
 
-    def _compare(self) -> None:
-        """Nobody writes now: where memory and image differ, the log missed a write."""
-        page = lib.mm_image_differs(self.cpu.m, self.kvm.id, 0)
-        while page >= 0:
-            report = ffi.new("struct violation_report *")
-            report.kinds = 1 << lib.VIOLATION_LOST_DIRTY
-            report.cpu = report.promise_cpu = self.cpu.id
-            report.vm = self.kvm.id
-            report.gfn = page
-            report.promise = lib.PROMISE_DIRTY_LOG
-            report.time = report.promise_time = time.monotonic_ns()
-            lib.oracle_report(self.cpu.m, self.cpu.id, report)
-            page = lib.mm_image_differs(self.cpu.m, self.kvm.id, page + 1)
-
 
 def kvm_pacer(workload: Workload, vms: int, rng: Random) -> Pacer:
     return Pacer(workload, KVM_ACTIVITIES, 1.0 / vms, rng)
-
-
-def _every_page(slot: structs.KvmMemorySlot) -> list[int]:
-    whole, rest = divmod(slot.npages, 64)
-    return [(1 << 64) - 1] * whole + ([(1 << rest) - 1] if rest else [])

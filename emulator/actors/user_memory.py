@@ -8,7 +8,7 @@ at a time, and the later ones find nothing left to zap or to free.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import TYPE_CHECKING, Final
 
@@ -39,6 +39,8 @@ class UserMemory:
         self.pages = kvm.gfns
         self.mmap_lock = RwSemaphore(f"mmap_lock of VM {kvm.id}")
         self.anon_vma = RwSemaphore(f"anon_vma of VM {kvm.id}")
+        # Called with the pages that user space discards: no log of KVM's names them, user space knows.
+        self.discarded: Callable[[Cpu, int, int], None] = lambda cpu, start, end: None
 
     def reclaim(self, cpu: Cpu, start: int, end: int) -> None:
         """try_to_unmap(): the frames go back to the host, contents to swap.  Without mmap_lock.
@@ -61,6 +63,7 @@ class UserMemory:
             self._split_ends(cpu, start, end)
             with self._invalidating(cpu, start, end):
                 lib.mm_unmap(cpu.m, cpu.id, self.kvm.id, start, end, 0)
+                self.discarded(cpu, start, end)
 
     def protect(self, cpu: Cpu, start: int, end: int, writable: bool) -> None:
         """mprotect(): the VMA is split first, and with it a huge page (vma_adjust_trans_huge())."""

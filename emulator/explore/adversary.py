@@ -249,7 +249,7 @@ class Adversary:
             walks = bit("custody") | bit("custody of tables") | bit("ept") | self.walked(pcpu)
             walks |= self.control.custody_of_root()
             # Flags of the guest's tables.
-            flags = bit("memory", vm) if place.paging else 0
+            flags = bit("memory", vm) | self.control.contents(vm, None) if place.paging else 0
             cached = bit("cached", pcpu, vm, page)
             fills = cached | bit("speculative fills")
             label = ("speculative fill of", f"page {page:#x}", "write")

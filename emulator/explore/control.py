@@ -110,6 +110,7 @@ class Control:
         self.vm_of_vcpu: dict[int, int] = {}
         self.memory = Memory()
         self.paging: frozenset[int] = frozenset()  # VMs whose guests have page tables
+        self.logging: frozenset[int] = frozenset()  # VMs whose memory is copied by what a dirty log names
         self.programs: dict[int, Any] = {}  # what each vCPU's guest executes
         self.adversary: Adversary | None = None
         self.queues = 0  # of stores that are not visible yet (store_buffers.py)
@@ -307,6 +308,14 @@ class Control:
         ops = self.programs[vcpu]
         position = lib.guest_program_position(self.machine.m, vcpu)
         return ops[position] if position < len(ops) else None
+
+    def contents(self, vm: int, page: int | None) -> int:
+        """Return what a store of the guest changes of the contents that user space copies.  `page` None:
+        flags in the guest's tables."""
+        if vm not in self.logging:
+            return 0
+        contents = self.bit("contents", vm)
+        return contents if page is None or vm in self.paging else contents | self.bit("contents", vm, page)
 
     def vm_of(self, vcpu: int) -> int:
         return self.vm_of_vcpu.get(vcpu, 0)

@@ -21,7 +21,13 @@ from emulator.explore.controlled_locks import Locks
 from emulator.explore.footprints import FOOTPRINTS, LOCAL, Footprint
 from native import lib
 
-_PACKAGES = ("emulator.kvm", "emulator.litmus", "emulator.actors.task", "emulator.actors.user_memory")
+_PACKAGES = (
+    "emulator.kvm",
+    "emulator.litmus",
+    "emulator.actors.image",
+    "emulator.actors.task",
+    "emulator.actors.user_memory",
+)
 _MODULES = ("emulator.runtime", "emulator.locks")
 
 

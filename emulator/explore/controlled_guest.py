@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import Any, Final
 
 from emulator.explore.control import Control
+from emulator.explore.objects import bits
 from emulator.explore.scheduler import Execution
 from native import lib
 
@@ -91,6 +92,8 @@ class GuestMode:
             execution.touch(0, ept)
         if stored:
             execution.touch(0, memory)
+            if reason != lib.EXIT_EPT_VIOLATION or vm in control.paging:
+                execution.touch(0, control.contents(vm, op.linear >> 12))
         self._performed(execution, cpu, vm, op, walked)
         control.judge()
         return reason
@@ -107,6 +110,26 @@ class GuestMode:
             lambda: lib.signal_get(m, slot) >= value or bool(lib.cpu_attention(m, cpu)),
             f"{value} operations of thread {slot}",
         )
+
+    def mm_image_copy(self, m: Any, vm: int, base: int, mask: int) -> int:
+        """Copy pages in one step, which conflicts with stores to them; with paging a store may go to any
+        page.  The host moves contents, and does not change them."""
+        control = self.control
+        if control.execution is not None:
+            pages = [base + offset for offset in bits(mask)]
+            reads = control.objects.mask(("contents", vm, page) for page in pages)
+            if vm in control.paging:
+                reads = control.bit("contents", vm)
+            label = ("copy", tuple(pages), "read")
+            control.execution.step(label, reads | control.everything, 0)
+        return int(lib.mm_image_copy(m, vm, base, mask))
+
+    def mm_image_copy_all(self, m: Any, vm: int) -> int:
+        control = self.control
+        if control.execution is not None:
+            reads = control.bit("contents", vm) | control.everything
+            control.execution.step(("copy", "all pages", "read"), reads, 0)
+        return int(lib.mm_image_copy_all(m, vm))
 
     def mm_fault(self, m: Any, cpu: int, vm: int, hva: int, write: int, page: Any) -> int:
         control = self.control

@@ -201,8 +201,8 @@ FOOTPRINTS: dict[str, Footprint] = {
     "mm_split": Footprint(writes=(*_MM, ("frames", "block")), kind="mm"),
     "mm_huge": Footprint(reads=(("mm", 1),), step=False),
     "mm_present": Footprint(reads=(("mm", 1),), step=False),
-    "mm_image_copy": Footprint(reads=(("memory", 1), ("mm", 1)), kind="mm"),
-    "mm_image_differs": Footprint(reads=(("memory", 1), ("mm", 1)), kind="mm"),
+    "mm_image_differs": Footprint(reads=(("contents", 1),), kind="compare"),
+    "mm_image_lost": Footprint(reads=(("contents", 1),), step=False),
     "frame_block_custody": Footprint(reads=(CUSTODY,), step=False),
     # progress of litmus tests' threads
     "signal_add": Footprint(writes=(("progress", 1),), step=False),
@@ -251,6 +251,10 @@ LOCAL = frozenset(
         "machine_stopping",
         "make_nonleaf_spte",
         "make_spte",
+        # Of an image, under user space's lock; its contents are the copies' to see to (GuestMode).
+        "mm_image_changed",
+        "mm_image_create",
+        "mm_image_destroy",
         "oracle_counts",
         "oracle_reports",
         "rcu_pending",

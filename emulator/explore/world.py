@@ -20,7 +20,7 @@ from emulator.litmus.failure import KVM_FAILS, LitmusFailure, failure_text
 from emulator.litmus.model import LitmusTest, Section
 from emulator.litmus.ops import Op
 from emulator.litmus.verdict import proven
-from emulator.litmus.world import LitmusThread, World, machine_config, rcu_cpu
+from emulator.litmus.world import VMM, LitmusThread, World, machine_config, rcu_cpu
 from emulator.policy import Policy
 from emulator.runtime import Cpu, Machine
 from native import VIOLATION_KINDS, lib
@@ -129,6 +129,7 @@ class LitmusProgram:
         control.paging = frozenset(
             kvm.id for kvm, section in zip(world.kvms, self.test.vm, strict=True) if section.paging
         )
+        control.logging = frozenset(world.kvms[vm].id for vm in world.logging)
         self._take_pcpus()
         if not self._rebuilds:
             self._keep()
@@ -194,7 +195,7 @@ class LitmusProgram:
             yield
         except KVM_FAILS as error:
             alone = self.world.alone
-            raise LitmusFailure(failure_text(alone[0].name if alone else who, error)) from error
+            raise LitmusFailure(failure_text(alone.name if alone else who, error)) from error
 
     def finish(self, execution: Execution) -> str:
         """... Raises LitmusFailure."""
@@ -210,6 +211,8 @@ class LitmusProgram:
                 return ""
             self._run_final()
             self._found = self._evidence.found(self.world.kvms)
+            self._end_migrations()
+            self._found |= self._evidence.compared(self.world.kvms)
         return ", ".join(
             kind
             for kind, n, before in zip(VIOLATION_KINDS, control.violations(), control.known, strict=True)
@@ -233,7 +236,7 @@ class LitmusProgram:
             lib.ipi_hold(m, number, 1)
 
     def _run_final(self) -> None:
-        if not self.test.final:
+        if not self.test.final and not self.world.logging:
             return
         m = self.machine.m
         for number in range(self.machine.pcpus):
@@ -243,6 +246,10 @@ class LitmusProgram:
         with self._told("final"):
             self.world.run_final()
 
+    def _end_migrations(self) -> None:
+        with self._told(VMM):
+            self.world.end_migrations()
+
     # --- for recordings -------------------------------------------------------------------------------------
 
     def names(self) -> dict[int, str]:
@@ -250,8 +257,7 @@ class LitmusProgram:
         names = {number: f"pcpu{number}" for number in range(self.machine.pcpus)}
         for thread in self.world.threads.values():
             names[thread.home.id] = thread.name
-        names[rcu_cpu(self.machine).id] = "rcu"
-        return names
+        return names | {rcu_cpu(self.machine).id: "rcu", self.world.main.id: VMM}
 
     def task_names(self) -> list[str]:
         """In the order in which they are spawned."""

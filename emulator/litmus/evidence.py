@@ -46,6 +46,11 @@ class Evidence:
         """Return what came about since `begin`, by need; the VMs are those of then."""
         return {name: n - self._before[name] for name, n in self._now(kvms).items()}
 
+    def compared(self, kvms: Iterable[Kvm]) -> dict[str, int]:
+        """Return how many pages were compared when the VMs' migrations ended, which comes after all else."""
+        m = self._machine.m
+        return {"dirty-compared": sum(lib.vm_stat(m, kvm.id, lib.STAT_DIRTY_COMPARED) for kvm in kvms)}
+
     def _now(self, kvms: Iterable[Kvm]) -> dict[str, int]:
         m = self._machine.m
         lib.counters_sum(m, self._counters)

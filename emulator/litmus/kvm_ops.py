@@ -19,19 +19,22 @@ from emulator.kvm.kvm_main import (
     kvm_vm_ioctl_get_dirty_log,
 )
 from emulator.kvm.mmu import kvm_mmu_zap_all_fast, kvm_zap_gfn_range
+from emulator.litmus.migration import WORD, Migration
 from emulator.litmus.syntax import HUGE_PAGES, Arg, Context, KvmOp, Op, check_huge
 from native import lib
 
 if TYPE_CHECKING:
+    from emulator.kvm.structs import Kvm
     from emulator.litmus.model import LitmusTest
+    from emulator.runtime import Cpu
 
 SLOT = 0
+SMM_SLOT = 1
 _LINGER_MICROSECONDS = 150
 # Far below what counts as being stuck.
 _MOST_LINGERS = 10_000
 _RANGE = (Arg("page", "page"), Arg("count", "count", 1))
 _PAGE = (Arg("page", "page"),)
-_LOG_WORD = 64
 
 
 class _Range(KvmOp):
@@ -188,10 +191,11 @@ class FlushRemote(KvmOp):
 
 class SlotDelete(KvmOp):
     verb = "slot-delete"
-    doc = "KVM_SET_USER_MEMORY_REGION: memslot 0 is deleted"
+    doc = "KVM_SET_USER_MEMORY_REGION: memslot 0 is deleted; if it was logged, the migration is given up"
 
     def run(self, context: Context) -> None:
-        kvm_set_memory_region(context.cpu, context.kvm, SLOT, 0, 0, 0)
+        with context.migration.given_up(context.cpu):
+            kvm_set_memory_region(context.cpu, context.kvm, SLOT, 0, 0, 0)
 
 
 class SlotCreate(KvmOp):
@@ -199,43 +203,66 @@ class SlotCreate(KvmOp):
     doc = "... and created again"
 
     def run(self, context: Context) -> None:
-        kvm_set_memory_region(context.cpu, context.kvm, SLOT, 0, context.vm.pages, 0)
+        slot = context.migration.slots[0]
+        kvm_set_memory_region(context.cpu, context.kvm, slot.id, 0, slot.npages, 0)
+
+
+def _set_logging(context: Context, flags: int) -> None:
+    for slot in context.migration.slots:
+        kvm_set_memory_region(context.cpu, context.kvm, slot.id, 0, slot.npages, 0, flags, slot.as_id)
 
 
 class LogArm(KvmOp):
     verb = "log-arm"
-    doc = "dirty logging of memslot 0 begins"
+    doc = "dirty logging of memslot 0, and of its like in SMM, begins; user space copies all memory"
 
     def run(self, context: Context) -> None:
-        pages = context.vm.pages
-        kvm_set_memory_region(context.cpu, context.kvm, SLOT, 0, pages, 0, KVM_MEM_LOG_DIRTY_PAGES)
+        _set_logging(context, KVM_MEM_LOG_DIRTY_PAGES)
+        context.migration.begin(context.cpu)
 
 
 class LogDisarm(KvmOp):
     verb = "log-disarm"
-    doc = "... and ends: huge pages are recovered"
+    doc = "dirty logging ends, huge pages are recovered; user space gives its migration up"
 
     def run(self, context: Context) -> None:
-        kvm_set_memory_region(context.cpu, context.kvm, SLOT, 0, context.vm.pages, 0)
+        with context.migration.given_up(context.cpu):
+            _set_logging(context, 0)
 
 
 class LogGet(KvmOp):
     verb = "log-get"
-    doc = "KVM_GET_DIRTY_LOG of memslot 0"
+    doc = "KVM_GET_DIRTY_LOG; user space copies the pages that it names (with manual protection, owes them)"
 
     def run(self, context: Context) -> None:
-        kvm_vm_ioctl_get_dirty_log(context.cpu, context.kvm, SLOT)
+        read_dirty_logs(context.cpu, context.kvm, context.migration)
 
 
 class LogClear(KvmOp):
     verb = "log-clear"
-    doc = "KVM_CLEAR_DIRTY_LOG of the 64 pages around PAGE, as reported dirty or not"
+    doc = (
+        "KVM_CLEAR_DIRTY_LOG of the 64 pages around PAGE: those that log-get has named and that were not "
+        "cleared since, or all if it was not called; user space copies them"
+    )
     args = _PAGE
 
     def run(self, context: Context) -> None:
-        first = self.number("page") & -_LOG_WORD
-        pages = min(_LOG_WORD, context.vm.pages - first)
-        kvm_vm_ioctl_clear_dirty_log(context.cpu, context.kvm, SLOT, first, pages, [(1 << pages) - 1])
+        cpu, migration, number = context.cpu, context.migration, self.number("page") // WORD
+        for slot in migration.slots:
+            pages = min(WORD, slot.npages - WORD * number)
+            if pages <= 0:
+                continue
+            wanted = migration.wanted(cpu, slot, number) & (1 << pages) - 1
+            kvm_vm_ioctl_clear_dirty_log(
+                cpu, context.kvm, slot.id, WORD * number, pages, [wanted], slot.as_id
+            )
+            migration.cleared(cpu, slot, number, wanted)
+
+
+def read_dirty_logs(cpu: Cpu, kvm: Kvm, migration: Migration) -> None:
+    """Read the logs of all slots, and copy what they name."""
+    for slot in migration.slots:
+        migration.named(cpu, slot, kvm_vm_ioctl_get_dirty_log(cpu, kvm, slot.id, slot.as_id))
 
 
 class Rcu(KvmOp):

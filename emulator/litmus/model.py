@@ -67,6 +67,7 @@ can show stands apart, in the same form; anything else is expected to be as it i
     dead-root      a root page came back as a root while old entries of it were cached
     yields, retries, tables-freed, elided, guest-invalidations    KVM or a guest did such a thing
     overlaps       an invalidation began while another one of its pages was in progress
+    dirty-compared a page was written while it was logged, and compared with its copy at the end
     nothing        the test proves by itself
 """
 
@@ -78,6 +79,7 @@ from typing import Annotated, Literal, Self
 
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, PrivateAttr, model_validator
 
+from emulator.litmus.kvm_ops import SLOT, SMM_SLOT
 from emulator.litmus.ops import Op, OpError, parse_op
 from native import VIOLATION_KINDS
 
@@ -95,6 +97,7 @@ Need = Literal[
     "elided",
     "guest-invalidations",
     "overlaps",
+    "dirty-compared",
     "nothing",
 ]
 Kind = Literal["vcpu", "kvm"]
@@ -132,6 +135,12 @@ class VmSection(Section):
     resched_chunks: int = Field(default=0, ge=0, le=1024, strict=True)
     eager_page_split: bool = True
     dirty_log: Literal["protect", "manual", "initially-set"] = "protect"
+
+    @property
+    def slots(self) -> tuple[tuple[int, int, int], ...]:
+        """The memslots: address space, number, pages.  Guest page 0 is page 0 of user memory in each."""
+        slot = (0, SLOT, self.pages if self.smram is None else self.smram)
+        return (slot, (1, SMM_SLOT, self.pages)) if self.smm_slots or self.smram is not None else (slot,)
 
     @model_validator(mode="after")
     def _a_level_for_each(self) -> Self:

@@ -19,7 +19,7 @@ from emulator.litmus.evidence import Evidence, add
 from emulator.litmus.failure import KVM_FAILS, LitmusFailure, failure_text
 from emulator.litmus.model import LitmusTest
 from emulator.litmus.verdict import Outcome
-from emulator.litmus.world import LitmusThread, World, machine_config, rcu_cpu
+from emulator.litmus.world import VMM, LitmusThread, World, machine_config, rcu_cpu
 from emulator.policy import Policy
 from emulator.result import Report
 from emulator.runtime import Cpu, Machine, MachineStopped, Mode
@@ -90,7 +90,7 @@ class Worker(threading.Thread):
             except MachineStopped:
                 pass
             except BaseException as error:
-                self.runner.failed(self.thread, error)
+                self.runner.failed(self.thread.name, error)
             self.runner.arrived()
 
 
@@ -136,8 +136,8 @@ class Runner:
 
     # --- called by other threads ----------------------------------------------------------------------------
 
-    def failed(self, thread: LitmusThread, error: BaseException) -> None:
-        self.errors.append((thread.name, error))
+    def failed(self, thread: str, error: BaseException) -> None:
+        self.errors.append((thread, error))
         self.machine.stop()
 
     def arrived(self) -> None:
@@ -149,11 +149,10 @@ class Runner:
 
     def look_at_sequences(self) -> None:
         alone = None if self._world is None else self._world.alone
-        if alone is None or time.monotonic() - alone[2] < STUCK_SECONDS:
+        if alone is None or time.monotonic() - alone.since < STUCK_SECONDS:
             return
-        thread, ops, _ = alone
-        what = "; ".join(op.text for op in ops)
-        self.failed(thread, LitmusFailure(f"{thread.name}: {what!r} waits for ever: nobody else runs"))
+        failure = LitmusFailure(f"{alone.name}: {alone.what!r} waits for ever: nobody else runs")
+        self.failed(alone.name, failure)
 
     # --- running --------------------------------------------------------------------------------------------
 
@@ -204,8 +203,10 @@ class Runner:
         if self.errors:
             raise MachineStopped
         world.run_final()
-        outcome.executions += 1
         add(outcome.evidence, self._evidence.found(world.kvms))
+        world.end_migrations()
+        add(outcome.evidence, self._evidence.compared(world.kvms))
+        outcome.executions += 1
         self._judge(outcome, violations, seed, world)
 
     def _stuck(self, world: World) -> None:
@@ -232,7 +233,7 @@ class Runner:
         """Of this execution, the first of each kind."""
         names = {cpu.id: f"pcpu{cpu.id}" for cpu in self.machine.cpus[: self.machine.pcpus]}
         names |= {thread.home.id: name for name, thread in world.threads.items()}
-        names[rcu_cpu(self.machine).id] = "rcu"
+        names |= {rcu_cpu(self.machine).id: "rcu", world.main.id: VMM}
         found: dict[str, Report] = {}
         for report in Stories(self.machine.m).finish(names, world.policy.mutants()):
             found.setdefault(report.kind, report)

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, ClassVar, Literal, Protocol
 if TYPE_CHECKING:
     from emulator.actors.user_memory import UserMemory
     from emulator.kvm.structs import Kvm, Vcpu
+    from emulator.litmus.migration import Migration
     from emulator.litmus.model import LitmusTest, VmSection
     from emulator.runtime import Cpu
 
@@ -155,6 +156,10 @@ class Context(Protocol):
     @property
     def memory(self) -> UserMemory:
         """The VMM's address space behind the VM."""
+
+    @property
+    def migration(self) -> Migration:
+        """The VMM's side of the VM's dirty log."""
 
     @property
     def vcpu(self) -> Vcpu:

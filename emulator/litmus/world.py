@@ -31,7 +31,8 @@ from emulator.kvm.roots import kvm_mmu_after_set_cpuid
 from emulator.kvm.structs import Kvm, KvmParams, Vcpu
 from emulator.litmus.failure import LitmusFailure
 from emulator.litmus.guest_program import GuestProgram
-from emulator.litmus.kvm_ops import SLOT
+from emulator.litmus.kvm_ops import LogArm, read_dirty_logs
+from emulator.litmus.migration import Migration, RamSlot
 from emulator.litmus.model import LitmusTest, ThreadSection, VmSection
 from emulator.litmus.ops import GuestOp, Op, Wait
 from emulator.locks import Mutex
@@ -39,7 +40,8 @@ from emulator.policy import Policy
 from emulator.runtime import Cpu, Machine, cpu_relax
 from native import lib
 
-SMM_SLOT = 1
+# What runs on the CPU that is no thread's: user space, before and after the threads.
+VMM = "vmm"
 # Turns without an instruction that a guest is given where nobody else runs.
 _TURNS = 200
 _DIRTY_LOG = {
@@ -74,6 +76,14 @@ def machine_config(test: LitmusTest, seed: int) -> dict[str, int]:
 def rcu_cpu(machine: Machine) -> Cpu:
     """Where grace periods are waited for, and callbacks run."""
     return machine.cpus[machine.pcpus + 1]
+
+
+def _logging(test: LitmusTest) -> frozenset[int]:
+    """The VMs of the test that log at some time."""
+    sequences = (*test.parsed_init, *test.parsed_final)
+    ops = [(section.vm, op) for section in test.threads.values() for op in section.parsed]
+    ops += [(test.threads[name].vm, op) for name, op in sequences]
+    return frozenset(vm for vm, op in ops if isinstance(op, LogArm))
 
 
 @dataclass(frozen=True, slots=True)
@@ -138,6 +148,10 @@ class LitmusThread:
     @property
     def memory(self) -> UserMemory:
         return self.world.memories[self.section.vm]
+
+    @property
+    def migration(self) -> Migration:
+        return self.world.migrations[self.section.vm]
 
     @property
     def vcpu(self) -> Vcpu:
@@ -238,6 +252,15 @@ class LitmusThread:
             cpu_relax(self.cpu)
 
 
+@dataclass(frozen=True, slots=True)
+class Alone:
+    """What a thread, or user space ("vmm"), does while nothing else runs; `since` by the monotonic clock."""
+
+    name: str
+    what: str
+    since: float
+
+
 class PcpuLock:
     """Who is on a pCPU: one thread at a time."""
 
@@ -265,12 +288,14 @@ class World:
         self.main = machine.cpus[machine.pcpus]
         self.kvms: list[Kvm] = []
         self.memories: list[UserMemory] = []
+        self.migrations: list[Migration] = []
+        self.logging = _logging(test)
         # The thread that each CPU works for now.
         self._on: dict[int, LitmusThread] = {}
         self.pcpu_locks = [PcpuLock(i) for i in range(machine.pcpus)]
         self.threads: dict[str, LitmusThread] = {}
-        # What of init or final is being done, and since when: then nobody else runs.
-        self.alone: tuple[LitmusThread, tuple[Op, ...], float] | None = None
+        # What of init or final is being done: then nobody else runs.
+        self.alone: Alone | None = None
         for number, (name, section) in enumerate(test.threads.items()):
             thread = self.threads[name] = LitmusThread(self, number, name, section)
             self._on[thread.home.id] = thread
@@ -338,12 +363,14 @@ class World:
         kvm = kvm_create_vm(cpu, section.pages, self.policy, params)
         self.kvms.append(kvm)
         self.memories.append(UserMemory(kvm))
+        slots = tuple(RamSlot(*slot) for slot in section.slots)
+        migration = Migration(kvm, slots, len(self.migrations) in self.logging)
+        self.memories[-1].discarded = migration.discarded
+        self.migrations.append(migration)
         if section.dirty_log != "protect":
             kvm_vm_ioctl_enable_manual_dirty_log(cpu, kvm, _DIRTY_LOG[section.dirty_log])
-        end = section.pages if section.smram is None else section.smram
-        kvm_set_memory_region(cpu, kvm, SLOT, 0, end, 0)
-        if section.smm_slots or section.smram is not None:
-            kvm_set_memory_region(cpu, kvm, SMM_SLOT, 0, section.pages, 0, as_id=1)
+        for slot in slots:
+            kvm_set_memory_region(cpu, kvm, slot.id, 0, slot.npages, 0, as_id=slot.as_id)
         for number in range(section.vcpus):
             vcpu = kvm_vm_ioctl_create_vcpu(cpu, kvm)
             if section.tdp_levels:
@@ -361,6 +388,7 @@ class World:
             kvm_destroy_vm(self.main, kvm)
         self.kvms.clear()
         self.memories.clear()
+        self.migrations.clear()
 
     def run_init(self) -> None:
         self._run_sequence(self._init)
@@ -370,10 +398,21 @@ class World:
 
     def _run_sequence(self, sequence: list[tuple[LitmusThread, tuple[Op, ...]]]) -> None:
         for thread, ops in sequence:
-            self.alone = thread, ops, time.monotonic()
+            self.alone = Alone(thread.name, "; ".join(op.text for op in ops), time.monotonic())
             thread.enter_pcpu()
             thread.do(ops, report=False)
             thread.leave_pcpu()
+        self.alone = None
+
+    def end_migrations(self) -> None:
+        """After all threads and `final`: VMs that still log are paused and end as a live migration does."""
+        for kvm, migration in zip(self.kvms, self.migrations, strict=True):
+            if not migration.logs:
+                continue
+            self.alone = Alone(VMM, f"the last log-get of VM {kvm.id}", time.monotonic())
+            if migration.image is not None:
+                read_dirty_logs(self.main, kvm, migration)
+            migration.finish(self.main)
         self.alone = None
 
     def thread_on(self, cpu: Cpu) -> LitmusThread | None:
