@@ -14,19 +14,28 @@ from native import ffi, lib
 
 class Remains(LitmusProgram):
     """A litmus test whose outcome is, besides violations: roots and leaf SPTEs with all their bits, where
-    vCPUs are and what is requested of them, and the translations in TLBs with what they allow."""
+    vCPUs are and what is requested of them, dirty logs and how copies differ, and the translations in TLBs
+    with what they allow."""
+
+    _left: str
 
     def finish(self, execution: Execution) -> str:
+        self._left = ""
         outcome = super().finish(execution)
         if execution.stopped or execution.deadlock or not execution.clean:
             return outcome
+        return f"{outcome}\n{self._left}"
+
+    def _end_migrations(self) -> None:
+        """Which reads the logs once more, and write-protects what they name: look before."""
         kvms = self.world.kvms
         roots = [
             self._root(kvm, root, section.pages)
             for kvm, section in zip(kvms, self.test.vm, strict=True)
             for root in kvm.tdp_mmu_roots
         ]
-        return "\n".join((outcome, *roots, *map(self._vcpus, kvms), *self._tlbs()))
+        self._left = "\n".join((*roots, *map(self._vcpus, kvms), *map(self._logs, kvms), *self._tlbs()))
+        super()._end_migrations()
 
     def _root(self, kvm: Kvm, root: KvmMmuPage, pages: int) -> str:
         leafs = ", ".join(f"{gfn:#x} {spte:#x}" for gfn, spte in self._leafs(root, pages))
@@ -46,6 +55,16 @@ class Remains(LitmusProgram):
             f"v{vcpu.id} on {lib.vcpu_cpu(m, vcpu.id)} {lib.kvm_requests(m, vcpu.id):#x}"
             for vcpu in kvm.vcpus
         )
+
+    def _logs(self, kvm: Kvm) -> str:
+        """Marks, and the pages that differ from their copies."""
+        slots = [slot for slots in kvm.memslots for slot in slots.slots]
+        marks = [page for slot in slots for page, mark in enumerate(slot.dirty_bitmap or b"") if mark]
+        differ, page = [], lib.mm_image_differs(self.machine.m, kvm.id, 0)
+        while page >= 0:
+            differ.append(page)
+            page = lib.mm_image_differs(self.machine.m, kvm.id, page + 1)
+        return f"dirty {marks} copies differ {differ}"
 
     def _tlbs(self) -> Iterator[str]:
         for pcpu in range(self.machine.pcpus):

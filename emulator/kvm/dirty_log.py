@@ -70,6 +70,17 @@ def _clear(cpu: Cpu, slot: KvmMemorySlot, bitmap: bytearray, offset: int, mask: 
         mask ^= bit
 
 
+def _reap(cpu: Cpu, kvm: Kvm, slot: KvmMemorySlot, bitmap: bytearray, offset: int, mask: int) -> int:
+    """Take the marks out, then write-protect: a write in between is copied, because user space copies later.
+    Return how many SPTEs lost W.  Mutant L2 has the order from before 2.6.34."""
+    if "L2" in kvm.policy.bugs:
+        changed = kvm_arch_mmu_enable_log_dirty_pt_masked(cpu, kvm, slot, offset, mask)
+        _clear(cpu, slot, bitmap, offset, mask)
+        return changed
+    _clear(cpu, slot, bitmap, offset, mask)
+    return kvm_arch_mmu_enable_log_dirty_pt_masked(cpu, kvm, slot, offset, mask)
+
+
 def kvm_vm_ioctl_get_dirty_log(cpu: Cpu, kvm: Kvm, slot_id: int, as_id: int = 0) -> list[int]:
     """kvm_get_dirty_log_protect(): the pages written since the last time.
 
@@ -85,8 +96,7 @@ def kvm_vm_ioctl_get_dirty_log(cpu: Cpu, kvm: Kvm, slot_id: int, as_id: int = 0)
             for offset, mask in _words(cpu, slot, bitmap, range(0, slot.npages, _WORD)):
                 words.append(mask)
                 if mask:
-                    _clear(cpu, slot, bitmap, offset, mask)
-                    changed += kvm_arch_mmu_enable_log_dirty_pt_masked(cpu, kvm, slot, offset, mask)
+                    changed += _reap(cpu, kvm, slot, bitmap, offset, mask)
                     if "P32" in kvm.policy.bugs and not any(words[:-1]):
                         write_protect_flush(cpu, kvm, slot, changed > 0)
         _flush_and_promise(cpu, kvm, slot, 0, words, changed)
@@ -116,8 +126,7 @@ def kvm_vm_ioctl_clear_dirty_log(
                 mask = wanted & dirty
                 reaped.append(mask)
                 if mask:
-                    _clear(cpu, slot, bitmap, offset, mask)
-                    changed += kvm_arch_mmu_enable_log_dirty_pt_masked(cpu, kvm, slot, offset, mask)
+                    changed += _reap(cpu, kvm, slot, bitmap, offset, mask)
         _flush_and_promise(cpu, kvm, slot, first_page, reaped, changed)
 
 

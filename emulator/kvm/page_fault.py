@@ -81,7 +81,7 @@ def kvm_tdp_page_fault(cpu: Cpu, vcpu: Vcpu, fault: KvmPageFault) -> int:
 
 def fast_page_fault(cpu: Cpu, vcpu: Vcpu, fault: KvmPageFault) -> int:
     """fast_page_fault(): gives a write-protected SPTE its W back, and an access-tracked one R and X, without
-    mmu_lock.
+    mmu_lock.  Mutant L3 marks first.
 
     Only where MMU-writable says that nothing but dirty logging or aging took W.  W first, then the mark: the
     log is reaped by write-protecting after it was read, so a write is either in this log or faults again.
@@ -107,9 +107,12 @@ def fast_page_fault(cpu: Cpu, vcpu: Vcpu, fault: KvmPageFault) -> int:
             return RET_PF_INVALID  # the fault splits it instead
         if new_spte == spte or not is_access_allowed(fault, new_spte):
             return RET_PF_INVALID
+        early = "L3" in vcpu.kvm.policy.bugs
+        if track and early:
+            mark_page_dirty_in_slot(cpu, slot, fault.gfn)
         if not tdp_mmu_set_spte_atomic(cpu, vcpu.kvm, entry, new_spte):
             return RET_PF_RETRY
-        if track:
+        if track and not early:
             mark_page_dirty_in_slot(cpu, slot, fault.gfn)
         return RET_PF_FIXED
 

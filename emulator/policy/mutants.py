@@ -142,6 +142,30 @@ MUTANTS: dict[str, Mutant] = {
             expected=("guest-stale",),
         ),
         Mutant(
+            name="L1",
+            doc="reaping a dirty log does not write-protect the pages that it takes out: nothing logs the "
+            "next write",
+            source="2673127d8ae2 and its like, 6.8",
+            bugs=("L1",),
+            expected=("lost-dirty",),
+        ),
+        Mutant(
+            name="L2",
+            doc="a dirty log is write-protected before its marks are taken: the mark of a write in between "
+            "goes with them",
+            source="edde99ce0529, 2.6.34",
+            bugs=("L2",),
+            expected=("lost-dirty",),
+        ),
+        Mutant(
+            name="L3",
+            doc="fast_page_fault() marks the page before it makes the SPTE writable: the log is reaped in "
+            "between",
+            source="the comment in fast_pf_fix_direct_spte()",
+            bugs=("L3",),
+            expected=("lost-dirty",),
+        ),
+        Mutant(
             name="P1",
             doc="the last look at requests comes before mode = IN_GUEST_MODE: both sides miss each other",
             source="Documentation/virt/kvm/vcpu-requests.rst",

@@ -173,6 +173,27 @@ def test_image(rig: Rig) -> None:
     assert lib.mm_image_differs(rig.m, 0, 0) == 150
 
 
+def test_an_image_knows_what_has_changed(rig: Rig) -> None:
+    value = ffi.new("uint64_t *")
+    for hva in (0, 5, 511):
+        write(rig, hva, 1000 + hva)
+    assert lib.mm_image_create(rig.m, 0, 0, 512) == 0
+    assert lib.mm_image_copy_all(rig.m, 0) == 512
+    assert lib.mm_image_changed(rig.m, 0) == 3, "the others hold zeros, as the image does"
+    assert lib.mm_image_copy(rig.m, 0, 0, 0b100001) == 2
+    assert lib.mm_image_changed(rig.m, 0) == 3
+    write(rig, 5, 77)
+    assert lib.mm_image_lost(rig.m, 0, 0, value) == 0
+    assert (lib.mm_image_lost(rig.m, 0, 5, value), value[0]) == (1, 77)
+    assert lib.mm_image_copy(rig.m, 0, 0, 0b100001) == 2
+    assert lib.mm_image_changed(rig.m, 0) == 4
+    lib.mm_unmap(rig.m, CPU, 0, 5, 6, 0)
+    assert (lib.mm_image_lost(rig.m, 0, 5, value), value[0]) == (1, 0), "given up: zeros again"
+    assert lib.mm_image_copy(rig.m, 0, 5, 1) == 1
+    assert lib.mm_image_differs(rig.m, 0, 0) == -1
+    lib.mm_image_destroy(rig.m, 0)
+
+
 HVA = st.integers(0, 1100)
 OPERATION = st.one_of(
     st.tuples(st.just("write"), HVA, st.integers(1, 1 << 60)),

@@ -7,16 +7,20 @@ from collections.abc import Hashable, Iterable
 from pathlib import Path
 from typing import NamedTuple
 
+import pytest
+
 from emulator.explore.controlled import installed
 from emulator.explore.dpor import Exhaustive
 from emulator.explore.objects import Objects
+from emulator.explore.record import record
 from emulator.explore.remains import Remains
 from emulator.explore.scheduler import Execution, Label, Task
 from emulator.explore.search import Found, Limits, search
 from emulator.explore.world import LitmusProgram
 from emulator.kvm import tdp_iter
-from emulator.litmus.loader import load_test
+from emulator.litmus.loader import load_test, parse_test
 from emulator.litmus.policies import named_policy
+from emulator.policy import Policy
 from native import lib
 
 
@@ -268,3 +272,39 @@ def test_kvms_own_look_at_a_table_races_its_freeing(tmp_path: Path) -> None:
     test = 'doc = "d"\nsource = "s"\n[[vm]]\n[threads.k]\nops = []\n[threads.r]\nops = []\n[expect]\n'
     found, _ = searched(written(tmp_path, test), "linux-7.3", 100, LateLook)
     assert found.outcome == "walk-after-free"
+
+
+def test_copies_conflict_with_stores_to_the_same_page() -> None:
+    """What was copied before or after a store decides at the end; only pages that are copied matter to it."""
+    text = """doc = "d"
+source = "s"
+init = ["v0: write 0x10", "k: log-arm", "v0: write 0x10"]
+[threads.v0]
+vcpu = 0
+ops = ["write 0x10", "write 0x11"]
+[threads.k]
+ops = ["wait v0 2", "log-get", "log-disarm", "log-arm"]
+"""
+    program = LitmusProgram(parse_test(text, "t", None), Policy())
+    try:
+        with installed(program.control):
+            steps = record(program, ()).steps
+    finally:
+        program.close()
+    stores = {step["text"]: set(step["writes"]) for step in steps if step["kind"] == "write"}
+    assert {"contents 0", "contents 0 16"} <= stores["write 0 16"]
+    assert {"contents 0", "contents 0 17"} <= stores["write 0 17"]
+    copies = [step for step in steps if step["kind"] == "copy"]
+    assert [(step["object"], step["reads"]) for step in copies] == [
+        ("16 17", ["contents 0 16", "contents 0 17"]),
+        ("all pages", ["contents 0"]),
+    ]
+    assert [step["reads"] for step in steps if step["kind"] == "compare"] == [["contents 0"]]
+
+
+@pytest.mark.parametrize(
+    ("test", "policy"),
+    [("log-order", "mutant:L2"), ("log-races-write", "mutant:L1"), ("log-races-write", "mutant:L3")],
+)
+def test_lost_marks_are_found_by_the_reduced_search(test: str, policy: str) -> None:
+    assert searched(test, policy, 200, bound=2)[0].outcome == "lost-dirty"
