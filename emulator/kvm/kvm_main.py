@@ -9,6 +9,7 @@ from emulator.kvm.dirty_log import (
 )
 from emulator.kvm.memslots import kvm_set_memory_region
 from emulator.kvm.mmu_notifier import (
+    kvm_mmu_notifier_clear_flush_young,
     kvm_mmu_notifier_clear_young,
     kvm_mmu_notifier_invalidate_range_end,
     kvm_mmu_notifier_invalidate_range_start,
@@ -34,6 +35,7 @@ __all__ = [
     "kvm_make_all_cpus_request",
     "kvm_make_request",
     "kvm_make_vcpu_request",
+    "kvm_mmu_notifier_clear_flush_young",
     "kvm_mmu_notifier_clear_young",
     "kvm_mmu_notifier_invalidate_range_end",
     "kvm_mmu_notifier_invalidate_range_start",

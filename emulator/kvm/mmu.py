@@ -140,6 +140,11 @@ def kvm_mmu_slot_try_split_huge_pages(cpu: Cpu, kvm: Kvm, slot: KvmMemorySlot, t
         )
 
 
+def splits_eagerly(cpu: Cpu, kvm: Kvm, slot: KvmMemorySlot) -> bool:
+    """Decision eager_split, where the module parameter leaves it one."""
+    return kvm.params.eager_page_split and kvm.policy.eager_split(cpu, kvm, slot) == "split"
+
+
 def kvm_mmu_recover_huge_pages(cpu: Cpu, kvm: Kvm, slot: KvmMemorySlot) -> None:
     """kvm_mmu_recover_huge_pages()"""
     with kvm.mmu_lock.read_lock(cpu):
@@ -171,7 +176,7 @@ def kvm_mmu_slot_apply_flags(cpu: Cpu, kvm: Kvm, old: KvmMemorySlot, new: KvmMem
         return
     if kvm_dirty_log_manual_protect_and_init_set(kvm):
         return
-    if kvm.params.eager_page_split:
+    if splits_eagerly(cpu, kvm, new):
         kvm_mmu_slot_try_split_huge_pages(cpu, kvm, new, PG_LEVEL_4K)
     changed = kvm_mmu_slot_remove_write_access(cpu, kvm, new, PG_LEVEL_4K)
     ticket = lib.oracle_ticket(cpu.m, kvm.id)
@@ -194,7 +199,7 @@ def kvm_arch_mmu_enable_log_dirty_pt_masked(
     if kvm_dirty_log_manual_protect_and_init_set(kvm):
         start = base + (mask & -mask).bit_length() - 1
         end = base + mask.bit_length() - 1
-        if kvm.params.eager_page_split:
+        if splits_eagerly(cpu, kvm, slot):
             kvm_tdp_mmu_try_split_huge_pages(cpu, kvm, slot, start, end + 1, PG_LEVEL_4K, shared=False)
         kvm_tdp_mmu_write_protect_gfn(cpu, kvm, slot, start, PG_LEVEL_2M)
         if start >> 9 != end >> 9:

@@ -109,6 +109,18 @@ def kvm_mmu_notifier_invalidate_range_end(cpu: Cpu, kvm: Kvm, start: int, end: i
         wake(kvm.machine, waiter)
 
 
+def kvm_mmu_notifier_clear_flush_young(cpu: Cpu, kvm: Kvm, start: int, end: int) -> bool:
+    """kvm_mmu_notifier_clear_flush_young(): clear_young for reclaim, which unmaps next what was not used.
+    Decision age_flush.
+
+    Before 6.15 SPTEs were aged, and a flush made, under mmu_lock.
+    """
+    young = kvm_mmu_notifier_clear_young(cpu, kvm, start, end)
+    if young and kvm.policy.age_flush(cpu, kvm, start) == "if-young":
+        kvm_flush_remote_tlbs(cpu, kvm, lib.REASON_REMOTE_NOTIFIER)
+    return young
+
+
 def kvm_mmu_notifier_clear_young(cpu: Cpu, kvm: Kvm, start: int, end: int) -> bool:
     """kvm_mmu_notifier_clear_young(): has the guest used the range since the last time?  No flush."""
     index = cpu.check(lib.srcu_read_lock(cpu.m, cpu.id, kvm.id))

@@ -22,7 +22,7 @@ from emulator.kvm.spte import (
 )
 from emulator.kvm.structs import Kvm, KvmMemorySlot, KvmMmuPage, Vcpu
 from emulator.kvm.tdp_iter import Entry
-from emulator.kvm.tdp_remove import handle_removed_pt, tables_need_a_flush
+from emulator.kvm.tdp_remove import handle_removed_pt, tables_need_a_flush, tdp_mmu_zap_spte_atomic
 from emulator.runtime import Cpu, rcu_read_lock
 from native import lib
 
@@ -144,7 +144,10 @@ def _step_down(cpu: Cpu, child: Entry, gfn: int) -> Entry:
 
 
 def kvm_tdp_mmu_map(cpu: Cpu, vcpu: Vcpu, fault: KvmPageFault) -> int:
-    """kvm_tdp_mmu_map(): link or split down to goal_level, then install the leaf.  Raises OutOfFrames."""
+    """kvm_tdp_mmu_map(): link or split down to goal_level, then install the leaf.  Raises OutOfFrames.
+
+    Decision fault_split: what becomes of a huge leaf in the way.
+    """
     kvm, root = vcpu.kvm, vcpu.mmu.root
     assert root is not None
     with rcu_read_lock(cpu):
@@ -158,8 +161,13 @@ def kvm_tdp_mmu_map(cpu: Cpu, vcpu: Vcpu, fault: KvmPageFault) -> int:
                 # A huge leaf above the goal; a table would have been walked through.
                 if not is_large_pte(entry.spte):
                     child: Entry | None = Entry(0, spte_to_child_pt(entry.spte), entry.level - 1, 0)
-                else:
+                elif kvm.policy.fault_split(cpu, kvm, fault.gfn) == "split":
                     child = tdp_mmu_split_huge_page(cpu, kvm, entry)
+                elif tdp_mmu_zap_spte_atomic(cpu, kvm, entry, lib.REASON_REMOTE_REPLACE):
+                    entry.spte = lib.spte_read(cpu.m, entry.table, entry.index)
+                    continue
+                else:
+                    return RET_PF_RETRY
             else:
                 child = tdp_mmu_link_sp(cpu, kvm, entry)
             if child is None:

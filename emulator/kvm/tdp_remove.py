@@ -11,6 +11,7 @@ from typing import Final
 
 from emulator.kvm.kvm_host import kvm_pages_per_hpage
 from emulator.kvm.requests import kvm_flush_remote_tlbs_range
+from emulator.kvm.spte import FROZEN_SPTE, is_last_spte
 from emulator.kvm.structs import Kvm
 from emulator.kvm.tdp_iter import Entry
 from emulator.runtime import Cpu, cpu_relax, rcu_enter, rcu_leave
@@ -86,16 +87,32 @@ def tdp_mmu_set_spte(cpu: Cpu, kvm: Kvm, entry: Entry, new_spte: int) -> None:
 
 
 def tdp_mmu_zap_frozen(cpu: Cpu, kvm: Kvm, entry: Entry, reason: int) -> None:
-    """The rest of tdp_mmu_zap_spte_atomic(): `entry` led to a table and is FROZEN now.
+    """The rest of tdp_mmu_zap_spte_atomic(): `entry` was a leaf, or led to a table, and is FROZEN now.
 
-    Flush, then empty it for others, then take the table apart (6.12; before, that came first).  After this
+    Flush, then empty it for others, then take a table apart (6.12; before, that came first).  After this
     flush nothing leads to the table, so its pages may go to RCU at once.
     """
     kvm_flush_remote_tlbs_range(cpu, kvm, entry.gfn, kvm_pages_per_hpage(entry.level), reason)
     tdp_mmu_set_spte(cpu, kvm, entry, 0)
+    if is_last_spte(entry.spte, entry.level):
+        return
     disconnected_sps: list[int] = []
     handle_removed_pt(cpu, kvm, entry, True, reason, disconnected_sps)
     handle_disconnected_sps(cpu, kvm, disconnected_sps, can_yield=False)
+
+
+def tdp_mmu_zap_spte_atomic(cpu: Cpu, kvm: Kvm, entry: Entry, reason: int) -> bool:
+    """tdp_mmu_zap_spte_atomic(), 5.13 to 6.12: freeze the SPTE until the flush is over, so that no fault
+    installs a translation beside the stale ones.  False if the SPTE changed."""
+    cpu.point("spte", (entry.table, entry.index), "write")
+    rc = lib.tdp_mmu_set_spte_atomic(
+        cpu.m, cpu.id, kvm.id, entry.table, entry.index, entry.level, entry.gfn, entry.spte, FROZEN_SPTE
+    )
+    if rc == lib.MACHINE_AGAIN:
+        return False
+    cpu.check(rc)
+    tdp_mmu_zap_frozen(cpu, kvm, entry, reason)
+    return True
 
 
 def tdp_mmu_free_sp_rcu(cpu: Cpu, table: int) -> None:

@@ -9,7 +9,6 @@ from emulator.kvm.kvm_host import kvm_pages_per_hpage
 from emulator.kvm.page_fault import kvm_mmu_max_mapping_level
 from emulator.kvm.requests import flush_elided, kvm_flush_remote_tlbs_memslot
 from emulator.kvm.spte import (
-    FROZEN_SPTE,
     PT_PAGE_SIZE_MASK,
     PT_WRITABLE_MASK,
     SHADOW_MMU_WRITABLE_MASK,
@@ -24,7 +23,7 @@ from emulator.kvm.tdp_remove import (
     handle_disconnected_sps,
     tables_need_a_flush,
     tdp_mmu_set_spte,
-    tdp_mmu_zap_frozen,
+    tdp_mmu_zap_spte_atomic,
 )
 from emulator.kvm.tdp_roots import KVM_VALID_ROOTS, for_each_tdp_mmu_root_yield_safe
 from emulator.runtime import READ, WRITE, Cpu, OutOfFrames, rcu_read_lock
@@ -205,19 +204,5 @@ def zap_collapsible_spte_range(cpu: Cpu, kvm: Kvm, root: KvmMmuPage, slot: KvmMe
                 continue
             it.step(cpu, kvm)
             entry = _collapsible(cpu, kvm, slot, it)
-            if entry is not None and not tdp_mmu_zap_spte_atomic(cpu, kvm, entry):
+            if entry is not None and not tdp_mmu_zap_spte_atomic(cpu, kvm, entry, lib.REASON_REMOTE_RECOVER):
                 it.retry(entry.gfn)
-
-
-def tdp_mmu_zap_spte_atomic(cpu: Cpu, kvm: Kvm, entry: Entry) -> bool:
-    """tdp_mmu_zap_spte_atomic(), about 5.13 to 6.12: frozen until the flush is over, so that nobody installs
-    a translation beside the stale ones.  False if the SPTE changed."""
-    cpu.point("spte", (entry.table, entry.index), "write")
-    rc = lib.tdp_mmu_set_spte_atomic(
-        cpu.m, cpu.id, kvm.id, entry.table, entry.index, entry.level, entry.gfn, entry.spte, FROZEN_SPTE
-    )
-    if rc == lib.MACHINE_AGAIN:
-        return False
-    cpu.check(rc)
-    tdp_mmu_zap_frozen(cpu, kvm, entry, lib.REASON_REMOTE_RECOVER)
-    return True

@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, ClassVar
 from emulator.kvm.kvm_host import KVM_MEM_LOG_DIRTY_PAGES
 from emulator.kvm.kvm_main import (
     kvm_flush_remote_tlbs,
+    kvm_mmu_notifier_clear_flush_young,
     kvm_mmu_notifier_clear_young,
     kvm_mmu_notifier_invalidate_range_end,
     kvm_mmu_notifier_invalidate_range_start,
@@ -134,6 +135,14 @@ class HostAge(_Range):
 
     def run(self, context: Context) -> None:
         kvm_mmu_notifier_clear_young(context.cpu, context.kvm, *self.range())
+
+
+class HostAgeReclaim(_Range):
+    verb = "host-age-reclaim"
+    doc = "clear_flush_young: reclaim asks the same; decision age_flush"
+
+    def run(self, context: Context) -> None:
+        kvm_mmu_notifier_clear_flush_young(context.cpu, context.kvm, *self.range())
 
 
 class NotifierStart(_Range):
@@ -293,6 +302,7 @@ KVM_OPS: tuple[type[Op], ...] = (
     HostCollapse,
     HostSplit,
     HostAge,
+    HostAgeReclaim,
     NotifierStart,
     NotifierFree,
     NotifierEnd,

@@ -263,6 +263,26 @@ POINTS: tuple[DecisionPoint, ...] = (
         ),
     ),
     DecisionPoint(
+        "eager_split",
+        "dirty logging is armed or cleared: huge pages before a write fault meets them "
+        "(kvm_mmu_try_split_huge_pages)",
+        (
+            Alternative(
+                "split",
+                "all that there are table pages for, without a flush (since 5.18, with eager_page_split)",
+            ),
+            Alternative("none", "left to the write faults, decision fault_split (before 5.18)"),
+        ),
+    ),
+    DecisionPoint(
+        "fault_split",
+        "a fault that needs a 4K mapping finds a huge leaf in its way (kvm_tdp_mmu_map)",
+        (
+            Alternative("split", "a table that maps the same replaces it, without a flush (since 6.2)"),
+            Alternative("zap", "it is zapped with a flush, and each 4K page faults again (before 6.2)"),
+        ),
+    ),
+    DecisionPoint(
         "huge_recovery",
         "dirty logging ends: how tables become huge pages again",
         (
@@ -291,6 +311,16 @@ POINTS: tuple[DecisionPoint, ...] = (
             Alternative("before-return", "under mmu_lock, before it returns"),
             Alternative("at-range-end", "in invalidate_range_end: the page is free by then", mutant=True),
             Alternative("none", "never", mutant=True),
+        ),
+    ),
+    DecisionPoint(
+        "age_flush",
+        "reclaim asks whether pages were used, and some were (kvm_mmu_notifier_clear_flush_young)",
+        (
+            Alternative(
+                "none", "no flush: what TLBs still hold looks unused, which costs little (since 6.13)"
+            ),
+            Alternative("if-young", "a remote flush (before 6.13)"),
         ),
     ),
     DecisionPoint(

@@ -123,6 +123,14 @@ class Policy:
         """A huge leaf replaced the table that mapped `gfn`."""
         return self._answers["map_replace"]
 
+    def eager_split(self, cpu: Cpu, kvm: Kvm, slot: KvmMemorySlot) -> str:
+        """Pages of `slot` are about to be write-protected for dirty logging; eager_page_split is on."""
+        return self._answers["eager_split"]
+
+    def fault_split(self, cpu: Cpu, kvm: Kvm, gfn: int) -> str:
+        """A fault on `gfn` needs a 4K mapping where a huge leaf is."""
+        return self._answers["fault_split"]
+
     def huge_recovery(self, cpu: Cpu, kvm: Kvm) -> str:
         """Dirty logging ended."""
         return self._answers["huge_recovery"]
@@ -134,6 +142,10 @@ class Policy:
     def notifier_flush(self, cpu: Cpu, kvm: Kvm, gfn: int) -> str:
         """An mmu_notifier zapped SPTEs from `gfn` on."""
         return self._answers["notifier_flush"]
+
+    def age_flush(self, cpu: Cpu, kvm: Kvm, gfn: int) -> str:
+        """An mmu_notifier took the accessed bit from SPTEs from `gfn` on, for reclaim."""
+        return self._answers["age_flush"]
 
     def fault_retry(self, cpu: Cpu, kvm: Kvm, gfn: int) -> str:
         """A fault on `gfn` asks whether it raced an invalidation."""

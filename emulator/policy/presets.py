@@ -14,6 +14,7 @@ DEFAULT = "linux-7.3"
 
 # Answers where they are not those of Linux 7.3.  Bugs that were found later are not among them (they are
 # mutants), and neither is what is no decision point.
+_LINUX_6_12 = {"huge_recovery": "zap-each", "age_flush": "if-young"}
 _LINUX_5_14 = {
     "root_put": "inline",
     "invalid_root_zap": "flush",
@@ -22,10 +23,12 @@ _LINUX_5_14 = {
     "zap_root": "root",
     # Harmless here: each table is flushed for before it goes to RCU.
     "zap_yield": "unlock-then-flush",
-    "huge_recovery": "zap-each",
     "role_change": "unload-all",
+    "eager_split": "none",
+    "fault_split": "zap",
+    **_LINUX_6_12,
 }
-_LINUX_5_18 = {"root_put": "async", "zap_root": "1g-root", "huge_recovery": "zap-each"}
+_LINUX_5_18 = {"root_put": "async", "zap_root": "1g-root", "fault_split": "zap", **_LINUX_6_12}
 _BATCH_LIST = {"zap": "disconnected-list"}
 _GENERATIONS = dict.fromkeys(("remote_flush", "root_load", "migration"), "root-tlb-gen")
 
@@ -33,7 +36,7 @@ PRESETS: dict[str, Policy] = {
     policy.name: policy
     for policy in (
         Policy(name=DEFAULT),
-        Policy(name="linux-6.12", huge_recovery="zap-each"),
+        Policy(name="linux-6.12", **_LINUX_6_12),
         Policy(name="linux-5.18", **_LINUX_5_18),
         Policy(name="linux-5.14", **_LINUX_5_14),
         Policy(name="lkml-2021-single-context", **{**_LINUX_5_14, "remote_flush": "current-context"}),
@@ -66,9 +69,17 @@ PRESETS: dict[str, Policy] = {
 
 PRESET_DOCS = {
     "linux-7.3": "October 2026, the newest that was read",
-    "linux-6.12": "huge pages come back by zapping each table, with a flush for each",
-    "linux-5.18": "the overhaul of zaps and flushes: RCU as the proxy; roots are zapped by a worker",
-    "linux-5.14": "a flush for each removed table; the last reference to a root zaps it on the spot",
+    "linux-6.12": (
+        "a flush for each table that becomes a huge page again, and for each range that reclaim finds used"
+    ),
+    "linux-5.18": (
+        "the overhaul of zaps and flushes: RCU as the proxy; roots are zapped by a worker; under dirty "
+        "logging a write fault zaps and flushes a huge page that was not split before"
+    ),
+    "linux-5.14": (
+        "a flush for each removed table; the last reference to a root zaps it on the spot; under dirty "
+        "logging huge pages are not split before write faults zap and flush them"
+    ),
     "lkml-2021-single-context": (
         "August 2021: KVM_REQ_TLB_FLUSH flushes the current context only; sound while a vCPU has one root"
     ),

@@ -7,6 +7,7 @@ from rig import GFNS, SLOT, Guest, Rig
 
 from emulator.kvm.kvm_host import KVM_MEM_LOG_DIRTY_PAGES
 from emulator.kvm.kvm_main import (
+    kvm_mmu_notifier_clear_flush_young,
     kvm_mmu_notifier_clear_young,
     kvm_set_memory_region,
     kvm_vm_ioctl_get_dirty_log,
@@ -45,6 +46,29 @@ def test_use_since_the_last_time(rig: Rig, eptad: bool) -> None:
     rig.unmap(kvm, 600, 700)  # which flushes
     guest.read(0, 5)
     assert young(rig, kvm)
+    assert rig.violations() == {}
+
+
+@pytest.mark.parametrize("eptad", [True, False])
+@pytest.mark.parametrize(
+    ("name", "flushes"), [("linux-7.3", 0), ("linux-6.12", 1), ("linux-5.18", 1), ("linux-5.14", 1)]
+)
+def test_reclaim_flushes_for_pages_that_were_used_before_6_13(
+    rig: Rig, name: str, flushes: int, eptad: bool
+) -> None:
+    """A real 6.1 made one request for each page that it asked about."""
+    kvm = rig.vm(preset(name), eptad=eptad)
+    guest = rig.guest(kvm)
+    for gfn in (5, 6):
+        guest.write(0, gfn)
+    for start, young, requests in ((5, True, flushes), (5, False, 0), (6, True, flushes), (7, False, 0)):
+        with rig.counting(kvm) as counts:
+            assert kvm_mmu_notifier_clear_flush_young(rig.host, kvm, start, start + 1) is young
+        assert counts.get("remote_tlb_flush_requests", 0) == requests
+    with rig.counting(kvm) as counts:
+        guest.write(0, 5)
+        assert kvm_mmu_notifier_clear_young(rig.host, kvm, 5, 6) is bool(flushes), "else TLBs still have it"
+    assert "remote_tlb_flush_requests" not in counts, "others than reclaim never flush"
     assert rig.violations() == {}
 
 

@@ -257,6 +257,61 @@ def test_huge_pages_are_split_by_the_fault_that_logs_them(rig: Rig) -> None:
     assert rig.violations() == {}
 
 
+PAST = ["linux-7.3", "linux-6.12", "linux-5.18", "linux-5.14"]
+
+
+@pytest.mark.parametrize("name", PAST)
+def test_a_huge_page_that_a_fault_splits_is_flushed_before_6_2(rig: Rig, name: str) -> None:
+    """On two huge pages a real 6.1 made three requests: one when logging was armed, and one for each."""
+    kvm = rig.vm(preset(name), eager_page_split=False)
+    guests = two_guests(rig, kvm, 1024, 1536)
+    for gfn in (1024, 1536):
+        rig.collapse(kvm, gfn)
+        guests[0].write(0, gfn)
+    before_6_2 = name in ("linux-5.18", "linux-5.14")
+    with rig.counting(kvm) as counts:
+        set_slot(rig, kvm, flags=KVM_MEM_LOG_DIRTY_PAGES)
+        for gfn in (1025, 1537):
+            guests[0].write(0, gfn)
+            guests[1].write(1, gfn + 1)
+    assert counts["remote_tlb_flush_requests"] == (3 if before_6_2 else 1)
+    # Where the huge page was zapped, each page of it faults again.
+    assert counts["faults"] == 4
+    assert kvm_vm_ioctl_get_dirty_log(rig.host, kvm, SLOT)[16] == 0b110
+    with rig.counting(kvm) as counts:
+        guests[0].read(0, 1030)
+    assert counts.get("faults", 0) == (1 if before_6_2 else 0)
+    assert rig.violations() == {}
+
+
+@pytest.mark.parametrize("name", PAST)
+@pytest.mark.parametrize("manual", [False, True])
+def test_huge_pages_are_split_before_they_are_written_to_since_5_18(
+    rig: Rig, name: str, manual: bool
+) -> None:
+    kvm = rig.vm(preset(name))
+    if manual:
+        kvm_vm_ioctl_enable_manual_dirty_log(
+            rig.host, kvm, KVM_DIRTY_LOG_MANUAL_PROTECT_ENABLE | KVM_DIRTY_LOG_INITIALLY_SET
+        )
+    guest = rig.guest(kvm)
+    guest.write(0, 1024)
+    rig.collapse(kvm, 1024)
+    guest.write(0, 1024)
+    rig.rcu()
+    tables = lib.frames_in_use(rig.machine.m, lib.FRAME_TABLE)
+    set_slot(rig, kvm, flags=KVM_MEM_LOG_DIRTY_PAGES)
+    if manual:
+        kvm_vm_ioctl_clear_dirty_log(rig.host, kvm, SLOT, 1024, 64, [(1 << 64) - 1])
+    eagerly = name != "linux-5.14"
+    assert lib.frames_in_use(rig.machine.m, lib.FRAME_TABLE) == tables + eagerly
+    with rig.counting(kvm) as counts:
+        guest.write(0, 1025)
+    assert counts.get("remote_tlb_flush_requests", 0) == (0 if eagerly else 1)
+    assert kvm_vm_ioctl_get_dirty_log(rig.host, kvm, SLOT)[16] & 0b10
+    assert rig.violations() == {}
+
+
 def test_zap_gfn_range(rig: Rig) -> None:
     kvm = rig.vm()
     guests = two_guests(rig, kvm, 5)
