@@ -24,6 +24,10 @@ unmap slot first n [yield_after]
     yield_after: need_resched is set once after so many SPTEs. Returns the SPTEs zapped.
 pageout slot first n
     Reclaim: one notifier range for each page. Returns the SPTEs zapped.
+age slot first n
+    Reclaim asks for each page whether it was used (clear_flush_young). Returns of how many it was.
+fork
+    Of the VMM; the child exits at once. Returns the memslots of which SPTEs were zapped.
 mprotect slot first n prot=r|rw|none
     Returns the SPTEs zapped.
 collapse slot first n
@@ -47,8 +51,8 @@ nothing
 smi vcpu
     An SMI; the guest executes RSM at once. Returns 0.
 guest_insn vcpu insn n
-    The guest executes cr0_wp, cr4_pge, cr4_pse (toggles), mov_cr3 or invlpg at least n times. Returns how
-    often it did.
+    The guest executes cr0_ts, cr0_wp, cr4_osfxsr, cr4_pge, cr4_pse (toggles), mov_cr3 or invlpg at least n
+    times. Returns how often it did.
 vm_create
     With as many vCPUs as the machine was booted for. Returns 0 after each vCPU's first entry.
 vm_destroy

@@ -28,6 +28,8 @@ from .probes import Probes
 
 # Instructions that the guest executes on request: CR0.WP exits or not, which is the same to KVM with EPT.
 TOGGLES: dict[str, tuple[int, int]] = {
+    "cr0_ts": (lib.GUEST_INSN_MOV_CR0, 1 << 3),
+    "cr4_osfxsr": (lib.GUEST_INSN_MOV_CR4, 1 << 9),
     "cr0_wp": (lib.GUEST_INSN_MOV_CR0, kvm_host.X86_CR0_WP),
     "cr4_pse": (lib.GUEST_INSN_MOV_CR4, kvm_host.X86_CR4_PSE),
     "cr4_pge": (lib.GUEST_INSN_TOGGLE_PGE, 0),
@@ -129,6 +131,21 @@ class EmulatedBench(EmulatedMachine):
         for page in range(*self._range(vm, step)):
             self.mm.unmap(vm.kvm, page, page + 1, keep=True)
         return self._zapped() - before
+
+    def _age(self, step: Step) -> int:
+        vm = self._vm(step)
+        return sum(self.mm.age(vm.kvm, page) for page in range(*self._range(vm, step)))
+
+    def _fork(self, step: Step) -> int:
+        """Each slot is a VMA of its own."""
+        vm, zapped = self._vm(step), 0
+        for slot in vm.slots.values():
+            before = self._zapped()
+            self.mm.protect(vm.kvm, slot.gfn, slot.gfn + slot.pages, "r")
+            zapped += self._zapped() > before
+        for slot in vm.slots.values():
+            self.mm.own_again(vm.kvm, slot.gfn, slot.gfn + slot.pages)
+        return zapped
 
     def _mprotect(self, step: Step) -> int:
         vm, before = self._vm(step), self._zapped()

@@ -7,6 +7,7 @@ from contextlib import contextmanager
 
 from emulator.kvm.host_work import host_works
 from emulator.kvm.kvm_main import (
+    kvm_mmu_notifier_clear_flush_young,
     kvm_mmu_notifier_invalidate_range_end,
     kvm_mmu_notifier_invalidate_range_start,
 )
@@ -40,6 +41,16 @@ class HostMm:
         promise = lib.PROMISE_NOTIFIER_WRITE if prot == "r" else lib.PROMISE_NOTIFIER
         with self._notified(kvm, start, end, promise):
             lib.mm_protect(self.cpu.m, self.cpu.id, kvm.id, start, end, prot == "rw")
+
+    def own_again(self, kvm: Kvm, start: int, end: int) -> None:
+        """The other process that shared the pages is gone: a write fault takes them without a copy and
+        without a notifier (wp_page_reuse)."""
+        lib.mm_protect(self.cpu.m, self.cpu.id, kvm.id, start, end, True)
+
+    def age(self, kvm: Kvm, page: int) -> bool:
+        """folio_referenced() of reclaim, one page."""
+        host_works(self.cpu, kvm)
+        return kvm_mmu_notifier_clear_flush_young(self.cpu, kvm, page, page + 1)
 
     def collapse(self, kvm: Kvm, start: int) -> None:
         """khugepaged, one 2M range."""

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from emulator.kvm import kvm_host
+from emulator.kvm.spte import is_last_spte
 from emulator.kvm.structs import Kvm
 from emulator.kvm.tdp_iter import TdpIter
 from emulator.runtime import Cpu
@@ -44,7 +45,14 @@ def probe_kvm(probes: Probes) -> None:
         lambda args, _: ("huge leaves", args[1].kvm.id, args[3].level > kvm_host.PG_LEVEL_4K),
     )
     probes.probe("tdp_mmu_make_huge_spte", lambda args, spte: ("recovered", args[1].id, spte is not None))
-    probes.probe("tdp_mmu_zap_spte_atomic", lambda args, zapped: ("recovered", args[1].id, zapped))
+    probes.probe(
+        "tdp_mmu_zap_spte_atomic",
+        lambda args, zapped: (
+            "recovered",
+            args[1].id,
+            zapped and not is_last_spte(args[2].spte, args[2].level),
+        ),
+    )
 
 
 def _walked(walk: int, kvm: Kvm, n: int) -> tuple[str, int, int] | None:

@@ -61,6 +61,7 @@ class Machine:
     host_4k: bool = False
     manual_protect: bool = False
     guest_os: bool = False
+    lazy_split: bool = False
 
 
 @dataclass(frozen=True)
@@ -70,6 +71,7 @@ class Recorded:
     scenario: str
     ops: str
     sum: bool = False
+    kernel: str = "6.12"
 
 
 @dataclass(frozen=True)

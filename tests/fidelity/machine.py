@@ -201,7 +201,8 @@ class EmulatedMachine:
 
     def create_vm(self) -> None:
         """Returns after each vCPU's first entry, and a round of its guest."""
-        params = KvmParams(fault_around=1, resched_chunks=0, host_takes_time=True)
+        eagerly = not self.config.lazy_split
+        params = KvmParams(fault_around=1, resched_chunks=0, eager_page_split=eagerly, host_takes_time=True)
         kvm = kvm_create_vm(self.cpu, GFNS, self.policy, params)
         lib.mm_set_zero_page(self.cpu.m, kvm.id, 1)
         vm = Vm(kvm, dict(THP_SLOTS if self.config.thp else SLOTS))
