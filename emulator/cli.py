@@ -6,6 +6,7 @@ failure (with traceback), 130 ended by a signal before there was anything to say
 
 from __future__ import annotations
 
+import io
 import sys
 import traceback
 from collections.abc import Sequence
@@ -31,10 +32,9 @@ from emulator.cli_options import (
 )
 from emulator.cli_trace import app as trace_app
 from emulator.config import DEFAULT_SCENARIO
-from emulator.errors import BadInput
+from emulator.errors import MOST_EXPECTED, BadInput, one_line
 from emulator.output import LostOutput, saying, watched
 from emulator.run import Request, run_request
-from emulator.traces import TraceError
 from emulator.validation import first_error
 
 BAD_INPUT = 2
@@ -123,6 +123,9 @@ def _request(
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run a command line; returns the exit status and lets nothing escape."""
+    if isinstance(sys.stdout, io.TextIOWrapper):
+        # A file's name need not be text in the terminal's encoding.
+        sys.stdout.reconfigure(errors="backslashreplace")
     try:
         with interrupts.installed(), watched():
             return _run(arguments)
@@ -139,7 +142,7 @@ def _run(arguments: Sequence[str] | None) -> int:
         status = status if isinstance(status, int) else 0
         with saying(status):
             return status
-    except (BadInput, TraceError) as error:
+    except BadInput as error:
         return _complain(str(error))
     except typer.TyperException as error:
         return _usage(error)
@@ -178,7 +181,7 @@ def _usage(error: typer.TyperException) -> int:
         # Typer leaves out what was found.
         found, expected = first_error(error.__cause__, BaseModel)
         text = str(BadInput(parameter.opts[0], found, expected))
-    print(f"{path}: {' '.join(text.split())}", file=sys.stderr)
+    print(f"{path}: {one_line(text, MOST_EXPECTED)}", file=sys.stderr)
     return BAD_INPUT
 
 

@@ -55,8 +55,8 @@ def convert(
         Path, typer.Argument(metavar="OUTPUT", help="Trace file to write, by custom *.fltrace.")
     ],
     name: Annotated[str | None, typer.Option(help="Name of the trace; without it, that of OUTPUT.")] = None,
-    skip: Annotated[int, typer.Option(min=0, help="Leave out the first N records.")] = 0,
-    limit: Annotated[int | None, typer.Option(min=1, help="Stop after N records.")] = None,
+    skip: Annotated[int, typer.Option(min=0, max=2**62, help="Leave out the first N records.")] = 0,
+    limit: Annotated[int | None, typer.Option(min=1, max=2**62, help="Stop after N records.")] = None,
     no_instructions: Annotated[
         bool, typer.Option("--no-instructions", help="Leave out instruction fetches.")
     ] = False,

@@ -7,7 +7,6 @@ was expected.  Rates are per second and for the whole machine, over all actors, 
 from __future__ import annotations
 
 import re
-import tomllib
 from importlib import resources
 from pathlib import Path
 from typing import Annotated, Any, Literal, Self
@@ -23,39 +22,44 @@ from pydantic import (
 )
 
 from emulator.costs import Costs, load_costs
-from emulator.errors import BadInput
-from emulator.validation import first_error
+from emulator.errors import BadInput, one_of, shown
+from emulator.validation import Unit, first_error, parse_toml, read_text
 
 DEFAULT_SCENARIO = "main"
 PAGES_PER_MIB = 256
 
 _DURATION = re.compile(r"(?P<number>\d+(?:\.\d+)?)\s*(?P<unit>ms|s|m|h)?")
+_MOST_DIGITS = 20
 _SECONDS = {"ms": 0.001, "s": 1.0, "m": 60.0, "h": 3600.0, None: 1.0}
 
 MAX_PCPUS = 4096
+# Ten years: beyond some centuries the C library's clocks overflow.
+MAX_SECONDS = 10 * 365 * 24 * 3600.0
 _LONGEST_HALT = 10.0
 _BUSY_PCPUS = 256
 
 
 def parse_duration(text: object) -> float:
-    """Seconds in "500ms", "30s", "5m", "1h", or a bare number of seconds.
+    """Return the seconds in "500ms", "30s", "5m", "1h", or a bare number of seconds.
 
     >>> parse_duration("5m")
     300.0
     """
-    match = _DURATION.fullmatch(str(text).strip()) if not isinstance(text, bool) else None
-    if match is None:
+    # A number is compared first: Python refuses to write those of more than 4300 digits.
+    number = isinstance(text, int | float) and not isinstance(text, bool) and text <= MAX_SECONDS
+    match = _DURATION.fullmatch(str(text).strip()) if number or isinstance(text, str) else None
+    if match is None or len(match["number"]) > _MOST_DIGITS:
         raise ValueError("a duration such as 500ms, 30s, 5m or 1h")
     return float(match["number"]) * _SECONDS[match["unit"]]
 
 
-Duration = Annotated[float, BeforeValidator(parse_duration), Field(ge=0)]
+Duration = Annotated[float, BeforeValidator(parse_duration), Field(ge=0, le=MAX_SECONDS), Unit("seconds")]
 Rate = Annotated[float, Field(ge=0, le=1e6, allow_inf_nan=False)]
 Count = Annotated[int, Field(ge=1, strict=True)]
 
 
 # What a scenario is about: operations whose cost under each policy is of interest.
-Unit = Literal["migrations", "root allocations", "pages zapped", "SMIs", "remote flushes"]
+CostUnit = Literal["migrations", "root allocations", "pages zapped", "SMIs", "remote flushes"]
 
 
 class Section(BaseModel):
@@ -65,9 +69,9 @@ class Section(BaseModel):
 class Geometry(Section):
     """The TLB of each pCPU. 0 entries: unbounded, nothing is ever evicted."""
 
-    l2_entries: int = Field(default=1536, ge=0, le=1 << 22, strict=True)
-    l2_ways: int = Field(default=12, ge=1, le=64, strict=True)
-    psc_entries: int = Field(default=32, ge=0, le=1 << 16, strict=True)
+    l2_entries: Annotated[int, Unit("entries")] = Field(default=1536, ge=0, le=1 << 22, strict=True)
+    l2_ways: Annotated[int, Unit("ways")] = Field(default=12, ge=1, le=64, strict=True)
+    psc_entries: Annotated[int, Unit("entries")] = Field(default=32, ge=0, le=1 << 16, strict=True)
 
     @model_validator(mode="after")
     def _whole_sets(self) -> Self:
@@ -84,19 +88,19 @@ class Geometry(Section):
 
 
 class MachineSection(Section):
-    pcpus: int = Field(default=4, ge=1, le=MAX_PCPUS, strict=True)
+    pcpus: Annotated[int, Unit("pCPUs")] = Field(default=4, ge=1, le=MAX_PCPUS, strict=True)
     geometry: Geometry = Geometry()
 
 
 class VmSection(Section):
     """`count` VMs of this kind."""
 
-    count: int = Field(default=1, ge=1, le=MAX_PCPUS, strict=True)
+    count: Annotated[int, Unit("VMs")] = Field(default=1, ge=1, le=MAX_PCPUS, strict=True)
     name: str = ""
     # Whether there are more of them on a larger host (`--pcpus`); the others stay as many as they are.
     grows: bool = True
-    vcpus: int = Field(default=1, ge=1, le=1024, strict=True)
-    memory: int = Field(default=64, ge=2, le=1 << 20, strict=True, description="MiB")
+    vcpus: Annotated[int, Unit("vCPUs")] = Field(default=1, ge=1, le=1024, strict=True)
+    memory: Annotated[int, Unit("MiB")] = Field(default=64, ge=2, le=1 << 20, strict=True)
     # own: as many pCPUs as vCPUs, on which nobody else runs; its vCPUs migrate among them only.
     placement: Literal["shared", "own"] = "shared"
     # Whether the host and KVM's ioctls do anything to it.
@@ -105,12 +109,12 @@ class VmSection(Section):
     # in turn. Empty: all embedded traces.
     traces: tuple[str, ...] = ()
     # Of each trace only the first so many records, for guests with little to do; 0: all.
-    records: int = Field(default=0, ge=0, strict=True)
+    records: Annotated[int, Unit("records")] = Field(default=0, ge=0, strict=True)
     # Address spaces of each vCPU's guest OS.
-    processes: int = Field(default=2, ge=1, le=64, strict=True)
+    processes: Annotated[int, Unit("processes")] = Field(default=2, ge=1, le=64, strict=True)
     guest_huge_pages: bool = False
     # Accesses between two HLTs (0: never), and how long a HLT lasts.
-    halt_every: int = Field(default=200_000, ge=0, le=1 << 31, strict=True)
+    halt_every: Annotated[int, Unit("guest accesses")] = Field(default=200_000, ge=0, le=1 << 31, strict=True)
     halt: Duration = 0.0001
     # Without exits (KVM_CAP_X86_DISABLE_EXITS) an idle guest stays in guest mode: every IPI interrupts it.
     halt_exits: bool = True
@@ -130,17 +134,17 @@ class VmSection(Section):
 class HostSection(Section):
     """What the host does to the VMs' memory, through the mmu_notifier."""
 
-    actors: int = Field(default=2, ge=0, le=64, strict=True)
+    actors: Annotated[int, Unit("actors")] = Field(default=2, ge=0, le=64, strict=True)
     # Pages of one range that is unmapped, write-protected or migrated.
-    pages: int = Field(default=64, ge=1, le=1 << 18, strict=True)
-    unmap: Rate = 0
+    pages: Annotated[int, Unit("pages of 4 KiB")] = Field(default=64, ge=1, le=1 << 18, strict=True)
+    unmap: Annotated[Rate, Unit("ranges per second")] = 0
     # Ranges of 8 MiB, in two steps that overlap: tables become empty, and walks end in what was unmapped.
-    reclaim: Rate = 0
-    mprotect: Rate = 0
-    migrate: Rate = 0
+    reclaim: Annotated[Rate, Unit("ranges of 8 MiB per second")] = 0
+    mprotect: Annotated[Rate, Unit("ranges per second")] = 0
+    migrate: Annotated[Rate, Unit("ranges per second")] = 0
     # 2 MiB ranges: khugepaged and its opposite.
-    collapse: Rate = 0
-    split: Rate = 0
+    collapse: Annotated[Rate, Unit("ranges of 2 MiB per second")] = 0
+    split: Annotated[Rate, Unit("ranges of 2 MiB per second")] = 0
 
     @model_validator(mode="after")
     def _somebody_does_it(self) -> Self:
@@ -154,21 +158,21 @@ class KvmSection(Section):
     """What each VM's VMM asks of KVM."""
 
     # Delete and re-create a memslot.
-    memslot_cycles: Rate = 0
+    memslot_cycles: Annotated[Rate, Unit("cycles per second")] = 0
     # Arm dirty logging, read it a few times, disarm it (which recovers huge pages).
-    dirty_log_cycles: Rate = 0
+    dirty_log_cycles: Annotated[Rate, Unit("cycles per second")] = 0
     # Arm it and disarm it again, as a migration that is called off.
-    dirty_log_toggles: Rate = 0
+    dirty_log_toggles: Annotated[Rate, Unit("times per second")] = 0
     # System-management interrupts, each to one vCPU.
-    smis: Rate = 0
+    smis: Annotated[Rate, Unit("SMIs per second")] = 0
     # INITs, each to one vCPU, whose guest boots again.
-    resets: Rate = 0
+    resets: Annotated[Rate, Unit("INITs per second")] = 0
 
 
 class SchedulerSection(Section):
     mode: Literal["storm", "balance", "pin"] = "storm"
     # vCPUs moved to another pCPU, in storm mode.
-    migrations: Rate = 2000
+    migrations: Annotated[Rate, Unit("migrations per second")] = 2000
 
 
 class PhasesSection(Section):
@@ -186,7 +190,7 @@ class PhasesSection(Section):
 
 class Scenario(Section):
     title: str = ""
-    duration: Annotated[float, BeforeValidator(parse_duration), Field(gt=0)] = 30.0
+    duration: Annotated[Duration, Field(gt=0)] = 30.0
     machine: MachineSection = MachineSection()
     vm: tuple[VmSection, ...] = Field(min_length=1)
     host: HostSection = HostSection()
@@ -198,9 +202,11 @@ class Scenario(Section):
 
     # Guest accesses in millions that stand for one second of the host's work in comparisons: every policy
     # meets the same work per access, however fast it lets the guests run here.  0: seconds on the wall.
-    pace: float = Field(default=0, ge=0, le=1e6, allow_inf_nan=False)
+    pace: Annotated[float, Unit("million guest accesses per second")] = Field(
+        default=0, ge=0, le=1e6, allow_inf_nan=False
+    )
     # What `compare` counts costs per, besides guest accesses.
-    unit: Unit | None = None
+    unit: CostUnit | None = None
 
     # Where it came from, and what its files held; set by load_scenario.
     _name: str = PrivateAttr(default="scenario")
@@ -307,26 +313,15 @@ def load_scenario(name_or_path: str = DEFAULT_SCENARIO) -> Scenario:
         embedded = embedded_scenarios()
         if name_or_path in embedded:
             return parse_scenario(embedded[name_or_path], name_or_path, Path())
-        raise BadInput(
-            f"scenario {name_or_path!r}", "no such scenario", f"one of {', '.join(embedded)}, or a .toml file"
-        )
+        expected = one_of(name_or_path, embedded, ", or a .toml file")
+        raise BadInput(f"scenario {shown(name_or_path)}", "no such scenario", expected)
     path = Path(name_or_path)
-    try:
-        text = path.read_text("utf-8")
-    except OSError as error:
-        raise BadInput(str(path), error.strerror or str(error), "a readable scenario file") from error
-    except UnicodeDecodeError as error:
-        raise BadInput(
-            str(path), f"not UTF-8: {error.reason} at byte {error.start}", "a TOML file"
-        ) from error
-    return parse_scenario(text, str(path), path.parent)
+    return parse_scenario(read_text(path, "a readable scenario file"), str(path), path.parent)
 
 
 def parse_scenario(text: str, name: str, directory: Path) -> Scenario:
     try:
-        scenario = Scenario.model_validate(tomllib.loads(text))
-    except tomllib.TOMLDecodeError as error:
-        raise BadInput(name, f"not TOML: {error}") from error
+        scenario = Scenario.model_validate(parse_toml(text, name))
     except ValidationError as error:
         raise BadInput(name, *first_error(error, Scenario)) from error
     scenario._name = name

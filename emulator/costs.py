@@ -13,12 +13,12 @@ from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from importlib import resources
 from pathlib import Path
-from typing import Literal, Protocol
+from typing import Annotated, Literal, Protocol
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 from emulator.errors import BadInput
-from emulator.validation import first_error
+from emulator.validation import Unit, first_error, parse_toml, read_text
 
 Group = Literal["flush", "work"]
 
@@ -28,7 +28,7 @@ class Cost(BaseModel):
 
     model_config = ConfigDict(frozen=True, extra="forbid")
 
-    cycles: float = Field(ge=0, le=1e9, allow_inf_nan=False)
+    cycles: Annotated[float, Unit("cycles")] = Field(ge=0, le=1e9, allow_inf_nan=False)
     source: str = Field(default="the user's own figure", min_length=1)
 
 
@@ -84,12 +84,7 @@ def load_costs(path: Path | None = None) -> Costs:
     table = tomllib.loads(embedded)
     if path is None:
         return Costs.model_validate(table)
-    try:
-        own = tomllib.loads(path.read_text("utf-8"))
-    except OSError as error:
-        raise BadInput(str(path), error.strerror or str(error), "a readable file of costs") from error
-    except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
-        raise BadInput(str(path), f"not TOML: {error}") from error
+    own = parse_toml(read_text(path, "a readable file of costs"), str(path))
     try:
         return Costs.model_validate({**table, **own})
     except ValidationError as error:

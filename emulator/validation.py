@@ -2,28 +2,86 @@
 
 from __future__ import annotations
 
-import difflib
 import json
+import tomllib
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Final
 
 from pydantic import BaseModel, ValidationError
+from pydantic.fields import FieldInfo
 from pydantic_core import ErrorDetails
 
-from emulator.errors import BadInput
+from emulator.errors import BadInput, closest, shortened, shown
+
+# Bytes of a file that is read at once: many times what any needs, and no more than the machine has.
+MOST_TOML: Final = 256 << 10
+MOST_JSON: Final = 256 << 20
+_MOST_KEY: Final = 100
+# A key of n parts costs tomllib n * n steps: an equals sign, a line's begin or end are no part of a key.
+_MOST_DOTS: Final = 200
+
+
+@dataclass(frozen=True, slots=True)
+class Unit:
+    """What a numeric field counts, for its errors: `counts` in the plural ("MiB"), or `names` what a number
+    stands for ("a vCPU")."""
+
+    counts: str = ""
+    names: str = ""
+
+    def number(self, kind: str) -> str:
+        """`kind`: "a number" or "a whole number"."""
+        return f"{kind} of {self.counts}" if self.counts else f"the number of {self.names}, {kind}"
+
+    def bound(self, word: str, value: float) -> str:
+        number = f"{word} {int(value) if value == int(value) else value}"
+        return f"{number} {self.counts}" if self.counts else f"the number of {self.names}, {number}"
+
+
+def read_bytes(path: Path, expected: str, most: int, complain: type[BadInput] = BadInput) -> bytes:
+    """Return what a file holds; raises `complain`, also if it is more than `most` bytes."""
+    try:
+        with path.open("rb") as file:
+            data = file.read(most + 1)
+    except OSError as error:
+        raise complain(str(path), error.strerror or str(error), expected) from error
+    except ValueError as error:
+        raise complain(str(path), "a file name with a NUL byte", expected) from error
+    if len(data) > most:
+        raise complain(str(path), f"more than {most >> 10} KiB", expected)
+    return data
+
+
+def read_text(path: Path, expected: str, most: int = MOST_TOML) -> str:
+    """Return a file's text; raises BadInput.  A byte order mark is no part of it."""
+    try:
+        return read_bytes(path, expected, most).decode("utf-8-sig")
+    except UnicodeDecodeError as error:
+        raise BadInput(str(path), f"not UTF-8: {error.reason} at byte {error.start}", expected) from error
+
+
+def parse_toml(text: str, where: str) -> dict[str, Any]:
+    """Return what a TOML text holds; raises BadInput that says `where`."""
+    if any(part.count(".") > _MOST_DOTS for line in text.splitlines() for part in line.split("=")):
+        raise BadInput(where, f"not TOML: more than {_MOST_DOTS} dots in a key", "tables in tables, few deep")
+    try:
+        return tomllib.loads(text)
+    except tomllib.TOMLDecodeError as error:
+        raise BadInput(where, f"not TOML: {error}") from error
+    except RecursionError as error:
+        raise BadInput(where, "not TOML: nested too deeply") from error
+    except ValueError as error:
+        raise BadInput(where, "not TOML: a number of too many digits") from error
 
 
 def read_json(path: Path, expected: str) -> Any:
-    """What a JSON file holds; raises BadInput."""
+    """Return what a JSON file holds; raises BadInput."""
+    text = read_text(path, expected, MOST_JSON)
     try:
-        document = json.loads(path.read_text("utf-8"))
         # JSON can spell halves of characters, which no output takes.
-        whole = json.dumps(document, ensure_ascii=False).encode("utf-8", "replace")
+        whole = json.dumps(json.loads(text), ensure_ascii=False).encode("utf-8", "replace")
         return json.loads(whole)
-    except OSError as error:
-        raise BadInput(str(path), error.strerror or str(error), "a readable file") from error
-    except UnicodeDecodeError as error:
-        raise BadInput(str(path), "not UTF-8", expected) from error
     except json.JSONDecodeError as error:
         raise BadInput(str(path), f"not JSON: {error}", expected) from error
     except RecursionError as error:
@@ -54,11 +112,11 @@ def _rank(details: ErrorDetails) -> int:
 
 
 def dotted(location: tuple[int | str, ...]) -> str:
-    """("vm", 0, "vcpus") -> "vm[0].vcpus"."""
+    """("vm", 0, "vcpus") -> "vm[0].vcpus", of bounded length."""
     text = ""
     for part in location:
         text += f"[{part}]" if isinstance(part, int) else f".{part}" if text else part
-    return text
+    return shortened(text, _MOST_KEY)
 
 
 def _describe(details: ErrorDetails, model: type[BaseModel]) -> tuple[str, str | None]:
@@ -67,48 +125,69 @@ def _describe(details: ErrorDetails, model: type[BaseModel]) -> tuple[str, str |
     if kind == "extra_forbidden":
         key = str(details["loc"][-1])
         return "found an unknown key", _known_keys(model, details["loc"], key)
+    unit = _unit_at(model, details["loc"])
     if kind == "missing":
-        return "found nothing", "this key to be present"
+        return "found nothing", f"this key, {unit.number('a number')}" if unit else "this key to be present"
+    found = f"found {shown(details['input'])}"
     if kind == "value_error":
         # Our own validators say what they expect.
         # An enumeration's parser says what was found as well, which we do ourselves.
         said = str(context.get("error", details["msg"])).rstrip(".")
-        return f"found {_shown(details['input'])}", said.removeprefix(f"{details['input']!r} is not ")
-    return f"found {_shown(details['input'])}", _expected(kind, context, details["msg"])
+        value = details["input"]
+        return found, said.removeprefix(f"{value!r} is not ") if isinstance(value, str) else said
+    return found, _expected(kind, context, details["msg"], unit)
 
 
-def _expected(kind: str, context: dict[str, Any], message: str) -> str:
-    bounds = {
-        "greater_than_equal": f"at least {context.get('ge')}",
-        "greater_than": f"more than {context.get('gt')}",
-        "less_than_equal": f"at most {context.get('le')}",
-        "less_than": f"less than {context.get('lt')}",
+def _expected(kind: str, context: dict[str, Any], message: str, unit: Unit | None) -> str:
+    for bound, (name, word) in _BOUNDS.items():
+        if kind == bound:
+            return unit.bound(word, context[name]) if unit else f"{word} {context[name]}"
+    if kind in _NUMBERS or kind.startswith(("int_", "float_")):
+        number = _NUMBERS.get(kind, "a whole number" if kind.startswith("int_") else "a number")
+        return unit.number(number) if unit else number
+    lengths = {
         "literal_error": f"one of {context.get('expected')}",
         "too_short": f"at least {context.get('min_length')} entries",
+        "too_long": f"at most {context.get('max_length')} entries",
         "string_too_short": f"at least {context.get('min_length')} characters",
+        "string_too_long": f"at most {context.get('max_length')} characters",
         "model_type": "a table",
         "dict_type": "a table",
+        "list_type": "a list",
+        "tuple_type": "a list",
     }
-    types = {"int": "a whole number", "float": "a number", "bool": "true or false", "string": "a text"}
-    if kind in bounds:
-        return bounds[kind]
-    name = kind.split("_")[0]
-    if name in types:
-        return types[name]
-    if kind in ("list_type", "tuple_type"):
-        return "a list"
-    return message[0].lower() + message[1:]
+    if kind in lengths:
+        return lengths[kind]
+    types = {"bool": "true or false", "string": "a text"}
+    return types.get(kind.split("_")[0], message[0].lower() + message[1:])
 
 
-def _shown(value: Any) -> str:
-    text = repr(value)
-    return text if len(text) <= 60 else text[:57] + "..."
+# Kinds of pydantic's errors: the entry of their context, and what is said of it.
+_BOUNDS: Final = {
+    "greater_than_equal": ("ge", "at least"),
+    "greater_than": ("gt", "more than"),
+    "less_than_equal": ("le", "at most"),
+    "less_than": ("lt", "less than"),
+}
+_NUMBERS: Final = {"finite_number": "a finite number"}
 
 
 def _known_keys(model: type[BaseModel], location: tuple[int | str, ...], key: str) -> str:
-    known = sorted(_model_at(model, location[:-1]).model_fields)
-    close = difflib.get_close_matches(key, known, n=1)
-    return f"{close[0]!r}" if close else f"one of {', '.join(known)}"
+    fields = _model_at(model, location[:-1]).model_fields
+    known = sorted(field.alias or name for name, field in fields.items())
+    close = closest(key, known)
+    return f"one of {', '.join(known)}" if close is None else repr(close)
+
+
+def _unit_at(model: type[BaseModel], location: tuple[int | str, ...]) -> Unit | None:
+    """The unit of the field that the location is in."""
+    names = [part for part in location if isinstance(part, str)]
+    field = _model_at(model, tuple(names[:-1])).model_fields.get(names[-1]) if names else None
+    return unit_of(field) if field is not None else None
+
+
+def unit_of(field: FieldInfo) -> Unit | None:
+    return next((entry for entry in field.metadata if isinstance(entry, Unit)), None)
 
 
 def _model_at(model: type[BaseModel], location: tuple[int | str, ...]) -> type[BaseModel]:

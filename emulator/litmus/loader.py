@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-import tomllib
+import os
 from collections.abc import Iterable
 from functools import cache
 from importlib import resources
@@ -10,10 +10,10 @@ from pathlib import Path
 
 from pydantic import ValidationError
 
-from emulator.errors import BadInput
+from emulator.errors import BadInput, did_you_mean, shown
 from emulator.litmus.model import LitmusTest, SchemaError, bind
 from emulator.policy import check_policy
-from emulator.validation import first_error
+from emulator.validation import first_error, parse_toml, read_text
 
 
 @cache
@@ -31,10 +31,8 @@ def shipped_tests() -> list[LitmusTest]:
 def parse_test(text: str, where: str, path: Path | None) -> LitmusTest:
     """A test from its text; `where` is what errors call it."""
     try:
-        test = LitmusTest.model_validate(tomllib.loads(text))
+        test = LitmusTest.model_validate(parse_toml(text, where))
         bind(test)
-    except tomllib.TOMLDecodeError as error:
-        raise BadInput(where, f"not TOML: {error}") from error
     except ValidationError as error:
         raise BadInput(where, *first_error(error, LitmusTest)) from error
     except SchemaError as error:
@@ -55,18 +53,13 @@ def load_test(name_or_path: str) -> LitmusTest:
         if name_or_path in shipped:
             return parse_test(shipped[name_or_path], name_or_path, None)
         raise BadInput(
-            f"litmus test {name_or_path!r}",
+            f"litmus test {shown(name_or_path)}",
             "no such test",
-            "a name that `flushlab list litmus` prints, or a .toml file",
+            "a name that `flushlab list litmus` prints, or a .toml file"
+            + did_you_mean(name_or_path, shipped),
         )
     path = Path(name_or_path)
-    try:
-        text = path.read_text("utf-8")
-    except OSError as error:
-        raise BadInput(str(path), error.strerror or str(error), "a readable litmus test") from error
-    except UnicodeDecodeError as error:
-        raise BadInput(str(path), f"not UTF-8 at byte {error.start}", "a TOML file") from error
-    return parse_test(text, str(path), path)
+    return parse_test(read_text(path, "a readable litmus test"), str(path), path)
 
 
 def load_tests(names: Iterable[str]) -> list[LitmusTest]:
@@ -87,7 +80,8 @@ def load_tests(names: Iterable[str]) -> list[LitmusTest]:
 
 def _named(name: str) -> list[LitmusTest]:
     path = Path(name)
-    if "/" not in name or not path.is_dir():
+    # Path.is_dir() raises for a name that no file can have.
+    if "/" not in name or not os.path.isdir(name):  # noqa: PTH112
         return [load_test(name)]
     files = sorted(path.glob("*.toml"))
     if not files:

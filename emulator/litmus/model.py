@@ -79,13 +79,14 @@ from typing import Annotated, Literal, Self
 
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, PrivateAttr, model_validator
 
+from emulator.errors import shown
 from emulator.litmus.kvm_ops import SLOT, SMM_SLOT
 from emulator.litmus.ops import Op, OpError, parse_op
+from emulator.validation import Unit
 from native import VIOLATION_KINDS
 
 SAFE = "safe"
 INCONCLUSIVE = "inconclusive"
-VIOLATION_KINDS_SET = frozenset(VIOLATION_KINDS)
 
 Need = Literal[
     "averted",
@@ -116,23 +117,23 @@ def _one_or_many(value: object) -> object:
 
 
 class MachineSection(Section):
-    pcpus: int = Field(default=2, ge=1, le=8, strict=True)
-    root_frames: int = Field(default=8, ge=2, le=64, strict=True)
-    table_frames: int = Field(default=256, ge=16, le=4096, strict=True)
-    guest_blocks: int = Field(default=4, ge=0, le=16, strict=True)
+    pcpus: Annotated[int, Unit("pCPUs")] = Field(default=2, ge=1, le=8, strict=True)
+    root_frames: Annotated[int, Unit("frames")] = Field(default=8, ge=2, le=64, strict=True)
+    table_frames: Annotated[int, Unit("frames")] = Field(default=256, ge=16, le=4096, strict=True)
+    guest_blocks: Annotated[int, Unit("blocks of 2 MiB")] = Field(default=4, ge=0, le=16, strict=True)
 
 
 class VmSection(Section):
-    vcpus: int = Field(default=1, ge=1, le=4, strict=True)
-    pages: int = Field(default=2048, ge=512, le=1 << 19, strict=True)
+    vcpus: Annotated[int, Unit("vCPUs")] = Field(default=1, ge=1, le=4, strict=True)
+    pages: Annotated[int, Unit("pages of 4 KiB")] = Field(default=2048, ge=512, le=1 << 19, strict=True)
     smm_slots: bool = False
-    smram: int | None = Field(default=None, ge=1, strict=True)
+    smram: Annotated[int | None, Unit("pages of 4 KiB")] = Field(default=None, ge=1, strict=True)
     ept_ad: bool = True
     tdp_levels: tuple[Literal[4, 5], ...] = ()
     paging: bool = False
     pcid: bool = False
-    chunk: int = Field(default=32, ge=1, le=512, strict=True)
-    resched_chunks: int = Field(default=0, ge=0, le=1024, strict=True)
+    chunk: Annotated[int, Unit("SPTEs")] = Field(default=32, ge=1, le=512, strict=True)
+    resched_chunks: Annotated[int, Unit("steps")] = Field(default=0, ge=0, le=1024, strict=True)
     eager_page_split: bool = True
     dirty_log: Literal["protect", "manual", "initially-set"] = "protect"
 
@@ -154,9 +155,9 @@ class VmSection(Section):
 
 
 class ThreadSection(Section):
-    vcpu: int | None = Field(default=None, ge=0, strict=True)
-    vm: int = Field(default=0, ge=0, strict=True)
-    pcpu: int = Field(default=0, ge=0, strict=True)
+    vcpu: Annotated[int | None, Unit(names="a vCPU of the VM")] = Field(default=None, ge=0, strict=True)
+    vm: Annotated[int, Unit(names="a VM")] = Field(default=0, ge=0, strict=True)
+    pcpu: Annotated[int, Unit(names="a pCPU")] = Field(default=0, ge=0, strict=True)
     ops: tuple[str, ...] = ()
 
     _parsed: tuple[Op, ...] = PrivateAttr(default=())
@@ -173,7 +174,9 @@ class ThreadSection(Section):
 
 class StressSection(Section):
     delays: tuple[str, ...] = ()
-    chaos: int = Field(default=0, ge=0, le=1 << 16, strict=True)
+    chaos: Annotated[int, Unit("points, of which one is delayed")] = Field(
+        default=0, ge=0, le=1 << 16, strict=True
+    )
 
 
 class Delay(Section):
@@ -183,7 +186,7 @@ class Delay(Section):
     thread: str
     point: str
     mode: str = ""
-    microseconds: int = 0
+    microseconds: Annotated[int, Unit("microseconds")] = 0
 
 
 Expected = str | tuple[str, ...]
@@ -192,7 +195,7 @@ Expected = str | tuple[str, ...]
 def _verdict(value: object) -> Expected:
     if value in (SAFE, INCONCLUSIVE):
         return str(value)
-    if isinstance(value, list | tuple) and value and all(kind in VIOLATION_KINDS_SET for kind in value):
+    if isinstance(value, list | tuple) and value and all(kind in VIOLATION_KINDS for kind in value):
         return tuple(value)
     kinds = ", ".join(VIOLATION_KINDS)
     raise ValueError(f'"safe", "inconclusive", or a list of violations ({kinds})')
@@ -300,9 +303,9 @@ def bind(test: LitmusTest) -> None:
 def _check_thread(test: LitmusTest, name: str, thread: ThreadSection) -> None:
     key = f"threads.{name}"
     if not name.isidentifier():
-        raise SchemaError(key, repr(name), 'a name of letters, digits and "_"')
+        raise SchemaError(key, shown(name), 'a name of letters, digits and "_"')
     if _OTHERS.fullmatch(name):
-        raise SchemaError(key, repr(name), "a name that is not the machine's own: rcu, pcpu0, irq0, ...")
+        raise SchemaError(key, shown(name), "a name that is not the machine's own: rcu, pcpu0, irq0, ...")
     if thread.vm >= len(test.vm):
         raise SchemaError(f"{key}.vm", str(thread.vm), f"less than {len(test.vm)}, the number of VMs")
     if thread.vcpu is None:
@@ -335,11 +338,11 @@ def _parse_prefixed(test: LitmusTest, where: str, texts: tuple[str, ...]) -> tup
         name = name.strip()
         if not colon or name not in test.threads:
             raise SchemaError(
-                key, repr(text), f'"THREAD: OPERATION", THREAD one of {", ".join(test.threads)}'
+                key, shown(text), f'"THREAD: OPERATION", THREAD one of {", ".join(test.threads)}'
             )
         op = _parse(test, key, name, rest.strip())
         if op.waits_for() is not None:
-            raise SchemaError(key, repr(text), f"no wait: the operations of {where} follow one another")
+            raise SchemaError(key, shown(text), f"no wait: the operations of {where} follow one another")
         parsed.append((name, op))
     return tuple(parsed)
 
@@ -348,12 +351,12 @@ def _parse_delay(test: LitmusTest, key: str, text: str) -> Delay:
     words = text.split()
     digits = words.pop() if len(words) > 2 and words[-1].isdecimal() else "0"
     if len(digits) > 9 or int(digits) > _MOST_MICROSECONDS:
-        raise SchemaError(key, repr(digits), f"at most {_MOST_MICROSECONDS} MICROSECONDS")
+        raise SchemaError(key, shown(digits), f"at most {_MOST_MICROSECONDS} MICROSECONDS")
     microseconds = int(digits)
     if not 2 <= len(words) <= 3 or (len(words) == 3 and words[2] not in ("read", "write")):
-        raise SchemaError(key, repr(text), '"THREAD POINT [read|write] [MICROSECONDS]"')
+        raise SchemaError(key, shown(text), '"THREAD POINT [read|write] [MICROSECONDS]"')
     if words[0] not in test.threads:
-        raise SchemaError(key, repr(words[0]), f"one of the threads {', '.join(test.threads)}")
+        raise SchemaError(key, shown(words[0]), f"one of the threads {', '.join(test.threads)}")
     mode = words[2] if len(words) == 3 else ""
     return Delay(thread=words[0], point=words[1], mode=mode, microseconds=microseconds)
 

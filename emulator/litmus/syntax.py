@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from difflib import get_close_matches
 from typing import TYPE_CHECKING, ClassVar, Literal, Protocol
+
+from emulator.errors import closest, shown
 
 if TYPE_CHECKING:
     from emulator.actors.user_memory import UserMemory
@@ -51,10 +52,10 @@ class Arg:
         try:
             value = int(text, 0)
         except ValueError:
-            raise OpError(repr(text), self._expected()) from None
+            raise OpError(shown(text), self._expected()) from None
         low = 1 if self.kind == "count" else 0
         if not low <= value <= self.most:
-            raise OpError(repr(text), self._expected())
+            raise OpError(shown(text), self._expected())
         return value
 
     def _expected(self) -> str:
@@ -121,7 +122,7 @@ class Op:
                 expected = f"a pCPU below machine.pcpus, {test.machine.pcpus}"
                 raise OpError(str(self.number(arg.name)), expected)
         if self._physical(test, thread) and self.number("page") + self.span() > pages:
-            raise OpError(repr(self.text), f"pages of VM {section.vm}, which has {pages:#x}")
+            raise OpError(shown(self.text), f"pages of VM {section.vm}, which has {pages:#x}")
 
     def span(self) -> int:
         """Pages from PAGE on that it is about."""
@@ -137,7 +138,7 @@ def check_huge(op: Op, *names: str) -> None:
     """These pages begin 2 MiB each.  Raises OpError."""
     for name in names:
         if op.number(name) % HUGE_PAGES:
-            raise OpError(repr(op.text), f"a multiple of {HUGE_PAGES:#x} for {name.upper()}")
+            raise OpError(shown(op.text), f"a multiple of {HUGE_PAGES:#x} for {name.upper()}")
 
 
 class Context(Protocol):
@@ -210,18 +211,18 @@ def parse(text: str, who: Who, verbs: dict[str, type[Op]]) -> Op:
         raise OpError("an empty text", "an operation")
     kind = verbs.get(words[0])
     if kind is None:
-        close = get_close_matches(words[0], verbs, n=1)
-        guess = f"{close[0]!r}" if close else "one of those that `flushlab list litmus --ops` prints"
-        raise OpError(f"unknown operation {words[0]!r}", guess)
+        close = closest(words[0], verbs)
+        guess = "one of those that `flushlab list litmus --ops` prints" if close is None else repr(close)
+        raise OpError(f"unknown operation {shown(words[0])}", guess)
     if who not in kind.who:
         needed = "a thread with a vcpu" if who == "kvm" else "a thread without a vcpu"
-        raise OpError(repr(text), f"{words[0]} in {needed}")
+        raise OpError(shown(text), f"{words[0]} in {needed}")
     rest = words[1:]
     flags = frozenset(word for word in rest if word in kind.words)
     given = [word for word in rest if word not in kind.words]
     required = sum(arg.default is None for arg in kind.args)
     if not required <= len(given) <= len(kind.args):
-        raise OpError(repr(text), f"{kind.usage()!r}")
+        raise OpError(shown(text), f"{kind.usage()!r}")
     values: dict[str, int | str] = {arg.name: arg.default for arg in kind.args if arg.default is not None}
     for arg, word in zip(kind.args, given, strict=False):
         values[arg.name] = arg.parse(word)

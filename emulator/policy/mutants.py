@@ -9,8 +9,8 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field
-from difflib import get_close_matches
 
+from emulator.errors import closest, shown
 from emulator.policy.policy import NAMED_BY, Policy, PolicyError
 
 PREFIX = "mutant:"
@@ -412,7 +412,7 @@ def find_mutant(name: str, where: str = NAMED_BY) -> Mutant:
     try:
         return MUTANTS[short]
     except KeyError:
-        close = get_close_matches(short, MUTANTS, n=1)
-        guess = f" (did you mean {PREFIX}{close[0]}?)" if close else ""
+        close = closest(short, MUTANTS)
+        guess = f" (did you mean {PREFIX}{close}?)" if close else ""
         names = ", ".join(PREFIX + known for known in MUTANTS)
-        raise PolicyError(where, f"unknown mutant {name!r}", f"one of {names}{guess}") from None
+        raise PolicyError(where, f"unknown mutant {shown(name)}", f"one of {names}{guess}") from None

@@ -3,11 +3,10 @@
 from __future__ import annotations
 
 from collections.abc import Collection, Iterable, Mapping
-from difflib import get_close_matches
 from types import ModuleType
 from typing import TYPE_CHECKING, Final
 
-from emulator.errors import BadInput
+from emulator.errors import BadInput, one_of, shown
 from emulator.policy.points import BY_NAME, POINTS
 
 if TYPE_CHECKING:
@@ -213,14 +212,10 @@ def check_answer(point: str, alternative: str, where: str = NAMED_BY) -> None:
     """Raises PolicyError unless `alternative` is one of the point's; `where` it was found."""
     known = BY_NAME.get(point)
     if known is None:
-        raise PolicyError(where, f"unknown decision point {point!r}", _expected(point, tuple(BY_NAME)))
+        raise PolicyError(where, f"unknown decision point {shown(point)}", one_of(point, BY_NAME))
     if alternative not in known.names():
         raise PolicyError(
-            f"{where}: {point}", f"unknown alternative {alternative!r}", _expected(alternative, known.names())
+            f"{where}: {point}",
+            f"unknown alternative {shown(alternative)}",
+            one_of(alternative, known.names()),
         )
-
-
-def _expected(found: str, names: tuple[str, ...]) -> str:
-    close = get_close_matches(found, names, n=1)
-    guess = f" (did you mean {close[0]}?)" if close else ""
-    return f"one of {', '.join(names)}{guess}"

@@ -5,8 +5,7 @@ A proposal is encoded as posted, holes included.  A preset exists only if each o
 
 from __future__ import annotations
 
-from difflib import get_close_matches
-
+from emulator.errors import one_of, shown
 from emulator.policy.mutants import PREFIX, find_mutant
 from emulator.policy.policy import NAMED_BY, Policy, PolicyError
 
@@ -110,6 +109,4 @@ def preset(name: str, where: str = NAMED_BY) -> Policy:
     try:
         return PRESETS[name]
     except KeyError:
-        close = get_close_matches(name, PRESETS, n=1)
-        guess = f" (did you mean {close[0]}?)" if close else ""
-        raise PolicyError(where, f"unknown policy {name!r}", f"one of {', '.join(PRESETS)}{guess}") from None
+        raise PolicyError(where, f"unknown policy {shown(name)}", one_of(name, PRESETS)) from None

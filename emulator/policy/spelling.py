@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from emulator.errors import shown
 from emulator.policy.policy import NAMED_BY, PolicyError, check_answer
 from emulator.policy.presets import DEFAULT, preset
 
@@ -12,7 +13,7 @@ def parse_setting(text: str, where: str = NAMED_BY) -> tuple[str, str]:
     """`point=alternative`; raises PolicyError.  Whether there is such a point is not looked at."""
     point, _, alternative = (part.strip() for part in text.partition("="))
     if not point or not alternative:
-        raise PolicyError(where, f"found {text!r}", "point=alternative, as in migration=none")
+        raise PolicyError(where, f"found {shown(text)}", "point=alternative, as in migration=none")
     return point, alternative
 
 

@@ -54,7 +54,24 @@ def test_durations(text: object, seconds: float) -> None:
     assert parse_duration(text) == seconds
 
 
-@pytest.mark.parametrize("text", ["", "s", "-1s", "1d", "1e3s", "nan", "inf", True, None, "1 2"])
+@pytest.mark.parametrize(
+    "text",
+    [
+        "",
+        "s",
+        "-1s",
+        "1d",
+        "1e3s",
+        "9" * 400,
+        pytest.param(10**5000, id="digits"),
+        "nan",
+        "inf",
+        float("inf"),
+        True,
+        None,
+        "1 2",
+    ],
+)
 def test_bad_durations(text: object) -> None:
     with pytest.raises(ValueError, match="duration"):
         parse_duration(text)
@@ -71,7 +88,29 @@ def test_bad_durations(text: object) -> None:
         ("vm = []", "vm: found []; expected at least 1 entries"),
         ("vm = 3", "vm: found 3; expected a list"),
         ("[[vm]]\nvcpus = true", "vm[0].vcpus: found True; expected a whole number"),
-        ("[[vm]]\n[[vm]]\nmemory = 1", "vm[1].memory: found 1; expected at least 2"),
+        ("[[vm]]\n[[vm]]\nmemory = 1", "vm[1].memory: found 1; expected at least 2 MiB"),
+        ("[[vm]]\nmemory = '64 MiB'", "vm[0].memory: found '64 MiB'; expected a whole number of MiB"),
+        ("[[vm]]\nmemory = 1979-05-27", "vm[0].memory: found 1979-05-27; expected a whole number of MiB"),
+        ("[[vm]]\nmemory = inf", "vm[0].memory: found inf; expected a whole number of MiB"),
+        (
+            "[[vm]]\nmemory = 0x1" + "0" * 9999,
+            "memory: found a number of 39997 bits; expected at most 1048576 MiB",
+        ),
+        ("[[vm]]\n[host]\nunmap = 'x'", "host.unmap: found 'x'; expected a number of ranges per second"),
+        ("[[vm]]\n[host]\nunmap = 1e7", "found 10000000.0; expected at most 1000000 ranges per second"),
+        (
+            "pace = inf\n[[vm]]",
+            "pace: found inf; expected a finite number of million guest accesses per second",
+        ),
+        ("[[vm]]\nvpid = 1", "vm[0].vpid: found an unknown key; expected one of count,"),
+        (
+            "duration = 0x1" + "0" * 9999 + "\n[[vm]]",
+            "duration: found a number of 39997 bits; expected a duration",
+        ),
+        ("duration = 1979-05-27\n[[vm]]", "duration: found 1979-05-27; expected a duration"),
+        ("duration = '11y'\n[[vm]]", "duration: found '11y'; expected a duration"),
+        ("duration = '99999h'\n[[vm]]", "duration: found '99999h'; expected at most 315360000 seconds"),
+        ("[[vm]]\n[phases]\nquiet = '" + "9" * 400 + "h'", "phases.quiet: found '9"),
         ("[[vm]]\ntraces = [3]", "vm[0].traces[0]: found 3; expected a text"),
         ("[[vm]]\n[host]\nunmap = -1", "host.unmap: found -1; expected at least 0"),
         ("[[vm]]\n[host]\nunmap = nan", "host.unmap: found nan; expected"),
@@ -96,6 +135,11 @@ def test_several_mistakes_are_counted() -> None:
 
 def test_unbounded_geometry_is_possible() -> None:
     assert parse("[[vm]]\n[machine.geometry]\nl2_entries = 0").machine.geometry.l2_entries == 0
+
+
+def test_a_name_with_a_slip_in_it() -> None:
+    with pytest.raises(BadInput, match=r"no such scenario; expected one of .*mean migration-storm\?\)"):
+        load_scenario("migration-strom")
 
 
 def test_missing_and_binary_files(tmp_path: Path) -> None:

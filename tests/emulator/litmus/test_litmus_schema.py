@@ -47,6 +47,27 @@ def test_a_good_one() -> None:
 
 
 BAD = [
+    (
+        '["use-after-free"]',
+        '[["x"]]',
+        'migration=none: found [[\'x\']]; expected "safe", "inconclusive", or a list',
+    ),
+    ('["use-after-free"]', "[{a = 1}]", "expect.migration=none: found [{'a': 1}]; expected"),
+    ('["use-after-free"]', "[]", "expect.migration=none: found []; expected"),
+    (
+        "vcpu = 0",
+        "vcpu = 1.5",
+        "threads.v0.vcpu: found 1.5; expected the number of a vCPU of the VM, a whole",
+    ),
+    (
+        "vcpu = 0",
+        "vcpu = -1",
+        "threads.v0.vcpu: found -1; expected the number of a vCPU of the VM, at least 0",
+    ),
+    ("[stress]", "[machine]\npcpus = 99\n[stress]", "machine.pcpus: found 99; expected at most 8 pCPUs"),
+    ("read 0x10", "read 0x" + "f" * 70_000, "init[0]: found '0xff"),
+    ("read 0x10", "read " + "9" * 5000, "init[0]: found '9999"),
+    ("read 0x10", "x" * 70_000, "init[0]: found unknown operation 'xxx"),
     ("read 0x10", "raed 0x10", "init[0]: found unknown operation 'raed'; expected 'read'"),
     ("migrate 1", "migrate 9", "threads.v0.ops[2]: found 9; expected a pCPU below machine.pcpus, 2"),
     ("migrate 1", "migrate", "threads.v0.ops[2]: found 'migrate'; expected 'migrate PCPU'"),
@@ -148,7 +169,9 @@ def test_two_threads_cannot_be_one_vcpu() -> None:
 
 
 def test_files_directories_names(tmp_path: Path) -> None:
-    with pytest.raises(BadInput, match="no such test"):
+    with pytest.raises(BadInput, match=r"no such test; expected .*did you mean return-zap\?"):
+        load_test("retrun-zap")
+    with pytest.raises(BadInput, match=r"no such test; expected .* or a \.toml file$"):
         load_test("no-such-test")
     with pytest.raises(BadInput, match=r"gone\.toml"):
         load_test("gone.toml")
