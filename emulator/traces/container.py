@@ -30,11 +30,14 @@ from emulator.traces.columns import COLUMN_NAMES, Columns, ColumnsError, decode,
 from emulator.traces.errors import TraceError
 from emulator.traces.model import Trace, TraceMetadata
 from emulator.traces.record import MAX_RECORDS, AccessType, Records, distinct_pages, types_of, well_formed
+from emulator.validation import read_bytes
 
 MAGIC: Final = b"\x89FLTRACE"
 VERSION: Final = 1
 PREFIX: Final = struct.Struct("<8sHHIQ")
 DIGEST_SIZE: Final = 16
+# Of a file: what MAX_RECORDS take at the most bits a record that any program needs.
+MOST_BYTES: Final = 1 << 30
 HEADER_SIZE: Final = PREFIX.size + DIGEST_SIZE
 DTYPES: Final[dict[str, str]] = {
     "symbol_address": "<u8",
@@ -116,12 +119,7 @@ def parse_metadata(image: bytes, where: str) -> TraceMetadata:
 
 def read_image(path: Path) -> bytes:
     """The bytes of a trace file on disk."""
-    try:
-        return path.read_bytes()
-    except FileNotFoundError:
-        raise TraceError(str(path), "no such file", "a trace written by 'flushlab trace convert'") from None
-    except OSError as error:
-        raise TraceError(str(path), f"cannot be read ({error.strerror})") from None
+    return read_bytes(path, "a trace written by 'flushlab trace convert'", MOST_BYTES, TraceError)
 
 
 def _digest(prefix: bytes, *parts: bytes) -> bytes:

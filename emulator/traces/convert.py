@@ -10,14 +10,17 @@ from typing import BinaryIO
 
 import numpy as np
 
+from emulator.errors import one_line, shown
 from emulator.output import check_file
 from emulator.traces.container import write_trace
 from emulator.traces.errors import TraceError
 from emulator.traces.lackey import LackeyReader, Prelude
-from emulator.traces.model import NAME_PATTERN, Trace, TraceMetadata, Window
+from emulator.traces.model import MOST_DESCRIPTION, NAME_PATTERN, Trace, TraceMetadata, Window
 from emulator.traces.record import MAX_RECORDS, AccessType, Records, distinct_pages, types_of
 
 RECORD_HINT = "valgrind --tool=lackey --trace-mem=yes --log-fd=9 PROGRAM 9>&1 >/dev/null"
+
+_NAMES = "up to 64 of A-Z a-z 0-9 . _ + - and no leading sign"
 
 
 @dataclass(frozen=True)
@@ -75,6 +78,8 @@ def convert(
     check_file("", output)
     if name is None:
         name = output.name.removesuffix(".fltrace")
+        if not re.fullmatch(NAME_PATTERN, name):
+            raise TraceError(str(output), f"no name for a trace: {shown(name)}", f"{_NAMES}, or --name")
     trace = read_recording(stream, where, name, cut, description, progress)
     return trace, write_trace(output, trace.records, trace.metadata)
 
@@ -88,8 +93,7 @@ def read_recording(
     progress: Callable[[int, int, int], None] | None = None,
 ) -> Trace:
     """The trace of a recording, in memory."""
-    if not re.match(NAME_PATTERN, name):
-        raise TraceError("--name", f"found {name!r}", "up to 64 of A-Z a-z 0-9 . _ + - and no leading sign")
+    _check_words(name, description)
     reader = LackeyReader(stream, where, instructions=cut.instructions)
     window = _Window(cut)
     consumed, ended = 0, True
@@ -111,6 +115,17 @@ def read_recording(
     return Trace(name, records, distinct_pages(records), metadata)
 
 
+def _check_words(name: str, description: str) -> None:
+    """Said before minutes of reading, not after."""
+    if not re.fullmatch(NAME_PATTERN, name):
+        raise TraceError("--name", f"found {shown(name)}", _NAMES)
+    if len(description) > MOST_DESCRIPTION:
+        found = f"found {len(description)} characters"
+        raise TraceError("--description", found, f"at most {MOST_DESCRIPTION}")
+    if not description.isprintable():
+        raise TraceError("--description", f"found {shown(description)}", "one line of printable characters")
+
+
 def _nothing(where: str, window: _Window, prelude: Prelude) -> TraceError:
     if window.position:
         return TraceError(where, f"{window.position} records, all skipped", f"more than {window.cut.skip}")
@@ -126,11 +141,11 @@ def _describe(
     records: Records, name: str, description: str, prelude: Prelude, window: Window
 ) -> TraceMetadata:
     counts = np.bincount(types_of(records), minlength=len(AccessType))
-    command = without_paths(prelude.command)
+    command = one_line(without_paths(prelude.command), 4096)
     return TraceMetadata(
         name=name,
         program=command.split(" ", 1)[0][:256] or "unknown",
-        command=command[:4096],
+        command=command,
         description=description,
         valgrind=prelude.valgrind[:64],
         accesses=records.size,

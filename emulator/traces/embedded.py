@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import os
 from importlib import resources
 from importlib.resources.abc import Traversable
 from pathlib import Path
 
+from emulator.errors import did_you_mean
 from emulator.traces.container import parse_image, parse_metadata, read_image
 from emulator.traces.errors import TraceError
 from emulator.traces.model import Trace, TraceInfo
@@ -46,7 +48,9 @@ def _find(name_or_path: str | Path) -> tuple[bytes, str]:
     if isinstance(name_or_path, str) and name_or_path in items:
         return items[name_or_path].read_bytes(), f"embedded trace {name_or_path}"
     path = Path(name_or_path)
-    if not path.exists() and path.name == str(name_or_path) and not path.suffix:
-        names = ", ".join(sorted(items))
-        raise TraceError(str(path), "no such trace", f"a file, or one of the embedded {names}")
+    if path.name == str(name_or_path) and not path.suffix and not os.path.lexists(path):
+        expected = (
+            f"a file, or one of the embedded {', '.join(sorted(items))}{did_you_mean(path.name, items)}"
+        )
+        raise TraceError(str(path), "no such trace", expected)
     return read_image(path), str(path)

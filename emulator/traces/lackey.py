@@ -131,7 +131,8 @@ class LackeyReader:
         if np.any(bad):
             first = int(np.flatnonzero(bad)[0])
             raise self._error(text[starts[first] : ends[first]], int(lines[first]))
-        outside = address + size > np.uint64(USER_END)
+        # Not address + size, which may be more than 64 bits; a size is a page at most.
+        outside = address > np.uint64(USER_END) - size
         if np.any(outside):
             first = int(np.flatnonzero(outside)[0])
             raise TraceError(

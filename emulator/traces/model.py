@@ -13,6 +13,8 @@ from emulator.traces.record import MAX_RECORDS, Records, distinct_pages
 
 NAME_PATTERN = r"^[A-Za-z0-9][A-Za-z0-9._+-]{0,63}$"
 
+MOST_DESCRIPTION = 1024
+
 Count = Annotated[int, Field(ge=0, le=1 << 62)]
 
 
@@ -45,7 +47,7 @@ class TraceMetadata(BaseModel):
     name: Annotated[str, Field(pattern=NAME_PATTERN)]
     program: Annotated[str, Field(max_length=256)]
     command: Annotated[str, Field(max_length=4096)]
-    description: Annotated[str, Field(max_length=1024)] = ""
+    description: Annotated[str, Field(max_length=MOST_DESCRIPTION)] = ""
     valgrind: Annotated[str, Field(max_length=64)]
     accesses: Annotated[int, Field(ge=1, le=MAX_RECORDS)]
     reads: Count

@@ -63,10 +63,48 @@ def test_help_shows_how_to_record() -> None:
     assert "valgrind --tool=lackey --trace-mem=yes --log-fd=9 PROGRAM ARGS" in result.stdout
 
 
-@pytest.mark.parametrize("name", ["", "a/b", "-x", "x" * 65, "ä"])
+@pytest.mark.parametrize(
+    "name", ["", "a/b", "-x", "x" * 65, "ä", "a\n", "a\nb", "a\x1b", "\udcff", "x" * 70_000]
+)
 def test_bad_name(name: str, tmp_path: Path) -> None:
     result = run("convert", SAMPLE, tmp_path / "a.fltrace", f"--name={name}")
     assert "--name: found" in refused(result)
+
+
+@pytest.mark.parametrize("name", ["a b", "-x", "x" * 65, ".x"])
+def test_bad_name_of_output(name: str, tmp_path: Path) -> None:
+    output = tmp_path / f"{name}.fltrace"
+    assert "no name for a trace: '" in refused(run("convert", SAMPLE, output))
+    assert not output.exists()
+    assert run("convert", SAMPLE, output, "--name", "good").exit_code == 0
+
+
+@pytest.mark.parametrize(
+    ("description", "found"),
+    [
+        ("x" * 1025, "found 1025 characters"),
+        ("x" * 70_000, "found 70000"),
+        ("a\nb", "'a\\nb'"),
+        ("\udcff", "udcff"),
+    ],
+)
+def test_bad_description(description: str, found: str, tmp_path: Path) -> None:
+    # Said before the input, which is wrong as well, is read.
+    complaint = refused(run("convert", "-", tmp_path / "a.fltrace", "--description", description, stdin="x"))
+    assert "--description: " in complaint
+    assert found in complaint
+
+
+def test_the_longest_description(tmp_path: Path) -> None:
+    output = tmp_path / "a.fltrace"
+    assert run("convert", SAMPLE, output, "--description", "x" * 1024).exit_code == 0
+    assert traces.load(output).metadata.description == "x" * 1024
+
+
+def test_endless_and_unnameable_traces(tmp_path: Path) -> None:
+    assert "File name too long" in refused(run("info", tmp_path / f"{'x' * 300}.fltrace"))
+    assert "no such trace" in refused(run("info", "x" * 300))
+    assert "did you mean sort?" in refused(run("info", "sotr"))
 
 
 def test_bad_input(tmp_path: Path) -> None:

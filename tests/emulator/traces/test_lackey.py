@@ -118,7 +118,16 @@ def test_endless_line_is_refused() -> None:
         converted(" L 04001000,8\n" + "x" * (9 << 20))
 
 
-@pytest.mark.parametrize("line", [" L 800000000000,8", " L 7fffffffffff,2", " L ffffffffff600000,8"])
+@pytest.mark.parametrize(
+    "line",
+    [
+        " L 800000000000,8",
+        " L 7fffffffffff,2",
+        " L ffffffffff600000,8",
+        "I  ffffffffffffffff,8",
+        " M fffffffffffff000,4096",
+    ],
+)
 def test_kernel_addresses_are_refused(line: str) -> None:
     with pytest.raises(TraceError, match=r"^input, line 2: address 0x\w+; expected a user-space"):
         converted(f" L 04001000,8\n{line}\n")
