@@ -32,6 +32,11 @@ class BadInput(Exception):
         return _again, (type(self), str(self))
 
 
+def bad_input_of(line: str) -> BadInput:
+    """Return the error that says a line which is complete already."""
+    return _again(BadInput, line)
+
+
 def _again(cls: type[BadInput], line: str) -> BadInput:
     error = cls.__new__(cls, line)
     Exception.__init__(error, line)

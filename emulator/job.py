@@ -62,6 +62,10 @@ class Job:
         self._settle, self._pace, self._wall_limit = settle, pace, wall_limit
 
     def run(self, progress: Callable[[Snapshot], None], stop: threading.Event) -> Result:
+        with self.policy.confined():
+            return self._run(progress, stop)
+
+    def _run(self, progress: Callable[[Snapshot], None], stop: threading.Event) -> Result:
         with Emulation(
             self.scenario,
             self.policy,

@@ -67,6 +67,11 @@ def audited(
     test: LitmusTest, policy: Policy, executions: int = EXECUTIONS, seed: int = 0, choices: Choices = NONE
 ) -> Audited:
     """The same for the same arguments."""
+    with policy.confined():
+        return _audited(test, policy, executions, seed, choices)
+
+
+def _audited(test: LitmusTest, policy: Policy, executions: int, seed: int, choices: Choices) -> Audited:
     program = Remains(test, policy, choices)
     walks = SharedState(program.control, executions, seed)
     audit = program.control.audit = Audit()

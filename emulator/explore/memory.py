@@ -25,7 +25,10 @@ class Memory:
     def changed(self) -> bool:
         """Since `asking`; True where nobody knows."""
         now = self._now()
-        return self._before is None or now is None or not now.same(self._before)
+        if self.policy is None or self._before is None or now is None:
+            return True
+        with self.policy.guarded():
+            return not now.same(self._before)
 
     def _now(self) -> Snapshot | None:
         policy = self.policy
@@ -37,6 +40,7 @@ class Memory:
             return obj is given or (ours and obj is not policy)
 
         try:
-            return Snapshot((policy,), constant, module=policy.module())
+            with policy.guarded():
+                return Snapshot((policy,), constant, module=policy.module())
         except CannotRestore:
             return None

@@ -249,7 +249,13 @@ def replay(path: Path) -> Recording:
         raise BadInput(str(path), str(error)) from error
     except ValueError as error:
         raise BadInput(str(path), str(error), _EXPECTED) from error
-    program = LitmusProgram(test, policy, choices)
+    with policy.confined():
+        again = _replayed(document, LitmusProgram(test, policy, choices), path)
+    _compare(document, json.loads(json.dumps(again.document())))
+    return again
+
+
+def _replayed(document: dict[str, Any], program: LitmusProgram, path: Path) -> Recording:
     try:
         with installed(program.control):
             names = program.task_names()
@@ -257,11 +263,9 @@ def replay(path: Path) -> Recording:
             if unknown:
                 raise BadInput(f"{path}: schedule", unknown[0], f"one of {', '.join(names)}")
             schedule = tuple(names.index(name) for name in document["schedule"])
-            again = record(program, schedule)
+            return record(program, schedule)
     finally:
         program.close()
-    _compare(document, json.loads(json.dumps(again.document())))
-    return again
 
 
 def _compare(before: dict[str, Any], again: dict[str, Any]) -> None:

@@ -81,7 +81,9 @@ class _Here:
 
 
 def _begin(test: LitmusTest, policy: str, choices: Choices) -> None:
-    _Here.program = LitmusProgram(test, named_policy(policy), choices)
+    found = named_policy(policy)
+    _Here.stack.enter_context(found.confined())
+    _Here.program = LitmusProgram(test, found, choices)
     _Here.stack.enter_context(installed(_Here.program.control))
 
 

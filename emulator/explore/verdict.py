@@ -166,8 +166,13 @@ def explore_verdict(
     """Explore one test under one policy.  `stop` is asked between executions; with it results depend on
     time, on the number of processes (`jobs`) they never do."""
     plan = plan or Plan()
-    if policy.overrides():
-        _check_that_it_repeats(test, policy, plan.choices)
+    with policy.confined():
+        if policy.overrides():
+            _check_that_it_repeats(test, policy, plan.choices)
+        return _explored(test, policy, plan, stop, jobs)
+
+
+def _explored(test: LitmusTest, policy: Policy, plan: Plan, stop: Stop, jobs: int) -> Verdict:
     program = LitmusProgram(test, policy, plan.choices)
     verdict = Verdict(test.name, policy.name, plan, test.expect.needs)
     try:

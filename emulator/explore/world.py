@@ -136,16 +136,18 @@ class LitmusProgram:
 
     def _keep(self) -> None:
         try:
-            self._initial = Snapshot(
-                (self.world, self.machine, self.control.programs),
-                _is_constant,
-                {VcpuTask: frozenset({"_run"})},
-                self.world.policy.module(),
-            )
+            with self.policy.guarded():
+                self._initial = Snapshot(
+                    (self.world, self.machine, self.control.programs),
+                    _is_constant,
+                    {VcpuTask: frozenset({"_run"})},
+                    self.world.policy.module(),
+                )
         except CannotRestore:
             self._rebuilds = True
             return
-        self._initial.restore()  # as before each execution, the first one included
+        with self.policy.guarded():
+            self._initial.restore()  # as before each execution, the first one included
         self.world.main.check(lib.machine_snapshot(self.machine.m))
 
     def _put_back(self, initial: Snapshot) -> None:
@@ -153,7 +155,8 @@ class LitmusProgram:
         for task in self._vcpu_tasks():
             task.close()
         self.world.main.check(lib.machine_restore(self.machine.m))
-        initial.restore()
+        with self.policy.guarded():
+            initial.restore()
         for task in self._vcpu_tasks():
             task.restart()
 

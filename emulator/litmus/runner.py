@@ -165,6 +165,12 @@ class Runner:
         stop_at: int = 0,
     ) -> Outcome:
         """Executions seed, seed + 1, ...; with stop_at, no more once so many of them have violated."""
+        with policy.confined():
+            return self._run(policy, executions, seed, progress, stop_at)
+
+    def _run(
+        self, policy: Policy, executions: int, seed: int, progress: Callable[[int], None], stop_at: int
+    ) -> Outcome:
         world = self._world = World(self.test, policy, self.machine)
         outcome = Outcome(self.test.name, policy.name)
         delays = Delays(world)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Collection, Iterable, Mapping
+from contextlib import AbstractContextManager, nullcontext
 from types import ModuleType
 from typing import TYPE_CHECKING, Final
 
@@ -181,6 +182,15 @@ class Policy:
     def fresh(self) -> Policy:
         """One like it that remembers nothing of earlier runs: itself, unless it is a user's."""
         return self
+
+    def confined(self) -> AbstractContextManager[None]:
+        """Around all executions under this policy: what a user's file does to the process is kept to them.
+        Raises UserPolicyError for what cannot be taken back."""
+        return nullcontext()
+
+    def guarded(self) -> AbstractContextManager[None]:
+        """Around code that copies or compares what a user's policy remembers, and so may call its methods."""
+        return nullcontext()
 
     def module(self) -> ModuleType | None:
         """Of a user's file, whose names and classes may remember things, too."""

@@ -13,38 +13,36 @@
 Its methods are the decision points (`flushlab list points`, emulator.policy.policy.Policy): whatever the
 class does not define, the base answers.  KVM's threads call them at the moment of the decision, several at
 once, and one object serves all VMs, so what a method remembers is best kept per `cpu` or `vcpu`.  The file
-is executed anew for each run, and for each execution of a litmus test.  A method that raises, or returns what
-is no alternative of its point, ends the run with one line that says so.
+is executed anew for each run, and for each execution of a litmus test.  A method that raises, returns what
+is no alternative of its point, or does not return, ends the run with one line that says so.
+
+KVM's code never meets the object that the file has made: it asks a `UserPolicy`, which asks that object
+through the door (emulator.policy.guard).
 """
 
 from __future__ import annotations
 
-import ast
-import builtins
-import inspect
 from collections.abc import Callable, Iterator, Mapping
-from dataclasses import dataclass, replace
+from contextlib import contextmanager
 from difflib import get_close_matches
+from functools import lru_cache
 from pathlib import Path
-from types import CodeType, ModuleType, TracebackType
+from types import ModuleType
 from typing import Any
 
-from emulator.policy.points import BY_NAME, POINTS, DecisionPoint
-from emulator.policy.policy import Policy, PolicyError, check_answer
-from emulator.policy.presets import DEFAULT, preset
+from emulator.policy.confine import NO_PATCHES, Confinement
+from emulator.policy.guard import Place, UserPolicyError, came_through, exact, failed, shown, through
+from emulator.policy.points import BY_NAME, DecisionPoint
+from emulator.policy.policy import Policy, check_answer
+from emulator.policy.presets import preset
+from emulator.policy.source import Source, read_source
 from emulator.policy.spelling import parse_policy
-from emulator.runtime import MachineStopped
 
-# A method whose name resembles a point's this much is a slip of the pen, not a helper.
-_TYPO = 0.75
-# A policy is asked through these; what they do is not for the user's class to change.
-_RESERVED = (
-    "answers", "fresh", "given", "mutants", "module", "overrides", "spelled", "with_settings",
-)  # fmt: skip
+__all__ = ["UserPolicyError", "load_user_policy", "resolve_policy", "spelled_policy"]
 
-
-class UserPolicyError(PolicyError):
-    """What is wrong with a user's policy: file, line, method, what was found, what was expected."""
+# Processor seconds for making the object.
+_MAKING = 10.0
+_WITHOUT_ARGUMENTS = "a class that is made without arguments"
 
 
 def resolve_policy(text: str) -> Policy:
@@ -63,94 +61,81 @@ def spelled_policy(text: str, name: str | None = None) -> Policy:
 
 def load_user_policy(path: Path) -> Policy:
     """The policy that a file defines; raises UserPolicyError."""
-    tree, code = _parse(path)
-    lines = _lines(tree)
-    module = _execute(path, code)
-    cls = _policy_class(path, module, lines)
-    source = Source(str(path), code, module, cls, lines, _base(path, cls, lines))
-    if not _overridden(source):
-        points = ", ".join(BY_NAME)
-        raise UserPolicyError(
-            f"{path}:{lines[cls.__name__]}", f"{cls.__name__} decides nothing", f"a method of {points}"
-        )
-    return source.make({})
+    source = read_source(path)
+    with Confinement.patched(NO_PATCHES, source.refused):
+        return _made(source, {})
 
 
-@dataclass(frozen=True, slots=True)
-class Source:
-    """Where a user's policy comes from, and how to make another one like it."""
+class UserPolicy(Policy):
+    """Asks the file's object, counts and checks what it answers.
 
-    path: str
-    code: CodeType
-    module: ModuleType
-    cls: type[Policy]
-    lines: Mapping[str, int]
-    base: Policy
+    `_mine` is that object.  `_given` has answers by (alternative, CPU): each CPU's thread counts for itself.
+    """
 
-    def again(self) -> Source:
-        """As if the file had been loaded just now, with the text that it had."""
-        path = Path(self.path)
-        module = _execute(path, self.code)
-        return replace(self, module=module, cls=_policy_class(path, module, self.lines))
-
-    def line(self, name: str) -> int:
-        """Where the class, or a class of the file that it derives from, defines `name`."""
-        for cls in self.cls.__mro__:
-            if name in vars(cls):
-                return self.lines.get(f"{cls.__name__}.{name}", 1)
-        return self.lines[self.cls.__name__]
-
-    def where(self, name: str, line: int | None = None) -> str:
-        return f"{self.path}:{line or self.line(name)}: {self.cls.__name__}.{name}"
-
-    def make(self, settings: Mapping[str, str], name: str | None = None) -> Policy:
-        """A new object of the user's class with an empty memory, asked through checks.
-
-        `settings` are the command line's: a point among them is not the class's to decide any more.
-        """
-        namespace: dict[str, Any] = {
-            point.name: _fixed(point.name) if point.name in settings else _checked(self, point)
-            for point in _overridden(self)
+    def __init__(self, source: Source, settings: Mapping[str, str], name: str | None) -> None:
+        super().__init__(name or source.loaded.name)
+        self._source = source
+        self._settings = dict(settings)
+        self._given: dict[str, dict[tuple[str, int], int]] = {
+            point.name: {} for point in source.loaded.points if point.name not in settings
         }
-        checked = type(self.cls.__name__, (_Asked, self.cls), namespace)
-        try:
-            policy: Any = checked()
-        except Exception as error:
-            where = self.where("__init__", _error_line(error, self.path))
-            raise UserPolicyError(where, _told(error), "a class that is made without arguments") from error
-        if not isinstance(getattr(policy, "_answers", None), dict):
-            raise UserPolicyError(
-                self.where("__init__"), "Policy is not initialized", "a call of super().__init__()"
-            )
-        own = {p: a for p, a in Policy.answers(policy).items() if a != BY_NAME[p].default}
-        policy.name = name or getattr(self.cls, "name", None) or Path(self.path).stem
-        policy.bugs |= self.base.bugs
-        policy._answers = {**self.base.answers(), **own, **settings}
-        policy._source, policy._settings = self, dict(settings)
-        policy._given = {point: {} for point in namespace if point not in settings}
-        return policy  # type: ignore[no-any-return]
+        self._places = {name: source.place(name, _one_of(BY_NAME[name])) for name in self._given}
+        self._mine: Any = None
 
-
-class _Asked(Policy):
-    """Stands before the user's class: counts and checks what its methods answer."""
-
-    _source: Source
-    _settings: dict[str, str]
-    # Answers by (alternative, CPU): each CPU's thread counts for itself.
-    _given: dict[str, dict[tuple[str, int], int]]
+    def adopt(self, mine: Any) -> None:
+        """Answer what the object's class does not decide as the object was told to, as its super() does."""
+        own = object.__getattribute__(mine, "__dict__")
+        base = self._source.loaded.base
+        answers = base.answers()
+        for point, given in own["_answers"].items():
+            answer = exact(given)
+            if point not in BY_NAME or answer not in BY_NAME[point].names():
+                place = self._source.place("__init__")
+                raise UserPolicyError(
+                    place.at(), f"answers {shown(point)} with {shown(given)}", "one of its own"
+                )
+            if answer != BY_NAME[point].default:
+                answers[point] = answer
+        self._answers = {**answers, **self._settings}
+        bugs = own.get("bugs")
+        self.bugs = base.bugs | {
+            bug for bug in map(exact, bugs if type(bugs) is frozenset else ()) if bug is not None
+        }
+        own.update(name=self.name, bugs=self.bugs, _answers=dict(self._answers))
+        self._mine = mine
 
     def with_settings(self, settings: Mapping[str, str], name: str | None = None) -> Policy:
         for point, alternative in settings.items():
             check_answer(point, alternative)
         if name is None:
             name = "+".join([self.name, *(f"{point}={settings[point]}" for point in sorted(settings))])
-        return self._source.make({**self._settings, **settings}, name)
+        return _made(self._source, {**self._settings, **settings}, name)
+
+    def may_answer(self, point: str, alternatives: Any) -> bool:
+        return point in self._given or super().may_answer(point, alternatives)
 
     def fresh(self) -> Policy:
-        return self._source.again().make(self._settings, self.name)
+        return _made(self._source.again(), self._settings, self.name)
 
     def module(self) -> ModuleType | None:
-        return self._source.module
+        return self._source.loaded.module
+
+    @contextmanager
+    def confined(self) -> Iterator[None]:
+        with Confinement.patched(self._source.patches, self._source.refused):
+            yield
+
+    @contextmanager
+    def guarded(self) -> Iterator[None]:
+        try:
+            yield
+        except Exception as error:
+            if not came_through(error, self._source.path):
+                raise
+            failure = failed(Place(self._source.path, self._source.line("__init__")), error)
+        else:
+            return
+        raise failure
 
     def spelled(self) -> str:
         settings = (f"{point}={self._settings[point]}" for point in sorted(self._settings))
@@ -180,6 +165,35 @@ class _Asked(Policy):
         return (*table, *case_by_case)
 
 
+def _made(source: Source, settings: Mapping[str, str], name: str | None = None) -> Policy:
+    """A policy with a new object of the file's class.  `settings` are the command line's: a point among them
+    is not the class's to decide any more."""
+    points = frozenset(point.name for point in source.loaded.points if point.name not in settings)
+    policy = _class(points)(source, settings, name)
+    with Confinement.entered():
+        place = source.place("__init__", _WITHOUT_ARGUMENTS, _MAKING)
+        policy.adopt(through(place, _new, source, settings))
+    return policy
+
+
+def _new(source: Source, settings: Mapping[str, str]) -> Any:
+    cls = source.loaded.cls
+    fixed = {point.name: _fixed(point.name) for point in source.loaded.points if point.name in settings}
+    if fixed:
+        cls = type(source.loaded.called, (cls,), {"__module__": source.loaded.module.__name__, **fixed})
+    made = cls()
+    names = object.__getattribute__(made, "__dict__") if issubclass(type(made), Policy) else {}
+    if type(names.get("_answers")) is not dict:
+        where = source.place("__init__").at()
+        raise UserPolicyError(where, "Policy is not initialized", "a call of super().__init__()")
+    return made
+
+
+@lru_cache(maxsize=64)
+def _class(points: frozenset[str]) -> type[UserPolicy]:
+    return type("UserPolicy", (UserPolicy,), {point: _asked(BY_NAME[point]) for point in points})
+
+
 def _fixed(point: str) -> Callable[..., str]:
     def answer(self: Any, *_: object) -> str:
         return self._answers[point]  # type: ignore[no-any-return]
@@ -187,165 +201,42 @@ def _fixed(point: str) -> Callable[..., str]:
     return answer
 
 
-def _checked(source: Source, point: DecisionPoint) -> Callable[..., str]:
+def _asked(point: DecisionPoint) -> Callable[..., str]:
     """The user's method, with a clear error for whatever it does wrong."""
-    method: Callable[..., object] = getattr(source.cls, point.name)
-    names = frozenset(point.names())
+    name, names = point.name, frozenset(point.names())
 
-    def ask(self: _Asked, cpu: Any, *arguments: Any) -> str:
+    def ask(self: UserPolicy, cpu: Any, *arguments: Any) -> str:
         # Whatever it remembers, others may have been asked in between.
-        cpu.point("policy", source.path, "write")
-        try:
-            answer = method(self, cpu, *arguments)
-        except (MachineStopped, UserPolicyError):
-            raise
-        except (Exception, SystemExit) as error:
-            where = source.where(point.name, _error_line(error, source.path))
-            raise UserPolicyError(where, _told(error), _one_of(point, "")) from error
-        cpu.point("policy answers", source.path, "write")
-        if not isinstance(answer, str) or answer not in names:
-            raise UserPolicyError(source.where(point.name), f"returned {answer!r}", _one_of(point, answer))
-        given = self._given[point.name]
+        cpu.point("policy", self._source.path, "write")
+        answer: Any = through(self._places[name], _ask, self._mine, name, cpu, *arguments)
+        cpu.point("policy answers", self._source.path, "write")
+        if type(answer) is not str:
+            answer = _checked(self, point, answer)
+        if answer not in names:
+            found = f"returned {answer!r:.80}"
+            raise UserPolicyError(self._places[name].at(), found, _one_of(point, answer))
+        given = self._given[name]
         key = (answer, cpu.id)
         given[key] = given.get(key, 0) + 1
-        return answer
+        return answer  # type: ignore[no-any-return]
 
     return ask
 
 
-# --- reading the file -----------------------------------------------------------------------------------
+def _ask(mine: Any, name: str, cpu: Any, *arguments: Any) -> object:
+    return getattr(mine, name)(cpu, *arguments)
 
 
-def _parse(path: Path) -> tuple[ast.Module, CodeType]:
-    try:
-        tree = ast.parse(path.read_bytes(), str(path))
-        return tree, compile(tree, str(path), "exec")
-    except OSError as error:
-        raise UserPolicyError(str(path), error.strerror or str(error), "a readable Python file") from error
-    except SyntaxError as error:
-        raise UserPolicyError(
-            f"{path}:{error.lineno or 1}", f"{type(error).__name__}: {error.msg}"
-        ) from error
-    except ValueError as error:
-        raise UserPolicyError(str(path), str(error), "a Python file") from error
+def _checked(policy: UserPolicy, point: DecisionPoint, answer: object) -> str:
+    """What an object of a class that derives from str holds; of other objects, an error."""
+    text = exact(answer)
+    if text is None:
+        where = policy._places[point.name].at()
+        raise UserPolicyError(where, f"returned {shown(answer)}", _one_of(point))
+    return text
 
 
-def _lines(tree: ast.Module) -> dict[str, int]:
-    """Where classes start, and what they define: by `Class` and `Class.name`."""
-    lines = {}
-    for node in ast.walk(tree):
-        if isinstance(node, ast.ClassDef):
-            lines[node.name] = node.lineno
-            lines.update((f"{node.name}.{name}", line) for name, line in _names(node))
-    return lines
-
-
-def _names(node: ast.ClassDef) -> Iterator[tuple[str, int]]:
-    for inner in ast.walk(node):
-        if isinstance(inner, ast.FunctionDef | ast.AsyncFunctionDef):
-            yield inner.name, inner.lineno
-        elif isinstance(inner, ast.Name) and isinstance(inner.ctx, ast.Store):
-            yield inner.id, inner.lineno
-
-
-def _execute(path: Path, code: CodeType) -> ModuleType:
-    module = ModuleType(f"flushlab policy {path}")
-    module.__file__ = str(path)
-    vars(module)["__builtins__"] = builtins  # not a dictionary of them, as exec would do
-    try:
-        exec(code, module.__dict__)
-    except (Exception, SystemExit) as error:
-        raise UserPolicyError(f"{path}:{_error_line(error, str(path)) or 1}", _told(error)) from error
-    return module
-
-
-def _policy_class(path: Path, module: ModuleType, lines: Mapping[str, int]) -> type[Policy]:
-    """The file's class; of several that derive from each other, the last."""
-    found = [
-        value
-        for value in dict.fromkeys(v for v in module.__dict__.values() if isinstance(v, type))
-        if issubclass(value, Policy) and value.__module__ == module.__name__
-    ]
-    last = [cls for cls in found if not any(cls in other.__mro__[1:] for other in found)]
-    if len(last) == 1:
-        return last[0]
-    expected = "one class that derives from emulator.policy.Policy"
-    if not found:
-        raise UserPolicyError(str(path), "no policy", expected)
-    names = " and ".join(f"{cls.__name__} (line {lines.get(cls.__name__, 1)})" for cls in last)
-    raise UserPolicyError(str(path), f"{len(last)} policies, {names}", expected)
-
-
-def _base(path: Path, cls: type[Policy], lines: Mapping[str, int]) -> Policy:
-    name: object = getattr(cls, "base", DEFAULT)
-    file, key = f"{path}:{lines.get(f'{cls.__name__}.base', 1)}", f"{cls.__name__}.base"
-    if not isinstance(name, str):
-        raise UserPolicyError(f"{file}: {key}", repr(name), "the name of a preset")
-    try:
-        return preset(name, key)
-    except PolicyError as error:
-        raise UserPolicyError(file, str(error)) from error
-
-
-def _overridden(source: Source) -> tuple[DecisionPoint, ...]:
-    """The points that the class decides; what else it defines is checked for slips of the pen."""
-    defined: dict[str, object] = {}
-    for cls in source.cls.__mro__:
-        if cls not in Policy.__mro__:
-            defined = {**vars(cls), **defined}
-    for name, value in defined.items():
-        _check_name(source, name, value)
-    return tuple(point for point in POINTS if point.name in defined)
-
-
-def _check_name(source: Source, name: str, value: object) -> None:
-    if name in BY_NAME:
-        _check_signature(source, name, value)
-    elif name in _RESERVED:
-        raise UserPolicyError(source.where(name), "this name is taken", "another one")
-    elif inspect.isfunction(value) and not name.startswith("_"):
-        close = get_close_matches(name, BY_NAME, n=1, cutoff=_TYPO)
-        if close:
-            expected = f"{close[0]}, or a name that starts with _ for a helper"
-            raise UserPolicyError(source.where(name), "no such decision point", expected)
-
-
-def _check_signature(source: Source, name: str, value: object) -> None:
-    wanted = inspect.signature(getattr(Policy, name))
-    expected = f"a method {name}{_plain(wanted)}"
-    if not inspect.isfunction(value):
-        raise UserPolicyError(source.where(name), f"{value!r:.60}", expected)
-    found = inspect.signature(value)
-    try:
-        found.bind(*wanted.parameters)
-    except TypeError as error:
-        raise UserPolicyError(source.where(name), f"{name}{_plain(found)}", expected) from error
-
-
-def _plain(signature: inspect.Signature) -> str:
-    return f"({', '.join(signature.parameters)})"
-
-
-# --- saying where and what --------------------------------------------------------------------------------
-
-
-def _error_line(error: BaseException, path: str) -> int | None:
-    """The line of the user's file that the error came through last."""
-    line = None
-    trace: TracebackType | None = error.__traceback__
-    while trace is not None:
-        if trace.tb_frame.f_code.co_filename == path:
-            line = trace.tb_lineno
-        trace = trace.tb_next
-    return line
-
-
-def _told(error: BaseException) -> str:
-    text = str(error)
-    return f"{type(error).__name__}: {text}" if text else type(error).__name__
-
-
-def _one_of(point: DecisionPoint, found: object) -> str:
-    close = get_close_matches(found, point.names(), n=1) if isinstance(found, str) else []
+def _one_of(point: DecisionPoint, found: str = "") -> str:
+    close = get_close_matches(found[:80], point.names(), n=1)
     guess = f" (did you mean {close[0]}?)" if close else ""
     return f"one of {', '.join(point.names())}{guess}"

@@ -274,7 +274,7 @@ def remembers_nothing(path: Path, restores: bool) -> None:
     with installed(program.control):
         assert executed(program, 8) == want
         assert (program._initial is not None) == restores
-    asked = [p.world.policy.asked for p in (program, rebuilt)]  # type: ignore[attr-defined]
+    asked = [p.world.policy._mine.asked for p in (program, rebuilt)]  # type: ignore[attr-defined]
     assert asked[0] == asked[1] > 1
     program.close()
     rebuilt.close()

@@ -315,8 +315,8 @@ def test_the_error_crosses_process_boundaries(tmp_path: Path) -> None:
 def test_a_machine_that_stops_is_not_the_policys_fault(tmp_path: Path) -> None:
     body = """
         def migration(self, cpu, vcpu):
-            from emulator.runtime import MachineStopped
-            raise MachineStopped
+            from emulator.runtime import Cpu, lib
+            Cpu.fail(cpu, lib.MACHINE_STOPPED)
         """
     with pytest.raises(MachineStopped):
         migration(load_user_policy(of(tmp_path, body)))

@@ -1,0 +1,287 @@
+"""A user's policy as a file: its text, its module, its class, and the decision points that the class decides.
+
+Everything here that looks at what the file has made, does so behind the door (emulator.policy.guard): a
+class may have a metaclass, descriptors and properties that run code of the file's.
+"""
+
+from __future__ import annotations
+
+import ast
+import builtins
+import importlib
+import inspect
+from collections.abc import Iterator, Mapping
+from contextlib import suppress
+from dataclasses import dataclass, replace
+from difflib import get_close_matches
+from pathlib import Path
+from types import CodeType, ModuleType
+from typing import Final
+
+from emulator.policy.confine import NO_PATCHES, Confinement, Patches, collected, load_patchable
+from emulator.policy.guard import Place, UserPolicyError, class_name, exact, register, shown, through
+from emulator.policy.points import BY_NAME, POINTS, DecisionPoint
+from emulator.policy.policy import Policy, PolicyError
+from emulator.policy.presets import DEFAULT, preset
+
+# A method whose name resembles a point's this much is a slip of the pen, not a helper.
+_TYPO: Final = 0.75
+# A policy is asked through these; what they do is not for the user's class to change.
+_RESERVED: Final = (
+    "answers", "confined", "fresh", "given", "guarded", "may_answer", "mutants", "module", "overrides",
+    "spelled", "with_settings",
+)  # fmt: skip
+# Processor seconds for executing the file, making its object, and looking at either.
+_LOADING: Final = 10.0
+_ONE_CLASS: Final = "one class that derives from emulator.policy.Policy"
+_OURS: Final = ("emulator", "native", "metrics")
+
+
+@dataclass(frozen=True, slots=True)
+class Loaded:
+    """What the file came to when it was executed."""
+
+    module: ModuleType
+    cls: type[Policy]
+    name: str
+    called: str  # the class's own name
+    base: Policy
+    points: tuple[DecisionPoint, ...]
+    # Where the class, or a class of the file that it derives from, defines a name.
+    at: Mapping[str, int]
+
+
+@dataclass(frozen=True, slots=True)
+class Source:
+    """Where a user's policy comes from, and how to make another one like it."""
+
+    path: str
+    code: CodeType
+    lines: Mapping[str, int]
+    stores: Mapping[str, int]
+    loaded: Loaded
+    patches: Patches = NO_PATCHES
+
+    def again(self) -> Source:
+        """As if the file had been loaded just now, with the text that it had."""
+        path = Path(self.path)
+        if not self.patches:
+            with Confinement.entered():
+                return replace(self, loaded=_load(path, self.code, self.lines))
+        active = Confinement.swap(NO_PATCHES)
+        try:
+            loaded, active_now = _executed(path, self.code, self.lines, self.stores, first=False)
+        except UserPolicyError:
+            Confinement.swap(active)
+            raise
+        Confinement.swap(active_now if active else active)
+        return replace(self, loaded=loaded, patches=active_now)
+
+    def line(self, name: str) -> int:
+        return self.loaded.at.get(name, self.lines.get(self.loaded.called, 1))
+
+    def place(self, name: str, expected: str | None = None, seconds: float | None = None) -> Place:
+        place = Place(self.path, self.line(name), f"{self.loaded.called}.{name}", expected)
+        return place if seconds is None else replace(place, seconds=seconds)
+
+    def refused(self, change: str) -> UserPolicyError:
+        """About a change of a module that was made when the policy was asked."""
+        line = self.stores.get(change.rpartition(".")[2], self.line("__init__"))
+        found = f"changes {change} when it is asked"
+        return UserPolicyError(
+            f"{self.path}:{line}", found, "changes of emulator.kvm when the file is executed only"
+        )
+
+
+def read_source(path: Path) -> Source:
+    """Load the file; raises UserPolicyError."""
+    tree, code = _parse(path)
+    register(str(path))
+    load_patchable()
+    _import_ours(tree)
+    lines, stores = _lines(tree), _stores(tree)
+    loaded, patches = _executed(path, code, lines, stores, first=True)
+    return Source(str(path), code, lines, stores, loaded, patches)
+
+
+def _executed(
+    path: Path, code: CodeType, lines: Mapping[str, int], stores: Mapping[str, int], *, first: bool
+) -> tuple[Loaded, Patches]:
+    def refuse(change: str) -> UserPolicyError:
+        line = stores.get(change.rpartition(".")[2], 1)
+        return UserPolicyError(f"{path}:{line}", f"changes {change}", "changes of emulator.kvm only")
+
+    with Confinement.entered():
+        return collected(lambda: _load(path, code, lines), refuse, others=first)
+
+
+def _load(path: Path, code: CodeType, lines: Mapping[str, int]) -> Loaded:
+    module = ModuleType(f"flushlab policy {path}")
+    module.__file__ = str(path)
+    vars(module)["__builtins__"] = builtins  # not a dictionary of them, as exec would do
+    place = Place(str(path), seconds=_LOADING)
+    through(place, exec, code, module.__dict__)
+    return through(place, _inspected, path, module, lines)
+
+
+def _inspected(path: Path, module: ModuleType, lines: Mapping[str, int]) -> Loaded:
+    cls = _policy_class(path, module, lines)
+    called = class_name(cls)
+    defined, at = _defined(cls, lines)
+    base = _base(path, cls, called, at)
+    for name, value in defined.items():
+        _check_name(f"{path}:{at[name]}: {called}.{name}", name, value)
+    points = tuple(point for point in POINTS if point.name in defined)
+    if not points:
+        raise UserPolicyError(
+            f"{path}:{lines.get(called, 1)}", f"{called} decides nothing", f"a method of {', '.join(BY_NAME)}"
+        )
+    return Loaded(module, cls, _name(path, cls, called, at), called, base, points, at)
+
+
+def _parse(path: Path) -> tuple[ast.Module, CodeType]:
+    try:
+        tree = ast.parse(path.read_bytes(), str(path))
+        return tree, compile(tree, str(path), "exec")
+    except OSError as error:
+        raise UserPolicyError(str(path), error.strerror or str(error), "a readable Python file") from error
+    except SyntaxError as error:
+        raise UserPolicyError(
+            f"{path}:{error.lineno or 1}", f"{type(error).__name__}: {error.msg}"
+        ) from error
+    except (ValueError, RecursionError, MemoryError) as error:
+        raise UserPolicyError(str(path), str(error) or type(error).__name__, "a Python file") from error
+
+
+def _import_ours(tree: ast.Module) -> None:
+    """Import the emulator's modules that the file names, so that what it changes in them is seen."""
+    names: set[str] = set()
+    for node in ast.walk(tree):
+        if isinstance(node, ast.Import):
+            names.update(alias.name for alias in node.names)
+        elif isinstance(node, ast.ImportFrom) and node.module and not node.level:
+            names.add(node.module)
+            names.update(f"{node.module}.{alias.name}" for alias in node.names)
+    for name in sorted(names):
+        if name.partition(".")[0] in _OURS:
+            with suppress(ImportError):
+                importlib.import_module(name)
+
+
+def _lines(tree: ast.Module) -> dict[str, int]:
+    """Where classes start, and what they define: by `Class` and `Class.name`."""
+    lines = {}
+    for node in ast.walk(tree):
+        if isinstance(node, ast.ClassDef):
+            lines[node.name] = node.lineno
+            lines.update((f"{node.name}.{name}", line) for name, line in _names(node))
+    return lines
+
+
+def _names(node: ast.ClassDef) -> Iterator[tuple[str, int]]:
+    for inner in ast.walk(node):
+        if isinstance(inner, ast.FunctionDef | ast.AsyncFunctionDef):
+            yield inner.name, inner.lineno
+        elif isinstance(inner, ast.Name) and isinstance(inner.ctx, ast.Store):
+            yield inner.id, inner.lineno
+
+
+def _stores(tree: ast.Module) -> dict[str, int]:
+    """Where attributes of other objects are assigned, by name."""
+    return {
+        node.attr: node.lineno
+        for node in ast.walk(tree)
+        if isinstance(node, ast.Attribute) and isinstance(node.ctx, ast.Store | ast.Del)
+    }
+
+
+# --- looking at the class -----------------------------------------------------------------------------------
+
+
+def _policy_class(path: Path, module: ModuleType, lines: Mapping[str, int]) -> type[Policy]:
+    """The file's class; of several that derive from each other, the last."""
+    found: list[type[Policy]] = [
+        value
+        for value in dict.fromkeys(v for v in module.__dict__.values() if issubclass(type(v), type))
+        if issubclass(value, Policy) and value.__module__ == module.__name__
+    ]
+    last = [cls for cls in found if not any(cls in other.__mro__[1:] for other in found)]
+    if len(last) == 1:
+        return last[0]
+    if not found:
+        raise UserPolicyError(str(path), "no policy", _ONE_CLASS)
+    names = " and ".join(f"{class_name(cls)} (line {lines.get(class_name(cls), 1)})" for cls in last)
+    raise UserPolicyError(str(path), f"{len(last)} policies, {names}", _ONE_CLASS)
+
+
+def _defined(cls: type[Policy], lines: Mapping[str, int]) -> tuple[dict[str, object], dict[str, int]]:
+    """What the class and those of the file's that it derives from define, and where."""
+    defined: dict[str, object] = {}
+    at: dict[str, int] = {}
+    for one in cls.__mro__:
+        if one not in Policy.__mro__:
+            names = {name: value for name, value in vars(one).items() if type(name) is str}
+            defined = {**names, **defined}
+            at = {**{name: lines.get(f"{class_name(one)}.{name}", 1) for name in names}, **at}
+    return defined, at
+
+
+def _base(path: Path, cls: type[Policy], called: str, at: Mapping[str, int]) -> Policy:
+    found: object = getattr(cls, "base", DEFAULT)
+    file, key = f"{path}:{at.get('base', 1)}", f"{called}.base"
+    name = exact(found)
+    if name is None:
+        raise UserPolicyError(f"{file}: {key}", shown(found), "the name of a preset")
+    try:
+        return preset(name, key)
+    except PolicyError as error:
+        raise UserPolicyError(file, str(error)) from error
+
+
+def _name(path: Path, cls: type[Policy], called: str, at: Mapping[str, int]) -> str:
+    """Return what verdicts call the policy; another policy's name would make them that one's."""
+    found: object = getattr(cls, "name", None)
+    where = f"{path}:{at.get('name', 1)}: {called}.name"
+    if found is None:
+        return path.name if _is_taken(path.stem) else path.stem
+    name = exact(found)
+    if name is None or not name.strip() or not name.isprintable():
+        raise UserPolicyError(where, shown(found), "a name in one line")
+    if _is_taken(name):
+        raise UserPolicyError(where, f"{name} is another policy", "a name of its own")
+    return name
+
+
+def _is_taken(name: str) -> bool:
+    with suppress(PolicyError):
+        preset(name)
+        return True
+    return False
+
+
+def _check_name(where: str, name: str, value: object) -> None:
+    if name in BY_NAME:
+        _check_signature(where, name, value)
+    elif name in _RESERVED:
+        raise UserPolicyError(where, "this name is taken", "another one")
+    elif inspect.isfunction(value) and not name.startswith("_"):
+        close = get_close_matches(name, BY_NAME, n=1, cutoff=_TYPO)
+        if close:
+            expected = f"{close[0]}, or a name that starts with _ for a helper"
+            raise UserPolicyError(where, "no such decision point", expected)
+
+
+def _check_signature(where: str, name: str, value: object) -> None:
+    wanted = inspect.signature(getattr(Policy, name))
+    expected = f"a method {name}{_plain(wanted)}"
+    if not inspect.isfunction(value):
+        raise UserPolicyError(where, shown(value), expected)
+    found = inspect.signature(value)
+    try:
+        found.bind(*wanted.parameters)
+    except TypeError as error:
+        raise UserPolicyError(where, f"{name}{_plain(found)}", expected) from error
+
+
+def _plain(signature: inspect.Signature) -> str:
+    return f"({', '.join(signature.parameters)})"

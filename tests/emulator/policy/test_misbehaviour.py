@@ -1,0 +1,286 @@
+"""Policy files that misbehave, as a product: what they do, where in the file, under which command.
+
+Whatever a file does comes to exit status 2 and one line that names it, or it has no effect at all: no
+status of its own, nothing on standard output, no thread and no process left.
+"""
+
+from __future__ import annotations
+
+import itertools
+import json
+import multiprocessing
+import os
+import sys
+import textwrap
+import threading
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+import pytest
+
+from emulator.cli import main
+
+HEAD = """
+import atexit, builtins, json, os, signal, subprocess, sys, threading, time
+import emulator.kvm.dirty_log, emulator.policy.policy, emulator.result
+from emulator.explore.scheduler import Abandoned
+from emulator.policy import Policy
+from emulator.runtime import MachineStopped
+from greenlet import GreenletExit
+
+class Mute(Exception):
+    def __str__(self): raise SystemExit(0)
+    __repr__ = __str__
+class Odd(BaseException):
+    __traceback__ = property(lambda self: sys.exit(0))
+    __class__ = property(lambda self: sys.exit(0))
+class Text(str):
+    def __hash__(self): sys.exit(0)
+    def __eq__(self, other): sys.exit(0)
+    def __str__(self): sys.exit(0)
+    __repr__ = __str__
+class Mean:
+    def __getattribute__(self, name): sys.exit(0)
+    def __repr__(self): sys.exit(0)
+    def __eq__(self, other): sys.exit(0)
+    def __hash__(self): sys.exit(0)
+"""
+
+REFUSED = [
+    "sys.exit(0)",
+    "sys.exit('x')",
+    "raise KeyboardInterrupt",
+    "raise GeneratorExit",
+    "raise StopIteration",
+    "raise Mute",
+    "raise Odd",
+    "raise Exception('two\\nlines \\x1b[2J')",
+    "raise MachineStopped",
+    "raise Abandoned",
+    "raise GreenletExit",
+    "raise AssertionError('as KVM_BUG_ON')",
+    "raise emulator.policy.policy.PolicyError('mine', 'odd')",
+    "(lambda f: f(f))(lambda f: f(f))",
+    "os._exit(0)",
+    "os.abort()",
+    "os.kill(os.getpid(), signal.SIGKILL)",
+    "signal.raise_signal(signal.SIGKILL)",
+    "signal.signal(signal.SIGINT, signal.SIG_IGN)",
+    "atexit.register(print, 'late')",
+    "sys.setrecursionlimit(10**9)",
+    "os.fork()",
+    "os.execv('/bin/true', ['true'])",
+    "os.system('true')",
+    "subprocess.Popen(['sleep', '100'])",
+    "threading.Thread(target=time.sleep, args=(100,)).start()",
+    "sys.settrace(print)",
+]
+# What assigns is found when the file has been executed, or when the policy's executions are over.
+ASSIGNS = [
+    "emulator.result.Result.verdict = 'clean'",
+    "emulator.policy.policy.Policy.mutants = lambda self: ()",
+    "emulator.policy.guard.through = None",
+    "builtins.repr = None",
+    "builtins.len = builtins.issubclass = builtins.sorted = None",
+    "del builtins.isinstance",
+    "sys.stdout = None",
+]
+HARMLESS = [
+    "print('{')",
+    "sys.stdout.write('x')",
+    "sys.__stdout__.write('x'); sys.__stdout__.flush()",
+    "os.write(1, b'x')",
+    "print('x', file=sys.stderr)",
+]
+PATCHES = ["emulator.kvm.dirty_log.nothing = None"]
+
+PLACES = {
+    "import": "{what}\nclass Mine(Policy):\n    def migration(self, cpu, vcpu): return 'all-contexts'",
+    "class": "class Mine(Policy):\n    {what}\n    def migration(self, cpu, vcpu): return 'all-contexts'",
+    "init": """
+class Mine(Policy):
+    def __init__(self):
+        super().__init__()
+        {what}
+    def migration(self, cpu, vcpu): return 'all-contexts'
+""",
+    "new": """
+class Mine(Policy):
+    def __new__(cls):
+        {what}
+        return super().__new__(cls)
+    def migration(self, cpu, vcpu): return 'all-contexts'
+""",
+    "metaclass": """
+class Meta(type):
+    def __init__(cls, *args):
+        {what}
+class Mine(Policy, metaclass=Meta):
+    def migration(self, cpu, vcpu): return 'all-contexts'
+""",
+    "base": """
+class Base:
+    def __get__(self, obj, cls):
+        {what}
+        return 'linux-7.3'
+class Mine(Policy):
+    base = Base()
+    def migration(self, cpu, vcpu): return 'all-contexts'
+""",
+    "set_name": """
+class Named:
+    def __set_name__(self, cls, name):
+        {what}
+class Mine(Policy):
+    named = Named()
+    def migration(self, cpu, vcpu): return 'all-contexts'
+""",
+}
+METHODS = {
+    "method": """
+class Mine(Policy):
+    def migration(self, cpu, vcpu):
+        {what}
+        return 'all-contexts'
+""",
+    "property": """
+class Mine(Policy):
+    @property
+    def held(self):
+        {what}
+    def migration(self, cpu, vcpu):
+        self.held
+        return 'all-contexts'
+""",
+    "getattribute": """
+class Mine(Policy):
+    def __getattribute__(self, name):
+        if name == 'migration':
+            {what}
+        return super().__getattribute__(name)
+    def migration(self, cpu, vcpu): return 'all-contexts'
+""",
+}
+COMMANDS = {
+    "explore": ["explore", "return-zap", "--json", "--jobs", "1"],
+    "litmus": ["litmus", "return-zap", "--json", "--jobs", "1", "--iterations", "1"],
+    "run": ["run", "migration-storm", "--json", "--duration", "1s", "--log-level", "error"],
+}
+
+
+@dataclass
+class Outcome:
+    status: int
+    out: str
+    err: str
+
+
+class Desk:
+    """Writes files, runs command lines on them and looks at what is left."""
+
+    def __init__(self, directory: Path, capsys: pytest.CaptureFixture[str]) -> None:
+        self.directory, self.capsys = directory, capsys
+        self.tried = 0
+        self.numbers = itertools.count()
+
+    def written(self, place: str, what: str) -> Path:
+        path = self.directory / f"mine{next(self.numbers)}.py"
+        path.write_text(HEAD + textwrap.dedent(place).replace("{what}", what) + "\n")
+        return path
+
+    def run(self, command: str, path: Path) -> Outcome:
+        self.tried += 1
+        threads = set(threading.enumerate())
+        kept = sys.stdout, builtins_repr(), os.stat(1), signal_handlers()
+        status = main([*COMMANDS[command], "--policy", str(path)])
+        out, err = self.capsys.readouterr()
+        assert (sys.stdout, builtins_repr(), os.stat(1), signal_handlers()) == kept
+        assert set(threading.enumerate()) <= threads
+        assert not multiprocessing.active_children()
+        return Outcome(status, out, err)
+
+    def refused(self, command: str, place: str, what: str) -> None:
+        path = self.written(place, what)
+        found = self.run(command, path)
+        assert (found.status, found.out) == (2, ""), (command, place, what, found)
+        lines = found.err.splitlines()
+        assert len(lines) == 1, (command, place, what, found)
+        assert lines[0].startswith(f"flushlab: {path}:"), found
+        assert lines[0].isprintable()
+
+    def harmless(self, command: str, place: str, what: str) -> None:
+        found = self.run(command, self.written(place, what))
+        assert found.status == 0, (command, place, what, found)
+        json.loads(found.out)
+
+    def say(self) -> None:
+        with self.capsys.disabled():
+            print(f" [{self.tried} policy files]", end="")
+
+
+def builtins_repr() -> object:
+    return repr
+
+
+def signal_handlers() -> list[object]:
+    import signal
+
+    return [signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)]
+
+
+@pytest.fixture
+def desk(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> Iterator[Desk]:
+    desk = Desk(tmp_path, capsys)
+    yield desk
+    desk.say()
+
+
+def test_files_that_misbehave_when_they_are_loaded(desk: Desk) -> None:
+    for place, what in itertools.product(PLACES.values(), [*REFUSED, *ASSIGNS]):
+        desk.refused("explore", place, what)
+
+
+def test_files_that_do_no_harm_when_they_are_loaded(desk: Desk) -> None:
+    for place, what in itertools.product(PLACES.values(), HARMLESS):
+        desk.harmless("explore", place, what)
+    for what in PATCHES:
+        desk.harmless("explore", PLACES["import"], what)
+
+
+def test_files_that_misbehave_when_they_are_asked(desk: Desk) -> None:
+    for place, what in itertools.product(METHODS.values(), [*REFUSED, *ASSIGNS, *PATCHES]):
+        desk.refused("explore", place, what)
+    for what in [*REFUSED, *ASSIGNS, *PATCHES]:
+        desk.refused("litmus", METHODS["method"], what)
+    for place, what in itertools.product(METHODS.values(), HARMLESS):
+        desk.harmless("explore", place, what)
+
+
+@pytest.mark.parametrize(
+    "what",
+    ["sys.exit(0)", "raise MachineStopped", "raise Odd", "threading.Timer(1, print).start()", *PATCHES],
+)
+def test_a_run_ends_for_it(what: str, desk: Desk) -> None:
+    desk.refused("run", METHODS["method"], what)
+
+
+ANSWERS = [
+    "Mean()",
+    "[Mean()]",
+    "type('A', (), {'__repr__': lambda s: 1})()",
+    "(yield)",
+    "b'none'",
+    "Text('x')",
+]
+
+
+@pytest.mark.parametrize("command", ["explore", "litmus"])
+def test_answers_that_are_none(command: str, desk: Desk) -> None:
+    for answer in ANSWERS:
+        desk.refused(command, METHODS["method"], f"return {answer}")
+
+
+@pytest.mark.parametrize("command", ["explore", "litmus"])
+def test_a_string_of_a_derived_class_is_the_string_that_it_holds(command: str, desk: Desk) -> None:
+    desk.harmless(command, METHODS["method"], "return Text('all-contexts')")
