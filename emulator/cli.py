@@ -19,6 +19,7 @@ from emulator import __version__, interrupts
 from emulator.cli_compare import compare
 from emulator.cli_explain import explain
 from emulator.cli_explore import EXPLORE_EXAMPLES, EXPLORE_HELP, explore
+from emulator.cli_guide import guide
 from emulator.cli_list import app as list_app
 from emulator.cli_litmus import EXAMPLES, LITMUS_HELP, litmus
 from emulator.cli_options import (
@@ -51,6 +52,7 @@ app = typer.Typer(
 )
 app.command()(compare)
 app.command()(explain)
+app.command()(guide)
 app.command(help=EXPLORE_HELP, epilog=EXPLORE_EXAMPLES)(explore)
 app.command(help=LITMUS_HELP, epilog=EXAMPLES)(litmus)
 app.add_typer(list_app, name="list")

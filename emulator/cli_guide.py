@@ -1,0 +1,35 @@
+"""`flushlab guide`: the pages of the guide, in the terminal."""
+
+from __future__ import annotations
+
+import sys
+from typing import Annotated
+
+import typer
+
+# Longer lines are hard to read.
+_WIDEST = 100
+
+
+def guide(
+    topic: Annotated[str | None, typer.Argument(help="A topic; without it, the list of topics.")] = None,
+) -> None:
+    """Explain how to use flushlab, and how it works, topic by topic.
+
+    Into a pipe or a file the page is written as Markdown.
+    """
+    from emulator.guide import TOPICS, page, title
+
+    if topic is None:
+        for name in TOPICS:
+            print(f"flushlab guide {name:<14} {title(name)}")
+        return
+    text = page(topic)
+    if not sys.stdout.isatty():
+        print(text)
+        return
+    from rich.console import Console
+    from rich.markdown import Markdown
+
+    console = Console()
+    console.print(Markdown(text), width=min(console.width, _WIDEST))

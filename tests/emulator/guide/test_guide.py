@@ -1,0 +1,114 @@
+"""The guide's pages: complete, generated where they say so, and every example does what it says."""
+
+from __future__ import annotations
+
+import re
+import shlex
+import subprocess
+import sys
+from collections.abc import Iterator
+from dataclasses import dataclass
+from importlib import resources
+from pathlib import Path
+
+import pytest
+
+from emulator.cli import main
+from emulator.errors import BadInput
+from emulator.guide import TOPICS, page, title
+from emulator.guide.reference import ARGUMENTS, attributes_of, questions
+from emulator.policy import POINTS
+
+_BLOCK = re.compile(r"^```(?P<info>[^\n]*)\n(?P<text>.*?)^```$", re.MULTILINE | re.DOTALL)
+_COMMAND = re.compile(r"^\$ (?P<command>flushlab .*?)(?:\s+# exit (?P<status>\d))?$")
+
+
+@dataclass(frozen=True, slots=True)
+class Step:
+    """A file that a page writes, or a command that it runs with the exit status that it should have."""
+
+    name: str
+    text: str
+    status: int = 0
+
+
+def steps(topic: str) -> Iterator[Step]:
+    for block in _BLOCK.finditer(page(topic)):
+        language, _, name = block["info"].partition(" ")
+        if name:
+            yield Step(name, block["text"])
+        elif language == "sh":
+            for line in block["text"].splitlines():
+                match = _COMMAND.match(line)
+                assert match, f"{topic}: {line!r} is no command such as '$ flushlab run    # exit 1'"
+                yield Step("", match["command"], int(match["status"] or 0))
+
+
+@pytest.mark.stress
+@pytest.mark.timeout(300)
+@pytest.mark.parametrize("topic", [topic for topic in TOPICS if list(steps(topic))])
+def test_examples_do_what_the_page_says(topic: str, tmp_path: Path) -> None:
+    for step in steps(topic):
+        if step.name:
+            (tmp_path / step.name).write_text(step.text)
+            continue
+        command = [sys.executable, "-m", "emulator", *shlex.split(step.text)[1:]]
+        done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, timeout=250, check=False)
+        assert done.returncode == step.status, f"{step.text}\n{done.stdout}\n{done.stderr}"
+
+
+def test_every_page_is_a_topic() -> None:
+    pages = {
+        entry.name for entry in resources.files("emulator.guide").iterdir() if entry.name.endswith(".md")
+    }
+    assert pages == {f"{topic}.md" for topic in TOPICS}
+
+
+@pytest.mark.parametrize("topic", TOPICS)
+def test_pages_are_whole(topic: str) -> None:
+    text = page(topic)
+    assert text.startswith(f"# {title(topic)}\n")
+    assert "<!-- generated" not in text
+
+
+def test_each_decision_point_is_asked_somewhere() -> None:
+    assert set(questions()) == {point.name for point in POINTS}
+    assert all(places for places in questions().values())
+
+
+def test_policies_page_has_each_point_and_each_alternative() -> None:
+    text = page("policies")
+    for point in POINTS:
+        assert f"### `{point.name}(" in text
+        for name in point.names():
+            assert f"* `{name}`" in text
+
+
+@pytest.mark.parametrize(
+    ("argument", "attributes"),
+    [
+        ("cpu", {"id", "machine"}),
+        ("vcpu", {"id", "kvm", "mmu", "loaded"}),
+        ("kvm", {"vcpus", "policy", "mmu_lock"}),
+        ("root", {"hfn", "role"}),
+        ("slot", {"base_gfn", "npages", "dirty_bitmap"}),
+    ],
+)
+def test_attributes_of_arguments(argument: str, attributes: set[str]) -> None:
+    assert attributes <= set(attributes_of(ARGUMENTS[argument]))
+
+
+def test_command(capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["guide"]) == 0
+    listed = capsys.readouterr().out
+    assert [line.split()[2] for line in listed.splitlines()] == list(TOPICS)
+    assert all(len(line) <= 80 for line in listed.splitlines())
+    assert main(["guide", "policies"]) == 0
+    assert capsys.readouterr().out == page("policies") + "\n"
+
+
+def test_unknown_topic(capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(BadInput, match=r"no topic 'polices'; expected one of .*did you mean policies"):
+        page("polices")
+    assert main(["guide", "polices"]) == 2
+    assert capsys.readouterr().err.count("\n") == 1
