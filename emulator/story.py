@@ -11,8 +11,22 @@ from typing import Any
 
 from emulator.explain.events import PROMISED_BY, PROMISES, Event, EventTail, name_of
 from emulator.explain.facts import Facts
+from emulator.explain.parts import (
+    COPIED,
+    ELIDED,
+    LATE,
+    LOST,
+    MARKED_EARLY,
+    MISSED,
+    NARROW,
+    OUTDATED,
+    REOPENED,
+    REVOKE,
+    UNNAMED,
+    UNPROTECTED,
+)
 from emulator.explain.phrases import phrases
-from emulator.explain.plot import ELIDED, LATE, MISSED, NARROW, OUTDATED, REVOKE, Plot
+from emulator.explain.plot import Plot
 from emulator.result import Report
 from native import VIOLATION_KINDS, ffi, lib
 
@@ -29,6 +43,16 @@ _CULPRITS = {
     NARROW: "too narrow",
     MISSED: "request not seen",
     OUTDATED: "looked up before the promise",
+}
+
+_LOST_LINES = {
+    COPIED: "copied last",
+    ELIDED: "elided",
+    UNPROTECTED: "not write-protected again",
+    REOPENED: "write-protected before its mark was taken",
+    MARKED_EARLY: "marked before the SPTE was writable",
+    LOST: "written",
+    UNNAMED: "should have been named",
 }
 
 
@@ -119,7 +143,7 @@ def _stall_text(r: Any, kinds: tuple[str, ...], names: dict[int, str]) -> str:
 
 def _use_text(r: Any, kinds: tuple[str, ...], plot: Plot, names: dict[int, str]) -> list[str]:
     if kinds[0] == "lost-dirty":
-        return [f"lost-dirty: VM {r.vm} page {r.gfn:#x} differs from the image copied by the dirty log"]
+        return _lost_text(r, plot, names)
     entry = r.entry
     where = f"reference of a walk at level {r.walk_level}" if r.walk_level else f"linear {r.linear:#x}"
     also = f" (also {', '.join(kinds[1:])})" if kinds[1:] else ""
@@ -136,6 +160,17 @@ def _use_text(r: Any, kinds: tuple[str, ...], plot: Plot, names: dict[int, str])
         *_flush_text(r, plot, names),
         *([] if plot.culprit else [f"  missing: {_missing(kinds[0], r)}"]),
     ]
+
+
+def _lost_text(r: Any, plot: Plot, names: dict[int, str]) -> list[str]:
+    lines = [f"lost-dirty: VM {r.vm} page {r.gfn:#x} differs from the image copied by the dirty log"]
+    for part, what in _LOST_LINES.items():
+        moment = plot.part(part)
+        if moment is not None:
+            phrase = ", ".join(phrases(moment, plot.facts))
+            where = f"{_name(names, moment.cpu)}, {_ago(moment.time, r)}"
+            lines.append(f"  {what}: {phrase} on {where}")
+    return lines
 
 
 def _promise_text(r: Any, kind: str, names: dict[int, str]) -> str:

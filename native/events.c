@@ -139,14 +139,23 @@ static void tell(struct telling *t, const struct event *e)
 	t->kept++;
 }
 
+enum { STAYS_OF_CPU = 32 };
+
 /* Of VM entries and exits: the last ones, the first entry after anything else that is told, kicks, and the entry
  * of the stay in guest mode in which the translation was filled. */
 static void tell_entry(struct telling *t, const struct violation_report *r, const struct event *e)
 {
 	int32_t before_fill = (int32_t)((uint32_t)r->entry.clock - e->more);
 	/* The clock stands still while the guest faults: what was promised later cannot be older than the entry. */
+	bool lost = r->kinds & 1u << VIOLATION_LOST_DIRTY;
 	bool promised = r->promise_time && !(r->kinds & 1u << VIOLATION_GUEST_STALE) && e->time > r->promise_time;
 
+	if (lost) {
+		/* Whose fault made the page writable is not known; of what a guest does meanwhile little is told. */
+		if (e->vm == r->vm && t->kept < STAYS_OF_CPU)
+			tell(t, e);
+		return;
+	}
 	if (promised)
 		before_fill = -1;
 	if (!of_vcpus(r, e->a))

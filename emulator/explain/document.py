@@ -16,11 +16,14 @@ from pydantic import BaseModel, ValidationError
 from emulator.errors import BadInput
 from emulator.explain.events import Event
 from emulator.explain.facts import Facts
-from emulator.explain.plot import REVOKE, Moment, Plot
+from emulator.explain.parts import REVOKE
+from emulator.explain.plot import Moment, Plot
 from emulator.explain.schema import CounterexampleSchema, ReportSchema
 from emulator.validation import first_error, read_json
 from native import VIOLATION_KINDS
 
+# What a litmus test's machine calls user space, before and after the threads.
+VMM = "vmm"
 _EXPECTED = "JSON of flushlab run, litmus or explore, with a violation"
 
 
@@ -51,9 +54,14 @@ class Case:
 
     @property
     def columns(self) -> list[int]:
-        """CPUs that do something, pCPUs first."""
+        """CPUs that do something, pCPUs first, user space after the threads last."""
         cpus = dict.fromkeys(moment.cpu for moment in self.moments)
-        return sorted(cpus, key=lambda cpu: (not self.label(cpu).startswith("CPU"), cpu))
+
+        def place(cpu: int) -> tuple[bool, bool, int]:
+            label = self.label(cpu)
+            return not label.startswith("CPU"), label == VMM, cpu
+
+        return sorted(cpus, key=place)
 
     def quality(self) -> tuple[int, int, int]:
         """How much of the race is known, how specific its kind, how narrow it is: better is greater."""

@@ -119,6 +119,10 @@ class Event:
 _NUMBERS = {"cpu": 0, "vm": NO_VM, "a": 0, "b": 0, "more": 0}
 
 
+def pages_text(n: int) -> str:
+    return "1 page" if n == 1 else f"{n or 'no'} pages"
+
+
 def _targets(e: Event) -> str:
     return f"pCPU {e.targets[0]}" if e.b == 1 and e.targets else f"{e.b} pCPUs"
 
@@ -155,6 +159,12 @@ _TEXTS: dict[str, Callable[[Event], str]] = {
     "evict": _evicted,
     "unload": lambda e: f"VMCLEAR of vCPU {e.a}, which is loaded elsewhere",
     "yield": lambda e: f"zap of VM {e.a} yields, {'flushed' if e.b else 'not flushed'}",
+    "store": lambda e: f"guest of vCPU {e.a} writes to gfn {e.b:#x}",
+    "log_arm": lambda e: "dirty logging begins, user space copies all memory",
+    "log_get": lambda e: f"KVM_GET_DIRTY_LOG names {pages_text(e.b)}",
+    "log_clear": lambda e: f"KVM_CLEAR_DIRTY_LOG of {pages_text(e.b.bit_count())} from gfn {e.a:#x} on",
+    "log_end": lambda e: "dirty logging ends",
+    "copy": lambda e: f"user space copies {pages_text(e.b.bit_count())} from page {e.a:#x} on",
 }
 
 

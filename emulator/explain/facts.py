@@ -7,7 +7,8 @@ from dataclasses import dataclass
 from typing import Any
 
 DEADLOCK = "deadlock"
-_WITHOUT_ENTRY = {"lost-dirty", "ipi-stall", "rcu-stall", DEADLOCK}
+LOST_DIRTY = "lost-dirty"
+_WITHOUT_ENTRY = {LOST_DIRTY, "ipi-stall", "rcu-stall", DEADLOCK}
 _ACCESS_VERBS = {"read": "reads", "write": "writes", "execute": "executes"}
 # The core's number for no vCPU.
 _NOBODY = 0xFFFFFFFF
@@ -50,7 +51,7 @@ class Facts:
             time=report.get("time_ns", 0),
             promise=str(report.get("promise", "none")).replace("-", "_"),
             filled_by=entry.get("filled_by_vcpu", -1),
-            clock=entry.get("clock", -1),
+            clock=report.get("guest_clock", -1) if LOST_DIRTY in kinds else entry.get("clock", -1),
             page=entry.get("page", -1),
             root=entry.get("ep4ta", -1),
         )
@@ -67,7 +68,7 @@ class Facts:
     @property
     def by_kvm(self) -> bool:
         """KVM's own walk, of tables that others free."""
-        return self.vcpu == _NOBODY
+        return self.vcpu == _NOBODY and not _WITHOUT_ENTRY & set(self.kinds)
 
     @property
     def about_table(self) -> bool:
@@ -83,6 +84,11 @@ class Facts:
     def promised(self) -> bool:
         """Was it KVM's promise that was broken?  Not the guest's own, nor RCU's."""
         return not (self.about_table or self.about_root or self.kind == "guest-stale")
+
+    def age(self, clock: int) -> int:
+        """Return how much later than an event the access was by the guest's clock, of which events have 32
+        bits; 1 << 31 and more: earlier."""
+        return (self.clock - clock) & 0xFFFFFFFF
 
     def verb(self) -> str:
         return _ACCESS_VERBS.get(self.access, self.access)

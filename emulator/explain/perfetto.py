@@ -13,8 +13,9 @@ from typing import Any
 
 from emulator.explain.document import Case
 from emulator.explain.events import Event
+from emulator.explain.parts import CULPRITS, FILL, USE
 from emulator.explain.phrases import phrases
-from emulator.explain.plot import CULPRITS, FILL, USE, Moment
+from emulator.explain.plot import Moment
 
 _PCPUS = 1
 _THREADS = 2

@@ -4,9 +4,11 @@ from __future__ import annotations
 
 from collections.abc import Callable
 
-from emulator.explain.events import WHOLE, Event, name_of
+from emulator.explain.events import WHOLE, Event, name_of, pages_text
 from emulator.explain.facts import Facts
-from emulator.explain.plot import FILL, HUGE, USE, Moment
+from emulator.explain.lost import copies
+from emulator.explain.parts import FILL, USE
+from emulator.explain.plot import HUGE, Moment
 from native import EXIT_REASONS
 
 
@@ -91,4 +93,10 @@ _PHRASES: dict[str, Callable[[Event, Facts], list[str]]] = {
     "evict": lambda e, f: [e.describe()],
     "unload": lambda e, f: [f"VMCLEAR v{e.a}"],
     "yield": lambda e, f: ["yields mmu_lock", "flushed" if e.b else "not flushed"],
+    "store": lambda e, f: [f"v{e.a} writes gfn {e.b:#x}"],
+    "log_arm": lambda e, f: ["dirty logging begins", "all memory is copied"],
+    "log_get": lambda e, f: ["KVM_GET_DIRTY_LOG", f"names {pages_text(e.b)}"],
+    "log_clear": lambda e, f: ["KVM_CLEAR_DIRTY_LOG", f"of {pages_text(e.b.bit_count())}"],
+    "log_end": lambda e, f: ["dirty logging ends"],
+    "copy": lambda e, f: [f"copies gfn {f.gfn:#x}" if copies(e, f.gfn) else e.describe()],
 }

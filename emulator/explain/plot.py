@@ -10,20 +10,21 @@ from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 
 from emulator.explain.events import NO_VM, WHOLE, Event
-from emulator.explain.facts import Facts
+from emulator.explain.facts import LOST_DIRTY, Facts
+from emulator.explain.lost import lost_parts, with_store
+from emulator.explain.parts import (
+    CULPRITS,
+    ELIDED,
+    FILL,
+    LATE,
+    MISSED,
+    NARROW,
+    OUTDATED,
+    PROMISE,
+    REVOKE,
+    USE,
+)
 from emulator.explain.processor import processor_moves
-
-# The parts of a plot, in the order in which they are explained.
-FILL = "fill"
-REVOKE = "revoke"
-ELIDED = "elided"
-LATE = "late"
-NARROW = "narrow"
-MISSED = "missed"
-OUTDATED = "outdated"
-PROMISE = "promise"
-USE = "use"
-CULPRITS = (ELIDED, LATE, NARROW, MISSED, OUTDATED)
 
 _WRITE_PROMISES = ("dirty_log", "notifier_write")
 # Pages of the smallest huge leaf.
@@ -59,6 +60,8 @@ class Plot:
     def __init__(self, facts: Facts, events: Iterable[Event]) -> None:
         self.facts = facts
         self.events: Sequence[Event] = sorted(events, key=lambda event: event.time)
+        if facts.kind == LOST_DIRTY:
+            self.events = with_store(facts, self.events)
         self._parts: dict[int, str] = {}
         # A request that needed no interrupt.
         self._asked: int | None = None
@@ -159,9 +162,8 @@ class Plot:
         facts = self.facts
 
         def before_fill(e: Event) -> bool:
-            # The core keeps 32 bits of the guest's clock.
-            age = (facts.clock - e.more) & 0xFFFFFFFF
-            return e.kind == "entry" and e.cpu == facts.pcpu and e.a == facts.filled_by and age < 1 << 31
+            mine = e.kind == "entry" and e.cpu == facts.pcpu and e.a == facts.filled_by
+            return mine and facts.age(e.more) < 1 << 31
 
         if facts.clock < 0:
             return None
@@ -365,6 +367,10 @@ class Plot:
 
     def _choose_without_use(self) -> None:
         """A lost dirty bit, or somebody who waits for ever: what is known of the page, or the last events."""
+        if self.facts.kind == LOST_DIRTY:
+            self._parts = lost_parts(self.facts, self.events)
+        if self._parts:
+            return
         self._keep(self._revoked, REVOKE)
         self._keep(self._promised, PROMISE)
         self._keep(self._last(lambda e: e.kind == "elided" and self._mine(e)), ELIDED)

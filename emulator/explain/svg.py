@@ -7,7 +7,7 @@ import textwrap
 from collections.abc import Iterator
 from html import escape
 
-from emulator.explain.plot import ELIDED, FILL, LATE, MISSED, NARROW, OUTDATED, PROMISE, REVOKE, USE
+from emulator.explain.parts import ELIDED, FILL, LATE, MISSED, NARROW, OUTDATED, PROMISE, REVOKE, USE
 from emulator.explain.tale import Row, Tale
 
 _COLUMN = 290

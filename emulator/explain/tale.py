@@ -8,8 +8,25 @@ from typing import Any
 
 from emulator.explain.document import Case
 from emulator.explain.facts import DEADLOCK
+from emulator.explain.parts import (
+    COPIED,
+    ELIDED,
+    FILL,
+    LATE,
+    LOST,
+    MARKED_EARLY,
+    MISSED,
+    NARROW,
+    OUTDATED,
+    PROMISE,
+    REOPENED,
+    REVOKE,
+    UNNAMED,
+    UNPROTECTED,
+    USE,
+)
 from emulator.explain.phrases import phrases
-from emulator.explain.plot import ELIDED, FILL, LATE, MISSED, NARROW, OUTDATED, PROMISE, REVOKE, USE, Moment
+from emulator.explain.plot import Moment
 
 
 @dataclass(frozen=True, slots=True)
@@ -174,6 +191,40 @@ def _use(case: Case, moment: Moment) -> str:
     return f"{what}{after}: {', '.join(facts.kinds)}"
 
 
+def _unprotected(case: Case, moment: Moment) -> str:
+    gfn = f"gfn {case.facts.gfn:#x}"
+    when = {
+        "log_arm": "when logging began",
+        "log_clear": "when its mark was cleared",
+    }.get(moment.event.kind, "when the log had named it")
+    return f"missing: the write-protection of {gfn} {when}{_answers(case)}"
+
+
+def _reopened(case: Case, moment: Moment) -> str:
+    return (
+        "too early: a fault makes the SPTE writable before the log's mark is taken, and its own mark goes "
+        f"with that one{_answers(case)}"
+    )
+
+
+def _marked_early(case: Case, moment: Moment) -> str:
+    return (
+        f"too early: the fault marks the page before the log is read, and makes the SPTE writable after that"
+        f"{_answers(case)}"
+    )
+
+
+def _unless_blamed(case: Case) -> str:
+    return "" if case.plot.culprit is not None else _answers(case)
+
+
+def _unnamed(case: Case, moment: Moment) -> str:
+    gfn = f"gfn {case.facts.gfn:#x}"
+    if moment.event.kind == "log_end":
+        return f"the log goes, and {gfn} is not marked in it"
+    return f"should have named {gfn}: its contents are not those of the copy"
+
+
 _SENTENCES: dict[str, Callable[[Case, Moment], str]] = {
     FILL: _fill,
     REVOKE: _revoke,
@@ -184,4 +235,10 @@ _SENTENCES: dict[str, Callable[[Case, Moment], str]] = {
     OUTDATED: lambda case, moment: f"what the fault had looked up before the promise{_answers(case)}",
     PROMISE: _promise,
     USE: _use,
+    COPIED: lambda case, moment: "the copy that user space keeps of the page",
+    UNPROTECTED: _unprotected,
+    REOPENED: _reopened,
+    MARKED_EARLY: _marked_early,
+    LOST: lambda case, moment: f"the write that is lost: it leaves no mark{_unless_blamed(case)}",
+    UNNAMED: _unnamed,
 }

@@ -6,6 +6,7 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 
 from emulator.actors.task import VcpuTask
+from emulator.explain.document import VMM
 from emulator.explore.adversary import AdversarialLib, Adversary
 from emulator.explore.buffered import BufferedAdversarialLib, BufferedLib
 from emulator.explore.choices import NONE, Choices
@@ -20,7 +21,7 @@ from emulator.litmus.failure import KVM_FAILS, LitmusFailure, failure_text
 from emulator.litmus.model import LitmusTest, Section
 from emulator.litmus.ops import Op
 from emulator.litmus.verdict import proven
-from emulator.litmus.world import VMM, LitmusThread, World, machine_config, rcu_cpu
+from emulator.litmus.world import LitmusThread, World, machine_config, rcu_cpu
 from emulator.policy import Policy
 from emulator.runtime import Cpu, Machine
 from native import VIOLATION_KINDS, lib

@@ -15,11 +15,12 @@ from random import Random
 from typing import Any
 
 from emulator.errors import BadInput
+from emulator.explain.document import VMM
 from emulator.litmus.evidence import Evidence, add
 from emulator.litmus.failure import KVM_FAILS, LitmusFailure, failure_text
 from emulator.litmus.model import LitmusTest
 from emulator.litmus.verdict import Outcome
-from emulator.litmus.world import VMM, LitmusThread, World, machine_config, rcu_cpu
+from emulator.litmus.world import LitmusThread, World, machine_config, rcu_cpu
 from emulator.policy import Policy
 from emulator.result import Report
 from emulator.runtime import Cpu, Machine, MachineStopped, Mode

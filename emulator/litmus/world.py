@@ -14,6 +14,7 @@ from dataclasses import dataclass
 from emulator.actors.task import VcpuTask
 from emulator.actors.user_memory import UserMemory
 from emulator.errors import BadInput
+from emulator.explain.document import VMM
 from emulator.kvm.kvm_host import (
     KVM_DIRTY_LOG_INITIALLY_SET,
     KVM_DIRTY_LOG_MANUAL_PROTECT_ENABLE,
@@ -40,8 +41,6 @@ from emulator.policy import Policy
 from emulator.runtime import Cpu, Machine, cpu_relax
 from native import lib
 
-# What runs on the CPU that is no thread's: user space, before and after the threads.
-VMM = "vmm"
 # Turns without an instruction that a guest is given where nobody else runs.
 _TURNS = 200
 _DIRTY_LOG = {

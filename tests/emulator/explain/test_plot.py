@@ -9,7 +9,24 @@ from race import GFN, HOST, KVM, PAGE, ROOT, VCPU, VM, Race, flushed_mask, noisy
 
 from emulator.explain.events import Event
 from emulator.explain.facts import Facts
-from emulator.explain.plot import ELIDED, FILL, LATE, MISSED, NARROW, OUTDATED, PROMISE, REVOKE, USE, Plot
+from emulator.explain.parts import (
+    COPIED,
+    ELIDED,
+    FILL,
+    LATE,
+    LOST,
+    MARKED_EARLY,
+    MISSED,
+    NARROW,
+    OUTDATED,
+    PROMISE,
+    REOPENED,
+    REVOKE,
+    UNNAMED,
+    UNPROTECTED,
+    USE,
+)
+from emulator.explain.plot import Plot
 
 
 def plot(race: Race, **report: Any) -> Plot:
@@ -280,3 +297,80 @@ def test_events_survive_json() -> None:
     assert (unknown.time, unknown.vm) == (4, 0xFFFF)
     assert Event(1, "zap", 0, GFN, 4, VM, 8).covers(GFN + 7)
     assert not Event(1, "zap", 0, GFN, 4, VM, 8).covers(GFN + 8)
+
+
+# --- lost dirty bits ---------------------------------------------------------------------------------------
+
+VMM = 6
+
+
+def logged() -> Race:
+    """A write is logged, its log read, and the page copied."""
+    race = Race().add("log_arm", KVM, 1).enter(0, 100).leave(0, 100, "ept_violation").enter(0, 100)
+    return race.add("store", 0, VCPU, GFN, 100)
+
+
+def copied(race: Race) -> Race:
+    return race.add("log_get", KVM, 0, 1).add("copy", KVM, GFN & ~63, 1 << GFN % 64)
+
+
+def lost_part(race: Race, **report: Any) -> list[tuple[str, int, str]]:
+    facts = {"kinds": ("lost-dirty",), "access": "write", "promise": "dirty-log", "guest_clock": 200}
+    return [(kind, cpu, part) for kind, cpu, part in told(plot(race, **(facts | report))) if part]
+
+
+def test_a_log_that_does_not_write_protect() -> None:
+    race = copied(logged()).add("store", 0, VCPU, GFN, 200).add("log_get", VMM, 0, 0)
+    assert lost_part(race) == [
+        ("log_get", KVM, UNPROTECTED),
+        ("copy", KVM, COPIED),
+        ("store", 0, LOST),
+        ("log_get", VMM, UNNAMED),
+    ]
+
+
+def test_logging_that_begins_without_write_protection() -> None:
+    race = Race().enter(0, 100).add("log_arm", KVM, 1).add("store", 0, VCPU, GFN, 200).add("log_end", KVM, 0)
+    assert lost_part(race) == [
+        ("log_arm", KVM, UNPROTECTED),
+        ("store", 0, LOST),
+        ("log_end", KVM, UNNAMED),
+    ]
+
+
+def test_write_protection_before_the_mark_is_taken() -> None:
+    race = logged().add("protect", KVM, GFN, 1, 1).leave(0, 150, "ept_violation").enter(0, 150)
+    copied(race).add("store", 0, VCPU, GFN, 200).add("log_get", VMM, 0, 0)
+    assert [part for _, _, part in lost_part(race)] == [REOPENED, COPIED, LOST, UNNAMED]
+
+
+def test_a_mark_before_the_spte_is_writable() -> None:
+    race = logged().leave(0, 150, "ept_violation")
+    copied(race).enter(0, 150).add("store", 0, VCPU, GFN, 200).add("log_get", VMM, 0, 0)
+    assert [part for _, _, part in lost_part(race)] == [MARKED_EARLY, COPIED, LOST, UNNAMED]
+
+
+def test_a_log_that_does_not_flush() -> None:
+    race = logged().add("protect", KVM, GFN, 1, 1).elided(KVM, "remote_protect")
+    copied(race).add("store", 0, VCPU, GFN, 200).add("log_get", VMM, 0, 0)
+    assert [part for _, _, part in lost_part(race)] == [ELIDED, COPIED, LOST, UNNAMED]
+
+
+def test_the_first_write_after_the_copy_is_the_one_that_was_lost() -> None:
+    race = copied(logged()).add("store", 0, VCPU, GFN, 160).add("store", 0, VCPU, GFN, 200)
+    found = plot(race.add("log_get", VMM, 0, 0), kinds=("lost-dirty",), guest_clock=200)
+    lost = found.part(LOST)
+    assert lost is not None
+    assert lost.event.more == 160
+
+
+def test_a_write_that_left_no_event_is_known_by_its_clock() -> None:
+    """As in a run, where guests store too often for the rings."""
+    race = Race().enter(0, 100).leave(0, 150).enter(2, 150).add("log_get", KVM, 0, 1).leave(2, 260)
+    race.enter(0, 260).add("log_get", KVM, 0, 0)
+    found = plot(race, kinds=("lost-dirty",), guest_clock=200)
+    lost = found.part(LOST)
+    assert lost is not None
+    assert (lost.cpu, lost.event.kind, lost.event.b) == (2, "store", GFN)
+    unknown = plot(race, kinds=("lost-dirty",), vcpu=0xFFFFFFFF)
+    assert [(moment.event.kind, moment.part) for moment in unknown.moments] == [("log_get", UNNAMED)]

@@ -1,0 +1,121 @@
+"""The plot of a lost dirty bit: a page that the guest has written, and that no dirty log has named.
+
+User space copied the page when a log had named it, or when logging began.  From then on the page should have
+been write-protected, so that the next write faults and marks it.  It was writable, and a write left no mark.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import replace
+
+from emulator.explain.events import Event
+from emulator.explain.facts import Facts
+from emulator.explain.parts import COPIED, ELIDED, LOST, MARKED_EARLY, REOPENED, UNNAMED, UNPROTECTED
+from native import EXIT_REASONS
+
+_EPT_VIOLATION = EXIT_REASONS.index("ept_violation")
+# What user space does to a log, after the ioctl has returned.
+_LOG = ("log_arm", "log_get", "log_clear", "log_end")
+_WORD = 64
+
+
+def copies(e: Event, page: int) -> bool:
+    """Whether user space copies this page there."""
+    word = e.kind == "copy" and 0 <= page - e.a < _WORD and e.b >> (page - e.a) & 1
+    return e.kind == "log_arm" or bool(word)
+
+
+def with_store(facts: Facts, events: Sequence[Event]) -> list[Event]:
+    """Return the events with the write that was lost.  Only guest programs leave theirs in the rings.  Others
+    have stored their clock, which says in which stay in guest mode they wrote."""
+    if facts.vcpu < 0 or any(e.kind == "store" and e.b == facts.gfn for e in events):
+        return list(events)
+    stays = [e for e in events if e.kind == "entry" and e.a == facts.vcpu and facts.age(e.more) < 1 << 31]
+    if not stays:
+        return list(events)
+    entry = stays[-1]
+    copied = [e.time for e in events if copies(e, facts.gfn) and e.time > entry.time]
+    at = max([entry.time, *copied[-1:]])
+    store = replace(entry, kind="store", b=facts.gfn, time=at, more=facts.clock & 0xFFFFFFFF)
+    return sorted([*events, store], key=lambda e: e.time)
+
+
+def lost_parts(facts: Facts, events: Sequence[Event]) -> dict[int, str]:
+    """Return which events to show, by index, and the part that each of them plays ("": it belongs to it)."""
+    return _Lost(facts, events).parts
+
+
+class _Lost:
+    def __init__(self, facts: Facts, events: Sequence[Event]) -> None:
+        self.facts, self.events = facts, events
+        self.parts: dict[int, str] = {}
+        gfn = facts.gfn
+        copied = self._last(lambda e: copies(e, gfn), before=self._last(self._stores))
+        written = self._first(self._stores, copied)
+        self._keep(copied, COPIED)
+        self._keep(written, LOST)
+        if written is None:
+            self._keep(self._last(lambda e: e.kind in _LOG), UNNAMED)
+            return
+        self._keep(self._first(lambda e: e.kind in ("log_get", "log_end"), written), UNNAMED)
+        if copied is not None:
+            self._explain(copied, written)
+
+    def _explain(self, copied: int, written: int) -> None:
+        """What kept the page writable after it was copied for the last time."""
+        by = self.events[copied].cpu
+        ioctl = self._last(lambda e: e.cpu == by and e.kind in _LOG, before=copied + 1)
+        if ioctl is None:
+            return
+        self._keep(ioctl)
+        since = self._last(lambda e: e.cpu == by and e.kind in _LOG, before=ioctl)
+        protected = self._keep(self._last(self._protects, since, ioctl))
+        elided = self._last(self._elides(by), protected if protected is not None else since, ioctl)
+        fault = self._last(self._is_write_fault, before=ioctl)
+        if elided is not None:
+            self._keep(elided, ELIDED)
+        elif fault is not None and self._is_under_way(fault, ioctl, written):
+            self._keep(fault, MARKED_EARLY)
+        elif protected is None:
+            self._keep(ioctl, UNPROTECTED)
+        elif fault is not None and fault > protected:
+            self._keep(protected, REOPENED)
+            self._keep(fault)
+
+    def _is_under_way(self, fault: int, ioctl: int, written: int) -> bool:
+        """Whether the vCPU comes back from a fault only after the log was read, and before the write."""
+        vcpu = self.events[fault].a
+        entered = self._first(lambda e: e.kind == "entry" and e.a == vcpu, fault)
+        if entered is None or not ioctl < entered < written:
+            return False
+        self._keep(entered)
+        return True
+
+    def _stores(self, e: Event) -> bool:
+        return e.kind == "store" and e.b == self.facts.gfn
+
+    def _elides(self, by: int) -> Callable[[Event], bool]:
+        return lambda e: e.kind == "elided" and e.cpu == by and e.reason == "remote_protect"
+
+    def _protects(self, e: Event) -> bool:
+        return e.kind == "protect" and e.vm == self.facts.vm and e.covers(self.facts.gfn)
+
+    def _is_write_fault(self, e: Event) -> bool:
+        return e.kind == "exit" and e.vm == self.facts.vm and e.b == _EPT_VIOLATION
+
+    def _last(
+        self, wanted: Callable[[Event], bool], after: int | None = None, before: int | None = None
+    ) -> int | None:
+        start = -1 if after is None else after
+        end = len(self.events) if before is None else before
+        return next((i for i in range(end - 1, start, -1) if wanted(self.events[i])), None)
+
+    def _first(self, wanted: Callable[[Event], bool], after: int | None) -> int | None:
+        start = 0 if after is None else after + 1
+        return next((i for i in range(start, len(self.events)) if wanted(self.events[i])), None)
+
+    def _keep(self, i: int | None, part: str = "") -> int | None:
+        if i is not None and (part or i not in self.parts):
+            self.parts[i] = part
+        return i
