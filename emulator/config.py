@@ -145,10 +145,12 @@ class HostSection(Section):
     # 2 MiB ranges: khugepaged and its opposite.
     collapse: Annotated[Rate, Unit("ranges of 2 MiB per second")] = 0
     split: Annotated[Rate, Unit("ranges of 2 MiB per second")] = 0
+    # Ranges of which reclaim asks, page by page, whether the guest has used them.
+    age: Annotated[Rate, Unit("ranges per second")] = 0
 
     @model_validator(mode="after")
     def _somebody_does_it(self) -> Self:
-        rates = (self.unmap, self.reclaim, self.mprotect, self.migrate, self.collapse, self.split)
+        rates = (self.unmap, self.reclaim, self.mprotect, self.migrate, self.collapse, self.split, self.age)
         if self.actors == 0 and any(rates):
             raise ValueError("at least 1 actor where a rate is not 0")
         return self

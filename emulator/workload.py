@@ -16,7 +16,7 @@ from random import Random
 from emulator.config import Scenario
 
 # Activities of the actors, as scenarios name their rates.
-HOST_ACTIVITIES = ("unmap", "reclaim", "mprotect", "migrate", "collapse", "split")
+HOST_ACTIVITIES = ("unmap", "reclaim", "mprotect", "migrate", "collapse", "split", "age")
 KVM_ACTIVITIES = ("memslot_cycles", "dirty_log_cycles", "dirty_log_toggles", "smis", "resets")
 MIGRATIONS = "migrations"
 

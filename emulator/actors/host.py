@@ -5,17 +5,20 @@ Several of these actors run concurrently with each other and with the VMs' own i
 
 from __future__ import annotations
 
+import time
 from collections.abc import Callable, Sequence
 from random import Random
 from typing import TYPE_CHECKING
 
 from emulator.actors.base import MachineActor
 from emulator.actors.user_memory import HUGE_PAGES, UserMemory
+from emulator.kvm.host_work import host_works, owe_a_flush
 from emulator.workload import HOST_ACTIVITIES, Pacer, Workload
 from native import lib
 
 if TYPE_CHECKING:
     from emulator.actors.crew import Crew
+    from emulator.kvm.structs import Kvm
     from emulator.runtime import Cpu
 
 # mprotect takes write access away for about this long; a guest that writes meanwhile waits for it.
@@ -41,6 +44,8 @@ class Host(MachineActor):
         self.pages = pages
         self.pacer = pacer
         self.rng = rng
+        # How long the last page took for which a vCPU served a flush; at first, about an exit and an entry.
+        self._page_seconds = 0.0002
         self._actions: dict[str, Callable[[UserMemory], None]] = {
             "unmap": self.unmap,
             "reclaim": self.reclaim,
@@ -48,6 +53,7 @@ class Host(MachineActor):
             "migrate": self.migrate,
             "collapse": self.collapse,
             "split": self.split,
+            "age": self.age,
         }
 
     def idle(self) -> None:
@@ -83,6 +89,24 @@ class Host(MachineActor):
 
     def split(self, memory: UserMemory) -> None:
         memory.split(self.cpu, self._huge_range(memory))
+
+    def age(self, memory: UserMemory) -> None:
+        """Reclaim's first question, page by page.  What was not used is not taken: that is `unmap`."""
+        for page in range(*self._range(memory)):
+            self._work_on_page(memory.kvm)
+            memory.referenced(self.cpu, page)
+
+    def _work_on_page(self, kvm: Kvm) -> None:
+        """Work for as long while a vCPU that owes a flush is halted or scheduled away as while it runs.
+
+        If pages took time only while it runs, most of a burst would fall into its sleep, for which one flush
+        is enough.
+        """
+        start = time.monotonic()
+        if host_works(self.cpu, kvm):
+            self._page_seconds = time.monotonic() - start
+        elif owe_a_flush(self.cpu, kvm):
+            self.cpu.check(lib.cpu_halt(self.cpu.m, self.cpu.id, max(1, int(self._page_seconds * 1e6))))
 
     def _range(self, memory: UserMemory) -> tuple[int, int]:
         """Pages of which some are present, if a few tries find such."""

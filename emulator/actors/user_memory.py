@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, Final
 
 from emulator.kvm.host_work import host_works
 from emulator.kvm.kvm_main import (
+    kvm_mmu_notifier_clear_flush_young,
     kvm_mmu_notifier_invalidate_range_end,
     kvm_mmu_notifier_invalidate_range_start,
 )
@@ -51,6 +52,12 @@ class UserMemory:
             self._split_ends(cpu, start, end)
             with self._invalidating(cpu, start, end):
                 lib.mm_unmap(cpu.m, cpu.id, self.kvm.id, start, end, 1)
+
+    def referenced(self, cpu: Cpu, page: int) -> bool:
+        """folio_referenced(), as reclaim asks it: has the guest used the page since the last time?"""
+        with self.anon_vma.read_lock(cpu):
+            host_works(cpu, self.kvm)
+            return kvm_mmu_notifier_clear_flush_young(cpu, self.kvm, page, page + 1)
 
     def discard(self, cpu: Cpu, start: int, end: int) -> None:
         """MADV_DONTNEED: the frames go back, contents are lost.

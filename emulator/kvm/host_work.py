@@ -42,6 +42,11 @@ def host_works(cpu: Cpu, kvm: Kvm) -> bool:
     return True
 
 
+def owe_a_flush(cpu: Cpu, kvm: Kvm) -> bool:
+    """Return whether any vCPU has still to serve a flush, be it halted or scheduled away."""
+    return any(kvm_test_request(cpu, vcpu, KVM_REQ_TLB_FLUSH) for vcpu in kvm.vcpus)
+
+
 def vcpus_went_on(kvm: Kvm) -> None:
     """End the waits that are over because a vCPU has served its flush or was unloaded.
 
