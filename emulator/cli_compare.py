@@ -69,6 +69,7 @@ def compare(
     options: CompareOptions,
 ) -> None:
     """Run the same seeded workload under each policy; show what each flushes and what that costs."""
+    from emulator.actors.crew import stop_seconds
     from emulator.compare.runner import Comparer, Plan
 
     shape = load_scaled(scenario, options.pcpus)
@@ -89,7 +90,8 @@ def compare(
     )
     comparer = Comparer(plan, _announce)
     with Logging(LogLevel.WARNING.upper(), "text"):
-        comparison = Session(comparer, None, comparer.view).execute()
+        stopping = stop_seconds(shape.threads)
+        comparison = Session(comparer, None, comparer.view, stopping=stopping).execute()
     raise typer.Exit(_write(comparison, as_json, html))
 
 

@@ -155,7 +155,7 @@ class Emulation:
         self.pcpus: list[ActorRef[Any]] = []
         self._switch_interval = sys.getswitchinterval()
         self._next_own = 0
-        self._started = False
+        self._started = self._stopped = False
         try:
             self._create_vms(main)
         except BaseException:
@@ -319,9 +319,11 @@ class Emulation:
         release_thread()
 
     def stop(self) -> list[str]:
-        """Stop everything; returns the names of actors that did not end in time. May be called twice."""
+        """Stop everything; returns the names of actors that did not end in time. May be called twice: those
+        that were late are not waited for again."""
         self.crew.stop()
-        late = self.crew.join()
+        late = self.crew.join(0 if self._stopped else None)
+        self._stopped = True
         if self._started:
             self._started = False
             sys.setswitchinterval(self._switch_interval)

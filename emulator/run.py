@@ -93,6 +93,7 @@ def _run(
     request: Request, scenario: Scenario, policy: Policy, collector: MachineCollector, findings: Findings
 ) -> Result:
     # Imported late: `flushlab list` and bad input need no engine.
+    from emulator.actors.crew import stop_seconds
     from emulator.job import Job
 
     duration = None if request.endless else request.duration or scenario.duration
@@ -107,7 +108,7 @@ def _run(
     job.observers.append(collector)
     job.finder = findings
     logger.info("starting", scenario=scenario.name, policy=policy.name, seed=request.seed)
-    return Session(job, duration).execute()
+    return Session(job, duration, stopping=stop_seconds(scenario.threads)).execute()
 
 
 def _log_end(result: Result) -> None:

@@ -149,8 +149,7 @@ void cpu_offline(struct machine *m, uint32_t cpu)
 	c->irqs_off = 0;
 	c->in_call = 0;
 	rcu_cpu_offline(c);
-	for (uint32_t vm = 0; vm < m->config.vms; vm++)
-		mmu_lock_abandon(m, cpu, vm);
+	mmu_locks_abandon(m, cpu);
 	ipi_discard_queue(m, c);
 	chaos_point(m, cpu);
 	atomic_store_explicit(&c->power, CPU_OFFLINE, SEQ_CST);

@@ -335,7 +335,7 @@ int mmu_lock_needbreak(struct machine *m, uint32_t vm)
 	return (atomic_load_explicit(&m->vms[vm].mmu_lock.state, memory_order_relaxed) & MMU_LOCK_WAITERS) != 0;
 }
 
-void mmu_lock_abandon(struct machine *m, uint32_t cpu, uint32_t vm)
+static void abandon(struct machine *m, uint32_t cpu, uint32_t vm)
 {
 	struct mmu_lock *lock = &m->vms[vm].mmu_lock;
 
@@ -345,4 +345,10 @@ void mmu_lock_abandon(struct machine *m, uint32_t cpu, uint32_t vm)
 		mmu_read_unlock(m, cpu, vm);
 	if (writes(lock, cpu))
 		mmu_write_unlock(m, cpu, vm);
+}
+
+void mmu_locks_abandon(struct machine *m, uint32_t cpu)
+{
+	for (uint32_t vm = 0; vm < m->config.vms; vm++)
+		abandon(m, cpu, vm);
 }

@@ -24,8 +24,8 @@ int mmu_read_trylock(struct machine *m, uint32_t cpu, uint32_t vm);
 int mmu_write_trylock(struct machine *m, uint32_t cpu, uint32_t vm);
 /* rwlock_needbreak() */
 int mmu_lock_needbreak(struct machine *m, uint32_t vm);
-/* Drop whatever this CPU holds of it: for CPUs that die. */
-void mmu_lock_abandon(struct machine *m, uint32_t cpu, uint32_t vm);
+/* Drop what this CPU holds of all VMs, for CPUs that end.  One call: when a machine stops, thousands do so. */
+void mmu_locks_abandon(struct machine *m, uint32_t cpu);
 /* end api */
 
 #define MMU_LOCK_WRITER 0x8000u  /* below it: how many readers hold it */

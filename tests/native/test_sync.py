@@ -252,7 +252,7 @@ def test_mmu_lock_forms(m: Any) -> None:
     lib.mmu_read_unlock(m, HOUSEKEEPER, 0)
     assert lib.mmu_write_trylock(m, RCU, 0) == 0
     assert lib.mmu_read_trylock(m, HOUSEKEEPER, 0) == lib.MACHINE_AGAIN
-    lib.mmu_lock_abandon(m, RCU, 0)
+    lib.mmu_locks_abandon(m, RCU)
     assert lib.mmu_write_lock(m, HOUSEKEEPER, 0) == 0
     lib.mmu_write_unlock(m, HOUSEKEEPER, 0)
 
