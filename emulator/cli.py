@@ -10,6 +10,7 @@ import io
 import sys
 import traceback
 from collections.abc import Sequence
+from concurrent.futures.process import BrokenProcessPool
 from typing import Annotated
 
 import typer
@@ -34,6 +35,7 @@ from emulator.cli_options import (
 from emulator.cli_trace import app as trace_app
 from emulator.config import DEFAULT_SCENARIO
 from emulator.errors import MOST_EXPECTED, BadInput, one_line
+from emulator.limits import exhausted
 from emulator.output import LostOutput, saying, watched
 from emulator.run import Request, run_request
 from emulator.validation import first_error
@@ -150,9 +152,15 @@ def _run(arguments: Sequence[str] | None) -> int:
         return _usage(error)
     except typer.Abort:
         return interrupts.INTERRUPTED
+    except BrokenProcessPool:
+        found = "a process of --jobs was killed or crashed; this takes less memory with fewer --jobs"
+        print(f"flushlab: {found}", file=sys.stderr)
+        return INTERNAL_FAILURE
     except LostOutput as lost:
         return _lost(lost)
-    except Exception:
+    except Exception as error:
+        if (complaint := exhausted(error)) is not None:
+            return _complain(str(complaint))
         traceback.print_exc()
         return INTERNAL_FAILURE
 

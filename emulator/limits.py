@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import os
 import resource
+import threading
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -21,6 +22,11 @@ MIB = 1 << 20
 _PCPU_BYTES = 1 * MIB
 # The interpreter with its libraries, and the decoded traces.
 _BASE_BYTES = 192 * MIB
+# By version: the limit, what counts towards it, and the part of that which the kernel can drop.
+_MEMORY_FILES = {
+    1: ("memory.limit_in_bytes", "memory.usage_in_bytes", "total_inactive_file"),
+    2: ("memory.max", "memory.current", "inactive_file"),
+}
 # Left for everybody else on the machine.
 _RESERVED_THREADS = 32
 
@@ -31,6 +37,8 @@ class Limit:
 
     left: int
     source: str
+    # Addresses count, whether memory is behind them or not.
+    addresses: bool = False
 
 
 def check(scenario: Scenario, proc: Path = Path("/proc"), cgroup: Path = Path("/sys/fs/cgroup")) -> None:
@@ -50,16 +58,60 @@ def memory_needed(scenario: Scenario) -> int:
 
 
 def _check_memory(scenario: Scenario, proc: Path, cgroup: Path) -> None:
-    needed = memory_needed(scenario)
-    limit = min(_memory_limits(proc, cgroup), key=lambda limit: limit.left, default=None)
+    limits = [(limit, _needed(scenario, limit)) for limit in _memory_limits(proc, cgroup)]
+    limit, needed = min(limits, key=lambda pair: pair[0].left - pair[1], default=(None, 0))
     if limit is None or needed <= limit.left:
         return
     raise BadInput(
         scenario.name,
         f"{scenario.vms} VMs with {scenario.guest_pages // 256} MiB and {scenario.machine.pcpus} pCPUs need "
         f"about {needed // MIB} MiB",
-        f"at most the {limit.left // MIB} MiB left ({limit.source}): lower vm.memory or machine.pcpus",
+        f"at most the {max(limit.left, 0) // MIB} MiB left ({limit.source}): lower vm.memory or "
+        "machine.pcpus",
     )
+
+
+def _needed(scenario: Scenario, limit: Limit) -> int:
+    stacks = scenario.threads * _stack_bytes() if limit.addresses else 0
+    return memory_needed(scenario) + stacks
+
+
+def _stack_bytes() -> int:
+    """Addresses of one thread's stack, its guard page included (pthread_create(3))."""
+    soft, _ = resource.getrlimit(resource.RLIMIT_STACK)
+    default = 2 * MIB if soft == resource.RLIM_INFINITY else soft
+    return (threading.stack_size() or default) + resource.getpagesize()
+
+
+def exhausted(error: BaseException) -> BadInput | None:
+    """Return the line for an error that comes of too little memory or too few threads; None for any other.
+
+    The preflight estimates, others take their share meanwhile, and `litmus` and `explore` need little.
+    """
+    found, seen = None, error
+    while found is None:
+        if isinstance(seen, MemoryError):
+            found = f"no memory is left: {seen}" if str(seen) else "no memory is left"
+        elif isinstance(seen, RuntimeError) and "can't start new thread" in str(seen):
+            found = "no thread can be started"
+        elif seen.__cause__ is None:
+            return None
+        else:
+            seen = seen.__cause__
+    limits = ", ".join(_soft_limits())
+    return BadInput("this machine", found, "more memory and threads" + (f" than {limits}" if limits else ""))
+
+
+def _soft_limits() -> Iterator[str]:
+    """What ulimit says of limits that are set, in its units."""
+    for name, number, unit in (
+        ("-v", resource.RLIMIT_AS, 1024),
+        ("-d", resource.RLIMIT_DATA, 1024),
+        ("-u", resource.RLIMIT_NPROC, 1),
+    ):
+        soft, _ = resource.getrlimit(number)
+        if soft != resource.RLIM_INFINITY and not (name == "-u" and os.geteuid() == 0):
+            yield f"ulimit {name} {soft // unit}"
 
 
 def _check_threads(scenario: Scenario, proc: Path, cgroup: Path) -> None:
@@ -81,15 +133,18 @@ def _memory_limits(proc: Path, cgroup: Path) -> Iterator[Limit]:
     for line in _read(proc / "meminfo").splitlines():
         if line.startswith("MemAvailable:"):
             yield Limit(int(line.split()[1]) * 1024, "MemAvailable")
-    for directory in _cgroups(proc, cgroup):
-        most, used = _number(directory / "memory.max"), _number(directory / "memory.current")
+    for directory, version in _cgroups(proc, cgroup, "memory"):
+        most_file, used_file, cache = _MEMORY_FILES[version]
+        most, used = _number(directory / most_file), _number(directory / used_file)
         if most is not None and used is not None:
-            yield Limit(most - used, f"cgroup {directory.name or '/'} memory.max")
+            # The kernel gives up inactive page cache before it kills.
+            used -= _stat(directory / "memory.stat").get(cache, 0)
+            yield Limit(most - used, f"cgroup {directory.name or '/'} {most_file}")
     soft, _ = resource.getrlimit(resource.RLIMIT_AS)
     if soft != resource.RLIM_INFINITY:
         pages = _read(proc / "self/statm").split()
         used_bytes = int(pages[0]) * resource.getpagesize() if pages else 0
-        yield Limit(soft - used_bytes, "ulimit -v")
+        yield Limit(soft - used_bytes, "ulimit -v", addresses=True)
 
 
 def _thread_limits(proc: Path, cgroup: Path) -> Iterator[Limit]:
@@ -97,7 +152,7 @@ def _thread_limits(proc: Path, cgroup: Path) -> Iterator[Limit]:
     most = _number(proc / "sys/kernel/threads-max")
     if most is not None and len(running) > 3:
         yield Limit(most - int(running[3].split("/")[1]), "kernel.threads-max")
-    for directory in _cgroups(proc, cgroup):
+    for directory, _ in _cgroups(proc, cgroup, "pids"):
         most, used = _number(directory / "pids.max"), _number(directory / "pids.current")
         if most is not None and used is not None:
             yield Limit(most - used, f"cgroup {directory.name or '/'} pids.max")
@@ -116,14 +171,26 @@ def _threads_of_user(proc: Path, uid: int) -> int:
     return threads
 
 
-def _cgroups(proc: Path, cgroup: Path) -> Iterator[Path]:
-    """This process's cgroup (version 2) and its ancestors: each limits."""
+def _cgroups(proc: Path, cgroup: Path, controller: str) -> Iterator[tuple[Path, int]]:
+    """Yield this process's cgroups for a controller and their ancestors, each of which limits, and their
+    version: version 2 has one hierarchy, version 1 one for each controller, mounted under its name."""
     for line in _read(proc / "self/cgroup").splitlines():
-        hierarchy, _, path = line.split(":", 2)
+        hierarchy, controllers, path = line.split(":", 2)
         if hierarchy == "0":
-            directory = cgroup / path.lstrip("/")
-            yield directory
-            yield from (parent for parent in directory.parents if parent.is_relative_to(cgroup))
+            root, version = cgroup, 2
+        elif controller in controllers.split(","):
+            root, version = cgroup / controller, 1
+        else:
+            continue
+        # In a container the path may be the host's; the mount's root is the container's own cgroup then.
+        directory = root / path.lstrip("/")
+        yield directory, version
+        yield from ((parent, version) for parent in directory.parents if parent.is_relative_to(root))
+
+
+def _stat(path: Path) -> dict[str, int]:
+    fields = (line.split() for line in _read(path).splitlines())
+    return {words[0]: int(words[1]) for words in fields if len(words) == 2 and words[1].isdigit()}
 
 
 def _number(path: Path) -> int | None:

@@ -33,7 +33,7 @@ from emulator.errors import BadInput
 from emulator.kvm.kvm_main import kvm_create_vm, kvm_set_memory_region, kvm_vm_ioctl_create_vcpu
 from emulator.kvm.structs import Kvm, KvmParams, Vcpu
 from emulator.policy import Policy
-from emulator.runtime import Cpu, Machine, OutOfFrames
+from emulator.runtime import Cpu, Machine, OutOfMemory
 from emulator.traces import Trace, TraceError
 from emulator.traces import embedded as embedded_traces
 from emulator.traces import load as load_trace
@@ -138,7 +138,7 @@ class Emulation:
         config = machine_config(scenario, seed, chaos, unbounded)
         try:
             self.machine = Machine(config)
-        except OutOfFrames as error:
+        except OutOfMemory as error:
             raise BadInput(scenario.name, str(error), "memory for the scenario's machine") from error
         if chaos:
             self.machine.install(Chaos(chaos, seed, len(self.machine.cpus)))

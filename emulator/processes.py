@@ -15,7 +15,7 @@ from types import TracebackType
 from typing import Any, Final, NoReturn, ParamSpec, TypeVar
 
 from emulator import interrupts
-from emulator.errors import bad_input_of
+from emulator.errors import BadInput, bad_input_of
 
 P = ParamSpec("P")
 T = TypeVar("T")
@@ -39,6 +39,7 @@ class ProcessPool(ProcessPoolExecutor):
         # Without a lock, which a process that is killed might hold.
         self._end = context.RawValue("b", 0)
         self._words = context.RawArray("c", _LAST_WORDS)
+        self._jobs = jobs
         # This starts multiprocessing's own process, which cleans up after the others.
         with interrupts.blocked():
             super().__init__(jobs, context, _begin, (self._end, self._words, begin, arguments))
@@ -46,7 +47,14 @@ class ProcessPool(ProcessPoolExecutor):
     def submit(self, fn: Callable[P, T], /, *args: P.args, **kwargs: P.kwargs) -> Future[T]:
         # The first call starts the processes: an exception in between would leave some that nobody ends.
         with interrupts.held(), interrupts.blocked():
-            return super().submit(fn, *args, **kwargs)
+            try:
+                return super().submit(fn, *args, **kwargs)
+            except BrokenProcessPool:
+                raise
+            except (OSError, RuntimeError) as error:
+                # "can't start new thread" is a RuntimeError.
+                found = f"found {self._jobs}, but {getattr(error, 'strerror', None) or error}"
+                raise BadInput("--jobs", found, "fewer, or higher limits of processes and memory") from error
 
     def completed(self, futures: Sequence[Future[T]]) -> Iterator[Future[T]]:
         """Yield each future that is done, in the order in which they end.  After a signal the rest is

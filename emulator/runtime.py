@@ -45,6 +45,10 @@ class MachineMisuse(MachineError):
     """A wait where waiting is forbidden: interrupts off, inside RCU, under a lock."""
 
 
+class OutOfMemory(MemoryError):
+    """The process itself has no memory left for a machine: nothing that a policy or a test brings about."""
+
+
 class OutOfFrames(MachineError):
     """No host frame of the wanted kind is left."""
 
@@ -66,7 +70,7 @@ class Machine:
         error = ffi.new("char[]", 200)
         self.m: Any = lib.machine_create(ffi.new("struct machine_config *", self.config), error, 200)
         if self.m == ffi.NULL:
-            raise OutOfFrames(ffi.string(error).decode() or "the machine could not be built")
+            raise OutOfMemory(ffi.string(error).decode() or "the machine could not be built")
         pcpus = self.config["pcpus"]
         self.cpus = [Cpu(self, i, i < pcpus) for i in range(pcpus + self.config["housekeeping"])]
         # VPIDs are of the host, not of a VM (vmx.c: vmx_vpid_bitmap); 0 is the host's own.  Taking one and

@@ -67,8 +67,10 @@ class MachineActor(Actor):
 
     def _start_actor_loop(self) -> None:
         # A daemon: should it hang in spite of everything, the process can still end and say so.
-        self.thread = threading.Thread(target=self._actor_loop, name=self.name, daemon=True)
-        self.thread.start()
+        thread = threading.Thread(target=self._actor_loop, name=self.name, daemon=True)
+        thread.start()
+        # Only now: a thread that could not be started cannot be waited for.
+        self.thread = thread
 
     def idle(self) -> None:
         """One turn without a message: sleep until there is one, serving calls."""

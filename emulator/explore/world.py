@@ -23,7 +23,7 @@ from emulator.litmus.ops import Op
 from emulator.litmus.verdict import proven
 from emulator.litmus.world import LitmusThread, World, machine_config, rcu_cpu
 from emulator.policy import Policy
-from emulator.runtime import Cpu, Machine
+from emulator.runtime import Cpu, Machine, OutOfMemory
 from native import VIOLATION_KINDS, lib
 
 DEADLOCK = "deadlock"
@@ -149,7 +149,10 @@ class LitmusProgram:
             return
         with self.policy.guarded():
             self._initial.restore()  # as before each execution, the first one included
-        self.world.main.check(lib.machine_snapshot(self.machine.m))
+        rc = lib.machine_snapshot(self.machine.m)
+        if rc == lib.MACHINE_NOMEM:
+            raise OutOfMemory("a copy of the machine")
+        self.world.main.check(rc)
 
     def _put_back(self, initial: Snapshot) -> None:
         """Whoever was in the middle of something has been unwound."""

@@ -127,13 +127,15 @@ class Runner:
         self._rcu = threading.Thread(
             target=lib.rcu_thread, args=(machine.m, rcu_cpu(machine).id), daemon=True
         )
-        self._rcu.start()
         self._world: World | None = None
         self._watchdog = Watchdog(self)
-        self._watchdog.start()
         self._workers = [Worker(self, i) for i in range(len(test.threads))]
-        for worker in self._workers:
-            worker.start()
+        try:
+            for thread in self._threads():
+                thread.start()
+        except RuntimeError:  # no thread can be started any more
+            self.close()
+            raise
 
     # --- called by other threads ----------------------------------------------------------------------------
 
@@ -271,12 +273,14 @@ class Runner:
         for worker in self._workers:
             worker.thread = None
             worker.go.release()
-        for worker in self._workers:
-            worker.join(STUCK_SECONDS)
-        self._rcu.join(STUCK_SECONDS)
-        self._watchdog.join(STUCK_SECONDS)
-        if not any(thread.is_alive() for thread in (*self._workers, self._rcu, self._watchdog)):
+        for thread in self._threads():
+            if thread.ident is not None:  # has been started
+                thread.join(STUCK_SECONDS)
+        if not any(thread.is_alive() for thread in self._threads()):
             self.machine.destroy()
+
+    def _threads(self) -> tuple[threading.Thread, ...]:
+        return (*self._workers, self._rcu, self._watchdog)
 
 
 @contextmanager

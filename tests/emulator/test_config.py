@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import resource
 from pathlib import Path
 
 import pytest
@@ -10,7 +11,8 @@ from pydantic import BaseModel
 from emulator.config import Scenario, embedded_scenarios, load_scenario, parse_duration, parse_scenario
 from emulator.costs import Costs, load_costs
 from emulator.errors import BadInput
-from emulator.limits import Limit, _memory_limits, _thread_limits, check, memory_needed
+from emulator.limits import Limit, _memory_limits, _thread_limits, check, exhausted, memory_needed
+from emulator.runtime import OutOfFrames, OutOfMemory
 
 
 def parse(text: str) -> Scenario:
@@ -229,6 +231,88 @@ def test_cgroup_limits_count_up_to_the_root(proc: Proc) -> None:
     proc.write("cgroup/user/me/memory.max", "max\n", proc.root)
     with pytest.raises(BadInput, match=r"128 MiB left \(cgroup user memory\.max\)"):
         proc.check("[[vm]]")
+
+
+def test_cgroup_version_1_limits_as_version_2_does(proc: Proc) -> None:
+    proc.write("proc/self/cgroup", "8:pids:/user/me\n4:cpu,memory:/user/me\n0::/\n", proc.root)
+    proc.write("cgroup/memory/user/me/memory.limit_in_bytes", "9223372036854771712\n", proc.root)
+    proc.write("cgroup/memory/user/me/memory.usage_in_bytes", f"{64 << 20}\n", proc.root)
+    proc.check("[[vm]]")
+    proc.write("cgroup/memory/user/memory.limit_in_bytes", f"{256 << 20}\n", proc.root)
+    proc.write("cgroup/memory/user/memory.usage_in_bytes", f"{128 << 20}\n", proc.root)
+    with pytest.raises(BadInput, match=r"128 MiB left \(cgroup user memory\.limit_in_bytes\)"):
+        proc.check("[[vm]]")
+    proc.write("cgroup/memory/user/memory.limit_in_bytes", f"{2 << 30}\n", proc.root)
+    proc.write("cgroup/pids/user/me/pids.max", "20\n", proc.root)
+    proc.write("cgroup/pids/user/me/pids.current", "3\n", proc.root)
+    with pytest.raises(BadInput, match=r"17 are left \(cgroup me pids\.max\)"):
+        proc.check("[[vm]]")
+
+
+def test_a_container_sees_the_host_path_and_its_own_root(proc: Proc) -> None:
+    proc.write("proc/self/cgroup", "4:memory:/docker/0123\n", proc.root)
+    proc.write("cgroup/memory/memory.limit_in_bytes", f"{256 << 20}\n", proc.root)
+    proc.write("cgroup/memory/memory.usage_in_bytes", f"{128 << 20}\n", proc.root)
+    with pytest.raises(BadInput, match=r"128 MiB left \(cgroup memory memory\.limit_in_bytes\)"):
+        proc.check("[[vm]]")
+
+
+@pytest.mark.parametrize(
+    ("line", "directory", "most", "used", "cache"),
+    [
+        ("0::/me", "cgroup/me", "memory.max", "memory.current", "inactive_file"),
+        (
+            "4:memory:/me",
+            "cgroup/memory/me",
+            "memory.limit_in_bytes",
+            "memory.usage_in_bytes",
+            "total_inactive_file",
+        ),
+    ],
+)
+def test_page_cache_is_memory_that_is_left(
+    line: str, directory: str, most: str, used: str, cache: str, proc: Proc
+) -> None:
+    proc.write("proc/self/cgroup", f"{line}\n", proc.root)
+    proc.write(f"{directory}/{most}", f"{2 << 30}\n", proc.root)
+    proc.write(f"{directory}/{used}", f"{2 << 30}\n", proc.root)
+    with pytest.raises(BadInput, match=" 0 MiB left"):
+        proc.check("[[vm]]")
+    proc.write(f"{directory}/memory.stat", f"anon 5\n{cache} {1 << 30}\n", proc.root)
+    proc.check("[[vm]]")
+
+
+def test_stacks_take_addresses(proc: Proc, monkeypatch: pytest.MonkeyPatch) -> None:
+    many = "[machine]\npcpus = 100\n[[vm]]"
+    addresses = memory_needed(parse(many)) + 50 * (8 << 20)  # half of the stacks
+    limits = {resource.RLIMIT_AS: addresses, resource.RLIMIT_STACK: 8 << 20}
+    monkeypatch.setattr(resource, "getrlimit", lambda number: (limits.get(number, -1), -1))
+    with pytest.raises(BadInput, match=r"ulimit -v"):
+        proc.check(many)
+    limits[resource.RLIMIT_STACK] = 1 << 20
+    proc.check(many)
+
+
+@pytest.mark.parametrize(
+    ("error", "found"),
+    [
+        (MemoryError(), "no memory is left"),
+        (OutOfMemory("host frames"), "no memory is left: host frames"),
+        (RuntimeError("can't start new thread"), "no thread can be started"),
+    ],
+)
+def test_what_ran_out_is_said_with_the_limits(
+    error: Exception, found: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    wrapper = RuntimeError("an actor died")
+    wrapper.__cause__ = error
+    limits = {resource.RLIMIT_AS: 500_000 << 10}
+    monkeypatch.setattr(resource, "getrlimit", lambda number: (limits.get(number, -1), -1))
+    for seen in (error, wrapper):
+        expected = f"this machine: {found}; expected more memory and threads than ulimit -v 500000"
+        assert str(exhausted(seen)) == expected
+    assert exhausted(RuntimeError("a bug")) is None
+    assert exhausted(OutOfFrames("a kind of frame, which is the model's business")) is None
 
 
 def test_too_many_threads_names_the_most_pcpus(proc: Proc) -> None:
