@@ -14,6 +14,7 @@ from emulator.costs import modelled_cycles
 from emulator.kvm.structs import KvmParams
 from emulator.machine import Emulation
 from emulator.policy import Policy
+from emulator.policy.patience import unreturned
 from emulator.preconditions import preconditions
 from emulator.receivers import Receivers, read_receivers
 from emulator.result import Finder, MachineObserver, Result, Snapshot, read_snapshot
@@ -85,7 +86,7 @@ class Job:
                 run.late = emulation.stop()
                 for observer in self.observers:
                     observer.machine_down()
-            error = emulation.crew.bad_input()
+            error = emulation.crew.bad_input() or (unreturned() if run.late else None)
             if error is not None:
                 raise error
             return run.result()

@@ -22,6 +22,7 @@ from emulator.litmus.model import LitmusTest
 from emulator.litmus.verdict import Outcome
 from emulator.litmus.world import LitmusThread, World, machine_config, rcu_cpu
 from emulator.policy import Policy
+from emulator.policy.patience import unreturned
 from emulator.result import Report
 from emulator.runtime import Cpu, Machine, MachineStopped, Mode
 from emulator.story import Stories
@@ -155,7 +156,7 @@ class Runner:
         if alone is None or time.monotonic() - alone.since < STUCK_SECONDS:
             return
         failure = LitmusFailure(f"{alone.name}: {alone.what!r} waits for ever: nobody else runs")
-        self.failed(alone.name, failure)
+        self.failed(alone.name, unreturned() or failure)
 
     # --- running --------------------------------------------------------------------------------------------
 
@@ -222,7 +223,7 @@ class Runner:
         waiting = ", ".join(
             f"{thread.name} after {world.progress(thread)} operations" for thread in world.threads.values()
         )
-        self.errors.append(("runner", LitmusFailure(f"nobody goes on: {waiting}")))
+        self.errors.append(("runner", unreturned() or LitmusFailure(f"nobody goes on: {waiting}")))
         self.machine.stop()
         self._finished.acquire(timeout=STUCK_SECONDS)
 

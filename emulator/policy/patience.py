@@ -23,7 +23,7 @@ from pathlib import Path
 from types import FrameType
 from typing import Any, Final
 
-from emulator.policy.guard import THE_DOOR, Place, is_call, is_users, overdue
+from emulator.policy.guard import THE_DOOR, Place, UserPolicyError, is_call, is_users, overdue
 from emulator.processes import end_process
 
 ROUND_SECONDS: Final = 0.2
@@ -33,6 +33,7 @@ ROUNDS: Final = 300
 # Looks after which a call that was told to end, and has not, is told again; and how often.
 _GRACE: Final = 4
 _ATTEMPTS: Final = 3
+_ENDS: Final = "code that ends"
 _TICKS: Final = os.sysconf("SC_CLK_TCK")
 
 
@@ -107,6 +108,18 @@ class Patience:
             end_process(str(kind()))  # type: ignore[call-arg]
         call.told, call.rest = call.told + 1, _GRACE
         ctypes.pythonapi.PyThreadState_SetAsyncExc(ctypes.c_ulong(ident), ctypes.py_object(kind))
+
+
+def unreturned() -> UserPolicyError | None:
+    """Return what is to be said of a call that some other thread is in; for callers that find that a thread
+    does not go on."""
+    for ident, top in sys._current_frames().items():
+        frame = None if ident == threading.get_ident() else _call_of(top)
+        if frame is not None:
+            place = _place_of(frame)
+            where = place.at(_line_of(top, place.path))
+            return UserPolicyError(where, "does not return", place.expected or _ENDS)
+    return None
 
 
 def _call_of(frame: FrameType | None) -> FrameType | None:
