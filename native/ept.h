@@ -1,7 +1,7 @@
 /* EPT page tables: 512 atomic 64-bit SPTEs a page, in the arena of host frames.
  *
  * SPTE: 0 R, 1 W, 2 X, 5:3 memory type, 7 page size, 8 accessed, 9 dirty, 35:12 frame, 50:36 custody (host tag
- * of the leaf's frame, tag of the child table's frame), 54 and 56 R and X of a leaf that is access-tracked,
+ * of a 4K leaf's frame, clock of a huge leaf's block, tag of the child table's frame), 54 and 56 R and X of a leaf that is access-tracked,
  * 57 host-writable, 58 MMU-writable, as in arch/x86/kvm/mmu/spte.h where KVM has them.
  *
  * These are mechanisms: single SPTE steps that also keep the ledger, and chunks of like steps over a range.
@@ -152,6 +152,13 @@ int tdp_mmu_map_around(struct machine *m, uint32_t cpu, uint32_t vm, uint32_t ta
 static inline uint32_t spte_hfn(uint64_t spte)
 {
 	return (uint32_t)(spte >> SPTE_HFN_SHIFT) & 0xffffff;
+}
+
+/* The custody of a leaf, for frame_custody_holds() and its like. */
+static inline uint32_t spte_leaf_custody(uint64_t spte, uint32_t level)
+{
+	return ((uint32_t)(spte >> SPTE_CUSTODY_SHIFT) & FRAME_TAG_MASK) |
+	       (level > PG_LEVEL_4K ? (uint32_t)CUSTODY_OF_BLOCK : 0);
 }
 
 static inline uint32_t spte_custody(uint64_t spte)

@@ -12,15 +12,22 @@
 #include "spin.h"
 
 static const uint64_t FRAME_BYTES = 4096, ARENA_ALIGN = 2 << 20;
+/* Half of what 15 bits can tell apart. */
+enum { FAR_BACK = (FRAME_TAG_MASK + 1) / 2 };
 
 static uint32_t frames_of(uint32_t kind)
 {
 	return kind == FRAME_BLOCK ? BLOCK_FRAMES : 1;
 }
 
-static uint32_t block_of(const struct frames *f, uint32_t hfn)
+static struct block *block_of(const struct frames *f, uint32_t hfn)
 {
-	return (hfn - f->pool[FRAME_BLOCK].first) / BLOCK_FRAMES;
+	return &f->block[(hfn - f->pool[FRAME_BLOCK].first) / BLOCK_FRAMES];
+}
+
+static bool in_block(const struct frames *f, uint32_t hfn)
+{
+	return frame_kind_of(f, hfn) == FRAME_BLOCK;
 }
 
 /* Relaxed stores, and loads in frame_copy: who may use the frame is settled elsewhere (pool lock, SPTE
@@ -50,7 +57,7 @@ static uint32_t behind(uint32_t older, uint32_t newer)
 
 /* After 2^15 - 1 promises without a free, the last free would seem to lie in the future; it is kept at the far
  * end of what 15 bits can tell apart. */
-uint32_t frame_host_tag_advance(struct frames *f, uint32_t hfn)
+static uint32_t host_tag_advance(struct frames *f, uint32_t hfn)
 {
 	uint16_t old = atomic_load_explicit(&f->host_tag[hfn], memory_order_relaxed);
 	uint16_t next;
@@ -67,42 +74,138 @@ uint32_t frame_host_tag_advance(struct frames *f, uint32_t hfn)
 	return next;
 }
 
+static bool is_later(uint16_t time, uint16_t than)
+{
+	return time != than && behind(than, time) <= FAR_BACK + FAR_BACK / 2;
+}
+
+/* Once in so often, times that lie far back are brought nearer, so that 15 bits can always tell how old they are.  An
+ * SPTE that is older than that is not there any more: each time that a block's clock goes on, the huge SPTEs of the
+ * block are zapped. */
+static void times_keep_up(_Atomic uint16_t *time, uint32_t now)
+{
+	for (uint32_t i = 0; i < BLOCK_FRAMES; i++) {
+		uint16_t old = atomic_load_explicit(&time[i], memory_order_relaxed);
+
+		if (behind(old, now) > FAR_BACK)
+			(void)atomic_compare_exchange_strong_explicit(
+				&time[i], &old, (uint16_t)((now - FAR_BACK) & FRAME_TAG_MASK), memory_order_relaxed,
+				memory_order_relaxed);
+	}
+}
+
+/* A new time of the block's clock, which does not show it yet. */
+static uint16_t taking_begin(struct frames *f, uint32_t hfn)
+{
+	struct block *b = block_of(f, hfn);
+	uint32_t first = hfn & ~(BLOCK_FRAMES - 1u);
+	uint16_t old = atomic_load_explicit(&b->begun, memory_order_relaxed), next;
+
+	do {
+		next = (uint16_t)((old + 1u) & FRAME_TAG_MASK);
+	} while (!atomic_compare_exchange_weak_explicit(&b->begun, &old, next, memory_order_relaxed,
+							memory_order_relaxed));
+	if (next % (FAR_BACK / 2) == 0) {
+		times_keep_up(&f->taken[first], next);
+		times_keep_up(&f->taken_at_free[first], next);
+	}
+	return next;
+}
+
+void frame_taken(struct frames *f, struct taking *t)
+{
+	struct block *b;
+	uint16_t old;
+
+	if (!t->block)
+		return;
+	b = &f->block[t->block - 1];
+	old = atomic_load_explicit(&b->clock, memory_order_relaxed);
+	/* An operation that began later may have ended earlier.  Release: pairs with the acquire of frame_block_custody;
+	 * a fault that reads this time comes after all that was taken at it. */
+	while (is_later(t->time, old) && !atomic_compare_exchange_weak_explicit(&b->clock, &old, t->time,
+										 memory_order_release,
+										 memory_order_relaxed))
+		;
+	t->block = 0;
+}
+
+uint32_t frame_take(struct frames *f, struct taking *t, uint32_t hfn)
+{
+	uint32_t number;
+	uint16_t old;
+
+	if (!in_block(f, hfn))
+		return host_tag_advance(f, hfn);
+	number = (uint32_t)(block_of(f, hfn) - f->block) + 1;
+	if (t->block != number) {
+		frame_taken(f, t);
+		*t = (struct taking){ .block = number, .time = taking_begin(f, hfn) };
+	}
+	/* Before the host tag, which stands for a custody that still holds (frame_custody_of_one).  Release: pairs with
+	 * the acquire of frame_custody_holds. */
+	old = atomic_load_explicit(&f->taken[hfn], memory_order_relaxed);
+	while (is_later(t->time, old) && !atomic_compare_exchange_weak_explicit(&f->taken[hfn], &old, t->time,
+										 memory_order_release,
+										 memory_order_relaxed))
+		;
+	return host_tag_advance(f, hfn);
+}
+
+/* Was the frame taken, or freed, at `time`, and that after the custody?  The clock is read last, so neither of the two
+ * lies ahead of it. */
+static bool after_custody(const struct frames *f, uint32_t hfn, uint32_t time, uint32_t custody)
+{
+	uint32_t now = atomic_load_explicit(&block_of(f, hfn)->begun, memory_order_relaxed);
+
+	return behind(time, now) < behind(custody & FRAME_TAG_MASK, now);
+}
+
+bool frame_custody_holds(const struct frames *f, uint32_t hfn, uint32_t custody)
+{
+	uint32_t taken;
+
+	if (!(custody & CUSTODY_OF_BLOCK) || !in_block(f, hfn))
+		return (custody & FRAME_TAG_MASK) == frame_host_tag(f, hfn);
+	taken = atomic_load_explicit(&f->taken[hfn], memory_order_acquire);
+	return !after_custody(f, hfn, taken, custody);
+}
+
+uint32_t frame_custody_of_one(const struct frames *f, uint32_t hfn, uint32_t custody)
+{
+	uint32_t tag = frame_host_tag(f, hfn);
+
+	return frame_custody_holds(f, hfn, custody) ? tag : (tag - 1) & FRAME_TAG_MASK;
+}
+
+uint32_t frame_custody_of_block(const struct frames *f, uint32_t hfn, uint32_t custody)
+{
+	/* Acquire: what was taken until then is known. */
+	uint32_t now = atomic_load_explicit(&block_of(f, hfn)->clock, memory_order_acquire);
+
+	if (frame_custody_holds(f, hfn, custody))
+		return now;
+	return (atomic_load_explicit(&f->taken[hfn], memory_order_relaxed) - 1u) & FRAME_TAG_MASK;
+}
+
 bool frame_freed_since(const struct frames *f, uint32_t hfn, uint32_t custody)
 {
-	uint32_t now = frame_host_tag(f, hfn);
-	uint32_t at_free = atomic_load_explicit(&f->host_tag_at_free[hfn], memory_order_relaxed);
+	uint32_t now, at_free;
 
 	if (!atomic_load_explicit(&f->life[hfn], memory_order_relaxed))
 		return false;
-	return behind(custody, now) > behind(at_free, now);
-}
-
-int32_t frame_block_custody(struct machine *m, uint32_t first)
-{
-	const struct frames *f = m->frames;
-	uint32_t tag = frame_host_tag(f, first), differ = 0;
-
-	/* Relaxed for the others: a promise that completes meanwhile makes this custody void anyway. */
-	for (uint32_t i = 1; i < BLOCK_FRAMES; i++)
-		differ |= tag ^ atomic_load_explicit(&f->host_tag[first + i], memory_order_relaxed);
-	return differ ? -1 : (int32_t)tag;
-}
-
-/* One tag for all frames of a new block: younger than any that one of them had. */
-static void block_level_host_tags(struct frames *f, uint32_t first)
-{
-	uint32_t base = frame_host_tag(f, first), ahead = 0;
-
-	for (uint32_t i = 1; i < BLOCK_FRAMES; i++) {
-		uint32_t distance = behind(base, frame_host_tag(f, first + i));
-
-		/* More than half of the range ahead is behind. */
-		if (distance <= FRAME_TAG_MASK / 2 && distance > ahead)
-			ahead = distance;
+	if ((custody & CUSTODY_OF_BLOCK) && in_block(f, hfn)) {
+		at_free = atomic_load_explicit(&f->taken_at_free[hfn], memory_order_relaxed);
+		return after_custody(f, hfn, at_free, custody);
 	}
-	for (uint32_t i = 0; i < BLOCK_FRAMES; i++)
-		while (frame_host_tag(f, first + i) != ((base + ahead) & FRAME_TAG_MASK))
-			frame_host_tag_advance(f, first + i);
+	now = frame_host_tag(f, hfn);
+	at_free = atomic_load_explicit(&f->host_tag_at_free[hfn], memory_order_relaxed);
+	return behind(custody & FRAME_TAG_MASK, now) > behind(at_free, now);
+}
+
+uint32_t frame_block_custody(struct machine *m, uint32_t hfn)
+{
+	return atomic_load_explicit(&block_of(m->frames, hfn)->clock, memory_order_acquire);
 }
 
 static int64_t pool_pop(struct frame_pool *p)
@@ -150,11 +253,8 @@ int64_t frame_alloc(struct machine *m, uint32_t cpu, uint32_t kind)
 		else if (!atomic_load_explicit(&f->life[hfn], memory_order_relaxed))
 			frame_fill(f, hfn, FRAME_POISON); /* later lives: frame_release has done it */
 	}
-	if (kind == FRAME_BLOCK) {
-		atomic_store_explicit(&f->block_used[block_of(f, (uint32_t)first)], BLOCK_FRAMES,
-				      memory_order_relaxed);
-		block_level_host_tags(f, (uint32_t)first);
-	}
+	if (kind == FRAME_BLOCK)
+		atomic_store_explicit(&block_of(f, (uint32_t)first)->used, BLOCK_FRAMES, memory_order_relaxed);
 	return first;
 }
 
@@ -163,14 +263,18 @@ int64_t frame_alloc(struct machine *m, uint32_t cpu, uint32_t kind)
 void frame_release(struct frames *f, uint32_t hfn)
 {
 	enum frame_kind kind = frame_kind_of(f, hfn);
+	struct taking t = { 0 };
 	uint32_t host_tag;
 
 	if (!hfn || hfn >= f->count || !atomic_exchange_explicit(&f->used[hfn], 0, memory_order_relaxed)) {
 		fprintf(stderr, "native: BUG: frame %u freed but not in use\n", hfn);
 		abort();
 	}
-	host_tag = frame_host_tag_advance(f, hfn);
+	host_tag = frame_take(f, &t, hfn);
 	atomic_store_explicit(&f->host_tag_at_free[hfn], (uint16_t)host_tag, memory_order_relaxed);
+	if (kind == FRAME_BLOCK)
+		atomic_store_explicit(&f->taken_at_free[hfn], t.time, memory_order_relaxed);
+	frame_taken(f, &t);
 	atomic_fetch_add_explicit(&f->life[hfn], 1, memory_order_relaxed);
 	frame_fill(f, hfn, FRAME_POISON);
 	frame_tag_advance(f, hfn);
@@ -180,7 +284,7 @@ void frame_release(struct frames *f, uint32_t hfn)
 	}
 	/* Release: this frame's last stores are done when the block is handed out again; acquire: so are those
 	 * that other CPUs made to its other frames. */
-	if (atomic_fetch_sub_explicit(&f->block_used[block_of(f, hfn)], 1, memory_order_acq_rel) == 1)
+	if (atomic_fetch_sub_explicit(&block_of(f, hfn)->used, 1, memory_order_acq_rel) == 1)
 		pool_push(&f->pool[kind], hfn & ~(BLOCK_FRAMES - 1u));
 }
 
@@ -310,9 +414,11 @@ static bool frames_allocate(struct heap *heap, struct frames *f, const uint32_t 
 	f->host_tag_at_free = heap_zalloc(heap, f->count, sizeof(*f->host_tag_at_free));
 	f->life = heap_zalloc(heap, f->count, sizeof(*f->life));
 	f->used = heap_zalloc(heap, f->count, sizeof(*f->used));
-	f->block_used = heap_zalloc(heap, blocks + 1ul, sizeof(*f->block_used));
-	return f->tag && f->host_tag && f->host_tag_at_free && f->life && f->used && f->block_used &&
-	       arena_create(heap, f);
+	f->taken = heap_zalloc(heap, f->count, sizeof(*f->taken));
+	f->taken_at_free = heap_zalloc(heap, f->count, sizeof(*f->taken_at_free));
+	f->block = heap_zalloc(heap, blocks + 1ul, sizeof(*f->block));
+	return f->tag && f->host_tag && f->host_tag_at_free && f->life && f->used && f->taken && f->taken_at_free &&
+	       f->block && arena_create(heap, f);
 }
 
 int frames_create(struct machine *m)
@@ -348,7 +454,9 @@ void frames_destroy(struct machine *m)
 	heap_free(m->heap, f->host_tag_at_free);
 	heap_free(m->heap, f->life);
 	heap_free(m->heap, f->used);
-	heap_free(m->heap, f->block_used);
+	heap_free(m->heap, f->taken);
+	heap_free(m->heap, f->taken_at_free);
+	heap_free(m->heap, f->block);
 	heap_free(m->heap, f);
 	m->frames = NULL;
 }

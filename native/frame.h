@@ -12,7 +12,11 @@
  *   host_tag  advanced when the host takes the frame away from its user: an mmu_notifier's promise
  *             completed, or the frame was freed.  This is the custody that a fault takes with the frame number,
  *             that the SPTE carries in spare bits, and the TLB entry after it.
- * A block comes with one host tag for all its frames, because a huge SPTE has room for one.
+ *
+ * A huge SPTE has room for one custody, and stands for the 512 frames of a block, of which the host may take some and
+ * leave others.  So each block has a clock, which goes on whenever the host takes frames of it, and each frame of a
+ * block remembers what the clock said when it was last taken.  The custody of a huge leaf is the clock's reading at its
+ * fault: it is void for the frames that were taken since, and for no other.
  */
 #ifndef FLUSHLAB_FRAME_H
 #define FLUSHLAB_FRAME_H
@@ -21,7 +25,8 @@
 
 /* api */
 enum frame_kind { FRAME_ROOT, FRAME_TABLE, FRAME_GUEST, FRAME_BLOCK, FRAME_KINDS };
-enum { FRAME_TAG_MASK = 0x7fff, BLOCK_FRAMES = 512 };
+/* CUSTODY_OF_BLOCK: a custody outside of an SPTE is that of a huge leaf. */
+enum { FRAME_TAG_MASK = 0x7fff, CUSTODY_OF_BLOCK = 0x8000, BLOCK_FRAMES = 512 };
 
 /* First frame number, or MACHINE_NOMEM.  Tables come zeroed; a block is 512 frames, aligned.  Guest frames
  * hold poison until written. */
@@ -42,9 +47,8 @@ uint64_t frames_order(struct machine *m);
 /* One 64-bit word of a frame, as a guest or user space sees it. */
 uint64_t frame_read(struct machine *m, uint32_t hfn, uint32_t word);
 void frame_write(struct machine *m, uint32_t hfn, uint32_t word, uint64_t value);
-/* The host tag that all 512 frames from `first` on share, which is the custody of a huge leaf; -1: they differ,
- * because a promise was about some of them only. */
-int32_t frame_block_custody(struct machine *m, uint32_t first);
+/* The clock of the block that the frame is in: the custody of a huge leaf whose fault is now. */
+uint32_t frame_block_custody(struct machine *m, uint32_t hfn);
 /* end api */
 
 enum { FRAME_WORDS = 512, FRAMES_MAX = 1 << 24 };
@@ -61,6 +65,12 @@ struct frame_pool {
 	uint32_t first; /* frame number */
 };
 
+struct block {
+	_Atomic uint16_t used;  /* frames not yet freed */
+	_Atomic uint16_t begun; /* the clock, once what is under way is complete */
+	_Atomic uint16_t clock;
+};
+
 struct frames {
 	uint8_t *memory; /* 4096 bytes a frame */
 	uint64_t memory_bytes;
@@ -69,8 +79,10 @@ struct frames {
 	_Atomic uint16_t *host_tag;
 	_Atomic uint16_t *host_tag_at_free; /* host_tag right after the last free: younger than an entry's
 					     * custody, and the entry outlived the frame */
+	_Atomic uint16_t *taken;         /* frames of blocks: the clock when the frame was last taken */
+	_Atomic uint16_t *taken_at_free; /* ... and when it was last freed */
+	struct block *block;
 	_Atomic uint32_t *life;          /* times freed */
-	_Atomic uint16_t *block_used;    /* frames of a block not yet freed, by block */
 	_Atomic uint8_t *used;           /* handed out now */
 	void *mapping;                   /* memory, before alignment; NULL: it is the heap's */
 	uint64_t mapping_bytes;
@@ -113,7 +125,24 @@ static inline uint32_t frame_tag_advance(struct frames *f, uint32_t hfn)
 	return next;
 }
 
-uint32_t frame_host_tag_advance(struct frames *f, uint32_t hfn);
+/* The host takes frames from their user, by one operation: its frames of a block are taken at one time, and a fault has
+ * looked before that time until the last of them is. */
+struct taking {
+	uint32_t block; /* number + 1; 0: none */
+	uint16_t time;
+};
+
+/* Advance the frame's host tag; returns the new one. */
+uint32_t frame_take(struct frames *f, struct taking *t, uint32_t hfn);
+void frame_taken(struct frames *f, struct taking *t);
+
+/* The host has not taken the frame since that custody, CUSTODY_OF_BLOCK or not. */
+bool frame_custody_holds(const struct frames *f, uint32_t hfn, uint32_t custody);
+/* The custody of the single frame for one who has it by this custody; void if that is. */
+uint32_t frame_custody_of_one(const struct frames *f, uint32_t hfn, uint32_t custody);
+/* The custody of a block for one who looks at it now, and has this frame of it by a custody of its own: void for the
+ * frame if that is. */
+uint32_t frame_custody_of_block(const struct frames *f, uint32_t hfn, uint32_t custody);
 /* The entry's custody is older than the last free of the frame. */
 bool frame_freed_since(const struct frames *f, uint32_t hfn, uint32_t custody);
 

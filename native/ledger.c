@@ -69,11 +69,10 @@ void ledger_grant(struct machine *m, uint32_t vm, uint64_t gfn, uint32_t hfn, ui
 		  bool write)
 {
 	struct ledger_cursor c = ledger_cursor(m, vm);
-	/* A huge leaf's custody is that of its first frame. */
-	bool custody_holds = custody == frame_host_tag(m->frames, hfn);
 
 	for (uint64_t i = 0; i < n; i++)
-		ledger_grant_one(&c, gfn + i, hfn + (uint32_t)i, custody_holds, write);
+		ledger_grant_one(&c, gfn + i, hfn + (uint32_t)i,
+				 frame_custody_holds(m->frames, hfn + (uint32_t)i, custody), write);
 	ledger_release(&c);
 }
 
@@ -81,13 +80,13 @@ void ledger_grant_write(struct machine *m, uint32_t vm, uint64_t gfn, uint32_t h
 			uint32_t custody)
 {
 	struct ledger_cursor c = ledger_cursor(m, vm);
-	bool custody_holds = custody == frame_host_tag(m->frames, hfn);
 
 	for (uint64_t i = 0; i < n; i++) {
 		struct ledger_right *e = ledger_at(&c, gfn + i);
 
 		if (e->hfn == hfn + i)
-			ledger_add(&e->live_write, &e->revoked, REVOKED_WRITE, custody_holds);
+			ledger_add(&e->live_write, &e->revoked, REVOKED_WRITE,
+				   frame_custody_holds(m->frames, hfn + (uint32_t)i, custody));
 	}
 	ledger_release(&c);
 }
@@ -147,6 +146,7 @@ static bool withdraws_custody(uint32_t promise)
 struct revocation {
 	struct ledger_cursor cursor;
 	struct frames *frames;
+	struct taking taking;
 	uint32_t cpu;
 	uint32_t promise;
 	uint64_t ticket;
@@ -164,14 +164,21 @@ static uint64_t revoke(struct revocation *r, uint64_t gfn)
 	e->promise = (uint8_t)r->promise;
 	r->cursor.ledger->promise[gfn] = (struct ledger_promise){ .time = r->now, .cpu = r->cpu };
 	if (withdraws_custody(r->promise))
-		frame_host_tag_advance(r->frames, e->hfn);
+		frame_take(r->frames, &r->taking, e->hfn);
 	frame_tag_advance(r->frames, e->hfn);
 	return 1;
 }
 
 static struct revocation revocation(struct machine *m, uint32_t cpu, uint32_t vm, uint32_t promise, uint64_t ticket)
 {
-	return (struct revocation){ ledger_cursor(m, vm), m->frames, cpu, promise, ticket, monotonic_ns() };
+	return (struct revocation){ .cursor = ledger_cursor(m, vm), .frames = m->frames, .cpu = cpu,
+				    .promise = promise, .ticket = ticket, .now = monotonic_ns() };
+}
+
+static void revocation_end(struct revocation *r)
+{
+	frame_taken(r->frames, &r->taking);
+	ledger_release(&r->cursor);
 }
 
 uint64_t oracle_revoke(struct machine *m, uint32_t cpu, uint32_t vm, uint64_t start, uint64_t end,
@@ -184,7 +191,7 @@ uint64_t oracle_revoke(struct machine *m, uint32_t cpu, uint32_t vm, uint64_t st
 		end = m->vms[vm].gfns;
 	for (uint64_t gfn = start; gfn < end; gfn++)
 		revoked += revoke(&r, gfn);
-	ledger_release(&r.cursor);
+	revocation_end(&r);
 	event_record_more(m, cpu, event_of(vm, EVENT_PROMISE), promise, start, end - start);
 	return revoked;
 }
@@ -201,7 +208,7 @@ uint64_t oracle_revoke_mask(struct machine *m, uint32_t cpu, uint32_t vm, uint64
 		if (gfn < m->vms[vm].gfns)
 			revoked += revoke(&r, gfn);
 	}
-	ledger_release(&r.cursor);
+	revocation_end(&r);
 	event_record_more(m, cpu, event_of(vm, EVENT_PROMISE), promise, base, 64);
 	return revoked;
 }

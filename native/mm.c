@@ -84,17 +84,6 @@ static uint32_t custody_of(struct machine *m, uint64_t entry)
 	return frame_host_tag(m->frames, mm_hfn(entry));
 }
 
-/* A huge SPTE carries one custody for 512 frames.  If the host has taken back part of the block by a notifier
- * alone, the frames no longer have one, and are mapped one by one. */
-static uint32_t level_of(struct machine *m, const struct mm_region *r, uint64_t entry)
-{
-	uint32_t first = mm_hfn(entry) & ~(BLOCK_FRAMES - 1u);
-
-	if (!mm_is_huge(r) || frame_block_custody(m, first) < 0)
-		return PG_LEVEL_4K;
-	return PG_LEVEL_2M;
-}
-
 int mm_fault(struct machine *m, uint32_t cpu, uint32_t vm, uint64_t hva, int write, struct mm_page *page)
 {
 	struct mm *mm = m->vms[vm].mm;
@@ -118,7 +107,7 @@ int mm_fault(struct machine *m, uint32_t cpu, uint32_t vm, uint64_t hva, int wri
 		page->hfn = mm_hfn(entry);
 		page->tag = custody_of(m, entry);
 		page->writable = !(entry & (MM_READONLY | MM_COW));
-		page->level = level_of(m, r, entry);
+		page->level = mm_is_huge(r) ? PG_LEVEL_2M : PG_LEVEL_4K;
 	}
 	mm_region_unlock(r);
 	return error;

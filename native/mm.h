@@ -51,6 +51,10 @@ int mm_collapse(struct machine *m, uint32_t cpu, uint32_t vm, uint64_t hva);
 int mm_split(struct machine *m, uint32_t cpu, uint32_t vm, uint64_t hva);
 /* 1 if the 2M range at hva is mapped huge. */
 int mm_huge(struct machine *m, uint32_t vm, uint64_t hva);
+/* host_pfn_mapping_level() for a fault that has the frame `hfn` for hva by custody `tag`: the custody of a huge leaf,
+ * if hva is mapped huge and by that frame, else -1.  This is when the fault looks at the frame's neighbours; if its own
+ * custody is void, so is that of the leaf for this frame. */
+int32_t mm_huge_custody(struct machine *m, uint32_t vm, uint64_t hva, uint32_t hfn, uint32_t tag);
 
 /* Images: what live migration copies out.  Pages from hva `start` on, n of them; all zeros at first.  One image
  * per VM, used by one thread. */

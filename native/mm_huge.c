@@ -109,3 +109,18 @@ int mm_huge(struct machine *m, uint32_t vm, uint64_t hva)
 
 	return hva < mm->pages && mm_is_huge(&mm->region[hva / REGION_PAGES]);
 }
+
+int32_t mm_huge_custody(struct machine *m, uint32_t vm, uint64_t hva, uint32_t hfn, uint32_t tag)
+{
+	struct mm *mm = m->vms[vm].mm;
+	struct mm_region *r;
+	int32_t custody = -1;
+
+	if (hva >= mm->pages)
+		return -1;
+	r = mm_region_lock(mm, hva);
+	if (mm_is_huge(r) && mm_hfn(mm_get(mm, hva)) == hfn)
+		custody = (int32_t)frame_custody_of_block(m->frames, hfn, tag);
+	mm_region_unlock(r);
+	return custody;
+}

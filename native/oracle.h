@@ -169,8 +169,8 @@ struct ledger_entry {
 int ledger_create(struct machine *m, struct vm *vm);
 void ledger_destroy(struct machine *m, struct vm *vm);
 
-/* A leaf SPTE that grants n gfns from `gfn` on the frames from `hfn` on appears; custody is the host tag of
- * the first frame that its fault took. */
+/* A leaf SPTE that grants n gfns from `gfn` on the frames from `hfn` on appears, under the custody that its fault
+ * took (frame.h). */
 void ledger_grant(struct machine *m, uint32_t vm, uint64_t gfn, uint32_t hfn, uint64_t n, uint32_t custody,
 		  bool write);
 /* An SPTE that granted read grants write as well now. */

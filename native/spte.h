@@ -89,14 +89,14 @@ static inline uint64_t kvm_tdp_mmu_write_spte(_Atomic uint64_t *sptep, uint64_t 
 /* A leaf SPTE appears. */
 static inline void spte_grant(struct machine *m, uint32_t vm, uint64_t gfn, uint64_t spte, uint32_t level)
 {
-	ledger_grant(m, vm, gfn, spte_hfn(spte), kvm_pages_per_hpage(level), spte_custody(spte),
+	ledger_grant(m, vm, gfn, spte_hfn(spte), kvm_pages_per_hpage(level), spte_leaf_custody(spte, level),
 		     spte & SPTE_WRITABLE);
 }
 
 /* A leaf SPTE gains W. */
 static inline void spte_grant_write(struct machine *m, uint32_t vm, uint64_t gfn, uint64_t spte, uint32_t level)
 {
-	ledger_grant_write(m, vm, gfn, spte_hfn(spte), kvm_pages_per_hpage(level), spte_custody(spte));
+	ledger_grant_write(m, vm, gfn, spte_hfn(spte), kvm_pages_per_hpage(level), spte_leaf_custody(spte, level));
 }
 
 /* A leaf SPTE has gone, with W if it had it, or has lost W alone.  Also undoes a grant: the tag is advanced then,

@@ -8,20 +8,25 @@ enum { NO_FRAME = 0xffffffff };
 
 int64_t tdp_mmu_make_split_table(struct machine *m, uint32_t cpu, uint64_t huge_spte, uint32_t level)
 {
-	int64_t table;
 	uint64_t child = huge_spte, step = kvm_pages_per_hpage(level - 1);
+	bool single = level - 1 == PG_LEVEL_4K;
+	int64_t table;
 
 	if (level <= PG_LEVEL_4K || !is_last_spte(huge_spte, level))
 		return MACHINE_MISUSE;
 	table = ept_table_alloc(m, cpu, FRAME_TABLE);
 	if (table < 0)
 		return table;
-	if (level - 1 == PG_LEVEL_4K)
-		child &= ~(uint64_t)SPTE_PAGE_SIZE;
-	/* Relaxed: nobody sees the page until it is linked, with release.  The custody is the huge page's: one
-	 * host tag for the block when the fault took it (frame.h). */
-	for (uint32_t i = 0; i < FRAME_WORDS; i++, child += step << SPTE_HFN_SHIFT)
-		atomic_store_explicit(&ept_table(m, (uint32_t)table)[i], child, memory_order_relaxed);
+	if (single)
+		child &= ~((uint64_t)SPTE_PAGE_SIZE | (uint64_t)FRAME_TAG_MASK << SPTE_CUSTODY_SHIFT);
+	/* Relaxed: nobody sees the page until it is linked, with release. */
+	for (uint32_t i = 0; i < FRAME_WORDS; i++, child += step << SPTE_HFN_SHIFT) {
+		uint64_t custody = single ? frame_custody_of_one(m->frames, spte_hfn(child),
+								 spte_leaf_custody(huge_spte, level)) : 0;
+
+		atomic_store_explicit(&ept_table(m, (uint32_t)table)[i], child | custody << SPTE_CUSTODY_SHIFT,
+				      memory_order_relaxed);
+	}
 	return table;
 }
 

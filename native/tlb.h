@@ -48,7 +48,7 @@ struct tlb_entry {
 	uint32_t vcpu;
 	uint64_t clock;    /* that vCPU's clock when it did */
 	uint64_t gfn;      /* guest-physical page behind it (4 KiB units, aligned as hfn) */
-	uint16_t custody;  /* host tag of the frame as the SPTE carried it (frame.h) */
+	uint16_t custody;  /* as the SPTE carried it (frame.h), a huge one's with CUSTODY_OF_BLOCK */
 };
 
 /* A paging-structure-cache entry: where the table that the next level of the walk reads is. */

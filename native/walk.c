@@ -115,7 +115,7 @@ static void fill(struct walk *w, uint64_t spte, uint32_t level, uint64_t gfn, ui
 		.vm = w->vcpu->vm,
 		.vcpu = w->vcpu->id,
 		.clock = w->guest->clock,
-		.custody = (uint16_t)spte_custody(spte),
+		.custody = (uint16_t)spte_leaf_custody(spte, level),
 	};
 	out->right[ACCESS_READ] = spte & SPTE_READABLE ? right : RIGHT_NONE;
 	out->right[ACCESS_WRITE] = (spte & SPTE_WRITABLE) && (spte & SPTE_DIRTY) ? right : RIGHT_NONE;
@@ -213,7 +213,7 @@ static enum walk_result ept_walk(struct walk *w, uint64_t gfn, uint32_t type, st
 	for (;;) {
 		_Atomic uint64_t *slot = ept_table(w->m, table) + (gfn >> (level - 1) * 9 & 511);
 		uint64_t spte = atomic_load_explicit(slot, memory_order_acquire);
-		uint32_t tag;
+		uint32_t tag, hfn;
 
 		count(w->cpu->counters, COUNT_WALK_REFERENCES, 1);
 		if (!table_holds(w, table, custody)) {
@@ -245,13 +245,12 @@ static enum walk_result ept_walk(struct walk *w, uint64_t gfn, uint32_t type, st
 			continue;
 		/* The tag must be one that the frame had while the SPTE was there: tag first, then the SPTE
 		 * again.  Whoever clears the SPTE advances the tag afterwards (oracle.h). */
-		tag = (uint32_t)atomic_load_explicit(
-			&w->m->frames->tag[spte_hfn(spte) + (gfn & ((UINT64_C(1) << (level - 1) * 9) - 1))],
-			memory_order_acquire);
+		hfn = spte_hfn(spte) + (uint32_t)(gfn & ((UINT64_C(1) << (level - 1) * 9) - 1));
+		tag = (uint32_t)atomic_load_explicit(&w->m->frames->tag[hfn], memory_order_acquire);
 		if (atomic_load_explicit(slot, memory_order_acquire) != spte)
 			continue;
 		/* Void custody: no tag can stand for it, the oracle decides. */
-		if (spte_custody(spte) != frame_host_tag(w->m->frames, spte_hfn(spte)))
+		if (!frame_custody_holds(w->m->frames, hfn, spte_leaf_custody(spte, level)))
 			tag ^= TAG_SUSPECT;
 		fill(w, spte, level, gfn, tag | w->life_bits, out);
 		return WALK_DONE;

@@ -183,7 +183,9 @@ FOOTPRINTS: dict[str, Footprint] = {
     "ept_table_alloc": Footprint(outcome=_allocated, kind="table"),
     "ept_table_free": Footprint(writes=(*_ANY_TABLE, CUSTODY_OF_TABLES, _table(2)), kind="table"),
     "ept_table_free_rcu": Footprint(writes=(("callbacks",),), outcome=_queued, kind="call_rcu"),
-    "tdp_mmu_make_split_table": Footprint(writes=(("frames", "table"),), outcome=_new_page, kind="table"),
+    "tdp_mmu_make_split_table": Footprint(
+        reads=(CUSTODY,), writes=(("frames", "table"),), outcome=_new_page, kind="table"
+    ),
     # mmu_invalidate_seq
     "mmu_invalidate_begin": Footprint(writes=(IN_PROGRESS,), kind="mmu_invalidate_seq"),
     "mmu_invalidate_range_add": Footprint(writes=(IN_PROGRESS,), step=False),
@@ -203,7 +205,9 @@ FOOTPRINTS: dict[str, Footprint] = {
     "mm_present": Footprint(reads=(("mm", 1),), step=False),
     "mm_image_differs": Footprint(reads=(("contents", 1),), kind="compare"),
     "mm_image_lost": Footprint(reads=(("contents", 1),), step=False),
-    "frame_block_custody": Footprint(reads=(CUSTODY,), step=False),
+    # Follows the fault's question whether to retry, and is one step with it: mmu_lock is held for read, and
+    # no step of another task that it lets through changes both answers.
+    "mm_huge_custody": Footprint(reads=(("mm", 1), CUSTODY), step=False),
     # progress of litmus tests' threads
     "signal_add": Footprint(writes=(("progress", 1),), step=False),
     "signal_get": Footprint(reads=(("progress", 1),), step=False),

@@ -168,7 +168,6 @@ def __kvm_mmu_faultin_pfn(cpu: Cpu, kvm: Kvm, fault: KvmPageFault, slot: KvmMemo
         return ENOMEM
     cpu.check(rc)
     fault.pfn = PfnAndRights(page.hfn, page.tag, bool(page.writable))
-    fault.goal_level = page.level
     around = min(kvm.params.fault_around, FAULT_AROUND_MAX)
     # Under dirty logging a page that nobody writes to must not become writable unmarked: no neighbours.
     if around > 1 and page.level == PG_LEVEL_4K and not slot.dirty_track_enabled():
@@ -232,15 +231,32 @@ def is_page_fault_stale(cpu: Cpu, vcpu: Vcpu, fault: KvmPageFault) -> bool:
 
 
 def kvm_mmu_hugepage_adjust(cpu: Cpu, kvm: Kvm, fault: KvmPageFault) -> None:
-    """kvm_mmu_hugepage_adjust(): the largest level that host page, slot and dirty logging permit."""
+    """kvm_mmu_hugepage_adjust(), under mmu_lock: the largest level that host page, slot and logging permit.
+
+    The fault's gfn is in no invalidation, but its neighbours may be.  They are mapped all the same: the host
+    splits a huge page that it changes in part, and invalidates all of it for that.
+    """
     slot = fault.slot
     assert slot is not None
-    level = fault.goal_level
-    if level > PG_LEVEL_4K and not _level_allowed(slot, fault.gfn, level):
-        level = PG_LEVEL_4K
+    level = kvm_mmu_max_mapping_level(cpu, kvm, slot, fault.gfn)
+    if level == PG_LEVEL_4K:
+        return
+    custody = huge_custody(cpu, kvm, slot, fault.gfn, fault.pfn.pfn, fault.pfn.custody)
+    if custody is None:
+        return
     fault.goal_level = level
-    if level > PG_LEVEL_4K:
-        fault.pfn.pfn &= -kvm_pages_per_hpage(level)
+    fault.pfn.pfn &= -kvm_pages_per_hpage(level)
+    fault.pfn.custody = custody
+
+
+def huge_custody(cpu: Cpu, kvm: Kvm, slot: KvmMemorySlot, gfn: int, pfn: int, custody: int) -> int | None:
+    """Return the custody of a huge SPTE, given `pfn` and the custody under which it was found.
+
+    None if the host maps gfn by another frame.  Only a mutant finds that; the kernel asserts that gfn and pfn
+    agree.
+    """
+    found = lib.mm_huge_custody(cpu.m, kvm.id, slot.gfn_to_hva(gfn), pfn, custody)
+    return None if found < 0 else int(found)
 
 
 def _level_allowed(slot: KvmMemorySlot, gfn: int, level: int) -> bool:

@@ -6,7 +6,7 @@ None of the write-protecting and splitting here flushes; the callers do, once, w
 from __future__ import annotations
 
 from emulator.kvm.kvm_host import kvm_pages_per_hpage
-from emulator.kvm.page_fault import kvm_mmu_max_mapping_level
+from emulator.kvm.page_fault import huge_custody, kvm_mmu_max_mapping_level
 from emulator.kvm.requests import flush_elided, kvm_flush_remote_tlbs_memslot
 from emulator.kvm.spte import (
     PT_PAGE_SIZE_MASK,
@@ -143,7 +143,7 @@ def recover_huge_pages_range(cpu: Cpu, kvm: Kvm, root: KvmMmuPage, slot: KvmMemo
                 continue
             if "B3" in bugs:  # something called here yields, and nobody is told
                 tdp_mmu_iter_cond_resched(cpu, kvm, it, flush)
-            huge_spte = tdp_mmu_make_huge_spte(cpu, kvm, entry)
+            huge_spte = tdp_mmu_make_huge_spte(cpu, kvm, slot, entry)
             if huge_spte is None:
                 continue
             if not tdp_mmu_set_spte_atomic(cpu, kvm, entry, huge_spte, disconnected_sps, reason):
@@ -171,12 +171,8 @@ def _collapsible(cpu: Cpu, kvm: Kvm, slot: KvmMemorySlot, it: TdpIter) -> Entry 
     return entry
 
 
-def tdp_mmu_make_huge_spte(cpu: Cpu, kvm: Kvm, parent: Entry) -> int | None:
-    """tdp_mmu_make_huge_spte(), make_huge_spte(): from the first present child; None if there is none.
-
-    The huge SPTE takes the child's custody, which must be that of the whole block: after a notifier about a
-    part of it, its frames are no longer one thing that a single SPTE can stand for.
-    """
+def tdp_mmu_make_huge_spte(cpu: Cpu, kvm: Kvm, slot: KvmMemorySlot, parent: Entry) -> int | None:
+    """tdp_mmu_make_huge_spte(), make_huge_spte(): from the first present child; None if there is none."""
     table = spte_to_child_pt(parent.spte)
     cpu.point("sptes", (table, 0), "read")
     if not lib.tdp_table_holds(cpu.m, cpu.id, kvm.id, parent.spte, parent.level, parent.gfn):
@@ -189,10 +185,14 @@ def tdp_mmu_make_huge_spte(cpu: Cpu, kvm: Kvm, parent: Entry) -> int | None:
         return None
     pages = kvm_pages_per_hpage(parent.level)
     first = spte_to_child_pt(small_spte) - index
-    custody = (small_spte >> lib.SPTE_CUSTODY_SHIFT) & lib.FRAME_TAG_MASK
-    if first & (pages - 1) or lib.frame_block_custody(cpu.m, first) != custody:
+    if first & (pages - 1):
         return None
-    return int(small_spte - (index << _HFN_SHIFT)) | PT_PAGE_SIZE_MASK
+    custody = (small_spte >> lib.SPTE_CUSTODY_SHIFT) & lib.FRAME_TAG_MASK
+    of_block = huge_custody(cpu, kvm, slot, parent.gfn + index, first + index, custody)
+    if of_block is None:
+        return None
+    huge_spte = int(small_spte - (index << _HFN_SHIFT)) | PT_PAGE_SIZE_MASK
+    return huge_spte + int(of_block - custody << lib.SPTE_CUSTODY_SHIFT)
 
 
 def zap_collapsible_spte_range(cpu: Cpu, kvm: Kvm, root: KvmMmuPage, slot: KvmMemorySlot) -> None:

@@ -178,6 +178,7 @@ def map_huge(rig: Rig, gfn: int = HUGE_GFN) -> int:
     assert lib.mm_collapse(rig.m, CPU, 0, gfn) == 0
     page = rig.fault(gfn)
     table, old = rig.link(gfn, 2)
-    spte = int(lib.make_spte(page.hfn, page.tag, 2, 1, 1))
+    custody = lib.mm_huge_custody(rig.m, 0, gfn, page.hfn, page.tag)
+    spte = int(lib.make_spte(page.hfn, custody, 2, 1, 1))
     assert rig.set_atomic(table, 2, gfn, old, spte) == 0
     return spte

@@ -105,6 +105,16 @@ static void test_frames(void)
 	machine_end();
 }
 
+/* By one operation of the host. */
+static void take(uint32_t hfn, uint32_t n)
+{
+	struct taking t = { 0 };
+
+	for (uint32_t i = 0; i < n; i++)
+		frame_take(m->frames, &t, hfn + i);
+	frame_taken(m->frames, &t);
+}
+
 static void test_tags(void)
 {
 	uint32_t hfn, custody;
@@ -114,7 +124,7 @@ static void test_tags(void)
 	hfn = (uint32_t)frame_alloc(m, 1, FRAME_GUEST);
 	for (uint32_t i = 1; i <= 70000; i++) {
 		CHECK(frame_tag_advance(m->frames, hfn) == (i & FRAME_TAG_MASK));
-		frame_host_tag_advance(m->frames, hfn);
+		take(hfn, 1);
 		CHECK(!frame_freed_since(m->frames, hfn, i & FRAME_TAG_MASK));
 	}
 	custody = frame_host_tag_of(m, hfn);
@@ -126,35 +136,104 @@ static void test_tags(void)
 	custody = frame_host_tag_of(m, hfn);
 	for (uint32_t i = 0; i < FRAME_TAG_MASK; i++) {
 		CHECK(!frame_freed_since(m->frames, hfn, custody));
-		frame_host_tag_advance(m->frames, hfn);
+		take(hfn, 1);
 	}
 	for (uint32_t i = 0; i < 70000; i++) {
 		CHECK(!frame_freed_since(m->frames, hfn, frame_host_tag_of(m, hfn)));
-		frame_host_tag_advance(m->frames, hfn);
+		take(hfn, 1);
 	}
 	frame_free(m, 1, hfn);
 	machine_end();
 }
 
+static bool holds(uint32_t hfn, uint32_t custody)
+{
+	return frame_custody_holds(m->frames, hfn, custody | CUSTODY_OF_BLOCK);
+}
+
 static void test_block_custody(void)
 {
-	uint32_t block;
+	uint32_t block, first, later, one;
 
-	harness_begin("a block comes with one host tag", 30);
+	harness_begin("a huge leaf's custody is void for the frames that were taken since", 30);
 	machine_begin(8);
 	block = (uint32_t)frame_alloc(m, 1, FRAME_BLOCK);
-	CHECK(block % BLOCK_FRAMES == 0 && frame_block_custody(m, block) == 0);
-	frame_host_tag_advance(m->frames, block + 7);
-	CHECK(frame_block_custody(m, block) < 0);
+	first = frame_block_custody(m, block);
+	CHECK(block % BLOCK_FRAMES == 0 && holds(block, first) && holds(block + 511, first));
+	one = frame_custody_of_one(m->frames, block + 7, first | CUSTODY_OF_BLOCK);
+	CHECK(one == frame_host_tag_of(m, block + 7));
+	take(block + 7, 1);
+	later = frame_block_custody(m, block);
+	CHECK(!holds(block + 7, first) && holds(block + 7, later) && holds(block + 6, first) && holds(block + 8, first));
+	/* A split: only the child of the frame that was taken has a void custody. */
+	CHECK(frame_custody_of_one(m->frames, block + 7, first | CUSTODY_OF_BLOCK) != frame_host_tag_of(m, block + 7));
+	CHECK(frame_custody_of_one(m->frames, block + 8, first | CUSTODY_OF_BLOCK) == frame_host_tag_of(m, block + 8));
+	/* Whoever has one frame by a void custody gets none for it; otherwise it is today's. */
+	CHECK(!holds(block + 7, frame_custody_of_block(m->frames, block + 7, one)));
+	CHECK(frame_custody_of_block(m->frames, block + 8, frame_host_tag_of(m, block + 8)) == later);
 	for (uint32_t i = 0; i < BLOCK_FRAMES; i++) {
 		CHECK(frames_in_use(m, FRAME_BLOCK) == 1);
+		CHECK(!frame_freed_since(m->frames, block + (i * 7) % BLOCK_FRAMES, later | CUSTODY_OF_BLOCK));
 		frame_free(m, 1, block + (i * 7) % BLOCK_FRAMES);
+		CHECK(frame_freed_since(m->frames, block + (i * 7) % BLOCK_FRAMES, later | CUSTODY_OF_BLOCK));
 	}
 	CHECK(!frames_in_use(m, FRAME_BLOCK));
 	CHECK((uint32_t)frame_alloc(m, 1, FRAME_BLOCK) == block);
-	CHECK(frame_block_custody(m, block) == 2);
-	/* The custody of the one frame that was a promise ahead is not younger than before. */
-	CHECK(!frame_freed_since(m->frames, block, 2) && frame_freed_since(m->frames, block, 0));
+	CHECK(!holds(block, later) && holds(block, frame_block_custody(m, block)));
+	CHECK(!frame_freed_since(m->frames, block, frame_block_custody(m, block) | CUSTODY_OF_BLOCK));
+	for (uint32_t i = 0; i < BLOCK_FRAMES; i++)
+		frame_free(m, 1, block + i);
+	machine_end();
+}
+
+/* One frame is never taken while the host takes the others more often than 15 bits can count. */
+static void test_block_clock_wraps(void)
+{
+	uint32_t block;
+
+	harness_begin("a block's clock wraps, and a frame that was taken long ago is still held", 60);
+	machine_begin(8);
+	block = (uint32_t)frame_alloc(m, 1, FRAME_BLOCK);
+	take(block + 3, 1);
+	for (uint32_t i = 0; i < 100000; i++) {
+		uint32_t custody = frame_block_custody(m, block);
+
+		CHECK(holds(block, custody) && holds(block + 3, custody) && holds(block + 511, custody));
+		CHECK(!frame_freed_since(m->frames, block + 3, custody | CUSTODY_OF_BLOCK));
+		take(block + 4, 2);
+		CHECK(!holds(block + 4, custody) && !holds(block + 5, custody) && holds(block + 3, custody));
+	}
+	for (uint32_t i = 0; i < BLOCK_FRAMES; i++)
+		frame_free(m, 1, block + i);
+	machine_end();
+}
+
+/* Two operations at a time: a fault that looks before the last frame of one is taken has looked before that one. */
+static void test_taking_overlaps(void)
+{
+	struct taking a = { 0 }, b = { 0 };
+	uint32_t block, custody;
+
+	harness_begin("frames are taken at one time", 30);
+	machine_begin(8);
+	block = (uint32_t)frame_alloc(m, 1, FRAME_BLOCK);
+	frame_take(m->frames, &a, block);
+	custody = frame_block_custody(m, block);
+	frame_take(m->frames, &a, block + 1);
+	CHECK(!holds(block + 1, custody) && !holds(block, custody) && holds(block + 2, custody));
+	frame_take(m->frames, &b, block);
+	frame_taken(m->frames, &b);
+	frame_taken(m->frames, &a);
+	custody = frame_block_custody(m, block);
+	CHECK(holds(block, custody) && holds(block + 1, custody));
+	/* The older time does not come back. */
+	frame_take(m->frames, &a, block + 9);
+	frame_take(m->frames, &b, block + 9);
+	frame_taken(m->frames, &b);
+	custody = frame_block_custody(m, block);
+	frame_take(m->frames, &a, block + 9);
+	frame_taken(m->frames, &a);
+	CHECK(frame_block_custody(m, block) == custody && holds(block + 9, custody));
 	for (uint32_t i = 0; i < BLOCK_FRAMES; i++)
 		frame_free(m, 1, block + i);
 	machine_end();
@@ -258,6 +337,8 @@ int main(int argc, char **argv)
 		scale = (uint32_t)strtoul(argv[1], NULL, 10);
 	test_tags();
 	test_block_custody();
+	test_block_clock_wraps();
+	test_taking_overlaps();
 	test_frames();
 	test_contents();
 	return 0;

@@ -74,7 +74,7 @@ def do_huge(rig: Rig, model: Model, gfn: int) -> None:
     block = rig.frame(lib.FRAME_BLOCK)
     if block < 0:
         return
-    new = lib.make_spte(block, lib.frame_host_tag_of(rig.m, block), 2, 1, 1)
+    new = lib.make_spte(block, lib.frame_block_custody(rig.m, block), 2, 1, 1)
     assert rig.set_atomic(table, 2, gfn, spte, new) == 0
     model.leafs[gfn] = (2, block, True, True)
 

@@ -85,7 +85,8 @@ def test_collapse_and_split(rig: Rig) -> None:
     pages = [rig.fault(hva) for hva in range(512, 1024)]
     assert {page.level for page in pages} == {lib.PG_LEVEL_2M}
     assert [page.hfn for page in pages] == list(range(pages[0].hfn, pages[0].hfn + BLOCK))
-    assert len({page.tag for page in pages}) == 1
+    custodies = {lib.mm_huge_custody(rig.m, 0, 512 + i, pages[i].hfn, pages[i].tag) for i in range(512)}
+    assert custodies == {lib.frame_block_custody(rig.m, pages[0].hfn)}
     assert [lib.mm_read(rig.m, 0, hva, 5) for hva in (512, 600, 700)] == [1, 0, 2]
     assert lib.frames_in_use(rig.m, lib.FRAME_GUEST) == 0
     assert lib.mm_split(rig.m, CPU, 0, 512) == 0
@@ -105,18 +106,42 @@ def test_part_of_a_huge_page_splits_it(rig: Rig) -> None:
     assert lib.mm_huge(rig.m, 0, 0), "the whole of it need not"
 
 
-def test_uneven_custody_is_mapped_small(rig: Rig) -> None:
-    """A promise about one page of a block: a huge SPTE could not carry both custodies."""
+def test_a_huge_page_stays_huge_while_a_part_is_promised_away(rig: Rig) -> None:
+    """A promise about one page of it: what the oracle notes does not change how the host's page is mapped."""
     write(rig, 0, 1)
     assert lib.mm_collapse(rig.m, CPU, 0, 0) == 0
-    page = rig.fault(9)
+    page, neighbour = rig.fault(9), rig.fault(8)
     assert page.level == lib.PG_LEVEL_2M
+    before = lib.mm_huge_custody(rig.m, 0, 9, page.hfn, page.tag)
     table, _ = rig.link(9, 1)
     assert rig.set_atomic(table, 1, 9, 0, lib.make_spte(page.hfn, page.tag, 1, 1, 1)) == 0
     rig.set(table, 1, 9, 0)
     lib.oracle_revoke(rig.m, CPU, 0, 9, 10, lib.PROMISE_NOTIFIER, 0)
     assert rig.fault(9).tag != page.tag
-    assert rig.fault(8).level == lib.PG_LEVEL_4K
+    assert rig.fault(8).level == lib.PG_LEVEL_2M
+    now = lib.mm_huge_custody(rig.m, 0, 8, neighbour.hfn, neighbour.tag)
+    assert now == lib.frame_block_custody(rig.m, page.hfn) != before
+    # Who has looked the page up before the promise does not have it now.
+    stale = lib.mm_huge_custody(rig.m, 0, 9, page.hfn, page.tag)
+    table, _ = rig.link(512, 2)
+    for custody, holds in ((before, False), (stale, False), (now, True)):
+        spte = lib.make_spte(page.hfn - 9, custody, 2, 1, 1)
+        rig.set(table, 2, 512, spte)
+        hfn = ffi.new("uint32_t *")
+        assert lib.oracle_right(rig.m, 0, 512 + 8, hfn) == 3
+        rights = lib.oracle_right(rig.m, 0, 512 + 9, hfn)
+        assert rights == (3 if holds else 3 | 3 << 2), "granted, and revoked from the start"
+        rig.set(table, 2, 512, 0)
+
+
+def test_a_huge_leaf_is_of_the_frame_that_the_host_maps(rig: Rig) -> None:
+    write(rig, 9, 1)
+    old = rig.fault(9)
+    assert lib.mm_huge_custody(rig.m, 0, 9, old.hfn, old.tag) == -1, "mapped by 4K"
+    assert lib.mm_collapse(rig.m, CPU, 0, 0) == 0
+    assert lib.mm_huge_custody(rig.m, 0, 9, old.hfn, old.tag) == -1, "another frame by now"
+    assert lib.mm_huge_custody(rig.m, 0, 9, rig.fault(9).hfn, rig.fault(9).tag) >= 0
+    assert lib.mm_huge_custody(rig.m, 0, 1 << 40, 0, 0) == -1
 
 
 def test_collapse_without_a_block(rig: Rig) -> None:

@@ -6,11 +6,17 @@ import threading
 from collections.abc import Callable
 
 import pytest
-from rig import Guest, Rig
+from rig import GFNS, SLOT, Guest, Rig
 from support import wait_until
 
 from emulator.actors import user_memory
 from emulator.actors.user_memory import HUGE_PAGES, UserMemory
+from emulator.kvm.kvm_host import KVM_MEM_LOG_DIRTY_PAGES
+from emulator.kvm.kvm_main import (
+    kvm_mmu_notifier_invalidate_range_end,
+    kvm_mmu_notifier_invalidate_range_start,
+    kvm_set_memory_region,
+)
 from emulator.kvm.structs import Kvm
 from emulator.runtime import Cpu
 from native import lib
@@ -162,4 +168,45 @@ def test_part_of_a_huge_page(rig: Rig, monkeypatch: pytest.MonkeyPatch, first: s
     assert seen == [[1, 1, 1, 1], [0, 1, 0, 0]]
     guest.read(0, PAGE)
     guest.read(0, HUGE_PAGES)
+    assert not rig.violations()
+
+
+def mapped_pages(rig: Rig, action: Callable[[], object]) -> int:
+    """Pages of the leafs that `action` installs."""
+    before = rig.counter(lib.COUNT_SPTES_MAPPED)
+    action()
+    return rig.counter(lib.COUNT_SPTES_MAPPED) - before
+
+
+def test_a_host_that_does_not_split_a_huge_page(rig: Rig) -> None:
+    """A fault beside the invalidated page maps the huge page again, which no notifier zaps before the frame
+    goes.  Using what the fault was given is no violation until then."""
+    kvm, guest, _ = used_page(rig, huge=True)
+    m, cpu = rig.host.m, rig.host.id
+    kvm_mmu_notifier_invalidate_range_start(rig.host, kvm, PAGE, PAGE + 1)
+    assert mapped_pages(rig, lambda: guest.read(0, PAGE + 1)) == HUGE_PAGES
+    guest.read(0, PAGE)
+    assert not rig.violations()
+    assert lib.mm_unmap(m, cpu, kvm.id, PAGE, PAGE + 1, 1) == 1
+    guest.read(0, PAGE + 2)
+    assert not rig.violations(), "only that frame is gone"
+    guest.read(0, PAGE)
+    assert set(rig.violations()) == {"use-after-free"}
+    kvm_mmu_notifier_invalidate_range_end(rig.host, kvm, PAGE, PAGE + 1)
+
+
+def test_promises_about_a_part_leave_the_page_huge(rig: Rig) -> None:
+    """The guest uses a few pages by 4K SPTEs, so the rights on the block's frames end at different times."""
+    kvm, guest, memory = used_page(rig, huge=True)
+    kvm_set_memory_region(rig.host, kvm, SLOT, 0, GFNS, 0, KVM_MEM_LOG_DIRTY_PAGES)
+    memory.protect(rig.host, HUGE_PAGES, 2 * HUGE_PAGES, writable=False)
+    memory.protect(rig.host, HUGE_PAGES, 2 * HUGE_PAGES, writable=True)
+    assert mapped_pages(rig, lambda: guest.write(0, PAGE)) == 1
+    memory.migrate(rig.host, HUGE_PAGES, 2 * HUGE_PAGES)
+    assert mapped_pages(rig, lambda: guest.write(0, PAGE + 1)) == 1
+    # Recovery looks at what the host maps now.
+    assert mapped_pages(rig, lambda: kvm_set_memory_region(rig.host, kvm, SLOT, 0, GFNS, 0)) == HUGE_PAGES
+    memory.migrate(rig.host, HUGE_PAGES, 2 * HUGE_PAGES)
+    assert mapped_pages(rig, lambda: guest.write(0, PAGE)) == HUGE_PAGES
+    guest.read(0, PAGE + 1)
     assert not rig.violations()
