@@ -8,6 +8,7 @@
     subtree     a part of an exhaustive search, from a prefix on
     tree        one search in parts, whoever does them
     fibers      greenlets that are used again
+    slots       attributes that tell of each access, handed containers
     snapshot    the state of Python objects, put back between executions
 
 Nothing up to here knows of KVM.
@@ -20,6 +21,8 @@ Nothing up to here knows of KVM.
                 store_buffers and buffered (plain stores that become visible late)
     world       a litmus test as a program
     memory      what a user's policy remembers
+    policy_reads  ... what it reads of KVM and writes to it: accesses of its steps, or told (watchable,
+                policy_code)
     team        who does the parts of a search: this process, or several
     verdict     a test under a policy: safe, violations, or how far the search came
     record      counterexamples: files and replay

@@ -11,6 +11,7 @@ from emulator.explore.audit import Audit
 from emulator.explore.choices import NONE, Choices
 from emulator.explore.commuting import Commuting
 from emulator.explore.controlled import installed
+from emulator.explore.policy_reads import NOTHING, Grown
 from emulator.explore.remains import Remains
 from emulator.explore.search import Limits, search
 from emulator.explore.shared_state import SharedState, watching
@@ -68,11 +69,20 @@ def audited(
 ) -> Audited:
     """The same for the same arguments."""
     with policy.confined():
-        return _audited(test, policy, executions, seed, choices)
+        known, found = NOTHING, None
+        while found is None:
+            program = Remains(test, policy, choices, known=known)
+            try:
+                found = _audited(program, executions, seed)
+            except Grown:
+                assert program.reads is not None
+                known = program.reads.next()
+            finally:
+                program.close()
+    return found
 
 
-def _audited(test: LitmusTest, policy: Policy, executions: int, seed: int, choices: Choices) -> Audited:
-    program = Remains(test, policy, choices)
+def _audited(program: Remains, executions: int, seed: int) -> Audited:
     walks = SharedState(program.control, executions, seed)
     audit = program.control.audit = Audit()
     commuting = Commuting(program, program.objects, seed)
@@ -85,11 +95,11 @@ def _audited(test: LitmusTest, policy: Policy, executions: int, seed: int, choic
             commuting.run(executions, SWAPS)
     except LitmusFailure as error:
         failed[str(error)] = 1
-    finally:
-        program.close()
+    if program.reads is not None:
+        program.reads.check()
     return Audited(
-        test.name,
-        policy.name,
+        program.test.name,
+        program.policy.name,
         executions,
         audit.unannounced,
         Counter(dict.fromkeys(audit.unknown, 1)),

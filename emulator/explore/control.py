@@ -22,6 +22,7 @@ from native import ffi, lib
 
 if TYPE_CHECKING:
     from emulator.explore.adversary import Adversary
+    from emulator.explore.policy_reads import PolicyReads
 
 # Points of KVM's code whose access is a native call right behind them, which is a step itself.
 _COVERED = frozenset(
@@ -113,6 +114,8 @@ class Control:
         self.logging: frozenset[int] = frozenset()  # VMs whose memory is copied by what a dirty log names
         self.programs: dict[int, Any] = {}  # what each vCPU's guest executes
         self.adversary: Adversary | None = None
+        self.policy_reads: PolicyReads | None = None  # a user's policy is explored
+        self.lib: Any = lib  # as explored code sees it
         self.queues = 0  # of stores that are not visible yet (store_buffers.py)
         self.lib_class: Callable[[Control], Any] | None = None  # instead of the usual ControlledLib
         self._counters = ffi.new("uint64_t[]", lib.COUNTERS)
@@ -189,9 +192,11 @@ class Control:
         if kind in _COVERED:
             return
         execution = self.execution
-        if execution is None:
+        if kind in ("policy", "policy answers"):
+            self._policy(execution, kind, obj)
+        elif execution is None:
             return
-        if kind == "lock":
+        elif kind == "lock":
             self._lock(execution, obj)
         elif kind == "unlock":
             execution.touch(0, self.bit("lock", obj.name))
@@ -200,14 +205,24 @@ class Control:
         elif kind == "up":
             mask = self.bit("lock", obj.name)
             execution.touch(*((mask, 0) if mode == "read" else (0, mask)))
-        elif kind == "policy answers":
-            # A turn of a loop is not like the one before if the policy has counted it, say.
-            execution.current.changed |= self.memory.changed()
         else:
             mask = self.bit(kind, obj)
             execution.step((kind, obj, mode), *((mask, 0) if mode == "read" else (0, mask)))
-            if kind == "policy":
-                self.memory.asking()
+
+    def _policy(self, execution: Execution | None, kind: str, obj: Any) -> None:
+        """A user's policy is asked, or answers; before the execution as well."""
+        if kind == "policy":
+            if execution is not None:
+                execution.step((kind, obj, "write"), 0, self.bit(kind, obj))
+                self.memory.asking(execution.current.index)
+            if self.policy_reads is not None:
+                self.policy_reads.begin()
+            return
+        if self.policy_reads is not None:
+            self.policy_reads.end()
+        if execution is not None:
+            # A turn of a loop is not like the one before if the policy has counted it, say.
+            execution.current.changed |= self.memory.changed(execution.current.index)
 
     def _lock(self, execution: Execution, lock: Any) -> None:
         mask = self.bit("lock", lock.name)

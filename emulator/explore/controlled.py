@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from types import ModuleType
 from typing import Any
 
@@ -18,7 +18,7 @@ from emulator.explore.control import Control
 from emulator.explore.controlled_calls import Calls
 from emulator.explore.controlled_guest import GuestMode
 from emulator.explore.controlled_locks import Locks
-from emulator.explore.footprints import FOOTPRINTS, LOCAL, Footprint
+from emulator.explore.footprints import FOOTPRINTS, LOCAL, UNSHARED, Footprint
 from native import lib
 
 _PACKAGES = (
@@ -45,12 +45,15 @@ def installed(control: Control) -> Iterator[None]:
     """Explored code calls this library, and its ordering points tell `control`."""
     modules = instrumented_modules()
     originals = [module.__dict__["lib"] for module in modules]
-    controlled = (control.lib_class or ControlledLib)(control)
+    controlled = control.lib = (control.lib_class or ControlledLib)(control)
     control.machine.install(control.point)
     for module in modules:
         module.__dict__["lib"] = controlled
     try:
-        yield
+        with ExitStack() as stack:
+            if control.policy_reads is not None:
+                stack.enter_context(control.policy_reads.watching())
+            yield
     finally:
         for module, original in zip(modules, originals, strict=True):
             module.__dict__["lib"] = original
@@ -70,12 +73,26 @@ class ControlledLib(Locks, Calls, GuestMode):
             value = getattr(lib, name)
             if callable(value) and name not in LOCAL:
                 value = self._stepped(name, value, FOOTPRINTS.get(name))
+            elif callable(value) and control.policy_reads is not None and name not in UNSHARED:
+                value = self._told(name, value)
             self.__dict__[name] = value
+
+    def _told(self, name: str, native: Any) -> Any:
+        """`native`, which is no step because KVM's next ones do not depend on it; a policy's answer may."""
+        reads = self.control.policy_reads
+        assert reads is not None
+
+        def told(*args: Any) -> Any:
+            if reads.asking and reads.asks():
+                reads.cannot_watch(f"calls {name}()")
+            return native(*args)
+
+        return told
 
     def _stepped(self, name: str, native: Any, footprint: Footprint | None) -> Any:
         """`native` as a step.  What nobody has described conflicts with everything."""
         control = self.control
-        everything = control.everything
+        everything, policy_reads = control.everything, control.policy_reads
         if footprint is None:
 
             def unknown(*args: Any) -> Any:
@@ -84,6 +101,8 @@ class ControlledLib(Locks, Calls, GuestMode):
                     control.audit.undescribed(name)
                 if execution is not None:
                     execution.step((name, None, "write"), 0, everything)
+                if policy_reads is not None and policy_reads.asks():
+                    policy_reads.cannot_watch(f"calls {name}()")
                 return native(*args)
 
             return unknown
@@ -95,7 +114,7 @@ class ControlledLib(Locks, Calls, GuestMode):
             if execution is None:
                 return native(*args)
             label, reads, writes = access(args)
-            if step:
+            if step or (policy_reads is not None and policy_reads.asks()):
                 if control.audit is not None and not execution.aborting:
                     control.audit.access(name)
                 execution.step(label, reads | everything, writes)

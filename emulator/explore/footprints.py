@@ -223,6 +223,25 @@ FOOTPRINTS: dict[str, Footprint] = {
     "flush_invvpid_address": Footprint(writes=(("tlb", 1),), step=False),
 }
 
+# Local calls that read nothing shared, or only memory that is an argument.
+UNSHARED = frozenset(
+    {
+        "atomic64_inc_return",
+        "atomic64_read",
+        "atomic64_set",
+        "bitmap_clear",
+        "event_record",
+        "histogram_record",
+        "irqs_disabled",
+        "make_nonleaf_spte",
+        "make_spte",
+        "test_and_set_bit",
+        "test_bit",
+        "vcpu_add_flush_reason",
+        "vm_stat_add",
+    }
+)
+
 # Calls that touch nothing shared, or only accounts; or what a point of KVM's code right before them names.
 LOCAL = frozenset(
     {

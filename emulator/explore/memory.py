@@ -17,18 +17,19 @@ class Memory:
 
     def __init__(self) -> None:
         self.policy: Policy | None = None
-        self._before: Snapshot | None = None
+        self._before: dict[int, Snapshot | None] = {}
 
-    def asking(self) -> None:
-        self._before = self._now()
+    def asking(self, task: int) -> None:
+        """Remember what it is now that this task asks; others may before it is answered."""
+        self._before[task] = self._now()
 
-    def changed(self) -> bool:
-        """Since `asking`; True where nobody knows."""
-        now = self._now()
-        if self.policy is None or self._before is None or now is None:
+    def changed(self, task: int) -> bool:
+        """Return whether it has changed since this task's `asking`; True if that cannot be told."""
+        before, now = self._before.pop(task, None), self._now()
+        if self.policy is None or before is None or now is None:
             return True
         with self.policy.guarded():
-            return not now.same(self._before)
+            return not now.same(before)
 
     def _now(self) -> Snapshot | None:
         policy = self.policy

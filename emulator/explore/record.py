@@ -16,6 +16,7 @@ from emulator.errors import BadInput
 from emulator.explain.events import EventTail
 from emulator.explore.choices import NONE, Choices
 from emulator.explore.controlled import installed
+from emulator.explore.policy_reads import NOTHING, Known
 from emulator.explore.sampling import Replay
 from emulator.explore.scheduler import Divergence, Execution, Task, spelled
 from emulator.explore.world import LitmusProgram
@@ -39,7 +40,8 @@ _UNSTABLE = ("time_ns", "promise_time_ns", "custody")
 @dataclass(slots=True)
 class Recording:
     """One execution, step by step.  `violation`: what the oracle says, or the deadlock; None: nothing.
-    `final`: the events of the test's last operations, if the violation is there."""
+    `final`: the events of the test's last operations, if the violation is there.  `watched`: what of a user's
+    policy's accesses are steps."""
 
     test: str
     source: str  # of the test
@@ -51,6 +53,7 @@ class Recording:
     final: list[dict[str, Any]] = field(default_factory=list)
     kinds: tuple[str, ...] = field(default=())
     choices: Choices = field(default=NONE)
+    watched: Known = field(default=NOTHING)
 
     def document(self) -> dict[str, Any]:
         return {
@@ -60,6 +63,7 @@ class Recording:
             "memory": self.choices.memory,
             **self.choices.document(),
             "context_switches": sum(a != b for a, b in zip(self.schedule, self.schedule[1:], strict=False)),
+            **({"watched": self.watched.document()} if self.watched else {}),
             "schedule": self.schedule,
             "actors": self.actors,
             "steps": self.steps,
@@ -175,6 +179,7 @@ def record(program: LitmusProgram, schedule: tuple[int, ...]) -> Recording:
         final=recorder.final,
         kinds=kinds,
         choices=program.choices,
+        watched=NOTHING if program.reads is None else program.reads.known,
     )
 
 
@@ -202,6 +207,7 @@ class _Document(BaseModel):
     test: str
     source: str
     policy: str
+    watched: dict[str, list[str]] = {}
     schedule: list[str]
     steps: list[_Step]
     final: list[dict[str, Any]] = []
@@ -249,8 +255,10 @@ def replay(path: Path) -> Recording:
         raise BadInput(str(path), str(error)) from error
     except ValueError as error:
         raise BadInput(str(path), str(error), _EXPECTED) from error
+    known = Known.of(document.get("watched", {}))
     with policy.confined():
-        again = _replayed(document, LitmusProgram(test, policy, choices), path)
+        program = LitmusProgram(test, policy, choices, known=known, frozen=True)
+        again = _replayed(document, program, path)
     _compare(document, json.loads(json.dumps(again.document())))
     return again
 

@@ -129,6 +129,7 @@ class Execution:
         "next",
         "objects",
         "on_step",
+        "on_step_end",
         "pruned",
         "ready",
         "replayed",
@@ -163,6 +164,7 @@ class Execution:
         self.failure: BaseException | None = None
         self.deadlock: tuple[Wait, ...] = ()
         self.on_step: Callable[[Task], None] | None = None
+        self.on_step_end: Callable[[Task], None] | None = None  # adds to the step's accesses
 
     # --- what programs call ---------------------------------------------------------------------------------
 
@@ -292,6 +294,8 @@ class Execution:
     def _ended(self, task: Task) -> None:
         length = self.length
         self.length = length + 1
+        if self.on_step_end is not None:
+            self.on_step_end(task)
         writes = task.writes
         task.watch |= task.reads
         if writes:

@@ -242,9 +242,10 @@ def _writer(cls: type, state: SharedState) -> Any:
     plain = object.__setattr__
 
     def write(self: object, name: str, value: Any) -> None:
+        # The store may be a step of its own.
+        plain(self, name, value.container if isinstance(value, Watched) else value)
         if state.awake:
             state.access(self, f"{cls.__name__}.{name}", None, True, 2)
-        plain(self, name, value.container if isinstance(value, Watched) else value)
 
     return write
 

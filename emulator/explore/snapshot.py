@@ -30,6 +30,7 @@ from types import (
 )
 from typing import Any, Final
 
+from emulator.explore.slots import Slot
 from native import ffi
 
 # No contents that change.
@@ -234,7 +235,7 @@ def _is_frozen(kind: type) -> bool:
 
 
 def _members(cls: type) -> list[str]:
-    return [name for name, value in vars(cls).items() if isinstance(value, MemberDescriptorType)]
+    return [name for name, value in vars(cls).items() if isinstance(value, MemberDescriptorType | Slot)]
 
 
 def _slots(kind: type) -> list[str]:

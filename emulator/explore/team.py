@@ -10,6 +10,7 @@ from typing import Final
 
 from emulator.explore.choices import Choices
 from emulator.explore.controlled import installed
+from emulator.explore.policy_reads import NOTHING, Grown, Known, Seen
 from emulator.explore.search import Found
 from emulator.explore.subtree import Outcome, Part, search_part
 from emulator.explore.world import LitmusProgram
@@ -19,6 +20,9 @@ from emulator.processes import ProcessPool, ending
 
 # Parts that are done before others are called in: these need a while to start.
 FIRST_PARTS: Final = 16
+
+# None: the part was given up, because the policy reads more than was known.
+_Searched = tuple[Outcome | None, Seen | None]
 
 _NOT_BEGUN = Outcome(Found(), ((), ()), (), (), ())
 
@@ -48,7 +52,7 @@ class Team:
         if self.jobs == 1 or self._parts < FIRST_PARTS:
             for part in parts:
                 self._parts += 1
-                yield search_part(self.program, self.program.objects, part, bool, self.stop)
+                yield self._take(_search(self.program, part, self.stop))
             return
         futures = [self._others().submit(_do, part) for part in parts]
         try:
@@ -56,19 +60,31 @@ class Team:
                 if self.stop() and future.cancel():
                     yield _NOT_BEGUN
                 else:
-                    yield self._others().result(future)
+                    yield self._take(self._others().result(future))
         finally:
             _cancel(futures)
+
+    def _take(self, searched: _Searched) -> Outcome:
+        """Parts are alike wherever they are done, and what they have seen of a policy's reads comes together
+        in their order.  Raises Grown."""
+        outcome, seen = searched
+        reads = self.program.reads
+        if reads is not None and seen is not None:
+            reads.merge(seen)
+        if outcome is None:
+            raise Grown
+        return outcome
 
     def _others(self) -> ProcessPool:
         if self._pool is None:
             program = self.program
-            arguments = (program.test, program.policy.spelled(), program.choices)
+            known = None if program.reads is None else program.reads.known
+            arguments = (program.test, program.policy.spelled(), program.choices, known or NOTHING)
             self._pool = self._stack.enter_context(ProcessPool(self.jobs, _begin, *arguments))
         return self._pool
 
 
-def _cancel(futures: list[Future[Outcome]]) -> None:
+def _cancel(futures: list[Future[_Searched]]) -> None:
     for future in futures:
         future.cancel()
 
@@ -80,12 +96,22 @@ class _Here:
     stack = ExitStack()
 
 
-def _begin(test: LitmusTest, policy: str, choices: Choices) -> None:
+def _begin(test: LitmusTest, policy: str, choices: Choices, known: Known) -> None:
     found = named_policy(policy)
     _Here.stack.enter_context(found.confined())
-    _Here.program = LitmusProgram(test, found, choices)
+    _Here.program = LitmusProgram(test, found, choices, known=known)
     _Here.stack.enter_context(installed(_Here.program.control))
 
 
-def _do(part: Part) -> Outcome:
-    return search_part(_Here.program, _Here.program.objects, part, bool, ending)
+def _do(part: Part) -> _Searched:
+    return _search(_Here.program, part, ending)
+
+
+def _search(program: LitmusProgram, part: Part, stop: Callable[[], bool]) -> _Searched:
+    if program.reads is None:
+        return search_part(program, program.objects, part, bool, stop), None
+    with program.reads.apart() as seen:
+        try:
+            return search_part(program, program.objects, part, bool, stop), seen
+        except Grown:
+            return None, seen

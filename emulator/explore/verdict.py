@@ -16,6 +16,8 @@ from emulator.explore.choices import NONE, Choices
 from emulator.explore.controlled import installed
 from emulator.explore.dpor import Exhaustive
 from emulator.explore.minimize import minimized
+from emulator.explore.policy_code import unwatched
+from emulator.explore.policy_reads import NOTHING, Grown, Known
 from emulator.explore.record import Recording, record
 from emulator.explore.sampling import Pct, RandomWalk, Sampler
 from emulator.explore.scheduler import Divergence
@@ -28,6 +30,7 @@ from emulator.litmus.failure import LitmusFailure
 from emulator.litmus.model import INCONCLUSIVE, SAFE, LitmusTest
 from emulator.litmus.verdict import BOUNDED, FAILED, SEARCHED, VIOLATIONS
 from emulator.policy import Policy, PolicyError
+from emulator.policy.user import source_of
 from emulator.processes import ending
 
 # What ended a search: a signal.
@@ -63,7 +66,8 @@ class Verdict:
     bound asked for.
     needs: dangers, any of which is the test's precondition; met: executions that met it; evidence: how often
     each danger came about in all of them together.
-    failure: why some execution could not go on, as in litmus.verdict.Outcome."""
+    failure: why some execution could not go on, as in litmus.verdict.Outcome.
+    unwatched: what a user's policy uses that the search cannot see, a sentence each: nothing is proved."""
 
     test: str
     policy: str
@@ -84,6 +88,7 @@ class Verdict:
     evidence: dict[str, int] = field(default_factory=dict)
     counterexample: Recording | None = None
     failure: str = ""
+    unwatched: tuple[str, ...] = ()
 
     def document(self) -> dict[str, Any]:
         """For --json: holds no times."""
@@ -110,6 +115,7 @@ class Verdict:
             "pct_guarantee": self.guarantee,
             "rounds": self.rounds,
             "failure": self.failure or None,
+            **({"unwatched": list(self.unwatched)} if self.unwatched else {}),
             "counterexample": found.document() if found is not None else None,
         }
 
@@ -150,6 +156,8 @@ class Verdict:
 
     def _why(self) -> str:
         """Why there is no more to say."""
+        if self.unwatched:
+            return f", {self.unwatched[0]}, which explore cannot watch"
         return {
             "seconds": ", the time was up",
             "executions": ", --executions were done",
@@ -169,25 +177,13 @@ def explore_verdict(
     with policy.confined():
         if policy.overrides():
             _check_that_it_repeats(test, policy, plan.choices)
-        return _explored(test, policy, plan, stop, jobs)
-
-
-def _explored(test: LitmusTest, policy: Policy, plan: Plan, stop: Stop, jobs: int) -> Verdict:
-    program = LitmusProgram(test, policy, plan.choices)
-    verdict = Verdict(test.name, policy.name, plan, test.expect.needs)
-    try:
-        with installed(program.control), Team(program, jobs, stop) as team:
-            if plan.strategy == "exhaustive":
-                _exhaustively(program, verdict, team, stop)
-            else:
-                _sampled(program, verdict, stop)
-    except LitmusFailure as error:
-        verdict.verdict, verdict.failure = FAILED, str(error)
-    except Divergence as error:
-        raise _unsteady(policy, error) from error
-    finally:
-        program.close()
-    if not verdict.complete and verdict.verdict not in (VIOLATIONS, FAILED):
+        known: Known | None = NOTHING
+        while known is not None:
+            verdict = Verdict(test.name, policy.name, plan, test.expect.needs)
+            known = _explored(LitmusProgram(test, policy, plan.choices, known=known), verdict, stop, jobs)
+    if verdict.unwatched:
+        _take_back(verdict)
+    elif not verdict.complete and verdict.verdict not in (VIOLATIONS, FAILED):
         as_asked = plan.bound is not None and verdict.bound == plan.bound
         ended = INTERRUPTED if ending() else "seconds" if stop() else ""
         verdict.limit = ended or ("" if as_asked else "executions")
@@ -196,12 +192,45 @@ def _explored(test: LitmusTest, policy: Policy, plan: Plan, stop: Stop, jobs: in
     return verdict
 
 
+def _explored(program: LitmusProgram, verdict: Verdict, stop: Stop, jobs: int) -> Known | None:
+    """Explore the program; return what must be known to do it again, None: that was all."""
+    reads = program.reads
+    try:
+        with installed(program.control), Team(program, jobs, stop) as team:
+            if verdict.plan.strategy == "exhaustive":
+                _exhaustively(program, verdict, team, stop)
+            else:
+                _sampled(program, verdict, stop)
+        if reads is not None:
+            reads.check()
+    except Grown:
+        assert reads is not None
+        return reads.next()
+    except LitmusFailure as error:
+        verdict.verdict, verdict.failure = FAILED, str(error)
+    except Divergence as error:
+        raise _unsteady(program.policy, error) from error
+    finally:
+        program.close()
+    source = source_of(program.policy)
+    if reads is not None and source is not None:
+        verdict.unwatched = (*unwatched(source), *reads.seen.unwatched)
+    return None
+
+
+def _take_back(verdict: Verdict) -> None:
+    """Nothing is proved of a policy that depends on what the search cannot see; violations remain."""
+    if verdict.verdict in (SAFE, BOUNDED):
+        verdict.verdict = SEARCHED
+    verdict.complete, verdict.bound = False, None
+
+
 def _check_that_it_repeats(test: LitmusTest, policy: Policy, choices: Choices) -> None:
     """The same order of steps must come to the same, or nothing is proved; a user's policy may see to it that
     it does not.  Raises PolicyError."""
     first = None
     for _ in range(_BEGINNINGS):
-        program = LitmusProgram(test, policy, choices)
+        program = LitmusProgram(test, policy, choices, frozen=True)
         try:
             with installed(program.control):
                 for _ in range(_REPETITIONS):
@@ -314,6 +343,8 @@ def _add(verdict: Verdict, found: Found, bound: int | None, strategy: str) -> No
 def _violated(program: LitmusProgram, verdict: Verdict, found: Found) -> None:
     assert found.schedule is not None
     schedule = found.schedule
+    if program.reads is not None:
+        program.reads.frozen = True
     if verdict.plan.minimize:
         schedule = minimized(program, schedule, found.outcome)
     recording = record(program, schedule)

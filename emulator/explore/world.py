@@ -11,7 +11,10 @@ from emulator.explore.adversary import AdversarialLib, Adversary
 from emulator.explore.buffered import BufferedAdversarialLib, BufferedLib
 from emulator.explore.choices import NONE, Choices
 from emulator.explore.control import Control
+from emulator.explore.controlled_calls import Calls
+from emulator.explore.handed import Handed
 from emulator.explore.objects import Objects
+from emulator.explore.policy_reads import NOTHING, Known, PolicyReads
 from emulator.explore.scheduler import Execution, Task
 from emulator.explore.search import Met
 from emulator.explore.snapshot import CannotRestore, Snapshot
@@ -23,6 +26,7 @@ from emulator.litmus.ops import Op
 from emulator.litmus.verdict import proven
 from emulator.litmus.world import LitmusThread, World, machine_config, rcu_cpu
 from emulator.policy import Policy
+from emulator.policy.user import source_of
 from emulator.runtime import Cpu, Machine, OutOfMemory
 from native import VIOLATION_KINDS, lib
 
@@ -59,7 +63,11 @@ class ExploredWorld(World):
 
 def _is_constant(obj: object) -> bool:
     """Of an explored machine: what stays as it is, or belongs to the search."""
-    return isinstance(obj, LitmusTest | Section | Op | Control) or type(obj) is Policy
+    return (
+        isinstance(obj, LitmusTest | Section | Op | Control | Calls)
+        or type(obj) is Policy
+        or type(obj) is Handed
+    )
 
 
 class LitmusProgram:
@@ -68,10 +76,19 @@ class LitmusProgram:
     init is executed once; what it has come to is kept, and each execution begins with putting that back: the
     core's memory (machine_restore), and the Python objects (`Snapshot`).  A user's policy may remember things
     that cannot be put back; then, and with `rebuild`, each execution has a new machine.
+
+    known, frozen: what is watched of the accesses of a user's policy (policy_reads.py).
     """
 
     def __init__(
-        self, test: LitmusTest, policy: Policy, choices: Choices = NONE, *, rebuild: bool = False
+        self,
+        test: LitmusTest,
+        policy: Policy,
+        choices: Choices = NONE,
+        *,
+        rebuild: bool = False,
+        known: Known = NOTHING,
+        frozen: bool = False,
     ) -> None:
         self.test = test
         self.policy = policy
@@ -82,6 +99,12 @@ class LitmusProgram:
         self._started = False
         self.machine = self._new_machine()
         self.control = self._control()
+        self.reads: PolicyReads | None = None
+        source = source_of(policy)
+        if source is not None and policy.overrides():
+            self.reads = self.control.policy_reads = PolicyReads(
+                self.control, source.path, known, frozen=frozen
+            )
         self._build_world()
         self._evidence = Evidence(self.machine)
         self._found: dict[str, int] | None = None  # of an execution that has come to its end
@@ -121,9 +144,13 @@ class LitmusProgram:
         """To where the threads begin."""
         control, world = self.control, self.world
         control.forget()
+        if self.reads is not None:
+            self.reads.forget()
         with self._told("init"):
             world.reset()
             control.memory.policy = world.policy
+            if self.reads is not None:
+                self.reads.adopt(world.policy)
             world.run_init()
             control.run_callbacks()
         control.vm_of_vcpu = {vcpu.id: kvm.id for kvm in world.kvms for vcpu in kvm.vcpus}
@@ -132,6 +159,8 @@ class LitmusProgram:
         )
         control.logging = frozenset(world.kvms[vm].id for vm in world.logging)
         self._take_pcpus()
+        if self.reads is not None:
+            self.reads.keep()
         if not self._rebuilds:
             self._keep()
 
@@ -161,6 +190,8 @@ class LitmusProgram:
         self.world.main.check(lib.machine_restore(self.machine.m))
         with self.policy.guarded():
             initial.restore()
+        if self.reads is not None:
+            self.reads.put_back()
         for task in self._vcpu_tasks():
             task.restart()
 
@@ -185,6 +216,8 @@ class LitmusProgram:
             control.spawn_buffers(execution, self._buffered())
         if control.adversary is not None:
             control.adversary.spawn(execution, self.world)
+        if self.reads is not None:
+            execution.on_step_end = self.reads.step_ends
         control.execution = execution
         control.judge()
 
@@ -209,6 +242,8 @@ class LitmusProgram:
         control = self.control
         control.execution = None
         self._found = None
+        if self.reads is not None:
+            self.reads.check()
         if execution.deadlock:
             return f"{DEADLOCK}: " + ", ".join(
                 f"{wait.task} waits for {wait.waits_for}" for wait in execution.deadlock
@@ -234,6 +269,8 @@ class LitmusProgram:
     def abandon(self, execution: Execution) -> None:
         """The execution was not finished: it is like another one, or a task has failed."""
         self.control.execution = None
+        if self.reads is not None:
+            self.reads.check()
 
     def _take_pcpus(self) -> None:
         """All pCPUs run, whether somebody plays them or not; interrupts arrive when the scheduler says so."""

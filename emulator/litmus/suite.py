@@ -107,6 +107,7 @@ def explore_all(
             proof=proof,
             bound=verdict.bound,
             failure=verdict.failure,
+            unwatched=verdict.unwatched,
         )
 
 

@@ -38,6 +38,8 @@ class Outcome:
     proof: str = ""
     # ... and the most preemptions that it covers, if it covers all with so many and no more.
     bound: int | None = None
+    # ... and what a user's policy depends on that a proof cannot see.
+    unwatched: tuple[str, ...] = ()
     # Of the first execution with a violation, one of each kind: what `flushlab explain` draws.
     reports: tuple[Report, ...] = ()
 
@@ -76,6 +78,7 @@ class Outcome:
             "evidence": {name: n for name, n in sorted(self.evidence.items()) if n},
             "first_seed": self.first,
             "failure": self.failure or None,
+            **({"unwatched": list(self.unwatched)} if self.unwatched else {}),
             "reports": [
                 {"kind": r.kind, "kinds": list(r.kinds), "text": r.text, **r.details} for r in self.reports
             ],

@@ -38,7 +38,7 @@ from emulator.policy.presets import preset
 from emulator.policy.source import Source, read_source
 from emulator.policy.spelling import parse_policy
 
-__all__ = ["UserPolicyError", "load_user_policy", "resolve_policy", "spelled_policy"]
+__all__ = ["UserPolicyError", "load_user_policy", "resolve_policy", "source_of", "spelled_policy"]
 
 # Processor seconds for making the object.
 _MAKING = 10.0
@@ -163,6 +163,11 @@ class UserPolicy(Policy):
             if BY_NAME[point].alternative(alternative).mutant
         ]
         return (*table, *case_by_case)
+
+
+def source_of(policy: Policy) -> Source | None:
+    """Return where a user's policy comes from; None of any other."""
+    return policy._source if isinstance(policy, UserPolicy) else None
 
 
 def _made(source: Source, settings: Mapping[str, str], name: str | None = None) -> Policy:

@@ -360,8 +360,8 @@ def test_a_search_is_the_same_with_and_without(policy: str, monkeypatch: pytest.
     restored = explore_verdict(test, named_policy(policy), plan)
     init = LitmusProgram.__init__
 
-    def rebuilding(self: LitmusProgram, *arguments: Any) -> None:
-        init(self, *arguments, rebuild=True)
+    def rebuilding(self: LitmusProgram, *arguments: Any, **given: Any) -> None:
+        init(self, *arguments, rebuild=True, **given)
 
     monkeypatch.setattr(LitmusProgram, "__init__", rebuilding)
     rebuilt = explore_verdict(test, named_policy(policy), plan)

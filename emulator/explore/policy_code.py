@@ -1,0 +1,66 @@
+"""What the code of a user's policy uses that explore cannot watch, as far as names in it tell."""
+
+from __future__ import annotations
+
+import dis
+from collections.abc import Iterator
+from pathlib import Path
+from types import CodeType
+from typing import Final
+
+from emulator.policy.source import Source
+
+# Modules without state that lasts, or whose state is watched.
+_WATCHED: Final = frozenset((
+    "__future__", "abc", "bisect", "collections", "contextlib", "copy", "dataclasses", "enum", "fractions",
+    "functools", "heapq", "itertools", "math", "numbers", "operator", "re", "statistics", "string", "types",
+    "typing", "emulator.kvm", "emulator.locks", "emulator.policy", "emulator.runtime", "native",
+))  # fmt: skip
+# Built-in functions that lead elsewhere, or whose result is another one in the next process.
+_ELSEWHERE: Final = frozenset({"__import__", "compile", "eval", "exec", "hash", "id", "input", "open"})
+_BEHIND: Final = frozenset({"__builtins__", "__globals__", "__loader__", "__spec__", "f_back"})
+
+
+def unwatched(source: Source) -> tuple[str, ...]:
+    """Return a sentence for each such use in the policy's file, in the file's order."""
+    name = Path(source.path).name
+    uses = dict.fromkeys(f"{name}:{line}: {what}" for line, what in _uses(source.code))
+    return (*uses, *(f"{name}:{line}: changes {what}" for line, what in _patches(source)))
+
+
+def _patches(source: Source) -> Iterator[tuple[int, str]]:
+    """KVM's code as the file has it reads what it likes, and no point says so."""
+    patches = source.patches
+    for changed in (*map(str, patches.changes), *(kept.name for kept, _ in patches.contents)):
+        yield source.stores.get(changed.rpartition(".")[2], 1), changed
+
+
+def _uses(code: CodeType, nested: bool = False) -> Iterator[tuple[int, str]]:
+    line = code.co_firstlineno
+    for instruction in dis.get_instructions(code):
+        line = instruction.positions.lineno or line if instruction.positions is not None else line
+        what = _use(instruction, nested)
+        if what:
+            yield line, what
+    for constant in code.co_consts:
+        if isinstance(constant, CodeType):
+            yield from _uses(constant, True)
+
+
+def _use(instruction: dis.Instruction, nested: bool) -> str:
+    value = instruction.argval
+    if instruction.opname == "IMPORT_NAME":
+        return "" if _is_watched(value, nested) else f"imports {value}"
+    if instruction.opname in ("LOAD_GLOBAL", "LOAD_NAME") and value in _ELSEWHERE:
+        return f"calls {value}()"
+    if isinstance(value, str) and value in _BEHIND:
+        return f"uses {value}"
+    return ""
+
+
+def _is_watched(module: str, nested: bool) -> bool:
+    """The core's functions are replaced where the file's own names refer to them, and nowhere else."""
+    parts = module.split(".")
+    if nested and parts[0] == "native":
+        return False
+    return any(".".join(parts[:n]) in _WATCHED for n in range(1, len(parts) + 1))

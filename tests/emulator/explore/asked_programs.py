@@ -1,0 +1,110 @@
+"""Programs whose outcome is what a policy's method has read, for tests of what explore knows of that."""
+
+from __future__ import annotations
+
+import zlib
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+from emulator.explore.controlled import installed
+from emulator.explore.dpor import Exhaustive
+from emulator.explore.policy_reads import NOTHING, Grown, Known
+from emulator.explore.sampling import Sampler
+from emulator.explore.scheduler import Execution
+from emulator.explore.search import Found, Limits, search
+from emulator.explore.world import LitmusProgram
+from emulator.litmus.loader import parse_test
+from emulator.litmus.policies import named_policy
+from emulator.policy import Policy
+
+# A vCPU moves to pCPU 1 while another thread does something else.
+MOVE = """
+doc = "A vCPU moves while another thread does something."
+source = "this test"
+init = ["v0: read 0x10", "w: read 0x20"]
+vm = [{{}}, {{}}]
+machine.pcpus = 3
+
+[threads]
+v0 = {{ vcpu = 0, ops = ["migrate 1"] }}
+w = {{ vm = 1, vcpu = 0, pcpu = 2, ops = [{w}] }}
+mm.ops = [{mm}]
+"""
+
+LOGGING = """
+from emulator.policy import Policy
+{imports}
+
+class Looks(Policy):
+    def __init__(self):
+        super().__init__()
+        self.log = []
+        self.kept = None
+
+    def {point}(self, cpu, {given}):
+{body}
+        return super().{point}(cpu, {given})
+"""
+
+
+def moving(w: str = "", mm: str = "") -> str:
+    return MOVE.format(w=w, mm=mm)
+
+
+def looking(*lines: str, point: str = "migration", given: str = "vcpu", imports: str = "") -> str:
+    """A policy's file: what its method does; `self.log` is what counts."""
+    body = "\n".join(f"        {line}" for line in lines)
+    return LOGGING.format(point=point, given=given, body=body, imports=imports)
+
+
+class Logged(LitmusProgram):
+    """The outcome: violations, and the log of the policy."""
+
+    def finish(self, execution: Execution) -> str:
+        outcome = super().finish(execution)
+        policy: Any = self.world.policy
+        return f"{outcome} {policy._mine.log}"
+
+
+Strategy = Callable[[LitmusProgram], Exhaustive | Sampler]
+
+
+def outcomes(
+    directory: Path,
+    test: str,
+    policy: str,
+    strategy: Strategy,
+    known: Known = NOTHING,
+    *,
+    frozen: bool = False,
+    most: int = 3000,
+) -> tuple[Found, Known]:
+    """All that comes of the executions that the strategy has, and what it had to know."""
+    path = directory / f"looks_{zlib.crc32(policy.encode()):x}.py"  # policies are loaded once
+    path.write_text(policy)
+    loaded = named_policy(str(path))
+    with loaded.confined():
+        return _outcomes(test, loaded, strategy, known, frozen, most)
+
+
+def _outcomes(
+    test: str, policy: Policy, strategy: Strategy, known: Known, frozen: bool, most: int
+) -> tuple[Found, Known]:
+    while True:
+        program = Logged(parse_test(test, "moving", None), policy, known=known, frozen=frozen)
+        assert program.reads is not None
+        try:
+            with installed(program.control):
+                limits = Limits(executions=most, first_only=False)
+                found = search(program, program.objects, strategy(program), limits, lambda outcome: False)
+            program.reads.check()
+            return found, known
+        except Grown:
+            known = program.reads.next()
+        finally:
+            program.close()
+
+
+def exhaustive(program: LitmusProgram) -> Exhaustive:
+    return Exhaustive(program.objects)

@@ -1,0 +1,343 @@
+"""What a policy reads of KVM and the machine races what changes it."""
+
+from __future__ import annotations
+
+from ast import literal_eval
+from functools import partial
+from math import comb
+from pathlib import Path
+from types import MemberDescriptorType
+from typing import Any
+
+import pytest
+from asked_programs import exhaustive, looking, moving, outcomes
+from hypothesis import HealthCheck, Phase, given, settings
+from hypothesis import strategies as st
+
+from emulator.explore import team, verdict
+from emulator.explore.audited import audited
+from emulator.explore.controlled import installed
+from emulator.explore.record import load, replay
+from emulator.explore.sampling import Pct, RandomWalk
+from emulator.explore.search import Found
+from emulator.explore.tree import wide_search
+from emulator.explore.verdict import Plan, Verdict, explore_verdict
+from emulator.explore.world import LitmusProgram
+from emulator.litmus.loader import load_test, load_tests
+from emulator.litmus.model import SAFE
+from emulator.litmus.policies import named_policy
+from emulator.litmus.verdict import SEARCHED, VIOLATIONS
+from emulator.policy import PolicyError
+from emulator.runtime import Cpu
+
+# The vCPU comes back to a pCPU whose entry has gone stale meanwhile.  Only while a vCPU of another VM is
+# loaded on the third pCPU, which nothing else in this program depends on, is the flush left out.
+RETURNS = """
+doc = "v0 returns to pcpu0 after its page was zapped; w runs on pcpu2 for a while."
+source = "this test"
+init = ["v0: read 0x10", "w: read 0x20"]
+vm = [{}, {}]
+machine.pcpus = 3
+expect.needs = "nothing"
+
+[threads]
+v0 = { vcpu = 0, ops = ["migrate 1", "read 0x11", "wait mm 2", "migrate 0", "read 0x10"] }
+w = { vm = 1, vcpu = 0, pcpu = 2, ops = ["read 0x20"] }
+mm.ops = ["wait v0 2", "host-unmap 0x10"]
+"""
+
+LOOKS = """
+from emulator.policy import Policy
+
+class Looks(Policy):
+    def migration(self, cpu, vcpu):
+        if {condition}:
+            return "{answer}"
+        return super().migration(cpu, vcpu)
+"""
+LOADED = "cpu.machine.cpus[2].vcpu is not None"
+
+
+def written(directory: Path, name: str, text: str) -> str:
+    path = directory / name
+    path.write_text(text)
+    return str(path)
+
+
+def explored(directory: Path, policy: str, plan: Plan | None = None, jobs: int = 1) -> Verdict:
+    (test,) = load_tests([written(directory, "returns.toml", RETURNS)])
+    return explore_verdict(test, named_policy(written(directory, "mine.py", policy)), plan, jobs=jobs)
+
+
+def last_logged(found: Found, n: int) -> set[tuple[Any, ...]]:
+    """What the policy read in the execution; what it did before threads ran is cut off."""
+    return {tuple(literal_eval(outcome.strip())[-n:]) for outcome in found.outcomes}
+
+
+# --- the search ---------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    "plan",
+    [
+        Plan(),
+        Plan(bound=2),
+        Plan(bound=3),
+        Plan("pct", depth=2),
+        Plan(choices=verdict.Choices(store_buffers=True)),
+    ],
+    ids=["all", "2 preemptions", "3 preemptions", "pct", "store buffers"],
+)
+def test_an_answer_that_depends_on_another_pcpu_is_refuted(tmp_path: Path, plan: Plan) -> None:
+    found = explored(tmp_path, LOOKS.format(condition=LOADED, answer="none"), plan)
+    assert found.verdict == VIOLATIONS
+    assert "use-after-free" in found.kinds
+
+
+def test_one_that_flushes_either_way_is_proved(tmp_path: Path) -> None:
+    found = explored(tmp_path, LOOKS.format(condition=LOADED, answer="all-contexts"))
+    assert found.verdict == SAFE
+    assert found.complete
+    assert found.executions > 10  # not the few that there are if nothing is read
+
+
+@pytest.mark.parametrize("reads", [0, 1, 2, 3, 4])
+def test_each_read_and_each_write_has_its_place(tmp_path: Path, reads: int) -> None:
+    """A vCPU's load and its put write the attribute once each; nothing else races.  The reads of one method
+    stand in any order with the two writes."""
+    lines = ["other = cpu.machine.cpus[2]", *["self.log.append(other.vcpu is None)"] * reads]
+    found, _ = outcomes(tmp_path, moving('"read 0x20"'), looking(*lines), exhaustive)
+    assert found.complete
+    assert found.executions == comb(reads + 2, 2)
+    if reads == 2:
+        # Before the load or after the put, in between, or one of them there.
+        assert last_logged(found, 2) == {(one, other) for one in (True, False) for other in (True, False)}
+
+
+def test_an_attribute_that_nothing_changes_is_no_step(tmp_path: Path) -> None:
+    lines = ["self.log.append((cpu.id, vcpu.id, vcpu.kvm.gfns, len(cpu.machine.cpus)))"] * 3
+    found, known = outcomes(tmp_path, moving('"read 0x20"'), looking(*lines), exhaustive)
+    assert found.executions == 1
+    assert not known.shared
+
+
+def test_two_writes_of_one_step_are_seen_half_done(tmp_path: Path) -> None:
+    """vcpu_put() has no ordering point between the two stores."""
+    look = (
+        "other = cpu.machine.cpus[2]",
+        "vcpu = self.kept or other.vcpu",
+        "self.kept = vcpu",
+        "self.log.append((vcpu is not None and vcpu.loaded, other.vcpu is not None))",
+    )
+    found, known = outcomes(tmp_path, moving('"read 0x20"'), looking(*look), exhaustive)
+    assert {"Cpu.vcpu", "Vcpu.loaded"} <= known.shared
+    assert {((True, False),), ((False, True),)} & last_logged(found, 1)
+
+
+READS = [
+    "cpu.machine.cpus[2].vcpu is None",
+    "cpu.machine.cpus[2].mmu_lock_held",
+    "cpu.machine.cpus[2].rcu_depth",
+    "vcpu.loaded",
+    "vcpu.loaded_vmcs.cpu",
+    "vcpu.kvm.slots_lock.owner",
+    "vcpu.kvm.mn_active_invalidate_count",
+    "vcpu.kvm.memslots[0].generation",
+    "[slots.generation for slots in vcpu.kvm.memslots]",
+    "len(vcpu.kvm.tdp_mmu_roots)",
+    "[root.root_count.value for root in vcpu.kvm.tdp_mmu_roots]",
+    "[root.role.invalid for root in vcpu.kvm.tdp_mmu_roots]",
+    "[root.tracking.tlb_gen[0] for root in vcpu.kvm.tdp_mmu_roots]",
+    "[root.tracking.cpu_clean_mask[0] for root in vcpu.kvm.tdp_mmu_roots]",
+    "[root is None for root in vcpu.mmu.prev_roots]",
+    "bytes(vcpu.kvm.pcpu_mask)",
+    "list(vcpu.kvm.pcpu_mask)",
+    "max(vcpu.kvm.pcpu_mask)",
+    "lib.vcpu_mode(cpu.m, vcpu.id)",
+    "lib.kvm_requests(cpu.m, vcpu.id)",
+    "lib.mm_present(cpu.m, 0, 0x10, 0x11)",
+    "[len(active_roots(one)) for one in vcpu.kvm.vcpus]",
+    "type(vcpu).loaded.__get__(vcpu)",
+    "object.__getattribute__(cpu.machine.cpus[2], 'vcpu') is None",
+    "attrgetter('vcpu')(cpu.machine.cpus[2]) is None",
+    "copy(cpu.machine.cpus[2]).vcpu is None",
+]
+IMPORTS = """from copy import copy
+from operator import attrgetter
+from emulator.kvm.root_tracking import active_roots
+from native import lib"""
+OTHERS = [
+    ("", one) for one in ('"host-unmap 0x10"', '"zap-all"', '"log-arm"', '"flush-remote"', '"slot-delete"')
+]
+
+
+@pytest.mark.stress
+@pytest.mark.timeout(300)  # machines are busy
+@settings(
+    max_examples=6,
+    deadline=None,
+    suppress_health_check=list(HealthCheck),
+    phases=(Phase.explicit, Phase.reuse, Phase.generate),  # each example is many executions
+)
+@given(
+    reads=st.lists(st.sampled_from(READS), min_size=1, max_size=2),
+    other=st.sampled_from([('"read 0x20"', ""), *OTHERS]),
+    kept=st.booleans(),
+)
+def test_all_that_random_walks_read_is_in_a_search(
+    tmp_path_factory: Any, reads: list[str], other: tuple[str, str], kept: bool
+) -> None:
+    """Walks come to nothing that a complete search has not seen: not with their steps as they were before
+    the policy's reads were known, and not with those of the search."""
+    directory = tmp_path_factory.mktemp("reads")
+    look = [f"self.log.append({read})" for read in reads]
+    if kept:
+        # A container that it got the first time, before the threads ran.
+        look = ["self.kept = self.kept or vcpu.kvm.pcpu_mask", *look, "self.log.append(self.kept[1])"]
+    test, policy = moving(*other), looking(*look, imports=IMPORTS)
+    found, known = outcomes(directory, test, policy, exhaustive, most=150)
+    if not found.complete:
+        return
+    for strategy in (lambda _: RandomWalk(25, 1), lambda _: Pct(25, 1, 3)):
+        for knows in (known, verdict.NOTHING):
+            walks, _ = outcomes(directory, test, policy, strategy, knows, frozen=True)
+            assert set(walks.outcomes) <= set(found.outcomes)
+
+
+# --- in parts, and again ------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(("answer", "kinds"), [("all-contexts", False), ("none", True)])
+def test_processes_agree_on_what_is_read(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, answer: str, kinds: bool
+) -> None:
+    """The attribute is found in a part of the search, wherever that is done."""
+    monkeypatch.setattr(team, "FIRST_PARTS", 0)
+    monkeypatch.setattr(verdict, "wide_search", partial(wide_search, plain=1, part=3))
+    # No probes: with so few executions the search begins with bounds.
+    plan = Plan(executions=2000, bound=2)
+    policy = LOOKS.format(condition=LOADED, answer=answer)
+    alone, together = (explored(tmp_path, policy, plan, jobs) for jobs in (1, 2))
+    assert bool(alone.kinds) is kinds
+    assert alone.document() == together.document()
+    assert alone.executions > 10
+
+
+def test_a_counterexample_has_the_reads_and_replays(tmp_path: Path) -> None:
+    found = explored(tmp_path, LOOKS.format(condition=LOADED, answer="none")).counterexample
+    assert found is not None
+    steps = [(step["thread"], step["text"], step["mode"]) for step in found.steps]
+    assert ("v0", "Cpu.vcpu 2", "read") in steps
+    assert ("w", "Cpu.vcpu 2", "write") in steps
+    file = tmp_path / "found.json"
+    found.write(file)
+    assert load(file)["watched"]["shared"] == ["Cpu.vcpu"]
+    assert replay(file).document() == found.document()
+
+
+@pytest.mark.parametrize(
+    "look",
+    [
+        (LOADED,),
+        ("vcpu.kvm.pcpu_mask[1] and vcpu.loaded", "vcpu.mmu.prev_roots[0]"),
+        ("[root.root_count.value for root in vcpu.kvm.tdp_mmu_roots]", "vcpu.kvm.memslots[0].generation"),
+        ("[root.tracking.tlb_gen[0] for root in vcpu.kvm.tdp_mmu_roots]", "vcpu.loaded_vmcs.cpu"),
+    ],
+    ids=["pcpu", "containers", "counts", "memory"],
+)
+def test_the_audit_has_nothing_to_say(tmp_path: Path, look: tuple[str, ...]) -> None:
+    """Each access happens before or after what it conflicts with, and other steps commute."""
+    policy = written(tmp_path, "looks.py", looking(*(f"self.kept = {one}" for one in look)))
+    found = audited(load_test("return-zap"), named_policy(policy), 10)
+    assert found.swaps
+    assert found.clean, found.document()
+
+
+# --- what a policy writes -----------------------------------------------------------------------------------
+
+
+def test_what_a_policy_writes_races_what_reads_it(tmp_path: Path) -> None:
+    """One method writes an attribute and another one, of another task, reads it: either may be first."""
+    policy = looking("vcpu.arch.smi_pending = vcpu.arch.smi_pending or False", "self.log.append(0)")
+    found, known = outcomes(tmp_path, moving('"read 0x20"'), policy, exhaustive)
+    assert found.complete
+    assert "VcpuArch.smi_pending" in known.written
+    other = looking(
+        "for one in (0, 1):",
+        "    cpu.machine.cpus[2].vcpu = cpu.machine.cpus[2].vcpu",
+        "self.log.append(cpu.machine.cpus[2].vcpu is None)",
+    )
+    found, known = outcomes(tmp_path, moving('"read 0x20"'), other, exhaustive)
+    assert known.written == {"Cpu.vcpu"}
+    # What it has read before the load it may write after it.
+    assert {(True,), (False,)} == last_logged(found, 1)
+    assert found.executions == comb(3 + 2 + 2, 2)
+
+
+def test_a_container_that_a_policy_changes(tmp_path: Path) -> None:
+    policy = looking("vcpu.kvm.warned.add('moved')", "self.log.append(tuple(vcpu.kvm.warned))")
+    found, known = outcomes(tmp_path, moving('"read 0x20"'), policy, exhaustive)
+    assert known.written == {"Kvm.warned[]"}
+    assert last_logged(found, 1) == {(("moved",),)}
+
+
+# --- what cannot be watched ---------------------------------------------------------------------------------
+
+CLOCK = "from time import monotonic"
+
+
+@pytest.mark.parametrize(
+    ("condition", "imports", "told"),
+    [
+        ("monotonic() < 0", CLOCK, "mine.py:3: imports time"),
+        ("open('/dev/null').read()", "", "mine.py:7: calls open()"),
+        ("__import__('os').environ.get('NOT_THERE')", "", "mine.py:7: calls __import__()"),
+        ("id(vcpu) == 0", "", "mine.py:7: calls id()"),
+        ("cpu.hook is None", "", "mine.py:7: reads Cpu.hook"),
+        ("lib.rcu_pending(cpu.m) < 0", "from native import lib", "mine.py:7: calls rcu_pending()"),
+        ("native.lib.rcu_pending(cpu.m) < 0", "import native", "mine.py: calls the core through native"),
+        ("cpu.machine.stopping", "", "mine.py:7: calls machine_stopping()"),
+    ],
+    ids=["time", "file", "environment", "address", "hook", "core", "core's module", "property"],
+)
+def test_what_cannot_be_watched_is_told(tmp_path: Path, condition: str, imports: str, told: str) -> None:
+    text = LOOKS.format(condition=condition, answer="all-contexts")
+    found = explored(tmp_path, text.replace("import Policy\n", f"import Policy\n{imports}\n").lstrip("\n"))
+    told = told.replace(":3:", ":2:").replace(":7:", ":6:")
+    assert found.verdict == SEARCHED
+    assert not found.complete
+    assert found.bound is None
+    assert told in found.unwatched
+    assert f"not all, {found.unwatched[0]}, which explore cannot watch" in found.summary()
+    assert found.document()["unwatched"] == list(found.unwatched)
+
+
+def test_violations_are_told_all_the_same(tmp_path: Path) -> None:
+    text = LOOKS.format(condition=f"monotonic() and {LOADED}", answer="none")
+    found = explored(tmp_path, f"{CLOCK}\n{text}")
+    assert found.verdict == VIOLATIONS
+
+
+def test_no_attribute_is_behind_the_slots(tmp_path: Path) -> None:
+    """`vars()` finds nothing that is not watched: KVM's objects have slots only."""
+    with pytest.raises(PolicyError, match="TypeError"):
+        explored(tmp_path, LOOKS.format(condition="vars(vcpu)", answer="none"))
+
+
+# --- presets ------------------------------------------------------------------------------------------------
+
+
+def test_nothing_is_watched_under_a_preset(tmp_path: Path) -> None:
+    program = LitmusProgram(load_test("return-zap"), named_policy("linux-7.3"))
+    with installed(program.control):
+        assert program.reads is None
+        assert isinstance(vars(Cpu)["vcpu"], MemberDescriptorType)
+    program.close()
+    watched = LitmusProgram(
+        load_test("return-zap"),
+        named_policy(written(tmp_path, "mine.py", LOOKS.format(condition=0, answer=""))),
+    )
+    with installed(watched.control):
+        assert not isinstance(vars(Cpu)["vcpu"], MemberDescriptorType)
+    watched.close()
+    assert isinstance(vars(Cpu)["vcpu"], MemberDescriptorType)
