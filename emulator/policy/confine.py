@@ -33,7 +33,9 @@ _PATCHABLE: Final = "emulator.kvm"
 _MISSING: Final = object()
 _STREAMS: Final = ("stdin", "stdout", "stderr", "__stdin__", "__stdout__", "__stderr__")
 # Names that Python itself writes into modules and classes.
-_PYTHONS: Final = frozenset({"__warningregistry__", "__abstractmethods__", "__annotations__", "__doc__", "_"})
+_PYTHONS: Final = frozenset({
+    "__abstractmethods__", "__annotations__", "__doc__", "__slotnames__", "__warningregistry__", "_",
+})  # fmt: skip
 
 
 @dataclass(frozen=True, slots=True)
