@@ -136,10 +136,13 @@ static uint8_t ends(const struct ledger_right *e, uint32_t promise, uint64_t tic
 	return rights & (uint8_t)~e->revoked;
 }
 
-/* The frame is not its user's any more, or not through this slot: an SPTE that still points to it, or appears
- * later from a fault that took it before, has no custody of it. */
-static bool withdraws_custody(uint32_t promise)
+/* The frame is not its user's any more, or not through this slot, or not in the way in which a fault has found it
+ * (kvm_zap_gfn_range): an SPTE that still points to it, or appears later from a fault that looked before, has no custody
+ * of it.  A fault that looks later has, so what it has granted by now stays. */
+static bool withdraws_custody(const struct ledger_right *e, uint32_t promise)
 {
+	if (promise == PROMISE_ZAP_RANGE)
+		return !e->live_read;
 	return promise == PROMISE_NOTIFIER || promise == PROMISE_NOTIFIER_WRITE || promise == PROMISE_MEMSLOT;
 }
 
@@ -156,15 +159,22 @@ struct revocation {
 static uint64_t revoke(struct revocation *r, uint64_t gfn)
 {
 	struct ledger_right *e = ledger_at(&r->cursor, gfn);
-	uint8_t rights = e->hfn != NO_FRAME ? ends(e, r->promise, r->ticket) : 0;
+	struct ledger_promise *p = &r->cursor.ledger->promise[gfn];
+	uint8_t rights;
 
+	if (e->hfn == NO_FRAME)
+		return 0;
+	rights = ends(e, r->promise, r->ticket);
+	/* Also if an earlier promise has ended all rights: a fault may have looked since.  Unless the frame is another
+	 * page's by now; then it was freed, which has advanced its tag. */
+	if (withdraws_custody(e, r->promise) && (rights || p->host_tag == frame_host_tag(r->frames, e->hfn)))
+		p->host_tag = frame_take(r->frames, &r->taking, e->hfn);
 	if (!rights)
 		return 0;
 	e->revoked |= rights;
 	e->promise = (uint8_t)r->promise;
-	r->cursor.ledger->promise[gfn] = (struct ledger_promise){ .time = r->now, .cpu = r->cpu };
-	if (withdraws_custody(r->promise))
-		frame_take(r->frames, &r->taking, e->hfn);
+	p->time = r->now;
+	p->cpu = r->cpu;
 	frame_tag_advance(r->frames, e->hfn);
 	return 1;
 }

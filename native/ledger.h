@@ -27,6 +27,7 @@ struct ledger_right {
 struct ledger_promise {
 	uint64_t time;
 	uint32_t cpu;
+	uint32_t host_tag; /* of the frame, when a promise withdrew its custody last */
 };
 
 struct ledger {

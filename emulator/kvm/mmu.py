@@ -94,18 +94,26 @@ def kvm_mmu_invalidate_start(cpu: Cpu, kvm: Kvm, ranges: Iterable[tuple[int, int
 
 
 def kvm_zap_gfn_range(cpu: Cpu, kvm: Kvm, gfn_start: int, gfn_end: int) -> None:
-    """kvm_zap_gfn_range(): brackets itself as an invalidation, so that faults in the range retry."""
+    """kvm_zap_gfn_range(): brackets itself as an invalidation, so that faults in the range retry.
+
+    The frames stay the guest's, but not in the way in which a fault has found them before (APICv, memory
+    types): what such a fault installs afterwards is what was zapped.  Mutant Z1: no bracket.
+    """
     reason = lib.REASON_REMOTE_ZAP
+    brackets = "Z1" not in kvm.policy.bugs
     with kvm.mmu_lock.write_lock(cpu):
-        kvm_mmu_invalidate_start(cpu, kvm, ((gfn_start, gfn_end),))
-        lib.mmu_invalidate_range_add(cpu.m, kvm.id, gfn_start, gfn_end)
+        if brackets:
+            kvm_mmu_invalidate_start(cpu, kvm, ((gfn_start, gfn_end),))
+            lib.mmu_invalidate_range_add(cpu.m, kvm.id, gfn_start, gfn_end)
         flush = kvm_tdp_mmu_zap_leafs(cpu, kvm, gfn_start, gfn_end, False, reason)
         ticket = lib.oracle_ticket(cpu.m, kvm.id)
         if flush:
             kvm_flush_remote_tlbs_range(cpu, kvm, gfn_start, gfn_end - gfn_start, reason)
-        cpu.point("mmu_invalidate_seq", kvm.id, "write")
-        lib.mmu_invalidate_end(cpu.m, kvm.id)
-    lib.oracle_revoke(cpu.m, cpu.id, kvm.id, gfn_start, gfn_end, lib.PROMISE_ZAP_RANGE, ticket)
+        # Before a later fault may install what it finds: the promise ends what earlier ones have found.
+        lib.oracle_revoke(cpu.m, cpu.id, kvm.id, gfn_start, gfn_end, lib.PROMISE_ZAP_RANGE, ticket)
+        if brackets:
+            cpu.point("mmu_invalidate_seq", kvm.id, "write")
+            lib.mmu_invalidate_end(cpu.m, kvm.id)
 
 
 def kvm_unmap_gfn_range(cpu: Cpu, kvm: Kvm, slot: KvmMemorySlot, start: int, end: int, flush: bool) -> bool:

@@ -402,6 +402,14 @@ MUTANTS: dict[str, Mutant] = {
             expected=("use-after-free",),
             store_buffers=True,
         ),
+        Mutant(
+            name="Z1",
+            doc="kvm_zap_gfn_range() does not count as an invalidation: a fault that has looked before it "
+            "installs what is being zapped",
+            source="edb298c663fc, 5.15",
+            bugs=("Z1",),
+            expected=("stale-after-revoke",),
+        ),
     )
 }
 

@@ -262,3 +262,38 @@ def test_a_promise_is_about_what_was_taken_away_before_its_flush(machine: Hyperv
     machine.access(0, vcpu, 0x5000, WRITE)
     assert machine.violations() == {}
     assert machine.count(lib.COUNT_LEGAL_STALE) == 1
+
+
+@pytest.mark.parametrize("promise", [lib.PROMISE_NOTIFIER, lib.PROMISE_MEMSLOT, lib.PROMISE_ZAP_RANGE])
+def test_a_promise_that_finds_nothing_ends_what_a_fault_has_found(machine: Hypervisor, promise: int) -> None:
+    """All rights have ended by an earlier one, and a fault has looked in between."""
+    vm = machine.vm()
+    vcpu = machine.vcpu(vm, 1)
+    machine.access(0, vcpu, 0x5000, READ)
+    machine.zap(0, vm, 5)
+    machine.promise(0, vm, 5, promise)
+    machine.flush(vm)
+    tags = [lib.frame_host_tag_of(machine.m, frame_of(machine, vm, 5))]
+    machine.promise(0, vm, 5, promise)
+    tags.append(lib.frame_host_tag_of(machine.m, frame_of(machine, vm, 5)))
+    assert tags[0] != tags[1]
+
+
+def test_a_promise_leaves_the_frames_next_user_alone(machine: Hypervisor) -> None:
+    vm = machine.vm()
+    vcpu = machine.vcpu(vm, 1)
+    machine.access(0, vcpu, 0x5000, READ)
+    hfn = frame_of(machine, vm, 5)
+    machine.zap(0, vm, 5)
+    machine.promise(0, vm, 5, lib.PROMISE_NOTIFIER)
+    machine.free(0, vm, 5)
+    tag = lib.frame_host_tag_of(machine.m, hfn)
+    machine.promise(0, vm, 5, lib.PROMISE_NOTIFIER)
+    assert lib.frame_host_tag_of(machine.m, hfn) == tag
+
+
+def frame_of(machine: Hypervisor, vm: int, gfn: int) -> int:
+    """The frame that was mapped there last."""
+    hfn = ffi.new("uint32_t *")
+    lib.oracle_right(machine.m, vm, gfn, hfn)
+    return int(hfn[0])
