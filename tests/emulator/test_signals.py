@@ -125,11 +125,15 @@ def _group(leader: int) -> list[str]:
 
 
 @contextmanager
-def started(command: str, directory: Path) -> Iterator[Trial]:
+def started(command: str, directory: Path, unbuffered: bool = False) -> Iterator[Trial]:
     arguments = [sys.executable, "-m", "emulator", *command.format(directory).split()]
     with (directory.parent / f"{directory.name}.errors").open("wb") as errors:
         process = subprocess.Popen(
-            arguments, stdout=subprocess.PIPE, stderr=errors, env=ENVIRONMENT, start_new_session=True
+            arguments,
+            stdout=subprocess.PIPE,
+            stderr=errors,
+            env=ENVIRONMENT | {"PYTHONUNBUFFERED": "1" if unbuffered else ""},
+            start_new_session=True,
         )
     try:
         yield Trial(process, directory)
@@ -181,7 +185,7 @@ def test_nothing_is_lost_and_nothing_is_left(name: str, tmp_path: Path) -> None:
         while_written = random.random() < 0.4
         moment = random.random() * length * (0.9 if while_written else 1.1)
         told = f"{name}, trial {number}, FLUSHLAB_SIGNALS_SEED={SEED}, after {moment:.3f} s"
-        with started(command, directory) as trial:
+        with started(command, directory, unbuffered=random.random() < 0.3) as trial:
             if while_written:
                 told += " and while results are written"
                 if "serve" in command or random.random() < 0.5:
