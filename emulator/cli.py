@@ -17,6 +17,7 @@ import typer
 from pydantic import BaseModel, ValidationError
 
 from emulator import __version__, interrupts
+from emulator.cli_blank import refuse_blanks
 from emulator.cli_compare import compare
 from emulator.cli_explain import explain
 from emulator.cli_explore import EXPLORE_EXAMPLES, EXPLORE_HELP, explore
@@ -140,6 +141,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
 def _run(arguments: Sequence[str] | None) -> int:
     try:
         command = typer.main.get_command(app)
+        refuse_blanks(command)
         status = command.main(
             args=None if arguments is None else list(arguments), prog_name="flushlab", standalone_mode=False
         )

@@ -15,14 +15,13 @@ from dataclasses import dataclass
 from types import FrameType, TracebackType
 from typing import Any, Final, TypeVar
 
+from emulator.errors import MOST_FOUND, one_line
 from emulator.policy.policy import PolicyError
 from emulator.runtime import MachineStopped
 
 T = TypeVar("T")
 
 _OURS: Final = ("emulator", "native", "metrics")
-# Characters of an object or an error that a line has room for.
-_LONGEST: Final = 600
 # The names of files that policies were loaded from, as their code objects have them.
 _files: set[str] = set()
 
@@ -103,7 +102,7 @@ def shown(obj: object) -> str:
 def class_name(cls: type) -> str:
     """Return the name of a class without asking its metaclass."""
     name: str = type.__dict__["__name__"].__get__(cls)
-    return _printable(name)
+    return _in_one_line(name)
 
 
 def exact(text: object) -> str | None:
@@ -116,13 +115,11 @@ def _text(how: Callable[[Any], object], obj: object) -> str:
         text = exact(how(obj))
     except BaseException:
         return ""
-    return _printable(text or "")
+    return _in_one_line(text or "")
 
 
-def _printable(text: str) -> str:
-    line = " ".join(text[: 2 * _LONGEST].split())
-    line = "".join(c if c.isprintable() else ascii(c)[1:-1] for c in line)
-    return line if len(line) <= _LONGEST else f"{line[:_LONGEST]}..."
+def _in_one_line(text: str) -> str:
+    return one_line(text, MOST_FOUND)
 
 
 def failed(place: Place, error: BaseException) -> UserPolicyError:
