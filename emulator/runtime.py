@@ -13,11 +13,12 @@ import time
 from collections.abc import Callable, Mapping
 from typing import Any, Final, Literal, NoReturn
 
+from emulator.points import PointKind
 from native import ffi, lib
 
 Mode = Literal["read", "write"]
 # What an installed hook is called with at an ordering point: who, kind of object, which one, access.
-Hook = Callable[["Cpu", str, object, Mode], None]
+Hook = Callable[["Cpu", PointKind, object, Mode], None]
 
 # How long cpu_relax() naps.
 RELAX_MICROSECONDS: Final = 50
@@ -175,7 +176,7 @@ class Cpu:
             raise MachineMisuse(f"CPU {self.id}: {text}")
         raise MachineError(f"CPU {self.id}: native error {rc}")
 
-    def point(self, kind: str, obj: object, mode: Mode) -> None:
+    def point(self, kind: PointKind, obj: object, mode: Mode) -> None:
         """A step at which order matters: `kind` and `obj` name what is read or written."""
         if self.hook is not None:
             self.hook(self, kind, obj, mode)
@@ -202,7 +203,7 @@ class Chaos:
             (seed * 0x9E3779B97F4A7C15 + cpu.id * 0x632BE59BD9B4E019 + 1) & _U64 for cpu in machine.cpus
         ]
 
-    def __call__(self, cpu: Cpu, kind: str, obj: object, mode: Mode) -> None:
+    def __call__(self, cpu: Cpu, kind: PointKind, obj: object, mode: Mode) -> None:
         # xorshift64 (Marsaglia 2003); each CPU's state is its own thread's.
         x = self._states[cpu.id] or 1
         x ^= x << 13 & _U64

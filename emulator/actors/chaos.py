@@ -10,6 +10,7 @@ from random import Random
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
+    from emulator.points import PointKind
     from emulator.runtime import Cpu, Mode
 
 # Most delays are short; some are long enough for a grace period, an invalidation, a round of faults.
@@ -26,7 +27,7 @@ class Chaos:
         # One generator per CPU: threads do not share state, and each CPU's delays are its own sequence.
         self._rng = [Random(f"{seed}/{cpu}") for cpu in range(cpus)]
 
-    def __call__(self, cpu: Cpu, kind: str, obj: object, mode: Mode) -> None:
+    def __call__(self, cpu: Cpu, kind: PointKind, obj: object, mode: Mode) -> None:
         rng = self._rng[cpu.id]
         if rng.random() * self._one_in >= 1:
             return

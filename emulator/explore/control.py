@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Hashable, Iterable, Sequence
 from functools import partial
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import TYPE_CHECKING, Any, Final, NamedTuple
 
 from emulator.explore.audit import Audit
 from emulator.explore.memory import Memory
@@ -17,6 +17,7 @@ from emulator.explore.objects import Objects
 from emulator.explore.scheduler import Execution
 from emulator.litmus.world import rcu_cpu
 from emulator.locks import RwSemaphore, SpinLock
+from emulator.points import PointKind
 from emulator.runtime import Cpu, Machine, MachineMisuse, Mode
 from native import ffi, lib
 
@@ -25,7 +26,7 @@ if TYPE_CHECKING:
     from emulator.explore.policy_reads import PolicyReads
 
 # Points of KVM's code whose access is a native call right behind them, which is a step itself.
-_COVERED = frozenset(
+_COVERED: Final[frozenset[PointKind]] = frozenset(
     {
         "call_queue",
         "call_rcu",
@@ -186,7 +187,7 @@ class Control:
 
     # --- the hook at KVM's ordering points ------------------------------------------------------------------
 
-    def point(self, cpu: Cpu, kind: str, obj: Any, mode: Mode) -> None:
+    def point(self, cpu: Cpu, kind: PointKind, obj: Any, mode: Mode) -> None:
         if self.audit is not None:
             self.audit.announced = kind
         if kind in _COVERED:

@@ -30,6 +30,7 @@ from emulator.explain.processor import VISIBLE
 from emulator.explore.control import Control, Readers
 from emulator.explore.objects import Objects
 from emulator.explore.scheduler import Execution, Task
+from emulator.points import PointKind
 from emulator.runtime import Cpu, Machine, Mode
 
 Key = tuple[Hashable, ...]
@@ -167,7 +168,7 @@ class BufferedControl(Control):
         self.rcu = BufferedReaders(self.stores)
         self._plain.clear()
 
-    def point(self, cpu: Cpu, kind: str, obj: Any, mode: Mode) -> None:
+    def point(self, cpu: Cpu, kind: PointKind, obj: Any, mode: Mode) -> None:
         execution = self.execution
         if execution is not None:
             if kind == "plain store":

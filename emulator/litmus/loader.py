@@ -11,7 +11,8 @@ from pathlib import Path
 from pydantic import ValidationError
 
 from emulator.errors import BadInput, did_you_mean, shown
-from emulator.litmus.model import LitmusTest, SchemaError, bind
+from emulator.litmus.checks import SchemaError
+from emulator.litmus.model import LitmusTest, bind
 from emulator.policy import check_policy
 from emulator.validation import first_error, parse_toml, read_text
 

@@ -80,6 +80,7 @@ from typing import Annotated, Literal, Self
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, PrivateAttr, model_validator
 
 from emulator.errors import shown
+from emulator.litmus.checks import SchemaError, check_test, parse_delay
 from emulator.litmus.kvm_ops import SLOT, SMM_SLOT
 from emulator.litmus.ops import Op, OpError, parse_op
 from emulator.validation import Unit
@@ -102,8 +103,6 @@ Need = Literal[
     "nothing",
 ]
 Kind = Literal["vcpu", "kvm"]
-# That a delay lasts: far below what counts as being stuck.
-_MOST_MICROSECONDS = 1_000_000
 # Who else there is when a test runs or is explored; schedules refer to all by name.
 _OTHERS = re.compile(r"main|rcu|(pcpu|irq)\d+")
 
@@ -276,14 +275,6 @@ class LitmusTest(Section):
         return sum(len(thread.ops) for thread in self.threads.values())
 
 
-class SchemaError(ValueError):
-    """(key, found, expected) of what pydantic cannot check."""
-
-    def __init__(self, key: str, found: str, expected: str) -> None:
-        super().__init__(f"{key}: found {found}; expected {expected}")
-        self.key, self.found, self.expected = key, found, expected
-
-
 def bind(test: LitmusTest) -> None:
     """Parse the operations and check what refers to what.  Raises SchemaError."""
     for name, thread in test.threads.items():
@@ -294,10 +285,12 @@ def bind(test: LitmusTest) -> None:
         )
     test._init = _parse_prefixed(test, "init", test.init)
     test._final = _parse_prefixed(test, "final", test.final)
+    delays = (parse_delay(test, f"stress.delays[{i}]", text) for i, text in enumerate(test.stress.delays))
     test._delays = tuple(
-        _parse_delay(test, f"stress.delays[{i}]", text) for i, text in enumerate(test.stress.delays)
+        Delay(thread=thread, point=point, mode=mode, microseconds=microseconds)
+        for thread, point, mode, microseconds in delays
     )
-    _check_progress(test)
+    check_test(test)
 
 
 def _check_thread(test: LitmusTest, name: str, thread: ThreadSection) -> None:
@@ -345,36 +338,3 @@ def _parse_prefixed(test: LitmusTest, where: str, texts: tuple[str, ...]) -> tup
             raise SchemaError(key, shown(text), f"no wait: the operations of {where} follow one another")
         parsed.append((name, op))
     return tuple(parsed)
-
-
-def _parse_delay(test: LitmusTest, key: str, text: str) -> Delay:
-    words = text.split()
-    digits = words.pop() if len(words) > 2 and words[-1].isdecimal() else "0"
-    if len(digits) > 9 or int(digits) > _MOST_MICROSECONDS:
-        raise SchemaError(key, shown(digits), f"at most {_MOST_MICROSECONDS} MICROSECONDS")
-    microseconds = int(digits)
-    if not 2 <= len(words) <= 3 or (len(words) == 3 and words[2] not in ("read", "write")):
-        raise SchemaError(key, shown(text), '"THREAD POINT [read|write] [MICROSECONDS]"')
-    if words[0] not in test.threads:
-        raise SchemaError(key, shown(words[0]), f"one of the threads {', '.join(test.threads)}")
-    mode = words[2] if len(words) == 3 else ""
-    return Delay(thread=words[0], point=words[1], mode=mode, microseconds=microseconds)
-
-
-def _check_progress(test: LitmusTest) -> None:
-    """Waits must be able to end: run all threads as far as they get."""
-    done = dict.fromkeys(test.threads, 0)
-    moved = True
-    while moved:
-        moved = False
-        for name, thread in test.threads.items():
-            while done[name] < len(thread.parsed):
-                wait = thread.parsed[done[name]].waits_for()
-                if wait is not None and done[wait[0]] < wait[1]:
-                    break
-                done[name] += 1
-                moved = True
-    for name, thread in test.threads.items():
-        if done[name] < len(thread.parsed):
-            at = done[name]
-            raise SchemaError(f"threads.{name}.ops[{at}]", repr(thread.ops[at]), "a wait that can end")

@@ -21,6 +21,7 @@ from emulator.litmus.failure import KVM_FAILS, LitmusFailure, failure_text
 from emulator.litmus.model import LitmusTest
 from emulator.litmus.verdict import Outcome
 from emulator.litmus.world import LitmusThread, World, machine_config, rcu_cpu
+from emulator.points import PointKind
 from emulator.policy import Policy
 from emulator.policy.patience import unreturned
 from emulator.result import Report
@@ -54,7 +55,7 @@ class Delays:
         self._random.seed(seed)
         self._everywhere = seed % 2 == 1
 
-    def __call__(self, cpu: Cpu, kind: str, obj: object, mode: Mode) -> None:
+    def __call__(self, cpu: Cpu, kind: PointKind, obj: object, mode: Mode) -> None:
         thread = self._world.thread_on(cpu)
         if thread is None:
             return

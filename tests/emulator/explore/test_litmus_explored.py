@@ -262,12 +262,12 @@ def test_a_deadlock_says_who_waits_for_whom(monkeypatch: pytest.MonkeyPatch, tmp
 
 
 RETRIES = """
-doc = "The invalidation never ends, and the fault is retried for ever."
+doc = "The invalidation waits for the fault, which is retried until it has ended."
 source = "this test"
 
 [threads]
 v0 = { vcpu = 0, ops = ["wait mm 1", "read 0x10"] }
-mm.ops = ["notifier-start 0x10"]
+mm.ops = ["notifier-start 0x10", "wait v0 2", "notifier-end 0x10"]
 """
 
 
@@ -280,4 +280,4 @@ def test_a_retry_that_never_ends_says_what_it_looks_at(
     waits = "deadlock: v0 waits for a change of mmu_invalidate_seq 0"
     assert waits in capsys.readouterr().out
     assert main(["explain", str(found / "retries-linux-7.3.json")]) == 0
-    assert f"\n[1] {waits}\n" in capsys.readouterr().out
+    assert f"\n[1] {waits}, mm waits\n    for operation 2 of v0\n" in capsys.readouterr().out

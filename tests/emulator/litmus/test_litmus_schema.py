@@ -2,15 +2,19 @@
 
 from __future__ import annotations
 
+import ast
 from pathlib import Path
+from typing import get_args
 
 import pytest
 
+import emulator
 from emulator.errors import BadInput
 from emulator.litmus.loader import load_test, load_tests, parse_test, shipped_tests
 from emulator.litmus.model import INCONCLUSIVE, SAFE
 from emulator.litmus.ops import VERBS, OpError, parse_op
 from emulator.litmus.policies import expected_of, policies_for
+from emulator.points import POINTS, PointKind
 from emulator.policy import MUTANTS
 
 GOOD = """
@@ -100,6 +104,25 @@ BAD = [
     ("[threads.v0]", "[[vm]]\nsmram = 0x801\n[threads.v0]", "expected smram of at most 0x800"),
     ("[threads.v0]", "[[vm]]\nsmram = 0\n[threads.v0]", "vm[0].smram: found 0; expected"),
     ("v0 mode write 300", "v0", "stress.delays[0]: found 'v0'; expected \"THREAD POINT"),
+    (
+        "v0 mode write 300",
+        "v0 mod write",
+        "stress.delays[0]: found 'mod'; expected one of the points call_queue, call_rcu, dirty_bitmap,",
+    ),
+    ("v0 mode write 300", "v0 mod write", "up, vcpu->cpu (did you mean mode?)"),
+    (
+        "v0 mode write 300",
+        "v0 nosuchpoint 400",
+        "found 'nosuchpoint'; expected one of the points call_queue,",
+    ),
+    ("v0 mode write 300", "v0 spte read", "expected spte write: that point is never announced as a read"),
+    ("v0 mode write 300", "v0 plain write", "stress.delays[0]: found 'plain'; expected one of the points"),
+    ("[expect]", "[expect]\nneeds = []", "expect.needs: found an empty list; expected at least one danger"),
+    (
+        "[expect]",
+        '[expect]\nneeds = ["nothing", "averted"]',
+        'expect.needs: found "nothing" beside others; expected "nothing" alone',
+    ),
     ('doc = "d"', 'dok = "d"', "t.toml: dok: found an unknown key; expected 'doc'"),
     ('doc = "d"\n', "", "t.toml: doc: found nothing; expected this key to be present"),
     ('["use-after-free"]', '["use-after-fre"]', 'expected "safe", "inconclusive", or a list of violations'),
@@ -117,6 +140,144 @@ def test_a_bad_one_says_where(good: str, bad: str, message: str) -> None:
     assert line.startswith("t.toml: ")
     assert message in line
     assert "\n" not in line
+
+
+EMPTY = 'doc="d"\nsource="s"\n[threads.v0]\nvcpu=0\n[threads.k]\n'
+# The operations of a vCPU's thread, of one without, those before and those after; what is wrong.
+NOT_TOGETHER = [
+    (
+        [],
+        ["notifier-end 0x10"],
+        [],
+        [],
+        "k.ops[0]: found 'notifier-end 0x10'; expected a notifier-start of this",
+    ),
+    (
+        [],
+        ["notifier-start 0x10"],
+        [],
+        [],
+        "k.ops[0]: found 'notifier-start 0x10'; expected a notifier-end of",
+    ),
+    ([], ["notifier-start 1 2", "notifier-end 1"], [], [], "k.ops[1]: found 'notifier-end 1'; expected a no"),
+    (
+        [],
+        ["notifier-start 1", "notifier-end 1", "notifier-end 1"],
+        [],
+        [],
+        "k.ops[2]: found 'notifier-end 1'",
+    ),
+    (
+        [],
+        ["notifier-free 1"],
+        [],
+        [],
+        "k.ops[0]: found 'notifier-free 1'; expected a notifier-start that cov",
+    ),
+    (
+        [],
+        ["notifier-start 1", "notifier-free 1 2", "notifier-end 1"],
+        [],
+        [],
+        "k.ops[1]: found 'notifier-free",
+    ),
+    ([], ["rcu"], ["k: notifier-start 1"], [], "init[0]: found 'notifier-start 1'; expected a notifier-end"),
+    ([], ["rcu"], [], ["k: notifier-end 1"], "final[0]: found 'notifier-end 1'; expected a notifier-start"),
+    ([], ["log-get"], [], [], "k.ops[0]: found 'log-get'; expected memslot 0 there and its log armed"),
+    (
+        [],
+        ["log-arm", "log-disarm", "log-clear 1"],
+        [],
+        [],
+        "k.ops[2]: found 'log-clear 1'; expected memslot 0",
+    ),
+    ([], ["slot-delete", "slot-delete"], [], [], "k.ops[1]: found 'slot-delete'; expected memslot 0 there"),
+    (
+        [],
+        ["slot-delete"],
+        ["k: log-arm"],
+        ["k: log-get"],
+        "final[0]: found 'log-get'; expected memslot 0 there",
+    ),
+    (["rsm"], [], [], [], "v0.ops[0]: found 'rsm'; expected an smi before it"),
+    (["smi", "rsm", "rsm"], [], [], [], "v0.ops[2]: found 'rsm'; expected an smi before it"),
+    (["map 1 2"], [], [], [], "v0.ops[0]: found 'map 1 2'; expected map in a VM with paging = true"),
+    (["mov-cr3 0"], [], [], [], "v0.ops[0]: found 'mov-cr3 0'; expected mov-cr3 in a VM with paging = true"),
+    (["cr0 pg 1"], [], [], [], "v0.ops[0]: found 'cr0 pg 1'; expected cr0 pg in a VM with paging = true"),
+    (["invpcid 0 1 2"], [], [], [], "v0.ops[0]: found 'invpcid 0 1 2'; expected pcid = true in its VM"),
+    ([], [], [], [], "threads: found no operation in any of them; expected something to test"),
+    ([], [], ["v0: read 1"], [], "threads: found no operation in any of them; expected something to test"),
+]
+TOGETHER = [
+    (
+        [],
+        ["notifier-start 1 4", "notifier-start 2", "notifier-free 2", "notifier-end 2", "notifier-end 1 4"],
+        [],
+        [],
+    ),
+    ([], ["notifier-free 1"], ["k: notifier-start 1"], ["k: notifier-end 1"]),
+    ([], ["log-get", "slot-delete", "slot-create"], ["k: log-arm"], []),
+    (["read 1", "rsm", "read 1"], [], ["v0: smi"], []),
+    ([], [], [], ["v0: read 1"]),
+    (["invpcid 2"], [], [], []),
+]
+
+
+def whole(v0: list[str], k: list[str], init: list[str], final: list[str]) -> str:
+    start = f"init={init}\nfinal={final}\n"
+    return start + EMPTY.replace("[threads.k]", f"ops={v0}\n[threads.k]\nops={k}")
+
+
+@pytest.mark.parametrize(("v0", "k", "init", "final", "message"), NOT_TOGETHER)
+def test_operations_that_do_not_go_together_are_refused(
+    v0: list[str], k: list[str], init: list[str], final: list[str], message: str
+) -> None:
+    with pytest.raises(BadInput) as caught:
+        parse(whole(v0, k, init, final))
+    assert message in str(caught.value)
+    assert "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize(("v0", "k", "init", "final"), TOGETHER)
+def test_operations_that_go_together_are_taken(
+    v0: list[str], k: list[str], init: list[str], final: list[str]
+) -> None:
+    parse(whole(v0, k, init, final))
+
+
+def test_of_two_threads_that_race_one_may_have_armed_the_log() -> None:
+    """What goes wrong in every order is refused, and nothing else."""
+    good = 'doc="d"\nsource="s"\n[threads.a]\nops=["log-arm"]\n[threads.b]\nops=["log-get"]\n'
+    parse(good)
+    with pytest.raises(BadInput, match=r"b\.ops\[0\]: found 'log-get'; expected a log-arm of some thread"):
+        parse(good.replace("log-arm", "log-disarm"))
+    other = good.replace("[threads.a]", "[[vm]]\n[[vm]]\n[threads.a]\nvm=1")
+    with pytest.raises(BadInput, match=r"b\.ops\[0\]: found 'log-get'; expected memslot 0 there"):
+        parse(other)
+
+
+def announced() -> dict[str, set[str]]:
+    """Each kind of point that KVM's code announces, with the accesses; "" where the source does not say."""
+    found: dict[str, set[str]] = {}
+    package = Path(emulator.__file__).parent
+    for path in sorted(package.rglob("*.py")):
+        for call in ast.walk(ast.parse(path.read_text())):
+            if not isinstance(call, ast.Call) or not isinstance(call.func, ast.Attribute):
+                continue
+            if call.func.attr == "point" and len(call.args) == 3 and isinstance(call.args[0], ast.Constant):
+                modes = {n.value for n in ast.walk(call.args[2]) if isinstance(n, ast.Constant)}
+                modes &= {"read", "write"}
+                found.setdefault(call.args[0].value, set()).update(modes or {""})
+    return found
+
+
+def test_the_list_of_points_is_what_kvms_code_announces() -> None:
+    found = announced()
+    assert set(found) == set(POINTS) == set(get_args(PointKind))
+    assert len(found) > 25
+    for kind, modes in found.items():
+        assert modes - {""} <= set(POINTS[kind]), kind
+        assert "" in modes or modes == set(POINTS[kind]), kind
 
 
 # Any number will do: linear pages, and what never comes.

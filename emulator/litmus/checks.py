@@ -1,0 +1,200 @@
+"""What is wrong with a litmus test as a whole: operations that do not go together, and what tests nothing.
+
+Operations are checked in the order in which a thread does them: its operations in `init`, then its own, then
+those in `final`.  Where several threads race, only what goes wrong in every order is refused.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import TYPE_CHECKING, Final
+
+from emulator.errors import closest, shown
+from emulator.points import POINTS
+
+if TYPE_CHECKING:
+    from emulator.litmus.model import LitmusTest
+    from emulator.litmus.syntax import Op
+
+# That a delay lasts: far below what counts as being stuck.
+_MOST_MICROSECONDS = 1_000_000
+# Points that one word names.
+_NAMED_POINTS: Final = {str(kind): modes for kind, modes in POINTS.items() if " " not in kind}
+_NEEDS_LOG: Final = ("log-get", "log-clear")
+_NEEDS_TABLES: Final = ("map", "unmap", "protect", "mov-cr3")
+_SLOT_OPS: Final = frozenset({"slot-delete", "slot-create", "log-arm", "log-disarm", *_NEEDS_LOG})
+
+Placed = tuple[str, "Op"]  # a key of the file, the operation there
+
+
+class SchemaError(ValueError):
+    """(key, found, expected) of what pydantic cannot check."""
+
+    def __init__(self, key: str, found: str, expected: str) -> None:
+        super().__init__(f"{key}: found {found}; expected {expected}")
+        self.key, self.found, self.expected = key, found, expected
+
+
+def check_test(test: LitmusTest) -> None:
+    """Raise SchemaError for the first thing that is wrong."""
+    if not any((*(thread.ops for thread in test.threads.values()), test.final)):
+        raise SchemaError("threads", "no operation in any of them", "something to test")
+    _check_needs(test)
+    for name in test.threads:
+        placed = list(_sequence(test, name))
+        _check_notifiers(placed)
+        if test.threads[name].is_vcpu:
+            _check_guest(test, name, placed)
+    for vm in range(len(test.vm)):
+        _check_slot(test, vm)
+    _check_progress(test)
+
+
+def _check_needs(test: LitmusTest) -> None:
+    needs = test.expect.needs
+    if not needs:
+        raise SchemaError("expect.needs", "an empty list", 'at least one danger, or "nothing"')
+    if "nothing" in needs and len(needs) > 1:
+        raise SchemaError("expect.needs", '"nothing" beside others', '"nothing" alone: any of them is enough')
+
+
+def _sequence(test: LitmusTest, name: str) -> Iterator[Placed]:
+    """Yield what one thread does, from first to last."""
+    for i, (who, op) in enumerate(test.parsed_init):
+        if who == name:
+            yield f"init[{i}]", op
+    for i, op in enumerate(test.threads[name].parsed):
+        yield f"threads.{name}.ops[{i}]", op
+    for i, (who, op) in enumerate(test.parsed_final):
+        if who == name:
+            yield f"final[{i}]", op
+
+
+# --- mmu_notifiers ------------------------------------------------------------------------------------------
+
+
+def _check_notifiers(placed: list[Placed]) -> None:
+    """Each range that is begun is ended, by the thread that began it: mmu_invalidate_in_progress must not go
+    below 0 (KVM_BUG_ON() in kvm_mmu_invalidate_end()), nor stay above it."""
+    begun: list[tuple[str, Op]] = []
+    for key, op in placed:
+        if op.verb == "notifier-start":
+            begun.append((key, op))
+        elif op.verb in ("notifier-end", "notifier-free"):
+            first, n = op.number("page"), op.number("count")
+            ended = op.verb == "notifier-end"
+            for other in reversed(begun):
+                start, pages = other[1].number("page"), other[1].number("count")
+                within = start <= first and first + n <= start + pages
+                if (start, pages) == (first, n) if ended else within:
+                    break
+            else:
+                what = "of this very range" if ended else "that covers it"
+                expected = f"a notifier-start {what} before, by the same thread"
+                raise SchemaError(key, shown(op.text), expected)
+            if ended:
+                begun.remove(other)
+    if begun:
+        key, op = begun[-1]
+        expected = "a notifier-end of this very range after it, by the same thread"
+        raise SchemaError(key, shown(op.text), expected)
+
+
+# --- vCPUs --------------------------------------------------------------------------------------------------
+
+
+def _check_guest(test: LitmusTest, name: str, placed: list[Placed]) -> None:
+    """Refuse what does nothing without page tables of the guest's, and what is a #GP or #UD."""
+    section = test.vm[test.threads[name].vm]
+    smm = False
+    for key, op in placed:
+        bit = op.name("bit") if "bit" in op.values else ""
+        tables = op.verb in _NEEDS_TABLES or (op.verb, bit) == ("cr0", "pg")
+        if tables and not section.paging:
+            raise SchemaError(
+                key, shown(op.text), f"{op.verb} {bit}".rstrip() + " in a VM with paging = true"
+            )
+        process = op.verb == "invpcid" and op.number("type") < 2 and op.number("process")
+        if ("noflush" in op.flags or process) and not section.pcid:
+            raise SchemaError(key, shown(op.text), "pcid = true in its VM, or neither noflush nor a PROCESS")
+        if op.verb == "rsm" and not smm:
+            raise SchemaError(key, shown(op.text), "an smi before it, by the same thread")
+        smm = op.verb == "smi" or (smm and op.verb != "rsm")
+
+
+# --- memslot 0 ----------------------------------------------------------------------------------------------
+
+
+def _check_slot(test: LitmusTest, vm: int) -> None:
+    """Refuse ioctls that fail: KVM_GET_DIRTY_LOG of a memslot without a log (-ENOENT), deletion of one that
+    is not there (-EINVAL)."""
+    placed = [
+        (name, [(key, op) for key, op in _sequence(test, name) if op.verb in _SLOT_OPS])
+        for name, thread in test.threads.items()
+        if thread.vm == vm
+    ]
+    busy = [ops for _, ops in placed if ops]
+    if len(busy) == 1:
+        _follow_slot(busy[0])
+    elif not any(op.verb == "log-arm" for ops in busy for _, op in ops):
+        for key, op in (entry for ops in busy for entry in ops):
+            if op.verb in _NEEDS_LOG:
+                raise SchemaError(key, shown(op.text), "a log-arm of some thread before it")
+
+
+def _follow_slot(placed: list[Placed]) -> None:
+    """One thread alone changes it, so its state is known."""
+    there, armed = True, False
+    for key, op in placed:
+        if op.verb in _NEEDS_LOG and not armed:
+            raise SchemaError(key, shown(op.text), "memslot 0 there and its log armed: log-arm before it")
+        if op.verb == "slot-delete" and not there:
+            raise SchemaError(key, shown(op.text), "memslot 0 there: slot-create before it")
+        if op.verb in ("slot-delete", "slot-create", "log-arm", "log-disarm"):
+            there, armed = op.verb != "slot-delete", op.verb == "log-arm"
+
+
+# --- waits --------------------------------------------------------------------------------------------------
+
+
+def _check_progress(test: LitmusTest) -> None:
+    """Waits must be able to end: run all threads as far as they get."""
+    done = dict.fromkeys(test.threads, 0)
+    moved = True
+    while moved:
+        moved = False
+        for name, thread in test.threads.items():
+            while done[name] < len(thread.parsed):
+                wait = thread.parsed[done[name]].waits_for()
+                if wait is not None and done[wait[0]] < wait[1]:
+                    break
+                done[name] += 1
+                moved = True
+    for name, thread in test.threads.items():
+        if done[name] < len(thread.parsed):
+            at = done[name]
+            raise SchemaError(f"threads.{name}.ops[{at}]", shown(thread.ops[at]), "a wait that can end")
+
+
+# --- delays -------------------------------------------------------------------------------------------------
+
+
+def parse_delay(test: LitmusTest, key: str, text: str) -> tuple[str, str, str, int]:
+    """Return thread, kind of point, access ("" for any) and microseconds (0: as long as usual)."""
+    words = text.split()
+    digits = words.pop() if len(words) > 2 and words[-1].isdecimal() else "0"
+    if len(digits) > 9 or int(digits) > _MOST_MICROSECONDS:
+        raise SchemaError(key, shown(digits), f"at most {_MOST_MICROSECONDS} MICROSECONDS")
+    if not 2 <= len(words) <= 3 or (len(words) == 3 and words[2] not in ("read", "write")):
+        raise SchemaError(key, shown(text), '"THREAD POINT [read|write] [MICROSECONDS]"')
+    thread, point, mode = (*words, "")[:3]
+    if thread not in test.threads:
+        raise SchemaError(key, shown(thread), f"one of the threads {', '.join(test.threads)}")
+    modes = _NAMED_POINTS.get(point)
+    if modes is None:
+        guess = closest(point, _NAMED_POINTS)
+        hint = f" (did you mean {guess}?)" if guess else ""
+        raise SchemaError(key, shown(point), f"one of the points {', '.join(_NAMED_POINTS)}{hint}")
+    if mode and mode not in modes:
+        raise SchemaError(key, shown(text), f"{point} {modes[0]}: that point is never announced as a {mode}")
+    return thread, point, mode, int(digits)

@@ -1,0 +1,80 @@
+"""The ordering points of KVM's code, by kind: what the step right behind one reads or writes.
+
+A point is where order matters to another thread: real threads can be made to linger there, and `explore`
+begins a step there.  Litmus tests name kinds in their delays, so the list is closed.
+"""
+
+from __future__ import annotations
+
+from typing import Final, Literal
+
+PointKind = Literal[
+    "call_queue",
+    "call_rcu",
+    "dirty_bitmap",
+    "down",
+    "frames",
+    "guest",
+    "interrupts",
+    "lock",
+    "memslots",
+    "mm",
+    "mmu_invalidate_seq",
+    "mmu_lock",
+    "mode",
+    "pcpu_mask",
+    "plain store",
+    "policy",
+    "policy answers",
+    "rcu",
+    "requests",
+    "role",
+    "root_tlb",
+    "smp_mb",
+    "spte",
+    "sptes",
+    "tdp_mmu_roots",
+    "tlb",
+    "unlock",
+    "unlocking",
+    "up",
+    "vcpu->cpu",
+]
+
+_READ: Final = ("read",)
+_WRITE: Final = ("write",)
+_BOTH: Final = ("read", "write")
+
+# With which access each kind is announced.
+POINTS: Final[dict[PointKind, tuple[str, ...]]] = {
+    "call_queue": _WRITE,
+    "call_rcu": _WRITE,
+    "dirty_bitmap": _BOTH,
+    "down": _BOTH,
+    "frames": _WRITE,
+    "guest": _WRITE,
+    "interrupts": _BOTH,
+    "lock": _WRITE,
+    "memslots": _BOTH,
+    "mm": _READ,
+    "mmu_invalidate_seq": _BOTH,
+    "mmu_lock": _BOTH,
+    "mode": _BOTH,
+    "pcpu_mask": _BOTH,
+    "plain store": _WRITE,
+    "policy": _WRITE,
+    "policy answers": _WRITE,
+    "rcu": _WRITE,
+    "requests": _BOTH,
+    "role": _BOTH,
+    "root_tlb": _WRITE,
+    "smp_mb": _WRITE,
+    "spte": _WRITE,
+    "sptes": _BOTH,
+    "tdp_mmu_roots": _BOTH,
+    "tlb": _WRITE,
+    "unlock": _WRITE,
+    "unlocking": _BOTH,
+    "up": _BOTH,
+    "vcpu->cpu": _BOTH,
+}
