@@ -165,6 +165,13 @@ static void ungrant_after(struct machine *m, uint32_t vm, uint64_t gfn, uint64_t
 		spte_ungrant(m, vm, gfn, old, level, false, true);
 }
 
+/* A table that its entry does not lead to any more: walks from cached pointers to it are counted (walk.c). */
+static void unlinked_after(const struct machine *m, uint64_t old, uint32_t level)
+{
+	if (is_nonleaf_spte(old, level) && is_table(m, spte_hfn(old)))
+		frame_set_unlinked(m->frames, spte_hfn(old), true);
+}
+
 static void chaos(struct machine *m, uint32_t cpu)
 {
 	if (m->config.chaos)
@@ -188,6 +195,7 @@ bool spte_try_change(struct machine *m, uint32_t cpu, uint32_t vm, _Atomic uint6
 		undo_grant(m, vm, gfn, new_spte, level, c);
 		return false;
 	}
+	unlinked_after(m, old, level);
 	chaos(m, cpu);
 	ungrant_after(m, vm, gfn, old, level, c);
 	return true;
@@ -282,6 +290,7 @@ uint64_t tdp_mmu_set_spte(struct machine *m, uint32_t cpu, uint32_t vm, uint32_t
 		grant_before(m, vm, gfn, new_spte, level, c);
 		chaos(m, cpu);
 		old = kvm_tdp_mmu_write_spte(sptep, old, new_spte, level);
+		unlinked_after(m, old, level);
 		chaos(m, cpu);
 		ungrant_after(m, vm, gfn, old, level, c);
 	}

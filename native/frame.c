@@ -248,6 +248,7 @@ int64_t frame_alloc(struct machine *m, uint32_t cpu, uint32_t kind)
 		return first;
 	for (uint32_t hfn = (uint32_t)first; hfn < first + frames_of(kind); hfn++) {
 		atomic_store_explicit(&f->used[hfn], 1, memory_order_relaxed);
+		frame_set_unlinked(f, hfn, false);
 		if (kind <= FRAME_TABLE)
 			frame_fill(f, hfn, 0);
 		else if (!atomic_load_explicit(&f->life[hfn], memory_order_relaxed))
@@ -414,11 +415,12 @@ static bool frames_allocate(struct heap *heap, struct frames *f, const uint32_t 
 	f->host_tag_at_free = heap_zalloc(heap, f->count, sizeof(*f->host_tag_at_free));
 	f->life = heap_zalloc(heap, f->count, sizeof(*f->life));
 	f->used = heap_zalloc(heap, f->count, sizeof(*f->used));
+	f->unlinked = heap_zalloc(heap, f->count, sizeof(*f->unlinked));
 	f->taken = heap_zalloc(heap, f->count, sizeof(*f->taken));
 	f->taken_at_free = heap_zalloc(heap, f->count, sizeof(*f->taken_at_free));
 	f->block = heap_zalloc(heap, blocks + 1ul, sizeof(*f->block));
-	return f->tag && f->host_tag && f->host_tag_at_free && f->life && f->used && f->taken && f->taken_at_free &&
-	       f->block && arena_create(heap, f);
+	return f->tag && f->host_tag && f->host_tag_at_free && f->life && f->used && f->unlinked && f->taken &&
+	       f->taken_at_free && f->block && arena_create(heap, f);
 }
 
 int frames_create(struct machine *m)
@@ -454,6 +456,7 @@ void frames_destroy(struct machine *m)
 	heap_free(m->heap, f->host_tag_at_free);
 	heap_free(m->heap, f->life);
 	heap_free(m->heap, f->used);
+	heap_free(m->heap, f->unlinked);
 	heap_free(m->heap, f->taken);
 	heap_free(m->heap, f->taken_at_free);
 	heap_free(m->heap, f->block);

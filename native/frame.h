@@ -84,6 +84,7 @@ struct frames {
 	struct block *block;
 	_Atomic uint32_t *life;          /* times freed */
 	_Atomic uint8_t *used;           /* handed out now */
+	_Atomic uint8_t *unlinked;       /* a table that no entry leads to any more, until it is handed out again */
 	void *mapping;                   /* memory, before alignment; NULL: it is the heap's */
 	uint64_t mapping_bytes;
 	struct frame_pool pool[FRAME_KINDS];
@@ -123,6 +124,17 @@ static inline uint32_t frame_tag_advance(struct frames *f, uint32_t hfn)
 	} while (!atomic_compare_exchange_weak_explicit(&f->tag[hfn], &old, next, memory_order_release,
 							memory_order_relaxed));
 	return next;
+}
+
+/* Relaxed, both: counted only, and no one acts on it. */
+static inline void frame_set_unlinked(const struct frames *f, uint32_t hfn, bool unlinked)
+{
+	atomic_store_explicit(&f->unlinked[hfn], unlinked, memory_order_relaxed);
+}
+
+static inline bool frame_unlinked(const struct frames *f, uint32_t hfn)
+{
+	return atomic_load_explicit(&f->unlinked[hfn], memory_order_relaxed);
 }
 
 /* The host takes frames from their user, by one operation: its frames of a block are taken at one time, and a fault has

@@ -89,6 +89,13 @@ static struct csd *take_queue(struct machine *m, struct cpu *target, bool announ
 	return oldest;
 }
 
+/* The sender's own call to this CPU, and this CPU's to the sender, are both under way: each of them waits, perhaps, and
+ * must run the other's meanwhile. */
+static bool crossed(struct machine *m, const struct cpu *target, const struct csd *csd)
+{
+	return csd->sender < m->config.pcpus && csd_busy(m, target->id, csd->sender);
+}
+
 /* Run and acknowledge the synchronous calls of a list; returns what is left of it.  A node's sender may reuse it
  * as soon as it is unlocked. */
 static struct csd *run_synchronous(struct machine *m, struct cpu *target, struct csd *list, int *calls)
@@ -102,6 +109,7 @@ static struct csd *run_synchronous(struct machine *m, struct cpu *target, struct
 			end = &csd->next;
 			continue;
 		}
+		count(target->counters, COUNT_CALLS_CROSSED, crossed(m, target, csd));
 		ipi_run_function(m, target, csd->function, csd->argument);
 		chaos_point(m, target->id);
 		csd_unlock(m, csd);

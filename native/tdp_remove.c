@@ -32,10 +32,11 @@ static bool freeze(const struct tdp_removal *r, _Atomic uint64_t *sptep, uint64_
 	return !is_frozen_spte(*old);
 }
 
-static void descend(struct tdp_removal *r, uint32_t table)
+static void descend(const struct machine *m, struct tdp_removal *r, uint32_t table)
 {
 	uint32_t level = --r->level;
 
+	frame_set_unlinked(m->frames, table, true);
 	r->table[level] = table;
 	r->index[level] = 0;
 }
@@ -62,7 +63,7 @@ static bool remove_child(struct machine *m, uint32_t cpu, uint32_t vm, struct le
 	if (is_nonleaf_spte(old, level)) {
 		ledger_release(ledger);
 		if (r->recurse && spte_child_holds(m, cpu, vm, old, level, gfn)) {
-			descend(r, spte_hfn(old));
+			descend(m, r, spte_hfn(old));
 			return true;
 		}
 	} else if (!*nothing) {
@@ -84,7 +85,7 @@ int tdp_removal_begin(struct machine *m, uint32_t cpu, uint32_t vm, struct tdp_r
 	removal->gfn = gfn & ~(kvm_pages_per_hpage(level) - 1);
 	removal->top = level - 1;
 	removal->level = level;
-	descend(removal, spte_hfn(spte));
+	descend(m, removal, spte_hfn(spte));
 	return 0;
 }
 

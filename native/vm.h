@@ -62,7 +62,12 @@ enum vm_stat {
 	STAT_EXITS,
 	STAT_MIGRATIONS,
 	STAT_ZAPS,                 /* range zaps */
+	STAT_INVALIDATE_RETRIES,   /* of these: an mmu_notifier's invalidation, in progress or since the fault began */
+	STAT_SLOT_RETRIES,         /* ... a memslot that is being deleted or moved */
+	STAT_FROZEN_RETRIES,       /* ... an SPTE that another CPU has frozen */
 	STAT_YIELDS,               /* tdp_mmu_iter_cond_resched that did */
+	STAT_YIELDS_PENDING,       /* of these: SPTEs had been zapped that were not yet flushed for */
+	STAT_YIELDS_INVALIDATED,   /* ... afterwards the root that was walked was invalid, and had been valid */
 	STAT_FLUSHES_ELIDED,       /* flush decisions answered with no flush */
 	STAT_ROOTS_ALLOCATED,
 	STAT_SMIS,                 /* enter_smm */

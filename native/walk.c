@@ -171,6 +171,8 @@ static uint32_t walk_start(struct walk *w, uint64_t gfn, uint32_t type, uint32_t
 	if (p) {
 		kinds = link_faults(w, p);
 		if (!kinds) {
+			if (frame_unlinked(w->m->frames, p->hfn) && !w->speculative)
+				count(w->cpu->counters, COUNT_STALE_WALKS, 1);
 			*table = p->hfn;
 			*custody = p->right & FRAME_TAG_MASK;
 			return p->level;

@@ -70,7 +70,7 @@ static inline bool read_spte(struct walk *w, uint64_t gfn, uint32_t type, struct
 	f->hfn = spte_hfn(spte);
 	f->custody = spte_custody(spte);
 	if ((spte & spte_wanted[type]) != spte_wanted[type] || f->hfn >= frames->count ||
-	    frame_tag(frames, link->hfn) != (link->right & FRAME_TAG_MASK))
+	    frame_tag(frames, link->hfn) != (link->right & FRAME_TAG_MASK) || frame_unlinked(frames, link->hfn))
 		return false;
 	right = (uint32_t)atomic_load_explicit(&frames->tag[f->hfn], memory_order_acquire) | w->life_bits;
 	if (atomic_load_explicit(sptep, memory_order_acquire) != spte || f->custody != frame_host_tag(frames, f->hfn))

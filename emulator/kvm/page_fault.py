@@ -149,6 +149,7 @@ def kvm_handle_invalid_slot_fault(cpu: Cpu, vcpu: Vcpu, fault: KvmPageFault) -> 
     """
     root = vcpu.mmu.root
     if "B27" not in vcpu.kvm.policy.bugs or root is None:
+        cpu.stat(vcpu.kvm.id, lib.STAT_SLOT_RETRIES)
         return RET_PF_RETRY
     with vcpu.kvm.mmu_lock.read_lock(cpu), rcu_read_lock(cpu):
         entry = tdp_entry(cpu, root, fault.gfn, PG_LEVEL_4K)
@@ -217,8 +218,11 @@ def mmu_invalidate_retry(cpu: Cpu, kvm: Kvm, fault: KvmPageFault) -> bool:
     if kvm.policy.fault_retry(cpu, kvm, fault.gfn) == "none":
         return False
     if "P15c" in kvm.policy.bugs:
-        return bool(lib.mmu_invalidate_seq(cpu.m, kvm.id) != fault.mmu_seq)
-    return bool(lib.mmu_invalidate_retry_gfn(cpu.m, kvm.id, fault.mmu_seq, fault.gfn))
+        retry = bool(lib.mmu_invalidate_seq(cpu.m, kvm.id) != fault.mmu_seq)
+    else:
+        retry = bool(lib.mmu_invalidate_retry_gfn(cpu.m, kvm.id, fault.mmu_seq, fault.gfn))
+    cpu.stat(kvm.id, lib.STAT_INVALIDATE_RETRIES, retry)
+    return retry
 
 
 def is_page_fault_stale(cpu: Cpu, vcpu: Vcpu, fault: KvmPageFault) -> bool:

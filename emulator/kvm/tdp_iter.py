@@ -137,10 +137,13 @@ def tdp_mmu_iter_cond_resched(cpu: Cpu, kvm: Kvm, it: TdpIter, flush: bool) -> b
     if flush and order == "no-flush":
         flush_elided(cpu, kvm, it.reason, it.next_last_level_gfn)
     cpu.stat(kvm.id, lib.STAT_YIELDS)
+    cpu.stat(kvm.id, lib.STAT_YIELDS_PENDING, flush)
     cpu.event(lib.EVENT_YIELD, kvm.id, flush and order != "no-flush", kvm.id)
+    valid = not it.root.role.invalid
     # What another thread does in its turn takes as long as any work of the host.
     kvm.mmu_lock.cond_resched(cpu, (lambda: host_works(cpu, kvm)) if scheduled else None)
     rcu_enter(cpu)
+    cpu.stat(kvm.id, lib.STAT_YIELDS_INVALIDATED, valid and it.root.role.invalid)
     it.chunks_since_yield = it.looked_at = 0
     it.yielded_gfn = it.next_last_level_gfn
     if "B6" in kvm.policy.bugs:  # the iterator is restarted, and then advanced

@@ -154,6 +154,7 @@ def kvm_tdp_mmu_map(cpu: Cpu, vcpu: Vcpu, fault: KvmPageFault) -> int:
         entry = tdp_entry(cpu, root, fault.gfn, fault.goal_level)
         while True:
             if is_frozen_spte(entry.spte) and "P13" not in kvm.policy.bugs:
+                cpu.stat(kvm.id, lib.STAT_FROZEN_RETRIES)
                 return RET_PF_RETRY
             if entry.level == fault.goal_level:
                 return tdp_mmu_map_handle_target_level(cpu, vcpu, fault, entry)

@@ -17,14 +17,21 @@ from native import ffi, lib
 _COUNTERS: Final[Mapping[str, int]] = {
     "averted": lib.COUNT_AVERTED,
     "legal-stale": lib.COUNT_LEGAL_STALE,
+    "stale-walk": lib.COUNT_STALE_WALKS,
     "dead-root": lib.COUNT_DEAD_ROOT_ENTRIES,
     "tables-freed": lib.COUNT_TABLES_FREED,
     "guest-invalidations": lib.COUNT_GUEST_INVALIDATIONS,
+    "kicks": lib.COUNT_INTERRUPTIONS,
+    "crossed-calls": lib.COUNT_CALLS_CROSSED,
 }
 # Statistics of the VMs, summed.
 _STATS: Final[Mapping[str, int]] = {
     "yields": lib.STAT_YIELDS,
-    "retries": lib.STAT_FAULT_RETRIES,
+    "pending-flush": lib.STAT_YIELDS_PENDING,
+    "root-gone": lib.STAT_YIELDS_INVALIDATED,
+    "retries": lib.STAT_INVALIDATE_RETRIES,
+    "slot-retries": lib.STAT_SLOT_RETRIES,
+    "frozen": lib.STAT_FROZEN_RETRIES,
     "elided": lib.STAT_FLUSHES_ELIDED,
     "overlaps": lib.STAT_OVERLAPS,
 }

@@ -64,8 +64,17 @@ can show stands apart, in the same form; anything else is expected to be as it i
 `needs`, any of:
     averted        a flush removed an entry whose use would have been a violation, and the use came
     legal-stale    an entry was used between a zap and its completed flush: allowed, and must stay so
+    stale-walk     a walk went on from a cached pointer to a table that no entry led to any more: likewise
     dead-root      a root page came back as a root while old entries of it were cached
-    yields, retries, tables-freed, elided, guest-invalidations    KVM or a guest did such a thing
+    kicks          a guest was interrupted by another CPU's call
+    crossed-calls  two pCPUs called each other at a time: each had to run the other's call while it waited
+    retries        a fault met an mmu_notifier's invalidation, and was tried again
+    slot-retries   ... a memslot that was being deleted
+    frozen         ... an SPTE that another CPU had frozen
+    yields         a zap or another walk of the TDP MMU dropped mmu_lock in the middle
+    pending-flush  ... with SPTEs zapped that were not flushed for yet
+    root-gone      ... and its root had been invalidated when it went on
+    tables-freed, elided, guest-invalidations    KVM or a guest did such a thing
     overlaps       an invalidation began while another one of its pages was in progress
     dirty-compared a page was written while it was logged, and compared with its copy at the end
     nothing        the test proves by itself
@@ -92,9 +101,16 @@ INCONCLUSIVE = "inconclusive"
 Need = Literal[
     "averted",
     "legal-stale",
+    "stale-walk",
     "dead-root",
-    "yields",
+    "kicks",
+    "crossed-calls",
     "retries",
+    "slot-retries",
+    "frozen",
+    "yields",
+    "pending-flush",
+    "root-gone",
     "tables-freed",
     "elided",
     "guest-invalidations",
