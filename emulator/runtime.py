@@ -58,6 +58,15 @@ class TryAgain(MachineError):
     """A try form did not succeed; callers that expect it look at the return value instead."""
 
 
+# Kind, field of the configuration, purpose.  A litmus test's [machine] has keys of the same names.
+_FRAME_KINDS = (
+    (lib.FRAME_ROOT, "root_frames", "EPT roots"),
+    (lib.FRAME_TABLE, "table_frames", "EPT tables"),
+    (lib.FRAME_GUEST, "guest_frames", "pages of guests, which the VMs' sizes give"),
+    (lib.FRAME_BLOCK, "guest_blocks", "huge pages of guests"),
+)
+
+
 class Machine:
     """Owns the native machine; `cpus[i]` is CPU i, pCPUs first.
 
@@ -90,6 +99,15 @@ class Machine:
 
     def stop(self) -> None:
         lib.machine_stop(self.m)
+
+    def exhausted_frames(self) -> str:
+        """Say which kinds of host frames are all in use, and how many the machine has of them."""
+        used_up = []
+        for kind, key, what in _FRAME_KINDS:
+            total = lib.frames_total(self.m, kind)
+            if total and lib.frames_in_use(self.m, kind) >= total:
+                used_up.append(f"{what} ({key} = {total})")
+        return f"no host frame is left for {' and '.join(used_up) or 'what was wanted'}"
 
     def destroy(self) -> None:
         """Free the native machine; no thread may be inside a call on it any more."""
@@ -168,7 +186,7 @@ class Cpu:
         if rc == lib.MACHINE_OFFLINE:
             raise CpuOffline(f"CPU {self.id}")
         if rc == lib.MACHINE_NOMEM:
-            raise OutOfFrames("no host frame of that kind is left")
+            raise OutOfFrames(self.machine.exhausted_frames())
         if rc == lib.MACHINE_AGAIN:
             raise TryAgain
         if rc == lib.MACHINE_MISUSE:

@@ -13,7 +13,7 @@ from dataclasses import dataclass
 
 from emulator.actors.task import VcpuTask
 from emulator.actors.user_memory import UserMemory
-from emulator.errors import BadInput
+from emulator.errors import BadInput, shown
 from emulator.explain.document import VMM
 from emulator.kvm.kvm_host import (
     KVM_DIRTY_LOG_INITIALLY_SET,
@@ -245,8 +245,9 @@ class LitmusThread:
     def _left_to_user(self, state: ExitToUser, ops: tuple[Op, ...]) -> None:
         """User space tries again what the host refused for the moment; MMIO it has emulated."""
         if state.reason in ("shutdown", "no-memory"):
-            what = "; ".join(op.text for op in ops)
-            raise LitmusFailure(f"{self.name}: {state.reason} at {state.gpa:#x} in {what!r}")
+            what = shown("; ".join(op.text for op in ops))
+            why = f": {self.cpu.machine.exhausted_frames()}" if state.reason == "no-memory" else ""
+            raise LitmusFailure(f"{self.name}: {state.reason} at {state.gpa:#x} in {what}{why}")
         if state.reason != "mmio":
             cpu_relax(self.cpu)
 

@@ -10,6 +10,7 @@ import pytest
 
 from emulator.cli import main
 from emulator.errors import BadInput
+from emulator.explore.verdict import Plan, explore_verdict
 from emulator.litmus.loader import load_test, parse_test, shipped_tests
 from emulator.litmus.policies import expected_of, named_policy, policies_for
 from emulator.litmus.runner import run_test, running
@@ -125,6 +126,47 @@ def test_executions_do_not_see_each_other() -> None:
         good = runner.run(Policy(), 20, 0)
     assert bad.violating == 3
     assert good.kinds == {}
+
+
+@pytest.mark.parametrize(
+    ("machine", "ops", "lacks"),
+    [
+        ("root_frames = 2", ["read 0x10"], "EPT roots (root_frames = 2)"),
+        (
+            "table_frames = 16",
+            [f"read {page:#x}" for page in range(0x10, 1 << 14, 512)],
+            "EPT tables (table_frames = 16)",
+        ),
+    ],
+)
+def test_frames_that_are_used_up_are_named_with_their_key(machine: str, ops: list[str], lacks: str) -> None:
+    text = f"""
+        doc = "d"
+        source = "s"
+        init = ["v0: read 0x10", "v1: read 0x10"]
+        [machine]
+        {machine}
+        [[vm]]
+        vcpus = 4
+        pages = {1 << 14}
+        tdp_levels = [4, 5, 4, 5]
+        smm_slots = true
+        [threads.v0]
+        vcpu = 0
+        ops = {json.dumps(["smi", *ops])}
+        [threads.v1]
+        vcpu = 1
+        [expect]
+        needs = "nothing"
+    """
+    test = parse_test(text, "t", None)
+    failure = f": no host frame is left for {lacks}"
+    outcome = run_test(test, Policy(), 1)
+    assert outcome.verdict(test) == "failed"
+    assert outcome.failure.endswith(failure)
+    explored = explore_verdict(test, Policy(), Plan(minimize=False))
+    assert explored.verdict == "failed"
+    assert explored.failure.endswith(failure)
 
 
 def test_who_waits_for_ever_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
