@@ -8,7 +8,7 @@ from collections.abc import Sequence
 from emulator import interrupts
 from emulator.explore.audited import Audited, audited, by_sentence
 from emulator.explore.choices import Choices
-from emulator.litmus.model import LitmusTest
+from emulator.litmus.model import INCONCLUSIVE, LitmusTest
 from emulator.litmus.policies import named_policy
 from emulator.output import saying
 
@@ -61,7 +61,11 @@ def _print(found: Sequence[Audited]) -> None:
     runs = sum(one.executions for one in found)
     swaps = sum(one.swaps for one in found)
     clean = sum(one.clean for one in found)
+    vacuous = [f"{one.test} under {one.policy}" for one in found if one.verdict == INCONCLUSIVE]
     print(
         f"{clean} of {len(found)} tests and policies without a finding, {runs:,} random executions of each "
         f"kind, {swaps:,} pairs of steps swapped"
     )
+    if vacuous:
+        more = f" and {len(vacuous) - _NAMED} more" if len(vacuous) > _NAMED else ""
+        print(f"{len(vacuous)} of these inconclusive, no steps to swap: {', '.join(vacuous[:_NAMED])}{more}")

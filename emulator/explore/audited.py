@@ -16,9 +16,11 @@ from emulator.explore.remains import Remains
 from emulator.explore.search import Limits, search
 from emulator.explore.shared_state import SharedState, watching
 from emulator.litmus.failure import LitmusFailure
-from emulator.litmus.model import LitmusTest
+from emulator.litmus.model import INCONCLUSIVE, LitmusTest
 from emulator.policy import Policy
 
+FINDINGS = "findings"
+CLEAN = "clean"
 # How many random executions of a test are looked at.
 EXECUTIONS = 20
 # Neighbours that are swapped in each of as many again.
@@ -49,11 +51,20 @@ class Audited:
     def clean(self) -> bool:
         return not (self.unannounced or self.undescribed or self.shared or self.ordered or self.failed)
 
+    @property
+    def verdict(self) -> str:
+        """FINDINGS, CLEAN, or INCONCLUSIVE if there was no pair of steps to swap: with a single thread, or
+        where each execution violates."""
+        if not self.clean:
+            return FINDINGS
+        return CLEAN if self.swaps else INCONCLUSIVE
+
     def document(self) -> dict[str, Any]:
         """For --json."""
         return {
             "test": self.test,
             "policy": self.policy,
+            "verdict": self.verdict,
             "executions": self.executions,
             "unannounced": dict(sorted(self.unannounced.items())),
             "undescribed": dict(sorted(self.undescribed.items())),

@@ -48,3 +48,17 @@ def test_the_document_is_the_same_each_time(capsys: pytest.CaptureFixture[str]) 
     assert (one["test"], one["executions"]) == ("slot-delete-fault", 3)
     assert one["unannounced"]
     assert run(capsys, "slot-delete-fault", "--executions", "3", "--seed", "5", "--json")[1] == out
+
+
+def test_an_audit_of_nothing_is_not_called_clean(capsys: pytest.CaptureFixture[str]) -> None:
+    """A single vCPU's steps have no neighbours of another thread."""
+    words = ("guest-pge", "return-zap", "--executions", "2")
+    code, out = run(capsys, *words)
+    assert code == 0
+    assert "2 of 2 tests and policies without a finding, 4 random executions" in out
+    assert "\n1 of these inconclusive, no steps to swap: guest-pge under linux-7.3\n" in out
+    found = json.loads(run(capsys, *words, "--json")[1])["audited"]
+    assert [(one["test"], one["verdict"], bool(one["swaps"])) for one in found] == [
+        ("guest-pge", "inconclusive", False),
+        ("return-zap", "clean", True),
+    ]
