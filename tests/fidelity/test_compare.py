@@ -84,6 +84,14 @@ def test_some_requests_may_meet_in_one_flush_where_the_line_says_so() -> None:
     assert problems(replace(line, merged=0.0), 2, 128, with_flushes(127))
 
 
+def test_twice_as_many_may_meet_where_more_vcpus_run_than_were_recorded() -> None:
+    line = LINES["touch-write-after-read-contended"]
+    exact = recorded(line, 4, 128)[0]
+    for flushes, accepted in ((103, True), (102, False)):
+        vcpus = tuple(replace(vcpu, flush_all=flushes, tlb_flush=flushes) for vcpu in exact.vcpus)
+        assert (problems(line, 4, 128, [replace(exact, vcpus=vcpus)]) == []) is accepted
+
+
 def test_a_flush_at_a_yield_counts_only_where_zaps_may_yield() -> None:
     may, may_not = LINES["unmap-64-pages-while-written"], LINES["unmap-one-page-while-written"]
     for line, accepted in ((may, True), (may_not, False)):
