@@ -15,6 +15,8 @@ from emulator.result import FlushCount, Histogram, Report, Result, Snapshot
 DOCUMENT_VERSION = 1
 # Violations shown in full; the JSON document has all that were kept.
 SHOWN_REPORTS = 3
+# VMs with a column of their own; the JSON document has all.
+SHOWN_VMS = 8
 
 _VERDICTS = {
     "clean": ("green", "clean: no translation was used after KVM promised that it was gone"),
@@ -250,9 +252,11 @@ def _pause_table(snapshot: Snapshot) -> Table:
 
 
 def _vm_table(snapshot: Snapshot) -> Table:
-    table = _table("KVM statistic", *(f"VM {vm}" for vm in range(len(snapshot.vms))), title="per VM")
+    shown = snapshot.vms[:SHOWN_VMS]
+    left_out = f": the first {len(shown)} of {len(snapshot.vms):,}" if len(shown) < len(snapshot.vms) else ""
+    table = _table("KVM statistic", *(f"VM {vm}" for vm in range(len(shown))), title=f"per VM{left_out}")
     for stat in snapshot.vms[0] if snapshot.vms else ():
-        table.add_row(stat, *(f"{vm[stat]:,}" for vm in snapshot.vms))
+        table.add_row(stat, *(f"{vm[stat]:,}" for vm in shown))
     return table
 
 

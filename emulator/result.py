@@ -203,7 +203,7 @@ def read_snapshot(machine: Any, *, vms: int, elapsed: float, phase: str = "") ->
         elapsed=elapsed,
         phase=phase,
         counters=dict(zip(COUNTER_NAMES, values, strict=True)),
-        vms=tuple(_vm_stats(machine, vm) for vm in range(vms)),
+        vms=_read_vm_stats(machine, vms),
         flushes=_read_flushes(machine, vms),
         histograms={name: _read_histogram(machine, i) for i, name in enumerate(HISTOGRAM_NAMES)},
         violations={kind: n for kind, n in zip(VIOLATION_KINDS, violations, strict=True) if n},
@@ -211,8 +211,15 @@ def read_snapshot(machine: Any, *, vms: int, elapsed: float, phase: str = "") ->
     )
 
 
-def _vm_stats(machine: Any, vm: int) -> dict[str, int]:
-    return {name: lib.vm_stat(machine, vm, i) for i, name in enumerate(VM_STAT_NAMES)}
+def _read_vm_stats(machine: Any, vms: int) -> tuple[dict[str, int], ...]:
+    """One call for all: with thousands of threads, each may give up the GIL for long."""
+    stats = len(VM_STAT_NAMES)
+    values = ffi.new("uint64_t[]", max(1, vms * stats))
+    lib.vm_stats_read(machine, vms, values)
+    flat = ffi.unpack(values, vms * stats) if vms else []
+    return tuple(
+        dict(zip(VM_STAT_NAMES, flat[vm * stats : (vm + 1) * stats], strict=True)) for vm in range(vms)
+    )
 
 
 def _read_histogram(machine: Any, index: int) -> Histogram:

@@ -28,7 +28,8 @@ struct counters *counters_create(const struct machine *m)
 		return NULL;
 	c->flushes = heap_zalloc(m->heap, flush_cells(m), sizeof(*c->flushes));
 	c->necessary = heap_zalloc(m->heap, flush_cells(m), sizeof(*c->necessary));
-	if (flush_cells(m) && (!c->flushes || !c->necessary)) {
+	c->flushed = heap_zalloc(m->heap, m->config.vms, sizeof(*c->flushed));
+	if (flush_cells(m) && (!c->flushes || !c->necessary || !c->flushed)) {
 		counters_destroy(m, c);
 		return NULL;
 	}
@@ -41,6 +42,7 @@ void counters_destroy(const struct machine *m, struct counters *c)
 		return;
 	heap_free(m->heap, c->flushes);
 	heap_free(m->heap, c->necessary);
+	heap_free(m->heap, c->flushed);
 	heap_free(m->heap, c);
 }
 
@@ -92,8 +94,17 @@ void flushes_sum(struct machine *m, uint64_t *flushes, uint64_t *necessary)
 	memset(flushes, 0, flush_cells(m) * sizeof(*flushes));
 	memset(necessary, 0, flush_cells(m) * sizeof(*necessary));
 	for (uint32_t cpu = 0; cpu < m->cpu_count; cpu++) {
-		add_values(flushes, m->cpus[cpu].counters->flushes, flush_cells(m));
-		add_values(necessary, m->cpus[cpu].counters->necessary, flush_cells(m));
+		struct counters *c = m->cpus[cpu].counters;
+
+		for (uint32_t vm = 0; vm < m->config.vms; vm++) {
+			size_t row = (size_t)vm * SCOPES * REASONS;
+
+			/* relaxed: a flush that is counted just now is in this sum or in the next */
+			if (!atomic_load_explicit(&c->flushed[vm], memory_order_relaxed))
+				continue;
+			add_values(&flushes[row], &c->flushes[row], SCOPES * REASONS);
+			add_values(&necessary[row], &c->necessary[row], SCOPES * REASONS);
+		}
 	}
 }
 

@@ -126,6 +126,9 @@ struct counters {
 	_Atomic uint64_t nanoseconds[HISTOGRAMS];
 	_Atomic uint64_t *flushes;   /* [vm][SCOPES][REASONS] */
 	_Atomic uint64_t *necessary; /* likewise */
+	/* [vm]: whether any of its flushes are counted here.  A pCPU knows few VMs: of thousands times thousands of
+	 * rows hardly any is more than zeros, and sums leave those out. */
+	_Atomic uint8_t *flushed;
 };
 
 struct counters *counters_create(const struct machine *m);

@@ -61,6 +61,8 @@ static struct tlb *begin(struct machine *m, uint32_t cpu, uint32_t vm, uint32_t 
 	struct cpu *c = &m->cpus[cpu];
 	struct flush_account *a = account(m, c);
 
+	/* The owner's alone, as every counter: relaxed. */
+	atomic_store_explicit(&c->counters->flushed[vm], 1, memory_order_relaxed);
 	bump(c->counters->flushes, vm, scope, reason);
 	tlb_flush_begin(c->tlb, a ? flush_number(c, ++a->flushes, vm, scope, reason) : 0);
 	event_record(m, cpu, event_of(vm, EVENT_FLUSH), (uint64_t)scope << 32 | reason, argument);

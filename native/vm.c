@@ -120,6 +120,13 @@ uint64_t vm_stat(struct machine *m, uint32_t vm, uint32_t stat)
 	return atomic_load_explicit(&m->vms[vm].stat[stat], memory_order_relaxed);
 }
 
+void vm_stats_read(struct machine *m, uint32_t vms, uint64_t *values)
+{
+	for (uint32_t vm = 0; vm < vms; vm++)
+		for (uint32_t stat = 0; stat < VM_STATS; stat++)
+			*values++ = vm_stat(m, vm, stat);
+}
+
 /* --- mmu_notifier ----------------------------------------------------------------------------------- */
 
 /* kvm_mmu_invalidate_start().  Writers are alone (mmu_lock); the orders are for those who look without it,

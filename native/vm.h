@@ -78,6 +78,8 @@ enum vm_stat {
 };
 void vm_stat_add(struct machine *m, uint32_t vm, uint32_t stat, uint64_t n);
 uint64_t vm_stat(struct machine *m, uint32_t vm, uint32_t stat);
+/* All statistics of VMs 0 to vms - 1, VM by VM. */
+void vm_stats_read(struct machine *m, uint32_t vms, uint64_t *values);
 /* end api */
 
 struct ledger;

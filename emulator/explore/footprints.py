@@ -292,6 +292,7 @@ LOCAL = frozenset(
         "vm_create",
         "vm_destroy",
         "vm_stat",
+        "vm_stats_read",
         "vm_stat_add",
     }
 )
