@@ -151,3 +151,13 @@ def test_each_event_is_charged_once() -> None:
 
 def test_totals_are_whole_numbers() -> None:
     assert all(isinstance(value, int) for value in totals(snapshot()).values())
+
+
+def test_a_thousand_vms_do_not_get_a_column_each() -> None:
+    one = snapshot().vms[0]
+    many = result(snapshot(vms=(one,) * 1000))
+    text = rendered(summary(many))
+    assert "per VM: the first 8 of 1,000" in text
+    assert "VM 7" in text
+    assert "VM 8" not in text
+    assert len(document(many)["vms"]) == 1000

@@ -104,6 +104,11 @@ class Trial:
             assert (self.directory / "page.html").read_text().rstrip().endswith("</html>"), told
 
 
+def _with_hangups() -> None:
+    """These tests may run under nohup, what they start may not."""
+    signal.signal(signal.SIGHUP, signal.SIG_DFL)
+
+
 def _caught(pid: int) -> int:
     """The signals that a process has handlers for, a bit each."""
     with suppress(OSError):
@@ -134,6 +139,7 @@ def started(command: str, directory: Path, unbuffered: bool = False) -> Iterator
             stderr=errors,
             env=ENVIRONMENT | {"PYTHONUNBUFFERED": "1" if unbuffered else ""},
             start_new_session=True,
+            preexec_fn=_with_hangups,
         )
     try:
         yield Trial(process, directory)
