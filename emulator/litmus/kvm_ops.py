@@ -155,7 +155,10 @@ class NotifierStart(_Range):
 
 class NotifierFree(_Range):
     verb = "notifier-free"
-    doc = "what reclaim does between notifier-start and notifier-end: the frames are free"
+    doc = (
+        "what reclaim does between notifier-start and notifier-end: the frames are free; without them it is "
+        "a host that forgets the mmu_notifier"
+    )
 
     def run(self, context: Context) -> None:
         cpu = context.cpu
