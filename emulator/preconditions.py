@@ -25,6 +25,7 @@ def preconditions(snapshot: Snapshot, emulation: Emulation) -> dict[str, int]:
         "flushes elided": snapshot.kvm("flushes_elided"),
         "roots loaded": snapshot.kvm("mmu_load"),
         "tables freed": counters["tables_freed"],
+        "pages marked in zaps": counters["pfns_set"],
         "guest invalidations": counters["guest_invalidations"],
         "legal stale uses": counters["legal_stale"],
         "uses averted": counters["averted"],

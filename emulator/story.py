@@ -10,7 +10,7 @@ from collections.abc import Iterable, Mapping
 from typing import Any
 
 from emulator.explain.events import PROMISED_BY, PROMISES, Event, EventTail, name_of
-from emulator.explain.facts import Facts
+from emulator.explain.facts import NO_VCPU, Facts
 from emulator.explain.parts import (
     COPIED,
     ELIDED,
@@ -144,6 +144,8 @@ def _stall_text(r: Any, kinds: tuple[str, ...], names: dict[int, str]) -> str:
 def _use_text(r: Any, kinds: tuple[str, ...], plot: Plot, names: dict[int, str]) -> list[str]:
     if kinds[0] == "lost-dirty":
         return _lost_text(r, plot, names)
+    if r.vcpu == NO_VCPU:
+        return _kvm_text(r, kinds, plot, names)
     entry = r.entry
     where = f"reference of a walk at level {r.walk_level}" if r.walk_level else f"linear {r.linear:#x}"
     also = f" (also {', '.join(kinds[1:])})" if kinds[1:] else ""
@@ -159,6 +161,23 @@ def _use_text(r: Any, kinds: tuple[str, ...], plot: Plot, names: dict[int, str])
         *_revocation_text(r, plot, names),
         *_flush_text(r, plot, names),
         *([] if plot.culprit else [f"  missing: {_missing(kinds[0], r)}"]),
+    ]
+
+
+def _kvm_text(r: Any, kinds: tuple[str, ...], plot: Plot, names: dict[int, str]) -> list[str]:
+    """KVM's own use, of a table or of a page, without a vCPU or a TLB entry."""
+    also = f" (also {', '.join(kinds[1:])})" if kinds[1:] else ""
+    missing = _missing(kinds[0], r) if r.walk_level else "the zap of this SPTE before the host freed the page"
+    use = (
+        f"walk at level {r.walk_level}" if r.walk_level else "marking the page of a zapped SPTE (zapped_pfn)"
+    )
+    return [
+        f"{kinds[0]}{also}: by KVM for VM {r.vm} on {_name(names, r.cpu)}",
+        f"  access: {use}, gfn {r.gfn:#x}, frame {r.hfn:#x}",
+        f"  revoked: {_promise_text(r, kinds[0], names)}",
+        *_revocation_text(r, plot, names),
+        *(_flush_text(r, plot, names) if r.walk_level else []),
+        *([] if plot.culprit else [f"  missing: {missing}"]),
     ]
 
 

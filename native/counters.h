@@ -42,6 +42,7 @@ enum counter {
 	COUNT_GRACE_PERIODS,
 	COUNT_FRAMES_FREED,      /* guest frames freed */
 	COUNT_TABLES_FREED,      /* EPT pages freed */
+	COUNT_PFNS_SET,          /* guest frames that KVM marked dirty or accessed as it zapped their SPTEs */
 	COUNT_SPTES_ZAPPED,      /* present leaf SPTEs removed, in 4 KiB pages */
 	COUNT_SPTES_MAPPED,      /* leaf SPTEs installed, in 4 KiB pages */
 	COUNT_COLLATERAL,        /* live TLB entries of other contexts that a flush removed */

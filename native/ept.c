@@ -101,6 +101,29 @@ bool spte_child_holds(struct machine *m, uint32_t cpu, uint32_t vm, uint64_t spt
 	return false;
 }
 
+void spte_set_pfn(struct machine *m, uint32_t cpu, uint32_t vm, uint64_t gfn, uint64_t spte, uint32_t level)
+{
+	/* spte_to_pfn(): of a huge page the first frame, whose struct page stands for all. */
+	uint32_t hfn = spte_hfn(spte), custody = spte_leaf_custody(spte, level);
+	struct violation_report r = {
+		.kinds = 1u << VIOLATION_USE_AFTER_FREE,
+		.vm = vm,
+		.vcpu = (uint32_t)NO_VCPU,
+		.access = ACCESS_WRITE,
+		.promise = PROMISE_FREE,
+		.hfn = hfn,
+		.gfn = gfn,
+	};
+
+	if (!(spte & (SPTE_ACCESSED | SPTE_DIRTY)) || hfn >= m->frames->count)
+		return;
+	count(m->cpus[cpu].counters, COUNT_PFNS_SET, 1);
+	if (!frame_freed_since(m->frames, hfn, custody))
+		return;
+	r.tag_now = frame_host_tag(m->frames, hfn);
+	oracle_report(m, cpu, &r);
+}
+
 int tdp_table_holds(struct machine *m, uint32_t cpu, uint32_t vm, uint64_t spte, uint32_t level, uint64_t gfn)
 {
 	return spte_child_holds(m, cpu, vm, spte, level, gfn);

@@ -66,6 +66,7 @@ struct tdp_removal {
 	uint32_t shared;     /* mmu_lock held for read: others may be in the table */
 	uint32_t freeze;     /* 1; 0: empty entries stay behind, in which others may install something */
 	uint32_t recurse;    /* 1; 0: the tables below are left alone, and lost */
+	uint32_t set_pfn;    /* 0; 1: kvm_set_pfn_dirty() and kvm_set_pfn_accessed() for each leaf */
 	uint32_t single;     /* 0; 1: a step ends after the first entry that mapped something, however many were empty */
 	uint32_t top;        /* level of the first table's entries */
 	uint32_t level;      /* of the entries in work; 0: done */
@@ -118,6 +119,7 @@ struct tdp_chunk {
 	uint32_t level;     /* for TDP_ZAP_LEVEL; least level for TDP_WRPROT; target level for TDP_FIND_HUGE */
 	uint32_t shared;    /* mmu_lock held for read (or not at all, TDP_AGE): cmpxchg, retry on change */
 	uint32_t freeze;    /* TDP_ZAP_LEVEL, TDP_ZAP_RANGE: a table's link becomes FROZEN, not 0 */
+	uint32_t set_pfn;   /* zaps: kvm_set_pfn_dirty() and kvm_set_pfn_accessed() for each leaf */
 	uint32_t done;
 	uint64_t next_gfn;  /* in: where to start; out: where to go on (past what TDP_FIND_* found) */
 	uint64_t end_gfn;

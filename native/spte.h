@@ -120,6 +120,10 @@ void spte_ungrant_at(struct ledger_cursor *c, struct frames *f, uint64_t gfn, ui
  * through freed memory and is reported; the caller goes no further. */
 bool spte_child_holds(struct machine *m, uint32_t cpu, uint32_t vm, uint64_t spte, uint32_t level, uint64_t gfn);
 
+/* kvm_set_pfn_dirty() and kvm_set_pfn_accessed() for a leaf that was zapped, as the SPTE says (before 6.13): KVM's own
+ * use of the page, a violation if the host has freed the frame since the SPTE's fault. */
+void spte_set_pfn(struct machine *m, uint32_t cpu, uint32_t vm, uint64_t gfn, uint64_t spte, uint32_t level);
+
 /* One compare-and-swap of an SPTE with its rights.  False: it was not `old`, and nothing has changed. */
 bool spte_try_change(struct machine *m, uint32_t cpu, uint32_t vm, _Atomic uint64_t *sptep, uint32_t level,
 		     uint64_t gfn, uint64_t old, uint64_t new_spte);

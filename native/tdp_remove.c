@@ -67,6 +67,8 @@ static bool remove_child(struct machine *m, uint32_t cpu, uint32_t vm, struct le
 			return true;
 		}
 	} else if (!*nothing) {
+		if (r->set_pfn)
+			spte_set_pfn(m, cpu, vm, gfn, old, level);
 		spte_ungrant_at(ledger, m->frames, gfn, old, level, true, old & SPTE_WRITABLE);
 		r->leafs += pages;
 	}

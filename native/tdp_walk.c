@@ -62,6 +62,8 @@ static inline __attribute__((always_inline)) enum step zap_leaf(struct tdp_iter 
 {
 	if (!replace(it, sptep, &spte, 0))
 		return STEP_RETRY;
+	if (it->c->set_pfn)
+		spte_set_pfn(it->m, it->cpu, it->vm, gfn, spte, it->level);
 	if (pages == 1)
 		ledger_ungrant_one(&it->ledger, it->frames, gfn, spte_hfn(spte), true, spte & SPTE_WRITABLE);
 	else

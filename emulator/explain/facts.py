@@ -11,7 +11,7 @@ LOST_DIRTY = "lost-dirty"
 _WITHOUT_ENTRY = {LOST_DIRTY, "ipi-stall", "rcu-stall", DEADLOCK}
 _ACCESS_VERBS = {"read": "reads", "write": "writes", "execute": "executes"}
 # The core's number for no vCPU.
-_NOBODY = 0xFFFFFFFF
+NO_VCPU = 0xFFFFFFFF
 
 
 @dataclass(frozen=True, slots=True)
@@ -37,7 +37,7 @@ class Facts:
     def of_report(cls, report: Mapping[str, Any]) -> Facts:
         entry = report.get("entry") or {}
         kinds = tuple(report.get("kinds") or (report.get("kind", "violation"),))
-        if _WITHOUT_ENTRY & set(kinds) or report.get("vcpu", 0) == _NOBODY:
+        if _WITHOUT_ENTRY & set(kinds) or report.get("vcpu", 0) == NO_VCPU:
             entry = {}
         return cls(
             kinds=kinds,
@@ -67,8 +67,13 @@ class Facts:
 
     @property
     def by_kvm(self) -> bool:
-        """KVM's own walk, of tables that others free."""
-        return self.vcpu == _NOBODY and not _WITHOUT_ENTRY & set(self.kinds)
+        """Is it KVM's own use: a walk of tables that others free, or of a page as its SPTE is zapped?"""
+        return self.vcpu == NO_VCPU and not _WITHOUT_ENTRY & set(self.kinds)
+
+    @property
+    def marks_page(self) -> bool:
+        """KVM marked a page dirty or accessed (decision zapped_pfn)."""
+        return self.by_kvm and not self.about_table
 
     @property
     def about_table(self) -> bool:

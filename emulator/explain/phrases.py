@@ -54,6 +54,8 @@ def _fill(e: Event, facts: Facts) -> list[str]:
 
 def _use(e: Event, facts: Facts) -> list[str]:
     who = "KVM" if facts.by_kvm else f"v{facts.vcpu}"
+    if facts.marks_page:
+        return [f"KVM zaps gfn {facts.gfn:#x}", "and marks its page"]
     if facts.about_table:
         return [f"{who} walks, gfn {facts.gfn:#x}", "through the freed table"]
     what = f"walk {facts.verb()}" if facts.walk_level else facts.verb()

@@ -178,6 +178,8 @@ def _missed(case: Case, moment: Moment) -> str:
 
 
 def _promise(case: Case, moment: Moment) -> str:
+    if case.facts.marks_page:
+        return f"KVM's promise, and an SPTE that maps the page is left{_answers(case)}"
     return f"KVM's promise, and {case.label(case.facts.pcpu)} has not flushed{_answers(case)}"
 
 
@@ -188,6 +190,8 @@ def _use(case: Case, moment: Moment) -> str:
     if case.timed and since is not None and moment.time > since.time > 0:
         after = f" {(moment.time - since.time) / 1000:.0f} us later"
     what = "the walk through it" if facts.about_table else "the access that uses the stale entry"
+    if facts.marks_page:
+        what = "the use of the page"
     return f"{what}{after}: {', '.join(facts.kinds)}"
 
 

@@ -121,8 +121,10 @@ def granted(control: Control, args: Args) -> int:
 
 
 def _root_walked(control: Control, args: Args) -> int:
-    """From the root on, a call meets linked tables only."""
-    return control.custody_of_tables((args[3].root,))
+    """From the root on, a call meets linked tables only.  What it marks as it zaps must not be free."""
+    chunk = args[3]
+    frames = control.bit("custody") if chunk.set_pfn and chunk.changed else 0
+    return control.custody_of_tables((chunk.root,)) | frames
 
 
 def _link_followed(control: Control, args: Args) -> int:
@@ -133,7 +135,8 @@ def _tables_removed(control: Control, args: Args) -> int:
     """Those on the way down to where it is now, and the one that it has done; below are older ones."""
     removal = args[3]
     way = [removal.table[level] for level in range(removal.level or removal.top, removal.top + 1)]
-    return control.custody_of_tables(table for table in (*way, removal.page) if table)
+    frames = control.bit("custody") if removal.set_pfn and removal.leafs else 0
+    return control.custody_of_tables(table for table in (*way, removal.page) if table) | frames
 
 
 EPT: Template = ("ept",)

@@ -11,6 +11,7 @@ from emulator.kvm.tdp_iter import TdpIter, tdp_mmu_iter_cond_resched
 from emulator.kvm.tdp_remove import (
     handle_disconnected_sps,
     handle_removed_pt,
+    sets_pfn,
     tables_need_a_flush,
     tdp_mmu_zap_frozen,
 )
@@ -86,6 +87,7 @@ def tdp_mmu_zap_step(cpu: Cpu, kvm: Kvm, it: TdpIter, disconnected_sps: list[int
     To 6.12 whoever zapped under mmu_lock for read froze the link until a flush of its own was over
     (tdp_mmu_zap_spte_atomic).
     """
+    it.chunk.set_pfn = sets_pfn(cpu, kvm)
     it.chunk.freeze = it.shared and kvm.policy.zap(cpu, kvm) != "rcu-proxy"
     changed = it.step(cpu, kvm) > 0
     entry = it.found()
@@ -212,7 +214,8 @@ def kvm_tdp_mmu_unmap_gfn_range(
 ) -> bool:
     """kvm_tdp_mmu_unmap_gfn_range(): for mmu_notifiers, in the slot's address space; invalid roots too, the
     host's page must go from everywhere."""
-    roots: Iterable[KvmMmuPage] = for_each_tdp_mmu_root_yield_safe(cpu, kvm, KVM_ALL_ROOTS, slot.as_id)
+    which = KVM_VALID_ROOTS if "Z2" in kvm.policy.bugs else KVM_ALL_ROOTS
+    roots: Iterable[KvmMmuPage] = for_each_tdp_mmu_root_yield_safe(cpu, kvm, which, slot.as_id)
     if "B25" in kvm.policy.bugs:  # without references, although mmu_lock may be dropped
         roots = kvm.tdp_mmu_roots
     return _zap_leafs_of(cpu, kvm, roots, start, end, flush, reason, may_block)

@@ -36,6 +36,7 @@ def handle_removed_pt(
     if "P14" in kvm.policy.bugs:
         removal.freeze = 0
     removal.single = kvm.params.single
+    removal.set_pfn = sets_pfn(cpu, kvm)
     # A table a call: what others could see in between is what they see of a real CPU at work.
     most = 1 if kvm.params.chunk == 1 and not kvm.params.single else PTES_PER_TABLE
     while removal.level:
@@ -119,6 +120,11 @@ def tdp_mmu_free_sp_rcu(cpu: Cpu, table: int) -> None:
     """call_rcu(&sp->rcu_head, tdp_mmu_free_sp_rcu_callback)"""
     cpu.point("call_rcu", table, "write")
     cpu.check(lib.ept_table_free_rcu(cpu.m, cpu.id, table))
+
+
+def sets_pfn(cpu: Cpu, kvm: Kvm) -> bool:
+    """Decision zapped_pfn: whether KVM marks the pages behind the leafs that it zaps."""
+    return kvm.policy.zapped_pfn(cpu, kvm) == "set-dirty-accessed"
 
 
 def tables_need_a_flush(cpu: Cpu, kvm: Kvm) -> bool:

@@ -410,6 +410,14 @@ MUTANTS: dict[str, Mutant] = {
             bugs=("Z1",),
             expected=("stale-after-revoke",),
         ),
+        Mutant(
+            name="Z2",
+            doc="a notifier leaves invalid roots out; whoever zaps them afterwards marks pages that are free",
+            source="d62007edf01f, 5.18",
+            base="linux-5.14",
+            bugs=("Z2",),
+            expected=("use-after-free",),
+        ),
     )
 }
 

@@ -324,6 +324,18 @@ POINTS: tuple[DecisionPoint, ...] = (
         ),
     ),
     DecisionPoint(
+        "zapped_pfn",
+        "a leaf SPTE is zapped, which may say that its page was accessed or written (handle_changed_spte)",
+        (
+            Alternative("none", "nothing: the page was marked when the SPTE was made (since 6.13)"),
+            Alternative(
+                "set-dirty-accessed",
+                "kvm_set_pfn_dirty() and kvm_set_pfn_accessed() (before 6.13): KVM uses the page, so the zap "
+                "of an SPTE must come before the host frees the frame, also where no vCPU can reach the SPTE",
+            ),
+        ),
+    ),
+    DecisionPoint(
         "fault_retry",
         "a page fault races an invalidation (is_page_fault_stale)",
         (

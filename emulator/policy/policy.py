@@ -147,6 +147,10 @@ class Policy:
         """An mmu_notifier took the accessed bit from SPTEs from `gfn` on, for reclaim."""
         return self._answers["age_flush"]
 
+    def zapped_pfn(self, cpu: Cpu, kvm: Kvm) -> str:
+        """SPTEs are about to be zapped, by one step of a walk."""
+        return self._answers["zapped_pfn"]
+
     def fault_retry(self, cpu: Cpu, kvm: Kvm, gfn: int) -> str:
         """A fault on `gfn` asks whether it raced an invalidation."""
         return self._answers["fault_retry"]

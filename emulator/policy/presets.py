@@ -13,7 +13,11 @@ DEFAULT = "linux-7.3"
 
 # Answers where they are not those of Linux 7.3.  Bugs that were found later are not among them (they are
 # mutants), and neither is what is no decision point.
-_LINUX_6_12 = {"huge_recovery": "zap-each", "age_flush": "if-young"}
+_LINUX_6_12 = {
+    "huge_recovery": "zap-each",
+    "age_flush": "if-young",
+    "zapped_pfn": "set-dirty-accessed",
+}
 _LINUX_5_14 = {
     "root_put": "inline",
     "invalid_root_zap": "flush",

@@ -17,7 +17,13 @@ from emulator.kvm.kvm_main import (
     kvm_mmu_notifier_invalidate_range_start,
     kvm_set_memory_region,
 )
+from emulator.kvm.mmu import (
+    kvm_mmu_zap_all_fast,
+    kvm_mmu_zap_all_fast_back,
+    kvm_mmu_zap_all_fast_front,
+)
 from emulator.kvm.structs import Kvm
+from emulator.policy import Policy, preset
 from emulator.runtime import Cpu
 from native import lib
 
@@ -210,3 +216,44 @@ def test_promises_about_a_part_leave_the_page_huge(rig: Rig) -> None:
     assert mapped_pages(rig, lambda: guest.write(0, PAGE)) == HUGE_PAGES
     guest.read(0, PAGE + 1)
     assert not rig.violations()
+
+
+@pytest.mark.parametrize(
+    ("policy", "marks"), [("linux-7.3", False), ("linux-6.12", True), ("linux-5.14", True)]
+)
+def test_kvm_marks_the_pages_that_it_zaps(rig: Rig, policy: str, marks: bool) -> None:
+    kvm = rig.vm(preset(policy))
+    guest, memory = rig.guest(kvm), UserMemory(kvm)
+    for gfn in (PAGE, PAGE + 1):
+        guest.write(0, gfn)
+    memory.reclaim(rig.host, PAGE, PAGE + 1)
+    assert rig.counter(lib.COUNT_PFNS_SET) == marks
+    with kvm.slots_lock.held(rig.host):
+        kvm_mmu_zap_all_fast(rig.host, kvm)
+    assert rig.counter(lib.COUNT_PFNS_SET) == 2 * marks
+    assert not rig.violations()
+
+
+@pytest.mark.parametrize(
+    ("policy", "violations"),
+    [
+        (preset("linux-5.14"), {}),
+        (preset("linux-6.12"), {}),
+        (preset("mutant:Z2"), {"use-after-free": 1}),
+        # No vCPU reaches the SPTE, and since 6.13 its zap does not use the page.
+        (Policy("Z2 since 6.13", {"Z2"}), {}),
+    ],
+    ids=lambda value: value.name if isinstance(value, Policy) else "",
+)
+def test_a_notifier_beside_the_zap_of_an_invalid_root(
+    rig: Rig, policy: Policy, violations: dict[str, int]
+) -> None:
+    kvm = rig.vm(policy)
+    guest, memory = rig.guest(kvm), UserMemory(kvm)
+    guest.write(0, PAGE)
+    kvm_mmu_zap_all_fast_front(rig.host, kvm)
+    memory.reclaim(rig.other, PAGE, PAGE + 1)
+    kvm_mmu_zap_all_fast_back(rig.host, kvm)
+    assert rig.violations() == violations
+    guest.read(0, PAGE)
+    assert rig.violations() == violations
