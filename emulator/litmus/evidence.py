@@ -2,6 +2,11 @@
 
 A search or a run in which none of them did has tested nothing.  Counted is what happens from the end of
 `init` to the end of `final`: neither what a test prepares, nor that its VMs are destroyed in the end.
+
+With partial-order reduction one execution stands for all orders of its independent steps.  A danger that it
+meets is met.  One that another of these orders would meet (an entry used just after its SPTE has gone, not
+just before) may be missed, so a search can be called inconclusive where more executions would not be, never
+the other way round.
 """
 
 from __future__ import annotations

@@ -45,9 +45,11 @@ class Delays:
     def __init__(self, world: World) -> None:
         self._world = world
         self._named = {
-            (delay.thread, delay.point, delay.mode): (delay.microseconds or _LINGER) * 1e-6
-            for delay in world.test.delays
+            (delay.thread, delay.point, delay.mode): (number, (delay.microseconds or _LINGER) * 1e-6)
+            for number, delay in enumerate(world.test.delays)
         }
+        # The numbers of those whose threads came to their points.
+        self.passed: set[int] = set()
         self._random = Random(0)
         self._everywhere = False
 
@@ -59,11 +61,13 @@ class Delays:
         thread = self._world.thread_on(cpu)
         if thread is None:
             return
-        seconds = 0.0
+        delay = None
         if self._named:
             named, name = self._named, thread.name
-            seconds = named.get((name, kind, mode)) or named.get((name, kind, "")) or 0.0
-        if seconds:
+            delay = named.get((name, kind, mode)) or named.get((name, kind, ""))
+        if delay is not None:
+            number, seconds = delay
+            self.passed.add(number)
             if self._random.random() < 0.6:
                 time.sleep(self._random.random() * seconds)
         elif self._everywhere and self._random.random() * _CHAOS_ONE_IN < 1:
@@ -191,6 +195,7 @@ class Runner:
             self._explain_failure(outcome, error)
         finally:
             self.machine.install(None)
+            outcome.delays_passed |= delays.passed
         return outcome
 
     def _execute(self, world: World, delays: Delays, outcome: Outcome, seed: int) -> None:

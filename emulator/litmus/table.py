@@ -76,6 +76,17 @@ class Results:
             for test, outcome in self.of_policy(policy):
                 yield outcome.verdict(test), test.name, policy
 
+    def idle_delays(self) -> list[tuple[str, str]]:
+        """Return the tests' delays at points to which their threads never came, under no policy."""
+        found = []
+        for test in self.tests if self.explored is None else ():
+            outcomes = [outcome for (name, _), outcome in self.outcomes.items() if name == test.name]
+            if not any(outcome.executions for outcome in outcomes):
+                continue
+            passed = set().union(*(outcome.delays_passed for outcome in outcomes))
+            found += [(test.name, text) for i, text in enumerate(test.stress.delays) if i not in passed]
+        return found
+
     @property
     def executions(self) -> int:
         return sum(outcome.executions for outcome in self.outcomes.values())
@@ -84,6 +95,7 @@ class Results:
         return {
             "seed": self.seed,
             "executions": self.executions,
+            "idle_delays": [{"test": name, "delay": text} for name, text in self.idle_delays()],
             **({"interrupted": True} if self.interrupted else {}),
             "outcomes": [
                 outcome.document(test, expected_of(test, policy))
@@ -214,6 +226,8 @@ def _print_differences(results: Results, console: Console) -> None:
         console.print(Text(f"  {test.name} under {outcome.policy}: {text}"))
         if outcome.first is not None or results.explored is not None:
             console.print(Text(f"    {rerun(results, test, outcome)}", style="dim"))
+    for name, text in results.idle_delays():
+        console.print(Text(f"  {name}: no execution came to the point of the delay {text!r}"))
     if not differing:
         verdicts = "" if unforeseen else "all verdicts as expected, "
         console.print(Text(f"{verdicts}{results.executions:,} executions"))

@@ -40,6 +40,8 @@ class Outcome:
     bound: int | None = None
     # ... and what a user's policy depends on that a proof cannot see.
     unwatched: tuple[str, ...] = ()
+    # On real threads: the test's delays (by number) at whose points their threads lingered or could have.
+    delays_passed: set[int] = field(default_factory=set)
     # Of the first execution with a violation, one of each kind: what `flushlab explain` draws.
     reports: tuple[Report, ...] = ()
 
@@ -50,6 +52,7 @@ class Outcome:
         for mine, theirs in ((self.kinds, other.kinds), (self.evidence, other.evidence)):
             for name, n in theirs.items():
                 mine[name] = mine.get(name, 0) + n
+        self.delays_passed |= other.delays_passed
         if self.first is None:
             self.first, self.reports = other.first, other.reports
         self.failure = self.failure or other.failure

@@ -118,6 +118,18 @@ def test_no_execution_is_no_verdict(needs: str) -> None:
     assert Outcome("t", "linux-7.3").verdict(test) == "inconclusive"
 
 
+def test_a_delay_to_which_no_thread_comes_is_told(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    path = tmp_path / "idle.toml"
+    delays = '[stress]\ndelays = ["v0 mode write", "mm guest 5"]\n'
+    path.write_text(load_test("remote-one-root").text.replace("[expect]", f"{delays}[expect]"))
+    options = ["litmus", str(path), "--policy", "linux-7.3", "--iterations", "2", "--jobs", "1"]
+    assert main(options) == 0
+    line = "  idle: no execution came to the point of the delay 'mm guest 5'\n"
+    assert line in capsys.readouterr().out
+    assert main([*options, "--json"]) == 0
+    assert json.loads(capsys.readouterr().out)["idle_delays"] == [{"test": "idle", "delay": "mm guest 5"}]
+
+
 def test_executions_do_not_see_each_other() -> None:
     """What an unsound policy leaves in TLBs is not there in the next execution."""
     test = load_test("return-zap")
