@@ -205,3 +205,18 @@ def test_nothing_is_lost_and_nothing_is_left(name: str, tmp_path: Path) -> None:
             ends[trial.check(out, _errors(trial), told)] += 1
     summary = ", ".join(f"{how} {n}" for how, n in sorted(ends.items()))
     print(f"\n{name:<24} {length:5.1f} s, {TRIALS} trials, seed {SEED}: {summary}")
+
+
+@pytest.mark.parametrize("unbuffered", [False, True])
+def test_a_slow_reader_gets_everything(unbuffered: bool, tmp_path: Path) -> None:
+    """The document is larger than a pipe, so that the signals come in the middle of a write."""
+    with started(COMMANDS["explore, 1 process"], tmp_path, unbuffered) as trial:
+        assert trial.process.stdout is not None
+        select.select([trial.process.stdout], [], [], END_SECONDS)
+        for number in ENDING:
+            trial.process.send_signal(number)
+            time.sleep(0.1)
+        out = _finished(trial, "a slow reader")
+    assert len(out) > 1 << 16, "more than a pipe takes at once"
+    assert json.loads(out)["explored"]
+    assert trial.process.returncode == 1
