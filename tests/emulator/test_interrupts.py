@@ -63,6 +63,20 @@ def test_one_that_was_swallowed_is_not_forgotten() -> None:
             interrupts.only_note()
 
 
+def test_a_handler_names_nothing_that_takes_a_lock() -> None:
+    """It may run while the main thread holds any lock, also one that the handler would want."""
+    harmless = {"_State", "number", "since", "patience", "noting", "held", "raised", "INSIST_SECONDS"}
+    harmless |= {"time", "monotonic", "os", "_exit", "INTERRUPTED", "KeyboardInterrupt"}
+    harmless |= {"signal", "setitimer", "ITIMER_REAL"}
+    assert set(interrupts._note.__code__.co_names) <= harmless
+
+
+def test_there_are_no_other_handlers() -> None:
+    sources = [path for package in ("emulator", "metrics") for path in (HERE / package).rglob("*.py")]
+    handling = {path.name for path in sources if "signal.signal(" in path.read_text()}
+    assert handling == {"interrupts.py"}
+
+
 # The handler is entered again and again while it runs, and while the main thread holds the logger's lock.
 BURSTS = """
 import os, signal, threading
