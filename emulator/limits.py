@@ -77,7 +77,7 @@ def _needed(scenario: Scenario, limit: Limit) -> int:
 
 
 def _stack_bytes() -> int:
-    """Addresses of one thread's stack, its guard page included (pthread_create(3))."""
+    """Return what one thread's stack takes of the address space, with its guard page (pthread_create(3))."""
     soft, _ = resource.getrlimit(resource.RLIMIT_STACK)
     default = 2 * MIB if soft == resource.RLIM_INFINITY else soft
     return (threading.stack_size() or default) + resource.getpagesize()
@@ -103,7 +103,7 @@ def exhausted(error: BaseException) -> BadInput | None:
 
 
 def _soft_limits() -> Iterator[str]:
-    """What ulimit says of limits that are set, in its units."""
+    """Yield the limits that are set, as ulimit writes them."""
     for name, number, unit in (
         ("-v", resource.RLIMIT_AS, 1024),
         ("-d", resource.RLIMIT_DATA, 1024),

@@ -31,10 +31,11 @@ class Unit:
     names: str = ""
 
     def number(self, kind: str) -> str:
-        """`kind`: "a number" or "a whole number"."""
+        """Return what is expected where no such number was found; `kind`: "a number" or "a whole number"."""
         return f"{kind} of {self.counts}" if self.counts else f"the number of {self.names}, {kind}"
 
     def bound(self, word: str, value: float) -> str:
+        """Return what is expected of a number that is out of bounds; `word`: "at least", for one."""
         number = f"{word} {int(value) if value == int(value) else value}"
         return f"{number} {self.counts}" if self.counts else f"the number of {self.names}, {number}"
 
@@ -180,13 +181,14 @@ def _known_keys(model: type[BaseModel], location: tuple[int | str, ...], key: st
 
 
 def _unit_at(model: type[BaseModel], location: tuple[int | str, ...]) -> Unit | None:
-    """The unit of the field that the location is in."""
+    """Return the unit of the field that the location is in."""
     names = [part for part in location if isinstance(part, str)]
     field = _model_at(model, tuple(names[:-1])).model_fields.get(names[-1]) if names else None
     return unit_of(field) if field is not None else None
 
 
 def unit_of(field: FieldInfo) -> Unit | None:
+    """Return the unit that a field is declared with."""
     return next((entry for entry in field.metadata if isinstance(entry, Unit)), None)
 
 

@@ -39,7 +39,7 @@ def parse_address(text: str) -> tuple[str, int]:
 
 
 def _ipv6(text: str) -> str:
-    """The address between brackets, without which its last colon and that of the port look alike."""
+    """Return the address between brackets, without which its last colon and that of the port look alike."""
     if text.startswith("[") and text.endswith("]") and _is_ipv6(text[1:-1]):
         return text[1:-1]
     raise ValueError("[HOST:]PORT with an IPv6 address in brackets, such as [::1]:9464")

@@ -118,6 +118,8 @@ Need = Literal[
     "dirty-compared",
     "nothing",
 ]
+# Each is an OS thread; whether all waits can end takes time that grows with their square.
+MAX_THREADS = 64
 Kind = Literal["vcpu", "kvm"]
 # Who else there is when a test runs or is explored; schedules refer to all by name.
 _OTHERS = re.compile(r"main|rcu|(pcpu|irq)\d+")
@@ -246,7 +248,7 @@ class LitmusTest(Section):
     vm: tuple[VmSection, ...] = Field(default=(VmSection(),), min_length=1, max_length=4)
     init: tuple[str, ...] = ()
     final: tuple[str, ...] = ()
-    threads: dict[str, ThreadSection] = Field(min_length=1)
+    threads: dict[str, ThreadSection] = Field(min_length=1, max_length=MAX_THREADS)
     stress: StressSection = StressSection()
     expect: ExpectSection = ExpectSection()
 

@@ -116,7 +116,7 @@ def read_recording(
 
 
 def _check_words(name: str, description: str) -> None:
-    """Said before minutes of reading, not after."""
+    """Refuse what the trace's metadata cannot hold, before minutes of reading."""
     if not re.fullmatch(NAME_PATTERN, name):
         raise TraceError("--name", f"found {shown(name)}", _NAMES)
     if len(description) > MOST_DESCRIPTION:

@@ -311,6 +311,14 @@ def test_an_operand_that_is_a_little_off_is_refused_as_well(op: str, message: st
     assert message in str(caught.value)
 
 
+def test_many_threads() -> None:
+    text = 'doc="d"\nsource="s"\n' + "".join(f'[threads.t{i}]\nops=["wait t{i + 1} 1"]\n' for i in range(64))
+    with pytest.raises(BadInput, match=r"threads: found .*; expected at most 64 entries$"):
+        parse(text + "[threads.t64]\nops=[]\n")
+    with pytest.raises(BadInput, match=r"wait that can end"):
+        parse(text.replace("wait t64 1", "wait t0 1"))
+
+
 def test_two_threads_cannot_be_one_vcpu() -> None:
     with pytest.raises(BadInput, match="another vCPU than that of thread v1"):
         parse(GOOD.replace("[threads.mm]", "[threads.v1]\nvcpu = 0\n[threads.mm]"))
