@@ -76,8 +76,9 @@ static bool of_vcpus(const struct violation_report *r, uint64_t vcpu)
 static bool concerns(const struct violation_report *r, const struct event *e)
 {
 	bool lost = r->kinds & 1u << VIOLATION_LOST_DIRTY;
+	uint32_t function = e->more & (EVENT_IPI_WAITS - 1);
 
-	if (e->kind == EVENT_ROOT_FREE)
+	if (e->kind == EVENT_ROOT_FREE || e->kind == EVENT_ROOT_INVALID)
 		return e->a == r->entry.ep4ta;
 	if (e->vm != EVENT_NO_VM && e->vm != r->vm && e->vm != r->entry.vm)
 		return e->kind == EVENT_FLUSH && e->cpu == r->cpu;
@@ -100,9 +101,10 @@ static bool concerns(const struct violation_report *r, const struct event *e)
 	case EVENT_ROOT_LOAD:
 		return of_vcpus(r, e->a);
 	case EVENT_ELIDED:
-		return e->cpu == r->cpu || e->cpu == r->promise_cpu;
+		/* A table's end promises nothing, so the CPU that took the table away is not known. */
+		return e->cpu == r->cpu || e->cpu == r->promise_cpu || r->promise == PROMISE_FREE;
 	case EVENT_IPI:
-		return e->cpu == r->promise_cpu || e->more == IPI_INVEPT_SINGLE || e->more == IPI_INVEPT_GLOBAL;
+		return e->cpu == r->promise_cpu || function == IPI_INVEPT_SINGLE || function == IPI_INVEPT_GLOBAL;
 	case EVENT_STORE:
 		return lost && e->b == r->gfn;
 	case EVENT_COPY:
@@ -174,6 +176,15 @@ static void tell_entry(struct telling *t, const struct violation_report *r, cons
 	}
 }
 
+/* The oldest event that was looked at is not the CPU's first: say so, in the place of what is not known. */
+static void tell_lost(struct telling *t, uint64_t time, uint32_t cpu, uint64_t before)
+{
+	struct event e = { .time = time - 1, .kind = EVENT_LOST, .cpu = cpu, .vm = EVENT_NO_VM, .a = before };
+
+	if (t->story->events < EVENTS_KEPT)
+		t->story->event[t->story->events++] = e;
+}
+
 static void copy_cpu(struct machine *m, uint32_t cpu, const struct violation_report *r, struct story *story)
 {
 	const struct event_ring *ring = &m->oracle->rings[cpu];
@@ -181,8 +192,9 @@ static void copy_cpu(struct machine *m, uint32_t cpu, const struct violation_rep
 	uint64_t n = next < EVENT_RING ? next : EVENT_RING;
 	bool involved = cpu == r->cpu || cpu == r->promise_cpu;
 	struct telling t = { .story = story, .most = involved ? EVENTS_OF_CPU : EVENTS_OF_CPU / 2 };
+	uint64_t i;
 
-	for (uint64_t i = 1; i <= n && t.kept < t.most; i++) {
+	for (i = 1; i <= n && t.kept < t.most; i++) {
 		struct event e = event_at(ring, next - i, cpu);
 
 		if (e.kind == EVENT_ENTRY || e.kind == EVENT_EXIT) {
@@ -195,6 +207,8 @@ static void copy_cpu(struct machine *m, uint32_t cpu, const struct violation_rep
 			tell(&t, &e);
 		}
 	}
+	if (involved && (i <= n || next > n))
+		tell_lost(&t, event_at(ring, next - i + 1, cpu).time, cpu, next - i + 1);
 }
 
 void story_copy(struct machine *m, const struct violation_report *report, struct story *story)

@@ -26,6 +26,7 @@ static void judge_right(struct machine *m, const struct tlb_entry *entry, uint64
 	j->promise = e.promise;
 	j->promise_cpu = e.promise_cpu;
 	j->promise_time = e.promise_time;
+	j->live = e.hfn == hfn ? is_write(type) ? e.live_write : e.live_read : 0;
 	held = e.hfn == hfn && !(e.revoked & (is_write(type) ? 2 : 1));
 
 	/* A right that was granted after the promise and before the host freed the frame is none. */
@@ -136,6 +137,7 @@ void oracle_violation(struct machine *m, struct cpu *cpu, const struct vcpu *vcp
 		.entry = *entry,
 		.walk_level = walk_level,
 		.tag_now = frame_host_tag(m->frames, hfn),
+		.live = j->live,
 	};
 
 	oracle_report(m, cpu->id, &r);

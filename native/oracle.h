@@ -75,6 +75,7 @@ struct violation_report {
 	struct tlb_entry entry;
 	uint32_t walk_level; /* reference of a walk: level of the entry read; 0: the access itself */
 	uint32_t tag_now;    /* host tag of the frame now */
+	uint32_t live;       /* leaf SPTEs that map the page to the frame still, and let it be accessed so */
 };
 
 /* Totals by kind, each report counted once under its most specific kind. */
@@ -101,11 +102,14 @@ enum event_kind {
 	EVENT_PROTECT,   /* gfn, pages; more: as above */
 	EVENT_MAP,       /* gfn, frame; more: pages */
 	EVENT_REQUEST,   /* vcpu, request */
-	EVENT_IPI,       /* mask of the pCPUs 0 to 63 that were called, how many in all; more: function */
+	EVENT_IPI,       /* mask of 64 pCPUs that were called, how many in all; more: function,
+			  * EVENT_IPI_WAITS if the sender waits, and above it which 64: a call to pCPUs far
+			  * apart leaves several */
 	EVENT_PROMISE,   /* promise, first gfn; more: gfns */
 	EVENT_FREE,      /* frame */
 	EVENT_ROOT_LOAD, /* vcpu, root */
 	EVENT_ROOT_FREE, /* root */
+	EVENT_ROOT_INVALID, /* root that is obsolete from now on: no vCPU finds it any more */
 	EVENT_GUEST_INVALIDATE, /* vcpu, linear page, UINT64_MAX: all */
 	EVENT_YIELD,     /* vm, flushed */
 	EVENT_UNLOAD,    /* VMCLEAR by IPI: vcpu */
@@ -117,8 +121,10 @@ enum event_kind {
 	EVENT_LOG_CLEAR, /* user space has cleared marks in a dirty log: first gfn, pages asked for as bits */
 	EVENT_LOG_END,   /* user space has given its migration up */
 	EVENT_COPY,      /* user space has copied pages: first page, mask */
+	EVENT_LOST,      /* of stories: older events of this CPU are not known; how many its ring has lost */
 	EVENTS
 };
+enum { EVENT_IPI_WAITS = 1 << 15, EVENT_IPI_WORD = 16 };
 enum evicted { EVICT_PAGE, EVICT_TABLES, EVICT_PHYSICAL };
 
 struct event {
@@ -187,6 +193,7 @@ enum verdict { VERDICT_LEGAL, VERDICT_LEGAL_STALE, VERDICT_VIOLATION };
 struct judgement {
 	enum verdict verdict;
 	uint32_t kinds;  /* a bit per violation */
+	uint32_t live;   /* SPTEs that grant the right now */
 	uint32_t right;
 	uint32_t promise; /* what took the right away, on which CPU, when (monotonic ns) */
 	uint32_t promise_cpu;

@@ -185,6 +185,17 @@ static void call_locally(struct machine *m, struct cpu *c, const struct call *ca
 	ipi_run_function(m, c, call->function, call->argument);
 }
 
+/* In the sender's ring: an event for each word of the mask that has a target. */
+static void note_calls(struct machine *m, const struct cpu *c, int targets, const struct call *call)
+{
+	uint32_t how = call->function | (call->wait ? EVENT_IPI_WAITS : 0);
+
+	for (uint64_t word = 0; targets > 0 && word < (m->config.pcpus + 63) / 64; word++)
+		if (c->calls_sent[word])
+			event_record_more(m, c->id, EVENT_IPI, c->calls_sent[word], (uint64_t)targets,
+					  how | word << EVENT_IPI_WORD);
+}
+
 /* smp_call_function_many_cond(); run_local is SCF_RUN_LOCAL. */
 static int call_many(struct machine *m, uint32_t cpu, const uint64_t *mask, const struct call *call,
 		     bool run_local)
@@ -195,8 +206,7 @@ static int call_many(struct machine *m, uint32_t cpu, const uint64_t *mask, cons
 
 	memset(c->calls_sent, 0, 2 * sizeof(*c->calls_sent) * ((m->config.pcpus + 63) / 64));
 	targets = queue_mask(m, c, mask, call);
-	if (targets > 0)
-		event_record_more(m, cpu, EVENT_IPI, c->calls_sent[0], (uint64_t)targets, call->function);
+	note_calls(m, c, targets, call);
 	/* Even if we give up: others may have queued behind us and count on our kick. */
 	kick_mask(m, c);
 	if (targets < 0)
@@ -246,7 +256,8 @@ int smp_call_function_single(struct machine *m, uint32_t cpu, uint32_t target, u
 	}
 	if (cpu_is_offline(m, target))
 		return 0;
-	event_record_more(m, cpu, EVENT_IPI, target < 64 ? UINT64_C(1) << target : 0, 1, function);
+	event_record_more(m, cpu, EVENT_IPI, UINT64_C(1) << target % 64, 1,
+			  function | (wait ? EVENT_IPI_WAITS : 0) | target / 64 << EVENT_IPI_WORD);
 	r = queue_call(m, c, target, &call);
 	if (r > 0)
 		ipi_kick(m, cpu, &m->cpus[target]);

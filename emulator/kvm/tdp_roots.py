@@ -42,7 +42,7 @@ def kvm_tdp_mmu_put_root(cpu: Cpu, kvm: Kvm, root: KvmMmuPage) -> None:
     answer = kvm.policy.root_put(cpu, kvm, root)
     if answer == "async":
         if not root.role.invalid:
-            tdp_mmu_schedule_zap_root(kvm, root)
+            tdp_mmu_schedule_zap_root(cpu, kvm, root)
             return
     elif answer == "inline":
         _unlink_root(cpu, kvm, root)
@@ -81,12 +81,13 @@ def _zap_unlinked_root(cpu: Cpu, kvm: Kvm, root: KvmMmuPage) -> None:
 # --- the worker of 5.18 to 6.5 ------------------------------------------------------------------------------
 
 
-def tdp_mmu_schedule_zap_root(kvm: Kvm, root: KvmMmuPage) -> None:
+def tdp_mmu_schedule_zap_root(cpu: Cpu, kvm: Kvm, root: KvmMmuPage) -> None:
     """tdp_mmu_schedule_zap_root(): invalid from here on, with one reference, which is the worker's.
 
     Readers cannot take one of a root that had none; writers wait for mmu_lock.
     """
     root.invalidate()
+    cpu.event(lib.EVENT_ROOT_INVALID, root.hfn, 0, kvm.id)
     root.root_count.value = 1
     kvm.tdp_mmu_zap_works.append(root)
 
@@ -243,3 +244,4 @@ def kvm_tdp_mmu_invalidate_roots(cpu: Cpu, kvm: Kvm) -> None:
         cpu.point("role", root.hfn, "write")
         root.tdp_mmu_scheduled_root_to_zap = True
         root.invalidate()
+        cpu.event(lib.EVENT_ROOT_INVALID, root.hfn, 0, kvm.id)

@@ -109,3 +109,38 @@ def test_reports_and_events_start_over(machine: Hypervisor) -> None:
     violate(machine, vcpu, vm, 20)
     assert reports(machine) == 1
     assert {event.a for event in story(machine, 0) if event.kind == "zap"} == {20}
+
+
+def test_a_call_names_pcpus_beyond_the_first_64() -> None:
+    with Hypervisor(pcpus=130, housekeeping=1) as machine:
+        tail = EventTail(machine.m, 130)
+        # Idle pCPUs need not run to be called: the sender runs the function for them.
+        assert lib.smp_call_function_single(machine.m, 0, 100, lib.IPI_ACK_KICK, 0, 0) == 1
+        mask = ffi.new("uint64_t[]", [1 << 3, 1 << 6 | 1 << 7, 1])
+        assert lib.smp_call_function_many(machine.m, 0, mask, lib.IPI_ACK_KICK, 0, 0) == 4
+        calls = [event for event in tail.take() if event.kind == "ipi"]
+    assert [(call.targets, call.b, call.function) for call in calls] == [
+        ((100,), 1, "ack_kick"),
+        ((3,), 4, "ack_kick"),
+        ((70, 71), 4, "ack_kick"),
+        ((128,), 4, "ack_kick"),
+    ]
+    assert calls[0].describe() == "IPI (ack_kick) to pCPU 100"
+    assert not any(call.waits for call in calls)
+
+
+def test_what_the_ring_has_lost_is_in_the_story(machine: Hypervisor) -> None:
+    vm = machine.vm()
+    vcpu = machine.vcpu(vm, 1)
+    violate(machine, vcpu, vm, 5)
+    assert not [event for event in story(machine, 0) if event.kind == "lost"]
+    machine.access(0, vcpu, 6 << 12, READ)
+    for i in range(1500):
+        lib.event_record(machine.m, 1, lib.EVENT_FREE, 1 << 20, i)
+    machine.zap(1, vm, 6)
+    machine.promise(1, vm, 6, lib.PROMISE_NOTIFIER)
+    machine.access(0, vcpu, 6 << 12, READ)
+    lost = [event for event in story(machine, 1) if event.kind == "lost"]
+    oldest = read_events(machine.m, 1, 1024)[0]
+    assert [(event.cpu, event.time) for event in lost] == [(1, oldest.time - 1)]
+    assert lost[0].a == lib.events_count(machine.m, 1) - 1024
