@@ -274,6 +274,7 @@ def wait_until(cpu: Cpu, condition: Callable[[], bool], what: str) -> None:
     """
     if cpu.spinlocks:
         raise MachineMisuse(f"CPU {cpu.id}: waits for {what} while it holds a spinlock")
+    cpu.point("waits for", what, "read")
     while True:
         seq = lib.cpu_event(cpu.m, cpu.id)
         if condition():

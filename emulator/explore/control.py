@@ -50,11 +50,12 @@ _COVERED: Final[frozenset[PointKind]] = frozenset(
 
 
 class RwLock:
-    """Who holds an mmu_lock."""
+    """Who holds an mmu_lock; `holders`: on which CPUs."""
 
-    __slots__ = ("readers", "waiting", "writer")
+    __slots__ = ("holders", "readers", "waiting", "writer")
 
     def __init__(self) -> None:
+        self.holders: list[int] = []
         self.readers = 0
         self.writer = False
         self.waiting = 0
@@ -138,7 +139,7 @@ class Control:
     @staticmethod
     def is_step(kind: str) -> bool:
         """Is a point of this kind the beginning of a step, or is that the call behind it?"""
-        return kind not in _COVERED and kind not in ("unlock", "up")
+        return kind not in _COVERED and kind not in ("unlock", "up", "waits for")
 
     def bit(self, *name: Hashable) -> int:
         return self._bits.get(name) or self.objects.bit(name)
@@ -206,6 +207,8 @@ class Control:
         elif kind == "up":
             mask = self.bit("lock", obj.name)
             execution.touch(*((mask, 0) if mode == "read" else (0, mask)))
+        elif kind == "waits for":
+            execution.current.event = str(obj)
         else:
             mask = self.bit(kind, obj)
             execution.step((kind, obj, mode), *((mask, 0) if mode == "read" else (0, mask)))
@@ -229,7 +232,9 @@ class Control:
         mask = self.bit("lock", lock.name)
         token = lock._token
         label = ("spinlock" if isinstance(lock, SpinLock) else "mutex", lock.name, "write")
+        execution.current.holders = lambda: (lock.owner,) if lock.owner >= 0 else ()
         execution.step(label, 0, mask, lambda: bool(token), lock.name)
+        execution.current.holders = tuple
 
     def _down(self, execution: Execution, semaphore: RwSemaphore, mode: Mode) -> None:
         """Readers do not exclude each other, so the order in which they come makes no difference."""

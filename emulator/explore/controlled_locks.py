@@ -23,6 +23,7 @@ class Locks:
             lock = self.control.mmu_lock(vm)
             self._wait_for_mmu_lock(execution, vm, lock, False)
             lock.readers += 1
+            lock.holders.append(cpu)
         return int(lib.mmu_read_trylock(m, cpu, vm))
 
     def mmu_write_trylock(self, m: Any, cpu: int, vm: int) -> int:
@@ -31,6 +32,7 @@ class Locks:
             lock = self.control.mmu_lock(vm)
             self._wait_for_mmu_lock(execution, vm, lock, True)
             lock.writer = True
+            lock.holders.append(cpu)
         return int(lib.mmu_write_trylock(m, cpu, vm))
 
     def _wait_for_mmu_lock(self, execution: Execution, vm: int, lock: RwLock, write: bool) -> None:
@@ -44,10 +46,12 @@ class Locks:
             lock.waiting += 1
             execution.touch(0, waiters)
         label = ("mmu_lock", vm, "write" if write else "read")
+        execution.current.holders = lambda: tuple(dict.fromkeys(lock.holders))
         if write:
             execution.step(label, 0, mask, lambda: not (lock.writer or lock.readers), "mmu_lock")
         else:
             execution.step(label, mask, 0, lambda: not lock.writer, "mmu_lock")
+        execution.current.holders = tuple
         if contended:
             lock.waiting -= 1
             execution.touch(0, waiters)
@@ -55,14 +59,18 @@ class Locks:
     def mmu_read_unlock(self, m: Any, cpu: int, vm: int) -> None:
         execution = self.control.execution
         if execution is not None:
-            self.control.mmu_lock(vm).readers -= 1
+            lock = self.control.mmu_lock(vm)
+            lock.readers -= 1
+            _drop(lock, cpu)
             execution.touch(self.control.bit("mmu_lock", vm), 0)
         lib.mmu_read_unlock(m, cpu, vm)
 
     def mmu_write_unlock(self, m: Any, cpu: int, vm: int) -> None:
         execution = self.control.execution
         if execution is not None:
-            self.control.mmu_lock(vm).writer = False
+            lock = self.control.mmu_lock(vm)
+            lock.writer = False
+            _drop(lock, cpu)
             execution.touch(0, self.control.bit("mmu_lock", vm))
         lib.mmu_write_unlock(m, cpu, vm)
 
@@ -155,3 +163,8 @@ class Locks:
             "readers of SRCU",
         )
         return 0
+
+
+def _drop(lock: RwLock, cpu: int) -> None:
+    if cpu in lock.holders:
+        lock.holders.remove(cpu)

@@ -116,6 +116,8 @@ class _Recorder:
             self.violation = None if deadlocked else self.report(in_final=True)
             if self.violation is None:
                 self.violation = {"kind": kinds[0], "kinds": kinds, "text": outcome}
+                if deadlocked:
+                    self.violation["waits"] = self.program.waits
             # Other accesses of `final` may have violated in other ways.
             return tuple(dict.fromkeys([*self.violation["kinds"], *kinds]))
         return tuple(self.violation["kinds"]) if self.violation is not None else ()

@@ -11,7 +11,8 @@ is a deadlock.  Tasks that never finish (interrupts, RCU) are daemons: they do n
 
 from __future__ import annotations
 
-from collections.abc import Callable, Hashable, Sequence
+import sys
+from collections.abc import Callable, Hashable, Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any, Protocol
 
@@ -24,6 +25,8 @@ Label = tuple[str, Hashable, str]  # kind, object, "read" or "write"
 Condition = Callable[[], object]  # true: go on
 Known = tuple[int, Label]  # a task, and its step
 
+_KVM = "emulator.kvm."
+
 START: Label = ("start", None, "read")
 
 
@@ -31,6 +34,16 @@ def spelled(*parts: Hashable) -> str:
     """Of a label's kind and object, say: parts of parts are parts, and None is nothing."""
     words = (spelled(*part) if isinstance(part, tuple) else str(part) for part in parts if part is not None)
     return " ".join(word for word in words if word)
+
+
+def _stands_in(task: Task) -> str:
+    """The innermost function of KVM's code on the task's stack."""
+    frame = sys._getframe() if task.greenlet is getcurrent() else task.greenlet.gr_frame
+    while frame is not None:
+        if str(frame.f_globals.get("__name__", "")).startswith(_KVM):
+            return str(frame.f_code.co_name)
+        frame = frame.f_back
+    return ""
 
 
 class Abandoned(BaseException):
@@ -65,7 +78,9 @@ class Task:
         "changed",
         "daemon",
         "done",
+        "event",
         "greenlet",
+        "holders",
         "index",
         "label",
         "looked_at",
@@ -90,6 +105,8 @@ class Task:
         self.writes = 0
         self.was_blocking = False  # the step in question had a condition
         self.waits_for = ""
+        self.event = ""  # what the waits for its CPU's event are about
+        self.holders: Callable[[], Iterable[int]] = tuple  # CPUs that hold the lock it waits for
         self.watch = 0  # what the current turn of a retry loop has read
         self.changed = False  # ... and somebody has written since
         self.acts_for: Task | None = None  # a daemon that goes on with what this one has begun
@@ -100,11 +117,14 @@ class Task:
 
 @dataclass(frozen=True, slots=True)
 class Wait:
-    """Who cannot go on at the end, and why."""
+    """A task that cannot go on at the end, and why.  function: of KVM's code, in which it stands; "": none.
+    holders: the CPUs that hold the lock, if it waits for one."""
 
     task: str
     label: Label
     waits_for: str
+    function: str = ""
+    holders: tuple[int, ...] = ()
 
 
 class Execution:
@@ -323,7 +343,13 @@ class Execution:
                 enabled |= 1 << index
         if not enabled:
             self.deadlock = tuple(
-                Wait(task.name, task.label, task.waits_for or f"a change of {spelled(*task.looked_at[:2])}")
+                Wait(
+                    task.name,
+                    task.label,
+                    task.waits_for or f"a change of {spelled(*task.looked_at[:2])}",
+                    _stands_in(task),
+                    tuple(task.holders()),
+                )
                 for task in self.tasks
                 if not task.done and not task.daemon
             )

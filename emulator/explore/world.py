@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
+from typing import Any
 
 from emulator.actors.task import VcpuTask
 from emulator.explain.document import VMM
@@ -15,7 +16,7 @@ from emulator.explore.controlled_calls import Calls
 from emulator.explore.handed import Handed
 from emulator.explore.objects import Objects
 from emulator.explore.policy_reads import NOTHING, Known, PolicyReads
-from emulator.explore.scheduler import Execution, Task
+from emulator.explore.scheduler import Execution, Task, Wait
 from emulator.explore.search import Met
 from emulator.explore.snapshot import CannotRestore, Snapshot
 from emulator.explore.store_buffers import BufferedControl, buffer_name
@@ -70,6 +71,13 @@ def _is_constant(obj: object) -> bool:
     )
 
 
+def wait_text(wait: Mapping[str, Any]) -> str:
+    """Say who waits where in KVM's code, for what, and who holds it."""
+    where = f" in {wait['function']}()" if wait["function"] else ""
+    held = f", held by {' and '.join(wait['held_by'])}" if wait["held_by"] else ""
+    return f"{wait['thread']}{where} waits for {wait['waits_for']}{held}"
+
+
 class LitmusProgram:
     """One test under one policy.  Use inside `installed(program.control)`.
 
@@ -97,6 +105,7 @@ class LitmusProgram:
         self._rebuilds = rebuild
         self._initial: Snapshot | None = None
         self._started = False
+        self.waits: list[dict[str, Any]] = []
         self.machine = self._new_machine()
         self.control = self._control()
         self.reads: PolicyReads | None = None
@@ -245,9 +254,8 @@ class LitmusProgram:
         if self.reads is not None:
             self.reads.check()
         if execution.deadlock:
-            return f"{DEADLOCK}: " + ", ".join(
-                f"{wait.task} waits for {wait.waits_for}" for wait in execution.deadlock
-            )
+            self.waits = [self._wait(execution, wait) for wait in execution.deadlock]
+            return f"{DEADLOCK}: " + ", ".join(map(wait_text, self.waits))
         if not execution.stopped:
             if not execution.clean:
                 return ""
@@ -260,6 +268,18 @@ class LitmusProgram:
             for kind, n, before in zip(VIOLATION_KINDS, control.violations(), control.known, strict=True)
             if n > before
         )
+
+    def _wait(self, execution: Execution, wait: Wait) -> dict[str, Any]:
+        """For recordings: a thread that waits for ever, its CPU, and the CPUs that hold what it waits for."""
+        task = next(task for task in execution.tasks if task.name == wait.task)
+        names = self.names()
+        return {
+            "thread": wait.task,
+            "cpu": self.cpu_of(task),
+            "function": wait.function,
+            "waits_for": wait.waits_for,
+            "held_by": [names.get(cpu, f"CPU {cpu}") for cpu in wait.holders],
+        }
 
     def met(self) -> Met:
         """Return what the execution that was finished last met: nothing, if it was cut short."""

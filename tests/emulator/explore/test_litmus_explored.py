@@ -258,7 +258,8 @@ def test_a_deadlock_says_who_waits_for_whom(monkeypatch: pytest.MonkeyPatch, tmp
     assert found.kinds[0].startswith("deadlock")
     assert found.counterexample is not None
     assert found.counterexample.violation is not None
-    assert "mm waits for an acknowledgement by pCPU 0" in found.counterexample.violation["text"]
+    text = found.counterexample.violation["text"]
+    assert "mm in kvm_kick_many_cpus() waits for an acknowledgement by pCPU 0" in text
 
 
 RETRIES = """
@@ -277,7 +278,35 @@ def test_a_retry_that_never_ends_says_what_it_looks_at(
     path, found = tmp_path / "retries.toml", tmp_path / "found"
     path.write_text(RETRIES)
     assert main(["explore", str(path), "--jobs", "1", "--output", str(found)]) == 1
-    waits = "deadlock: v0 waits for a change of mmu_invalidate_seq 0"
+    waits = "deadlock: v0 in handle_ept_violation() waits for a change of mmu_invalidate_seq 0"
     assert waits in capsys.readouterr().out
     assert main(["explain", str(found / "retries-linux-7.3.json")]) == 0
-    assert f"\n[1] {waits}, mm waits\n    for operation 2 of v0\n" in capsys.readouterr().out
+    drawn = " ".join(capsys.readouterr().out.split())
+    assert f"[1] {waits}, mm waits for operation 2 of v0" in drawn
+    assert "handle_ept_violation() waits for a change of mmu_invalidate_seq 0" in drawn.partition("[1]")[0]
+
+
+LOCKED = """
+doc = "A slot cannot go while an invalidation is in progress, and the next ioctl waits for slots_lock."
+source = "this test"
+
+[threads]
+v0 = { vcpu = 0, ops = ["read 0x10"] }
+mm.ops = ["notifier-start 0x10", "wait k1 2", "notifier-end 0x10"]
+k1.ops = ["wait mm 1", "slot-delete"]
+k2.ops = ["wait mm 1", "log-arm"]
+"""
+
+
+def test_a_deadlock_is_drawn_with_functions_and_locks(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    path, found = tmp_path / "locked.toml", tmp_path / "found"
+    path.write_text(LOCKED)
+    assert main(["explore", str(path), "--jobs", "1", "--output", str(found)]) == 1
+    assert main(["explain", str(found / "locked-linux-7.3.json")]) == 0
+    drawn = " ".join(capsys.readouterr().out.split())
+    one, other = ("k1", "k2") if "slots_lock, held by k1" in drawn else ("k2", "k1")
+    assert f"{other} in kvm_set_memory_region() waits for slots_lock, held by {one}" in drawn
+    assert f"{one} in kvm_swap_active_memslots() waits for mn_active_invalidate_count" in drawn
+    assert "kvm_set_memory_region() waits for slots_lock" in drawn.partition("[1]")[0]
