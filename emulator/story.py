@@ -10,9 +10,10 @@ from collections.abc import Iterable, Mapping
 from typing import Any
 
 from emulator.explain.events import PROMISED_BY, PROMISES, Event, EventTail, name_of
-from emulator.explain.facts import NO_VCPU, Facts
+from emulator.explain.facts import Facts
 from emulator.explain.parts import (
     COPIED,
+    EARLY,
     ELIDED,
     LATE,
     LOST,
@@ -20,9 +21,12 @@ from emulator.explain.parts import (
     MISSED,
     NARROW,
     OUTDATED,
+    PROMISE,
     REOPENED,
     REVOKE,
+    SKIPPED,
     UNNAMED,
+    UNNOTIFIED,
     UNPROTECTED,
 )
 from emulator.explain.phrases import phrases
@@ -43,6 +47,9 @@ _CULPRITS = {
     NARROW: "too narrow",
     MISSED: "request not seen",
     OUTDATED: "looked up before the promise",
+    EARLY: "too early",
+    SKIPPED: "missing: the zap before",
+    UNNOTIFIED: "missing: an mmu_notifier before",
 }
 
 _LOST_LINES = {
@@ -137,47 +144,47 @@ def _ago(time: int, r: Any) -> str:
 def _stall_text(r: Any, kinds: tuple[str, ...], names: dict[int, str]) -> str:
     # What exactly, the log said when the watchdog found it.
     return (
-        f"{kinds[0]}: somebody waits for ever for CPU {r.promise_cpu} ({names.get(r.promise_cpu, 'nobody')})"
+        f"{kinds[0]}: a CPU waits for ever for CPU {r.promise_cpu} ({names.get(r.promise_cpu, 'no thread')})"
     )
 
 
 def _use_text(r: Any, kinds: tuple[str, ...], plot: Plot, names: dict[int, str]) -> list[str]:
     if kinds[0] == "lost-dirty":
         return _lost_text(r, plot, names)
-    if r.vcpu == NO_VCPU:
-        return _kvm_text(r, kinds, plot, names)
-    entry = r.entry
-    where = f"reference of a walk at level {r.walk_level}" if r.walk_level else f"linear {r.linear:#x}"
     also = f" (also {', '.join(kinds[1:])})" if kinds[1:] else ""
-    translation = f"{name_of(_SIZES, entry.size)} {name_of(_MAPPINGS, entry.kind)}, page {entry.page:#x}"
-    who = _name(names, r.cpu)
-    age = f", {r.guest_clock - entry.clock} accesses ago" if entry.vcpu == r.vcpu else ""
+    used = _kvm_text if plot.facts.by_kvm else _access_text
     return [
-        f"{kinds[0]}{also}: {name_of(_ACCESSES, r.access)} by vCPU {r.vcpu} of VM {r.vm} on {who}",
-        f"  access: {where}, gfn {r.gfn:#x}, frame {r.hfn:#x}",
-        f"  entry: {translation}, VPID {entry.vpid}, PCID {entry.pcid}, EP4TA {entry.ep4ta:#x}",
-        f"  filled by: vCPU {entry.vcpu} of VM {entry.vm} on {who}{age}",
-        f"  revoked: {_promise_text(r, kinds[0], names)}",
+        *used(r, kinds[0] + also, names),
+        f"  revoked: {_promise_text(r, kinds[0], plot, names)}",
         *_revocation_text(r, plot, names),
-        *_flush_text(r, plot, names),
-        *([] if plot.culprit else [f"  missing: {_missing(kinds[0], r)}"]),
+        *([] if plot.facts.marks_page else _flush_text(r, plot, names)),
+        *([] if plot.culprit else [f"  missing: {_missing(kinds[0], r, plot)}"]),
+        *_unknown_text(r, plot, names),
     ]
 
 
-def _kvm_text(r: Any, kinds: tuple[str, ...], plot: Plot, names: dict[int, str]) -> list[str]:
+def _access_text(r: Any, what: str, names: dict[int, str]) -> list[str]:
+    entry = r.entry
+    where = f"reference of a walk at level {r.walk_level}" if r.walk_level else f"linear {r.linear:#x}"
+    translation = f"{name_of(_SIZES, entry.size)} {name_of(_MAPPINGS, entry.kind)}, page {entry.page:#x}"
+    on = _name(names, r.cpu)
+    age = f", {r.guest_clock - entry.clock} accesses ago" if entry.vcpu == r.vcpu else ""
+    return [
+        f"{what}: {name_of(_ACCESSES, r.access)} by vCPU {r.vcpu} of VM {r.vm} on {on}",
+        f"  access: {where}, gfn {r.gfn:#x}, frame {r.hfn:#x}",
+        f"  entry: {translation}, VPID {entry.vpid}, PCID {entry.pcid}, EP4TA {entry.ep4ta:#x}",
+        f"  filled by: vCPU {entry.vcpu} of VM {entry.vm} on {on}{age}",
+    ]
+
+
+def _kvm_text(r: Any, what: str, names: dict[int, str]) -> list[str]:
     """KVM's own use, of a table or of a page, without a vCPU or a TLB entry."""
-    also = f" (also {', '.join(kinds[1:])})" if kinds[1:] else ""
-    missing = _missing(kinds[0], r) if r.walk_level else "the zap of this SPTE before the host freed the page"
     use = (
         f"walk at level {r.walk_level}" if r.walk_level else "marking the page of a zapped SPTE (zapped_pfn)"
     )
     return [
-        f"{kinds[0]}{also}: by KVM for VM {r.vm} on {_name(names, r.cpu)}",
+        f"{what}: by KVM for VM {r.vm} on {_name(names, r.cpu)}",
         f"  access: {use}, gfn {r.gfn:#x}, frame {r.hfn:#x}",
-        f"  revoked: {_promise_text(r, kinds[0], names)}",
-        *_revocation_text(r, plot, names),
-        *(_flush_text(r, plot, names) if r.walk_level else []),
-        *([] if plot.culprit else [f"  missing: {missing}"]),
     ]
 
 
@@ -192,9 +199,14 @@ def _lost_text(r: Any, plot: Plot, names: dict[int, str]) -> list[str]:
     return lines
 
 
-def _promise_text(r: Any, kind: str, names: dict[int, str]) -> str:
+def _promise_text(r: Any, kind: str, plot: Plot, names: dict[int, str]) -> str:
     if kind == "guest-stale":
         return PROMISED_BY["guest"]
+    promised = plot.part(PROMISE)
+    if r.promise == lib.PROMISE_NONE and promised is not None:
+        # Nothing was mapped then: a fault was under way.
+        where = f"{_name(names, promised.cpu)}, {_ago(promised.time, r)}"
+        return f"{PROMISED_BY[promised.event.promise]} on {where}"
     promise = PROMISED_BY[name_of(PROMISES, r.promise)]
     # A freed table does not say when.
     if not r.promise_time:
@@ -229,18 +241,33 @@ def _flush_text(r: Any, plot: Plot, names: dict[int, str]) -> list[str]:
     return lines
 
 
-def _missing(kind: str, r: Any) -> str:
-    """The flush that should have removed the entry."""
+def _unknown_text(r: Any, plot: Plot, names: dict[int, str]) -> list[str]:
+    """Say where the rings have forgotten a part of the race."""
+    return [
+        f"  not known: what {_name(names, e.cpu)} did before {_ago(e.time, r)} ({e.a} events are lost)"
+        for e in (moment.event for moment in plot.moments)
+        if e.kind == "lost"
+    ]
+
+
+def _missing(kind: str, r: Any, plot: Plot) -> str:
+    """Name the flush that should have removed the entry."""
     promise = name_of(PROMISES, r.promise)
+    if plot.facts.marks_page:
+        return "the zap of this SPTE before the host freed the page"
+    if plot.facts.by_kvm:
+        return "a reference on the root, rcu_read_lock(), or a new start of the walk after a yield"
     if kind == "foreign-root":
         return "the flush when a root page was loaded again (root_load), or that of the migration"
     if kind == "walk-after-free":
         return "the flush between unlinking the table and freeing it (map_replace, zap_yield, RCU)"
     if kind == "guest-stale":
         return "the VPID's flush when the vCPU came to this pCPU (migration_vpid)"
+    if plot.revoked_on not in (-1, r.cpu):
+        return "the flush when the vCPU came to this pCPU (migration)"
     if promise == "dirty_log":
         return "the flush after write-protecting (write_protect)"
-    return "the remote flush before the promise, or the flush when the vCPU came to this pCPU (migration)"
+    return "the remote flush before the promise"
 
 
 def _details(
@@ -263,6 +290,7 @@ def _details(
         "promise_cpu": r.promise_cpu,
         "promise_time_ns": r.promise_time,
         "guest_clock": r.guest_clock,
+        "live_sptes": r.live,
         "entry": {
             "kind": name_of(_MAPPINGS, entry.kind),
             "size": name_of(_SIZES, entry.size),

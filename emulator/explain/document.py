@@ -145,13 +145,21 @@ def _counterexample(value: Mapping[str, Any], context: Mapping[str, str]) -> Cas
     report = dict(value["violation"] or {})
     steps = [event for step in value["steps"] for event in _events_of_step(step)]
     steps += value.get("final") or []
-    told = [*_before(report.get("events") or [], steps), *steps]
+    waits = [_wait(wait) for wait in report.get("waits") or []]
+    told = [*_before(report.get("events") or [], steps), *steps, *waits]
     events = [Event.of_dict(event, time) for time, event in enumerate(told, start=1)]
     report.pop("time_ns", None)
     report.pop("promise_time_ns", None)
     names = _names(value) or _names(report) or _names_of_steps(value["steps"])
     facts = Facts.of_report(report)
     return Case(_where(context), context.get("policy", ""), report, facts, tuple(events), names, timed=False)
+
+
+def _wait(wait: Mapping[str, Any]) -> dict[str, Any]:
+    """The place where a thread waits for ever, as the last event of its CPU."""
+    where = f"{wait['function']}(): " if wait.get("function") else ""
+    held = f", held by {' and '.join(map(str, wait.get('held_by') or ()))}" if wait.get("held_by") else ""
+    return {"kind": "waits", "cpu": int(wait["cpu"]), "text": f"{where}waits for {wait['waits_for']}{held}"}
 
 
 def _before(report: list[dict[str, Any]], steps: list[dict[str, Any]]) -> list[dict[str, Any]]:

@@ -16,6 +16,7 @@ _FUNCTIONS = enum_names("ipi_function", "IPI_", count="IPI_FUNCTIONS")
 NO_VM = 0xFFFF
 # What a guest invalidates: not one page, but everything (MOV CR3, INVPCID).
 WHOLE = (1 << 64) - 1
+_IPI_FUNCTION = lib.EVENT_IPI_WAITS - 1
 # A VMCS that was loaded nowhere before.
 _NOWHERE = 1 << 31
 
@@ -95,12 +96,18 @@ class Event:
     @property
     def function(self) -> str:
         """Of a call to other CPUs."""
-        return name_of(_FUNCTIONS, self.more)
+        return name_of(_FUNCTIONS, self.more & _IPI_FUNCTION)
+
+    @property
+    def waits(self) -> bool:
+        """Of a call to other CPUs: its sender waits until they have run it."""
+        return bool(self.more & lib.EVENT_IPI_WAITS)
 
     @property
     def targets(self) -> tuple[int, ...]:
-        """The pCPUs below 64 that were called."""
-        return tuple(cpu for cpu in range(64) if self.a >> cpu & 1)
+        """The pCPUs of one word of the mask that were called."""
+        first = (self.more >> lib.EVENT_IPI_WORD) * 64
+        return tuple(first + bit for bit in range(64) if self.a >> bit & 1)
 
     @property
     def promise(self) -> str:
@@ -157,6 +164,8 @@ _TEXTS: dict[str, Callable[[Event], str]] = {
     "guest_invalidate": lambda e: f"guest of vCPU {e.a} invalidates {_what(e)}",
     "speculate": lambda e: f"speculative fill of page {e.b:#x} for vCPU {e.a}",
     "evict": _evicted,
+    "root_invalid": lambda e: f"root {e.a:#x} is invalid: no vCPU finds it any more",
+    "lost": lambda e: f"what this CPU did before is not known: {e.a} older events",
     "unload": lambda e: f"VMCLEAR of vCPU {e.a}, which is loaded elsewhere",
     "yield": lambda e: f"zap of VM {e.a} yields, {'flushed' if e.b else 'not flushed'}",
     "store": lambda e: f"guest of vCPU {e.a} writes to gfn {e.b:#x}",

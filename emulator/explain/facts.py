@@ -16,7 +16,7 @@ NO_VCPU = 0xFFFFFFFF
 
 @dataclass(frozen=True, slots=True)
 class Facts:
-    """What a report says about the use (emulator.story); -1: unknown."""
+    """What a report says about the use (emulator.story); -1: unknown.  live: SPTEs that map it still."""
 
     kinds: tuple[str, ...] = ()
     pcpu: int = -1
@@ -32,6 +32,7 @@ class Facts:
     clock: int = -1
     page: int = -1
     root: int = -1
+    live: int = 0
 
     @classmethod
     def of_report(cls, report: Mapping[str, Any]) -> Facts:
@@ -54,6 +55,7 @@ class Facts:
             clock=report.get("guest_clock", -1) if LOST_DIRTY in kinds else entry.get("clock", -1),
             page=entry.get("page", -1),
             root=entry.get("ep4ta", -1),
+            live=report.get("live_sptes", 0),
         )
 
     @property

@@ -12,6 +12,7 @@ from dataclasses import replace
 from emulator.explain.events import Event
 from emulator.explain.facts import Facts
 from emulator.explain.parts import COPIED, ELIDED, LOST, MARKED_EARLY, REOPENED, UNNAMED, UNPROTECTED
+from emulator.explain.timeline import Timeline
 from native import EXIT_REASONS
 
 _EPT_VIOLATION = EXIT_REASONS.index("ept_violation")
@@ -46,10 +47,9 @@ def lost_parts(facts: Facts, events: Sequence[Event]) -> dict[int, str]:
     return _Lost(facts, events).parts
 
 
-class _Lost:
+class _Lost(Timeline):
     def __init__(self, facts: Facts, events: Sequence[Event]) -> None:
-        self.facts, self.events = facts, events
-        self.parts: dict[int, str] = {}
+        super().__init__(facts, events)
         gfn = facts.gfn
         copied = self._last(lambda e: copies(e, gfn), before=self._last(self._stores))
         written = self._first(self._stores, copied)
@@ -103,19 +103,3 @@ class _Lost:
 
     def _is_write_fault(self, e: Event) -> bool:
         return e.kind == "exit" and e.vm == self.facts.vm and e.b == _EPT_VIOLATION
-
-    def _last(
-        self, wanted: Callable[[Event], bool], after: int | None = None, before: int | None = None
-    ) -> int | None:
-        start = -1 if after is None else after
-        end = len(self.events) if before is None else before
-        return next((i for i in range(end - 1, start, -1) if wanted(self.events[i])), None)
-
-    def _first(self, wanted: Callable[[Event], bool], after: int | None) -> int | None:
-        start = 0 if after is None else after + 1
-        return next((i for i in range(start, len(self.events)) if wanted(self.events[i])), None)
-
-    def _keep(self, i: int | None, part: str = "") -> int | None:
-        if i is not None and (part or i not in self.parts):
-            self.parts[i] = part
-        return i

@@ -14,6 +14,9 @@ LATE: Final = "late"
 NARROW: Final = "narrow"
 MISSED: Final = "missed"
 OUTDATED: Final = "outdated"
+EARLY: Final = "early"
+SKIPPED: Final = "skipped"
+UNNOTIFIED: Final = "unnotified"
 PROMISE: Final = "promise"
 USE: Final = "use"
 
@@ -25,4 +28,7 @@ LOST: Final = "lost"
 UNNAMED: Final = "unnamed"
 
 # What was not done, or not in time.
-CULPRITS: Final = (ELIDED, LATE, NARROW, MISSED, OUTDATED, UNPROTECTED, REOPENED, MARKED_EARLY)
+CULPRITS: Final = (
+    *(ELIDED, LATE, NARROW, MISSED, OUTDATED, EARLY, SKIPPED, UNNOTIFIED),
+    *(UNPROTECTED, REOPENED, MARKED_EARLY),
+)

@@ -8,7 +8,8 @@ from emulator.explain.events import WHOLE, Event, name_of, pages_text
 from emulator.explain.facts import Facts
 from emulator.explain.lost import copies
 from emulator.explain.parts import FILL, USE
-from emulator.explain.plot import HUGE, Moment
+from emulator.explain.plot import Moment
+from emulator.explain.timeline import HUGE
 from native import EXIT_REASONS
 
 
@@ -93,6 +94,13 @@ _PHRASES: dict[str, Callable[[Event, Facts], list[str]]] = {
     "guest_invalidate": _guest_invalidate,
     "speculate": lambda e, f: [f"speculative fill of page {e.b:#x}", "no access asked for it"],
     "evict": lambda e, f: [e.describe()],
+    "waits": lambda e, f: (
+        [*(part + ")" * (i == 0) for i, part in enumerate(e.said.split("): ", 1)))]
+        if "): " in e.said
+        else [e.said]
+    ),
+    "root_invalid": lambda e, f: [f"root {e.a:#x} is invalid"],
+    "lost": lambda e, f: ["earlier events", "are not known"],
     "unload": lambda e, f: [f"VMCLEAR v{e.a}"],
     "yield": lambda e, f: ["yields mmu_lock", "flushed" if e.b else "not flushed"],
     "store": lambda e, f: [f"v{e.a} writes gfn {e.b:#x}"],

@@ -6,14 +6,15 @@ between did not or not in time, and the translation is used.  Whatever else happ
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Iterable
 from dataclasses import dataclass
 
-from emulator.explain.events import NO_VM, WHOLE, Event
+from emulator.explain.events import Event
 from emulator.explain.facts import LOST_DIRTY, Facts
 from emulator.explain.lost import lost_parts, with_store
 from emulator.explain.parts import (
     CULPRITS,
+    EARLY,
     ELIDED,
     FILL,
     LATE,
@@ -22,13 +23,13 @@ from emulator.explain.parts import (
     OUTDATED,
     PROMISE,
     REVOKE,
+    SKIPPED,
+    UNNOTIFIED,
     USE,
 )
 from emulator.explain.processor import processor_moves
+from emulator.explain.timeline import Timeline
 
-_WRITE_PROMISES = ("dirty_log", "notifier_write")
-# Pages of the smallest huge leaf.
-HUGE = 512
 # The decision behind a flush, by the flush's reason.
 _DECISIONS = {
     "remote_zap": "zap",
@@ -54,20 +55,18 @@ class Moment:
         return self.event.time
 
 
-class Plot:
+class Plot(Timeline):
     """The moments of one violation, in order."""
 
     def __init__(self, facts: Facts, events: Iterable[Event]) -> None:
-        self.facts = facts
-        self.events: Sequence[Event] = sorted(events, key=lambda event: event.time)
-        if facts.kind == LOST_DIRTY:
-            self.events = with_store(facts, self.events)
-        self._parts: dict[int, str] = {}
-        # A request that needed no interrupt.
+        ordered = sorted(events, key=lambda event: event.time)
+        super().__init__(facts, with_store(facts, ordered) if facts.kind == LOST_DIRTY else ordered)
+        # A request that the promise has waited for, and whether it came with a kick of this pCPU.
         self._asked: int | None = None
+        self._kicked = False
         self._promised = self._last(self._is_promise) if facts.promised else None
         # A mapping of what the fault had looked up before the promise.
-        self._outdated = self._outdated_map()
+        self._outdated = self._remapped = self._outdated_map()
         self._start = self._fill()
         self._revoked = self._revocation() if self._outdated is None else None
         # From here on the entry should not have been used: the best that is known.
@@ -92,6 +91,8 @@ class Plot:
         after = next(following, None)
         if after is not None and after.kind == "yield" and not after.b:
             return "zap_yield"
+        if moment.event.reason == "migration" and self.facts.kind == "guest-stale":
+            return "migration_vpid"
         return _DECISIONS.get(moment.event.reason, "")
 
     @property
@@ -104,56 +105,6 @@ class Plot:
         start = self._stale if self._stale is not None else len(self.events)
         flushed = [e.cpu for e in self.events[start:] if e.kind == "flush" and e.vm == self.facts.vm]
         return tuple(dict.fromkeys(flushed))
-
-    # --- looking for events ------------------------------------------------------------------------------
-
-    def _last(
-        self, wanted: Callable[[Event], bool], after: int | None = None, before: int | None = None
-    ) -> int | None:
-        start = -1 if after is None else after
-        end = len(self.events) if before is None else before
-        return next((i for i in range(end - 1, start, -1) if wanted(self.events[i])), None)
-
-    def _first(
-        self, wanted: Callable[[Event], bool], after: int | None = None, before: int | None = None
-    ) -> int | None:
-        start = -1 if after is None else after
-        end = len(self.events) if before is None else before
-        return next((i for i in range(start + 1, end) if wanted(self.events[i])), None)
-
-    def _keep(self, i: int | None, part: str = "") -> int | None:
-        if i is not None and (part or i not in self._parts):
-            self._parts[i] = part
-        return i
-
-    def _mine(self, e: Event) -> bool:
-        return e.vm in (self.facts.vm, NO_VM)
-
-    def _is_load(self, vcpu: int, cpu: int | None = None) -> Callable[[Event], bool]:
-        return lambda e: e.kind == "load" and e.a == vcpu and (cpu is None or e.cpu == cpu)
-
-    def _is_request(self, by: int) -> Callable[[Event], bool]:
-        return lambda e: e.kind == "request" and e.a == self.facts.vcpu and e.cpu == by
-
-    def _is_elision(self, by: int) -> Callable[[Event], bool]:
-        return lambda e: e.kind == "elided" and self._mine(e) and e.cpu == by
-
-    def _is_promise(self, e: Event) -> bool:
-        return e.kind == "promise" and self._mine(e) and e.covers(self.facts.gfn)
-
-    def _takes_away(self, e: Event) -> bool:
-        kinds = ("protect", "zap") if self.facts.promise in _WRITE_PROMISES else ("zap",)
-        return e.kind in kinds and self._mine(e) and e.covers(self.facts.gfn)
-
-    def _unlinks(self, e: Event) -> bool:
-        """A table that maps the page's neighbourhood goes, or a huge leaf takes its place."""
-        first, last = e.a >> 9, e.a + max(e.more, 1) - 1 >> 9
-        kinds = e.kind == "zap" or (e.kind == "map" and e.more >= HUGE)
-        return kinds and self._mine(e) and first <= self.facts.gfn >> 9 <= last
-
-    def _is_guest_invalidation(self, e: Event) -> bool:
-        mine = e.kind == "guest_invalidate" and e.a == self.facts.vcpu
-        return mine and e.b in (self.facts.page, WHOLE)
 
     # --- the parts ---------------------------------------------------------------------------------------
 
@@ -218,9 +169,10 @@ class Plot:
         self._moves()
         self._requests()
         self._roots()
-        if not self._late():
+        if not (self._unnotified() or self._skipped() or self._late()):
             self._elisions()
         self._flushes()
+        self._unknown()
 
     def _moves(self) -> None:
         """Where the vCPU was meanwhile, and that it came back."""
@@ -266,49 +218,104 @@ class Plot:
         since = revoked if revoked is not None else self._start
         find = self._first if revoked is not None else self._last
         asked = self._keep(find(self._is_request(by), since, promised))
-        sent = None
-        if asked is not None:
-            sent = self._keep(self._first(lambda e: e.kind == "ipi" and e.cpu == by, asked, promised))
+        sent = None if asked is None else self._keep(self._kick(by, asked))
         self._keep(self._first(lambda e: e.kind == "yield" and e.cpu == by and not e.b, since, promised))
-        if sent is not None:
-            self._unanswered(sent)
-        self._asked = asked if sent is None else None
+        self._kicked = sent is not None and self.facts.pcpu in self.events[sent].targets
+        answered = sent is None or not self._unanswered(sent)
+        self._asked = asked if answered else None
 
-    def _unanswered(self, sent: int) -> None:
-        """A kick that the promise did not wait for."""
+    def _kick(self, by: int, asked: int) -> int | None:
+        """The kick that went to the pCPU of the access, or the first of those that went elsewhere."""
+        kicks = [
+            i
+            for i in range(asked + 1, len(self.events) if self._promised is None else self._promised)
+            if self.events[i].kind == "ipi" and self.events[i].cpu == by
+        ]
+        here = (i for i in kicks if self.facts.pcpu in self.events[i].targets)
+        return next(here, kicks[0] if kicks else None)
+
+    def _unanswered(self, sent: int) -> bool:
+        """Whether the promise did not wait for a pCPU that was kicked out of the guest.  One that was not in
+        the guest answers without a VM exit, and of exits only some are told."""
+        pcpu, promised = self.facts.pcpu, self._promised
+        kick = self.events[sent]
+        if kick.waits or pcpu not in kick.targets or promised is None or not self._is_inside(sent):
+            return False
+        exits = self._first(lambda e: e.kind == "exit" and e.cpu == pcpu, sent, promised)
+        return exits is None and self._keep(sent, LATE) is not None
+
+    def _is_inside(self, before: int) -> bool:
+        """Whether the vCPU was in the guest on the pCPU of the access then."""
         facts = self.facts
-        exits = self._first(lambda e: e.kind == "exit" and e.cpu == facts.pcpu, sent, self._promised)
-        if facts.pcpu in self.events[sent].targets and self._promised is not None and exits is None:
-            self._keep(sent, LATE)
+        last = self._last(lambda e: e.kind in ("entry", "exit") and e.cpu == facts.pcpu, before=before)
+        return last is not None and self.events[last].kind == "entry" and self.events[last].a == facts.vcpu
 
     def _unseen(self, asked: int) -> None:
-        """A VM entry after the request, without the flush; or nobody was interrupted who should have been."""
-        facts = self.facts
+        """A VM entry after the request, without the flush; or no interrupt for a vCPU in the guest."""
         entered = self._entered(asked)
         if entered is not None:
             if self._first(self._is_flush_here, asked, entered) is None:
                 self._keep(entered, MISSED)
             return
-        inside = self._last(lambda e: e.kind in ("entry", "exit") and e.cpu == facts.pcpu, before=asked)
-        if inside is not None and self.events[inside].kind == "entry" and self.events[inside].a == facts.vcpu:
+        if self._is_inside(asked) and not self._kicked:
             self._keep(asked, MISSED)
 
     def _roots(self) -> None:
         facts = self.facts
         if facts.about_root:
             self._keep(self._last(lambda e: e.kind == "root_load" and e.b == facts.root, self._stale))
+        if facts.root >= 0:
+            self._keep(self._last(lambda e: e.kind == "root_invalid" and e.a == facts.root, self._start))
+
+    def _unnotified(self) -> bool:
+        """Whether the host has freed the frame of a page that nothing had been promised of."""
+        facts = self.facts
+        promised = facts.promise != "none" or self._promised is not None
+        if promised or "use-after-free" not in facts.kinds:
+            return False
+        freed = self._last(lambda e: e.kind == "free" and e.a == facts.frame, self._start)
+        return self._keep(freed, UNNOTIFIED) is not None
+
+    def _skipped(self) -> bool:
+        """Whether the promise was made although an SPTE maps the page still, and none was installed later."""
+        if not self.facts.live or self._promised is None or self._remapped is not None:
+            return False
+        return self._keep(self._promised, SKIPPED) is not None
 
     def _late(self) -> bool:
         """The flush that was asked for only after the promise."""
         promised = self._promised
-        if {LATE, OUTDATED} & set(self._parts.values()):
+        if {LATE, OUTDATED} & set(self.parts.values()):
             return True
         if promised is None or self._revoked is None:
             return False
         asked = self._is_request(self.events[promised].cpu)
         if self._first(asked, self._revoked, promised) is not None:
             return False
-        return self._keep(self._first(asked, promised), LATE) is not None
+        if self._keep(self._first(asked, promised), LATE) is not None:
+            return True
+        return self._too_early(self._revoked, promised)
+
+    def _too_early(self, revoked: int, promised: int) -> bool:
+        """Whether the operation asked for its flush before it took the right away.  What it asks for when it
+        yields is for what it has done so far."""
+        by = self.events[revoked].cpu
+        since = self._last(lambda e: e.kind in ("promise", "yield") and e.cpu == by, before=revoked)
+        asked = self._last(self._is_request(by), since, revoked)
+        if asked is None or self._first(self._is_elision(by), asked, promised) is not None:
+            return False
+        return self._keep(asked, EARLY) is not None
+
+    def _unknown(self) -> None:
+        """What the rings have lost, where the race begins before that."""
+        if (
+            self._start is None
+            and not self.facts.by_kvm
+            and not any(e.kind == "speculate" for e in self.events)
+        ):
+            self._keep(self._last(lambda e: e.kind == "lost" and e.cpu == self.facts.pcpu))
+        if self.facts.promised and self.facts.promise != "none" and self._promised is None:
+            self._keep(self._last(lambda e: e.kind == "lost"))
 
     def _elisions(self) -> None:
         """The flush that was left out: where the entry is, since the vCPU is back; or by who revoked."""
@@ -348,10 +355,10 @@ class Plot:
             self._meanwhile(next(asked, own[0]))
         else:
             # Somebody else's, if it needs no column of its own.
-            shown = {self.events[i].cpu for i in self._parts}
+            shown = {self.events[i].cpu for i in self.parts}
             self._keep(next((i for i in flushed if self.events[i].cpu in shown), None))
         # A flush of everything would have dropped the entry.
-        if not set(CULPRITS) & set(self._parts.values()):
+        if not set(CULPRITS) & set(self.parts.values()):
             here = [i for i in range(stale + 1, len(self.events)) if self._is_flush_here(self.events[i])]
             # What was due is INVEPT; what a vCPU does besides, as when its root changes, counts less.
             here.sort(key=lambda i: (self.events[i].scope.startswith("invept"), i))
@@ -361,27 +368,27 @@ class Plot:
         """The vCPU itself flushed, on another pCPU: that is where it matters that it was."""
         self._keep(flush)
         load = self._keep(self._last(self._is_load(self.facts.vcpu), before=flush))
-        for i in [i for i, part in self._parts.items() if not part and self.events[i].kind == "load"]:
+        for i in [i for i, part in self.parts.items() if not part and self.events[i].kind == "load"]:
             if load is not None and i < load and self.events[i].cpu != self.events[load].cpu:
-                del self._parts[i]
+                del self.parts[i]
 
     def _choose_without_use(self) -> None:
         """A lost dirty bit, or somebody who waits for ever: what is known of the page, or the last events."""
         if self.facts.kind == LOST_DIRTY:
-            self._parts = lost_parts(self.facts, self.events)
-        if self._parts:
+            self.parts = lost_parts(self.facts, self.events)
+        if self.parts:
             return
         self._keep(self._revoked, REVOKE)
         self._keep(self._promised, PROMISE)
         self._keep(self._last(lambda e: e.kind == "elided" and self._mine(e)), ELIDED)
-        if not self._parts:
+        if not self.parts:
             for cpu in dict.fromkeys(e.cpu for e in self.events):
                 for i in [i for i, e in enumerate(self.events) if e.cpu == cpu][-3:]:
                     self._keep(i)
 
     def _moments(self) -> list[Moment]:
         facts = self.facts
-        chosen = [Moment(self.events[i].cpu, self.events[i], part) for i, part in sorted(self._parts.items())]
+        chosen = [Moment(self.events[i].cpu, self.events[i], part) for i, part in sorted(self.parts.items())]
         if not facts.is_use:
             return chosen
         last = max([facts.time, *(event.time for event in self.events)])

@@ -40,6 +40,16 @@ class _Entry(_Part):
     clock: _Number = 0
 
 
+class _Wait(_Part):
+    """A thread that waits for ever."""
+
+    thread: str
+    cpu: _Number
+    function: str = ""
+    waits_for: str
+    held_by: list[str] = []
+
+
 class _Violation(_Part):
     kind: str = ""
     kinds: list[str] | None = None
@@ -51,9 +61,11 @@ class _Violation(_Part):
     frame: _Number = 0
     walk_level: _Number = 0
     promise: str = ""
+    live_sptes: _Number = 0
     text: str = ""
     entry: _Entry | None = None
     unsafe_answers: list[str] = []
+    waits: list[_Wait] | None = None
     actors: dict[str, str] | None = None
     events: list[_Event] | None = None
 

@@ -10,6 +10,7 @@ from emulator.explain.document import Case
 from emulator.explain.facts import DEADLOCK
 from emulator.explain.parts import (
     COPIED,
+    EARLY,
     ELIDED,
     FILL,
     LATE,
@@ -21,7 +22,9 @@ from emulator.explain.parts import (
     PROMISE,
     REOPENED,
     REVOKE,
+    SKIPPED,
     UNNAMED,
+    UNNOTIFIED,
     UNPROTECTED,
     USE,
 )
@@ -161,7 +164,7 @@ def _elided(case: Case, moment: Moment) -> str:
 
 def _late(case: Case, moment: Moment) -> str:
     if moment.event.kind == "ipi":
-        return f"nobody waits for the answer: {case.label(case.facts.pcpu)} is still in the guest"
+        return f"the sender does not wait for the answer: {case.label(case.facts.pcpu)} is still in the guest"
     return "the flush comes too late: the promise has been given"
 
 
@@ -173,7 +176,7 @@ def _answers(case: Case) -> str:
 
 def _missed(case: Case, moment: Moment) -> str:
     if moment.event.kind == "request":
-        return f"nobody is interrupted, though v{case.facts.vcpu} is in the guest{_answers(case)}"
+        return f"no pCPU is interrupted, though v{case.facts.vcpu} is in the guest{_answers(case)}"
     return f"enters without having seen the request{_answers(case)}"
 
 
@@ -193,6 +196,22 @@ def _use(case: Case, moment: Moment) -> str:
     if facts.marks_page:
         what = "the use of the page"
     return f"{what}{after}: {', '.join(facts.kinds)}"
+
+
+def _what_goes(case: Case) -> str:
+    revoked = case.plot.part(REVOKE)
+    return (
+        "write access goes"
+        if revoked is not None and revoked.event.kind == "protect"
+        else "the translation goes"
+    )
+
+
+def _skipped(case: Case, moment: Moment) -> str:
+    return (
+        f"missing: the zap of gfn {case.facts.gfn:#x}; KVM promises that it is gone, but an SPTE maps it"
+        f"{_answers(case)}"
+    )
 
 
 def _unprotected(case: Case, moment: Moment) -> str:
@@ -237,6 +256,9 @@ _SENTENCES: dict[str, Callable[[Case, Moment], str]] = {
     NARROW: lambda case, moment: f"a flush, but too narrow: the entry stays{_answers(case)}",
     MISSED: _missed,
     OUTDATED: lambda case, moment: f"what the fault had looked up before the promise{_answers(case)}",
+    EARLY: lambda case, moment: f"the flush comes too early: before {_what_goes(case)}{_answers(case)}",
+    SKIPPED: _skipped,
+    UNNOTIFIED: lambda case, moment: "missing: an mmu_notifier; KVM is not told, and keeps its SPTE",
     PROMISE: _promise,
     USE: _use,
     COPIED: lambda case, moment: "the copy that user space keeps of the page",

@@ -11,6 +11,7 @@ from emulator.explain.events import Event
 from emulator.explain.facts import Facts
 from emulator.explain.parts import (
     COPIED,
+    EARLY,
     ELIDED,
     FILL,
     LATE,
@@ -22,7 +23,9 @@ from emulator.explain.parts import (
     PROMISE,
     REOPENED,
     REVOKE,
+    SKIPPED,
     UNNAMED,
+    UNNOTIFIED,
     UNPROTECTED,
     USE,
 )
@@ -374,3 +377,70 @@ def test_a_write_that_left_no_event_is_known_by_its_clock() -> None:
     assert (lost.cpu, lost.event.kind, lost.event.b) == (2, "store", GFN)
     unknown = plot(race, kinds=("lost-dirty",), vcpu=0xFFFFFFFF)
     assert [(moment.event.kind, moment.part) for moment in unknown.moments] == [("log_get", UNNAMED)]
+
+
+# --- what is drawn besides ---------------------------------------------------------------------------------
+
+
+def test_a_root_that_is_invalidated_is_drawn() -> None:
+    race = Race().enter(0, 100).add("root_invalid", KVM, ROOT).add("root_invalid", KVM, ROOT + 1)
+    race.zap(KVM).promise(KVM, "memslot")
+    found = plot(race, promise="memslot", promise_cpu=KVM)
+    assert [moment.event.a for moment in found.moments if moment.event.kind == "root_invalid"] == [ROOT]
+
+
+def test_a_kick_of_a_pcpu_beyond_the_first_64() -> None:
+    race = Race().enter(70, 100).zap(HOST).request(HOST)
+    race.add("ipi", HOST, 1 << 3, 2).add("ipi", HOST, 1 << 6, 2, more=1 << 16).promise(HOST)
+    found = plot(race, pcpu=70)
+    assert found.culprit is not None
+    assert (found.culprit.part, found.culprit.event.targets) == (LATE, (70,))
+
+
+def test_a_kick_whose_sender_waits_is_not_too_late() -> None:
+    race = Race().enter(0, 100).zap(HOST).request(HOST)
+    race.add("ipi", HOST, 1, 1, more=1 << 15).promise(HOST)
+    assert plot(race).part(LATE) is None
+    # A vCPU that was not in the guest answers without a VM exit.
+    outside = Race().enter(0, 100).leave(0, 160).zap(HOST).request(HOST).kick(HOST, 0).promise(HOST)
+    found = plot(outside.enter(0, 160))
+    assert found.culprit is not None
+    assert (found.culprit.part, found.culprit.event.kind) == (MISSED, "entry")
+
+
+def test_an_spte_that_the_zap_skipped() -> None:
+    race = Race().enter(0, 100).leave(0, 160).promise(HOST).flush(0).enter(0, 160)
+    found = plot(race, live_sptes=1)
+    assert found.culprit is not None
+    assert (found.culprit.part, found.culprit.event.kind) == (SKIPPED, "promise")
+    # One that was installed after the promise says nothing of the zap.
+    race.events.insert(-1, Event(race.events[-1].time - 1, "map", 1, GFN - 2, 0xB34 - 2, VM, 4))
+    assert plot(race, live_sptes=1).part(SKIPPED) is None
+
+
+def test_a_flush_before_the_zap() -> None:
+    race = Race().enter(0, 100).request(HOST).leave(0, 120).flush(0).enter(0, 120).zap(HOST).promise(HOST)
+    found = plot(race)
+    assert found.culprit is not None
+    assert (found.culprit.part, found.culprit.event.kind) == (EARLY, "request")
+    # What was asked for when the zap yielded is not for what came after.
+    race = Race().enter(0, 100).request(HOST).add("yield", HOST, VM, 1).zap(HOST).promise(HOST)
+    assert plot(race).culprit is None
+
+
+def test_a_free_that_nothing_was_promised_of() -> None:
+    found = plot(Race().enter(0, 100).free(HOST), promise="none")
+    assert found.culprit is not None
+    assert (found.culprit.part, found.culprit.event.kind) == (UNNOTIFIED, "free")
+    assert plot(Race().enter(0, 100).zap(HOST).promise(HOST).free(HOST)).part(UNNOTIFIED) is None
+
+
+def test_what_the_rings_have_lost_is_said_where_it_is_missed() -> None:
+    race = Race().add("lost", 0, 500).add("lost", HOST, 70).zap(HOST).promise(HOST)
+    kinds = [(moment.event.kind, moment.cpu) for moment in plot(race).moments]
+    assert ("lost", 0) in kinds, "the VM entry before the fill"
+    assert ("lost", HOST) not in kinds
+    whole = Race().add("lost", 0, 500).enter(0, 100).zap(HOST).promise(HOST)
+    assert "lost" not in [moment.event.kind for moment in plot(whole).moments]
+    promise = Race().add("lost", HOST, 70).enter(0, 100)
+    assert ("lost", HOST) in [(moment.event.kind, moment.cpu) for moment in plot(promise).moments]

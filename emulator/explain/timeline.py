@@ -1,0 +1,68 @@
+"""Events in the order of their times, and those of them that a plot is made of."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+
+from emulator.explain.events import NO_VM, WHOLE, Event
+from emulator.explain.facts import Facts
+
+_WRITE_PROMISES = ("dirty_log", "notifier_write")
+# Pages of the smallest huge leaf.
+HUGE = 512
+
+Wanted = Callable[[Event], bool]
+
+
+class Timeline:
+    """Finds events by their index, between two others (exclusive), and keeps some with the parts that they
+    play ("": it only belongs to the race)."""
+
+    def __init__(self, facts: Facts, events: Sequence[Event]) -> None:
+        self.facts = facts
+        self.events = events
+        self.parts: dict[int, str] = {}
+
+    def _last(self, wanted: Wanted, after: int | None = None, before: int | None = None) -> int | None:
+        start = -1 if after is None else after
+        end = len(self.events) if before is None else before
+        return next((i for i in range(end - 1, start, -1) if wanted(self.events[i])), None)
+
+    def _first(self, wanted: Wanted, after: int | None = None, before: int | None = None) -> int | None:
+        start = -1 if after is None else after
+        end = len(self.events) if before is None else before
+        return next((i for i in range(start + 1, end) if wanted(self.events[i])), None)
+
+    def _keep(self, i: int | None, part: str = "") -> int | None:
+        if i is not None and (part or i not in self.parts):
+            self.parts[i] = part
+        return i
+
+    def _mine(self, e: Event) -> bool:
+        return e.vm in (self.facts.vm, NO_VM)
+
+    def _is_load(self, vcpu: int, cpu: int | None = None) -> Wanted:
+        return lambda e: e.kind == "load" and e.a == vcpu and (cpu is None or e.cpu == cpu)
+
+    def _is_request(self, by: int) -> Wanted:
+        return lambda e: e.kind == "request" and e.a == self.facts.vcpu and e.cpu == by
+
+    def _is_elision(self, by: int) -> Wanted:
+        return lambda e: e.kind == "elided" and self._mine(e) and e.cpu == by
+
+    def _is_promise(self, e: Event) -> bool:
+        return e.kind == "promise" and self._mine(e) and e.covers(self.facts.gfn)
+
+    def _takes_away(self, e: Event) -> bool:
+        kinds = ("protect", "zap") if self.facts.promise in _WRITE_PROMISES else ("zap",)
+        return e.kind in kinds and self._mine(e) and e.covers(self.facts.gfn)
+
+    def _unlinks(self, e: Event) -> bool:
+        """A table that maps the page's neighbourhood goes, or a huge leaf takes its place."""
+        first, last = e.a >> 9, e.a + max(e.more, 1) - 1 >> 9
+        kinds = e.kind == "zap" or (e.kind == "map" and e.more >= HUGE)
+        return kinds and self._mine(e) and first <= self.facts.gfn >> 9 <= last
+
+    def _is_guest_invalidation(self, e: Event) -> bool:
+        mine = e.kind == "guest_invalidate" and e.a == self.facts.vcpu
+        return mine and e.b in (self.facts.page, WHOLE)

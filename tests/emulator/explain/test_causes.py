@@ -1,0 +1,168 @@
+"""What a diagram and a report give as the cause is the nature of the mutant that brought it about."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from emulator.explain.document import Case, load_cases
+from emulator.explain.parts import (
+    EARLY,
+    ELIDED,
+    LATE,
+    MARKED_EARLY,
+    MISSED,
+    NARROW,
+    OUTDATED,
+    REOPENED,
+    SKIPPED,
+    UNNOTIFIED,
+    UNPROTECTED,
+)
+from emulator.explain.tale import tell
+from emulator.explore.choices import Choices
+from emulator.explore.verdict import Plan, explore_verdict
+from emulator.litmus.loader import load_test, parse_test
+from emulator.litmus.policies import named_policy
+from emulator.litmus.runner import run_test
+from emulator.policy import MUTANTS
+
+# Where no event stands for what was not done, the report says what is missing.
+FLUSH = "the remote flush before the promise"
+UNLINKED = "the flush between unlinking the table and freeing it"
+REFERENCE = "a reference on the root, rcu_read_lock(), or a new start of the walk"
+WRITE_PROTECTED = "the flush after write-protecting"
+
+# The test that shows it; what was done wrong, or what is missing; the event that it is said of.
+CAUSES: dict[str, tuple[str, str, str]] = {
+    "B1": ("zap-root-yield", FLUSH, ""),
+    "B1b": ("zap-root-order", FLUSH, ""),
+    "B2": ("huge-replaces-table", ELIDED, "elided"),
+    "B3": ("recover-yields", REFERENCE, ""),
+    "B6": ("zap-yield-restart", SKIPPED, "promise"),
+    "B7": ("log-arm-aged", ELIDED, "elided"),
+    "B10": ("zap-range-ioctl", ELIDED, "elided"),
+    "B21": ("remote-smm-twice", NARROW, "flush"),
+    "B25": ("notifier-root-freed", REFERENCE, ""),
+    "B27": ("slot-delete-mmio", FLUSH, ""),
+    "I1": ("guest-init", ELIDED, "elided"),
+    "L1": ("log-get", UNPROTECTED, "log_get"),
+    "L2": ("log-order", REOPENED, "protect"),
+    "L3": ("log-races-write", MARKED_EARLY, "exit"),
+    "P1": ("entry-races-request", MISSED, "entry"),
+    "P2": ("entry-races-request", MISSED, "entry"),
+    "P3": ("entry-races-request", MISSED, "request"),
+    "P4": ("kick-waits", LATE, "ipi"),
+    "P7": ("flush-all-scope", NARROW, "flush"),
+    "P9": ("root-recycled", ELIDED, "elided"),
+    "P10": ("zap-table-walk", UNLINKED, ""),
+    "P11": ("kick-waits", EARLY, "request"),
+    "P13": ("recover-frozen", EARLY, "request"),
+    "P15": ("fault-races-unmap", OUTDATED, "map"),
+    "P15b": ("fault-late-sequence", OUTDATED, "map"),
+    "P15c": ("fault-races-unmap", OUTDATED, "map"),
+    "P16": ("notifier-range-end", LATE, "request"),
+    "P23": ("bounce-zap", ELIDED, "elided"),
+    "P23b": ("mask-cleared-late", ELIDED, "elided"),
+    "P23d": ("guest-invlpg-away", ELIDED, "elided"),
+    "P24": ("remote-smm-moved", NARROW, "flush"),
+    "P29": ("guest-paging-off", ELIDED, "elided"),
+    "P31": ("smm-memory", SKIPPED, "promise"),
+    "P32": ("log-clear-manual", WRITE_PROTECTED, ""),
+    "R1": ("remote-smm-moved", NARROW, "flush"),
+    "R2": ("guest-invlpg-away", ELIDED, "elided"),
+    "R3": ("mask-cleared-late", ELIDED, "elided"),
+    "R4": ("root-recycled-elsewhere", ELIDED, "elided"),
+    "RFC02": ("zap-table-walk", UNLINKED, ""),
+    "S1": ("entry-races-request", MISSED, "entry"),
+    "S2": ("entry-races-request", MISSED, "entry"),
+    "S3": ("entry-races-request", FLUSH, ""),
+    "S4": ("entry-races-request", MISSED, "entry"),
+}
+# Found by real threads sooner than by search.
+ON_THREADS = ("B3", "B25", "B27")
+SAID = {
+    EARLY: "too early",
+    ELIDED: "elided",
+    LATE: "too late",
+    MARKED_EARLY: "marked before the SPTE was writable",
+    MISSED: "request not seen",
+    NARROW: "too narrow",
+    OUTDATED: "looked up before the promise",
+    REOPENED: "write-protected before its mark was taken",
+    SKIPPED: "missing: the zap before",
+    UNPROTECTED: "not write-protected again",
+}
+
+
+def written(path: Path, document: dict[str, Any]) -> Case:
+    path.write_text(json.dumps(document))
+    return load_cases(path)[0]
+
+
+def explored(test: str, policy: str, path: Path, *, late_stores: bool = False) -> Case:
+    plan = Plan(executions=4000, choices=Choices(store_buffers=late_stores))
+    found = explore_verdict(load_test(test), named_policy(policy), plan)
+    assert found.counterexample is not None
+    return written(path, found.counterexample.document())
+
+
+def caught(test: str, policy: str, path: Path) -> Case:
+    loaded = load_test(test)
+    outcome = run_test(loaded, named_policy(policy), 2000, stop_at=1)
+    return written(path, {"results": [outcome.document(loaded, ())]})
+
+
+def test_every_mutant_that_is_caught_is_in_the_table() -> None:
+    assert set(CAUSES) == {name for name, mutant in MUTANTS.items() if not mutant.cost_only}
+
+
+@pytest.mark.parametrize("name", CAUSES)
+def test_the_cause_is_the_mutants(name: str, tmp_path: Path) -> None:
+    test, cause, kind = CAUSES[name]
+    policy, path = f"mutant:{name}", tmp_path / "case.json"
+    if name in ON_THREADS:
+        case = caught(test, policy, path)
+    else:
+        case = explored(test, policy, path, late_stores=MUTANTS[name].store_buffers)
+    culprit, text = case.plot.culprit, case.report["text"]
+    if not kind:
+        assert culprit is None
+        assert f"\n  missing: {cause}" in text
+        return
+    assert culprit is not None
+    assert (culprit.part, culprit.event.kind) == (cause, kind)
+    assert f"\n  {SAID[cause]}: " in text
+    others = [said for part, said in SAID.items() if part != cause]
+    assert not [said for said in others if f"\n  {said}: " in text]
+    assert not [missing for missing in (FLUSH, UNLINKED, REFERENCE) if missing in text]
+    assert any(note.part == cause for note in tell(case).notes)
+
+
+NO_NOTIFIER = """
+doc = "khugepaged retracts the page table of a shmem mapping without a call of the mmu_notifiers."
+source = "f268f6cf875f (6.1, CVE-2022-48991)"
+init = ["v0: write 0x10"]
+[threads.v0]
+vcpu = 0
+ops = ["read 0x10", "wait mm 3", "read 0x10"]
+[threads.mm]
+ops = ["wait v0 1", "notifier-free 0x10", "host-touch 0x11"]
+"""
+
+
+def test_a_free_without_a_notifier_has_its_column(tmp_path: Path) -> None:
+    test = parse_test(NO_NOTIFIER, "t", None)
+    found = explore_verdict(test, named_policy("linux-7.3"))
+    assert found.counterexample is not None
+    case = written(tmp_path / "case.json", found.counterexample.document())
+    culprit = case.plot.culprit
+    assert culprit is not None
+    assert (culprit.part, culprit.event.kind, case.label(culprit.cpu)) == (UNNOTIFIED, "free", "mm")
+    assert [case.label(cpu) for cpu in case.columns] == ["CPU0", "mm"]
+    notes = [note.text for note in tell(case).notes if note.part == UNNOTIFIED]
+    assert notes == ["missing: an mmu_notifier; KVM is not told, and keeps its SPTE"]
+    assert "\n  missing: an mmu_notifier before: frame 0x" in case.report["text"]
