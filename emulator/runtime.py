@@ -147,6 +147,7 @@ class Cpu:
         "tables",
         "tags",
         "vcpu",
+        "waits_for",
         "writable",
     )
 
@@ -161,6 +162,8 @@ class Cpu:
         self.spinlocks = 0
         # kvm_running_vcpu: the vCPU that is loaded here (emulator.kvm.structs.Vcpu).
         self.vcpu: Any = None
+        # In wait_until(), for reports.
+        self.waits_for = ""
         # Per-CPU scratch, as the kernel's cpu_kick_mask; the rest saves allocations in page faults.
         self.kick_mask_words = (machine.config["pcpus"] + 63) // 64
         self.kick_mask: Any = ffi.new("uint64_t[]", self.kick_mask_words)
@@ -274,10 +277,11 @@ def wait_until(cpu: Cpu, condition: Callable[[], bool], what: str) -> None:
     """
     if cpu.spinlocks:
         raise MachineMisuse(f"CPU {cpu.id}: waits for {what} while it holds a spinlock")
-    cpu.point("waits for", what, "read")
+    cpu.waits_for = what
     while True:
         seq = lib.cpu_event(cpu.m, cpu.id)
         if condition():
+            cpu.waits_for = ""
             return
         cpu.check(lib.cpu_wait_event(cpu.m, cpu.id, seq, 0))
 

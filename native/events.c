@@ -153,7 +153,7 @@ static void tell_entry(struct telling *t, const struct violation_report *r, cons
 	bool promised = r->promise_time && !(r->kinds & 1u << VIOLATION_GUEST_STALE) && e->time > r->promise_time;
 
 	if (lost) {
-		/* Whose fault made the page writable is not known; of what a guest does meanwhile little is told. */
+		/* Any vCPU's fault may have made the page writable.  The last few are told: they flood the rings. */
 		if (e->vm == r->vm && t->kept < STAYS_OF_CPU)
 			tell(t, e);
 		return;

@@ -300,6 +300,8 @@ class Plot(Timeline):
         """Whether the operation asked for its flush before it took the right away.  What it asks for when it
         yields is for what it has done so far."""
         by = self.events[revoked].cpu
+        if by != self.events[promised].cpu:
+            return False
         since = self._last(lambda e: e.kind in ("promise", "yield") and e.cpu == by, before=revoked)
         asked = self._last(self._is_request(by), since, revoked)
         if asked is None or self._first(self._is_elision(by), asked, promised) is not None:

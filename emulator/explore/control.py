@@ -139,7 +139,7 @@ class Control:
     @staticmethod
     def is_step(kind: str) -> bool:
         """Is a point of this kind the beginning of a step, or is that the call behind it?"""
-        return kind not in _COVERED and kind not in ("unlock", "up", "waits for")
+        return kind not in _COVERED and kind not in ("unlock", "up")
 
     def bit(self, *name: Hashable) -> int:
         return self._bits.get(name) or self.objects.bit(name)
@@ -207,8 +207,6 @@ class Control:
         elif kind == "up":
             mask = self.bit("lock", obj.name)
             execution.touch(*((mask, 0) if mode == "read" else (0, mask)))
-        elif kind == "waits for":
-            execution.current.event = str(obj)
         else:
             mask = self.bit(kind, obj)
             execution.step((kind, obj, mode), *((mask, 0) if mode == "read" else (0, mask)))

@@ -128,7 +128,7 @@ class Calls:
             self.control.bit("event", cpu),
             0,
             lambda: lib.cpu_event(m, cpu) != seq,
-            execution.current.event or "an event",
+            self.control.machine.cpus[cpu].waits_for or "an event",
         )
         return 0
 

@@ -78,7 +78,6 @@ class Task:
         "changed",
         "daemon",
         "done",
-        "event",
         "greenlet",
         "holders",
         "index",
@@ -105,7 +104,6 @@ class Task:
         self.writes = 0
         self.was_blocking = False  # the step in question had a condition
         self.waits_for = ""
-        self.event = ""  # what the waits for its CPU's event are about
         self.holders: Callable[[], Iterable[int]] = tuple  # CPUs that hold the lock it waits for
         self.watch = 0  # what the current turn of a retry loop has read
         self.changed = False  # ... and somebody has written since

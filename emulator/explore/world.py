@@ -72,7 +72,7 @@ def _is_constant(obj: object) -> bool:
 
 
 def wait_text(wait: Mapping[str, Any]) -> str:
-    """Say who waits where in KVM's code, for what, and who holds it."""
+    """Say which thread waits, where in KVM's code, for what, and which threads hold that."""
     where = f" in {wait['function']}()" if wait["function"] else ""
     held = f", held by {' and '.join(wait['held_by'])}" if wait["held_by"] else ""
     return f"{wait['thread']}{where} waits for {wait['waits_for']}{held}"

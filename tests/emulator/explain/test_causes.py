@@ -77,6 +77,7 @@ CAUSES: dict[str, tuple[str, str, str]] = {
     "R3": ("mask-cleared-late", ELIDED, "elided"),
     "R4": ("root-recycled-elsewhere", ELIDED, "elided"),
     "RFC02": ("zap-table-walk", UNLINKED, ""),
+    "Z1": ("zap-range-fault", OUTDATED, "map"),
     "S1": ("entry-races-request", MISSED, "entry"),
     "S2": ("entry-races-request", MISSED, "entry"),
     "S3": ("entry-races-request", FLUSH, ""),

@@ -423,6 +423,9 @@ def test_a_flush_before_the_zap() -> None:
     found = plot(race)
     assert found.culprit is not None
     assert (found.culprit.part, found.culprit.event.kind) == (EARLY, "request")
+    # The promise found nothing to zap: another operation is at fault.
+    race = Race().enter(0, 100).request(KVM).zap(KVM).promise(HOST)
+    assert plot(race).culprit is None
     # What was asked for when the zap yielded is not for what came after.
     race = Race().enter(0, 100).request(HOST).add("yield", HOST, VM, 1).zap(HOST).promise(HOST)
     assert plot(race).culprit is None

@@ -31,10 +31,10 @@ def forget_to_protect(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("emulator.kvm.mmu.kvm_mmu_slot_remove_write_access", lambda *arguments: False)
 
 
-def sequential(*ops: str, vm: str = "", threads: str = "") -> LitmusTest:
+def sequential(*ops: str, vm: str = "") -> LitmusTest:
     """A test whose operations follow one another."""
     text = f'doc="d"\nsource="s"\ninit={list(ops)!r}\n[[vm]]\nvcpus=2\n{vm}\n[threads.v0]\nvcpu=0\n'
-    return parse_test(f"{text}[threads.v1]\nvcpu=1\npcpu=1\n[threads.k]\n{threads}", "t", None)
+    return parse_test(f"{text}[threads.v1]\nvcpu=1\npcpu=1\n[threads.k]\nops=['linger']", "t", None)
 
 
 def outcome_of(test: LitmusTest, policy: str = "linux-7.3") -> Outcome:
