@@ -34,6 +34,7 @@ from emulator.policy import MUTANTS
 FLUSH = "the remote flush before the promise"
 UNLINKED = "the flush between unlinking the table and freeing it"
 REFERENCE = "a reference on the root, rcu_read_lock(), or a new start of the walk"
+STILL_MAPPED = "the zap of this SPTE before the host freed the page"
 WRITE_PROTECTED = "the flush after write-protecting"
 
 # The test that shows it; what was done wrong, or what is missing; the event that it is said of.
@@ -77,6 +78,7 @@ CAUSES: dict[str, tuple[str, str, str]] = {
     "R3": ("mask-cleared-late", ELIDED, "elided"),
     "R4": ("root-recycled-elsewhere", ELIDED, "elided"),
     "RFC02": ("zap-table-walk", UNLINKED, ""),
+    "Z2": ("zap-invalid-root", STILL_MAPPED, ""),
     "Z1": ("zap-range-fault", OUTDATED, "map"),
     "S1": ("entry-races-request", MISSED, "entry"),
     "S2": ("entry-races-request", MISSED, "entry"),
