@@ -53,11 +53,13 @@ def test_over_the_whole_suite() -> None:
 
 
 def outcome(*kinds: str, failure: str = "") -> Outcome:
-    return Outcome("t", "p", 10, len(kinds), dict.fromkeys(kinds, 1), failure=failure)
+    return Outcome(
+        "t", "p", executions=10, violating=len(kinds), kinds=dict.fromkeys(kinds, 1), failure=failure
+    )
 
 
 def verdict(said: str, *kinds: str) -> Verdict:
-    return Verdict("t", "p", Plan(), said, kinds, complete=said == SAFE)
+    return Verdict("t", "p", Plan(), needs=("averted",), verdict=said, kinds=kinds, complete=said == SAFE)
 
 
 FREED, STALE = "use-after-free", "stale-after-revoke"
