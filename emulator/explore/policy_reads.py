@@ -282,6 +282,9 @@ class PolicyReads:
         ):
             which = self._which(slot, obj)
             if self.asks():
+                if not is_watchable(value, slot.attr):
+                    # A function would run elsewhere, and of a container of its own it knows the contents.
+                    self.cannot_watch(f"writes {slot.key}")
                 self._access(slot.key, which, True)
             else:
                 self._changed((slot.key, which))

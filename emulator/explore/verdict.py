@@ -213,8 +213,8 @@ def _explored(program: LitmusProgram, verdict: Verdict, stop: Stop, jobs: int) -
     finally:
         program.close()
     source = source_of(program.policy)
-    if reads is not None and source is not None:
-        verdict.unwatched = (*unwatched(source), *reads.seen.unwatched)
+    if source is not None:
+        verdict.unwatched = (*unwatched(source), *(() if reads is None else reads.seen.unwatched))
     return None
 
 

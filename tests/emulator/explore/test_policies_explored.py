@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
+from emulator.explore.memory import Memory
 from emulator.explore.verdict import Plan, Verdict, explore_verdict
 from emulator.litmus.loader import load_test, load_tests
 from emulator.litmus.policies import named_policy
@@ -127,3 +129,16 @@ def test_a_loop_that_asks_again_may_be_answered_otherwise(tmp_path: Path) -> Non
 def test_memory_that_nobody_knows_may_have_changed(tmp_path: Path) -> None:
     count = "self.random = __import__('random').Random(1); self.asked += 1"
     assert "use-after-free" in explored(tmp_path, LONG_INVALIDATION, PATIENT.format(count=count)).kinds
+
+
+def test_a_change_counts_though_another_task_asked_meanwhile(tmp_path: Path) -> None:
+    """A method that reads what others write is interrupted there, and its task's turn of a loop has changed
+    what the policy remembers all the same."""
+    memory = Memory()
+    policy = memory.policy = named_policy(written(tmp_path, "mine.py", HASTY))
+    mine: Any = policy
+    memory.asking(0)
+    mine._mine.last = 7
+    memory.asking(1)
+    assert not memory.changed(1)
+    assert memory.changed(0)

@@ -297,8 +297,25 @@ CLOCK = "from time import monotonic"
         ("lib.rcu_pending(cpu.m) < 0", "from native import lib", "mine.py:7: calls rcu_pending()"),
         ("native.lib.rcu_pending(cpu.m) < 0", "import native", "mine.py: calls the core through native"),
         ("cpu.machine.stopping", "", "mine.py:7: calls machine_stopping()"),
+        ("setattr(vcpu.mmu, 'prev_roots', [None] * 3)", "", "mine.py:7: writes KvmMmu.prev_roots"),
+        (
+            "False",
+            "from emulator.kvm import vmx; vmx.migration_vpid = lambda cpu, vcpu: None",
+            "mine.py:3: changes emulator.kvm.vmx.migration_vpid",
+        ),
     ],
-    ids=["time", "file", "environment", "address", "hook", "core", "core's module", "property"],
+    ids=[
+        "time",
+        "file",
+        "environment",
+        "address",
+        "hook",
+        "core",
+        "core's module",
+        "property",
+        "its own list",
+        "KVM's code",
+    ],
 )
 def test_what_cannot_be_watched_is_told(tmp_path: Path, condition: str, imports: str, told: str) -> None:
     text = LOOKS.format(condition=condition, answer="all-contexts")
