@@ -171,9 +171,12 @@ class PolicyReads:
         self.check()
 
     def next(self) -> Known:
-        """What the next search knows."""
+        """Return what the next search knows: more than this one, so there is a last one."""
         now, then = self.seen.known(), self.known
-        return Known(now.shared | then.shared, now.contents | then.contents, now.written | then.written)
+        known = Known(now.shared | then.shared, now.contents | then.contents, now.written | then.written)
+        if known == then:
+            raise AssertionError("a search begins again with what it knew")
+        return known
 
     def _grow(self) -> None:
         if self.frozen:

@@ -24,10 +24,10 @@ doc = "A vCPU moves while another thread does something."
 source = "this test"
 init = ["v0: read 0x10", "w: read 0x20"]
 vm = [{{}}, {{}}]
-machine.pcpus = 3
+machine.pcpus = 4
 
 [threads]
-v0 = {{ vcpu = 0, ops = ["migrate 1"] }}
+v0 = {{ vcpu = 0, ops = [{v0}] }}
 w = {{ vm = 1, vcpu = 0, pcpu = 2, ops = [{w}] }}
 mm.ops = [{mm}]
 """
@@ -45,17 +45,20 @@ class Looks(Policy):
     def {point}(self, cpu, {given}):
 {body}
         return super().{point}(cpu, {given})
+{helpers}
 """
 
 
-def moving(w: str = "", mm: str = "") -> str:
-    return MOVE.format(w=w, mm=mm)
+def moving(w: str = "", mm: str = "", v0: str = '"migrate 1"') -> str:
+    return MOVE.format(w=w, mm=mm, v0=v0)
 
 
-def looking(*lines: str, point: str = "migration", given: str = "vcpu", imports: str = "") -> str:
+def looking(
+    *lines: str, point: str = "migration", given: str = "vcpu", imports: str = "", helpers: str = ""
+) -> str:
     """A policy's file: what its method does; `self.log` is what counts."""
     body = "\n".join(f"        {line}" for line in lines)
-    return LOGGING.format(point=point, given=given, body=body, imports=imports)
+    return LOGGING.format(point=point, given=given, body=body, imports=imports, helpers=helpers)
 
 
 class Logged(LitmusProgram):

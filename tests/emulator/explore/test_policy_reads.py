@@ -134,6 +134,50 @@ def test_two_writes_of_one_step_are_seen_half_done(tmp_path: Path) -> None:
     assert {((True, False),), ((False, True),)} & last_logged(found, 1)
 
 
+@pytest.mark.parametrize(
+    ("mm", "look", "logs"),
+    [
+        ('"host-unmap 0x10"', "vcpu.kvm.mn_active_invalidate_count", {(0, 0), (0, 1), (1, 0), (1, 1)}),
+        ('"log-arm"', "vcpu.kvm.memslots[0].generation - 1", {(0, 0), (0, 1), (1, 1)}),
+        ('"log-arm"', "self._kept(vcpu.kvm, 'memslots')[0].generation - 1", {(0, 0), (0, 1), (1, 1)}),
+        ('"flush-remote"', "vcpu.kvm.tdp_mmu_roots[0].tracking.tlb_gen[0] - 1", {(0, 0), (0, 1), (1, 1)}),
+        (
+            '"flush-remote"',
+            "self._kept(vcpu.kvm.tdp_mmu_roots[0].tracking, 'tlb_gen')[0] - 1",
+            {(0, 0), (0, 1), (1, 1)},
+        ),
+        ('"zap-all"', "self._kept(vcpu.kvm, 'tdp_mmu_roots')[0].role.invalid", {(0, 0), (0, 1), (1, 1)}),
+    ],
+    ids=["attribute", "list", "list kept", "memory", "memory kept", "attribute of what was kept"],
+)
+def test_two_questions_see_all_there_is(
+    tmp_path: Path, mm: str, look: str, logs: set[tuple[int, ...]]
+) -> None:
+    """The vCPU moves twice while another thread changes what the policy looks at, once or there and back."""
+    policy = looking(
+        "if vcpu.kvm.id == 0 and vcpu.kvm.tdp_mmu_roots:",
+        f"    self.log.append(int({look}))",
+        helpers="""
+    def _kept(self, obj, attr):
+        if self.kept is None:
+            self.kept = getattr(obj, attr)
+        return self.kept
+""",
+    )
+    found, _ = outcomes(tmp_path, moving("", mm, '"migrate 1", "migrate 0"'), policy, exhaustive)
+    assert found.complete
+    assert last_logged(found, 2) == logs
+
+
+def test_methods_of_two_tasks_take_turns(tmp_path: Path) -> None:
+    """Each call of the core divides a method; what it remembers in between is seen by the other one."""
+    look = ("self.log.append(vcpu.id)", "lib.vcpu_mode(cpu.m, vcpu.id)")
+    policy = looking(*look, *look, look[0], imports="from native import lib")
+    found, _ = outcomes(tmp_path, moving('"migrate 3"'), policy, exhaustive)
+    assert found.complete
+    assert len(last_logged(found, 6)) == comb(6, 3)
+
+
 READS = [
     "cpu.machine.cpus[2].vcpu is None",
     "cpu.machine.cpus[2].mmu_lock_held",
