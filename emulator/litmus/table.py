@@ -114,6 +114,8 @@ def print_results(results: Results, console: Console) -> None:
         console.print()
         _print_policies(results, others, console)
     console.print()
+    for line in dict.fromkeys(line for one in results.outcomes.values() for line in one.unwatched):
+        console.print(Text(f"nothing is proved: {line}, which explore cannot watch"))
     _print_differences(results, console)
 
 
@@ -133,8 +135,6 @@ def _print_matrix(results: Results, policies: list[str], console: Console) -> No
     console.print()
     for i, policy in enumerate(policies):
         console.print(Text(f"{_letter(i)}  {policy}: {_sum(results, policy)}"))
-    for line in dict.fromkeys(line for one in results.outcomes.values() for line in one.unwatched):
-        console.print(Text(f"nothing is proved: {line}, which explore cannot watch"))
     legend = ". safe   ? inconclusive   50% of the executions violated   ! not as expected"
     if any(outcome.proof for outcome in results.outcomes.values()):
         legend = ". proved   ≤1 up to one preemption   … not all   ? inconclusive   X counterexample"

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from ast import literal_eval
 from functools import partial
 from math import comb
@@ -14,9 +15,11 @@ from asked_programs import exhaustive, looking, moving, outcomes
 from hypothesis import HealthCheck, Phase, given, settings
 from hypothesis import strategies as st
 
+from emulator.cli import main
 from emulator.explore import team, verdict
 from emulator.explore.audited import audited
 from emulator.explore.controlled import installed
+from emulator.explore.policy_reads import Grown, Known, Seen
 from emulator.explore.record import load, replay
 from emulator.explore.sampling import Pct, RandomWalk
 from emulator.explore.search import Found
@@ -150,13 +153,18 @@ def test_two_writes_of_one_step_are_seen_half_done(tmp_path: Path) -> None:
     ],
     ids=["attribute", "list", "list kept", "memory", "memory kept", "attribute of what was kept"],
 )
+@pytest.mark.parametrize(
+    "then", ["pass", "lib.vcpu_mode(cpu.m, vcpu.id)"], ids=["", "in a step in the middle"]
+)
 def test_two_questions_see_all_there_is(
-    tmp_path: Path, mm: str, look: str, logs: set[tuple[int, ...]]
+    tmp_path: Path, mm: str, look: str, logs: set[tuple[int, ...]], then: str
 ) -> None:
     """The vCPU moves twice while another thread changes what the policy looks at, once or there and back."""
     policy = looking(
         "if vcpu.kvm.id == 0 and vcpu.kvm.tdp_mmu_roots:",
         f"    self.log.append(int({look}))",
+        f"    {then}",
+        imports="from native import lib",
         helpers="""
     def _kept(self, obj, attr):
         if self.kept is None:
@@ -167,6 +175,57 @@ def test_two_questions_see_all_there_is(
     found, _ = outcomes(tmp_path, moving("", mm, '"migrate 1", "migrate 0"'), policy, exhaustive)
     assert found.complete
     assert last_logged(found, 2) == logs
+
+
+def test_what_is_read_before_it_changes_is_found_then(tmp_path: Path) -> None:
+    """The first execution has the method's read at its beginning and all changes after it."""
+    test = moving('"read 0x20"', "", "")
+    test = test.replace("[threads]", '[threads]\nmm.ops = ["host-unmap 0x10"]').replace("mm.ops = []", "")
+    policy = looking(
+        "self.log.append(cpu.machine.cpus[2].vcpu is None)", point="notifier_flush", given="kvm, gfn"
+    )
+    found, known = outcomes(tmp_path, test, policy, exhaustive)
+    assert known.shared == {"Cpu.vcpu"}
+    assert last_logged(found, 1) == {(True,), (False,)}
+
+
+def test_what_a_constructor_fills_does_not_change(tmp_path: Path) -> None:
+    policy = looking("self.log.append([root.hfn for root in vcpu.kvm.tdp_mmu_roots])")
+    _, known = outcomes(tmp_path, moving("", '"zap-all"', '"migrate 1", "read 0x10"'), policy, exhaustive)
+    assert known.shared == {"Kvm.tdp_mmu_roots"}
+
+
+def test_parts_come_together(tmp_path: Path) -> None:
+    """One part of a search has seen that the policy reads an attribute, and another one that it changes."""
+    policy = named_policy(written(tmp_path, "mine.py", LOOKS.format(condition=LOADED, answer="none")))
+    program = LitmusProgram(load_test("return-zap"), policy)
+    assert program.reads is not None
+    parts = team.Team(program, 1, lambda: False)
+    outcome = team._NOT_BEGUN
+    name = ("Cpu.vcpu", 2)
+    assert parts._take((outcome, Seen(read={name}))) is outcome
+    assert parts._take((outcome, Seen(changed={("Cpu.vcpu", 1)}))) is outcome
+    with pytest.raises(Grown):
+        parts._take((outcome, Seen(changed={name})))
+    assert program.reads.next() == Known(shared=frozenset({"Cpu.vcpu"}))
+    program.close()
+
+
+def test_a_call_that_belongs_to_a_step_of_kvms_is_one_of_a_policys(tmp_path: Path) -> None:
+    """Between two looks at the host's page table a page goes away."""
+    look = "self.log.append(lib.mm_present(cpu.m, 0, 0x10, 0x11))"
+    policy = looking(look, look, imports="from native import lib")
+    found, _ = outcomes(tmp_path, moving("", '"host-unmap 0x10"'), policy, exhaustive)
+    assert last_logged(found, 2) == {(1, 1), (1, 0), (0, 0)}
+
+
+def test_what_kvm_reads_races_what_a_policy_writes(tmp_path: Path) -> None:
+    """A slot that logs gets its bitmap by what the policy writes."""
+    test = moving("", '"log-arm"')
+    without, _ = outcomes(tmp_path, test, looking("self.kept = 0"), exhaustive)
+    found, known = outcomes(tmp_path, test, looking("vcpu.kvm.dirty_log_manual = 0"), exhaustive)
+    assert known.written == {"Kvm.dirty_log_manual"}
+    assert found.executions > without.executions
 
 
 def test_methods_of_two_tasks_take_turns(tmp_path: Path) -> None:
@@ -402,3 +461,17 @@ def test_nothing_is_watched_under_a_preset(tmp_path: Path) -> None:
         assert not isinstance(vars(Cpu)["vcpu"], MemberDescriptorType)
     watched.close()
     assert isinstance(vars(Cpu)["vcpu"], MemberDescriptorType)
+
+
+def test_tables_say_what_is_not_proved(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    test = written(tmp_path, "returns.toml", RETURNS)
+    text = LOOKS.format(condition="monotonic() < 0", answer="all-contexts").lstrip("\n")
+    policy = written(tmp_path, "mine.py", f"{CLOCK}\n{text}")
+    assert main(["explore", test, "--policy", policy, "--jobs", "1"]) == 0
+    assert "not all, mine.py:1: imports time, which explore cannot watch" in capsys.readouterr().out
+    arguments = ["litmus", "--explore", test, "--policy", policy, "--jobs", "1"]
+    assert main(arguments) == 0
+    out = capsys.readouterr().out
+    assert "nothing is proved: mine.py:1: imports time, which explore cannot watch" in out
+    assert main([*arguments, "--json"]) == 0
+    assert json.loads(capsys.readouterr().out)["outcomes"][0]["unwatched"] == ["mine.py:1: imports time"]
