@@ -229,7 +229,8 @@ def _print_differences(results: Results, console: Console) -> None:
     for name, text in results.idle_delays():
         console.print(Text(f"  {name}: no execution came to the point of the delay {text!r}"))
     if not differing:
-        verdicts = "" if unforeseen else "all verdicts as expected, "
+        reached = "interrupted; those reached are" if results.interrupted else "all verdicts"
+        verdicts = "" if unforeseen else f"{reached} as expected, "
         console.print(Text(f"{verdicts}{results.executions:,} executions"))
 
 

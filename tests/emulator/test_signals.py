@@ -39,13 +39,13 @@ COMMANDS = {
     "run": "run --duration 1s --set migration=none --json --report-dir {}",
     "serve": "serve --metrics 0 --set migration=none --report-dir {}",
     "compare": "compare --duration 0.5s --policy linux-7.3 --policy root-tlb-gen --json --html {}/page.html",
-    "litmus, 1 process": "litmus return-zap kick-cross --jobs 1 --iterations 100 --json",
-    "litmus, 2 processes": "litmus return-zap kick-cross --jobs 2 --iterations 100 --json",
-    "explore, 1 process": "explore return-zap kick-cross --jobs 1 --executions 150 --json --output {} "
+    "litmus, 1 process": "litmus return-zap kick-cross --jobs 1 --iterations 50 --json",
+    "litmus, 2 processes": "litmus return-zap kick-cross --jobs 2 --iterations 50 --json",
+    "explore, 1 process": "explore return-zap kick-cross --jobs 1 --executions 100 --json --output {} "
     "--policy lkml-2025-cpu-flushed-mask --policy migration=none",
-    "explore, 2 processes": "explore return-zap kick-cross --jobs 2 --executions 150 --json --output {} "
+    "explore, 2 processes": "explore return-zap kick-cross --jobs 2 --executions 100 --json --output {} "
     "--policy lkml-2025-cpu-flushed-mask --policy migration=none",
-    "one search, 2 processes": "explore remote-two-vcpus --jobs 2 --executions 600 --json",
+    "one search, 2 processes": "explore remote-two-vcpus --jobs 2 --executions 400 --json",
 }
 # A service has no end of its own: so long after it has booted.
 SERVED_SECONDS = 2.0

@@ -7,6 +7,7 @@ import os
 from pathlib import Path
 
 import pytest
+from rich.console import Console
 
 from emulator.cli import main
 from emulator.errors import BadInput
@@ -15,7 +16,7 @@ from emulator.litmus.loader import load_test, parse_test, shipped_tests
 from emulator.litmus.policies import expected_of, named_policy, policies_for
 from emulator.litmus.runner import run_test, running
 from emulator.litmus.suite import Task, run_suite, run_task
-from emulator.litmus.table import Results
+from emulator.litmus.table import Results, print_results
 from emulator.litmus.verdict import Outcome, differs, proven
 from emulator.policy import PRESETS, Policy
 
@@ -393,3 +394,17 @@ def test_all_presets_on_all_tests() -> None:
                 if outcome.failure or (outcome.kinds and differs(outcome, test, expected)):
                     wrong.append((test.name, name, outcome.kinds, outcome.failure))
     assert not wrong
+
+
+def test_what_an_interrupted_run_has_not_met_is_no_surprise(capsys: pytest.CaptureFixture[str]) -> None:
+    (test,) = [load_test("away-zap")]
+    results = Results([test], seed=1)
+    results.add(Outcome("away-zap", "migration=none", executions=2))
+    assert len(results.differing()) == 1, "a violation is expected, and there is none"
+    results.interrupted = True
+    assert not results.differing()
+    assert results.document()["interrupted"] is True
+    print_results(results, Console(width=100))
+    assert "interrupted; those reached are as expected" in capsys.readouterr().out
+    results.add(Outcome("away-zap", "linux-7.3", executions=2, violating=1, kinds={"use-after-free": 1}))
+    assert len(results.differing()) == 1, "what it has met is"
