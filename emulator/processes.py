@@ -114,7 +114,11 @@ def _begin(
     threading.Thread(target=_end_with_parent, daemon=True).start()
     threading.Thread(target=_end_on_request, daemon=True).start()
     if begin is not None:
-        begin(*arguments)
+        try:
+            begin(*arguments)
+        except BadInput as error:
+            # The pool would only say that it is broken.
+            end_process(str(error))
 
 
 def _end_with_parent() -> None:

@@ -45,7 +45,7 @@ class Team:
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
-        self._stack.close()
+        self._stack.__exit__(kind, error, trace)
 
     def outcomes(self, parts: Sequence[Part]) -> Iterator[Outcome]:
         """In the order of the parts.  Whoever needs no more of them may stop asking."""

@@ -57,12 +57,13 @@ REFUSED = [
     "raise Odd",
     "raise Exception('two\\nlines \\x1b[2J')",
     "raise MachineStopped",
+    "globals().update(__name__='emulator.kvm.x86'); raise MachineStopped",
     "raise Abandoned",
     "raise GreenletExit",
     "raise AssertionError('as KVM_BUG_ON')",
     "raise emulator.policy.policy.PolicyError('mine', 'odd')",
     "(lambda f: f(f))(lambda f: f(f))",
-    "os._exit(0)",
+    "os._exit(77)",  # not 0: should it work, the tests must not end well
     "os.abort()",
     "os.kill(os.getpid(), signal.SIGKILL)",
     "signal.raise_signal(signal.SIGKILL)",
@@ -70,7 +71,7 @@ REFUSED = [
     "atexit.register(print, 'late')",
     "sys.setrecursionlimit(10**9)",
     "os.fork()",
-    "os.execv('/bin/true', ['true'])",
+    "os.execv('/bin/false', ['false'])",
     "os.system('true')",
     "subprocess.Popen(['sleep', '100'])",
     "threading.Thread(target=time.sleep, args=(100,)).start()",
@@ -284,3 +285,32 @@ def test_answers_that_are_none(command: str, desk: Desk) -> None:
 @pytest.mark.parametrize("command", ["explore", "litmus"])
 def test_a_string_of_a_derived_class_is_the_string_that_it_holds(command: str, desk: Desk) -> None:
     desk.harmless(command, METHODS["method"], "return Text('all-contexts')")
+
+
+IN_WORKERS = """
+import multiprocessing
+if multiprocessing.parent_process() is not None:
+    raise Odd('odd')
+class Mine(Policy):
+    def migration(self, cpu, vcpu): return super().migration(cpu, vcpu)
+"""
+ASKED_IN_WORKERS = """
+import multiprocessing
+class Mine(Policy):
+    def migration(self, cpu, vcpu):
+        if multiprocessing.parent_process() is not None:
+            raise Odd('odd')
+        return super().migration(cpu, vcpu)
+"""
+JOBS = {
+    "one search": ["explore", "return-zap-other-vcpu", "--bound", "2"],
+    "searches": ["explore", "return-zap", "bounce-zap"],
+    "litmus": ["litmus", "return-zap", "bounce-zap", "--iterations", "1"],
+}
+
+
+@pytest.mark.parametrize("place", [IN_WORKERS, ASKED_IN_WORKERS], ids=["import", "method"])
+@pytest.mark.parametrize("command", JOBS)
+def test_processes_of_a_pool_say_it_through_their_parent(command: str, place: str, desk: Desk) -> None:
+    COMMANDS[command] = [*JOBS[command], "--json", "--jobs", "2"]
+    desk.refused(command, place, "")
