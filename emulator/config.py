@@ -50,10 +50,13 @@ def parse_duration(text: object) -> float:
     match = _DURATION.fullmatch(str(text).strip()) if number or isinstance(text, str) else None
     if match is None or len(match["number"]) > _MOST_DIGITS:
         raise ValueError("a duration such as 500ms, 30s, 5m or 1h")
-    return float(match["number"]) * _SECONDS[match["unit"]]
+    seconds = float(match["number"]) * _SECONDS[match["unit"]]
+    if seconds > MAX_SECONDS:
+        raise ValueError(f"a duration of at most {MAX_SECONDS / 3600:.0f}h")
+    return seconds
 
 
-Duration = Annotated[float, BeforeValidator(parse_duration), Field(ge=0, le=MAX_SECONDS), Unit("seconds")]
+Duration = Annotated[float, BeforeValidator(parse_duration), Field(ge=0), Unit("seconds")]
 Rate = Annotated[float, Field(ge=0, le=1e6, allow_inf_nan=False)]
 Count = Annotated[int, Field(ge=1, strict=True)]
 
