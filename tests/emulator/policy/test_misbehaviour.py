@@ -10,6 +10,7 @@ import itertools
 import json
 import multiprocessing
 import os
+import subprocess
 import sys
 import textwrap
 import threading
@@ -235,6 +236,17 @@ def desk(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> Iterator[Desk]:
     desk = Desk(tmp_path, capsys)
     yield desk
     desk.say()
+
+
+@pytest.mark.parametrize("command", ["explore", "run"])
+@pytest.mark.parametrize("what", ["os._exit(0)", "sys.exit(0)", "os.execv('/bin/true', ['true'])"])
+def test_no_file_gives_the_status(what: str, command: str, tmp_path: Path) -> None:
+    path = tmp_path / "mine.py"
+    path.write_text(HEAD + METHODS["method"].replace("{what}", what))
+    line = [sys.executable, "-m", "emulator", *COMMANDS[command], "--policy", str(path)]
+    found = subprocess.run(line, capture_output=True, text=True, check=False, timeout=100)
+    assert (found.returncode, found.stdout, found.stderr.count("\n")) == (2, "", 1), found
+    assert found.stderr.startswith(f"flushlab: {path}:"), found
 
 
 def test_files_that_misbehave_when_they_are_loaded(desk: Desk) -> None:

@@ -67,10 +67,13 @@ def test_a_loop_that_catches_everything_ends_with_its_process(command: list[str]
     assert f"flushlab: {path}:" in ended(command, path)
 
 
-@pytest.mark.parametrize("body", ["time.sleep(1000)", "LOCK.acquire()"])
 @pytest.mark.parametrize(
-    "command",
-    [EXPLORE, ["explore", "return-zap", "bounce-zap", "--jobs", "2"], RUN],
+    ("command", "body"),
+    [
+        (EXPLORE, "LOCK.acquire()"),
+        (["explore", "return-zap", "bounce-zap", "--jobs", "2"], "time.sleep(1000)"),
+        (RUN, "LOCK.acquire()"),
+    ],
     ids=["explore", "jobs", "run"],
 )
 def test_a_call_that_sleeps_ends_with_its_process(command: list[str], body: str, tmp_path: Path) -> None:
