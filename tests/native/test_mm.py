@@ -133,6 +133,12 @@ def test_a_huge_page_stays_huge_while_a_part_is_promised_away(rig: Rig) -> None:
         assert rights == (3 if holds else 3 | 3 << 2), "granted, and revoked from the start"
         rig.set(table, 2, 512, 0)
 
+    # Split, only the child of that page has no custody any more.
+    small = lib.tdp_mmu_make_split_table(rig.m, CPU, lib.make_spte(page.hfn - 9, before, 2, 1, 1), 2)
+    for index in (8, 9, 10):
+        custody = lib.spte_read(rig.m, small, index) >> lib.SPTE_CUSTODY_SHIFT & 0x7FFF
+        assert (custody == lib.frame_host_tag_of(rig.m, page.hfn - 9 + index)) == (index != 9)
+
 
 def test_a_huge_leaf_is_of_the_frame_that_the_host_maps(rig: Rig) -> None:
     write(rig, 9, 1)

@@ -59,6 +59,9 @@ def test_a_race_is_explored_to_the_end() -> None:
         ("root-recycled", "mutant:P9", "foreign-root"),
         ("log-get", "write_protect=none", "stale-after-revoke"),
         ("notifier-range-end", "mutant:P16", "use-after-free"),
+        ("huge-neighbour-fault", "notifier_flush=none", "stale-after-revoke"),
+        ("zap-range-fault", "mutant:Z1", "stale-after-revoke"),
+        ("zap-invalid-root", "mutant:Z2", "use-after-free"),
     ],
 )
 def test_what_is_unsound_is_refuted(test: str, policy: str, kind: str) -> None:
