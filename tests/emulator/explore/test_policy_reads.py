@@ -20,13 +20,13 @@ from emulator.explore import team, verdict
 from emulator.explore.audited import audited
 from emulator.explore.controlled import installed
 from emulator.explore.policy_reads import Grown, Known, Seen
-from emulator.explore.record import load, replay
+from emulator.explore.record import load, record, replay
 from emulator.explore.sampling import Pct, RandomWalk
 from emulator.explore.search import Found
 from emulator.explore.tree import wide_search
 from emulator.explore.verdict import Plan, Verdict, explore_verdict
 from emulator.explore.world import LitmusProgram
-from emulator.litmus.loader import load_test, load_tests
+from emulator.litmus.loader import load_test, load_tests, parse_test
 from emulator.litmus.model import SAFE
 from emulator.litmus.policies import named_policy
 from emulator.litmus.verdict import SEARCHED, VIOLATIONS
@@ -190,8 +190,10 @@ def test_what_is_read_before_it_changes_is_found_then(tmp_path: Path) -> None:
 
 
 def test_what_a_constructor_fills_does_not_change(tmp_path: Path) -> None:
-    policy = looking("self.log.append([root.hfn for root in vcpu.kvm.tdp_mmu_roots])")
-    _, known = outcomes(tmp_path, moving("", '"zap-all"', '"migrate 1", "read 0x10"'), policy, exhaustive)
+    policy = looking("self.log.append([root.special for root in vcpu.kvm.tdp_mmu_roots])")
+    test = moving("", '"zap-all"', '"wait mm 1", "read 0x10", "migrate 1"')
+    found, known = outcomes(tmp_path, test, policy, exhaustive, most=20)
+    assert found.executions == 20
     assert known.shared == {"Kvm.tdp_mmu_roots"}
 
 
@@ -226,6 +228,41 @@ def test_what_kvm_reads_races_what_a_policy_writes(tmp_path: Path) -> None:
     found, known = outcomes(tmp_path, test, looking("vcpu.kvm.dirty_log_manual = 0"), exhaustive)
     assert known.written == {"Kvm.dirty_log_manual"}
     assert found.executions > without.executions
+
+
+@pytest.mark.parametrize("order", [("_read", "_changed"), ("_changed", "_read")], ids=" then ".join)
+def test_a_read_and_a_change_are_found_in_either_order(tmp_path: Path, order: tuple[str, str]) -> None:
+    policy = named_policy(written(tmp_path, "mine.py", LOOKS.format(condition=LOADED, answer="none")))
+    program = LitmusProgram(load_test("return-zap"), policy)
+    assert program.reads is not None
+    name = ("Cpu.vcpu", 2)
+    for method in order:
+        assert not program.reads.grown
+        getattr(program.reads, method)(name)
+    assert program.reads.grown
+    program.close()
+
+
+def test_memory_that_is_kept_is_read_in_each_step_of_a_method(tmp_path: Path) -> None:
+    """Which of a method's steps looks into it nobody can see."""
+    look = (
+        "if vcpu.kvm.id == 0 and vcpu.kvm.tdp_mmu_roots:",
+        "    self.kept = self.kept or vcpu.kvm.tdp_mmu_roots[0].tracking.tlb_gen",
+        "    lib.vcpu_mode(cpu.m, vcpu.id)",
+    )
+    test, policy = (
+        moving("", '"flush-remote"', '"migrate 1", "migrate 0"'),
+        written(tmp_path, "mine.py", looking(*look, imports="from native import lib")),
+    )
+    _, known = outcomes(tmp_path, test, Path(policy).read_text(), exhaustive)
+    program = LitmusProgram(parse_test(test, "moving", None), named_policy(policy), known=known, frozen=True)
+    with installed(program.control):
+        steps = record(program, ()).steps
+    program.close()
+    last = [step for step in steps if step["thread"] == "v0" and step["kind"] in ("policy", "mode")]
+    asked = max(n for n, step in enumerate(last) if step["kind"] == "policy")
+    for step in last[asked : asked + 2]:
+        assert any(one.startswith("RootTracking.tlb_gen[]") for one in step["reads"])
 
 
 def test_methods_of_two_tasks_take_turns(tmp_path: Path) -> None:
