@@ -143,6 +143,7 @@ _TOML_VALUES: st.SearchStrategy[Any] = st.one_of(
             -1,
             1 << 70,
             10**5000,
+            10**5000 + 1,
             -(10**5000),
             0.5,
             1e300,
@@ -226,8 +227,10 @@ def _value(value: Any) -> str:
     if isinstance(value, bool):
         return str(value).lower()
     if isinstance(value, int):
-        # Hexadecimal, which has no limit of digits; without a sign, as TOML has it.
-        return hex(value) if value >= 0 else f"-{-value}" if value > -(10**20) else f"-{'9' * 5000}"
+        if -(10**20) < value < 10**20:
+            return str(value)
+        # Python writes no decimal number of more than 4300 digits, and TOML no hexadecimal one with a sign.
+        return hex(value) if value > 0 and value % 2 else f"{'-' * (value < 0)}1{'0' * 5000}"
     return _text(value) if isinstance(value, str) else str(value)
 
 
