@@ -20,6 +20,7 @@ from emulator.receivers import Receivers, read_receivers
 from emulator.result import Finder, MachineObserver, Result, Snapshot, read_snapshot
 from emulator.story import Stories
 from native import lib
+from native.types import VmId
 
 _PROGRESS_SECONDS = 0.5
 # The event rings forget fast: look for new reports this often.
@@ -169,7 +170,7 @@ class _Run:
 
     def _everybody_ran(self) -> bool:
         """Booted, and every VM has been in guest mode."""
-        m, vms = self.emulation.m, range(len(self.emulation.vms))
+        m, vms = self.emulation.m, map(VmId, range(len(self.emulation.vms)))
         return self.elapsed >= self.job._settle and all(lib.vm_stat(m, vm, lib.STAT_EXITS) for vm in vms)
 
     def _begin(self) -> None:

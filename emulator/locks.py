@@ -12,6 +12,7 @@ from types import TracebackType
 
 from emulator.runtime import READ, WRITE, Cpu, MachineMisuse, Mode
 from native import lib
+from native.types import CpuId, VmId
 
 
 class _Waitable:
@@ -24,7 +25,7 @@ class _Waitable:
         self.name = name
         self.owner = -1  # for reports
         self._token = [None]
-        self._waiters: list[int] = []
+        self._waiters: list[CpuId] = []
 
     def _try(self, cpu: Cpu) -> bool:
         try:
@@ -142,8 +143,8 @@ class RwSemaphore:
         self.name = name
         # How many readers hold it, -1: a writer does.  A thread takes the number out to change it.
         self._owners = [0]
-        self._writers: list[int] = []  # that wait, as CPU numbers
-        self._waiters: list[int] = []  # to be woken
+        self._writers: list[CpuId] = []  # that wait, as CPU numbers
+        self._waiters: list[CpuId] = []  # to be woken
 
     def read_lock(self, cpu: Cpu) -> _RwSemaphoreHeld:
         return _RwSemaphoreHeld(self, cpu, False)
@@ -260,7 +261,7 @@ class MmuLock:
 
     __slots__ = ("vm",)
 
-    def __init__(self, vm: int) -> None:
+    def __init__(self, vm: VmId) -> None:
         self.vm = vm
 
     def read_lock(self, cpu: Cpu) -> _MmuLockHeld:

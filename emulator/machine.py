@@ -43,6 +43,8 @@ from native import ffi, lib
 if TYPE_CHECKING:
     from pykka import ActorRef
 
+    from native._native import U64, MachinePtr
+
 BLOCK_PAGES = 512
 # The slot that is deleted and created again: this many pages per vCPU.
 SECOND_SLOT_PAGES = 256
@@ -134,7 +136,7 @@ class Emulation:
         self._rng = Random(seed)
         # The guests replay these arrays: they live as long as the machine.
         self._traces: dict[tuple[str, int], Trace] = {}
-        self._handlers: dict[int, tuple[Any, int]] = {}
+        self._handlers: dict[int, tuple[U64, int]] = {}
         config = machine_config(scenario, seed, chaos, unbounded)
         try:
             self.machine = Machine(config)
@@ -163,7 +165,7 @@ class Emulation:
             raise
 
     @property
-    def m(self) -> Any:
+    def m(self) -> MachinePtr:
         """The native machine."""
         return self.machine.m
 
@@ -252,7 +254,7 @@ class Emulation:
                 lib.guest_add_process(cpu.m, vcpu.id, records, len(trace.records), pages, len(trace.pages))
             )
 
-    def _smi_handler(self, layout: Layout) -> tuple[Any, int]:
+    def _smi_handler(self, layout: Layout) -> tuple[U64, int]:
         """What runs in SMM, without paging: it looks at pages all over the guest, and changes none."""
         if layout.ram not in self._handlers:
             gpas = [

@@ -7,10 +7,14 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
-from typing import Any
+from typing import TYPE_CHECKING
 
 from emulator.config import Scenario
 from native import ffi, lib
+from native.types import CpuId
+
+if TYPE_CHECKING:
+    from native._native import MachinePtr
 
 
 @dataclass(frozen=True, slots=True)
@@ -40,7 +44,7 @@ class Receivers:
         )
 
 
-def read_receivers(m: Any, scenario: Scenario) -> tuple[Receivers, ...]:
+def read_receivers(m: MachinePtr, scenario: Scenario) -> tuple[Receivers, ...]:
     """The groups of a scenario's pCPUs, in their order; empty groups are left out."""
     return tuple(
         _read(m, who, pcpus, uninvolved) for who, pcpus, uninvolved in _groups(scenario) if len(pcpus)
@@ -57,10 +61,10 @@ def _groups(scenario: Scenario) -> Iterator[tuple[str, range, bool]]:
     yield "shared pCPUs", range(first, scenario.machine.pcpus), False
 
 
-def _read(m: Any, who: str, pcpus: range, uninvolved: bool) -> Receivers:
+def _read(m: MachinePtr, who: str, pcpus: range, uninvolved: bool) -> Receivers:
     sums = [0] * lib.COUNTERS
     values = ffi.new("uint64_t[]", lib.COUNTERS)
-    for pcpu in pcpus:
+    for pcpu in map(CpuId, pcpus):
         lib.counters_read(m, pcpu, values)
         for i in (
             lib.COUNT_IPIS_RECEIVED,

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
-from typing import Any, Literal, Protocol
+from typing import TYPE_CHECKING, Any, Literal, Protocol
 
 from emulator.costs import CycleLine
 from emulator.receivers import Receivers
@@ -21,7 +21,11 @@ from native import (
     VM_STAT_NAMES,
     ffi,
     lib,
+    types,
 )
+
+if TYPE_CHECKING:
+    from native._native import MachinePtr
 
 Verdict = Literal["clean", "violations", "inconclusive"]
 
@@ -33,7 +37,7 @@ class MachineObserver(Protocol):
     actors are gone and before `machine_destroy`; after the latter returned nobody touches the machine.
     """
 
-    def machine_up(self, machine: Any, *, pcpus: int, vms: int) -> None: ...
+    def machine_up(self, machine: MachinePtr, *, pcpus: int, vms: int) -> None: ...
 
     def machine_down(self) -> None: ...
 
@@ -190,7 +194,7 @@ def _less(now: Mapping[str, int], before: Mapping[str, int]) -> dict[str, int]:
     return {name: value - before[name] for name, value in now.items()}
 
 
-def read_snapshot(machine: Any, *, vms: int, elapsed: float, phase: str = "") -> Snapshot:
+def read_snapshot(machine: MachinePtr, *, vms: int, elapsed: float, phase: str = "") -> Snapshot:
     """Sum the native counters of a machine with VMs 0 .. vms-1.
 
     `vms` is what `machine_config.vms` was: the flush tables have that many rows.
@@ -205,13 +209,15 @@ def read_snapshot(machine: Any, *, vms: int, elapsed: float, phase: str = "") ->
         counters=dict(zip(COUNTER_NAMES, values, strict=True)),
         vms=_read_vm_stats(machine, vms),
         flushes=_read_flushes(machine, vms),
-        histograms={name: _read_histogram(machine, i) for i, name in enumerate(HISTOGRAM_NAMES)},
+        histograms={
+            name: _read_histogram(machine, types.Histogram(i)) for i, name in enumerate(HISTOGRAM_NAMES)
+        },
         violations={kind: n for kind, n in zip(VIOLATION_KINDS, violations, strict=True) if n},
         rcu_pending=lib.rcu_pending(machine),
     )
 
 
-def _read_vm_stats(machine: Any, vms: int) -> tuple[dict[str, int], ...]:
+def _read_vm_stats(machine: MachinePtr, vms: int) -> tuple[dict[str, int], ...]:
     """One call for all: with thousands of threads, each may give up the GIL for long."""
     stats = len(VM_STAT_NAMES)
     values = ffi.new("uint64_t[]", max(1, vms * stats))
@@ -222,14 +228,14 @@ def _read_vm_stats(machine: Any, vms: int) -> tuple[dict[str, int], ...]:
     )
 
 
-def _read_histogram(machine: Any, index: int) -> Histogram:
+def _read_histogram(machine: MachinePtr, index: types.Histogram) -> Histogram:
     buckets = ffi.new("uint64_t[]", lib.HISTOGRAM_BUCKETS)
     nanoseconds = ffi.new("uint64_t *")
     lib.histogram_sum(machine, index, buckets, nanoseconds)
     return Histogram(tuple(buckets), nanoseconds[0])
 
 
-def _read_flushes(machine: Any, vms: int) -> tuple[FlushCount, ...]:
+def _read_flushes(machine: MachinePtr, vms: int) -> tuple[FlushCount, ...]:
     cells = vms * len(FLUSH_SCOPES) * len(FLUSH_REASONS)
     counts, necessary = ffi.new("uint64_t[]", cells), ffi.new("uint64_t[]", cells)
     lib.flushes_sum(machine, counts, necessary)

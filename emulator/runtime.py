@@ -11,10 +11,14 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Mapping
-from typing import Any, Final, Literal, NoReturn
+from typing import TYPE_CHECKING, Any, Final, Literal, NoReturn
 
 from emulator.points import PointKind
 from native import ffi, lib
+from native.types import CpuId, Histogram, VmId, VmStat
+
+if TYPE_CHECKING:
+    from native._native import MachinePtr
 
 Mode = Literal["read", "write"]
 # What an installed hook is called with at an ordering point: who, kind of object, which one, access.
@@ -78,7 +82,7 @@ class Machine:
     def __init__(self, config: Mapping[str, int]) -> None:
         self.config = dict(config)
         error = ffi.new("char[]", 200)
-        self.m: Any = lib.machine_create(ffi.new("struct machine_config *", self.config), error, 200)
+        self.m: MachinePtr = lib.machine_create(ffi.new("struct machine_config *", self.config), error, 200)
         if self.m == ffi.NULL:
             raise OutOfMemory(ffi.string(error).decode() or "the machine could not be built")
         pcpus = self.config["pcpus"]
@@ -153,8 +157,8 @@ class Cpu:
 
     def __init__(self, machine: Machine, number: int, is_pcpu: bool) -> None:
         self.machine = machine
-        self.m: Any = machine.m
-        self.id = number
+        self.m = machine.m
+        self.id = CpuId(number)
         self.is_pcpu = is_pcpu
         self.hook: Hook | None = None
         self.rcu_depth = 0
@@ -166,13 +170,13 @@ class Cpu:
         self.waits_for = ""
         # Per-CPU scratch, as the kernel's cpu_kick_mask; the rest saves allocations in page faults.
         self.kick_mask_words = (machine.config["pcpus"] + 63) // 64
-        self.kick_mask: Any = ffi.new("uint64_t[]", self.kick_mask_words)
-        self.page: Any = ffi.new("struct mm_page *")
-        self.sptes: Any = ffi.new("uint64_t[]", 8)
-        self.tables: Any = ffi.new("uint32_t[]", 8)
-        self.hfns: Any = ffi.new("uint32_t[]", FAULT_AROUND_MAX)
-        self.tags: Any = ffi.new("uint32_t[]", FAULT_AROUND_MAX)
-        self.writable: Any = ffi.new("uint32_t[]", FAULT_AROUND_MAX)
+        self.kick_mask = ffi.new("uint64_t[]", self.kick_mask_words)
+        self.page = ffi.new("struct mm_page *")
+        self.sptes = ffi.new("uint64_t[]", 8)
+        self.tables = ffi.new("uint32_t[]", 8)
+        self.hfns = ffi.new("uint32_t[]", FAULT_AROUND_MAX)
+        self.tags = ffi.new("uint32_t[]", FAULT_AROUND_MAX)
+        self.writable = ffi.new("uint32_t[]", FAULT_AROUND_MAX)
 
     def __repr__(self) -> str:
         return f"<{'pCPU' if self.is_pcpu else 'housekeeping CPU'} {self.id}>"
@@ -202,7 +206,7 @@ class Cpu:
         if self.hook is not None:
             self.hook(self, kind, obj, mode)
 
-    def stat(self, vm: int, stat: int, n: int = 1) -> None:
+    def stat(self, vm: VmId, stat: VmStat, n: int = 1) -> None:
         lib.vm_stat_add(self.m, vm, stat, n)
 
     def event(self, kind: int, a: int, b: int, vm: int = -1) -> None:
@@ -240,7 +244,7 @@ class timed:  # noqa: N801 - reads like a statement
 
     __slots__ = ("cpu", "histogram", "start")
 
-    def __init__(self, cpu: Cpu, histogram: int) -> None:
+    def __init__(self, cpu: Cpu, histogram: Histogram) -> None:
         self.cpu, self.histogram = cpu, histogram
 
     def __enter__(self) -> None:
@@ -286,7 +290,7 @@ def wait_until(cpu: Cpu, condition: Callable[[], bool], what: str) -> None:
         cpu.check(lib.cpu_wait_event(cpu.m, cpu.id, seq, 0))
 
 
-def wake(machine: Machine, cpu_id: int) -> None:
+def wake(machine: Machine, cpu_id: CpuId) -> None:
     lib.cpu_wake(machine.m, cpu_id)
 
 

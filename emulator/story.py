@@ -7,7 +7,7 @@ The core keeps the reports, the first ones together with the events that led to 
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from emulator.explain.events import PROMISED_BY, PROMISES, Event, EventTail, name_of
 from emulator.explain.facts import Facts
@@ -33,6 +33,9 @@ from emulator.explain.phrases import phrases
 from emulator.explain.plot import Plot
 from emulator.result import Report
 from native import VIOLATION_KINDS, ffi, lib
+
+if TYPE_CHECKING:
+    from native._native import MachinePtr, ViolationReport
 
 __all__ = ["Event", "EventTail", "Stories"]
 
@@ -66,9 +69,9 @@ _LOST_LINES = {
 class Stories:
     """Collects a machine's reports. `poll` often; `finish` once, when its actors are gone."""
 
-    def __init__(self, m: Any) -> None:
+    def __init__(self, m: MachinePtr) -> None:
         self._m = m
-        self._reports: list[tuple[Any, list[Event]]] = []
+        self._reports: list[tuple[ViolationReport, list[Event]]] = []
         self._buffer = ffi.new("struct violation_report[]", 64)
         self._events = ffi.new("struct event[]", _EVENTS_KEPT)
 
@@ -108,11 +111,11 @@ class Stories:
         return tuple(self.report(index, names, blame) for index in range(len(self)))
 
 
-def _kinds(r: Any) -> tuple[str, ...]:
+def _kinds(r: ViolationReport) -> tuple[str, ...]:
     return tuple(kind for i, kind in enumerate(VIOLATION_KINDS) if r.kinds >> i & 1) or ("deadlock",)
 
 
-def _report(r: Any, events: list[Event], names: dict[int, str], blame: tuple[str, ...]) -> Report:
+def _report(r: ViolationReport, events: list[Event], names: dict[int, str], blame: tuple[str, ...]) -> Report:
     kinds = _kinds(r)
     details = _details(r, kinds, events, names, blame)
     plot = Plot(Facts.of_report(details), events)
@@ -125,7 +128,7 @@ def _report(r: Any, events: list[Event], names: dict[int, str], blame: tuple[str
     return Report(kinds[0], kinds, "\n".join(lines), details)
 
 
-def _plot_text(r: Any, plot: Plot, names: dict[int, str]) -> list[str]:
+def _plot_text(r: ViolationReport, plot: Plot, names: dict[int, str]) -> list[str]:
     lines = ["  what led to it:"]
     for moment in plot.moments:
         what = ", ".join(phrases(moment, plot.facts))
@@ -137,18 +140,18 @@ def _name(names: Mapping[int, str], cpu: int) -> str:
     return names.get(cpu, f"CPU {cpu}")
 
 
-def _ago(time: int, r: Any) -> str:
+def _ago(time: int, r: ViolationReport) -> str:
     return f"{(time - r.time) / 1000:+.1f} us" if time else "earlier"
 
 
-def _stall_text(r: Any, kinds: tuple[str, ...], names: dict[int, str]) -> str:
+def _stall_text(r: ViolationReport, kinds: tuple[str, ...], names: dict[int, str]) -> str:
     # What exactly, the log said when the watchdog found it.
     return (
         f"{kinds[0]}: a CPU waits for ever for CPU {r.promise_cpu} ({names.get(r.promise_cpu, 'no thread')})"
     )
 
 
-def _use_text(r: Any, kinds: tuple[str, ...], plot: Plot, names: dict[int, str]) -> list[str]:
+def _use_text(r: ViolationReport, kinds: tuple[str, ...], plot: Plot, names: dict[int, str]) -> list[str]:
     if kinds[0] == "lost-dirty":
         return _lost_text(r, plot, names)
     also = f" (also {', '.join(kinds[1:])})" if kinds[1:] else ""
@@ -163,7 +166,7 @@ def _use_text(r: Any, kinds: tuple[str, ...], plot: Plot, names: dict[int, str])
     ]
 
 
-def _access_text(r: Any, what: str, names: dict[int, str]) -> list[str]:
+def _access_text(r: ViolationReport, what: str, names: dict[int, str]) -> list[str]:
     entry = r.entry
     where = f"reference of a walk at level {r.walk_level}" if r.walk_level else f"linear {r.linear:#x}"
     translation = f"{name_of(_SIZES, entry.size)} {name_of(_MAPPINGS, entry.kind)}, page {entry.page:#x}"
@@ -177,7 +180,7 @@ def _access_text(r: Any, what: str, names: dict[int, str]) -> list[str]:
     ]
 
 
-def _kvm_text(r: Any, what: str, names: dict[int, str]) -> list[str]:
+def _kvm_text(r: ViolationReport, what: str, names: dict[int, str]) -> list[str]:
     """KVM's own use, of a table or of a page, without a vCPU or a TLB entry."""
     use = (
         f"walk at level {r.walk_level}" if r.walk_level else "marking the page of a zapped SPTE (zapped_pfn)"
@@ -188,7 +191,7 @@ def _kvm_text(r: Any, what: str, names: dict[int, str]) -> list[str]:
     ]
 
 
-def _lost_text(r: Any, plot: Plot, names: dict[int, str]) -> list[str]:
+def _lost_text(r: ViolationReport, plot: Plot, names: dict[int, str]) -> list[str]:
     lines = [f"lost-dirty: VM {r.vm} page {r.gfn:#x} differs from the image copied by the dirty log"]
     for part, what in _LOST_LINES.items():
         moment = plot.part(part)
@@ -199,7 +202,7 @@ def _lost_text(r: Any, plot: Plot, names: dict[int, str]) -> list[str]:
     return lines
 
 
-def _promise_text(r: Any, kind: str, plot: Plot, names: dict[int, str]) -> str:
+def _promise_text(r: ViolationReport, kind: str, plot: Plot, names: dict[int, str]) -> str:
     if kind == "guest-stale":
         return PROMISED_BY["guest"]
     promised = plot.part(PROMISE)
@@ -214,7 +217,7 @@ def _promise_text(r: Any, kind: str, plot: Plot, names: dict[int, str]) -> str:
     return f"{promise} on {_name(names, r.promise_cpu)}, {(r.time - r.promise_time) / 1000:.1f} us before"
 
 
-def _revocation_text(r: Any, plot: Plot, names: dict[int, str]) -> list[str]:
+def _revocation_text(r: ViolationReport, plot: Plot, names: dict[int, str]) -> list[str]:
     revoked = plot.part(REVOKE)
     if revoked is None:
         return []
@@ -225,7 +228,7 @@ def _revocation_text(r: Any, plot: Plot, names: dict[int, str]) -> list[str]:
     return lines
 
 
-def _flush_text(r: Any, plot: Plot, names: dict[int, str]) -> list[str]:
+def _flush_text(r: ViolationReport, plot: Plot, names: dict[int, str]) -> list[str]:
     """The flushes that came in between, and the one that did not."""
     lines = []
     flushed = [_name(names, cpu) for cpu in plot.flushed_on()]
@@ -241,7 +244,7 @@ def _flush_text(r: Any, plot: Plot, names: dict[int, str]) -> list[str]:
     return lines
 
 
-def _unknown_text(r: Any, plot: Plot, names: dict[int, str]) -> list[str]:
+def _unknown_text(r: ViolationReport, plot: Plot, names: dict[int, str]) -> list[str]:
     """Say where the rings have forgotten a part of the race."""
     return [
         f"  not known: what {_name(names, e.cpu)} did before {_ago(e.time, r)} ({e.a} events are lost)"
@@ -250,7 +253,7 @@ def _unknown_text(r: Any, plot: Plot, names: dict[int, str]) -> list[str]:
     ]
 
 
-def _missing(kind: str, r: Any, plot: Plot) -> str:
+def _missing(kind: str, r: ViolationReport, plot: Plot) -> str:
     """Name the flush that should have removed the entry."""
     promise = name_of(PROMISES, r.promise)
     if plot.facts.marks_page:
@@ -271,7 +274,11 @@ def _missing(kind: str, r: Any, plot: Plot) -> str:
 
 
 def _details(
-    r: Any, kinds: tuple[str, ...], events: list[Event], names: dict[int, str], blame: tuple[str, ...]
+    r: ViolationReport,
+    kinds: tuple[str, ...],
+    events: list[Event],
+    names: dict[int, str],
+    blame: tuple[str, ...],
 ) -> dict[str, Any]:
     """The report for programs, `flushlab explain` among them."""
     entry = r.entry

@@ -9,13 +9,17 @@ from __future__ import annotations
 import threading
 from collections import defaultdict
 from collections.abc import Iterable, Iterator, Mapping
-from typing import Any
+from typing import TYPE_CHECKING
 
 from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, HistogramMetricFamily, Metric
 from prometheus_client.registry import Collector
 
 from metrics.native_counters import NativeCounters
 from native import EXIT_REASONS, HISTOGRAM_NAMES
+from native.types import CpuId, Histogram, VmId
+
+if TYPE_CHECKING:
+    from native._native import MachinePtr
 
 MAX_VMS = 16
 MAX_CPUS = 64
@@ -87,7 +91,7 @@ class MachineCollector(Collector):
         self._lock = threading.Lock()
         self._counters: NativeCounters | None = None
 
-    def machine_up(self, machine: Any, *, pcpus: int, vms: int) -> None:
+    def machine_up(self, machine: MachinePtr, *, pcpus: int, vms: int) -> None:
         with self._lock:
             self._counters = NativeCounters(machine, pcpus=pcpus, vms=vms)
 
@@ -123,7 +127,7 @@ class MachineCollector(Collector):
         yield from _flush_families(counters)
         yield from _vm_families(counters)
         for index, histogram in enumerate(HISTOGRAM_NAMES):
-            yield _histogram(*_HISTOGRAMS[histogram], *counters.histogram(index))
+            yield _histogram(*_HISTOGRAMS[histogram], *counters.histogram(Histogram(index)))
         if self._per_cpu:
             yield from _cpu_families(counters)
 
@@ -158,7 +162,7 @@ def _flush_families(counters: NativeCounters) -> Iterator[Metric]:
 
 def _vm_families(counters: NativeCounters) -> Iterator[Metric]:
     sums: dict[str, dict[str, int]] = {stat: defaultdict(int) for stat, _, _ in _VM_STATS}
-    for vm in range(counters.vms):
+    for vm in map(VmId, range(counters.vms)):
         stats = counters.vm_stats(vm)
         for stat, by_vm in sums.items():
             by_vm[_vm_label(vm)] += stats[stat]
@@ -167,7 +171,7 @@ def _vm_families(counters: NativeCounters) -> Iterator[Metric]:
 
 
 def _cpu_families(counters: NativeCounters) -> Iterator[Metric]:
-    values = {str(cpu): counters.of_cpu(cpu) for cpu in range(min(counters.pcpus, MAX_CPUS))}
+    values = {str(cpu): counters.of_cpu(cpu) for cpu in map(CpuId, range(min(counters.pcpus, MAX_CPUS)))}
     for counter, name, text in _PER_CPU:
         yield _labelled(name, text, "cpu", {cpu: value[counter] for cpu, value in values.items()})
 

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import dataclass
-from typing import Any
+from typing import TYPE_CHECKING
 
 from native import (
     COUNTER_NAMES,
@@ -19,6 +19,10 @@ from native import (
     ffi,
     lib,
 )
+from native.types import CpuId, Histogram, VmId, VmStat
+
+if TYPE_CHECKING:
+    from native._native import MachinePtr
 
 
 @dataclass(frozen=True, slots=True)
@@ -33,7 +37,7 @@ class FlushCell:
 class NativeCounters:
     """Reads the counters of one machine. The buffers belong to the call, so calls may overlap."""
 
-    def __init__(self, machine: Any, *, pcpus: int, vms: int) -> None:
+    def __init__(self, machine: MachinePtr, *, pcpus: int, vms: int) -> None:
         self._machine = machine
         self.pcpus = pcpus
         self.vms = vms
@@ -43,13 +47,13 @@ class NativeCounters:
         lib.counters_sum(self._machine, values)
         return dict(zip(COUNTER_NAMES, values, strict=True))
 
-    def of_cpu(self, cpu: int) -> dict[str, int]:
+    def of_cpu(self, cpu: CpuId) -> dict[str, int]:
         values = ffi.new("uint64_t[]", len(COUNTER_NAMES))
         lib.counters_read(self._machine, cpu, values)
         return dict(zip(COUNTER_NAMES, values, strict=True))
 
-    def vm_stats(self, vm: int) -> dict[str, int]:
-        return {name: lib.vm_stat(self._machine, vm, i) for i, name in enumerate(VM_STAT_NAMES)}
+    def vm_stats(self, vm: VmId) -> dict[str, int]:
+        return {name: lib.vm_stat(self._machine, vm, VmStat(i)) for i, name in enumerate(VM_STAT_NAMES)}
 
     def violations(self) -> dict[str, int]:
         counts = ffi.new("uint64_t[]", len(VIOLATION_KINDS))
@@ -59,7 +63,7 @@ class NativeCounters:
     def rcu_pending(self) -> int:
         return int(lib.rcu_pending(self._machine))
 
-    def histogram(self, index: int) -> tuple[list[int], int]:
+    def histogram(self, index: Histogram) -> tuple[list[int], int]:
         """(samples per bucket, sum in nanoseconds); bucket i holds samples of at most 2^i nanoseconds."""
         buckets = ffi.new("uint64_t[]", lib.HISTOGRAM_BUCKETS)
         nanoseconds = ffi.new("uint64_t *")

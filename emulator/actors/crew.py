@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 from emulator.errors import BadInput
 from native import lib
+from native.types import VmId
 
 if TYPE_CHECKING:
     from emulator.actors.base import Death, MachineActor
@@ -61,7 +62,7 @@ class Crew:
         depth = lib.rcu_read_depth(cpu.m, cpu.id)
         if depth:
             held.append("an RCU read section" if depth == 1 else f"{depth} nested RCU read sections")
-        for vm in range(self.machine.config["vms"]):
+        for vm in map(VmId, range(self.machine.config["vms"])):
             kind = lib.mmu_lock_held(cpu.m, cpu.id, vm)
             if kind:
                 held.append(f"mmu_lock of VM {vm} for {'write' if kind == 2 else 'read'}")

@@ -8,13 +8,15 @@ from __future__ import annotations
 
 import time
 from collections.abc import Sequence
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import TYPE_CHECKING, NamedTuple
 
 from native import ffi, lib
+from native.types import VcpuId
 
 if TYPE_CHECKING:
     from emulator.kvm.structs import Kvm
     from emulator.runtime import Cpu
+    from native._native import ViolationReportPtr
 
 _WORD = 64
 _NOBODY = 0xFFFFFFFF
@@ -92,10 +94,10 @@ def report_lost(cpu: Cpu, kvm: Kvm, difference: Difference) -> None:
     lib.oracle_report(cpu.m, cpu.id, report)
 
 
-def _name_writer(cpu: Cpu, kvm: Kvm, value: int, report: Any) -> None:
+def _name_writer(cpu: Cpu, kvm: Kvm, value: int, report: ViolationReportPtr) -> None:
     """Find the vCPU by what it has stored: its clock (native/guest.h).  What no vCPU can have stored, such as
     flags in a page table, is of an unknown one."""
-    writer = value >> lib.GUEST_CLOCK_VCPU
+    writer = VcpuId(value >> lib.GUEST_CLOCK_VCPU)
     known = any(vcpu.id == writer for vcpu in kvm.vcpus)
     if known and value <= lib.guest_clock(cpu.m, writer):
         report.vcpu = report.entry.vcpu = writer

@@ -20,6 +20,7 @@ from emulator.kvm.kvm_main import (
 )
 from emulator.locks import RwSemaphore
 from native import lib
+from native.types import PromiseKind
 
 if TYPE_CHECKING:
     from emulator.kvm.structs import Kvm
@@ -130,7 +131,7 @@ class UserMemory:
 
     @contextmanager
     def _invalidating(
-        self, cpu: Cpu, start: int, end: int, promise: int = lib.PROMISE_NOTIFIER
+        self, cpu: Cpu, start: int, end: int, promise: PromiseKind = lib.PROMISE_NOTIFIER
     ) -> Iterator[None]:
         host_works(cpu, self.kvm)
         kvm_mmu_notifier_invalidate_range_start(cpu, self.kvm, start, end, promise)

@@ -18,6 +18,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
 from native import VIOLATION_KINDS, ffi, lib
+from native.types import CpuId, VmId
 
 if TYPE_CHECKING:
     from emulator.actors.base import MachineActor
@@ -37,7 +38,7 @@ ROUND_SECONDS = 0.1
 class Stall:
     kind: Kind
     who: str
-    cpu: int
+    cpu: CpuId
     waits_for: str
     doing: str
 
@@ -58,8 +59,8 @@ class Suspicion:
 @dataclass(slots=True)
 class Watchdog:
     crew: Crew
-    suspicions: dict[tuple[str, int, int], Suspicion] = field(default_factory=dict)
-    reported: set[tuple[str, int, int]] = field(default_factory=set)
+    suspicions: dict[tuple[str, CpuId, int], Suspicion] = field(default_factory=dict)
+    reported: set[tuple[str, CpuId, int]] = field(default_factory=set)
 
     @property
     def machine(self) -> Machine:
@@ -68,7 +69,7 @@ class Watchdog:
     def check(self) -> list[Stall]:
         """One round, about every ROUND_SECONDS. Returns stalls found in it, each once."""
         stalls = []
-        depended_on: set[tuple[str, int, int]] = set()
+        depended_on: set[tuple[str, CpuId, int]] = set()
         actors = {actor.cpu.id: actor for actor in self.crew.actors}
         for kind, cpu, detail, waits_for, progress in self._dependencies():
             key = (kind, cpu, detail)
@@ -82,24 +83,24 @@ class Watchdog:
             del self.suspicions[key]
         return stalls
 
-    def _dependencies(self) -> Iterator[tuple[str, int, int, str, object]]:
+    def _dependencies(self) -> Iterator[tuple[str, CpuId, int, str, object]]:
         """(what, CPU depended on, VM or 0, who waits, something that changes when that CPU progresses)."""
         m = self.machine.m
         values = ffi.new("uint64_t[]", lib.COUNTERS)
-        for cpu in range(self.machine.pcpus):
+        for cpu in map(CpuId, range(self.machine.pcpus)):
             if lib.ipi_pending(m, cpu):
                 lib.counters_read(m, cpu, values)
                 yield "ipi", cpu, 0, "a sender of calls", values[lib.COUNT_CALLS_RUN]
         holdout = lib.rcu_holdout(m)
         if holdout >= 0:
             lib.counters_sum(m, values)
-            yield "rcu", holdout, 0, "a grace period", values[lib.COUNT_GRACE_PERIODS]
-        for vm in range(self.machine.config["vms"]):
+            yield "rcu", CpuId(holdout), 0, "a grace period", values[lib.COUNT_GRACE_PERIODS]
+        for vm in map(VmId, range(self.machine.config["vms"])):
             holder = lib.mmu_lock_holder(m, vm) if lib.mmu_lock_contended(m, vm) else -1
             if holder >= 0:
-                yield "mmu_lock", holder, vm, f"somebody who wants mmu_lock of VM {vm}", None
+                yield "mmu_lock", CpuId(holder), vm, f"somebody who wants mmu_lock of VM {vm}", None
 
-    def _suspect(self, key: tuple[str, int, int], actor: MachineActor | None, progress: object) -> str:
+    def _suspect(self, key: tuple[str, CpuId, int], actor: MachineActor | None, progress: object) -> str:
         """What the CPU has been doing instead for too long, or an empty string."""
         state = _thread_state(actor)
         if state is None:

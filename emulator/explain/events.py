@@ -4,10 +4,15 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from emulator.kvm import kvm_host
 from native import EXIT_REASONS, FLUSH_REASONS, FLUSH_SCOPES, enum_names, ffi, lib
+from native.types import CpuId
+
+if TYPE_CHECKING:
+    from native._native import Event as CoreEvent
+    from native._native import MachinePtr
 
 EVENT_KINDS = enum_names("event_kind", "EVENT_", count="EVENTS")
 PROMISES = enum_names("promise", "PROMISE_", count="PROMISES")
@@ -61,7 +66,7 @@ class Event:
     said: str = ""
 
     @classmethod
-    def of_core(cls, e: Any) -> Event:
+    def of_core(cls, e: CoreEvent) -> Event:
         """From the core's struct event."""
         return cls(e.time, name_of(EVENT_KINDS, e.kind), e.cpu, e.a, e.b, e.vm, e.more)
 
@@ -181,14 +186,15 @@ class EventTail:
     """What happens on a machine from now on, in pieces.  For a machine that runs one step at a time: events
     of different CPUs in one piece are in the order of their times."""
 
-    def __init__(self, m: Any, cpus: int) -> None:
+    def __init__(self, m: MachinePtr, cpus: int) -> None:
         self._m = m
-        self._counts = [lib.events_count(m, cpu) for cpu in range(cpus)]
+        self._counts = [lib.events_count(m, cpu) for cpu in map(CpuId, range(cpus))]
 
     def take(self) -> list[Event]:
         """The events since the last time; at most 1024 a CPU."""
         events: list[Event] = []
-        for cpu, seen in enumerate(self._counts):
+        for number, seen in enumerate(self._counts):
+            cpu = CpuId(number)
             count = lib.events_count(self._m, cpu)
             if count != seen:
                 self._counts[cpu] = count
@@ -196,7 +202,7 @@ class EventTail:
         return sorted(events, key=lambda event: event.time)
 
 
-def read_events(m: Any, cpu: int, most: int) -> list[Event]:
+def read_events(m: MachinePtr, cpu: CpuId, most: int) -> list[Event]:
     """The last events of a CPU, oldest first."""
     buffer = ffi.new("struct event[]", min(most, 1024))
     n = lib.events_read(m, cpu, buffer, len(buffer))

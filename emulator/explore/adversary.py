@@ -17,7 +17,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, Final
+from typing import TYPE_CHECKING, Final
 
 from emulator.explore.choices import Choices
 from emulator.explore.control import Control
@@ -26,9 +26,12 @@ from emulator.explore.scheduler import Execution
 from emulator.litmus.model import LitmusTest
 from emulator.litmus.syntax import GuestOp, Op
 from native import ffi, lib
+from native.types import CpuId, VcpuId, VmId
 
 if TYPE_CHECKING:
     from emulator.litmus.world import World
+    from native._native import GuestOp as CoreOp
+    from native._native import MachinePtr, TlbEntry, VcpuExitPtr
 
 _ACCESSES: Final = ("READ", "WRITE", "EXECUTE")
 _ACCESS_OPS: Final = frozenset(getattr(lib, f"GUEST_OP_{name}") for name in _ACCESSES)
@@ -43,7 +46,7 @@ class Place:
     """A page that guests of VM `vm` (its number in the test) access, and a pCPU that they may run on.
     `paging`: the page is a linear one."""
 
-    pcpu: int
+    pcpu: CpuId
     vm: int
     page: int
     paging: bool
@@ -51,13 +54,13 @@ class Place:
 
 def places(test: LitmusTest) -> list[Place]:
     """Every page on every pCPU that a vCPU of its VM can come to."""
-    pcpus: dict[int, set[int]] = {}
+    pcpus: dict[int, set[CpuId]] = {}
     pages: dict[int, set[int]] = {}
     for name, thread in test.threads.items():
         if not thread.is_vcpu:
             continue
         ops = [*thread.parsed, *(op for who, op in (*test.parsed_init, *test.parsed_final) if who == name)]
-        pcpus.setdefault(thread.vm, set()).update([thread.pcpu], *(_pcpus(op) for op in ops))
+        pcpus.setdefault(thread.vm, set()).update([CpuId(thread.pcpu)], *(_pcpus(op) for op in ops))
         pages.setdefault(thread.vm, set()).update(*(_pages(op) for op in ops))
     return [
         Place(pcpu, vm, page, test.vm[vm].paging)
@@ -67,8 +70,8 @@ def places(test: LitmusTest) -> list[Place]:
     ]
 
 
-def _pcpus(op: Op) -> list[int]:
-    return [op.number(arg.name) for arg in op.args if arg.kind == "pcpu"]
+def _pcpus(op: Op) -> list[CpuId]:
+    return [CpuId(op.number(arg.name)) for arg in op.args if arg.kind == "pcpu"]
 
 
 def _pages(op: Op) -> list[int]:
@@ -86,11 +89,11 @@ class Adversary:
         self.pcpus = sorted({place.pcpu for place in self.places})
         self.paging = {place.pcpu for place in self.places if place.paging}
         self.several = len(test.vm) > 1
-        self.inside: dict[int, int] = {}  # pCPU: the VM whose guest it is in
+        self.inside: dict[CpuId, VmId] = {}  # pCPU: the VM whose guest it is in
         self.evictions = self.fills = 0  # that are left in this execution
-        self.cpu_of: dict[str, int] = {}  # by name of a task
-        self._ids: list[int] = []  # of the VMs
-        self._masks: dict[tuple[int, int, int], tuple[int, int]] = {}
+        self.cpu_of: dict[str, CpuId] = {}  # by name of a task
+        self._ids: list[VmId] = []  # of the VMs
+        self._masks: dict[tuple[CpuId, VmId, int], tuple[int, int]] = {}
         self._entry = ffi.new("struct tlb_entry *")
         self._entries = ffi.new("struct tlb_entry[]", _MOST)
         self.names = [name for name, _, _ in self._daemons(None)]
@@ -103,8 +106,8 @@ class Adversary:
         for name, _, body in self._daemons(execution):
             execution.spawn(name, body, daemon=True)
 
-    def _daemons(self, execution: Execution | None) -> Iterator[tuple[str, int, Callable[[], None]]]:
-        found: list[tuple[str, int, Callable[[], None]]] = []
+    def _daemons(self, execution: Execution | None) -> Iterator[tuple[str, CpuId, Callable[[], None]]]:
+        found: list[tuple[str, CpuId, Callable[[], None]]] = []
         for place in self.places:
             what = f"{place.pcpu}:{place.page:#x}" + (f":vm{place.vm}" if self.several else "")
             if self.choices.evict:
@@ -121,24 +124,24 @@ class Adversary:
 
     # --- what others do that matters here -------------------------------------------------------------------
 
-    def entered(self, execution: Execution, cpu: int, vm: int) -> None:
+    def entered(self, execution: Execution, cpu: CpuId, vm: VmId) -> None:
         self.inside[cpu] = vm
         execution.touch(0, self.control.bit("guest mode", cpu))
 
-    def left(self, execution: Execution, cpu: int) -> None:
+    def left(self, execution: Execution, cpu: CpuId) -> None:
         self.inside.pop(cpu, None)
         execution.touch(0, self.control.bit("guest mode", cpu))
 
-    def accessed(self, cpu: int, vm: int, page: int) -> int:
+    def accessed(self, cpu: CpuId, vm: VmId, page: int) -> int:
         """What the guest's access touches of what the adversary may."""
         alone, region = self._mask(cpu, vm, page)
         return region if self.is_large(cpu, vm, page) else alone
 
-    def walked(self, cpu: int) -> int:
+    def walked(self, cpu: CpuId) -> int:
         """A walk uses and fills these, too."""
         return self.control.bit("walk caches", cpu) | self.control.bit("physical", cpu)
 
-    def everything_on(self, cpu: int, vm: int) -> int:
+    def everything_on(self, cpu: CpuId, vm: VmId) -> int:
         """Instructions that change what is cached, other than by accesses."""
         mask = self.walked(cpu)
         for place in self.places:
@@ -146,7 +149,7 @@ class Adversary:
                 mask |= self.control.bit("cached", cpu, vm, place.page)
         return mask
 
-    def _mask(self, cpu: int, vm: int, page: int) -> tuple[int, int]:
+    def _mask(self, cpu: CpuId, vm: VmId, page: int) -> tuple[int, int]:
         """A page; with those that one large translation would map."""
         found = self._masks.get((cpu, vm, page))
         if found is None:
@@ -158,7 +161,7 @@ class Adversary:
             found = self._masks[cpu, vm, page] = alone, region
         return found
 
-    def is_large(self, cpu: int, vm: int, page: int) -> bool:
+    def is_large(self, cpu: CpuId, vm: VmId, page: int) -> bool:
         """Does some cached translation of the page map its neighbours, too?"""
         t = lib.cpu_tlb(self.control.machine.m, cpu)
         entries = self._entries
@@ -191,7 +194,7 @@ class Adversary:
 
         return body
 
-    def _evicts_tables(self, execution: Execution | None, pcpu: int) -> Callable[[], None]:
+    def _evicts_tables(self, execution: Execution | None, pcpu: CpuId) -> Callable[[], None]:
         def body() -> None:
             assert execution is not None
             caches = self.control.bit("walk caches", pcpu)
@@ -206,7 +209,7 @@ class Adversary:
 
         return body
 
-    def _evicts_physical(self, execution: Execution | None, pcpu: int) -> Callable[[], None]:
+    def _evicts_physical(self, execution: Execution | None, pcpu: CpuId) -> Callable[[], None]:
         """Of guests with page tables: what the walks of those use."""
 
         def body() -> None:
@@ -226,7 +229,7 @@ class Adversary:
         execution.step(label, reads, writes, lambda: self.evictions > 0, "an eviction to be left")
         self.evictions -= 1
 
-    def _evict(self, cpu: int, vm: int, page: int, wanted: Callable[[Any], bool]) -> None:
+    def _evict(self, cpu: CpuId, vm: int, page: int, wanted: Callable[[TlbEntry], bool]) -> None:
         m, entries = self.control.machine.m, self._entries
         t, evicted = lib.cpu_tlb(m, cpu), 0
         # From the last one on: what goes does not move those before it.
@@ -276,7 +279,7 @@ class Adversary:
         return body
 
 
-def _covers(entry: Any, page: int) -> bool:
+def _covers(entry: TlbEntry, page: int) -> bool:
     first: int = entry.page
     return first <= page < first + _PAGES[entry.size]
 
@@ -284,7 +287,7 @@ def _covers(entry: Any, page: int) -> bool:
 class AdversarialLib(ControlledLib):
     """... where guests' accesses say which pages' translations they use."""
 
-    def guest_run(self, m: Any, cpu: int, vcpu: int, budget: int, out: Any) -> int:
+    def guest_run(self, m: MachinePtr, cpu: CpuId, vcpu: VcpuId, budget: int, out: VcpuExitPtr) -> int:
         control = self.control
         execution, adversary = control.execution, control.adversary
         if execution is None or adversary is None:
@@ -296,7 +299,7 @@ class AdversarialLib(ControlledLib):
         finally:
             adversary.left(execution, cpu)
 
-    def _performed(self, execution: Execution, cpu: int, vm: int, op: Any, walked: bool) -> None:
+    def _performed(self, execution: Execution, cpu: CpuId, vm: VmId, op: CoreOp, walked: bool) -> None:
         adversary = self.control.adversary
         if adversary is None:
             return

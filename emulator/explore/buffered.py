@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Any, Final
+from typing import TYPE_CHECKING, Any, Final
 
 from emulator.explore.adversary import AdversarialLib
 from emulator.explore.control import Control
@@ -13,6 +13,10 @@ from emulator.explore.scheduler import Execution
 from emulator.explore.store_buffers import BufferedControl, Key, Store
 from emulator.kvm.kvm_host import KVM_REQUEST_MASK
 from native import lib
+from native.types import CpuId, VcpuId, VmId
+
+if TYPE_CHECKING:
+    from native._native import U64, MachinePtr
 
 # Native calls that wait for the queue, besides those that FOOTPRINTS says write something.
 _FENCED: Final = (
@@ -94,7 +98,7 @@ class BufferedLib(ControlledLib):
     def _replace(self, name: str, wrap: Callable[..., Native], *more: str) -> None:
         self.__dict__[name] = wrap(getattr(self, name), *more)
 
-    def _cpu(self, execution: Execution) -> int:
+    def _cpu(self, execution: Execution) -> CpuId:
         return self.control.cpu_of(execution.current)
 
     # --- fences and loads -----------------------------------------------------------------------------------
@@ -134,7 +138,7 @@ class BufferedLib(ControlledLib):
     def _loads(self, call: Native, name: str) -> Native:
         control = self.control
 
-        def load(m: Any, vcpu: int) -> Any:
+        def load(m: MachinePtr, vcpu: VcpuId) -> Any:
             execution = control.execution
             own = None
             found = call(m, vcpu)
@@ -150,7 +154,7 @@ class BufferedLib(ControlledLib):
         control = self.control
         test = self.__dict__["kvm_test_request"]
 
-        def check(m: Any, vcpu: int, request: int) -> Any:
+        def check(m: MachinePtr, vcpu: VcpuId, request: int) -> Any:
             if control.execution is not None and not test(m, vcpu, request):
                 return 0
             return call(m, vcpu, request)
@@ -170,7 +174,7 @@ class BufferedLib(ControlledLib):
             execution, self._cpu(execution), Store(key, value, what, writes, apply, execution.current, reads)
         )
 
-    def _vcpu_set_mode(self, m: Any, vcpu: int, mode: int) -> None:
+    def _vcpu_set_mode(self, m: MachinePtr, vcpu: VcpuId, mode: int) -> None:
         what = f"v{vcpu}'s mode = {_MODES[mode]}"
         self._store(
             ("vcpu_mode", vcpu),
@@ -180,12 +184,12 @@ class BufferedLib(ControlledLib):
             lambda: lib.vcpu_set_mode(m, vcpu, mode),
         )
 
-    def _vcpu_set_cpu(self, m: Any, vcpu: int, cpu: int) -> None:
+    def _vcpu_set_cpu(self, m: MachinePtr, vcpu: VcpuId, cpu: int) -> None:
         what = f"v{vcpu}'s cpu = {cpu}"
         bit = self.control.bit("vcpu->cpu", vcpu)
         self._store(("vcpu_cpu", vcpu), cpu, what, bit, lambda: lib.vcpu_set_cpu(m, vcpu, cpu))
 
-    def _bitmap_clear(self, words: Any, n: int) -> None:
+    def _bitmap_clear(self, words: U64, n: int) -> None:
         """Which one, the point before has said."""
         execution = self.control.execution
         writes = execution.current.writes if execution is not None else 0
@@ -201,7 +205,7 @@ class BufferedLib(ControlledLib):
     def _invalidates(self, call: Native, name: str) -> Native:
         native = getattr(lib, name)
 
-        def invalidate(m: Any, vm: int, *args: int) -> None:
+        def invalidate(m: MachinePtr, vm: VmId, *args: int) -> None:
             bits = self.control.bit("mmu_invalidate_seq", vm) | self.control.bit(
                 "mmu_invalidate_in_progress", vm
             )
@@ -210,7 +214,7 @@ class BufferedLib(ControlledLib):
         return invalidate
 
     def _requests(self, call: Native) -> Native:
-        def make(m: Any, vcpu: int, request: int) -> None:
+        def make(m: MachinePtr, vcpu: VcpuId, request: int) -> None:
             control = self.control
             execution = control.execution
             if execution is None or not control.is_plain(self._cpu(execution)):
@@ -225,7 +229,7 @@ class BufferedLib(ControlledLib):
     def _increments(self, call: Native) -> Native:
         """What a point has announced right before."""
 
-        def increment(counter: Any) -> None:
+        def increment(counter: U64) -> None:
             control = self.control
             execution = control.execution
             if execution is None or not control.is_plain(self._cpu(execution)):
@@ -239,7 +243,7 @@ class BufferedLib(ControlledLib):
 
     # --- what is released comes behind what was stored ------------------------------------------------------
 
-    def _mmu_write_unlock(self, m: Any, cpu: int, vm: int) -> None:
+    def _mmu_write_unlock(self, m: MachinePtr, cpu: CpuId, vm: VmId) -> None:
         control = self.control
         if control.execution is None or cpu not in control.stores.dirty:
             ControlledLib.mmu_write_unlock(self, m, cpu, vm)
@@ -251,7 +255,7 @@ class BufferedLib(ControlledLib):
 
         self._store(("mmu_lock",), 0, "mmu_lock is released", control.bit("mmu_lock", vm), release)
 
-    def _srcu_read_unlock(self, m: Any, cpu: int, vm: int, index: int) -> None:
+    def _srcu_read_unlock(self, m: MachinePtr, cpu: CpuId, vm: VmId, index: int) -> None:
         control = self.control
         execution = control.execution
         if execution is None or cpu not in control.stores.dirty:
@@ -265,7 +269,7 @@ class BufferedLib(ControlledLib):
 
         self._store(("srcu",), 0, "srcu_read_unlock()", control.bit("srcu left", vm, who), leave)
 
-    def _local_irq_enable(self, m: Any, cpu: int) -> int:
+    def _local_irq_enable(self, m: MachinePtr, cpu: CpuId) -> int:
         """Handlers answer with stores, which come behind all others."""
         execution = self.control.execution
         if execution is not None and lib.cpu_attention(m, cpu) & lib.ATTENTION_IPI:

@@ -20,10 +20,14 @@ from emulator.locks import RwSemaphore, SpinLock
 from emulator.points import PointKind
 from emulator.runtime import Cpu, Machine, MachineMisuse, Mode
 from native import ffi, lib
+from native.types import CpuId, VcpuId, VmId
 
 if TYPE_CHECKING:
     from emulator.explore.adversary import Adversary
     from emulator.explore.policy_reads import PolicyReads
+    from native._native import Array, GuestOp
+
+_FIRST_VM: Final = VmId(0)
 
 # Points of KVM's code whose access is a native call right behind them, which is a step itself.
 _COVERED: Final[frozenset[PointKind]] = frozenset(
@@ -110,11 +114,11 @@ class Control:
         self._bits = objects.bits
         self.execution: Execution | None = None
         self.everything = objects.bit(("everything",))
-        self.vm_of_vcpu: dict[int, int] = {}
+        self.vm_of_vcpu: dict[VcpuId, VmId] = {}
         self.memory = Memory()
         self.paging: frozenset[int] = frozenset()  # VMs whose guests have page tables
         self.logging: frozenset[int] = frozenset()  # VMs whose memory is copied by what a dirty log names
-        self.programs: dict[int, Any] = {}  # what each vCPU's guest executes
+        self.programs: dict[VcpuId, Array[GuestOp]] = {}  # what each vCPU's guest executes
         self.adversary: Adversary | None = None
         self.policy_reads: PolicyReads | None = None  # a user's policy is explored
         self.lib: Any = lib  # as explored code sees it
@@ -144,13 +148,13 @@ class Control:
     def bit(self, *name: Hashable) -> int:
         return self._bits.get(name) or self.objects.bit(name)
 
-    def mmu_lock(self, vm: int) -> RwLock:
+    def mmu_lock(self, vm: VmId) -> RwLock:
         lock = self.mmu_locks.get(vm)
         if lock is None:
             lock = self.mmu_locks[vm] = RwLock()
         return lock
 
-    def srcu_of(self, vm: int) -> Readers:
+    def srcu_of(self, vm: VmId) -> Readers:
         readers = self.srcu.get(vm)
         if readers is None:
             readers = self.srcu[vm] = Readers()
@@ -180,7 +184,7 @@ class Control:
         """Host frames that can be roots; frame 0 is nobody's."""
         return range(1, self.machine.config["root_frames"] + 1)
 
-    def custody_of_root(self, vcpu: int | None = None) -> int:
+    def custody_of_root(self, vcpu: VcpuId | None = None) -> int:
         """What a walk of this vCPU's begins with: of any root if it was loaded before the execution, or if
         nobody knows whose walk it is."""
         root = None if vcpu is None else self.root_of.get(vcpu)
@@ -244,11 +248,11 @@ class Control:
     # --- daemons --------------------------------------------------------------------------------------------
 
     def spawn_daemons(self, execution: Execution) -> None:
-        for number in range(self.machine.pcpus):
+        for number in map(CpuId, range(self.machine.pcpus)):
             execution.spawn(f"irq{number}", self._interrupts(execution, number), daemon=True)
         execution.spawn("rcu", self._grace_periods(execution), daemon=True)
 
-    def _interrupts(self, execution: Execution, number: int) -> Callable[[], None]:
+    def _interrupts(self, execution: Execution, number: CpuId) -> Callable[[], None]:
         """An interrupt is on its way for as long as the scheduler likes."""
         calls, irq = self.bit("calls", number), self.bit("irq", number)
         tlb, queued, m = self.bit("tlb", number), self.queued, self.machine.m
@@ -263,7 +267,7 @@ class Control:
 
         return body
 
-    def interruptible(self, number: int) -> tuple[int, Callable[[], object]]:
+    def interruptible(self, number: CpuId) -> tuple[int, Callable[[], object]]:
         """When an interrupt can arrive, and what that depends on besides."""
         return 0, partial(self.queued.__contains__, number)
 
@@ -311,24 +315,24 @@ class Control:
 
     # --- what happened --------------------------------------------------------------------------------------
 
-    def walks(self, cpu: int) -> Walks:
+    def walks(self, cpu: CpuId) -> Walks:
         """On this pCPU so far."""
         lib.counters_read(self.machine.m, cpu, self._counters)
         of = self._counters
         misses = of[lib.COUNT_L2_MISSES] + of[lib.COUNT_GPA_LOOKUPS]
         return Walks(misses, of[lib.COUNT_WALK_UPDATES], of[lib.COUNT_ORACLE_SLOW])
 
-    def caches_tables(self, cpu: int) -> bool:
+    def caches_tables(self, cpu: CpuId) -> bool:
         """Whether this pCPU's paging-structure caches hold anything."""
         return bool(lib.psc_dump(lib.cpu_tlb(self.machine.m, cpu), ffi.NULL, 0))
 
-    def next_op(self, vcpu: int) -> Any:
+    def next_op(self, vcpu: VcpuId) -> GuestOp | None:
         """The operation that the guest does next; None at the end of its program."""
         ops = self.programs[vcpu]
         position = lib.guest_program_position(self.machine.m, vcpu)
         return ops[position] if position < len(ops) else None
 
-    def contents(self, vm: int, page: int | None) -> int:
+    def contents(self, vm: VmId, page: int | None) -> int:
         """Return what a store of the guest changes of the contents that user space copies.  `page` None:
         flags in the guest's tables."""
         if vm not in self.logging:
@@ -336,8 +340,8 @@ class Control:
         contents = self.bit("contents", vm)
         return contents if page is None or vm in self.paging else contents | self.bit("contents", vm, page)
 
-    def vm_of(self, vcpu: int) -> int:
-        return self.vm_of_vcpu.get(vcpu, 0)
+    def vm_of(self, vcpu: VcpuId) -> VmId:
+        return self.vm_of_vcpu.get(vcpu, _FIRST_VM)
 
     def violations(self) -> list[int]:
         """How many of each kind the oracle has reported."""

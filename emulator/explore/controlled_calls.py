@@ -2,11 +2,15 @@
 
 from __future__ import annotations
 
-from typing import Any
+from typing import TYPE_CHECKING
 
 from emulator.explore.control import Control
 from emulator.runtime import RELAX_MICROSECONDS, MachineMisuse
 from native import lib
+from native.types import CpuId, IpiFunction
+
+if TYPE_CHECKING:
+    from native._native import U64, Chars, MachinePtr
 
 
 class Calls:
@@ -17,13 +21,13 @@ class Calls:
     # --- calls ----------------------------------------------------------------------------------------------
 
     def smp_call_function_many(
-        self, m: Any, cpu: int, mask: Any, function: int, argument: int, wait: int
+        self, m: MachinePtr, cpu: CpuId, mask: U64, function: IpiFunction, argument: int, wait: int
     ) -> int:
         if self.control.execution is None:
             return int(lib.smp_call_function_many(m, cpu, mask, function, argument, int(wait)))
         targets = [
             target
-            for target in range(self.control.machine.pcpus)
+            for target in map(CpuId, range(self.control.machine.pcpus))
             if target != cpu and mask[target >> 6] >> (target & 63) & 1
         ]
         self._wait_for_nodes(m, cpu, targets, "smp_call_function_many")
@@ -32,7 +36,7 @@ class Calls:
         return self._sent(m, cpu, targets, sent, bool(wait))
 
     def smp_call_function_single(
-        self, m: Any, cpu: int, target: int, function: int, argument: int, wait: int
+        self, m: MachinePtr, cpu: CpuId, target: CpuId, function: IpiFunction, argument: int, wait: int
     ) -> int:
         execution = self.control.execution
         if execution is None or target == cpu:
@@ -44,11 +48,11 @@ class Calls:
         sent = lib.smp_call_function_single(m, cpu, target, function, argument, later)
         return self._sent(m, cpu, [target], sent, bool(wait))
 
-    def on_each_cpu(self, m: Any, cpu: int, function: int, argument: int, wait: int) -> int:
+    def on_each_cpu(self, m: MachinePtr, cpu: CpuId, function: IpiFunction, argument: int, wait: int) -> int:
         execution = self.control.execution
         if execution is None:
             return int(lib.on_each_cpu(m, cpu, function, argument, int(wait)))
-        targets = [target for target in range(self.control.machine.pcpus) if target != cpu]
+        targets = [target for target in map(CpuId, range(self.control.machine.pcpus)) if target != cpu]
         self._wait_for_nodes(m, cpu, targets, "on_each_cpu")
         later = lib.IPI_WAIT_LATER if wait else lib.IPI_NO_WAIT
         sent = lib.on_each_cpu(m, cpu, function, argument, later)
@@ -56,7 +60,7 @@ class Calls:
             execution.touch(0, self.control.bit("tlb", cpu))
         return self._sent(m, cpu, targets, sent, bool(wait))
 
-    def _wait_for_nodes(self, m: Any, cpu: int, targets: list[int], what: str) -> None:
+    def _wait_for_nodes(self, m: MachinePtr, cpu: CpuId, targets: list[CpuId], what: str) -> None:
         """csd_lock(): a node per sender and target is in use until it is acknowledged."""
         execution = self.control.execution
         assert execution is not None
@@ -74,7 +78,7 @@ class Calls:
         else:
             execution.step(label, self.control.everything, calls)
 
-    def _sent(self, m: Any, cpu: int, targets: list[int], sent: int, wait: bool) -> int:
+    def _sent(self, m: MachinePtr, cpu: CpuId, targets: list[CpuId], sent: int, wait: bool) -> int:
         """Interrupts are on their way; with `wait` until all are acknowledged."""
         execution = self.control.execution
         assert execution is not None
@@ -94,13 +98,13 @@ class Calls:
 
     # --- interrupts on and off ------------------------------------------------------------------------------
 
-    def local_irq_disable(self, m: Any, cpu: int, where: Any) -> int:
+    def local_irq_disable(self, m: MachinePtr, cpu: CpuId, where: Chars) -> int:
         execution = self.control.execution
         if execution is not None:
             execution.touch(0, self.control.bit("irq", cpu))
         return int(lib.local_irq_disable(m, cpu, where))
 
-    def local_irq_enable(self, m: Any, cpu: int) -> int:
+    def local_irq_enable(self, m: MachinePtr, cpu: CpuId) -> int:
         """An interrupt that has arrived meanwhile is taken at once."""
         execution = self.control.execution
         if execution is not None:
@@ -111,7 +115,7 @@ class Calls:
 
     # --- the one wait of Python code ------------------------------------------------------------------------
 
-    def cpu_wait_event(self, m: Any, cpu: int, seq: int, microseconds: int) -> int:
+    def cpu_wait_event(self, m: MachinePtr, cpu: CpuId, seq: int, microseconds: int) -> int:
         execution = self.control.execution
         if execution is None:
             if not microseconds:
@@ -132,7 +136,7 @@ class Calls:
         )
         return 0
 
-    def cpu_wake(self, m: Any, cpu: int) -> None:
+    def cpu_wake(self, m: MachinePtr, cpu: CpuId) -> None:
         execution = self.control.execution
         if execution is not None:
             execution.touch(0, self.control.bit("event", cpu))
@@ -140,8 +144,8 @@ class Calls:
 
     # --- pCPUs are there all the time -----------------------------------------------------------------------
 
-    def cpu_take(self, m: Any, cpu: int) -> int:
+    def cpu_take(self, m: MachinePtr, cpu: CpuId) -> int:
         return 0 if self.control.execution is not None else int(lib.cpu_take(m, cpu))
 
-    def cpu_idle(self, m: Any, cpu: int) -> int:
+    def cpu_idle(self, m: MachinePtr, cpu: CpuId) -> int:
         return 0 if self.control.execution is not None else int(lib.cpu_idle(m, cpu))

@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
-from typing import Any, Final
+from typing import TYPE_CHECKING, Final
 
 from emulator.explore.control import Control
 from emulator.explore.objects import bits
 from emulator.explore.scheduler import Execution
 from native import lib
+from native.types import CpuId, VcpuId, VmId
+
+if TYPE_CHECKING:
+    from native._native import Array, GuestOp, MachinePtr, MmPagePtr, VcpuExitPtr
 
 _FLAGS = ("GUEST_OP_NOFLUSH", "GUEST_OP_READ_ONLY", "GUEST_OP_GLOBAL", "GUEST_OP_HUGE")
 
@@ -30,11 +34,11 @@ class GuestMode:
         # By CPU and VM: the shared objects of a guest's step.
         self._guest_masks: dict[tuple[int, int], tuple[int, int, int, int]] = {}
 
-    def guest_set_program(self, m: Any, vcpu: int, ops: Any, n: int) -> int:
+    def guest_set_program(self, m: MachinePtr, vcpu: VcpuId, ops: Array[GuestOp], n: int) -> int:
         self.control.programs[vcpu] = ops
         return int(lib.guest_set_program(m, vcpu, ops, n))
 
-    def guest_run(self, m: Any, cpu: int, vcpu: int, budget: int, out: Any) -> int:
+    def guest_run(self, m: MachinePtr, cpu: CpuId, vcpu: VcpuId, budget: int, out: VcpuExitPtr) -> int:
         """From VM entry to VM exit: one operation of the guest's program is one step, with its whole walk; no
         interrupt comes inside an instruction."""
         execution = self.control.execution
@@ -52,7 +56,7 @@ class GuestMode:
             execution.touch(0, bit("calls", cpu) | bit("tlb", cpu))
         return int(lib.guest_leave(m, cpu, reason))
 
-    def _guest_step(self, execution: Execution, m: Any, cpu: int, vcpu: int) -> int:
+    def _guest_step(self, execution: Execution, m: MachinePtr, cpu: CpuId, vcpu: VcpuId) -> int:
         control = self.control
         op = control.next_op(vcpu)
         if op is None or op.kind == lib.GUEST_OP_SIGNAL:
@@ -98,10 +102,10 @@ class GuestMode:
         control.judge()
         return reason
 
-    def _performed(self, execution: Execution, cpu: int, vm: int, op: Any, walked: bool) -> None:
+    def _performed(self, execution: Execution, cpu: CpuId, vm: VmId, op: GuestOp, walked: bool) -> None:
         """For who else watches guests; `walked`: the TLB did not hold the translation."""
 
-    def _guest_wait(self, execution: Execution, m: Any, cpu: int, op: Any) -> None:
+    def _guest_wait(self, execution: Execution, m: MachinePtr, cpu: CpuId, op: GuestOp) -> None:
         slot, value = int(op.linear), int(op.value)
         execution.step(
             ("guest waits", slot, "read"),
@@ -111,7 +115,7 @@ class GuestMode:
             f"{value} operations of thread {slot}",
         )
 
-    def mm_image_copy(self, m: Any, vm: int, base: int, mask: int) -> int:
+    def mm_image_copy(self, m: MachinePtr, vm: VmId, base: int, mask: int) -> int:
         """Copy pages in one step, which conflicts with stores to them; with paging a store may go to any
         page.  The host moves contents, and does not change them."""
         control = self.control
@@ -124,14 +128,14 @@ class GuestMode:
             control.execution.step(label, reads | control.everything, 0)
         return int(lib.mm_image_copy(m, vm, base, mask))
 
-    def mm_image_copy_all(self, m: Any, vm: int) -> int:
+    def mm_image_copy_all(self, m: MachinePtr, vm: VmId) -> int:
         control = self.control
         if control.execution is not None:
             reads = control.bit("contents", vm) | control.everything
             control.execution.step(("copy", "all pages", "read"), reads, 0)
         return int(lib.mm_image_copy_all(m, vm))
 
-    def mm_fault(self, m: Any, cpu: int, vm: int, hva: int, write: int, page: Any) -> int:
+    def mm_fault(self, m: MachinePtr, cpu: CpuId, vm: VmId, hva: int, write: int, page: MmPagePtr) -> int:
         control = self.control
         execution = control.execution
         if execution is not None:

@@ -3,11 +3,15 @@
 from __future__ import annotations
 
 from functools import partial
-from typing import Any
+from typing import TYPE_CHECKING
 
 from emulator.explore.control import Control, RwLock
 from emulator.explore.scheduler import Execution
 from native import lib
+from native.types import CpuId, VmId
+
+if TYPE_CHECKING:
+    from native._native import MachinePtr
 
 
 class Locks:
@@ -17,7 +21,7 @@ class Locks:
 
     # --- mmu_lock -------------------------------------------------------------------------------------------
 
-    def mmu_read_trylock(self, m: Any, cpu: int, vm: int) -> int:
+    def mmu_read_trylock(self, m: MachinePtr, cpu: CpuId, vm: VmId) -> int:
         execution = self.control.execution
         if execution is not None:
             lock = self.control.mmu_lock(vm)
@@ -26,7 +30,7 @@ class Locks:
             lock.holders.append(cpu)
         return int(lib.mmu_read_trylock(m, cpu, vm))
 
-    def mmu_write_trylock(self, m: Any, cpu: int, vm: int) -> int:
+    def mmu_write_trylock(self, m: MachinePtr, cpu: CpuId, vm: VmId) -> int:
         execution = self.control.execution
         if execution is not None:
             lock = self.control.mmu_lock(vm)
@@ -35,7 +39,7 @@ class Locks:
             lock.holders.append(cpu)
         return int(lib.mmu_write_trylock(m, cpu, vm))
 
-    def _wait_for_mmu_lock(self, execution: Execution, vm: int, lock: RwLock, write: bool) -> None:
+    def _wait_for_mmu_lock(self, execution: Execution, vm: VmId, lock: RwLock, write: bool) -> None:
         control = self.control
         mask = control.bit("mmu_lock", vm)
         waiters = control.bit("mmu_lock waiters", vm)
@@ -56,7 +60,7 @@ class Locks:
             lock.waiting -= 1
             execution.touch(0, waiters)
 
-    def mmu_read_unlock(self, m: Any, cpu: int, vm: int) -> None:
+    def mmu_read_unlock(self, m: MachinePtr, cpu: CpuId, vm: VmId) -> None:
         execution = self.control.execution
         if execution is not None:
             lock = self.control.mmu_lock(vm)
@@ -65,7 +69,7 @@ class Locks:
             execution.touch(self.control.bit("mmu_lock", vm), 0)
         lib.mmu_read_unlock(m, cpu, vm)
 
-    def mmu_write_unlock(self, m: Any, cpu: int, vm: int) -> None:
+    def mmu_write_unlock(self, m: MachinePtr, cpu: CpuId, vm: VmId) -> None:
         execution = self.control.execution
         if execution is not None:
             lock = self.control.mmu_lock(vm)
@@ -74,7 +78,7 @@ class Locks:
             execution.touch(0, self.control.bit("mmu_lock", vm))
         lib.mmu_write_unlock(m, cpu, vm)
 
-    def mmu_lock_needbreak(self, m: Any, vm: int) -> int:
+    def mmu_lock_needbreak(self, m: MachinePtr, vm: VmId) -> int:
         execution = self.control.execution
         if execution is None:
             return int(lib.mmu_lock_needbreak(m, vm))
@@ -87,21 +91,21 @@ class Locks:
 
     # --- RCU and SRCU ---------------------------------------------------------------------------------------
 
-    def rcu_read_lock(self, m: Any, cpu: int) -> None:
+    def rcu_read_lock(self, m: MachinePtr, cpu: CpuId) -> None:
         execution = self.control.execution
         if execution is not None:
             execution.step(("rcu_read_lock", cpu, "read"), self.control.bit("rcu"), 0)
             self.control.rcu.enter(cpu)
         lib.rcu_read_lock(m, cpu)
 
-    def rcu_read_unlock(self, m: Any, cpu: int) -> None:
+    def rcu_read_unlock(self, m: MachinePtr, cpu: CpuId) -> None:
         execution = self.control.execution
         if execution is not None:
             execution.touch(self.control.bit("rcu left", cpu), 0)
             self.control.rcu.leave(cpu)
         lib.rcu_read_unlock(m, cpu)
 
-    def rcu_barrier(self, m: Any, cpu: int) -> int:
+    def rcu_barrier(self, m: MachinePtr, cpu: CpuId) -> int:
         control = self.control
         execution = control.execution
         if execution is None:
@@ -119,7 +123,7 @@ class Locks:
         )
         return 0
 
-    def synchronize_rcu(self, m: Any, cpu: int) -> int:
+    def synchronize_rcu(self, m: MachinePtr, cpu: CpuId) -> int:
         control = self.control
         execution = control.execution
         if execution is None:
@@ -130,7 +134,7 @@ class Locks:
         execution.step(("synchronize_rcu", "done", "write"), control.queues, left, gone, "readers of RCU")
         return 0
 
-    def srcu_read_lock(self, m: Any, cpu: int, vm: int) -> int:
+    def srcu_read_lock(self, m: MachinePtr, cpu: CpuId, vm: VmId) -> int:
         control = self.control
         execution = control.execution
         if execution is not None:
@@ -138,7 +142,7 @@ class Locks:
             control.srcu_of(vm).enter(execution.current.index)
         return int(lib.srcu_read_lock(m, cpu, vm))
 
-    def srcu_read_unlock(self, m: Any, cpu: int, vm: int, index: int) -> None:
+    def srcu_read_unlock(self, m: MachinePtr, cpu: CpuId, vm: VmId, index: int) -> None:
         control = self.control
         execution = control.execution
         if execution is not None:
@@ -147,7 +151,7 @@ class Locks:
             control.srcu_of(vm).leave(who)
         lib.srcu_read_unlock(m, cpu, vm, index)
 
-    def synchronize_srcu(self, m: Any, cpu: int, vm: int) -> int:
+    def synchronize_srcu(self, m: MachinePtr, cpu: CpuId, vm: VmId) -> int:
         control = self.control
         execution = control.execution
         if execution is None:
@@ -165,6 +169,6 @@ class Locks:
         return 0
 
 
-def _drop(lock: RwLock, cpu: int) -> None:
+def _drop(lock: RwLock, cpu: CpuId) -> None:
     if cpu in lock.holders:
         lock.holders.remove(cpu)

@@ -3,13 +3,17 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from typing import Any
+from typing import TYPE_CHECKING
 
 from emulator.explore.scheduler import Execution
 from emulator.explore.world import LitmusProgram
 from emulator.kvm.kvm_host import kvm_pages_per_hpage
 from emulator.kvm.structs import Kvm, KvmMmuPage
 from native import ffi, lib
+from native.types import CpuId
+
+if TYPE_CHECKING:
+    from native._native import TlbEntry
 
 
 class Remains(LitmusProgram):
@@ -67,14 +71,14 @@ class Remains(LitmusProgram):
         return f"dirty {marks} copies differ {differ}"
 
     def _tlbs(self) -> Iterator[str]:
-        for pcpu in range(self.machine.pcpus):
+        for pcpu in map(CpuId, range(self.machine.pcpus)):
             tlb = lib.cpu_tlb(self.machine.m, pcpu)
             entries = ffi.new("struct tlb_entry[]", lib.tlb_dump(tlb, ffi.NULL, 0))
             lib.tlb_dump(tlb, entries, len(entries))
             yield f"pcpu{pcpu} {sorted(map(_described, entries))}"
 
 
-def _described(entry: Any) -> tuple[int, ...]:
+def _described(entry: TlbEntry) -> tuple[int, ...]:
     """Rights as what they allow: the tags in them say when they were looked at last."""
     allowed = (int(right != lib.RIGHT_NONE) for right in entry.right)
     keys = entry.ep4ta, entry.vpid, entry.pcid, getattr(entry, "global")

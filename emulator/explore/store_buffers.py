@@ -32,6 +32,7 @@ from emulator.explore.objects import Objects
 from emulator.explore.scheduler import Execution, Task
 from emulator.points import PointKind
 from emulator.runtime import Cpu, Machine, Mode
+from native.types import CpuId
 
 Key = tuple[Hashable, ...]
 
@@ -67,17 +68,17 @@ class StoreBuffers:
         self.put: dict[int, int] = {}  # how many ever
         self.gone: dict[int, int] = {}
 
-    def add(self, cpu: int) -> None:
+    def add(self, cpu: CpuId) -> None:
         self.queues[cpu] = deque()
         self.put[cpu] = self.gone[cpu] = 0
 
-    def mask(self, cpu: int) -> int:
+    def mask(self, cpu: CpuId) -> int:
         return self.objects.bit(("store buffer", cpu))
 
     def all(self) -> int:
         return self.objects.mask(("store buffer", cpu) for cpu in self.queues)
 
-    def store(self, execution: Execution, cpu: int, store: Store) -> None:
+    def store(self, execution: Execution, cpu: CpuId, store: Store) -> None:
         """Into the queue; belongs to the step that the CPU is in, because nobody else can see it."""
         if cpu not in self.queues or execution.aborting:
             store.apply()
@@ -88,14 +89,14 @@ class StoreBuffers:
         self.dirty.add(cpu)
         execution.touch(0, self.mask(cpu))
 
-    def pending(self, execution: Execution, cpu: int, key: Key) -> Store | None:
+    def pending(self, execution: Execution, cpu: CpuId, key: Key) -> Store | None:
         """The CPU's own newest store there, which is what it loads."""
         if cpu not in self.dirty:
             return None
         execution.touch(self.mask(cpu), 0)
         return next((store for store in reversed(self.queues[cpu]) if store.key == key), None)
 
-    def fence(self, execution: Execution, cpu: int) -> None:
+    def fence(self, execution: Execution, cpu: CpuId) -> None:
         """Go on when all of this CPU's stores are visible."""
         if cpu not in self.dirty:
             return
@@ -107,7 +108,7 @@ class StoreBuffers:
         queue = self.queues[cpu]
         execution.step(("full barrier", cpu, "read"), self.mask(cpu), 0, lambda: not queue, "its stores")
 
-    def drains(self, execution: Execution, cpu: int) -> Callable[[], None]:
+    def drains(self, execution: Execution, cpu: CpuId) -> Callable[[], None]:
         """The daemon of one queue: a store a step."""
         queue, mask = self.queues[cpu], self.mask(cpu)
         label = ("store buffer", cpu, "write")
@@ -158,8 +159,8 @@ class BufferedControl(Control):
 
     def __init__(self, machine: Machine, objects: Objects) -> None:
         self.stores = StoreBuffers(objects, objects.bit(("everything",)))
-        self.cpu_of: Callable[[Task], int] = lambda task: -1  # where a task is now
-        self._plain: set[int] = set()  # CPUs whose next store is a plain one
+        self.cpu_of: Callable[[Task], CpuId] = lambda task: CpuId(-1)  # where a task is now
+        self._plain: set[CpuId] = set()  # CPUs whose next store is a plain one
         super().__init__(machine, objects)
 
     def reset(self) -> None:
@@ -177,13 +178,13 @@ class BufferedControl(Control):
                 self.stores.fence(execution, cpu.id)
         super().point(cpu, kind, obj, mode)
 
-    def is_plain(self, cpu: int) -> bool:
+    def is_plain(self, cpu: CpuId) -> bool:
         """Is this store one, although the kernel's is not?"""
         plain = cpu in self._plain
         self._plain.discard(cpu)
         return plain
 
-    def spawn_buffers(self, execution: Execution, names: dict[int, str]) -> None:
+    def spawn_buffers(self, execution: Execution, names: dict[CpuId, str]) -> None:
         """One for each CPU that somebody is on."""
         for cpu in names:
             self.stores.add(cpu)
@@ -191,7 +192,7 @@ class BufferedControl(Control):
         for cpu in names:
             execution.spawn(buffer_name(names[cpu]), self.stores.drains(execution, cpu), daemon=True)
 
-    def interruptible(self, number: int) -> tuple[int, Callable[[], bool]]:
+    def interruptible(self, number: CpuId) -> tuple[int, Callable[[], bool]]:
         queued, stores = self.queued, self.stores
         return stores.mask(number), lambda: number in queued and not stores.queues[number]
 

@@ -30,6 +30,7 @@ from emulator.policy import Policy
 from emulator.policy.user import source_of
 from emulator.runtime import Cpu, Machine, OutOfMemory
 from native import VIOLATION_KINDS, lib
+from native.types import CpuId
 
 DEADLOCK = "deadlock"
 
@@ -295,7 +296,7 @@ class LitmusProgram:
     def _take_pcpus(self) -> None:
         """All pCPUs run, whether somebody plays them or not; interrupts arrive when the scheduler says so."""
         m = self.machine.m
-        for number in range(self.machine.pcpus):
+        for number in map(CpuId, range(self.machine.pcpus)):
             self.world.main.check(lib.cpu_take(m, number))
             lib.ipi_hold(m, number, 1)
 
@@ -303,7 +304,7 @@ class LitmusProgram:
         if not self.test.final and not self.world.logging:
             return
         m = self.machine.m
-        for number in range(self.machine.pcpus):
+        for number in map(CpuId, range(self.machine.pcpus)):
             lib.ipi_hold(m, number, 0)
             lib.ipi_arrive(m, number)
             lib.cpu_idle(m, number)
@@ -331,19 +332,19 @@ class LitmusProgram:
         adversary = self.control.adversary
         return names if adversary is None else [*names, *adversary.names]
 
-    def _buffered(self) -> dict[int, str]:
+    def _buffered(self) -> dict[CpuId, str]:
         """The CPUs that KVM's code runs on; a vCPU's thread is on a pCPU then."""
-        names = {number: f"pcpu{number}" for number in range(self.machine.pcpus)}
+        names = {number: f"pcpu{number}" for number in map(CpuId, range(self.machine.pcpus))}
         others = (thread for thread in self.world.threads.values() if not thread.section.is_vcpu)
         return names | {thread.home.id: thread.name for thread in others}
 
-    def cpu_of(self, task: Task) -> int:
+    def cpu_of(self, task: Task) -> CpuId:
         """The CPU that a task is on now."""
         thread = self.world.threads.get(task.name)
         if thread is not None:
             return thread.cpu.id
         if task.name.startswith("irq"):
-            return int(task.name.removeprefix("irq"))
+            return CpuId(int(task.name.removeprefix("irq")))
         if task.name in self._buffers:
             return self._buffers[task.name]
         if self.control.adversary is not None and task.name in self.control.adversary.cpu_of:

@@ -23,6 +23,7 @@ from emulator.kvm.kvm_host import KVM_REQ_TLB_FLUSH
 from emulator.kvm.requests import kvm_test_request
 from emulator.kvm.structs import Kvm, Vcpu
 from emulator.runtime import Cpu, wait_until, wake
+from native.types import CpuId
 
 
 def host_works(cpu: Cpu, kvm: Kvm) -> bool:
@@ -59,7 +60,7 @@ def vcpus_went_on(kvm: Kvm) -> None:
             wake(kvm.machine, waiter)
 
 
-def _take_off(at_work: list[int], cpu_id: int) -> None:
+def _take_off(at_work: list[CpuId], cpu_id: CpuId) -> None:
     """Two threads may find at once that a wait is over."""
     with suppress(ValueError):
         at_work.remove(cpu_id)

@@ -14,6 +14,7 @@ from emulator.kvm.requests import flush_elided, kvm_flush_remote_tlbs
 from emulator.kvm.structs import Kvm, KvmMemorySlot
 from emulator.runtime import Cpu, wake
 from native import lib
+from native.types import CpuId, PromiseKind
 
 GfnRange = tuple[KvmMemorySlot, int, int]
 
@@ -32,7 +33,7 @@ def kvm_for_each_memslot_in_hva_range(kvm: Kvm, start: int, end: int) -> list[Gf
 
 
 def kvm_mmu_notifier_invalidate_range_start(
-    cpu: Cpu, kvm: Kvm, start: int, end: int, promise: int = lib.PROMISE_NOTIFIER
+    cpu: Cpu, kvm: Kvm, start: int, end: int, promise: PromiseKind = lib.PROMISE_NOTIFIER
 ) -> None:
     """kvm_mmu_notifier_invalidate_range_start()
 
@@ -98,7 +99,7 @@ def kvm_mmu_notifier_invalidate_range_end(cpu: Cpu, kvm: Kvm, start: int, end: i
                 lib.mmu_invalidate_end(cpu.m, kvm.id)
     finally:
         lib.srcu_read_unlock(cpu.m, cpu.id, kvm.id, index)
-    waiter = -1
+    waiter = CpuId(-1)
     with kvm.mn_invalidate_lock.held(cpu):
         kvm.mn_active_invalidate_count -= 1
         if not kvm.mn_active_invalidate_count and kvm.mn_memslots_update is not None:

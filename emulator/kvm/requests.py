@@ -19,6 +19,7 @@ from emulator.kvm.root_tracking import roots_tlb_changed
 from emulator.kvm.structs import Kvm, KvmMemorySlot, Vcpu
 from emulator.runtime import Cpu, plain_store, timed
 from native import lib
+from native.types import CpuId, FlushReason
 
 
 def kvm_make_request(cpu: Cpu, vcpu: Vcpu, req: int) -> None:
@@ -71,7 +72,7 @@ def kvm_make_vcpu_request(cpu: Cpu, vcpu: Vcpu, req: int) -> int:
     if not (needs_ipi if late else kvm_request_needs_ipi(cpu, vcpu, req)):
         return -1
     cpu.point("vcpu->cpu", vcpu.id, "read")
-    target: int = lib.vcpu_cpu(cpu.m, vcpu.id)
+    target = lib.vcpu_cpu(cpu.m, vcpu.id)
     return target if target != cpu.id else -1
 
 
@@ -130,12 +131,12 @@ def kvm_vcpu_kick(cpu: Cpu, vcpu: Vcpu) -> None:
     if lib.vcpu_exiting_guest_mode(cpu.m, vcpu.id) != IN_GUEST_MODE:
         return
     cpu.point("vcpu->cpu", vcpu.id, "read")
-    target: int = lib.vcpu_cpu(cpu.m, vcpu.id)
+    target = CpuId(lib.vcpu_cpu(cpu.m, vcpu.id))
     if target not in (cpu.id, -1):
         cpu.check(lib.smp_call_function_single(cpu.m, cpu.id, target, lib.IPI_ACK_KICK, vcpu.kvm.id << 32, 0))
 
 
-def kvm_flush_remote_tlbs(cpu: Cpu, kvm: Kvm, reason: int) -> None:
+def kvm_flush_remote_tlbs(cpu: Cpu, kvm: Kvm, reason: FlushReason) -> None:
     """kvm_flush_remote_tlbs(): on return every vCPU is outside guest mode with the request pending, or has
     entered again after flushing.  Entries may still exist; nobody will use them.
 
@@ -155,17 +156,17 @@ def kvm_flush_remote_tlbs(cpu: Cpu, kvm: Kvm, reason: int) -> None:
             roots_tlb_changed(cpu, kvm)
 
 
-def kvm_flush_remote_tlbs_range(cpu: Cpu, kvm: Kvm, gfn: int, nr_pages: int, reason: int) -> None:
+def kvm_flush_remote_tlbs_range(cpu: Cpu, kvm: Kvm, gfn: int, nr_pages: int, reason: FlushReason) -> None:
     """kvm_flush_remote_tlbs_range(): bare metal has no range hook, so the whole VM is flushed."""
     kvm_flush_remote_tlbs(cpu, kvm, reason)
 
 
-def kvm_flush_remote_tlbs_memslot(cpu: Cpu, kvm: Kvm, slot: KvmMemorySlot, reason: int) -> None:
+def kvm_flush_remote_tlbs_memslot(cpu: Cpu, kvm: Kvm, slot: KvmMemorySlot, reason: FlushReason) -> None:
     """kvm_flush_remote_tlbs_memslot(): under slots_lock, without mmu_lock."""
     kvm_flush_remote_tlbs_range(cpu, kvm, slot.base_gfn, slot.npages, reason)
 
 
-def flush_elided(cpu: Cpu, kvm: Kvm, reason: int, argument: int = 0) -> None:
+def flush_elided(cpu: Cpu, kvm: Kvm, reason: FlushReason, argument: int = 0) -> None:
     """Accounts for a flush that Linux 7.3 makes here and this policy does not."""
     cpu.stat(kvm.id, lib.STAT_FLUSHES_ELIDED)
     cpu.event(lib.EVENT_ELIDED, reason, argument, kvm.id)

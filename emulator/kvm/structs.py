@@ -11,7 +11,6 @@ from bisect import bisect_right
 from collections import deque
 from collections.abc import Callable
 from dataclasses import dataclass, replace
-from typing import Any
 
 from emulator.kvm.kvm_host import (
     KVM_MEM_LOG_DIRTY_PAGES,
@@ -28,6 +27,7 @@ from emulator.locks import MmuLock, Mutex, Refcount, SpinLock
 from emulator.policy import Policy
 from emulator.runtime import Machine
 from native import ffi, lib
+from native.types import CpuId, FlushReason, VcpuId, VmId
 
 # Answers that look at what roots remember.
 TRACKING = ("cpu-flushed-mask", "cpu-flushed-mask-cleared", "root-tlb-gen")
@@ -133,10 +133,10 @@ class RootTracking:
 
     def __init__(self, pcpus: int) -> None:
         self.words = (pcpus + 63) // 64
-        self.cpu_flushed_mask: Any = ffi.new("uint64_t[]", self.words)
-        self.cpu_clean_mask: Any = ffi.new("uint64_t[]", self.words)
-        self.tlb_gen: Any = ffi.new("uint64_t *", 1)
-        self.cpu_tlb_gen: Any = ffi.new("uint64_t[]", pcpus)
+        self.cpu_flushed_mask = ffi.new("uint64_t[]", self.words)
+        self.cpu_clean_mask = ffi.new("uint64_t[]", self.words)
+        self.tlb_gen = ffi.new("uint64_t *", 1)
+        self.cpu_tlb_gen = ffi.new("uint64_t[]", pcpus)
 
 
 class KvmMmu:
@@ -159,7 +159,7 @@ class LoadedVmcs:
     __slots__ = ("by_generation", "cpu")
 
     def __init__(self) -> None:
-        self.cpu = -1
+        self.cpu = CpuId(-1)
         self.by_generation = False
 
 
@@ -274,7 +274,7 @@ class Kvm:
         "warned",
     )
 
-    def __init__(self, machine: Machine, vm: int, gfns: int, policy: Policy, params: KvmParams) -> None:
+    def __init__(self, machine: Machine, vm: VmId, gfns: int, policy: Policy, params: KvmParams) -> None:
         self.machine = machine
         self.id = vm
         self.gfns = gfns
@@ -289,7 +289,7 @@ class Kvm:
         self.mn_invalidate_lock = SpinLock("mn_invalidate_lock")
         self.mn_active_invalidate_count = 0
         # What installs the next set of memslots when that count is 0, and the CPU that waits for it.
-        self.mn_memslots_update: tuple[Callable[[], None], int] | None = None
+        self.mn_memslots_update: tuple[Callable[[], None], CpuId] | None = None
         self.mn_flush_at_end = False  # only with notifier_flush=at-range-end; under mmu_lock
         # Replaced whole under tdp_mmu_pages_lock, read under RCU or mmu_lock.
         self.tdp_mmu_roots: tuple[KvmMmuPage, ...] = ()
@@ -301,7 +301,7 @@ class Kvm:
         )
         self.tracking_by_frame: dict[int, RootTracking] = {}  # only with mutant R4
         self.warned: set[str] = set()
-        self.at_host_work: list[int] = []
+        self.at_host_work: list[CpuId] = []
         # pCPUs on which a vCPU was ever loaded, for remote_kick and root_alloc=vm-pcpu-mask.
         self.pcpu_mask = bytearray(machine.pcpus)
 
@@ -354,7 +354,7 @@ class Vcpu:
         "vpid",
     )
 
-    def __init__(self, kvm: Kvm, number: int, vpid: int) -> None:
+    def __init__(self, kvm: Kvm, number: VcpuId, vpid: int) -> None:
         self.kvm = kvm
         self.id = number
         self.vpid = vpid
@@ -367,8 +367,8 @@ class Vcpu:
         self.srcu_idx = -1
         self.loaded = False  # between vcpu_load or kvm_sched_in and vcpu_put or kvm_sched_out
         self.immediate_exit = False
-        self.flush_current_reason: int = lib.REASON_GUEST
-        self.exit: Any = ffi.new("struct vcpu_exit *")
+        self.flush_current_reason: FlushReason = lib.REASON_GUEST
+        self.exit = ffi.new("struct vcpu_exit *")
 
     def __repr__(self) -> str:
         return f"<vCPU {self.id} of VM {self.kvm.id}>"

@@ -13,6 +13,7 @@ from emulator.kvm.requests import flush_elided, kvm_flush_remote_tlbs
 from emulator.kvm.structs import Kvm, KvmMmuPage
 from emulator.runtime import Cpu, rcu_enter, rcu_leave
 from native import ffi, lib
+from native.types import FlushReason
 
 
 @dataclass(slots=True)
@@ -47,7 +48,7 @@ class TdpIter:
         shared: bool,
         level: int = lib.PG_LEVEL_4K,
         mask: int = 0,
-        reason: int = lib.REASON_OTHER,
+        reason: FlushReason = lib.REASON_OTHER,
     ) -> None:
         self.root = root
         self.shared = shared

@@ -25,6 +25,7 @@ from emulator.kvm.tdp_iter import Entry
 from emulator.kvm.tdp_remove import handle_removed_pt, tables_need_a_flush, tdp_mmu_zap_spte_atomic
 from emulator.runtime import Cpu, rcu_read_lock
 from native import lib
+from native.types import FlushReason
 
 # enum { RET_PF_... } of mmu_internal.h
 RET_PF_CONTINUE: Final = 0
@@ -93,7 +94,7 @@ def tdp_mmu_set_spte_atomic(
     entry: Entry,
     new_spte: int,
     disconnected_sps: list[int] | None = None,
-    reason: int = lib.REASON_REMOTE_REPLACE,
+    reason: FlushReason = lib.REASON_REMOTE_REPLACE,
 ) -> bool:
     """tdp_mmu_set_spte_atomic(): False if the SPTE is not entry.spte any more.
 

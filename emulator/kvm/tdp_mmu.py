@@ -24,6 +24,7 @@ from emulator.kvm.tdp_roots import (
 )
 from emulator.runtime import WRITE, Cpu, rcu_read_lock
 from native import lib
+from native.types import FlushReason
 
 
 def kvm_tdp_mmu_zap_invalidated_roots(cpu: Cpu, kvm: Kvm, shared: bool) -> None:
@@ -118,7 +119,7 @@ def tdp_mmu_zap_leafs(
     *,
     can_yield: bool,
     flush: bool,
-    reason: int,
+    reason: FlushReason,
 ) -> bool:
     """tdp_mmu_zap_leafs(), zap_gfn_range() to 5.17: returns whether a flush is pending; one handed in is
     included.
@@ -152,7 +153,7 @@ def tdp_mmu_zap_leafs(
 
 
 def flush_disconnected_sps(
-    cpu: Cpu, kvm: Kvm, disconnected_sps: list[int], reason: int, can_yield: bool
+    cpu: Cpu, kvm: Kvm, disconnected_sps: list[int], reason: FlushReason, can_yield: bool
 ) -> bool:
     """The end of zap_gfn_range() in the proposal: a flush if a table was removed, whatever yields have
     flushed, then they go to RCU.  True if it flushed."""
@@ -175,7 +176,7 @@ def _zap_leafs_of(
     start: int,
     end: int,
     flush: bool,
-    reason: int,
+    reason: FlushReason,
     can_yield: bool,
 ) -> bool:
     """All these roots, with the pending flush threaded through: what was handed in and flushed in a yield is
@@ -192,7 +193,7 @@ def _zap_leafs_of(
     return flush
 
 
-def kvm_tdp_mmu_zap_leafs(cpu: Cpu, kvm: Kvm, start: int, end: int, flush: bool, reason: int) -> bool:
+def kvm_tdp_mmu_zap_leafs(cpu: Cpu, kvm: Kvm, start: int, end: int, flush: bool, reason: FlushReason) -> bool:
     """kvm_tdp_mmu_zap_leafs(): all valid roots."""
     roots = for_each_tdp_mmu_root_yield_safe(cpu, kvm, KVM_VALID_ROOTS)
     flush = _zap_leafs_of(cpu, kvm, roots, start, end, flush, reason, can_yield=True)
@@ -209,7 +210,7 @@ def kvm_tdp_mmu_unmap_gfn_range(
     start: int,
     end: int,
     flush: bool,
-    reason: int,
+    reason: FlushReason,
     may_block: bool = True,
 ) -> bool:
     """kvm_tdp_mmu_unmap_gfn_range(): for mmu_notifiers, in the slot's address space; invalid roots too, the

@@ -16,12 +16,13 @@ from emulator.kvm.structs import Kvm
 from emulator.kvm.tdp_iter import Entry
 from emulator.runtime import Cpu, cpu_relax, rcu_enter, rcu_leave
 from native import ffi, lib
+from native.types import FlushReason
 
 PTES_PER_TABLE: Final = 512
 
 
 def handle_removed_pt(
-    cpu: Cpu, kvm: Kvm, entry: Entry, shared: bool, reason: int, disconnected_sps: list[int] | None
+    cpu: Cpu, kvm: Kvm, entry: Entry, shared: bool, reason: FlushReason, disconnected_sps: list[int] | None
 ) -> None:
     """handle_removed_pt(): freeze what the unlinked table at `entry` maps, and the tables below it; each page
     goes to RCU, or on the caller's list, if it has one, which is for handle_disconnected_sps().
@@ -52,7 +53,13 @@ def handle_removed_pt(
 
 
 def removed_page(
-    cpu: Cpu, kvm: Kvm, table: int, gfn: int, pages: int, reason: int, disconnected_sps: list[int] | None
+    cpu: Cpu,
+    kvm: Kvm,
+    table: int,
+    gfn: int,
+    pages: int,
+    reason: FlushReason,
+    disconnected_sps: list[int] | None,
 ) -> None:
     """Decision zap, for one page that mapped `pages` from `gfn` on.
 
@@ -87,7 +94,7 @@ def tdp_mmu_set_spte(cpu: Cpu, kvm: Kvm, entry: Entry, new_spte: int) -> None:
     lib.tdp_mmu_set_spte(cpu.m, cpu.id, kvm.id, entry.table, entry.index, entry.level, entry.gfn, new_spte)
 
 
-def tdp_mmu_zap_frozen(cpu: Cpu, kvm: Kvm, entry: Entry, reason: int) -> None:
+def tdp_mmu_zap_frozen(cpu: Cpu, kvm: Kvm, entry: Entry, reason: FlushReason) -> None:
     """The rest of tdp_mmu_zap_spte_atomic(): `entry` was a leaf, or led to a table, and is FROZEN now.
 
     Flush, then empty it for others, then take a table apart (6.12; before, that came first).  After this
@@ -102,7 +109,7 @@ def tdp_mmu_zap_frozen(cpu: Cpu, kvm: Kvm, entry: Entry, reason: int) -> None:
     handle_disconnected_sps(cpu, kvm, disconnected_sps, can_yield=False)
 
 
-def tdp_mmu_zap_spte_atomic(cpu: Cpu, kvm: Kvm, entry: Entry, reason: int) -> bool:
+def tdp_mmu_zap_spte_atomic(cpu: Cpu, kvm: Kvm, entry: Entry, reason: FlushReason) -> bool:
     """tdp_mmu_zap_spte_atomic(), 5.13 to 6.12: freeze the SPTE until the flush is over, so that no fault
     installs a translation beside the stale ones.  False if the SPTE changed."""
     cpu.point("spte", (entry.table, entry.index), "write")

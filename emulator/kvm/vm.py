@@ -13,18 +13,19 @@ from emulator.kvm.vmx import allocate_vpid, vmx_vcpu_free
 from emulator.policy import Policy
 from emulator.runtime import Cpu
 from native import lib
+from native.types import VcpuId, VmId
 
 
 def kvm_create_vm(cpu: Cpu, gfns: int, policy: Policy, params: KvmParams | None = None) -> Kvm:
     """kvm_create_vm(): guest-physical memory of `gfns` pages, nothing in it yet."""
-    vm = cpu.check(lib.vm_create(cpu.m, gfns))
+    vm = VmId(cpu.check(lib.vm_create(cpu.m, gfns)))
     return Kvm(cpu.machine, vm, gfns, policy, params or KvmParams())
 
 
 def kvm_vm_ioctl_create_vcpu(cpu: Cpu, kvm: Kvm) -> Vcpu:
     """KVM_CREATE_VCPU, and KVM_SET_SREGS as every user space calls it next."""
     vpid = allocate_vpid(kvm.machine)
-    vcpu = Vcpu(kvm, cpu.check(lib.vcpu_create(cpu.m, kvm.id, vpid)), vpid)
+    vcpu = Vcpu(kvm, VcpuId(cpu.check(lib.vcpu_create(cpu.m, kvm.id, vpid))), vpid)
     kvm_arch_vcpu_ioctl_set_sregs(cpu, vcpu)
     with kvm.slots_lock.held(cpu):
         kvm.vcpus = (*kvm.vcpus, vcpu)

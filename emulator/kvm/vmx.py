@@ -10,6 +10,7 @@ from emulator.kvm.root_tracking import active_roots, mmu_roots, root_tlb_gen_is_
 from emulator.kvm.structs import Kvm, KvmMmu, KvmMmuPage, Vcpu
 from emulator.runtime import Cpu, Machine, OutOfFrames
 from native import lib
+from native.types import CpuId, FlushReason
 
 
 def allocate_vpid(machine: Machine) -> int:
@@ -55,7 +56,7 @@ def warn_on_once(cpu: Cpu, kvm: Kvm, what: str) -> None:
     kvm.warned.add(what)
 
 
-def vmx_flush_tlb_ept_root(cpu: Cpu, kvm: Kvm, root: KvmMmuPage, reason: int) -> None:
+def vmx_flush_tlb_ept_root(cpu: Cpu, kvm: Kvm, root: KvmMmuPage, reason: FlushReason) -> None:
     """vmx_flush_tlb_ept_root(): INVEPT single; global where no EPTP can be made."""
     eptp = construct_eptp(cpu, kvm, root)
     cpu.point("tlb", cpu.id, "write")
@@ -65,7 +66,7 @@ def vmx_flush_tlb_ept_root(cpu: Cpu, kvm: Kvm, root: KvmMmuPage, reason: int) ->
         lib.flush_invept_global(cpu.m, cpu.id, kvm.id, reason)
 
 
-def vmx_flush_tlb_all(cpu: Cpu, vcpu: Vcpu, reason: int) -> None:
+def vmx_flush_tlb_all(cpu: Cpu, vcpu: Vcpu, reason: FlushReason) -> None:
     """vmx_flush_tlb_all(): INVEPT global, because neither INVVPID nor VM entry drops guest-physical mappings.
     It hits every VM on this pCPU.  Mutant P7: INVVPID."""
     cpu.stat(vcpu.kvm.id, lib.STAT_FLUSH_ALL)
@@ -76,7 +77,7 @@ def vmx_flush_tlb_all(cpu: Cpu, vcpu: Vcpu, reason: int) -> None:
         lib.flush_invept_global(cpu.m, cpu.id, vcpu.kvm.id, reason)
 
 
-def vmx_flush_tlb_current(cpu: Cpu, vcpu: Vcpu, reason: int) -> None:
+def vmx_flush_tlb_current(cpu: Cpu, vcpu: Vcpu, reason: FlushReason) -> None:
     """vmx_flush_tlb_current(): INVEPT single on the current root; nothing without one."""
     if vcpu.mmu.root is None:
         return
@@ -84,14 +85,14 @@ def vmx_flush_tlb_current(cpu: Cpu, vcpu: Vcpu, reason: int) -> None:
     vmx_flush_tlb_ept_root(cpu, vcpu.kvm, vcpu.mmu.root, reason)
 
 
-def vmx_flush_tlb_roots(cpu: Cpu, vcpu: Vcpu, reason: int) -> None:
+def vmx_flush_tlb_roots(cpu: Cpu, vcpu: Vcpu, reason: FlushReason) -> None:
     """INVEPT single on each root that this vCPU can use without kvm_mmu_load, as proposed on the list in
     2025."""
     for root in active_roots(vcpu):
         vmx_flush_tlb_ept_root(cpu, vcpu.kvm, root, reason)
 
 
-def vmx_flush_tlb_old_roots(cpu: Cpu, vcpu: Vcpu, reason: int) -> None:
+def vmx_flush_tlb_old_roots(cpu: Cpu, vcpu: Vcpu, reason: FlushReason) -> None:
     """The same for those whose generation has moved on since this pCPU flushed them."""
     for root in active_roots(vcpu):
         if test_and_set_flushed(cpu, root, "root-tlb-gen"):
@@ -100,7 +101,7 @@ def vmx_flush_tlb_old_roots(cpu: Cpu, vcpu: Vcpu, reason: int) -> None:
             vmx_flush_tlb_ept_root(cpu, vcpu.kvm, root, reason)
 
 
-def vmx_flush_tlb_guest(cpu: Cpu, vcpu: Vcpu, reason: int) -> None:
+def vmx_flush_tlb_guest(cpu: Cpu, vcpu: Vcpu, reason: FlushReason) -> None:
     """vmx_flush_tlb_guest(): INVVPID single-context of the current VPID, never INVEPT.
 
     Mutant P8: INVEPT single on the current root: drops what it should, and more than it should.
@@ -123,7 +124,7 @@ def loaded_vmcs_clear(cpu: Cpu, vcpu: Vcpu) -> None:
     target = vcpu.loaded_vmcs.cpu
     if target != -1:
         cpu.check(lib.smp_call_function_single(cpu.m, cpu.id, target, lib.IPI_VMCS_CLEAR, vcpu.id, 1))
-    vcpu.loaded_vmcs.cpu = -1
+    vcpu.loaded_vmcs.cpu = CpuId(-1)
 
 
 def vmx_vcpu_load_vmcs(cpu: Cpu, vcpu: Vcpu) -> None:
@@ -196,7 +197,7 @@ def vmx_flush_tlb_before_entry(cpu: Cpu, vcpu: Vcpu) -> None:
         vmx_flush_tlb_ept_root(cpu, kvm, vcpu.mmu.root, lib.REASON_MIGRATION)
 
 
-def request_tlb_flush(cpu: Cpu, vcpu: Vcpu, reason: int) -> None:
+def request_tlb_flush(cpu: Cpu, vcpu: Vcpu, reason: FlushReason) -> None:
     """kvm_make_request(KVM_REQ_TLB_FLUSH) on the vCPU that is being loaded."""
     lib.vcpu_add_flush_reason(cpu.m, vcpu.id, reason)
     kvm_make_request(cpu, vcpu, KVM_REQ_TLB_FLUSH)

@@ -52,6 +52,7 @@ from emulator.kvm.vmx import (
 )
 from emulator.runtime import Cpu, MachineError, MachineStopped, OutOfFrames, cpu_relax, smp_mb
 from native import ffi, lib
+from native.types import FlushReason
 
 # Exits after which KVM looks at need_resched() even if nobody asked; stands for the timer tick.
 _EXITS_PER_TICK: Final = 64
@@ -79,7 +80,7 @@ def kvm_vcpu_flush_tlb_all(cpu: Cpu, vcpu: Vcpu) -> None:
     """
     kvm = vcpu.kvm
     reasons: int = lib.vcpu_take_flush_reasons(cpu.m, vcpu.id)
-    reason = (reasons & -reasons).bit_length() - 1 if reasons else lib.REASON_OTHER
+    reason = FlushReason((reasons & -reasons).bit_length() - 1) if reasons else lib.REASON_OTHER
     cpu.stat(kvm.id, lib.STAT_TLB_FLUSH)
     answer = kvm.policy.remote_flush(cpu, vcpu)
     if answer == "root-tlb-gen" and not reasons & _LOCAL_REASONS:

@@ -17,9 +17,10 @@ from typing import Final
 from emulator.kvm.structs import Kvm
 from emulator.runtime import Machine
 from native import ffi, lib
+from native.types import Counter, VmStat
 
 # Counters of the core, summed over all CPUs.
-_COUNTERS: Final[Mapping[str, int]] = {
+_COUNTERS: Final[Mapping[str, Counter]] = {
     "averted": lib.COUNT_AVERTED,
     "legal-stale": lib.COUNT_LEGAL_STALE,
     "stale-walk": lib.COUNT_STALE_WALKS,
@@ -30,7 +31,7 @@ _COUNTERS: Final[Mapping[str, int]] = {
     "crossed-calls": lib.COUNT_CALLS_CROSSED,
 }
 # Statistics of the VMs, summed.
-_STATS: Final[Mapping[str, int]] = {
+_STATS: Final[Mapping[str, VmStat]] = {
     "yields": lib.STAT_YIELDS,
     "pending-flush": lib.STAT_YIELDS_PENDING,
     "root-gone": lib.STAT_YIELDS_INVALIDATED,

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from emulator.kvm.structs import Vcpu
 from emulator.litmus.ops import GuestOp, Instruction, Op
@@ -12,6 +12,8 @@ from native import ffi, lib
 if TYPE_CHECKING:
     from emulator.litmus.world import LitmusThread
     from emulator.runtime import Cpu
+    from native._native import Array
+    from native._native import GuestOp as CoreOp
 
 # At the end of guest-physical memory, each vCPU's page tables (with paging).
 TABLE_PAGES = 64
@@ -33,7 +35,7 @@ class GuestProgram:
 
     def __init__(self, thread: LitmusThread) -> None:
         self._thread = thread
-        self._stretches: dict[tuple[tuple[Op, ...], bool], Any] = {}
+        self._stretches: dict[tuple[tuple[Op, ...], bool], Array[CoreOp]] = {}
         self._length = 0
         self._pages, self._processes = self._what_it_maps()
         # The core keeps the pointers.
@@ -73,7 +75,7 @@ class GuestProgram:
         self._length = len(compiled)
         cpu.check(lib.guest_set_program(cpu.m, vcpu.id, compiled, self._length))
 
-    def compiled(self, ops: tuple[Op, ...], report: bool) -> Any:
+    def compiled(self, ops: tuple[Op, ...], report: bool) -> Array[CoreOp]:
         compiled = self._stretches.get((ops, report))
         if compiled is None:
             compiled = self._stretches[ops, report] = self._compile(ops, report)
@@ -92,7 +94,7 @@ class GuestProgram:
         by_instruction = [op for op in ops for _ in self._instructions(op)]
         return by_instruction[self.position()]
 
-    def _compile(self, ops: Sequence[Op], report: bool) -> Any:
+    def _compile(self, ops: Sequence[Op], report: bool) -> Array[CoreOp]:
         """With `report`, each operation is followed by a signal: this thread's progress."""
         found: list[dict[str, int]] = []
         for op in ops:

@@ -247,7 +247,7 @@ class Runner:
 
     def _reports(self, world: World) -> tuple[Report, ...]:
         """Of this execution, the first of each kind."""
-        names = {cpu.id: f"pcpu{cpu.id}" for cpu in self.machine.cpus[: self.machine.pcpus]}
+        names: dict[int, str] = {cpu.id: f"pcpu{cpu.id}" for cpu in self.machine.cpus[: self.machine.pcpus]}
         names |= {thread.home.id: name for name, thread in world.threads.items()}
         names |= {rcu_cpu(self.machine).id: "rcu", world.main.id: VMM}
         found: dict[str, Report] = {}

@@ -1,0 +1,37 @@
+"""Kinds of numbers that the core's functions take, for mypy.
+
+The core tells CPUs, VMs and vCPUs apart by arguments' places alone: two of them in the wrong order are a call
+about another CPU and another VM, which succeeds.  `native/_native.pyi` gives each argument the type here that
+its name stands for (native/stub.py), so that such a call is an error of types.  At run time all are ints.
+"""
+
+from __future__ import annotations
+
+from typing import NewType
+
+__all__ = [
+    "Counter",
+    "CpuId",
+    "FlushReason",
+    "FrameKind",
+    "Histogram",
+    "IpiFunction",
+    "PromiseKind",
+    "VcpuId",
+    "VmId",
+    "VmStat",
+]
+
+CpuId = NewType("CpuId", int)
+VmId = NewType("VmId", int)
+# Machine-wide, not the VM's own vcpu_id.
+VcpuId = NewType("VcpuId", int)
+
+# Members of the core's enums.
+Counter = NewType("Counter", int)
+Histogram = NewType("Histogram", int)
+FlushReason = NewType("FlushReason", int)
+FrameKind = NewType("FrameKind", int)
+IpiFunction = NewType("IpiFunction", int)
+PromiseKind = NewType("PromiseKind", int)
+VmStat = NewType("VmStat", int)
