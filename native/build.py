@@ -159,6 +159,10 @@ def build_in_place() -> None:
     command.build_temp = str(Path("build") / ("native-" + os.environ.get("FLUSHLAB_SANITIZE", "plain")))
     command.force = "--force" in sys.argv
     distribution.run_command("build_ext")
+    # Not above: pip's build has no package `native` to import from.
+    from native.stub import update
+
+    update()
 
 
 if __name__ == "__main__":
