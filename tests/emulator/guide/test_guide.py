@@ -71,6 +71,12 @@ def test_pages_are_whole(topic: str) -> None:
     assert "<!-- generated" not in text
 
 
+def test_readme_is_read_in_two_minutes_and_leads_to_every_page() -> None:
+    text = (Path(__file__).parents[3] / "README.md").read_text("utf-8")
+    assert len(text.split()) <= 900
+    assert set(re.findall(r"\]\(emulator/guide/(\w+)\.md\)", text)) == set(TOPICS)
+
+
 def test_each_decision_point_is_asked_somewhere() -> None:
     assert set(questions()) == {point.name for point in POINTS}
     assert all(places for places in questions().values())

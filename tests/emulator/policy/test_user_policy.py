@@ -23,7 +23,7 @@ from emulator.report import document
 from emulator.result import Result
 from emulator.runtime import MachineStopped
 
-# README's worked example, word for word.
+# The guide's worked example, word for word.
 RETURNING = '''
 """A vCPU that comes back to a pCPU has flushed there before: why flush again?"""
 
@@ -351,7 +351,7 @@ def test_a_failure_while_running_is_one_line_and_status_2(tmp_path: Path) -> Non
 
 
 def test_the_worked_example_is_readmes() -> None:
-    text = (Path(__file__).parents[3] / "README.md").read_text("utf-8")
+    text = (Path(__file__).parents[3] / "emulator/guide/policies.md").read_text("utf-8")
     assert RETURNING.strip() in text or "class Returning" not in text
 
 
