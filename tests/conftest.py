@@ -7,7 +7,8 @@ from collections.abc import Iterator
 
 import pytest
 from loguru import logger
-from support import BareMachine
+
+from tests.support import BareMachine
 
 
 @pytest.fixture(autouse=True)

@@ -14,12 +14,12 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from canned import CannedJob, result, snapshot, violated
 
 from emulator import __version__
 from emulator.cli import main
 from emulator.errors import BadInput
 from emulator.policy import PRESETS
+from tests.emulator.canned import CannedJob, result, snapshot, violated
 
 
 @pytest.fixture(autouse=True)
@@ -270,7 +270,7 @@ def test_module_is_the_command() -> None:
 
 HANGING = """
 import signal, sys, threading, types
-from canned import CannedJob
+from tests.emulator.canned import CannedJob
 from emulator import cli, interrupts
 
 class Hanging(CannedJob):
@@ -289,8 +289,7 @@ sys.exit(cli.main(["run"]))
 
 
 def test_a_job_that_does_not_stop_is_given_up_with_stacks() -> None:
-    here = Path(__file__).parent
-    environment = os.environ | {"PYTHONPATH": f"{here.parents[1]}{os.pathsep}{here}"}
+    environment = os.environ | {"PYTHONPATH": str(Path(__file__).parents[2])}
     ended = subprocess.run(
         [sys.executable, "-c", HANGING],
         capture_output=True,

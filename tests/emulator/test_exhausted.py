@@ -5,9 +5,9 @@ from __future__ import annotations
 import threading
 
 import pytest
-from support import wait_until
 
 from emulator.cli import main
+from tests.support import wait_until
 
 COMMANDS = {
     "run": "run --duration 300ms",

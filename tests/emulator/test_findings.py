@@ -10,14 +10,14 @@ import sys
 from pathlib import Path
 
 import pytest
-from canned import snapshot, violated
 from loguru import logger
-from support import wait_until
 
 from emulator import __version__
 from emulator.cli import main
 from emulator.findings import Findings
 from emulator.result import Report
+from tests.emulator.canned import snapshot, violated
+from tests.support import wait_until
 
 COMMAND = [sys.executable, "-m", "emulator"]
 SERVICE = "serve --metrics 0 --set migration=none --seed 3 --log-format json"

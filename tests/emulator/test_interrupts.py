@@ -10,9 +10,9 @@ import time
 from pathlib import Path
 
 import pytest
-from support import wait_until
 
 from emulator import interrupts
+from tests.support import wait_until
 
 HERE = Path(__file__).parents[2]
 ENVIRONMENT = os.environ | {"PYTHONPATH": str(HERE)}

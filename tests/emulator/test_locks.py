@@ -6,11 +6,11 @@ import threading
 from collections.abc import Iterator
 
 import pytest
-from support import machine_fields, wait_until
 
 from emulator.locks import RwSemaphore, SpinLock
 from emulator.runtime import Cpu, Machine, MachineMisuse, MachineStopped
 from native import lib
+from tests.support import machine_fields, wait_until
 
 
 @pytest.fixture

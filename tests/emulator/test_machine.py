@@ -7,7 +7,6 @@ import threading
 import time
 
 import pytest
-from support import wait_until
 
 from emulator.actors.base import MachineActor
 from emulator.config import MachineSection, Scenario, VmSection, load_scenario
@@ -15,6 +14,7 @@ from emulator.errors import BadInput
 from emulator.machine import Emulation, machine_config
 from emulator.policy import preset
 from native import lib
+from tests.support import wait_until
 
 LINUX = preset("linux-7.3")
 

@@ -14,7 +14,8 @@ from contextlib import contextmanager
 from pathlib import Path
 
 import pytest
-from support import wait_until
+
+from tests.support import wait_until
 
 COMMAND = [sys.executable, "-m", "emulator"]
 ENVIRONMENT = {name: value for name, value in os.environ.items() if not name.startswith("FLUSHLAB_")}

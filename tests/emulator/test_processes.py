@@ -12,7 +12,8 @@ from contextlib import contextmanager, suppress
 from pathlib import Path
 
 import pytest
-from support import wait_until
+
+from tests.support import wait_until
 
 COMMANDS = {
     "one search": ["explore", "remote-two-vcpus", "--executions", "1000000"],

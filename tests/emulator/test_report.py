@@ -6,13 +6,13 @@ import json
 from dataclasses import replace
 
 import pytest
-from canned import result, snapshot, violated
 from rich.console import Console, RenderableType
 
 from emulator.costs import load_costs, modelled_cycles
 from emulator.report import document, duration_text, exit_status, progress_line, short, summary, totals
 from emulator.result import Histogram
 from native import COUNTER_NAMES, HISTOGRAM_NAMES, VM_STAT_NAMES
+from tests.emulator.canned import result, snapshot, violated
 
 
 def rendered(renderable: RenderableType) -> str:

@@ -7,7 +7,6 @@ import threading
 import time
 
 import pytest
-from support import wait_until
 
 from emulator.compare.measure import measure
 from emulator.config import VmSection, load_scenario, parse_scenario
@@ -17,6 +16,7 @@ from emulator.machine import Emulation, machine_config
 from emulator.policy import preset
 from emulator.result import Result
 from native import lib
+from tests.support import wait_until
 
 LINUX = preset("linux-7.3")
 # With what each is about: a counter or statistic that must move.

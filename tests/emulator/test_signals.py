@@ -25,10 +25,10 @@ from pathlib import Path
 from random import Random
 
 import pytest
-from support import wait_until
 
 from emulator.interrupts import ENDING, INTERRUPTED
 from emulator.output import PARTIAL
+from tests.support import wait_until
 
 TRIALS = int(os.environ.get("FLUSHLAB_SIGNALS", "2"))
 SEED = int(os.environ.get("FLUSHLAB_SIGNALS_SEED") or secrets.randbits(16))

@@ -8,8 +8,6 @@ from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any
 
-from support import machine_fields
-
 from emulator.actors.crew import Crew
 from emulator.actors.inbox import NativeFuture, adopt_thread, release_thread
 from emulator.actors.pcpu import Arrive, Depart, Park, PCpu
@@ -26,6 +24,7 @@ from emulator.kvm.structs import Kvm, KvmParams
 from emulator.policy import Policy
 from emulator.runtime import Machine as NativeMachine
 from native import ffi, lib
+from tests.support import machine_fields
 
 from .driver import VcpuCounts, VmCounts
 from .host_mm import HostMm

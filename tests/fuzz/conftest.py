@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import pytest
-from inputs import COUNTS
+
+from tests.fuzz.inputs import COUNTS
 
 
 def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter) -> None:

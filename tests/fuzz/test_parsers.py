@@ -14,10 +14,8 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from damaged import damage
 from hypothesis import given
 from hypothesis import strategies as st
-from inputs import FACTOR, edited, examples, judge, raw, toml_with_something_wrong
 
 from emulator import limits
 from emulator.cli import main
@@ -35,6 +33,8 @@ from emulator.run import load_policy
 from emulator.traces.container import HEADER_SIZE, PREFIX, build_image, parse_image, seal
 from emulator.traces.convert import read_recording
 from metrics import parse_address
+from tests.damaged import damage
+from tests.fuzz.inputs import FACTOR, edited, examples, judge, raw, toml_with_something_wrong
 
 pytestmark = pytest.mark.timeout(int(120 * max(1, FACTOR)))
 

@@ -11,12 +11,12 @@ from collections import Counter
 import pytest
 from prometheus_client import CollectorRegistry, generate_latest
 from prometheus_client.parser import text_string_to_metric_families
-from support import BareMachine
 
 from metrics import MachineCollector
 from metrics.collector import MAX_VMS, _flush_families, _vm_families
 from metrics.native_counters import FlushCell
 from native import COUNTER_NAMES, EXIT_REASONS, HISTOGRAM_NAMES, VIOLATION_KINDS, VM_STAT_NAMES, lib
+from tests.support import BareMachine
 
 
 def scrape(collector: MachineCollector) -> str:

@@ -8,9 +8,9 @@ from importlib import resources
 from typing import Any
 
 import pytest
-from support import BareMachine
 
 from metrics import MachineCollector
+from tests.support import BareMachine
 
 
 @pytest.fixture

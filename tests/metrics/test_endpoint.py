@@ -20,12 +20,12 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from support import BareMachine, wait_until
 
 import metrics.server
 from metrics import Endpoint, MachineCollector, parse_address
 from metrics.server import CONNECTIONS
 from native import lib
+from tests.support import BareMachine, wait_until
 
 
 @pytest.mark.parametrize(

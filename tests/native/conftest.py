@@ -5,7 +5,8 @@ from __future__ import annotations
 from collections.abc import Iterator
 
 import pytest
-from memory_rig import Rig
+
+from tests.native.memory_rig import Rig
 
 
 @pytest.fixture(params=[4, 5])

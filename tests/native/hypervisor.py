@@ -9,9 +9,8 @@ from __future__ import annotations
 from types import TracebackType
 from typing import Any
 
-from support import machine_fields
-
 from native import ffi, lib
+from tests.support import machine_fields
 
 READ, WRITE, EXECUTE = 0, 1, 2
 GLOBAL_FLUSH = "global"

@@ -7,11 +7,23 @@ from collections.abc import Iterator
 from typing import Any
 
 import pytest
-from hypervisor import READ, WRITE, Hypervisor
-from tlb_model import Kind
-from tlb_pair import EP4TAS, PAGES, PCIDS, SERVER, TINY, UNBOUNDED, VPIDS, Geometry, Pair, psc, translation
 
 from native import ffi, lib
+from tests.native.hypervisor import READ, WRITE, Hypervisor
+from tests.native.tlb_model import Kind
+from tests.native.tlb_pair import (
+    EP4TAS,
+    PAGES,
+    PCIDS,
+    SERVER,
+    TINY,
+    UNBOUNDED,
+    VPIDS,
+    Geometry,
+    Pair,
+    psc,
+    translation,
+)
 
 A = 0x100
 

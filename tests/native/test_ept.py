@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from memory_rig import (
+from native import ffi, lib
+from tests.native.memory_rig import (
     ACCESSED,
     CPU,
     CUSTODY_MASK,
@@ -17,8 +18,6 @@ from memory_rig import (
     map_huge,
     map_page,
 )
-
-from native import ffi, lib
 
 
 def test_make_spte() -> None:

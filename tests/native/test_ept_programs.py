@@ -4,9 +4,9 @@ from __future__ import annotations
 
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from memory_rig import ACCESSED, CPU, PRESENT, WRITABLE, Rig, map_page, pages_of
 
 from native import lib
+from tests.native.memory_rig import ACCESSED, CPU, PRESENT, WRITABLE, Rig, map_page, pages_of
 
 GFN = st.one_of(st.integers(0, 20), st.integers(500, 530), st.integers(1015, 1030), st.integers(1530, 1540))
 RANGE_WALKS = ["zap", "zap-tables", "protect", "age"]

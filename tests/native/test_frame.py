@@ -9,9 +9,9 @@ import sys
 from collections.abc import Iterator
 
 import pytest
-from memory_rig import BLOCK, CPU, PRESENT, Rig
 
 from native import lib
+from tests.native.memory_rig import BLOCK, CPU, PRESENT, Rig
 
 POISON = 0x6B6B6B6B6B6B6B68
 
@@ -104,7 +104,7 @@ def test_frame_numbers_end_at_24_bits() -> None:
 
 def test_freeing_twice_is_loud() -> None:
     """It would hand one frame to two owners; every result after that would be worthless."""
-    code = "from memory_rig import *; r = Rig(); h = r.frame(2); r.free(h); r.free(h)"
+    code = "from tests.native.memory_rig import *; r = Rig(); h = r.frame(2); r.free(h); r.free(h)"
     done = subprocess.run(
         [sys.executable, "-c", code],
         env={**os.environ, "PYTHONPATH": os.pathsep.join(sys.path)},

@@ -8,10 +8,10 @@ import time
 from collections.abc import Callable, Iterator
 
 import pytest
-from support import wait_until
 
 from native import ffi, lib
 from tests.native.hypervisor import READ, Hypervisor
+from tests.support import wait_until
 
 PAGES = list(range(0x100, 0x110))
 HALT_US = 20_000

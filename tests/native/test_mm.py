@@ -7,9 +7,9 @@ from collections.abc import Iterator
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from memory_rig import BLOCK, CPU, Rig
 
 from native import ffi, lib
+from tests.native.memory_rig import BLOCK, CPU, Rig
 
 
 @pytest.fixture

@@ -11,9 +11,9 @@ from contextlib import contextmanager
 from typing import Any
 
 import pytest
-from support import BareMachine, wait_until
 
 from native import COUNTER_NAMES, HISTOGRAM_NAMES, ffi, lib
+from tests.support import BareMachine, wait_until
 
 FIRST, SECOND = 0, 1  # pCPUs
 HOUSEKEEPER, RCU = 2, 3

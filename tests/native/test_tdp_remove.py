@@ -6,9 +6,9 @@ import threading
 from typing import Any
 
 import pytest
-from memory_rig import CPU, RCU_CPU, Rig, map_page
 
 from native import ffi, lib
+from tests.native.memory_rig import CPU, RCU_CPU, Rig, map_page
 
 
 @pytest.mark.parametrize("most", [1, 7, 512])

@@ -3,9 +3,20 @@
 from __future__ import annotations
 
 import pytest
-from memory_rig import ACCESSED, CPU, HUGE, HUGE_GFN, MMU_WRITABLE, PRESENT, WRITABLE, Rig, map_huge, map_page
 
 from native import ffi, lib
+from tests.native.memory_rig import (
+    ACCESSED,
+    CPU,
+    HUGE,
+    HUGE_GFN,
+    MMU_WRITABLE,
+    PRESENT,
+    WRITABLE,
+    Rig,
+    map_huge,
+    map_page,
+)
 
 
 def test_zap_root_in_passes(rig: Rig) -> None:

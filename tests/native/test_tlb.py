@@ -10,9 +10,21 @@ import pytest
 from hypothesis import HealthCheck, settings
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, invariant, precondition, rule
-from tlb_model import Kind
-from tlb_pair import EP4TAS, INVALIDATIONS, PAGES, PCIDS, SERVER, TINY, UNBOUNDED, VPIDS, Geometry, Pair
-from tlb_pair import random_program as run_random_program
+
+from tests.native.tlb_model import Kind
+from tests.native.tlb_pair import (
+    EP4TAS,
+    INVALIDATIONS,
+    PAGES,
+    PCIDS,
+    SERVER,
+    TINY,
+    UNBOUNDED,
+    VPIDS,
+    Geometry,
+    Pair,
+)
+from tests.native.tlb_pair import random_program as run_random_program
 
 page = st.sampled_from(PAGES) | st.integers(0, 1100)
 size = st.sampled_from((0, 0, 0, 1, 2))

@@ -6,10 +6,10 @@ from collections.abc import Iterator
 from typing import Any
 
 import pytest
-from tlb_model import Kind
-from tlb_pair import SERVER, UNBOUNDED, Geometry, Pair, native_tlb
 
 from native import ffi, lib
+from tests.native.tlb_model import Kind
+from tests.native.tlb_pair import SERVER, UNBOUNDED, Geometry, Pair, native_tlb
 
 CONTEXTS = 2048  # as in tlb_internal.h
 GENERATIONS = 32767

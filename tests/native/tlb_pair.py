@@ -8,9 +8,8 @@ from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any
 
-from tlb_model import Kind, ModelTlb, PscEntry, Tag, Translation
-
 from native import ffi, lib
+from tests.native.tlb_model import Kind, ModelTlb, PscEntry, Tag, Translation
 
 FLUSH_HISTORY = 16  # as in tlb_internal.h: generations for which ghosts know what ended them
 

@@ -6,7 +6,6 @@ import os
 import time
 
 import pytest
-from stress.agreement import Scale, compare, contradictions, searched
 
 from emulator.explore.choices import NONE
 from emulator.explore.verdict import Plan, Verdict
@@ -14,6 +13,7 @@ from emulator.litmus.loader import load_test
 from emulator.litmus.model import SAFE
 from emulator.litmus.policies import expected_of
 from emulator.litmus.verdict import BOUNDED, VIOLATIONS, Outcome
+from tests.stress.agreement import Scale, compare, contradictions, searched
 
 # Executions on real threads; some tens of seconds with the searches.
 FEW = 1600

@@ -5,10 +5,9 @@ from __future__ import annotations
 from collections.abc import Iterator
 from contextlib import contextmanager
 
-from support import machine_fields
-
 from emulator.actors.crew import Crew
 from emulator.runtime import Machine
+from tests.support import machine_fields
 
 
 def small_machine(pcpus: int = 2, housekeeping: int = 4, **changes: int) -> Machine:

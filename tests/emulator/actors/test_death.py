@@ -11,8 +11,6 @@ from typing import Any
 
 import pykka
 import pytest
-from crews import crew_of, small_machine
-from support import wait_until
 
 from emulator.actors.base import MachineActor
 from emulator.actors.crew import Crew
@@ -20,6 +18,8 @@ from emulator.actors.pcpu import PCpu
 from emulator.actors.rcu import RcuThread
 from emulator.runtime import MachineStopped, rcu_enter
 from native import lib
+from tests.emulator.actors.crews import crew_of, small_machine
+from tests.support import wait_until
 
 
 @pytest.fixture(name="crew")

@@ -10,8 +10,6 @@ from typing import Any
 
 import pykka
 import pytest
-from crews import crew_of, small_machine
-from support import wait_until
 
 from emulator.actors.base import MachineActor
 from emulator.actors.crew import Crew
@@ -19,6 +17,8 @@ from emulator.actors.inbox import NativeFuture, current_cpu
 from emulator.actors.pcpu import PCpu
 from emulator.runtime import MachineStopped
 from native import lib
+from tests.emulator.actors.crews import crew_of, small_machine
+from tests.support import wait_until
 
 
 @pytest.fixture(name="crew")

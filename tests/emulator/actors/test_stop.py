@@ -7,13 +7,13 @@ import threading
 import time
 
 import pytest
-from crews import small_machine
-from support import wait_until
 
 from emulator.actors.crew import STOP_ACTORS, Crew, stop_seconds
 from emulator.actors.pcpu import PCpu
 from emulator.machine import SWITCH_INTERVAL
 from native import lib
+from tests.emulator.actors.crews import small_machine
+from tests.support import wait_until
 
 PCPUS = 1024
 VMS = 1024

@@ -9,7 +9,6 @@ from typing import Any
 
 import pykka
 import pytest
-from crews import crew_of, small_machine
 
 from emulator.actors import watchdog
 from emulator.actors.base import MachineActor
@@ -18,6 +17,7 @@ from emulator.actors.pcpu import PCpu
 from emulator.actors.rcu import RcuThread
 from emulator.actors.watchdog import Stall, Watchdog
 from native import ffi, lib
+from tests.emulator.actors.crews import crew_of, small_machine
 
 
 class Doer(MachineActor):

@@ -9,7 +9,6 @@ from typing import Any
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
-from race import GFN, HOST, KVM, PAGE, VCPU, Race, flushed_mask
 
 from emulator.explain.diagram import WIDTH, diagram
 from emulator.explain.document import Case, load_cases
@@ -17,6 +16,7 @@ from emulator.explain.events import EVENT_KINDS, Event
 from emulator.explain.facts import Facts
 from emulator.explain.tale import Tale, tell
 from native import VIOLATION_KINDS
+from tests.emulator.explain.race import GFN, HOST, KVM, PAGE, VCPU, Race, flushed_mask
 
 MASK = """\
 use-after-free, stale-after-revoke under lkml-2025-cpu-flushed-mask

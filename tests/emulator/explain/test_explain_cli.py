@@ -11,10 +11,8 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from damaged import damage
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
-from race import NAMES, Race, flushed_mask
 
 from emulator.cli import main
 from emulator.config import load_scenario
@@ -22,6 +20,8 @@ from emulator.explain.document import load_cases
 from emulator.job import Job
 from emulator.policy import resolve_policy
 from emulator.report import document
+from tests.damaged import damage
+from tests.emulator.explain.race import NAMES, Race, flushed_mask
 
 
 def counterexample(race: Race) -> dict[str, Any]:

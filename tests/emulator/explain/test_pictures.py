@@ -9,13 +9,13 @@ from typing import Any
 from xml.etree import ElementTree
 
 import pytest
-from race import HOST, Race, flushed_mask, noisy
 
 from emulator.explain.document import Case
 from emulator.explain.facts import Facts
 from emulator.explain.perfetto import perfetto
 from emulator.explain.svg import svg
 from emulator.explain.tale import as_dict, tell
+from tests.emulator.explain.race import HOST, Race, flushed_mask, noisy
 
 SVG = "{http://www.w3.org/2000/svg}"
 

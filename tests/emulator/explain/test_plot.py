@@ -5,7 +5,6 @@ from __future__ import annotations
 from typing import Any
 
 import pytest
-from race import GFN, HOST, KVM, PAGE, ROOT, VCPU, VM, Race, flushed_mask, noisy
 
 from emulator.explain.events import Event
 from emulator.explain.facts import Facts
@@ -30,6 +29,7 @@ from emulator.explain.parts import (
     USE,
 )
 from emulator.explain.plot import Plot
+from tests.emulator.explain.race import GFN, HOST, KVM, PAGE, ROOT, VCPU, VM, Race, flushed_mask, noisy
 
 
 def plot(race: Race, **report: Any) -> Plot:

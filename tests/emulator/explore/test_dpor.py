@@ -8,7 +8,8 @@ from math import factorial, prod
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from tiny_programs import Op, explore
+
+from tests.emulator.explore.tiny_programs import Op, explore
 
 
 def interleavings(*lengths: int) -> int:

@@ -11,7 +11,6 @@ from types import MemberDescriptorType
 from typing import Any
 
 import pytest
-from asked_programs import exhaustive, looking, moving, outcomes
 from hypothesis import HealthCheck, Phase, given, settings
 from hypothesis import strategies as st
 
@@ -32,6 +31,7 @@ from emulator.litmus.policies import named_policy
 from emulator.litmus.verdict import SEARCHED, VIOLATIONS
 from emulator.policy import PolicyError
 from emulator.runtime import Cpu
+from tests.emulator.explore.asked_programs import exhaustive, looking, moving, outcomes
 
 # The vCPU comes back to a pCPU whose entry has gone stale meanwhile.  Only while a vCPU of another VM is
 # loaded on the third pCPU, which nothing else in this program depends on, is the flush left out.

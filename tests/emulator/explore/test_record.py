@@ -10,7 +10,6 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from damaged import damage
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
@@ -21,6 +20,7 @@ from emulator.explore.verdict import Plan, explore_verdict
 from emulator.litmus.loader import load_test
 from emulator.litmus.policies import named_policy
 from native import VIOLATION_KINDS
+from tests.damaged import damage
 
 TWICE = """
 doc = "Two entries are stale at the end, each in its way."

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import pytest
-from tiny_programs import Op, Tiny
 
 from emulator.cli import main
 from emulator.explore.sampling import Pct
@@ -11,6 +10,7 @@ from emulator.explore.search import Limits, search
 from emulator.explore.verdict import Plan, explore_verdict
 from emulator.litmus.loader import load_test
 from emulator.litmus.policies import named_policy
+from tests.emulator.explore.tiny_programs import Op, Tiny
 
 
 @pytest.mark.parametrize("executions", [1, 2, 7])

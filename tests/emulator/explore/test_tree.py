@@ -9,8 +9,6 @@ from math import factorial
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from test_dpor import BLOCKING, interleavings, programs
-from tiny_programs import Op, Tiny, explore
 
 from emulator.cli import main
 from emulator.explore.controlled import installed
@@ -23,6 +21,8 @@ from emulator.explore.verdict import Plan, explore_verdict
 from emulator.explore.world import LitmusProgram
 from emulator.litmus.loader import load_test
 from emulator.litmus.policies import named_policy
+from tests.emulator.explore.test_dpor import BLOCKING, interleavings, programs
+from tests.emulator.explore.tiny_programs import Op, Tiny, explore
 
 
 class Strangers:

@@ -3,7 +3,8 @@ from __future__ import annotations
 from collections.abc import Iterator
 
 import pytest
-from rig import Rig, running_rig
+
+from tests.emulator.kvm.rig import Rig, running_rig
 
 
 @pytest.fixture

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import pytest
-from rig import GFNS, SLOT, Guest, Rig
 
 from emulator.kvm.kvm_host import KVM_MEM_LOG_DIRTY_PAGES
 from emulator.kvm.kvm_main import (
@@ -17,6 +16,7 @@ from emulator.kvm.structs import Kvm
 from emulator.kvm.tdp_map import tdp_entry
 from emulator.policy import MUTANTS, Policy, preset
 from native import lib
+from tests.emulator.kvm.rig import GFNS, SLOT, Guest, Rig
 
 
 def spte_of(rig: Rig, guest: Guest, gfn: int) -> int:

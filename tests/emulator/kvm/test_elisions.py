@@ -5,13 +5,13 @@ from __future__ import annotations
 from collections.abc import Callable
 
 import pytest
-from rig import Guest, Rig, running_rig, scopes
-from test_root_tracking import bounce, guest_invalidates_elsewhere, zapped_while_away
 
 from emulator.kvm import root_tracking
 from emulator.kvm.structs import Kvm, KvmMmuPage, Vcpu
 from emulator.policy import MUTANTS, Policy, preset
 from emulator.runtime import Cpu
+from tests.emulator.kvm.rig import Guest, Rig, running_rig, scopes
+from tests.emulator.kvm.test_root_tracking import bounce, guest_invalidates_elsewhere, zapped_while_away
 
 
 def flushes_of(rig: Rig, policy: str, action: Callable[[Kvm, Guest], None]) -> dict[str, int]:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import pytest
-from rig import GFNS, SLOT, Rig
 
 from emulator.kvm.kvm_main import kvm_set_memory_region
 from emulator.kvm.roots import kvm_mmu_new_pgd
@@ -11,6 +10,7 @@ from emulator.kvm.structs import KvmMmuPageRole
 from emulator.kvm.tdp_roots import kvm_tdp_mmu_alloc_root, kvm_tdp_mmu_put_root
 from emulator.policy import Policy, preset
 from native import FLUSH_REASONS, FLUSH_SCOPES, ffi, lib
+from tests.emulator.kvm.rig import GFNS, SLOT, Rig
 
 SMM = KvmMmuPageRole(level=4, smm=1)
 

@@ -7,12 +7,12 @@ from collections.abc import Iterator
 from contextlib import contextmanager, nullcontext
 
 import pytest
-from rig import Guest, Rig, online, running_rig
 
 from emulator.kvm.host_work import host_works
 from emulator.kvm.kvm_main import kvm_flush_remote_tlbs, kvm_sched_out
 from emulator.runtime import Cpu, MachineStopped
 from native import lib
+from tests.emulator.kvm.rig import Guest, Rig, online, running_rig
 
 SECONDS = 10.0
 

@@ -6,7 +6,6 @@ from collections.abc import Callable
 from threading import Thread
 
 import pytest
-from rig import GFNS, SLOT, Guest, Rig, unmap_while_entering
 
 from emulator.kvm.kvm_host import X86_CR0_PG
 from emulator.kvm.kvm_main import (
@@ -18,6 +17,7 @@ from emulator.kvm.x86 import handle_instruction
 from emulator.policy import MUTANTS, Policy, preset
 from emulator.runtime import Cpu
 from native import ffi, lib
+from tests.emulator.kvm.rig import GFNS, SLOT, Guest, Rig, unmap_while_entering
 
 Scenario = Callable[[Rig, Policy], set[str]]
 SMRAM = 3000

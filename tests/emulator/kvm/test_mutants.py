@@ -9,7 +9,6 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 
 import pytest
-from rig import GFNS, SLOT, Guest, Rig, at_point, page_is_a_root_again
 
 from emulator.kvm.kvm_host import KVM_MEM_LOG_DIRTY_PAGES
 from emulator.kvm.kvm_main import (
@@ -21,6 +20,7 @@ from emulator.kvm.structs import Kvm
 from emulator.policy import Policy
 from emulator.runtime import rcu_read_lock
 from native import lib
+from tests.emulator.kvm.rig import GFNS, SLOT, Guest, Rig, at_point, page_is_a_root_again
 
 Scenario = Callable[[Rig, Policy], None]
 

@@ -7,7 +7,6 @@ from contextlib import contextmanager
 from dataclasses import replace
 
 import pytest
-from rig import GFNS, SLOT, Guest, Rig
 
 from emulator.kvm.kvm_host import KVM_MEM_LOG_DIRTY_PAGES, PREEMPTIBLE
 from emulator.kvm.kvm_main import kvm_set_memory_region, kvm_vm_ioctl_get_dirty_log
@@ -17,6 +16,7 @@ from emulator.kvm.tdp_map import tdp_entry
 from emulator.policy import MUTANTS, Policy, preset
 from emulator.runtime import Cpu
 from native import ffi, lib
+from tests.emulator.kvm.rig import GFNS, SLOT, Guest, Rig
 
 Scenario = Callable[[Rig, Policy], dict[str, int]]
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import pytest
-from rig import GFNS, SLOT, Guest, Rig
 
 from emulator.kvm.kvm_host import (
     HALTED,
@@ -24,6 +23,7 @@ from emulator.kvm.mmu import kvm_zap_gfn_range
 from emulator.kvm.structs import Kvm
 from emulator.policy import Policy, preset
 from native import lib
+from tests.emulator.kvm.rig import GFNS, SLOT, Guest, Rig
 
 # Counts that these tests are about.
 FLUSHES = (

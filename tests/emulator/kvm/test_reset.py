@@ -7,7 +7,6 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 
 import pytest
-from rig import Guest, Rig, scopes
 
 from emulator.config import load_scenario
 from emulator.job import Job
@@ -24,6 +23,7 @@ from emulator.kvm.reset import apic_send_init, kvm_vcpu_reset
 from emulator.kvm.structs import Kvm
 from emulator.policy import Policy, preset
 from native import lib
+from tests.emulator.kvm.rig import Guest, Rig, scopes
 
 PAGES = 4
 

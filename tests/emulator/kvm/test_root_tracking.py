@@ -5,10 +5,10 @@ from __future__ import annotations
 from collections.abc import Callable
 
 import pytest
-from rig import Guest, Rig, at_point, page_is_a_root_again, unmap_while_entering
 
 from emulator.policy import Policy, preset
 from native import lib
+from tests.emulator.kvm.rig import Guest, Rig, at_point, page_is_a_root_again, unmap_while_entering
 
 Scenario = Callable[[Rig, Policy], set[str]]
 

@@ -7,7 +7,6 @@ from contextlib import contextmanager
 from threading import Thread
 
 import pytest
-from rig import Guest, Rig, online, recreate_slot, scopes
 
 from emulator.kvm.kvm_host import KVM_REQ_LOAD_MMU_PGD, KVM_REQ_TLB_FLUSH_CURRENT, X86_CR4_PSE
 from emulator.kvm.requests import kvm_test_request
@@ -31,6 +30,7 @@ from emulator.kvm.vmx import (
 )
 from emulator.policy import Policy, preset
 from native import lib
+from tests.emulator.kvm.rig import Guest, Rig, online, recreate_slot, scopes
 
 NORMAL, SMM = KvmMmuPageRole(), KvmMmuPageRole(smm=1)
 FIVE, FIVE_SMM = KvmMmuPageRole(level=5), KvmMmuPageRole(level=5, smm=1)

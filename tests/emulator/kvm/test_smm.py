@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import pytest
-from rig import GFNS, SLOT, Guest, Rig
 
 from emulator.kvm.kvm_host import (
     RESCHED,
@@ -22,6 +21,7 @@ from emulator.kvm.smm import kvm_inject_smi
 from emulator.kvm.structs import Kvm
 from emulator.policy import Policy
 from native import lib
+from tests.emulator.kvm.rig import GFNS, SLOT, Guest, Rig
 
 FLUSHES = ("flush_all", "flush_current", "flush_guest", "mmu_load", "tlb_flush")
 SMRAM = 3000

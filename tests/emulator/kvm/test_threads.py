@@ -10,7 +10,6 @@ from contextlib import suppress
 from random import Random
 
 import pytest
-from rig import GFNS, SLOT, Guest, Rig, running_rig
 
 from emulator.kvm.kvm_host import KVM_MEM_LOG_DIRTY_PAGES, RunState
 from emulator.kvm.kvm_main import (
@@ -28,6 +27,7 @@ from emulator.kvm.tdp_roots import flush_workqueue
 from emulator.policy import Policy, preset
 from emulator.runtime import Chaos, Cpu, MachineStopped
 from native import lib
+from tests.emulator.kvm.rig import GFNS, SLOT, Guest, Rig, running_rig
 
 PAGES = 1024
 

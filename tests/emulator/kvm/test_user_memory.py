@@ -6,8 +6,6 @@ import threading
 from collections.abc import Callable
 
 import pytest
-from rig import GFNS, SLOT, Guest, Rig
-from support import wait_until
 
 from emulator.actors import user_memory
 from emulator.actors.user_memory import HUGE_PAGES, UserMemory
@@ -26,6 +24,8 @@ from emulator.kvm.structs import Kvm
 from emulator.policy import Policy, preset
 from emulator.runtime import Cpu
 from native import lib
+from tests.emulator.kvm.rig import GFNS, SLOT, Guest, Rig
+from tests.support import wait_until
 
 PAGE = HUGE_PAGES + 16
 Operation = Callable[[UserMemory, Cpu], None]

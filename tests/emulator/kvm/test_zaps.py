@@ -7,7 +7,6 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 
 import pytest
-from rig import SLOT, Guest, Rig
 
 from emulator.kvm.kvm_host import KVM_MEM_LOG_DIRTY_PAGES
 from emulator.kvm.kvm_main import kvm_create_vm, kvm_set_memory_region
@@ -17,6 +16,7 @@ from emulator.kvm.tdp_map import tdp_entry
 from emulator.policy import Policy, preset
 from emulator.runtime import Cpu
 from native import lib
+from tests.emulator.kvm.rig import SLOT, Guest, Rig
 
 GIB = 1 << 18  # pages
 ZAPS = ("rcu-proxy", "disconnected-list", "flush-per-table")

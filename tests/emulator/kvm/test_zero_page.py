@@ -2,11 +2,10 @@
 
 from __future__ import annotations
 
-from rig import Rig
-
 from emulator.kvm.structs import Kvm
 from emulator.policy import Policy
 from native import lib
+from tests.emulator.kvm.rig import Rig
 
 
 def zero_page_vm(rig: Rig, policy: Policy | None = None) -> Kvm:
