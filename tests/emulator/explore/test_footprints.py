@@ -82,8 +82,22 @@ def roots(test: str, names: Iterable[Hashable]) -> set[Hashable]:
     return tables & set(range(1, load_test(test).machine.root_frames + 1))
 
 
-def test_walks_race_the_freeing_of_their_root_alone() -> None:
-    test = "root-mask-null"
+NEW_ROOT = """
+doc = "A vCPU goes on with a new root while the old one is freed."
+source = "kvm_mmu_zap_all_fast()"
+init = ["v0: migrate 1", "v0: read 0x10", "v0: migrate 0", "v0: read 0x10"]
+[threads.v0]
+vcpu = 0
+ops = ["migrate 1", "read 0x11", "block k 1", "migrate 0", "read 0x10"]
+[threads.k]
+ops = ["zap-all", "rcu"]
+[expect]
+needs = "tables-freed"
+"""
+
+
+def test_walks_race_the_freeing_of_their_root_alone(tmp_path: Path) -> None:
+    test = written(tmp_path, NEW_ROOT)
     _, steps = searched(test, "linux-7.3", 1)
     walked = roots(test, (name for step in steps if step.label[0] == "read" for name in step.reads))
     freed = roots(test, (name for step in steps if step.label[0] == "grace period" for name in step.writes))
@@ -269,7 +283,7 @@ class LateLook(LitmusProgram):
 
 
 def test_kvms_own_look_at_a_table_races_its_freeing(tmp_path: Path) -> None:
-    test = 'doc = "d"\nsource = "s"\n[[vm]]\n[threads.k]\nops = []\n[threads.r]\nops = []\n[expect]\n'
+    test = 'doc = "d"\nsource = "s"\nfinal = ["k: linger"]\n[[vm]]\n[threads.k]\n[threads.r]\n[expect]\n'
     found, _ = searched(written(tmp_path, test), "linux-7.3", 100, LateLook)
     assert found.outcome == "walk-after-free"
 

@@ -29,6 +29,7 @@ from native import ffi, lib
 TEXT = """
 doc = "A vCPU, and two threads that do what a test tells them."
 source = "here"
+final = ["a: linger"]  # a test without any operation is refused
 [threads.v0]
 vcpu = 0
 ops = []
