@@ -10,11 +10,9 @@ import io
 import sys
 import traceback
 from collections.abc import Sequence
-from concurrent.futures.process import BrokenProcessPool
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated
 
 import typer
-from pydantic import BaseModel, ValidationError
 
 from emulator import __version__, interrupts
 from emulator.cli_blank import refuse_blanks
@@ -34,12 +32,12 @@ from emulator.cli_options import (
     expanded,
 )
 from emulator.cli_trace import app as trace_app
-from emulator.config import DEFAULT_SCENARIO
+from emulator.defaults import DEFAULT_SCENARIO
 from emulator.errors import MOST_EXPECTED, BadInput, one_line
-from emulator.limits import exhausted
 from emulator.output import LostOutput, saying, watched
-from emulator.run import Request, run_request
-from emulator.validation import first_error
+
+if TYPE_CHECKING:
+    from emulator.run import Request
 
 BAD_INPUT = 2
 INTERNAL_FAILURE = 3
@@ -82,6 +80,8 @@ def run(
     options: RunOptions,
 ) -> None:
     """Run a scenario under a policy, judge every use of a translation, and add up what flushing cost."""
+    from emulator.run import run_request
+
     seconds = duration_of(duration)
     raise typer.Exit(run_request(_request(scenario, options, metrics, duration=seconds, as_json=as_json)))
 
@@ -95,6 +95,8 @@ def serve(
     options: RunOptions,
 ) -> None:
     """Run a scenario until SIGINT or SIGTERM, with live metrics; then print the summary."""
+    from emulator.run import run_request
+
     raise typer.Exit(run_request(_request(scenario, options, metrics, endless=True)))
 
 
@@ -107,6 +109,8 @@ def _request(
     endless: bool = False,
     as_json: bool = False,
 ) -> Request:
+    from emulator.run import Request
+
     return Request(
         scenario=scenario,
         pcpus=options.pcpus,
@@ -154,17 +158,29 @@ def _run(arguments: Sequence[str] | None) -> int:
         return _usage(error)
     except typer.Abort:
         return interrupts.INTERRUPTED
-    except BrokenProcessPool:
-        found = "a process of --jobs was killed or crashed; this takes less memory with fewer --jobs"
-        print(f"flushlab: {found}", file=sys.stderr)
-        return INTERNAL_FAILURE
     except LostOutput as lost:
         return _lost(lost)
     except Exception as error:
-        if (complaint := exhausted(error)) is not None:
-            return _complain(str(complaint))
-        traceback.print_exc()
+        return _failed(error)
+
+
+def _failed(error: Exception) -> int:
+    """Tell an error that is not the input's: one line where the reason is known, else a traceback."""
+    if isinstance(error, ImportError) and error.name == "native._native":
+        print(f"flushlab: {error}", file=sys.stderr)
         return INTERNAL_FAILURE
+    from concurrent.futures.process import BrokenProcessPool
+
+    from emulator.limits import exhausted
+
+    if isinstance(error, BrokenProcessPool):
+        found = "a process of --jobs was killed or crashed; this takes less memory with fewer --jobs"
+        print(f"flushlab: {found}", file=sys.stderr)
+        return INTERNAL_FAILURE
+    if (complaint := exhausted(error)) is not None:
+        return _complain(str(complaint))
+    traceback.print_exception(error)
+    return INTERNAL_FAILURE
 
 
 def _lost(lost: LostOutput) -> int:
@@ -181,6 +197,10 @@ def _complain(line: str) -> int:
 
 
 def _usage(error: typer.TyperException) -> int:
+    from pydantic import BaseModel, ValidationError
+
+    from emulator.validation import first_error
+
     text = error.format_message()
     context = getattr(error, "ctx", None)
     if text.lstrip().startswith("Usage:"):

@@ -10,7 +10,6 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from emulator import limits
 from emulator.cli_options import (
     DurationOption,
     JsonOption,
@@ -20,16 +19,13 @@ from emulator.cli_options import (
     duration_of,
     expanded,
 )
-from emulator.console import output_console
+from emulator.defaults import DEFAULT_POLICY
 from emulator.errors import BadInput
-from emulator.log import Logging
 from emulator.output import Unwritable, check_file, saying
-from emulator.policy import DEFAULT, Policy
-from emulator.run import load_policy, load_scaled
-from emulator.session import Session
 
 if TYPE_CHECKING:
     from emulator.compare.runner import Comparison
+    from emulator.policy import Policy
     from emulator.result import Result
 
 DEFAULT_COMPARED = "migration-storm"
@@ -40,7 +36,7 @@ PoliciesOption = Annotated[
         "--policy",
         metavar="P",
         help="What to compare, the first is the baseline; repeatable. P+point=alternative changes single "
-        f"answers. A single one is compared with {DEFAULT}.",
+        f"answers. A single one is compared with {DEFAULT_POLICY}.",
     ),
 ]
 RepeatOption = Annotated[
@@ -69,8 +65,12 @@ def compare(
     options: CompareOptions,
 ) -> None:
     """Run the same seeded workload under each policy; show what each flushes and what that costs."""
+    from emulator import limits
     from emulator.actors.crew import stop_seconds
     from emulator.compare.runner import Comparer, Plan
+    from emulator.log import Logging
+    from emulator.run import load_scaled
+    from emulator.session import Session
 
     shape = load_scaled(scenario, options.pcpus)
     chosen = load_policies(policies or [])
@@ -96,12 +96,16 @@ def compare(
 
 
 def load_policies(texts: list[str]) -> tuple[Policy, ...]:
-    """The policies named, the baseline first; each once."""
+    """Return the policies named, the baseline first; each once."""
+    from emulator.run import load_policy
+
     if not texts:
-        raise BadInput("--policy", "found none", f"the policies to compare, such as --policy {DEFAULT}")
+        raise BadInput(
+            "--policy", "found none", f"the policies to compare, such as --policy {DEFAULT_POLICY}"
+        )
     loaded = [load_policy(text, ()) for text in texts]
-    if len(loaded) == 1 and loaded[0].name != DEFAULT:
-        loaded.insert(0, load_policy(DEFAULT, ()))
+    if len(loaded) == 1 and loaded[0].name != DEFAULT_POLICY:
+        loaded.insert(0, load_policy(DEFAULT_POLICY, ()))
     names = [policy.name for policy in loaded]
     for name in names:
         if names.count(name) > 1:
@@ -130,6 +134,7 @@ def _write(comparison: Comparison, as_json: bool, html: Path | None) -> int:
     """The page first: what reads standard output may be slow.  Returns the exit status."""
     from emulator.compare.document import comparison_document
     from emulator.compare.table import comparison_table
+    from emulator.console import output_console
 
     lost = None
     if html is not None:

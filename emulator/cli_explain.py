@@ -6,17 +6,15 @@ import json
 import sys
 from enum import StrEnum
 from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
 from emulator.errors import BadInput
-from emulator.explain.diagram import diagram
-from emulator.explain.document import Case, load_cases
-from emulator.explain.perfetto import perfetto
-from emulator.explain.svg import svg
-from emulator.explain.tale import as_dict, tell
 from emulator.output import write_file
+
+if TYPE_CHECKING:
+    from emulator.explain.document import Case
 
 
 class Format(StrEnum):
@@ -54,6 +52,11 @@ def explain(
     ] = None,
 ) -> None:
     """Draw the race behind a violation CPU by CPU, as kernel changelogs do."""
+    from emulator.explain.diagram import diagram
+    from emulator.explain.perfetto import perfetto
+    from emulator.explain.svg import svg
+    from emulator.explain.tale import as_dict, tell
+
     if form is not Format.TEXT and len(files) > 1:
         raise BadInput(f"--format {form}", f"found {len(files)} files", "one")
     cases = [_chosen(file, report) for file in files]
@@ -72,6 +75,8 @@ def explain(
 
 
 def _chosen(file: Path, number: int | None) -> Case:
+    from emulator.explain.document import Case, load_cases
+
     cases = load_cases(file)
     if number is None:
         if len(cases) > 1:

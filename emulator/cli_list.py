@@ -9,9 +9,7 @@ import typer
 from rich.table import Table
 from rich.text import Text
 
-from emulator.config import embedded_scenarios, load_scenario
 from emulator.console import output_console
-from emulator.policy import DEFAULT, MUTANTS, POINTS, PRESET_DOCS, PRESETS
 
 app = typer.Typer(
     help="List policies, mutants, decision points and scenarios.", no_args_is_help=True, rich_markup_mode=None
@@ -21,6 +19,8 @@ app = typer.Typer(
 @app.command()
 def policies() -> None:
     """Presets: what was merged or proposed, and where they differ from the default."""
+    from emulator.policy import DEFAULT, MUTANTS, PRESET_DOCS, PRESETS
+
     table = _table("policy", "what it is")
     default = PRESETS[DEFAULT].answers()
     for name, policy in PRESETS.items():
@@ -36,6 +36,8 @@ def policies() -> None:
 @app.command()
 def mutants() -> None:
     """Bugs that KVM had, and plausible ones, as policies: what each is, and what it is caught by."""
+    from emulator.policy import MUTANTS
+
     table = _table("policy", "base", "caught by", "what it is")
     for mutant in MUTANTS.values():
         caught = ", ".join(mutant.expected) or "nothing: costs only"
@@ -49,6 +51,8 @@ def mutants() -> None:
 @app.command()
 def points() -> None:
     """Decision points and their alternatives; the first is what Linux 7.3 does."""
+    from emulator.policy import POINTS
+
     table = _table("point", "alternative", "mutant", "what it is")
     for point in POINTS:
         table.add_row(Text(point.name, style="bold"), "", "", Text(_one_line(point.doc), style="bold"))
@@ -75,6 +79,8 @@ def litmus(
 @app.command()
 def scenarios() -> None:
     """Embedded scenarios."""
+    from emulator.config import embedded_scenarios, load_scenario
+
     table = _table("scenario", "pCPUs", "VMs", "vCPUs", "MiB", "what it is")
     for name in embedded_scenarios():
         scenario = load_scenario(name)

@@ -16,13 +16,15 @@ from collections.abc import Callable, Collection
 from dataclasses import dataclass, fields
 from enum import StrEnum
 from pathlib import Path
-from typing import Annotated, Any, get_type_hints
+from typing import TYPE_CHECKING, Annotated, Any, get_type_hints
 
 import typer
 
-from emulator.config import MAX_PCPUS, parse_duration
+from emulator.defaults import MAX_PCPUS
 from emulator.errors import BadInput
-from emulator.log import LogFormat
+
+if TYPE_CHECKING:
+    from emulator.log import LogFormat
 
 
 def refuse(context: typer.Context, names: Collection[str], found: str, expected: str) -> None:
@@ -219,6 +221,8 @@ def expanded(function: Callable[..., None]) -> Callable[..., None]:
 
 def duration_of(text: str | None) -> float | None:
     """Seconds of --duration, or None if it is not given."""
+    from emulator.config import parse_duration
+
     if text is None:
         return None
     try:

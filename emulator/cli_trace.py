@@ -6,17 +6,17 @@ import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Annotated, BinaryIO, NoReturn
+from typing import TYPE_CHECKING, Annotated, BinaryIO, NoReturn
 
 import typer
 from rich.console import Console
 from rich.progress import BarColumn, Progress, SpinnerColumn, TaskID, TextColumn, TimeElapsedColumn
 from rich.table import Table
 
-from emulator import traces
 from emulator.console import output_console
-from emulator.traces import Cut, TraceError, TraceInfo
-from emulator.traces.reuse import L1_ENTRIES, L2_ENTRIES, page_reuse
+
+if TYPE_CHECKING:
+    from emulator.traces import Cut, TraceError, TraceInfo
 
 EXIT_USAGE = 2
 LONG_INPUT = 32 << 20
@@ -67,6 +67,9 @@ def convert(
     A record is one access. A modify (M) becomes a read and a write, and an access that straddles a 4K page
     becomes one record per page; nothing else is added, merged, dropped or reordered.
     """
+    from emulator import traces
+    from emulator.traces import Cut, TraceError
+
     cut = Cut(skip, limit, not no_instructions)
     try:
         with _open(source) as (stream, where, size), _progress(size, cut) as report:
@@ -94,6 +97,10 @@ def show_info(
     1536 entries would hit in addition, and that even this one would miss though the page was used before.
     The working set is the size in 4K pages of the LRU TLB that hits 99% of all accesses to pages used before.
     """
+    from emulator import traces
+    from emulator.traces import TraceError
+    from emulator.traces.reuse import L1_ENTRIES, L2_ENTRIES, page_reuse
+
     table = Table(box=None, pad_edge=False)
     for column in (
         "trace",
@@ -134,6 +141,9 @@ def show_info(
 @app.command("list")
 def show_list() -> None:
     """List the embedded traces. Scenarios refer to them by name."""
+    from emulator import traces
+    from emulator.traces import TraceError
+
     table = Table(box=None, pad_edge=False)
     for column in ("trace", "accesses", "pages", "bytes", "program", "what it does"):
         table.add_column(column, justify="right" if column in ("accesses", "pages", "bytes") else "left")
@@ -150,7 +160,9 @@ def show_list() -> None:
 
 @contextmanager
 def _open(source: str) -> Iterator[tuple[BinaryIO, str, int | None]]:
-    """The recording, its name in errors, and its size if known."""
+    """Open the recording; yield it, its name in errors, and its size if known."""
+    from emulator.traces import TraceError
+
     if source == "-":
         yield sys.stdin.buffer, "<stdin>", None
         return

@@ -22,17 +22,16 @@ from pydantic import (
 )
 
 from emulator.costs import Costs, load_costs
+from emulator.defaults import DEFAULT_SCENARIO, MAX_PCPUS
 from emulator.errors import BadInput, one_of, shown
 from emulator.validation import Unit, first_error, parse_toml, read_text
 
-DEFAULT_SCENARIO = "main"
 PAGES_PER_MIB = 256
 
 _DURATION = re.compile(r"(?P<number>\d+(?:\.\d+)?)\s*(?P<unit>ms|s|m|h)?")
 _MOST_DIGITS = 20
 _SECONDS = {"ms": 0.001, "s": 1.0, "m": 60.0, "h": 3600.0, None: 1.0}
 
-MAX_PCPUS = 4096
 # Ten years: beyond some centuries the C library's clocks overflow.
 MAX_SECONDS = 10 * 365 * 24 * 3600.0
 _LONGEST_HALT = 10.0

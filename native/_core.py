@@ -7,6 +7,7 @@ does that lazily otherwise, and on CPython 3.11 not safely enough when many thre
 from __future__ import annotations
 
 from contextlib import suppress
+from pathlib import Path
 
 __all__ = [
     "COUNTER_NAMES",
@@ -24,8 +25,11 @@ __all__ = [
 try:
     from native._native import ffi, lib
 except ModuleNotFoundError as error:
+    checkout = Path(__file__).resolve().parent.parent
     raise ImportError(
-        "the C core is not built: run 'pip install .', or 'python -m native.build' in a checkout"
+        f"the C core is not built in {checkout}: type 'pip install -e .' there, or use the installed command "
+        "'flushlab', which does not look into the current directory",
+        name="native._native",
     ) from error
 
 

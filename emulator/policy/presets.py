@@ -5,11 +5,12 @@ A proposal is encoded as posted, holes included.  A preset exists only if each o
 
 from __future__ import annotations
 
+from emulator.defaults import DEFAULT_POLICY
 from emulator.errors import one_of, shown
 from emulator.policy.mutants import PREFIX, find_mutant
 from emulator.policy.policy import NAMED_BY, Policy, PolicyError
 
-DEFAULT = "linux-7.3"
+DEFAULT = DEFAULT_POLICY
 
 # Answers where they are not those of Linux 7.3.  Bugs that were found later are not among them (they are
 # mutants), and neither is what is no decision point.

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import shutil
 import signal
 import socket
 import subprocess
@@ -301,3 +302,34 @@ def test_a_job_that_does_not_stop_is_given_up_with_stacks() -> None:
     assert ended.returncode == 3
     assert "still running" in ended.stderr
     assert "in run" in ended.stderr, "the stack of the thread that hangs"
+
+
+def test_nothing_heavy_is_imported_before_a_command_needs_it() -> None:
+    heavy = ("numpy", "cffi", "native", "loguru", "prometheus_client", "greenlet", "matplotlib")
+    code = f"""
+import sys
+from emulator.cli import main
+main(["--help"])
+main(["run", "--help"])
+sys.exit(", ".join(name for name in {heavy!r} if name in sys.modules))
+"""
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
+    assert done.stderr.strip() == ""
+
+
+def test_a_checkout_without_the_core_says_what_to_type(tmp_path: Path) -> None:
+    root = Path(__file__).parents[2]
+    for package in ("emulator", "native", "metrics"):
+        shutil.copytree(root / package, tmp_path / package, ignore=shutil.ignore_patterns("*.so", "build"))
+    # An editable installation would find the core where it was built.
+    (tmp_path / "native" / "_native.py").write_text("raise ModuleNotFoundError(name='native._native')\n")
+    done = subprocess.run(
+        [sys.executable, "-m", "emulator", "list", "points"],
+        cwd=tmp_path,
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert done.returncode == 3
+    assert done.stderr.startswith(f"flushlab: the C core is not built in {tmp_path}: type 'pip install -e .'")
+    assert done.stderr.count("\n") == 1
