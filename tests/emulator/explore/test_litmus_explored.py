@@ -199,11 +199,11 @@ def test_an_error_of_ours_is_none(
 
 # What it remembers is out of reach.
 UNSTEADY = """
-import sys
+import string
 from itertools import count
 from emulator.policy import Policy
 
-asked = vars(sys).setdefault("unsteady", count())
+asked = vars(string).setdefault("unsteady", count())
 
 class Unsteady(Policy):
     def migration(self, cpu, vcpu):

@@ -105,7 +105,7 @@ def test_what_is_given_up_half_way_is_limited_as_well() -> None:
 def test_the_time_of_a_large_search_has_an_end() -> None:
     """Near the root of this one nearly everything is pruned."""
     plan = Plan(executions=1200, minimize=False)
-    found = explore_verdict(load_test("kick-cross"), named_policy("linux-7.3"), plan)
+    found = explore_verdict(load_test("bounce-two-vcpus"), named_policy("linux-7.3"), plan)
     assert (found.executions, found.limit) == (1200, "executions")
     assert found.pruned < 4 * found.executions
 
