@@ -4,11 +4,20 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable
-from typing import Any
+from typing import TYPE_CHECKING
 
 import pytest
 
 from native import ffi, lib
+from native.types import Counter, CpuId, VcpuId, VmId
+
+if TYPE_CHECKING:
+    from native._native import MachinePtr
+
+# Numbers that tests give by hand.
+CPU0, CPU1, CPU2, CPU3 = map(CpuId, range(4))
+VM0, VM1 = map(VmId, range(2))
+VCPU0, VCPU1 = map(VcpuId, range(2))
 
 
 def wait_until(condition: Callable[[], bool], what: str, seconds: float = 20.0) -> None:
@@ -47,13 +56,13 @@ class BareMachine:
             ),
         )
         error = ffi.new("char[]", 256)
-        self.pointer: Any = lib.machine_create(config, error, len(error))
+        self.pointer: MachinePtr = lib.machine_create(config, error, len(error))
         if self.pointer == ffi.NULL:
             pytest.fail(f"machine_create: {ffi.string(error).decode()}")
         if lib.vm_create(self.pointer, 64) != 0:
             pytest.fail("vm_create")
 
-    def count(self, cpu: int, counter: int, n: int) -> None:
+    def count(self, cpu: CpuId, counter: Counter, n: int) -> None:
         lib.counter_add(self.pointer, cpu, counter, n)
 
     def close(self) -> None:

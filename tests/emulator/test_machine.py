@@ -14,7 +14,7 @@ from emulator.errors import BadInput
 from emulator.machine import Emulation, machine_config
 from emulator.policy import preset
 from native import lib
-from tests.support import wait_until
+from tests.support import VM0, wait_until
 
 LINUX = preset("linux-7.3")
 
@@ -31,7 +31,7 @@ def small() -> Scenario:
 
 
 def entries(emulation: Emulation) -> int:
-    return int(lib.vm_stat(emulation.m, 0, lib.STAT_EXITS))
+    return int(lib.vm_stat(emulation.m, VM0, lib.STAT_EXITS))
 
 
 def kill(actor: MachineActor) -> None:

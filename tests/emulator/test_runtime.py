@@ -27,6 +27,7 @@ from emulator.runtime import (
     wake,
 )
 from native import lib
+from tests.support import CPU2
 
 CONFIG = {
     "pcpus": 1,
@@ -204,7 +205,7 @@ def test_refcount(cpu: Cpu) -> None:
 def test_mmu_lock_and_rcu_are_left_as_found(cpu: Cpu, mmu_lock: MmuLock) -> None:
     with mmu_lock.write_lock(cpu):
         assert cpu.mmu_lock_held == WRITE
-        assert lib.mmu_read_trylock(cpu.m, 2, mmu_lock.vm) == lib.MACHINE_AGAIN
+        assert lib.mmu_read_trylock(cpu.m, CPU2, mmu_lock.vm) == lib.MACHINE_AGAIN
     with mmu_lock.read_lock(cpu), rcu_read_lock(cpu):
         assert cpu.mmu_lock_held == READ
         mmu_lock.cond_resched(cpu)

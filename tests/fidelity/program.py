@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 from native import ffi, lib
+from native.types import VcpuId
 
 # Pages of the largest slot: a loop of this many accesses visits each page of any slot.
 LENGTH = 1024
@@ -22,7 +23,7 @@ class Program:
     """
 
     def __init__(
-        self, m: Any, vcpu: int, *, guest_os: bool = False, first_gfn: int = 0, end_gfn: int = 1
+        self, m: Any, vcpu: VcpuId, *, guest_os: bool = False, first_gfn: int = 0, end_gfn: int = 1
     ) -> None:
         self._m, self._vcpu = m, vcpu
         self._records = ffi.new("uint64_t[]", LENGTH)

@@ -16,7 +16,7 @@ from metrics import MachineCollector
 from metrics.collector import MAX_VMS, _flush_families, _vm_families
 from metrics.native_counters import FlushCell
 from native import COUNTER_NAMES, EXIT_REASONS, HISTOGRAM_NAMES, VIOLATION_KINDS, VM_STAT_NAMES, lib
-from tests.support import BareMachine
+from tests.support import CPU0, CPU1, CPU3, VM0, BareMachine
 
 
 def scrape(collector: MachineCollector) -> str:
@@ -43,29 +43,29 @@ def test_no_machine_no_series() -> None:
 
 
 def test_counters_are_sums_over_cpus(bare_machine: BareMachine, collector: MachineCollector) -> None:
-    bare_machine.count(0, lib.COUNT_IPIS_SENT, 3)
-    bare_machine.count(1, lib.COUNT_IPIS_SENT, 4)
-    bare_machine.count(3, lib.COUNT_IPIS_SENT, 5)
+    bare_machine.count(CPU0, lib.COUNT_IPIS_SENT, 3)
+    bare_machine.count(CPU1, lib.COUNT_IPIS_SENT, 4)
+    bare_machine.count(CPU3, lib.COUNT_IPIS_SENT, 5)
     assert value(scrape(collector), "flushlab_ipis_sent_total") == 12
 
 
 def test_every_scrape_reads_anew(bare_machine: BareMachine, collector: MachineCollector) -> None:
     for expected in (1, 2, 3):
-        bare_machine.count(0, lib.COUNT_AVERTED, 1)
+        bare_machine.count(CPU0, lib.COUNT_AVERTED, 1)
         assert value(scrape(collector), "flushlab_averted_uses_total") == expected
 
 
 def test_kvm_statistics_keep_their_names(bare_machine: BareMachine, collector: MachineCollector) -> None:
-    lib.vm_stat_add(bare_machine.pointer, 0, lib.STAT_REMOTE_TLB_FLUSH, 7)
-    lib.vm_stat_add(bare_machine.pointer, 0, lib.STAT_REMOTE_TLB_FLUSH_REQUESTS, 9)
+    lib.vm_stat_add(bare_machine.pointer, VM0, lib.STAT_REMOTE_TLB_FLUSH, 7)
+    lib.vm_stat_add(bare_machine.pointer, VM0, lib.STAT_REMOTE_TLB_FLUSH_REQUESTS, 9)
     text = scrape(collector)
     assert value(text, 'flushlab_remote_tlb_flush_total{vm="0"}') == 7
     assert value(text, 'flushlab_remote_tlb_flush_requests_total{vm="0"}') == 9
 
 
 def test_histogram_in_seconds(bare_machine: BareMachine, collector: MachineCollector) -> None:
-    lib.histogram_record(bare_machine.pointer, 0, lib.HISTOGRAM_IPI_WAIT, 1000)
-    lib.histogram_record(bare_machine.pointer, 1, lib.HISTOGRAM_IPI_WAIT, 3_000_000)
+    lib.histogram_record(bare_machine.pointer, CPU0, lib.HISTOGRAM_IPI_WAIT, 1000)
+    lib.histogram_record(bare_machine.pointer, CPU1, lib.HISTOGRAM_IPI_WAIT, 3_000_000)
     text = scrape(collector)
     assert value(text, "flushlab_ipi_wait_seconds_count") == 2
     assert value(text, "flushlab_ipi_wait_seconds_sum") == pytest.approx(3.001e-3)
@@ -76,7 +76,7 @@ def test_histogram_in_seconds(bare_machine: BareMachine, collector: MachineColle
 
 def test_buckets_never_decrease(bare_machine: BareMachine, collector: MachineCollector) -> None:
     for exponent in range(36):
-        lib.histogram_record(bare_machine.pointer, 0, lib.HISTOGRAM_VCPU_PAUSE, 1 << exponent)
+        lib.histogram_record(bare_machine.pointer, CPU0, lib.HISTOGRAM_VCPU_PAUSE, 1 << exponent)
     counts = [
         sample.value
         for family in text_string_to_metric_families(scrape(collector))
@@ -97,7 +97,7 @@ def test_exits_have_reasons(bare_machine: BareMachine, collector: MachineCollect
     # guest_run adds the reason to the first of these counters: the order must be the same.
     names = [name.removeprefix("exit_") for name in COUNTER_NAMES if name.startswith("exit_")]
     assert tuple(names) == EXIT_REASONS
-    bare_machine.count(0, lib.COUNT_EXIT_INTERRUPT + lib.EXIT_HLT, 2)
+    bare_machine.count(CPU0, lib.COUNT_EXIT_INTERRUPT + lib.EXIT_HLT, 2)
     assert value(scrape(collector), 'flushlab_vm_exits_total{reason="hlt"}') == 2
 
 
@@ -123,7 +123,7 @@ def test_pcpus_are_labels_only_on_request(bare_machine: BareMachine, collector: 
     assert "cpu=" not in scrape(collector)
     detailed = MachineCollector(per_cpu=True)
     detailed.machine_up(bare_machine.pointer, pcpus=bare_machine.pcpus, vms=bare_machine.vms)
-    bare_machine.count(1, lib.COUNT_IPIS_RECEIVED, 5)
+    bare_machine.count(CPU1, lib.COUNT_IPIS_RECEIVED, 5)
     assert value(scrape(detailed), 'flushlab_pcpu_ipis_received_total{cpu="1"}') == 5
 
 
@@ -174,7 +174,7 @@ def test_scrapes_while_machines_come_and_go() -> None:
             collector.machine_up(machine.pointer, pcpus=machine.pcpus, vms=machine.vms)
             before = len(seen)
             while len(seen) < before + 4:
-                machine.count(0, lib.COUNT_ACCESSES, 1)
+                machine.count(CPU0, lib.COUNT_ACCESSES, 1)
             collector.machine_down()
             machine.close()
     finally:

@@ -25,7 +25,7 @@ import metrics.server
 from metrics import Endpoint, MachineCollector, parse_address
 from metrics.server import CONNECTIONS
 from native import lib
-from tests.support import BareMachine, wait_until
+from tests.support import CPU0, CPU1, BareMachine, wait_until
 
 
 @pytest.mark.parametrize(
@@ -93,7 +93,7 @@ def collector_of(machine: BareMachine) -> MachineCollector:
 
 
 def test_serves_and_closes(bare_machine: BareMachine) -> None:
-    bare_machine.count(0, lib.COUNT_ACCESSES, 42)
+    bare_machine.count(CPU0, lib.COUNT_ACCESSES, 42)
     with Endpoint(collector_of(bare_machine), "127.0.0.1", 0) as endpoint:
         text = fetch(endpoint.url)
         url = endpoint.url
@@ -231,8 +231,8 @@ def test_clients_that_vanish_leave_no_word(
 
 @pytest.mark.prometheus
 def test_a_real_prometheus_scrapes_it(bare_machine: BareMachine, tmp_path: Path) -> None:
-    bare_machine.count(0, lib.COUNT_ACCESSES, 123)
-    lib.histogram_record(bare_machine.pointer, 0, lib.HISTOGRAM_VCPU_PAUSE, 1000)
+    bare_machine.count(CPU0, lib.COUNT_ACCESSES, 123)
+    lib.histogram_record(bare_machine.pointer, CPU0, lib.HISTOGRAM_VCPU_PAUSE, 1000)
     with (
         Endpoint(collector_of(bare_machine), "127.0.0.1", 0) as endpoint,
         running_prometheus(tmp_path, urllib.parse.urlparse(endpoint.url).netloc) as api,
@@ -241,7 +241,7 @@ def test_a_real_prometheus_scrapes_it(bare_machine: BareMachine, tmp_path: Path)
         assert query(api, "flushlab_guest_accesses_total") == [123.0]
         assert query(api, 'up{job="flushlab"}') == [1.0]
         assert query(api, "flushlab_vcpu_pause_seconds_count") == [1.0]
-        bare_machine.count(1, lib.COUNT_ACCESSES, 1)
+        bare_machine.count(CPU1, lib.COUNT_ACCESSES, 1)
         wait_until(lambda: query(api, "flushlab_guest_accesses_total") == [124.0], "another scrape")
         # The rules that we ship are accepted, and evaluate.
         wait_until(lambda: rule_health(api) == ["ok"] * 5, "evaluation of the rules")

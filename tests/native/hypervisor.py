@@ -7,16 +7,20 @@ flush that is due: what the oracle must tell apart.  It is not KVM; emulator/kvm
 from __future__ import annotations
 
 from types import TracebackType
-from typing import Any
+from typing import TYPE_CHECKING
 
 from native import ffi, lib
-from tests.support import machine_fields
+from native.types import Counter, CpuId, PromiseKind, VcpuId, VmId
+from tests.support import CPU0, machine_fields
+
+if TYPE_CHECKING:
+    from native._native import CDataBase, MachineConfigPtr, ViolationReport
 
 READ, WRITE, EXECUTE = 0, 1, 2
 GLOBAL_FLUSH = "global"
 
 
-def config(**changes: int) -> Any:
+def config(**changes: int) -> MachineConfigPtr:
     """A small machine: 2 pCPUs, 2 VMs, one vCPU each."""
     fields = {"pcpus": 2, "housekeeping": 1, "vms": 2, "vcpus": 4, "root_frames": 8}
     fields |= {"table_frames": 256, "guest_frames": 2048, "guest_blocks": 4}
@@ -27,17 +31,18 @@ class Hypervisor:
     """One native machine with VMs; the calling thread plays every CPU in turn."""
 
     def __init__(self, **changes: int) -> None:
-        error = ffi.new("char[200]")
+        error = ffi.new("char[]", 200)
         self.m = lib.machine_create(config(**changes), error, 200)
         if self.m == ffi.NULL:
             raise AssertionError(ffi.string(error).decode())
         self.pcpus = changes.get("pcpus", 2)
-        for cpu in range(self.pcpus):
+        self.housekeeping = CpuId(self.pcpus)
+        for cpu in map(CpuId, range(self.pcpus)):
             lib.cpu_online(self.m, cpu)
         self.exit = ffi.new("struct vcpu_exit *")
-        self.keep: list[Any] = []
-        self.roots: dict[int, int] = {}
-        self.vm_of: dict[int, int] = {}
+        self.keep: list[CDataBase] = []
+        self.roots: dict[VmId, int] = {}
+        self.vm_of: dict[VcpuId, VmId] = {}
 
     def __enter__(self) -> Hypervisor:
         return self
@@ -46,21 +51,21 @@ class Hypervisor:
         lib.machine_stop(self.m)
         lib.machine_destroy(self.m)
 
-    def vm(self, gfns: int = 1024) -> int:
+    def vm(self, gfns: int = 1024) -> VmId:
         """A VM with a fresh root."""
-        vm = int(lib.vm_create(self.m, gfns))
+        vm = VmId(lib.vm_create(self.m, gfns))
         assert vm >= 0
         self.roots[vm] = self.new_root()
         return vm
 
     def new_root(self) -> int:
-        root = int(lib.ept_table_alloc(self.m, 0, lib.FRAME_ROOT))
+        root = int(lib.ept_table_alloc(self.m, CpuId(0), lib.FRAME_ROOT))
         assert root >= 0
         return root
 
-    def vcpu(self, vm: int, vpid: int, **guest: int) -> int:
+    def vcpu(self, vm: VmId, vpid: int, **guest: int) -> VcpuId:
         """A vCPU whose guest has paging off unless told otherwise."""
-        vcpu = int(lib.vcpu_create(self.m, vm, vpid))
+        vcpu = VcpuId(lib.vcpu_create(self.m, vm, vpid))
         assert vcpu >= 0
         values = {"first_gfn": 0, "end_gfn": 1024, "pcid": 1, "seed": vpid, "paging": 0}
         values.update(guest)
@@ -69,7 +74,7 @@ class Hypervisor:
         self.vm_of[vcpu] = vm
         return vcpu
 
-    def process(self, vcpu: int, records: list[int], pages: list[int]) -> None:
+    def process(self, vcpu: VcpuId, records: list[int], pages: list[int]) -> None:
         """A process that replays records; the OS knows its pages."""
         r, p = ffi.new("uint64_t[]", records or [0]), ffi.new("uint64_t[]", sorted(pages))
         self.keep += [r, p]
@@ -77,12 +82,12 @@ class Hypervisor:
 
     # -- guest mode
 
-    def enter(self, cpu: int, vcpu: int) -> None:
+    def enter(self, cpu: CpuId, vcpu: VcpuId) -> None:
         """What must be done right before guest_run or guest_access."""
         lib.local_irq_disable(self.m, cpu, b"test")
         lib.vcpu_set_mode(self.m, vcpu, lib.IN_GUEST_MODE)
 
-    def access(self, cpu: int, vcpu: int, linear: int, kind: int = READ) -> None:
+    def access(self, cpu: CpuId, vcpu: VcpuId, linear: int, kind: int = READ) -> None:
         """One access, with every EPT violation on the way served by mapping the page."""
         for _ in range(64):
             self.enter(cpu, vcpu)
@@ -94,7 +99,7 @@ class Hypervisor:
             self.map(cpu, self.vm_of[vcpu], self.exit.gpa >> 12)
         raise AssertionError("64 EPT violations for one access")
 
-    def run(self, cpu: int, vcpu: int, budget: int) -> int:
+    def run(self, cpu: CpuId, vcpu: VcpuId, budget: int) -> int:
         """Guest accesses until the budget is used up; returns how many were done."""
         done = 0
         while done < budget:
@@ -110,9 +115,9 @@ class Hypervisor:
 
     # -- EPT
 
-    def leaf(self, cpu: int, vm: int, gfn: int, create: bool) -> tuple[int, int, int]:
+    def leaf(self, cpu: CpuId, vm: VmId, gfn: int, create: bool) -> tuple[int, int, int]:
         """Table, index and SPTE of a gfn's 4K level (or where the walk ends, without `create`)."""
-        sptes, tables = ffi.new("uint64_t[6]"), ffi.new("uint32_t[6]")
+        sptes, tables = ffi.new("uint64_t[]", 6), ffi.new("uint32_t[]", 6)
         while True:  # one table more each time round
             level = lib.tdp_mmu_get_walk(self.m, self.roots[vm], 4, gfn, sptes, tables)
             if level == 1 or not create:
@@ -124,7 +129,7 @@ class Hypervisor:
                 lib.make_nonleaf_spte(self.m, child),
             )  # fmt: skip
 
-    def map(self, cpu: int, vm: int, gfn: int, writable: bool = True) -> int:
+    def map(self, cpu: CpuId, vm: VmId, gfn: int, writable: bool = True) -> int:
         """Fault a page in; returns its frame."""
         page = ffi.new("struct mm_page *")
         assert lib.mm_fault(self.m, cpu, vm, gfn, 1, page) == 0
@@ -136,31 +141,31 @@ class Hypervisor:
         assert lib.tdp_mmu_set_spte_atomic(self.m, cpu, vm, table, index, 1, gfn, old, new) == 0
         return int(page.hfn)
 
-    def mapped(self, vm: int, gfn: int) -> bool:
+    def mapped(self, vm: VmId, gfn: int) -> bool:
         """A present 4K SPTE is there."""
-        return bool(self.leaf(0, vm, gfn, False)[2] & 7)
+        return bool(self.leaf(CPU0, vm, gfn, False)[2] & 7)
 
-    def zap(self, cpu: int, vm: int, gfn: int) -> None:
+    def zap(self, cpu: CpuId, vm: VmId, gfn: int) -> None:
         """Clear the SPTE; flush nothing, promise nothing."""
         table, index, old = self.leaf(cpu, vm, gfn, False)
         if old & 7:
             lib.tdp_mmu_set_spte(self.m, cpu, vm, table, index, 1, gfn, 0)
 
-    def write_protect(self, cpu: int, vm: int, gfn: int) -> None:
+    def write_protect(self, cpu: CpuId, vm: VmId, gfn: int) -> None:
         """Take W from the SPTE."""
         table, index, old = self.leaf(cpu, vm, gfn, False)
         if old & 2:
             lib.tdp_mmu_set_spte(self.m, cpu, vm, table, index, 1, gfn, old & ~2)
 
-    def flush(self, vm: int) -> None:
+    def flush(self, vm: VmId) -> None:
         """INVEPT all-context on every pCPU."""
-        for cpu in range(self.pcpus):
+        for cpu in map(CpuId, range(self.pcpus)):
             lib.flush_invept_global(self.m, cpu, vm, lib.REASON_REMOTE_ZAP)
 
-    def promise(self, cpu: int, vm: int, gfn: int, promise: int) -> None:
+    def promise(self, cpu: CpuId, vm: VmId, gfn: int, promise: PromiseKind) -> None:
         lib.oracle_revoke(self.m, cpu, vm, gfn, gfn + 1, promise, lib.oracle_ticket(self.m, vm))
 
-    def free(self, cpu: int, vm: int, gfn: int) -> None:
+    def free(self, cpu: CpuId, vm: VmId, gfn: int) -> None:
         """Give the frame behind the page back to the host."""
         lib.mm_unmap(self.m, cpu, vm, gfn, gfn + 1, 0)
 
@@ -173,11 +178,11 @@ class Hypervisor:
         names = sorted((v, k) for k, v in ffi.typeof("enum violation").relements.items() if k != "VIOLATIONS")
         return {name[10:].lower().replace("_", "-"): int(counts[v]) for v, name in names if counts[v]}
 
-    def reports(self) -> list[Any]:
+    def reports(self) -> list[ViolationReport]:
         out = ffi.new("struct violation_report[]", 64)
         return [out[i] for i in range(lib.oracle_reports(self.m, 0, out, 64))]
 
-    def count(self, counter: int) -> int:
+    def count(self, counter: Counter) -> int:
         values = ffi.new("uint64_t[]", lib.COUNTERS)
         lib.counters_sum(self.m, values)
         return int(values[counter])

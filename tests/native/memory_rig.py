@@ -3,12 +3,17 @@
 from __future__ import annotations
 
 from types import TracebackType
-from typing import Any
+from typing import TYPE_CHECKING
 
 from native import ffi, lib
+from native.types import Counter, FrameKind
+from tests.support import CPU1, CPU2, VM0
 
-CPU = 1  # the housekeeping CPU that the tests act as
-RCU_CPU = 2
+if TYPE_CHECKING:
+    from native._native import U32, U64, MmPagePtr, TdpChunkPtr
+
+CPU = CPU1  # the housekeeping CPU that the tests act as
+RCU_CPU = CPU2
 PRESENT, WRITABLE, ACCESSED, DIRTY, HUGE = 7, 2, 0x100, 0x200, 0x80
 MMU_WRITABLE = 1 << lib.SPTE_MMU_WRITABLE_BIT
 CUSTODY_MASK = 0x7FFF << lib.SPTE_CUSTODY_SHIFT
@@ -33,7 +38,7 @@ class Rig:
         values |= {"root_frames": 4, "table_frames": 64, "guest_frames": 256, "guest_blocks": 3}
         values |= {"l1_ways": 4, "l2_entries": 64, "l2_ways": 4, "psc_entries": 4}
         values.update(changes)
-        error = ffi.new("char[200]")
+        error = ffi.new("char[]", 200)
         self.m = lib.machine_create(ffi.new("struct machine_config *", values), error, 200)
         if self.m == ffi.NULL:
             raise AssertionError(ffi.string(error).decode())
@@ -51,20 +56,20 @@ class Rig:
         lib.machine_destroy(self.m)
 
     def error(self) -> str:
-        return str(ffi.string(lib.machine_error_text(self.m, CPU)).decode())
+        return ffi.string(lib.machine_error_text(self.m, CPU)).decode()
 
     def events(self) -> list[tuple[int, int, int]]:
-        out = ffi.new("struct event[256]")
+        out = ffi.new("struct event[]", 256)
         return [(out[i].kind, out[i].a, out[i].b) for i in range(lib.events_read(self.m, CPU, out, 256))]
 
-    def count(self, counter: int) -> int:
+    def count(self, counter: Counter) -> int:
         values = ffi.new("uint64_t[]", lib.COUNTERS)
         lib.counters_sum(self.m, values)
         return int(values[counter])
 
     # -- frames
 
-    def frame(self, kind: int) -> int:
+    def frame(self, kind: FrameKind) -> int:
         return int(lib.frame_alloc(self.m, CPU, kind))
 
     def free(self, hfn: int) -> None:
@@ -75,14 +80,14 @@ class Rig:
 
     # -- EPT
 
-    def table(self, kind: int = lib.FRAME_TABLE) -> int:
+    def table(self, kind: FrameKind = lib.FRAME_TABLE) -> int:
         table = int(lib.ept_table_alloc(self.m, CPU, kind))
         assert table > 0
         return table
 
-    def path(self, gfn: int) -> tuple[int, Any, Any]:
+    def path(self, gfn: int) -> tuple[int, U32, U64]:
         """The level where a walk to gfn ends; tables and SPTEs by level."""
-        sptes, tables = ffi.new("uint64_t[6]"), ffi.new("uint32_t[6]")
+        sptes, tables = ffi.new("uint64_t[]", 6), ffi.new("uint32_t[]", 6)
         level = int(lib.tdp_mmu_get_walk(self.m, self.root, self.root_level, gfn, sptes, tables))
         return level, tables, sptes
 
@@ -93,11 +98,11 @@ class Rig:
 
     def set_atomic(self, table: int, level: int, gfn: int, old: int, new: int) -> int:
         return int(
-            lib.tdp_mmu_set_spte_atomic(self.m, CPU, 0, table, index_of(gfn, level), level, gfn, old, new)
+            lib.tdp_mmu_set_spte_atomic(self.m, CPU, VM0, table, index_of(gfn, level), level, gfn, old, new)
         )
 
     def set(self, table: int, level: int, gfn: int, new: int) -> int:
-        return int(lib.tdp_mmu_set_spte(self.m, CPU, 0, table, index_of(gfn, level), level, gfn, new))
+        return int(lib.tdp_mmu_set_spte(self.m, CPU, VM0, table, index_of(gfn, level), level, gfn, new))
 
     def link(self, gfn: int, goal: int) -> tuple[int, int]:
         """Tables down to `goal`; returns the table and the SPTE there."""
@@ -108,28 +113,28 @@ class Rig:
             child = lib.make_nonleaf_spte(self.m, self.table())
             assert self.set_atomic(tables[level], level, gfn, sptes[level], child) == 0
 
-    def chunk(self, walk: int, start: int = 0, end: int | None = None, **more: int) -> Any:
+    def chunk(self, walk: int, start: int = 0, end: int | None = None, **more: int) -> TdpChunkPtr:
         fields = {"root": self.root, "root_level": self.root_level, "walk": walk, "next_gfn": start}
         fields["end_gfn"] = self.gfns if end is None else end
         return ffi.new("struct tdp_chunk *", {**fields, **more})
 
-    def step(self, chunk: Any, most: int = 1 << 20) -> Any:
-        assert lib.tdp_walk_chunk(self.m, CPU, 0, chunk, most) == 0
+    def step(self, chunk: TdpChunkPtr, most: int = 1 << 20) -> TdpChunkPtr:
+        assert lib.tdp_walk_chunk(self.m, CPU, VM0, chunk, most) == 0
         return chunk
 
-    def remove(self, spte: int, level: int, gfn: int, shared: bool = False, most: int = 512) -> list[int]:
+    def remove(self, spte: int, level: int, gfn: int, shared: int = 0, most: int = 512) -> list[int]:
         """Take the table apart that was linked by this SPTE; its pages, children first."""
         removal = ffi.new("struct tdp_removal *")
-        assert lib.tdp_removal_begin(self.m, CPU, 0, removal, spte, level, gfn, shared) == 0
+        assert lib.tdp_removal_begin(self.m, CPU, VM0, removal, spte, level, gfn, shared) == 0
         pages = []
         while removal.level:
-            assert lib.tdp_removal_step(self.m, CPU, 0, removal, most) == 0
+            assert lib.tdp_removal_step(self.m, CPU, VM0, removal, most) == 0
             self.unmapped += removal.leafs
             if removal.page:
                 pages.append(int(removal.page))
         return pages
 
-    def zap(self, chunk: Any, most: int = 1 << 20) -> tuple[int, int, int]:
+    def zap(self, chunk: TdpChunkPtr, most: int = 1 << 20) -> tuple[int, int, int]:
         """The whole walk: SPTEs changed, pages unmapped, tables removed and freed."""
         changed = tables = 0
         before = self.unmapped
@@ -148,19 +153,23 @@ class Rig:
 
     def right(self, gfn: int) -> int:
         """Rights granted now: 1 read, 2 write."""
-        return int(lib.oracle_right(self.m, 0, gfn, ffi.new("uint32_t *"))) & 3
+        return int(lib.oracle_right(self.m, VM0, gfn, ffi.new("uint32_t *"))) & 3
 
     def hfn(self, gfn: int) -> int:
         hfn = ffi.new("uint32_t *")
-        lib.oracle_right(self.m, 0, gfn, hfn)
+        lib.oracle_right(self.m, VM0, gfn, hfn)
         return int(hfn[0])
 
     # -- user memory
 
-    def fault(self, hva: int, write: bool = True) -> Any:
+    def fault(self, hva: int, write: bool = True) -> MmPagePtr:
         page = ffi.new("struct mm_page *")
-        rc = int(lib.mm_fault(self.m, CPU, 0, hva, write, page))
-        return page if rc == 0 else rc
+        assert lib.mm_fault(self.m, CPU, VM0, hva, write, page) == 0
+        return page
+
+    def try_fault(self, hva: int, write: bool = True) -> int:
+        """0, or why there is no page."""
+        return lib.mm_fault(self.m, CPU, VM0, hva, write, ffi.new("struct mm_page *"))
 
 
 def map_page(rig: Rig, gfn: int, writable: bool = True) -> int:
@@ -175,10 +184,10 @@ def map_page(rig: Rig, gfn: int, writable: bool = True) -> int:
 def map_huge(rig: Rig, gfn: int = HUGE_GFN) -> int:
     """Install a 2M leaf, and return it."""
     rig.fault(gfn)
-    assert lib.mm_collapse(rig.m, CPU, 0, gfn) == 0
+    assert lib.mm_collapse(rig.m, CPU, VM0, gfn) == 0
     page = rig.fault(gfn)
     table, old = rig.link(gfn, 2)
-    custody = lib.mm_huge_custody(rig.m, 0, gfn, page.hfn, page.tag)
+    custody = lib.mm_huge_custody(rig.m, VM0, gfn, page.hfn, page.tag)
     spte = int(lib.make_spte(page.hfn, custody, 2, 1, 1))
     assert rig.set_atomic(table, 2, gfn, old, spte) == 0
     return spte

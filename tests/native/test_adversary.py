@@ -9,6 +9,7 @@ from typing import Any
 import pytest
 
 from native import ffi, lib
+from native.types import CpuId, VcpuId
 from tests.native.hypervisor import READ, WRITE, Hypervisor
 from tests.native.tlb_model import Kind
 from tests.native.tlb_pair import (
@@ -24,6 +25,7 @@ from tests.native.tlb_pair import (
     psc,
     translation,
 )
+from tests.support import CPU0, CPU1, VM0
 
 A = 0x100
 
@@ -75,17 +77,17 @@ def test_evictions_take_one_entry_and_leave_no_ghost(geometry: Geometry) -> None
 
 
 @pytest.fixture(params=[0, 1], ids=["physical", "paging"])
-def machine(request: pytest.FixtureRequest) -> Iterator[tuple[Hypervisor, int, int]]:
+def machine(request: pytest.FixtureRequest) -> Iterator[tuple[Hypervisor, VcpuId, int]]:
     """A guest that has accessed page A on pCPU 0; and its address."""
     paging = int(request.param)
     with Hypervisor(l2_entries=0, psc_entries=0) as h:
         vcpu = h.vcpu(h.vm(1024), 1, paging=paging, pcid=0, first_gfn=900, end_gfn=1024)
         h.process(vcpu, [], [A, A + 1])
-        h.access(0, vcpu, A << 12, WRITE)
+        h.access(CPU0, vcpu, A << 12, WRITE)
         yield h, vcpu, A << 12
 
 
-def speculate(h: Hypervisor, vcpu: int, linear: int, cpu: int = 0) -> int:
+def speculate(h: Hypervisor, vcpu: VcpuId, linear: int, cpu: CpuId = CPU0) -> int:
     h.enter(cpu, vcpu)
     assert lib.guest_enter(h.m, cpu, vcpu, 1, h.exit) == 0
     filled = int(lib.guest_speculate(h.m, cpu, linear))
@@ -93,13 +95,13 @@ def speculate(h: Hypervisor, vcpu: int, linear: int, cpu: int = 0) -> int:
     return filled
 
 
-def tlb_entries(h: Hypervisor, cpu: int = 0) -> list[Any]:
+def tlb_entries(h: Hypervisor, cpu: CpuId = CPU0) -> list[Any]:
     out = ffi.new("struct tlb_entry[]", 256)
     n = lib.tlb_dump(lib.cpu_tlb(h.m, cpu), out, 256)
     return [out[i] for i in range(n)]
 
 
-def psc_entries(h: Hypervisor, cpu: int = 0) -> int:
+def psc_entries(h: Hypervisor, cpu: CpuId = CPU0) -> int:
     return int(lib.psc_dump(lib.cpu_tlb(h.m, cpu), ffi.NULL, 0))
 
 
@@ -107,21 +109,21 @@ def gfn_of(h: Hypervisor, linear: int) -> int:
     return next(int(e.gfn) for e in tlb_entries(h) if e.page == linear >> 12)
 
 
-def test_a_fill_makes_the_access_a_hit(machine: tuple[Hypervisor, int, int]) -> None:
+def test_a_fill_makes_the_access_a_hit(machine: tuple[Hypervisor, VcpuId, int]) -> None:
     h, vcpu, linear = machine
     assert speculate(h, vcpu, linear) == 0, "it is cached"
-    h.flush(0)
+    h.flush(VM0)
     assert tlb_entries(h) == []
     assert psc_entries(h) == 0
     assert speculate(h, vcpu, linear) == 1
     assert psc_entries(h) > 0
     assert h.count(lib.COUNT_SPECULATIVE) == 1
     misses, refills = h.count(lib.COUNT_L2_MISSES), h.count(lib.COUNT_REFILLS)
-    h.access(0, vcpu, linear, READ)
+    h.access(CPU0, vcpu, linear, READ)
     assert (h.count(lib.COUNT_L2_MISSES), h.count(lib.COUNT_REFILLS)) == (misses, refills)
 
 
-def test_what_would_fault_is_not_fetched_and_nothing_happens(machine: tuple[Hypervisor, int, int]) -> None:
+def test_what_would_fault_is_not_fetched_and_nothing_happens(machine: tuple[Hypervisor, VcpuId, int]) -> None:
     h, vcpu, linear = machine
     before = len(tlb_entries(h))
     assert speculate(h, vcpu, linear + 0x40000) == 0
@@ -130,52 +132,54 @@ def test_what_would_fault_is_not_fetched_and_nothing_happens(machine: tuple[Hype
     assert h.violations() == {}
 
 
-def test_a_translation_fetched_before_the_zap_is_stale_after_it(machine: tuple[Hypervisor, int, int]) -> None:
+def test_a_translation_fetched_before_the_zap_is_stale_after_it(
+    machine: tuple[Hypervisor, VcpuId, int],
+) -> None:
     """On pCPU 1, where the guest never touched the page: a flush that leaves pCPU 1 out is too little."""
     h, vcpu, linear = machine
     gfn = gfn_of(h, linear)
-    assert speculate(h, vcpu, linear, cpu=1) == 1
-    h.zap(0, 0, gfn)
-    lib.flush_invept_global(h.m, 0, 0, lib.REASON_REMOTE_ZAP)
-    h.promise(0, 0, gfn, lib.PROMISE_ZAP_RANGE)
+    assert speculate(h, vcpu, linear, cpu=CPU1) == 1
+    h.zap(CPU0, VM0, gfn)
+    lib.flush_invept_global(h.m, CPU0, VM0, lib.REASON_REMOTE_ZAP)
+    h.promise(CPU0, VM0, gfn, lib.PROMISE_ZAP_RANGE)
     assert h.violations() == {}, "presence is no use"
-    h.access(1, vcpu, linear, READ)
+    h.access(CPU1, vcpu, linear, READ)
     # With paging the combined and the guest-physical mapping are both used.
     assert set(h.violations()) == {"stale-after-revoke"}
 
 
 def test_speculation_through_a_stale_entry_is_no_use_and_heals_nothing(
-    machine: tuple[Hypervisor, int, int],
+    machine: tuple[Hypervisor, VcpuId, int],
 ) -> None:
     h, vcpu, linear = machine
     gfn = gfn_of(h, linear)
-    h.zap(0, 0, gfn)
-    h.promise(0, 0, gfn, lib.PROMISE_ZAP_RANGE)
+    h.zap(CPU0, VM0, gfn)
+    h.promise(CPU0, VM0, gfn, lib.PROMISE_ZAP_RANGE)
     # With paging the walk gets as far as the stale guest-physical mapping.
-    lib.invlpg(lib.cpu_tlb(h.m, 0), A)
+    lib.invlpg(lib.cpu_tlb(h.m, CPU0), A)
     assert speculate(h, vcpu, linear) == 0
     assert h.violations() == {}
-    h.access(0, vcpu, linear, READ)
+    h.access(CPU0, vcpu, linear, READ)
     # With paging the combined and the guest-physical mapping are both used.
     assert set(h.violations()) == {"stale-after-revoke"}
 
 
-def test_evicted_is_missed_and_charged_to_no_flush(machine: tuple[Hypervisor, int, int]) -> None:
+def test_evicted_is_missed_and_charged_to_no_flush(machine: tuple[Hypervisor, VcpuId, int]) -> None:
     h, vcpu, linear = machine
-    tlb = lib.cpu_tlb(h.m, 0)
+    tlb = lib.cpu_tlb(h.m, CPU0)
     while tlb_entries(h):
         assert lib.tlb_evict(tlb, 0) == 1
     while psc_entries(h):
         assert lib.psc_evict(tlb, 0) == 1
     assert lib.tlb_evict(tlb, 0) == lib.psc_evict(tlb, 0) == 0
     misses = h.count(lib.COUNT_L2_MISSES)
-    h.access(0, vcpu, linear, READ)
+    h.access(CPU0, vcpu, linear, READ)
     assert h.count(lib.COUNT_L2_MISSES) == misses + 1
     assert h.count(lib.COUNT_REFILLS) == 0
 
 
-def test_there_is_no_speculation_outside_guest_mode(machine: tuple[Hypervisor, int, int]) -> None:
+def test_there_is_no_speculation_outside_guest_mode(machine: tuple[Hypervisor, VcpuId, int]) -> None:
     h, vcpu, linear = machine
-    assert lib.guest_speculate(h.m, 0, linear) == lib.MACHINE_MISUSE
+    assert lib.guest_speculate(h.m, CPU0, linear) == lib.MACHINE_MISUSE
     speculate(h, vcpu, linear)
-    assert lib.guest_speculate(h.m, 0, linear) == lib.MACHINE_MISUSE
+    assert lib.guest_speculate(h.m, CPU0, linear) == lib.MACHINE_MISUSE

@@ -18,6 +18,7 @@ from tests.native.memory_rig import (
     map_huge,
     map_page,
 )
+from tests.support import VM0
 
 
 def test_make_spte() -> None:
@@ -88,8 +89,8 @@ def test_wrong_arguments_are_refused(rig: Rig) -> None:
         assert rig.set_atomic(*arguments) == lib.MACHINE_MISUSE
         assert text in rig.error()
     index = index_of(7, 1)
-    assert lib.tdp_mmu_set_spte_atomic(rig.m, CPU, 0, table, index, 1, 6, 0, other) == lib.MACHINE_MISUSE
-    assert lib.tdp_mmu_set_spte(rig.m, CPU, 0, table, index, 1, 6, other) == 2**64 - 1
+    assert lib.tdp_mmu_set_spte_atomic(rig.m, CPU, VM0, table, index, 1, 6, 0, other) == lib.MACHINE_MISUSE
+    assert lib.tdp_mmu_set_spte(rig.m, CPU, VM0, table, index, 1, 6, other) == 2**64 - 1
     assert rig.right(6) == 0
 
 
@@ -126,11 +127,11 @@ def test_huge_replaces_table(rig: Rig) -> None:
 def test_map_around(rig: Rig) -> None:
     spte = map_page(rig, 510)
     table, _, _ = rig.walk(510)
-    lib.mm_protect(rig.m, CPU, 0, 509, 510, 0)
+    lib.mm_protect(rig.m, CPU, VM0, 509, 510, 0)
     hfns, tags, writable = (ffi.new("uint32_t[]", 8) for _ in range(3))
     for gfn in (508, 509, 511, 512):
         rig.fault(gfn, write=False)
-    lib.mm_fault_range(rig.m, CPU, 0, 507, 8, 0, hfns, tags, writable)
-    assert lib.tdp_mmu_map_around(rig.m, CPU, 0, table, 507, 8, hfns, tags, writable) == 3
+    lib.mm_fault_range(rig.m, CPU, VM0, 507, 8, 0, hfns, tags, writable)
+    assert lib.tdp_mmu_map_around(rig.m, CPU, VM0, table, 507, 8, hfns, tags, writable) == 3
     assert [rig.right(gfn) for gfn in range(507, 514)] == [0, 3, 1, 3, 3, 0, 0], "not beyond the table"
     assert rig.walk(510)[2] == spte

@@ -8,7 +8,9 @@ import pytest
 
 from emulator.explain.events import Event, EventTail, read_events
 from native import ffi, lib
+from native.types import CpuId, VcpuId, VmId
 from tests.native.hypervisor import READ, WRITE, Hypervisor
+from tests.support import CPU0, CPU1
 
 
 @pytest.fixture(name="machine")
@@ -28,11 +30,11 @@ def reports(machine: Hypervisor) -> int:
     return int(lib.oracle_reports(machine.m, 0, buffer, 64))
 
 
-def violate(machine: Hypervisor, vcpu: int, vm: int, gfn: int, cpu: int = 0) -> None:
+def violate(machine: Hypervisor, vcpu: VcpuId, vm: VmId, gfn: int, cpu: CpuId = CPU0) -> None:
     """Map, unmap on the other CPU with a promise but no flush, use."""
     machine.access(cpu, vcpu, gfn << 12, READ)
-    machine.zap(1 - cpu, vm, gfn)
-    machine.promise(1 - cpu, vm, gfn, lib.PROMISE_NOTIFIER)
+    machine.zap(CpuId(1 - cpu), vm, gfn)
+    machine.promise(CpuId(1 - cpu), vm, gfn, lib.PROMISE_NOTIFIER)
     machine.access(cpu, vcpu, gfn << 12, READ)
 
 
@@ -41,7 +43,7 @@ def test_events_carry_their_vm_and_more(machine: Hypervisor) -> None:
     vm = machine.vm()
     vcpu = machine.vcpu(vm, 1)
     tail = EventTail(machine.m, machine.pcpus)
-    machine.access(0, vcpu, 5 << 12, WRITE)
+    machine.access(CPU0, vcpu, 5 << 12, WRITE)
     events = tail.take()
     assert [event.kind for event in events] == ["entry", "exit", "map", "entry", "exit"]
     assert {event.vm for event in events} == {vm}
@@ -55,18 +57,18 @@ def test_events_carry_their_vm_and_more(machine: Hypervisor) -> None:
 def test_a_piece_of_the_tail_is_no_longer_than_the_ring(machine: Hypervisor) -> None:
     tail = EventTail(machine.m, machine.pcpus)
     for i in range(1500):
-        lib.event_record(machine.m, 1, lib.EVENT_FREE, i, 0)
+        lib.event_record(machine.m, CPU1, lib.EVENT_FREE, i, 0)
     events = tail.take()
     assert [event.a for event in events] == list(range(476, 1500))
-    assert len(read_events(machine.m, 1, 10)) == 10
+    assert len(read_events(machine.m, CPU1, 10)) == 10
 
 
 def test_a_report_keeps_what_concerns_it(machine: Hypervisor) -> None:
     vm, other = machine.vm(), machine.vm()
     vcpu, neighbour = machine.vcpu(vm, 1), machine.vcpu(other, 2)
     for gfn in (200, 300):
-        machine.access(0, vcpu, gfn << 12, READ)
-    machine.access(1, neighbour, 5 << 12, READ)
+        machine.access(CPU0, vcpu, gfn << 12, READ)
+    machine.access(CPU1, neighbour, 5 << 12, READ)
     violate(machine, vcpu, vm, 5)
     assert reports(machine) == 1
     events = story(machine, 0)
@@ -103,7 +105,7 @@ def test_reports_and_events_start_over(machine: Hypervisor) -> None:
     before = sum(counts)
     lib.oracle_forget(machine.m)
     assert reports(machine) == 0
-    assert lib.events_count(machine.m, 0) == 0
+    assert lib.events_count(machine.m, CPU0) == 0
     lib.oracle_counts(machine.m, counts)
     assert sum(counts) == before
     violate(machine, vcpu, vm, 20)
@@ -115,9 +117,9 @@ def test_a_call_names_pcpus_beyond_the_first_64() -> None:
     with Hypervisor(pcpus=130, housekeeping=1) as machine:
         tail = EventTail(machine.m, 130)
         # Idle pCPUs need not run to be called: the sender runs the function for them.
-        assert lib.smp_call_function_single(machine.m, 0, 100, lib.IPI_ACK_KICK, 0, 0) == 1
+        assert lib.smp_call_function_single(machine.m, CPU0, CpuId(100), lib.IPI_ACK_KICK, 0, 0) == 1
         mask = ffi.new("uint64_t[]", [1 << 3, 1 << 6 | 1 << 7, 1])
-        assert lib.smp_call_function_many(machine.m, 0, mask, lib.IPI_ACK_KICK, 0, 0) == 4
+        assert lib.smp_call_function_many(machine.m, CPU0, mask, lib.IPI_ACK_KICK, 0, 0) == 4
         calls = [event for event in tail.take() if event.kind == "ipi"]
     assert [(call.targets, call.b, call.function) for call in calls] == [
         ((100,), 1, "ack_kick"),
@@ -134,13 +136,13 @@ def test_what_the_ring_has_lost_is_in_the_story(machine: Hypervisor) -> None:
     vcpu = machine.vcpu(vm, 1)
     violate(machine, vcpu, vm, 5)
     assert not [event for event in story(machine, 0) if event.kind == "lost"]
-    machine.access(0, vcpu, 6 << 12, READ)
+    machine.access(CPU0, vcpu, 6 << 12, READ)
     for i in range(1500):
-        lib.event_record(machine.m, 1, lib.EVENT_FREE, 1 << 20, i)
-    machine.zap(1, vm, 6)
-    machine.promise(1, vm, 6, lib.PROMISE_NOTIFIER)
-    machine.access(0, vcpu, 6 << 12, READ)
+        lib.event_record(machine.m, CPU1, lib.EVENT_FREE, 1 << 20, i)
+    machine.zap(CPU1, vm, 6)
+    machine.promise(CPU1, vm, 6, lib.PROMISE_NOTIFIER)
+    machine.access(CPU0, vcpu, 6 << 12, READ)
     lost = [event for event in story(machine, 1) if event.kind == "lost"]
-    oldest = read_events(machine.m, 1, 1024)[0]
+    oldest = read_events(machine.m, CPU1, 1024)[0]
     assert [(event.cpu, event.time) for event in lost] == [(1, oldest.time - 1)]
-    assert lost[0].a == lib.events_count(machine.m, 1) - 1024
+    assert lost[0].a == lib.events_count(machine.m, CPU1) - 1024

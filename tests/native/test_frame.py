@@ -11,8 +11,10 @@ from collections.abc import Iterator
 import pytest
 
 from native import lib
+from native.types import FrameKind
 from tests.native.memory_rig import BLOCK, CPU, PRESENT, Rig
 
+KINDS = [lib.FRAME_ROOT, lib.FRAME_TABLE, lib.FRAME_GUEST, lib.FRAME_BLOCK]
 POISON = 0x6B6B6B6B6B6B6B68
 
 
@@ -23,7 +25,7 @@ def rig() -> Iterator[Rig]:
 
 
 @pytest.mark.parametrize("kind", [lib.FRAME_ROOT, lib.FRAME_TABLE, lib.FRAME_GUEST])
-def test_last_in_first_out(rig: Rig, kind: int) -> None:
+def test_last_in_first_out(rig: Rig, kind: FrameKind) -> None:
     frames = [rig.frame(kind) for _ in range(3)]
     assert len({0, *frames}) == 4, "frame 0 is nobody's"
     for hfn in (frames[2], frames[0], frames[1]):
@@ -33,7 +35,7 @@ def test_last_in_first_out(rig: Rig, kind: int) -> None:
 
 def test_kinds_never_share_a_frame(rig: Rig) -> None:
     for _ in range(2):
-        got: dict[int, list[int]] = {kind: [] for kind in range(lib.FRAME_KINDS)}
+        got: dict[FrameKind, list[int]] = {kind: [] for kind in KINDS}
         for kind, frames in got.items():
             while (hfn := rig.frame(kind)) != lib.MACHINE_NOMEM:
                 frames += range(hfn, hfn + (BLOCK if kind == lib.FRAME_BLOCK else 1))
@@ -91,8 +93,8 @@ def test_free_frames_are_counted_and_told(rig: Rig) -> None:
 
 
 def test_totals(rig: Rig) -> None:
-    assert [lib.frames_total(rig.m, kind) for kind in range(4)] == [4, 64, 256, 3]
-    assert [lib.frames_in_use(rig.m, kind) for kind in range(4)] == [1, 0, 0, 0]
+    assert [lib.frames_total(rig.m, kind) for kind in KINDS] == [4, 64, 256, 3]
+    assert [lib.frames_in_use(rig.m, kind) for kind in KINDS] == [1, 0, 0, 0]
 
 
 def test_frame_numbers_end_at_24_bits() -> None:

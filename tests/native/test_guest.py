@@ -7,7 +7,9 @@ from collections.abc import Iterator
 import pytest
 
 from native import ffi, lib
+from native.types import VcpuId
 from tests.native.hypervisor import READ, WRITE, Hypervisor
+from tests.support import CPU0, CPU1, VM0
 
 PAGES = [0x1000 + 3 * i for i in range(128)]
 
@@ -24,7 +26,7 @@ def machine() -> Iterator[Hypervisor]:
         yield h
 
 
-def boot(machine: Hypervisor, processes: int = 3, gfns: int = 1024, **guest: int) -> int:
+def boot(machine: Hypervisor, processes: int = 3, gfns: int = 1024, **guest: int) -> VcpuId:
     """A VM whose guest runs the same records in each of its processes; its vCPU."""
     vm = machine.vm(gfns)
     vcpu = machine.vcpu(vm, 1, **{"paging": 1, "end_gfn": gfns, **guest})
@@ -35,16 +37,16 @@ def boot(machine: Hypervisor, processes: int = 3, gfns: int = 1024, **guest: int
 
 def test_every_record_takes_one_poll_one_lookup_and_one_check(machine: Hypervisor) -> None:
     vcpu = boot(machine, processes=1)
-    machine.run(0, vcpu, 20_000)
+    machine.run(CPU0, vcpu, 20_000)
     before = [machine.count(c) for c in (lib.COUNT_POLLS, lib.COUNT_LOOKUPS, lib.COUNT_CHECKS)]
-    machine.run(0, vcpu, 100_000)
+    machine.run(CPU0, vcpu, 100_000)
     after = [machine.count(c) for c in (lib.COUNT_POLLS, lib.COUNT_LOOKUPS, lib.COUNT_CHECKS)]
     assert [b - a for a, b in zip(before, after, strict=True)] == [100_000] * 3
 
 
 def test_busy_guest_is_clean_and_does_what_an_os_does(machine: Hypervisor) -> None:
     vcpu = boot(machine, switch_every=3000, unmap_every=300, protect_every=400)
-    machine.run(0, vcpu, 300_000)
+    machine.run(CPU0, vcpu, 300_000)
     assert machine.violations() == {}
     assert machine.count(lib.COUNT_GUEST_SWITCHES) > 50
     assert machine.count(lib.COUNT_GUEST_INVALIDATIONS) > 500
@@ -53,7 +55,7 @@ def test_busy_guest_is_clean_and_does_what_an_os_does(machine: Hypervisor) -> No
 
 def test_too_little_guest_memory_is_reclaimed(machine: Hypervisor) -> None:
     vcpu = boot(machine, gfns=160)
-    machine.run(0, vcpu, 20_000)
+    machine.run(CPU0, vcpu, 20_000)
     assert machine.violations() == {}
     assert lib.guest_frames_used(machine.m, vcpu) <= 160
 
@@ -61,18 +63,18 @@ def test_too_little_guest_memory_is_reclaimed(machine: Hypervisor) -> None:
 def test_what_a_guest_invalidated_elsewhere_is_stale(machine: Hypervisor) -> None:
     """INVLPG reaches the pCPU that executes it; the entries of another one are the migration flush's job."""
     vcpu = boot(machine, processes=1, unmap_every=50)
-    for cpu in (0, 1):
+    for cpu in (CPU0, CPU1):
         machine.run(cpu, vcpu, 5_000)
     assert machine.violations() == {}, "whoever invalidates sees nothing stale"
-    machine.run(0, vcpu, 5_000)
+    machine.run(CPU0, vcpu, 5_000)
     assert set(machine.violations()) == {"guest-stale"}
 
 
 def test_invvpid_makes_up_for_it(machine: Hypervisor) -> None:
     vcpu = boot(machine, processes=1, unmap_every=50)
     for _ in range(10):
-        for cpu in (0, 1):
-            lib.flush_invvpid_single(machine.m, cpu, 0, 1, lib.REASON_MIGRATION)
+        for cpu in (CPU0, CPU1):
+            lib.flush_invvpid_single(machine.m, cpu, VM0, 1, lib.REASON_MIGRATION)
             machine.run(cpu, vcpu, 3_000)
     assert machine.violations() == {}
     assert machine.count(lib.COUNT_AVERTED) > 0
@@ -80,26 +82,26 @@ def test_invvpid_makes_up_for_it(machine: Hypervisor) -> None:
 
 def test_guest_huge_pages_are_cached_in_pieces(machine: Hypervisor) -> None:
     vcpu = boot(machine, processes=4, gfns=4096, hugepages=1, unmap_every=500, switch_every=2000)
-    machine.run(0, vcpu, 200_000)
+    machine.run(CPU0, vcpu, 200_000)
     assert machine.violations() == {}
 
 
 def test_access_to_a_gfn_without_memory_is_skipped_when_told_so(machine: Hypervisor) -> None:
     vm = machine.vm(16)
     vcpu = machine.vcpu(vm, 1, end_gfn=16)
-    machine.enter(0, vcpu)
-    assert lib.guest_access(machine.m, 0, vcpu, 0x5000, WRITE, machine.exit) == lib.EXIT_EPT_VIOLATION
+    machine.enter(CPU0, vcpu)
+    assert lib.guest_access(machine.m, CPU0, vcpu, 0x5000, WRITE, machine.exit) == lib.EXIT_EPT_VIOLATION
     lib.guest_skip(machine.m, vcpu)
-    machine.enter(0, vcpu)
-    assert lib.guest_access(machine.m, 0, vcpu, 0x5000, WRITE, machine.exit) == lib.EXIT_PREEMPTION_TIMER
+    machine.enter(CPU0, vcpu)
+    assert lib.guest_access(machine.m, CPU0, vcpu, 0x5000, WRITE, machine.exit) == lib.EXIT_PREEMPTION_TIMER
     assert not machine.mapped(vm, 5)
 
 
 def test_entry_with_interrupts_on_is_refused(machine: Hypervisor) -> None:
     vcpu = machine.vcpu(machine.vm(), 1)
     lib.vcpu_set_mode(machine.m, vcpu, lib.IN_GUEST_MODE)
-    assert lib.guest_run(machine.m, 0, vcpu, 1, machine.exit) == lib.MACHINE_MISUSE
-    assert b"interrupts on" in ffi.string(lib.machine_error_text(machine.m, 0))
+    assert lib.guest_run(machine.m, CPU0, vcpu, 1, machine.exit) == lib.MACHINE_MISUSE
+    assert b"interrupts on" in ffi.string(lib.machine_error_text(machine.m, CPU0))
 
 
 @pytest.mark.parametrize("phase", [0, 1])
@@ -107,7 +109,7 @@ def test_vcpus_can_share_a_range_page_by_page(machine: Hypervisor, phase: int) -
     vm = machine.vm(1024)
     vcpu = machine.vcpu(vm, 1, paging=1, end_gfn=1024, stride=2, phase=phase)
     machine.process(vcpu, records(), PAGES)
-    machine.run(0, vcpu, 5_000)
+    machine.run(CPU0, vcpu, 5_000)
     used = [gfn for gfn in range(1024) if machine.mapped(vm, gfn)]
     assert used
     assert all(gfn % 2 == phase for gfn in used)

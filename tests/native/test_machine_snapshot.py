@@ -7,7 +7,9 @@ import random
 import pytest
 
 from native import ffi, lib
+from native.types import CpuId, FrameKind, VcpuId, VmId
 from tests.native.hypervisor import READ, WRITE, Hypervisor
+from tests.support import CPU0, VCPU0, VM0
 
 GFNS = 512
 VCPUS = 2
@@ -24,43 +26,43 @@ def rig(**changes: int) -> Hypervisor:
 
 def turn(h: Hypervisor, choose: random.Random) -> None:
     """One operation of a hypervisor, or an access of a guest."""
-    vcpu = choose.randrange(VCPUS)
-    gfn, cpu = choose.randrange(GFNS), vcpu
+    vcpu = VcpuId(choose.randrange(VCPUS))
+    gfn, cpu = choose.randrange(GFNS), CpuId(vcpu)
     kind = choose.randrange(12)
     if kind < 6:
         linear = gfn << 12 if vcpu == 0 else choose.randrange(1, 300, 7) << 12
         h.access(cpu, vcpu, linear, choose.choice((READ, WRITE)))
     elif kind == 6:
-        h.zap(cpu, 0, gfn)
-        h.flush(0)
-        h.promise(cpu, 0, gfn, lib.PROMISE_NOTIFIER)
-        lib.mm_unmap(h.m, cpu, 0, gfn, gfn + 1, choose.randrange(2))
+        h.zap(cpu, VM0, gfn)
+        h.flush(VM0)
+        h.promise(cpu, VM0, gfn, lib.PROMISE_NOTIFIER)
+        lib.mm_unmap(h.m, cpu, VM0, gfn, gfn + 1, choose.randrange(2))
     elif kind == 7:
-        h.write_protect(cpu, 0, gfn)
+        h.write_protect(cpu, VM0, gfn)
     elif kind == 8:
         assert lib.call_rcu(h.m, cpu, lib.RCU_NOTHING, gfn) == 0
     elif kind == 9:
-        other = int(lib.vm_create(h.m, 64))
+        other = VmId(lib.vm_create(h.m, 64))
         if other >= 0:
             lib.vm_destroy(h.m, other)
     elif kind == 10:
         ops = ffi.new("struct guest_op[]", choose.randrange(1, 9))
         assert lib.guest_set_program(h.m, vcpu, ops, len(ops)) == 0
     else:
-        lib.mm_image_create(h.m, 0, gfn, choose.randrange(8))
+        lib.mm_image_create(h.m, VM0, gfn, choose.randrange(8))
 
 
 def seen(h: Hypervisor) -> list[object]:
     """What can be told of the machine, times aside."""
     entries = ffi.new("struct tlb_entry[]", 4096)
-    n = lib.tlb_dump(lib.cpu_tlb(h.m, 0), entries, 4096)
+    n = lib.tlb_dump(lib.cpu_tlb(h.m, CPU0), entries, 4096)
     found: list[object] = [bytes(ffi.buffer(entries, n * ffi.sizeof("struct tlb_entry")))]
     counters = ffi.new("uint64_t[]", lib.COUNTERS)
     lib.counters_sum(h.m, counters)
     found.append(list(counters))
     found.append(h.violations())
-    found.append([h.leaf(0, 0, gfn, False) for gfn in range(0, GFNS, 5)])
-    found.append([lib.frames_in_use(h.m, kind) for kind in range(lib.FRAME_KINDS)])
+    found.append([h.leaf(CPU0, VM0, gfn, False) for gfn in range(0, GFNS, 5)])
+    found.append([lib.frames_in_use(h.m, kind) for kind in map(FrameKind, range(lib.FRAME_KINDS))])
     found.append([lib.frame_read(h.m, hfn, word) for hfn in range(1, 400) for word in (0, 1, 511)])
     return found
 
@@ -99,12 +101,12 @@ def test_it_does_the_same_again() -> None:
 
 def test_reports_and_counts_go_back_too() -> None:
     with rig() as h:
-        h.access(0, 0, 0x5000, WRITE)
+        h.access(CPU0, VCPU0, 0x5000, WRITE)
         assert lib.machine_snapshot(h.m) == 0
         for _ in range(3):
-            h.zap(0, 0, 5)
-            h.promise(0, 0, 5, lib.PROMISE_NOTIFIER)
-            h.access(0, 0, 0x5000)
+            h.zap(CPU0, VM0, 5)
+            h.promise(CPU0, VM0, 5, lib.PROMISE_NOTIFIER)
+            h.access(CPU0, VCPU0, 0x5000)
             assert h.violations() == {"stale-after-revoke": 1}
             assert len(h.reports()) == 1
             assert lib.machine_restore(h.m) == 0
@@ -130,7 +132,7 @@ def test_large_machines_can_be_kept(frames: int) -> None:
         assert lib.machine_snapshot(h.m) == 0
         before = h.violations()
         for gfn in range(100):
-            h.access(0, 0, gfn << 12, WRITE)
+            h.access(CPU0, VCPU0, gfn << 12, WRITE)
         assert lib.machine_restore(h.m) == 0
-        assert not h.mapped(0, 5)
+        assert not h.mapped(VM0, 5)
         assert h.violations() == before

@@ -9,8 +9,10 @@ from hypothesis import HealthCheck, example, given, settings
 from hypothesis import strategies as st
 
 from native import ffi, lib
+from native.types import PromiseKind, VcpuId, VmId
 from tests.native.hypervisor import READ, WRITE, Hypervisor
 from tests.native.slow_oracle import Model
+from tests.support import CPU0, CPU1, VM0
 
 GFNS = 4
 OPERATIONS = st.one_of(
@@ -24,7 +26,7 @@ OPERATIONS = st.one_of(
 )
 
 
-def access(machine: Hypervisor, model: Model, vcpus: list[int], step: Any) -> None:
+def access(machine: Hypervisor, model: Model, vcpus: list[VcpuId], step: Any) -> None:
     """The same access on both sides, EPT violations served in between."""
     _, cpu, gfn, kind = step
     before = sum(machine.violations().values())
@@ -32,37 +34,37 @@ def access(machine: Hypervisor, model: Model, vcpus: list[int], step: Any) -> No
     machine.access(cpu, vcpus[cpu], gfn << 12, kind)
     while not model.access(cpu, gfn, kind):
         frame = ffi.new("uint32_t *")
-        lib.oracle_right(machine.m, 0, gfn, frame)
+        lib.oracle_right(machine.m, VM0, gfn, frame)
         model.map(gfn, int(frame[0]))
     found = sum(machine.violations().values()) - before
     assert found == model.violations - expected, f"{step}: fast {found}, slow {model.violations - expected}"
 
 
-def apply(machine: Hypervisor, model: Model, vcpus: list[int], step: Any) -> None:
+def apply(machine: Hypervisor, model: Model, vcpus: list[VcpuId], step: Any) -> None:
     match step:
         case ("access", *_):
             access(machine, model, vcpus, step)
         case ("zap", gfn):
-            machine.zap(0, 0, gfn)
+            machine.zap(CPU0, VM0, gfn)
             model.zap(gfn)
         case ("protect", gfn):
-            machine.write_protect(0, 0, gfn)
+            machine.write_protect(CPU0, VM0, gfn)
             model.write_protect(gfn)
         case ("flush",):
-            machine.flush(0)
+            machine.flush(VM0)
             model.flush()
         case ("dirty-log", gfn):
-            machine.promise(0, 0, gfn, lib.PROMISE_DIRTY_LOG)
+            machine.promise(CPU0, VM0, gfn, lib.PROMISE_DIRTY_LOG)
             model.history.add("revoke", 0, gfn, -1, (WRITE,))
         case ("zap-range", gfn):
-            machine.promise(0, 0, gfn, lib.PROMISE_ZAP_RANGE)
+            machine.promise(CPU0, VM0, gfn, lib.PROMISE_ZAP_RANGE)
             model.history.add("revoke", 0, gfn, -1, (READ, WRITE))
         case ("free", gfn, zap):
             if zap:
-                machine.zap(0, 0, gfn)
+                machine.zap(CPU0, VM0, gfn)
                 model.zap(gfn)
-            machine.promise(0, 0, gfn, lib.PROMISE_NOTIFIER)
-            machine.free(0, 0, gfn)
+            machine.promise(CPU0, VM0, gfn, lib.PROMISE_NOTIFIER)
+            machine.free(CPU0, VM0, gfn)
             model.free(gfn)
 
 
@@ -100,9 +102,9 @@ def machine() -> Any:
 def test_use_before_the_promise_is_legal_and_counted(machine: Hypervisor) -> None:
     vm = machine.vm()
     vcpu = machine.vcpu(vm, 1)
-    machine.access(0, vcpu, 0x5000, WRITE)
-    machine.zap(0, vm, 5)
-    machine.access(0, vcpu, 0x5000, WRITE)
+    machine.access(CPU0, vcpu, 0x5000, WRITE)
+    machine.zap(CPU0, vm, 5)
+    machine.access(CPU0, vcpu, 0x5000, WRITE)
     assert machine.violations() == {}
     assert machine.count(lib.COUNT_LEGAL_STALE) == 1
     assert not machine.mapped(vm, 5), "the access went through the TLB, not through a new fault"
@@ -112,13 +114,13 @@ def test_use_before_the_promise_is_legal_and_counted(machine: Hypervisor) -> Non
 def test_freed_frame(machine: Hypervisor, flush: bool) -> None:
     vm = machine.vm()
     vcpu = machine.vcpu(vm, 1)
-    machine.access(0, vcpu, 0x5000, READ)
-    machine.zap(0, vm, 5)
+    machine.access(CPU0, vcpu, 0x5000, READ)
+    machine.zap(CPU0, vm, 5)
     if flush:
         machine.flush(vm)
-    machine.promise(0, vm, 5, lib.PROMISE_NOTIFIER)
-    machine.free(0, vm, 5)
-    machine.access(0, vcpu, 0x5000, READ)
+    machine.promise(CPU0, vm, 5, lib.PROMISE_NOTIFIER)
+    machine.free(CPU0, vm, 5)
+    machine.access(CPU0, vcpu, 0x5000, READ)
     assert machine.violations() == ({} if flush else {"use-after-free": 1})
     assert machine.count(lib.COUNT_AVERTED) == flush
     if not flush:
@@ -135,13 +137,13 @@ def test_a_refill_is_counted_once_whatever_exits_it_takes(
     vm = machine.vm()
     vcpu = machine.vcpu(vm, 1, paging=paging)
     machine.process(vcpu, [0x5000], [5])
-    machine.access(0, vcpu, 0x5000)
+    machine.access(CPU0, vcpu, 0x5000)
     mapped = [gfn for gfn in range(1024) if machine.mapped(vm, gfn)]
     assert len(mapped) == pages, "with four levels of the guest's tables"
     machine.flush(vm)
     for gfn in mapped:
-        machine.zap(0, vm, gfn)
-    machine.access(0, vcpu, 0x5000)  # an EPT violation for each of them
+        machine.zap(CPU0, vm, gfn)
+    machine.access(CPU0, vcpu, 0x5000)  # an EPT violation for each of them
     assert machine.count(lib.COUNT_REFILLS) == pages + paging
     assert machine.violations() == {}
 
@@ -149,51 +151,51 @@ def test_a_refill_is_counted_once_whatever_exits_it_takes(
 def test_one_report_per_stale_entry(machine: Hypervisor) -> None:
     vm = machine.vm()
     vcpu = machine.vcpu(vm, 1)
-    machine.access(0, vcpu, 0x5000, READ)
-    machine.zap(0, vm, 5)
-    machine.promise(0, vm, 5, lib.PROMISE_ZAP_RANGE)
+    machine.access(CPU0, vcpu, 0x5000, READ)
+    machine.zap(CPU0, vm, 5)
+    machine.promise(CPU0, vm, 5, lib.PROMISE_ZAP_RANGE)
     for _ in range(5):
-        machine.access(0, vcpu, 0x5000, READ)
+        machine.access(CPU0, vcpu, 0x5000, READ)
     assert machine.violations() == {"stale-after-revoke": 1}
 
 
 def test_a_right_granted_again_is_no_violation(machine: Hypervisor) -> None:
     vm = machine.vm()
     vcpu, other = machine.vcpu(vm, 1), machine.vcpu(vm, 2)
-    machine.access(0, vcpu, 0x5000, READ)
-    machine.zap(0, vm, 5)
-    machine.promise(0, vm, 5, lib.PROMISE_MEMSLOT)
-    machine.access(1, other, 0x5000, READ)
-    machine.access(0, vcpu, 0x5000, READ)
+    machine.access(CPU0, vcpu, 0x5000, READ)
+    machine.zap(CPU0, vm, 5)
+    machine.promise(CPU0, vm, 5, lib.PROMISE_MEMSLOT)
+    machine.access(CPU1, other, 0x5000, READ)
+    machine.access(CPU0, vcpu, 0x5000, READ)
     assert machine.violations() == {}
 
 
 def test_losing_only_write_is_a_revocation(machine: Hypervisor) -> None:
     vm = machine.vm()
     vcpu = machine.vcpu(vm, 1)
-    machine.access(0, vcpu, 0x5000, WRITE)
-    machine.write_protect(0, vm, 5)
-    machine.access(0, vcpu, 0x5000, WRITE)
+    machine.access(CPU0, vcpu, 0x5000, WRITE)
+    machine.write_protect(CPU0, vm, 5)
+    machine.access(CPU0, vcpu, 0x5000, WRITE)
     assert machine.violations() == {}, "stale writable entries before the log is read are legal"
-    machine.promise(0, vm, 5, lib.PROMISE_DIRTY_LOG)
-    machine.access(0, vcpu, 0x5000, READ)
+    machine.promise(CPU0, vm, 5, lib.PROMISE_DIRTY_LOG)
+    machine.access(CPU0, vcpu, 0x5000, READ)
     assert machine.violations() == {}, "the right to read is not affected"
-    machine.access(0, vcpu, 0x5000, WRITE)
+    machine.access(CPU0, vcpu, 0x5000, WRITE)
     assert machine.violations() == {"stale-after-revoke": 1}
 
 
 def test_root_page_reused_by_another_vm(machine: Hypervisor) -> None:
     first, second = machine.vm(), machine.vm()
     vcpu = machine.vcpu(first, 1)
-    machine.access(0, vcpu, 0x5000, READ)
+    machine.access(CPU0, vcpu, 0x5000, READ)
     # The first VM's root dies, and its page becomes a root of the second VM: no flush in between.
-    lib.ept_table_free(machine.m, 0, machine.roots[first])
-    lib.ept_table_free(machine.m, 0, machine.roots[second])
+    lib.ept_table_free(machine.m, CPU0, machine.roots[first])
+    lib.ept_table_free(machine.m, CPU0, machine.roots[second])
     machine.new_root()
     machine.roots[second] = machine.new_root()
     assert machine.roots[second] == machine.roots[first], "last in, first out"
     stranger = machine.vcpu(second, 2)
-    machine.access(0, stranger, 0x5000, READ)
+    machine.access(CPU0, stranger, 0x5000, READ)
     # Its translation, and the paging-structure-cache entry behind it.
     assert machine.violations() == {"cross-vm": 2}
     report = machine.reports()[0]
@@ -205,31 +207,31 @@ def test_entries_of_a_dead_root_are_counted_whichever_page_it_was(root_frames: i
     with Hypervisor(root_frames=root_frames) as machine:
         vm = machine.vm()
         root = machine.roots[vm]
-        lib.flush_invept_single(machine.m, 0, vm, root, lib.REASON_MIGRATION)
-        machine.access(0, machine.vcpu(vm, 1), 0x5000, READ)
-        lib.ept_table_free(machine.m, 0, root)
+        lib.flush_invept_single(machine.m, CPU0, vm, root, lib.REASON_MIGRATION)
+        machine.access(CPU0, machine.vcpu(vm, 1), 0x5000, READ)
+        lib.ept_table_free(machine.m, CPU0, root)
         assert machine.new_root() == root, "last in, first out"
         before = lib.counter_sum(machine.m, lib.COUNT_DEAD_ROOT_ENTRIES)
-        lib.flush_invept_single(machine.m, 0, vm, root, lib.REASON_MIGRATION)
+        lib.flush_invept_single(machine.m, CPU0, vm, root, lib.REASON_MIGRATION)
         dead = lib.counter_sum(machine.m, lib.COUNT_DEAD_ROOT_ENTRIES) - before
         assert dead > 0
-        lib.flush_invept_single(machine.m, 0, vm, root, lib.REASON_MIGRATION)
+        lib.flush_invept_single(machine.m, CPU0, vm, root, lib.REASON_MIGRATION)
         assert lib.counter_sum(machine.m, lib.COUNT_DEAD_ROOT_ENTRIES) == before + dead, "once"
 
 
 def test_freed_table_behind_a_paging_structure_cache(machine: Hypervisor) -> None:
     vm = machine.vm()
     vcpu = machine.vcpu(vm, 1)
-    machine.access(0, vcpu, 0x5000, READ)
-    sptes, tables = ffi.new("uint64_t[6]"), ffi.new("uint32_t[6]")
+    machine.access(CPU0, vcpu, 0x5000, READ)
+    sptes, tables = ffi.new("uint64_t[]", 6), ffi.new("uint32_t[]", 6)
     assert lib.tdp_mmu_get_walk(machine.m, machine.roots[vm], 4, 5, sptes, tables) == 1
-    lib.tdp_mmu_set_spte(machine.m, 0, vm, tables[2], 0, 2, 0, 0)
+    lib.tdp_mmu_set_spte(machine.m, CPU0, vm, tables[2], 0, 2, 0, 0)
     removal = ffi.new("struct tdp_removal *")
-    assert lib.tdp_removal_begin(machine.m, 0, vm, removal, sptes[2], 2, 0, 0) == 0
-    assert lib.tdp_removal_step(machine.m, 0, vm, removal, 512) == 0
+    assert lib.tdp_removal_begin(machine.m, CPU0, vm, removal, sptes[2], 2, 0, 0) == 0
+    assert lib.tdp_removal_step(machine.m, CPU0, vm, removal, 512) == 0
     assert removal.page == tables[1]
-    lib.ept_table_free(machine.m, 0, tables[1])
-    machine.access(0, vcpu, 0x6000, READ)
+    lib.ept_table_free(machine.m, CPU0, tables[1])
+    machine.access(CPU0, vcpu, 0x6000, READ)
     assert machine.violations() == {"walk-after-free": 1}
 
 
@@ -238,13 +240,13 @@ def test_custody_void_before_the_spte_was_installed(machine: Hypervisor) -> None
     vm = machine.vm()
     vcpu = machine.vcpu(vm, 1)
     page = ffi.new("struct mm_page *")
-    assert lib.mm_fault(machine.m, 0, vm, 5, 1, page) == 0
-    machine.promise(0, vm, 5, lib.PROMISE_NOTIFIER)
-    machine.free(0, vm, 5)
-    table, index, old = machine.leaf(0, vm, 5, True)
+    assert lib.mm_fault(machine.m, CPU0, vm, 5, 1, page) == 0
+    machine.promise(CPU0, vm, 5, lib.PROMISE_NOTIFIER)
+    machine.free(CPU0, vm, 5)
+    table, index, old = machine.leaf(CPU0, vm, 5, True)
     spte = lib.make_spte(page.hfn, page.tag, 1, 1, 1)
-    assert lib.tdp_mmu_set_spte_atomic(machine.m, 0, vm, table, index, 1, 5, old, spte) == 0
-    machine.access(0, vcpu, 0x5000, READ)
+    assert lib.tdp_mmu_set_spte_atomic(machine.m, CPU0, vm, table, index, 1, 5, old, spte) == 0
+    machine.access(CPU0, vcpu, 0x5000, READ)
     assert "use-after-free" in machine.violations()
 
 
@@ -252,29 +254,31 @@ def test_a_promise_is_about_what_was_taken_away_before_its_flush(machine: Hyperv
     """Granted again after the flush, then taken away by somebody who has not flushed yet: still legal."""
     vm = machine.vm()
     vcpu = machine.vcpu(vm, 1)
-    machine.access(0, vcpu, 0x5000, WRITE)
-    machine.write_protect(0, vm, 5)
+    machine.access(CPU0, vcpu, 0x5000, WRITE)
+    machine.write_protect(CPU0, vm, 5)
     ticket = lib.oracle_ticket(machine.m, vm)
     machine.flush(vm)
-    machine.access(0, vcpu, 0x5000, WRITE)  # a fault gives W back
-    machine.zap(0, vm, 5)
-    lib.oracle_revoke(machine.m, 0, vm, 5, 6, lib.PROMISE_DIRTY_LOG, ticket)
-    machine.access(0, vcpu, 0x5000, WRITE)
+    machine.access(CPU0, vcpu, 0x5000, WRITE)  # a fault gives W back
+    machine.zap(CPU0, vm, 5)
+    lib.oracle_revoke(machine.m, CPU0, vm, 5, 6, lib.PROMISE_DIRTY_LOG, ticket)
+    machine.access(CPU0, vcpu, 0x5000, WRITE)
     assert machine.violations() == {}
     assert machine.count(lib.COUNT_LEGAL_STALE) == 1
 
 
 @pytest.mark.parametrize("promise", [lib.PROMISE_NOTIFIER, lib.PROMISE_MEMSLOT, lib.PROMISE_ZAP_RANGE])
-def test_a_promise_that_finds_nothing_ends_what_a_fault_has_found(machine: Hypervisor, promise: int) -> None:
+def test_a_promise_that_finds_nothing_ends_what_a_fault_has_found(
+    machine: Hypervisor, promise: PromiseKind
+) -> None:
     """All rights have ended by an earlier one, and a fault has looked in between."""
     vm = machine.vm()
     vcpu = machine.vcpu(vm, 1)
-    machine.access(0, vcpu, 0x5000, READ)
-    machine.zap(0, vm, 5)
-    machine.promise(0, vm, 5, promise)
+    machine.access(CPU0, vcpu, 0x5000, READ)
+    machine.zap(CPU0, vm, 5)
+    machine.promise(CPU0, vm, 5, promise)
     machine.flush(vm)
     tags = [lib.frame_host_tag_of(machine.m, frame_of(machine, vm, 5))]
-    machine.promise(0, vm, 5, promise)
+    machine.promise(CPU0, vm, 5, promise)
     tags.append(lib.frame_host_tag_of(machine.m, frame_of(machine, vm, 5)))
     assert tags[0] != tags[1]
 
@@ -282,17 +286,17 @@ def test_a_promise_that_finds_nothing_ends_what_a_fault_has_found(machine: Hyper
 def test_a_promise_leaves_the_frames_next_user_alone(machine: Hypervisor) -> None:
     vm = machine.vm()
     vcpu = machine.vcpu(vm, 1)
-    machine.access(0, vcpu, 0x5000, READ)
+    machine.access(CPU0, vcpu, 0x5000, READ)
     hfn = frame_of(machine, vm, 5)
-    machine.zap(0, vm, 5)
-    machine.promise(0, vm, 5, lib.PROMISE_NOTIFIER)
-    machine.free(0, vm, 5)
+    machine.zap(CPU0, vm, 5)
+    machine.promise(CPU0, vm, 5, lib.PROMISE_NOTIFIER)
+    machine.free(CPU0, vm, 5)
     tag = lib.frame_host_tag_of(machine.m, hfn)
-    machine.promise(0, vm, 5, lib.PROMISE_NOTIFIER)
+    machine.promise(CPU0, vm, 5, lib.PROMISE_NOTIFIER)
     assert lib.frame_host_tag_of(machine.m, hfn) == tag
 
 
-def frame_of(machine: Hypervisor, vm: int, gfn: int) -> int:
+def frame_of(machine: Hypervisor, vm: VmId, gfn: int) -> int:
     """The frame that was mapped there last."""
     hfn = ffi.new("uint32_t *")
     lib.oracle_right(machine.m, vm, gfn, hfn)

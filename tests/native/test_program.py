@@ -10,7 +10,9 @@ from collections.abc import Iterator
 import pytest
 
 from native import ffi, lib
+from native.types import CpuId, VcpuId
 from tests.native.hypervisor import Hypervisor
+from tests.support import CPU0, CPU1
 
 A, B, C = 0x100, 0x101, 0x300
 KINDS = {
@@ -28,7 +30,7 @@ def machine() -> Iterator[Hypervisor]:
         yield h
 
 
-def boot(machine: Hypervisor, processes: int = 1, **guest: int) -> int:
+def boot(machine: Hypervisor, processes: int = 1, **guest: int) -> VcpuId:
     """A vCPU whose OS keeps its tables in the last pages."""
     settings = {"paging": 1, "pcid": 0, "first_gfn": 900, "end_gfn": 1024, **guest}
     vcpu = machine.vcpu(machine.vm(1024), 1, **settings)
@@ -41,14 +43,14 @@ def op(kind: str, page: int = 0, value: int = 0, flags: int = 0) -> dict[str, in
     return {"kind": KINDS[kind], "linear": page << 12, "value": value, "flags": flags}
 
 
-def run(machine: Hypervisor, vcpu: int, *ops: dict[str, int], cpu: int = 0, until: int = -1) -> int:
+def run(machine: Hypervisor, vcpu: VcpuId, *ops: dict[str, int], cpu: CpuId = CPU0, until: int = -1) -> int:
     """The program to its end, or to another exit than an EPT violation; returns the exit reason."""
     array = ffi.new("struct guest_op[]", list(ops))
     assert lib.guest_set_program(machine.m, vcpu, array, len(ops)) == 0
     return go_on(machine, vcpu, cpu)
 
 
-def go_on(machine: Hypervisor, vcpu: int, cpu: int = 0, budget: int = 1000) -> int:
+def go_on(machine: Hypervisor, vcpu: VcpuId, cpu: CpuId = CPU0, budget: int = 1000) -> int:
     while True:
         machine.enter(cpu, vcpu)
         reason = int(lib.guest_run(machine.m, cpu, vcpu, budget, machine.exit))
@@ -57,7 +59,7 @@ def go_on(machine: Hypervisor, vcpu: int, cpu: int = 0, budget: int = 1000) -> i
         machine.map(cpu, machine.vm_of[vcpu], machine.exit.gpa >> 12)
 
 
-def position(machine: Hypervisor, vcpu: int) -> int:
+def position(machine: Hypervisor, vcpu: VcpuId) -> int:
     return int(lib.guest_program_position(machine.m, vcpu))
 
 
@@ -117,7 +119,7 @@ def changed_away(machine: Hypervisor, change: list[dict[str, int]], then: dict[s
     """pCPU 0 caches A, pCPU 1 changes it, pCPU 0 uses it."""
     vcpu = boot(machine, processes=2, pcid=1)
     run(machine, vcpu, *MAPPED)
-    run(machine, vcpu, *change, cpu=1)
+    run(machine, vcpu, *change, cpu=CPU1)
     assert machine.violations() == {}
     run(machine, vcpu, then)
     return machine.violations()
@@ -138,10 +140,10 @@ def test_a_global_page_outlives_mov_cr3(machine: Hypervisor) -> None:
     flags = lib.GUEST_OP_GLOBAL
     vcpu = boot(machine, processes=2, pcid=1)
     run(machine, vcpu, op("map", A, 0x10, flags), op("read", A))
-    run(machine, vcpu, op("map", A, 0x12, flags), op("mov_cr3", value=0), op("invpcid", 0, 0, 3), cpu=1)
+    run(machine, vcpu, op("map", A, 0x12, flags), op("mov_cr3", value=0), op("invpcid", 0, 0, 3), cpu=CPU1)
     run(machine, vcpu, op("read", A))
     assert machine.violations() == {}
-    run(machine, vcpu, op("invpcid", 0, 0, 2), cpu=1)
+    run(machine, vcpu, op("invpcid", 0, 0, 2), cpu=CPU1)
     run(machine, vcpu, op("read", A))
     assert set(machine.violations()) == {"guest-stale"}
 
@@ -207,8 +209,7 @@ def test_whoever_waits_in_guest_mode_takes_interrupts(machine: Hypervisor) -> No
     thread.start()
     while not lib.signal_get(machine.m, 0):
         time.sleep(0.0001)
-    housekeeping = machine.pcpus
-    assert lib.smp_call_function_single(machine.m, housekeeping, 0, lib.IPI_ACK_KICK, 0, 1) == 1
+    assert lib.smp_call_function_single(machine.m, machine.housekeeping, CPU0, lib.IPI_ACK_KICK, 0, 1) == 1
     thread.join(10)
     assert exits == [lib.EXIT_INTERRUPT]
     assert lib.vcpu_mode(machine.m, vcpu) == lib.OUTSIDE_GUEST_MODE
@@ -219,35 +220,36 @@ def test_whoever_waits_in_guest_mode_takes_interrupts(machine: Hypervisor) -> No
 
 def test_an_idle_cpu_runs_what_is_called_on_it(machine: Hypervisor) -> None:
     vcpu = boot(machine)
-    run(machine, vcpu, *MAPPED, cpu=1)
-    assert lib.cpu_idle(machine.m, 1) == 0
-    assert lib.cpu_power(machine.m, 1) == lib.CPU_HALTED
+    run(machine, vcpu, *MAPPED, cpu=CPU1)
+    assert lib.cpu_idle(machine.m, CPU1) == 0
+    assert lib.cpu_power(machine.m, CPU1) == lib.CPU_HALTED
     root = machine.roots[machine.vm_of[vcpu]]
     before = machine.count(lib.COUNT_CALLS_SERVICED)
     argument = machine.vm_of[vcpu] << 32 | root
-    assert lib.smp_call_function_single(machine.m, machine.pcpus, 1, lib.IPI_INVEPT_SINGLE, argument, 1) == 1
+    m, sender = machine.m, machine.housekeeping
+    assert lib.smp_call_function_single(m, sender, CPU1, lib.IPI_INVEPT_SINGLE, argument, 1) == 1
     assert machine.count(lib.COUNT_CALLS_SERVICED) == before + 1
-    assert lib.cpu_take(machine.m, 1) == 0
-    assert lib.cpu_power(machine.m, 1) == lib.CPU_RUNNING
+    assert lib.cpu_take(machine.m, CPU1) == 0
+    assert lib.cpu_power(machine.m, CPU1) == lib.CPU_RUNNING
     misses = machine.count(lib.COUNT_L2_MISSES)
-    run(machine, vcpu, op("read", A), cpu=1)
+    run(machine, vcpu, op("read", A), cpu=CPU1)
     assert machine.count(lib.COUNT_L2_MISSES) == misses + 1
 
 
 def test_taking_an_offline_cpu_brings_it_online(machine: Hypervisor) -> None:
-    lib.cpu_offline(machine.m, 1)
-    assert lib.cpu_idle(machine.m, 1) == lib.MACHINE_OFFLINE
-    assert lib.cpu_take(machine.m, 1) == 0
-    assert lib.cpu_power(machine.m, 1) == lib.CPU_RUNNING
+    lib.cpu_offline(machine.m, CPU1)
+    assert lib.cpu_idle(machine.m, CPU1) == lib.MACHINE_OFFLINE
+    assert lib.cpu_take(machine.m, CPU1) == 0
+    assert lib.cpu_power(machine.m, CPU1) == lib.CPU_RUNNING
 
 
 def test_a_reset_cpu_has_nothing_cached_and_averts_nothing(machine: Hypervisor) -> None:
     vcpu = boot(machine)
     run(machine, vcpu, *MAPPED)
     vm = machine.vm_of[vcpu]
-    machine.zap(0, vm, 0x10)
-    lib.flush_reset(machine.m, 0)
-    machine.promise(0, vm, 0x10, lib.PROMISE_NOTIFIER)
+    machine.zap(CPU0, vm, 0x10)
+    lib.flush_reset(machine.m, CPU0)
+    machine.promise(CPU0, vm, 0x10, lib.PROMISE_NOTIFIER)
     run(machine, vcpu, op("read", A))
     assert machine.violations() == {}
     assert machine.count(lib.COUNT_AVERTED) == machine.count(lib.COUNT_REFILLS) == 0

@@ -8,6 +8,7 @@ import pytest
 
 from emulator.runtime import Machine
 from native import ffi, lib
+from tests.support import CPU0, CPU1, CPU3
 
 CONFIG = {
     "pcpus": 2,
@@ -38,55 +39,55 @@ def machine() -> Iterator[Machine]:
 
 def test_a_sender_that_waits_later_polls_its_node(machine: Machine) -> None:
     mask = ffi.new("uint64_t[]", [0b11])
-    assert lib.smp_call_function_many(machine.m, 0, mask, lib.IPI_ACK_KICK, 0, lib.IPI_WAIT_LATER) == 1
-    assert lib.csd_busy(machine.m, 0, 1)
-    assert not lib.csd_busy(machine.m, 1, 0)
-    assert lib.ipi_drain(machine.m, 1) == 1
-    assert not lib.csd_busy(machine.m, 0, 1)
+    assert lib.smp_call_function_many(machine.m, CPU0, mask, lib.IPI_ACK_KICK, 0, lib.IPI_WAIT_LATER) == 1
+    assert lib.csd_busy(machine.m, CPU0, CPU1)
+    assert not lib.csd_busy(machine.m, CPU1, CPU0)
+    assert lib.ipi_drain(machine.m, CPU1) == 1
+    assert not lib.csd_busy(machine.m, CPU0, CPU1)
 
 
 def test_a_held_call_runs_when_it_arrives(machine: Machine) -> None:
     m, mask = machine.m, ffi.new("uint64_t[]", [0b10])
-    lib.ipi_hold(m, 1, 1)
-    lib.smp_call_function_many(m, 0, mask, lib.IPI_ACK_KICK, 0, lib.IPI_WAIT_LATER)
-    assert lib.ipi_drain(m, 1) == 0
-    assert not lib.cpu_attention(m, 1)
-    assert lib.ipi_arrive(m, 1) == 1
-    assert not lib.csd_busy(m, 0, 1)
-    lib.smp_call_function_many(m, 0, mask, lib.IPI_ACK_KICK, 0, lib.IPI_WAIT_LATER)
-    lib.local_irq_disable(m, 1, b"a test")
-    assert lib.ipi_arrive(m, 1) == 0
-    assert lib.csd_busy(m, 0, 1)
-    lib.local_irq_enable(m, 1)
-    assert not lib.csd_busy(m, 0, 1)
+    lib.ipi_hold(m, CPU1, 1)
+    lib.smp_call_function_many(m, CPU0, mask, lib.IPI_ACK_KICK, 0, lib.IPI_WAIT_LATER)
+    assert lib.ipi_drain(m, CPU1) == 0
+    assert not lib.cpu_attention(m, CPU1)
+    assert lib.ipi_arrive(m, CPU1) == 1
+    assert not lib.csd_busy(m, CPU0, CPU1)
+    lib.smp_call_function_many(m, CPU0, mask, lib.IPI_ACK_KICK, 0, lib.IPI_WAIT_LATER)
+    lib.local_irq_disable(m, CPU1, b"a test")
+    assert lib.ipi_arrive(m, CPU1) == 0
+    assert lib.csd_busy(m, CPU0, CPU1)
+    lib.local_irq_enable(m, CPU1)
+    assert not lib.csd_busy(m, CPU0, CPU1)
 
 
 def test_a_grace_period_waits_for_readers_of_before(machine: Machine) -> None:
-    m, rcu = machine.m, 3
-    table = lib.ept_table_alloc(m, 0, lib.FRAME_TABLE)
+    m, rcu = machine.m, CPU3
+    table = lib.ept_table_alloc(m, CPU0, lib.FRAME_TABLE)
     assert lib.rcu_gp_begin(m, rcu) == 0
-    lib.rcu_read_lock(m, 1)
-    lib.ept_table_free_rcu(m, 0, table)
+    lib.rcu_read_lock(m, CPU1)
+    lib.ept_table_free_rcu(m, CPU0, table)
     assert lib.rcu_gp_begin(m, rcu) == 1
     assert lib.rcu_gp_begin(m, rcu) == 0
-    lib.rcu_read_lock(m, 0)  # after the grace period began: nobody waits for it
+    lib.rcu_read_lock(m, CPU0)  # after the grace period began: nobody waits for it
     assert lib.rcu_gp_end(m, rcu) == lib.MACHINE_AGAIN
     assert lib.rcu_holdout(m) == 1
     assert lib.frames_in_use(m, lib.FRAME_TABLE) == 1
-    lib.rcu_read_unlock(m, 1)
+    lib.rcu_read_unlock(m, CPU1)
     assert lib.rcu_gp_end(m, rcu) == 1
     assert lib.frames_in_use(m, lib.FRAME_TABLE) == 0
     assert lib.rcu_gp_end(m, rcu) == 0
-    lib.rcu_read_unlock(m, 0)
+    lib.rcu_read_unlock(m, CPU0)
 
 
 def test_frames_come_in_the_order_of_a_new_machine_again(machine: Machine) -> None:
     m = machine.m
-    frames = [lib.frame_alloc(m, 0, lib.FRAME_TABLE) for _ in range(3)]
+    frames = [lib.frame_alloc(m, CPU0, lib.FRAME_TABLE) for _ in range(3)]
     for hfn in frames:
-        lib.frame_free(m, 0, hfn)
-    assert lib.frame_alloc(m, 0, lib.FRAME_TABLE) == frames[2]
+        lib.frame_free(m, CPU0, hfn)
+    assert lib.frame_alloc(m, CPU0, lib.FRAME_TABLE) == frames[2]
     assert lib.frames_order(m) == 1
-    lib.frame_free(m, 0, frames[2])
+    lib.frame_free(m, CPU0, frames[2])
     assert lib.frames_order(m) == 0
-    assert [lib.frame_alloc(m, 0, lib.FRAME_TABLE) for _ in range(3)] == frames
+    assert [lib.frame_alloc(m, CPU0, lib.FRAME_TABLE) for _ in range(3)] == frames

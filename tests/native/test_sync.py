@@ -8,28 +8,32 @@ from __future__ import annotations
 import threading
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from typing import Any
+from typing import TYPE_CHECKING
 
 import pytest
 
-from native import COUNTER_NAMES, HISTOGRAM_NAMES, ffi, lib
-from tests.support import BareMachine, wait_until
+from native import COUNTER_NAMES, ffi, lib
+from native.types import CpuId
+from tests.support import VM0, BareMachine, wait_until
 
-FIRST, SECOND = 0, 1  # pCPUs
-HOUSEKEEPER, RCU = 2, 3
+if TYPE_CHECKING:
+    from native._native import MachinePtr
+
+FIRST, SECOND = CpuId(0), CpuId(1)  # pCPUs
+HOUSEKEEPER, RCU = CpuId(2), CpuId(3)
 ROUNDS = 100_000
 
 
 @pytest.fixture
-def m(bare_machine: BareMachine) -> Any:
+def m(bare_machine: BareMachine) -> MachinePtr:
     return bare_machine.pointer
 
 
-def sentence(m: Any, cpu: int) -> str:
+def sentence(m: MachinePtr, cpu: CpuId) -> str:
     return str(ffi.string(lib.machine_error_text(m, cpu)).decode())
 
 
-def counter(m: Any, name: str) -> int:
+def counter(m: MachinePtr, name: str) -> int:
     values = ffi.new("uint64_t[]", lib.COUNTERS)
     lib.counters_sum(m, values)
     return int(values[COUNTER_NAMES.index(name)])
@@ -57,7 +61,7 @@ class Runner(threading.Thread):
             raise self._error
 
 
-def idle(m: Any, cpu: int) -> None:
+def idle(m: MachinePtr, cpu: CpuId) -> None:
     """What a pCPU does that has nothing to do."""
     lib.cpu_online(m, cpu)
     while (bits := lib.cpu_halt(m, cpu, 0)) >= 0:
@@ -67,7 +71,7 @@ def idle(m: Any, cpu: int) -> None:
 
 
 @contextmanager
-def running(m: Any, *bodies: Callable[[], None]) -> Iterator[None]:
+def running(m: MachinePtr, *bodies: Callable[[], None]) -> Iterator[None]:
     """Threads that end when the machine stops."""
     threads = [Runner(body) for body in bodies]
     try:
@@ -78,7 +82,7 @@ def running(m: Any, *bodies: Callable[[], None]) -> Iterator[None]:
             thread.finish()
 
 
-def halted(m: Any, cpu: int) -> None:
+def halted(m: MachinePtr, cpu: CpuId) -> None:
     wait_until(lambda: lib.cpu_power(m, cpu) == lib.CPU_HALTED, f"CPU {cpu} halts")
 
 
@@ -107,7 +111,7 @@ def test_impossible_machines_are_explained(change: dict[str, int], expected: str
 # --- halting and notifying ------------------------------------------------------------------------
 
 
-def test_halt_ends_at_a_message_a_timeout_and_a_stop(m: Any) -> None:
+def test_halt_ends_at_a_message_a_timeout_and_a_stop(m: MachinePtr) -> None:
     lib.cpu_online(m, FIRST)
     assert lib.cpu_halt(m, FIRST, 100) == 0
     lib.cpu_notify(m, FIRST, lib.ATTENTION_MESSAGE)
@@ -118,7 +122,7 @@ def test_halt_ends_at_a_message_a_timeout_and_a_stop(m: Any) -> None:
     assert lib.cpu_halt(m, FIRST, 0) == lib.MACHINE_STOPPED
 
 
-def test_notify_wakes_a_halted_cpu(m: Any) -> None:
+def test_notify_wakes_a_halted_cpu(m: MachinePtr) -> None:
     seen: list[int] = []
 
     def sleeper() -> None:
@@ -132,7 +136,7 @@ def test_notify_wakes_a_halted_cpu(m: Any) -> None:
     assert seen == [lib.ATTENTION_RESCHED]
 
 
-def test_event_ends_a_wait_that_python_tests(m: Any) -> None:
+def test_event_ends_a_wait_that_python_tests(m: MachinePtr) -> None:
     before = lib.cpu_event(m, HOUSEKEEPER)
     assert lib.cpu_wait_event(m, HOUSEKEEPER, before, 100) == 0
     assert lib.cpu_event(m, HOUSEKEEPER) == before
@@ -142,7 +146,7 @@ def test_event_ends_a_wait_that_python_tests(m: Any) -> None:
     assert lib.cpu_wait_event(m, HOUSEKEEPER, lib.cpu_event(m, HOUSEKEEPER), 0) == lib.MACHINE_STOPPED
 
 
-def test_offline_cpu_neither_waits_nor_sends(m: Any) -> None:
+def test_offline_cpu_neither_waits_nor_sends(m: MachinePtr) -> None:
     assert lib.cpu_power(m, FIRST) == lib.CPU_OFFLINE
     assert lib.cpu_halt(m, FIRST, 0) == lib.MACHINE_OFFLINE
     assert lib.on_each_cpu(m, FIRST, lib.IPI_ACK_KICK, 0, 1) == lib.MACHINE_OFFLINE
@@ -153,19 +157,19 @@ def test_offline_cpu_neither_waits_nor_sends(m: Any) -> None:
 # --- calls ----------------------------------------------------------------------------------------
 
 
-def test_calls_to_halted_cpus_are_served_by_the_sender(m: Any) -> None:
+def test_calls_to_halted_cpus_are_served_by_the_sender(m: MachinePtr) -> None:
     with running(m, lambda: idle(m, FIRST), lambda: idle(m, SECOND)):
         halted(m, FIRST)
         halted(m, SECOND)
         assert lib.on_each_cpu(m, HOUSEKEEPER, lib.IPI_ACK_KICK, 0, 1) == 2
         assert lib.smp_call_function_single(m, HOUSEKEEPER, SECOND, lib.IPI_ACK_KICK, 0, 1) == 1
-        mask = ffi.new("uint64_t[1]", [1 << FIRST])
+        mask = ffi.new("uint64_t[]", [1 << FIRST])
         assert lib.smp_call_function_many(m, HOUSEKEEPER, mask, lib.IPI_ACK_KICK, 0, 1) == 1
         assert counter(m, "csd_queued") == counter(m, "ipis_sent") == counter(m, "ipis_received") == 4
         assert counter(m, "calls_run") == counter(m, "calls_serviced") == 4
 
 
-def test_interrupts_off_delay_a_call(m: Any) -> None:
+def test_interrupts_off_delay_a_call(m: MachinePtr) -> None:
     lib.cpu_online(m, FIRST)
     lib.local_irq_disable(m, FIRST, b"the test")
     assert lib.smp_call_function_single(m, HOUSEKEEPER, FIRST, lib.IPI_ACK_KICK, 0, 0) == 1
@@ -176,7 +180,7 @@ def test_interrupts_off_delay_a_call(m: Any) -> None:
     assert counter(m, "calls_run") == 1
 
 
-def test_a_dead_target_acknowledges(m: Any) -> None:
+def test_a_dead_target_acknowledges(m: MachinePtr) -> None:
     lib.cpu_online(m, FIRST)
     thread = Runner(
         lambda: _equal(lib.smp_call_function_single(m, HOUSEKEEPER, FIRST, lib.IPI_ACK_KICK, 0, 1), 1)
@@ -194,7 +198,7 @@ def _equal(found: int, expected: int) -> None:
 # --- misuse ---------------------------------------------------------------------------------------
 
 
-WAITS: list[tuple[str, Callable[[Any], int]]] = [
+WAITS: list[tuple[str, Callable[[MachinePtr], int]]] = [
     ("cpu_halt", lambda m: lib.cpu_halt(m, FIRST, 1)),
     ("cpu_wait_event", lambda m: lib.cpu_wait_event(m, FIRST, 0, 1)),
     ("on_each_cpu", lambda m: lib.on_each_cpu(m, FIRST, lib.IPI_ACK_KICK, 0, 0)),
@@ -202,16 +206,18 @@ WAITS: list[tuple[str, Callable[[Any], int]]] = [
         "smp_call_function_single",
         lambda m: lib.smp_call_function_single(m, FIRST, SECOND, lib.IPI_ACK_KICK, 0, 1),
     ),
-    ("mmu_read_lock", lambda m: lib.mmu_read_lock(m, FIRST, 0)),
-    ("mmu_write_lock", lambda m: lib.mmu_write_lock(m, FIRST, 0)),
+    ("mmu_read_lock", lambda m: lib.mmu_read_lock(m, FIRST, VM0)),
+    ("mmu_write_lock", lambda m: lib.mmu_write_lock(m, FIRST, VM0)),
     ("synchronize_rcu", lambda m: lib.synchronize_rcu(m, FIRST)),
     ("rcu_barrier", lambda m: lib.rcu_barrier(m, FIRST)),
-    ("synchronize_srcu", lambda m: lib.synchronize_srcu(m, FIRST, 0)),
+    ("synchronize_srcu", lambda m: lib.synchronize_srcu(m, FIRST, VM0)),
 ]
 
 
 @pytest.mark.parametrize(("name", "wait"), WAITS, ids=[name for name, _ in WAITS])
-def test_waiting_with_interrupts_off_names_the_place(m: Any, name: str, wait: Callable[[Any], int]) -> None:
+def test_waiting_with_interrupts_off_names_the_place(
+    m: MachinePtr, name: str, wait: Callable[[MachinePtr], int]
+) -> None:
     lib.cpu_online(m, FIRST)
     lib.local_irq_disable(m, FIRST, b"vcpu_enter_guest")
     assert wait(m) == lib.MACHINE_MISUSE
@@ -220,44 +226,44 @@ def test_waiting_with_interrupts_off_names_the_place(m: Any, name: str, wait: Ca
 
 
 @pytest.mark.parametrize("name", ["synchronize_rcu", "rcu_barrier", "synchronize_srcu", "cpu_halt"])
-def test_sleeping_in_a_read_section_or_under_mmu_lock(m: Any, name: str) -> None:
+def test_sleeping_in_a_read_section_or_under_mmu_lock(m: MachinePtr, name: str) -> None:
     wait = dict(WAITS)[name]
     lib.cpu_online(m, FIRST)
     lib.rcu_read_lock(m, FIRST)
     assert wait(m) == lib.MACHINE_MISUSE
     assert sentence(m, FIRST) == f"{name} on CPU 0 inside an RCU read section"
     lib.rcu_read_unlock(m, FIRST)
-    assert lib.mmu_read_lock(m, FIRST, 0) == 0
+    assert lib.mmu_read_lock(m, FIRST, VM0) == 0
     assert wait(m) == lib.MACHINE_MISUSE
     assert sentence(m, FIRST) == f"{name} on CPU 0 under mmu_lock"
-    lib.mmu_read_unlock(m, FIRST, 0)
+    lib.mmu_read_unlock(m, FIRST, VM0)
 
 
-def test_unbalanced_unlocks_are_named(m: Any) -> None:
+def test_unbalanced_unlocks_are_named(m: MachinePtr) -> None:
     lib.rcu_read_unlock(m, HOUSEKEEPER)
     assert sentence(m, HOUSEKEEPER) == "rcu_read_unlock on CPU 2 outside a read section"
-    lib.mmu_write_unlock(m, HOUSEKEEPER, 0)
+    lib.mmu_write_unlock(m, HOUSEKEEPER, VM0)
     assert sentence(m, HOUSEKEEPER) == "mmu_write_unlock on CPU 2: VM 0's is not held"
 
 
 # --- mmu_lock, RCU --------------------------------------------------------------------------------
 
 
-def test_mmu_lock_forms(m: Any) -> None:
-    assert lib.mmu_read_lock(m, HOUSEKEEPER, 0) == 0
-    assert lib.mmu_read_trylock(m, RCU, 0) == 0
-    assert lib.mmu_lock_needbreak(m, 0) == 0
-    lib.mmu_read_unlock(m, RCU, 0)
-    assert lib.mmu_write_trylock(m, RCU, 0) == lib.MACHINE_AGAIN
-    lib.mmu_read_unlock(m, HOUSEKEEPER, 0)
-    assert lib.mmu_write_trylock(m, RCU, 0) == 0
-    assert lib.mmu_read_trylock(m, HOUSEKEEPER, 0) == lib.MACHINE_AGAIN
+def test_mmu_lock_forms(m: MachinePtr) -> None:
+    assert lib.mmu_read_lock(m, HOUSEKEEPER, VM0) == 0
+    assert lib.mmu_read_trylock(m, RCU, VM0) == 0
+    assert lib.mmu_lock_needbreak(m, VM0) == 0
+    lib.mmu_read_unlock(m, RCU, VM0)
+    assert lib.mmu_write_trylock(m, RCU, VM0) == lib.MACHINE_AGAIN
+    lib.mmu_read_unlock(m, HOUSEKEEPER, VM0)
+    assert lib.mmu_write_trylock(m, RCU, VM0) == 0
+    assert lib.mmu_read_trylock(m, HOUSEKEEPER, VM0) == lib.MACHINE_AGAIN
     lib.mmu_locks_abandon(m, RCU)
-    assert lib.mmu_write_lock(m, HOUSEKEEPER, 0) == 0
-    lib.mmu_write_unlock(m, HOUSEKEEPER, 0)
+    assert lib.mmu_write_lock(m, HOUSEKEEPER, VM0) == 0
+    lib.mmu_write_unlock(m, HOUSEKEEPER, VM0)
 
 
-def test_callbacks_wait_for_a_reader_that_was_there_before(m: Any) -> None:
+def test_callbacks_wait_for_a_reader_that_was_there_before(m: MachinePtr) -> None:
     with running(m, lambda: _equal(lib.rcu_thread(m, RCU), 0)):
         lib.rcu_read_lock(m, FIRST)
         assert lib.call_rcu(m, HOUSEKEEPER, lib.RCU_NOTHING, 0) == 0
@@ -275,19 +281,19 @@ def test_callbacks_wait_for_a_reader_that_was_there_before(m: Any) -> None:
 
 @pytest.mark.stress
 @pytest.mark.timeout(110)
-def test_simultaneous_broadcasts_under_mmu_lock_contention(m: Any) -> None:
+def test_simultaneous_broadcasts_under_mmu_lock_contention(m: MachinePtr) -> None:
     """Two pCPUs that flush each other, each under mmu_lock held for read and now and then for write."""
     left = [ROUNDS, ROUNDS]
 
-    def broadcaster(cpu: int) -> None:
+    def broadcaster(cpu: CpuId) -> None:
         lib.cpu_online(m, cpu)
         while left[cpu]:
             lock, unlock = lib.mmu_read_lock, lib.mmu_read_unlock
             if left[cpu] % 8 == 0:
                 lock, unlock = lib.mmu_write_lock, lib.mmu_write_unlock
-            assert lock(m, cpu, 0) == 0
+            assert lock(m, cpu, VM0) == 0
             assert lib.on_each_cpu(m, cpu, lib.IPI_ACK_KICK, 0, 1) >= 1
-            unlock(m, cpu, 0)
+            unlock(m, cpu, VM0)
             left[cpu] -= 1
         lib.cpu_offline(m, cpu)
 
@@ -303,5 +309,5 @@ def test_simultaneous_broadcasts_under_mmu_lock_contention(m: Any) -> None:
     # They did meet: calls crossed, and the lock was waited for.
     assert counter(m, "csd_queued") > ROUNDS // 10
     buckets, total = ffi.new("uint64_t[]", lib.HISTOGRAM_BUCKETS), ffi.new("uint64_t *")
-    lib.histogram_sum(m, HISTOGRAM_NAMES.index("lock_wait"), buckets, total)
+    lib.histogram_sum(m, lib.HISTOGRAM_LOCK_WAIT, buckets, total)
     assert sum(buckets) > ROUNDS // 1000, list(buckets)

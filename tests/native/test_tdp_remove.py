@@ -9,6 +9,7 @@ import pytest
 
 from native import ffi, lib
 from tests.native.memory_rig import CPU, RCU_CPU, Rig, map_page
+from tests.support import VM0
 
 
 @pytest.mark.parametrize("most", [1, 7, 512])
@@ -34,7 +35,7 @@ def unlinked(rig: Rig, *gfns: int) -> tuple[int, Any]:
     parent, link = rig.link(0, 2)
     rig.set(parent, 2, 0, 0)
     removal = ffi.new("struct tdp_removal *")
-    assert lib.tdp_removal_begin(rig.m, CPU, 0, removal, link, 2, 0, 1) == 0
+    assert lib.tdp_removal_begin(rig.m, CPU, VM0, removal, link, 2, 0, 1) == 0
     return link >> lib.SPTE_HFN_SHIFT & 0xFFFFFF, removal
 
 
@@ -42,7 +43,7 @@ def test_removal_goes_entry_by_entry(rig: Rig) -> None:
     table, removal = unlinked(rig, 0, 2)
     seen = []
     while removal.level:
-        assert lib.tdp_removal_step(rig.m, CPU, 0, removal, 1) == 0
+        assert lib.tdp_removal_step(rig.m, CPU, VM0, removal, 1) == 0
         seen.append((removal.leafs, removal.page))
     assert seen == [(1, 0), (0, 0), (1, 0), *[(0, 0)] * 508, (0, table)]
 
@@ -52,7 +53,7 @@ def test_removal_by_single_changes(rig: Rig) -> None:
     removal.single = 1
     seen = []
     while removal.level:
-        assert lib.tdp_removal_step(rig.m, CPU, 0, removal, 512) == 0
+        assert lib.tdp_removal_step(rig.m, CPU, VM0, removal, 512) == 0
         seen.append((removal.leafs, removal.page))
     assert seen == [(1, 0), (1, 0), (0, table)]
 
@@ -61,18 +62,18 @@ def test_removal_stops_at_what_somebody_else_has_frozen(rig: Rig) -> None:
     table, removal = unlinked(rig, 0, 2)
     rig.set(table, 1, 1, lib.FROZEN_SPTE)
     for _ in range(3):
-        assert lib.tdp_removal_step(rig.m, CPU, 0, removal, 512) == lib.MACHINE_AGAIN
+        assert lib.tdp_removal_step(rig.m, CPU, VM0, removal, 512) == lib.MACHINE_AGAIN
         assert (removal.index[1], removal.page) == (1, 0)
     assert (rig.right(0), rig.right(2)) == (0, 3)
     rig.set(table, 1, 1, 0)
-    assert lib.tdp_removal_step(rig.m, CPU, 0, removal, 512) == 0
+    assert lib.tdp_removal_step(rig.m, CPU, VM0, removal, 512) == 0
     assert (removal.page, removal.level, rig.right(2)) == (table, 0, 0)
 
 
 def test_removal_without_freezing_leaves_entries_to_install_in(rig: Rig) -> None:
     table, removal = unlinked(rig, 0)
     removal.freeze = 0
-    assert lib.tdp_removal_step(rig.m, CPU, 0, removal, 512) == 0
+    assert lib.tdp_removal_step(rig.m, CPU, VM0, removal, 512) == 0
     assert {lib.spte_read(rig.m, table, i) for i in range(512)} == {0}
 
 
@@ -81,9 +82,9 @@ def test_removal_of_a_table_that_was_freed_is_reported(rig: Rig) -> None:
     _, link = rig.link(0, 2)
     lib.ept_table_free(rig.m, CPU, link >> lib.SPTE_HFN_SHIFT & 0xFFFFFF)
     removal = ffi.new("struct tdp_removal *")
-    assert lib.tdp_removal_begin(rig.m, CPU, 0, removal, link, 2, 0, 1) == 0
+    assert lib.tdp_removal_begin(rig.m, CPU, VM0, removal, link, 2, 0, 1) == 0
     assert removal.level == 0
-    assert not lib.tdp_table_holds(rig.m, CPU, 0, link, 2, 0)
+    assert not lib.tdp_table_holds(rig.m, CPU, VM0, link, 2, 0)
     counts = ffi.new("uint64_t[]", lib.VIOLATIONS)
     lib.oracle_counts(rig.m, counts)
     assert counts[lib.VIOLATION_WALK_AFTER_FREE] == 2
@@ -92,7 +93,7 @@ def test_removal_of_a_table_that_was_freed_is_reported(rig: Rig) -> None:
 def test_removal_of_a_leaf_is_misuse(rig: Rig) -> None:
     spte = map_page(rig, 0)
     removal = ffi.new("struct tdp_removal *")
-    assert lib.tdp_removal_begin(rig.m, CPU, 0, removal, spte, 1, 0, 1) == lib.MACHINE_MISUSE
+    assert lib.tdp_removal_begin(rig.m, CPU, VM0, removal, spte, 1, 0, 1) == lib.MACHINE_MISUSE
     assert "no table" in rig.error()
 
 

@@ -170,7 +170,7 @@ def test_walk_through_a_freed_table_is_reported(rig: Rig) -> None:
     lib.ept_table_free(rig.m, CPU, table)
     chunk = rig.step(rig.chunk(lib.TDP_ZAP_LEAFS))
     assert (chunk.changed, chunk.done) == (0, 1)
-    reports = ffi.new("struct violation_report[4]")
+    reports = ffi.new("struct violation_report[]", 4)
     assert lib.oracle_reports(rig.m, 0, reports, 4) == 1
     assert reports[0].kinds == 1 << lib.VIOLATION_WALK_AFTER_FREE
     assert reports[0].hfn == table

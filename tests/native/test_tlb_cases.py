@@ -233,7 +233,7 @@ def test_generations_wrap(geometry: Geometry) -> None:
         lib.psc_insert(tlb, table)
         lib.invvpid_single(tlb, 1)
     lib.tlb_insert(tlb, new, 2)
-    hfn, right = ffi.new("uint32_t *"), ffi.new("uint32_t[3]")
+    hfn, right = ffi.new("uint32_t *"), ffi.new("uint32_t[]", 3)
     assert lib.tlb_lookup(tlb, Kind.COMBINED, 1, old) != 1
     assert lib.psc_lookup(tlb, Kind.COMBINED, 1, found) == 0
     assert not lib.tlb_l1_probe(tlb, 1, hfn, right)

@@ -8,14 +8,20 @@ must be the same after each step.
 
 from __future__ import annotations
 
-from typing import Any
+from collections.abc import Iterable
+from typing import TYPE_CHECKING, Any
 
 import pytest
 from hypothesis import HealthCheck, example, given, settings
 from hypothesis import strategies as st
 
 from native import ffi, lib
+from native.types import CpuId, VcpuId, VmId
 from tests.native.hypervisor import EXECUTE, READ, WRITE, Hypervisor
+from tests.support import CPU0, CPU1, VM0, VM1
+
+if TYPE_CHECKING:
+    from native._native import PscEntry, TlbEntry
 
 GFNS = 2048
 # Of one set of the first level, so that most accesses go on to the second.
@@ -58,13 +64,13 @@ class Side(Hypervisor):
     def __init__(self, entries: int, ways: int, psc_entries: int) -> None:
         super().__init__(table_frames=1024, l2_entries=entries, l2_ways=ways, psc_entries=psc_entries)
         self.vms = [self.vm(GFNS), self.vm(GFNS)]
-        self.roots[1] = self.roots[0]
-        self.vcpus = [self.guest(0, 1), self.guest(0, 2), self.guest(1, 3)]
+        self.roots[VM1] = self.roots[VM0]
+        self.vcpus = [self.guest(VM0, 1), self.guest(VM0, 2), self.guest(VM1, 3)]
 
     def __enter__(self) -> Side:
         return self
 
-    def guest(self, vm: int, vpid: int) -> int:
+    def guest(self, vm: VmId, vpid: int) -> VcpuId:
         """Its pages are spread over all tables of the EPT."""
         often = {"switch_every": 170, "unmap_every": 90, "protect_every": 70}
         vcpu = self.vcpu(vm, vpid, paging=1, end_gfn=GFNS, stride=16, phase=vpid, **often)
@@ -75,9 +81,9 @@ class Side(Hypervisor):
     def sptes(self) -> dict[int, int]:
         """Every present leaf SPTE by gfn."""
         found = {}
-        sptes, tables = ffi.new("uint64_t[6]"), ffi.new("uint32_t[6]")
+        sptes, tables = ffi.new("uint64_t[]", 6), ffi.new("uint32_t[]", 6)
         for first in range(0, GFNS, 512):
-            if lib.tdp_mmu_get_walk(self.m, self.roots[0], 4, first, sptes, tables) == 1:
+            if lib.tdp_mmu_get_walk(self.m, self.roots[VM0], 4, first, sptes, tables) == 1:
                 for i in (i for i in range(512) if 1 <= i % 16 <= VCPUS):
                     found[first + i] = int(lib.spte_read(self.m, tables[1], i))
         return {gfn: spte for gfn, spte in found.items() if spte & 7}
@@ -91,32 +97,32 @@ class Side(Hypervisor):
 
     def change(self, gfn: int, flip: int) -> None:
         """Bits of a present SPTE change."""
-        table, index, old = self.leaf(0, 0, gfn, False)
+        table, index, old = self.leaf(CPU0, VM0, gfn, False)
         if old & 7:
-            lib.tdp_mmu_set_spte(self.m, 0, 0, table, index, 1, gfn, old ^ flip)
+            lib.tdp_mmu_set_spte(self.m, CPU0, VM0, table, index, 1, gfn, old ^ flip)
 
     def step(self, step: Any) -> None:
         getattr(self, "do_" + step[0])(*step[1:])
 
-    def do_access(self, cpu: int, vcpu: int, linear: int, kind: int) -> None:
+    def do_access(self, cpu: CpuId, vcpu: int, linear: int, kind: int) -> None:
         self.access(cpu, self.vcpus[vcpu], linear, kind)
 
-    def do_run(self, cpu: int, vcpu: int, n: int) -> None:
+    def do_run(self, cpu: CpuId, vcpu: int, n: int) -> None:
         self.run(cpu, self.vcpus[vcpu], n)
 
     def do_zap(self, nth: int) -> None:
-        self.zap(0, 0, self.mapped_gfn(nth))
+        self.zap(CPU0, VM0, self.mapped_gfn(nth))
 
     def do_protect(self, nth: int) -> None:
-        self.write_protect(0, 0, self.mapped_gfn(nth))
+        self.write_protect(CPU0, VM0, self.mapped_gfn(nth))
 
     def do_free(self, nth: int, flush: bool) -> None:
         gfn = self.mapped_gfn(nth)
-        self.zap(0, 0, gfn)
+        self.zap(CPU0, VM0, gfn)
         if flush:
-            self.flush(0)
-        self.promise(0, 0, gfn, lib.PROMISE_NOTIFIER)
-        self.free(0, 0, gfn)
+            self.flush(VM0)
+        self.promise(CPU0, VM0, gfn, lib.PROMISE_NOTIFIER)
+        self.free(CPU0, VM0, gfn)
 
     def do_bits(self, nth: int, bits: int) -> None:
         for gfn in self.mapped_gfns()[nth % 4 :: 4]:
@@ -126,18 +132,18 @@ class Side(Hypervisor):
         self.change(self.mapped_gfn(nth), 1 << lib.SPTE_CUSTODY_SHIFT)
 
     def do_flush(self) -> None:
-        self.flush(0)
+        self.flush(VM0)
 
-    def do_invvpid(self, cpu: int) -> None:
-        lib.flush_invvpid_single(self.m, cpu, 0, 1, lib.REASON_MIGRATION)
+    def do_invvpid(self, cpu: CpuId) -> None:
+        lib.flush_invvpid_single(self.m, cpu, VM0, 1, lib.REASON_MIGRATION)
 
-    def do_evict(self, cpu: int, nth: int) -> None:
+    def do_evict(self, cpu: CpuId, nth: int) -> None:
         lib.tlb_evict(lib.cpu_tlb(self.m, cpu), nth)
 
-    def do_large(self, cpu: int, nth: int) -> None:
+    def do_large(self, cpu: CpuId, nth: int) -> None:
         """A 2M guest-physical mapping is cached, of which at least one page is right."""
         tlb = lib.cpu_tlb(self.m, cpu)
-        entries = ffi.new("struct tlb_entry[2048]")
+        entries = ffi.new("struct tlb_entry[]", 2048)
         every = [entries[i] for i in range(lib.tlb_dump(tlb, entries, 2048))]
         small = [e for e in every if (e.kind, e.size) == (lib.KIND_GUEST_PHYSICAL, lib.PAGE_4K)]
         if not small or small[nth % len(small)].hfn < 512:
@@ -151,45 +157,45 @@ class Side(Hypervisor):
     def do_unlink(self, nth: int, free: bool) -> None:
         """The last table on the way to a page goes, without the flush that is due."""
         gfn = self.mapped_gfn(nth)
-        sptes, tables = ffi.new("uint64_t[6]"), ffi.new("uint32_t[6]")
-        if lib.tdp_mmu_get_walk(self.m, self.roots[0], 4, gfn, sptes, tables) != 1:
+        sptes, tables = ffi.new("uint64_t[]", 6), ffi.new("uint32_t[]", 6)
+        if lib.tdp_mmu_get_walk(self.m, self.roots[VM0], 4, gfn, sptes, tables) != 1:
             return
         for other in self.mapped_gfns():
             if other >> 9 == gfn >> 9:
-                self.zap(0, 0, other)
+                self.zap(CPU0, VM0, other)
         removal = ffi.new("struct tdp_removal *")
-        old = lib.tdp_mmu_set_spte(self.m, 0, 0, tables[2], gfn >> 9 & 511, 2, gfn, 0)
-        lib.tdp_removal_begin(self.m, 0, 0, removal, old, 2, gfn & ~511, 0)
+        old = lib.tdp_mmu_set_spte(self.m, CPU0, VM0, tables[2], gfn >> 9 & 511, 2, gfn, 0)
+        lib.tdp_removal_begin(self.m, CPU0, VM0, removal, old, 2, gfn & ~511, 0)
         while removal.level:
-            lib.tdp_removal_step(self.m, 0, 0, removal, 512)
+            lib.tdp_removal_step(self.m, CPU0, VM0, removal, 512)
         if free:
-            lib.ept_table_free(self.m, 0, tables[1])
+            lib.ept_table_free(self.m, CPU0, tables[1])
 
     def do_reroot(self) -> None:
         """The root page is freed and taken again: an earlier owner's entries live on."""
-        sptes, tables = ffi.new("uint64_t[6]"), ffi.new("uint32_t[6]")
+        sptes, tables = ffi.new("uint64_t[]", 6), ffi.new("uint32_t[]", 6)
         for gfn in self.mapped_gfns():
-            self.zap(0, 0, gfn)
-        lib.tdp_mmu_get_walk(self.m, self.roots[0], 4, 0, sptes, tables)
+            self.zap(CPU0, VM0, gfn)
+        lib.tdp_mmu_get_walk(self.m, self.roots[VM0], 4, 0, sptes, tables)
         kept = int(sptes[4])
-        lib.tdp_mmu_set_spte(self.m, 0, 0, self.roots[0], 0, 4, 0, 0)
-        lib.ept_table_free(self.m, 0, self.roots[0])
-        self.roots[0] = self.roots[1] = self.new_root()
-        lib.tdp_mmu_set_spte(self.m, 0, 0, self.roots[0], 0, 4, 0, kept)
+        lib.tdp_mmu_set_spte(self.m, CPU0, VM0, self.roots[VM0], 0, 4, 0, 0)
+        lib.ept_table_free(self.m, CPU0, self.roots[VM0])
+        self.roots[VM0] = self.roots[VM1] = self.new_root()
+        lib.tdp_mmu_set_spte(self.m, CPU0, VM0, self.roots[VM0], 0, 4, 0, kept)
         for vcpu in self.vcpus:
-            lib.vcpu_set_eptp(self.m, vcpu, self.roots[0], 4)
+            lib.vcpu_set_eptp(self.m, vcpu, self.roots[VM0], 4)
 
-    def cached(self, cpu: int) -> tuple[list[Any], list[Any]]:
+    def cached(self, cpu: CpuId) -> tuple[list[Any], list[Any]]:
         """Everything valid, in no order."""
         tlb = lib.cpu_tlb(self.m, cpu)
-        entries, tables = ffi.new("struct tlb_entry[2048]"), ffi.new("struct psc_entry[512]")
+        entries, tables = ffi.new("struct tlb_entry[]", 2048), ffi.new("struct psc_entry[]", 512)
         n, k = lib.tlb_dump(tlb, entries, 2048), lib.psc_dump(tlb, tables, 512)
         assert n <= 2048
         assert k <= 512
         return sorted(fields(entries[i]) for i in range(n)), sorted(fields(tables[i]) for i in range(k))
 
-    def first_level(self, cpu: int) -> list[Any]:
-        hfn, right = ffi.new("uint32_t *"), ffi.new("uint32_t[3]")
+    def first_level(self, cpu: CpuId) -> list[Any]:
+        hfn, right = ffi.new("uint32_t *"), ffi.new("uint32_t[]", 3)
         tlb = lib.cpu_tlb(self.m, cpu)
         return [(page, hfn[0], list(right)) for page in PAGES if lib.tlb_l1_probe(tlb, page, hfn, right)]
 
@@ -199,10 +205,10 @@ class Side(Hypervisor):
         return [0 if i in OTHERS else int(values[i]) for i in range(lib.COUNTERS)]
 
 
-def fields(entry: Any) -> list[Any]:
+def fields(entry: TlbEntry | PscEntry) -> list[Any]:
     """An entry without its padding."""
     values = [getattr(entry, name) for name, _ in ffi.typeof(entry).fields]
-    return [list(value) if isinstance(value, ffi.CData) else value for value in values]
+    return [list(value) if isinstance(value, Iterable) else value for value in values]
 
 
 # What one pCPU has brought in order another one meets with what it cached before.
@@ -237,6 +243,6 @@ def test_the_usual_walk_does_what_the_general_one_does(entries: int, ways: int, 
             assert usual.counts() == general.counts(), step
             assert usual.violations() == general.violations(), step
             assert usual.sptes() == general.sptes(), step
-            for cpu in (0, 1):
+            for cpu in (CPU0, CPU1):
                 assert usual.cached(cpu) == general.cached(cpu), step
                 assert usual.first_level(cpu) == general.first_level(cpu), step

@@ -15,6 +15,7 @@ import pytest
 from native import ffi, lib
 from tests.native.hypervisor import EXECUTE, READ, WRITE
 from tests.native.test_walk_usual import PAGES, Side
+from tests.support import CPU0
 
 GPTE_WRITABLE, GPTE_GLOBAL = 2, 0x100
 PAGE, OTHERS = PAGES[0], PAGES[1:24]
@@ -28,13 +29,13 @@ class Case(Side):
 
     def __init__(self, psc_entries: int) -> None:
         super().__init__(24, 12, psc_entries)
-        self.tlb = lib.cpu_tlb(self.m, 0)
+        self.tlb = lib.cpu_tlb(self.m, CPU0)
         for page in [*OTHERS, PAGE]:
             self.touch(page, WRITE)
         self.make_absent(PAGE)
 
     def touch(self, page: int, kind: int = READ) -> None:
-        self.access(0, self.vcpus[0], page << 12, kind)
+        self.access(CPU0, self.vcpus[0], page << 12, kind)
 
     def make_absent(self, page: int) -> None:
         """All its cells go to others."""
@@ -45,12 +46,12 @@ class Case(Side):
         assert not {page, self.gfn(page)} & {e.page for e in self.live()}
 
     def live(self) -> list[Any]:
-        entries = ffi.new("struct tlb_entry[2048]")
+        entries = ffi.new("struct tlb_entry[]", 2048)
         self.keep.append(entries)
         return [entries[i] for i in range(lib.tlb_dump(self.tlb, entries, 2048))]
 
     def tables(self) -> list[Any]:
-        entries = ffi.new("struct psc_entry[512]")
+        entries = ffi.new("struct psc_entry[]", 512)
         self.keep.append(entries)
         return [entries[i] for i in range(lib.psc_dump(self.tlb, entries, 512))]
 
@@ -132,7 +133,7 @@ def link_to_a_freed_table(side: Case) -> None:
 
 def ghost_of_a_large_page(side: Case) -> None:
     side.insert(lib.KIND_COMBINED, PAGE & ~511, lib.PAGE_2M)
-    side.flush_but_tables(lambda: side.do_invvpid(0))
+    side.flush_but_tables(lambda: side.do_invvpid(CPU0))
     refills = side.count(lib.COUNT_REFILLS)
     side.touch(PAGE)
     assert side.count(lib.COUNT_REFILLS) > refills
@@ -178,5 +179,5 @@ def test_what_is_unusual_is_left_to_the_general_walk(case: Callable[[Case], None
         assert usual.counts() == general.counts()
         assert usual.violations() == general.violations()
         assert usual.sptes() == general.sptes()
-        assert usual.cached(0) == general.cached(0)
-        assert usual.first_level(0) == general.first_level(0)
+        assert usual.cached(CPU0) == general.cached(CPU0)
+        assert usual.first_level(CPU0) == general.first_level(CPU0)

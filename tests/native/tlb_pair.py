@@ -64,7 +64,7 @@ class Pair:
         self.dumped = ffi.new("struct tlb_entry[]", DUMP_MAX)
         self.psc_dumped = ffi.new("struct psc_entry[]", DUMP_MAX)
         self.hfn = ffi.new("uint32_t *")
-        self.right = ffi.new("uint32_t[3]")
+        self.right = ffi.new("uint32_t[]", 3)
         self.switch(Kind.COMBINED, 1, 0, EP4TAS[0])
 
     def close(self) -> None:

@@ -19,7 +19,7 @@ from emulator.actors.rcu import RcuThread
 from emulator.runtime import MachineStopped, rcu_enter
 from native import lib
 from tests.emulator.actors.crews import crew_of, small_machine
-from tests.support import wait_until
+from tests.support import CPU1, VM0, wait_until
 
 
 @pytest.fixture(name="crew")
@@ -81,22 +81,22 @@ def test_dies_with_mmu_lock(crew: Crew, how: str) -> None:
 
     def hold(actor: Doer) -> None:
         take = lib.mmu_write_lock if how == "write" else lib.mmu_read_lock
-        actor.cpu.check(take(actor.cpu.m, actor.cpu.id, 0))
+        actor.cpu.check(take(actor.cpu.m, actor.cpu.id, VM0))
         held.set()
         go.wait(5)
         die(actor)
 
     def want(actor: Doer) -> int:
         held.wait(5)
-        rc: int = lib.mmu_write_lock(actor.cpu.m, actor.cpu.id, 0)
+        rc: int = lib.mmu_write_lock(actor.cpu.m, actor.cpu.id, VM0)
         actor.cpu.check(rc)
-        lib.mmu_write_unlock(actor.cpu.m, actor.cpu.id, 0)
+        lib.mmu_write_unlock(actor.cpu.m, actor.cpu.id, VM0)
         return rc
 
     holder.tell(hold)
     wanted = waiter.ask(want, block=False)
     held.wait(5)
-    wait_until(lambda: bool(lib.mmu_lock_contended(machine.m, 0)), "the waiter waits")
+    wait_until(lambda: bool(lib.mmu_lock_contended(machine.m, VM0)), "the waiter waits")
     go.set()
     with contextlib.suppress(MachineStopped, pykka.ActorDeadError):
         assert wanted.get(timeout=5) == 0
@@ -203,7 +203,7 @@ def test_dies_inside_srcu(crew: Crew) -> None:
     inside, go = threading.Event(), threading.Event()
 
     def read(actor: Doer) -> None:
-        assert lib.srcu_read_lock(actor.cpu.m, actor.cpu.id, 0) >= 0
+        assert lib.srcu_read_lock(actor.cpu.m, actor.cpu.id, VM0) >= 0
         inside.set()
         go.wait(5)
         die(actor)
@@ -211,7 +211,7 @@ def test_dies_inside_srcu(crew: Crew) -> None:
     reader.tell(read)
     inside.wait(5)
     waiting = updater.ask(
-        lambda actor: actor.cpu.check(lib.synchronize_srcu(actor.cpu.m, actor.cpu.id, 0)), block=False
+        lambda actor: actor.cpu.check(lib.synchronize_srcu(actor.cpu.m, actor.cpu.id, VM0)), block=False
     )
     wait_until(lambda: lib.cpu_power(machine.m, machine.pcpus + 1) == lib.CPU_HALTED, "the updater waits")
     go.set()
@@ -241,7 +241,7 @@ def test_dies_in_the_middle_of_broadcasts(victim: str, round_: int) -> None:
         time.sleep(0.02 * round_)
         kill(crew.actors[-1 if victim == "sender" else 1])
         # A halted pCPU executes no bytecode until somebody wakes it.
-        lib.cpu_notify(crew.machine.m, 1, lib.ATTENTION_MESSAGE)
+        lib.cpu_notify(crew.machine.m, CPU1, lib.ATTENTION_MESSAGE)
         assert crew.stopped.wait(5)
         assert crew.join() == []
         assert [death.cause.split(":")[0] for death in crew.deaths] == ["Killed"]

@@ -18,6 +18,7 @@ from emulator.actors.rcu import RcuThread
 from emulator.actors.watchdog import Stall, Watchdog
 from native import ffi, lib
 from tests.emulator.actors.crews import crew_of, small_machine
+from tests.support import VM0
 
 
 class Doer(MachineActor):
@@ -109,14 +110,14 @@ def test_a_lock_whose_holder_sleeps(crew: Crew) -> None:
     release = threading.Event()
 
     def hold(actor: MachineActor) -> None:
-        actor.cpu.check(lib.mmu_write_lock(actor.cpu.m, actor.cpu.id, 0))
+        actor.cpu.check(lib.mmu_write_lock(actor.cpu.m, actor.cpu.id, VM0))
         held.set()
         release.wait()
-        lib.mmu_write_unlock(actor.cpu.m, actor.cpu.id, 0)
+        lib.mmu_write_unlock(actor.cpu.m, actor.cpu.id, VM0)
 
     doer(crew, 0).tell(hold)
     assert held.wait(5)
-    doer(crew, 1).tell(lambda actor: lib.mmu_read_lock(actor.cpu.m, actor.cpu.id, 0))
+    doer(crew, 1).tell(lambda actor: lib.mmu_read_lock(actor.cpu.m, actor.cpu.id, VM0))
     (stall,) = watch(crew)
     release.set()
     assert (stall.kind, stall.who) == ("deadlock", "doer0")

@@ -25,6 +25,7 @@ from emulator.litmus.world import LitmusThread
 from emulator.locks import SpinLock
 from emulator.runtime import Cpu, smp_mb
 from native import ffi, lib
+from tests.support import CPU0
 
 TEXT = """
 doc = "A vCPU, and two threads that do what a test tells them."
@@ -288,12 +289,12 @@ def test_an_interrupt_answers_behind_all_stores() -> None:
     execution = Execution(program.objects, Exhaustive(program.objects))
     with installed(control):
         program.start(execution)
-        stores, arrives = control.interruptible(0)
+        stores, arrives = control.interruptible(CPU0)
         control.queued.add(0)
         assert arrives()
-        control.stores.store(execution, 0, Store(("x",), 1, "x", 0, lambda: None))
+        control.stores.store(execution, CPU0, Store(("x",), 1, "x", 0, lambda: None))
         assert not arrives()
-        assert stores == control.stores.mask(0)
+        assert stores == control.stores.mask(CPU0)
         control.execution = None
     program.close()
 

@@ -26,6 +26,8 @@ from emulator.litmus.model import SAFE
 from emulator.litmus.policies import named_policy
 from emulator.litmus.verdict import VIOLATIONS
 from emulator.policy import MUTANTS, PRESETS
+from native.types import CpuId
+from tests.support import CPU0, CPU1
 
 Op = tuple[str, ...]
 BARRIERS = [
@@ -63,7 +65,7 @@ class Buffered:
     def abandon(self, execution: Execution) -> None:
         pass
 
-    def _body(self, execution: Execution, cpu: int) -> Callable[[], None]:
+    def _body(self, execution: Execution, cpu: CpuId) -> Callable[[], None]:
         memory, stores, bit, registers = self.memory, self.stores, self.objects.bit, self.registers[cpu]
 
         def write(x: str, value: int) -> Callable[[], None]:
@@ -168,10 +170,10 @@ def test_a_grace_period_waits_for_stores_that_were_there_before() -> None:
         stores.add(cpu)
     readers = BufferedReaders(stores)
     execution = Execution(Objects(), Exhaustive(Objects()))
-    stores.store(execution, 1, Store(("x",), 1, "x", 1, lambda: None))
+    stores.store(execution, CPU1, Store(("x",), 1, "x", 1, lambda: None))
     before = readers.now()
     assert not readers.gone(before)
-    stores.store(execution, 0, Store(("y",), 1, "y", 1, lambda: None))
+    stores.store(execution, CPU0, Store(("y",), 1, "y", 1, lambda: None))
     stores.queues[1].popleft()
     stores.gone[1] += 1
     assert readers.gone(before)

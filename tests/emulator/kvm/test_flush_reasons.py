@@ -11,6 +11,7 @@ from emulator.kvm.tdp_roots import kvm_tdp_mmu_alloc_root, kvm_tdp_mmu_put_root
 from emulator.policy import Policy, preset
 from native import FLUSH_REASONS, FLUSH_SCOPES, ffi, lib
 from tests.emulator.kvm.rig import GFNS, SLOT, Rig
+from tests.support import CPU0
 
 SMM = KvmMmuPageRole(level=4, smm=1)
 
@@ -31,12 +32,12 @@ def test_a_new_root(rig: Rig, answer: str, flushed: int) -> None:
     kvm = rig.vm(Policy().with_settings({"root_alloc": answer}))
     guest = rig.guest(kvm)
     guest.read(0, 5)
-    assert lib.cpu_take(rig.machine.m, 0) == 0
-    assert lib.cpu_idle(rig.machine.m, 0) == 0
+    assert lib.cpu_take(rig.machine.m, CPU0) == 0
+    assert lib.cpu_idle(rig.machine.m, CPU0) == 0
     before = flushes(rig, lib.REASON_ROOT_ALLOC), flushes(rig, lib.REASON_OTHER)
     root = kvm_tdp_mmu_alloc_root(rig.host, kvm, SMM)
     after = flushes(rig, lib.REASON_ROOT_ALLOC), flushes(rig, lib.REASON_OTHER)
-    lib.cpu_offline(rig.machine.m, 0)
+    lib.cpu_offline(rig.machine.m, CPU0)
     with kvm.mmu_lock.read_lock(rig.host):
         kvm_tdp_mmu_put_root(rig.host, kvm, root)
     assert (after[0] - before[0], after[1] - before[1]) == (flushed, 0)

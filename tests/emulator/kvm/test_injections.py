@@ -17,14 +17,16 @@ from emulator.kvm.x86 import handle_instruction
 from emulator.policy import MUTANTS, Policy, preset
 from emulator.runtime import Cpu
 from native import ffi, lib
+from native.types import CpuId
 from tests.emulator.kvm.rig import GFNS, SLOT, Guest, Rig, unmap_while_entering
+from tests.support import CPU0, CPU1
 
 Scenario = Callable[[Rig, Policy], set[str]]
 SMRAM = 3000
 LINEAR = 0
 
 
-def hook_nth(rig: Rig, cpu: int, kind: str, mode: str, nth: int, action: Callable[[], object]) -> list[int]:
+def hook_nth(rig: Rig, cpu: CpuId, kind: str, mode: str, nth: int, action: Callable[[], object]) -> list[int]:
     """Do `action` when that CPU passes the nth point of this kind; returns the passes so far."""
     passed: list[int] = []
 
@@ -69,7 +71,7 @@ def interrupted_before_entry(rig: Rig, policy: Policy) -> set[str]:
             return
         if not flusher.ident:
             flusher.start()
-            while not lib.ipi_pending(rig.machine.m, 0):
+            while not lib.ipi_pending(rig.machine.m, CPU0):
                 pass
         elif (what, access) == ("interrupts", "read"):
             flusher.join()
@@ -89,14 +91,14 @@ def frame_before_sequence(rig: Rig, policy: Policy) -> set[str]:
     # Points of a fault: the sequence; the sequence again (the mutant), or mmu_lock.
     late = "P15b" in policy.bugs
     kind = "mmu_invalidate_seq" if late else "mmu_lock"
-    passed = hook_nth(rig, 0, kind, "read", 2 if late else 1, lambda: rig.unmap(kvm, 0, 64))
+    passed = hook_nth(rig, CPU0, kind, "read", 2 if late else 1, lambda: rig.unmap(kvm, 0, 64))
     guest.write(0, 5)
     rig.machine.install(None)
     assert passed
     return set(rig.violations())
 
 
-def try_access(guest: Guest, pcpu: int, gfn: int, kind: int) -> None:
+def try_access(guest: Guest, pcpu: CpuId, gfn: int, kind: int) -> None:
     """One access, but given up when its fault is to be retried."""
     m, entries = guest.rig.machine.m, []
     cpu = guest.rig.machine.cpus[pcpu]
@@ -120,7 +122,7 @@ def faults_while_in_progress(rig: Rig, policy: Policy) -> set[str]:
     guest = rig.guest(kvm)
     guest.write(0, 5)
     kvm_mmu_notifier_invalidate_range_start(rig.host, kvm, 0, 64)
-    try_access(guest, 0, 5, lib.ACCESS_WRITE)
+    try_access(guest, CPU0, 5, lib.ACCESS_WRITE)
     lib.mm_unmap(rig.machine.m, rig.host.id, kvm.id, 0, 64, 1)
     kvm_mmu_notifier_invalidate_range_end(rig.host, kvm, 0, 64)
     guest.read(0, 5)
@@ -141,11 +143,11 @@ def faults_on_a_slot_that_goes(rig: Rig, policy: Policy) -> set[str]:
         slot = kvm.memslots[0].by_id.get(SLOT)
         if at is rig.host and what == "mmu_lock" and slot is not None and slot.invalid and not fired:
             fired.append(True)
-            try_access(writer, 1, 5, lib.ACCESS_WRITE)
+            try_access(writer, CPU1, 5, lib.ACCESS_WRITE)
             kvm_mmu_notifier_invalidate_range_start(rig.other, kvm, 0, 64)
             lib.mm_unmap(rig.machine.m, rig.other.id, kvm.id, 0, 64, 1)
             kvm_mmu_notifier_invalidate_range_end(rig.other, kvm, 0, 64)
-            try_access(reader, 0, 5, lib.ACCESS_READ)
+            try_access(reader, CPU0, 5, lib.ACCESS_READ)
 
     rig.host.hook = hook
     kvm_set_memory_region(rig.host, kvm, SLOT, 0, 0, 0)
