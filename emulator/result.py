@@ -21,8 +21,8 @@ from native import (
     VM_STAT_NAMES,
     ffi,
     lib,
-    types,
 )
+from native.types import HistogramId
 
 if TYPE_CHECKING:
     from native._native import MachinePtr
@@ -210,7 +210,7 @@ def read_snapshot(machine: MachinePtr, *, vms: int, elapsed: float, phase: str =
         vms=_read_vm_stats(machine, vms),
         flushes=_read_flushes(machine, vms),
         histograms={
-            name: _read_histogram(machine, types.Histogram(i)) for i, name in enumerate(HISTOGRAM_NAMES)
+            name: _read_histogram(machine, HistogramId(i)) for i, name in enumerate(HISTOGRAM_NAMES)
         },
         violations={kind: n for kind, n in zip(VIOLATION_KINDS, violations, strict=True) if n},
         rcu_pending=lib.rcu_pending(machine),
@@ -228,7 +228,7 @@ def _read_vm_stats(machine: MachinePtr, vms: int) -> tuple[dict[str, int], ...]:
     )
 
 
-def _read_histogram(machine: MachinePtr, index: types.Histogram) -> Histogram:
+def _read_histogram(machine: MachinePtr, index: HistogramId) -> Histogram:
     buckets = ffi.new("uint64_t[]", lib.HISTOGRAM_BUCKETS)
     nanoseconds = ffi.new("uint64_t *")
     lib.histogram_sum(machine, index, buckets, nanoseconds)

@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Any, Final, Literal, NoReturn
 
 from emulator.points import PointKind
 from native import ffi, lib
-from native.types import CpuId, Histogram, VmId, VmStat
+from native.types import CpuId, HistogramId, VmId, VmStat
 
 if TYPE_CHECKING:
     from native._native import MachinePtr
@@ -244,7 +244,7 @@ class timed:  # noqa: N801 - reads like a statement
 
     __slots__ = ("cpu", "histogram", "start")
 
-    def __init__(self, cpu: Cpu, histogram: Histogram) -> None:
+    def __init__(self, cpu: Cpu, histogram: HistogramId) -> None:
         self.cpu, self.histogram = cpu, histogram
 
     def __enter__(self) -> None:

@@ -16,7 +16,7 @@ from prometheus_client.registry import Collector
 
 from metrics.native_counters import NativeCounters
 from native import EXIT_REASONS, HISTOGRAM_NAMES
-from native.types import CpuId, Histogram, VmId
+from native.types import CpuId, HistogramId, VmId
 
 if TYPE_CHECKING:
     from native._native import MachinePtr
@@ -127,7 +127,7 @@ class MachineCollector(Collector):
         yield from _flush_families(counters)
         yield from _vm_families(counters)
         for index, histogram in enumerate(HISTOGRAM_NAMES):
-            yield _histogram(*_HISTOGRAMS[histogram], *counters.histogram(Histogram(index)))
+            yield _histogram(*_HISTOGRAMS[histogram], *counters.histogram(HistogramId(index)))
         if self._per_cpu:
             yield from _cpu_families(counters)
 

@@ -19,7 +19,7 @@ from native import (
     ffi,
     lib,
 )
-from native.types import CpuId, Histogram, VmId, VmStat
+from native.types import CpuId, HistogramId, VmId, VmStat
 
 if TYPE_CHECKING:
     from native._native import MachinePtr
@@ -63,7 +63,7 @@ class NativeCounters:
     def rcu_pending(self) -> int:
         return int(lib.rcu_pending(self._machine))
 
-    def histogram(self, index: Histogram) -> tuple[list[int], int]:
+    def histogram(self, index: HistogramId) -> tuple[list[int], int]:
         """(samples per bucket, sum in nanoseconds); bucket i holds samples of at most 2^i nanoseconds."""
         buckets = ffi.new("uint64_t[]", lib.HISTOGRAM_BUCKETS)
         nanoseconds = ffi.new("uint64_t *")

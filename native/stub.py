@@ -28,8 +28,8 @@ ARGUMENTS: Final = {
     "target": "CpuId",
     "vm": "VmId",
     "vcpu": "VcpuId",
-    "counter": "Counter",
-    "histogram": "Histogram",
+    "counter": "CounterId",
+    "histogram": "HistogramId",
     "promise": "PromiseKind",
     "stat": "VmStat",
 }
@@ -59,8 +59,8 @@ EXCEPTIONS: Final = {
 }
 # Members of these enums have the type of the arguments that take them, but for the one that counts them.
 ENUMS: Final = {
-    "counter": "Counter",
-    "histogram": "Histogram",
+    "counter": "CounterId",
+    "histogram": "HistogramId",
     "flush_reason": "FlushReason",
     "frame_kind": "FrameKind",
     "ipi_function": "IpiFunction",

@@ -10,11 +10,11 @@ from __future__ import annotations
 from typing import NewType
 
 __all__ = [
-    "Counter",
+    "CounterId",
     "CpuId",
     "FlushReason",
     "FrameKind",
-    "Histogram",
+    "HistogramId",
     "IpiFunction",
     "PromiseKind",
     "VcpuId",
@@ -28,8 +28,8 @@ VmId = NewType("VmId", int)
 VcpuId = NewType("VcpuId", int)
 
 # Members of the core's enums.
-Counter = NewType("Counter", int)
-Histogram = NewType("Histogram", int)
+CounterId = NewType("CounterId", int)
+HistogramId = NewType("HistogramId", int)
 FlushReason = NewType("FlushReason", int)
 FrameKind = NewType("FrameKind", int)
 IpiFunction = NewType("IpiFunction", int)

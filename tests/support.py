@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING
 import pytest
 
 from native import ffi, lib
-from native.types import Counter, CpuId, VcpuId, VmId
+from native.types import CounterId, CpuId, VcpuId, VmId
 
 if TYPE_CHECKING:
     from native._native import MachinePtr
@@ -62,7 +62,7 @@ class BareMachine:
         if lib.vm_create(self.pointer, 64) != 0:
             pytest.fail("vm_create")
 
-    def count(self, cpu: CpuId, counter: Counter, n: int) -> None:
+    def count(self, cpu: CpuId, counter: CounterId, n: int) -> None:
         lib.counter_add(self.pointer, cpu, counter, n)
 
     def close(self) -> None:

@@ -17,10 +17,10 @@ from typing import Final
 from emulator.kvm.structs import Kvm
 from emulator.runtime import Machine
 from native import ffi, lib
-from native.types import Counter, VmStat
+from native.types import CounterId, VmStat
 
 # Counters of the core, summed over all CPUs.
-_COUNTERS: Final[Mapping[str, Counter]] = {
+_COUNTERS: Final[Mapping[str, CounterId]] = {
     "averted": lib.COUNT_AVERTED,
     "legal-stale": lib.COUNT_LEGAL_STALE,
     "stale-walk": lib.COUNT_STALE_WALKS,

@@ -52,7 +52,8 @@ def test_values_are_shown_in_few_characters(value: object) -> None:
 
 
 def test_short_values_are_shown_as_they_are() -> None:
-    assert [shown(value) for value in ("a", 3, 1.5, True, [], {"b": 1})] == [
+    values: tuple[object, ...] = ("a", 3, 1.5, True, [], {"b": 1})
+    assert [shown(value) for value in values] == [
         "'a'",
         "3",
         "1.5",

@@ -22,7 +22,8 @@ def test_a_thread_that_cannot_be_started(
     command: str, nth: int, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     before = set(threading.enumerate())
-    start, started = threading.Thread.start, []
+    start = threading.Thread.start
+    started: list[threading.Thread] = []
 
     def scarce(thread: threading.Thread) -> None:
         # The thread that watches over the others' work comes first.

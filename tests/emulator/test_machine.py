@@ -36,6 +36,7 @@ def entries(emulation: Emulation) -> int:
 
 def kill(actor: MachineActor) -> None:
     assert actor.thread is not None
+    assert actor.thread.ident is not None
     assert ctypes.pythonapi.PyThreadState_SetAsyncExc(
         ctypes.c_ulong(actor.thread.ident), ctypes.py_object(Killed)
     )

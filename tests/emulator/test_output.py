@@ -10,6 +10,7 @@ import socket
 import subprocess
 import sys
 from collections.abc import Iterator
+from functools import partial
 from pathlib import Path
 
 import pytest
@@ -139,7 +140,7 @@ KINDS = ("a FIFO", "a directory", "a socket", "a device")
 def test_what_is_no_regular_file_is_refused(kind: str, tmp_path: Path) -> None:
     path = special(kind, tmp_path)
     before = path.stat()
-    for refuse in (lambda: write_file("--output", path, "x"), lambda: check_file("--output", path)):
+    for refuse in (partial(write_file, "--output", path, "x"), partial(check_file, "--output", path)):
         with pytest.raises(Unwritable, match=f"^--output {path}: it is {kind}; expected a regular file"):
             refuse()
     assert path.stat() == before

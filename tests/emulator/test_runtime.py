@@ -27,6 +27,7 @@ from emulator.runtime import (
     wake,
 )
 from native import lib
+from native.types import VmId
 from tests.support import CPU2
 
 CONFIG = {
@@ -64,7 +65,7 @@ def cpu(machine: Machine) -> Cpu:
 
 @pytest.fixture
 def mmu_lock(machine: Machine) -> MmuLock:
-    return MmuLock(machine.cpus[1].check(lib.vm_create(machine.m, 16)))
+    return MmuLock(VmId(machine.cpus[1].check(lib.vm_create(machine.m, 16))))
 
 
 def in_thread(action: object) -> threading.Thread:

@@ -16,6 +16,7 @@ from emulator.machine import Emulation, machine_config
 from emulator.policy import preset
 from emulator.result import Result
 from native import lib
+from native.types import CpuId
 from tests.support import wait_until
 
 LINUX = preset("linux-7.3")
@@ -170,7 +171,7 @@ def test_the_flushed_mask_as_sketched_is_caught_and_told() -> None:
 def test_idle_guests_stay_in_guest_mode() -> None:
     with Emulation(load_scenario("partitioned"), LINUX, seed=1) as emulation:
         emulation.start()
-        idle = range(2, 16)
+        idle = [CpuId(cpu) for cpu in range(2, 16)]
         wait_until(
             lambda: sum(lib.cpu_power(emulation.m, cpu) == lib.CPU_GUEST_HALTED for cpu in idle) > 10,
             "most tenants halt in guest mode",

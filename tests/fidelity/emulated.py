@@ -20,6 +20,7 @@ from emulator.kvm.smm import kvm_inject_smi
 from emulator.kvm.structs import KvmParams
 from emulator.policy import preset as preset_named
 from native import lib
+from native.types import CpuId
 
 from .host_mm import BLOCK
 from .lines import Machine, Step
@@ -263,7 +264,7 @@ class EmulatedBench(EmulatedMachine):
         counter = {"mov_cr3": lib.COUNT_GUEST_SWITCHES, "invlpg": lib.COUNT_GUEST_INVALIDATIONS}[
             step.word("insn")
         ]
-        pcpu = self._vm(step).tasks[step.number("vcpu")].pcpu
+        pcpu = CpuId(self._vm(step).tasks[step.number("vcpu")].pcpu)
         before = self.counter(pcpu, counter)
         self.wait(lambda: self.counter(pcpu, counter) - before >= step.number("n"), str(step))
         return self.counter(pcpu, counter) - before

@@ -14,6 +14,7 @@ from emulator.kvm.kvm_main import (
 from emulator.kvm.structs import Kvm
 from emulator.runtime import Cpu
 from native import ffi, lib
+from native.types import PromiseKind
 
 BLOCK = 512
 
@@ -25,7 +26,7 @@ class HostMm:
         self.cpu = cpu
 
     @contextmanager
-    def _notified(self, kvm: Kvm, start: int, end: int, promise: int) -> Iterator[None]:
+    def _notified(self, kvm: Kvm, start: int, end: int, promise: PromiseKind) -> Iterator[None]:
         host_works(self.cpu, kvm)
         kvm_mmu_notifier_invalidate_range_start(self.cpu, kvm, start, end, promise)
         yield

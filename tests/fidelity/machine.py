@@ -24,6 +24,7 @@ from emulator.kvm.structs import Kvm, KvmParams
 from emulator.policy import Policy
 from emulator.runtime import Machine as NativeMachine
 from native import ffi, lib
+from native.types import CounterId, CpuId, VcpuId
 from tests.support import machine_fields
 
 from .driver import VcpuCounts, VmCounts
@@ -224,7 +225,7 @@ class EmulatedMachine:
         self.wait(lambda: all(task.pcpu >= 0 for task in vm.tasks), "the vCPUs to be placed")
         self.whole_round(vm)
 
-    def _program(self, vm: Vm, vcpu: int) -> Program:
+    def _program(self, vm: Vm, vcpu: VcpuId) -> Program:
         share = vm.slots[0].pages // self.vcpus
         first = len(vm.programs) * share
         return Program(
@@ -235,7 +236,7 @@ class EmulatedMachine:
         hva = (THP_SLOTS if self.config.thp else SLOTS)[number].gfn
         kvm_set_memory_region(self.cpu, vm.kvm, number, slot.gfn, slot.pages, hva, flags)
 
-    def counter(self, cpu: int, counter: int) -> int:
+    def counter(self, cpu: CpuId, counter: CounterId) -> int:
         values = ffi.new("uint64_t[]", lib.COUNTERS)
         lib.counters_read(self.native.m, cpu, values)
         return int(values[counter])

@@ -16,6 +16,7 @@ from metrics import MachineCollector
 from metrics.collector import MAX_VMS, _flush_families, _vm_families
 from metrics.native_counters import FlushCell
 from native import COUNTER_NAMES, EXIT_REASONS, HISTOGRAM_NAMES, VIOLATION_KINDS, VM_STAT_NAMES, lib
+from native.types import CounterId
 from tests.support import CPU0, CPU1, CPU3, VM0, BareMachine
 
 
@@ -97,7 +98,7 @@ def test_exits_have_reasons(bare_machine: BareMachine, collector: MachineCollect
     # guest_run adds the reason to the first of these counters: the order must be the same.
     names = [name.removeprefix("exit_") for name in COUNTER_NAMES if name.startswith("exit_")]
     assert tuple(names) == EXIT_REASONS
-    bare_machine.count(CPU0, lib.COUNT_EXIT_INTERRUPT + lib.EXIT_HLT, 2)
+    bare_machine.count(CPU0, CounterId(lib.COUNT_EXIT_INTERRUPT + lib.EXIT_HLT), 2)
     assert value(scrape(collector), 'flushlab_vm_exits_total{reason="hlt"}') == 2
 
 

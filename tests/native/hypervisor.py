@@ -10,7 +10,7 @@ from types import TracebackType
 from typing import TYPE_CHECKING
 
 from native import ffi, lib
-from native.types import Counter, CpuId, PromiseKind, VcpuId, VmId
+from native.types import CounterId, CpuId, PromiseKind, VcpuId, VmId
 from tests.support import CPU0, machine_fields
 
 if TYPE_CHECKING:
@@ -182,7 +182,7 @@ class Hypervisor:
         out = ffi.new("struct violation_report[]", 64)
         return [out[i] for i in range(lib.oracle_reports(self.m, 0, out, 64))]
 
-    def count(self, counter: Counter) -> int:
+    def count(self, counter: CounterId) -> int:
         values = ffi.new("uint64_t[]", lib.COUNTERS)
         lib.counters_sum(self.m, values)
         return int(values[counter])

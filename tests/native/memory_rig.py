@@ -6,7 +6,7 @@ from types import TracebackType
 from typing import TYPE_CHECKING
 
 from native import ffi, lib
-from native.types import Counter, FrameKind
+from native.types import CounterId, FrameKind
 from tests.support import CPU1, CPU2, VM0
 
 if TYPE_CHECKING:
@@ -62,7 +62,7 @@ class Rig:
         out = ffi.new("struct event[]", 256)
         return [(out[i].kind, out[i].a, out[i].b) for i in range(lib.events_read(self.m, CPU, out, 256))]
 
-    def count(self, counter: Counter) -> int:
+    def count(self, counter: CounterId) -> int:
         values = ffi.new("uint64_t[]", lib.COUNTERS)
         lib.counters_sum(self.m, values)
         return int(values[counter])

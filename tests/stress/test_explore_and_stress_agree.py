@@ -10,7 +10,7 @@ import pytest
 from emulator.explore.choices import NONE
 from emulator.explore.verdict import Plan, Verdict
 from emulator.litmus.loader import load_test
-from emulator.litmus.model import SAFE
+from emulator.litmus.model import SAFE, Expected
 from emulator.litmus.policies import expected_of
 from emulator.litmus.verdict import BOUNDED, VIOLATIONS, Outcome
 from tests.stress.agreement import Scale, compare, contradictions, searched
@@ -76,7 +76,9 @@ FREED, STALE = "use-after-free", "stale-after-revoke"
         (outcome(), verdict(BOUNDED), ("safe",)),
     ],
 )
-def test_what_can_be_true_at_once(stressed: Outcome, explored: Verdict, expected: tuple[object, ...]) -> None:
+def test_what_can_be_true_at_once(
+    stressed: Outcome, explored: Verdict, expected: tuple[Expected, ...]
+) -> None:
     assert contradictions(stressed, explored, expected) == []
 
 
@@ -93,7 +95,7 @@ def test_what_can_be_true_at_once(stressed: Outcome, explored: Verdict, expected
         (outcome(failure="v0: KVM_BUG_ON"), verdict(BOUNDED), (), "real threads fail: v0: KVM_BUG_ON"),
     ],
 )
-def test_what_cannot(stressed: Outcome, explored: Verdict, expected: tuple[object, ...], said: str) -> None:
+def test_what_cannot(stressed: Outcome, explored: Verdict, expected: tuple[Expected, ...], said: str) -> None:
     (sentence,) = contradictions(stressed, explored, expected)[:1]
     assert sentence.startswith(said)
 

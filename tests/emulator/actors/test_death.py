@@ -18,6 +18,7 @@ from emulator.actors.pcpu import PCpu
 from emulator.actors.rcu import RcuThread
 from emulator.runtime import MachineStopped, rcu_enter
 from native import lib
+from native.types import CpuId
 from tests.emulator.actors.crews import crew_of, small_machine
 from tests.support import CPU1, VM0, wait_until
 
@@ -44,6 +45,7 @@ def start(crew: Crew, number: int) -> pykka.ActorRef[Doer]:
 def kill(actor: MachineActor) -> None:
     """Raise in the actor's thread, wherever it is (at its next bytecode)."""
     assert actor.thread is not None
+    assert actor.thread.ident is not None
     assert ctypes.pythonapi.PyThreadState_SetAsyncExc(
         ctypes.c_ulong(actor.thread.ident), ctypes.py_object(Killed)
     )
@@ -171,8 +173,8 @@ def read_until(reader: pykka.ActorRef[Doer], m: Any, go: threading.Event) -> Non
     assert inside.wait(5)
 
 
-def reader_cpu(crew: Crew) -> int:
-    return crew.machine.pcpus
+def reader_cpu(crew: Crew) -> CpuId:
+    return CpuId(crew.machine.pcpus)
 
 
 def test_a_message_to_the_rcu_thread_does_no_harm(crew: Crew) -> None:
@@ -213,7 +215,8 @@ def test_dies_inside_srcu(crew: Crew) -> None:
     waiting = updater.ask(
         lambda actor: actor.cpu.check(lib.synchronize_srcu(actor.cpu.m, actor.cpu.id, VM0)), block=False
     )
-    wait_until(lambda: lib.cpu_power(machine.m, machine.pcpus + 1) == lib.CPU_HALTED, "the updater waits")
+    cpu = CpuId(machine.pcpus + 1)
+    wait_until(lambda: lib.cpu_power(machine.m, cpu) == lib.CPU_HALTED, "the updater waits")
     go.set()
     began = time.monotonic()
     with pytest.raises((MachineStopped, pykka.ActorDeadError)):
@@ -265,8 +268,8 @@ def test_boot_and_stop_of_many_pcpus() -> None:
     with crew_of(small_machine(pcpus=1024)) as crew:
         refs = [PCpu.start(crew, cpu) for cpu in crew.machine.cpus[:1024]]
         assert all(ref.is_alive() for ref in refs)
-        m = crew.machine.m
-        wait_until(lambda: all(lib.cpu_power(m, i) == lib.CPU_HALTED for i in range(1024)), "all halt")
+        m, ids = crew.machine.m, [CpuId(i) for i in range(1024)]
+        wait_until(lambda: all(lib.cpu_power(m, cpu) == lib.CPU_HALTED for cpu in ids), "all halt")
         stopping = time.monotonic()
         crew.stop()
         assert crew.join() == []

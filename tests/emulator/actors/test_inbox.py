@@ -18,7 +18,7 @@ from emulator.actors.pcpu import PCpu
 from emulator.runtime import MachineStopped
 from native import lib
 from tests.emulator.actors.crews import crew_of, small_machine
-from tests.support import wait_until
+from tests.support import CPU0, CPU1, wait_until
 
 
 @pytest.fixture(name="crew")
@@ -66,8 +66,13 @@ def test_messages_keep_their_order(crew: Crew) -> None:
 def test_many_senders_lose_no_message(crew: Crew) -> None:
     ref = echo(crew)
     seen: list[int] = []
+
+    def send() -> None:
+        for _ in range(500):
+            ref.tell(lambda actor: seen.append(1))
+
     senders = [
-        threading.Thread(target=lambda: [ref.tell(lambda actor: seen.append(1)) for _ in range(500)])
+        threading.Thread(target=send)
         for _ in range(4)
     ]
     for sender in senders:
@@ -172,6 +177,6 @@ def test_a_waiting_cpu_serves_calls(crew: Crew) -> None:
         cpu = actor.cpu
         return sum(cpu.check(lib.on_each_cpu(cpu.m, cpu.id, lib.IPI_ACK_KICK, 0, 1)) for _ in range(100))
 
-    wait_until(lambda: all(lib.cpu_power(machine.m, i) == lib.CPU_HALTED for i in range(2)), "pCPUs halt")
+    wait_until(lambda: all(lib.cpu_power(machine.m, i) == lib.CPU_HALTED for i in (CPU0, CPU1)), "pCPUs halt")
     assert sender.ask(broadcast, timeout=10) == 200
     assert all(ref.is_alive() for ref in refs)

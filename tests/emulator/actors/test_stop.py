@@ -12,6 +12,7 @@ from emulator.actors.crew import STOP_ACTORS, Crew, stop_seconds
 from emulator.actors.pcpu import PCpu
 from emulator.machine import SWITCH_INTERVAL
 from native import lib
+from native.types import CpuId
 from tests.emulator.actors.crews import small_machine
 from tests.support import wait_until
 
@@ -40,7 +41,7 @@ def test_a_thousand_actors_with_a_thousand_vms_end_like_plain_threads() -> None:
     crew = Crew(machine, machine.cpus[-1])
 
     def all_halt() -> bool:
-        return all(lib.cpu_power(machine.m, cpu) == lib.CPU_HALTED for cpu in range(PCPUS))
+        return all(lib.cpu_power(machine.m, cpu) == lib.CPU_HALTED for cpu in map(CpuId, range(PCPUS)))
 
     try:
         for cpu in machine.cpus[:PCPUS]:

@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 import sys
 import threading
-from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
 from typing import Any, ClassVar
@@ -52,7 +51,7 @@ class Canned:
 
 
 @pytest.fixture(autouse=True)
-def _no_machine(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+def _no_machine(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(runner, "Job", Canned)
     for name, value in (
         ("made", []),
@@ -62,7 +61,6 @@ def _no_machine(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
         ("worked", 1e9),
     ):
         monkeypatch.setattr(Canned, name, value)
-    return
 
 
 def compare(*words: str) -> int:

@@ -65,10 +65,10 @@ def printed(capsys: pytest.CaptureFixture[str], *arguments: str) -> str:
 def test_reports_wherever_they_are(form: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     race = flushed_mask()
     value: Any = {
-        "run": lambda: race.document("p"),
-        "report": race.report,
-        "litmus": lambda: {"results": [{"test": "t", "policy": "p", "reports": [race.report()]}]},
-    }[form]()
+        "run": race.document("p"),
+        "report": race.report(),
+        "litmus": {"results": [{"test": "t", "policy": "p", "reports": [race.report()]}]},
+    }[form]
     out = printed(capsys, written(tmp_path, value))
     where = {"run": " under p (main)", "report": "", "litmus": " under p (t)"}[form]
     assert out.startswith(f"use-after-free{where}, VM 0\n")

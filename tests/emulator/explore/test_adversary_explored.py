@@ -10,7 +10,7 @@ import pytest
 from emulator.cli import main
 from emulator.errors import BadInput
 from emulator.explain.document import load_cases
-from emulator.explain.plot import FILL
+from emulator.explain.parts import FILL
 from emulator.explore.adversary import places
 from emulator.explore.choices import Choices
 from emulator.explore.controlled import installed
@@ -95,7 +95,8 @@ def test_unsafe_only_with_the_adversary(
     test: str, choice: str, policy: str, expected: tuple[str, ...]
 ) -> None:
     assert verdict_of(test, policy, Choices(), 300).verdict != VIOLATIONS
-    found = verdict_of(test, policy, Choices(**{choice: 1}))
+    choices = Choices(evict=int(choice == "evict"), speculate=int(choice == "speculate"))
+    found = verdict_of(test, policy, choices)
     assert found.verdict == VIOLATIONS
     assert found.kinds[0] in expected
 

@@ -11,6 +11,7 @@ from emulator.explore.world import LitmusProgram
 from emulator.kvm import requests
 from emulator.litmus.loader import load_test, shipped_texts
 from emulator.litmus.policies import named_policy
+from emulator.points import PointKind
 from emulator.runtime import Mode
 from native import lib
 
@@ -25,7 +26,7 @@ def without_points(monkeypatch: pytest.MonkeyPatch, kind: str) -> None:
 
     point = Cpu.point
 
-    def others(cpu: Cpu, what: str, obj: object, mode: Mode) -> None:
+    def others(cpu: Cpu, what: PointKind, obj: object, mode: Mode) -> None:
         if what != kind:
             point(cpu, what, obj, mode)
 

@@ -7,6 +7,7 @@ import json
 import pytest
 
 from emulator.cli import main
+from emulator.points import PointKind
 from emulator.runtime import Cpu, Mode
 
 
@@ -18,7 +19,7 @@ def run(capsys: pytest.CaptureFixture[str], *arguments: str) -> tuple[int, str]:
 def no_points_at_memslots(monkeypatch: pytest.MonkeyPatch) -> None:
     point = Cpu.point
 
-    def others(cpu: Cpu, kind: str, obj: object, mode: Mode) -> None:
+    def others(cpu: Cpu, kind: PointKind, obj: object, mode: Mode) -> None:
         if kind not in ("memslots", "mode"):
             point(cpu, kind, obj, mode)
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Callable
 from dataclasses import replace
+from functools import partial
 from typing import Any
 
 import pytest
@@ -82,7 +83,7 @@ class Program:
     def start(self, execution: Execution) -> None:
         self.done = []
         for name, body in zip("ab", self.bodies, strict=True):
-            execution.spawn(name, lambda body=body: body(self, execution))
+            execution.spawn(name, partial(body, self, execution))
 
     def finish(self, execution: Execution) -> str:
         return " ".join(self.done)

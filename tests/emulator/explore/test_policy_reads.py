@@ -17,8 +17,9 @@ from hypothesis import strategies as st
 from emulator.cli import main
 from emulator.explore import team, verdict
 from emulator.explore.audited import audited
+from emulator.explore.choices import Choices
 from emulator.explore.controlled import installed
-from emulator.explore.policy_reads import Grown, Known, Seen
+from emulator.explore.policy_reads import NOTHING, Grown, Known, Seen
 from emulator.explore.record import load, record, replay
 from emulator.explore.sampling import Pct, RandomWalk
 from emulator.explore.search import Found
@@ -87,7 +88,7 @@ def last_logged(found: Found, n: int) -> set[tuple[Any, ...]]:
         Plan(bound=2),
         Plan(bound=3),
         Plan("pct", depth=2),
-        Plan(choices=verdict.Choices(store_buffers=True)),
+        Plan(choices=Choices(store_buffers=True)),
     ],
     ids=["all", "2 preemptions", "3 preemptions", "pct", "store buffers"],
 )
@@ -339,7 +340,7 @@ def test_all_that_random_walks_read_is_in_a_search(
     if not found.complete:
         return
     for strategy in (lambda _: RandomWalk(25, 1), lambda _: Pct(25, 1, 3)):
-        for knows in (known, verdict.NOTHING):
+        for knows in (known, NOTHING):
             walks, _ = outcomes(directory, test, policy, strategy, knows, frozen=True)
             assert set(walks.outcomes) <= set(found.outcomes)
 

@@ -87,7 +87,7 @@ def test_contents_come_back_in_the_same_objects() -> None:
         world.marks[2] = 9  # type: ignore[attr-defined]
         world.frozen.inside.append(8)  # type: ignore[attr-defined]
         world.pair[0].append(1)  # type: ignore[attr-defined]
-        world.again = None
+        world.again = None  # type: ignore[attr-defined]
         world.more = 1  # type: ignore[attr-defined]
         assert describe(world) != before
         snapshot.restore()
@@ -102,10 +102,10 @@ def test_slots_come_back_set_or_not() -> None:
     snapshot = Snapshot([obj])
     for _ in range(2):
         obj.a = obj.b = None  # type: ignore[attr-defined]
-        obj.later = 1
+        obj.later = 1  # type: ignore[attr-defined]
         assert obj.raise_it() == 2
         snapshot.restore()
-        assert (obj.a, obj.b) == ([], 5)  # type: ignore[attr-defined]
+        assert (obj.a, obj.b) == ([], 5)  # type: ignore[attr-defined, comparison-overlap]
         assert not hasattr(obj, "later")
     del obj.a
     snapshot.restore()

@@ -49,10 +49,10 @@ class Buffered:
         self.memory: dict[str, int] = {}
         self.registers: list[list[int]] = [[] for _ in self.tasks]
         self.stores = StoreBuffers(self.objects)
-        for cpu in range(len(self.tasks)):
+        for cpu in map(CpuId, range(len(self.tasks))):
             self.stores.add(cpu)
             execution.spawn(f"t{cpu}", self._body(execution, cpu))
-        for cpu in range(len(self.tasks)):
+        for cpu in map(CpuId, range(len(self.tasks))):
             execution.spawn(f"stores:{cpu}", self.stores.drains(execution, cpu), daemon=True)
 
     def finish(self, execution: Execution) -> str:
@@ -166,7 +166,7 @@ def test_the_reduction_loses_no_outcome(tasks: list[list[Op]]) -> None:
 
 def test_a_grace_period_waits_for_stores_that_were_there_before() -> None:
     stores = StoreBuffers(Objects())
-    for cpu in (0, 1):
+    for cpu in (CPU0, CPU1):
         stores.add(cpu)
     readers = BufferedReaders(stores)
     execution = Execution(Objects(), Exhaustive(Objects()))

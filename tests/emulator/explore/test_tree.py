@@ -28,7 +28,7 @@ from tests.emulator.explore.tiny_programs import Op, Tiny, explore
 class Strangers:
     """Each part is done by somebody who has never seen the program, and numbers its objects differently."""
 
-    def __init__(self, tasks: Sequence[list[Op]], bad: Callable[[str], bool] = lambda _: False) -> None:
+    def __init__(self, tasks: Sequence[Sequence[Op]], bad: Callable[[str], bool] = lambda _: False) -> None:
         self.tasks = tasks
         self.bad = bad
         self.parts = 0
@@ -43,7 +43,7 @@ class Strangers:
 
 
 def explore_wide(
-    *tasks: list[Op], bound: int | None = None, most: int = 0, plain: int = 1, part: int = 1
+    *tasks: Sequence[Op], bound: int | None = None, most: int = 0, plain: int = 1, part: int = 1
 ) -> tuple[Found, int]:
     program, team = Tiny(*tasks), Strangers(tasks)
     found = wide_search(

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
+from functools import partial
 
 from emulator.explore.dpor import Exhaustive
 from emulator.explore.objects import Objects
@@ -17,7 +18,7 @@ class Tiny:
     ("lock", x), ("unlock", x); ("wait", x, v) until x is v; ("when", x, y) once
     x is 1 reads y, in one step.  The outcome is everything at the end."""
 
-    def __init__(self, *tasks: list[Op], objects: Objects | None = None) -> None:
+    def __init__(self, *tasks: Sequence[Op], objects: Objects | None = None) -> None:
         self.tasks = tasks
         self.objects = objects or Objects()
 
@@ -37,6 +38,9 @@ class Tiny:
     def abandon(self, execution: Execution) -> None:
         pass
 
+    def _is(self, x: str, value: int) -> bool:
+        return self.shared.get(x, 0) == value
+
     def _body(self, execution: Execution, i: int) -> Callable[[], None]:
         shared, bit = self.shared, self.objects.bit
 
@@ -54,26 +58,24 @@ class Tiny:
                     execution.step((kind, x, "write"), mask, mask)
                     shared[x] = shared.get(x, 0) + 1
                 elif kind == "lock":
-                    execution.step((kind, x, "write"), 0, mask, lambda x=x: not shared.get(x, 0), x)
+                    execution.step((kind, x, "write"), 0, mask, partial(self._is, x, 0), x)
                     shared[x] = 1
                 elif kind == "unlock":
                     execution.step((kind, x, "write"), 0, mask)
                     shared[x] = 0
                 elif kind == "when":
                     y = op[2]
-                    execution.step((kind, x, "read"), mask | bit(y), 0, lambda x=x: shared.get(x, 0) == 1, x)
+                    execution.step((kind, x, "read"), mask | bit(y), 0, partial(self._is, x, 1), x)
                     self.registers[i].append(shared.get(y, 0))
                 else:
                     wanted = int(op[2])
-                    execution.step(
-                        (kind, x, "read"), mask, 0, lambda x=x, wanted=wanted: shared.get(x, 0) == wanted, x
-                    )
+                    execution.step((kind, x, "read"), mask, 0, partial(self._is, x, wanted), x)
 
         return body
 
 
 def explore(
-    *tasks: list[Op],
+    *tasks: Sequence[Op],
     reduce: bool = True,
     bound: int | None = None,
     bad: Callable[[str], bool] = lambda _: False,

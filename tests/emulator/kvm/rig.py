@@ -24,6 +24,7 @@ from emulator.kvm.x86 import vcpu_run
 from emulator.policy import Policy
 from emulator.runtime import Cpu, Machine
 from native import FLUSH_REASONS, FLUSH_SCOPES, VIOLATION_KINDS, VM_STAT_NAMES, ffi, lib
+from native.types import PromiseKind, VmStat
 
 GFNS = 4096
 SLOT = 0
@@ -164,7 +165,7 @@ class Rig:
         self.vms.remove(kvm)
         kvm_destroy_vm(self.host, kvm)
 
-    def unmap(self, kvm: Kvm, start: int, end: int, promise: int = lib.PROMISE_NOTIFIER) -> None:
+    def unmap(self, kvm: Kvm, start: int, end: int, promise: PromiseKind = lib.PROMISE_NOTIFIER) -> None:
         kvm_mmu_notifier_invalidate_range_start(self.host, kvm, start, end, promise)
         lib.mm_unmap(self.machine.m, self.host.id, kvm.id, start, end, 1)
         kvm_mmu_notifier_invalidate_range_end(self.host, kvm, start, end)
@@ -181,7 +182,7 @@ class Rig:
         kvm_mmu_notifier_invalidate_range_end(self.host, kvm, start, start + 512)
 
     def stats(self, kvm: Kvm) -> dict[str, int]:
-        return {name: lib.vm_stat(self.machine.m, kvm.id, i) for i, name in enumerate(VM_STAT_NAMES)}
+        return {name: lib.vm_stat(self.machine.m, kvm.id, VmStat(i)) for i, name in enumerate(VM_STAT_NAMES)}
 
     @contextmanager
     def counting(self, kvm: Kvm) -> Iterator[dict[str, int]]:

@@ -38,7 +38,7 @@ class Work:
 
 
 def guest_that_owes_a_flush(rig: Rig, **params: bool) -> Guest:
-    kvm = rig.vm(**{"host_takes_time": True, **params})
+    kvm = rig.vm(None, True, **{"host_takes_time": True, **params})
     guest = rig.guest(kvm)
     guest.write(0, 5)
     assert not host_works(rig.host, kvm), "it owes nothing yet"

@@ -26,7 +26,7 @@ Scenario = Callable[[Rig, Policy], None]
 
 
 def one_guest(rig: Rig, policy: Policy, **params: int) -> tuple[Kvm, Guest]:
-    kvm = rig.vm(policy, **params)
+    kvm = rig.vm(policy, True, **params)
     return kvm, rig.guest(kvm)
 
 

@@ -23,6 +23,7 @@ from emulator.kvm.mmu import kvm_zap_gfn_range
 from emulator.kvm.structs import Kvm
 from emulator.policy import Policy, preset
 from native import lib
+from native.types import FrameKind
 from tests.emulator.kvm.rig import GFNS, SLOT, Guest, Rig
 
 # Counts that these tests are about.
@@ -375,10 +376,9 @@ def test_halt_and_immediate_exit(rig: Rig) -> None:
     guest = rig.guest(kvm, halt_every=100)
     assert guest.write(0, 5) is HALTED
     assert guest.vcpu.srcu_idx == -1
-    assert guest.vcpu.loaded
+    assert guest.vcpu.loaded is True
     guest.vcpu.immediate_exit = True
-    assert guest.resume(0) == ExitToUser("intr")
-    assert not guest.vcpu.loaded
+    assert (guest.resume(0), guest.vcpu.loaded) == (ExitToUser("intr"), False)
     guest.vcpu.immediate_exit = False
     assert guest.resume(0) is HALTED
 
@@ -411,8 +411,12 @@ def test_fault_around(rig: Rig, around: int) -> None:
     assert rig.violations() == {}
 
 
+def frames_in_use(rig: Rig) -> list[int]:
+    return [lib.frames_in_use(rig.machine.m, kind) for kind in map(FrameKind, range(lib.FRAME_KINDS))]
+
+
 def test_everything_is_given_back(rig: Rig) -> None:
-    before = [lib.frames_in_use(rig.machine.m, kind) for kind in range(lib.FRAME_KINDS)]
+    before = frames_in_use(rig)
     vpids = len(rig.machine.vmx_vpids)
     for _ in range(3):
         kvm = rig.vm()
@@ -426,7 +430,7 @@ def test_everything_is_given_back(rig: Rig) -> None:
         with rig.counting(kvm) as counts:
             rig.destroy(kvm)
         assert flushes(counts) == {}
-    assert [lib.frames_in_use(rig.machine.m, kind) for kind in range(lib.FRAME_KINDS)] == before
+    assert frames_in_use(rig) == before
     assert len(rig.machine.vmx_vpids) == vpids
     assert rig.violations() == {}
 

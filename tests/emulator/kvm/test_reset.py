@@ -98,7 +98,7 @@ def test_the_vpid_is_flushed_at_once_and_the_rest_is_requested(rig: Rig) -> None
     with invvpids(rig, 1):
         kvm_vcpu_reset(cpu, vcpu, init_event=True)
     assert kvm_check_request(cpu, vcpu, KVM_REQ_TLB_FLUSH_GUEST)
-    assert vcpu.mmu.root is None
+    assert [vcpu.mmu.root] == [None]
     # With paging off: INIT flushes all the same, and the roots stay.
     guest.resume(0)
     root = vcpu.mmu.root

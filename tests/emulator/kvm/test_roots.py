@@ -30,7 +30,9 @@ from emulator.kvm.vmx import (
 )
 from emulator.policy import Policy, preset
 from native import lib
+from native.types import CpuId
 from tests.emulator.kvm.rig import Guest, Rig, online, recreate_slot, scopes
+from tests.support import CPU0, CPU1, CPU2
 
 NORMAL, SMM = KvmMmuPageRole(), KvmMmuPageRole(smm=1)
 FIVE, FIVE_SMM = KvmMmuPageRole(level=5), KvmMmuPageRole(level=5, smm=1)
@@ -49,7 +51,7 @@ def cache(rig: Rig, *roles: KvmMmuPageRole) -> Iterator[tuple[Kvm, KvmMmu]]:
 
 
 def order(mmu: KvmMmu) -> list[KvmMmuPageRole | None]:
-    return [root and root.role for root in (mmu.root, *mmu.prev_roots)]
+    return [None if root is None else root.role for root in (mmu.root, *mmu.prev_roots)]
 
 
 # --- the cache ----------------------------------------------------------------------------------------------
@@ -157,15 +159,15 @@ def test_obsolete_roots_of_both_mmus_go(rig: Rig) -> None:
     root = kvm_tdp_mmu_alloc_root(rig.host, kvm, SMM)
     vcpu.guest_mmu.prev_roots[1] = root
     kvm_mmu_free_obsolete_roots(rig.host, vcpu)
-    assert vcpu.guest_mmu.prev_roots[1] is root
+    assert vcpu.guest_mmu.prev_roots == [None, root, None]
     root.invalidate()
     kvm_mmu_free_obsolete_roots(rig.host, vcpu)
-    assert vcpu.guest_mmu.prev_roots[1] is None
+    assert vcpu.guest_mmu.prev_roots == [None, None, None]
     assert vcpu.root_mmu.root is not None
     root.role = SMM
     vcpu.guest_mmu.root = kvm_tdp_mmu_alloc_root(rig.host, kvm, SMM)
     kvm_mmu_unload(rig.host, vcpu)
-    assert (vcpu.root_mmu.root, vcpu.guest_mmu.root) == (None, None)
+    assert [mmu.root for mmu in (vcpu.root_mmu, vcpu.guest_mmu)] == [None, None]
 
 
 def test_active_roots_are_those_of_both_mmus(rig: Rig) -> None:
@@ -220,7 +222,7 @@ def test_without_a_root_there_is_nothing_to_flush(rig: Rig) -> None:
 
 
 @contextmanager
-def idle_pcpus(rig: Rig, *pcpus: int) -> Iterator[None]:
+def idle_pcpus(rig: Rig, *pcpus: CpuId) -> Iterator[None]:
     """Threads of pCPUs that run nothing and serve calls."""
     threads = []
     for pcpu in pcpus:
@@ -242,7 +244,7 @@ def test_which_pcpus_a_new_root_flushes(rig: Rig, answer: str, flushed: int) -> 
     guest = rig.guest(kvm)
     guest.read(0, 5)
     guest.read(1, 5)
-    with idle_pcpus(rig, 0, 1, 2):
+    with idle_pcpus(rig, CPU0, CPU1, CPU2):
         before = flushes(rig, "invept_single")
         root = kvm_tdp_mmu_alloc_root(rig.host, kvm, SMM)
         assert flushes(rig, "invept_single") - before == flushed
@@ -260,7 +262,7 @@ def test_a_pcpu_that_allocates_a_root_flushes_itself_too(rig: Rig) -> None:
     guest.read(0, 5)
     guest.read(1, 5)
     cpu = rig.machine.cpus[0]
-    with idle_pcpus(rig, 1, 2), online(cpu):
+    with idle_pcpus(rig, CPU1, CPU2), online(cpu):
         before = flushes(rig, "invept_single")
         root = kvm_tdp_mmu_alloc_root(cpu, kvm, SMM)
         assert flushes(rig, "invept_single") - before == 2

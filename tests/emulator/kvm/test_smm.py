@@ -262,7 +262,7 @@ def test_cpuid_that_changes_the_levels_drops_the_roots(rig: Rig) -> None:
     guest = rig.guest(kvm)
     guest.write(0, 5)
     kvm_mmu_after_set_cpuid(rig.host, guest.vcpu, 48)
-    assert guest.vcpu.mmu.root is None
+    assert [guest.vcpu.mmu.root] == [None]
     guest.read(0, 5)
     assert guest.vcpu.mmu.root is not None
     assert guest.vcpu.mmu.root.role.level == 4

@@ -11,7 +11,7 @@ import pytest
 import emulator
 from emulator.errors import BadInput
 from emulator.litmus.loader import load_test, load_tests, parse_test, shipped_tests
-from emulator.litmus.model import INCONCLUSIVE, SAFE
+from emulator.litmus.model import INCONCLUSIVE, SAFE, LitmusTest
 from emulator.litmus.ops import VERBS, OpError, parse_op
 from emulator.litmus.policies import expected_of, policies_for
 from emulator.points import POINTS, PointKind
@@ -34,7 +34,7 @@ delays = ["v0 mode write 300"]
 """
 
 
-def parse(text: str):
+def parse(text: str) -> LitmusTest:
     return parse_test(text, "t.toml", None)
 
 
@@ -252,9 +252,11 @@ def announced() -> dict[str, set[str]]:
             if not isinstance(call, ast.Call) or not isinstance(call.func, ast.Attribute):
                 continue
             if call.func.attr == "point" and len(call.args) == 3 and isinstance(call.args[0], ast.Constant):
-                modes = {n.value for n in ast.walk(call.args[2]) if isinstance(n, ast.Constant)}
-                modes &= {"read", "write"}
-                found.setdefault(call.args[0].value, set()).update(modes or {""})
+                constants = {n.value for n in ast.walk(call.args[2]) if isinstance(n, ast.Constant)}
+                modes = {mode for mode in ("read", "write") if mode in constants}
+                kind = call.args[0].value
+                assert isinstance(kind, str)
+                found.setdefault(kind, set()).update(modes or {""})
     return found
 
 
@@ -262,9 +264,9 @@ def test_the_list_of_points_is_what_kvms_code_announces() -> None:
     found = announced()
     assert set(found) == set(POINTS) == set(get_args(PointKind))
     assert len(found) > 25
-    for kind, modes in found.items():
-        assert modes - {""} <= set(POINTS[kind]), kind
-        assert "" in modes or modes == set(POINTS[kind]), kind
+    for kind, listed in POINTS.items():
+        assert found[kind] - {""} <= set(listed), kind
+        assert "" in found[kind] or found[kind] == set(listed), kind
 
 
 # Any number will do: linear pages, and what never comes.

@@ -11,6 +11,8 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from emulator.explore.verdict import explore_verdict
+from emulator.kvm.dirty_log import kvm_vm_ioctl_get_dirty_log
+from emulator.kvm.structs import Kvm
 from emulator.litmus import kvm_ops
 from emulator.litmus.loader import load_test, parse_test
 from emulator.litmus.model import LitmusTest
@@ -18,6 +20,7 @@ from emulator.litmus.policies import named_policy
 from emulator.litmus.runner import run_test, running
 from emulator.litmus.verdict import VIOLATIONS, Outcome
 from emulator.policy import Policy
+from emulator.runtime import Cpu
 from native import ffi, lib
 
 LOSES = ["log-arm", "log-clear-manual", "log-get-away", "log-get", "log-huge", "log-initially-set"]
@@ -204,11 +207,11 @@ class Model:
 @contextmanager
 def forgetful(forgets: frozenset[tuple[int, int]]) -> Iterator[None]:
     """KVM_GET_DIRTY_LOG that takes marks and does not name all of them."""
-    real, calls = kvm_ops.kvm_vm_ioctl_get_dirty_log, iter(range(1000))
+    real, calls = kvm_vm_ioctl_get_dirty_log, iter(range(1000))
 
-    def get(*arguments: object) -> list[int]:
+    def get(cpu: Cpu, kvm: Kvm, slot: int, as_id: int = 0) -> list[int]:
         call = next(calls)
-        words: list[int] = real(*arguments)
+        words = real(cpu, kvm, slot, as_id)
         for page in PAGES:
             if (call, page) in forgets:
                 words[page // 64] &= ~(1 << page % 64)

@@ -67,11 +67,11 @@ def test_compare_runs_each_with_its_own_code(tmp_path: Path, capsys: pytest.Capt
 
 @pytest.mark.parametrize("bug", BUGS)
 def test_changes_are_in_place_while_a_machine_runs_only(bug: str, tmp_path: Path) -> None:
-    kept = [(vmx.vmx_flush_tlb_all, vmx.vmx_flush_tlb_all.__code__), x86.vmx_flush_tlb_all]
+    kept = [(vmx.vmx_flush_tlb_all, vmx.vmx_flush_tlb_all.__code__), vars(x86)["vmx_flush_tlb_all"]]
     policy = load_user_policy(written(tmp_path, BUGS[bug] + CLASS))
 
     def now() -> object:
-        return [(vmx.vmx_flush_tlb_all, vmx.vmx_flush_tlb_all.__code__), x86.vmx_flush_tlb_all]
+        return [(vmx.vmx_flush_tlb_all, vmx.vmx_flush_tlb_all.__code__), vars(x86)["vmx_flush_tlb_all"]]
 
     assert now() == kept
     with policy.confined():
