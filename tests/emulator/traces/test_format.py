@@ -10,7 +10,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from emulator import traces
-from emulator.traces import AccessType, TraceError
+from emulator.output import Unwritable
+from emulator.traces import AccessType
 from emulator.traces.columns import GROUP_DATA, decode, encode
 from emulator.traces.container import build_image, parse_image, write_trace
 from emulator.traces.record import USER_END, addresses_of, types_of, well_formed
@@ -93,5 +94,5 @@ def test_loaded_arrays_are_read_only() -> None:
 
 def test_output_that_cannot_be_written(tmp_path: Path) -> None:
     records = loop_trace()
-    with pytest.raises(TraceError, match="cannot be written"):
+    with pytest.raises(Unwritable, match="No such file or directory; expected a"):
         write_trace(tmp_path / "missing" / "a.fltrace", records, metadata_of(records))
