@@ -31,6 +31,7 @@ from emulator.machine import SWITCH_INTERVAL
 from emulator.policy import Policy
 from emulator.runtime import Cpu, Machine, MachineStopped, rcu_read_lock
 from native import ffi, lib
+from native.types import Hfn
 
 GIB = 1 << 18  # pages
 TABLE = 512
@@ -212,7 +213,7 @@ class ZapMachine:
         self.machine.destroy()
 
 
-def _leaf_table(cpu: Cpu, kvm: Kvm, root: KvmMmuPage, gfn: int) -> int:
+def _leaf_table(cpu: Cpu, kvm: Kvm, root: KvmMmuPage, gfn: int) -> Hfn:
     """The page table of this gfn, linked if need be."""
     while True:
         entry = tdp_entry(cpu, root, gfn, 1)

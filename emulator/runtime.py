@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Any, Final, Literal, NoReturn
 
 from emulator.points import PointKind
 from native import ffi, lib
-from native.types import CpuId, HistogramId, VmId, VmStat
+from native.types import CpuId, HistogramId, VmId, VmStat, Vpid
 
 if TYPE_CHECKING:
     from native._native import MachinePtr
@@ -91,7 +91,7 @@ class Machine:
         # giving it back are single list operations, and the last one freed is the next one used.
         # No more of them are ever in use than there can be vCPUs, but for some that are on their way.
         vpids = min((1 << 16) - 1, 2 * self.config.get("vcpus", 0) + 16)
-        self.vmx_vpids = list(range(vpids, 0, -1))
+        self.vmx_vpids = list(map(Vpid, range(vpids, 0, -1)))
 
     @property
     def pcpus(self) -> int:

@@ -11,7 +11,7 @@ named like a keyword is left to getattr().
 from __future__ import annotations
 
 import re
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Mapping
 from keyword import iskeyword
 from pathlib import Path
 from typing import Final
@@ -22,10 +22,15 @@ from native.build import HERE, declarations
 
 STUB: Final = HERE / "_native.pyi"
 
-# Arguments whose names stand for one kind of number in every function (native/types.py).
+# Arguments whose names stand for one kind of number (native/types.py) in every function on a machine.  A TLB
+# by itself takes any tags.
 ARGUMENTS: Final = {
     "cpu": "CpuId",
     "target": "CpuId",
+    "hfn": "Hfn",
+    "root": "Hfn",
+    "table": "Hfn",
+    "vpid": "Vpid",
     "vm": "VmId",
     "vcpu": "VcpuId",
     "counter": "CounterId",
@@ -56,6 +61,13 @@ EXCEPTIONS: Final = {
             "vcpu_add_flush_reason",
         )
     },
+}
+# Fields that KVM's code passes on.
+FIELDS: Final = {
+    ("mm_page", "hfn"): "Hfn",
+    ("tdp_chunk", "root"): "Hfn",
+    ("tdp_chunk", "found_table"): "Hfn",
+    ("tdp_removal", "page"): "Hfn",
 }
 # Members of these enums have the type of the arguments that take them, but for the one that counts them.
 ENUMS: Final = {
@@ -190,10 +202,10 @@ def _result(node: c_ast.Node) -> str:
     return "Chars" if name == "char" else f"{_class_of(name.removeprefix('struct '))}Ptr"
 
 
-def _argument(function: str, decl: c_ast.Decl, opaque: set[str]) -> str:
+def _argument(function: str, decl: c_ast.Decl, opaque: set[str], names: Mapping[str, str]) -> str:
     name, depth, const = _spelled(decl.type)
     if not depth:
-        return EXCEPTIONS.get((function, decl.name)) or ARGUMENTS.get(decl.name) or _value(name)
+        return EXCEPTIONS.get((function, decl.name)) or names.get(decl.name) or _value(name)
     if name == "char":
         return "bytes | Chars" if const else "Chars"
     if name in WORDS:
@@ -205,11 +217,12 @@ def _argument(function: str, decl: c_ast.Decl, opaque: set[str]) -> str:
 
 
 def _function(decl: c_ast.Decl, opaque: set[str]) -> str:
+    params = [argument for argument in decl.type.args.params if argument.name is not None]
+    names = {} if params and params[0].name == "t" else ARGUMENTS
     # A name is there to be read only: calls of cffi take no keywords.
     arguments = [
-        f"{argument.name}{'_' * iskeyword(argument.name)}: {_argument(decl.name, argument, opaque)}"
-        for argument in decl.type.args.params
-        if argument.name is not None
+        f"{argument.name}{'_' * iskeyword(argument.name)}: {_argument(decl.name, argument, opaque, names)}"
+        for argument in params
     ]
     return f"    def {decl.name}(self, {', '.join(arguments)}, /) -> {_result(decl.type.type)}: ..."
 
@@ -223,6 +236,7 @@ def _struct(struct: c_ast.Struct) -> Iterator[str]:
             kind = WORDS[name]
         else:
             kind = _class_of(name.removeprefix("struct ")) if name.startswith("struct ") else _value(name)
+        kind = FIELDS.get((struct.name, field.name), kind)
         if not iskeyword(field.name):
             yield f"    {field.name}: {kind}"
     yield ""
@@ -269,7 +283,7 @@ def text() -> str:
         node.type.name: node.type for node in decls if isinstance(node.type, c_ast.Struct) and node.type.decls
     }
     opaque = {node.type.name for node in decls if isinstance(node.type, c_ast.Struct)} - structs.keys()
-    types = sorted({*ARGUMENTS.values(), *EXCEPTIONS.values(), *ENUMS.values()} - {"int"})
+    types = sorted({*ARGUMENTS.values(), *EXCEPTIONS.values(), *FIELDS.values(), *ENUMS.values()} - {"int"})
     lines = [_HEAD.format(types=", ".join(types))]
     for struct in structs.values():
         lines += _struct(struct)

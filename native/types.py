@@ -14,18 +14,23 @@ __all__ = [
     "CpuId",
     "FlushReason",
     "FrameKind",
+    "Hfn",
     "HistogramId",
     "IpiFunction",
     "PromiseKind",
     "VcpuId",
     "VmId",
     "VmStat",
+    "Vpid",
 ]
 
 CpuId = NewType("CpuId", int)
+# A host frame: a table page, a root, or a page of a guest.
+Hfn = NewType("Hfn", int)
 VmId = NewType("VmId", int)
 # Machine-wide, not the VM's own vcpu_id.
 VcpuId = NewType("VcpuId", int)
+Vpid = NewType("Vpid", int)
 
 # Members of the core's enums.
 CounterId = NewType("CounterId", int)

@@ -37,6 +37,7 @@ from emulator.kvm.tdp_map import (
 )
 from emulator.runtime import FAULT_AROUND_MAX, Cpu, OutOfFrames, rcu_read_lock
 from native import lib
+from native.types import Hfn
 
 
 def kvm_mmu_page_fault(cpu: Cpu, vcpu: Vcpu, gpa: int, access: int, present: bool) -> int:
@@ -249,11 +250,11 @@ def kvm_mmu_hugepage_adjust(cpu: Cpu, kvm: Kvm, fault: KvmPageFault) -> None:
     if custody is None:
         return
     fault.goal_level = level
-    fault.pfn.pfn &= -kvm_pages_per_hpage(level)
+    fault.pfn.pfn = Hfn(fault.pfn.pfn & -kvm_pages_per_hpage(level))
     fault.pfn.custody = custody
 
 
-def huge_custody(cpu: Cpu, kvm: Kvm, slot: KvmMemorySlot, gfn: int, pfn: int, custody: int) -> int | None:
+def huge_custody(cpu: Cpu, kvm: Kvm, slot: KvmMemorySlot, gfn: int, pfn: Hfn, custody: int) -> int | None:
     """Return the custody of a huge SPTE, given `pfn` and the custody under which it was found.
 
     None if the host maps gfn by another frame.  Only a mutant finds that; the kernel asserts that gfn and pfn

@@ -10,6 +10,7 @@ from emulator.kvm.requests import mark_page_dirty_in_slot
 from emulator.kvm.structs import KvmMemorySlot
 from emulator.runtime import Cpu
 from native import lib
+from native.types import Hfn
 
 PT_WRITABLE_MASK: Final[int] = lib.SPTE_WRITABLE
 PT_PAGE_SIZE_MASK: Final[int] = lib.SPTE_PAGE_SIZE
@@ -70,16 +71,16 @@ def leaf_spte_change_needs_tlb_flush(old_spte: int, new_spte: int) -> bool:
     return is_mmu_writable_spte(old_spte) and not is_mmu_writable_spte(new_spte)
 
 
-def spte_to_child_pt(spte: int) -> int:
+def spte_to_child_pt(spte: int) -> Hfn:
     """spte_to_child_pt(): frame number of the table that a non-leaf SPTE points to."""
-    return (spte >> _HFN_SHIFT) & _HFN_MASK
+    return Hfn((spte >> _HFN_SHIFT) & _HFN_MASK)
 
 
 @dataclass(slots=True)
 class PfnAndRights:
     """What faultin found: frame, the custody tag that it was taken under, the host's permission."""
 
-    pfn: int
+    pfn: Hfn
     custody: int
     host_writable: bool
 

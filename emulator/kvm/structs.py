@@ -27,7 +27,7 @@ from emulator.locks import MmuLock, Mutex, Refcount, SpinLock
 from emulator.policy import Policy
 from emulator.runtime import Machine
 from native import ffi, lib
-from native.types import CpuId, FlushReason, VcpuId, VmId
+from native.types import CpuId, FlushReason, Hfn, VcpuId, VmId, Vpid
 
 # Answers that look at what roots remember.
 TRACKING = ("cpu-flushed-mask", "cpu-flushed-mask-cleared", "root-tlb-gen")
@@ -96,7 +96,7 @@ class KvmMmuPage:
 
     def __init__(
         self,
-        hfn: int,
+        hfn: Hfn,
         role: KvmMmuPageRole,
         *,
         tracking: RootTracking | None = None,
@@ -354,7 +354,7 @@ class Vcpu:
         "vpid",
     )
 
-    def __init__(self, kvm: Kvm, number: VcpuId, vpid: int) -> None:
+    def __init__(self, kvm: Kvm, number: VcpuId, vpid: Vpid) -> None:
         self.kvm = kvm
         self.id = number
         self.vpid = vpid

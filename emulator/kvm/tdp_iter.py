@@ -13,7 +13,7 @@ from emulator.kvm.requests import flush_elided, kvm_flush_remote_tlbs
 from emulator.kvm.structs import Kvm, KvmMmuPage
 from emulator.runtime import Cpu, rcu_enter, rcu_leave
 from native import ffi, lib
-from native.types import FlushReason
+from native.types import FlushReason, Hfn
 
 
 @dataclass(slots=True)
@@ -21,7 +21,7 @@ class Entry:
     """Where a walk stands: the SPTE, its table page, index and level, and the first gfn that it covers."""
 
     spte: int
-    table: int
+    table: Hfn
     level: int
     gfn: int
 

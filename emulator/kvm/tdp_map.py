@@ -25,7 +25,7 @@ from emulator.kvm.tdp_iter import Entry
 from emulator.kvm.tdp_remove import handle_removed_pt, tables_need_a_flush, tdp_mmu_zap_spte_atomic
 from emulator.runtime import Cpu, rcu_read_lock
 from native import lib
-from native.types import FlushReason
+from native.types import FlushReason, Hfn
 
 # enum { RET_PF_... } of mmu_internal.h
 RET_PF_CONTINUE: Final = 0
@@ -37,6 +37,8 @@ RET_PF_SPURIOUS: Final = 5
 # Errors that KVM_RUN returns to user space.
 EFAULT: Final = -14
 ENOMEM: Final = -12
+
+_NO_FRAME: Final = Hfn(0)
 
 
 class KvmPageFault:
@@ -65,7 +67,7 @@ class KvmPageFault:
         self.present = present
         self.slot: KvmMemorySlot | None = None
         self.mmu_seq = 0
-        self.pfn = PfnAndRights(0, 0, False)
+        self.pfn = PfnAndRights(_NO_FRAME, 0, False)
         self.goal_level = PG_LEVEL_4K
         self.around_gfn = 0
         self.around_n = 0
@@ -85,7 +87,7 @@ def tdp_entry(cpu: Cpu, root: KvmMmuPage, gfn: int, goal_level: int) -> Entry:
     cpu.point("sptes", (root.hfn, gfn), "read")
     walked = lib.tdp_mmu_get_walk(cpu.m, root.hfn, root.role.level, gfn, cpu.sptes, cpu.tables)
     level = max(cpu.check(walked), goal_level)
-    return Entry(cpu.sptes[level], cpu.tables[level], level, gfn & -kvm_pages_per_hpage(level))
+    return Entry(cpu.sptes[level], Hfn(cpu.tables[level]), level, gfn & -kvm_pages_per_hpage(level))
 
 
 def tdp_mmu_set_spte_atomic(
@@ -93,7 +95,7 @@ def tdp_mmu_set_spte_atomic(
     kvm: Kvm,
     entry: Entry,
     new_spte: int,
-    disconnected_sps: list[int] | None = None,
+    disconnected_sps: list[Hfn] | None = None,
     reason: FlushReason = lib.REASON_REMOTE_REPLACE,
 ) -> bool:
     """tdp_mmu_set_spte_atomic(): False if the SPTE is not entry.spte any more.
@@ -117,7 +119,7 @@ def tdp_mmu_link_sp(cpu: Cpu, kvm: Kvm, entry: Entry) -> Entry | None:
     """tdp_mmu_link_sp() with tdp_mmu_alloc_sp(): an empty table below `entry`.  None: somebody was
     quicker."""
     cpu.point("frames", "table", "write")
-    table = cpu.check(lib.ept_table_alloc(cpu.m, cpu.id, lib.FRAME_TABLE))
+    table = Hfn(cpu.check(lib.ept_table_alloc(cpu.m, cpu.id, lib.FRAME_TABLE)))
     return _link(cpu, kvm, entry, table)
 
 
@@ -125,11 +127,11 @@ def tdp_mmu_split_huge_page(cpu: Cpu, kvm: Kvm, entry: Entry) -> Entry | None:
     """tdp_mmu_split_huge_page(): a table that maps what the huge SPTE maps.  No right changes, so no
     flush."""
     cpu.point("frames", "table", "write")
-    table = cpu.check(lib.tdp_mmu_make_split_table(cpu.m, cpu.id, entry.spte, entry.level))
+    table = Hfn(cpu.check(lib.tdp_mmu_make_split_table(cpu.m, cpu.id, entry.spte, entry.level)))
     return _link(cpu, kvm, entry, table)
 
 
-def _link(cpu: Cpu, kvm: Kvm, entry: Entry, table: int) -> Entry | None:
+def _link(cpu: Cpu, kvm: Kvm, entry: Entry, table: Hfn) -> Entry | None:
     if not tdp_mmu_set_spte_atomic(cpu, kvm, entry, lib.make_nonleaf_spte(cpu.m, table)):
         cpu.point("frames", "table", "write")
         lib.ept_table_free(cpu.m, cpu.id, table)
@@ -213,7 +215,7 @@ def map_replace_flush(cpu: Cpu, kvm: Kvm, entry: Entry) -> None:
         flush_elided(cpu, kvm, lib.REASON_REMOTE_REPLACE, entry.gfn)
 
 
-def tdp_mmu_map_around(cpu: Cpu, kvm: Kvm, fault: KvmPageFault, table: int) -> None:
+def tdp_mmu_map_around(cpu: Cpu, kvm: Kvm, fault: KvmPageFault, table: Hfn) -> None:
     """Maps the neighbours that faultin looked up where nothing is mapped yet, in the same table.
 
     Real KVM prefetches only for shadow paging; without this, storms of zaps crawl.  A neighbour may be in a

@@ -24,7 +24,7 @@ from emulator.kvm.tdp_roots import (
 )
 from emulator.runtime import WRITE, Cpu, rcu_read_lock
 from native import lib
-from native.types import FlushReason
+from native.types import FlushReason, Hfn
 
 
 def kvm_tdp_mmu_zap_invalidated_roots(cpu: Cpu, kvm: Kvm, shared: bool) -> None:
@@ -71,7 +71,7 @@ def _tdp_mmu_zap_root(
     end = 1 << (9 * root.role.level)  # tdp_mmu_max_gfn_exclusive()
     reason = lib.REASON_REMOTE_ZAP
     it = TdpIter(root, lib.TDP_ZAP_LEVEL, 0, end, shared=shared, level=zap_level, reason=reason)
-    disconnected_sps: list[int] = []
+    disconnected_sps: list[Hfn] = []
     while not it.done:
         if can_yield and tdp_mmu_iter_cond_resched(cpu, kvm, it, flush):
             flush = False
@@ -82,7 +82,7 @@ def _tdp_mmu_zap_root(
     return flush
 
 
-def tdp_mmu_zap_step(cpu: Cpu, kvm: Kvm, it: TdpIter, disconnected_sps: list[int]) -> bool:
+def tdp_mmu_zap_step(cpu: Cpu, kvm: Kvm, it: TdpIter, disconnected_sps: list[Hfn]) -> bool:
     """A step of a walk that zaps; if a table has lost its link, it is taken apart.  True if SPTEs changed.
 
     To 6.12 whoever zapped under mmu_lock for read froze the link until a flush of its own was over
@@ -133,7 +133,7 @@ def tdp_mmu_zap_leafs(
     tables_too = kvm.policy.zap_scope(cpu, kvm) == "leafs-and-tables"
     walk = lib.TDP_ZAP_RANGE if tables_too else lib.TDP_ZAP_LEAFS
     it = TdpIter(root, walk, start, end, shared=False, reason=reason)
-    disconnected_sps: list[int] = []
+    disconnected_sps: list[Hfn] = []
     if "P11" in kvm.policy.bugs:
         kvm_flush_remote_tlbs(cpu, kvm, reason)
     with rcu_read_lock(cpu):
@@ -153,7 +153,7 @@ def tdp_mmu_zap_leafs(
 
 
 def flush_disconnected_sps(
-    cpu: Cpu, kvm: Kvm, disconnected_sps: list[int], reason: FlushReason, can_yield: bool
+    cpu: Cpu, kvm: Kvm, disconnected_sps: list[Hfn], reason: FlushReason, can_yield: bool
 ) -> bool:
     """The end of zap_gfn_range() in the proposal: a flush if a table was removed, whatever yields have
     flushed, then they go to RCU.  True if it flushed."""

@@ -16,13 +16,13 @@ from emulator.kvm.structs import Kvm
 from emulator.kvm.tdp_iter import Entry
 from emulator.runtime import Cpu, cpu_relax, rcu_enter, rcu_leave
 from native import ffi, lib
-from native.types import FlushReason
+from native.types import FlushReason, Hfn
 
 PTES_PER_TABLE: Final = 512
 
 
 def handle_removed_pt(
-    cpu: Cpu, kvm: Kvm, entry: Entry, shared: bool, reason: FlushReason, disconnected_sps: list[int] | None
+    cpu: Cpu, kvm: Kvm, entry: Entry, shared: bool, reason: FlushReason, disconnected_sps: list[Hfn] | None
 ) -> None:
     """handle_removed_pt(): freeze what the unlinked table at `entry` maps, and the tables below it; each page
     goes to RCU, or on the caller's list, if it has one, which is for handle_disconnected_sps().
@@ -55,11 +55,11 @@ def handle_removed_pt(
 def removed_page(
     cpu: Cpu,
     kvm: Kvm,
-    table: int,
+    table: Hfn,
     gfn: int,
     pages: int,
     reason: FlushReason,
-    disconnected_sps: list[int] | None,
+    disconnected_sps: list[Hfn] | None,
 ) -> None:
     """Decision zap, for one page that mapped `pages` from `gfn` on.
 
@@ -74,7 +74,7 @@ def removed_page(
     tdp_mmu_free_sp_rcu(cpu, table)
 
 
-def handle_disconnected_sps(cpu: Cpu, kvm: Kvm, disconnected_sps: list[int], can_yield: bool) -> None:
+def handle_disconnected_sps(cpu: Cpu, kvm: Kvm, disconnected_sps: list[Hfn], can_yield: bool) -> None:
     """handle_disconnected_sps() of the proposal, after the flush: RCU may have them now.  Yields in between,
     which needs no flush any more."""
     for table in disconnected_sps:
@@ -104,7 +104,7 @@ def tdp_mmu_zap_frozen(cpu: Cpu, kvm: Kvm, entry: Entry, reason: FlushReason) ->
     tdp_mmu_set_spte(cpu, kvm, entry, 0)
     if is_last_spte(entry.spte, entry.level):
         return
-    disconnected_sps: list[int] = []
+    disconnected_sps: list[Hfn] = []
     handle_removed_pt(cpu, kvm, entry, True, reason, disconnected_sps)
     handle_disconnected_sps(cpu, kvm, disconnected_sps, can_yield=False)
 
@@ -123,7 +123,7 @@ def tdp_mmu_zap_spte_atomic(cpu: Cpu, kvm: Kvm, entry: Entry, reason: FlushReaso
     return True
 
 
-def tdp_mmu_free_sp_rcu(cpu: Cpu, table: int) -> None:
+def tdp_mmu_free_sp_rcu(cpu: Cpu, table: Hfn) -> None:
     """call_rcu(&sp->rcu_head, tdp_mmu_free_sp_rcu_callback)"""
     cpu.point("call_rcu", table, "write")
     cpu.check(lib.ept_table_free_rcu(cpu.m, cpu.id, table))

@@ -14,6 +14,7 @@ from emulator.kvm.root_tracking import alloc_root_cpu_mask
 from emulator.kvm.structs import Kvm, KvmMmuPage, KvmMmuPageRole
 from emulator.runtime import READ, WRITE, Cpu
 from native import lib
+from native.types import Hfn
 
 # enum kvm_tdp_mmu_root_types
 KVM_VALID_ROOTS: Final = 1
@@ -189,7 +190,7 @@ def kvm_tdp_mmu_alloc_root(cpu: Cpu, kvm: Kvm, role: KvmMmuPageRole) -> KvmMmuPa
 def tdp_mmu_init_root(cpu: Cpu, kvm: Kvm, role: KvmMmuPageRole) -> KvmMmuPage:
     """tdp_mmu_alloc_sp(), tdp_mmu_init_sp()"""
     cpu.point("frames", "root", "write")
-    hfn = cpu.check(lib.ept_table_alloc(cpu.m, cpu.id, lib.FRAME_ROOT))
+    hfn = Hfn(cpu.check(lib.ept_table_alloc(cpu.m, cpu.id, lib.FRAME_ROOT)))
     root = KvmMmuPage(
         hfn, role, tracking=alloc_root_cpu_mask(cpu, kvm, hfn), link=lib.make_nonleaf_spte(cpu.m, hfn)
     )

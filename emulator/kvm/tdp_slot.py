@@ -28,6 +28,7 @@ from emulator.kvm.tdp_remove import (
 from emulator.kvm.tdp_roots import KVM_VALID_ROOTS, for_each_tdp_mmu_root_yield_safe
 from emulator.runtime import READ, WRITE, Cpu, OutOfFrames, rcu_read_lock
 from native import lib
+from native.types import Hfn
 
 _HFN_SHIFT = lib.SPTE_HFN_SHIFT
 
@@ -131,7 +132,7 @@ def recover_huge_pages_range(cpu: Cpu, kvm: Kvm, root: KvmMmuPage, slot: KvmMemo
     reason, bugs = lib.REASON_REMOTE_RECOVER, kvm.policy.bugs
     it = TdpIter(root, lib.TDP_FIND_TABLE, slot.base_gfn, slot.end_gfn, shared=True, reason=reason)
     flush = False
-    disconnected_sps: list[int] = []
+    disconnected_sps: list[Hfn] = []
     with rcu_read_lock(cpu):
         while not it.done:
             if tdp_mmu_iter_cond_resched(cpu, kvm, it, flush):
@@ -188,7 +189,7 @@ def tdp_mmu_make_huge_spte(cpu: Cpu, kvm: Kvm, slot: KvmMemorySlot, parent: Entr
     if first & (pages - 1):
         return None
     custody = (small_spte >> lib.SPTE_CUSTODY_SHIFT) & lib.FRAME_TAG_MASK
-    of_block = huge_custody(cpu, kvm, slot, parent.gfn + index, first + index, custody)
+    of_block = huge_custody(cpu, kvm, slot, parent.gfn + index, Hfn(first + index), custody)
     if of_block is None:
         return None
     huge_spte = int(small_spte - (index << _HFN_SHIFT)) | PT_PAGE_SIZE_MASK

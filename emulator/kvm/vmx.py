@@ -10,10 +10,10 @@ from emulator.kvm.root_tracking import active_roots, mmu_roots, root_tlb_gen_is_
 from emulator.kvm.structs import Kvm, KvmMmu, KvmMmuPage, Vcpu
 from emulator.runtime import Cpu, Machine, OutOfFrames
 from native import lib
-from native.types import CpuId, FlushReason
+from native.types import CpuId, FlushReason, Hfn, Vpid
 
 
-def allocate_vpid(machine: Machine) -> int:
+def allocate_vpid(machine: Machine) -> Vpid:
     """allocate_vpid()"""
     try:
         return machine.vmx_vpids.pop()
@@ -21,7 +21,7 @@ def allocate_vpid(machine: Machine) -> int:
         raise OutOfFrames("no VPID is left") from None
 
 
-def free_vpid(machine: Machine, vpid: int) -> None:
+def free_vpid(machine: Machine, vpid: Vpid) -> None:
     """free_vpid(): whoever gets it next flushes when its VMCS is loaded for the first time."""
     machine.vmx_vpids.append(vpid)
 
@@ -61,7 +61,7 @@ def vmx_flush_tlb_ept_root(cpu: Cpu, kvm: Kvm, root: KvmMmuPage, reason: FlushRe
     eptp = construct_eptp(cpu, kvm, root)
     cpu.point("tlb", cpu.id, "write")
     if eptp != INVALID_EPTP:
-        lib.flush_invept_single(cpu.m, cpu.id, kvm.id, eptp >> 12, reason)
+        lib.flush_invept_single(cpu.m, cpu.id, kvm.id, Hfn(eptp >> 12), reason)
     else:
         lib.flush_invept_global(cpu.m, cpu.id, kvm.id, reason)
 

@@ -10,7 +10,7 @@ from types import TracebackType
 from typing import TYPE_CHECKING
 
 from native import ffi, lib
-from native.types import CounterId, CpuId, PromiseKind, VcpuId, VmId
+from native.types import CounterId, CpuId, Hfn, PromiseKind, VcpuId, VmId, Vpid
 from tests.support import CPU0, machine_fields
 
 if TYPE_CHECKING:
@@ -41,7 +41,7 @@ class Hypervisor:
             lib.cpu_online(self.m, cpu)
         self.exit = ffi.new("struct vcpu_exit *")
         self.keep: list[CDataBase] = []
-        self.roots: dict[VmId, int] = {}
+        self.roots: dict[VmId, Hfn] = {}
         self.vm_of: dict[VcpuId, VmId] = {}
 
     def __enter__(self) -> Hypervisor:
@@ -58,14 +58,14 @@ class Hypervisor:
         self.roots[vm] = self.new_root()
         return vm
 
-    def new_root(self) -> int:
-        root = int(lib.ept_table_alloc(self.m, CpuId(0), lib.FRAME_ROOT))
+    def new_root(self) -> Hfn:
+        root = Hfn(lib.ept_table_alloc(self.m, CpuId(0), lib.FRAME_ROOT))
         assert root >= 0
         return root
 
     def vcpu(self, vm: VmId, vpid: int, **guest: int) -> VcpuId:
         """A vCPU whose guest has paging off unless told otherwise."""
-        vcpu = VcpuId(lib.vcpu_create(self.m, vm, vpid))
+        vcpu = VcpuId(lib.vcpu_create(self.m, vm, Vpid(vpid)))
         assert vcpu >= 0
         values = {"first_gfn": 0, "end_gfn": 1024, "pcid": 1, "seed": vpid, "paging": 0}
         values.update(guest)
@@ -115,21 +115,21 @@ class Hypervisor:
 
     # -- EPT
 
-    def leaf(self, cpu: CpuId, vm: VmId, gfn: int, create: bool) -> tuple[int, int, int]:
+    def leaf(self, cpu: CpuId, vm: VmId, gfn: int, create: bool) -> tuple[Hfn, int, int]:
         """Table, index and SPTE of a gfn's 4K level (or where the walk ends, without `create`)."""
         sptes, tables = ffi.new("uint64_t[]", 6), ffi.new("uint32_t[]", 6)
         while True:  # one table more each time round
             level = lib.tdp_mmu_get_walk(self.m, self.roots[vm], 4, gfn, sptes, tables)
             if level == 1 or not create:
-                return int(tables[level]), gfn >> 9 * (level - 1) & 511, int(sptes[level])
-            child = lib.ept_table_alloc(self.m, cpu, lib.FRAME_TABLE)
+                return Hfn(tables[level]), gfn >> 9 * (level - 1) & 511, int(sptes[level])
+            child = Hfn(lib.ept_table_alloc(self.m, cpu, lib.FRAME_TABLE))
             assert child >= 0
             assert not lib.tdp_mmu_set_spte_atomic(
-                self.m, cpu, vm, tables[level], gfn >> 9 * (level - 1) & 511, level, gfn, sptes[level],
+                self.m, cpu, vm, Hfn(tables[level]), gfn >> 9 * (level - 1) & 511, level, gfn, sptes[level],
                 lib.make_nonleaf_spte(self.m, child),
             )  # fmt: skip
 
-    def map(self, cpu: CpuId, vm: VmId, gfn: int, writable: bool = True) -> int:
+    def map(self, cpu: CpuId, vm: VmId, gfn: int, writable: bool = True) -> Hfn:
         """Fault a page in; returns its frame."""
         page = ffi.new("struct mm_page *")
         assert lib.mm_fault(self.m, cpu, vm, gfn, 1, page) == 0
@@ -139,7 +139,7 @@ class Hypervisor:
             old = 0
         new = lib.make_spte(page.hfn, page.tag, 1, writable, 1)
         assert lib.tdp_mmu_set_spte_atomic(self.m, cpu, vm, table, index, 1, gfn, old, new) == 0
-        return int(page.hfn)
+        return page.hfn
 
     def mapped(self, vm: VmId, gfn: int) -> bool:
         """A present 4K SPTE is there."""

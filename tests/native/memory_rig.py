@@ -6,7 +6,7 @@ from types import TracebackType
 from typing import TYPE_CHECKING
 
 from native import ffi, lib
-from native.types import CounterId, FrameKind
+from native.types import CounterId, FrameKind, Hfn
 from tests.support import CPU1, CPU2, VM0
 
 if TYPE_CHECKING:
@@ -69,19 +69,19 @@ class Rig:
 
     # -- frames
 
-    def frame(self, kind: FrameKind) -> int:
-        return int(lib.frame_alloc(self.m, CPU, kind))
+    def frame(self, kind: FrameKind) -> Hfn:
+        return Hfn(lib.frame_alloc(self.m, CPU, kind))
 
-    def free(self, hfn: int) -> None:
+    def free(self, hfn: Hfn) -> None:
         lib.frame_free(self.m, CPU, hfn)
 
-    def words(self, hfn: int) -> set[int]:
+    def words(self, hfn: Hfn) -> set[int]:
         return {lib.frame_read(self.m, hfn, i) for i in range(512)}
 
     # -- EPT
 
-    def table(self, kind: FrameKind = lib.FRAME_TABLE) -> int:
-        table = int(lib.ept_table_alloc(self.m, CPU, kind))
+    def table(self, kind: FrameKind = lib.FRAME_TABLE) -> Hfn:
+        table = Hfn(lib.ept_table_alloc(self.m, CPU, kind))
         assert table > 0
         return table
 
@@ -91,27 +91,27 @@ class Rig:
         level = int(lib.tdp_mmu_get_walk(self.m, self.root, self.root_level, gfn, sptes, tables))
         return level, tables, sptes
 
-    def walk(self, gfn: int) -> tuple[int, int, int]:
+    def walk(self, gfn: int) -> tuple[Hfn, int, int]:
         """Table, level and SPTE where a walk to gfn ends."""
         level, tables, sptes = self.path(gfn)
-        return int(tables[level]), level, int(sptes[level])
+        return Hfn(tables[level]), level, int(sptes[level])
 
-    def set_atomic(self, table: int, level: int, gfn: int, old: int, new: int) -> int:
+    def set_atomic(self, table: Hfn, level: int, gfn: int, old: int, new: int) -> int:
         return int(
             lib.tdp_mmu_set_spte_atomic(self.m, CPU, VM0, table, index_of(gfn, level), level, gfn, old, new)
         )
 
-    def set(self, table: int, level: int, gfn: int, new: int) -> int:
+    def set(self, table: Hfn, level: int, gfn: int, new: int) -> int:
         return int(lib.tdp_mmu_set_spte(self.m, CPU, VM0, table, index_of(gfn, level), level, gfn, new))
 
-    def link(self, gfn: int, goal: int) -> tuple[int, int]:
+    def link(self, gfn: int, goal: int) -> tuple[Hfn, int]:
         """Tables down to `goal`; returns the table and the SPTE there."""
         while True:
             level, tables, sptes = self.path(gfn)
             if level <= goal or sptes[level] & PRESENT:
-                return int(tables[max(level, goal)]), int(sptes[max(level, goal)])
+                return Hfn(tables[max(level, goal)]), int(sptes[max(level, goal)])
             child = lib.make_nonleaf_spte(self.m, self.table())
-            assert self.set_atomic(tables[level], level, gfn, sptes[level], child) == 0
+            assert self.set_atomic(Hfn(tables[level]), level, gfn, sptes[level], child) == 0
 
     def chunk(self, walk: int, start: int = 0, end: int | None = None, **more: int) -> TdpChunkPtr:
         fields = {"root": self.root, "root_level": self.root_level, "walk": walk, "next_gfn": start}
@@ -122,7 +122,7 @@ class Rig:
         assert lib.tdp_walk_chunk(self.m, CPU, VM0, chunk, most) == 0
         return chunk
 
-    def remove(self, spte: int, level: int, gfn: int, shared: int = 0, most: int = 512) -> list[int]:
+    def remove(self, spte: int, level: int, gfn: int, shared: int = 0, most: int = 512) -> list[Hfn]:
         """Take the table apart that was linked by this SPTE; its pages, children first."""
         removal = ffi.new("struct tdp_removal *")
         assert lib.tdp_removal_begin(self.m, CPU, VM0, removal, spte, level, gfn, shared) == 0
@@ -131,7 +131,7 @@ class Rig:
             assert lib.tdp_removal_step(self.m, CPU, VM0, removal, most) == 0
             self.unmapped += removal.leafs
             if removal.page:
-                pages.append(int(removal.page))
+                pages.append(removal.page)
         return pages
 
     def zap(self, chunk: TdpChunkPtr, most: int = 1 << 20) -> tuple[int, int, int]:
@@ -155,10 +155,10 @@ class Rig:
         """Rights granted now: 1 read, 2 write."""
         return int(lib.oracle_right(self.m, VM0, gfn, ffi.new("uint32_t *"))) & 3
 
-    def hfn(self, gfn: int) -> int:
+    def hfn(self, gfn: int) -> Hfn:
         hfn = ffi.new("uint32_t *")
         lib.oracle_right(self.m, VM0, gfn, hfn)
-        return int(hfn[0])
+        return Hfn(hfn[0])
 
     # -- user memory
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from native import ffi, lib
+from native.types import Hfn
 from tests.native.memory_rig import (
     ACCESSED,
     CPU,
@@ -22,13 +23,13 @@ from tests.support import VM0
 
 
 def test_make_spte() -> None:
-    spte = lib.make_spte(0xABCDEF, 0x7ABC, 1, 1, 1)
+    spte = lib.make_spte(Hfn(0xABCDEF), 0x7ABC, 1, 1, 1)
     assert spte >> lib.SPTE_HFN_SHIFT & 0xFFFFFF == 0xABCDEF
     assert (spte & CUSTODY_MASK) >> lib.SPTE_CUSTODY_SHIFT == 0x7ABC
     assert spte & (WRITABLE | ACCESSED | DIRTY | HUGE) == WRITABLE | ACCESSED | DIRTY
-    assert lib.make_spte(1, 0, 2, 1, 1) & HUGE
+    assert lib.make_spte(Hfn(1), 0, 2, 1, 1) & HUGE
     for writable, host_writable in ((0, 1), (1, 0)):
-        spte = lib.make_spte(1, 0, 1, writable, host_writable)
+        spte = lib.make_spte(Hfn(1), 0, 1, writable, host_writable)
         assert not spte & (WRITABLE | DIRTY | MMU_WRITABLE)
         assert spte >> lib.SPTE_HOST_WRITABLE_BIT & 1 == host_writable
     assert not lib.FROZEN_SPTE & PRESENT
@@ -98,13 +99,13 @@ def test_split_changes_no_right(rig: Rig) -> None:
     spte = map_huge(rig)
     hfn = rig.fault(HUGE_GFN).hfn
     assert {rig.right(HUGE_GFN + i) for i in range(512)} == {3}
-    tags = [lib.frame_tag_of(rig.m, hfn + i) for i in range(512)]
+    tags = [lib.frame_tag_of(rig.m, Hfn(hfn + i)) for i in range(512)]
     table = lib.tdp_mmu_make_split_table(rig.m, CPU, spte, 2)
     parent, _, _ = rig.walk(HUGE_GFN)
-    assert rig.set_atomic(parent, 2, HUGE_GFN, spte, lib.make_nonleaf_spte(rig.m, table)) == 0
-    assert [lib.frame_tag_of(rig.m, hfn + i) for i in range(512)] == tags
+    assert rig.set_atomic(parent, 2, HUGE_GFN, spte, lib.make_nonleaf_spte(rig.m, Hfn(table))) == 0
+    assert [lib.frame_tag_of(rig.m, Hfn(hfn + i)) for i in range(512)] == tags
     for i in (0, 1, 511):
-        child = lib.spte_read(rig.m, table, i)
+        child = lib.spte_read(rig.m, Hfn(table), i)
         assert child == (spte & ~HUGE) + (i << lib.SPTE_HFN_SHIFT)
         rig.step(rig.chunk(lib.TDP_ZAP_LEAFS, HUGE_GFN + i, HUGE_GFN + i + 1))
         assert rig.right(HUGE_GFN + i) == 0
@@ -115,7 +116,7 @@ def test_huge_replaces_table(rig: Rig) -> None:
     spte = map_huge(rig)
     parent, _, _ = rig.walk(HUGE_GFN)
     table = lib.tdp_mmu_make_split_table(rig.m, CPU, spte, 2)
-    link = lib.make_nonleaf_spte(rig.m, table)
+    link = lib.make_nonleaf_spte(rig.m, Hfn(table))
     assert rig.set_atomic(parent, 2, HUGE_GFN, spte, link) == 0
     assert rig.set_atomic(parent, 2, HUGE_GFN, link, spte) == 0
     assert rig.remove(link, 2, HUGE_GFN, shared=True) == [table]

@@ -6,6 +6,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from native import lib
+from native.types import Hfn
 from tests.native.memory_rig import ACCESSED, CPU, PRESENT, WRITABLE, Rig, map_page, pages_of
 
 GFN = st.one_of(st.integers(0, 20), st.integers(500, 530), st.integers(1015, 1030), st.integers(1530, 1540))
@@ -86,7 +87,7 @@ def do_split(rig: Rig, model: Model, gfn: int) -> None:
     small = lib.tdp_mmu_make_split_table(rig.m, CPU, spte, 2)
     if small == lib.MACHINE_NOMEM:
         return
-    assert rig.set_atomic(table, 2, gfn, spte, lib.make_nonleaf_spte(rig.m, small)) == 0
+    assert rig.set_atomic(table, 2, gfn, spte, lib.make_nonleaf_spte(rig.m, Hfn(small))) == 0
     _, hfn, writable, accessed = model.leafs.pop(gfn)
     model.leafs |= {gfn + i: (1, hfn + i, writable, accessed) for i in range(512)}
 

@@ -11,7 +11,7 @@ from collections.abc import Iterator
 import pytest
 
 from native import lib
-from native.types import FrameKind
+from native.types import FrameKind, Hfn
 from tests.native.memory_rig import BLOCK, CPU, PRESENT, Rig
 
 KINDS = [lib.FRAME_ROOT, lib.FRAME_TABLE, lib.FRAME_GUEST, lib.FRAME_BLOCK]
@@ -35,10 +35,10 @@ def test_last_in_first_out(rig: Rig, kind: FrameKind) -> None:
 
 def test_kinds_never_share_a_frame(rig: Rig) -> None:
     for _ in range(2):
-        got: dict[FrameKind, list[int]] = {kind: [] for kind in KINDS}
+        got: dict[FrameKind, list[Hfn]] = {kind: [] for kind in KINDS}
         for kind, frames in got.items():
             while (hfn := rig.frame(kind)) != lib.MACHINE_NOMEM:
-                frames += range(hfn, hfn + (BLOCK if kind == lib.FRAME_BLOCK else 1))
+                frames += map(Hfn, range(hfn, hfn + (BLOCK if kind == lib.FRAME_BLOCK else 1)))
         every = [hfn for frames in got.values() for hfn in frames]
         assert len(set(every)) == len(every)
         assert all(rig.words(hfn) == {0} for hfn in got[lib.FRAME_ROOT] + got[lib.FRAME_TABLE])
@@ -57,7 +57,7 @@ def test_freeing_changes_both_tags_and_the_life(rig: Rig) -> None:
     for kind in (lib.FRAME_ROOT, lib.FRAME_TABLE, lib.FRAME_GUEST, lib.FRAME_BLOCK):
         hfn = rig.frame(kind)
 
-        def now(hfn: int = hfn) -> tuple[int, int, int]:
+        def now(hfn: Hfn = hfn) -> tuple[int, int, int]:
             return (
                 lib.frame_tag_of(rig.m, hfn),
                 lib.frame_host_tag_of(rig.m, hfn),
@@ -76,7 +76,7 @@ def test_block_returns_with_its_last_frame(rig: Rig) -> None:
     first = rig.frame(lib.FRAME_BLOCK)
     assert first % BLOCK == 0
     for i in range(1, BLOCK):
-        rig.free(first + i)
+        rig.free(Hfn(first + i))
     assert lib.frames_in_use(rig.m, lib.FRAME_BLOCK) == 1
     assert rig.frame(lib.FRAME_BLOCK) != first
     rig.free(first)

@@ -7,7 +7,7 @@ from collections.abc import Iterator
 import pytest
 
 from native import ffi, lib
-from native.types import VcpuId
+from native.types import VcpuId, Vpid
 from tests.native.hypervisor import READ, WRITE, Hypervisor
 from tests.support import CPU0, CPU1, VM0
 
@@ -74,7 +74,7 @@ def test_invvpid_makes_up_for_it(machine: Hypervisor) -> None:
     vcpu = boot(machine, processes=1, unmap_every=50)
     for _ in range(10):
         for cpu in (CPU0, CPU1):
-            lib.flush_invvpid_single(machine.m, cpu, VM0, 1, lib.REASON_MIGRATION)
+            lib.flush_invvpid_single(machine.m, cpu, VM0, Vpid(1), lib.REASON_MIGRATION)
             machine.run(cpu, vcpu, 3_000)
     assert machine.violations() == {}
     assert machine.count(lib.COUNT_AVERTED) > 0

@@ -9,6 +9,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from native import ffi, lib
+from native.types import Hfn
 from tests.native.memory_rig import BLOCK, CPU, Rig
 from tests.support import VM0
 
@@ -126,7 +127,7 @@ def test_a_huge_page_stays_huge_while_a_part_is_promised_away(rig: Rig) -> None:
     stale = lib.mm_huge_custody(rig.m, VM0, 9, page.hfn, page.tag)
     table, _ = rig.link(512, 2)
     for custody, holds in ((before, False), (stale, False), (now, True)):
-        spte = lib.make_spte(page.hfn - 9, custody, 2, 1, 1)
+        spte = lib.make_spte(Hfn(page.hfn - 9), custody, 2, 1, 1)
         rig.set(table, 2, 512, spte)
         hfn = ffi.new("uint32_t *")
         assert lib.oracle_right(rig.m, VM0, 512 + 8, hfn) == 3
@@ -135,10 +136,10 @@ def test_a_huge_page_stays_huge_while_a_part_is_promised_away(rig: Rig) -> None:
         rig.set(table, 2, 512, 0)
 
     # Split, only the child of that page has no custody any more.
-    small = lib.tdp_mmu_make_split_table(rig.m, CPU, lib.make_spte(page.hfn - 9, before, 2, 1, 1), 2)
+    small = lib.tdp_mmu_make_split_table(rig.m, CPU, lib.make_spte(Hfn(page.hfn - 9), before, 2, 1, 1), 2)
     for index in (8, 9, 10):
-        custody = lib.spte_read(rig.m, small, index) >> lib.SPTE_CUSTODY_SHIFT & 0x7FFF
-        assert (custody == lib.frame_host_tag_of(rig.m, page.hfn - 9 + index)) == (index != 9)
+        custody = lib.spte_read(rig.m, Hfn(small), index) >> lib.SPTE_CUSTODY_SHIFT & 0x7FFF
+        assert (custody == lib.frame_host_tag_of(rig.m, Hfn(page.hfn - 9 + index))) == (index != 9)
 
 
 def test_a_huge_leaf_is_of_the_frame_that_the_host_maps(rig: Rig) -> None:
@@ -148,7 +149,7 @@ def test_a_huge_leaf_is_of_the_frame_that_the_host_maps(rig: Rig) -> None:
     assert lib.mm_collapse(rig.m, CPU, VM0, 0) == 0
     assert lib.mm_huge_custody(rig.m, VM0, 9, old.hfn, old.tag) == -1, "another frame by now"
     assert lib.mm_huge_custody(rig.m, VM0, 9, rig.fault(9).hfn, rig.fault(9).tag) >= 0
-    assert lib.mm_huge_custody(rig.m, VM0, 1 << 40, 0, 0) == -1
+    assert lib.mm_huge_custody(rig.m, VM0, 1 << 40, Hfn(0), 0) == -1
 
 
 def test_collapse_without_a_block(rig: Rig) -> None:
@@ -276,9 +277,9 @@ def check(rig: Rig, contents: dict[int, int], readonly: set[int]) -> None:
     frames = [(hva, hfns[hva]) for hva in range(2048) if hfns[hva] != 0xFFFFFFFF]
     assert len({hfn for _, hfn in frames}) == len(frames) == present, "a frame has one page"
     for hva, hfn in frames:
-        assert tags[hva] == lib.frame_host_tag_of(rig.m, hfn)
+        assert tags[hva] == lib.frame_host_tag_of(rig.m, Hfn(hfn))
         assert writable[hva] == (hva not in readonly)
-        assert lib.frame_read(rig.m, hfn, 5) == contents.get(hva, 0)
+        assert lib.frame_read(rig.m, Hfn(hfn), 5) == contents.get(hva, 0)
     for hva, value in contents.items():
         assert lib.mm_read(rig.m, VM0, hva, 5) == value
     for region in (0, 512):

@@ -9,7 +9,7 @@ from hypothesis import HealthCheck, example, given, settings
 from hypothesis import strategies as st
 
 from native import ffi, lib
-from native.types import PromiseKind, VcpuId, VmId
+from native.types import Hfn, PromiseKind, VcpuId, VmId
 from tests.native.hypervisor import READ, WRITE, Hypervisor
 from tests.native.slow_oracle import Model
 from tests.support import CPU0, CPU1, VM0
@@ -225,12 +225,12 @@ def test_freed_table_behind_a_paging_structure_cache(machine: Hypervisor) -> Non
     machine.access(CPU0, vcpu, 0x5000, READ)
     sptes, tables = ffi.new("uint64_t[]", 6), ffi.new("uint32_t[]", 6)
     assert lib.tdp_mmu_get_walk(machine.m, machine.roots[vm], 4, 5, sptes, tables) == 1
-    lib.tdp_mmu_set_spte(machine.m, CPU0, vm, tables[2], 0, 2, 0, 0)
+    lib.tdp_mmu_set_spte(machine.m, CPU0, vm, Hfn(tables[2]), 0, 2, 0, 0)
     removal = ffi.new("struct tdp_removal *")
     assert lib.tdp_removal_begin(machine.m, CPU0, vm, removal, sptes[2], 2, 0, 0) == 0
     assert lib.tdp_removal_step(machine.m, CPU0, vm, removal, 512) == 0
     assert removal.page == tables[1]
-    lib.ept_table_free(machine.m, CPU0, tables[1])
+    lib.ept_table_free(machine.m, CPU0, Hfn(tables[1]))
     machine.access(CPU0, vcpu, 0x6000, READ)
     assert machine.violations() == {"walk-after-free": 1}
 
@@ -296,8 +296,8 @@ def test_a_promise_leaves_the_frames_next_user_alone(machine: Hypervisor) -> Non
     assert lib.frame_host_tag_of(machine.m, hfn) == tag
 
 
-def frame_of(machine: Hypervisor, vm: VmId, gfn: int) -> int:
+def frame_of(machine: Hypervisor, vm: VmId, gfn: int) -> Hfn:
     """The frame that was mapped there last."""
     hfn = ffi.new("uint32_t *")
     lib.oracle_right(machine.m, vm, gfn, hfn)
-    return int(hfn[0])
+    return Hfn(hfn[0])

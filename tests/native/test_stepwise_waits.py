@@ -8,6 +8,7 @@ import pytest
 
 from emulator.runtime import Machine
 from native import ffi, lib
+from native.types import Hfn
 from tests.support import CPU0, CPU1, CPU3
 
 CONFIG = {
@@ -64,7 +65,7 @@ def test_a_held_call_runs_when_it_arrives(machine: Machine) -> None:
 
 def test_a_grace_period_waits_for_readers_of_before(machine: Machine) -> None:
     m, rcu = machine.m, CPU3
-    table = lib.ept_table_alloc(m, CPU0, lib.FRAME_TABLE)
+    table = Hfn(lib.ept_table_alloc(m, CPU0, lib.FRAME_TABLE))
     assert lib.rcu_gp_begin(m, rcu) == 0
     lib.rcu_read_lock(m, CPU1)
     lib.ept_table_free_rcu(m, CPU0, table)
@@ -83,7 +84,7 @@ def test_a_grace_period_waits_for_readers_of_before(machine: Machine) -> None:
 
 def test_frames_come_in_the_order_of_a_new_machine_again(machine: Machine) -> None:
     m = machine.m
-    frames = [lib.frame_alloc(m, CPU0, lib.FRAME_TABLE) for _ in range(3)]
+    frames = [Hfn(lib.frame_alloc(m, CPU0, lib.FRAME_TABLE)) for _ in range(3)]
     for hfn in frames:
         lib.frame_free(m, CPU0, hfn)
     assert lib.frame_alloc(m, CPU0, lib.FRAME_TABLE) == frames[2]

@@ -18,13 +18,13 @@ ROOT = Path(__file__).resolve().parents[2]
 SWAPPED = """
 from native import ffi, lib
 from native._native import MachinePtr
-from native.types import CpuId, VcpuId, VmId
+from native.types import CpuId, Hfn, VcpuId, VmId, Vpid
 
 def calls(m: MachinePtr, cpu: CpuId, vm: VmId, vcpu: VcpuId) -> None:
     lib.mmu_write_lock(m, cpu, vm)
     lib.mmu_write_lock(m, vm, cpu)  # error
-    lib.vcpu_create(m, vm, 1)
-    lib.vcpu_create(m, vcpu, 1)  # error
+    lib.vcpu_create(m, vm, Vpid(1))
+    lib.vcpu_create(m, vcpu, Vpid(1))  # error
     lib.guest_speculate(m, cpu, 0)
     lib.guest_speculate(m, vcpu, 0)  # error
     lib.guest_clock(m, vcpu)
@@ -39,6 +39,18 @@ def calls(m: MachinePtr, cpu: CpuId, vm: VmId, vcpu: VcpuId) -> None:
     lib.cpu_wake(cpu, m)  # error
     lib.no_such_function(m)  # error
 
+def frames(m: MachinePtr, cpu: CpuId, vm: VmId, vcpu: VcpuId, root: Hfn, vpid: Vpid) -> None:
+    lib.flush_invept_single(m, cpu, vm, root, lib.REASON_GUEST)
+    lib.flush_invept_single(m, cpu, vm, vpid, lib.REASON_GUEST)  # error
+    lib.flush_invvpid_single(m, cpu, vm, vpid, lib.REASON_GUEST)
+    lib.flush_invvpid_single(m, cpu, vm, root, lib.REASON_GUEST)  # error
+    lib.vcpu_set_eptp(m, vcpu, root, 4)
+    lib.vcpu_set_eptp(m, vcpu, 4, root)  # error
+    lib.spte_read(m, root, 7)
+    lib.spte_read(m, 7, root)  # error
+    lib.ept_table_free(m, cpu, root)
+    lib.ept_table_free(m, root, cpu)  # error
+
 def memory(m: MachinePtr, cpu: CpuId) -> None:
     words, halves = ffi.new("uint64_t[]", 8), ffi.new("uint32_t[]", 8)
     lib.counters_sum(m, words)
@@ -46,7 +58,7 @@ def memory(m: MachinePtr, cpu: CpuId) -> None:
     lib.oracle_reports(m, 0, ffi.new("struct violation_report[]", 4), 4)
     lib.oracle_reports(m, 0, ffi.new("struct event[]", 4), 4)  # error
     page = ffi.new("struct mm_page *")
-    page.hfn = words[0]
+    page.tag = words[0]
     page.no_such_field = 0  # error
 """
 

@@ -3,13 +3,17 @@
 from __future__ import annotations
 
 import threading
-from typing import Any
+from typing import TYPE_CHECKING
 
 import pytest
 
 from native import ffi, lib
+from native.types import Hfn
 from tests.native.memory_rig import CPU, RCU_CPU, Rig, map_page
 from tests.support import VM0
+
+if TYPE_CHECKING:
+    from native._native import TdpRemovalPtr
 
 
 @pytest.mark.parametrize("most", [1, 7, 512])
@@ -28,7 +32,7 @@ def test_removed_tree(rig: Rig, most: int) -> None:
     assert lib.spte_read(rig.m, pages[0], 2) == 0, "under the write lock only what was present is frozen"
 
 
-def unlinked(rig: Rig, *gfns: int) -> tuple[int, Any]:
+def unlinked(rig: Rig, *gfns: int) -> tuple[Hfn, TdpRemovalPtr]:
     """The link of a table that had these pages, and the table's removal, begun."""
     for gfn in gfns:
         map_page(rig, gfn)
@@ -36,7 +40,7 @@ def unlinked(rig: Rig, *gfns: int) -> tuple[int, Any]:
     rig.set(parent, 2, 0, 0)
     removal = ffi.new("struct tdp_removal *")
     assert lib.tdp_removal_begin(rig.m, CPU, VM0, removal, link, 2, 0, 1) == 0
-    return link >> lib.SPTE_HFN_SHIFT & 0xFFFFFF, removal
+    return Hfn(link >> lib.SPTE_HFN_SHIFT & 0xFFFFFF), removal
 
 
 def test_removal_goes_entry_by_entry(rig: Rig) -> None:
@@ -80,7 +84,7 @@ def test_removal_without_freezing_leaves_entries_to_install_in(rig: Rig) -> None
 def test_removal_of_a_table_that_was_freed_is_reported(rig: Rig) -> None:
     map_page(rig, 0)
     _, link = rig.link(0, 2)
-    lib.ept_table_free(rig.m, CPU, link >> lib.SPTE_HFN_SHIFT & 0xFFFFFF)
+    lib.ept_table_free(rig.m, CPU, Hfn(link >> lib.SPTE_HFN_SHIFT & 0xFFFFFF))
     removal = ffi.new("struct tdp_removal *")
     assert lib.tdp_removal_begin(rig.m, CPU, VM0, removal, link, 2, 0, 1) == 0
     assert removal.level == 0

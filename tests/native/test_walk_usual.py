@@ -16,7 +16,7 @@ from hypothesis import HealthCheck, example, given, settings
 from hypothesis import strategies as st
 
 from native import ffi, lib
-from native.types import CpuId, VcpuId, VmId
+from native.types import CpuId, Hfn, VcpuId, VmId, Vpid
 from tests.native.hypervisor import EXECUTE, READ, WRITE, Hypervisor
 from tests.support import CPU0, CPU1, VM0, VM1
 
@@ -85,7 +85,7 @@ class Side(Hypervisor):
         for first in range(0, GFNS, 512):
             if lib.tdp_mmu_get_walk(self.m, self.roots[VM0], 4, first, sptes, tables) == 1:
                 for i in (i for i in range(512) if 1 <= i % 16 <= VCPUS):
-                    found[first + i] = int(lib.spte_read(self.m, tables[1], i))
+                    found[first + i] = int(lib.spte_read(self.m, Hfn(tables[1]), i))
         return {gfn: spte for gfn, spte in found.items() if spte & 7}
 
     def mapped_gfns(self) -> list[int]:
@@ -135,7 +135,7 @@ class Side(Hypervisor):
         self.flush(VM0)
 
     def do_invvpid(self, cpu: CpuId) -> None:
-        lib.flush_invvpid_single(self.m, cpu, VM0, 1, lib.REASON_MIGRATION)
+        lib.flush_invvpid_single(self.m, cpu, VM0, Vpid(1), lib.REASON_MIGRATION)
 
     def do_evict(self, cpu: CpuId, nth: int) -> None:
         lib.tlb_evict(lib.cpu_tlb(self.m, cpu), nth)
@@ -164,12 +164,12 @@ class Side(Hypervisor):
             if other >> 9 == gfn >> 9:
                 self.zap(CPU0, VM0, other)
         removal = ffi.new("struct tdp_removal *")
-        old = lib.tdp_mmu_set_spte(self.m, CPU0, VM0, tables[2], gfn >> 9 & 511, 2, gfn, 0)
+        old = lib.tdp_mmu_set_spte(self.m, CPU0, VM0, Hfn(tables[2]), gfn >> 9 & 511, 2, gfn, 0)
         lib.tdp_removal_begin(self.m, CPU0, VM0, removal, old, 2, gfn & ~511, 0)
         while removal.level:
             lib.tdp_removal_step(self.m, CPU0, VM0, removal, 512)
         if free:
-            lib.ept_table_free(self.m, CPU0, tables[1])
+            lib.ept_table_free(self.m, CPU0, Hfn(tables[1]))
 
     def do_reroot(self) -> None:
         """The root page is freed and taken again: an earlier owner's entries live on."""

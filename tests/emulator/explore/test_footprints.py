@@ -22,6 +22,7 @@ from emulator.litmus.loader import load_test, parse_test
 from emulator.litmus.policies import named_policy
 from emulator.policy import Policy
 from native import lib
+from native.types import Hfn
 
 
 class Step(NamedTuple):
@@ -260,7 +261,7 @@ class LateLook(LitmusProgram):
         k, r = (self.world.threads[name].home.id for name in ("k", "r"))
         vm, controlled = self.world.kvms[0].id, tdp_iter.__dict__["lib"]
         table = lib.ept_table_alloc(m, k, lib.FRAME_TABLE)
-        link = lib.make_nonleaf_spte(m, table)
+        link = lib.make_nonleaf_spte(m, Hfn(table))
         inside: list[bool] = []
 
         def frees() -> None:

@@ -23,6 +23,7 @@ from emulator.explore.world import LitmusProgram
 from emulator.litmus.loader import load_test, shipped_texts
 from emulator.litmus.policies import named_policy
 from native import ffi, lib
+from native.types import Vpid
 from tests.emulator.explore.likeness import describe
 
 POLICIES = ("linux-6.12", "lkml-2025-cpu-flushed-mask", "root-tlb-gen")
@@ -222,7 +223,7 @@ def test_the_comparison_sees_a_difference() -> None:
             lambda: setattr(kvm.vcpus[0].loaded_vmcs, "cpu", 1),
             lambda: kvm.slots_lock._token.pop(),
             lambda: setattr(program.world.threads["v0"], "pcpu", 1),
-            lambda: program.machine.vmx_vpids.append(9),
+            lambda: program.machine.vmx_vpids.append(Vpid(9)),
         ]
         for change in changes:
             change()

@@ -23,7 +23,7 @@ from emulator.kvm.mmu import kvm_zap_gfn_range
 from emulator.kvm.structs import Kvm
 from emulator.policy import Policy, preset
 from native import lib
-from native.types import FrameKind
+from native.types import FrameKind, Hfn
 from tests.emulator.kvm.rig import GFNS, SLOT, Guest, Rig
 
 # Counts that these tests are about.
@@ -392,7 +392,7 @@ def test_no_frame_is_an_exit_to_user_space(rig: Rig) -> None:
         frames.append(frame)
     assert guest.write(0, 6) == ExitToUser("no-memory", 6 << 12)
     for frame in frames:
-        lib.frame_free(rig.machine.m, rig.host.id, frame)
+        lib.frame_free(rig.machine.m, rig.host.id, Hfn(frame))
     assert guest.write(0, 6) is RESCHED
 
 

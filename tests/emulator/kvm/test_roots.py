@@ -30,7 +30,7 @@ from emulator.kvm.vmx import (
 )
 from emulator.policy import Policy, preset
 from native import lib
-from native.types import CpuId
+from native.types import CpuId, Hfn
 from tests.emulator.kvm.rig import Guest, Rig, online, recreate_slot, scopes
 from tests.support import CPU0, CPU1, CPU2
 
@@ -113,7 +113,7 @@ def test_an_invalid_root_matches_no_role(rig: Rig) -> None:
 
 def test_a_special_root_is_not_kept(rig: Rig) -> None:
     with cache(rig, NORMAL) as (kvm, mmu):
-        mmu.root, mmu.prev_roots[0] = KvmMmuPage(0, NORMAL, special=True), mmu.root
+        mmu.root, mmu.prev_roots[0] = KvmMmuPage(Hfn(0), NORMAL, special=True), mmu.root
         assert fast_pgd_switch(rig.host, kvm, mmu, NORMAL)
         assert order(mmu) == [NORMAL, None, None, None]
 
@@ -191,7 +191,7 @@ def flushes(rig: Rig, wanted: str) -> int:
 @pytest.mark.parametrize(("role", "walk"), [(NORMAL, 3), (FIVE, 4)])
 def test_the_eptp_is_of_the_roots_role(rig: Rig, role: KvmMmuPageRole, walk: int) -> None:
     kvm = rig.vm()
-    eptp = construct_eptp(rig.host, kvm, KvmMmuPage(0x123, role))
+    eptp = construct_eptp(rig.host, kvm, KvmMmuPage(Hfn(0x123), role))
     assert eptp >> 12 == 0x123
     assert (eptp & 7, eptp >> 3 & 7, eptp >> 6 & 1) == (6, walk, 1)
     assert not kvm.warned
@@ -201,7 +201,7 @@ def test_a_root_without_a_shadow_page_is_flushed_globally(rig: Rig) -> None:
     kvm = rig.vm()
     guest = rig.guest(kvm)
     guest.write(0, 5)
-    root = KvmMmuPage(0, NORMAL, special=True)
+    root = KvmMmuPage(Hfn(0), NORMAL, special=True)
     assert is_obsolete_root(root)
     assert construct_eptp(rig.host, kvm, root) == INVALID_EPTP
     assert kvm.warned == {"construct_eptp: the root has no shadow page"}
