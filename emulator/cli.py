@@ -171,7 +171,7 @@ def _failed(error: Exception) -> int:
         return INTERNAL_FAILURE
     from concurrent.futures.process import BrokenProcessPool
 
-    from emulator.limits import exhausted
+    from emulator.scenario.limits import exhausted
 
     if isinstance(error, BrokenProcessPool):
         found = "a process of --jobs was killed or crashed; this takes less memory with fewer --jobs"

@@ -65,11 +65,11 @@ def compare(
     options: CompareOptions,
 ) -> None:
     """Run the same seeded workload under each policy; show what each flushes and what that costs."""
-    from emulator import limits
     from emulator.actors.crew import stop_seconds
     from emulator.compare.runner import Comparer, Plan
     from emulator.log import Logging
     from emulator.run import load_scaled
+    from emulator.scenario import limits
     from emulator.session import Session
 
     shape = load_scaled(scenario, options.pcpus)

@@ -79,7 +79,7 @@ def litmus(
 @app.command()
 def scenarios() -> None:
     """Embedded scenarios."""
-    from emulator.config import embedded_scenarios, load_scenario
+    from emulator.scenario.config import embedded_scenarios, load_scenario
 
     table = _table("scenario", "pCPUs", "VMs", "vCPUs", "MiB", "what it is")
     for name in embedded_scenarios():

@@ -221,7 +221,7 @@ def expanded(function: Callable[..., None]) -> Callable[..., None]:
 
 def duration_of(text: str | None) -> float | None:
     """Seconds of --duration, or None if it is not given."""
-    from emulator.config import parse_duration
+    from emulator.scenario.config import parse_duration
 
     if text is None:
         return None

@@ -9,8 +9,6 @@ from collections.abc import Callable
 from loguru import logger
 
 from emulator.actors.watchdog import ROUND_SECONDS, Watchdog
-from emulator.config import Scenario
-from emulator.costs import modelled_cycles
 from emulator.kvm.structs import KvmParams
 from emulator.machine import Emulation
 from emulator.policy import Policy
@@ -18,6 +16,8 @@ from emulator.policy.patience import unreturned
 from emulator.preconditions import preconditions
 from emulator.receivers import Receivers, read_receivers
 from emulator.result import Finder, MachineObserver, Result, Snapshot, read_snapshot
+from emulator.scenario.config import Scenario
+from emulator.scenario.costs import modelled_cycles
 from emulator.story import Stories
 from native import lib
 from native.types import VmId

@@ -28,16 +28,16 @@ from emulator.actors.rcu import RcuThread
 from emulator.actors.scheduler import Place, Scheduler
 from emulator.actors.task import VcpuTask
 from emulator.actors.user_memory import UserMemory
-from emulator.config import PAGES_PER_MIB, Scenario, VmSection
 from emulator.errors import BadInput
 from emulator.kvm.kvm_main import kvm_create_vm, kvm_set_memory_region, kvm_vm_ioctl_create_vcpu
 from emulator.kvm.structs import Kvm, KvmParams, Vcpu
 from emulator.policy import Policy
 from emulator.runtime import Cpu, Machine, OutOfMemory
+from emulator.scenario.config import PAGES_PER_MIB, Scenario, VmSection
+from emulator.scenario.workload import Workload
 from emulator.traces import Trace, TraceError
 from emulator.traces import embedded as embedded_traces
 from emulator.traces import load as load_trace
-from emulator.workload import Workload
 from native import ffi, lib
 
 if TYPE_CHECKING:

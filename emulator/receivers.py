@@ -9,7 +9,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING
 
-from emulator.config import Scenario
+from emulator.scenario.config import Scenario
 from native import ffi, lib
 from native.types import CpuId
 

@@ -10,8 +10,8 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, Any, Literal, Protocol
 
-from emulator.costs import CycleLine
 from emulator.receivers import Receivers
+from emulator.scenario.costs import CycleLine
 from native import (
     COUNTER_NAMES,
     FLUSH_REASONS,
@@ -209,9 +209,7 @@ def read_snapshot(machine: MachinePtr, *, vms: int, elapsed: float, phase: str =
         counters=dict(zip(COUNTER_NAMES, values, strict=True)),
         vms=_read_vm_stats(machine, vms),
         flushes=_read_flushes(machine, vms),
-        histograms={
-            name: _read_histogram(machine, HistogramId(i)) for i, name in enumerate(HISTOGRAM_NAMES)
-        },
+        histograms={name: _read_histogram(machine, HistogramId(i)) for i, name in enumerate(HISTOGRAM_NAMES)},
         violations={kind: n for kind, n in zip(VIOLATION_KINDS, violations, strict=True) if n},
         rcu_pending=lib.rcu_pending(machine),
     )

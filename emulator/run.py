@@ -13,8 +13,6 @@ from typing import Any
 
 from loguru import logger
 
-from emulator import limits
-from emulator.config import Scenario, load_scenario
 from emulator.console import output_console
 from emulator.errors import BadInput
 from emulator.findings import Findings
@@ -23,6 +21,8 @@ from emulator.output import make_directory, saying
 from emulator.policy import DEFAULT, Policy, check_answer, parse_setting, spelled_policy
 from emulator.report import document, exit_status, summary
 from emulator.result import Result
+from emulator.scenario import limits
+from emulator.scenario.config import Scenario, load_scenario
 from emulator.session import Session
 from metrics import Endpoint, MachineCollector, parse_address
 

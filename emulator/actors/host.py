@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING
 from emulator.actors.base import MachineActor
 from emulator.actors.user_memory import HUGE_PAGES, UserMemory
 from emulator.kvm.host_work import host_works, owe_a_flush
-from emulator.workload import HOST_ACTIVITIES, Pacer, Workload
+from emulator.scenario.workload import HOST_ACTIVITIES, Pacer, Workload
 from native import lib
 
 if TYPE_CHECKING:

@@ -22,7 +22,7 @@ from emulator.kvm.mmu import kvm_zap_gfn_range
 from emulator.kvm.reset import apic_send_init
 from emulator.kvm.smm import kvm_inject_smi
 from emulator.kvm.tdp_roots import flush_workqueue
-from emulator.workload import KVM_ACTIVITIES, Pacer, Workload
+from emulator.scenario.workload import KVM_ACTIVITIES, Pacer, Workload
 from native import lib
 
 if TYPE_CHECKING:

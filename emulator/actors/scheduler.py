@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING, Any
 from emulator.actors.base import MachineActor
 from emulator.actors.inbox import NativeFuture
 from emulator.actors.pcpu import Arrive, Depart, Park, Unpark
-from emulator.workload import MIGRATIONS, Pacer, Workload
+from emulator.scenario.workload import MIGRATIONS, Pacer, Workload
 from native import lib
 
 if TYPE_CHECKING:

@@ -21,8 +21,8 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from emulator.costs import Costs, CycleLine
 from emulator.result import Snapshot
+from emulator.scenario.costs import Costs, CycleLine
 
 NAME = "oracle-optimal"
 

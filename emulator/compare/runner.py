@@ -19,11 +19,11 @@ from rich.text import Text
 from emulator.compare.bound import Bound
 from emulator.compare.measure import Measurement, measure
 from emulator.compare.rows import singular
-from emulator.config import Scenario
 from emulator.job import Job
 from emulator.policy import Policy
 from emulator.report import short
 from emulator.result import Result, Snapshot
+from emulator.scenario.config import Scenario
 
 # Seconds for booting, which is not compared.
 _SETTLE = 0.5

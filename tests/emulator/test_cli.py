@@ -184,7 +184,7 @@ def test_port_in_use_is_one_line(capsys: pytest.CaptureFixture[str]) -> None:
 def test_too_many_pcpus_names_the_most(
     tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    from emulator import limits
+    from emulator.scenario import limits
 
     monkeypatch.setattr(limits, "_thread_limits", lambda *_: iter([limits.Limit(100, "kernel.threads-max")]))
     scenario = tmp_path / "big.toml"

@@ -8,11 +8,17 @@ from pathlib import Path
 import pytest
 from pydantic import BaseModel
 
-from emulator.config import Scenario, embedded_scenarios, load_scenario, parse_duration, parse_scenario
-from emulator.costs import Costs, load_costs
 from emulator.errors import BadInput
-from emulator.limits import Limit, _memory_limits, _thread_limits, check, exhausted, memory_needed
 from emulator.runtime import OutOfFrames, OutOfMemory
+from emulator.scenario.config import (
+    Scenario,
+    embedded_scenarios,
+    load_scenario,
+    parse_duration,
+    parse_scenario,
+)
+from emulator.scenario.costs import Costs, load_costs
+from emulator.scenario.limits import Limit, _memory_limits, _thread_limits, check, exhausted, memory_needed
 
 
 def parse(text: str) -> Scenario:

@@ -9,10 +9,10 @@ import time
 import pytest
 
 from emulator.actors.base import MachineActor
-from emulator.config import MachineSection, Scenario, VmSection, load_scenario
 from emulator.errors import BadInput
 from emulator.machine import Emulation, machine_config
 from emulator.policy import preset
+from emulator.scenario.config import MachineSection, Scenario, VmSection, load_scenario
 from native import lib
 from tests.support import VM0, wait_until
 

@@ -9,12 +9,12 @@ import time
 import pytest
 
 from emulator.compare.measure import measure
-from emulator.config import VmSection, load_scenario, parse_scenario
 from emulator.errors import BadInput
 from emulator.job import Job
 from emulator.machine import Emulation, machine_config
 from emulator.policy import preset
 from emulator.result import Result
+from emulator.scenario.config import VmSection, load_scenario, parse_scenario
 from native import lib
 from native.types import CpuId
 from tests.support import wait_until

@@ -11,11 +11,11 @@ import pytest
 from pydantic import BaseModel
 from pydantic.fields import FieldInfo
 
-from emulator.config import Scenario, load_scenario
-from emulator.costs import Costs, load_costs
 from emulator.errors import BadInput
 from emulator.litmus.loader import load_test
 from emulator.litmus.model import LitmusTest
+from emulator.scenario.config import Scenario, load_scenario
+from emulator.scenario.costs import Costs, load_costs
 from emulator.validation import MOST_TOML, Unit, unit_of
 
 Loader = Callable[[str], object]

@@ -7,8 +7,8 @@ from random import Random
 
 import pytest
 
-from emulator.config import load_scenario
-from emulator.workload import FLAVOURS, MIGRATIONS, QUIET_LEAST_RATES, Pacer, Workload
+from emulator.scenario.config import load_scenario
+from emulator.scenario.workload import FLAVOURS, MIGRATIONS, QUIET_LEAST_RATES, Pacer, Workload
 
 
 def test_storms_alternate_with_quiet_phases_of_every_flavour() -> None:

@@ -17,11 +17,8 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from emulator import limits
 from emulator.cli import main
 from emulator.cli_options import duration_of
-from emulator.config import embedded_scenarios, load_scenario
-from emulator.costs import load_costs
 from emulator.errors import BadInput
 from emulator.explain.diagram import diagram
 from emulator.explain.document import load_cases
@@ -30,6 +27,9 @@ from emulator.explore import record
 from emulator.litmus.loader import load_test, shipped_texts
 from emulator.policy import MUTANTS, POINTS, PRESETS, check_policy
 from emulator.run import load_policy
+from emulator.scenario import limits
+from emulator.scenario.config import embedded_scenarios, load_scenario
+from emulator.scenario.costs import load_costs
 from emulator.traces.container import HEADER_SIZE, PREFIX, build_image, parse_image, seal
 from emulator.traces.convert import read_recording
 from metrics import parse_address

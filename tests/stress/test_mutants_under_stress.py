@@ -11,10 +11,10 @@ from collections import Counter
 
 import pytest
 
-from emulator.config import load_scenario
 from emulator.job import Job
 from emulator.policy import preset
 from emulator.result import Result
+from emulator.scenario.config import load_scenario
 
 SECONDS = 30.0
 SEEDS = range(1, 9)

@@ -6,10 +6,10 @@ import threading
 
 import pytest
 
-from emulator.config import HostSection, KvmSection, MachineSection, load_scenario
 from emulator.job import Job
 from emulator.policy import preset
 from emulator.result import Snapshot
+from emulator.scenario.config import HostSection, KvmSection, MachineSection, load_scenario
 
 
 def asked(policy: str, **vm: int) -> Snapshot:

@@ -71,10 +71,7 @@ def test_many_senders_lose_no_message(crew: Crew) -> None:
         for _ in range(500):
             ref.tell(lambda actor: seen.append(1))
 
-    senders = [
-        threading.Thread(target=send)
-        for _ in range(4)
-    ]
+    senders = [threading.Thread(target=send) for _ in range(4)]
     for sender in senders:
         sender.start()
     for sender in senders:

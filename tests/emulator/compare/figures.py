@@ -6,10 +6,10 @@ from typing import Any
 
 from emulator.compare.measure import measure
 from emulator.compare.runner import Comparison, Plan
-from emulator.config import Scenario, load_scenario
 from emulator.policy import preset
 from emulator.receivers import Receivers
 from emulator.result import FlushCount, Report, Result
+from emulator.scenario.config import Scenario, load_scenario
 from tests.emulator.canned import result, snapshot
 
 GROUPS = (

@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 from emulator.compare.bound import oracle_optimal
-from emulator.costs import load_costs
 from emulator.result import FlushCount
+from emulator.scenario.costs import load_costs
 from native import COUNTER_NAMES
 from tests.emulator.canned import snapshot
 

@@ -15,10 +15,10 @@ from emulator.cli import main
 from emulator.cli_compare import load_policies
 from emulator.compare import runner
 from emulator.compare.runner import Comparer, Comparison, Plan
-from emulator.config import load_scenario
 from emulator.errors import BadInput
 from emulator.policy import preset
 from emulator.result import Result
+from emulator.scenario.config import load_scenario
 from tests.emulator.canned import snapshot
 from tests.emulator.compare.figures import run_of
 

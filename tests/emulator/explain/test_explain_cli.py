@@ -15,11 +15,11 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from emulator.cli import main
-from emulator.config import load_scenario
 from emulator.explain.document import load_cases
 from emulator.job import Job
 from emulator.policy import resolve_policy
 from emulator.report import document
+from emulator.scenario.config import load_scenario
 from tests.damaged import damage
 from tests.emulator.explain.race import NAMES, Race, flushed_mask
 

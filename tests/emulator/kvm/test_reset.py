@@ -8,7 +8,6 @@ from contextlib import contextmanager
 
 import pytest
 
-from emulator.config import load_scenario
 from emulator.job import Job
 from emulator.kvm.kvm_host import (
     KVM_REQ_EVENT,
@@ -22,6 +21,7 @@ from emulator.kvm.requests import kvm_check_request, kvm_test_request
 from emulator.kvm.reset import apic_send_init, kvm_vcpu_reset
 from emulator.kvm.structs import Kvm
 from emulator.policy import Policy, preset
+from emulator.scenario.config import load_scenario
 from native import lib
 from tests.emulator.kvm.rig import Guest, Rig, scopes
 

@@ -15,13 +15,13 @@ from typing import Any
 import pytest
 
 from emulator.cli import main
-from emulator.config import MachineSection, Scenario, load_scenario
 from emulator.errors import BadInput
 from emulator.job import Job
 from emulator.policy import Policy, PolicyError, UserPolicyError, load_user_policy, resolve_policy
 from emulator.report import document
 from emulator.result import Result
 from emulator.runtime import MachineStopped
+from emulator.scenario.config import MachineSection, Scenario, load_scenario
 
 # The guide's worked example, word for word.
 RETURNING = '''

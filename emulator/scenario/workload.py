@@ -13,7 +13,7 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from random import Random
 
-from emulator.config import Scenario
+from emulator.scenario.config import Scenario
 
 # Activities of the actors, as scenarios name their rates.
 HOST_ACTIVITIES = ("unmap", "reclaim", "mprotect", "migrate", "collapse", "split", "age")

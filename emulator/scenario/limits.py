@@ -13,8 +13,8 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
-from emulator.config import Scenario
 from emulator.errors import BadInput
+from emulator.scenario.config import Scenario
 
 MIB = 1 << 20
 

@@ -21,9 +21,9 @@ from pydantic import (
     model_validator,
 )
 
-from emulator.costs import Costs, load_costs
 from emulator.defaults import DEFAULT_SCENARIO, MAX_PCPUS
 from emulator.errors import BadInput, one_of, shown
+from emulator.scenario.costs import Costs, load_costs
 from emulator.validation import Unit, first_error, parse_toml, read_text
 
 PAGES_PER_MIB = 256

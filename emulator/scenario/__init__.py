@@ -1,0 +1,1 @@
+"""Scenarios: their files, what they cost, and whether this machine can run them."""
