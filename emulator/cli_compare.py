@@ -26,7 +26,7 @@ from emulator.output import Unwritable, check_file, saying
 if TYPE_CHECKING:
     from emulator.compare.runner import Comparison
     from emulator.policy import Policy
-    from emulator.result import Result
+    from emulator.report.result import Result
 
 DEFAULT_COMPARED = "migration-storm"
 

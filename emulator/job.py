@@ -13,12 +13,12 @@ from emulator.kvm.structs import KvmParams
 from emulator.machine import Emulation
 from emulator.policy import Policy
 from emulator.policy.patience import unreturned
-from emulator.preconditions import preconditions
-from emulator.receivers import Receivers, read_receivers
-from emulator.result import Finder, MachineObserver, Result, Snapshot, read_snapshot
+from emulator.report.preconditions import preconditions
+from emulator.report.receivers import Receivers, read_receivers
+from emulator.report.result import Finder, MachineObserver, Result, Snapshot, read_snapshot
+from emulator.report.violation import Stories
 from emulator.scenario.config import Scenario
 from emulator.scenario.costs import modelled_cycles
-from emulator.story import Stories
 from native import lib
 from native.types import VmId
 

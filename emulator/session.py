@@ -16,8 +16,8 @@ from rich.console import Console, RenderableType
 from rich.live import Live
 
 from emulator import interrupts
-from emulator.report import progress_line
-from emulator.result import Snapshot
+from emulator.report.result import Snapshot
+from emulator.report.summary import progress_line
 
 _TICK = 0.1
 # Beside what the job needs to stop: to add up and to write what it has.

@@ -21,7 +21,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from emulator.result import Snapshot
+from emulator.report.result import Snapshot
 from emulator.scenario.costs import Costs, CycleLine
 
 NAME = "oracle-optimal"

@@ -7,7 +7,7 @@ from typing import Any
 from emulator.compare.bound import NAME, Bound
 from emulator.compare.rows import bound_values, sections, spread_of
 from emulator.compare.runner import Comparison
-from emulator.report import document as run_document
+from emulator.report.summary import document as run_document
 
 VERSION = 1
 

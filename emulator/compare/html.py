@@ -16,7 +16,7 @@ from emulator.compare.rows import Row, Spread, bound_values, sections, spread_of
 from emulator.compare.runner import Comparison
 from emulator.compare.table import better, change
 from emulator.output import write_file
-from emulator.report import short
+from emulator.report.summary import short
 
 _NOTHING = Spread(0, 0, 0)
 

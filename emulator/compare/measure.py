@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from emulator.compare.bound import Bound, oracle_optimal
-from emulator.result import Result
+from emulator.report.result import Result
 from emulator.scenario.config import Scenario
 
 MILLION = 1e6

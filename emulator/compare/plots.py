@@ -19,8 +19,8 @@ from emulator.compare.bound import NAME
 from emulator.compare.measure import MILLION, Measurement
 from emulator.compare.rows import spread_of
 from emulator.compare.runner import Comparison
-from emulator.report import duration_text, short
-from emulator.result import Histogram
+from emulator.report.result import Histogram
+from emulator.report.summary import duration_text, short
 
 # Stand for variables of the page's style sheet, so that one picture fits light and dark.
 _FOREGROUND, _MUTED, _GRID = "#010101", "#020202", "#030303"

@@ -9,7 +9,7 @@ from typing import Literal
 
 from emulator.compare.bound import Bound
 from emulator.compare.measure import MILLION, Measurement
-from emulator.report import duration_text, short
+from emulator.report.summary import duration_text, short
 
 Kind = Literal["count", "share", "duration", "times", "plain"]
 

@@ -21,8 +21,8 @@ from emulator.compare.measure import Measurement, measure
 from emulator.compare.rows import singular
 from emulator.job import Job
 from emulator.policy import Policy
-from emulator.report import short
-from emulator.result import Result, Snapshot
+from emulator.report.result import Result, Snapshot
+from emulator.report.summary import short
 from emulator.scenario.config import Scenario
 
 # Seconds for booting, which is not compared.

@@ -24,7 +24,7 @@ from emulator.litmus.loader import parse_test
 from emulator.litmus.policies import named_policy
 from emulator.output import write_file
 from emulator.policy import check_policy
-from emulator.story import Stories
+from emulator.report.violation import Stories
 from emulator.validation import first_error, read_json
 
 FORMAT: Final = 1

@@ -24,9 +24,9 @@ from emulator.litmus.world import LitmusThread, World, machine_config, rcu_cpu
 from emulator.points import PointKind
 from emulator.policy import Policy
 from emulator.policy.patience import unreturned
-from emulator.result import Report
+from emulator.report.result import Report
+from emulator.report.violation import Stories
 from emulator.runtime import Cpu, Machine, MachineStopped, Mode
-from emulator.story import Stories
 from native import VIOLATION_KINDS, ffi, lib
 
 # No execution takes that long unless somebody waits for ever.

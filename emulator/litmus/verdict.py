@@ -7,7 +7,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from emulator.litmus.model import INCONCLUSIVE, SAFE, Expected, LitmusTest
-from emulator.result import Report
+from emulator.report.result import Report
 
 VIOLATIONS = "violations"
 # A proof that did not come to its end: all interleavings with so few preemptions, or only some.

@@ -8,7 +8,7 @@ from dataclasses import replace
 from typing import Any, ClassVar
 
 from emulator.policy import Policy
-from emulator.result import FlushCount, Histogram, MachineObserver, Report, Result, Snapshot
+from emulator.report.result import FlushCount, Histogram, MachineObserver, Report, Result, Snapshot
 from emulator.scenario.config import Scenario
 from emulator.scenario.costs import load_costs, modelled_cycles
 from native import COUNTER_NAMES, HISTOGRAM_NAMES, VM_STAT_NAMES

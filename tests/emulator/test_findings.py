@@ -14,8 +14,8 @@ from loguru import logger
 
 from emulator import __version__
 from emulator.cli import main
-from emulator.findings import Findings
-from emulator.result import Report
+from emulator.report.findings import Findings
+from emulator.report.result import Report
 from tests.emulator.canned import snapshot, violated
 from tests.support import wait_until
 

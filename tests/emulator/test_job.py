@@ -11,8 +11,8 @@ from emulator.actors.host import Host
 from emulator.actors.user_memory import UserMemory
 from emulator.job import Job
 from emulator.policy import preset
-from emulator.report import exit_status
-from emulator.result import Snapshot
+from emulator.report.result import Snapshot
+from emulator.report.summary import exit_status
 from emulator.scenario.config import MachineSection, Scenario, load_scenario
 
 LINUX = preset("linux-7.3")

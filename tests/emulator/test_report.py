@@ -8,8 +8,16 @@ from dataclasses import replace
 import pytest
 from rich.console import Console, RenderableType
 
-from emulator.report import document, duration_text, exit_status, progress_line, short, summary, totals
-from emulator.result import Histogram
+from emulator.report.result import Histogram
+from emulator.report.summary import (
+    document,
+    duration_text,
+    exit_status,
+    progress_line,
+    short,
+    summary,
+    totals,
+)
 from emulator.scenario.costs import load_costs, modelled_cycles
 from native import COUNTER_NAMES, HISTOGRAM_NAMES, VM_STAT_NAMES
 from tests.emulator.canned import result, snapshot, violated

@@ -13,7 +13,7 @@ from emulator.errors import BadInput
 from emulator.job import Job
 from emulator.machine import Emulation, machine_config
 from emulator.policy import preset
-from emulator.result import Result
+from emulator.report.result import Result
 from emulator.scenario.config import VmSection, load_scenario, parse_scenario
 from native import lib
 from native.types import CpuId

@@ -13,7 +13,7 @@ import pytest
 
 from emulator.job import Job
 from emulator.policy import preset
-from emulator.result import Result
+from emulator.report.result import Result
 from emulator.scenario.config import load_scenario
 
 SECONDS = 30.0

@@ -8,7 +8,7 @@ import pytest
 
 from emulator.job import Job
 from emulator.policy import preset
-from emulator.result import Snapshot
+from emulator.report.result import Snapshot
 from emulator.scenario.config import HostSection, KvmSection, MachineSection, load_scenario
 
 

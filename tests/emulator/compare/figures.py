@@ -7,8 +7,8 @@ from typing import Any
 from emulator.compare.measure import measure
 from emulator.compare.runner import Comparison, Plan
 from emulator.policy import preset
-from emulator.receivers import Receivers
-from emulator.result import FlushCount, Report, Result
+from emulator.report.receivers import Receivers
+from emulator.report.result import FlushCount, Report, Result
 from emulator.scenario.config import Scenario, load_scenario
 from tests.emulator.canned import result, snapshot
 

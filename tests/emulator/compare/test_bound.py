@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from emulator.compare.bound import oracle_optimal
-from emulator.result import FlushCount
+from emulator.report.result import FlushCount
 from emulator.scenario.costs import load_costs
 from native import COUNTER_NAMES
 from tests.emulator.canned import snapshot

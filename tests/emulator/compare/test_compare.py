@@ -17,7 +17,7 @@ from emulator.compare import runner
 from emulator.compare.runner import Comparer, Comparison, Plan
 from emulator.errors import BadInput
 from emulator.policy import preset
-from emulator.result import Result
+from emulator.report.result import Result
 from emulator.scenario.config import load_scenario
 from tests.emulator.canned import snapshot
 from tests.emulator.compare.figures import run_of

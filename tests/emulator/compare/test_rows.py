@@ -7,7 +7,7 @@ import pytest
 from emulator.compare.measure import measure
 from emulator.compare.rows import Row, sections, spread_of, text_of
 from emulator.compare.table import better, change
-from emulator.result import FlushCount
+from emulator.report.result import FlushCount
 from emulator.scenario.config import load_scenario
 from tests.emulator.canned import snapshot
 from tests.emulator.compare.figures import comparison, partitioned, run_of

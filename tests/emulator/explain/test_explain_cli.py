@@ -18,7 +18,7 @@ from emulator.cli import main
 from emulator.explain.document import load_cases
 from emulator.job import Job
 from emulator.policy import resolve_policy
-from emulator.report import document
+from emulator.report.summary import document
 from emulator.scenario.config import load_scenario
 from tests.damaged import damage
 from tests.emulator.explain.race import NAMES, Race, flushed_mask

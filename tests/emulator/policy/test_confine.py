@@ -101,7 +101,7 @@ def test_a_new_name_goes_as_well(tmp_path: Path) -> None:
     [
         "import emulator.litmus.verdict as v\nv.differs = None",
         "import emulator.litmus.verdict as v\nv.differs.__code__ = (lambda *a: None).__code__",
-        "import emulator.result as r\nr.Result.verdict = 'clean'",
+        "import emulator.report.result as r\nr.Result.verdict = 'clean'",
         "import native\nnative.VIOLATION_KINDS = ()",
         "import metrics\nmetrics.Endpoint = None",
         "import json\njson.dumps = None",

@@ -24,7 +24,7 @@ from emulator.cli import main
 
 HEAD = """
 import atexit, builtins, json, os, signal, subprocess, sys, threading, time
-import emulator.kvm.dirty_log, emulator.policy.policy, emulator.result
+import emulator.kvm.dirty_log, emulator.policy.policy, emulator.report.result
 from emulator.explore.scheduler import Abandoned
 from emulator.policy import Policy
 from emulator.runtime import MachineStopped
@@ -80,7 +80,7 @@ REFUSED = [
 ]
 # What assigns is found when the file has been executed, or when the policy's executions are over.
 ASSIGNS = [
-    "emulator.result.Result.verdict = 'clean'",
+    "emulator.report.result.Result.verdict = 'clean'",
     "emulator.policy.policy.Policy.mutants = lambda self: ()",
     "emulator.policy.guard.through = None",
     "builtins.repr = None",

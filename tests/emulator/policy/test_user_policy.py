@@ -18,8 +18,8 @@ from emulator.cli import main
 from emulator.errors import BadInput
 from emulator.job import Job
 from emulator.policy import Policy, PolicyError, UserPolicyError, load_user_policy, resolve_policy
-from emulator.report import document
-from emulator.result import Result
+from emulator.report.result import Result
+from emulator.report.summary import document
 from emulator.runtime import MachineStopped
 from emulator.scenario.config import MachineSection, Scenario, load_scenario
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
-from emulator.result import Snapshot
+from emulator.report.result import Snapshot
 
 if TYPE_CHECKING:
     from emulator.machine import Emulation

@@ -10,7 +10,7 @@ from rich.console import Group, RenderableType
 from rich.table import Table
 from rich.text import Text
 
-from emulator.result import FlushCount, Histogram, Report, Result, Snapshot
+from emulator.report.result import FlushCount, Histogram, Report, Result, Snapshot
 
 DOCUMENT_VERSION = 1
 # Violations shown in full; the JSON document has all that were kept.

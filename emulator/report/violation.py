@@ -31,7 +31,7 @@ from emulator.explain.parts import (
 )
 from emulator.explain.phrases import phrases
 from emulator.explain.plot import Plot
-from emulator.result import Report
+from emulator.report.result import Report
 from native import VIOLATION_KINDS, ffi, lib
 
 if TYPE_CHECKING:

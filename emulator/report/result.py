@@ -10,7 +10,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, Any, Literal, Protocol
 
-from emulator.receivers import Receivers
+from emulator.report.receivers import Receivers
 from emulator.scenario.costs import CycleLine
 from native import (
     COUNTER_NAMES,

@@ -17,8 +17,8 @@ from loguru import logger
 
 from emulator import __version__
 from emulator.output import Unwritable, write_file
-from emulator.report import document, report_document
-from emulator.result import Report, Result, Snapshot
+from emulator.report.result import Report, Result, Snapshot
+from emulator.report.summary import document, report_document
 
 _OPTION = "--report-dir"
 
