@@ -22,7 +22,7 @@ from bench.figures import Figure
 from bench.machine import machine_fields
 from emulator.actors.crew import Crew
 from emulator.actors.pcpu import PCpu
-from emulator.machine import SWITCH_INTERVAL
+from emulator.job.emulation import SWITCH_INTERVAL
 from emulator.runtime import Machine
 from native import ffi, lib
 

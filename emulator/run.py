@@ -94,7 +94,7 @@ def _run(
 ) -> Result:
     # Imported late: `flushlab list` and bad input need no engine.
     from emulator.actors.crew import stop_seconds
-    from emulator.job import Job
+    from emulator.job.job import Job
 
     duration = None if request.endless else request.duration or scenario.duration
     job = Job(

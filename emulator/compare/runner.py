@@ -19,7 +19,7 @@ from rich.text import Text
 from emulator.compare.bound import Bound
 from emulator.compare.measure import Measurement, measure
 from emulator.compare.rows import singular
-from emulator.job import Job
+from emulator.job.job import Job
 from emulator.policy import Policy
 from emulator.report.result import Result, Snapshot
 from emulator.report.summary import short

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING
 from emulator.report.result import Snapshot
 
 if TYPE_CHECKING:
-    from emulator.machine import Emulation
+    from emulator.job.emulation import Emulation
 
 
 def preconditions(snapshot: Snapshot, emulation: Emulation) -> dict[str, int]:

@@ -55,7 +55,7 @@ def violated() -> Result:
 
 
 class CannedJob:
-    """Takes the place of `emulator.job.Job`; its run is over at once, or when it is stopped."""
+    """Takes the place of `emulator.job.job.Job`; its run is over at once, or when it is stopped."""
 
     ending: Callable[[], Result] = staticmethod(result)
     until_stopped = False

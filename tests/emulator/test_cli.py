@@ -25,9 +25,9 @@ from tests.emulator.canned import CannedJob, result, snapshot, violated
 
 @pytest.fixture(autouse=True)
 def _job(monkeypatch: pytest.MonkeyPatch) -> None:
-    module = types.ModuleType("emulator.job")
+    module = types.ModuleType("emulator.job.job")
     module.Job = CannedJob  # type: ignore[attr-defined]
-    monkeypatch.setitem(sys.modules, "emulator.job", module)
+    monkeypatch.setitem(sys.modules, "emulator.job.job", module)
     monkeypatch.setattr(CannedJob, "made", [])
     for name in [name for name in os.environ if name.startswith("FLUSHLAB_")]:
         monkeypatch.delenv(name)
@@ -279,9 +279,9 @@ class Hanging(CannedJob):
         signal.raise_signal(signal.SIGTERM)
         threading.Event().wait()
 
-module = types.ModuleType("emulator.job")
+module = types.ModuleType("emulator.job.job")
 module.Job = Hanging
-sys.modules["emulator.job"] = module
+sys.modules["emulator.job.job"] = module
 interrupts.GIVE_UP_SECONDS = 0.5
 interrupts.allow = lambda seconds: None
 interrupts._State.patience = 0.5

@@ -9,7 +9,7 @@ import pytest
 
 from emulator.actors.host import Host
 from emulator.actors.user_memory import UserMemory
-from emulator.job import Job
+from emulator.job.job import Job
 from emulator.policy import preset
 from emulator.report.result import Snapshot
 from emulator.report.summary import exit_status

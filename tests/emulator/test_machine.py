@@ -10,7 +10,7 @@ import pytest
 
 from emulator.actors.base import MachineActor
 from emulator.errors import BadInput
-from emulator.machine import Emulation, machine_config
+from emulator.job.emulation import Emulation, machine_config
 from emulator.policy import preset
 from emulator.scenario.config import MachineSection, Scenario, VmSection, load_scenario
 from native import lib

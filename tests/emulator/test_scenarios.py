@@ -10,8 +10,8 @@ import pytest
 
 from emulator.compare.measure import measure
 from emulator.errors import BadInput
-from emulator.job import Job
-from emulator.machine import Emulation, machine_config
+from emulator.job.emulation import Emulation, machine_config
+from emulator.job.job import Job
 from emulator.policy import preset
 from emulator.report.result import Result
 from emulator.scenario.config import VmSection, load_scenario, parse_scenario
@@ -197,7 +197,7 @@ def test_books_begin_when_everybody_has_booted() -> None:
 
 
 def test_a_second_slot_is_for_those_whose_slots_come_and_go() -> None:
-    from emulator.machine import layout_of
+    from emulator.job.emulation import layout_of
 
     assert layout_of(VmSection(memory=4, disturbed=False)).second == 0
     assert layout_of(VmSection(memory=4)).second > 0

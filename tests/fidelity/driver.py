@@ -127,7 +127,7 @@ class Driver(Protocol):
 
 def find_driver() -> Driver | None:
     """The emulator's driver, or None if the emulator has no jobs to run yet."""
-    if importlib.util.find_spec("emulator.job") is None:
+    if importlib.util.find_spec("emulator.job.job") is None:
         return None
     driver: Driver = importlib.import_module(".emulated", __package__).EmulatorDriver()
     return driver

@@ -43,7 +43,7 @@ def test_counts_are_those_per_vcpu_with_other_numbers_of_them(line: Line, vcpus:
 def check(line: Line, vcpus: int, preset: str) -> None:
     driver = find_driver()
     if driver is None:
-        pytest.skip("this emulator has no emulator.job to run operations on")
+        pytest.skip("this emulator has no emulator.job.job to run operations on")
     if missing := line.needs - driver.capabilities:
         pytest.skip(f"not modelled: {', '.join(sorted(missing))}")
     vms = range(max(line.machine.vms, 1))

@@ -11,7 +11,7 @@ from collections import Counter
 
 import pytest
 
-from emulator.job import Job
+from emulator.job.job import Job
 from emulator.policy import preset
 from emulator.report.result import Result
 from emulator.scenario.config import load_scenario

@@ -6,7 +6,7 @@ import threading
 
 import pytest
 
-from emulator.job import Job
+from emulator.job.job import Job
 from emulator.policy import preset
 from emulator.report.result import Snapshot
 from emulator.scenario.config import HostSection, KvmSection, MachineSection, load_scenario

@@ -10,7 +10,7 @@ import pytest
 
 from emulator.actors.crew import STOP_ACTORS, Crew, stop_seconds
 from emulator.actors.pcpu import PCpu
-from emulator.machine import SWITCH_INTERVAL
+from emulator.job.emulation import SWITCH_INTERVAL
 from native import lib
 from native.types import CpuId
 from tests.emulator.actors.crews import small_machine

@@ -16,7 +16,7 @@ from hypothesis import strategies as st
 
 from emulator.cli import main
 from emulator.explain.document import load_cases
-from emulator.job import Job
+from emulator.job.job import Job
 from emulator.policy import resolve_policy
 from emulator.report.summary import document
 from emulator.scenario.config import load_scenario

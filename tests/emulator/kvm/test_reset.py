@@ -8,7 +8,7 @@ from contextlib import contextmanager
 
 import pytest
 
-from emulator.job import Job
+from emulator.job.job import Job
 from emulator.kvm.kvm_host import (
     KVM_REQ_EVENT,
     KVM_REQ_TLB_FLUSH_GUEST,

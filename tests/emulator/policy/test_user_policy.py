@@ -16,7 +16,7 @@ import pytest
 
 from emulator.cli import main
 from emulator.errors import BadInput
-from emulator.job import Job
+from emulator.job.job import Job
 from emulator.policy import Policy, PolicyError, UserPolicyError, load_user_policy, resolve_policy
 from emulator.report.result import Result
 from emulator.report.summary import document

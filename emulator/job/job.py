@@ -9,8 +9,8 @@ from collections.abc import Callable
 from loguru import logger
 
 from emulator.actors.watchdog import ROUND_SECONDS, Watchdog
+from emulator.job.emulation import Emulation
 from emulator.kvm.structs import KvmParams
-from emulator.machine import Emulation
 from emulator.policy import Policy
 from emulator.policy.patience import unreturned
 from emulator.report.preconditions import preconditions
