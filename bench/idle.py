@@ -23,7 +23,7 @@ from bench.machine import machine_fields
 from emulator.actors.crew import Crew
 from emulator.actors.pcpu import PCpu
 from emulator.job.emulation import SWITCH_INTERVAL
-from emulator.runtime import Machine
+from emulator.machine.runtime import Machine
 from native import ffi, lib
 
 _PATIENCE_SECONDS = 60.0

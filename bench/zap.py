@@ -28,8 +28,8 @@ from emulator.kvm.mmu import kvm_mmu_zap_all_fast, kvm_zap_gfn_range
 from emulator.kvm.structs import Kvm, KvmMmuPage, KvmParams
 from emulator.kvm.tdp_map import tdp_entry, tdp_mmu_link_sp
 from emulator.kvm.x86 import vcpu_run
+from emulator.machine.runtime import Cpu, Machine, MachineStopped, rcu_read_lock
 from emulator.policy import Policy
-from emulator.runtime import Cpu, Machine, MachineStopped, rcu_read_lock
 from native import ffi, lib
 from native.types import Hfn
 

@@ -16,14 +16,14 @@ from pykka import Actor, ActorDeadError, ActorRegistry, Future, messages
 
 from emulator.actors.inbox import NativeFuture, NativeInbox, adopt_thread, release_thread
 from emulator.actors.slices import shorten_slice
-from emulator.runtime import MachineStopped
+from emulator.machine.runtime import MachineStopped
 from native import lib
 
 if TYPE_CHECKING:
     from types import TracebackType
 
     from emulator.actors.crew import Crew
-    from emulator.runtime import Cpu
+    from emulator.machine.runtime import Cpu
 
 
 @dataclass(frozen=True, slots=True)

@@ -10,8 +10,8 @@ from random import Random
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
+    from emulator.machine.runtime import Cpu, Mode
     from emulator.points import PointKind
-    from emulator.runtime import Cpu, Mode
 
 # Most delays are short; some are long enough for a grace period, an invalidation, a round of faults.
 _SHORT_SECONDS = 20e-6

@@ -14,7 +14,7 @@ from native.types import VmId
 
 if TYPE_CHECKING:
     from emulator.actors.base import Death, MachineActor
-    from emulator.runtime import Cpu, Machine
+    from emulator.machine.runtime import Cpu, Machine
 
 # For all to go home; of more than so many each gets a moment of its own, for they all need the GIL.
 STOP_SECONDS = 2.0

@@ -19,7 +19,7 @@ from native import lib
 if TYPE_CHECKING:
     from emulator.actors.crew import Crew
     from emulator.kvm.structs import Kvm
-    from emulator.runtime import Cpu
+    from emulator.machine.runtime import Cpu
 
 # mprotect takes write access away for about this long; a guest that writes meanwhile waits for it.
 _PROTECTED_SECONDS = 0.0005

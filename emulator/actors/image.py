@@ -15,7 +15,7 @@ from native.types import VcpuId
 
 if TYPE_CHECKING:
     from emulator.kvm.structs import Kvm
-    from emulator.runtime import Cpu
+    from emulator.machine.runtime import Cpu
     from native._native import ViolationReportPtr
 
 _WORD = 64

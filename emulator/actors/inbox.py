@@ -27,7 +27,7 @@ if TYPE_CHECKING:
 
     from pykka._envelope import Envelope
 
-    from emulator.runtime import Cpu
+    from emulator.machine.runtime import Cpu
 
 T = TypeVar("T")
 ExcInfo = tuple[type[BaseException] | None, BaseException | None, "TracebackType | None"]

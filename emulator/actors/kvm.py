@@ -29,7 +29,7 @@ if TYPE_CHECKING:
     from pykka import ActorRef, Future
 
     from emulator.actors.crew import Crew
-    from emulator.runtime import Cpu
+    from emulator.machine.runtime import Cpu
 
 RAM_SLOT = 0
 SECOND_SLOT = 1

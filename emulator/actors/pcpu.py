@@ -22,7 +22,7 @@ if TYPE_CHECKING:
     from emulator.actors.crew import Crew
     from emulator.actors.task import VcpuTask
     from emulator.kvm.kvm_host import RunYield
-    from emulator.runtime import Cpu
+    from emulator.machine.runtime import Cpu
 
 # Until user space tries again what the host refused.
 _RETRY_SECONDS = 0.0001

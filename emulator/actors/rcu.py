@@ -9,7 +9,7 @@ from native import lib
 
 if TYPE_CHECKING:
     from emulator.actors.crew import Crew
-    from emulator.runtime import Cpu
+    from emulator.machine.runtime import Cpu
 
 
 class RcuThread(MachineActor):

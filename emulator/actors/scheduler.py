@@ -24,7 +24,7 @@ if TYPE_CHECKING:
 
     from emulator.actors.crew import Crew
     from emulator.actors.task import VcpuTask
-    from emulator.runtime import Cpu
+    from emulator.machine.runtime import Cpu
 
 _BALANCE_SECONDS = 0.01
 # Blind tries before looking at every task.

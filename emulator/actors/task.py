@@ -10,7 +10,7 @@ from emulator.kvm.x86 import vcpu_run
 
 if TYPE_CHECKING:
     from emulator.kvm.structs import Vcpu
-    from emulator.runtime import Cpu
+    from emulator.machine.runtime import Cpu
 
 
 # Until the timer interrupt that ends a guest's HLT, unless it is told otherwise.

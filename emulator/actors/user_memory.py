@@ -18,13 +18,13 @@ from emulator.kvm.kvm_main import (
     kvm_mmu_notifier_invalidate_range_end,
     kvm_mmu_notifier_invalidate_range_start,
 )
-from emulator.locks import RwSemaphore
+from emulator.machine.locks import RwSemaphore
 from native import lib
 from native.types import PromiseKind
 
 if TYPE_CHECKING:
     from emulator.kvm.structs import Kvm
-    from emulator.runtime import Cpu
+    from emulator.machine.runtime import Cpu
 
 HUGE_PAGES: Final = 512
 

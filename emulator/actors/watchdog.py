@@ -23,7 +23,7 @@ from native.types import CpuId, VmId
 if TYPE_CHECKING:
     from emulator.actors.base import MachineActor
     from emulator.actors.crew import Crew
-    from emulator.runtime import Machine
+    from emulator.machine.runtime import Machine
 
 Kind = Literal["ipi-stall", "rcu-stall", "deadlock"]
 

@@ -16,9 +16,9 @@ from emulator.explore.memory import Memory
 from emulator.explore.objects import Objects
 from emulator.explore.scheduler import Execution
 from emulator.litmus.world import rcu_cpu
-from emulator.locks import RwSemaphore, SpinLock
+from emulator.machine.locks import RwSemaphore, SpinLock
+from emulator.machine.runtime import Cpu, Machine, MachineMisuse, Mode
 from emulator.points import PointKind
-from emulator.runtime import Cpu, Machine, MachineMisuse, Mode
 from native import ffi, lib
 from native.types import CpuId, VcpuId, VmId
 

@@ -28,7 +28,7 @@ _PACKAGES = (
     "emulator.actors.task",
     "emulator.actors.user_memory",
 )
-_MODULES = ("emulator.runtime", "emulator.locks")
+_MODULES = ("emulator.machine.runtime", "emulator.machine.locks")
 
 
 def instrumented_modules() -> list[ModuleType]:

@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import TYPE_CHECKING
 
 from emulator.explore.control import Control
-from emulator.runtime import RELAX_MICROSECONDS, MachineMisuse
+from emulator.machine.runtime import RELAX_MICROSECONDS, MachineMisuse
 from native import lib
 from native.types import CpuId, IpiFunction
 

@@ -28,8 +28,8 @@ from typing import TYPE_CHECKING, Any, Final
 from emulator.explore.handed import CONTAINERS, Handed, plain
 from emulator.explore.slots import Slot, slots_of, standing
 from emulator.explore.watchable import WATCHED, copied, is_mutable, is_watchable
+from emulator.machine.runtime import Machine
 from emulator.policy import Policy
-from emulator.runtime import Machine
 from native import ffi, lib
 
 if TYPE_CHECKING:

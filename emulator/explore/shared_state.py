@@ -24,8 +24,8 @@ from emulator.explore.objects import members
 from emulator.explore.sampling import RandomWalk
 from emulator.explore.scheduler import Task
 from emulator.kvm import structs
-from emulator.locks import Refcount
-from emulator.runtime import Cpu, Machine
+from emulator.machine.locks import Refcount
+from emulator.machine.runtime import Cpu, Machine
 
 CLASSES: Final[tuple[type, ...]] = (
     structs.Kvm,

@@ -30,8 +30,8 @@ from emulator.explain.processor import VISIBLE
 from emulator.explore.control import Control, Readers
 from emulator.explore.objects import Objects
 from emulator.explore.scheduler import Execution, Task
+from emulator.machine.runtime import Cpu, Machine, Mode
 from emulator.points import PointKind
-from emulator.runtime import Cpu, Machine, Mode
 from native.types import CpuId
 
 Key = tuple[Hashable, ...]

@@ -9,9 +9,9 @@ from typing import Any, Final
 
 from emulator.explore.handed import CONTAINERS
 from emulator.kvm import structs
-from emulator.locks import MmuLock, Mutex, Refcount, SpinLock
+from emulator.machine.locks import MmuLock, Mutex, Refcount, SpinLock
+from emulator.machine.runtime import Cpu, Machine
 from emulator.policy import Policy
-from emulator.runtime import Cpu, Machine
 from native import ffi
 
 # Classes, and the slot that tells two objects of one apart in every execution alike; "": nothing does.

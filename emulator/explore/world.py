@@ -26,9 +26,9 @@ from emulator.litmus.model import LitmusTest, Section
 from emulator.litmus.ops import Op
 from emulator.litmus.verdict import proven
 from emulator.litmus.world import LitmusThread, World, machine_config, rcu_cpu
+from emulator.machine.runtime import Cpu, Machine, OutOfMemory
 from emulator.policy import Policy
 from emulator.policy.user import source_of
-from emulator.runtime import Cpu, Machine, OutOfMemory
 from native import VIOLATION_KINDS, lib
 from native.types import CpuId
 

@@ -11,8 +11,8 @@ from importlib.resources.abc import Traversable
 from typing import Final
 
 from emulator.kvm import structs
+from emulator.machine.runtime import Cpu
 from emulator.policy import POINTS, Policy
-from emulator.runtime import Cpu
 
 # What the methods of a policy are given, by the name of the parameter.
 ARGUMENTS: Final[dict[str, type]] = {

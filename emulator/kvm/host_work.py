@@ -22,7 +22,7 @@ from contextlib import suppress
 from emulator.kvm.kvm_host import KVM_REQ_TLB_FLUSH
 from emulator.kvm.requests import kvm_test_request
 from emulator.kvm.structs import Kvm, Vcpu
-from emulator.runtime import Cpu, wait_until, wake
+from emulator.machine.runtime import Cpu, wait_until, wake
 from native.types import CpuId
 
 

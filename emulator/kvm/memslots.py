@@ -15,7 +15,7 @@ from emulator.kvm.mmu import (
 )
 from emulator.kvm.requests import kvm_vcpu_kick
 from emulator.kvm.structs import Kvm, KvmMemorySlot, KvmMemslots
-from emulator.runtime import Cpu, wait_until
+from emulator.machine.runtime import Cpu, wait_until
 from native import lib
 
 CREATE, DELETE, MOVE, FLAGS_ONLY = "create", "delete", "move", "flags-only"

@@ -35,7 +35,7 @@ from emulator.kvm.tdp_slot import (
     kvm_tdp_mmu_write_protect_gfn,
     kvm_tdp_mmu_wrprot_slot,
 )
-from emulator.runtime import Cpu
+from emulator.machine.runtime import Cpu
 from native import lib
 
 # --- zaps ---------------------------------------------------------------------------------------------------

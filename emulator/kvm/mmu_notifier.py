@@ -12,7 +12,7 @@ from __future__ import annotations
 from emulator.kvm.mmu import kvm_age_gfn, kvm_mmu_invalidate_start, kvm_unmap_gfn_range
 from emulator.kvm.requests import flush_elided, kvm_flush_remote_tlbs
 from emulator.kvm.structs import Kvm, KvmMemorySlot
-from emulator.runtime import Cpu, wake
+from emulator.machine.runtime import Cpu, wake
 from native import lib
 from native.types import CpuId, PromiseKind
 

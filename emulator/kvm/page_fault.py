@@ -35,7 +35,7 @@ from emulator.kvm.tdp_map import (
     tdp_entry,
     tdp_mmu_set_spte_atomic,
 )
-from emulator.runtime import FAULT_AROUND_MAX, Cpu, OutOfFrames, rcu_read_lock
+from emulator.machine.runtime import FAULT_AROUND_MAX, Cpu, OutOfFrames, rcu_read_lock
 from native import lib
 from native.types import Hfn
 

@@ -23,7 +23,7 @@ from emulator.kvm.kvm_host import (
 from emulator.kvm.requests import flush_elided, kvm_make_request
 from emulator.kvm.roots import kvm_init_mmu, kvm_mmu_new_pgd, kvm_mmu_reset_context
 from emulator.kvm.structs import Vcpu
-from emulator.runtime import Cpu
+from emulator.machine.runtime import Cpu
 from native import lib
 
 

@@ -17,7 +17,7 @@ from emulator.kvm.kvm_host import (
 )
 from emulator.kvm.root_tracking import roots_tlb_changed
 from emulator.kvm.structs import Kvm, KvmMemorySlot, Vcpu
-from emulator.runtime import Cpu, plain_store, timed
+from emulator.machine.runtime import Cpu, plain_store, timed
 from native import lib
 from native.types import CpuId, FlushReason
 

@@ -12,7 +12,7 @@ from emulator.kvm.regs import vmx_set_cr0
 from emulator.kvm.requests import flush_elided, kvm_make_request, kvm_vcpu_kick
 from emulator.kvm.roots import kvm_mmu_reset_context
 from emulator.kvm.structs import Vcpu
-from emulator.runtime import Cpu
+from emulator.machine.runtime import Cpu
 from native import lib
 
 

@@ -22,7 +22,7 @@ that was read before may be recorded late; a bit may not be set late.)
 from __future__ import annotations
 
 from emulator.kvm.structs import Kvm, KvmMmu, KvmMmuPage, RootTracking, Vcpu
-from emulator.runtime import Cpu, plain_store
+from emulator.machine.runtime import Cpu, plain_store
 from native import lib
 
 

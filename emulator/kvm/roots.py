@@ -17,7 +17,7 @@ from emulator.kvm.root_tracking import mmu_roots, record_flush, test_and_set_flu
 from emulator.kvm.structs import Kvm, KvmMmu, KvmMmuPage, KvmMmuPageRole, Vcpu
 from emulator.kvm.tdp_roots import kvm_tdp_mmu_alloc_root, kvm_tdp_mmu_put_root
 from emulator.kvm.vmx import root_to_sp, vmx_flush_tlb_current, vmx_load_mmu_pgd
-from emulator.runtime import Cpu
+from emulator.machine.runtime import Cpu
 from native import lib
 
 # --- roles --------------------------------------------------------------------------------------------------

@@ -23,9 +23,9 @@ from emulator.kvm.kvm_host import (
     X86_CR4_PAE,
     X86_CR4_PGE,
 )
-from emulator.locks import MmuLock, Mutex, Refcount, SpinLock
+from emulator.machine.locks import MmuLock, Mutex, Refcount, SpinLock
+from emulator.machine.runtime import Machine
 from emulator.policy import Policy
-from emulator.runtime import Machine
 from native import ffi, lib
 from native.types import CpuId, FlushReason, Hfn, VcpuId, VmId, Vpid
 

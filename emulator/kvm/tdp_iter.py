@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from emulator.kvm.host_work import host_works
 from emulator.kvm.requests import flush_elided, kvm_flush_remote_tlbs
 from emulator.kvm.structs import Kvm, KvmMmuPage
-from emulator.runtime import Cpu, rcu_enter, rcu_leave
+from emulator.machine.runtime import Cpu, rcu_enter, rcu_leave
 from native import ffi, lib
 from native.types import FlushReason, Hfn
 

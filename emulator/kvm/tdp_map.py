@@ -23,7 +23,7 @@ from emulator.kvm.spte import (
 from emulator.kvm.structs import Kvm, KvmMemorySlot, KvmMmuPage, Vcpu
 from emulator.kvm.tdp_iter import Entry
 from emulator.kvm.tdp_remove import handle_removed_pt, tables_need_a_flush, tdp_mmu_zap_spte_atomic
-from emulator.runtime import Cpu, rcu_read_lock
+from emulator.machine.runtime import Cpu, rcu_read_lock
 from native import lib
 from native.types import FlushReason, Hfn
 

@@ -22,7 +22,7 @@ from emulator.kvm.tdp_roots import (
     for_each_tdp_mmu_root_yield_safe,
     kvm_tdp_mmu_put_root,
 )
-from emulator.runtime import WRITE, Cpu, rcu_read_lock
+from emulator.machine.runtime import WRITE, Cpu, rcu_read_lock
 from native import lib
 from native.types import FlushReason, Hfn
 

@@ -26,7 +26,7 @@ from emulator.kvm.tdp_remove import (
     tdp_mmu_zap_spte_atomic,
 )
 from emulator.kvm.tdp_roots import KVM_VALID_ROOTS, for_each_tdp_mmu_root_yield_safe
-from emulator.runtime import READ, WRITE, Cpu, OutOfFrames, rcu_read_lock
+from emulator.machine.runtime import READ, WRITE, Cpu, OutOfFrames, rcu_read_lock
 from native import lib
 from native.types import Hfn
 

@@ -10,8 +10,8 @@ from emulator.kvm.structs import Kvm, KvmParams, Vcpu
 from emulator.kvm.tdp_mmu import kvm_tdp_mmu_zap_invalidated_roots
 from emulator.kvm.tdp_roots import kvm_tdp_mmu_invalidate_roots
 from emulator.kvm.vmx import allocate_vpid, vmx_vcpu_free
+from emulator.machine.runtime import Cpu
 from emulator.policy import Policy
-from emulator.runtime import Cpu
 from native import lib
 from native.types import VcpuId, VmId
 

@@ -50,7 +50,7 @@ from emulator.kvm.vmx import (
     vmx_flush_tlb_roots,
     vmx_load_mmu_pgd,
 )
-from emulator.runtime import Cpu, MachineError, MachineStopped, OutOfFrames, cpu_relax, smp_mb
+from emulator.machine.runtime import Cpu, MachineError, MachineStopped, OutOfFrames, cpu_relax, smp_mb
 from native import ffi, lib
 from native.types import FlushReason
 

@@ -15,7 +15,7 @@ from collections.abc import Iterable, Mapping
 from typing import Final
 
 from emulator.kvm.structs import Kvm
-from emulator.runtime import Machine
+from emulator.machine.runtime import Machine
 from native import ffi, lib
 from native.types import CounterId, VmStat
 

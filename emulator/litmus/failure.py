@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from emulator.runtime import MachineError
+from emulator.machine.runtime import MachineError
 
 
 class LitmusFailure(MachineError):

@@ -11,7 +11,7 @@ from native import ffi, lib
 
 if TYPE_CHECKING:
     from emulator.litmus.world import LitmusThread
-    from emulator.runtime import Cpu
+    from emulator.machine.runtime import Cpu
     from native._native import Array
     from native._native import GuestOp as CoreOp
 

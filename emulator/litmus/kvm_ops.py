@@ -27,7 +27,7 @@ from native import lib
 if TYPE_CHECKING:
     from emulator.kvm.structs import Kvm
     from emulator.litmus.model import LitmusTest
-    from emulator.runtime import Cpu
+    from emulator.machine.runtime import Cpu
 
 SLOT = 0
 SMM_SLOT = 1

@@ -18,12 +18,12 @@ from typing import TYPE_CHECKING, NamedTuple
 
 from emulator.actors.image import Difference, Image, report_lost
 from emulator.kvm.kvm_host import KVM_DIRTY_LOG_INITIALLY_SET
-from emulator.locks import Mutex
+from emulator.machine.locks import Mutex
 from native import lib
 
 if TYPE_CHECKING:
     from emulator.kvm.structs import Kvm
-    from emulator.runtime import Cpu
+    from emulator.machine.runtime import Cpu
 
 WORD = 64
 _ALL = (1 << WORD) - 1

@@ -21,12 +21,12 @@ from emulator.litmus.failure import KVM_FAILS, LitmusFailure, failure_text
 from emulator.litmus.model import LitmusTest
 from emulator.litmus.verdict import Outcome
 from emulator.litmus.world import LitmusThread, World, machine_config, rcu_cpu
+from emulator.machine.runtime import Cpu, Machine, MachineStopped, Mode
 from emulator.points import PointKind
 from emulator.policy import Policy
 from emulator.policy.patience import unreturned
 from emulator.report.result import Report
 from emulator.report.violation import Stories
-from emulator.runtime import Cpu, Machine, MachineStopped, Mode
 from native import VIOLATION_KINDS, ffi, lib
 
 # No execution takes that long unless somebody waits for ever.

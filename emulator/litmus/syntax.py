@@ -12,7 +12,7 @@ if TYPE_CHECKING:
     from emulator.kvm.structs import Kvm, Vcpu
     from emulator.litmus.migration import Migration
     from emulator.litmus.model import LitmusTest, VmSection
-    from emulator.runtime import Cpu
+    from emulator.machine.runtime import Cpu
 
 Who = Literal["vcpu", "kvm"]
 ArgumentKind = Literal["page", "count", "number", "pcpu", "thread", "name"]

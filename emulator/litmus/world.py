@@ -36,9 +36,9 @@ from emulator.litmus.kvm_ops import LogArm, read_dirty_logs
 from emulator.litmus.migration import Migration, RamSlot
 from emulator.litmus.model import LitmusTest, ThreadSection, VmSection
 from emulator.litmus.ops import GuestOp, Op, Wait
-from emulator.locks import Mutex
+from emulator.machine.locks import Mutex
+from emulator.machine.runtime import Cpu, Machine, cpu_relax
 from emulator.policy import Policy
-from emulator.runtime import Cpu, Machine, cpu_relax
 from native import lib
 
 # Turns without an instruction that a guest is given where nobody else runs.

@@ -16,8 +16,8 @@ from types import FrameType, TracebackType
 from typing import Any, Final, TypeVar
 
 from emulator.errors import MOST_FOUND, one_line
+from emulator.machine.runtime import MachineStopped
 from emulator.policy.policy import PolicyError
-from emulator.runtime import MachineStopped
 
 T = TypeVar("T")
 

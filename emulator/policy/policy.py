@@ -12,7 +12,7 @@ from emulator.policy.points import BY_NAME, POINTS
 
 if TYPE_CHECKING:
     from emulator.kvm.structs import Kvm, KvmMemorySlot, KvmMmuPage, Vcpu
-    from emulator.runtime import Cpu
+    from emulator.machine.runtime import Cpu
 
 
 # The option that policies are named by.

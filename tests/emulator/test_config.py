@@ -9,7 +9,7 @@ import pytest
 from pydantic import BaseModel
 
 from emulator.errors import BadInput
-from emulator.runtime import OutOfFrames, OutOfMemory
+from emulator.machine.runtime import OutOfFrames, OutOfMemory
 from emulator.scenario.config import (
     Scenario,
     embedded_scenarios,

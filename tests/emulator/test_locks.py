@@ -7,8 +7,8 @@ from collections.abc import Iterator
 
 import pytest
 
-from emulator.locks import RwSemaphore, SpinLock
-from emulator.runtime import Cpu, Machine, MachineMisuse, MachineStopped
+from emulator.machine.locks import RwSemaphore, SpinLock
+from emulator.machine.runtime import Cpu, Machine, MachineMisuse, MachineStopped
 from native import lib
 from tests.support import machine_fields, wait_until
 

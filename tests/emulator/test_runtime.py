@@ -7,8 +7,8 @@ from collections.abc import Iterator
 
 import pytest
 
-from emulator.locks import MmuLock, Mutex, Refcount, SpinLock
-from emulator.runtime import (
+from emulator.machine.locks import MmuLock, Mutex, Refcount, SpinLock
+from emulator.machine.runtime import (
     READ,
     WRITE,
     Chaos,

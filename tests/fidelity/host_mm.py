@@ -12,7 +12,7 @@ from emulator.kvm.kvm_main import (
     kvm_mmu_notifier_invalidate_range_start,
 )
 from emulator.kvm.structs import Kvm
-from emulator.runtime import Cpu
+from emulator.machine.runtime import Cpu
 from native import ffi, lib
 from native.types import PromiseKind
 

@@ -6,7 +6,7 @@ from emulator.kvm import kvm_host
 from emulator.kvm.spte import is_last_spte
 from emulator.kvm.structs import Kvm
 from emulator.kvm.tdp_iter import TdpIter
-from emulator.runtime import Cpu
+from emulator.machine.runtime import Cpu
 from native import lib
 
 from .probes import Probes

@@ -21,8 +21,8 @@ from emulator.kvm.kvm_main import (
     kvm_vm_ioctl_enable_manual_dirty_log,
 )
 from emulator.kvm.structs import Kvm, KvmParams
+from emulator.machine.runtime import Machine as NativeMachine
 from emulator.policy import Policy
-from emulator.runtime import Machine as NativeMachine
 from native import ffi, lib
 from native.types import CounterId, CpuId, VcpuId
 from tests.support import machine_fields

@@ -6,7 +6,7 @@ from collections.abc import Iterator
 
 import pytest
 
-from emulator.runtime import Machine
+from emulator.machine.runtime import Machine
 from native import ffi, lib
 from native.types import Hfn
 from tests.support import CPU0, CPU1, CPU3

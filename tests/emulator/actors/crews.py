@@ -6,7 +6,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 
 from emulator.actors.crew import Crew
-from emulator.runtime import Machine
+from emulator.machine.runtime import Machine
 from tests.support import machine_fields
 
 

@@ -16,7 +16,7 @@ from emulator.actors.base import MachineActor
 from emulator.actors.crew import Crew
 from emulator.actors.pcpu import PCpu
 from emulator.actors.rcu import RcuThread
-from emulator.runtime import MachineStopped, rcu_enter
+from emulator.machine.runtime import MachineStopped, rcu_enter
 from native import lib
 from native.types import CpuId
 from tests.emulator.actors.crews import crew_of, small_machine

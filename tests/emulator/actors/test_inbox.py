@@ -15,7 +15,7 @@ from emulator.actors.base import MachineActor
 from emulator.actors.crew import Crew
 from emulator.actors.inbox import NativeFuture, current_cpu
 from emulator.actors.pcpu import PCpu
-from emulator.runtime import MachineStopped
+from emulator.machine.runtime import MachineStopped
 from native import lib
 from tests.emulator.actors.crews import crew_of, small_machine
 from tests.support import CPU0, CPU1, wait_until

@@ -11,8 +11,8 @@ from emulator.explore.world import LitmusProgram
 from emulator.kvm import requests
 from emulator.litmus.loader import load_test, shipped_texts
 from emulator.litmus.policies import named_policy
+from emulator.machine.runtime import Mode
 from emulator.points import PointKind
-from emulator.runtime import Mode
 from native import lib
 
 
@@ -22,7 +22,7 @@ def audit_of(test: str, policy: str, executions: int = 3) -> Audited:
 
 def without_points(monkeypatch: pytest.MonkeyPatch, kind: str) -> None:
     """KVM's code has forgotten them."""
-    from emulator.runtime import Cpu
+    from emulator.machine.runtime import Cpu
 
     point = Cpu.point
 

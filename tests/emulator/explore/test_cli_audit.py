@@ -7,8 +7,8 @@ import json
 import pytest
 
 from emulator.cli import main
+from emulator.machine.runtime import Cpu, Mode
 from emulator.points import PointKind
-from emulator.runtime import Cpu, Mode
 
 
 def run(capsys: pytest.CaptureFixture[str], *arguments: str) -> tuple[int, str]:

@@ -22,8 +22,8 @@ from emulator.kvm import requests
 from emulator.litmus.loader import load_test, parse_test
 from emulator.litmus.policies import named_policy
 from emulator.litmus.world import LitmusThread
-from emulator.locks import SpinLock
-from emulator.runtime import Cpu, smp_mb
+from emulator.machine.locks import SpinLock
+from emulator.machine.runtime import Cpu, smp_mb
 from native import ffi, lib
 from tests.support import CPU0
 

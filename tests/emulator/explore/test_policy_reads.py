@@ -30,8 +30,8 @@ from emulator.litmus.loader import load_test, load_tests, parse_test
 from emulator.litmus.model import SAFE
 from emulator.litmus.policies import named_policy
 from emulator.litmus.verdict import SEARCHED, VIOLATIONS
+from emulator.machine.runtime import Cpu
 from emulator.policy import PolicyError
-from emulator.runtime import Cpu
 from tests.emulator.explore.asked_programs import exhaustive, looking, moving, outcomes
 
 # The vCPU comes back to a pCPU whose entry has gone stale meanwhile.  Only while a vCPU of another VM is

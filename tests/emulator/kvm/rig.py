@@ -21,8 +21,8 @@ from emulator.kvm.kvm_main import (
 from emulator.kvm.smm import kvm_inject_smi
 from emulator.kvm.structs import Kvm, KvmParams, Vcpu
 from emulator.kvm.x86 import vcpu_run
+from emulator.machine.runtime import Cpu, Machine
 from emulator.policy import Policy
-from emulator.runtime import Cpu, Machine
 from native import FLUSH_REASONS, FLUSH_SCOPES, VIOLATION_KINDS, VM_STAT_NAMES, ffi, lib
 from native.types import PromiseKind, VmStat
 

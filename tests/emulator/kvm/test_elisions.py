@@ -8,8 +8,8 @@ import pytest
 
 from emulator.kvm import root_tracking
 from emulator.kvm.structs import Kvm, KvmMmuPage, Vcpu
+from emulator.machine.runtime import Cpu
 from emulator.policy import MUTANTS, Policy, preset
-from emulator.runtime import Cpu
 from tests.emulator.kvm.rig import Guest, Rig, running_rig, scopes
 from tests.emulator.kvm.test_root_tracking import bounce, guest_invalidates_elsewhere, zapped_while_away
 

@@ -10,7 +10,7 @@ import pytest
 
 from emulator.kvm.host_work import host_works
 from emulator.kvm.kvm_main import kvm_flush_remote_tlbs, kvm_sched_out
-from emulator.runtime import Cpu, MachineStopped
+from emulator.machine.runtime import Cpu, MachineStopped
 from native import lib
 from tests.emulator.kvm.rig import Guest, Rig, online, running_rig
 

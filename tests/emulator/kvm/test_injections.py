@@ -14,8 +14,8 @@ from emulator.kvm.kvm_main import (
     kvm_set_memory_region,
 )
 from emulator.kvm.x86 import handle_instruction
+from emulator.machine.runtime import Cpu
 from emulator.policy import MUTANTS, Policy, preset
-from emulator.runtime import Cpu
 from native import ffi, lib
 from native.types import CpuId
 from tests.emulator.kvm.rig import GFNS, SLOT, Guest, Rig, unmap_while_entering

@@ -17,8 +17,8 @@ from emulator.kvm.kvm_main import (
     kvm_set_memory_region,
 )
 from emulator.kvm.structs import Kvm
+from emulator.machine.runtime import rcu_read_lock
 from emulator.policy import Policy
-from emulator.runtime import rcu_read_lock
 from native import lib
 from tests.emulator.kvm.rig import GFNS, SLOT, Guest, Rig, at_point, page_is_a_root_again
 

@@ -13,8 +13,8 @@ from emulator.kvm.kvm_main import kvm_set_memory_region, kvm_vm_ioctl_get_dirty_
 from emulator.kvm.mmu import kvm_mmu_recover_huge_pages, kvm_mmu_zap_all_fast, kvm_zap_gfn_range
 from emulator.kvm.structs import Kvm, KvmMemorySlot
 from emulator.kvm.tdp_map import tdp_entry
+from emulator.machine.runtime import Cpu
 from emulator.policy import MUTANTS, Policy, preset
-from emulator.runtime import Cpu
 from native import ffi, lib
 from tests.emulator.kvm.rig import GFNS, SLOT, Guest, Rig
 

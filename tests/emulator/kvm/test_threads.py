@@ -24,8 +24,8 @@ from emulator.kvm.mmu import kvm_zap_gfn_range
 from emulator.kvm.smm import kvm_inject_smi
 from emulator.kvm.structs import Kvm
 from emulator.kvm.tdp_roots import flush_workqueue
+from emulator.machine.runtime import Chaos, Cpu, MachineStopped
 from emulator.policy import Policy, preset
-from emulator.runtime import Chaos, Cpu, MachineStopped
 from native import lib
 from tests.emulator.kvm.rig import GFNS, SLOT, Guest, Rig, running_rig
 

@@ -21,8 +21,8 @@ from emulator.kvm.mmu import (
     kvm_mmu_zap_all_fast_front,
 )
 from emulator.kvm.structs import Kvm
+from emulator.machine.runtime import Cpu
 from emulator.policy import Policy, preset
-from emulator.runtime import Cpu
 from native import lib
 from tests.emulator.kvm.rig import GFNS, SLOT, Guest, Rig
 from tests.support import wait_until

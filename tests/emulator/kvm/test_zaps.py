@@ -13,8 +13,8 @@ from emulator.kvm.kvm_main import kvm_create_vm, kvm_set_memory_region
 from emulator.kvm.mmu import kvm_mmu_zap_all_fast, kvm_zap_gfn_range
 from emulator.kvm.structs import Kvm, KvmParams
 from emulator.kvm.tdp_map import tdp_entry
+from emulator.machine.runtime import Cpu
 from emulator.policy import Policy, preset
-from emulator.runtime import Cpu
 from native import lib
 from tests.emulator.kvm.rig import SLOT, Guest, Rig
 

@@ -19,8 +19,8 @@ from emulator.litmus.model import LitmusTest
 from emulator.litmus.policies import named_policy
 from emulator.litmus.runner import run_test, running
 from emulator.litmus.verdict import VIOLATIONS, Outcome
+from emulator.machine.runtime import Cpu
 from emulator.policy import Policy
-from emulator.runtime import Cpu
 from native import ffi, lib
 
 LOSES = ["log-arm", "log-clear-manual", "log-get-away", "log-get", "log-huge", "log-initially-set"]

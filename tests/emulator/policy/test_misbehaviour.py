@@ -27,7 +27,7 @@ import atexit, builtins, json, os, signal, subprocess, sys, threading, time
 import emulator.kvm.dirty_log, emulator.policy.policy, emulator.report.result
 from emulator.explore.scheduler import Abandoned
 from emulator.policy import Policy
-from emulator.runtime import MachineStopped
+from emulator.machine.runtime import MachineStopped
 from greenlet import GreenletExit
 
 class Mute(Exception):

@@ -17,10 +17,10 @@ import pytest
 from emulator.cli import main
 from emulator.errors import BadInput
 from emulator.job.job import Job
+from emulator.machine.runtime import MachineStopped
 from emulator.policy import Policy, PolicyError, UserPolicyError, load_user_policy, resolve_policy
 from emulator.report.result import Result
 from emulator.report.summary import document
-from emulator.runtime import MachineStopped
 from emulator.scenario.config import MachineSection, Scenario, load_scenario
 
 # The guide's worked example, word for word.
@@ -315,7 +315,7 @@ def test_the_error_crosses_process_boundaries(tmp_path: Path) -> None:
 def test_a_machine_that_stops_is_not_the_policys_fault(tmp_path: Path) -> None:
     body = """
         def migration(self, cpu, vcpu):
-            from emulator.runtime import Cpu, lib
+            from emulator.machine.runtime import Cpu, lib
             Cpu.fail(cpu, lib.MACHINE_STOPPED)
         """
     with pytest.raises(MachineStopped):

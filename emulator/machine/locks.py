@@ -10,7 +10,7 @@ import time
 from collections.abc import Callable
 from types import TracebackType
 
-from emulator.runtime import READ, WRITE, Cpu, MachineMisuse, Mode
+from emulator.machine.runtime import READ, WRITE, Cpu, MachineMisuse, Mode
 from native import lib
 from native.types import CpuId, VmId
 

@@ -1,0 +1,1 @@
+"""Python's side of the machine: CPUs, ordering points, waits and locks."""
