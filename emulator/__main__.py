@@ -14,7 +14,7 @@ def main() -> int:
     interrupts.install()
     try:
         with interrupts.held():
-            from emulator.cli import main as run
+            from emulator.cli.main import main as run
         status = run()
     except KeyboardInterrupt:
         status = interrupts.INTERRUPTED

@@ -17,7 +17,7 @@ from typing import Any
 import pytest
 
 from emulator import __version__
-from emulator.cli import main
+from emulator.cli.main import main
 from emulator.errors import BadInput
 from emulator.policy import PRESETS
 from tests.emulator.canned import CannedJob, result, snapshot, violated
@@ -272,7 +272,8 @@ def test_module_is_the_command() -> None:
 HANGING = """
 import signal, sys, threading, types
 from tests.emulator.canned import CannedJob
-from emulator import cli, interrupts
+from emulator import interrupts
+from emulator.cli import main as cli
 
 class Hanging(CannedJob):
     def run(self, progress, stop):
@@ -308,7 +309,7 @@ def test_nothing_heavy_is_imported_before_a_command_needs_it() -> None:
     heavy = ("numpy", "cffi", "native", "loguru", "prometheus_client", "greenlet", "matplotlib")
     code = f"""
 import sys
-from emulator.cli import main
+from emulator.cli.main import main
 main(["--help"])
 main(["run", "--help"])
 sys.exit(", ".join(name for name in {heavy!r} if name in sys.modules))

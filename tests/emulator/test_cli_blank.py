@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 import typer
 
-from emulator.cli import app, main
+from emulator.cli.main import app, main
 
 TEXTS = ("", " ", "\t\n")
 

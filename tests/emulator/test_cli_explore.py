@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from emulator.cli import main
+from emulator.cli.main import main
 from emulator.litmus.loader import shipped_texts
 
 HOLE = ["return-zap", "--policy", "lkml-2025-cpu-flushed-mask"]

@@ -8,7 +8,7 @@ from typing import Annotated, Any
 import pytest
 import typer
 
-from emulator.cli_options import GeometryChoice, MachineOptions, RunOptions, duration_of, expanded
+from emulator.cli.options import GeometryChoice, MachineOptions, RunOptions, duration_of, expanded
 from emulator.errors import BadInput
 
 

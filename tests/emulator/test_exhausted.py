@@ -6,7 +6,7 @@ import threading
 
 import pytest
 
-from emulator.cli import main
+from emulator.cli.main import main
 from tests.support import wait_until
 
 COMMANDS = {

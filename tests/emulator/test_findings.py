@@ -13,7 +13,7 @@ import pytest
 from loguru import logger
 
 from emulator import __version__
-from emulator.cli import main
+from emulator.cli.main import main
 from emulator.report.findings import Findings
 from emulator.report.result import Report
 from tests.emulator.canned import snapshot, violated

@@ -37,7 +37,7 @@ def launch_and_interrupt(self, process):
         os.kill(os.getpid(), signal.SIGINT)
 
 popen_spawn_posix.Popen._launch = launch_and_interrupt
-from emulator.cli import main
+from emulator.cli.main import main
 sys.exit(main(sys.argv[2:]))
 """
 

@@ -17,8 +17,9 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from emulator.cli import main
-from emulator.cli_options import duration_of
+from emulator.cli.main import main
+from emulator.cli.options import duration_of
+from emulator.cli.run import load_policy
 from emulator.errors import BadInput
 from emulator.explain.diagram import diagram
 from emulator.explain.document import load_cases
@@ -26,7 +27,6 @@ from emulator.explain.tale import tell
 from emulator.explore import record
 from emulator.litmus.loader import load_test, shipped_texts
 from emulator.policy import MUTANTS, POINTS, PRESETS, check_policy
-from emulator.run import load_policy
 from emulator.scenario import limits
 from emulator.scenario.config import embedded_scenarios, load_scenario
 from emulator.scenario.costs import load_costs

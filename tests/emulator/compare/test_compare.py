@@ -11,8 +11,8 @@ from typing import Any, ClassVar
 
 import pytest
 
-from emulator.cli import main
-from emulator.cli_compare import load_policies
+from emulator.cli.compare import load_policies
+from emulator.cli.main import main
 from emulator.compare import runner
 from emulator.compare.runner import Comparer, Comparison, Plan
 from emulator.errors import BadInput

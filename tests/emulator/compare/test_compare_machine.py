@@ -6,7 +6,7 @@ import json
 
 import pytest
 
-from emulator.cli import main
+from emulator.cli.main import main
 
 
 def test_every_policy_meets_the_same_work(capsys: pytest.CaptureFixture[str]) -> None:

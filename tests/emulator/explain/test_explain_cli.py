@@ -14,7 +14,7 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from emulator.cli import main
+from emulator.cli.main import main
 from emulator.explain.document import load_cases
 from emulator.job.job import Job
 from emulator.policy import resolve_policy

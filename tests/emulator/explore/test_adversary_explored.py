@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from emulator.cli import main
+from emulator.cli.main import main
 from emulator.errors import BadInput
 from emulator.explain.document import load_cases
 from emulator.explain.parts import FILL

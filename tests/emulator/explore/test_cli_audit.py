@@ -6,7 +6,7 @@ import json
 
 import pytest
 
-from emulator.cli import main
+from emulator.cli.main import main
 from emulator.machine.runtime import Cpu, Mode
 from emulator.points import PointKind
 

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from emulator.cli import main
+from emulator.cli.main import main
 from emulator.explore.minimize import size
 from emulator.explore.record import load, replay
 from emulator.explore.scheduler import Divergence

@@ -14,7 +14,7 @@ import pytest
 from hypothesis import HealthCheck, Phase, given, settings
 from hypothesis import strategies as st
 
-from emulator.cli import main
+from emulator.cli.main import main
 from emulator.explore import team, verdict
 from emulator.explore.audited import audited
 from emulator.explore.choices import Choices

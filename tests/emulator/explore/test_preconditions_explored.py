@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from emulator.cli import main
+from emulator.cli.main import main
 from emulator.explore.controlled import installed
 from emulator.explore.dpor import Exhaustive
 from emulator.explore.search import Found, Limits, search

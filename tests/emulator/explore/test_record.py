@@ -13,7 +13,7 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from emulator.cli import main
+from emulator.cli.main import main
 from emulator.explore.choices import Choices
 from emulator.explore.record import replay
 from emulator.explore.verdict import Plan, explore_verdict

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 
-from emulator.cli import main
+from emulator.cli.main import main
 from emulator.explore.sampling import Pct
 from emulator.explore.search import Limits, search
 from emulator.explore.verdict import Plan, explore_verdict

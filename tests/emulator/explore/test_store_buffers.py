@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from emulator.cli import main
+from emulator.cli.main import main
 from emulator.explain.processor import VISIBLE
 from emulator.explore.choices import Choices
 from emulator.explore.controlled import installed

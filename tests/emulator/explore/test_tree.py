@@ -10,7 +10,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from emulator.cli import main
+from emulator.cli.main import main
 from emulator.explore.controlled import installed
 from emulator.explore.objects import Objects
 from emulator.explore.search import Found, Limits

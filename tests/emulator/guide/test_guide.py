@@ -13,7 +13,7 @@ from pathlib import Path
 
 import pytest
 
-from emulator.cli import main
+from emulator.cli.main import main
 from emulator.errors import BadInput
 from emulator.guide import TOPICS, page, title
 from emulator.guide.reference import ARGUMENTS, attributes_of, questions

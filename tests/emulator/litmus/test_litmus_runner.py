@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 from rich.console import Console
 
-from emulator.cli import main
+from emulator.cli.main import main
 from emulator.errors import BadInput
 from emulator.explore.verdict import Plan, explore_verdict
 from emulator.litmus.loader import load_test, parse_test, shipped_tests

@@ -9,7 +9,7 @@ import pytest
 
 import emulator.kvm.vmx as vmx
 import emulator.kvm.x86 as x86
-from emulator.cli import main
+from emulator.cli.main import main
 from emulator.policy import UserPolicyError, load_user_policy
 
 CLASS = """

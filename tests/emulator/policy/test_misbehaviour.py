@@ -20,7 +20,7 @@ from pathlib import Path
 
 import pytest
 
-from emulator.cli import main
+from emulator.cli.main import main
 
 HEAD = """
 import atexit, builtins, json, os, signal, subprocess, sys, threading, time

@@ -2,7 +2,7 @@ from __future__ import annotations
 
 import pytest
 
-from emulator.cli import main
+from emulator.cli.main import main
 from emulator.policy import DEFAULT, MUTANTS, PRESETS, Mutant, PolicyError, preset
 from native import VIOLATION_KINDS
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 
-from emulator.cli import main
+from emulator.cli.main import main
 from emulator.policy import DEFAULT, PolicyError, parse_policy, parse_setting
 
 

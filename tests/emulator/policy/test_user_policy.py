@@ -14,7 +14,7 @@ from typing import Any
 
 import pytest
 
-from emulator.cli import main
+from emulator.cli.main import main
 from emulator.errors import BadInput
 from emulator.job.job import Job
 from emulator.machine.runtime import MachineStopped

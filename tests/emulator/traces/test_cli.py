@@ -8,7 +8,7 @@ import pytest
 from typer.testing import CliRunner, Result
 
 from emulator import traces
-from emulator.cli_trace import app
+from emulator.cli.trace import app
 
 SAMPLE = Path(__file__).with_name("sample.lackey")
 

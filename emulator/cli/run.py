@@ -13,17 +13,17 @@ from typing import Any
 
 from loguru import logger
 
-from emulator.console import output_console
+from emulator.cli.session import Session
 from emulator.errors import BadInput
 from emulator.log import LogFormat, Logging
 from emulator.output import make_directory, saying
 from emulator.policy import DEFAULT, Policy, check_answer, parse_setting, spelled_policy
+from emulator.report.console import output_console
 from emulator.report.findings import Findings
 from emulator.report.result import Result
 from emulator.report.summary import document, exit_status, summary
 from emulator.scenario import limits
 from emulator.scenario.config import Scenario, load_scenario
-from emulator.session import Session
 from metrics import Endpoint, MachineCollector, parse_address
 
 

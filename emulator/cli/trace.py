@@ -13,7 +13,7 @@ from rich.console import Console
 from rich.progress import BarColumn, Progress, SpinnerColumn, TaskID, TextColumn, TimeElapsedColumn
 from rich.table import Table
 
-from emulator.console import output_console
+from emulator.report.console import output_console
 
 if TYPE_CHECKING:
     from emulator.traces import Cut, TraceError, TraceInfo

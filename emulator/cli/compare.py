@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from emulator.cli_options import (
+from emulator.cli.options import (
     DurationOption,
     JsonOption,
     LogLevel,
@@ -66,11 +66,11 @@ def compare(
 ) -> None:
     """Run the same seeded workload under each policy; show what each flushes and what that costs."""
     from emulator.actors.crew import stop_seconds
+    from emulator.cli.run import load_scaled
+    from emulator.cli.session import Session
     from emulator.compare.runner import Comparer, Plan
     from emulator.log import Logging
-    from emulator.run import load_scaled
     from emulator.scenario import limits
-    from emulator.session import Session
 
     shape = load_scaled(scenario, options.pcpus)
     chosen = load_policies(policies or [])
@@ -97,7 +97,7 @@ def compare(
 
 def load_policies(texts: list[str]) -> tuple[Policy, ...]:
     """Return the policies named, the baseline first; each once."""
-    from emulator.run import load_policy
+    from emulator.cli.run import load_policy
 
     if not texts:
         raise BadInput(
@@ -134,7 +134,7 @@ def _write(comparison: Comparison, as_json: bool, html: Path | None) -> int:
     """The page first: what reads standard output may be slow.  Returns the exit status."""
     from emulator.compare.document import comparison_document
     from emulator.compare.table import comparison_table
-    from emulator.console import output_console
+    from emulator.report.console import output_console
 
     lost = None
     if html is not None:

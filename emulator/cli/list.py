@@ -9,7 +9,7 @@ import typer
 from rich.table import Table
 from rich.text import Text
 
-from emulator.console import output_console
+from emulator.report.console import output_console
 
 app = typer.Typer(
     help="List policies, mutants, decision points and scenarios.", no_args_is_help=True, rich_markup_mode=None

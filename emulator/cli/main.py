@@ -15,14 +15,14 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from emulator import __version__, interrupts
-from emulator.cli_blank import refuse_blanks
-from emulator.cli_compare import compare
-from emulator.cli_explain import explain
-from emulator.cli_explore import EXPLORE_EXAMPLES, EXPLORE_HELP, explore
-from emulator.cli_guide import guide
-from emulator.cli_list import app as list_app
-from emulator.cli_litmus import EXAMPLES, LITMUS_HELP, litmus
-from emulator.cli_options import (
+from emulator.cli.blank import refuse_blanks
+from emulator.cli.compare import compare
+from emulator.cli.explain import explain
+from emulator.cli.explore import EXPLORE_EXAMPLES, EXPLORE_HELP, explore
+from emulator.cli.guide import guide
+from emulator.cli.list import app as list_app
+from emulator.cli.litmus import EXAMPLES, LITMUS_HELP, litmus
+from emulator.cli.options import (
     DurationOption,
     JsonOption,
     MetricsOption,
@@ -31,13 +31,13 @@ from emulator.cli_options import (
     duration_of,
     expanded,
 )
-from emulator.cli_trace import app as trace_app
+from emulator.cli.trace import app as trace_app
 from emulator.defaults import DEFAULT_SCENARIO
 from emulator.errors import MOST_EXPECTED, BadInput, one_line
 from emulator.output import LostOutput, saying, watched
 
 if TYPE_CHECKING:
-    from emulator.run import Request
+    from emulator.cli.run import Request
 
 BAD_INPUT = 2
 INTERNAL_FAILURE = 3
@@ -80,7 +80,7 @@ def run(
     options: RunOptions,
 ) -> None:
     """Run a scenario under a policy, judge every use of a translation, and add up what flushing cost."""
-    from emulator.run import run_request
+    from emulator.cli.run import run_request
 
     seconds = duration_of(duration)
     raise typer.Exit(run_request(_request(scenario, options, metrics, duration=seconds, as_json=as_json)))
@@ -95,7 +95,7 @@ def serve(
     options: RunOptions,
 ) -> None:
     """Run a scenario until SIGINT or SIGTERM, with live metrics; then print the summary."""
-    from emulator.run import run_request
+    from emulator.cli.run import run_request
 
     raise typer.Exit(run_request(_request(scenario, options, metrics, endless=True)))
 
@@ -109,7 +109,7 @@ def _request(
     endless: bool = False,
     as_json: bool = False,
 ) -> Request:
-    from emulator.run import Request
+    from emulator.cli.run import Request
 
     return Request(
         scenario=scenario,

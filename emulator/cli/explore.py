@@ -18,7 +18,7 @@ from rich.table import Column, Table
 from rich.text import Text
 
 from emulator import interrupts
-from emulator.cli_options import FilesArgument, JobsOption, refuse
+from emulator.cli.options import FilesArgument, JobsOption, refuse
 from emulator.errors import BadInput
 from emulator.output import Unwritable, make_directory, saying
 
@@ -245,7 +245,7 @@ def _audit(
     choices: Choices,
     as_json: bool,
 ) -> int:
-    from emulator.cli_audit import audit
+    from emulator.cli.audit import audit
     from emulator.explore.audited import EXECUTIONS
 
     return audit(tests, policies, executions or EXECUTIONS, seed, choices, as_json)

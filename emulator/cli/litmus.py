@@ -14,9 +14,9 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 
 from emulator import interrupts
-from emulator.cli_options import FilesArgument, JobsOption, refuse
-from emulator.console import output_console
+from emulator.cli.options import FilesArgument, JobsOption, refuse
 from emulator.output import saying
+from emulator.report.console import output_console
 
 VIOLATIONS_OR_SURPRISES = 1
 EXECUTIONS = 40
