@@ -14,12 +14,12 @@ from statistics import median
 
 from bench.benchmark import Context
 from bench.figures import Figure
-from emulator.explore.controlled import installed
-from emulator.explore.dpor import Exhaustive
-from emulator.explore.search import Limits, search
-from emulator.explore.team import Team
-from emulator.explore.tree import wide_search
-from emulator.explore.world import LitmusProgram
+from emulator.explore.machine.lib import installed
+from emulator.explore.machine.program import LitmusProgram
+from emulator.explore.results.workers import Team
+from emulator.explore.strategies.dpor import Exhaustive
+from emulator.explore.strategies.search import Limits, search
+from emulator.explore.strategies.tree import wide_search
 from emulator.litmus.loader import load_test
 from emulator.policy import Policy
 

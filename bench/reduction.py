@@ -12,10 +12,10 @@ from dataclasses import dataclass
 from bench.benchmark import Context
 from bench.errors import BenchFailed
 from bench.figures import Figure
-from emulator.explore.controlled import installed
-from emulator.explore.dpor import Exhaustive
-from emulator.explore.search import Found, Limits, search
-from emulator.explore.world import LitmusProgram
+from emulator.explore.machine.lib import installed
+from emulator.explore.machine.program import LitmusProgram
+from emulator.explore.strategies.dpor import Exhaustive
+from emulator.explore.strategies.search import Found, Limits, search
 from emulator.litmus.loader import load_test
 from emulator.policy import Policy
 

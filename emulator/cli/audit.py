@@ -6,8 +6,8 @@ import json
 from collections.abc import Sequence
 
 from emulator import interrupts
-from emulator.explore.audited import Audited, audited, by_sentence
-from emulator.explore.choices import Choices
+from emulator.explore.audit.run import Audited, audited, by_sentence
+from emulator.explore.machine.options import Choices
 from emulator.litmus.model import INCONCLUSIVE, LitmusTest
 from emulator.litmus.policies import named_policy
 from emulator.output import saying

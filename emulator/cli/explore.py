@@ -23,9 +23,9 @@ from emulator.errors import BadInput
 from emulator.output import Unwritable, make_directory, saying
 
 if TYPE_CHECKING:
-    from emulator.explore.choices import Choices
-    from emulator.explore.suite import Work
-    from emulator.explore.verdict import Verdict
+    from emulator.explore.machine.options import Choices
+    from emulator.explore.results.suite import Work
+    from emulator.explore.results.verdict import Verdict
     from emulator.litmus.model import LitmusTest
 
 FOUND = 1
@@ -137,9 +137,9 @@ def explore(
 ) -> None:
     """Explore litmus tests: every interleaving, proved or refuted."""
     # Imported late: help and bad usage need no engine.
-    from emulator.explore.choices import Choices
-    from emulator.explore.suite import Work, explore_suite
-    from emulator.explore.verdict import STRATEGIES, Plan
+    from emulator.explore.machine.options import Choices
+    from emulator.explore.results.suite import Work, explore_suite
+    from emulator.explore.results.verdict import STRATEGIES, Plan
     from emulator.litmus.loader import load_tests
     from emulator.litmus.policies import named_policy
     from emulator.policy import DEFAULT
@@ -246,7 +246,7 @@ def _audit(
     as_json: bool,
 ) -> int:
     from emulator.cli.audit import audit
-    from emulator.explore.audited import EXECUTIONS
+    from emulator.explore.audit.run import EXECUTIONS
 
     return audit(tests, policies, executions or EXECUTIONS, seed, choices, as_json)
 
@@ -290,8 +290,8 @@ def _write(directory: Path, verdict: Verdict) -> None:
 
 
 def _replay(path: Path, as_json: bool) -> int:
-    from emulator.explore.record import replay
-    from emulator.explore.scheduler import Divergence
+    from emulator.explore.engine.scheduler import Divergence
+    from emulator.explore.results.record import replay
     from emulator.litmus.failure import LitmusFailure
 
     try:

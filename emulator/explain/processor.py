@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from emulator.explain.events import NO_VM, Event
 from emulator.explain.facts import Facts
 
-# How explore's recordings say that a store has left its CPU's buffer (emulator.explore.store_buffers).
+# How explore's recordings say that a store has left its CPU's buffer (emulator.explore.machine.store_buffers).
 VISIBLE = "becomes visible:"
 
 

@@ -87,8 +87,8 @@ def explore_all(
 ) -> Iterator[Outcome]:
     """The same verdicts by proof: every interleaving, as far as `executions` and `seconds` of each pair reach
     (0: no limit)."""
-    from emulator.explore.suite import Work, explore_suite
-    from emulator.explore.verdict import Plan
+    from emulator.explore.results.suite import Work, explore_suite
+    from emulator.explore.results.verdict import Plan
 
     plan = Plan(executions=executions, seed=seed, minimize=False)
     work = [Work(test, policy, plan, seconds) for test, policies in tests for policy in policies]

@@ -9,7 +9,7 @@ from bench.benchmark import QUICK, Context
 from bench.errors import BenchFailed
 from bench.reduction import BOUNDS, TESTS, Pair, _figure, reduction
 from bench.toolchain import Toolchain
-from emulator.explore.search import Found
+from emulator.explore.strategies.search import Found
 
 
 def test_figures(tmp_path: Path) -> None:

@@ -24,7 +24,7 @@ from emulator.errors import BadInput
 from emulator.explain.diagram import diagram
 from emulator.explain.document import load_cases
 from emulator.explain.tale import tell
-from emulator.explore import record
+from emulator.explore.results import record
 from emulator.litmus.loader import load_test, shipped_texts
 from emulator.policy import MUTANTS, POINTS, PRESETS, check_policy
 from emulator.scenario import limits

@@ -7,9 +7,9 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from random import Random
 
-from emulator.explore.choices import NONE, Choices
-from emulator.explore.suite import Work, explore_suite
-from emulator.explore.verdict import Plan, Verdict
+from emulator.explore.machine.options import NONE, Choices
+from emulator.explore.results.suite import Work, explore_suite
+from emulator.explore.results.verdict import Plan, Verdict
 from emulator.litmus.loader import load_test, shipped_texts
 from emulator.litmus.model import SAFE, Expected, LitmusTest
 from emulator.litmus.policies import expected_of, policies_for

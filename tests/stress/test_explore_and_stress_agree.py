@@ -7,8 +7,8 @@ import time
 
 import pytest
 
-from emulator.explore.choices import NONE
-from emulator.explore.verdict import Plan, Verdict
+from emulator.explore.machine.options import NONE
+from emulator.explore.results.verdict import Plan, Verdict
 from emulator.litmus.loader import load_test
 from emulator.litmus.model import SAFE, Expected
 from emulator.litmus.policies import expected_of

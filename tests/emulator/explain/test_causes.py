@@ -23,8 +23,8 @@ from emulator.explain.parts import (
     UNPROTECTED,
 )
 from emulator.explain.tale import tell
-from emulator.explore.choices import Choices
-from emulator.explore.verdict import Plan, explore_verdict
+from emulator.explore.machine.options import Choices
+from emulator.explore.results.verdict import Plan, explore_verdict
 from emulator.litmus.loader import load_test, parse_test
 from emulator.litmus.policies import named_policy
 from emulator.litmus.runner import run_test

@@ -7,13 +7,13 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from emulator.explore.controlled import installed
-from emulator.explore.dpor import Exhaustive
-from emulator.explore.policy_reads import NOTHING, Grown, Known
-from emulator.explore.sampling import Sampler
-from emulator.explore.scheduler import Execution
-from emulator.explore.search import Found, Limits, search
-from emulator.explore.world import LitmusProgram
+from emulator.explore.engine.scheduler import Execution
+from emulator.explore.machine.lib import installed
+from emulator.explore.machine.policy_reads import NOTHING, Grown, Known
+from emulator.explore.machine.program import LitmusProgram
+from emulator.explore.strategies.dpor import Exhaustive
+from emulator.explore.strategies.sampling import Sampler
+from emulator.explore.strategies.search import Found, Limits, search
 from emulator.litmus.loader import parse_test
 from emulator.litmus.policies import named_policy
 from emulator.policy import Policy

@@ -1,4 +1,4 @@
-"""Two worlds compared, by a walk that shares nothing with emulator.explore.snapshot.
+"""Two worlds compared, by a walk that shares nothing with emulator.explore.engine.snapshot.
 
 What is reachable is found by the garbage collector's means, attributes by copyreg's, and everything is
 described by its type, what it holds, and the order in which the walk comes to it.
@@ -13,7 +13,7 @@ from collections.abc import Callable, Iterator
 from types import CodeType, FunctionType, GeneratorType, ModuleType
 from typing import Any
 
-from emulator.explore.control import Control
+from emulator.explore.machine.control import Control
 from emulator.litmus.model import Section
 from emulator.litmus.ops import Op
 from native import ffi

@@ -11,15 +11,15 @@ from emulator.cli.main import main
 from emulator.errors import BadInput
 from emulator.explain.document import load_cases
 from emulator.explain.parts import FILL
-from emulator.explore.adversary import places
-from emulator.explore.choices import Choices
-from emulator.explore.controlled import installed
-from emulator.explore.dpor import Exhaustive
-from emulator.explore.record import load, replay
-from emulator.explore.scheduler import Execution
-from emulator.explore.search import Found, Limits, search
-from emulator.explore.verdict import Plan, Verdict, explore_verdict
-from emulator.explore.world import LitmusProgram
+from emulator.explore.engine.scheduler import Execution
+from emulator.explore.machine.adversary import places
+from emulator.explore.machine.lib import installed
+from emulator.explore.machine.options import Choices
+from emulator.explore.machine.program import LitmusProgram
+from emulator.explore.results.record import load, replay
+from emulator.explore.results.verdict import Plan, Verdict, explore_verdict
+from emulator.explore.strategies.dpor import Exhaustive
+from emulator.explore.strategies.search import Found, Limits, search
 from emulator.litmus.loader import load_test, parse_test, shipped_tests
 from emulator.litmus.model import SAFE, LitmusTest
 from emulator.litmus.policies import named_policy

@@ -4,10 +4,10 @@ from __future__ import annotations
 
 import pytest
 
-from emulator.explore.audited import Audited, audited
-from emulator.explore.controlled import ControlledLib, installed
-from emulator.explore.footprints import FOOTPRINTS, LOCAL
-from emulator.explore.world import LitmusProgram
+from emulator.explore.audit.run import Audited, audited
+from emulator.explore.machine.footprints import FOOTPRINTS, LOCAL
+from emulator.explore.machine.lib import ControlledLib, installed
+from emulator.explore.machine.program import LitmusProgram
 from emulator.kvm import requests
 from emulator.litmus.loader import load_test, shipped_texts
 from emulator.litmus.policies import named_policy

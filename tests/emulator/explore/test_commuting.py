@@ -10,14 +10,14 @@ from typing import Any
 
 import pytest
 
-from emulator.explore.choices import NONE, Choices
-from emulator.explore.commuting import Commuting
-from emulator.explore.controlled import installed
-from emulator.explore.footprints import FOOTPRINTS
-from emulator.explore.objects import Objects
-from emulator.explore.remains import Remains
-from emulator.explore.scheduler import Condition, Execution
-from emulator.explore.search import Met
+from emulator.explore.audit.independence import Commuting
+from emulator.explore.audit.residue import Remains
+from emulator.explore.engine.objects import Objects
+from emulator.explore.engine.scheduler import Condition, Execution
+from emulator.explore.machine.footprints import FOOTPRINTS
+from emulator.explore.machine.lib import installed
+from emulator.explore.machine.options import NONE, Choices
+from emulator.explore.strategies.search import Met
 from emulator.litmus.loader import load_test
 from emulator.litmus.policies import named_policy
 

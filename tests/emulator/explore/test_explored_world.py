@@ -7,10 +7,10 @@ from typing import Any
 
 import pytest
 
-from emulator.explore.choices import Choices
-from emulator.explore.controlled import installed
-from emulator.explore.verdict import Plan, explore_verdict
-from emulator.explore.world import LitmusProgram
+from emulator.explore.machine.lib import installed
+from emulator.explore.machine.options import Choices
+from emulator.explore.machine.program import LitmusProgram
+from emulator.explore.results.verdict import Plan, explore_verdict
 from emulator.litmus.loader import load_test, shipped_texts
 from emulator.litmus.policies import named_policy
 

@@ -10,7 +10,7 @@ from typing import Any
 
 from greenlet import getcurrent
 
-from emulator.explore.fibers import fiber
+from emulator.explore.engine.fibers import fiber
 
 
 class Stop(BaseException):

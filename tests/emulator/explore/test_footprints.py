@@ -9,14 +9,14 @@ from typing import NamedTuple
 
 import pytest
 
-from emulator.explore.controlled import installed
-from emulator.explore.dpor import Exhaustive
-from emulator.explore.objects import Objects
-from emulator.explore.record import record
-from emulator.explore.remains import Remains
-from emulator.explore.scheduler import Execution, Label, Task
-from emulator.explore.search import Found, Limits, search
-from emulator.explore.world import LitmusProgram
+from emulator.explore.audit.residue import Remains
+from emulator.explore.engine.objects import Objects
+from emulator.explore.engine.scheduler import Execution, Label, Task
+from emulator.explore.machine.lib import installed
+from emulator.explore.machine.program import LitmusProgram
+from emulator.explore.results.record import record
+from emulator.explore.strategies.dpor import Exhaustive
+from emulator.explore.strategies.search import Found, Limits, search
 from emulator.kvm import tdp_iter
 from emulator.litmus.loader import load_test, parse_test
 from emulator.litmus.policies import named_policy

@@ -8,16 +8,16 @@ from typing import Any
 import pytest
 
 from emulator.explain.processor import VISIBLE
-from emulator.explore import buffered
-from emulator.explore.choices import Choices
-from emulator.explore.control import Readers
-from emulator.explore.controlled import installed
-from emulator.explore.dpor import Exhaustive
-from emulator.explore.sampling import RandomWalk
-from emulator.explore.scheduler import Execution, Task
-from emulator.explore.search import Limits, search
-from emulator.explore.store_buffers import BufferedControl, Store
-from emulator.explore.world import LitmusProgram
+from emulator.explore.engine.scheduler import Execution, Task
+from emulator.explore.machine import store_buffer_lib as buffered
+from emulator.explore.machine.control import Readers
+from emulator.explore.machine.lib import installed
+from emulator.explore.machine.options import Choices
+from emulator.explore.machine.program import LitmusProgram
+from emulator.explore.machine.store_buffers import BufferedControl, Store
+from emulator.explore.strategies.dpor import Exhaustive
+from emulator.explore.strategies.sampling import RandomWalk
+from emulator.explore.strategies.search import Limits, search
 from emulator.kvm import requests
 from emulator.litmus.loader import load_test, parse_test
 from emulator.litmus.policies import named_policy
@@ -302,7 +302,7 @@ def test_an_interrupt_answers_behind_all_stores() -> None:
 def test_every_explored_call_that_writes_waits_for_the_stores_before_it(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    from emulator.explore.footprints import FOOTPRINTS
+    from emulator.explore.machine.footprints import FOOTPRINTS
 
     plain = {
         "bitmap_clear",

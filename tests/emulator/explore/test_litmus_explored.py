@@ -8,10 +8,10 @@ from pathlib import Path
 import pytest
 
 from emulator.cli.main import main
-from emulator.explore.minimize import size
-from emulator.explore.record import load, replay
-from emulator.explore.scheduler import Divergence
-from emulator.explore.verdict import Plan, Verdict, explore_verdict
+from emulator.explore.engine.scheduler import Divergence
+from emulator.explore.results.minimize import size
+from emulator.explore.results.record import load, replay
+from emulator.explore.results.verdict import Plan, Verdict, explore_verdict
 from emulator.litmus.loader import load_test
 from emulator.litmus.model import SAFE
 from emulator.litmus.policies import named_policy
@@ -247,7 +247,7 @@ def test_bad_input_comes_from_another_process_as_one_line(
 
 
 def test_a_deadlock_says_who_waits_for_whom(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
-    from emulator.explore import control
+    from emulator.explore.machine import control
 
     # An interrupt that never arrives.
     def nothing(self: control.Control, execution: object, number: int) -> object:

@@ -4,12 +4,12 @@ from __future__ import annotations
 
 import pytest
 
-from emulator.explore.controlled import installed
-from emulator.explore.minimize import minimized
-from emulator.explore.sampling import RandomWalk
-from emulator.explore.scheduler import Execution
-from emulator.explore.search import Limits, search
-from emulator.explore.world import LitmusProgram
+from emulator.explore.engine.scheduler import Execution
+from emulator.explore.machine.lib import installed
+from emulator.explore.machine.program import LitmusProgram
+from emulator.explore.results.minimize import minimized
+from emulator.explore.strategies.sampling import RandomWalk
+from emulator.explore.strategies.search import Limits, search
 from emulator.litmus.loader import load_test
 from emulator.litmus.policies import named_policy
 

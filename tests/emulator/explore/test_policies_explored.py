@@ -5,8 +5,8 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
-from emulator.explore.memory import Memory
-from emulator.explore.verdict import Plan, Verdict, explore_verdict
+from emulator.explore.machine.policy_memory import Memory
+from emulator.explore.results.verdict import Plan, Verdict, explore_verdict
 from emulator.litmus.loader import load_test, load_tests
 from emulator.litmus.policies import named_policy
 

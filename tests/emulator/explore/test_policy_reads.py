@@ -15,17 +15,18 @@ from hypothesis import HealthCheck, Phase, given, settings
 from hypothesis import strategies as st
 
 from emulator.cli.main import main
-from emulator.explore import team, verdict
-from emulator.explore.audited import audited
-from emulator.explore.choices import Choices
-from emulator.explore.controlled import installed
-from emulator.explore.policy_reads import NOTHING, Grown, Known, Seen
-from emulator.explore.record import load, record, replay
-from emulator.explore.sampling import Pct, RandomWalk
-from emulator.explore.search import Found
-from emulator.explore.tree import wide_search
-from emulator.explore.verdict import Plan, Verdict, explore_verdict
-from emulator.explore.world import LitmusProgram
+from emulator.explore.audit.run import audited
+from emulator.explore.machine.lib import installed
+from emulator.explore.machine.options import Choices
+from emulator.explore.machine.policy_reads import NOTHING, Grown, Known, Seen
+from emulator.explore.machine.program import LitmusProgram
+from emulator.explore.results import verdict
+from emulator.explore.results import workers as team
+from emulator.explore.results.record import load, record, replay
+from emulator.explore.results.verdict import Plan, Verdict, explore_verdict
+from emulator.explore.strategies.sampling import Pct, RandomWalk
+from emulator.explore.strategies.search import Found
+from emulator.explore.strategies.tree import wide_search
 from emulator.litmus.loader import load_test, load_tests, parse_test
 from emulator.litmus.model import SAFE
 from emulator.litmus.policies import named_policy

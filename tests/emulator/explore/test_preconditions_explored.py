@@ -9,11 +9,11 @@ from pathlib import Path
 import pytest
 
 from emulator.cli.main import main
-from emulator.explore.controlled import installed
-from emulator.explore.dpor import Exhaustive
-from emulator.explore.search import Found, Limits, search
-from emulator.explore.verdict import Plan, Verdict, explore_verdict
-from emulator.explore.world import LitmusProgram
+from emulator.explore.machine.lib import installed
+from emulator.explore.machine.program import LitmusProgram
+from emulator.explore.results.verdict import Plan, Verdict, explore_verdict
+from emulator.explore.strategies.dpor import Exhaustive
+from emulator.explore.strategies.search import Found, Limits, search
 from emulator.litmus.loader import load_test, parse_test
 from emulator.litmus.model import INCONCLUSIVE, SAFE, LitmusTest
 from emulator.litmus.policies import named_policy

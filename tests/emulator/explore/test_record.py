@@ -14,9 +14,9 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from emulator.cli.main import main
-from emulator.explore.choices import Choices
-from emulator.explore.record import replay
-from emulator.explore.verdict import Plan, explore_verdict
+from emulator.explore.machine.options import Choices
+from emulator.explore.results.record import replay
+from emulator.explore.results.verdict import Plan, explore_verdict
 from emulator.litmus.loader import load_test
 from emulator.litmus.policies import named_policy
 from native import VIOLATION_KINDS

@@ -5,9 +5,9 @@ from __future__ import annotations
 import pytest
 
 from emulator.cli.main import main
-from emulator.explore.sampling import Pct
-from emulator.explore.search import Limits, search
-from emulator.explore.verdict import Plan, explore_verdict
+from emulator.explore.results.verdict import Plan, explore_verdict
+from emulator.explore.strategies.sampling import Pct
+from emulator.explore.strategies.search import Limits, search
 from emulator.litmus.loader import load_test
 from emulator.litmus.policies import named_policy
 from tests.emulator.explore.tiny_programs import Op, Tiny

@@ -13,13 +13,13 @@ from weakref import ref
 
 import pytest
 
-from emulator.explore.controlled import installed
-from emulator.explore.sampling import RandomWalk
-from emulator.explore.scheduler import Execution, Task
-from emulator.explore.search import Limits, run_once
-from emulator.explore.snapshot import CannotRestore, Snapshot
-from emulator.explore.verdict import Plan, explore_verdict
-from emulator.explore.world import LitmusProgram
+from emulator.explore.engine.scheduler import Execution, Task
+from emulator.explore.engine.snapshot import CannotRestore, Snapshot
+from emulator.explore.machine.lib import installed
+from emulator.explore.machine.program import LitmusProgram
+from emulator.explore.results.verdict import Plan, explore_verdict
+from emulator.explore.strategies.sampling import RandomWalk
+from emulator.explore.strategies.search import Limits, run_once
 from emulator.litmus.loader import load_test, shipped_texts
 from emulator.litmus.policies import named_policy
 from native import ffi, lib

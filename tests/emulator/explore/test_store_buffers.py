@@ -10,17 +10,17 @@ import pytest
 
 from emulator.cli.main import main
 from emulator.explain.processor import VISIBLE
-from emulator.explore.choices import Choices
-from emulator.explore.controlled import installed
-from emulator.explore.dpor import Exhaustive
-from emulator.explore.objects import Objects
-from emulator.explore.record import load, replay
-from emulator.explore.sampling import Pct
-from emulator.explore.scheduler import Execution
-from emulator.explore.search import Found, Limits, Met, search
-from emulator.explore.store_buffers import BufferedReaders, Store, StoreBuffers
-from emulator.explore.verdict import Plan, Verdict, explore_verdict
-from emulator.explore.world import LitmusProgram
+from emulator.explore.engine.objects import Objects
+from emulator.explore.engine.scheduler import Execution
+from emulator.explore.machine.lib import installed
+from emulator.explore.machine.options import Choices
+from emulator.explore.machine.program import LitmusProgram
+from emulator.explore.machine.store_buffers import BufferedReaders, Store, StoreBuffers
+from emulator.explore.results.record import load, replay
+from emulator.explore.results.verdict import Plan, Verdict, explore_verdict
+from emulator.explore.strategies.dpor import Exhaustive
+from emulator.explore.strategies.sampling import Pct
+from emulator.explore.strategies.search import Found, Limits, Met, search
 from emulator.litmus.loader import load_test, shipped_tests
 from emulator.litmus.model import SAFE
 from emulator.litmus.policies import named_policy

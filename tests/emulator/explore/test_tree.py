@@ -11,14 +11,14 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from emulator.cli.main import main
-from emulator.explore.controlled import installed
-from emulator.explore.objects import Objects
-from emulator.explore.search import Found, Limits
-from emulator.explore.subtree import Outcome, Part, search_part
-from emulator.explore.team import FIRST_PARTS, Team
-from emulator.explore.tree import PLAIN, Tree, wide_search
-from emulator.explore.verdict import Plan, explore_verdict
-from emulator.explore.world import LitmusProgram
+from emulator.explore.engine.objects import Objects
+from emulator.explore.machine.lib import installed
+from emulator.explore.machine.program import LitmusProgram
+from emulator.explore.results.verdict import Plan, explore_verdict
+from emulator.explore.results.workers import FIRST_PARTS, Team
+from emulator.explore.strategies.search import Found, Limits
+from emulator.explore.strategies.subtree import Outcome, Part, search_part
+from emulator.explore.strategies.tree import PLAIN, Tree, wide_search
 from emulator.litmus.loader import load_test
 from emulator.litmus.policies import named_policy
 from tests.emulator.explore.test_dpor import BLOCKING, interleavings, programs
@@ -165,7 +165,7 @@ def test_several_processes_find_what_one_finds() -> None:
 def test_documents_do_not_depend_on_the_number_of_processes(
     capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("emulator.explore.team.FIRST_PARTS", 0)
+    monkeypatch.setattr("emulator.explore.results.workers.FIRST_PARTS", 0)
     texts = []
     for jobs in ("1", "2", "3"):
         arguments = ["explore", "return-zap-other-vcpu", "--bound", "2", "--json", "--jobs", jobs]

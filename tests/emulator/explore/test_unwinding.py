@@ -7,10 +7,10 @@ from typing import Any
 
 import pytest
 
-from emulator.explore import fibers
-from emulator.explore.objects import Objects
-from emulator.explore.sampling import Replay
-from emulator.explore.scheduler import Execution
+from emulator.explore.engine import fibers
+from emulator.explore.engine.objects import Objects
+from emulator.explore.engine.scheduler import Execution
+from emulator.explore.strategies.sampling import Replay
 
 READ = ("x", None, "read")
 

@@ -5,10 +5,10 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from functools import partial
 
-from emulator.explore.dpor import Exhaustive
-from emulator.explore.objects import Objects
-from emulator.explore.scheduler import Execution
-from emulator.explore.search import Found, Limits, Met, search
+from emulator.explore.engine.objects import Objects
+from emulator.explore.engine.scheduler import Execution
+from emulator.explore.strategies.dpor import Exhaustive
+from emulator.explore.strategies.search import Found, Limits, Met, search
 
 Op = tuple[str, ...]
 

@@ -11,7 +11,7 @@ from rich.console import Console
 
 from emulator.cli.main import main
 from emulator.errors import BadInput
-from emulator.explore.verdict import Plan, explore_verdict
+from emulator.explore.results.verdict import Plan, explore_verdict
 from emulator.litmus.loader import load_test, parse_test, shipped_tests
 from emulator.litmus.policies import expected_of, named_policy, policies_for
 from emulator.litmus.runner import run_test, running

@@ -10,7 +10,7 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from emulator.explore.verdict import explore_verdict
+from emulator.explore.results.verdict import explore_verdict
 from emulator.kvm.dirty_log import kvm_vm_ioctl_get_dirty_log
 from emulator.kvm.structs import Kvm
 from emulator.litmus import kvm_ops

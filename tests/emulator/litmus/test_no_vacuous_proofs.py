@@ -8,11 +8,11 @@ from __future__ import annotations
 
 import pytest
 
-from emulator.explore.controlled import installed
-from emulator.explore.dpor import Exhaustive
-from emulator.explore.sampling import Pct, RandomWalk
-from emulator.explore.search import Limits, search
-from emulator.explore.world import LitmusProgram
+from emulator.explore.machine.lib import installed
+from emulator.explore.machine.program import LitmusProgram
+from emulator.explore.strategies.dpor import Exhaustive
+from emulator.explore.strategies.sampling import Pct, RandomWalk
+from emulator.explore.strategies.search import Limits, search
 from emulator.litmus.loader import parse_test, shipped_tests
 from emulator.litmus.model import INCONCLUSIVE, SAFE, LitmusTest
 from emulator.litmus.policies import expected_of, named_policy

@@ -25,7 +25,7 @@ from emulator.cli.main import main
 HEAD = """
 import atexit, builtins, json, os, signal, subprocess, sys, threading, time
 import emulator.kvm.dirty_log, emulator.policy.policy, emulator.report.result
-from emulator.explore.scheduler import Abandoned
+from emulator.explore.engine.scheduler import Abandoned
 from emulator.policy import Policy
 from emulator.machine.runtime import MachineStopped
 from greenlet import GreenletExit

@@ -1,0 +1,1 @@
+"""Audits: is the search entitled to what it says?"""

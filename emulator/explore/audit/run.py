@@ -1,0 +1,131 @@
+"""Audits of litmus tests: what each touches without the search knowing."""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Iterable
+from dataclasses import dataclass, field
+from typing import Any
+
+from emulator.explore.audit.independence import Commuting
+from emulator.explore.audit.residue import Remains
+from emulator.explore.audit.shared_state import SharedState, watching
+from emulator.explore.machine.lib import installed
+from emulator.explore.machine.options import NONE, Choices
+from emulator.explore.machine.policy_reads import NOTHING, Grown
+from emulator.explore.machine.undeclared import Audit
+from emulator.explore.strategies.search import Limits, search
+from emulator.litmus.failure import LitmusFailure
+from emulator.litmus.model import INCONCLUSIVE, LitmusTest
+from emulator.policy import Policy
+
+FINDINGS = "findings"
+CLEAN = "clean"
+# How many random executions of a test are looked at.
+EXECUTIONS = 20
+# Neighbours that are swapped in each of as many again.
+SWAPS = 10
+
+
+@dataclass(frozen=True, slots=True)
+class Audited:
+    """Of one test under one policy, in so many executions of each kind: sentences, how often each came up.
+
+    unannounced: native calls that no named point announces.  undescribed: native functions without a
+    footprint.  shared: accesses of two tasks to a Python object, neither of which happens before the other.
+    ordered: of `swaps` neighbouring steps whose footprints do not conflict, those whose order makes a
+    difference.  failed: why an execution could not go on; then there were no more.
+    """
+
+    test: str
+    policy: str
+    executions: int
+    unannounced: Counter[str] = field(default_factory=Counter)
+    undescribed: Counter[str] = field(default_factory=Counter)
+    shared: Counter[str] = field(default_factory=Counter)
+    ordered: Counter[str] = field(default_factory=Counter)
+    failed: Counter[str] = field(default_factory=Counter)
+    swaps: int = 0
+
+    @property
+    def clean(self) -> bool:
+        return not (self.unannounced or self.undescribed or self.shared or self.ordered or self.failed)
+
+    @property
+    def verdict(self) -> str:
+        """FINDINGS, CLEAN, or INCONCLUSIVE if there was no pair of steps to swap: with a single thread, or
+        where each execution violates."""
+        if not self.clean:
+            return FINDINGS
+        return CLEAN if self.swaps else INCONCLUSIVE
+
+    def document(self) -> dict[str, Any]:
+        """For --json."""
+        return {
+            "test": self.test,
+            "policy": self.policy,
+            "verdict": self.verdict,
+            "executions": self.executions,
+            "unannounced": dict(sorted(self.unannounced.items())),
+            "undescribed": dict(sorted(self.undescribed.items())),
+            "shared": dict(sorted(self.shared.items())),
+            "swaps": self.swaps,
+            "ordered": dict(sorted(self.ordered.items())),
+            "failed": dict(sorted(self.failed.items())),
+        }
+
+
+def audited(
+    test: LitmusTest, policy: Policy, executions: int = EXECUTIONS, seed: int = 0, choices: Choices = NONE
+) -> Audited:
+    """The same for the same arguments."""
+    with policy.confined():
+        known, found = NOTHING, None
+        while found is None:
+            program = Remains(test, policy, choices, known=known)
+            try:
+                found = _audited(program, executions, seed)
+            except Grown:
+                assert program.reads is not None
+                known = program.reads.next()
+            finally:
+                program.close()
+    return found
+
+
+def _audited(program: Remains, executions: int, seed: int) -> Audited:
+    walks = SharedState(program.control, executions, seed)
+    audit = program.control.audit = Audit()
+    commuting = Commuting(program, program.objects, seed)
+    failed: Counter[str] = Counter()
+    try:
+        with installed(program.control):
+            with watching(walks):
+                search(program, program.objects, walks, Limits(), lambda outcome: False)
+            program.control.audit = None
+            commuting.run(executions, SWAPS)
+    except LitmusFailure as error:
+        failed[str(error)] = 1
+    if program.reads is not None:
+        program.reads.check()
+    return Audited(
+        program.test.name,
+        program.policy.name,
+        executions,
+        audit.unannounced,
+        Counter(dict.fromkeys(audit.unknown, 1)),
+        walks.findings,
+        commuting.findings,
+        failed,
+        commuting.swaps,
+    )
+
+
+def by_sentence(found: Iterable[Audited], kind: str) -> dict[str, tuple[int, list[str]]]:
+    """Each sentence of a kind: how often, and in which tests, in the order of their first appearance."""
+    sentences: dict[str, tuple[int, list[str]]] = {}
+    for one in found:
+        for sentence, n in sorted(getattr(one, kind).items()):
+            total, tests = sentences.get(sentence, (0, []))
+            sentences[sentence] = (total + n, tests if one.test in tests else [*tests, one.test])
+    return sentences

@@ -1,0 +1,1 @@
+"""A controlled scheduler and its search; knows no KVM."""

@@ -1,0 +1,387 @@
+"""A controlled scheduler: tasks are greenlets of one thread, and one at a time goes one step.
+
+A step reaches from one announcement to the next: `step()` ends the running task's step and says with which
+access to shared state its next one begins, so before every step all tasks stand right before an access.  What
+the step touches after that is added by `touch()`.  A task that cannot go on gives a condition; it is tested
+before each choice, and must depend on nothing but the objects that it names.
+
+Who goes next is a strategy's choice, among the tasks that can.  When none can and some are not finished, that
+is a deadlock.  Tasks that never finish (interrupts, RCU) are daemons: they do not keep an execution going.
+"""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Callable, Hashable, Iterable, Sequence
+from dataclasses import dataclass
+from typing import Any, Protocol
+
+from greenlet import getcurrent
+
+from emulator.explore.engine.fibers import Body, fiber
+from emulator.explore.engine.objects import Objects
+
+Label = tuple[str, Hashable, str]  # kind, object, "read" or "write"
+Condition = Callable[[], object]  # true: go on
+Known = tuple[int, Label]  # a task, and its step
+
+_KVM = "emulator.kvm."
+
+START: Label = ("start", None, "read")
+
+
+def spelled(*parts: Hashable) -> str:
+    """Of a label's kind and object, say: parts of parts are parts, and None is nothing."""
+    words = (spelled(*part) if isinstance(part, tuple) else str(part) for part in parts if part is not None)
+    return " ".join(word for word in words if word)
+
+
+def _stands_in(task: Task) -> str:
+    """The innermost function of KVM's code on the task's stack."""
+    frame = sys._getframe() if task.greenlet is getcurrent() else task.greenlet.gr_frame
+    while frame is not None:
+        if str(frame.f_globals.get("__name__", "")).startswith(_KVM):
+            return str(frame.f_code.co_name)
+        frame = frame.f_back
+    return ""
+
+
+class Abandoned(BaseException):
+    """The execution is over for this task: unwind."""
+
+
+class Divergence(Exception):
+    """A replayed execution does not do what it did when it was recorded."""
+
+
+class Strategy(Protocol):
+    """Decides, and hears of every step, except of those that it knows."""
+
+    def known(self) -> Sequence[Known]:
+        """The steps that the execution begins with, when an earlier one began with them, too: they are taken
+        without asking, and `choose` and `stepped` go on after them."""
+
+    def choose(self, enabled: int, last: int) -> int:
+        """One of the tasks in the mask, or -1: there is no point in going on.  `last` took the last step."""
+
+    def stepped(self, task: Task) -> None:
+        """The step that was chosen last is over: task.label, reads, writes."""
+
+
+class Task:
+    """One controlled thread.  `label`, `reads`, `writes` are those of the step that it is in or about to
+    take."""
+
+    __slots__ = (
+        "acts_for",
+        "body",
+        "changed",
+        "daemon",
+        "done",
+        "greenlet",
+        "holders",
+        "index",
+        "label",
+        "looked_at",
+        "name",
+        "reads",
+        "waits_for",
+        "was_blocking",
+        "watch",
+        "writes",
+    )
+
+    def __init__(self, index: int, name: str, body: Callable[[], None], daemon: bool) -> None:
+        self.index = index
+        self.name = name
+        self.body = body
+        self.daemon = daemon
+        self.greenlet: Any = None
+        self.done = False
+        self.label: Label = START
+        self.looked_at: Label = START  # before it waited for a change
+        self.reads = 0
+        self.writes = 0
+        self.was_blocking = False  # the step in question had a condition
+        self.waits_for = ""
+        self.holders: Callable[[], Iterable[int]] = tuple  # CPUs that hold the lock it waits for
+        self.watch = 0  # what the current turn of a retry loop has read
+        self.changed = False  # ... and somebody has written since
+        self.acts_for: Task | None = None  # a daemon that goes on with what this one has begun
+
+    def __repr__(self) -> str:
+        return f"<task {self.name}>"
+
+
+@dataclass(frozen=True, slots=True)
+class Wait:
+    """A task that cannot go on at the end, and why.  function: of KVM's code, in which it stands; "": none.
+    holders: the CPUs that hold the lock, if it waits for one."""
+
+    task: str
+    label: Label
+    waits_for: str
+    function: str = ""
+    holders: tuple[int, ...] = ()
+
+
+class Execution:
+    """One run of a program's tasks.  After `run`: `failure` (an exception of a task), `pruned` (the strategy
+    gave up), `too_long`, `deadlock` (who waits), `stopped` (somebody called `stop`).
+
+    Tasks that have not come to their ends by then are unwound where they stand.  What they leave half done is
+    the program's to put back before the next execution.
+    """
+
+    __slots__ = (
+        "aborting",
+        "crashed",
+        "current",
+        "deadlock",
+        "failure",
+        "hub",
+        "known",
+        "last",
+        "length",
+        "limit",
+        "next",
+        "objects",
+        "on_step",
+        "on_step_end",
+        "pruned",
+        "ready",
+        "replayed",
+        "starting",
+        "stopped",
+        "strategy",
+        "tasks",
+        "too_long",
+        "waiting",
+    )
+
+    def __init__(self, objects: Objects, strategy: Strategy, limit: int = 5000) -> None:
+        self.objects = objects
+        self.strategy = strategy
+        self.limit = limit
+        self.tasks: list[Task] = []
+        self.hub: Any = None
+        self.current: Task = Task(-1, "nobody", lambda: None, True)
+        self.next: Task | None = None
+        self.last = -1
+        self.length = 0
+        self.known: Sequence[Known] = ()
+        self.replayed = 0  # steps before this one are known
+        self.ready = 0  # tasks that can go on without a condition
+        self.waiting: dict[int, Condition] = {}  # ... and with one
+        self.starting = True
+        self.aborting = False
+        self.crashed = False
+        self.stopped = False
+        self.pruned = False
+        self.too_long = False
+        self.failure: BaseException | None = None
+        self.deadlock: tuple[Wait, ...] = ()
+        self.on_step: Callable[[Task], None] | None = None
+        self.on_step_end: Callable[[Task], None] | None = None  # adds to the step's accesses
+
+    # --- what programs call ---------------------------------------------------------------------------------
+
+    def spawn(self, name: str, body: Callable[[], None], daemon: bool = False) -> Task:
+        task = Task(len(self.tasks), name, body, daemon)
+        self.tasks.append(task)
+        return task
+
+    def step(
+        self,
+        label: Label,
+        reads: int,
+        writes: int,
+        condition: Condition | None = None,
+        waits_for: str = "",
+    ) -> None:
+        """The running task's step ends; its next one begins with this access, once `condition` holds."""
+        if self.aborting:
+            raise Abandoned  # on the way out, in a `finally`
+        task = self.current
+        if not self.starting:
+            self._ended(task)
+        task.label = label
+        task.reads = reads
+        task.writes = writes
+        task.was_blocking = condition is not None
+        task.waits_for = waits_for
+        if condition is None:
+            self.ready |= 1 << task.index
+        else:
+            self.ready &= ~(1 << task.index)
+            self.waiting[task.index] = condition
+        if self.starting:
+            self.hub.switch()
+        else:
+            if self.length < self.replayed:
+                if condition is None and self.known[self.length][0] == task.index:
+                    self.last = task.index
+                    return
+                chosen: Task | None = self._next_known()
+            else:
+                chosen = self._choose()
+            if chosen is task:
+                return
+            if chosen is None:
+                self.hub.switch()
+            else:
+                chosen.greenlet.switch()
+        if self.aborting:
+            raise Abandoned
+
+    def touch(self, reads: int, writes: int) -> None:
+        """The current step does this, too."""
+        task = self.current
+        task.reads |= reads
+        task.writes |= writes
+
+    def await_change(self, label: Label) -> None:
+        """In a loop that tries again: go on when somebody has written something that this turn has read.
+
+        A turn without effects that sees the same again would only do the same again, so nothing is lost
+        (as with await statements; cf. spin loops in stateless model checkers).
+        """
+        task = self.current
+        task.watch |= task.reads | task.writes
+        task.looked_at = task.label
+        self.step(label, task.watch, 0, lambda: task.changed)
+        task.changed = False
+        task.watch = 0
+
+    def stop(self) -> None:
+        """Enough was seen: the execution ends with the current step."""
+        self.stopped = True
+
+    # --- running --------------------------------------------------------------------------------------------
+
+    def run(self) -> None:
+        self.hub = getcurrent()
+        self.known = self.strategy.known()
+        self.replayed = len(self.known)
+        try:
+            self._run()
+        finally:
+            self._abandon()
+
+    def _run(self) -> None:
+        for task in self.tasks:
+            # To its first announcement: nothing shared is touched before.
+            self.current = task
+            task.greenlet = fiber()
+            task.greenlet.switch(self._body(task))
+        self.starting = False
+        if self.failure is None:
+            self.next = self._next_known() if self.replayed else self._choose()
+        while self.next is not None:
+            task, self.next = self.next, None
+            task.greenlet.switch()
+
+    def _body(self, task: Task) -> Body:
+        def body() -> Any:
+            try:
+                task.body()
+                self._done(task)
+            except BaseException as error:
+                # On the way out errors do not count, but Ctrl-C does, whoever it hits.
+                if not self.aborting or not isinstance(error, Exception | Abandoned):
+                    self._failed(task, error)
+            task.greenlet = None
+            return self.hub
+
+        return body
+
+    def _done(self, task: Task) -> None:
+        task.done = True
+        self.ready &= ~(1 << task.index)
+        if not self.starting:
+            self._ended(task)
+            self.next = self._next_known() if self.length < self.replayed else self._choose()
+
+    def _failed(self, task: Task, error: BaseException) -> None:
+        task.done = self.crashed = True
+        self.ready &= ~(1 << task.index)
+        self.next = None
+        if self.failure is None or (isinstance(self.failure, Exception) and not isinstance(error, Exception)):
+            self.failure = error
+
+    def _ended(self, task: Task) -> None:
+        length = self.length
+        self.length = length + 1
+        if self.on_step_end is not None:
+            self.on_step_end(task)
+        writes = task.writes
+        task.watch |= task.reads
+        if writes:
+            for other in self.tasks:
+                if other.watch & writes and other is not task and other is not task.acts_for:
+                    other.changed = True
+        if length >= self.replayed:
+            self.strategy.stepped(task)
+        elif self.known[length][1] != task.label:
+            raise Divergence(
+                f"step {length} of {task.name}: {task.label}, but {self.known[length][1]} at the first time"
+            )
+        if self.on_step is not None:
+            self.on_step(task)
+
+    def _choose(self) -> Task | None:
+        if self.stopped:
+            return None
+        if self.length >= self.limit:
+            self.too_long = True
+            return None
+        enabled = self.ready
+        for index, condition in self.waiting.items():
+            if condition():
+                enabled |= 1 << index
+        if not enabled:
+            self.deadlock = tuple(
+                Wait(
+                    task.name,
+                    task.label,
+                    task.waits_for or f"a change of {spelled(*task.looked_at[:2])}",
+                    _stands_in(task),
+                    tuple(task.holders()),
+                )
+                for task in self.tasks
+                if not task.done and not task.daemon
+            )
+            return None
+        index = self.strategy.choose(enabled, self.last)
+        if index < 0:
+            self.pruned = True
+            return None
+        self.last = index
+        task = self.tasks[index]
+        if not enabled >> index & 1:
+            raise Divergence(f"step {self.length}: {task.name} cannot go on, but it could then")
+        self.waiting.pop(index, None)
+        self.current = task
+        return task
+
+    def _next_known(self) -> Task:
+        """The next one of those steps that the execution begins with."""
+        index = self.last = self.known[self.length][0]
+        condition = self.waiting.pop(index, None)
+        if not (condition() if condition is not None else self.ready >> index & 1):
+            raise Divergence(f"step {self.length}: {self.tasks[index].name} cannot go on, but it could then")
+        task = self.current = self.tasks[index]
+        return task
+
+    @property
+    def clean(self) -> bool:
+        """All tasks came to their ends: nothing is held, nobody is in the middle of anything."""
+        return not self.crashed and all(task.done or task.daemon for task in self.tasks)
+
+    def _abandon(self) -> None:
+        """Unwind whoever is not finished."""
+        self.aborting = True
+        for task in self.tasks:
+            if task.greenlet is not None:
+                self.current = task
+                task.greenlet.throw(Abandoned)

@@ -1,0 +1,262 @@
+"""The state of Python objects, kept once and put back in place again and again.
+
+Walks over everything that is reachable from some objects: instances of classes that are written in Python,
+containers, and memory that cffi owns.  Their contents are remembered, one level deep each, and `restore()`
+writes them back into the same objects, so whoever refers to one of them still does.  There is no list of what
+may change: what can be changed is put back, and what nobody knows how to put back is refused
+(`CannotRestore`).
+"""
+
+from __future__ import annotations
+
+import re
+from collections import Counter, OrderedDict, defaultdict, deque
+from collections.abc import Callable, Iterable, Mapping
+from enum import Enum
+from functools import cached_property, partial
+from pathlib import PurePath
+from types import (
+    BuiltinFunctionType,
+    CellType,
+    CodeType,
+    EllipsisType,
+    FunctionType,
+    GetSetDescriptorType,
+    MappingProxyType,
+    MemberDescriptorType,
+    MethodType,
+    ModuleType,
+    NotImplementedType,
+)
+from typing import Any, Final
+
+from emulator.explore.machine.slots import Slot
+from native import ffi
+
+# No contents that change.
+_ATOMS: Final = (
+    type(None), bool, int, float, complex, str, bytes, range, type,
+    BuiltinFunctionType, CodeType, EllipsisType, Enum, ModuleType, NotImplementedType, PurePath, re.Pattern,
+)  # fmt: skip
+_DICTS: Final = (dict, defaultdict, OrderedDict, Counter)
+_SEQUENCES: Final = (list, bytearray)
+_DESCRIPTORS: Final = (GetSetDescriptorType, MemberDescriptorType)
+_HEAP_TYPE: Final = 1 << 9  # Py_TPFLAGS_HEAPTYPE: not a static type of the interpreter's
+_WORD: Final = tuple.__itemsize__
+_BUFFER: Final = type(ffi.buffer(ffi.new("char[]", 1)))
+
+
+class CannotRestore(TypeError):
+    """An object whose state nobody knows how to put back."""
+
+
+class Snapshot:
+    """The state of what is reachable from `roots`, now.  Raises CannotRestore.
+
+    constant: true of objects that are left alone, and so is what is reachable through them only.
+    aside: by type, attributes that are left alone; who takes the snapshot puts them back.
+    module: one whose names count, with its classes, wherever they come from, and attributes of its functions;
+    elsewhere all these are taken for constant.
+    """
+
+    def __init__(
+        self,
+        roots: Iterable[object],
+        constant: Callable[[object], bool] = lambda obj: False,
+        aside: Mapping[type, frozenset[str]] = MappingProxyType({}),
+        module: ModuleType | None = None,
+    ) -> None:
+        self._constant = constant
+        self._aside = aside
+        self._module = "" if module is None else module.__name__
+        self._seen: dict[int, object] = {}
+        self._instances: dict[tuple[type, tuple[str, ...]], list[tuple[object, tuple[object, ...]]]] = {}
+        self._unset: list[tuple[object, str]] = []
+        # (container, contents), for the slice assignments and for what is emptied and filled again
+        self._slices: list[tuple[Any, Any]] = []
+        self._dicts: list[tuple[Any, Any]] = []
+        self._sets: list[tuple[Any, Any]] = []
+        self._deques: list[tuple[Any, Any]] = []
+        self._namespaces: list[tuple[Any, dict[str, object]]] = []
+        pending: list[object] = list(roots)
+        if module is not None:
+            pending.extend(self._keep_names(module))
+        while pending:
+            obj = pending.pop()
+            if id(obj) not in self._seen and (self._is_own(obj) or not isinstance(obj, _ATOMS)):
+                self._seen[id(obj)] = obj
+                pending.extend(self._keep(obj))
+
+    def __len__(self) -> int:
+        """Objects looked at."""
+        return len(self._seen)
+
+    def restore(self) -> None:
+        """Put it back.  Sets are in the same order after each time, if not in the one that they had."""
+        for assign, items in self._restorers:
+            assign(items)
+        for container, contents in self._slices:
+            container[:] = contents
+        for mapping, contents in self._dicts:
+            mapping.clear()
+            mapping.update(contents)
+        for elements, contents in self._sets:
+            elements.clear()
+            elements.update(contents)
+        for queue, contents in self._deques:
+            queue.clear()
+            queue.extend(contents)
+        for namespace, names in self._namespaces:
+            _put_names_back(namespace, names)
+        for obj, name in self._unset:
+            if hasattr(obj, name):
+                delattr(obj, name)
+
+    @cached_property
+    def _restorers(self) -> list[tuple[Callable[[Any], None], Any]]:
+        return [(_restorer(names), items) for (_, names), items in self._instances.items()]
+
+    def same(self, other: Snapshot) -> bool:
+        """Whether nothing has changed between the two."""
+        return self._kept() == other._kept()
+
+    def _kept(self) -> tuple[object, ...]:
+        kept = (self._slices, self._dicts, self._sets, self._deques, self._namespaces)
+        return (self._seen.keys(), self._instances, self._unset, *kept)
+
+    # --- one object -----------------------------------------------------------------------------------------
+
+    def _keep(self, obj: Any) -> Iterable[object]:
+        """Remember its contents; what they refer to."""
+        kind = type(obj)
+        if self._constant(obj):
+            return ()
+        if isinstance(obj, type):
+            return (*self._keep_names(obj), *obj.__bases__)
+        if isinstance(obj, tuple | frozenset):
+            return obj
+        if kind is FunctionType and obj.__module__ == self._module:
+            return (*_functions_own(obj), vars(obj))
+        if kind in _UNCHANGING:
+            return _UNCHANGING[kind](obj)
+        if isinstance(obj, ffi.CData):
+            return self._keep_memory(obj)
+        if kind is CellType:
+            return self._keep_instance(obj, kind, ["cell_contents"])
+        if kind in _SEQUENCES:
+            contents = kind(obj)
+            self._slices.append((obj, contents))
+            return contents if kind is list else ()
+        if kind in _DICTS:
+            mapping = dict(obj)
+            self._dicts.append((obj, mapping))
+            return [*mapping, *mapping.values()]
+        if kind in (set, deque):
+            elements = tuple(obj)
+            (self._sets if kind is set else self._deques).append((obj, elements))
+            return elements
+        _check_python_class(kind)
+        return self._keep_instance(obj, kind, _slots(kind))
+
+    def _keep_names(self, namespace: ModuleType | type) -> Iterable[object]:
+        names = _names(namespace)
+        self._namespaces.append((namespace, names))
+        return names.values()
+
+    def _is_own(self, obj: object) -> bool:
+        """A class of the module's, or one of its enumerations' members."""
+        cls = obj if isinstance(obj, type) else type(obj) if isinstance(obj, Enum) else None
+        return cls is not None and bool(self._module) and self._module in {c.__module__ for c in cls.__mro__}
+
+    def _keep_memory(self, obj: Any) -> Iterable[object]:
+        """Memory of the core's is the core's to restore."""
+        if " owning " in repr(obj):
+            memory = ffi.buffer(obj)
+            self._slices.append((memory, bytes(memory)))
+        return ()
+
+    def _keep_instance(self, obj: object, kind: type, names: list[str]) -> Iterable[object]:
+        aside = self._aside.get(kind, frozenset())
+        names = [name for name in names if name not in aside]
+        there = tuple(name for name in names if hasattr(obj, name))
+        self._unset += [(obj, name) for name in names if name not in there]
+        values = tuple(getattr(obj, name) for name in there)
+        if _is_frozen(kind):
+            return (kind, *values, *getattr(obj, "__dict__", {}).values())
+        if there:
+            self._instances.setdefault((kind, there), []).append((obj, values))
+        return (kind, *values, vars(obj)) if hasattr(obj, "__dict__") else (kind, *values)
+
+
+def _methods_own(method: Any) -> Iterable[object]:
+    return (method.__self__, method.__func__)
+
+
+def _functions_own(function: Any) -> Iterable[object]:
+    """A closure's variables and what its parameters are if not given; the rest is code."""
+    given = function.__kwdefaults__ or {}
+    return (*(function.__closure__ or ()), *(function.__defaults__ or ()), *given.values())
+
+
+def _partials_own(function: Any) -> Iterable[object]:
+    return (function.func, function.args, *function.keywords.values())
+
+
+# Types whose objects do not change themselves, and what those refer to.
+_UNCHANGING: Final[Mapping[type, Callable[[Any], Iterable[object]]]] = {
+    MethodType: _methods_own,
+    FunctionType: _functions_own,
+    partial: _partials_own,
+    property: lambda one: (one.fget, one.fset, one.fdel),
+    staticmethod: lambda one: (one.__func__,),
+    classmethod: lambda one: (one.__func__,),
+    MappingProxyType: lambda proxy: (*proxy.keys(), *proxy.values()),
+    _BUFFER: lambda buffer: (),
+}
+
+
+def _names(namespace: ModuleType | type) -> dict[str, object]:
+    """But for what Python itself puts into a class."""
+    return {name: value for name, value in vars(namespace).items() if type(value) not in _DESCRIPTORS}
+
+
+def _put_names_back(namespace: Any, names: Mapping[str, object]) -> None:
+    now = _names(namespace)
+    for name in now.keys() - names.keys():
+        delattr(namespace, name)
+    for name, value in names.items():
+        if now.get(name, names) is not value:
+            setattr(namespace, name, value)
+
+
+def _is_frozen(kind: type) -> bool:
+    """A frozen dataclass: only what it refers to can change."""
+    return bool(getattr(getattr(kind, "__dataclass_params__", None), "frozen", False))
+
+
+def _members(cls: type) -> list[str]:
+    return [name for name, value in vars(cls).items() if isinstance(value, MemberDescriptorType | Slot)]
+
+
+def _slots(kind: type) -> list[str]:
+    """Attributes in slots, by the names that they have in the class (`__x` is mangled)."""
+    return [name for cls in reversed(kind.__mro__) for name in _members(cls)]
+
+
+def _check_python_class(kind: type) -> None:
+    """All that an object has lies in slots and __dict__: nothing is between them that C code knows of."""
+    for cls in kind.__mro__[:-1]:
+        base = cls.__base__
+        room = cls.__basicsize__ - (base.__basicsize__ if base is not None else 0)
+        # ... but for the addresses of __dict__ and of weak references, in some versions of Python.
+        if not cls.__flags__ & _HEAP_TYPE or room > (len(_members(cls)) + 2) * _WORD or cls.__itemsize__:
+            raise CannotRestore(f"{kind.__module__}.{kind.__qualname__}: nobody knows how to put this back")
+
+
+def _restorer(names: tuple[str, ...]) -> Callable[[list[tuple[object, tuple[object, ...]]]], None]:
+    """Assigns the attributes of many objects: code for it, as this is done for each execution."""
+    targets = ", ".join(f"obj.{name}" for name in names)
+    namespace: dict[str, Any] = {}
+    exec(f"def assign(items):\n    for obj, ({targets},) in items:\n        pass\n", namespace)
+    found: Callable[[list[tuple[object, tuple[object, ...]]]], None] = namespace["assign"]
+    return found

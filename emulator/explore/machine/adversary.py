@@ -1,0 +1,311 @@
+"""The adversary of the architecture: what a TLB may do at any time becomes the scheduler's choice.
+
+A processor may drop any cached mapping whenever it likes, and may cache what an access that never happens
+would have needed (SDM vol. 3A, 4.10.2.3, 4.10.3.1; vol. 3C, 29.4). So "the guest has not touched this page"
+is no reason to leave out a flush, and neither is "it has just used it" one to rely on an entry.
+
+Each candidate is a daemon of its own: one pCPU and one page, by its address, so that it is the same one in
+every execution and conflicts with nothing but uses of that page on that pCPU, and with other candidates:
+all of them together get so many turns in an execution. A turn after the last access that it matters to is
+one not taken.
+
+Evictions happen at any time. Fills need the current VPID and EP4TA and happen in guest mode, between two
+instructions: an access with its whole walk is one step.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Final
+
+from emulator.explore.engine.scheduler import Execution
+from emulator.explore.machine.control import Control
+from emulator.explore.machine.lib import ControlledLib
+from emulator.explore.machine.options import Choices
+from emulator.litmus.model import LitmusTest
+from emulator.litmus.syntax import GuestOp, Op
+from native import ffi, lib
+from native.types import CpuId, VcpuId, VmId
+
+if TYPE_CHECKING:
+    from emulator.litmus.world import World
+    from native._native import GuestOp as CoreOp
+    from native._native import MachinePtr, TlbEntry, VcpuExitPtr
+
+_ACCESSES: Final = ("READ", "WRITE", "EXECUTE")
+_ACCESS_OPS: Final = frozenset(getattr(lib, f"GUEST_OP_{name}") for name in _ACCESSES)
+_MOST: Final = 4096
+# 4 KiB pages of each page_size.
+_PAGES: Final = {lib.PAGE_4K: 1, lib.PAGE_2M: 1 << 9, lib.PAGE_1G: 1 << 18}
+_LARGE: Final = 9
+
+
+@dataclass(frozen=True, slots=True)
+class Place:
+    """A page that guests of VM `vm` (its number in the test) access, and a pCPU that they may run on.
+    `paging`: the page is a linear one."""
+
+    pcpu: CpuId
+    vm: int
+    page: int
+    paging: bool
+
+
+def places(test: LitmusTest) -> list[Place]:
+    """Every page on every pCPU that a vCPU of its VM can come to."""
+    pcpus: dict[int, set[CpuId]] = {}
+    pages: dict[int, set[int]] = {}
+    for name, thread in test.threads.items():
+        if not thread.is_vcpu:
+            continue
+        ops = [*thread.parsed, *(op for who, op in (*test.parsed_init, *test.parsed_final) if who == name)]
+        pcpus.setdefault(thread.vm, set()).update([CpuId(thread.pcpu)], *(_pcpus(op) for op in ops))
+        pages.setdefault(thread.vm, set()).update(*(_pages(op) for op in ops))
+    return [
+        Place(pcpu, vm, page, test.vm[vm].paging)
+        for vm in sorted(pages)
+        for pcpu in sorted(pcpus[vm])
+        for page in sorted(pages[vm])
+    ]
+
+
+def _pcpus(op: Op) -> list[CpuId]:
+    return [CpuId(op.number(arg.name)) for arg in op.args if arg.kind == "pcpu"]
+
+
+def _pages(op: Op) -> list[int]:
+    instructions = op.instructions() if isinstance(op, GuestOp) else []
+    return [one.linear >> 12 for one in instructions if one.kind in _ACCESSES]
+
+
+class Adversary:
+    """Candidates of one test, and which pCPUs are in guest mode."""
+
+    def __init__(self, test: LitmusTest, control: Control, choices: Choices) -> None:
+        self.control = control
+        self.choices = choices
+        self.places = places(test)
+        self.pcpus = sorted({place.pcpu for place in self.places})
+        self.paging = {place.pcpu for place in self.places if place.paging}
+        self.several = len(test.vm) > 1
+        self.inside: dict[CpuId, VmId] = {}  # pCPU: the VM whose guest it is in
+        self.evictions = self.fills = 0  # that are left in this execution
+        self.cpu_of: dict[str, CpuId] = {}  # by name of a task
+        self._ids: list[VmId] = []  # of the VMs
+        self._masks: dict[tuple[CpuId, VmId, int], tuple[int, int]] = {}
+        self._entry = ffi.new("struct tlb_entry *")
+        self._entries = ffi.new("struct tlb_entry[]", _MOST)
+        self.names = [name for name, _, _ in self._daemons(None)]
+
+    def spawn(self, execution: Execution, world: World) -> None:
+        """The candidates of one execution."""
+        self.inside.clear()
+        self.evictions, self.fills = self.choices.evict, self.choices.speculate
+        self._ids = [kvm.id for kvm in world.kvms]
+        for name, _, body in self._daemons(execution):
+            execution.spawn(name, body, daemon=True)
+
+    def _daemons(self, execution: Execution | None) -> Iterator[tuple[str, CpuId, Callable[[], None]]]:
+        found: list[tuple[str, CpuId, Callable[[], None]]] = []
+        for place in self.places:
+            what = f"{place.pcpu}:{place.page:#x}" + (f":vm{place.vm}" if self.several else "")
+            if self.choices.evict:
+                found.append((f"evict{what}", place.pcpu, self._evicts(execution, place)))
+            if self.choices.speculate:
+                found.append((f"fill{what}", place.pcpu, self._fills(execution, place)))
+        if self.choices.evict:
+            for pcpu in self.pcpus:
+                found.append((f"evict{pcpu}:tables", pcpu, self._evicts_tables(execution, pcpu)))
+                if pcpu in self.paging:
+                    found.append((f"evict{pcpu}:physical", pcpu, self._evicts_physical(execution, pcpu)))
+        self.cpu_of = {name: pcpu for name, pcpu, _ in found}
+        yield from found
+
+    # --- what others do that matters here -------------------------------------------------------------------
+
+    def entered(self, execution: Execution, cpu: CpuId, vm: VmId) -> None:
+        self.inside[cpu] = vm
+        execution.touch(0, self.control.bit("guest mode", cpu))
+
+    def left(self, execution: Execution, cpu: CpuId) -> None:
+        self.inside.pop(cpu, None)
+        execution.touch(0, self.control.bit("guest mode", cpu))
+
+    def accessed(self, cpu: CpuId, vm: VmId, page: int) -> int:
+        """What the guest's access touches of what the adversary may."""
+        alone, region = self._mask(cpu, vm, page)
+        return region if self.is_large(cpu, vm, page) else alone
+
+    def walked(self, cpu: CpuId) -> int:
+        """A walk uses and fills these, too."""
+        return self.control.bit("walk caches", cpu) | self.control.bit("physical", cpu)
+
+    def everything_on(self, cpu: CpuId, vm: VmId) -> int:
+        """Instructions that change what is cached, other than by accesses."""
+        mask = self.walked(cpu)
+        for place in self.places:
+            if place.pcpu == cpu and self._ids[place.vm] == vm:
+                mask |= self.control.bit("cached", cpu, vm, place.page)
+        return mask
+
+    def _mask(self, cpu: CpuId, vm: VmId, page: int) -> tuple[int, int]:
+        """A page; with those that one large translation would map."""
+        found = self._masks.get((cpu, vm, page))
+        if found is None:
+            bit = self.control.bit
+            alone = region = bit("cached", cpu, vm, page)
+            for place in self.places:
+                if self._ids[place.vm] == vm and place.page >> _LARGE == page >> _LARGE:
+                    region |= bit("cached", cpu, vm, place.page)
+            found = self._masks[cpu, vm, page] = alone, region
+        return found
+
+    def is_large(self, cpu: CpuId, vm: VmId, page: int) -> bool:
+        """Does some cached translation of the page map its neighbours, too?"""
+        t = lib.cpu_tlb(self.control.machine.m, cpu)
+        entries = self._entries
+        for i in range(lib.tlb_dump(t, entries, _MOST)):
+            e = entries[i]
+            if e.size != lib.PAGE_4K and e.vm == vm and _covers(e, page):
+                return True
+        return False
+
+    # --- candidates -----------------------------------------------------------------------------------------
+
+    def _evicts(self, execution: Execution | None, place: Place) -> Callable[[], None]:
+        kind = lib.KIND_COMBINED if place.paging else lib.KIND_GUEST_PHYSICAL
+        what = f"the translation of page {place.page:#x}"
+
+        def body() -> None:
+            assert execution is not None
+            vm, bit = self._ids[place.vm], self.control.bit
+            cached = bit("cached", place.pcpu, vm, place.page)
+            while True:
+                self._evicts_now(execution, what, cached, 0)
+                if self.is_large(place.pcpu, vm, place.page):
+                    execution.touch(self._mask(place.pcpu, vm, place.page)[1], 0)
+                self._evict(
+                    place.pcpu,
+                    vm,
+                    place.page,
+                    lambda e: e.kind == kind and e.vm == vm and _covers(e, place.page),
+                )
+
+        return body
+
+    def _evicts_tables(self, execution: Execution | None, pcpu: CpuId) -> Callable[[], None]:
+        def body() -> None:
+            assert execution is not None
+            caches = self.control.bit("walk caches", pcpu)
+            while True:
+                self._evicts_now(execution, "the paging-structure caches", 0, caches)
+                m = self.control.machine.m
+                t, n = lib.cpu_tlb(m, pcpu), 0
+                while lib.psc_evict(t, 0):
+                    n += 1
+                if n:
+                    lib.event_record(m, pcpu, lib.EVENT_EVICT, n, lib.EVICT_TABLES)
+
+        return body
+
+    def _evicts_physical(self, execution: Execution | None, pcpu: CpuId) -> Callable[[], None]:
+        """Of guests with page tables: what the walks of those use."""
+
+        def body() -> None:
+            assert execution is not None
+            mappings = self.control.bit("physical", pcpu)
+            while True:
+                self._evicts_now(execution, "the guest-physical mappings", 0, mappings)
+                self._evict(pcpu, -1, 0, lambda e: e.kind == lib.KIND_GUEST_PHYSICAL)
+
+        return body
+
+    def _evicts_now(self, execution: Execution, what: str, reads: int, writes: int) -> None:
+        control = self.control
+        reads |= control.everything
+        writes |= control.bit("evictions")
+        label = ("evicts", what, "write")
+        execution.step(label, reads, writes, lambda: self.evictions > 0, "an eviction to be left")
+        self.evictions -= 1
+
+    def _evict(self, cpu: CpuId, vm: int, page: int, wanted: Callable[[TlbEntry], bool]) -> None:
+        m, entries = self.control.machine.m, self._entries
+        t, evicted = lib.cpu_tlb(m, cpu), 0
+        # From the last one on: what goes does not move those before it.
+        for i in range(lib.tlb_dump(t, entries, _MOST) - 1, -1, -1):
+            if wanted(entries[i]):
+                evicted += lib.tlb_evict(t, i)
+        if evicted:
+            scope = lib.EVICT_PHYSICAL if vm < 0 else lib.EVICT_PAGE
+            lib.event_record(m, cpu, (vm + 1) << 16 | lib.EVENT_EVICT, page if vm >= 0 else evicted, scope)
+
+    def _fills(self, execution: Execution | None, place: Place) -> Callable[[], None]:
+        pcpu, page = place.pcpu, place.page
+        kind = lib.KIND_COMBINED if place.paging else lib.KIND_GUEST_PHYSICAL
+
+        def body() -> None:
+            assert execution is not None
+            vm, bit, m = self._ids[place.vm], self.control.bit, self.control.machine.m
+            reads = bit("guest mode", pcpu) | self.control.everything
+            # Two fills commute, whatever caches of table pointers they share on the way.
+            walks = bit("custody") | bit("custody of tables") | bit("ept") | self.walked(pcpu)
+            walks |= self.control.custody_of_root()
+            # Flags of the guest's tables.
+            flags = bit("memory", vm) | self.control.contents(vm, None) if place.paging else 0
+            cached = bit("cached", pcpu, vm, page)
+            fills = cached | bit("speculative fills")
+            label = ("speculative fill of", f"page {page:#x}", "write")
+            while True:
+                execution.step(
+                    label,
+                    reads,
+                    fills,
+                    lambda: self.fills > 0 and self.inside.get(pcpu, -1) == vm,
+                    "guest mode",
+                )
+                self.fills -= 1
+                if lib.tlb_lookup(lib.cpu_tlb(m, pcpu), kind, page, self._entry) == 1:
+                    continue
+                # Also where nothing comes of it, tables were read, and flags and caches on the way were set.
+                execution.touch(walks, flags)
+                before = self.control.walks(pcpu)
+                self.control.machine.cpus[pcpu].check(lib.guest_speculate(m, pcpu, page << 12))
+                if self.control.walks(pcpu).updates != before.updates:
+                    execution.touch(0, bit("ept"))
+                if self.is_large(pcpu, vm, page):
+                    execution.touch(0, self._mask(pcpu, vm, page)[1])
+
+        return body
+
+
+def _covers(entry: TlbEntry, page: int) -> bool:
+    first: int = entry.page
+    return first <= page < first + _PAGES[entry.size]
+
+
+class AdversarialLib(ControlledLib):
+    """... where guests' accesses say which pages' translations they use."""
+
+    def guest_run(self, m: MachinePtr, cpu: CpuId, vcpu: VcpuId, budget: int, out: VcpuExitPtr) -> int:
+        control = self.control
+        execution, adversary = control.execution, control.adversary
+        if execution is None or adversary is None:
+            return super().guest_run(m, cpu, vcpu, budget, out)
+        # Nobody else's turn comes before the guest's first step.
+        adversary.entered(execution, cpu, control.vm_of(vcpu))
+        try:
+            return super().guest_run(m, cpu, vcpu, budget, out)
+        finally:
+            adversary.left(execution, cpu)
+
+    def _performed(self, execution: Execution, cpu: CpuId, vm: VmId, op: CoreOp, walked: bool) -> None:
+        adversary = self.control.adversary
+        if adversary is None:
+            return
+        if op.kind not in _ACCESS_OPS:
+            execution.touch(0, adversary.everything_on(cpu, vm))
+            return
+        execution.touch(0, adversary.accessed(cpu, vm, op.linear >> 12))
+        if walked:
+            execution.touch(0, adversary.walked(cpu))

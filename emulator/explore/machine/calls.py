@@ -1,0 +1,151 @@
+"""Calls on other CPUs, interrupts and wake-ups as explored code sees them; they arrive when scheduled."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+from emulator.explore.machine.control import Control
+from emulator.machine.runtime import RELAX_MICROSECONDS, MachineMisuse
+from native import lib
+from native.types import CpuId, IpiFunction
+
+if TYPE_CHECKING:
+    from native._native import U64, Chars, MachinePtr
+
+
+class Calls:
+    """Native functions that send, and those that wait for what was sent."""
+
+    control: Control
+
+    # --- calls ----------------------------------------------------------------------------------------------
+
+    def smp_call_function_many(
+        self, m: MachinePtr, cpu: CpuId, mask: U64, function: IpiFunction, argument: int, wait: int
+    ) -> int:
+        if self.control.execution is None:
+            return int(lib.smp_call_function_many(m, cpu, mask, function, argument, int(wait)))
+        targets = [
+            target
+            for target in map(CpuId, range(self.control.machine.pcpus))
+            if target != cpu and mask[target >> 6] >> (target & 63) & 1
+        ]
+        self._wait_for_nodes(m, cpu, targets, "smp_call_function_many")
+        later = lib.IPI_WAIT_LATER if wait else lib.IPI_NO_WAIT
+        sent = lib.smp_call_function_many(m, cpu, mask, function, argument, later)
+        return self._sent(m, cpu, targets, sent, bool(wait))
+
+    def smp_call_function_single(
+        self, m: MachinePtr, cpu: CpuId, target: CpuId, function: IpiFunction, argument: int, wait: int
+    ) -> int:
+        execution = self.control.execution
+        if execution is None or target == cpu:
+            if execution is not None:
+                execution.touch(0, self.control.bit("tlb", cpu))
+            return int(lib.smp_call_function_single(m, cpu, target, function, argument, int(wait)))
+        self._wait_for_nodes(m, cpu, [target], "smp_call_function_single")
+        later = lib.IPI_WAIT_LATER if wait else lib.IPI_NO_WAIT
+        sent = lib.smp_call_function_single(m, cpu, target, function, argument, later)
+        return self._sent(m, cpu, [target], sent, bool(wait))
+
+    def on_each_cpu(self, m: MachinePtr, cpu: CpuId, function: IpiFunction, argument: int, wait: int) -> int:
+        execution = self.control.execution
+        if execution is None:
+            return int(lib.on_each_cpu(m, cpu, function, argument, int(wait)))
+        targets = [target for target in map(CpuId, range(self.control.machine.pcpus)) if target != cpu]
+        self._wait_for_nodes(m, cpu, targets, "on_each_cpu")
+        later = lib.IPI_WAIT_LATER if wait else lib.IPI_NO_WAIT
+        sent = lib.on_each_cpu(m, cpu, function, argument, later)
+        if cpu < self.control.machine.pcpus:
+            execution.touch(0, self.control.bit("tlb", cpu))
+        return self._sent(m, cpu, targets, sent, bool(wait))
+
+    def _wait_for_nodes(self, m: MachinePtr, cpu: CpuId, targets: list[CpuId], what: str) -> None:
+        """csd_lock(): a node per sender and target is in use until it is acknowledged."""
+        execution = self.control.execution
+        assert execution is not None
+        calls = self.control.objects.mask(("calls", target) for target in targets)
+        busy = lib.csd_busy
+        label = (what, tuple(targets), "write")
+        if any(busy(m, cpu, target) for target in targets):
+            execution.step(
+                label,
+                self.control.everything,
+                calls,
+                lambda: not any(busy(m, cpu, target) for target in targets),
+                "an earlier call",
+            )
+        else:
+            execution.step(label, self.control.everything, calls)
+
+    def _sent(self, m: MachinePtr, cpu: CpuId, targets: list[CpuId], sent: int, wait: bool) -> int:
+        """Interrupts are on their way; with `wait` until all are acknowledged."""
+        execution = self.control.execution
+        assert execution is not None
+        if sent < 0:
+            return sent
+        self.control.queued.update(targets)
+        if wait and targets:
+            busy = lib.csd_busy
+            execution.step(
+                ("acknowledgement", tuple(targets), "read"),
+                self.control.objects.mask(("calls", target) for target in targets),
+                0,
+                lambda: not any(busy(m, cpu, target) for target in targets),
+                "an acknowledgement by pCPU " + ", ".join(str(target) for target in targets),
+            )
+        return sent
+
+    # --- interrupts on and off ------------------------------------------------------------------------------
+
+    def local_irq_disable(self, m: MachinePtr, cpu: CpuId, where: Chars) -> int:
+        execution = self.control.execution
+        if execution is not None:
+            execution.touch(0, self.control.bit("irq", cpu))
+        return int(lib.local_irq_disable(m, cpu, where))
+
+    def local_irq_enable(self, m: MachinePtr, cpu: CpuId) -> int:
+        """An interrupt that has arrived meanwhile is taken at once."""
+        execution = self.control.execution
+        if execution is not None:
+            execution.touch(0, self.control.bit("irq", cpu))
+            if lib.cpu_attention(m, cpu) & lib.ATTENTION_IPI:
+                execution.touch(0, self.control.bit("calls", cpu) | self.control.bit("tlb", cpu))
+        return int(lib.local_irq_enable(m, cpu))
+
+    # --- the one wait of Python code ------------------------------------------------------------------------
+
+    def cpu_wait_event(self, m: MachinePtr, cpu: CpuId, seq: int, microseconds: int) -> int:
+        execution = self.control.execution
+        if execution is None:
+            if not microseconds:
+                raise MachineMisuse("a wait that nobody can end: no execution runs")
+            return 0
+        if microseconds == RELAX_MICROSECONDS:
+            # Whoever relaxes will look again.
+            execution.await_change(("cpu_relax", cpu, "read"))
+            return 0
+        if microseconds:
+            return 0  # a nap: it ends by itself, and others may go on at any time anyway
+        execution.step(
+            ("event", cpu, "read"),
+            self.control.bit("event", cpu),
+            0,
+            lambda: lib.cpu_event(m, cpu) != seq,
+            self.control.machine.cpus[cpu].waits_for or "an event",
+        )
+        return 0
+
+    def cpu_wake(self, m: MachinePtr, cpu: CpuId) -> None:
+        execution = self.control.execution
+        if execution is not None:
+            execution.touch(0, self.control.bit("event", cpu))
+        lib.cpu_wake(m, cpu)
+
+    # --- pCPUs are there all the time -----------------------------------------------------------------------
+
+    def cpu_take(self, m: MachinePtr, cpu: CpuId) -> int:
+        return 0 if self.control.execution is not None else int(lib.cpu_take(m, cpu))
+
+    def cpu_idle(self, m: MachinePtr, cpu: CpuId) -> int:
+        return 0 if self.control.execution is not None else int(lib.cpu_idle(m, cpu))

@@ -1,0 +1,360 @@
+"""One machine under control: which execution runs, and what its waits are about.
+
+Calls on other CPUs arrive when the scheduler says so (one daemon per pCPU), grace periods begin and end when
+it says so (one daemon).  What is locked, sent and read is remembered here, because conditions are tested
+before every step and must be cheap.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Hashable, Iterable, Sequence
+from functools import partial
+from typing import TYPE_CHECKING, Any, Final, NamedTuple
+
+from emulator.explore.engine.objects import Objects
+from emulator.explore.engine.scheduler import Execution
+from emulator.explore.machine.policy_memory import Memory
+from emulator.explore.machine.undeclared import Audit
+from emulator.litmus.world import rcu_cpu
+from emulator.machine.locks import RwSemaphore, SpinLock
+from emulator.machine.runtime import Cpu, Machine, MachineMisuse, Mode
+from emulator.points import PointKind
+from native import ffi, lib
+from native.types import CpuId, VcpuId, VmId
+
+if TYPE_CHECKING:
+    from emulator.explore.machine.adversary import Adversary
+    from emulator.explore.machine.policy_reads import PolicyReads
+    from native._native import Array, GuestOp
+
+_FIRST_VM: Final = VmId(0)
+
+# Points of KVM's code whose access is a native call right behind them, which is a step itself.
+_COVERED: Final[frozenset[PointKind]] = frozenset(
+    {
+        "call_queue",
+        "call_rcu",
+        "frames",
+        "guest",
+        "mm",
+        "mmu_invalidate_seq",
+        "mmu_lock",
+        "mode",
+        "plain store",
+        "rcu",
+        "requests",
+        "smp_mb",
+        "spte",
+        "sptes",
+        "tlb",
+        "unlocking",
+        "vcpu->cpu",
+    }
+)
+
+
+class RwLock:
+    """Who holds an mmu_lock; `holders`: on which CPUs."""
+
+    __slots__ = ("holders", "readers", "waiting", "writer")
+
+    def __init__(self) -> None:
+        self.holders: list[int] = []
+        self.readers = 0
+        self.writer = False
+        self.waiting = 0
+
+
+class Readers:
+    """Read sections of RCU or one VM's SRCU, by whoever is in them; `left` counts how often they left.
+
+    Who waits for readers looks twice: at who is inside, and then whether those have left.  Shared objects
+    are who enters ("rcu", "srcu") and, one for each reader, that it left ("rcu left", "srcu left"): the first
+    look does not care whether somebody leaves just before or after it, the second not who enters, nor who
+    leaves that was not inside.
+    """
+
+    __slots__ = ("depth", "left")
+
+    def __init__(self) -> None:
+        self.depth: dict[int, int] = {}
+        self.left: dict[int, int] = {}
+
+    def enter(self, who: int) -> None:
+        self.depth[who] = self.depth.get(who, 0) + 1
+
+    def leave(self, who: int) -> None:
+        depth = self.depth[who] = max(0, self.depth.get(who, 0) - 1)
+        if not depth:
+            self.left[who] = self.left.get(who, 0) + 1
+
+    def now(self) -> tuple[tuple[int, int], ...]:
+        """Those inside, for `gone`."""
+        return tuple((who, self.left.get(who, 0)) for who, depth in self.depth.items() if depth > 0)
+
+    def gone(self, before: tuple[tuple[int, int], ...]) -> bool:
+        return all(self.left.get(who, 0) != left for who, left in before)
+
+
+class Walks(NamedTuple):
+    """Hardware walks; SPTEs in which they set A or D; uses that only the ledger of rights can judge."""
+
+    misses: int
+    updates: int
+    judged: int
+
+
+class Control:
+    """`execution` is None between executions: then native calls go straight through, and waits must have an
+    end without anybody else."""
+
+    def __init__(self, machine: Machine, objects: Objects) -> None:
+        self.machine = machine
+        self.objects = objects
+        self._bits = objects.bits
+        self.execution: Execution | None = None
+        self.everything = objects.bit(("everything",))
+        self.vm_of_vcpu: dict[VcpuId, VmId] = {}
+        self.memory = Memory()
+        self.paging: frozenset[int] = frozenset()  # VMs whose guests have page tables
+        self.logging: frozenset[int] = frozenset()  # VMs whose memory is copied by what a dirty log names
+        self.programs: dict[VcpuId, Array[GuestOp]] = {}  # what each vCPU's guest executes
+        self.adversary: Adversary | None = None
+        self.policy_reads: PolicyReads | None = None  # a user's policy is explored
+        self.lib: Any = lib  # as explored code sees it
+        self.queues = 0  # of stores that are not visible yet (store_buffers.py)
+        self.lib_class: Callable[[Control], Any] | None = None  # instead of the usual ControlledLib
+        self._counters = ffi.new("uint64_t[]", lib.COUNTERS)
+        self._violations = ffi.new("uint64_t[]", lib.VIOLATIONS)
+        self._violations_now: Any = ffi.buffer(self._violations)
+        self.forget()
+        self.audit: Audit | None = None
+        self.reset()
+
+    def reset(self) -> None:
+        self.mmu_locks: dict[int, RwLock] = {}
+        self.rcu = Readers()
+        self.srcu: dict[int, Readers] = {}
+        self.freed: list[int] = []  # tables given to call_rcu() since the last grace period began
+        self.root_of: dict[int, int] = {}  # that each vCPU has loaded
+        self.queued: set[int] = set()  # pCPUs to which an interrupt is on its way
+        self.callbacks_run = 0
+
+    @staticmethod
+    def is_step(kind: str) -> bool:
+        """Is a point of this kind the beginning of a step, or is that the call behind it?"""
+        return kind not in _COVERED and kind not in ("unlock", "up")
+
+    def bit(self, *name: Hashable) -> int:
+        return self._bits.get(name) or self.objects.bit(name)
+
+    def mmu_lock(self, vm: VmId) -> RwLock:
+        lock = self.mmu_locks.get(vm)
+        if lock is None:
+            lock = self.mmu_locks[vm] = RwLock()
+        return lock
+
+    def srcu_of(self, vm: VmId) -> Readers:
+        readers = self.srcu.get(vm)
+        if readers is None:
+            readers = self.srcu[vm] = Readers()
+        return readers
+
+    def left(self, name: str, readers: Iterable[tuple[int, int]], *of: Hashable) -> int:
+        """What those inside do when they leave."""
+        return self.objects.mask((name, *of, who) for who, _ in readers)
+
+    def custody_of_tables(self, tables: Iterable[int]) -> int:
+        """Whether these are free; roots are tables, too."""
+        return self.objects.mask(("custody of table", hfn) for hfn in tables)
+
+    def frees(self, tables: Sequence[int]) -> int:
+        """What callbacks write that free these."""
+        roots = self.root_frames
+        mask = self.custody_of_tables(tables)
+        for hfn in tables:
+            if hfn in roots:
+                mask |= self.bit("frames", "root")
+            else:
+                mask |= self.bit("frames", "table") | self.bit("custody of tables")
+        return mask
+
+    @property
+    def root_frames(self) -> range:
+        """Host frames that can be roots; frame 0 is nobody's."""
+        return range(1, self.machine.config["root_frames"] + 1)
+
+    def custody_of_root(self, vcpu: VcpuId | None = None) -> int:
+        """What a walk of this vCPU's begins with: of any root if it was loaded before the execution, or if
+        nobody knows whose walk it is."""
+        root = None if vcpu is None else self.root_of.get(vcpu)
+        return self.custody_of_tables(self.root_frames if root is None else (root,))
+
+    # --- the hook at KVM's ordering points ------------------------------------------------------------------
+
+    def point(self, cpu: Cpu, kind: PointKind, obj: Any, mode: Mode) -> None:
+        if self.audit is not None:
+            self.audit.announced = kind
+        if kind in _COVERED:
+            return
+        execution = self.execution
+        if kind in ("policy", "policy answers"):
+            self._policy(execution, kind, obj)
+        elif execution is None:
+            return
+        elif kind == "lock":
+            self._lock(execution, obj)
+        elif kind == "unlock":
+            execution.touch(0, self.bit("lock", obj.name))
+        elif kind == "down":
+            self._down(execution, obj, mode)
+        elif kind == "up":
+            mask = self.bit("lock", obj.name)
+            execution.touch(*((mask, 0) if mode == "read" else (0, mask)))
+        else:
+            mask = self.bit(kind, obj)
+            execution.step((kind, obj, mode), *((mask, 0) if mode == "read" else (0, mask)))
+
+    def _policy(self, execution: Execution | None, kind: str, obj: Any) -> None:
+        """A user's policy is asked, or answers; before the execution as well."""
+        if kind == "policy":
+            if execution is not None:
+                execution.step((kind, obj, "write"), 0, self.bit(kind, obj))
+                self.memory.asking(execution.current.index)
+            if self.policy_reads is not None:
+                self.policy_reads.begin()
+            return
+        if self.policy_reads is not None:
+            self.policy_reads.end()
+        if execution is not None:
+            # A turn of a loop is not like the one before if the policy has counted it, say.
+            execution.current.changed |= self.memory.changed(execution.current.index)
+
+    def _lock(self, execution: Execution, lock: Any) -> None:
+        mask = self.bit("lock", lock.name)
+        token = lock._token
+        label = ("spinlock" if isinstance(lock, SpinLock) else "mutex", lock.name, "write")
+        execution.current.holders = lambda: (lock.owner,) if lock.owner >= 0 else ()
+        execution.step(label, 0, mask, lambda: bool(token), lock.name)
+        execution.current.holders = tuple
+
+    def _down(self, execution: Execution, semaphore: RwSemaphore, mode: Mode) -> None:
+        """Readers do not exclude each other, so the order in which they come makes no difference."""
+        mask = self.bit("lock", semaphore.name)
+        masks = (mask, 0) if mode == "read" else (0, mask)
+        free = partial(semaphore.free_for, mode == "write")
+        execution.step(("rwsem", semaphore.name, mode), *masks, free, semaphore.name)
+
+    # --- daemons --------------------------------------------------------------------------------------------
+
+    def spawn_daemons(self, execution: Execution) -> None:
+        for number in map(CpuId, range(self.machine.pcpus)):
+            execution.spawn(f"irq{number}", self._interrupts(execution, number), daemon=True)
+        execution.spawn("rcu", self._grace_periods(execution), daemon=True)
+
+    def _interrupts(self, execution: Execution, number: CpuId) -> Callable[[], None]:
+        """An interrupt is on its way for as long as the scheduler likes."""
+        calls, irq = self.bit("calls", number), self.bit("irq", number)
+        tlb, queued, m = self.bit("tlb", number), self.queued, self.machine.m
+        stores, arrives = self.interruptible(number)
+
+        def body() -> None:
+            while True:
+                execution.step(("interrupt", number, "write"), stores, calls | irq, arrives, "an IPI")
+                queued.discard(number)
+                if lib.ipi_arrive(m, number):
+                    execution.touch(0, tlb)
+
+        return body
+
+    def interruptible(self, number: CpuId) -> tuple[int, Callable[[], object]]:
+        """When an interrupt can arrive, and what that depends on besides."""
+        return 0, partial(self.queued.__contains__, number)
+
+    def _grace_periods(self, execution: Execution) -> Callable[[], None]:
+        callbacks, rcu = self.bit("callbacks"), self.bit("rcu")
+        m, cpu = self.machine.m, rcu_cpu(self.machine).id
+
+        def body() -> None:
+            while True:
+                execution.step(
+                    ("grace period", "begins", "write"),
+                    self.queues | callbacks,
+                    rcu,
+                    partial(lib.rcu_pending, m),
+                    "callbacks",
+                )
+                before = self.rcu.now()
+                due = range(self.callbacks_run, self.callbacks_run + lib.rcu_pending(m))
+                lib.rcu_gp_begin(m, cpu)
+                done = self.objects.mask(("callbacks done", number) for number in due)
+                frees, self.freed = self.frees(self.freed), []
+                execution.step(
+                    ("grace period", "ends", "write"),
+                    self.queues,
+                    frees | done | self.left("rcu left", before),
+                    partial(self.rcu.gone, before),
+                    "readers of RCU",
+                )
+                run = lib.rcu_gp_end(m, cpu)
+                if run < 0:
+                    raise MachineMisuse(f"a reader of RCU on CPU {lib.rcu_holdout(m)} that explore missed")
+                self.callbacks_run += run
+
+        return body
+
+    # --- between executions ---------------------------------------------------------------------------------
+
+    def run_callbacks(self) -> None:
+        """rcu_barrier() when nobody else runs."""
+        m, cpu = self.machine.m, rcu_cpu(self.machine).id
+        while lib.rcu_pending(m):
+            lib.rcu_gp_begin(m, cpu)
+            if lib.rcu_gp_end(m, cpu) < 0:
+                raise MachineMisuse(f"CPU {lib.rcu_holdout(m)} stays in a read section of RCU")
+
+    # --- what happened --------------------------------------------------------------------------------------
+
+    def walks(self, cpu: CpuId) -> Walks:
+        """On this pCPU so far."""
+        lib.counters_read(self.machine.m, cpu, self._counters)
+        of = self._counters
+        misses = of[lib.COUNT_L2_MISSES] + of[lib.COUNT_GPA_LOOKUPS]
+        return Walks(misses, of[lib.COUNT_WALK_UPDATES], of[lib.COUNT_ORACLE_SLOW])
+
+    def caches_tables(self, cpu: CpuId) -> bool:
+        """Whether this pCPU's paging-structure caches hold anything."""
+        return bool(lib.psc_dump(lib.cpu_tlb(self.machine.m, cpu), ffi.NULL, 0))
+
+    def next_op(self, vcpu: VcpuId) -> GuestOp | None:
+        """The operation that the guest does next; None at the end of its program."""
+        ops = self.programs[vcpu]
+        position = lib.guest_program_position(self.machine.m, vcpu)
+        return ops[position] if position < len(ops) else None
+
+    def contents(self, vm: VmId, page: int | None) -> int:
+        """Return what a store of the guest changes of the contents that user space copies.  `page` None:
+        flags in the guest's tables."""
+        if vm not in self.logging:
+            return 0
+        contents = self.bit("contents", vm)
+        return contents if page is None or vm in self.paging else contents | self.bit("contents", vm, page)
+
+    def vm_of(self, vcpu: VcpuId) -> VmId:
+        return self.vm_of_vcpu.get(vcpu, _FIRST_VM)
+
+    def violations(self) -> list[int]:
+        """How many of each kind the oracle has reported."""
+        lib.oracle_counts(self.machine.m, self._violations)
+        return list(self._violations)
+
+    def forget(self) -> None:
+        """What was reported until now belongs to earlier executions."""
+        self.known = self.violations()
+        self._violations_known: bytes = self._violations_now[:]
+
+    def judge(self) -> None:
+        """After an access: one violation is enough."""
+        lib.oracle_counts(self.machine.m, self._violations)
+        if self.execution is not None and self._violations_now[:] != self._violations_known:
+            self.execution.stop()

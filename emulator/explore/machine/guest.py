@@ -1,0 +1,149 @@
+"""Guest mode as explored code sees it, operation by operation, and the pages of the host behind it."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Final
+
+from emulator.explore.engine.objects import bits
+from emulator.explore.engine.scheduler import Execution
+from emulator.explore.machine.control import Control
+from native import lib
+from native.types import CpuId, VcpuId, VmId
+
+if TYPE_CHECKING:
+    from native._native import Array, GuestOp, MachinePtr, MmPagePtr, VcpuExitPtr
+
+_FLAGS = ("GUEST_OP_NOFLUSH", "GUEST_OP_READ_ONLY", "GUEST_OP_GLOBAL", "GUEST_OP_HUGE")
+
+EXIT_REASONS: Final[int] = lib.EXIT_REASONS
+GUEST_OP_NAMES: Final = {
+    getattr(lib, name): name.removeprefix("GUEST_OP_").replace("_", " ").lower()
+    for name in dir(lib)
+    if name.startswith("GUEST_OP_") and name not in _FLAGS
+}
+_WRITE: Final[int] = lib.GUEST_OP_WRITE
+_STORES: Final = frozenset({_WRITE, lib.GUEST_OP_MAP, lib.GUEST_OP_UNMAP, lib.GUEST_OP_PROTECT})
+
+
+class GuestMode:
+    """From VM entry to VM exit: an operation of the guest is a step."""
+
+    control: Control
+
+    def __init__(self) -> None:
+        # By CPU and VM: the shared objects of a guest's step.
+        self._guest_masks: dict[tuple[int, int], tuple[int, int, int, int]] = {}
+
+    def guest_set_program(self, m: MachinePtr, vcpu: VcpuId, ops: Array[GuestOp], n: int) -> int:
+        self.control.programs[vcpu] = ops
+        return int(lib.guest_set_program(m, vcpu, ops, n))
+
+    def guest_run(self, m: MachinePtr, cpu: CpuId, vcpu: VcpuId, budget: int, out: VcpuExitPtr) -> int:
+        """From VM entry to VM exit: one operation of the guest's program is one step, with its whole walk; no
+        interrupt comes inside an instruction."""
+        execution = self.control.execution
+        if execution is None:
+            return int(lib.guest_run(m, cpu, vcpu, budget, out))
+        result = lib.guest_enter(m, cpu, vcpu, budget, out)
+        if result < 0:
+            return int(result)
+        reason = EXIT_REASONS
+        while reason == EXIT_REASONS:
+            reason = self._guest_step(execution, m, cpu, vcpu)
+        bit = self.control.bit
+        execution.step(("mode", vcpu, "write"), 0, bit("irq", cpu) | bit("mode", vcpu))
+        if reason == lib.EXIT_INTERRUPT or lib.cpu_attention(m, cpu) & lib.ATTENTION_IPI:
+            execution.touch(0, bit("calls", cpu) | bit("tlb", cpu))
+        return int(lib.guest_leave(m, cpu, reason))
+
+    def _guest_step(self, execution: Execution, m: MachinePtr, cpu: CpuId, vcpu: VcpuId) -> int:
+        control = self.control
+        op = control.next_op(vcpu)
+        if op is None or op.kind == lib.GUEST_OP_SIGNAL:
+            # Progress belongs to the operation before; the end of a program is nothing by itself.
+            if op is not None:
+                execution.touch(0, control.bit("progress", op.value))
+            return int(lib.guest_step(m, cpu))
+        if op.kind == lib.GUEST_OP_WAIT:
+            self._guest_wait(execution, m, cpu, op)
+            return int(lib.guest_step(m, cpu))
+        vm = control.vm_of(vcpu)
+        masks = self._guest_masks.get((cpu, vm))
+        if masks is None:
+            bit = control.bit
+            memory = bit("memory", vm)
+            reads = bit("irq", cpu) | bit("custody") | control.everything | memory
+            masks = self._guest_masks[cpu, vm] = (reads, bit("tlb", cpu), memory, bit("ept"))
+        reads, tlb, memory, ept = masks
+        execution.step(
+            (GUEST_OP_NAMES[op.kind], (vcpu, op.linear >> 12), "write" if op.kind == _WRITE else "read"),
+            reads,
+            tlb,
+        )
+        before, cached = control.walks(cpu), control.caches_tables(cpu)
+        reason = int(lib.guest_step(m, cpu))
+        now = control.walks(cpu)
+        walked = now.misses != before.misses or reason == lib.EXIT_EPT_VIOLATION
+        stored = op.kind in _STORES or (walked and vm in control.paging)
+        if walked:
+            # From the root on a walk meets linked tables only; what a cached pointer leads to may be free.
+            root = control.custody_of_root(vcpu)
+            execution.touch(ept | root | (control.bit("custody of tables") if cached else 0), 0)
+        elif now.judged != before.judged:
+            # An SPTE that grants a right again makes legal what was not.
+            execution.touch(ept, 0)
+        if now.updates != before.updates:
+            execution.touch(0, ept)
+        if stored:
+            execution.touch(0, memory)
+            if reason != lib.EXIT_EPT_VIOLATION or vm in control.paging:
+                execution.touch(0, control.contents(vm, op.linear >> 12))
+        self._performed(execution, cpu, vm, op, walked)
+        control.judge()
+        return reason
+
+    def _performed(self, execution: Execution, cpu: CpuId, vm: VmId, op: GuestOp, walked: bool) -> None:
+        """For who else watches guests; `walked`: the TLB did not hold the translation."""
+
+    def _guest_wait(self, execution: Execution, m: MachinePtr, cpu: CpuId, op: GuestOp) -> None:
+        slot, value = int(op.linear), int(op.value)
+        execution.step(
+            ("guest waits", slot, "read"),
+            self.control.bit("progress", slot) | self.control.bit("irq", cpu),
+            0,
+            lambda: lib.signal_get(m, slot) >= value or bool(lib.cpu_attention(m, cpu)),
+            f"{value} operations of thread {slot}",
+        )
+
+    def mm_image_copy(self, m: MachinePtr, vm: VmId, base: int, mask: int) -> int:
+        """Copy pages in one step, which conflicts with stores to them; with paging a store may go to any
+        page.  The host moves contents, and does not change them."""
+        control = self.control
+        if control.execution is not None:
+            pages = [base + offset for offset in bits(mask)]
+            reads = control.objects.mask(("contents", vm, page) for page in pages)
+            if vm in control.paging:
+                reads = control.bit("contents", vm)
+            label = ("copy", tuple(pages), "read")
+            control.execution.step(label, reads | control.everything, 0)
+        return int(lib.mm_image_copy(m, vm, base, mask))
+
+    def mm_image_copy_all(self, m: MachinePtr, vm: VmId) -> int:
+        control = self.control
+        if control.execution is not None:
+            reads = control.bit("contents", vm) | control.everything
+            control.execution.step(("copy", "all pages", "read"), reads, 0)
+        return int(lib.mm_image_copy_all(m, vm))
+
+    def mm_fault(self, m: MachinePtr, cpu: CpuId, vm: VmId, hva: int, write: int, page: MmPagePtr) -> int:
+        control = self.control
+        execution = control.execution
+        if execution is not None:
+            bit = control.bit
+            writes = 0 if lib.mm_present(m, vm, hva, hva + 1) else bit("mm", vm) | bit("frames", "guest")
+            execution.step(
+                ("mm", (vm, hva), "read"), bit("mm", vm) | bit("custody") | control.everything, writes
+            )
+            if not lib.mm_present(m, vm, hva, hva + 1):
+                execution.touch(0, bit("mm", vm) | bit("frames", "guest"))
+        return int(lib.mm_fault(m, cpu, vm, hva, write, page))

@@ -1,0 +1,130 @@
+"""The native library as explored code sees it.
+
+KVM's modules call `lib.f(...)` of their own global `lib`; while a machine is explored that is an object of
+this class.  A call that touches what others touch, too, is a step with a footprint (most of them are in
+emulator.explore.machine.footprints); a call that would wait is a step with a condition, and then the native call does
+not wait.  Everything else is the native function itself.
+"""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Iterator
+from contextlib import ExitStack, contextmanager
+from types import ModuleType
+from typing import Any
+
+from emulator.explore.machine.calls import Calls
+from emulator.explore.machine.control import Control
+from emulator.explore.machine.footprints import FOOTPRINTS, LOCAL, UNSHARED, Footprint
+from emulator.explore.machine.guest import GuestMode
+from emulator.explore.machine.locks import Locks
+from native import lib
+
+_PACKAGES = (
+    "emulator.kvm",
+    "emulator.litmus",
+    "emulator.actors.image",
+    "emulator.actors.task",
+    "emulator.actors.user_memory",
+)
+_MODULES = ("emulator.machine.runtime", "emulator.machine.locks")
+
+
+def instrumented_modules() -> list[ModuleType]:
+    """The modules whose code is explored."""
+    return [
+        module
+        for name, module in sorted(sys.modules.items())
+        if (name.startswith(_PACKAGES) or name in _MODULES) and getattr(module, "lib", None) is not None
+    ]
+
+
+@contextmanager
+def installed(control: Control) -> Iterator[None]:
+    """Explored code calls this library, and its ordering points tell `control`."""
+    modules = instrumented_modules()
+    originals = [module.__dict__["lib"] for module in modules]
+    controlled = control.lib = (control.lib_class or ControlledLib)(control)
+    control.machine.install(control.point)
+    for module in modules:
+        module.__dict__["lib"] = controlled
+    try:
+        with ExitStack() as stack:
+            if control.policy_reads is not None:
+                stack.enter_context(control.policy_reads.watching())
+            yield
+    finally:
+        for module, original in zip(modules, originals, strict=True):
+            module.__dict__["lib"] = original
+        control.machine.install(None)
+
+
+class ControlledLib(Locks, Calls, GuestMode):
+    """Attributes are native functions and constants, or what stands for them."""
+
+    def __init__(self, control: Control) -> None:
+        self.control = control
+        super().__init__()
+        own = {name for name in dir(type(self)) if not name.startswith("_")}
+        for name in dir(lib):
+            if name in own:
+                continue
+            value = getattr(lib, name)
+            if callable(value) and name not in LOCAL:
+                value = self._stepped(name, value, FOOTPRINTS.get(name))
+            elif callable(value) and control.policy_reads is not None and name not in UNSHARED:
+                value = self._told(name, value)
+            self.__dict__[name] = value
+
+    def _told(self, name: str, native: Any) -> Any:
+        """`native`, which is no step because KVM's next ones do not depend on it; a policy's answer may."""
+        reads = self.control.policy_reads
+        assert reads is not None
+
+        def told(*args: Any) -> Any:
+            if reads.asking and reads.asks():
+                reads.cannot_watch(f"calls {name}()")
+            return native(*args)
+
+        return told
+
+    def _stepped(self, name: str, native: Any, footprint: Footprint | None) -> Any:
+        """`native` as a step.  What nobody has described conflicts with everything."""
+        control = self.control
+        everything, policy_reads = control.everything, control.policy_reads
+        if footprint is None:
+
+            def unknown(*args: Any) -> Any:
+                execution = control.execution
+                if control.audit is not None and execution is not None:
+                    control.audit.undescribed(name)
+                if execution is not None:
+                    execution.step((name, None, "write"), 0, everything)
+                if policy_reads is not None and policy_reads.asks():
+                    policy_reads.cannot_watch(f"calls {name}()")
+                return native(*args)
+
+            return unknown
+        access, step = footprint.bind(name, control), footprint.step
+        outcome, seen = footprint.outcome, footprint.seen
+
+        def stepped(*args: Any) -> Any:
+            execution = control.execution
+            if execution is None:
+                return native(*args)
+            label, reads, writes = access(args)
+            if step or (policy_reads is not None and policy_reads.asks()):
+                if control.audit is not None and not execution.aborting:
+                    control.audit.access(name)
+                execution.step(label, reads | everything, writes)
+            else:
+                execution.touch(reads, writes)
+            result = native(*args)
+            if outcome is not None:
+                execution.touch(0, outcome(control, args, result))
+            if seen is not None:
+                execution.touch(seen(control, args), 0)
+            return result
+
+        return stepped

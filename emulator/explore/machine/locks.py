@@ -1,0 +1,174 @@
+"""mmu_lock, RCU and SRCU as explored code sees them: who waits for whom is the scheduler's."""
+
+from __future__ import annotations
+
+from functools import partial
+from typing import TYPE_CHECKING
+
+from emulator.explore.engine.scheduler import Execution
+from emulator.explore.machine.control import Control, RwLock
+from native import lib
+from native.types import CpuId, VmId
+
+if TYPE_CHECKING:
+    from native._native import MachinePtr
+
+
+class Locks:
+    """Native functions that stand for what may have to wait for other holders or readers."""
+
+    control: Control
+
+    # --- mmu_lock -------------------------------------------------------------------------------------------
+
+    def mmu_read_trylock(self, m: MachinePtr, cpu: CpuId, vm: VmId) -> int:
+        execution = self.control.execution
+        if execution is not None:
+            lock = self.control.mmu_lock(vm)
+            self._wait_for_mmu_lock(execution, vm, lock, False)
+            lock.readers += 1
+            lock.holders.append(cpu)
+        return int(lib.mmu_read_trylock(m, cpu, vm))
+
+    def mmu_write_trylock(self, m: MachinePtr, cpu: CpuId, vm: VmId) -> int:
+        execution = self.control.execution
+        if execution is not None:
+            lock = self.control.mmu_lock(vm)
+            self._wait_for_mmu_lock(execution, vm, lock, True)
+            lock.writer = True
+            lock.holders.append(cpu)
+        return int(lib.mmu_write_trylock(m, cpu, vm))
+
+    def _wait_for_mmu_lock(self, execution: Execution, vm: VmId, lock: RwLock, write: bool) -> None:
+        control = self.control
+        mask = control.bit("mmu_lock", vm)
+        waiters = control.bit("mmu_lock waiters", vm)
+        # A look at the lock, which for a writer is another one before and after a reader comes or goes.
+        contended = lock.writer or (write and lock.readers > 0)
+        execution.touch(0 if write else mask, mask if write else 0)
+        if contended:
+            lock.waiting += 1
+            execution.touch(0, waiters)
+        label = ("mmu_lock", vm, "write" if write else "read")
+        execution.current.holders = lambda: tuple(dict.fromkeys(lock.holders))
+        if write:
+            execution.step(label, 0, mask, lambda: not (lock.writer or lock.readers), "mmu_lock")
+        else:
+            execution.step(label, mask, 0, lambda: not lock.writer, "mmu_lock")
+        execution.current.holders = tuple
+        if contended:
+            lock.waiting -= 1
+            execution.touch(0, waiters)
+
+    def mmu_read_unlock(self, m: MachinePtr, cpu: CpuId, vm: VmId) -> None:
+        execution = self.control.execution
+        if execution is not None:
+            lock = self.control.mmu_lock(vm)
+            lock.readers -= 1
+            _drop(lock, cpu)
+            execution.touch(self.control.bit("mmu_lock", vm), 0)
+        lib.mmu_read_unlock(m, cpu, vm)
+
+    def mmu_write_unlock(self, m: MachinePtr, cpu: CpuId, vm: VmId) -> None:
+        execution = self.control.execution
+        if execution is not None:
+            lock = self.control.mmu_lock(vm)
+            lock.writer = False
+            _drop(lock, cpu)
+            execution.touch(0, self.control.bit("mmu_lock", vm))
+        lib.mmu_write_unlock(m, cpu, vm)
+
+    def mmu_lock_needbreak(self, m: MachinePtr, vm: VmId) -> int:
+        execution = self.control.execution
+        if execution is None:
+            return int(lib.mmu_lock_needbreak(m, vm))
+        execution.step(
+            ("needbreak", vm, "read"),
+            self.control.bit("mmu_lock waiters", vm) | self.control.everything,
+            0,
+        )
+        return int(self.control.mmu_lock(vm).waiting > 0)
+
+    # --- RCU and SRCU ---------------------------------------------------------------------------------------
+
+    def rcu_read_lock(self, m: MachinePtr, cpu: CpuId) -> None:
+        execution = self.control.execution
+        if execution is not None:
+            execution.step(("rcu_read_lock", cpu, "read"), self.control.bit("rcu"), 0)
+            self.control.rcu.enter(cpu)
+        lib.rcu_read_lock(m, cpu)
+
+    def rcu_read_unlock(self, m: MachinePtr, cpu: CpuId) -> None:
+        execution = self.control.execution
+        if execution is not None:
+            execution.touch(self.control.bit("rcu left", cpu), 0)
+            self.control.rcu.leave(cpu)
+        lib.rcu_read_unlock(m, cpu)
+
+    def rcu_barrier(self, m: MachinePtr, cpu: CpuId) -> int:
+        control = self.control
+        execution = control.execution
+        if execution is None:
+            control.run_callbacks()
+            return 0
+        # Run or pending, they are counted all the same: only one that is queued makes a difference.
+        execution.step(("rcu_barrier", None, "read"), control.bit("callbacks") | control.everything, 0)
+        wanted = control.callbacks_run + lib.rcu_pending(m)
+        execution.step(
+            ("rcu_barrier", "done", "read"),
+            control.bit("callbacks done", wanted - 1),
+            0,
+            lambda: control.callbacks_run >= wanted,
+            "RCU callbacks",
+        )
+        return 0
+
+    def synchronize_rcu(self, m: MachinePtr, cpu: CpuId) -> int:
+        control = self.control
+        execution = control.execution
+        if execution is None:
+            return 0
+        execution.step(("synchronize_rcu", None, "write"), control.queues, control.bit("rcu"))
+        before = control.rcu.now()
+        gone, left = partial(control.rcu.gone, before), control.left("rcu left", before)
+        execution.step(("synchronize_rcu", "done", "write"), control.queues, left, gone, "readers of RCU")
+        return 0
+
+    def srcu_read_lock(self, m: MachinePtr, cpu: CpuId, vm: VmId) -> int:
+        control = self.control
+        execution = control.execution
+        if execution is not None:
+            execution.step(("srcu_read_lock", vm, "read"), control.bit("srcu", vm), 0)
+            control.srcu_of(vm).enter(execution.current.index)
+        return int(lib.srcu_read_lock(m, cpu, vm))
+
+    def srcu_read_unlock(self, m: MachinePtr, cpu: CpuId, vm: VmId, index: int) -> None:
+        control = self.control
+        execution = control.execution
+        if execution is not None:
+            who = execution.current.index
+            execution.touch(control.bit("srcu left", vm, who), 0)
+            control.srcu_of(vm).leave(who)
+        lib.srcu_read_unlock(m, cpu, vm, index)
+
+    def synchronize_srcu(self, m: MachinePtr, cpu: CpuId, vm: VmId) -> int:
+        control = self.control
+        execution = control.execution
+        if execution is None:
+            return int(lib.synchronize_srcu(m, cpu, vm))
+        readers = control.srcu_of(vm)
+        execution.step(("synchronize_srcu", vm, "write"), control.everything, control.bit("srcu", vm))
+        before = readers.now()
+        execution.step(
+            ("synchronize_srcu", (vm, "done"), "write"),
+            0,
+            control.left("srcu left", before, vm),
+            lambda: readers.gone(before),
+            "readers of SRCU",
+        )
+        return 0
+
+
+def _drop(lock: RwLock, cpu: CpuId) -> None:
+    if cpu in lock.holders:
+        lock.holders.remove(cpu)

@@ -1,0 +1,355 @@
+"""A litmus test as a program: its threads are tasks, on a machine that is put back to the start each time."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from typing import Any
+
+from emulator.actors.task import VcpuTask
+from emulator.explain.document import VMM
+from emulator.explore.engine.objects import Objects
+from emulator.explore.engine.scheduler import Execution, Task, Wait
+from emulator.explore.engine.snapshot import CannotRestore, Snapshot
+from emulator.explore.machine.adversary import AdversarialLib, Adversary
+from emulator.explore.machine.calls import Calls
+from emulator.explore.machine.control import Control
+from emulator.explore.machine.handed import Handed
+from emulator.explore.machine.options import NONE, Choices
+from emulator.explore.machine.policy_reads import NOTHING, Known, PolicyReads
+from emulator.explore.machine.store_buffer_lib import BufferedAdversarialLib, BufferedLib
+from emulator.explore.machine.store_buffers import BufferedControl, buffer_name
+from emulator.explore.strategies.search import Met
+from emulator.litmus.evidence import Evidence
+from emulator.litmus.failure import KVM_FAILS, LitmusFailure, failure_text
+from emulator.litmus.model import LitmusTest, Section
+from emulator.litmus.ops import Op
+from emulator.litmus.verdict import proven
+from emulator.litmus.world import LitmusThread, World, machine_config, rcu_cpu
+from emulator.machine.runtime import Cpu, Machine, OutOfMemory
+from emulator.policy import Policy
+from emulator.policy.user import source_of
+from native import VIOLATION_KINDS, lib
+from native.types import CpuId
+
+DEADLOCK = "deadlock"
+
+
+class ExploredWorld(World):
+    """Progress of threads is known to the scheduler.  Before and after an execution, grace periods are over
+    between any two operations."""
+
+    control: Control | None = None
+    single = True  # one SPTE changes in a step
+
+    def _run_sequence(self, sequence: list[tuple[LitmusThread, tuple[Op, ...]]]) -> None:
+        for thread, ops in sequence:
+            super()._run_sequence([(thread, ops)])
+            if self.control is not None:
+                self.control.run_callbacks()
+
+    def wait_progress(self, cpu: Cpu, thread: int, n: int) -> None:
+        control = self.control
+        if control is None or control.execution is None:
+            super().wait_progress(cpu, thread, n)
+            return
+        m, name = self.machine.m, tuple(self.threads)[thread]
+        control.execution.step(
+            ("progress", name, "read"),
+            control.bit("progress", thread),
+            0,
+            lambda: lib.signal_get(m, thread) >= n,
+            f"operation {n} of {name}",
+        )
+
+
+def _is_constant(obj: object) -> bool:
+    """Of an explored machine: what stays as it is, or belongs to the search."""
+    return (
+        isinstance(obj, LitmusTest | Section | Op | Control | Calls)
+        or type(obj) is Policy
+        or type(obj) is Handed
+    )
+
+
+def wait_text(wait: Mapping[str, Any]) -> str:
+    """Say which thread waits, where in KVM's code, for what, and which threads hold that."""
+    where = f" in {wait['function']}()" if wait["function"] else ""
+    held = f", held by {' and '.join(wait['held_by'])}" if wait["held_by"] else ""
+    return f"{wait['thread']}{where} waits for {wait['waits_for']}{held}"
+
+
+class LitmusProgram:
+    """One test under one policy.  Use inside `installed(program.control)`.
+
+    init is executed once; what it has come to is kept, and each execution begins with putting that back: the
+    core's memory (machine_restore), and the Python objects (`Snapshot`).  A user's policy may remember things
+    that cannot be put back; then, and with `rebuild`, each execution has a new machine.
+
+    known, frozen: what is watched of the accesses of a user's policy (policy_reads.py).
+    """
+
+    def __init__(
+        self,
+        test: LitmusTest,
+        policy: Policy,
+        choices: Choices = NONE,
+        *,
+        rebuild: bool = False,
+        known: Known = NOTHING,
+        frozen: bool = False,
+    ) -> None:
+        self.test = test
+        self.policy = policy
+        self.choices = choices
+        self.objects = Objects()
+        self._rebuilds = rebuild
+        self._initial: Snapshot | None = None
+        self._started = False
+        self.waits: list[dict[str, Any]] = []
+        self.machine = self._new_machine()
+        self.control = self._control()
+        self.reads: PolicyReads | None = None
+        source = source_of(policy)
+        if source is not None and policy.overrides():
+            self.reads = self.control.policy_reads = PolicyReads(
+                self.control, source.path, known, frozen=frozen
+            )
+        self._build_world()
+        self._evidence = Evidence(self.machine)
+        self._found: dict[str, int] | None = None  # of an execution that has come to its end
+        self._buffers = {buffer_name(name): cpu for cpu, name in self._buffered().items()}
+
+    def _control(self) -> Control:
+        choices = self.choices
+        control: Control
+        if choices.store_buffers:
+            control = buffered = BufferedControl(self.machine, self.objects)
+            buffered.cpu_of = self.cpu_of
+            control.lib_class = BufferedAdversarialLib if choices.adversary else BufferedLib
+        else:
+            control = Control(self.machine, self.objects)
+            control.lib_class = AdversarialLib if choices.adversary else None
+        if choices.adversary:
+            control.adversary = Adversary(self.test, control, choices)
+        return control
+
+    def _new_machine(self) -> Machine:
+        return Machine({**machine_config(self.test, 0), "snapshots": int(not self._rebuilds)})
+
+    def _build_world(self) -> None:
+        for cpu in self.machine.cpus[self.machine.pcpus :]:
+            lib.cpu_online(self.machine.m, cpu.id)
+        self.world = ExploredWorld(self.test, self.policy, self.machine)
+        self.world.control = self.control
+
+    def _rebuild(self) -> None:
+        self.machine.destroy()
+        self.machine = self.control.machine = self._new_machine()
+        self.machine.install(self.control.point)
+        self._evidence = Evidence(self.machine)
+        self._build_world()
+
+    def _prepare(self) -> None:
+        """To where the threads begin."""
+        control, world = self.control, self.world
+        control.forget()
+        if self.reads is not None:
+            self.reads.forget()
+        with self._told("init"):
+            world.reset()
+            control.memory.policy = world.policy
+            if self.reads is not None:
+                self.reads.adopt(world.policy)
+            world.run_init()
+            control.run_callbacks()
+        control.vm_of_vcpu = {vcpu.id: kvm.id for kvm in world.kvms for vcpu in kvm.vcpus}
+        control.paging = frozenset(
+            kvm.id for kvm, section in zip(world.kvms, self.test.vm, strict=True) if section.paging
+        )
+        control.logging = frozenset(world.kvms[vm].id for vm in world.logging)
+        self._take_pcpus()
+        if self.reads is not None:
+            self.reads.keep()
+        if not self._rebuilds:
+            self._keep()
+
+    def _keep(self) -> None:
+        try:
+            with self.policy.guarded():
+                self._initial = Snapshot(
+                    (self.world, self.machine, self.control.programs),
+                    _is_constant,
+                    {VcpuTask: frozenset({"_run"})},
+                    self.world.policy.module(),
+                )
+        except CannotRestore:
+            self._rebuilds = True
+            return
+        with self.policy.guarded():
+            self._initial.restore()  # as before each execution, the first one included
+        rc = lib.machine_snapshot(self.machine.m)
+        if rc == lib.MACHINE_NOMEM:
+            raise OutOfMemory("a copy of the machine")
+        self.world.main.check(rc)
+
+    def _put_back(self, initial: Snapshot) -> None:
+        """Whoever was in the middle of something has been unwound."""
+        for task in self._vcpu_tasks():
+            task.close()
+        self.world.main.check(lib.machine_restore(self.machine.m))
+        with self.policy.guarded():
+            initial.restore()
+        if self.reads is not None:
+            self.reads.put_back()
+        for task in self._vcpu_tasks():
+            task.restart()
+
+    def _vcpu_tasks(self) -> Iterator[VcpuTask]:
+        return (thread.task for thread in self.world.threads.values() if thread.task is not None)
+
+    def start(self, execution: Execution) -> None:
+        control = self.control
+        if self._initial is not None:
+            self._put_back(self._initial)
+        else:
+            if self._started:
+                self._rebuild()
+            self._started = True
+            self._prepare()
+        control.reset()
+        self._evidence.begin(self.world.kvms)
+        for thread in self.world.threads.values():
+            execution.spawn(thread.name, self._body(thread))
+        control.spawn_daemons(execution)
+        if isinstance(control, BufferedControl):
+            control.spawn_buffers(execution, self._buffered())
+        if control.adversary is not None:
+            control.adversary.spawn(execution, self.world)
+        if self.reads is not None:
+            execution.on_step_end = self.reads.step_ends
+        control.execution = execution
+        control.judge()
+
+    def _body(self, thread: LitmusThread) -> Callable[[], None]:
+        def body() -> None:
+            with self._told(thread.name):
+                thread.run()
+
+        return body
+
+    @contextmanager
+    def _told(self, who: str) -> Iterator[None]:
+        """What a policy can bring about besides violations comes out as a LitmusFailure."""
+        try:
+            yield
+        except KVM_FAILS as error:
+            alone = self.world.alone
+            raise LitmusFailure(failure_text(alone.name if alone else who, error)) from error
+
+    def finish(self, execution: Execution) -> str:
+        """... Raises LitmusFailure."""
+        control = self.control
+        control.execution = None
+        self._found = None
+        if self.reads is not None:
+            self.reads.check()
+        if execution.deadlock:
+            self.waits = [self._wait(execution, wait) for wait in execution.deadlock]
+            return f"{DEADLOCK}: " + ", ".join(map(wait_text, self.waits))
+        if not execution.stopped:
+            if not execution.clean:
+                return ""
+            self._run_final()
+            self._found = self._evidence.found(self.world.kvms)
+            self._end_migrations()
+            self._found |= self._evidence.compared(self.world.kvms)
+        return ", ".join(
+            kind
+            for kind, n, before in zip(VIOLATION_KINDS, control.violations(), control.known, strict=True)
+            if n > before
+        )
+
+    def _wait(self, execution: Execution, wait: Wait) -> dict[str, Any]:
+        """For recordings: a thread that waits for ever, its CPU, and the CPUs that hold what it waits for."""
+        task = next(task for task in execution.tasks if task.name == wait.task)
+        names = self.names()
+        return {
+            "thread": wait.task,
+            "cpu": self.cpu_of(task),
+            "function": wait.function,
+            "waits_for": wait.waits_for,
+            "held_by": [names.get(cpu, f"CPU {cpu}") for cpu in wait.holders],
+        }
+
+    def met(self) -> Met:
+        """Return what the execution that was finished last met: nothing, if it was cut short."""
+        found = self._found
+        return Met(False, {}) if found is None else Met(proven(self.test, found), found)
+
+    def abandon(self, execution: Execution) -> None:
+        """The execution was not finished: it is like another one, or a task has failed."""
+        self.control.execution = None
+        if self.reads is not None:
+            self.reads.check()
+
+    def _take_pcpus(self) -> None:
+        """All pCPUs run, whether somebody plays them or not; interrupts arrive when the scheduler says so."""
+        m = self.machine.m
+        for number in map(CpuId, range(self.machine.pcpus)):
+            self.world.main.check(lib.cpu_take(m, number))
+            lib.ipi_hold(m, number, 1)
+
+    def _run_final(self) -> None:
+        if not self.test.final and not self.world.logging:
+            return
+        m = self.machine.m
+        for number in map(CpuId, range(self.machine.pcpus)):
+            lib.ipi_hold(m, number, 0)
+            lib.ipi_arrive(m, number)
+            lib.cpu_idle(m, number)
+        with self._told("final"):
+            self.world.run_final()
+
+    def _end_migrations(self) -> None:
+        with self._told(VMM):
+            self.world.end_migrations()
+
+    # --- for recordings -------------------------------------------------------------------------------------
+
+    def names(self) -> dict[int, str]:
+        """Who is behind each CPU's number."""
+        names = {number: f"pcpu{number}" for number in range(self.machine.pcpus)}
+        for thread in self.world.threads.values():
+            names[thread.home.id] = thread.name
+        return names | {rcu_cpu(self.machine).id: "rcu", self.world.main.id: VMM}
+
+    def task_names(self) -> list[str]:
+        """In the order in which they are spawned."""
+        names = [*self.world.threads, *(f"irq{n}" for n in range(self.machine.pcpus)), "rcu"]
+        if self.choices.store_buffers:
+            names += map(buffer_name, self._buffered().values())
+        adversary = self.control.adversary
+        return names if adversary is None else [*names, *adversary.names]
+
+    def _buffered(self) -> dict[CpuId, str]:
+        """The CPUs that KVM's code runs on; a vCPU's thread is on a pCPU then."""
+        names = {number: f"pcpu{number}" for number in map(CpuId, range(self.machine.pcpus))}
+        others = (thread for thread in self.world.threads.values() if not thread.section.is_vcpu)
+        return names | {thread.home.id: thread.name for thread in others}
+
+    def cpu_of(self, task: Task) -> CpuId:
+        """The CPU that a task is on now."""
+        thread = self.world.threads.get(task.name)
+        if thread is not None:
+            return thread.cpu.id
+        if task.name.startswith("irq"):
+            return CpuId(int(task.name.removeprefix("irq")))
+        if task.name in self._buffers:
+            return self._buffers[task.name]
+        if self.control.adversary is not None and task.name in self.control.adversary.cpu_of:
+            return self.control.adversary.cpu_of[task.name]
+        return rcu_cpu(self.machine).id
+
+    def close(self) -> None:
+        self.machine.destroy()

@@ -1,0 +1,281 @@
+"""The native library where plain stores wait in store buffers: see store_buffers.py for what is one."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import TYPE_CHECKING, Any, Final
+
+from emulator.explore.engine.scheduler import Execution
+from emulator.explore.machine.adversary import AdversarialLib
+from emulator.explore.machine.control import Control
+from emulator.explore.machine.footprints import FOOTPRINTS, LOCAL, granted
+from emulator.explore.machine.lib import ControlledLib
+from emulator.explore.machine.store_buffers import BufferedControl, Key, Store
+from emulator.kvm.kvm_host import KVM_REQUEST_MASK
+from native import lib
+from native.types import CpuId, VcpuId, VmId
+
+if TYPE_CHECKING:
+    from native._native import U64, MachinePtr
+
+# Native calls that wait for the queue, besides those that FOOTPRINTS says write something.
+_FENCED: Final = (
+    "mmu_read_trylock",
+    "mmu_write_trylock",
+    "mmu_read_unlock",
+    "smp_call_function_many",
+    "smp_call_function_single",
+    "on_each_cpu",
+    "guest_run",
+    "mm_fault",
+    "rcu_barrier",
+    "synchronize_rcu",
+    "srcu_read_lock",
+    "synchronize_srcu",
+    "cpu_wait_event",
+    "cpu_wake",
+    "cpu_idle",
+)
+_MODES: Final = {
+    lib.OUTSIDE_GUEST_MODE: "OUTSIDE_GUEST_MODE",
+    lib.IN_GUEST_MODE: "IN_GUEST_MODE",
+    lib.EXITING_GUEST_MODE: "EXITING_GUEST_MODE",
+}
+
+# Loads of SPTEs, if the rest does not wait anyway.
+_READS_SPTES: Final = (
+    "tdp_mmu_get_walk",
+    "spte_read",
+    "tdp_table_holds",
+    "tdp_removal_begin",
+    "oracle_ticket",
+)
+
+Native = Callable[..., Any]
+
+
+class BufferedLib(ControlledLib):
+    """The native library where plain stores wait."""
+
+    control: BufferedControl
+
+    def __init__(self, control: Control) -> None:
+        assert isinstance(control, BufferedControl)
+        super().__init__(control)
+        writers = (name for name, one in FOOTPRINTS.items() if one.writes or one.outcome is not None)
+        unknown = (
+            name
+            for name in dir(lib)
+            if callable(getattr(lib, name)) and name not in FOOTPRINTS and name not in LOCAL
+        )
+        for name in dict.fromkeys((*writers, *_FENCED)):
+            self._replace(name, self._fenced)
+        for name in ("atomic64_inc_return", "test_and_set_bit"):
+            self._replace(name, self._fenced, "announced")
+        for name in unknown:
+            if not hasattr(ControlledLib, name):
+                self._replace(name, self._fenced)
+        for name in ("vcpu_mode", "vcpu_cpu"):
+            self._replace(name, self._loads, name)
+        for name in ("mmu_invalidate_seq", "mmu_invalidate_retry_gfn", "mmu_invalidate_retry_range"):
+            self._replace(name, self._settles, "mmu_invalidate")
+        for name in _READS_SPTES:
+            self._replace(name, self._settles, "spte")
+        self._replace("kvm_requests", self._settles, "request")
+        self._replace("kvm_test_request", self._settles, "request")
+        self._replace("atomic64_read", self._settles, "atomic64")
+        for name in ("mmu_invalidate_begin", "mmu_invalidate_range_add", "mmu_invalidate_end"):
+            self._replace(name, self._invalidates, name)
+        self._replace("kvm_check_request", self._checks)
+        self._replace("kvm_make_request", self._requests)
+        self._replace("atomic64_inc_return", self._increments)
+        plain = ("vcpu_set_mode", "vcpu_set_cpu", "bitmap_clear", "tdp_mmu_set_spte")
+        for name in (*plain, "local_irq_enable"):
+            self.__dict__[name] = getattr(self, f"_{name}")
+        self.__dict__["mmu_write_unlock"] = self._mmu_write_unlock
+        self.__dict__["srcu_read_unlock"] = self._srcu_read_unlock
+
+    def _replace(self, name: str, wrap: Callable[..., Native], *more: str) -> None:
+        self.__dict__[name] = wrap(getattr(self, name), *more)
+
+    def _cpu(self, execution: Execution) -> CpuId:
+        return self.control.cpu_of(execution.current)
+
+    # --- fences and loads -----------------------------------------------------------------------------------
+
+    def _fenced(self, call: Native, announced: str = "") -> Native:
+        """`announced`: not by itself, but by a point right before."""
+        control = self.control
+
+        def fenced(*args: Any) -> Any:
+            execution = control.execution
+            if execution is not None:
+                cpu = self._cpu(execution)
+                if cpu in control.stores.dirty:
+                    writes = execution.current.writes if announced else 0
+                    control.stores.fence(execution, cpu)
+                    execution.touch(0, writes)
+            return call(*args)
+
+        return fenced
+
+    def _settles(self, call: Native, name: str) -> Native:
+        """A load that waits for the CPU's own store there, if there is one."""
+        control = self.control
+
+        def load(*args: Any) -> Any:
+            execution = control.execution
+            if execution is not None:
+                cpu = self._cpu(execution)
+                if cpu in control.stores.dirty:
+                    execution.touch(control.stores.mask(cpu), 0)
+                    if any(store.key[0] == name for store in control.stores.queues[cpu]):
+                        control.stores.fence(execution, cpu)
+            return call(*args)
+
+        return load
+
+    def _loads(self, call: Native, name: str) -> Native:
+        control = self.control
+
+        def load(m: MachinePtr, vcpu: VcpuId) -> Any:
+            execution = control.execution
+            own = None
+            found = call(m, vcpu)
+            if execution is not None:
+                # In the load's own step: until now the store may have become visible, and others after it.
+                own = control.stores.pending(execution, self._cpu(execution), (name, vcpu))
+            return found if own is None else own.value
+
+        return load
+
+    def _checks(self, call: Native) -> Native:
+        """kvm_check_request(): a load, and clear_bit() if it is set."""
+        control = self.control
+        test = self.__dict__["kvm_test_request"]
+
+        def check(m: MachinePtr, vcpu: VcpuId, request: int) -> Any:
+            if control.execution is not None and not test(m, vcpu, request):
+                return 0
+            return call(m, vcpu, request)
+
+        return check
+
+    # --- stores ---------------------------------------------------------------------------------------------
+
+    def _store(
+        self, key: Key, value: int, what: str, writes: int, apply: Callable[[], object], reads: int = 0
+    ) -> None:
+        execution = self.control.execution
+        if execution is None:
+            apply()
+            return
+        self.control.stores.store(
+            execution, self._cpu(execution), Store(key, value, what, writes, apply, execution.current, reads)
+        )
+
+    def _vcpu_set_mode(self, m: MachinePtr, vcpu: VcpuId, mode: int) -> None:
+        what = f"v{vcpu}'s mode = {_MODES[mode]}"
+        self._store(
+            ("vcpu_mode", vcpu),
+            mode,
+            what,
+            self.control.bit("mode", vcpu),
+            lambda: lib.vcpu_set_mode(m, vcpu, mode),
+        )
+
+    def _vcpu_set_cpu(self, m: MachinePtr, vcpu: VcpuId, cpu: int) -> None:
+        what = f"v{vcpu}'s cpu = {cpu}"
+        bit = self.control.bit("vcpu->cpu", vcpu)
+        self._store(("vcpu_cpu", vcpu), cpu, what, bit, lambda: lib.vcpu_set_cpu(m, vcpu, cpu))
+
+    def _bitmap_clear(self, words: U64, n: int) -> None:
+        """Which one, the point before has said."""
+        execution = self.control.execution
+        writes = execution.current.writes if execution is not None else 0
+        self._store(("bitmap",), 0, "a root's mask is cleared", writes, lambda: lib.bitmap_clear(words, n))
+
+    def _tdp_mmu_set_spte(self, *args: Any) -> int:
+        """WRITE_ONCE() by the owner of a frozen SPTE, or under mmu_lock held for write."""
+        control, what = self.control, f"an SPTE of gfn {args[6]:#x}"
+        reads = control.custody_of_tables((args[3],)) | granted(control, args)
+        self._store(("spte",), 0, what, control.bit("ept"), lambda: lib.tdp_mmu_set_spte(*args), reads)
+        return 0  # nobody asks for what was there
+
+    def _invalidates(self, call: Native, name: str) -> Native:
+        native = getattr(lib, name)
+
+        def invalidate(m: MachinePtr, vm: VmId, *args: int) -> None:
+            bits = self.control.bit("mmu_invalidate_seq", vm) | self.control.bit(
+                "mmu_invalidate_in_progress", vm
+            )
+            self._store(("mmu_invalidate",), 0, f"{name}()", bits, lambda: native(m, vm, *args))
+
+        return invalidate
+
+    def _requests(self, call: Native) -> Native:
+        def make(m: MachinePtr, vcpu: VcpuId, request: int) -> None:
+            control = self.control
+            execution = control.execution
+            if execution is None or not control.is_plain(self._cpu(execution)):
+                call(m, vcpu, request)
+                return
+            bits = control.bit("request", vcpu, request & KVM_REQUEST_MASK) | control.bit("requests", vcpu)
+            what = f"a request to v{vcpu}"
+            self._store(("request",), 0, what, bits, lambda: lib.kvm_make_request(m, vcpu, request))
+
+        return make
+
+    def _increments(self, call: Native) -> Native:
+        """What a point has announced right before."""
+
+        def increment(counter: U64) -> None:
+            control = self.control
+            execution = control.execution
+            if execution is None or not control.is_plain(self._cpu(execution)):
+                call(counter)
+                return
+            writes = execution.current.writes
+            what = "a root's generation moves on"
+            self._store(("atomic64",), 0, what, writes, lambda: lib.atomic64_inc_return(counter))
+
+        return increment
+
+    # --- what is released comes behind what was stored ------------------------------------------------------
+
+    def _mmu_write_unlock(self, m: MachinePtr, cpu: CpuId, vm: VmId) -> None:
+        control = self.control
+        if control.execution is None or cpu not in control.stores.dirty:
+            ControlledLib.mmu_write_unlock(self, m, cpu, vm)
+            return
+
+        def release() -> None:
+            control.mmu_lock(vm).writer = False
+            lib.mmu_write_unlock(m, cpu, vm)
+
+        self._store(("mmu_lock",), 0, "mmu_lock is released", control.bit("mmu_lock", vm), release)
+
+    def _srcu_read_unlock(self, m: MachinePtr, cpu: CpuId, vm: VmId, index: int) -> None:
+        control = self.control
+        execution = control.execution
+        if execution is None or cpu not in control.stores.dirty:
+            ControlledLib.srcu_read_unlock(self, m, cpu, vm, index)
+            return
+        who = execution.current.index
+
+        def leave() -> None:
+            control.srcu_of(vm).leave(who)
+            lib.srcu_read_unlock(m, cpu, vm, index)
+
+        self._store(("srcu",), 0, "srcu_read_unlock()", control.bit("srcu left", vm, who), leave)
+
+    def _local_irq_enable(self, m: MachinePtr, cpu: CpuId) -> int:
+        """Handlers answer with stores, which come behind all others."""
+        execution = self.control.execution
+        if execution is not None and lib.cpu_attention(m, cpu) & lib.ATTENTION_IPI:
+            self.control.stores.fence(execution, cpu)
+        return ControlledLib.local_irq_enable(self, m, cpu)
+
+
+class BufferedAdversarialLib(AdversarialLib, BufferedLib):
+    """Both."""

@@ -1,0 +1,67 @@
+"""Which objects and values a policy reads under explore's eyes."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import fields, is_dataclass
+from enum import Enum
+from typing import Any, Final
+
+from emulator.explore.machine.handed import CONTAINERS
+from emulator.kvm import structs
+from emulator.machine.locks import MmuLock, Mutex, Refcount, SpinLock
+from emulator.machine.runtime import Cpu, Machine
+from emulator.policy import Policy
+from native import ffi
+
+# Classes, and the slot that tells two objects of one apart in every execution alike; "": nothing does.
+WATCHED: Final[Mapping[type, str]] = {
+    structs.Kvm: "id",
+    structs.Vcpu: "id",
+    structs.VcpuArch: "",
+    structs.KvmMmu: "",
+    structs.KvmMmuPage: "hfn",
+    structs.RootTracking: "",
+    structs.LoadedVmcs: "",
+    structs.KvmMemslots: "",
+    structs.KvmMemorySlot: "id",
+    Cpu: "id",
+    Machine: "",
+    Refcount: "",
+    MmuLock: "vm",
+    SpinLock: "",
+    Mutex: "",
+}
+# Values with nothing in them that changes.
+_ATOMS: Final = (type(None), bool, int, float, complex, str, bytes, range, Enum, Policy)
+# The handle of the machine: nothing can be read through it but by native calls.
+_HANDLE: Final = "m"
+
+
+def is_mutable(value: object) -> bool:
+    """Return whether it has contents that change in place: a container, or memory of the core's."""
+    return type(value) in CONTAINERS or (isinstance(value, ffi.CData) and " owning " in repr(value))
+
+
+def copied(container: Any) -> object:
+    """Return its contents now, for a comparison with what they are later."""
+    if isinstance(container, ffi.CData):
+        return bytes(ffi.buffer(container))
+    if isinstance(container, dict):
+        return tuple(container.items())
+    return type(container)(container) if isinstance(container, bytearray | set) else tuple(container)
+
+
+def is_watchable(value: object, attr: str = "") -> bool:
+    """Return whether what can be read through it is watched, too, or never changes."""
+    kind = type(value)
+    if isinstance(value, _ATOMS) or kind in WATCHED:
+        return True
+    if isinstance(value, tuple | frozenset):
+        return all(map(is_watchable, value))
+    if isinstance(value, ffi.CData):
+        return attr == _HANDLE
+    frozen = bool(getattr(getattr(kind, "__dataclass_params__", None), "frozen", False))
+    return (
+        is_dataclass(kind) and frozen and all(is_watchable(getattr(value, one.name)) for one in fields(kind))
+    )

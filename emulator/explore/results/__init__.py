@@ -1,0 +1,1 @@
+"""Verdicts, recordings and counterexamples."""

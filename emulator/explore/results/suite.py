@@ -1,0 +1,66 @@
+"""Many tests under many policies, each pair in a process of its own pool, in the order asked for."""
+
+from __future__ import annotations
+
+import time
+from collections import deque
+from collections.abc import Iterator, Sequence
+from concurrent.futures import Future
+from dataclasses import dataclass
+
+from emulator.explore.results.verdict import INTERRUPTED, Plan, Verdict, explore_verdict
+from emulator.litmus.model import LitmusTest
+from emulator.litmus.policies import named_policy
+from emulator.processes import ProcessPool, ending
+
+
+@dataclass(frozen=True, slots=True)
+class Work:
+    test: LitmusTest
+    policy: str
+    plan: Plan
+    seconds: float  # 0: no limit
+
+
+def explore_one(work: Work, jobs: int = 1) -> Verdict:
+    """One test under one policy."""
+    started = time.monotonic()
+
+    def out_of_time() -> bool:
+        return (bool(work.seconds) and time.monotonic() - started > work.seconds) or ending()
+
+    verdict = explore_verdict(work.test, named_policy(work.policy), work.plan, out_of_time, jobs)
+    verdict.policy = work.policy
+    return verdict
+
+
+def explore_suite(work: Sequence[Work], jobs: int) -> Iterator[Verdict]:
+    """Yield verdicts in the order of the work, after a signal those that were reached.  A single pair is
+    divided among the processes."""
+    if jobs <= 1 or len(work) <= 1:
+        for one in work:
+            if ending():
+                return
+            yield from _reached(explore_one(one, jobs))
+        return
+    with ProcessPool(min(jobs, len(work))) as pool:
+        futures = [pool.submit(explore_one, one) for one in work]
+        done: set[Future[Verdict]] = set()
+        waiting = deque(futures)
+        for future in pool.completed(futures):
+            done.add(future)
+            while waiting and (waiting[0] in done or waiting[0].cancelled()):
+                yield from _said(waiting.popleft())
+        for future in waiting:
+            yield from _said(future)
+
+
+def _said(future: Future[Verdict]) -> Iterator[Verdict]:
+    if not future.cancelled():
+        yield from _reached(future.result())
+
+
+def _reached(verdict: Verdict) -> Iterator[Verdict]:
+    """Nothing can be said of a test in which a signal came before the first execution."""
+    if verdict.executions or verdict.failure or verdict.limit != INTERRUPTED:
+        yield verdict

@@ -1,0 +1,357 @@
+"""A litmus test under a policy, explored: what is proved, and how far the search came where nothing is.
+
+The exhaustive strategy goes from few preemptions to many (iterative context bounding: Musuvathi and Qadeer,
+PLDI 2007), because most races need one or two and the shortest counterexample is the best one; then, without
+a bound, to the end if the budget allows.  Where no preemption at all is not the whole story, some sampled
+executions come first: they find early what an exhaustive search of a large program would find late.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from typing import Any
+
+from emulator.explore.engine.scheduler import Divergence
+from emulator.explore.machine.lib import installed
+from emulator.explore.machine.options import NONE, Choices
+from emulator.explore.machine.policy_code import unwatched
+from emulator.explore.machine.policy_reads import NOTHING, Grown, Known
+from emulator.explore.machine.program import LitmusProgram
+from emulator.explore.results.minimize import minimized
+from emulator.explore.results.record import Recording, record
+from emulator.explore.results.workers import Team
+from emulator.explore.strategies.dpor import Exhaustive
+from emulator.explore.strategies.sampling import Pct, RandomWalk, Sampler
+from emulator.explore.strategies.search import Found, Limits, search
+from emulator.explore.strategies.tree import wide_search
+from emulator.litmus.evidence import add
+from emulator.litmus.failure import LitmusFailure
+from emulator.litmus.model import INCONCLUSIVE, SAFE, LitmusTest
+from emulator.litmus.verdict import BOUNDED, FAILED, SEARCHED, VIOLATIONS
+from emulator.policy import Policy, PolicyError
+from emulator.policy.user import source_of
+from emulator.processes import ending
+
+# What ended a search: a signal.
+INTERRUPTED = "interrupted"
+STRATEGIES = ("exhaustive", "pct", "random")
+# Executions of each kind that the exhaustive strategy begins with.
+PROBES = 200
+# A user's policy is asked so often whether it answers alike, with everything from its beginning and without.
+_BEGINNINGS, _REPETITIONS = 2, 4
+# A program with no more executions than so many is done at once.
+SMALL = 60
+
+
+@dataclass(frozen=True, slots=True)
+class Plan:
+    """executions: most of them, of all rounds together.  bound: the exhaustive strategy stops there; None: it
+    tries 0 to `rounds` - 1 preemptions and then all.  depth: PCT's d."""
+
+    strategy: str = "exhaustive"
+    executions: int = 2000
+    bound: int | None = None
+    rounds: int = 3
+    seed: int = 0
+    depth: int = 3
+    minimize: bool = True
+    choices: Choices = NONE
+
+
+@dataclass(slots=True)
+class Verdict:
+    """bound: the most preemptions that are covered completely; None with `complete`: all interleavings.
+    limit: what ended a search that is not complete: "seconds", "executions", "interrupted"; "" for the
+    bound asked for.
+    needs: dangers, any of which is the test's precondition; met: executions that met it; evidence: how often
+    each danger came about in all of them together.
+    failure: why some execution could not go on, as in litmus.verdict.Outcome.
+    unwatched: what a user's policy uses that the search cannot see, a sentence each: nothing is proved."""
+
+    test: str
+    policy: str
+    plan: Plan
+    needs: tuple[str, ...]
+    verdict: str = SEARCHED
+    kinds: tuple[str, ...] = ()
+    executions: int = 0
+    pruned: int = 0
+    steps: int = 0
+    depth: int = 0
+    complete: bool = False
+    limit: str = ""
+    bound: int | None = None
+    guarantee: float | None = None
+    rounds: list[dict[str, Any]] = field(default_factory=list)
+    met: int = 0
+    evidence: dict[str, int] = field(default_factory=dict)
+    counterexample: Recording | None = None
+    failure: str = ""
+    unwatched: tuple[str, ...] = ()
+
+    def document(self) -> dict[str, Any]:
+        """For --json: holds no times."""
+        found = self.counterexample
+        return {
+            "test": self.test,
+            "policy": self.policy,
+            "verdict": self.verdict,
+            "violations": list(self.kinds),
+            "needs": list(self.needs),
+            "met": self.met,
+            "evidence": {name: n for name, n in sorted(self.evidence.items()) if n},
+            "memory": self.plan.choices.memory,
+            **self.plan.choices.document(),
+            "strategy": self.plan.strategy,
+            "seed": self.plan.seed,
+            "complete": self.complete,
+            "limit": self.limit or None,
+            "preemption_bound": self.bound,
+            "executions": self.executions,
+            "pruned": self.pruned,
+            "steps": self.steps,
+            "depth": self.depth,
+            "pct_guarantee": self.guarantee,
+            "rounds": self.rounds,
+            "failure": self.failure or None,
+            **({"unwatched": list(self.unwatched)} if self.unwatched else {}),
+            "counterexample": found.document() if found is not None else None,
+        }
+
+    def summary(self) -> str:
+        """One line: what the tool is entitled to say."""
+        if self.failure:
+            return f"{FAILED}: {self.failure}"
+        return f"{self._found()}{self._odds()}, {self.plan.choices.describe()}"
+
+    def _found(self) -> str:
+        n = f"{self.executions:,} interleavings"
+        if self.verdict == VIOLATIONS:
+            return f"{', '.join(self.kinds)} after {n}"
+        if self.verdict == INCONCLUSIVE:
+            return f"{INCONCLUSIVE}: {self._untested()}"
+        return f"no violation {self._searched()}"
+
+    def _untested(self) -> str:
+        """Which precondition never held, and how much was searched for it."""
+        if not self.executions:
+            return f"no interleaving was executed{self._why()}"
+        return f"the precondition ({' or '.join(self.needs)}) never held {self._searched()}"
+
+    def _searched(self) -> str:
+        n = f"{self.executions:,} interleavings"
+        if self.complete:
+            last = self.rounds[-1]["executions"]
+            return f"in all {last:,} interleavings, up to the order of independent steps"
+        if self.bound is not None:
+            return f"with up to {self.bound} preemptions; nor in {n} altogether (not all{self._why()})"
+        return f"in {n}; not all{self._why()}"
+
+    def _odds(self) -> str:
+        if self.guarantee is None:
+            return ""
+        depth, odds = self.plan.depth, round(1 / self.guarantee)
+        return f"; PCT's odds for a bug of depth {depth}: at least 1 in {odds:,} an execution"
+
+    def _why(self) -> str:
+        """Why there is no more to say."""
+        if self.unwatched:
+            return f", {self.unwatched[0]}, which explore cannot watch"
+        return {
+            "seconds": ", the time was up",
+            "executions": ", --executions were done",
+            INTERRUPTED: ", interrupted",
+        }.get(self.limit, "")
+
+
+Stop = Callable[[], bool]
+
+
+def explore_verdict(
+    test: LitmusTest, policy: Policy, plan: Plan | None = None, stop: Stop = lambda: False, jobs: int = 1
+) -> Verdict:
+    """Explore one test under one policy.  `stop` is asked between executions; with it results depend on
+    time, on the number of processes (`jobs`) they never do."""
+    plan = plan or Plan()
+    with policy.confined():
+        if policy.overrides():
+            _check_that_it_repeats(test, policy, plan.choices)
+        known: Known | None = NOTHING
+        while known is not None:
+            verdict = Verdict(test.name, policy.name, plan, test.expect.needs)
+            known = _explored(LitmusProgram(test, policy, plan.choices, known=known), verdict, stop, jobs)
+    if verdict.unwatched:
+        _take_back(verdict)
+    elif not verdict.complete and verdict.verdict not in (VIOLATIONS, FAILED):
+        as_asked = plan.bound is not None and verdict.bound == plan.bound
+        ended = INTERRUPTED if ending() else "seconds" if stop() else ""
+        verdict.limit = ended or ("" if as_asked else "executions")
+    if not verdict.met and verdict.verdict not in (VIOLATIONS, FAILED):
+        verdict.verdict = INCONCLUSIVE
+    return verdict
+
+
+def _explored(program: LitmusProgram, verdict: Verdict, stop: Stop, jobs: int) -> Known | None:
+    """Explore the program; return what must be known to do it again, None: that was all."""
+    reads = program.reads
+    try:
+        with installed(program.control), Team(program, jobs, stop) as team:
+            if verdict.plan.strategy == "exhaustive":
+                _exhaustively(program, verdict, team, stop)
+            else:
+                _sampled(program, verdict, stop)
+        if reads is not None:
+            reads.check()
+    except Grown:
+        assert reads is not None
+        return reads.next()
+    except LitmusFailure as error:
+        verdict.verdict, verdict.failure = FAILED, str(error)
+    except Divergence as error:
+        raise _unsteady(program.policy, error) from error
+    finally:
+        program.close()
+    source = source_of(program.policy)
+    if source is not None:
+        verdict.unwatched = (*unwatched(source), *(() if reads is None else reads.seen.unwatched))
+    return None
+
+
+def _take_back(verdict: Verdict) -> None:
+    """Nothing is proved of a policy that depends on what the search cannot see; violations remain."""
+    if verdict.verdict in (SAFE, BOUNDED):
+        verdict.verdict = SEARCHED
+    verdict.complete, verdict.bound = False, None
+
+
+def _check_that_it_repeats(test: LitmusTest, policy: Policy, choices: Choices) -> None:
+    """The same order of steps must come to the same, or nothing is proved; a user's policy may see to it that
+    it does not.  Raises PolicyError."""
+    first = None
+    for _ in range(_BEGINNINGS):
+        program = LitmusProgram(test, policy, choices, frozen=True)
+        try:
+            with installed(program.control):
+                for _ in range(_REPETITIONS):
+                    found = record(program, ()).document()
+                    first = first or found
+                    if found != first:
+                        raise Divergence("the first execution came out in another way")
+        except LitmusFailure:
+            return  # which the search will say
+        except Divergence as error:
+            raise _unsteady(policy, error) from error
+        finally:
+            program.close()
+
+
+def _unsteady(policy: Policy, error: Divergence) -> Exception:
+    """Two executions began with the same steps and were different: whose fault is that?"""
+    if not policy.overrides():
+        return error
+    found = f"the same steps went on in another way when they were repeated ({error})"
+    return PolicyError(policy.spelled(), found, "answers that depend on nothing but what KVM has done")
+
+
+def _exhaustively(program: LitmusProgram, verdict: Verdict, team: Team, stop: Stop) -> None:
+    plan = verdict.plan
+    bounds: list[int | None] = [*range(plan.rounds), None]
+    if plan.bound is not None:
+        bounds = list(range(plan.bound + 1))
+    if plan.bound is None and _probed(program, verdict, stop):
+        return
+    for number, bound in enumerate(bounds):
+        left = plan.executions - verdict.executions
+        if left <= 0:
+            return
+        # Not all for a bound that is out of reach, when there are others to come.
+        budget = left if number == len(bounds) - 1 else max(1, left // 4)
+        found = wide_search(program, program.objects, bound, Limits(executions=budget), bool, team, stop)
+        _add(verdict, found, bound, "exhaustive")
+        if found.schedule is not None:
+            _violated(program, verdict, found)
+            return
+        if found.complete and (bound is None or not found.bounded_away):
+            verdict.verdict, verdict.complete, verdict.bound = SAFE, True, None
+            return
+        if found.complete:
+            verdict.verdict, verdict.bound = BOUNDED, bound
+        elif plan.bound is not None:
+            return  # the next bound would be out of reach as well
+
+
+def _probed(program: LitmusProgram, verdict: Verdict, stop: Stop) -> bool:
+    """All executions if they are few, and some by PCT and at random; True if that was enough."""
+    plan = verdict.plan
+    n = min(PROBES, plan.executions // 10)
+    probes: list[tuple[str, Exhaustive | Sampler]] = [
+        ("exhaustive", Exhaustive(program.objects, bound=0)),
+        ("exhaustive", Exhaustive(program.objects)),
+    ]
+    if n:
+        probes += [("pct", Pct(n, plan.seed, plan.depth)), ("random", RandomWalk(n // 2 + 1, plan.seed))]
+    for name, strategy in probes:
+        budget = min(n, SMALL) + 1 if isinstance(strategy, Exhaustive) else n
+        budget = min(budget, plan.executions - verdict.executions)
+        if not budget:
+            return False
+        found = search(program, program.objects, strategy, Limits(executions=budget), bool, stop)
+        _add(verdict, found, strategy.bound, name)
+        if found.schedule is not None:
+            _violated(program, verdict, found)
+            return True
+        if found.complete and isinstance(strategy, Exhaustive) and not strategy.bounded_away:
+            verdict.verdict, verdict.complete, verdict.bound = SAFE, True, None
+            return True
+    return False
+
+
+def _sampled(program: LitmusProgram, verdict: Verdict, stop: Stop) -> None:
+    plan = verdict.plan
+    if plan.strategy == "pct":
+        strategy: Pct | RandomWalk = Pct(plan.executions, plan.seed, plan.depth)
+    else:
+        strategy = RandomWalk(plan.executions, plan.seed)
+    found = search(program, program.objects, strategy, Limits(), bool, stop)
+    _add(verdict, found, None, plan.strategy)
+    if isinstance(strategy, Pct) and found.executions:
+        verdict.guarantee = strategy.guarantee()
+    if found.schedule is not None:
+        _violated(program, verdict, found)
+
+
+def _add(verdict: Verdict, found: Found, bound: int | None, strategy: str) -> None:
+    verdict.executions += found.executions
+    verdict.pruned += found.pruned
+    verdict.steps += found.steps
+    verdict.depth = max(verdict.depth, found.depth)
+    verdict.met += found.met
+    add(verdict.evidence, found.evidence)
+    verdict.rounds.append(
+        {
+            "strategy": strategy,
+            "preemption_bound": bound,
+            "executions": found.executions,
+            "pruned": found.pruned,
+            "depth": found.depth,
+            "complete": found.complete,
+        }
+    )
+
+
+def _violated(program: LitmusProgram, verdict: Verdict, found: Found) -> None:
+    assert found.schedule is not None
+    schedule = found.schedule
+    if program.reads is not None:
+        program.reads.frozen = True
+    if verdict.plan.minimize:
+        schedule = minimized(program, schedule, found.outcome)
+    recording = record(program, schedule)
+    if recording.violation is None:
+        raise Divergence(f"{found.outcome} did not come again")
+    verdict.verdict = VIOLATIONS
+    verdict.kinds = (found.outcome,)
+    verdict.counterexample = recording
+    if verdict.counterexample.kinds:
+        verdict.kinds = verdict.counterexample.kinds

@@ -1,0 +1,117 @@
+"""Who does the parts of a search: this process alone, or with others that have the same program."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import Future
+from contextlib import ExitStack
+from types import TracebackType
+from typing import Final
+
+from emulator.explore.machine.lib import installed
+from emulator.explore.machine.options import Choices
+from emulator.explore.machine.policy_reads import NOTHING, Grown, Known, Seen
+from emulator.explore.machine.program import LitmusProgram
+from emulator.explore.strategies.search import Found
+from emulator.explore.strategies.subtree import Outcome, Part, search_part
+from emulator.litmus.model import LitmusTest
+from emulator.litmus.policies import named_policy
+from emulator.processes import ProcessPool, ending
+
+# Parts that are done before others are called in: these need a while to start.
+FIRST_PARTS: Final = 16
+
+# None: the part was given up, because the policy reads more than was known.
+_Searched = tuple[Outcome | None, Seen | None]
+
+_NOT_BEGUN = Outcome(Found(), ((), ()), (), (), ())
+
+
+class Team:
+    """`jobs` processes, this one not counted if there are several.  `stop` is asked between executions here,
+    and between parts elsewhere; what it cuts off counts as not begun."""
+
+    def __init__(self, program: LitmusProgram, jobs: int, stop: Callable[[], bool]) -> None:
+        self.program = program
+        self.jobs = jobs
+        self.stop = stop
+        self._parts = 0
+        self._pool: ProcessPool | None = None
+        self._stack = ExitStack()
+
+    def __enter__(self) -> Team:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self._stack.__exit__(kind, error, trace)
+
+    def outcomes(self, parts: Sequence[Part]) -> Iterator[Outcome]:
+        """In the order of the parts.  Whoever needs no more of them may stop asking."""
+        if self.jobs == 1 or self._parts < FIRST_PARTS:
+            for part in parts:
+                self._parts += 1
+                yield self._take(_search(self.program, part, self.stop))
+            return
+        futures = [self._others().submit(_do, part) for part in parts]
+        try:
+            for future in futures:
+                if self.stop() and future.cancel():
+                    yield _NOT_BEGUN
+                else:
+                    yield self._take(self._others().result(future))
+        finally:
+            _cancel(futures)
+
+    def _take(self, searched: _Searched) -> Outcome:
+        """Parts are alike wherever they are done, and what they have seen of a policy's reads comes together
+        in their order.  Raises Grown."""
+        outcome, seen = searched
+        reads = self.program.reads
+        if reads is not None and seen is not None:
+            reads.merge(seen)
+        if outcome is None:
+            raise Grown
+        return outcome
+
+    def _others(self) -> ProcessPool:
+        if self._pool is None:
+            program = self.program
+            known = None if program.reads is None else program.reads.known
+            arguments = (program.test, program.policy.spelled(), program.choices, known or NOTHING)
+            self._pool = self._stack.enter_context(ProcessPool(self.jobs, _begin, *arguments))
+        return self._pool
+
+
+def _cancel(futures: list[Future[_Searched]]) -> None:
+    for future in futures:
+        future.cancel()
+
+
+class _Here:
+    """Another process' program, from its first part to its end."""
+
+    program: LitmusProgram
+    stack = ExitStack()
+
+
+def _begin(test: LitmusTest, policy: str, choices: Choices, known: Known) -> None:
+    found = named_policy(policy)
+    _Here.stack.enter_context(found.confined())
+    _Here.program = LitmusProgram(test, found, choices, known=known)
+    _Here.stack.enter_context(installed(_Here.program.control))
+
+
+def _do(part: Part) -> _Searched:
+    return _search(_Here.program, part, ending)
+
+
+def _search(program: LitmusProgram, part: Part, stop: Callable[[], bool]) -> _Searched:
+    if program.reads is None:
+        return search_part(program, program.objects, part, bool, stop), None
+    with program.reads.apart() as seen:
+        try:
+            return search_part(program, program.objects, part, bool, stop), seen
+        except Grown:
+            return None, seen

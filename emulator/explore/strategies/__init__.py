@@ -1,0 +1,1 @@
+"""Strategies that choose the next task: exhaustive, sampled, divided among processes."""

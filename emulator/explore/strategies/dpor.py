@@ -1,0 +1,301 @@
+"""Every interleaving of a program, up to the order of independent steps.
+
+Source-DPOR (Abdulla, Aronsson, Jonsson, Sagonas, "Optimal dynamic partial order reduction", POPL 2014,
+algorithm 1) with sleep sets (Godefroid): after each step, its races with earlier steps are looked for, and
+for each race that can be turned round some task that begins the turned-round execution is put on the list of
+choices where the earlier step was taken.  Steps that wait for a condition follow Flanagan and Godefroid (POPL
+2005): such a step may be enabled by the very step it depends on, so it is compared with every concurrent
+earlier step, not with the last one only, and where it was disabled nothing is turned round.
+
+With a bound on preemptions the choices at a race are not enough, because the turned-round execution may
+need one more preemption than is left: the same task is tried where the block of steps began, too (Coons,
+Musuvathi, McKinley, "Bounded partial-order reduction", OOPSLA 2013), and no sleep sets are used.
+"""
+
+from __future__ import annotations
+
+from collections import defaultdict
+
+from emulator.explore.engine.objects import Objects, bits, members
+from emulator.explore.engine.scheduler import START, Divergence, Known, Label, Task, Wait
+
+
+class Node:
+    """A state along the current execution and the step taken from it.
+
+    `backtrack` is what must be tried here, `done` what was; `sleep` maps tasks whose next step need not be
+    taken here to that step's reads and writes.  `before` has a bit for each earlier step of the execution
+    that happens before this one.
+    """
+
+    __slots__ = (
+        "backtrack",
+        "before",
+        "chosen",
+        "done",
+        "enabled",
+        "label",
+        "last",
+        "preemptions",
+        "reads",
+        "sleep",
+        "sleeping",
+        "writes",
+    )
+
+    def __init__(self, enabled: int, last: int, preemptions: int) -> None:
+        self.enabled = enabled
+        self.last = last
+        self.preemptions = preemptions  # in the steps up to here
+        self.backtrack = 0
+        self.done = 0
+        self.sleep: dict[int, tuple[int, int]] = {}
+        self.sleeping = 0
+        self.chosen = -1
+        self.label: Label | None = None
+        self.reads = 0
+        self.writes = 0
+        self.before = 0
+
+
+def choices(backtrack: int, enabled: int, begins: int, index: int) -> int:
+    """Who must be tried as well at a node, so that some task in `begins` is: rather `index` than another."""
+    if begins & backtrack:
+        return 0
+    begins &= enabled
+    return begins & 1 << index or begins & -begins or enabled
+
+
+class Exhaustive:
+    """The strategy: depth first.  `reduce=False` tries all enabled tasks everywhere."""
+
+    exhaustive = True
+
+    def __init__(self, objects: Objects, *, bound: int | None = None, reduce: bool = True) -> None:
+        self.objects = objects
+        self.bound = bound
+        self.reduce = reduce
+        self.bounded_away = False  # a choice was left out because of the bound
+        self.stack: list[Node] = []
+        self.floor = 0  # nodes before this one are somebody else's: a subtree is searched
+        self.depth = 0
+        self._fresh = 0  # steps before this one are replayed
+        self._asleep = False  # it was given up: everybody who could go on was seen to go on elsewhere
+        self._last_of: list[int] = []  # per task: its last step of this execution
+        # Per object: which steps of the execution wrote it, which touched it.
+        self._wrote: defaultdict[int, int] = defaultdict(int)
+        self._touched: defaultdict[int, int] = defaultdict(int)
+
+    # --- the scheduler's side -------------------------------------------------------------------------------
+
+    def begin(self, tasks: int) -> None:
+        self._asleep = False
+        self.depth = self._fresh
+        last_of = self._last_of = [-1] * tasks
+        for depth in range(self._fresh):
+            last_of[self.stack[depth].chosen] = depth
+
+    def known(self) -> list[Known]:
+        return [(node.chosen, node.label or START) for node in self.stack[: self._fresh]]
+
+    def choose(self, enabled: int, last: int) -> int:
+        depth = self.depth
+        if depth < len(self.stack):
+            node = self.stack[depth]
+            if node.enabled != enabled:
+                raise Divergence(f"step {depth}: other tasks can go on than at the first time")
+            return node.chosen
+        node = self._new_node(enabled, last)
+        if self.reduce and depth:
+            # Who could go on and cannot any more races with the step that stopped it.
+            parent = self.stack[-1]
+            stopped = parent.enabled & ~enabled & ~(1 << parent.chosen)
+            if stopped:
+                self._add_any(depth - 1, stopped)
+        able = enabled & ~node.sleeping
+        if not able:
+            self._asleep = True
+            return -1
+        # On with the same task if possible: then the bound is never exceeded here.
+        node.chosen = last if last >= 0 and able >> last & 1 else (able & -able).bit_length() - 1
+        node.backtrack = 1 << node.chosen if self.reduce else enabled
+        self.stack.append(node)
+        return node.chosen
+
+    def stepped(self, task: Task) -> None:
+        depth = self.depth
+        self.depth += 1
+        node = self.stack[depth]
+        node.label, node.reads, node.writes = task.label, task.reads, task.writes
+        if self.reduce:
+            previous = self._last_of[task.index]
+            found = self._accessed(depth, task.reads, task.writes)
+            node.before = self._races(depth, task.index, found, task.was_blocking)
+            if previous >= 0:
+                node.before |= self.stack[previous].before | 1 << previous
+        self._last_of[task.index] = depth
+
+    def end(self, tasks: list[Task], deadlock: tuple[Wait, ...]) -> bool:
+        """The execution is over.  True: there is another one, and the next `choose` calls lead into it."""
+        if self.reduce and self.stack and not self._asleep:
+            # The last step may have stopped others as well; daemons, where the execution is over after it.
+            last = self.stack[-1]
+            others = last.enabled & ~(1 << last.chosen)
+            if others:
+                self._add_any(len(self.stack) - 1, others)
+        if deadlock and self.reduce:
+            for task in tasks:
+                if not task.done:
+                    # It never came to that step, but it could have been first.
+                    found = self._dependent_steps(task.reads, task.writes)
+                    self._races(self.depth, task.index, found, True)
+        return self._advance()
+
+    def schedule(self) -> tuple[int, ...]:
+        return tuple(node.chosen for node in self.stack[: self.depth])
+
+    # --- the search -----------------------------------------------------------------------------------------
+
+    def _new_node(self, enabled: int, last: int) -> Node:
+        if not self.stack:
+            return Node(enabled, last, 0)
+        parent = self.stack[-1]
+        node = Node(enabled, last, parent.preemptions + self._cost(parent, parent.chosen))
+        if parent.sleeping and self.reduce and self.bound is None:
+            wrote = parent.writes
+            touched = wrote | parent.reads
+            for index, step in parent.sleep.items():
+                # Two steps do not commute if one writes what the other touches.
+                if index != parent.chosen and not (step[1] & touched or wrote & step[0]):
+                    node.sleep[index] = step
+                    node.sleeping |= 1 << index
+        return node
+
+    @staticmethod
+    def _cost(node: Node, index: int) -> int:
+        """Taking another task while the last one could go on is a preemption."""
+        last = node.last
+        return node.enabled >> last & 1 if last >= 0 and last != index else 0
+
+    def _affordable(self, node: Node, index: int) -> bool:
+        return self.bound is None or node.preemptions + self._cost(node, index) <= self.bound
+
+    def _advance(self) -> bool:
+        stack = self.stack
+        while len(stack) > self.floor:
+            node = stack[-1]
+            node.done |= 1 << node.chosen
+            if self.reduce and self.bound is None:
+                node.sleep[node.chosen] = (node.reads, node.writes)
+                node.sleeping |= 1 << node.chosen
+            for index in bits(node.backtrack & ~node.done & ~node.sleeping):
+                if not self._affordable(node, index):
+                    self.bounded_away = True
+                    continue
+                node.chosen = index
+                self._forget_from(len(stack) - 1)
+                return True
+            stack.pop()
+        return False
+
+    def _forget_from(self, depth: int) -> None:
+        self._fresh = depth
+        keep = (1 << depth) - 1
+        for table in (self._wrote, self._touched):
+            for bit in table:
+                table[bit] &= keep
+
+    def _accessed(self, depth: int, reads: int, writes: int) -> int:
+        """A step has done this: the earlier steps that it depends on."""
+        found, mark = 0, 1 << depth
+        touched, wrote = self._touched, self._wrote
+        for bit in members(writes):
+            steps = touched[bit]
+            found |= steps
+            touched[bit] = steps | mark
+            wrote[bit] |= mark
+        for bit in members(reads & ~writes):
+            found |= wrote[bit]
+            touched[bit] |= mark
+        return found
+
+    # --- races ----------------------------------------------------------------------------------------------
+
+    def _races(self, depth: int, index: int, found: int, blocking: bool) -> int:
+        """Races of a step of task `index`, the next after `depth` steps, with those earlier ones that it
+        depends on (`found`): puts on the lists what turns them round.  Returns what happens before it."""
+        stack = self.stack
+        previous = self._last_of[index]
+        base = 0 if previous < 0 else stack[previous].before | 1 << previous
+        before = candidates = found & ~base
+        if not candidates:
+            return 0
+        for i in bits(before):
+            before |= stack[i].before
+        covered = 0
+        while candidates:
+            i = candidates.bit_length() - 1
+            candidates ^= 1 << i
+            node = stack[i]
+            if node.chosen == index or covered >> i & 1:
+                continue
+            if (
+                blocking
+                and i > previous
+                and not node.enabled >> index & 1
+                and not self._enabled_without(i, before)
+            ):
+                continue  # it waited there already, for this very step or one behind it
+            if not blocking:
+                covered |= node.before
+            self._turn_round(i, depth, index, before)
+        return before
+
+    def _enabled_without(self, i: int, before: int) -> bool:
+        """Is there a step after i, not because of i, that the step in question depends on?"""
+        return any(not self.stack[k].before >> i & 1 for k in bits(before >> i + 1 << i + 1))
+
+    def _dependent_steps(self, reads: int, writes: int) -> int:
+        found, touched, wrote = 0, self._touched, self._wrote
+        for bit in members(writes):
+            found |= touched[bit]
+        for bit in members(reads & ~writes):
+            found |= wrote[bit]
+        return found
+
+    def _turn_round(self, i: int, depth: int, index: int, before: int) -> None:
+        """Step i of the execution and the next step of `index` race: try those first that do not follow i."""
+        stack, node = self.stack, self.stack[i]
+        after = 0  # steps after i that do not depend on it
+        begins = seen = 0
+        for k in range(i + 1, depth):
+            other = stack[k]
+            if other.before >> i & 1 or other.chosen == node.chosen:
+                continue
+            mark = 1 << other.chosen
+            if not seen & mark and not other.before & after:
+                begins |= mark
+            seen |= mark
+            after |= 1 << k
+        if not seen >> index & 1 and not before & after:
+            begins |= 1 << index
+        if self.bound is None:
+            self._add(i, begins, index)
+        else:
+            # Here, and where the block of steps that i is in began: a preemption there may be free.
+            for k in {i, self._block(i)}:
+                self._add_any(k, begins | 1 << index)
+
+    def _add(self, i: int, begins: int, index: int) -> None:
+        node = self.stack[i]
+        node.backtrack |= choices(node.backtrack, node.enabled, begins, index)
+
+    def _add_any(self, i: int, tasks: int) -> None:
+        node = self.stack[i]
+        node.backtrack |= tasks & node.enabled or node.enabled
+
+    def _block(self, i: int) -> int:
+        stack = self.stack
+        while i > 0 and stack[i - 1].chosen == stack[i].chosen:
+            i -= 1
+        return i

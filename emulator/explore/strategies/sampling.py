@@ -1,0 +1,144 @@
+"""Strategies that try some interleavings: random walks, PCT, and a given one again.
+
+PCT (Burckhardt, Kothari, Musuvathi, Nagarakatte, "A randomized scheduler with probabilistic guarantees of
+finding bugs", ASPLOS 2010): tasks have random priorities, the highest one that can goes; at d - 1 random
+steps the running task's priority drops below all others.  A bug of depth d in a program of n tasks and
+k steps is found with a probability of at least 1 / (n * k^(d-1)) in each execution.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+from emulator.explore.engine.objects import bits
+from emulator.explore.engine.scheduler import Divergence, Known, Task, Wait
+
+_U64 = (1 << 64) - 1
+
+
+class Random:
+    """splitmix64 (Steele, Lea, Flood 2014): the same numbers everywhere."""
+
+    __slots__ = ("_state",)
+
+    def __init__(self, seed: int) -> None:
+        self._state = seed & _U64
+
+    def next(self) -> int:
+        self._state = (self._state + 0x9E3779B97F4A7C15) & _U64
+        z = self._state
+        z = (z ^ (z >> 30)) * 0xBF58476D1CE4E5B9 & _U64
+        z = (z ^ (z >> 27)) * 0x94D049BB133111EB & _U64
+        return z ^ (z >> 31)
+
+    def below(self, n: int) -> int:
+        return (self.next() * n) >> 64
+
+
+class Sampler:
+    """What strategies without memory have in common: so many executions, no promise."""
+
+    exhaustive = False
+    bound: int | None = None
+    bounded_away = False
+
+    def __init__(self, executions: int) -> None:
+        self.left = executions
+        self._schedule: list[int] = []
+
+    def begin(self, tasks: int) -> None:
+        self._schedule = []
+        self.left -= 1
+
+    def known(self) -> Sequence[Known]:
+        return ()
+
+    def schedule(self) -> tuple[int, ...]:
+        return tuple(self._schedule)
+
+    def choose(self, enabled: int, last: int) -> int:
+        index = self.pick(enabled, last)
+        self._schedule.append(index)
+        return index
+
+    def pick(self, enabled: int, last: int) -> int:
+        raise NotImplementedError
+
+    def stepped(self, task: Task) -> None:
+        pass
+
+    def end(self, tasks: list[Task], deadlock: tuple[Wait, ...]) -> bool:
+        return self.left > 0
+
+
+class RandomWalk(Sampler):
+    """Each choice is as likely as the others."""
+
+    def __init__(self, executions: int, seed: int) -> None:
+        super().__init__(executions)
+        self._random = Random(seed)
+
+    def pick(self, enabled: int, last: int) -> int:
+        able = list(bits(enabled))
+        return able[self._random.below(len(able))] if len(able) > 1 else able[0]
+
+
+class Pct(Sampler):
+    """`depth` d; `steps` k is an estimate that grows to the longest execution seen."""
+
+    def __init__(self, executions: int, seed: int, depth: int, steps: int = 1) -> None:
+        super().__init__(executions)
+        self._random = Random(seed)
+        self.depth = depth
+        self.steps = steps
+        self.tasks = 0
+        self._at = 0
+        self._priorities: list[int] = []
+        self._changes: dict[int, int] = {}
+
+    def begin(self, tasks: int) -> None:
+        super().begin(tasks)
+        self.steps = max(self.steps, self._at)
+        self.tasks = tasks
+        self._at = 0
+        random = self._random
+        # Priorities d .. d + n - 1 in random order (Fisher-Yates); change points give d - 1 .. 1.
+        self._priorities = [self.depth + i for i in range(tasks)]
+        for i in range(tasks - 1, 0, -1):
+            j = random.below(i + 1)
+            self._priorities[i], self._priorities[j] = self._priorities[j], self._priorities[i]
+        self._changes = {random.below(self.steps) + 1: self.depth - i for i in range(1, self.depth)}
+
+    def pick(self, enabled: int, last: int) -> int:
+        return max(bits(enabled), key=self._priorities.__getitem__)
+
+    def stepped(self, task: Task) -> None:
+        self._at += 1
+        lower = self._changes.get(self._at)
+        if lower is not None:
+            self._priorities[task.index] = lower
+
+    def guarantee(self) -> float:
+        """The least probability with which one more execution finds a bug of this depth."""
+        steps = max(self.steps, self._at)
+        return 1.0 / float(max(1, self.tasks) * steps ** (self.depth - 1))
+
+
+class Replay(Sampler):
+    """A given schedule, and nothing else."""
+
+    def __init__(self, schedule: tuple[int, ...], then_any: bool = False) -> None:
+        super().__init__(1)
+        self.given = schedule
+        self.then_any = then_any
+
+    def pick(self, enabled: int, last: int) -> int:
+        at = len(self._schedule)
+        if at < len(self.given):
+            index = self.given[at]
+            if not enabled >> index & 1:
+                raise Divergence(f"step {at}: the task of this step cannot go on")
+            return index
+        if not self.then_any:
+            raise Divergence(f"step {at}: the recorded execution ended before")
+        return last if last >= 0 and enabled >> last & 1 else (enabled & -enabled).bit_length() - 1

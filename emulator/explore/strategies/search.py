@@ -1,0 +1,130 @@
+"""Runs a program under a strategy: one execution after the other, until there is nothing more to see."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from typing import NamedTuple, Protocol
+
+from emulator.explore.engine.objects import Objects
+from emulator.explore.engine.scheduler import Execution
+from emulator.explore.strategies.dpor import Exhaustive
+from emulator.explore.strategies.sampling import Sampler
+from emulator.litmus.evidence import add
+
+
+class Met(NamedTuple):
+    """The dangers of one execution.  precondition: without it a search proves nothing; evidence: how often
+    each danger came about."""
+
+    precondition: bool
+    evidence: Mapping[str, int]
+
+
+class Program(Protocol):
+    """What is explored.  Every execution starts from the same state and depends on the schedule alone."""
+
+    def start(self, execution: Execution) -> None:
+        """Back to the initial state; spawn the tasks."""
+
+    def finish(self, execution: Execution) -> str:
+        """What this execution came to; a short text, "" for nothing worth mentioning."""
+
+    def met(self) -> Met:
+        """Return the dangers of the execution that was finished last."""
+
+    def abandon(self, execution: Execution) -> None:
+        """... or nothing: it was pruned, or a task has failed."""
+
+
+@dataclass(slots=True)
+class Limits:
+    """executions: of one search; runs: with those that were given up half way; 0: no limit.
+    steps: of one execution."""
+
+    executions: int = 0
+    steps: int = 5000
+    first_only: bool = True  # stop at the first outcome that `bad` is true of
+    runs: int = 0
+
+    def reached(self, found: Found) -> bool:
+        runs = found.executions + found.pruned
+        return 0 < self.executions <= found.executions or 0 < self.runs <= runs
+
+
+@dataclass(slots=True)
+class Found:
+    """What a search has seen.
+
+    `complete`: every interleaving (within `bound` preemptions, if not None) was covered.  `met`: executions,
+    of those that came to their ends, which met the precondition; `evidence`: the sums of all.
+    """
+
+    executions: int = 0
+    pruned: int = 0
+    depth: int = 0
+    steps: int = 0
+    too_long: int = 0
+    met: int = 0
+    evidence: dict[str, int] = field(default_factory=dict)
+    complete: bool = False
+    bounded_away: bool = False  # something was left out because of the bound
+    more: bool = True  # the strategy was not through
+    outcomes: dict[str, int] = field(default_factory=dict)
+    # The first bad one: the tasks in the order of their steps.
+    schedule: tuple[int, ...] | None = None
+    outcome: str = ""
+
+
+def run_once(program: Program, objects: Objects, strategy: Exhaustive | Sampler, limits: Limits) -> Execution:
+    execution = Execution(objects, strategy, limits.steps)
+    program.start(execution)
+    strategy.begin(len(execution.tasks))
+    execution.run()
+    return execution
+
+
+def search(
+    program: Program,
+    objects: Objects,
+    strategy: Exhaustive | Sampler,
+    limits: Limits,
+    bad: Callable[[str], bool],
+    stop: Callable[[], bool] = lambda: False,
+) -> Found:
+    """Until the strategy is through, or a limit is reached, or something bad was found."""
+    found = Found()
+    while found.more:
+        if stop() or limits.reached(found):
+            break
+        execution = run_once(program, objects, strategy, limits)
+        if execution.failure is not None:
+            program.abandon(execution)
+            raise execution.failure
+        _count(found, execution, program)
+        if found.schedule is None and bad(found.outcome):
+            found.schedule = strategy.schedule()
+            if limits.first_only:
+                break
+        found.more = strategy.end(execution.tasks, execution.deadlock)
+    found.complete = strategy.exhaustive and not found.more and not found.too_long
+    found.bounded_away = strategy.bounded_away
+    return found
+
+
+def _count(found: Found, execution: Execution, program: Program) -> None:
+    found.steps += execution.length
+    found.depth = max(found.depth, execution.length)
+    if execution.pruned:
+        found.pruned += 1
+        found.outcome = ""
+        program.abandon(execution)
+        return
+    found.executions += 1
+    found.too_long += execution.too_long
+    found.outcome = program.finish(execution)
+    found.outcomes[found.outcome] = found.outcomes.get(found.outcome, 0) + 1
+    if not execution.too_long:
+        met = program.met()
+        found.met += met.precondition
+        add(found.evidence, met.evidence)

@@ -1,0 +1,237 @@
+"""One exhaustive search in parts that any number of processes can do, with the same result.
+
+What is left of a depth-first search when its budget ends is a path of nodes with choices that were not tried.
+Each such choice is a part of its own (emulator.explore.strategies.subtree); parts are done in rounds, and what they
+leave grows new branches.  Which parts make up a round, and how far each one goes, depends on the rounds
+before and on nothing else, and results are taken in the order of the parts: so the number of processes and
+the time that each of them takes change nothing.
+
+The choices of a node are tried one after the other, as the depth-first search does, because a later one need
+not repeat what begins with the step of an earlier one (sleep sets), and that step's access is known when it
+was executed once.  It is not waited for until everything behind it is done: that it will be is enough.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import replace
+from typing import Final, Protocol
+
+from emulator.explore.engine.objects import Objects, bits
+from emulator.explore.strategies.dpor import Exhaustive, choices
+from emulator.explore.strategies.search import Found, Limits, Program, search
+from emulator.explore.strategies.subtree import Access, Outcome, Part, Rest, Sleep, rest_of
+from emulator.litmus.evidence import add
+
+# Executions before anything is shared out.
+PLAIN: Final = 256
+# Executions of a part: enough to be worth the way to another process.
+PART: Final = 64
+# Parts of a round: enough for many processes.
+ROUND: Final = 32
+
+
+class Team(Protocol):
+    """Does parts, and gives their outcomes in order."""
+
+    def outcomes(self, parts: Sequence[Part]) -> Iterator[Outcome]: ...
+
+
+class Branch:
+    """A node of which something is left to do; see dpor.Node.  `gone`: choices that were given away."""
+
+    __slots__ = (
+        "backtrack",
+        "children",
+        "enabled",
+        "gone",
+        "last",
+        "parent",
+        "preemptions",
+        "sleep",
+        "sleeping",
+        "step",
+        "under_way",
+    )
+
+    def __init__(self, parent: Branch | None, step: int, rest: Rest) -> None:
+        self.parent = parent
+        self.step = step  # the parent's choice that leads here
+        self.enabled = rest.enabled
+        self.last = rest.last
+        self.preemptions = rest.preemptions
+        self.backtrack = rest.backtrack
+        self.gone = rest.done
+        self.sleep: Sleep = dict(rest.sleep)
+        self.sleeping = sum(1 << index for index in self.sleep)
+        self.children: dict[int, Branch] = {}
+        self.under_way = False
+
+    def pending(self) -> int:
+        return 0 if self.under_way else self.backtrack & ~self.gone & ~self.sleeping
+
+    def path(self) -> tuple[Branch, ...]:
+        """From the root to this node."""
+        nodes: list[Branch] = []
+        node: Branch | None = self
+        while node is not None:
+            nodes.append(node)
+            node = node.parent
+        return tuple(reversed(nodes))
+
+    def falls_asleep(self, index: int, access: Access) -> None:
+        self.sleep[index] = access
+        self.sleeping |= 1 << index
+
+
+class Tree:
+    """Everything that is left to do of one search."""
+
+    def __init__(self, bound: int | None) -> None:
+        self.bound = bound
+        self.root: Branch | None = None
+        self.bounded_away = False
+
+    # --- which parts there are ------------------------------------------------------------------------------
+
+    def round(self, most: int) -> list[tuple[Branch, int]]:
+        """Nodes, and the choice that comes next at each: the deepest first, as in a depth-first search.  Near
+        the root, much is asleep until what is below is done, and most of what is tried there is pruned."""
+        found = list(self._pending())
+        found.sort(key=lambda entry: entry[0], reverse=True)
+        return [(node, choice) for _, node, choice in found[:most]]
+
+    def _pending(self) -> Iterator[tuple[int, Branch, int]]:
+        stack = [(0, self.root)] if self.root is not None else []
+        while stack:
+            depth, node = stack.pop()
+            choice = self._next(node)
+            if choice >= 0:
+                yield depth, node, choice
+            stack += [(depth + 1, child) for child in node.children.values()]
+
+    def _next(self, node: Branch) -> int:
+        for index in bits(node.pending()):
+            cost = node.last >= 0 and node.last != index and node.enabled >> node.last & 1
+            if self.bound is None or node.preemptions + cost <= self.bound:
+                return index
+            self.bounded_away = True
+            node.gone |= 1 << index
+        return -1
+
+    @staticmethod
+    def prefix(node: Branch, choice: int) -> tuple[int, ...]:
+        return (*(branch.step for branch in node.path()[1:]), choice)
+
+    # --- what comes of them ---------------------------------------------------------------------------------
+
+    def grow(self, node: Branch | None, choice: int, rest: tuple[Rest, ...]) -> None:
+        """The path that a search has left behind this choice; None: the root is its first node."""
+        for one in rest:
+            child = Branch(node, choice, one)
+            if node is None:
+                self.root = child
+            else:
+                node.children[choice] = child
+            if one.access is not None:
+                child.gone |= 1 << one.chosen
+                if self.bound is None:
+                    child.falls_asleep(one.chosen, one.access)
+            node, choice = child, one.chosen
+
+    def done(self, node: Branch, choice: int, outcome: Outcome) -> None:
+        """A part has come as far as it could."""
+        node.under_way = False
+        if outcome.found.more and not outcome.rest and outcome.found.schedule is None:
+            return  # not begun
+        node.gone |= 1 << choice
+        if self.bound is None:
+            node.falls_asleep(choice, outcome.first)
+        path = node.path()
+        for depth, begins, index in outcome.asked:
+            above = path[depth]
+            above.backtrack |= choices(above.backtrack, above.enabled, begins, index)
+        for depth, tasks in outcome.wanted:
+            above = path[depth]
+            above.backtrack |= tasks & above.enabled or above.enabled
+        self.grow(node, choice, outcome.rest)
+        for branch in reversed(path):
+            self._prune(branch)
+
+    def _prune(self, node: Branch) -> None:
+        if node.children or node.under_way or self._next(node) >= 0:
+            return
+        if node.parent is None:
+            self.root = None
+        else:
+            del node.parent.children[node.step]
+
+
+def wide_search(
+    program: Program,
+    objects: Objects,
+    bound: int | None,
+    limits: Limits,
+    bad: Callable[[str], bool],
+    team: Team,
+    stop: Callable[[], bool] = lambda: False,
+    *,
+    plain: int = PLAIN,
+    part: int = PART,
+) -> Found:
+    """An exhaustive search up to the first bad outcome: plainly in this process for as long as it is small,
+    the rest by the team."""
+    most = limits.executions or 1 << 62
+    strategy = Exhaustive(objects, bound=bound)
+    found = search(program, objects, strategy, replace(limits, executions=min(most, plain)), bad, stop)
+    if not found.more or found.schedule is not None or not found.executions:
+        return found
+    tree = Tree(bound)
+    tree.grow(None, -1, rest_of(strategy))
+    while tree.root is not None and found.schedule is None and not stop():
+        parts = _round(tree, replace(limits, executions=part), most - found.executions)
+        if not parts:
+            break
+        _do(tree, parts, team, found)
+    found.bounded_away |= tree.bounded_away
+    found.more = tree.root is not None
+    found.complete = not found.more and not found.too_long
+    return found
+
+
+def _round(tree: Tree, limits: Limits, left: int) -> list[tuple[Branch, int, Part]]:
+    """`limits` of each part; `left`: executions of all of them together."""
+    parts = []
+    for node, choice in tree.round(ROUND):
+        executions = min(limits.executions, left)
+        if executions <= 0:
+            break
+        left -= executions
+        node.under_way = True
+        part = Part(tree.prefix(node, choice), dict(node.sleep), tree.bound, executions, limits.steps)
+        parts.append((node, choice, part))
+    return parts
+
+
+def _do(tree: Tree, parts: list[tuple[Branch, int, Part]], team: Team, found: Found) -> None:
+    outcomes = team.outcomes([part for _, _, part in parts])
+    for (node, choice, _), outcome in zip(parts, outcomes, strict=True):
+        _merge(found, outcome.found)
+        tree.done(node, choice, outcome)
+        if found.schedule is not None:
+            return
+
+
+def _merge(found: Found, other: Found) -> None:
+    found.executions += other.executions
+    found.pruned += other.pruned
+    found.depth = max(found.depth, other.depth)
+    found.steps += other.steps
+    found.too_long += other.too_long
+    found.met += other.met
+    add(found.evidence, other.evidence)
+    found.bounded_away |= other.bounded_away
+    for outcome, n in other.outcomes.items():
+        found.outcomes[outcome] = found.outcomes.get(outcome, 0) + n
+    if other.schedule is not None:
+        found.schedule, found.outcome = other.schedule, other.outcome
