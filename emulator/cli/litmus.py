@@ -105,9 +105,10 @@ def litmus(
 ) -> None:
     """Run litmus tests under policies and compare the verdicts with those expected."""
     # Imported late: help and bad usage need no engine.
+    from emulator.explore.results.suite import explore_all
     from emulator.litmus.loader import load_tests
     from emulator.litmus.policies import named_policy, policies_for
-    from emulator.litmus.suite import explore_all, run_suite
+    from emulator.litmus.suite import run_suite
     from emulator.litmus.table import Results, print_results
 
     if not explore:

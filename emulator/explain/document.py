@@ -1,7 +1,7 @@
 """Files with violations: documents of `run --json` and `litmus --json`, single reports, counterexamples.
 
-A report is any object with a `kind` and `events` (emulator.report.violation writes them), wherever in the file; a
-counterexample has a `schedule`, its `steps` carry the events, and its `violation` is a report.
+A report is any object with a `kind` and `events` (emulator.report.violation writes them), wherever in the
+file; a counterexample has a `schedule`, its `steps` carry the events, and its `violation` is a report.
 """
 
 from __future__ import annotations

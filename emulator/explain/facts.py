@@ -16,7 +16,7 @@ NO_VCPU = 0xFFFFFFFF
 
 @dataclass(frozen=True, slots=True)
 class Facts:
-    """What a report says about the use (emulator.report.violation); -1: unknown.  live: SPTEs that map it still."""
+    """A report's account of a use (emulator.report.violation); -1: unknown.  live: SPTEs mapping it still."""
 
     kinds: tuple[str, ...] = ()
     pcpu: int = -1

@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from emulator.explain.events import NO_VM, Event
 from emulator.explain.facts import Facts
 
-# How explore's recordings say that a store has left its CPU's buffer (emulator.explore.machine.store_buffers).
+# How explore's recordings say that a store has left its CPU's buffer (explore/machine/store_buffers.py).
 VISIBLE = "becomes visible:"
 
 

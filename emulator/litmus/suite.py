@@ -9,9 +9,8 @@ from emulator.litmus.loader import load_test
 from emulator.litmus.model import LitmusTest
 from emulator.litmus.policies import expected_of, named_policy
 from emulator.litmus.runner import Runner, running
-from emulator.litmus.verdict import SEARCHED, Outcome, differs
+from emulator.litmus.verdict import Outcome, differs
 from emulator.processes import ProcessPool, ending
-from native import VIOLATION_KINDS
 
 MORE_ROUNDS = 20
 # Executions that one process does of a test before it takes another piece.
@@ -75,40 +74,6 @@ def _tasks(tests: Sequence[tuple[LitmusTest, tuple[str, ...]]], executions: int,
         for done in range(0, executions, PIECE)
         for test, policies in tests
     ]
-
-
-def explore_all(
-    tests: Sequence[tuple[LitmusTest, tuple[str, ...]]],
-    executions: int,
-    seed: int,
-    jobs: int,
-    progress: Progress,
-    seconds: float,
-) -> Iterator[Outcome]:
-    """The same verdicts by proof: every interleaving, as far as `executions` and `seconds` of each pair reach
-    (0: no limit)."""
-    from emulator.explore.results.suite import Work, explore_suite
-    from emulator.explore.results.verdict import Plan
-
-    plan = Plan(executions=executions, seed=seed, minimize=False)
-    work = [Work(test, policy, plan, seconds) for test, policies in tests for policy in policies]
-    for verdict in explore_suite(work, jobs):
-        progress(executions)
-        proof = SEARCHED if verdict.counterexample is not None or verdict.failure else verdict.verdict
-        # As on real threads: under its most specific kind.
-        kinds = [kind for kind in VIOLATION_KINDS if kind in verdict.kinds] or list(verdict.kinds)
-        yield Outcome(
-            verdict.test,
-            verdict.policy,
-            executions=verdict.executions,
-            violating=int(bool(kinds)),
-            kinds=dict.fromkeys(kinds[:1], 1),
-            evidence=verdict.evidence,
-            proof=proof,
-            bound=verdict.bound,
-            failure=verdict.failure,
-            unwatched=verdict.unwatched,
-        )
 
 
 def run_suite(

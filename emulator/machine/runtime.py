@@ -3,8 +3,9 @@
 The native core takes the acting CPU as an argument; here that CPU is an object, `Cpu`, and every function of
 `emulator.kvm` takes it first.  A pCPU's thread owns its `Cpu`; other threads own a housekeeping one.
 
-All waiting done in Python lives here and in `emulator.machine.locks` and ends in `cpu_wait_event`: it releases the
-GIL, keeps running the calls that other CPUs queue for this one, and returns when the machine stops.
+All waiting done in Python lives here and in `emulator.machine.locks`, and ends in `cpu_wait_event`, which
+releases the GIL, keeps running the calls that other CPUs queue for this one, and returns when the machine
+stops.
 """
 
 from __future__ import annotations

@@ -8,9 +8,9 @@ from random import Random
 
 import pytest
 
+from emulator.explore.results.suite import explore_all
 from emulator.litmus.loader import shipped_tests
 from emulator.litmus.model import LitmusTest
-from emulator.litmus.suite import explore_all
 from emulator.litmus.table import Results
 from emulator.litmus.verdict import proofs
 from emulator.policy import PRESETS

@@ -30,7 +30,7 @@ from types import (
 )
 from typing import Any, Final
 
-from emulator.explore.machine.slots import Slot
+from emulator.explore.engine.slots import Slot
 from native import ffi
 
 # No contents that change.

@@ -2,8 +2,8 @@
 
 KVM's modules call `lib.f(...)` of their own global `lib`; while a machine is explored that is an object of
 this class.  A call that touches what others touch, too, is a step with a footprint (most of them are in
-emulator.explore.machine.footprints); a call that would wait is a step with a condition, and then the native call does
-not wait.  Everything else is the native function itself.
+footprints.py); a call that would wait is a step with a condition, and then the native call does not wait.
+Everything else is the native function itself.
 """
 
 from __future__ import annotations

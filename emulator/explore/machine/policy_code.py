@@ -14,7 +14,8 @@ from emulator.policy.source import Source
 _WATCHED: Final = frozenset((
     "__future__", "abc", "bisect", "collections", "contextlib", "copy", "dataclasses", "enum", "fractions",
     "functools", "heapq", "itertools", "math", "numbers", "operator", "re", "statistics", "string", "types",
-    "typing", "emulator.kvm", "emulator.machine.locks", "emulator.policy", "emulator.machine.runtime", "native",
+    "typing", "emulator.kvm", "emulator.machine.locks", "emulator.machine.runtime", "emulator.policy",
+    "native",
 ))  # fmt: skip
 # Built-in functions that lead elsewhere, or whose result is another one in the next process.
 _ELSEWHERE: Final = frozenset({"__import__", "compile", "eval", "exec", "hash", "id", "input", "open"})

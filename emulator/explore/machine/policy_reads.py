@@ -25,8 +25,8 @@ from pathlib import Path
 from types import FrameType, ModuleType
 from typing import TYPE_CHECKING, Any, Final
 
+from emulator.explore.engine.slots import Slot, slots_of, standing
 from emulator.explore.machine.handed import CONTAINERS, Handed, plain
-from emulator.explore.machine.slots import Slot, slots_of, standing
 from emulator.explore.machine.watchable import WATCHED, copied, is_mutable, is_watchable
 from emulator.machine.runtime import Machine
 from emulator.policy import Policy
@@ -37,8 +37,8 @@ if TYPE_CHECKING:
     from emulator.explore.machine.control import Control
 
 _OURS: Final = frozenset({"emulator", "native"})
-_EXPLORE: Final = __name__.rpartition(".")[0] + "."
-_AUDIT: Final = _EXPLORE + "shared_state"
+_EXPLORE: Final = "emulator.explore."
+_AUDIT: Final = _EXPLORE + "audit.shared_state"
 # At the beginning of an execution: asked before threads run.
 _INIT: Final = -1
 

@@ -4,14 +4,16 @@ from __future__ import annotations
 
 import time
 from collections import deque
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import Future
 from dataclasses import dataclass
 
 from emulator.explore.results.verdict import INTERRUPTED, Plan, Verdict, explore_verdict
 from emulator.litmus.model import LitmusTest
 from emulator.litmus.policies import named_policy
+from emulator.litmus.verdict import SEARCHED, Outcome
 from emulator.processes import ProcessPool, ending
+from native import VIOLATION_KINDS
 
 
 @dataclass(frozen=True, slots=True)
@@ -64,3 +66,34 @@ def _reached(verdict: Verdict) -> Iterator[Verdict]:
     """Nothing can be said of a test in which a signal came before the first execution."""
     if verdict.executions or verdict.failure or verdict.limit != INTERRUPTED:
         yield verdict
+
+
+def explore_all(
+    tests: Sequence[tuple[LitmusTest, tuple[str, ...]]],
+    executions: int,
+    seed: int,
+    jobs: int,
+    progress: Callable[[int], None],
+    seconds: float,
+) -> Iterator[Outcome]:
+    """The same verdicts by proof: every interleaving, as far as `executions` and `seconds` of each pair reach
+    (0: no limit)."""
+    plan = Plan(executions=executions, seed=seed, minimize=False)
+    work = [Work(test, policy, plan, seconds) for test, policies in tests for policy in policies]
+    for verdict in explore_suite(work, jobs):
+        progress(executions)
+        proof = SEARCHED if verdict.counterexample is not None or verdict.failure else verdict.verdict
+        # As on real threads: under its most specific kind.
+        kinds = [kind for kind in VIOLATION_KINDS if kind in verdict.kinds] or list(verdict.kinds)
+        yield Outcome(
+            verdict.test,
+            verdict.policy,
+            executions=verdict.executions,
+            violating=int(bool(kinds)),
+            kinds=dict.fromkeys(kinds[:1], 1),
+            evidence=verdict.evidence,
+            proof=proof,
+            bound=verdict.bound,
+            failure=verdict.failure,
+            unwatched=verdict.unwatched,
+        )

@@ -8,6 +8,7 @@ executions come first: they find early what an exhaustive search of a large prog
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any
@@ -25,7 +26,6 @@ from emulator.explore.strategies.dpor import Exhaustive
 from emulator.explore.strategies.sampling import Pct, RandomWalk, Sampler
 from emulator.explore.strategies.search import Found, Limits, search
 from emulator.explore.strategies.tree import wide_search
-from emulator.litmus.evidence import add
 from emulator.litmus.failure import LitmusFailure
 from emulator.litmus.model import INCONCLUSIVE, SAFE, LitmusTest
 from emulator.litmus.verdict import BOUNDED, FAILED, SEARCHED, VIOLATIONS
@@ -85,7 +85,7 @@ class Verdict:
     guarantee: float | None = None
     rounds: list[dict[str, Any]] = field(default_factory=list)
     met: int = 0
-    evidence: dict[str, int] = field(default_factory=dict)
+    evidence: Counter[str] = field(default_factory=Counter)
     counterexample: Recording | None = None
     failure: str = ""
     unwatched: tuple[str, ...] = ()
@@ -327,7 +327,7 @@ def _add(verdict: Verdict, found: Found, bound: int | None, strategy: str) -> No
     verdict.steps += found.steps
     verdict.depth = max(verdict.depth, found.depth)
     verdict.met += found.met
-    add(verdict.evidence, found.evidence)
+    verdict.evidence.update(found.evidence)
     verdict.rounds.append(
         {
             "strategy": strategy,

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from typing import NamedTuple, Protocol
@@ -10,7 +11,6 @@ from emulator.explore.engine.objects import Objects
 from emulator.explore.engine.scheduler import Execution
 from emulator.explore.strategies.dpor import Exhaustive
 from emulator.explore.strategies.sampling import Sampler
-from emulator.litmus.evidence import add
 
 
 class Met(NamedTuple):
@@ -66,7 +66,7 @@ class Found:
     steps: int = 0
     too_long: int = 0
     met: int = 0
-    evidence: dict[str, int] = field(default_factory=dict)
+    evidence: Counter[str] = field(default_factory=Counter)
     complete: bool = False
     bounded_away: bool = False  # something was left out because of the bound
     more: bool = True  # the strategy was not through
@@ -127,4 +127,4 @@ def _count(found: Found, execution: Execution, program: Program) -> None:
     if not execution.too_long:
         met = program.met()
         found.met += met.precondition
-        add(found.evidence, met.evidence)
+        found.evidence.update(met.evidence)

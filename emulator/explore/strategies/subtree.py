@@ -1,7 +1,7 @@
 """One part of an exhaustive search: what lies behind one choice, as far as a budget goes.
 
 A part is self-contained, so that any process can do it: it names shared objects, and does not number them.
-What its races ask of nodes above it, and what it leaves undone, goes back to emulator.explore.strategies.tree.
+What its races ask of nodes above it, and what it leaves undone, goes back to tree.py.
 """
 
 from __future__ import annotations

@@ -1,10 +1,10 @@
 """One exhaustive search in parts that any number of processes can do, with the same result.
 
 What is left of a depth-first search when its budget ends is a path of nodes with choices that were not tried.
-Each such choice is a part of its own (emulator.explore.strategies.subtree); parts are done in rounds, and what they
-leave grows new branches.  Which parts make up a round, and how far each one goes, depends on the rounds
-before and on nothing else, and results are taken in the order of the parts: so the number of processes and
-the time that each of them takes change nothing.
+Each such choice is a part of its own (subtree.py); parts are done in rounds, and what they leave grows new
+branches.  Which parts make up a round, and how far each one goes, depends on the rounds before and on nothing
+else, and results are taken in the order of the parts: so the number of processes and the time that each of
+them takes change nothing.
 
 The choices of a node are tried one after the other, as the depth-first search does, because a later one need
 not repeat what begins with the step of an earlier one (sleep sets), and that step's access is known when it
@@ -21,7 +21,6 @@ from emulator.explore.engine.objects import Objects, bits
 from emulator.explore.strategies.dpor import Exhaustive, choices
 from emulator.explore.strategies.search import Found, Limits, Program, search
 from emulator.explore.strategies.subtree import Access, Outcome, Part, Rest, Sleep, rest_of
-from emulator.litmus.evidence import add
 
 # Executions before anything is shared out.
 PLAIN: Final = 256
@@ -229,7 +228,7 @@ def _merge(found: Found, other: Found) -> None:
     found.steps += other.steps
     found.too_long += other.too_long
     found.met += other.met
-    add(found.evidence, other.evidence)
+    found.evidence.update(other.evidence)
     found.bounded_away |= other.bounded_away
     for outcome, n in other.outcomes.items():
         found.outcomes[outcome] = found.outcomes.get(outcome, 0) + n

@@ -1,0 +1,59 @@
+"""The contracts of pyproject.toml hold, and an import that breaks one is found."""
+
+from __future__ import annotations
+
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parents[1]
+
+
+def lint_imports(directory: Path) -> subprocess.CompletedProcess[str]:
+    command = [str(Path(sys.executable).with_name("lint-imports")), "--no-cache"]
+    return subprocess.run(command, cwd=directory, capture_output=True, text=True, check=False, timeout=100)
+
+
+@pytest.fixture(scope="module")
+def checkout(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A copy of what is checked; nothing of it is imported."""
+    directory = tmp_path_factory.mktemp("checkout")
+    shutil.copy(ROOT / "pyproject.toml", directory)
+    for package in ("emulator", "native", "metrics"):
+        for source in (ROOT / package).rglob("*.py"):
+            copy = directory / source.relative_to(ROOT)
+            copy.parent.mkdir(parents=True, exist_ok=True)
+            copy.write_text(source.read_text())
+    return directory
+
+
+def test_contracts_hold(checkout: Path) -> None:
+    done = lint_imports(checkout)
+    assert done.returncode == 0, done.stdout
+
+
+@pytest.mark.parametrize(
+    ("module", "imported"),
+    [
+        ("emulator/kvm/mmu.py", "metrics"),
+        ("native/brief.py", "emulator.errors"),
+        ("emulator/kvm/requests.py", "emulator.actors.pcpu"),
+        ("emulator/litmus/runner.py", "emulator.explore.results.suite"),
+        ("emulator/explore/engine/scheduler.py", "emulator.explore.strategies.dpor"),
+        ("emulator/explore/strategies/search.py", "emulator.litmus.evidence"),
+    ],
+)
+def test_an_import_upwards_is_found(checkout: Path, module: str, imported: str) -> None:
+    source = checkout / module
+    before = source.read_text()
+    try:
+        source.write_text(f"{before}\nimport {imported}\n")
+        done = lint_imports(checkout)
+    finally:
+        source.write_text(before)
+    assert done.returncode == 1
+    assert "BROKEN" in done.stdout
+    assert imported.partition(".")[0] in done.stdout
