@@ -62,6 +62,8 @@ EXCEPTIONS: Final = {
         )
     },
 }
+# Arguments that may be NULL: count only.
+NULLABLE: Final = frozenset({("tlb_dump", "entries"), ("psc_dump", "entries")})
 # Fields that KVM's code passes on.
 FIELDS: Final = {
     ("mm_page", "hfn"): "Hfn",
@@ -206,14 +208,15 @@ def _argument(function: str, decl: c_ast.Decl, opaque: set[str], names: Mapping[
     name, depth, const = _spelled(decl.type)
     if not depth:
         return EXCEPTIONS.get((function, decl.name)) or names.get(decl.name) or _value(name)
+    null = " | Null" if (function, decl.name) in NULLABLE else ""
     if name == "char":
         return "bytes | Chars" if const else "Chars"
     if name in WORDS:
-        return f"{WORDS[name]} | Null"
+        return WORDS[name] + null
     struct = name.removeprefix("struct ")
     if struct in opaque:
         return f"{_class_of(struct)}Ptr"
-    return f"{_class_of(struct)}Ptr | Array[{_class_of(struct)}] | Null"
+    return f"{_class_of(struct)}Ptr | Array[{_class_of(struct)}]{null}"
 
 
 def _function(decl: c_ast.Decl, opaque: set[str]) -> str:

@@ -176,7 +176,8 @@ def test_fault_range(rig: Rig) -> None:
 def test_bounds(rig: Rig) -> None:
     assert rig.try_fault(2048) == lib.MACHINE_MISUSE
     assert "0x800" in rig.error()
-    assert lib.mm_fault_range(rig.m, CPU, VM0, 2047, 2, 0, ffi.NULL, ffi.NULL, ffi.NULL) == lib.MACHINE_MISUSE
+    hfns, tags, writable = (ffi.new("uint32_t[]", 2) for _ in range(3))
+    assert lib.mm_fault_range(rig.m, CPU, VM0, 2047, 2, 0, hfns, tags, writable) == lib.MACHINE_MISUSE
     assert lib.mm_unmap(rig.m, CPU, VM0, 2000, 1 << 60, 0) == 0
     assert lib.mm_image_create(rig.m, VM0, 1, 2048) == lib.MACHINE_NOMEM
 

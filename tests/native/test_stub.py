@@ -10,7 +10,7 @@ import pytest
 from mypy import api
 
 from native import ffi, lib
-from native.stub import ARGUMENTS, ENUMS, EXCEPTIONS, STUB, text
+from native.stub import ARGUMENTS, ENUMS, EXCEPTIONS, NULLABLE, STUB, text
 
 ROOT = Path(__file__).resolve().parents[2]
 
@@ -57,6 +57,8 @@ def memory(m: MachinePtr, cpu: CpuId) -> None:
     lib.counters_sum(m, halves)  # error
     lib.oracle_reports(m, 0, ffi.new("struct violation_report[]", 4), 4)
     lib.oracle_reports(m, 0, ffi.new("struct event[]", 4), 4)  # error
+    lib.tlb_dump(lib.cpu_tlb(m, cpu), ffi.NULL, 0)
+    lib.counters_sum(m, ffi.NULL)  # error
     page = ffi.new("struct mm_page *")
     page.tag = words[0]
     page.no_such_field = 0  # error
@@ -113,7 +115,7 @@ def test_names_no_argument_and_no_enum_that_the_headers_lack() -> None:
         if isinstance(node, ast.FunctionDef)
         for argument in node.args.posonlyargs
     }
-    assert EXCEPTIONS.keys() <= arguments
+    assert EXCEPTIONS.keys() | NULLABLE <= arguments
     assert ARGUMENTS.keys() <= {argument for _, argument in arguments}
     for enum in ENUMS:
         assert ffi.typeof(f"enum {enum}").relements
