@@ -4,8 +4,8 @@
 editors need no build; tests/native/test_stub.py compares it with the headers.
 
 Types of cffi's objects follow cffi's own rules: `struct x *` (`XPtr`) has the fields of `struct x` (`X`), an
-array (`Array[X]`) has none, and an argument `struct x *` takes either one.  A field that is
-named like a keyword is left to getattr().
+array (`Array[X]`) has none; an argument takes the latter if its name is a plural.  A field that is named like
+a keyword is left to getattr().
 """
 
 from __future__ import annotations
@@ -216,7 +216,9 @@ def _argument(function: str, decl: c_ast.Decl, opaque: set[str], names: Mapping[
     struct = name.removeprefix("struct ")
     if struct in opaque:
         return f"{_class_of(struct)}Ptr"
-    return f"{_class_of(struct)}Ptr | Array[{_class_of(struct)}]{null}"
+    # entries, events, reports: as many as the argument behind it says.
+    own = _class_of(struct)
+    return (f"Array[{own}]" if decl.name.endswith("s") else f"{own}Ptr") + null
 
 
 def _function(decl: c_ast.Decl, opaque: set[str]) -> str:

@@ -10,10 +10,12 @@ from native import lib
 from native.types import CpuId, IpiFunction
 
 if TYPE_CHECKING:
-    from native._native import U64, Chars, MachinePtr
+    from native._native import U64, Chars, Lib, MachinePtr
+else:
+    Lib = object  # inherited for mypy alone, which compares each stand-in with the native function
 
 
-class Calls:
+class Calls(Lib):
     """Native functions that send, and those that wait for what was sent."""
 
     control: Control
@@ -98,7 +100,7 @@ class Calls:
 
     # --- interrupts on and off ------------------------------------------------------------------------------
 
-    def local_irq_disable(self, m: MachinePtr, cpu: CpuId, where: Chars) -> int:
+    def local_irq_disable(self, m: MachinePtr, cpu: CpuId, where: bytes | Chars) -> int:
         execution = self.control.execution
         if execution is not None:
             execution.touch(0, self.control.bit("irq", cpu))

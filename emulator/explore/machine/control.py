@@ -25,7 +25,7 @@ from native.types import CpuId, VcpuId, VmId
 if TYPE_CHECKING:
     from emulator.explore.machine.adversary import Adversary
     from emulator.explore.machine.policy_reads import PolicyReads
-    from native._native import Array, GuestOp
+    from native._native import Array, GuestOp, Lib
 
 _FIRST_VM: Final = VmId(0)
 
@@ -121,9 +121,9 @@ class Control:
         self.programs: dict[VcpuId, Array[GuestOp]] = {}  # what each vCPU's guest executes
         self.adversary: Adversary | None = None
         self.policy_reads: PolicyReads | None = None  # a user's policy is explored
-        self.lib: Any = lib  # as explored code sees it
+        self.lib = lib  # as explored code sees it
         self.queues = 0  # of stores that are not visible yet (store_buffers.py)
-        self.lib_class: Callable[[Control], Any] | None = None  # instead of the usual ControlledLib
+        self.lib_class: Callable[[Control], Lib] | None = None  # instead of the usual ControlledLib
         self._counters = ffi.new("uint64_t[]", lib.COUNTERS)
         self._violations = ffi.new("uint64_t[]", lib.VIOLATIONS)
         self._violations_now: Any = ffi.buffer(self._violations)

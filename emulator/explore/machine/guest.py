@@ -11,7 +11,9 @@ from native import lib
 from native.types import CpuId, VcpuId, VmId
 
 if TYPE_CHECKING:
-    from native._native import Array, GuestOp, MachinePtr, MmPagePtr, VcpuExitPtr
+    from native._native import Array, GuestOp, Lib, MachinePtr, MmPagePtr, VcpuExitPtr
+else:
+    Lib = object  # inherited for mypy alone, which compares each stand-in with the native function
 
 _FLAGS = ("GUEST_OP_NOFLUSH", "GUEST_OP_READ_ONLY", "GUEST_OP_GLOBAL", "GUEST_OP_HUGE")
 
@@ -25,7 +27,7 @@ _WRITE: Final[int] = lib.GUEST_OP_WRITE
 _STORES: Final = frozenset({_WRITE, lib.GUEST_OP_MAP, lib.GUEST_OP_UNMAP, lib.GUEST_OP_PROTECT})
 
 
-class GuestMode:
+class GuestMode(Lib):
     """From VM entry to VM exit: an operation of the guest is a step."""
 
     control: Control

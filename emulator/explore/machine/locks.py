@@ -11,10 +11,12 @@ from native import lib
 from native.types import CpuId, VmId
 
 if TYPE_CHECKING:
-    from native._native import MachinePtr
+    from native._native import Lib, MachinePtr
+else:
+    Lib = object  # inherited for mypy alone, which compares each stand-in with the native function
 
 
-class Locks:
+class Locks(Lib):
     """Native functions that stand for what may have to wait for other holders or readers."""
 
     control: Control
