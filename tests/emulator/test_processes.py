@@ -17,9 +17,9 @@ from tests.support import wait_until
 
 COMMANDS = {
     "one search": ["explore", "remote-two-vcpus", "--executions", "1000000"],
-    "several searches": ["explore", "remote-two-vcpus", "kick-cross", "--executions", "1000000"],
-    "proofs": ["litmus", "remote-two-vcpus", "kick-cross", "--explore", "--iterations", "1000000"],
-    "threads": ["litmus", "remote-two-vcpus", "kick-cross", "--iterations", "1000000"],
+    "several searches": ["explore", "remote-two-vcpus", "bounce-two-vcpus", "--executions", "1000000"],
+    "proofs": ["litmus", "remote-two-vcpus", "bounce-two-vcpus", "--explore", "--iterations", "1000000"],
+    "threads": ["litmus", "remote-two-vcpus", "bounce-two-vcpus", "--iterations", "1000000"],
 }
 UNLIMITED = {"one search", "several searches"}
 
