@@ -1,6 +1,7 @@
-"""Greenlets that are used again: a new one costs a system call or two and a page fault for its stack.
+"""A pool of greenlets: creating one costs a system call or two and a page fault for its stack.
 
-A fiber runs one body after the other.  Idle ones are kept by thread, as greenlets belong to one.
+A fiber runs one body after the other.  Each thread has its own idle fibers, because a greenlet belongs to
+the thread that created it.
 """
 
 from __future__ import annotations
@@ -11,7 +12,7 @@ from typing import Any
 
 from greenlet import getcurrent, greenlet
 
-# What a fiber does; it returns the greenlet to go on with.
+# The code that a fiber runs; it returns the greenlet to switch to next.
 Body = Callable[[], Any]
 
 
@@ -24,13 +25,13 @@ _idle = _Idle()
 
 
 def fiber() -> Any:
-    """A greenlet; `switch(body)` starts it."""
+    """Return an idle greenlet; `switch(body)` starts it."""
     fibers = _idle.fibers
     return fibers.pop() if fibers else greenlet(_run)
 
 
 def _run(body: Body) -> None:
-    # It keeps no reference to itself: one that is given up in the middle of a body is to go.
+    # Hold no reference to the greenlet itself: one that is abandoned inside a body must be collected.
     while True:
         other = body()
         del body

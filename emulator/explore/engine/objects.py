@@ -1,4 +1,4 @@
-"""What steps read and write: shared objects by name, and sets of them as integers."""
+"""Shared objects that steps read and write: named, with sets of them as integers."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ from functools import lru_cache
 
 
 class Objects:
-    """Gives each shared object a bit.  Names are hashable and the same in every execution."""
+    """Assigns a bit to each shared object.  Names are hashable, and equal in every execution."""
 
     __slots__ = ("bits", "names")
 
@@ -33,7 +33,7 @@ class Objects:
 
 
 def bits(mask: int) -> Iterator[int]:
-    """Positions of the bits that are set, lowest first."""
+    """Yield the positions of the bits that are set, lowest first."""
     while mask:
         low = mask & -mask
         yield low.bit_length() - 1
@@ -42,5 +42,5 @@ def bits(mask: int) -> Iterator[int]:
 
 @lru_cache(maxsize=1 << 14)
 def members(mask: int) -> tuple[int, ...]:
-    """The same for sets that come up again and again."""
+    """Return the positions of the bits that are set, from a cache: the same sets recur."""
     return tuple(bits(mask))

@@ -1,12 +1,13 @@
 """A controlled scheduler: tasks are greenlets of one thread, and one at a time goes one step.
 
-A step reaches from one announcement to the next: `step()` ends the running task's step and says with which
-access to shared state its next one begins, so before every step all tasks stand right before an access.  What
-the step touches after that is added by `touch()`.  A task that cannot go on gives a condition; it is tested
-before each choice, and must depend on nothing but the objects that it names.
+A step reaches from one announcement to the next: `step()` ends the running task's step and announces the
+access to shared state that begins its next one, so between steps every task stands right before an access.
+`touch()` adds the step's further accesses.  A task that cannot go on passes a condition, which is tested
+before each choice, and must depend only on the objects that the task announces.
 
-Who goes next is a strategy's choice, among the tasks that can.  When none can and some are not finished, that
-is a deadlock.  Tasks that never finish (interrupts, RCU) are daemons: they do not keep an execution going.
+A strategy chooses the next task among those that are enabled.  If none is enabled and some have not finished,
+the execution is deadlocked.  Tasks that never finish (interrupts, RCU) are daemons: they do not keep an
+execution going.
 """
 
 from __future__ import annotations
@@ -31,13 +32,13 @@ START: Label = ("start", None, "read")
 
 
 def spelled(*parts: Hashable) -> str:
-    """Of a label's kind and object, say: parts of parts are parts, and None is nothing."""
+    """Join the words of a label's kind and object, say: flatten nested tuples, and skip None."""
     words = (spelled(*part) if isinstance(part, tuple) else str(part) for part in parts if part is not None)
     return " ".join(word for word in words if word)
 
 
 def _stands_in(task: Task) -> str:
-    """The innermost function of KVM's code on the task's stack."""
+    """Return the innermost function of KVM's code on the task's stack, or "" if there is none."""
     frame = sys._getframe() if task.greenlet is getcurrent() else task.greenlet.gr_frame
     while frame is not None:
         if str(frame.f_globals.get("__name__", "")).startswith(_KVM):
@@ -47,30 +48,30 @@ def _stands_in(task: Task) -> str:
 
 
 class Abandoned(BaseException):
-    """The execution is over for this task: unwind."""
+    """Unwinds a task whose execution is over."""
 
 
 class Divergence(Exception):
-    """A replayed execution does not do what it did when it was recorded."""
+    """A replayed execution departs from its recording."""
 
 
 class Strategy(Protocol):
-    """Decides, and hears of every step, except of those that it knows."""
+    """Chooses the next task, and is told of each step apart from the `known` ones."""
 
     def known(self) -> Sequence[Known]:
-        """The steps that the execution begins with, when an earlier one began with them, too: they are taken
-        without asking, and `choose` and `stepped` go on after them."""
+        """Return the steps that the execution shares with the beginning of an earlier one: they are
+        replayed without calls of `choose` and `stepped`, which begin after them."""
 
     def choose(self, enabled: int, last: int) -> int:
-        """One of the tasks in the mask, or -1: there is no point in going on.  `last` took the last step."""
+        """Return one of the tasks in the mask, or -1 to give the execution up.  `last` took the last step."""
 
     def stepped(self, task: Task) -> None:
-        """The step that was chosen last is over: task.label, reads, writes."""
+        """Record the step that was chosen last, now that it is over: task.label, reads, writes."""
 
 
 class Task:
-    """One controlled thread.  `label`, `reads`, `writes` are those of the step that it is in or about to
-    take."""
+    """One controlled thread.  `label`, `reads` and `writes` describe its current step or, between steps, its
+    next one."""
 
     __slots__ = (
         "acts_for",
@@ -99,15 +100,15 @@ class Task:
         self.greenlet: Any = None
         self.done = False
         self.label: Label = START
-        self.looked_at: Label = START  # before it waited for a change
+        self.looked_at: Label = START  # the label before it waited for a change
         self.reads = 0
         self.writes = 0
         self.was_blocking = False  # the step in question had a condition
         self.waits_for = ""
         self.holders: Callable[[], Iterable[int]] = tuple  # CPUs that hold the lock it waits for
-        self.watch = 0  # what the current turn of a retry loop has read
-        self.changed = False  # ... and somebody has written since
-        self.acts_for: Task | None = None  # a daemon that goes on with what this one has begun
+        self.watch = 0  # read by the current iteration of a retry loop
+        self.changed = False  # another task has written one of the watched objects
+        self.acts_for: Task | None = None  # a daemon that continues what this task has begun
 
     def __repr__(self) -> str:
         return f"<task {self.name}>"
@@ -115,8 +116,11 @@ class Task:
 
 @dataclass(frozen=True, slots=True)
 class Wait:
-    """A task that cannot go on at the end, and why.  function: of KVM's code, in which it stands; "": none.
-    holders: the CPUs that hold the lock, if it waits for one."""
+    """A task that is blocked at the end, and the reason.
+
+    function: the innermost function of KVM's code on its stack, "" if there is none.  holders: the CPUs that
+    hold the lock, if it waits for one.
+    """
 
     task: str
     label: Label
@@ -127,10 +131,10 @@ class Wait:
 
 class Execution:
     """One run of a program's tasks.  After `run`: `failure` (an exception of a task), `pruned` (the strategy
-    gave up), `too_long`, `deadlock` (who waits), `stopped` (somebody called `stop`).
+    gave up), `too_long`, `deadlock` (the blocked tasks), `stopped` (`stop` was called).
 
-    Tasks that have not come to their ends by then are unwound where they stand.  What they leave half done is
-    the program's to put back before the next execution.
+    Tasks that have not finished by then are unwound where they stand.  The program must restore the state
+    that they leave half changed before the next execution.
     """
 
     __slots__ = (
@@ -172,7 +176,7 @@ class Execution:
         self.known: Sequence[Known] = ()
         self.replayed = 0  # steps before this one are known
         self.ready = 0  # tasks that can go on without a condition
-        self.waiting: dict[int, Condition] = {}  # ... and with one
+        self.waiting: dict[int, Condition] = {}  # tasks that can go on once their condition holds
         self.starting = True
         self.aborting = False
         self.crashed = False
@@ -184,7 +188,7 @@ class Execution:
         self.on_step: Callable[[Task], None] | None = None
         self.on_step_end: Callable[[Task], None] | None = None  # adds to the step's accesses
 
-    # --- what programs call ---------------------------------------------------------------------------------
+    # --- for programs ---------------------------------------------------------------------------------------
 
     def spawn(self, name: str, body: Callable[[], None], daemon: bool = False) -> Task:
         task = Task(len(self.tasks), name, body, daemon)
@@ -199,7 +203,7 @@ class Execution:
         condition: Condition | None = None,
         waits_for: str = "",
     ) -> None:
-        """The running task's step ends; its next one begins with this access, once `condition` holds."""
+        """End the running task's step; its next one begins with this access, once `condition` holds."""
         if self.aborting:
             raise Abandoned  # on the way out, in a `finally`
         task = self.current
@@ -235,15 +239,15 @@ class Execution:
             raise Abandoned
 
     def touch(self, reads: int, writes: int) -> None:
-        """The current step does this, too."""
+        """Add accesses to the current step."""
         task = self.current
         task.reads |= reads
         task.writes |= writes
 
     def await_change(self, label: Label) -> None:
-        """In a loop that tries again: go on when somebody has written something that this turn has read.
+        """Block a retry loop until another task writes an object that this iteration has read.
 
-        A turn without effects that sees the same again would only do the same again, so nothing is lost
+        This is sound: an iteration without side effects that reads the same values repeats the previous one
         (as with await statements; cf. spin loops in stateless model checkers).
         """
         task = self.current
@@ -254,7 +258,7 @@ class Execution:
         task.watch = 0
 
     def stop(self) -> None:
-        """Enough was seen: the execution ends with the current step."""
+        """End the execution with the current step: enough was seen."""
         self.stopped = True
 
     # --- running --------------------------------------------------------------------------------------------
@@ -270,7 +274,7 @@ class Execution:
 
     def _run(self) -> None:
         for task in self.tasks:
-            # To its first announcement: nothing shared is touched before.
+            # Run the task up to its first announcement: before it, it touches no shared state.
             self.current = task
             task.greenlet = fiber()
             task.greenlet.switch(self._body(task))
@@ -287,7 +291,7 @@ class Execution:
                 task.body()
                 self._done(task)
             except BaseException as error:
-                # On the way out errors do not count, but Ctrl-C does, whoever it hits.
+                # Errors of a task that is unwound do not count, but Ctrl-C does, in any task.
                 if not self.aborting or not isinstance(error, Exception | Abandoned):
                     self._failed(task, error)
             task.greenlet = None
@@ -365,7 +369,7 @@ class Execution:
         return task
 
     def _next_known(self) -> Task:
-        """The next one of those steps that the execution begins with."""
+        """Return the task of the next known step, checked to be enabled."""
         index = self.last = self.known[self.length][0]
         condition = self.waiting.pop(index, None)
         if not (condition() if condition is not None else self.ready >> index & 1):
@@ -375,11 +379,11 @@ class Execution:
 
     @property
     def clean(self) -> bool:
-        """All tasks came to their ends: nothing is held, nobody is in the middle of anything."""
+        """Return whether all tasks have finished, so that no lock is held and no operation is half done."""
         return not self.crashed and all(task.done or task.daemon for task in self.tasks)
 
     def _abandon(self) -> None:
-        """Unwind whoever is not finished."""
+        """Unwind the tasks that have not finished."""
         self.aborting = True
         for task in self.tasks:
             if task.greenlet is not None:

@@ -1,10 +1,9 @@
-"""Slots of classes that tell of each access to them.
+"""Descriptors that report each access to a class's slots.
 
-While a user's policy is explored, a descriptor stands before each slot of the classes whose objects it is
-given or finds through them (watchable.py).  A class without `__dict__` has nothing but its slots, and an
-attribute reaches its slot through the descriptor however it is spelled: `getattr`, `copy`,
-`operator.attrgetter`, `object.__getattribute__`, or the descriptor itself, taken when the policy's file was
-executed.
+While a user's policy is explored, a descriptor stands before each slot of the classes of objects that the
+policy is given, or finds through them (watchable.py).  A class without `__dict__` keeps all its state in
+slots, and every spelling of an access goes through the descriptor: `getattr`, `copy`, `operator.attrgetter`,
+`object.__getattribute__`, or the descriptor itself, taken when the policy's file was executed.
 """
 
 from __future__ import annotations
@@ -16,9 +15,9 @@ from typing import Any, Protocol
 
 
 class Watcher(Protocol):
-    """Hears of accesses, and makes them: `slot.plain_get`, `slot.plain_set`."""
+    """Is told of accesses, and performs them with `slot.plain_get` and `slot.plain_set`."""
 
-    asking: dict[int, int]  # not empty: all reads are of interest
+    asking: dict[int, int]  # while not empty, all reads are reported
 
     def got(self, slot: Slot, obj: object) -> Any: ...
 
@@ -26,10 +25,10 @@ class Watcher(Protocol):
 
 
 class Slot:
-    """The descriptor.  `key` names the attribute, `contents` the elements of its value.
+    """The descriptor of one slot.  `key` names the attribute, `contents` the elements of its value.
 
-    watched: reads are always of interest.  constructor: code that fills the slot before any other thread can
-    know the object.  identity: reads the slot that tells objects apart.
+    watched: reads are always reported.  constructor: the code that fills the slot before the object is
+    visible to another thread.  identity: reads the slot that distinguishes the class's objects.
     """
 
     __slots__ = (
@@ -69,8 +68,8 @@ class Slot:
 
 
 def slots_of(classes: Mapping[type, str], watcher: Watcher) -> dict[tuple[type, str], Slot]:
-    """Return a descriptor for each slot of these classes, by the class that has it and its name; `classes`
-    says which slot tells two objects of a class apart, "" if none does."""
+    """Return a descriptor for each slot of these classes, by its class and name; `classes` maps each
+    class to the slot that distinguishes its objects, "" if there is none."""
     found: dict[tuple[type, str], Slot] = {}
     for cls, identity in classes.items():
         for base in cls.__mro__:
@@ -82,7 +81,7 @@ def slots_of(classes: Mapping[type, str], watcher: Watcher) -> dict[tuple[type, 
 
 @contextmanager
 def standing(slots: Mapping[tuple[type, str], Slot]) -> Iterator[None]:
-    """Have the descriptors stand before their slots."""
+    """Put the descriptors in place of their slots, and the slots back at the end."""
     for (cls, attr), slot in slots.items():
         setattr(cls, attr, slot)
     try:

@@ -1,10 +1,10 @@
-"""The state of Python objects, kept once and put back in place again and again.
+"""The state of Python objects, recorded once and restored in place many times.
 
-Walks over everything that is reachable from some objects: instances of classes that are written in Python,
-containers, and memory that cffi owns.  Their contents are remembered, one level deep each, and `restore()`
-writes them back into the same objects, so whoever refers to one of them still does.  There is no list of what
-may change: what can be changed is put back, and what nobody knows how to put back is refused
-(`CannotRestore`).
+A snapshot walks everything that is reachable from some objects: instances of classes that are written in
+Python, containers, and memory that cffi owns.  It records the contents of each, one level deep, and
+`restore()` writes them back into the same objects, so that references to them stay valid.  There is no list
+of the state that may change: all mutable state is restored, and an object of a kind that cannot be restored
+is refused (`CannotRestore`).
 """
 
 from __future__ import annotations
@@ -33,7 +33,7 @@ from typing import Any, Final
 from emulator.explore.engine.slots import Slot
 from native import ffi
 
-# No contents that change.
+# Immutable, or left as they are.
 _ATOMS: Final = (
     type(None), bool, int, float, complex, str, bytes, range, type,
     BuiltinFunctionType, CodeType, EllipsisType, Enum, ModuleType, NotImplementedType, PurePath, re.Pattern,
@@ -41,22 +41,22 @@ _ATOMS: Final = (
 _DICTS: Final = (dict, defaultdict, OrderedDict, Counter)
 _SEQUENCES: Final = (list, bytearray)
 _DESCRIPTORS: Final = (GetSetDescriptorType, MemberDescriptorType)
-_HEAP_TYPE: Final = 1 << 9  # Py_TPFLAGS_HEAPTYPE: not a static type of the interpreter's
+_HEAP_TYPE: Final = 1 << 9  # Py_TPFLAGS_HEAPTYPE: not one of the interpreter's static types
 _WORD: Final = tuple.__itemsize__
 _BUFFER: Final = type(ffi.buffer(ffi.new("char[]", 1)))
 
 
 class CannotRestore(TypeError):
-    """An object whose state nobody knows how to put back."""
+    """An object of a kind that a snapshot cannot restore."""
 
 
 class Snapshot:
-    """The state of what is reachable from `roots`, now.  Raises CannotRestore.
+    """The present state of all objects that are reachable from `roots`.  Raises CannotRestore.
 
-    constant: true of objects that are left alone, and so is what is reachable through them only.
-    aside: by type, attributes that are left alone; who takes the snapshot puts them back.
-    module: one whose names count, with its classes, wherever they come from, and attributes of its functions;
-    elsewhere all these are taken for constant.
+    constant: true of objects that are left alone, together with all that is reachable through them only.
+    aside: by type, attributes that are left alone; the caller restores them itself.
+    module: a module that is recorded with its names, its classes, wherever they come from, and the attributes
+    of its functions; those of other modules are taken for constant.
     """
 
     def __init__(
@@ -72,7 +72,7 @@ class Snapshot:
         self._seen: dict[int, object] = {}
         self._instances: dict[tuple[type, tuple[str, ...]], list[tuple[object, tuple[object, ...]]]] = {}
         self._unset: list[tuple[object, str]] = []
-        # (container, contents), for the slice assignments and for what is emptied and filled again
+        # (container, contents): restored by slice assignment, or emptied and filled again
         self._slices: list[tuple[Any, Any]] = []
         self._dicts: list[tuple[Any, Any]] = []
         self._sets: list[tuple[Any, Any]] = []
@@ -88,11 +88,11 @@ class Snapshot:
                 pending.extend(self._keep(obj))
 
     def __len__(self) -> int:
-        """Objects looked at."""
+        """Return the number of objects that were visited."""
         return len(self._seen)
 
     def restore(self) -> None:
-        """Put it back.  Sets are in the same order after each time, if not in the one that they had."""
+        """Restore the recorded state.  A set's order may change in the first restore, and only then."""
         for assign, items in self._restorers:
             assign(items)
         for container, contents in self._slices:
@@ -117,7 +117,7 @@ class Snapshot:
         return [(_restorer(names), items) for (_, names), items in self._instances.items()]
 
     def same(self, other: Snapshot) -> bool:
-        """Whether nothing has changed between the two."""
+        """Return whether nothing has changed between the two snapshots."""
         return self._kept() == other._kept()
 
     def _kept(self) -> tuple[object, ...]:
@@ -127,7 +127,7 @@ class Snapshot:
     # --- one object -----------------------------------------------------------------------------------------
 
     def _keep(self, obj: Any) -> Iterable[object]:
-        """Remember its contents; what they refer to."""
+        """Record the contents of an object, and return the objects that they refer to."""
         kind = type(obj)
         if self._constant(obj):
             return ()
@@ -164,12 +164,12 @@ class Snapshot:
         return names.values()
 
     def _is_own(self, obj: object) -> bool:
-        """A class of the module's, or one of its enumerations' members."""
+        """Return whether this is one of the module's classes, or a member of one of its enumerations."""
         cls = obj if isinstance(obj, type) else type(obj) if isinstance(obj, Enum) else None
         return cls is not None and bool(self._module) and self._module in {c.__module__ for c in cls.__mro__}
 
     def _keep_memory(self, obj: Any) -> Iterable[object]:
-        """Memory of the core's is the core's to restore."""
+        """Record memory that cffi owns; the C core restores its own."""
         if " owning " in repr(obj):
             memory = ffi.buffer(obj)
             self._slices.append((memory, bytes(memory)))
@@ -193,7 +193,7 @@ def _methods_own(method: Any) -> Iterable[object]:
 
 
 def _functions_own(function: Any) -> Iterable[object]:
-    """A closure's variables and what its parameters are if not given; the rest is code."""
+    """Return a function's closure variables and its parameters' defaults; the rest of it is code."""
     given = function.__kwdefaults__ or {}
     return (*(function.__closure__ or ()), *(function.__defaults__ or ()), *given.values())
 
@@ -202,7 +202,7 @@ def _partials_own(function: Any) -> Iterable[object]:
     return (function.func, function.args, *function.keywords.values())
 
 
-# Types whose objects do not change themselves, and what those refer to.
+# Types of immutable objects, and how to list the objects that they refer to.
 _UNCHANGING: Final[Mapping[type, Callable[[Any], Iterable[object]]]] = {
     MethodType: _methods_own,
     FunctionType: _functions_own,
@@ -216,7 +216,7 @@ _UNCHANGING: Final[Mapping[type, Callable[[Any], Iterable[object]]]] = {
 
 
 def _names(namespace: ModuleType | type) -> dict[str, object]:
-    """But for what Python itself puts into a class."""
+    """Return the names in the namespace, without the descriptors that Python itself puts into a class."""
     return {name: value for name, value in vars(namespace).items() if type(value) not in _DESCRIPTORS}
 
 
@@ -230,7 +230,7 @@ def _put_names_back(namespace: Any, names: Mapping[str, object]) -> None:
 
 
 def _is_frozen(kind: type) -> bool:
-    """A frozen dataclass: only what it refers to can change."""
+    """Return whether the class is a frozen dataclass: only objects that an instance refers to can change."""
     return bool(getattr(getattr(kind, "__dataclass_params__", None), "frozen", False))
 
 
@@ -239,22 +239,22 @@ def _members(cls: type) -> list[str]:
 
 
 def _slots(kind: type) -> list[str]:
-    """Attributes in slots, by the names that they have in the class (`__x` is mangled)."""
+    """Return the attributes that lie in slots, by their names in the class (`__x` is mangled)."""
     return [name for cls in reversed(kind.__mro__) for name in _members(cls)]
 
 
 def _check_python_class(kind: type) -> None:
-    """All that an object has lies in slots and __dict__: nothing is between them that C code knows of."""
+    """Check that all state of an object lies in slots and __dict__, and none in fields of C code."""
     for cls in kind.__mro__[:-1]:
         base = cls.__base__
         room = cls.__basicsize__ - (base.__basicsize__ if base is not None else 0)
-        # ... but for the addresses of __dict__ and of weak references, in some versions of Python.
+        # Some versions of Python keep the addresses of __dict__ and of weak references there.
         if not cls.__flags__ & _HEAP_TYPE or room > (len(_members(cls)) + 2) * _WORD or cls.__itemsize__:
             raise CannotRestore(f"{kind.__module__}.{kind.__qualname__}: nobody knows how to put this back")
 
 
 def _restorer(names: tuple[str, ...]) -> Callable[[list[tuple[object, tuple[object, ...]]]], None]:
-    """Assigns the attributes of many objects: code for it, as this is done for each execution."""
+    """Return generated code that assigns the attributes of many objects: it runs once per execution."""
     targets = ", ".join(f"obj.{name}" for name in names)
     namespace: dict[str, Any] = {}
     exec(f"def assign(items):\n    for obj, ({targets},) in items:\n        pass\n", namespace)
