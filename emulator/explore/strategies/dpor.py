@@ -1,14 +1,14 @@
 """Every interleaving of a program, up to the order of independent steps.
 
 Source-DPOR (Abdulla, Aronsson, Jonsson, Sagonas, "Optimal dynamic partial order reduction", POPL 2014,
-algorithm 1) with sleep sets (Godefroid): after each step, its races with earlier steps are looked for, and
-for each race that can be turned round some task that begins the turned-round execution is put on the list of
-choices where the earlier step was taken.  Steps that wait for a condition follow Flanagan and Godefroid (POPL
-2005): such a step may be enabled by the very step it depends on, so it is compared with every concurrent
-earlier step, not with the last one only, and where it was disabled nothing is turned round.
+algorithm 1) with sleep sets (Godefroid): after each step, the search looks for its races with earlier steps.
+For each race that can be reversed, it adds a task that begins the reversed execution to the choices of the
+node where the earlier step was taken.  Steps that wait for a condition follow Flanagan and Godefroid (POPL
+2005): such a step may be enabled by the very step that it depends on, so it is compared with every concurrent
+earlier step, not with the last one only, and no race is reversed at a node where it was disabled.
 
-With a bound on preemptions the choices at a race are not enough, because the turned-round execution may
-need one more preemption than is left: the same task is tried where the block of steps began, too (Coons,
+With a bound on preemptions the choices at a race are not enough, because the reversed execution may need one
+more preemption than is left.  The task is therefore tried at the beginning of the block of steps, too (Coons,
 Musuvathi, McKinley, "Bounded partial-order reduction", OOPSLA 2013), and no sleep sets are used.
 """
 
@@ -23,9 +23,9 @@ from emulator.explore.engine.scheduler import START, Divergence, Known, Label, T
 class Node:
     """A state along the current execution and the step taken from it.
 
-    `backtrack` is what must be tried here, `done` what was; `sleep` maps tasks whose next step need not be
-    taken here to that step's reads and writes.  `before` has a bit for each earlier step of the execution
-    that happens before this one.
+    `backtrack` has the tasks that must be tried here, `done` those that were.  `sleep` maps each task that
+    need not be tried here to the reads and writes of its next step.  `before` has a bit for each earlier step
+    of the execution that happens before this one.
     """
 
     __slots__ = (
@@ -46,7 +46,7 @@ class Node:
     def __init__(self, enabled: int, last: int, preemptions: int) -> None:
         self.enabled = enabled
         self.last = last
-        self.preemptions = preemptions  # in the steps up to here
+        self.preemptions = preemptions  # in the steps that lead to this node
         self.backtrack = 0
         self.done = 0
         self.sleep: dict[int, tuple[int, int]] = {}
@@ -59,7 +59,7 @@ class Node:
 
 
 def choices(backtrack: int, enabled: int, begins: int, index: int) -> int:
-    """Who must be tried as well at a node, so that some task in `begins` is: rather `index` than another."""
+    """Return the tasks to add at a node so that one of `begins`, preferably `index`, is tried there."""
     if begins & backtrack:
         return 0
     begins &= enabled
@@ -67,7 +67,7 @@ def choices(backtrack: int, enabled: int, begins: int, index: int) -> int:
 
 
 class Exhaustive:
-    """The strategy: depth first.  `reduce=False` tries all enabled tasks everywhere."""
+    """The depth-first strategy.  `reduce=False` tries all enabled tasks at every node."""
 
     exhaustive = True
 
@@ -77,12 +77,12 @@ class Exhaustive:
         self.reduce = reduce
         self.bounded_away = False  # a choice was left out because of the bound
         self.stack: list[Node] = []
-        self.floor = 0  # nodes before this one are somebody else's: a subtree is searched
+        self.floor = 0  # nodes before this one belong to another part of the search (subtree.py)
         self.depth = 0
         self._fresh = 0  # steps before this one are replayed
-        self._asleep = False  # it was given up: everybody who could go on was seen to go on elsewhere
+        self._asleep = False  # given up: all enabled tasks are asleep, and their steps covered elsewhere
         self._last_of: list[int] = []  # per task: its last step of this execution
-        # Per object: which steps of the execution wrote it, which touched it.
+        # Per object: the steps of the execution that wrote it, and those that touched it.
         self._wrote: defaultdict[int, int] = defaultdict(int)
         self._touched: defaultdict[int, int] = defaultdict(int)
 
@@ -107,7 +107,7 @@ class Exhaustive:
             return node.chosen
         node = self._new_node(enabled, last)
         if self.reduce and depth:
-            # Who could go on and cannot any more races with the step that stopped it.
+            # A task that was enabled and is not any more races with the step that disabled it.
             parent = self.stack[-1]
             stopped = parent.enabled & ~enabled & ~(1 << parent.chosen)
             if stopped:
@@ -116,7 +116,7 @@ class Exhaustive:
         if not able:
             self._asleep = True
             return -1
-        # On with the same task if possible: then the bound is never exceeded here.
+        # Go on with the last task if possible: that costs no preemption, so the bound is never exceeded here.
         node.chosen = last if last >= 0 and able >> last & 1 else (able & -able).bit_length() - 1
         node.backtrack = 1 << node.chosen if self.reduce else enabled
         self.stack.append(node)
@@ -136,9 +136,9 @@ class Exhaustive:
         self._last_of[task.index] = depth
 
     def end(self, tasks: list[Task], deadlock: tuple[Wait, ...]) -> bool:
-        """The execution is over.  True: there is another one, and the next `choose` calls lead into it."""
+        """End the execution.  Return whether there is another one, to which the next `choose` calls lead."""
         if self.reduce and self.stack and not self._asleep:
-            # The last step may have stopped others as well; daemons, where the execution is over after it.
+            # The last step may have disabled other tasks, too: daemons, if the execution ends with it.
             last = self.stack[-1]
             others = last.enabled & ~(1 << last.chosen)
             if others:
@@ -146,7 +146,7 @@ class Exhaustive:
         if deadlock and self.reduce:
             for task in tasks:
                 if not task.done:
-                    # It never came to that step, but it could have been first.
+                    # The task never took its next step, but it might have been first.
                     found = self._dependent_steps(task.reads, task.writes)
                     self._races(self.depth, task.index, found, True)
         return self._advance()
@@ -173,7 +173,7 @@ class Exhaustive:
 
     @staticmethod
     def _cost(node: Node, index: int) -> int:
-        """Taking another task while the last one could go on is a preemption."""
+        """Return 1 if the choice is a preemption: of another task while the last one is enabled."""
         last = node.last
         return node.enabled >> last & 1 if last >= 0 and last != index else 0
 
@@ -206,7 +206,7 @@ class Exhaustive:
                 table[bit] &= keep
 
     def _accessed(self, depth: int, reads: int, writes: int) -> int:
-        """A step has done this: the earlier steps that it depends on."""
+        """Record the accesses of a step, and return the earlier steps that it depends on."""
         found, mark = 0, 1 << depth
         touched, wrote = self._touched, self._wrote
         for bit in members(writes):
@@ -222,8 +222,8 @@ class Exhaustive:
     # --- races ----------------------------------------------------------------------------------------------
 
     def _races(self, depth: int, index: int, found: int, blocking: bool) -> int:
-        """Races of a step of task `index`, the next after `depth` steps, with those earlier ones that it
-        depends on (`found`): puts on the lists what turns them round.  Returns what happens before it."""
+        """Add the choices that reverse the races of a step of task `index`, the next after `depth` steps,
+        with the earlier steps that it depends on (`found`).  Return the steps that happen before it."""
         stack = self.stack
         previous = self._last_of[index]
         base = 0 if previous < 0 else stack[previous].before | 1 << previous
@@ -245,14 +245,14 @@ class Exhaustive:
                 and not node.enabled >> index & 1
                 and not self._enabled_without(i, before)
             ):
-                continue  # it waited there already, for this very step or one behind it
+                continue  # it was already waiting there, for this very step or a later one that depends on it
             if not blocking:
                 covered |= node.before
             self._turn_round(i, depth, index, before)
         return before
 
     def _enabled_without(self, i: int, before: int) -> bool:
-        """Is there a step after i, not because of i, that the step in question depends on?"""
+        """Return whether the step also depends on a step after i that does not follow from i."""
         return any(not self.stack[k].before >> i & 1 for k in bits(before >> i + 1 << i + 1))
 
     def _dependent_steps(self, reads: int, writes: int) -> int:
@@ -264,7 +264,7 @@ class Exhaustive:
         return found
 
     def _turn_round(self, i: int, depth: int, index: int, before: int) -> None:
-        """Step i of the execution and the next step of `index` race: try those first that do not follow i."""
+        """Reverse the race of step i with the next step of `index`: first take steps that do not follow i."""
         stack, node = self.stack, self.stack[i]
         after = 0  # steps after i that do not depend on it
         begins = seen = 0
@@ -282,7 +282,7 @@ class Exhaustive:
         if self.bound is None:
             self._add(i, begins, index)
         else:
-            # Here, and where the block of steps that i is in began: a preemption there may be free.
+            # At i, and at the beginning of the block of steps around i: a preemption there may be free.
             for k in {i, self._block(i)}:
                 self._add_any(k, begins | 1 << index)
 

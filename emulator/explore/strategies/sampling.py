@@ -1,9 +1,9 @@
-"""Strategies that try some interleavings: random walks, PCT, and a given one again.
+"""Strategies that try some interleavings: random walks, PCT, and the replay of a recorded schedule.
 
 PCT (Burckhardt, Kothari, Musuvathi, Nagarakatte, "A randomized scheduler with probabilistic guarantees of
-finding bugs", ASPLOS 2010): tasks have random priorities, the highest one that can goes; at d - 1 random
-steps the running task's priority drops below all others.  A bug of depth d in a program of n tasks and
-k steps is found with a probability of at least 1 / (n * k^(d-1)) in each execution.
+finding bugs", ASPLOS 2010): tasks have random priorities, and the enabled task of the highest one takes the
+next step; at d - 1 random steps the running task's priority drops below all others.  A bug of depth d in a
+program of n tasks and k steps is found with a probability of at least 1 / (n * k^(d-1)) in each execution.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ _U64 = (1 << 64) - 1
 
 
 class Random:
-    """splitmix64 (Steele, Lea, Flood 2014): the same numbers everywhere."""
+    """splitmix64 (Steele, Lea, Flood 2014): one seed yields equal numbers on every machine."""
 
     __slots__ = ("_state",)
 
@@ -36,7 +36,7 @@ class Random:
 
 
 class Sampler:
-    """What strategies without memory have in common: so many executions, no promise."""
+    """The base of strategies without memory: a given number of executions, and no claim to completeness."""
 
     exhaustive = False
     bound: int | None = None
@@ -72,7 +72,7 @@ class Sampler:
 
 
 class RandomWalk(Sampler):
-    """Each choice is as likely as the others."""
+    """Chooses each enabled task with equal probability."""
 
     def __init__(self, executions: int, seed: int) -> None:
         super().__init__(executions)
@@ -84,7 +84,7 @@ class RandomWalk(Sampler):
 
 
 class Pct(Sampler):
-    """`depth` d; `steps` k is an estimate that grows to the longest execution seen."""
+    """PCT for bugs of `depth` d; `steps` k is an estimate that grows to the longest execution seen."""
 
     def __init__(self, executions: int, seed: int, depth: int, steps: int = 1) -> None:
         super().__init__(executions)
@@ -119,13 +119,13 @@ class Pct(Sampler):
             self._priorities[task.index] = lower
 
     def guarantee(self) -> float:
-        """The least probability with which one more execution finds a bug of this depth."""
+        """Return a lower bound of the probability that one more execution finds a bug of this depth."""
         steps = max(self.steps, self._at)
         return 1.0 / float(max(1, self.tasks) * steps ** (self.depth - 1))
 
 
 class Replay(Sampler):
-    """A given schedule, and nothing else."""
+    """Replays a given schedule; `then_any`: and goes on after its end."""
 
     def __init__(self, schedule: tuple[int, ...], then_any: bool = False) -> None:
         super().__init__(1)

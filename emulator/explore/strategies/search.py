@@ -1,4 +1,4 @@
-"""Runs a program under a strategy: one execution after the other, until there is nothing more to see."""
+"""Runs a program under a strategy: one execution after the other, until the search ends."""
 
 from __future__ import annotations
 
@@ -14,33 +14,36 @@ from emulator.explore.strategies.sampling import Sampler
 
 
 class Met(NamedTuple):
-    """The dangers of one execution.  precondition: without it a search proves nothing; evidence: how often
-    each danger came about."""
+    """The dangers of one execution.  precondition: whether it was met; a search that never meets it proves
+    nothing.  evidence: how often each danger occurred."""
 
     precondition: bool
     evidence: Mapping[str, int]
 
 
 class Program(Protocol):
-    """What is explored.  Every execution starts from the same state and depends on the schedule alone."""
+    """The explored program.  Every execution starts from one state and depends on the schedule alone."""
 
     def start(self, execution: Execution) -> None:
-        """Back to the initial state; spawn the tasks."""
+        """Restore the initial state, and spawn the tasks."""
 
     def finish(self, execution: Execution) -> str:
-        """What this execution came to; a short text, "" for nothing worth mentioning."""
+        """Return the outcome of this execution: a short text, "" if there is nothing to report."""
 
     def met(self) -> Met:
         """Return the dangers of the execution that was finished last."""
 
     def abandon(self, execution: Execution) -> None:
-        """... or nothing: it was pruned, or a task has failed."""
+        """Drop an execution without an outcome: it was pruned, or a task has failed."""
 
 
 @dataclass(slots=True)
 class Limits:
-    """executions: of one search; runs: with those that were given up half way; 0: no limit.
-    steps: of one execution."""
+    """Limits of a search.
+
+    executions: that end; runs: executions, including those that were given up half way; 0: no limit.
+    steps: of one execution.
+    """
 
     executions: int = 0
     steps: int = 5000
@@ -54,10 +57,11 @@ class Limits:
 
 @dataclass(slots=True)
 class Found:
-    """What a search has seen.
+    """The results of a search.
 
-    `complete`: every interleaving (within `bound` preemptions, if not None) was covered.  `met`: executions,
-    of those that came to their ends, which met the precondition; `evidence`: the sums of all.
+    `complete`: every interleaving (within `bound` preemptions, if not None) was covered.  `met`: the number
+    of executions that came to their ends and met the precondition; `evidence`: each danger's sum over all
+    that came to their ends.
     """
 
     executions: int = 0
@@ -68,10 +72,10 @@ class Found:
     met: int = 0
     evidence: Counter[str] = field(default_factory=Counter)
     complete: bool = False
-    bounded_away: bool = False  # something was left out because of the bound
-    more: bool = True  # the strategy was not through
+    bounded_away: bool = False  # a choice was left out because of the bound
+    more: bool = True  # the strategy has executions left
     outcomes: dict[str, int] = field(default_factory=dict)
-    # The first bad one: the tasks in the order of their steps.
+    # The first execution with a bad outcome: the task of each step.
     schedule: tuple[int, ...] | None = None
     outcome: str = ""
 
@@ -92,7 +96,7 @@ def search(
     bad: Callable[[str], bool],
     stop: Callable[[], bool] = lambda: False,
 ) -> Found:
-    """Until the strategy is through, or a limit is reached, or something bad was found."""
+    """Run executions until the strategy has none left, a limit is reached, or an outcome is bad."""
     found = Found()
     while found.more:
         if stop() or limits.reached(found):

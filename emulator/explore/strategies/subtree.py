@@ -1,7 +1,8 @@
-"""One part of an exhaustive search: what lies behind one choice, as far as a budget goes.
+"""One part of an exhaustive search: the subtree behind one choice, up to a budget.
 
-A part is self-contained, so that any process can do it: it names shared objects, and does not number them.
-What its races ask of nodes above it, and what it leaves undone, goes back to tree.py.
+A part is self-contained, so that any process can search it: it names shared objects, and does not number
+them.  It returns to tree.py the choices that its races add to nodes above it, and those that it leaves
+untried.
 """
 
 from __future__ import annotations
@@ -15,7 +16,7 @@ from emulator.explore.engine.scheduler import Divergence, Task
 from emulator.explore.strategies.dpor import Exhaustive, Node
 from emulator.explore.strategies.search import Found, Limits, Program, search
 
-# Runs of a part, those given up half way included, as a multiple of its executions: it must have an end.
+# Limit on the runs of a part, including those given up half way, as a multiple of its executions.
 RUNS: Final = 4
 
 Access = tuple[tuple[Hashable, ...], tuple[Hashable, ...]]  # objects read, objects written
@@ -24,8 +25,11 @@ Sleep = dict[int, Access]
 
 @dataclass(frozen=True, slots=True)
 class Part:
-    """prefix: the tasks' order up to here; its last step is new, and `sleep` are those that need not come
-    instead of it.  executions, steps: as in search.Limits."""
+    """The input of a part.
+
+    prefix: the task of each step up to the part; its last step is new.  sleep: the tasks that need not be
+    tried in place of that step.  executions, steps: as in search.Limits.
+    """
 
     prefix: tuple[int, ...]
     sleep: Sleep
@@ -36,8 +40,10 @@ class Part:
 
 @dataclass(frozen=True, slots=True)
 class Rest:
-    """A node along the last execution, with choices that were not tried; see dpor.Node.  access: of the step
-    that was taken; None: it has yet to be."""
+    """A node along the last execution, with choices that were not tried; see dpor.Node.
+
+    access: the chosen step's; None: that step has not been executed yet.
+    """
 
     enabled: int
     last: int
@@ -51,9 +57,9 @@ class Rest:
 
 @dataclass(frozen=True, slots=True)
 class Outcome:
-    """found: what was seen.  first: the access of the prefix's last step.
+    """The result of a part.  found: its search's.  first: the access of the prefix's last step.
 
-    asked: (depth, tasks that begin the turned-round execution, the racing task) for nodes of the prefix;
+    asked: (depth, tasks that begin the reversed execution, the racing task) for nodes of the prefix;
     wanted: (depth, tasks), all of which must be tried there.
     """
 
@@ -65,13 +71,13 @@ class Outcome:
 
 
 class Subtree(Exhaustive):
-    """The strategy of a part."""
+    """The strategy that searches a part."""
 
     def __init__(self, objects: Objects, part: Part) -> None:
         super().__init__(objects, bound=part.bound)
         self.part = part
         self.floor = len(part.prefix)
-        # In the order in which they came up.
+        # Dicts, for their order: that of the races.
         self.asked: dict[tuple[int, int, int], None] = {}
         self.wanted: dict[tuple[int, int], None] = {}
         self.first: Access = ((), ())
@@ -97,7 +103,7 @@ class Subtree(Exhaustive):
         if self.depth == self.floor:
             self.first = _names(self.objects, task.reads, task.writes)
 
-    # Races among the steps before the last one of the prefix were seen when these were new.
+    # Races among the steps before the prefix's last one were recorded when those steps were new.
 
     def _add(self, i: int, begins: int, index: int) -> None:
         if i >= self.floor:
@@ -113,7 +119,7 @@ class Subtree(Exhaustive):
 
 
 def rest_of(strategy: Exhaustive) -> tuple[Rest, ...]:
-    """What is left to do, after a search that had to stop; the last node's choice is new."""
+    """Return the path that is left of a search that had to stop; its last node's choice is new."""
     nodes = strategy.stack[strategy.floor :]
     return tuple(_rest(strategy.objects, node, node is nodes[-1]) for node in nodes)
 

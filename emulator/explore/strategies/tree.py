@@ -1,14 +1,14 @@
-"""One exhaustive search in parts that any number of processes can do, with the same result.
+"""One exhaustive search in parts, with a result that does not depend on the number of processes.
 
-What is left of a depth-first search when its budget ends is a path of nodes with choices that were not tried.
-Each such choice is a part of its own (subtree.py); parts are done in rounds, and what they leave grows new
-branches.  Which parts make up a round, and how far each one goes, depends on the rounds before and on nothing
-else, and results are taken in the order of the parts: so the number of processes and the time that each of
-them takes change nothing.
+A depth-first search whose budget ends leaves a path of nodes with choices that were not tried.  Each such
+choice becomes a part (subtree.py); parts are searched in rounds, and the paths that they leave become new
+branches.  The result does not depend on the number of processes, nor on their speed, because the parts of a
+round and their budgets depend on the earlier rounds only, and results are merged in the order of the parts.
 
-The choices of a node are tried one after the other, as the depth-first search does, because a later one need
-not repeat what begins with the step of an earlier one (sleep sets), and that step's access is known when it
-was executed once.  It is not waited for until everything behind it is done: that it will be is enough.
+The choices of a node are tried one after the other, as in the depth-first search: a later choice need not
+repeat executions that begin with the step of an earlier one (sleep sets), and that step's access is known
+only once it was executed.  The later choice need not wait until the subtree of the earlier one is complete,
+because the search will complete it in any case.
 """
 
 from __future__ import annotations
@@ -22,22 +22,22 @@ from emulator.explore.strategies.dpor import Exhaustive, choices
 from emulator.explore.strategies.search import Found, Limits, Program, search
 from emulator.explore.strategies.subtree import Access, Outcome, Part, Rest, Sleep, rest_of
 
-# Executions before anything is shared out.
+# Executions of the plain search, before any part is made.
 PLAIN: Final = 256
-# Executions of a part: enough to be worth the way to another process.
+# Executions of a part: enough to outweigh the cost of passing it to another process.
 PART: Final = 64
-# Parts of a round: enough for many processes.
+# Parts of a round: enough to keep many processes busy.
 ROUND: Final = 32
 
 
 class Team(Protocol):
-    """Does parts, and gives their outcomes in order."""
+    """Searches parts, and yields their outcomes in order."""
 
     def outcomes(self, parts: Sequence[Part]) -> Iterator[Outcome]: ...
 
 
 class Branch:
-    """A node of which something is left to do; see dpor.Node.  `gone`: choices that were given away."""
+    """A node with work left; see dpor.Node.  `gone`: choices that were tried, or are out of bounds."""
 
     __slots__ = (
         "backtrack",
@@ -70,7 +70,7 @@ class Branch:
         return 0 if self.under_way else self.backtrack & ~self.gone & ~self.sleeping
 
     def path(self) -> tuple[Branch, ...]:
-        """From the root to this node."""
+        """Return the nodes from the root to this one."""
         nodes: list[Branch] = []
         node: Branch | None = self
         while node is not None:
@@ -84,18 +84,19 @@ class Branch:
 
 
 class Tree:
-    """Everything that is left to do of one search."""
+    """The work that is left of one search."""
 
     def __init__(self, bound: int | None) -> None:
         self.bound = bound
         self.root: Branch | None = None
         self.bounded_away = False
 
-    # --- which parts there are ------------------------------------------------------------------------------
+    # --- the parts of a round -------------------------------------------------------------------------------
 
     def round(self, most: int) -> list[tuple[Branch, int]]:
-        """Nodes, and the choice that comes next at each: the deepest first, as in a depth-first search.  Near
-        the root, much is asleep until what is below is done, and most of what is tried there is pruned."""
+        """Return up to `most` nodes and the next choice of each: the deepest first, as in a depth-first
+        search.  Near the root, most executions would be pruned, because their tasks are asleep until the work
+        below is done."""
         found = list(self._pending())
         found.sort(key=lambda entry: entry[0], reverse=True)
         return [(node, choice) for _, node, choice in found[:most]]
@@ -122,10 +123,10 @@ class Tree:
     def prefix(node: Branch, choice: int) -> tuple[int, ...]:
         return (*(branch.step for branch in node.path()[1:]), choice)
 
-    # --- what comes of them ---------------------------------------------------------------------------------
+    # --- their outcomes -------------------------------------------------------------------------------------
 
     def grow(self, node: Branch | None, choice: int, rest: tuple[Rest, ...]) -> None:
-        """The path that a search has left behind this choice; None: the root is its first node."""
+        """Add the path that a search has left behind this choice; None: it begins at the root."""
         for one in rest:
             child = Branch(node, choice, one)
             if node is None:
@@ -139,10 +140,10 @@ class Tree:
             node, choice = child, one.chosen
 
     def done(self, node: Branch, choice: int, outcome: Outcome) -> None:
-        """A part has come as far as it could."""
+        """Record the outcome of a part, and add the choices that it asks for and the path that it leaves."""
         node.under_way = False
         if outcome.found.more and not outcome.rest and outcome.found.schedule is None:
-            return  # not begun
+            return  # not begun: the choice stays pending
         node.gone |= 1 << choice
         if self.bound is None:
             node.falls_asleep(choice, outcome.first)
@@ -178,8 +179,8 @@ def wide_search(
     plain: int = PLAIN,
     part: int = PART,
 ) -> Found:
-    """An exhaustive search up to the first bad outcome: plainly in this process for as long as it is small,
-    the rest by the team."""
+    """Search exhaustively up to the first bad outcome: first plainly in this process, and then, if the search
+    is large, in parts by the team."""
     most = limits.executions or 1 << 62
     strategy = Exhaustive(objects, bound=bound)
     found = search(program, objects, strategy, replace(limits, executions=min(most, plain)), bad, stop)
@@ -199,7 +200,7 @@ def wide_search(
 
 
 def _round(tree: Tree, limits: Limits, left: int) -> list[tuple[Branch, int, Part]]:
-    """`limits` of each part; `left`: executions of all of them together."""
+    """Return the parts of the next round.  limits: of each part; left: executions of all parts together."""
     parts = []
     for node, choice in tree.round(ROUND):
         executions = min(limits.executions, left)
