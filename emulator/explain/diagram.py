@@ -6,17 +6,18 @@ import textwrap
 
 from emulator.explain.tale import Row, Tale
 
-# What fits into a commit message; more than three columns need more.
+# Columns of a commit message's line.  They suffice for three CPUs.
 WIDTH = 72
 _FITTING = 3
 _COLUMN = 24
 _LEAST = 16
-# The last column's text runs on to the right; even where nothing is left, it needs some room.
+# The last column's text may run on to the right.  It gets this much room even if the width is used up.
 _LEAST_ROOM = 8
 
 
 def diagram(tale: Tale, width: int | None = None, times: bool = False) -> str:
-    """At most `width` columns wide if that is enough; 72, or 24 for each CPU if there are more than three."""
+    """Draw the diagram, at most `width` columns wide if that is enough.  The default is 72 columns, or 24 for
+    each CPU if there are more than three."""
     columns = len(tale.columns)
     times = times and tale.case.timed
     width = width or (WIDTH if columns <= _FITTING else _COLUMN * columns + (12 if times else 0))
@@ -54,7 +55,8 @@ class _Layout:
         return self.left + column * self.column
 
     def _cell(self, row: Row) -> list[str]:
-        """A row has one entry only: what its column cannot hold runs on to the right of it."""
+        """Return the lines of a row.  A row has one entry only, so text that its column cannot hold runs on
+        across the columns to the right."""
         mark = f" [{row.mark}]" if row.mark else ""
         room = max(_LEAST_ROOM, self.width - self._offset(self.tale.columns.index(row.cpu)))
         lines: list[str] = []

@@ -22,7 +22,7 @@ from emulator.explain.schema import CounterexampleSchema, ReportSchema
 from emulator.validation import first_error, read_json
 from native import VIOLATION_KINDS
 
-# What a litmus test's machine calls user space, before and after the threads.
+# A litmus test's machine gives user space this name, before and after the threads.
 VMM = "vmm"
 _EXPECTED = "JSON of flushlab run, litmus or explore, with a violation"
 
@@ -48,13 +48,13 @@ class Case:
         return self.plot.moments
 
     def label(self, cpu: int) -> str:
-        """What the CPU's column is called: as in changelogs, CPU0; threads of KVM and of the host by name."""
+        """Return the title of the CPU's column: CPU0 for a pCPU, as in changelogs, or a thread's name."""
         name = self.names.get(cpu, "")
         return name.replace("pcpu", "CPU") if name else f"CPU{cpu}"
 
     @property
     def columns(self) -> list[int]:
-        """CPUs that do something, pCPUs first, user space after the threads last."""
+        """Return the CPUs of the moments: pCPUs first, then threads, user space last."""
         cpus = dict.fromkeys(moment.cpu for moment in self.moments)
 
         def place(cpu: int) -> tuple[bool, bool, int]:
@@ -64,7 +64,11 @@ class Case:
         return sorted(cpus, key=place)
 
     def quality(self) -> tuple[int, int, int]:
-        """How much of the race is known, how specific its kind, how narrow it is: better is greater."""
+        """Rank this case: greater is better.
+
+        Compared in turn: how many of revocation and culprit are known, how specific the kind is, and how few
+        CPUs take part.
+        """
         known = (self.plot.part(REVOKE), self.plot.culprit)
         kinds = VIOLATION_KINDS
         rank = kinds.index(self.facts.kind) if self.facts.kind in kinds else len(kinds)
@@ -72,7 +76,7 @@ class Case:
 
 
 def load_cases(path: Path) -> list[Case]:
-    """The violations of a file, in its order; raises BadInput if there are none."""
+    """Return the violations of a file in the file's order; raise BadInput if there are none."""
     document = read_json(path, _EXPECTED)
     try:
         cases = list(_cases(document, {}))
@@ -116,7 +120,7 @@ def _cases(value: Any, context: Mapping[str, str]) -> Iterator[Case]:
 
 
 def _context(value: Mapping[str, Any]) -> dict[str, str]:
-    """Which run this is about, from the objects around a report."""
+    """Return the test, scenario and policy that this object around a report names."""
     context = {key: value[key] for key in ("test", "scenario") if isinstance(value.get(key), str)}
     policy = value.get("policy")
     if isinstance(policy, dict):
@@ -140,7 +144,8 @@ def _report(value: Mapping[str, Any], context: Mapping[str, str]) -> Case:
 
 
 def _counterexample(value: Mapping[str, Any], context: Mapping[str, str]) -> Case:
-    """Times stand still in explore: the number of the step says what came first."""
+    """Build a case of explore's counterexample.  Time stands still in explore, so events are numbered in the
+    order of the steps."""
     _check(value, CounterexampleSchema)
     report = dict(value["violation"] or {})
     steps = [event for step in value["steps"] for event in _events_of_step(step)]
@@ -156,14 +161,14 @@ def _counterexample(value: Mapping[str, Any], context: Mapping[str, str]) -> Cas
 
 
 def _wait(wait: Mapping[str, Any]) -> dict[str, Any]:
-    """The place where a thread waits for ever, as the last event of its CPU."""
+    """Return the place where a thread waits for ever, as the last event of its CPU."""
     where = f"{wait['function']}(): " if wait.get("function") else ""
     held = f", held by {' and '.join(map(str, wait.get('held_by') or ()))}" if wait.get("held_by") else ""
     return {"kind": "waits", "cpu": int(wait["cpu"]), "text": f"{where}waits for {wait['waits_for']}{held}"}
 
 
 def _before(report: list[dict[str, Any]], steps: list[dict[str, Any]]) -> list[dict[str, Any]]:
-    """What the report knows of the time before the first step: of init."""
+    """Return the events that the report has from before the first step, which are those of init."""
     rest, earlier = list(steps), []
     for event in reversed(report):
         if event in rest:
@@ -174,7 +179,7 @@ def _before(report: list[dict[str, Any]], steps: list[dict[str, Any]]) -> list[d
 
 
 def _events_of_step(step: Mapping[str, Any]) -> list[dict[str, Any]]:
-    """What a step did; of one that left no event, what it was."""
+    """Return the events of a step; for a step without events, one event that describes it."""
     events = step.get("events")
     if events:
         return list(events)

@@ -1,4 +1,4 @@
-"""Events of the core's rings: what each CPU did last, in the kernel's words."""
+"""Events of the core's rings, which hold the last actions of each CPU, in the kernel's words."""
 
 from __future__ import annotations
 
@@ -19,10 +19,10 @@ PROMISES = enum_names("promise", "PROMISE_", count="PROMISES")
 _FUNCTIONS = enum_names("ipi_function", "IPI_", count="IPI_FUNCTIONS")
 
 NO_VM = 0xFFFF
-# What a guest invalidates: not one page, but everything (MOV CR3, INVPCID).
+# The page of a guest's invalidation that drops all pages (MOV CR3, INVPCID).
 WHOLE = (1 << 64) - 1
 _IPI_FUNCTION = lib.EVENT_IPI_WAITS - 1
-# A VMCS that was loaded nowhere before.
+# The previous pCPU of a VMCS that has not been loaded before.
 _NOWHERE = 1 << 31
 
 PROMISED_BY = {
@@ -54,7 +54,8 @@ REQUESTS = _request_names()
 
 @dataclass(frozen=True, slots=True)
 class Event:
-    """`time` in nanoseconds; where time is of no meaning (explore), a number that only grows."""
+    """One action of a CPU.  `time` is in nanoseconds; in explore, where time stands still, it is a number
+    that only grows."""
 
     time: int
     kind: str
@@ -67,15 +68,15 @@ class Event:
 
     @classmethod
     def of_core(cls, e: CoreEvent) -> Event:
-        """From the core's struct event."""
+        """Convert the core's struct event."""
         return cls(e.time, name_of(EVENT_KINDS, e.kind), e.cpu, e.a, e.b, e.vm, e.more)
 
     @classmethod
     def of_dict(cls, value: Mapping[str, Any], time: int | None = None) -> Event:
-        """From what `as_dict` gave."""
+        """Convert a dictionary that `as_dict` has written."""
         numbers = {name: int(value.get(name, default)) for name, default in _NUMBERS.items()}
         kind = str(value["kind"])
-        # The text of a kind that this version does not know.
+        # Keep the text of a kind that this version does not know: it cannot be derived from the numbers.
         said = "" if kind in _TEXTS else str(value.get("text", ""))
         return cls(int(value["time_ns"]) if time is None else time, kind, said=said, **numbers)
 
@@ -90,27 +91,27 @@ class Event:
 
     @property
     def scope(self) -> str:
-        """Of a flush."""
+        """Return the scope of a flush."""
         return name_of(FLUSH_SCOPES, self.a >> 32)
 
     @property
     def reason(self) -> str:
-        """Of a flush, or of one that was elided."""
+        """Return the reason of a flush, whether it was done or elided."""
         return name_of(FLUSH_REASONS, self.a & 0xFFFF)
 
     @property
     def function(self) -> str:
-        """Of a call to other CPUs."""
+        """Return the function that an IPI asks other CPUs to run."""
         return name_of(_FUNCTIONS, self.more & _IPI_FUNCTION)
 
     @property
     def waits(self) -> bool:
-        """Of a call to other CPUs: its sender waits until they have run it."""
+        """Return whether the sender of an IPI waits until the called CPUs have run its function."""
         return bool(self.more & lib.EVENT_IPI_WAITS)
 
     @property
     def targets(self) -> tuple[int, ...]:
-        """The pCPUs of one word of the mask that were called."""
+        """Return the pCPUs that an IPI called, out of the one word of the mask that the event holds."""
         first = (self.more >> lib.EVENT_IPI_WORD) * 64
         return tuple(first + bit for bit in range(64) if self.a >> bit & 1)
 
@@ -123,7 +124,7 @@ class Event:
         return REQUESTS.get(self.b, str(self.b))
 
     def covers(self, gfn: int) -> bool:
-        """Is a zap, a mapping or a promise about this page?"""
+        """Return whether a zap, a mapping or a promise is about this page."""
         first = self.b if self.kind == "promise" else self.a
         return first <= gfn < first + max(self.more, 1)
 
@@ -183,15 +184,17 @@ _TEXTS: dict[str, Callable[[Event], str]] = {
 
 
 class EventTail:
-    """What happens on a machine from now on, in pieces.  For a machine that runs one step at a time: events
-    of different CPUs in one piece are in the order of their times."""
+    """Reads a machine's new events piece by piece, from its construction on.
+
+    The machine must run one step at a time: events of different CPUs in a piece are sorted by their times.
+    """
 
     def __init__(self, m: MachinePtr, cpus: int) -> None:
         self._m = m
         self._counts = [lib.events_count(m, cpu) for cpu in map(CpuId, range(cpus))]
 
     def take(self) -> list[Event]:
-        """The events since the last time; at most 1024 a CPU."""
+        """Return the events since the previous call, at most 1024 of each CPU."""
         events: list[Event] = []
         for number, seen in enumerate(self._counts):
             cpu = CpuId(number)
@@ -203,7 +206,7 @@ class EventTail:
 
 
 def read_events(m: MachinePtr, cpu: CpuId, most: int) -> list[Event]:
-    """The last events of a CPU, oldest first."""
+    """Return the last events of a CPU, oldest first."""
     buffer = ffi.new("struct event[]", min(most, 1024))
     n = lib.events_read(m, cpu, buffer, len(buffer))
     return [Event.of_core(buffer[i]) for i in range(n)]

@@ -1,4 +1,4 @@
-"""What a report says about the use of a translation."""
+"""The facts of a violation report about the use of a translation."""
 
 from __future__ import annotations
 
@@ -10,13 +10,16 @@ DEADLOCK = "deadlock"
 LOST_DIRTY = "lost-dirty"
 _WITHOUT_ENTRY = {LOST_DIRTY, "ipi-stall", "rcu-stall", DEADLOCK}
 _ACCESS_VERBS = {"read": "reads", "write": "writes", "execute": "executes"}
-# The core's number for no vCPU.
+# The core's number for "no vCPU".
 NO_VCPU = 0xFFFFFFFF
 
 
 @dataclass(frozen=True, slots=True)
 class Facts:
-    """A report's account of a use (emulator.report.violation); -1: unknown.  live: SPTEs mapping it still."""
+    """A report's account of a use (emulator.report.violation); -1 is unknown.
+
+    `live` counts the SPTEs that still mapped the page at the use.
+    """
 
     kinds: tuple[str, ...] = ()
     pcpu: int = -1
@@ -64,37 +67,40 @@ class Facts:
 
     @property
     def is_use(self) -> bool:
-        """Is it about an entry that was used?  Else about something that did not happen."""
+        """Return whether the report is about a use.  Other reports are about an action that is missing: a
+        mark in a dirty log, or the end of a wait."""
         return self.filled_by >= 0 or self.by_kvm
 
     @property
     def by_kvm(self) -> bool:
-        """Is it KVM's own use: a walk of tables that others free, or of a page as its SPTE is zapped?"""
+        """Return whether KVM itself is the user: it walked a freed table, or marked a freed page while
+        zapping the page's SPTE."""
         return self.vcpu == NO_VCPU and not _WITHOUT_ENTRY & set(self.kinds)
 
     @property
     def marks_page(self) -> bool:
-        """KVM marked a page dirty or accessed (decision zapped_pfn)."""
+        """Return whether KVM marked a page dirty or accessed (decision zapped_pfn)."""
         return self.by_kvm and not self.about_table
 
     @property
     def about_table(self) -> bool:
-        """The cached pointer to a table page was used, not a translation."""
+        """Return whether a cached pointer to a table page was used, instead of a translation."""
         return self.kind == "walk-after-free"
 
     @property
     def about_root(self) -> bool:
-        """The entry is of an earlier life of the root's page."""
+        """Return whether the entry belongs to an earlier life of the root's page."""
         return "foreign-root" in self.kinds or "cross-vm" in self.kinds
 
     @property
     def promised(self) -> bool:
-        """Was it KVM's promise that was broken?  Not the guest's own, nor RCU's."""
+        """Return whether the use broke a promise of KVM, instead of the guest's own invalidation or RCU's
+        grace period."""
         return not (self.about_table or self.about_root or self.kind == "guest-stale")
 
     def age(self, clock: int) -> int:
-        """Return how much later than an event the access was by the guest's clock, of which events have 32
-        bits; 1 << 31 and more: earlier."""
+        """Return how far the guest's clock had advanced from an event to the access, modulo 2^32, since
+        events keep 32 bits of it.  1 << 31 and more mean that the access came first."""
         return (self.clock - clock) & 0xFFFFFFFF
 
     def verb(self) -> str:

@@ -1,4 +1,4 @@
-"""The plot of a lost dirty bit: a page that the guest has written, and that no dirty log has named.
+"""The plot of a lost dirty bit: the guest has written a page, and no dirty log has named it since.
 
 User space copied the page when a log had named it, or when logging began.  From then on the page should have
 been write-protected, so that the next write faults and marks it.  It was writable, and a write left no mark.
@@ -16,20 +16,23 @@ from emulator.explain.timeline import Timeline
 from native import EXIT_REASONS
 
 _EPT_VIOLATION = EXIT_REASONS.index("ept_violation")
-# What user space does to a log, after the ioctl has returned.
+# Events that user space records when an ioctl on a log has returned.
 _LOG = ("log_arm", "log_get", "log_clear", "log_end")
 _WORD = 64
 
 
 def copies(e: Event, page: int) -> bool:
-    """Whether user space copies this page there."""
+    """Return whether user space copies this page at that event."""
     word = e.kind == "copy" and 0 <= page - e.a < _WORD and e.b >> (page - e.a) & 1
     return e.kind == "log_arm" or bool(word)
 
 
 def with_store(facts: Facts, events: Sequence[Event]) -> list[Event]:
-    """Return the events with the write that was lost.  Only guest programs leave theirs in the rings.  Others
-    have stored their clock, which says in which stay in guest mode they wrote."""
+    """Return the events, with the lost write among them.
+
+    The rings hold the writes of guest programs only.  Another guest has stored its clock in the page, which
+    tells in which stay in guest mode it wrote; the write is inserted there.
+    """
     if facts.vcpu < 0 or any(e.kind == "store" and e.b == facts.gfn for e in events):
         return list(events)
     stays = [e for e in events if e.kind == "entry" and e.a == facts.vcpu and facts.age(e.more) < 1 << 31]
@@ -43,7 +46,7 @@ def with_store(facts: Facts, events: Sequence[Event]) -> list[Event]:
 
 
 def lost_parts(facts: Facts, events: Sequence[Event]) -> dict[int, str]:
-    """Return which events to show, by index, and the part that each of them plays ("": it belongs to it)."""
+    """Return the indices of the events to show, with the part that each plays ("": context only)."""
     return _Lost(facts, events).parts
 
 
@@ -63,7 +66,7 @@ class _Lost(Timeline):
             self._explain(copied, written)
 
     def _explain(self, copied: int, written: int) -> None:
-        """What kept the page writable after it was copied for the last time."""
+        """Keep the events that explain why the page was writable after its last copy."""
         by = self.events[copied].cpu
         ioctl = self._last(lambda e: e.cpu == by and e.kind in _LOG, before=copied + 1)
         if ioctl is None:
@@ -84,7 +87,7 @@ class _Lost(Timeline):
             self._keep(fault)
 
     def _is_under_way(self, fault: int, ioctl: int, written: int) -> bool:
-        """Whether the vCPU comes back from a fault only after the log was read, and before the write."""
+        """Return whether the vCPU returns from a fault after the log was read and before the write."""
         vcpu = self.events[fault].a
         entered = self._first(lambda e: e.kind == "entry" and e.a == vcpu, fault)
         if entered is None or not ioctl < entered < written:

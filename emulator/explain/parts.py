@@ -1,6 +1,6 @@
 """The parts that moments play in a plot, in the order in which they are explained.
 
-Of uses of stale translations, see plot.py; of lost dirty bits, see lost.py.
+The first group belongs to uses of stale translations (plot.py), the second one to lost dirty bits (lost.py).
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ MARKED_EARLY: Final = "marked early"
 LOST: Final = "lost"
 UNNAMED: Final = "unnamed"
 
-# What was not done, or not in time.
+# Parts of moments that are to blame: an action that is missing, too narrow, too early or too late.
 CULPRITS: Final = (
     *(ELIDED, LATE, NARROW, MISSED, OUTDATED, EARLY, SKIPPED, UNNOTIFIED),
     *(UNPROTECTED, REOPENED, MARKED_EARLY),

@@ -19,7 +19,7 @@ from emulator.explain.plot import Moment
 
 _PCPUS = 1
 _THREADS = 2
-# Long enough to be seen and clicked at.
+# Duration of a slice for an instant: long enough to be seen and clicked.
 _SHORT_US = 0.2
 _COLOURS = dict.fromkeys(CULPRITS, "bad") | {"revoke": "terrible", "use": "terrible"}
 
@@ -44,7 +44,7 @@ class _Trace:
             yield from self._event(event)
 
     def _ts(self, event: Event) -> float:
-        """Microseconds; where there is no time, a microsecond for each event."""
+        """Return an event's time in microseconds; without times, events are a microsecond apart."""
         since = max(event.time - self.begin, 0)
         return since / 1000 if self.case.timed else float(since)
 
@@ -60,7 +60,8 @@ class _Trace:
             yield {"ph": "M", "ts": 0, **self._where(cpu), "name": "thread_name", "args": named}
 
     def _guest_mode(self, cpu: int) -> Iterator[dict[str, Any]]:
-        """From VM entry to VM exit; what the rings have forgotten is cut off at what else the CPU did."""
+        """Yield a slice for each stay in guest mode, from VM entry to VM exit.  If the rings have lost the
+        exit, the slice ends at the CPU's next entry or VMCS load."""
         entered: Event | None = None
         for event in (e for e in self.all if e.cpu == cpu):
             if entered is not None and event.kind in ("entry", "exit", "load", "unload"):
@@ -104,7 +105,7 @@ class _Trace:
             yield from self._arrows(event)
 
     def _arrows(self, ipi: Event) -> Iterator[dict[str, Any]]:
-        """To what each pCPU that was called does next."""
+        """Yield an arrow from an IPI to the next event of each pCPU that it called."""
         for target in ipi.targets:
             answer = next(
                 (e for e in self.all if e.cpu == target and e.time >= ipi.time and e is not ipi), None
@@ -117,5 +118,5 @@ class _Trace:
 
 
 def _synthetic(case: Case) -> list[Event]:
-    """The fill and the use, which are not in the rings."""
+    """Return the fill and the use, which are not in the rings."""
     return [moment.event for moment in case.moments if moment.event.kind in (FILL, USE)]

@@ -14,7 +14,7 @@ from native import EXIT_REASONS
 
 
 def phrases(moment: Moment, facts: Facts) -> list[str]:
-    """A moment in the kernel's words: one line or two, the second one a detail."""
+    """Return a moment in the kernel's words: one line, or two of which the second one is a detail."""
     e = moment.event
     words = _PHRASES.get(e.kind)
     return words(e, facts) if words else [e.describe()]

@@ -1,7 +1,7 @@
 """From events to a plot: the few moments that the race is made of, and the part that each of them plays.
 
-A translation is filled, a right is taken away and promised to be gone, a flush that should have come in
-between did not or not in time, and the translation is used.  Whatever else happened is left out.
+A translation is filled; KVM takes a right away and promises that it is gone; the flush that was due between
+the two is missing, late or too narrow; and the stale translation is used.  All other events are left out.
 """
 
 from __future__ import annotations
@@ -44,7 +44,7 @@ _DECISIONS = {
 
 @dataclass(frozen=True, slots=True)
 class Moment:
-    """Something that a CPU did, and what it means for the race ("": it only belongs to it)."""
+    """An action of a CPU, and the part that it plays in the race ("": context only)."""
 
     cpu: int
     event: Event
@@ -61,15 +61,15 @@ class Plot(Timeline):
     def __init__(self, facts: Facts, events: Iterable[Event]) -> None:
         ordered = sorted(events, key=lambda event: event.time)
         super().__init__(facts, with_store(facts, ordered) if facts.kind == LOST_DIRTY else ordered)
-        # A request that the promise has waited for, and whether it came with a kick of this pCPU.
+        # A request that the promise has waited for, and whether the pCPU of the access was kicked for it.
         self._asked: int | None = None
         self._kicked = False
         self._promised = self._last(self._is_promise) if facts.promised else None
-        # A mapping of what the fault had looked up before the promise.
+        # A mapping to the frame that the fault had looked up before the promise.
         self._outdated = self._remapped = self._outdated_map()
         self._start = self._fill()
         self._revoked = self._revocation() if self._outdated is None else None
-        # From here on the entry should not have been used: the best that is known.
+        # The entry is stale from here on: at the revocation, or at the promise if the revocation is unknown.
         self._stale = self._revoked if self._revoked is not None else self._promised
         if facts.is_use:
             self._choose()
@@ -82,11 +82,11 @@ class Plot(Timeline):
 
     @property
     def culprit(self) -> Moment | None:
-        """The flush that did not do it, if it is known."""
+        """Return the moment that is to blame, such as an elided or late flush, if it is known."""
         return next((moment for moment in self.moments if moment.part in CULPRITS), None)
 
     def decision(self, moment: Moment) -> str:
-        """The decision point behind a flush that was elided; "" if it is not known."""
+        """Return the decision point behind a flush that was elided; "" if it is not known."""
         following = (e for e in self.events if e.cpu == moment.cpu and e.time > moment.time)
         after = next(following, None)
         if after is not None and after.kind == "yield" and not after.b:
@@ -97,11 +97,11 @@ class Plot(Timeline):
 
     @property
     def revoked_on(self) -> int:
-        """The pCPU that the vCPU was on when the right went away, -1 if nobody knows."""
+        """Return the pCPU on which the vCPU was loaded when the entry became stale; -1 if it is not known."""
         return self._whereabouts(self._stale) if self._stale is not None else -1
 
     def flushed_on(self) -> tuple[int, ...]:
-        """The pCPUs on which somebody flushed for the VM between the revocation and the use."""
+        """Return the pCPUs that flushed for the VM between the revocation and the use."""
         start = self._stale if self._stale is not None else len(self.events)
         flushed = [e.cpu for e in self.events[start:] if e.kind == "flush" and e.vm == self.facts.vm]
         return tuple(dict.fromkeys(flushed))
@@ -109,7 +109,7 @@ class Plot(Timeline):
     # --- the parts ---------------------------------------------------------------------------------------
 
     def _fill(self) -> int | None:
-        """The VM entry after which the entry was filled."""
+        """Return the index of the VM entry after which the TLB entry was filled."""
         facts = self.facts
 
         def before_fill(e: Event) -> bool:
@@ -118,12 +118,13 @@ class Plot(Timeline):
 
         if facts.clock < 0:
             return None
-        # The clock stands still while the guest faults: the promise came later, whatever it says.
+        # The guest's clock stands still while the guest faults, so it cannot order the fault and the promise.
+        # An outdated mapping implies that the fault's lookup preceded the promise.
         if self._outdated is not None:
             after = self._last(before_fill, self._outdated)
             if after is not None:
                 return after
-            # The entry is older: somebody faulted the page in again.
+            # The entry is older than this mapping, so the mapping belongs to a later fault.
             self._outdated = None
         before_promise = self._last(before_fill, before=self._promised)
         return self._last(before_fill) if before_promise is None else before_promise
@@ -175,7 +176,7 @@ class Plot(Timeline):
         self._unknown()
 
     def _moves(self) -> None:
-        """Where the vCPU was meanwhile, and that it came back."""
+        """Keep the vCPU's move to another pCPU while the entry went stale, and its return."""
         facts, stale = self.facts, self._stale
         if stale is None:
             self._round_trip()
@@ -192,7 +193,7 @@ class Plot(Timeline):
             self._keep(entered)
 
     def _round_trip(self) -> None:
-        """It is not known what took the right away, but the vCPU was elsewhere and came back."""
+        """Keep the vCPU's move to another pCPU and its return; neither revocation nor promise is known."""
         facts = self.facts
         back = self._last(self._is_load(facts.vcpu, facts.pcpu), self._start)
         if self._start is not None and back is not None:
@@ -200,20 +201,20 @@ class Plot(Timeline):
             self._keep(back)
 
     def _back(self) -> int | None:
-        """When the vCPU came to the pCPU of the access, if that was after the right had gone."""
+        """Return the vCPU's load on the pCPU of the access, if it came after the entry had become stale."""
         return self._last(self._is_load(self.facts.vcpu, self.facts.pcpu), self._stale)
 
     def _entered(self, after: int | None) -> int | None:
-        """The VM entry before the use."""
+        """Return the VM entry before the use."""
         facts = self.facts
         return self._last(lambda e: e.kind == "entry" and e.a == facts.vcpu and e.cpu == facts.pcpu, after)
 
     def _requests(self) -> None:
-        """What the one who took the right away asked of others, before it promised."""
+        """Keep the request and the kick that the revoking CPU sent to the vCPU before its promise."""
         revoked, promised = self._revoked, self._promised
         if revoked is None and promised is None:
             return
-        # If it is not known what was taken away, whoever promised did it.
+        # Without a known revocation, assume that the promising CPU revoked.
         by = self.events[revoked if revoked is not None else promised or 0].cpu
         since = revoked if revoked is not None else self._start
         find = self._first if revoked is not None else self._last
@@ -225,7 +226,7 @@ class Plot(Timeline):
         self._asked = asked if answered else None
 
     def _kick(self, by: int, asked: int) -> int | None:
-        """The kick that went to the pCPU of the access, or the first of those that went elsewhere."""
+        """Return the kick to the pCPU of the access, or else the first kick to any other pCPU."""
         kicks = [
             i
             for i in range(asked + 1, len(self.events) if self._promised is None else self._promised)
@@ -235,8 +236,11 @@ class Plot(Timeline):
         return next(here, kicks[0] if kicks else None)
 
     def _unanswered(self, sent: int) -> bool:
-        """Whether the promise did not wait for a pCPU that was kicked out of the guest.  One that was not in
-        the guest answers without a VM exit, and of exits only some are told."""
+        """Return whether the promise was made before a kicked pCPU had left the guest; mark the kick late.
+
+        Only a pCPU in the guest counts: outside of it a pCPU answers without a VM exit, and the rings do not
+        hold every exit.
+        """
         pcpu, promised = self.facts.pcpu, self._promised
         kick = self.events[sent]
         if kick.waits or pcpu not in kick.targets or promised is None or not self._is_inside(sent):
@@ -245,13 +249,14 @@ class Plot(Timeline):
         return exits is None and self._keep(sent, LATE) is not None
 
     def _is_inside(self, before: int) -> bool:
-        """Whether the vCPU was in the guest on the pCPU of the access then."""
+        """Return whether the vCPU was in the guest on the pCPU of the access at that event."""
         facts = self.facts
         last = self._last(lambda e: e.kind in ("entry", "exit") and e.cpu == facts.pcpu, before=before)
         return last is not None and self.events[last].kind == "entry" and self.events[last].a == facts.vcpu
 
     def _unseen(self, asked: int) -> None:
-        """A VM entry after the request, without the flush; or no interrupt for a vCPU in the guest."""
+        """Mark a request as missed: the vCPU entered the guest without the flush that was requested, or was
+        in the guest and its pCPU got no interrupt."""
         entered = self._entered(asked)
         if entered is not None:
             if self._first(self._is_flush_here, asked, entered) is None:
@@ -268,7 +273,8 @@ class Plot(Timeline):
             self._keep(self._last(lambda e: e.kind == "root_invalid" and e.a == facts.root, self._start))
 
     def _unnotified(self) -> bool:
-        """Whether the host has freed the frame of a page that nothing had been promised of."""
+        """Return whether the host freed the frame without any promise of KVM's about the page; mark the free
+        then."""
         facts = self.facts
         promised = facts.promise != "none" or self._promised is not None
         if promised or "use-after-free" not in facts.kinds:
@@ -277,13 +283,15 @@ class Plot(Timeline):
         return self._keep(freed, UNNOTIFIED) is not None
 
     def _skipped(self) -> bool:
-        """Whether the promise was made although an SPTE maps the page still, and none was installed later."""
+        """Return whether an SPTE still mapped the page at the promise, instead of being installed later; mark
+        the promise then."""
         if not self.facts.live or self._promised is None or self._remapped is not None:
             return False
         return self._keep(self._promised, SKIPPED) is not None
 
     def _late(self) -> bool:
-        """The flush that was asked for only after the promise."""
+        """Return whether the flush was requested at the wrong time: after the promise, or before the
+        revocation; mark the request then."""
         promised = self._promised
         if {LATE, OUTDATED} & set(self.parts.values()):
             return True
@@ -297,8 +305,10 @@ class Plot(Timeline):
         return self._too_early(self._revoked, promised)
 
     def _too_early(self, revoked: int, promised: int) -> bool:
-        """Whether the operation asked for its flush before it took the right away.  What it asks for when it
-        yields is for what it has done so far."""
+        """Return whether the operation requested its flush before it took the right away; mark the request.
+
+        A request before a yield does not count: it is for the rights that the operation has revoked by then.
+        """
         by = self.events[revoked].cpu
         if by != self.events[promised].cpu:
             return False
@@ -309,7 +319,7 @@ class Plot(Timeline):
         return self._keep(asked, EARLY) is not None
 
     def _unknown(self) -> None:
-        """What the rings have lost, where the race begins before that."""
+        """Keep the event that the rings have lost older ones, if the race began among those."""
         if (
             self._start is None
             and not self.facts.by_kvm
@@ -320,7 +330,8 @@ class Plot(Timeline):
             self._keep(self._last(lambda e: e.kind == "lost"))
 
     def _elisions(self) -> None:
-        """The flush that was left out: where the entry is, since the vCPU is back; or by who revoked."""
+        """Mark the flush that was elided: on the pCPU of the access since the vCPU's return, or else by the
+        CPU that revoked or promised."""
         facts, stale = self.facts, self._stale
         back = self._back()
         here = self._last(self._is_elision(facts.pcpu), stale if back is None else back)
@@ -337,7 +348,7 @@ class Plot(Timeline):
         return e.kind == "flush" and e.vm == self.facts.vm and e.cpu != self.facts.pcpu
 
     def _whereabouts(self, i: int) -> int:
-        """The pCPU that the vCPU was loaded on at an event; -1: not known."""
+        """Return the pCPU on which the vCPU was loaded at an event; -1 if it is not known."""
         load = self._last(self._is_load(self.facts.vcpu), before=i)
         return self.events[load].cpu if load is not None else -1
 
@@ -345,29 +356,30 @@ class Plot(Timeline):
         return e.kind == "flush" and e.cpu == self.facts.pcpu
 
     def _flushes(self) -> None:
-        """Flushes that did happen: elsewhere, for the request; and on the pCPU itself, if too narrow."""
+        """Keep flushes that were done: on other pCPUs for the request, and a flush on the pCPU of the access
+        that was too narrow."""
         stale = self._stale
         if stale is None:
             return
         flushed = [i for i in range(stale + 1, len(self.events)) if self._is_flush_elsewhere(self.events[i])]
         own = [i for i in flushed if self.events[i].cpu == self._whereabouts(i)]
         if own:
-            # Rather the one that was asked for than that of a migration on the way.
+            # Prefer the requested flush to the flush of a migration on the way.
             asked = (i for i in own if self.events[i].reason.startswith("remote"))
             self._meanwhile(next(asked, own[0]))
         else:
-            # Somebody else's, if it needs no column of its own.
+            # Show another vCPU's flush only if it needs no column of its own.
             shown = {self.events[i].cpu for i in self.parts}
             self._keep(next((i for i in flushed if self.events[i].cpu in shown), None))
         # A flush of everything would have dropped the entry.
         if not set(CULPRITS) & set(self.parts.values()):
             here = [i for i in range(stale + 1, len(self.events)) if self._is_flush_here(self.events[i])]
-            # What was due is INVEPT; what a vCPU does besides, as when its root changes, counts less.
+            # INVEPT was due, so prefer it to other flushes, such as the vCPU's own when its root changes.
             here.sort(key=lambda i: (self.events[i].scope.startswith("invept"), i))
             self._keep(here[-1] if here else None, NARROW)
 
     def _meanwhile(self, flush: int) -> None:
-        """The vCPU itself flushed, on another pCPU: that is where it matters that it was."""
+        """Keep a flush of the vCPU on another pCPU and its load there; drop earlier loads on other pCPUs."""
         self._keep(flush)
         load = self._keep(self._last(self._is_load(self.facts.vcpu), before=flush))
         for i in [i for i, part in self.parts.items() if not part and self.events[i].kind == "load"]:
@@ -375,7 +387,8 @@ class Plot(Timeline):
                 del self.parts[i]
 
     def _choose_without_use(self) -> None:
-        """A lost dirty bit, or somebody who waits for ever: what is known of the page, or the last events."""
+        """Keep the moments of a lost dirty bit or an endless wait: its own plot, or revocation, promise and
+        elided flush, or else the last three events of each CPU."""
         if self.facts.kind == LOST_DIRTY:
             self.parts = lost_parts(self.facts, self.events)
         if self.parts:

@@ -1,4 +1,4 @@
-"""What a processor did of its own accord: fills that no access asked for, evictions, late stores."""
+"""Actions of the processor itself: speculative fills, evictions, and stores that become visible late."""
 
 from __future__ import annotations
 
@@ -7,14 +7,15 @@ from collections.abc import Sequence
 from emulator.explain.events import NO_VM, Event
 from emulator.explain.facts import Facts
 
-# How explore's recordings say that a store has left its CPU's buffer (explore/machine/store_buffers.py).
+# Prefix in explore's recordings of a store that leaves its CPU's buffer (explore/machine/store_buffers.py).
 VISIBLE = "becomes visible:"
 
 
 def processor_moves(
     facts: Facts, events: Sequence[Event], start: int | None, revoked: int | None
 ) -> list[int]:
-    """Which events the race needs; `start`: the VM entry of the fill, `revoked`: when the right went."""
+    """Return the indices of the events that the race needs.  `start` is the index of the VM entry before the
+    fill, `revoked` that of the revocation."""
     here = [i for i, e in enumerate(events) if e.cpu == facts.pcpu and e.vm in (facts.vm, NO_VM)]
     found: list[int] = []
     if facts.about_table:
@@ -28,7 +29,7 @@ def processor_moves(
 
 
 def _matters(facts: Facts, e: Event) -> bool:
-    """A store that one side of the race has not seen in time."""
+    """Return whether this is a store that the other side of the race has not seen in time."""
     if not e.said.startswith(VISIBLE):
         return False
     mode = e.cpu == facts.pcpu and f"v{facts.vcpu}'s mode = IN_GUEST_MODE" in e.said

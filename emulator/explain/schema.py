@@ -1,4 +1,4 @@
-"""What `flushlab explain` relies on in a file, so that nothing behind it has to ask again."""
+"""Schemas of the files that `flushlab explain` reads.  Code behind the check relies on them."""
 
 from __future__ import annotations
 
@@ -87,7 +87,7 @@ class _Step(_Part):
 
 
 class CounterexampleSchema(_Part):
-    """What `explore` writes."""
+    """A counterexample that `explore` has written."""
 
     violation: _Violation | None
     steps: list[_Step]

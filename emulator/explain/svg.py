@@ -21,7 +21,7 @@ _GAP = 12
 _CHARS = 32
 _LEGEND_CHARS = 34
 
-# Fill and border of a box by its part; told apart by their borders' strength, too.
+# Fill and border of a box by its part.  Boxes with a part also have stronger borders.
 _PLAIN = ("#f6f7f9", "#c3c9d1")
 _COLOURS = {
     FILL: ("#e3f0fc", "#2f74b5"),
@@ -95,7 +95,7 @@ class _Picture:
         return self._x(cpu) + _COLUMN // 2
 
     def _placed(self) -> Iterator[tuple[Row, list[str], int, int]]:
-        """Rows with the lines of their boxes, and where these begin and end."""
+        """Yield each row with the lines of its box, and the y of the box's bottom and top."""
         y = _HEAD
         for row in self.tale.rows:
             lines = [line for text in row.lines for line in textwrap.wrap(text, _CHARS) or [""]]
@@ -133,8 +133,8 @@ class _Picture:
                 )
 
     def _arrows(self) -> Iterator[str]:
-        """From what was done last on a vCPU's old pCPU to its loading on the new one; from an IPI to
-        what the called pCPU does next."""
+        """Yield arrows: from the last action on a vCPU's old pCPU to its load on the new one, and from an IPI
+        to the next action of each called pCPU."""
         on: dict[int, int] = {}
         last: dict[int, int] = {}
         for i, (row, _, bottom, top) in enumerate(self.boxes):
@@ -154,7 +154,7 @@ class _Picture:
         return next(later, self.boxes[i][2] + _GAP)
 
     def _arrow(self, style: str, source: int, y1: int, target: int, y2: int) -> str:
-        """From the edge of one column's boxes to that of another's."""
+        """Return an arrow from the edge of one column's boxes to the edge of another's."""
         right = self._x(target) > self._x(source)
         x1 = self._x(source) + (_COLUMN - _INSET if right else _INSET)
         x2 = self._x(target) + (_INSET if right else _COLUMN - _INSET)

@@ -1,4 +1,4 @@
-"""A case in words: columns, rows and a legend, the same for every format."""
+"""A case in words: the columns, rows and legend that all formats share."""
 
 from __future__ import annotations
 
@@ -34,7 +34,7 @@ from emulator.explain.plot import Moment
 
 @dataclass(frozen=True, slots=True)
 class Row:
-    """One moment; `mark` is the number of its explanation in the legend, 0 none."""
+    """One moment.  `mark` is the number of its explanation in the legend; 0 if it has none."""
 
     cpu: int
     lines: tuple[str, ...]
@@ -77,7 +77,7 @@ def tell(case: Case) -> Tale:
             notes.append(Note(mark, part, _SENTENCES[part](case, moment)))
         rows.append(Row(moment.cpu, tuple(phrases(moment, case.facts)), part, mark, moment))
     if rows and DEADLOCK in case.facts.kinds:
-        # Nobody uses anything: who waits for whom is what there is to say.
+        # A deadlock has no use of a translation to explain: the legend states which thread waits for which.
         mark = len(notes) + 1
         rows[-1] = replace(rows[-1], mark=mark)
         notes.append(Note(mark, DEADLOCK, str(case.report.get("text", DEADLOCK))))
@@ -85,7 +85,7 @@ def tell(case: Case) -> Tale:
 
 
 def as_dict(tale: Tale) -> dict[str, Any]:
-    """For programs: what the diagram shows."""
+    """Return the content of the diagram for programs."""
     case = tale.case
     return {
         "title": tale.title,
@@ -169,7 +169,8 @@ def _late(case: Case, moment: Moment) -> str:
 
 
 def _answers(case: Case) -> str:
-    """Where no single flush is to blame: the policy's answers that are."""
+    """Return the unsafe answers of the policy in parentheses, for a case in which no single flush is to
+    blame."""
     answers = [str(answer) for answer in case.report.get("unsafe_answers", ())]
     return f" ({', '.join(answers)})" if answers else ""
 

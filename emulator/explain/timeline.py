@@ -1,4 +1,4 @@
-"""Events in the order of their times, and those of them that a plot is made of."""
+"""Events in the order of their times, and the selection of them that makes a plot."""
 
 from __future__ import annotations
 
@@ -15,8 +15,8 @@ Wanted = Callable[[Event], bool]
 
 
 class Timeline:
-    """Finds events by their index, between two others (exclusive), and keeps some with the parts that they
-    play ("": it only belongs to the race)."""
+    """Finds events between two indices (both exclusive), and keeps some with the parts that they play ("":
+    context only)."""
 
     def __init__(self, facts: Facts, events: Sequence[Event]) -> None:
         self.facts = facts
@@ -58,7 +58,7 @@ class Timeline:
         return e.kind in kinds and self._mine(e) and e.covers(self.facts.gfn)
 
     def _unlinks(self, e: Event) -> bool:
-        """A table that maps the page's neighbourhood goes, or a huge leaf takes its place."""
+        """Return whether a table that maps the page's neighbourhood is zapped or replaced by a huge leaf."""
         first, last = e.a >> 9, e.a + max(e.more, 1) - 1 >> 9
         kinds = e.kind == "zap" or (e.kind == "map" and e.more >= HUGE)
         return kinds and self._mine(e) and first <= self.facts.gfn >> 9 <= last
