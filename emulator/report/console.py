@@ -1,4 +1,4 @@
-"""Where tables are printed."""
+"""The console on which tables are printed."""
 
 from __future__ import annotations
 
@@ -6,6 +6,7 @@ from rich.console import Console
 
 
 def output_console(width: int, *, highlight: bool = True) -> Console:
-    """Standard output: folds to a terminal's width; a pipe or file gets lines of up to `width` columns."""
+    """Return a console on standard output.  Lines are folded to the width of a terminal, or to `width`
+    columns in a pipe or file."""
     console = Console(highlight=highlight)
     return console if console.is_terminal else Console(highlight=highlight, width=width)

@@ -1,8 +1,9 @@
 """Violations of a run, kept at the moment they are found: in the log, and as files of --report-dir.
 
-A service may run for weeks and end by SIGKILL; its findings must be there then.  The first violation of each
-kind is logged in full.  Those of which the core keeps the events, a few of each kind, are logged with a line
-and written as well.  All others are counted, and the log says so whenever their number has doubled.
+A service may run for weeks and end by SIGKILL, so its findings must not wait for its end.  The first
+violation of each kind is logged in full.  The core keeps the events of a few violations of each kind; these
+are logged with a line and written as well.  All others are counted, and the log gives their number at each
+doubling.
 """
 
 from __future__ import annotations
@@ -24,7 +25,7 @@ _OPTION = "--report-dir"
 
 
 class Findings:
-    """The violations of one run.  `head`: which run it is, for each file."""
+    """The violations of one run.  `head` describes the run and begins each file."""
 
     def __init__(self, directory: Path | None, head: Mapping[str, Any]) -> None:
         self._directory = directory
@@ -32,11 +33,11 @@ class Findings:
         self._kinds: set[str] = set()
         self._counted = 0
         self._written: set[int] = set()
-        # Why files are missing; said once, and again at the end.
+        # The reason why files are missing.  It is logged once, and reported again at the end.
         self.lost: Unwritable | None = None
 
     def wanted(self, kind: str, has_events: bool) -> bool:
-        """Whether a violation is worth a report before the run has ended."""
+        """Return whether a violation is worth a report before the run has ended."""
         return has_events or kind not in self._kinds
 
     def found(self, number: int, report: Report) -> None:
@@ -49,16 +50,16 @@ class Findings:
         log.error("violation")
 
     def count(self, snapshot: Snapshot) -> None:
-        """Say how many there are, at each doubling."""
+        """Log the number of violations at each doubling."""
         if snapshot.violated >= max(2 * self._counted, 2):
             self._counted = snapshot.violated
             logger.error("violations so far", **snapshot.violations)
 
     def finish(self, result: Result) -> Unwritable | None:
-        """Write what is not yet in the directory; returns why something is missing, if it is."""
+        """Write the files that are not yet in the directory; return the error if that fails, else None."""
         if self._directory is None:
             return None
-        # What failed before is tried once more: the disk may have room again.
+        # Try again to write files that failed before: the disk may have room again.
         self.lost = None
         whole = self._write(self._directory / "result.json", document(result))
         for number, report in enumerate(result.reports, start=1):

@@ -1,4 +1,4 @@
-"""How often each check had something to check: a verdict about nothing is no verdict."""
+"""Counts of how often each check had something to check.  Without any, a verdict proves nothing."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ if TYPE_CHECKING:
 
 
 def preconditions(snapshot: Snapshot, emulation: Emulation) -> dict[str, int]:
-    """Names of dangers, and how often a guest was in reach of them."""
+    """Return how often a guest was exposed to each danger, by the danger's name."""
     counters = snapshot.counters
     found = {
         "migrations": snapshot.kvm("migrations"),

@@ -1,6 +1,7 @@
-"""By whom interrupts were received: the pCPUs of each kind of VM that has its own, and the rest.
+"""Interrupts by receiver: the pCPUs of each kind of VM that has pCPUs of its own, and the shared pCPUs.
 
-A pCPU of a VM that nothing was done to is *uninvolved*: whatever reaches it is somebody else's doing.
+The pCPUs of a VM that neither the host nor an ioctl disturbs are *uninvolved*: interrupts that reach them are
+on behalf of other VMs.
 """
 
 from __future__ import annotations
@@ -34,7 +35,7 @@ class Receivers:
     bystanders: int
 
     def less(self, before: Receivers) -> Receivers:
-        """Since then."""
+        """Return the counts since an earlier reading."""
         return replace(
             self,
             ipis=self.ipis - before.ipis,
@@ -45,7 +46,7 @@ class Receivers:
 
 
 def read_receivers(m: MachinePtr, scenario: Scenario) -> tuple[Receivers, ...]:
-    """The groups of a scenario's pCPUs, in their order; empty groups are left out."""
+    """Return the groups of a scenario's pCPUs in the order of the pCPUs, without empty groups."""
     return tuple(
         _read(m, who, pcpus, uninvolved) for who, pcpus, uninvolved in _groups(scenario) if len(pcpus)
     )

@@ -1,4 +1,4 @@
-"""What a run has to show: a snapshot while it runs, a result when it is over.
+"""The figures of a run: a snapshot while it runs, a result when it is over.
 
 Both are plain data.  `read_snapshot` sums the native counters; it takes no lock, so any thread may call it
 as often as it likes while the machine exists.
@@ -31,10 +31,11 @@ Verdict = Literal["clean", "violations", "inconclusive"]
 
 
 class MachineObserver(Protocol):
-    """Somebody who reads a machine from outside: the scrape endpoint.
+    """Reads a machine from another thread; the scrape endpoint is one.
 
-    `Job` calls `machine_up` once the machine exists and before any actor starts, `machine_down` when all
-    actors are gone and before `machine_destroy`; after the latter returned nobody touches the machine.
+    `Job` calls `machine_up` once the machine exists and before any actor starts, and `machine_down` when all
+    actors are gone and before `machine_destroy`.  The observer must not touch the machine once `machine_down`
+    has returned, because the machine may be freed from then on.
     """
 
     def machine_up(self, machine: MachinePtr, *, pcpus: int, vms: int) -> None: ...
@@ -54,7 +55,7 @@ class Finder(Protocol):
 
 @dataclass(frozen=True, slots=True)
 class Histogram:
-    """Durations in buckets of powers of two: bucket i holds those of at most 2^i nanoseconds."""
+    """Durations in buckets of powers of two: bucket i counts durations of at most 2^i nanoseconds."""
 
     buckets: tuple[int, ...]
     nanoseconds: int
@@ -64,17 +65,18 @@ class Histogram:
         return sum(self.buckets)
 
     def less(self, before: Histogram) -> Histogram:
-        """The samples since then."""
+        """Return the samples since an earlier reading."""
         buckets = zip(self.buckets, before.buckets, strict=True)
         return Histogram(tuple(now - then for now, then in buckets), self.nanoseconds - before.nanoseconds)
 
     @property
     def mean(self) -> float:
-        """Seconds; 0 without samples."""
+        """Return the mean in seconds; 0 without samples."""
         return self.nanoseconds / self.count / 1e9 if self.count else 0.0
 
     def percentile(self, percent: float) -> float:
-        """Seconds that `percent` of the samples do not exceed: a bound, at most twice the true value."""
+        """Return the seconds that `percent` of the samples do not exceed: an upper bound, at most twice the
+        true value."""
         wanted = self.count * percent / 100
         seen = 0
         for exponent, samples in enumerate(self.buckets):
@@ -85,7 +87,7 @@ class Histogram:
 
     @property
     def longest(self) -> float:
-        """Upper bound of the longest sample in seconds."""
+        """Return an upper bound of the longest sample in seconds."""
         return self.percentile(100)
 
 
@@ -100,10 +102,11 @@ class FlushCount:
     necessary: int
 
     def less(self, before: FlushCount | None) -> FlushCount:
-        """Since then."""
+        """Return the counts since an earlier reading."""
         if before is None:
             return self
-        # An entry dropped before may be missed only now: no more than were made are called necessary.
+        # A flush counts as necessary once a guest misses the entry that it dropped.  That may be after the
+        # earlier reading although the flush was before it, so cap the number at the flushes made since.
         count = self.count - before.count
         return replace(self, count=count, necessary=min(self.necessary - before.necessary, count))
 
@@ -137,15 +140,15 @@ class Snapshot:
 
     @property
     def necessary(self) -> int:
-        """Flushes that averted a use."""
+        """Return the number of flushes that averted a use."""
         return sum(flush.necessary for flush in self.flushes)
 
     def kvm(self, stat: str) -> int:
-        """One of KVM's statistics, summed over the VMs."""
+        """Return one of KVM's statistics, summed over the VMs."""
         return sum(vm[stat] for vm in self.vms)
 
     def since(self, before: Snapshot) -> Snapshot:
-        """What happened since an earlier snapshot of the same machine.  Violations are never forgotten."""
+        """Return the counts since an earlier snapshot of this machine.  Violations count from the start."""
         flushed = {(f.vm, f.scope, f.reason): f for f in before.flushes}
         return replace(
             self,
@@ -161,8 +164,8 @@ class Snapshot:
 class Result:
     """A finished run.
 
-    `preconditions` counts how often each check had something to check.  `failure` is empty or says which
-    actor died and why; such a run proves nothing, whatever its counts.
+    `preconditions` counts how often each check had something to check.  `failure` is empty, or names the
+    actor that died and the reason; such a run proves nothing, whatever its counts.
     """
 
     snapshot: Snapshot
@@ -176,15 +179,16 @@ class Result:
     failure: str = ""
     interrupted: bool = False
     receivers: tuple[Receivers, ...] = ()
-    # Seconds by the workload's clock; with a pace, all accesses in the books by it.
+    # Seconds by the workload's clock; with a pace, the counted guest accesses divided by the pace.
     worked: float = 0
-    # Of a user's policy: where its class decides a point, and how often it answered what.
+    # For a user's policy, by decision point: where its class decides it, and how often each answer was given.
     policy_overrides: Mapping[str, str] = field(default_factory=dict)
     policy_given: Mapping[str, Mapping[str, int]] = field(default_factory=dict)
 
     @property
     def verdict(self) -> Verdict:
-        """A run in which no flush averted a use never met the danger that flushes are for: inconclusive."""
+        """Return the verdict.  A run in which no flush averted a use is inconclusive: no guest was in danger
+        of using a stale translation, so the policy was not put to the test."""
         if self.snapshot.violated:
             return "violations"
         return "clean" if self.snapshot.necessary and not self.failure else "inconclusive"
@@ -197,7 +201,7 @@ def _less(now: Mapping[str, int], before: Mapping[str, int]) -> dict[str, int]:
 def read_snapshot(machine: MachinePtr, *, vms: int, elapsed: float, phase: str = "") -> Snapshot:
     """Sum the native counters of a machine with VMs 0 .. vms-1.
 
-    `vms` is what `machine_config.vms` was: the flush tables have that many rows.
+    `vms` must equal `machine_config.vms`, because the flush tables have that many rows.
     """
     values = ffi.new("uint64_t[]", len(COUNTER_NAMES))
     lib.counters_sum(machine, values)
@@ -216,7 +220,8 @@ def read_snapshot(machine: MachinePtr, *, vms: int, elapsed: float, phase: str =
 
 
 def _read_vm_stats(machine: MachinePtr, vms: int) -> tuple[dict[str, int], ...]:
-    """One call for all: with thousands of threads, each may give up the GIL for long."""
+    """Read the statistics of all VMs in one native call.  Each call releases the GIL, and with thousands of
+    threads it may take long to get it back."""
     stats = len(VM_STAT_NAMES)
     values = ffi.new("uint64_t[]", max(1, vms * stats))
     lib.vm_stats_read(machine, vms, values)

@@ -26,14 +26,14 @@ _VERDICTS = {
 
 
 def exit_status(result: Result) -> int:
-    """0 clean (or inconclusive: nothing was found), 1 violations, 3 an actor died."""
+    """Return the exit status: 0 clean (or inconclusive: nothing was found), 1 violations, 3 an actor died."""
     if result.failure:
         return 3
     return 1 if result.snapshot.violated else 0
 
 
 def document(result: Result) -> dict[str, Any]:
-    """The JSON document. Keys are stable; durations in seconds."""
+    """Return the JSON document.  Its keys are stable; durations are in seconds."""
     snapshot = result.snapshot
     return {
         "flushlab": DOCUMENT_VERSION,
@@ -73,12 +73,13 @@ def document(result: Result) -> dict[str, Any]:
 
 
 def report_document(report: Report) -> dict[str, Any]:
-    """One violation for programs."""
+    """Return one violation for programs."""
     return {"kind": report.kind, "kinds": list(report.kinds), "text": report.text, **report.details}
 
 
 def _policy(result: Result) -> dict[str, Any]:
-    """`overridden`: points that a user's class decided case by case; `decisions` has what its base says."""
+    """Return the policy's answers.  `overridden` has the points that a user's class decides case by case;
+    `decisions` has its base's answers for these."""
     return {
         "name": result.policy_name,
         "decisions": dict(result.policy),
@@ -90,7 +91,7 @@ def _policy(result: Result) -> dict[str, Any]:
 
 
 def totals(snapshot: Snapshot) -> dict[str, int]:
-    """The handful of sums that tell runs apart."""
+    """Return the handful of sums that tell runs apart."""
     counters = snapshot.counters
     return {
         "guest_accesses": counters["accesses"],
@@ -110,7 +111,7 @@ def totals(snapshot: Snapshot) -> dict[str, int]:
 
 
 def progress_line(earlier: Snapshot | None, now: Snapshot | None, duration: float | None) -> Text:
-    """One line of live rates."""
+    """Return one line of live rates."""
     if now is None:
         return Text("booting")
     span = now.elapsed - earlier.elapsed if earlier is not None else now.elapsed
@@ -136,7 +137,7 @@ def progress_line(earlier: Snapshot | None, now: Snapshot | None, duration: floa
 
 
 def summary(result: Result) -> RenderableType:
-    """What `flushlab run` prints at its end."""
+    """Return the summary that `flushlab run` prints at its end."""
     snapshot = result.snapshot
     parts: list[RenderableType] = [
         _header(result),
@@ -153,7 +154,7 @@ def summary(result: Result) -> RenderableType:
 
 
 def short(number: float) -> str:
-    """1234567 -> 1.23M
+    """Return a number with three digits and a suffix: 1234567 -> 1.23M
 
     >>> short(1234567), short(999), short(12345)
     ('1.23M', '999', '12.3k')
@@ -165,7 +166,7 @@ def short(number: float) -> str:
 
 
 def duration_text(seconds: float) -> str:
-    """0.00000123 -> 1.23 us"""
+    """Return a duration with its unit: 0.00000123 -> 1.23 us"""
     for factor, unit in ((1.0, "s"), (1e-3, "ms"), (1e-6, "us")):
         if seconds >= factor:
             return f"{seconds / factor:.3g} {unit}"
@@ -173,7 +174,7 @@ def duration_text(seconds: float) -> str:
 
 
 def _examples(reports: tuple[Report, ...]) -> list[Report]:
-    """The first report of each kind; there are usually thousands that differ in numbers only."""
+    """Return the first report of each kind.  A run may have thousands that differ in numbers only."""
     first: dict[str, Report] = {}
     for report in reports:
         first.setdefault(report.kind, report)

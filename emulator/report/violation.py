@@ -1,7 +1,8 @@
-"""What a violation report says to people: who used what, who filled it, who promised that it was gone, and
-what the policy did not do in between.
+"""Violation reports as text and JSON.
 
-The core keeps the reports, the first ones together with the events that led to them.
+A report names the stale translation and the vCPU that used it, the vCPU that filled it, the promise that it
+was gone, and the flush that the policy left out in between.  The core keeps the reports, the first ones
+together with the events that led to them.
 """
 
 from __future__ import annotations
@@ -76,7 +77,7 @@ class Stories:
         self._events = ffi.new("struct event[]", _EVENTS_KEPT)
 
     def poll(self) -> int:
-        """Take new reports; returns how many."""
+        """Take new reports; return how many there were."""
         before = len(self._reports)
         while n := lib.oracle_reports(self._m, len(self._reports), self._buffer, 64):
             for i in range(n):
@@ -95,8 +96,8 @@ class Stories:
         return bool(self._reports[index][1])
 
     def report(self, index: int, names: dict[int, str], mutants: Iterable[str]) -> Report:
-        """Return one report as `finish` does: the events' owners by CPU number, the answers that may be to
-        blame."""
+        """Return one report as `finish` does.  `names` are the actors by CPU number, `mutants` the answers of
+        the policy that may be to blame."""
         report, events = self._reports[index]
         return _report(report, events, names, tuple(mutants))
 
@@ -145,7 +146,7 @@ def _ago(time: int, r: ViolationReport) -> str:
 
 
 def _stall_text(r: ViolationReport, kinds: tuple[str, ...], names: dict[int, str]) -> str:
-    # What exactly, the log said when the watchdog found it.
+    # The log has the details: the watchdog wrote them when it found the stall.
     return (
         f"{kinds[0]}: a CPU waits for ever for CPU {r.promise_cpu} ({names.get(r.promise_cpu, 'no thread')})"
     )
@@ -181,7 +182,7 @@ def _access_text(r: ViolationReport, what: str, names: dict[int, str]) -> list[s
 
 
 def _kvm_text(r: ViolationReport, what: str, names: dict[int, str]) -> list[str]:
-    """KVM's own use, of a table or of a page, without a vCPU or a TLB entry."""
+    """Describe a use by KVM itself, of a table or of a page, which has no vCPU and no TLB entry."""
     use = (
         f"walk at level {r.walk_level}" if r.walk_level else "marking the page of a zapped SPTE (zapped_pfn)"
     )
@@ -207,11 +208,11 @@ def _promise_text(r: ViolationReport, kind: str, plot: Plot, names: dict[int, st
         return PROMISED_BY["guest"]
     promised = plot.part(PROMISE)
     if r.promise == lib.PROMISE_NONE and promised is not None:
-        # Nothing was mapped then: a fault was under way.
+        # No SPTE mapped the page at the promise, because the fault that mapped it was still under way.
         where = f"{_name(names, promised.cpu)}, {_ago(promised.time, r)}"
         return f"{PROMISED_BY[promised.event.promise]} on {where}"
     promise = PROMISED_BY[name_of(PROMISES, r.promise)]
-    # A freed table does not say when.
+    # A report about a freed table has no time of the promise.
     if not r.promise_time:
         return promise
     return f"{promise} on {_name(names, r.promise_cpu)}, {(r.time - r.promise_time) / 1000:.1f} us before"
@@ -229,7 +230,7 @@ def _revocation_text(r: ViolationReport, plot: Plot, names: dict[int, str]) -> l
 
 
 def _flush_text(r: ViolationReport, plot: Plot, names: dict[int, str]) -> list[str]:
-    """The flushes that came in between, and the one that did not."""
+    """Describe the flushes between revocation and use, and the one that was missing."""
     lines = []
     flushed = [_name(names, cpu) for cpu in plot.flushed_on()]
     if flushed:
@@ -245,7 +246,7 @@ def _flush_text(r: ViolationReport, plot: Plot, names: dict[int, str]) -> list[s
 
 
 def _unknown_text(r: ViolationReport, plot: Plot, names: dict[int, str]) -> list[str]:
-    """Say where the rings have forgotten a part of the race."""
+    """Name the CPUs whose rings have lost a part of the race."""
     return [
         f"  not known: what {_name(names, e.cpu)} did before {_ago(e.time, r)} ({e.a} events are lost)"
         for e in (moment.event for moment in plot.moments)
@@ -280,7 +281,7 @@ def _details(
     names: dict[int, str],
     blame: tuple[str, ...],
 ) -> dict[str, Any]:
-    """The report for programs, `flushlab explain` among them."""
+    """Return the report for programs, such as `flushlab explain`."""
     entry = r.entry
     return {
         "kinds": list(kinds),
