@@ -44,7 +44,7 @@ def parse_duration(text: object) -> float:
     >>> parse_duration("5m")
     300.0
     """
-    # A number is compared first: Python refuses to write those of more than 4300 digits.
+    # Compare a number before it is converted: Python refuses to write more than 4300 digits.
     number = isinstance(text, int | float) and not isinstance(text, bool) and text <= MAX_SECONDS
     match = _DURATION.fullmatch(str(text).strip()) if number or isinstance(text, str) else None
     if match is None or len(match["number"]) > _MOST_DIGITS:
@@ -60,7 +60,7 @@ Rate = Annotated[float, Field(ge=0, le=1e6, allow_inf_nan=False)]
 Count = Annotated[int, Field(ge=1, strict=True)]
 
 
-# What a scenario is about: operations whose cost under each policy is of interest.
+# Operations that a scenario may be about: `compare` gives the cost of each policy per operation.
 CostUnit = Literal["migrations", "root allocations", "pages zapped", "SMIs", "remote flushes"]
 
 
@@ -69,7 +69,7 @@ class Section(BaseModel):
 
 
 class Geometry(Section):
-    """The TLB of each pCPU. 0 entries: unbounded, nothing is ever evicted."""
+    """The TLB of each pCPU.  With 0 entries it is unbounded: nothing is ever evicted."""
 
     l2_entries: Annotated[int, Unit("entries")] = Field(default=1536, ge=0, le=1 << 22, strict=True)
     l2_ways: Annotated[int, Unit("ways")] = Field(default=12, ge=1, le=64, strict=True)
@@ -99,18 +99,18 @@ class VmSection(Section):
 
     count: Annotated[int, Unit("VMs")] = Field(default=1, ge=1, le=MAX_PCPUS, strict=True)
     name: str = ""
-    # Whether there are more of them on a larger host (`--pcpus`); the others stay as many as they are.
+    # Whether their number grows with the host (`--pcpus`).  The number of other VMs is fixed.
     grows: bool = True
     vcpus: Annotated[int, Unit("vCPUs")] = Field(default=1, ge=1, le=1024, strict=True)
     memory: Annotated[int, Unit("MiB")] = Field(default=64, ge=2, le=1 << 20, strict=True)
-    # own: as many pCPUs as vCPUs, on which nobody else runs; its vCPUs migrate among them only.
+    # own: the VM has as many pCPUs as vCPUs.  No other VM runs on them, and its vCPUs do not leave them.
     placement: Literal["shared", "own"] = "shared"
-    # Whether the host and KVM's ioctls do anything to it.
+    # Whether the host and KVM's ioctls act on it.
     disturbed: bool = True
     # Embedded names, or paths of .fltrace files beside the scenario. The vCPUs' guest processes take them
     # in turn. Empty: all embedded traces.
     traces: tuple[str, ...] = ()
-    # Of each trace only the first so many records, for guests with little to do; 0: all.
+    # Number of records of each trace that the guests run, from the first one on; 0: all.
     records: Annotated[int, Unit("records")] = Field(default=0, ge=0, strict=True)
     # Address spaces of each vCPU's guest OS.
     processes: Annotated[int, Unit("processes")] = Field(default=2, ge=1, le=64, strict=True)
@@ -122,7 +122,8 @@ class VmSection(Section):
     halt_exits: bool = True
 
     def grown(self, factor: float, idler: float) -> Self:
-        """So many times as many of them; those that idle in guest mode halt so many times as long."""
+        """Return this section with `factor` times as many VMs.  VMs that idle in guest mode halt `idler`
+        times as long."""
         halt = self.halt if self.halt_exits else min(self.halt * idler, _LONGEST_HALT)
         return self.model_copy(update={"count": max(1, int(self.count * factor)), "halt": halt})
 
@@ -134,20 +135,20 @@ class VmSection(Section):
 
 
 class HostSection(Section):
-    """What the host does to the VMs' memory, through the mmu_notifier."""
+    """Operations of the host on the VMs' memory, which reach KVM through the mmu_notifier."""
 
     actors: Annotated[int, Unit("actors")] = Field(default=2, ge=0, le=64, strict=True)
     # Pages of one range that is unmapped, write-protected or migrated.
     pages: Annotated[int, Unit("pages of 4 KiB")] = Field(default=64, ge=1, le=1 << 18, strict=True)
     unmap: Annotated[Rate, Unit("ranges per second")] = 0
-    # Ranges of 8 MiB, in two steps that overlap: tables become empty, and walks end in what was unmapped.
+    # Ranges of 8 MiB, in two steps that overlap: tables become empty, and walks end in unmapped ranges.
     reclaim: Annotated[Rate, Unit("ranges of 8 MiB per second")] = 0
     mprotect: Annotated[Rate, Unit("ranges per second")] = 0
     migrate: Annotated[Rate, Unit("ranges per second")] = 0
     # 2 MiB ranges: khugepaged and its opposite.
     collapse: Annotated[Rate, Unit("ranges of 2 MiB per second")] = 0
     split: Annotated[Rate, Unit("ranges of 2 MiB per second")] = 0
-    # Ranges of which reclaim asks, page by page, whether the guest has used them.
+    # Ranges whose accessed bits reclaim tests, page by page.
     age: Annotated[Rate, Unit("ranges per second")] = 0
 
     @model_validator(mode="after")
@@ -159,17 +160,17 @@ class HostSection(Section):
 
 
 class KvmSection(Section):
-    """What each VM's VMM asks of KVM."""
+    """Operations that each VM's VMM requests from KVM."""
 
     # Delete and re-create a memslot.
     memslot_cycles: Annotated[Rate, Unit("cycles per second")] = 0
     # Arm dirty logging, read it a few times, disarm it (which recovers huge pages).
     dirty_log_cycles: Annotated[Rate, Unit("cycles per second")] = 0
-    # Arm it and disarm it again, as a migration that is called off.
+    # Arm dirty logging and disarm it again, as a cancelled live migration does.
     dirty_log_toggles: Annotated[Rate, Unit("times per second")] = 0
     # System-management interrupts, each to one vCPU.
     smis: Annotated[Rate, Unit("SMIs per second")] = 0
-    # INITs, each to one vCPU, whose guest boots again.
+    # INITs, each to one vCPU; the vCPU's guest boots again.
     resets: Annotated[Rate, Unit("INITs per second")] = 0
 
 
@@ -180,7 +181,7 @@ class SchedulerSection(Section):
 
 
 class PhasesSection(Section):
-    """Storms alternate with quiet phases, in which nothing flushes but what is under test."""
+    """Storms alternate with quiet phases, in which only the source of flushes under test acts."""
 
     storm: Duration = 2.0
     quiet: Duration = 1.0
@@ -212,7 +213,7 @@ class Scenario(Section):
     # What `compare` counts costs per, besides guest accesses.
     unit: CostUnit | None = None
 
-    # Where it came from, and what its files held; set by load_scenario.
+    # Name, directory and costs of the scenario's files; set by parse_scenario.
     _name: str = PrivateAttr(default="scenario")
     _directory: Path = PrivateAttr(default=Path())
     _cost_table: Costs = PrivateAttr(default_factory=load_costs)
@@ -223,7 +224,7 @@ class Scenario(Section):
 
     @property
     def directory(self) -> Path:
-        """What relative paths in the scenario are relative to."""
+        """Return the directory to which paths in the scenario are relative."""
         return self._directory
 
     @property
@@ -240,22 +241,23 @@ class Scenario(Section):
 
     @property
     def own_pcpus(self) -> int:
-        """pCPUs that belong to one VM each, the first ones of the machine."""
+        """Return the number of pCPUs that belong to one VM each.  They are the first ones of the machine."""
         return sum(vm.count * vm.vcpus for vm in self.vm if vm.placement == "own")
 
     @property
     def ioctl_callers(self) -> int:
-        """VMs whose VMM calls KVM while they run."""
+        """Return the number of VMs whose VMM calls KVM while they run."""
         return sum(vm.count for vm in self.vm if vm.disturbed)
 
     @property
     def guest_pages(self) -> int:
-        """4 KiB pages of all VMs' memory."""
+        """Return the number of 4 KiB pages of all VMs' memory."""
         return sum(vm.count * vm.memory * PAGES_PER_MIB for vm in self.vm)
 
     @property
     def threads(self) -> int:
-        """OS threads that a run starts: pCPUs, a Kvm per VM that has work for it, hosts, scheduler, RCU."""
+        """Return the number of OS threads that a run starts: the pCPUs, a Kvm actor per disturbed VM, the
+        hosts, the scheduler and RCU."""
         return self.machine.pcpus + self.ioctl_callers + self.host.actors + 2
 
     @model_validator(mode="after")
@@ -270,10 +272,10 @@ class Scenario(Section):
         return self
 
     def scaled(self, pcpus: int) -> Self:
-        """The same host with more or fewer pCPUs, and as many more or fewer of the VMs that grow with it.
+        """Return this scenario on a host with `pcpus` pCPUs.  VMs that grow do so in proportion.
 
-        Rates stay what they are: they are the machine's, and what drives them are a few threads.  Idle guests
-        on many pCPUs wake up less often, or a core or two could not run them.
+        Rates are not scaled: they are per machine, and a few threads produce them.  Idle guests on many pCPUs
+        wake up less often, or a core or two could not run them.
         """
         fixed = sum(vm.count * vm.vcpus for vm in self.vm if vm.placement == "own" and not vm.grows)
         growing = self.own_pcpus - fixed
@@ -298,21 +300,21 @@ class Scenario(Section):
         return any(vm.placement == "shared" for vm in self.vm)
 
     def changed(self, **sections: Any) -> Self:
-        """A copy with whole sections replaced, for tests and command line options."""
+        """Return a copy with whole sections replaced, for tests and command line options."""
         copy = self.model_copy(update=sections)
         copy._name, copy._directory, copy._cost_table = self._name, self._directory, self._cost_table
         return copy
 
 
 def embedded_scenarios() -> dict[str, str]:
-    """Names of the scenarios that ship with the package, and their texts."""
+    """Return the texts of the scenarios that ship with the package, by name."""
     directory = resources.files("emulator").joinpath("scenarios")
     files = sorted((file.name, file) for file in directory.iterdir() if file.name.endswith(".toml"))
     return {name.removesuffix(".toml"): file.read_text("utf-8") for name, file in files}
 
 
 def load_scenario(name_or_path: str = DEFAULT_SCENARIO) -> Scenario:
-    """An embedded scenario by name, or a file: whatever has a suffix or a slash is a file."""
+    """Load an embedded scenario by name, or a file.  An argument with a suffix or a slash is a file."""
     if "/" not in name_or_path and "." not in name_or_path:
         embedded = embedded_scenarios()
         if name_or_path in embedded:

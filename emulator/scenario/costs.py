@@ -1,9 +1,9 @@
 """Modelled cycles: counts times a table of costs.
 
 Wall-clock figures of an emulator on a shared machine mean little; counts are exact.  The table has a source
-for each default and can be replaced entry by entry.  Lines in the group `flush` are what flushing costs under
-the policy: instructions, interrupts, interrupted guests and refilled entries.  Lines in the group `work`
-are what the same run costs besides.
+for each default and can be replaced entry by entry.  Lines in the group `flush` are the cost of flushing
+under the policy: instructions, interrupts, interrupted guests and refilled entries.  Lines in the group
+`work` are all other costs of the run.
 """
 
 from __future__ import annotations
@@ -70,7 +70,7 @@ class CycleLine:
 
 
 class Flush(Protocol):
-    """What is read of a flush count."""
+    """The fields of a flush count that modelled_cycles() reads."""
 
     @property
     def scope(self) -> str: ...
@@ -79,7 +79,7 @@ class Flush(Protocol):
 
 
 def load_costs(path: Path | None = None) -> Costs:
-    """The embedded table, with the entries of the user's file in their places."""
+    """Load the embedded table, with entries of the user's file in place of its own."""
     embedded = resources.files("emulator").joinpath("costs.toml").read_text("utf-8")
     table = tomllib.loads(embedded)
     if path is None:
@@ -97,11 +97,12 @@ def modelled_cycles(
     vms: Iterable[Mapping[str, int]],
     flushes: Iterable[Flush],
 ) -> tuple[CycleLine, ...]:
-    """The account of a run.  Every event is charged once.
+    """Return the account of a run.  Every event is charged once.
 
-    An interruption of guest mode is an exit and an entry that the flush caused, so it counts there and not
-    among the other exits; likewise the walk references of refills that flushes caused, taken at the run's
-    mean length of a walk.  The IPI of a VMCLEAR belongs to the migration that needs it, whatever is flushed.
+    An interruption of guest mode is an exit and an entry that the flush caused, so it is charged to the group
+    `flush` and not among the other exits.  So are the walk references of refills that flushes caused, at the
+    run's mean length of a walk.  The IPI of a VMCLEAR is charged to the group `work`: a migration needs it,
+    whatever the policy flushes.
     """
     stats = list(vms)
     faults = sum(vm["faults"] for vm in stats)

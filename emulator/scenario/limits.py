@@ -1,7 +1,8 @@
 """Preflight: does this machine have the memory and the threads that a scenario needs?
 
-Asked before anything starts, so that the answer is one line with the largest pCPU count that would work, and
-not "can't start new thread" from somewhere in the middle, or the OOM killer.
+The check runs before any thread is started.  Without it a scenario that is too large would die half way, of
+"can't start new thread" or by the OOM killer; the check's error is one line with the largest pCPU count that
+would work.
 """
 
 from __future__ import annotations
@@ -22,22 +23,22 @@ MIB = 1 << 20
 _PCPU_BYTES = 1 * MIB
 # The interpreter with its libraries, and the decoded traces.
 _BASE_BYTES = 192 * MIB
-# By version: the limit, what counts towards it, and the part of that which the kernel can drop.
+# By cgroup version: the files of limit and usage, and the key of the usage that the kernel can reclaim.
 _MEMORY_FILES = {
     1: ("memory.limit_in_bytes", "memory.usage_in_bytes", "total_inactive_file"),
     2: ("memory.max", "memory.current", "inactive_file"),
 }
-# Left for everybody else on the machine.
+# Threads left to other programs on the machine.
 _RESERVED_THREADS = 32
 
 
 @dataclass(frozen=True, slots=True)
 class Limit:
-    """How much of something is left, and who says so."""
+    """An amount of memory or threads that is left, and the source of this figure."""
 
     left: int
     source: str
-    # Addresses count, whether memory is behind them or not.
+    # The limit is on address space, whether memory is behind it or not.
     addresses: bool = False
 
 
@@ -48,11 +49,11 @@ def check(scenario: Scenario, proc: Path = Path("/proc"), cgroup: Path = Path("/
 
 
 def memory_needed(scenario: Scenario) -> int:
-    """Bytes, generously: guest pages may all be mapped singly while blocks for huge pages stand ready, if the
-    host collapses any."""
+    """Return a generous estimate in bytes.  If the host collapses huge pages, all guest pages may be mapped
+    singly while the blocks for huge pages are allocated as well."""
     pcpus = scenario.machine.pcpus
     frames = 2 if scenario.host.collapse else 1
-    # A sender has a call node for each target, a cache line each, from its first broadcast on.
+    # From its first broadcast on, a sender owns a call node, one cache line, for each target.
     call_nodes = 64 * pcpus * min(pcpus, scenario.threads)
     return _BASE_BYTES + frames * 4096 * scenario.guest_pages + pcpus * _PCPU_BYTES + call_nodes
 
@@ -77,7 +78,7 @@ def _needed(scenario: Scenario, limit: Limit) -> int:
 
 
 def _stack_bytes() -> int:
-    """Return what one thread's stack takes of the address space, with its guard page (pthread_create(3))."""
+    """Return the size of one thread's stack and guard page in the address space (pthread_create(3))."""
     soft, _ = resource.getrlimit(resource.RLIMIT_STACK)
     default = 2 * MIB if soft == resource.RLIM_INFINITY else soft
     return (threading.stack_size() or default) + resource.getpagesize()
@@ -86,7 +87,8 @@ def _stack_bytes() -> int:
 def exhausted(error: BaseException) -> BadInput | None:
     """Return the line for an error that comes of too little memory or too few threads; None for any other.
 
-    The preflight estimates, others take their share meanwhile, and `litmus` and `explore` need little.
+    Such errors occur in spite of the preflight: it estimates, other programs take memory and threads after
+    it, and `litmus` and `explore` do without it because they need little.
     """
     found, seen = None, error
     while found is None:
@@ -137,7 +139,7 @@ def _memory_limits(proc: Path, cgroup: Path) -> Iterator[Limit]:
         most_file, used_file, cache = _MEMORY_FILES[version]
         most, used = _number(directory / most_file), _number(directory / used_file)
         if most is not None and used is not None:
-            # The kernel gives up inactive page cache before it kills.
+            # The kernel reclaims inactive page cache before it kills.
             used -= _stat(directory / "memory.stat").get(cache, 0)
             yield Limit(most - used, f"cgroup {directory.name or '/'} {most_file}")
     soft, _ = resource.getrlimit(resource.RLIMIT_AS)
@@ -172,8 +174,11 @@ def _threads_of_user(proc: Path, uid: int) -> int:
 
 
 def _cgroups(proc: Path, cgroup: Path, controller: str) -> Iterator[tuple[Path, int]]:
-    """Yield this process's cgroups for a controller and their ancestors, each of which limits, and their
-    version: version 2 has one hierarchy, version 1 one for each controller, mounted under its name."""
+    """Yield this process's cgroup for a controller and its ancestors, with their version.
+
+    Each of them may limit the process.  Version 2 has one hierarchy; version 1 has one for each controller,
+    mounted under the controller's name.
+    """
     for line in _read(proc / "self/cgroup").splitlines():
         hierarchy, controllers, path = line.split(":", 2)
         if hierarchy == "0":
@@ -182,7 +187,8 @@ def _cgroups(proc: Path, cgroup: Path, controller: str) -> Iterator[tuple[Path, 
             root, version = cgroup / controller, 1
         else:
             continue
-        # In a container the path may be the host's; the mount's root is the container's own cgroup then.
+        # In a container the path may be the host's, which does not exist below the mount.  The mount's root
+        # is the container's own cgroup then.
         directory = root / path.lstrip("/")
         yield directory, version
         yield from ((parent, version) for parent in directory.parents if parent.is_relative_to(root))
@@ -194,7 +200,7 @@ def _stat(path: Path) -> dict[str, int]:
 
 
 def _number(path: Path) -> int | None:
-    """A file's number; None where there is no file or no limit ("max")."""
+    """Return the number in a file; None if there is no file or no limit ("max")."""
     text = _read(path).strip()
     return int(text) if text.isdigit() else None
 

@@ -1,8 +1,8 @@
-"""What happens when: storms in which everything acts, and quiet phases in which one thing does.
+"""The phases of a run: storms in which all activities act, and quiet phases with one source of danger each.
 
-VMX's answer to most flush requests is INVEPT global, and under a storm it heals what an elided flush left
-behind before anyone can use it.  In a quiet phase only one source of danger acts, a different one each time;
-a policy that elides the flush of that source has nobody to hide behind.
+VMX serves most flush requests with INVEPT global.  Under a storm these flushes soon drop entries that an
+elided flush has left stale, so a guest seldom uses one.  In a quiet phase a single source of danger acts, a
+different one each time, and a policy that elides the flush of that source is not covered by other flushes.
 """
 
 from __future__ import annotations
@@ -20,8 +20,8 @@ HOST_ACTIVITIES = ("unmap", "reclaim", "mprotect", "migrate", "collapse", "split
 KVM_ACTIVITIES = ("memslot_cycles", "dirty_log_cycles", "dirty_log_toggles", "smis", "resets")
 MIGRATIONS = "migrations"
 
-# What acts in quiet phases, in turn: one source of flushes, or several that only together are dangerous.  A
-# number is a rate of its own, in calls per second; None: the scenario's, or more by QUIET_LEAST_RATES.
+# Activities of the quiet phases, in turn: one source of flushes, or several that are dangerous only together.
+# A number is a rate in calls per second; None: the scenario's rate, or QUIET_LEAST_RATES if that is higher.
 Flavour = Mapping[str, float | None]
 FLAVOURS: tuple[Flavour, ...] = (
     {MIGRATIONS: None},
@@ -40,7 +40,7 @@ FLAVOURS: tuple[Flavour, ...] = (
     {"unmap": None, MIGRATIONS: None},
     {"migrate": None},
 )
-# What a storm sees a few times a second acts more often in a quiet second that it has to itself.
+# Least rates in quiet phases.  Activities that are rare in a storm act more often in a phase of their own.
 QUIET_LEAST_RATES = {
     "collapse": 200.0,
     "split": 40.0,
@@ -48,17 +48,18 @@ QUIET_LEAST_RATES = {
     "dirty_log_cycles": 20.0,
     "resets": 60.0,
 }
-# Who was late does not make up for more than this.
+# Seconds of delay that an actor makes up for at most.
 _LONGEST_ARREARS = 0.05
 _LONGEST_ARREARS_PACED = 10.0
-# Nobody looks at the clock less often: phases change, and the guests' clock may run faster than the wall's.
+# Seconds that an actor waits at most before it reads the clock again: the phase may have changed, and the
+# guests' clock may run faster than wall time.
 _LONGEST_WAIT = 0.05
 _LONGEST_WAIT_PACED = 0.001
 
 
 @dataclass(frozen=True, slots=True)
 class Phase:
-    """`rates`: calls per second, over all actors, of what acts."""
+    """A phase of the workload.  `rates`: calls per second of each activity, over all actors."""
 
     name: str
     quiet: bool
@@ -76,7 +77,7 @@ class Workload:
     """
 
     def __init__(self, scenario: Scenario, clock: Callable[[], float] | None = None) -> None:
-        # Of the guests' own pace, if given, where nobody is ever too late; else the one on the wall.
+        # The guests' own clock, if given: by it, an actor makes up for almost any delay.  Else wall time.
         self.clock = clock or time.monotonic
         self.longest_wait = _LONGEST_WAIT_PACED if clock else _LONGEST_WAIT
         self.longest_arrears = _LONGEST_ARREARS_PACED if clock else _LONGEST_ARREARS
@@ -90,7 +91,7 @@ class Workload:
         self.phases_seen: Counter[str] = Counter({self.phase.name: 1})
 
     def advance(self, elapsed: float) -> bool:
-        """Go to the phase that holds `elapsed` seconds after the start. True if it is another one."""
+        """Enter the phase that holds `elapsed` seconds after the start; return whether it is a new one."""
         phase = self._phase_at(elapsed)
         if phase is self.phase:
             return False
@@ -107,12 +108,12 @@ class Workload:
         return self._quiet_phases[int(turn) % len(self._quiet_phases)]
 
     def rate(self, activity: str) -> float:
-        """How often a second the whole machine does this just now."""
+        """Return the current rate of an activity per second, over the whole machine."""
         return self.phase.rates.get(activity, 0.0)
 
 
 def rates_of(scenario: Scenario) -> dict[str, float]:
-    """Rates per second by activity, over all actors."""
+    """Return the rate of each activity per second, over all actors."""
     host, kvm, scheduler = scenario.host, scenario.kvm, scenario.scheduler
     rates = {activity: float(getattr(host, activity)) for activity in HOST_ACTIVITIES}
     rates |= {activity: float(getattr(kvm, activity)) for activity in KVM_ACTIVITIES}
@@ -122,7 +123,7 @@ def rates_of(scenario: Scenario) -> dict[str, float]:
 
 
 def _quiet_phases(every: Mapping[str, float]) -> tuple[Phase, ...]:
-    """The flavours whose activities the scenario has, each once."""
+    """Return the phases of the flavours whose activities the scenario has, each set of activities once."""
     phases: dict[frozenset[str], Phase] = {}
     for flavour in FLAVOURS:
         present = {activity: own for activity, own in flavour.items() if activity in every}
@@ -135,7 +136,7 @@ def _quiet_phases(every: Mapping[str, float]) -> tuple[Phase, ...]:
 
 
 class Pacer:
-    """When one actor does which of its activities: each at `share` of the machine's rate."""
+    """Schedules the activities of one actor, each at `share` of the machine's rate."""
 
     def __init__(self, workload: Workload, activities: Sequence[str], share: float, rng: Random) -> None:
         self._workload = workload
@@ -144,7 +145,7 @@ class Pacer:
         self._due: dict[str, float | None] = dict.fromkeys(activities)
 
     def next(self) -> tuple[str | None, float]:
-        """What is due now (the most overdue first), or None and the seconds until something may be."""
+        """Return the activity that is most overdue and 0; or None and the seconds until one may be due."""
         now = self._workload.clock()
         chosen, soonest = None, now + self._workload.longest_wait
         for activity, due in self._due.items():
@@ -159,7 +160,7 @@ class Pacer:
         if chosen is None or soonest > now:
             return None, max(soonest - now, 0.0)
         rate = self._workload.rate(chosen) * self._share
-        # Irregular, so that two actors do not fall into step.
+        # Gaps are irregular, so that two actors do not fall into step.
         gap = self._rng.uniform(0.5, 1.5) / rate if rate else 0.0
         self._due[chosen] = max(soonest + gap, now - self._workload.longest_arrears)
         return chosen, 0.0
