@@ -1,25 +1,25 @@
-/* Guest accesses: a trace's records, as long as nothing but memory is asked for.  Each takes one interrupt poll, one
- * TLB look-up and one custody check. */
+/* Guest accesses: a trace's records, as long as each needs nothing but memory.  Each takes one interrupt poll,
+ * one TLB look-up and one custody check. */
 #ifndef FLUSHLAB_ACCESS_H
 #define FLUSHLAB_ACCESS_H
 
 #include "walk.h"
 
-/* One entry into guest mode's. */
+/* The accesses of one entry into guest mode. */
 struct accesses {
 	uint64_t polls, lookups, checks, l1_misses;
-	/* What the loop over records reads: in memory, since not all of it fits into registers. */
+	/* Read by the loop over records; kept in memory, since not all of it fits into registers. */
 	const _Atomic uint32_t *attention;
 	const _Atomic uint16_t *tag;
 	uint8_t *memory;
-	uint64_t clock; /* guest's at record *p, less p / 8 */
+	uint64_t clock; /* guest's clock at record *p, less p / 8 */
 };
 
 void accesses_begin(struct accesses *a, struct walk *w);
-/* Records up to `n` as far as they can be done: WALK_DONE, which also means that attention is wanted, or why the
- * next one cannot.  *done: how many were. */
+/* Do up to `n` records, as far as possible: WALK_DONE, also if attention is set, or the reason why the next
+ * record cannot be done.  *done: the number of records done. */
 enum walk_result accesses_run(struct accesses *a, struct walk *w, const uint64_t *records, uint64_t n, uint64_t *done);
-/* One record, whoever wants attention. */
+/* Do one record, even if attention is set. */
 enum walk_result accesses_one(struct walk *w, uint64_t record);
 
 #endif

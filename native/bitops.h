@@ -1,17 +1,17 @@
-/* Words that several threads share and that nothing else orders: a mask with a bit per pCPU, a generation.
- * As the kernel's test_and_set_bit() and atomic64_inc_return(): each is one step and a full barrier. */
+/* Words that several threads share and that nothing else orders: a mask with a bit per pCPU, a generation.  As
+ * the kernel's test_and_set_bit() and atomic64_inc_return() are, each operation is one step and a full barrier. */
 #ifndef FLUSHLAB_BITOPS_H
 #define FLUSHLAB_BITOPS_H
 
 #include <stdint.h>
 
 /* api */
-/* The bit's old value; on that is set, nothing is written (a read is what most callers need). */
+/* Return the bit's old value.  If it is set already, nothing is written (most callers need only the read). */
 int test_and_set_bit(uint64_t *words, uint32_t bit);
 int test_bit(const uint64_t *words, uint32_t bit);
 /* Clear `n` words, one after the other. */
 void bitmap_clear(uint64_t *words, uint32_t n);
-/* The counter's new value. */
+/* Return the counter's new value. */
 uint64_t atomic64_inc_return(uint64_t *counter);
 uint64_t atomic64_read(const uint64_t *counter);
 void atomic64_set(uint64_t *counter, uint64_t value);

@@ -1,8 +1,8 @@
-/* Counters: one block per CPU, written by its owner alone, summed by whoever reads.
+/* Counters: one block per CPU, written by its owner alone, summed by any reader.
  *
- * A counter is a relaxed atomic that only the owner stores to (load, add, store: no locked instruction),
- * so a reader sees each value whole but never stops a pCPU.  Histograms have one bucket per power of two
- * of nanoseconds.  Everything here only ever grows.
+ * A counter is a relaxed atomic that only the owner stores to (load, add, store: no locked instruction), so a
+ * reader sees each value whole but never stops a pCPU.  Histograms have one bucket per power of two of
+ * nanoseconds.  No value ever decreases.
  */
 #ifndef FLUSHLAB_COUNTERS_H
 #define FLUSHLAB_COUNTERS_H
@@ -30,11 +30,11 @@ enum counter {
 	COUNT_IPIS_SENT,         /* of those, first in the target's queue: an interrupt */
 	COUNT_IPIS_RECEIVED,     /* queues drained on this CPU that an interrupt announced */
 	COUNT_CALLS_RUN,         /* calls run on this CPU */
-	COUNT_CALLS_SERVICED,    /* of those, by their sender while this CPU was halted */
+	COUNT_CALLS_SERVICED,    /* of those, run by their sender while this CPU was halted */
 	COUNT_INTERRUPTIONS,     /* guest mode left because of an IPI */
-	COUNT_BYSTANDER,         /* of those, no call was about the VM whose guest was left */
+	COUNT_BYSTANDER,         /* of those, interruptions in which no call concerned the VM whose guest was left */
 	COUNT_IPIS_VMCLEAR,      /* of COUNT_IPIS_SENT: for a VMCLEAR, which every migration needs */
-	COUNT_INTERRUPTIONS_VMCLEAR, /* of COUNT_INTERRUPTIONS: for nothing else */
+	COUNT_INTERRUPTIONS_VMCLEAR, /* of COUNT_INTERRUPTIONS: caused by such IPIs alone */
 	COUNT_NECESSARY_INTERRUPTIONS, /* flushes that an interruption led to and that averted a use */
 	COUNT_VM_ENTRIES,
 	COUNT_RCU_CALLBACKS,     /* queued */
@@ -50,8 +50,10 @@ enum counter {
 	COUNT_GUEST_FAULTS,      /* #PF served by the guest OS */
 	COUNT_GUEST_INVALIDATIONS, /* INVLPG, INVPCID, MOV CR3 with flush by the guest */
 	COUNT_GUEST_SWITCHES,    /* MOV CR3 */
-	COUNT_STALE_WALKS,       /* walks that a cached pointer led into a table that was linked no more, but not free */
-	COUNT_CALLS_CROSSED,     /* of COUNT_CALLS_RUN: this CPU had sent one to the sender, which had yet to run it */
+	COUNT_STALE_WALKS,       /* walks that a cached pointer led into a table that was unlinked but not yet
+	                          * free */
+	COUNT_CALLS_CROSSED,     /* of COUNT_CALLS_RUN: this CPU had sent a call to the sender, which had yet to
+	                          * run it */
 	COUNT_DEAD_ROOT_ENTRIES, /* translations of earlier owners of a root page, found when it was loaded */
 	COUNT_EXIT_INTERRUPT,    /* VM exits by reason, in the order of exit_reason (guest.h) */
 	COUNT_EXIT_EPT_VIOLATION,
@@ -78,7 +80,7 @@ enum histogram {
 /* Upper bounds are 2^i nanoseconds; the last bucket takes everything beyond. */
 enum { HISTOGRAM_BUCKETS = 36 };
 
-/* What a flush drops, as the SDM names it. */
+/* The entries that a flush drops, by the SDM's name for its scope. */
 enum flush_scope {
 	SCOPE_INVEPT_GLOBAL,
 	SCOPE_INVEPT_SINGLE,
@@ -88,34 +90,34 @@ enum flush_scope {
 	SCOPES
 };
 
-/* Why KVM flushed.  At most 16: a flush's number has four bits for it. */
+/* KVM's reasons to flush.  At most 16, because a flush's number has four bits for the reason. */
 enum flush_reason {
 	REASON_REMOTE_ZAP,      /* KVM_REQ_TLB_FLUSH after SPTEs were removed */
-	REASON_REMOTE_NOTIFIER, /* ... by an mmu_notifier */
-	REASON_REMOTE_PROTECT,  /* ... after write access was removed (dirty log) */
-	REASON_REMOTE_REPLACE,  /* ... a huge leaf replaced a table */
-	REASON_REMOTE_RECOVER,  /* ... huge pages recovered */
+	REASON_REMOTE_NOTIFIER, /* KVM_REQ_TLB_FLUSH by an mmu_notifier */
+	REASON_REMOTE_PROTECT,  /* KVM_REQ_TLB_FLUSH after write access was removed (dirty log) */
+	REASON_REMOTE_REPLACE,  /* KVM_REQ_TLB_FLUSH after a huge leaf replaced a table */
+	REASON_REMOTE_RECOVER,  /* KVM_REQ_TLB_FLUSH after huge pages were recovered */
 	REASON_MIGRATION,       /* the VMCS was loaded on another pCPU */
 	REASON_ROOT_LOAD,       /* kvm_mmu_load */
 	REASON_GUEST,           /* KVM_REQ_TLB_FLUSH_GUEST */
 	REASON_RESET,           /* vCPU creation and reset */
 	REASON_ROOT_ALLOC,      /* a page became a root (INVEPT by IPI) */
-	REASON_PCPU_MASK,       /* a pCPU joined those where the VM ever ran */
-	REASON_ROOT_PUT,        /* the last reference on a root went */
+	REASON_PCPU_MASK,       /* the VM runs on this pCPU for the first time */
+	REASON_ROOT_PUT,        /* the last reference to a root was put */
 	REASON_CACHED_ROOT,     /* a previous root became current */
 	REASON_OTHER,
 	REASONS
 };
 
-/* Sums over all CPUs into values[COUNTERS]. */
+/* Sum all CPUs' counters into values[COUNTERS]. */
 void counters_sum(struct machine *m, uint64_t *values);
-/* The sum of one counter. */
+/* Return the sum of one counter. */
 uint64_t counter_sum(struct machine *m, uint32_t counter);
-/* One CPU's values[COUNTERS]. */
+/* Read one CPU's values[COUNTERS]. */
 void counters_read(struct machine *m, uint32_t cpu, uint64_t *values);
-/* buckets[HISTOGRAM_BUCKETS], sum in nanoseconds. */
+/* Sum a histogram into buckets[HISTOGRAM_BUCKETS], and its nanoseconds into sum. */
 void histogram_sum(struct machine *m, uint32_t histogram, uint64_t *buckets, uint64_t *sum);
-/* flushes[vms * SCOPES * REASONS] and, same shape, those that averted a use (necessary). */
+/* Sum flushes[vms * SCOPES * REASONS] and, in that shape, the flushes that averted a use (necessary). */
 void flushes_sum(struct machine *m, uint64_t *flushes, uint64_t *necessary);
 void counter_add(struct machine *m, uint32_t cpu, uint32_t counter, uint64_t n);
 void histogram_record(struct machine *m, uint32_t cpu, uint32_t histogram, uint64_t nanoseconds);
@@ -126,9 +128,9 @@ struct counters {
 	_Atomic uint64_t bucket[HISTOGRAMS][HISTOGRAM_BUCKETS];
 	_Atomic uint64_t nanoseconds[HISTOGRAMS];
 	_Atomic uint64_t *flushes;   /* [vm][SCOPES][REASONS] */
-	_Atomic uint64_t *necessary; /* likewise */
-	/* [vm]: whether any of its flushes are counted here.  A pCPU knows few VMs: of thousands times thousands of
-	 * rows hardly any is more than zeros, and sums leave those out. */
+	_Atomic uint64_t *necessary; /* as flushes */
+	/* [vm]: whether any of its flushes are counted here.  A pCPU runs few VMs, so of thousands times
+	 * thousands of rows nearly all are zero, and sums leave those out. */
 	_Atomic uint8_t *flushed;
 };
 

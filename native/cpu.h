@@ -1,12 +1,11 @@
 /* CPUs: attention, the event that every wait sleeps on, interrupt flag, halting, going offline.
  *
- * One thread drives one CPU.  It sleeps in exactly one place, on its own `event`; whoever may end one
- * of its waits calls cpu_wake().  While it waits it keeps running the calls that others queued for it
- * (ipi.h), so two pCPUs that interrupt each other never wait for ever.  A CPU asleep in any wait, not
- * only in cpu_halt(), is HALTED: a sender runs its calls for it instead of waking it.
+ * One thread drives one CPU.  It sleeps in exactly one place, on its own `event`; any thread that may end one
+ * of its waits calls cpu_wake().  While it waits it keeps running the calls that others queued for it (ipi.h),
+ * so two pCPUs that interrupt each other cannot deadlock.  A CPU asleep in any wait, not only in cpu_halt(), is
+ * HALTED: a sender runs its calls for it instead of waking it.
  *
- * pCPUs start OFFLINE: their thread calls cpu_online() before anything else.  Housekeeping CPUs start
- * RUNNING.
+ * pCPUs start OFFLINE: their thread calls cpu_online() before anything else.  Housekeeping CPUs start RUNNING.
  *
  * Pairings:
  *   P1  waiter: read event; test condition; power = HALTED; sleep iff event unchanged (futex)
@@ -31,55 +30,57 @@
 #include "machine.h"
 
 /* api */
-/* Why a CPU must leave what it does at the next poll. */
+/* Reasons for a CPU to leave its current activity at the next poll. */
 enum attention {
 	ATTENTION_IPI = 1,     /* the call queue went from empty to not empty */
 	ATTENTION_MESSAGE = 2, /* a message waits in the actor's inbox */
-	ATTENTION_RESCHED = 4, /* need_resched(): somebody wants this CPU for another vCPU */
+	ATTENTION_RESCHED = 4, /* need_resched(): another vCPU is to run on this CPU */
 	ATTENTION_STOP = 8,    /* the machine stops */
 };
 
 enum power {
 	CPU_RUNNING = 0,
 	CPU_HALTED = 1,   /* sleeps; a sender may take it to SERVICED and run its calls */
-	CPU_SERVICED = 2, /* a sender runs its calls; waking waits */
-	CPU_OFFLINE = 3,  /* acknowledges everything, runs nothing; as HALTED for senders */
+	CPU_SERVICED = 2, /* a sender runs its calls; a wake-up waits for the end of that */
+	CPU_OFFLINE = 3,  /* acknowledges every call without running it; like HALTED for senders */
 	CPU_GUEST_HALTED = 4, /* asleep in guest mode: an interrupt wakes it and makes it exit */
 };
 
-/* The CPU's thread: hlt until attention other than IPI is non-zero, then return it.  timeout_us 0: no time
- * limit.  Serves calls meanwhile.  Returns attention bits (0 on timeout) or an error.  While the machine
- * stops, pending messages are still announced (with ATTENTION_STOP); without any it is MACHINE_STOPPED.
+/* Called by the CPU's thread: hlt until attention other than IPI is non-zero, then return it.  timeout_us 0: no
+ * time limit.  Serves calls meanwhile.  Returns attention bits (0 on timeout) or an error.  While the machine
+ * stops, pending messages are still announced (with ATTENTION_STOP); without any, it returns MACHINE_STOPPED.
  * MACHINE_MISUSE with interrupts off, inside an RCU read section or under mmu_lock. */
 int cpu_halt(struct machine *m, uint32_t cpu, uint64_t timeout_us);
-/* Current attention bits. */
+/* Return the current attention bits. */
 uint32_t cpu_attention(struct machine *m, uint32_t cpu);
-/* Any thread: set bits and interrupt the CPU's wait or guest. */
+/* Any thread: set attention bits and interrupt the CPU's wait or guest. */
 void cpu_notify(struct machine *m, uint32_t cpu, uint32_t bits);
-/* The CPU's thread: forget bits (ATTENTION_STOP and ATTENTION_IPI stay). */
+/* Called by the CPU's thread: clear bits (ATTENTION_STOP and ATTENTION_IPI stay). */
 void cpu_clear_attention(struct machine *m, uint32_t cpu, uint32_t bits);
 
 /* Event count for waits whose condition Python tests: seq = cpu_event(); test; cpu_wait_event(seq).
  * Returns 0 when the event moved on or the timeout passed (timeout_us 0: none), or an error. */
 uint32_t cpu_event(struct machine *m, uint32_t cpu);
 int cpu_wait_event(struct machine *m, uint32_t cpu, uint32_t seq, uint64_t timeout_us);
-/* Any thread: end a wait of that CPU. */
+/* Any thread: end a wait of this CPU. */
 void cpu_wake(struct machine *m, uint32_t cpu);
 
-/* Interrupt flag, not nested.  While it is off no call runs on this CPU and waiting is MACHINE_MISUSE;
- * `where` (copied) is what the sentence about that names.  Enabling runs what was queued meanwhile. */
+/* The interrupt flag, which does not nest.  While interrupts are off no call runs on this CPU and waiting is
+ * MACHINE_MISUSE; the message about that names `where` (copied).  Enabling runs the calls that were queued
+ * meanwhile. */
 int local_irq_disable(struct machine *m, uint32_t cpu, const char *where);
 int local_irq_enable(struct machine *m, uint32_t cpu);
 int irqs_disabled(struct machine *m, uint32_t cpu);
 
-/* The CPU's thread, or the machine for a thread that died or sleeps: acknowledge the queue, leave RCU, drop
- * its mmu_locks, mark the CPU offline.  Its waits return MACHINE_OFFLINE, and calls that still reach it
- * are acknowledged by their senders. */
+/* Called by the CPU's thread, or by the machine for a thread that died or sleeps: acknowledge the queue, leave
+ * RCU, drop its mmu_locks, mark the CPU offline.  Its waits return MACHINE_OFFLINE, and calls that still reach
+ * it are acknowledged by their senders. */
 void cpu_offline(struct machine *m, uint32_t cpu);
 void cpu_online(struct machine *m, uint32_t cpu);
 int cpu_power(struct machine *m, uint32_t cpu);
-/* A CPU without a thread of its own, which one thread after the other plays: idle while nobody does (HALTED, senders
- * run its calls), taken by the next one.  cpu_take also takes it online.  0 or MACHINE_OFFLINE. */
+/* For a CPU without a thread of its own, which several threads drive in turn.  cpu_idle() leaves it to senders
+ * (HALTED, they run its calls); the next thread takes it with cpu_take(), which also takes it online.  0 or
+ * MACHINE_OFFLINE. */
 int cpu_idle(struct machine *m, uint32_t cpu);
 int cpu_take(struct machine *m, uint32_t cpu);
 /* end api */
@@ -100,34 +101,34 @@ struct lock_waiter {
 };
 
 struct cpu {
-	/* written by anyone; one line, so that queueing a call and kicking cost one transfer */
+	/* written by any thread; on one line, so that queueing a call and kicking cost one transfer */
 	alignas(CACHELINE) _Atomic uint32_t attention;
 	_Atomic uint32_t event;
 	_Atomic uint32_t power;
 	_Atomic(struct csd *) call_queue;
 	/* written by the owner; the RCU thread reads it with a read-modify-write (rcu.c) */
 	alignas(CACHELINE) _Atomic uint64_t rcu_snapshot; /* 0: quiescent; else the grace period at lock */
-	/* the owner's alone (or its who holds the CPU SERVICED) */
+	/* accessed only by the owner (or the thread that holds the CPU SERVICED) */
 	alignas(CACHELINE) uint32_t id;
 	uint32_t rcu_depth;
 	uint32_t locks_held; /* mmu_locks held: no synchronize_* while not 0 */
 	uint32_t irqs_off;
-	uint32_t in_call; /* runs an IPI function: neither waits nor sends */
-	uint32_t guest_vm; /* VM whose guest runs here or was left last */
-	bool concerned;    /* a call since then was about that VM */
-	bool kicked;       /* a call since then was none of IPI_VMCS_CLEAR */
+	uint32_t in_call; /* runs an IPI function, which may neither wait nor send */
+	uint32_t guest_vm; /* VM whose guest runs here or ran here last */
+	bool concerned;    /* a call since then concerned that VM */
+	bool kicked;       /* a call since then was other than IPI_VMCS_CLEAR */
 	bool interrupted;  /* that guest was left because of an IPI */
 	struct run *stepped; /* guest mode step by step, between guest_enter() and guest_leave() */
 	uint64_t stepped_budget;
-	bool calls_held;   /* ipi_hold(): set while nobody else runs */
+	bool calls_held;   /* ipi_hold(): set while no other thread runs */
 	struct counters *counters;
 	struct tlb *tlb; /* NULL on a housekeeping CPU */
 	_Atomic uint64_t chaos_state; /* relaxed: two threads may act for a CPU at its power changes */
 	struct flush_account *flush_account; /* flush.c */
 	char irqs_off_where[48];
 	struct csd *csds;     /* one node per target, allocated at the first call sent */
-	uint64_t *calls_sent; /* scratch masks of the call being sent: who was called, */
-	uint64_t *calls_kick; /* and who must be served or interrupted for it */
+	uint64_t *calls_sent; /* scratch masks of the call being sent: the CPUs called, and */
+	uint64_t *calls_kick; /* the CPUs that must be serviced or interrupted for it */
 	struct rcu_head *rcu_free; /* callback nodes at hand */
 	struct rcu_chunk *rcu_chunks;
 	_Atomic(struct rcu_head *) rcu_returned; /* callback nodes that the RCU thread gave back */
@@ -140,10 +141,10 @@ static inline bool cpu_is_target(const struct machine *m, uint32_t cpu)
 	return cpu < m->config.pcpus;
 }
 
-/* MACHINE_MISUSE with a sentence, or 0: may this CPU wait now?  `what` names the wait. */
+/* Decide whether this CPU may wait now: 0, or MACHINE_MISUSE with a message.  `what` names the wait. */
 int cpu_may_wait(struct machine *m, uint32_t cpu, const char *what);
 
-/* Write a MACHINE_MISUSE sentence for machine_error_text(); returns MACHINE_MISUSE. */
+/* Write the message of a MACHINE_MISUSE for machine_error_text(); returns MACHINE_MISUSE. */
 int cpu_misuse(struct machine *m, uint32_t cpu, const char *format, ...)
 	__attribute__((format(printf, 3, 4)));
 

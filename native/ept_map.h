@@ -1,12 +1,12 @@
-/* A page fault's last step in C, for programs that have no KVM in Python: the tests' and the benchmarks'. */
+/* A page fault's last step in C, for programs that have no KVM in Python: tests and benchmarks. */
 #ifndef FLUSHLAB_EPT_MAP_H
 #define FLUSHLAB_EPT_MAP_H
 
 #include "ept.h"
 #include "mm.h"
 
-/* Map a page as a writable 4K leaf, tables included (kvm_tdp_mmu_map()).  MACHINE_AGAIN: somebody changed an SPTE on
- * the way meanwhile.  Under rcu_read_lock if others are in the tree. */
+/* Map a page as a writable 4K leaf, tables included (kvm_tdp_mmu_map()).  MACHINE_AGAIN: another CPU changed an
+ * SPTE on the path meanwhile.  Under rcu_read_lock if other CPUs are in the tree. */
 static inline int ept_map_page(struct machine *m, uint32_t cpu, uint32_t vm, uint32_t root, uint64_t gfn,
 			       const struct mm_page *page)
 {

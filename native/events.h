@@ -1,4 +1,4 @@
-/* The rings behind event_record() and events_read() (oracle.h), and what else the oracle owns. */
+/* The rings behind event_record() and events_read() (oracle.h), and the oracle's other data. */
 #ifndef FLUSHLAB_EVENTS_H
 #define FLUSHLAB_EVENTS_H
 
@@ -24,7 +24,8 @@ struct report_slot {
 	struct violation_report report;
 };
 
-/* What led to one report, copied when it is made: the rings forget within milliseconds. */
+/* The events that led to one report, copied when it is made, because the rings are overwritten within
+ * milliseconds. */
 struct story {
 	uint32_t events;
 	struct event event[EVENTS_KEPT];
@@ -33,14 +34,14 @@ struct story {
 struct oracle {
 	struct event_ring *rings;
 	_Atomic uint64_t count[VIOLATIONS];
-	_Atomic uint32_t reports; /* taken; may exceed REPORTS_KEPT */
+	_Atomic uint32_t reports; /* slots taken; may exceed REPORTS_KEPT */
 	struct report_slot report[REPORTS_KEPT];
 	_Atomic uint32_t told[VIOLATIONS]; /* reports of a kind, with or without a story */
-	_Atomic uint32_t stories;  /* taken; may exceed STORIES */
+	_Atomic uint32_t stories;  /* slots taken; may exceed STORIES */
 	struct story story[STORIES];
 };
 
-/* Fill the story of a report: events that concern it, CPU by CPU, those of the CPUs involved first. */
+/* Fill the story of a report: events that concern it, CPU by CPU, beginning with the CPUs involved. */
 void story_copy(struct machine *m, const struct violation_report *report, struct story *story);
 
 #endif

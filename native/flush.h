@@ -13,17 +13,17 @@ void flush_invvpid_single(struct machine *m, uint32_t cpu, uint32_t vm, uint32_t
 void flush_invvpid_all(struct machine *m, uint32_t cpu, uint32_t vm, uint32_t reason);
 void flush_invvpid_address(struct machine *m, uint32_t cpu, uint32_t vm, uint32_t vpid, uint64_t page,
 			   uint32_t reason);
-/* Reset of the pCPU: nothing is cached any more, and on nobody's account.  For machines that go on with other VMs. */
+/* Reset the pCPU: its cached entries go, and no VM is charged.  For machines that go on with other VMs. */
 void flush_reset(struct machine *m, uint32_t cpu);
 /* end api */
 
 struct cpu;
-/* Set what the IPI functions of ipi.h do; their argument is the VM << 32 | EP4TA. */
+/* Set the IPI functions of ipi.h; their argument is the VM << 32 | EP4TA. */
 void flush_register(void);
-/* What a pCPU remembers of its flushes; made at the first one. */
+/* A pCPU's record of its flushes; made at the first one. */
 struct flush_account;
 void flush_account_destroy(struct machine *m, struct cpu *cpu);
-/* A ghost that `flush` left would have been a violation if used: the flush was necessary. */
+/* Record that a ghost that `flush` left would have been a violation if used: the flush was necessary. */
 void flush_averted(struct machine *m, struct cpu *cpu, uint64_t flush);
 
 #endif

@@ -1,22 +1,22 @@
 /* Host memory: frames, their custody tags, and the pools they are recycled through.
  *
- * Frames are numbered through: roots, tables, single guest frames, guest blocks of 512.  Frame 0 is never handed
- * out, so that a forgotten number is not somebody's frame.  Pools are last-in first-out per kind, so that a stale
- * pointer soon meets a new owner.  Tables and guest pages never share a frame: a write through a stale translation
- * can spoil guest memory, never the emulator's own tables.
+ * Frames are numbered consecutively: roots, tables, single guest frames, guest blocks of 512.  Frame 0 is never
+ * handed out, so that a number left zero names no frame in use.  Pools are last-in first-out per kind, so that
+ * a stale pointer soon meets a new owner.  Tables and guest pages never share a frame: a write through a stale
+ * translation can corrupt guest memory, never the emulator's own tables.
  *
  * Two tags of 15 bits a frame:
- *   tag       advanced whenever anything about a right on the frame changes: SPTE zapped or
- *             write-protected, a revocation completed, a guest invalidation, the frame freed.  A TLB entry
- *             holds the tag of its fill; whoever holds an older one asks the oracle before it uses the frame.
+ *   tag       advanced whenever a right on the frame changes: SPTE zapped or write-protected, a
+ *             revocation completed, a guest invalidation, the frame freed.  A TLB entry holds the tag of
+ *             its fill; if that is older than the frame's, the oracle is asked before the frame is used.
  *   host_tag  advanced when the host takes the frame away from its user: an mmu_notifier's promise
  *             completed, or the frame was freed.  This is the custody that a fault takes with the frame number,
  *             that the SPTE carries in spare bits, and the TLB entry after it.
  *
- * A huge SPTE has room for one custody, and stands for the 512 frames of a block, of which the host may take some and
- * leave others.  So each block has a clock, which goes on whenever the host takes frames of it, and each frame of a
- * block remembers what the clock said when it was last taken.  The custody of a huge leaf is the clock's reading at its
- * fault: it is void for the frames that were taken since, and for no other.
+ * A huge SPTE has room for one custody, and stands for the 512 frames of a block, of which the host may take
+ * some and leave others.  So each block has a clock, which advances whenever the host takes frames of it, and
+ * each frame of a block remembers the clock at which it was last taken.  The custody of a huge leaf is the
+ * clock's reading at its fault: it is void for the frames that were taken since, and valid for all others.
  */
 #ifndef FLUSHLAB_FRAME_H
 #define FLUSHLAB_FRAME_H
@@ -28,32 +28,32 @@ enum frame_kind { FRAME_ROOT, FRAME_TABLE, FRAME_GUEST, FRAME_BLOCK, FRAME_KINDS
 /* CUSTODY_OF_BLOCK: a custody outside of an SPTE is that of a huge leaf. */
 enum { FRAME_TAG_MASK = 0x7fff, CUSTODY_OF_BLOCK = 0x8000, BLOCK_FRAMES = 512 };
 
-/* First frame number, or MACHINE_NOMEM.  Tables come zeroed; a block is 512 frames, aligned.  Guest frames
- * hold poison until written. */
+/* Allocate: the first frame number, or MACHINE_NOMEM.  Tables come zeroed; a block is 512 frames, aligned.
+ * Guest frames hold poison until written. */
 int64_t frame_alloc(struct machine *m, uint32_t cpu, uint32_t kind);
 /* Free one frame (of a block too: the block returns to its pool when its last frame is freed).  Poisons
  * it and advances its tags.  Freeing twice is a bug of the caller that ends the process. */
 void frame_free(struct machine *m, uint32_t cpu, uint32_t hfn);
 uint32_t frame_tag_of(struct machine *m, uint32_t hfn);
 uint32_t frame_host_tag_of(struct machine *m, uint32_t hfn);
-/* Times freed. */
+/* Return how many times the frame was freed. */
 uint32_t frame_life_of(struct machine *m, uint32_t hfn);
 /* Of FRAME_BLOCK these count blocks: a block counts whole as long as one of its frames is in use. */
 uint32_t frames_in_use(struct machine *m, uint32_t kind);
 uint32_t frames_total(struct machine *m, uint32_t kind);
-/* While nobody runs: hand the frames of all kinds of which none is in use out in the same order as in a new machine.
- * Returns how many are in use. */
+/* While no CPU runs: restore a new machine's order of allocation, for all kinds of which no frame is in use.
+ * Returns the number of frames in use. */
 uint64_t frames_order(struct machine *m);
 /* One 64-bit word of a frame, as a guest or user space sees it. */
 uint64_t frame_read(struct machine *m, uint32_t hfn, uint32_t word);
 void frame_write(struct machine *m, uint32_t hfn, uint32_t word, uint64_t value);
-/* The clock of the block that the frame is in: the custody of a huge leaf whose fault is now. */
+/* Return the clock of the frame's block: the custody of a huge leaf whose fault is now. */
 uint32_t frame_block_custody(struct machine *m, uint32_t hfn);
 /* end api */
 
 enum { FRAME_WORDS = 512, FRAMES_MAX = 1 << 24 };
 
-/* What free memory holds.  As an SPTE or a guest's page-table entry it is not present, so that a walk that
+/* The content of free memory.  As an SPTE or a guest's page-table entry it is not present, so that a walk that
  * strays into it ends. */
 #define FRAME_POISON UINT64_C(0x6b6b6b6b6b6b6b68)
 
@@ -67,7 +67,7 @@ struct frame_pool {
 
 struct block {
 	_Atomic uint16_t used;  /* frames not yet freed */
-	_Atomic uint16_t begun; /* the clock, once what is under way is complete */
+	_Atomic uint16_t begun; /* the clock, once the taking under way is complete */
 	_Atomic uint16_t clock;
 };
 
@@ -77,15 +77,15 @@ struct frames {
 	uint32_t count;
 	_Atomic uint16_t *tag;
 	_Atomic uint16_t *host_tag;
-	_Atomic uint16_t *host_tag_at_free; /* host_tag right after the last free: younger than an entry's
-					     * custody, and the entry outlived the frame */
+	_Atomic uint16_t *host_tag_at_free; /* host_tag right after the last free: if younger than an entry's
+	                                     * custody, the entry outlived the frame */
 	_Atomic uint16_t *taken;         /* frames of blocks: the clock when the frame was last taken */
-	_Atomic uint16_t *taken_at_free; /* ... and when it was last freed */
+	_Atomic uint16_t *taken_at_free; /* frames of blocks: the clock when the frame was last freed */
 	struct block *block;
 	_Atomic uint32_t *life;          /* times freed */
 	_Atomic uint8_t *used;           /* handed out now */
-	_Atomic uint8_t *unlinked;       /* a table that no entry leads to any more, until it is handed out again */
-	void *mapping;                   /* memory, before alignment; NULL: it is the heap's */
+	_Atomic uint8_t *unlinked;       /* a table that no entry leads to any more, until it is allocated again */
+	void *mapping;                   /* memory, before alignment; NULL: it belongs to the heap */
 	uint64_t mapping_bytes;
 	struct frame_pool pool[FRAME_KINDS];
 };
@@ -110,10 +110,11 @@ static inline uint32_t frame_host_tag(const struct frames *f, uint32_t hfn)
 	return atomic_load_explicit(&f->host_tag[hfn], memory_order_acquire);
 }
 
-/* Advance the tag; returns the new one.  Release: what changed before is seen by whoever acquires the
- * frame's ledger entry after noticing the tag.
+/* Advance the tag; returns the new one.  Release: earlier changes are seen by a CPU that acquires the frame's
+ * ledger entry after noticing the tag.
  *
- * A loop, not an addition and a mask: a tag that has 16 bits for a moment could equal RIGHT_NONE. */
+ * A loop, not an addition and a mask: a tag that has 16 bits for a moment could equal RIGHT_NONE.
+ */
 static inline uint32_t frame_tag_advance(struct frames *f, uint32_t hfn)
 {
 	uint16_t old = atomic_load_explicit(&f->tag[hfn], memory_order_relaxed);
@@ -126,7 +127,7 @@ static inline uint32_t frame_tag_advance(struct frames *f, uint32_t hfn)
 	return next;
 }
 
-/* Relaxed, both: counted only, and no one acts on it. */
+/* Relaxed, both: the flag is only counted, and nothing depends on it. */
 static inline void frame_set_unlinked(const struct frames *f, uint32_t hfn, bool unlinked)
 {
 	atomic_store_explicit(&f->unlinked[hfn], unlinked, memory_order_relaxed);
@@ -137,8 +138,8 @@ static inline bool frame_unlinked(const struct frames *f, uint32_t hfn)
 	return atomic_load_explicit(&f->unlinked[hfn], memory_order_relaxed);
 }
 
-/* The host takes frames from their user, by one operation: its frames of a block are taken at one time, and a fault has
- * looked before that time until the last of them is. */
+/* One operation by which the host takes frames from their user.  All of its frames of a block are taken at one
+ * time of the block's clock; a fault that reads the clock before the last of them is taken counts as earlier. */
 struct taking {
 	uint32_t block; /* number + 1; 0: none */
 	uint16_t time;
@@ -148,14 +149,14 @@ struct taking {
 uint32_t frame_take(struct frames *f, struct taking *t, uint32_t hfn);
 void frame_taken(struct frames *f, struct taking *t);
 
-/* The host has not taken the frame since that custody, CUSTODY_OF_BLOCK or not. */
+/* Return whether the host has not taken the frame since that custody, CUSTODY_OF_BLOCK or not. */
 bool frame_custody_holds(const struct frames *f, uint32_t hfn, uint32_t custody);
-/* The custody of the single frame for one who has it by this custody; void if that is. */
+/* Convert this custody into one of the single frame; void if it is void. */
 uint32_t frame_custody_of_one(const struct frames *f, uint32_t hfn, uint32_t custody);
-/* The custody of a block for one who looks at it now, and has this frame of it by a custody of its own: void for the
- * frame if that is. */
+/* Return the custody of a block at this moment, for a fault that holds this frame of it by its own custody:
+ * void for the frame if that is void. */
 uint32_t frame_custody_of_block(const struct frames *f, uint32_t hfn, uint32_t custody);
-/* The entry's custody is older than the last free of the frame. */
+/* Return whether the custody is older than the last free of the frame. */
 bool frame_freed_since(const struct frames *f, uint32_t hfn, uint32_t custody);
 
 static inline enum frame_kind frame_kind_of(const struct frames *f, uint32_t hfn)
@@ -167,9 +168,9 @@ static inline enum frame_kind frame_kind_of(const struct frames *f, uint32_t hfn
 	return hfn < f->pool[FRAME_BLOCK].first ? FRAME_GUEST : FRAME_BLOCK;
 }
 
-/* frame_free() without counters and events, for tearing a VM down: no CPU does it. */
+/* frame_free() without counters and events, for destroying a VM: no CPU executes it. */
 void frame_release(struct frames *f, uint32_t hfn);
-/* Whole frames, word by word: a vCPU may store into either meanwhile. */
+/* Fill or copy whole frames, word by word: a vCPU may store into either frame meanwhile. */
 void frame_fill(struct frames *f, uint32_t hfn, uint64_t word);
 void frame_copy(struct frames *f, uint32_t to, uint32_t from);
 

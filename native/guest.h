@@ -1,10 +1,10 @@
 /* The guest: registers, 4-level page tables in guest memory, and a small guest OS.
  *
- * The OS runs the processes of one vCPU in turn: each has an address space with its own PCID and a
- * recorded memory trace.  It maps on demand, unmaps and remaps pages, takes write access away and gives it
- * back, shares pages between processes, keeps a global kernel mapping, switches address spaces, and
- * invalidates with INVLPG, INVPCID and MOV CR3 as an OS must, without KVM seeing any of it.  Every table entry
- * that it reads or writes is a guest-physical access through the pCPU's TLB and EPT.
+ * The OS runs the processes of one vCPU in turn: each has an address space with its own PCID and a recorded
+ * memory trace.  The OS maps on demand, unmaps and remaps pages, removes and restores write access, shares
+ * pages between processes, keeps a global kernel mapping, switches address spaces, and invalidates with INVLPG,
+ * INVPCID and MOV CR3 as an OS must; KVM sees none of it.  Every table entry that it reads or writes is a
+ * guest-physical access through the pCPU's TLB and EPT.
  */
 #ifndef FLUSHLAB_GUEST_H
 #define FLUSHLAB_GUEST_H
@@ -17,7 +17,7 @@ struct guest_config {
 	uint64_t end_gfn;
 	uint32_t stride;         /* vCPUs of a VM that share the range page by page (2 MiB block by block): */
 	uint32_t phase;          /* ... this one has every stride-th, from phase on; stride 0: all of it */
-	uint64_t mmio_gfn;       /* 0: none; else gfns of a second memslot that it maps, too */
+	uint64_t mmio_gfn;       /* 0: none; else gfns of a second memslot that the OS maps, too */
 	uint64_t mmio_end_gfn;
 	uint32_t switch_every;   /* accesses between context switches; 0: never */
 	uint32_t unmap_every;    /* ... between unmapping one page */
@@ -26,13 +26,14 @@ struct guest_config {
 	uint32_t pcid;           /* CR4.PCIDE */
 	uint32_t paging;         /* 0: CR0.PG = 0, addresses are guest-physical */
 	uint32_t halt_every;     /* accesses between HLTs; 0: never */
-	uint32_t halt_us;        /* 0: HLT exits (kvm_vcpu_block); else it does not, and a timer ends it after so long */
+	uint32_t halt_us;        /* 0: HLT exits (kvm_vcpu_block); else it does not exit, and a timer ends it
+	                          * after this time */
 	uint32_t seed;
 };
 
 int guest_configure(struct machine *m, uint32_t vcpu, const struct guest_config *config);
-/* Adds a process that replays records[n] (as emulator.traces defines them) for ever; pages[] are the sorted
- * distinct page numbers in them.  The arrays stay the caller's and must outlive the guest. */
+/* Add a process that replays records[n] (as emulator.traces defines them) for ever; pages[] are the sorted
+ * distinct page numbers in them.  The caller keeps the arrays, which must outlive the guest. */
 int guest_add_process(struct machine *m, uint32_t vcpu, const uint64_t *records, uint64_t n,
 		      const uint64_t *pages, uint64_t n_pages);
 
@@ -60,37 +61,39 @@ struct vcpu_exit {
 	uint64_t accesses;   /* guest accesses done since entry */
 };
 
-/* EPT_POINTER: which root this vCPU's VMCS points to. */
+/* Set EPT_POINTER: the root that this vCPU's VMCS points to. */
 void vcpu_set_eptp(struct machine *m, uint32_t vcpu, uint32_t root, uint32_t root_level);
 
-/* VM entry to VM exit.  Before: interrupts off, mode IN_GUEST_MODE, the vCPU loaded on this pCPU.  Runs at
- * most `budget` guest accesses.  At exit: mode OUTSIDE_GUEST_MODE, then interrupts on and queued calls run
- * and acknowledged, in that order.  Returns the exit reason or an error. */
+/* Run the guest from VM entry to VM exit.  Before: interrupts off, mode IN_GUEST_MODE, the vCPU loaded on this
+ * pCPU.  Runs at most `budget` guest accesses.  At exit: mode OUTSIDE_GUEST_MODE, then interrupts on and queued
+ * calls run and acknowledged, in that order.  Returns the exit reason or an error. */
 int guest_run(struct machine *m, uint32_t cpu, uint32_t vcpu, uint64_t budget, struct vcpu_exit *out);
-/* The same in steps: entry; then steps until one returns an exit reason (EXIT_REASONS: go on), one operation of a
- * program each; then exit with that reason. */
+/* guest_run() in steps: guest_enter() enters; each guest_step() does one operation of a program, until it
+ * returns an exit reason (EXIT_REASONS: go on); guest_leave() exits with that reason. */
 int guest_enter(struct machine *m, uint32_t cpu, uint32_t vcpu, uint64_t budget, struct vcpu_exit *out);
 int guest_step(struct machine *m, uint32_t cpu);
 int guest_leave(struct machine *m, uint32_t cpu, uint32_t reason);
 /* Between guest_enter and guest_leave: the processor fetches the translation of a linear address (gpa without
  * paging) for a read that never happens, as it may at any time (SDM vol. 3A, 4.10.2.3), with the
- * paging-structure-cache entries on the way, and sets accessed flags.  Where an access would fault, or meet what
- * it may not use, nothing happens: only use is judged.  1: the translation was not cached and is now; 0: not. */
+ * paging-structure-cache entries on the way, and sets accessed flags.  If an access would fault, or would meet
+ * a frame that it must not use, nothing happens, because the oracle judges uses only.  1: the translation was
+ * not cached and is now; 0: not. */
 int guest_speculate(struct machine *m, uint32_t cpu, uint64_t linear);
-/* The vCPU's thread, outside guest mode, after a reset (INIT) has cleared CR0.PG: the guest OS starts again.  It
- * knows nothing of what its memory held: all of it is free, page tables are built anew, and no translation of
- * before is valid.  It sets CR4 and CR0 up first, which exits.  Of a program nothing changes but HLT. */
+/* Called by the vCPU's thread, outside guest mode, after a reset (INIT) has cleared CR0.PG: the guest OS starts
+ * again.  It knows nothing of the former contents of its memory: all of it is free, page tables are built anew,
+ * and no earlier translation is valid.  First it sets up CR4 and CR0, which exits.  For a program, only HLT
+ * changes. */
 void guest_boot(struct machine *m, uint32_t vcpu);
-/* Guest-physical frames that this vCPU's OS uses now. */
+/* Return the number of guest-physical frames that this vCPU's OS uses now. */
 uint64_t guest_frames_used(struct machine *m, uint32_t vcpu);
-/* Accesses and changes so far; the vCPU's number stands above bit GUEST_CLOCK_VCPU.  It is what the guest stores, so
- * no two stores of a machine are of one value. */
+/* Return the accesses and changes so far, with the vCPU's number above bit GUEST_CLOCK_VCPU.  The guest stores
+ * this value, so no two stores of a machine have equal values. */
 enum { GUEST_CLOCK_VCPU = 48 };
 uint64_t guest_clock(struct machine *m, uint32_t vcpu);
 /* Skip the instruction that exited (MMIO emulated by user space). */
 void guest_skip(struct machine *m, uint32_t vcpu);
-/* One guest memory access now, as guest_run would do it, for tests and litmus programs: linear address (or
- * gpa with paging 0); value stored for writes.  Same preconditions and results as guest_run. */
+/* Do one guest memory access now, as guest_run would, for tests and litmus programs: linear address (or gpa
+ * with paging 0); value stored for writes.  Preconditions and results as for guest_run. */
 int guest_access(struct machine *m, uint32_t cpu, uint32_t vcpu, uint64_t linear, uint32_t type,
 		 struct vcpu_exit *out);
 /* end api */

@@ -18,21 +18,23 @@ enum guest_insn {
 	GUEST_INSN_TOGGLE_PGE, /* no exit: CR4.PGE is the guest's own, and so is the flush */
 };
 
-/* Any thread: the vCPU executes this before its next access: VM exit EXIT_INSTRUCTION with the instruction in
- * `access` and its operand in `linear`, unless it does not exit.  One at a time: MACHINE_AGAIN while an earlier one is still to come. */
+/* Any thread: make the vCPU execute this instruction before its next access.  If it exits, the VM exit is
+ * EXIT_INSTRUCTION with the instruction in `access` and its operand in `linear`.  One at a time: MACHINE_AGAIN
+ * while an earlier instruction is pending. */
 int guest_execute(struct machine *m, uint32_t vcpu, uint32_t insn, uint64_t operand);
-/* The earlier one has exited. */
+/* Return whether the pending instruction has exited. */
 int guest_executed(struct machine *m, uint32_t vcpu);
-/* records[n] as those of guest_add_process, but with guest-physical addresses.  Before the vCPU runs. */
+/* Set the SMI handler: records[n] as in guest_add_process, but with guest-physical addresses.  Before the vCPU
+ * runs. */
 void guest_set_smi_handler(struct machine *m, uint32_t vcpu, const uint64_t *records, uint64_t n);
-/* The vCPU's thread, outside guest mode: SMM begins (no paging) or ends (paging as before). */
+/* Called by the vCPU's thread, outside guest mode: SMM begins (no paging) or ends (paging as before it). */
 void vcpu_set_smm(struct machine *m, uint32_t vcpu, int on);
-/* CR0.PG */
+/* Set or clear CR0.PG. */
 void vcpu_set_paging(struct machine *m, uint32_t vcpu, int on);
 /* end api */
 
 struct guest;
-/* In guest mode: the instruction to exit with, taken, or GUEST_INSN_NONE. */
+/* In guest mode: take the instruction to exit with, or GUEST_INSN_NONE. */
 uint32_t guest_take_insn(struct guest *g, uint64_t *operand);
 
 #endif

@@ -1,22 +1,22 @@
-/* What the guest OS does on its vCPU.  Each function may be repeated from its start after a VM exit in its
+/* The actions of the guest OS on its vCPU.  Each function may be repeated from its start after a VM exit in its
  * middle (any result but WALK_DONE). */
 #ifndef FLUSHLAB_GUEST_OS_H
 #define FLUSHLAB_GUEST_OS_H
 
 #include "walk.h"
 
-/* The current process has a PML4 page. */
+/* Give the current process a PML4 page if it has none. */
 enum walk_result os_setup(struct walk *w);
-/* #PF on a page of the current process or of the kernel.  WALK_GUEST_FAULT: the OS cannot go on. */
+/* Handle a #PF on a page of the current process or of the kernel.  WALK_GUEST_FAULT: the OS cannot go on. */
 enum walk_result os_page_fault(struct walk *w, uint64_t page, uint32_t type);
-/* Everything that is due by the guest's clock, except HLT. */
+/* Do all events that are due by the guest's clock, except HLT. */
 enum walk_result os_events(struct walk *w);
-/* Clock of the next thing that is due. */
+/* Return the clock of the next event. */
 uint64_t os_next_event(const struct guest *g);
 void os_schedule(struct guest *g, enum guest_event event);
-/* Tell the TLB what is translated for. */
+/* Switch the TLB to the guest's current context. */
 void os_load_context(struct walk *w);
-/* A guest access to a linear address outside the trace. */
+/* Do a guest access to a linear address outside the trace. */
 enum walk_result guest_access_slow(struct walk *w, uint64_t record);
 
 #endif

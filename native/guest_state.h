@@ -1,5 +1,5 @@
-/* Inside of the guest: what guest.c, guest_os.c, guest_pages.c, walk.c and run.c share.  Owned by the thread of
- * the pCPU on which the vCPU is loaded; handed over with the vCPU. */
+/* Internals of the guest, shared by guest.c, guest_os.c, guest_pages.c, walk.c and run.c.  Owned by the thread
+ * of the pCPU on which the vCPU is loaded; handed over with the vCPU. */
 #ifndef FLUSHLAB_GUEST_STATE_H
 #define FLUSHLAB_GUEST_STATE_H
 
@@ -27,7 +27,7 @@ enum {
 #define GUEST_KERNEL_BASE UINT64_C(0x800000000) /* page number of 0xffff800000000000, 36 bits */
 #define GUEST_NO_GFN UINT64_C(0xffffffff)
 
-/* One page of a process, as its OS keeps book of it. */
+/* The OS's record of one page of a process. */
 struct guest_page {
 	uint32_t gfn;         /* now mapped to; GUEST_NO_GFN: not mapped */
 	uint8_t writable;
@@ -43,15 +43,15 @@ struct guest_process {
 	const uint64_t *pages; /* sorted page numbers */
 	uint64_t page_count;
 	struct guest_page *page;
-	uint64_t hand;         /* where the next unmap looks */
+	uint64_t hand;         /* where the search for the next page to unmap begins */
 	uint64_t cr3_gfn;      /* GUEST_NO_GFN until set up */
 	uint16_t pcid;
 };
 
-/* What the OS is in the middle of; each step can be repeated from its start. */
+/* An event that the OS is in the middle of; each step can be repeated from its start. */
 enum guest_event { GUEST_SWITCH, GUEST_UNMAP, GUEST_PROTECT, GUEST_HALT, GUEST_EVENTS };
 
-/* What an OS that boots after a reset still has to do before it runs its processes. */
+/* The step that an OS that boots after a reset still has to do before it runs its processes. */
 enum guest_boot_step { GUEST_BOOT_DONE, GUEST_BOOT_CR4, GUEST_BOOT_CR0 };
 
 struct guest {
@@ -60,9 +60,9 @@ struct guest {
 	uint32_t processes;
 	uint32_t current;
 	uint64_t clock;        /* guest_clock(); only grows */
-	uint64_t due[GUEST_EVENTS]; /* clock at which it is time; UINT64_MAX: never */
+	uint64_t due[GUEST_EVENTS]; /* clock at which the event is due; UINT64_MAX: never */
 	uint64_t random;
-	bool paged;            /* the OS is one that turns paging on */
+	bool paged;            /* the OS is one that enables paging */
 	enum guest_boot_step boot;
 	uint64_t halted_until; /* monotonic ns: activity state HLT, without an exit, until then; 0: active */
 	/* guest-physical memory of this OS: stacks of free gfns, last in first out, and users of each page */
@@ -88,24 +88,24 @@ struct guest {
 	struct guest_process smi_handler;
 	uint32_t smm;
 	uint32_t paging_outside_smm;
-	/* MMIO: an EPT violation at this gpa page is to be treated as done by user space */
+	/* MMIO: an EPT violation at this gpa page counts as emulated by user space */
 	uint64_t skip_gfn;
 	uint64_t last_violation;
 	struct program *program; /* instead of processes' traces (program.h); NULL: none */
 };
 
-/* Entry's mapping was changed by the guest and invalidated on this vCPU after it was filled, and the guest has
- * not given the same right back: GUEST_STALE. */
+/* Return whether the guest changed the entry's mapping and invalidated it on this vCPU after the entry was
+ * filled, and has not restored that right since: GUEST_STALE. */
 bool guest_invalidated(const struct vcpu *vcpu, const struct tlb_entry *entry, uint64_t page, uint32_t type);
 
-/* The OS's page of a process, or NULL. */
+/* Return the OS's record of a process's page, or NULL. */
 struct guest_page *guest_page_find(const struct guest *g, uint32_t process, uint64_t page);
 uint64_t guest_random(struct guest *g);
 
 /* Allocation of guest-physical memory (guest_pages.c). */
 int guest_memory_create(struct machine *m, struct guest *g);
 void guest_memory_destroy(struct machine *m, struct guest *g);
-/* Everything is free again. */
+/* Mark all memory free again. */
 void guest_memory_reset(struct guest *g);
 uint64_t guest_gfn_alloc(struct guest *g, bool mmio);
 uint64_t guest_block_alloc(struct guest *g);

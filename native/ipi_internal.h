@@ -1,4 +1,4 @@
-/* Inside of calls between CPUs: shared by ipi.c and smp.c. */
+/* Internals of calls between CPUs, shared by ipi.c and smp.c. */
 #ifndef FLUSHLAB_IPI_INTERNAL_H
 #define FLUSHLAB_IPI_INTERNAL_H
 
@@ -11,7 +11,7 @@ enum csd_flags {
 
 /* One per sender and target (cfd_data in kernel/smp.c), so that queueing never allocates.
  *
- * The plain fields are written by the sender before it queues the node (release, acquired by whoever takes
+ * The plain fields are written by the sender before it queues the node (release, acquired by the CPU that takes
  * the queue) and read before the node is unlocked (release, acquired by csd_lock_wait).
  */
 struct csd {
@@ -24,7 +24,7 @@ struct csd {
 };
 
 bool ipi_is_registered(uint32_t function);
-/* Run a function on a CPU that the caller owns, with what every call does besides. */
+/* Run a function on a CPU that the caller owns, with the accounting that every call needs. */
 void ipi_run_function(struct machine *m, struct cpu *target, uint32_t function, uint64_t argument);
 
 #endif

@@ -1,9 +1,9 @@
-/* Inside of the ledger (oracle.h): the state of every right of a VM, one entry per gfn, in arrays by what is needed
- * together.
+/* Internals of the ledger (oracle.h): the state of every right of a VM, one entry per gfn, in arrays grouped by
+ * use.
  *
- * Locks are per group of gfns that lie side by side.  Whoever goes along a range holds one group's at a time, by a
- * cursor; nobody waits for anything else, nor sleeps, while a cursor holds a lock.  So one locked instruction
- * serves a group, and a checker on another CPU waits for as long as a few SPTEs take.
+ * Locks are per group of adjacent gfns.  A CPU that goes along a range holds one group's lock at a time, by a
+ * cursor; it neither waits for anything else nor sleeps while the cursor holds a lock.  One locked instruction
+ * therefore serves a whole group, and a checker on another CPU waits only as long as a few SPTEs take.
  */
 #ifndef FLUSHLAB_LEDGER_H
 #define FLUSHLAB_LEDGER_H
@@ -27,11 +27,11 @@ struct ledger_right {
 struct ledger_promise {
 	uint64_t time;
 	uint32_t cpu;
-	uint32_t host_tag; /* of the frame, when a promise withdrew its custody last */
+	uint32_t host_tag; /* host tag of the frame when a promise last withdrew its custody */
 };
 
 struct ledger {
-	uint64_t bytes; /* of the mapping that holds it all */
+	uint64_t bytes; /* size of the mapping that holds all of it */
 	_Atomic uint32_t *lock; /* by group */
 	struct ledger_right *right;
 	struct ledger_promise *promise;
@@ -42,7 +42,7 @@ struct ledger {
 struct ledger_cursor {
 	struct ledger *ledger;
 	const _Atomic uint64_t *promise_clock;
-	uint64_t group; /* whose lock is held, or LEDGER_NO_GROUP */
+	uint64_t group; /* group whose lock is held, or LEDGER_NO_GROUP */
 };
 
 static inline struct ledger_cursor ledger_cursor(const struct machine *m, uint32_t vm)
@@ -50,10 +50,10 @@ static inline struct ledger_cursor ledger_cursor(const struct machine *m, uint32
 	return (struct ledger_cursor){ m->vms[vm].ledger, &m->vms[vm].promise_clock, LEDGER_NO_GROUP };
 }
 
-/* Out of line: another group's lock is held, or none. */
+/* Out of line: the cursor holds another group's lock, or none. */
 void ledger_move(struct ledger_cursor *c, uint64_t group);
 
-/* The entry of a gfn, locked until the cursor moves on or is released. */
+/* Return the entry of a gfn, locked until the cursor moves on or is released. */
 static inline struct ledger_right *ledger_at(struct ledger_cursor *c, uint64_t gfn)
 {
 	if (__builtin_expect(c->group != gfn >> LEDGER_GROUP_BITS, 0))
@@ -69,8 +69,8 @@ static inline void ledger_release(struct ledger_cursor *c)
 	c->group = LEDGER_NO_GROUP;
 }
 
-/* A grant under a custody that the host has withdrawn meanwhile grants nothing: it is the mark that an SPTE was
- * installed for a frame which its fault no longer owned. */
+/* Add a grant.  Under a custody that the host has withdrawn meanwhile it grants nothing and marks the right
+ * revoked: the SPTE was installed for a frame that its fault no longer owned. */
 static inline void ledger_add(uint8_t *live, uint8_t *revoked, uint8_t which, bool custody_holds)
 {
 	if (__builtin_expect(custody_holds, 1))
@@ -80,7 +80,7 @@ static inline void ledger_add(uint8_t *live, uint8_t *revoked, uint8_t which, bo
 	*live += *live < UINT8_MAX;
 }
 
-/* A leaf SPTE that grants one gfn is about to appear. */
+/* Grant one gfn for a leaf SPTE that is about to appear. */
 static inline void ledger_grant_one(struct ledger_cursor *c, uint64_t gfn, uint32_t hfn, bool custody_holds,
 				    bool write)
 {
@@ -97,9 +97,10 @@ static inline void ledger_grant_one(struct ledger_cursor *c, uint64_t gfn, uint3
 		ledger_add(&e->live_write, &e->revoked, REVOKED_WRITE, custody_holds);
 }
 
-/* It has gone, or lost W.  The right first, then the frame's tag, which says so (oracle.h); whoever sees the tag
- * before the lock is released waits for the rest.  The promise clock is read last, when the SPTE's change is out:
- * a ticket that is not in it yet is one whose flush comes after the change.  Acquire: pairs with oracle_ticket. */
+/* Ungrant one gfn: its SPTE is gone, or has lost W.  The right changes first, then the frame's tag, which
+ * announces it (oracle.h); a checker that sees the tag before the lock is released waits for the rest.  The
+ * promise clock is read last, when the SPTE's change is visible: a ticket that is not in it yet belongs to a
+ * flush that comes after the change.  Acquire: pairs with oracle_ticket. */
 static inline void ledger_ungrant_one(struct ledger_cursor *c, struct frames *f, uint64_t gfn, uint32_t hfn, bool read,
 				      bool write)
 {

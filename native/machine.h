@@ -1,12 +1,12 @@
-/* The machine: what every module shares.
+/* The machine: shared by all modules.
  *
- * A machine owns its CPUs, frames, VMs and counters; nothing is global and nothing is thread-local:
- * the CPU that acts is an argument of every call.  CPUs 0 .. pcpus-1 are physical CPUs (they own a TLB
- * and receive IPIs); CPUs pcpus .. cpus-1 are housekeeping CPUs: the identity that a thread which is not
- * a pCPU has for RCU, locks and sent calls.  A housekeeping CPU is never the target of a call.
+ * A machine owns its CPUs, frames, VMs and counters; nothing is global and nothing is thread-local: the CPU
+ * that acts is an argument of every call.  CPUs 0 .. pcpus-1 are physical CPUs (they own a TLB and receive
+ * IPIs); CPUs pcpus ..  cpus-1 are housekeeping CPUs: the identity that a thread which is not a pCPU has for
+ * RCU, locks and sent calls.  A housekeeping CPU is never the target of a call.
  *
- * Declarations between "api" and "end api" are what Python sees; they use only types that a plain C
- * declaration parser understands.
+ * Python sees the declarations between "api" and "end api"; they use only types that a plain C declaration
+ * parser understands.
  */
 #ifndef FLUSHLAB_MACHINE_H
 #define FLUSHLAB_MACHINE_H
@@ -40,29 +40,29 @@ struct machine_config {
 	uint32_t l2_entries;     /* second-level TLB; 0: unbounded, never evicts */
 	uint32_t l2_ways;
 	uint32_t psc_entries;    /* paging-structure-cache entries per level; 0: unbounded */
-	uint32_t chaos;          /* one in so many points delays its caller; 0: never */
-	uint32_t snapshots;      /* machine_snapshot() is wanted: all memory comes from one region */
+	uint32_t chaos;          /* one in this many points delays its caller; 0: never */
+	uint32_t snapshots;      /* machine_snapshot() will be used: all memory comes from one region */
 	uint64_t seed;
 };
 
 struct machine;
 
-/* Builds a machine; NULL if memory is short, and then error holds a sentence. */
+/* Build a machine; NULL if memory is short, and then error holds a message. */
 struct machine *machine_create(const struct machine_config *config, char *error, uint32_t size);
-/* Frees it.  No other thread may be inside a call on it. */
+/* Free the machine.  No other thread may be inside a call on it. */
 void machine_destroy(struct machine *m);
-/* Makes every wait, current and future, return MACHINE_STOPPED, and every guest leave guest mode. */
+/* Make every wait, current and future, return MACHINE_STOPPED, and every guest leave guest mode. */
 void machine_stop(struct machine *m);
 int machine_stopping(const struct machine *m);
-/* Keep the state of a machine that was built with `snapshots`; nobody is inside a call on it, now and when it comes
- * back.  0 or MACHINE_NOMEM, or MACHINE_MISUSE without `snapshots`. */
+/* Save the state of a machine that was built with `snapshots`.  No other thread may be inside a call on it, now
+ * or at the restore.  0 or MACHINE_NOMEM, or MACHINE_MISUSE without `snapshots`. */
 int machine_snapshot(struct machine *m);
-/* Everything as at the last machine_snapshot(), counters, events and reports included.  Costs what was changed
- * since then.  0, or MACHINE_MISUSE if there was none. */
+/* Restore the last machine_snapshot(), counters, events and reports included.  Its cost depends on how much was
+ * changed since then.  0, or MACHINE_MISUSE if there was none. */
 int machine_restore(struct machine *m);
-/* Of all its memory; equal for equal states of one machine.  0 without `snapshots`. */
+/* Return a hash of all its memory; equal for equal states of one machine.  0 without `snapshots`. */
 uint64_t machine_fingerprint(const struct machine *m);
-/* What the last MACHINE_MISUSE on this CPU was about. */
+/* Return the message of the last MACHINE_MISUSE on this CPU. */
 const char *machine_error_text(struct machine *m, uint32_t cpu);
 /* end api */
 
@@ -84,8 +84,8 @@ struct machine {
 	struct machine_config config;
 	_Atomic uint32_t stopping;
 	uint32_t cpu_count; /* pcpus + housekeeping */
-	struct heap *heap;  /* heap.h; NULL: calloc's */
-	uint32_t spin_ns;   /* how long a wait spins before it sleeps; 0 where one core runs everything */
+	struct heap *heap;  /* heap.h; NULL: memory is calloc's */
+	uint32_t spin_ns;   /* time that a wait spins before it sleeps; 0 where one core runs everything */
 	struct cpu *cpus;
 	struct frames *frames;
 	struct rcu *rcu;

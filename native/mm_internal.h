@@ -1,4 +1,4 @@
-/* What mm.c, mm_huge.c and mm_image.c share.
+/* Shared by mm.c, mm_huge.c and mm_image.c.
  *
  * An entry is one word: flags, and the frame of a present page or the address of a swapped one's bytes.  It is
  * written under the lock of its 2 MiB region, as the kernel's page tables are under their split lock, and so is
@@ -81,10 +81,10 @@ static inline void mm_set_huge(struct mm_region *r, bool huge)
 }
 
 
-/* Under the region's lock: the contents behind an entry go into a frame, which then is the page's; swapped bytes
- * are freed. */
+/* Under the region's lock: move the contents behind an entry into a frame, which then is the page's; swapped
+ * bytes are freed. */
 void mm_fill_from(struct machine *m, uint64_t entry, uint32_t hfn);
-/* MACHINE_MISUSE with a sentence. */
+/* MACHINE_MISUSE with a message. */
 int mm_misuse(struct machine *m, uint32_t cpu, const char *what, uint64_t hva);
 
 #endif

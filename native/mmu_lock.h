@@ -1,11 +1,11 @@
 /* mmu_lock: a fair reader-writer lock whose waiters keep serving calls.
  *
- * First come, first served: who finds somebody waiting waits behind, so waiting writers hold back new
- * readers (as qrwlock).  The releaser hands the lock over to the first in the queue, and to the readers
- * right behind if that one is a reader.  needbreak: somebody waits.
+ * First come, first served: a CPU that finds the queue non-empty joins its end, so waiting writers hold back
+ * new readers (as in qrwlock).  The releaser hands the lock to the first waiter and, if that is a reader, to
+ * the readers directly behind it.  needbreak: the queue is not empty.
  *
- * One word holds owners and the WAITERS bit, so an unlock learns in its one read-modify-write whether
- * anybody must be handed the lock; no waiter, no further cost.
+ * One word holds the owners and the WAITERS bit, so an unlock learns from its one read-modify-write whether it
+ * must hand the lock over; without waiters it costs nothing more.
  */
 #ifndef FLUSHLAB_MMU_LOCK_H
 #define FLUSHLAB_MMU_LOCK_H
@@ -13,22 +13,23 @@
 #include "cpu.h"
 
 /* api */
-/* MACHINE_MISUSE with interrupts off, even if the lock is free, and if this CPU holds it already.  An unlock of
- * what is not held leaves a sentence in machine_error_text() and does nothing. */
+/* MACHINE_MISUSE with interrupts off, even if the lock is free, and if this CPU holds the lock already.
+ * Unlocking a lock that is not held leaves a message in machine_error_text() and does nothing. */
 int mmu_read_lock(struct machine *m, uint32_t cpu, uint32_t vm);
 void mmu_read_unlock(struct machine *m, uint32_t cpu, uint32_t vm);
 int mmu_write_lock(struct machine *m, uint32_t cpu, uint32_t vm);
 void mmu_write_unlock(struct machine *m, uint32_t cpu, uint32_t vm);
-/* MACHINE_AGAIN if it cannot be had at once, because of a holder or of somebody who waits. */
+/* MACHINE_AGAIN if the lock cannot be taken at once, because it is held or has waiters. */
 int mmu_read_trylock(struct machine *m, uint32_t cpu, uint32_t vm);
 int mmu_write_trylock(struct machine *m, uint32_t cpu, uint32_t vm);
 /* rwlock_needbreak() */
 int mmu_lock_needbreak(struct machine *m, uint32_t vm);
-/* Drop what this CPU holds of all VMs, for CPUs that end.  One call: when a machine stops, thousands do so. */
+/* Drop the holds of this CPU on the locks of all VMs, when the CPU ends.  One call for all VMs, because
+ * thousands of CPUs end when a machine stops. */
 void mmu_locks_abandon(struct machine *m, uint32_t cpu);
 /* end api */
 
-#define MMU_LOCK_WRITER 0x8000u  /* below it: how many readers hold it */
+#define MMU_LOCK_WRITER 0x8000u  /* bits below: the number of readers that hold it */
 #define MMU_LOCK_WAITERS 0x10000u /* the queue is not empty */
 
 struct mmu_lock {

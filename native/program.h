@@ -1,7 +1,7 @@
-/* Guest programs: a vCPU can have, instead of processes with traces, a list of instructions, for litmus tests.
+/* Guest programs: for litmus tests, a vCPU can have a list of instructions instead of processes with traces.
  *
- * One operation is one step of the guest.  Page tables are the guest's own, as those of its OS (guest.h): what an
- * operation changes there it does not invalidate, and the oracle calls an old translation stale only once a
+ * One operation is one step of the guest.  Page tables are the guest's own, as those of its OS (guest.h): an
+ * operation that changes them invalidates nothing, and the oracle calls an old translation stale only once a
  * covering invalidation was executed on this vCPU.
  */
 #ifndef FLUSHLAB_PROGRAM_H
@@ -43,16 +43,16 @@ struct guest_op {
 	uint64_t value;
 };
 
-/* Copies ops[n]: what the vCPU executes from its next entry on, until EXIT_PROGRAM_END, which it goes on to exit
- * with until it is given another one.  While it is outside guest mode.  Pages that are mapped must be among those
- * of its processes (guest_add_process). */
+/* Copy ops[n], which the vCPU executes from its next entry on until EXIT_PROGRAM_END; it repeats that exit
+ * until it is given another program.  Only while the vCPU is outside guest mode.  Pages that are mapped must be
+ * among those of its processes (guest_add_process). */
 int guest_set_program(struct machine *m, uint32_t vcpu, const struct guest_op *ops, uint32_t n);
-/* The vCPU's thread, outside guest mode: KVM emulates an instruction of the guest that invalidates all that its
- * page tables said (CR0.PG cleared).  Whether KVM drops it is another matter. */
+/* Called by the vCPU's thread, outside guest mode: KVM emulates a guest instruction that invalidates every
+ * translation of the guest's page tables (CR0.PG cleared).  Dropping them is left to KVM. */
 void guest_invalidates_all(struct machine *m, uint32_t vcpu);
-/* Operations completed. */
+/* Return the number of operations completed. */
 uint32_t guest_program_position(struct machine *m, uint32_t vcpu);
-/* Counters of the machine, for programs and their surroundings; any thread. */
+/* Counters of the machine, for programs and the code around them; any thread. */
 void signal_add(struct machine *m, uint32_t slot, uint64_t n);
 uint64_t signal_get(struct machine *m, uint32_t slot);
 void signal_reset(struct machine *m);
@@ -61,7 +61,7 @@ void signal_reset(struct machine *m);
 struct walk;
 struct accesses;
 struct guest;
-/* One operation in guest mode; an exit reason, or EXIT_REASONS: go on. */
+/* Do one operation in guest mode.  Returns an exit reason, or EXIT_REASONS: go on. */
 uint32_t program_step(struct walk *w, struct accesses *a, uint64_t *budget);
 void program_destroy(struct machine *m, struct guest *g);
 

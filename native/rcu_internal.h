@@ -1,11 +1,11 @@
-/* Inside of RCU: shared by rcu.c and rcu_callback.c. */
+/* Internals of RCU, shared by rcu.c and rcu_callback.c. */
 #ifndef FLUSHLAB_RCU_INTERNAL_H
 #define FLUSHLAB_RCU_INTERNAL_H
 
 #include "rcu.h"
 
-/* A callback that was queued.  Nodes go round: the owner's list, the pending stack, the RCU thread, the owner's
- * stack of returned ones.  Their number is what was pending at most. */
+/* A queued callback.  Nodes circulate: the owner's free list, the pending stack, the RCU thread, the owner's
+ * stack of returned nodes.  Their number is the largest number of callbacks that were pending at a time. */
 struct rcu_head {
 	struct rcu_head *next;
 	uint32_t owner;
@@ -15,25 +15,25 @@ struct rcu_head {
 
 struct rcu {
 	/* read by every reader, written once a grace period */
-	alignas(CACHELINE) _Atomic uint64_t gp_seq; /* the last one that began; never 0 */
+	alignas(CACHELINE) _Atomic uint64_t gp_seq; /* the last grace period that began; never 0 */
 	alignas(CACHELINE) _Atomic uint64_t gp_completed;
-	_Atomic uint64_t gp_wanted; /* somebody waits for this one */
+	_Atomic uint64_t gp_wanted; /* the last grace period that a CPU waits for */
 	_Atomic int32_t thread;     /* CPU of rcu_thread(), -1: none */
 	_Atomic int32_t holdout;
 	struct waiters waiters; /* for a grace period or for callbacks */
-	/* of whoever is `thread`, or steps */
+	/* owned by the CPU in `thread`, or by the caller of the steps */
 	struct rcu_head *taken; /* callbacks whose grace period has not ended */
-	uint64_t stepped_gp;    /* the one that rcu_gp_begin() began, 0: none */
+	uint64_t stepped_gp;    /* the grace period that rcu_gp_begin() began, 0: none */
 	alignas(CACHELINE) _Atomic(struct rcu_head *) pending;
 	_Atomic uint64_t queued;
 	alignas(CACHELINE) _Atomic uint64_t invoked;
 };
 
-/* Work for the RCU thread: P1, what it looks at was changed before. */
+/* Wake the RCU thread.  P1: the caller has changed the condition that the thread tests. */
 void rcu_wake_thread(struct machine *m);
-/* The callbacks queued so far, oldest first. */
+/* Take the callbacks queued so far, oldest first. */
 struct rcu_head *rcu_take_pending(struct rcu *rcu);
-/* Run them; wakes who waits for callbacks. */
+/* Run the callbacks, then wake the CPUs that wait for callbacks. */
 void rcu_invoke(struct machine *m, uint32_t cpu, struct rcu_head *list);
 /* Free the CPUs' nodes. */
 void rcu_free_nodes(struct machine *m);

@@ -1,4 +1,5 @@
-/* Inside of the TLB: shared by tlb*.c and psc.c, and by the run loop and the walks, which reach into it. */
+/* Internals of the TLB, shared by tlb*.c and psc.c, and by the run loop and the walks, which access it
+ * directly. */
 #ifndef FLUSHLAB_TLB_INTERNAL_H
 #define FLUSHLAB_TLB_INTERNAL_H
 
@@ -6,7 +7,7 @@
 
 enum {
 	PCID_GLOBAL = 0xffff,  /* the context of the global translations of a VPID (and EP4TA) */
-	FLUSH_HISTORY = 16,    /* generations back that a context remembers what ended them */
+	FLUSH_HISTORY = 16,    /* past generations of which a context remembers the ending flush */
 	VPID_BUCKETS = 256,
 	CONTEXT_BUCKETS = 4096,
 	PIECE_BUCKETS = 1024,
@@ -15,7 +16,7 @@ enum {
 
 /* tlb_context.c */
 struct context {
-	uint64_t flush[FLUSH_HISTORY]; /* what ended generation g, at g % FLUSH_HISTORY */
+	uint64_t flush[FLUSH_HISTORY]; /* flush that ended generation g, at g % FLUSH_HISTORY */
 	uint32_t ep4ta;
 	uint16_t vpid;
 	uint16_t pcid; /* PCID_GLOBAL: of global translations */
@@ -23,23 +24,23 @@ struct context {
 	bool filled;     /* a translation was cached in this generation, in either level */
 	bool psc_filled; /* likewise in the paging-structure caches */
 	bool listed;     /* in tlb.live and, unless guest-physical, in its VPID's chain */
-	uint16_t birth;  /* first generation of this identity: older ghosts are somebody else's */
+	uint16_t birth;  /* first generation of this identity: older ghosts belong to a former one */
 	uint16_t hash_next;
 	uint16_t lru_next, lru_prev;
 	uint16_t vpid_next, vpid_prev;
 	uint16_t live_position;
-	uint32_t vm;         /* who filled the first of the live translations */
+	uint32_t vm;         /* VM that filled the first of the live translations */
 	uint32_t live;       /* live translations, second level, of that VM */
-	uint32_t live_other; /* ... of any other */
+	uint32_t live_other; /* live translations of other VMs */
 	uint32_t slots[3];   /* second-level cells of this context by size, ghosts included */
-	uint32_t pieces;     /* those of them that hold pieces of larger guest pages */
+	uint32_t pieces;     /* of slots, those that hold pieces of larger guest pages */
 	uint32_t psc_slots[PSC_LEVELS];
 };
 
 /* Payload of a second-level cell; of two cache lines. */
 struct slot {
 	_Alignas(CACHELINE) struct tlb_entry entry;
-	uint64_t flush; /* dropped singly: by which flush */
+	uint64_t flush; /* if dropped singly: the flush that did it */
 	uint64_t filled; /* when, in fills of this TLB */
 	uint16_t born;  /* generation when filled; 0: not to be reported as a ghost */
 };
@@ -49,7 +50,7 @@ enum { ABSENT_PAGED, ABSENT_GLOBAL, ABSENT_PHYSICAL, ABSENTS };
 struct tlb {
 	struct tlb_l1 l1; /* first: the run loop's */
 	uint64_t l1_misses; /* in tlb_l1_miss() */
-	/* what is translated for */
+	/* the current context */
 	uint32_t vpid, pcid;
 	uint32_t kind;     /* of the accesses: what the first level serves */
 	uint32_t serves;   /* context whose bits are in l1.context_bits */
@@ -64,7 +65,7 @@ struct tlb {
 	struct context contexts[CONTEXTS];
 	uint16_t hash[CONTEXT_BUCKETS];
 	uint16_t vpid_chain[VPID_BUCKETS];
-	uint16_t live[CONTEXTS]; /* those that may hold something live */
+	uint16_t live[CONTEXTS]; /* contexts that may hold live entries */
 	uint32_t live_count;
 	uint32_t used; /* contexts taken so far; from then on they are recycled */
 	/* Cells (live or not) holding pieces of larger guest pages, by hash of context and guest page: tells
@@ -80,7 +81,7 @@ struct tlb {
 	struct slot *ghost;
 	uint64_t dropped;         /* since tlb_flush_begin */
 	uint64_t *dropped_by_vm;
-	uint64_t *dropped_epoch;  /* flush epoch that dropped_by_vm[vm] is of */
+	uint64_t *dropped_epoch;  /* flush epoch in which dropped_by_vm[vm] was counted */
 	uint64_t epoch;
 	uint32_t vms;
 	struct heap *heap;
@@ -99,27 +100,27 @@ static inline uint64_t *absent_of(struct tlb *t, uint32_t index)
 enum { DROP_TRANSLATIONS = 1, DROP_PSC = 2, DROP_BOTH = 3 };
 
 void contexts_init(struct tlb *t);
-/* The context of a tag; 0 if there is none.  context_get makes one, recycling if it must. */
+/* Return the context of a tag; 0 if there is none.  context_get makes one, recycling if it must. */
 uint32_t context_find(struct tlb *t, uint32_t kind, uint32_t vpid, uint32_t pcid, uint32_t ep4ta);
 uint32_t context_get(struct tlb *t, uint32_t kind, uint32_t vpid, uint32_t pcid, uint32_t ep4ta);
 void context_list_new(struct tlb *t, uint32_t index);
 
-/* Something is being cached in it. */
+/* List a context before an entry is cached in it. */
 static inline void context_list(struct tlb *t, uint32_t index)
 {
 	if (!t->contexts[index].listed)
 		context_list_new(t, index);
 }
 
-/* Drop all its translations and/or paging-structure-cache entries in one step. */
+/* Drop all translations and/or paging-structure-cache entries of a context in one step. */
 void context_drop(struct tlb *t, uint32_t index, uint32_t what);
 
-/* tlb_account.c: who filled what was dropped, ghosts, pieces.  A piece of a larger guest page is about to be
- * overwritten. */
+/* tlb_account.c: dropped entries by the VM that filled them, ghosts, pieces.  Account for a piece of a larger
+ * guest page that is about to be overwritten. */
 void account_piece_gone(struct tlb *t, const struct slot *slot, uint64_t key);
 
-/* What the context can tell is not looked up in the slot: of a mapping that is evicted nothing else is wanted, and its
- * slot is seldom in the host's own caches. */
+/* Count a live translation out.  The slot is read only if the context does not suffice: an eviction needs
+ * nothing else of it, and the slot is seldom in the host's own caches. */
 static inline void account_unlive(struct context *c, const struct slot *slot)
 {
 	if (__builtin_expect(c->live_other != 0, 0) && slot->entry.vm != c->vm)
@@ -128,7 +129,7 @@ static inline void account_unlive(struct context *c, const struct slot *slot)
 		c->live--;
 }
 
-/* What `slot` holds under a key is about to be overwritten. */
+/* Account for the mapping that `slot` holds under a key, which is about to be overwritten. */
 static inline void account_evict(struct tlb *t, const struct slot *slot, uint64_t key)
 {
 	uint32_t index = key_context(key);
@@ -143,7 +144,7 @@ static inline void account_evict(struct tlb *t, const struct slot *slot, uint64_
 		account_piece_gone(t, slot, key);
 }
 
-/* `vm` fills a translation. */
+/* Account for a translation that `vm` fills. */
 static inline void account_fill(struct context *c, uint32_t vm, uint32_t size)
 {
 	if (!c->live && !c->live_other)
@@ -155,9 +156,9 @@ static inline void account_fill(struct context *c, uint32_t vm, uint32_t size)
 	c->slots[size]++;
 }
 
-/* A cell is about to be overwritten by a mapping with this key and entry. */
+/* Account for a cell that is about to be overwritten by a mapping with this key and entry. */
 void account_replace(struct tlb *t, uint32_t cell, uint64_t key, const struct tlb_entry *entry);
-/* `count` live translations that `vm` filled were dropped. */
+/* Account for `count` dropped live translations that `vm` filled. */
 void account_dropped(struct tlb *t, uint32_t vm, uint64_t count);
 /* Drop one live cell. */
 void cell_kill(struct tlb *t, uint32_t cell);
@@ -180,7 +181,7 @@ static inline struct tlb_hot *l1_search(struct tlb_l1 *l1, uint64_t page)
 
 void l1_create(struct tlb_l1 *l1);
 void l1_clear(struct tlb_l1 *l1);
-/* The life of the root page in use from now on, << 16. */
+/* Set the life of the root page in use from now on, << 16. */
 void l1_change_life(struct tlb_l1 *l1, uint32_t life);
 
 static inline void l1_set_life(struct tlb_l1 *l1, uint32_t life)
@@ -194,7 +195,7 @@ void l1_drop(struct tlb_l1 *l1, uint64_t page);
 /* Put the piece `page` of a translation in, under the current context. */
 void l1_fill(struct tlb_l1 *l1, const struct tlb_entry *entry, uint64_t page);
 
-/* ... in place of what is there.  size: the translation's. */
+/* Put the piece `page` into this slot, replacing its entry.  size: the translation's. */
 static inline __attribute__((always_inline)) void l1_put(struct tlb_l1 *l1, struct tlb_hot *hot,
 							 const struct tlb_entry *entry, uint32_t size, uint64_t page)
 {
@@ -214,7 +215,7 @@ static inline __attribute__((always_inline)) void l1_put(struct tlb_l1 *l1, stru
 	l1->hint[page % L1_HINTS] = hot;
 }
 
-/* The one to replace: least recently used, empty ones being older than any. */
+/* Return the slot to replace: the least recently used one; empty slots count as older than any. */
 static inline struct tlb_hot *l1_victim(struct tlb_l1 *l1, uint64_t page)
 {
 	struct tlb_hot *hot = l1->hot[page % L1_SETS];
@@ -228,13 +229,13 @@ static inline struct tlb_hot *l1_victim(struct tlb_l1 *l1, uint64_t page)
 	return &hot[(a > b ? a : b) % L1_WAYS];
 }
 
-/* ... if it is of that frame. */
+/* Update the right of a key if it maps that frame. */
 void l1_update_right(struct tlb_l1 *l1, uint64_t key, uint32_t hfn, uint32_t type, uint32_t right);
 
 /* tlb.c: context bits of the current context changed. */
 void l1_retag(struct tlb *t);
-/* The hint for `page` (below 2^36) was wrong: search the first level, then the second, and promote.  NULL: it is in
- * neither, and tlb_ghost() is what may be a ghost of it.  Valid until the next fill. */
+/* After a wrong hint for `page` (below 2^36): search the first level, then the second, and promote.  NULL: it
+ * is in neither, and tlb_ghost() returns the candidate for its ghost.  Valid until the next fill. */
 struct tlb_hot *tlb_l1_miss(struct tlb *t, uint64_t page);
 
 static inline const struct tlb_entry *tlb_ghost(const struct tlb *t)
@@ -244,7 +245,7 @@ static inline const struct tlb_entry *tlb_ghost(const struct tlb *t)
 
 /* tlb_address.c: drop one page of one context. */
 void context_drop_page(struct tlb *t, uint32_t index, uint64_t page);
-/* ... and every piece of a larger guest page that the page is part of. */
+/* Drop also every piece of a larger guest page that the page is part of. */
 void context_drop_pieces(struct tlb *t, uint32_t index, uint64_t page);
 
 /* psc.c */
@@ -255,13 +256,14 @@ static inline struct psc_entry *psc_payload(const struct store *s, uint32_t cell
 
 static inline uint64_t region_id(uint32_t index, uint32_t level, uint64_t page)
 {
-	/* An entry for a table of level 1 covers 512 pages, and so on; `size` says which. */
+	/* An entry for a table of level 1 covers 512 pages, for level 2 512 times that, and so on; `size` is
+	 * the level - 1. */
 	uint32_t shift = 9 * level;
 
 	return mapping_id(level - 1, (page & PAGE_NUMBER_MASK) >> shift << shift, index);
 }
 
-/* The live entry of that level which covers the page. */
+/* Find the live entry of that level that covers the page. */
 static inline __attribute__((always_inline)) uint32_t psc_find(const struct tlb *t, uint32_t index, uint32_t level,
 							       uint64_t page)
 {
@@ -285,7 +287,7 @@ static inline __attribute__((always_inline)) uint32_t psc_find(const struct tlb 
 	return keys[way] == key ? cell + way : NO_CELL;
 }
 
-/* psc_lookup() of the deepest tables alone, where they are kept in sets; likewise. */
+/* psc_lookup() of the deepest tables alone, without a copy, where they are kept in sets. */
 static inline const struct psc_entry *psc_search_deepest(struct tlb *t, uint32_t index, uint64_t page)
 {
 	struct store *s = &t->psc[0];
@@ -304,7 +306,7 @@ static inline const struct psc_entry *psc_search_deepest(struct tlb *t, uint32_t
 const struct psc_entry *psc_search(struct tlb *t, uint32_t kind, uint64_t page);
 int psc_create(struct tlb *t, const struct machine_config *config);
 void psc_destroy(struct tlb *t);
-/* Entries of one context that a walk for the page could use. */
+/* Drop the entries of one context that a walk for the page could use. */
 void psc_drop_page(struct tlb *t, uint32_t index, uint64_t page);
 
 #endif

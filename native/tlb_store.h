@@ -1,10 +1,11 @@
-/* Where cached mappings lie: cells found by id, set-associative or, if unbounded, in a growing hash table.
+/* The storage of cached mappings: cells found by id, set-associative or, if unbounded, in a growing hash table.
  *
- * Key of a cached mapping: size(2) | page(36) | context(11) | generation(15).  Without the generation it is
- * an *id*: an id has one slot at most, which holds its live mapping or its ghost.  Context 0 is never used
+ * Key of a cached mapping: size(2) | page(36) | context(11) | generation(15).  The key without the generation
+ * is an *id*: an id has at most one slot, which holds its live mapping or its ghost.  Context 0 is never used
  * and no generation is 0, so key 0 is an empty cell and generation 0 a mapping that was dropped singly.
  *
- * A cell is a number; what is looked at together lies together.  Inline: every miss of the first level comes here.
+ * A cell is a number; fields that are read together lie together.  Inline, because every miss of the first
+ * level comes here.
  */
 #ifndef FLUSHLAB_TLB_STORE_H
 #define FLUSHLAB_TLB_STORE_H
@@ -32,20 +33,20 @@ enum {
 #define NO_CELL UINT32_MAX
 
 struct set {
-	uint64_t recent; /* a bit for each way that was used; when all were, for the last alone; and those beyond */
-	uint32_t clean;  /* `deaths` when all of its cells were last seen to be live */
+	uint64_t recent; /* a bit for each used way; once all are set, only the last one stays; plus `beyond` */
+	uint32_t clean;  /* `deaths` when all of its cells were last found live */
 };
 
 struct store {
 	uint64_t *key;   /* by cell; 0: empty */
-	uint8_t *tags;   /* by cell: a byte of its id (not if FEW_WAYS) */
+	uint8_t *tags;   /* by cell: a byte of its id (unused if FEW_WAYS) */
 	struct set *set; /* bounded */
-	uint32_t *slot;  /* unbounded: where a cell's payload is; bounded: NULL, at the cell's number */
+	uint32_t *slot;  /* unbounded: the slot of a cell's payload; bounded: NULL, the slot is the cell's number */
 	void *payload;
 	uint32_t payload_size;
-	uint32_t deaths;   /* counts whatever made live cells dead */
+	uint32_t deaths;   /* counts the events that made live cells dead */
 	uint32_t sets;
-	uint32_t set_mask; /* sets - 1, if that is a mask, else 0 */
+	uint32_t set_mask; /* sets - 1 if sets is a power of two, else 0 */
 	uint8_t set_bits;
 	uint8_t ways;      /* 0: unbounded */
 	uint8_t way_bits;  /* log2 of the cells from one set to the next: FEW_WAYS, or from TAGGED_WAYS on */
@@ -53,7 +54,7 @@ struct store {
 	uint32_t cell_count;
 	uint32_t used;   /* unbounded: cells in use, and next free slot */
 	uint32_t slots;  /* payloads allocated */
-	const uint16_t *generation; /* by context: what a live key holds */
+	const uint16_t *generation; /* by context: the generation of live keys */
 	struct heap *heap;
 };
 
@@ -89,13 +90,13 @@ static inline bool cell_live(const struct store *s, uint32_t cell)
 	return key && (key & GENERATION_MAX) == s->generation[key_context(key)];
 }
 
-/* Which payload is the cell's. */
+/* Return the slot of the cell's payload. */
 static inline size_t cell_slot(const struct store *s, uint32_t cell)
 {
 	return s->slot ? s->slot[cell] : cell;
 }
 
-/* Make a cell's mapping dead, by itself. */
+/* Make a single cell's mapping dead. */
 static inline void cell_mark_dead(struct store *s, uint32_t cell)
 {
 	s->key[cell] &= ~(uint64_t)GENERATION_MAX;
@@ -111,12 +112,12 @@ void store_purge(struct store *s, uint32_t context);
 /* Unbounded stores: find and claim. */
 uint32_t store_probe(const struct store *s, uint64_t id);
 uint32_t store_extend(struct store *s, uint64_t id);
-/* A bounded store's set has cells that died, or empty ones: what to replace. */
+/* In a bounded store's set that has dead or empty cells: return the cell to replace. */
 uint32_t store_least_valuable(struct store *s, uint32_t set);
 
-/* Where an id belongs in a bounded store: a set, and a byte that tells it from most others there.  By the page bits
- * that matter to a mapping of 2^shift pages, displaced by a hash of its context, so that equal pages of many
- * contexts spread. */
+/* The position of an id in a bounded store: a set, and a byte that distinguishes it from most other ids there.
+ * Computed from the page bits that matter to a mapping of 2^shift pages, displaced by a hash of its context, so
+ * that equal pages of many contexts spread. */
 struct position {
 	uint32_t set;
 	uint8_t tag;
@@ -135,13 +136,13 @@ static inline struct position position_of(const struct store *s, uint64_t id, ui
 static inline uint32_t find_among_few(const struct store *s, uint32_t set, uint64_t id)
 {
 	const uint64_t *key = &s->key[set * FEW_WAYS];
-	/* A branch for each would be hard to predict. */
+	/* A branch for each way would be hard to predict. */
 	uint32_t way = (uint32_t)(key_id(key[1]) == id) + 2u * (key_id(key[2]) == id) + 3u * (key_id(key[3]) == id);
 
 	return key_id(key[way]) == id ? set * FEW_WAYS + way : NO_CELL;
 }
 
-/* Which of sixteen bytes equal the tag: a bit each. */
+/* Compare sixteen bytes with the tag: a bit for each equal one. */
 static inline uint32_t bytes_equal(const uint8_t *tags, uint8_t tag)
 {
 #ifdef __SSE2__
@@ -157,8 +158,8 @@ static inline uint32_t bytes_equal(const uint8_t *tags, uint8_t tag)
 #endif
 }
 
-/* Among the sixteen cells from `first` on.  The tags rule out nearly all others at once, without a branch that would
- * be hard to predict. */
+/* Search the sixteen cells from `first` on.  The tags rule out nearly all others at once, without a branch that
+ * would be hard to predict. */
 static inline uint32_t find_by_tag(const struct store *s, uint32_t first, uint8_t tag, uint64_t id)
 {
 	uint32_t equal = bytes_equal(&s->tags[first], tag);
@@ -183,8 +184,8 @@ static inline uint32_t find_in_set(const struct store *s, struct position at, ui
 	return found;
 }
 
-/* The cell of an id, live or not; NO_CELL: none.  shift: log2 of the pages that the mapping covers.  few: the store
- * has FEW_WAYS.  Valid until the next store_claim. */
+/* Return the cell of an id, live or not; NO_CELL: none.  shift: log2 of the pages that the mapping covers.
+ * few: the store has FEW_WAYS.  Valid until the next store_claim. */
 static inline __attribute__((always_inline)) uint32_t store_find(const struct store *s, uint64_t id, uint32_t shift,
 								 bool few)
 {
@@ -200,32 +201,32 @@ static inline void set_touch(const struct store *s, struct set *set, uint32_t wa
 {
 	uint64_t bit = UINT64_C(1) << way, recent = set->recent | bit;
 
-	/* All those beyond are set from the start.  When none is left clear, only they and this one stay; without a
-	 * branch, which would be hard to predict. */
+	/* The bits beyond the last way are set from the start.  When no bit is left clear, only those and this
+	 * one stay; without a branch, which would be hard to predict. */
 	set->recent = recent & (-(uint64_t)(recent != UINT64_MAX) | s->beyond | bit);
 }
 
-/* A cell is being used. */
+/* Record a use of a cell. */
 static inline void store_touch(struct store *s, uint32_t cell)
 {
 	if (__builtin_expect(s->ways != 0, 1))
 		set_touch(s, &s->set[cell >> s->way_bits], cell & ((1u << s->way_bits) - 1));
 }
 
-/* The cell of a bounded store's set to be replaced. */
+/* Return the cell of a bounded store's set to be replaced. */
 static inline uint32_t store_victim(struct store *s, uint32_t set, uint32_t way_bits)
 {
 	const struct set *in = &s->set[set];
 
-	/* If nothing has died since no cell of the set was dead, none is. */
+	/* If nothing has died since all cells of the set were found live, none of them is dead. */
 	if (__builtin_expect(in->clean == s->deaths, 1))
 		return (set << way_bits) + (uint32_t)__builtin_ctzll(~in->recent | UINT64_C(1) << (s->ways - 1));
 	return store_least_valuable(s, set);
 }
 
-/* A cell to put an id in: its own, an empty one, a dead one, or one not used recently.  The cell still holds its
- * old key and payload, for the caller to account for and overwrite.  absent: it has none, as the caller knows.
- * NO_CELL: out of memory. */
+/* Return a cell to put an id in: its own, an empty one, a dead one, or one not used recently.  The cell still
+ * holds its old key and payload, for the caller to account for and overwrite.  absent: the caller knows that
+ * the id has no cell.  NO_CELL: out of memory. */
 static inline __attribute__((always_inline)) uint32_t store_claim(struct store *s, uint64_t id, uint32_t shift, bool few,
 								  bool absent)
 {

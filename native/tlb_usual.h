@@ -1,12 +1,12 @@
-/* The usual case of the second level: 4 KiB translations in sets of up to sixteen ways, that are in no cell yet.  Inline,
- * for the walk that most misses of both levels take (walk_usual.c): what tlb.c does for every size and geometry, less
- * what only others need. */
+/* The usual case of the second level: 4 KiB translations that are in no cell yet, in sets of up to sixteen
+ * ways.  Inline, for the walk that most misses of both levels take (walk_usual.c): the work of tlb.c, which
+ * covers every size and geometry, reduced to this case. */
 #ifndef FLUSHLAB_TLB_USUAL_H
 #define FLUSHLAB_TLB_USUAL_H
 
 #include "tlb_internal.h"
 
-/* Where a 4 KiB translation of a context belongs, and under which key. */
+/* The position and the key of a 4 KiB translation of a context. */
 struct place {
 	uint64_t key;
 	struct position at;
@@ -21,7 +21,7 @@ static inline struct place place_of_4k(struct tlb *t, uint32_t index, uint64_t p
 			       &t->contexts[index] };
 }
 
-/* No cell is its, live or dead. */
+/* Return whether no cell, live or dead, belongs to this id. */
 static inline bool place_vacant(const struct tlb *t, const struct place *p)
 {
 	uint32_t first = p->at.set * TAGGED_WAYS;
@@ -32,8 +32,8 @@ static inline bool place_vacant(const struct tlb *t, const struct place *p)
 	return true;
 }
 
-/* The entry of a vacant place, for the caller to write: a translation that `vm` fills, of no larger guest page.  used:
- * by the access that it is filled for.  As l2_fill(). */
+/* Claim a cell for a vacant place and return its entry, for the caller to write: a translation that `vm` fills,
+ * of no larger guest page.  used: by the access that it is filled for.  As l2_fill(). */
 static inline __attribute__((always_inline)) struct tlb_entry *place_fill(struct tlb *t, const struct place *p, uint32_t vm,
 									  bool used)
 {

@@ -1,4 +1,4 @@
-/* VMs and vCPUs: the state that several actors share.  Policy and everything else is Python's. */
+/* VMs and vCPUs: the state that several actors share.  Policy and all other state are Python's. */
 #ifndef FLUSHLAB_VM_H
 #define FLUSHLAB_VM_H
 
@@ -9,10 +9,10 @@
 /* api */
 enum vcpu_mode { OUTSIDE_GUEST_MODE, IN_GUEST_MODE, EXITING_GUEST_MODE, READING_SHADOW_PAGE_TABLES };
 
-/* Guest-physical memory of a VM: gfns 0 .. gfns-1.  Returns the VM's number or an error. */
+/* Create a VM with guest-physical memory of gfns 0 .. gfns-1.  Returns the VM's number or an error. */
 int vm_create(struct machine *m, uint64_t gfns);
 void vm_destroy(struct machine *m, uint32_t vm);
-/* A vCPU of a VM; its number is machine-wide.  VPID is its own until destroyed. */
+/* Create a vCPU of a VM; its number is machine-wide.  It owns the VPID until it is destroyed. */
 int vcpu_create(struct machine *m, uint32_t vm, uint32_t vpid);
 void vcpu_destroy(struct machine *m, uint32_t vcpu);
 
@@ -26,10 +26,10 @@ void kvm_make_request(struct machine *m, uint32_t vcpu, uint32_t request);
 int kvm_check_request(struct machine *m, uint32_t vcpu, uint32_t request);
 int kvm_test_request(struct machine *m, uint32_t vcpu, uint32_t request);
 uint64_t kvm_requests(struct machine *m, uint32_t vcpu);
-/* vcpu->cpu: where it is loaded, -1 nowhere. */
+/* vcpu->cpu: the pCPU on which it is loaded, -1: none. */
 int vcpu_cpu(struct machine *m, uint32_t vcpu);
 void vcpu_set_cpu(struct machine *m, uint32_t vcpu, int cpu);
-/* Why TLB_FLUSH was requested since the last call of vcpu_take_flush_reasons: a bit per flush_reason. */
+/* Flush reasons of the TLB_FLUSH requests since the last vcpu_take_flush_reasons: a bit per flush_reason. */
 void vcpu_add_flush_reason(struct machine *m, uint32_t vcpu, uint32_t reason);
 uint32_t vcpu_take_flush_reasons(struct machine *m, uint32_t vcpu);
 
@@ -44,10 +44,10 @@ void mmu_invalidate_end(struct machine *m, uint32_t vm);
 uint64_t mmu_invalidate_seq(struct machine *m, uint32_t vm);
 /* mmu_invalidate_retry_gfn(): 1 if a fault that sampled `seq` must retry. */
 int mmu_invalidate_retry_gfn(struct machine *m, uint32_t vm, uint64_t seq, uint64_t gfn);
-/* The same for gfns [start, end): 1 if one of them may have to retry. */
+/* mmu_invalidate_retry_gfn() for gfns [start, end): 1 if one of them may have to retry. */
 int mmu_invalidate_retry_range(struct machine *m, uint32_t vm, uint64_t seq, uint64_t start, uint64_t end);
 
-/* VM statistics of KVM's own names. */
+/* VM statistics, under KVM's names. */
 enum vm_stat {
 	STAT_REMOTE_TLB_FLUSH_REQUESTS,
 	STAT_REMOTE_TLB_FLUSH,
@@ -63,11 +63,11 @@ enum vm_stat {
 	STAT_MIGRATIONS,
 	STAT_ZAPS,                 /* range zaps */
 	STAT_INVALIDATE_RETRIES,   /* of these: an mmu_notifier's invalidation, in progress or since the fault began */
-	STAT_SLOT_RETRIES,         /* ... a memslot that is being deleted or moved */
-	STAT_FROZEN_RETRIES,       /* ... an SPTE that another CPU has frozen */
-	STAT_YIELDS,               /* tdp_mmu_iter_cond_resched that did */
-	STAT_YIELDS_PENDING,       /* of these: SPTEs had been zapped that were not yet flushed for */
-	STAT_YIELDS_INVALIDATED,   /* ... afterwards the root that was walked was invalid, and had been valid */
+	STAT_SLOT_RETRIES,         /* of these: a memslot that is being deleted or moved */
+	STAT_FROZEN_RETRIES,       /* of these: an SPTE that another CPU has frozen */
+	STAT_YIELDS,               /* tdp_mmu_iter_cond_resched that yielded */
+	STAT_YIELDS_PENDING,       /* of these: SPTEs had been zapped and were not flushed yet */
+	STAT_YIELDS_INVALIDATED,   /* of these: during the yield, the root that was walked became invalid */
 	STAT_FLUSHES_ELIDED,       /* flush decisions answered with no flush */
 	STAT_ROOTS_ALLOCATED,
 	STAT_SMIS,                 /* enter_smm */
@@ -78,7 +78,7 @@ enum vm_stat {
 };
 void vm_stat_add(struct machine *m, uint32_t vm, uint32_t stat, uint64_t n);
 uint64_t vm_stat(struct machine *m, uint32_t vm, uint32_t stat);
-/* All statistics of VMs 0 to vms - 1, VM by VM. */
+/* Read all statistics of VMs 0 to vms - 1, VM by VM. */
 void vm_stats_read(struct machine *m, uint32_t vms, uint64_t *values);
 /* end api */
 
@@ -115,7 +115,7 @@ struct vcpu {
 	struct guest *guest;    /* registers and the guest OS (guest.h) */
 };
 
-/* The VM, or NULL with a MACHINE_MISUSE sentence on `cpu` if there is none of that number. */
+/* Return the VM, or NULL with a MACHINE_MISUSE message on `cpu` if there is none of that number. */
 struct vm *vm_get(struct machine *m, uint32_t cpu, uint32_t vm);
 
 int vms_create(struct machine *m);

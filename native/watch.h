@@ -1,19 +1,19 @@
-/* What a watchdog and a post-mortem want to know of a CPU.  Nothing here has effects. */
+/* The state of a CPU that a watchdog and a post-mortem read.  Nothing here has effects. */
 #ifndef FLUSHLAB_WATCH_H
 #define FLUSHLAB_WATCH_H
 
 #include "cpu.h"
 
 /* api */
-/* How deep in RCU read sections the CPU is.  Its own thread only. */
+/* Return the depth of the CPU's RCU read sections.  Its own thread only. */
 uint32_t rcu_read_depth(struct machine *m, uint32_t cpu);
-/* What the CPU holds of a VM's mmu_lock: 0 nothing, 1 read, 2 write.  Any thread; a moment's truth. */
+/* Return the CPU's hold on a VM's mmu_lock: 0 none, 1 read, 2 write.  Any thread; may be out of date on return. */
 int mmu_lock_held(struct machine *m, uint32_t cpu, uint32_t vm);
-/* A call waits to be run by this CPU.  Any thread. */
+/* Return whether a call waits to be run by this CPU.  Any thread. */
 int ipi_pending(struct machine *m, uint32_t cpu);
-/* The CPU that holds a VM's mmu_lock (one of those that hold it for read), or -1. */
+/* Return the CPU that holds a VM's mmu_lock (one of the readers, if several do), or -1. */
 int mmu_lock_holder(struct machine *m, uint32_t vm);
-/* Somebody waits for a VM's mmu_lock. */
+/* Return whether a CPU waits for a VM's mmu_lock. */
 int mmu_lock_contended(struct machine *m, uint32_t vm);
 /* end api */
 
