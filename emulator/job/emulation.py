@@ -1,4 +1,4 @@
-"""Boots a scenario: the native machine, its VMs and guests, its actors; and takes it all down again.
+"""Boots a scenario (the native machine, its VMs, guests and actors), and takes it all down again.
 
     with Emulation(scenario, policy, seed=1) as emulation:
         emulation.start()
@@ -50,8 +50,8 @@ BLOCK_PAGES = 512
 SECOND_SLOT_PAGES = 256
 # Pages that an SMI handler looks at.
 SMI_PAGES = 64
-# Between two bytecodes of different threads.  A pCPU that comes out of the guest waits at most so long for
-# threads that compute in Python; the default of 5 ms would be several slices.
+# Python's switch interval, in seconds.  A pCPU that leaves the guest waits at most so long for each thread
+# that computes in Python; the default of 5 ms would be several time slices.
 SWITCH_INTERVAL = 0.0005
 SWITCH_THREADS = 100
 
@@ -60,8 +60,9 @@ SWITCH_THREADS = 100
 class Layout:
     """Guest-physical memory of a VM, in pages: RAM from 0 on, then the second slot, 2 MiB aligned.
 
-    Each vCPU's guest OS hands out its own pages of both, but they lie side by side: vCPUs share EPT pages, as
-    those of an SMP guest do, and what one of them changes in a table the others have cached.
+    Each vCPU's guest OS hands out its own pages of both, but the pages of different vCPUs lie side by side.
+    So the vCPUs share EPT tables, as in an SMP guest, and a change in a table concerns entries that other
+    vCPUs have cached.
     """
 
     ram: int
@@ -78,13 +79,13 @@ class Layout:
 
 
 def layout_of(vm: VmSection) -> Layout:
-    """Slots come and go only where somebody asks for it: an undisturbed VM needs no second one."""
+    """Return a VM's layout.  Only a disturbed VM has a second slot: no ioctl deletes a slot of other VMs."""
     second = SECOND_SLOT_PAGES * vm.vcpus if vm.disturbed else 0
     return Layout(vm.memory * PAGES_PER_MIB, second, vm.vcpus)
 
 
 def machine_config(scenario: Scenario, seed: int, chaos: int, unbounded: bool) -> dict[str, int]:
-    """Fields of the core's `struct machine_config`, sized for the scenario.
+    """Return the fields of the core's `struct machine_config`, sized for the scenario.
 
     Guest frames: every page mapped singly, and a block for each 2 MiB that khugepaged may collapse.  Tables:
     a VM's tree may exist several times, as invalid roots and in RCU's hands.
@@ -112,7 +113,8 @@ def machine_config(scenario: Scenario, seed: int, chaos: int, unbounded: bool) -
 
 
 def housekeeping_cpus(scenario: Scenario) -> int:
-    """The threads that are no pCPUs, and whoever boots the machine."""
+    """Return the number of CPUs that are no pCPUs: one for each other thread, and one for the thread that
+    boots the machine."""
     return scenario.threads - scenario.machine.pcpus + 1
 
 
@@ -134,7 +136,7 @@ class Emulation:
         self.policy = policy
         self.params = replace(params or KvmParams(), host_takes_time=True)
         self._rng = Random(seed)
-        # The guests replay these arrays: they live as long as the machine.
+        # The guests replay these arrays, so they must live as long as the machine.
         self._traces: dict[tuple[str, int], Trace] = {}
         self._handlers: dict[int, tuple[U64, int]] = {}
         config = machine_config(scenario, seed, chaos, unbounded)
@@ -149,10 +151,10 @@ class Emulation:
         self.crew = Crew(self.machine, main)
         self.workload = Workload(scenario, self._clock(pace))
         self.vms: list[Kvm] = []
-        # Those that the host and KVM's ioctls act on.
+        # The VMs that the host and KVM's ioctls act on.
         self.disturbed: list[Kvm] = []
         self.tasks: list[VcpuTask] = []
-        # Where each task may run.
+        # The pCPUs on which each task may run.
         self.homes: list[range] = []
         self.pcpus: list[ActorRef[Any]] = []
         self._switch_interval = sys.getswitchinterval()
@@ -177,7 +179,8 @@ class Emulation:
     ) -> None:
         late = self.stop()
         if late:
-            # Somebody is still inside: freeing the machine under it would be worse than not freeing it.
+            # An actor has not ended and may still use the machine: leak it rather than free it under the
+            # actor.
             return
         for task in self.tasks:
             task.close()
@@ -202,7 +205,7 @@ class Emulation:
                 cpu, kvm, SECOND_SLOT, layout.second_base, layout.second, layout.second_base
             )
         if section.disturbed and self.scenario.kvm.smis:
-            # The handler sees the guest's memory where the guest does.
+            # Map the guest's RAM at the same gfns in the SMM address space.
             kvm_set_memory_region(cpu, kvm, RAM_SLOT, 0, layout.ram, 0, as_id=1)
         home = self._home(section)
         for i in range(section.vcpus):
@@ -214,7 +217,8 @@ class Emulation:
             self.homes.append(home)
 
     def _home(self, section: VmSection) -> range:
-        """pCPUs for the next VM: its own, counted from the first one on, or what those VMs leave."""
+        """Return the pCPUs of the next VM: its own, counted from 0 on, or the shared ones behind all of
+        these."""
         if section.placement == "shared":
             return range(self.scenario.own_pcpus, self.machine.pcpus)
         first = self._next_own
@@ -224,7 +228,7 @@ class Emulation:
     def _furnish(
         self, cpu: Cpu, vcpu: Vcpu, section: VmSection, layout: Layout, i: int, traces: Iterator[Trace]
     ) -> None:
-        """A guest OS with its processes, each on the next trace."""
+        """Give a vCPU its guest OS and processes, each of which runs the next trace."""
         config = ffi.new(
             "struct guest_config *",
             {
@@ -255,7 +259,8 @@ class Emulation:
             )
 
     def _smi_handler(self, layout: Layout) -> tuple[U64, int]:
-        """What runs in SMM, without paging: it looks at pages all over the guest, and changes none."""
+        """Return the SMI handler's accesses.  It runs without paging, and reads pages all over the guest's
+        RAM without writing any."""
         if layout.ram not in self._handlers:
             gpas = [
                 page << 12 | page % 64 * 8 for page in range(0, layout.ram, max(1, layout.ram // SMI_PAGES))
@@ -282,7 +287,8 @@ class Emulation:
     def start(self) -> None:
         """Start all actors; the vCPUs run from the end of this call on."""
         self._started = True
-        # Every thread that waits for the GIL wakes once an interval to ask for it, and all ask at once.
+        # Every thread that waits for the GIL wakes up once an interval to request it.  With many threads
+        # these requests would take all the time, so the interval grows with the square of their number.
         sys.setswitchinterval(SWITCH_INTERVAL * max(1.0, self.scenario.threads / SWITCH_THREADS) ** 2)
         RcuThread.start(self.crew, next(self._free_cpus))
         self.pcpus = [PCpu.start(self.crew, cpu) for cpu in self.machine.cpus[: self.machine.pcpus]]
@@ -306,7 +312,7 @@ class Emulation:
             Host.start(self.crew, next(self._free_cpus), i, memories, self.scenario.host.pages, pacer, rng)
 
     def _clock(self, pace: float) -> Callable[[], float] | None:
-        """Seconds of `pace` guest accesses each, over all guests; None without a pace."""
+        """Return a clock whose second is `pace` accesses of all guests together; None without a pace."""
         m = self.machine.m
         return (lambda: lib.counter_sum(m, lib.COUNT_ACCESSES) / pace) if pace else None
 
@@ -314,15 +320,17 @@ class Emulation:
         return Random(self._rng.getrandbits(64))
 
     def adopt(self) -> None:
-        """The calling thread is the machine's main CPU until `release`."""
+        """Make the calling thread the machine's main CPU until `release`."""
         adopt_thread(self.crew.main)
 
     def release(self) -> None:
         release_thread()
 
     def stop(self) -> list[str]:
-        """Stop everything; returns the names of actors that did not end in time. May be called twice: those
-        that were late are not waited for again."""
+        """Stop everything; return the names of actors that did not end in time.
+
+        May be called twice.  The second call does not wait again for actors that were late.
+        """
         self.crew.stop()
         late = self.crew.join(0 if self._stopped else None)
         self._stopped = True

@@ -1,4 +1,4 @@
-"""The job behind `flushlab run` and `serve`: boot, run through the phases, stop, and say what was seen."""
+"""The job behind `flushlab run` and `serve`: boot, run through the phases, stop, and return the result."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ from native import lib
 from native.types import VmId
 
 _PROGRESS_SECONDS = 0.5
-# The event rings forget fast: look for new reports this often.
+# Interval of the search for new reports.  It is short because the event rings are soon overwritten.
 _POLL_SECONDS = 0.01
 _LEAST_PAUSE = 0.001
 
@@ -31,10 +31,10 @@ _LEAST_PAUSE = 0.001
 class Job:
     """One run of a scenario under a policy.
 
-    `settle`: seconds after which, once every VM has run, the books begin; what booting costs is not in them.
-    `duration` is in seconds on the wall or, with a `pace`, in seconds of so many guest accesses each; then
-    `wall_limit` ends a run whose guests get nowhere.  `observers` are told of the native machine while it
-    exists.  `stop` ends the run early.
+    `settle`: counting begins after so many seconds, once every VM has run, so that the costs of booting do
+    not count.  `duration` is in seconds of wall time or, with a `pace`, in seconds of so many guest accesses
+    each; `wall_limit` then ends a run whose guests make no progress.  `observers` are notified of the native
+    machine while it exists.  `stop` ends the run early.
     """
 
     def __init__(
@@ -57,7 +57,7 @@ class Job:
         self.seed = seed
         self.duration = duration
         self.observers: list[MachineObserver] = []
-        # Keeps violations while the run goes on; it may outlive this process.
+        # Keeps violations while the run goes on, since the process may be killed before its end.
         self.finder: Finder | None = None
         self._chaos, self._unbounded, self._params = chaos, unbounded, params
         self._stop_at_violation = stop_at_violation
@@ -83,7 +83,7 @@ class Job:
             try:
                 run.run()
             finally:
-                # Actors first: nobody may touch the machine that observers are about to let go of.
+                # Stop the actors first: none may touch the machine once the observers have let it go.
                 run.late = emulation.stop()
                 for observer in self.observers:
                     observer.machine_down()
@@ -106,7 +106,7 @@ class _Run:
         self.elapsed = 0.0
         # Seconds by the workload's clock: `elapsed`, unless the guests set the pace.
         self.worked = 0.0
-        # Where the books begin, and the workload's clock then.
+        # The counts at which counting began, and the workload's clock then.
         self.before: tuple[Snapshot, tuple[Receivers, ...]] | None = None
         self.began = 0.0
         self.settled = 0.0  # `elapsed` then
@@ -145,7 +145,7 @@ class _Run:
             self.emulation.release()
 
     def _look_for_violations(self) -> int:
-        """Take the core's new reports and keep those that are wanted; returns how many are new."""
+        """Take the core's new reports and pass the wanted ones to the finder; return how many are new."""
         stories, finder = self.stories, self.job.finder
         new = stories.poll()
         if finder is not None:
@@ -169,7 +169,7 @@ class _Run:
         return bool(self.job._settle) and self.before is None
 
     def _everybody_ran(self) -> bool:
-        """Booted, and every VM has been in guest mode."""
+        """Return whether the settling time is over and every VM has been in guest mode."""
         m, vms = self.emulation.m, map(VmId, range(len(self.emulation.vms)))
         return self.elapsed >= self.job._settle and all(lib.vm_stat(m, vm, lib.STAT_EXITS) for vm in vms)
 
@@ -188,7 +188,7 @@ class _Run:
         )
 
     def _pause(self) -> float:
-        """Seconds until it looks again; near the end not longer than the rest takes."""
+        """Return the seconds until the next poll; near the end, no more than the run still takes."""
         if self.job.duration is None or not self.worked or self._settling():
             return _POLL_SECONDS
         rest = (self.job.duration - self.worked) * (self.elapsed - self.settled) / self.worked
@@ -219,7 +219,7 @@ class _Run:
         if self.before is not None:
             snapshot = snapshot.since(self.before[0])
             receivers = tuple(now.less(then) for now, then in zip(receivers, self.before[1], strict=True))
-        # The guests go on until the machine has stopped, and the books with them.
+        # The guests go on until the machine has stopped, and their accesses count until then.
         worked = snapshot.counters["accesses"] / job._pace if job._pace else self.worked
         return Result(
             snapshot=snapshot,
@@ -246,7 +246,8 @@ class _Run:
         if self.late:
             deaths.append(f"did not end in time: {', '.join(self.late)}")
         if crew.shut_down and not snapshot.violated:
-            # A guest whose memory was spoilt through a stale translation may well fall over.
+            # A guest may triple fault after a stale translation has corrupted its memory.  Without a
+            # violation there is no such excuse.
             vcpus = ", ".join(str(vcpu) for vcpu in sorted(crew.shut_down))
             deaths.append(f"triple fault of vCPU {vcpus} although no translation was misused")
         return "\n".join(deaths)
