@@ -1,4 +1,4 @@
-"""`flushlab explore --audit`: does explored code do anything that the search does not know of?"""
+"""`flushlab explore --audit`: look for actions of explored code that the search does not know of."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ _TITLES = {
     "ordered": "steps that should commute, and do not",
     "failed": "executions that cannot go on, as the test and the policy are",
 }
-# Tests that are named where a finding came up in many.
+# Number of tests that a finding names if it came up in more.
 _NAMED = 4
 
 
@@ -33,7 +33,7 @@ def audit(
     choices: Choices,
     as_json: bool,
 ) -> int:
-    """The exit status: 1 if there is a finding."""
+    """Audit each test under each policy; return the exit status, 1 if there is a finding."""
     found: list[Audited] = []
     pairs = [(test, name) for name in policies for test in tests]
     interrupts.only_note()

@@ -1,7 +1,7 @@
-"""An empty name is no name: options, arguments and variables that are given are not blank.
+"""Refuses blank values of options, arguments and environment variables.
 
-An empty `--policy` would stand for the default policy, and an empty `--report-dir` for the current directory:
-a command whose variable was not set would test something else than it says.
+An empty `--policy` would stand for the default policy, and an empty `--report-dir` for the current directory.
+So a script whose shell variable is not set would test something else than it says.
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ def _consumed(parameter: Any, consume: Any, context: Any, options: Any) -> Any:
         name = parameter.opts[0]
         _check(name if name.startswith("-") else name.upper(), value)
     elif isinstance(parameter.envvar, str) and parameter.envvar in os.environ:
-        # As it is: an empty one counts as none, and a list's is split.
+        # Check the variable itself: the parser takes an empty one for unset, and splits that of a list.
         _check(parameter.envvar, os.environ[parameter.envvar])
     return value, source
 

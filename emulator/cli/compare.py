@@ -50,7 +50,7 @@ HtmlOption = Annotated[
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class CompareOptions(MachineOptions):
-    """The machine's, and what is logged meanwhile."""
+    """The options of the machine."""
 
 
 @expanded
@@ -64,7 +64,7 @@ def compare(
     *,
     options: CompareOptions,
 ) -> None:
-    """Run the same seeded workload under each policy; show what each flushes and what that costs."""
+    """Run the same seeded workload under each policy; show each policy's flushes and their costs."""
     from emulator.actors.crew import stop_seconds
     from emulator.cli.run import load_scaled
     from emulator.cli.session import Session
@@ -96,7 +96,7 @@ def compare(
 
 
 def load_policies(texts: list[str]) -> tuple[Policy, ...]:
-    """Return the policies named, the baseline first; each once."""
+    """Return the named policies, the baseline first; raise BadInput if one is named twice."""
     from emulator.cli.run import load_policy
 
     if not texts:
@@ -114,14 +114,14 @@ def load_policies(texts: list[str]) -> tuple[Policy, ...]:
 
 
 def _announce(number: int, runs: int, result: Result) -> None:
-    """One line per run where nobody sees the live display."""
+    """Print a line after each run if standard error is no terminal, so that there is no live display."""
     if not sys.stderr.isatty():
         seconds = f"{result.snapshot.elapsed:.1f}s"
         print(f"run {number} of {runs}: {result.policy_name}: {result.verdict}, {seconds}", file=sys.stderr)
 
 
 def _check_html() -> None:
-    """Find out before minutes of running whether the library is there."""
+    """Raise BadInput if matplotlib is not installed, before minutes of running."""
     try:
         import matplotlib  # noqa: F401
     except ImportError:
@@ -131,7 +131,7 @@ def _check_html() -> None:
 
 
 def _write(comparison: Comparison, as_json: bool, html: Path | None) -> int:
-    """The page first: what reads standard output may be slow.  Returns the exit status."""
+    """Write the page, then standard output, whose reader may be slow; return the exit status."""
     from emulator.compare.document import comparison_document
     from emulator.compare.table import comparison_table
     from emulator.report.console import output_console

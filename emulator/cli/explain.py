@@ -81,7 +81,7 @@ def _chosen(file: Path, number: int | None) -> Case:
     if number is None:
         if len(cases) > 1:
             print(f"{file}: {len(cases)} violations with events; --report N chooses", file=sys.stderr)
-        # The first of those that show most.
+        # max() returns the first of the cases that show most.
         return max(cases, key=Case.quality)
     if number > len(cases):
         raise BadInput("--report", f"found {number}", f"1 to {len(cases)}, as many as {file} has with events")

@@ -30,7 +30,7 @@ if TYPE_CHECKING:
 
 FOUND = 1
 DIVERGED = 3
-# Columns of a terminal, at least, for what is said of a policy beside its name.
+# Least columns of a terminal for a verdict beside the names of its test and policy.
 _READABLE = 50
 
 EXPLORE_HELP = (
@@ -187,7 +187,8 @@ def _refuse_what_has_no_effect(
 
 
 class Told:
-    """The verdicts of a search: each is said, and its counterexample written, as soon as it is reached."""
+    """The verdicts of a search.  Each is printed, and its counterexample written, as soon as it is
+    reached."""
 
     def __init__(self, work: Sequence[Work], lines: Lines | None, output: Path | None) -> None:
         self.work = work
@@ -214,7 +215,7 @@ class Told:
                 self.lines.print(verdict)
 
     def end(self) -> int:
-        """Say the rest; returns the exit status."""
+        """Print the document or the totals; return the exit status."""
         from emulator.litmus.verdict import proofs
 
         elapsed = time.monotonic() - self.started
@@ -252,7 +253,7 @@ def _audit(
 
 
 class Lines:
-    """A line for each verdict; on a terminal that is too narrow for one, two."""
+    """Prints a line for each verdict, or two on a terminal that is too narrow."""
 
     def __init__(self, tests: Sequence[LitmusTest], policies: Sequence[str]) -> None:
         self.console = Console()
@@ -273,7 +274,7 @@ class Lines:
 
 
 def _show_only(verdicts: list[Verdict]) -> None:
-    """A single counterexample is what one wants to see."""
+    """Print the counterexample if it belongs to the only verdict."""
     if len(verdicts) != 1 or verdicts[0].counterexample is None:
         return
     found = verdicts[0].counterexample

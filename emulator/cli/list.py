@@ -1,4 +1,4 @@
-"""`flushlab list`: what can be named on the command line."""
+"""`flushlab list`: the names that the command line accepts."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ app = typer.Typer(
 
 @app.command()
 def policies() -> None:
-    """Presets: what was merged or proposed, and where they differ from the default."""
+    """List the presets, merged and proposed designs, and where each differs from the default."""
     from emulator.policy import DEFAULT, MUTANTS, PRESET_DOCS, PRESETS
 
     table = _table("policy", "what it is")
@@ -35,7 +35,7 @@ def policies() -> None:
 
 @app.command()
 def mutants() -> None:
-    """Bugs that KVM had, and plausible ones, as policies: what each is, and what it is caught by."""
+    """List the mutants: policies with a bug that KVM had or a plausible one, and how each is caught."""
     from emulator.policy import MUTANTS
 
     table = _table("policy", "base", "caught by", "what it is")
@@ -50,7 +50,7 @@ def mutants() -> None:
 
 @app.command()
 def points() -> None:
-    """Decision points and their alternatives; the first is what Linux 7.3 does."""
+    """List the decision points and their alternatives; the first one of each point is Linux 7.3's."""
     from emulator.policy import POINTS
 
     table = _table("point", "alternative", "mutant", "what it is")
@@ -66,7 +66,7 @@ def points() -> None:
 def litmus(
     ops: Annotated[bool, typer.Option("--ops", help="What a test file may say, and the operations.")] = False,
 ) -> None:
-    """Litmus tests, what each is about and where it comes from."""
+    """List the litmus tests, with the subject and the origin of each."""
     from emulator.litmus import describe
 
     if ops:
@@ -78,7 +78,7 @@ def litmus(
 
 @app.command()
 def scenarios() -> None:
-    """Embedded scenarios."""
+    """List the embedded scenarios."""
     from emulator.scenario.config import embedded_scenarios, load_scenario
 
     table = _table("scenario", "pCPUs", "VMs", "vCPUs", "MiB", "what it is")

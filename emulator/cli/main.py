@@ -131,9 +131,9 @@ def _request(
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Run a command line; returns the exit status and lets nothing escape."""
+    """Run a command line and return the exit status; let no exception escape."""
     if isinstance(sys.stdout, io.TextIOWrapper):
-        # A file's name need not be text in the terminal's encoding.
+        # The terminal's encoding may lack characters of a file's name.
         sys.stdout.reconfigure(errors="backslashreplace")
     try:
         with interrupts.installed(), watched():
@@ -165,7 +165,7 @@ def _run(arguments: Sequence[str] | None) -> int:
 
 
 def _failed(error: Exception) -> int:
-    """Tell an error that is not the input's: one line where the reason is known, else a traceback."""
+    """Print an error that is not the input's, in one line if its reason is known, else with a traceback."""
     if isinstance(error, ImportError) and error.name == "native._native":
         print(f"flushlab: {error}", file=sys.stderr)
         return INTERNAL_FAILURE
@@ -184,7 +184,10 @@ def _failed(error: Exception) -> int:
 
 
 def _lost(lost: LostOutput) -> int:
-    """A verdict stands, whatever became of its words; without one, output that is lost is bad input."""
+    """Return the exit status after standard output has failed: a verdict's own, or else that of bad input.
+
+    A reader that closed the pipe wants no more, so nothing is printed about it.
+    """
     if lost.unwanted:
         return lost.status
     bad = _complain(str(lost))
@@ -210,7 +213,7 @@ def _usage(error: typer.TyperException) -> int:
     path = context.command_path if context is not None else "flushlab"
     parameter = getattr(error, "param", None)
     if parameter is not None and isinstance(error.__cause__, ValidationError):
-        # Typer leaves out what was found.
+        # Typer's message leaves out the value that was found.
         found, expected = first_error(error.__cause__, BaseModel)
         text = str(BadInput(parameter.opts[0], found, expected))
     print(f"{path}: {one_line(text, MOST_EXPECTED)}", file=sys.stderr)

@@ -28,8 +28,10 @@ if TYPE_CHECKING:
 
 
 def refuse(context: typer.Context, names: Collection[str], found: str, expected: str) -> None:
-    """Raise BadInput for the first of these parameters that was given on the command line: it would have no
-    effect, because of what was `found`."""
+    """Raise BadInput for the first of these parameters that was given on the command line.
+
+    It would have no effect; `found` is the reason.
+    """
     for parameter in context.command.params:
         source = context.get_parameter_source(parameter.name or "")
         if parameter.name in names and source is not None and source.name == "COMMANDLINE":
@@ -166,7 +168,7 @@ ReportDirOption = Annotated[
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class MachineOptions:
-    """The machine, its workload, and what is drawn."""
+    """Options of the machine, its workload and its random choices."""
 
     pcpus: PcpusOption = None
     seed: SeedOption = None
@@ -175,7 +177,7 @@ class MachineOptions:
 
     @property
     def chosen_seed(self) -> int:
-        """Ask once: without --seed it is another one each time."""
+        """Return the seed.  Without --seed each call returns a new random one, so call once."""
         return secrets.randbits(32) if self.seed is None else self.seed
 
     @property
@@ -185,7 +187,7 @@ class MachineOptions:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class RunOptions(MachineOptions):
-    """What `run` and `serve` have in common."""
+    """Options that `run` and `serve` share."""
 
     policy: PolicyOption = None
     settings: SetOption = None
@@ -200,7 +202,7 @@ class RunOptions(MachineOptions):
 
 
 def expanded(function: Callable[..., None]) -> Callable[..., None]:
-    """Replaces the parameter `options`, whose type is one of the dataclasses, by that one's fields."""
+    """Replace the parameter `options`, whose type is one of the dataclasses, by the fields of its type."""
     signature = inspect.signature(function, eval_str=True)
     kind: Any = signature.parameters["options"].annotation
     own = [p for p in signature.parameters.values() if p.name != "options"]
@@ -220,7 +222,7 @@ def expanded(function: Callable[..., None]) -> Callable[..., None]:
 
 
 def duration_of(text: str | None) -> float | None:
-    """Seconds of --duration, or None if it is not given."""
+    """Return the seconds of --duration, or None if it is not given."""
     from emulator.scenario.config import parse_duration
 
     if text is None:

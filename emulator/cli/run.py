@@ -1,4 +1,4 @@
-"""`flushlab run` and `serve`: from what was typed to an exit status."""
+"""`flushlab run` and `serve`: check the input, run the scenario, print the result."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ from metrics import Endpoint, MachineCollector, parse_address
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Request:
-    """What the user asked for. `duration` None: the scenario's own, unless `endless`."""
+    """The user's options.  A `duration` of None is the scenario's own, unless `endless`."""
 
     scenario: str
     pcpus: int | None = None
@@ -49,7 +49,7 @@ class Request:
 
 
 def run_request(request: Request) -> int:
-    """All input is checked before anything starts; then the run, the output, the exit status."""
+    """Check all input before any thread starts; then run, print the result and return the exit status."""
     scenario = load_scaled(request.scenario, request.pcpus)
     policy = load_policy(request.policy or DEFAULT, request.settings)
     address = _metrics_address(request.metrics)
@@ -70,18 +70,18 @@ def run_request(request: Request) -> int:
 
 
 def _head(request: Request, scenario: Scenario, policy: Policy) -> dict[str, Any]:
-    """Which run a file is about."""
+    """Return the fields that identify this run in each file of --report-dir."""
     return {"scenario": scenario.name, "policy": policy.name, "seed": request.seed}
 
 
 def load_scaled(name: str, pcpus: int | None) -> Scenario:
-    """A scenario as it is written, or with as many pCPUs as asked for."""
+    """Load a scenario, scaled to `pcpus` pCPUs if given."""
     scenario = load_scenario(name)
     return scenario if pcpus is None else scenario.scaled(pcpus)
 
 
 def load_policy(name: str, settings: tuple[str, ...]) -> Policy:
-    """A preset, a mutant or a user's policy, with the answers of --set."""
+    """Load a preset, a mutant or a user's policy, with the answers of --set."""
     answers = dict(parse_setting(setting, "--set") for setting in settings)
     for point, alternative in answers.items():
         check_answer(point, alternative, "--set")
@@ -147,7 +147,7 @@ def _endpoint(collector: MachineCollector, host: str, port: int) -> Iterator[End
 
 
 def _write(request: Request, result: Result, findings: Findings) -> int:
-    """Files first: what reads standard output may be slow.  Returns the exit status."""
+    """Write the files, then standard output, whose reader may be slow; return the exit status."""
     status = exit_status(result)
     lost = findings.finish(result)
     with saying(status):

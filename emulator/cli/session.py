@@ -1,4 +1,4 @@
-"""Runs a job beside the terminal: signals, live display, the deadline for stopping.
+"""Runs a job together with its live display, signals and the deadline for stopping.
 
 The job runs on a thread of its own.  The main thread only waits and draws, because Python runs signal
 handlers there and a native call in progress would delay them.  Handlers note a signal; `_wait` finds it.
@@ -20,7 +20,7 @@ from emulator.report.result import Snapshot
 from emulator.report.summary import progress_line
 
 _TICK = 0.1
-# Beside what the job needs to stop: to add up and to write what it has.
+# Seconds for adding up and writing the results, on top of the job's own time to stop.
 _SPARE_SECONDS = 15.0
 
 
@@ -29,16 +29,16 @@ T_co = TypeVar("T_co", covariant=True)
 
 
 class Runnable(Protocol[T_co]):
-    """What a session needs of a job."""
+    """A job as a session runs it."""
 
     def run(self, progress: Callable[[Snapshot], None], stop: threading.Event) -> T_co: ...
 
 
 class Session(Generic[T]):
-    """One run. Use `execute` once, from the main thread.
+    """One run.  Call `execute` once, from the main thread.
 
-    `view` draws the line that is shown meanwhile; without it that is the job's progress.  `stopping`: the
-    seconds that the job may need to stop.
+    `view` draws the live display's line; without it the line is the job's progress.  `stopping`: the seconds
+    that the job may need to stop.
     """
 
     def __init__(
@@ -59,7 +59,7 @@ class Session(Generic[T]):
         self._error: BaseException | None = None
 
     def execute(self) -> T:
-        """Run the job to its end, or until a signal asks for it.  Raises what the job raised."""
+        """Run the job to its end, or until a signal requests it; return its result or raise its exception."""
         worker = threading.Thread(target=self._work, name="job", daemon=True)
         interrupts.allow(self._stopping + _SPARE_SECONDS)
         interrupts.only_note()

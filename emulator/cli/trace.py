@@ -91,7 +91,7 @@ def show_info(
         list[str], typer.Argument(metavar="FILE...", help="Trace files, or embedded traces by name.")
     ],
 ) -> None:
-    """Show what traces hold, and how they reuse pages compared with the size of a TLB.
+    """Show the content of traces, and how they reuse pages compared with the size of a TLB.
 
     L1, L2 and beyond are the shares of accesses that a fully associative LRU TLB of 64 entries would hit, of
     1536 entries would hit in addition, and that even this one would miss though the page was used before.
@@ -180,7 +180,7 @@ def _open(source: str) -> Iterator[tuple[BinaryIO, str, int | None]]:
 
 @contextmanager
 def _progress(size: int | None, cut: Cut) -> Iterator[Callable[[int, int, int], None] | None]:
-    """A progress bar on a terminal, for inputs that take more than a moment."""
+    """Show a progress bar on a terminal, for inputs that take more than a moment."""
     console = Console(stderr=True)
     if not console.is_terminal or (size is not None and size < LONG_INPUT):
         yield None
