@@ -1,13 +1,13 @@
-"""The adversary of the architecture: what a TLB may do at any time becomes the scheduler's choice.
+"""The adversary of the architecture: evictions and speculative fills of TLBs become the scheduler's choices.
 
-A processor may drop any cached mapping whenever it likes, and may cache what an access that never happens
-would have needed (SDM vol. 3A, 4.10.2.3, 4.10.3.1; vol. 3C, 29.4). So "the guest has not touched this page"
-is no reason to leave out a flush, and neither is "it has just used it" one to rely on an entry.
+A processor may drop any cached mapping at any time, and may cache the translations that an access that never
+happens would have needed (SDM vol. 3A, 4.10.2.3, 4.10.3.1; vol. 3C, 29.4). KVM can therefore neither elide a
+flush because the guest has not touched a page, nor rely on an entry because the guest has just used it.
 
-Each candidate is a daemon of its own: one pCPU and one page, by its address, so that it is the same one in
-every execution and conflicts with nothing but uses of that page on that pCPU, and with other candidates:
-all of them together get so many turns in an execution. A turn after the last access that it matters to is
-one not taken.
+Each candidate is a daemon for one pCPU and one page. The page is named by its address, so that the candidate
+is equal in every execution and conflicts only with uses of that page on that pCPU, and with other candidates,
+because all of them share a budget per execution. A turn after the last access that it can affect is not
+taken.
 
 Evictions happen at any time. Fills need the current VPID and EP4TA and happen in guest mode, between two
 instructions: an access with its whole walk is one step.
@@ -36,7 +36,7 @@ if TYPE_CHECKING:
 _ACCESSES: Final = ("READ", "WRITE", "EXECUTE")
 _ACCESS_OPS: Final = frozenset(getattr(lib, f"GUEST_OP_{name}") for name in _ACCESSES)
 _MOST: Final = 4096
-# 4 KiB pages of each page_size.
+# Number of 4 KiB pages in each page_size.
 _PAGES: Final = {lib.PAGE_4K: 1, lib.PAGE_2M: 1 << 9, lib.PAGE_1G: 1 << 18}
 _LARGE: Final = 9
 
@@ -44,7 +44,9 @@ _LARGE: Final = 9
 @dataclass(frozen=True, slots=True)
 class Place:
     """A page that guests of VM `vm` (its number in the test) access, and a pCPU that they may run on.
-    `paging`: the page is a linear one."""
+
+    paging: the page is a linear one.
+    """
 
     pcpu: CpuId
     vm: int
@@ -53,7 +55,7 @@ class Place:
 
 
 def places(test: LitmusTest) -> list[Place]:
-    """Every page on every pCPU that a vCPU of its VM can come to."""
+    """Return each page on each pCPU that a vCPU of its VM can run on."""
     pcpus: dict[int, set[CpuId]] = {}
     pages: dict[int, set[int]] = {}
     for name, thread in test.threads.items():
@@ -80,7 +82,7 @@ def _pages(op: Op) -> list[int]:
 
 
 class Adversary:
-    """Candidates of one test, and which pCPUs are in guest mode."""
+    """The candidates of one test, and the pCPUs that are in guest mode."""
 
     def __init__(self, test: LitmusTest, control: Control, choices: Choices) -> None:
         self.control = control
@@ -89,17 +91,17 @@ class Adversary:
         self.pcpus = sorted({place.pcpu for place in self.places})
         self.paging = {place.pcpu for place in self.places if place.paging}
         self.several = len(test.vm) > 1
-        self.inside: dict[CpuId, VmId] = {}  # pCPU: the VM whose guest it is in
-        self.evictions = self.fills = 0  # that are left in this execution
-        self.cpu_of: dict[str, CpuId] = {}  # by name of a task
-        self._ids: list[VmId] = []  # of the VMs
+        self.inside: dict[CpuId, VmId] = {}  # the VM whose guest runs on each pCPU
+        self.evictions = self.fills = 0  # the budgets that are left in this execution
+        self.cpu_of: dict[str, CpuId] = {}  # by the task's name
+        self._ids: list[VmId] = []  # by a VM's number in the test
         self._masks: dict[tuple[CpuId, VmId, int], tuple[int, int]] = {}
         self._entry = ffi.new("struct tlb_entry *")
         self._entries = ffi.new("struct tlb_entry[]", _MOST)
         self.names = [name for name, _, _ in self._daemons(None)]
 
     def spawn(self, execution: Execution, world: World) -> None:
-        """The candidates of one execution."""
+        """Spawn the candidates of one execution."""
         self.inside.clear()
         self.evictions, self.fills = self.choices.evict, self.choices.speculate
         self._ids = [kvm.id for kvm in world.kvms]
@@ -122,7 +124,7 @@ class Adversary:
         self.cpu_of = {name: pcpu for name, pcpu, _ in found}
         yield from found
 
-    # --- what others do that matters here -------------------------------------------------------------------
+    # --- events that candidates depend on -------------------------------------------------------------------
 
     def entered(self, execution: Execution, cpu: CpuId, vm: VmId) -> None:
         self.inside[cpu] = vm
@@ -133,16 +135,16 @@ class Adversary:
         execution.touch(0, self.control.bit("guest mode", cpu))
 
     def accessed(self, cpu: CpuId, vm: VmId, page: int) -> int:
-        """What the guest's access touches of what the adversary may."""
+        """Return the candidates' objects that the guest's access conflicts with."""
         alone, region = self._mask(cpu, vm, page)
         return region if self.is_large(cpu, vm, page) else alone
 
     def walked(self, cpu: CpuId) -> int:
-        """A walk uses and fills these, too."""
+        """Return the caches that a walk uses and fills, too."""
         return self.control.bit("walk caches", cpu) | self.control.bit("physical", cpu)
 
     def everything_on(self, cpu: CpuId, vm: VmId) -> int:
-        """Instructions that change what is cached, other than by accesses."""
+        """Return the objects of an instruction that changes the TLB other than by an access."""
         mask = self.walked(cpu)
         for place in self.places:
             if place.pcpu == cpu and self._ids[place.vm] == vm:
@@ -150,7 +152,7 @@ class Adversary:
         return mask
 
     def _mask(self, cpu: CpuId, vm: VmId, page: int) -> tuple[int, int]:
-        """A page; with those that one large translation would map."""
+        """Return the object of a page, and those of all pages that one large translation maps with it."""
         found = self._masks.get((cpu, vm, page))
         if found is None:
             bit = self.control.bit
@@ -162,7 +164,7 @@ class Adversary:
         return found
 
     def is_large(self, cpu: CpuId, vm: VmId, page: int) -> bool:
-        """Does some cached translation of the page map its neighbours, too?"""
+        """Return whether a cached translation of the page maps its neighbours, too."""
         t = lib.cpu_tlb(self.control.machine.m, cpu)
         entries = self._entries
         for i in range(lib.tlb_dump(t, entries, _MOST)):
@@ -210,7 +212,7 @@ class Adversary:
         return body
 
     def _evicts_physical(self, execution: Execution | None, pcpu: CpuId) -> Callable[[], None]:
-        """Of guests with page tables: what the walks of those use."""
+        """Evict guest-physical mappings, which walks use in guests with page tables."""
 
         def body() -> None:
             assert execution is not None
@@ -232,7 +234,7 @@ class Adversary:
     def _evict(self, cpu: CpuId, vm: int, page: int, wanted: Callable[[TlbEntry], bool]) -> None:
         m, entries = self.control.machine.m, self._entries
         t, evicted = lib.cpu_tlb(m, cpu), 0
-        # From the last one on: what goes does not move those before it.
+        # Backwards: an eviction moves no entry before it.
         for i in range(lib.tlb_dump(t, entries, _MOST) - 1, -1, -1):
             if wanted(entries[i]):
                 evicted += lib.tlb_evict(t, i)
@@ -251,7 +253,7 @@ class Adversary:
             # Two fills commute, whatever caches of table pointers they share on the way.
             walks = bit("custody") | bit("custody of tables") | bit("ept") | self.walked(pcpu)
             walks |= self.control.custody_of_root()
-            # Flags of the guest's tables.
+            # The walk sets flags in the guest's tables.
             flags = bit("memory", vm) | self.control.contents(vm, None) if place.paging else 0
             cached = bit("cached", pcpu, vm, page)
             fills = cached | bit("speculative fills")
@@ -267,7 +269,7 @@ class Adversary:
                 self.fills -= 1
                 if lib.tlb_lookup(lib.cpu_tlb(m, pcpu), kind, page, self._entry) == 1:
                     continue
-                # Also where nothing comes of it, tables were read, and flags and caches on the way were set.
+                # Even a fill that fails reads tables, sets flags, and fills caches on the way.
                 execution.touch(walks, flags)
                 before = self.control.walks(pcpu)
                 self.control.machine.cpus[pcpu].check(lib.guest_speculate(m, pcpu, page << 12))
@@ -285,14 +287,14 @@ def _covers(entry: TlbEntry, page: int) -> bool:
 
 
 class AdversarialLib(ControlledLib):
-    """... where guests' accesses say which pages' translations they use."""
+    """A ControlledLib in which guest accesses conflict with the adversary's candidates."""
 
     def guest_run(self, m: MachinePtr, cpu: CpuId, vcpu: VcpuId, budget: int, out: VcpuExitPtr) -> int:
         control = self.control
         execution, adversary = control.execution, control.adversary
         if execution is None or adversary is None:
             return super().guest_run(m, cpu, vcpu, budget, out)
-        # Nobody else's turn comes before the guest's first step.
+        # No other task takes a step before the guest's first one.
         adversary.entered(execution, cpu, control.vm_of(vcpu))
         try:
             return super().guest_run(m, cpu, vcpu, budget, out)

@@ -1,4 +1,4 @@
-"""Calls on other CPUs, interrupts and wake-ups as explored code sees them; they arrive when scheduled."""
+"""Calls on other CPUs, interrupts and wake-ups for explored code; they arrive when scheduled."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ else:
 
 
 class Calls(Lib):
-    """Native functions that send, and those that wait for what was sent."""
+    """Native functions that send IPIs and wake-ups, and that wait for them."""
 
     control: Control
 
@@ -63,7 +63,7 @@ class Calls(Lib):
         return self._sent(m, cpu, targets, sent, bool(wait))
 
     def _wait_for_nodes(self, m: MachinePtr, cpu: CpuId, targets: list[CpuId], what: str) -> None:
-        """csd_lock(): a node per sender and target is in use until it is acknowledged."""
+        """Wait for csd_lock(): the node of a sender and target is in use until the target acknowledges."""
         execution = self.control.execution
         assert execution is not None
         calls = self.control.objects.mask(("calls", target) for target in targets)
@@ -81,7 +81,7 @@ class Calls(Lib):
             execution.step(label, self.control.everything, calls)
 
     def _sent(self, m: MachinePtr, cpu: CpuId, targets: list[CpuId], sent: int, wait: bool) -> int:
-        """Interrupts are on their way; with `wait` until all are acknowledged."""
+        """Record the interrupts that were sent, and with `wait` block until all targets have acknowledged."""
         execution = self.control.execution
         assert execution is not None
         if sent < 0:
@@ -107,7 +107,7 @@ class Calls(Lib):
         return int(lib.local_irq_disable(m, cpu, where))
 
     def local_irq_enable(self, m: MachinePtr, cpu: CpuId) -> int:
-        """An interrupt that has arrived meanwhile is taken at once."""
+        """Enable interrupts: one that has arrived meanwhile is taken at once."""
         execution = self.control.execution
         if execution is not None:
             execution.touch(0, self.control.bit("irq", cpu))
@@ -115,7 +115,7 @@ class Calls(Lib):
                 execution.touch(0, self.control.bit("calls", cpu) | self.control.bit("tlb", cpu))
         return int(lib.local_irq_enable(m, cpu))
 
-    # --- the one wait of Python code ------------------------------------------------------------------------
+    # --- waits of Python code -------------------------------------------------------------------------------
 
     def cpu_wait_event(self, m: MachinePtr, cpu: CpuId, seq: int, microseconds: int) -> int:
         execution = self.control.execution
@@ -124,11 +124,11 @@ class Calls(Lib):
                 raise MachineMisuse("a wait that nobody can end: no execution runs")
             return 0
         if microseconds == RELAX_MICROSECONDS:
-            # Whoever relaxes will look again.
+            # The caller of cpu_relax() will test its condition again.
             execution.await_change(("cpu_relax", cpu, "read"))
             return 0
         if microseconds:
-            return 0  # a nap: it ends by itself, and others may go on at any time anyway
+            return 0  # a timed wait ends by itself, and other tasks may be scheduled at any time anyway
         execution.step(
             ("event", cpu, "read"),
             self.control.bit("event", cpu),
@@ -144,7 +144,7 @@ class Calls(Lib):
             execution.touch(0, self.control.bit("event", cpu))
         lib.cpu_wake(m, cpu)
 
-    # --- pCPUs are there all the time -----------------------------------------------------------------------
+    # --- pCPUs are taken during the whole execution ---------------------------------------------------------
 
     def cpu_take(self, m: MachinePtr, cpu: CpuId) -> int:
         return 0 if self.control.execution is not None else int(lib.cpu_take(m, cpu))

@@ -1,8 +1,8 @@
-"""One machine under control: which execution runs, and what its waits are about.
+"""The control over one machine: its execution, and the state that its waits depend on.
 
-Calls on other CPUs arrive when the scheduler says so (one daemon per pCPU), grace periods begin and end when
-it says so (one daemon).  What is locked, sent and read is remembered here, because conditions are tested
-before every step and must be cheap.
+The scheduler decides when calls on other CPUs arrive (one daemon per pCPU), and when grace periods begin and
+end (one daemon).  Locks, calls and read sections are recorded here, because conditions are tested before
+every step and must be cheap.
 """
 
 from __future__ import annotations
@@ -29,7 +29,7 @@ if TYPE_CHECKING:
 
 _FIRST_VM: Final = VmId(0)
 
-# Points of KVM's code whose access is a native call right behind them, which is a step itself.
+# Points of KVM's code that announce the native call right behind them, which is a step itself.
 _COVERED: Final[frozenset[PointKind]] = frozenset(
     {
         "call_queue",
@@ -54,7 +54,7 @@ _COVERED: Final[frozenset[PointKind]] = frozenset(
 
 
 class RwLock:
-    """Who holds an mmu_lock; `holders`: on which CPUs."""
+    """The holders of an mmu_lock; `holders`: their CPUs."""
 
     __slots__ = ("holders", "readers", "waiting", "writer")
 
@@ -66,12 +66,11 @@ class RwLock:
 
 
 class Readers:
-    """Read sections of RCU or one VM's SRCU, by whoever is in them; `left` counts how often they left.
+    """Read sections of RCU or of one VM's SRCU, by reader; `left` counts each reader's exits.
 
-    Who waits for readers looks twice: at who is inside, and then whether those have left.  Shared objects
-    are who enters ("rcu", "srcu") and, one for each reader, that it left ("rcu left", "srcu left"): the first
-    look does not care whether somebody leaves just before or after it, the second not who enters, nor who
-    leaves that was not inside.
+    A grace period snapshots the active readers, then waits for each of them to leave.  The shared objects are
+    therefore the entry ("rcu", "srcu") and each reader's exit ("rcu left", "srcu left"): an entry conflicts
+    with the snapshot only, and a reader's exit with the wait for that reader only.
     """
 
     __slots__ = ("depth", "left")
@@ -89,7 +88,7 @@ class Readers:
             self.left[who] = self.left.get(who, 0) + 1
 
     def now(self) -> tuple[tuple[int, int], ...]:
-        """Those inside, for `gone`."""
+        """Return the active readers with their counts of exits, for `gone`."""
         return tuple((who, self.left.get(who, 0)) for who, depth in self.depth.items() if depth > 0)
 
     def gone(self, before: tuple[tuple[int, int], ...]) -> bool:
@@ -97,7 +96,7 @@ class Readers:
 
 
 class Walks(NamedTuple):
-    """Hardware walks; SPTEs in which they set A or D; uses that only the ledger of rights can judge."""
+    """Counts of hardware walks, SPTEs in which they set A or D, and uses judged by the ledger of rights."""
 
     misses: int
     updates: int
@@ -105,8 +104,11 @@ class Walks(NamedTuple):
 
 
 class Control:
-    """`execution` is None between executions: then native calls go straight through, and waits must have an
-    end without anybody else."""
+    """The state of one explored machine.
+
+    `execution` is None between executions: then native calls go straight through, and a wait must end without
+    another task.
+    """
 
     def __init__(self, machine: Machine, objects: Objects) -> None:
         self.machine = machine
@@ -117,12 +119,12 @@ class Control:
         self.vm_of_vcpu: dict[VcpuId, VmId] = {}
         self.memory = Memory()
         self.paging: frozenset[int] = frozenset()  # VMs whose guests have page tables
-        self.logging: frozenset[int] = frozenset()  # VMs whose memory is copied by what a dirty log names
-        self.programs: dict[VcpuId, Array[GuestOp]] = {}  # what each vCPU's guest executes
+        self.logging: frozenset[int] = frozenset()  # VMs whose memory is copied as their dirty logs say
+        self.programs: dict[VcpuId, Array[GuestOp]] = {}  # the program of each vCPU's guest
         self.adversary: Adversary | None = None
         self.policy_reads: PolicyReads | None = None  # a user's policy is explored
-        self.lib = lib  # as explored code sees it
-        self.queues = 0  # of stores that are not visible yet (store_buffers.py)
+        self.lib = lib  # the library that explored code calls
+        self.queues = 0  # the store buffers, as objects (store_buffers.py)
         self.lib_class: Callable[[Control], Lib] | None = None  # instead of the usual ControlledLib
         self._counters = ffi.new("uint64_t[]", lib.COUNTERS)
         self._violations = ffi.new("uint64_t[]", lib.VIOLATIONS)
@@ -136,13 +138,13 @@ class Control:
         self.rcu = Readers()
         self.srcu: dict[int, Readers] = {}
         self.freed: list[int] = []  # tables given to call_rcu() since the last grace period began
-        self.root_of: dict[int, int] = {}  # that each vCPU has loaded
+        self.root_of: dict[int, int] = {}  # the root that each vCPU has loaded
         self.queued: set[int] = set()  # pCPUs to which an interrupt is on its way
         self.callbacks_run = 0
 
     @staticmethod
     def is_step(kind: str) -> bool:
-        """Is a point of this kind the beginning of a step, or is that the call behind it?"""
+        """Return whether a point of this kind begins a step itself, rather than the native call behind it."""
         return kind not in _COVERED and kind not in ("unlock", "up")
 
     def bit(self, *name: Hashable) -> int:
@@ -161,15 +163,15 @@ class Control:
         return readers
 
     def left(self, name: str, readers: Iterable[tuple[int, int]], *of: Hashable) -> int:
-        """What those inside do when they leave."""
+        """Return the objects that these readers' exits touch."""
         return self.objects.mask((name, *of, who) for who, _ in readers)
 
     def custody_of_tables(self, tables: Iterable[int]) -> int:
-        """Whether these are free; roots are tables, too."""
+        """Return the objects for whether these tables are free; roots are tables, too."""
         return self.objects.mask(("custody of table", hfn) for hfn in tables)
 
     def frees(self, tables: Sequence[int]) -> int:
-        """What callbacks write that free these."""
+        """Return the objects that the RCU callbacks write that free these tables."""
         roots = self.root_frames
         mask = self.custody_of_tables(tables)
         for hfn in tables:
@@ -181,12 +183,12 @@ class Control:
 
     @property
     def root_frames(self) -> range:
-        """Host frames that can be roots; frame 0 is nobody's."""
+        """Return the host frames that can be roots; frame 0 is never allocated."""
         return range(1, self.machine.config["root_frames"] + 1)
 
     def custody_of_root(self, vcpu: VcpuId | None = None) -> int:
-        """What a walk of this vCPU's begins with: of any root if it was loaded before the execution, or if
-        nobody knows whose walk it is."""
+        """Return the objects of the root that a walk of this vCPU begins at: of every root, if the vCPU
+        loaded its root before the execution or is not known."""
         root = None if vcpu is None else self.root_of.get(vcpu)
         return self.custody_of_tables(self.root_frames if root is None else (root,))
 
@@ -216,7 +218,7 @@ class Control:
             execution.step((kind, obj, mode), *((mask, 0) if mode == "read" else (0, mask)))
 
     def _policy(self, execution: Execution | None, kind: str, obj: Any) -> None:
-        """A user's policy is asked, or answers; before the execution as well."""
+        """Note that a user's policy is asked or answers, which happens before the execution as well."""
         if kind == "policy":
             if execution is not None:
                 execution.step((kind, obj, "write"), 0, self.bit(kind, obj))
@@ -227,7 +229,7 @@ class Control:
         if self.policy_reads is not None:
             self.policy_reads.end()
         if execution is not None:
-            # A turn of a loop is not like the one before if the policy has counted it, say.
+            # A policy that remembers this query makes the next iteration of the loop differ.
             execution.current.changed |= self.memory.changed(execution.current.index)
 
     def _lock(self, execution: Execution, lock: Any) -> None:
@@ -239,7 +241,7 @@ class Control:
         execution.current.holders = tuple
 
     def _down(self, execution: Execution, semaphore: RwSemaphore, mode: Mode) -> None:
-        """Readers do not exclude each other, so the order in which they come makes no difference."""
+        """Acquire a semaphore.  Readers do not exclude each other, so their order makes no difference."""
         mask = self.bit("lock", semaphore.name)
         masks = (mask, 0) if mode == "read" else (0, mask)
         free = partial(semaphore.free_for, mode == "write")
@@ -253,7 +255,7 @@ class Control:
         execution.spawn("rcu", self._grace_periods(execution), daemon=True)
 
     def _interrupts(self, execution: Execution, number: CpuId) -> Callable[[], None]:
-        """An interrupt is on its way for as long as the scheduler likes."""
+        """Deliver the IPIs to a pCPU: each arrives when the scheduler chooses this daemon."""
         calls, irq = self.bit("calls", number), self.bit("irq", number)
         tlb, queued, m = self.bit("tlb", number), self.queued, self.machine.m
         stores, arrives = self.interruptible(number)
@@ -268,7 +270,7 @@ class Control:
         return body
 
     def interruptible(self, number: CpuId) -> tuple[int, Callable[[], object]]:
-        """When an interrupt can arrive, and what that depends on besides."""
+        """Return the further objects that an interrupt's arrival depends on, and its condition."""
         return 0, partial(self.queued.__contains__, number)
 
     def _grace_periods(self, execution: Execution) -> Callable[[], None]:
@@ -306,35 +308,37 @@ class Control:
     # --- between executions ---------------------------------------------------------------------------------
 
     def run_callbacks(self) -> None:
-        """rcu_barrier() when nobody else runs."""
+        """Run all pending callbacks, as rcu_barrier() does, while no task runs."""
         m, cpu = self.machine.m, rcu_cpu(self.machine).id
         while lib.rcu_pending(m):
             lib.rcu_gp_begin(m, cpu)
             if lib.rcu_gp_end(m, cpu) < 0:
                 raise MachineMisuse(f"CPU {lib.rcu_holdout(m)} stays in a read section of RCU")
 
-    # --- what happened --------------------------------------------------------------------------------------
+    # --- the machine's counts and the oracle's --------------------------------------------------------------
 
     def walks(self, cpu: CpuId) -> Walks:
-        """On this pCPU so far."""
+        """Return this pCPU's counts so far."""
         lib.counters_read(self.machine.m, cpu, self._counters)
         of = self._counters
         misses = of[lib.COUNT_L2_MISSES] + of[lib.COUNT_GPA_LOOKUPS]
         return Walks(misses, of[lib.COUNT_WALK_UPDATES], of[lib.COUNT_ORACLE_SLOW])
 
     def caches_tables(self, cpu: CpuId) -> bool:
-        """Whether this pCPU's paging-structure caches hold anything."""
+        """Return whether this pCPU's paging-structure caches hold any entry."""
         return bool(lib.psc_dump(lib.cpu_tlb(self.machine.m, cpu), ffi.NULL, 0))
 
     def next_op(self, vcpu: VcpuId) -> GuestOp | None:
-        """The operation that the guest does next; None at the end of its program."""
+        """Return the guest's next operation; None at the end of its program."""
         ops = self.programs[vcpu]
         position = lib.guest_program_position(self.machine.m, vcpu)
         return ops[position] if position < len(ops) else None
 
     def contents(self, vm: VmId, page: int | None) -> int:
-        """Return what a store of the guest changes of the contents that user space copies.  `page` None:
-        flags in the guest's tables."""
+        """Return the objects for contents that a guest's store changes and user space copies.
+
+        page: None for flags in the guest's tables.
+        """
         if vm not in self.logging:
             return 0
         contents = self.bit("contents", vm)
@@ -344,17 +348,17 @@ class Control:
         return self.vm_of_vcpu.get(vcpu, _FIRST_VM)
 
     def violations(self) -> list[int]:
-        """How many of each kind the oracle has reported."""
+        """Return the number of violations of each kind that the oracle has reported."""
         lib.oracle_counts(self.machine.m, self._violations)
         return list(self._violations)
 
     def forget(self) -> None:
-        """What was reported until now belongs to earlier executions."""
+        """Take the violations that were reported until now as those of earlier executions."""
         self.known = self.violations()
         self._violations_known: bytes = self._violations_now[:]
 
     def judge(self) -> None:
-        """After an access: one violation is enough."""
+        """Stop the execution if the last access was a violation: one is enough."""
         lib.oracle_counts(self.machine.m, self._violations)
         if self.execution is not None and self._violations_now[:] != self._violations_known:
             self.execution.stop()

@@ -1,8 +1,8 @@
-"""What each native call reads and writes of what several threads share.
+"""The footprint of each native call: the shared objects that it reads and writes.
 
-Objects are named by what they are and, in templates, by the argument that says which: ("mode", 1) is the mode
-of the vCPU in argument 1.  The EPT, the custody of the guests' pages and the frames of a kind are one object
-each: coarse, so steps that would commute are sometimes tried in both orders.
+A template names an object by its kind and by the numbers of the arguments that select it: ("mode", 1) is the
+mode of the vCPU in argument 1.  The EPT, the custody of the guests' pages and the frames of a kind are one
+object each.  That is coarse, so steps that commute are sometimes tried in both orders.
 """
 
 from __future__ import annotations
@@ -22,15 +22,15 @@ if TYPE_CHECKING:
 Args = tuple[Any, ...]
 Template = tuple[Hashable, ...]  # a name and numbers of arguments, or a name alone
 Access = Callable[[Args], tuple[Label, int, int]]
-# (control, arguments, result) -> what the call has written besides
+# (control, arguments, result) -> further objects that the call has written
 Outcome = Callable[["Control", Args, Any], int]
-# (control, arguments), after the call -> what it has read besides
+# (control, arguments), after the call -> further objects that it has read
 Seen = Callable[["Control", Args], int]
 
 
 @dataclass(frozen=True, slots=True)
 class Footprint:
-    """`step`: the call begins a step; otherwise it belongs to the step it is in."""
+    """The accesses of one call.  `step`: it begins a step; otherwise it belongs to the current one."""
 
     reads: tuple[Template, ...] = ()
     writes: tuple[Template, ...] = ()
@@ -40,7 +40,7 @@ class Footprint:
     kind: str = ""
 
     def bind(self, name: str, control: Control) -> Access:
-        """(arguments) -> what the call is, and what it will read and write for certain."""
+        """Return a function of the arguments: the label of the call, and its certain reads and writes."""
         mode: Literal["read", "write"] = "write" if self.writes or self.outcome is not None else "read"
         which = _numbers((self.writes or self.reads)[:1])
         used = _numbers(self.reads + self.writes)
@@ -60,19 +60,19 @@ class Footprint:
 
 
 def _numbers(templates: tuple[Template, ...]) -> tuple[int, ...]:
-    """Of the arguments that they mention."""
+    """Return the numbers of the arguments that the templates mention."""
     return tuple(dict.fromkeys(part for _, *parts in templates for part in parts if isinstance(part, int)))
 
 
 def _mask(templates: tuple[Template, ...], args: Args, control: Control) -> int:
-    """The objects, with numbers in the templates replaced by those arguments."""
+    """Return the objects that the templates name for these arguments."""
     return control.objects.mask(
         (name, *(args[part] if isinstance(part, int) else part for part in parts))
         for name, *parts in templates
     )
 
 
-# --- what is known after the call ---------------------------------------------------------------------------
+# --- accesses that are known after the call only ------------------------------------------------------------
 
 
 def _request_cleared(control: Control, args: Args, result: Any) -> int:
@@ -95,7 +95,7 @@ def _sptes_changed(control: Control, args: Args, result: Any) -> int:
 
 
 def _allocated(control: Control, args: Args, result: Any) -> int:
-    """A page of that kind, which is empty now."""
+    """Return the objects that an allocation writes: the frames of its kind, and the new page."""
     kind = control.bit("frames", "root" if args[2] == lib.FRAME_ROOT else "table")
     return kind | _new_page(control, args, result)
 
@@ -115,13 +115,14 @@ def _root_loaded(control: Control, args: Args) -> int:
 
 
 def granted(control: Control, args: Args) -> int:
-    """A leaf grants its rights only if its custody still holds."""
+    """Return custody, as read by a leaf SPTE: it grants its rights only if custody still holds."""
     spte, level = args[-1], args[5]
     return control.bit("custody") if is_shadow_present_pte(spte) and is_last_spte(spte, level) else 0
 
 
 def _root_walked(control: Control, args: Args) -> int:
-    """From the root on, a call meets linked tables only.  What it marks as it zaps must not be free."""
+    """Return the custody that a walk from the root reads: the root's, because all tables below it are linked,
+    and the pages' if it marks them as it zaps, because a page that it marks must not be free."""
     chunk = args[3]
     frames = control.bit("custody") if chunk.set_pfn and chunk.changed else 0
     return control.custody_of_tables((chunk.root,)) | frames
@@ -132,7 +133,10 @@ def _link_followed(control: Control, args: Args) -> int:
 
 
 def _tables_removed(control: Control, args: Args) -> int:
-    """Those on the way down to where it is now, and the one that it has done; below are older ones."""
+    """Return the custody of the tables on the path to the current entry, and of the table just completed.
+
+    Deeper slots are stale.
+    """
     removal = args[3]
     way = [removal.table[level] for level in range(removal.level or removal.top, removal.top + 1)]
     frames = control.bit("custody") if removal.set_pfn and removal.leafs else 0
@@ -140,20 +144,20 @@ def _tables_removed(control: Control, args: Args) -> int:
 
 
 EPT: Template = ("ept",)
-# Of the guests' pages: what a TLB's entry stands for.  Of tables: whether they are free, one by one, and of
-# all together for who walks from what a pCPU has cached.  What flushes avert is counted, but nobody's next
-# step depends on that.
+# CUSTODY is that of the guests' pages, which TLB entries are judged by.  The custody of a table is whether it
+# is free: there is an object for each table, and CUSTODY_OF_TABLES for all together, which a walk from a
+# cached table pointer reads.  Violations that flushes avert are counted, but no later step depends on that.
 CUSTODY: Template = ("custody",)
 CUSTODY_OF_TABLES: Template = ("custody of tables",)
 
 
 def _table(number: int) -> Template:
-    """The page that this argument is the number of."""
+    """Return the template for the table that this argument is the number of."""
     return "custody of table", number
 
 
-# kvm->mmu_invalidate_seq; mmu_invalidate_in_progress with its range.  A fault's first sample is of seq alone,
-# so the begin of an invalidation does not concern it.
+# kvm->mmu_invalidate_seq; mmu_invalidate_in_progress with its range.  A fault first samples seq alone, so the
+# begin of an invalidation does not conflict with that.
 SEQ: Template = ("mmu_invalidate_seq", 1)
 IN_PROGRESS: Template = ("mmu_invalidate_in_progress", 1)
 _MM: tuple[Template, ...] = (("mm", 2), ("frames", "guest"), CUSTODY, ("memory", 2))
@@ -208,8 +212,8 @@ FOOTPRINTS: dict[str, Footprint] = {
     "mm_present": Footprint(reads=(("mm", 1),), step=False),
     "mm_image_differs": Footprint(reads=(("contents", 1),), kind="compare"),
     "mm_image_lost": Footprint(reads=(("contents", 1),), step=False),
-    # Follows the fault's question whether to retry, and is one step with it: mmu_lock is held for read, and
-    # no step of another task that it lets through changes both answers.
+    # Belongs to the step in which the fault tests whether to retry: mmu_lock is held for read, and no step
+    # that another task can take meanwhile changes the results of both calls.
     "mm_huge_custody": Footprint(reads=(("mm", 1), CUSTODY), step=False),
     # progress of litmus tests' threads
     "signal_add": Footprint(writes=(("progress", 1),), step=False),
@@ -226,7 +230,7 @@ FOOTPRINTS: dict[str, Footprint] = {
     "flush_invvpid_address": Footprint(writes=(("tlb", 1),), step=False),
 }
 
-# Local calls that read nothing shared, or only memory that is an argument.
+# Local calls that read no shared state, or only memory that is an argument.
 UNSHARED = frozenset(
     {
         "atomic64_inc_return",
@@ -245,7 +249,7 @@ UNSHARED = frozenset(
     }
 )
 
-# Calls that touch nothing shared, or only accounts; or what a point of KVM's code right before them names.
+# Calls that touch no shared state, or statistics only, or state that the point right before them names.
 LOCAL = frozenset(
     {
         "atomic64_inc_return",
@@ -277,7 +281,7 @@ LOCAL = frozenset(
         "machine_stopping",
         "make_nonleaf_spte",
         "make_spte",
-        # Of an image, under user space's lock; its contents are the copies' to see to (GuestMode).
+        # Images change under user space's lock; the steps that copy pages name their contents (GuestMode).
         "mm_image_changed",
         "mm_image_create",
         "mm_image_destroy",

@@ -1,4 +1,4 @@
-"""Guest mode as explored code sees it, operation by operation, and the pages of the host behind it."""
+"""Guest mode for explored code, operation by operation, and the host's pages behind it."""
 
 from __future__ import annotations
 
@@ -28,12 +28,12 @@ _STORES: Final = frozenset({_WRITE, lib.GUEST_OP_MAP, lib.GUEST_OP_UNMAP, lib.GU
 
 
 class GuestMode(Lib):
-    """From VM entry to VM exit: an operation of the guest is a step."""
+    """Native functions of guest mode: each operation of the guest is a step."""
 
     control: Control
 
     def __init__(self) -> None:
-        # By CPU and VM: the shared objects of a guest's step.
+        # The shared objects of a guest's step, by CPU and VM.
         self._guest_masks: dict[tuple[int, int], tuple[int, int, int, int]] = {}
 
     def guest_set_program(self, m: MachinePtr, vcpu: VcpuId, ops: Array[GuestOp], n: int) -> int:
@@ -41,8 +41,8 @@ class GuestMode(Lib):
         return int(lib.guest_set_program(m, vcpu, ops, n))
 
     def guest_run(self, m: MachinePtr, cpu: CpuId, vcpu: VcpuId, budget: int, out: VcpuExitPtr) -> int:
-        """From VM entry to VM exit: one operation of the guest's program is one step, with its whole walk; no
-        interrupt comes inside an instruction."""
+        """Run a guest from VM entry to VM exit.  One operation of its program is one step, with its whole
+        walk, because no interrupt comes inside an instruction."""
         execution = self.control.execution
         if execution is None:
             return int(lib.guest_run(m, cpu, vcpu, budget, out))
@@ -62,7 +62,7 @@ class GuestMode(Lib):
         control = self.control
         op = control.next_op(vcpu)
         if op is None or op.kind == lib.GUEST_OP_SIGNAL:
-            # Progress belongs to the operation before; the end of a program is nothing by itself.
+            # A signal belongs to the step of the operation before it; the end of a program is no step.
             if op is not None:
                 execution.touch(0, control.bit("progress", op.value))
             return int(lib.guest_step(m, cpu))
@@ -88,11 +88,11 @@ class GuestMode(Lib):
         walked = now.misses != before.misses or reason == lib.EXIT_EPT_VIOLATION
         stored = op.kind in _STORES or (walked and vm in control.paging)
         if walked:
-            # From the root on a walk meets linked tables only; what a cached pointer leads to may be free.
+            # A walk from the root meets linked tables only; a cached pointer may lead to a free table.
             root = control.custody_of_root(vcpu)
             execution.touch(ept | root | (control.bit("custody of tables") if cached else 0), 0)
         elif now.judged != before.judged:
-            # An SPTE that grants a right again makes legal what was not.
+            # The ledger of rights judged the use: an SPTE that grants the right again makes it legal.
             execution.touch(ept, 0)
         if now.updates != before.updates:
             execution.touch(0, ept)
@@ -105,7 +105,7 @@ class GuestMode(Lib):
         return reason
 
     def _performed(self, execution: Execution, cpu: CpuId, vm: VmId, op: GuestOp, walked: bool) -> None:
-        """For who else watches guests; `walked`: the TLB did not hold the translation."""
+        """Note an operation: a hook for subclasses.  `walked`: the TLB did not hold the translation."""
 
     def _guest_wait(self, execution: Execution, m: MachinePtr, cpu: CpuId, op: GuestOp) -> None:
         slot, value = int(op.linear), int(op.value)
@@ -119,7 +119,7 @@ class GuestMode(Lib):
 
     def mm_image_copy(self, m: MachinePtr, vm: VmId, base: int, mask: int) -> int:
         """Copy pages in one step, which conflicts with stores to them; with paging a store may go to any
-        page.  The host moves contents, and does not change them."""
+        page.  It does not conflict with the host's migrations, which move contents and do not change them."""
         control = self.control
         if control.execution is not None:
             pages = [base + offset for offset in bits(mask)]

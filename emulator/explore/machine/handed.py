@@ -1,8 +1,8 @@
-"""A container of KVM's in the hands of a policy: it tells of each access to its elements.
+"""A stand-in for one of KVM's containers that a policy was given: it reports each access to the elements.
 
-It acts as the container itself, `isinstance` included.  A list is iterated over element by element, because
-another thread can change it in between; of other containers the interpreter refuses that, and it does not
-happen within `list(...)` or `sorted(...)`.
+It acts as the container itself, `isinstance` included.  Iteration over a list is one access per element,
+because another thread can change the list in between.  Iteration over another container is one access: the
+interpreter refuses changes in between, and `list(...)` or `sorted(...)` let none happen.
 """
 
 from __future__ import annotations
@@ -31,7 +31,7 @@ class Listener(Protocol):
 
 
 class Handed:
-    """Stands for `container`, which is the value of an attribute (`key`) of one object (`which`)."""
+    """A stand-in for `container`, the value of an attribute (`key`) of one object (`which`)."""
 
     __slots__ = ("_container", "_key", "_listener", "_which")
 
@@ -99,5 +99,5 @@ for _name in (*_LOOKS, *(name for name in CHANGES if name.startswith("__"))):
 
 
 def plain(value: Any) -> Any:
-    """Return the container itself, if it is one that was handed out."""
+    """Return the container behind a stand-in, and any other value as it is."""
     return value._container if type(value) is Handed else value

@@ -1,9 +1,9 @@
-"""The native library as explored code sees it.
+"""The native library for explored code.
 
-KVM's modules call `lib.f(...)` of their own global `lib`; while a machine is explored that is an object of
-this class.  A call that touches what others touch, too, is a step with a footprint (most of them are in
-footprints.py); a call that would wait is a step with a condition, and then the native call does not wait.
-Everything else is the native function itself.
+KVM's modules call `lib.f(...)` of their own global `lib`, which is a ControlledLib while a machine is
+explored.  A call that touches shared state is a step with a footprint (most of them are in footprints.py).  A
+call that would wait is a step with a condition, so that the native call behind it does not wait.  All other
+attributes are the native functions themselves.
 """
 
 from __future__ import annotations
@@ -32,7 +32,7 @@ _MODULES = ("emulator.machine.runtime", "emulator.machine.locks")
 
 
 def instrumented_modules() -> list[ModuleType]:
-    """The modules whose code is explored."""
+    """Return the modules with code that is explored."""
     return [
         module
         for name, module in sorted(sys.modules.items())
@@ -42,7 +42,7 @@ def instrumented_modules() -> list[ModuleType]:
 
 @contextmanager
 def installed(control: Control) -> Iterator[None]:
-    """Explored code calls this library, and its ordering points tell `control`."""
+    """Make explored code call this library, and report its ordering points to `control`."""
     modules = instrumented_modules()
     originals = [module.__dict__["lib"] for module in modules]
     controlled = control.lib = (control.lib_class or ControlledLib)(control)
@@ -61,7 +61,7 @@ def installed(control: Control) -> Iterator[None]:
 
 
 class ControlledLib(Locks, Calls, GuestMode):
-    """Attributes are native functions and constants, or what stands for them."""
+    """The native library: attributes are native functions and constants, or stand-ins for them."""
 
     def __init__(self, control: Control) -> None:
         self.control = control
@@ -78,7 +78,7 @@ class ControlledLib(Locks, Calls, GuestMode):
             self.__dict__[name] = value
 
     def _told(self, name: str, native: Any) -> Any:
-        """`native`, which is no step because KVM's next ones do not depend on it; a policy's answer may."""
+        """Wrap a call that is no step, because no later step of KVM depends on it; a policy's answer may."""
         reads = self.control.policy_reads
         assert reads is not None
 
@@ -90,7 +90,7 @@ class ControlledLib(Locks, Calls, GuestMode):
         return told
 
     def _stepped(self, name: str, native: Any, footprint: Footprint | None) -> Any:
-        """`native` as a step.  What nobody has described conflicts with everything."""
+        """Wrap a call as a step.  A call without a footprint conflicts with everything."""
         control = self.control
         everything, policy_reads = control.everything, control.policy_reads
         if footprint is None:

@@ -1,4 +1,4 @@
-"""mmu_lock, RCU and SRCU as explored code sees them: who waits for whom is the scheduler's."""
+"""mmu_lock, RCU and SRCU for explored code: waits are conditions that the scheduler tests."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ else:
 
 
 class Locks(Lib):
-    """Native functions that stand for what may have to wait for other holders or readers."""
+    """Native functions that may have to wait for another holder or reader, or that end such a wait."""
 
     control: Control
 
@@ -45,7 +45,7 @@ class Locks(Lib):
         control = self.control
         mask = control.bit("mmu_lock", vm)
         waiters = control.bit("mmu_lock waiters", vm)
-        # A look at the lock, which for a writer is another one before and after a reader comes or goes.
+        # The test of the lock is an access: a reader's lock or unlock changes its result for a writer only.
         contended = lock.writer or (write and lock.readers > 0)
         execution.touch(0 if write else mask, mask if write else 0)
         if contended:
@@ -113,7 +113,7 @@ class Locks(Lib):
         if execution is None:
             control.run_callbacks()
             return 0
-        # Run or pending, they are counted all the same: only one that is queued makes a difference.
+        # `wanted` counts callbacks that ran and that are pending, so only a call_rcu() changes it.
         execution.step(("rcu_barrier", None, "read"), control.bit("callbacks") | control.everything, 0)
         wanted = control.callbacks_run + lib.rcu_pending(m)
         execution.step(

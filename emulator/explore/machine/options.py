@@ -1,4 +1,4 @@
-"""What else than the order of steps is up to the scheduler, if one asks for it."""
+"""Options for further choices of the scheduler, apart from the order of steps."""
 
 from __future__ import annotations
 
@@ -17,8 +17,11 @@ ADVERSARY = (EVICT, SPECULATE)
 
 @dataclass(frozen=True, slots=True)
 class Choices:
-    """evict: how often in one execution some pCPU may lose a cached mapping; speculate: how often one may
-    fetch a translation that nobody asked for.  0: not at all."""
+    """The budgets of one execution, and its memory model.
+
+    evict: how often a pCPU may lose a cached mapping; speculate: how often a pCPU may fetch a translation
+    that no access needs.  0: not at all.
+    """
 
     evict: int = 0
     speculate: int = 0
@@ -26,7 +29,7 @@ class Choices:
 
     @property
     def memory(self) -> str:
-        """The memory model of KVM's own accesses."""
+        """Return the memory model of KVM's own accesses."""
         return TSO if self.store_buffers else SEQUENTIALLY_CONSISTENT
 
     @property
@@ -34,7 +37,7 @@ class Choices:
         return bool(self.evict or self.speculate)
 
     def describe(self) -> str:
-        """For a verdict: what it allows besides interleavings, and the memory model."""
+        """Describe, for a verdict, the choices besides interleavings, and the memory model."""
         said = []
         if self.evict:
             said.append(_times(self.evict, "eviction"))
@@ -48,7 +51,7 @@ class Choices:
 
     @classmethod
     def given(cls, adversary: Sequence[str], budget: int, store_buffers: bool) -> Choices:
-        """From a command line; raises BadInput."""
+        """Return the choices of a command line; raises BadInput."""
         for name in adversary:
             if name not in ADVERSARY:
                 raise BadInput("--adversary", repr(name), " or ".join(ADVERSARY))
@@ -56,7 +59,7 @@ class Choices:
 
     @classmethod
     def of(cls, document: Mapping[str, Any]) -> Choices:
-        """From a document that has what `document` gave; raises ValueError."""
+        """Return the choices of a document that `document` has written; raises ValueError."""
         memory = document.get("memory", SEQUENTIALLY_CONSISTENT)
         if memory not in (SEQUENTIALLY_CONSISTENT, TSO):
             raise ValueError(f"memory {memory!r}")

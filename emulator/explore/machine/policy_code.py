@@ -1,4 +1,4 @@
-"""What the code of a user's policy uses that explore cannot watch, as far as names in it tell."""
+"""Uses in the code of a user's policy that explore cannot watch, as far as its names show."""
 
 from __future__ import annotations
 
@@ -10,14 +10,14 @@ from typing import Final
 
 from emulator.policy.source import Source
 
-# Modules without state that lasts, or whose state is watched.
+# Modules that keep no state, or with state that is watched.
 _WATCHED: Final = frozenset((
     "__future__", "abc", "bisect", "collections", "contextlib", "copy", "dataclasses", "enum", "fractions",
     "functools", "heapq", "itertools", "math", "numbers", "operator", "re", "statistics", "string", "types",
     "typing", "emulator.kvm", "emulator.machine.locks", "emulator.machine.runtime", "emulator.policy",
     "native",
 ))  # fmt: skip
-# Built-in functions that lead elsewhere, or whose result is another one in the next process.
+# Built-in functions that lead out of the file, or that return another result in the next process.
 _ELSEWHERE: Final = frozenset({"__import__", "compile", "eval", "exec", "hash", "id", "input", "open"})
 _BEHIND: Final = frozenset({"__builtins__", "__globals__", "__loader__", "__spec__", "f_back"})
 
@@ -30,7 +30,7 @@ def unwatched(source: Source) -> tuple[str, ...]:
 
 
 def _patches(source: Source) -> Iterator[tuple[int, str]]:
-    """KVM's code as the file has it reads what it likes, and no point says so."""
+    """Yield the parts of KVM that the file patches: no point announces the reads of patched code."""
     patches = source.patches
     for changed in (*map(str, patches.changes), *(kept.name for kept, _ in patches.contents)):
         yield source.stores.get(changed.rpartition(".")[2], 1), changed
@@ -60,7 +60,8 @@ def _use(instruction: dis.Instruction, nested: bool) -> str:
 
 
 def _is_watched(module: str, nested: bool) -> bool:
-    """The core's functions are replaced where the file's own names refer to them, and nowhere else."""
+    """Return whether explore watches the module.  The core's functions are replaced under the file's
+    global names only, so an import within a function finds the unwatched ones."""
     parts = module.split(".")
     if nested and parts[0] == "native":
         return False

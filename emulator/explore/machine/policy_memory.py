@@ -1,4 +1,4 @@
-"""What a user's policy remembers, as far as a loop that asks it again and again is concerned."""
+"""The memory of a user's policy: does it change when a retry loop asks the policy again?"""
 
 from __future__ import annotations
 
@@ -13,14 +13,14 @@ _OURS = __name__.partition(".")[0]
 
 
 class Memory:
-    """Has asking changed it?  KVM's objects in it are KVM's, and so are the counts of answers."""
+    """Tells whether a query has changed the policy's memory, without KVM's objects and counts of answers."""
 
     def __init__(self) -> None:
         self.policy: Policy | None = None
         self._before: dict[int, Snapshot | None] = {}
 
     def asking(self, task: int) -> None:
-        """Remember what it is now that this task asks; others may before it is answered."""
+        """Record the memory as this task asks; other tasks may ask before it is answered."""
         self._before[task] = self._now()
 
     def changed(self, task: int) -> bool:

@@ -1,18 +1,18 @@
-"""What a user's policy reads of KVM and of the machine, and writes to them, as accesses of its steps.
+"""Reads and writes of a user's policy, in the state of KVM and of the machine, as accesses of its steps.
 
-A policy's method is asked in a step that names the policy only.  Whatever it looks at besides may be written
-by any other thread at any moment, and the answer may depend on that.  So a read of an attribute that some
-thread changes is a step of the method's own, and so is the write: real threads can come in between any two
-of them.  The same holds for elements of containers and for memory of the core's, where an access of KVM's
-begins with the attribute that has it, and counts as a write if the contents are different at its step's end.
+KVM asks a policy's method in a step that names the policy only.  Any other thread may write the state that
+the method reads, at any moment, and the answer may depend on it.  A read of an attribute that some thread
+changes is therefore a step of the method's own, and so is the write: real threads can come in between any two
+of them.  Elements of containers and the core's memory are treated likewise: there, KVM's access begins when
+it reads the attribute that has the container, and counts as a write if the contents differ at its step's end.
 
 Which attributes are both read by the policy and changed is not known beforehand.  An execution that shows
-another one ends with `Grown`: what was searched until then did not turn round all races, and the search
-begins again with that attribute among the `Known`.  In a search that comes to its end, everything that was
-both read and changed was known from its first step on, in all processes.
+another one ends with `Grown`: the search until then has not reversed all races, and it begins again with that
+attribute among the `Known`.  In a search that comes to its end, every attribute that was both read and
+changed was known from the first step on, in all processes.
 
-Some things cannot be watched: other modules' state, files, the time, what the core counts.  A policy that
-reads them is told so (`unwatched`), and nothing is proved.
+Some state cannot be watched: other modules' state, files, the time, the core's counts.  A policy that reads
+such state is reported (`unwatched`), and nothing is proved.
 """
 
 from __future__ import annotations
@@ -39,20 +39,23 @@ if TYPE_CHECKING:
 _OURS: Final = frozenset({"emulator", "native"})
 _EXPLORE: Final = "emulator.explore."
 _AUDIT: Final = _EXPLORE + "audit.shared_state"
-# At the beginning of an execution: asked before threads run.
+# The "task" of queries at the beginning of an execution, before threads run.
 _INIT: Final = -1
 
 Name = tuple[str, Hashable]  # an attribute or its contents, and the object that has it
 
 
 class Grown(Exception):
-    """The policy reads something that changes, and the search did not know: it has to begin again."""
+    """The policy reads an attribute that changes and was not known: the search must begin again."""
 
 
 @dataclass(frozen=True, slots=True)
 class Known:
-    """shared: attributes and contents that a policy reads and some thread changes.  contents: those that it
-    reads at all.  written: what it writes itself."""
+    """The accesses of a policy that a search watches.
+
+    shared: attributes and contents that the policy reads and some thread changes.  contents: all contents
+    that the policy reads.  written: attributes and contents that the policy writes.
+    """
 
     shared: frozenset[str] = frozenset()
     contents: frozenset[str] = frozenset()
@@ -74,8 +77,11 @@ NOTHING: Final = Known()
 
 @dataclass(slots=True)
 class Seen:
-    """Accesses in some executions.  read: by a policy; changed: by anyone.  contents, written: as in Known.
-    unwatched: sentences, in the order in which they came up."""
+    """Accesses in some executions.
+
+    read: by a policy; changed: by any thread.  contents, written: as in Known.  unwatched: sentences, in the
+    order of the uses that they report.
+    """
 
     read: set[Name] = field(default_factory=set)
     changed: set[Name] = field(default_factory=set)
@@ -95,7 +101,7 @@ class Seen:
 class PolicyReads:
     """Watches one program's policy, which is in the file `path`.
 
-    frozen: what was not known is not looked for, as when a recorded execution is run again.
+    frozen: `known` does not grow, as when a recorded execution is run again.
     """
 
     def __init__(self, control: Control, path: str, known: Known = NOTHING, *, frozen: bool = False) -> None:
@@ -105,7 +111,7 @@ class PolicyReads:
         self.frozen = frozen
         self.grown = False
         self.seen = Seen()
-        self.asking: dict[int, int] = {}  # tasks in methods of the policy's, and how deep
+        self.asking: dict[int, int] = {}  # tasks in methods of the policy, and their depth
         self._policy = control.bit("policy", path)
         self._slots = slots_of(WATCHED, self)
         for slot in self._slots.values():
@@ -120,7 +126,7 @@ class PolicyReads:
             yield
 
     def adopt(self, policy: Policy) -> None:
-        """Have the module of a file that was executed just now call the library as explored code does."""
+        """Make the module of a file that was just executed call the library of explored code."""
         module = policy.module()
         for name, value in list(vars(module).items()) if module is not None else ():
             if value is lib:
@@ -129,14 +135,14 @@ class PolicyReads:
                 self._unwatched(f"{Path(self.path).name}: calls the core through {value.__name__}")
 
     def forget(self) -> None:
-        """A new world is made: its objects have no names yet."""
+        """Forget all objects: those of a new world have no names yet."""
         self.asking.clear()
         self._names: dict[int, tuple[object, Hashable]] = {}
         self._held: set[Name] = set()
         self._contents: dict[int, tuple[Any, object, Name]] = {}
 
     def keep(self) -> None:
-        """Each execution begins here, `forget` or `put_back` before it."""
+        """Record the state that each execution begins with, after `forget` or `put_back`."""
         self._initial = dict(self._names), set(self._held)
 
     def put_back(self) -> None:
@@ -145,13 +151,13 @@ class PolicyReads:
         self._names, self._held = dict(names), set(held)
 
     def check(self) -> None:
-        """After an execution; raises Grown."""
+        """Raise Grown if the execution has shown an access that was not known."""
         if self.grown and not self.frozen:
             raise Grown
 
     @contextmanager
     def apart(self) -> Iterator[Seen]:
-        """Note what is seen meanwhile for itself."""
+        """Record the accesses of the block in a Seen of their own."""
         before, self.seen = self.seen, Seen()
         grown, self.grown = self.grown, False
         try:
@@ -160,7 +166,7 @@ class PolicyReads:
             self.seen, self.grown = before, grown
 
     def merge(self, seen: Seen) -> None:
-        """Take over what was seen apart; raises Grown."""
+        """Add the accesses that were recorded apart; raises Grown."""
         self.seen.add(seen)
         now = self.seen.known()
         self.grown |= not (
@@ -171,7 +177,7 @@ class PolicyReads:
         self.check()
 
     def next(self) -> Known:
-        """Return what the next search knows: more than this one, so there is a last one."""
+        """Return the accesses that the next search knows: more than this one's, so there is a last search."""
         now, then = self.seen.known(), self.known
         known = Known(now.shared | then.shared, now.contents | then.contents, now.written | then.written)
         if known == then:
@@ -185,7 +191,7 @@ class PolicyReads:
         if self.control.execution is not None:
             self.control.execution.stop()
 
-    # --- the policy is asked --------------------------------------------------------------------------------
+    # --- queries of the policy ------------------------------------------------------------------------------
 
     def _task(self) -> int:
         execution = self.control.execution
@@ -204,16 +210,16 @@ class PolicyReads:
             del self.asking[task]
 
     def asks(self) -> bool:
-        """Whether the running code is the policy's, or KVM's that it has called."""
+        """Return whether the running code is the policy's, or code of KVM that the policy has called."""
         return bool(self.asking) and self._task() in self.asking
 
     def _held_now(self) -> int:
         return self.control.objects.mask(self._held)
 
     def step_ends(self, task: Task) -> None:
-        """Add to the step's accesses what shows at its end."""
+        """Add the accesses that show at the step's end."""
         if task.index in self.asking:
-            # It goes on with what it remembers and with what it was given.
+            # The method depends on the policy's memory, and on the containers that it was given.
             task.reads |= self._held_now()
             task.writes |= self._policy
         for number, (container, before, name) in self._contents.items():
@@ -260,7 +266,7 @@ class PolicyReads:
         return value
 
     def _kvm_reads(self, execution: Execution, slot: Slot, obj: object, value: Any) -> Any:
-        """KVM's code reads what the policy writes, or is about to look into what the policy looks into."""
+        """Return the value for KVM's code, with a step if the policy writes it or reads its contents."""
         if slot.key in self.known.written:
             self._step(execution, slot.key, self._which(slot, obj), False)
             value = slot.plain_get(obj)
@@ -286,7 +292,8 @@ class PolicyReads:
             which = self._which(slot, obj)
             if self.asks():
                 if not is_watchable(value, slot.attr):
-                    # A function would run elsewhere, and of a container of its own it knows the contents.
+                    # A function would run outside of the method, and a container of the
+                    # policy's own can change unseen.
                     self.cannot_watch(f"writes {slot.key}")
                 self._access(slot.key, which, True)
             else:
@@ -298,19 +305,19 @@ class PolicyReads:
             self._names.setdefault(id(value), (value, (slot.attr, self._which(slot, obj))))
 
     def _which(self, slot: Slot, obj: object) -> Hashable:
-        """The object's number, or the attribute that it came into being as and the number of that object; all
-        others of a class are taken for one."""
+        """Return the object's number, or else the attribute that it was first stored to and the number of
+        that attribute's object.  All other objects of a class count as one."""
         if slot.identity is not None:
             try:
                 return slot.identity(obj)  # type: ignore[no-any-return]
             except AttributeError:
-                return None  # a copy that is being made
+                return None  # a copy that is not complete yet
         return self._names.get(id(obj), (obj, None))[1]
 
     # --- contents -------------------------------------------------------------------------------------------
 
     def element(self, key: str, which: Hashable, container: Any, write: bool) -> None:
-        """The policy accesses the contents of a container, or of memory."""
+        """Record that the policy accesses the contents of a container, or of memory."""
         if key not in self.known.contents:
             self.seen.contents.add(key)
             self._grow()
@@ -332,7 +339,7 @@ class PolicyReads:
     # --- steps ----------------------------------------------------------------------------------------------
 
     def _access(self, key: str, which: Hashable, write: bool) -> None:
-        """By the policy."""
+        """Record an access of the policy, as a step if it is shared."""
         name = key, which
         self._read(name)
         if write:
@@ -349,10 +356,10 @@ class PolicyReads:
         reads, writes = (0, mask) if write else (mask, 0)
         execution.step((key, which, "write" if write else "read"), reads, writes | policy)
 
-    # --- what cannot be watched -----------------------------------------------------------------------------
+    # --- accesses that cannot be watched --------------------------------------------------------------------
 
     def cannot_watch(self, what: str) -> None:
-        """The policy does this, with a verb."""
+        """Report a use of the policy that cannot be watched; `what` begins with a verb."""
         frame: FrameType | None = sys._getframe(1)
         while frame is not None and frame.f_code.co_filename != self.path:
             frame = frame.f_back

@@ -1,4 +1,4 @@
-"""A litmus test as a program: its threads are tasks, on a machine that is put back to the start each time."""
+"""A litmus test as a program: its threads are tasks, on a machine that is restored for each execution."""
 
 from __future__ import annotations
 
@@ -36,8 +36,8 @@ DEADLOCK = "deadlock"
 
 
 class ExploredWorld(World):
-    """Progress of threads is known to the scheduler.  Before and after an execution, grace periods are over
-    between any two operations."""
+    """A world in which the scheduler knows the threads' progress.  Before and after an execution, pending
+    grace periods end between any two operations."""
 
     control: Control | None = None
     single = True  # one SPTE changes in a step
@@ -64,7 +64,7 @@ class ExploredWorld(World):
 
 
 def _is_constant(obj: object) -> bool:
-    """Of an explored machine: what stays as it is, or belongs to the search."""
+    """Return whether an object does not change in an execution, or belongs to the search."""
     return (
         isinstance(obj, LitmusTest | Section | Op | Control | Calls)
         or type(obj) is Policy
@@ -82,11 +82,11 @@ def wait_text(wait: Mapping[str, Any]) -> str:
 class LitmusProgram:
     """One test under one policy.  Use inside `installed(program.control)`.
 
-    init is executed once; what it has come to is kept, and each execution begins with putting that back: the
-    core's memory (machine_restore), and the Python objects (`Snapshot`).  A user's policy may remember things
-    that cannot be put back; then, and with `rebuild`, each execution has a new machine.
+    init is executed once and its result recorded; each execution begins by restoring it: the core's memory
+    (machine_restore), and the Python objects (`Snapshot`).  A user's policy may keep state that cannot be
+    restored; then, and with `rebuild`, each execution has a new machine.
 
-    known, frozen: what is watched of the accesses of a user's policy (policy_reads.py).
+    known, frozen: the accesses of a user's policy that are watched (policy_reads.py).
     """
 
     def __init__(
@@ -117,7 +117,7 @@ class LitmusProgram:
             )
         self._build_world()
         self._evidence = Evidence(self.machine)
-        self._found: dict[str, int] | None = None  # of an execution that has come to its end
+        self._found: dict[str, int] | None = None  # the evidence of an execution that has come to its end
         self._buffers = {buffer_name(name): cpu for cpu, name in self._buffered().items()}
 
     def _control(self) -> Control:
@@ -151,7 +151,7 @@ class LitmusProgram:
         self._build_world()
 
     def _prepare(self) -> None:
-        """To where the threads begin."""
+        """Bring the world to the state in which the threads begin."""
         control, world = self.control, self.world
         control.forget()
         if self.reads is not None:
@@ -194,7 +194,7 @@ class LitmusProgram:
         self.world.main.check(rc)
 
     def _put_back(self, initial: Snapshot) -> None:
-        """Whoever was in the middle of something has been unwound."""
+        """Restore the initial state.  All tasks of the last execution have been unwound."""
         for task in self._vcpu_tasks():
             task.close()
         self.world.main.check(lib.machine_restore(self.machine.m))
@@ -240,7 +240,7 @@ class LitmusProgram:
 
     @contextmanager
     def _told(self, who: str) -> Iterator[None]:
-        """What a policy can bring about besides violations comes out as a LitmusFailure."""
+        """Turn each failure that a policy can cause besides violations into a LitmusFailure."""
         try:
             yield
         except KVM_FAILS as error:
@@ -248,7 +248,7 @@ class LitmusProgram:
             raise LitmusFailure(failure_text(alone.name if alone else who, error)) from error
 
     def finish(self, execution: Execution) -> str:
-        """... Raises LitmusFailure."""
+        """Return the outcome: the violations, a deadlock, or "" for none.  Raises LitmusFailure."""
         control = self.control
         control.execution = None
         self._found = None
@@ -271,7 +271,7 @@ class LitmusProgram:
         )
 
     def _wait(self, execution: Execution, wait: Wait) -> dict[str, Any]:
-        """For recordings: a thread that waits for ever, its CPU, and the CPUs that hold what it waits for."""
+        """Describe, for recordings, a thread that waits for ever, its CPU, and the holders of its lock."""
         task = next(task for task in execution.tasks if task.name == wait.task)
         names = self.names()
         return {
@@ -283,18 +283,18 @@ class LitmusProgram:
         }
 
     def met(self) -> Met:
-        """Return what the execution that was finished last met: nothing, if it was cut short."""
+        """Return the dangers of the execution that was finished last: none, if it was cut short."""
         found = self._found
         return Met(False, {}) if found is None else Met(proven(self.test, found), found)
 
     def abandon(self, execution: Execution) -> None:
-        """The execution was not finished: it is like another one, or a task has failed."""
+        """Drop an execution that has not finished: it was pruned, or a task has failed."""
         self.control.execution = None
         if self.reads is not None:
             self.reads.check()
 
     def _take_pcpus(self) -> None:
-        """All pCPUs run, whether somebody plays them or not; interrupts arrive when the scheduler says so."""
+        """Take all pCPUs, with or without a thread, and let interrupts arrive when the scheduler chooses."""
         m = self.machine.m
         for number in map(CpuId, range(self.machine.pcpus)):
             self.world.main.check(lib.cpu_take(m, number))
@@ -318,14 +318,14 @@ class LitmusProgram:
     # --- for recordings -------------------------------------------------------------------------------------
 
     def names(self) -> dict[int, str]:
-        """Who is behind each CPU's number."""
+        """Return the name of the thread or pCPU behind each CPU's number."""
         names = {number: f"pcpu{number}" for number in range(self.machine.pcpus)}
         for thread in self.world.threads.values():
             names[thread.home.id] = thread.name
         return names | {rcu_cpu(self.machine).id: "rcu", self.world.main.id: VMM}
 
     def task_names(self) -> list[str]:
-        """In the order in which they are spawned."""
+        """Return the names of all tasks, in the order in which they are spawned."""
         names = [*self.world.threads, *(f"irq{n}" for n in range(self.machine.pcpus)), "rcu"]
         if self.choices.store_buffers:
             names += map(buffer_name, self._buffered().values())
@@ -333,13 +333,13 @@ class LitmusProgram:
         return names if adversary is None else [*names, *adversary.names]
 
     def _buffered(self) -> dict[CpuId, str]:
-        """The CPUs that KVM's code runs on; a vCPU's thread is on a pCPU then."""
+        """Return the CPUs that KVM's code runs on: a vCPU's thread runs it on a pCPU."""
         names = {number: f"pcpu{number}" for number in map(CpuId, range(self.machine.pcpus))}
         others = (thread for thread in self.world.threads.values() if not thread.section.is_vcpu)
         return names | {thread.home.id: thread.name for thread in others}
 
     def cpu_of(self, task: Task) -> CpuId:
-        """The CPU that a task is on now."""
+        """Return the CPU that a task is on now."""
         thread = self.world.threads.get(task.name)
         if thread is not None:
             return thread.cpu.id

@@ -1,4 +1,4 @@
-"""The native library where plain stores wait in store buffers: see store_buffers.py for what is one."""
+"""The native library with plain stores that wait in store buffers; store_buffers.py lists plain stores."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from native.types import CpuId, VcpuId, VmId
 if TYPE_CHECKING:
     from native._native import U64, MachinePtr
 
-# Native calls that wait for the queue, besides those that FOOTPRINTS says write something.
+# Native calls that wait for an empty queue, besides those that write according to FOOTPRINTS.
 _FENCED: Final = (
     "mmu_read_trylock",
     "mmu_write_trylock",
@@ -42,7 +42,7 @@ _MODES: Final = {
     lib.EXITING_GUEST_MODE: "EXITING_GUEST_MODE",
 }
 
-# Loads of SPTEs, if the rest does not wait anyway.
+# Loads of SPTEs, apart from calls that are fenced in any case.
 _READS_SPTES: Final = (
     "tdp_mmu_get_walk",
     "spte_read",
@@ -55,7 +55,7 @@ Native = Callable[..., Any]
 
 
 class BufferedLib(ControlledLib):
-    """The native library where plain stores wait."""
+    """The native library with plain stores that wait in store buffers."""
 
     control: BufferedControl
 
@@ -104,7 +104,7 @@ class BufferedLib(ControlledLib):
     # --- fences and loads -----------------------------------------------------------------------------------
 
     def _fenced(self, call: Native, announced: str = "") -> Native:
-        """`announced`: not by itself, but by a point right before."""
+        """Wrap a call that waits for an empty queue.  `announced`: by the point right before it."""
         control = self.control
 
         def fenced(*args: Any) -> Any:
@@ -120,7 +120,7 @@ class BufferedLib(ControlledLib):
         return fenced
 
     def _settles(self, call: Native, name: str) -> Native:
-        """A load that waits for the CPU's own store there, if there is one."""
+        """Wrap a load that waits for the CPU's own store to that object, if there is one."""
         control = self.control
 
         def load(*args: Any) -> Any:
@@ -143,14 +143,14 @@ class BufferedLib(ControlledLib):
             own = None
             found = call(m, vcpu)
             if execution is not None:
-                # In the load's own step: until now the store may have become visible, and others after it.
+                # Look within the load's own step: the store may have become visible until then.
                 own = control.stores.pending(execution, self._cpu(execution), (name, vcpu))
             return found if own is None else own.value
 
         return load
 
     def _checks(self, call: Native) -> Native:
-        """kvm_check_request(): a load, and clear_bit() if it is set."""
+        """Wrap kvm_check_request(): a load, and clear_bit() if the request is set."""
         control = self.control
         test = self.__dict__["kvm_test_request"]
 
@@ -190,17 +190,17 @@ class BufferedLib(ControlledLib):
         self._store(("vcpu_cpu", vcpu), cpu, what, bit, lambda: lib.vcpu_set_cpu(m, vcpu, cpu))
 
     def _bitmap_clear(self, words: U64, n: int) -> None:
-        """Which one, the point before has said."""
+        """Clear a mask of pCPUs; the point right before names it."""
         execution = self.control.execution
         writes = execution.current.writes if execution is not None else 0
         self._store(("bitmap",), 0, "a root's mask is cleared", writes, lambda: lib.bitmap_clear(words, n))
 
     def _tdp_mmu_set_spte(self, *args: Any) -> int:
-        """WRITE_ONCE() by the owner of a frozen SPTE, or under mmu_lock held for write."""
+        """Store an SPTE with WRITE_ONCE(): its owner has frozen it, or mmu_lock is held for write."""
         control, what = self.control, f"an SPTE of gfn {args[6]:#x}"
         reads = control.custody_of_tables((args[3],)) | granted(control, args)
         self._store(("spte",), 0, what, control.bit("ept"), lambda: lib.tdp_mmu_set_spte(*args), reads)
-        return 0  # nobody asks for what was there
+        return 0  # the old SPTE, which no caller uses
 
     def _invalidates(self, call: Native, name: str) -> Native:
         native = getattr(lib, name)
@@ -227,7 +227,7 @@ class BufferedLib(ControlledLib):
         return make
 
     def _increments(self, call: Native) -> Native:
-        """What a point has announced right before."""
+        """Wrap an increment; the point right before announces its access."""
 
         def increment(counter: U64) -> None:
             control = self.control
@@ -241,7 +241,7 @@ class BufferedLib(ControlledLib):
 
         return increment
 
-    # --- what is released comes behind what was stored ------------------------------------------------------
+    # --- releases come behind earlier stores ----------------------------------------------------------------
 
     def _mmu_write_unlock(self, m: MachinePtr, cpu: CpuId, vm: VmId) -> None:
         control = self.control
@@ -270,7 +270,7 @@ class BufferedLib(ControlledLib):
         self._store(("srcu",), 0, "srcu_read_unlock()", control.bit("srcu left", vm, who), leave)
 
     def _local_irq_enable(self, m: MachinePtr, cpu: CpuId) -> int:
-        """Handlers answer with stores, which come behind all others."""
+        """Enable interrupts, behind a fence if one arrives: its handler's stores come behind all others."""
         execution = self.control.execution
         if execution is not None and lib.cpu_attention(m, cpu) & lib.ATTENTION_IPI:
             self.control.stores.fence(execution, cpu)
@@ -278,4 +278,4 @@ class BufferedLib(ControlledLib):
 
 
 class BufferedAdversarialLib(AdversarialLib, BufferedLib):
-    """Both."""
+    """The native library with store buffers and with the adversary's candidates."""

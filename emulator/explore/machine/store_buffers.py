@@ -2,21 +2,21 @@
 
 After Sewell, Sarkar, Owens, Zappa Nardelli, Myreen, "x86-TSO: a rigorous and usable programmer's model
 for x86 multiprocessors", CACM 53(7), 2010: a plain store goes into its CPU's queue, and reaches memory
-when the scheduler says so, in the order of the stores; the CPU itself sees its newest one; locked
-instructions, full barriers and whatever else serializes wait until the queue is empty. What is a plain
-store here:
+when the scheduler chooses, in the order of the stores; the CPU itself loads its newest one; locked
+instructions, full barriers and other serializing instructions wait until the queue is empty. Plain stores
+are:
 
-    vcpu->mode, vcpu->cpu (WRITE_ONCE, smp_store_release), mmu_invalidate_seq and what belongs to it, the
-    clearing of masks of pCPUs, an SPTE that its owner sets alone (tdp_mmu_set_spte); the release of mmu_lock
-    held for write and of SRCU, which come behind what they protect; and what a mutant stores without the
-    locked instruction that the kernel has (point "plain store").
+    those to vcpu->mode, vcpu->cpu (WRITE_ONCE, smp_store_release), mmu_invalidate_seq and the fields with it;
+    the clearing of masks of pCPUs; the store of an SPTE that only its owner may set (tdp_mmu_set_spte); the
+    release of mmu_lock held for write and of SRCU, which come behind the stores that they protect; and a
+    mutant's stores without the locked instruction that the kernel has (point "plain store").
 
-Everything else that writes is a locked instruction (requests, other SPTEs, locks, reference counts), or
-visible at once together with all stores before it (Python's own objects, such as memslots; spinlocks are
-released behind a fence). Interrupts are sent behind a fence (weak_wrmsr_fence()) and taken when the queue
-is empty; INVEPT and INVVPID serialize (SDM vol. 3A, 9.3), VM entry and a context switch wait likewise; a
-grace period does not end before the stores are visible that were waiting when it began, and those of the
-readers that it waits for.
+Every other write is a locked instruction (requests, other SPTEs, locks, reference counts), or visible at once
+together with all stores before it (Python's own objects, such as memslots; spinlocks are released behind a
+fence). Interrupts are sent behind a fence (weak_wrmsr_fence()) and taken when the queue is empty; INVEPT and
+INVVPID serialize (SDM vol. 3A, 9.3), VM entry and a context switch wait likewise. A grace period does not end
+before two kinds of stores are visible: those that were waiting when it began, and those of the readers that
+it waits for.
 """
 
 from __future__ import annotations
@@ -36,16 +36,16 @@ from native.types import CpuId
 
 Key = tuple[Hashable, ...]
 
-# Points of KVM's code at which a full barrier stands.  At all that begin a step and write, such as taking a
-# lock, there is a locked instruction.
+# Points of KVM's code with a full barrier.  Points that begin a step and write, such as those that take a
+# lock, imply a locked instruction.
 _FENCES: Final = frozenset({"down", "unlocking", "smp_mb"})
-# ... and those where the calls behind them say what they are.
+# Points that write and imply neither: the native calls behind them are plain stores or locked instructions.
 _SPECIFIC: Final = frozenset({"root_tlb"})
 
 
 @dataclass(frozen=True, slots=True)
 class Store:
-    """One that is on its way: `apply` makes it visible."""
+    """A store that waits in a queue: `apply` makes it visible."""
 
     key: Key
     value: int
@@ -53,19 +53,22 @@ class Store:
     writes: int
     apply: Callable[[], object]
     by: Task | None = None
-    reads: int = 0  # what its effect depends on
+    reads: int = 0  # the objects that its effect depends on
 
 
 class StoreBuffers:
-    """A queue per CPU.  `dirty`: CPUs that have stored something since their last fence, whether or not it is
-    visible by now: what a CPU does next must not depend on when that happens."""
+    """A queue per CPU.
+
+    `dirty`: CPUs that have stored since their last fence, whether or not the stores are visible by now,
+    because the CPU's next step must not depend on when they become visible.
+    """
 
     def __init__(self, objects: Objects, everything: int = 0) -> None:
         self.objects = objects
         self.everything = everything
         self.queues: dict[int, deque[Store]] = {}
         self.dirty: set[int] = set()
-        self.put: dict[int, int] = {}  # how many ever
+        self.put: dict[int, int] = {}  # number of all stores, by CPU
         self.gone: dict[int, int] = {}
 
     def add(self, cpu: CpuId) -> None:
@@ -79,7 +82,7 @@ class StoreBuffers:
         return self.objects.mask(("store buffer", cpu) for cpu in self.queues)
 
     def store(self, execution: Execution, cpu: CpuId, store: Store) -> None:
-        """Into the queue; belongs to the step that the CPU is in, because nobody else can see it."""
+        """Queue a store.  It belongs to the CPU's current step, because no other CPU can see it yet."""
         if cpu not in self.queues or execution.aborting:
             store.apply()
             execution.touch(store.reads, store.writes)
@@ -90,14 +93,14 @@ class StoreBuffers:
         execution.touch(0, self.mask(cpu))
 
     def pending(self, execution: Execution, cpu: CpuId, key: Key) -> Store | None:
-        """The CPU's own newest store there, which is what it loads."""
+        """Return the CPU's own newest store to that object, which it loads."""
         if cpu not in self.dirty:
             return None
         execution.touch(self.mask(cpu), 0)
         return next((store for store in reversed(self.queues[cpu]) if store.key == key), None)
 
     def fence(self, execution: Execution, cpu: CpuId) -> None:
-        """Go on when all of this CPU's stores are visible."""
+        """Wait until all of this CPU's stores are visible."""
         if cpu not in self.dirty:
             return
         self.dirty.discard(cpu)
@@ -109,7 +112,7 @@ class StoreBuffers:
         execution.step(("full barrier", cpu, "read"), self.mask(cpu), 0, lambda: not queue, "its stores")
 
     def drains(self, execution: Execution, cpu: CpuId) -> Callable[[], None]:
-        """The daemon of one queue: a store a step."""
+        """Return the daemon of one queue: each of its steps makes a store visible."""
         queue, mask = self.queues[cpu], self.mask(cpu)
         label = ("store buffer", cpu, "write")
 
@@ -120,20 +123,20 @@ class StoreBuffers:
                 self.gone[cpu] += 1
                 execution.current.label = (VISIBLE, store.what, "write")
                 execution.touch(store.reads, store.writes)
-                execution.current.acts_for = store.by  # who waits for a change waits for others
+                execution.current.acts_for = store.by  # await_change() ignores the task's own stores
                 store.apply()
 
         return body
 
 
 class BufferedReaders(Readers):
-    """CPUs that read under RCU.  A grace period contains a full barrier on every CPU, after it has left the
-    read section that it was in."""
+    """CPUs that read under RCU.  A grace period contains a full barrier on every CPU, after the CPU has left
+    the read section that it was in."""
 
     def __init__(self, stores: StoreBuffers) -> None:
         super().__init__()
         self.stores = stores
-        # How many stores there were when it left, by the number of that leave.
+        # The CPU's number of stores at each exit, by CPU and number of the exit.
         self._put: dict[tuple[int, int], int] = {}
 
     def leave(self, who: int) -> None:
@@ -159,7 +162,7 @@ class BufferedControl(Control):
 
     def __init__(self, machine: Machine, objects: Objects) -> None:
         self.stores = StoreBuffers(objects, objects.bit(("everything",)))
-        self.cpu_of: Callable[[Task], CpuId] = lambda task: CpuId(-1)  # where a task is now
+        self.cpu_of: Callable[[Task], CpuId] = lambda task: CpuId(-1)  # the CPU that a task is on now
         self._plain: set[CpuId] = set()  # CPUs whose next store is a plain one
         super().__init__(machine, objects)
 
@@ -179,13 +182,13 @@ class BufferedControl(Control):
         super().point(cpu, kind, obj, mode)
 
     def is_plain(self, cpu: CpuId) -> bool:
-        """Is this store one, although the kernel's is not?"""
+        """Return whether this is a plain store, where the kernel has a locked instruction."""
         plain = cpu in self._plain
         self._plain.discard(cpu)
         return plain
 
     def spawn_buffers(self, execution: Execution, names: dict[CpuId, str]) -> None:
-        """One for each CPU that somebody is on."""
+        """Spawn a store buffer for each CPU that KVM's code runs on."""
         for cpu in names:
             self.stores.add(cpu)
         self.queues = self.stores.all()

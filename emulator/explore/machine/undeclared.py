@@ -1,8 +1,8 @@
-"""Is shared state touched only where KVM's code says so?
+"""Audits that KVM's code announces its accesses to shared state.
 
-Explored code is stopped before every native call that others could notice, named or not; real threads linger
-(chaos, `stress.delays`) only at named points.  The audit lists the calls that no named point announces, and
-native functions whose footprint nobody has described, which conflict with everything.
+Explored code can be preempted before every native call that touches shared state, announced or not; real
+threads are delayed (chaos, `stress.delays`) only at named points.  The audit lists the calls that no named
+point announces, and the native functions without a footprint, which conflict with everything.
 
 Python's own objects are watched by shared_state.py.
 """
@@ -12,9 +12,9 @@ from __future__ import annotations
 import sys
 from collections import Counter
 
-# Frames between an access and the code that makes it: access(), the stand-in for the native function.
+# Frames from here to the code that makes an access: access(), and the stand-in for the native function.
 _DEPTH = 2
-# Calls that follow one whose point names the same object, and what is the oracle's and not KVM's.
+# Calls right behind a call with a point that names their object, and calls of the oracle, not KVM's.
 _QUIET = frozenset(
     {
         "kvm_check_request",
@@ -28,7 +28,7 @@ _QUIET = frozenset(
 
 
 class Audit:
-    """Where explored code touches shared state without a point; counts by place."""
+    """Accesses of explored code to shared state without a point, counted by place."""
 
     def __init__(self) -> None:
         self.announced = ""

@@ -1,4 +1,4 @@
-"""Which objects and values a policy reads under explore's eyes."""
+"""Objects and values that explore can watch while a policy reads them."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from emulator.machine.runtime import Cpu, Machine
 from emulator.policy import Policy
 from native import ffi
 
-# Classes, and the slot that tells two objects of one apart in every execution alike; "": nothing does.
+# Classes, with the slot that distinguishes their objects, equally in every execution; "": there is none.
 WATCHED: Final[Mapping[type, str]] = {
     structs.Kvm: "id",
     structs.Vcpu: "id",
@@ -32,9 +32,9 @@ WATCHED: Final[Mapping[type, str]] = {
     SpinLock: "",
     Mutex: "",
 }
-# Values with nothing in them that changes.
+# Immutable values.
 _ATOMS: Final = (type(None), bool, int, float, complex, str, bytes, range, Enum, Policy)
-# The handle of the machine: nothing can be read through it but by native calls.
+# The handle of the machine: only native calls can read through it.
 _HANDLE: Final = "m"
 
 
@@ -44,7 +44,7 @@ def is_mutable(value: object) -> bool:
 
 
 def copied(container: Any) -> object:
-    """Return its contents now, for a comparison with what they are later."""
+    """Return a copy of its contents, for a comparison with later ones."""
     if isinstance(container, ffi.CData):
         return bytes(ffi.buffer(container))
     if isinstance(container, dict):
@@ -53,7 +53,7 @@ def copied(container: Any) -> object:
 
 
 def is_watchable(value: object, attr: str = "") -> bool:
-    """Return whether what can be read through it is watched, too, or never changes."""
+    """Return whether all state that can be read through it is watched, too, or never changes."""
     kind = type(value)
     if isinstance(value, _ATOMS) or kind in WATCHED:
         return True
