@@ -1,1 +1,1 @@
-"""Policies side by side: the same seeded workload under each, what it cost, and what it had to cost."""
+"""Policies side by side: one seeded workload under each policy, its cost, and the omniscient bound."""

@@ -13,8 +13,8 @@ VERSION = 1
 
 
 def comparison_document(comparison: Comparison) -> dict[str, Any]:
-    """Keys are stable.  Figures whose key ends in `/M` are per million guest accesses, in `/unit` per
-    operation of the scenario's unit; durations are seconds."""
+    """Return the JSON document.  Its keys are stable.  Figures whose key ends in `/M` are per million guest
+    accesses, in `/unit` per operation of the scenario's unit; durations are in seconds."""
     plan = comparison.plan
     return {
         "flushlab_comparison": VERSION,
@@ -54,7 +54,7 @@ def _policy(comparison: Comparison, name: str) -> dict[str, Any]:
 
 
 def _bound(comparison: Comparison) -> dict[str, Any] | None:
-    """For the baseline's first run."""
+    """Return the bound of the baseline's first run."""
     bound = comparison.bound
     if bound is None:
         return None

@@ -1,4 +1,4 @@
-"""A comparison as one self-contained page: verdicts, plots, every figure, and where the costs come from."""
+"""A comparison as one self-contained page: verdicts, plots, every figure, and the sources of the costs."""
 
 from __future__ import annotations
 
@@ -137,7 +137,7 @@ def _violations(comparison: Comparison) -> Iterator[str]:
 
 
 def _decisions(comparison: Comparison) -> Iterator[str]:
-    """Only where the policies differ."""
+    """Yield the decision points on which the policies differ."""
     answers = {name: runs[0].result.policy for name, runs in comparison.columns}
     points = [
         point

@@ -1,4 +1,4 @@
-"""One run reduced to the figures that are compared: plain numbers by key."""
+"""Reduces a run to the figures that are compared: plain numbers by key."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ class Measurement:
 
 
 def units_of(result: Result, scenario: Scenario) -> int:
-    """How many operations of the scenario's unit the run saw."""
+    """Return the number of operations of the scenario's unit in a run."""
     snapshot = result.snapshot
     counts = {
         "migrations": lambda: snapshot.kvm("migrations"),
@@ -64,7 +64,7 @@ def _flush_cycles(result: Result) -> float:
 
 
 def _counts(result: Result, bound: Bound) -> dict[str, float]:
-    """What is given per million guest accesses."""
+    """Return the counts that are shown per million guest accesses."""
     snapshot, counters = result.snapshot, result.snapshot.counters
     counts: dict[str, float] = {
         "flushes": 0.0,
@@ -103,7 +103,7 @@ def _per_unit(result: Result, bound: Bound) -> dict[str, float]:
 
 
 def _uninvolved(result: Result) -> dict[str, float]:
-    """Exits of guests on pCPUs whose VM nothing was done to; nothing where all are involved."""
+    """Return the interruptions of guests on pCPUs of undisturbed VMs; nothing if there are no such VMs."""
     groups = [group.interruptions for group in result.receivers if group.uninvolved]
     return {"uninvolved": float(sum(groups))} if groups else {}
 

@@ -22,11 +22,11 @@ from emulator.compare.runner import Comparison
 from emulator.report.result import Histogram
 from emulator.report.summary import duration_text, short
 
-# Stand for variables of the page's style sheet, so that one picture fits light and dark.
+# Placeholders for variables of the page's style sheet, so that a picture fits its light and dark themes.
 _FOREGROUND, _MUTED, _GRID = "#010101", "#020202", "#030303"
 _VARIABLES = {_FOREGROUND: "var(--text)", _MUTED: "var(--muted)", _GRID: "var(--grid)"}
 
-# Okabe and Ito's, told apart by everybody, darkened or lightened to stand on both grounds.
+# Okabe and Ito's palette for colour-blind readers, darkened or lightened for light and dark backgrounds.
 PALETTE = ("#3b82c4", "#e08a1e", "#2a9d78", "#c9557f", "#8a6fd1", "#b8a12f", "#57a9d6", "#9a7b5f", "#7d8794")
 
 _STYLE: dict[Any, Any] = {
@@ -52,7 +52,7 @@ _STYLE: dict[Any, Any] = {
     "savefig.facecolor": "none",
 }
 
-# Lines of the account of flushing, as they are stacked.
+# Groups of the cost lines of flushing, in the order in which they are stacked.
 _COSTS: tuple[tuple[str, tuple[str, ...]], ...] = (
     ("instructions", ("invept_", "invvpid_")),
     ("IPIs", ("IPIs ", "calls ")),
@@ -69,7 +69,7 @@ class Plot:
 
 
 def plots(comparison: Comparison) -> list[Plot]:
-    """All that this comparison has data for."""
+    """Return all plots for which this comparison has data."""
     made = [_cycles(comparison), _flushes(comparison), _interrupts(comparison)]
     made += [_per_unit(comparison), _pauses(comparison), _wall(comparison)]
     return [plot for plot in made if plot is not None]
@@ -100,7 +100,8 @@ def _cycles(comparison: Comparison) -> Plot:
 
 
 def _parts(comparison: Comparison, prefix: str) -> dict[str, dict[str, float]]:
-    """By policy: medians per million guest accesses of the figures whose names begin so, by the rest."""
+    """Return, by policy, the medians per million guest accesses of the figures whose keys begin with the
+    prefix, by the rest of the key."""
     names = dict.fromkeys(
         key.removeprefix(prefix).removesuffix("/M")
         for _, runs in comparison.columns
@@ -193,7 +194,7 @@ def _stacked(
     *,
     legend: bool = True,
 ) -> str:
-    """Horizontal bars, one per policy, of parts in the same order."""
+    """Draw horizontal bars, one per policy, all of whose parts have one order."""
     parts = [
         part for part in next(iter(stacks.values()), {}) if any(stack.get(part) for stack in stacks.values())
     ]
@@ -243,7 +244,7 @@ def _figure(draw: Callable[[Axes], None], height: float) -> str:
         figure.savefig(text, format="svg", metadata={"Date": None, "Creator": None})
     svg = text.getvalue()
     svg = svg[svg.index("<svg") :]
-    # The page scales it: width and height in points would fix its size.
+    # Drop width and height in points, which would fix the picture's size: the page scales it.
     svg = re.sub(r'^<svg ([^>]*?)width="[^"]*"', r"<svg \1", svg, count=1)
     svg = re.sub(r'^<svg ([^>]*?)height="[^"]*"', r"<svg \1", svg, count=1)
     for colour, variable in _VARIABLES.items():
@@ -260,7 +261,7 @@ def _median(runs: Sequence[Measurement], key: str) -> float:
 
 
 def _scale(run: Measurement, suffix: str) -> float:
-    """From a run's total to what it is given per."""
+    """Return the factor from a run's total to the figure per million accesses or per unit."""
     return 1 / max(run.values["units"], 1) if suffix == "/unit" else MILLION / max(run.values["accesses"], 1)
 
 
@@ -282,7 +283,7 @@ def _sum(histograms: Sequence[Histogram]) -> Histogram:
 
 
 def _exceeding(histogram: Histogram) -> tuple[list[float], list[float]]:
-    """Seconds, and which share of the samples may have been longer: steps at the buckets' upper bounds."""
+    """Return the buckets' upper bounds in seconds, and the share of samples above each."""
     seconds, shares, left = [], [], histogram.count
     for exponent, samples in enumerate(histogram.buckets):
         left -= samples

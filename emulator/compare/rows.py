@@ -1,4 +1,4 @@
-"""The rows of a comparison: which figures, in which order, how they read, and which way is better."""
+"""The rows of a comparison: the figures in order, their labels and formats, and which way is better."""
 
 from __future__ import annotations
 
@@ -16,13 +16,14 @@ Kind = Literal["count", "share", "duration", "times", "plain"]
 
 @dataclass(frozen=True, slots=True)
 class Row:
-    """`key` into the measurements' values.  `less` is better: deltas against the baseline say so."""
+    """A row.  `key` is its key in the measurements' values; `less` states whether less is better, if
+    either."""
 
     key: str
     label: str
     kind: Kind = "count"
     less: bool | None = True
-    # Show the spread over repetitions: for what depends on the machine at hand.
+    # Show the spread over repetitions, for figures that depend on the machine at hand.
     spread: bool = False
     head: bool = False
 
@@ -43,16 +44,16 @@ class Spread:
 
 
 def spread_of(measurements: Sequence[Measurement], key: str) -> Spread | None:
-    """None where no repetition has the figure."""
+    """Return a figure's spread; None if no repetition has the figure."""
     values = [m.values[key] for m in measurements if key in m.values]
     return Spread(median(values), min(values), max(values)) if values else None
 
 
 def sections(columns: Iterable[Sequence[Measurement]], unit: str | None) -> list[Section]:
-    """What there is to show of these measurements: scopes, reasons and receivers that occurred at all."""
+    """Return the sections for these measurements, with the scopes, reasons and receivers that occurred."""
     values = [m.values for column in columns for m in column]
     seen = list(dict.fromkeys(key for each in values for key, value in each.items() if value))
-    # Nobody being interrupted who is not involved is worth a line.
+    # Show the line of uninvolved guests even if its value is 0: it tells that none was interrupted.
     if any("uninvolved/M" in each for each in values):
         seen += ["uninvolved/M", "uninvolved/unit"]
     found = [
@@ -68,7 +69,7 @@ def sections(columns: Iterable[Sequence[Measurement]], unit: str | None) -> list
 
 
 def bound_values(bound: Bound, accesses: float, units: float) -> dict[str, float]:
-    """The column of the omniscient policy: figures that it would have had, by row."""
+    """Return the figures of the omniscient policy's column, by row."""
     million = MILLION / max(accesses, 1)
     values = {
         "violations": 0.0,
@@ -180,7 +181,7 @@ def _each(seen: Sequence[str], prefix: str, indent: str) -> tuple[Row, ...]:
 
 
 def singular(unit: str | None) -> str:
-    """One of the scenario's operations."""
+    """Return the singular of a scenario's unit."""
     return {"pages zapped": "page zapped", "remote flushes": "remote flush"}.get(
         unit or "", (unit or "").removesuffix("s")
     )

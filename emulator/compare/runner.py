@@ -1,7 +1,7 @@
 """Runs the scenario under each policy in turn, and again for each repetition.
 
-Repetitions go round the policies rather than one policy after the other, so that what the machine does
-besides, getting warmer or busier, meets all of them alike.  Repetition n has the seed + n, for every policy.
+A repetition runs each policy once, so that a machine that gets warmer or busier affects all policies alike.
+Repetition n has the seed + n, for every policy.
 """
 
 from __future__ import annotations
@@ -27,17 +27,17 @@ from emulator.scenario.config import Scenario
 
 # Seconds for booting, which is not compared.
 _SETTLE = 0.5
-# A run at the guests' own pace may take so many times its duration, and a little to start.
+# A run at the guests' own pace may take so many times its duration, plus some seconds to start.
 _WALL_FACTOR = 8.0
 _WALL_EXTRA = 20.0
 
-# Called after each run: number of the run from 1, of how many, and the run.
+# Called after each run, with its number from 1 on, the number of runs, and its result.
 Finished = Callable[[int, int, Result], None]
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Plan:
-    """What to compare. The first policy is the baseline."""
+    """The plan of a comparison.  The first policy is the baseline."""
 
     scenario: Scenario
     policies: tuple[Policy, ...]
@@ -46,7 +46,7 @@ class Plan:
     seed: int
     chaos: int = 0
     unbounded: bool = False
-    # What the user called the scenario and the policies, to be told how to run it again.
+    # The user's names of the scenario and the policies, for the command that runs the comparison again.
     named: tuple[str, tuple[str, ...]] | None = None
 
     @property
@@ -55,9 +55,10 @@ class Plan:
 
     @property
     def per(self) -> tuple[str, str]:
-        """What costs are best given per: its suffix in keys, and in words.
+        """Return the basis on which costs are compared: its suffix in keys, and its name.
 
-        Accesses, if all policies meet the same work per access; without a pace, the scenario's operations.
+        It is the scenario's unit, if there is one and no pace.  With a pace all policies have as much work
+        per access, so it is a million guest accesses.
         """
         unit = self.scenario.unit
         return (
@@ -67,7 +68,7 @@ class Plan:
 
 @dataclass(frozen=True, slots=True)
 class Comparison:
-    """What came of it: measurements by policy, as many as there were repetitions (fewer if interrupted)."""
+    """The results: measurements by policy, one for each repetition (fewer if interrupted)."""
 
     plan: Plan
     measurements: Mapping[str, Sequence[Measurement]]
@@ -81,17 +82,17 @@ class Comparison:
 
     @property
     def columns(self) -> list[tuple[str, Sequence[Measurement]]]:
-        """Policies that have at least one run, the baseline first."""
+        """Return the policies that have at least one run, the baseline first, with their runs."""
         return [(name, runs) for name, runs in self.measurements.items() if runs]
 
     @property
     def bound(self) -> Bound | None:
-        """`oracle-optimal` for the baseline's first run."""
+        """Return `oracle-optimal` for the baseline's first run."""
         runs = self.measurements.get(self.baseline)
         return runs[0].bound if runs else None
 
     def verdict(self, policy: str) -> str:
-        """The worst of its runs: a single violation is one."""
+        """Return the worst verdict of a policy's runs: a violation in one of them is decisive."""
         verdicts = [m.result.verdict for m in self.measurements[policy]]
         return next((v for v in ("violations", "inconclusive", "clean") if v in verdicts), "not run")
 
@@ -105,7 +106,7 @@ class Comparison:
 
 @dataclass
 class Comparer:
-    """The job of a session: `run` does it, `view` says how far it is, from another thread."""
+    """The job of a session.  `run` compares; `view`, called by another thread, draws the progress."""
 
     plan: Plan
     finished: Finished | None = None
@@ -157,7 +158,7 @@ class Comparer:
         self._now = snapshot
 
     def view(self) -> RenderableType:
-        """One line: bar, which run, time left, what the guests do."""
+        """Return a line with a bar, the current run, the time left, and the guests' rates."""
         plan = self.plan
         share = (self._done + self._share) / plan.runs
         elapsed = time.monotonic() - self._started

@@ -1,4 +1,6 @@
-"""A comparison for a terminal: the baseline's figures, the others' with what changed, and the bound's."""
+"""A comparison for a terminal: the figures of each policy, with their changes from the baseline, and the
+bound.
+"""
 
 from __future__ import annotations
 
@@ -20,7 +22,7 @@ _VERDICT_STYLES = {"clean": "green", "violations": "bold red", "inconclusive": "
 
 
 def comparison_table(comparison: Comparison) -> RenderableType:
-    """Everything, in one table whose rows are in sections."""
+    """Return the whole comparison as one table whose rows are in sections."""
     plan, columns = comparison.plan, comparison.columns
     parts: list[RenderableType] = [_header(comparison), Text()]
     if columns:
@@ -103,7 +105,8 @@ def _cell(row: Row, runs: Sequence[Measurement], base: Spread | None) -> Text:
 
 
 def change(now: float, before: float) -> str:
-    """+12 %, -3 %, x4.2; nothing where there is nothing to compare with."""
+    """Return the change as text: +12 %, -3 %, x4.2, "=" if there is none, "new" if there was nothing
+    before."""
     if before == now:
         return "="
     if not before:
@@ -115,7 +118,7 @@ def change(now: float, before: float) -> str:
 
 
 def better(row: Row, now: float, before: float) -> bool | None:
-    """None: neither, or not by enough to say."""
+    """Return whether a figure is better than before; None if neither way is, or the change is too small."""
     if row.less is None or abs(now - before) <= _NOTABLE * max(abs(before), abs(now)):
         return None
     return (now < before) == row.less
