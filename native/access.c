@@ -7,7 +7,7 @@
 #include "vm.h"
 
 #define RECORD_PAGE(record) ((record) >> 12 & GUEST_PAGE_MASK)
-/* The same in fewer instructions, if bits 48 to 61 are 0, as they should be. */
+/* RECORD_PAGE in fewer instructions, if bits 48 to 61 are 0, as they should be. */
 #define RECORD_PAGE_FAST(record) ((record) << 2 >> 14)
 #define RECORD_TYPE(record) ((uint32_t)((record) >> 62))
 
@@ -15,10 +15,10 @@ enum {
 	FAULTS_IN_A_ROW = 16,
 	LINE = CACHELINE / sizeof(uint64_t), /* records */
 	NOTE_EVERY = 4,
-	FETCH_AHEAD = 2048, /* bytes: the loop takes as long for them as memory takes to answer */
+	FETCH_AHEAD = 2048, /* bytes: the loop needs as long for them as memory needs to answer */
 };
 
-/* Relaxed: guest memory, ordered by nothing but the guest. */
+/* Relaxed: guest memory, which only the guest orders. */
 static inline void store(uint8_t *memory, uint32_t hfn, uint64_t record, uint64_t value)
 {
 	atomic_store_explicit((_Atomic uint64_t *)(void *)(memory + ((uint64_t)hfn << 12) + (record & 0xff8)), value,
@@ -50,11 +50,11 @@ static enum walk_result walk(struct walk *w, uint64_t record)
 	return r;
 }
 
-/* Neither level had it.  ghost: what tlb_ghost() says, or NULL. */
+/* Handle a miss of both levels.  ghost: the result of tlb_ghost(), or NULL. */
 static enum walk_result access_miss(struct walk *w, uint64_t record, const struct tlb_entry *ghost)
 {
 	w->linear = record & (GUEST_PAGE_MASK << 12 | 0xfff);
-	/* Without paging the walk looks the same translation up again, and minds the ghost. */
+	/* Without paging the walk looks up this translation again, and handles the ghost. */
 	if (ghost && w->guest->config.paging)
 		walk_ghost(w, ghost, RECORD_PAGE(record), RECORD_TYPE(record));
 	return walk(w, record);
@@ -80,7 +80,7 @@ enum walk_result guest_access_slow(struct walk *w, uint64_t record)
 
 static inline bool tag_is(const _Atomic uint16_t *tag, const struct tlb_hot *hot, uint32_t type)
 {
-	/* Relaxed: the tag is compared and nothing is read through it; see oracle.h for what orders it. */
+	/* Relaxed: the tag is compared and nothing is read through it; see oracle.h for its ordering. */
 	return atomic_load_explicit(&tag[hot->hfn], memory_order_relaxed) == hot->right[type];
 }
 
@@ -89,7 +89,7 @@ static inline enum walk_result unless_skipped(enum walk_result r)
 	return r == WALK_SKIPPED ? WALK_DONE : r;
 }
 
-/* The hint for its page was wrong, or its right did not hold, or it is done by itself. */
+/* Do one access after a wrong hint or a failed check, or a single one. */
 __attribute__((noinline)) enum walk_result accesses_one(struct walk *w, uint64_t record)
 {
 	struct tlb_hot *hot = tlb_l1_miss(w->tlb, RECORD_PAGE(record));
@@ -111,7 +111,7 @@ __attribute__((noinline)) enum walk_result accesses_one(struct walk *w, uint64_t
 	return WALK_DONE;
 }
 
-/* What stays in registers. */
+/* The loop's state that stays in registers. */
 struct loop {
 	const struct accesses *a;
 	struct tlb_l1 *l1;
@@ -120,14 +120,14 @@ struct loop {
 	const _Atomic uint16_t *tag;
 };
 
-/* Record p[i], if a hint leads to it.  touch: note the use for replacement. */
+/* Do record p[i], if a hint leads to it.  touch: record the use for replacement. */
 static inline __attribute__((always_inline)) bool hit(struct loop l, const uint64_t *p, uint32_t i, bool touch)
 {
 	uint64_t record = p[i];
 	uint32_t type = RECORD_TYPE(record);
 	struct tlb_hot *hot;
 
-	/* The poll.  Relaxed: whoever notices acquires when it takes the queue. */
+	/* The poll.  Relaxed: a CPU that sees the bit acquires when it takes the queue. */
 	if (__builtin_expect(atomic_load_explicit(l.attention, memory_order_relaxed), 0))
 		return false;
 	/* The look-up. */
@@ -144,14 +144,15 @@ static inline __attribute__((always_inline)) bool hit(struct loop l, const uint6
 	return true;
 }
 
-/* Records as far as hints lead to them; returns the first that was not done.
+/* Do records as far as hints lead to them; returns the first that was not done.
  *
- * Eight in a row, a line of the host's cache, as the loop's own instructions cost a tenth of what an access may take, and
- * the store that notes a use another: one use in four is noted, which makes a few more misses in a hundred of them (an L1
- * that replaces in order of first use has a fifth more).
+ * Eight are done in a row, a line of the host's cache, since the loop's own instructions cost a tenth of the
+ * time of an access, and the store that records a use another tenth.  One use in four is recorded, which adds a
+ * few misses per hundred misses (an L1 that replaces in order of first use has a fifth more).
  *
- * A trace is read once and is larger than the host's caches.  Fetched early and as what will not be read again, it does
- * not drive the guest's tables and the second level out of them. */
+ * A trace is read once and is larger than the host's caches.  Prefetching it early, with a non-temporal hint,
+ * keeps it from evicting the guest's tables and the second level.
+ */
 static inline __attribute__((always_inline)) const uint64_t *run_hits(const struct accesses *a, struct tlb_l1 *l1,
 								       const uint64_t *p, const uint64_t *end)
 {
@@ -189,7 +190,7 @@ enum walk_result accesses_run(struct accesses *a, struct walk *w, const uint64_t
 		w->guest->clock = a->clock + (uintptr_t)p / sizeof(*p);
 		if (p == end || atomic_load_explicit(a->attention, memory_order_relaxed))
 			break;
-		/* A page fault may take the guest's time. */
+		/* A page fault may advance the guest's clock. */
 		r = accesses_one(w, *p);
 		if (__builtin_expect(r != WALK_DONE, 0))
 			break;

@@ -25,7 +25,7 @@ int walk_speculatively(const struct walk *w, uint64_t linear)
 	return 1;
 }
 
-/* The cell of the n-th live mapping of a store, in the order of the dumps; NO_CELL: there are fewer. */
+/* Return the cell of the n-th live mapping of a store, in the order of the dumps; NO_CELL: there are fewer. */
 static uint32_t nth_live(const struct store *s, uint32_t *n)
 {
 	for (uint32_t cell = 0; cell < s->cell_count; cell++)
@@ -41,9 +41,9 @@ int tlb_evict(struct tlb *t, uint32_t n)
 	if (cell == NO_CELL)
 		return 0;
 	cell_kill(t, cell);
-	/* No ghost: no flush made it go. */
+	/* No ghost: no flush dropped it. */
 	slot_of(t, cell)->born = 0;
-	/* Which of the copies are of this mapping is not worth finding out: the others come back at their next use. */
+	/* Finding the copies of this mapping is not worthwhile: the others come back at their next use. */
 	l1_clear(&t->l1);
 	return 1;
 }

@@ -1,6 +1,6 @@
-/* See bitops.h.  The memory is Python's (cffi), so its type cannot say that it is atomic; every access to it goes
- * through here.  Sequentially consistent: who flushes clears or counts, then requests; who loads a vCPU reads,
- * and sees the requests later if it did not see this (vcpu-requests.rst). */
+/* See bitops.h.  The memory is Python's (cffi), so its type cannot be atomic; every access to it goes through
+ * here.  Sequentially consistent: a CPU that flushes clears or counts, then makes its requests.  A CPU that
+ * loads a vCPU reads, and if it did not see this store, it sees the requests later (vcpu-requests.rst). */
 #include "bitops.h"
 
 #include <stdatomic.h>

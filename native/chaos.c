@@ -1,4 +1,4 @@
-/* Delays at random places: what a race needs to happen often.  See cpu.h. */
+/* Delays at random places, which make races frequent.  See cpu.h. */
 #include <sched.h>
 
 #include "cpu.h"

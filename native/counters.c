@@ -46,7 +46,7 @@ void counters_destroy(const struct machine *m, struct counters *c)
 	heap_free(m->heap, c);
 }
 
-/* Relaxed: each value is whole by itself, and no reader draws conclusions from one about another. */
+/* Relaxed: each value is whole by itself, and no reader infers one value from another. */
 static void add_values(uint64_t *sums, _Atomic uint64_t *values, size_t n)
 {
 	for (size_t i = 0; i < n; i++)
@@ -99,7 +99,7 @@ void flushes_sum(struct machine *m, uint64_t *flushes, uint64_t *necessary)
 		for (uint32_t vm = 0; vm < m->config.vms; vm++) {
 			size_t row = (size_t)vm * SCOPES * REASONS;
 
-			/* relaxed: a flush that is counted just now is in this sum or in the next */
+			/* relaxed: a flush counted concurrently is in this sum or in the next */
 			if (!atomic_load_explicit(&c->flushed[vm], memory_order_relaxed))
 				continue;
 			add_values(&flushes[row], &c->flushes[row], SCOPES * REASONS);
@@ -114,7 +114,7 @@ void counter_add(struct machine *m, uint32_t cpu, uint32_t counter, uint64_t n)
 		count(m->cpus[cpu].counters, counter, n);
 }
 
-/* Bucket i holds what is below 2^i and not below 2^(i-1). */
+/* Bucket i holds values below 2^i and not below 2^(i-1). */
 static uint32_t histogram_bucket(uint64_t nanoseconds)
 {
 	uint32_t bits = nanoseconds ? 64 - (uint32_t)__builtin_clzll(nanoseconds) : 0;

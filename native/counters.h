@@ -51,9 +51,9 @@ enum counter {
 	COUNT_GUEST_INVALIDATIONS, /* INVLPG, INVPCID, MOV CR3 with flush by the guest */
 	COUNT_GUEST_SWITCHES,    /* MOV CR3 */
 	COUNT_STALE_WALKS,       /* walks that a cached pointer led into a table that was unlinked but not yet
-	                          * free */
+				  * free */
 	COUNT_CALLS_CROSSED,     /* of COUNT_CALLS_RUN: this CPU had sent a call to the sender, which had yet to
-	                          * run it */
+				  * run it */
 	COUNT_DEAD_ROOT_ENTRIES, /* translations of earlier owners of a root page, found when it was loaded */
 	COUNT_EXIT_INTERRUPT,    /* VM exits by reason, in the order of exit_reason (guest.h) */
 	COUNT_EXIT_EPT_VIOLATION,

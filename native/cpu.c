@@ -100,7 +100,7 @@ static bool power_change(struct cpu *c, uint32_t from, uint32_t to)
 	return atomic_compare_exchange_strong_explicit(&c->power, &from, to, SEQ_CST, SEQ_CST);
 }
 
-/* A sender serves this CPU: that is bounded, but its thread may not be running. */
+/* A sender services this CPU: that is bounded, but the sender's thread may not be running. */
 static void power_pause(uint32_t turn)
 {
 	if (turn & 63)
@@ -122,7 +122,7 @@ static int cpu_resume(struct machine *m, struct cpu *c)
 	}
 }
 
-/* The one place where a CPU's thread sleeps.  HALTED meanwhile: senders serve its calls. */
+/* The one place where a CPU's thread sleeps.  HALTED meanwhile: senders run its calls. */
 static int cpu_sleep(struct machine *m, struct cpu *c, uint32_t seq, uint64_t nanoseconds)
 {
 	chaos_point(m, c->id);
@@ -154,7 +154,7 @@ void cpu_offline(struct machine *m, uint32_t cpu)
 	chaos_point(m, cpu);
 	atomic_store_explicit(&c->power, CPU_OFFLINE, SEQ_CST);
 	chaos_point(m, cpu);
-	/* P3: whoever queued meanwhile saw SERVICED and left it to us. */
+	/* P3: a sender that queued meanwhile saw SERVICED and left its call to us. */
 	if (ipi_queued(c))
 		ipi_kick(m, cpu, c);
 	atomic_fetch_add_explicit(&c->event, 1, SEQ_CST);
@@ -182,7 +182,7 @@ int cpu_idle(struct machine *m, uint32_t cpu)
 	if (!power_change(c, CPU_RUNNING, CPU_HALTED))
 		return MACHINE_OFFLINE;
 	chaos_point(m, cpu);
-	/* P2: a sender that still saw RUNNING left it to this CPU's next poll, which may be long in coming. */
+	/* P2: a sender that still saw RUNNING left it to this CPU's next poll, which may be far off. */
 	if (ipi_queued(c))
 		ipi_kick(m, cpu, c);
 	return 0;
@@ -290,7 +290,7 @@ static uint64_t deadline_after(uint64_t timeout_us)
 	return monotonic_ns() + (timeout_us < longest ? timeout_us : longest) * 1000;
 }
 
-/* Sets how long the next turn may sleep; false when the time has come. */
+/* Set how long the next turn may sleep; false once the deadline has passed. */
 static bool deadline_set(struct wait *w, uint64_t deadline)
 {
 	uint64_t now;

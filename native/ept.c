@@ -38,7 +38,7 @@ int64_t ept_table_alloc(struct machine *m, uint32_t cpu, uint32_t kind)
 
 void ept_table_free(struct machine *m, uint32_t cpu, uint32_t table)
 {
-	/* Before it can be the next root, which would be told of first. */
+	/* Before it can be the next root, whose event would then precede this one. */
 	if (frame_kind_of(m->frames, table) == FRAME_ROOT)
 		event_record(m, cpu, EVENT_ROOT_FREE, table, 0);
 	frame_free(m, cpu, table);
@@ -56,7 +56,7 @@ void tdp_mmu_free_sp_rcu_callback(struct machine *m, struct cpu *cpu, uint64_t t
 
 uint64_t spte_read(struct machine *m, uint32_t table, uint32_t index)
 {
-	/* Acquire: pairs with the release of whoever published the SPTE. */
+	/* Acquire: pairs with the release store that published the SPTE. */
 	return atomic_load_explicit(&ept_table(m, table)[index & 511], memory_order_acquire);
 }
 
@@ -103,7 +103,7 @@ bool spte_child_holds(struct machine *m, uint32_t cpu, uint32_t vm, uint64_t spt
 
 void spte_set_pfn(struct machine *m, uint32_t cpu, uint32_t vm, uint64_t gfn, uint64_t spte, uint32_t level)
 {
-	/* spte_to_pfn(): of a huge page the first frame, whose struct page stands for all. */
+	/* spte_to_pfn(): for a huge page the first frame, whose struct page stands for all. */
 	uint32_t hfn = spte_hfn(spte), custody = spte_leaf_custody(spte, level);
 	struct violation_report r = {
 		.kinds = 1u << VIOLATION_USE_AFTER_FREE,
@@ -138,10 +138,10 @@ void spte_ungrant_at(struct ledger_cursor *c, struct frames *f, uint64_t gfn, ui
 		ledger_ungrant_one(c, f, gfn, hfn, read, write);
 }
 
-/* How rights change when `old` becomes `new_spte`. */
+/* The change of rights when `old` becomes `new_spte`. */
 struct change {
-	bool grant, grant_write;      /* before */
-	bool ungrant, ungrant_write;  /* after */
+	bool grant, grant_write;      /* before the swap */
+	bool ungrant, ungrant_write;  /* after the swap */
 };
 
 static struct change change_of(uint64_t old, uint64_t new_spte, uint32_t level)
@@ -156,7 +156,7 @@ static struct change change_of(uint64_t old, uint64_t new_spte, uint32_t level)
 	}
 	c.grant = is;
 	/* A huge leaf that gives way to a table is being split: the children inherit its rights.  A table that
-	 * gives way to a leaf takes its rights along in handle_removed_pt(); until then both count. */
+	 * gives way to a leaf loses its rights in handle_removed_pt(); until then both count. */
 	c.ungrant = was && !is_nonleaf_spte(new_spte, level);
 	return c;
 }
@@ -188,7 +188,7 @@ static void ungrant_after(struct machine *m, uint32_t vm, uint64_t gfn, uint64_t
 		spte_ungrant(m, vm, gfn, old, level, false, true);
 }
 
-/* A table that its entry does not lead to any more: walks from cached pointers to it are counted (walk.c). */
+/* Mark a table that its entry does not lead to any more: walks from cached pointers to it are counted (walk.c). */
 static void unlinked_after(const struct machine *m, uint64_t old, uint32_t level)
 {
 	if (is_nonleaf_spte(old, level) && is_table(m, spte_hfn(old)))
@@ -206,13 +206,13 @@ bool spte_try_change(struct machine *m, uint32_t cpu, uint32_t vm, _Atomic uint6
 {
 	struct change c = change_of(old, new_spte, level);
 
-	/* Most failures show here, where there is no grant to undo.  Relaxed: the swap decides. */
+	/* Most failures are found here, where there is no grant to undo.  Relaxed: the swap decides. */
 	if (atomic_load_explicit(sptep, memory_order_relaxed) != old)
 		return false;
 	grant_before(m, vm, gfn, new_spte, level, c);
 	chaos(m, cpu);
-	/* Release: whoever follows the SPTE sees what is behind it, and its grant.  Acquire: if it was somebody
-	 * else's last, what that one did before. */
+	/* Release: a walker that follows the SPTE sees the table or frame behind it, and its grant.  Acquire:
+	 * if another CPU wrote the old SPTE, its earlier stores are seen. */
 	if (!atomic_compare_exchange_strong_explicit(sptep, &old, new_spte, memory_order_acq_rel,
 						     memory_order_relaxed)) {
 		undo_grant(m, vm, gfn, new_spte, level, c);
@@ -247,7 +247,7 @@ static int misuse(struct machine *m, uint32_t cpu, const char *what, uint64_t va
 	return cpu_misuse(m, cpu, "set SPTE: %s (0x%llx)", what, (unsigned long long)value);
 }
 
-/* A wrong argument here would put the ledger at odds with the tables, to be noticed much later. */
+/* A wrong argument here would make the ledger contradict the tables, which would be noticed much later. */
 static int check_step(struct machine *m, uint32_t cpu, uint32_t vm, uint32_t table, uint32_t index,
 		      uint32_t level, uint64_t gfn, uint64_t new_spte)
 {
@@ -305,7 +305,7 @@ uint64_t tdp_mmu_set_spte(struct machine *m, uint32_t cpu, uint32_t vm, uint32_t
 	gfn &= ~(kvm_pages_per_hpage(level) - 1);
 	old = spte_read(m, table, index);
 	if (is_last_spte(old, level) && is_last_spte(new_spte, level)) {
-		/* What changes depends on W of the old one, which a fast page fault may set. */
+		/* The change depends on W of the old SPTE, which a fast page fault may set. */
 		while (!spte_try_change(m, cpu, vm, sptep, level, gfn, old, new_spte))
 			old = spte_read(m, table, index);
 	} else {

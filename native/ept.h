@@ -69,7 +69,7 @@ struct tdp_removal {
 	uint32_t recurse;    /* 1; 0: the tables below are left alone, and leak */
 	uint32_t set_pfn;    /* 0; 1: kvm_set_pfn_dirty() and kvm_set_pfn_accessed() for each leaf */
 	uint32_t single;     /* 0; 1: a step ends after the first mapping entry, however many empty entries
-	                      * preceded it */
+			      * preceded it */
 	uint32_t top;        /* level of the first table's entries */
 	uint32_t level;      /* level of the entries in work; 0: done */
 	uint32_t table[6];   /* by level, from top down */
@@ -106,19 +106,19 @@ enum tdp_walk {
 	TDP_CLEAR_DIRTY,  /* clear W of the 4K gfns in mask (kvm_tdp_mmu_clear_dirty_pt_masked) */
 	TDP_AGE,          /* clear A; needs no lock, only RCU, with shared = 1 */
 	TDP_ACCESS_TRACK, /* TDP_AGE without A/D bits (mark_spte_for_access_track): clear R, W and X; R and X are
-	                   * saved */
+			   * saved */
 	TDP_COUNT,        /* present leafs, no change */
 	TDP_FIND_HUGE,    /* stop at the next leaf above `level` (0: 4K), for splitting */
 	TDP_FIND_TABLE,   /* stop at the next 2M-level SPTE that points to a table (for recovery) */
 	TDP_ZAP_RANGE,    /* zap_gfn_range() before 5.18: leafs, and tables that lie wholly in the range; stops at
-	                   * each table that lost its link */
+			   * each table that lost its link */
 };
 
 struct tdp_chunk {
 	uint32_t root;
 	uint32_t root_level;
 	uint64_t root_link; /* make_nonleaf_spte(root) when it became a root: a walk in a freed root is reported;
-	                     * 0: not checked */
+			     * 0: not checked */
 	uint32_t walk;      /* tdp_walk */
 	uint32_t level;     /* for TDP_ZAP_LEVEL; least level for TDP_WRPROT; target level for TDP_FIND_HUGE */
 	uint32_t shared;    /* mmu_lock held for read (or not at all, TDP_AGE): cmpxchg, retry on change */

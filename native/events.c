@@ -1,6 +1,5 @@
-/* Event rings: the last things that each CPU did.  The owner writes, anyone reads: an event that is being
- * overwritten while it is read may come out mixed, which the story around a violation tolerates; each word is
- * whole. */
+/* Event rings: the last events of each CPU.  The owner writes, any thread reads: an event that is overwritten
+ * during the read may come out mixed, which the story around a violation tolerates; each word is whole. */
 #include "events.h"
 
 #include "guest.h"
@@ -55,11 +54,12 @@ void event_record_more(struct machine *m, uint32_t cpu, uint32_t kind, uint64_t 
 	atomic_store_explicit(&slot->kind, kind | more << 32, memory_order_relaxed);
 	atomic_store_explicit(&slot->a, a, memory_order_relaxed);
 	atomic_store_explicit(&slot->b, b, memory_order_relaxed);
-	/* Release: pairs with the acquire in events_read, the slot is whole once it is counted. */
+	/* Release: pairs with the acquire in events_read, so the slot is whole once it is counted. */
 	atomic_store_explicit(&ring->next, next + 1, memory_order_release);
 }
 
-/* Does an event about [gfn, gfn + pages) concern the page, or where a table is at stake, its neighbours? */
+/* Return whether an event about [gfn, gfn + pages) concerns the page or, if a table is at stake, its
+ * neighbours. */
 static bool covers(const struct violation_report *r, uint64_t gfn, uint64_t pages)
 {
 	if (r->kinds & (1u << VIOLATION_WALK_AFTER_FREE))
@@ -72,7 +72,8 @@ static bool of_vcpus(const struct violation_report *r, uint64_t vcpu)
 	return vcpu == r->vcpu || vcpu == r->entry.vcpu;
 }
 
-/* Faults, entries and exits flood the rings; entries and exits are story_entry()'s. */
+/* Return whether an event concerns the report.  Faults, entries and exits flood the rings; tell_entry() selects
+ * among entries and exits. */
 static bool concerns(const struct violation_report *r, const struct event *e)
 {
 	bool lost = r->kinds & 1u << VIOLATION_LOST_DIRTY;
@@ -101,7 +102,7 @@ static bool concerns(const struct violation_report *r, const struct event *e)
 	case EVENT_ROOT_LOAD:
 		return of_vcpus(r, e->a);
 	case EVENT_ELIDED:
-		/* A table's end promises nothing, so the CPU that took the table away is not known. */
+		/* Freeing a table promises nothing, so the CPU that removed the table is not known. */
 		return e->cpu == r->cpu || e->cpu == r->promise_cpu || r->promise == PROMISE_FREE;
 	case EVENT_IPI:
 		return e->cpu == r->promise_cpu || function == IPI_INVEPT_SINGLE || function == IPI_INVEPT_GLOBAL;
@@ -123,13 +124,13 @@ static bool concerns(const struct violation_report *r, const struct event *e)
 	}
 }
 
-/* What a CPU has to say is gone through from the newest event on. */
+/* The selection of one CPU's events, from the newest on. */
 struct telling {
 	struct story *story;
 	uint32_t kept;
 	uint32_t most;
 	bool fill_told;
-	bool mapped; /* told last: a mapping, that is, a fault */
+	bool mapped; /* the last event told was a mapping, that is, a fault */
 	struct event entry; /* the last VM entry seen, not told yet; kind 0: none */
 };
 
@@ -143,17 +144,18 @@ static void tell(struct telling *t, const struct event *e)
 
 enum { STAYS_OF_CPU = 32 };
 
-/* Of VM entries and exits: the last ones, the first entry after anything else that is told, kicks, and the entry
- * of the stay in guest mode in which the translation was filled. */
+/* Select VM entries and exits: the last ones, the first entry after any other event that is told, kicks, and
+ * the entry of the stay in guest mode in which the translation was filled. */
 static void tell_entry(struct telling *t, const struct violation_report *r, const struct event *e)
 {
 	int32_t before_fill = (int32_t)((uint32_t)r->entry.clock - e->more);
-	/* The clock stands still while the guest faults: what was promised later cannot be older than the entry. */
+	/* The clock stands still while the guest faults: a later promise cannot be older than the entry. */
 	bool lost = r->kinds & 1u << VIOLATION_LOST_DIRTY;
 	bool promised = r->promise_time && !(r->kinds & 1u << VIOLATION_GUEST_STALE) && e->time > r->promise_time;
 
 	if (lost) {
-		/* Any vCPU's fault may have made the page writable.  The last few are told: they flood the rings. */
+		/* Any vCPU's fault may have made the page writable.  Only the last few are told, because they
+		 * flood the rings. */
 		if (e->vm == r->vm && t->kept < STAYS_OF_CPU)
 			tell(t, e);
 		return;
@@ -176,7 +178,7 @@ static void tell_entry(struct telling *t, const struct violation_report *r, cons
 	}
 }
 
-/* The oldest event that was looked at is not the CPU's first: say so, in the place of what is not known. */
+/* If the oldest available event is not the CPU's first, tell so in place of the lost ones. */
 static void tell_lost(struct telling *t, uint64_t time, uint32_t cpu, uint64_t before)
 {
 	struct event e = { .time = time - 1, .kind = EVENT_LOST, .cpu = cpu, .vm = EVENT_NO_VM, .a = before };

@@ -17,7 +17,7 @@ struct flush_account {
 	uint16_t root_life[];                   /* life of each root page, from frame 1 on, when last flushed here */
 };
 
-/* NULL only if memory is out: then flushes work, unattributed. */
+/* Return the CPU's record.  NULL only if memory is out: then flushes work, unattributed. */
 static struct flush_account *account(const struct machine *m, struct cpu *c)
 {
 	if (!c->flush_account)
@@ -35,7 +35,7 @@ void flush_account_destroy(struct machine *m, struct cpu *cpu)
 /* The flush followed an interruption of the guest. */
 #define FLUSH_INTERRUPTED (UINT64_C(1) << 63)
 
-/* A flush's number says what it was: sequence << 24 | vm << 8 | scope << 4 | reason, sequence from 1. */
+/* A flush's number encodes its kind: sequence << 24 | vm << 8 | scope << 4 | reason, sequence from 1. */
 static uint64_t flush_number(const struct cpu *c, uint64_t sequence, uint32_t vm, uint32_t scope,
 			     uint32_t reason)
 {
@@ -50,7 +50,7 @@ static void bump(_Atomic uint64_t *table, uint32_t vm, uint32_t scope, uint32_t 
 {
 	_Atomic uint64_t *cell = &table[(vm * SCOPES + scope) * REASONS + reason];
 
-	/* Owner's alone, as every counter. */
+	/* Relaxed: written by the owner only, as every counter. */
 	atomic_store_explicit(cell, atomic_load_explicit(cell, memory_order_relaxed) + 1,
 			      memory_order_relaxed);
 }
@@ -61,7 +61,7 @@ static struct tlb *begin(struct machine *m, uint32_t cpu, uint32_t vm, uint32_t 
 	struct cpu *c = &m->cpus[cpu];
 	struct flush_account *a = account(m, c);
 
-	/* The owner's alone, as every counter: relaxed. */
+	/* Relaxed: written by the owner only, as every counter. */
 	atomic_store_explicit(&c->counters->flushed[vm], 1, memory_order_relaxed);
 	bump(c->counters->flushes, vm, scope, reason);
 	tlb_flush_begin(c->tlb, a ? flush_number(c, ++a->flushes, vm, scope, reason) : 0);

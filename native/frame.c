@@ -12,7 +12,7 @@
 #include "spin.h"
 
 static const uint64_t FRAME_BYTES = 4096, ARENA_ALIGN = 2 << 20;
-/* Half of what 15 bits can tell apart. */
+/* Half of the range of 15 bits. */
 enum { FAR_BACK = (FRAME_TAG_MASK + 1) / 2 };
 
 static uint32_t frames_of(uint32_t kind)
@@ -30,9 +30,9 @@ static bool in_block(const struct frames *f, uint32_t hfn)
 	return frame_kind_of(f, hfn) == FRAME_BLOCK;
 }
 
-/* Relaxed stores, and loads in frame_copy: who may use the frame is settled elsewhere (pool lock, SPTE
- * publication).  They are atomic because a guest that uses a stale translation, which is what this program looks
- * for, stores into the frame at the same time. */
+/* Relaxed stores, and loads in frame_copy: the right to use the frame is established elsewhere (pool lock, SPTE
+ * publication).  They are atomic because a guest that uses a stale translation, which this program exists to
+ * find, stores into the frame at the same time. */
 void frame_fill(struct frames *f, uint32_t hfn, uint64_t word)
 {
 	_Atomic uint64_t *words = frame_words(f, hfn);
@@ -56,7 +56,7 @@ static uint32_t behind(uint32_t older, uint32_t newer)
 }
 
 /* After 2^15 - 1 promises without a free, the last free would seem to lie in the future; it is kept at the far
- * end of what 15 bits can tell apart. */
+ * end of the range of 15 bits. */
 static uint32_t host_tag_advance(struct frames *f, uint32_t hfn)
 {
 	uint16_t old = atomic_load_explicit(&f->host_tag[hfn], memory_order_relaxed);
@@ -67,7 +67,7 @@ static uint32_t host_tag_advance(struct frames *f, uint32_t hfn)
 		next = (uint16_t)((old + 1u) & FRAME_TAG_MASK);
 	} while (!atomic_compare_exchange_weak_explicit(&f->host_tag[hfn], &old, next, memory_order_release,
 							memory_order_relaxed));
-	/* Relaxed, like every use of host_tag_at_free: it is read for the words of a report only. */
+	/* Relaxed, like every use of host_tag_at_free: it is read only for the text of a report. */
 	if (atomic_load_explicit(&f->host_tag_at_free[hfn], memory_order_relaxed) == next)
 		atomic_store_explicit(&f->host_tag_at_free[hfn], (uint16_t)((next + 1u) & FRAME_TAG_MASK),
 				      memory_order_relaxed);
@@ -79,9 +79,9 @@ static bool is_later(uint16_t time, uint16_t than)
 	return time != than && behind(than, time) <= FAR_BACK + FAR_BACK / 2;
 }
 
-/* Once in so often, times that lie far back are brought nearer, so that 15 bits can always tell how old they are.  An
- * SPTE that is older than that is not there any more: each time that a block's clock goes on, the huge SPTEs of the
- * block are zapped. */
+/* At intervals, times that lie far back are moved nearer, so that 15 bits always suffice to tell their age.  An
+ * older SPTE cannot exist any more: each time that a block's clock advances, the huge SPTEs of the block are
+ * zapped. */
 static void times_keep_up(_Atomic uint16_t *time, uint32_t now)
 {
 	for (uint32_t i = 0; i < BLOCK_FRAMES; i++) {
@@ -94,7 +94,7 @@ static void times_keep_up(_Atomic uint16_t *time, uint32_t now)
 	}
 }
 
-/* A new time of the block's clock, which does not show it yet. */
+/* Take a new time of the block's clock, which does not show it yet. */
 static uint16_t taking_begin(struct frames *f, uint32_t hfn)
 {
 	struct block *b = block_of(f, hfn);
@@ -121,8 +121,8 @@ void frame_taken(struct frames *f, struct taking *t)
 		return;
 	b = &f->block[t->block - 1];
 	old = atomic_load_explicit(&b->clock, memory_order_relaxed);
-	/* An operation that began later may have ended earlier.  Release: pairs with the acquire of frame_block_custody;
-	 * a fault that reads this time comes after all that was taken at it. */
+	/* An operation that began later may have ended earlier.  Release: pairs with the acquire of
+	 * frame_block_custody; a fault that reads this time comes after everything that was taken at it. */
 	while (is_later(t->time, old) && !atomic_compare_exchange_weak_explicit(&b->clock, &old, t->time,
 										 memory_order_release,
 										 memory_order_relaxed))
@@ -152,8 +152,8 @@ uint32_t frame_take(struct frames *f, struct taking *t, uint32_t hfn)
 	return host_tag_advance(f, hfn);
 }
 
-/* Was the frame taken, or freed, at `time`, and that after the custody?  The clock is read last, so neither of the two
- * lies ahead of it. */
+/* Return whether the frame was taken, or freed, at `time`, later than the custody.  The clock is read last, so
+ * neither of the two is ahead of it. */
 static bool after_custody(const struct frames *f, uint32_t hfn, uint32_t time, uint32_t custody)
 {
 	uint32_t now = atomic_load_explicit(&block_of(f, hfn)->begun, memory_order_relaxed);
@@ -180,7 +180,7 @@ uint32_t frame_custody_of_one(const struct frames *f, uint32_t hfn, uint32_t cus
 
 uint32_t frame_custody_of_block(const struct frames *f, uint32_t hfn, uint32_t custody)
 {
-	/* Acquire: what was taken until then is known. */
+	/* Acquire: everything taken until then is visible. */
 	uint32_t now = atomic_load_explicit(&block_of(f, hfn)->clock, memory_order_acquire);
 
 	if (frame_custody_holds(f, hfn, custody))
@@ -252,15 +252,15 @@ int64_t frame_alloc(struct machine *m, uint32_t cpu, uint32_t kind)
 		if (kind <= FRAME_TABLE)
 			frame_fill(f, hfn, 0);
 		else if (!atomic_load_explicit(&f->life[hfn], memory_order_relaxed))
-			frame_fill(f, hfn, FRAME_POISON); /* later lives: frame_release has done it */
+			frame_fill(f, hfn, FRAME_POISON); /* in later lives, frame_release has done it */
 	}
 	if (kind == FRAME_BLOCK)
 		atomic_store_explicit(&block_of(f, (uint32_t)first)->used, BLOCK_FRAMES, memory_order_relaxed);
 	return first;
 }
 
-/* Custody goes first, then the memory: whoever reads poison finds the frame freed.  The tag goes last (oracle.h:
- * what it announces must be there before it). */
+/* Custody goes first, then the memory: a CPU that reads poison finds the frame freed.  The tag goes last
+ * (oracle.h: the change that it announces must be visible before it). */
 void frame_release(struct frames *f, uint32_t hfn)
 {
 	enum frame_kind kind = frame_kind_of(f, hfn);
@@ -293,7 +293,7 @@ void frame_free(struct machine *m, uint32_t cpu, uint32_t hfn)
 {
 	bool table = frame_kind_of(m->frames, hfn) <= FRAME_TABLE;
 
-	/* Before it can have a new owner, or the story of a violation would tell it in the wrong order. */
+	/* Before it can have a new owner; otherwise the story of a violation would have the wrong order. */
 	if (!table)
 		event_record(m, cpu, EVENT_FREE, hfn, 1);
 	frame_release(m->frames, hfn);
@@ -371,8 +371,8 @@ static bool pool_create(struct heap *heap, struct frame_pool *p, uint32_t kind, 
 	return true;
 }
 
-/* Address space for all, memory for what is touched.  Aligned to 2 MiB: the emulator's own TLB misses less when
- * the kernel gives it huge pages; a heap does without. */
+/* Reserve address space for all of it; memory is used only for touched pages.  Aligned to 2 MiB: the emulator's
+ * own TLB misses less when the kernel gives it huge pages; a heap does without. */
 static bool arena_create(struct heap *heap, struct frames *f)
 {
 	uintptr_t start;
@@ -391,7 +391,7 @@ static bool arena_create(struct heap *heap, struct frames *f)
 	}
 	start = ((uintptr_t)f->mapping + ARENA_ALIGN - 1) & ~(ARENA_ALIGN - 1);
 	f->memory = (uint8_t *)start;
-	(void)madvise(f->memory, f->memory_bytes, MADV_HUGEPAGE); /* a kernel without them says no */
+	(void)madvise(f->memory, f->memory_bytes, MADV_HUGEPAGE); /* a kernel without huge pages refuses */
 	return true;
 }
 

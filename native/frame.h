@@ -78,7 +78,7 @@ struct frames {
 	_Atomic uint16_t *tag;
 	_Atomic uint16_t *host_tag;
 	_Atomic uint16_t *host_tag_at_free; /* host_tag right after the last free: if younger than an entry's
-	                                     * custody, the entry outlived the frame */
+					     * custody, the entry outlived the frame */
 	_Atomic uint16_t *taken;         /* frames of blocks: the clock when the frame was last taken */
 	_Atomic uint16_t *taken_at_free; /* frames of blocks: the clock when the frame was last freed */
 	struct block *block;

@@ -1,4 +1,4 @@
-/* The guest's configuration, processes and books.  See guest.h. */
+/* The guest's configuration, processes and records.  See guest.h. */
 #include <string.h>
 
 #include "frame.h"
@@ -64,7 +64,7 @@ static uint32_t interval(const struct guest *g, enum guest_event event)
 	}
 }
 
-/* The next time, an eighth more or less than the interval, so that events drift against each other. */
+/* Set the next time, an eighth more or less than the interval, so that events drift against each other. */
 void os_schedule(struct guest *g, enum guest_event event)
 {
 	uint64_t every = interval(g, event), spread = every / EVENT_SPREAD;

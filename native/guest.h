@@ -27,7 +27,7 @@ struct guest_config {
 	uint32_t paging;         /* 0: CR0.PG = 0, addresses are guest-physical */
 	uint32_t halt_every;     /* accesses between HLTs; 0: never */
 	uint32_t halt_us;        /* 0: HLT exits (kvm_vcpu_block); else it does not exit, and a timer ends it
-	                          * after this time */
+				  * after this time */
 	uint32_t seed;
 };
 

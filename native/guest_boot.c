@@ -3,7 +3,8 @@
 #include "guest_os.h"
 #include "vm.h"
 
-/* The reset has invalidated the translation: who still has it, and uses it, must ask the oracle. */
+/* The reset has invalidated the translation: a vCPU that still has it cached must ask the oracle before using
+ * it. */
 static void lose(struct machine *m, struct vcpu *v, struct guest_page *gp)
 {
 	uint32_t gfn = gp->gfn;
@@ -36,7 +37,7 @@ void guest_boot(struct machine *m, uint32_t vcpu)
 
 	g->halted_until = 0;
 	g->skip_gfn = GUEST_NO_GFN;
-	/* A program is not an OS that boots: what comes next is for it to say. */
+	/* A program is not an OS that boots: its next operations decide. */
 	if (g->program)
 		return;
 	g->clock++;

@@ -11,8 +11,8 @@ enum {
 	MMIO_ONE_IN = 8,         /* pages in the second memslot */
 	FLUSHING_SWITCH_ONE_IN = 16,
 	INVPCID_ALL_ONE_IN = 64,
-	LOOK_FOR_PAGE = 256,     /* pages looked at for one that can be unmapped */
-	RECLAIM_TRIES = 16,      /* pages taken away for one, which others may share */
+	LOOK_FOR_PAGE = 256,     /* pages tried in the search for one to unmap */
+	RECLAIM_TRIES = 16,      /* pages unmapped to free one, as they may be shared */
 };
 
 static struct guest_process *current(struct walk *w)
@@ -47,7 +47,7 @@ static void invalidate_page(struct walk *w, const struct guest_process *p, uint6
 	event_record(w->m, w->cpu->id, event_of(w->vcpu->vm, EVENT_GUEST_INVALIDATE), w->vcpu->id, page);
 }
 
-/* The guest took something away: whoever still translates to the frame must ask the oracle. */
+/* Record that the guest removed a right: a vCPU that still translates to the frame must ask the oracle. */
 static void changed(struct walk *w, struct guest_page *gp, bool all)
 {
 	struct ledger_entry e;
@@ -90,7 +90,7 @@ static void changed_mapping(struct walk *w, struct guest_process *p, uint64_t pa
 	}
 }
 
-/* Write what the OS's books say into the page's entry. */
+/* Write the mapping in the OS's records into the page's entry. */
 static enum walk_result install(struct walk *w, struct guest_process *p, uint64_t page,
 				const struct guest_page *gp)
 {
@@ -114,7 +114,7 @@ static enum walk_result unmap(struct walk *w, struct guest_process *p, uint64_t 
 
 	if (r == WALK_DONE)
 		r = os_write_entry(w, table, page >> (level - 1) * 9 & 511, 0);
-	/* WALK_GUEST_FAULT: the host lost the table's contents; the books still hold. */
+	/* WALK_GUEST_FAULT: the host lost the table's contents; the OS's records are still valid. */
 	if (r == WALK_EPT_VIOLATION)
 		return r;
 	invalidate_page(w, p, page);
@@ -137,8 +137,8 @@ static enum walk_result protect(struct walk *w, struct guest_process *p, uint64_
 	return WALK_DONE;
 }
 
-/* The next page of the process that is mapped (and writable), from where the last search ended; its index, or
- * page_count. */
+/* Return the index of the process's next page that is mapped (and writable), from where the last search ended,
+ * or page_count. */
 static uint64_t find_mapped(struct guest_process *p, bool writable)
 {
 	for (uint32_t i = 0; i < LOOK_FOR_PAGE && p->page_count; i++) {
@@ -159,11 +159,11 @@ static enum walk_result unmap_some(struct walk *w, struct guest_process *p)
 		return WALK_DONE;
 	r = unmap(w, p, p->pages[at], &p->page[at]);
 	if (r == WALK_EPT_VIOLATION)
-		p->hand = hand; /* the same page again after the exit */
+		p->hand = hand; /* retry this page after the exit */
 	return r;
 }
 
-/* A page of another process to share, or GUEST_NO_GFN. */
+/* Return a page of another process to share, or GUEST_NO_GFN. */
 static uint64_t shareable(struct walk *w)
 {
 	struct guest *g = w->guest;
@@ -176,15 +176,15 @@ static uint64_t shareable(struct walk *w)
 	return gp->huge ? GUEST_NO_GFN : gp->gfn;
 }
 
-/* Behind 2 MiB of linear addresses: a block, if the guest uses them, has one, and the region is one of those
- * that get one. */
+/* Return a block for 2 MiB of linear addresses, if the guest uses blocks, has one, and the region is one of
+ * those that get one. */
 static uint64_t block_for(struct walk *w, const struct guest_process *p, uint64_t page)
 {
 	uint64_t region = page >> 9, table, entry;
 
 	if (!w->guest->config.hugepages || page >= GUEST_KERNEL_BASE || (region * 0x9e3779b97f4a7c15) >> 62)
 		return GUEST_NO_GFN;
-	/* Only while nothing of the region is mapped by 4 KiB pages. */
+	/* Only while no page of the region is mapped by a 4 KiB page. */
 	if (os_find_table(w, p, page, 2, false, &table, &entry) == WALK_DONE && (entry & GPTE_PRESENT))
 		return GUEST_NO_GFN;
 	return guest_block_alloc(w->guest);
@@ -237,7 +237,7 @@ static enum walk_result map(struct walk *w, struct guest_process *p, uint64_t pa
 	return WALK_DONE;
 }
 
-/* Out of memory: take a page from whoever has one.  WALK_GUEST_FAULT: nobody has. */
+/* Out of memory: unmap a page of any process.  WALK_GUEST_FAULT: there is none. */
 static enum walk_result reclaim(struct walk *w)
 {
 	struct guest *g = w->guest;
@@ -282,11 +282,11 @@ enum walk_result os_page_fault(struct walk *w, uint64_t page, uint32_t type)
 			gp->writable = 1;
 		return r;
 	}
-	/* The entry is not what the books say: the host lost the table's contents. */
+	/* The entry contradicts the OS's records: the host lost the table's contents. */
 	return install(w, p, page, gp);
 }
 
-/* One access to a global kernel page; now and then the kernel changes one of them. */
+/* Do one access to a global kernel page; now and then the kernel changes one of them. */
 static enum walk_result touch_kernel(struct walk *w)
 {
 	struct guest *g = w->guest;
@@ -329,7 +329,7 @@ static enum walk_result switch_process(struct walk *w)
 static enum walk_result unmap_event(struct walk *w)
 {
 	struct guest *g = w->guest;
-	/* Mostly its own; an OS also takes pages from processes that do not run. */
+	/* Mostly the current process; an OS also reclaims pages from processes that do not run. */
 	struct guest_process *p = guest_random(g) % 4 || !g->config.pcid ?
 					  current(w) : &g->process[guest_random(g) % g->processes];
 	enum walk_result r;

@@ -57,7 +57,7 @@ static enum walk_result read_entry(struct walk *w, uint64_t table_gfn, uint32_t 
 	return WALK_DONE;
 }
 
-/* The kernel's part of every address space hangs off one shared table. */
+/* All address spaces share one table for the kernel's part. */
 static enum walk_result table_for(struct walk *w, uint32_t level, uint64_t page, uint64_t *gfn)
 {
 	bool shared = level == GUEST_LEVELS && page >= GUEST_KERNEL_BASE;

@@ -1,4 +1,4 @@
-/* A machine's memory, and putting it back.  See heap.h. */
+/* A machine's memory, and its snapshots.  See heap.h. */
 #define _GNU_SOURCE
 #include "heap.h"
 
@@ -24,23 +24,23 @@ struct block {
 	uint8_t pad[CACHELINE - sizeof(void *) - sizeof(size_t) - sizeof(uint32_t)];
 };
 
-/* The allocator's books: the first page of the region. */
+/* The allocator's state: the first page of the region. */
 struct books {
 	_Atomic uint32_t lock;
-	size_t used; /* bytes of the region, from its start; what lies behind was never handed out: zeroes */
-	struct block *free[CLASSES]; /* of 2^i bytes, and fewer than twice that */
+	size_t used; /* bytes of the region, from its start; memory beyond was never allocated: zeroes */
+	struct block *free[CLASSES]; /* lists of blocks of 2^i bytes or more, and fewer than twice that */
 };
 
-/* Itself outside the region. */
+/* Kept outside the region. */
 struct heap {
 	uint8_t *memory;
 	size_t bytes;
 	const uint8_t *saved; /* the snapshot, or NULL */
-	/* Pages that have a private copy, as far as was known when the process had had so many page faults. */
+	/* Pages that have a private copy, as known when the process had had `faults` page faults. */
 	uint32_t *dirty;
 	uint8_t *is_dirty; /* a byte per page */
 	uint32_t dirty_count;
-	bool told; /* the kernel does tell which pages have one */
+	bool told; /* the kernel does report which pages have a copy */
 	pid_t pid;
 	long faults;
 };
@@ -64,7 +64,7 @@ struct heap *heap_create(size_t bytes)
 		free(h);
 		return NULL;
 	}
-	/* A huge page would be copied whole; a kernel without them says no. */
+	/* A huge page would be copied whole; a kernel without huge pages refuses. */
 	(void)madvise(h->memory, h->bytes, MADV_NOHUGEPAGE);
 	books_of(h)->used = PAGE_BYTES;
 	return h;
@@ -87,7 +87,7 @@ static struct block **free_blocks(struct books *books, size_t bytes)
 	return &books->free[63 - __builtin_clzll(bytes)];
 }
 
-/* One of exactly that size: what is freed is mostly wanted again by its like. */
+/* Reuse a free block of exactly that size, because most frees are followed by allocations of equal size. */
 static struct block *reuse(struct books *books, size_t bytes)
 {
 	struct block **link = free_blocks(books, bytes), *block;
@@ -100,7 +100,8 @@ static struct block *reuse(struct books *books, size_t bytes)
 	return block;
 }
 
-/* From the end of what is in use.  What fills pages begins with one, so that few pages have something of it. */
+/* Carve a block from the end of the part in use.  Blocks of whole pages begin on a page boundary, so that they
+ * share few pages with others. */
 static struct block *carve(struct heap *h, size_t bytes)
 {
 	struct books *books = books_of(h);
@@ -181,7 +182,7 @@ void heap_free(struct heap *h, void *memory)
 		region_free(h, memory);
 }
 
-/* --- which pages were stored to ------------------------------------------------------------------------- */
+/* --- finding the pages that were stored to -------------------------------------------------------------- */
 
 static long faults_so_far(void)
 {
@@ -195,8 +196,8 @@ static uint32_t pages_in_use(const struct heap *h)
 	return (uint32_t)((books_of(h)->used + PAGE_BYTES - 1) / PAGE_BYTES);
 }
 
-/* Calls `found` for each page of those in use that is the process's own, neither the file's nor missing; -1 if the
- * kernel does not tell.  Swapped or present, and not file-mapped: bits 62, 63 and 61. */
+/* Call `found` for each page in use that is the process's own, neither the file's nor missing; -1 if the kernel
+ * does not report them.  Swapped or present, and not file-mapped: bits 62, 63 and 61. */
 static int each_private_page(struct heap *h, void (*found)(struct heap *h, uint32_t page))
 {
 	enum { AT_ONCE = 512 };
@@ -230,8 +231,8 @@ static void note_dirty(struct heap *h, uint32_t page)
 	h->dirty[h->dirty_count++] = page;
 }
 
-/* A page gets a private copy by a fault of this process, or had one when it was forked: without a new fault there
- * is no new page.  -1: not to be found out. */
+/* A page gets a private copy by a fault of this process, or had one when it was forked: without a new fault
+ * there is no new copy.  -1: cannot be determined. */
 static int know_dirty(struct heap *h)
 {
 	long faults = faults_so_far();
@@ -246,12 +247,13 @@ static int know_dirty(struct heap *h)
 	return 0;
 }
 
-/* Some sandboxes have a pagemap that says nothing: does it know the page that is stored to here? */
+/* Some sandboxes have an empty pagemap: test whether it shows the page that is stored to here. */
 static bool is_told(struct heap *h)
 {
 	_Atomic uint32_t *lock = &books_of(h)->lock;
 
-	atomic_store_explicit(lock, 0, memory_order_relaxed); /* which it is: nobody else uses the region */
+	atomic_store_explicit(lock, 0, memory_order_relaxed); /* the stored value does not matter: no other thread
+							       * uses the region */
 	return !know_dirty(h) && h->is_dirty[0];
 }
 
@@ -262,7 +264,7 @@ static bool is_zero(const uint8_t *page)
 	return !page[0] && !memcmp(page, page + 1, PAGE_BYTES - 1);
 }
 
-/* Before there was a snapshot, the pages that are not dirty are zero. */
+/* Before the first snapshot, the pages that are not dirty are zero. */
 static int write_pages(const struct heap *h, int fd, bool only_dirty)
 {
 	uint32_t n = only_dirty ? h->dirty_count : pages_in_use(h);
@@ -277,8 +279,8 @@ static int write_pages(const struct heap *h, int fd, bool only_dirty)
 	return 0;
 }
 
-/* A file that has the region's bytes; holes for zeroes.  Each snapshot has its own: a process that was forked may
- * go on with the former one. */
+/* Make a file that has the region's bytes; holes for zeroes.  Each snapshot has its own file: a forked process
+ * may continue with the former one. */
 static int write_file(struct heap *h)
 {
 	bool only_dirty = !h->saved && is_told(h);
@@ -293,7 +295,7 @@ static int write_file(struct heap *h)
 	return fd;
 }
 
-/* The region becomes a private mapping of the file, and another mapping of it is what is copied from. */
+/* Make the region a private mapping of the file; another mapping of it is the source of the copies. */
 static int map_file(struct heap *h, int fd)
 {
 	void *saved = mmap(NULL, h->bytes, PROT_READ, MAP_SHARED | MAP_NORESERVE, fd, 0);

@@ -1,4 +1,4 @@
-/* Calls between CPUs, where they arrive: what they do, whose turn it is to run them.  smp.c sends them. */
+/* Calls between CPUs, the target's side: handlers, and the choice of the CPU that runs them.  smp.c sends them. */
 #include "ipi_internal.h"
 #include "oracle.h"
 #include "vm.h"
@@ -6,7 +6,7 @@
 /* The orders of P2 and P3 in cpu.h. */
 #define SEQ_CST memory_order_seq_cst
 
-/* What a function does does not depend on the machine: one table, set before threads start.  Atomic because a
+/* A function's handler does not depend on the machine: one table, set before threads start.  Atomic because a
  * second machine may be built while the first one runs. */
 static _Atomic(ipi_handler *) handlers[IPI_FUNCTIONS];
 
@@ -40,7 +40,7 @@ bool ipi_is_registered(uint32_t function)
 
 /* --- target's side ---------------------------------------------------------------------------------- */
 
-/* csd_unlock().  Release: what the function did, before the sender goes on. */
+/* csd_unlock().  Release: the function's effects, before the sender continues. */
 static void csd_unlock(struct machine *m, struct csd *csd)
 {
 	uint32_t sender = csd->sender;
@@ -49,7 +49,7 @@ static void csd_unlock(struct machine *m, struct csd *csd)
 		cpu_wake(m, sender);
 }
 
-/* The VM on whose behalf a call is made (ipi.h). */
+/* Return the VM on whose behalf a call is made (ipi.h). */
 static uint32_t vm_of_call(const struct machine *m, uint32_t function, uint64_t argument)
 {
 	return function == IPI_VMCS_CLEAR && argument < m->config.vcpus ? m->vcpus[argument].vm
@@ -65,8 +65,8 @@ void ipi_run_function(struct machine *m, struct cpu *target, uint32_t function, 
 	target->in_call = 0;
 }
 
-/* Take the queue, oldest first.  The attention bit is cleared before: a call queued in between leaves
- * either its node here or its bit there.  announced: by an interrupt that needed no bit. */
+/* Take the queue, oldest first.  The attention bit is cleared before: a call queued in between leaves either
+ * its node here or its bit there.  announced: by an interrupt that needed no bit. */
 static struct csd *take_queue(struct machine *m, struct cpu *target, bool announced)
 {
 	struct csd *taken, *oldest = NULL;
@@ -89,15 +89,15 @@ static struct csd *take_queue(struct machine *m, struct cpu *target, bool announ
 	return oldest;
 }
 
-/* The sender's own call to this CPU, and this CPU's to the sender, are both under way: each of them waits, perhaps, and
- * must run the other's meanwhile. */
+/* Return whether the sender's call to this CPU and a call of this CPU to the sender are both under way: each
+ * may be waiting, and must run the other's call meanwhile. */
 static bool crossed(struct machine *m, const struct cpu *target, const struct csd *csd)
 {
 	return csd->sender < m->config.pcpus && csd_busy(m, target->id, csd->sender);
 }
 
-/* Run and acknowledge the synchronous calls of a list; returns what is left of it.  A node's sender may reuse it
- * as soon as it is unlocked. */
+/* Run and acknowledge the synchronous calls of a list; returns the rest of it.  A node's sender may reuse it as
+ * soon as it is unlocked. */
 static struct csd *run_synchronous(struct machine *m, struct cpu *target, struct csd *list, int *calls)
 {
 	struct csd *left = NULL, **end = &left;
@@ -167,10 +167,10 @@ int ipi_drain(struct machine *m, uint32_t cpu)
 		return 0;
 	if (c->calls_held && !(atomic_load_explicit(&c->attention, SEQ_CST) & ATTENTION_IPI))
 		return 0;
-	/* The bit may come after its call was already taken: cleared here all the same. */
+	/* The bit may be set after its call was already taken; it is cleared all the same. */
 	if (!ipi_queued(c) && !(atomic_load_explicit(&c->attention, SEQ_CST) & ATTENTION_IPI))
 		return 0;
-	/* An offline CPU's queue is its senders' business. */
+	/* An offline CPU's queue is acknowledged by its senders. */
 	if (atomic_load_explicit(&c->power, SEQ_CST) != CPU_RUNNING)
 		return 0;
 	return ipi_run_queue(m, c);
@@ -187,7 +187,7 @@ int ipi_arrive(struct machine *m, uint32_t cpu)
 	return ipi_drain(m, cpu);
 }
 
-/* --- a target that must look --------------------------------------------------------------------------- */
+/* --- making a target take its queue --------------------------------------------------------------------- */
 
 /* On behalf of a halted target, which the caller has taken to SERVICED. */
 static void service(struct machine *m, struct cpu *target)
@@ -200,7 +200,7 @@ static void service(struct machine *m, struct cpu *target)
 void ipi_kick(struct machine *m, uint32_t cpu, struct cpu *target)
 {
 	if (target->calls_held)
-		return; /* on its way, for as long as ipi_arrive() likes */
+		return; /* the interrupt is on its way until ipi_arrive() */
 	for (;;) {
 		uint32_t power = atomic_load_explicit(&target->power, SEQ_CST);
 		uint32_t found = power;
@@ -214,7 +214,7 @@ void ipi_kick(struct machine *m, uint32_t cpu, struct cpu *target)
 			return;
 		}
 		if (power == CPU_SERVICED)
-			return; /* P3: who serves it looks again afterwards */
+			return; /* P3: the CPU that services it looks again afterwards */
 		if (!atomic_compare_exchange_strong_explicit(&target->power, &found, CPU_SERVICED, SEQ_CST,
 							     SEQ_CST))
 			continue;

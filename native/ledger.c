@@ -8,8 +8,8 @@
 
 enum { NO_FRAME = 0xffffffff };
 
-/* Test-and-set; acquire pairs with the release of ledger_release.  Held for as long as a few SPTEs take, but its
- * holder's thread may lose the processor. */
+/* Test-and-set; acquire pairs with the release of ledger_release.  Held only for a few SPTEs, but the holder's
+ * thread may be preempted. */
 void ledger_move(struct ledger_cursor *c, uint64_t group)
 {
 	uint32_t spins = 0;
@@ -26,7 +26,7 @@ void ledger_move(struct ledger_cursor *c, uint64_t group)
 	c->group = group;
 }
 
-/* Address space for all, memory for what is touched. */
+/* Reserve address space for all of it; memory is used only for touched pages. */
 static void *ledger_memory(struct machine *m, uint64_t bytes)
 {
 	void *memory;
@@ -105,10 +105,10 @@ uint64_t oracle_ticket(struct machine *m, uint32_t vm)
 	return atomic_fetch_add_explicit(&m->vms[vm].promise_clock, 1, memory_order_acq_rel) + 1;
 }
 
-/* Which rights this promise ends for an entry.  A notifier's and a memslot's promise is absolute: nothing may
- * be granted before the host or user space says so again.  After the others a fault may already have granted
- * anew what the operation took away; then the right is valid and stays, and if somebody else takes it away once
- * more, after the flush, that is not this operation's to promise. */
+/* Return the rights of an entry that this promise revokes.  A notifier's and a memslot's promise is absolute:
+ * nothing may be granted until the host or user space permits it again.  With other promises, a fault may
+ * already have granted anew a right that the operation removed.  That right is valid and stays; if it is
+ * removed once more after the flush, this operation's promise does not cover that removal. */
 static uint8_t ends(const struct ledger_right *e, uint32_t promise, uint64_t ticket)
 {
 	uint8_t rights = 0;
@@ -136,9 +136,10 @@ static uint8_t ends(const struct ledger_right *e, uint32_t promise, uint64_t tic
 	return rights & (uint8_t)~e->revoked;
 }
 
-/* The frame is not its user's any more, or not through this slot, or not in the way in which a fault has found it
- * (kvm_zap_gfn_range): an SPTE that still points to it, or appears later from a fault that looked before, has no custody
- * of it.  A fault that looks later has, so what it has granted by now stays. */
+/* Return whether the promise withdraws custody: the frame is not its user's any more, or not through this slot,
+ * or not as a fault has found it (kvm_zap_gfn_range).  An SPTE that still points to it, or that a fault
+ * installs later from an earlier look-up, has no custody of it.  A fault that looks it up later has custody, so
+ * its grants stay. */
 static bool withdraws_custody(const struct ledger_right *e, uint32_t promise)
 {
 	if (promise == PROMISE_ZAP_RANGE)
@@ -165,8 +166,8 @@ static uint64_t revoke(struct revocation *r, uint64_t gfn)
 	if (e->hfn == NO_FRAME)
 		return 0;
 	rights = ends(e, r->promise, r->ticket);
-	/* Also if an earlier promise has ended all rights: a fault may have looked since.  Unless the frame is another
-	 * page's by now; then it was freed, which has advanced its tag. */
+	/* Also if an earlier promise has ended all rights, because a fault may have looked the frame up since.
+	 * Not if the frame is another page's by now: then it was freed, which has advanced its tag. */
 	if (withdraws_custody(e, r->promise) && (rights || p->host_tag == frame_host_tag(r->frames, e->hfn)))
 		p->host_tag = frame_take(r->frames, &r->taking, e->hfn);
 	if (!rights)

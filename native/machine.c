@@ -14,7 +14,7 @@
 #include "tlb.h"
 #include "vm.h"
 
-/* --- what cannot be built --------------------------------------------------------------------------- */
+/* --- impossible configurations -------------------------------------------------------------------------- */
 
 static uint64_t frames_wanted(const struct machine_config *config)
 {
@@ -42,7 +42,7 @@ static const char *tlb_impossible(const struct machine_config *config)
 	return NULL;
 }
 
-/* A sentence, or NULL. */
+/* Return a message, or NULL. */
 static const char *impossible(const struct machine_config *config)
 {
 	const char *why = cpus_impossible(config);
@@ -56,7 +56,7 @@ static const char *impossible(const struct machine_config *config)
 
 /* --- parts ------------------------------------------------------------------------------------------ */
 
-/* Spinning is for those whom another core may serve meanwhile. */
+/* Spinning pays only if another core may serve the wait meanwhile. */
 static uint32_t spin_time(void)
 {
 	cpu_set_t allowed;
@@ -145,8 +145,8 @@ void vms_destroy(struct machine *m)
 
 /* --- the machine ------------------------------------------------------------------------------------ */
 
-/* In the order of need, and what ran short.  Callbacks that are still queued free frames, so RCU goes
- * before them; VMs give theirs back, too. */
+/* Build the parts in the order of need; returns the resource that ran short.  Callbacks that are still queued
+ * free frames, so RCU is destroyed before the frames; VMs free theirs, too. */
 static const char *build(struct machine *m)
 {
 	if (cpus_create(m))
@@ -184,7 +184,7 @@ static struct machine *no_memory(char *error, uint32_t size)
 	return NULL;
 }
 
-/* Frames, and for everything else more than any such machine needs: the memory that counts is what is used. */
+/* Return the size of the frames, plus more than enough for all else: only memory that is used counts. */
 static size_t heap_wanted(const struct machine_config *config)
 {
 	return ((size_t)256 << 20) + ((size_t)frames_wanted(config) << 13);

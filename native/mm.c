@@ -34,7 +34,7 @@ void mm_set_zero_page(struct machine *m, uint32_t vm, int on)
 	m->vms[vm].mm->zero_page = on != 0;
 }
 
-/* Under the region's lock: make the page present.  Its entry, or 0 if there is no frame. */
+/* Under the region's lock: make the page present.  Returns its entry, or 0 if there is no frame. */
 static uint64_t populate_page(struct machine *m, uint32_t cpu, struct mm *mm, uint64_t hva, uint64_t entry,
 			      bool write)
 {
@@ -77,8 +77,8 @@ int mm_break_cow(struct machine *m, uint32_t cpu, uint32_t vm, uint64_t hva)
 }
 
 /* Under the region's lock, so that frame and custody belong together: the page cannot be unmapped, its frame
- * freed and its host tag advanced between the two reads.  Custody read later would vouch for a frame that is
- * another's by then. */
+ * freed and its host tag advanced between the two reads.  A custody read later would vouch for a frame that has
+ * another user by then. */
 static uint32_t custody_of(struct machine *m, uint64_t entry)
 {
 	return frame_host_tag(m->frames, mm_hfn(entry));
@@ -113,7 +113,7 @@ int mm_fault(struct machine *m, uint32_t cpu, uint32_t vm, uint64_t hva, int wri
 	return error;
 }
 
-/* Pages [hva, end) of one region, into the arrays from 0 on. */
+/* Fault in pages [hva, end) of one region, into the arrays from 0 on. */
 static uint32_t fault_region(struct machine *m, uint32_t cpu, struct mm *mm, uint64_t hva, uint64_t end,
 			     bool populate, uint32_t *hfns, uint32_t *tags, uint32_t *writable)
 {
@@ -174,7 +174,8 @@ uint64_t mm_present(struct machine *m, uint32_t vm, uint64_t start, uint64_t end
 	return present;
 }
 
-/* Entry of a page whose frame is about to go, its contents kept.  Unchanged if there is no memory for them. */
+/* Return the entry of a page whose frame is about to be freed, with its contents kept.  Unchanged if there is
+ * no memory for them. */
 static uint64_t swap_out(struct machine *m, uint64_t entry)
 {
 	const _Atomic uint64_t *words = frame_words(m->frames, mm_hfn(entry));
@@ -271,7 +272,7 @@ int mm_create(struct machine *m, struct vm *vm)
 	return MACHINE_NOMEM;
 }
 
-/* Nobody uses the VM any more: no locks. */
+/* The VM is not in use any more: no locks. */
 void mm_destroy(struct machine *m, struct vm *vm)
 {
 	struct mm *mm = vm->mm;

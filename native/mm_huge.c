@@ -2,8 +2,8 @@
 #include "ept.h"
 #include "mm_internal.h"
 
-/* Under the region's lock.  The notifier has promised that no vCPU uses the page; a mutant's vCPU that does may
- * store into the old frame after the copy, and that store is lost, as it would be. */
+/* Under the region's lock.  The notifier has promised that no vCPU uses the page.  Under a mutant, a vCPU that
+ * does may store into the old frame after the copy, and that store is lost, as on real hardware. */
 static int move_page(struct machine *m, uint32_t cpu, struct mm *mm, uint64_t hva)
 {
 	uint64_t entry = mm_get(mm, hva);
@@ -39,7 +39,7 @@ uint64_t mm_migrate(struct machine *m, uint32_t cpu, uint32_t vm, uint64_t start
 	return moved;
 }
 
-/* Something is there, and all of it under one protection. */
+/* Return whether a page is present, and all pages have one protection. */
 static bool collapsible(const struct mm *mm, uint64_t hva)
 {
 	uint64_t any = 0, differ = 0, first = mm_get(mm, hva);

@@ -37,8 +37,8 @@ static uint64_t **image_page(const struct mm_image *image, uint64_t hva)
 	return &image->page[hva - image->start];
 }
 
-/* One word behind an entry, under the region's lock.  Relaxed: vCPUs store meanwhile, and a copy of a page being
- * written is whatever it is; the dirty log must say that the page has to be copied again. */
+/* One word behind an entry, under the region's lock.  Relaxed: vCPUs store meanwhile, so the copy of a page
+ * being written has arbitrary contents; the dirty log must tell that the page has to be copied again. */
 static uint64_t page_word(const struct machine *m, uint64_t entry, uint32_t word)
 {
 	if (entry & MM_PRESENT)
@@ -65,7 +65,7 @@ static uint64_t image_word(const uint64_t *page, uint32_t word)
 	return page ? page[word] : 0;
 }
 
-/* Under the region's lock: the first word of a page that is not as in its image, or FRAME_WORDS. */
+/* Under the region's lock: return the first word of a page that differs from its image, or FRAME_WORDS. */
 static uint32_t first_difference(const struct machine *m, uint64_t entry, const uint64_t *page)
 {
 	uint32_t word = 0;
@@ -77,7 +77,7 @@ static uint32_t first_difference(const struct machine *m, uint64_t entry, const 
 	return word;
 }
 
-/* Most pages are as they were copied last; those that only hold zeros take no memory. */
+/* Most pages are unchanged since their last copy; those that hold only zeros take no memory. */
 static int copy_page(struct machine *m, struct mm *mm, uint64_t hva)
 {
 	uint64_t **page = image_page(&mm->image, hva);

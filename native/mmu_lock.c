@@ -7,8 +7,9 @@
 #include "spin.h"
 #include "vm.h"
 
-/* Orders: taking the lock acquires, giving it back releases, on `state`; a grant is a release store to the
- * waiter's `granted`, acquired by the waiter, made by whoever took `state` for it with acquire. */
+/* Orders: taking the lock acquires, giving it back releases, on `state`.  A grant is a release store to the
+ * waiter's `granted`, acquired by the waiter; the CPU that makes it has taken `state` for the waiter with
+ * acquire. */
 
 int mmu_lock_init(struct mmu_lock *lock, const struct machine *m)
 {
@@ -37,7 +38,7 @@ static void queue_append(struct mmu_lock *lock, struct lock_waiter *waiter)
 	else
 		lock->first = waiter;
 	lock->last = waiter;
-	/* acq_rel: the owner's unlock either comes after and sees the bit, or we see that it is gone */
+	/* acq_rel: either the owner's unlock comes later and sees the bit, or we see that it is gone */
 	atomic_fetch_or_explicit(&lock->state, MMU_LOCK_WAITERS, memory_order_acq_rel);
 }
 
@@ -57,8 +58,8 @@ static void queue_remove(struct mmu_lock *lock, struct lock_waiter *waiter)
 		atomic_fetch_and_explicit(&lock->state, ~MMU_LOCK_WAITERS, memory_order_relaxed);
 }
 
-/* Take the lock for a waiter if it is free for that.  While somebody is queued, others can only give it
- * back, so what is free stays free. */
+/* Take the lock for a waiter if its state permits.  While the queue is not empty, other CPUs can only give the
+ * lock back, so a free lock stays free. */
 static bool take_for(struct mmu_lock *lock, const struct lock_waiter *waiter)
 {
 	uint32_t state = atomic_load_explicit(&lock->state, memory_order_acquire);
@@ -75,8 +76,8 @@ static bool take_for(struct mmu_lock *lock, const struct lock_waiter *waiter)
 	return true;
 }
 
-/* With the queue locked: hand the lock over to the first who can have it, and to the readers behind a reader.
- * Returns them as a list; they are told afterwards, with the queue unlocked. */
+/* With the queue locked: hand the lock to the first waiter that can have it, and to the readers behind a
+ * reader.  Returns them as a list; they are notified afterwards, with the queue unlocked. */
 static struct lock_waiter *take_for_first(struct mmu_lock *lock)
 {
 	struct lock_waiter *granted = NULL, **end = &granted;
@@ -98,7 +99,7 @@ static void tell_granted(struct machine *m, struct lock_waiter *granted)
 		struct lock_waiter *next = granted->next;
 		uint32_t cpu = granted->cpu;
 
-		/* From here on the waiter may use its node for another lock. */
+		/* After this store the waiter may use its node for another lock. */
 		atomic_store_explicit(&granted->granted, 1, memory_order_seq_cst);
 		cpu_wake(m, cpu);
 		granted = next;
@@ -127,7 +128,7 @@ static void give_back(struct machine *m, struct mmu_lock *lock, bool write)
 
 /* --- waiting ---------------------------------------------------------------------------------------- */
 
-/* Stop waiting for the lock: true if it was too late, and the lock is ours. */
+/* Stop waiting for the lock: true if that was too late, and the lock is ours. */
 static bool give_up(struct machine *m, struct mmu_lock *lock, struct lock_waiter *waiter)
 {
 	bool was_queued;
@@ -142,7 +143,7 @@ static bool give_up(struct machine *m, struct mmu_lock *lock, struct lock_waiter
 		return false;
 	}
 	while (!atomic_load_explicit(&waiter->granted, memory_order_acquire))
-		sched_yield(); /* whoever granted it is about to tell */
+		sched_yield(); /* the CPU that granted it is about to notify us */
 	return true;
 }
 
@@ -159,7 +160,7 @@ static int wait_granted(struct machine *m, struct cpu *c, struct mmu_lock *lock,
 			return r;
 		if (r != MACHINE_OFFLINE)
 			return 0;
-		give_back(m, lock, waiter->write); /* nobody would for an offline CPU */
+		give_back(m, lock, waiter->write); /* an offline CPU cannot give it back later */
 		return r;
 	}
 	return 0;
@@ -206,7 +207,7 @@ static bool write_try(struct mmu_lock *lock)
 						       memory_order_acquire, memory_order_relaxed);
 }
 
-/* Accounts for those who must undo it for a CPU that died; the owner's relaxed stores, as counters. */
+/* Record holds, so that they can be undone for a CPU that died; the owner's relaxed stores, as with counters. */
 static void note_reader(struct cpu *c, struct mmu_lock *lock, int change)
 {
 	uint32_t held = atomic_load_explicit(&lock->readers[c->id], memory_order_relaxed);
@@ -240,7 +241,7 @@ static struct vm *may_lock(struct machine *m, uint32_t cpu, uint32_t vm, const c
 	ipi_poll(m, &m->cpus[cpu]);
 	v = vm_get(m, cpu, vm);
 	if (v && (reads(&v->mmu_lock, cpu) || writes(&v->mmu_lock, cpu))) {
-		/* not recursive: a writer that waits in between would wait for ever */
+		/* not recursive: a writer that queues in between would deadlock with the second hold */
 		cpu_misuse(m, cpu, "%s on CPU %u: it holds VM %u's already", what, cpu, vm);
 		return NULL;
 	}
@@ -331,7 +332,7 @@ void mmu_write_unlock(struct machine *m, uint32_t cpu, uint32_t vm)
 
 int mmu_lock_needbreak(struct machine *m, uint32_t vm)
 {
-	/* relaxed: a hint; acting on it takes the lock anew */
+	/* relaxed: a hint; a CPU that acts on it takes the lock anew */
 	return (atomic_load_explicit(&m->vms[vm].mmu_lock.state, memory_order_relaxed) & MMU_LOCK_WAITERS) != 0;
 }
 

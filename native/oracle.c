@@ -1,4 +1,4 @@
-/* Judging uses, and keeping reports.  See oracle.h for what is a violation. */
+/* Judging uses, and keeping reports.  See oracle.h for the definition of a violation. */
 #include <string.h>
 
 #include "events.h"
@@ -12,7 +12,7 @@ static bool is_write(uint32_t type)
 	return type == ACCESS_WRITE;
 }
 
-/* The state of the right that the entry stands for; the caller read the frame's tag before. */
+/* Judge by the state of the right that the entry stands for; the caller has read the frame's tag before. */
 static void judge_right(struct machine *m, const struct tlb_entry *entry, uint64_t page, uint32_t type,
 			struct judgement *j)
 {
@@ -29,7 +29,7 @@ static void judge_right(struct machine *m, const struct tlb_entry *entry, uint64
 	j->live = e.hfn == hfn ? is_write(type) ? e.live_write : e.live_read : 0;
 	held = e.hfn == hfn && !(e.revoked & (is_write(type) ? 2 : 1));
 
-	/* A right that was granted after the promise and before the host freed the frame is none. */
+	/* A grant made after the promise does not count if the frame has been freed since. */
 	if (held && !freed) {
 		if (!(is_write(type) ? e.live_write : e.live_read))
 			j->verdict = VERDICT_LEGAL_STALE;
@@ -95,7 +95,7 @@ void oracle_report(struct machine *m, uint32_t cpu, const struct violation_repor
 	o->report[n].report = *report;
 	o->report[n].report.cpu = cpu;
 	o->report[n].report.time = monotonic_ns();
-	/* A kind that is frequent leaves room for the others. */
+	/* A frequent kind must leave room for the others. */
 	o->report[n].story = 0;
 	if (atomic_fetch_add_explicit(&o->told[kind], 1, memory_order_relaxed) < STORIES_OF_KIND)
 		o->report[n].story = take_story(m, &o->report[n].report);

@@ -39,7 +39,7 @@ enum promise {
 	PROMISE_NONE,
 	PROMISE_NOTIFIER,       /* invalidate_range_start returned: the range is not used */
 	PROMISE_NOTIFIER_WRITE, /* invalidate_range_start returned: the range is not written (mprotect, copy-on-
-	                         * write, KSM) */
+				 * write, KSM) */
 	PROMISE_MEMSLOT,        /* the slot is gone */
 	PROMISE_ZAP_RANGE,      /* kvm_zap_gfn_range returned */
 	PROMISE_DIRTY_LOG,      /* every later write is logged */
@@ -104,8 +104,8 @@ enum event_kind {
 	EVENT_MAP,       /* gfn, frame; more: pages */
 	EVENT_REQUEST,   /* vcpu, request */
 	EVENT_IPI,       /* mask of 64 pCPUs that were called, the number of all called; more: function,
-	                  * EVENT_IPI_WAITS if the sender waits, and above it the index of the 64: a call to pCPUs
-	                  * far apart leaves several events */
+			  * EVENT_IPI_WAITS if the sender waits, and above it the index of the 64: a call to pCPUs
+			  * far apart leaves several events */
 	EVENT_PROMISE,   /* promise, first gfn; more: gfns */
 	EVENT_FREE,      /* frame */
 	EVENT_ROOT_LOAD, /* vcpu, root */

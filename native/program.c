@@ -21,8 +21,8 @@ enum {
 struct pending {
 	uint64_t page;
 	uint32_t process;
-	uint32_t gfn;    /* behind it before */
-	bool all;        /* the mapping changed; else write access went */
+	uint32_t gfn;    /* the frame behind it before */
+	bool all;        /* the mapping changed; else write access was removed */
 	bool global;
 };
 
@@ -36,7 +36,7 @@ struct program {
 
 void signal_add(struct machine *m, uint32_t slot, uint64_t n)
 {
-	/* Release: who sees the count sees what was done before.  Pairs with signal_get. */
+	/* Release: a CPU that sees the count sees everything done before.  Pairs with signal_get. */
 	atomic_fetch_add_explicit(&m->signals[slot % MACHINE_SIGNALS], n, memory_order_release);
 }
 
@@ -91,7 +91,7 @@ static void note_change(struct walk *w, uint64_t page, const struct guest_page *
 {
 	struct program *p = w->guest->program;
 
-	/* Full: a change that the oracle will never hold against anybody. */
+	/* The list is full: the oracle will never report a use of this old translation. */
 	if (gp->gfn == (uint32_t)GUEST_NO_GFN || p->pending_count == PROGRAM_PENDING)
 		return;
 	p->pending[p->pending_count++] = (struct pending){
@@ -99,7 +99,7 @@ static void note_change(struct walk *w, uint64_t page, const struct guest_page *
 	};
 }
 
-/* The guest has invalidated it: from here on the old translation is stale, and whoever uses it asks the oracle. */
+/* The guest has invalidated it: from here on the old translation is stale, and each use of it asks the oracle. */
 static void settle(struct walk *w, const struct pending *change)
 {
 	struct guest_page *gp = guest_page_find(w->guest, change->process, change->page);
@@ -118,7 +118,7 @@ static void settle(struct walk *w, const struct pending *change)
 		frame_tag_advance(w->m->frames, e.hfn);
 }
 
-/* What an invalidation covers. */
+/* The scope of an invalidation. */
 struct covered {
 	bool any_page, any_process, globals;
 	uint64_t page;
@@ -199,7 +199,7 @@ static void do_mov_cr3(struct walk *w, const struct guest_op *op)
 		g->current = (uint32_t)op->value;
 	os_load_context(w);
 	count(w->cpu->counters, COUNT_GUEST_SWITCHES, 1);
-	/* Bit 63 means something only with CR4.PCIDE. */
+	/* Bit 63 has a meaning only with CR4.PCIDE. */
 	if (op->flags & GUEST_OP_NOFLUSH && g->config.pcid)
 		return;
 	mov_to_cr3(w->tlb, pcid_of(g, g->current));
@@ -235,7 +235,7 @@ static enum walk_result do_map(struct walk *w, const struct guest_op *op)
 	return r;
 }
 
-/* UNMAP and PROTECT: the entry without some bits.  Nothing is mapped there: nothing to do. */
+/* UNMAP and PROTECT: clear bits of the entry.  If nothing is mapped there, nothing is to be done. */
 static enum walk_result take_away(struct walk *w, const struct guest_op *op, uint64_t bits)
 {
 	struct guest *g = w->guest;
@@ -261,7 +261,7 @@ static enum walk_result take_away(struct walk *w, const struct guest_op *op, uin
 
 /* --- steps -------------------------------------------------------------------------------------------------- */
 
-/* The gfn behind a page to which the guest has just stored. */
+/* Return the gfn behind a page to which the guest has just stored. */
 static uint64_t stored_to(const struct guest *g, uint64_t page)
 {
 	const struct guest_page *gp = g->config.paging ? guest_page_find(g, g->current, page) : NULL;
@@ -287,7 +287,7 @@ static enum walk_result do_access(struct walk *w, struct accesses *a, const stru
 	return r;
 }
 
-/* Interrupts are served by whoever called: after each turn the caller looks. */
+/* The caller serves interrupts: it polls after each turn. */
 static void wait_a_little(struct walk *w, const struct guest_op *op)
 {
 	for (uint32_t i = 0; i < SPINS_IN_GUEST; i++) {

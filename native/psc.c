@@ -1,8 +1,7 @@
 /* Paging-structure caches (SDM vol. 3A 4.10.3, 3C 29.4.1): one store per level of the table that an entry
- * points to.  They share the contexts of the translations but have generations of their own, as INVLPG
- * drops all of a PCID's entries here and but one of its translations.  None is global: the G flag means
- * something only where a page is mapped.
- */
+ * points to.  They share the contexts of the translations but have generations of their own, because INVLPG
+ * drops all of a PCID's entries here but only one of its translations.  No entry is global: the G flag has a
+ * meaning only where a page is mapped. */
 #include "tlb_internal.h"
 
 enum { PSC_WAYS = FEW_WAYS };

@@ -1,4 +1,4 @@
-/* RCU: readers, grace periods, who waits for them and who drives them.  See rcu.h. */
+/* RCU: readers, waits for grace periods, and the thread that drives them.  See rcu.h. */
 #include "heap.h"
 #include "ipi.h"
 #include "rcu_internal.h"
@@ -8,10 +8,11 @@
 
 /* --- readers ---------------------------------------------------------------------------------------- */
 
-/* Reader and RCU thread both read-modify-write rcu_snapshot.  If the reader's comes first, the thread sees
- * its grace period and waits.  If the thread's comes first, the reader acquires from it, and so sees whatever
- * was removed before the grace period began.  gp_seq is acquired for the same: who reads the number of a grace
- * period need not be waited for by it. */
+/* Reader and RCU thread both read-modify-write rcu_snapshot.  If the reader's operation comes first, the thread
+ * sees its grace period and waits.  If the thread's comes first, the reader acquires from it, and so sees
+ * everything that was removed before the grace period began.  gp_seq is acquired for that reason, too: a reader
+ * that reads the number of a grace period sees the removals before it, so that grace period need not wait for
+ * the reader. */
 void rcu_read_lock(struct machine *m, uint32_t cpu)
 {
 	struct cpu *c = &m->cpus[cpu];
@@ -34,7 +35,7 @@ void rcu_read_unlock(struct machine *m, uint32_t cpu)
 	}
 	if (--c->rcu_depth)
 		return;
-	/* release: the section is over for whoever reads 0, or what we store at the next lock */
+	/* release: the section is over for a thread that reads 0, or the store of the next lock */
 	atomic_store_explicit(&c->rcu_snapshot, 0, memory_order_release);
 }
 
@@ -99,8 +100,8 @@ int synchronize_rcu(struct machine *m, uint32_t cpu)
 
 	if (r)
 		return r;
-	/* A read-modify-write: the thread's next one on gp_seq reads from it, so what we removed happens
-	 * before that grace period begins.  The one that has begun does not count. */
+	/* A read-modify-write: the thread's next one on gp_seq reads from it, so our removals happen before
+	 * that grace period begins.  The grace period that has already begun does not count. */
 	target = atomic_fetch_add_explicit(&rcu->gp_seq, 0, memory_order_acq_rel) + 1;
 	wanted = atomic_load_explicit(&rcu->gp_wanted, SEQ_CST);
 	while (wanted < target &&
@@ -116,8 +117,8 @@ int rcu_barrier(struct machine *m, uint32_t cpu)
 
 	if (r)
 		return r;
-	/* Callbacks run in the order of the stack, and are counted before they are pushed: once so many ran,
-	 * all that were pushed before now have. */
+	/* Callbacks run in the order of the stack, and are counted before they are pushed: once `queued` of
+	 * them have run, all that were pushed before now have. */
 	return wait_count(m, cpu, &m->rcu->invoked, atomic_load_explicit(&m->rcu->queued, SEQ_CST));
 }
 
@@ -136,7 +137,7 @@ static bool has_message(struct machine *m, uint32_t cpu)
 	return cpu_attention(m, cpu) & ATTENTION_MESSAGE;
 }
 
-/* Readers do not say when they leave (that would cost each of them), so this looks, ever less often. */
+/* Readers do not signal when they leave (that would cost each of them), so this polls, at growing intervals. */
 static int wait_quiescent(struct machine *m, uint32_t cpu, struct cpu *reader, uint64_t gp)
 {
 	struct wait w = wait_begin(m, cpu);
@@ -154,7 +155,7 @@ static int wait_quiescent(struct machine *m, uint32_t cpu, struct cpu *reader, u
 	return r;
 }
 
-/* 0; an error or ATTENTION_MESSAGE: it has not ended. */
+/* Return 0; an error or ATTENTION_MESSAGE: the grace period has not ended. */
 static int grace_period(struct machine *m, uint32_t cpu)
 {
 	struct rcu *rcu = m->rcu;
@@ -183,7 +184,8 @@ static bool is_wanted(struct rcu *rcu)
 		       atomic_load_explicit(&rcu->gp_completed, memory_order_relaxed);
 }
 
-/* Until there is work, or none and the machine stops: 0.  Else an error or ATTENTION_MESSAGE. */
+/* Wait until there is work, or until there is none and the machine stops: 0.  Else an error or
+ * ATTENTION_MESSAGE. */
 static int wait_wanted(struct machine *m, uint32_t cpu, bool *wanted)
 {
 	struct wait w = wait_begin(m, cpu);
@@ -191,7 +193,7 @@ static int wait_wanted(struct machine *m, uint32_t cpu, bool *wanted)
 
 	w.ignore_stop = w.idle = true;
 	while (!r) {
-		/* stopping first: who queues before it is set is served */
+		/* stopping first: work queued before it is set is served */
 		uint32_t stopping = atomic_load_explicit(&m->stopping, SEQ_CST);
 
 		*wanted = is_wanted(m->rcu);
@@ -216,7 +218,8 @@ int rcu_thread(struct machine *m, uint32_t cpu)
 	if (!atomic_compare_exchange_strong_explicit(&rcu->thread, &nobody, (int32_t)cpu, SEQ_CST, SEQ_CST))
 		return cpu_misuse(m, cpu, "rcu_thread on CPU %u: it runs on CPU %d already", cpu, nobody);
 	while (!(r = wait_wanted(m, cpu, &wanted)) && wanted) {
-		/* Left in the middle of a grace period: those that waited for it wait for another first. */
+		/* The thread left in the middle of a grace period: the callbacks that waited for it wait for
+		 * another one first. */
 		struct rcu_head *list = rcu->taken ? rcu->taken : rcu_take_pending(rcu);
 
 		rcu->taken = list;
@@ -286,7 +289,7 @@ int rcu_create(struct machine *m)
 	return waiters_init(&rcu->waiters, m);
 }
 
-/* No thread is left: every reader is gone, what is still queued may run at once. */
+/* No thread is left: every reader is gone, so callbacks that are still queued may run at once. */
 void rcu_destroy(struct machine *m)
 {
 	if (!m->rcu)

@@ -10,7 +10,7 @@ struct rcu_chunk {
 	struct rcu_head heads[126];
 };
 
-/* As handlers of ipi.c. */
+/* One table for all machines, as the handlers of ipi.c. */
 static _Atomic(rcu_handler *) handlers[RCU_CALLBACKS];
 
 static void rcu_nothing(struct machine *m, struct cpu *cpu, uint64_t argument)
@@ -65,7 +65,7 @@ static struct rcu_head *take_node(struct machine *m, struct cpu *c)
 	return head;
 }
 
-/* Returns what was on top before.  Stacks are emptied as a whole, so there is no ABA. */
+/* Return the former top.  Stacks are emptied as a whole, so there is no ABA. */
 static struct rcu_head *push(_Atomic(struct rcu_head *) *stack, struct rcu_head *head)
 {
 	struct rcu_head *top = atomic_load_explicit(stack, memory_order_relaxed);
@@ -99,7 +99,7 @@ int call_rcu(struct machine *m, uint32_t cpu, uint32_t callback, uint64_t argume
 
 uint64_t rcu_pending(struct machine *m)
 {
-	/* invoked first: what runs in between must not make the difference negative */
+	/* invoked first: callbacks that run in between must not make the difference negative */
 	uint64_t invoked = atomic_load_explicit(&m->rcu->invoked, SEQ_CST);
 
 	return atomic_load_explicit(&m->rcu->queued, SEQ_CST) - invoked;

@@ -28,7 +28,7 @@ static bool attention(const struct run *run)
 	return atomic_load_explicit(&run->walk.cpu->attention, memory_order_relaxed) != 0;
 }
 
-/* Records up to `n` of the current process; WALK_DONE also when attention is wanted. */
+/* Do records up to `n` of the current process; WALK_DONE also when attention is set. */
 static enum walk_result run_records(struct run *run, uint64_t n)
 {
 	struct guest_process *p = &run->walk.guest->process[run->walk.guest->current];
@@ -55,8 +55,8 @@ static uint64_t until_event(const struct run *run)
 	return n < run->budget ? n : run->budget;
 }
 
-/* HLT without an exit (KVM_CAP_X86_DISABLE_EXITS), as on hosts that give guests pCPUs of their own.  An interrupt
- * of the host makes the guest exit; entered again it goes on halting (VMCS activity state). */
+/* HLT without an exit (KVM_CAP_X86_DISABLE_EXITS), as on hosts that give guests pCPUs of their own.  A host
+ * interrupt makes the guest exit; on the next entry it continues to halt (VMCS activity state). */
 static uint32_t halted(struct run *run)
 {
 	struct walk *w = &run->walk;
@@ -81,7 +81,7 @@ static uint32_t instruction(struct run *run, uint32_t insn, uint64_t operand)
 	return EXIT_INSTRUCTION;
 }
 
-/* SDM vol. 3A, 10.8.5: four-level paging is prepared in CR4, and goes on with CR0.PG.  Both are KVM's to see. */
+/* SDM vol. 3A, 10.8.5: four-level paging is prepared in CR4, and enabled with CR0.PG.  KVM intercepts both. */
 static uint32_t boot(struct run *run)
 {
 	struct guest *g = run->walk.guest;
@@ -94,7 +94,7 @@ static uint32_t boot(struct run *run)
 	return instruction(run, GUEST_INSN_MOV_CR0, CR0_PE | CR0_WP | CR0_PG);
 }
 
-/* The SMI handler, to its end, and RSM. */
+/* Run the SMI handler to its end, then RSM. */
 static uint32_t smm(struct run *run)
 {
 	struct guest_process *p = &run->walk.guest->smi_handler;
@@ -111,7 +111,7 @@ static uint32_t smm(struct run *run)
 	return exit_of(r);
 }
 
-/* Returns an exit reason; EXIT_REASONS: nothing happened that needs one, go on. */
+/* Return an exit reason; EXIT_REASONS: no exit is needed, go on. */
 static uint32_t step(struct run *run)
 {
 	struct walk *w = &run->walk;
@@ -240,7 +240,7 @@ int guest_access(struct machine *m, uint32_t cpu, uint32_t vcpu, uint64_t linear
 	w = os_setup(&run.walk);
 	if (w == WALK_DONE)
 		w = accesses_run(&run.accesses, &run.walk, &record, 1, &done);
-	/* Wanted elsewhere: the access is done all the same. */
+	/* Attention is set: the access is done all the same. */
 	if (w == WALK_DONE && !done) {
 		w = accesses_one(&run.walk, record);
 		run.walk.guest->clock += w == WALK_DONE;
@@ -253,7 +253,7 @@ int guest_access(struct machine *m, uint32_t cpu, uint32_t vcpu, uint64_t linear
 	return r < 0 ? r : (int)reason;
 }
 
-/* --- the same step by step -------------------------------------------------------------------------- */
+/* --- step by step --------------------------------------------------------------------------------------- */
 
 int guest_enter(struct machine *m, uint32_t cpu, uint32_t vcpu, uint64_t budget, struct vcpu_exit *out)
 {

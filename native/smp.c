@@ -1,4 +1,4 @@
-/* Calls between CPUs, where they are sent (kernel/smp.c).  ipi.c is where they arrive. */
+/* Calls between CPUs, the sender's side (kernel/smp.c).  ipi.c is the target's side. */
 #include <string.h>
 
 #include "heap.h"
@@ -8,7 +8,7 @@
 /* The orders of P2 and P3 in cpu.h. */
 #define SEQ_CST memory_order_seq_cst
 
-/* What to call, before it is copied into nodes. */
+/* A call, before it is copied into nodes. */
 struct call {
 	uint32_t function;
 	uint32_t sync;
@@ -90,7 +90,7 @@ static int may_send(struct machine *m, uint32_t cpu, uint32_t function, const ch
 	return allocate_calls(m, &m->cpus[cpu]);
 }
 
-/* Queue one call.  1: the target must be kicked; 0: somebody queued before and does that. */
+/* Queue one call.  1: the target must be kicked; 0: the sender of an earlier call in the queue does that. */
 static int queue_call(struct machine *m, struct cpu *c, uint32_t target, const struct call *call)
 {
 	struct cpu *t = &m->cpus[target];
@@ -124,8 +124,9 @@ static bool cpu_is_offline(struct machine *m, uint32_t cpu)
 	return cpu_power(m, cpu) == CPU_OFFLINE;
 }
 
-/* Queue the call for every target of the mask (NULL: all), and interrupt those that run.  Targets that
- * must be served are left for kick_mask(): nobody who runs waits for them.  Returns how many. */
+/* Queue the call for every target of the mask (NULL: all), and interrupt the running ones.  Targets that must
+ * be serviced are left for kick_mask(), so that no running target is delayed by them.  Returns the number of
+ * targets. */
 static int queue_mask(struct machine *m, struct cpu *c, const uint64_t *mask, const struct call *call)
 {
 	int targets = 0;
@@ -179,13 +180,14 @@ static int wait_mask(struct machine *m, struct cpu *c)
 	return 0;
 }
 
-/* On the caller's own CPU, with interrupts off: in_call makes waiting, sending and draining impossible. */
+/* Run the call on the caller's own CPU, with interrupts off: in_call makes waiting, sending and draining
+ * impossible. */
 static void call_locally(struct machine *m, struct cpu *c, const struct call *call)
 {
 	ipi_run_function(m, c, call->function, call->argument);
 }
 
-/* In the sender's ring: an event for each word of the mask that has a target. */
+/* Record in the sender's ring an event for each word of the mask that has a target. */
 static void note_calls(struct machine *m, const struct cpu *c, int targets, const struct call *call)
 {
 	uint32_t how = call->function | (call->wait ? EVENT_IPI_WAITS : 0);
@@ -207,7 +209,7 @@ static int call_many(struct machine *m, uint32_t cpu, const uint64_t *mask, cons
 	memset(c->calls_sent, 0, 2 * sizeof(*c->calls_sent) * ((m->config.pcpus + 63) / 64));
 	targets = queue_mask(m, c, mask, call);
 	note_calls(m, c, targets, call);
-	/* Even if we give up: others may have queued behind us and count on our kick. */
+	/* Even if we give up: other senders may have queued behind us and rely on our kick. */
 	kick_mask(m, c);
 	if (targets < 0)
 		return targets;

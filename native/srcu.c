@@ -3,7 +3,7 @@
 #include "rcu.h"
 #include "vm.h"
 
-/* Where not said otherwise: Dekker between a reader that leaves and the synchronizer that waits. */
+/* Unless stated otherwise: Dekker between a reader that leaves and the synchronizer that waits. */
 #define SEQ_CST memory_order_seq_cst
 
 int srcu_init(struct srcu *srcu, const struct machine *m)
@@ -31,7 +31,7 @@ int srcu_read_lock(struct machine *m, uint32_t cpu, uint32_t vm)
 	if (!v)
 		return MACHINE_MISUSE;
 	ipi_poll(m, &m->cpus[cpu]);
-	/* relaxed: a stale index is what the second phase of synchronize_srcu is for */
+	/* relaxed: the second phase of synchronize_srcu covers a stale index */
 	index = atomic_load_explicit(&v->srcu.index, memory_order_relaxed) & 1;
 	chaos_point(m, cpu);
 	atomic_fetch_add_explicit(&v->srcu.lock_count[index], 1, SEQ_CST);
@@ -45,14 +45,14 @@ void srcu_read_unlock(struct machine *m, uint32_t cpu, uint32_t vm, int index)
 
 	atomic_fetch_add_explicit(&srcu->unlock_count[index & 1], 1, SEQ_CST);
 	chaos_point(m, cpu);
-	/* Dekker: the synchronizer says that it waits, then counts */
+	/* Dekker: the synchronizer announces that it waits, then counts */
 	waiting = atomic_load_explicit(&srcu->waiting, SEQ_CST);
 	if (waiting)
 		cpu_wake(m, waiting - 1);
 }
 
-/* Unlocks are counted before locks: a reader counted as gone was counted as having come.  Locks are counted
- * with a read-modify-write: who comes later acquires from it (as rcu_snapshot). */
+/* Unlocks are counted before locks, so a reader whose unlock is counted is counted in the locks, too.  Locks
+ * are counted with a read-modify-write: a later reader acquires from it (as with rcu_snapshot). */
 static bool srcu_is_drained(struct srcu *srcu, uint32_t index)
 {
 	uint64_t unlocks = atomic_load_explicit(&srcu->unlock_count[index], SEQ_CST);
@@ -72,7 +72,7 @@ static int srcu_wait_drained(struct machine *m, uint32_t cpu, struct srcu *srcu,
 	return r;
 }
 
-/* Both indices: readers that took a stale one before the last flip are on the idle one. */
+/* Both indices: readers that took a stale index before the last flip are on the idle one. */
 static int srcu_grace_period(struct machine *m, uint32_t cpu, struct srcu *srcu)
 {
 	uint32_t index = atomic_load_explicit(&srcu->index, SEQ_CST) & 1;

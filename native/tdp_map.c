@@ -19,7 +19,7 @@ int64_t tdp_mmu_make_split_table(struct machine *m, uint32_t cpu, uint64_t huge_
 		return table;
 	if (single)
 		child &= ~((uint64_t)SPTE_PAGE_SIZE | (uint64_t)FRAME_TAG_MASK << SPTE_CUSTODY_SHIFT);
-	/* Relaxed: nobody sees the page until it is linked, with release. */
+	/* Relaxed: the page is invisible until it is linked, with release. */
 	for (uint32_t i = 0; i < FRAME_WORDS; i++, child += step << SPTE_HFN_SHIFT) {
 		uint64_t custody = single ? frame_custody_of_one(m->frames, spte_hfn(child),
 								 spte_leaf_custody(huge_spte, level)) : 0;
@@ -30,14 +30,14 @@ int64_t tdp_mmu_make_split_table(struct machine *m, uint32_t cpu, uint64_t huge_
 	return table;
 }
 
-/* spte_try_change() from nothing to a 4K leaf, without its questions. */
+/* spte_try_change() from nothing to a 4K leaf, without its checks. */
 static inline bool install(struct machine *m, struct ledger_cursor *c, _Atomic uint64_t *sptep, uint64_t gfn,
 			   uint64_t spte)
 {
 	uint32_t hfn = spte_hfn(spte);
 	uint64_t old = 0;
 
-	/* Only where nothing is: frozen SPTEs and what another fault has mapped are not touched. */
+	/* Only into empty entries: frozen SPTEs and mappings of another fault are not touched. */
 	if (atomic_load_explicit(sptep, memory_order_relaxed))
 		return false;
 	ledger_grant_one(c, gfn, hfn, spte_custody(spte) == frame_host_tag(m->frames, hfn), spte & SPTE_WRITABLE);
@@ -54,7 +54,7 @@ int tdp_mmu_map_around(struct machine *m, uint32_t cpu, uint32_t vm, uint32_t ta
 	_Atomic uint64_t *sptep = ept_table(m, table) + spte_index(gfn, PG_LEVEL_4K);
 	uint32_t room = FRAME_WORDS - spte_index(gfn, PG_LEVEL_4K);
 	struct ledger_cursor c = ledger_cursor(m, vm);
-	/* All of an SPTE but frame and custody, by `writable`. */
+	/* All bits of an SPTE but frame and custody, by `writable`. */
 	const uint64_t bits[2] = { make_spte(0, 0, PG_LEVEL_4K, 0, 0), make_spte(0, 0, PG_LEVEL_4K, 1, 1) };
 	uint32_t first = 0, mapped = 0;
 

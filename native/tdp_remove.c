@@ -9,11 +9,13 @@ static _Atomic uint64_t *entry(const struct machine *m, const struct tdp_removal
 	return &ept_table(m, r->table[r->level])[r->index[r->level]];
 }
 
-/* Take what a child is, so that nobody installs anything in its place any more; false: somebody else has frozen it.
+/* Exchange a child's entry, so that nothing can be installed in its place any more; false: another CPU has
+ * frozen it.
  *
- * The link above is gone already, but CPUs set A and D through what they have cached until the flush, and threads
- * that hold mmu_lock for read may be in the page: only an exchange knows what was there last.  Somebody else's
- * FROZEN must be waited for: that one will still write here. */
+ * The link above is gone already, but CPUs set A and D through their cached mappings until the flush, and
+ * threads that hold mmu_lock for read may be in the page: only an exchange returns the last value.  An entry
+ * that another CPU has frozen must be waited for, because that CPU will still write to it.
+ */
 static bool freeze(const struct tdp_removal *r, _Atomic uint64_t *sptep, uint64_t *old)
 {
 	uint64_t new_spte = r->freeze ? FROZEN_SPTE : 0;
@@ -24,10 +26,11 @@ static bool freeze(const struct tdp_removal *r, _Atomic uint64_t *sptep, uint64_
 			*old = kvm_tdp_mmu_write_spte(sptep, *old, new_spte, r->level);
 		return true;
 	}
-	/* Without freezing somebody else's FROZEN would be overwritten. */
+	/* Without freezing, another CPU's FROZEN would be overwritten. */
 	if (!r->freeze && is_frozen_spte(atomic_load_explicit(sptep, memory_order_relaxed)))
 		return false;
-	/* acq_rel: what the last writer published is ours to take apart, and nobody's after. */
+	/* acq_rel: we see the last writer's stores before we take its subtree apart, and later CPUs see that it
+	 * is gone. */
 	*old = atomic_exchange_explicit(sptep, new_spte, memory_order_acq_rel);
 	return !is_frozen_spte(*old);
 }
@@ -41,7 +44,7 @@ static void descend(const struct machine *m, struct tdp_removal *r, uint32_t tab
 	r->index[level] = 0;
 }
 
-/* All entries of a page are dealt with: it is the caller's now, and the walk is back in its parent. */
+/* All entries of a page are done: the page is the caller's now, and the walk is back in its parent. */
 static void page_done(struct tdp_removal *r)
 {
 	r->page = r->table[r->level];
@@ -49,7 +52,7 @@ static void page_done(struct tdp_removal *r)
 	r->level = r->level == r->top ? 0 : r->level + 1;
 }
 
-/* One entry; false: it is frozen by somebody else. */
+/* Remove one entry; false: another CPU has frozen it. */
 static bool remove_child(struct machine *m, uint32_t cpu, uint32_t vm, struct ledger_cursor *ledger,
 			 struct tdp_removal *r, bool *nothing)
 {
@@ -111,7 +114,7 @@ int tdp_removal_step(struct machine *m, uint32_t cpu, uint32_t vm, struct tdp_re
 			break;
 		if (!remove_child(m, cpu, vm, &ledger, removal, &nothing))
 			rc = MACHINE_AGAIN;
-		else /* under the write lock nobody can tell when an empty entry was passed */
+		else /* under the write lock, passing an empty entry is invisible to other CPUs */
 			budget -= removal->single ? (nothing ? 0 : budget) : removal->shared || !nothing;
 	}
 	ledger_release(&ledger);

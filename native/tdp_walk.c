@@ -1,8 +1,8 @@
 /* Chunks of like steps over a range: the loops of tdp_mmu.c, native.  See ept.h.
  *
  * One table page is walked in a tight loop; whenever the walk must go to another table it starts from the root
- * again, four loads in 512 SPTEs.  So a tree that changes between two calls, or under a reader's hands, needs no
- * thought: the path is always fresh.
+ * again, four loads in 512 SPTEs.  A tree that changes between two calls, or during one, therefore needs no
+ * special treatment: the path is always fresh.
  */
 #include "counters.h"
 #include "cpu.h"
@@ -17,7 +17,7 @@ struct tdp_iter {
 	uint32_t cpu;
 	uint32_t vm;
 	uint32_t min_level;
-	uint32_t level;          /* of the entries of `table` */
+	uint32_t level;          /* level of the entries of `table` */
 	uint32_t table;
 	uint64_t link;           /* the SPTE that led here; 0: the root */
 	uint64_t gfn;
@@ -30,11 +30,11 @@ struct tdp_iter {
 
 enum step {
 	STEP_NEXT,    /* this SPTE is done */
-	STEP_RETRY,   /* it changed: look at it again */
-	STEP_DESCEND, /* it leads to a table: go on there */
-	STEP_FROZEN,  /* somebody else has frozen it, or the page that it is in */
+	STEP_RETRY,   /* it changed: read it again */
+	STEP_DESCEND, /* it leads to a table: continue there */
+	STEP_FROZEN,  /* another CPU has frozen it, or the page that it is in */
 	STEP_TABLE,   /* the table page is done */
-	STEP_STOP,    /* the call is: found, out of budget, or at the end */
+	STEP_STOP,    /* the call ends: found, out of budget, or at the end */
 };
 
 static inline void changed(struct tdp_iter *it, uint64_t gfn, uint64_t pages, bool flush)
@@ -45,7 +45,7 @@ static inline void changed(struct tdp_iter *it, uint64_t gfn, uint64_t pages, bo
 	it->c->flush += flush;
 }
 
-/* Replace a present SPTE; *spte is the really old one afterwards.  False: it changed under a reader. */
+/* Replace a present SPTE; *spte is the value actually replaced.  False: it changed during a shared walk. */
 static inline bool replace(struct tdp_iter *it, _Atomic uint64_t *sptep, uint64_t *spte, uint64_t new_spte)
 {
 	if (!it->c->shared) {
@@ -82,7 +82,7 @@ static enum step found(struct tdp_iter *it, uint64_t gfn, uint64_t spte)
 	return STEP_STOP;
 }
 
-/* An SPTE with whatever is below it; the caller takes a table apart. */
+/* Clear an SPTE; if it led to a table, the caller removes that. */
 static enum step zap_spte(struct tdp_iter *it, _Atomic uint64_t *sptep, uint64_t gfn, uint64_t spte,
 			  uint64_t pages)
 {
@@ -95,7 +95,8 @@ static enum step zap_spte(struct tdp_iter *it, _Atomic uint64_t *sptep, uint64_t
 	return found(it, gfn, spte);
 }
 
-/* A locked update also under mmu_lock for write: hardware sets A and D at any time, and a fast page fault W. */
+/* A locked update, even under mmu_lock for write: hardware sets A and D at any time, and a fast page fault sets
+ * W. */
 static enum step clear_writable(struct tdp_iter *it, _Atomic uint64_t *sptep, uint64_t gfn, uint64_t spte,
 			  uint64_t pages)
 {
@@ -111,8 +112,8 @@ static enum step clear_writable(struct tdp_iter *it, _Atomic uint64_t *sptep, ui
 	return STEP_NEXT;
 }
 
-/* Clear A, or take what is access-tracked instead; readable it stays for the ledger, nobody was promised anything.
- * Not a blind AND: it would turn FROZEN into something else. */
+/* Clear A, or mark the SPTE access-tracked.  The ledger keeps the right to read, because ageing promises
+ * nothing.  Not a blind AND: it would corrupt FROZEN. */
 static enum step age(struct tdp_iter *it, _Atomic uint64_t *sptep, uint64_t gfn, uint64_t spte, uint64_t pages,
 		     uint64_t new_spte)
 {
@@ -165,7 +166,7 @@ static inline enum step visit(struct tdp_iter *it, _Atomic uint64_t *sptep, uint
 	return STEP_NEXT;
 }
 
-/* Must the walk go into the table behind this SPTE? */
+/* Return whether the walk must go into the table behind this SPTE. */
 static inline bool descends(const struct tdp_iter *it, uint64_t gfn, uint64_t spte, uint64_t pages,
 			    enum tdp_walk walk)
 {
@@ -174,15 +175,15 @@ static inline bool descends(const struct tdp_iter *it, uint64_t gfn, uint64_t sp
 	return walk != TDP_ZAP_RANGE || gfn < it->start || gfn + pages > it->end;
 }
 
-/* Whoever takes rights away must not pass over what another thread is in the middle of; the others may, as the
- * kernel's do: a frozen SPTE is not present. */
+/* A walk that removes rights must not pass over a change that another thread has under way; other walks may, as
+ * the kernel's do: a frozen SPTE is not present. */
 static inline bool waits_for_frozen(const struct tdp_iter *it, enum tdp_walk walk)
 {
 	return it->c->shared && (walk == TDP_ZAP_LEAFS || walk == TDP_ZAP_LEVEL || walk == TDP_ZAP_RANGE ||
 				 walk == TDP_WRPROT || walk == TDP_CLEAR_DIRTY);
 }
 
-/* The rest of one table page.  Compiled once for each kind of walk; what the loop counts is in registers. */
+/* Walk the rest of one table page.  Compiled once for each kind of walk; the loop's counts are in registers. */
 static inline __attribute__((always_inline)) enum step walk_table(struct tdp_iter *it, enum tdp_walk walk)
 {
 	_Atomic uint64_t *table = ept_table(it->m, it->table);
@@ -196,7 +197,7 @@ static inline __attribute__((always_inline)) enum step walk_table(struct tdp_ite
 	if (stop > sptep + budget)
 		stop = sptep + budget;
 	while (sptep < stop) {
-		/* Acquire: pairs with the release of whoever published it; what is behind it is complete. */
+		/* Acquire: pairs with the release store that published it; the table behind it is complete. */
 		uint64_t spte = atomic_load_explicit(sptep, memory_order_acquire);
 		enum step step = STEP_NEXT;
 
@@ -255,8 +256,8 @@ static enum step walk_one_table(struct tdp_iter *it)
 	}
 }
 
-/* From the root down and along one table page.  A page that was freed while the walk was in it is found out by
- * its tag: then mmu_lock and RCU have not done their work. */
+/* Walk from the root down and along one table page.  A page that is freed while the walk is in it is detected
+ * by its tag: in that case mmu_lock and RCU have failed. */
 static enum step walk_from_root(struct tdp_iter *it)
 {
 	enum step step;
@@ -288,8 +289,9 @@ static void walk_range(struct tdp_iter *it)
 	for (;;) {
 		switch (walk_from_root(it)) {
 		case STEP_FROZEN:
-			/* The page may be one that another thread has just unlinked: then the path from the root
-			 * leads elsewhere by now.  If it leads here again, the SPTE's owner must run first. */
+			/* The page may be one that another thread has just unlinked: then the path from the
+			 * root leads elsewhere by now.  If it leads here again, the thread that froze the SPTE
+			 * must run first. */
 			if (frozen_at == it->gfn)
 				return;
 			frozen_at = it->gfn;
@@ -347,7 +349,7 @@ static uint32_t min_level_of(const struct tdp_chunk *c)
 	}
 }
 
-/* A walk whose root page was freed, and maybe used again, ends. */
+/* Return whether the root page is still the root: a walk whose root page was freed, and maybe reused, ends. */
 static bool root_holds(const struct tdp_iter *it)
 {
 	const struct tdp_chunk *c = it->c;

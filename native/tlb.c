@@ -1,4 +1,4 @@
-/* The TLB's two levels: look-up, fill, and what both share.  See tlb.h for the model. */
+/* The TLB's two levels: look-up, fill, and the helpers of both.  See tlb.h for the model. */
 #include <string.h>
 
 #include "heap.h"
@@ -69,7 +69,7 @@ void tlb_switch(struct tlb *t, uint32_t vpid, uint32_t pcid, uint32_t ep4ta, int
 	ep4ta = ept ? ep4ta : 0;
 	t->vpid = vpid;
 	t->pcid = pcid;
-	/* The one that exists already first: making the others must not recycle it. */
+	/* The existing context first: making the others must not recycle it. */
 	t->global = context_find(t, kind, vpid, PCID_GLOBAL, ep4ta);
 	t->physical = ept ? context_get(t, KIND_GUEST_PHYSICAL, 0, 0, ep4ta) : NO_CONTEXT;
 	t->paged = context_get(t, kind, vpid, pcid, ep4ta);
@@ -85,7 +85,7 @@ void tlb_switch_physical(struct tlb *t, uint32_t vpid, uint32_t ep4ta)
 	serve(t, KIND_GUEST_PHYSICAL, t->physical);
 }
 
-/* Of two ghosts the one filled last is the one that would be hit. */
+/* Of two ghosts, the one filled last would have been hit. */
 static __attribute__((noinline)) void consider_ghost(struct tlb *t, uint32_t cell)
 {
 	struct slot *slot = slot_of(t, cell);
@@ -136,7 +136,7 @@ static __attribute__((noinline)) struct slot *find_large(struct tlb *t, uint32_t
 	return slot;
 }
 
-/* The live translation of a page in a context, or NULL; ghosts on the way are considered. */
+/* Return the live translation of a page in a context, or NULL; ghosts on the way are considered. */
 static inline __attribute__((always_inline)) struct slot *find_in_context(struct tlb *t, uint32_t index, uint64_t page)
 {
 	const uint32_t *slots = t->contexts[index].slots;
@@ -154,7 +154,7 @@ static __attribute__((noinline)) struct slot *find_global(struct tlb *t, uint64_
 	return find_in_context(t, t->global, page);
 }
 
-/* The live translation for accesses of a kind, or NULL; then t->ghost is the best ghost, if any. */
+/* Return the live translation for accesses of a kind, or NULL; then t->ghost is the best ghost, if any. */
 static inline struct slot *find(struct tlb *t, uint32_t kind, uint64_t page)
 {
 	struct slot *slot;
@@ -188,8 +188,9 @@ int tlb_refill_l1(struct tlb *t, uint64_t page, struct tlb_entry *entry)
 	return result;
 }
 
-/* What most misses of the first level find: a live 4 KiB translation of the context in use, in a second level of up
- * to sixteen ways.  find() without what that needs for the others.  *absent: no cell has it, not even a dead one. */
+/* find() for the usual result of a first-level miss: a live 4 KiB translation of the context in use, in a
+ * second level of up to sixteen ways.  It omits the steps for other cases.  *absent: no cell has the page, not
+ * even a dead one. */
 static inline const struct tlb_entry *find_usual(struct tlb *t, uint64_t page, bool *absent)
 {
 	uint64_t key = page << (CONTEXT_BITS + GENERATION_BITS) | t->l1.context_bits >> L1_CONTEXT_SHIFT;
@@ -215,7 +216,7 @@ static inline const struct tlb_entry *find_usual(struct tlb *t, uint64_t page, b
 	return NULL;
 }
 
-/* ... and the others. */
+/* Find and promote in all other cases. */
 static __attribute__((noinline)) struct tlb_hot *promote(struct tlb *t, uint64_t page, bool absent)
 {
 	const uint32_t *slots = t->contexts[t->serves].slots;
@@ -252,7 +253,7 @@ struct tlb_hot *tlb_l1_miss(struct tlb *t, uint64_t page)
 	return hot;
 }
 
-/* Context that an entry being filled belongs to. */
+/* Return the context that an entry being filled belongs to. */
 static uint32_t context_for(struct tlb *t, const struct tlb_entry *entry)
 {
 	if (entry->kind == KIND_GUEST_PHYSICAL)
@@ -277,7 +278,7 @@ static void l2_fill(struct tlb *t, uint32_t index, const struct tlb_entry *entry
 	slot = slot_of(t, cell);
 	account_replace(t, cell, key, entry);
 	t->l2.key[cell] = key;
-	/* While a combined mapping stands in front of a guest-physical one, nobody asks for that: as good as unused. */
+	/* A guest-physical mapping is not looked up while a combined one exists, so it counts as unused. */
 	if (entry->kind == t->kind)
 		store_touch(&t->l2, cell);
 	slot->entry = *entry;
@@ -317,7 +318,7 @@ void tlb_update_right(struct tlb *t, uint32_t kind, uint64_t page, uint32_t type
 	entry = &slot->entry;
 	if (entry->size == PAGE_4K)
 		entry->right[type] = right;
-	/* guest-physical ones may be there from when paging was off */
+	/* guest-physical translations may be left from when paging was off */
 	l1_update_right(&t->l1, l1_key(t, index, page), entry->hfn + (uint32_t)(page - entry->page), type,
 			right);
 }

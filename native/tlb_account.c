@@ -1,4 +1,4 @@
-/* Book-keeping behind the second level: who filled what was dropped, and where pieces of large pages are. */
+/* Accounting behind the second level: dropped entries by the VM that filled them, and pieces of large pages. */
 #include "tlb_internal.h"
 
 uint32_t *piece_bucket(struct tlb *t, uint32_t context, uint64_t page, uint32_t piece, uint32_t guest)

@@ -1,9 +1,9 @@
 /* Dropping one page of one context.
  *
- * A guest page may be cached in several pieces (SDM vol. 3A 4.10.2.3: the processor may use smaller pages
- * than the paging structures do; it must if EPT maps the page in smaller ones).  INVLPG and page faults
- * drop all of them (4.10.4.1).  The pieces are found by probing for each possible one, 512 for most, and
- * only if the counting filter says that there may be any: the cost does not grow with the TLB.
+ * A guest page may be cached in several pieces (SDM vol. 3A 4.10.2.3: the processor may use smaller pages than
+ * the paging structures do; it must if EPT maps the page in smaller ones).  INVLPG and page faults drop all of
+ * them (4.10.4.1).  The pieces are found by probing for each possible one, at most 512 in most cases, and only
+ * if the counting filter tells that there may be any: the cost does not grow with the TLB.
  */
 #include "tlb_internal.h"
 

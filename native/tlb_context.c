@@ -1,18 +1,18 @@
-/* Contexts: the tags of cached mappings, each a slot in a table with one generation for translations and
- * one for paging-structure-cache entries.  Dropping a context is an increment, whatever it holds.
+/* Contexts: the tags of cached mappings, each a slot in a table with one generation for translations and one
+ * for paging-structure-cache entries.  Dropping a context is one increment, however many entries it holds.
  *
- * Contexts that may hold something live are on a list (for INVEPT and INVVPID of all), and those with a
- * VPID in a chain by VPID (for the rest), so that an invalidation visits only them.  When all slots are
- * taken the one unused for longest is recycled, which drops what it held: a CPU may drop anything any time.
+ * Contexts that may hold live entries are on a list (for INVEPT and INVVPID of all), and those with a VPID in a
+ * chain by VPID (for the rest), so that an invalidation visits only them.  When all slots are taken, the one
+ * unused for longest is recycled, which drops its entries: a CPU may drop any entry at any time.
  */
 #include <string.h>
 
 #include "tlb_internal.h"
 
-/* How far from the least recently used end a context with nothing live is searched for. */
+/* Distance from the least recently used end within which a context without live entries is searched for. */
 enum { RECYCLE_SEARCH = 64 };
 
-/* contexts[0] belongs to nobody and anchors the ring of least recent use. */
+/* contexts[0] stands for no tag and anchors the ring of least recent use. */
 void contexts_init(struct tlb *t)
 {
 	for (uint32_t i = 0; i < CONTEXTS; i++) {
@@ -116,8 +116,8 @@ static void purge(struct tlb *t, uint32_t index)
 	l1_clear(&t->l1);
 }
 
-/* End the generation of the translations.  After the last one comes 1 again: then whatever still bears one
- * of the 32767 old ones must be found and made dead. */
+/* End the generation of the translations.  After the last generation comes 1 again: then the cells that still
+ * bear one of the 32767 old generations must be found and made dead. */
 static void end_generation(struct tlb *t, uint32_t index)
 {
 	struct context *c = &t->contexts[index];
@@ -167,8 +167,8 @@ void context_drop(struct tlb *t, uint32_t index, uint32_t what)
 		context_unlist(t, index);
 }
 
-/* The least recently used context, if possible one with nothing live.  Never one of the current ones:
- * those were used last. */
+/* Choose the least recently used context, if possible one without live entries.  Never one of the current ones,
+ * because those were used last. */
 static uint32_t context_recycle(struct tlb *t)
 {
 	uint32_t oldest = t->contexts[NO_CONTEXT].lru_prev;
@@ -193,7 +193,7 @@ static uint32_t context_recycle(struct tlb *t)
 		}
 	lru_remove(t, index);
 	c->birth = t->generation[index];
-	/* The next owner's ids may be those of cells that this one leaves. */
+	/* The next owner's ids may equal those of cells that this one leaves. */
 	memset(t->absent, 0, sizeof(t->absent));
 	return index;
 }

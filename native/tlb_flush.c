@@ -1,12 +1,12 @@
-/* Invalidation: what each operation must drop, no more (SDM vol. 3A 4.10.4.1, 3C 29.4.3).
+/* Invalidation: exactly the entries that each operation must drop (SDM vol. 3A 4.10.4.1, 3C 29.4.3).
  *
- * Operations on a VPID act on linear and combined mappings, the latter for all EP4TAs, whether EPT is in
- * use or not (29.4.3.1).  Only INVEPT and EPT violations reach guest-physical mappings, and INVEPT never
- * linear ones.  Paging-structure-cache entries go wherever "mappings" go.
+ * Operations on a VPID act on linear and combined mappings, the latter for all EP4TAs, whether EPT is in use or
+ * not (29.4.3.1).  Only INVEPT and EPT violations reach guest-physical mappings, and INVEPT never linear ones.
+ * Paging-structure-cache entries go wherever "mappings" go.
  */
 #include "tlb_internal.h"
 
-/* Which PCIDs' contexts of a VPID. */
+/* Selects the contexts of a VPID under every PCID. */
 enum { ANY_PCID = 0x10000 };
 
 static bool selects(const struct context *c, uint32_t pcid, bool globals)
@@ -16,7 +16,7 @@ static bool selects(const struct context *c, uint32_t pcid, bool globals)
 	return pcid == ANY_PCID || c->pcid == pcid;
 }
 
-/* All mappings of a VPID and a PCID, or any. */
+/* Drop all mappings of a VPID and a PCID, or any PCID. */
 static void drop_vpid(struct tlb *t, uint32_t vpid, uint32_t pcid, bool globals)
 {
 	uint32_t next;
@@ -30,7 +30,7 @@ static void drop_vpid(struct tlb *t, uint32_t vpid, uint32_t pcid, bool globals)
 	}
 }
 
-/* The mappings of a VPID that would translate a page. */
+/* Drop the mappings of a VPID that would translate a page. */
 static void drop_address(struct tlb *t, uint32_t vpid, uint32_t pcid, bool globals, uint64_t page)
 {
 	page &= PAGE_NUMBER_MASK;
@@ -91,7 +91,7 @@ void invvpid_retain_globals(struct tlb *t, uint32_t vpid)
 		drop_vpid(t, vpid, ANY_PCID, false);
 }
 
-/* What follows is the guest's or the hardware's doing: no flush of KVM's answers for it. */
+/* Begin drops by the guest or by hardware: no flush of KVM's is responsible for them. */
 static uint64_t native_begin(struct tlb *t)
 {
 	uint64_t flush = t->flush;
@@ -180,7 +180,7 @@ void vm_transition_no_vpid(struct tlb *t)
 }
 
 /* Unlike INVLPG this names one linear address: pieces of its guest page elsewhere stay.  The global
- * translations that it would use go too, or the access would end in the same violation for ever. */
+ * translations that it would use are dropped, too, or the access would end in that violation for ever. */
 void ept_violation_invalidate(struct tlb *t, uint64_t gpa_page, uint64_t linear_page, int linear_valid)
 {
 	uint64_t flush = native_begin(t);

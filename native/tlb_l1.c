@@ -1,6 +1,5 @@
-/* The first level: 4 KiB pieces of the translations in use, in front of the second.  See tlb.h for its
- * look-up.  Its contents are copies: dropping too much here costs a look-up in the second level, no more.
- */
+/* The first level: 4 KiB pieces of the translations in use, in front of the second.  See tlb.h for its look-up.
+ * Its contents are copies: dropping too many only costs look-ups in the second level. */
 #include "tlb_internal.h"
 
 struct tlb_hot *tlb_l1_search(struct tlb_l1 *l1, uint64_t page)
@@ -8,7 +7,7 @@ struct tlb_hot *tlb_l1_search(struct tlb_l1 *l1, uint64_t page)
 	return l1_search(l1, page);
 }
 
-/* Empty, and the first to be replaced. */
+/* Make a slot empty, and the first to be replaced. */
 static void empty(struct tlb_l1 *l1, struct tlb_hot *hot)
 {
 	hot->key = 0;
@@ -29,7 +28,7 @@ void l1_create(struct tlb_l1 *l1)
 		l1->hint[i] = l1->hot[0];
 }
 
-/* Seldom: when a pCPU takes another root up. */
+/* Seldom called: when a pCPU switches to another root. */
 void l1_change_life(struct tlb_l1 *l1, uint32_t life)
 {
 	uint32_t change = l1->life ^ life;

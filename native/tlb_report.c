@@ -1,4 +1,4 @@
-/* What a flush dropped, ghosts, and dumps for tests and reports. */
+/* Drops counted by flush, ghosts, and dumps for tests and reports. */
 #include "tlb_internal.h"
 
 void tlb_flush_begin(struct tlb *t, uint64_t flush)

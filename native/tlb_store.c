@@ -1,9 +1,9 @@
-/* Where cached mappings lie: cells found by id.
+/* The storage of cached mappings: cells found by id.
  *
- * Bounded: sets of `ways` cells.  Dead cells are replaced before live ones, and among either those that were not
- * used recently before the others, which a bit for each tells, as in hardware: a full order would cost too much.
- * Unbounded: open addressing that doubles; a cell is never emptied, since an id keeps its one slot for its next
- * mapping.
+ * Bounded: sets of `ways` cells.  Dead cells are replaced before live ones; within each group, cells without a
+ * recent use go first.  One bit per cell records recent use, as in hardware, because a full order would cost
+ * too much.  Unbounded: open addressing that doubles; a cell is never emptied, since an id keeps its one slot
+ * for its next mapping.
  */
 #include <string.h>
 
@@ -21,7 +21,7 @@ static uint64_t mix(uint64_t x)
 	return x ^ x >> 33;
 }
 
-/* On a cache line of its own: what belongs to a set does not straddle two lines more than it must. */
+/* On a cache line of its own, so that a set's cells span no more lines than necessary. */
 static void *array(const struct store *s, size_t n, size_t size)
 {
 	return heap_zalloc_lines(s->heap, n, size);
@@ -76,7 +76,7 @@ void store_destroy(struct store *s)
 	heap_free(s->heap, s->payload);
 }
 
-/* The cell that holds the id, or the empty one where it belongs. */
+/* Return the cell that holds the id, or the empty one where it belongs. */
 static uint32_t place_of(const struct store *s, uint64_t id)
 {
 	uint32_t mask = s->cell_count - 1;
@@ -94,7 +94,7 @@ uint32_t store_probe(const struct store *s, uint64_t id)
 	return s->key[cell] ? cell : NO_CELL;
 }
 
-/* Empty before dead before live, unused before used.  Notes if there is nothing but live ones. */
+/* Choose empty before dead before live, unused before used.  Records if all cells are live. */
 uint32_t store_least_valuable(struct store *s, uint32_t set)
 {
 	uint32_t first = set << s->way_bits, victim = first, victim_rank = 0;

@@ -8,7 +8,7 @@
 
 enum slot_state { SLOT_FREE, SLOT_BUSY, SLOT_LIVE };
 
-/* Claim a free slot for whoever fills it; it is public when its state is SLOT_LIVE (release). */
+/* Claim a free slot for the caller to fill; it is public when its state is SLOT_LIVE (release). */
 static bool slot_claim(_Atomic uint32_t *state)
 {
 	uint32_t expected = SLOT_FREE;
@@ -51,7 +51,7 @@ static void vm_reset(struct vm *vm, uint32_t id, uint64_t gfns)
 	vm->mm = NULL;
 }
 
-/* Undoes vm_fill() from wherever it came to; each step is recognised by what it left. */
+/* Undo vm_fill(), however far it got; each step is recognised by its result. */
 static void vm_empty(struct machine *m, struct vm *vm)
 {
 	if (vm->mm)
@@ -129,8 +129,8 @@ void vm_stats_read(struct machine *m, uint32_t vms, uint64_t *values)
 
 /* --- mmu_notifier ----------------------------------------------------------------------------------- */
 
-/* kvm_mmu_invalidate_start().  Writers are alone (mmu_lock); the orders are for those who look without it,
- * as mmu_invalidate_retry_gfn_unsafe() does: whoever sees in_progress sees this range or a later one. */
+/* kvm_mmu_invalidate_start().  Writers exclude each other by mmu_lock; the orders are for readers without it,
+ * as mmu_invalidate_retry_gfn_unsafe() is: a reader that sees in_progress sees this range or a later one. */
 void mmu_invalidate_begin(struct machine *m, uint32_t vm)
 {
 	struct vm *v = &m->vms[vm];
@@ -143,7 +143,7 @@ void mmu_invalidate_begin(struct machine *m, uint32_t vm)
 	atomic_store_explicit(&v->invalidate_in_progress, in_progress + 1, memory_order_release);
 }
 
-/* kvm_mmu_invalidate_range_add(): one range that covers all of those in progress, until none is. */
+/* kvm_mmu_invalidate_range_add(): one range that covers all invalidations in progress, until there is none. */
 void mmu_invalidate_range_add(struct machine *m, uint32_t vm, uint64_t start, uint64_t end)
 {
 	struct vm *v = &m->vms[vm];
@@ -154,7 +154,7 @@ void mmu_invalidate_range_add(struct machine *m, uint32_t vm, uint64_t start, ui
 		start = old_start < start ? old_start : start;
 		end = old_end > end ? old_end : end;
 	}
-	/* end first: who sees the new start without the lock sees an end that goes with it */
+	/* end first: a reader that sees the new start without the lock sees an end that belongs to it */
 	atomic_store_explicit(&v->invalidate_end, end, memory_order_release);
 	atomic_store_explicit(&v->invalidate_start, start, memory_order_release);
 }
@@ -164,12 +164,12 @@ int mmu_invalidate_overlaps(struct machine *m, uint32_t vm, uint64_t start, uint
 	struct vm *v = &m->vms[vm];
 	uint64_t first = atomic_load_explicit(&v->invalidate_start, memory_order_relaxed);
 
-	/* Relaxed: the caller holds mmu_lock for write, as all do that store these. */
+	/* Relaxed: the caller holds mmu_lock for write, as every writer of these fields does. */
 	return atomic_load_explicit(&v->invalidate_in_progress, memory_order_relaxed) > 1 && first != UINT64_MAX &&
 	       first < end && start < atomic_load_explicit(&v->invalidate_end, memory_order_relaxed);
 }
 
-/* kvm_mmu_invalidate_end(): seq first, so that who sees none in progress sees the new seq. */
+/* kvm_mmu_invalidate_end(): seq first, so that a reader that sees no invalidation in progress sees the new seq. */
 void mmu_invalidate_end(struct machine *m, uint32_t vm)
 {
 	struct vm *v = &m->vms[vm];
@@ -274,7 +274,7 @@ static uint64_t request_bit(uint32_t request)
 	return 1ull << (request & 63);
 }
 
-/* Also releases what the request is about; kvm_check_request acquires it. */
+/* Also releases the data that the request is about; kvm_check_request acquires it. */
 void kvm_make_request(struct machine *m, uint32_t vcpu, uint32_t request)
 {
 	atomic_fetch_or_explicit(&m->vcpus[vcpu].requests, request_bit(request), memory_order_seq_cst);
@@ -298,7 +298,7 @@ uint64_t kvm_requests(struct machine *m, uint32_t vcpu)
 	return atomic_load_explicit(&m->vcpus[vcpu].requests, memory_order_seq_cst);
 }
 
-/* Read once by those who kick; a stale value is harmless, the vCPU was outside in between. */
+/* Read once by a CPU that kicks; a stale value is harmless, because the vCPU was outside in between. */
 int vcpu_cpu(struct machine *m, uint32_t vcpu)
 {
 	return atomic_load_explicit(&m->vcpus[vcpu].cpu, memory_order_seq_cst);
@@ -309,13 +309,13 @@ void vcpu_set_cpu(struct machine *m, uint32_t vcpu, int cpu)
 	atomic_store_explicit(&m->vcpus[vcpu].cpu, cpu, memory_order_seq_cst);
 }
 
-/* Before the request is made, which releases it. */
+/* Called before the request is made, which releases it. */
 void vcpu_add_flush_reason(struct machine *m, uint32_t vcpu, uint32_t reason)
 {
 	atomic_fetch_or_explicit(&m->vcpus[vcpu].flush_reasons, 1u << (reason & 31), memory_order_release);
 }
 
-/* After kvm_check_request, which acquired it. */
+/* Called after kvm_check_request, which acquired it. */
 uint32_t vcpu_take_flush_reasons(struct machine *m, uint32_t vcpu)
 {
 	return atomic_exchange_explicit(&m->vcpus[vcpu].flush_reasons, 0, memory_order_acquire);

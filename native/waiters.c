@@ -1,4 +1,4 @@
-/* Sets of CPUs that wait for the same: whoever makes it true wakes them all.  See cpu.h. */
+/* Sets of CPUs that wait for one condition: the CPU that makes it true wakes them all.  See cpu.h. */
 #include "cpu.h"
 #include "heap.h"
 

@@ -34,7 +34,7 @@ bool walk_check_slow(struct walk *w, struct tlb_entry *entry, uint64_t page, uin
 	return true;
 }
 
-/* Would the ghost's use have been a violation? */
+/* Decide whether the ghost's use would have been a violation. */
 static bool averted(struct walk *w, const struct tlb_entry *ghost, uint64_t page, uint32_t type)
 {
 	struct judgement j;
@@ -56,7 +56,7 @@ void walk_ghost(struct walk *w, const struct tlb_entry *ghost, uint64_t page, ui
 		count(w->cpu->counters, COUNT_AVERTED, 1);
 		flush_averted(w->m, w->cpu, flush);
 	}
-	/* The access may be retried after an exit; the refill is one all the same. */
+	/* The access may be retried after an exit; that must not count the refill twice. */
 	tlb_ghost_forget(w->tlb);
 }
 
@@ -83,8 +83,8 @@ static uint32_t access_bit(uint32_t type)
 	return type == ACCESS_READ ? SPTE_READABLE : type == ACCESS_WRITE ? SPTE_WRITABLE : SPTE_EXECUTABLE;
 }
 
-/* Set A, and D for a write.  False: the SPTE changed meanwhile and must be read again.  *spte is what is in
- * the table afterwards. */
+/* Set A, and D for a write.  False: the SPTE changed meanwhile and must be read again.  *spte is the table's
+ * value afterwards. */
 static bool set_accessed(struct counters *counters, _Atomic uint64_t *slot, uint64_t *spte, uint32_t type)
 {
 	uint64_t want = *spte | SPTE_ACCESSED | (type == ACCESS_WRITE ? SPTE_DIRTY : 0);
@@ -122,7 +122,7 @@ static void fill(struct walk *w, uint64_t spte, uint32_t level, uint64_t gfn, ui
 	out->right[ACCESS_EXECUTE] = spte & SPTE_EXECUTABLE ? right : RIGHT_NONE;
 }
 
-/* A table page that the link to it no longer owns, or that an earlier owner of the root page linked. */
+/* Report a table page that the link to it no longer owns, or that an earlier owner of the root page linked. */
 static void report_link(struct walk *w, const struct psc_entry *link, uint64_t gfn, uint32_t type, uint32_t kinds)
 {
 	struct tlb_entry e = { .page = gfn, .gfn = gfn, .hfn = link->hfn, .kind = KIND_GUEST_PHYSICAL,
@@ -148,7 +148,7 @@ static inline bool table_holds(const struct walk *w, uint32_t table, uint32_t cu
 	return table < w->m->frames->pool[FRAME_GUEST].first && frame_tag(w->m->frames, table) == custody;
 }
 
-/* Why a cached link may not be used: a bit per violation. */
+/* Return the reasons why a cached link may not be used: a bit per violation. */
 static uint32_t link_faults(const struct walk *w, const struct psc_entry *p)
 {
 	uint32_t kinds = 0;
@@ -162,7 +162,8 @@ static uint32_t link_faults(const struct walk *w, const struct psc_entry *p)
 	return kinds;
 }
 
-/* Where the walk starts: the deepest cached table, or the root.  0: a speculative walk ends here, and heals nothing. */
+/* Return the level at which the walk starts, with the deepest cached table, or the root.  0: a speculative walk
+ * ends here, and repairs nothing. */
 static uint32_t walk_start(struct walk *w, uint64_t gfn, uint32_t type, uint32_t *table, uint32_t *custody)
 {
 	const struct psc_entry *p = psc_search(w->tlb, KIND_GUEST_PHYSICAL, gfn);
@@ -219,7 +220,7 @@ static enum walk_result ept_walk(struct walk *w, uint64_t gfn, uint32_t type, st
 
 		count(w->cpu->counters, COUNT_WALK_REFERENCES, 1);
 		if (!table_holds(w, table, custody)) {
-			/* Freed under the walk, or linked though freed. */
+			/* The table was freed during the walk, or linked although freed. */
 			if (w->speculative)
 				return WALK_EPT_VIOLATION;
 			report_table(w, table, custody, gfn, level, type);
@@ -245,13 +246,13 @@ static enum walk_result ept_walk(struct walk *w, uint64_t gfn, uint32_t type, st
 			return violate(w, gfn, type, spte);
 		if (!set_accessed(w->cpu->counters, slot, &spte, type))
 			continue;
-		/* The tag must be one that the frame had while the SPTE was there: tag first, then the SPTE
-		 * again.  Whoever clears the SPTE advances the tag afterwards (oracle.h). */
+		/* The tag must be one that the frame had while the SPTE was there: read the tag first, then the
+		 * SPTE again.  A CPU that clears the SPTE advances the tag afterwards (oracle.h). */
 		hfn = spte_hfn(spte) + (uint32_t)(gfn & ((UINT64_C(1) << (level - 1) * 9) - 1));
 		tag = (uint32_t)atomic_load_explicit(&w->m->frames->tag[hfn], memory_order_acquire);
 		if (atomic_load_explicit(slot, memory_order_acquire) != spte)
 			continue;
-		/* Void custody: no tag can stand for it, the oracle decides. */
+		/* Void custody: no tag can stand for it, so the oracle decides. */
 		if (!frame_custody_holds(w->m->frames, hfn, spte_leaf_custody(spte, level)))
 			tag ^= TAG_SUSPECT;
 		fill(w, spte, level, gfn, tag | w->life_bits, out);

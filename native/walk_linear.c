@@ -35,7 +35,7 @@ static void cache_table(struct walk *w, uint64_t page, const struct table *t, ui
 	psc_insert(w->tlb, &p);
 }
 
-/* A cached pointer to a guest table whose right does not hold as it stands: the oracle's turn. */
+/* Let the oracle judge a cached pointer to a guest table whose right fails the fast check. */
 static bool table_check_slow(struct walk *w, uint64_t page, const struct psc_entry *p)
 {
 	struct tlb_entry e = {
@@ -64,7 +64,8 @@ static bool table_check_slow(struct walk *w, uint64_t page, const struct psc_ent
 	return true;
 }
 
-/* May the cached pointer to a guest table be used?  As walk_check, for the page that it points to. */
+/* Return whether the cached pointer to a guest table may be used.  As walk_check, for the page that it points
+ * to. */
 static inline bool table_check(struct walk *w, uint64_t page, const struct psc_entry *p)
 {
 	return right_holds(w, p->right, p->hfn) || table_check_slow(w, page, p);
@@ -115,13 +116,13 @@ static enum walk_result set_flags(struct walk *w, const struct table *t, uint32_
 	r = walk_physical(w, t->gfn, ACCESS_WRITE, &e);
 	if (r != WALK_DONE)
 		return r;
-	/* Relaxed: guest memory, ordered by nothing but the guest. */
+	/* Relaxed: guest memory, which only the guest orders. */
 	atomic_fetch_or_explicit(guest_word(w->m, e.hfn + (uint32_t)(t->gfn - e.page), index), flags,
 				 memory_order_relaxed);
 	return WALK_DONE;
 }
 
-/* The guest page and the guest-physical page behind it, in *e, become one combined mapping of the smaller size. */
+/* Combine the guest page and the guest-physical page behind it, in *e, into one mapping of the smaller size. */
 static void combine(struct walk *w, uint64_t page, uint64_t gpte, uint32_t guest_size, bool dirty, uint64_t gfn,
 		    struct tlb_entry *e)
 {

@@ -1,9 +1,9 @@
-/* The walk that most misses of both levels take: the deepest tables of both dimensions are cached, the guest's page and
- * the host's are of 4 KiB, nothing is to be set and nothing to be judged.
+/* The walk that most misses of both levels take: the deepest tables of both dimensions are cached, the guest's
+ * page and the host's are of 4 KiB, no flag is to be set and no use to be judged.
  *
- * It does what walk_linear() and walk_physical() would, in one pass and without entries that are built to be copied.
- * Until it is sure of that it changes nothing but the order of replacement, which is changed alike by both: so anything
- * unusual is simply left to them.
+ * It does the work of walk_linear() and walk_physical() in one pass, without entries that are built to be
+ * copied.  Until it is certain that the case is the usual one, it changes only the order of replacement, which
+ * those functions change in the same way: every other case can therefore be left to them.
  */
 #include "counters.h"
 #include "ept.h"
@@ -12,7 +12,7 @@
 #include "vm.h"
 #include "walk.h"
 
-/* What is known of the page when both tables have been read. */
+/* The results of reading both tables. */
 struct found {
 	struct place physical;
 	uint64_t gfn;
@@ -21,7 +21,7 @@ struct found {
 	uint32_t right[ACCESS_TYPES]; /* of the guest-physical mapping */
 };
 
-/* What must be set in an entry that is used without a change, by type of access. */
+/* The bits that must be set in an entry that is used without a change, by type of access. */
 static const uint64_t gpte_wanted[ACCESS_TYPES] = {
 	[ACCESS_READ] = GPTE_PRESENT | GPTE_ACCESSED,
 	[ACCESS_WRITE] = GPTE_PRESENT | GPTE_ACCESSED | GPTE_WRITABLE | GPTE_DIRTY,
@@ -33,7 +33,7 @@ static const uint64_t spte_wanted[ACCESS_TYPES] = {
 	[ACCESS_EXECUTE] = SPTE_ACCESSED | SPTE_EXECUTABLE,
 };
 
-/* The guest's entry for the page.  0, which is not present: walk_linear() must look. */
+/* Return the guest's entry for the page.  0, which is not present: walk_linear() must look. */
 static inline uint64_t read_gpte(struct walk *w, uint64_t page, uint32_t type)
 {
 	const struct psc_entry *table = psc_search_deepest(w->tlb, w->tlb->paged, page);
@@ -46,15 +46,15 @@ static inline uint64_t read_gpte(struct walk *w, uint64_t page, uint32_t type)
 	return (gpte & (gpte_wanted[type] | GPTE_GLOBAL)) == gpte_wanted[type] ? gpte : 0;
 }
 
-/* The cached table of the EPT: may it be read for this vCPU?  As link_faults() but for its tag, which is compared when
- * the entry has been read. */
+/* Return whether the cached table of the EPT may be read for this vCPU.  As link_faults() except for its tag,
+ * which is compared when the entry has been read. */
 static inline bool link_holds(const struct walk *w, const struct psc_entry *p)
 {
 	return p->vm == w->vcpu->vm && p->right >> 16 == w->life_bits >> 16 &&
 	       p->hfn < w->m->frames->pool[FRAME_GUEST].first;
 }
 
-/* The SPTE and the frame's tag, in the order in which ept_walk() reads them. */
+/* Read the SPTE and the frame's tag, in the order of ept_walk(). */
 static inline bool read_spte(struct walk *w, uint64_t gfn, uint32_t type, struct found *f)
 {
 	const struct frames *frames = w->m->frames;
@@ -81,7 +81,7 @@ static inline bool read_spte(struct walk *w, uint64_t gfn, uint32_t type, struct
 	return true;
 }
 
-/* The guest-physical look-up and walk.  False: it is cached, or a ghost of it, or not to be had this way. */
+/* The guest-physical look-up and walk.  False: the mapping or a ghost of it is cached, or the case is unusual. */
 static inline bool find_physical(struct walk *w, uint64_t gfn, uint32_t type, struct found *f)
 {
 	const uint32_t *slots = w->tlb->contexts[w->tlb->physical].slots;
@@ -93,7 +93,7 @@ static inline bool find_physical(struct walk *w, uint64_t gfn, uint32_t type, st
 	return place_vacant(w->tlb, &f->physical) && read_spte(w, gfn, type, f);
 }
 
-/* What both mappings have in common. */
+/* Write the fields that both mappings share. */
 static inline void write_entry(const struct walk *w, const struct found *f, const struct place *p, struct tlb_entry *e)
 {
 	e->page = key_page(p->key);
@@ -131,7 +131,8 @@ bool walk_usual(struct walk *w, uint64_t page, uint32_t type, uint32_t *hfn)
 	count(c, COUNT_WALK_REFERENCES, 2);
 	count(c, COUNT_GPA_LOOKUPS, 1);
 	count(c, COUNT_GPA_MISSES, 1);
-	/* While the combined mapping stands in front of it nobody asks for the guest-physical one. */
+	/* The guest-physical mapping is not looked up while the combined mapping exists, so it counts as
+	 * unused. */
 	write_entry(w, &f, &f.physical, place_fill(t, &f.physical, w->vcpu->vm, false));
 	combined = place_of_4k(t, t->paged, page);
 	e = place_fill(t, &combined, w->vcpu->vm, true);

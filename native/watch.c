@@ -13,7 +13,7 @@ int mmu_lock_held(struct machine *m, uint32_t cpu, uint32_t vm)
 
 	if (!atomic_load_explicit(&m->vms[vm].live, memory_order_acquire))
 		return 0;
-	/* Reports only, nothing is derived from it: relaxed. */
+	/* Relaxed: for reports only, nothing is derived from it. */
 	if (atomic_load_explicit(&lock->writer, memory_order_relaxed) == cpu + 1)
 		return 2;
 	return atomic_load_explicit(&lock->readers[cpu], memory_order_relaxed) ? 1 : 0;
@@ -21,7 +21,7 @@ int mmu_lock_held(struct machine *m, uint32_t cpu, uint32_t vm)
 
 int ipi_pending(struct machine *m, uint32_t cpu)
 {
-	/* The pointer is only compared, never followed: relaxed. */
+	/* Relaxed: the pointer is only compared, never followed. */
 	return atomic_load_explicit(&m->cpus[cpu].call_queue, memory_order_relaxed) ? 1 : 0;
 }
 
