@@ -1,6 +1,6 @@
-"""KVM for x86 with the TDP MMU on VMX: what arch/x86/kvm and virt/kvm do about TLBs, roots and SPTEs.
+"""KVM for x86 with the TDP MMU on VMX: the parts of arch/x86/kvm and virt/kvm that manage TLBs, roots, SPTEs.
 
-Every function takes the acting `Cpu` first and is named as in Linux 7.3.  What others call:
+Every function takes the acting `Cpu` first and is named as in Linux 7.3.  Other packages call:
 
     kvm_main    kvm_create_vm(cpu, gfns, policy, params) -> Kvm; kvm_destroy_vm(cpu, kvm)
                 kvm_vm_ioctl_create_vcpu(cpu, kvm) -> Vcpu
@@ -18,12 +18,12 @@ Every function takes the acting `Cpu` first and is named as in Linux 7.3.  What 
     smm         kvm_inject_smi(cpu, vcpu); SMM's slots are those of kvm_set_memory_region(..., as_id=1)
     mmu         kvm_zap_gfn_range(cpu, kvm, start, end)
 
-Where to find what: virt/kvm/kvm_main.c is requests.py (requests, kicks, remote flushes), vcpu.py, vm.py,
+Files: virt/kvm/kvm_main.c is requests.py (requests, kicks, remote flushes), vcpu.py, vm.py,
 memslots.py, mmu_notifier.py and dirty_log.py; arch/x86/kvm/mmu/mmu.c is mmu.py (zaps, dirty logging),
 roots.py (roles, loading, the cache of previous roots) and page_fault.py; tdp_mmu.c is tdp_roots.py (the life
 of roots), tdp_mmu.py (zaps), tdp_remove.py (removed tables), tdp_map.py (faults) and tdp_slot.py (dirty
-logging, splitting, recovery); regs.c and smm.c have their own names.  What roots remember about pCPUs, which
-no kernel has yet, is root_tracking.py.
+logging, splitting, recovery); regs.c and smm.c have their own names.  root_tracking.py records per root which
+pCPUs have flushed it, which no kernel does yet.
 """
 
 from __future__ import annotations

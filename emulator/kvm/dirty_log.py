@@ -1,8 +1,8 @@
 """virt/kvm/kvm_main.c: KVM_GET_DIRTY_LOG and KVM_CLEAR_DIRTY_LOG.
 
 Bitmaps are lists of 64-bit words, one bit per page of the slot.  Reaping clears a page's mark first and then
-write-protects it: whoever writes later marks it again.  The flush makes that true for TLBs, too, and comes
-before user space reads the pages.
+write-protects the page, so that a later write faults and marks it again.  A vCPU could still write through a
+writable translation in a TLB; the flush drops those before user space reads the pages.
 """
 
 from __future__ import annotations
@@ -21,8 +21,10 @@ _WORD = 64
 def kvm_vm_ioctl_enable_manual_dirty_log(
     cpu: Cpu, kvm: Kvm, flags: int = KVM_DIRTY_LOG_MANUAL_PROTECT_ENABLE
 ) -> None:
-    """KVM_CAP_MANUAL_DIRTY_LOG_PROTECT2: with INITIALLY_SET, arming protects nothing and all pages start
-    dirty.  Before the first slot is logged."""
+    """Enable KVM_CAP_MANUAL_DIRTY_LOG_PROTECT2, before dirty logging is armed for any slot.
+
+    With INITIALLY_SET, arming write-protects nothing and all pages start dirty.
+    """
     if flags & KVM_DIRTY_LOG_INITIALLY_SET and not flags & KVM_DIRTY_LOG_MANUAL_PROTECT_ENABLE:
         raise ValueError("INITIALLY_SET needs MANUAL_PROTECT_ENABLE")
     with kvm.slots_lock.held(cpu):
@@ -37,7 +39,7 @@ def _logged_slot(kvm: Kvm, slot_id: int, as_id: int) -> tuple[KvmMemorySlot, byt
 
 
 def _word(bitmap: bytearray, offset: int) -> int:
-    """The marks of 64 pages as bits."""
+    """Return the marks of 64 pages as bits."""
     word = 0
     at = bitmap.find(1, offset, offset + _WORD)
     while at >= 0:
@@ -49,20 +51,20 @@ def _word(bitmap: bytearray, offset: int) -> int:
 def _words(
     cpu: Cpu, slot: KvmMemorySlot, bitmap: bytearray, offsets: Iterable[int]
 ) -> Iterator[tuple[int, int]]:
-    """The marks word by word.  Others mark pages meanwhile: they write SPTEs without mmu_lock
-    (fast_page_fault)."""
+    """Yield the marks word by word.  vCPUs may mark pages meanwhile, because fast_page_fault() takes no
+    mmu_lock."""
     looked = False
     for offset in offsets:
         if not looked:
             cpu.point("dirty_bitmap", (slot.as_id, slot.id), "read")
         word = _word(bitmap, offset)
-        # With a word that is not empty the caller does something before it asks for the next one.
+        # The caller acts on a word that is not empty before it asks for the next one.
         looked = not word
         yield offset, word
 
 
 def _clear(cpu: Cpu, slot: KvmMemorySlot, bitmap: bytearray, offset: int, mask: int) -> None:
-    """xchg()/atomic_long_fetch_andnot() of a bitmap word, for marks that were seen set."""
+    """Clear marks that were read as set: xchg() or atomic_long_fetch_andnot() of a bitmap word."""
     cpu.point("dirty_bitmap", (slot.as_id, slot.id), "write")
     while mask:
         bit = mask & -mask
@@ -71,8 +73,11 @@ def _clear(cpu: Cpu, slot: KvmMemorySlot, bitmap: bytearray, offset: int, mask: 
 
 
 def _reap(cpu: Cpu, kvm: Kvm, slot: KvmMemorySlot, bitmap: bytearray, offset: int, mask: int) -> int:
-    """Take the marks out, then write-protect: a write in between is copied, because user space copies later.
-    Return how many SPTEs lost W.  Mutant L2 has the order from before 2.6.34."""
+    """Clear the marks, then write-protect the pages; return how many SPTEs lost W.
+
+    A write between the two steps leaves no mark, but user space copies the page later and finds it there.
+    Mutant L2 has the order from before 2.6.34.
+    """
     if "L2" in kvm.policy.bugs:
         changed = kvm_arch_mmu_enable_log_dirty_pt_masked(cpu, kvm, slot, offset, mask)
         _clear(cpu, slot, bitmap, offset, mask)
@@ -82,10 +87,10 @@ def _reap(cpu: Cpu, kvm: Kvm, slot: KvmMemorySlot, bitmap: bytearray, offset: in
 
 
 def kvm_vm_ioctl_get_dirty_log(cpu: Cpu, kvm: Kvm, slot_id: int, as_id: int = 0) -> list[int]:
-    """kvm_get_dirty_log_protect(): the pages written since the last time.
+    """kvm_get_dirty_log_protect(): return the pages written since the last call.
 
-    Without manual protect they are write-protected again; with it, they stay as they are until they are
-    cleared, and nothing is promised.
+    Without manual protect they are write-protected again.  With it they stay dirty and writable until
+    KVM_CLEAR_DIRTY_LOG, so this call makes no promise about later writes.
     """
     with kvm.slots_lock.held(cpu):
         slot, bitmap = _logged_slot(kvm, slot_id, as_id)
@@ -112,8 +117,10 @@ def kvm_vm_ioctl_clear_dirty_log(
     words: list[int],
     as_id: int = 0,
 ) -> None:
-    """kvm_clear_dirty_log_protect(): of the pages named in `words` (from first_page on, a multiple of 64)
-    those that are dirty become clean and are write-protected."""
+    """kvm_clear_dirty_log_protect(): clean and write-protect the dirty pages among those set in `words`.
+
+    Bit 0 of the first word is first_page, a multiple of 64.
+    """
     with kvm.slots_lock.held(cpu):
         slot, bitmap = _logged_slot(kvm, slot_id, as_id)
         end = first_page + num_pages
@@ -133,11 +140,11 @@ def kvm_vm_ioctl_clear_dirty_log(
 def _flush_and_promise(
     cpu: Cpu, kvm: Kvm, slot: KvmMemorySlot, first_page: int, words: list[int], changed: int
 ) -> None:
-    """One flush for the slot, without mmu_lock, iff a page was reaped; then user space may read."""
+    """Flush once for the slot, without mmu_lock, iff a page was reaped; then user space may read."""
     if not any(words):
         return
     ticket = lib.oracle_ticket(cpu.m, kvm.id)
-    if "P32" not in kvm.policy.bugs:  # it came after the first word, before the others were write-protected
+    if "P32" not in kvm.policy.bugs:  # P32 flushed after the first word, before the rest was write-protected
         write_protect_flush(cpu, kvm, slot, changed > 0)
     for i, mask in enumerate(words):
         if mask:

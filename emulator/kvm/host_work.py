@@ -1,18 +1,18 @@
-"""The host's own work between two flushes: long enough for the vCPUs to serve the first one.
+"""The host's own work between two flushes, which takes longer than the vCPUs need to service the first one.
 
-On a real host a vCPU that was kicked is back in the guest before the next page's turn comes.  Recorded under
+On a real host a kicked vCPU is back in the guest before the host reaches the next page.  Recorded under
 emulation: 24 ms from page to page of a reclaim, 0.12 ms from exit to entry; 6.6 ms and 0.012 ms for pages
-that are copied on write.  In this emulator all of that shares one interpreter: a host thread that keeps the
-GIL makes sixty requests before a vCPU runs again, one entry serves them all, and what a burst costs is up to
-chance.
+that are copied on write.  In this emulator all threads share one interpreter: a host thread that keeps the
+GIL makes sixty requests before a vCPU runs again, one entry services them all, and the cost of a burst is up
+to chance.
 
-So the host waits before it goes on to the next page, for the vCPUs' progress instead of a time: until no
-loaded vCPU has KVM_REQ_TLB_FLUSH pending.  A vCPU that is in such work of its own, for a fault, serves
-nothing meanwhile and is not waited for.  Hence no two CPUs wait for each other; requests to that vCPU merge,
-as on a real host.  The waiter holds no lock that an entry takes.
+So the host waits before it goes on to the next page, for the vCPUs' progress rather than for a time: until no
+loaded vCPU has KVM_REQ_TLB_FLUSH pending.  A vCPU that does such host work itself, for a fault, services no
+requests until it is done, and is not waited for.  Hence no two CPUs wait for each other; requests to that
+vCPU merge, as on a real host.  The waiting thread holds no lock that an entry takes.
 
-This is for machines whose vCPUs run by themselves (KvmParams.host_takes_time).  A litmus test says itself
-what happens in which order, and explore tries every order.
+Only machines with freely running vCPUs use this (KvmParams.host_takes_time).  A litmus test prescribes its
+order, and explore tries every order.
 """
 
 from __future__ import annotations
@@ -27,10 +27,11 @@ from native.types import CpuId
 
 
 def host_works(cpu: Cpu, kvm: Kvm) -> bool:
-    """Wait until the vCPUs have served the host's last flush; on a vCPU's own thread, until the others have.
-    Return whether that took time, in which anything may have happened.
+    """Wait until every loaded vCPU has serviced its flush requests, except the caller's own and vCPUs that do
+    host work themselves.
 
-    The caller holds nothing but SRCU and mutexes that vCPUs do not take.
+    Return whether the caller had to wait: it must then revalidate, because other threads ran meanwhile.  It
+    may hold SRCU, and mutexes that vCPUs do not take, but no other lock.
     """
     if not kvm.params.host_takes_time or not _are_behind(cpu, kvm):
         return False
@@ -44,15 +45,15 @@ def host_works(cpu: Cpu, kvm: Kvm) -> bool:
 
 
 def owe_a_flush(cpu: Cpu, kvm: Kvm) -> bool:
-    """Return whether any vCPU has still to serve a flush, be it halted or scheduled away."""
+    """Return whether any vCPU has a flush to service, halted and scheduled-out vCPUs included."""
     return any(kvm_test_request(cpu, vcpu, KVM_REQ_TLB_FLUSH) for vcpu in kvm.vcpus)
 
 
 def vcpus_went_on(kvm: Kvm) -> None:
-    """End the waits that are over because a vCPU has served its flush or was unloaded.
+    """End the waits that are over because a vCPU has serviced its flush or was unloaded.
 
-    A waiter is taken off the list here, not when it runs again: from now on its own vCPU is on its way to an
-    entry, and others wait for that.
+    A waiter leaves the list here, not when it runs again: if it is a vCPU's thread, that vCPU is on its way
+    to an entry from now on, and other waiters must wait for it.
     """
     for waiter in kvm.at_host_work.copy():
         if not _are_behind(kvm.machine.cpus[waiter], kvm):
@@ -61,13 +62,13 @@ def vcpus_went_on(kvm: Kvm) -> None:
 
 
 def _take_off(at_work: list[CpuId], cpu_id: CpuId) -> None:
-    """Two threads may find at once that a wait is over."""
+    """Take a waiter off the list; another thread that found the wait over may have done so already."""
     with suppress(ValueError):
         at_work.remove(cpu_id)
 
 
 def _are_behind(cpu: Cpu, kvm: Kvm) -> bool:
-    """Return whether a vCPU other than this CPU's own still has to serve a flush."""
+    """Return whether a vCPU other than this CPU's own still has to service a flush."""
     return any(_is_behind(cpu, vcpu) for vcpu in kvm.vcpus)
 
 
@@ -75,5 +76,5 @@ def _is_behind(cpu: Cpu, vcpu: Vcpu) -> bool:
     """Return whether the vCPU owes a flush and is on its way to an entry."""
     if not vcpu.loaded or vcpu is cpu.vcpu or not kvm_test_request(cpu, vcpu, KVM_REQ_TLB_FLUSH):
         return False
-    # Its thread is where it is loaded.
+    # A loaded vCPU's thread runs on the pCPU that its VMCS is loaded on.
     return vcpu.loaded_vmcs.cpu not in vcpu.kvm.at_host_work

@@ -1,4 +1,4 @@
-"""include/linux/kvm_host.h and asm/kvm_host.h: request numbers, flags, and what a vCPU run reports.
+"""include/linux/kvm_host.h and asm/kvm_host.h: request numbers, flags, and the states of a vCPU's run.
 
 Request: bit number in the low byte, flags above it (Documentation/virt/kvm/vcpu-requests.rst).
 """
@@ -54,7 +54,7 @@ X86_CR4_PCIDE: Final = 1 << 17
 X86_CR4_SMEP: Final = 1 << 20
 X86_CR4_SMAP: Final = 1 << 21
 X86_CR4_PKE: Final = 1 << 22
-# Which of them are part of a role (mmu.h: KVM_MMU_CR0_ROLE_BITS, KVM_MMU_CR4_ROLE_BITS).
+# The bits that are part of a role (mmu.h: KVM_MMU_CR0_ROLE_BITS, KVM_MMU_CR4_ROLE_BITS).
 KVM_MMU_CR0_ROLE_BITS: Final = X86_CR0_PG | X86_CR0_WP
 KVM_MMU_CR4_ROLE_BITS: Final = (
     X86_CR4_PSE | X86_CR4_PAE | X86_CR4_LA57 | X86_CR4_SMEP | X86_CR4_SMAP | X86_CR4_PKE
@@ -75,7 +75,7 @@ def kvm_pages_per_hpage(level: int) -> int:
 
 @dataclass(frozen=True, slots=True)
 class RunState:
-    """What `vcpu_run` yields: why it does not go on by itself."""
+    """A reason for which `vcpu_run` yields instead of going on by itself."""
 
     name: str
 
@@ -83,13 +83,13 @@ class RunState:
         return self.name
 
 
-# Nothing has been done yet: send it the Cpu that it starts on.
+# Not started: send it the Cpu that it starts on.
 READY: Final = RunState("READY")
-# Between serving requests and disabling interrupts: may be moved, goes on where it was.  Holds SRCU.
+# Between servicing requests and disabling interrupts: may be moved, resumes where it was.  Holds SRCU.
 PREEMPTIBLE: Final = RunState("PREEMPTIBLE")
 # After an exit, before the next entry (xfer_to_guest_mode_handle_work): holds nothing.
 RESCHED: Final = RunState("RESCHED")
-# HLT: not runnable until somebody resumes it (kvm_vcpu_block).  Holds nothing.
+# HLT: not runnable until it is woken (kvm_vcpu_block).  Holds nothing.
 HALTED: Final = RunState("HALTED")
 
 

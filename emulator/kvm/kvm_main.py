@@ -1,4 +1,4 @@
-"""virt/kvm/kvm_main.c: everything that lies there, from the files that it is spread over here."""
+"""virt/kvm/kvm_main.c: its functions, re-exported from the files that they are spread over here."""
 
 from __future__ import annotations
 

@@ -1,8 +1,8 @@
 """virt/kvm/kvm_main.c: memory slots.
 
-The active set of slots is replaced whole and read under SRCU.  Deleting or moving a slot replaces it twice:
-by an INVALID copy, which makes faults retry and lets mmu_notifiers still find it, and, after everything
-mapped through it has gone, by the final set.
+The active set of slots is replaced whole and read under SRCU.  Deleting or moving a slot replaces the set
+twice: first by one with an INVALID copy of the slot, which makes faults retry while mmu_notifiers still find
+it, then, when everything mapped through the slot has been zapped, by the final set.
 """
 
 from __future__ import annotations
@@ -31,8 +31,11 @@ def kvm_set_memory_region(
     flags: int = 0,
     as_id: int = 0,
 ) -> None:
-    """KVM_SET_USER_MEMORY_REGION: npages 0 deletes; an existing slot with another base moves, with other
-    flags arms or disarms dirty logging.  userspace_addr is in pages.  as_id 1: what a vCPU in SMM sees."""
+    """KVM_SET_USER_MEMORY_REGION: create, delete, move a slot, or arm or disarm its dirty logging.
+
+    npages 0 deletes; an existing slot with another base moves, one with other flags arms or disarms.
+    userspace_addr is in pages.  as_id 1 is the address space of vCPUs in SMM.
+    """
     with kvm.slots_lock.held(cpu):
         old = kvm.memslots[as_id].by_id.get(slot_id)
         if not npages:
@@ -55,7 +58,7 @@ def kvm_set_memory_region(
 
 
 def _check(kvm: Kvm, old: KvmMemorySlot | None, new: KvmMemorySlot) -> None:
-    """The -EINVAL and -EEXIST of kvm_set_memory_region()."""
+    """Raise ValueError where kvm_set_memory_region() returns -EINVAL or -EEXIST."""
     if new.base_gfn < 0 or new.end_gfn > kvm.gfns:
         raise ValueError(f"{new!r} is beyond guest memory of {kvm.gfns:#x} pages")
     if new.flags & ~KVM_MEM_LOG_DIRTY_PAGES:
@@ -73,11 +76,11 @@ def _check(kvm: Kvm, old: KvmMemorySlot | None, new: KvmMemorySlot) -> None:
 
 
 def _revoke(cpu: Cpu, kvm: Kvm, slot: KvmMemorySlot) -> None:
-    """The ioctl promises that nobody uses the slot's memory through its gfns any more.
+    """Record the ioctl's promise that the guest no longer uses the slot's memory through its gfns.
 
-    True from here on, and said here, while mmu_notifiers still find the INVALID slot: without a slot the host
-    takes the slot's pages away without a word to KVM, and they are soon somebody else's.  Not said of gfns at
-    which the other address space has the same memory.
+    Revoke here, while mmu_notifiers still find the INVALID slot: once it is gone, the host may free its pages
+    without notifying KVM.  gfns at which the other address space has the same memory stay in use and are left
+    out.
     """
     start = slot.base_gfn
     for other in kvm.memslots[1 - slot.as_id].slots:
@@ -93,7 +96,7 @@ def _revoke_range(cpu: Cpu, kvm: Kvm, start: int, end: int) -> None:
 
 
 def kvm_prepare_memory_region(kvm: Kvm, old: KvmMemorySlot | None, new: KvmMemorySlot, change: str) -> None:
-    """kvm_prepare_memory_region(): the dirty bitmap, all set with KVM_DIRTY_LOG_INITIALLY_SET."""
+    """kvm_prepare_memory_region(): make the dirty bitmap, all set with KVM_DIRTY_LOG_INITIALLY_SET."""
     if not new.log_dirty_pages:
         new.dirty_bitmap = None
     elif old is not None and old.dirty_bitmap is not None:
@@ -116,7 +119,7 @@ def kvm_set_memslot(
 
 
 def kvm_invalidate_memslot(cpu: Cpu, kvm: Kvm, old: KvmMemorySlot) -> None:
-    """kvm_invalidate_memslot(): the INVALID copy becomes active, then what is mapped goes."""
+    """kvm_invalidate_memslot(): activate the INVALID copy, then zap everything mapped through the slot."""
     invalid = KvmMemorySlot(
         old.id,
         old.as_id,
@@ -134,12 +137,11 @@ def kvm_invalidate_memslot(cpu: Cpu, kvm: Kvm, old: KvmMemorySlot) -> None:
 def kvm_swap_active_memslots(
     cpu: Cpu, kvm: Kvm, old: KvmMemorySlot | None, new: KvmMemorySlot | None
 ) -> None:
-    """kvm_swap_active_memslots(): `old` (by id) goes, `new` comes; on return nobody uses the set before.
+    """kvm_swap_active_memslots(): replace `old` (by id) by `new`; on return no reader uses the former set.
 
-    No mmu_notifier may be between its start and its end meanwhile: both must find the same slots.  So the
-    last one to end installs the set if it cannot be done at once; the kernel wakes the updater to do it,
-    which here would come too late again and again, because a thread takes longer to wake than invalidations
-    pause.
+    The set must not change between an mmu_notifier's start and its end: both must find the same slots.  If
+    invalidations are in progress, the last of them to end installs the set.  (The kernel wakes the updater to
+    install it; here a thread takes longer to wake than invalidations pause, so the updater would starve.)
     """
     given = old if old is not None else new
     assert given is not None
@@ -166,6 +168,6 @@ def kvm_swap_active_memslots(
 
 
 def kvm_arch_memslots_updated(cpu: Cpu, kvm: Kvm) -> None:
-    """kvm_arch_memslots_updated(): kicks every vCPU once; no request, no flush."""
+    """kvm_arch_memslots_updated(): kick every vCPU once, with neither a request nor a flush."""
     for vcpu in kvm.vcpus:
         kvm_vcpu_kick(cpu, vcpu)

@@ -42,15 +42,18 @@ from native import lib
 
 
 def kvm_mmu_zap_all_fast_front(cpu: Cpu, kvm: Kvm) -> None:
-    """Front half of kvm_mmu_zap_all_fast(), under mmu_lock for write: invalidating the roots and kicking all
-    vCPUs off them is one critical section, or a vCPU could pick the old root again and miss the kick."""
+    """Do the front half of kvm_mmu_zap_all_fast(), under mmu_lock for write.
+
+    Invalidating the roots and kicking all vCPUs off them is one critical section; otherwise a vCPU could pick
+    an old root again and miss the kick.
+    """
     with kvm.mmu_lock.write_lock(cpu):
         kvm_tdp_mmu_invalidate_roots(cpu, kvm)
         kvm_make_all_cpus_request(cpu, kvm, KVM_REQ_MMU_FREE_OBSOLETE_ROOTS)
 
 
 def kvm_mmu_zap_all_fast_back(cpu: Cpu, kvm: Kvm) -> None:
-    """Back half: without anything held; vCPUs fault on new roots meanwhile."""
+    """Do the back half of kvm_mmu_zap_all_fast(), without mmu_lock; vCPUs fault on new roots meanwhile."""
     kvm_tdp_mmu_zap_invalidated_roots(cpu, kvm, shared=True)
 
 
@@ -69,7 +72,7 @@ def kvm_mmu_zap_memslot(cpu: Cpu, kvm: Kvm, slot: KvmMemorySlot) -> None:
 
 
 def kvm_arch_flush_shadow_memslot(cpu: Cpu, kvm: Kvm, slot: KvmMemorySlot) -> None:
-    """kvm_arch_flush_shadow_memslot(): the slot is marked INVALID by now.  Decision slot_delete."""
+    """kvm_arch_flush_shadow_memslot(): zap a slot that has been marked INVALID.  Decision slot_delete."""
     if kvm.policy.slot_delete(cpu, kvm, slot) == "zap-all-roots":
         kvm_mmu_zap_all_fast(cpu, kvm)
     else:
@@ -77,7 +80,7 @@ def kvm_arch_flush_shadow_memslot(cpu: Cpu, kvm: Kvm, slot: KvmMemorySlot) -> No
 
 
 def kvm_mmu_zap_all(cpu: Cpu, kvm: Kvm) -> None:
-    """kvm_mmu_zap_all(), kvm_arch_flush_shadow_all(): the VM's user memory goes."""
+    """kvm_mmu_zap_all(), kvm_arch_flush_shadow_all(): zap every root, as the VM's user memory goes away."""
     with kvm.mmu_lock.write_lock(cpu):
         kvm_tdp_mmu_zap_all(cpu, kvm)
 
@@ -85,7 +88,8 @@ def kvm_mmu_zap_all(cpu: Cpu, kvm: Kvm) -> None:
 def kvm_mmu_invalidate_start(cpu: Cpu, kvm: Kvm, ranges: Iterable[tuple[int, int]]) -> None:
     """kvm_mmu_invalidate_start() (kvm_mmu_invalidate_begin() before 7.x), under mmu_lock for write.
 
-    `ranges` are counted where they overlap with what is in progress; the caller adds each before it zaps it.
+    Count those of `ranges` that overlap an invalidation in progress.  The caller adds each range to the
+    invalidation before it zaps it.
     """
     cpu.point("mmu_invalidate_seq", kvm.id, "write")
     lib.mmu_invalidate_begin(cpu.m, kvm.id)
@@ -94,10 +98,10 @@ def kvm_mmu_invalidate_start(cpu: Cpu, kvm: Kvm, ranges: Iterable[tuple[int, int
 
 
 def kvm_zap_gfn_range(cpu: Cpu, kvm: Kvm, gfn_start: int, gfn_end: int) -> None:
-    """kvm_zap_gfn_range(): brackets itself as an invalidation, so that faults in the range retry.
+    """kvm_zap_gfn_range(): zap a range, bracketed as an invalidation so that faults in the range retry.
 
-    The frames stay the guest's, but not in the way in which a fault has found them before (APICv, memory
-    types): what such a fault installs afterwards is what was zapped.  Mutant Z1: no bracket.
+    The guest keeps the frames, but their mapping has to change (APICv, memory types).  A fault that looked
+    its frame up before the zap would otherwise install the old mapping again.  Mutant Z1: no bracket.
     """
     reason = lib.REASON_REMOTE_ZAP
     brackets = "Z1" not in kvm.policy.bugs
@@ -109,7 +113,7 @@ def kvm_zap_gfn_range(cpu: Cpu, kvm: Kvm, gfn_start: int, gfn_end: int) -> None:
         ticket = lib.oracle_ticket(cpu.m, kvm.id)
         if flush:
             kvm_flush_remote_tlbs_range(cpu, kvm, gfn_start, gfn_end - gfn_start, reason)
-        # Before a later fault may install what it finds: the promise ends what earlier ones have found.
+        # Revoke before in_progress ends: the promise voids earlier lookups only; later faults may install.
         lib.oracle_revoke(cpu.m, cpu.id, kvm.id, gfn_start, gfn_end, lib.PROMISE_ZAP_RANGE, ticket)
         if brackets:
             cpu.point("mmu_invalidate_seq", kvm.id, "write")
@@ -117,7 +121,7 @@ def kvm_zap_gfn_range(cpu: Cpu, kvm: Kvm, gfn_start: int, gfn_end: int) -> None:
 
 
 def kvm_unmap_gfn_range(cpu: Cpu, kvm: Kvm, slot: KvmMemorySlot, start: int, end: int, flush: bool) -> bool:
-    """kvm_unmap_gfn_range(): the mmu_notifier's handler."""
+    """kvm_unmap_gfn_range(): zap a range for an mmu_notifier; return whether a flush is pending."""
     return kvm_tdp_mmu_unmap_gfn_range(cpu, kvm, slot, start, end, flush, lib.REASON_REMOTE_NOTIFIER)
 
 
@@ -135,13 +139,13 @@ def kvm_dirty_log_manual_protect_and_init_set(kvm: Kvm) -> bool:
 
 
 def kvm_mmu_slot_remove_write_access(cpu: Cpu, kvm: Kvm, slot: KvmMemorySlot, level: int) -> bool:
-    """kvm_mmu_slot_remove_write_access(): True if some SPTE lost W.  The flush is the caller's."""
+    """kvm_mmu_slot_remove_write_access(): return whether some SPTE lost W.  The caller flushes."""
     with kvm.mmu_lock.read_lock(cpu):
         return kvm_tdp_mmu_wrprot_slot(cpu, kvm, slot, level)
 
 
 def kvm_mmu_slot_try_split_huge_pages(cpu: Cpu, kvm: Kvm, slot: KvmMemorySlot, target_level: int) -> None:
-    """kvm_mmu_slot_try_split_huge_pages(): no flush, translations stay what they are."""
+    """kvm_mmu_slot_try_split_huge_pages(): split without a flush, because no translation changes."""
     with kvm.mmu_lock.read_lock(cpu):
         kvm_tdp_mmu_try_split_huge_pages(
             cpu, kvm, slot, slot.base_gfn, slot.end_gfn, target_level, shared=True
@@ -149,7 +153,7 @@ def kvm_mmu_slot_try_split_huge_pages(cpu: Cpu, kvm: Kvm, slot: KvmMemorySlot, t
 
 
 def splits_eagerly(cpu: Cpu, kvm: Kvm, slot: KvmMemorySlot) -> bool:
-    """Decision eager_split, where the module parameter leaves it one."""
+    """Return whether to split huge pages eagerly: decision eager_split, if the module parameter allows it."""
     return kvm.params.eager_page_split and kvm.policy.eager_split(cpu, kvm, slot) == "split"
 
 
@@ -160,10 +164,10 @@ def kvm_mmu_recover_huge_pages(cpu: Cpu, kvm: Kvm, slot: KvmMemorySlot) -> None:
 
 
 def write_protect_flush(cpu: Cpu, kvm: Kvm, slot: KvmMemorySlot, changed: bool) -> None:
-    """Decision write_protect: the one flush of a slot whose SPTEs were write-protected, without mmu_lock.
+    """Flush once for a slot after its SPTEs were write-protected, without mmu_lock.  Decision write_protect.
 
-    `changed`: some SPTE lost W just now.  That none did proves nothing: TLBs may hold writable translations
-    of SPTEs whose W went earlier.
+    `changed`: some SPTE lost W just now.  If none did, a flush may still be due: TLBs may hold writable
+    translations of SPTEs that had lost W earlier.
     """
     answer = kvm.policy.write_protect(cpu, kvm, slot)
     if answer == "flush" or (answer == "if-changed" and changed):
@@ -173,9 +177,9 @@ def write_protect_flush(cpu: Cpu, kvm: Kvm, slot: KvmMemorySlot, changed: bool) 
 
 
 def kvm_mmu_slot_apply_flags(cpu: Cpu, kvm: Kvm, old: KvmMemorySlot, new: KvmMemorySlot) -> None:
-    """kvm_mmu_slot_apply_flags(): dirty logging was switched on or off for an existing slot.
+    """kvm_mmu_slot_apply_flags(): apply that dirty logging was switched on or off for an existing slot.
 
-    With INITIALLY_SET nothing is protected now: all pages count as dirty until they are cleared.
+    With INITIALLY_SET nothing is write-protected now: all pages count as dirty until they are cleared.
     """
     if old.log_dirty_pages == new.log_dirty_pages:
         return
@@ -195,11 +199,12 @@ def kvm_mmu_slot_apply_flags(cpu: Cpu, kvm: Kvm, old: KvmMemorySlot, new: KvmMem
 def kvm_arch_mmu_enable_log_dirty_pt_masked(
     cpu: Cpu, kvm: Kvm, slot: KvmMemorySlot, gfn_offset: int, mask: int
 ) -> int:
-    """kvm_arch_mmu_enable_log_dirty_pt_masked(), under mmu_lock for write: write-protects the gfns in mask;
-    returns how many 4K SPTEs lost W.
+    """kvm_arch_mmu_enable_log_dirty_pt_masked(), under mmu_lock for write: write-protect the gfns in mask;
+    return how many 4K SPTEs lost W.
 
-    With INITIALLY_SET huge pages were left alone when logging was armed: they are split here, and what could
-    not be split is write-protected so that the first write splits it.  Mutant L1 leaves everything writable.
+    With INITIALLY_SET huge pages were left alone when logging was armed.  They are split here; a huge page
+    that could not be split is write-protected, so that the first write splits it.  Mutant L1 leaves
+    everything writable.
     """
     if "L1" in kvm.policy.bugs:
         return 0

@@ -1,6 +1,6 @@
-"""virt/kvm/kvm_main.c: the mmu_notifier, by which the host takes pages, or rights to them, back.
+"""virt/kvm/kvm_main.c: the mmu_notifier, by which the host takes back pages, or rights to them.
 
-    kvm_mmu_notifier_invalidate_range_start(...)    on return nobody uses the range any more
+    kvm_mmu_notifier_invalidate_range_start(...)    on return no vCPU uses the range any more
     the host changes its page tables and frees frames
     kvm_mmu_notifier_invalidate_range_end(...)      from here on faults may map the range again
 
@@ -20,8 +20,10 @@ GfnRange = tuple[KvmMemorySlot, int, int]
 
 
 def kvm_for_each_memslot_in_hva_range(kvm: Kvm, start: int, end: int) -> list[GfnRange]:
-    """kvm_for_each_memslot_in_hva_range(), all address spaces, INVALID slots too: slot and gfns.  Under
-    SRCU."""
+    """kvm_for_each_memslot_in_hva_range(), under SRCU: return each slot that the range touches, with gfns.
+
+    All address spaces are searched, and INVALID slots are included.
+    """
     ranges = []
     for slots in kvm.memslots:
         for slot in slots.slots:
@@ -37,8 +39,8 @@ def kvm_mmu_notifier_invalidate_range_start(
 ) -> None:
     """kvm_mmu_notifier_invalidate_range_start()
 
-    `promise` is what the host needs: PROMISE_NOTIFIER, nobody uses the range; or PROMISE_NOTIFIER_WRITE,
-    nobody writes to it (mprotect, KSM, copy-on-write).  KVM does the same for both: it unmaps.
+    `promise` is the guarantee that the host needs: PROMISE_NOTIFIER, no vCPU uses the range; or
+    PROMISE_NOTIFIER_WRITE, no vCPU writes to it (mprotect, KSM, copy-on-write).  KVM unmaps for both.
     """
     with kvm.mn_invalidate_lock.held(cpu):
         kvm.mn_active_invalidate_count += 1
@@ -57,8 +59,8 @@ def kvm_mmu_notifier_invalidate_range_start(
 def kvm_handle_hva_range(cpu: Cpu, kvm: Kvm, ranges: list[GfnRange]) -> None:
     """kvm_handle_hva_range() with kvm_mmu_unmap_gfn_range(): begin, unmap and flush in one critical section.
 
-    Each slot's handler starts without a pending flush, as the kernel's; what an earlier one left is flushed
-    in the end.
+    As in the kernel, each slot's handler starts without a pending flush; one flush at the end serves all of
+    them.
     """
     with kvm.mmu_lock.write_lock(cpu):
         kvm_mmu_invalidate_start(cpu, kvm, ((start, end) for _, start, end in ranges))
@@ -71,7 +73,7 @@ def kvm_handle_hva_range(cpu: Cpu, kvm: Kvm, ranges: list[GfnRange]) -> None:
 
 
 def notifier_flush(cpu: Cpu, kvm: Kvm, gfn: int) -> None:
-    """Decision notifier_flush: under mmu_lock and before the host goes on, or too late, or never."""
+    """Flush under mmu_lock, before the host goes on; or too late, or never.  Decision notifier_flush."""
     answer = kvm.policy.notifier_flush(cpu, kvm, gfn)
     if answer == "before-return":
         kvm_flush_remote_tlbs(cpu, kvm, lib.REASON_REMOTE_NOTIFIER)
@@ -82,10 +84,11 @@ def notifier_flush(cpu: Cpu, kvm: Kvm, gfn: int) -> None:
 
 
 def kvm_mmu_notifier_invalidate_range_end(cpu: Cpu, kvm: Kvm, start: int, end: int) -> None:
-    """kvm_mmu_notifier_invalidate_range_end(): the sequence moves on before in_progress ends, so that a fault
-    which sees nothing in progress sees the new sequence.  Then a memslot update that waits for it happens.
+    """kvm_mmu_notifier_invalidate_range_end(): end the invalidation, then install a waiting memslot update.
 
-    The slots are those that range_start found: an update waits for mn_active_invalidate_count.
+    The sequence is incremented before in_progress drops, so that a fault that sees no invalidation in
+    progress sees the new sequence.  range_start found the same slots, because a memslot update waits until
+    mn_active_invalidate_count is 0.
     """
     index = cpu.check(lib.srcu_read_lock(cpu.m, cpu.id, kvm.id))
     try:
@@ -111,10 +114,9 @@ def kvm_mmu_notifier_invalidate_range_end(cpu: Cpu, kvm: Kvm, start: int, end: i
 
 
 def kvm_mmu_notifier_clear_flush_young(cpu: Cpu, kvm: Kvm, start: int, end: int) -> bool:
-    """kvm_mmu_notifier_clear_flush_young(): clear_young for reclaim, which unmaps next what was not used.
-    Decision age_flush.
+    """kvm_mmu_notifier_clear_flush_young(): clear_young for reclaim, which next unmaps pages found unused.
 
-    Before 6.15 SPTEs were aged, and a flush made, under mmu_lock.
+    Decision age_flush.  Before 6.15 the aging and the flush were done under mmu_lock.
     """
     young = kvm_mmu_notifier_clear_young(cpu, kvm, start, end)
     if young and kvm.policy.age_flush(cpu, kvm, start) == "if-young":
@@ -123,7 +125,8 @@ def kvm_mmu_notifier_clear_flush_young(cpu: Cpu, kvm: Kvm, start: int, end: int)
 
 
 def kvm_mmu_notifier_clear_young(cpu: Cpu, kvm: Kvm, start: int, end: int) -> bool:
-    """kvm_mmu_notifier_clear_young(): has the guest used the range since the last time?  No flush."""
+    """kvm_mmu_notifier_clear_young(): return whether the guest has used the range since the last call.  No
+    flush."""
     index = cpu.check(lib.srcu_read_lock(cpu.m, cpu.id, kvm.id))
     try:
         young = False

@@ -41,9 +41,9 @@ from native.types import Hfn
 
 
 def kvm_mmu_page_fault(cpu: Cpu, vcpu: Vcpu, gpa: int, access: int, present: bool) -> int:
-    """kvm_mmu_page_fault() and kvm_mmu_do_page_fault(): a RET_PF_ value or a negative error.
+    """kvm_mmu_page_fault() and kvm_mmu_do_page_fault(): return a RET_PF_ value or a negative error.
 
-    FIXED, SPURIOUS and RETRY all mean: let the guest try again.
+    After FIXED, SPURIOUS and RETRY the guest executes the access again.
     """
     fault = KvmPageFault(gpa >> 12, access, present)
     cpu.point("memslots", vcpu.kvm.id, "read")
@@ -57,7 +57,7 @@ def kvm_mmu_page_fault(cpu: Cpu, vcpu: Vcpu, gpa: int, access: int, present: boo
 
 
 def kvm_arch_vcpu_memslots_id(vcpu: Vcpu) -> int:
-    """kvm_arch_vcpu_memslots_id(): by the vCPU's mode, not by its root."""
+    """kvm_arch_vcpu_memslots_id(): choose the address space by the vCPU's mode, not by its root."""
     return int(vcpu.arch.smm)
 
 
@@ -81,14 +81,15 @@ def kvm_tdp_page_fault(cpu: Cpu, vcpu: Vcpu, fault: KvmPageFault) -> int:
 
 
 def fast_page_fault(cpu: Cpu, vcpu: Vcpu, fault: KvmPageFault) -> int:
-    """fast_page_fault(): gives a write-protected SPTE its W back, and an access-tracked one R and X, without
-    mmu_lock.  Mutant L3 marks first.
+    """fast_page_fault(): give a write-protected SPTE its W back, and an access-tracked one R and X, without
+    mmu_lock.
 
-    Only where MMU-writable says that nothing but dirty logging or aging took W.  W first, then the mark: the
-    log is reaped by write-protecting after it was read, so a write is either in this log or faults again.
+    W comes back only if MMU-writable is set, so that nothing but dirty logging or aging took it.  W is set
+    before the page is marked: reaping reads the log before it write-protects, so a write is either in the
+    log that is being read or faults again.  Mutant L3 marks first.
     """
     root, slot = vcpu.mmu.root, fault.slot
-    # page_fault_can_be_fast(): without A/D bits a leaf may be absent for the CPU only.
+    # page_fault_can_be_fast(): without A/D bits a leaf may be non-present for the CPU, yet present for KVM.
     fast = fault.write if fault.present else not vcpu.kvm.params.eptad
     if not fast or root is None or slot is None:
         return RET_PF_INVALID
@@ -119,10 +120,10 @@ def fast_page_fault(cpu: Cpu, vcpu: Vcpu, fault: KvmPageFault) -> int:
 
 
 def kvm_mmu_faultin_pfn(cpu: Cpu, vcpu: Vcpu, fault: KvmPageFault) -> int:
-    """kvm_mmu_faultin_pfn(): sequence first, then the slot's state, then the frame.
+    """kvm_mmu_faultin_pfn(): sample the sequence, then check the slot's state, then look up the frame.
 
-    A slot that is being deleted or moved makes the fault retry, or it would map what is zapped just now.  A
-    gfn whose invalidation is in progress retries before it takes a page or mmu_lock.
+    A fault in a slot that is being deleted or moved retries; otherwise it would map pages that are being
+    zapped.  A fault on a gfn that is being invalidated retries before it takes a page or mmu_lock.
     """
     kvm, slot = vcpu.kvm, fault.slot
     cpu.point("mmu_invalidate_seq", kvm.id, "read")
@@ -143,10 +144,10 @@ def kvm_mmu_faultin_pfn(cpu: Cpu, vcpu: Vcpu, fault: KvmPageFault) -> int:
 
 
 def kvm_handle_invalid_slot_fault(cpu: Cpu, vcpu: Vcpu, fault: KvmPageFault) -> int:
-    """A slot that is being deleted or moved: retry (since 6.0, e0c378684b65).
+    """Retry a fault in a slot that is being deleted or moved (since 6.0, e0c378684b65).
 
-    Mutant B27: as if there were no slot.  The MMIO SPTE takes the place of the one that is still there, and
-    whoever zaps the range afterwards finds nothing to flush for.
+    Mutant B27 treats the gfn as if it had no slot.  The MMIO SPTE then replaces a leaf that is still present,
+    and the zap of the range finds nothing to flush for.
     """
     root = vcpu.mmu.root
     if "B27" not in vcpu.kvm.policy.bugs or root is None:
@@ -160,7 +161,7 @@ def kvm_handle_invalid_slot_fault(cpu: Cpu, vcpu: Vcpu, fault: KvmPageFault) -> 
 
 
 def __kvm_mmu_faultin_pfn(cpu: Cpu, kvm: Kvm, fault: KvmPageFault, slot: KvmMemorySlot) -> int:
-    """__kvm_mmu_faultin_pfn(), kvm_faultin_pfn(): the host's page behind the gfn, and its neighbours'."""
+    """__kvm_mmu_faultin_pfn(), kvm_faultin_pfn(): look up the host's page for the gfn and its neighbours."""
     cpu.point("mm", (kvm.id, fault.gfn), "read")
     page, hva = cpu.page, slot.gfn_to_hva(fault.gfn)
     rc = lib.mm_fault(cpu.m, cpu.id, kvm.id, hva, fault.write, page)
@@ -171,7 +172,7 @@ def __kvm_mmu_faultin_pfn(cpu: Cpu, kvm: Kvm, fault: KvmPageFault, slot: KvmMemo
     cpu.check(rc)
     fault.pfn = PfnAndRights(page.hfn, page.tag, bool(page.writable))
     around = min(kvm.params.fault_around, FAULT_AROUND_MAX)
-    # Under dirty logging a page that nobody writes to must not become writable unmarked: no neighbours.
+    # No neighbours under dirty logging: they would become writable without being marked.
     if around > 1 and page.level == PG_LEVEL_4K and not slot.dirty_track_enabled():
         fault.around_gfn, fault.around_n = fault_around_range(fault, around)
         cpu.check(
@@ -191,15 +192,17 @@ def __kvm_mmu_faultin_pfn(cpu: Cpu, kvm: Kvm, fault: KvmPageFault, slot: KvmMemo
 
 
 def wp_page_copy(cpu: Cpu, kvm: Kvm, hva: int) -> int:
-    """get_user_pages() for a write to memory that was only read so far: the host copies the page, which calls
-    the mmu_notifiers of this very VM, so that the fault has to start over."""
+    """Copy a page on its first write, as get_user_pages() does; the fault then has to start over.
+
+    The host's copy invokes the mmu_notifiers of this very VM.
+    """
     # mmu_notifier.py builds on mmu.py, and that on this module.
     from emulator.kvm.mmu_notifier import (
         kvm_mmu_notifier_invalidate_range_end,
         kvm_mmu_notifier_invalidate_range_start,
     )
 
-    # Until the page is allocated and copied; meanwhile another vCPU may have copied the same one.
+    # Allocating and copying takes time, in which another vCPU may have copied the same page.
     if host_works(cpu, kvm):
         return RET_PF_RETRY
     kvm_mmu_notifier_invalidate_range_start(cpu, kvm, hva, hva + 1)
@@ -212,9 +215,10 @@ def wp_page_copy(cpu: Cpu, kvm: Kvm, hva: int) -> int:
 
 
 def mmu_invalidate_retry(cpu: Cpu, kvm: Kvm, fault: KvmPageFault) -> bool:
-    """mmu_invalidate_retry_gfn() and its unlocked form.  Decision fault_retry.
+    """mmu_invalidate_retry_gfn() and its unlocked form: return whether the fault raced an invalidation.
 
-    Mutants: P15b takes the sequence after the frame; P15c does not ask whether one is in progress.
+    Decision fault_retry.  Mutant P15b samples the sequence after the frame; P15c ignores invalidations in
+    progress.
     """
     if kvm.policy.fault_retry(cpu, kvm, fault.gfn) == "none":
         return False
@@ -227,7 +231,7 @@ def mmu_invalidate_retry(cpu: Cpu, kvm: Kvm, fault: KvmPageFault) -> bool:
 
 
 def is_page_fault_stale(cpu: Cpu, vcpu: Vcpu, fault: KvmPageFault) -> bool:
-    """is_page_fault_stale(), under mmu_lock: the root was invalidated, or the frame may be gone."""
+    """is_page_fault_stale(), under mmu_lock: return whether the root is invalid or the frame may be gone."""
     root = vcpu.mmu.root
     if root is None or root.role.invalid:
         return True
@@ -236,10 +240,10 @@ def is_page_fault_stale(cpu: Cpu, vcpu: Vcpu, fault: KvmPageFault) -> bool:
 
 
 def kvm_mmu_hugepage_adjust(cpu: Cpu, kvm: Kvm, fault: KvmPageFault) -> None:
-    """kvm_mmu_hugepage_adjust(), under mmu_lock: the largest level that host page, slot and logging permit.
+    """kvm_mmu_hugepage_adjust(), under mmu_lock: choose the largest level that host, slot and logging permit.
 
-    The fault's gfn is in no invalidation, but its neighbours may be.  They are mapped all the same: the host
-    splits a huge page that it changes in part, and invalidates all of it for that.
+    The fault's gfn is in no invalidation, but its neighbours may be.  Mapping them is safe: before the host
+    changes a part of a huge page it splits the page, and invalidates all of it for that.
     """
     slot = fault.slot
     assert slot is not None
@@ -257,16 +261,19 @@ def kvm_mmu_hugepage_adjust(cpu: Cpu, kvm: Kvm, fault: KvmPageFault) -> None:
 def huge_custody(cpu: Cpu, kvm: Kvm, slot: KvmMemorySlot, gfn: int, pfn: Hfn, custody: int) -> int | None:
     """Return the custody of a huge SPTE, given `pfn` and the custody under which it was found.
 
-    None if the host maps gfn by another frame.  Only a mutant finds that; the kernel asserts that gfn and pfn
-    agree.
+    Return None if the host maps gfn to another frame.  This happens under mutants only; the kernel asserts
+    that gfn and pfn agree.
     """
     found = lib.mm_huge_custody(cpu.m, kvm.id, slot.gfn_to_hva(gfn), pfn, custody)
     return None if found < 0 else int(found)
 
 
 def _level_allowed(slot: KvmMemorySlot, gfn: int, level: int) -> bool:
-    """lpage_info: no huge mapping while pages are logged, across the slot's ends, or where guest and host
-    addresses are aligned differently."""
+    """Return whether lpage_info permits a huge mapping.
+
+    It does not while dirty pages are logged, across the slot's ends, or where guest and host addresses are
+    aligned differently.
+    """
     pages = kvm_pages_per_hpage(level)
     start = gfn & -pages
     return (
@@ -279,7 +286,7 @@ def _level_allowed(slot: KvmMemorySlot, gfn: int, level: int) -> bool:
 
 
 def kvm_mmu_max_mapping_level(cpu: Cpu, kvm: Kvm, slot: KvmMemorySlot, gfn: int) -> int:
-    """kvm_mmu_max_mapping_level(), under mmu_lock: by what the host maps now."""
+    """kvm_mmu_max_mapping_level(), under mmu_lock: return the largest level that the host maps now."""
     level = KVM_MAX_HUGEPAGE_LEVEL
     start = gfn & -kvm_pages_per_hpage(level)
     if _level_allowed(slot, gfn, level) and lib.mm_huge(cpu.m, kvm.id, slot.gfn_to_hva(start)):

@@ -1,8 +1,7 @@
-"""arch/x86/kvm/regs.c: control registers that the guest writes with an exit, and which roots and flushes
-that takes.
+"""arch/x86/kvm/regs.c: control-register writes that exit, and the root changes and flushes that they cause.
 
-With EPT few writes exit: CR0.PG, and of CR4 what is part of a role.  CR0.WP and CR4.PGE are the guest's own,
-and so is CR3; their flushes are the hardware's, on the pCPU where the guest is.
+With EPT few writes exit: CR0.PG, and the bits of CR4 that are part of a role.  The guest writes CR0.WP,
+CR4.PGE and CR3 without an exit; the hardware makes their flushes, on the pCPU where the guest runs.
 """
 
 from __future__ import annotations
@@ -28,8 +27,11 @@ from native import lib
 
 
 def request_guest_flush(cpu: Cpu, vcpu: Vcpu, req: int) -> None:
-    """A flush that the architecture promises the guest.  Decision role_change: apart from what happens to the
-    roots (5.18), or not at all."""
+    """Request a flush that the architecture guarantees to the guest.
+
+    Decision role_change: since 5.18 the flush is requested regardless of the roots' fate; another answer
+    elides it.
+    """
     if vcpu.kvm.policy.role_change(cpu, vcpu) == "no-guest-flush":
         flush_elided(cpu, vcpu.kvm, lib.REASON_GUEST, vcpu.id)
     else:
@@ -45,7 +47,7 @@ def kvm_set_cr0(cpu: Cpu, vcpu: Vcpu, cr0: int) -> None:
 
 
 def vmx_set_cr0(cpu: Cpu, vcpu: Vcpu, old_cr0: int, cr0: int) -> None:
-    """vmx_set_cr0(), with an unrestricted guest.  (Out of SMM: there the guest has no paging anyway.)"""
+    """vmx_set_cr0(), with an unrestricted guest.  Does nothing in SMM, where the guest has no paging."""
     if (cr0 ^ old_cr0) & X86_CR0_PG and not vcpu.arch.smm and not vcpu.arch.leaving_smm:
         lib.vcpu_set_paging(cpu.m, vcpu.id, bool(cr0 & X86_CR0_PG))
         if not cr0 & X86_CR0_PG:
@@ -55,8 +57,8 @@ def vmx_set_cr0(cpu: Cpu, vcpu: Vcpu, old_cr0: int, cr0: int) -> None:
 def kvm_post_set_cr0(cpu: Cpu, vcpu: Vcpu, old_cr0: int, cr0: int) -> None:
     """kvm_post_set_cr0()
 
-    CR0.WP is in no SPTE with EPT (since 6.4).  Clearing CR0.PG flushes the guest's TLB; to 5.17 that was left
-    to the load of the root.
+    With EPT no SPTE depends on CR0.WP, so its change keeps the roots (since 6.4).  Clearing CR0.PG flushes
+    the guest's TLB; before 5.18 the flush at the load of the root did that.
     """
     changed = cr0 ^ old_cr0
     unload_all = vcpu.kvm.policy.role_change(cpu, vcpu) == "unload-all"
@@ -77,7 +79,7 @@ def kvm_set_cr4(cpu: Cpu, vcpu: Vcpu, cr4: int) -> None:
 
 
 def kvm_post_set_cr4(cpu: Cpu, vcpu: Vcpu, old_cr4: int, cr4: int) -> None:
-    """kvm_post_set_cr4(): which bits flush what is the SDM's (vol. 3A, 4.10.4.1)."""
+    """kvm_post_set_cr4(): make the flushes that the SDM requires for each bit (vol. 3A, 4.10.4.1)."""
     changed = cr4 ^ old_cr4
     all_contexts = bool(changed & X86_CR4_PGE or (old_cr4 & ~cr4) & X86_CR4_PCIDE)
     if all_contexts:
@@ -93,7 +95,7 @@ def kvm_post_set_cr4(cpu: Cpu, vcpu: Vcpu, old_cr4: int, cr4: int) -> None:
 
 
 def kvm_set_cr3(cpu: Cpu, vcpu: Vcpu, cr3: int) -> None:
-    """kvm_set_cr3(): with EPT only from the emulator, as for RSM; MOV CR3 does not exit."""
+    """kvm_set_cr3(): with EPT called from the emulator only, as for RSM, because MOV CR3 does not exit."""
     skip_tlb_flush = False
     if vcpu.arch.cr4 & X86_CR4_PCIDE:
         skip_tlb_flush = bool(cr3 & X86_CR3_PCID_NOFLUSH)
@@ -106,12 +108,12 @@ def kvm_set_cr3(cpu: Cpu, vcpu: Vcpu, cr3: int) -> None:
 
 
 def kvm_invalidate_pcid(cpu: Cpu, vcpu: Vcpu) -> None:
-    """kvm_invalidate_pcid() with EPT: combined mappings of any PCID under this VPID."""
+    """kvm_invalidate_pcid() with EPT: flush the combined mappings of all PCIDs under this VPID."""
     request_guest_flush(cpu, vcpu, KVM_REQ_TLB_FLUSH_GUEST)
 
 
 def handle_cr(cpu: Cpu, vcpu: Vcpu, insn: int, value: int) -> None:
-    """handle_cr(): MOV to a control register that exits."""
+    """handle_cr(): handle the exit of a MOV to a control register."""
     if insn == lib.GUEST_INSN_MOV_CR0:
         kvm_set_cr0(cpu, vcpu, value)
     elif insn == lib.GUEST_INSN_MOV_CR3:

@@ -1,8 +1,8 @@
 """virt/kvm/kvm_main.c: requests, kicks and remote TLB flushes.
 
-A request is a bit that the vCPU looks at between `mode = IN_GUEST_MODE` and VM entry; a kick makes it look
+A request is a bit that the vCPU checks between `mode = IN_GUEST_MODE` and VM entry; a kick makes it check
 again.  Requester: set the bit, then read the mode.  vCPU: store the mode, then read the bits.  At least one
-of the two sees the other (Documentation/virt/kvm/vcpu-requests.rst).
+of the two sees the other's store (Documentation/virt/kvm/vcpu-requests.rst).
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ from native.types import CpuId, FlushReason
 
 
 def kvm_make_request(cpu: Cpu, vcpu: Vcpu, req: int) -> None:
-    """__kvm_make_request(): sets the bit.  What the request is about must be visible before.
+    """__kvm_make_request(): set the bit, after the change that it announces has become visible.
 
     Mutant S2: by a plain store.
     """
@@ -35,7 +35,7 @@ def kvm_make_request(cpu: Cpu, vcpu: Vcpu, req: int) -> None:
 
 
 def kvm_check_request(cpu: Cpu, vcpu: Vcpu, req: int) -> bool:
-    """kvm_check_request(): tests and clears the bit."""
+    """kvm_check_request(): test and clear the bit."""
     return bool(lib.kvm_check_request(cpu.m, vcpu.id, req & KVM_REQUEST_MASK))
 
 
@@ -44,10 +44,11 @@ def kvm_test_request(cpu: Cpu, vcpu: Vcpu, req: int) -> bool:
 
 
 def kvm_request_needs_ipi(cpu: Cpu, vcpu: Vcpu, req: int) -> bool:
-    """kvm_request_needs_ipi(): moves IN_GUEST_MODE to EXITING_GUEST_MODE, then decides by the old mode.
+    """kvm_request_needs_ipi(): move IN_GUEST_MODE to EXITING_GUEST_MODE, then decide by the old mode.
 
-    Who waits must wait for a vCPU that is already EXITING, too: it is not OUTSIDE yet.  The cmpxchg is the
-    barrier between the request and the mode; mutant S2 looks first, and has none for a vCPU that is OUTSIDE.
+    A requester with KVM_REQUEST_WAIT must also wait for a vCPU that is already EXITING, because that is not
+    OUTSIDE yet.  The cmpxchg is the barrier between the request and the read of the mode.  Mutant S2 reads
+    the mode first, and has no barrier for a vCPU that is OUTSIDE.
     """
     cpu.point("mode", vcpu.id, "write")
     if "S2" in vcpu.kvm.policy.bugs and lib.vcpu_mode(cpu.m, vcpu.id) == OUTSIDE_GUEST_MODE:
@@ -59,10 +60,10 @@ def kvm_request_needs_ipi(cpu: Cpu, vcpu: Vcpu, req: int) -> bool:
 
 
 def kvm_make_vcpu_request(cpu: Cpu, vcpu: Vcpu, req: int) -> int:
-    """kvm_make_vcpu_request(): the pCPU to interrupt, or -1.
+    """kvm_make_vcpu_request(): make the request; return the pCPU to interrupt, or -1.
 
     All requests made here are NO_WAKEUP: a blocked vCPU sees them when it runs again.  The caller's own pCPU
-    is never interrupted; a vCPU whose ->cpu equals it is not in guest mode.  Mutant P3: the mode is read
+    is never interrupted, because a vCPU with that ->cpu is not in guest mode.  Mutant P3: the mode is read
     before the request is made.
     """
     late = "P3" in vcpu.kvm.policy.bugs
@@ -77,10 +78,11 @@ def kvm_make_vcpu_request(cpu: Cpu, vcpu: Vcpu, req: int) -> int:
 
 
 def kvm_make_all_cpus_request(cpu: Cpu, kvm: Kvm, req: int) -> bool:
-    """kvm_make_all_cpus_request(): True if some pCPU was interrupted.
+    """kvm_make_all_cpus_request(): return whether some pCPU was interrupted.
 
-    Decision remote_kick: the pCPUs where a vCPU is not OUTSIDE; those where one ever was; all of them.
-    Mutant S3: a vCPU that is OUTSIDE needs no request to flush, since it looks at its root's generation.
+    Decision remote_kick: interrupt the pCPUs of vCPUs that are not OUTSIDE, those that ever ran a vCPU of the
+    VM, or all of them.  Mutant S3: a vCPU that is OUTSIDE gets no request to flush, because it compares its
+    root's generation before entry.
     """
     by_generation = "S3" in kvm.policy.bugs and req == KVM_REQ_TLB_FLUSH
     cpu.stat(kvm.id, lib.STAT_MAKE_ALL_CPUS_REQUEST)
@@ -107,7 +109,7 @@ def _is_outside(cpu: Cpu, vcpu: Vcpu) -> bool:
 
 
 def _kick_more(cpu: Cpu, kvm: Kvm, everyone: bool) -> bool:
-    """What remote_kick adds to the mask: vm-pcpu-mask, or with `everyone` all-pcpus."""
+    """Add the pCPUs of remote_kick=vm-pcpu-mask to the mask, or with `everyone` those of all-pcpus."""
     called = False
     for target in range(len(kvm.pcpu_mask)):
         if target != cpu.id and (everyone or kvm.pcpu_mask[target]):
@@ -117,8 +119,10 @@ def _kick_more(cpu: Cpu, kvm: Kvm, everyone: bool) -> bool:
 
 
 def kvm_kick_many_cpus(cpu: Cpu, kvm: Kvm, wait: bool) -> bool:
-    """kvm_kick_many_cpus(): the call is empty, the interrupt is the effect; its acknowledgement says that the
-    pCPU has left guest mode.  Decision kick_wait: whether to wait for it."""
+    """kvm_kick_many_cpus(): interrupt the pCPUs of the mask.  Decision kick_wait: wait for acknowledgement?
+
+    The called function is empty: the interrupt itself ends guest mode, and the acknowledgement proves it.
+    """
     wait = wait and kvm.policy.kick_wait(cpu, kvm) == "wait"
     cpu.point("call_queue", kvm.id, "write")
     cpu.check(lib.smp_call_function_many(cpu.m, cpu.id, cpu.kick_mask, lib.IPI_ACK_KICK, kvm.id << 32, wait))
@@ -126,7 +130,7 @@ def kvm_kick_many_cpus(cpu: Cpu, kvm: Kvm, wait: bool) -> bool:
 
 
 def kvm_vcpu_kick(cpu: Cpu, vcpu: Vcpu) -> None:
-    """__kvm_vcpu_kick(wait=false): a reschedule IPI if the vCPU is in guest mode; no request, no flush."""
+    """__kvm_vcpu_kick(wait=false): send a reschedule IPI to a vCPU in guest mode; no request, no flush."""
     cpu.point("mode", vcpu.id, "write")
     if lib.vcpu_exiting_guest_mode(cpu.m, vcpu.id) != IN_GUEST_MODE:
         return
@@ -137,11 +141,12 @@ def kvm_vcpu_kick(cpu: Cpu, vcpu: Vcpu) -> None:
 
 
 def kvm_flush_remote_tlbs(cpu: Cpu, kvm: Kvm, reason: FlushReason) -> None:
-    """kvm_flush_remote_tlbs(): on return every vCPU is outside guest mode with the request pending, or has
-    entered again after flushing.  Entries may still exist; nobody will use them.
+    """kvm_flush_remote_tlbs(): make every vCPU flush before it runs guest code again.
 
-    Where a policy elides flushes by what roots remember, roots forget before a request is visible: see
-    root_tracking.py.  Mutant P23b: after the kick.  `reason` (enum flush_reason) is for the accounts.
+    On return every vCPU is outside guest mode with the request pending, or has entered again after flushing.
+    Stale entries may still exist, but no vCPU will use them.  If the policy elides flushes by root tracking
+    (root_tracking.py), the tracking is reset before a request is visible; mutant P23b resets it after the
+    kick.  `reason` (enum flush_reason) is for the accounts.
     """
     with timed(cpu, lib.HISTOGRAM_REMOTE_FLUSH):
         cpu.stat(kvm.id, lib.STAT_REMOTE_TLB_FLUSH_REQUESTS)
@@ -167,7 +172,7 @@ def kvm_flush_remote_tlbs_memslot(cpu: Cpu, kvm: Kvm, slot: KvmMemorySlot, reaso
 
 
 def flush_elided(cpu: Cpu, kvm: Kvm, reason: FlushReason, argument: int = 0) -> None:
-    """Accounts for a flush that Linux 7.3 makes here and this policy does not."""
+    """Account for a flush that Linux 7.3 makes here and this policy does not."""
     cpu.stat(kvm.id, lib.STAT_FLUSHES_ELIDED)
     cpu.event(lib.EVENT_ELIDED, reason, argument, kvm.id)
 

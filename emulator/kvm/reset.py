@@ -1,4 +1,4 @@
-"""lapic.c, x86.c, vmx.c: INIT, with which one vCPU has another one boot again.
+"""lapic.c, x86.c, vmx.c: INIT, by which one vCPU makes another boot again.
 
 apic_send_init          another vCPU's ICR write, as in the INIT-SIPI-SIPI of a reboot or of kexec; any thread
 kvm_apic_accept_events  the vCPU serves the request
@@ -17,15 +17,19 @@ from native import lib
 
 
 def apic_send_init(cpu: Cpu, vcpu: Vcpu) -> None:
-    """__apic_accept_irq() for APIC_DM_INIT, as it concerns the vCPU that gets it.  INIT is the only event
-    that is made here, so that the request says all."""
+    """__apic_accept_irq() for APIC_DM_INIT: deliver an INIT to `vcpu`.
+
+    INIT is the only event in this model, so KVM_REQ_EVENT alone stands for it.
+    """
     kvm_make_request(cpu, vcpu, KVM_REQ_EVENT)
     kvm_vcpu_kick(cpu, vcpu)
 
 
 def kvm_apic_accept_events(cpu: Cpu, vcpu: Vcpu) -> None:
-    """kvm_apic_accept_events(): in SMM an INIT is latched until RSM.  The SIPI that ends wait-for-SIPI has
-    come with it: the vCPU runs on."""
+    """kvm_apic_accept_events(): reset the vCPU on INIT; in SMM, latch the INIT until RSM.
+
+    The SIPI is taken to have arrived with the INIT, so the vCPU never waits for it.
+    """
     if vcpu.arch.smm:
         vcpu.arch.init_latched = True
         return
@@ -33,11 +37,11 @@ def kvm_apic_accept_events(cpu: Cpu, vcpu: Vcpu) -> None:
 
 
 def kvm_vcpu_reset(cpu: Cpu, vcpu: Vcpu, init_event: bool) -> None:
-    """kvm_vcpu_reset(): what decides about roots and flushes.
+    """kvm_vcpu_reset(): reset the registers that decide about roots and flushes.
 
-    No roots are freed and no flush is requested unless CR0.PG was set, but for INIT: the SDM has it drop all
-    translations (vol. 3A, 10.1), and so does KVM (df37ed38e6c2, 5.15).  Mutant I1: neither this nor
-    vmx_vcpu_reset() flushes.
+    Roots are freed only if CR0.PG was set.  A guest flush is requested if CR0.PG was set, and always on INIT,
+    which drops all translations by the SDM (vol. 3A, 10.1) and in KVM (df37ed38e6c2, 5.15).  Mutant I1:
+    neither this function nor vmx_vcpu_reset() flushes.
     """
     arch = vcpu.arch
     old_cr0 = arch.cr0
@@ -56,11 +60,11 @@ def kvm_vcpu_reset(cpu: Cpu, vcpu: Vcpu, init_event: bool) -> None:
         kvm_mmu_reset_context(cpu, vcpu)
     if init_event and flushes:
         kvm_make_request(cpu, vcpu, KVM_REQ_TLB_FLUSH_GUEST)
-    # RIP is that of the reset vector.
+    # RIP points at the reset vector.
     lib.guest_boot(cpu.m, vcpu.id)
 
 
 def vmx_vcpu_reset(cpu: Cpu, vcpu: Vcpu) -> None:
-    """vmx_vcpu_reset() ends with vpid_sync_context(): INVVPID single, here and now."""
+    """vmx_vcpu_reset() ends with vpid_sync_context(): execute INVVPID single at once, without a request."""
     cpu.point("tlb", cpu.id, "write")
     lib.flush_invvpid_single(cpu.m, cpu.id, vcpu.kvm.id, vcpu.vpid, lib.REASON_GUEST)

@@ -1,10 +1,11 @@
-"""What roots remember about pCPUs, so that flushes can be elided: masks and generations per root.
+"""Masks and generations that record per root which pCPUs have flushed it, so that flushes can be elided.
 
-Proposed on the list in August 2025 as root.cpu_flushed_mask, and here with two repairs.  All three say of a
-root and a pCPU: this pCPU has dropped what it had cached under the root's EP4TA, and nothing that it may
-have cached since is stale.  A remote flush ends that for every pCPU, also for those on which no vCPU of the
-VM will serve the request: there entries stay.  So the flush has to say so itself, when SPTEs have changed and
-before a vCPU can have served the request anywhere (kvm_flush_remote_tlbs).
+Proposed on the list in August 2025 as root.cpu_flushed_mask; here with two repairs.  All three variants state
+of a root and a pCPU: this pCPU has dropped the entries that it had cached under the root's EP4TA, and no
+entry that it may have cached since is stale.  A remote flush ends that for every pCPU, also for those on
+which no vCPU of the VM will service the request: there entries stay.  So the flusher itself has to reset the
+records, after the SPTEs have changed and before any vCPU can have serviced the request
+(kvm_flush_remote_tlbs).
 
     flusher                                vCPU, coming to a pCPU
     SPTEs change                           mask or generation is read
@@ -12,11 +13,11 @@ before a vCPU can have served the request anywhere (kvm_flush_remote_tlbs).
     requests are made                      mode = IN_GUEST_MODE
     vCPUs are kicked                       requests are read
 
-Whoever reads before the flusher clears finds the request later; whoever reads after it flushes.
+A vCPU that reads before the flusher clears finds the request later; a vCPU that reads afterwards flushes.
 
-Recording comes before the INVEPT and in one section with preemption disabled: a flusher that clears in
-between only makes the next flush superfluous, and no other vCPU runs on the pCPU in between.  (A generation
-that was read before may be recorded late; a bit may not be set late.)
+The flush is recorded before the INVEPT, with preemption disabled over both, so that no other vCPU runs on the
+pCPU in between.  A flusher that clears in between only makes the next flush superfluous.  (A generation may
+be recorded after the INVEPT if it was read before; a bit may not be set after it.)
 """
 
 from __future__ import annotations
@@ -27,19 +28,19 @@ from native import lib
 
 
 def mmu_roots(mmu: KvmMmu) -> list[KvmMmuPage]:
-    """The roots that can become current without kvm_mmu_load."""
+    """Return the roots that can become current without kvm_mmu_load."""
     return [root for root in (mmu.root, *mmu.prev_roots) if root is not None]
 
 
 def active_roots(vcpu: Vcpu) -> list[KvmMmuPage]:
-    """Those of root_mmu and guest_mmu.  (nested_mmu never maps anything into a TLB.)"""
+    """Return the roots of root_mmu and guest_mmu.  (nested_mmu never maps anything into a TLB.)"""
     return mmu_roots(vcpu.root_mmu) + mmu_roots(vcpu.guest_mmu)
 
 
 def alloc_root_cpu_mask(cpu: Cpu, kvm: Kvm, hfn: int) -> RootTracking | None:
-    """kvm_x86_call(alloc_root_cpu_mask): a new life of the page, so nobody has flushed.
+    """kvm_x86_call(alloc_root_cpu_mask): make the records of a new root, which no pCPU has flushed yet.
 
-    Mutant R4: the page's earlier life is believed.
+    Mutant R4 takes over the records of an earlier root on the same page.
     """
     if not kvm.tracks_roots:
         return None
@@ -49,10 +50,10 @@ def alloc_root_cpu_mask(cpu: Cpu, kvm: Kvm, hfn: int) -> RootTracking | None:
 
 
 def roots_tlb_changed(cpu: Cpu, kvm: Kvm) -> None:
-    """A remote flush is due: what any pCPU has flushed of any root of this VM does not count any more.
+    """Reset the records of every pCPU and every linked root of this VM, because a remote flush is due.
 
-    All roots that are linked: what was zapped was found there.  Invalid ones do no harm.  Mutant S3: the
-    generation moves on by a plain store, without the barrier that atomic64_inc_return() is.
+    Linked roots suffice, because a zap finds SPTEs through them only; invalid roots among them do no harm.
+    Mutant S3: the generation moves on by a plain store, without the barrier that atomic64_inc_return() is.
     """
     cpu.point("tdp_mmu_roots", kvm.id, "read")
     for root in kvm.tdp_mmu_roots:
@@ -66,10 +67,10 @@ def roots_tlb_changed(cpu: Cpu, kvm: Kvm) -> None:
 
 
 def test_and_set_flushed(cpu: Cpu, root: KvmMmuPage, how: str) -> bool:
-    """Whether `cpu` has flushed `root` already.  If not, it is recorded that it has: the INVEPT follows at
-    once, with preemption disabled.  `how`: the answer to decision `migration`.
+    """Return whether `cpu` has flushed `root` already; if not, record that it has.
 
-    A root without a shadow page has no record, and must be flushed.
+    The caller then executes the INVEPT at once, with preemption disabled.  `how`: the answer to decision
+    `migration`.  A root without a shadow page has no record, and must be flushed.
     """
     tracking = root.tracking
     if tracking is None or root.special:
@@ -87,8 +88,10 @@ def test_and_set_flushed(cpu: Cpu, root: KvmMmuPage, how: str) -> bool:
 
 
 def record_flush(cpu: Cpu, kvm: Kvm, roots: list[KvmMmuPage]) -> None:
-    """`cpu` is about to flush these roots for another reason than a migration.  The sketch of 2025 does not
-    look at such flushes; a bit less would only cost a flush."""
+    """Record that `cpu` is about to flush these roots for another reason than a migration.
+
+    The sketch of 2025 does not record such flushes; a missing bit would only cost a flush.
+    """
     if not kvm.tracks_roots:
         return
     for root in roots:
@@ -97,11 +100,11 @@ def record_flush(cpu: Cpu, kvm: Kvm, roots: list[KvmMmuPage]) -> None:
 
 
 def root_tlb_gen_is_old(cpu: Cpu, vcpu: Vcpu) -> bool:
-    """The last look before VM entry, interrupts off and mode IN_GUEST_MODE: has the current root moved on
-    since this pCPU flushed it?
+    """Return whether the current root's generation has moved on since this pCPU flushed it.
 
-    By whatever way the root became current: kvm_mmu_load, a cached one, a move.  If it has, it is recorded,
-    and the INVEPT follows at once.
+    Checked last before VM entry, with interrupts off and mode IN_GUEST_MODE, however the root became current:
+    by kvm_mmu_load, from the cache or by a move.  If it has moved on, the flush is recorded, and the caller
+    executes the INVEPT at once.
     """
     root = vcpu.mmu.root
     return root is not None and not test_and_set_flushed(cpu, root, "root-tlb-gen")

@@ -24,7 +24,7 @@ from native import lib
 
 
 def kvm_mmu_get_tdp_level(vcpu: Vcpu) -> int:
-    """kvm_mmu_get_tdp_level(): a guest that cannot address more than 48 bits does without the fifth level."""
+    """kvm_mmu_get_tdp_level(): return 4 instead of 5 levels for a guest with at most 48 address bits."""
     max_tdp_level = vcpu.kvm.params.tdp_level
     if max_tdp_level == PG_LEVEL_256T and vcpu.maxphyaddr <= 48:
         return PG_LEVEL_512G
@@ -32,7 +32,7 @@ def kvm_mmu_get_tdp_level(vcpu: Vcpu) -> int:
 
 
 def kvm_calc_tdp_mmu_root_page_role(vcpu: Vcpu) -> KvmMmuPageRole:
-    """kvm_calc_tdp_mmu_root_page_role(): of CR0, CR4 and EFER nothing is in it.
+    """kvm_calc_tdp_mmu_root_page_role(): compute the role, in which no bit of CR0, CR4 or EFER takes part.
 
     Mutant P31: the address space does not change with SMM.
     """
@@ -46,10 +46,10 @@ def kvm_init_mmu(vcpu: Vcpu) -> None:
 
 
 def kvm_mmu_reset_context(cpu: Cpu, vcpu: Vcpu) -> None:
-    """kvm_mmu_reset_context(): the role may be another one.  Decision role_change.
+    """kvm_mmu_reset_context(): recompute the role.  Decision role_change.
 
-    The roots go although the role is often the same; they are found again, and loaded with a flush.  To keep
-    them means to switch to a cached one without.
+    Linux frees the roots even if the role is unchanged; the vCPU then finds them again and loads them with a
+    flush.  A policy that keeps them switches to a cached root without a flush.
     """
     if vcpu.kvm.policy.role_change(cpu, vcpu) in ("reset-context", "unload-all"):
         kvm_mmu_unload(cpu, vcpu)
@@ -70,12 +70,12 @@ def kvm_mmu_after_set_cpuid(cpu: Cpu, vcpu: Vcpu, maxphyaddr: int) -> None:
 
 
 def is_root_usable(root: KvmMmuPage | None, role: KvmMmuPageRole) -> bool:
-    """is_root_usable() of a direct root: its guest page directory does not matter.  role.invalid does."""
+    """is_root_usable() of a direct root: compare the role, role.invalid included, but no guest PGD."""
     return root is not None and root_to_sp(root) is not None and root.role == role
 
 
 def cached_root_find_and_keep_current(cpu: Cpu, kvm: Kvm, mmu: KvmMmu, role: KvmMmuPageRole) -> bool:
-    """cached_root_find_and_keep_current(): the current root becomes the first previous one.
+    """cached_root_find_and_keep_current(): find a cached root, and keep the current one as prev_roots[0].
 
     C   0 1 2   before          0   C 1 2   it was prev_roots[0]
     1   C 0 2   ... [1]         2   C 0 1   ... [2]; and if it was none, 2 is freed
@@ -92,7 +92,7 @@ def cached_root_find_and_keep_current(cpu: Cpu, kvm: Kvm, mmu: KvmMmu, role: Kvm
 
 
 def cached_root_find_without_current(mmu: KvmMmu, role: KvmMmuPageRole) -> bool:
-    """cached_root_find_without_current(): there is no current root to keep; the gap is closed."""
+    """cached_root_find_without_current(): find a cached root where no current one is kept; close its gap."""
     for i, prev in enumerate(mmu.prev_roots):
         if is_root_usable(prev, role):
             mmu.root = prev
@@ -102,7 +102,7 @@ def cached_root_find_without_current(mmu: KvmMmu, role: KvmMmuPageRole) -> bool:
 
 
 def fast_pgd_switch(cpu: Cpu, kvm: Kvm, mmu: KvmMmu, role: KvmMmuPageRole) -> bool:
-    """fast_pgd_switch(): True if a root of that role was at hand.  A special root is never kept."""
+    """fast_pgd_switch(): return whether a root of that role was cached.  A special root is never kept."""
     if mmu.root is not None and root_to_sp(mmu.root) is None:
         special = mmu.root
         kvm_mmu_free_roots(cpu, kvm, mmu, lambda root: root is special)
@@ -114,9 +114,9 @@ def fast_pgd_switch(cpu: Cpu, kvm: Kvm, mmu: KvmMmu, role: KvmMmuPageRole) -> bo
 def kvm_mmu_new_pgd(cpu: Cpu, vcpu: Vcpu) -> None:
     """kvm_mmu_new_pgd(): go back to a cached root of the new role, or leave it to kvm_mmu_reload.
 
-    Decision cached_root: no flush.  Whatever made entries of a previous root stale has flushed it, too: a
-    remote flush drops all contexts, a move to another pCPU all of them, or all previous roots.
-    An obsolete root does no harm: KVM_REQ_MMU_FREE_OBSOLETE_ROOTS is pending with it.
+    Decision cached_root: no flush.  A previous root has no stale entries, because each event that makes some
+    flushes it, too: a remote flush drops all contexts; a move to another pCPU drops all contexts, or those of
+    all previous roots.  An obsolete root does no harm: KVM_REQ_MMU_FREE_OBSOLETE_ROOTS is pending with it.
     """
     mmu = vcpu.mmu
     if not fast_pgd_switch(cpu, vcpu.kvm, mmu, mmu.root_role):
@@ -132,7 +132,7 @@ def kvm_mmu_new_pgd(cpu: Cpu, vcpu: Vcpu) -> None:
 
 
 def kvm_mmu_reload(cpu: Cpu, vcpu: Vcpu) -> bool:
-    """kvm_mmu_reload(): makes sure that there is a current root; True if one had to be loaded."""
+    """kvm_mmu_reload(): ensure that there is a current root; return whether one had to be loaded."""
     if kvm_check_request(cpu, vcpu, KVM_REQ_MMU_FREE_OBSOLETE_ROOTS):
         kvm_mmu_free_obsolete_roots(cpu, vcpu)
     if vcpu.mmu.root is not None:
@@ -142,11 +142,11 @@ def kvm_mmu_reload(cpu: Cpu, vcpu: Vcpu) -> bool:
 
 
 def kvm_mmu_load(cpu: Cpu, vcpu: Vcpu) -> None:
-    """kvm_mmu_load(): finds or allocates the root, writes EPT_POINTER, and flushes.
+    """kvm_mmu_load(): find or allocate the root, write EPT_POINTER, and flush.
 
-    The flush does not go through a request.  It is what allows roots to be freed without one: the page may
-    have been a root before, and entries tagged with it may have survived on this pCPU.  Decision root_load.
-    Raises OutOfFrames.
+    The flush is immediate, without a request.  Because of it, roots can be freed without a flush: the page
+    may have been a root before, and entries tagged with it may have survived on this pCPU.  Decision
+    root_load.  Raises OutOfFrames.
     """
     kvm, mmu = vcpu.kvm, vcpu.mmu
     cpu.stat(kvm.id, lib.STAT_MMU_LOAD)
@@ -163,13 +163,13 @@ def kvm_mmu_load(cpu: Cpu, vcpu: Vcpu) -> None:
 
 
 def is_obsolete_root(root: KvmMmuPage) -> bool:
-    """is_obsolete_root(), is_obsolete_sp() of a TDP root; one without a shadow page always counts as one."""
+    """is_obsolete_root(), is_obsolete_sp() of a TDP root; a root without a shadow page is always obsolete."""
     return root_to_sp(root) is None or root.role.invalid
 
 
 def kvm_mmu_free_roots(cpu: Cpu, kvm: Kvm, mmu: KvmMmu, wanted: Callable[[KvmMmuPage], bool]) -> None:
-    """kvm_mmu_free_roots(): drops the references on those roots of `mmu` that are wanted.  mmu_lock for read,
-    if there are any."""
+    """kvm_mmu_free_roots(): drop the references on the `wanted` roots of `mmu`, if any, with mmu_lock for
+    read."""
     roots = (mmu.root, *mmu.prev_roots)
     if not any(root is not None and wanted(root) for root in roots):
         return
@@ -185,7 +185,7 @@ def kvm_mmu_free_roots(cpu: Cpu, kvm: Kvm, mmu: KvmMmu, wanted: Callable[[KvmMmu
 
 
 def mmu_free_root_page(cpu: Cpu, kvm: Kvm, root: KvmMmuPage) -> None:
-    """mmu_free_root_page(): a root without a shadow page is nobody's to put."""
+    """mmu_free_root_page(): put the root, unless it has no shadow page; such roots are not refcounted."""
     if root_to_sp(root) is not None:
         kvm_tdp_mmu_put_root(cpu, kvm, root)
 
@@ -199,6 +199,6 @@ def kvm_mmu_free_obsolete_roots(cpu: Cpu, vcpu: Vcpu) -> None:
 
 
 def kvm_mmu_unload(cpu: Cpu, vcpu: Vcpu) -> None:
-    """kvm_mmu_unload(): all roots; no flush."""
+    """kvm_mmu_unload(): free all roots of the vCPU, without a flush."""
     for mmu in (vcpu.root_mmu, vcpu.guest_mmu):
         kvm_mmu_free_roots(cpu, vcpu.kvm, mmu, lambda root: True)

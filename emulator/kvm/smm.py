@@ -1,7 +1,7 @@
 """arch/x86/kvm/smm.c: system-management mode.  It has memory slots of its own, and so roots of its own.
 
 kvm_inject_smi      user space, any thread
-process_smi         the vCPU serves the request
+process_smi         the vCPU services the request
 enter_smm           before the next entry: the guest runs its handler, without paging
 emulator_leave_smm  the guest executed RSM
 """
@@ -27,7 +27,7 @@ _CR3_PCID = 0xFFF
 
 
 def kvm_inject_smi(cpu: Cpu, vcpu: Vcpu) -> None:
-    """kvm_inject_smi(): KVM_SMI, or an interrupt of that kind."""
+    """kvm_inject_smi(): deliver an SMI to the vCPU, for KVM_SMI or an interrupt of that delivery mode."""
     kvm_make_request(cpu, vcpu, KVM_REQ_SMI)
     kvm_vcpu_kick(cpu, vcpu)
 
@@ -38,8 +38,8 @@ def process_smi(vcpu: Vcpu) -> None:
 
 
 def kvm_smm_changed(cpu: Cpu, vcpu: Vcpu, entering_smm: bool) -> None:
-    """kvm_smm_changed(): the role has another address space now, and with it another root.  An INIT that was
-    latched is due."""
+    """kvm_smm_changed(): switch the address space, and with it role and root; on leaving, request a latched
+    INIT."""
     vcpu.arch.smm = entering_smm
     if not entering_smm and vcpu.arch.init_latched:
         vcpu.arch.init_latched = False
@@ -48,8 +48,11 @@ def kvm_smm_changed(cpu: Cpu, vcpu: Vcpu, entering_smm: bool) -> None:
 
 
 def enter_smm(cpu: Cpu, vcpu: Vcpu) -> None:
-    """enter_smm(): registers go to SMRAM; CR0 and CR4 change without what kvm_set_cr0() and kvm_set_cr4()
-    request.  The guest finds what it had cached when it is back, as after an SMI on hardware."""
+    """enter_smm(): save registers to SMRAM and turn paging off.
+
+    CR0 and CR4 change without the flush requests of kvm_set_cr0() and kvm_set_cr4(), so the guest's cached
+    translations are still there after RSM, as after an SMI on hardware.
+    """
     cpu.stat(vcpu.kvm.id, lib.STAT_SMIS)
     arch = vcpu.arch
     arch.smram = (arch.cr0, arch.cr3, arch.cr4)
@@ -61,7 +64,7 @@ def enter_smm(cpu: Cpu, vcpu: Vcpu) -> None:
 
 
 def emulator_leave_smm(cpu: Cpu, vcpu: Vcpu) -> None:
-    """emulator_leave_smm(): back to real mode first, then what SMRAM says."""
+    """emulator_leave_smm(): return to real mode first, then restore the registers from SMRAM."""
     arch = vcpu.arch
     kvm_smm_changed(cpu, vcpu, False)
     lib.vcpu_set_smm(cpu.m, vcpu.id, 0)
@@ -79,7 +82,7 @@ def emulator_leave_smm(cpu: Cpu, vcpu: Vcpu) -> None:
 
 
 def rsm_enter_protected_mode(cpu: Cpu, vcpu: Vcpu, cr0: int, cr3: int, cr4: int) -> None:
-    """rsm_enter_protected_mode(): CR4.PCIDE only after paging is on, and with CR3[11:0] clear until then."""
+    """rsm_enter_protected_mode(): set CR4.PCIDE only once paging is on, with CR3[11:0] clear until then."""
     pcid = 0
     if cr4 & X86_CR4_PCIDE:
         pcid = cr3 & _CR3_PCID

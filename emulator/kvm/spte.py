@@ -1,4 +1,4 @@
-"""arch/x86/kvm/mmu/spte.[ch]: what SPTE values mean, and making leaf SPTEs."""
+"""arch/x86/kvm/mmu/spte.[ch]: the meaning of SPTE values, and making leaf SPTEs."""
 
 from __future__ import annotations
 
@@ -27,12 +27,12 @@ _HFN_MASK: Final = 0xFFFFFF
 
 
 def is_shadow_present_pte(spte: int) -> bool:
-    """is_shadow_present_pte(): KVM's notion; a CPU cannot use an access-tracked one."""
+    """is_shadow_present_pte(): present for KVM; a CPU cannot use an access-tracked SPTE all the same."""
     return bool(spte & _PRESENT)
 
 
 def is_access_track_spte(spte: int) -> bool:
-    """is_access_track_spte(): without A/D bits in EPT, the next access is seen because it faults."""
+    """is_access_track_spte(): without A/D bits in EPT, KVM notices the next access because it faults."""
     return not spte & _RWX and bool(spte & _ACC_TRACK_SAVED)
 
 
@@ -43,7 +43,7 @@ def restore_acc_track_spte(spte: int) -> int:
 
 
 def is_frozen_spte(spte: int) -> bool:
-    """is_frozen_spte(): its table is going away, or somebody else is at it; do not install anything."""
+    """is_frozen_spte(): its table is being removed, or another thread is changing it; install nothing."""
     return spte == FROZEN_SPTE
 
 
@@ -60,25 +60,29 @@ def is_writable_pte(spte: int) -> bool:
 
 
 def is_mmu_writable_spte(spte: int) -> bool:
-    """is_mmu_writable_spte(): KVM may set W.  With W clear and this set, a TLB may still hold a writable
-    translation: W alone proves nothing."""
+    """is_mmu_writable_spte(): KVM may set W.
+
+    While it is set, a TLB may hold a writable translation even if W is clear.
+    """
     return bool(spte & SHADOW_MMU_WRITABLE_MASK)
 
 
 def leaf_spte_change_needs_tlb_flush(old_spte: int, new_spte: int) -> bool:
-    """leaf_spte_change_needs_tlb_flush(), 6.13 and later: MMU-writable was lost.  Clearing A, D or W alone is
-    tolerated until dirty logging reaps."""
+    """leaf_spte_change_needs_tlb_flush(), since 6.13: return whether the SPTE lost MMU-writable.
+
+    Clearing A, D or W alone may stay unflushed until dirty logging reaps.
+    """
     return is_mmu_writable_spte(old_spte) and not is_mmu_writable_spte(new_spte)
 
 
 def spte_to_child_pt(spte: int) -> Hfn:
-    """spte_to_child_pt(): frame number of the table that a non-leaf SPTE points to."""
+    """spte_to_child_pt(): return the frame number of the table that a non-leaf SPTE points to."""
     return Hfn((spte >> _HFN_SHIFT) & _HFN_MASK)
 
 
 @dataclass(slots=True)
 class PfnAndRights:
-    """What faultin found: frame, the custody tag that it was taken under, the host's permission."""
+    """The result of faultin: the frame, the custody tag under which it was taken, the host's permission."""
 
     pfn: Hfn
     custody: int
@@ -86,8 +90,10 @@ class PfnAndRights:
 
 
 def make_spte(cpu: Cpu, slot: KvmMemorySlot, gfn: int, level: int, pfn: PfnAndRights) -> int:
-    """make_spte(): a leaf that is writable if the host permits writes, whatever the fault asked for; under
-    dirty logging that marks the page."""
+    """make_spte(): make a leaf, writable iff the host permits writes, even if the fault was a read.
+
+    Under dirty logging a writable leaf marks the page.
+    """
     spte: int = lib.make_spte(pfn.pfn, pfn.custody, level, pfn.host_writable, pfn.host_writable)
     if pfn.host_writable and slot.dirty_track_enabled():
         mark_page_dirty_in_slot(cpu, slot, gfn)

@@ -1,8 +1,8 @@
 """KVM's structures: struct kvm, kvm_vcpu, kvm_mmu, kvm_mmu_page, kvm_memory_slot, loaded_vmcs.
 
-What two actors share at the grain of single steps (mode, requests, mmu_lock, SPTEs, the invalidation
-sequence) lives in the native core under the numbers `Kvm.id` and `Vcpu.id`; what is here is read and written
-under the lock that the kernel has for it.
+State that actors share at the grain of single steps (mode, requests, mmu_lock, SPTEs, the invalidation
+sequence) lives in the native core under the numbers `Kvm.id` and `Vcpu.id`; the fields here are read and
+written under the lock that the kernel has for them.
 """
 
 from __future__ import annotations
@@ -29,7 +29,7 @@ from emulator.policy import Policy
 from native import ffi, lib
 from native.types import CpuId, FlushReason, Hfn, VcpuId, VmId, Vpid
 
-# Answers that look at what roots remember.
+# Answers that consult the tracking of roots (emulator.kvm.root_tracking).
 TRACKING = ("cpu-flushed-mask", "cpu-flushed-mask-cleared", "root-tlb-gen")
 
 
@@ -39,14 +39,14 @@ class KvmParams:
 
     fault_around: pages that one fault maps at most; real KVM maps one (0 or 1).
     chunk: SPTEs per native call.
-    single: and never more than one change; so explored steps change one SPTE each.
-    resched_chunks: need_resched() for iterators: true after so many chunks; 0: never.
-    eager_page_split: as the module parameter.
+    single: a native call changes at most one SPTE, so that each explored step changes one.
+    resched_chunks: chunks after which need_resched() is true for an iterator; 0: never.
+    eager_page_split: the module parameter of that name.
     eptad: kvm_intel.eptad; without A/D bits in EPT, aging takes an SPTE's permissions to see the next access.
-    tdp_level: the host's, 4 or 5; a vCPU whose CPUID has a MAXPHYADDR of 48 or less uses 4 at most.
+    tdp_level: the host's levels, 4 or 5; a vCPU with a MAXPHYADDR of 48 or less in its CPUID uses 4.
     slice_accesses: guest accesses until the preemption timer ends a slice.
-    host_takes_time: its own work between two flushes takes longer than an exit and an entry (host_work.py);
-    for machines whose vCPUs run by themselves.
+    host_takes_time: the host's work between two flushes takes longer than an exit and an entry
+    (host_work.py); for machines with freely running vCPUs.
     """
 
     fault_around: int = 16
@@ -64,7 +64,8 @@ class KvmParams:
 class KvmMmuPageRole:
     """union kvm_mmu_page_role, as far as it tells TDP roots apart (mmu.c: kvm_calc_tdp_mmu_root_page_role).
 
-    `smm` is the address space; `invalid` takes part in comparisons, so an invalid root matches nobody.
+    `smm` is the address space.  `invalid` takes part in comparisons, so an invalid root matches no vCPU's
+    role.
     """
 
     level: int = PG_LEVEL_512G
@@ -76,10 +77,11 @@ class KvmMmuPageRole:
 class KvmMmuPage:
     """struct kvm_mmu_page of a TDP root.  Other table pages are plain frame numbers.
 
-    role.invalid is written under mmu_lock held for write; `tdp_mmu_scheduled_root_to_zap` likewise, cleared
-    under slots_lock.  `root_count` starts at 2: the vCPU's and the TDP MMU's own; at 1 where the TDP MMU
-    keeps none (`own_reference`, decision root_put).  `tracking` is for policies that elide flushes
-    (emulator.kvm.root_tracking).  `special`: a root without a shadow page, which root_to_sp() does not find.
+    role.invalid and `tdp_mmu_scheduled_root_to_zap` are set under mmu_lock held for write; the latter is
+    cleared under slots_lock.  `root_count` starts at 2, for the vCPU's reference and the TDP MMU's own; or at
+    1 if the TDP MMU keeps none (`own_reference`, decision root_put).  `tracking` is for policies that elide
+    flushes (emulator.kvm.root_tracking).  `special`: a root without a shadow page, for which root_to_sp()
+    returns None.
     `link`: the SPTE that would point to the page, with its custody.
     """
 
@@ -121,12 +123,12 @@ class KvmMmuPage:
 
 
 class RootTracking:
-    """What a policy remembers about one root and each pCPU, for one life of the root's page.
+    """The record of which pCPUs have flushed one root, from the root's allocation until its page is freed.
 
-    Shared by all CPUs without a lock: only native single steps touch it (native/bitops.h).
-    cpu_flushed_mask: pCPUs that have flushed the root; `cpu_clean_mask` is the same, cleared by remote
-    flushes.  tlb_gen: remote flushes of the root so far, from 1; cpu_tlb_gen[i]: what it was when pCPU i last
-    flushed, 0: never.
+    All CPUs share it without a lock: only native single steps touch it (native/bitops.h).
+    cpu_flushed_mask: pCPUs that have flushed the root; cpu_clean_mask: pCPUs that have flushed it since the
+    last remote flush, which clears the mask.  tlb_gen: remote flushes of the root so far, counted from 1;
+    cpu_tlb_gen[i]: the value of tlb_gen when pCPU i last flushed the root, 0 if never.
     """
 
     __slots__ = ("cpu_clean_mask", "cpu_flushed_mask", "cpu_tlb_gen", "tlb_gen", "words")
@@ -151,9 +153,9 @@ class KvmMmu:
 
 
 class LoadedVmcs:
-    """struct loaded_vmcs: the pCPU on which it was loaded last, -1 nowhere.
+    """struct loaded_vmcs: the pCPU on which it was loaded last, or -1.
 
-    by_generation: it was left to generations there which roots are flushed (decision migration).
+    by_generation: when it was loaded there, the policy answered `migration` with root-tlb-gen.
     """
 
     __slots__ = ("by_generation", "cpu")
@@ -244,7 +246,7 @@ class Kvm:
 
     Lock order: slots_lock, slots_arch_lock, mn_invalidate_lock; mmu_lock, tdp_mmu_pages_lock.
     `tdp_mmu_zap_works`: roots that wait for the worker that zaps them (decision root_put=async).
-    `tracks_roots`: the policy may elide flushes by what roots remember.  `warned`: WARN_ON_ONCE() sentences.
+    `tracks_roots`: the policy may elide flushes by the tracking of roots.  `warned`: texts of WARN_ON_ONCE().
     `at_host_work`: CPUs that wait in emulator.kvm.host_work.
     """
 
@@ -288,7 +290,7 @@ class Kvm:
         self.memslots: list[KvmMemslots] = [KvmMemslots(), KvmMemslots()]
         self.mn_invalidate_lock = SpinLock("mn_invalidate_lock")
         self.mn_active_invalidate_count = 0
-        # What installs the next set of memslots when that count is 0, and the CPU that waits for it.
+        # The function that installs the next memslots once that count is 0, and the CPU that waits for it.
         self.mn_memslots_update: tuple[Callable[[], None], CpuId] | None = None
         self.mn_flush_at_end = False  # only with notifier_flush=at-range-end; under mmu_lock
         # Replaced whole under tdp_mmu_pages_lock, read under RCU or mmu_lock.
@@ -310,8 +312,10 @@ class Kvm:
 
 
 class VcpuArch:
-    """Registers of struct kvm_vcpu_arch that decide about roots and flushes: those of a 64-bit OS that is up.
-    `smram`: what enter_smm() saved."""
+    """The registers of struct kvm_vcpu_arch that decide about roots and flushes, as a 64-bit OS sets them.
+
+    `smram`: the registers that enter_smm() saved.
+    """
 
     __slots__ = ("cr0", "cr3", "cr4", "init_latched", "leaving_smm", "smi_pending", "smm", "smram")
 
@@ -329,12 +333,12 @@ class VcpuArch:
 class Vcpu:
     """struct kvm_vcpu with vcpu->arch and struct vcpu_vmx.
 
-    Apart from what the core holds (mode, requests, cpu), only the thread of the pCPU that it is loaded on
-    touches it; `immediate_exit` is user space's (kvm_run->immediate_exit) and may be set by anyone.
+    Apart from the fields in the core (mode, requests, cpu), only the thread of the pCPU on which the vCPU is
+    loaded touches it; user space may set `immediate_exit` (kvm_run->immediate_exit) from any thread.
 
     mmu is root_mmu, or guest_mmu, which shadows the EPT of a nested guest: without nested guests it exists
-    and has no roots.  maxphyaddr: of the guest's CPUID, decides on 4 or 5 levels.  flush_current_reason: why
-    it last made KVM_REQ_TLB_FLUSH_CURRENT of itself, for the accounts.
+    and has no roots.  maxphyaddr: MAXPHYADDR of the guest's CPUID, decides between 4 and 5 levels.
+    flush_current_reason: the reason of the vCPU's last KVM_REQ_TLB_FLUSH_CURRENT, for the accounts.
     """
 
     __slots__ = (

@@ -18,7 +18,7 @@ from native.types import FlushReason, Hfn
 
 @dataclass(slots=True)
 class Entry:
-    """Where a walk stands: the SPTE, its table page, index and level, and the first gfn that it covers."""
+    """The position of a walk: the SPTE, its table page, index and level, and the first gfn that it covers."""
 
     spte: int
     table: Hfn
@@ -31,9 +31,9 @@ class Entry:
 
 
 class TdpIter:
-    """struct tdp_iter over [start, end): what one walk does (enum tdp_walk) and how far it is.
+    """struct tdp_iter over [start, end): the kind of a walk (enum tdp_walk) and its progress.
 
-    After a yield nothing has to be restarted by hand: the next step walks down from the root again.
+    After a yield the iterator needs no restart: every step walks down from the root again.
     """
 
     __slots__ = ("chunk", "chunks_since_yield", "looked_at", "reason", "root", "shared", "yielded_gfn")
@@ -52,9 +52,9 @@ class TdpIter:
     ) -> None:
         self.root = root
         self.shared = shared
-        self.reason = reason  # what a flush at a yield is for
+        self.reason = reason  # of a flush at a yield
         self.chunks_since_yield = 0
-        self.looked_at = 0  # SPTEs of a chunk that is not complete
+        self.looked_at = 0  # SPTEs of the incomplete chunk so far
         self.yielded_gfn = start
         self.chunk = ffi.new("struct tdp_chunk *")
         chunk = self.chunk
@@ -77,16 +77,17 @@ class TdpIter:
         return int(self.chunk.next_gfn)
 
     def step(self, cpu: Cpu, kvm: Kvm) -> int:
-        """Up to params.chunk SPTEs, or up to the first that changes; returns how many of them changed.
+        """Process up to params.chunk SPTEs, or with params.single stop at the first that changes; return how
+        many changed.
 
-        A frozen SPTE in the way ends the step early; the next one looks again.
+        A frozen SPTE in the way ends the step early; the next step reads it again.
         """
         cpu.point("sptes", (self.root.hfn, self.chunk.next_gfn), "write")
         most = kvm.params.chunk - self.looked_at
         self.chunk.most_changed = kvm.params.single
         cpu.check(lib.tdp_walk_chunk(cpu.m, cpu.id, kvm.id, self.chunk, most))
         self.looked_at += self.chunk.looked_at
-        # Cut short by a change alone, it is the same chunk still.
+        # A step that only a change cut short has not completed its chunk.
         cut = kvm.params.single and not (self.chunk.done or self.chunk.found_level)
         if not cut or self.looked_at >= kvm.params.chunk:
             self.chunks_since_yield += 1
@@ -94,35 +95,35 @@ class TdpIter:
         return int(self.chunk.changed)
 
     def found(self) -> Entry | None:
-        """What the last step stopped at: what a TDP_FIND_ walk looks for, or a table that lost its link."""
+        """Return the entry at which the last step stopped: a TDP_FIND_ walk's match, or an unlinked table."""
         chunk = self.chunk
         if not chunk.found_level:
             return None
         return Entry(chunk.found_spte, chunk.found_table, chunk.found_level, chunk.found_gfn)
 
     def skip(self) -> None:
-        """Past the SPTE that it would look at next."""
+        """Skip the SPTE that the next step would read."""
         self.chunk.next_gfn += 1
         self.chunk.done = self.chunk.next_gfn >= self.chunk.end_gfn
 
     def retry(self, gfn: int) -> None:
-        """`goto retry` of the kernel's loops: look at gfn again."""
+        """Process gfn again, as `goto retry` in the kernel's loops."""
         self.chunk.next_gfn = gfn
         self.chunk.done = 0
 
 
 def need_resched(kvm: Kvm, it: TdpIter) -> bool:
-    """need_resched(): another thread's turn on this CPU.  It comes after so many chunks."""
+    """need_resched(): return whether another thread is due on this CPU, as every resched_chunks chunks."""
     return 0 < kvm.params.resched_chunks <= it.chunks_since_yield
 
 
 def tdp_mmu_iter_cond_resched(cpu: Cpu, kvm: Kvm, it: TdpIter, flush: bool) -> bool:
-    """tdp_mmu_iter_cond_resched(): drop mmu_lock and RCU if another thread needs the CPU or the lock; True if
-    it did.  Never twice without progress in between.
+    """tdp_mmu_iter_cond_resched(): drop mmu_lock and RCU if another thread needs the CPU or the lock; return
+    whether it did.  It never yields twice without progress in between.
 
-    If it returns True nothing is pending any more: the caller sets its own `flush` to False and goes on from
-    the root.  Decision zap_yield; the order matters because table pages are freed by RCU callbacks, which
-    this thread holds up as long as it is a reader.
+    After a yield no flush is pending: the caller sets its own `flush` to False, and the walk goes on from the
+    root.  Decision zap_yield: the order of flush and unlock matters, because RCU callbacks free table pages,
+    and they wait only as long as this thread is a reader.
     """
     if it.next_last_level_gfn == it.yielded_gfn:
         return False
@@ -141,7 +142,7 @@ def tdp_mmu_iter_cond_resched(cpu: Cpu, kvm: Kvm, it: TdpIter, flush: bool) -> b
     cpu.stat(kvm.id, lib.STAT_YIELDS_PENDING, flush)
     cpu.event(lib.EVENT_YIELD, kvm.id, flush and order != "no-flush", kvm.id)
     valid = not it.root.role.invalid
-    # What another thread does in its turn takes as long as any work of the host.
+    # The other thread's turn takes as long as any work of the host.
     kvm.mmu_lock.cond_resched(cpu, (lambda: host_works(cpu, kvm)) if scheduled else None)
     rcu_enter(cpu)
     cpu.stat(kvm.id, lib.STAT_YIELDS_INVALIDATED, valid and it.root.role.invalid)

@@ -1,6 +1,6 @@
 """arch/x86/kvm/mmu/tdp_mmu.c: installing SPTEs for page faults, under mmu_lock held for read.
 
-All changes are compare-and-swap.  Whoever loses retries by letting the guest fault again.
+All changes are compare-and-swap.  A fault that loses the race lets the guest fault again.
 """
 
 from __future__ import annotations
@@ -83,7 +83,7 @@ def is_access_allowed(fault: KvmPageFault, spte: int) -> bool:
 
 
 def tdp_entry(cpu: Cpu, root: KvmMmuPage, gfn: int, goal_level: int) -> Entry:
-    """The deepest entry for gfn that exists, not below goal_level.  Under rcu_read_lock."""
+    """Return the deepest existing entry for gfn, not below goal_level.  Under rcu_read_lock."""
     cpu.point("sptes", (root.hfn, gfn), "read")
     walked = lib.tdp_mmu_get_walk(cpu.m, root.hfn, root.role.level, gfn, cpu.sptes, cpu.tables)
     level = max(cpu.check(walked), goal_level)
@@ -98,10 +98,10 @@ def tdp_mmu_set_spte_atomic(
     disconnected_sps: list[Hfn] | None = None,
     reason: FlushReason = lib.REASON_REMOTE_REPLACE,
 ) -> bool:
-    """tdp_mmu_set_spte_atomic(): False if the SPTE is not entry.spte any more.
+    """tdp_mmu_set_spte_atomic(): replace entry.spte by new_spte; return False if the SPTE has changed.
 
-    With the part of handle_changed_spte() that matters here: a table that loses its link is taken apart and
-    left to RCU, or to the caller's list for handle_disconnected_sps().
+    As handle_changed_spte() does, take apart a table that loses its link, and leave it to RCU, or on the
+    caller's list for handle_disconnected_sps().
     """
     cpu.point("spte", (entry.table, entry.index), "write")
     rc = lib.tdp_mmu_set_spte_atomic(
@@ -116,16 +116,18 @@ def tdp_mmu_set_spte_atomic(
 
 
 def tdp_mmu_link_sp(cpu: Cpu, kvm: Kvm, entry: Entry) -> Entry | None:
-    """tdp_mmu_link_sp() with tdp_mmu_alloc_sp(): an empty table below `entry`.  None: somebody was
-    quicker."""
+    """tdp_mmu_link_sp() with tdp_mmu_alloc_sp(): link an empty table below `entry`; None if the SPTE
+    changed."""
     cpu.point("frames", "table", "write")
     table = Hfn(cpu.check(lib.ept_table_alloc(cpu.m, cpu.id, lib.FRAME_TABLE)))
     return _link(cpu, kvm, entry, table)
 
 
 def tdp_mmu_split_huge_page(cpu: Cpu, kvm: Kvm, entry: Entry) -> Entry | None:
-    """tdp_mmu_split_huge_page(): a table that maps what the huge SPTE maps.  No right changes, so no
-    flush."""
+    """tdp_mmu_split_huge_page(): replace a huge SPTE by a table with the same mappings and rights.
+
+    No translation changes, so no flush is needed.  Return None if the SPTE has changed.
+    """
     cpu.point("frames", "table", "write")
     table = Hfn(cpu.check(lib.tdp_mmu_make_split_table(cpu.m, cpu.id, entry.spte, entry.level)))
     return _link(cpu, kvm, entry, table)
@@ -140,7 +142,7 @@ def _link(cpu: Cpu, kvm: Kvm, entry: Entry, table: Hfn) -> Entry | None:
 
 
 def _step_down(cpu: Cpu, child: Entry, gfn: int) -> Entry:
-    """The entry for gfn in the table that `child` is in."""
+    """Move `child` to the entry for gfn in its table, and return it."""
     child.gfn = gfn & -kvm_pages_per_hpage(child.level)
     child.spte = lib.spte_read(cpu.m, child.table, child.index)
     return child
@@ -149,7 +151,7 @@ def _step_down(cpu: Cpu, child: Entry, gfn: int) -> Entry:
 def kvm_tdp_mmu_map(cpu: Cpu, vcpu: Vcpu, fault: KvmPageFault) -> int:
     """kvm_tdp_mmu_map(): link or split down to goal_level, then install the leaf.  Raises OutOfFrames.
 
-    Decision fault_split: what becomes of a huge leaf in the way.
+    Decision fault_split: split or zap a huge leaf above goal_level.
     """
     kvm, root = vcpu.kvm, vcpu.mmu.root
     assert root is not None
@@ -162,7 +164,7 @@ def kvm_tdp_mmu_map(cpu: Cpu, vcpu: Vcpu, fault: KvmPageFault) -> int:
             if entry.level == fault.goal_level:
                 return tdp_mmu_map_handle_target_level(cpu, vcpu, fault, entry)
             if is_shadow_present_pte(entry.spte):
-                # A huge leaf above the goal; a table would have been walked through.
+                # Present above the goal: a huge leaf, or a table that was linked since the walk.
                 if not is_large_pte(entry.spte):
                     child: Entry | None = Entry(0, spte_to_child_pt(entry.spte), entry.level - 1, 0)
                 elif kvm.policy.fault_split(cpu, kvm, fault.gfn) == "split":
@@ -180,11 +182,11 @@ def kvm_tdp_mmu_map(cpu: Cpu, vcpu: Vcpu, fault: KvmPageFault) -> int:
 
 
 def tdp_mmu_map_handle_target_level(cpu: Cpu, vcpu: Vcpu, fault: KvmPageFault, entry: Entry) -> int:
-    """tdp_mmu_map_handle_target_level()
+    """tdp_mmu_map_handle_target_level(): install the leaf.
 
-    A leaf over a non-present SPTE needs no flush.  Over a table it does: CPUs may still hold pointers to the
-    table page, which RCU frees.  Decision map_replace; before RCU was the proxy, a table without a list to go
-    on was flushed for when it was taken apart.
+    Replacing a non-present SPTE needs no flush.  Replacing a table does, because CPUs may still hold pointers
+    to the table page, which RCU frees.  Decision map_replace.  Unless zap=rcu-proxy, that flush is made when
+    the table is taken apart.
     """
     kvm, old_spte = vcpu.kvm, entry.spte
     assert fault.slot is not None
@@ -207,7 +209,7 @@ def tdp_mmu_map_handle_target_level(cpu: Cpu, vcpu: Vcpu, fault: KvmPageFault, e
 
 
 def map_replace_flush(cpu: Cpu, kvm: Kvm, entry: Entry) -> None:
-    """Decision map_replace."""
+    """Flush after a leaf was replaced, or elide it.  Decision map_replace."""
     if kvm.policy.map_replace(cpu, kvm, entry.gfn) == "flush":
         pages = kvm_pages_per_hpage(entry.level)
         kvm_flush_remote_tlbs_range(cpu, kvm, entry.gfn, pages, lib.REASON_REMOTE_REPLACE)
@@ -216,10 +218,10 @@ def map_replace_flush(cpu: Cpu, kvm: Kvm, entry: Entry) -> None:
 
 
 def tdp_mmu_map_around(cpu: Cpu, kvm: Kvm, fault: KvmPageFault, table: Hfn) -> None:
-    """Maps the neighbours that faultin looked up where nothing is mapped yet, in the same table.
+    """Map the neighbours that faultin looked up, in the same table, where no SPTE is present yet.
 
-    Real KVM prefetches only for shadow paging; without this, storms of zaps crawl.  A neighbour may be in a
-    range whose invalidation is in progress although the fault itself is not.
+    Real KVM prefetches only for shadow paging; without fault-around, storms of zaps crawl.  A neighbour may
+    be in a range that is being invalidated although the faulting gfn is not; then none is mapped.
     """
     end = fault.around_gfn + fault.around_n
     if kvm.policy.fault_retry(cpu, kvm, fault.gfn) == "invalidate-seq" and lib.mmu_invalidate_retry_range(
@@ -243,8 +245,10 @@ def tdp_mmu_map_around(cpu: Cpu, kvm: Kvm, fault: KvmPageFault, table: Hfn) -> N
 
 
 def fault_around_range(fault: KvmPageFault, pages: int) -> tuple[int, int]:
-    """The aligned window of `pages` (a power of two, so within one table) around the fault, cut to its slot:
-    first gfn, number."""
+    """Return first gfn and length of the aligned window of `pages` around the fault, cut to its slot.
+
+    `pages` is a power of two, so the window lies within one table.
+    """
     slot = fault.slot
     assert slot is not None
     start = fault.gfn & -pages

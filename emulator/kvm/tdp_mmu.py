@@ -28,11 +28,10 @@ from native.types import FlushReason, Hfn
 
 
 def kvm_tdp_mmu_zap_invalidated_roots(cpu: Cpu, kvm: Kvm, shared: bool) -> None:
-    """kvm_tdp_mmu_zap_invalidated_roots(): zap what was invalidated, then put the TDP MMU's reference; in
-    this order, so that mmu_notifiers find the root while its SPTEs are there.
+    """kvm_tdp_mmu_zap_invalidated_roots(): zap each invalidated root, then put the TDP MMU's reference.
 
-    No flush since 5.18: the vCPUs were kicked off these roots, and a new life of their pages begins with one.
-    Decision invalid_root_zap.
+    In this order mmu_notifiers find the root as long as it has SPTEs.  No flush since 5.18: the vCPUs were
+    kicked off these roots, and loading a new root on one of their pages flushes.  Decision invalid_root_zap.
     """
     flush = False
     with kvm.mmu_lock.read_lock(cpu) if shared else kvm.mmu_lock.write_lock(cpu):
@@ -48,9 +47,10 @@ def kvm_tdp_mmu_zap_invalidated_roots(cpu: Cpu, kvm: Kvm, shared: bool) -> None:
 
 
 def tdp_mmu_zap_root(cpu: Cpu, kvm: Kvm, root: KvmMmuPage, shared: bool, can_yield: bool = True) -> bool:
-    """tdp_mmu_zap_root(): in passes of decreasing granularity, so that it can yield between small steps.
-    Decision zap_root.  True if a flush is pending, for whoever flushes after that (decision
-    invalid_root_zap)."""
+    """tdp_mmu_zap_root(): zap in passes, small pages first, so that it can yield between small steps.
+
+    Decision zap_root.  Return whether a flush is pending; decision invalid_root_zap: whether callers make it.
+    """
     answer = kvm.policy.zap_root(cpu, kvm, root)
     passes: tuple[int, ...] = (PG_LEVEL_4K, PG_LEVEL_2M, PG_LEVEL_1G, root.role.level)
     if answer == "1g-root":
@@ -83,9 +83,9 @@ def _tdp_mmu_zap_root(
 
 
 def tdp_mmu_zap_step(cpu: Cpu, kvm: Kvm, it: TdpIter, disconnected_sps: list[Hfn]) -> bool:
-    """A step of a walk that zaps; if a table has lost its link, it is taken apart.  True if SPTEs changed.
+    """Do one step of a zapping walk; take apart a table that lost its link.  Return whether SPTEs changed.
 
-    To 6.12 whoever zapped under mmu_lock for read froze the link until a flush of its own was over
+    Before 6.13 a zap under mmu_lock for read froze each SPTE until a flush of its own was over
     (tdp_mmu_zap_spte_atomic).
     """
     it.chunk.set_pfn = sets_pfn(cpu, kvm)
@@ -98,13 +98,16 @@ def tdp_mmu_zap_step(cpu: Cpu, kvm: Kvm, it: TdpIter, disconnected_sps: list[Hfn
         tdp_mmu_zap_frozen(cpu, kvm, entry, it.reason)
     else:
         handle_removed_pt(cpu, kvm, entry, it.shared, it.reason, disconnected_sps)
-        if "RFC02" in kvm.policy.bugs:  # the list is one SPTE's, and nobody has flushed
+        if "RFC02" in kvm.policy.bugs:  # one list per SPTE, given to RCU before any flush
             handle_disconnected_sps(cpu, kvm, disconnected_sps, can_yield=False)
     return True
 
 
 def kvm_tdp_mmu_zap_all(cpu: Cpu, kvm: Kvm) -> None:
-    """kvm_tdp_mmu_zap_all(): VM teardown, under mmu_lock for write.  No flush: nobody can run the guest."""
+    """kvm_tdp_mmu_zap_all(): zap all roots at VM teardown, under mmu_lock for write.
+
+    No flush is needed, because no vCPU can run the guest any more.
+    """
     assert cpu.mmu_lock_held == WRITE
     for root in for_each_tdp_mmu_root_yield_safe(cpu, kvm, KVM_ALL_ROOTS):
         tdp_mmu_zap_root(cpu, kvm, root, shared=False)
@@ -121,13 +124,13 @@ def tdp_mmu_zap_leafs(
     flush: bool,
     reason: FlushReason,
 ) -> bool:
-    """tdp_mmu_zap_leafs(), zap_gfn_range() to 5.17: returns whether a flush is pending; one handed in is
-    included.
+    """tdp_mmu_zap_leafs(), before 5.18 zap_gfn_range(): zap; return whether a flush is pending, including one
+    handed in.
 
-    Decision zap_scope: only leafs go; or, as to 5.17, tables wholly inside the range too.  Then the flush
-    must be over before RCU is left, because callbacks free the tables, unless these have a flush of their own
-    or wait on a list for it (decision zap); with leafs alone it is enough that the caller flushes before it
-    drops mmu_lock.
+    Decision zap_scope: zap only leafs; or, as before 5.18, also tables wholly inside the range.  With tables,
+    the flush must be over before the walk leaves RCU, because callbacks free them, unless each table has a
+    flush of its own or waits for one on a list (decision zap).  With leafs alone it is enough that the caller
+    flushes before it drops mmu_lock.
     """
     assert cpu.mmu_lock_held == WRITE
     tables_too = kvm.policy.zap_scope(cpu, kvm) == "leafs-and-tables"
@@ -155,8 +158,11 @@ def tdp_mmu_zap_leafs(
 def flush_disconnected_sps(
     cpu: Cpu, kvm: Kvm, disconnected_sps: list[Hfn], reason: FlushReason, can_yield: bool
 ) -> bool:
-    """The end of zap_gfn_range() in the proposal: a flush if a table was removed, whatever yields have
-    flushed, then they go to RCU.  True if it flushed."""
+    """Flush if a table was removed, even if a yield has flushed, then give the tables to RCU; return whether
+    it flushed.
+
+    This is the end of zap_gfn_range() in the proposal.
+    """
     if not disconnected_sps:
         return False
     kvm_flush_remote_tlbs(cpu, kvm, reason)
@@ -165,7 +171,10 @@ def flush_disconnected_sps(
 
 
 def _flushes_inside_rcu(cpu: Cpu, kvm: Kvm) -> bool:
-    """With RCU as the proxy; before, tables had been flushed for, and the caller flushed once more."""
+    """Return whether the walk must flush before it leaves RCU (zap=rcu-proxy).
+
+    Other policies have flushed for each table by then, and the caller flushes once more.
+    """
     return kvm.policy.zap_yield(cpu, kvm) == "flush-then-unlock" and tables_need_a_flush(cpu, kvm)
 
 
@@ -179,25 +188,27 @@ def _zap_leafs_of(
     reason: FlushReason,
     can_yield: bool,
 ) -> bool:
-    """All these roots, with the pending flush threaded through: what was handed in and flushed in a yield is
-    pending no more."""
+    """Zap the range in all these roots, threading the pending flush through; return whether it is pending.
+
+    A flush that was handed in and then made at a yield is no longer pending.
+    """
     bugs = kvm.policy.bugs
     for root in roots:
         handed_in = flush and not bugs & {"B1", "B1b"}
         zapped = tdp_mmu_zap_leafs(
             cpu, kvm, root, start, end, can_yield=can_yield, flush=handed_in, reason=reason
         )
-        # `flush |=`: to 5.11 what was pending was not handed in, after that it was; B1b: `=` without it.
+        # B1 (before 5.12): `|=`, not handed in; B4 (before 5.16): `|=`, handed in; B1b: `=`, not handed in.
         flush = zapped or (flush and bool(bugs & {"B1", "B4"}))
     cpu.stat(kvm.id, lib.STAT_ZAPS)
     return flush
 
 
 def kvm_tdp_mmu_zap_leafs(cpu: Cpu, kvm: Kvm, start: int, end: int, flush: bool, reason: FlushReason) -> bool:
-    """kvm_tdp_mmu_zap_leafs(): all valid roots."""
+    """kvm_tdp_mmu_zap_leafs(): zap the range in all valid roots; return whether a flush is pending."""
     roots = for_each_tdp_mmu_root_yield_safe(cpu, kvm, KVM_VALID_ROOTS)
     flush = _zap_leafs_of(cpu, kvm, roots, start, end, flush, reason, can_yield=True)
-    if flush and "B10" in kvm.policy.bugs:  # left to the next flush, as in kvm->tlbs_dirty; who looks there?
+    if flush and "B10" in kvm.policy.bugs:  # left to the next flush (kvm->tlbs_dirty); notifiers may skip it
         flush_elided(cpu, kvm, reason, start)
         return False
     return flush
@@ -213,20 +224,23 @@ def kvm_tdp_mmu_unmap_gfn_range(
     reason: FlushReason,
     may_block: bool = True,
 ) -> bool:
-    """kvm_tdp_mmu_unmap_gfn_range(): for mmu_notifiers, in the slot's address space; invalid roots too, the
-    host's page must go from everywhere."""
+    """kvm_tdp_mmu_unmap_gfn_range(): zap the range for mmu_notifiers, in the slot's address space.
+
+    Invalid roots are included, because no SPTE may map the host's page any more.
+    """
     which = KVM_VALID_ROOTS if "Z2" in kvm.policy.bugs else KVM_ALL_ROOTS
     roots: Iterable[KvmMmuPage] = for_each_tdp_mmu_root_yield_safe(cpu, kvm, which, slot.as_id)
-    if "B25" in kvm.policy.bugs:  # without references, although mmu_lock may be dropped
+    if "B25" in kvm.policy.bugs:  # no references are taken, although mmu_lock may be dropped
         roots = kvm.tdp_mmu_roots
     return _zap_leafs_of(cpu, kvm, roots, start, end, flush, reason, may_block)
 
 
 def kvm_tdp_mmu_age_gfn_range(cpu: Cpu, kvm: Kvm, slot: KvmMemorySlot, start: int, end: int) -> bool:
-    """kvm_tdp_mmu_age_gfn_range(), without mmu_lock: True if the guest used the range since the last time.
+    """kvm_tdp_mmu_age_gfn_range(), without mmu_lock: return whether the guest used the range since the last
+    call.
 
-    No flush (since 6.13): that a TLB still has a translation makes a page look unused, which costs little.
-    But from SPTEs without a permission nobody can conclude any more that no TLB has it.
+    No flush (since 6.13): a translation that stays in a TLB makes a used page look unused, which costs
+    little.  As a consequence, an SPTE without a permission does not prove that no TLB has it.
     """
     walk = lib.TDP_AGE if kvm.params.eptad else lib.TDP_ACCESS_TRACK
     young = False

@@ -1,8 +1,8 @@
 """arch/x86/kvm/mmu/tdp_mmu.c: tables that have lost their link, taken apart and freed (handle_removed_pt()).
 
 Their pages are freed by RCU callbacks.  Guest mode is no RCU read section, so RCU alone does not keep a CPU
-from walking a page that is free; what does is a flush between the loss of the link and the callback.
-Decision zap: where that flush comes, and how many there are.
+from walking a free page; a flush between the loss of the link and the callback does.  Decision zap: where
+that flush comes, and how many there are.
 """
 
 from __future__ import annotations
@@ -24,11 +24,11 @@ PTES_PER_TABLE: Final = 512
 def handle_removed_pt(
     cpu: Cpu, kvm: Kvm, entry: Entry, shared: bool, reason: FlushReason, disconnected_sps: list[Hfn] | None
 ) -> None:
-    """handle_removed_pt(): freeze what the unlinked table at `entry` maps, and the tables below it; each page
-    goes to RCU, or on the caller's list, if it has one, which is for handle_disconnected_sps().
+    """handle_removed_pt(): freeze all entries of the unlinked table at `entry` and of the tables below it.
 
-    Children come before their parent.  Nothing yields in here.  Whoever has frozen an entry that is met here
-    is waited for: it will still write to it.
+    Each page goes to RCU, or on the caller's list, if there is one, for handle_disconnected_sps(); children
+    come before their parent.  The removal does not yield.  An entry that is already frozen will still be
+    written by the thread that froze it, so the removal waits for that write.
     """
     removal = ffi.new("struct tdp_removal *")
     cpu.check(
@@ -38,7 +38,7 @@ def handle_removed_pt(
         removal.freeze = 0
     removal.single = kvm.params.single
     removal.set_pfn = sets_pfn(cpu, kvm)
-    # A table a call: what others could see in between is what they see of a real CPU at work.
+    # One table per call: other CPUs still see its entries change one by one, as on a real machine.
     most = 1 if kvm.params.chunk == 1 and not kvm.params.single else PTES_PER_TABLE
     while removal.level:
         cpu.point("spte", (removal.table[removal.level], removal.index[removal.level]), "write")
@@ -61,9 +61,10 @@ def removed_page(
     reason: FlushReason,
     disconnected_sps: list[Hfn] | None,
 ) -> None:
-    """Decision zap, for one page that mapped `pages` from `gfn` on.
+    """Flush for a removed table page that mapped `pages` from `gfn` on, and give it to RCU.  Decision zap.
 
-    With rcu-proxy the caller owes a flush before it leaves RCU.
+    With disconnected-list the page goes on the list instead; with rcu-proxy the caller owes a flush before it
+    leaves RCU.
     """
     answer = kvm.policy.zap(cpu, kvm)
     if answer == "disconnected-list" and disconnected_sps is not None:
@@ -75,8 +76,10 @@ def removed_page(
 
 
 def handle_disconnected_sps(cpu: Cpu, kvm: Kvm, disconnected_sps: list[Hfn], can_yield: bool) -> None:
-    """handle_disconnected_sps() of the proposal, after the flush: RCU may have them now.  Yields in between,
-    which needs no flush any more."""
+    """handle_disconnected_sps() of the proposal: give the tables to RCU, after their flush.
+
+    May yield in between; no flush is pending then.
+    """
     for table in disconnected_sps:
         tdp_mmu_free_sp_rcu(cpu, table)
         if can_yield and kvm.mmu_lock.needbreak(cpu):
@@ -89,16 +92,16 @@ def handle_disconnected_sps(cpu: Cpu, kvm: Kvm, disconnected_sps: list[Hfn], can
 
 
 def tdp_mmu_set_spte(cpu: Cpu, kvm: Kvm, entry: Entry, new_spte: int) -> None:
-    """tdp_mmu_set_spte(): under mmu_lock for write, or as the owner of a frozen SPTE."""
+    """tdp_mmu_set_spte(): store an SPTE under mmu_lock for write, or as the thread that froze it."""
     cpu.point("spte", (entry.table, entry.index), "write")
     lib.tdp_mmu_set_spte(cpu.m, cpu.id, kvm.id, entry.table, entry.index, entry.level, entry.gfn, new_spte)
 
 
 def tdp_mmu_zap_frozen(cpu: Cpu, kvm: Kvm, entry: Entry, reason: FlushReason) -> None:
-    """The rest of tdp_mmu_zap_spte_atomic(): `entry` was a leaf, or led to a table, and is FROZEN now.
+    """Do the rest of tdp_mmu_zap_spte_atomic() for `entry`, a leaf or a link to a table, now FROZEN.
 
-    Flush, then empty it for others, then take a table apart (6.12; before, that came first).  After this
-    flush nothing leads to the table, so its pages may go to RCU at once.
+    Flush, then clear the SPTE so that faults may use it, then take a table apart (in 6.12; earlier kernels
+    took it apart first).  After the flush no CPU can reach the table, so its pages may go to RCU at once.
     """
     kvm_flush_remote_tlbs_range(cpu, kvm, entry.gfn, kvm_pages_per_hpage(entry.level), reason)
     tdp_mmu_set_spte(cpu, kvm, entry, 0)
@@ -110,8 +113,10 @@ def tdp_mmu_zap_frozen(cpu: Cpu, kvm: Kvm, entry: Entry, reason: FlushReason) ->
 
 
 def tdp_mmu_zap_spte_atomic(cpu: Cpu, kvm: Kvm, entry: Entry, reason: FlushReason) -> bool:
-    """tdp_mmu_zap_spte_atomic(), 5.13 to 6.12: freeze the SPTE until the flush is over, so that no fault
-    installs a translation beside the stale ones.  False if the SPTE changed."""
+    """tdp_mmu_zap_spte_atomic(), 5.13 to 6.12: freeze the SPTE until the flush is over.
+
+    So no fault installs a translation while stale ones exist.  Return False if the SPTE changed.
+    """
     cpu.point("spte", (entry.table, entry.index), "write")
     rc = lib.tdp_mmu_set_spte_atomic(
         cpu.m, cpu.id, kvm.id, entry.table, entry.index, entry.level, entry.gfn, entry.spte, FROZEN_SPTE
@@ -130,10 +135,10 @@ def tdp_mmu_free_sp_rcu(cpu: Cpu, table: Hfn) -> None:
 
 
 def sets_pfn(cpu: Cpu, kvm: Kvm) -> bool:
-    """Decision zapped_pfn: whether KVM marks the pages behind the leafs that it zaps."""
+    """Return whether KVM marks the host pages of zapped leafs dirty and accessed.  Decision zapped_pfn."""
     return kvm.policy.zapped_pfn(cpu, kvm) == "set-dirty-accessed"
 
 
 def tables_need_a_flush(cpu: Cpu, kvm: Kvm) -> bool:
-    """Does a table that was removed without a list wait for the caller's flush?"""
+    """Return whether a table that was removed without a list waits for the caller's flush."""
     return kvm.policy.zap(cpu, kvm) == "rcu-proxy"

@@ -1,7 +1,7 @@
 """arch/x86/kvm/mmu/tdp_mmu.c: the life of roots.
 
-A root is found through kvm.tdp_mmu_roots as long as somebody holds a reference: each vCPU that uses it, and
-the TDP MMU itself until the root is invalidated.  Its page is freed by an RCU callback, never at once.
+kvm.tdp_mmu_roots lists a root as long as it has references: one of each vCPU that uses it, and the TDP MMU's
+own until the root is invalidated.  Its page is freed by an RCU callback, never at once.
 """
 
 from __future__ import annotations
@@ -27,16 +27,17 @@ ALL_ADDRESS_SPACES: Final = -1
 
 
 def kvm_tdp_mmu_get_root(cpu: Cpu, root: KvmMmuPage) -> bool:
-    """kvm_tdp_mmu_get_root(): False if the last reference is gone."""
+    """kvm_tdp_mmu_get_root(): take a reference; return False if the last one is gone."""
     return root.root_count.inc_not_zero(cpu)
 
 
 def kvm_tdp_mmu_put_root(cpu: Cpu, kvm: Kvm, root: KvmMmuPage) -> None:
-    """kvm_tdp_mmu_put_root(), under mmu_lock: the last one unlinks the root and leaves its page to RCU.
+    """kvm_tdp_mmu_put_root(), under mmu_lock: drop a reference; the last put unlinks the root and leaves its
+    page to RCU.
 
-    Decision root_put.  No flush: whoever makes the page a root again flushes when it is loaded
-    (kvm_mmu_load).  No zap either, as long as the TDP MMU holds a reference of its own until somebody has
-    invalidated and zapped the root.
+    Decision root_put.  No flush is needed, because kvm_mmu_load() flushes when the page is loaded as a root
+    again.  No zap is needed either if the TDP MMU holds a reference of its own, which it puts only after the
+    root was invalidated and zapped.
     """
     if not root.root_count.dec_and_test(cpu):
         return
@@ -71,8 +72,10 @@ def _free_root(cpu: Cpu, kvm: Kvm, root: KvmMmuPage) -> None:
 
 
 def _zap_unlinked_root(cpu: Cpu, kvm: Kvm, root: KvmMmuPage) -> None:
-    """To 5.17, in kvm_tdp_mmu_put_root(): mmu_notifiers do not find the root any more; mmu_lock, which they
-    need for write, is not given up before all of it is gone."""
+    """Zap a root that mmu_notifiers do not find any more, as kvm_tdp_mmu_put_root() did before 5.18.
+
+    mmu_notifiers need mmu_lock for write, so the zap does not yield before the whole root is zapped.
+    """
     # tdp_mmu.py builds on this module.
     from emulator.kvm.tdp_mmu import tdp_mmu_zap_root
 
@@ -83,9 +86,9 @@ def _zap_unlinked_root(cpu: Cpu, kvm: Kvm, root: KvmMmuPage) -> None:
 
 
 def tdp_mmu_schedule_zap_root(cpu: Cpu, kvm: Kvm, root: KvmMmuPage) -> None:
-    """tdp_mmu_schedule_zap_root(): invalid from here on, with one reference, which is the worker's.
+    """tdp_mmu_schedule_zap_root(): invalidate the root, with one reference, for the worker.
 
-    Readers cannot take one of a root that had none; writers wait for mmu_lock.
+    No other reference can be taken: readers use inc_not_zero(), writers need mmu_lock.
     """
     root.invalidate()
     cpu.event(lib.EVENT_ROOT_INVALID, root.hfn, 0, kvm.id)
@@ -94,8 +97,10 @@ def tdp_mmu_schedule_zap_root(cpu: Cpu, kvm: Kvm, root: KvmMmuPage) -> None:
 
 
 def tdp_mmu_zap_root_work(cpu: Cpu, kvm: Kvm) -> bool:
-    """tdp_mmu_zap_root_work(), on the thread that plays the worker: zaps one root and drops the reference.
-    False: there was none to zap."""
+    """tdp_mmu_zap_root_work(), on the thread that plays the worker: zap one root and drop the reference.
+
+    Return False if no root was scheduled.
+    """
     from emulator.kvm.tdp_mmu import tdp_mmu_zap_root
 
     try:
@@ -109,7 +114,7 @@ def tdp_mmu_zap_root_work(cpu: Cpu, kvm: Kvm) -> bool:
 
 
 def flush_workqueue(cpu: Cpu, kvm: Kvm) -> None:
-    """flush_workqueue(kvm->arch.tdp_mmu_zap_wq): here, whoever waits for the worker does its work."""
+    """flush_workqueue(kvm->arch.tdp_mmu_zap_wq): do the worker's work on the thread that waits for it."""
     while tdp_mmu_zap_root_work(cpu, kvm):
         pass
 
@@ -127,7 +132,7 @@ def _matches(root: KvmMmuPage, types: int, as_id: int) -> bool:
 def tdp_mmu_next_root(
     cpu: Cpu, kvm: Kvm, prev: KvmMmuPage | None, types: int, as_id: int = ALL_ADDRESS_SPACES
 ) -> KvmMmuPage | None:
-    """tdp_mmu_next_root(): takes a reference on the next root of these types, then drops that on `prev`."""
+    """tdp_mmu_next_root(): take a reference on the next root of these types, then drop that on `prev`."""
     cpu.point("tdp_mmu_roots", kvm.id, "read")
     roots = kvm.tdp_mmu_roots
     found = None
@@ -145,8 +150,8 @@ def for_each_tdp_mmu_root_yield_safe(
 ) -> Iterator[KvmMmuPage]:
     """for_each_tdp_mmu_root_yield_safe(): mmu_lock may be dropped in the loop.
 
-    Loops run to the end (leaving one early would keep a reference); an exception leaves the reference,
-    which only happens when the machine stops.
+    Callers must run the loop to its end, because leaving early keeps a reference.  An exception keeps it,
+    too, but occurs only when the machine stops.
     """
     root = tdp_mmu_next_root(cpu, kvm, None, types, as_id)
     while root is not None:
@@ -158,7 +163,7 @@ def for_each_tdp_mmu_root_yield_safe(
 
 
 def kvm_tdp_mmu_find_root(cpu: Cpu, kvm: Kvm, role: KvmMmuPageRole) -> KvmMmuPage | None:
-    """A valid root of that role, with a reference."""
+    """Return a valid root of that role, with a reference taken, or None."""
     cpu.point("tdp_mmu_roots", kvm.id, "read")
     for root in kvm.tdp_mmu_roots:
         if root.role == role and kvm_tdp_mmu_get_root(cpu, root):
@@ -167,9 +172,9 @@ def kvm_tdp_mmu_find_root(cpu: Cpu, kvm: Kvm, role: KvmMmuPageRole) -> KvmMmuPag
 
 
 def kvm_tdp_mmu_alloc_root(cpu: Cpu, kvm: Kvm, role: KvmMmuPageRole) -> KvmMmuPage:
-    """kvm_tdp_mmu_alloc_root(): a valid root of this role, found or new, with a reference for the caller.
+    """kvm_tdp_mmu_alloc_root(): find or make a valid root of this role; return it with a reference taken.
 
-    May be invalidated before the caller stores it: then KVM_REQ_MMU_FREE_OBSOLETE_ROOTS is pending and
+    It may be invalidated before the caller stores it: then KVM_REQ_MMU_FREE_OBSOLETE_ROOTS is pending and
     keeps the vCPU from entering with it.  Raises OutOfFrames.
     """
     with kvm.mmu_lock.read_lock(cpu):
@@ -202,11 +207,11 @@ def tdp_mmu_init_root(cpu: Cpu, kvm: Kvm, role: KvmMmuPageRole) -> KvmMmuPage:
 
 
 def kvm_mmu_flush_all_tlbs_root(cpu: Cpu, kvm: Kvm, root: KvmMmuPage) -> None:
-    """kvm_mmu_flush_all_tlbs_root(), proposed in July 2025: drop what any pCPU has under this EP4TA from an
-    earlier life of the page.  Decision root_alloc.
+    """kvm_mmu_flush_all_tlbs_root(), proposed in July 2025: drop all entries under this EP4TA on every pCPU.
 
-    As posted, with mmu_lock and tdp_mmu_pages_lock held: legal with interrupts on, and every pCPU of the
-    host, or of those where the VM ever ran, is interrupted.
+    They are left from an earlier root on the same page.  Decision root_alloc: interrupt every pCPU of the
+    host, or those where the VM ever ran.  As posted, mmu_lock and tdp_mmu_pages_lock are held meanwhile,
+    which is legal with interrupts on.
     """
     answer = kvm.policy.root_alloc(cpu, kvm, root)
     argument = kvm.id << 32 | root.hfn
@@ -218,7 +223,7 @@ def kvm_mmu_flush_all_tlbs_root(cpu: Cpu, kvm: Kvm, root: KvmMmuPage) -> None:
 
 
 def _flush_root_where_vm_ran(cpu: Cpu, kvm: Kvm, root: KvmMmuPage, argument: int) -> None:
-    """A pCPU that joins the mask after this is flushed then (join_pcpu_mask)."""
+    """Flush the root on the pCPUs where the VM ever ran; join_pcpu_mask flushes on those that join later."""
     mask = cpu.kick_mask
     for word in range(cpu.kick_mask_words):
         mask[word] = 0
@@ -233,9 +238,11 @@ def _flush_root_where_vm_ran(cpu: Cpu, kvm: Kvm, root: KvmMmuPage, argument: int
 
 
 def kvm_tdp_mmu_invalidate_roots(cpu: Cpu, kvm: Kvm) -> None:
-    """kvm_tdp_mmu_invalidate_roots(), under mmu_lock for write: from here on nobody finds them or maps into
-    them.  The TDP MMU's own references pass to kvm_tdp_mmu_zap_invalidated_roots; where it has none, as to
-    6.3, one is taken for it."""
+    """kvm_tdp_mmu_invalidate_roots(), under mmu_lock for write: invalidate all roots.
+
+    From here on no vCPU finds them or maps into them.  kvm_tdp_mmu_zap_invalidated_roots puts the TDP MMU's
+    own references; where the TDP MMU has none, as before 6.4, one is taken here for that.
+    """
     assert cpu.mmu_lock_held == WRITE
     for root in kvm.tdp_mmu_roots:
         if root.role.invalid:

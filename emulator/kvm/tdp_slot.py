@@ -1,6 +1,6 @@
-"""arch/x86/kvm/mmu/tdp_mmu.c: what happens to a memslot's SPTEs when dirty logging is armed, read and ended.
+"""arch/x86/kvm/mmu/tdp_mmu.c: changes of a memslot's SPTEs when dirty logging is armed, read and ended.
 
-None of the write-protecting and splitting here flushes; the callers do, once, where user space is told.
+Write-protecting and splitting do not flush here; the callers flush once, before they return to user space.
 """
 
 from __future__ import annotations
@@ -34,7 +34,7 @@ _HFN_SHIFT = lib.SPTE_HFN_SHIFT
 
 
 def kvm_tdp_mmu_wrprot_slot(cpu: Cpu, kvm: Kvm, slot: KvmMemorySlot, min_level: int) -> bool:
-    """kvm_tdp_mmu_wrprot_slot(), wrprot_gfn_range(): True if some SPTE lost W.  Yields without a flush."""
+    """kvm_tdp_mmu_wrprot_slot(), wrprot_gfn_range(): return whether some SPTE lost W; yields do not flush."""
     spte_set = False
     for root in for_each_tdp_mmu_root_yield_safe(cpu, kvm, KVM_VALID_ROOTS, slot.as_id):
         it = TdpIter(root, lib.TDP_WRPROT, slot.base_gfn, slot.end_gfn, shared=True, level=min_level)
@@ -48,8 +48,8 @@ def kvm_tdp_mmu_wrprot_slot(cpu: Cpu, kvm: Kvm, slot: KvmMemorySlot, min_level: 
 
 
 def kvm_tdp_mmu_clear_dirty_pt_masked(cpu: Cpu, kvm: Kvm, slot: KvmMemorySlot, gfn: int, mask: int) -> int:
-    """kvm_tdp_mmu_clear_dirty_pt_masked(wrprot=true), under mmu_lock for write: takes W from the 4K SPTEs of
-    the gfns in mask; returns from how many."""
+    """kvm_tdp_mmu_clear_dirty_pt_masked(wrprot=true), under mmu_lock for write: take W from the 4K SPTEs of
+    the gfns in mask; return how many lost it."""
     assert cpu.mmu_lock_held == WRITE
     changed = 0
     for root in kvm.tdp_mmu_roots:
@@ -63,8 +63,8 @@ def kvm_tdp_mmu_clear_dirty_pt_masked(cpu: Cpu, kvm: Kvm, slot: KvmMemorySlot, g
 
 
 def kvm_tdp_mmu_write_protect_gfn(cpu: Cpu, kvm: Kvm, slot: KvmMemorySlot, gfn: int, min_level: int) -> bool:
-    """kvm_tdp_mmu_write_protect_gfn(), write_protect_gfn(), under mmu_lock for write: takes W and
-    MMU-writable from a leaf of min_level or above."""
+    """kvm_tdp_mmu_write_protect_gfn(), write_protect_gfn(), under mmu_lock for write: take W and
+    MMU-writable from the leaf, if it is at min_level or above."""
     assert cpu.mmu_lock_held == WRITE
     spte_set = False
     for root in kvm.tdp_mmu_roots:
@@ -84,7 +84,7 @@ def kvm_tdp_mmu_write_protect_gfn(cpu: Cpu, kvm: Kvm, slot: KvmMemorySlot, gfn: 
 def kvm_tdp_mmu_try_split_huge_pages(
     cpu: Cpu, kvm: Kvm, slot: KvmMemorySlot, start: int, end: int, target_level: int, shared: bool
 ) -> None:
-    """kvm_tdp_mmu_try_split_huge_pages(): as many as there are table pages for."""
+    """kvm_tdp_mmu_try_split_huge_pages(): split huge pages until no table page is left."""
     assert cpu.mmu_lock_held == (READ if shared else WRITE)
     for root in for_each_tdp_mmu_root_yield_safe(cpu, kvm, KVM_VALID_ROOTS, slot.as_id):
         tdp_mmu_split_huge_pages_root(cpu, kvm, root, start, end, target_level, shared)
@@ -106,13 +106,13 @@ def tdp_mmu_split_huge_pages_root(
             try:
                 split = tdp_mmu_split_huge_page(cpu, kvm, entry)
             except OutOfFrames:
-                return  # faults will split what is left
+                return  # faults will split the rest
             if split is None:
                 it.retry(entry.gfn)
 
 
 def kvm_tdp_mmu_recover_huge_pages(cpu: Cpu, kvm: Kvm, slot: KvmMemorySlot) -> None:
-    """kvm_tdp_mmu_recover_huge_pages() and, to 6.12, kvm_tdp_mmu_zap_collapsible_sptes(); decision
+    """kvm_tdp_mmu_recover_huge_pages(), before 6.13 kvm_tdp_mmu_zap_collapsible_sptes(); decision
     huge_recovery.  Under mmu_lock for read."""
     assert cpu.mmu_lock_held == READ
     in_place = kvm.policy.huge_recovery(cpu, kvm) == "in-place"
@@ -124,9 +124,9 @@ def kvm_tdp_mmu_recover_huge_pages(cpu: Cpu, kvm: Kvm, slot: KvmMemorySlot) -> N
 
 
 def recover_huge_pages_range(cpu: Cpu, kvm: Kvm, root: KvmMmuPage, slot: KvmMemorySlot) -> None:
-    """recover_huge_pages_range(): a huge leaf replaces each table that the host maps huge.
+    """recover_huge_pages_range(): replace each table by a huge leaf if the host maps its range huge.
 
-    The tables are freed by RCU, so the flush has to be over before RCU is left, here and in each yield; or
+    RCU frees the tables, so the flush must be over before the walk leaves RCU, here and at each yield; or
     before they are given to RCU (decision zap).
     """
     reason, bugs = lib.REASON_REMOTE_RECOVER, kvm.policy.bugs
@@ -142,7 +142,7 @@ def recover_huge_pages_range(cpu: Cpu, kvm: Kvm, root: KvmMmuPage, slot: KvmMemo
             entry = _collapsible(cpu, kvm, slot, it)
             if entry is None:
                 continue
-            if "B3" in bugs:  # something called here yields, and nobody is told
+            if "B3" in bugs:  # a function called here yields without telling its caller
                 tdp_mmu_iter_cond_resched(cpu, kvm, it, flush)
             huge_spte = tdp_mmu_make_huge_spte(cpu, kvm, slot, entry)
             if huge_spte is None:
@@ -151,7 +151,7 @@ def recover_huge_pages_range(cpu: Cpu, kvm: Kvm, root: KvmMmuPage, slot: KvmMemo
                 it.retry(entry.gfn)
                 continue
             flush = tables_need_a_flush(cpu, kvm) or bool(disconnected_sps)
-            if "B2" in bugs:  # that the TDP MMU needs a flush is not passed on
+            if "B2" in bugs:  # the TDP MMU's need for a flush is not passed on
                 flush_elided(cpu, kvm, reason, entry.gfn)
                 flush = False
         if flush and kvm.policy.zap_yield(cpu, kvm) != "unlock-then-flush":
@@ -163,7 +163,7 @@ def recover_huge_pages_range(cpu: Cpu, kvm: Kvm, root: KvmMmuPage, slot: KvmMemo
 
 
 def _collapsible(cpu: Cpu, kvm: Kvm, slot: KvmMemorySlot, it: TdpIter) -> Entry | None:
-    """The table that the walk stopped at, if its range lies in the slot and the host maps it huge."""
+    """Return the table at which the walk stopped, if its range lies in the slot and the host maps it huge."""
     entry = it.found()
     if entry is None or not slot.base_gfn <= entry.gfn < slot.end_gfn:
         return None
@@ -173,11 +173,11 @@ def _collapsible(cpu: Cpu, kvm: Kvm, slot: KvmMemorySlot, it: TdpIter) -> Entry 
 
 
 def tdp_mmu_make_huge_spte(cpu: Cpu, kvm: Kvm, slot: KvmMemorySlot, parent: Entry) -> int | None:
-    """tdp_mmu_make_huge_spte(), make_huge_spte(): from the first present child; None if there is none."""
+    """tdp_mmu_make_huge_spte(), make_huge_spte(): build it from the first present child; None without one."""
     table = spte_to_child_pt(parent.spte)
     cpu.point("sptes", (table, 0), "read")
     if not lib.tdp_table_holds(cpu.m, cpu.id, kvm.id, parent.spte, parent.level, parent.gfn):
-        return None  # freed under our hands, and reported
+        return None  # the table was freed during the walk, and that has been reported
     for index in range(512):
         small_spte = lib.spte_read(cpu.m, table, index)
         if is_shadow_present_pte(small_spte):
@@ -197,7 +197,7 @@ def tdp_mmu_make_huge_spte(cpu: Cpu, kvm: Kvm, slot: KvmMemorySlot, parent: Entr
 
 
 def zap_collapsible_spte_range(cpu: Cpu, kvm: Kvm, root: KvmMmuPage, slot: KvmMemorySlot) -> None:
-    """zap_collapsible_spte_range(), to 6.12: each such table is zapped with a flush of its own."""
+    """zap_collapsible_spte_range(), before 6.13: zap each such table, with a flush for each."""
     it = TdpIter(root, lib.TDP_FIND_TABLE, slot.base_gfn, slot.end_gfn, shared=True)
     with rcu_read_lock(cpu):
         while not it.done:

@@ -10,7 +10,7 @@ from native import lib
 
 
 def kvm_arch_vcpu_load(cpu: Cpu, vcpu: Vcpu) -> None:
-    """kvm_arch_vcpu_load(): vcpu->cpu changes after the vendor's hook, which still sees the old one."""
+    """kvm_arch_vcpu_load(): set vcpu->cpu after the vendor's hook, which still sees the old value."""
     vmx_vcpu_load_vmcs(cpu, vcpu)
     join_pcpu_mask(cpu, vcpu)
     cpu.point("vcpu->cpu", vcpu.id, "write")
@@ -20,8 +20,11 @@ def kvm_arch_vcpu_load(cpu: Cpu, vcpu: Vcpu) -> None:
 
 
 def join_pcpu_mask(cpu: Cpu, vcpu: Vcpu) -> None:
-    """Decisions remote_kick and root_alloc=vm-pcpu-mask: a pCPU that joins the VM's mask missed the flushes
-    before.  It joins first: who reads the mask from here on includes it."""
+    """Join the VM's mask of pCPUs, and flush, because this pCPU has missed the flushes made so far.
+
+    For decisions remote_kick and root_alloc=vm-pcpu-mask.  It joins before it flushes: a flusher that reads
+    the mask from here on includes this pCPU.
+    """
     kvm = vcpu.kvm
     if kvm.pcpu_mask[cpu.id]:
         return
@@ -34,7 +37,7 @@ def join_pcpu_mask(cpu: Cpu, vcpu: Vcpu) -> None:
 
 
 def kvm_arch_vcpu_put(cpu: Cpu, vcpu: Vcpu) -> None:
-    """kvm_arch_vcpu_put(): the VMCS stays loaded and vcpu->cpu stays what it is; both may be stale."""
+    """kvm_arch_vcpu_put(): unload the vCPU; its VMCS stays loaded and vcpu->cpu stays set, though stale."""
     vcpu.loaded = False
     cpu.vcpu = None
     if vcpu.kvm.params.host_takes_time:
@@ -52,10 +55,10 @@ def vcpu_put(cpu: Cpu, vcpu: Vcpu) -> None:
 
 
 def kvm_sched_in(cpu: Cpu, vcpu: Vcpu) -> None:
-    """kvm_sched_in(): the preempt notifier; the thread goes on on this pCPU, in the middle of an ioctl."""
+    """kvm_sched_in(): load the vCPU from the preempt notifier; its thread resumes here, inside an ioctl."""
     kvm_arch_vcpu_load(cpu, vcpu)
 
 
 def kvm_sched_out(cpu: Cpu, vcpu: Vcpu) -> None:
-    """kvm_sched_out(): the preempt notifier; the thread leaves this pCPU in the middle of an ioctl."""
+    """kvm_sched_out(): put the vCPU from the preempt notifier; its thread leaves here, inside an ioctl."""
     kvm_arch_vcpu_put(cpu, vcpu)

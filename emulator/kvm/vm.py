@@ -1,4 +1,4 @@
-"""virt/kvm/kvm_main.c: VMs and vCPUs come and go."""
+"""virt/kvm/kvm_main.c: creation and destruction of VMs and vCPUs."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from native.types import VcpuId, VmId
 
 
 def kvm_create_vm(cpu: Cpu, gfns: int, policy: Policy, params: KvmParams | None = None) -> Kvm:
-    """kvm_create_vm(): guest-physical memory of `gfns` pages, nothing in it yet."""
+    """kvm_create_vm(): make a VM with `gfns` pages of guest-physical address space, and no memslot yet."""
     vm = VmId(cpu.check(lib.vm_create(cpu.m, gfns)))
     return Kvm(cpu.machine, vm, gfns, policy, params or KvmParams())
 
@@ -33,13 +33,15 @@ def kvm_vm_ioctl_create_vcpu(cpu: Cpu, kvm: Kvm) -> Vcpu:
 
 
 def kvm_arch_vcpu_ioctl_set_sregs(cpu: Cpu, vcpu: Vcpu) -> None:
-    """kvm_arch_vcpu_ioctl_set_sregs(): user space changed special registers, the guest's TLB is flushed."""
+    """kvm_arch_vcpu_ioctl_set_sregs(): flush the guest's TLB, as user space changed special registers."""
     kvm_make_request(cpu, vcpu, KVM_REQ_TLB_FLUSH_GUEST)
 
 
 def kvm_destroy_vm(cpu: Cpu, kvm: Kvm) -> None:
-    """kvm_destroy_vm(): no vCPU runs any more, nor will.  No flush; pages go through RCU, for which it
-    waits."""
+    """kvm_destroy_vm(): destroy a VM.  Its vCPUs do not run any more, nor will they.
+
+    No flush is made; pages are freed by RCU callbacks, and it waits for these.
+    """
     kvm_mmu_zap_all(cpu, kvm)  # kvm_mmu_notifier_release()
     for vcpu in kvm.vcpus:
         kvm_mmu_unload(cpu, vcpu)
@@ -51,7 +53,7 @@ def kvm_destroy_vm(cpu: Cpu, kvm: Kvm) -> None:
 
 
 def kvm_mmu_uninit_tdp_mmu(cpu: Cpu, kvm: Kvm) -> None:
-    """kvm_mmu_uninit_tdp_mmu(): the TDP MMU's own references go, and with them the last roots."""
+    """kvm_mmu_uninit_tdp_mmu(): put the TDP MMU's own references, and with them free the last roots."""
     with kvm.mmu_lock.write_lock(cpu):
         kvm_tdp_mmu_invalidate_roots(cpu, kvm)
     kvm_tdp_mmu_zap_invalidated_roots(cpu, kvm, shared=False)

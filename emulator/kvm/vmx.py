@@ -22,7 +22,7 @@ def allocate_vpid(machine: Machine) -> Vpid:
 
 
 def free_vpid(machine: Machine, vpid: Vpid) -> None:
-    """free_vpid(): whoever gets it next flushes when its VMCS is loaded for the first time."""
+    """free_vpid(): release the VPID; its next vCPU flushes when its VMCS is loaded for the first time."""
     machine.vmx_vpids.append(vpid)
 
 
@@ -31,18 +31,18 @@ VMX_EPTP_MT_WB: Final = 6
 VMX_EPTP_PWL_4: Final = 3 << 3
 VMX_EPTP_PWL_5: Final = 4 << 3
 VMX_EPTP_AD_ENABLE_BIT: Final = 1 << 6
-# INVALID_PAGE: what construct_eptp() makes of a root without a shadow page.
+# INVALID_PAGE: the result of construct_eptp() for a root without a shadow page.
 INVALID_EPTP: Final = -1
 
 
 def root_to_sp(root: KvmMmuPage) -> KvmMmuPage | None:
-    """root_to_sp(): None for a root that has no shadow page (a dummy root, PAE roots)."""
+    """root_to_sp(): return None for a root that has no shadow page (a dummy root, PAE roots)."""
     return None if root.special else root
 
 
 def construct_eptp(cpu: Cpu, kvm: Kvm, root: KvmMmuPage) -> int:
-    """construct_eptp(): from the role of the root, not from the state of a vCPU: it is also asked for roots
-    that are not current."""
+    """construct_eptp(): build the EPTP from the root's role, not from a vCPU's state, because callers also
+    pass roots that are not current."""
     sp = root_to_sp(root)
     if sp is None:
         warn_on_once(cpu, kvm, "construct_eptp: the root has no shadow page")
@@ -52,12 +52,12 @@ def construct_eptp(cpu: Cpu, kvm: Kvm, root: KvmMmuPage) -> int:
 
 
 def warn_on_once(cpu: Cpu, kvm: Kvm, what: str) -> None:
-    """WARN_ON_ONCE(): kept with the VM; threads of pCPUs do not print."""
+    """WARN_ON_ONCE(): keep the warning with the VM, because threads of pCPUs do not print."""
     kvm.warned.add(what)
 
 
 def vmx_flush_tlb_ept_root(cpu: Cpu, kvm: Kvm, root: KvmMmuPage, reason: FlushReason) -> None:
-    """vmx_flush_tlb_ept_root(): INVEPT single; global where no EPTP can be made."""
+    """vmx_flush_tlb_ept_root(): execute INVEPT single, or global if the root has no EPTP."""
     eptp = construct_eptp(cpu, kvm, root)
     cpu.point("tlb", cpu.id, "write")
     if eptp != INVALID_EPTP:
@@ -67,8 +67,10 @@ def vmx_flush_tlb_ept_root(cpu: Cpu, kvm: Kvm, root: KvmMmuPage, reason: FlushRe
 
 
 def vmx_flush_tlb_all(cpu: Cpu, vcpu: Vcpu, reason: FlushReason) -> None:
-    """vmx_flush_tlb_all(): INVEPT global, because neither INVVPID nor VM entry drops guest-physical mappings.
-    It hits every VM on this pCPU.  Mutant P7: INVVPID."""
+    """vmx_flush_tlb_all(): execute INVEPT global, which drops the entries of every VM on this pCPU.
+
+    Neither INVVPID nor VM entry drops guest-physical mappings.  Mutant P7: INVVPID.
+    """
     cpu.stat(vcpu.kvm.id, lib.STAT_FLUSH_ALL)
     cpu.point("tlb", cpu.id, "write")
     if "P7" in vcpu.kvm.policy.bugs:
@@ -78,7 +80,7 @@ def vmx_flush_tlb_all(cpu: Cpu, vcpu: Vcpu, reason: FlushReason) -> None:
 
 
 def vmx_flush_tlb_current(cpu: Cpu, vcpu: Vcpu, reason: FlushReason) -> None:
-    """vmx_flush_tlb_current(): INVEPT single on the current root; nothing without one."""
+    """vmx_flush_tlb_current(): execute INVEPT single on the current root; do nothing without one."""
     if vcpu.mmu.root is None:
         return
     cpu.stat(vcpu.kvm.id, lib.STAT_FLUSH_CURRENT)
@@ -86,14 +88,14 @@ def vmx_flush_tlb_current(cpu: Cpu, vcpu: Vcpu, reason: FlushReason) -> None:
 
 
 def vmx_flush_tlb_roots(cpu: Cpu, vcpu: Vcpu, reason: FlushReason) -> None:
-    """INVEPT single on each root that this vCPU can use without kvm_mmu_load, as proposed on the list in
-    2025."""
+    """Execute INVEPT single on each root that this vCPU can use without kvm_mmu_load, as proposed on the list
+    in 2025."""
     for root in active_roots(vcpu):
         vmx_flush_tlb_ept_root(cpu, vcpu.kvm, root, reason)
 
 
 def vmx_flush_tlb_old_roots(cpu: Cpu, vcpu: Vcpu, reason: FlushReason) -> None:
-    """The same for those whose generation has moved on since this pCPU flushed them."""
+    """Execute INVEPT single on each of these roots if its generation moved on since this pCPU flushed it."""
     for root in active_roots(vcpu):
         if test_and_set_flushed(cpu, root, "root-tlb-gen"):
             flush_elided(cpu, vcpu.kvm, reason, root.hfn)
@@ -102,9 +104,9 @@ def vmx_flush_tlb_old_roots(cpu: Cpu, vcpu: Vcpu, reason: FlushReason) -> None:
 
 
 def vmx_flush_tlb_guest(cpu: Cpu, vcpu: Vcpu, reason: FlushReason) -> None:
-    """vmx_flush_tlb_guest(): INVVPID single-context of the current VPID, never INVEPT.
+    """vmx_flush_tlb_guest(): execute INVVPID single-context on the current VPID, never INVEPT.
 
-    Mutant P8: INVEPT single on the current root: drops what it should, and more than it should.
+    Mutant P8 executes INVEPT single on the current root, which drops the required entries and others.
     """
     cpu.stat(vcpu.kvm.id, lib.STAT_FLUSH_GUEST)
     if "P8" in vcpu.kvm.policy.bugs and vcpu.mmu.root is not None:
@@ -115,12 +117,12 @@ def vmx_flush_tlb_guest(cpu: Cpu, vcpu: Vcpu, reason: FlushReason) -> None:
 
 
 def vmx_load_mmu_pgd(cpu: Cpu, vcpu: Vcpu, root: KvmMmuPage) -> None:
-    """vmx_load_mmu_pgd(): writes EPT_POINTER."""
+    """vmx_load_mmu_pgd(): write EPT_POINTER."""
     lib.vcpu_set_eptp(cpu.m, vcpu.id, root.hfn, root.role.level)
 
 
 def loaded_vmcs_clear(cpu: Cpu, vcpu: Vcpu) -> None:
-    """loaded_vmcs_clear(): VMCLEAR on the pCPU where it is loaded, by IPI with wait."""
+    """loaded_vmcs_clear(): execute VMCLEAR on the pCPU where the VMCS is loaded, by IPI with wait."""
     target = vcpu.loaded_vmcs.cpu
     if target != -1:
         cpu.check(lib.smp_call_function_single(cpu.m, cpu.id, target, lib.IPI_VMCS_CLEAR, vcpu.id, 1))
@@ -128,11 +130,11 @@ def loaded_vmcs_clear(cpu: Cpu, vcpu: Vcpu) -> None:
 
 
 def vmx_vcpu_load_vmcs(cpu: Cpu, vcpu: Vcpu) -> None:
-    """vmx_vcpu_load_vmcs(): what a vCPU's move to another pCPU costs.
+    """vmx_vcpu_load_vmcs(): load the VMCS; if it was loaded on another pCPU before, flush for the migration.
 
-    Compares loaded_vmcs.cpu, not vcpu->cpu: coming back to the pCPU on which it ran last is free.  Both
-    halves of today's flush are due here: what KVM changed in SPTEs, and what the guest invalidated natively,
-    while this vCPU was elsewhere.
+    The check is of loaded_vmcs.cpu, not of vcpu->cpu, so coming back to the pCPU on which the vCPU ran last
+    is free.  This pCPU may hold two kinds of stale entries: those of SPTEs that KVM changed, and those that
+    the guest invalidated natively, while the vCPU was elsewhere.
     """
     last = vcpu.loaded_vmcs.cpu
     if last == cpu.id:
@@ -147,9 +149,9 @@ def vmx_vcpu_load_vmcs(cpu: Cpu, vcpu: Vcpu) -> None:
 
 
 def migration_ept(cpu: Cpu, vcpu: Vcpu) -> None:
-    """Decision `migration`: guest-physical mappings, and the combined ones with them.
+    """Flush guest-physical mappings, and with them the combined ones.  Decision `migration`.
 
-    Roots that are neither current nor cached need nothing: they become current through kvm_mmu_load.
+    Roots that are neither current nor cached need no flush here: they become current through kvm_mmu_load.
     """
     kvm = vcpu.kvm
     answer = kvm.policy.migration(cpu, vcpu)
@@ -164,10 +166,11 @@ def migration_ept(cpu: Cpu, vcpu: Vcpu) -> None:
 
 
 def vmx_flush_ept_on_pcpu_migration(cpu: Cpu, vcpu: Vcpu, mmu: KvmMmu, answer: str) -> None:
-    """vmx_flush_ept_on_pcpu_migration(), proposed in August 2025: current and previous roots, preemption off.
+    """vmx_flush_ept_on_pcpu_migration(), proposed in August 2025: flush current and previous roots, with
+    preemption off.
 
-    With a policy that remembers, only those that need it; generations are looked at once more before VM
-    entry, so that previous roots can wait until one of them is used.  Mutant P24: previous roots left out.
+    A policy that tracks roots flushes only those that need it.  Generations are checked again before VM
+    entry, so a previous root need not be flushed until it is used.  Mutant P24: previous roots left out.
     """
     roots = mmu_roots(mmu)
     if answer == "root-tlb-gen" or "P24" in vcpu.kvm.policy.bugs:
@@ -180,15 +183,17 @@ def vmx_flush_ept_on_pcpu_migration(cpu: Cpu, vcpu: Vcpu, mmu: KvmMmu, answer: s
 
 
 def migration_vpid(cpu: Cpu, vcpu: Vcpu) -> None:
-    """Decision `migration_vpid`: combined mappings under this vCPU's VPID, whatever the root."""
+    """Flush the combined mappings under this vCPU's VPID, of every root.  Decision `migration_vpid`."""
     if vcpu.kvm.policy.migration_vpid(cpu, vcpu) == "invvpid":
         cpu.point("tlb", cpu.id, "write")
         lib.flush_invvpid_single(cpu.m, cpu.id, vcpu.kvm.id, vcpu.vpid, lib.REASON_MIGRATION)
 
 
 def vmx_flush_tlb_before_entry(cpu: Cpu, vcpu: Vcpu) -> None:
-    """Where migration=root-tlb-gen, interrupts off and mode IN_GUEST_MODE: the current root's generation, by
-    whatever way it became current.  Mutant R1: not looked at."""
+    """Flush the current root if its generation is old, with interrupts off and mode IN_GUEST_MODE.
+
+    Under migration=root-tlb-gen only, and however the root became current.  Mutant R1 skips the check.
+    """
     kvm = vcpu.kvm
     if not vcpu.loaded_vmcs.by_generation or "R1" in kvm.policy.bugs:
         return
@@ -198,12 +203,12 @@ def vmx_flush_tlb_before_entry(cpu: Cpu, vcpu: Vcpu) -> None:
 
 
 def request_tlb_flush(cpu: Cpu, vcpu: Vcpu, reason: FlushReason) -> None:
-    """kvm_make_request(KVM_REQ_TLB_FLUSH) on the vCPU that is being loaded."""
+    """Make KVM_REQ_TLB_FLUSH of the vCPU that is being loaded."""
     lib.vcpu_add_flush_reason(cpu.m, vcpu.id, reason)
     kvm_make_request(cpu, vcpu, KVM_REQ_TLB_FLUSH)
 
 
 def vmx_vcpu_free(cpu: Cpu, kvm: Kvm, vcpu: Vcpu) -> None:
-    """vmx_vcpu_free(): the VMCS must not stay loaded anywhere, the VPID is anybody's."""
+    """vmx_vcpu_free(): clear the VMCS, which must not stay loaded on any pCPU, and let the VPID be reused."""
     loaded_vmcs_clear(cpu, vcpu)
     free_vpid(kvm.machine, vcpu.vpid)

@@ -1,9 +1,9 @@
 """arch/x86/kvm/x86.c: entering the guest, exits, and KVM_RUN.
 
-`vcpu_run` is a generator, because a vCPU's thread can be preempted and moved to another pCPU in the middle of
-KVM's code, and goes on there without repeating what it did.  It yields a `RunYield` wherever that may happen
-or the vCPU cannot go on, and is resumed by `send(cpu)` with the pCPU that its thread is on by then; whoever
-moves it calls kvm_sched_out on the old pCPU and kvm_sched_in on the new one in between.
+`vcpu_run` is a generator, because a vCPU's thread can be preempted in the middle of KVM's code, moved to
+another pCPU, and resumed there where it stopped.  It yields a `RunYield` wherever that may happen or the vCPU
+cannot go on, and is resumed by `send(cpu)` with the pCPU that its thread is on by then.  In between, the
+scheduler that moves it calls kvm_sched_out on the old pCPU and kvm_sched_in on the new one.
 """
 
 from __future__ import annotations
@@ -54,29 +54,29 @@ from emulator.machine.runtime import Cpu, MachineError, MachineStopped, OutOfFra
 from native import ffi, lib
 from native.types import FlushReason
 
-# Exits after which KVM looks at need_resched() even if nobody asked; stands for the timer tick.
+# Exits after which KVM checks need_resched() even without an attention bit; stands for the timer tick.
 _EXITS_PER_TICK: Final = 64
-# A slice, or what there is for the guest to do, is over.
+# The guest's slice or its program has ended.
 _SLICE_ENDS: Final = (lib.EXIT_PREEMPTION_TIMER, lib.EXIT_PROGRAM, lib.EXIT_PROGRAM_END)
 _ATTENTION_WORK: Final[int] = lib.ATTENTION_MESSAGE | lib.ATTENTION_RESCHED | lib.ATTENTION_STOP
 
 # Why a vCPU requests KVM_REQ_TLB_FLUSH of itself: it was moved, or its pCPU joins a mask.
 _LOCAL_REASONS: Final[int] = 1 << lib.REASON_MIGRATION | 1 << lib.REASON_PCPU_MASK
 
-# The core keeps the pointer: where interrupts were disabled.
+# Names the place where interrupts were disabled; allocated once, because the core keeps the pointer.
 _ENTER: Final = ffi.new("char[]", b"vcpu_enter_guest")
 
-# What vcpu_enter_guest hands back: the Cpu that the thread is on, and why KVM_RUN ends (None: it goes on).
+# Result of vcpu_enter_guest: the Cpu that the thread is on, and why KVM_RUN ends (None: it goes on).
 Entered = tuple[Cpu, ExitToUser | None]
 
 # --- flush requests -----------------------------------------------------------------------------------------
 
 
 def kvm_vcpu_flush_tlb_all(cpu: Cpu, vcpu: Vcpu) -> None:
-    """kvm_vcpu_flush_tlb_all(): KVM_REQ_TLB_FLUSH, by whomever and however often it was made.
+    """kvm_vcpu_flush_tlb_all(): service KVM_REQ_TLB_FLUSH, once for all that were made.
 
-    Decision remote_flush.  It covers KVM_REQ_TLB_FLUSH_CURRENT, but not _GUEST.  Generations say nothing
-    about what the vCPU asked of itself.
+    Decision remote_flush.  The flush covers KVM_REQ_TLB_FLUSH_CURRENT, but not _GUEST.  Generations record
+    remote flushes only, so they cannot elide a flush that the vCPU requested of itself.
     """
     kvm = vcpu.kvm
     reasons: int = lib.vcpu_take_flush_reasons(cpu.m, vcpu.id)
@@ -98,7 +98,7 @@ def kvm_vcpu_flush_tlb_all(cpu: Cpu, vcpu: Vcpu) -> None:
 
 
 def kvm_service_local_tlb_flush_requests(cpu: Cpu, vcpu: Vcpu) -> None:
-    """kvm_service_local_tlb_flush_requests(): flushes of the current context."""
+    """kvm_service_local_tlb_flush_requests(): service the requests to flush the current context."""
     if kvm_check_request(cpu, vcpu, KVM_REQ_TLB_FLUSH_CURRENT):
         cpu.stat(vcpu.kvm.id, lib.STAT_TLB_FLUSH)
         vmx_flush_tlb_current(cpu, vcpu, vcpu.flush_current_reason)
@@ -111,7 +111,7 @@ def kvm_service_local_tlb_flush_requests(cpu: Cpu, vcpu: Vcpu) -> None:
 
 
 def serve_requests(cpu: Cpu, vcpu: Vcpu) -> ExitToUser | None:
-    """The request block of vcpu_enter_guest(), in its order."""
+    """Service requests as the request block of vcpu_enter_guest() does, in its order."""
     if kvm_test_request(cpu, vcpu, KVM_REQ_VM_DEAD):
         return ExitToUser("shutdown")
     if kvm_check_request(cpu, vcpu, KVM_REQ_MMU_FREE_OBSOLETE_ROOTS):
@@ -131,16 +131,17 @@ def serve_requests(cpu: Cpu, vcpu: Vcpu) -> ExitToUser | None:
 
 
 def kvm_check_and_inject_events(cpu: Cpu, vcpu: Vcpu) -> None:
-    """kvm_check_and_inject_events(), as far as it concerns SMIs."""
+    """kvm_check_and_inject_events(): enter SMM if an SMI is pending."""
     if vcpu.arch.smi_pending and not vcpu.arch.smm:
         vcpu.arch.smi_pending = False
         enter_smm(cpu, vcpu)
 
 
 def kvm_vcpu_exit_request(cpu: Cpu, vcpu: Vcpu) -> bool:
-    """kvm_vcpu_exit_request(): the last look before VM entry, interrupts off and mode IN_GUEST_MODE.
+    """kvm_vcpu_exit_request(): check requests a last time before VM entry, with interrupts off and mode
+    IN_GUEST_MODE.
 
-    Whoever made a request before sees it here; whoever makes one later finds the mode and interrupts.
+    A request made before is seen here; the sender of a later one finds the mode and interrupts the pCPU.
     """
     cpu.point("requests", vcpu.id, "read")
     if lib.kvm_requests(cpu.m, vcpu.id):
@@ -154,10 +155,11 @@ def set_mode(cpu: Cpu, vcpu: Vcpu, mode: int) -> None:
 
 
 def vcpu_enter_guest(cpu: Cpu, vcpu: Vcpu) -> Generator[RunYield, Cpu, Entered]:
-    """vcpu_enter_guest(): requests, root, then with interrupts off mode, last check, guest, exit.
+    """vcpu_enter_guest(): service requests and load the root; then, with interrupts off, set the mode, check
+    requests again, run the guest, and handle the exit.
 
-    Preemptible up to local_irq_disable(): a flush may have been done on a pCPU that the vCPU is not on any
-    more.  It is the move itself that must make that good.
+    It is preemptible up to local_irq_disable(), so a flush may have been made on a pCPU that the vCPU has
+    left since.  The migration must make up for that.
     """
     cpu.point("requests", vcpu.id, "read")
     if lib.kvm_requests(cpu.m, vcpu.id):
@@ -181,17 +183,18 @@ def vcpu_enter_guest(cpu: Cpu, vcpu: Vcpu) -> Generator[RunYield, Cpu, Entered]:
     except BaseException:
         _unwind_entry(cpu, vcpu)
         raise
-    # guest_run left with mode OUTSIDE_GUEST_MODE and interrupts on, in this order.
+    # guest_run has set mode OUTSIDE_GUEST_MODE and then enabled interrupts.
     kvm_vcpu_srcu_read_lock(cpu, vcpu)
     return cpu, vmx_handle_exit(cpu, vcpu)
 
 
 def _enter_with_irqs_off(cpu: Cpu, vcpu: Vcpu) -> bool:
-    """From local_irq_disable() to VM exit; False if the last check found a request, and all is unwound.
+    """Run from after local_irq_disable() to VM exit; return False if the last check found a request and the
+    entry was cancelled.
 
-    Decision entry_order: mode first, so that a request made after the check finds IN_GUEST_MODE and
-    interrupts; the interrupt stays pending until VM entry and makes it exit at once.  Mutant S1: without the
-    barrier in between, the mode may be visible later than the check.
+    Decision entry_order: the mode is set first, so that the sender of a request made after the check finds
+    IN_GUEST_MODE and interrupts; the interrupt stays pending until VM entry and causes an exit at once.
+    Mutant S1: without the barrier in between, the mode may become visible only after the check.
     """
     if vcpu.kvm.policy.entry_order(cpu, vcpu) == "mode-then-requests":
         set_mode(cpu, vcpu, IN_GUEST_MODE)
@@ -211,7 +214,7 @@ def _enter_with_irqs_off(cpu: Cpu, vcpu: Vcpu) -> bool:
     if vcpu.kvm.tracks_roots:
         vmx_flush_tlb_before_entry(cpu, vcpu)
     if "P2" in vcpu.kvm.policy.bugs:
-        # The interrupt that should end guest mode at once comes here.
+        # The interrupt that should end guest mode at once is taken here, before VM entry.
         cpu.point("interrupts", cpu.id, "write")
         cpu.check(lib.local_irq_enable(cpu.m, cpu.id))
         cpu.point("interrupts", cpu.id, "read")
@@ -223,7 +226,7 @@ def _enter_with_irqs_off(cpu: Cpu, vcpu: Vcpu) -> bool:
 
 
 def _unwind_entry(cpu: Cpu, vcpu: Vcpu) -> None:
-    """An exception between local_irq_disable() and the exit: as cancel_injection would leave it."""
+    """Unwind an exception between local_irq_disable() and the exit, to the state after cancel_injection."""
     lib.vcpu_set_mode(cpu.m, vcpu.id, OUTSIDE_GUEST_MODE)
     if lib.irqs_disabled(cpu.m, cpu.id):
         lib.local_irq_enable(cpu.m, cpu.id)
@@ -233,7 +236,7 @@ def _unwind_entry(cpu: Cpu, vcpu: Vcpu) -> None:
 
 
 def vmx_handle_exit(cpu: Cpu, vcpu: Vcpu) -> ExitToUser | None:
-    """vmx_handle_exit(): what the exit asks for, or None: enter again."""
+    """vmx_handle_exit(): handle the exit; return why KVM_RUN ends, or None to enter again."""
     reason = vcpu.exit.reason
     cpu.stat(vcpu.kvm.id, lib.STAT_EXITS)
     if reason == lib.EXIT_EPT_VIOLATION:
@@ -248,7 +251,7 @@ def vmx_handle_exit(cpu: Cpu, vcpu: Vcpu) -> ExitToUser | None:
 
 
 def handle_instruction(cpu: Cpu, vcpu: Vcpu, insn: int, operand: int) -> None:
-    """handle_cr(), and what emulation of RSM comes to."""
+    """handle_cr(), and the emulation of RSM."""
     if insn == lib.GUEST_INSN_RSM:
         emulator_leave_smm(cpu, vcpu)
     else:
@@ -261,7 +264,7 @@ def handle_ept_violation(cpu: Cpu, vcpu: Vcpu) -> ExitToUser | None:
     gpa, access = exit_info.gpa, exit_info.access
     r = kvm_mmu_page_fault(cpu, vcpu, gpa, access, bool(exit_info.rights))
     if r == RET_PF_RETRY:
-        # The guest would fault again at once, for as long as the invalidation lasts.
+        # The guest will fault again at once, as long as the invalidation is in progress.
         cpu_relax(cpu)
     if r == RET_PF_EMULATE:
         return ExitToUser("mmio", gpa, access == lib.ACCESS_WRITE)
@@ -276,7 +279,7 @@ def handle_ept_violation(cpu: Cpu, vcpu: Vcpu) -> ExitToUser | None:
 
 
 def kvm_vcpu_srcu_read_lock(cpu: Cpu, vcpu: Vcpu) -> None:
-    """kvm_vcpu_srcu_read_lock(): held while KVM handles the vCPU, never in guest mode."""
+    """kvm_vcpu_srcu_read_lock(): take SRCU, which is held while KVM handles the vCPU, never in guest mode."""
     vcpu.srcu_idx = cpu.check(lib.srcu_read_lock(cpu.m, cpu.id, vcpu.kvm.id))
 
 
@@ -286,13 +289,16 @@ def kvm_vcpu_srcu_read_unlock(cpu: Cpu, vcpu: Vcpu) -> None:
 
 
 def smp_mb__after_srcu_read_unlock(cpu: Cpu) -> None:
-    """smp_mb__after_srcu_read_unlock(): together with the unlock a full barrier."""
+    """smp_mb__after_srcu_read_unlock(): make a full barrier, together with the unlock."""
     smp_mb(cpu)
 
 
 def xfer_to_guest_mode_work_pending(vcpu: Vcpu, exits: int) -> bool:
-    """__xfer_to_guest_mode_work_pending(): a signal, or need_resched().  A machine that stops ends KVM_RUN
-    here at the latest: a vCPU that only runs and faults never waits."""
+    """__xfer_to_guest_mode_work_pending(): return whether a signal or need_resched() is pending.
+
+    Raise MachineStopped here if the machine stops, because a vCPU that only runs and faults reaches no wait
+    that would.
+    """
     exit_info = vcpu.exit
     attention = exit_info.attention & _ATTENTION_WORK
     if attention & lib.ATTENTION_STOP:
@@ -325,19 +331,20 @@ def kvm_vcpu_ioctl_run(cpu: Cpu, vcpu: Vcpu) -> Generator[RunYield, Cpu, Entered
                 kvm_vcpu_srcu_read_lock(cpu, vcpu)
         return cpu, ExitToUser("intr")
     finally:
-        # A generator that nobody closed is closed when it is collected, perhaps after the machine is gone.
+        # An abandoned generator is closed when it is collected, perhaps after the machine is gone.
         if vcpu.srcu_idx >= 0 and cpu.m:
             kvm_vcpu_srcu_read_unlock(cpu, vcpu)
 
 
 def vcpu_run(vcpu: Vcpu, state: RunYield = READY) -> Generator[RunYield, Cpu, None]:
-    """A vCPU's thread: calls KVM_RUN again and again.
+    """Run a vCPU's thread, which calls KVM_RUN again and again.
 
     Start it with `next()`, which yields `state`, then `send(cpu)` each time with the Cpu that it is on.
-    `state` is READY, or where a thread stood that this one stands in for, but for PREEMPTIBLE.
-    READY and ExitToUser: not loaded.  PREEMPTIBLE, RESCHED, HALTED: loaded; if the thread goes to another
-    pCPU, or another vCPU runs on this one, kvm_sched_out(cpu, vcpu) first and kvm_sched_in(cpu, vcpu) before
-    it is resumed.  PREEMPTIBLE holds SRCU: park a vCPU at the other ones.  Never returns; close() ends it.
+    `state` is READY, or the state in which a thread stopped that this one replaces, other than PREEMPTIBLE.
+    At READY and ExitToUser the vCPU is not loaded.  At PREEMPTIBLE, RESCHED and HALTED it is loaded: before
+    the thread moves to another pCPU, or another vCPU runs on this one, call kvm_sched_out(cpu, vcpu), and
+    kvm_sched_in(cpu, vcpu) before it is resumed.  At PREEMPTIBLE it holds SRCU, so park a vCPU at one of the
+    other states.  The generator never returns; close() ends it.
     """
     assert state is not PREEMPTIBLE
     while True:
