@@ -1,4 +1,4 @@
-"""Memory traces of real programs: what the guests run.
+"""Memory traces of real programs, which the guests run.
 
     from emulator import traces
     trace = traces.load("sort")          # an embedded one, or the path of a .fltrace file

@@ -1,6 +1,6 @@
 """Turns records into columns that compress well, and back.
 
-The order of a program's accesses is almost fully given by its control flow, so that is what is stored:
+A program's control flow almost determines the order of its accesses, so the columns store the control flow:
 
 * A *group* is an instruction fetch and the data accesses up to the next one. Its *symbol* is the pair of
   instruction address and *shape* (how many data accesses, which of them write). A loop body has one
@@ -55,7 +55,7 @@ class ColumnsError(ValueError):
 
 
 def encode(records: Records) -> Columns:
-    """The columns of some well-formed records."""
+    """Return the columns of well-formed records."""
     types, addresses = types_of(records), addresses_of(records)
     starts = _group_starts(types)
     heads = np.where(types[starts] == AccessType.EXECUTE, addresses[starts], np.uint64(0))
@@ -74,7 +74,8 @@ def encode(records: Records) -> Columns:
 
 
 def decode(columns: Columns, accesses: int) -> Records:
-    """The records of some columns; refuses columns that do not fit together or hold other than `accesses`."""
+    """Return the records of columns; raise ColumnsError if the columns are inconsistent, or do not hold
+    `accesses` records."""
     fetches, counts, writes = _check_symbols(columns)
     symbols = _expand_path(columns, accesses)
     sizes = fetches[symbols] + counts[symbols]
@@ -103,7 +104,7 @@ def decode(columns: Columns, accesses: int) -> Records:
 
 
 def ranges(starts: I64, lengths: I64) -> I64:
-    """start, start + 1, ... of each given length, one range after the other."""
+    """Return start, start + 1, ... of each given length, one range after the other."""
     offsets = np.cumsum(lengths) - lengths
     return np.repeat(starts - offsets, lengths) + np.arange(int(lengths.sum()), dtype=np.int64)
 
@@ -113,7 +114,8 @@ def _differences(values: npt.NDArray[_Unsigned]) -> npt.NDArray[_Unsigned]:
 
 
 def _group_starts(types: npt.NDArray[np.uint8]) -> I64:
-    """Indices of the records that begin a group: each fetch, and each GROUP_DATA data accesses without."""
+    """Return the indices of the records that begin a group: each fetch, and every GROUP_DATA-th data access
+    without one."""
     index = np.arange(types.size, dtype=np.int64)
     fetch = types == AccessType.EXECUTE
     last_fetch = np.maximum.accumulate(np.where(fetch, index, -1))
@@ -125,7 +127,7 @@ def _group_starts(types: npt.NDArray[np.uint8]) -> I64:
 def _symbols(
     types: npt.NDArray[np.uint8], starts: I64, heads: U64
 ) -> tuple[I64, U64, npt.NDArray[np.uint16]]:
-    """The symbol of each group, and the sorted table of symbols (address, shape)."""
+    """Return the symbol of each group, and the sorted table of symbols (address, shape)."""
     sizes = np.diff(starts, append=types.size)
     fetch = types[starts] == AccessType.EXECUTE
     index = np.arange(types.size, dtype=np.int64) - np.repeat(starts + fetch, sizes)
@@ -138,7 +140,7 @@ def _symbols(
 
 
 def _blocks(symbols: I64, heads: U64) -> tuple[I64, I64, I64]:
-    """Lengths and concatenated symbols of the distinct blocks in order of first appearance, and the path."""
+    """Return lengths and symbols of the distinct blocks in order of first appearance, and the path."""
     # A group without a fetch (head 0) is always a block of its own.
     step = np.diff(heads, prepend=np.uint64(0))
     begin = (step == 0) | (step > MAX_INSTRUCTION) | (heads == 0)
@@ -156,7 +158,8 @@ def _blocks(symbols: I64, heads: U64) -> tuple[I64, I64, I64]:
 
 
 def _streams(symbols: I64, shapes: npt.NDArray[np.uint16]) -> I64:
-    """The stream of each data access: symbol and position in the group; those without a fetch share one."""
+    """Return the stream of each data access: its symbol and its position in the group.  Data accesses without
+    a fetch share one stream."""
     counts = ((shapes >> 8) & 0x7F).astype(np.int64)[symbols]
     number = np.where(shapes & NO_FETCH, 0, (np.arange(shapes.size, dtype=np.int64) + 1) * GROUP_DATA)
     fetched = ((shapes & NO_FETCH) == 0).astype(np.int64)
@@ -166,7 +169,8 @@ def _streams(symbols: I64, shapes: npt.NDArray[np.uint16]) -> I64:
 
 
 def _check_symbols(columns: Columns) -> tuple[I64, I64, I64]:
-    """Per symbol: 1 if it has a fetch, its number of data accesses, its bitmap of writes."""
+    """Return, per symbol, 1 if it has a fetch, its number of data accesses, and its bitmap of writes; raise
+    ColumnsError if one is malformed."""
     shapes = columns.symbol_shape.astype(np.int64)
     if shapes.size != columns.symbol_address.size:
         raise ColumnsError(f"{columns.symbol_address.size} symbol addresses for {shapes.size} shapes")
@@ -181,7 +185,7 @@ def _check_symbols(columns: Columns) -> tuple[I64, I64, I64]:
 
 
 def _expand_path(columns: Columns, accesses: int) -> I64:
-    """The symbol of each group in the order of execution."""
+    """Return the symbol of each group in the order of execution."""
     lengths = columns.block_length.astype(np.int64)
     symbols = np.cumsum(columns.block_symbol, dtype=np.uint32).astype(np.int64)
     if int(lengths.sum()) != symbols.size or np.any(lengths == 0):
@@ -192,7 +196,8 @@ def _expand_path(columns: Columns, accesses: int) -> I64:
     if path.size and int(path.max()) >= lengths.size:
         raise ColumnsError("a path through a block that does not exist")
     groups = lengths[path]
-    # Each group holds a record at least; checked first, for a corrupt file must not make us allocate at will.
+    # Each group holds at least one record.  Check that before allocating: a corrupt file must not decide how
+    # much memory is allocated.
     if int(groups.sum()) > accesses:
         raise ColumnsError(f"{int(groups.sum())} groups for {accesses} records")
     starts = (np.cumsum(lengths) - lengths)[path]

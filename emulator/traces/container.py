@@ -36,7 +36,7 @@ MAGIC: Final = b"\x89FLTRACE"
 VERSION: Final = 1
 PREFIX: Final = struct.Struct("<8sHHIQ")
 DIGEST_SIZE: Final = 16
-# Of a file: what MAX_RECORDS take at the most bits a record that any program needs.
+# Most bytes of a file: MAX_RECORDS at the most bits per record that any program has needed.
 MOST_BYTES: Final = 1 << 30
 HEADER_SIZE: Final = PREFIX.size + DIGEST_SIZE
 DTYPES: Final[dict[str, str]] = {
@@ -69,14 +69,14 @@ class FileMetadata(BaseModel):
 
 
 def write_trace(path: Path, records: Records, metadata: TraceMetadata) -> int:
-    """Write the file in one step (a reader sees the old one or the new one); returns its size."""
+    """Write the file in one step, so that a reader sees the old one or the new one; return its size."""
     image = build_image(records, metadata)
     write_file("", path, image)
     return len(image)
 
 
 def build_image(records: Records, metadata: TraceMetadata) -> bytes:
-    """The bytes of a trace file."""
+    """Return the bytes of a trace file."""
     if not well_formed(records) or records.size != metadata.accesses:
         raise ValueError("records are malformed or differ in number from their metadata")
     columns = encode(records)
@@ -90,13 +90,13 @@ def build_image(records: Records, metadata: TraceMetadata) -> bytes:
 
 
 def seal(metadata: bytes, payload: bytes) -> bytes:
-    """Puts the header in front."""
+    """Put the header in front of metadata and payload."""
     prefix = PREFIX.pack(MAGIC, VERSION, 0, len(metadata), len(payload))
     return prefix + _digest(prefix, metadata, payload) + metadata + payload
 
 
 def parse_image(image: bytes, where: str) -> Trace:
-    """The trace in the bytes of a file; `where` names the file in errors."""
+    """Return the trace in the bytes of a file; `where` names the file in errors."""
     file, payload = _open_image(image, where)
     metadata = file.trace
     _check_entries(file, len(payload), where)
@@ -113,12 +113,12 @@ def parse_image(image: bytes, where: str) -> Trace:
 
 
 def parse_metadata(image: bytes, where: str) -> TraceMetadata:
-    """Only the metadata, with the whole file's checksum verified."""
+    """Return only the metadata, with the whole file's checksum verified."""
     return _open_image(image, where)[0].trace
 
 
 def read_image(path: Path) -> bytes:
-    """The bytes of a trace file on disk."""
+    """Return the bytes of a trace file on disk."""
     return read_bytes(path, "a trace written by 'flushlab trace convert'", MOST_BYTES, TraceError)
 
 
@@ -130,7 +130,7 @@ def _digest(prefix: bytes, *parts: bytes) -> bytes:
 
 
 def _open_image(image: bytes, where: str) -> tuple[FileMetadata, bytes]:
-    """Checks header and checksum; returns metadata and payload."""
+    """Check header and checksum; return metadata and payload."""
     if image[: len(MAGIC)] != MAGIC[: len(image)] or not image:
         found = "an empty file" if not image else f"not a trace (starts with {image[:8].hex(' ')})"
         raise TraceError(where, found, f"the magic {MAGIC.hex(' ')}; make one with 'flushlab trace convert'")
@@ -174,7 +174,8 @@ def _check_entries(file: FileMetadata, payload_size: int, where: str) -> None:
 
 
 def _filters(width: int, size: int) -> list[dict[str, Any]]:
-    """LZMA tuned to aligned items (position bits tell the bytes of an item apart), no larger than needed."""
+    """Return LZMA filters tuned to aligned items (position bits tell the bytes of an item apart), with a
+    dictionary no larger than needed."""
     bits = width.bit_length() - 1
     preset = 9 | lzma.PRESET_EXTREME
     window = min(max(size, 4096), 64 << 20)
@@ -203,7 +204,7 @@ def _decompress(data: bytes, entry: ColumnEntry, where: str) -> npt.NDArray[Any]
 
 
 def _finish(records: Records, metadata: TraceMetadata, where: str) -> Trace:
-    """Holds the decoded records against the metadata."""
+    """Check the decoded records against the metadata, and return the trace."""
     if not well_formed(records):
         raise TraceError(where, "a record outside user space or of unknown type", "addresses below 2^47")
     counts = np.bincount(types_of(records), minlength=len(AccessType))

@@ -1,4 +1,4 @@
-"""From a lackey recording to a trace file."""
+"""Converts a lackey recording to a trace file."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ _NAMES = "up to 64 of A-Z a-z 0-9 . _ + - and no leading sign"
 
 @dataclass(frozen=True)
 class Cut:
-    """What to take of a recording, counted in records."""
+    """The part of a recording that a trace takes, counted in records."""
 
     skip: int = 0
     limit: int | None = None
@@ -33,7 +33,7 @@ class Cut:
 
     @property
     def stop(self) -> int | None:
-        """The first record after the window."""
+        """Return the first record after the window."""
         return None if self.limit is None else self.skip + self.limit
 
 
@@ -69,11 +69,12 @@ def convert(
     description: str = "",
     progress: Callable[[int, int, int], None] | None = None,
 ) -> tuple[Trace, int]:
-    """Writes the trace of a recording; returns it and the file's size.
+    """Write the trace of a recording; return it and the file's size.
 
-    Reading stops when the window is full. `progress` is told the bytes read, the records seen, those kept.
+    Reading stops when the window is full.  `progress` is called with the numbers of bytes read, of records
+    seen and of records kept.
     """
-    if not output.parent.is_dir():  # said before minutes of reading, not after
+    if not output.parent.is_dir():  # fail before minutes of reading, not after
         raise TraceError(str(output), "cannot be written", f"a directory {output.parent}")
     check_file("", output)
     if name is None:
@@ -92,7 +93,7 @@ def read_recording(
     description: str = "",
     progress: Callable[[int, int, int], None] | None = None,
 ) -> Trace:
-    """The trace of a recording, in memory."""
+    """Return the trace of a recording, in memory."""
     _check_words(name, description)
     reader = LackeyReader(stream, where, instructions=cut.instructions)
     window = _Window(cut)
@@ -116,7 +117,7 @@ def read_recording(
 
 
 def _check_words(name: str, description: str) -> None:
-    """Refuse what the trace's metadata cannot hold, before minutes of reading."""
+    """Refuse a name or description that the metadata cannot hold, before minutes of reading."""
     if not re.fullmatch(NAME_PATTERN, name):
         raise TraceError("--name", f"found {shown(name)}", _NAMES)
     if len(description) > MOST_DESCRIPTION:
@@ -158,5 +159,6 @@ def _describe(
 
 
 def without_paths(command: str) -> str:
-    """The command line, absolute paths cut to their last part: traces are shared, directories are not."""
+    """Return the command line with absolute paths cut to their last part: traces are shared, directories are
+    not."""
     return re.sub(r"(?<![\w./-])/(?!dev/)[^\s=:,]*", lambda found: PurePosixPath(found[0]).name, command)

@@ -1,4 +1,4 @@
-"""The traces that ship with the package, and finding one by name or path."""
+"""Finds traces by name or path, the traces that ship with the package among them."""
 
 from __future__ import annotations
 
@@ -16,18 +16,18 @@ SUFFIX = ".fltrace"
 
 
 def embedded() -> list[TraceInfo]:
-    """The embedded traces by name."""
+    """Return the embedded traces in the order of their names."""
     return [_info(item.read_bytes(), name) for name, item in sorted(_items().items())]
 
 
 def load(name_or_path: str | Path) -> Trace:
-    """The trace of a file, or the embedded one of that name (a plain word is a name first)."""
+    """Load an embedded trace by name, or the trace of a file.  A plain word is tried as a name first."""
     image, where = _find(name_or_path)
     return parse_image(image, where)
 
 
 def info(name_or_path: str | Path) -> TraceInfo:
-    """What a trace says about itself; the checksum is verified, the records are not decoded."""
+    """Return the metadata of a trace.  The checksum is verified, the records are not decoded."""
     image, where = _find(name_or_path)
     return _info(image, where)
 
@@ -43,7 +43,7 @@ def _items() -> dict[str, Traversable]:
 
 
 def _find(name_or_path: str | Path) -> tuple[bytes, str]:
-    """The bytes of the trace and what to call it in errors."""
+    """Return the bytes of the trace, and its name in errors."""
     items = _items()
     if isinstance(name_or_path, str) and name_or_path in items:
         return items[name_or_path].read_bytes(), f"embedded trace {name_or_path}"

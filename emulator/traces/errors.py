@@ -1,4 +1,4 @@
-"""The one error of this package: bad input, said in one line."""
+"""The one error of this package: bad input, reported in one line."""
 
 from __future__ import annotations
 
@@ -6,4 +6,5 @@ from emulator.errors import BadInput
 
 
 class TraceError(BadInput):
-    """A trace file or recording that cannot be used: which line or field, what was found, and what else."""
+    """A trace file or recording that cannot be used.  Names the line or field, the value and the
+    expectation."""

@@ -47,7 +47,7 @@ _COMMAND = re.compile(rb"^==\d+== Command: (.*)$")
 
 @dataclass
 class Prelude:
-    """What valgrind says about itself ahead of the accesses."""
+    """Valgrind's version and command, from its own lines ahead of the accesses."""
 
     valgrind: str = "unknown"
     command: str = ""
@@ -86,7 +86,7 @@ class LackeyReader:
             yield Batch(self._parse(rest + b"\n"), 0)
 
     def _parse(self, text: bytes) -> Records:
-        """The records of some whole lines."""
+        """Return the records of whole lines."""
         buffer: U8 = np.frombuffer(text, dtype=np.uint8)
         ends: I64 = np.flatnonzero(buffer == ord("\n"))
         starts: I64 = np.append(0, ends[:-1] + 1).astype(np.int64)
@@ -103,7 +103,7 @@ class LackeyReader:
         return records
 
     def _message(self, line: bytes, index: int) -> None:
-        """A line that is not an access: empty, or valgrind's own."""
+        """Take a line that is not an access: it must be empty, or valgrind's own."""
         if not line:
             return
         if not line.startswith((b"==", b"--")):
@@ -119,7 +119,7 @@ class LackeyReader:
             return np.zeros(0, dtype=np.uint64)
         commas = _last_commas(buffer, ends)
         bad = commas < starts + 4
-        # Bad lines are read as if they were short; they are reported below, before any of it is used.
+        # Read bad lines as if they were short; they are reported below, before their records are used.
         commas = np.where(bad, starts + 3, commas)
         letter = np.where(buffer[starts] == ord("I"), buffer[starts], buffer[np.minimum(starts + 1, ends)])
         bad |= ~np.isin(letter, np.frombuffer(b"ILSM", dtype=np.uint8))
@@ -131,7 +131,7 @@ class LackeyReader:
         if np.any(bad):
             first = int(np.flatnonzero(bad)[0])
             raise self._error(text[starts[first] : ends[first]], int(lines[first]))
-        # Not address + size, which may be more than 64 bits; a size is a page at most.
+        # Do not compute address + size, which may exceed 64 bits; a size is a page at most.
         outside = address > np.uint64(USER_END) - size
         if np.any(outside):
             first = int(np.flatnonzero(outside)[0])
@@ -152,7 +152,8 @@ class LackeyReader:
 
 
 def expand(letter: U8, address: U64, size: U64) -> Records:
-    """Records of accesses: a modify is a read and a write, each part of a straddling access is a record."""
+    """Return the records of accesses: two for a modify (read and write), one for each page of an access that
+    straddles two."""
     modify = letter == ord("M")
     last_page = (address + size - np.uint64(1)) & ~np.uint64(PAGE_SIZE - 1)
     parts = 1 + (last_page > address).astype(np.int64)
@@ -169,7 +170,7 @@ def expand(letter: U8, address: U64, size: U64) -> Records:
 
 
 def _last_commas(buffer: U8, ends: I64) -> I64:
-    """The position of the last comma before each line's end, or -1."""
+    """Return the position of the last comma before each line's end, or -1."""
     commas = np.flatnonzero(buffer == ord(","))
     if commas.size == 0:
         return np.full(ends.size, -1, dtype=np.int64)
@@ -178,7 +179,7 @@ def _last_commas(buffer: U8, ends: I64) -> I64:
 
 
 def _number(buffer: U8, starts: I64, ends: I64, base: int) -> tuple[U64, npt.NDArray[np.bool_]]:
-    """The number in digits of `base` between each start and end, and where there is none."""
+    """Return the number in digits of `base` between each start and end, and a mask of lines without one."""
     lengths = ends - starts
     bad = (lengths <= 0) | (lengths > MAX_DIGITS)
     lengths = np.minimum(lengths, MAX_DIGITS)

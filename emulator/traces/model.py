@@ -1,4 +1,4 @@
-"""A trace in memory, and what its file says about it."""
+"""A trace in memory, and the metadata in its file."""
 
 from __future__ import annotations
 
@@ -19,7 +19,8 @@ Count = Annotated[int, Field(ge=0, le=1 << 62)]
 
 
 class Window(BaseModel):
-    """Which part of the recording the trace holds, in records (after modifies and straddles were split)."""
+    """The part of the recording that the trace holds, in records (after modifies and straddles were
+    split)."""
 
     model_config = ConfigDict(frozen=True, extra="forbid", strict=True)
 
@@ -30,7 +31,7 @@ class Window(BaseModel):
     instructions: bool
 
     def describe(self) -> str:
-        """The cut in words, for people."""
+        """Return the cut in words."""
         kinds = "" if self.instructions else ", data accesses only"
         if self.skipped == 0 and self.recording is not None and self.limit is None:
             return f"whole recording{kinds}"
@@ -40,7 +41,7 @@ class Window(BaseModel):
 
 
 class TraceMetadata(BaseModel):
-    """Where a trace comes from and what it holds. Validated whenever a file is read."""
+    """The origin and the content of a trace.  Validated whenever a file is read."""
 
     model_config = ConfigDict(frozen=True, extra="forbid", strict=True)
 
@@ -75,14 +76,14 @@ class Trace:
     metadata: TraceMetadata
 
     def first(self, records: int) -> Trace:
-        """A trace of the first records only, and of the pages in them."""
+        """Return a trace of the first records only, and of the pages in them."""
         some = self.records[:records]
         return replace(self, records=some, pages=distinct_pages(some))
 
 
 @dataclass(frozen=True)
 class TraceInfo:
-    """What can be said of a trace file without decoding it."""
+    """A trace file's facts that are known without decoding it."""
 
     name: str
     size: int

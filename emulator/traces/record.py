@@ -1,4 +1,4 @@
-"""What one trace record is, and how it is taken apart.
+"""Format of a trace record, and functions that take it apart.
 
 A record is one guest access in 64 bits:
 
@@ -41,32 +41,32 @@ class AccessType(enum.IntEnum):
 
 
 def pack(types: npt.NDArray[np.uint64], addresses: npt.NDArray[np.uint64]) -> Records:
-    """Records from a column of types and a column of linear addresses."""
+    """Return records of a column of types and a column of linear addresses."""
     return (types << np.uint64(TYPE_SHIFT)) | addresses
 
 
 def types_of(records: Records) -> npt.NDArray[np.uint8]:
-    """The access type of each record."""
+    """Return the access type of each record."""
     return (records >> np.uint64(TYPE_SHIFT)).astype(np.uint8)
 
 
 def addresses_of(records: Records) -> npt.NDArray[np.uint64]:
-    """The linear address of each record."""
+    """Return the linear address of each record."""
     return records & np.uint64(ADDRESS_MASK)
 
 
 def page_numbers(records: Records) -> npt.NDArray[np.uint64]:
-    """The 4K page number of each record."""
+    """Return the 4K page number of each record."""
     return addresses_of(records) >> np.uint64(PAGE_SHIFT)
 
 
 def distinct_pages(records: Records) -> npt.NDArray[np.uint64]:
-    """The sorted distinct 4K page numbers that the records touch."""
+    """Return the sorted distinct 4K page numbers that the records touch."""
     return np.unique(page_numbers(records))
 
 
 def well_formed(records: Records) -> bool:
-    """Whether every record has a known type and an address in user space."""
+    """Return whether every record has a known type and an address in user space."""
     if records.size == 0:
         return True
     highest = int(addresses_of(records).max())

@@ -1,4 +1,4 @@
-"""How a trace reuses its pages: what decides whether a TLB of some size helps.
+"""Measures how a trace reuses its pages, which decides whether a TLB of a given size helps.
 
 The reuse distance of an access is the number of distinct other pages touched since the last access to the
 same page. A fully associative LRU TLB of n entries hits exactly the accesses whose distance is below n
@@ -36,9 +36,9 @@ class PageReuse:
 
 
 def page_reuse(records: Records) -> PageReuse:
-    """The reuse profile of a trace."""
+    """Return the reuse profile of a trace."""
     pages = page_numbers(records)
-    # An access to the page of the access before it has distance 0; only the changes need the work.
+    # An access to the page of its predecessor has distance 0; only changes of the page need the computation.
     changes = np.flatnonzero(np.diff(pages, prepend=~pages[:1]))
     distance = reuse_distances(pages[changes])
     total = float(pages.size)
@@ -59,11 +59,11 @@ def page_reuse(records: Records) -> PageReuse:
 
 
 def reuse_distances(pages: npt.NDArray[np.uint64]) -> I64:
-    """The reuse distance of each access, COLD for the first one of a page.
+    """Return the reuse distance of each access, COLD for the first one of a page.
 
-    With prev[i] the last access to the same page before i, the distinct pages in between are those j with
-    prev[i] < j < i that are the first access to their page in there: prev[j] <= prev[i]. Every j <= prev[i]
-    satisfies that too, so the distance is the rank of prev[i] among its predecessors less prev[i] + 1.
+    Let prev[i] be the last access to the page of i before i.  Count a page between the two at its first
+    access j there: prev[i] < j < i and prev[j] <= prev[i].  Every j <= prev[i] also satisfies prev[j] <=
+    prev[i], so the distance is the rank of prev[i] among its predecessors less prev[i] + 1.
     """
     prev = _previous(pages)
     warm = prev != COLD
@@ -79,7 +79,7 @@ def reuse_distances(pages: npt.NDArray[np.uint64]) -> I64:
 
 
 def _previous(pages: npt.NDArray[np.uint64]) -> I64:
-    """The index of the last earlier access to the same page, or COLD."""
+    """Return, for each access, the index of the last earlier access to its page, or COLD."""
     order = np.argsort(pages, kind="stable")
     same = pages[order[1:]] == pages[order[:-1]]
     prev = np.full(pages.size, COLD, dtype=np.int64)
@@ -88,7 +88,7 @@ def _previous(pages: npt.NDArray[np.uint64]) -> I64:
 
 
 def _rank_among_predecessors(key: I64) -> I64:
-    """For each element of distinct, non-negative keys, how many earlier ones are smaller.
+    """Return, for each element of distinct, non-negative keys, how many earlier ones are smaller.
 
     A radix partition from the highest bit down: within a run of equal higher bits (in order of time), an
     element with the bit set is above all earlier ones of the run that have it clear.
