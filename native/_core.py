@@ -1,7 +1,7 @@
-"""Loads the extension and takes the core's names from it.
+"""Load the extension and take the core's names from it.
 
-Importing this module realises every type and symbol of the extension once, in the importing thread.  cffi
-does that lazily otherwise, and on CPython 3.11 not safely enough when many threads start at once.
+Importing this module realises every type and symbol of the extension once, in the importing thread.
+Otherwise cffi does that lazily, which is not safe on CPython 3.11 when many threads start at once.
 """
 
 from __future__ import annotations
@@ -34,9 +34,9 @@ except ModuleNotFoundError as error:
 
 
 def enum_names(enum: str, prefix: str, count: str = "") -> tuple[str, ...]:
-    """Names of an enum's values 0, 1, ... in lower case without the prefix.
+    """Return the names of an enum's values 0, 1, ... in lower case without the prefix.
 
-    `count` is the member that ends the list, where the prefix does not tell it from the others.
+    `count` names the member that ends the list, if the prefix does not distinguish it.
 
     >>> enum_names("page_size", "PAGE_")
     ('4k', '2m', '1g')
@@ -56,7 +56,7 @@ def _realise_everything() -> None:
         ffi.typeof(name)
     for name in (*(f"struct {s}" for s in structs), *(f"union {u}" for u in unions)):
         ffi.typeof(f"{name} *")
-        # new() lays the fields out; opaque types have none and refuse.
+        # new() lays the fields out; opaque types have none, so it fails for them.
         with suppress(TypeError, ffi.error):
             ffi.new(f"{name} *")
     for name in dir(lib):
@@ -77,5 +77,5 @@ FLUSH_SCOPES = enum_names("flush_scope", "SCOPE_")
 FLUSH_REASONS = enum_names("flush_reason", "REASON_")
 VM_STAT_NAMES = enum_names("vm_stat", "STAT_")
 EXIT_REASONS = enum_names("exit_reason", "EXIT_", count="EXIT_REASONS")
-# As reports and documents write them: use-after-free.
+# Spelled as in reports and documents: use-after-free.
 VIOLATION_KINDS = tuple(name.replace("_", "-") for name in enum_names("violation", "VIOLATION_"))

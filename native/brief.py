@@ -1,11 +1,11 @@
 """Core functions during which Python keeps the GIL.
 
 cffi releases the GIL around every call.  Around a call of a few dozen nanoseconds that costs more than it
-gives: with other threads waiting, each release wakes one of them for nothing, and the caller may find the
-GIL gone for a whole switch interval.  A VM exit makes some twenty such calls.
+gains: if other threads wait, each release wakes one of them in vain, and the caller may lose the GIL for a
+whole switch interval.  A VM exit makes some twenty such calls.
 
-Here are functions that touch a few words, never wait, and never need the GIL's owner to make progress.
-Whatever waits, copies pages or loops over more than a cache line's worth of state is not here.
+The functions listed here access a few words, never wait, and never need the GIL's owner to make progress.  A
+function that waits, copies pages or loops over more than a cache line's worth of state must not be listed.
 """
 
 from __future__ import annotations
@@ -85,7 +85,7 @@ _CALL = re.compile(
 
 
 def keep_gil(wrappers: str, names: Iterable[str] = BRIEF) -> str:
-    """cffi's generated C with the GIL kept around calls of these functions, all of which it must call."""
+    """Return cffi's generated C with the GIL kept around calls of these functions, all of which it calls."""
     brief = set(names)
     kept: set[str] = set()
 

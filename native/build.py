@@ -1,12 +1,12 @@
-"""Builds `native._native`, the C core, with cffi in API mode.
+"""Build `native._native`, the C core, with cffi in API mode.
 
 `pip install` reaches `BuildExt` through pyproject.toml; `python -m native.build` builds in place for
-development.  What Python sees of the core is what stands between `/* api */` and `/* end api */` in the
-headers of this directory: there is no second list of declarations that could disagree with the first.
+development.  Python sees the declarations between `/* api */` and `/* end api */` in the headers of this
+directory; a second list, which could contradict them, does not exist.
 
 Environment:
-    FLUSHLAB_SANITIZE=thread|address   instrument the core (address brings undefined behaviour along)
-    FLUSHLAB_WERROR=0                  let a compiler that knows more warnings than ours pass
+    FLUSHLAB_SANITIZE=thread|address   instrument the core (address includes undefined behaviour)
+    FLUSHLAB_WERROR=0                  accept warnings of other compilers than ours
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ MODULE = "native._native"
 HERE = Path(__file__).resolve().parent
 ROOT = HERE.parent
 
-# By path: in pip's build there is no package `native` to import from yet.
+# By path: in pip's build, the package `native` cannot be imported yet.
 keep_gil: Callable[[str], str] = runpy.run_path(str(HERE / "brief.py"))["keep_gil"]
 
 _API = re.compile(r"/\* api \*/(.*?)/\* end api \*/", re.DOTALL)
@@ -35,7 +35,7 @@ _INCLUDE = re.compile(r'^#include "([^"]+)"', re.MULTILINE)
 # gcc and clang both take these.  Debian's hardening options come from the interpreter's own CFLAGS.
 _FLAGS = ["-std=c11", "-O2", "-Wall", "-Wextra", "-pthread"]
 
-# cffi's generated wrappers are not ours to keep warning-free; our headers in the same file are.
+# cffi's generated wrappers may cause warnings; our headers in that file must not.
 _PRELUDE_END = """
 #pragma GCC diagnostic ignored "-Wunused-parameter"
 #pragma GCC diagnostic ignored "-Wmissing-field-initializers"
@@ -44,7 +44,7 @@ _PRELUDE_END = """
 
 
 def headers() -> list[Path]:
-    """The headers, each after those that it includes."""
+    """Return the headers, each after the headers that it includes."""
     ordered: list[Path] = []
     entered: set[Path] = set()
 
@@ -63,12 +63,12 @@ def headers() -> list[Path]:
 
 
 def sources() -> list[Path]:
-    """Every C file of the core, without what cffi generates and without the C tests' main programs."""
+    """Return the C files of the core, without cffi's output and the C tests' main programs."""
     return [path for path in sorted(HERE.glob("*.c")) if not path.name.startswith(("_", "test_"))]
 
 
 def declarations() -> str:
-    """What cffi parses: the api parts of all headers, in dependency order."""
+    """Return the declarations that cffi parses: the api parts of all headers, in dependency order."""
     return "\n".join(part for header in headers() for part in _API.findall(header.read_text()))
 
 
@@ -101,8 +101,8 @@ def ffibuilder() -> FFI:
 class BuildExt(build_ext):
     """`build_ext` that writes cffi's wrapper source first and then compiles it with the core.
 
-    pyproject.toml names the extension without sources; they are found here, so that a new C file needs
-    no mention anywhere.
+    pyproject.toml names the extension without sources; they are found here, so that a new C file need not
+    be listed.
     """
 
     def finalize_options(self) -> None:
@@ -113,7 +113,7 @@ class BuildExt(build_ext):
 
     def _describe(self, extension: Extension) -> None:
         # Paths relative to the project: distutils puts objects under build_temp by relative path, and
-        # sdist takes the lists as what belongs to the archive.
+        # sdist puts the listed files into the archive.
         here = HERE.relative_to(Path.cwd()) if HERE.is_relative_to(Path.cwd()) else HERE
         extension.sources = [str(here / path.name) for path in sources()]
         extension.depends = [str(here / path.name) for path in headers()]
@@ -135,14 +135,14 @@ class BuildExt(build_ext):
         super().build_extension(ext)
 
     def _require_python_headers(self) -> None:
-        # Debian ships them apart, and the compiler's own message buries the reason.
+        # Debian packages them separately, and the compiler's message does not show the reason.
         if not any((Path(directory) / "Python.h").exists() for directory in self.include_dirs):
             looked = ", ".join(self.include_dirs)
             sys.exit(f"Python.h: not found in {looked}; expected from python3-dev (Debian) or python3-devel")
 
 
 def build_in_place() -> None:
-    """Compile into this directory, where `import native` from a checkout looks."""
+    """Compile into this directory, from which a checkout imports `native`."""
     os.chdir(ROOT)
     distribution = Distribution(
         {
@@ -155,11 +155,11 @@ def build_in_place() -> None:
     command = distribution.get_command_obj("build_ext")
     command.inplace = True
     command.parallel = os.cpu_count()
-    # Objects of different sanitizers must not meet.
+    # Objects built with different sanitizers must not be linked together.
     command.build_temp = str(Path("build") / ("native-" + os.environ.get("FLUSHLAB_SANITIZE", "plain")))
     command.force = "--force" in sys.argv
     distribution.run_command("build_ext")
-    # Not above: pip's build has no package `native` to import from.
+    # Not at the top: pip's build cannot import the package `native`.
     from native.stub import update
 
     update()

@@ -22,7 +22,7 @@ enum counter {
 	COUNT_WALK_REFERENCES,   /* table entries read by hardware walks, both dimensions */
 	COUNT_WALK_UPDATES,      /* SPTEs in which hardware walks set A or D */
 	COUNT_REFILLS,           /* misses that match a ghost: refills caused by a flush */
-	COUNT_AVERTED,           /* of those, ghosts whose use would have been a violation */
+	COUNT_AVERTED,           /* of those, ghosts that would have been a violation if used */
 	COUNT_LEGAL_STALE,       /* stale translations used before their revocation completed */
 	COUNT_ORACLE_SLOW,       /* custody checks that needed the slow path */
 	COUNT_SPECULATIVE,       /* translations filled without an access (guest_speculate) */
@@ -32,7 +32,7 @@ enum counter {
 	COUNT_CALLS_RUN,         /* calls run on this CPU */
 	COUNT_CALLS_SERVICED,    /* of those, run by their sender while this CPU was halted */
 	COUNT_INTERRUPTIONS,     /* guest mode left because of an IPI */
-	COUNT_BYSTANDER,         /* of those, interruptions in which no call concerned the VM whose guest was left */
+	COUNT_BYSTANDER,         /* of those, interruptions in which no call concerned the interrupted guest's VM */
 	COUNT_IPIS_VMCLEAR,      /* of COUNT_IPIS_SENT: for a VMCLEAR, which every migration needs */
 	COUNT_INTERRUPTIONS_VMCLEAR, /* of COUNT_INTERRUPTIONS: caused by such IPIs alone */
 	COUNT_NECESSARY_INTERRUPTIONS, /* flushes that an interruption led to and that averted a use */
@@ -77,7 +77,7 @@ enum histogram {
 	HISTOGRAMS
 };
 
-/* Upper bounds are 2^i nanoseconds; the last bucket takes everything beyond. */
+/* Upper bounds are 2^i nanoseconds; the last bucket takes all larger values. */
 enum { HISTOGRAM_BUCKETS = 36 };
 
 /* The entries that a flush drops, by the SDM's name for its scope. */

@@ -58,7 +58,7 @@ void cpu_notify(struct machine *m, uint32_t cpu, uint32_t bits);
 /* Called by the CPU's thread: clear bits (ATTENTION_STOP and ATTENTION_IPI stay). */
 void cpu_clear_attention(struct machine *m, uint32_t cpu, uint32_t bits);
 
-/* Event count for waits whose condition Python tests: seq = cpu_event(); test; cpu_wait_event(seq).
+/* Event count for waits on a condition that Python tests: seq = cpu_event(); test; cpu_wait_event(seq).
  * Returns 0 when the event moved on or the timeout passed (timeout_us 0: none), or an error. */
 uint32_t cpu_event(struct machine *m, uint32_t cpu);
 int cpu_wait_event(struct machine *m, uint32_t cpu, uint32_t seq, uint64_t timeout_us);
@@ -114,7 +114,7 @@ struct cpu {
 	uint32_t locks_held; /* mmu_locks held: no synchronize_* while not 0 */
 	uint32_t irqs_off;
 	uint32_t in_call; /* runs an IPI function, which may neither wait nor send */
-	uint32_t guest_vm; /* VM whose guest runs here or ran here last */
+	uint32_t guest_vm; /* VM of the guest that runs here or ran here last */
 	bool concerned;    /* a call since then concerned that VM */
 	bool kicked;       /* a call since then was other than IPI_VMCS_CLEAR */
 	bool interrupted;  /* that guest was left because of an IPI */
@@ -157,31 +157,31 @@ struct wait {
 	uint32_t cpu;
 	uint32_t seq;
 	uint64_t started;  /* monotonic ns of the first turn; 0: none yet */
-	uint64_t counted;  /* up to when its time is in COUNT_WAIT_NANOSECONDS */
+	uint64_t counted;  /* time up to which COUNT_WAIT_NANOSECONDS includes it */
 	uint64_t sleep_ns; /* longest single sleep; 0: no limit */
-	bool sleeps;       /* the next turn sleeps: a condition that needs to be asked for is asked for now */
+	bool sleeps;       /* the next turn sleeps: a waiter that must request its wake-up does so now */
 	bool ignore_stop;  /* for waits that must finish while the machine stops */
-	bool idle;         /* not a wait for somebody: not counted */
+	bool idle;         /* idle, not waiting for another CPU: not counted */
 };
 struct wait wait_begin(struct machine *m, uint32_t cpu);
 int wait_turn(struct wait *w);
 
-/* HLT in guest mode, without an exit: sleep until there is attention, at most up to `until` (monotonic ns).
- * Senders do not serve this CPU's calls, they wake it: it must leave guest mode to acknowledge. */
+/* HLT in guest mode, without an exit: sleep until attention is set, at most until `until` (monotonic ns).
+ * Senders do not service this CPU's calls but wake it: it must leave guest mode to acknowledge. */
 void cpu_guest_halt(struct machine *m, uint32_t cpu, uint64_t until);
 
-/* CPUs that wait for something that has no better way to find them. */
+/* CPUs that wait for a condition, if the CPU that makes it true cannot find them otherwise. */
 struct waiters {
 	_Atomic uint64_t *mask; /* a bit per CPU */
 	uint32_t words;
 };
 int waiters_init(struct waiters *waiters, const struct machine *m);
 void waiters_fini(struct waiters *waiters, const struct machine *m);
-/* Before the waiter tests its condition for the last time: P1 with waiters_wake() after it came true. */
+/* Called before the waiter tests its condition for the last time: P1 with waiters_wake() after it became true. */
 void waiters_add(struct waiters *waiters, uint32_t cpu);
 void waiters_wake(struct machine *m, struct waiters *waiters);
 
-/* Where order matters: delays its caller now and then if the machine was built with chaos. */
+/* A point where order matters: delays its caller now and then if the machine was built with chaos. */
 void chaos_delay(struct machine *m, uint32_t cpu);
 
 static inline void chaos_point(struct machine *m, uint32_t cpu)

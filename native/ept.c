@@ -38,7 +38,7 @@ int64_t ept_table_alloc(struct machine *m, uint32_t cpu, uint32_t kind)
 
 void ept_table_free(struct machine *m, uint32_t cpu, uint32_t table)
 {
-	/* Before it can be the next root, whose event would then precede this one. */
+	/* Recorded before it can be the next root, or that root's event would come first. */
 	if (frame_kind_of(m->frames, table) == FRAME_ROOT)
 		event_record(m, cpu, EVENT_ROOT_FREE, table, 0);
 	frame_free(m, cpu, table);
@@ -103,7 +103,7 @@ bool spte_child_holds(struct machine *m, uint32_t cpu, uint32_t vm, uint64_t spt
 
 void spte_set_pfn(struct machine *m, uint32_t cpu, uint32_t vm, uint64_t gfn, uint64_t spte, uint32_t level)
 {
-	/* spte_to_pfn(): for a huge page the first frame, whose struct page stands for all. */
+	/* spte_to_pfn(): for a huge page the first frame; its struct page stands for all. */
 	uint32_t hfn = spte_hfn(spte), custody = spte_leaf_custody(spte, level);
 	struct violation_report r = {
 		.kinds = 1u << VIOLATION_USE_AFTER_FREE,

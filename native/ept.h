@@ -81,8 +81,8 @@ struct tdp_removal {
 	uint64_t leafs;      /* 4 KiB pages unmapped */
 };
 
-/* Begin at a table whose link was `spte`, of `level`.  If the frame is no longer that table, this is reported,
- * and there is nothing to do. */
+/* Begin at a table that was linked by `spte`, of `level`.  If the frame is no longer that table, this is
+ * reported, and there is nothing to do. */
 int tdp_removal_begin(struct machine *m, uint32_t cpu, uint32_t vm, struct tdp_removal *removal, uint64_t spte,
 		      uint32_t level, uint64_t gfn, int shared);
 /* Process at most `max` entries, of one page.  0, or MACHINE_AGAIN at an entry that another CPU has frozen:
@@ -146,7 +146,7 @@ struct tdp_chunk {
  * done is not set and next_gfn is unchanged; the other CPU must have a chance to run before the next call. */
 int tdp_walk_chunk(struct machine *m, uint32_t cpu, uint32_t vm, struct tdp_chunk *chunk, uint32_t max);
 
-/* make_small_spte(), 512 times: make a table whose 512 leafs map the block of huge_spte, not yet linked; its
+/* make_small_spte(), 512 times: make a table of 512 leafs that map the block of huge_spte, not yet linked; its
  * number or MACHINE_NOMEM.  Linking it with tdp_mmu_set_spte_atomic changes no right. */
 int64_t tdp_mmu_make_split_table(struct machine *m, uint32_t cpu, uint64_t huge_spte, uint32_t level);
 /* Install 4K leafs for n gfns from `gfn` on in one table where the SPTE is not present (fault-around): hfns,

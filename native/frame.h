@@ -38,7 +38,7 @@ uint32_t frame_tag_of(struct machine *m, uint32_t hfn);
 uint32_t frame_host_tag_of(struct machine *m, uint32_t hfn);
 /* Return how many times the frame was freed. */
 uint32_t frame_life_of(struct machine *m, uint32_t hfn);
-/* Of FRAME_BLOCK these count blocks: a block counts whole as long as one of its frames is in use. */
+/* For FRAME_BLOCK these count blocks: a block counts as long as one of its frames is in use. */
 uint32_t frames_in_use(struct machine *m, uint32_t kind);
 uint32_t frames_total(struct machine *m, uint32_t kind);
 /* While no CPU runs: restore a new machine's order of allocation, for all kinds of which no frame is in use.
@@ -47,7 +47,7 @@ uint64_t frames_order(struct machine *m);
 /* One 64-bit word of a frame, as a guest or user space sees it. */
 uint64_t frame_read(struct machine *m, uint32_t hfn, uint32_t word);
 void frame_write(struct machine *m, uint32_t hfn, uint32_t word, uint64_t value);
-/* Return the clock of the frame's block: the custody of a huge leaf whose fault is now. */
+/* Return the clock of the frame's block: the custody of a huge leaf for a fault at this moment. */
 uint32_t frame_block_custody(struct machine *m, uint32_t hfn);
 /* end api */
 

@@ -15,13 +15,13 @@
 struct guest_config {
 	uint64_t first_gfn;      /* guest-physical memory that this vCPU's OS hands out */
 	uint64_t end_gfn;
-	uint32_t stride;         /* vCPUs of a VM that share the range page by page (2 MiB block by block): */
-	uint32_t phase;          /* ... this one has every stride-th, from phase on; stride 0: all of it */
+	uint32_t stride;         /* vCPUs of a VM that share the range page by page (2 MiB block by block) */
+	uint32_t phase;          /* this vCPU has every stride-th, from phase on; stride 0: all of it */
 	uint64_t mmio_gfn;       /* 0: none; else gfns of a second memslot that the OS maps, too */
 	uint64_t mmio_end_gfn;
 	uint32_t switch_every;   /* accesses between context switches; 0: never */
-	uint32_t unmap_every;    /* ... between unmapping one page */
-	uint32_t protect_every;  /* ... between taking write access from one page */
+	uint32_t unmap_every;    /* accesses between unmapping one page; 0: never */
+	uint32_t protect_every;  /* accesses between write-protecting one page; 0: never */
 	uint32_t hugepages;      /* map anonymous regions with 2 MiB guest pages where they fit */
 	uint32_t pcid;           /* CR4.PCIDE */
 	uint32_t paging;         /* 0: CR0.PG = 0, addresses are guest-physical */
@@ -47,7 +47,7 @@ enum exit_reason {
 	EXIT_TRIPLE_FAULT,   /* the guest OS cannot go on: out of memory, or its tables are garbage */
 	EXIT_INSTRUCTION,    /* guest_insn.h: access is the instruction, linear its operand */
 	EXIT_PROGRAM,        /* program.h: GUEST_OP_EXIT, linear its value */
-	EXIT_PROGRAM_END,    /* ... and no operation is left */
+	EXIT_PROGRAM_END,    /* the program has no operation left */
 	EXIT_REASONS
 };
 

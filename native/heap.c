@@ -252,8 +252,7 @@ static bool is_told(struct heap *h)
 {
 	_Atomic uint32_t *lock = &books_of(h)->lock;
 
-	atomic_store_explicit(lock, 0, memory_order_relaxed); /* the stored value does not matter: no other thread
-							       * uses the region */
+	atomic_store_explicit(lock, 0, memory_order_relaxed); /* it is 0 already: no other thread uses the region */
 	return !know_dirty(h) && h->is_dirty[0];
 }
 

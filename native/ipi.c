@@ -49,7 +49,7 @@ static void csd_unlock(struct machine *m, struct csd *csd)
 		cpu_wake(m, sender);
 }
 
-/* Return the VM on whose behalf a call is made (ipi.h). */
+/* Return the VM for which a call is made (ipi.h). */
 static uint32_t vm_of_call(const struct machine *m, uint32_t function, uint64_t argument)
 {
 	return function == IPI_VMCS_CLEAR && argument < m->config.vcpus ? m->vcpus[argument].vm

@@ -16,7 +16,7 @@
 #include "cpu.h"
 
 /* api */
-/* The upper 32 bits of the argument name the VM on whose behalf the call is made, except for IPI_VMCS_CLEAR. */
+/* The upper 32 bits of the argument name the VM for which the call is made, except for IPI_VMCS_CLEAR. */
 enum ipi_function {
 	IPI_ACK_KICK,      /* does nothing: the interrupt is the effect (ack_kick) */
 	IPI_VMCS_CLEAR,    /* __loaded_vmcs_clear: argument is the vCPU */

@@ -42,7 +42,7 @@ struct ledger {
 struct ledger_cursor {
 	struct ledger *ledger;
 	const _Atomic uint64_t *promise_clock;
-	uint64_t group; /* group whose lock is held, or LEDGER_NO_GROUP */
+	uint64_t group; /* group with its lock held, or LEDGER_NO_GROUP */
 };
 
 static inline struct ledger_cursor ledger_cursor(const struct machine *m, uint32_t vm)

@@ -174,8 +174,8 @@ uint64_t mm_present(struct machine *m, uint32_t vm, uint64_t start, uint64_t end
 	return present;
 }
 
-/* Return the entry of a page whose frame is about to be freed, with its contents kept.  Unchanged if there is
- * no memory for them. */
+/* Return the entry of a page that is about to lose its frame, with its contents kept.  Unchanged if there is no
+ * memory for them. */
 static uint64_t swap_out(struct machine *m, uint64_t entry)
 {
 	const _Atomic uint64_t *words = frame_words(m->frames, mm_hfn(entry));

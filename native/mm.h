@@ -67,8 +67,7 @@ int64_t mm_image_copy(struct machine *m, uint32_t vm, uint64_t base, uint64_t ma
 int64_t mm_image_copy_all(struct machine *m, uint32_t vm);
 /* Return how many copies so far have found their page changed. */
 uint64_t mm_image_changed(struct machine *m, uint32_t vm);
-/* Return the first page (hva) from `from` on whose contents differ from the image, or -1.  Only while no vCPU
- * runs. */
+/* Return the first page (hva) from `from` on that differs from the image, or -1.  Only while no vCPU runs. */
 int64_t mm_image_differs(struct machine *m, uint32_t vm, uint64_t from);
 /* Return 1 if this page differs; *value: its first differing word, which, if a guest stored it, is the clock of
  * its vCPU then (guest.h). */

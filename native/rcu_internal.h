@@ -22,7 +22,7 @@ struct rcu {
 	_Atomic int32_t holdout;
 	struct waiters waiters; /* for a grace period or for callbacks */
 	/* owned by the CPU in `thread`, or by the caller of the steps */
-	struct rcu_head *taken; /* callbacks whose grace period has not ended */
+	struct rcu_head *taken; /* callbacks that still wait for the end of their grace period */
 	uint64_t stepped_gp;    /* the grace period that rcu_gp_begin() began, 0: none */
 	alignas(CACHELINE) _Atomic(struct rcu_head *) pending;
 	_Atomic uint64_t queued;

@@ -112,7 +112,7 @@ static inline void spte_ungrant_all(struct machine *m, uint32_t vm, uint64_t gfn
 	spte_ungrant(m, vm, gfn, spte, level, true, spte & SPTE_WRITABLE);
 }
 
-/* spte_ungrant() for loops over many SPTEs, whose cursor holds the locks of the ledger. */
+/* spte_ungrant() for loops over many SPTEs; their cursor holds the locks of the ledger. */
 void spte_ungrant_at(struct ledger_cursor *c, struct frames *f, uint64_t gfn, uint64_t spte, uint32_t level, bool read,
 		     bool write);
 

@@ -51,8 +51,8 @@ void srcu_read_unlock(struct machine *m, uint32_t cpu, uint32_t vm, int index)
 		cpu_wake(m, waiting - 1);
 }
 
-/* Unlocks are counted before locks, so a reader whose unlock is counted is counted in the locks, too.  Locks
- * are counted with a read-modify-write: a later reader acquires from it (as with rcu_snapshot). */
+/* Unlocks are counted before locks, so a reader that is counted in the unlocks is counted in the locks, too.
+ * Locks are counted with a read-modify-write: a later reader acquires from it (as with rcu_snapshot). */
 static bool srcu_is_drained(struct srcu *srcu, uint32_t index)
 {
 	uint64_t unlocks = atomic_load_explicit(&srcu->unlock_count[index], SEQ_CST);

@@ -1,11 +1,11 @@
-"""Writes `native/_native.pyi`: what mypy knows of the core, from the declarations that cffi reads.
+"""Write `native/_native.pyi`, the core's types for mypy, from the declarations that cffi reads.
 
-`python -m native.build` brings the stub up to date with the headers.  It is committed, so that mypy and
+`python -m native.build` updates the stub from the headers.  It is committed, so that mypy and
 editors need no build; tests/native/test_stub.py compares it with the headers.
 
 Types of cffi's objects follow cffi's own rules: `struct x *` (`XPtr`) has the fields of `struct x` (`X`), an
-array (`Array[X]`) has none; an argument takes the latter if its name is a plural.  A field that is named like
-a keyword is left to getattr().
+array (`Array[X]`) has none; an argument has the array type if its name is a plural.  A field named like a
+keyword must be read with getattr().
 """
 
 from __future__ import annotations
@@ -22,8 +22,8 @@ from native.build import HERE, declarations
 
 STUB: Final = HERE / "_native.pyi"
 
-# Arguments whose names stand for one kind of number (native/types.py) in every function on a machine.  A TLB
-# by itself takes any tags.
+# Names of arguments that stand for one kind of number (native/types.py) in every function on a machine.  A
+# TLB by itself takes any tags.
 ARGUMENTS: Final = {
     "cpu": "CpuId",
     "target": "CpuId",
@@ -38,7 +38,7 @@ ARGUMENTS: Final = {
     "promise": "PromiseKind",
     "stat": "VmStat",
 }
-# Those whose meaning the function's name tells.
+# Arguments that have a meaning of their own in these functions.
 EXCEPTIONS: Final = {
     ("vcpu_set_cpu", "cpu"): "int",  # -1: not loaded
     ("tlb_dropped", "vm"): "int",  # -1: of any VM
@@ -62,16 +62,16 @@ EXCEPTIONS: Final = {
         )
     },
 }
-# Arguments that may be NULL: count only.
+# Arguments that may be NULL: then the function only counts.
 NULLABLE: Final = frozenset({("tlb_dump", "entries"), ("psc_dump", "entries")})
-# Fields that KVM's code passes on.
+# Fields that KVM's code passes to functions of the core.
 FIELDS: Final = {
     ("mm_page", "hfn"): "Hfn",
     ("tdp_chunk", "root"): "Hfn",
     ("tdp_chunk", "found_table"): "Hfn",
     ("tdp_removal", "page"): "Hfn",
 }
-# Members of these enums have the type of the arguments that take them, but for the one that counts them.
+# Members of these enums have the type of the arguments that take them, except the member that counts them.
 ENUMS: Final = {
     "counter": "CounterId",
     "histogram": "HistogramId",
@@ -191,7 +191,7 @@ def _spelled(node: c_ast.Node) -> tuple[str, int, bool]:
 
 
 def _value(name: str) -> str:
-    """A number by value, whatever its width."""
+    """Return the type of a number passed by value, of any width."""
     if name != "int" and name not in _INTEGERS:
         raise ValueError(f"native/stub.py: no Python type for {name!r}")
     return "int"
@@ -216,7 +216,7 @@ def _argument(function: str, decl: c_ast.Decl, opaque: set[str], names: Mapping[
     struct = name.removeprefix("struct ")
     if struct in opaque:
         return f"{_class_of(struct)}Ptr"
-    # entries, events, reports: as many as the argument behind it says.
+    # entries, events, reports: arrays; the next argument is their length.
     own = _class_of(struct)
     return (f"Array[{own}]" if decl.name.endswith("s") else f"{own}Ptr") + null
 
@@ -224,7 +224,7 @@ def _argument(function: str, decl: c_ast.Decl, opaque: set[str], names: Mapping[
 def _function(decl: c_ast.Decl, opaque: set[str]) -> str:
     params = [argument for argument in decl.type.args.params if argument.name is not None]
     names = {} if params and params[0].name == "t" else ARGUMENTS
-    # A name is there to be read only: calls of cffi take no keywords.
+    # The name is documentation only: calls of cffi take no keywords.
     arguments = [
         f"{argument.name}{'_' * iskeyword(argument.name)}: {_argument(decl.name, argument, opaque, names)}"
         for argument in params
@@ -259,7 +259,7 @@ def _enum(enum: c_ast.Enum) -> Iterator[str]:
 
 
 def _news(structs: Iterable[str]) -> Iterator[str]:
-    """Overloads of ffi.new() by the text of the type."""
+    """Yield the overloads of ffi.new() by the text of the type."""
     kinds = [("char[]", "Chars")]
     for word, kind in WORDS.items():
         kinds += [(f"{word} *", kind), (f"{word}[]", kind)]
@@ -269,7 +269,7 @@ def _news(structs: Iterable[str]) -> Iterator[str]:
     for cdecl, kind in kinds:
         yield "    @overload"
         yield f'    def new(self, cdecl: Literal["{cdecl}"], init: object = ..., /) -> {kind}: ...'
-    # Types that the text does not tell.
+    # Types that are computed at run time.
     yield "    @overload"
     yield "    def new(self, cdecl: str, init: object = ..., /) -> CData: ..."
 

@@ -349,7 +349,7 @@ static uint32_t min_level_of(const struct tdp_chunk *c)
 	}
 }
 
-/* Return whether the root page is still the root: a walk whose root page was freed, and maybe reused, ends. */
+/* Return whether the root page is still the root: a walk ends if its root page was freed, and maybe reused. */
 static bool root_holds(const struct tdp_iter *it)
 {
 	const struct tdp_chunk *c = it->c;

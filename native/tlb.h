@@ -26,8 +26,8 @@ enum mapping_kind { KIND_LINEAR, KIND_GUEST_PHYSICAL, KIND_COMBINED };
 enum page_size { PAGE_4K, PAGE_2M, PAGE_1G };
 enum access_type { ACCESS_READ, ACCESS_WRITE, ACCESS_EXECUTE, ACCESS_TYPES };
 
-/* No right has this value: the translation does not permit the access (or needs a walk first, as a write
- * through an entry whose dirty flag is clear does). */
+/* No right has this value: the translation does not permit the access (or needs a walk first, as a write does
+ * while the entry's dirty flag is clear). */
 enum { RIGHT_NONE = 0x8000 };
 
 /* One translation.  right[t] is the value that the custody check compares: the custody tag (15 bits) of the

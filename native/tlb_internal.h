@@ -6,7 +6,7 @@
 #include "tlb_store.h"
 
 enum {
-	PCID_GLOBAL = 0xffff,  /* the context of the global translations of a VPID (and EP4TA) */
+	PCID_GLOBAL = 0xffff,  /* in place of a PCID: the context of the global translations of a VPID (and EP4TA) */
 	FLUSH_HISTORY = 16,    /* past generations of which a context remembers the ending flush */
 	VPID_BUCKETS = 256,
 	CONTEXT_BUCKETS = 4096,
@@ -52,11 +52,11 @@ struct tlb {
 	uint64_t l1_misses; /* in tlb_l1_miss() */
 	/* the current context */
 	uint32_t vpid, pcid;
-	uint32_t kind;     /* of the accesses: what the first level serves */
-	uint32_t serves;   /* context whose bits are in l1.context_bits */
+	uint32_t kind;     /* kind of the accesses, served by the first level */
+	uint32_t serves;   /* context that l1.context_bits stand for */
 	uint32_t paged;    /* context of vpid, pcid (, ep4ta); 0 if paging is off */
-	uint32_t global;   /* that of its global translations, 0 if there is none yet */
-	uint32_t physical; /* that of guest-physical mappings, 0 if EPT is off */
+	uint32_t global;   /* context of its global translations, 0 if there is none yet */
+	uint32_t physical; /* context of guest-physical mappings, 0 if EPT is off */
 	struct store l2;
 	struct store psc[PSC_LEVELS];
 	/* contexts */
@@ -72,8 +72,8 @@ struct tlb {
 	 * whether INVLPG must search for pieces. */
 	uint32_t pieces[PIECE_BUCKETS];
 	/* flushes and ghosts */
-	/* The last 4 KiB ids looked for and not in any cell, by whose mappings: the fill that follows such a miss
-	 * needs not look again. */
+	/* The last 4 KiB ids that were looked up and are in no cell, by kind of context: the fill that follows
+	 * such a miss need not search again. */
 	uint64_t absent[ABSENTS];
 	uint64_t fills;
 	uint64_t flush;

@@ -1,8 +1,8 @@
-"""Kinds of numbers that the core's functions take, for mypy.
+"""Types for the kinds of numbers that the core's functions take, for mypy.
 
-The core tells CPUs, VMs and vCPUs apart by arguments' places alone: two of them in the wrong order are a call
-about another CPU and another VM, which succeeds.  `native/_native.pyi` gives each argument the type here that
-its name stands for (native/stub.py), so that such a call is an error of types.  At run time all are ints.
+The core distinguishes CPUs, VMs and vCPUs by the positions of arguments alone: a call with two of them
+swapped acts on another CPU and another VM, and succeeds.  `native/_native.pyi` gives each argument the type
+that its name stands for (native/stub.py), so that such a call is a type error.  At run time all are ints.
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ CpuId = NewType("CpuId", int)
 # A host frame: a table page, a root, or a page of a guest.
 Hfn = NewType("Hfn", int)
 VmId = NewType("VmId", int)
-# Machine-wide, not the VM's own vcpu_id.
+# A machine-wide number, not KVM's vcpu_id.
 VcpuId = NewType("VcpuId", int)
 Vpid = NewType("Vpid", int)
 

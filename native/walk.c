@@ -277,7 +277,7 @@ enum walk_result walk_physical(struct walk *w, uint64_t gfn, uint32_t type, stru
 	if (r != WALK_DONE)
 		return r;
 	tlb_insert(w->tlb, out, gfn);
-	/* An SPTE whose custody was void from the start is found here, at its first use. */
+	/* An SPTE installed with void custody is found here, at its first use. */
 	if (!walk_check(w, out, gfn, type, 0))
 		return WALK_SKIPPED;
 	return WALK_DONE;

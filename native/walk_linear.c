@@ -1,4 +1,4 @@
-/* Two-dimensional walks: guest tables, each of whose entries is itself reached through the EPT. */
+/* Two-dimensional walks: guest tables, of which each entry is itself reached through the EPT. */
 #include "counters.h"
 #include "frame.h"
 #include "tlb_internal.h"
@@ -35,7 +35,7 @@ static void cache_table(struct walk *w, uint64_t page, const struct table *t, ui
 	psc_insert(w->tlb, &p);
 }
 
-/* Let the oracle judge a cached pointer to a guest table whose right fails the fast check. */
+/* Let the oracle judge a cached pointer to a guest table that fails the fast check. */
 static bool table_check_slow(struct walk *w, uint64_t page, const struct psc_entry *p)
 {
 	struct tlb_entry e = {
