@@ -1,6 +1,6 @@
-"""The custom collector: new metric objects at each scrape, filled from the native counters.
+"""The custom collector, which fills new metric objects from the native counters at each scrape.
 
-Cardinality is bounded whatever the scenario: VMs beyond the first `MAX_VMS` share the label value "other",
+Cardinality is bounded for every scenario: VMs beyond the first `MAX_VMS` share the label value "other",
 histograms have thirteen buckets, pCPUs are labels only on request and then for the first `MAX_CPUS`.
 """
 
@@ -81,8 +81,8 @@ _PER_CPU = (
 class MachineCollector(Collector):
     """Metrics of the machine that is up, if any.
 
-    The lock is between scrapes and the machine's end: `machine_down` waits for a scrape in progress, so that
-    the machine is not freed under it.  No CPU ever takes it.
+    The lock orders scrapes and the machine's end: `machine_down` waits for a scrape in progress, so that the
+    machine is not freed under it.  No CPU ever takes the lock.
     """
 
     def __init__(self, labels: Mapping[str, str] | None = None, *, per_cpu: bool = False) -> None:
@@ -100,14 +100,14 @@ class MachineCollector(Collector):
             self._counters = None
 
     def describe(self) -> Iterable[Metric]:
-        """Nothing: the registry must not scrape at registration."""
+        """Return nothing, so that the registry does not scrape at registration."""
         return ()
 
     def collect(self) -> Iterable[Metric]:
         with self._lock:
             if self._counters is None:
                 return
-            # Complete before the lock goes: a consumer may take its time between two metrics.
+            # Complete the list before the lock is released: a consumer may pause between two metrics.
             families = list(self._families(self._counters))
         yield from families
 

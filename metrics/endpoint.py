@@ -1,4 +1,4 @@
-"""The scrape endpoint: prometheus-client's text on loopback unless told otherwise."""
+"""The scrape endpoint: prometheus-client's text, on loopback if no host is given."""
 
 from __future__ import annotations
 
@@ -15,16 +15,16 @@ from metrics.server import PATH, Server, only_metrics
 
 LOOPBACK: Final = "127.0.0.1"
 
-# Between two looks at whether to stop, and at connections whose time is up.
+# Seconds between two checks for the end of the endpoint, and for connections whose time is up.
 _POLL: Final = 0.1
 _MOST_DIGITS: Final = 5  # of a port
 _LONGEST_NAME: Final = 253  # of a host (RFC 1035, 2.3.4, without the length bytes)
 
 
 def parse_address(text: str) -> tuple[str, int]:
-    """ "9464", "0.0.0.0:9464" or "[::1]:9464" -> (host, port).
+    """Return (host, port) for "9464", "0.0.0.0:9464" or "[::1]:9464".
 
-    Raises ValueError with what is expected.
+    Raises ValueError, whose text is the expectation.
     """
     host, separator, port = text.rpartition(":")
     if not separator:
@@ -39,7 +39,8 @@ def parse_address(text: str) -> tuple[str, int]:
 
 
 def _ipv6(text: str) -> str:
-    """Return the address between brackets, without which its last colon and that of the port look alike."""
+    """Return the address between brackets.  Without brackets, the port's colon could be one of the
+    address."""
     if text.startswith("[") and text.endswith("]") and _is_ipv6(text[1:-1]):
         return text[1:-1]
     raise ValueError("[HOST:]PORT with an IPv6 address in brackets, such as [::1]:9464")
@@ -57,18 +58,18 @@ def _check_name(host: str) -> None:
 class Endpoint:
     """Serves /metrics while the context lasts.
 
-    Raises OSError from `__enter__` when the address cannot be had.
+    Raises OSError from `__enter__` if it cannot listen on the address.
     """
 
     def __init__(self, collector: Collector, host: str, port: int) -> None:
-        # Private: neither Python's own metrics nor those of another library belong here.
+        # Use a private registry, without the metrics of Python and other libraries.
         self._registry = CollectorRegistry(auto_describe=False)
         self._registry.register(collector)
         self._host = host
         self._port = port
 
     def __enter__(self) -> Self:
-        # _created series would double the number of series and say nothing here.
+        # _created series would double the number of series and hold no information here.
         disable_created_metrics()  # type: ignore[no-untyped-call]
         found = socket.getaddrinfo(
             self._host, self._port, type=socket.SOCK_STREAM, flags=socket.AI_PASSIVE | socket.AI_NUMERICSERV

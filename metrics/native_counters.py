@@ -1,7 +1,7 @@
-"""One scrape's worth of native counters, read without stopping anybody.
+"""Reads the native counters for a scrape without stopping any CPU.
 
-Sums are made in C, with the GIL released, from counters that each CPU owns; no lock is taken that a CPU
-could wait for.
+The sums are computed in C, with the GIL released, from counters that each CPU owns.  No lock is taken that a
+CPU could wait for.
 """
 
 from __future__ import annotations
@@ -64,14 +64,15 @@ class NativeCounters:
         return int(lib.rcu_pending(self._machine))
 
     def histogram(self, index: HistogramId) -> tuple[list[int], int]:
-        """(samples per bucket, sum in nanoseconds); bucket i holds samples of at most 2^i nanoseconds."""
+        """Return (samples per bucket, sum in nanoseconds).  Bucket i counts samples of at most 2^i
+        nanoseconds."""
         buckets = ffi.new("uint64_t[]", lib.HISTOGRAM_BUCKETS)
         nanoseconds = ffi.new("uint64_t *")
         lib.histogram_sum(self._machine, index, buckets, nanoseconds)
         return list(buckets), int(nanoseconds[0])
 
     def flushes(self) -> Iterator[FlushCell]:
-        """Cells that are not 0."""
+        """Yield the cells that are not 0."""
         cells = self.vms * len(FLUSH_SCOPES) * len(FLUSH_REASONS)
         counts, necessary = ffi.new("uint64_t[]", cells), ffi.new("uint64_t[]", cells)
         lib.flushes_sum(self._machine, counts, necessary)

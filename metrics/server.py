@@ -1,8 +1,8 @@
-"""An HTTP server for a few scrapers, which clients that dawdle cannot exhaust.
+"""An HTTP server for a few scrapers, which slow clients cannot exhaust.
 
-A connection is a thread, and there are at most `CONNECTIONS` of them.  When all are taken, a newcomer takes
-the place of the oldest connection, of one that has not completed its request if there is any.  So a client
-that sends its request at once is answered, however many clients hold connections open.  No connection
+Each connection has a thread, and there are at most `CONNECTIONS` of them.  When all are taken, a new one
+takes the place of the oldest connection that has not completed its request, or else of the oldest one.  So a
+client that sends its request at once is answered, however many clients hold connections open.  No connection
 outlives `SECONDS`.
 """
 
@@ -27,9 +27,9 @@ CONNECTIONS: Final = 32
 SECONDS: Final = 10.0
 PATH: Final = "/metrics"
 
-# A connection keeps its place so long in any case: time to read a request that has been sent.
+# Seconds for which a connection keeps its place in any case: time to read a request that has been sent.
 _GRACE: Final = 0.05
-# A newcomer waits so long for a place at most.
+# Seconds for which a new connection waits for a place at most.
 _PATIENCE: Final = 1.0
 
 
@@ -42,10 +42,10 @@ class _Connection:
 
 
 class Server(ThreadingMixIn, WSGIServer):
-    """Serves `application` on one address; raises OSError if that cannot be had."""
+    """Serves an application on one address; raises OSError if it cannot listen on it."""
 
     daemon_threads = True
-    # Newcomers wait here, or the kernel lets them try again after a second.
+    # New connections wait in this queue.  If it is full, the kernel lets them try again after a second.
     request_queue_size = 1024
 
     def __init__(self, family: socket.AddressFamily, address: tuple[Any, ...], app: WSGIApplication) -> None:
@@ -57,13 +57,13 @@ class Server(ThreadingMixIn, WSGIServer):
         self.set_app(app)
 
     def server_bind(self) -> None:
-        # Without HTTPServer's question to the DNS for the host's name, which may take long.
+        # Skip HTTPServer's DNS query for the host's name, which may take long.
         TCPServer.server_bind(self)
         self.server_name, self.server_port = str(self.server_address[0]), int(self.server_address[1])
         self.setup_environ()
 
     def process_request(self, request: Any, client_address: Any) -> None:
-        """Hand the connection to a thread of its own, as soon as there is a place for it."""
+        """Hand the connection to a thread of its own as soon as there is a place for it."""
         if not self._take_place():
             self.shutdown_request(request)
             return
@@ -153,7 +153,7 @@ _Head = tuple[str, list[tuple[str, str]]]  # a status and headers
 
 
 def only_metrics(metrics: WSGIApplication) -> WSGIApplication:
-    """Pass GET and HEAD of /metrics to `metrics`; answer all other requests with what is wrong with them."""
+    """Pass GET and HEAD of /metrics to `metrics`; answer all other requests with the error in them."""
 
     def application(environ: WSGIEnvironment, start_response: StartResponse) -> Iterable[bytes]:
         method = environ["REQUEST_METHOD"]
