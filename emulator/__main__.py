@@ -9,7 +9,7 @@ from emulator import interrupts
 
 
 def main() -> int:
-    """Run the command line of this process; returns the exit status."""
+    """Run the command line of this process; return the exit status."""
     _open_standard_descriptors()
     interrupts.install()
     try:
@@ -23,7 +23,10 @@ def main() -> int:
 
 
 def _open_standard_descriptors() -> None:
-    """A file or socket that is opened later must not become standard output or standard error."""
+    """Open the standard descriptors that are closed on /dev/null.
+
+    Otherwise a file or socket that is opened later would become standard output or standard error.
+    """
     while (descriptor := os.open(os.devnull, os.O_RDWR)) <= 2:
         os.set_inheritable(descriptor, True)
     os.close(descriptor)

@@ -1,7 +1,7 @@
-"""Names and bounds that `--help` shows, apart from the modules that they are about.
+"""Names and bounds that `--help` shows, apart from the modules that they belong to.
 
-Whatever the command line needs before it runs a command is imported for every command, `--version` among
-them.  So its modules import the rest in the functions that need it, and these constants from here.
+Every command, `--version` among them, imports the modules of the command line.  To keep that fast, they
+import the rest of the package in the functions that need it, and these constants from here.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""Errors in what users give: one line of bounded length, whatever was in it."""
+"""Errors in users' input, reported in one line of bounded length whatever the input contains."""
 
 from __future__ import annotations
 
@@ -17,8 +17,8 @@ MOST_SHOWN: Final = 80
 class BadInput(Exception):
     """Input that cannot be used: exit status 2 and one line.
 
-    The line names the place (file, key, option), what was found there and what was expected.  Errors of
-    other modules that mean the same (a policy's, a trace's) derive from this class.
+    The line names the place (file, key, option), the value found there and the values expected.  Errors of
+    other modules about bad input (a policy, a trace) derive from this class.
     """
 
     def __init__(self, where: str, found: str, expected: str | None = None) -> None:
@@ -28,12 +28,12 @@ class BadInput(Exception):
         super().__init__(message)
 
     def __reduce__(self) -> tuple[object, ...]:
-        # Other processes' errors come pickled; the class is made again from its one argument, the line.
+        # Errors of other processes arrive pickled.  Build them again from the complete line.
         return _again, (type(self), str(self))
 
 
 def bad_input_of(line: str) -> BadInput:
-    """Return the error that says a line which is complete already."""
+    """Return an error with a line that is complete already."""
     return _again(BadInput, line)
 
 
@@ -44,9 +44,9 @@ def _again(cls: type[BadInput], line: str) -> BadInput:
 
 
 def one_line(text: str, most: int) -> str:
-    """Return the text without line breaks, control characters and halves of characters, its middle left out
-    where it is longer than `most`."""
-    # Twice as many characters as are shown suffice to look at, however many there are.
+    """Return the text without line breaks, control characters and lone surrogates, its middle left out if it
+    is longer than `most`."""
+    # Only the ends are shown, so look at twice as many characters as are shown at each end, not at all.
     if len(text) > 4 * most:
         text = text[: 2 * most] + text[-2 * most :]
     text = "".join(c if c.isprintable() else " " if c.isspace() else repr(c)[1:-1] for c in text)
@@ -54,7 +54,7 @@ def one_line(text: str, most: int) -> str:
 
 
 def shortened(text: str, most: int) -> str:
-    """Return the text, its middle left out where it is longer than `most`."""
+    """Return the text, its middle left out if it is longer than `most`."""
     if len(text) <= most:
         return text
     tail = (most - 3) // 3
@@ -76,7 +76,7 @@ _REPR: Final = _Repr()
 
 
 def shown(value: object) -> str:
-    """Return what an error says of a value: its repr(), of bounded length; of a date, what TOML writes."""
+    """Return a value's text in errors: its repr(), of bounded length, or a date as TOML writes it."""
     return one_line(str(value) if isinstance(value, date | time) else _REPR.repr(value), MOST_SHOWN)
 
 
@@ -84,8 +84,8 @@ def shown(value: object) -> str:
 
 
 def one_of(found: str, names: Iterable[str], more: str = "") -> str:
-    """Return what is expected in place of a name that does not exist: the names, and the one meant if it is
-    close.  `more`: what else may stand there."""
+    """Return the expectation in place of a name that does not exist: the known names, `more` (other values
+    that are accepted), and the name that was probably meant."""
     known = list(names)
     return f"one of {', '.join(known)}{more}{did_you_mean(found, known)}"
 
@@ -97,8 +97,8 @@ def did_you_mean(found: str, names: Iterable[str]) -> str:
 
 
 def closest(found: str, names: Iterable[str]) -> str | None:
-    """Return the name that was probably meant: one with a slip of the finger for each four letters (one for
-    three to seven letters), or the only one that contains what was found."""
+    """Return the name that was probably meant: the closest one, if it differs by at most one typing error for
+    each four letters (one for three to seven letters), or the only name that contains the one found."""
     known = list(names)
     allowed = max(1, len(found) // 4) if len(found) > 2 else 0
     near = {name: _slips(found.lower(), name.lower(), allowed) for name in known}

@@ -1,4 +1,4 @@
-"""How signals end a command: SIGINT, SIGTERM and SIGHUP are noted, and the command looks.
+"""Ends commands by signals: a handler notes SIGINT, SIGTERM or SIGHUP, and the command polls for it.
 
 Python runs a handler between any two bytecodes of the main thread: inside of another handler, while the
 thread holds a lock, in the middle of a write.  So a handler here takes no lock, logs nothing and writes
@@ -22,14 +22,14 @@ from types import FrameType
 from typing import Any, Final
 
 ENDING: Final = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
-# Exit status of a command that was ended before it had anything to say.
+# Exit status of a command that a signal ended before it had a result.
 INTERRUPTED: Final = 130
 GIVEN_UP: Final = 3
-# A command that still runs so long after the first signal hangs: say where, and give up.
+# A command that still runs so many seconds after the first signal hangs: print its stacks, and give up.
 GIVE_UP_SECONDS: Final = 20.0
-# A further signal so long after the first one is a user who waits no longer.
+# A further signal so many seconds after the first one ends the process at once: its user waits no longer.
 INSIST_SECONDS: Final = 5.0
-# The descriptor: the object that stands for sys.stderr just now need not be a file.
+# Standard error's descriptor, since sys.stderr may be replaced by an object that is no file.
 _STDERR: Final = 2
 
 
@@ -52,12 +52,12 @@ def install() -> None:
 
 
 def dump_stacks_on_request() -> None:
-    """SIGUSR1 prints the stacks of all threads; faulthandler does so without the interpreter."""
+    """Print the stacks of all threads at SIGUSR1.  faulthandler does so without the interpreter."""
     faulthandler.register(signal.SIGUSR1, _STDERR, all_threads=True)
 
 
 def ignore() -> None:
-    """Nothing is left to be done but to end: the exit status stands."""
+    """Ignore signals from here on: the exit status is decided, and the process is about to end."""
     for number in (*ENDING, signal.SIGALRM):
         signal.signal(number, signal.SIG_IGN)
     signal.setitimer(signal.ITIMER_REAL, 0)
@@ -87,7 +87,10 @@ def came() -> signal.Signals | None:
 
 
 def only_note() -> None:
-    """From here on, to the end of the command, a signal raises nothing: the command polls `came`."""
+    """Stop raising KeyboardInterrupt until the end of the command, which polls `came` instead.
+
+    A signal that came earlier and has not raised it yet raises it here.
+    """
     if _State.number and not _State.raised and _in_main_thread():
         _State.raised = True
         raise KeyboardInterrupt
@@ -95,13 +98,15 @@ def only_note() -> None:
 
 
 def allow(seconds: float) -> None:
-    """Give up only so long after a signal, if the command's work takes longer than usual to end."""
+    """Let the command take `seconds` to end after a signal, if that is more than GIVE_UP_SECONDS."""
     _State.patience = max(GIVE_UP_SECONDS, seconds)
 
 
 def ended(status: int, missing: int, planned: int) -> int:
-    """Say that a signal ended a command with `missing` of the `planned` verdicts not reached.  Returns the
-    exit status: that of the verdicts that were reached, if any."""
+    """Return the exit status of a command; if a signal ended it, print how many verdicts it did not reach.
+
+    `status` is the exit status of the verdicts that were reached.  If there are none, it is INTERRUPTED.
+    """
     number = came()
     if number is None:
         return status
@@ -114,7 +119,7 @@ def ended(status: int, missing: int, planned: int) -> int:
 
 @contextmanager
 def held() -> Iterator[None]:
-    """Let a signal wait for the end of the block, where nothing may be left half done."""
+    """Delay KeyboardInterrupt to the end of the block, which must not be left half done."""
     if not _in_main_thread():
         yield  # handlers run on the main thread only
         return
@@ -130,8 +135,10 @@ def held() -> Iterator[None]:
 
 @contextmanager
 def blocked() -> Iterator[None]:
-    """Keep the signals from the processes that the block starts: they inherit the mask.  Each ends when its
-    parent says so, or has ended."""
+    """Block the signals in the processes that the block starts, which inherit the mask.
+
+    Each of these processes ends when its parent tells it to, or has ended.
+    """
     before = signal.pthread_sigmask(signal.SIG_BLOCK, ENDING)
     try:
         yield

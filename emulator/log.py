@@ -1,8 +1,8 @@
 """Logging: loguru on standard error, as text or JSON lines, with the standard library's loggers routed in.
 
-Events are what an operator cares about (boot, stop, violations, stalls, deaths), never an access or a flush.
-Whoever logs only puts the formatted line into a queue; one thread writes.  A terminal that is stuck, a
-full pipe, therefore never stops an actor.
+Logged are events that concern an operator (boot, stop, violations, stalls, deaths), never an access or a
+flush. A thread that logs puts the formatted line into a queue, and one thread writes the lines.  So a stuck
+terminal or a full pipe never stops an actor.
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ _TEXT = "{time:HH:mm:ss.SSS} {level: <8} {message}{extra[_fields]}"
 
 
 class Logging:
-    """Logging while the context lasts.  What was logged inside is written when it ends."""
+    """Logs while the context lasts.  At its end, the lines in the queue are written."""
 
     def __init__(self, level: str = "INFO", log_format: LogFormat = "text") -> None:
         self._level = level
@@ -66,7 +66,7 @@ class Logging:
         root.setLevel(level)
         logger.remove()
         self._lines.put(None)
-        # A reader that takes nothing must not keep the program from ending.
+        # A reader that does not read must not keep the program from ending.
         self._writer.join(timeout=_LAST_WORDS_SECONDS)
         self._abandoned = True
 
@@ -75,13 +75,13 @@ class Logging:
 
     def _write(self) -> None:
         while (line := self._lines.get()) is not None and not self._abandoned:
-            # Looked up per line: a live display replaces it for its time.
+            # Look up the stream for each line: a live display replaces it while it is shown.
             stream = sys.stderr
             try:
                 stream.write(line)
                 stream.flush()
             except (OSError, ValueError):
-                # Nobody reads any more; keep emptying the queue.
+                # The reader is gone; keep emptying the queue.
                 continue
 
 

@@ -1,11 +1,11 @@
-"""Where results go: standard output, and files that are whole or not there.
+"""Writes results: to standard output, and to files that are whole or absent.
 
 A file is written beside its place and renamed, so that a reader finds the old one or the new one, also after
-a run that was killed.  A place that is taken by something else than a regular file (a device, a directory, a
-FIFO) is refused: renaming would replace it.
+a run that was killed.  A path that names anything but a regular file (a device, a directory, a FIFO) is
+refused, because renaming would replace it.
 
-Standard output that takes nothing more raises `LostOutput`, which rich and typer do not mistake for something
-of theirs; the command line turns it into at most one line and an exit status.
+A write to standard output that fails raises `LostOutput`, a type that rich and typer do not handle
+themselves; the command line turns it into at most one line and an exit status.
 """
 
 from __future__ import annotations
@@ -32,20 +32,22 @@ _KINDS: Final = {
     stat.S_IFIFO: "a FIFO",
     stat.S_IFSOCK: "a socket",
 }
-# What a result may be called while it is being written.
+# Prefix of a result's name while it is being written.
 PARTIAL: Final = ".flushlab-"
 
 
 class Unwritable(BadInput):
-    """A file that a result was to go into: one line, and exit status 2 unless a verdict was said."""
+    """A result that could not be written to its file: one line, and exit status 2 unless there is a
+    verdict."""
 
 
 class LostOutput(Exception):
-    """Standard output took nothing more.  `status`: of the verdict that it was to take."""
+    """A write to standard output failed.  `status` is the exit status of the verdict that was being
+    printed."""
 
     def __init__(self, error: OSError, status: int = 0) -> None:
         super().__init__(f"standard output: {error.strerror or error}")
-        # A reader that has seen enough is no failure.
+        # The reader closed the pipe because it had read enough, which is no failure.
         self.unwanted = error.errno == errno.EPIPE
         self.status = status
 
@@ -54,11 +56,13 @@ class LostOutput(Exception):
 
 
 def write_file(where: str, path: Path, data: str | bytes) -> None:
-    """Put a file into its place in one step.  `where`: the option in front of the path, or an empty string;
-    raises Unwritable."""
+    """Put a file into its place in one step; raise Unwritable if that fails.
+
+    `where` is the option in front of the path, or an empty string.
+    """
     place = _place(where, path)
     try:
-        # Held: a signal must leave neither half a file nor one beside it.
+        # Hold signals: one must leave neither half a file nor a temporary file beside it.
         with interrupts.held():
             _replace(place, data.encode() if isinstance(data, str) else data)
     except OSError as error:
@@ -66,7 +70,7 @@ def write_file(where: str, path: Path, data: str | bytes) -> None:
 
 
 def check_file(where: str, path: Path) -> None:
-    """Find out before hours of work, not after, whether `write_file` could do its part."""
+    """Raise Unwritable if `write_file` would fail.  Called before hours of work, not after."""
     place = _place(where, path)
     try:
         with interrupts.held():
@@ -76,7 +80,7 @@ def check_file(where: str, path: Path) -> None:
 
 
 def make_directory(where: str, path: Path) -> None:
-    """Make a directory for results and see that a file can be made in it; raises Unwritable."""
+    """Make a directory for results; raise Unwritable if that fails, or if no file can be made in it."""
     try:
         with interrupts.held():
             path.mkdir(parents=True, exist_ok=True)
@@ -87,7 +91,7 @@ def make_directory(where: str, path: Path) -> None:
 
 
 def _place(where: str, path: Path) -> Path:
-    """Return the path behind symbolic links, which stay; refuse what is no regular file."""
+    """Return the path behind symbolic links, which are kept; refuse a path that is no regular file."""
     try:
         place = path.resolve()
         mode = place.stat().st_mode
@@ -129,7 +133,8 @@ def _try(directory: Path) -> None:
 
 
 def _beside(directory: Path) -> Path:
-    """A name of its own: the file's with something added might be too long."""
+    """Return a unique temporary path.  It is not derived from the file's name, which might become too
+    long."""
     return directory / f"{PARTIAL}{os.getpid()}-{secrets.token_hex(4)}"
 
 
@@ -144,9 +149,9 @@ class _Closed(io.TextIOBase):
 
 
 class _Watched:
-    """Standard output, whose failures are LostOutput.
+    """Standard output, whose failures are raised as LostOutput.
 
-    All else is the stream's own: rich and typer ask for the terminal, the encoding and more.
+    All other attributes are the stream's: rich and typer query the terminal, the encoding and more.
     """
 
     def __init__(self, stream: TextIO) -> None:
@@ -172,7 +177,8 @@ class _Watched:
         return LostOutput(error)
 
     def _discard(self) -> None:
-        """What is still in the buffer must not fail once more when the interpreter ends."""
+        """Redirect the stream to /dev/null, so that its buffer does not fail again when the interpreter
+        ends."""
         with contextlib.suppress(OSError, ValueError):
             nowhere = os.open(os.devnull, os.O_WRONLY | os.O_CLOEXEC)
             os.dup2(nowhere, self._stream.fileno())
@@ -180,7 +186,7 @@ class _Watched:
 
 
 class _Patient:
-    """Standard error: nothing that is said there is worth ending a run for."""
+    """Standard error, whose failures are ignored: no message there is worth ending a run for."""
 
     def __init__(self, stream: TextIO) -> None:
         self._stream = stream
@@ -211,8 +217,11 @@ def watched() -> Iterator[None]:
 
 
 def _buffered(stream: TextIO) -> TextIO:
-    """With PYTHONUNBUFFERED a write that a signal interrupts loses its rest: the text layer expects the layer
-    below it to write everything, and only a buffer does."""
+    """Return the stream with a buffer below it.
+
+    PYTHONUNBUFFERED leaves it out.  The text layer expects the layer below it to write everything, which only
+    a buffer does, so a write that a signal interrupts would lose its rest.
+    """
     if not isinstance(getattr(stream, "buffer", None), io.RawIOBase):
         return stream
     file = os.fdopen(stream.fileno(), "wb", closefd=False)
@@ -221,7 +230,7 @@ def _buffered(stream: TextIO) -> TextIO:
 
 @contextmanager
 def saying(status: int) -> Iterator[None]:
-    """Say a verdict, whose exit status is `status` also if standard output does not take it whole."""
+    """Print a verdict in this block.  The exit status is `status` even if standard output fails."""
     try:
         yield
         sys.stdout.flush()

@@ -1,7 +1,7 @@
-"""The ordering points of KVM's code, by kind: what the step right behind one reads or writes.
+"""The ordering points of KVM's code.  The kind of a point tells what the step behind it reads or writes.
 
-A point is where order matters to another thread: real threads can be made to linger there, and `explore`
-begins a step there.  Litmus tests name kinds in their delays, so the list is closed.
+At a point, the order of two threads' steps matters: real threads can be delayed there, and `explore` begins a
+step there.  Litmus tests name kinds in their delays, so the list is closed.
 """
 
 from __future__ import annotations
@@ -45,7 +45,7 @@ _READ: Final = ("read",)
 _WRITE: Final = ("write",)
 _BOTH: Final = ("read", "write")
 
-# With which access each kind is announced.
+# The access that each kind announces.
 POINTS: Final[dict[PointKind, tuple[str, ...]]] = {
     "call_queue": _WRITE,
     "call_rcu": _WRITE,

@@ -20,23 +20,26 @@ from emulator.errors import BadInput, bad_input_of
 P = ParamSpec("P")
 T = TypeVar("T")
 
-# Between two looks whether a signal came.
+# Seconds between two checks for a signal.
 _TICK: Final = 0.05
 # Bytes of the line that a process may leave when it has to end at once.
 _LAST_WORDS: Final = 2000
 _BAD_INPUT: Final = 2
-# As it was before emulator.policy.forbidden kept it from policies.
+# Saved before emulator.policy.forbidden replaces it to keep it from policies.
 _exit: Final = os._exit
 
 
 class ProcessPool(ProcessPoolExecutor):
-    """`jobs` processes, each of which calls `begin` first.  Signals to the process group do not end them: the
-    process that waits for their work decides.  When it is interrupted, and when the pool is left, work that
-    has not begun is cancelled, and `ending` is true for work that has."""
+    """`jobs` processes, each of which calls `begin` first.
+
+    Signals to the process group do not end them: the process that waits for their work decides.  When it is
+    interrupted, and when the pool is left, work that has not begun is cancelled, and `ending` is true for
+    work that has begun.
+    """
 
     def __init__(self, jobs: int, begin: Callable[..., None] | None = None, *arguments: Any) -> None:
         context = multiprocessing.get_context("spawn")
-        # Without a lock, which a process that is killed might hold.
+        # Use raw memory without a lock, since a process might be killed while it holds the lock.
         self._end = context.RawValue("b", 0)
         self._words = context.RawArray("c", _LAST_WORDS)
         self._jobs = jobs
@@ -45,7 +48,7 @@ class ProcessPool(ProcessPoolExecutor):
             super().__init__(jobs, context, _begin, (self._end, self._words, begin, arguments))
 
     def submit(self, fn: Callable[P, T], /, *args: P.args, **kwargs: P.kwargs) -> Future[T]:
-        # The first call starts the processes: an exception in between would leave some that nobody ends.
+        # The first call starts the processes: an exception in between would leave processes that never end.
         with interrupts.held(), interrupts.blocked():
             try:
                 return super().submit(fn, *args, **kwargs)
@@ -57,8 +60,10 @@ class ProcessPool(ProcessPoolExecutor):
                 raise BadInput("--jobs", found, "fewer, or higher limits of processes and memory") from error
 
     def completed(self, futures: Sequence[Future[T]]) -> Iterator[Future[T]]:
-        """Yield each future that is done, in the order in which they end.  After a signal the rest is
-        cancelled: what has begun comes to an end soon, and is yielded."""
+        """Yield the futures in the order in which they complete.
+
+        After a signal, work that has not begun is cancelled; work that has begun ends soon, and is yielded.
+        """
         pending = set(futures)
         while pending:
             done, pending = wait(pending, _TICK, FIRST_COMPLETED)
@@ -66,7 +71,7 @@ class ProcessPool(ProcessPoolExecutor):
             self._end_if_interrupted(pending)
 
     def result(self, future: Future[T]) -> T:
-        """Wait for a result.  After a signal the work behind it comes to an end soon."""
+        """Wait for a result and return it.  After a signal the work behind it ends soon."""
         while not wait([future], _TICK).done:
             self._end_if_interrupted(())
         return future.result()
@@ -87,13 +92,16 @@ class ProcessPool(ProcessPoolExecutor):
 
 
 def ending() -> bool:
-    """Whether work is to end: a signal came, or this process belongs to a pool whose work is not needed."""
+    """Return whether work should end: a signal came, or this process' pool needs its work no more."""
     return interrupts.came() is not None or (_Here.end is not None and bool(_Here.end.value))
 
 
 def end_process(line: str) -> NoReturn:
-    """End this process at once, because one of its threads cannot be ended in any other way.  The line is
-    said, here or by the process that waits for this one's work, and the exit status is that of bad input."""
+    """End this process at once, because one of its threads cannot be ended in any other way.
+
+    The line is printed, here or by the process that waits for this one's work.  The exit status is that of
+    bad input.
+    """
     if _Here.words is None:
         print(f"flushlab: {line}", file=sys.stderr, flush=True)
     else:
@@ -117,7 +125,7 @@ def _begin(
         try:
             begin(*arguments)
         except BadInput as error:
-            # The pool would only say that it is broken.
+            # Without this line the pool would report only that it is broken.
             end_process(str(error))
 
 
@@ -129,8 +137,10 @@ def _end_with_parent() -> None:
 
 
 def _end_on_request() -> None:
-    """End by the parent's own SIGTERM: a pool that lost a process ends the others so.  SIGTERM from elsewhere
-    is for the parent, which then ends the pool."""
+    """Wait for SIGTERM from the parent, and end this process: a pool that lost a process so ends the others.
+
+    SIGTERM from elsewhere is meant for the parent as well, which then ends the pool.
+    """
     while signal.sigwaitinfo({signal.SIGTERM}).si_pid != os.getppid():
         pass
     _exit(1)

@@ -1,4 +1,4 @@
-"""What is wrong with a file in one line: which key, what was found, what is expected."""
+"""Reports an error in a file in one line: the key, the value found, the values expected."""
 
 from __future__ import annotations
 
@@ -14,34 +14,36 @@ from pydantic_core import ErrorDetails
 
 from emulator.errors import BadInput, closest, shortened, shown
 
-# Bytes of a file that is read at once: many times what any needs, and no more than the machine has.
+# Most bytes of a file that is read at once: many times the need of any file, and less than the machine has.
 MOST_TOML: Final = 256 << 10
 MOST_JSON: Final = 256 << 20
 _MOST_KEY: Final = 100
-# A key of n parts costs tomllib n * n steps: an equals sign, a line's begin or end are no part of a key.
+# Most dots of a key, since a key of n parts costs tomllib n * n steps.  Dots are counted between equals signs
+# and line breaks, which no key contains.
 _MOST_DOTS: Final = 200
 
 
 @dataclass(frozen=True, slots=True)
 class Unit:
-    """What a numeric field counts, for its errors: `counts` in the plural ("MiB"), or `names` what a number
-    stands for ("a vCPU")."""
+    """The unit of a numeric field, for its errors: the plural of the things that it `counts` ("MiB"), or the
+    thing that the number `names` ("a vCPU")."""
 
     counts: str = ""
     names: str = ""
 
     def number(self, kind: str) -> str:
-        """Return what is expected where no such number was found; `kind`: "a number" or "a whole number"."""
+        """Return the expectation for a value that is no such number; `kind`: "a number" or "a whole
+        number"."""
         return f"{kind} of {self.counts}" if self.counts else f"the number of {self.names}, {kind}"
 
     def bound(self, word: str, value: float) -> str:
-        """Return what is expected of a number that is out of bounds; `word`: "at least", for one."""
+        """Return the expectation for a number that is out of bounds; `word`: "at least", for example."""
         number = f"{word} {int(value) if value == int(value) else value}"
         return f"{number} {self.counts}" if self.counts else f"the number of {self.names}, {number}"
 
 
 def read_bytes(path: Path, expected: str, most: int, complain: type[BadInput] = BadInput) -> bytes:
-    """Return what a file holds; raises `complain`, also if it is more than `most` bytes."""
+    """Return the content of a file; raise `complain` if it cannot be read or has more than `most` bytes."""
     try:
         with path.open("rb") as file:
             data = file.read(most + 1)
@@ -55,7 +57,7 @@ def read_bytes(path: Path, expected: str, most: int, complain: type[BadInput] = 
 
 
 def read_text(path: Path, expected: str, most: int = MOST_TOML) -> str:
-    """Return a file's text; raises BadInput.  A byte order mark is no part of it."""
+    """Return a file's text without a byte order mark; raise BadInput if it cannot be read."""
     try:
         return read_bytes(path, expected, most).decode("utf-8-sig")
     except UnicodeDecodeError as error:
@@ -63,7 +65,7 @@ def read_text(path: Path, expected: str, most: int = MOST_TOML) -> str:
 
 
 def parse_toml(text: str, where: str) -> dict[str, Any]:
-    """Return what a TOML text holds; raises BadInput that says `where`."""
+    """Return the content of a TOML text; raise BadInput, which names `where`, if it is none."""
     if any(part.count(".") > _MOST_DOTS for line in text.splitlines() for part in line.split("=")):
         raise BadInput(where, f"not TOML: more than {_MOST_DOTS} dots in a key", "tables in tables, few deep")
     try:
@@ -77,10 +79,10 @@ def parse_toml(text: str, where: str) -> dict[str, Any]:
 
 
 def read_json(path: Path, expected: str) -> Any:
-    """Return what a JSON file holds; raises BadInput."""
+    """Return the content of a JSON file; raise BadInput if it is none."""
     text = read_text(path, expected, MOST_JSON)
     try:
-        # JSON can spell halves of characters, which no output takes.
+        # JSON can spell lone surrogates, which no output can encode: replace them.
         whole = json.dumps(json.loads(text), ensure_ascii=False).encode("utf-8", "replace")
         return json.loads(whole)
     except json.JSONDecodeError as error:
@@ -88,14 +90,14 @@ def read_json(path: Path, expected: str) -> Any:
     except RecursionError as error:
         raise BadInput(str(path), "not JSON: nested too deeply", expected) from error
     except ValueError as error:
-        # Python reads no number of more than some thousand digits.
+        # Python refuses to read a number of more than some thousand digits.
         raise BadInput(str(path), "a number of too many digits", expected) from error
 
 
 def first_error(error: ValidationError, model: type[BaseModel]) -> tuple[str, str | None]:
-    """(found, expected) of the first error, ready for `BadInput`.
+    """Return (found, expected) of the first error, ready for `BadInput`.
 
-    Unknown keys go first: a mistyped key is often why another one is missing.
+    Unknown keys go first: a mistyped key is often the reason why another one is missing.
     """
     errors = sorted(error.errors(), key=_rank)
     # A list whose only entry is wrong is also called too short.
@@ -113,7 +115,7 @@ def _rank(details: ErrorDetails) -> int:
 
 
 def dotted(location: tuple[int | str, ...]) -> str:
-    """("vm", 0, "vcpus") -> "vm[0].vcpus", of bounded length."""
+    """Return a location as text of bounded length: ("vm", 0, "vcpus") -> "vm[0].vcpus"."""
     text = ""
     for part in location:
         text += f"[{part}]" if isinstance(part, int) else f".{part}" if text else part
@@ -131,8 +133,8 @@ def _describe(details: ErrorDetails, model: type[BaseModel]) -> tuple[str, str |
         return "found nothing", f"this key, {unit.number('a number')}" if unit else "this key to be present"
     found = f"found {shown(details['input'])}"
     if kind == "value_error":
-        # Our own validators say what they expect.
-        # An enumeration's parser says what was found as well, which we do ourselves.
+        # The validators of this project give the expectation as their message.  An enumeration's parser
+        # repeats the value found, which is in the line already: drop it.
         said = str(context.get("error", details["msg"])).rstrip(".")
         value = details["input"]
         return found, said.removeprefix(f"{value!r} is not ") if isinstance(value, str) else said
@@ -163,7 +165,7 @@ def _expected(kind: str, context: dict[str, Any], message: str, unit: Unit | Non
     return types.get(kind.split("_")[0], message[0].lower() + message[1:])
 
 
-# Kinds of pydantic's errors: the entry of their context, and what is said of it.
+# Kinds of pydantic's errors about bounds: the entry of their context that has the bound, and its words.
 _BOUNDS: Final = {
     "greater_than_equal": ("ge", "at least"),
     "greater_than": ("gt", "more than"),
@@ -202,7 +204,7 @@ def _model_at(model: type[BaseModel], location: tuple[int | str, ...]) -> type[B
 
 
 def _inner_model(annotation: Any) -> type[BaseModel] | None:
-    """The model in an annotation such as Model or tuple[Model, ...]."""
+    """Return the model in an annotation such as Model or tuple[Model, ...]."""
     if isinstance(annotation, type) and issubclass(annotation, BaseModel):
         return annotation
     for argument in getattr(annotation, "__args__", ()):
