@@ -13,17 +13,17 @@
 
 Needs a C compiler (`cc`, or what $CC says), and the core built for Python (`pip install -e .`).
 
-How to read it.  A figure has one sample per repeat and, taken right before or after, one of its reference:
-the same work done barely, or what the real machine or plain pykka takes for it.  `value` and `reference` are
-medians.  `ratio` is the median of the repeats' own ratios, which a machine that gets slower half-way does not
-disturb; `ratio_of` says which way round it is (value/reference for rates and prices, reference/value for "so
-many times quicker"), `ratio_low` and `ratio_high` are the extremes.  `wanted` is what this project asks of
-the figure, `met` whether it is so; figures without a `wanted` are there for information.
+How to read it.  A figure has one sample per repeat and, taken right before or after, one sample of its
+reference: a bare version of the work, or the time that the real machine or plain pykka takes for it.  `value`
+and `reference` are medians.  `ratio` is the median of the repeats' own ratios, which a machine that gets
+slower half-way does not disturb; `ratio_of` gives its direction (value/reference for rates and prices,
+reference/value for "so many times quicker"), `ratio_low` and `ratio_high` are the extremes.  `wanted` is this
+project's condition on the figure, `met` tells whether it holds; figures without a `wanted` are information.
 
-What spoils it.  Anything else that runs: what needs two cores suffers first (a membarrier of half a
-microsecond interrupted nobody, and two pCPUs on one core are no faster than one).  The document says what the
-load was at start and at end (where the benchmarks' own threads count).  Judge by the ratios, and by how far
-their extremes lie apart.
+What spoils it.  Any other load on the machine: benchmarks that need two cores suffer first (a membarrier of
+half a microsecond interrupted no core, and two pCPUs on one core are no faster than one).  The document has
+the load at start and at end (where the benchmarks' own threads count).  Judge by the ratios, and by the
+distance of their extremes.
 
 Every run ends with the list of figures that are not as wanted.
 
@@ -34,6 +34,6 @@ something, and that the core spins before it sleeps where there are two cores); 
 
 Where things are: native/*.c print samples, one JSON object per figure (native/bench.h); toolchain.py compiles
 and runs them; programs.py, job.py, idle.py, zap.py, exploring.py and reduction.py are the benchmarks;
-figures.py does all arithmetic; history.py keeps and compares; report.py prints; machine.py says on what it
-ran.
+figures.py does all arithmetic; history.py keeps and compares; report.py prints; machine.py describes the
+machine.
 """

@@ -1,4 +1,4 @@
-"""python -m bench; what it measures and how to read it stands in bench/__init__.py."""
+"""python -m bench.  bench/__init__.py describes the measurements and how to read them."""
 
 from __future__ import annotations
 
@@ -49,7 +49,7 @@ _PIPE_COLUMNS = 140
 
 class _Parser(argparse.ArgumentParser):
     def error(self, message: str) -> NoReturn:
-        """One line, as everywhere."""
+        """Report bad usage in one line, as flushlab's commands do."""
         raise BadInput("bench", message)
 
 
@@ -65,7 +65,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     except KeyboardInterrupt:
         return 130
     console = Console(stderr=options.json == "-")
-    # Into a file or a pipe: as wide as the table is, not 80 columns.
+    # In a file or a pipe the table gets its full width instead of 80 columns.
     wide = console if console.is_terminal else Console(stderr=console.stderr, width=_PIPE_COLUMNS)
     report.print(wide, before)
     if options.keep:
@@ -78,7 +78,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 
 def run(benchmarks: Sequence[Benchmark], directory: Path, *, quick: bool) -> Report:
-    """All of them, one after the other; one that fails does not keep the others from running."""
+    """Run all benchmarks, one after the other.  If one fails, the rest still runs."""
     toolchain = Toolchain(directory)
     report = Report(quick, facts(toolchain))
     sizes = QUICK if quick else FULL
@@ -150,6 +150,6 @@ def _check_writable(option: str, name: str | None) -> None:
 
 
 if __name__ == "__main__":
-    # As Ctrl-C: what runs just now is ended, and the programs are removed.
+    # Handle SIGTERM like Ctrl-C: it ends the current benchmark, and the compiled programs are removed.
     signal.signal(signal.SIGTERM, signal.default_int_handler)
     sys.exit(main())

@@ -1,4 +1,4 @@
-"""What a benchmark is: a name, the cores it needs, and how it comes to its figures."""
+"""A benchmark: its name, the cores that it needs, and the function that yields its figures."""
 
 from __future__ import annotations
 
@@ -12,10 +12,10 @@ from bench.toolchain import Toolchain
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Sizes:
-    """How much is measured."""
+    """Sizes of the measurements."""
 
     repeats: int
-    # Of each embedded trace; None: all.
+    # Records of each embedded trace; None: all.
     trace_records: int | None
     # Interrupts of one repeat.
     ipi_rounds: int
@@ -66,7 +66,7 @@ class Context:
     toolchain: Toolchain
     directory: Path
     sizes: Sizes
-    # Told what is being measured just now.
+    # Called with the name of the current measurement.
     say: Callable[[str], None]
 
 

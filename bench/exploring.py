@@ -1,8 +1,8 @@
-"""Executions per second of `flushlab explore`, and what more processes bring.
+"""Executions per second of `flushlab explore`, and the gain of more processes.
 
 Tests of three actors each (a vCPU, the host, interrupts), all interleavings, again and again in one process;
-the reference builds the machine anew each time.  Then one large search, by as many processes as there are
-cores, beside the same search by one.
+the reference builds the machine anew each time.  Then one large search by as many processes as there are
+cores, beside a run of this search by one process.
 """
 
 from __future__ import annotations
@@ -28,8 +28,11 @@ LARGE = "remote-two-vcpus"
 
 
 def exploring(context: Context) -> Iterator[Figure]:
-    """Rates are per second of this process' CPU time, which a busy machine disturbs less; what is given up
-    half way takes time and does not count."""
+    """Yield executions per second of this process' CPU time, which a busy machine disturbs less than wall
+    time.
+
+    Executions that are given up half way take time and do not count.
+    """
     most = context.sizes.executions // 10
     for name in TESTS:
         context.say(f"explore {name}")
@@ -70,7 +73,7 @@ def _rates(context: Context, name: str, most: int, *, rebuild: bool) -> tuple[li
 
 
 def exploring_jobs(context: Context) -> Iterator[Figure]:
-    """By the clock: the machine should have nothing else to do."""
+    """Yield executions per second of wall time.  The machine should have nothing else to do."""
     jobs = len(os.sched_getaffinity(0))
     rates: dict[int, list[float]] = {1: [], jobs: []}
     for _ in range(max(1, context.sizes.repeats // 4)):

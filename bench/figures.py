@@ -1,4 +1,4 @@
-"""A figure: samples beside samples of a reference, and whether it is as wanted."""
+"""A figure: samples beside samples of a reference, and the condition that it should meet."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from typing import Annotated, Any, Literal, Self
 
 from pydantic import BaseModel, ConfigDict, Field, model_validator
 
-# Units of figures that count what happened: they depend neither on the machine's speed nor on its load.
+# Units of figures that count events: they depend neither on the machine's speed nor on its load.
 COUNTS = frozenset({"flushes", "IPIs", "executions"})
 
 _CONDITION = re.compile(r"(value|ratio) (<=|>=) (\d+(?:\.\d+)?)")
@@ -17,7 +17,7 @@ Sample = Annotated[float, Field(gt=0, allow_inf_nan=False)]
 
 
 class Figure(BaseModel):
-    """`wanted` is empty or conditions joined by "and", such as "value <= 1000 and ratio >= 5"."""
+    """A figure.  `wanted` is empty or conditions joined by "and", such as "value <= 1000 and ratio >= 5"."""
 
     model_config = ConfigDict(frozen=True, extra="forbid", strict=True)
 
@@ -51,7 +51,7 @@ class Figure(BaseModel):
 
     @property
     def ratios(self) -> list[float]:
-        """One per repeat, ascending."""
+        """Return the ratio of each repeat, in ascending order."""
         pairs = zip(self.values, self.references, strict=True)
         if self.ratio_of == "value/reference":
             return sorted(value / reference for value, reference in pairs)
@@ -63,7 +63,7 @@ class Figure(BaseModel):
 
     @property
     def met(self) -> bool | None:
-        """None: nothing is wanted."""
+        """Return whether the figure meets its conditions; None if it has none."""
         if not self.wanted:
             return None
         measured = {"value": self.value, "ratio": self.ratio}
@@ -73,11 +73,11 @@ class Figure(BaseModel):
         )
 
     def judged(self, *, quick: bool) -> bool | None:
-        """Return `met`; None if the sizes were too small to say, which they never are for a count."""
+        """Return `met`; None if the sizes were too small to tell, which cannot happen to a count."""
         return None if quick and not self.is_count else self.met
 
     def document(self, *, quick: bool) -> dict[str, Any]:
-        """Return the figure as JSON holds it; `quick`: it was measured with tiny sizes."""
+        """Return the figure for JSON.  `quick`: it was measured with tiny sizes."""
         ratios = self.ratios
         return {
             "name": self.name,
@@ -98,7 +98,8 @@ class Figure(BaseModel):
 
 
 def conditions(wanted: str) -> list[tuple[str, str, float]]:
-    """
+    """Parse the conditions of a figure.
+
     >>> conditions("value <= 1000 and ratio >= 5")
     [('value', '<=', 1000.0), ('ratio', '>=', 5.0)]
     """

@@ -1,9 +1,9 @@
 """Results that are kept, so that a change shows: one line of JSON per run, compared by machine.
 
 Times differ from machine to machine, so a run is compared with the last one that was kept on a processor of
-its own kind.  Compared are ratios, because each is taken against a reference in its own run.  A ratio has
-changed if its median has left the range of the earlier run's repeats, and the earlier median that of its own:
-noise makes ranges wide, and then nothing is called a change.
+its own kind.  Ratios are compared, because each is taken against a reference in its own run.  A ratio has
+changed if its median lies outside of the range of the earlier run's repeats, and the earlier median outside
+of the range of the new run's.  Noise makes these ranges wide, so that it is not taken for a change.
 """
 
 from __future__ import annotations
@@ -63,9 +63,9 @@ def keep(path: Path, machine: dict[str, Any], figures: Sequence[tuple[str, Figur
 
 
 def last_of(path: Path, machine: dict[str, Any]) -> Kept | None:
-    """Return the last run that was kept on a processor of this machine's kind; None: there is none.
+    """Return the last run that was kept on a processor of this machine's kind; None if there is none.
 
-    Raises BadInput where a line is no run.
+    Raises BadInput if a line is no run.
     """
     try:
         lines = path.read_text(encoding="utf-8").splitlines()
@@ -77,7 +77,7 @@ def last_of(path: Path, machine: dict[str, Any]) -> Kept | None:
 
 
 def changes(before: Kept, figures: Sequence[tuple[str, Figure]]) -> Iterator[str]:
-    """Yield a line that counts the ratios that have changed since, then a line for each."""
+    """Yield a line with the number of ratios that have changed since `before`, then a line for each."""
     known = {(f.benchmark, f.name, f.reference_name): f for f in before.figures}
     keyed = [((name, f.name, f.reference_name), f) for name, f in figures]
     pairs = [(known[key], f) for key, f in keyed if key in known]

@@ -1,7 +1,7 @@
 """Very many idle pCPUs: a broadcast to them, their boot and their stop, beside as many plain pykka actors.
 
-Both sides are what they are in use: pCPUs are the emulator's own actors, halted in the core; plain actors
-wait in pykka's inbox, and all are asked before the first answer is awaited.
+Both sides are measured as they are used: pCPUs are the emulator's own actors, halted in the core; plain
+actors wait in pykka's inbox, and all are asked before the first answer is awaited.
 """
 
 from __future__ import annotations
@@ -43,7 +43,7 @@ class PlainActor(pykka.ThreadingActor):
 
 @dataclass(slots=True)
 class Times:
-    """Of one side, in microseconds, one per repeat."""
+    """Times of one side in microseconds, one per repeat."""
 
     boot: list[float] = field(default_factory=list)
     broadcast: list[float] = field(default_factory=list)
@@ -147,7 +147,7 @@ def measure_actors(times: Times, actors: int, rounds: int) -> None:
 
 
 def _broadcast(machine: Machine, rounds: int) -> float:
-    """Median microseconds of on_each_cpu from the main thread's CPU."""
+    """Return the median microseconds of on_each_cpu() from the main thread's CPU."""
     sender = machine.cpus[machine.pcpus]
     before, samples = _calls_run(machine), []
     for _ in range(rounds):
@@ -184,12 +184,12 @@ def _wait_until(condition: Callable[[], bool], otherwise: str) -> None:
     while not condition():
         if time.monotonic() > deadline:
             raise BenchFailed(f"{otherwise} in {_PATIENCE_SECONDS:g} s")
-        # Those that it waits for must run.
+        # Let the threads run that the loop waits for.
         time.sleep(0)
 
 
 def _config(pcpus: int) -> dict[str, int]:
-    """No VM ever runs."""
+    """Return a machine's configuration with the least memory: no VM ever runs."""
     return machine_fields(
         pcpus=pcpus, housekeeping=1, vms=1, vcpus=1, root_frames=8, table_frames=8, guest_frames=16
     )

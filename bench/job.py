@@ -17,12 +17,12 @@ from bench.benchmark import Context
 from bench.errors import BenchFailed
 from bench.figures import Figure
 
-# Beyond what it was asked for: starting, stopping, and a busy machine.
+# Seconds that the job may take beyond its duration: starting, stopping, and a busy machine.
 _SPARE_SECONDS = 120
 
 
 def job(context: Context) -> Iterator[Figure]:
-    # Both cores are busy in the job: the IPI's price is taken before and after it, not during.
+    # Both cores are busy during the job, so measure the IPI's price before and after it.
     before = list(programs.ipi(context))
     context.say(f"flushlab run for {context.sizes.job_seconds} s")
     run = run_job(context.sizes.job_seconds)
@@ -44,7 +44,7 @@ def job(context: Context) -> Iterator[Figure]:
 
 
 def run_job(seconds: int) -> Mapping[str, Any]:
-    """The JSON document of a run in which nothing was wrong."""
+    """Run the job and return its JSON document; raise BenchFailed if it fails or its counters are wrong."""
     command = [sys.executable, "-m", "emulator", "run", "--duration", f"{seconds}s", "--seed", "1", "--json"]
     try:
         run = subprocess.run(
@@ -61,10 +61,11 @@ def run_job(seconds: int) -> Mapping[str, Any]:
 
 
 def check_counters(counters: Mapping[str, int]) -> None:
-    """One poll, one look-up and one check per access; more only where the access was not completed.
+    """Raise BenchFailed unless each access took one poll, one look-up and one check.
 
-    A poll that finds something ends guest mode before the look-up; a #PF or an EPT violation comes after
-    look-up and check, and the access is tried again.
+    More are allowed only for accesses that were not completed: a poll that finds something ends guest mode
+    before the look-up; a #PF or an EPT violation comes after look-up and check, and the access is tried
+    again.
     """
     interrupted = counters["polls"] - counters["lookups"]
     retried = counters["lookups"] - counters["accesses"]

@@ -1,4 +1,4 @@
-"""On what was measured: the real machine, and emulated ones."""
+"""The real machine on which a run was measured, and the configuration of emulated ones."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ def usable_cores() -> int:
 
 
 def load() -> float:
-    """Runnable threads, averaged over the last minute."""
+    """Return the number of runnable threads, averaged over the last minute."""
     return os.getloadavg()[0]
 
 
@@ -42,13 +42,13 @@ def cpu_model(cpuinfo: Path = CPUINFO) -> str:
 
 
 def cpu_family(cpuinfo: Path = CPUINFO) -> str:
-    """Return family and model, which tell processors apart that a hypervisor gives one name."""
+    """Return family and model, which distinguish processors to which a hypervisor gives one name."""
     fields = _cpuinfo(cpuinfo)
     return f"family {fields.get('cpu family', '?')} model {fields.get('model', '?')}"
 
 
 def _cpuinfo(cpuinfo: Path) -> dict[str, str]:
-    """Return the first processor's fields; none where there is no such file."""
+    """Return the first processor's fields; none if there is no such file."""
     try:
         first, _, _ = cpuinfo.read_text().partition("\n\n")
     except OSError:
@@ -58,6 +58,6 @@ def _cpuinfo(cpuinfo: Path) -> dict[str, str]:
 
 
 def machine_fields(**fields: int) -> dict[str, int]:
-    """Fields of struct machine_config: these, and TLBs of the default geometry."""
+    """Return `fields` of struct machine_config, and TLBs of the default geometry."""
     geometry = {"l1_ways": 4, "l2_entries": 1536, "l2_ways": 12, "psc_entries": 32}
     return {"guest_blocks": 1, **geometry, "seed": 1, **fields}

@@ -1,4 +1,4 @@
-"""Benchmarks that are C programs: what they are given, and which figures they print."""
+"""Benchmarks that are C programs: their arguments, and the figures that they print."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ class TraceFiles:
 
 
 def trace_files(context: Context, name: str) -> TraceFiles:
-    """Decodes an embedded trace, or its beginning."""
+    """Decode an embedded trace, or its beginning, into files."""
     files = TraceFiles(name, context.directory / f"{name}.records", context.directory / f"{name}.pages")
     if not files.pages.exists():
         records = traces.load(name).records[: context.sizes.trace_records]

@@ -1,7 +1,7 @@
-"""What partial-order reduction saves `flushlab explore`: executions with it and without.
+"""Executions that partial-order reduction saves `flushlab explore`: a search with it beside one without.
 
-Both searches cover the same interleavings of the same program: all with so many preemptions at most, or all.
-Where one comes to no end within its budget, its count is a lower bound, and the figure says so.
+Both searches cover equal interleavings of one program: all with so many preemptions at most, or all.  If one
+does not end within its budget, its count is a lower bound, and the figure says so.
 """
 
 from __future__ import annotations
@@ -25,14 +25,15 @@ BOUNDS = (0, 1, 2, None)
 
 @dataclass(frozen=True, slots=True)
 class Pair:
-    """Of one program and bound."""
+    """The searches of one program with one bound."""
 
     reduced: Found
     plain: Found
 
     @property
     def agree(self) -> bool:
-        """Outcomes, as far as the plain search came."""
+        """Return whether both searches found equal outcomes.  If the plain one is incomplete, it may have
+        found fewer."""
         seen, all_there = set(self.plain.outcomes), set(self.reduced.outcomes)
         return seen == all_there if self.plain.complete else seen <= all_there
 

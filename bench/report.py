@@ -1,4 +1,4 @@
-"""The table for people and the document for programs."""
+"""The table for the terminal and the JSON document."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ FORMAT = 1
 
 @dataclass(slots=True)
 class Report:
-    """What a run of the benchmarks came to."""
+    """The results of a run of the benchmarks."""
 
     quick: bool
     machine: dict[str, Any]
@@ -32,7 +32,7 @@ class Report:
 
     @property
     def wanted(self) -> int:
-        """Return how many figures were held against what is wanted of them."""
+        """Return the number of figures that were checked against their conditions."""
         return sum(figure.judged(quick=self.quick) is not None for _, figure in self.figures)
 
     def document(self) -> Mapping[str, Any]:
@@ -49,7 +49,7 @@ class Report:
         }
 
     def print(self, console: Console, before: Kept | None = None) -> None:
-        """Print the table, what has changed since `before`, and last what is not as wanted."""
+        """Print the table, the changes since `before`, and last the figures that are not as wanted."""
         console.print(_table(self))
         console.print(_footer(self))
         if before is not None:
@@ -104,7 +104,7 @@ def _met(figure: Figure, quick: bool) -> str:
 
 
 def _verdict(report: Report) -> list[str]:
-    """Return the last lines: each figure that is not as wanted, or that there is none."""
+    """Return the last lines: each figure that is not as wanted, or a line that all are."""
     if not report.wanted:
         return []
     if not report.unmet:
@@ -134,7 +134,7 @@ def _footer(report: Report) -> str:
 
 
 def short(number: float) -> str:
-    """Three significant digits.
+    """Return a number with three significant digits.
 
     >>> short(1234.5), short(12.345), short(0.012345)
     ('1234', '12.3', '0.0123')

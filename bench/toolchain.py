@@ -18,13 +18,13 @@ HERE = Path(__file__).resolve().parent
 PROGRAMS = HERE / "native"
 CORE = HERE.parent / "native"
 
-# As the extension is built (native/build.py), without what the interpreter adds.
+# The flags of the extension (native/build.py), without those that the interpreter adds.
 FLAGS = ("-std=c11", "-O2", "-Wall", "-Wextra", "-pthread", f"-I{CORE}", f"-I{PROGRAMS}")
 _TIMEOUT_SECONDS = 600
 
 
 class Toolchain:
-    """Programs are compiled into `directory` when they are first run; the core once for all."""
+    """Compiles programs into `directory` when they are first run, and the core once for all of them."""
 
     def __init__(self, directory: Path) -> None:
         self._directory = directory
@@ -33,7 +33,7 @@ class Toolchain:
 
     @property
     def version(self) -> str:
-        """The compiler's own first line."""
+        """Return the first line of the compiler's --version."""
         try:
             shown = subprocess.run(
                 [*self._compiler, "--version"], capture_output=True, text=True, check=False
@@ -43,7 +43,8 @@ class Toolchain:
         return shown[0] if shown else " ".join(self._compiler)
 
     def run(self, program: str, *arguments: str | int | Path) -> list[Figure]:
-        """The figures that a program prints; BenchFailed with its own words if an invariant does not hold."""
+        """Run a program and return the figures that it prints.  If one of its invariants does not hold, raise
+        BenchFailed with its message."""
         path = self._directory / program
         if not path.exists():
             self._link(program)
@@ -67,7 +68,7 @@ class Toolchain:
             sources = [source for source in sorted(CORE.glob("*.c")) if not source.name.startswith("_")]
             with ThreadPoolExecutor(os.cpu_count()) as pool:
                 self._core = list(pool.map(self._compile, sources))
-        # The name last: a half-written program is never taken for one.
+        # Rename last, so that a half-written program is never taken for a complete one.
         unfinished = self._directory / f"{program}.unfinished"
         self._call(*FLAGS, PROGRAMS / f"{program}.c", *self._core, "-o", unfinished)
         unfinished.rename(self._directory / program)
@@ -86,7 +87,7 @@ class Toolchain:
 
 
 def find_compiler() -> list[str]:
-    """$CC (which may have options), or cc."""
+    """Return the command of $CC, which may have options, or cc."""
     command = os.environ.get("CC", "").split() or ["cc"]
     path = shutil.which(command[0])
     if path is None:

@@ -1,11 +1,11 @@
-"""A 1 GiB range of 4K mappings goes: flushes, interrupts, yields and time, by what is done with its tables.
+"""Zaps a 1 GiB range of 4K mappings: flushes, interrupts, yields and time, for each way to free its tables.
 
 The range's 262144 leafs lie in 512 page tables below one entry of level 1G: 513 tables.  The mailing list's
 batching thread of November 2021 says of a zap of such an entry that a flush per removed table makes "many
 unnecessary TLB flushes when one would suffice"; the counts that this predicts are the references.
 
-Two guests are in guest mode meanwhile, outside of the range.  The leafs map the same few host frames over and
-over: what a zap does per SPTE is the same, and the memory is spared.
+Two guests are in guest mode meanwhile, outside of the range.  The leafs map a few host frames over and over,
+which spares memory and does not change the work of a zap per SPTE.
 """
 
 from __future__ import annotations
@@ -38,7 +38,7 @@ TABLE = 512
 GUEST_PAGES = 64
 PCPUS = 2
 _PATIENCE_SECONDS = 20.0
-# How long whoever contends for mmu_lock leaves it alone, in microseconds.
+# Microseconds between two attempts of the contending thread to take mmu_lock.
 _PAUSE = 200
 
 ZAPS = ("rcu-proxy", "disconnected-list", "flush-per-table")
@@ -46,7 +46,7 @@ ZAPS = ("rcu-proxy", "disconnected-list", "flush-per-table")
 
 @dataclass(slots=True)
 class Cost:
-    """Of each repeat."""
+    """Costs of a zap, one entry per repeat."""
 
     flushes: list[int] = field(default_factory=list)
     ipis: list[int] = field(default_factory=list)
@@ -56,7 +56,7 @@ class Cost:
 
 
 class ZapMachine:
-    """Two pCPUs in guest mode, an ioctl caller, and, if asked, somebody who wants mmu_lock all the time."""
+    """Two pCPUs in guest mode, an ioctl caller and, if `contended`, a thread that keeps taking mmu_lock."""
 
     def __init__(self, policy: Policy, tables: int, contended: bool) -> None:
         self.tables = tables
@@ -99,7 +99,7 @@ class ZapMachine:
         params = KvmParams(fault_around=GUEST_PAGES, resched_chunks=0)
         kvm = kvm_create_vm(self.host, GIB + TABLE, policy, params)
         kvm_set_memory_region(self.host, kvm, 0, 0, GIB + TABLE, 0)
-        # Frames of the first 2 MiB serve for the whole range.
+        # The frames of the first 2 MiB back the whole range.
         self.hfns = ffi.new("uint32_t[]", TABLE)
         self.tags = ffi.new("uint32_t[]", TABLE)
         self.writable = ffi.new("uint32_t[]", TABLE)
@@ -110,7 +110,7 @@ class ZapMachine:
         return kvm
 
     def _guest(self, cpu: Cpu) -> None:
-        """A vCPU of its own for this pCPU, which reads a few pages behind the range."""
+        """Create a vCPU for this pCPU.  It reads a few pages behind the range."""
         vcpu = kvm_vm_ioctl_create_vcpu(self.host, self.kvm)
         m, pages = self.machine.m, [GIB + page for page in range(GUEST_PAGES)]
         config = ffi.new("struct guest_config *", {"first_gfn": 0, "end_gfn": GIB + TABLE, "seed": 1})
@@ -141,7 +141,7 @@ class ZapMachine:
             cpu.check(lib.cpu_halt(cpu.m, cpu.id, _PAUSE))
 
     def _wait_for_guests(self) -> None:
-        """Until each has used all of its pages: from then on none of them faults, or wants mmu_lock."""
+        """Wait until each guest has used all of its pages.  From then on none faults, or needs mmu_lock."""
         deadline = time.monotonic() + _PATIENCE_SECONDS
         guests = self.machine.cpus[:PCPUS]
         while any(self._counter(cpu, lib.COUNT_ACCESSES) < 2 * GUEST_PAGES for cpu in guests):
@@ -155,7 +155,7 @@ class ZapMachine:
         return int(values[counter])
 
     def fill(self) -> None:
-        """4K leafs in all of the range's tables."""
+        """Map 4K leafs in all of the range's tables."""
         cpu, kvm, (root,) = self.host, self.kvm, self.kvm.tdp_mmu_roots
         with kvm.mmu_lock.read_lock(cpu), rcu_read_lock(cpu):
             for gfn in range(0, self.tables * TABLE, TABLE):
@@ -170,7 +170,7 @@ class ZapMachine:
         self._measure(lambda: kvm_zap_gfn_range(self.host, self.kvm, 0, pages), cost)
 
     def zap_root(self, cost: Cost) -> None:
-        """All roots are invalidated, and zapped while the guests go on on a new one."""
+        """Invalidate all roots and zap them while the guests go on with a new one."""
 
         def zap() -> None:
             with self.kvm.slots_lock.held(self.host):
@@ -199,7 +199,7 @@ class ZapMachine:
         cost.lock_waits.append(self.longest_wait * 1e3)
 
     def _counts(self) -> tuple[int, int, int]:
-        """Remote flushes, yields, and IPIs of the zapping thread, so far."""
+        """Return the remote flushes, the yields, and the IPIs of the zapping thread so far."""
         flushes = lib.vm_stat(self.machine.m, self.kvm.id, lib.STAT_REMOTE_TLB_FLUSH_REQUESTS)
         yields = lib.vm_stat(self.machine.m, self.kvm.id, lib.STAT_YIELDS)
         return int(flushes), int(yields), self._counter(self.host, lib.COUNT_IPIS_SENT)
@@ -214,7 +214,7 @@ class ZapMachine:
 
 
 def _leaf_table(cpu: Cpu, kvm: Kvm, root: KvmMmuPage, gfn: int) -> Hfn:
-    """The page table of this gfn, linked if need be."""
+    """Return the page table of this gfn; link it if it is missing."""
     while True:
         entry = tdp_entry(cpu, root, gfn, 1)
         if entry.level == 1:
@@ -238,7 +238,7 @@ def zap_machine(policy: Policy, tables: int, contended: bool) -> Iterator[ZapMac
 
 @dataclass(frozen=True, slots=True)
 class Range:
-    """What is zapped.  `apart`: its tables lose their links one by one, and a yield fits in between."""
+    """A range to zap.  `apart`: its tables are unlinked one by one, and the zap may yield in between."""
 
     name: str
     pages: int
@@ -246,7 +246,7 @@ class Range:
     apart: bool
 
     def removed(self, tables: int) -> int:
-        """Table pages that go."""
+        """Return the number of table pages that the zap removes."""
         if self.scope == "leafs":
             return 0
         return tables - (tables == TABLE) if self.apart else tables + 1
@@ -265,7 +265,7 @@ def zap_flushes(context: Context) -> Iterator[Figure]:
 
 
 def _compare(context: Context, what: Range, contended: bool) -> Iterator[Figure]:
-    """One range under each policy; tables that stay are nobody's concern."""
+    """Yield the figures of one range under each policy, or under the first if the zap removes no tables."""
     costs: dict[str, Cost] = {}
     with_whom = "contended" if contended else "alone"
     for zap in ZAPS if what.scope != "leafs" else ZAPS[:1]:
@@ -287,7 +287,7 @@ def _measure(context: Context, policy: Policy, what: Range, contended: bool) -> 
 
 
 def _passes(context: Context) -> Iterator[Figure]:
-    """A root with the GiB in it, zapped in passes (decision zap_root): how long others wait for mmu_lock."""
+    """Yield the longest wait for mmu_lock while a root with 1 GiB is zapped in passes (decision zap_root)."""
     policies = {answer: Policy("bench", zap_root=answer) for answer in ("root", "1g-root", "4k-2m-1g-root")}
     policies["root, flush-per-table"] = Policy("bench", zap_root="root", zap="flush-per-table")
     whole = Cost()
@@ -311,7 +311,8 @@ def _passes(context: Context) -> Iterator[Figure]:
 
 
 def predicted(zap: str, removed: int, yields: int) -> int:
-    """Flushes: one per removed table, or none of these; one at each yield at most; one at the end."""
+    """Return the most flushes of a zap: one per removed table with flush-per-table, one at each yield, and
+    one at the end."""
     return (removed if zap == "flush-per-table" else 0) + yields + 1
 
 
