@@ -122,7 +122,7 @@ static uint32_t histogram_bucket(uint64_t nanoseconds)
 	return bits < HISTOGRAM_BUCKETS ? bits : HISTOGRAM_BUCKETS - 1;
 }
 
-/* The owner's relaxed load, add, store, as count(). */
+/* Relaxed load, add, store by the owner, as count(). */
 static void add_owned(_Atomic uint64_t *cell, uint64_t n)
 {
 	uint64_t v = atomic_load_explicit(cell, memory_order_relaxed);

@@ -129,7 +129,7 @@ static int cpu_sleep(struct machine *m, struct cpu *c, uint32_t seq, uint64_t na
 	if (!power_change(c, CPU_RUNNING, CPU_HALTED))
 		return MACHINE_OFFLINE;
 	chaos_point(m, c->id);
-	/* P2: a sender that still saw RUNNING has queued its call before this. */
+	/* P2: a sender that still saw RUNNING has queued its call before this test. */
 	if (!ipi_queued(c))
 		futex_wait(&c->event, seq, nanoseconds);
 	return cpu_resume(m, c);

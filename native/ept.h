@@ -105,8 +105,8 @@ enum tdp_walk {
 	TDP_WRPROT,       /* clear W (wrprot_gfn_range): leafs at min level `level` (0: 4K) and above */
 	TDP_CLEAR_DIRTY,  /* clear W of the 4K gfns in mask (kvm_tdp_mmu_clear_dirty_pt_masked) */
 	TDP_AGE,          /* clear A; needs no lock, only RCU, with shared = 1 */
-	TDP_ACCESS_TRACK, /* TDP_AGE without A/D bits (mark_spte_for_access_track): clear R, W and X; R and X are
-			   * saved */
+	TDP_ACCESS_TRACK, /* TDP_AGE without A/D bits (mark_spte_for_access_track): R, W and X are cleared; R and
+			   * X are saved */
 	TDP_COUNT,        /* present leafs, no change */
 	TDP_FIND_HUGE,    /* stop at the next leaf above `level` (0: 4K), for splitting */
 	TDP_FIND_TABLE,   /* stop at the next 2M-level SPTE that points to a table (for recovery) */

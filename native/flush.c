@@ -39,7 +39,7 @@ void flush_account_destroy(struct machine *m, struct cpu *cpu)
 static uint64_t flush_number(const struct cpu *c, uint64_t sequence, uint32_t vm, uint32_t scope,
 			     uint32_t reason)
 {
-	/* A VMCLEAR's interrupt would have come without the flush. */
+	/* The interrupt of a VMCLEAR would have come without the flush, too. */
 	bool forced = c->interrupted && c->kicked && reason != REASON_MIGRATION;
 
 	return (forced ? FLUSH_INTERRUPTED : 0) | sequence << 24 | (uint64_t)(vm & 0xffff) << 8 | scope << 4 |

@@ -44,7 +44,7 @@ uint32_t frames_total(struct machine *m, uint32_t kind);
 /* While no CPU runs: restore a new machine's order of allocation, for all kinds of which no frame is in use.
  * Returns the number of frames in use. */
 uint64_t frames_order(struct machine *m);
-/* One 64-bit word of a frame, as a guest or user space sees it. */
+/* Read or write one 64-bit word of a frame, as a guest or user space does. */
 uint64_t frame_read(struct machine *m, uint32_t hfn, uint32_t word);
 void frame_write(struct machine *m, uint32_t hfn, uint32_t word, uint64_t value);
 /* Return the clock of the frame's block: the custody of a huge leaf for a fault at this moment. */
@@ -145,7 +145,7 @@ struct taking {
 	uint16_t time;
 };
 
-/* Advance the frame's host tag; returns the new one. */
+/* Advance the frame's host tag; returns the new tag. */
 uint32_t frame_take(struct frames *f, struct taking *t, uint32_t hfn);
 void frame_taken(struct frames *f, struct taking *t);
 

@@ -33,7 +33,7 @@ static bool is_own(const struct guest *g, uint64_t unit)
 	return !g->config.stride || unit % g->config.stride == g->config.phase;
 }
 
-/* The upper half of memory in blocks for 2 MiB pages, if the guest uses them; the rest singly. */
+/* Put the upper half of memory in blocks for 2 MiB pages, if the guest uses them; the rest singly. */
 static void fill_stacks(struct guest *g)
 {
 	uint64_t first = g->config.first_gfn, end = g->config.end_gfn;

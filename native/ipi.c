@@ -189,7 +189,7 @@ int ipi_arrive(struct machine *m, uint32_t cpu)
 
 /* --- making a target take its queue --------------------------------------------------------------------- */
 
-/* On behalf of a halted target, which the caller has taken to SERVICED. */
+/* Run the queue of a halted target, which the caller has taken to SERVICED. */
 static void service(struct machine *m, struct cpu *target)
 {
 	int calls = run_queue(m, target, true);

@@ -35,19 +35,20 @@ int mm_fault_range(struct machine *m, uint32_t cpu, uint32_t vm, uint64_t hva, u
 		   uint32_t *hfns, uint32_t *tags, uint32_t *writable);
 /* Return the number of pages of the range that are present. */
 uint64_t mm_present(struct machine *m, uint32_t vm, uint64_t start, uint64_t end);
-/* Free the frames of a range: contents kept (reclaim) or lost (MADV_DONTNEED).  Returns frames freed.  Part of
- * a huge page is split off first. */
+/* Free the frames of a range: contents kept (reclaim) or lost (MADV_DONTNEED).  Returns frames freed.  A huge
+ * page that is unmapped in part is split first. */
 uint64_t mm_unmap(struct machine *m, uint32_t cpu, uint32_t vm, uint64_t start, uint64_t end, int keep);
-/* mprotect: the host's own right to write, present or not.  Returns pages changed.  Part of a huge page splits. */
+/* mprotect: set the host's own right to write, present or not.  Returns pages changed.  A huge page that is
+ * changed in part is split. */
 uint64_t mm_protect(struct machine *m, uint32_t cpu, uint32_t vm, uint64_t start, uint64_t end, int writable);
 /* Migrate each present 4K page of the range to a new frame (huge pages stay).  Returns pages moved; fewer when
  * frames run out. */
 uint64_t mm_migrate(struct machine *m, uint32_t cpu, uint32_t vm, uint64_t start, uint64_t end);
-/* khugepaged: one 2M block for the aligned 512 pages at hva, contents copied; pages that are absent are filled
- * in, but one at least must be there.  0, MACHINE_NOMEM (no block is free), or MACHINE_AGAIN (nothing there, or
- * pages differ in their protection). */
+/* khugepaged: move the aligned 512 pages at hva into one 2M block, contents copied.  Absent pages are filled
+ * in, but at least one must be present.  0, MACHINE_NOMEM (no block is free), or MACHINE_AGAIN (no page is
+ * present, or pages differ in their protection). */
 int mm_collapse(struct machine *m, uint32_t cpu, uint32_t vm, uint64_t hva);
-/* Map the block by 4K pages again, same frames. */
+/* Map the block by 4K pages again, with its frames unchanged. */
 int mm_split(struct machine *m, uint32_t cpu, uint32_t vm, uint64_t hva);
 /* Return 1 if the 2M range at hva is mapped huge. */
 int mm_huge(struct machine *m, uint32_t vm, uint64_t hva);
@@ -72,7 +73,7 @@ int64_t mm_image_differs(struct machine *m, uint32_t vm, uint64_t from);
 /* Return 1 if this page differs; *value: its first differing word, which, if a guest stored it, is the clock of
  * its vCPU then (guest.h). */
 int mm_image_lost(struct machine *m, uint32_t vm, uint64_t hva, uint64_t *value);
-/* One 64-bit word as user space reads it, without faulting the page in. */
+/* Read one 64-bit word as user space does, without faulting the page in. */
 uint64_t mm_read(struct machine *m, uint32_t vm, uint64_t hva, uint32_t word);
 /* end api */
 

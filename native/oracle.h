@@ -48,7 +48,8 @@ enum promise {
 	PROMISES
 };
 
-/* A moment in the history of a VM's rights: taken after an operation has changed SPTEs, before its flush. */
+/* Take a ticket, a moment in the history of a VM's rights, after an operation has changed SPTEs and before its
+ * flush. */
 uint64_t oracle_ticket(struct machine *m, uint32_t vm);
 /* The operation behind `promise` on gfns [start, end) is complete.  Its flush has covered the rights that were
  * removed before `ticket`; a notifier's and a memslot's promise need none (0), because nothing is granted while
@@ -87,8 +88,8 @@ uint32_t oracle_reports(struct machine *m, uint32_t from, struct violation_repor
 void oracle_forget(struct machine *m);
 /* Report a violation found outside guests: lost-dirty, stalls, deadlock. */
 void oracle_report(struct machine *m, uint32_t cpu, const struct violation_report *report);
-/* State of one right, for tests and reports: bit 0 readable granted, 1 writable granted, 2 read revoked,
- * 3 write revoked; frame in *hfn. */
+/* Return the state of one right, for tests and reports: bit 0 readable granted, 1 writable granted, 2 read
+ * revoked, 3 write revoked; frame in *hfn. */
 uint32_t oracle_right(struct machine *m, uint32_t vm, uint64_t gfn, uint32_t *hfn);
 
 /* Events: a ring per CPU, for the story around a violation. */
@@ -153,7 +154,7 @@ struct vcpu;
 
 enum { EVENT_NO_VM = 0xffff };
 
-/* The kind of an event that belongs to a VM, for event_record() and event_record_more(). */
+/* Return the kind of an event that belongs to a VM, for event_record() and event_record_more(). */
 static inline uint32_t event_of(uint32_t vm, uint32_t kind)
 {
 	return (vm + 1) << 16 | kind;

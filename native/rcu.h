@@ -54,13 +54,13 @@ int synchronize_srcu(struct machine *m, uint32_t cpu, uint32_t vm);
 typedef void rcu_handler(struct machine *m, struct cpu *cpu, uint64_t argument);
 void rcu_register(uint32_t callback, rcu_handler *handler);
 
-/* Decide whether this CPU may wait for readers: 0, or MACHINE_MISUSE with a message that names `what`.  Used by
- * synchronize_* as the first step.  Drains the CPU's call queue. */
+/* Decide whether this CPU may wait for readers: 0, or MACHINE_MISUSE with a message that names `what`.  If it
+ * may, its call queue is drained first. */
 int may_synchronize(struct machine *m, uint32_t cpu, const char *what);
 
 int rcu_create(struct machine *m);
 void rcu_destroy(struct machine *m);
-/* A CPU goes offline: it is quiescent whatever its depth was. */
+/* Take a CPU offline: it becomes quiescent, even inside read sections. */
 void rcu_cpu_offline(struct cpu *cpu);
 
 struct srcu {

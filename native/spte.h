@@ -79,7 +79,7 @@ static inline uint64_t kvm_tdp_mmu_write_spte(_Atomic uint64_t *sptep, uint64_t 
 					      uint32_t level)
 {
 	/* Release: a walker that follows the new SPTE sees the table behind it, and the grant; pairs with the
-	 * acquire loads of walkers.  Acquire: sees the last store of the CPU that changed a volatile SPTE. */
+	 * acquire loads of walkers.  Acquire: sees the stores of the CPU that last changed a volatile SPTE. */
 	if (is_last_spte(old, level) && spte_has_volatile_bits(old))
 		return atomic_exchange_explicit(sptep, new_spte, memory_order_acq_rel);
 	atomic_store_explicit(sptep, new_spte, memory_order_release);

@@ -180,7 +180,7 @@ struct tlb_l1 {
 	_Alignas(64) struct tlb_hot hot[L1_SETS][L1_WAYS];
 	struct tlb_hot *hint[L1_HINTS]; /* by page: points into hot, at any entry if out of date */
 	uint64_t context_bits;   /* high bits of a key in the current context */
-	uint32_t clock;          /* counts fills: uses between two fills are one instant to LRU */
+	uint32_t clock;          /* counts fills: for LRU, all uses between two fills are simultaneous */
 	uint32_t life;           /* of the root page in use, << 16 */
 	uint8_t has_pieces;      /* a span is not 0 somewhere */
 	uint8_t has_globals;     /* a copy of a global translation may be here, under some PCID */

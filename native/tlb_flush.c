@@ -124,7 +124,7 @@ static void native_drop_address(struct tlb *t, uint32_t pcid, bool globals, uint
 void invlpg(struct tlb *t, uint64_t page)
 {
 	native_drop_address(t, t->pcid, true, page);
-	/* all of the PCID's paging-structure caches, whatever the address */
+	/* all of the PCID's paging-structure caches, for any address */
 	for (uint32_t i = t->vpid_chain[t->vpid % VPID_BUCKETS], next; i != NO_CONTEXT; i = next) {
 		const struct context *c = &t->contexts[i];
 

@@ -190,7 +190,7 @@ static inline void l1_set_life(struct tlb_l1 *l1, uint32_t life)
 		l1_change_life(l1, life);
 }
 
-/* Drop the page from the first level whatever its context, with all pieces of the page it is part of. */
+/* Drop the page from the first level in any context, with all pieces of the page it is part of. */
 void l1_drop(struct tlb_l1 *l1, uint64_t page);
 /* Put the piece `page` of a translation in, under the current context. */
 void l1_fill(struct tlb_l1 *l1, const struct tlb_entry *entry, uint64_t page);

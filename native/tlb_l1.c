@@ -28,7 +28,7 @@ void l1_create(struct tlb_l1 *l1)
 		l1->hint[i] = l1->hot[0];
 }
 
-/* Seldom called: when a pCPU switches to another root. */
+/* Change the life of the root page, when a pCPU switches to another root; seldom called. */
 void l1_change_life(struct tlb_l1 *l1, uint32_t life)
 {
 	uint32_t change = l1->life ^ life;
