@@ -1,4 +1,4 @@
-"""Policies: what KVM decides at each decision point."""
+"""Policies: KVM's answers at the decision points."""
 
 from __future__ import annotations
 

@@ -1,10 +1,10 @@
-"""What a policy's file does to the process is taken back, or is kept for the executions of that policy alone.
+"""Undo a policy file's changes to the process, or keep them to the executions of that policy alone.
 
-A file may replace functions of `emulator.kvm` when it is executed: a bug, or an idea that has no decision
-point.  Such changes are taken back at once and put in while a machine runs under that policy (`confined`),
-so that other policies of the same command meet KVM's code as it is.  All other changes of modules are
-refused: what judges policies is not theirs to change.  Standard output is the emulator's; what a file
-prints goes to standard error.
+A file may replace functions of `emulator.kvm` when it is executed: to model a bug, or an idea that has no
+decision point.  Such changes are undone at once and applied while a machine runs under that policy
+(`confined`), so that other policies of the same command run with KVM's code as it is.  All other changes of
+modules are refused, because a policy must not change the code that judges it.  The emulator alone writes to
+standard output; a file's prints go to standard error.
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ from emulator.policy.patience import Patience
 T = TypeVar("T")
 
 _OURS: Final = ("emulator", "native", "metrics")
-# What these modules define can be replaced, wherever its name was imported to.
+# Definitions of these modules can be replaced, wherever their names were imported to.
 _PATCHABLE: Final = "emulator.kvm"
 _MISSING: Final = object()
 _STREAMS: Final = ("stdin", "stdout", "stderr", "__stdin__", "__stdout__", "__stderr__")
@@ -40,7 +40,7 @@ _PYTHONS: Final = frozenset({
 
 @dataclass(frozen=True, slots=True)
 class Change:
-    """A name of a module or a class that stands for something else than before."""
+    """A name of a module or a class that has been bound to another object."""
 
     namespace: Any
     name: str
@@ -67,7 +67,7 @@ class Change:
 
 @dataclass(frozen=True, slots=True)
 class Contents:
-    """A function's code, or a container that a module has: what can be changed in place."""
+    """An object that can be changed in place: a function's code, or a container that a module has."""
 
     name: str
     obj: Any
@@ -85,7 +85,7 @@ class Contents:
 
 
 class State:
-    """What modules of the emulator hold, and what Python's own modules call by its names."""
+    """A snapshot of the contents of the emulator's modules and of the bindings in Python's own modules."""
 
     def __init__(self, others: bool = False) -> None:
         self._names: list[tuple[Any, dict[str, Any]]] = []
@@ -120,9 +120,9 @@ class State:
                 self._contents.append((namespace, name, value, _contents(value)))
 
     def changes(self) -> list[Change]:
-        """Return names that mean something else now, modules that were loaded since left out."""
+        """Return the names that were rebound since the snapshot, except in modules loaded since."""
         now = builtins.__dict__.copy()
-        # First, because what follows needs them.
+        # First, because the code below uses builtins.
         builtins.__dict__.update(self._builtins)
         found = [
             Change(builtins, name, self._builtins.get(name, _MISSING), now.get(name, _MISSING))
@@ -152,7 +152,7 @@ class State:
         ]
 
     def put_back(self) -> list[str]:
-        """Undo changes of names and of functions; return what was changed."""
+        """Undo changes of names and of functions; return the names of the changed objects."""
         changes = self.changes()
         for change in changes:
             change.undo()
@@ -162,8 +162,10 @@ class State:
         return [*map(str, changes), *(kept.name for kept in functions)]
 
     def forget_new_modules(self) -> None:
-        """Modules of the emulator that were loaded since will be loaded again: nobody knows what they were
-        before the file could change them."""
+        """Unload the emulator's modules that were loaded since, so that the next import loads them afresh.
+
+        The file may have changed them before a snapshot could include them.
+        """
         for name in [name for name in sys.modules if name.partition(".")[0] in _OURS]:
             if name not in self._loaded:
                 parent, _, child = name.rpartition(".")
@@ -196,13 +198,15 @@ class Patches:
 
 
 NO_PATCHES: Final = Patches()
-# Says what is wrong with a change of this name, "" if it was made by the file when it was asked.
+# Makes the error for a refused change of the object with this name.
 Refuse = Callable[[str], Exception]
 
 
 def collected(execute: Callable[[], T], refuse: Refuse, *, others: bool) -> tuple[T, Patches]:
-    """Execute a file and take back what it does to modules; return what `execute` does, and the changes.
-    Raises what `refuse` makes of changes that are not a policy's to make."""
+    """Execute a file and undo its changes of modules; return the result of `execute`, and the changes.
+
+    Raises the error made by `refuse` for a change that a policy must not make.
+    """
     before = State(others)
     try:
         result = execute()
@@ -211,7 +215,7 @@ def collected(execute: Callable[[], T], refuse: Refuse, *, others: bool) -> tupl
         patches = Patches(tuple(changes), tuple((kept, _contents(kept.obj)) for kept in contents))
         patches.undo()
         before.forget_new_modules()
-        # Also if the file raised an error: what it has changed may be why.
+        # Also if the file raised an error: its changes may be the cause.
         for change in changes:
             if not change.allowed:
                 raise refuse(str(change))
@@ -222,14 +226,14 @@ def collected(execute: Callable[[], T], refuse: Refuse, *, others: bool) -> tupl
 
 
 def load_patchable() -> None:
-    """Import what a file may change, so that it is known as it was."""
+    """Import the modules that a file may change, so that their original contents are known."""
     package = importlib.import_module(_PATCHABLE)
     for module in pkgutil.iter_modules(package.__path__, f"{_PATCHABLE}."):
         importlib.import_module(module.name)
 
 
 class Confinement:
-    """The process, while code of a policy's file may run: of one policy at a time."""
+    """The state of the process while code of a policy's file may run, of one policy at a time."""
 
     depth = 0
     patches: Patches = NO_PATCHES
@@ -255,8 +259,10 @@ class Confinement:
     @classmethod
     @contextmanager
     def patched(cls, patches: Patches, refuse: Refuse) -> Iterator[None]:
-        """The same, with the file's changes of emulator.kvm in place; raises what `refuse` makes of others
-        that were made meanwhile."""
+        """Enter as `entered` does, with the file's changes of emulator.kvm applied.
+
+        Raises the error made by `refuse` if other changes were made meanwhile.
+        """
         with ExitStack() as stack:
             stack.enter_context(cls.entered())
             before = State()
@@ -265,13 +271,13 @@ class Confinement:
                 yield
             finally:
                 cls.swap(NO_PATCHES)
-                # Also if something went wrong: what has been changed may be why.
+                # Also after an error: the changes may be its cause.
                 for name in before.put_back():
                     raise refuse(name)
 
     @classmethod
     def swap(cls, patches: Patches) -> Patches:
-        """Put these changes in place of the ones that are; return those."""
+        """Replace the applied changes by these; return the former ones."""
         before, cls.patches = cls.patches, patches
         before.undo()
         patches.apply()
@@ -280,7 +286,10 @@ class Confinement:
 
 @contextmanager
 def _standard_output_is_error() -> Iterator[None]:
-    """For the file's code, however it writes; the emulator prints nothing there meanwhile."""
+    """Redirect standard output to standard error, at the level of Python and of the file descriptor.
+
+    The file's code may write by either; the emulator prints nothing to standard output meanwhile.
+    """
     with ExitStack() as stack:
         if sys.stdout is not None and sys.stderr is not None:
             with suppress(OSError, ValueError):
@@ -316,7 +325,7 @@ def _contents(obj: Any) -> Any:
 
 
 def _same(one: Any, other: Any) -> bool:
-    """Compare by identity: what is in them may be a user's."""
+    """Compare elements by identity, because a user's objects may define equality as they like."""
     if isinstance(one, dict):
         return _same([*one, *one.values()], [*other, *other.values()])
     return len(one) == len(other) and all(map(is_, one, other))
@@ -340,7 +349,7 @@ def _is_pythons(namespace: Any, name: str, new: Any) -> bool:
 
 
 def _functions_of_others() -> Mapping[tuple[ModuleType, str], Any]:
-    """Functions and classes that other modules define, by module and name."""
+    """Return the functions and classes that modules outside the emulator define, by module and name."""
     kinds = (FunctionType, BuiltinFunctionType, type)
     return {
         (module, name): value

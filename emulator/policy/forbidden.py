@@ -1,10 +1,10 @@
 """Functions that a policy's file cannot call: they end the process, start others, or change how it ends.
 
-A verdict is the emulator's to give, so the exit status is, too.  Threads and processes of a policy's own
-would outlive its answers, and answers that depend on them prove nothing.  Python's audit events tell of
-most of these functions; those without an event are replaced by functions that look at their caller.
-Modules that a file imports may register exit functions and the like as ever: only calls by the file itself
-are refused, except of what ends or starts a process or a thread.
+Only the emulator gives verdicts, and so the exit status.  Threads and processes of a policy's own would
+outlive its answers, and answers that depend on them prove nothing.  Python's audit events report calls of
+most of these functions; a function without an event is replaced by one that checks its caller.  Modules that
+a file imports may register exit functions and the like: such calls are refused only if the file itself makes
+them, but calls that end or start a process or a thread are always refused.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ from typing import Any, Final
 
 from emulator.policy.guard import is_users, user_code_below
 
-# By audit event, what the file does.
+# By audit event, the words for the file's act.
 _EVENTS: Final = {
     "_thread.start_joinable_thread": "starts a thread",
     "_thread.start_new_thread": "starts a thread",
@@ -40,7 +40,7 @@ _EVENTS: Final = {
     "sys.setprofile": "traces the emulator",
     "sys.settrace": "traces the emulator",
 }
-# No event tells of these, in every version of Python.  True: however indirectly the file calls them.
+# Functions without an event in some version of Python.  True: refused however indirectly the file calls them.
 _FUNCTIONS: Final[tuple[tuple[ModuleType, str, bool], ...]] = (
     (os, "_exit", True),
     (os, "abort", True),
@@ -69,7 +69,7 @@ _FUNCTIONS: Final[tuple[tuple[ModuleType, str, bool], ...]] = (
 
 
 class Forbidden(RuntimeError):
-    """Raised in the file, at the line that does it."""
+    """The error raised in the file, at the line of the forbidden call."""
 
 
 class _Installed:
@@ -77,7 +77,7 @@ class _Installed:
 
 
 def forbid() -> None:
-    """From now on; for as long as the process lives, because a file may keep what it got."""
+    """Refuse these calls for the rest of the process's life: a file may keep functions that it obtained."""
     if _Installed.done:
         return
     _Installed.done = True

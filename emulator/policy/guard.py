@@ -1,10 +1,10 @@
 """The door between KVM's code and a policy's file: each call of code that a user has written goes through it.
 
-A file may raise what it likes, `SystemExit` and exceptions whose text cannot be made included, and may give
-objects whose `repr()` raises.  Whatever it is, one `UserPolicyError` comes out, which names the file, the
-line and the method.  What passes is the emulator's own way of unwinding a thread (MachineStopped, an
-execution that explore abandons, Ctrl-C), which is told by the frame that raised it: a file that raises
-MachineStopped itself is told like any other error.
+A file may raise any exception, including `SystemExit` and exceptions with a `str()` that raises, and may
+return objects with a `repr()` that raises.  In every case one `UserPolicyError` comes out, which names the
+file, the line and the method.  Exceptions by which the emulator unwinds a thread (MachineStopped, an
+execution that explore abandons, Ctrl-C) pass.  They are recognized by the frame that raised them: a
+MachineStopped that the file raises itself becomes a UserPolicyError, too.
 """
 
 from __future__ import annotations
@@ -22,12 +22,12 @@ from emulator.policy.policy import PolicyError
 T = TypeVar("T")
 
 _OURS: Final = ("emulator", "native", "metrics")
-# The names of files that policies were loaded from, as their code objects have them.
+# The names of the files from which policies were loaded, as in their code objects.
 _files: set[str] = set()
 
 
 class UserPolicyError(PolicyError):
-    """One line about a user's policy: file, line, method, what was found, what was expected."""
+    """An error of a user's policy in one line: file, line, method, the finding and the expectation."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -46,14 +46,14 @@ class Place:
 
 
 def through(place: Place, function: Callable[..., T], /, *arguments: Any) -> T:
-    """Call `function`, which runs the user's code.  Raises UserPolicyError for all that goes wrong in it."""
+    """Call `function`, which runs the user's code.  Raises UserPolicyError for every error in it."""
     try:
         return function(*arguments)
     except BaseException as error:
         if _is_ours(error):
             raise
         failure = failed(place, error)
-    # Outside of the handler, so that no context leads to objects of the file's.
+    # Outside of the handler, so that the exception's context does not refer to the file's objects.
     raise failure
 
 
@@ -61,7 +61,7 @@ THE_DOOR: Final = through.__code__
 
 
 def is_call(frame: FrameType) -> bool:
-    """Whether the frame is the door's, or one of a policy's file."""
+    """Return whether the frame is the door's, or runs code of a policy's file."""
     return frame.f_code is THE_DOOR or is_users(frame)
 
 
@@ -70,7 +70,7 @@ def is_users(frame: FrameType) -> bool:
 
 
 def user_code_below() -> bool:
-    """Whether the caller was called, however indirectly, by code of a policy's file."""
+    """Return whether code of a policy's file called the caller, however indirectly."""
     frame: FrameType | None = sys._getframe(1)
     while frame is not None:
         if is_users(frame):
@@ -80,7 +80,7 @@ def user_code_below() -> bool:
 
 
 def register(path: str) -> None:
-    """Take code of this file for a user's from now on."""
+    """Treat code of this file as a user's from now on."""
     _files.add(path)
 
 
@@ -88,7 +88,7 @@ def register(path: str) -> None:
 
 
 def told(error: BaseException) -> str:
-    """Return the error's class and text in one line, whatever its methods do."""
+    """Return the error's class and text in one line, even if its methods raise."""
     name = class_name(type(error))
     text = _text(str, error)
     return f"{name}: {text}" if text else name
@@ -123,15 +123,17 @@ def _in_one_line(text: str) -> str:
 
 
 def failed(place: Place, error: BaseException) -> UserPolicyError:
-    """Return the one line about an error of the file's."""
+    """Return the UserPolicyError for an error that the file raised."""
     if issubclass(type(error), Overdue):
         return UserPolicyError(place.at(error.line), error.found, error.expected)  # type: ignore[attr-defined]
     return UserPolicyError(place.at(_line(error, place.path)), told(error), place.expected)
 
 
 class Overdue(UserPolicyError):
-    """Raised in the thread of a call that does not return; each time by a class of its own, made by
-    `overdue`, because asynchronous exceptions have no arguments."""
+    """The error raised in the thread of a call that does not return.
+
+    `overdue` derives a class for each such call, because asynchronous exceptions have no arguments.
+    """
 
     line: int | None = None
     found: str = ""
@@ -139,7 +141,7 @@ class Overdue(UserPolicyError):
 
 
 def overdue(place: Place, line: int | None, found: str) -> type[Overdue]:
-    """Return a class that is complete by itself, should it be raised when the call has just returned."""
+    """Return a class that holds the whole report: it may be raised when the call has just returned."""
     expected = place.expected or "code that ends"
     whole = UserPolicyError(place.at(line), found, expected)
 
@@ -154,7 +156,7 @@ def overdue(place: Place, line: int | None, found: str) -> type[Overdue]:
 
 
 def _is_ours(error: BaseException) -> bool:
-    """Whether the emulator raised it to unwind the thread, or to say what is wrong with the file."""
+    """Return whether the emulator raised it, to unwind the thread or to report an error of the file."""
     kind = type(error)
     if issubclass(kind, Exception) and not issubclass(kind, MachineStopped | UserPolicyError):
         return False
@@ -165,7 +167,7 @@ def _is_ours(error: BaseException) -> bool:
 
 
 def _trace(error: BaseException) -> TracebackType | None:
-    # Not error.__traceback__, which a class may define as it likes.
+    # Not error.__traceback__, which the error's class may override.
     trace: TracebackType | None = BaseException.__dict__["__traceback__"].__get__(error)
     return trace
 
@@ -178,7 +180,7 @@ def _last_frame(error: BaseException) -> FrameType | None:
 
 
 def came_through(error: BaseException, path: str) -> bool:
-    """Whether code of the file raised the error, or called what did."""
+    """Return whether code of the file raised the error, or called the code that did."""
     return _line(error, path) is not None
 
 

@@ -18,11 +18,11 @@ PREFIX = "mutant:"
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Mutant:
-    """One of them.
+    """A mutant.
 
-    source: the commit that fixed it, or what it turns round.  expected: kinds of violation that it is caught
-    by; none if it only costs something.  store_buffers: only where stores become visible late, that is, by
-    `flushlab explore --store-buffers`.
+    source: the commit that fixed the bug, or the code that the mutant reverses.  expected: the kinds of
+    violation that catch it; none if it only costs flushes or memory.  store_buffers: it is caught only where
+    stores become visible late, that is, by `flushlab explore --store-buffers`.
     """
 
     name: str
@@ -39,7 +39,7 @@ class Mutant:
         return not self.expected
 
     def policy(self, base: Policy) -> Policy:
-        """The policy, on top of the preset that `self.base` names."""
+        """Return the mutant's policy, on top of `base`, the preset that `self.base` names."""
         changed = base.with_settings(self.settings)
         return Policy(PREFIX + self.name, {*base.bugs, *self.bugs}, **changed.answers())
 
@@ -423,7 +423,7 @@ MUTANTS: dict[str, Mutant] = {
 
 
 def find_mutant(name: str, where: str = NAMED_BY) -> Mutant:
-    """By its name, with or without the prefix."""
+    """Return the mutant of that name, which may have the prefix or not."""
     short = name.removeprefix(PREFIX)
     try:
         return MUTANTS[short]

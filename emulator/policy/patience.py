@@ -1,15 +1,15 @@
 """Ends calls of a policy's file that do not return.
 
-A thread looks at the stacks of all others a few times a second; calls cost nothing for it.  A call is
-overdue if
+A watching thread inspects the stacks of all others a few times a second, so a call itself costs nothing more.
+A call is overdue if
 
-* its thread has used more processor time in it than its place allows.  Time on the wall proves nothing,
-  because machines pause; or
-* it sleeps one sleep, by the kernel's count of context switches, over many looks; or
-* it has not come back after ROUNDS looks, whatever it does.
+* its thread has used more processor time in it than its place allows.  Wall time proves nothing, because
+  machines pause; or
+* it stays in one sleep, by the kernel's count of context switches, over many looks; or
+* it has not returned after ROUNDS looks, in any state.
 
-An exception is raised in it then.  A call that catches even that, or that sleeps where no exception
-arrives, ends with its process: one line, and the status of bad input.
+Then an exception is raised in its thread.  If the call catches even that, or sleeps where no exception
+arrives, the process is ended with one line and the status of bad input.
 """
 
 from __future__ import annotations
@@ -30,7 +30,7 @@ ROUND_SECONDS: Final = 0.2
 # Looks at a call that sleeps, and at one that does anything else.
 ASLEEP: Final = 15
 ROUNDS: Final = 300
-# Looks after which a call that was told to end, and has not, is told again; and how often.
+# Looks until the exception is raised again in a call that has not ended, and how often it is raised.
 _GRACE: Final = 4
 _ATTEMPTS: Final = 3
 _ENDS: Final = "code that ends"
@@ -52,7 +52,7 @@ class _Call:
 
 
 class Patience:
-    """Watches the process's threads between `start` and `stop`."""
+    """A watch over the process's threads between `start` and `stop`."""
 
     def __init__(self) -> None:
         self._calls: dict[int, _Call] = {}
@@ -111,8 +111,10 @@ class Patience:
 
 
 def unreturned() -> UserPolicyError | None:
-    """Return what is to be said of a call that some other thread is in; for callers that find that a thread
-    does not go on."""
+    """Return the error for a user's call that another thread is in, or None.
+
+    For callers that find that a thread makes no progress.
+    """
     for ident, top in sys._current_frames().items():
         frame = None if ident == threading.get_ident() else _call_of(top)
         if frame is not None:

@@ -11,7 +11,7 @@ from dataclasses import dataclass
 
 @dataclass(frozen=True, slots=True)
 class Alternative:
-    """One answer.  `mutant`: known to be wrong, on its own or in company that `doc` names."""
+    """One answer.  `mutant`: known to be wrong, by itself or together with answers that `doc` names."""
 
     name: str
     doc: str
@@ -28,7 +28,7 @@ class DecisionPoint:
 
     @property
     def default(self) -> str:
-        """What Linux 7.3 does."""
+        """Return the answer of Linux 7.3."""
         return self.alternatives[0].name
 
     def names(self) -> tuple[str, ...]:

@@ -15,7 +15,7 @@ if TYPE_CHECKING:
     from emulator.machine.runtime import Cpu
 
 
-# The option that policies are named by.
+# The command-line option that names a policy.
 NAMED_BY: Final = "--policy"
 
 
@@ -26,10 +26,10 @@ class PolicyError(BadInput):
 class Policy:
     """KVM's code asks where it decides: `if kvm.policy.root_load(cpu, vcpu, root) == "flush-current"`.
 
-    Each method is a decision point (emulator.policy.points) and returns the name of an alternative; what it
-    is given is what the kernel's code has at hand there.  This class answers from a table: Linux 7.3's
-    answers, but for those given by name.  A subclass may decide case by case.  `bugs`: names of historical
-    or injected bugs that KVM's code has under this policy.
+    Each method is a decision point (emulator.policy.points) and returns the name of an alternative; its
+    arguments are the objects that the kernel's code has at hand there.  This class answers from a table:
+    Linux 7.3's answers, except those given by name.  A subclass may decide case by case.  `bugs`: names of
+    historical or injected bugs that KVM's code has under this policy.
     """
 
     def __init__(self, name: str = "linux-7.3", bugs: Iterable[str] = (), **answers: str) -> None:
@@ -59,7 +59,7 @@ class Policy:
     # --- the decision points ---------------------------------------------------------------------------
 
     def remote_flush(self, cpu: Cpu, vcpu: Vcpu) -> str:
-        """`vcpu` serves KVM_REQ_TLB_FLUSH on `cpu`."""
+        """`vcpu` services KVM_REQ_TLB_FLUSH on `cpu`."""
         return self._answers["remote_flush"]
 
     def remote_kick(self, cpu: Cpu, kvm: Kvm) -> str:
@@ -67,7 +67,7 @@ class Policy:
         return self._answers["remote_kick"]
 
     def kick_wait(self, cpu: Cpu, kvm: Kvm) -> str:
-        """They were interrupted."""
+        """A flusher has interrupted pCPUs for `kvm`, and may wait until they have left guest mode."""
         return self._answers["kick_wait"]
 
     def root_load(self, cpu: Cpu, vcpu: Vcpu, root: KvmMmuPage) -> str:
@@ -79,12 +79,12 @@ class Policy:
         return self._answers["cached_root"]
 
     def root_alloc(self, cpu: Cpu, kvm: Kvm, root: KvmMmuPage) -> str:
-        """`root` comes to be; nobody finds it yet."""
+        """`root` has been made, and no vCPU can find it yet."""
         return self._answers["root_alloc"]
 
     def root_put(self, cpu: Cpu, kvm: Kvm, root: KvmMmuPage) -> str:
-        """`root` loses its last reference; also asked when it comes to be, because who holds a reference
-        depends on it."""
+        """`root` loses its last reference; also when it is made, because the answer decides whether the TDP
+        MMU keeps a reference of its own."""
         return self._answers["root_put"]
 
     def invalid_root_zap(self, cpu: Cpu, kvm: Kvm, root: KvmMmuPage) -> str:
@@ -92,11 +92,12 @@ class Policy:
         return self._answers["invalid_root_zap"]
 
     def migration(self, cpu: Cpu, vcpu: Vcpu) -> str:
-        """The VMCS of `vcpu` is loaded on `cpu`, and was on another pCPU before (loaded_vmcs.cpu)."""
+        """The VMCS of `vcpu` is loaded on `cpu`, and was loaded on another pCPU before (loaded_vmcs.cpu)."""
         return self._answers["migration"]
 
     def migration_vpid(self, cpu: Cpu, vcpu: Vcpu) -> str:
-        """The same moment, for what the guest invalidated natively elsewhere."""
+        """The VMCS of `vcpu` is loaded on `cpu`, and was loaded on another pCPU before, where the guest may
+        have invalidated entries natively."""
         return self._answers["migration_vpid"]
 
     def slot_delete(self, cpu: Cpu, kvm: Kvm, slot: KvmMemorySlot) -> str:
@@ -112,7 +113,7 @@ class Policy:
         return self._answers["zap"]
 
     def zap_root(self, cpu: Cpu, kvm: Kvm, root: KvmMmuPage) -> str:
-        """`root`, which nobody uses any more, is about to be zapped."""
+        """`root`, which no vCPU uses any more, is about to be zapped."""
         return self._answers["zap_root"]
 
     def zap_yield(self, cpu: Cpu, kvm: Kvm) -> str:
@@ -160,13 +161,13 @@ class Policy:
         return self._answers["entry_order"]
 
     def role_change(self, cpu: Cpu, vcpu: Vcpu) -> str:
-        """What decides the role of `vcpu`'s roots changed."""
+        """A register or mode of `vcpu` changed on which the role of its roots may depend."""
         return self._answers["role_change"]
 
     # --- about the policy ------------------------------------------------------------------------------
 
     def with_settings(self, settings: Mapping[str, str], name: str | None = None) -> Policy:
-        """A policy of tables with some points answered differently."""
+        """Return a policy of tables with the points in `settings` answered differently."""
         for point, alternative in settings.items():
             check_answer(point, alternative)
         if name is None:
@@ -175,45 +176,47 @@ class Policy:
         return Policy(name, self.bugs, **{**self._answers, **settings})
 
     def answers(self) -> dict[str, str]:
-        """Alternative by point, in the order of POINTS: what the table says."""
+        """Return the table: the alternative by point, in the order of POINTS."""
         return dict(self._answers)
 
     def may_answer(self, point: str, alternatives: Collection[str]) -> bool:
-        """Whether it can ever answer `point` with one of these: a class that decides itself, always."""
+        """Return whether it can ever answer `point` with one of these; true if a class decides the point."""
         decides = getattr(type(self), point) is not getattr(Policy, point)
         return decides or self._answers[point] in alternatives
 
     def fresh(self) -> Policy:
-        """One like it that remembers nothing of earlier runs: itself, unless it is a user's."""
+        """Return a policy like it without state of earlier runs: itself, unless it is a user's."""
         return self
 
     def confined(self) -> AbstractContextManager[None]:
-        """Around all executions under this policy: what a user's file does to the process is kept to them.
-        Raises UserPolicyError for what cannot be taken back."""
+        """Return a context for all executions under this policy, which confines changes by a user's file.
+
+        Raises UserPolicyError for changes that cannot be undone.
+        """
         return nullcontext()
 
     def guarded(self) -> AbstractContextManager[None]:
-        """Around code that copies or compares what a user's policy remembers, and so may call its methods."""
+        """Return a context for code that copies or compares a user policy's state, which may run its code."""
         return nullcontext()
 
     def module(self) -> ModuleType | None:
-        """Of a user's file, whose names and classes may remember things, too."""
+        """Return the module of a user's file, whose names and classes may hold state, too."""
         return None
 
     def spelled(self) -> str:
-        """What names it on a command line: its name, or the file that a user's policy is in."""
+        """Return its spelling on a command line: its name, or the path of a user's file."""
         return self.name
 
     def overrides(self) -> dict[str, str]:
-        """Points that a user's class decides case by case, and where in its file."""
+        """Return the points that a user's class decides case by case, and where in its file."""
         return {}
 
     def given(self) -> dict[str, dict[str, int]]:
-        """What that class answered so far: times by point and alternative."""
+        """Return how often that class has given each alternative, by point."""
         return {}
 
     def mutants(self) -> tuple[str, ...]:
-        """What is known to be wrong about it: bugs, and points whose answer is, as `point=alternative`."""
+        """Return its known errors: bugs, and answers that are known to be wrong, as `point=alternative`."""
         wrong = tuple(
             f"{point.name}={self._answers[point.name]}"
             for point in POINTS
@@ -223,7 +226,7 @@ class Policy:
 
 
 def check_answer(point: str, alternative: str, where: str = NAMED_BY) -> None:
-    """Raises PolicyError unless `alternative` is one of the point's; `where` it was found."""
+    """Raise PolicyError unless `alternative` is one of the point's; `where`: the place that named it."""
     known = BY_NAME.get(point)
     if known is None:
         raise PolicyError(where, f"unknown decision point {shown(point)}", one_of(point, BY_NAME))

@@ -1,4 +1,4 @@
-"""Named policies: what was merged or proposed, and when.
+"""Named policies, for code that was merged or proposed, and when.
 
 A proposal is encoded as posted, holes included.  A preset exists only if each of its answers does.
 """
@@ -12,8 +12,8 @@ from emulator.policy.policy import NAMED_BY, Policy, PolicyError
 
 DEFAULT = DEFAULT_POLICY
 
-# Answers where they are not those of Linux 7.3.  Bugs that were found later are not among them (they are
-# mutants), and neither is what is no decision point.
+# Answers that differ from those of Linux 7.3.  Bugs that were found later are not among them (they are
+# mutants), and neither are differences without a decision point.
 _LINUX_6_12 = {
     "huge_recovery": "zap-each",
     "age_flush": "if-young",
@@ -25,7 +25,7 @@ _LINUX_5_14 = {
     "zap_scope": "leafs-and-tables",
     "zap": "flush-per-table",
     "zap_root": "root",
-    # Harmless here: each table is flushed for before it goes to RCU.
+    # Harmless here: each table's flush comes before the table goes to RCU.
     "zap_yield": "unlock-then-flush",
     "role_change": "unload-all",
     "eager_split": "none",
@@ -107,7 +107,7 @@ PRESET_DOCS = {
 
 
 def preset(name: str, where: str = NAMED_BY) -> Policy:
-    """A preset, or a mutant (`mutant:B6`), by name; raises PolicyError that says `where`."""
+    """Return a preset or a mutant (`mutant:B6`) by name; raises PolicyError, which names `where`."""
     if name.startswith(PREFIX):
         mutant = find_mutant(name, where)
         return mutant.policy(preset(mutant.base))

@@ -1,7 +1,7 @@
 """A user's policy as a file: its text, its module, its class, and the decision points that the class decides.
 
-Everything here that looks at what the file has made, does so behind the door (emulator.policy.guard): a
-class may have a metaclass, descriptors and properties that run code of the file's.
+All code here that inspects the file's objects does so behind the door (emulator.policy.guard), because a
+class may have a metaclass, descriptors and properties that run the file's code.
 """
 
 from __future__ import annotations
@@ -24,9 +24,9 @@ from emulator.policy.points import BY_NAME, POINTS, DecisionPoint
 from emulator.policy.policy import Policy, PolicyError
 from emulator.policy.presets import DEFAULT, preset
 
-# A method whose name resembles a point's this much is a slip of the pen, not a helper.
+# A method with a name this similar to a point's is taken for a misspelling, not a helper.
 _TYPO: Final = 0.75
-# A policy is asked through these; what they do is not for the user's class to change.
+# The emulator calls a policy through these; a user's class must not change them.
 _RESERVED: Final = (
     "answers", "confined", "fresh", "given", "guarded", "may_answer", "mutants", "module", "overrides",
     "spelled", "with_settings",
@@ -39,7 +39,7 @@ _OURS: Final = ("emulator", "native", "metrics")
 
 @dataclass(frozen=True, slots=True)
 class Loaded:
-    """What the file came to when it was executed."""
+    """The result of executing the file."""
 
     module: ModuleType
     cls: type[Policy]
@@ -47,13 +47,13 @@ class Loaded:
     called: str  # the class's own name
     base: Policy
     points: tuple[DecisionPoint, ...]
-    # Where the class, or a class of the file that it derives from, defines a name.
+    # By name, the line at which the class, or a class of the file that it derives from, defines it.
     at: Mapping[str, int]
 
 
 @dataclass(frozen=True, slots=True)
 class Source:
-    """Where a user's policy comes from, and how to make another one like it."""
+    """The file of a user's policy, its code and its contents, from which another such policy can be made."""
 
     path: str
     code: CodeType
@@ -63,7 +63,7 @@ class Source:
     patches: Patches = NO_PATCHES
 
     def again(self) -> Source:
-        """As if the file had been loaded just now, with the text that it had."""
+        """Execute the file's original text again, and return the new source."""
         path = Path(self.path)
         if not self.patches:
             with Confinement.entered():
@@ -85,7 +85,7 @@ class Source:
         return place if seconds is None else replace(place, seconds=seconds)
 
     def refused(self, change: str) -> UserPolicyError:
-        """About a change of a module that was made when the policy was asked."""
+        """Return the error for a change of a module that was made when the policy was asked."""
         line = self.stores.get(change.rpartition(".")[2], self.line("__init__"))
         found = f"changes {change} when it is asked"
         return UserPolicyError(
@@ -154,7 +154,7 @@ def _parse(path: Path) -> tuple[ast.Module, CodeType]:
 
 
 def _import_ours(tree: ast.Module) -> None:
-    """Import the emulator's modules that the file names, so that what it changes in them is seen."""
+    """Import the emulator's modules that the file names, so that its changes in them are detected."""
     names: set[str] = set()
     for node in ast.walk(tree):
         if isinstance(node, ast.Import):
@@ -169,7 +169,7 @@ def _import_ours(tree: ast.Module) -> None:
 
 
 def _lines(tree: ast.Module) -> dict[str, int]:
-    """Where classes start, and what they define: by `Class` and `Class.name`."""
+    """Return the lines of classes and of their definitions, by `Class` and `Class.name`."""
     lines = {}
     for node in ast.walk(tree):
         if isinstance(node, ast.ClassDef):
@@ -187,7 +187,7 @@ def _names(node: ast.ClassDef) -> Iterator[tuple[str, int]]:
 
 
 def _stores(tree: ast.Module) -> dict[str, int]:
-    """Where attributes of other objects are assigned, by name."""
+    """Return the lines at which attributes of other objects are assigned, by name."""
     return {
         node.attr: node.lineno
         for node in ast.walk(tree)
@@ -199,7 +199,7 @@ def _stores(tree: ast.Module) -> dict[str, int]:
 
 
 def _policy_class(path: Path, module: ModuleType, lines: Mapping[str, int]) -> type[Policy]:
-    """The file's class; of several that derive from each other, the last."""
+    """Return the file's policy class; of several that derive from each other, the most derived."""
     found: list[type[Policy]] = [
         value
         for value in dict.fromkeys(v for v in module.__dict__.values() if issubclass(type(v), type))
@@ -215,7 +215,7 @@ def _policy_class(path: Path, module: ModuleType, lines: Mapping[str, int]) -> t
 
 
 def _defined(cls: type[Policy], lines: Mapping[str, int]) -> tuple[dict[str, object], dict[str, int]]:
-    """What the class and those of the file's that it derives from define, and where."""
+    """Return the definitions of the class and of its bases in the file, and their lines."""
     defined: dict[str, object] = {}
     at: dict[str, int] = {}
     for one in cls.__mro__:
@@ -239,7 +239,7 @@ def _base(path: Path, cls: type[Policy], called: str, at: Mapping[str, int]) -> 
 
 
 def _name(path: Path, cls: type[Policy], called: str, at: Mapping[str, int]) -> str:
-    """Return what verdicts call the policy; another policy's name would make them that one's."""
+    """Return the policy's name in verdicts, which must not be another policy's name."""
     found: object = getattr(cls, "name", None)
     where = f"{path}:{at.get('name', 1)}: {called}.name"
     if found is None:

@@ -1,4 +1,4 @@
-"""How a policy is spelled where one can be named: what it is called, and answers that differ from it."""
+"""The spelling of a policy on command lines and in files: a name, and answers that differ from it."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ _FILE = ".py"
 
 
 def parse_setting(text: str, where: str = NAMED_BY) -> tuple[str, str]:
-    """`point=alternative`; raises PolicyError.  Whether there is such a point is not looked at."""
+    """Parse `point=alternative`, without checking that the point exists; raises PolicyError."""
     point, _, alternative = (part.strip() for part in text.partition("="))
     if not point or not alternative:
         raise PolicyError(where, f"found {shown(text)}", "point=alternative, as in migration=none")
@@ -18,9 +18,11 @@ def parse_setting(text: str, where: str = NAMED_BY) -> tuple[str, str]:
 
 
 def parse_policy(text: str, where: str = "") -> tuple[str, dict[str, str]]:
-    """The preset, mutant or file, and the answers that replace its own: `NAME+point=alternative+...`, or of
-    the default policy `point=alternative,point=alternative`.  A file's path ends with .py, whatever is in it.
-    Raises PolicyError."""
+    """Return the preset, mutant or file, and the answers that replace its own.
+
+    Spelled `NAME+point=alternative+...`, or for the default policy `point=alternative,point=alternative`.  A
+    file's path ends with .py, and may contain other characters of this syntax.  Raises PolicyError.
+    """
     if text.endswith(_FILE):
         return text, {}
     if _FILE + "+" in text:
@@ -37,7 +39,7 @@ def parse_policy(text: str, where: str = "") -> tuple[str, dict[str, str]]:
 
 
 def check_policy(text: str, where: str) -> None:
-    """Whether there is such a policy; a file is not looked at.  Raises PolicyError."""
+    """Raise PolicyError unless there is such a policy; a file is not read."""
     base, answers = parse_policy(text, where)
     if not base.endswith(_FILE):
         preset(base, where)

@@ -3,21 +3,21 @@
     from emulator.policy import Policy
 
     class Lazy(Policy):
-        base = "linux-7.3"                      # what super() answers; this one if not given
+        base = "linux-7.3"                      # super() answers as this preset; the default is linux-7.3
 
         def migration(self, cpu, vcpu):
             if len(vcpu.kvm.vcpus) == 1:
                 return "none"
             return super().migration(cpu, vcpu)
 
-Its methods are the decision points (`flushlab list points`, emulator.policy.policy.Policy): whatever the
-class does not define, the base answers.  KVM's threads call them at the moment of the decision, several at
-once, and one object serves all VMs, so what a method remembers is best kept per `cpu` or `vcpu`.  The file
-is executed anew for each run, and for each execution of a litmus test.  A method that raises, returns what
-is no alternative of its point, or does not return, ends the run with one line that says so.
+Its methods are the decision points (`flushlab list points`, emulator.policy.policy.Policy); the base answers
+points that the class does not define.  KVM's threads call the methods at the moment of the decision, several
+at once, and one object serves all VMs, so a method's state is best kept per `cpu` or `vcpu`.  The file is
+executed anew for each run, and for each execution of a litmus test.  A method that raises, that returns no
+alternative of its point, or that does not return, ends the run with one line that says so.
 
-KVM's code never meets the object that the file has made: it asks a `UserPolicy`, which asks that object
-through the door (emulator.policy.guard).
+KVM's code never calls the file's object directly: it asks a `UserPolicy`, which asks that object through the
+door (emulator.policy.guard).
 """
 
 from __future__ import annotations
@@ -46,30 +46,30 @@ _WITHOUT_ARGUMENTS = "a class that is made without arguments"
 
 
 def resolve_policy(text: str) -> Policy:
-    """What a command line may name: a preset, `mutant:NAME`, or the path of a user's policy (.py)."""
+    """Return the policy that a command line names: a preset, `mutant:NAME`, or a user's file (.py)."""
     if text.endswith(".py"):
         return load_user_policy(Path(text))
     return preset(text)
 
 
 def spelled_policy(text: str, name: str | None = None) -> Policy:
-    """The same, with other answers as emulator.policy.spelling has it; called `name`."""
+    """Return the policy with the answers that `text` spells (emulator.policy.spelling), called `name`."""
     base, answers = parse_policy(text)
     policy = resolve_policy(base)
     return policy.with_settings(answers, name) if answers else policy
 
 
 def load_user_policy(path: Path) -> Policy:
-    """The policy that a file defines; raises UserPolicyError."""
+    """Load the policy that a file defines; raises UserPolicyError."""
     source = read_source(path)
     with Confinement.patched(NO_PATCHES, source.refused):
         return _made(source, {})
 
 
 class UserPolicy(Policy):
-    """Asks the file's object, counts and checks what it answers.
+    """A policy that asks the file's object, and counts and checks its answers.
 
-    `_mine` is that object.  `_given` has answers by (alternative, CPU): each CPU's thread counts for itself.
+    `_mine` is that object.  `_given` counts answers by (alternative, CPU), so that each thread has its own.
     """
 
     def __init__(self, source: Source, settings: Mapping[str, str], name: str | None) -> None:
@@ -83,7 +83,7 @@ class UserPolicy(Policy):
         self._mine: Any = None
 
     def adopt(self, mine: Any) -> None:
-        """Answer what the object's class does not decide as the object was told to, as its super() does."""
+        """Answer points that the object's class does not decide by the object's table, as super() does."""
         own = object.__getattribute__(mine, "__dict__")
         base = self._source.loaded.base
         answers = base.answers()
@@ -154,7 +154,7 @@ class UserPolicy(Policy):
         return {name: n for name, n in sums.items() if n}
 
     def mutants(self) -> tuple[str, ...]:
-        """As of any policy; of the points that the class decides, what it did answer."""
+        """Return the errors of the table, and the wrong answers that the class has given."""
         table = [wrong for wrong in super().mutants() if wrong.partition("=")[0] not in self._given]
         case_by_case = [
             f"{point}={alternative} ({self.overrides()[point]})"
@@ -166,13 +166,15 @@ class UserPolicy(Policy):
 
 
 def source_of(policy: Policy) -> Source | None:
-    """Return where a user's policy comes from; None of any other."""
+    """Return the source of a user's policy; None for any other policy."""
     return policy._source if isinstance(policy, UserPolicy) else None
 
 
 def _made(source: Source, settings: Mapping[str, str], name: str | None = None) -> Policy:
-    """A policy with a new object of the file's class.  `settings` are the command line's: a point among them
-    is not the class's to decide any more."""
+    """Make a policy with a new object of the file's class.
+
+    `settings` are the command line's, and take precedence over the class at their points.
+    """
     points = frozenset(point.name for point in source.loaded.points if point.name not in settings)
     policy = _class(points)(source, settings, name)
     with Confinement.entered():
@@ -207,11 +209,11 @@ def _fixed(point: str) -> Callable[..., str]:
 
 
 def _asked(point: DecisionPoint) -> Callable[..., str]:
-    """The user's method, with a clear error for whatever it does wrong."""
+    """Wrap the user's method, with a clear error for each way in which it can fail."""
     name, names = point.name, frozenset(point.names())
 
     def ask(self: UserPolicy, cpu: Any, *arguments: Any) -> str:
-        # Whatever it remembers, others may have been asked in between.
+        # The method may have state, and calls on other CPUs may come in between.
         cpu.point("policy", self._source.path, "write")
         answer: Any = through(self._places[name], _ask, self._mine, name, cpu, *arguments)
         cpu.point("policy answers", self._source.path, "write")
@@ -233,7 +235,7 @@ def _ask(mine: Any, name: str, cpu: Any, *arguments: Any) -> object:
 
 
 def _checked(policy: UserPolicy, point: DecisionPoint, answer: object) -> str:
-    """What an object of a class that derives from str holds; of other objects, an error."""
+    """Return the string that an object of a class derived from str holds; raise an error for others."""
     text = exact(answer)
     if text is None:
         where = policy._places[point.name].at()
