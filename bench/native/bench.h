@@ -1,5 +1,5 @@
-/* What the benchmark programs share: time, quantiles, one JSON object per figure, a machine, a hypervisor that maps
- * what a guest misses.
+/* Helpers that the benchmark programs share: time, quantiles, one JSON object per figure, a machine, and a hypervisor
+ * that maps the pages on which a guest faults.
  *
  * Each program is linked with the whole core and prints one line of JSON per figure; `python -m bench` compiles,
  * runs and tabulates them.
@@ -48,7 +48,7 @@ static inline int by_value(const void *a, const void *b)
 	return (x > y) - (x < y);
 }
 
-/* Sorts. */
+/* Return a quantile of the values; sort them in place. */
 static inline double quantile(double *values, size_t n, double q)
 {
 	qsort(values, n, sizeof(*values), by_value);
@@ -57,15 +57,15 @@ static inline double quantile(double *values, size_t n, double q)
 
 enum { REPEATS_MAX = 64 };
 
-/* One figure: a sample per repeat beside one of its reference, taken in turn.  The medians, the ratio and what
- * is wanted of them are bench/figures.py's business. */
+/* One figure: a sample per repeat beside one of its reference, taken in turn.  bench/figures.py computes the medians
+ * and the ratio, and checks the conditions in `wanted`. */
 struct figure {
 	const char *name;
 	const char *what;
 	const char *unit;
 	const char *reference_name;
 	const char *ratio_of; /* "value/reference" or "reference/value" */
-	const char *wanted;   /* "value <= 1000 and ratio >= 5"; NULL: nothing in particular */
+	const char *wanted;   /* "value <= 1000 and ratio >= 5"; NULL: no condition */
 	const double *values;
 	const double *references;
 	size_t repeats;
@@ -90,7 +90,7 @@ static inline void emit(const struct figure *f)
 	fflush(stdout);
 }
 
-/* A number of the command line, at least 1. */
+/* Return a number of the command line, at least 1. */
 static inline uint32_t bench_number(const char *text, uint32_t max)
 {
 	long number = strtol(text, NULL, 10);
@@ -99,7 +99,7 @@ static inline uint32_t bench_number(const char *text, uint32_t max)
 	return (uint32_t)number;
 }
 
-/* The cores that the program was started on, whatever its threads are pinned to since. */
+/* Return the cores on which the program was started, regardless of later pinning. */
 static inline const cpu_set_t *started_on(void)
 {
 	static cpu_set_t allowed;
@@ -165,7 +165,7 @@ static inline void bench_map(struct machine *m, uint32_t cpu, uint32_t vm, uint3
 	REQUIRE(!ept_map_page(m, cpu, vm, root, gfn, &page));
 }
 
-/* Run a guest for n accesses, serving its EPT violations. */
+/* Run a guest for n accesses; serve its EPT violations. */
 static inline void bench_run(struct machine *m, uint32_t cpu, uint32_t vcpu, uint32_t vm, uint32_t root,
 			     uint64_t n)
 {
@@ -184,7 +184,7 @@ static inline void bench_run(struct machine *m, uint32_t cpu, uint32_t vcpu, uin
 	}
 }
 
-/* A file of 64-bit words. */
+/* Read a file of 64-bit words. */
 static inline uint64_t *bench_words(const char *path, uint64_t *n)
 {
 	FILE *file = fopen(path, "rb");

@@ -28,8 +28,8 @@ struct guest_thread {
 static pthread_mutex_t faults = PTHREAD_MUTEX_INITIALIZER;
 static uint64_t *records, *pages, record_count, page_count;
 
-/* The reference: load a record, look its page up, use what is there.  What is not there is put there, or a page that
- * shares its place with another would never be found again: four records in five of `shuf`. */
+/* The reference: load a record, look its page up, use the value in the array.  A missing page is inserted, since a page
+ * that shares its place with another would never be found again otherwise: four records in five of `shuf`. */
 static double bare_rate(void)
 {
 	static struct direct table[DIRECT];
@@ -72,8 +72,8 @@ static uint32_t make_guest(struct machine *m, uint32_t vm, uint32_t root, uint32
 	return (uint32_t)vcpu;
 }
 
-/* The first rounds fault everything in, one guest after the other (bench_map() knows no concurrency): what met an
- * EPT violation was polled and looked up again. */
+/* The first rounds, which are not counted, fault all pages in: an access that meets an EPT violation takes a second
+ * poll and look-up.  The guests run these rounds one after the other, because bench_map() allows no concurrency. */
 static void *run_guest(void *argument)
 {
 	struct guest_thread *t = argument;
@@ -97,7 +97,7 @@ static void *run_guest(void *argument)
 	return NULL;
 }
 
-/* Accesses per second of `n` pCPUs together, from the first start to the last end. */
+/* Return the accesses per second of `n` pCPUs together, from the first start to the last end. */
 static double guest_rate(uint32_t n)
 {
 	struct machine *m = bench_machine(2, (uint32_t)(page_count + 4096) * 2);

@@ -4,7 +4,7 @@
  *
  * on_each_cpu() with wait from a housekeeping CPU, against membarrier(PRIVATE_EXPEDITED) while one other thread of
  * the process runs: the kernel interrupts that thread's core and waits for it.  (Around half a microsecond means
- * that the thread was not on its core, and nobody was interrupted: the machine is busy.)  Needs two cores.
+ * that the thread was not on its core, so that no core was interrupted: the machine is busy.)  Needs two cores.
  */
 #include "bench.h"
 
@@ -72,7 +72,7 @@ static void measure_calls(struct target *t, double *ns, uint32_t rounds)
 
 		REQUIRE(on_each_cpu(t->m, 1, IPI_ACK_KICK, 0, 1) == 1);
 		ns[i] = (double)(now_ns() - begin);
-		/* The guest comes back before the next one. */
+		/* Let the guest enter guest mode again before the next IPI. */
 		for (int spin = 0; spin < 2000; spin++)
 			cpu_relax();
 	}

@@ -1,4 +1,4 @@
-/* RCU: what a read section costs its reader, and how fast callbacks are queued and invoked.
+/* RCU: the cost of a read section to its reader, and the rate at which callbacks are queued and invoked.
  *
  *   rcu CALLBACKS REPEATS
  *
@@ -21,7 +21,7 @@ static double section_ns(struct machine *m)
 	return (double)(now_ns() - start) / SECTIONS;
 }
 
-/* The cheapest thing by which two threads agree on an order, with nobody on the other side. */
+/* Measure the cheapest operation by which two threads agree on an order, without a second thread. */
 static double atomic_add_ns(void)
 {
 	static _Atomic uint64_t word;
@@ -32,7 +32,7 @@ static double atomic_add_ns(void)
 	return (double)(now_ns() - start) / SECTIONS;
 }
 
-/* From the first call_rcu() to the return of rcu_barrier(). */
+/* Return the rate of callbacks, from the first call_rcu() to the return of rcu_barrier(). */
 static double callbacks_rate(struct machine *m, uint32_t callbacks)
 {
 	uint64_t before[COUNTERS], after[COUNTERS], start;
@@ -51,7 +51,7 @@ static double callbacks_rate(struct machine *m, uint32_t callbacks)
 	return callbacks * 1e3 / (double)start;
 }
 
-/* What freeing without waiting for readers costs. */
+/* Return the rate of allocating and freeing without waiting for readers. */
 static double malloc_rate(uint32_t nodes)
 {
 	void *volatile kept[KEPT] = { 0 };

@@ -1,6 +1,6 @@
 /* Map and zap per SPTE, beside a bare walk of the same tables from the root to each leaf, and beside such a walk
- * with one locked instruction a leaf.  Neither can do with less: a fault that maps races other faults, as the kernel's
- * cmpxchg in tdp_mmu_set_spte_atomic() says, and a zap tells every pCPU through the frame's tag.
+ * with one locked instruction a leaf.  Neither can do with fewer locked instructions: a fault that maps races other
+ * faults, hence the kernel's cmpxchg in tdp_mmu_set_spte_atomic(), and a zap tells every pCPU through the frame's tag.
  *
  *   spte REPEATS
  */
@@ -10,7 +10,7 @@ enum { GFNS = 1 << 16, TABLE = 512, CHUNK = 1024 };
 
 static uint32_t hfns[GFNS], tags[GFNS], writable[GFNS];
 
-/* Four dependent loads a gfn; with `words`, a compare-and-swap of the gfn's own, too. */
+/* Walk to each leaf: four dependent loads a gfn and, with `words`, a compare-and-swap of the gfn's own word. */
 static inline __attribute__((always_inline)) double walk_leafs(struct machine *m, uint32_t root,
 							       _Atomic uint16_t *words)
 {

@@ -2,8 +2,8 @@
  *
  *   tlb_flush ENTRIES REPEATS
  *
- * An unbounded TLB holds n translations, n = 1000, 10000 .. ENTRIES: most of them of other contexts, 512 of the
- * one that is flushed, which are filled again before each flush.  Timed is one flush; the clock's own cost is
+ * An unbounded TLB holds n translations, n = 1000, 10000 .. ENTRIES, most of them of other contexts.  512 belong to
+ * the context that is flushed, and are filled again before each flush.  One flush is timed.  The clock's own cost is
  * in the price and in its reference, the price with 1000 translations.
  */
 #include "bench.h"
@@ -59,7 +59,7 @@ static void flush(struct tlb *t, enum what what)
 		invlpg(t, 7);
 }
 
-/* Median nanoseconds. */
+/* Return the median nanoseconds of a flush or, for REFILL, of filling one entry again. */
 static double price(struct tlb *t, enum what what)
 {
 	uint32_t guest = what == INVLPG_PIECES ? PAGE_2M + 1 : 0;
@@ -73,7 +73,7 @@ static double price(struct tlb *t, enum what what)
 		start = now_ns();
 		flush(t, what);
 		middle = now_ns();
-		/* It did what it is there for. */
+		/* The flush has dropped the entry. */
 		REQUIRE(tlb_lookup(t, KIND_COMBINED, 7, &e) != 1);
 		end = now_ns();
 		fill_own(t, guest);
@@ -109,7 +109,7 @@ int main(int argc, char **argv)
 	}
 	REQUIRE(decades > 1);
 	for (uint32_t what = 0; what < WHATS; what++) {
-		/* Every size of what the machine's own flushes are, the largest of the others. */
+		/* All sizes for INVEPT single-context, the machine's own flush; the largest size for the rest. */
 		for (uint32_t d = what == INVEPT_SINGLE ? 1 : decades - 1; d < decades; d++) {
 			snprintf(name, sizeof(name), "%s, 10^%u cached", what_name[what], d + 3);
 			figure.wanted = what == REFILL ? NULL : "ratio <= 2";

@@ -1,10 +1,10 @@
-/* Why the first level looks up as it does: the loop of guest execution with the shipped look-up and with rivals.
+/* Justifies the look-up of the TLB's first level: the loop of guest execution with the shipped look-up and rivals.
  *
  *   tlb_loop REPEATS
  *
- * What every access needs and nothing else: load an 8-byte trace record, poll the attention word, look the page
- * up, compare the custody of the frame with the right that the entry carries, store on a write.  (guest_loop.c
- * measures the whole of it, on real traces.)
+ * The loop does only the steps that every access needs: load an 8-byte trace record, poll the attention word, look
+ * the page up, compare the custody of the frame with the right that the entry carries, store on a write.
+ * (guest_loop.c measures the whole guest loop, on real traces.)
  */
 #include "bench.h"
 
@@ -16,7 +16,7 @@
 
 enum { RECORDS = 1 << 16, FRAMES = 256, LOOPS = 100 };
 
-/* What the rivals search: keys of a set side by side, the rest elsewhere. */
+/* The rivals' layout: the keys of a set lie side by side, the other fields elsewhere. */
 struct payload {
 	uint32_t right[3];
 	uint32_t hfn;
@@ -49,8 +49,7 @@ static uint64_t next(uint64_t *x)
 	return *x;
 }
 
-/* `pages` pages, all cached, in random ways; one access in four writes, at
- * random or each fourth. */
+/* Build a world of `pages` pages, all cached.  One access in four writes: each fourth, or a random one. */
 static struct world *build(uint32_t pages, uint32_t run, bool regular)
 {
 	struct world *w = aligned_alloc(64, (sizeof(*w) + 63) / 64 * 64);
@@ -88,7 +87,7 @@ ALWAYS struct tlb_hot *look_shipped(struct world *w, uint64_t page)
 	return tlb_l1_lookup(&w->l1, page);
 }
 
-/* Ways tried in turn, each a branch. */
+/* Compare the ways in turn, with a branch for each. */
 ALWAYS struct payload *look_branches(struct world *w, uint64_t page)
 {
 	struct split *l1 = &w->rival;
@@ -104,7 +103,7 @@ ALWAYS struct payload *look_branches(struct world *w, uint64_t page)
 }
 
 #ifdef __SSE2__
-/* All ways at once: four 64-bit compares with SSE2, which has only 32-bit ones. */
+/* Compare all ways at once: four 64-bit compares, composed of SSE2's 32-bit ones. */
 ALWAYS struct payload *look_sse2(struct world *w, uint64_t page)
 {
 	struct split *l1 = &w->rival;
@@ -126,7 +125,7 @@ ALWAYS struct payload *look_sse2(struct world *w, uint64_t page)
 }
 #endif
 
-/* Everything an access needs; returns how many missed or failed the check. */
+/* Run all accesses; return how many missed or failed the check. */
 #define LOOP(name, look, hot_type)                                                                  \
 	static __attribute__((noinline)) uint64_t loop_##name(struct world *w)                      \
 	{                                                                                           \
