@@ -43,7 +43,7 @@ int tlb_evict(struct tlb *t, uint32_t n)
 	cell_kill(t, cell);
 	/* No ghost: no flush dropped it. */
 	slot_of(t, cell)->born = 0;
-	/* Finding the copies of this mapping is not worthwhile: the others come back at their next use. */
+	/* Finding the copies of this mapping is not worthwhile: dropped copies come back at their next use. */
 	l1_clear(&t->l1);
 	return 1;
 }

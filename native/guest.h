@@ -81,8 +81,8 @@ int guest_leave(struct machine *m, uint32_t cpu, uint32_t reason);
 int guest_speculate(struct machine *m, uint32_t cpu, uint64_t linear);
 /* Called by the vCPU's thread, outside guest mode, after a reset (INIT) has cleared CR0.PG: the guest OS starts
  * again.  It knows nothing of the former contents of its memory: all of it is free, page tables are built anew,
- * and no earlier translation is valid.  First it sets up CR4 and CR0, which exits.  For a program, only HLT
- * changes. */
+ * and no earlier translation is valid.  First it sets up CR4 and CR0, which exits.  A program is only taken out
+ * of HLT and continues. */
 void guest_boot(struct machine *m, uint32_t vcpu);
 /* Return the number of guest-physical frames that this vCPU's OS uses now. */
 uint64_t guest_frames_used(struct machine *m, uint32_t vcpu);

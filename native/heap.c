@@ -100,8 +100,8 @@ static struct block *reuse(struct books *books, size_t bytes)
 	return block;
 }
 
-/* Carve a block from the end of the part in use.  Blocks of whole pages begin on a page boundary, so that they
- * share few pages with others. */
+/* Carve a block from the end of the part in use.  A block of a page or more begins on a page boundary, so that
+ * it shares few pages with others. */
 static struct block *carve(struct heap *h, size_t bytes)
 {
 	struct books *books = books_of(h);

@@ -38,8 +38,8 @@ enum violation {
 enum promise {
 	PROMISE_NONE,
 	PROMISE_NOTIFIER,       /* invalidate_range_start returned: the range is not used */
-	PROMISE_NOTIFIER_WRITE, /* invalidate_range_start returned: the range is not written (mprotect, copy-on-
-				 * write, KSM) */
+	PROMISE_NOTIFIER_WRITE, /* invalidate_range_start returned: the range is not written (mprotect,
+				 * copy-on-write, KSM) */
 	PROMISE_MEMSLOT,        /* the slot is gone */
 	PROMISE_ZAP_RANGE,      /* kvm_zap_gfn_range returned */
 	PROMISE_DIRTY_LOG,      /* every later write is logged */
