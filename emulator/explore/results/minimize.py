@@ -1,7 +1,7 @@
-"""A shorter counterexample: fewest context switches, then fewest steps.
+"""Minimizes a counterexample: fewest context switches, then fewest steps.
 
-Blocks of steps of one task are moved together where the outcome stays the same, and steps that are not needed
-for it are left for after the end.  Every candidate is executed; what cannot be executed is no candidate.
+Blocks of steps of one task are joined if the outcome stays the same, and steps that the outcome does not need
+are postponed until after it.  Every candidate is executed; one that cannot be executed is dropped.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ _ATTEMPTS = 400
 
 
 class Follow(Sampler):
-    """A wish, not an order: tasks in this order of blocks as far as they can go, then anybody."""
+    """Takes the blocks in order, each as far as its task is enabled, and then any enabled task."""
 
     def __init__(self, blocks: list[tuple[int, int]]) -> None:
         super().__init__(1)
@@ -37,7 +37,7 @@ class Follow(Sampler):
 
 
 def blocks_of(schedule: tuple[int, ...]) -> list[tuple[int, int]]:
-    """(task, steps) in a row."""
+    """Return the schedule as blocks of (task, number of steps in a row)."""
     blocks: list[tuple[int, int]] = []
     for index in schedule:
         if blocks and blocks[-1][0] == index:
@@ -52,7 +52,7 @@ def size(schedule: tuple[int, ...]) -> tuple[int, int]:
 
 
 def minimized(program: LitmusProgram, schedule: tuple[int, ...], outcome: str) -> tuple[int, ...]:
-    """The smallest schedule found that has the same outcome."""
+    """Return the smallest schedule found that still has this outcome."""
     best, attempts, better = schedule, 0, True
     while better:
         better = False
@@ -68,7 +68,7 @@ def minimized(program: LitmusProgram, schedule: tuple[int, ...], outcome: str) -
 
 
 def _smaller(blocks: list[tuple[int, int]]) -> Iterator[list[tuple[int, int]]]:
-    """Candidates: a block joins the task's previous or next one, or comes not at all (later, that is)."""
+    """Yield candidates: a block joins its task's previous or next one, or is left out, hence postponed."""
     for i in range(len(blocks)):
         index, n = blocks[i]
         for j in range(i - 1, -1, -1):

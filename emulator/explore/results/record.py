@@ -1,4 +1,4 @@
-"""Counterexamples: what each step of an execution was, as a file, and the same execution again."""
+"""Counterexamples: an execution written to a file, step by step, and its replay."""
 
 from __future__ import annotations
 
@@ -29,22 +29,24 @@ from emulator.validation import first_error, read_json
 
 FORMAT: Final = 1
 _EXPECTED = "a counterexample of flushlab explore"
-# Whatever a file has in a step, the line that says what differs stays one.
+# Keeps the report of a difference on one line, for any contents of a file.
 _SHORT = reprlib.Repr()
 _SHORT.maxstring = _SHORT.maxother = 100
 _TIME = re.compile(r",? *[-+]?\d+\.\d us( before)?")
-# What depends on when something ran, or on how often frames were freed before.
+# Values that depend on the time, or on how often frames were freed before.
 _UNSTABLE = ("time_ns", "promise_time_ns", "custody")
 
 
 @dataclass(slots=True)
 class Recording:
-    """One execution, step by step.  `violation`: what the oracle says, or the deadlock; None: nothing.
-    `final`: the events of the test's last operations, if the violation is there.  `watched`: what of a user's
-    policy's accesses are steps."""
+    """One execution, step by step.
+
+    violation: the oracle's report, or the deadlock; None if there is neither.  final: the events of the
+    test's last operations, if the violation is there.  watched: the accesses of a user's policy that are steps.
+    """
 
     test: str
-    source: str  # of the test
+    source: str  # the test's text
     policy: str
     schedule: list[str]
     steps: list[dict[str, Any]]
@@ -77,7 +79,7 @@ class Recording:
 
 
 class _Recorder:
-    """Writes down each step as it ends."""
+    """Records each step as it ends."""
 
     def __init__(self, program: LitmusProgram, execution: Execution) -> None:
         self.program = program
@@ -109,7 +111,7 @@ class _Recorder:
             self.violation = self.report()
 
     def end(self, outcome: str) -> tuple[str, ...]:
-        """All steps were taken, and the execution came to this; returns the kinds of its violations."""
+        """Complete the recording with the execution's outcome, and return the kinds of its violations."""
         if self.violation is None and outcome:
             kind, _, deadlocked = outcome.partition(": ")
             kinds = [kind] if deadlocked else outcome.split(", ")
@@ -118,7 +120,7 @@ class _Recorder:
                 self.violation = {"kind": kinds[0], "kinds": kinds, "text": outcome}
                 if deadlocked:
                     self.violation["waits"] = self.program.waits
-            # Other accesses of `final` may have violated in other ways.
+            # Other accesses of `final` may have caused violations of other kinds.
             return tuple(dict.fromkeys([*self.violation["kinds"], *kinds]))
         return tuple(self.violation["kinds"]) if self.violation is not None else ()
 
@@ -139,7 +141,7 @@ class _Recorder:
 
 
 def _timeless(value: Any) -> Any:
-    """Without what differs between two runs of the same thing."""
+    """Return the value without parts that differ between two runs of one schedule."""
     if isinstance(value, str):
         return _TIME.sub("", value)
     if isinstance(value, dict):
@@ -154,14 +156,14 @@ def _names(objects: list[Hashable]) -> list[str]:
 
 
 def record(program: LitmusProgram, schedule: tuple[int, ...]) -> Recording:
-    """Execute it once more, writing everything down."""
+    """Execute the schedule once more, and record each step."""
     strategy = Replay(schedule, then_any=True)
     execution = Execution(program.objects, strategy)
     program.start(execution)
     recorder = _Recorder(program, execution)
     execution.on_step = recorder
     if execution.stopped:
-        recorder.violation = recorder.report()  # before anybody raced
+        recorder.violation = recorder.report()  # before any task has taken a step
     strategy.begin(len(execution.tasks))
     execution.run()
     names = [task.name for task in execution.tasks]
@@ -186,7 +188,7 @@ def record(program: LitmusProgram, schedule: tuple[int, ...]) -> Recording:
 
 
 class _Step(BaseModel):
-    """What a step must have for a replay to be compared with it."""
+    """The fields of a step that a replay is compared with."""
 
     model_config = ConfigDict(strict=True)
 
@@ -217,7 +219,7 @@ class _Document(BaseModel):
 
 
 def load(path: Path) -> dict[str, Any]:
-    """A counterexample's document; raises BadInput."""
+    """Return a counterexample's document; raises BadInput."""
     document = read_json(path, _EXPECTED)
     try:
         found = _find(document)
@@ -232,7 +234,7 @@ def load(path: Path) -> dict[str, Any]:
 
 
 def _find(document: Any) -> dict[str, Any] | None:
-    """The counterexample in a file of its own, or the first one in a document of `explore --json`."""
+    """Return the counterexample of a file of its own, or the first one in a document of `explore --json`."""
     if isinstance(document, dict):
         if {"schedule", "steps"} <= document.keys():
             return document
@@ -246,7 +248,7 @@ def _find(document: Any) -> dict[str, Any] | None:
 
 
 def replay(path: Path) -> Recording:
-    """Run a recorded execution again; raises Divergence if it is not the same, step for step."""
+    """Run a recorded execution again; raises Divergence if a step differs from its recording."""
     document = load(path)
     check_policy(document["policy"], f"{path}: policy")
     try:

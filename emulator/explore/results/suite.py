@@ -1,4 +1,4 @@
-"""Many tests under many policies, each pair in a process of its own pool, in the order asked for."""
+"""Many tests under many policies: each pair in a process of a pool, verdicts in the order of the work."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ class Work:
 
 
 def explore_one(work: Work, jobs: int = 1) -> Verdict:
-    """One test under one policy."""
+    """Explore one test under one policy."""
     started = time.monotonic()
 
     def out_of_time() -> bool:
@@ -37,8 +37,10 @@ def explore_one(work: Work, jobs: int = 1) -> Verdict:
 
 
 def explore_suite(work: Sequence[Work], jobs: int) -> Iterator[Verdict]:
-    """Yield verdicts in the order of the work, after a signal those that were reached.  A single pair is
-    divided among the processes."""
+    """Yield verdicts in the order of the work; after a signal, those that were reached.
+
+    A single pair is divided among the processes.
+    """
     if jobs <= 1 or len(work) <= 1:
         for one in work:
             if ending():
@@ -63,7 +65,7 @@ def _said(future: Future[Verdict]) -> Iterator[Verdict]:
 
 
 def _reached(verdict: Verdict) -> Iterator[Verdict]:
-    """Nothing can be said of a test in which a signal came before the first execution."""
+    """Yield the verdict, unless a signal came before its first execution."""
     if verdict.executions or verdict.failure or verdict.limit != INTERRUPTED:
         yield verdict
 
@@ -76,14 +78,14 @@ def explore_all(
     progress: Callable[[int], None],
     seconds: float,
 ) -> Iterator[Outcome]:
-    """The same verdicts by proof: every interleaving, as far as `executions` and `seconds` of each pair reach
-    (0: no limit)."""
+    """Yield the outcomes of tests by proof: of every interleaving, up to `executions` and `seconds` for each
+    pair (0: no limit)."""
     plan = Plan(executions=executions, seed=seed, minimize=False)
     work = [Work(test, policy, plan, seconds) for test, policies in tests for policy in policies]
     for verdict in explore_suite(work, jobs):
         progress(executions)
         proof = SEARCHED if verdict.counterexample is not None or verdict.failure else verdict.verdict
-        # As on real threads: under its most specific kind.
+        # A violation counts under its most specific kind, as on real threads.
         kinds = [kind for kind in VIOLATION_KINDS if kind in verdict.kinds] or list(verdict.kinds)
         yield Outcome(
             verdict.test,

@@ -1,9 +1,9 @@
-"""A litmus test under a policy, explored: what is proved, and how far the search came where nothing is.
+"""The verdict on a litmus test under a policy, explored: a proof, or how far the search came without one.
 
 The exhaustive strategy goes from few preemptions to many (iterative context bounding: Musuvathi and Qadeer,
-PLDI 2007), because most races need one or two and the shortest counterexample is the best one; then, without
-a bound, to the end if the budget allows.  Where no preemption at all is not the whole story, some sampled
-executions come first: they find early what an exhaustive search of a large program would find late.
+PLDI 2007), because most races need one or two and the shortest counterexample is the best one; then it goes
+on without a bound, to the end if the budget allows.  A program that is not small is sampled first: sampled
+executions find early a violation that an exhaustive search of a large program would find late.
 """
 
 from __future__ import annotations
@@ -33,21 +33,24 @@ from emulator.policy import Policy, PolicyError
 from emulator.policy.user import source_of
 from emulator.processes import ending
 
-# What ended a search: a signal.
+# The `limit` of a search that a signal has ended.
 INTERRUPTED = "interrupted"
 STRATEGIES = ("exhaustive", "pct", "random")
-# Executions of each kind that the exhaustive strategy begins with.
+# Sampled executions of each kind that the exhaustive strategy begins with.
 PROBES = 200
-# A user's policy is asked so often whether it answers alike, with everything from its beginning and without.
+# How often the first execution is repeated with a user's policy: with new programs, and within each.
 _BEGINNINGS, _REPETITIONS = 2, 4
-# A program with no more executions than so many is done at once.
+# A program with at most this number of executions is searched at once.
 SMALL = 60
 
 
 @dataclass(frozen=True, slots=True)
 class Plan:
-    """executions: most of them, of all rounds together.  bound: the exhaustive strategy stops there; None: it
-    tries 0 to `rounds` - 1 preemptions and then all.  depth: PCT's d."""
+    """How to explore.
+
+    executions: the limit for all rounds together.  bound: the exhaustive strategy's last bound on
+    preemptions; None: it tries 0 to `rounds` - 1 preemptions and then all.  depth: PCT's d.
+    """
 
     strategy: str = "exhaustive"
     executions: int = 2000
@@ -61,13 +64,16 @@ class Plan:
 
 @dataclass(slots=True)
 class Verdict:
-    """bound: the most preemptions that are covered completely; None with `complete`: all interleavings.
-    limit: what ended a search that is not complete: "seconds", "executions", "interrupted"; "" for the
-    bound asked for.
+    """The result of exploring one test under one policy.
+
+    bound: the most preemptions that are covered completely; None with `complete`: all interleavings.
+    limit: the reason why an incomplete search ended: "seconds", "executions", "interrupted"; "" for the bound
+    that was asked for.
     needs: dangers, any of which is the test's precondition; met: executions that met it; evidence: how often
-    each danger came about in all of them together.
-    failure: why some execution could not go on, as in litmus.verdict.Outcome.
-    unwatched: what a user's policy uses that the search cannot see, a sentence each: nothing is proved."""
+    each danger occurred in all executions together.
+    failure: the reason why an execution could not go on, as in litmus.verdict.Outcome.
+    unwatched: uses of a user's policy that the search cannot watch, a sentence each: nothing is proved.
+    """
 
     test: str
     policy: str
@@ -91,7 +97,7 @@ class Verdict:
     unwatched: tuple[str, ...] = ()
 
     def document(self) -> dict[str, Any]:
-        """For --json: holds no times."""
+        """Return the document for --json, which holds no times."""
         found = self.counterexample
         return {
             "test": self.test,
@@ -120,7 +126,7 @@ class Verdict:
         }
 
     def summary(self) -> str:
-        """One line: what the tool is entitled to say."""
+        """Return the verdict in one line, with the claim that the search supports."""
         if self.failure:
             return f"{FAILED}: {self.failure}"
         return f"{self._found()}{self._odds()}, {self.plan.choices.describe()}"
@@ -134,7 +140,7 @@ class Verdict:
         return f"no violation {self._searched()}"
 
     def _untested(self) -> str:
-        """Which precondition never held, and how much was searched for it."""
+        """Name the precondition that never held, and how much was searched for it."""
         if not self.executions:
             return f"no interleaving was executed{self._why()}"
         return f"the precondition ({' or '.join(self.needs)}) never held {self._searched()}"
@@ -155,7 +161,7 @@ class Verdict:
         return f"; PCT's odds for a bug of depth {depth}: at least 1 in {odds:,} an execution"
 
     def _why(self) -> str:
-        """Why there is no more to say."""
+        """Return the reason why nothing more is claimed."""
         if self.unwatched:
             return f", {self.unwatched[0]}, which explore cannot watch"
         return {
@@ -171,8 +177,11 @@ Stop = Callable[[], bool]
 def explore_verdict(
     test: LitmusTest, policy: Policy, plan: Plan | None = None, stop: Stop = lambda: False, jobs: int = 1
 ) -> Verdict:
-    """Explore one test under one policy.  `stop` is asked between executions; with it results depend on
-    time, on the number of processes (`jobs`) they never do."""
+    """Explore one test under one policy.
+
+    stop: asked between executions.  With it, results depend on time; they never depend on the number of
+    processes (`jobs`).
+    """
     plan = plan or Plan()
     with policy.confined():
         if policy.overrides():
@@ -193,7 +202,7 @@ def explore_verdict(
 
 
 def _explored(program: LitmusProgram, verdict: Verdict, stop: Stop, jobs: int) -> Known | None:
-    """Explore the program; return what must be known to do it again, None: that was all."""
+    """Explore the program.  Return the accesses that a new search must know, or None if none is needed."""
     reads = program.reads
     try:
         with installed(program.control), Team(program, jobs, stop) as team:
@@ -219,15 +228,17 @@ def _explored(program: LitmusProgram, verdict: Verdict, stop: Stop, jobs: int) -
 
 
 def _take_back(verdict: Verdict) -> None:
-    """Nothing is proved of a policy that depends on what the search cannot see; violations remain."""
+    """Withdraw proofs: the policy depends on state that the search cannot watch.  Violations remain."""
     if verdict.verdict in (SAFE, BOUNDED):
         verdict.verdict = SEARCHED
     verdict.complete, verdict.bound = False, None
 
 
 def _check_that_it_repeats(test: LitmusTest, policy: Policy, choices: Choices) -> None:
-    """The same order of steps must come to the same, or nothing is proved; a user's policy may see to it that
-    it does not.  Raises PolicyError."""
+    """Check that one order of steps always yields one execution, because proofs rest on that.
+
+    A user's policy can break it.  Raises PolicyError.
+    """
     first = None
     for _ in range(_BEGINNINGS):
         program = LitmusProgram(test, policy, choices, frozen=True)
@@ -239,7 +250,7 @@ def _check_that_it_repeats(test: LitmusTest, policy: Policy, choices: Choices) -
                     if found != first:
                         raise Divergence("the first execution came out in another way")
         except LitmusFailure:
-            return  # which the search will say
+            return  # the search will report it
         except Divergence as error:
             raise _unsteady(policy, error) from error
         finally:
@@ -247,7 +258,7 @@ def _check_that_it_repeats(test: LitmusTest, policy: Policy, choices: Choices) -
 
 
 def _unsteady(policy: Policy, error: Divergence) -> Exception:
-    """Two executions began with the same steps and were different: whose fault is that?"""
+    """Return the error for equal steps with different results: a user's policy, if any, is at fault."""
     if not policy.overrides():
         return error
     found = f"the same steps went on in another way when they were repeated ({error})"
@@ -265,7 +276,7 @@ def _exhaustively(program: LitmusProgram, verdict: Verdict, team: Team, stop: St
         left = plan.executions - verdict.executions
         if left <= 0:
             return
-        # Not all for a bound that is out of reach, when there are others to come.
+        # Leave some for the bounds to come, in case this one is out of reach.
         budget = left if number == len(bounds) - 1 else max(1, left // 4)
         found = wide_search(program, program.objects, bound, Limits(executions=budget), bool, team, stop)
         _add(verdict, found, bound, "exhaustive")
@@ -282,7 +293,7 @@ def _exhaustively(program: LitmusProgram, verdict: Verdict, team: Team, stop: St
 
 
 def _probed(program: LitmusProgram, verdict: Verdict, stop: Stop) -> bool:
-    """All executions if they are few, and some by PCT and at random; True if that was enough."""
+    """Search all executions if they are few, else sample some.  Return whether that decided the verdict."""
     plan = verdict.plan
     n = min(PROBES, plan.executions // 10)
     probes: list[tuple[str, Exhaustive | Sampler]] = [

@@ -1,4 +1,4 @@
-"""Who does the parts of a search: this process alone, or with others that have the same program."""
+"""The processes that search parts: this one alone, or a pool in which each has the program."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from emulator.litmus.model import LitmusTest
 from emulator.litmus.policies import named_policy
 from emulator.processes import ProcessPool, ending
 
-# Parts that are done before others are called in: these need a while to start.
+# Parts that this process searches before the pool is started, which takes a while.
 FIRST_PARTS: Final = 16
 
 # None: the part was given up, because the policy reads more than was known.
@@ -28,8 +28,11 @@ _NOT_BEGUN = Outcome(Found(), ((), ()), (), (), ())
 
 
 class Team:
-    """`jobs` processes, this one not counted if there are several.  `stop` is asked between executions here,
-    and between parts elsewhere; what it cuts off counts as not begun."""
+    """`jobs` processes, not counting this one if there are several.
+
+    stop: asked between executions in this process, and between parts in the pool; a part that it prevents
+    counts as not begun.
+    """
 
     def __init__(self, program: LitmusProgram, jobs: int, stop: Callable[[], bool]) -> None:
         self.program = program
@@ -48,7 +51,7 @@ class Team:
         self._stack.__exit__(kind, error, trace)
 
     def outcomes(self, parts: Sequence[Part]) -> Iterator[Outcome]:
-        """In the order of the parts.  Whoever needs no more of them may stop asking."""
+        """Yield the outcomes in the order of the parts.  The caller may stop early."""
         if self.jobs == 1 or self._parts < FIRST_PARTS:
             for part in parts:
                 self._parts += 1
@@ -65,8 +68,10 @@ class Team:
             _cancel(futures)
 
     def _take(self, searched: _Searched) -> Outcome:
-        """Parts are alike wherever they are done, and what they have seen of a policy's reads comes together
-        in their order.  Raises Grown."""
+        """Return a part's outcome, and merge the policy's reads that it has seen.
+
+        Parts do not depend on the process that searches them, and are merged in their order.  Raises Grown.
+        """
         outcome, seen = searched
         reads = self.program.reads
         if reads is not None and seen is not None:
@@ -90,7 +95,7 @@ def _cancel(futures: list[Future[_Searched]]) -> None:
 
 
 class _Here:
-    """Another process' program, from its first part to its end."""
+    """The program of a process in the pool, from its first part to its end."""
 
     program: LitmusProgram
     stack = ExitStack()
