@@ -1,1 +1,1 @@
-"""Audits: is the search entitled to what it says?"""
+"""Audits of the assumptions that the search's proofs rest on."""

@@ -1,10 +1,9 @@
-"""Do steps commute that their footprints call independent?
+"""Audits that steps commute if their footprints call them independent.
 
-Partial-order reduction stands on that: of two neighbours in an execution that do not conflict, the second
-could come first as well, and nothing would be different (Godefroid, "Partial-Order Methods for the
-Verification of Concurrent Systems", LNCS 1032, 1996, chapter 3).  So neighbours in random executions are
-swapped, all else is done as before, and what is left behind is compared.  What is found is a footprint that
-does not say all.
+Partial-order reduction rests on that: two adjacent steps of an execution that do not conflict can be swapped,
+and the result is equal (Godefroid, "Partial-Order Methods for the Verification of Concurrent Systems", LNCS
+1032, 1996, chapter 3).  The audit therefore swaps adjacent steps of random executions, replays all other
+steps as before, and compares the final states.  A difference means that a footprint is incomplete.
 """
 
 from __future__ import annotations
@@ -21,7 +20,7 @@ from emulator.explore.strategies.search import Limits, Program, run_once
 
 @dataclass(frozen=True, slots=True)
 class Step:
-    """reads, writes: sets of Objects.  able: the tasks, as bits, that could have taken it."""
+    """A step of an execution.  reads, writes: sets of Objects.  able: the enabled tasks, as bits."""
 
     task: int
     name: str
@@ -35,7 +34,7 @@ class Step:
 
     @property
     def what(self) -> tuple[int, Label]:
-        """What it reads besides may depend on what it finds."""
+        """Return the task and label, without the accesses, which may depend on the values that it reads."""
         return self.task, self.label
 
     def __str__(self) -> str:
@@ -43,7 +42,7 @@ class Step:
 
 
 class _Noted(Sampler):
-    """A strategy that remembers the steps of its last execution."""
+    """A strategy that records the steps of its last execution."""
 
     steps: list[Step]
     _able = 0
@@ -69,9 +68,9 @@ class _Again(_Noted, Replay):
 
 
 class Commuting:
-    """Random executions of a program with some of their neighbours swapped.
+    """Random executions of a program with some adjacent steps swapped.
 
-    swaps: how many so far.  findings: sentences, and how often each came up.
+    swaps: their number so far.  findings: sentences, and the number of swaps that showed each.
     """
 
     def __init__(self, program: Program, objects: Objects, seed: int) -> None:
@@ -83,8 +82,10 @@ class Commuting:
         self._swapped: Counter[tuple[str, str]] = Counter()
 
     def run(self, executions: int, swaps: int) -> None:
-        """So many executions, with up to so many swaps each; what ends early, as at a violation, is left out.
-        Raises what a task raises."""
+        """Run executions, with up to `swaps` swaps each, and without those that end early, as at a violation.
+
+        Raises the exceptions of tasks.
+        """
         walk = _Walk(executions, self._random.next())
         for _ in range(executions):
             execution, remains = self._run(walk)
@@ -104,7 +105,7 @@ class Commuting:
         return execution, program.finish(execution)
 
     def _rarest(self, steps: list[Step], n: int) -> list[int]:
-        """Up to n first ones of neighbours that do not conflict: such as were swapped least often so far."""
+        """Return the positions of up to n independent pairs: those that were swapped least often so far."""
         places = [
             (self._swapped[str(one), str(other)], self._random.next(), i)
             for i, (one, other) in enumerate(pairwise(steps))

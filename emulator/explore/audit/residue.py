@@ -1,4 +1,4 @@
-"""What an execution leaves behind: executions told apart by more than their violations."""
+"""The final state of an execution: it tells executions apart by more than their violations."""
 
 from __future__ import annotations
 
@@ -17,9 +17,9 @@ if TYPE_CHECKING:
 
 
 class Remains(LitmusProgram):
-    """A litmus test whose outcome is, besides violations: roots and leaf SPTEs with all their bits, where
-    vCPUs are and what is requested of them, dirty logs and how copies differ, and the translations in TLBs
-    with what they allow."""
+    """A litmus test with the final state in its outcome, apart from violations: roots and leaf SPTEs with all
+    their bits, the vCPUs' CPUs and requests, dirty logs and the pages that differ from their copies, and the
+    translations in TLBs with the accesses that they allow."""
 
     _left: str
 
@@ -31,7 +31,7 @@ class Remains(LitmusProgram):
         return f"{outcome}\n{self._left}"
 
     def _end_migrations(self) -> None:
-        """Which reads the logs once more, and write-protects what they name: look before."""
+        """Record the final state, then end the migrations, which read the logs and write-protect pages."""
         kvms = self.world.kvms
         roots = [
             self._root(kvm, root, section.pages)
@@ -61,7 +61,7 @@ class Remains(LitmusProgram):
         )
 
     def _logs(self, kvm: Kvm) -> str:
-        """Marks, and the pages that differ from their copies."""
+        """Return the pages that are marked dirty, and those that differ from their copies."""
         slots = [slot for slots in kvm.memslots for slot in slots.slots]
         marks = [page for slot in slots for page, mark in enumerate(slot.dirty_bitmap or b"") if mark]
         differ, page = [], lib.mm_image_differs(self.machine.m, kvm.id, 0)
@@ -79,7 +79,7 @@ class Remains(LitmusProgram):
 
 
 def _described(entry: TlbEntry) -> tuple[int, ...]:
-    """Rights as what they allow: the tags in them say when they were looked at last."""
+    """Return an entry as a tuple, with its rights as allowed or not: their tags depend on the last lookup."""
     allowed = (int(right != lib.RIGHT_NONE) for right in entry.right)
     keys = entry.ep4ta, entry.vpid, entry.pcid, getattr(entry, "global")
     return entry.page, entry.kind, entry.size, entry.hfn, *keys, *allowed

@@ -1,4 +1,4 @@
-"""Audits of litmus tests: what each touches without the search knowing."""
+"""Audits of litmus tests: accesses of each that the search does not know."""
 
 from __future__ import annotations
 
@@ -21,20 +21,21 @@ from emulator.policy import Policy
 
 FINDINGS = "findings"
 CLEAN = "clean"
-# How many random executions of a test are looked at.
+# Random executions of a test that are audited.
 EXECUTIONS = 20
-# Neighbours that are swapped in each of as many again.
+# Swaps in each of as many further executions.
 SWAPS = 10
 
 
 @dataclass(frozen=True, slots=True)
 class Audited:
-    """Of one test under one policy, in so many executions of each kind: sentences, how often each came up.
+    """The findings of one test under one policy: sentences, and how often each was found.
 
+    executions: random ones for the accesses, and as many again for the swaps.
     unannounced: native calls that no named point announces.  undescribed: native functions without a
     footprint.  shared: accesses of two tasks to a Python object, neither of which happens before the other.
-    ordered: of `swaps` neighbouring steps whose footprints do not conflict, those whose order makes a
-    difference.  failed: why an execution could not go on; then there were no more.
+    ordered: of `swaps` pairs of adjacent steps without a conflict between their footprints, those with an
+    order that makes a difference.  failed: the reason why an execution could not go on, which ended the audit.
     """
 
     test: str
@@ -53,14 +54,14 @@ class Audited:
 
     @property
     def verdict(self) -> str:
-        """FINDINGS, CLEAN, or INCONCLUSIVE if there was no pair of steps to swap: with a single thread, or
-        where each execution violates."""
+        """Return FINDINGS, CLEAN, or INCONCLUSIVE if there was no pair of steps to swap: with a single
+        thread, or if each execution has a violation."""
         if not self.clean:
             return FINDINGS
         return CLEAN if self.swaps else INCONCLUSIVE
 
     def document(self) -> dict[str, Any]:
-        """For --json."""
+        """Return the document for --json."""
         return {
             "test": self.test,
             "policy": self.policy,
@@ -78,7 +79,7 @@ class Audited:
 def audited(
     test: LitmusTest, policy: Policy, executions: int = EXECUTIONS, seed: int = 0, choices: Choices = NONE
 ) -> Audited:
-    """The same for the same arguments."""
+    """Audit one test under one policy.  The result depends on the arguments only."""
     with policy.confined():
         known, found = NOTHING, None
         while found is None:
@@ -122,7 +123,7 @@ def _audited(program: Remains, executions: int, seed: int) -> Audited:
 
 
 def by_sentence(found: Iterable[Audited], kind: str) -> dict[str, tuple[int, list[str]]]:
-    """Each sentence of a kind: how often, and in which tests, in the order of their first appearance."""
+    """Return, for each sentence of a kind, how often it was found and the tests, in order of appearance."""
     sentences: dict[str, tuple[int, list[str]]] = {}
     for one in found:
         for sentence, n in sorted(getattr(one, kind).items()):

@@ -1,13 +1,13 @@
-"""Python's own objects under explored code: do two tasks touch one without the search knowing?
+"""Audits that footprints cover the accesses of explored code to Python's own objects.
 
-The search turns round what its steps' footprints say are conflicts, and nothing else.  So an attribute that
-one task writes and another one touches must be covered: one of the two steps happens before the other, by a
-chain of steps that depend on each other (Lamport 1978; by the same relation data races are defined, e.g. in
-Flanagan and Freund's FastTrack, PLDI 2009).  Locks need no rule of their own, because taking and giving one
-back are accesses to it.  What is found is a point or a footprint that is missing.
+The search reverses only the conflicts that its steps' footprints name.  If one task writes an attribute and
+another one accesses it, a footprint must therefore order the two steps: one of them happens before the other,
+by a chain of steps that depend on each other (Lamport 1978; the relation also defines data races, e.g. in
+Flanagan and Freund's FastTrack, PLDI 2009).  Locks need no rule of their own, because to take and to release
+a lock are accesses to it.  A finding is a point or a footprint that is missing.
 
-`watching` has the classes of KVM's objects tell of each access while an execution runs; containers among the
-values are handed out behind a `Watched` that does the same for their elements.
+`watching` makes the classes of KVM's objects report each access while an execution runs; containers among the
+values are handed out behind a `Watched` that reports accesses to their elements.
 """
 
 from __future__ import annotations
@@ -50,7 +50,7 @@ _CHANGES: Final = frozenset((
 ))  # fmt: skip
 
 
-# Accesses that need no order, by attribute and function, and why.
+# Accesses that need no order, by attribute and function, and the reasons.
 MEANT: Final[dict[tuple[str, str], str]] = {
     ("KvmMmuPage.role", "tdp_entry"): "the level of a root stays the same when it becomes invalid",
     ("KvmMmuPage.role", "construct_eptp"): "likewise",
@@ -58,9 +58,9 @@ MEANT: Final[dict[tuple[str, str], str]] = {
 
 
 class SharedState(RandomWalk):
-    """Random walks that remember who touched what, and how their steps depend on each other.
+    """Random walks that record the accesses of each task, and the dependencies of its steps.
 
-    findings: sentences, and how often each came up.
+    findings: sentences, and how often each was found.
     """
 
     def __init__(self, control: Control, executions: int, seed: int) -> None:
@@ -71,14 +71,14 @@ class SharedState(RandomWalk):
 
     def _forget(self, tasks: int) -> None:
         self._between = False  # the scheduler runs, not a task
-        self._objects: list[object] = []  # kept, so that no other one gets its id
+        self._objects: list[object] = []  # kept alive, so that no other object gets its id
         self._numbers: dict[int, int] = {}
-        # By task, of its step in progress: (object, name, index or None: all, write) -> place
+        # By task, for its current step: (object, name, index or None: all, write) -> place
         self._accesses: dict[int, dict[tuple[int, str, object, bool], str]] = defaultdict(dict)
-        # Who accessed it last: (object, name) -> (task, index, write) -> (step, place)
+        # The last accesses: (object, name) -> (task, index, write) -> (step, place)
         self._known: dict[tuple[int, str], dict[tuple[int, object, bool], tuple[int, str]]] = {}
-        # By step: the steps that happen before it.  What a task does before its first announcement is a step
-        # of its own, which is done before all others and depends on nothing.
+        # By step: the steps that happen before it.  A task's code before its first announcement is a step of
+        # its own, which comes before all others and depends on none.
         self._before = [0] * tasks
         self._last = {task: task for task in range(tasks)}
         self._touched: dict[int, int] = {}
@@ -107,7 +107,7 @@ class SharedState(RandomWalk):
         self._note(task.index)
 
     def _note(self, task: int) -> None:
-        """What the task's last step has accessed."""
+        """Check and record the accesses of the task's last step."""
         step = self._last[task]
         for (number, name, index, write), place in self._accesses[task].items():
             known = self._known.setdefault((number, name), {})
@@ -116,7 +116,7 @@ class SharedState(RandomWalk):
         self._accesses[task].clear()
 
     def _happens_before(self, task: Task) -> int:
-        """Of a step that is over; it is noted as what later ones depend on."""
+        """Return the steps that happen before a completed step, and record its accesses for later ones."""
         mark = 1 << len(self._before)
         found = 0
         for bit in members(task.writes):
@@ -156,7 +156,7 @@ class SharedState(RandomWalk):
         return not (execution is None or self._between or execution.aborting or execution.current.index < 0)
 
     def access(self, obj: object, name: str, index: object, write: bool, depth: int) -> None:
-        """By the running task; `depth`: frames between this and the code that does it."""
+        """Record an access of the running task.  `depth`: frames from here to the code that makes it."""
         execution = self._control.execution
         assert execution is not None
         task = execution.current.index
@@ -174,7 +174,7 @@ def _verb(write: bool) -> str:
 
 
 class Watched:
-    """A container whose users are watched: what they do not do by name goes through here."""
+    """A container with watched accesses: operators are methods here, and other methods go by __getattr__."""
 
     __slots__ = ("container", "name", "state")
 
@@ -206,7 +206,7 @@ class Watched:
         return iter(self.container)
 
     def __len__(self) -> int:
-        # Those that are indexed keep their length.
+        # Lists and bytearrays keep their length.
         if not isinstance(self.container, list | bytearray):
             self._note(None, False)
         return len(self.container)
@@ -224,7 +224,7 @@ class Watched:
 
 def _reader(cls: type, state: SharedState) -> Any:
     plain = object.__getattribute__
-    # Methods and properties are code; what they read comes by here, too.
+    # Methods and properties are code; the attributes that they read are reported, too.
     code = frozenset(dir(cls)) - frozenset(getattr(cls, "__slots__", ()))
 
     def read(self: object, name: str) -> Any:
@@ -252,7 +252,7 @@ def _writer(cls: type, state: SharedState) -> Any:
 
 @contextmanager
 def watching(state: SharedState) -> Iterator[None]:
-    """The classes tell `state`."""
+    """Make the classes report their accesses to `state`."""
     for cls in CLASSES:
         cls.__getattribute__ = _reader(cls, state)  # type: ignore[method-assign]
         cls.__setattr__ = _writer(cls, state)  # type: ignore[method-assign]
