@@ -35,7 +35,7 @@ class Audited:
     unannounced: native calls that no named point announces.  undescribed: native functions without a
     footprint.  shared: accesses of two tasks to a Python object, neither of which happens before the other.
     ordered: of `swaps` pairs of adjacent steps without a conflict between their footprints, those with an
-    order that makes a difference.  failed: the reason why an execution could not go on, which ended the audit.
+    order that makes a difference.  failed: the reason why an execution could not go on; it ended the audit.
     """
 
     test: str

@@ -42,7 +42,8 @@ class Recording:
     """One execution, step by step.
 
     violation: the oracle's report, or the deadlock; None if there is neither.  final: the events of the
-    test's last operations, if the violation is there.  watched: the accesses of a user's policy that are steps.
+    test's last operations, if the violation is there.  watched: the accesses of a user's policy that are
+    steps.
     """
 
     test: str
