@@ -1,7 +1,7 @@
-"""What is wrong with a litmus test as a whole: operations that do not go together, and what tests nothing.
+"""Checks of a litmus test as a whole: operations that do not fit together, and tests that test nothing.
 
-Operations are checked in the order in which a thread does them: its operations in `init`, then its own, then
-those in `final`.  Where several threads race, only what goes wrong in every order is refused.
+Operations are checked in the order in which a thread executes them: its operations in `init`, then its own,
+then those in `final`.  If several threads race, only an error that occurs in every order is refused.
 """
 
 from __future__ import annotations
@@ -16,9 +16,9 @@ if TYPE_CHECKING:
     from emulator.litmus.model import LitmusTest
     from emulator.litmus.syntax import Op
 
-# That a delay lasts: far below what counts as being stuck.
+# The longest delay: far below the time after which a thread counts as stuck.
 _MOST_MICROSECONDS = 1_000_000
-# Points that one word names.
+# Points with a name of one word.
 _NAMED_POINTS: Final = {str(kind): modes for kind, modes in POINTS.items() if " " not in kind}
 _NEEDS_LOG: Final = ("log-get", "log-clear")
 _NEEDS_TABLES: Final = ("map", "unmap", "protect", "mov-cr3")
@@ -28,7 +28,7 @@ Placed = tuple[str, "Op"]  # a key of the file, the operation there
 
 
 class SchemaError(ValueError):
-    """(key, found, expected) of what pydantic cannot check."""
+    """An error that pydantic cannot check: key, found, expected."""
 
     def __init__(self, key: str, found: str, expected: str) -> None:
         super().__init__(f"{key}: found {found}; expected {expected}")
@@ -36,7 +36,7 @@ class SchemaError(ValueError):
 
 
 def check_test(test: LitmusTest) -> None:
-    """Raise SchemaError for the first thing that is wrong."""
+    """Raise SchemaError for the first error in the test."""
     if not any((*(thread.ops for thread in test.threads.values()), test.final)):
         raise SchemaError("threads", "no operation in any of them", "something to test")
     _check_needs(test)
@@ -59,7 +59,7 @@ def _check_needs(test: LitmusTest) -> None:
 
 
 def _sequence(test: LitmusTest, name: str) -> Iterator[Placed]:
-    """Yield what one thread does, from first to last."""
+    """Yield one thread's operations, from first to last."""
     for i, (who, op) in enumerate(test.parsed_init):
         if who == name:
             yield f"init[{i}]", op
@@ -74,11 +74,11 @@ def _sequence(test: LitmusTest, name: str) -> Iterator[Placed]:
 
 
 def _check_notifiers(placed: list[Placed]) -> None:
-    """Refuse a range that is not ended by the thread that began it: mmu_invalidate_in_progress must not go
-    below 0 (KVM_BUG_ON() in kvm_mmu_invalidate_end()), nor stay above it.
+    """Refuse a range that the thread that began it does not end: mmu_invalidate_in_progress must not go below
+    0 (KVM_BUG_ON() in kvm_mmu_invalidate_end()), nor stay above it.
 
     notifier-free needs no bracket: a host that frees pages without one is a bug that Linux has had
-    (CVE-2022-48991), and a test may show what comes of it.
+    (CVE-2022-48991), and a test may show its consequences.
     """
     begun: list[tuple[str, Op]] = []
     for key, op in placed:
@@ -104,7 +104,7 @@ def _range_of(op: Op) -> tuple[int, int]:
 
 
 def _check_guest(test: LitmusTest, name: str, placed: list[Placed]) -> None:
-    """Refuse what does nothing without page tables of the guest's, and what is a #GP or #UD."""
+    """Refuse operations that need page tables of the guest, which it lacks, or that raise #GP or #UD."""
     section = test.vm[test.threads[name].vm]
     smm = False
     for key, op in placed:
@@ -126,8 +126,8 @@ def _check_guest(test: LitmusTest, name: str, placed: list[Placed]) -> None:
 
 
 def _check_slot(test: LitmusTest, vm: int) -> None:
-    """Refuse ioctls that fail: KVM_GET_DIRTY_LOG of a memslot without a log (-ENOENT), deletion of one that
-    is not there (-EINVAL)."""
+    """Refuse ioctls that fail: KVM_GET_DIRTY_LOG of a memslot without a log (-ENOENT), deletion of a memslot
+    that does not exist (-EINVAL)."""
     placed = [
         (name, [(key, op) for key, op in _sequence(test, name) if op.verb in _SLOT_OPS])
         for name, thread in test.threads.items()
@@ -143,7 +143,7 @@ def _check_slot(test: LitmusTest, vm: int) -> None:
 
 
 def _follow_slot(placed: list[Placed]) -> None:
-    """One thread alone changes it, so its state is known."""
+    """Check the operations of the only thread that changes memslot 0, so that its state is known."""
     there, armed = True, False
     for key, op in placed:
         if op.verb in _NEEDS_LOG and not armed:
@@ -158,7 +158,7 @@ def _follow_slot(placed: list[Placed]) -> None:
 
 
 def _check_progress(test: LitmusTest) -> None:
-    """Waits must be able to end: run all threads as far as they get."""
+    """Refuse a wait that cannot end: run all threads as far as they get."""
     done = dict.fromkeys(test.threads, 0)
     moved = True
     while moved:
@@ -180,7 +180,7 @@ def _check_progress(test: LitmusTest) -> None:
 
 
 def parse_delay(test: LitmusTest, key: str, text: str) -> tuple[str, str, str, int]:
-    """Return thread, kind of point, access ("" for any) and microseconds (0: as long as usual)."""
+    """Return thread, kind of point, access ("" for any) and microseconds (0: the usual length)."""
     words = text.split()
     digits = words.pop() if len(words) > 2 and words[-1].isdecimal() else "0"
     if len(digits) > 9 or int(digits) > _MOST_MICROSECONDS:

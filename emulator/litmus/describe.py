@@ -1,4 +1,4 @@
-"""What `flushlab list litmus` prints."""
+"""The output of `flushlab list litmus`."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from emulator.litmus.ops import VERBS, GuestOp, KvmOp, VcpuOp
 
 
 def schema() -> str:
-    """The schema, as it is documented where it is defined."""
+    """Return the documentation of the schema, from the module that defines it."""
     return inspect.cleandoc(model.__doc__ or "")
 
 

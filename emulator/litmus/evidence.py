@@ -1,12 +1,12 @@
-"""How often the dangers came about that tests can need, in one execution.
+"""Counts, in one execution, of the dangers that tests can need.
 
-A search or a run in which none of them did has tested nothing.  Counted is what happens from the end of
-`init` to the end of `final`: neither what a test prepares, nor that its VMs are destroyed in the end.
+A search or a run without any of these dangers has tested nothing.  Counts cover the time from the end of
+`init` to the end of `final`, without the test's preparations and without the destruction of its VMs.
 
 With partial-order reduction one execution stands for all orders of its independent steps.  A danger that it
-meets is met.  One that another of these orders would meet (an entry used just after its SPTE has gone, not
-just before) may be missed, so a search can be called inconclusive where more executions would not be, never
-the other way round.
+meets is met.  A danger that another of these orders would meet (an entry used just after its SPTE was zapped,
+not just before) may be missed.  A search can therefore be called inconclusive although more executions would
+not be, but never the other way round.
 """
 
 from __future__ import annotations
@@ -44,7 +44,7 @@ _STATS: Final[Mapping[str, VmStat]] = {
 
 
 class Evidence:
-    """Counts between two moments of one machine."""
+    """The counts of one machine between two points in time."""
 
     def __init__(self, machine: Machine) -> None:
         self._machine = machine
@@ -56,11 +56,11 @@ class Evidence:
         self._before = self._now(kvms)
 
     def found(self, kvms: Iterable[Kvm]) -> dict[str, int]:
-        """Return what came about since `begin`, by need; the VMs are those of then."""
+        """Return the counts since `begin`, by need; `kvms` must be the VMs that it was given."""
         return {name: n - self._before[name] for name, n in self._now(kvms).items()}
 
     def compared(self, kvms: Iterable[Kvm]) -> dict[str, int]:
-        """Return how many pages were compared when the VMs' migrations ended, which comes after all else."""
+        """Return how many pages were compared when the VMs' migrations ended, after all other operations."""
         m = self._machine.m
         return {"dirty-compared": sum(lib.vm_stat(m, kvm.id, lib.STAT_DIRTY_COMPARED) for kvm in kvms)}
 
@@ -73,6 +73,6 @@ class Evidence:
 
 
 def add(total: dict[str, int], found: Mapping[str, int]) -> None:
-    """Add one execution's counts, or one search's, to others."""
+    """Add the counts of an execution or a search to `total`."""
     for name, n in found.items():
         total[name] = total.get(name, 0) + n

@@ -1,4 +1,4 @@
-"""What ends the executions of a test under a policy, and is told as what came of it: `failed: ...`."""
+"""Failures that end the executions of a test under a policy, and are its verdict: `failed: ...`."""
 
 from __future__ import annotations
 
@@ -6,10 +6,10 @@ from emulator.machine.runtime import MachineError
 
 
 class LitmusFailure(MachineError):
-    """The test cannot be run as it is written.  Says itself whom it is about."""
+    """The test cannot be run as it is written.  The text names the thread."""
 
 
-# What a policy can bring about: KVM_BUG_ON, a wait where waiting is forbidden, a test that cannot go on.
+# Failures that a policy can cause: KVM_BUG_ON, a wait in a section that forbids it, a test that cannot go on.
 KVM_FAILS = (MachineError, AssertionError)
 
 

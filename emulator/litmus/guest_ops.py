@@ -1,4 +1,4 @@
-"""Operations of litmus tests on a vCPU: what its guest executes, and what happens to it outside."""
+"""Operations of litmus tests on a vCPU: its guest's instructions, and events outside of guest mode."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ if TYPE_CHECKING:
 _PAGE = Arg("page", "page")
 # native/guest_state.h: GUEST_PROCESSES
 _LAST_PROCESS = 15
-# The core's books hold guest-physical pages in 32 bits, of which the last value means none.
+# The core records guest-physical pages in 32 bits, and the last value means none.
 _LAST_GUEST_PAGE = (1 << 32) - 2
 
 

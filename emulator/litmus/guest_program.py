@@ -15,7 +15,7 @@ if TYPE_CHECKING:
     from native._native import Array
     from native._native import GuestOp as CoreOp
 
-# At the end of guest-physical memory, each vCPU's page tables (with paging).
+# Pages for each vCPU's page tables, at the end of guest-physical memory (with paging).
 TABLE_PAGES = 64
 
 _FLAGS = {
@@ -31,7 +31,7 @@ _FLAGS = {
 
 
 class GuestProgram:
-    """What a vCPU's thread lets its guest execute; compiled once, loaded into each new vCPU."""
+    """The operations of a vCPU's guest, compiled once and loaded into each new vCPU."""
 
     def __init__(self, thread: LitmusThread) -> None:
         self._thread = thread
@@ -44,7 +44,7 @@ class GuestProgram:
         self._config = ffi.new("struct guest_config *")
 
     def _what_it_maps(self) -> tuple[list[int], int]:
-        """Linear pages that the guest's processes know, and how many processes there are."""
+        """Return the linear pages that the guest's processes map, and the number of processes."""
         world, name = self._thread.world, self._thread.name
         sequences = (*world.test.parsed_init, *world.test.parsed_final)
         ops = [*self._thread.section.parsed, *(op for who, op in sequences if who == name)]
@@ -53,7 +53,7 @@ class GuestProgram:
         return sorted({ins.linear >> 12 for ins in instructions}), processes
 
     def attach(self, cpu: Cpu, vcpu: Vcpu) -> None:
-        """The guest of a new vCPU."""
+        """Configure the guest of a new vCPU."""
         section, number = self._thread.vm, self._thread.section.vcpu
         assert number is not None
         config = self._config
@@ -69,7 +69,7 @@ class GuestProgram:
                 cpu.check(rc)
 
     def load(self, ops: tuple[Op, ...], report: bool) -> None:
-        """What the guest executes next."""
+        """Load the operations that the guest executes next."""
         compiled = self.compiled(ops, report)
         cpu, vcpu = self._thread.cpu, self._thread.vcpu
         self._length = len(compiled)
@@ -82,7 +82,7 @@ class GuestProgram:
         return compiled
 
     def position(self) -> int:
-        """Instructions that the guest has executed."""
+        """Return the number of instructions that the guest has executed."""
         position: int = lib.guest_program_position(self._thread.cpu.m, self._thread.vcpu.id)
         return position
 
@@ -90,12 +90,12 @@ class GuestProgram:
         return self.position() == self._length
 
     def operation(self, ops: Sequence[Op]) -> Op:
-        """Where it is in these, which were loaded without `report`."""
+        """Return the guest's current operation, of those that were loaded without `report`."""
         by_instruction = [op for op in ops for _ in self._instructions(op)]
         return by_instruction[self.position()]
 
     def _compile(self, ops: Sequence[Op], report: bool) -> Array[CoreOp]:
-        """With `report`, each operation is followed by a signal: this thread's progress."""
+        """Compile operations; with `report`, a signal after each tells this thread's progress."""
         found: list[dict[str, int]] = []
         for op in ops:
             found.extend(_encode(ins) for ins in self._instructions(op))

@@ -32,7 +32,7 @@ if TYPE_CHECKING:
 SLOT = 0
 SMM_SLOT = 1
 _LINGER_MICROSECONDS = 150
-# Far below what counts as being stuck.
+# Far below the time after which a thread counts as stuck.
 _MOST_LINGERS = 10_000
 _RANGE = (Arg("page", "page"), Arg("count", "count", 1))
 _PAGE = (Arg("page", "page"),)
@@ -42,7 +42,7 @@ class _Range(KvmOp):
     args: ClassVar[tuple[Arg, ...]] = _RANGE
 
     def range(self) -> tuple[int, int]:
-        """[start, end) in pages."""
+        """Return the range [start, end) in pages."""
         start = self.number("page")
         return start, start + self.number("count")
 
@@ -272,7 +272,7 @@ class LogClear(KvmOp):
 
 
 def read_dirty_logs(cpu: Cpu, kvm: Kvm, migration: Migration) -> None:
-    """Read the logs of all slots, and copy what they name."""
+    """Read the logs of all slots, and copy the pages that they name."""
     for slot in migration.slots:
         migration.named(cpu, slot, kvm_vm_ioctl_get_dirty_log(cpu, kvm, slot.id, slot.as_id))
 

@@ -1,4 +1,4 @@
-"""Litmus tests from the package or from files; errors name file, key, what was found, what is expected."""
+"""Litmus tests from the package or from files; errors name file, key, the text found, the text expected."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ from emulator.validation import first_error, parse_toml, read_text
 
 @cache
 def shipped_texts() -> dict[str, str]:
-    """Texts of the tests that ship with the package, by name."""
+    """Return the texts of the tests that ship with the package, by name."""
     directory = resources.files("emulator").joinpath("litmus")
     files = sorted((file.name, file) for file in directory.iterdir() if file.name.endswith(".toml"))
     return {name.removesuffix(".toml"): file.read_text("utf-8") for name, file in files}
@@ -30,7 +30,7 @@ def shipped_tests() -> list[LitmusTest]:
 
 
 def parse_test(text: str, where: str, path: Path | None) -> LitmusTest:
-    """A test from its text; `where` is what errors call it."""
+    """Return a test from its text; errors call it `where`."""
     try:
         test = LitmusTest.model_validate(parse_toml(text, where))
         bind(test)
@@ -48,7 +48,7 @@ def parse_test(text: str, where: str, path: Path | None) -> LitmusTest:
 
 
 def load_test(name_or_path: str) -> LitmusTest:
-    """A shipped test by name, or a file: whatever has a suffix or a slash is a file."""
+    """Return a shipped test by name, or one from a file: a name with a suffix or a slash is a file."""
     if "/" not in name_or_path and "." not in name_or_path:
         shipped = shipped_texts()
         if name_or_path in shipped:
@@ -64,7 +64,7 @@ def load_test(name_or_path: str) -> LitmusTest:
 
 
 def load_tests(names: Iterable[str]) -> list[LitmusTest]:
-    """The named ones, files, or all of a directory's .toml files, each once; without names all that ship."""
+    """Return tests by name, file, or directory of .toml files, each once; without names all shipped ones."""
     tests: dict[str, LitmusTest] = {}
     for name in names:
         for test in _named(name):

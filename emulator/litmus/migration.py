@@ -1,13 +1,14 @@
-"""User space's side of a dirty log: a VM of a litmus test that logs ends as a live migration does.
+"""User space's side of a dirty log: a litmus test with a log ends it as a live migration does.
 
 Arming copies all memory.  The pages that a log names are copied after it was read or, with manual protection,
-after they were cleared.  When all threads have ended each log is read for the last time, and contents are
-compared.
+after they were cleared.  When all threads have ended, each log is read for the last time, and the contents
+are compared.
 
 A test that disarms its log or deletes the logged slot gives its migration up.  Guests run at that time, and
-what they have written since the log was read is in the bitmap that goes, where it belongs.  So a page that
-differs right before is lost unless that bitmap has it marked afterwards: KVM has waited for the faults that
-had looked the slot up (synchronize_srcu() in kvm_swap_active_memslots()), so their marks are there.
+the bitmap that is dropped rightly marks the pages that they have written since the log was read.  A page that
+differs right before the ioctl is therefore lost unless that bitmap marks it afterwards: KVM has waited for
+the faults that had looked the slot up (synchronize_srcu() in kvm_swap_active_memslots()), so their marks are
+set.
 """
 
 from __future__ import annotations
@@ -30,7 +31,7 @@ _ALL = (1 << WORD) - 1
 
 
 class RamSlot(NamedTuple):
-    """A memslot as user space knows it: guest page 0 is page 0 of its memory."""
+    """A memslot in user space's terms: guest page 0 is page 0 of its memory."""
 
     as_id: int
     id: int
@@ -38,18 +39,18 @@ class RamSlot(NamedTuple):
 
     @property
     def words(self) -> int:
-        """Of its bitmap."""
+        """Return the number of words of its bitmap."""
         return -(-self.npages // WORD)
 
 
 class Migration:
-    """One VM's.
+    """The live migration of one VM.
 
-    Several threads of a test may read and clear logs, and take memory away meanwhile.  The image and the
-    bitmaps of pages to copy are under a lock; its holder waits for nothing.
+    Several threads of a test may read and clear logs, and discard memory meanwhile.  A lock protects the
+    image and the bitmaps of pages to copy; its holder never waits.
 
     owed: with manual protection, pages that a log has named and that were not cleared and copied since.
-    logs: the test arms this VM's log somewhere.  Where it does not, nothing here takes the lock.
+    logs: the test arms this VM's log in some operation.  If it does not, no method takes the lock.
     """
 
     __slots__ = ("_lock", "_owed", "_suspects", "image", "kvm", "logs", "slots")
@@ -60,13 +61,13 @@ class Migration:
         self.logs = logs
         self.image: Image | None = None
         self._owed: dict[RamSlot, list[int]] = {}
-        # Pages that differed when a migration was given up, and the bitmaps that may have them marked.
+        # Pages that differed when a migration was given up, with the bitmaps that may mark them.
         self._suspects: list[tuple[Difference, list[bytearray]]] = []
         self._lock = Mutex(f"image of VM {kvm.id}")
 
     def begin(self, cpu: Cpu) -> None:
-        """All slots are logged.  Copy everything; with INITIALLY_SET everything is owed once more, because
-        nothing is protected yet."""
+        """Copy all memory, once all slots are logged.  With INITIALLY_SET all pages are owed once more,
+        because none is protected yet."""
         with self._lock.held(cpu):
             if self.image is not None:
                 return
@@ -96,7 +97,7 @@ class Migration:
             self._end(cpu)
 
     def named(self, cpu: Cpu, slot: RamSlot, words: Sequence[int]) -> None:
-        """The log was read: copy the pages that it has named, or owe them until they are cleared."""
+        """Copy the pages that a log has named when it was read, or owe them until they are cleared."""
         cpu.event(lib.EVENT_LOG_GET, 0, sum(word.bit_count() for word in words), self.kvm.id)
         manual = self.kvm.dirty_log_manual
         if not any(words) and not manual:
@@ -110,15 +111,15 @@ class Migration:
                 self._copy(cpu, 0, words)
 
     def wanted(self, cpu: Cpu, slot: RamSlot, number: int) -> int:
-        """Return which of 64 pages to clear: those owed.  A log that was never read may have marked any of
-        them, so all are cleared and copied."""
+        """Return a mask of the pages to clear, of 64: those owed.  A log that was never read may have marked
+        any of them, so all are cleared and copied."""
         with self._lock.held(cpu):
             owed = self._owed.get(slot)
             return _ALL if owed is None else owed[number]
 
     def cleared(self, cpu: Cpu, slot: RamSlot, number: int, mask: int) -> None:
-        """The marks of these pages are gone: copy the pages.  A write from before is in the copy, and a later
-        one is logged again."""
+        """Copy pages after their marks were cleared: an earlier write is in the copy, and a later one is
+        logged again."""
         cpu.event(lib.EVENT_LOG_CLEAR, WORD * number, mask, self.kvm.id)
         with self._lock.held(cpu):
             if slot in self._owed:
@@ -126,8 +127,10 @@ class Migration:
             self._copy(cpu, number, [mask])
 
     def discarded(self, cpu: Cpu, start: int, end: int) -> None:
-        """User space has given up the contents of pages.  No log names that: user space did it, and copies
-        the pages itself, before a fault can bring them back."""
+        """Copy pages after user space has discarded their contents, and before a fault can bring them back.
+
+        No log names such pages, because user space changed them itself.
+        """
         if not self.logs:
             return
         with self._lock.held(cpu):
@@ -136,7 +139,7 @@ class Migration:
                     self.image.copy(cpu, page, [1])
 
     def finish(self, cpu: Cpu) -> None:
-        """All threads have ended, and each log was read once more: copy what is owed, and compare."""
+        """Copy the owed pages and compare, after all threads have ended and each log was read once more."""
         for difference, bitmaps in self._suspects:
             if not any(difference.page < len(bitmap) and bitmap[difference.page] for bitmap in bitmaps):
                 report_lost(cpu, self.kvm, difference)

@@ -13,19 +13,19 @@
     smm_slots = false             # the same memory in the address space of SMM, too
     smram = 0x600                 # pages from here on belong to SMM alone
     ept_ad = true                 # kvm_intel.eptad; without A/D bits aging takes permissions from SPTEs
-    tdp_levels = [4, 5]           # of each vCPU's EPT (all 4 if not given)
+    tdp_levels = [4, 5]           # levels of each vCPU's EPT (all 4 if not given)
     paging = false                # guests run with CR0.PG = 0: addresses are guest-physical
     pcid = false                  # CR4.PCIDE
     chunk = 32                    # SPTEs that a zap handles in one step
-    resched_chunks = 0            # a zap yields after so many steps; 0: only if somebody wants mmu_lock
+    resched_chunks = 0            # a zap yields after this number of steps; 0: only if mmu_lock is contended
     dirty_log = "protect"         # or "manual", "initially-set" (KVM_CAP_MANUAL_DIRTY_LOG_PROTECT2)
 
-    init = ["v0: write 0x10"]     # done one after the other before the threads start
-    final = ["v0: read 0x10"]     # ... and after they have ended
+    init = ["v0: write 0x10"]     # executed one after the other, before the threads start
+    final = ["v0: read 0x10"]     # executed one after the other, after the threads have ended
 
     [threads.v0]                  # a vCPU's thread
-    vcpu = 0                      # of which VM: vm = 0
-    pcpu = 0                      # where it starts
+    vcpu = 0                      # its number in the VM (vm = 0 if not given)
+    pcpu = 0                      # the pCPU that it starts on
     ops = ["read 0x10", "migrate 1"]
 
     [threads.mm]                  # an ioctl caller, or the host's memory management
@@ -33,51 +33,56 @@
     ops = ["wait v0 1", "host-unmap 0x10"]
 
     [stress]                      # only for runs on real threads
-    # THREAD POINT [read|write] [MICROSECONDS]: linger here now and then
+    # THREAD POINT [read|write] [MICROSECONDS]: the thread lingers at that point now and then
     delays = ["v0 mode write", "mm mmu_lock 400"]
-    chaos = 0                     # one in so many points of the native core delays its CPU
+    chaos = 0                     # one in this number of points of the native core delays its CPU
 
     [expect]
-    needs = "averted"             # without which a run without violations proves nothing; see below
+    needs = "averted"             # the danger without which a run proves nothing; see below
     default = "safe"
     "mutant:B21" = ["use-after-free"]
 
 Pages are numbers of 4 KiB pages, decimal or 0x hexadecimal.  `flushlab list litmus --ops` explains the
 operations.  A thread's name is made of letters, digits and "_".  `wait THREAD N` waits until THREAD has
-completed its first N operations (those of `ops`); a vCPU waits in guest mode, with `block` outside of it.
+completed its first N operations (those of `ops`); a vCPU waits in guest mode.  `block THREAD N` waits outside
+of guest mode.
 
 The verdict of a policy is
-    safe           no violation, and the danger was there (`needs`)
-    violations     some access used what KVM had promised to be gone
-    inconclusive   no violation, but nothing that could have led to one either; with `explore`, in none of the
-                   interleavings
-`expect` names the policies for which it is not safe: a list of violation kinds means that at least one
+    safe           no violation, and the danger occurred (`needs`)
+    violations     an access used a translation that KVM had promised to be gone
+    inconclusive   no violation, but no danger that could have led to one either; with `explore`, in none of
+                   the interleavings
+`expect` names the policies with another verdict than safe: a list of violation kinds means that at least one
 execution violates, and that every violation is of one of these kinds.  "inconclusive" is for a policy under
-which the danger cannot arise.  Keys are presets, mutants, or "point=alternative" (several joined by ","): the
-default policy with that changed.  What only `flushlab explore` with more choices of its scheduler
-can show stands apart, in the same form; anything else is expected to be as it is without them:
+which the danger cannot arise.  Keys are presets, mutants, or "point=alternative" (several joined by ","),
+which is the default policy with these points changed.  Verdicts that only `flushlab explore` can show, with
+more choices of its scheduler, stand in sections of their own, with keys and values of this form; all other
+verdicts are expected not to change with these choices:
 
     [expect.evict]                # --adversary evict
     [expect.speculate]            # --adversary speculate
     [expect.store-buffers]        # --store-buffers
 
 `needs`, any of:
-    averted        a flush removed an entry whose use would have been a violation, and the use came
-    legal-stale    an entry was used between a zap and its completed flush: allowed, and must stay so
-    stale-walk     a walk went on from a cached pointer to a table that no entry led to any more: likewise
-    dead-root      a root page came back as a root while old entries of it were cached
-    kicks          a guest was interrupted by another CPU's call
+    averted        a flush removed an entry, and an access followed that would have violated by using it
+    legal-stale    an entry was used between a zap and its completed flush, which is allowed and must stay so
+    stale-walk     a walk went on from a cached pointer to a table that no entry led to any more, which is
+                   allowed until the flush and must stay so
+    dead-root      a root page became a root again while old entries of it were cached
+    kicks          another CPU's call interrupted a guest
     crossed-calls  two pCPUs called each other at a time: each had to run the other's call while it waited
-    retries        a fault met an mmu_notifier's invalidation, and was tried again
-    slot-retries   ... a memslot that was being deleted
-    frozen         ... an SPTE that another CPU had frozen
-    yields         a zap or another walk of the TDP MMU dropped mmu_lock in the middle
-    pending-flush  ... with SPTEs zapped that were not flushed for yet
-    root-gone      ... and its root had been invalidated when it went on
-    tables-freed, elided, guest-invalidations    KVM or a guest did such a thing
+    retries        a fault met an mmu_notifier's invalidation, and was retried
+    slot-retries   a fault met a memslot that was being deleted, and was retried
+    frozen         a fault met an SPTE that another CPU had frozen, and was retried
+    yields         a zap or another walk of the TDP MMU dropped mmu_lock before its end
+    pending-flush  a walk of the TDP MMU dropped mmu_lock with zapped SPTEs that were not flushed yet
+    root-gone      a walk of the TDP MMU dropped mmu_lock, and its root was invalidated before it went on
+    tables-freed   KVM freed a table
+    elided         KVM elided a flush
+    guest-invalidations    a guest invalidated TLB entries
     overlaps       an invalidation began while another one of its pages was in progress
     dirty-compared a page was written while it was logged, and compared with its copy at the end
-    nothing        the test proves by itself
+    nothing        no danger: a run without violations proves the test's claim by itself
 """
 
 from __future__ import annotations
@@ -118,10 +123,10 @@ Need = Literal[
     "dirty-compared",
     "nothing",
 ]
-# Each is an OS thread; whether all waits can end takes time that grows with their square.
+# Each is an OS thread, and the check that all waits can end takes time that grows with their square.
 MAX_THREADS = 64
 Kind = Literal["vcpu", "kvm"]
-# Who else there is when a test runs or is explored; schedules refer to all by name.
+# Names of the machine's own tasks and CPUs; schedules refer to all tasks by name.
 _OTHERS = re.compile(r"main|rcu|(pcpu|irq)\d+")
 
 
@@ -156,7 +161,7 @@ class VmSection(Section):
 
     @property
     def slots(self) -> tuple[tuple[int, int, int], ...]:
-        """The memslots: address space, number, pages.  Guest page 0 is page 0 of user memory in each."""
+        """Return the memslots: address space, number, pages.  In all, guest page 0 is user memory's."""
         slot = (0, SLOT, self.pages if self.smram is None else self.smram)
         return (slot, (1, SMM_SLOT, self.pages)) if self.smm_slots or self.smram is not None else (slot,)
 
@@ -185,7 +190,7 @@ class ThreadSection(Section):
 
     @property
     def parsed(self) -> tuple[Op, ...]:
-        """The operations, as `emulator.litmus.ops` knows them."""
+        """Return the parsed operations (emulator.litmus.ops)."""
         return self._parsed
 
 
@@ -197,8 +202,8 @@ class StressSection(Section):
 
 
 class Delay(Section):
-    """Linger at a point of KVM's code: thread, kind of object, access ("" for any), at most how long (0: as
-    long as usual)."""
+    """A delay at a point of KVM's code: thread, kind of object, access ("" for any), the most microseconds
+    (0: the usual length)."""
 
     thread: str
     point: str
@@ -233,11 +238,11 @@ class ExpectSection(BaseModel):
 
     @property
     def policies(self) -> dict[str, Expected]:
-        """What is not `default`: by preset, mutant, or "point=alternative[,...]"."""
+        """Return the verdicts other than `default`, by preset, mutant, or "point=alternative[,...]"."""
         return self.__pydantic_extra__ or {}
 
     def apart(self) -> dict[str, dict[str, Expected]]:
-        """The same with more choices of explore's scheduler, by choice."""
+        """Return the verdicts with more choices of explore's scheduler, by choice and policy."""
         return {"evict": self.evict, "speculate": self.speculate, "store-buffers": self.store_buffers}
 
 
@@ -261,22 +266,22 @@ class LitmusTest(Section):
 
     @property
     def name(self) -> str:
-        """The file's, without directory and suffix."""
+        """Return the file's name, without directory and suffix."""
         return self._name
 
     @property
     def path(self) -> Path | None:
-        """Where it was read from; None: shipped with the package."""
+        """Return the file that it was read from; None: it ships with the package."""
         return self._path
 
     @property
     def text(self) -> str:
-        """What it was read from: a counterexample holds it, and needs no other file."""
+        """Return the text of its file, which a counterexample holds, so that it needs no other file."""
         return self._text
 
     @property
     def parsed_init(self) -> tuple[tuple[str, Op], ...]:
-        """(thread, operation), in order."""
+        """Return pairs of thread and operation, in order."""
         return self._init
 
     @property
@@ -289,12 +294,12 @@ class LitmusTest(Section):
 
     @property
     def operations(self) -> int:
-        """Of all threads, without init and final."""
+        """Return the number of operations of all threads, without init and final."""
         return sum(len(thread.ops) for thread in self.threads.values())
 
 
 def bind(test: LitmusTest) -> None:
-    """Parse the operations and check what refers to what.  Raises SchemaError."""
+    """Parse the operations and check all references.  Raises SchemaError."""
     for name, thread in test.threads.items():
         _check_thread(test, name, thread)
     for name, thread in test.threads.items():

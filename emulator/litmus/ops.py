@@ -1,4 +1,4 @@
-"""The operations of litmus tests: what each is called, and how it is read.
+"""The operations of litmus tests, by name, and their parser.
 
 A *guest* operation becomes instructions of the vCPU's guest program; consecutive ones run in one stretch of
 guest mode.  Any other operation has one implementation, `run(context)`, on KVM's public functions.
@@ -31,5 +31,5 @@ VERBS: dict[str, type[Op]] = {kind.verb: kind for kind in _KINDS}
 
 
 def parse_op(text: str, who: Who) -> Op:
-    """The operation that `text` says, for a thread with a vCPU ("vcpu") or without ("kvm")."""
+    """Return the operation in `text`, for a thread with a vCPU ("vcpu") or without one ("kvm")."""
     return parse(text, who, VERBS)

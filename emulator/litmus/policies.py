@@ -1,4 +1,4 @@
-"""Which policies a table of verdicts has, and what each test expects of them."""
+"""The policies of a table of verdicts, and the verdicts that each test expects of them."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from emulator.policy.mutants import PREFIX
 
 @lru_cache(maxsize=512)
 def named_policy(name: str) -> Policy:
-    """What emulator.policy.spelling can spell, under the name that was written."""
+    """Return the policy that emulator.policy.spelling spells so, under this name."""
     return spelled_policy(name, name)
 
 
@@ -21,20 +21,20 @@ def mutant_names() -> list[str]:
 
 
 def is_cost_only(name: str) -> bool:
-    """A mutant that must not trip the oracle."""
+    """Return whether this is a mutant that only costs time and must not cause a violation."""
     mutant = MUTANTS.get(name.removeprefix(PREFIX))
     return name.startswith(PREFIX) and mutant is not None and mutant.cost_only
 
 
 def is_consistent(name: str) -> bool:
-    """A mutant that is wrong only where stores become visible late: never on real threads here."""
+    """Return whether a mutant is wrong only if stores become visible late: never on real threads here."""
     mutant = MUTANTS.get(name.removeprefix(PREFIX))
     return name.startswith(PREFIX) and mutant is not None and mutant.store_buffers
 
 
 def policies_for(test: LitmusTest, chosen: Sequence[str], all_mutants: bool) -> list[str]:
-    """What the test is run under: what was chosen, or all presets, what the test names, and the mutants that
-    must only cost (with `all_mutants` every mutant)."""
+    """Return the policies to run the test under: the chosen ones, or all presets, the policies that the test
+    names, and the mutants that must only cost time (with `all_mutants` every mutant)."""
     if chosen:
         return list(dict.fromkeys(chosen))
     mutants = mutant_names() if all_mutants else [name for name in mutant_names() if is_cost_only(name)]
@@ -43,10 +43,10 @@ def policies_for(test: LitmusTest, chosen: Sequence[str], all_mutants: bool) -> 
 
 
 def expected_of(test: LitmusTest, name: str) -> tuple[Expected, ...]:
-    """The verdicts that are as expected; none: anything is.
+    """Return the expected verdicts; none: any verdict is as expected.
 
-    A test names the presets that are not safe.  Mutants and users' policies are judged where it names them.
-    What is unsafe only with more choices of explore's scheduler is safe without.
+    A test names the presets that are not safe.  Mutants and users' policies are judged only if it names them.
+    A policy that is unsafe only with more choices of explore's scheduler is safe without them.
     """
     if name in test.expect.policies:
         return (test.expect.policies[name],)

@@ -1,7 +1,7 @@
 """Litmus tests on real threads: one per thread of the test, all races real, many executions on one machine.
 
-Executions are numbered by their seed, which decides who starts how late and where threads linger; the races
-themselves are the hardware's, so the same seed makes the same outcome likely, not certain.
+Executions are numbered by their seed, which decides how late each thread starts and where threads linger.
+The hardware decides the races, so a seed makes an outcome likely to repeat, but not certain.
 """
 
 from __future__ import annotations
@@ -29,18 +29,18 @@ from emulator.report.result import Report
 from emulator.report.violation import Stories
 from native import VIOLATION_KINDS, ffi, lib
 
-# No execution takes that long unless somebody waits for ever.
+# An execution that takes longer has a thread that waits for ever.
 STUCK_SECONDS = 20.0
-# Threads start up to so much apart, and linger so long at a point, in microseconds.
+# The most time between the starts of threads, and of a delay at a point, in microseconds.
 _START_SPREAD = 60
 _LINGER = 150
-# In every other execution, besides what the test asks for, one in so many points delays its thread.
+# In every other execution, one in this number of points delays its thread, besides the test's own delays.
 _CHAOS_ONE_IN = 24
 _SWITCH_SECONDS = 2e-5
 
 
 class Delays:
-    """The hook at KVM's ordering points: lingers where the test says so, and elsewhere now and then."""
+    """The hook at KVM's ordering points: delays a thread at the test's points, and elsewhere now and then."""
 
     def __init__(self, world: World) -> None:
         self._world = world
@@ -48,7 +48,7 @@ class Delays:
             (delay.thread, delay.point, delay.mode): (number, (delay.microseconds or _LINGER) * 1e-6)
             for number, delay in enumerate(world.test.delays)
         }
-        # The numbers of those whose threads came to their points.
+        # The numbers of the delays with points that their threads have reached.
         self.passed: set[int] = set()
         self._random = Random(0)
         self._everywhere = False
@@ -102,7 +102,7 @@ class Worker(threading.Thread):
 
 
 class Watchdog(threading.Thread):
-    """Sees that init and final come to an end: whoever runs them cannot."""
+    """Checks that init and final end: the thread that runs them cannot check that itself."""
 
     def __init__(self, runner: Runner) -> None:
         super().__init__(name="litmus watchdog", daemon=True)
@@ -115,7 +115,7 @@ class Watchdog(threading.Thread):
 
 
 class Runner:
-    """The machine of one test, which serves one policy after the other."""
+    """Runs one test on one machine, under one policy after the other."""
 
     def __init__(self, test: LitmusTest, seed: int) -> None:
         self.test = test
@@ -139,7 +139,7 @@ class Runner:
         try:
             for thread in self._threads():
                 thread.start()
-        except RuntimeError:  # no thread can be started any more
+        except RuntimeError:  # the system can start no further thread
             self.close()
             raise
 
@@ -173,7 +173,7 @@ class Runner:
         progress: Callable[[int], None] = lambda done: None,
         stop_at: int = 0,
     ) -> Outcome:
-        """Executions seed, seed + 1, ...; with stop_at, no more once so many of them have violated."""
+        """Run executions seed, seed + 1, ...; with stop_at, until this number of them has violated."""
         with policy.confined():
             return self._run(policy, executions, seed, progress, stop_at)
 
@@ -202,7 +202,7 @@ class Runner:
         violations = self._violations()
         lib.oracle_forget(self.machine.m)
         random = Random(seed)
-        # A seed that is a multiple of three: all at once.
+        # With a seed that is a multiple of three, all threads start at once.
         spread = _START_SPREAD * 1e-6 if seed % 3 else 0.0
         delays.reseed(seed)
         world.reset()
@@ -246,7 +246,7 @@ class Runner:
                 outcome.kinds[kind] = outcome.kinds.get(kind, 0) + new - old
 
     def _reports(self, world: World) -> tuple[Report, ...]:
-        """Of this execution, the first of each kind."""
+        """Return this execution's reports: the first of each kind."""
         names: dict[int, str] = {cpu.id: f"pcpu{cpu.id}" for cpu in self.machine.cpus[: self.machine.pcpus]}
         names |= {thread.home.id: name for name, thread in world.threads.items()}
         names |= {rcu_cpu(self.machine).id: "rcu", world.main.id: VMM}
@@ -266,12 +266,12 @@ class Runner:
         if not isinstance(cause, KVM_FAILS):
             raise RuntimeError(f"litmus test {self.test.name}, policy {outcome.policy}, {name}") from cause
         outcome.failure = failure_text(name, cause)
-        # What is left of the VMs is of no use to the next policy.
+        # The next policy cannot use the VMs that are left.
         self.machine.stop()
 
     @property
     def usable(self) -> bool:
-        """False after a failure: the machine has stopped."""
+        """Return False after a failure, which has stopped the machine."""
         return not self.machine.stopping
 
     def close(self) -> None:
@@ -292,7 +292,7 @@ class Runner:
 
 @contextmanager
 def running(test: LitmusTest, seed: int = 0) -> Iterator[Runner]:
-    """A machine for the test, and threads that hand the GIL on often."""
+    """Provide a machine for the test, with threads that release the GIL often."""
     interval = sys.getswitchinterval()
     sys.setswitchinterval(_SWITCH_SECONDS)
     runner = Runner(test, seed)
@@ -304,6 +304,6 @@ def running(test: LitmusTest, seed: int = 0) -> Iterator[Runner]:
 
 
 def run_test(test: LitmusTest, policy: Policy, executions: int, seed: int = 0, **options: Any) -> Outcome:
-    """One test under one policy, on a machine of its own."""
+    """Run one test under one policy, on a machine of its own."""
     with running(test, seed) as runner:
         return runner.run(policy, executions, seed, **options)

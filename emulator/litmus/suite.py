@@ -13,7 +13,7 @@ from emulator.litmus.verdict import Outcome, differs
 from emulator.processes import ProcessPool, ending
 
 MORE_ROUNDS = 20
-# Executions that one process does of a test before it takes another piece.
+# Executions of a test that one process runs before it takes another piece.
 PIECE = 250
 
 Progress = Callable[[int], None]
@@ -21,18 +21,18 @@ Progress = Callable[[int], None]
 
 @dataclass(frozen=True, slots=True)
 class Task:
-    """One test (by name or path), the policies to run it under, and how often."""
+    """One test (by name or path), the policies to run it under, and the number of executions."""
 
     test: str
     policies: tuple[str, ...]
     executions: int
     seed: int
-    # Go on where luck has not shown yet what is expected.
+    # Run more executions if chance has not yet shown the expected verdict.
     more: bool = False
 
 
 def run_task(task: Task, progress: Progress = lambda done: None) -> list[Outcome]:
-    """One machine for all policies, a new one after a failure."""
+    """Run a task on one machine for all policies, and on a new one after a failure."""
     test = load_test(task.test)
     outcomes: list[Outcome] = []
     left = list(task.policies)
@@ -44,8 +44,8 @@ def run_task(task: Task, progress: Progress = lambda done: None) -> list[Outcome
 
 
 def _run(runner: Runner, name: str, task: Task, progress: Progress) -> Outcome:
-    """Races are luck: a verdict that is not the expected one because something has not happened yet, is given
-    more executions."""
+    """Run a test under one policy.  Races depend on chance, so a verdict that differs from the expected one
+    only because no violation or danger has occurred yet gets more executions."""
     test, policy = runner.test, named_policy(name)
     expected = expected_of(test, name)
     outcome = runner.run(policy, task.executions, task.seed, progress)
@@ -54,7 +54,7 @@ def _run(runner: Runner, name: str, task: Task, progress: Progress) -> Outcome:
         luck = not outcome.kinds and not outcome.failure
         if not luck or ending() or differs(outcome, test, expected) is None:
             break
-        # No violation is waited for where none is expected.
+        # Stop early at a violation only if one is expected.
         seed = task.seed + outcome.executions
         stop_at = 1 if any(isinstance(one, tuple) for one in expected) else 0
         outcome.add(runner.run(policy, task.executions, seed, stop_at=stop_at))
@@ -62,7 +62,7 @@ def _run(runner: Runner, name: str, task: Task, progress: Progress) -> Outcome:
 
 
 def _tasks(tests: Sequence[tuple[LitmusTest, tuple[str, ...]]], executions: int, seed: int) -> list[Task]:
-    """Pieces of work, in the order of executions: first some of each test."""
+    """Return pieces of work, in the order of executions: first some of each test."""
     return [
         Task(
             str(test.path) if test.path else test.name,
@@ -83,14 +83,16 @@ def run_suite(
     jobs: int,
     progress: Progress,
 ) -> Iterator[Outcome]:
-    """Outcomes as they come, several of a test and policy if there are many executions; progress in
-    executions."""
+    """Yield outcomes as they complete, several of a test and policy if there are many executions.
+
+    progress: called with numbers of executions.
+    """
     tasks = _tasks(tests, executions, seed)
     if jobs == 1:
         for task in tasks:
-            yield from run_task(task, progress)  # nothing of it after a signal
+            yield from run_task(task, progress)  # yields nothing after a signal
         return
-    # Processes of their own: threads of one would share one interpreter lock.
+    # Processes, because threads would share one interpreter lock.
     with ProcessPool(jobs) as pool:
         futures = {pool.submit(run_task, task): task for task in tasks}
         for future in pool.completed(list(futures)):

@@ -1,4 +1,4 @@
-"""How operations of litmus tests are written: `VERB ARGUMENT ... [WORD ...]`, and what is wrong with one."""
+"""The syntax of litmus tests' operations: `VERB ARGUMENT ... [WORD ...]`, and errors in it."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ HUGE_PAGES = 512
 
 
 class OpError(ValueError):
-    """What was found, and what was expected."""
+    """An error in an operation: the text found, and the text expected."""
 
     def __init__(self, found: str, expected: str) -> None:
         super().__init__(f"found {found}; expected {expected}")
@@ -64,7 +64,7 @@ class Arg:
 
 
 class Op:
-    """One operation of a thread.  Subclasses say how it is written and who may do it."""
+    """One operation of a thread.  Subclasses define its syntax and the threads that may execute it."""
 
     verb: ClassVar[str]
     doc: ClassVar[str]
@@ -106,15 +106,15 @@ class Op:
         return value
 
     def run(self, context: Context) -> None:
-        """Do it, outside of the guest."""
+        """Execute the operation, outside of the guest."""
         raise NotImplementedError
 
     def waits_for(self) -> tuple[str, int] | None:
-        """(thread, operations that it must have completed), if this operation waits for another thread."""
+        """Return (thread, operations that it must have completed), if this operation waits for a thread."""
         return None
 
     def check(self, test: LitmusTest, thread: str) -> None:
-        """What only the whole test tells.  Raises OpError."""
+        """Check the operation within its test.  Raises OpError."""
         section = test.threads[thread]
         pages = test.vm[section.vm].pages
         for arg in self.args:
@@ -125,28 +125,28 @@ class Op:
             raise OpError(shown(self.text), f"pages of VM {section.vm}, which has {pages:#x}")
 
     def span(self) -> int:
-        """Pages from PAGE on that it is about."""
+        """Return the number of pages, from PAGE on, that the operation concerns."""
         return self.number("count") if "count" in self.values else 1
 
     def _physical(self, test: LitmusTest, thread: str) -> bool:
-        """PAGE is guest-physical."""
+        """Return whether PAGE is guest-physical."""
         paging = test.vm[test.threads[thread].vm].paging
         return "page" in self.values and not (paging and "vcpu" in self.who)
 
 
 def check_huge(op: Op, *names: str) -> None:
-    """These pages begin 2 MiB each.  Raises OpError."""
+    """Check that each of these pages begins 2 MiB.  Raises OpError."""
     for name in names:
         if op.number(name) % HUGE_PAGES:
             raise OpError(shown(op.text), f"a multiple of {HUGE_PAGES:#x} for {name.upper()}")
 
 
 class Context(Protocol):
-    """What an operation runs on: a thread of the test, whatever that runs on."""
+    """The thread of the test that executes an operation, on a real thread or as a task."""
 
     @property
     def cpu(self) -> Cpu:
-        """The CPU that the thread is on now."""
+        """Return the CPU that the thread is on now."""
 
     @property
     def kvm(self) -> Kvm: ...
@@ -156,28 +156,28 @@ class Context(Protocol):
 
     @property
     def memory(self) -> UserMemory:
-        """The VMM's address space behind the VM."""
+        """Return the VMM's address space behind the VM."""
 
     @property
     def migration(self) -> Migration:
-        """The VMM's side of the VM's dirty log."""
+        """Return the VMM's side of the VM's dirty log."""
 
     @property
     def vcpu(self) -> Vcpu:
-        """The thread's vCPU: loaded on `cpu`, between two KVM_RUN or where KVM_RUN holds nothing."""
+        """Return the thread's vCPU: loaded on `cpu`, between two KVM_RUN or in one that holds no lock."""
 
     def migrate(self, pcpu: int) -> None:
-        """The thread goes to another pCPU now."""
+        """Move the thread to another pCPU now."""
 
     def preempt(self, pcpu: int, nth: int) -> None:
-        """... the nth time from now that KVM is preemptible on the way into the guest."""
+        """Move the thread to another pCPU the nth time from now that KVM is preemptible before VM entry."""
 
     def wait_for(self, thread: str, n: int) -> None: ...
 
 
 @dataclass(frozen=True, slots=True)
 class Instruction:
-    """One instruction of a guest program: kind as in GUEST_OP_*, a linear address, another operand."""
+    """One instruction of a guest program: a kind of GUEST_OP_*, a linear address, another operand."""
 
     kind: str
     linear: int = 0
@@ -186,7 +186,7 @@ class Instruction:
 
 
 class GuestOp(Op):
-    """Executed by the guest."""
+    """An operation that the guest executes."""
 
     who: ClassVar[tuple[Who, ...]] = ("vcpu",)
 
@@ -195,17 +195,17 @@ class GuestOp(Op):
 
 
 class KvmOp(Op):
-    """Executed by an ioctl caller or the host's memory management."""
+    """An operation of an ioctl caller or of the host's memory management."""
 
 
 class VcpuOp(Op):
-    """Something that happens to a vCPU outside of its guest, on the thread that runs it."""
+    """An event of a vCPU outside of its guest, on the thread that runs it."""
 
     who: ClassVar[tuple[Who, ...]] = ("vcpu",)
 
 
 def parse(text: str, who: Who, verbs: dict[str, type[Op]]) -> Op:
-    """The operation that `text` says."""
+    """Return the operation in `text`."""
     words = text.split()
     if not words:
         raise OpError("an empty text", "an operation")

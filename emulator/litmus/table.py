@@ -19,8 +19,11 @@ _STYLES = {SAFE: "green", INCONCLUSIVE: "yellow", VIOLATIONS: "red"}
 
 
 class Results:
-    """Outcomes of tests under policies.  `explored`: by proof, in at most so many executions and seconds.
-    `interrupted`: some have fewer executions than planned, and what they have not met proves nothing."""
+    """Outcomes of tests under policies.
+
+    explored: the limits of executions and seconds, if the outcomes are by proof.  interrupted: some outcomes
+    have fewer executions than planned, so a danger or violation that is missing there proves nothing.
+    """
 
     def __init__(
         self, tests: Sequence[LitmusTest], seed: int, explored: tuple[int, float] | None = None
@@ -38,7 +41,7 @@ class Results:
 
     @property
     def policies(self) -> list[str]:
-        """In the order in which presets are listed; the others after them as they came."""
+        """Return the policies: presets in the order of their list, then the others in order of outcomes."""
         seen = dict.fromkeys(policy for _, policy in self.outcomes)
         return [*(name for name in PRESETS if name in seen), *(name for name in seen if name not in PRESETS)]
 
@@ -61,7 +64,7 @@ class Results:
         return found
 
     def unforeseen(self) -> list[tuple[LitmusTest, Outcome]]:
-        """Violations under presets' changes and policies of users: nobody has said that there are any."""
+        """Return violations that no test expects, under changed presets and users' policies."""
         return [
             (test, outcome)
             for policy in self.policies
@@ -120,7 +123,7 @@ def print_results(results: Results, console: Console) -> None:
 
 
 def _print_matrix(results: Results, policies: list[str], console: Console) -> None:
-    """Test x preset: a dot is safe, ? inconclusive, a number the violating executions per hundred."""
+    """Print tests by presets: a dot is safe, ? inconclusive, a number the violating executions in percent."""
     table = Table(box=None, pad_edge=False)
     table.add_column("test", no_wrap=True)
     for i, _ in enumerate(policies):
@@ -175,7 +178,7 @@ def _sum(results: Results, policy: str) -> str:
 
 
 def _print_policies(results: Results, policies: list[str], console: Console) -> None:
-    """Mutants, settings and users' policies: by which tests they are caught."""
+    """Print mutants, settings and users' policies, with the tests that catch them."""
     table = Table(box=None, pad_edge=False)
     table.add_column("policy", no_wrap=True)
     table.add_column("tests", justify="right")
@@ -235,7 +238,7 @@ def _print_differences(results: Results, console: Console) -> None:
 
 
 def rerun(results: Results, test: LitmusTest, outcome: Outcome) -> str:
-    """The command that repeats what was found."""
+    """Return the command that repeats the outcome."""
     name = str(test.path) if test.path else test.name
     command = f"flushlab litmus {name} --policy {outcome.policy}"
     if results.explored is not None:

@@ -1,4 +1,4 @@
-"""What came of running one litmus test under one policy, and whether that was expected."""
+"""The outcome of one litmus test under one policy, compared with the expected one."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from emulator.litmus.model import INCONCLUSIVE, SAFE, Expected, LitmusTest
 from emulator.report.result import Report
 
 VIOLATIONS = "violations"
-# A proof that did not come to its end: all interleavings with so few preemptions, or only some.
+# Incomplete proofs: of all interleavings up to a bound on preemptions, or of some only.
 BOUNDED = "safe up to a bound"
 SEARCHED = "nothing found"
 FAILED = "failed"
@@ -18,10 +18,10 @@ FAILED = "failed"
 
 @dataclass(slots=True)
 class Outcome:
-    """Many executions.
+    """The outcome of many executions of one test under one policy.
 
     kinds: violations by kind, each counted under its most specific one; violating: executions with any;
-    evidence: how often the dangers that `expect.needs` may name were there; first: the seed of the first
+    evidence: how often each danger that `expect.needs` may name occurred; first: the seed of the first
     execution with a violation.
     """
 
@@ -33,20 +33,20 @@ class Outcome:
     evidence: dict[str, int] = field(default_factory=dict)
     first: int | None = None
     failure: str = ""
-    # With --explore: how far the proof came, SAFE, BOUNDED or SEARCHED, or INCONCLUSIVE if no execution met
+    # With --explore: the extent of the proof, SAFE, BOUNDED or SEARCHED, or INCONCLUSIVE if no execution met
     # the precondition; "" on real threads.
     proof: str = ""
-    # ... and the most preemptions that it covers, if it covers all with so many and no more.
+    # With --explore: the bound on preemptions up to which all interleavings are covered, if there is one.
     bound: int | None = None
-    # ... and what a user's policy depends on that a proof cannot see.
+    # With --explore: the uses of a user's policy that a proof cannot watch, a sentence each.
     unwatched: tuple[str, ...] = ()
-    # On real threads: the test's delays (by number) at whose points their threads lingered or could have.
+    # On real threads: the test's delays (by number) with points that their threads have reached.
     delays_passed: set[int] = field(default_factory=set)
-    # Of the first execution with a violation, one of each kind: what `flushlab explain` draws.
+    # The reports of the first execution with a violation, one of each kind, which `flushlab explain` draws.
     reports: tuple[Report, ...] = ()
 
     def add(self, other: Outcome) -> None:
-        """More executions of the same."""
+        """Add further executions of the test under the policy."""
         self.executions += other.executions
         self.violating += other.violating
         for mine, theirs in ((self.kinds, other.kinds), (self.evidence, other.evidence)):
@@ -67,7 +67,7 @@ class Outcome:
         return SAFE if self.executions and proven(test, self.evidence) else INCONCLUSIVE
 
     def document(self, test: LitmusTest, expected: tuple[Expected, ...]) -> dict[str, Any]:
-        """For --json; holds no times, but for those of a violation's events."""
+        """Return the document for --json, which holds no times, apart from those of a violation's events."""
         return {
             "test": self.test,
             "policy": self.policy,
@@ -89,13 +89,13 @@ class Outcome:
 
 
 def proven(test: LitmusTest, evidence: Mapping[str, int]) -> bool:
-    """One of the dangers that the test needs was there."""
+    """Return whether one of the dangers that the test needs occurred."""
     return any(need == "nothing" or evidence.get(need, 0) for need in test.expect.needs)
 
 
 def proofs(verdicts: Iterable[tuple[str, str, str]]) -> str:
-    """Return one line about searches, each a verdict, a test and a policy: how many are proofs, and which
-    ones tested nothing."""
+    """Return one line about searches, each a verdict, a test and a policy: the number of proofs, and the
+    searches that tested nothing."""
     proved, vacuous = 0, dict[str, list[str]]()
     for verdict, test, policy in verdicts:
         proved += verdict == SAFE
@@ -111,7 +111,7 @@ def proofs(verdicts: Iterable[tuple[str, str, str]]) -> str:
 
 
 def differs(outcome: Outcome, test: LitmusTest, expected: tuple[Expected, ...]) -> str | None:
-    """How the outcome is none of those expected, in a few words; None: it is, or nothing was expected."""
+    """Return how the outcome differs from all expected ones; None: it does not, or none was expected."""
     verdict = outcome.verdict(test)
     if verdict == FAILED:
         return outcome.failure
@@ -123,7 +123,7 @@ def differs(outcome: Outcome, test: LitmusTest, expected: tuple[Expected, ...]) 
 
 def _differs(outcome: Outcome, verdict: str, expected: Expected) -> str | None:
     if isinstance(expected, str):
-        # A search that was cut short is as safe as it could be.
+        # A search that was cut short without a violation counts as safe.
         found = SAFE if verdict in (BOUNDED, SEARCHED) else verdict
         return None if found == expected else f"{verdict} instead of {expected}"
     if verdict != VIOLATIONS:

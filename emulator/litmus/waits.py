@@ -30,7 +30,7 @@ class _Waits(Op):
 
 
 class Wait(_Waits):
-    """In a vCPU's thread it is part of the guest's program; elsewhere the thread sleeps."""
+    """Waits within the guest's program in a vCPU's thread; another thread sleeps."""
 
     verb = "wait"
     doc = "until THREAD has completed its first N operations; a vCPU stays in guest mode meanwhile"

@@ -1,7 +1,7 @@
 """One litmus test's machine, VMs and threads, and one execution after another on it.
 
 The machine is booted once.  Each execution begins with `World.reset()`: new VMs, TLBs as after a reset of the
-pCPUs.  Whoever runs the threads (real ones: emulator.litmus.runner) calls `World.run_init()`, each thread's
+pCPUs.  Then the caller (for real threads: emulator.litmus.runner) runs `World.run_init()`, each thread's
 `run()`, and `World.run_final()`.
 """
 
@@ -41,7 +41,7 @@ from emulator.machine.runtime import Cpu, Machine, cpu_relax
 from emulator.policy import Policy
 from native import lib
 
-# Turns without an instruction that a guest is given where nobody else runs.
+# Turns without an instruction that a guest is given while no other thread runs.
 _TURNS = 200
 _DIRTY_LOG = {
     "protect": 0,
@@ -51,11 +51,11 @@ _DIRTY_LOG = {
 
 
 def machine_config(test: LitmusTest, seed: int) -> dict[str, int]:
-    """The core's configuration: TLBs that never evict, few frames of each kind."""
+    """Return the core's configuration: TLBs that never evict, few frames of each kind."""
     pages = sum(vm.pages for vm in test.vm)
     return {
         "pcpus": test.machine.pcpus,
-        # The one that runs init and final, RCU's, and each thread's own.
+        # The CPU that runs init and final, RCU's, and each thread's own.
         "housekeeping": 2 + len(test.threads),
         "vms": len(test.vm) + 1,
         "vcpus": sum(vm.vcpus for vm in test.vm) + 1,
@@ -73,12 +73,12 @@ def machine_config(test: LitmusTest, seed: int) -> dict[str, int]:
 
 
 def rcu_cpu(machine: Machine) -> Cpu:
-    """Where grace periods are waited for, and callbacks run."""
+    """Return the CPU that waits for grace periods and runs callbacks."""
     return machine.cpus[machine.pcpus + 1]
 
 
 def _logging(test: LitmusTest) -> frozenset[int]:
-    """The VMs of the test that log at some time."""
+    """Return the VMs of the test with an operation that arms a dirty log."""
     sequences = (*test.parsed_init, *test.parsed_final)
     ops = [(section.vm, op) for section in test.threads.values() for op in section.parsed]
     ops += [(test.threads[name].vm, op) for name, op in sequences]
@@ -87,7 +87,7 @@ def _logging(test: LitmusTest) -> frozenset[int]:
 
 @dataclass(frozen=True, slots=True)
 class Stretch:
-    """Operations of one thread that are done at one go: a stretch of guest mode, or a single other one."""
+    """Operations that a thread executes at one go: a stretch of guest mode, or a single other operation."""
 
     ops: tuple[Op, ...]
     first: int
@@ -98,7 +98,7 @@ class Stretch:
 
 
 def stretches(ops: Iterable[Op], is_vcpu: bool) -> tuple[Stretch, ...]:
-    """What belongs together: a vCPU's consecutive guest operations and waits."""
+    """Return the operations in stretches: a vCPU's consecutive guest operations and waits are one."""
     found: list[Stretch] = []
     for i, op in enumerate(ops):
         in_guest = is_vcpu and isinstance(op, GuestOp | Wait)
@@ -112,8 +112,9 @@ def stretches(ops: Iterable[Op], is_vcpu: bool) -> tuple[Stretch, ...]:
 class LitmusThread:
     """One thread of the test; the `Context` of its operations.
 
-    A vCPU's thread is on one pCPU at a time and owns it while it is: a pCPU that nobody owns is idle, and
-    what is sent to it is done by the sender.  Any OS thread may play it: init and final are done by one.
+    A vCPU's thread is on one pCPU at a time, and owns that pCPU while it is there.  A pCPU without an owner
+    is idle, and the sender of a call executes it there itself.  Any OS thread may run a LitmusThread: one OS
+    thread runs all of init and final.
     """
 
     def __init__(self, world: World, number: int, name: str, section: ThreadSection) -> None:
@@ -195,14 +196,14 @@ class LitmusThread:
     # --- running --------------------------------------------------------------------------------------------
 
     def run(self) -> None:
-        """All operations, in order."""
+        """Execute all operations, in order."""
         self.enter_pcpu()
         for stretch in self.stretches:
             self.do(stretch.ops, report=True)
         self.leave_pcpu()
 
     def do(self, ops: tuple[Op, ...], report: bool) -> None:
-        """One stretch; `report` tells those who wait for this thread's progress."""
+        """Execute one stretch; `report` signals the progress to threads that wait for it."""
         op = ops[0]
         if self.section.is_vcpu and isinstance(op, GuestOp | Wait):
             self._run_guest(ops, report)
@@ -210,7 +211,7 @@ class LitmusThread:
         try:
             op.run(self)
         except ValueError as error:
-            # -EINVAL of an ioctl: not something that a policy brings about.
+            # -EINVAL of an ioctl, which no policy causes.
             where = f"litmus test {self.world.test.name}: thread {self.name}"
             raise BadInput(where, f"{op.text!r} is refused: {error}") from error
         if report:
@@ -243,7 +244,7 @@ class LitmusThread:
             self.migrate(pcpu)
 
     def _left_to_user(self, state: ExitToUser, ops: tuple[Op, ...]) -> None:
-        """User space tries again what the host refused for the moment; MMIO it has emulated."""
+        """Return to user space: it retries an access that the host refused for now, and emulates MMIO."""
         if state.reason in ("shutdown", "no-memory"):
             what = shown("; ".join(op.text for op in ops))
             why = f": {self.cpu.machine.exhausted_frames()}" if state.reason == "no-memory" else ""
@@ -254,7 +255,7 @@ class LitmusThread:
 
 @dataclass(frozen=True, slots=True)
 class Alone:
-    """What a thread, or user space ("vmm"), does while nothing else runs; `since` by the monotonic clock."""
+    """An action of a thread, or of user space ("vmm"), while no other runs; `since`: monotonic clock."""
 
     name: str
     what: str
@@ -262,7 +263,7 @@ class Alone:
 
 
 class PcpuLock:
-    """Who is on a pCPU: one thread at a time."""
+    """Admits one thread at a time to a pCPU."""
 
     def __init__(self, number: int) -> None:
         self._mutex = Mutex(f"pCPU {number}")
@@ -277,7 +278,7 @@ class PcpuLock:
 
 
 class World:
-    """A test on a machine."""
+    """The VMs and threads of one test on a machine."""
 
     single = False  # KvmParams.single
 
@@ -294,7 +295,7 @@ class World:
         self._on: dict[int, LitmusThread] = {}
         self.pcpu_locks = [PcpuLock(i) for i in range(machine.pcpus)]
         self.threads: dict[str, LitmusThread] = {}
-        # What of init or final is being done: then nobody else runs.
+        # The current operations of init or final, while no other thread runs.
         self.alone: Alone | None = None
         for number, (name, section) in enumerate(test.threads.items()):
             thread = self.threads[name] = LitmusThread(self, number, name, section)
@@ -307,7 +308,7 @@ class World:
         self._compile()
 
     def _compile(self) -> None:
-        """Nothing is left to compile while an execution runs."""
+        """Compile all guest programs now, so that none is compiled while an execution runs."""
         for thread in self.threads.values():
             for stretch in thread.stretches:
                 if thread.program is not None and stretch.in_guest:
@@ -317,7 +318,7 @@ class World:
                 thread.program.compiled(ops, False)
 
     def _grouped(self, ops: tuple[tuple[str, Op], ...]) -> list[tuple[LitmusThread, tuple[Op, ...]]]:
-        """Consecutive operations of one thread, in stretches."""
+        """Return the operations with consecutive guest operations of one thread joined to stretches."""
         found: list[tuple[LitmusThread, tuple[Op, ...]]] = []
         for name, op in ops:
             thread = self.threads[name]
@@ -331,7 +332,7 @@ class World:
     # --- executions -----------------------------------------------------------------------------------------
 
     def reset(self) -> None:
-        """Everything as at the beginning; no thread runs."""
+        """Restore the initial state, while no thread runs."""
         self.teardown()
         self.policy = self.policy.fresh()
         for cpu in self.machine.cpus[: self.machine.pcpus]:
@@ -374,11 +375,11 @@ class World:
         for number in range(section.vcpus):
             vcpu = kvm_vm_ioctl_create_vcpu(cpu, kvm)
             if section.tdp_levels:
-                # A guest with 48 physical address bits does without the fifth level.
+                # A guest with 48 physical address bits needs no fifth level.
                 kvm_mmu_after_set_cpuid(cpu, vcpu, 48 if section.tdp_levels[number] == 4 else 52)
 
     def teardown(self) -> None:
-        """The VMs go."""
+        """Destroy the VMs."""
         for thread in self.threads.values():
             if thread.task is not None:
                 thread.leave_pcpu()
@@ -405,7 +406,7 @@ class World:
         self.alone = None
 
     def end_migrations(self) -> None:
-        """After all threads and `final`: VMs that still log are paused and end as a live migration does."""
+        """End the live migrations of VMs that still log, after all threads and `final`, with paused VMs."""
         for kvm, migration in zip(self.kvms, self.migrations, strict=True):
             if not migration.logs:
                 continue
@@ -416,7 +417,7 @@ class World:
         self.alone = None
 
     def thread_on(self, cpu: Cpu) -> LitmusThread | None:
-        """The thread that `cpu` works for; None: between executions."""
+        """Return the thread that `cpu` works for; None if there is none."""
         return self._on.get(cpu.id)
 
     def entered(self, cpu: Cpu, thread: LitmusThread) -> None:
@@ -425,7 +426,7 @@ class World:
     # --- progress -------------------------------------------------------------------------------------------
 
     def progressed(self, thread: int) -> None:
-        """Another operation of the thread is complete."""
+        """Record that another operation of the thread is complete."""
         lib.signal_add(self.machine.m, thread, 1)
 
     def wait_progress(self, cpu: Cpu, thread: int, n: int) -> None:
@@ -434,5 +435,5 @@ class World:
             cpu_relax(cpu)
 
     def progress(self, thread: LitmusThread) -> int:
-        """Operations that it has completed."""
+        """Return the number of operations that the thread has completed."""
         return int(lib.signal_get(self.machine.m, thread.number))
