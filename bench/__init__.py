@@ -5,13 +5,13 @@
     python -m bench --json bench.json        a JSON document as well ("-": on standard output, the table on
                                              standard error)
     python -m bench --quick                  tiny sizes: do the tools work, do the invariants hold?  Times
-                                             mean nothing then; counts alone are held against what is wanted
+                                             mean nothing then; only counts are checked against `wanted`
     python -m bench --check                  exit status 1 if a figure is not as wanted
     python -m bench --keep bench.jsonl       append the figures to a file, one line a run
     python -m bench --against bench.jsonl    say which ratios have changed since the last run that was kept
                                              on a processor of this kind
 
-Needs a C compiler (`cc`, or what $CC says), and the core built for Python (`pip install -e .`).
+Needs a C compiler ($CC, or else `cc`), and the core built for Python (`pip install -e .`).
 
 How to read it.  A figure has one sample per repeat and, taken right before or after, one sample of its
 reference: a bare version of the work, or the time that the real machine or plain pykka takes for it.  `value`
@@ -20,7 +20,7 @@ slower half-way does not disturb; `ratio_of` gives its direction (value/referenc
 reference/value for "so many times quicker"), `ratio_low` and `ratio_high` are the extremes.  `wanted` is this
 project's condition on the figure, `met` tells whether it holds; figures without a `wanted` are information.
 
-What spoils it.  Any other load on the machine: benchmarks that need two cores suffer first (a membarrier of
+What spoils it?  Any other load on the machine: benchmarks that need two cores suffer first (a membarrier of
 half a microsecond interrupted no core, and two pCPUs on one core are no faster than one).  The document has
 the load at start and at end (where the benchmarks' own threads count).  Judge by the ratios, and by the
 distance of their extremes.

@@ -4,8 +4,8 @@ Python runs a handler between any two bytecodes of the main thread: inside of an
 thread holds a lock, in the middle of a write.  So a handler here takes no lock, logs nothing and writes
 nothing.  It notes the first signal and starts the timer that gives up on a command that does not end.
 
-Until a command has something to lose, a signal also raises KeyboardInterrupt, once.  From `only_note` on it
-does not: the command polls `came`, ends its work, and writes what it has.
+Until a command calls `only_note`, the first signal also raises KeyboardInterrupt.  Then the command may have
+results to lose: a signal raises nothing, and the command polls `came`, ends its work, and writes its results.
 """
 
 from __future__ import annotations

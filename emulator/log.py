@@ -54,7 +54,7 @@ class Logging:
         root = logging.getLogger()
         self._previous = (root.handlers[:], root.level)
         root.handlers = [_Intercept()]
-        # pykka logs each actor's birth at DEBUG; loguru's threshold decides what is shown.
+        # pykka logs each actor's birth at DEBUG; loguru drops records below its threshold.
         root.setLevel(logging.DEBUG if self._level in ("TRACE", "DEBUG") else logging.INFO)
         return self
 
@@ -102,7 +102,8 @@ def _describe_fields(record: Record) -> None:
 
 
 def _as_json(record: Record) -> str:
-    """One JSON object a line; bound fields stand beside the standard ones."""
+    """Return a record as a line with one JSON object, in which bound fields stand beside the standard
+    ones."""
     line: dict[str, object] = {
         "time": record["time"].isoformat(timespec="milliseconds"),
         "level": record["level"].name,

@@ -149,7 +149,7 @@ class _Closed(io.TextIOBase):
 
 
 class _Watched:
-    """Standard output, whose failures are raised as LostOutput.
+    """Standard output with failures that raise LostOutput.
 
     All other attributes are the stream's: rich and typer query the terminal, the encoding and more.
     """
@@ -186,7 +186,7 @@ class _Watched:
 
 
 class _Patient:
-    """Standard error, whose failures are ignored: no message there is worth ending a run for."""
+    """Standard error with failures that are ignored: no message there is worth ending a run for."""
 
     def __init__(self, stream: TextIO) -> None:
         self._stream = stream

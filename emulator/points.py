@@ -1,4 +1,4 @@
-"""The ordering points of KVM's code.  The kind of a point tells what the step behind it reads or writes.
+"""The ordering points of KVM's code.  The kind of a point tells the access of the step behind it.
 
 At a point, the order of two threads' steps matters: real threads can be delayed there, and `explore` begins a
 step there.  Litmus tests name kinds in their delays, so the list is closed.

@@ -15,7 +15,7 @@ from metrics.server import PATH, Server, only_metrics
 
 LOOPBACK: Final = "127.0.0.1"
 
-# Seconds between two checks for the end of the endpoint, and for connections whose time is up.
+# Seconds between two checks for the end of the endpoint, and for connections that are too old.
 _POLL: Final = 0.1
 _MOST_DIGITS: Final = 5  # of a port
 _LONGEST_NAME: Final = 253  # of a host (RFC 1035, 2.3.4, without the length bytes)
@@ -24,7 +24,7 @@ _LONGEST_NAME: Final = 253  # of a host (RFC 1035, 2.3.4, without the length byt
 def parse_address(text: str) -> tuple[str, int]:
     """Return (host, port) for "9464", "0.0.0.0:9464" or "[::1]:9464".
 
-    Raises ValueError, whose text is the expectation.
+    Raises ValueError with the expectation as its text.
     """
     host, separator, port = text.rpartition(":")
     if not separator:

@@ -87,7 +87,7 @@ class Server(ThreadingMixIn, WSGIServer):
             self._connections[id(request)].answering = True
 
     def service_actions(self) -> None:
-        """End connections whose time is up; called at each poll and after each newcomer."""
+        """End connections older than SECONDS; called at each poll and after each new connection."""
         self._end(lambda connection: time.monotonic() - connection.since > SECONDS)
 
     def server_close(self) -> None:

@@ -1,7 +1,7 @@
 """Refuses blank values of options, arguments and environment variables.
 
 An empty `--policy` would stand for the default policy, and an empty `--report-dir` for the current directory.
-So a script whose shell variable is not set would test something else than it says.
+So a script with an unset shell variable would test something else than it states.
 """
 
 from __future__ import annotations

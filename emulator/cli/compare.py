@@ -131,7 +131,7 @@ def _check_html() -> None:
 
 
 def _write(comparison: Comparison, as_json: bool, html: Path | None) -> int:
-    """Write the page, then standard output, whose reader may be slow; return the exit status."""
+    """Write the page, then standard output, which may have a slow reader; return the exit status."""
     from emulator.compare.document import comparison_document
     from emulator.compare.table import comparison_table
     from emulator.report.console import output_console

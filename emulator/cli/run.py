@@ -147,7 +147,7 @@ def _endpoint(collector: MachineCollector, host: str, port: int) -> Iterator[End
 
 
 def _write(request: Request, result: Result, findings: Findings) -> int:
-    """Write the files, then standard output, whose reader may be slow; return the exit status."""
+    """Write the files, then standard output, which may have a slow reader; return the exit status."""
     status = exit_status(result)
     lost = findings.finish(result)
     with saying(status):

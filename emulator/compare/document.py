@@ -13,8 +13,8 @@ VERSION = 1
 
 
 def comparison_document(comparison: Comparison) -> dict[str, Any]:
-    """Return the JSON document.  Its keys are stable.  Figures whose key ends in `/M` are per million guest
-    accesses, in `/unit` per operation of the scenario's unit; durations are in seconds."""
+    """Return the JSON document.  Its keys are stable.  A figure is per million guest accesses if its key ends
+    in `/M`, and per operation of the scenario's unit if it ends in `/unit`; durations are in seconds."""
     plan = comparison.plan
     return {
         "flushlab_comparison": VERSION,

@@ -100,7 +100,7 @@ def _cycles(comparison: Comparison) -> Plot:
 
 
 def _parts(comparison: Comparison, prefix: str) -> dict[str, dict[str, float]]:
-    """Return, by policy, the medians per million guest accesses of the figures whose keys begin with the
+    """Return, by policy, the medians per million guest accesses of the figures with keys that begin with the
     prefix, by the rest of the key."""
     names = dict.fromkeys(
         key.removeprefix(prefix).removesuffix("/M")
@@ -194,7 +194,7 @@ def _stacked(
     *,
     legend: bool = True,
 ) -> str:
-    """Draw horizontal bars, one per policy, all of whose parts have one order."""
+    """Draw horizontal bars, one per policy, with their parts in one order."""
     parts = [
         part for part in next(iter(stacks.values()), {}) if any(stack.get(part) for stack in stacks.values())
     ]

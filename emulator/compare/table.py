@@ -22,7 +22,7 @@ _VERDICT_STYLES = {"clean": "green", "violations": "bold red", "inconclusive": "
 
 
 def comparison_table(comparison: Comparison) -> RenderableType:
-    """Return the whole comparison as one table whose rows are in sections."""
+    """Return the whole comparison as one table, with its rows in sections."""
     plan, columns = comparison.plan, comparison.columns
     parts: list[RenderableType] = [_header(comparison), Text()]
     if columns:

@@ -168,7 +168,7 @@ class Emulation:
 
     @property
     def m(self) -> MachinePtr:
-        """The native machine."""
+        """Return the native machine."""
         return self.machine.m
 
     def __enter__(self) -> Self:
@@ -312,7 +312,7 @@ class Emulation:
             Host.start(self.crew, next(self._free_cpus), i, memories, self.scenario.host.pages, pacer, rng)
 
     def _clock(self, pace: float) -> Callable[[], float] | None:
-        """Return a clock whose second is `pace` accesses of all guests together; None without a pace."""
+        """Return a clock by which all guests together make `pace` accesses a second; None without a pace."""
         m = self.machine.m
         return (lambda: lib.counter_sum(m, lib.COUNT_ACCESSES) / pace) if pace else None
 

@@ -33,8 +33,8 @@ class Job:
 
     `settle`: counting begins after so many seconds, once every VM has run, so that the costs of booting do
     not count.  `duration` is in seconds of wall time or, with a `pace`, in seconds of so many guest accesses
-    each; `wall_limit` then ends a run whose guests make no progress.  `observers` are notified of the native
-    machine while it exists.  `stop` ends the run early.
+    each; `wall_limit` then ends a run in which the guests make no progress.  `observers` are notified of the
+    native machine while it exists.  `stop` ends the run early.
     """
 
     def __init__(

@@ -20,7 +20,7 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True, slots=True)
 class Receivers:
-    """Some pCPUs and what reached them.
+    """A group of pCPUs and the interrupts that reached them.
 
     `ipis`: interrupts received, of which `serviced` found a halted pCPU outside of guest mode.
     `interruptions`: exits from guest mode that they caused, of which `bystanders` had no call about the VM.

@@ -246,7 +246,7 @@ def _flush_text(r: ViolationReport, plot: Plot, names: dict[int, str]) -> list[s
 
 
 def _unknown_text(r: ViolationReport, plot: Plot, names: dict[int, str]) -> list[str]:
-    """Name the CPUs whose rings have lost a part of the race."""
+    """Name the CPUs that have lost a part of the race from their rings."""
     return [
         f"  not known: what {_name(names, e.cpu)} did before {_ago(e.time, r)} ({e.a} events are lost)"
         for e in (moment.event for moment in plot.moments)

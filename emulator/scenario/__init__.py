@@ -1,1 +1,1 @@
-"""Scenarios: their files, what they cost, and whether this machine can run them."""
+"""Scenarios: their files, their phases and costs, and a check that this machine can run them."""

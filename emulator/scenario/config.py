@@ -1,7 +1,7 @@
-"""Scenarios: the machine, its VMs, and what happens to them.
+"""Scenarios: the machine, its VMs, and the rates of operations on them.
 
-A scenario is a TOML file.  Every key is checked; the error names the file, the key, what was found and what
-was expected.  Rates are per second and for the whole machine, over all actors, during storms; 0 is never.
+A scenario is a TOML file.  Every key is checked; an error names the file, the key, the value found and the
+values expected.  Rates are per second and for the whole machine, over all actors, during storms; 0 is never.
 """
 
 from __future__ import annotations
@@ -148,7 +148,7 @@ class HostSection(Section):
     # 2 MiB ranges: khugepaged and its opposite.
     collapse: Annotated[Rate, Unit("ranges of 2 MiB per second")] = 0
     split: Annotated[Rate, Unit("ranges of 2 MiB per second")] = 0
-    # Ranges whose accessed bits reclaim tests, page by page.
+    # Ranges that reclaim ages: it tests their accessed bits page by page.
     age: Annotated[Rate, Unit("ranges per second")] = 0
 
     @model_validator(mode="after")
@@ -210,7 +210,7 @@ class Scenario(Section):
     pace: Annotated[float, Unit("million guest accesses per second")] = Field(
         default=0, ge=0, le=1e6, allow_inf_nan=False
     )
-    # What `compare` counts costs per, besides guest accesses.
+    # Operation for which `compare` gives the costs, besides guest accesses.
     unit: CostUnit | None = None
 
     # Name, directory and costs of the scenario's files; set by parse_scenario.
@@ -246,7 +246,7 @@ class Scenario(Section):
 
     @property
     def ioctl_callers(self) -> int:
-        """Return the number of VMs whose VMM calls KVM while they run."""
+        """Return the number of VMs with a VMM that calls KVM while they run."""
         return sum(vm.count for vm in self.vm if vm.disturbed)
 
     @property

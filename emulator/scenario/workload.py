@@ -123,7 +123,11 @@ def rates_of(scenario: Scenario) -> dict[str, float]:
 
 
 def _quiet_phases(every: Mapping[str, float]) -> tuple[Phase, ...]:
-    """Return the phases of the flavours whose activities the scenario has, each set of activities once."""
+    """Return the quiet phases of a scenario with these rates.
+
+    A flavour's phase has those of its activities that the scenario has.  A set of activities gets one phase,
+    and a flavour with migrations none unless the scenario has all of its activities.
+    """
     phases: dict[frozenset[str], Phase] = {}
     for flavour in FLAVOURS:
         present = {activity: own for activity, own in flavour.items() if activity in every}

@@ -5,7 +5,7 @@ A program's control flow almost determines the order of its accesses, so the col
 * A *group* is an instruction fetch and the data accesses up to the next one. Its *symbol* is the pair of
   instruction address and *shape* (how many data accesses, which of them write). A loop body has one
   symbol per instruction, however often it runs. Data accesses without a fetch (recordings
-  without instructions, leading accesses) form groups of their own, whose symbol has no address.
+  without instructions, leading accesses) form groups of their own, with a symbol that has no address.
 * A *block* is a straight-line sequence of groups: it ends where the next fetch is not 1 to 15 bytes further
   on (an x86 instruction is at most 15 bytes long: SDM vol. 2A, section 2.3.11). Each distinct block is
   stored once; the program's path is the column `path` of block numbers.

@@ -1,7 +1,7 @@
 """Measures how a trace reuses its pages, which decides whether a TLB of a given size helps.
 
 The reuse distance of an access is the number of distinct other pages touched since the last access to the
-same page. A fully associative LRU TLB of n entries hits exactly the accesses whose distance is below n
+same page. A fully associative LRU TLB of n entries hits exactly the accesses with a distance below n
 (Mattson et al., "Evaluation techniques for storage hierarchies", IBM Systems Journal 9(2), 1970).
 """
 
