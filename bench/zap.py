@@ -38,7 +38,7 @@ TABLE = 512
 GUEST_PAGES = 64
 PCPUS = 2
 _PATIENCE_SECONDS = 20.0
-# Microseconds between two attempts of the contending thread to take mmu_lock.
+# Microseconds from the contending thread's release of mmu_lock to its next attempt to take it.
 _PAUSE = 200
 
 ZAPS = ("rcu-proxy", "disconnected-list", "flush-per-table")

@@ -137,9 +137,10 @@ def _end_with_parent() -> None:
 
 
 def _end_on_request() -> None:
-    """Wait for SIGTERM from the parent, and end this process: a pool that lost a process so ends the others.
+    """Wait for SIGTERM from the parent, and end this process.
 
-    SIGTERM from elsewhere is meant for the parent as well, which then ends the pool.
+    A pool that has lost a process ends the others by SIGTERM.  From another sender it is ignored here: the
+    parent gets it as well, and ends the pool.
     """
     while signal.sigwaitinfo({signal.SIGTERM}).si_pid != os.getppid():
         pass

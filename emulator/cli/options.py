@@ -202,8 +202,7 @@ class RunOptions(MachineOptions):
 
 
 def expanded(function: Callable[..., None]) -> Callable[..., None]:
-    """Replace the parameter `options`, which has one of the dataclasses as its type, by the fields of
-    this."""
+    """Replace the parameter `options` by the fields of its type, which is one of the dataclasses."""
     signature = inspect.signature(function, eval_str=True)
     kind: Any = signature.parameters["options"].annotation
     own = [p for p in signature.parameters.values() if p.name != "options"]

@@ -61,7 +61,7 @@ class _Trace:
 
     def _guest_mode(self, cpu: int) -> Iterator[dict[str, Any]]:
         """Yield a slice for each stay in guest mode, from VM entry to VM exit.  If the rings have lost the
-        exit, the slice ends at the CPU's next entry or VMCS load."""
+        exit, the slice ends at the CPU's next VM entry, VMCS load or VMCLEAR."""
         entered: Event | None = None
         for event in (e for e in self.all if e.cpu == cpu):
             if entered is not None and event.kind in ("entry", "exit", "load", "unload"):

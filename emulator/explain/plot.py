@@ -118,8 +118,8 @@ class Plot(Timeline):
 
         if facts.clock < 0:
             return None
-        # The guest's clock stands still while the guest faults, so it cannot order the fault and the promise.
-        # An outdated mapping implies that the fault's lookup preceded the promise.
+        # The guest's clock stands still while the guest faults, so it cannot tell whether the fill came
+        # before the promise or after the outdated mapping.  Prefer the VM entry after the mapping.
         if self._outdated is not None:
             after = self._last(before_fill, self._outdated)
             if after is not None:
@@ -290,8 +290,11 @@ class Plot(Timeline):
         return self._keep(self._promised, SKIPPED) is not None
 
     def _late(self) -> bool:
-        """Return whether the flush was requested at the wrong time: after the promise, or before the
-        revocation; mark the request then."""
+        """Return whether wrong timing explains the race.
+
+        A late kick or an outdated mapping may be marked already.  Otherwise look for a request for the flush
+        after the promise, or before the revocation, and mark it.
+        """
         promised = self._promised
         if {LATE, OUTDATED} & set(self.parts.values()):
             return True

@@ -148,7 +148,7 @@ class HostSection(Section):
     # 2 MiB ranges: khugepaged and its opposite.
     collapse: Annotated[Rate, Unit("ranges of 2 MiB per second")] = 0
     split: Annotated[Rate, Unit("ranges of 2 MiB per second")] = 0
-    # Ranges that reclaim ages: it tests their accessed bits page by page.
+    # Ranges in which reclaim asks for each page whether the guest has used it.
     age: Annotated[Rate, Unit("ranges per second")] = 0
 
     @model_validator(mode="after")
