@@ -139,8 +139,8 @@ def _end_with_parent() -> None:
 def _end_on_request() -> None:
     """Wait for SIGTERM from the parent, and end this process.
 
-    A pool that has lost a process ends the others by SIGTERM.  From another sender it is ignored here: the
-    parent gets it as well, and ends the pool.
+    A pool that has lost a process ends the others by SIGTERM.  SIGTERM from another sender is ignored here:
+    it is meant for the parent, which then ends the pool.
     """
     while signal.sigwaitinfo({signal.SIGTERM}).si_pid != os.getppid():
         pass
