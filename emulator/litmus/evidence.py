@@ -52,7 +52,7 @@ class Evidence:
         self._before: dict[str, int] = {}
 
     def begin(self, kvms: Iterable[Kvm]) -> None:
-        """Count from here on."""
+        """Begin to count."""
         self._before = self._now(kvms)
 
     def found(self, kvms: Iterable[Kvm]) -> dict[str, int]:

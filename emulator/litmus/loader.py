@@ -1,4 +1,4 @@
-"""Litmus tests from the package or from files; errors name file, key, the text found, the text expected."""
+"""Litmus tests from the package or from files; errors name file, key, found and expected text."""
 
 from __future__ import annotations
 

@@ -10,7 +10,7 @@
     [[vm]]                        # one VM with one vCPU if not given
     vcpus = 2
     pages = 2048                  # guest-physical memory; memslot 0 covers it
-    smm_slots = false             # the same memory in the address space of SMM, too
+    smm_slots = false             # true: the address space of SMM has this memory, too
     smram = 0x600                 # pages from here on belong to SMM alone
     ept_ad = true                 # kvm_intel.eptad; without A/D bits aging takes permissions from SPTEs
     tdp_levels = [4, 5]           # levels of each vCPU's EPT (all 4 if not given)
@@ -49,7 +49,7 @@ of guest mode.
 
 The verdict of a policy is
     safe           no violation, and the danger occurred (`needs`)
-    violations     an access used a translation that KVM had promised to be gone
+    violations     an access used a translation or a right that KVM had promised to be gone
     inconclusive   no violation, but no danger that could have led to one either; with `explore`, in none of
                    the interleavings
 `expect` names the policies with another verdict than safe: a list of violation kinds means that at least one
@@ -161,7 +161,7 @@ class VmSection(Section):
 
     @property
     def slots(self) -> tuple[tuple[int, int, int], ...]:
-        """Return the memslots: address space, number, pages.  In all, guest page 0 is user memory's."""
+        """Return address space, number and pages of each memslot; guest page 0 is page 0 of user memory."""
         slot = (0, SLOT, self.pages if self.smram is None else self.smram)
         return (slot, (1, SMM_SLOT, self.pages)) if self.smm_slots or self.smram is not None else (slot,)
 

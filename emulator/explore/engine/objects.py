@@ -42,5 +42,5 @@ def bits(mask: int) -> Iterator[int]:
 
 @lru_cache(maxsize=1 << 14)
 def members(mask: int) -> tuple[int, ...]:
-    """Return the positions of the bits that are set, from a cache: the same sets recur."""
+    """Return the positions of the bits that are set, from a cache, because sets recur."""
     return tuple(bits(mask))

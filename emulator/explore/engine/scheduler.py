@@ -48,7 +48,7 @@ def _stands_in(task: Task) -> str:
 
 
 class Abandoned(BaseException):
-    """Unwinds a task whose execution is over."""
+    """Unwinds a task after the end of its execution."""
 
 
 class Divergence(Exception):

@@ -91,7 +91,7 @@ class Adversary:
         self.pcpus = sorted({place.pcpu for place in self.places})
         self.paging = {place.pcpu for place in self.places if place.paging}
         self.several = len(test.vm) > 1
-        self.inside: dict[CpuId, VmId] = {}  # the VM whose guest runs on each pCPU
+        self.inside: dict[CpuId, VmId] = {}  # by pCPU in guest mode: its guest's VM
         self.evictions = self.fills = 0  # the budgets that are left in this execution
         self.cpu_of: dict[str, CpuId] = {}  # by the task's name
         self._ids: list[VmId] = []  # by a VM's number in the test

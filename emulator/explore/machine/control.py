@@ -118,8 +118,8 @@ class Control:
         self.everything = objects.bit(("everything",))
         self.vm_of_vcpu: dict[VcpuId, VmId] = {}
         self.memory = Memory()
-        self.paging: frozenset[int] = frozenset()  # VMs whose guests have page tables
-        self.logging: frozenset[int] = frozenset()  # VMs whose memory is copied as their dirty logs say
+        self.paging: frozenset[int] = frozenset()  # VMs with page tables in their guests
+        self.logging: frozenset[int] = frozenset()  # VMs with a dirty log, which names the pages to copy
         self.programs: dict[VcpuId, Array[GuestOp]] = {}  # the program of each vCPU's guest
         self.adversary: Adversary | None = None
         self.policy_reads: PolicyReads | None = None  # a user's policy is explored
@@ -353,7 +353,7 @@ class Control:
         return list(self._violations)
 
     def forget(self) -> None:
-        """Take the violations that were reported until now as those of earlier executions."""
+        """Attribute the violations that were reported until now to earlier executions."""
         self.known = self.violations()
         self._violations_known: bytes = self._violations_now[:]
 

@@ -158,12 +158,12 @@ class BufferedReaders(Readers):
 
 
 class BufferedControl(Control):
-    """Control over a machine whose CPUs have store buffers."""
+    """The control over a machine with store buffers."""
 
     def __init__(self, machine: Machine, objects: Objects) -> None:
         self.stores = StoreBuffers(objects, objects.bit(("everything",)))
         self.cpu_of: Callable[[Task], CpuId] = lambda task: CpuId(-1)  # the CPU that a task is on now
-        self._plain: set[CpuId] = set()  # CPUs whose next store is a plain one
+        self._plain: set[CpuId] = set()  # CPUs with a plain store as their next store
         super().__init__(machine, objects)
 
     def reset(self) -> None:

@@ -1,6 +1,6 @@
 """One exhaustive search in parts, with a result that does not depend on the number of processes.
 
-A depth-first search whose budget ends leaves a path of nodes with choices that were not tried.  Each such
+When its budget ends, a depth-first search leaves a path of nodes with choices that were not tried.  Each such
 choice becomes a part (subtree.py); parts are searched in rounds, and the paths that they leave become new
 branches.  The result does not depend on the number of processes, nor on their speed, because the parts of a
 round and their budgets depend on the earlier rounds only, and results are merged in the order of the parts.
