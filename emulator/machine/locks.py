@@ -1,7 +1,8 @@
 """Locks that Python code holds: spinlock_t, struct mutex, struct rw_semaphore, refcount_t, and kvm->mmu_lock.
 
-mmu_lock is native.  The others guard Python objects for a few lines; their waiters sleep on their CPU's event
-and keep running the calls that others queue for it, so no holder can keep an IPI from being acknowledged.
+mmu_lock is native.  The other locks guard Python objects for a few lines.  A waiter sleeps on its CPU's event
+and keeps running the calls that other CPUs queue for it, so no holder can keep an IPI from being
+acknowledged.
 """
 
 from __future__ import annotations
@@ -16,8 +17,10 @@ from native.types import CpuId, VmId
 
 
 class _Waitable:
-    """One token that threads take and give back; taking and giving are single list operations, hence
-    atomic under the GIL.  Waiters queue as CPU numbers and are woken by whoever gives the token back."""
+    """One token that threads take and give back, each by a single list operation, hence atomic under the GIL.
+
+    Waiters queue as CPU numbers; the thread that gives the token back wakes them.
+    """
 
     __slots__ = ("_token", "_waiters", "name", "owner")
 
@@ -75,7 +78,7 @@ class _SpinLockHeld:
 
 
 class SpinLock(_Waitable):
-    """spinlock_t for short critical sections: its holder must not wait.  `with lock.held(cpu): ...`"""
+    """spinlock_t for short critical sections: its holder must not wait.  Use `with lock.held(cpu):`."""
 
     __slots__ = ()
 
@@ -109,8 +112,10 @@ class _MutexHeld:
 
 
 class Mutex(_Waitable):
-    """struct mutex: may be held across waits.  `with lock.held(cpu) as held: ...`; `held.unlock()` in the
-    block drops it early."""
+    """struct mutex: may be held across waits.
+
+    Use `with lock.held(cpu) as held:`; `held.unlock()` in the block drops it early.
+    """
 
     __slots__ = ()
 
@@ -132,19 +137,19 @@ class _RwSemaphoreHeld:
 
 
 class RwSemaphore:
-    """struct rw_semaphore: may be held across waits.  `with lock.read_lock(cpu): ...`, likewise write_lock.
+    """struct rw_semaphore: may be held across waits.  Use `with lock.read_lock(cpu):`, likewise write_lock.
 
-    A writer that waits keeps new readers out, so it does not wait for ever.
+    A waiting writer keeps new readers out, so it does not wait for ever.
     """
 
     __slots__ = ("_owners", "_waiters", "_writers", "name")
 
     def __init__(self, name: str) -> None:
         self.name = name
-        # How many readers hold it, -1: a writer does.  A thread takes the number out to change it.
+        # The number of readers that hold it, or -1 for a writer.  A thread takes the number out to change it.
         self._owners = [0]
-        self._writers: list[CpuId] = []  # that wait, as CPU numbers
-        self._waiters: list[CpuId] = []  # to be woken
+        self._writers: list[CpuId] = []  # waiting writers, as CPU numbers
+        self._waiters: list[CpuId] = []  # CPUs to be woken
 
     def read_lock(self, cpu: Cpu) -> _RwSemaphoreHeld:
         return _RwSemaphoreHeld(self, cpu, False)
@@ -153,7 +158,7 @@ class RwSemaphore:
         return _RwSemaphoreHeld(self, cpu, True)
 
     def free_for(self, write: bool) -> bool:
-        """Whether those that hold it would let a reader or a writer in."""
+        """Return whether the current holders admit a reader or a writer."""
         return self._owners[0] == 0 if write else self._owners[0] >= 0
 
     def _take_owners(self) -> int:
@@ -186,7 +191,7 @@ class RwSemaphore:
                 self._writers.remove(cpu.id)
 
     def _wait(self, cpu: Cpu, write: bool) -> None:
-        """The order of _Waitable: queue, read the event, try, sleep."""
+        """Wait in the order of _Waitable: queue, read the event, try, sleep."""
         while True:
             self._waiters.append(cpu.id)
             seq = lib.cpu_event(cpu.m, cpu.id)
@@ -226,7 +231,7 @@ class Refcount:
             return True
 
     def dec_and_test(self, cpu: Cpu) -> bool:
-        """refcount_dec_and_test(): True for whoever dropped the last reference."""
+        """refcount_dec_and_test(): return whether this call dropped the last reference."""
         with self._lock.held(cpu):
             if self.value <= 0:
                 raise AssertionError("a reference is dropped that nobody holds")
@@ -254,9 +259,9 @@ class _MmuLockHeld:
 
 
 class MmuLock:
-    """kvm->mmu_lock of one VM.  `with kvm.mmu_lock.read_lock(cpu): ...`, likewise write_lock.
+    """kvm->mmu_lock of one VM.  Use `with kvm.mmu_lock.read_lock(cpu):`, likewise write_lock.
 
-    A CPU holds at most one mmu_lock; `cpu.mmu_lock_held` says how.
+    A CPU holds at most one mmu_lock; `cpu.mmu_lock_held` is READ or WRITE then.
     """
 
     __slots__ = ("vm",)
@@ -289,7 +294,7 @@ class MmuLock:
         return bool(lib.mmu_lock_needbreak(cpu.m, self.vm))
 
     def cond_resched(self, cpu: Cpu, schedule: Callable[[], object] | None = None) -> None:
-        """cond_resched_rwlock_{read,write}() once it decided to let go; `schedule`: meanwhile."""
+        """cond_resched_rwlock_{read,write}() without its check: unlock, call `schedule`, lock again."""
         how = cpu.mmu_lock_held
         self.unlock(cpu)
         if schedule is not None:

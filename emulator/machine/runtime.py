@@ -3,9 +3,8 @@
 The native core takes the acting CPU as an argument; here that CPU is an object, `Cpu`, and every function of
 `emulator.kvm` takes it first.  A pCPU's thread owns its `Cpu`; other threads own a housekeeping one.
 
-All waiting done in Python lives here and in `emulator.machine.locks`, and ends in `cpu_wait_event`, which
-releases the GIL, keeps running the calls that other CPUs queue for this one, and returns when the machine
-stops.
+All waiting in Python is done here and in `emulator.machine.locks`, by `cpu_wait_event`, which releases the
+GIL, keeps running the calls that other CPUs queue for this one, and returns when the machine stops.
 """
 
 from __future__ import annotations
@@ -22,7 +21,7 @@ if TYPE_CHECKING:
     from native._native import MachinePtr
 
 Mode = Literal["read", "write"]
-# What an installed hook is called with at an ordering point: who, kind of object, which one, access.
+# Called at an ordering point with the acting CPU, the kind of object, the object, and the access.
 Hook = Callable[["Cpu", PointKind, object, Mode], None]
 
 # How long cpu_relax() naps.
@@ -30,17 +29,17 @@ RELAX_MICROSECONDS: Final = 50
 # Cpu.mmu_lock_held
 READ: Final = 1
 WRITE: Final = 2
-# Neighbours that one fault maps at most (see emulator.kvm.page_fault): the length of the scratch arrays.
+# The most neighbours that one fault maps (emulator.kvm.page_fault): the length of the scratch arrays.
 FAULT_AROUND_MAX: Final = 64
 _U64: Final = (1 << 64) - 1
 
 
 class MachineError(Exception):
-    """A native call did not do what it was asked to do."""
+    """A native call failed."""
 
 
 class MachineStopped(MachineError):
-    """The machine stops: unwind."""
+    """The machine stops, and the thread must unwind."""
 
 
 class CpuOffline(MachineError):
@@ -52,7 +51,7 @@ class MachineMisuse(MachineError):
 
 
 class OutOfMemory(MemoryError):
-    """The process itself has no memory left for a machine: nothing that a policy or a test brings about."""
+    """The process itself has no memory left for a machine, which no policy or test can cause."""
 
 
 class OutOfFrames(MachineError):
@@ -60,7 +59,7 @@ class OutOfFrames(MachineError):
 
 
 class TryAgain(MachineError):
-    """A try form did not succeed; callers that expect it look at the return value instead."""
+    """A try form did not succeed; callers that expect this check the return value instead."""
 
 
 # Kind, field of the configuration, purpose.  A litmus test's [machine] has keys of the same names.
@@ -88,9 +87,9 @@ class Machine:
             raise OutOfMemory(ffi.string(error).decode() or "the machine could not be built")
         pcpus = self.config["pcpus"]
         self.cpus = [Cpu(self, i, i < pcpus) for i in range(pcpus + self.config["housekeeping"])]
-        # VPIDs are of the host, not of a VM (vmx.c: vmx_vpid_bitmap); 0 is the host's own.  Taking one and
+        # VPIDs belong to the host, not to a VM (vmx.c: vmx_vpid_bitmap); 0 is the host's own.  Taking one and
         # giving it back are single list operations, and the last one freed is the next one used.
-        # No more of them are ever in use than there can be vCPUs, but for some that are on their way.
+        # At most as many are in use as there can be vCPUs, and a few more that are being made or freed.
         vpids = min((1 << 16) - 1, 2 * self.config.get("vcpus", 0) + 16)
         self.vmx_vpids = list(map(Vpid, range(vpids, 0, -1)))
 
@@ -167,7 +166,7 @@ class Cpu:
         self.spinlocks = 0
         # kvm_running_vcpu: the vCPU that is loaded here (emulator.kvm.structs.Vcpu).
         self.vcpu: Any = None
-        # In wait_until(), for reports.
+        # The awaited condition in wait_until(), for reports.
         self.waits_for = ""
         # Per-CPU scratch, as the kernel's cpu_kick_mask; the rest saves allocations in page faults.
         self.kick_mask_words = (machine.config["pcpus"] + 63) // 64
@@ -183,7 +182,7 @@ class Cpu:
         return f"<{'pCPU' if self.is_pcpu else 'housekeeping CPU'} {self.id}>"
 
     def check(self, rc: int) -> int:
-        """`rc` of a native call, or the exception that it stands for."""
+        """Return `rc` of a native call, or raise the exception that it stands for."""
         if rc < 0:
             self.fail(rc)
         return rc
@@ -203,7 +202,7 @@ class Cpu:
         raise MachineError(f"CPU {self.id}: native error {rc}")
 
     def point(self, kind: PointKind, obj: object, mode: Mode) -> None:
-        """A step at which order matters: `kind` and `obj` name what is read or written."""
+        """Mark a step at which order matters: `kind` and `obj` name the object that is read or written."""
         if self.hook is not None:
             self.hook(self, kind, obj, mode)
 
@@ -211,14 +210,14 @@ class Cpu:
         lib.vm_stat_add(self.m, vm, stat, n)
 
     def event(self, kind: int, a: int, b: int, vm: int = -1) -> None:
-        """Into this CPU's ring, for the story of a violation.  The core's event_of() packs the VM alike."""
+        """Record an event in this CPU's ring, for reports; the VM is packed as the core's event_of() does."""
         lib.event_record(self.m, self.id, (vm + 1) << 16 | kind, a, b)
 
 
 class Chaos:
     """A hook that delays its CPU at one in so many ordering points, differently for each seed.
 
-    The delay gives the GIL away and lets nothing else happen: a CPU that is slow just here.
+    The delay releases the GIL and runs no queued calls, like a CPU that is slow at this point.
     """
 
     __slots__ = ("_states", "one_in")
@@ -241,7 +240,7 @@ class Chaos:
 
 
 class timed:  # noqa: N801 - reads like a statement
-    """Records how long its block took in one of the native histograms."""
+    """A context that records in one of the native histograms how long its block took."""
 
     __slots__ = ("cpu", "histogram", "start")
 
@@ -257,26 +256,29 @@ class timed:  # noqa: N801 - reads like a statement
 
 
 def smp_mb(cpu: Cpu) -> None:
-    """smp_mb(): nothing to do on real threads, where every access of the core is sequentially consistent;
-    with store buffers explore waits here."""
+    """smp_mb(): mark a full barrier.
+
+    Real threads need none, because every access of the core is sequentially consistent; with store buffers,
+    explore waits here.
+    """
     cpu.point("smp_mb", None, "write")
 
 
 def plain_store(cpu: Cpu, obj: object) -> None:
-    """The next store of this CPU is no locked instruction (mutants; explore with store buffers)."""
+    """Mark this CPU's next store as no locked instruction (for mutants; explore with store buffers)."""
     cpu.point("plain store", obj, "write")
 
 
 def cpu_relax(cpu: Cpu) -> None:
-    """In a loop that can only end when another thread goes on: let it have the GIL and the processor.
+    """Yield the GIL and the processor, in a loop that only another thread's progress can end.
 
-    A few microseconds' nap that serves calls; real CPUs get by with `pause`.
+    It naps for some microseconds and runs queued calls meanwhile; real CPUs execute `pause`.
     """
     cpu.check(lib.cpu_wait_event(cpu.m, cpu.id, lib.cpu_event(cpu.m, cpu.id), RELAX_MICROSECONDS))
 
 
 def wait_until(cpu: Cpu, condition: Callable[[], bool], what: str) -> None:
-    """Wait until `condition`; whoever makes it true calls `wake`.
+    """Wait until `condition` holds; the thread that makes it true must call `wake`.
 
     The event is read before the condition is tested, so that a wake-up in between is not lost.
     """
@@ -296,7 +298,7 @@ def wake(machine: Machine, cpu_id: CpuId) -> None:
 
 
 class rcu_read_lock:  # noqa: N801 - the kernel's name
-    """An RCU read section.  Leaves RCU as deep as it was found, also after a failed yield inside."""
+    """An RCU read section.  On exit it restores the nesting depth from entry, also after a failed yield."""
 
     __slots__ = ("cpu", "depth")
 
