@@ -1,8 +1,8 @@
-"""What all actors of the machine have in common: one thread, one CPU, and an orderly death.
+"""The base of all actors of the machine: one thread, one CPU, and an orderly death.
 
-A machine's actor does not outlive an exception, whether in answer to a message or between messages: it may
-have died with locks held and half a broadcast sent, so nothing after it can be trusted.  It drops what it
-holds, acknowledges what others wait for, and stops the machine; the others unwind from their waits.
+A machine's actor does not outlive an exception, in answer to a message or between messages: it may have died
+with locks held and half a broadcast sent, so the machine's state cannot be trusted any more.  It drops its
+locks, acknowledges the calls queued for it, and stops the machine; the other actors unwind from their waits.
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True, slots=True)
 class Death:
-    """An actor that failed: who, of what, and what it held at that moment."""
+    """An actor that failed: its name, the cause, and the locks and sections that it held at that moment."""
 
     who: str
     cpu: int
@@ -66,18 +66,18 @@ class MachineActor(Actor):
         return NativeFuture()
 
     def _start_actor_loop(self) -> None:
-        # A daemon: should it hang in spite of everything, the process can still end and say so.
+        # A daemon, so that the process can report it and end even if the thread hangs.
         thread = threading.Thread(target=self._actor_loop, name=self.name, daemon=True)
         thread.start()
-        # Only now: a thread that could not be started cannot be waited for.
+        # Set after start(), because a thread that failed to start cannot be joined.
         self.thread = thread
 
     def idle(self) -> None:
-        """One turn without a message: sleep until there is one, serving calls."""
+        """Sleep until there is a message, running queued calls: one turn of an actor without messages."""
         self.cpu.check(lib.cpu_halt(self.cpu.m, self.cpu.id, 0))
 
     def leave(self) -> None:
-        """The actor's thread is about to end, in whichever way. Must not wait."""
+        """Clean up on the actor's thread, which is about to end, normally or not.  Must not wait."""
 
     def _actor_loop(self) -> None:
         adopt_thread(self.cpu)
@@ -91,7 +91,7 @@ class MachineActor(Actor):
         except MachineStopped:
             pass
         except ActorDeadError as error:
-            # When the machine stops, others may have left already.
+            # When the machine stops, the addressed actor may have left already.
             if not lib.machine_stopping(self.cpu.m):
                 self._die(error)
         except BaseException as error:
@@ -121,7 +121,7 @@ class MachineActor(Actor):
         exception_value: BaseException | None,
         traceback: TracebackType | None,
     ) -> None:
-        # Reached from nothing of ours; failures go through _die.
+        # Not called by this package, where failures go through _die.
         if exception_value is not None:
             raise exception_value
 
@@ -134,7 +134,7 @@ class MachineActor(Actor):
             held=self.crew.what_holds(self.cpu),
             error=error,
         )
-        # From here on nobody waits for this CPU; only then does the machine stop.
+        # Stop the machine only once no CPU can wait for this one.
         self.crew.let_go(self.cpu)
         self.crew.report_death(death)
 
@@ -145,12 +145,12 @@ class MachineActor(Actor):
             self.leave()
             self.crew.let_go(self.cpu)
         finally:
-            # Last: whoever asks from now on hears that nobody is here.
+            # Last: senders get ActorDeadError from now on.
             self.inbox.close()
             release_thread()
 
     def _handle_receive(self, message: Any) -> Any:
-        # Fewer questions per message than pykka asks: proxies are for tests.
+        # Fewer checks per message than pykka makes; only tests use proxies.
         if isinstance(message, messages._ActorStop):
             return self._stop()
         if isinstance(message, messages.ProxyCall | messages.ProxyGetAttr | messages.ProxySetAttr):

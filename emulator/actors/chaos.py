@@ -1,6 +1,6 @@
-"""Seeded delays at the ordering points of KVM's code, as if the thread had lost its processor there.
+"""Seeded delays at the ordering points of KVM's code, as if the thread had been preempted there.
 
-The core has its own at its own points; these widen the windows between two steps of Python.
+The core delays at its own points; these delays widen the windows between two steps of Python.
 """
 
 from __future__ import annotations
@@ -31,5 +31,5 @@ class Chaos:
         rng = self._rng[cpu.id]
         if rng.random() * self._one_in >= 1:
             return
-        # Not a wait: no interrupt is served meanwhile, exactly as on a CPU that does not run.
+        # Not a wait: no interrupt is taken meanwhile, exactly as on a CPU that does not run.
         time.sleep(_LONG_SECONDS if rng.random() * _LONG_ONE_IN < 1 else _SHORT_SECONDS)

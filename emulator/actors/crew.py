@@ -1,4 +1,4 @@
-"""The crew of one machine: its actors, who died, and how they all go home."""
+"""The crew of one machine: its actors, their deaths, and stopping and joining them."""
 
 from __future__ import annotations
 
@@ -20,8 +20,8 @@ if TYPE_CHECKING:
 STOP_SECONDS = 2.0
 STOP_ACTORS = 256
 STOP_SECONDS_EACH = 0.01
-# A thread that waits for the GIL wakes once per interval to ask for it.  When a machine stops, all threads
-# wait for it, and each needs it for a moment only.
+# A thread that waits for the GIL wakes once per interval to request it.  When a machine stops, all threads
+# wait for the GIL, and each needs it for a moment only.
 STOP_SWITCH_INTERVAL = 1.0
 
 
@@ -31,14 +31,14 @@ def stop_seconds(actors: int) -> float:
 
 
 class Crew:
-    """Keeps the actors of a machine together.
+    """The actors of a machine.
 
-    Actors may note `events` (any thread, never waits); one reporter prints them.
+    Any thread may note `events` without waiting; one reporter prints them.
     """
 
     def __init__(self, machine: Machine, main: Cpu) -> None:
         self.machine = machine
-        # The CPU of the thread that boots the machine and looks after it.
+        # The CPU of the thread that boots and supervises the machine.
         self.main = main
         self.actors: list[MachineActor] = []
         self.deaths: deque[Death] = deque()
@@ -55,7 +55,7 @@ class Crew:
         self.events.append((event, fields))
 
     def what_holds(self, cpu: Cpu) -> tuple[str, ...]:
-        """What a CPU holds that others may wait for, in words."""
+        """Return in words the locks and sections that a CPU holds and that other CPUs may wait for."""
         held = []
         if lib.irqs_disabled(cpu.m, cpu.id):
             held.append("interrupts off")
@@ -69,7 +69,7 @@ class Crew:
         return tuple(held)
 
     def let_go(self, cpu: Cpu) -> None:
-        """The thread of `cpu` ends: drop its locks, acknowledge its calls, leave RCU."""
+        """Drop the locks of `cpu`, acknowledge its calls, leave RCU, because its thread ends."""
         lib.mmu_locks_abandon(cpu.m, cpu.id)
         lib.cpu_offline(cpu.m, cpu.id)
 
@@ -80,11 +80,11 @@ class Crew:
         self.stop()
 
     def bad_input(self) -> BadInput | None:
-        """What an actor could not go on with because of the user: a policy of his that failed."""
+        """Return the user's error that ended an actor, such as a policy that failed, or None."""
         return next((d.error for d in self.deaths if isinstance(d.error, BadInput)), None)
 
     def stop(self) -> None:
-        """Every wait returns, every guest leaves guest mode, every actor's loop ends."""
+        """Stop the machine: every wait returns, every guest leaves guest mode, every actor's loop ends."""
         if len(self.actors) > STOP_ACTORS and self._interval is None:
             self._interval = sys.getswitchinterval()
             sys.setswitchinterval(STOP_SWITCH_INTERVAL)

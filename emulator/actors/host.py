@@ -1,4 +1,4 @@
-"""Threads of the host's memory management, each at work on all VMs (user_memory.py: what they do).
+"""Threads of the host's memory management, each at work on all VMs (their operations: user_memory.py).
 
 Several of these actors run concurrently with each other and with the VMs' own ioctls.
 """
@@ -44,7 +44,7 @@ class Host(MachineActor):
         self.pages = pages
         self.pacer = pacer
         self.rng = rng
-        # How long the last page took for which a vCPU served a flush; at first, about an exit and an entry.
+        # Duration of the last page for which a vCPU serviced a flush; initially about an exit and an entry.
         self._page_seconds = 0.0002
         self._actions: dict[str, Callable[[UserMemory], None]] = {
             "unmap": self.unmap,
@@ -67,14 +67,14 @@ class Host(MachineActor):
         memory.reclaim(self.cpu, *self._range(memory))
 
     def reclaim(self, memory: UserMemory) -> None:
-        """The second half of a large range, then all of it: the second walk ends where nothing is left."""
+        """Reclaim the second half of a large range, then all of it, so that a walk ends in an empty half."""
         pages = min(_RECLAIM_PAGES, memory.pages)
         first = self.rng.randrange(memory.pages - pages + 1)
         for start in (first + pages // 2, first):
             memory.reclaim(self.cpu, start, first + pages)
 
     def mprotect(self, memory: UserMemory) -> None:
-        """mprotect(PROT_READ), and back after a moment."""
+        """Make a range read-only by mprotect(PROT_READ), and writable again after a moment."""
         start, end = self._range(memory)
         memory.protect(self.cpu, start, end, writable=False)
         self.cpu.check(lib.cpu_halt(self.cpu.m, self.cpu.id, int(_PROTECTED_SECONDS * 1e6)))
@@ -84,20 +84,23 @@ class Host(MachineActor):
         memory.migrate(self.cpu, *self._range(memory))
 
     def collapse(self, memory: UserMemory) -> None:
-        """khugepaged"""
+        """Collapse a range into a huge page, as khugepaged does."""
         memory.collapse(self.cpu, self._huge_range(memory))
 
     def split(self, memory: UserMemory) -> None:
         memory.split(self.cpu, self._huge_range(memory))
 
     def age(self, memory: UserMemory) -> None:
-        """Reclaim's first question, page by page.  What was not used is not taken: that is `unmap`."""
+        """Ask page by page whether the guest has used it, as reclaim does first.
+
+        Unused pages stay mapped; `unmap` takes pages.
+        """
         for page in range(*self._range(memory)):
             self._work_on_page(memory.kvm)
             memory.referenced(self.cpu, page)
 
     def _work_on_page(self, kvm: Kvm) -> None:
-        """Work for as long while a vCPU that owes a flush is halted or scheduled away as while it runs.
+        """Take as long for a page while a vCPU that owes a flush is halted or scheduled out as while it runs.
 
         If pages took time only while it runs, most of a burst would fall into its sleep, for which one flush
         is enough.
@@ -109,7 +112,7 @@ class Host(MachineActor):
             self.cpu.check(lib.cpu_halt(self.cpu.m, self.cpu.id, max(1, int(self._page_seconds * 1e6))))
 
     def _range(self, memory: UserMemory) -> tuple[int, int]:
-        """Pages of which some are present, if a few tries find such."""
+        """Return a random range, with some page present if a few tries find such a range."""
         pages = min(self.pages, memory.pages)
         start = 0
         for _ in range(4):

@@ -30,9 +30,9 @@ class Difference(NamedTuple):
 
 
 class Image:
-    """The copy of the pages [start, start + npages) of a VMM's address space, whole when it is made.
+    """The copy of the pages [start, start + npages) of a VMM's address space, complete when it is made.
 
-    One for each VM at a time, used by one thread at a time.  Made after logging was armed: a write that comes
+    A VM has one at a time, and one thread at a time uses it.  It is made after logging was armed, so a write
     after the first copy is in the log.
     """
 
@@ -53,7 +53,7 @@ class Image:
         return copied
 
     def differing(self, cpu: Cpu) -> list[Difference]:
-        """Return the pages that are not as they were copied last."""
+        """Return the pages that differ from their last copy."""
         m, vm, value = cpu.m, self.kvm.id, ffi.new("uint64_t *")
         found = []
         page = lib.mm_image_differs(m, vm, 0)
@@ -64,14 +64,14 @@ class Image:
         return found
 
     def compare(self, cpu: Cpu) -> None:
-        """Report the pages that differ as lost.  No guest runs."""
+        """Report the pages that differ as lost.  No guest may run meanwhile."""
         differing = self.differing(cpu)
         self.count(cpu, len(differing))
         for difference in differing:
             report_lost(cpu, self.kvm, difference)
 
     def count(self, cpu: Cpu, lost: int) -> None:
-        """Count the pages that were written since logging was armed, of which so many differ still."""
+        """Count the pages that were written since logging was armed; `lost` of them still differ."""
         compared = int(lib.mm_image_changed(cpu.m, self.kvm.id)) - self._first + lost
         if compared:
             cpu.stat(self.kvm.id, lib.STAT_DIRTY_COMPARED, compared)
@@ -95,8 +95,10 @@ def report_lost(cpu: Cpu, kvm: Kvm, difference: Difference) -> None:
 
 
 def _name_writer(cpu: Cpu, kvm: Kvm, value: int, report: ViolationReportPtr) -> None:
-    """Find the vCPU by what it has stored: its clock (native/guest.h).  What no vCPU can have stored, such as
-    flags in a page table, is of an unknown one."""
+    """Find the writing vCPU by the stored value, which is its clock (native/guest.h).
+
+    A value that no vCPU can have stored, such as flags in a page table, has an unknown writer.
+    """
     writer = VcpuId(value >> lib.GUEST_CLOCK_VCPU)
     known = any(vcpu.id == writer for vcpu in kvm.vcpus)
     if known and value <= lib.guest_clock(cpu.m, writer):

@@ -1,11 +1,11 @@
 """Inbox and future of the machine's actors: they wait in the C core, not in Python.
 
-A pCPU that waits for a message is a halted CPU: it must run the calls that others queue for it, or let the
-sender run them, or two pCPUs that flush each other wait for ever.  So `NativeInbox.get` sleeps in
-`cpu_halt` and `NativeFuture.get` in `cpu_wait_event`; both end when the machine stops.
+A pCPU that waits for a message is a halted CPU: it must run the calls that other CPUs queue for it, or let
+the sender run them; otherwise two pCPUs that flush each other would wait for ever.  So `NativeInbox.get`
+sleeps in `cpu_halt` and `NativeFuture.get` in `cpu_wait_event`; both end when the machine stops.
 
-Which CPU a thread is, is known here and nowhere else.  Threads that are no CPU of any machine (the command
-line, tests) wait for futures on a lock.
+Only this module maps threads to CPUs.  Threads that are no CPU of any machine (the command line, tests) wait
+for futures on a lock.
 """
 
 from __future__ import annotations
@@ -36,7 +36,7 @@ _cpu_of_thread: dict[int, Cpu] = {}
 
 
 def adopt_thread(cpu: Cpu) -> None:
-    """The calling thread is this CPU from now on."""
+    """Register the calling thread as the thread of this CPU."""
     _cpu_of_thread[threading.get_ident()] = cpu
 
 
@@ -45,7 +45,7 @@ def release_thread() -> None:
 
 
 def current_cpu() -> Cpu | None:
-    """Which CPU the calling thread is, if any."""
+    """Return the CPU of the calling thread, if it has one."""
     return _cpu_of_thread.get(threading.get_ident())
 
 
@@ -76,7 +76,7 @@ class NativeFuture(Future[T]):
         raise (exc_type() if exc_value is None else exc_value).with_traceback(traceback)
 
     def _await_on_cpu(self, cpu: Cpu, timeout: float | None) -> None:
-        # The waiter reads its event, then tests; the setter makes the result true, then moves the event.
+        # The waiter reads its event, then the result; the setter stores the result, then moves the event.
         deadline = None if timeout is None else time.monotonic() + timeout
         self._cpus.append(cpu)
         while True:
@@ -121,7 +121,7 @@ class NativeFuture(Future[T]):
 
 
 def answer_dead(envelope: Envelope[Any], who: str) -> None:
-    """Whoever waits for an actor that is gone must not wait for ever."""
+    """Answer a message to an actor that has stopped, so that its sender does not wait for ever."""
     if envelope.reply_to is not None:
         error = ActorDeadError(f"{who} stopped before handling the message")
         envelope.reply_to.set_exception((ActorDeadError, error, None))
@@ -130,8 +130,8 @@ def answer_dead(envelope: Envelope[Any], who: str) -> None:
 class NativeInbox:
     """Messages for the actor that drives `cpu`.
 
-    `get` calls `idle` whenever no message waits: one turn of whatever the CPU does then (run a vCPU, or
-    halt).  `idle` must return soon after a message arrived, which is what ATTENTION_MESSAGE is for.
+    `get` calls `idle` while no message waits: one turn of the CPU's other work (run a vCPU, or halt).  `idle`
+    must return soon after a message arrives; ATTENTION_MESSAGE makes it do so.
     """
 
     def __init__(self, cpu: Cpu, owner: str, idle: Callable[[], None]) -> None:
@@ -143,7 +143,7 @@ class NativeInbox:
 
     def put(self, envelope: Envelope[Any], /) -> None:
         self._messages.append(envelope)
-        # close() sets the flag first and empties afterwards: one of the two sees this envelope.
+        # close() sets the flag first and empties afterwards: this thread or close() refuses the envelope.
         if self._closed:
             self._refuse_all()
         else:
@@ -154,7 +154,7 @@ class NativeInbox:
         while True:
             if messages:
                 return messages.popleft()
-            # Forget the bit before looking: a message that comes later sets it again.
+            # Clear the bit before the check: a message that comes later sets it again.
             lib.cpu_clear_attention(self._cpu.m, self._cpu.id, lib.ATTENTION_MESSAGE)
             if not messages:
                 self._idle()
@@ -166,7 +166,7 @@ class NativeInbox:
         return len(self._messages)
 
     def close(self) -> None:
-        """No message is accepted from now on; those that wait are answered with ActorDeadError."""
+        """Accept no message from now on, and answer the waiting ones with ActorDeadError."""
         self._closed = True
         self._refuse_all()
 

@@ -1,7 +1,7 @@
 """The VMM's thread that makes a VM's ioctls: memory slots and dirty logging.
 
-Dirty logging is used for what it is for: a migration's copy of the reported pages, which is compared with the
-guest's memory after the last, paused round (emulator.actors.image).
+Dirty logging serves a live migration: reported pages are copied, and the copy is compared with the guest's
+memory after the last, paused round (emulator.actors.image).
 """
 
 from __future__ import annotations
@@ -37,16 +37,17 @@ SECOND_SLOT = 1
 # Rounds of reading the log while the guest runs, as a live migration's pre-copy.
 _ROUNDS = 3
 _BETWEEN_ROUNDS_US = 2000
-# How long logging stays on when nobody reads the log.
+# How long logging stays armed in a toggle, which does not read the log.
 _ARMED_US = 5000
 # How long the second slot stays away.
 _SLOT_GONE_US = 500
 _ZAP_PAGES = 2048
-# How long the guest has to map pages again before; all of its roots went with the slot.
+# How long the guest has to map pages again before that zap; all of its roots went with the slot.
 _REFILL_US = 10_000
-# How soon the workqueue looks for work, with policies that have any.
+# How often the workqueue checks for work, with policies that schedule any.
 _WORKQUEUE_US = 200
-# After how many of the cycles a range is zapped: its flush would heal what the deletion alone leaves behind.
+# Share of the cycles with a range zap.  Not all, because its flush would drop stale entries that the deletion
+# left.
 _ZAP_SHARE = 0.25
 
 
@@ -79,7 +80,7 @@ class Kvm(MachineActor):
         }
 
     def idle(self) -> None:
-        # It is the VM's workqueue, too.
+        # This actor is the VM's workqueue, too.
         flush_workqueue(self.cpu, self.kvm)
         activity, wait = self.pacer.next()
         if activity is None:
@@ -110,17 +111,17 @@ class Kvm(MachineActor):
         kvm_zap_gfn_range(self.cpu, self.kvm, start, min(start + _ZAP_PAGES, ram.npages))
 
     def smi(self) -> None:
-        """KVM_SMI: the vCPU runs its handler, in an address space and on a root of its own."""
+        """Send an SMI to a vCPU (KVM_SMI), which runs its handler in SMM's address space, on its own root."""
         kvm_inject_smi(self.cpu, self.rng.choice(self.kvm.vcpus))
 
     def reset(self) -> None:
-        """A vCPU gets an INIT from another one: its guest boots, and knows nothing of what it had cached."""
+        """Send an INIT to a vCPU, as another vCPU does: its guest boots, without its cached translations."""
         apic_send_init(self.cpu, self.rng.choice(self.kvm.vcpus))
 
     # --- dirty logging ---------------------------------------------------------------------------------
 
     def dirty_log_cycle(self) -> None:
-        """Arm, copy everything, copy what gets dirty, pause, copy the rest, compare, disarm."""
+        """Arm, copy all pages, copy dirtied pages, pause, copy the rest, compare, disarm."""
         slot = self.kvm.memslots[0].by_id[RAM_SLOT]
         self._set_logging(slot, KVM_MEM_LOG_DIRTY_PAGES)
         image = Image(self.cpu, self.kvm, slot.userspace_addr, slot.npages)
@@ -137,8 +138,11 @@ class Kvm(MachineActor):
         self.dirty_rounds += 1
 
     def dirty_log_toggle(self) -> None:
-        """Arm and disarm.  What faults in between is mapped by 4K pages, however the host maps it; disarming
-        makes huge pages of it again, and so do faults that are quicker."""
+        """Arm and disarm dirty logging.
+
+        Faults in between map 4K pages, even where the host maps huge ones.  Disarming recovers the huge
+        pages, unless a fault has done so first.
+        """
         slot = self.kvm.memslots[0].by_id[RAM_SLOT]
         self._set_logging(slot, KVM_MEM_LOG_DIRTY_PAGES)
         self._sleep(_ARMED_US)

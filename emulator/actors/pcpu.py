@@ -24,20 +24,20 @@ if TYPE_CHECKING:
     from emulator.kvm.kvm_host import RunYield
     from emulator.machine.runtime import Cpu
 
-# Until user space tries again what the host refused.
+# Time until user space retries an access that the host refused.
 _RETRY_SECONDS = 0.0001
 
 
 @dataclass(frozen=True, slots=True)
 class Arrive:
-    """The task runs here from now on."""
+    """Take over the task, which runs here from now on."""
 
     task: VcpuTask
 
 
 @dataclass(frozen=True, slots=True)
 class Depart:
-    """Send the task to another pCPU, wherever in its code it is preemptible just now."""
+    """Send the task to another pCPU, from the preemptible point in its code where it stands."""
 
     task: VcpuTask
     to: ActorRef[Any]
@@ -45,7 +45,7 @@ class Depart:
 
 @dataclass(frozen=True, slots=True)
 class Park:
-    """Do not run the task until Unpark; `parked` is set as soon as it stands still."""
+    """Do not run the task until Unpark; `parked` is set as soon as the task has stopped."""
 
     task: VcpuTask
     parked: Future[None]
@@ -67,11 +67,11 @@ class PCpu(MachineActor):
         self.run_queue: deque[VcpuTask] = deque()
         self.blocked: list[VcpuTask] = []
         self.parked: set[VcpuTask] = set()
-        # To be parked as soon as they hold nothing.
+        # Tasks to park as soon as they hold nothing.
         self.parking: dict[VcpuTask, Future[None]] = {}
         # The task whose vCPU is loaded: kvm_running_vcpu.
         self.current: VcpuTask | None = None
-        # Commands that overtook the task they are about: it comes from another pCPU, they from the scheduler.
+        # Commands from the scheduler that overtook their task, which comes from another pCPU.
         self.early: dict[VcpuTask, list[Command]] = {}
 
     def on_receive(self, message: Command) -> None:
@@ -105,7 +105,7 @@ class PCpu(MachineActor):
             self._enqueue(task)
 
     def _park(self, task: VcpuTask) -> None:
-        """It holds nothing now; parked inside a read section it would hold up memslot updates."""
+        """Park a task that holds nothing; parked inside a read section it would hold up memslot updates."""
         parked = self.parking.pop(task)
         self._dequeue(task)
         self.parked.add(task)
@@ -128,7 +128,7 @@ class PCpu(MachineActor):
             self.run_queue.remove(task)
 
     def _switch_to(self, task: VcpuTask | None) -> None:
-        """__schedule(): the preempt notifiers of the task that leaves and of the one that comes."""
+        """__schedule(): call the preempt notifiers of the leaving and of the arriving task."""
         if self.current is task:
             return
         if self.current is not None:
@@ -165,7 +165,7 @@ class PCpu(MachineActor):
                 return
 
     def _leave_guest(self, task: VcpuTask, state: RunYield) -> bool:
-        """The task halted or is back in user space. True if it may go on at once."""
+        """Handle that the task halted or is back in user space; return whether it may go on at once."""
         if isinstance(state, ExitToUser) and state.reason == "mmio":
             # User space has emulated the access.
             return True

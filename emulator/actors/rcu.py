@@ -13,17 +13,17 @@ if TYPE_CHECKING:
 
 
 class RcuThread(MachineActor):
-    """Lives in the C core until the machine stops; it takes no messages.
+    """The RCU thread, which stays in the C core until the machine stops; it takes no messages.
 
-    Whoever announces one nevertheless gets it back into Python for a moment: what is raised in a thread from
-    outside takes effect there.
+    Setting ATTENTION_MESSAGE brings it back into Python for a moment, where an exception that another thread
+    raised in it takes effect.
     """
 
     def __init__(self, crew: Crew, cpu: Cpu) -> None:
         super().__init__(crew, cpu, "rcu")
 
     def on_start(self) -> None:
-        # Who asks hears at once that nobody answers.
+        # Senders get ActorDeadError at once.
         self.inbox.close()
         while self.cpu.check(lib.rcu_thread(self.cpu.m, self.cpu.id)):
             lib.cpu_clear_attention(self.cpu.m, self.cpu.id, lib.ATTENTION_MESSAGE)

@@ -1,8 +1,8 @@
 """The host's scheduler: which vCPU runs on which pCPU.
 
-It only tells: the source pCPU hands the vCPU on to its destination as soon as it is preemptible there, and
-the scheduler learns of the arrival from the task itself.  So many migrations are under way at once and none
-costs a round trip.
+It sends commands without waiting for answers: the source pCPU hands the vCPU on to its destination as soon as
+the vCPU is preemptible, and the scheduler reads the arrival from the task itself.  So many migrations are
+under way at once and none costs a round trip.
 """
 
 from __future__ import annotations
@@ -40,7 +40,7 @@ class Place:
 
 @dataclass(frozen=True, slots=True)
 class Pause:
-    """Let no vCPU of the VM run. Answer: futures, one per vCPU, set when it stands still."""
+    """Let no vCPU of the VM run.  The answer has a future per vCPU, which is set when that has stopped."""
 
     vm: int
 
@@ -65,9 +65,9 @@ class Scheduler(MachineActor):
         self.rng = rng
         self.mode = mode
         self.pacer = Pacer(workload, (MIGRATIONS,), 1.0, rng)
-        # Where each task was last sent; it is there when task.pcpu says so.
+        # The pCPU to which each task was last sent; the task has arrived when task.pcpu equals it.
         self.placement: dict[VcpuTask, int] = {}
-        # Tasks that have a choice, and which.
+        # Tasks with more than one possible pCPU, and the range of these.
         self.homes: dict[VcpuTask, range] = {}
         self.movable: list[VcpuTask] = []
         self.paused: set[int] = set()
@@ -119,19 +119,19 @@ class Scheduler(MachineActor):
         self.cpu.check(lib.cpu_halt(self.cpu.m, self.cpu.id, microseconds))
 
     def _storm(self) -> int:
-        """All migrations that are due; returns microseconds until the next."""
+        """Start all migrations that are due; return the microseconds until the next."""
         while True:
             activity, wait = self.pacer.next()
             if activity is None:
                 return max(200, int(wait * 1e6))
             task = self._pick()
             if task is None:
-                # All are on their way already: as fast as it goes.
+                # All tasks are on their way already, so no more can be started now.
                 return 200
             self._move(task, self._elsewhere(task))
 
     def _pick(self) -> VcpuTask | None:
-        """One that may move; of many hundreds it takes no look at all of them to find one."""
+        """Return a task that may move; try some at random first, to avoid checking many hundreds."""
         for _ in range(_PICKS):
             if self.movable and self._may_move(task := self.rng.choice(self.movable)):
                 return task
@@ -144,7 +144,7 @@ class Scheduler(MachineActor):
         return pcpu + (pcpu >= self.placement[task])
 
     def _balance(self) -> None:
-        """Move one task from the pCPU with the most to the one with the least that it may use."""
+        """Move one task from the pCPU with the most tasks to the least loaded one that it may use."""
         load = [0] * len(self.pcpus)
         for pcpu in self.placement.values():
             load[pcpu] += 1

@@ -1,4 +1,4 @@
-"""A shorter time slice for the machine's threads, where the kernel has it (EEVDF, Linux 6.12).
+"""A shorter time slice for the machine's threads, where the kernel supports it (EEVDF, since Linux 6.12).
 
 With more pCPUs than cores, the thread that holds the GIL is sometimes preempted by one that runs a guest, for
 a whole slice of some milliseconds, and all Python waits.  Threads with slices of a tenth of that get
@@ -33,7 +33,7 @@ class _SchedAttr(ctypes.Structure):
 
 
 def shorten_slice(nanoseconds: int = SLICE_NANOSECONDS) -> bool:
-    """Ask for the calling thread; False where the kernel knows no slices per thread or refuses."""
+    """Request the slice for the calling thread; return False if the kernel does not support it or refuses."""
     if _SYS_SCHED_SETATTR is None or os.sched_getscheduler(0) != os.SCHED_OTHER:
         return False
     attr = _SchedAttr(

@@ -13,14 +13,14 @@ if TYPE_CHECKING:
     from emulator.machine.runtime import Cpu
 
 
-# Until the timer interrupt that ends a guest's HLT, unless it is told otherwise.
+# Default time until the timer interrupt that ends a guest's HLT.
 HALT_SECONDS = 0.0001
 
 
 class VcpuTask:
-    """Handed from pCPU to pCPU by message; only the pCPU that has it touches it.
+    """A vCPU's thread, handed from pCPU to pCPU by message; only the pCPU that has it touches it.
 
-    `pcpu` says where it is (-1: on its way) and may be read by anyone.
+    Any thread may read `pcpu`: the pCPU that has the task, or -1 while it is on its way.
     """
 
     __slots__ = (
@@ -41,12 +41,12 @@ class VcpuTask:
         self.pcpu = -1
         self.wake_at = 0.0
         self.halt_seconds = halt_seconds
-        # The vCPU is shut down: a task that never runs again, wherever it is sent.
+        # The vCPU is shut down: the task never runs again, on any pCPU.
         self.finished = False
-        # Preempted inside KVM_RUN: its preempt notifiers fire when it comes back.
+        # Preempted inside KVM_RUN: its preempt notifier is called when it is scheduled in again.
         self.scheduled_out = False
         self._run = vcpu_run(vcpu)
-        # What it said when it stood still last.
+        # The state that the generator yielded last.
         self.state: RunYield = next(self._run)
         assert self.state is READY
 
@@ -70,10 +70,10 @@ class VcpuTask:
             kvm_sched_out(cpu, self.vcpu)
 
     def restart(self) -> None:
-        """Another thread takes over where one stood that said `state` (not PREEMPTIBLE)."""
+        """Replace the thread by a new one that resumes at `state`, which must not be PREEMPTIBLE."""
         self._run = vcpu_run(self.vcpu, self.state)
         next(self._run)
 
     def close(self) -> None:
-        """End the thread for good, while the machine exists: leaving KVM_RUN releases what it holds."""
+        """End the thread for good, while the machine exists: leaving KVM_RUN drops SRCU if it is held."""
         self._run.close()

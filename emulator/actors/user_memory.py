@@ -1,9 +1,9 @@
 """A VMM's address space under the host: reclaim, MADV_DONTNEED, mprotect, page migration, khugepaged.
 
 Each operation brackets its change with KVM's mmu_notifier and takes the locks that Linux takes around that
-bracket, and no others.  Most take them shared, and what makes the change itself atomic, the page-table lock
-(native/mm_internal.h), is taken within the bracket.  So several invalidations of one page can be in progress
-at a time, and the later ones find nothing left to zap or to free.
+bracket, and no others.  Most take them shared; the page-table lock (native/mm_internal.h), which makes the
+change itself atomic, is taken within the bracket.  So several invalidations of one page can be in progress at
+a time, and the later ones find nothing left to zap or to free.
 """
 
 from __future__ import annotations
@@ -41,7 +41,7 @@ class UserMemory:
         self.pages = kvm.gfns
         self.mmap_lock = RwSemaphore(f"mmap_lock of VM {kvm.id}")
         self.anon_vma = RwSemaphore(f"anon_vma of VM {kvm.id}")
-        # Called with the pages that user space discards: no log of KVM's names them, user space knows.
+        # Called with the pages that user space discards, because no dirty log of KVM's names them.
         self.discarded: Callable[[Cpu, int, int], None] = lambda cpu, start, end: None
 
     def reclaim(self, cpu: Cpu, start: int, end: int) -> None:
@@ -55,17 +55,17 @@ class UserMemory:
                 lib.mm_unmap(cpu.m, cpu.id, self.kvm.id, start, end, 1)
 
     def referenced(self, cpu: Cpu, page: int) -> bool:
-        """folio_referenced(), as reclaim asks it: has the guest used the page since the last time?"""
+        """folio_referenced(), for reclaim: return whether the guest has used the page since the last call."""
         with self.anon_vma.read_lock(cpu):
             host_works(cpu, self.kvm)
             return kvm_mmu_notifier_clear_flush_young(cpu, self.kvm, page, page + 1)
 
     def discard(self, cpu: Cpu, start: int, end: int) -> None:
-        """MADV_DONTNEED: the frames go back, contents are lost.
+        """MADV_DONTNEED: the frames go back to the host, contents are lost.
 
-        zap_pmd_range() splits a huge page after the bracket for [start, end) has begun; here, before it.
-        The difference is a moment in which faults may map the huge page again.  By then the host has changed
-        nothing, and the split's bracket invalidates all of it.
+        zap_pmd_range() splits a huge page after the bracket for [start, end) has begun; here the split comes
+        before it.  Hence faults may map the huge page again for a moment.  This is harmless, because the host
+        has changed nothing yet, and the split's bracket invalidates all of the page.
         """
         with self.mmap_lock.read_lock(cpu):
             self._split_ends(cpu, start, end)
@@ -120,12 +120,14 @@ class UserMemory:
                 self._split(cpu, page // HUGE_PAGES * HUGE_PAGES)
 
     def _cut(self, cpu: Cpu, page: int) -> bool:
-        """Whether the boundary before `page` lies inside a huge page."""
+        """Return whether the boundary before `page` lies inside a huge page."""
         return bool(page % HUGE_PAGES and lib.mm_huge(cpu.m, self.kvm.id, page))
 
     def _split(self, cpu: Cpu, start: int) -> None:
-        """A bracket of its own, over all of the huge page: or a fault beside the caller's range would map it
-        huge again."""
+        """Split a huge page within a bracket of its own, over the whole page.
+
+        Otherwise a fault beside the caller's range would map it huge again.
+        """
         with self._invalidating(cpu, start, start + HUGE_PAGES):
             cpu.check(lib.mm_split(cpu.m, cpu.id, self.kvm.id, start))
 

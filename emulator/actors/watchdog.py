@@ -1,6 +1,6 @@
-"""Notices actors that wait for ever.
+"""Detection of actors that wait for ever.
 
-Wall time alone proves nothing: machines pause, and a thread may wait for a core for long.  A stall is
+Wall time alone proves nothing: machines pause, and a thread may wait long for a core.  A stall is
 
 * a CPU that *burns* seconds of CPU time without taking the calls that wait for it, or without leaving the RCU
   read section that a grace period waits for; or
@@ -48,7 +48,7 @@ class Stall:
 
 @dataclass(slots=True)
 class Suspicion:
-    """Since when somebody depends on a CPU that makes no progress."""
+    """The state of a CPU without progress when another actor was first seen to depend on it."""
 
     progress: object
     cpu_time: float
@@ -67,7 +67,7 @@ class Watchdog:
         return self.crew.machine
 
     def check(self) -> list[Stall]:
-        """One round, about every ROUND_SECONDS. Returns stalls found in it, each once."""
+        """Do one round, about every ROUND_SECONDS; return the stalls found in it, each reported once."""
         stalls = []
         depended_on: set[tuple[str, CpuId, int]] = set()
         actors = {actor.cpu.id: actor for actor in self.crew.actors}
@@ -84,7 +84,7 @@ class Watchdog:
         return stalls
 
     def _dependencies(self) -> Iterator[tuple[str, CpuId, int, str, object]]:
-        """(what, CPU depended on, VM or 0, who waits, something that changes when that CPU progresses)."""
+        """Yield (kind, CPU depended on, VM or 0, waiter, a value that changes when that CPU progresses)."""
         m = self.machine.m
         values = ffi.new("uint64_t[]", lib.COUNTERS)
         for cpu in map(CpuId, range(self.machine.pcpus)):
@@ -101,7 +101,7 @@ class Watchdog:
                 yield "mmu_lock", CpuId(holder), vm, f"somebody who wants mmu_lock of VM {vm}", None
 
     def _suspect(self, key: tuple[str, CpuId, int], actor: MachineActor | None, progress: object) -> str:
-        """What the CPU has been doing instead for too long, or an empty string."""
+        """Return in words how the CPU has made no progress for too long, or an empty string."""
         state = _thread_state(actor)
         if state is None:
             return ""
@@ -114,7 +114,7 @@ class Watchdog:
             suspicion.switches, suspicion.rounds = switches, 0
         suspicion.rounds += 1
         burned = cpu_time - suspicion.cpu_time
-        # A lock may be held busily for long: only who holds it asleep is stuck.
+        # A lock may be held busily for long; a holder is stuck only if it sleeps.
         if burned >= BURN_SECONDS and key[0] != "mmu_lock":
             return f"used {burned:.1f}s of CPU time without coming to it"
         if suspicion.rounds >= SLEEP_ROUNDS and burned < ROUND_SECONDS:
@@ -122,10 +122,10 @@ class Watchdog:
         return ""
 
     def report(self, stall: Stall) -> None:
-        """Into the oracle's books, as one more violation."""
+        """Record the stall with the oracle, as one more violation."""
         report = ffi.new("struct violation_report *")
         report.kinds = 1 << VIOLATION_KINDS.index(stall.kind)
-        # The core notes who reports as the CPU of the report; the one that is waited for goes here.
+        # The core records the reporting CPU as the CPU of the report; the stalled CPU goes here.
         report.promise_cpu = stall.cpu
         report.time = time.monotonic_ns()
         lib.oracle_report(self.machine.m, self.crew.main.id, report)
@@ -137,7 +137,7 @@ def _stall_kind(what: str) -> Kind:
 
 
 def _thread_state(actor: MachineActor | None) -> tuple[float, int] | None:
-    """CPU seconds and context switches of an actor's thread; None if it has none (any more)."""
+    """Return CPU seconds and context switches of an actor's thread; None if it has none (any more)."""
     thread: Any = actor.thread if actor is not None else None
     if thread is None or thread.native_id is None or not thread.is_alive():
         return None
