@@ -45,7 +45,7 @@ class UserMemory:
         self.discarded: Callable[[Cpu, int, int], None] = lambda cpu, start, end: None
 
     def reclaim(self, cpu: Cpu, start: int, end: int) -> None:
-        """try_to_unmap(): the frames go back to the host, contents to swap.  Without mmap_lock.
+        """try_to_unmap(), without mmap_lock: return the frames to the host, and the contents to swap.
 
         A huge page that is reclaimed in part is split first (split_folio()).
         """
@@ -61,7 +61,7 @@ class UserMemory:
             return kvm_mmu_notifier_clear_flush_young(cpu, self.kvm, page, page + 1)
 
     def discard(self, cpu: Cpu, start: int, end: int) -> None:
-        """MADV_DONTNEED: the frames go back to the host, contents are lost.
+        """MADV_DONTNEED: return the frames to the host, and lose the contents.
 
         zap_pmd_range() splits a huge page after the bracket for [start, end) has begun; here the split comes
         before it.  Hence faults may map the huge page again for a moment.  This is harmless, because the host
@@ -74,7 +74,7 @@ class UserMemory:
                 self.discarded(cpu, start, end)
 
     def protect(self, cpu: Cpu, start: int, end: int, writable: bool) -> None:
-        """mprotect(): the VMA is split first, and with it a huge page (vma_adjust_trans_huge())."""
+        """mprotect(): split the VMA, and with it a huge page (vma_adjust_trans_huge()), then protect."""
         promise = lib.PROMISE_NOTIFIER if writable else lib.PROMISE_NOTIFIER_WRITE
         with self.mmap_lock.write_lock(cpu):
             self._split_ends(cpu, start, end)
@@ -82,7 +82,7 @@ class UserMemory:
                 lib.mm_protect(cpu.m, cpu.id, self.kvm.id, start, end, writable)
 
     def migrate(self, cpu: Cpu, start: int, end: int) -> None:
-        """migrate_pages(): each page to a new frame.
+        """migrate_pages(): move each page to a new frame.
 
         try_to_migrate() invalidates whole folios, so a huge page that [start, end) touches is invalidated as
         one.  A huge page that another thread splits meanwhile has been invalidated all the same.
@@ -96,8 +96,10 @@ class UserMemory:
                 lib.mm_migrate(cpu.m, cpu.id, self.kvm.id, start, end)
 
     def collapse(self, cpu: Cpu, start: int) -> None:
-        """collapse_huge_page(): one block for the 512 pages from `start` on.  Without a free block, or with
-        nothing there, it leaves all as it is."""
+        """collapse_huge_page(): map the 512 pages from `start` on by one block.
+
+        Without a free block, or with no page present, nothing changes.
+        """
         with self.mmap_lock.write_lock(cpu), self.anon_vma.write_lock(cpu):
             if lib.mm_huge(cpu.m, self.kvm.id, start):
                 return
@@ -108,7 +110,7 @@ class UserMemory:
                 cpu.check(rc)
 
     def split(self, cpu: Cpu, start: int) -> None:
-        """__split_huge_pmd(): the same frames, mapped by 4K pages."""
+        """__split_huge_pmd(): map the frames of a huge page by 4K pages."""
         with self.mmap_lock.read_lock(cpu):
             if lib.mm_huge(cpu.m, self.kvm.id, start):
                 self._split(cpu, start)

@@ -4,7 +4,7 @@ Only the emulator gives verdicts, and so the exit status.  Threads and processes
 outlive its answers, and answers that depend on them prove nothing.  Python's audit events report calls of
 most of these functions; a function without an event is replaced by one that checks its caller.  Modules that
 a file imports may register exit functions and the like: such calls are refused only if the file itself makes
-them, but calls that end or start a process or a thread are always refused.
+them.  Calls that end or start a process or a thread are refused however indirectly the file makes them.
 """
 
 from __future__ import annotations
