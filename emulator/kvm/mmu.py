@@ -58,13 +58,13 @@ def kvm_mmu_zap_all_fast_back(cpu: Cpu, kvm: Kvm) -> None:
 
 
 def kvm_mmu_zap_all_fast(cpu: Cpu, kvm: Kvm) -> None:
-    """kvm_mmu_zap_all_fast(), under slots_lock.  No flush."""
+    """kvm_mmu_zap_all_fast(), under slots_lock: invalidate and zap all roots, without a flush."""
     kvm_mmu_zap_all_fast_front(cpu, kvm)
     kvm_mmu_zap_all_fast_back(cpu, kvm)
 
 
 def kvm_mmu_zap_memslot(cpu: Cpu, kvm: Kvm, slot: KvmMemorySlot) -> None:
-    """kvm_mmu_zap_memslot(), 6.12 and later with KVM_X86_QUIRK_SLOT_ZAP_ALL disabled."""
+    """kvm_mmu_zap_memslot(), since 6.12 with KVM_X86_QUIRK_SLOT_ZAP_ALL disabled: zap the slot's leafs."""
     reason = lib.REASON_REMOTE_ZAP
     with kvm.mmu_lock.write_lock(cpu):
         if kvm_tdp_mmu_unmap_gfn_range(cpu, kvm, slot, slot.base_gfn, slot.end_gfn, False, reason):

@@ -47,7 +47,10 @@ def kvm_set_cr0(cpu: Cpu, vcpu: Vcpu, cr0: int) -> None:
 
 
 def vmx_set_cr0(cpu: Cpu, vcpu: Vcpu, old_cr0: int, cr0: int) -> None:
-    """vmx_set_cr0(), with an unrestricted guest.  Does nothing in SMM, where the guest has no paging."""
+    """vmx_set_cr0(), with an unrestricted guest: turn its paging on or off.
+
+    In SMM and during RSM nothing is done, because the guest has no paging there.
+    """
     if (cr0 ^ old_cr0) & X86_CR0_PG and not vcpu.arch.smm and not vcpu.arch.leaving_smm:
         lib.vcpu_set_paging(cpu.m, vcpu.id, bool(cr0 & X86_CR0_PG))
         if not cr0 & X86_CR0_PG:
@@ -113,7 +116,7 @@ def kvm_invalidate_pcid(cpu: Cpu, vcpu: Vcpu) -> None:
 
 
 def handle_cr(cpu: Cpu, vcpu: Vcpu, insn: int, value: int) -> None:
-    """handle_cr(): handle the exit of a MOV to a control register."""
+    """handle_cr(): handle an exit by MOV to a control register."""
     if insn == lib.GUEST_INSN_MOV_CR0:
         kvm_set_cr0(cpu, vcpu, value)
     elif insn == lib.GUEST_INSN_MOV_CR3:

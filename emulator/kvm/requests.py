@@ -162,12 +162,12 @@ def kvm_flush_remote_tlbs(cpu: Cpu, kvm: Kvm, reason: FlushReason) -> None:
 
 
 def kvm_flush_remote_tlbs_range(cpu: Cpu, kvm: Kvm, gfn: int, nr_pages: int, reason: FlushReason) -> None:
-    """kvm_flush_remote_tlbs_range(): bare metal has no range hook, so the whole VM is flushed."""
+    """kvm_flush_remote_tlbs_range(): flush the whole VM, because bare metal has no range hook."""
     kvm_flush_remote_tlbs(cpu, kvm, reason)
 
 
 def kvm_flush_remote_tlbs_memslot(cpu: Cpu, kvm: Kvm, slot: KvmMemorySlot, reason: FlushReason) -> None:
-    """kvm_flush_remote_tlbs_memslot(): under slots_lock, without mmu_lock."""
+    """kvm_flush_remote_tlbs_memslot(), under slots_lock: flush for the slot, without mmu_lock."""
     kvm_flush_remote_tlbs_range(cpu, kvm, slot.base_gfn, slot.npages, reason)
 
 

@@ -60,7 +60,10 @@ def kvm_mmu_reset_context(cpu: Cpu, vcpu: Vcpu) -> None:
 
 
 def kvm_mmu_after_set_cpuid(cpu: Cpu, vcpu: Vcpu, maxphyaddr: int) -> None:
-    """kvm_mmu_after_set_cpuid(): KVM_SET_CPUID2 with another MAXPHYADDR may change the levels of the root."""
+    """kvm_mmu_after_set_cpuid(): free the roots, because another MAXPHYADDR may change their levels.
+
+    KVM_SET_CPUID2 sets it.
+    """
     vcpu.maxphyaddr = maxphyaddr
     kvm_mmu_unload(cpu, vcpu)
     kvm_init_mmu(vcpu)

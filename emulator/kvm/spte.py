@@ -27,7 +27,10 @@ _HFN_MASK: Final = 0xFFFFFF
 
 
 def is_shadow_present_pte(spte: int) -> bool:
-    """is_shadow_present_pte(): present for KVM; a CPU cannot use an access-tracked SPTE all the same."""
+    """is_shadow_present_pte(): return whether the SPTE is present for KVM.
+
+    An access-tracked SPTE is, although a CPU cannot use it.
+    """
     return bool(spte & _PRESENT)
 
 
@@ -37,13 +40,16 @@ def is_access_track_spte(spte: int) -> bool:
 
 
 def restore_acc_track_spte(spte: int) -> int:
-    """restore_acc_track_spte(): R and X come back, W does not."""
+    """restore_acc_track_spte(): restore R and X, but not W."""
     saved = (spte & _ACC_TRACK_SAVED) >> _ACC_TRACK_SAVED_SHIFT
     return (spte & ~_ACC_TRACK_SAVED) | saved
 
 
 def is_frozen_spte(spte: int) -> bool:
-    """is_frozen_spte(): its table is being removed, or another thread is changing it; install nothing."""
+    """is_frozen_spte(): return whether nothing may be installed in the SPTE.
+
+    Its table is being removed, or another thread is changing it.
+    """
     return spte == FROZEN_SPTE
 
 
@@ -60,9 +66,9 @@ def is_writable_pte(spte: int) -> bool:
 
 
 def is_mmu_writable_spte(spte: int) -> bool:
-    """is_mmu_writable_spte(): KVM may set W.
+    """is_mmu_writable_spte(): return whether KVM may set W.
 
-    While it is set, a TLB may hold a writable translation even if W is clear.
+    While MMU-writable is set, a TLB may hold a writable translation even if W is clear.
     """
     return bool(spte & SHADOW_MMU_WRITABLE_MASK)
 

@@ -112,8 +112,8 @@ def tdp_mmu_split_huge_pages_root(
 
 
 def kvm_tdp_mmu_recover_huge_pages(cpu: Cpu, kvm: Kvm, slot: KvmMemorySlot) -> None:
-    """kvm_tdp_mmu_recover_huge_pages(), before 6.13 kvm_tdp_mmu_zap_collapsible_sptes(); decision
-    huge_recovery.  Under mmu_lock for read."""
+    """kvm_tdp_mmu_recover_huge_pages(), before 6.13 kvm_tdp_mmu_zap_collapsible_sptes(): make the slot's
+    tables huge again.  Decision huge_recovery.  Under mmu_lock for read."""
     assert cpu.mmu_lock_held == READ
     in_place = kvm.policy.huge_recovery(cpu, kvm) == "in-place"
     for root in for_each_tdp_mmu_root_yield_safe(cpu, kvm, KVM_VALID_ROOTS, slot.as_id):

@@ -37,7 +37,7 @@ def join_pcpu_mask(cpu: Cpu, vcpu: Vcpu) -> None:
 
 
 def kvm_arch_vcpu_put(cpu: Cpu, vcpu: Vcpu) -> None:
-    """kvm_arch_vcpu_put(): unload the vCPU; its VMCS stays loaded and vcpu->cpu stays set, though stale."""
+    """kvm_arch_vcpu_put(): unload the vCPU; its VMCS stays loaded and vcpu->cpu set, maybe both stale."""
     vcpu.loaded = False
     cpu.vcpu = None
     if vcpu.kvm.params.host_takes_time:
@@ -45,12 +45,12 @@ def kvm_arch_vcpu_put(cpu: Cpu, vcpu: Vcpu) -> None:
 
 
 def vcpu_load(cpu: Cpu, vcpu: Vcpu) -> None:
-    """vcpu_load(): at the start of an ioctl."""
+    """vcpu_load(): load the vCPU at the start of an ioctl."""
     kvm_arch_vcpu_load(cpu, vcpu)
 
 
 def vcpu_put(cpu: Cpu, vcpu: Vcpu) -> None:
-    """vcpu_put(): at its end."""
+    """vcpu_put(): unload the vCPU at the end of an ioctl."""
     kvm_arch_vcpu_put(cpu, vcpu)
 
 

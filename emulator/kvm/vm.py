@@ -23,7 +23,7 @@ def kvm_create_vm(cpu: Cpu, gfns: int, policy: Policy, params: KvmParams | None 
 
 
 def kvm_vm_ioctl_create_vcpu(cpu: Cpu, kvm: Kvm) -> Vcpu:
-    """KVM_CREATE_VCPU, and KVM_SET_SREGS as every user space calls it next."""
+    """KVM_CREATE_VCPU: make a vCPU, then set its registers (KVM_SET_SREGS), as every user space does next."""
     vpid = allocate_vpid(kvm.machine)
     vcpu = Vcpu(kvm, VcpuId(cpu.check(lib.vcpu_create(cpu.m, kvm.id, vpid))), vpid)
     kvm_arch_vcpu_ioctl_set_sregs(cpu, vcpu)
