@@ -1,35 +1,38 @@
 """Explore: small programs under a controlled scheduler, one step at a time, instead of real threads.
 
-    scheduler   tasks on greenlets; a step ends where the next access to shared state is about to happen
-    objects     what a step reads and writes, as bit masks
-    dpor        every interleaving, up to the order of independent steps (source-DPOR), or up to a bound
-    sampling    PCT and random walks, for programs that are too large
-    search      runs a program under a strategy until it is done, and says what was proved
-    subtree     a part of an exhaustive search, from a prefix on
-    tree        one search in parts, whoever does them
-    fibers      greenlets that are used again
-    slots       attributes that tell of each access, handed containers
-    snapshot    the state of Python objects, put back between executions
+    engine/      scheduler     tasks on greenlets; a step ends right before the next access to shared state
+                 objects       shared objects as bits, and sets of them as masks
+                 fibers        greenlets that are used again
+                 slots         attributes that report each access
+                 snapshot      the state of Python objects, put back between executions
+    strategies/  dpor          every interleaving, up to the order of independent steps (source-DPOR), or up
+                               to a bound on preemptions
+                 sampling      PCT and random walks, for programs that are too large
+                 search        runs a program under a strategy until the strategy or the budget ends
+                 subtree       a part of an exhaustive search, from a prefix on
+                 tree          one search in parts, with the same result for any number of processes
 
-Nothing up to here knows of KVM.
+The engine and the strategies know no KVM.
 
-    control     one machine under control: interrupts, grace periods, what waits are about
-    controlled  the native library as explored code sees it: shared calls are steps, waits are the scheduler's
-                (controlled_calls, controlled_guest, controlled_locks: what is more than one step)
-    footprints  what each native call reads and writes
-    choices     what the scheduler may choose besides: adversary (TLBs that evict and fetch of their own),
-                store_buffers and buffered (plain stores that become visible late)
-    world       a litmus test as a program
-    memory      what a user's policy remembers
-    policy_reads  ... what it reads of KVM and writes to it: accesses of its steps, or told (watchable,
-                policy_code)
-    team        who does the parts of a search: this process, or several
-    verdict     a test under a policy: safe, violations, or how far the search came
-    record      counterexamples: files and replay
-    minimize    shorter ones
-    suite       many tests and policies, on several cores
-    audit       is the search entitled to what it says?  shared_state: what was touched without a step that
-                says so; commuting and remains: steps taken for independent that are not; audited: both
+    machine/     control       one machine under control: interrupts, grace periods, the objects of waits
+                 lib           the native library as explored code calls it: calls that share state are steps,
+                               and waits are the scheduler's (calls, guest, locks: calls of several steps)
+                 footprints    objects that each native call reads and writes
+                 options       choices of the scheduler besides the next task: adversary (TLBs that evict and
+                               fetch on their own), store_buffers and store_buffer_lib (stores that become
+                               visible late)
+                 program       a litmus test as a program
+                 policy_memory state that a user's policy keeps
+                 policy_reads  accesses of a user's policy to KVM's objects, as steps (handed, watchable,
+                               policy_code: containers, values and code that can or cannot be watched)
+                 undeclared    native calls without a point or a footprint, for the audit
+    results/     verdict       a test under a policy: safe, violations, or the bound that the search reached
+                 record        counterexamples: files and replay
+                 minimize      shorter counterexamples
+                 suite         many tests and policies, on several cores
+                 workers       processes that do the parts of a search
+    audit/       run           is the search entitled to its verdicts?  shared_state looks for accesses that
+                               no step declares; independence and residue swap steps taken for independent
 """
 
 from __future__ import annotations
