@@ -98,9 +98,9 @@ def test_in_the_main_job_every_kind_of_flush_averts_uses() -> None:
         for flush in result.snapshot.flushes:
             made[flush.reason] += flush.count
             averted[flush.reason] += flush.necessary
+        made.pop("other", None)  # a yield of a split now and then, which need not avert anything
         if all(averted[reason] for reason in made):
             break
-    made.pop("other", None)  # a yield of a split now and then
     assert set(made) == {
         *("remote_notifier", "remote_protect", "remote_recover", "remote_replace", "remote_zap"),
         *("guest", "migration", "root_load"),
