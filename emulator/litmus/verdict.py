@@ -6,6 +6,7 @@ from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
+from emulator.litmus.evidence import add
 from emulator.litmus.model import INCONCLUSIVE, SAFE, Expected, LitmusTest
 from emulator.report.result import Report
 
@@ -49,9 +50,8 @@ class Outcome:
         """Add further executions of the test under the policy."""
         self.executions += other.executions
         self.violating += other.violating
-        for mine, theirs in ((self.kinds, other.kinds), (self.evidence, other.evidence)):
-            for name, n in theirs.items():
-                mine[name] = mine.get(name, 0) + n
+        add(self.kinds, other.kinds)
+        add(self.evidence, other.evidence)
         self.delays_passed |= other.delays_passed
         if self.first is None:
             self.first, self.reports = other.first, other.reports
