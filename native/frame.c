@@ -79,6 +79,17 @@ static bool is_later(uint16_t time, uint16_t than)
 	return time != than && behind(than, time) <= FAR_BACK + FAR_BACK / 2;
 }
 
+/* Move a clock on to `time`, never back: an operation that began later may have ended earlier.  Release: each caller
+ * names the acquire that it pairs with. */
+static void advance_to(_Atomic uint16_t *clock, uint16_t time)
+{
+	uint16_t old = atomic_load_explicit(clock, memory_order_relaxed);
+
+	while (is_later(time, old) && !atomic_compare_exchange_weak_explicit(clock, &old, time, memory_order_release,
+									     memory_order_relaxed))
+		;
+}
+
 /* At intervals, times that lie far back are moved nearer, so that 15 bits always suffice to tell their age.  An
  * older SPTE cannot exist any more: each time that a block's clock advances, the huge SPTEs of the block are
  * zapped. */
@@ -114,26 +125,17 @@ static uint16_t taking_begin(struct frames *f, uint32_t hfn)
 
 void frame_taken(struct frames *f, struct taking *t)
 {
-	struct block *b;
-	uint16_t old;
-
 	if (!t->block)
 		return;
-	b = &f->block[t->block - 1];
-	old = atomic_load_explicit(&b->clock, memory_order_relaxed);
-	/* An operation that began later may have ended earlier.  Release: pairs with the acquire of
-	 * frame_block_custody; a fault that reads this time comes after everything that was taken at it. */
-	while (is_later(t->time, old) && !atomic_compare_exchange_weak_explicit(&b->clock, &old, t->time,
-										 memory_order_release,
-										 memory_order_relaxed))
-		;
+	/* Release: pairs with the acquire of frame_block_custody; a fault that reads this time comes after everything
+	 * that was taken at it. */
+	advance_to(&f->block[t->block - 1].clock, t->time);
 	t->block = 0;
 }
 
 uint32_t frame_take(struct frames *f, struct taking *t, uint32_t hfn)
 {
 	uint32_t number;
-	uint16_t old;
 
 	if (!in_block(f, hfn))
 		return host_tag_advance(f, hfn);
@@ -144,15 +146,11 @@ uint32_t frame_take(struct frames *f, struct taking *t, uint32_t hfn)
 	}
 	/* Before the host tag, which stands for a custody that still holds (frame_custody_of_one).  Release: pairs with
 	 * the acquire of frame_custody_holds. */
-	old = atomic_load_explicit(&f->taken[hfn], memory_order_relaxed);
-	while (is_later(t->time, old) && !atomic_compare_exchange_weak_explicit(&f->taken[hfn], &old, t->time,
-										 memory_order_release,
-										 memory_order_relaxed))
-		;
+	advance_to(&f->taken[hfn], t->time);
 	return host_tag_advance(f, hfn);
 }
 
-/* Return whether the frame was taken, or freed, at `time`, later than the custody.  The clock is read last, so
+/* Return whether the frame was taken, or freed, at `time`, later than the custody.  `begun` is read last, so
  * neither of the two is ahead of it. */
 static bool after_custody(const struct frames *f, uint32_t hfn, uint32_t time, uint32_t custody)
 {
