@@ -4,7 +4,7 @@ Python runs a handler between any two bytecodes of the main thread: inside of an
 thread holds a lock, in the middle of a write.  So a handler here takes no lock, logs nothing and writes
 nothing.  It notes the first signal and starts the timer that gives up on a command that does not end.
 
-Until a command calls `only_note`, the first signal also raises KeyboardInterrupt.  Then the command may have
+Until a command calls `only_note`, the first signal also raises Interrupted.  Then the command may have
 results to lose: a signal raises nothing, and the command polls `came`, ends its work, and writes its results.
 """
 
@@ -31,6 +31,16 @@ GIVE_UP_SECONDS: Final = 20.0
 INSIST_SECONDS: Final = 5.0
 # Standard error's descriptor, since sys.stderr may be replaced by an object that is no file.
 _STDERR: Final = 2
+
+
+class Interrupted(KeyboardInterrupt):
+    """A signal asked the command to end.
+
+    It is no plain KeyboardInterrupt, because CPython remembers when one leaves exec() of a string, even if
+    it is caught afterwards, and ends the process by SIGINT instead of with its exit status
+    (run_eval_code_obj() and Py_RunMain() of 3.11).  Dataclasses run such strings while modules are imported.
+    CPython compares the type itself, so a subclass is not remembered.
+    """
 
 
 class _State:
@@ -87,13 +97,13 @@ def came() -> signal.Signals | None:
 
 
 def only_note() -> None:
-    """Stop raising KeyboardInterrupt until the end of the command, which polls `came` instead.
+    """Stop raising Interrupted until the end of the command, which polls `came` instead.
 
     A signal that came earlier and has not raised it yet raises it here.
     """
     if _State.number and not _State.raised and _in_main_thread():
         _State.raised = True
-        raise KeyboardInterrupt
+        raise Interrupted
     _State.noting = True
 
 
@@ -119,7 +129,7 @@ def ended(status: int, missing: int, planned: int) -> int:
 
 @contextmanager
 def held() -> Iterator[None]:
-    """Delay KeyboardInterrupt to the end of the block, which must not be left half done."""
+    """Delay Interrupted to the end of the block, which must not be left half done."""
     if not _in_main_thread():
         yield  # handlers run on the main thread only
         return
@@ -130,7 +140,7 @@ def held() -> Iterator[None]:
         _State.held -= 1
         if _State.number and not (_State.raised or _State.noting or _State.held):
             _State.raised = True
-            raise KeyboardInterrupt
+            raise Interrupted
 
 
 @contextmanager
@@ -156,7 +166,7 @@ def _note(number: int, frame: FrameType | None) -> None:
     signal.setitimer(signal.ITIMER_REAL, _State.patience)
     if not (_State.noting or _State.held):
         _State.raised = True
-        raise KeyboardInterrupt
+        raise Interrupted
 
 
 def _give_up(number: int, frame: FrameType | None) -> None:

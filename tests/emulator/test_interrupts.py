@@ -30,6 +30,21 @@ def test_a_signal_raises_once_and_is_noted(number: signal.Signals) -> None:
     assert signal.getitimer(signal.ITIMER_REAL) == (0.0, 0.0)
 
 
+@pytest.mark.parametrize("number", interrupts.ENDING)
+def test_one_that_comes_inside_of_exec_does_not_kill_the_process_later(
+    number: signal.Signals, tmp_path: Path
+) -> None:
+    """Dataclasses run strings by exec() while modules are imported."""
+    (tmp_path / "interrupted.py").write_text(
+        "import sys, emulator.__main__, emulator.cli.main as cli\n"
+        f"cli.main = lambda: exec('import signal; signal.raise_signal({number.value})')\n"
+        "sys.exit(emulator.__main__.main())\n"
+    )
+    command = [sys.executable, "-m", "interrupted"]
+    ended = subprocess.run(command, env=ENVIRONMENT, cwd=tmp_path, capture_output=True, text=True, timeout=60)
+    assert (ended.returncode, ended.stdout, ended.stderr) == (interrupts.INTERRUPTED, "", "")
+
+
 def test_from_only_note_on_nothing_is_raised() -> None:
     with interrupts.installed():
         interrupts.only_note()
@@ -66,7 +81,7 @@ def test_one_that_was_swallowed_is_not_forgotten() -> None:
 def test_a_handler_names_nothing_that_takes_a_lock() -> None:
     """It may run while the main thread holds any lock, also one that the handler would want."""
     harmless = {"_State", "number", "since", "patience", "noting", "held", "raised", "INSIST_SECONDS"}
-    harmless |= {"time", "monotonic", "os", "_exit", "INTERRUPTED", "KeyboardInterrupt"}
+    harmless |= {"time", "monotonic", "os", "_exit", "INTERRUPTED", "Interrupted"}
     harmless |= {"signal", "setitimer", "ITIMER_REAL"}
     assert set(interrupts._note.__code__.co_names) <= harmless
 
