@@ -40,7 +40,7 @@ def test_contracts_hold(checkout: Path) -> None:
     [
         ("emulator/kvm/mmu.py", "metrics"),
         ("native/brief.py", "emulator.errors"),
-        ("emulator/kvm/requests.py", "emulator.actors.pcpu"),
+        ("emulator/kvm/virt/requests.py", "emulator.actors.pcpu"),
         ("emulator/litmus/runner.py", "emulator.explore.results.suite"),
         ("emulator/explore/engine/scheduler.py", "emulator.explore.strategies.dpor"),
         ("emulator/explore/strategies/search.py", "emulator.litmus.evidence"),

@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import TYPE_CHECKING
 
 from emulator.kvm.kvm_host import READY, RunYield
-from emulator.kvm.kvm_main import kvm_sched_in, kvm_sched_out
+from emulator.kvm.virt.kvm_main import kvm_sched_in, kvm_sched_out
 from emulator.kvm.x86 import vcpu_run
 
 if TYPE_CHECKING:

@@ -13,7 +13,7 @@ from contextlib import contextmanager
 from typing import TYPE_CHECKING, Final
 
 from emulator.kvm.host_work import host_works
-from emulator.kvm.kvm_main import (
+from emulator.kvm.virt.kvm_main import (
     kvm_mmu_notifier_clear_flush_young,
     kvm_mmu_notifier_invalidate_range_end,
     kvm_mmu_notifier_invalidate_range_start,

@@ -29,8 +29,8 @@ from emulator.actors.scheduler import Place, Scheduler
 from emulator.actors.task import VcpuTask
 from emulator.actors.user_memory import UserMemory
 from emulator.errors import BadInput
-from emulator.kvm.kvm_main import kvm_create_vm, kvm_set_memory_region, kvm_vm_ioctl_create_vcpu
 from emulator.kvm.structs import Kvm, KvmParams, Vcpu
+from emulator.kvm.virt.kvm_main import kvm_create_vm, kvm_set_memory_region, kvm_vm_ioctl_create_vcpu
 from emulator.machine.runtime import Cpu, Machine, OutOfMemory
 from emulator.policy import Policy
 from emulator.scenario.config import PAGES_PER_MIB, Scenario, VmSection

@@ -20,8 +20,8 @@ from __future__ import annotations
 from contextlib import suppress
 
 from emulator.kvm.kvm_host import KVM_REQ_TLB_FLUSH
-from emulator.kvm.requests import kvm_test_request
 from emulator.kvm.structs import Kvm, Vcpu
+from emulator.kvm.virt.requests import kvm_test_request
 from emulator.machine.runtime import Cpu, wait_until, wake
 from native.types import CpuId
 

@@ -13,12 +13,6 @@ from emulator.kvm.kvm_host import (
     PG_LEVEL_2M,
     PG_LEVEL_4K,
 )
-from emulator.kvm.requests import (
-    flush_elided,
-    kvm_flush_remote_tlbs_memslot,
-    kvm_flush_remote_tlbs_range,
-    kvm_make_all_cpus_request,
-)
 from emulator.kvm.structs import Kvm, KvmMemorySlot
 from emulator.kvm.tdp_mmu import (
     kvm_tdp_mmu_age_gfn_range,
@@ -34,6 +28,12 @@ from emulator.kvm.tdp_slot import (
     kvm_tdp_mmu_try_split_huge_pages,
     kvm_tdp_mmu_write_protect_gfn,
     kvm_tdp_mmu_wrprot_slot,
+)
+from emulator.kvm.virt.requests import (
+    flush_elided,
+    kvm_flush_remote_tlbs_memslot,
+    kvm_flush_remote_tlbs_range,
+    kvm_make_all_cpus_request,
 )
 from emulator.machine.runtime import Cpu
 from native import lib

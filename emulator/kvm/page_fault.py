@@ -8,7 +8,6 @@ from __future__ import annotations
 
 from emulator.kvm.host_work import host_works
 from emulator.kvm.kvm_host import KVM_MAX_HUGEPAGE_LEVEL, PG_LEVEL_4K, kvm_pages_per_hpage
-from emulator.kvm.requests import gfn_to_memslot, mark_page_dirty_in_slot
 from emulator.kvm.spte import (
     PT_WRITABLE_MASK,
     PfnAndRights,
@@ -35,6 +34,7 @@ from emulator.kvm.tdp_map import (
     tdp_entry,
     tdp_mmu_set_spte_atomic,
 )
+from emulator.kvm.virt.requests import gfn_to_memslot, mark_page_dirty_in_slot
 from emulator.machine.runtime import FAULT_AROUND_MAX, Cpu, OutOfFrames, rcu_read_lock
 from native import lib
 from native.types import Hfn
@@ -197,7 +197,7 @@ def wp_page_copy(cpu: Cpu, kvm: Kvm, hva: int) -> int:
     The host's copy invokes the mmu_notifiers of this very VM.
     """
     # mmu_notifier.py builds on mmu.py, and that on this module.
-    from emulator.kvm.mmu_notifier import (
+    from emulator.kvm.virt.mmu_notifier import (
         kvm_mmu_notifier_invalidate_range_end,
         kvm_mmu_notifier_invalidate_range_start,
     )

@@ -5,7 +5,6 @@ from __future__ import annotations
 from collections.abc import Iterable
 
 from emulator.kvm.kvm_host import PG_LEVEL_1G, PG_LEVEL_2M, PG_LEVEL_4K
-from emulator.kvm.requests import flush_elided, kvm_flush_remote_tlbs
 from emulator.kvm.structs import Kvm, KvmMemorySlot, KvmMmuPage
 from emulator.kvm.tdp_iter import TdpIter, tdp_mmu_iter_cond_resched
 from emulator.kvm.tdp_remove import (
@@ -22,6 +21,7 @@ from emulator.kvm.tdp_roots import (
     for_each_tdp_mmu_root_yield_safe,
     kvm_tdp_mmu_put_root,
 )
+from emulator.kvm.virt.requests import flush_elided, kvm_flush_remote_tlbs
 from emulator.machine.runtime import WRITE, Cpu, rcu_read_lock
 from native import lib
 from native.types import FlushReason, Hfn

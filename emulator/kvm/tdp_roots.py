@@ -9,9 +9,9 @@ from __future__ import annotations
 from collections.abc import Iterator
 from typing import Final
 
-from emulator.kvm.requests import kvm_flush_remote_tlbs
 from emulator.kvm.root_tracking import alloc_root_cpu_mask
 from emulator.kvm.structs import Kvm, KvmMmuPage, KvmMmuPageRole
+from emulator.kvm.virt.requests import kvm_flush_remote_tlbs
 from emulator.machine.runtime import READ, WRITE, Cpu
 from native import lib
 from native.types import Hfn

@@ -7,7 +7,6 @@ from __future__ import annotations
 
 from emulator.kvm.kvm_host import kvm_pages_per_hpage
 from emulator.kvm.page_fault import huge_custody, kvm_mmu_max_mapping_level
-from emulator.kvm.requests import flush_elided, kvm_flush_remote_tlbs_memslot
 from emulator.kvm.spte import (
     PT_PAGE_SIZE_MASK,
     PT_WRITABLE_MASK,
@@ -26,6 +25,7 @@ from emulator.kvm.tdp_remove import (
     tdp_mmu_zap_spte_atomic,
 )
 from emulator.kvm.tdp_roots import KVM_VALID_ROOTS, for_each_tdp_mmu_root_yield_safe
+from emulator.kvm.virt.requests import flush_elided, kvm_flush_remote_tlbs_memslot
 from emulator.machine.runtime import READ, WRITE, Cpu, OutOfFrames, rcu_read_lock
 from native import lib
 from native.types import Hfn

@@ -9,7 +9,8 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, ClassVar
 
 from emulator.kvm.kvm_host import KVM_MEM_LOG_DIRTY_PAGES
-from emulator.kvm.kvm_main import (
+from emulator.kvm.mmu import kvm_mmu_zap_all_fast, kvm_zap_gfn_range
+from emulator.kvm.virt.kvm_main import (
     kvm_flush_remote_tlbs,
     kvm_mmu_notifier_clear_flush_young,
     kvm_mmu_notifier_clear_young,
@@ -19,7 +20,6 @@ from emulator.kvm.kvm_main import (
     kvm_vm_ioctl_clear_dirty_log,
     kvm_vm_ioctl_get_dirty_log,
 )
-from emulator.kvm.mmu import kvm_mmu_zap_all_fast, kvm_zap_gfn_range
 from emulator.litmus.migration import WORD, Migration
 from emulator.litmus.syntax import HUGE_PAGES, Arg, Context, KvmOp, Op, check_huge
 from native import lib

@@ -21,15 +21,15 @@ from emulator.kvm.kvm_host import (
     PREEMPTIBLE,
     ExitToUser,
 )
-from emulator.kvm.kvm_main import (
+from emulator.kvm.roots import kvm_mmu_after_set_cpuid
+from emulator.kvm.structs import Kvm, KvmParams, Vcpu
+from emulator.kvm.virt.kvm_main import (
     kvm_create_vm,
     kvm_destroy_vm,
     kvm_set_memory_region,
     kvm_vm_ioctl_create_vcpu,
     kvm_vm_ioctl_enable_manual_dirty_log,
 )
-from emulator.kvm.roots import kvm_mmu_after_set_cpuid
-from emulator.kvm.structs import Kvm, KvmParams, Vcpu
 from emulator.litmus.failure import LitmusFailure
 from emulator.litmus.guest_program import GuestProgram
 from emulator.litmus.kvm_ops import LogArm, read_dirty_logs

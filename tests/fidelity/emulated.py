@@ -11,13 +11,13 @@ from typing import Any
 
 from emulator.kvm import kvm_host
 from emulator.kvm.kvm_host import KVM_MEM_LOG_DIRTY_PAGES
-from emulator.kvm.kvm_main import (
+from emulator.kvm.smm import kvm_inject_smi
+from emulator.kvm.structs import KvmParams
+from emulator.kvm.virt.kvm_main import (
     kvm_destroy_vm,
     kvm_vm_ioctl_clear_dirty_log,
     kvm_vm_ioctl_get_dirty_log,
 )
-from emulator.kvm.smm import kvm_inject_smi
-from emulator.kvm.structs import KvmParams
 from emulator.policy import preset as preset_named
 from native import lib
 from native.types import CpuId

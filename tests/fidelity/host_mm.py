@@ -6,12 +6,12 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 
 from emulator.kvm.host_work import host_works
-from emulator.kvm.kvm_main import (
+from emulator.kvm.structs import Kvm
+from emulator.kvm.virt.kvm_main import (
     kvm_mmu_notifier_clear_flush_young,
     kvm_mmu_notifier_invalidate_range_end,
     kvm_mmu_notifier_invalidate_range_start,
 )
-from emulator.kvm.structs import Kvm
 from emulator.machine.runtime import Cpu
 from native import ffi, lib
 from native.types import PromiseKind

@@ -14,13 +14,13 @@ from emulator.actors.pcpu import Arrive, Depart, Park, PCpu
 from emulator.actors.rcu import RcuThread
 from emulator.actors.task import VcpuTask
 from emulator.kvm import kvm_host
-from emulator.kvm.kvm_main import (
+from emulator.kvm.structs import Kvm, KvmParams
+from emulator.kvm.virt.kvm_main import (
     kvm_create_vm,
     kvm_set_memory_region,
     kvm_vm_ioctl_create_vcpu,
     kvm_vm_ioctl_enable_manual_dirty_log,
 )
-from emulator.kvm.structs import Kvm, KvmParams
 from emulator.machine.runtime import Machine as NativeMachine
 from emulator.policy import Policy
 from native import ffi, lib

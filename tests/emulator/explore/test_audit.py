@@ -8,7 +8,7 @@ from emulator.explore.audit.run import Audited, audited
 from emulator.explore.machine.footprints import FOOTPRINTS, LOCAL
 from emulator.explore.machine.lib import ControlledLib, installed
 from emulator.explore.machine.program import LitmusProgram
-from emulator.kvm import requests
+from emulator.kvm.virt import requests
 from emulator.litmus.loader import load_test, shipped_texts
 from emulator.litmus.policies import named_policy
 from emulator.machine.runtime import Mode

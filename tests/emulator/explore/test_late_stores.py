@@ -18,7 +18,7 @@ from emulator.explore.machine.store_buffers import BufferedControl, Store
 from emulator.explore.strategies.dpor import Exhaustive
 from emulator.explore.strategies.sampling import RandomWalk
 from emulator.explore.strategies.search import Limits, search
-from emulator.kvm import requests
+from emulator.kvm.virt import requests
 from emulator.litmus.loader import load_test, parse_test
 from emulator.litmus.policies import named_policy
 from emulator.litmus.world import LitmusThread

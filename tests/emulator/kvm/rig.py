@@ -8,7 +8,9 @@ from contextlib import AbstractContextManager, contextmanager, nullcontext
 from typing import Any
 
 from emulator.kvm.kvm_host import PREEMPTIBLE, RESCHED, RunYield
-from emulator.kvm.kvm_main import (
+from emulator.kvm.smm import kvm_inject_smi
+from emulator.kvm.structs import Kvm, KvmParams, Vcpu
+from emulator.kvm.virt.kvm_main import (
     kvm_create_vm,
     kvm_destroy_vm,
     kvm_mmu_notifier_invalidate_range_end,
@@ -18,8 +20,6 @@ from emulator.kvm.kvm_main import (
     kvm_set_memory_region,
     kvm_vm_ioctl_create_vcpu,
 )
-from emulator.kvm.smm import kvm_inject_smi
-from emulator.kvm.structs import Kvm, KvmParams, Vcpu
 from emulator.kvm.x86 import vcpu_run
 from emulator.machine.runtime import Cpu, Machine
 from emulator.policy import Policy

@@ -5,15 +5,15 @@ from __future__ import annotations
 import pytest
 
 from emulator.kvm.kvm_host import KVM_MEM_LOG_DIRTY_PAGES
-from emulator.kvm.kvm_main import (
+from emulator.kvm.spte import is_access_track_spte, is_shadow_present_pte, is_writable_pte
+from emulator.kvm.structs import Kvm
+from emulator.kvm.tdp_map import tdp_entry
+from emulator.kvm.virt.kvm_main import (
     kvm_mmu_notifier_clear_flush_young,
     kvm_mmu_notifier_clear_young,
     kvm_set_memory_region,
     kvm_vm_ioctl_get_dirty_log,
 )
-from emulator.kvm.spte import is_access_track_spte, is_shadow_present_pte, is_writable_pte
-from emulator.kvm.structs import Kvm
-from emulator.kvm.tdp_map import tdp_entry
 from emulator.policy import MUTANTS, Policy, preset
 from native import lib
 from tests.emulator.kvm.rig import GFNS, SLOT, Guest, Rig

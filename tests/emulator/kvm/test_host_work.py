@@ -9,7 +9,7 @@ from contextlib import contextmanager, nullcontext
 import pytest
 
 from emulator.kvm.host_work import host_works
-from emulator.kvm.kvm_main import kvm_flush_remote_tlbs, kvm_sched_out
+from emulator.kvm.virt.kvm_main import kvm_flush_remote_tlbs, kvm_sched_out
 from emulator.machine.runtime import Cpu, MachineStopped
 from native import lib
 from tests.emulator.kvm.rig import Guest, Rig, online, running_rig

@@ -8,7 +8,7 @@ from threading import Thread
 import pytest
 
 from emulator.kvm.kvm_host import X86_CR0_PG
-from emulator.kvm.kvm_main import (
+from emulator.kvm.virt.kvm_main import (
     kvm_mmu_notifier_invalidate_range_end,
     kvm_mmu_notifier_invalidate_range_start,
     kvm_set_memory_region,

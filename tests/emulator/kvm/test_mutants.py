@@ -11,12 +11,12 @@ from contextlib import contextmanager
 import pytest
 
 from emulator.kvm.kvm_host import KVM_MEM_LOG_DIRTY_PAGES
-from emulator.kvm.kvm_main import (
+from emulator.kvm.structs import Kvm
+from emulator.kvm.virt.kvm_main import (
     kvm_mmu_notifier_invalidate_range_end,
     kvm_mmu_notifier_invalidate_range_start,
     kvm_set_memory_region,
 )
-from emulator.kvm.structs import Kvm
 from emulator.machine.runtime import rcu_read_lock
 from emulator.policy import Policy
 from native import lib

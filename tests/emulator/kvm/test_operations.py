@@ -13,14 +13,14 @@ from emulator.kvm.kvm_host import (
     RESCHED,
     ExitToUser,
 )
-from emulator.kvm.kvm_main import (
+from emulator.kvm.mmu import kvm_zap_gfn_range
+from emulator.kvm.structs import Kvm
+from emulator.kvm.virt.kvm_main import (
     kvm_set_memory_region,
     kvm_vm_ioctl_clear_dirty_log,
     kvm_vm_ioctl_enable_manual_dirty_log,
     kvm_vm_ioctl_get_dirty_log,
 )
-from emulator.kvm.mmu import kvm_zap_gfn_range
-from emulator.kvm.structs import Kvm
 from emulator.policy import Policy, preset
 from native import lib
 from native.types import FrameKind, Hfn

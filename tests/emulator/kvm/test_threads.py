@@ -12,7 +12,11 @@ from random import Random
 import pytest
 
 from emulator.kvm.kvm_host import KVM_MEM_LOG_DIRTY_PAGES, RunState
-from emulator.kvm.kvm_main import (
+from emulator.kvm.mmu import kvm_zap_gfn_range
+from emulator.kvm.smm import kvm_inject_smi
+from emulator.kvm.structs import Kvm
+from emulator.kvm.tdp_roots import flush_workqueue
+from emulator.kvm.virt.kvm_main import (
     kvm_mmu_notifier_invalidate_range_end,
     kvm_mmu_notifier_invalidate_range_start,
     kvm_sched_in,
@@ -20,10 +24,6 @@ from emulator.kvm.kvm_main import (
     kvm_set_memory_region,
     kvm_vm_ioctl_get_dirty_log,
 )
-from emulator.kvm.mmu import kvm_zap_gfn_range
-from emulator.kvm.smm import kvm_inject_smi
-from emulator.kvm.structs import Kvm
-from emulator.kvm.tdp_roots import flush_workqueue
 from emulator.machine.runtime import Chaos, Cpu, MachineStopped
 from emulator.policy import Policy, preset
 from native import lib

@@ -10,17 +10,17 @@ import pytest
 from emulator.actors import user_memory
 from emulator.actors.user_memory import HUGE_PAGES, UserMemory
 from emulator.kvm.kvm_host import KVM_MEM_LOG_DIRTY_PAGES
-from emulator.kvm.kvm_main import (
-    kvm_mmu_notifier_invalidate_range_end,
-    kvm_mmu_notifier_invalidate_range_start,
-    kvm_set_memory_region,
-)
 from emulator.kvm.mmu import (
     kvm_mmu_zap_all_fast,
     kvm_mmu_zap_all_fast_back,
     kvm_mmu_zap_all_fast_front,
 )
 from emulator.kvm.structs import Kvm
+from emulator.kvm.virt.kvm_main import (
+    kvm_mmu_notifier_invalidate_range_end,
+    kvm_mmu_notifier_invalidate_range_start,
+    kvm_set_memory_region,
+)
 from emulator.machine.runtime import Cpu
 from emulator.policy import Policy, preset
 from native import lib

@@ -11,8 +11,8 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from emulator.explore.results.verdict import explore_verdict
-from emulator.kvm.dirty_log import kvm_vm_ioctl_get_dirty_log
 from emulator.kvm.structs import Kvm
+from emulator.kvm.virt.dirty_log import kvm_vm_ioctl_get_dirty_log
 from emulator.litmus import kvm_ops
 from emulator.litmus.loader import load_test, parse_test
 from emulator.litmus.model import LitmusTest
@@ -29,7 +29,7 @@ LOSES += ["log-races-write", "log-recover", "log-two-steps", "return-dirty-log"]
 
 def forget_to_protect(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(
-        "emulator.kvm.dirty_log.kvm_arch_mmu_enable_log_dirty_pt_masked", lambda *arguments: 0
+        "emulator.kvm.virt.dirty_log.kvm_arch_mmu_enable_log_dirty_pt_masked", lambda *arguments: 0
     )
     monkeypatch.setattr("emulator.kvm.mmu.kvm_mmu_slot_remove_write_access", lambda *arguments: False)
 

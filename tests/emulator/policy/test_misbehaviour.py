@@ -24,7 +24,7 @@ from emulator.cli.main import main
 
 HEAD = """
 import atexit, builtins, json, os, signal, subprocess, sys, threading, time
-import emulator.kvm.dirty_log, emulator.policy.policy, emulator.report.result
+import emulator.kvm.virt.dirty_log, emulator.policy.policy, emulator.report.result
 from emulator.explore.engine.scheduler import Abandoned
 from emulator.policy import Policy
 from emulator.machine.runtime import MachineStopped
@@ -95,7 +95,7 @@ HARMLESS = [
     "os.write(1, b'x')",
     "print('x', file=sys.stderr)",
 ]
-PATCHES = ["emulator.kvm.dirty_log.nothing = None"]
+PATCHES = ["emulator.kvm.virt.dirty_log.nothing = None"]
 
 PLACES = {
     "import": "{what}\nclass Mine(Policy):\n    def migration(self, cpu, vcpu): return 'all-contexts'",

@@ -2,19 +2,19 @@
 
 from __future__ import annotations
 
-from emulator.kvm.dirty_log import (
+from emulator.kvm.virt.dirty_log import (
     kvm_vm_ioctl_clear_dirty_log,
     kvm_vm_ioctl_enable_manual_dirty_log,
     kvm_vm_ioctl_get_dirty_log,
 )
-from emulator.kvm.memslots import kvm_set_memory_region
-from emulator.kvm.mmu_notifier import (
+from emulator.kvm.virt.memslots import kvm_set_memory_region
+from emulator.kvm.virt.mmu_notifier import (
     kvm_mmu_notifier_clear_flush_young,
     kvm_mmu_notifier_clear_young,
     kvm_mmu_notifier_invalidate_range_end,
     kvm_mmu_notifier_invalidate_range_start,
 )
-from emulator.kvm.requests import (
+from emulator.kvm.virt.requests import (
     kvm_flush_remote_tlbs,
     kvm_flush_remote_tlbs_memslot,
     kvm_flush_remote_tlbs_range,
@@ -23,8 +23,8 @@ from emulator.kvm.requests import (
     kvm_make_vcpu_request,
     kvm_vcpu_kick,
 )
-from emulator.kvm.vcpu import kvm_sched_in, kvm_sched_out, vcpu_load, vcpu_put
-from emulator.kvm.vm import kvm_create_vm, kvm_destroy_vm, kvm_vm_ioctl_create_vcpu
+from emulator.kvm.virt.vcpu import kvm_sched_in, kvm_sched_out, vcpu_load, vcpu_put
+from emulator.kvm.virt.vm import kvm_create_vm, kvm_destroy_vm, kvm_vm_ioctl_create_vcpu
 
 __all__ = [
     "kvm_create_vm",

@@ -13,8 +13,8 @@ from emulator.kvm.mmu import (
     kvm_dirty_log_manual_protect_and_init_set,
     kvm_mmu_slot_apply_flags,
 )
-from emulator.kvm.requests import kvm_vcpu_kick
 from emulator.kvm.structs import Kvm, KvmMemorySlot, KvmMemslots
+from emulator.kvm.virt.requests import kvm_vcpu_kick
 from emulator.machine.runtime import Cpu, wait_until
 from native import lib
 
