@@ -38,7 +38,7 @@ def test_contracts_hold(checkout: Path) -> None:
 @pytest.mark.parametrize(
     ("module", "imported"),
     [
-        ("emulator/kvm/mmu.py", "metrics"),
+        ("emulator/kvm/mmu/mmu.py", "metrics"),
         ("native/brief.py", "emulator.errors"),
         ("emulator/kvm/virt/requests.py", "emulator.actors.pcpu"),
         ("emulator/litmus/runner.py", "emulator.explore.results.suite"),

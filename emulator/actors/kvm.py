@@ -17,10 +17,10 @@ from emulator.actors.image import Image
 from emulator.actors.scheduler import Pause, Resume
 from emulator.kvm import structs
 from emulator.kvm.kvm_host import KVM_MEM_LOG_DIRTY_PAGES
-from emulator.kvm.mmu import kvm_zap_gfn_range
+from emulator.kvm.mmu.mmu import kvm_zap_gfn_range
+from emulator.kvm.mmu.tdp_roots import flush_workqueue
 from emulator.kvm.reset import apic_send_init
 from emulator.kvm.smm import kvm_inject_smi
-from emulator.kvm.tdp_roots import flush_workqueue
 from emulator.kvm.virt.kvm_main import kvm_set_memory_region, kvm_vm_ioctl_get_dirty_log
 from emulator.scenario.workload import KVM_ACTIVITIES, Pacer, Workload
 from native import lib

@@ -19,7 +19,7 @@ from emulator.kvm.kvm_host import (
     X86_CR4_PGE,
     X86_CR4_SMEP,
 )
-from emulator.kvm.roots import kvm_init_mmu, kvm_mmu_new_pgd, kvm_mmu_reset_context
+from emulator.kvm.mmu.roots import kvm_init_mmu, kvm_mmu_new_pgd, kvm_mmu_reset_context
 from emulator.kvm.structs import Vcpu
 from emulator.kvm.virt.requests import flush_elided, kvm_make_request
 from emulator.machine.runtime import Cpu

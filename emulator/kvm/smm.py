@@ -16,8 +16,8 @@ from emulator.kvm.kvm_host import (
     X86_CR4_PAE,
     X86_CR4_PCIDE,
 )
+from emulator.kvm.mmu.roots import kvm_mmu_reset_context
 from emulator.kvm.regs import kvm_set_cr0, kvm_set_cr3, kvm_set_cr4
-from emulator.kvm.roots import kvm_mmu_reset_context
 from emulator.kvm.structs import Vcpu
 from emulator.kvm.virt.requests import kvm_make_request, kvm_vcpu_kick
 from emulator.machine.runtime import Cpu

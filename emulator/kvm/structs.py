@@ -29,7 +29,7 @@ from emulator.policy import Policy
 from native import ffi, lib
 from native.types import CpuId, FlushReason, Hfn, VcpuId, VmId, Vpid
 
-# Answers that consult the tracking of roots (emulator.kvm.root_tracking).
+# Answers that consult the tracking of roots (emulator.kvm.mmu.root_tracking).
 TRACKING = ("cpu-flushed-mask", "cpu-flushed-mask-cleared", "root-tlb-gen")
 
 
@@ -80,7 +80,7 @@ class KvmMmuPage:
     role.invalid and `tdp_mmu_scheduled_root_to_zap` are set under mmu_lock held for write; the latter is
     cleared under slots_lock.  `root_count` starts at 2, for the vCPU's reference and the TDP MMU's own; or at
     1 if the TDP MMU keeps none (`own_reference`, decision root_put).  `tracking` is for policies that elide
-    flushes (emulator.kvm.root_tracking).  `special`: a root without a shadow page, for which root_to_sp()
+    flushes (emulator.kvm.mmu.root_tracking).  `special`: a root without a shadow page, for which root_to_sp()
     returns None.
     `link`: the SPTE that would point to the page, with its custody.
     """

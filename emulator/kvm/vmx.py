@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import Final
 
 from emulator.kvm.kvm_host import KVM_REQ_TLB_FLUSH, PG_LEVEL_256T
-from emulator.kvm.root_tracking import active_roots, mmu_roots, root_tlb_gen_is_old, test_and_set_flushed
+from emulator.kvm.mmu.root_tracking import active_roots, mmu_roots, root_tlb_gen_is_old, test_and_set_flushed
 from emulator.kvm.structs import Kvm, KvmMmu, KvmMmuPage, Vcpu
 from emulator.kvm.virt.requests import flush_elided, kvm_make_request
 from emulator.machine.runtime import Cpu, Machine, OutOfFrames

@@ -31,14 +31,14 @@ from emulator.kvm.kvm_host import (
     ExitToUser,
     RunYield,
 )
-from emulator.kvm.page_fault import kvm_mmu_page_fault
+from emulator.kvm.mmu.page_fault import kvm_mmu_page_fault
+from emulator.kvm.mmu.root_tracking import active_roots, mmu_roots, record_flush
+from emulator.kvm.mmu.roots import kvm_mmu_free_obsolete_roots, kvm_mmu_reload
+from emulator.kvm.mmu.tdp_map import EFAULT, ENOMEM, RET_PF_EMULATE, RET_PF_RETRY
 from emulator.kvm.regs import handle_cr
 from emulator.kvm.reset import kvm_apic_accept_events
-from emulator.kvm.root_tracking import active_roots, mmu_roots, record_flush
-from emulator.kvm.roots import kvm_mmu_free_obsolete_roots, kvm_mmu_reload
 from emulator.kvm.smm import emulator_leave_smm, enter_smm, process_smi
 from emulator.kvm.structs import Vcpu
-from emulator.kvm.tdp_map import EFAULT, ENOMEM, RET_PF_EMULATE, RET_PF_RETRY
 from emulator.kvm.virt.requests import kvm_check_request, kvm_test_request
 from emulator.kvm.virt.vcpu import vcpu_load, vcpu_put
 from emulator.kvm.vmx import (

@@ -9,7 +9,7 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, ClassVar
 
 from emulator.kvm.kvm_host import KVM_MEM_LOG_DIRTY_PAGES
-from emulator.kvm.mmu import kvm_mmu_zap_all_fast, kvm_zap_gfn_range
+from emulator.kvm.mmu.mmu import kvm_mmu_zap_all_fast, kvm_zap_gfn_range
 from emulator.kvm.virt.kvm_main import (
     kvm_flush_remote_tlbs,
     kvm_mmu_notifier_clear_flush_young,

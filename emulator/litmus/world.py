@@ -21,7 +21,7 @@ from emulator.kvm.kvm_host import (
     PREEMPTIBLE,
     ExitToUser,
 )
-from emulator.kvm.roots import kvm_mmu_after_set_cpuid
+from emulator.kvm.mmu.roots import kvm_mmu_after_set_cpuid
 from emulator.kvm.structs import Kvm, KvmParams, Vcpu
 from emulator.kvm.virt.kvm_main import (
     kvm_create_vm,

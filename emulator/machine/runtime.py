@@ -29,7 +29,7 @@ RELAX_MICROSECONDS: Final = 50
 # Cpu.mmu_lock_held
 READ: Final = 1
 WRITE: Final = 2
-# The most neighbours that one fault maps (emulator.kvm.page_fault): the length of the scratch arrays.
+# The most neighbours that one fault maps (emulator.kvm.mmu.page_fault): the length of the scratch arrays.
 FAULT_AROUND_MAX: Final = 64
 _U64: Final = (1 << 64) - 1
 

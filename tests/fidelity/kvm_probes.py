@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 from emulator.kvm import kvm_host
-from emulator.kvm.spte import is_last_spte
+from emulator.kvm.mmu.spte import is_last_spte
+from emulator.kvm.mmu.tdp_iter import TdpIter
 from emulator.kvm.structs import Kvm
-from emulator.kvm.tdp_iter import TdpIter
 from emulator.machine.runtime import Cpu
 from native import lib
 

@@ -13,7 +13,7 @@ from operator import itemgetter
 from typing import TYPE_CHECKING, Any, Literal
 
 from emulator.explore.engine.scheduler import Label
-from emulator.kvm.spte import is_last_spte, is_shadow_present_pte, spte_to_child_pt
+from emulator.kvm.mmu.spte import is_last_spte, is_shadow_present_pte, spte_to_child_pt
 from native import lib
 
 if TYPE_CHECKING:

@@ -10,7 +10,7 @@ from __future__ import annotations
 from collections.abc import Iterable, Iterator
 
 from emulator.kvm.kvm_host import KVM_DIRTY_LOG_INITIALLY_SET, KVM_DIRTY_LOG_MANUAL_PROTECT_ENABLE
-from emulator.kvm.mmu import kvm_arch_mmu_enable_log_dirty_pt_masked, write_protect_flush
+from emulator.kvm.mmu.mmu import kvm_arch_mmu_enable_log_dirty_pt_masked, write_protect_flush
 from emulator.kvm.structs import Kvm, KvmMemorySlot
 from emulator.machine.runtime import Cpu
 from native import lib

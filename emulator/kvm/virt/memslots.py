@@ -8,7 +8,7 @@ it, then, when everything mapped through the slot has been zapped, by the final 
 from __future__ import annotations
 
 from emulator.kvm.kvm_host import KVM_MEM_LOG_DIRTY_PAGES, KVM_MEMSLOT_INVALID
-from emulator.kvm.mmu import (
+from emulator.kvm.mmu.mmu import (
     kvm_arch_flush_shadow_memslot,
     kvm_dirty_log_manual_protect_and_init_set,
     kvm_mmu_slot_apply_flags,

@@ -15,7 +15,7 @@ from emulator.kvm.kvm_host import (
     KVM_REQUEST_WAIT,
     OUTSIDE_GUEST_MODE,
 )
-from emulator.kvm.root_tracking import roots_tlb_changed
+from emulator.kvm.mmu.root_tracking import roots_tlb_changed
 from emulator.kvm.structs import Kvm, KvmMemorySlot, Vcpu
 from emulator.machine.runtime import Cpu, plain_store, timed
 from native import lib

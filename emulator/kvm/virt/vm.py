@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 from emulator.kvm.kvm_host import KVM_REQ_TLB_FLUSH_GUEST
-from emulator.kvm.mmu import kvm_mmu_zap_all
-from emulator.kvm.roots import kvm_mmu_unload
+from emulator.kvm.mmu.mmu import kvm_mmu_zap_all
+from emulator.kvm.mmu.roots import kvm_mmu_unload
+from emulator.kvm.mmu.tdp_mmu import kvm_tdp_mmu_zap_invalidated_roots
+from emulator.kvm.mmu.tdp_roots import kvm_tdp_mmu_invalidate_roots
 from emulator.kvm.structs import Kvm, KvmParams, Vcpu
-from emulator.kvm.tdp_mmu import kvm_tdp_mmu_zap_invalidated_roots
-from emulator.kvm.tdp_roots import kvm_tdp_mmu_invalidate_roots
 from emulator.kvm.virt.requests import kvm_make_request
 from emulator.kvm.vmx import allocate_vpid, vmx_vcpu_free
 from emulator.machine.runtime import Cpu

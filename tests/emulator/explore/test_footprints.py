@@ -17,7 +17,7 @@ from emulator.explore.machine.program import LitmusProgram
 from emulator.explore.results.record import record
 from emulator.explore.strategies.dpor import Exhaustive
 from emulator.explore.strategies.search import Found, Limits, search
-from emulator.kvm import tdp_iter
+from emulator.kvm.mmu import tdp_iter
 from emulator.litmus.loader import load_test, parse_test
 from emulator.litmus.policies import named_policy
 from emulator.policy import Policy

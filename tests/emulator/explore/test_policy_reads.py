@@ -306,7 +306,7 @@ READS = [
 ]
 IMPORTS = """from copy import copy
 from operator import attrgetter
-from emulator.kvm.root_tracking import active_roots
+from emulator.kvm.mmu.root_tracking import active_roots
 from native import lib"""
 OTHERS = [
     ("", one) for one in ('"host-unmap 0x10"', '"zap-all"', '"log-arm"', '"flush-remote"', '"slot-delete"')

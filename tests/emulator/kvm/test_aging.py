@@ -5,9 +5,9 @@ from __future__ import annotations
 import pytest
 
 from emulator.kvm.kvm_host import KVM_MEM_LOG_DIRTY_PAGES
-from emulator.kvm.spte import is_access_track_spte, is_shadow_present_pte, is_writable_pte
+from emulator.kvm.mmu.spte import is_access_track_spte, is_shadow_present_pte, is_writable_pte
+from emulator.kvm.mmu.tdp_map import tdp_entry
 from emulator.kvm.structs import Kvm
-from emulator.kvm.tdp_map import tdp_entry
 from emulator.kvm.virt.kvm_main import (
     kvm_mmu_notifier_clear_flush_young,
     kvm_mmu_notifier_clear_young,

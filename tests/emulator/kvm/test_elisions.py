@@ -6,7 +6,7 @@ from collections.abc import Callable
 
 import pytest
 
-from emulator.kvm import root_tracking
+from emulator.kvm.mmu import root_tracking
 from emulator.kvm.structs import Kvm, KvmMmuPage, Vcpu
 from emulator.machine.runtime import Cpu
 from emulator.policy import MUTANTS, Policy, preset

@@ -9,9 +9,9 @@ from dataclasses import replace
 import pytest
 
 from emulator.kvm.kvm_host import KVM_MEM_LOG_DIRTY_PAGES, PREEMPTIBLE
-from emulator.kvm.mmu import kvm_mmu_recover_huge_pages, kvm_mmu_zap_all_fast, kvm_zap_gfn_range
+from emulator.kvm.mmu.mmu import kvm_mmu_recover_huge_pages, kvm_mmu_zap_all_fast, kvm_zap_gfn_range
+from emulator.kvm.mmu.tdp_map import tdp_entry
 from emulator.kvm.structs import Kvm, KvmMemorySlot
-from emulator.kvm.tdp_map import tdp_entry
 from emulator.kvm.virt.kvm_main import kvm_set_memory_region, kvm_vm_ioctl_get_dirty_log
 from emulator.machine.runtime import Cpu
 from emulator.policy import MUTANTS, Policy, preset

@@ -13,7 +13,7 @@ from emulator.kvm.kvm_host import (
     RESCHED,
     ExitToUser,
 )
-from emulator.kvm.mmu import kvm_zap_gfn_range
+from emulator.kvm.mmu.mmu import kvm_zap_gfn_range
 from emulator.kvm.structs import Kvm
 from emulator.kvm.virt.kvm_main import (
     kvm_set_memory_region,

@@ -9,7 +9,7 @@ from threading import Thread
 import pytest
 
 from emulator.kvm.kvm_host import KVM_REQ_LOAD_MMU_PGD, KVM_REQ_TLB_FLUSH_CURRENT, X86_CR4_PSE
-from emulator.kvm.roots import (
+from emulator.kvm.mmu.roots import (
     cached_root_find_and_keep_current,
     cached_root_find_without_current,
     fast_pgd_switch,
@@ -19,8 +19,8 @@ from emulator.kvm.roots import (
     kvm_mmu_new_pgd,
     kvm_mmu_unload,
 )
+from emulator.kvm.mmu.tdp_roots import flush_workqueue, kvm_tdp_mmu_alloc_root, kvm_tdp_mmu_put_root
 from emulator.kvm.structs import Kvm, KvmMmu, KvmMmuPage, KvmMmuPageRole
-from emulator.kvm.tdp_roots import flush_workqueue, kvm_tdp_mmu_alloc_root, kvm_tdp_mmu_put_root
 from emulator.kvm.virt.requests import kvm_test_request
 from emulator.kvm.vmx import (
     INVALID_EPTP,

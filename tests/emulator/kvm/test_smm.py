@@ -15,7 +15,7 @@ from emulator.kvm.kvm_host import (
     X86_CR4_SMEP,
     ExitToUser,
 )
-from emulator.kvm.roots import kvm_mmu_after_set_cpuid
+from emulator.kvm.mmu.roots import kvm_mmu_after_set_cpuid
 from emulator.kvm.smm import kvm_inject_smi
 from emulator.kvm.structs import Kvm
 from emulator.kvm.virt.kvm_main import kvm_set_memory_region

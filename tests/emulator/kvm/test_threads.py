@@ -12,10 +12,10 @@ from random import Random
 import pytest
 
 from emulator.kvm.kvm_host import KVM_MEM_LOG_DIRTY_PAGES, RunState
-from emulator.kvm.mmu import kvm_zap_gfn_range
+from emulator.kvm.mmu.mmu import kvm_zap_gfn_range
+from emulator.kvm.mmu.tdp_roots import flush_workqueue
 from emulator.kvm.smm import kvm_inject_smi
 from emulator.kvm.structs import Kvm
-from emulator.kvm.tdp_roots import flush_workqueue
 from emulator.kvm.virt.kvm_main import (
     kvm_mmu_notifier_invalidate_range_end,
     kvm_mmu_notifier_invalidate_range_start,

@@ -10,7 +10,7 @@ import pytest
 from emulator.actors import user_memory
 from emulator.actors.user_memory import HUGE_PAGES, UserMemory
 from emulator.kvm.kvm_host import KVM_MEM_LOG_DIRTY_PAGES
-from emulator.kvm.mmu import (
+from emulator.kvm.mmu.mmu import (
     kvm_mmu_zap_all_fast,
     kvm_mmu_zap_all_fast_back,
     kvm_mmu_zap_all_fast_front,

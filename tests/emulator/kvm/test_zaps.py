@@ -9,9 +9,9 @@ from contextlib import contextmanager
 import pytest
 
 from emulator.kvm.kvm_host import KVM_MEM_LOG_DIRTY_PAGES
-from emulator.kvm.mmu import kvm_mmu_zap_all_fast, kvm_zap_gfn_range
+from emulator.kvm.mmu.mmu import kvm_mmu_zap_all_fast, kvm_zap_gfn_range
+from emulator.kvm.mmu.tdp_map import tdp_entry
 from emulator.kvm.structs import Kvm, KvmParams
-from emulator.kvm.tdp_map import tdp_entry
 from emulator.kvm.virt.kvm_main import kvm_create_vm, kvm_set_memory_region
 from emulator.machine.runtime import Cpu
 from emulator.policy import Policy, preset

@@ -31,7 +31,7 @@ def forget_to_protect(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(
         "emulator.kvm.virt.dirty_log.kvm_arch_mmu_enable_log_dirty_pt_masked", lambda *arguments: 0
     )
-    monkeypatch.setattr("emulator.kvm.mmu.kvm_mmu_slot_remove_write_access", lambda *arguments: False)
+    monkeypatch.setattr("emulator.kvm.mmu.mmu.kvm_mmu_slot_remove_write_access", lambda *arguments: False)
 
 
 def sequential(*ops: str, vm: str = "") -> LitmusTest:

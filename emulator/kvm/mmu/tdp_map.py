@@ -8,7 +8,7 @@ from __future__ import annotations
 from typing import Final
 
 from emulator.kvm.kvm_host import PG_LEVEL_4K, kvm_pages_per_hpage
-from emulator.kvm.spte import (
+from emulator.kvm.mmu.spte import (
     PfnAndRights,
     is_frozen_spte,
     is_large_pte,
@@ -19,9 +19,9 @@ from emulator.kvm.spte import (
     make_spte,
     spte_to_child_pt,
 )
+from emulator.kvm.mmu.tdp_iter import Entry
+from emulator.kvm.mmu.tdp_remove import handle_removed_pt, tables_need_a_flush, tdp_mmu_zap_spte_atomic
 from emulator.kvm.structs import Kvm, KvmMemorySlot, KvmMmuPage, Vcpu
-from emulator.kvm.tdp_iter import Entry
-from emulator.kvm.tdp_remove import handle_removed_pt, tables_need_a_flush, tdp_mmu_zap_spte_atomic
 from emulator.kvm.virt.requests import flush_elided, kvm_flush_remote_tlbs_range
 from emulator.machine.runtime import Cpu, rcu_read_lock
 from native import lib

@@ -13,22 +13,22 @@ from emulator.kvm.kvm_host import (
     PG_LEVEL_2M,
     PG_LEVEL_4K,
 )
-from emulator.kvm.structs import Kvm, KvmMemorySlot
-from emulator.kvm.tdp_mmu import (
-    kvm_tdp_mmu_age_gfn_range,
-    kvm_tdp_mmu_unmap_gfn_range,
-    kvm_tdp_mmu_zap_all,
-    kvm_tdp_mmu_zap_invalidated_roots,
-    kvm_tdp_mmu_zap_leafs,
-)
-from emulator.kvm.tdp_roots import kvm_tdp_mmu_invalidate_roots
-from emulator.kvm.tdp_slot import (
+from emulator.kvm.mmu.tdp_dirty import (
     kvm_tdp_mmu_clear_dirty_pt_masked,
     kvm_tdp_mmu_recover_huge_pages,
     kvm_tdp_mmu_try_split_huge_pages,
     kvm_tdp_mmu_write_protect_gfn,
     kvm_tdp_mmu_wrprot_slot,
 )
+from emulator.kvm.mmu.tdp_mmu import (
+    kvm_tdp_mmu_age_gfn_range,
+    kvm_tdp_mmu_unmap_gfn_range,
+    kvm_tdp_mmu_zap_all,
+    kvm_tdp_mmu_zap_invalidated_roots,
+    kvm_tdp_mmu_zap_leafs,
+)
+from emulator.kvm.mmu.tdp_roots import kvm_tdp_mmu_invalidate_roots
+from emulator.kvm.structs import Kvm, KvmMemorySlot
 from emulator.kvm.virt.requests import (
     flush_elided,
     kvm_flush_remote_tlbs_memslot,

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from emulator.kvm.host_work import host_works
 from emulator.kvm.kvm_host import KVM_MAX_HUGEPAGE_LEVEL, PG_LEVEL_4K, kvm_pages_per_hpage
-from emulator.kvm.spte import (
+from emulator.kvm.mmu.spte import (
     PT_WRITABLE_MASK,
     PfnAndRights,
     is_access_track_spte,
@@ -17,8 +17,7 @@ from emulator.kvm.spte import (
     is_shadow_present_pte,
     restore_acc_track_spte,
 )
-from emulator.kvm.structs import Kvm, KvmMemorySlot, Vcpu
-from emulator.kvm.tdp_map import (
+from emulator.kvm.mmu.tdp_map import (
     EFAULT,
     ENOMEM,
     RET_PF_CONTINUE,
@@ -34,6 +33,7 @@ from emulator.kvm.tdp_map import (
     tdp_entry,
     tdp_mmu_set_spte_atomic,
 )
+from emulator.kvm.structs import Kvm, KvmMemorySlot, Vcpu
 from emulator.kvm.virt.requests import gfn_to_memslot, mark_page_dirty_in_slot
 from emulator.machine.runtime import FAULT_AROUND_MAX, Cpu, OutOfFrames, rcu_read_lock
 from native import lib

@@ -10,9 +10,9 @@ from __future__ import annotations
 from typing import Final
 
 from emulator.kvm.kvm_host import kvm_pages_per_hpage
-from emulator.kvm.spte import FROZEN_SPTE, is_last_spte
+from emulator.kvm.mmu.spte import FROZEN_SPTE, is_last_spte
+from emulator.kvm.mmu.tdp_iter import Entry
 from emulator.kvm.structs import Kvm
-from emulator.kvm.tdp_iter import Entry
 from emulator.kvm.virt.requests import kvm_flush_remote_tlbs_range
 from emulator.machine.runtime import Cpu, cpu_relax, rcu_enter, rcu_leave
 from native import ffi, lib

@@ -5,22 +5,22 @@ from __future__ import annotations
 from collections.abc import Iterable
 
 from emulator.kvm.kvm_host import PG_LEVEL_1G, PG_LEVEL_2M, PG_LEVEL_4K
-from emulator.kvm.structs import Kvm, KvmMemorySlot, KvmMmuPage
-from emulator.kvm.tdp_iter import TdpIter, tdp_mmu_iter_cond_resched
-from emulator.kvm.tdp_remove import (
+from emulator.kvm.mmu.tdp_iter import TdpIter, tdp_mmu_iter_cond_resched
+from emulator.kvm.mmu.tdp_remove import (
     handle_disconnected_sps,
     handle_removed_pt,
     sets_pfn,
     tables_need_a_flush,
     tdp_mmu_zap_frozen,
 )
-from emulator.kvm.tdp_roots import (
+from emulator.kvm.mmu.tdp_roots import (
     KVM_ALL_ROOTS,
     KVM_VALID_ROOTS,
     flush_workqueue,
     for_each_tdp_mmu_root_yield_safe,
     kvm_tdp_mmu_put_root,
 )
+from emulator.kvm.structs import Kvm, KvmMemorySlot, KvmMmuPage
 from emulator.kvm.virt.requests import flush_elided, kvm_flush_remote_tlbs
 from emulator.machine.runtime import WRITE, Cpu, rcu_read_lock
 from native import lib

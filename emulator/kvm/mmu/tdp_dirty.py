@@ -6,8 +6,8 @@ Write-protecting and splitting do not flush here; the callers flush once, before
 from __future__ import annotations
 
 from emulator.kvm.kvm_host import kvm_pages_per_hpage
-from emulator.kvm.page_fault import huge_custody, kvm_mmu_max_mapping_level
-from emulator.kvm.spte import (
+from emulator.kvm.mmu.page_fault import huge_custody, kvm_mmu_max_mapping_level
+from emulator.kvm.mmu.spte import (
     PT_PAGE_SIZE_MASK,
     PT_WRITABLE_MASK,
     SHADOW_MMU_WRITABLE_MASK,
@@ -15,16 +15,16 @@ from emulator.kvm.spte import (
     is_shadow_present_pte,
     spte_to_child_pt,
 )
-from emulator.kvm.structs import Kvm, KvmMemorySlot, KvmMmuPage
-from emulator.kvm.tdp_iter import Entry, TdpIter, tdp_mmu_iter_cond_resched
-from emulator.kvm.tdp_map import tdp_entry, tdp_mmu_set_spte_atomic, tdp_mmu_split_huge_page
-from emulator.kvm.tdp_remove import (
+from emulator.kvm.mmu.tdp_iter import Entry, TdpIter, tdp_mmu_iter_cond_resched
+from emulator.kvm.mmu.tdp_map import tdp_entry, tdp_mmu_set_spte_atomic, tdp_mmu_split_huge_page
+from emulator.kvm.mmu.tdp_remove import (
     handle_disconnected_sps,
     tables_need_a_flush,
     tdp_mmu_set_spte,
     tdp_mmu_zap_spte_atomic,
 )
-from emulator.kvm.tdp_roots import KVM_VALID_ROOTS, for_each_tdp_mmu_root_yield_safe
+from emulator.kvm.mmu.tdp_roots import KVM_VALID_ROOTS, for_each_tdp_mmu_root_yield_safe
+from emulator.kvm.structs import Kvm, KvmMemorySlot, KvmMmuPage
 from emulator.kvm.virt.requests import flush_elided, kvm_flush_remote_tlbs_memslot
 from emulator.machine.runtime import READ, WRITE, Cpu, OutOfFrames, rcu_read_lock
 from native import lib

@@ -1,0 +1,1 @@
+"""arch/x86/kvm/mmu: roots, faults, and the TDP MMU."""
