@@ -41,7 +41,7 @@ from emulator.kvm.smm import emulator_leave_smm, enter_smm, process_smi
 from emulator.kvm.structs import Vcpu
 from emulator.kvm.virt.requests import kvm_check_request, kvm_test_request
 from emulator.kvm.virt.vcpu import vcpu_load, vcpu_put
-from emulator.kvm.vmx import (
+from emulator.kvm.vmx.vmx import (
     vmx_flush_tlb_all,
     vmx_flush_tlb_before_entry,
     vmx_flush_tlb_current,

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from emulator.kvm.host_work import vcpus_went_on
 from emulator.kvm.structs import Vcpu
-from emulator.kvm.vmx import request_tlb_flush, vmx_vcpu_load_vmcs
+from emulator.kvm.vmx.vmx import request_tlb_flush, vmx_vcpu_load_vmcs
 from emulator.machine.runtime import Cpu
 from native import lib
 

@@ -9,7 +9,7 @@ from emulator.kvm.mmu.tdp_mmu import kvm_tdp_mmu_zap_invalidated_roots
 from emulator.kvm.mmu.tdp_roots import kvm_tdp_mmu_invalidate_roots
 from emulator.kvm.structs import Kvm, KvmParams, Vcpu
 from emulator.kvm.virt.requests import kvm_make_request
-from emulator.kvm.vmx import allocate_vpid, vmx_vcpu_free
+from emulator.kvm.vmx.vmx import allocate_vpid, vmx_vcpu_free
 from emulator.machine.runtime import Cpu
 from emulator.policy import Policy
 from native import lib

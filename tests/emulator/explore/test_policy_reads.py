@@ -443,7 +443,7 @@ CLOCK = "from time import monotonic"
         (
             "False",
             "from emulator.kvm import vmx; vmx.migration_vpid = lambda cpu, vcpu: None",
-            "mine.py:3: changes emulator.kvm.vmx.migration_vpid",
+            "mine.py:3: changes emulator.kvm.vmx.vmx.migration_vpid",
         ),
     ],
     ids=[

@@ -22,7 +22,7 @@ from emulator.kvm.mmu.roots import (
 from emulator.kvm.mmu.tdp_roots import flush_workqueue, kvm_tdp_mmu_alloc_root, kvm_tdp_mmu_put_root
 from emulator.kvm.structs import Kvm, KvmMmu, KvmMmuPage, KvmMmuPageRole
 from emulator.kvm.virt.requests import kvm_test_request
-from emulator.kvm.vmx import (
+from emulator.kvm.vmx.vmx import (
     INVALID_EPTP,
     construct_eptp,
     vmx_flush_tlb_current,

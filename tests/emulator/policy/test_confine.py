@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-import emulator.kvm.vmx as vmx
+import emulator.kvm.vmx.vmx as vmx
 import emulator.kvm.x86 as x86
 from emulator.cli.main import main
 from emulator.policy import UserPolicyError, load_user_policy
@@ -19,10 +19,10 @@ class Mine(Policy):
         return super().zap_scope(cpu, kvm)
 """
 # vmx_flush_tlb_all() that does nothing, as a name where it is called, and in place.
-BY_NAME = "import emulator.kvm.vmx as vmx\nvmx.vmx_flush_tlb_all = lambda cpu, vcpu, reason: None\n"
+BY_NAME = "import emulator.kvm.vmx.vmx as vmx\nvmx.vmx_flush_tlb_all = lambda cpu, vcpu, reason: None\n"
 BY_IMPORT = "import emulator.kvm.x86 as x\nx.vmx_flush_tlb_all = lambda cpu, vcpu, reason: None\n"
 IN_PLACE = """
-import emulator.kvm.vmx as vmx
+import emulator.kvm.vmx.vmx as vmx
 vmx.vmx_flush_tlb_all.__code__ = (lambda cpu, vcpu, reason: None).__code__
 """
 BUGS = {"name": BY_NAME + BY_IMPORT, "code": IN_PLACE}
@@ -88,7 +88,7 @@ def test_changes_are_in_place_while_a_machine_runs_only(bug: str, tmp_path: Path
 
 def test_a_new_name_goes_as_well(tmp_path: Path) -> None:
     policy = load_user_policy(
-        written(tmp_path, f"import emulator.kvm.vmx\nemulator.kvm.vmx.mine = 1\n{CLASS}")
+        written(tmp_path, f"import emulator.kvm.vmx.vmx\nemulator.kvm.vmx.mine = 1\n{CLASS}")
     )
     assert not hasattr(vmx, "mine")
     with policy.confined():

@@ -1,0 +1,1 @@
+"""arch/x86/kvm/vmx: what Intel's hardware asks for."""
