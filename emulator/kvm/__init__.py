@@ -2,7 +2,8 @@
 
 Every function takes the acting `Cpu` first and is named as in Linux 7.3.  Other packages call:
 
-    kvm_main    kvm_create_vm(cpu, gfns, policy, params) -> Kvm; kvm_destroy_vm(cpu, kvm)
+    virt/kvm_main
+                kvm_create_vm(cpu, gfns, policy, params) -> Kvm; kvm_destroy_vm(cpu, kvm)
                 kvm_vm_ioctl_create_vcpu(cpu, kvm) -> Vcpu
                 kvm_set_memory_region(cpu, kvm, slot_id, base_gfn, npages, userspace_addr, flags=0):
                 npages 0 deletes, other flags arm or disarm dirty logging
@@ -16,14 +17,19 @@ Every function takes the acting `Cpu` first and is named as in Linux 7.3.  Other
                 kvm_sched_in(cpu, vcpu), kvm_sched_out(cpu, vcpu)
     x86         vcpu_run(vcpu): generator, see there
     smm         kvm_inject_smi(cpu, vcpu); SMM's slots are those of kvm_set_memory_region(..., as_id=1)
-    mmu         kvm_zap_gfn_range(cpu, kvm, start, end)
+    mmu/mmu     kvm_zap_gfn_range(cpu, kvm, start, end)
 
-Files: virt/kvm/kvm_main.c is requests.py (requests, kicks, remote flushes), vcpu.py, vm.py,
-memslots.py, mmu_notifier.py and dirty_log.py; arch/x86/kvm/mmu/mmu.c is mmu.py (zaps, dirty logging),
-roots.py (roles, loading, the cache of previous roots) and page_fault.py; tdp_mmu.c is tdp_roots.py (the life
-of roots), tdp_mmu.py (zaps), tdp_remove.py (removed tables), tdp_map.py (faults) and tdp_slot.py (dirty
-logging, splitting, recovery); regs.c and smm.c have their own names.  root_tracking.py records per root which
-pCPUs have flushed it, which no kernel does yet.
+Folders are the kernel's:
+
+    virt/   virt/kvm: requests.py (kvm_main.c: requests, kicks, remote flushes), vcpu.py, vm.py, memslots.py,
+            mmu_notifier.py, dirty_log.py; kvm_main.py is what other packages call
+    mmu/    arch/x86/kvm/mmu: mmu.py (zaps, dirty logging), roots.py (roles, loading, the cache of previous
+            roots) and page_fault.py are mmu.c; tdp_roots.py (the life of roots), tdp_mmu.py (zaps),
+            tdp_remove.py (removed tables), tdp_map.py (faults) and tdp_dirty.py (dirty logging, splitting,
+            recovery) are tdp_mmu.c; root_tracking.py records per root which pCPUs have flushed it, which no
+            kernel does yet
+    vmx/    arch/x86/kvm/vmx
+    .       the rest of arch/x86/kvm: x86.py, regs.py, smm.py, reset.py (lapic.c)
 """
 
 from __future__ import annotations

@@ -228,7 +228,7 @@ def collected(execute: Callable[[], T], refuse: Refuse, *, others: bool) -> tupl
 def load_patchable() -> None:
     """Import the modules that a file may change, so that their original contents are known."""
     package = importlib.import_module(_PATCHABLE)
-    for module in pkgutil.iter_modules(package.__path__, f"{_PATCHABLE}."):
+    for module in pkgutil.walk_packages(package.__path__, f"{_PATCHABLE}."):
         importlib.import_module(module.name)
 
 
