@@ -88,7 +88,7 @@ def test_changes_are_in_place_while_a_machine_runs_only(bug: str, tmp_path: Path
 
 def test_a_new_name_goes_as_well(tmp_path: Path) -> None:
     policy = load_user_policy(
-        written(tmp_path, f"import emulator.kvm.vmx.vmx\nemulator.kvm.vmx.mine = 1\n{CLASS}")
+        written(tmp_path, f"import emulator.kvm.vmx.vmx\nemulator.kvm.vmx.vmx.mine = 1\n{CLASS}")
     )
     assert not hasattr(vmx, "mine")
     with policy.confined():
@@ -123,7 +123,7 @@ def test_a_change_when_asked_is_told(tmp_path: Path) -> None:
     before = vmx.vmx_flush_tlb_all
     with (
         pytest.raises(
-            UserPolicyError, match=r"changes emulator\.kvm\.vmx\.vmx_flush_tlb_all when it is asked"
+            UserPolicyError, match=r"changes emulator\.kvm\.vmx\.vmx\.vmx_flush_tlb_all when it is asked"
         ),
         policy.confined(),
     ):
