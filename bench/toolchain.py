@@ -65,7 +65,7 @@ class Toolchain:
 
     def _link(self, program: str) -> None:
         if not self._core:
-            sources = [source for source in sorted(CORE.glob("*.c")) if not source.name.startswith("_")]
+            sources = sorted(CORE.glob("*/*.c"))
             with ThreadPoolExecutor(os.cpu_count()) as pool:
                 self._core = list(pool.map(self._compile, sources))
         # Rename last, so that a half-written program is never taken for a complete one.
@@ -74,7 +74,7 @@ class Toolchain:
         unfinished.rename(self._directory / program)
 
     def _compile(self, source: Path) -> Path:
-        output = self._directory / f"{source.stem}.o"
+        output = self._directory / f"{source.parent.name}-{source.stem}.o"
         self._call(*FLAGS, "-c", source, "-o", output)
         return output
 

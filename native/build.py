@@ -1,8 +1,9 @@
 """Build `native._native`, the C core, with cffi in API mode.
 
 `pip install` reaches `BuildExt` through pyproject.toml; `python -m native.build` builds in place for
-development.  Python sees the declarations between `/* api */` and `/* end api */` in the headers of this
-directory; a second list, which could contradict them, does not exist.
+development.  Python sees the declarations between `/* api */` and `/* end api */` in the headers; a second
+list, which could contradict them, does not exist.  C files and headers stand in folders here, and an #include
+names the folder: `#include "core/heap.h"`.
 
 Environment:
     FLUSHLAB_SANITIZE=thread|address   instrument the core (address includes undefined behaviour)
@@ -57,14 +58,14 @@ def headers() -> list[Path]:
                 visit(HERE / name)
         ordered.append(header)
 
-    for header in sorted(HERE.glob("*.h")):
+    for header in sorted(HERE.glob("*/*.h")):
         visit(header)
     return ordered
 
 
 def sources() -> list[Path]:
-    """Return the C files of the core, without cffi's output and the C tests' main programs."""
-    return [path for path in sorted(HERE.glob("*.c")) if not path.name.startswith(("_", "test_"))]
+    """Return the C files of the core."""
+    return sorted(HERE.glob("*/*.c"))
 
 
 def declarations() -> str:
@@ -93,7 +94,7 @@ def ffibuilder() -> FFI:
     ffi = FFI()
     ffi.cdef(declarations())
     public = (header for header in headers() if _API.search(header.read_text()))
-    includes = "".join(f'#include "{header.name}"\n' for header in public)
+    includes = "".join(f'#include "{header.relative_to(HERE)}"\n' for header in public)
     ffi.set_source(MODULE, includes + _PRELUDE_END)
     return ffi
 
@@ -115,8 +116,8 @@ class BuildExt(build_ext):
         # Paths relative to the project: distutils puts objects under build_temp by relative path, and
         # sdist puts the listed files into the archive.
         here = HERE.relative_to(Path.cwd()) if HERE.is_relative_to(Path.cwd()) else HERE
-        extension.sources = [str(here / path.name) for path in sources()]
-        extension.depends = [str(here / path.name) for path in headers()]
+        extension.sources = [str(here / path.relative_to(HERE)) for path in sources()]
+        extension.depends = [str(here / path.relative_to(HERE)) for path in headers()]
         extension.include_dirs = [str(here)]
         extension.extra_compile_args = compile_flags()
         extension.extra_link_args = ["-pthread", *_sanitizer_flags()]

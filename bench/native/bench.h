@@ -16,14 +16,14 @@
 #include <time.h>
 #include <unistd.h>
 
-#include "ept_map.h"
-#include "flush.h"
-#include "frame.h"
-#include "guest.h"
-#include "ipi.h"
-#include "mm.h"
-#include "oracle.h"
-#include "vm.h"
+#include "ept/ept_map.h"
+#include "vm/flush.h"
+#include "memory/frame.h"
+#include "guest/guest.h"
+#include "sync/ipi.h"
+#include "memory/mm.h"
+#include "oracle/oracle.h"
+#include "vm/vm.h"
 
 #define REQUIRE(condition)                                                                        \
 	do {                                                                                      \

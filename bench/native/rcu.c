@@ -6,7 +6,7 @@
  */
 #include "bench.h"
 
-#include "rcu.h"
+#include "sync/rcu.h"
 
 enum { SECTIONS = 1 << 20, READER = 1, THREAD = 2, KEPT = 256, NODE_BYTES = 32 };
 

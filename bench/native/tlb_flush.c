@@ -8,7 +8,7 @@
  */
 #include "bench.h"
 
-#include "tlb.h"
+#include "tlb/tlb.h"
 
 enum { ROUNDS = 301, OTHERS = 64, OWN_VPID = 1, OWN_ROOT = 1000, OWN = 512, FIRST = 1000, DECADES = 6 };
 

@@ -12,7 +12,7 @@
 #include <emmintrin.h>
 #endif
 
-#include "tlb_internal.h"
+#include "tlb/tlb_internal.h"
 
 enum { RECORDS = 1 << 16, FRAMES = 256, LOOPS = 100 };
 

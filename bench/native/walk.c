@@ -7,7 +7,7 @@
  */
 #include "bench.h"
 
-#include "guest_state.h"
+#include "guest/guest_state.h"
 
 enum { PAGES = 16384, RECORDS = 1 << 20 };
 

@@ -95,7 +95,7 @@ def report_lost(cpu: Cpu, kvm: Kvm, difference: Difference) -> None:
 
 
 def _name_writer(cpu: Cpu, kvm: Kvm, value: int, report: ViolationReportPtr) -> None:
-    """Find the writing vCPU by the stored value, which is its clock (native/guest.h).
+    """Find the writing vCPU by the stored value, which is its clock (native/guest/guest.h).
 
     A value that no vCPU can have stored, such as flags in a page table, has an unknown writer.
     """

@@ -1,9 +1,9 @@
 """A VMM's address space under the host: reclaim, MADV_DONTNEED, mprotect, page migration, khugepaged.
 
 Each operation brackets its change with KVM's mmu_notifier and takes the locks that Linux takes around that
-bracket, and no others.  Most take them shared; the page-table lock (native/mm_internal.h), which makes the
-change itself atomic, is taken within the bracket.  So several invalidations of one page can be in progress at
-a time, and the later ones find nothing left to zap or to free.
+bracket, and no others.  Most take them shared; the page-table lock (native/memory/mm_internal.h), which makes
+the change itself atomic, is taken within the bracket.  So several invalidations of one page can be in
+progress at a time, and the later ones find nothing left to zap or to free.
 """
 
 from __future__ import annotations

@@ -125,7 +125,7 @@ class KvmMmuPage:
 class RootTracking:
     """The record of which pCPUs have flushed one root, from the root's allocation until its page is freed.
 
-    All CPUs share it without a lock: only native single steps touch it (native/bitops.h).
+    All CPUs share it without a lock: only native single steps touch it (native/core/bitops.h).
     cpu_flushed_mask: pCPUs that have flushed the root; cpu_clean_mask: pCPUs that have flushed it since the
     last remote flush, which clears the mask.  tlb_gen: remote flushes of the root so far, counted from 1;
     cpu_tlb_gen[i]: the value of tlb_gen when pCPU i last flushed the root, 0 if never.

@@ -1,4 +1,4 @@
-"""Stretches of a litmus test's guest operations as guest programs (native/program.h)."""
+"""Stretches of a litmus test's guest operations as guest programs (native/guest/program.h)."""
 
 from __future__ import annotations
 

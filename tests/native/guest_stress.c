@@ -7,12 +7,12 @@
  */
 #include "harness.h"
 
-#include "ept_map.h"
-#include "flush.h"
-#include "frame.h"
-#include "guest.h"
-#include "mm.h"
-#include "oracle.h"
+#include "ept/ept_map.h"
+#include "vm/flush.h"
+#include "memory/frame.h"
+#include "guest/guest.h"
+#include "memory/mm.h"
+#include "oracle/oracle.h"
 
 enum { GFNS = 512, PAGES = 128, RECORDS = 4096, REQUEST_FLUSH = 0 };
 

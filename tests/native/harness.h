@@ -11,10 +11,10 @@
 #include <stdlib.h>
 #include <unistd.h>
 
-#include "ipi.h"
-#include "mmu_lock.h"
-#include "rcu.h"
-#include "vm.h"
+#include "sync/ipi.h"
+#include "sync/mmu_lock.h"
+#include "sync/rcu.h"
+#include "vm/vm.h"
 
 #define CHECK(condition)                                                                           \
 	do {                                                                                       \

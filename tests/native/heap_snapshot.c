@@ -8,7 +8,7 @@
 #include <sys/syscall.h>
 #include <sys/wait.h>
 
-#include "heap.h"
+#include "core/heap.h"
 
 enum { BYTES = 8 << 20, BLOCKS = 200, PAGE = 4096 };
 

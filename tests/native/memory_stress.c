@@ -2,9 +2,9 @@
  * custody that a fault takes belongs to the frame that it takes. */
 #include <string.h>
 
-#include "frame.h"
+#include "memory/frame.h"
 #include "harness.h"
-#include "mm.h"
+#include "memory/mm.h"
 
 enum { THREADS = 4, REGIONS = 2, PAGES = REGIONS * BLOCK_FRAMES, HELD = 24, NO_FRAME = 0xffffffff };
 

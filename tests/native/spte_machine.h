@@ -2,9 +2,9 @@
 #ifndef FLUSHLAB_SPTE_MACHINE_H
 #define FLUSHLAB_SPTE_MACHINE_H
 
-#include "ept.h"
+#include "ept/ept.h"
 #include "harness.h"
-#include "oracle.h"
+#include "oracle/oracle.h"
 
 enum { PAGES = 512, NARROW = 16, THREADS = 4 };
 

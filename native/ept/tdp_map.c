@@ -1,0 +1,80 @@
+/* Many SPTEs of one table at once: splitting a huge page, and mapping around a fault.  See ept.h. */
+#include "core/counters.h"
+#include "sync/cpu.h"
+#include "ept/spte.h"
+#include "vm/vm.h"
+
+enum { NO_FRAME = 0xffffffff };
+
+int64_t tdp_mmu_make_split_table(struct machine *m, uint32_t cpu, uint64_t huge_spte, uint32_t level)
+{
+	uint64_t child = huge_spte, step = kvm_pages_per_hpage(level - 1);
+	bool single = level - 1 == PG_LEVEL_4K;
+	int64_t table;
+
+	if (level <= PG_LEVEL_4K || !is_last_spte(huge_spte, level))
+		return MACHINE_MISUSE;
+	table = ept_table_alloc(m, cpu, FRAME_TABLE);
+	if (table < 0)
+		return table;
+	if (single)
+		child &= ~((uint64_t)SPTE_PAGE_SIZE | (uint64_t)FRAME_TAG_MASK << SPTE_CUSTODY_SHIFT);
+	/* Relaxed: the page is invisible until it is linked, with release. */
+	for (uint32_t i = 0; i < FRAME_WORDS; i++, child += step << SPTE_HFN_SHIFT) {
+		uint64_t custody = single ? frame_custody_of_one(m->frames, spte_hfn(child),
+								 spte_leaf_custody(huge_spte, level)) : 0;
+
+		atomic_store_explicit(&ept_table(m, (uint32_t)table)[i], child | custody << SPTE_CUSTODY_SHIFT,
+				      memory_order_relaxed);
+	}
+	return table;
+}
+
+/* spte_try_change() from nothing to a 4K leaf, without its checks. */
+static inline bool install(struct machine *m, struct ledger_cursor *c, _Atomic uint64_t *sptep, uint64_t gfn,
+			   uint64_t spte)
+{
+	uint32_t hfn = spte_hfn(spte);
+	uint64_t old = 0;
+
+	/* Only into empty entries: frozen SPTEs and mappings of another fault are not touched. */
+	if (atomic_load_explicit(sptep, memory_order_relaxed))
+		return false;
+	ledger_grant_one(c, gfn, hfn, spte_custody(spte) == frame_host_tag(m->frames, hfn), spte & SPTE_WRITABLE);
+	/* Orders as in spte_try_change(). */
+	if (atomic_compare_exchange_strong_explicit(sptep, &old, spte, memory_order_acq_rel, memory_order_relaxed))
+		return true;
+	spte_ungrant_at(c, m->frames, gfn, spte, PG_LEVEL_4K, true, spte & SPTE_WRITABLE);
+	return false;
+}
+
+int tdp_mmu_map_around(struct machine *m, uint32_t cpu, uint32_t vm, uint32_t table, uint64_t gfn, uint32_t n,
+		       const uint32_t *hfns, const uint32_t *tags, const uint32_t *writable)
+{
+	_Atomic uint64_t *sptep = ept_table(m, table) + spte_index(gfn, PG_LEVEL_4K);
+	uint32_t room = FRAME_WORDS - spte_index(gfn, PG_LEVEL_4K);
+	struct ledger_cursor c = ledger_cursor(m, vm);
+	/* All bits of an SPTE but frame and custody, by `writable`. */
+	const uint64_t bits[2] = { make_spte(0, 0, PG_LEVEL_4K, 0, 0), make_spte(0, 0, PG_LEVEL_4K, 1, 1) };
+	uint32_t first = 0, mapped = 0;
+
+	if (n > room)
+		n = room;
+	if (gfn + n > m->vms[vm].gfns)
+		n = gfn < m->vms[vm].gfns ? (uint32_t)(m->vms[vm].gfns - gfn) : 0;
+	for (uint32_t i = 0; i < n; i++) {
+		uint64_t spte = bits[writable[i] != 0] | (uint64_t)hfns[i] << SPTE_HFN_SHIFT |
+				(uint64_t)(tags[i] & FRAME_TAG_MASK) << SPTE_CUSTODY_SHIFT;
+
+		if (hfns[i] == NO_FRAME || !install(m, &c, &sptep[i], gfn + i, spte))
+			continue;
+		if (!mapped++)
+			first = i;
+	}
+	ledger_release(&c);
+	if (mapped) {
+		count(m->cpus[cpu].counters, COUNT_SPTES_MAPPED, mapped);
+		event_record_more(m, cpu, event_of(vm, EVENT_MAP), gfn + first, hfns[first], n - first);
+	}
+	return (int)mapped;
+}

@@ -1,0 +1,25 @@
+/* Guest accesses: a trace's records, as long as each needs nothing but memory.  Each takes one interrupt poll,
+ * one TLB look-up and one custody check. */
+#ifndef FLUSHLAB_ACCESS_H
+#define FLUSHLAB_ACCESS_H
+
+#include "walk/walk.h"
+
+/* The accesses of one entry into guest mode. */
+struct accesses {
+	uint64_t polls, lookups, checks, l1_misses;
+	/* Read by the loop over records; kept in memory, since not all of it fits into registers. */
+	const _Atomic uint32_t *attention;
+	const _Atomic uint16_t *tag;
+	uint8_t *memory;
+	uint64_t clock; /* guest's clock at record *p, less p / 8 */
+};
+
+void accesses_begin(struct accesses *a, struct walk *w);
+/* Do up to `n` records, as far as possible: WALK_DONE, also if attention is set, or the reason why the next
+ * record cannot be done.  *done: the number of records done. */
+enum walk_result accesses_run(struct accesses *a, struct walk *w, const uint64_t *records, uint64_t n, uint64_t *done);
+/* Do one record, even if attention is set. */
+enum walk_result accesses_one(struct walk *w, uint64_t record);
+
+#endif

@@ -1,0 +1,198 @@
+/* The guest's configuration, processes and records.  See guest.h. */
+#include <string.h>
+
+#include "memory/frame.h"
+#include "guest/guest_os.h"
+#include "core/heap.h"
+#include "guest/program.h"
+#include "vm/vm.h"
+
+enum { EVENT_SPREAD = 8 };
+
+uint64_t guest_random(struct guest *g)
+{
+	/* xorshift64 (Marsaglia 2003); the state is never 0. */
+	g->random ^= g->random << 13;
+	g->random ^= g->random >> 7;
+	g->random ^= g->random << 17;
+	return g->random >> 11;
+}
+
+int guest_create(struct machine *m, struct vcpu *vcpu)
+{
+	struct guest *g = heap_zalloc(m->heap, 1, sizeof(*g));
+
+	if (!g)
+		return MACHINE_NOMEM;
+	g->skip_gfn = GUEST_NO_GFN;
+	g->kernel_pdpt = GUEST_NO_GFN;
+	for (uint32_t i = 0; i < GUEST_KERNEL_PAGES; i++)
+		g->kernel[i].gfn = (uint32_t)GUEST_NO_GFN;
+	for (uint32_t i = 0; i < GUEST_EVENTS; i++)
+		g->due[i] = UINT64_MAX;
+	g->random = 1;
+	g->clock = (uint64_t)vcpu->id << GUEST_CLOCK_VCPU | 1;
+	vcpu->guest = g;
+	return 0;
+}
+
+void guest_destroy(struct machine *m, struct vcpu *vcpu)
+{
+	struct guest *g = vcpu->guest;
+
+	if (!g)
+		return;
+	for (uint32_t i = 0; i < g->processes; i++)
+		heap_free(m->heap, g->process[i].page);
+	guest_memory_destroy(m, g);
+	program_destroy(m, g);
+	heap_free(m->heap, g);
+	vcpu->guest = NULL;
+}
+
+static uint32_t interval(const struct guest *g, enum guest_event event)
+{
+	switch (event) {
+	case GUEST_SWITCH:
+		return g->config.switch_every;
+	case GUEST_UNMAP:
+		return g->config.unmap_every;
+	case GUEST_PROTECT:
+		return g->config.protect_every;
+	default:
+		return g->config.halt_every;
+	}
+}
+
+/* Set the next time, an eighth more or less than the interval, so that events drift against each other. */
+void os_schedule(struct guest *g, enum guest_event event)
+{
+	uint64_t every = interval(g, event), spread = every / EVENT_SPREAD;
+
+	g->due[event] = every ? g->clock + every - spread / 2 + (spread ? guest_random(g) % spread : 0)
+			      : UINT64_MAX;
+}
+
+uint64_t os_next_event(const struct guest *g)
+{
+	uint64_t next = UINT64_MAX;
+
+	for (uint32_t i = 0; i < GUEST_EVENTS; i++)
+		next = g->due[i] < next ? g->due[i] : next;
+	return next;
+}
+
+int guest_configure(struct machine *m, uint32_t vcpu, const struct guest_config *config)
+{
+	struct guest *g = m->vcpus[vcpu].guest;
+	int r;
+
+	guest_memory_destroy(m, g);
+	g->config = *config;
+	g->paged = config->paging;
+	g->random = config->seed * 0x9e3779b97f4a7c15 + 0x632be59bd9b4e019;
+	if (!g->random)
+		g->random = 1;
+	r = guest_memory_create(m, g);
+	if (r)
+		return r;
+	for (uint32_t i = 0; i < GUEST_EVENTS; i++)
+		os_schedule(g, (enum guest_event)i);
+	return 0;
+}
+
+int guest_add_process(struct machine *m, uint32_t vcpu, const uint64_t *records, uint64_t n,
+		      const uint64_t *pages, uint64_t n_pages)
+{
+	struct guest *g = m->vcpus[vcpu].guest;
+	struct guest_process *p = &g->process[g->processes];
+
+	if (g->processes == GUEST_PROCESSES)
+		return MACHINE_NOMEM;
+	memset(p, 0, sizeof(*p));
+	p->page = heap_zalloc(m->heap, n_pages + 1, sizeof(*p->page));
+	if (!p->page)
+		return MACHINE_NOMEM;
+	for (uint64_t i = 0; i < n_pages; i++)
+		p->page[i].gfn = (uint32_t)GUEST_NO_GFN;
+	p->records = records;
+	p->record_count = n;
+	p->pages = pages;
+	p->page_count = n_pages;
+	p->cr3_gfn = GUEST_NO_GFN;
+	p->pcid = g->config.pcid ? (uint16_t)(g->processes + 1) : 0;
+	/* Processes that replay one trace are not in step. */
+	p->position = n ? guest_random(g) % n : 0;
+	g->processes++;
+	return 0;
+}
+
+struct guest_page *guest_page_find(const struct guest *g, uint32_t process, uint64_t page)
+{
+	const struct guest_process *p = &g->process[process];
+	uint64_t low = 0, high = p->page_count;
+
+	if (page >= GUEST_KERNEL_BASE)
+		return page - GUEST_KERNEL_BASE < GUEST_KERNEL_PAGES ?
+			       (struct guest_page *)&g->kernel[page - GUEST_KERNEL_BASE] : NULL;
+	while (low < high) {
+		uint64_t middle = (low + high) / 2;
+
+		if (p->pages[middle] < page)
+			low = middle + 1;
+		else
+			high = middle;
+	}
+	return low < p->page_count && p->pages[low] == page ? &p->page[low] : NULL;
+}
+
+static uint32_t process_of(const struct guest *g, uint32_t pcid)
+{
+	return g->config.pcid && pcid && pcid <= g->processes ? pcid - 1 : g->current;
+}
+
+bool guest_invalidated(const struct vcpu *vcpu, const struct tlb_entry *entry, uint64_t page, uint32_t type)
+{
+	const struct guest *g = vcpu->guest;
+	const struct guest_page *gp;
+
+	if (entry->kind != KIND_COMBINED || entry->vcpu != vcpu->id || !g || !g->processes)
+		return false;
+	gp = guest_page_find(g, process_of(g, entry->pcid), page);
+	if (!gp)
+		return false;
+	if (gp->changed > entry->clock && gp->gfn != entry->gfn + (page - entry->page))
+		return true;
+	return type == ACCESS_WRITE && gp->protected_ > entry->clock && !gp->writable;
+}
+
+void vcpu_set_eptp(struct machine *m, uint32_t vcpu, uint32_t root, uint32_t root_level)
+{
+	struct guest *g = m->vcpus[vcpu].guest;
+
+	g->root = root;
+	g->root_level = root_level;
+	g->life = frame_tag(m->frames, root);
+}
+
+void guest_skip(struct machine *m, uint32_t vcpu)
+{
+	struct guest *g = m->vcpus[vcpu].guest;
+
+	g->skip_gfn = g->last_violation;
+}
+
+uint64_t guest_frames_used(struct machine *m, uint32_t vcpu)
+{
+	const struct guest *g = m->vcpus[vcpu].guest;
+	uint64_t n = 0;
+
+	for (uint64_t i = 0; g->users && i < g->config.end_gfn - g->config.first_gfn; i++)
+		n += g->users[i] != 0;
+	return n;
+}
+
+uint64_t guest_clock(struct machine *m, uint32_t vcpu)
+{
+	return m->vcpus[vcpu].guest->clock;
+}

@@ -1,0 +1,54 @@
+/* The guest boots again: see guest_boot in guest.h. */
+#include "memory/frame.h"
+#include "guest/guest_os.h"
+#include "vm/vm.h"
+
+/* The reset has invalidated the translation: a vCPU that still has it cached must ask the oracle before using
+ * it. */
+static void lose(struct machine *m, struct vcpu *v, struct guest_page *gp)
+{
+	uint32_t gfn = gp->gfn;
+	struct ledger_entry e;
+
+	if (gfn == (uint32_t)GUEST_NO_GFN)
+		return;
+	gp->changed = v->guest->clock;
+	gp->gfn = (uint32_t)GUEST_NO_GFN;
+	gp->writable = gp->huge = 0;
+	if (gfn >= m->vms[v->vm].gfns)
+		return;
+	ledger_copy(m, v->vm, gfn, &e);
+	if (e.hfn < m->frames->count)
+		frame_tag_advance(m->frames, e.hfn);
+}
+
+static void lose_process(struct machine *m, struct vcpu *v, struct guest_process *p)
+{
+	for (uint64_t i = 0; i < p->page_count; i++)
+		lose(m, v, &p->page[i]);
+	p->hand = 0;
+	p->cr3_gfn = GUEST_NO_GFN;
+}
+
+void guest_boot(struct machine *m, uint32_t vcpu)
+{
+	struct vcpu *v = &m->vcpus[vcpu];
+	struct guest *g = v->guest;
+
+	g->halted_until = 0;
+	g->skip_gfn = GUEST_NO_GFN;
+	/* A program is not an OS that boots: its next operations decide. */
+	if (g->program)
+		return;
+	g->clock++;
+	for (uint32_t i = 0; i < g->processes; i++)
+		lose_process(m, v, &g->process[i]);
+	for (uint32_t i = 0; i < GUEST_KERNEL_PAGES; i++)
+		lose(m, v, &g->kernel[i]);
+	g->kernel_pdpt = GUEST_NO_GFN;
+	g->current = 0;
+	guest_memory_reset(g);
+	for (uint32_t i = 0; i < GUEST_EVENTS; i++)
+		os_schedule(g, (enum guest_event)i);
+	g->boot = g->paged ? GUEST_BOOT_CR4 : GUEST_BOOT_DONE;
+}

@@ -1,0 +1,40 @@
+/* Instructions of the guest that exit to KVM, and system-management mode.
+ *
+ * In SMM the guest runs without paging: it executes its SMI handler, which is a list of guest-physical accesses,
+ * once, and then RSM.  A guest without a handler executes RSM at once.
+ */
+#ifndef FLUSHLAB_GUEST_INSN_H
+#define FLUSHLAB_GUEST_INSN_H
+
+#include "core/machine.h"
+
+/* api */
+enum guest_insn {
+	GUEST_INSN_NONE,
+	GUEST_INSN_MOV_CR0,
+	GUEST_INSN_MOV_CR3,
+	GUEST_INSN_MOV_CR4,
+	GUEST_INSN_RSM,
+	GUEST_INSN_TOGGLE_PGE, /* no exit: CR4.PGE is the guest's own, and so is the flush */
+};
+
+/* Any thread: make the vCPU execute this instruction before its next access.  If it exits, the VM exit is
+ * EXIT_INSTRUCTION with the instruction in `access` and its operand in `linear`.  One at a time: MACHINE_AGAIN
+ * while an earlier instruction is pending. */
+int guest_execute(struct machine *m, uint32_t vcpu, uint32_t insn, uint64_t operand);
+/* Return whether the pending instruction has exited. */
+int guest_executed(struct machine *m, uint32_t vcpu);
+/* Set the SMI handler: records[n] as in guest_add_process, but with guest-physical addresses.  Before the vCPU
+ * runs. */
+void guest_set_smi_handler(struct machine *m, uint32_t vcpu, const uint64_t *records, uint64_t n);
+/* Called by the vCPU's thread, outside guest mode: SMM begins (no paging) or ends (paging as before it). */
+void vcpu_set_smm(struct machine *m, uint32_t vcpu, int on);
+/* Set or clear CR0.PG. */
+void vcpu_set_paging(struct machine *m, uint32_t vcpu, int on);
+/* end api */
+
+struct guest;
+/* In guest mode: take the instruction to exit with, or GUEST_INSN_NONE. */
+uint32_t guest_take_insn(struct guest *g, uint64_t *operand);
+
+#endif

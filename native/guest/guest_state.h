@@ -1,0 +1,115 @@
+/* Internals of the guest, shared by guest.c, guest_os.c, guest_pages.c, walk.c and run.c.  Owned by the thread
+ * of the pCPU on which the vCPU is loaded; handed over with the vCPU. */
+#ifndef FLUSHLAB_GUEST_STATE_H
+#define FLUSHLAB_GUEST_STATE_H
+
+#include "guest/guest.h"
+#include "guest/guest_insn.h"
+#include "oracle/oracle.h"
+
+enum {
+	GUEST_PROCESSES = 16,
+	GUEST_KERNEL_PAGES = 8,
+	GUEST_LEVELS = 4,
+};
+
+/* SDM vol. 3A, 4.5.4: entries of 4-level paging. */
+#define GPTE_PRESENT UINT64_C(1)
+#define GPTE_WRITABLE UINT64_C(2)
+#define GPTE_USER UINT64_C(4)
+#define GPTE_ACCESSED UINT64_C(0x20)
+#define GPTE_DIRTY UINT64_C(0x40)
+#define GPTE_PAGE_SIZE UINT64_C(0x80)
+#define GPTE_GLOBAL UINT64_C(0x100)
+#define GPTE_ADDRESS UINT64_C(0x000ffffffffff000)
+
+#define GUEST_PAGE_MASK ((UINT64_C(1) << 36) - 1)
+#define GUEST_KERNEL_BASE UINT64_C(0x800000000) /* page number of 0xffff800000000000, 36 bits */
+#define GUEST_NO_GFN UINT64_C(0xffffffff)
+
+/* The OS's record of one page of a process. */
+struct guest_page {
+	uint32_t gfn;         /* now mapped to; GUEST_NO_GFN: not mapped */
+	uint8_t writable;
+	uint8_t huge;         /* part of a 2 MiB guest page */
+	uint64_t changed;     /* clock of the last invalidated change of any kind */
+	uint64_t protected_;  /* clock of the last invalidated loss of write access */
+};
+
+struct guest_process {
+	const uint64_t *records;
+	uint64_t record_count;
+	uint64_t position;
+	const uint64_t *pages; /* sorted page numbers */
+	uint64_t page_count;
+	struct guest_page *page;
+	uint64_t hand;         /* where the search for the next page to unmap begins */
+	uint64_t cr3_gfn;      /* GUEST_NO_GFN until set up */
+	uint16_t pcid;
+};
+
+/* An event that the OS is in the middle of; each step can be repeated from its start. */
+enum guest_event { GUEST_SWITCH, GUEST_UNMAP, GUEST_PROTECT, GUEST_HALT, GUEST_EVENTS };
+
+/* The step that an OS that boots after a reset still has to do before it runs its processes. */
+enum guest_boot_step { GUEST_BOOT_DONE, GUEST_BOOT_CR4, GUEST_BOOT_CR0 };
+
+struct guest {
+	struct guest_config config;
+	struct guest_process process[GUEST_PROCESSES];
+	uint32_t processes;
+	uint32_t current;
+	uint64_t clock;        /* guest_clock(); only grows */
+	uint64_t due[GUEST_EVENTS]; /* clock at which the event is due; UINT64_MAX: never */
+	uint64_t random;
+	bool paged;            /* the OS is one that enables paging */
+	enum guest_boot_step boot;
+	uint64_t halted_until; /* monotonic ns: activity state HLT, without an exit, until then; 0: active */
+	/* guest-physical memory of this OS: stacks of free gfns, last in first out, and users of each page */
+	uint32_t *free_gfn;
+	uint64_t free_count;
+	uint32_t *free_block;  /* first gfns of free 2 MiB blocks */
+	uint64_t free_blocks;
+	uint32_t *free_mmio;   /* of the second slot */
+	uint64_t free_mmio_count;
+	uint16_t *users;       /* by gfn - first_gfn */
+	uint16_t *mmio_users;
+	/* kernel */
+	uint64_t kernel_pdpt;  /* gfn of the table shared by all processes */
+	struct guest_page kernel[GUEST_KERNEL_PAGES];
+	uint32_t kernel_next;
+	/* EPT_POINTER */
+	uint32_t root;
+	uint32_t root_level;
+	uint32_t life;         /* tag of the root page when it was loaded */
+	/* An instruction that exits (guest_insn.h), and SMM */
+	_Atomic uint32_t insn;
+	uint64_t insn_operand; /* released by insn */
+	struct guest_process smi_handler;
+	uint32_t smm;
+	uint32_t paging_outside_smm;
+	/* MMIO: an EPT violation at this gpa page counts as emulated by user space */
+	uint64_t skip_gfn;
+	uint64_t last_violation;
+	struct program *program; /* instead of processes' traces (program.h); NULL: none */
+};
+
+/* Return whether the guest changed the entry's mapping and invalidated it on this vCPU after the entry was
+ * filled, and has not restored that right since: GUEST_STALE. */
+bool guest_invalidated(const struct vcpu *vcpu, const struct tlb_entry *entry, uint64_t page, uint32_t type);
+
+/* Return the OS's record of a process's page, or NULL. */
+struct guest_page *guest_page_find(const struct guest *g, uint32_t process, uint64_t page);
+uint64_t guest_random(struct guest *g);
+
+/* Allocation of guest-physical memory (guest_pages.c). */
+int guest_memory_create(struct machine *m, struct guest *g);
+void guest_memory_destroy(struct machine *m, struct guest *g);
+/* Mark all memory free again. */
+void guest_memory_reset(struct guest *g);
+uint64_t guest_gfn_alloc(struct guest *g, bool mmio);
+uint64_t guest_block_alloc(struct guest *g);
+void guest_gfn_get(struct guest *g, uint64_t gfn);
+void guest_gfn_put(struct guest *g, uint64_t gfn);
+
+#endif

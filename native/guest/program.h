@@ -1,0 +1,68 @@
+/* Guest programs: for litmus tests, a vCPU can have a list of instructions instead of processes with traces.
+ *
+ * One operation is one step of the guest.  Page tables are the guest's own, as those of its OS (guest.h): an
+ * operation that changes them invalidates nothing, and the oracle calls an old translation stale only once a
+ * covering invalidation was executed on this vCPU.
+ */
+#ifndef FLUSHLAB_PROGRAM_H
+#define FLUSHLAB_PROGRAM_H
+
+#include "core/machine.h"
+
+/* api */
+enum guest_op_kind {
+	GUEST_OP_READ,       /* linear: address (guest-physical without paging) */
+	GUEST_OP_WRITE,
+	GUEST_OP_EXECUTE,
+	GUEST_OP_INVLPG,     /* linear */
+	GUEST_OP_INVPCID,    /* flags: type; value: process; linear for type 0 */
+	GUEST_OP_MOV_CR3,    /* value: process; flags: GUEST_OP_NOFLUSH */
+	GUEST_OP_MAP,        /* linear -> value (gfn); flags: GUEST_OP_READ_ONLY, _GLOBAL, _HUGE */
+	GUEST_OP_UNMAP,      /* linear */
+	GUEST_OP_PROTECT,    /* linear loses write access */
+	GUEST_OP_HLT,        /* exit EXIT_HLT */
+	GUEST_OP_EXIT,       /* exit EXIT_PROGRAM with `value` in exit.linear */
+	GUEST_OP_SIGNAL,     /* add 1 to the machine's signal `value` */
+	GUEST_OP_WAIT,       /* in guest mode until signal `linear` is at least `value` */
+	GUEST_OPS
+};
+
+enum guest_op_flag {
+	GUEST_OP_NOFLUSH = 1,
+	GUEST_OP_READ_ONLY = 2,
+	GUEST_OP_GLOBAL = 4,
+	GUEST_OP_HUGE = 8,
+};
+
+enum { MACHINE_SIGNALS = 64 };
+
+struct guest_op {
+	uint32_t kind;
+	uint32_t flags;
+	uint64_t linear;
+	uint64_t value;
+};
+
+/* Copy ops[n], which the vCPU executes from its next entry on until EXIT_PROGRAM_END; it repeats that exit
+ * until it is given another program.  Only while the vCPU is outside guest mode.  Pages that are mapped must be
+ * among those of its processes (guest_add_process). */
+int guest_set_program(struct machine *m, uint32_t vcpu, const struct guest_op *ops, uint32_t n);
+/* Called by the vCPU's thread, outside guest mode: KVM emulates a guest instruction that invalidates every
+ * translation of the guest's page tables (CR0.PG cleared).  Dropping them is left to KVM. */
+void guest_invalidates_all(struct machine *m, uint32_t vcpu);
+/* Return the number of operations completed. */
+uint32_t guest_program_position(struct machine *m, uint32_t vcpu);
+/* Counters of the machine, for programs and the code around them; any thread. */
+void signal_add(struct machine *m, uint32_t slot, uint64_t n);
+uint64_t signal_get(struct machine *m, uint32_t slot);
+void signal_reset(struct machine *m);
+/* end api */
+
+struct walk;
+struct accesses;
+struct guest;
+/* Do one operation in guest mode.  Returns an exit reason, or EXIT_REASONS: go on. */
+uint32_t program_step(struct walk *w, struct accesses *a, uint64_t *budget);
+void program_destroy(struct machine *m, struct guest *g);
+
+#endif

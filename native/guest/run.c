@@ -1,0 +1,300 @@
+/* Guest mode: from VM entry to VM exit. */
+#include "guest/access.h"
+
+#include "core/counters.h"
+#include "memory/frame.h"
+#include "guest/guest_os.h"
+#include "core/heap.h"
+#include "guest/program.h"
+#include "tlb/tlb_internal.h"
+#include "vm/vm.h"
+
+/* SDM vol. 3A, 2.5: control registers. */
+#define CR0_PE UINT64_C(1)
+#define CR0_WP (UINT64_C(1) << 16)
+#define CR0_PG (UINT64_C(1) << 31)
+#define CR4_PAE (UINT64_C(1) << 5)
+#define CR4_PGE (UINT64_C(1) << 7)
+
+struct run {
+	struct walk walk;
+	uint64_t budget;
+	struct accesses accesses;
+	bool inside; /* in steps: between guest_enter and guest_leave */
+};
+
+static bool attention(const struct run *run)
+{
+	return atomic_load_explicit(&run->walk.cpu->attention, memory_order_relaxed) != 0;
+}
+
+/* Do records up to `n` of the current process; WALK_DONE also when attention is set. */
+static enum walk_result run_records(struct run *run, uint64_t n)
+{
+	struct guest_process *p = &run->walk.guest->process[run->walk.guest->current];
+	enum walk_result r = WALK_DONE;
+
+	while (n && r == WALK_DONE && !attention(run)) {
+		uint64_t left = p->record_count - p->position, done;
+
+		r = accesses_run(&run->accesses, &run->walk, p->records + p->position, n < left ? n : left, &done);
+		p->position += done;
+		n -= done;
+		run->budget -= done;
+		if (p->position == p->record_count)
+			p->position = 0;
+	}
+	return r;
+}
+
+static uint64_t until_event(const struct run *run)
+{
+	uint64_t next = os_next_event(run->walk.guest), clock = run->walk.guest->clock;
+	uint64_t n = next > clock ? next - clock : 0;
+
+	return n < run->budget ? n : run->budget;
+}
+
+/* HLT without an exit (KVM_CAP_X86_DISABLE_EXITS), as on hosts that give guests pCPUs of their own.  A host
+ * interrupt makes the guest exit; on the next entry it continues to halt (VMCS activity state). */
+static uint32_t halted(struct run *run)
+{
+	struct walk *w = &run->walk;
+	struct guest *g = w->guest;
+
+	cpu_guest_halt(w->m, w->cpu->id, g->halted_until);
+	if (monotonic_ns() >= g->halted_until)
+		g->halted_until = 0;
+	return EXIT_REASONS;
+}
+
+static uint32_t exit_of(enum walk_result r)
+{
+	return r == WALK_EPT_VIOLATION ? EXIT_EPT_VIOLATION : r == WALK_GUEST_FAULT ? EXIT_TRIPLE_FAULT
+										     : EXIT_REASONS;
+}
+
+static uint32_t instruction(struct run *run, uint32_t insn, uint64_t operand)
+{
+	run->walk.exit->access = insn;
+	run->walk.exit->linear = operand;
+	return EXIT_INSTRUCTION;
+}
+
+/* SDM vol. 3A, 10.8.5: four-level paging is prepared in CR4, and enabled with CR0.PG.  KVM intercepts both. */
+static uint32_t boot(struct run *run)
+{
+	struct guest *g = run->walk.guest;
+
+	if (g->boot == GUEST_BOOT_CR4) {
+		g->boot = GUEST_BOOT_CR0;
+		return instruction(run, GUEST_INSN_MOV_CR4, CR4_PAE | CR4_PGE);
+	}
+	g->boot = GUEST_BOOT_DONE;
+	return instruction(run, GUEST_INSN_MOV_CR0, CR0_PE | CR0_WP | CR0_PG);
+}
+
+/* Run the SMI handler to its end, then RSM. */
+static uint32_t smm(struct run *run)
+{
+	struct guest_process *p = &run->walk.guest->smi_handler;
+	uint64_t left = p->record_count - p->position, done;
+	enum walk_result r;
+
+	if (!run->budget)
+		return EXIT_PREEMPTION_TIMER;
+	if (!left)
+		return instruction(run, GUEST_INSN_RSM, 0);
+	r = accesses_run(&run->accesses, &run->walk, p->records + p->position, left < run->budget ? left : run->budget, &done);
+	p->position += done;
+	run->budget -= done;
+	return exit_of(r);
+}
+
+/* Return an exit reason; EXIT_REASONS: no exit is needed, go on. */
+static uint32_t step(struct run *run)
+{
+	struct walk *w = &run->walk;
+	struct guest *g = w->guest;
+	enum walk_result r;
+	uint64_t n, operand;
+	uint32_t insn;
+
+	if (attention(run))
+		return cpu_attention(w->m, w->cpu->id) & ATTENTION_IPI ? EXIT_INTERRUPT : EXIT_MESSAGE;
+	if (g->program)
+		return program_step(w, &run->accesses, &run->budget);
+	if (g->smm)
+		return smm(run);
+	if (g->boot)
+		return boot(run);
+	insn = guest_take_insn(g, &operand);
+	if (insn == GUEST_INSN_TOGGLE_PGE) {
+		invpcid_all(w->tlb);
+		count(w->cpu->counters, COUNT_GUEST_INVALIDATIONS, 1);
+	} else if (insn) {
+		return instruction(run, insn, operand);
+	}
+	if (g->halted_until)
+		return halted(run);
+	if (g->clock >= g->due[GUEST_HALT]) {
+		os_schedule(g, GUEST_HALT);
+		if (!g->config.halt_us)
+			return EXIT_HLT;
+		g->halted_until = monotonic_ns() + g->config.halt_us * UINT64_C(1000);
+		return EXIT_REASONS;
+	}
+	r = os_setup(w);
+	if (r == WALK_DONE)
+		r = os_events(w);
+	if (r == WALK_EPT_VIOLATION)
+		return EXIT_EPT_VIOLATION;
+	n = until_event(run);
+	if (!n)
+		return run->budget ? EXIT_REASONS : EXIT_PREEMPTION_TIMER;
+	if (!g->processes)
+		return EXIT_HLT;
+	return exit_of(run_records(run, n));
+}
+
+static int enter(struct run *run, struct machine *m, uint32_t cpu, uint32_t vcpu, uint64_t budget,
+		 struct vcpu_exit *out)
+{
+	struct vcpu *v = &m->vcpus[vcpu];
+	struct walk *w = &run->walk;
+
+	if (!irqs_disabled(m, cpu))
+		return cpu_misuse(m, cpu, "VM entry on CPU %u with interrupts on", cpu);
+	if (vcpu_mode(m, vcpu) == OUTSIDE_GUEST_MODE)
+		return cpu_misuse(m, cpu, "VM entry on CPU %u with mode OUTSIDE_GUEST_MODE", cpu);
+	*out = (struct vcpu_exit){ .reason = EXIT_PREEMPTION_TIMER };
+	*run = (struct run){ .budget = budget };
+	*w = (struct walk){ .m = m, .cpu = &m->cpus[cpu], .tlb = m->cpus[cpu].tlb, .vcpu = v,
+			    .guest = v->guest, .life_bits = v->guest->life << 16, .exit = out };
+	accesses_begin(&run->accesses, w);
+	w->cpu->guest_vm = v->vm;
+	w->cpu->interrupted = false;
+	if (v->left_guest_at)
+		histogram_record(m, cpu, HISTOGRAM_VCPU_PAUSE, monotonic_ns() - v->left_guest_at);
+	count(w->cpu->counters, COUNT_VM_ENTRIES, 1);
+	event_record_more(m, cpu, event_of(v->vm, EVENT_ENTRY), vcpu, v->guest->root, v->guest->clock);
+	os_load_context(w);
+	return 0;
+}
+
+/* The order that makes an acknowledgement mean "left the guest": mode, then interrupts, then the queue. */
+static int leave(struct run *run, uint32_t reason, uint64_t accesses)
+{
+	struct walk *w = &run->walk;
+	struct counters *c = w->cpu->counters;
+	struct vcpu *v = w->vcpu;
+	int r;
+
+	w->exit->reason = reason;
+	w->exit->accesses = accesses;
+	w->exit->attention = cpu_attention(w->m, w->cpu->id);
+	vcpu_set_mode(w->m, v->id, OUTSIDE_GUEST_MODE);
+	v->left_guest_at = reason == EXIT_HLT ? 0 : monotonic_ns();
+	count(c, COUNT_ACCESSES, accesses);
+	count(c, COUNT_POLLS, run->accesses.polls);
+	count(c, COUNT_LOOKUPS, run->accesses.lookups);
+	count(c, COUNT_CHECKS, run->accesses.checks);
+	count(c, COUNT_L1_MISSES, run->accesses.l1_misses);
+	count(c, COUNT_EXIT_INTERRUPT + reason, 1);
+	count(c, COUNT_INTERRUPTIONS, reason == EXIT_INTERRUPT);
+	event_record_more(w->m, w->cpu->id, event_of(v->vm, EVENT_EXIT), v->id, reason, w->guest->clock);
+	w->cpu->concerned = w->cpu->kicked = false;
+	w->cpu->interrupted = reason == EXIT_INTERRUPT;
+	r = local_irq_enable(w->m, w->cpu->id);
+	count(c, COUNT_BYSTANDER, reason == EXIT_INTERRUPT && !w->cpu->concerned);
+	count(c, COUNT_INTERRUPTIONS_VMCLEAR, reason == EXIT_INTERRUPT && !w->cpu->kicked);
+	return r;
+}
+
+int guest_run(struct machine *m, uint32_t cpu, uint32_t vcpu, uint64_t budget, struct vcpu_exit *out)
+{
+	struct run run;
+	uint32_t reason;
+	int r = enter(&run, m, cpu, vcpu, budget, out);
+
+	if (r)
+		return r;
+	do
+		reason = step(&run);
+	while (reason == EXIT_REASONS);
+	r = leave(&run, reason, budget - run.budget);
+	return r < 0 ? r : (int)reason;
+}
+
+int guest_access(struct machine *m, uint32_t cpu, uint32_t vcpu, uint64_t linear, uint32_t type,
+		 struct vcpu_exit *out)
+{
+	uint64_t record = (uint64_t)type << 62 | (linear & UINT64_C(0xffffffffffff)), done = 0;
+	uint32_t reason = EXIT_PREEMPTION_TIMER;
+	enum walk_result w;
+	struct run run;
+	int r = enter(&run, m, cpu, vcpu, 1, out);
+
+	if (r)
+		return r;
+	w = os_setup(&run.walk);
+	if (w == WALK_DONE)
+		w = accesses_run(&run.accesses, &run.walk, &record, 1, &done);
+	/* Attention is set: the access is done all the same. */
+	if (w == WALK_DONE && !done) {
+		w = accesses_one(&run.walk, record);
+		run.walk.guest->clock += w == WALK_DONE;
+	}
+	if (w == WALK_EPT_VIOLATION)
+		reason = EXIT_EPT_VIOLATION;
+	else if (w == WALK_GUEST_FAULT)
+		reason = EXIT_TRIPLE_FAULT;
+	r = leave(&run, reason, reason == EXIT_PREEMPTION_TIMER);
+	return r < 0 ? r : (int)reason;
+}
+
+/* --- step by step --------------------------------------------------------------------------------------- */
+
+int guest_enter(struct machine *m, uint32_t cpu, uint32_t vcpu, uint64_t budget, struct vcpu_exit *out)
+{
+	struct cpu *c = &m->cpus[cpu];
+	int r;
+
+	if (!c->stepped)
+		c->stepped = heap_zalloc(m->heap, 1, sizeof(*c->stepped));
+	if (!c->stepped)
+		return MACHINE_NOMEM;
+	c->stepped_budget = budget;
+	r = enter(c->stepped, m, cpu, vcpu, budget, out);
+	c->stepped->inside = !r;
+	return r;
+}
+
+int guest_step(struct machine *m, uint32_t cpu)
+{
+	return (int)step(m->cpus[cpu].stepped);
+}
+
+int guest_speculate(struct machine *m, uint32_t cpu, uint64_t linear)
+{
+	const struct run *run = m->cpus[cpu].stepped;
+	const struct vcpu *v;
+
+	if (!run || !run->inside)
+		return cpu_misuse(m, cpu, "speculation on CPU %u outside guest mode", cpu);
+	if (!walk_speculatively(&run->walk, linear))
+		return 0;
+	v = run->walk.vcpu;
+	event_record(m, cpu, event_of(v->vm, EVENT_SPECULATE), v->id, linear >> 12 & GUEST_PAGE_MASK);
+	return 1;
+}
+
+int guest_leave(struct machine *m, uint32_t cpu, uint32_t reason)
+{
+	struct cpu *c = &m->cpus[cpu];
+	int r;
+
+	c->stepped->inside = false;
+	r = leave(c->stepped, reason, c->stepped_budget - c->stepped->budget);
+	return r < 0 ? r : (int)reason;
+}

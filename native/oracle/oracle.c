@@ -1,0 +1,200 @@
+/* Judging uses, and keeping reports.  See oracle.h for the definition of a violation. */
+#include <string.h>
+
+#include "core/events.h"
+#include "memory/frame.h"
+#include "guest/guest_state.h"
+#include "core/heap.h"
+#include "vm/vm.h"
+
+static bool is_write(uint32_t type)
+{
+	return type == ACCESS_WRITE;
+}
+
+/* Judge by the state of the right that the entry stands for; the caller has read the frame's tag before. */
+static void judge_right(struct machine *m, const struct tlb_entry *entry, uint64_t page, uint32_t type,
+			struct judgement *j)
+{
+	uint64_t gfn = entry->gfn + (page - entry->page);
+	uint32_t hfn = entry->hfn + (uint32_t)(page - entry->page);
+	struct ledger_entry e = { .hfn = 0xffffffff };
+	bool freed = frame_freed_since(m->frames, hfn, entry->custody), held;
+
+	if (entry->vm < m->config.vms && gfn < m->vms[entry->vm].gfns)
+		ledger_copy(m, entry->vm, gfn, &e);
+	j->promise = e.promise;
+	j->promise_cpu = e.promise_cpu;
+	j->promise_time = e.promise_time;
+	j->live = e.hfn == hfn ? is_write(type) ? e.live_write : e.live_read : 0;
+	held = e.hfn == hfn && !(e.revoked & (is_write(type) ? 2 : 1));
+
+	/* A grant made after the promise does not count if the frame has been freed since. */
+	if (held && !freed) {
+		if (!(is_write(type) ? e.live_write : e.live_read))
+			j->verdict = VERDICT_LEGAL_STALE;
+		return;
+	}
+	j->verdict = VERDICT_VIOLATION;
+	if (!held)
+		j->kinds |= 1u << VIOLATION_STALE_AFTER_REVOKE;
+	if (freed)
+		j->kinds |= 1u << VIOLATION_USE_AFTER_FREE;
+}
+
+void oracle_judge(struct machine *m, const struct vcpu *vcpu, uint32_t life, const struct tlb_entry *entry,
+		  uint64_t page, uint32_t type, struct judgement *j)
+{
+	uint32_t hfn = entry->hfn + (uint32_t)(page - entry->page);
+
+	memset(j, 0, sizeof(*j));
+	/* Before the ledger: a later change there makes this tag old (oracle.h, order). */
+	j->right = (uint32_t)atomic_load_explicit(&m->frames->tag[hfn], memory_order_acquire) | life << 16;
+	judge_right(m, entry, page, type, j);
+	if (entry->vm != vcpu->vm)
+		j->kinds |= 1u << VIOLATION_CROSS_VM;
+	if (entry->right[type] != RIGHT_NONE && entry->right[type] >> 16 != life)
+		j->kinds |= 1u << VIOLATION_FOREIGN_ROOT;
+	if (guest_invalidated(vcpu, entry, page, type))
+		j->kinds |= 1u << VIOLATION_GUEST_STALE;
+	if (j->kinds)
+		j->verdict = VERDICT_VIOLATION;
+}
+
+void oracle_judge_table(struct judgement *j, uint32_t kinds)
+{
+	memset(j, 0, sizeof(*j));
+	j->verdict = VERDICT_VIOLATION;
+	j->kinds = kinds;
+	j->promise = PROMISE_FREE;
+}
+
+static uint32_t take_story(struct machine *m, const struct violation_report *report)
+{
+	uint32_t n = atomic_fetch_add_explicit(&m->oracle->stories, 1, memory_order_relaxed);
+
+	if (n >= STORIES)
+		return 0;
+	m->oracle->story[n].events = 0;
+	story_copy(m, report, &m->oracle->story[n]);
+	return n + 1;
+}
+
+void oracle_report(struct machine *m, uint32_t cpu, const struct violation_report *report)
+{
+	struct oracle *o = m->oracle;
+	uint32_t kind = (uint32_t)__builtin_ctz(report->kinds | 1u << VIOLATIONS);
+	uint32_t n;
+
+	if (kind >= VIOLATIONS)
+		return;
+	atomic_fetch_add_explicit(&o->count[kind], 1, memory_order_relaxed);
+	n = atomic_fetch_add_explicit(&o->reports, 1, memory_order_relaxed);
+	if (n >= REPORTS_KEPT)
+		return;
+	o->report[n].report = *report;
+	o->report[n].report.cpu = cpu;
+	o->report[n].report.time = monotonic_ns();
+	/* A frequent kind must leave room for the others. */
+	o->report[n].story = 0;
+	if (atomic_fetch_add_explicit(&o->told[kind], 1, memory_order_relaxed) < STORIES_OF_KIND)
+		o->report[n].story = take_story(m, &o->report[n].report);
+	/* Release: pairs with the acquire in oracle_reports. */
+	atomic_store_explicit(&o->report[n].complete, 1, memory_order_release);
+}
+
+void oracle_forget(struct machine *m)
+{
+	struct oracle *o = m->oracle;
+	uint32_t n = atomic_exchange_explicit(&o->reports, 0, memory_order_relaxed);
+
+	for (uint32_t i = 0; i < n && i < REPORTS_KEPT; i++)
+		atomic_store_explicit(&o->report[i].complete, 0, memory_order_relaxed);
+	for (uint32_t i = 0; i < VIOLATIONS; i++)
+		atomic_store_explicit(&o->told[i], 0, memory_order_relaxed);
+	atomic_store_explicit(&o->stories, 0, memory_order_relaxed);
+	for (uint32_t i = 0; i < m->cpu_count; i++)
+		atomic_store_explicit(&o->rings[i].next, 0, memory_order_relaxed);
+}
+
+void oracle_violation(struct machine *m, struct cpu *cpu, const struct vcpu *vcpu,
+		      const struct tlb_entry *entry, uint64_t page, uint32_t type, uint32_t walk_level,
+		      uint64_t linear, const struct judgement *j)
+{
+	uint32_t hfn = entry->hfn + (uint32_t)(page - entry->page);
+	struct violation_report r = {
+		.kinds = j->kinds,
+		.vm = vcpu->vm,
+		.vcpu = vcpu->id,
+		.access = type,
+		.promise = j->promise,
+		.promise_cpu = j->promise_cpu,
+		.promise_time = j->promise_time,
+		.hfn = hfn,
+		.linear = linear,
+		.gfn = entry->gfn + (page - entry->page),
+		.guest_clock = vcpu->guest->clock,
+		.entry = *entry,
+		.walk_level = walk_level,
+		.tag_now = frame_host_tag(m->frames, hfn),
+		.live = j->live,
+	};
+
+	oracle_report(m, cpu->id, &r);
+}
+
+void oracle_counts(struct machine *m, uint64_t *counts)
+{
+	for (uint32_t i = 0; i < VIOLATIONS; i++)
+		counts[i] = atomic_load_explicit(&m->oracle->count[i], memory_order_relaxed);
+}
+
+uint32_t oracle_reports(struct machine *m, uint32_t from, struct violation_report *reports, uint32_t max)
+{
+	struct oracle *o = m->oracle;
+	uint32_t n = 0, end = atomic_load_explicit(&o->reports, memory_order_relaxed);
+
+	for (uint32_t i = from; i < end && i < REPORTS_KEPT && n < max; i++, n++) {
+		if (!atomic_load_explicit(&o->report[i].complete, memory_order_acquire))
+			break;
+		reports[n] = o->report[i].report;
+	}
+	return n;
+}
+
+uint32_t oracle_report_events(struct machine *m, uint32_t report, struct event *events, uint32_t max)
+{
+	const struct oracle *o = m->oracle;
+	const struct story *story;
+	uint32_t n;
+
+	if (report >= REPORTS_KEPT || !atomic_load_explicit(&o->report[report].complete, memory_order_acquire) ||
+	    !o->report[report].story)
+		return 0;
+	story = &o->story[o->report[report].story - 1];
+	n = story->events < max ? story->events : max;
+	memcpy(events, story->event, n * sizeof(*events));
+	return n;
+}
+
+int oracle_create(struct machine *m)
+{
+	m->oracle = heap_zalloc(m->heap, 1, sizeof(*m->oracle));
+	if (!m->oracle)
+		return MACHINE_NOMEM;
+	m->oracle->rings = heap_zalloc_lines(m->heap, m->cpu_count, sizeof(struct event_ring));
+	if (!m->oracle->rings) {
+		oracle_destroy(m);
+		return MACHINE_NOMEM;
+	}
+	return 0;
+}
+
+void oracle_destroy(struct machine *m)
+{
+	if (!m->oracle)
+		return;
+	heap_free(m->heap, m->oracle->rings);
+	heap_free(m->heap, m->oracle);
+	m->oracle = NULL;
+}

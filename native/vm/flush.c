@@ -1,0 +1,163 @@
+/* KVM's flush instructions, counted and attributed.  See flush.h. */
+#include "vm/flush.h"
+
+#include "sync/cpu.h"
+#include "memory/frame.h"
+#include "core/heap.h"
+#include "sync/ipi.h"
+#include "oracle/oracle.h"
+#include "tlb/tlb.h"
+#include "vm/vm.h"
+
+enum { FLUSHES_REMEMBERED = 1024 };
+
+struct flush_account {
+	uint64_t flushes;
+	uint64_t necessary[FLUSHES_REMEMBERED]; /* last flush known to have averted a use, by number */
+	uint16_t root_life[];                   /* life of each root page, from frame 1 on, when last flushed here */
+};
+
+/* Return the CPU's record.  NULL only if memory is out: then flushes work, unattributed. */
+static struct flush_account *account(const struct machine *m, struct cpu *c)
+{
+	if (!c->flush_account)
+		c->flush_account = heap_zalloc(m->heap, 1, sizeof(struct flush_account) +
+							   m->config.root_frames * sizeof(uint16_t));
+	return c->flush_account;
+}
+
+void flush_account_destroy(struct machine *m, struct cpu *cpu)
+{
+	heap_free(m->heap, cpu->flush_account);
+	cpu->flush_account = NULL;
+}
+
+/* The flush followed an interruption of the guest. */
+#define FLUSH_INTERRUPTED (UINT64_C(1) << 63)
+
+/* A flush's number encodes its kind: sequence << 24 | vm << 8 | scope << 4 | reason, sequence from 1. */
+static uint64_t flush_number(const struct cpu *c, uint64_t sequence, uint32_t vm, uint32_t scope,
+			     uint32_t reason)
+{
+	/* The interrupt of a VMCLEAR would have come without the flush, too. */
+	bool forced = c->interrupted && c->kicked && reason != REASON_MIGRATION;
+
+	return (forced ? FLUSH_INTERRUPTED : 0) | sequence << 24 | (uint64_t)(vm & 0xffff) << 8 | scope << 4 |
+	       reason;
+}
+
+static void bump(_Atomic uint64_t *table, uint32_t vm, uint32_t scope, uint32_t reason)
+{
+	_Atomic uint64_t *cell = &table[(vm * SCOPES + scope) * REASONS + reason];
+
+	/* Relaxed: written by the owner only, as every counter. */
+	atomic_store_explicit(cell, atomic_load_explicit(cell, memory_order_relaxed) + 1,
+			      memory_order_relaxed);
+}
+
+static struct tlb *begin(struct machine *m, uint32_t cpu, uint32_t vm, uint32_t scope, uint32_t reason,
+			 uint64_t argument)
+{
+	struct cpu *c = &m->cpus[cpu];
+	struct flush_account *a = account(m, c);
+
+	/* Relaxed: written by the owner only, as every counter. */
+	atomic_store_explicit(&c->counters->flushed[vm], 1, memory_order_relaxed);
+	bump(c->counters->flushes, vm, scope, reason);
+	tlb_flush_begin(c->tlb, a ? flush_number(c, ++a->flushes, vm, scope, reason) : 0);
+	event_record(m, cpu, event_of(vm, EVENT_FLUSH), (uint64_t)scope << 32 | reason, argument);
+	return c->tlb;
+}
+
+static void end(struct machine *m, uint32_t cpu, uint32_t vm)
+{
+	struct cpu *c = &m->cpus[cpu];
+
+	count(c->counters, COUNT_COLLATERAL, tlb_dropped(c->tlb, vm));
+	tlb_flush_begin(c->tlb, 0);
+}
+
+void flush_invept_global(struct machine *m, uint32_t cpu, uint32_t vm, uint32_t reason)
+{
+	invept_global(begin(m, cpu, vm, SCOPE_INVEPT_GLOBAL, reason, 0));
+	end(m, cpu, vm);
+}
+
+void flush_invept_single(struct machine *m, uint32_t cpu, uint32_t vm, uint32_t root, uint32_t reason)
+{
+	struct tlb *t = begin(m, cpu, vm, SCOPE_INVEPT_SINGLE, reason, root);
+	struct flush_account *a = m->cpus[cpu].flush_account;
+	uint16_t life = (uint16_t)frame_tag(m->frames, root);
+
+	invept_single(t, root);
+	if (a && root - 1 < m->config.root_frames && a->root_life[root - 1] != life) {
+		count(m->cpus[cpu].counters, COUNT_DEAD_ROOT_ENTRIES, tlb_dropped(t, -1));
+		a->root_life[root - 1] = life;
+	}
+	end(m, cpu, vm);
+}
+
+void flush_invvpid_single(struct machine *m, uint32_t cpu, uint32_t vm, uint32_t vpid, uint32_t reason)
+{
+	invvpid_single(begin(m, cpu, vm, SCOPE_INVVPID_SINGLE, reason, vpid), vpid);
+	end(m, cpu, vm);
+}
+
+void flush_invvpid_all(struct machine *m, uint32_t cpu, uint32_t vm, uint32_t reason)
+{
+	invvpid_all(begin(m, cpu, vm, SCOPE_INVVPID_ALL, reason, 0));
+	end(m, cpu, vm);
+}
+
+void flush_invvpid_address(struct machine *m, uint32_t cpu, uint32_t vm, uint32_t vpid, uint64_t page,
+			   uint32_t reason)
+{
+	invvpid_address(begin(m, cpu, vm, SCOPE_INVVPID_ADDRESS, reason, page), vpid, page);
+	end(m, cpu, vm);
+}
+
+void flush_reset(struct machine *m, uint32_t cpu)
+{
+	struct tlb *t = m->cpus[cpu].tlb;
+
+	tlb_flush_begin(t, 0);
+	invept_global(t);
+	invvpid_all(t);
+}
+
+void flush_averted(struct machine *m, struct cpu *cpu, uint64_t flush)
+{
+	uint32_t slot = flush >> 24 & (FLUSHES_REMEMBERED - 1);
+	uint32_t vm = flush >> 8 & 0xffff, scope = flush >> 4 & 15, reason = flush & 15;
+
+	/* Counted once, however many uses it averted. */
+	if (!cpu->flush_account || cpu->flush_account->necessary[slot] == flush)
+		return;
+	cpu->flush_account->necessary[slot] = flush;
+	count(cpu->counters, COUNT_NECESSARY_INTERRUPTIONS, flush >> 63);
+	if (vm < m->config.vms)
+		bump(cpu->counters->necessary, vm, scope, reason);
+}
+
+static void ipi_invept_global(struct machine *m, struct cpu *target, uint64_t argument)
+{
+	flush_invept_global(m, target->id, (uint32_t)(argument >> 32), REASON_OTHER);
+}
+
+static void ipi_invept_single(struct machine *m, struct cpu *target, uint64_t argument)
+{
+	flush_invept_single(m, target->id, (uint32_t)(argument >> 32), (uint32_t)argument, REASON_ROOT_ALLOC);
+}
+
+/* __loaded_vmcs_clear(): VMCLEAR writes the VMCS back; the emulated one is never held in a cache. */
+static void ipi_vmcs_clear(struct machine *m, struct cpu *target, uint64_t argument)
+{
+	event_record(m, target->id, EVENT_UNLOAD, argument, 0);
+}
+
+void flush_register(void)
+{
+	ipi_register(IPI_INVEPT_GLOBAL, ipi_invept_global);
+	ipi_register(IPI_INVEPT_SINGLE, ipi_invept_single);
+	ipi_register(IPI_VMCS_CLEAR, ipi_vmcs_clear);
+}

@@ -1,0 +1,29 @@
+/* KVM's flush instructions on the pCPU that executes them, counted and attributed. */
+#ifndef FLUSHLAB_FLUSH_H
+#define FLUSHLAB_FLUSH_H
+
+#include "core/machine.h"
+
+/* api */
+/* INVEPT all-context; vm and reason are for the accounts only. */
+void flush_invept_global(struct machine *m, uint32_t cpu, uint32_t vm, uint32_t reason);
+/* INVEPT single-context on the EPTP of a root. */
+void flush_invept_single(struct machine *m, uint32_t cpu, uint32_t vm, uint32_t root, uint32_t reason);
+void flush_invvpid_single(struct machine *m, uint32_t cpu, uint32_t vm, uint32_t vpid, uint32_t reason);
+void flush_invvpid_all(struct machine *m, uint32_t cpu, uint32_t vm, uint32_t reason);
+void flush_invvpid_address(struct machine *m, uint32_t cpu, uint32_t vm, uint32_t vpid, uint64_t page,
+			   uint32_t reason);
+/* Reset the pCPU: its cached entries go, and no VM is charged.  For machines that go on with other VMs. */
+void flush_reset(struct machine *m, uint32_t cpu);
+/* end api */
+
+struct cpu;
+/* Set the IPI functions of ipi.h; their argument is the VM << 32 | EP4TA. */
+void flush_register(void);
+/* A pCPU's record of its flushes; made at the first one. */
+struct flush_account;
+void flush_account_destroy(struct machine *m, struct cpu *cpu);
+/* Record that a ghost that `flush` left would have been a violation if used: the flush was necessary. */
+void flush_averted(struct machine *m, struct cpu *cpu, uint64_t flush);
+
+#endif

@@ -1,0 +1,284 @@
+/* The custody check, and walks of the EPT.  See walk.h. */
+#include "core/counters.h"
+#include "ept/ept.h"
+#include "vm/flush.h"
+#include "memory/frame.h"
+#include "tlb/tlb_internal.h"
+#include "vm/vm.h"
+#include "walk/walk.h"
+
+enum {
+	SPTE_RWX = SPTE_READABLE | SPTE_WRITABLE | SPTE_EXECUTABLE,
+	TAG_SUSPECT = 0x4000, /* half the tag space away from the true one */
+};
+
+bool walk_check_slow(struct walk *w, struct tlb_entry *entry, uint64_t page, uint32_t type, uint32_t level)
+{
+	struct judgement j;
+
+	if (entry->right[type] == RIGHT_NONE)
+		return false;
+	count(w->cpu->counters, COUNT_ORACLE_SLOW, 1);
+	oracle_judge(w->m, w->vcpu, w->life_bits >> 16, entry, page, type, &j);
+	if (j.verdict == VERDICT_VIOLATION && w->speculative)
+		return false;
+	if (j.verdict == VERDICT_VIOLATION) {
+		oracle_violation(w->m, w->cpu, w->vcpu, entry, page, type, level, w->linear, &j);
+		tlb_drop(w->tlb, entry->kind, page);
+		return false;
+	}
+	if (j.verdict == VERDICT_LEGAL_STALE)
+		count(w->cpu->counters, COUNT_LEGAL_STALE, 1);
+	entry->right[type] = j.right;
+	tlb_update_right(w->tlb, entry->kind, page, type, j.right);
+	return true;
+}
+
+/* Decide whether the ghost's use would have been a violation. */
+static bool averted(struct walk *w, const struct tlb_entry *ghost, uint64_t page, uint32_t type)
+{
+	struct judgement j;
+
+	if (right_holds(w, ghost->right[type], ghost->hfn + (uint32_t)(page - ghost->page)))
+		return false;
+	oracle_judge(w->m, w->vcpu, w->life_bits >> 16, ghost, page, type, &j);
+	return j.verdict == VERDICT_VIOLATION;
+}
+
+void walk_ghost(struct walk *w, const struct tlb_entry *ghost, uint64_t page, uint32_t type)
+{
+	uint64_t flush = tlb_ghost_flush(w->tlb);
+
+	if (w->speculative || !flush || ghost->right[type] == RIGHT_NONE)
+		return;
+	count(w->cpu->counters, COUNT_REFILLS, 1);
+	if (averted(w, ghost, page, type)) {
+		count(w->cpu->counters, COUNT_AVERTED, 1);
+		flush_averted(w->m, w->cpu, flush);
+	}
+	/* The access may be retried after an exit; that must not count the refill twice. */
+	tlb_ghost_forget(w->tlb);
+}
+
+static enum walk_result violate(struct walk *w, uint64_t gfn, uint32_t type, uint64_t spte)
+{
+	if (w->speculative)
+		return WALK_EPT_VIOLATION;
+	if (w->guest->skip_gfn == gfn) {
+		w->guest->skip_gfn = GUEST_NO_GFN;
+		return WALK_SKIPPED;
+	}
+	w->guest->last_violation = gfn;
+	w->exit->reason = EXIT_EPT_VIOLATION;
+	w->exit->gpa = gfn << 12;
+	w->exit->linear = w->linear;
+	w->exit->access = type;
+	w->exit->rights = spte_present(spte) ? spte & SPTE_RWX : 0;
+	ept_violation_invalidate(w->tlb, gfn, w->linear >> 12 & GUEST_PAGE_MASK, w->guest->config.paging);
+	return WALK_EPT_VIOLATION;
+}
+
+static uint32_t access_bit(uint32_t type)
+{
+	return type == ACCESS_READ ? SPTE_READABLE : type == ACCESS_WRITE ? SPTE_WRITABLE : SPTE_EXECUTABLE;
+}
+
+/* Set A, and D for a write.  False: the SPTE changed meanwhile and must be read again.  *spte is the table's
+ * value afterwards. */
+static bool set_accessed(struct counters *counters, _Atomic uint64_t *slot, uint64_t *spte, uint32_t type)
+{
+	uint64_t want = *spte | SPTE_ACCESSED | (type == ACCESS_WRITE ? SPTE_DIRTY : 0);
+
+	if (want == *spte)
+		return true;
+	/* Hardware's locked update; acq_rel as the SPTE writers' (ept.c). */
+	if (!atomic_compare_exchange_strong_explicit(slot, spte, want, memory_order_acq_rel,
+						     memory_order_acquire))
+		return false;
+	*spte = want;
+	count(counters, COUNT_WALK_UPDATES, 1);
+	return true;
+}
+
+static void fill(struct walk *w, uint64_t spte, uint32_t level, uint64_t gfn, uint32_t right,
+		 struct tlb_entry *out)
+{
+	uint64_t pages = UINT64_C(1) << (level - 1) * 9;
+
+	*out = (struct tlb_entry){
+		.page = gfn & ~(pages - 1),
+		.gfn = gfn & ~(pages - 1),
+		.hfn = spte_hfn(spte),
+		.kind = KIND_GUEST_PHYSICAL,
+		.size = (uint8_t)(level - 1),
+		.ep4ta = w->guest->root,
+		.vm = w->vcpu->vm,
+		.vcpu = w->vcpu->id,
+		.clock = w->guest->clock,
+		.custody = (uint16_t)spte_leaf_custody(spte, level),
+	};
+	out->right[ACCESS_READ] = spte & SPTE_READABLE ? right : RIGHT_NONE;
+	out->right[ACCESS_WRITE] = (spte & SPTE_WRITABLE) && (spte & SPTE_DIRTY) ? right : RIGHT_NONE;
+	out->right[ACCESS_EXECUTE] = spte & SPTE_EXECUTABLE ? right : RIGHT_NONE;
+}
+
+/* Report a table page that the link to it no longer owns, or that an earlier owner of the root page linked. */
+static void report_link(struct walk *w, const struct psc_entry *link, uint64_t gfn, uint32_t type, uint32_t kinds)
+{
+	struct tlb_entry e = { .page = gfn, .gfn = gfn, .hfn = link->hfn, .kind = KIND_GUEST_PHYSICAL,
+			       .vm = link->vm, .vcpu = link->vcpu, .clock = link->clock,
+			       .custody = link->right & FRAME_TAG_MASK, .ep4ta = w->guest->root };
+	struct judgement j;
+
+	oracle_judge_table(&j, kinds);
+	oracle_violation(w->m, w->cpu, w->vcpu, &e, gfn, type, link->level, w->linear, &j);
+}
+
+static void report_table(struct walk *w, uint32_t table, uint32_t custody, uint64_t gfn, uint32_t level,
+			 uint32_t type)
+{
+	struct psc_entry link = { .hfn = table, .right = custody, .level = (uint8_t)level, .vm = w->vcpu->vm,
+				  .vcpu = w->vcpu->id, .clock = w->guest->clock };
+
+	report_link(w, &link, gfn, type, 1u << VIOLATION_WALK_AFTER_FREE);
+}
+
+static inline bool table_holds(const struct walk *w, uint32_t table, uint32_t custody)
+{
+	return table < w->m->frames->pool[FRAME_GUEST].first && frame_tag(w->m->frames, table) == custody;
+}
+
+/* Return the reasons why a cached link may not be used: a bit per violation. */
+static uint32_t link_faults(const struct walk *w, const struct psc_entry *p)
+{
+	uint32_t kinds = 0;
+
+	if (!table_holds(w, p->hfn, p->right & FRAME_TAG_MASK))
+		kinds |= 1u << VIOLATION_WALK_AFTER_FREE;
+	if (p->right >> 16 != w->life_bits >> 16)
+		kinds |= 1u << VIOLATION_FOREIGN_ROOT;
+	if (p->vm != w->vcpu->vm)
+		kinds |= 1u << VIOLATION_CROSS_VM;
+	return kinds;
+}
+
+/* Return the level at which the walk starts, with the deepest cached table, or the root.  0: a speculative walk
+ * ends here, and repairs nothing. */
+static uint32_t walk_start(struct walk *w, uint64_t gfn, uint32_t type, uint32_t *table, uint32_t *custody)
+{
+	const struct psc_entry *p = psc_search(w->tlb, KIND_GUEST_PHYSICAL, gfn);
+	uint32_t kinds;
+
+	if (p) {
+		kinds = link_faults(w, p);
+		if (!kinds) {
+			if (frame_unlinked(w->m->frames, p->hfn) && !w->speculative)
+				count(w->cpu->counters, COUNT_STALE_WALKS, 1);
+			*table = p->hfn;
+			*custody = p->right & FRAME_TAG_MASK;
+			return p->level;
+		}
+		if (w->speculative)
+			return 0;
+		report_link(w, p, gfn, type, kinds);
+		ept_violation_invalidate(w->tlb, gfn, 0, 0);
+	}
+	*table = w->guest->root;
+	*custody = w->guest->life;
+	return w->guest->root_level;
+}
+
+static void cache_table(struct walk *w, uint64_t gfn, uint32_t level, uint64_t spte)
+{
+	uint64_t span = UINT64_C(1) << level * 9;
+	struct psc_entry p = {
+		.page = gfn & ~(span - 1),
+		.hfn = spte_hfn(spte),
+		.right = spte_custody(spte) | w->life_bits,
+		.ep4ta = w->guest->root,
+		.kind = KIND_GUEST_PHYSICAL,
+		.level = (uint8_t)level,
+		.access = 7,
+		.vm = w->vcpu->vm,
+		.vcpu = w->vcpu->id,
+		.clock = w->guest->clock,
+	};
+
+	psc_insert(w->tlb, &p);
+}
+
+static enum walk_result ept_walk(struct walk *w, uint64_t gfn, uint32_t type, struct tlb_entry *out)
+{
+	uint32_t table, custody, level = walk_start(w, gfn, type, &table, &custody);
+
+	if (!level)
+		return WALK_EPT_VIOLATION;
+	for (;;) {
+		_Atomic uint64_t *slot = ept_table(w->m, table) + (gfn >> (level - 1) * 9 & 511);
+		uint64_t spte = atomic_load_explicit(slot, memory_order_acquire);
+		uint32_t tag, hfn;
+
+		count(w->cpu->counters, COUNT_WALK_REFERENCES, 1);
+		if (!table_holds(w, table, custody)) {
+			/* The table was freed during the walk, or linked although freed. */
+			if (w->speculative)
+				return WALK_EPT_VIOLATION;
+			report_table(w, table, custody, gfn, level, type);
+			ept_violation_invalidate(w->tlb, gfn, 0, 0);
+			return violate(w, gfn, type, 0);
+		}
+		if (!spte_present(spte))
+			return violate(w, gfn, type, spte);
+		if (!spte_leaf(spte, level)) {
+			level--;
+			table = spte_hfn(spte);
+			custody = spte_custody(spte);
+			if (!table_holds(w, table, custody)) {
+				if (w->speculative)
+					return WALK_EPT_VIOLATION;
+				report_table(w, table, custody, gfn, level, type);
+				return violate(w, gfn, type, 0);
+			}
+			cache_table(w, gfn, level, spte);
+			continue;
+		}
+		if (!(spte & access_bit(type)) || spte_hfn(spte) >= w->m->frames->count)
+			return violate(w, gfn, type, spte);
+		if (!set_accessed(w->cpu->counters, slot, &spte, type))
+			continue;
+		/* The tag must be one that the frame had while the SPTE was there: read the tag first, then the
+		 * SPTE again.  A CPU that clears the SPTE advances the tag afterwards (oracle.h). */
+		hfn = spte_hfn(spte) + (uint32_t)(gfn & ((UINT64_C(1) << (level - 1) * 9) - 1));
+		tag = (uint32_t)atomic_load_explicit(&w->m->frames->tag[hfn], memory_order_acquire);
+		if (atomic_load_explicit(slot, memory_order_acquire) != spte)
+			continue;
+		/* Void custody: no tag can stand for it, so the oracle decides. */
+		if (!frame_custody_holds(w->m->frames, hfn, spte_leaf_custody(spte, level)))
+			tag ^= TAG_SUSPECT;
+		fill(w, spte, level, gfn, tag | w->life_bits, out);
+		return WALK_DONE;
+	}
+}
+
+enum walk_result walk_physical(struct walk *w, uint64_t gfn, uint32_t type, struct tlb_entry *out)
+{
+	enum walk_result r;
+	int hit = tlb_lookup(w->tlb, KIND_GUEST_PHYSICAL, gfn, out);
+
+	count(w->cpu->counters, COUNT_GPA_LOOKUPS, 1);
+	if (hit == 1 && walk_check(w, out, gfn, type, 1))
+		return WALK_DONE;
+	if (hit == 1 && w->speculative && out->right[type] != RIGHT_NONE)
+		return WALK_EPT_VIOLATION;
+	count(w->cpu->counters, COUNT_GPA_MISSES, 1);
+	if (hit == 2)
+		walk_ghost(w, out, gfn, type);
+	r = ept_walk(w, gfn, type, out);
+	if (r != WALK_DONE)
+		return r;
+	tlb_insert(w->tlb, out, gfn);
+	/* An SPTE installed with void custody is found here, at its first use. */
+	if (!walk_check(w, out, gfn, type, 0))
+		return WALK_SKIPPED;
+	return WALK_DONE;
+}
