@@ -14,7 +14,7 @@ from statistics import median
 
 from bench.benchmark import Context
 from bench.figures import Figure
-from emulator.explore.machine.lib import installed
+from emulator.explore.machine.lib import instrument
 from emulator.explore.machine.program import LitmusProgram
 from emulator.explore.results.workers import Team
 from emulator.explore.strategies.dpor import Exhaustive
@@ -55,7 +55,7 @@ def _rates(context: Context, name: str, most: int, *, rebuild: bool) -> tuple[li
     """Finished executions per second, and steps of one, by repeat."""
     rates, steps = [], []
     try:
-        with installed(program.control):
+        with instrument(program.control):
             for _ in range(context.sizes.repeats):
                 executions = runs = taken = 0
                 started = time.process_time()
@@ -94,7 +94,7 @@ def exploring_jobs(context: Context) -> Iterator[Figure]:
 def _wide(jobs: int, most: int) -> float:
     program = LitmusProgram(load_test(LARGE), Policy())
     try:
-        with installed(program.control), Team(program, jobs, lambda: False) as team:
+        with instrument(program.control), Team(program, jobs, lambda: False) as team:
             started = time.perf_counter()
             found = wide_search(program, program.objects, None, Limits(executions=most), bool, team)
             return (found.executions + found.pruned) / (time.perf_counter() - started)

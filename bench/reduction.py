@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from bench.benchmark import Context
 from bench.errors import BenchFailed
 from bench.figures import Figure
-from emulator.explore.machine.lib import installed
+from emulator.explore.machine.lib import instrument
 from emulator.explore.machine.program import LitmusProgram
 from emulator.explore.strategies.dpor import Exhaustive
 from emulator.explore.strategies.search import Found, Limits, search
@@ -42,7 +42,7 @@ def reduction(context: Context) -> Iterator[Figure]:
     for name in TESTS:
         program = LitmusProgram(load_test(name), Policy())
         try:
-            with installed(program.control):
+            with instrument(program.control):
                 for bound in BOUNDS:
                     context.say(f"{name}, {_within(bound)}")
                     yield _figure(name, bound, _both(program, bound, context.sizes.executions))

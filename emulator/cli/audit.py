@@ -6,8 +6,8 @@ import json
 from collections.abc import Sequence
 
 from emulator import interrupts
-from emulator.explore.audit.run import Audited, audited, by_sentence
-from emulator.explore.machine.options import Choices
+from emulator.explore.audit.run import AuditResult, by_sentence, run_audit
+from emulator.explore.machine.options import ExploreOptions
 from emulator.litmus.model import INCONCLUSIVE, LitmusTest
 from emulator.litmus.policies import named_policy
 from emulator.output import saying
@@ -30,17 +30,17 @@ def audit(
     policies: Sequence[str],
     executions: int,
     seed: int,
-    choices: Choices,
+    options: ExploreOptions,
     as_json: bool,
 ) -> int:
     """Audit each test under each policy; return the exit status, 1 if there is a finding."""
-    found: list[Audited] = []
+    found: list[AuditResult] = []
     pairs = [(test, name) for name in policies for test in tests]
     interrupts.only_note()
     for test, name in pairs:
         if interrupts.came():
             break
-        found.append(audited(test, named_policy(name), executions, seed, choices))
+        found.append(run_audit(test, named_policy(name), executions, seed, options))
     status = 0 if all(one.clean for one in found) else FOUND
     with saying(status):
         if as_json:
@@ -50,7 +50,7 @@ def audit(
     return interrupts.ended(status, len(pairs) - len(found), len(pairs))
 
 
-def _print(found: Sequence[Audited]) -> None:
+def _print(found: Sequence[AuditResult]) -> None:
     for kind, title in _TITLES.items():
         sentences = by_sentence(found, kind)
         if sentences:

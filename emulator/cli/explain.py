@@ -53,21 +53,21 @@ def explain(
 ) -> None:
     """Draw the race behind a violation CPU by CPU, as kernel changelogs do."""
     from emulator.explain.diagram import diagram
+    from emulator.explain.explanation import as_dict, explain
     from emulator.explain.perfetto import perfetto
     from emulator.explain.svg import svg
-    from emulator.explain.tale import as_dict, tell
 
     if form is not Format.TEXT and len(files) > 1:
         raise BadInput(f"--format {form}", f"found {len(files)} files", "one")
     cases = [_chosen(file, report) for file in files]
     if form is Format.TEXT:
-        text = "\n".join(diagram(tell(case), width, times) for case in cases)
+        text = "\n".join(diagram(explain(case), width, times) for case in cases)
     elif form is Format.SVG:
-        text = svg(tell(cases[0]))
+        text = svg(explain(cases[0]))
     elif form is Format.PERFETTO:
         text = perfetto(cases[0])
     else:
-        text = json.dumps(as_dict(tell(cases[0])), indent=1) + "\n"
+        text = json.dumps(as_dict(explain(cases[0])), indent=1) + "\n"
     if output is None:
         sys.stdout.write(text)
         return

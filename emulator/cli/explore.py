@@ -23,7 +23,7 @@ from emulator.errors import BadInput
 from emulator.output import Unwritable, make_directory, saying
 
 if TYPE_CHECKING:
-    from emulator.explore.machine.options import Choices
+    from emulator.explore.machine.options import ExploreOptions
     from emulator.explore.results.suite import Work
     from emulator.explore.results.verdict import Verdict
     from emulator.litmus.model import LitmusTest
@@ -137,7 +137,7 @@ def explore(
 ) -> None:
     """Explore litmus tests: every interleaving, proved or refuted."""
     # Imported late: help and bad usage need no engine.
-    from emulator.explore.machine.options import Choices
+    from emulator.explore.machine.options import ExploreOptions
     from emulator.explore.results.suite import Work, explore_suite
     from emulator.explore.results.verdict import STRATEGIES, Plan
     from emulator.litmus.loader import load_tests
@@ -153,20 +153,20 @@ def explore(
     names = list(dict.fromkeys(policy or [DEFAULT]))
     for name in names:
         named_policy(name)
-    choices = Choices.given(adversary or [], adversary_budget, store_buffers)
+    options = ExploreOptions.given(adversary or [], adversary_budget, store_buffers)
     if audit:
         source = context.get_parameter_source("executions")
         given = executions if source is not None and source.name != "DEFAULT" else None
-        raise typer.Exit(_audit(tests, names, given, seed, choices, as_json))
-    plan = Plan(strategy, executions, bound, seed=seed, depth=depth, choices=choices)
+        raise typer.Exit(_audit(tests, names, given, seed, options, as_json))
+    plan = Plan(strategy, executions, bound, seed=seed, depth=depth, options=options)
     work = [Work(test, name, plan, seconds) for test in tests for name in names]
     if output is not None:
         make_directory("--output", output)
-    told = Told(work, None if as_json else Lines(tests, names), output)
+    verdicts = Verdicts(work, None if as_json else Lines(tests, names), output)
     interrupts.only_note()
     for verdict in explore_suite(work, jobs or len(os.sched_getaffinity(0))):
-        told.take(verdict)
-    raise typer.Exit(told.end())
+        verdicts.take(verdict)
+    raise typer.Exit(verdicts.end())
 
 
 def _refuse_what_has_no_effect(
@@ -186,7 +186,7 @@ def _refuse_what_has_no_effect(
         refuse(context, {"adversary_budget"}, "without --adversary", "both")
 
 
-class Told:
+class Verdicts:
     """The verdicts of a search.  Each is printed, and its counterexample written, as soon as it is
     reached."""
 
@@ -243,13 +243,13 @@ def _audit(
     policies: list[str],
     executions: int | None,
     seed: int,
-    choices: Choices,
+    options: ExploreOptions,
     as_json: bool,
 ) -> int:
     from emulator.cli.audit import audit
     from emulator.explore.audit.run import EXECUTIONS
 
-    return audit(tests, policies, executions or EXECUTIONS, seed, choices, as_json)
+    return audit(tests, policies, executions or EXECUTIONS, seed, options, as_json)
 
 
 class Lines:

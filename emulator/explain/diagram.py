@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import textwrap
 
-from emulator.explain.tale import Row, Tale
+from emulator.explain.explanation import Explanation, Row
 
 # Columns of a commit message's line.  They suffice for three CPUs.
 WIDTH = 72
@@ -15,39 +15,39 @@ _LEAST = 16
 _LEAST_ROOM = 8
 
 
-def diagram(tale: Tale, width: int | None = None, times: bool = False) -> str:
+def diagram(explanation: Explanation, width: int | None = None, times: bool = False) -> str:
     """Draw the diagram, at most `width` columns wide if that is enough.  The default is 72 columns, or 24 for
     each CPU if there are more than three."""
-    columns = len(tale.columns)
-    times = times and tale.case.timed
+    columns = len(explanation.columns)
+    times = times and explanation.case.timed
     width = width or (WIDTH if columns <= _FITTING else _COLUMN * columns + (12 if times else 0))
-    layout = _Layout(tale, width, times)
-    lines = _wrap(tale.title, width)
+    layout = _Layout(explanation, width, times)
+    lines = _wrap(explanation.title, width)
     lines += ["", layout.header(), layout.header("-"), *layout.rows(), ""]
-    for note in tale.notes:
+    for note in explanation.notes:
         lines += _wrap(note.text, width, f"[{note.mark}] ", "    ")
     return "\n".join(line.rstrip() for line in lines) + "\n"
 
 
 class _Layout:
-    def __init__(self, tale: Tale, width: int, times: bool) -> None:
-        self.tale, self.width = tale, width
+    def __init__(self, explanation: Explanation, width: int, times: bool) -> None:
+        self.explanation, self.width = explanation, width
         self.left = 12 if times else 0
-        self.column = max(_LEAST, (width - self.left) // max(len(tale.columns), 1))
+        self.column = max(_LEAST, (width - self.left) // max(len(explanation.columns), 1))
 
     def header(self, underline: str = "") -> str:
         line = " " * self.left
-        for i, label in enumerate(self.tale.labels()):
+        for i, label in enumerate(self.explanation.labels()):
             line = line.ljust(self._offset(i)) + (underline * len(label) if underline else label)
         return line
 
     def rows(self) -> list[str]:
-        last = self.tale.rows[-1].moment.time if self.tale.rows else 0
+        last = self.explanation.rows[-1].moment.time if self.explanation.rows else 0
         lines = []
-        for row in self.tale.rows:
+        for row in self.explanation.rows:
             time = f"{(row.moment.time - last) / 1000:+.1f}us" if self.left and row.moment.time else ""
             for i, text in enumerate(self._cell(row)):
-                offset = self._offset(self.tale.columns.index(row.cpu))
+                offset = self._offset(self.explanation.columns.index(row.cpu))
                 lines.append((time if i == 0 else "").ljust(offset) + text)
         return lines
 
@@ -58,7 +58,7 @@ class _Layout:
         """Return the lines of a row.  A row has one entry only, so text that its column cannot hold runs on
         across the columns to the right."""
         mark = f" [{row.mark}]" if row.mark else ""
-        room = max(_LEAST_ROOM, self.width - self._offset(self.tale.columns.index(row.cpu)))
+        room = max(_LEAST_ROOM, self.width - self._offset(self.explanation.columns.index(row.cpu)))
         lines: list[str] = []
         for i, text in enumerate(row.lines):
             indent = "" if i == 0 else "  "

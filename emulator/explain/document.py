@@ -14,10 +14,10 @@ from typing import Any
 from pydantic import BaseModel, ValidationError
 
 from emulator.errors import BadInput
+from emulator.explain.analysis import Moment, RaceAnalysis
 from emulator.explain.events import Event
 from emulator.explain.facts import Facts
-from emulator.explain.parts import REVOKE
-from emulator.explain.plot import Moment, Plot
+from emulator.explain.meanings import REVOKE
 from emulator.explain.schema import CounterexampleSchema, ReportSchema
 from emulator.validation import first_error, read_json
 from native import VIOLATION_KINDS
@@ -38,14 +38,14 @@ class Case:
     events: tuple[Event, ...]
     names: Mapping[int, str]
     timed: bool = True
-    plot: Plot = field(init=False)
+    analysis: RaceAnalysis = field(init=False)
 
     def __post_init__(self) -> None:
-        object.__setattr__(self, "plot", Plot(self.facts, self.events))
+        object.__setattr__(self, "analysis", RaceAnalysis(self.facts, self.events))
 
     @property
     def moments(self) -> list[Moment]:
-        return self.plot.moments
+        return self.analysis.moments
 
     def label(self, cpu: int) -> str:
         """Return the title of the CPU's column: CPU0 for a pCPU, as in changelogs, or a thread's name."""
@@ -69,7 +69,7 @@ class Case:
         Compared in turn: how many of revocation and culprit are known, how specific the kind is, and how few
         CPUs take part.
         """
-        known = (self.plot.part(REVOKE), self.plot.culprit)
+        known = (self.analysis.moment(REVOKE), self.analysis.culprit)
         kinds = VIOLATION_KINDS
         rank = kinds.index(self.facts.kind) if self.facts.kind in kinds else len(kinds)
         return sum(moment is not None for moment in known), -rank, -len(self.columns)
@@ -151,8 +151,8 @@ def _counterexample(value: Mapping[str, Any], context: Mapping[str, str]) -> Cas
     steps = [event for step in value["steps"] for event in _events_of_step(step)]
     steps += value.get("final") or []
     waits = [_wait(wait) for wait in report.get("waits") or []]
-    told = [*_before(report.get("events") or [], steps), *steps, *waits]
-    events = [Event.of_dict(event, time) for time, event in enumerate(told, start=1)]
+    recorded = [*_before(report.get("events") or [], steps), *steps, *waits]
+    events = [Event.of_dict(event, time) for time, event in enumerate(recorded, start=1)]
     report.pop("time_ns", None)
     report.pop("promise_time_ns", None)
     names = _names(value) or _names(report) or _names_of_steps(value["steps"])

@@ -1,4 +1,4 @@
-"""The plot of a lost dirty bit: the guest has written a page, and no dirty log has named it since.
+"""The analysis of a lost dirty bit: the guest has written a page, and no dirty log has named it since.
 
 User space copied the page when a log had named it, or when logging began.  From then on the page should have
 been write-protected, so that the next write faults and marks it.  It was writable, and a write left no mark.
@@ -11,7 +11,7 @@ from dataclasses import replace
 
 from emulator.explain.events import Event
 from emulator.explain.facts import Facts
-from emulator.explain.parts import COPIED, ELIDED, LOST, MARKED_EARLY, REOPENED, UNNAMED, UNPROTECTED
+from emulator.explain.meanings import COPIED, ELIDED, LOST, MARKED_EARLY, REOPENED, UNNAMED, UNPROTECTED
 from emulator.explain.timeline import Timeline
 from native import EXIT_REASONS
 
@@ -45,9 +45,9 @@ def with_store(facts: Facts, events: Sequence[Event]) -> list[Event]:
     return sorted([*events, store], key=lambda e: e.time)
 
 
-def lost_parts(facts: Facts, events: Sequence[Event]) -> dict[int, str]:
-    """Return the indices of the events to show, with the part that each plays ("": context only)."""
-    return _Lost(facts, events).parts
+def lost_meanings(facts: Facts, events: Sequence[Event]) -> dict[int, str]:
+    """Return the indices of the events to show, with their meanings ("": context only)."""
+    return _Lost(facts, events).meanings
 
 
 class _Lost(Timeline):

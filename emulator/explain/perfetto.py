@@ -1,8 +1,8 @@
 """A Chrome trace (JSON array format with metadata): ui.perfetto.dev and chrome://tracing load it.
 
-All events of the case are in it, not only the plot's: a thread per CPU, a slice for each stay in guest mode,
-an instant for each flush, an arrow for each IPI to the exit that it caused.  Format: "Trace Event Format",
-https://docs.google.com/document/d/1CvAClvFfyA5R-PhYUmn5OOQtYMH4h6I0nSsKchNAySU
+All events of the case are in it, not only the moments of the race: a thread per CPU, a slice for each stay in
+guest mode, an instant for each flush, an arrow for each IPI to the exit that it caused.  Format: "Trace Event
+Format", https://docs.google.com/document/d/1CvAClvFfyA5R-PhYUmn5OOQtYMH4h6I0nSsKchNAySU
 """
 
 from __future__ import annotations
@@ -11,11 +11,11 @@ import json
 from collections.abc import Iterator
 from typing import Any
 
+from emulator.explain.analysis import Moment
 from emulator.explain.document import Case
 from emulator.explain.events import Event
-from emulator.explain.parts import CULPRITS, FILL, USE
+from emulator.explain.meanings import CULPRITS, FILL, USE
 from emulator.explain.phrases import phrases
-from emulator.explain.plot import Moment
 
 _PCPUS = 1
 _THREADS = 2
@@ -32,7 +32,7 @@ class _Trace:
     def __init__(self, case: Case) -> None:
         self.case = case
         self.all = sorted([*case.events, *_synthetic(case)], key=lambda event: event.time)
-        self.parts = {id(m.event): m for m in case.moments}
+        self.moments = {id(m.event): m for m in case.moments}
         self.begin = min((event.time for event in self.all if event.time), default=0)
         self.cpus = sorted({event.cpu for event in self.all})
 
@@ -87,19 +87,19 @@ class _Trace:
         }
 
     def _event(self, event: Event) -> Iterator[dict[str, Any]]:
-        moment = self.parts.get(id(event))
+        moment = self.moments.get(id(event))
         name = ", ".join(phrases(moment or Moment(event.cpu, event), self.case.facts))
-        if moment is not None and moment.part:
-            name = f"[{moment.part}] {name}"
-        if event.kind in ("flush", "elided") or (moment is not None and moment.part):
+        if moment is not None and moment.meaning:
+            name = f"[{moment.meaning}] {name}"
+        if event.kind in ("flush", "elided") or (moment is not None and moment.meaning):
             mark = {"ts": self._ts(event), **self._where(event.cpu), "cat": event.kind}
             yield {"ph": "i", **mark, "name": name, "s": "t"}
         if event.kind != "entry":
             more: dict[str, Any] = (
                 {"args": {"what": event.describe()}} if event.kind not in (FILL, USE) else {}
             )
-            if moment is not None and moment.part in _COLOURS:
-                more["cname"] = _COLOURS[moment.part]
+            if moment is not None and moment.meaning in _COLOURS:
+                more["cname"] = _COLOURS[moment.meaning]
             yield self._slice(name, event, _SHORT_US, **more)
         if event.kind == "ipi":
             yield from self._arrows(event)

@@ -4,11 +4,11 @@ from __future__ import annotations
 
 from collections.abc import Callable
 
+from emulator.explain.analysis import Moment
 from emulator.explain.events import WHOLE, Event, name_of, pages_text
 from emulator.explain.facts import Facts
 from emulator.explain.lost import copies
-from emulator.explain.parts import FILL, USE
-from emulator.explain.plot import Moment
+from emulator.explain.meanings import FILL, USE
 from emulator.explain.timeline import HUGE
 from native import EXIT_REASONS
 

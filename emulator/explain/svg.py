@@ -7,8 +7,8 @@ import textwrap
 from collections.abc import Iterator
 from html import escape
 
-from emulator.explain.parts import ELIDED, FILL, LATE, MISSED, NARROW, OUTDATED, PROMISE, REVOKE, USE
-from emulator.explain.tale import Row, Tale
+from emulator.explain.explanation import Explanation, Row
+from emulator.explain.meanings import ELIDED, FILL, LATE, MISSED, NARROW, OUTDATED, PROMISE, REVOKE, USE
 
 _COLUMN = 290
 # Between a column's edge and its boxes: where arrows turn.
@@ -21,7 +21,7 @@ _GAP = 12
 _CHARS = 32
 _LEGEND_CHARS = 34
 
-# Fill and border of a box by its part.  Boxes with a part also have stronger borders.
+# Fill and border of a box by the meaning of its moment.  Boxes with a meaning also have stronger borders.
 _PLAIN = ("#f6f7f9", "#c3c9d1")
 _COLOURS = {
     FILL: ("#e3f0fc", "#2f74b5"),
@@ -46,35 +46,35 @@ _MARKERS = (
 )
 
 
-def svg(tale: Tale) -> str:
-    return _Picture(tale).text()
+def svg(explanation: Explanation) -> str:
+    return _Picture(explanation).text()
 
 
 class _Picture:
-    def __init__(self, tale: Tale) -> None:
-        self.tale = tale
+    def __init__(self, explanation: Explanation) -> None:
+        self.explanation = explanation
         self.boxes = list(self._placed())
         self.bottom = self.boxes[-1][2] + _GAP if self.boxes else _HEAD
         legend = [
             [f"[{note.mark}]" if i == 0 else "", line]
-            for note in tale.notes
+            for note in explanation.notes
             for i, line in enumerate(textwrap.wrap(note.text, self._legend_chars()))
         ]
         self.legend = legend
-        self.title = textwrap.wrap(tale.title, self._legend_chars(), break_on_hyphens=False)
+        self.title = textwrap.wrap(explanation.title, self._legend_chars(), break_on_hyphens=False)
         self.top = (len(self.title) - 1) * 20
 
     def _legend_chars(self) -> int:
-        return max(40, _LEGEND_CHARS * len(self.tale.columns))
+        return max(40, _LEGEND_CHARS * len(self.explanation.columns))
 
     def text(self) -> str:
-        width = 2 * _MARGIN + max(_COLUMN * len(self.tale.columns), self._legend_chars() * 8 + 40)
+        width = 2 * _MARGIN + max(_COLUMN * len(self.explanation.columns), self._legend_chars() * 8 + 40)
         height = self.top + self.bottom + _MARGIN + 20 * len(self.legend)
         body = "\n".join([*self._heads(), *self._arrows(), *self._rows(), *self._legend()])
         return (
             f'<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 {width} {height}" '
             f'width="{width}" height="{height}" role="img">\n'
-            f"<title>{escape(self.tale.title)}</title>\n"
+            f"<title>{escape(self.explanation.title)}</title>\n"
             f"<style>{_STYLE}</style><defs>{_MARKERS}</defs>\n"
             f'<rect width="{width}" height="{height}" fill="#ffffff"/>\n'
             f'{self._title()}\n<g transform="translate(0 {self.top})">\n{body}\n</g>\n</svg>\n'
@@ -89,7 +89,7 @@ class _Picture:
     # --- places ------------------------------------------------------------------------------------------
 
     def _x(self, cpu: int) -> int:
-        return _MARGIN + self.tale.columns.index(cpu) * _COLUMN
+        return _MARGIN + self.explanation.columns.index(cpu) * _COLUMN
 
     def _middle(self, cpu: int) -> int:
         return self._x(cpu) + _COLUMN // 2
@@ -97,7 +97,7 @@ class _Picture:
     def _placed(self) -> Iterator[tuple[Row, list[str], int, int]]:
         """Yield each row with the lines of its box, and the y of the box's bottom and top."""
         y = _HEAD
-        for row in self.tale.rows:
+        for row in self.explanation.rows:
             lines = [line for text in row.lines for line in textwrap.wrap(text, _CHARS) or [""]]
             height = len(lines) * _LINE + 2 * _PAD
             yield row, lines, y + height, y
@@ -106,22 +106,22 @@ class _Picture:
     # --- drawing -----------------------------------------------------------------------------------------
 
     def _heads(self) -> Iterator[str]:
-        for cpu in self.tale.columns:
+        for cpu in self.explanation.columns:
             x = self._middle(cpu)
-            label = escape(self.tale.case.label(cpu))
+            label = escape(self.explanation.case.label(cpu))
             yield f'<text class="c" x="{x}" y="58" text-anchor="middle">{label}</text>'
             yield f'<line class="l" x1="{x}" y1="66" x2="{x}" y2="{self.bottom}"/>'
 
     def _rows(self) -> Iterator[str]:
         for row, lines, bottom, top in self.boxes:
-            fill, stroke = _COLOURS.get(row.part, _PLAIN)
+            fill, stroke = _COLOURS.get(row.meaning, _PLAIN)
             x, width = self._x(row.cpu) + _INSET, _COLUMN - 2 * _INSET
-            strength = 2 if row.part else 1
+            strength = 2 if row.meaning else 1
             yield (
                 f'<rect x="{x}" y="{top}" width="{width}" height="{bottom - top}" rx="4" fill="{fill}" '
                 f'stroke="{stroke}" stroke-width="{strength}"/>'
             )
-            white = ' class="w"' if row.part == USE else ""
+            white = ' class="w"' if row.meaning == USE else ""
             for i, line in enumerate(lines):
                 y = top + _PAD + (i + 1) * _LINE - 5
                 yield f'<text{white} x="{x + 9}" y="{y}">{escape(line)}</text>'
@@ -145,7 +145,7 @@ class _Picture:
                     yield self._arrow("a", before, last[before], row.cpu, middle)
                 on[event.a] = row.cpu
             if event.kind == "ipi":
-                for target in (cpu for cpu in event.targets if cpu in self.tale.columns):
+                for target in (cpu for cpu in event.targets if cpu in self.explanation.columns):
                     yield self._arrow("i", row.cpu, middle, target, self._next(i, target))
             last[row.cpu] = middle
 

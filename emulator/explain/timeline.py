@@ -1,4 +1,4 @@
-"""Events in the order of their times, and the selection of them that makes a plot."""
+"""Events in the order of their times, and the selection of those that matter."""
 
 from __future__ import annotations
 
@@ -15,13 +15,13 @@ Wanted = Callable[[Event], bool]
 
 
 class Timeline:
-    """Finds events between two indices (both exclusive), and keeps some with the parts that they play ("":
-    context only)."""
+    """Finds events between two indices (both exclusive), and keeps some with their meanings ("": context
+    only)."""
 
     def __init__(self, facts: Facts, events: Sequence[Event]) -> None:
         self.facts = facts
         self.events = events
-        self.parts: dict[int, str] = {}
+        self.meanings: dict[int, str] = {}
 
     def _last(self, wanted: Wanted, after: int | None = None, before: int | None = None) -> int | None:
         start = -1 if after is None else after
@@ -33,9 +33,9 @@ class Timeline:
         end = len(self.events) if before is None else before
         return next((i for i in range(start + 1, end) if wanted(self.events[i])), None)
 
-    def _keep(self, i: int | None, part: str = "") -> int | None:
-        if i is not None and (part or i not in self.parts):
-            self.parts[i] = part
+    def _keep(self, i: int | None, meaning: str = "") -> int | None:
+        if i is not None and (meaning or i not in self.meanings):
+            self.meanings[i] = meaning
         return i
 
     def _mine(self, e: Event) -> bool:

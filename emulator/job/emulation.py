@@ -21,8 +21,7 @@ from emulator.actors.chaos import Chaos
 from emulator.actors.crew import Crew
 from emulator.actors.host import Host, host_pacer
 from emulator.actors.inbox import adopt_thread, release_thread
-from emulator.actors.kvm import RAM_SLOT, SECOND_SLOT, kvm_pacer
-from emulator.actors.kvm import Kvm as KvmActor
+from emulator.actors.ioctl_caller import RAM_SLOT, SECOND_SLOT, IoctlCaller, kvm_pacer
 from emulator.actors.pcpu import PCpu
 from emulator.actors.rcu import RcuThread
 from emulator.actors.scheduler import Place, Scheduler
@@ -304,7 +303,7 @@ class Emulation:
         for kvm in self.disturbed:
             rng = self._seeded()
             pacer = kvm_pacer(self.workload, len(self.disturbed), rng)
-            KvmActor.start(self.crew, next(self._free_cpus), kvm, scheduler, pacer, rng)
+            IoctlCaller.start(self.crew, next(self._free_cpus), kvm, scheduler, pacer, rng)
         memories = [UserMemory(kvm) for kvm in self.disturbed]
         for i in range(self.scenario.host.actors):
             rng = self._seeded()

@@ -16,7 +16,7 @@ from emulator.policy.patience import unreturned
 from emulator.report.preconditions import preconditions
 from emulator.report.receivers import Receivers, read_receivers
 from emulator.report.result import Finder, MachineObserver, Result, Snapshot, read_snapshot
-from emulator.report.violation import Stories
+from emulator.report.violation import ReportCollector
 from emulator.scenario.config import Scenario
 from emulator.scenario.costs import modelled_cycles
 from native import lib
@@ -110,7 +110,7 @@ class _Run:
         self.before: tuple[Snapshot, tuple[Receivers, ...]] | None = None
         self.began = 0.0
         self.settled = 0.0  # `elapsed` then
-        self.stories = Stories(emulation.m)
+        self.reports = ReportCollector(emulation.m)
         self.watchdog = Watchdog(emulation.crew)
 
     def run(self) -> None:
@@ -146,12 +146,12 @@ class _Run:
 
     def _look_for_violations(self) -> int:
         """Take the core's new reports and pass the wanted ones to the finder; return how many are new."""
-        stories, finder = self.stories, self.job.finder
-        new = stories.poll()
+        reports, finder = self.reports, self.job.finder
+        new = reports.poll()
         if finder is not None:
-            for index in range(len(stories) - new, len(stories)):
-                if finder.wanted(stories.kind(index), stories.has_events(index)):
-                    report = stories.report(index, self._names(), self.job.policy.mutants())
+            for index in range(len(reports) - new, len(reports)):
+                if finder.wanted(reports.kind(index), reports.has_events(index)):
+                    report = reports.report(index, self._names(), self.job.policy.mutants())
                     finder.found(index + 1, report)
         return new
 
@@ -229,7 +229,7 @@ class _Run:
             policy_overrides=job.policy.overrides(),
             policy_given=job.policy.given(),
             seed=job.seed,
-            reports=self.stories.finish(self._names(), job.policy.mutants()),
+            reports=self.reports.finish(self._names(), job.policy.mutants()),
             preconditions=preconditions(snapshot, self.emulation),
             cycles=modelled_cycles(
                 job.scenario.cost_table, snapshot.counters, snapshot.vms, snapshot.flushes

@@ -5,7 +5,7 @@ policy deserves.
     loader         shipped tests, users' files, and one-line errors
     syntax, ops    the notation of operations; guest_ops, kvm_ops, waits: their implementations
     guest_program  stretches of guest operations as programs of the core
-    world          one test's machine, VMs and threads, execution after execution
+    harness        one test's machine, VMs and threads, execution after execution
     runner         executions on real threads, judged
     verdict        the outcome of executions, compared with the expected one
     policies       the policies that a test is run under

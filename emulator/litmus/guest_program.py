@@ -10,7 +10,7 @@ from emulator.litmus.ops import GuestOp, Instruction, Op
 from native import ffi, lib
 
 if TYPE_CHECKING:
-    from emulator.litmus.world import LitmusThread
+    from emulator.litmus.harness import LitmusThread
     from emulator.machine.runtime import Cpu
     from native._native import Array
     from native._native import GuestOp as CoreOp
@@ -45,8 +45,8 @@ class GuestProgram:
 
     def _what_it_maps(self) -> tuple[list[int], int]:
         """Return the linear pages that the guest's processes map, and the number of processes."""
-        world, name = self._thread.world, self._thread.name
-        sequences = (*world.test.parsed_init, *world.test.parsed_final)
+        harness, name = self._thread.harness, self._thread.name
+        sequences = (*harness.test.parsed_init, *harness.test.parsed_final)
         ops = [*self._thread.section.parsed, *(op for who, op in sequences if who == name)]
         instructions = [ins for op in ops if isinstance(op, GuestOp) for ins in op.instructions()]
         processes = max((ins.value + 1 for ins in instructions if ins.kind == "MOV_CR3"), default=1)
@@ -109,7 +109,7 @@ class GuestProgram:
         waits = op.waits_for()
         assert waits is not None
         thread, n = waits
-        return [Instruction("WAIT", self._thread.world.threads[thread].number, n)]
+        return [Instruction("WAIT", self._thread.harness.threads[thread].number, n)]
 
 
 def _encode(instruction: Instruction) -> dict[str, int]:

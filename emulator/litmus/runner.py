@@ -18,15 +18,15 @@ from emulator.errors import BadInput
 from emulator.explain.document import VMM
 from emulator.litmus.evidence import Evidence, add
 from emulator.litmus.failure import KVM_FAILS, LitmusFailure, failure_text
+from emulator.litmus.harness import Harness, LitmusThread, machine_config, rcu_cpu
 from emulator.litmus.model import LitmusTest
 from emulator.litmus.verdict import Outcome
-from emulator.litmus.world import LitmusThread, World, machine_config, rcu_cpu
 from emulator.machine.runtime import Cpu, Machine, MachineStopped, Mode
 from emulator.points import PointKind
 from emulator.policy import Policy
 from emulator.policy.patience import unreturned
 from emulator.report.result import Report
-from emulator.report.violation import Stories
+from emulator.report.violation import ReportCollector
 from native import VIOLATION_KINDS, ffi, lib
 
 # An execution that takes longer has a thread that waits for ever.
@@ -42,11 +42,11 @@ _SWITCH_SECONDS = 2e-5
 class Delays:
     """The hook at KVM's ordering points: delays a thread at the test's points, and elsewhere now and then."""
 
-    def __init__(self, world: World) -> None:
-        self._world = world
+    def __init__(self, harness: Harness) -> None:
+        self._harness = harness
         self._named = {
             (delay.thread, delay.point, delay.mode): (number, (delay.microseconds or _LINGER) * 1e-6)
-            for number, delay in enumerate(world.test.delays)
+            for number, delay in enumerate(harness.test.delays)
         }
         # The numbers of the delays with points that their threads have reached.
         self.passed: set[int] = set()
@@ -58,7 +58,7 @@ class Delays:
         self._everywhere = seed % 2 == 1
 
     def __call__(self, cpu: Cpu, kind: PointKind, obj: object, mode: Mode) -> None:
-        thread = self._world.thread_on(cpu)
+        thread = self._harness.thread_on(cpu)
         if thread is None:
             return
         delay = None
@@ -133,7 +133,7 @@ class Runner:
         self._rcu = threading.Thread(
             target=lib.rcu_thread, args=(machine.m, rcu_cpu(machine).id), daemon=True
         )
-        self._world: World | None = None
+        self._harness: Harness | None = None
         self._watchdog = Watchdog(self)
         self._workers = [Worker(self, i) for i in range(len(test.threads))]
         try:
@@ -157,7 +157,7 @@ class Runner:
             self._finished.release()
 
     def look_at_sequences(self) -> None:
-        alone = None if self._world is None else self._world.alone
+        alone = None if self._harness is None else self._harness.alone
         if alone is None or time.monotonic() - alone.since < STUCK_SECONDS:
             return
         failure = LitmusFailure(f"{alone.name}: {alone.what!r} waits for ever: nobody else runs")
@@ -180,17 +180,17 @@ class Runner:
     def _run(
         self, policy: Policy, executions: int, seed: int, progress: Callable[[int], None], stop_at: int
     ) -> Outcome:
-        world = self._world = World(self.test, policy, self.machine)
+        harness = self._harness = Harness(self.test, policy, self.machine)
         outcome = Outcome(self.test.name, policy.name)
-        delays = Delays(world)
+        delays = Delays(harness)
         self.machine.install(delays)
         try:
             for i in range(executions):
-                self._execute(world, delays, outcome, seed + i)
+                self._execute(harness, delays, outcome, seed + i)
                 progress(1)
                 if stop_at and outcome.violating >= stop_at:
                     break
-            world.teardown()
+            harness.teardown()
         except KVM_FAILS as error:
             self._explain_failure(outcome, error)
         finally:
@@ -198,60 +198,62 @@ class Runner:
             outcome.delays_passed |= delays.passed
         return outcome
 
-    def _execute(self, world: World, delays: Delays, outcome: Outcome, seed: int) -> None:
+    def _execute(self, harness: Harness, delays: Delays, outcome: Outcome, seed: int) -> None:
         violations = self._violations()
         lib.oracle_forget(self.machine.m)
         random = Random(seed)
         # With a seed that is a multiple of three, all threads start at once.
         spread = _START_SPREAD * 1e-6 if seed % 3 else 0.0
         delays.reseed(seed)
-        world.reset()
-        world.run_init()
-        self._evidence.begin(world.kvms)
+        harness.reset()
+        harness.run_init()
+        self._evidence.begin(harness.kvms)
         self._left = len(self._workers)
-        for worker, thread in zip(self._workers, world.threads.values(), strict=True):
+        for worker, thread in zip(self._workers, harness.threads.values(), strict=True):
             worker.thread = thread
             worker.start_late = random.random() * spread
         for worker in self._workers:
             worker.go.release()
         if not self._finished.acquire(timeout=STUCK_SECONDS):
-            self._stuck(world)
+            self._stuck(harness)
         if self.errors:
             raise MachineStopped
-        world.run_final()
-        add(outcome.evidence, self._evidence.found(world.kvms))
-        world.end_migrations()
-        add(outcome.evidence, self._evidence.compared(world.kvms))
+        harness.run_final()
+        add(outcome.evidence, self._evidence.found(harness.kvms))
+        harness.end_migrations()
+        add(outcome.evidence, self._evidence.compared(harness.kvms))
         outcome.executions += 1
-        self._judge(outcome, violations, seed, world)
+        self._judge(outcome, violations, seed, harness)
 
-    def _stuck(self, world: World) -> None:
+    def _stuck(self, harness: Harness) -> None:
+        threads = harness.threads.values()
         waiting = ", ".join(
-            f"{thread.name} after {world.progress(thread)} operations" for thread in world.threads.values()
+            f"{thread.name} after {harness.progress(thread)} operations" for thread in threads
         )
-        self.errors.append(("runner", unreturned() or LitmusFailure(f"nobody goes on: {waiting}")))
+        failure = LitmusFailure(f"no thread makes progress: {waiting}")
+        self.errors.append(("runner", unreturned() or failure))
         self.machine.stop()
         self._finished.acquire(timeout=STUCK_SECONDS)
 
-    def _judge(self, outcome: Outcome, before: list[int], seed: int, world: World) -> None:
+    def _judge(self, outcome: Outcome, before: list[int], seed: int, harness: Harness) -> None:
         after = self._violations()
         if after == before:
             return
         outcome.violating += 1
         if outcome.first is None:
             outcome.first = seed
-            outcome.reports = self._reports(world)
+            outcome.reports = self._reports(harness)
         for kind, old, new in zip(VIOLATION_KINDS, before, after, strict=True):
             if new != old:
                 outcome.kinds[kind] = outcome.kinds.get(kind, 0) + new - old
 
-    def _reports(self, world: World) -> tuple[Report, ...]:
+    def _reports(self, harness: Harness) -> tuple[Report, ...]:
         """Return this execution's reports: the first of each kind."""
         names: dict[int, str] = {cpu.id: f"pcpu{cpu.id}" for cpu in self.machine.cpus[: self.machine.pcpus]}
-        names |= {thread.home.id: name for name, thread in world.threads.items()}
-        names |= {rcu_cpu(self.machine).id: "rcu", world.main.id: VMM}
+        names |= {thread.home.id: name for name, thread in harness.threads.items()}
+        names |= {rcu_cpu(self.machine).id: "rcu", harness.main.id: VMM}
         found: dict[str, Report] = {}
-        for report in Stories(self.machine.m).finish(names, world.policy.mutants()):
+        for report in ReportCollector(self.machine.m).finish(names, harness.policy.mutants()):
             found.setdefault(report.kind, report)
         return tuple(found.values())
 

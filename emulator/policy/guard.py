@@ -87,7 +87,7 @@ def register(path: str) -> None:
 # --- saying it ----------------------------------------------------------------------------------------------
 
 
-def told(error: BaseException) -> str:
+def error_text(error: BaseException) -> str:
     """Return the error's class and text in one line, even if its methods raise."""
     name = class_name(type(error))
     text = _text(str, error)
@@ -126,7 +126,7 @@ def failed(place: Place, error: BaseException) -> UserPolicyError:
     """Return the UserPolicyError for an error that the file raised."""
     if issubclass(type(error), Overdue):
         return UserPolicyError(place.at(error.line), error.found, error.expected)  # type: ignore[attr-defined]
-    return UserPolicyError(place.at(_line(error, place.path)), told(error), place.expected)
+    return UserPolicyError(place.at(_line(error, place.path)), error_text(error), place.expected)
 
 
 class Overdue(UserPolicyError):

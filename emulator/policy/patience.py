@@ -46,7 +46,7 @@ class _Call:
     switches: int
     rounds: int = 0
     asleep: int = 0
-    told: int = 0
+    raised: int = 0
     rest: int = 0
     found: str = ""
 
@@ -91,7 +91,7 @@ class Patience:
         call.asleep = call.asleep + 1 if switches == call.switches else 0
         call.switches = switches
         place, used = _place_of(call.frame), cpu_time - call.cpu_time
-        if call.told:
+        if call.raised:
             call.rest -= 1
             if call.rest > 0:
                 return
@@ -104,9 +104,9 @@ class Patience:
         else:
             return
         kind = overdue(place, _line_of(top, place.path), call.found)
-        if call.told == _ATTEMPTS or (call.told and call.asleep >= _GRACE):
+        if call.raised == _ATTEMPTS or (call.raised and call.asleep >= _GRACE):
             end_process(str(kind()))  # type: ignore[call-arg]
-        call.told, call.rest = call.told + 1, _GRACE
+        call.raised, call.rest = call.raised + 1, _GRACE
         ctypes.pythonapi.PyThreadState_SetAsyncExc(ctypes.c_ulong(ident), ctypes.py_object(kind))
 
 

@@ -10,9 +10,10 @@ from __future__ import annotations
 from collections.abc import Iterable, Mapping
 from typing import TYPE_CHECKING, Any
 
+from emulator.explain.analysis import RaceAnalysis
 from emulator.explain.events import PROMISED_BY, PROMISES, Event, EventTail, name_of
 from emulator.explain.facts import Facts
-from emulator.explain.parts import (
+from emulator.explain.meanings import (
     COPIED,
     EARLY,
     ELIDED,
@@ -31,14 +32,13 @@ from emulator.explain.parts import (
     UNPROTECTED,
 )
 from emulator.explain.phrases import phrases
-from emulator.explain.plot import Plot
 from emulator.report.result import Report
 from native import VIOLATION_KINDS, ffi, lib
 
 if TYPE_CHECKING:
     from native._native import MachinePtr, ViolationReport
 
-__all__ = ["Event", "EventTail", "Stories"]
+__all__ = ["Event", "EventTail", "ReportCollector"]
 
 _EVENTS_KEPT = 512
 _ACCESSES = ("read", "write", "execute")
@@ -67,7 +67,7 @@ _LOST_LINES = {
 }
 
 
-class Stories:
+class ReportCollector:
     """Collects a machine's reports. `poll` often; `finish` once, when its actors are gone."""
 
     def __init__(self, m: MachinePtr) -> None:
@@ -119,20 +119,20 @@ def _kinds(r: ViolationReport) -> tuple[str, ...]:
 def _report(r: ViolationReport, events: list[Event], names: dict[int, str], blame: tuple[str, ...]) -> Report:
     kinds = _kinds(r)
     details = _details(r, kinds, events, names, blame)
-    plot = Plot(Facts.of_report(details), events)
+    analysis = RaceAnalysis(Facts.of_report(details), events)
     stall = kinds[0].endswith("stall") or kinds[0] == "deadlock"
-    lines = [_stall_text(r, kinds, names)] if stall else _use_text(r, kinds, plot, names)
+    lines = [_stall_text(r, kinds, names)] if stall else _use_text(r, kinds, analysis, names)
     if blame:
         lines.append(f"  policy answers known to be unsafe: {', '.join(blame)}")
     if events:
-        lines += _plot_text(r, plot, names)
+        lines += _moments_text(r, analysis, names)
     return Report(kinds[0], kinds, "\n".join(lines), details)
 
 
-def _plot_text(r: ViolationReport, plot: Plot, names: dict[int, str]) -> list[str]:
+def _moments_text(r: ViolationReport, analysis: RaceAnalysis, names: dict[int, str]) -> list[str]:
     lines = ["  what led to it:"]
-    for moment in plot.moments:
-        what = ", ".join(phrases(moment, plot.facts))
+    for moment in analysis.moments:
+        what = ", ".join(phrases(moment, analysis.facts))
         lines.append(f"    {_ago(moment.time, r):>13}  {_name(names, moment.cpu):>9}  {what}")
     return lines
 
@@ -152,18 +152,20 @@ def _stall_text(r: ViolationReport, kinds: tuple[str, ...], names: dict[int, str
     )
 
 
-def _use_text(r: ViolationReport, kinds: tuple[str, ...], plot: Plot, names: dict[int, str]) -> list[str]:
+def _use_text(
+    r: ViolationReport, kinds: tuple[str, ...], analysis: RaceAnalysis, names: dict[int, str]
+) -> list[str]:
     if kinds[0] == "lost-dirty":
-        return _lost_text(r, plot, names)
+        return _lost_text(r, analysis, names)
     also = f" (also {', '.join(kinds[1:])})" if kinds[1:] else ""
-    used = _kvm_text if plot.facts.by_kvm else _access_text
+    used = _kvm_text if analysis.facts.by_kvm else _access_text
     return [
         *used(r, kinds[0] + also, names),
-        f"  revoked: {_promise_text(r, kinds[0], plot, names)}",
-        *_revocation_text(r, plot, names),
-        *([] if plot.facts.marks_page else _flush_text(r, plot, names)),
-        *([] if plot.culprit else [f"  missing: {_missing(kinds[0], r, plot)}"]),
-        *_unknown_text(r, plot, names),
+        f"  revoked: {_promise_text(r, kinds[0], analysis, names)}",
+        *_revocation_text(r, analysis, names),
+        *([] if analysis.facts.marks_page else _flush_text(r, analysis, names)),
+        *([] if analysis.culprit else [f"  missing: {_missing(kinds[0], r, analysis)}"]),
+        *_unknown_text(r, analysis, names),
     ]
 
 
@@ -192,21 +194,21 @@ def _kvm_text(r: ViolationReport, what: str, names: dict[int, str]) -> list[str]
     ]
 
 
-def _lost_text(r: ViolationReport, plot: Plot, names: dict[int, str]) -> list[str]:
+def _lost_text(r: ViolationReport, analysis: RaceAnalysis, names: dict[int, str]) -> list[str]:
     lines = [f"lost-dirty: VM {r.vm} page {r.gfn:#x} differs from the image copied by the dirty log"]
-    for part, what in _LOST_LINES.items():
-        moment = plot.part(part)
+    for meaning, what in _LOST_LINES.items():
+        moment = analysis.moment(meaning)
         if moment is not None:
-            phrase = ", ".join(phrases(moment, plot.facts))
+            phrase = ", ".join(phrases(moment, analysis.facts))
             where = f"{_name(names, moment.cpu)}, {_ago(moment.time, r)}"
             lines.append(f"  {what}: {phrase} on {where}")
     return lines
 
 
-def _promise_text(r: ViolationReport, kind: str, plot: Plot, names: dict[int, str]) -> str:
+def _promise_text(r: ViolationReport, kind: str, analysis: RaceAnalysis, names: dict[int, str]) -> str:
     if kind == "guest-stale":
         return PROMISED_BY["guest"]
-    promised = plot.part(PROMISE)
+    promised = analysis.moment(PROMISE)
     if r.promise == lib.PROMISE_NONE and promised is not None:
         # No SPTE mapped the page at the promise, because the fault that mapped it was still under way.
         where = f"{_name(names, promised.cpu)}, {_ago(promised.time, r)}"
@@ -218,48 +220,48 @@ def _promise_text(r: ViolationReport, kind: str, plot: Plot, names: dict[int, st
     return f"{promise} on {_name(names, r.promise_cpu)}, {(r.time - r.promise_time) / 1000:.1f} us before"
 
 
-def _revocation_text(r: ViolationReport, plot: Plot, names: dict[int, str]) -> list[str]:
-    revoked = plot.part(REVOKE)
+def _revocation_text(r: ViolationReport, analysis: RaceAnalysis, names: dict[int, str]) -> list[str]:
+    revoked = analysis.moment(REVOKE)
     if revoked is None:
         return []
     where = _name(names, revoked.cpu)
-    lines = [f"  taken away: {phrases(revoked, plot.facts)[0]} on {where}, {_ago(revoked.time, r)}"]
-    if plot.revoked_on not in (-1, r.cpu):
-        lines[0] += f"; vCPU {r.vcpu} was on {_name(names, plot.revoked_on)} then"
+    lines = [f"  taken away: {phrases(revoked, analysis.facts)[0]} on {where}, {_ago(revoked.time, r)}"]
+    if analysis.revoked_on not in (-1, r.cpu):
+        lines[0] += f"; vCPU {r.vcpu} was on {_name(names, analysis.revoked_on)} then"
     return lines
 
 
-def _flush_text(r: ViolationReport, plot: Plot, names: dict[int, str]) -> list[str]:
+def _flush_text(r: ViolationReport, analysis: RaceAnalysis, names: dict[int, str]) -> list[str]:
     """Describe the flushes between revocation and use, and the one that was missing."""
     lines = []
-    flushed = [_name(names, cpu) for cpu in plot.flushed_on()]
+    flushed = [_name(names, cpu) for cpu in analysis.flushed_on()]
     if flushed:
         lines.append(f"  flushed since: {', '.join(flushed)}")
-    culprit = plot.culprit
+    culprit = analysis.culprit
     if culprit is not None:
-        decision = plot.decision(culprit) if culprit.part == ELIDED else ""
+        decision = analysis.decision(culprit) if culprit.meaning == ELIDED else ""
         asked = f" (decision {decision})" if decision else ""
-        what = phrases(culprit, plot.facts)[0]
+        what = phrases(culprit, analysis.facts)[0]
         where = _name(names, culprit.cpu)
-        lines.append(f"  {_CULPRITS[culprit.part]}: {what} on {where}, {_ago(culprit.time, r)}{asked}")
+        lines.append(f"  {_CULPRITS[culprit.meaning]}: {what} on {where}, {_ago(culprit.time, r)}{asked}")
     return lines
 
 
-def _unknown_text(r: ViolationReport, plot: Plot, names: dict[int, str]) -> list[str]:
+def _unknown_text(r: ViolationReport, analysis: RaceAnalysis, names: dict[int, str]) -> list[str]:
     """Name the CPUs that have lost a part of the race from their rings."""
     return [
         f"  not known: what {_name(names, e.cpu)} did before {_ago(e.time, r)} ({e.a} events are lost)"
-        for e in (moment.event for moment in plot.moments)
+        for e in (moment.event for moment in analysis.moments)
         if e.kind == "lost"
     ]
 
 
-def _missing(kind: str, r: ViolationReport, plot: Plot) -> str:
+def _missing(kind: str, r: ViolationReport, analysis: RaceAnalysis) -> str:
     """Name the flush that should have removed the entry."""
     promise = name_of(PROMISES, r.promise)
-    if plot.facts.marks_page:
+    if analysis.facts.marks_page:
         return "the zap of this SPTE before the host freed the page"
-    if plot.facts.by_kvm:
+    if analysis.facts.by_kvm:
         return "a reference on the root, rcu_read_lock(), or a new start of the walk after a yield"
     if kind == "foreign-root":
         return "the flush when a root page was loaded again (root_load), or that of the migration"
@@ -267,7 +269,7 @@ def _missing(kind: str, r: ViolationReport, plot: Plot) -> str:
         return "the flush between unlinking the table and freeing it (map_replace, zap_yield, RCU)"
     if kind == "guest-stale":
         return "the VPID's flush when the vCPU came to this pCPU (migration_vpid)"
-    if plot.revoked_on not in (-1, r.cpu):
+    if analysis.revoked_on not in (-1, r.cpu):
         return "the flush when the vCPU came to this pCPU (migration)"
     if promise == "dirty_log":
         return "the flush after write-protecting (write_protect)"

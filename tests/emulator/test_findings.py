@@ -25,7 +25,7 @@ HEAD = {"scenario": "main", "policy": "mine", "seed": 7}
 
 
 def report(kind: str, events: bool = True) -> Report:
-    return Report(kind, (kind,), f"{kind}: long\n  story", {"events": [{"kind": "ipi"}] if events else []})
+    return Report(kind, (kind,), f"{kind}: long\n  details", {"events": [{"kind": "ipi"}] if events else []})
 
 
 @pytest.fixture
@@ -41,7 +41,7 @@ def test_the_first_of_each_kind_is_told_in_full(lines: list[str], tmp_path: Path
     assert findings.wanted("use-after-free", False)
     for number, kind in enumerate(("use-after-free", "use-after-free", "guest-stale"), start=1):
         findings.found(number, report(kind))
-    assert ["story" in line for line in lines] == [True, False, True]
+    assert ["details" in line for line in lines] == [True, False, True]
     assert all("violation-000" in line for line in lines)
     assert not findings.wanted("use-after-free", False)
     assert findings.wanted("use-after-free", True), "one that can be drawn"
@@ -101,8 +101,8 @@ def test_a_service_that_is_killed_leaves_its_findings(
     for path in out.glob("violation-*.json"):
         whole = json.loads(path.read_text())
         assert (whole["scenario"], whole["policy"], whole["seed"]) == ("main", "linux-7.3+migration=none", 3)
-    told = [json.loads(line) for line in log.read_text().splitlines()[:-1]]
-    violations = [line for line in told if line["message"] == "violation"]
+    written = [json.loads(line) for line in log.read_text().splitlines()[:-1]]
+    violations = [line for line in written if line["message"] == "violation"]
     assert "filled by" in violations[0]["text"]
     assert len({line["kind"] for line in violations if "text" in line}) == sum(
         "text" in v for v in violations

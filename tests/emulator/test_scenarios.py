@@ -156,16 +156,16 @@ def test_the_flushed_mask_as_sketched_is_caught_and_told() -> None:
     job = Job(scenario, preset("lkml-2025-cpu-flushed-mask"), seed=1, duration=scenario.duration)
     result = job.run(lambda now: None, threading.Event())
     assert scenario.duration < 10
-    told = [r.text for r in result.reports if r.kind in ("use-after-free", "stale-after-revoke")]
-    assert told, result.snapshot.violations
+    texts = [r.text for r in result.reports if r.kind in ("use-after-free", "stale-after-revoke")]
+    assert texts, result.snapshot.violations
     whole = [
         text
-        for text in told
+        for text in texts
         if "zap gfn" in text
         and "elided: flush for migration" in text
         and len(set(re.findall(r"pcpu\d", text))) > 1
     ]
-    assert whole, told[0]
+    assert whole, texts[0]
 
 
 def test_idle_guests_stay_in_guest_mode() -> None:

@@ -75,34 +75,34 @@ class Trial:
                 self.sent.append(number.name)
             time.sleep(random.choice((0.0, 0.0005, 0.01)))
 
-    def check(self, out: bytes, errors: str, told: str) -> str:
+    def check(self, out: bytes, errors: str, trial_text: str) -> str:
         """What became of the process, in a word."""
         status = self.process.returncode
-        told = f"{told}: {self.sent}, taken over: {self.taken}, status {status}\n{errors[-3000:]}"
+        trial_text = f"{trial_text}: {self.sent}, taken over: {self.taken}, status {status}\n{errors[-3000:]}"
         if not self.taken and status < 0 and not out:
             return "ended at once"
-        assert status in (0, 1, INTERRUPTED), told
-        assert "Traceback" not in errors, told
-        assert out or status == INTERRUPTED, told
+        assert status in (0, 1, INTERRUPTED), trial_text
+        assert "Traceback" not in errors, trial_text
+        assert out or status == INTERRUPTED, trial_text
         if out and "serve" not in self.command:
-            assert out.endswith(b"}\n"), told
+            assert out.endswith(b"}\n"), trial_text
             json.loads(out)
         elif out:
-            assert b"VIOLATIONS" in out or b"inconclusive" in out or b"clean" in out, told
-        self._check_files(status, told)
+            assert b"VIOLATIONS" in out or b"inconclusive" in out or b"clean" in out, trial_text
+        self._check_files(status, trial_text)
         return "nothing said" if status == INTERRUPTED else "results"
 
-    def _check_files(self, status: int, told: str) -> None:
+    def _check_files(self, status: int, trial_text: str) -> None:
         names = sorted(path.name for path in self.directory.iterdir())
-        assert not [name for name in names if name.startswith(PARTIAL)], told
+        assert not [name for name in names if name.startswith(PARTIAL)], trial_text
         for name in names:
             if name.endswith(".json"):
                 json.loads((self.directory / name).read_text())
         if "--report-dir" in self.command and status != INTERRUPTED:
             reports = json.loads((self.directory / "result.json").read_text())["reports"]
-            assert len(names) == 1 + len(reports), told
+            assert len(names) == 1 + len(reports), trial_text
         if "--html" in self.command and status != INTERRUPTED:
-            assert (self.directory / "page.html").read_text().rstrip().endswith("</html>"), told
+            assert (self.directory / "page.html").read_text().rstrip().endswith("</html>"), trial_text
 
 
 def _with_hangups() -> None:
@@ -150,14 +150,14 @@ def started(command: str, directory: Path, unbuffered: bool = False) -> Iterator
         process.communicate()
 
 
-def _finished(trial: Trial, told: str) -> bytes:
+def _finished(trial: Trial, trial_text: str) -> bytes:
     try:
         out, _ = trial.process.communicate(timeout=END_SECONDS)
     except subprocess.TimeoutExpired:
         trial.process.send_signal(signal.SIGUSR1)
         time.sleep(1)
-        pytest.fail(f"{told}: {trial.sent}: still running\n{_errors(trial)}")
-    wait_until(lambda: not _group(trial.process.pid), f"the end of all processes ({told})", 30)
+        pytest.fail(f"{trial_text}: {trial.sent}: still running\n{_errors(trial)}")
+    wait_until(lambda: not _group(trial.process.pid), f"the end of all processes ({trial_text})", 30)
     return out
 
 
@@ -191,10 +191,10 @@ def test_nothing_is_lost_and_nothing_is_left(name: str, tmp_path: Path) -> None:
         directory.mkdir()
         while_written = random.random() < 0.4
         moment = random.random() * length * (0.9 if while_written else 1.1)
-        told = f"{name}, trial {number}, FLUSHLAB_SIGNALS_SEED={SEED}, after {moment:.3f} s"
+        trial_text = f"{name}, trial {number}, FLUSHLAB_SIGNALS_SEED={SEED}, after {moment:.3f} s"
         with started(command, directory, unbuffered=random.random() < 0.3) as trial:
             if while_written:
-                told += " and while results are written"
+                trial_text += " and while results are written"
                 if "serve" in command or random.random() < 0.5:
                     time.sleep(moment)
                     trial.send(random)
@@ -203,8 +203,8 @@ def test_nothing_is_lost_and_nothing_is_left(name: str, tmp_path: Path) -> None:
             else:
                 time.sleep(moment)
             trial.send(random)
-            out = _finished(trial, told)
-            ends[trial.check(out, _errors(trial), told)] += 1
+            out = _finished(trial, trial_text)
+            ends[trial.check(out, _errors(trial), trial_text)] += 1
     summary = ", ".join(f"{how} {n}" for how, n in sorted(ends.items()))
     print(f"\n{name:<24} {length:5.1f} s, {TRIALS} trials, seed {SEED}: {summary}")
 

@@ -19,7 +19,7 @@ def _machine() -> Iterator[Hypervisor]:
         yield machine
 
 
-def story(machine: Hypervisor, report: int) -> list[Event]:
+def events_of(machine: Hypervisor, report: int) -> list[Event]:
     buffer = ffi.new("struct event[]", 512)
     n = lib.oracle_report_events(machine.m, report, buffer, 512)
     return sorted((Event.of_core(buffer[i]) for i in range(n)), key=lambda event: event.time)
@@ -71,7 +71,7 @@ def test_a_report_keeps_what_concerns_it(machine: Hypervisor) -> None:
     machine.access(CPU1, neighbour, 5 << 12, READ)
     violate(machine, vcpu, vm, 5)
     assert reports(machine) == 1
-    events = story(machine, 0)
+    events = events_of(machine, 0)
     assert {event.vm for event in events if event.kind != "free"} == {vm}
     mapped = [event for event in events if event.kind == "map"]
     assert mapped
@@ -92,7 +92,7 @@ def test_a_frequent_kind_leaves_room_for_others(machine: Hypervisor) -> None:
     for gfn in range(8):
         violate(machine, vcpu, vm, gfn)
     assert reports(machine) == 8
-    assert [bool(story(machine, i)) for i in range(8)] == [True] * 6 + [False] * 2
+    assert [bool(events_of(machine, i)) for i in range(8)] == [True] * 6 + [False] * 2
 
 
 def test_reports_and_events_start_over(machine: Hypervisor) -> None:
@@ -110,7 +110,7 @@ def test_reports_and_events_start_over(machine: Hypervisor) -> None:
     assert sum(counts) == before
     violate(machine, vcpu, vm, 20)
     assert reports(machine) == 1
-    assert {event.a for event in story(machine, 0) if event.kind == "zap"} == {20}
+    assert {event.a for event in events_of(machine, 0) if event.kind == "zap"} == {20}
 
 
 def test_a_call_names_pcpus_beyond_the_first_64() -> None:
@@ -135,14 +135,14 @@ def test_what_the_ring_has_lost_is_in_the_story(machine: Hypervisor) -> None:
     vm = machine.vm()
     vcpu = machine.vcpu(vm, 1)
     violate(machine, vcpu, vm, 5)
-    assert not [event for event in story(machine, 0) if event.kind == "lost"]
+    assert not [event for event in events_of(machine, 0) if event.kind == "lost"]
     machine.access(CPU0, vcpu, 6 << 12, READ)
     for i in range(1500):
         lib.event_record(machine.m, CPU1, lib.EVENT_FREE, 1 << 20, i)
     machine.zap(CPU1, vm, 6)
     machine.promise(CPU1, vm, 6, lib.PROMISE_NOTIFIER)
     machine.access(CPU0, vcpu, 6 << 12, READ)
-    lost = [event for event in story(machine, 1) if event.kind == "lost"]
+    lost = [event for event in events_of(machine, 1) if event.kind == "lost"]
     oldest = read_events(machine.m, CPU1, 1024)[0]
     assert [(event.cpu, event.time) for event in lost] == [(1, oldest.time - 1)]
     assert lost[0].a == lib.events_count(machine.m, CPU1) - 1024

@@ -7,7 +7,7 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from random import Random
 
-from emulator.explore.machine.options import NONE, Choices
+from emulator.explore.machine.options import NONE, ExploreOptions
 from emulator.explore.results.suite import Work, explore_suite
 from emulator.explore.results.verdict import Plan, Verdict
 from emulator.litmus.loader import load_test, shipped_texts
@@ -23,9 +23,9 @@ Pair = tuple[str, str]  # test, policy
 _LEAST = 20
 # By the names that tests and the command line have for them.
 _CHOICES = {
-    "evict": Choices(evict=1),
-    "speculate": Choices(speculate=1),
-    "store-buffers": Choices(store_buffers=True),
+    "evict": ExploreOptions(evict=1),
+    "speculate": ExploreOptions(speculate=1),
+    "store-buffers": ExploreOptions(store_buffers=True),
 }
 
 _OPTIONS = {
@@ -69,7 +69,7 @@ class Contradiction:
 
     def __str__(self) -> str:
         test, policy, n = self.outcome.test, self.outcome.policy, self.outcome.executions
-        choice = next((_OPTIONS[n] for n, c in _CHOICES.items() if c == self.verdict.plan.choices), "")
+        choice = next((_OPTIONS[n] for n, c in _CHOICES.items() if c == self.verdict.plan.options), "")
         seed = self.scale.seed if self.outcome.first is None else self.outcome.first
         return (
             f"{test} under {policy}, seed {self.scale.seed}: {self.sentence}\n"
@@ -104,7 +104,7 @@ def _list(kinds: set[str]) -> str:
     return ", ".join(sorted(kinds))
 
 
-def searched(test: LitmusTest, policy: str) -> tuple[Choices, tuple[Expected, ...]]:
+def searched(test: LitmusTest, policy: str) -> tuple[ExploreOptions, tuple[Expected, ...]]:
     """What the scheduler may choose besides the order of steps, if the test says that the policy is unsafe
     only then; and what is expected."""
     for choice, policies in test.expect.apart().items():
@@ -122,8 +122,8 @@ def compare(scale: Scale) -> Iterator[tuple[Outcome, Verdict, list[Contradiction
     asked = [(tests[name], policy, *searched(tests[name], policy)) for name, policy in pairs]
     plan = Plan(executions=scale.explored, seed=scale.seed, minimize=False)
     work = [
-        Work(test, policy, replace(plan, choices=choices), scale.seconds)
-        for test, policy, choices, _ in asked
+        Work(test, policy, replace(plan, options=options), scale.seconds)
+        for test, policy, options, _ in asked
     ]
     for (test, policy, _, expected), verdict in zip(asked, explore_suite(work, jobs), strict=True):
         outcome = outcomes[test.name, policy]

@@ -102,8 +102,8 @@ def test_what_cannot(stressed: Outcome, explored: Verdict, expected: tuple[Expec
 
 def test_what_only_a_search_with_more_choices_finds_is_searched_with_them() -> None:
     test = load_test("entry-races-request")
-    choices, expected = searched(test, "mutant:S3")
-    assert choices.store_buffers
+    options, expected = searched(test, "mutant:S3")
+    assert options.store_buffers
     assert expected == (test.expect.store_buffers["mutant:S3"],)
     assert searched(test, "mutant:P1") == (NONE, expected_of(test, "mutant:P1"))
 

@@ -67,7 +67,7 @@ class _Again(_Noted, Replay):
     pass
 
 
-class Commuting:
+class IndependenceCheck:
     """Random executions of a program with some adjacent steps swapped.
 
     swaps: their number so far.  findings: sentences, and the number of swaps that showed each.
@@ -88,13 +88,13 @@ class Commuting:
         """
         walk = _Walk(executions, self._random.next())
         for _ in range(executions):
-            execution, remains = self._run(walk)
+            execution, residue = self._run(walk)
             if execution.failure is not None:
                 raise execution.failure
             if execution.stopped or execution.deadlock or not execution.clean:
                 continue
             for at in self._rarest(walk.steps, swaps):
-                self._swap(walk.steps, at, remains)
+                self._swap(walk.steps, at, residue)
 
     def _run(self, strategy: Sampler) -> tuple[Execution, str]:
         program = self.program
@@ -113,25 +113,25 @@ class Commuting:
         ]
         return [i for _, _, i in sorted(places)[:n]]
 
-    def _swap(self, steps: list[Step], at: int, remains: str) -> None:
+    def _swap(self, steps: list[Step], at: int, residue: str) -> None:
         first, second = steps[at], steps[at + 1]
         self.swaps += 1
         self._swapped[str(first), str(second)] += 1
         if not first.able >> second.task & 1:
             what = "the second cannot come first"
         else:
-            what = self._difference([*steps[:at], second, first, *steps[at + 2 :]], remains)
+            what = self._difference([*steps[:at], second, first, *steps[at + 2 :]], residue)
         if what:
             self.findings[f"{first}, {second}: {what}"] += 1
 
-    def _difference(self, wanted: list[Step], remains: str) -> str:
+    def _difference(self, wanted: list[Step], residue: str) -> str:
         again = _Again(tuple(step.task for step in wanted))
         execution, now = self._run(again)
         if isinstance(execution.failure, Divergence):
             return "then what follows cannot"
         if execution.failure is not None:
             raise execution.failure
-        if now != remains:
+        if now != residue:
             return "something else is left behind"
         same = [step.what for step in again.steps] == [step.what for step in wanted]
         return "" if same else "then what follows is different"

@@ -16,7 +16,7 @@ if TYPE_CHECKING:
     from native._native import TlbEntry
 
 
-class Remains(LitmusProgram):
+class ResidueProgram(LitmusProgram):
     """A litmus test with the final state in its outcome, apart from violations: roots and leaf SPTEs with all
     their bits, the vCPUs' CPUs and requests, dirty logs and the pages that differ from their copies, and the
     translations in TLBs with the accesses that they allow."""
@@ -32,7 +32,7 @@ class Remains(LitmusProgram):
 
     def _end_migrations(self) -> None:
         """Record the final state, then end the migrations, which read the logs and write-protect pages."""
-        kvms = self.world.kvms
+        kvms = self.harness.kvms
         roots = [
             self._root(kvm, root, section.pages)
             for kvm, section in zip(kvms, self.test.vm, strict=True)
@@ -46,7 +46,7 @@ class Remains(LitmusProgram):
         return f"root {root.hfn} of VM {kvm.id}{' invalid' if root.role.invalid else ''}: {leafs}"
 
     def _leafs(self, root: KvmMmuPage, pages: int) -> Iterator[tuple[int, int]]:
-        cpu, gfn = self.world.main, 0
+        cpu, gfn = self.harness.main, 0
         while gfn < pages:
             level = lib.tdp_mmu_get_walk(cpu.m, root.hfn, root.role.level, gfn, cpu.sptes, cpu.tables)
             if cpu.sptes[level]:

@@ -7,11 +7,11 @@ from collections.abc import Iterable
 from dataclasses import dataclass, field
 from typing import Any
 
-from emulator.explore.audit.independence import Commuting
-from emulator.explore.audit.residue import Remains
+from emulator.explore.audit.independence import IndependenceCheck
+from emulator.explore.audit.residue import ResidueProgram
 from emulator.explore.audit.shared_state import SharedState, watching
-from emulator.explore.machine.lib import installed
-from emulator.explore.machine.options import NONE, Choices
+from emulator.explore.machine.lib import instrument
+from emulator.explore.machine.options import NONE, ExploreOptions
 from emulator.explore.machine.policy_reads import NOTHING, Grown
 from emulator.explore.machine.undeclared import Audit
 from emulator.explore.strategies.search import Limits, search
@@ -28,7 +28,7 @@ SWAPS = 10
 
 
 @dataclass(frozen=True, slots=True)
-class Audited:
+class AuditResult:
     """The findings of one test under one policy: sentences, and how often each was found.
 
     executions: random ones for the accesses, and as many again for the swaps.
@@ -76,16 +76,20 @@ class Audited:
         }
 
 
-def audited(
-    test: LitmusTest, policy: Policy, executions: int = EXECUTIONS, seed: int = 0, choices: Choices = NONE
-) -> Audited:
+def run_audit(
+    test: LitmusTest,
+    policy: Policy,
+    executions: int = EXECUTIONS,
+    seed: int = 0,
+    options: ExploreOptions = NONE,
+) -> AuditResult:
     """Audit one test under one policy.  The result depends on the arguments only."""
     with policy.confined():
         known, found = NOTHING, None
         while found is None:
-            program = Remains(test, policy, choices, known=known)
+            program = ResidueProgram(test, policy, options, known=known)
             try:
-                found = _audited(program, executions, seed)
+                found = _audit(program, executions, seed)
             except Grown:
                 assert program.reads is not None
                 known = program.reads.next()
@@ -94,35 +98,35 @@ def audited(
     return found
 
 
-def _audited(program: Remains, executions: int, seed: int) -> Audited:
+def _audit(program: ResidueProgram, executions: int, seed: int) -> AuditResult:
     walks = SharedState(program.control, executions, seed)
     audit = program.control.audit = Audit()
-    commuting = Commuting(program, program.objects, seed)
+    check = IndependenceCheck(program, program.objects, seed)
     failed: Counter[str] = Counter()
     try:
-        with installed(program.control):
+        with instrument(program.control):
             with watching(walks):
                 search(program, program.objects, walks, Limits(), lambda outcome: False)
             program.control.audit = None
-            commuting.run(executions, SWAPS)
+            check.run(executions, SWAPS)
     except LitmusFailure as error:
         failed[str(error)] = 1
     if program.reads is not None:
         program.reads.check()
-    return Audited(
+    return AuditResult(
         program.test.name,
         program.policy.name,
         executions,
         audit.unannounced,
         Counter(dict.fromkeys(audit.unknown, 1)),
         walks.findings,
-        commuting.findings,
+        check.findings,
         failed,
-        commuting.swaps,
+        check.swaps,
     )
 
 
-def by_sentence(found: Iterable[Audited], kind: str) -> dict[str, tuple[int, list[str]]]:
+def by_sentence(found: Iterable[AuditResult], kind: str) -> dict[str, tuple[int, list[str]]]:
     """Return, for each sentence of a kind, how often it was found and the tests, in order of appearance."""
     sentences: dict[str, tuple[int, list[str]]] = {}
     for one in found:

@@ -22,14 +22,14 @@ from typing import TYPE_CHECKING, Final
 from emulator.explore.engine.scheduler import Execution
 from emulator.explore.machine.control import Control
 from emulator.explore.machine.lib import ControlledLib
-from emulator.explore.machine.options import Choices
+from emulator.explore.machine.options import ExploreOptions
 from emulator.litmus.model import LitmusTest
 from emulator.litmus.syntax import GuestOp, Op
 from native import ffi, lib
 from native.types import CpuId, VcpuId, VmId
 
 if TYPE_CHECKING:
-    from emulator.litmus.world import World
+    from emulator.litmus.harness import Harness
     from native._native import GuestOp as CoreOp
     from native._native import MachinePtr, TlbEntry, VcpuExitPtr
 
@@ -84,9 +84,9 @@ def _pages(op: Op) -> list[int]:
 class Adversary:
     """The candidates of one test, and the pCPUs that are in guest mode."""
 
-    def __init__(self, test: LitmusTest, control: Control, choices: Choices) -> None:
+    def __init__(self, test: LitmusTest, control: Control, options: ExploreOptions) -> None:
         self.control = control
-        self.choices = choices
+        self.options = options
         self.places = places(test)
         self.pcpus = sorted({place.pcpu for place in self.places})
         self.paging = {place.pcpu for place in self.places if place.paging}
@@ -100,11 +100,11 @@ class Adversary:
         self._entries = ffi.new("struct tlb_entry[]", _MOST)
         self.names = [name for name, _, _ in self._daemons(None)]
 
-    def spawn(self, execution: Execution, world: World) -> None:
+    def spawn(self, execution: Execution, harness: Harness) -> None:
         """Spawn the candidates of one execution."""
         self.inside.clear()
-        self.evictions, self.fills = self.choices.evict, self.choices.speculate
-        self._ids = [kvm.id for kvm in world.kvms]
+        self.evictions, self.fills = self.options.evict, self.options.speculate
+        self._ids = [kvm.id for kvm in harness.kvms]
         for name, _, body in self._daemons(execution):
             execution.spawn(name, body, daemon=True)
 
@@ -112,11 +112,11 @@ class Adversary:
         found: list[tuple[str, CpuId, Callable[[], None]]] = []
         for place in self.places:
             what = f"{place.pcpu}:{place.page:#x}" + (f":vm{place.vm}" if self.several else "")
-            if self.choices.evict:
+            if self.options.evict:
                 found.append((f"evict{what}", place.pcpu, self._evicts(execution, place)))
-            if self.choices.speculate:
+            if self.options.speculate:
                 found.append((f"fill{what}", place.pcpu, self._fills(execution, place)))
-        if self.choices.evict:
+        if self.options.evict:
             for pcpu in self.pcpus:
                 found.append((f"evict{pcpu}:tables", pcpu, self._evicts_tables(execution, pcpu)))
                 if pcpu in self.paging:

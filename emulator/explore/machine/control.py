@@ -15,7 +15,7 @@ from emulator.explore.engine.objects import Objects
 from emulator.explore.engine.scheduler import Execution
 from emulator.explore.machine.policy_memory import Memory
 from emulator.explore.machine.undeclared import Audit
-from emulator.litmus.world import rcu_cpu
+from emulator.litmus.harness import rcu_cpu
 from emulator.machine.locks import RwSemaphore, SpinLock
 from emulator.machine.runtime import Cpu, Machine, MachineMisuse, Mode
 from emulator.points import PointKind

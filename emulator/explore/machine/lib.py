@@ -41,7 +41,7 @@ def instrumented_modules() -> list[ModuleType]:
 
 
 @contextmanager
-def installed(control: Control) -> Iterator[None]:
+def instrument(control: Control) -> Iterator[None]:
     """Make explored code call this library, and report its ordering points to `control`."""
     modules = instrumented_modules()
     originals = [module.__dict__["lib"] for module in modules]
@@ -74,20 +74,20 @@ class ControlledLib(Locks, Calls, GuestMode):
             if callable(value) and name not in LOCAL:
                 value = self._stepped(name, value, FOOTPRINTS.get(name))
             elif callable(value) and control.policy_reads is not None and name not in UNSHARED:
-                value = self._told(name, value)
+                value = self._unstepped(name, value)
             self.__dict__[name] = value
 
-    def _told(self, name: str, native: Any) -> Any:
+    def _unstepped(self, name: str, native: Any) -> Any:
         """Wrap a call that is no step, because no later step of KVM depends on it; a policy's answer may."""
         reads = self.control.policy_reads
         assert reads is not None
 
-        def told(*args: Any) -> Any:
+        def unstepped(*args: Any) -> Any:
             if reads.asking and reads.asks():
                 reads.cannot_watch(f"calls {name}()")
             return native(*args)
 
-        return told
+        return unstepped
 
     def _stepped(self, name: str, native: Any, footprint: Footprint | None) -> Any:
         """Wrap a call as a step.  A call without a footprint conflicts with everything."""

@@ -16,7 +16,7 @@ ADVERSARY = (EVICT, SPECULATE)
 
 
 @dataclass(frozen=True, slots=True)
-class Choices:
+class ExploreOptions:
     """The budgets of one execution, and its memory model.
 
     evict: how often a pCPU may lose a cached mapping; speculate: how often a pCPU may fetch a translation
@@ -50,7 +50,7 @@ class Choices:
         return {"adversary": {EVICT: self.evict, SPECULATE: self.speculate} if self.adversary else None}
 
     @classmethod
-    def given(cls, adversary: Sequence[str], budget: int, store_buffers: bool) -> Choices:
+    def given(cls, adversary: Sequence[str], budget: int, store_buffers: bool) -> ExploreOptions:
         """Return the choices of a command line; raises BadInput."""
         for name in adversary:
             if name not in ADVERSARY:
@@ -58,7 +58,7 @@ class Choices:
         return cls(**dict.fromkeys(adversary, budget), store_buffers=store_buffers)
 
     @classmethod
-    def of(cls, document: Mapping[str, Any]) -> Choices:
+    def of(cls, document: Mapping[str, Any]) -> ExploreOptions:
         """Return the choices of a document that `document` has written; raises ValueError."""
         memory = document.get("memory", SEQUENTIALLY_CONSISTENT)
         if memory not in (SEQUENTIALLY_CONSISTENT, TSO):
@@ -72,7 +72,7 @@ class Choices:
         return cls(**budgets, store_buffers=memory == TSO)
 
 
-NONE = Choices()
+NONE = ExploreOptions()
 
 
 def _times(n: int, what: str) -> str:

@@ -135,7 +135,7 @@ class PolicyReads:
                 self._unwatched(f"{Path(self.path).name}: calls the core through {value.__name__}")
 
     def forget(self) -> None:
-        """Forget all objects: those of a new world have no names yet."""
+        """Forget all objects: those of a new harness have no names yet."""
         self.asking.clear()
         self._names: dict[int, tuple[object, Hashable]] = {}
         self._held: set[Name] = set()

@@ -15,17 +15,17 @@ from emulator.explore.machine.adversary import AdversarialLib, Adversary
 from emulator.explore.machine.calls import Calls
 from emulator.explore.machine.control import Control
 from emulator.explore.machine.handed import Handed
-from emulator.explore.machine.options import NONE, Choices
+from emulator.explore.machine.options import NONE, ExploreOptions
 from emulator.explore.machine.policy_reads import NOTHING, Known, PolicyReads
 from emulator.explore.machine.store_buffer_lib import BufferedAdversarialLib, BufferedLib
 from emulator.explore.machine.store_buffers import BufferedControl, buffer_name
 from emulator.explore.strategies.search import Met
 from emulator.litmus.evidence import Evidence
 from emulator.litmus.failure import KVM_FAILS, LitmusFailure, failure_text
+from emulator.litmus.harness import Harness, LitmusThread, machine_config, rcu_cpu
 from emulator.litmus.model import LitmusTest, Section
 from emulator.litmus.ops import Op
 from emulator.litmus.verdict import proven
-from emulator.litmus.world import LitmusThread, World, machine_config, rcu_cpu
 from emulator.machine.runtime import Cpu, Machine, OutOfMemory
 from emulator.policy import Policy
 from emulator.policy.user import source_of
@@ -35,8 +35,8 @@ from native.types import CpuId
 DEADLOCK = "deadlock"
 
 
-class ExploredWorld(World):
-    """A world in which the scheduler knows the threads' progress.  Before and after an execution, pending
+class ExploredHarness(Harness):
+    """A harness in which the scheduler knows the threads' progress.  Before and after an execution, pending
     grace periods end between any two operations."""
 
     control: Control | None = None
@@ -80,7 +80,7 @@ def wait_text(wait: Mapping[str, Any]) -> str:
 
 
 class LitmusProgram:
-    """One test under one policy.  Use inside `installed(program.control)`.
+    """One test under one policy.  Use inside `instrument(program.control)`.
 
     init is executed once and its result recorded; each execution begins by restoring it: the core's memory
     (machine_restore), and the Python objects (`Snapshot`).  A user's policy may keep state that cannot be
@@ -93,7 +93,7 @@ class LitmusProgram:
         self,
         test: LitmusTest,
         policy: Policy,
-        choices: Choices = NONE,
+        options: ExploreOptions = NONE,
         *,
         rebuild: bool = False,
         known: Known = NOTHING,
@@ -101,7 +101,7 @@ class LitmusProgram:
     ) -> None:
         self.test = test
         self.policy = policy
-        self.choices = choices
+        self.options = options
         self.objects = Objects()
         self._rebuilds = rebuild
         self._initial: Snapshot | None = None
@@ -115,59 +115,59 @@ class LitmusProgram:
             self.reads = self.control.policy_reads = PolicyReads(
                 self.control, source.path, known, frozen=frozen
             )
-        self._build_world()
+        self._build_harness()
         self._evidence = Evidence(self.machine)
         self._found: dict[str, int] | None = None  # the evidence of an execution that has come to its end
         self._buffers = {buffer_name(name): cpu for cpu, name in self._buffered().items()}
 
     def _control(self) -> Control:
-        choices = self.choices
+        options = self.options
         control: Control
-        if choices.store_buffers:
+        if options.store_buffers:
             control = buffered = BufferedControl(self.machine, self.objects)
             buffered.cpu_of = self.cpu_of
-            control.lib_class = BufferedAdversarialLib if choices.adversary else BufferedLib
+            control.lib_class = BufferedAdversarialLib if options.adversary else BufferedLib
         else:
             control = Control(self.machine, self.objects)
-            control.lib_class = AdversarialLib if choices.adversary else None
-        if choices.adversary:
-            control.adversary = Adversary(self.test, control, choices)
+            control.lib_class = AdversarialLib if options.adversary else None
+        if options.adversary:
+            control.adversary = Adversary(self.test, control, options)
         return control
 
     def _new_machine(self) -> Machine:
         return Machine({**machine_config(self.test, 0), "snapshots": int(not self._rebuilds)})
 
-    def _build_world(self) -> None:
+    def _build_harness(self) -> None:
         for cpu in self.machine.cpus[self.machine.pcpus :]:
             lib.cpu_online(self.machine.m, cpu.id)
-        self.world = ExploredWorld(self.test, self.policy, self.machine)
-        self.world.control = self.control
+        self.harness = ExploredHarness(self.test, self.policy, self.machine)
+        self.harness.control = self.control
 
     def _rebuild(self) -> None:
         self.machine.destroy()
         self.machine = self.control.machine = self._new_machine()
         self.machine.install(self.control.point)
         self._evidence = Evidence(self.machine)
-        self._build_world()
+        self._build_harness()
 
     def _prepare(self) -> None:
-        """Bring the world to the state in which the threads begin."""
-        control, world = self.control, self.world
+        """Bring the harness to the state in which the threads begin."""
+        control, harness = self.control, self.harness
         control.forget()
         if self.reads is not None:
             self.reads.forget()
         with self._told("init"):
-            world.reset()
-            control.memory.policy = world.policy
+            harness.reset()
+            control.memory.policy = harness.policy
             if self.reads is not None:
-                self.reads.adopt(world.policy)
-            world.run_init()
+                self.reads.adopt(harness.policy)
+            harness.run_init()
             control.run_callbacks()
-        control.vm_of_vcpu = {vcpu.id: kvm.id for kvm in world.kvms for vcpu in kvm.vcpus}
+        control.vm_of_vcpu = {vcpu.id: kvm.id for kvm in harness.kvms for vcpu in kvm.vcpus}
         control.paging = frozenset(
-            kvm.id for kvm, section in zip(world.kvms, self.test.vm, strict=True) if section.paging
+            kvm.id for kvm, section in zip(harness.kvms, self.test.vm, strict=True) if section.paging
         )
-        control.logging = frozenset(world.kvms[vm].id for vm in world.logging)
+        control.logging = frozenset(harness.kvms[vm].id for vm in harness.logging)
         self._take_pcpus()
         if self.reads is not None:
             self.reads.keep()
@@ -178,10 +178,10 @@ class LitmusProgram:
         try:
             with self.policy.guarded():
                 self._initial = Snapshot(
-                    (self.world, self.machine, self.control.programs),
+                    (self.harness, self.machine, self.control.programs),
                     _is_constant,
                     {VcpuTask: frozenset({"_run"})},
-                    self.world.policy.module(),
+                    self.harness.policy.module(),
                 )
         except CannotRestore:
             self._rebuilds = True
@@ -191,13 +191,13 @@ class LitmusProgram:
         rc = lib.machine_snapshot(self.machine.m)
         if rc == lib.MACHINE_NOMEM:
             raise OutOfMemory("a copy of the machine")
-        self.world.main.check(rc)
+        self.harness.main.check(rc)
 
     def _put_back(self, initial: Snapshot) -> None:
         """Restore the initial state.  All tasks of the last execution have been unwound."""
         for task in self._vcpu_tasks():
             task.close()
-        self.world.main.check(lib.machine_restore(self.machine.m))
+        self.harness.main.check(lib.machine_restore(self.machine.m))
         with self.policy.guarded():
             initial.restore()
         if self.reads is not None:
@@ -206,7 +206,7 @@ class LitmusProgram:
             task.restart()
 
     def _vcpu_tasks(self) -> Iterator[VcpuTask]:
-        return (thread.task for thread in self.world.threads.values() if thread.task is not None)
+        return (thread.task for thread in self.harness.threads.values() if thread.task is not None)
 
     def start(self, execution: Execution) -> None:
         control = self.control
@@ -218,14 +218,14 @@ class LitmusProgram:
             self._started = True
             self._prepare()
         control.reset()
-        self._evidence.begin(self.world.kvms)
-        for thread in self.world.threads.values():
+        self._evidence.begin(self.harness.kvms)
+        for thread in self.harness.threads.values():
             execution.spawn(thread.name, self._body(thread))
         control.spawn_daemons(execution)
         if isinstance(control, BufferedControl):
             control.spawn_buffers(execution, self._buffered())
         if control.adversary is not None:
-            control.adversary.spawn(execution, self.world)
+            control.adversary.spawn(execution, self.harness)
         if self.reads is not None:
             execution.on_step_end = self.reads.step_ends
         control.execution = execution
@@ -244,7 +244,7 @@ class LitmusProgram:
         try:
             yield
         except KVM_FAILS as error:
-            alone = self.world.alone
+            alone = self.harness.alone
             raise LitmusFailure(failure_text(alone.name if alone else who, error)) from error
 
     def finish(self, execution: Execution) -> str:
@@ -261,9 +261,9 @@ class LitmusProgram:
             if not execution.clean:
                 return ""
             self._run_final()
-            self._found = self._evidence.found(self.world.kvms)
+            self._found = self._evidence.found(self.harness.kvms)
             self._end_migrations()
-            self._found |= self._evidence.compared(self.world.kvms)
+            self._found |= self._evidence.compared(self.harness.kvms)
         return ", ".join(
             kind
             for kind, n, before in zip(VIOLATION_KINDS, control.violations(), control.known, strict=True)
@@ -297,11 +297,11 @@ class LitmusProgram:
         """Take all pCPUs, with or without a thread, and let interrupts arrive when the scheduler chooses."""
         m = self.machine.m
         for number in map(CpuId, range(self.machine.pcpus)):
-            self.world.main.check(lib.cpu_take(m, number))
+            self.harness.main.check(lib.cpu_take(m, number))
             lib.ipi_hold(m, number, 1)
 
     def _run_final(self) -> None:
-        if not self.test.final and not self.world.logging:
+        if not self.test.final and not self.harness.logging:
             return
         m = self.machine.m
         for number in map(CpuId, range(self.machine.pcpus)):
@@ -309,25 +309,25 @@ class LitmusProgram:
             lib.ipi_arrive(m, number)
             lib.cpu_idle(m, number)
         with self._told("final"):
-            self.world.run_final()
+            self.harness.run_final()
 
     def _end_migrations(self) -> None:
         with self._told(VMM):
-            self.world.end_migrations()
+            self.harness.end_migrations()
 
     # --- for recordings -------------------------------------------------------------------------------------
 
     def names(self) -> dict[int, str]:
         """Return the name of the thread or pCPU behind each CPU's number."""
         names = {number: f"pcpu{number}" for number in range(self.machine.pcpus)}
-        for thread in self.world.threads.values():
+        for thread in self.harness.threads.values():
             names[thread.home.id] = thread.name
-        return names | {rcu_cpu(self.machine).id: "rcu", self.world.main.id: VMM}
+        return names | {rcu_cpu(self.machine).id: "rcu", self.harness.main.id: VMM}
 
     def task_names(self) -> list[str]:
         """Return the names of all tasks, in the order in which they are spawned."""
-        names = [*self.world.threads, *(f"irq{n}" for n in range(self.machine.pcpus)), "rcu"]
-        if self.choices.store_buffers:
+        names = [*self.harness.threads, *(f"irq{n}" for n in range(self.machine.pcpus)), "rcu"]
+        if self.options.store_buffers:
             names += map(buffer_name, self._buffered().values())
         adversary = self.control.adversary
         return names if adversary is None else [*names, *adversary.names]
@@ -335,12 +335,12 @@ class LitmusProgram:
     def _buffered(self) -> dict[CpuId, str]:
         """Return the CPUs that KVM's code runs on: a vCPU's thread runs it on a pCPU."""
         names = {number: f"pcpu{number}" for number in map(CpuId, range(self.machine.pcpus))}
-        others = (thread for thread in self.world.threads.values() if not thread.section.is_vcpu)
+        others = (thread for thread in self.harness.threads.values() if not thread.section.is_vcpu)
         return names | {thread.home.id: thread.name for thread in others}
 
     def cpu_of(self, task: Task) -> CpuId:
         """Return the CPU that a task is on now."""
-        thread = self.world.threads.get(task.name)
+        thread = self.harness.threads.get(task.name)
         if thread is not None:
             return thread.cpu.id
         if task.name.startswith("irq"):

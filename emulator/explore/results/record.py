@@ -15,8 +15,8 @@ from pydantic import BaseModel, ConfigDict, ValidationError
 from emulator.errors import BadInput
 from emulator.explain.events import EventTail
 from emulator.explore.engine.scheduler import Divergence, Execution, Task, spelled
-from emulator.explore.machine.lib import installed
-from emulator.explore.machine.options import NONE, Choices
+from emulator.explore.machine.lib import instrument
+from emulator.explore.machine.options import NONE, ExploreOptions
 from emulator.explore.machine.policy_reads import NOTHING, Known
 from emulator.explore.machine.program import LitmusProgram
 from emulator.explore.strategies.sampling import Replay
@@ -24,7 +24,7 @@ from emulator.litmus.loader import parse_test
 from emulator.litmus.policies import named_policy
 from emulator.output import write_file
 from emulator.policy import check_policy
-from emulator.report.violation import Stories
+from emulator.report.violation import ReportCollector
 from emulator.validation import first_error, read_json
 
 FORMAT: Final = 1
@@ -55,7 +55,7 @@ class Recording:
     violation: dict[str, Any] | None
     final: list[dict[str, Any]] = field(default_factory=list)
     kinds: tuple[str, ...] = field(default=())
-    choices: Choices = field(default=NONE)
+    options: ExploreOptions = field(default=NONE)
     watched: Known = field(default=NOTHING)
 
     def document(self) -> dict[str, Any]:
@@ -63,8 +63,8 @@ class Recording:
             "format": FORMAT,
             "test": self.test,
             "policy": self.policy,
-            "memory": self.choices.memory,
-            **self.choices.document(),
+            "memory": self.options.memory,
+            **self.options.document(),
             "context_switches": sum(a != b for a, b in zip(self.schedule, self.schedule[1:], strict=False)),
             **({"watched": self.watched.document()} if self.watched else {}),
             "schedule": self.schedule,
@@ -127,8 +127,8 @@ class _Recorder:
 
     def report(self, in_final: bool = False) -> dict[str, Any] | None:
         program = self.program
-        stories = Stories(program.machine.m)
-        reports = stories.finish(program.names(), program.world.policy.mutants())
+        collector = ReportCollector(program.machine.m)
+        reports = collector.finish(program.names(), program.harness.policy.mutants())
         if not reports:
             return None
         report = reports[0]
@@ -183,7 +183,7 @@ def record(program: LitmusProgram, schedule: tuple[int, ...]) -> Recording:
         violation=recorder.violation,
         final=recorder.final,
         kinds=kinds,
-        choices=program.choices,
+        options=program.options,
         watched=NOTHING if program.reads is None else program.reads.known,
     )
 
@@ -255,14 +255,14 @@ def replay(path: Path) -> Recording:
     try:
         test = parse_test(document["source"], document["test"], None)
         policy = named_policy(document["policy"])
-        choices = Choices.of(document)
+        options = ExploreOptions.of(document)
     except BadInput as error:
         raise BadInput(str(path), str(error)) from error
     except ValueError as error:
         raise BadInput(str(path), str(error), _EXPECTED) from error
     known = Known.of(document.get("watched", {}))
     with policy.confined():
-        program = LitmusProgram(test, policy, choices, known=known, frozen=True)
+        program = LitmusProgram(test, policy, options, known=known, frozen=True)
         again = _replayed(document, program, path)
     _compare(document, json.loads(json.dumps(again.document())))
     return again
@@ -270,7 +270,7 @@ def replay(path: Path) -> Recording:
 
 def _replayed(document: dict[str, Any], program: LitmusProgram, path: Path) -> Recording:
     try:
-        with installed(program.control):
+        with instrument(program.control):
             names = program.task_names()
             unknown = sorted(set(document["schedule"]) - set(names))
             if unknown:

@@ -14,8 +14,8 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from emulator.explore.engine.scheduler import Divergence
-from emulator.explore.machine.lib import installed
-from emulator.explore.machine.options import NONE, Choices
+from emulator.explore.machine.lib import instrument
+from emulator.explore.machine.options import NONE, ExploreOptions
 from emulator.explore.machine.policy_code import unwatched
 from emulator.explore.machine.policy_reads import NOTHING, Grown, Known
 from emulator.explore.machine.program import LitmusProgram
@@ -59,7 +59,7 @@ class Plan:
     seed: int = 0
     depth: int = 3
     minimize: bool = True
-    choices: Choices = NONE
+    options: ExploreOptions = NONE
 
 
 @dataclass(slots=True)
@@ -107,8 +107,8 @@ class Verdict:
             "needs": list(self.needs),
             "met": self.met,
             "evidence": {name: n for name, n in sorted(self.evidence.items()) if n},
-            "memory": self.plan.choices.memory,
-            **self.plan.choices.document(),
+            "memory": self.plan.options.memory,
+            **self.plan.options.document(),
             "strategy": self.plan.strategy,
             "seed": self.plan.seed,
             "complete": self.complete,
@@ -129,7 +129,7 @@ class Verdict:
         """Return the verdict in one line, with the claim that the search supports."""
         if self.failure:
             return f"{FAILED}: {self.failure}"
-        return f"{self._found()}{self._odds()}, {self.plan.choices.describe()}"
+        return f"{self._found()}{self._odds()}, {self.plan.options.describe()}"
 
     def _found(self) -> str:
         n = f"{self.executions:,} interleavings"
@@ -185,11 +185,11 @@ def explore_verdict(
     plan = plan or Plan()
     with policy.confined():
         if policy.overrides():
-            _check_that_it_repeats(test, policy, plan.choices)
+            _check_that_it_repeats(test, policy, plan.options)
         known: Known | None = NOTHING
         while known is not None:
             verdict = Verdict(test.name, policy.name, plan, test.expect.needs)
-            known = _explored(LitmusProgram(test, policy, plan.choices, known=known), verdict, stop, jobs)
+            known = _explored(LitmusProgram(test, policy, plan.options, known=known), verdict, stop, jobs)
     if verdict.unwatched:
         _take_back(verdict)
     elif not verdict.complete and verdict.verdict not in (VIOLATIONS, FAILED):
@@ -205,7 +205,7 @@ def _explored(program: LitmusProgram, verdict: Verdict, stop: Stop, jobs: int) -
     """Explore the program.  Return the accesses that a new search must know, or None if none is needed."""
     reads = program.reads
     try:
-        with installed(program.control), Team(program, jobs, stop) as team:
+        with instrument(program.control), Team(program, jobs, stop) as team:
             if verdict.plan.strategy == "exhaustive":
                 _exhaustively(program, verdict, team, stop)
             else:
@@ -234,16 +234,16 @@ def _take_back(verdict: Verdict) -> None:
     verdict.complete, verdict.bound = False, None
 
 
-def _check_that_it_repeats(test: LitmusTest, policy: Policy, choices: Choices) -> None:
+def _check_that_it_repeats(test: LitmusTest, policy: Policy, options: ExploreOptions) -> None:
     """Check that one order of steps always yields one execution, because proofs rest on that.
 
     A user's policy can break it.  Raises PolicyError.
     """
     first = None
     for _ in range(_BEGINNINGS):
-        program = LitmusProgram(test, policy, choices, frozen=True)
+        program = LitmusProgram(test, policy, options, frozen=True)
         try:
-            with installed(program.control):
+            with instrument(program.control):
                 for _ in range(_REPETITIONS):
                     found = record(program, ()).document()
                     first = first or found

@@ -8,8 +8,8 @@ from contextlib import ExitStack
 from types import TracebackType
 from typing import Final
 
-from emulator.explore.machine.lib import installed
-from emulator.explore.machine.options import Choices
+from emulator.explore.machine.lib import instrument
+from emulator.explore.machine.options import ExploreOptions
 from emulator.explore.machine.policy_reads import NOTHING, Grown, Known, Seen
 from emulator.explore.machine.program import LitmusProgram
 from emulator.explore.strategies.search import Found
@@ -84,7 +84,7 @@ class Team:
         if self._pool is None:
             program = self.program
             known = None if program.reads is None else program.reads.known
-            arguments = (program.test, program.policy.spelled(), program.choices, known or NOTHING)
+            arguments = (program.test, program.policy.spelled(), program.options, known or NOTHING)
             self._pool = self._stack.enter_context(ProcessPool(self.jobs, _begin, *arguments))
         return self._pool
 
@@ -101,11 +101,11 @@ class _Here:
     stack = ExitStack()
 
 
-def _begin(test: LitmusTest, policy: str, choices: Choices, known: Known) -> None:
+def _begin(test: LitmusTest, policy: str, options: ExploreOptions, known: Known) -> None:
     found = named_policy(policy)
     _Here.stack.enter_context(found.confined())
-    _Here.program = LitmusProgram(test, found, choices, known=known)
-    _Here.stack.enter_context(installed(_Here.program.control))
+    _Here.program = LitmusProgram(test, found, options, known=known)
+    _Here.stack.enter_context(instrument(_Here.program.control))
 
 
 def _do(part: Part) -> _Searched:

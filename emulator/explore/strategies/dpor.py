@@ -248,7 +248,7 @@ class Exhaustive:
                 continue  # it was already waiting there, for this very step or a later one that depends on it
             if not blocking:
                 covered |= node.before
-            self._turn_round(i, depth, index, before)
+            self._reverse_race(i, depth, index, before)
         return before
 
     def _enabled_without(self, i: int, before: int) -> bool:
@@ -263,7 +263,7 @@ class Exhaustive:
             found |= wrote[bit]
         return found
 
-    def _turn_round(self, i: int, depth: int, index: int, before: int) -> None:
+    def _reverse_race(self, i: int, depth: int, index: int, before: int) -> None:
         """Reverse the race of step i with the next step of `index`: first take steps that do not follow i."""
         stack, node = self.stack, self.stack[i]
         after = 0  # steps after i that do not depend on it

@@ -9,7 +9,8 @@ from typing import Any
 import pytest
 
 from emulator.explain.document import Case, load_cases
-from emulator.explain.parts import (
+from emulator.explain.explanation import explain
+from emulator.explain.meanings import (
     EARLY,
     ELIDED,
     LATE,
@@ -22,8 +23,7 @@ from emulator.explain.parts import (
     UNNOTIFIED,
     UNPROTECTED,
 )
-from emulator.explain.tale import tell
-from emulator.explore.machine.options import Choices
+from emulator.explore.machine.options import ExploreOptions
 from emulator.explore.results.verdict import Plan, explore_verdict
 from emulator.litmus.loader import load_test, parse_test
 from emulator.litmus.policies import named_policy
@@ -107,7 +107,7 @@ def written(path: Path, document: dict[str, Any]) -> Case:
 
 
 def explored(test: str, policy: str, path: Path, *, late_stores: bool = False) -> Case:
-    plan = Plan(executions=4000, choices=Choices(store_buffers=late_stores))
+    plan = Plan(executions=4000, options=ExploreOptions(store_buffers=late_stores))
     found = explore_verdict(load_test(test), named_policy(policy), plan)
     assert found.counterexample is not None
     return written(path, found.counterexample.document())
@@ -131,18 +131,18 @@ def test_the_cause_is_the_mutants(name: str, tmp_path: Path) -> None:
         case = caught(test, policy, path)
     else:
         case = explored(test, policy, path, late_stores=MUTANTS[name].store_buffers)
-    culprit, text = case.plot.culprit, case.report["text"]
+    culprit, text = case.analysis.culprit, case.report["text"]
     if not kind:
         assert culprit is None
         assert f"\n  missing: {cause}" in text
         return
     assert culprit is not None
-    assert (culprit.part, culprit.event.kind) == (cause, kind)
+    assert (culprit.meaning, culprit.event.kind) == (cause, kind)
     assert f"\n  {SAID[cause]}: " in text
     others = [said for part, said in SAID.items() if part != cause]
     assert not [said for said in others if f"\n  {said}: " in text]
     assert not [missing for missing in (FLUSH, UNLINKED, REFERENCE) if missing in text]
-    assert any(note.part == cause for note in tell(case).notes)
+    assert any(note.meaning == cause for note in explain(case).notes)
 
 
 NO_NOTIFIER = """
@@ -162,10 +162,10 @@ def test_a_free_without_a_notifier_has_its_column(tmp_path: Path) -> None:
     found = explore_verdict(test, named_policy("linux-7.3"))
     assert found.counterexample is not None
     case = written(tmp_path / "case.json", found.counterexample.document())
-    culprit = case.plot.culprit
+    culprit = case.analysis.culprit
     assert culprit is not None
-    assert (culprit.part, culprit.event.kind, case.label(culprit.cpu)) == (UNNOTIFIED, "free", "mm")
+    assert (culprit.meaning, culprit.event.kind, case.label(culprit.cpu)) == (UNNOTIFIED, "free", "mm")
     assert [case.label(cpu) for cpu in case.columns] == ["CPU0", "mm"]
-    notes = [note.text for note in tell(case).notes if note.part == UNNOTIFIED]
+    notes = [note.text for note in explain(case).notes if note.meaning == UNNOTIFIED]
     assert notes == ["missing: an mmu_notifier; KVM is not told, and keeps its SPTE"]
     assert "\n  missing: an mmu_notifier before: frame 0x" in case.report["text"]

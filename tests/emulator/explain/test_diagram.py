@@ -13,8 +13,8 @@ from hypothesis import strategies as st
 from emulator.explain.diagram import WIDTH, diagram
 from emulator.explain.document import Case, load_cases
 from emulator.explain.events import EVENT_KINDS, Event
+from emulator.explain.explanation import Explanation, explain
 from emulator.explain.facts import Facts
-from emulator.explain.tale import Tale, tell
 from native import VIOLATION_KINDS
 from tests.emulator.explain.race import GFN, HOST, KVM, PAGE, VCPU, Race, flushed_mask
 
@@ -75,14 +75,14 @@ v1 reads gfn 0x105
 """
 
 
-def tale(race: Race, policy: str, where: str = "main", timed: bool = True, **report: Any) -> Tale:
+def explained(race: Race, policy: str, where: str = "main", timed: bool = True, **report: Any) -> Explanation:
     whole = race.report(**report)
     names = {int(cpu): name for cpu, name in whole["actors"].items()}
-    return tell(Case(where, policy, whole, Facts.of_report(whole), tuple(race.events), names, timed))
+    return explain(Case(where, policy, whole, Facts.of_report(whole), tuple(race.events), names, timed))
 
 
-def mask() -> Tale:
-    return tale(
+def mask() -> Explanation:
+    return explained(
         flushed_mask(),
         "lkml-2025-cpu-flushed-mask",
         "migration-storm",
@@ -97,7 +97,7 @@ def test_the_flushed_mask() -> None:
 
 def test_a_notifier() -> None:
     race = Race().enter(0, 100).zap(HOST).elided(HOST, "remote_notifier").promise(HOST).free(HOST)
-    assert diagram(tale(race, "linux-7.3+notifier_flush=none")) == NOTIFIER
+    assert diagram(explained(race, "linux-7.3+notifier_flush=none")) == NOTIFIER
 
 
 def test_times_are_a_column() -> None:
@@ -110,9 +110,9 @@ def test_times_are_a_column() -> None:
 
 def test_without_times_there_is_no_such_column() -> None:
     race = flushed_mask()
-    told = tale(race, "p", timed=False)
-    assert diagram(told, times=True) == diagram(told)
-    assert "us later" not in diagram(told)
+    explanation = explained(race, "p", timed=False)
+    assert diagram(explanation, times=True) == diagram(explanation)
+    assert "us later" not in diagram(explanation)
 
 
 def test_four_cpus_need_more_room() -> None:
@@ -120,46 +120,46 @@ def test_four_cpus_need_more_room() -> None:
     race.events.insert(6, Event(race.events[6].time - 1, "load", 3, VCPU, 1, 0))
     race.events.insert(7, Event(race.events[7].time - 1, "free", KVM, 0xB34, 1, 0))
     race.events[-3:-3] = [Event(race.events[-3].time - 1, "free", KVM, 0xB34, 1, 0)]
-    lines = diagram(tale(race, "p")).splitlines()
+    lines = diagram(explained(race, "p")).splitlines()
     columns = lines[2].split()
     assert len(columns) == 4
     assert WIDTH < max(map(len, lines)) <= 24 * 4
-    narrow = diagram(tale(race, "p"), width=72).splitlines()
+    narrow = diagram(explained(race, "p"), width=72).splitlines()
     assert max(map(len, narrow)) <= 72
 
 
 def test_what_the_legend_says_of_other_races() -> None:
     late = Race().enter(0, 100).zap(HOST).promise(HOST).request(HOST)
-    assert "[3] the flush comes too late: the promise has been given" in diagram(tale(late, "p"))
+    assert "[3] the flush comes too late: the promise has been given" in diagram(explained(late, "p"))
     unanswered = Race().enter(0, 100).zap(HOST).request(HOST).kick(HOST, 0).promise(HOST)
-    drawn = " ".join(diagram(tale(unanswered, "p")).split())
+    drawn = " ".join(diagram(explained(unanswered, "p")).split())
     assert "[3] the sender does not wait for the answer: CPU0 is still in the guest" in drawn
     unseen = Race().enter(0, 100).leave(0, 160).zap(HOST).request(HOST).promise(HOST).enter(0, 160)
-    assert "enters without having seen the request" in diagram(tale(unseen, "p"))
+    assert "enters without having seen the request" in diagram(explained(unseen, "p"))
     promised = Race().enter(0, 100).zap(HOST).promise(HOST)
-    assert "[3] KVM's promise, and CPU0 has not flushed" in diagram(tale(promised, "p"))
+    assert "[3] KVM's promise, and CPU0 has not flushed" in diagram(explained(promised, "p"))
     guest = Race().enter(0, 100).load(1, 0).add("guest_invalidate", 1, VCPU, PAGE).load(0, 1).elided(0)
-    text = diagram(tale(guest, "p", kinds=("guest-stale",)))
+    text = diagram(explained(guest, "p", kinds=("guest-stale",)))
     assert "v1: page 0x5e39\n" in text
     assert "  the guest invalidates [2]" in text
     assert "the guest invalidates it here, but CPU0 keeps its entry" in text
     fault = Race().leave(0, 100, "ept_violation").promise(HOST).map(0).enter(0, 100)
-    text = diagram(tale(fault, "p", unsafe_answers=["fault_retry=none"]))
+    text = diagram(explained(fault, "p", unsafe_answers=["fault_retry=none"]))
     assert "map gfn 0x105" in text
     assert "[1] what the fault had looked up before the promise (fault_retry=none)" in text
     walk = Race().enter(0, 100).zap(HOST, GFN & ~511, 512)
-    text = diagram(tale(walk, "p", kinds=("walk-after-free",)))
+    text = diagram(explained(walk, "p", kinds=("walk-after-free",)))
     assert "[1] a cached pointer to the table in frame 0xb34" in text
     assert "[2] the table goes" in text
     assert "through the freed table [3]" in text
     by_kvm = Race().zap(HOST, GFN & ~511, 512)
-    text = diagram(tale(by_kvm, "p", kinds=("walk-after-free",), vcpu=0xFFFFFFFF))
+    text = diagram(explained(by_kvm, "p", kinds=("walk-after-free",), vcpu=0xFFFFFFFF))
     assert "v4294967295" not in text
     assert "KVM walks, gfn 0x105" in text
     quiet = Race().enter(0, 100).zap(HOST).request(HOST).promise(HOST)
-    assert "no pCPU is interrupted, though v1 is in the guest" in diagram(tale(quiet, "p"))
+    assert "no pCPU is interrupted, though v1 is in the guest" in diagram(explained(quiet, "p"))
     protect = Race().enter(0, 100).add("protect", KVM, GFN, 1, 1).promise(KVM, "dirty_log")
-    text = diagram(tale(protect, "p", promise="dirty-log", access="write"))
+    text = diagram(explained(protect, "p", promise="dirty-log", access="write"))
     assert "[2] write access goes" in text
     assert "kvm_get_dirty_log()" in text
 
@@ -185,7 +185,7 @@ EVENTS = st.builds(
 def test_three_cpus_fit_whatever_they_do(events: list[Event], kind: str, times: bool, policy: str) -> None:
     race = Race()
     race.events = events
-    text = diagram(tale(race, policy, kinds=(kind,)), times=times)
+    text = diagram(explained(race, policy, kinds=(kind,)), times=times)
     assert max((len(line) for line in text.splitlines()), default=0) <= WIDTH
     assert all(line == line.rstrip() for line in text.splitlines())
 
@@ -204,7 +204,7 @@ def test_the_example_is_a_file_that_can_be_explained(tmp_path: Path) -> None:
     document = race.document("lkml-2025-cpu-flushed-mask", **report) | {"scenario": "migration-storm"}
     path.write_text(json.dumps(document))
     (case,) = load_cases(path)
-    assert diagram(tell(case)) == MASK
+    assert diagram(explain(case)) == MASK
 
 
 @pytest.mark.parametrize("width", [40, 55, 100])
@@ -216,7 +216,7 @@ def test_a_width_of_ones_own(width: int) -> None:
 def test_where_the_columns_need_more_than_there_is(width: int) -> None:
     race = flushed_mask()
     race.events.insert(-3, Event(race.events[-3].time - 1, "free", KVM, 0xB34, 1, 0))
-    for told in (mask(), tale(race, "p")):
-        text = diagram(told, width=width, times=True)
+    for explanation in (mask(), explained(race, "p")):
+        text = diagram(explanation, width=width, times=True)
         assert "[4]" in text
         assert max(map(len, text.splitlines())) <= width + 36

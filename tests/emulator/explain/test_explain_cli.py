@@ -234,13 +234,13 @@ def test_the_flushed_mask_is_caught_told_and_drawn(tmp_path: Path) -> None:
     policy = resolve_policy("lkml-2025-cpu-flushed-mask")
     result = Job(scenario, policy, seed=1, duration=6.0).run(lambda snapshot: None, threading.Event())
     assert result.verdict == "violations"
-    told = [
+    reports = [
         r
         for r in result.reports
         if r.kind in ("use-after-free", "stale-after-revoke") and r.details["events"]
     ]
-    assert told
-    text = max((report.text for report in told), key=lambda text: text.count("pcpu"))
+    assert reports
+    text = max((report.text for report in reports), key=lambda text: text.count("pcpu"))
     assert "zap gfn" in text
     assert "elided: flush for migration on pcpu" in text
     assert "migration=cpu-flushed-mask" in text
@@ -249,9 +249,9 @@ def test_the_flushed_mask_is_caught_told_and_drawn(tmp_path: Path) -> None:
     path = written(tmp_path, document(result))
     cases = [case for case in load_cases(Path(path)) if case.facts.kind == "use-after-free"]
     best = max(cases, key=lambda case: case.quality())
-    assert best.plot.culprit is not None
-    assert best.plot.culprit.cpu == best.facts.pcpu
-    assert best.plot.part("revoke") is not None
+    assert best.analysis.culprit is not None
+    assert best.analysis.culprit.cpu == best.facts.pcpu
+    assert best.analysis.moment("revoke") is not None
     assert any(name.startswith("host") for name in (best.label(cpu) for cpu in best.columns))
 
 

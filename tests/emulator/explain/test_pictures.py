@@ -11,10 +11,10 @@ from xml.etree import ElementTree
 import pytest
 
 from emulator.explain.document import Case
+from emulator.explain.explanation import as_dict, explain
 from emulator.explain.facts import Facts
 from emulator.explain.perfetto import perfetto
 from emulator.explain.svg import svg
-from emulator.explain.tale import as_dict, tell
 from tests.emulator.explain.race import HOST, Race, flushed_mask, noisy
 
 SVG = "{http://www.w3.org/2000/svg}"
@@ -31,7 +31,7 @@ def texts(picture: ElementTree.Element) -> list[str]:
 
 
 def test_svg_is_whole_and_alone() -> None:
-    source = svg(tell(case(flushed_mask(), policy="a<b & c")))
+    source = svg(explain(case(flushed_mask(), policy="a<b & c")))
     picture = ElementTree.fromstring(source)
     assert "use-after-free under a<b & c (main), VM 0" in texts(picture)
     for words in ("CPU0", "CPU1", "host0", "ELIDED", "[4]", "kick: IPI to CPU1"):
@@ -46,7 +46,7 @@ def test_svg_is_whole_and_alone() -> None:
 
 
 def test_svg_boxes_do_not_overlap() -> None:
-    picture = ElementTree.fromstring(svg(tell(case(flushed_mask()))))
+    picture = ElementTree.fromstring(svg(explain(case(flushed_mask()))))
     boxes = [
         (float(r.attrib["y"]), float(r.attrib["height"]))
         for r in picture.iter(f"{SVG}rect")
@@ -58,18 +58,18 @@ def test_svg_boxes_do_not_overlap() -> None:
 
 
 def test_svg_has_arrows_for_moves_and_interrupts() -> None:
-    picture = ElementTree.fromstring(svg(tell(case(flushed_mask()))))
+    picture = ElementTree.fromstring(svg(explain(case(flushed_mask()))))
     assert [path.get("class") for path in picture.iter(f"{SVG}path") if path.get("class")] == ["a", "i", "a"]
 
 
 def test_json_says_what_the_diagram_shows() -> None:
-    whole = json.loads(json.dumps(as_dict(tell(case(flushed_mask())))))
+    whole = json.loads(json.dumps(as_dict(explain(case(flushed_mask())))))
     assert [actor["label"] for actor in whole["actors"]] == ["CPU0", "CPU1", "host0"]
     marks = {moment["mark"]: moment["part"] for moment in whole["moments"] if moment["mark"]}
     assert marks == {1: "fill", 2: "revoke", 3: "elided", 4: "use"}
     assert [note["mark"] for note in whole["legend"]] == [1, 2, 3, 4]
     assert whole["moments"][0]["time_ns"] > 0
-    untimed = as_dict(tell(case(flushed_mask(), timed=False)))
+    untimed = as_dict(explain(case(flushed_mask(), timed=False)))
     assert "time_ns" not in untimed["moments"][0]
 
 

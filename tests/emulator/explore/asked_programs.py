@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from emulator.explore.engine.scheduler import Execution
-from emulator.explore.machine.lib import installed
+from emulator.explore.machine.lib import instrument
 from emulator.explore.machine.policy_reads import NOTHING, Grown, Known
 from emulator.explore.machine.program import LitmusProgram
 from emulator.explore.strategies.dpor import Exhaustive
@@ -66,7 +66,7 @@ class Logged(LitmusProgram):
 
     def finish(self, execution: Execution) -> str:
         outcome = super().finish(execution)
-        policy: Any = self.world.policy
+        policy: Any = self.harness.policy
         return f"{outcome} {policy._mine.log}"
 
 
@@ -98,7 +98,7 @@ def _outcomes(
         program = Logged(parse_test(test, "moving", None), policy, known=known, frozen=frozen)
         assert program.reads is not None
         try:
-            with installed(program.control):
+            with instrument(program.control):
                 limits = Limits(executions=most, first_only=False)
                 found = search(program, program.objects, strategy(program), limits, lambda outcome: False)
             program.reads.check()

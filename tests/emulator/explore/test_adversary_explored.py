@@ -10,11 +10,11 @@ import pytest
 from emulator.cli.main import main
 from emulator.errors import BadInput
 from emulator.explain.document import load_cases
-from emulator.explain.parts import FILL
+from emulator.explain.meanings import FILL
 from emulator.explore.engine.scheduler import Execution
 from emulator.explore.machine.adversary import places
-from emulator.explore.machine.lib import installed
-from emulator.explore.machine.options import Choices
+from emulator.explore.machine.lib import instrument
+from emulator.explore.machine.options import ExploreOptions
 from emulator.explore.machine.program import LitmusProgram
 from emulator.explore.results.record import load, replay
 from emulator.explore.results.verdict import Plan, Verdict, explore_verdict
@@ -46,16 +46,16 @@ needs = "nothing"
 """
 
 
-def verdict_of(test: str, policy: str, choices: Choices, executions: int = 2000) -> Verdict:
-    plan = Plan(executions=executions, minimize=False, choices=choices)
+def verdict_of(test: str, policy: str, options: ExploreOptions, executions: int = 2000) -> Verdict:
+    plan = Plan(executions=executions, minimize=False, options=options)
     return explore_verdict(load_test(test), named_policy(policy), plan)
 
 
 class Counted(LitmusProgram):
     """The outcome is how often the guest missed the TLB, and how much was fetched for nobody."""
 
-    def __init__(self, test: LitmusTest, choices: Choices) -> None:
-        super().__init__(test, named_policy("linux-7.3"), choices)
+    def __init__(self, test: LitmusTest, options: ExploreOptions) -> None:
+        super().__init__(test, named_policy("linux-7.3"), options)
         self.counters = ffi.new("uint64_t[]", lib.COUNTERS)
         self.before: tuple[int, ...] = ()
 
@@ -74,10 +74,10 @@ class Counted(LitmusProgram):
         return f"{super().finish(execution)} missed {missed} fetched {fetched} references {references}"
 
 
-def outcomes(choices: Choices, *, reduce: bool = True) -> Found:
-    program = Counted(parse_test(TINY, "tiny", None), choices)
+def outcomes(options: ExploreOptions, *, reduce: bool = True) -> Found:
+    program = Counted(parse_test(TINY, "tiny", None), options)
     try:
-        with installed(program.control):
+        with instrument(program.control):
             strategy = Exhaustive(program.objects, reduce=reduce)
             found = search(program, program.objects, strategy, Limits(), lambda outcome: False)
     finally:
@@ -94,9 +94,9 @@ def test_there_are_litmus_tests_for_both() -> None:
 def test_unsafe_only_with_the_adversary(
     test: str, choice: str, policy: str, expected: tuple[str, ...]
 ) -> None:
-    assert verdict_of(test, policy, Choices(), 300).verdict != VIOLATIONS
-    choices = Choices(evict=int(choice == "evict"), speculate=int(choice == "speculate"))
-    found = verdict_of(test, policy, choices)
+    assert verdict_of(test, policy, ExploreOptions(), 300).verdict != VIOLATIONS
+    options = ExploreOptions(evict=int(choice == "evict"), speculate=int(choice == "speculate"))
+    found = verdict_of(test, policy, options)
     assert found.verdict == VIOLATIONS
     assert found.kinds[0] in expected
 
@@ -106,33 +106,33 @@ def test_unsafe_only_with_the_adversary(
     "test", ["return-zap", "speculative-fill", "evicted-walk", "guest-invlpg-away", "root-recycled"]
 )
 def test_what_is_sound_stays_sound(test: str, policy: str) -> None:
-    assert verdict_of(test, policy, Choices(evict=1, speculate=1), 120).verdict != VIOLATIONS
+    assert verdict_of(test, policy, ExploreOptions(evict=1, speculate=1), 120).verdict != VIOLATIONS
 
 
-@pytest.mark.parametrize("choices", [Choices(evict=1), Choices(speculate=1)])
-def test_proofs_come_to_their_ends(choices: Choices) -> None:
-    found = verdict_of("return-zap", "linux-7.3", choices)
+@pytest.mark.parametrize("options", [ExploreOptions(evict=1), ExploreOptions(speculate=1)])
+def test_proofs_come_to_their_ends(options: ExploreOptions) -> None:
+    found = verdict_of("return-zap", "linux-7.3", options)
     assert (found.verdict, found.complete) == (SAFE, True)
-    assert found.summary().endswith(choices.describe())
-    assert found.document()["adversary"] == {"evict": choices.evict, "speculate": choices.speculate}
+    assert found.summary().endswith(options.describe())
+    assert found.document()["adversary"] == {"evict": options.evict, "speculate": options.speculate}
 
 
 def test_evictions_and_fills_change_what_can_happen() -> None:
     # The first access to each page misses twice: before KVM maps it, and again.
-    def counts(choices: Choices) -> set[str]:
-        return {outcome.partition(" references")[0] for outcome in outcomes(choices).outcomes}
+    def counts(options: ExploreOptions) -> set[str]:
+        return {outcome.partition(" references")[0] for outcome in outcomes(options).outcomes}
 
-    assert counts(Choices()) == {" missed 4 fetched 0"}
-    assert counts(Choices(evict=1)) == {" missed 4 fetched 0", " missed 5 fetched 0"}
+    assert counts(ExploreOptions()) == {" missed 4 fetched 0"}
+    assert counts(ExploreOptions(evict=1)) == {" missed 4 fetched 0", " missed 5 fetched 0"}
     # What is mapped may be fetched before it is used: 0x10 by nobody's access after the fault on it.
-    assert " missed 3 fetched 1" in counts(Choices(speculate=1))
+    assert " missed 3 fetched 1" in counts(ExploreOptions(speculate=1))
     # Walks that find no cached tables are longer.
-    assert len(outcomes(Choices(evict=1)).outcomes) > 2
+    assert len(outcomes(ExploreOptions(evict=1)).outcomes) > 2
 
 
-@pytest.mark.parametrize("choices", [Choices(evict=1), Choices(speculate=1)])
-def test_the_reduction_loses_no_outcome(choices: Choices) -> None:
-    reduced, everything = outcomes(choices), outcomes(choices, reduce=False)
+@pytest.mark.parametrize("options", [ExploreOptions(evict=1), ExploreOptions(speculate=1)])
+def test_the_reduction_loses_no_outcome(options: ExploreOptions) -> None:
+    reduced, everything = outcomes(options), outcomes(options, reduce=False)
     assert set(reduced.outcomes) == set(everything.outcomes)
     assert reduced.executions < everything.executions
 
@@ -154,7 +154,7 @@ def test_a_recording_knows_its_choices(tmp_path: Path, capsys: pytest.CaptureFix
     assert "fill0:0x10" in load(path)["schedule"]
     assert replay(path).document() == load(path)
     (case,) = load_cases(path)
-    fill = case.plot.part(FILL)
+    fill = case.analysis.moment(FILL)
     assert fill is not None
     assert fill.event.describe() == "speculative fill of page 0x10 for vCPU 0"
     capsys.readouterr()
@@ -175,7 +175,7 @@ def test_what_was_evicted_is_told(tmp_path: Path, capsys: pytest.CaptureFixture[
 
 
 def test_without_its_adversary_nothing_is_replayed(tmp_path: Path) -> None:
-    plan = Plan(choices=Choices(evict=1))
+    plan = Plan(options=ExploreOptions(evict=1))
     found = explore_verdict(load_test("evicted-walk"), named_policy("mutant:P10"), plan).counterexample
     assert found is not None
     path = tmp_path / "less.json"

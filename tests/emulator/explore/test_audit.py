@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import pytest
 
-from emulator.explore.audit.run import Audited, audited
+from emulator.explore.audit.run import AuditResult, run_audit
 from emulator.explore.machine.footprints import FOOTPRINTS, LOCAL
-from emulator.explore.machine.lib import ControlledLib, installed
+from emulator.explore.machine.lib import ControlledLib, instrument
 from emulator.explore.machine.program import LitmusProgram
 from emulator.kvm.virt import requests
 from emulator.litmus.loader import load_test, shipped_texts
@@ -16,8 +16,8 @@ from emulator.points import PointKind
 from native import lib
 
 
-def audit_of(test: str, policy: str, executions: int = 3) -> Audited:
-    return audited(load_test(test), named_policy(policy), executions)
+def audit_of(test: str, policy: str, executions: int = 3) -> AuditResult:
+    return run_audit(load_test(test), named_policy(policy), executions)
 
 
 def without_points(monkeypatch: pytest.MonkeyPatch, kind: str) -> None:
@@ -73,7 +73,7 @@ def test_what_is_described_exists() -> None:
 
 def test_everything_is_as_before_afterwards() -> None:
     program = LitmusProgram(load_test("return-zap"), named_policy("linux-7.3"))
-    with installed(program.control):
+    with instrument(program.control):
         assert isinstance(vars(requests)["lib"], ControlledLib)
     assert vars(requests)["lib"] is lib
     assert all(cpu.hook is None for cpu in program.machine.cpus)

@@ -9,10 +9,10 @@ from typing import NamedTuple
 
 import pytest
 
-from emulator.explore.audit.residue import Remains
+from emulator.explore.audit.residue import ResidueProgram
 from emulator.explore.engine.objects import Objects
 from emulator.explore.engine.scheduler import Execution, Label, Task
-from emulator.explore.machine.lib import installed
+from emulator.explore.machine.lib import instrument
 from emulator.explore.machine.program import LitmusProgram
 from emulator.explore.results.record import record
 from emulator.explore.strategies.dpor import Exhaustive
@@ -56,7 +56,7 @@ def searched(
     """No samples: what is found or proved is found or proved by the reduced search alone."""
     program = program_of(load_test(test), named_policy(policy))
     try:
-        with installed(program.control):
+        with instrument(program.control):
             strategy = Watched(program.objects, bound)
             limits = Limits(executions=executions, first_only=not every)
             found = search(program, program.objects, strategy, limits, bool, lambda: False)
@@ -244,7 +244,7 @@ ops = []
 
 
 def test_the_flags_that_walks_set_race_whoever_clears_them(tmp_path: Path) -> None:
-    found, _ = searched(written(tmp_path, AGED), "linux-7.3", 100, Remains, every=True)
+    found, _ = searched(written(tmp_path, AGED), "linux-7.3", 100, ResidueProgram, every=True)
     assert found.complete
     sptes = (int(spte, 16) for one in found.outcomes for spte in re.findall(r" 0x10 (\w+)", one))
     assert {bool(spte & lib.SPTE_ACCESSED) for spte in sptes} == {False, True}
@@ -258,8 +258,8 @@ class LateLook(LitmusProgram):
         super().start(execution)
         m, control = self.machine.m, self.control
         seen = control.bit("inside")
-        k, r = (self.world.threads[name].home.id for name in ("k", "r"))
-        vm, controlled = self.world.kvms[0].id, tdp_iter.__dict__["lib"]
+        k, r = (self.harness.threads[name].home.id for name in ("k", "r"))
+        vm, controlled = self.harness.kvms[0].id, tdp_iter.__dict__["lib"]
         table = lib.ept_table_alloc(m, k, lib.FRAME_TABLE)
         link = lib.make_nonleaf_spte(m, Hfn(table))
         inside: list[bool] = []
@@ -302,7 +302,7 @@ ops = ["wait v0 2", "log-get", "log-disarm", "log-arm"]
 """
     program = LitmusProgram(parse_test(text, "t", None), Policy())
     try:
-        with installed(program.control):
+        with instrument(program.control):
             steps = record(program, ()).steps
     finally:
         program.close()

@@ -11,17 +11,17 @@ from emulator.explain.processor import VISIBLE
 from emulator.explore.engine.scheduler import Execution, Task
 from emulator.explore.machine import store_buffer_lib as buffered
 from emulator.explore.machine.control import Readers
-from emulator.explore.machine.lib import installed
-from emulator.explore.machine.options import Choices
+from emulator.explore.machine.lib import instrument
+from emulator.explore.machine.options import ExploreOptions
 from emulator.explore.machine.program import LitmusProgram
 from emulator.explore.machine.store_buffers import BufferedControl, Store
 from emulator.explore.strategies.dpor import Exhaustive
 from emulator.explore.strategies.sampling import RandomWalk
 from emulator.explore.strategies.search import Limits, search
 from emulator.kvm.virt import requests
+from emulator.litmus.harness import LitmusThread
 from emulator.litmus.loader import load_test, parse_test
 from emulator.litmus.policies import named_policy
-from emulator.litmus.world import LitmusThread
 from emulator.machine.locks import SpinLock
 from emulator.machine.runtime import Cpu, smp_mb
 from native import ffi, lib
@@ -81,10 +81,10 @@ def outcomes(script: type[Script], monkeypatch: pytest.MonkeyPatch) -> set[str]:
 
     monkeypatch.setattr(LitmusThread, "run", run)
     program = Scripted(
-        parse_test(TEXT, "script", None), named_policy("linux-7.3"), Choices(store_buffers=True)
+        parse_test(TEXT, "script", None), named_policy("linux-7.3"), ExploreOptions(store_buffers=True)
     )
     try:
-        with installed(program.control):
+        with instrument(program.control):
             found = search(program, program.objects, Exhaustive(program.objects), Limits(), lambda _: False)
     finally:
         program.close()
@@ -282,12 +282,12 @@ def test_a_cpu_sees_its_own_stores(monkeypatch: pytest.MonkeyPatch) -> None:
 
 def test_an_interrupt_answers_behind_all_stores() -> None:
     program = LitmusProgram(
-        parse_test(TEXT, "script", None), named_policy("linux-7.3"), Choices(store_buffers=True)
+        parse_test(TEXT, "script", None), named_policy("linux-7.3"), ExploreOptions(store_buffers=True)
     )
     control = program.control
     assert isinstance(control, BufferedControl)
     execution = Execution(program.objects, Exhaustive(program.objects))
-    with installed(control):
+    with instrument(control):
         program.start(execution)
         stores, arrives = control.interruptible(CPU0)
         control.queued.add(0)
@@ -316,9 +316,9 @@ def test_every_explored_call_that_writes_waits_for_the_stores_before_it(
         "vcpu_set_mode",
     }
     program = LitmusProgram(
-        parse_test(TEXT, "script", None), named_policy("linux-7.3"), Choices(store_buffers=True)
+        parse_test(TEXT, "script", None), named_policy("linux-7.3"), ExploreOptions(store_buffers=True)
     )
-    with installed(program.control):
+    with instrument(program.control):
         controlled = vars(requests)["lib"]
         for name, footprint in FOOTPRINTS.items():
             fenced = getattr(controlled, name).__qualname__.startswith("BufferedLib._fenced")
@@ -332,7 +332,7 @@ def test_every_explored_call_that_writes_waits_for_the_stores_before_it(
 def test_an_spte_that_is_not_frozen_any_more_is_seen_later() -> None:
     """tdp_mmu_zap_spte_atomic() of 6.12: faults meet the frozen SPTE while the store is on its way."""
     policy = named_policy("linux-6.12")
-    program = LitmusProgram(load_test("recover-frozen"), policy, Choices(store_buffers=True))
+    program = LitmusProgram(load_test("recover-frozen"), policy, ExploreOptions(store_buffers=True))
     visible: list[object] = []
 
     def note(task: Task) -> None:
@@ -340,7 +340,7 @@ def test_an_spte_that_is_not_frozen_any_more_is_seen_later() -> None:
             visible.append(task.label[1])
 
     try:
-        with installed(program.control):
+        with instrument(program.control):
             for seed in range(3):
                 strategy = RandomWalk(1, seed)
                 execution = Execution(program.objects, strategy)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 
 from emulator.explore.engine.scheduler import Execution
-from emulator.explore.machine.lib import installed
+from emulator.explore.machine.lib import instrument
 from emulator.explore.machine.program import LitmusProgram
 from emulator.explore.results.minimize import minimized
 from emulator.explore.strategies.sampling import RandomWalk
@@ -32,7 +32,7 @@ class Fails(LitmusProgram):
 def test_an_interrupt_is_no_candidate_that_failed(error: BaseException) -> None:
     program = Fails(load_test("entry-races-request"), named_policy("mutant:P1"))
     try:
-        with installed(program.control):
+        with instrument(program.control):
             found = search(program, program.objects, RandomWalk(300, 3), Limits(), bool)
             assert found.schedule is not None
             program.error = error

@@ -15,9 +15,9 @@ from hypothesis import HealthCheck, Phase, given, settings
 from hypothesis import strategies as st
 
 from emulator.cli.main import main
-from emulator.explore.audit.run import audited
-from emulator.explore.machine.lib import installed
-from emulator.explore.machine.options import Choices
+from emulator.explore.audit.run import run_audit
+from emulator.explore.machine.lib import instrument
+from emulator.explore.machine.options import ExploreOptions
 from emulator.explore.machine.policy_reads import NOTHING, Grown, Known, Seen
 from emulator.explore.machine.program import LitmusProgram
 from emulator.explore.results import verdict
@@ -89,7 +89,7 @@ def last_logged(found: Found, n: int) -> set[tuple[Any, ...]]:
         Plan(bound=2),
         Plan(bound=3),
         Plan("pct", depth=2),
-        Plan(choices=Choices(store_buffers=True)),
+        Plan(options=ExploreOptions(store_buffers=True)),
     ],
     ids=["all", "2 preemptions", "3 preemptions", "pct", "store buffers"],
 )
@@ -258,7 +258,7 @@ def test_memory_that_is_kept_is_read_in_each_step_of_a_method(tmp_path: Path) ->
     )
     _, known = outcomes(tmp_path, test, Path(policy).read_text(), exhaustive)
     program = LitmusProgram(parse_test(test, "moving", None), named_policy(policy), known=known, frozen=True)
-    with installed(program.control):
+    with instrument(program.control):
         steps = record(program, ()).steps
     program.close()
     last = [step for step in steps if step["thread"] == "v0" and step["kind"] in ("policy", "mode")]
@@ -390,7 +390,7 @@ def test_a_counterexample_has_the_reads_and_replays(tmp_path: Path) -> None:
 def test_the_audit_has_nothing_to_say(tmp_path: Path, look: tuple[str, ...]) -> None:
     """Each access happens before or after what it conflicts with, and other steps commute."""
     policy = written(tmp_path, "looks.py", looking(*(f"self.kept = {one}" for one in look)))
-    found = audited(load_test("return-zap"), named_policy(policy), 10)
+    found = run_audit(load_test("return-zap"), named_policy(policy), 10)
     assert found.swaps
     assert found.clean, found.document()
 
@@ -429,7 +429,7 @@ CLOCK = "from time import monotonic"
 
 
 @pytest.mark.parametrize(
-    ("condition", "imports", "told"),
+    ("condition", "imports", "reason"),
     [
         ("monotonic() < 0", CLOCK, "mine.py:3: imports time"),
         ("open('/dev/null').read()", "", "mine.py:7: calls open()"),
@@ -459,14 +459,14 @@ CLOCK = "from time import monotonic"
         "KVM's code",
     ],
 )
-def test_what_cannot_be_watched_is_told(tmp_path: Path, condition: str, imports: str, told: str) -> None:
+def test_unwatched_reads_are_reported(tmp_path: Path, condition: str, imports: str, reason: str) -> None:
     text = LOOKS.format(condition=condition, answer="all-contexts")
     found = explored(tmp_path, text.replace("import Policy\n", f"import Policy\n{imports}\n").lstrip("\n"))
-    told = told.replace(":3:", ":2:").replace(":7:", ":6:")
+    reason = reason.replace(":3:", ":2:").replace(":7:", ":6:")
     assert found.verdict == SEARCHED
     assert not found.complete
     assert found.bound is None
-    assert told in found.unwatched
+    assert reason in found.unwatched
     assert f"not all, {found.unwatched[0]}, which explore cannot watch" in found.summary()
     assert found.document()["unwatched"] == list(found.unwatched)
 
@@ -488,7 +488,7 @@ def test_no_attribute_is_behind_the_slots(tmp_path: Path) -> None:
 
 def test_nothing_is_watched_under_a_preset(tmp_path: Path) -> None:
     program = LitmusProgram(load_test("return-zap"), named_policy("linux-7.3"))
-    with installed(program.control):
+    with instrument(program.control):
         assert program.reads is None
         assert isinstance(vars(Cpu)["vcpu"], MemberDescriptorType)
     program.close()
@@ -496,7 +496,7 @@ def test_nothing_is_watched_under_a_preset(tmp_path: Path) -> None:
         load_test("return-zap"),
         named_policy(written(tmp_path, "mine.py", LOOKS.format(condition=0, answer=""))),
     )
-    with installed(watched.control):
+    with instrument(watched.control):
         assert not isinstance(vars(Cpu)["vcpu"], MemberDescriptorType)
     watched.close()
     assert isinstance(vars(Cpu)["vcpu"], MemberDescriptorType)

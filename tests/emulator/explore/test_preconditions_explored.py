@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 
 from emulator.cli.main import main
-from emulator.explore.machine.lib import installed
+from emulator.explore.machine.lib import instrument
 from emulator.explore.machine.program import LitmusProgram
 from emulator.explore.results.verdict import Plan, Verdict, explore_verdict
 from emulator.explore.strategies.dpor import Exhaustive
@@ -123,7 +123,7 @@ def test_what_init_does_is_no_danger_and_what_final_does_is_one(init: str, final
 def search_all(test: LitmusTest, *, rebuild: bool, reduce: bool = True) -> Found:
     program = LitmusProgram(test, named_policy("linux-7.3"), rebuild=rebuild)
     try:
-        with installed(program.control):
+        with instrument(program.control):
             strategy = Exhaustive(program.objects, bound=0, reduce=reduce)
             return search(program, program.objects, strategy, Limits(), bool)
     finally:

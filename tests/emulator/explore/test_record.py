@@ -14,7 +14,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from emulator.cli.main import main
-from emulator.explore.machine.options import Choices
+from emulator.explore.machine.options import ExploreOptions
 from emulator.explore.results.record import replay
 from emulator.explore.results.verdict import Plan, explore_verdict
 from emulator.litmus.loader import load_test
@@ -85,7 +85,7 @@ def test_a_test_of_ones_own_replays_without_its_file(tmp_path: Path) -> None:
 
 @pytest.fixture(scope="module")
 def recording(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
-    plan = Plan(choices=Choices(speculate=1))
+    plan = Plan(options=ExploreOptions(speculate=1))
     found = explore_verdict(load_test("speculative-fill"), named_policy("migration=none"), plan)
     assert found.counterexample is not None
     document: dict[str, Any] = json.loads(json.dumps(found.counterexample.document()))

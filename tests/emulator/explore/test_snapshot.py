@@ -15,7 +15,7 @@ import pytest
 
 from emulator.explore.engine.scheduler import Execution, Task
 from emulator.explore.engine.snapshot import CannotRestore, Snapshot
-from emulator.explore.machine.lib import installed
+from emulator.explore.machine.lib import instrument
 from emulator.explore.machine.program import LitmusProgram
 from emulator.explore.results.verdict import Plan, explore_verdict
 from emulator.explore.strategies.sampling import RandomWalk
@@ -71,30 +71,30 @@ def counting() -> Callable[[], int]:
 
 def test_contents_come_back_in_the_same_objects() -> None:
     inner: list[object] = [1, [2]]
-    world = Plain(
+    root = Plain(
         numbers=[3, 1, 2], inner=inner, again=inner, names={"b": 1, "a": [0]}, bag={1, 2, 3},
         queue=deque([1, 2], maxlen=5), marks=bytearray(4), frozen=Frozen([7]), pair=([], {}),
     )  # fmt: skip
-    before, objects = describe(world), dict(vars(world))
-    snapshot = Snapshot([world])
+    before, objects = describe(root), dict(vars(root))
+    snapshot = Snapshot([root])
     for _ in range(3):
-        world.numbers.sort()  # type: ignore[attr-defined]
+        root.numbers.sort()  # type: ignore[attr-defined]
         inner[1].append(3)  # type: ignore[attr-defined]
-        inner.append(world)
-        world.names["c"] = world.names.pop("b")  # type: ignore[attr-defined]
-        world.names["a"].clear()  # type: ignore[attr-defined]
-        world.bag.clear()  # type: ignore[attr-defined]
-        world.queue.rotate()  # type: ignore[attr-defined]
-        world.marks[2] = 9  # type: ignore[attr-defined]
-        world.frozen.inside.append(8)  # type: ignore[attr-defined]
-        world.pair[0].append(1)  # type: ignore[attr-defined]
-        world.again = None  # type: ignore[attr-defined]
-        world.more = 1  # type: ignore[attr-defined]
-        assert describe(world) != before
+        inner.append(root)
+        root.names["c"] = root.names.pop("b")  # type: ignore[attr-defined]
+        root.names["a"].clear()  # type: ignore[attr-defined]
+        root.bag.clear()  # type: ignore[attr-defined]
+        root.queue.rotate()  # type: ignore[attr-defined]
+        root.marks[2] = 9  # type: ignore[attr-defined]
+        root.frozen.inside.append(8)  # type: ignore[attr-defined]
+        root.pair[0].append(1)  # type: ignore[attr-defined]
+        root.again = None  # type: ignore[attr-defined]
+        root.more = 1  # type: ignore[attr-defined]
+        assert describe(root) != before
         snapshot.restore()
-        assert describe(world) == before
-        assert all(vars(world)[name] is value for name, value in objects.items())
-    assert list(world.names) == ["b", "a"]  # type: ignore[attr-defined]
+        assert describe(root) == before
+        assert all(vars(root)[name] is value for name, value in objects.items())
+    assert list(root.names) == ["b", "a"]  # type: ignore[attr-defined]
 
 
 def test_slots_come_back_set_or_not() -> None:
@@ -156,7 +156,7 @@ def test_what_cannot_be_put_back_is_refused(obj: object) -> None:
 
 
 def world_of(program: LitmusProgram) -> list[str]:
-    lines = describe(program.world, program.machine, program.control.programs)
+    lines = describe(program.harness, program.machine, program.control.programs)
     return [line.replace("'snapshots'=1", "'snapshots'=0") for line in lines]
 
 
@@ -192,12 +192,12 @@ def test_a_restored_world_is_like_a_new_one(test: str) -> None:
     used, rebuilt = (LitmusProgram(load_test(test), policy, rebuild=r) for r in (False, True))
     strategy = RandomWalk(1, 1)
     try:
-        with installed(rebuilt.control):
+        with instrument(rebuilt.control):
             rebuilt.start(Execution(rebuilt.objects, strategy))
             new = world_of(rebuilt)
             rebuilt.control.execution = None
             want = executed(rebuilt, 3)
-        with installed(used.control):
+        with instrument(used.control):
             used.start(Execution(used.objects, strategy))
             memory = lib.machine_fingerprint(used.machine.m)
             used.control.execution = None
@@ -214,15 +214,15 @@ def test_a_restored_world_is_like_a_new_one(test: str) -> None:
 
 def test_the_comparison_sees_a_difference() -> None:
     program = LitmusProgram(load_test("return-zap"), named_policy("linux-6.12"))
-    with installed(program.control):
+    with instrument(program.control):
         program.start(Execution(program.objects, RandomWalk(1, 1)))
         before = world_of(program)
-        kvm = program.world.kvms[0]
+        kvm = program.harness.kvms[0]
         changes: list[Callable[[], Any]] = [
             lambda: kvm.warned.add("x"),
             lambda: setattr(kvm.vcpus[0].loaded_vmcs, "cpu", 1),
             lambda: kvm.slots_lock._token.pop(),
-            lambda: setattr(program.world.threads["v0"], "pcpu", 1),
+            lambda: setattr(program.harness.threads["v0"], "pcpu", 1),
             lambda: program.machine.vmx_vpids.append(Vpid(9)),
         ]
         for change in changes:
@@ -270,12 +270,12 @@ def test_a_policy_remembers_nothing_of_earlier_executions(
 def remembers_nothing(path: Path, restores: bool) -> None:
     test, policy = load_test("return-three-pcpus"), named_policy(str(path))
     program, rebuilt = LitmusProgram(test, policy), LitmusProgram(test, policy, rebuild=True)
-    with installed(rebuilt.control):
+    with instrument(rebuilt.control):
         want = executed(rebuilt, 8)
-    with installed(program.control):
+    with instrument(program.control):
         assert executed(program, 8) == want
         assert (program._initial is not None) == restores
-    asked = [p.world.policy._mine.asked for p in (program, rebuilt)]  # type: ignore[attr-defined]
+    asked = [p.harness.policy._mine.asked for p in (program, rebuilt)]  # type: ignore[attr-defined]
     assert asked[0] == asked[1] > 1
     program.close()
     rebuilt.close()

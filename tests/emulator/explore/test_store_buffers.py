@@ -12,8 +12,8 @@ from emulator.cli.main import main
 from emulator.explain.processor import VISIBLE
 from emulator.explore.engine.objects import Objects
 from emulator.explore.engine.scheduler import Execution
-from emulator.explore.machine.lib import installed
-from emulator.explore.machine.options import Choices
+from emulator.explore.machine.lib import instrument
+from emulator.explore.machine.options import ExploreOptions
 from emulator.explore.machine.program import LitmusProgram
 from emulator.explore.machine.store_buffers import BufferedReaders, Store, StoreBuffers
 from emulator.explore.results.record import load, replay
@@ -184,7 +184,7 @@ def test_a_grace_period_waits_for_stores_that_were_there_before() -> None:
 
 
 def verdict_of(test: str, policy: str, *, store_buffers: bool, executions: int = 2000) -> Verdict:
-    plan = Plan(executions=executions, minimize=False, choices=Choices(store_buffers=store_buffers))
+    plan = Plan(executions=executions, minimize=False, options=ExploreOptions(store_buffers=store_buffers))
     return explore_verdict(load_test(test), named_policy(policy), plan)
 
 
@@ -210,9 +210,9 @@ def test_a_missing_barrier_matters_with_store_buffers_only(
 
 def proved(test: str, policy: str) -> Found:
     """Everything at once: without the rounds of a verdict."""
-    program = LitmusProgram(load_test(test), named_policy(policy), Choices(store_buffers=True))
+    program = LitmusProgram(load_test(test), named_policy(policy), ExploreOptions(store_buffers=True))
     try:
-        with installed(program.control):
+        with instrument(program.control):
             return search(program, program.objects, Exhaustive(program.objects), Limits(), bool)
     finally:
         program.close()
@@ -239,7 +239,9 @@ def test_other_mutants_are_still_caught() -> None:
 
 
 def test_with_the_adversary_as_well() -> None:
-    plan = Plan(executions=300, minimize=False, choices=Choices(evict=1, speculate=1, store_buffers=True))
+    plan = Plan(
+        executions=300, minimize=False, options=ExploreOptions(evict=1, speculate=1, store_buffers=True)
+    )
     found = explore_verdict(load_test("speculative-fill"), named_policy("migration=none"), plan)
     assert found.verdict == VIOLATIONS
     assert found.summary().endswith("with up to 1 eviction and 1 speculative fill, x86-TSO")
@@ -267,9 +269,11 @@ def test_a_recording_knows_its_memory_model(tmp_path: Path, capsys: pytest.Captu
 
 def test_ones_own_stores_are_no_change_to_wait_for() -> None:
     """A fault that is tried again while an invalidation lasts: nothing changes by the vCPU's own mode."""
-    program = LitmusProgram(load_test("kick-waits"), named_policy("linux-7.3"), Choices(store_buffers=True))
+    program = LitmusProgram(
+        load_test("kick-waits"), named_policy("linux-7.3"), ExploreOptions(store_buffers=True)
+    )
     try:
-        with installed(program.control):
+        with instrument(program.control):
             found = search(program, program.objects, Pct(60, 0, 3), Limits(), bool)
     finally:
         program.close()

@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 
 from emulator.cli.main import main
 from emulator.explore.engine.objects import Objects
-from emulator.explore.machine.lib import installed
+from emulator.explore.machine.lib import instrument
 from emulator.explore.machine.program import LitmusProgram
 from emulator.explore.results.verdict import Plan, explore_verdict
 from emulator.explore.results.workers import FIRST_PARTS, Team
@@ -150,7 +150,7 @@ def test_several_processes_find_what_one_finds() -> None:
     """More than are done plainly, and than this process does alone."""
     program = LitmusProgram(load_test("return-protect"), named_policy("root-tlb-gen"))
     found = []
-    with installed(program.control):
+    with instrument(program.control):
         for jobs in (1, 3):
             with Team(program, jobs, lambda: False) as team:
                 one = wide_search(program, program.objects, None, Limits(), bool, team, plain=8, part=8)

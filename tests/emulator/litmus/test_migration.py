@@ -137,7 +137,7 @@ MODES = ("protect", "manual", "initially-set")
 
 @dataclass
 class Model:
-    """Contents as numbers.  `told`: the calls of log-get, by number, that forget a page."""
+    """Contents as numbers.  `forgets`: the calls of log-get, by number, and the page that each forgets."""
 
     mode: str
     forgets: frozenset[tuple[int, int]]

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import pytest
 
-from emulator.explore.machine.lib import installed
+from emulator.explore.machine.lib import instrument
 from emulator.explore.machine.program import LitmusProgram
 from emulator.explore.strategies.dpor import Exhaustive
 from emulator.explore.strategies.sampling import Pct, RandomWalk
@@ -31,7 +31,7 @@ def first_met(test: LitmusTest, policy: str, most: int) -> int:
     strategies = Exhaustive(program.objects, bound=0), Pct(most, 0, 3), RandomWalk(most, 0)
     done = 0
     try:
-        with installed(program.control):
+        with instrument(program.control):
             for strategy in strategies:
                 left = min(FEW, most) if strategy.exhaustive else most // 2
                 limits = Limits(executions=left)

@@ -6,9 +6,10 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
 from typing import Any
 
+from emulator.explain.analysis import Moment
 from emulator.explain.document import Case
 from emulator.explain.facts import DEADLOCK
-from emulator.explain.parts import (
+from emulator.explain.meanings import (
     COPIED,
     EARLY,
     ELIDED,
@@ -29,7 +30,6 @@ from emulator.explain.parts import (
     USE,
 )
 from emulator.explain.phrases import phrases
-from emulator.explain.plot import Moment
 
 
 @dataclass(frozen=True, slots=True)
@@ -38,7 +38,7 @@ class Row:
 
     cpu: int
     lines: tuple[str, ...]
-    part: str
+    meaning: str
     mark: int
     moment: Moment
 
@@ -48,12 +48,12 @@ class Note:
     """One line of the legend."""
 
     mark: int
-    part: str
+    meaning: str
     text: str
 
 
 @dataclass(frozen=True, slots=True)
-class Tale:
+class Explanation:
     case: Case
     title: str
     columns: tuple[int, ...]
@@ -64,46 +64,48 @@ class Tale:
         return [self.case.label(cpu) for cpu in self.columns]
 
 
-def tell(case: Case) -> Tale:
+def explain(case: Case) -> Explanation:
     rows: list[Row] = []
     notes: list[Note] = []
     for moment in case.moments:
-        part = moment.part
-        if part == PROMISE and case.plot.culprit is not None:
-            part = ""
+        meaning = moment.meaning
+        if meaning == PROMISE and case.analysis.culprit is not None:
+            meaning = ""
         mark = 0
-        if part:
+        if meaning:
             mark = len(notes) + 1
-            notes.append(Note(mark, part, _SENTENCES[part](case, moment)))
-        rows.append(Row(moment.cpu, tuple(phrases(moment, case.facts)), part, mark, moment))
+            notes.append(Note(mark, meaning, _SENTENCES[meaning](case, moment)))
+        rows.append(Row(moment.cpu, tuple(phrases(moment, case.facts)), meaning, mark, moment))
     if rows and DEADLOCK in case.facts.kinds:
         # A deadlock has no use of a translation to explain: the legend states which thread waits for which.
         mark = len(notes) + 1
         rows[-1] = replace(rows[-1], mark=mark)
         notes.append(Note(mark, DEADLOCK, str(case.report.get("text", DEADLOCK))))
-    return Tale(case, _title(case), tuple(case.columns), tuple(rows), tuple(notes))
+    return Explanation(case, _title(case), tuple(case.columns), tuple(rows), tuple(notes))
 
 
-def as_dict(tale: Tale) -> dict[str, Any]:
+def as_dict(explanation: Explanation) -> dict[str, Any]:
     """Return the content of the diagram for programs."""
-    case = tale.case
+    case = explanation.case
     return {
-        "title": tale.title,
+        "title": explanation.title,
         "policy": case.policy,
         "kinds": list(case.facts.kinds),
-        "actors": [{"cpu": cpu, "label": case.label(cpu)} for cpu in tale.columns],
-        "moments": [_row(tale, row) for row in tale.rows],
-        "legend": [{"mark": note.mark, "part": note.part, "text": note.text} for note in tale.notes],
+        "actors": [{"cpu": cpu, "label": case.label(cpu)} for cpu in explanation.columns],
+        "moments": [_row(explanation, row) for row in explanation.rows],
+        "legend": [
+            {"mark": note.mark, "part": note.meaning, "text": note.text} for note in explanation.notes
+        ],
     }
 
 
-def _row(tale: Tale, row: Row) -> dict[str, Any]:
-    when = {"time_ns": row.moment.time} if tale.case.timed else {}
+def _row(explanation: Explanation, row: Row) -> dict[str, Any]:
+    when = {"time_ns": row.moment.time} if explanation.case.timed else {}
     return {
         **when,
         "cpu": row.cpu,
         "text": list(row.lines),
-        "part": row.part,
+        "part": row.meaning,
         "mark": row.mark,
         "event": row.moment.event.kind,
     }
@@ -140,7 +142,7 @@ class _Zero(dict[str, Any]):
 
 
 def _revoke(case: Case, moment: Moment) -> str:
-    facts, on = case.facts, case.plot.revoked_on
+    facts, on = case.facts, case.analysis.revoked_on
     where = f"; v{facts.vcpu} is on {case.label(on)}" if on not in (-1, facts.pcpu) else ""
     what = {
         "protect": "write access goes",
@@ -150,12 +152,12 @@ def _revoke(case: Case, moment: Moment) -> str:
     }.get(moment.event.kind, "the table goes" if facts.about_table else "the translation goes")
     if moment.event.kind == "guest_invalidate":
         return what
-    blamed = case.plot.culprit is not None or case.plot.part(PROMISE) is not None
+    blamed = case.analysis.culprit is not None or case.analysis.moment(PROMISE) is not None
     return what + where + ("" if blamed else _answers(case))
 
 
 def _elided(case: Case, moment: Moment) -> str:
-    decision = case.plot.decision(moment)
+    decision = case.analysis.decision(moment)
     answers = [str(answer) for answer in case.report.get("unsafe_answers", ())]
     own = [answer for answer in answers if answer.startswith(f"{decision}=")]
     why = own or answers[:1] or ([f"decision {decision}"] if decision else [])
@@ -189,7 +191,7 @@ def _promise(case: Case, moment: Moment) -> str:
 
 def _use(case: Case, moment: Moment) -> str:
     facts = case.facts
-    since = next((m for m in case.moments if m.part == REVOKE), None)
+    since = next((m for m in case.moments if m.meaning == REVOKE), None)
     after = ""
     if case.timed and since is not None and moment.time > since.time > 0:
         after = f" {(moment.time - since.time) / 1000:.0f} us later"
@@ -200,7 +202,7 @@ def _use(case: Case, moment: Moment) -> str:
 
 
 def _what_goes(case: Case) -> str:
-    revoked = case.plot.part(REVOKE)
+    revoked = case.analysis.moment(REVOKE)
     return (
         "write access goes"
         if revoked is not None and revoked.event.kind == "protect"
@@ -239,7 +241,7 @@ def _marked_early(case: Case, moment: Moment) -> str:
 
 
 def _unless_blamed(case: Case) -> str:
-    return "" if case.plot.culprit is not None else _answers(case)
+    return "" if case.analysis.culprit is not None else _answers(case)
 
 
 def _unnamed(case: Case, moment: Moment) -> str:

@@ -51,7 +51,7 @@ _WORKQUEUE_US = 200
 _ZAP_SHARE = 0.25
 
 
-class Kvm(MachineActor):
+class IoctlCaller(MachineActor):
     """The ioctl caller of one VM."""
 
     def __init__(

@@ -7,8 +7,8 @@ from typing import Any
 
 import pytest
 
-from emulator.explore.machine.lib import installed
-from emulator.explore.machine.options import Choices
+from emulator.explore.machine.lib import instrument
+from emulator.explore.machine.options import ExploreOptions
 from emulator.explore.machine.program import LitmusProgram
 from emulator.explore.results.verdict import Plan, explore_verdict
 from emulator.litmus.loader import load_test, shipped_texts
@@ -17,10 +17,10 @@ from emulator.litmus.policies import named_policy
 
 @pytest.mark.parametrize("name", sorted(shipped_texts()))
 def test_each_thread_has_a_cpu_of_its_own_and_so_has_rcu(name: str) -> None:
-    program = LitmusProgram(load_test(name), named_policy("linux-7.3"), Choices(store_buffers=True))
+    program = LitmusProgram(load_test(name), named_policy("linux-7.3"), ExploreOptions(store_buffers=True))
     names = program.names()
     assert sorted(names.values()) == sorted(set(names.values()))
-    with installed(program.control):
+    with instrument(program.control):
         rcu: Any = SimpleNamespace(name="rcu")
         assert names[program.cpu_of(rcu)] == "rcu"
         # Callbacks' stores are in nobody's store buffer.

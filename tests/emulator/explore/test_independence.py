@@ -10,32 +10,32 @@ from typing import Any
 
 import pytest
 
-from emulator.explore.audit.independence import Commuting
-from emulator.explore.audit.residue import Remains
+from emulator.explore.audit.independence import IndependenceCheck
+from emulator.explore.audit.residue import ResidueProgram
 from emulator.explore.engine.objects import Objects
 from emulator.explore.engine.scheduler import Condition, Execution
 from emulator.explore.machine.footprints import FOOTPRINTS
-from emulator.explore.machine.lib import installed
-from emulator.explore.machine.options import NONE, Choices
+from emulator.explore.machine.lib import instrument
+from emulator.explore.machine.options import NONE, ExploreOptions
 from emulator.explore.strategies.search import Met
 from emulator.litmus.loader import load_test
 from emulator.litmus.policies import named_policy
 
-EVERYTHING = Choices(evict=1, speculate=1, store_buffers=True)
+EVERYTHING = ExploreOptions(evict=1, speculate=1, store_buffers=True)
 
 
-def swapped(test: str, policy: str = "linux-7.3", choices: Choices = NONE) -> tuple[int, Counter[str]]:
-    program = Remains(load_test(test), named_policy(policy), choices)
-    commuting = Commuting(program, program.objects, seed=1)
+def swapped(test: str, policy: str = "linux-7.3", options: ExploreOptions = NONE) -> tuple[int, Counter[str]]:
+    program = ResidueProgram(load_test(test), named_policy(policy), options)
+    check = IndependenceCheck(program, program.objects, seed=1)
     try:
-        with installed(program.control):
-            commuting.run(60, 10)
+        with instrument(program.control):
+            check.run(60, 10)
     finally:
         program.close()
-    return commuting.swaps, commuting.findings
+    return check.swaps, check.findings
 
 
-@pytest.mark.parametrize("choices", [NONE, EVERYTHING])
+@pytest.mark.parametrize("options", [NONE, EVERYTHING])
 @pytest.mark.parametrize(
     ("test", "policy"),
     [
@@ -45,8 +45,8 @@ def swapped(test: str, policy: str = "linux-7.3", choices: Choices = NONE) -> tu
         ("log-huge", "linux-6.12"),
     ],
 )
-def test_they_commute(test: str, policy: str, choices: Choices) -> None:
-    swaps, findings = swapped(test, policy, choices)
+def test_they_commute(test: str, policy: str, options: ExploreOptions) -> None:
+    swaps, findings = swapped(test, policy, options)
     assert swaps > 20
     assert not findings
 
@@ -147,8 +147,8 @@ def goes_on(program: Program, execution: Execution) -> None:
     ],
 )
 def test_each_difference_has_its_sentence(first: Body, second: Body, expected: set[str]) -> None:
-    commuting = Commuting(Program(first, second), Objects(), seed=1)
-    commuting.run(40, 4)
-    found = {sentence for sentence in commuting.findings if sentence[0] == "a" or "looks" in sentence}
+    check = IndependenceCheck(Program(first, second), Objects(), seed=1)
+    check.run(40, 4)
+    found = {sentence for sentence in check.findings if sentence[0] == "a" or "looks" in sentence}
     assert found >= expected
     assert bool(found) == bool(expected)

@@ -1,6 +1,7 @@
-"""The parts that moments play in a plot, in the order in which they are explained.
+"""The meanings of a race's moments, in the order in which they are explained.
 
-The first group belongs to uses of stale translations (plot.py), the second one to lost dirty bits (lost.py).
+The first group belongs to uses of stale translations (analysis.py), the second one to lost dirty bits
+(lost.py).
 """
 
 from __future__ import annotations
@@ -27,7 +28,7 @@ MARKED_EARLY: Final = "marked early"
 LOST: Final = "lost"
 UNNAMED: Final = "unnamed"
 
-# Parts of moments that are to blame: an action that is missing, too narrow, too early or too late.
+# Moments that are to blame: an action that is missing, too narrow, too early or too late.
 CULPRITS: Final = (
     *(ELIDED, LATE, NARROW, MISSED, OUTDATED, EARLY, SKIPPED, UNNOTIFIED),
     *(UNPROTECTED, REOPENED, MARKED_EARLY),

@@ -1,4 +1,4 @@
-"""From events to a plot: the few moments that the race is made of, and the part that each of them plays.
+"""From the events of a violation to its race: the few moments that matter, and the meaning of each.
 
 A translation is filled; KVM takes a right away and promises that it is gone; the flush that was due between
 the two is missing, late or too narrow; and the stale translation is used.  All other events are left out.
@@ -11,8 +11,8 @@ from dataclasses import dataclass
 
 from emulator.explain.events import Event
 from emulator.explain.facts import LOST_DIRTY, Facts
-from emulator.explain.lost import lost_parts, with_store
-from emulator.explain.parts import (
+from emulator.explain.lost import lost_meanings, with_store
+from emulator.explain.meanings import (
     CULPRITS,
     EARLY,
     ELIDED,
@@ -44,18 +44,18 @@ _DECISIONS = {
 
 @dataclass(frozen=True, slots=True)
 class Moment:
-    """An action of a CPU, and the part that it plays in the race ("": context only)."""
+    """An action of a CPU, and its meaning for the race ("": context only)."""
 
     cpu: int
     event: Event
-    part: str = ""
+    meaning: str = ""
 
     @property
     def time(self) -> int:
         return self.event.time
 
 
-class Plot(Timeline):
+class RaceAnalysis(Timeline):
     """The moments of one violation, in order."""
 
     def __init__(self, facts: Facts, events: Iterable[Event]) -> None:
@@ -77,13 +77,13 @@ class Plot(Timeline):
             self._choose_without_use()
         self.moments = self._moments()
 
-    def part(self, name: str) -> Moment | None:
-        return next((moment for moment in self.moments if moment.part == name), None)
+    def moment(self, meaning: str) -> Moment | None:
+        return next((moment for moment in self.moments if moment.meaning == meaning), None)
 
     @property
     def culprit(self) -> Moment | None:
         """Return the moment that is to blame, such as an elided or late flush, if it is known."""
-        return next((moment for moment in self.moments if moment.part in CULPRITS), None)
+        return next((moment for moment in self.moments if moment.meaning in CULPRITS), None)
 
     def decision(self, moment: Moment) -> str:
         """Return the decision point behind a flush that was elided; "" if it is not known."""
@@ -106,7 +106,7 @@ class Plot(Timeline):
         flushed = [e.cpu for e in self.events[start:] if e.kind == "flush" and e.vm == self.facts.vm]
         return tuple(dict.fromkeys(flushed))
 
-    # --- the parts ---------------------------------------------------------------------------------------
+    # --- meanings ----------------------------------------------------------------------------------------
 
     def _fill(self) -> int | None:
         """Return the index of the VM entry after which the TLB entry was filled."""
@@ -296,7 +296,7 @@ class Plot(Timeline):
         after the promise, or before the revocation, and mark it.
         """
         promised = self._promised
-        if {LATE, OUTDATED} & set(self.parts.values()):
+        if {LATE, OUTDATED} & set(self.meanings.values()):
             return True
         if promised is None or self._revoked is None:
             return False
@@ -372,10 +372,10 @@ class Plot(Timeline):
             self._meanwhile(next(asked, own[0]))
         else:
             # Show another vCPU's flush only if it needs no column of its own.
-            shown = {self.events[i].cpu for i in self.parts}
+            shown = {self.events[i].cpu for i in self.meanings}
             self._keep(next((i for i in flushed if self.events[i].cpu in shown), None))
         # A flush of everything would have dropped the entry.
-        if not set(CULPRITS) & set(self.parts.values()):
+        if not set(CULPRITS) & set(self.meanings.values()):
             here = [i for i in range(stale + 1, len(self.events)) if self._is_flush_here(self.events[i])]
             # INVEPT was due, so prefer it to other flushes, such as the vCPU's own when its root changes.
             here.sort(key=lambda i: (self.events[i].scope.startswith("invept"), i))
@@ -385,35 +385,36 @@ class Plot(Timeline):
         """Keep a flush of the vCPU on another pCPU and its load there; drop earlier loads on other pCPUs."""
         self._keep(flush)
         load = self._keep(self._last(self._is_load(self.facts.vcpu), before=flush))
-        for i in [i for i, part in self.parts.items() if not part and self.events[i].kind == "load"]:
+        for i in [i for i, meaning in self.meanings.items() if not meaning and self.events[i].kind == "load"]:
             if load is not None and i < load and self.events[i].cpu != self.events[load].cpu:
-                del self.parts[i]
+                del self.meanings[i]
 
     def _choose_without_use(self) -> None:
-        """Keep the moments of a lost dirty bit or an endless wait: its own plot, or revocation, promise and
-        elided flush, or else the last three events of each CPU."""
+        """Keep the moments of a lost dirty bit or an endless wait: its own analysis (lost.py), or
+        revocation, promise and elided flush, or else the last three events of each CPU."""
         if self.facts.kind == LOST_DIRTY:
-            self.parts = lost_parts(self.facts, self.events)
-        if self.parts:
+            self.meanings = lost_meanings(self.facts, self.events)
+        if self.meanings:
             return
         self._keep(self._revoked, REVOKE)
         self._keep(self._promised, PROMISE)
         self._keep(self._last(lambda e: e.kind == "elided" and self._mine(e)), ELIDED)
-        if not self.parts:
+        if not self.meanings:
             for cpu in dict.fromkeys(e.cpu for e in self.events):
                 for i in [i for i, e in enumerate(self.events) if e.cpu == cpu][-3:]:
                     self._keep(i)
 
     def _moments(self) -> list[Moment]:
         facts = self.facts
-        chosen = [Moment(self.events[i].cpu, self.events[i], part) for i, part in sorted(self.parts.items())]
+        kept = ((self.events[i], meaning) for i, meaning in sorted(self.meanings.items()))
+        chosen = [Moment(event.cpu, event, meaning) for event, meaning in kept]
         if not facts.is_use:
             return chosen
         last = max([facts.time, *(event.time for event in self.events)])
         use = Event(facts.time or last, USE, facts.pcpu, facts.vcpu, facts.gfn, facts.vm)
         if facts.by_kvm:
             return [*chosen, Moment(facts.pcpu, use, USE)]
-        if any(moment.part == FILL for moment in chosen):
+        if any(moment.meaning == FILL for moment in chosen):
             return [*chosen, Moment(facts.pcpu, use, USE)]
         first = self.events[self._start].time if self._start is not None else 0
         fill = Event(first, FILL, facts.pcpu, facts.filled_by, facts.gfn, facts.vm)

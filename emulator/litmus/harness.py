@@ -1,8 +1,8 @@
 """One litmus test's machine, VMs and threads, and one execution after another on it.
 
-The machine is booted once.  Each execution begins with `World.reset()`: new VMs, TLBs as after a reset of the
-pCPUs.  Then the caller (for real threads: emulator.litmus.runner) runs `World.run_init()`, each thread's
-`run()`, and `World.run_final()`.
+The machine is booted once.  Each execution begins with `Harness.reset()`: new VMs, TLBs as after a reset of
+the pCPUs.  Then the caller (for real threads: emulator.litmus.runner) runs `Harness.run_init()`, each
+thread's `run()`, and `Harness.run_final()`.
 """
 
 from __future__ import annotations
@@ -117,12 +117,12 @@ class LitmusThread:
     thread runs all of init and final.
     """
 
-    def __init__(self, world: World, number: int, name: str, section: ThreadSection) -> None:
-        self.world = world
+    def __init__(self, harness: Harness, number: int, name: str, section: ThreadSection) -> None:
+        self.harness = harness
         self.number = number
         self.name = name
         self.section = section
-        self.home = world.machine.cpus[world.machine.pcpus + 2 + number]
+        self.home = harness.machine.cpus[harness.machine.pcpus + 2 + number]
         self.stretches = stretches(section.parsed, section.is_vcpu)
         self.pcpu = section.pcpu
         self.on: Cpu | None = None
@@ -139,19 +139,19 @@ class LitmusThread:
 
     @property
     def kvm(self) -> Kvm:
-        return self.world.kvms[self.section.vm]
+        return self.harness.kvms[self.section.vm]
 
     @property
     def vm(self) -> VmSection:
-        return self.world.test.vm[self.section.vm]
+        return self.harness.test.vm[self.section.vm]
 
     @property
     def memory(self) -> UserMemory:
-        return self.world.memories[self.section.vm]
+        return self.harness.memories[self.section.vm]
 
     @property
     def migration(self) -> Migration:
-        return self.world.migrations[self.section.vm]
+        return self.harness.migrations[self.section.vm]
 
     @property
     def vcpu(self) -> Vcpu:
@@ -169,7 +169,7 @@ class LitmusThread:
 
     def wait_for(self, thread: str, n: int) -> None:
         self.leave_pcpu()
-        self.world.wait_progress(self.home, self.world.threads[thread].number, n)
+        self.harness.wait_progress(self.home, self.harness.threads[thread].number, n)
         self.enter_pcpu()
 
     # --- the pCPU -------------------------------------------------------------------------------------------
@@ -178,9 +178,9 @@ class LitmusThread:
         if not self.section.is_vcpu or self.on is not None:
             return
         assert self.task is not None
-        self.world.pcpu_locks[self.pcpu].take(self.home)
-        self.on = self.world.machine.cpus[self.pcpu]
-        self.world.entered(self.on, self)
+        self.harness.pcpu_locks[self.pcpu].take(self.home)
+        self.on = self.harness.machine.cpus[self.pcpu]
+        self.harness.entered(self.on, self)
         self.home.check(lib.cpu_take(self.on.m, self.on.id))
         self.task.switch_in(self.on)
 
@@ -191,7 +191,7 @@ class LitmusThread:
         self.task.switch_out(self.on)
         lib.cpu_idle(self.on.m, self.on.id)
         self.on = None
-        self.world.pcpu_locks[self.pcpu].give(self.home)
+        self.harness.pcpu_locks[self.pcpu].give(self.home)
 
     # --- running --------------------------------------------------------------------------------------------
 
@@ -212,10 +212,10 @@ class LitmusThread:
             op.run(self)
         except ValueError as error:
             # -EINVAL of an ioctl, which no policy causes.
-            where = f"litmus test {self.world.test.name}: thread {self.name}"
+            where = f"litmus test {self.harness.test.name}: thread {self.name}"
             raise BadInput(where, f"{op.text!r} is refused: {error}") from error
         if report:
-            self.world.progressed(self.number)
+            self.harness.progressed(self.number)
 
     def _run_guest(self, ops: tuple[Op, ...], report: bool) -> None:
         assert self.task is not None
@@ -228,7 +228,7 @@ class LitmusThread:
                 self._preemptible()
             elif isinstance(state, ExitToUser):
                 self._left_to_user(state, ops)
-            if self.world.alone is not None:
+            if self.harness.alone is not None:
                 before, position = position, self.program.position()
                 turns = turns + 1 if position == before else 0
                 if turns == _TURNS:
@@ -277,7 +277,7 @@ class PcpuLock:
         held.unlock()  # type: ignore[attr-defined]
 
 
-class World:
+class Harness:
     """The VMs and threads of one test on a machine."""
 
     single = False  # KvmParams.single
