@@ -8,15 +8,15 @@ from __future__ import annotations
 
 import threading
 from collections import defaultdict
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import TYPE_CHECKING
 
 from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, HistogramMetricFamily, Metric
 from prometheus_client.registry import Collector
 
-from metrics.native_counters import NativeCounters
 from native import EXIT_REASONS, HISTOGRAM_NAMES
-from native.types import CpuId, HistogramId, VmId
+from native.reader import CounterReader
+from native.types import CpuId, HistogramId
 
 if TYPE_CHECKING:
     from native._native import MachinePtr
@@ -89,11 +89,12 @@ class MachineCollector(Collector):
         self._labels = dict(labels or {})
         self._per_cpu = per_cpu
         self._lock = threading.Lock()
-        self._counters: NativeCounters | None = None
+        self._counters: CounterReader | None = None
+        self._pcpus = 0
 
     def machine_up(self, machine: MachinePtr, *, pcpus: int, vms: int) -> None:
         with self._lock:
-            self._counters = NativeCounters(machine, pcpus=pcpus, vms=vms)
+            self._counters, self._pcpus = CounterReader(machine, vms=vms), pcpus
 
     def machine_down(self) -> None:
         with self._lock:
@@ -111,7 +112,7 @@ class MachineCollector(Collector):
             families = list(self._families(self._counters))
         yield from families
 
-    def _families(self, counters: NativeCounters) -> Iterator[Metric]:
+    def _families(self, counters: CounterReader) -> Iterator[Metric]:
         yield self._info(counters)
         sums = counters.sums()
         for counter, name, text in _SUMS:
@@ -129,10 +130,10 @@ class MachineCollector(Collector):
         for index, histogram in enumerate(HISTOGRAM_NAMES):
             yield _histogram(*_HISTOGRAMS[histogram], *counters.histogram(HistogramId(index)))
         if self._per_cpu:
-            yield from _cpu_families(counters)
+            yield from _cpu_families(counters, self._pcpus)
 
-    def _info(self, counters: NativeCounters) -> Metric:
-        labels = {**self._labels, "pcpus": str(counters.pcpus), "vms": str(counters.vms)}
+    def _info(self, counters: CounterReader) -> Metric:
+        labels = {**self._labels, "pcpus": str(self._pcpus), "vms": str(counters.vms)}
         info = GaugeMetricFamily("flushlab_run_info", "What runs; always 1.", labels=list(labels))
         info.add_metric(list(labels.values()), 1)
         return info
@@ -142,7 +143,7 @@ def _vm_label(vm: int) -> str:
     return str(vm) if vm < MAX_VMS else "other"
 
 
-def _flush_families(counters: NativeCounters) -> Iterator[Metric]:
+def _flush_families(counters: CounterReader) -> Iterator[Metric]:
     counts: dict[tuple[str, str, str], int] = defaultdict(int)
     necessary: dict[tuple[str, str, str], int] = defaultdict(int)
     for cell in counters.flushes():
@@ -160,18 +161,17 @@ def _flush_families(counters: NativeCounters) -> Iterator[Metric]:
         yield family
 
 
-def _vm_families(counters: NativeCounters) -> Iterator[Metric]:
+def _vm_families(counters: CounterReader) -> Iterator[Metric]:
     sums: dict[str, dict[str, int]] = {stat: defaultdict(int) for stat, _, _ in _VM_STATS}
-    for vm in map(VmId, range(counters.vms)):
-        stats = counters.vm_stats(vm)
+    for vm, stats in enumerate(counters.vm_stats()):
         for stat, by_vm in sums.items():
             by_vm[_vm_label(vm)] += stats[stat]
     for stat, name, text in _VM_STATS:
         yield _labelled(name, text, "vm", sums[stat])
 
 
-def _cpu_families(counters: NativeCounters) -> Iterator[Metric]:
-    values = {str(cpu): counters.of_cpu(cpu) for cpu in map(CpuId, range(min(counters.pcpus, MAX_CPUS)))}
+def _cpu_families(counters: CounterReader, pcpus: int) -> Iterator[Metric]:
+    values = {str(cpu): counters.of_cpu(cpu) for cpu in map(CpuId, range(min(pcpus, MAX_CPUS)))}
     for counter, name, text in _PER_CPU:
         yield _labelled(name, text, "cpu", {cpu: value[counter] for cpu, value in values.items()})
 
@@ -191,7 +191,7 @@ def _labelled(name: str, text: str, label: str, values: Mapping[str, int]) -> Me
     return family
 
 
-def _histogram(name: str, text: str, buckets: list[int], nanoseconds: int) -> Metric:
+def _histogram(name: str, text: str, buckets: Sequence[int], nanoseconds: int) -> Metric:
     cumulative = [
         (repr(2**exponent / 1e9), float(sum(buckets[: exponent + 1]))) for exponent in _BUCKET_EXPONENTS
     ]

@@ -31,7 +31,6 @@ READ: Final = 1
 WRITE: Final = 2
 # The most neighbours that one fault maps (emulator.kvm.mmu.page_fault): the length of the scratch arrays.
 FAULT_AROUND_MAX: Final = 64
-_U64: Final = (1 << 64) - 1
 
 
 class MachineError(Exception):
@@ -212,31 +211,6 @@ class Cpu:
     def event(self, kind: int, a: int, b: int, vm: int = -1) -> None:
         """Record an event in this CPU's ring, for reports; the VM is packed as the core's event_of() does."""
         lib.event_record(self.m, self.id, (vm + 1) << 16 | kind, a, b)
-
-
-class Chaos:
-    """A hook that delays its CPU at one in so many ordering points, differently for each seed.
-
-    The delay releases the GIL and runs no queued calls, like a CPU that is slow at this point.
-    """
-
-    __slots__ = ("_states", "one_in")
-
-    def __init__(self, machine: Machine, one_in: int, seed: int) -> None:
-        self.one_in = one_in
-        self._states = [
-            (seed * 0x9E3779B97F4A7C15 + cpu.id * 0x632BE59BD9B4E019 + 1) & _U64 for cpu in machine.cpus
-        ]
-
-    def __call__(self, cpu: Cpu, kind: PointKind, obj: object, mode: Mode) -> None:
-        # xorshift64 (Marsaglia 2003); each CPU's state is its own thread's.
-        x = self._states[cpu.id] or 1
-        x ^= x << 13 & _U64
-        x ^= x >> 7
-        x ^= x << 17 & _U64
-        self._states[cpu.id] = x
-        if (x >> 16) % self.one_in == 0:
-            time.sleep((x >> 40) % 200 * 1e-6)
 
 
 class timed:  # noqa: N801 - reads like a statement

@@ -12,16 +12,8 @@ from typing import TYPE_CHECKING, Any, Literal, Protocol
 
 from emulator.report.receivers import Receivers
 from emulator.scenario.costs import CycleLine
-from native import (
-    COUNTER_NAMES,
-    FLUSH_REASONS,
-    FLUSH_SCOPES,
-    HISTOGRAM_NAMES,
-    VIOLATION_KINDS,
-    VM_STAT_NAMES,
-    ffi,
-    lib,
-)
+from native import HISTOGRAM_NAMES
+from native.reader import CounterReader
 from native.types import HistogramId
 
 if TYPE_CHECKING:
@@ -199,52 +191,17 @@ def _less(now: Mapping[str, int], before: Mapping[str, int]) -> dict[str, int]:
 
 
 def read_snapshot(machine: MachinePtr, *, vms: int, elapsed: float, phase: str = "") -> Snapshot:
-    """Sum the native counters of a machine with VMs 0 .. vms-1.
-
-    `vms` must equal `machine_config.vms`, because the flush tables have that many rows.
-    """
-    values = ffi.new("uint64_t[]", len(COUNTER_NAMES))
-    lib.counters_sum(machine, values)
-    violations = ffi.new("uint64_t[]", len(VIOLATION_KINDS))
-    lib.oracle_counts(machine, violations)
+    """Sum the native counters of a machine with VMs 0 .. vms-1; `vms` must equal `machine_config.vms`."""
+    reader = CounterReader(machine, vms=vms)
     return Snapshot(
         elapsed=elapsed,
         phase=phase,
-        counters=dict(zip(COUNTER_NAMES, values, strict=True)),
-        vms=_read_vm_stats(machine, vms),
-        flushes=_read_flushes(machine, vms),
-        histograms={name: _read_histogram(machine, HistogramId(i)) for i, name in enumerate(HISTOGRAM_NAMES)},
-        violations={kind: n for kind, n in zip(VIOLATION_KINDS, violations, strict=True) if n},
-        rcu_pending=lib.rcu_pending(machine),
-    )
-
-
-def _read_vm_stats(machine: MachinePtr, vms: int) -> tuple[dict[str, int], ...]:
-    """Read the statistics of all VMs in one native call.  Each call releases the GIL, and with thousands of
-    threads it may take long to get it back."""
-    stats = len(VM_STAT_NAMES)
-    values = ffi.new("uint64_t[]", max(1, vms * stats))
-    lib.vm_stats_read(machine, vms, values)
-    flat = ffi.unpack(values, vms * stats) if vms else []
-    return tuple(
-        dict(zip(VM_STAT_NAMES, flat[vm * stats : (vm + 1) * stats], strict=True)) for vm in range(vms)
-    )
-
-
-def _read_histogram(machine: MachinePtr, index: HistogramId) -> Histogram:
-    buckets = ffi.new("uint64_t[]", lib.HISTOGRAM_BUCKETS)
-    nanoseconds = ffi.new("uint64_t *")
-    lib.histogram_sum(machine, index, buckets, nanoseconds)
-    return Histogram(tuple(buckets), nanoseconds[0])
-
-
-def _read_flushes(machine: MachinePtr, vms: int) -> tuple[FlushCount, ...]:
-    cells = vms * len(FLUSH_SCOPES) * len(FLUSH_REASONS)
-    counts, necessary = ffi.new("uint64_t[]", cells), ffi.new("uint64_t[]", cells)
-    lib.flushes_sum(machine, counts, necessary)
-    keys = ((vm, scope, reason) for vm in range(vms) for scope in FLUSH_SCOPES for reason in FLUSH_REASONS)
-    return tuple(
-        FlushCount(vm, scope, reason, counts[i], necessary[i])
-        for i, (vm, scope, reason) in enumerate(keys)
-        if counts[i] or necessary[i]
+        counters=reader.sums(),
+        vms=reader.vm_stats(),
+        flushes=tuple(FlushCount(c.vm, c.scope, c.reason, c.count, c.necessary) for c in reader.flushes()),
+        histograms={
+            name: Histogram(*reader.histogram(HistogramId(i))) for i, name in enumerate(HISTOGRAM_NAMES)
+        },
+        violations={kind: n for kind, n in reader.violations().items() if n},
+        rcu_pending=reader.rcu_pending(),
     )

@@ -11,7 +11,6 @@ from emulator.machine.locks import MmuLock, Mutex, Refcount, SpinLock
 from emulator.machine.runtime import (
     READ,
     WRITE,
-    Chaos,
     Cpu,
     CpuOffline,
     Machine,
@@ -104,21 +103,6 @@ def test_points_call_the_hook_with_their_footprint(machine: Machine, cpu: Cpu) -
     machine.install(None)
     cpu.point("spte", 3, "write")
     assert seen == [(1, "spte", 2, "write")]
-
-
-def test_chaos_is_the_same_for_the_same_seed(machine: Machine, monkeypatch: pytest.MonkeyPatch) -> None:
-    delays: list[float] = []
-    monkeypatch.setattr("time.sleep", delays.append)
-    runs = []
-    for seed in (1, 1, 2):
-        delays.clear()
-        machine.install(Chaos(machine, 10, seed))
-        for i in range(1000):
-            machine.cpus[i % 3].point("spte", i, "write")
-        runs.append(tuple(delays))
-    machine.install(None)
-    assert runs[0] == runs[1] != runs[2]
-    assert 50 < len(runs[0]) < 200
 
 
 def test_wait_until_is_woken(machine: Machine, cpu: Cpu) -> None:

@@ -14,8 +14,8 @@ from prometheus_client.parser import text_string_to_metric_families
 
 from metrics import MachineCollector
 from metrics.collector import MAX_VMS, _flush_families, _vm_families
-from metrics.native_counters import FlushCell
 from native import COUNTER_NAMES, EXIT_REASONS, HISTOGRAM_NAMES, VIOLATION_KINDS, VM_STAT_NAMES, lib
+from native.reader import FlushCell
 from native.types import CounterId
 from tests.support import CPU0, CPU1, CPU3, VM0, BareMachine
 
@@ -137,8 +137,8 @@ class ManyVms:
     def flushes(self) -> list[FlushCell]:
         return [FlushCell(vm, "invept_global", "migration", 2, 1) for vm in range(self.vms)]
 
-    def vm_stats(self, vm: int) -> dict[str, int]:
-        return dict.fromkeys(VM_STAT_NAMES, 1)
+    def vm_stats(self) -> list[dict[str, int]]:
+        return [dict.fromkeys(VM_STAT_NAMES, 1) for _ in range(self.vms)]
 
 
 def test_vms_beyond_the_first_share_a_series() -> None:

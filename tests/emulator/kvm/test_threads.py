@@ -11,6 +11,7 @@ from random import Random
 
 import pytest
 
+from emulator.actors.chaos import Chaos
 from emulator.kvm.kvm_host import KVM_MEM_LOG_DIRTY_PAGES, RunState
 from emulator.kvm.mmu.mmu import kvm_zap_gfn_range
 from emulator.kvm.mmu.tdp_roots import flush_workqueue
@@ -24,7 +25,7 @@ from emulator.kvm.virt.kvm_main import (
     kvm_set_memory_region,
     kvm_vm_ioctl_get_dirty_log,
 )
-from emulator.machine.runtime import Chaos, Cpu, MachineStopped
+from emulator.machine.runtime import Cpu, MachineStopped
 from emulator.policy import Policy, preset
 from native import lib
 from tests.emulator.kvm.rig import GFNS, SLOT, Guest, Rig, running_rig
@@ -144,7 +145,7 @@ def storm(
     with running_rig(pcpus=2, housekeeping=5, root_frames=16, chaos=64) as rig:
         kvm = rig.vm(policy, slice_accesses=2000, fault_around=16, chunk=32, resched_chunks=2)
         storm = Storm(rig, kvm, 3)
-        rig.machine.install(Chaos(rig.machine, 100, seed=1))
+        rig.machine.install(Chaos(100, 1, len(rig.machine.cpus)))
         for cpu in rig.machine.cpus[:2]:
             storm.start(cpu, storm.pcpu)
         for cpu in rig.machine.cpus[3:5]:

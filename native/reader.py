@@ -1,4 +1,4 @@
-"""Reads the native counters for a scrape without stopping any CPU.
+"""Read the core's counters as plain data, for results and for scrapes, without stopping any CPU.
 
 The sums are computed in C, with the GIL released, from counters that each CPU owns.  No lock is taken that a
 CPU could wait for.
@@ -19,7 +19,7 @@ from native import (
     ffi,
     lib,
 )
-from native.types import CpuId, HistogramId, VmId, VmStat
+from native.types import CpuId, HistogramId
 
 if TYPE_CHECKING:
     from native._native import MachinePtr
@@ -27,6 +27,8 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True, slots=True)
 class FlushCell:
+    """Flushes of one VM, scope and reason, and how many of them averted a use."""
+
     vm: int
     scope: str
     reason: str
@@ -34,12 +36,15 @@ class FlushCell:
     necessary: int
 
 
-class NativeCounters:
-    """Reads the counters of one machine. The buffers belong to the call, so calls may overlap."""
+class CounterReader:
+    """Reads the counters of one machine with VMs 0 .. vms-1.
 
-    def __init__(self, machine: MachinePtr, *, pcpus: int, vms: int) -> None:
+    `vms` must equal `machine_config.vms`, because the flush tables have that many rows.  The buffers belong
+    to the call, so calls may overlap, while the machine exists.
+    """
+
+    def __init__(self, machine: MachinePtr, *, vms: int) -> None:
         self._machine = machine
-        self.pcpus = pcpus
         self.vms = vms
 
     def sums(self) -> dict[str, int]:
@@ -52,8 +57,17 @@ class NativeCounters:
         lib.counters_read(self._machine, cpu, values)
         return dict(zip(COUNTER_NAMES, values, strict=True))
 
-    def vm_stats(self, vm: VmId) -> dict[str, int]:
-        return {name: lib.vm_stat(self._machine, vm, VmStat(i)) for i, name in enumerate(VM_STAT_NAMES)}
+    def vm_stats(self) -> tuple[dict[str, int], ...]:
+        """Return the statistics of all VMs, read in one native call.  Each call releases the GIL, and with
+        thousands of threads it may take long to get it back."""
+        stats = len(VM_STAT_NAMES)
+        values = ffi.new("uint64_t[]", max(1, self.vms * stats))
+        lib.vm_stats_read(self._machine, self.vms, values)
+        flat = ffi.unpack(values, self.vms * stats) if self.vms else []
+        return tuple(
+            dict(zip(VM_STAT_NAMES, flat[vm * stats : (vm + 1) * stats], strict=True))
+            for vm in range(self.vms)
+        )
 
     def violations(self) -> dict[str, int]:
         counts = ffi.new("uint64_t[]", len(VIOLATION_KINDS))
@@ -63,23 +77,25 @@ class NativeCounters:
     def rcu_pending(self) -> int:
         return int(lib.rcu_pending(self._machine))
 
-    def histogram(self, index: HistogramId) -> tuple[list[int], int]:
+    def histogram(self, index: HistogramId) -> tuple[tuple[int, ...], int]:
         """Return (samples per bucket, sum in nanoseconds).  Bucket i counts samples of at most 2^i
         nanoseconds."""
         buckets = ffi.new("uint64_t[]", lib.HISTOGRAM_BUCKETS)
         nanoseconds = ffi.new("uint64_t *")
         lib.histogram_sum(self._machine, index, buckets, nanoseconds)
-        return list(buckets), int(nanoseconds[0])
+        return tuple(buckets), int(nanoseconds[0])
 
     def flushes(self) -> Iterator[FlushCell]:
         """Yield the cells that are not 0."""
         cells = self.vms * len(FLUSH_SCOPES) * len(FLUSH_REASONS)
         counts, necessary = ffi.new("uint64_t[]", cells), ffi.new("uint64_t[]", cells)
         lib.flushes_sum(self._machine, counts, necessary)
-        index = 0
-        for vm in range(self.vms):
-            for scope in FLUSH_SCOPES:
-                for reason in FLUSH_REASONS:
-                    if counts[index] or necessary[index]:
-                        yield FlushCell(vm, scope, reason, counts[index], necessary[index])
-                    index += 1
+        keys = (
+            (vm, scope, reason)
+            for vm in range(self.vms)
+            for scope in FLUSH_SCOPES
+            for reason in FLUSH_REASONS
+        )
+        for i, (vm, scope, reason) in enumerate(keys):
+            if counts[i] or necessary[i]:
+                yield FlushCell(vm, scope, reason, counts[i], necessary[i])
