@@ -97,7 +97,7 @@ __attribute__((noinline)) enum walk_result accesses_one(struct walk *w, uint64_t
 
 	if (__builtin_expect(!hot, 0)) {
 		count(w->cpu->counters, COUNT_L2_MISSES, 1);
-		if (!walk_usual(w, RECORD_PAGE(record), type, &hfn))
+		if (!walk_fast(w, RECORD_PAGE(record), type, &hfn))
 			return unless_skipped(access_miss(w, record, tlb_ghost(w->tlb)));
 		if (type == ACCESS_WRITE)
 			store(w->m->frames->memory, hfn, record, w->guest->clock);

@@ -188,10 +188,10 @@ int tlb_refill_l1(struct tlb *t, uint64_t page, struct tlb_entry *entry)
 	return result;
 }
 
-/* find() for the usual result of a first-level miss: a live 4 KiB translation of the context in use, in a
+/* find() for the most frequent result of a first-level miss: a live 4 KiB translation of the context in use, in a
  * second level of up to sixteen ways.  It omits the steps for other cases.  *absent: no cell has the page, not
  * even a dead one. */
-static inline const struct tlb_entry *find_usual(struct tlb *t, uint64_t page, bool *absent)
+static inline const struct tlb_entry *find_fast(struct tlb *t, uint64_t page, bool *absent)
 {
 	uint64_t key = page << (CONTEXT_BITS + GENERATION_BITS) | t->l1.context_bits >> L1_CONTEXT_SHIFT;
 	const struct store *s = &t->l2;
@@ -245,7 +245,7 @@ struct tlb_hot *tlb_l1_miss(struct tlb *t, uint64_t page)
 	if (__builtin_expect(hot != NULL, 0))
 		return hot;
 	t->l1_misses++;
-	entry = find_usual(t, page, &absent);
+	entry = find_fast(t, page, &absent);
 	if (__builtin_expect(!entry, 0))
 		return promote(t, page, absent);
 	hot = l1_victim(&t->l1, page);

@@ -32,9 +32,9 @@ enum walk_result {
 enum walk_result walk_physical(struct walk *w, uint64_t gfn, uint32_t type, struct tlb_entry *out);
 /* Translate a linear page by a two-dimensional walk, and cache the result. */
 enum walk_result walk_linear(struct walk *w, uint64_t page, uint32_t type, struct tlb_entry *out);
-/* As walk_linear, in the usual case only, for a page that was just looked up and is in neither level: *hfn is
- * its frame.  False: nothing has happened, and walk_linear() must do it. */
-bool walk_usual(struct walk *w, uint64_t page, uint32_t type, uint32_t *hfn);
+/* Do the work of walk_linear() where the fast path applies (walk_fast.c), for a page that was just looked up and
+ * is in neither level: *hfn is its frame.  False: nothing has happened, and walk_linear() must do it. */
+bool walk_fast(struct walk *w, uint64_t page, uint32_t type, uint32_t *hfn);
 /* guest_speculate() */
 int walk_speculatively(const struct walk *w, uint64_t linear);
 /* Let the oracle judge a right that the fast check refused.  Returns as walk_check. */

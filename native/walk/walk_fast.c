@@ -1,14 +1,14 @@
-/* The walk that most misses of both levels take: the deepest tables of both dimensions are cached, the guest's
- * page and the host's are of 4 KiB, no flag is to be set and no use to be judged.
+/* The fast path of a walk, which most misses of both levels take: the deepest tables of both dimensions are
+ * cached, the guest's page and the host's are of 4 KiB, no flag is to be set and no use to be judged.
  *
  * It does the work of walk_linear() and walk_physical() in one pass, without entries that are built to be
- * copied.  Until it is certain that the case is the usual one, it changes only the order of replacement, which
+ * copied.  Until it is certain that the fast path applies, it changes only the order of replacement, which
  * those functions change in the same way: every other case can therefore be left to them.
  */
 #include "core/counters.h"
 #include "ept/ept.h"
 #include "memory/frame.h"
-#include "tlb/tlb_usual.h"
+#include "tlb/tlb_fast.h"
 #include "vm/vm.h"
 #include "walk/walk.h"
 
@@ -81,7 +81,8 @@ static inline bool read_spte(struct walk *w, uint64_t gfn, uint32_t type, struct
 	return true;
 }
 
-/* The guest-physical look-up and walk.  False: the mapping or a ghost of it is cached, or the case is unusual. */
+/* The guest-physical look-up and walk.  False: the mapping or a ghost of it is cached, or the fast path does
+ * not apply. */
 static inline bool find_physical(struct walk *w, uint64_t gfn, uint32_t type, struct found *f)
 {
 	const uint32_t *slots = w->tlb->contexts[w->tlb->physical].slots;
@@ -114,7 +115,7 @@ static inline void write_entry(const struct walk *w, const struct found *f, cons
 	e->custody = (uint16_t)f->custody;
 }
 
-bool walk_usual(struct walk *w, uint64_t page, uint32_t type, uint32_t *hfn)
+bool walk_fast(struct walk *w, uint64_t page, uint32_t type, uint32_t *hfn)
 {
 	struct counters *c = w->cpu->counters;
 	struct tlb *t = w->tlb;

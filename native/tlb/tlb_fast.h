@@ -1,8 +1,8 @@
-/* The usual case of the second level: 4 KiB translations that are in no cell yet, in sets of up to sixteen
- * ways.  Inline, for the walk that most misses of both levels take (walk_usual.c): the work of tlb.c, which
+/* The fast path of the second level: 4 KiB translations that are in no cell yet, in sets of up to sixteen
+ * ways.  Inline, for the fast path of walks (walk_fast.c): the work of tlb.c, which
  * covers every size and geometry, reduced to this case. */
-#ifndef FLUSHLAB_TLB_USUAL_H
-#define FLUSHLAB_TLB_USUAL_H
+#ifndef FLUSHLAB_TLB_FAST_H
+#define FLUSHLAB_TLB_FAST_H
 
 #include "tlb/tlb_internal.h"
 

@@ -1,7 +1,7 @@
-"""The walk for the usual case against the general one.
+"""The fast path of a walk against the general walk.
 
 Two machines run the same program.  They differ in the geometry of their paging-structure caches alone: those
-of one are unbounded, where the usual walk does not look, so it never takes it.  Neither evicts anything
+of one are unbounded, where the fast path does not look, so it never applies.  Neither evicts anything
 there; the second level is small in both and is evicted from all the time.  What both cache, count and report
 must be the same after each step.
 """
@@ -235,14 +235,14 @@ LARGE = [step for i in range(20) for step in (("large", 0, i), ("run", 0, 0, 40)
 @example(LARGE)
 @settings(max_examples=20, deadline=None, print_blob=True, suppress_health_check=[HealthCheck.too_slow])
 @given(st.lists(STEPS, min_size=5, max_size=40))
-def test_the_usual_walk_does_what_the_general_one_does(entries: int, ways: int, steps: list[Any]) -> None:
-    with Side(entries, ways, 64) as usual, Side(entries, ways, 0) as general:
+def test_both_walks_do_the_same(entries: int, ways: int, steps: list[Any]) -> None:
+    with Side(entries, ways, 64) as fast, Side(entries, ways, 0) as general:
         for step in [*WARM, *steps]:
-            usual.step(step)
+            fast.step(step)
             general.step(step)
-            assert usual.counts() == general.counts(), step
-            assert usual.violations() == general.violations(), step
-            assert usual.sptes() == general.sptes(), step
+            assert fast.counts() == general.counts(), step
+            assert fast.violations() == general.violations(), step
+            assert fast.sptes() == general.sptes(), step
             for cpu in (CPU0, CPU1):
-                assert usual.cached(cpu) == general.cached(cpu), step
-                assert usual.first_level(cpu) == general.first_level(cpu), step
+                assert fast.cached(cpu) == general.cached(cpu), step
+                assert fast.first_level(cpu) == general.first_level(cpu), step

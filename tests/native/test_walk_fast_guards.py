@@ -1,8 +1,8 @@
-"""What the usual walk must leave to the general one, one case each.
+"""Cases that the fast path must leave to the general walk, one test each.
 
-As in test_walk_usual.py two machines do the same, of which one never takes the usual walk.  Here a page
-is brought out of both levels while the tables on the way to it stay cached, so that the usual walk is tried;
-then one thing is made unusual.
+As in test_walk_fast.py two machines do the same, of which one never takes the fast path.  Here a page is
+evicted from both levels while the tables on the way to it stay cached, so that the fast path is tried; then
+one condition of it is broken.
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ import pytest
 
 from native import ffi, lib
 from tests.native.hypervisor import EXECUTE, READ, WRITE
-from tests.native.test_walk_usual import PAGES, Side
+from tests.native.test_walk_fast import PAGES, Side
 from tests.support import CPU0
 
 GPTE_WRITABLE, GPTE_GLOBAL = 2, 0x100
@@ -172,12 +172,12 @@ CASES = [
 
 
 @pytest.mark.parametrize("case", CASES)
-def test_what_is_unusual_is_left_to_the_general_walk(case: Callable[[Case], None]) -> None:
-    with Case(64) as usual, Case(0) as general:
-        case(usual)
+def test_other_cases_are_left_to_the_general_walk(case: Callable[[Case], None]) -> None:
+    with Case(64) as fast, Case(0) as general:
+        case(fast)
         case(general)
-        assert usual.counts() == general.counts()
-        assert usual.violations() == general.violations()
-        assert usual.sptes() == general.sptes()
-        assert usual.cached(CPU0) == general.cached(CPU0)
-        assert usual.first_level(CPU0) == general.first_level(CPU0)
+        assert fast.counts() == general.counts()
+        assert fast.violations() == general.violations()
+        assert fast.sptes() == general.sptes()
+        assert fast.cached(CPU0) == general.cached(CPU0)
+        assert fast.first_level(CPU0) == general.first_level(CPU0)
