@@ -41,6 +41,7 @@ def test_contracts_hold(checkout: Path) -> None:
         ("emulator/kvm/mmu/mmu.py", "metrics"),
         ("native/brief.py", "emulator.errors"),
         ("emulator/kvm/virt/requests.py", "emulator.actors.pcpu"),
+        ("emulator/kvm/structs.py", "emulator.policy"),
         ("emulator/litmus/runner.py", "emulator.explore.results.suite"),
         ("emulator/explore/engine/scheduler.py", "emulator.explore.strategies.dpor"),
         ("emulator/explore/strategies/search.py", "emulator.litmus.evidence"),

@@ -69,7 +69,7 @@ class IoctlCaller(MachineActor):
         self.pacer = pacer
         self.rng = rng
         self.dirty_rounds = 0
-        has_worker = kvm.policy.may_answer("root_put", ("async",))
+        has_worker = kvm.policy.may_answer("root_put", "async")
         self._longest_sleep_us = _WORKQUEUE_US if has_worker else math.inf
         self._actions: dict[str, Callable[[], None]] = {
             "memslot_cycles": self.memslot_cycle,

@@ -11,8 +11,9 @@ from importlib.resources.abc import Traversable
 from typing import Final
 
 from emulator.kvm import structs
+from emulator.kvm.decisions import Decisions
 from emulator.machine.runtime import Cpu
-from emulator.policy import POINTS, Policy
+from emulator.policy import POINTS
 
 # What the methods of a policy are given, by the name of the parameter.
 ARGUMENTS: Final[dict[str, type]] = {
@@ -69,7 +70,7 @@ def _questions_table() -> str:
 def _points() -> str:
     parts = []
     for point in POINTS:
-        method = getattr(Policy, point.name)
+        method = getattr(Decisions, point.name)
         parameters = ", ".join(inspect.signature(method).parameters)
         when = " ".join((inspect.getdoc(method) or "").split())
         parts.append(f"### `{point.name}({parameters})`\n\n{_sentence(point.doc)} Asked when: {when}\n")

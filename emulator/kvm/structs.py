@@ -11,6 +11,7 @@ from bisect import bisect_right
 from collections import deque
 from collections.abc import Callable
 from dataclasses import dataclass, replace
+from typing import TYPE_CHECKING
 
 from emulator.kvm.kvm_host import (
     KVM_MEM_LOG_DIRTY_PAGES,
@@ -25,12 +26,11 @@ from emulator.kvm.kvm_host import (
 )
 from emulator.machine.locks import MmuLock, Mutex, Refcount, SpinLock
 from emulator.machine.runtime import Machine
-from emulator.policy import Policy
 from native import ffi, lib
 from native.types import CpuId, FlushReason, Hfn, VcpuId, VmId, Vpid
 
-# Answers that consult the tracking of roots (emulator.kvm.mmu.root_tracking).
-TRACKING = ("cpu-flushed-mask", "cpu-flushed-mask-cleared", "root-tlb-gen")
+if TYPE_CHECKING:
+    from emulator.kvm.decisions import Decisions
 
 
 @dataclass(frozen=True, slots=True)
@@ -276,7 +276,7 @@ class Kvm:
         "warned",
     )
 
-    def __init__(self, machine: Machine, vm: VmId, gfns: int, policy: Policy, params: KvmParams) -> None:
+    def __init__(self, machine: Machine, vm: VmId, gfns: int, policy: Decisions, params: KvmParams) -> None:
         self.machine = machine
         self.id = vm
         self.gfns = gfns
@@ -298,8 +298,10 @@ class Kvm:
         self.tdp_mmu_pages_lock = SpinLock("tdp_mmu_pages_lock")
         self.dirty_log_manual = 0
         self.tdp_mmu_zap_works: deque[KvmMmuPage] = deque()
-        self.tracks_roots = any(
-            policy.may_answer(point, TRACKING) for point in ("migration", "root_load", "remote_flush")
+        self.tracks_roots = (
+            policy.may_answer("remote_flush", "root-tlb-gen")
+            or policy.may_answer("root_load", "root-tlb-gen")
+            or policy.may_answer("migration", "cpu-flushed-mask", "cpu-flushed-mask-cleared", "root-tlb-gen")
         )
         self.tracking_by_frame: dict[int, RootTracking] = {}  # only with mutant R4
         self.warned: set[str] = set()

@@ -1,16 +1,20 @@
 """A policy: an answer to each decision point, at the moment when KVM asks."""
 
+# check_answer() has checked the strings in the table of answers, which mypy sees as Any.
+# mypy: disable-error-code=no-any-return
+
 from __future__ import annotations
 
-from collections.abc import Collection, Iterable, Mapping
+from collections.abc import Iterable, Mapping
 from contextlib import AbstractContextManager, nullcontext
 from types import ModuleType
-from typing import TYPE_CHECKING, Final
+from typing import TYPE_CHECKING, Any, Final
 
 from emulator.errors import BadInput, one_of, shown
 from emulator.policy.points import BY_NAME, POINTS
 
 if TYPE_CHECKING:
+    from emulator.kvm import decisions
     from emulator.kvm.structs import Kvm, KvmMemorySlot, KvmMmuPage, Vcpu
     from emulator.machine.runtime import Cpu
 
@@ -26,16 +30,16 @@ class PolicyError(BadInput):
 class Policy:
     """KVM's code asks where it decides: `if kvm.policy.root_load(cpu, vcpu, root) == "flush-current"`.
 
-    Each method is a decision point (emulator.policy.points) and returns the name of an alternative; its
-    arguments are the objects that the kernel's code has at hand there.  This class answers from a table:
-    Linux 7.3's answers, except those given by name.  A subclass may decide case by case.  `bugs`: names of
-    historical or injected bugs that KVM's code has under this policy.
+    Each method is a decision point: emulator.kvm.decisions tells when KVM asks it, emulator.policy.points
+    describes its answers.  This class answers from a table: Linux 7.3's answers, except those given by name.
+    A subclass may decide case by case.  `bugs`: names of historical or injected bugs that KVM's code has
+    under this policy.
     """
 
     def __init__(self, name: str = "linux-7.3", bugs: Iterable[str] = (), **answers: str) -> None:
         self.name = name
         self.bugs = frozenset(bugs)
-        self._answers = {point.name: point.default for point in POINTS}
+        self._answers: dict[str, Any] = {point.name: point.default for point in POINTS}
         for point, alternative in answers.items():
             check_answer(point, alternative)
             self._answers[point] = alternative
@@ -58,110 +62,82 @@ class Policy:
 
     # --- the decision points ---------------------------------------------------------------------------
 
-    def remote_flush(self, cpu: Cpu, vcpu: Vcpu) -> str:
-        """`vcpu` services KVM_REQ_TLB_FLUSH on `cpu`."""
+    def remote_flush(self, cpu: Cpu, vcpu: Vcpu) -> decisions.RemoteFlush:
         return self._answers["remote_flush"]
 
-    def remote_kick(self, cpu: Cpu, kvm: Kvm) -> str:
-        """A request to all vCPUs of `kvm` is about to interrupt pCPUs."""
+    def remote_kick(self, cpu: Cpu, kvm: Kvm) -> decisions.RemoteKick:
         return self._answers["remote_kick"]
 
-    def kick_wait(self, cpu: Cpu, kvm: Kvm) -> str:
-        """A flusher has interrupted pCPUs for `kvm`, and may wait until they have left guest mode."""
+    def kick_wait(self, cpu: Cpu, kvm: Kvm) -> decisions.KickWait:
         return self._answers["kick_wait"]
 
-    def root_load(self, cpu: Cpu, vcpu: Vcpu, root: KvmMmuPage) -> str:
-        """`root` became current through kvm_mmu_load."""
+    def root_load(self, cpu: Cpu, vcpu: Vcpu, root: KvmMmuPage) -> decisions.RootLoad:
         return self._answers["root_load"]
 
-    def cached_root(self, cpu: Cpu, vcpu: Vcpu, root: KvmMmuPage) -> str:
-        """`root` became current again without kvm_mmu_load."""
+    def cached_root(self, cpu: Cpu, vcpu: Vcpu, root: KvmMmuPage) -> decisions.CachedRoot:
         return self._answers["cached_root"]
 
-    def root_alloc(self, cpu: Cpu, kvm: Kvm, root: KvmMmuPage) -> str:
-        """`root` has been made, and no vCPU can find it yet."""
+    def root_alloc(self, cpu: Cpu, kvm: Kvm, root: KvmMmuPage) -> decisions.RootAlloc:
         return self._answers["root_alloc"]
 
-    def root_put(self, cpu: Cpu, kvm: Kvm, root: KvmMmuPage) -> str:
-        """`root` loses its last reference; also when it is made, because the answer decides whether the TDP
-        MMU keeps a reference of its own."""
+    def root_put(self, cpu: Cpu, kvm: Kvm, root: KvmMmuPage) -> decisions.RootPut:
         return self._answers["root_put"]
 
-    def invalid_root_zap(self, cpu: Cpu, kvm: Kvm, root: KvmMmuPage) -> str:
-        """SPTEs of `root`, which is invalid, were zapped."""
+    def invalid_root_zap(self, cpu: Cpu, kvm: Kvm, root: KvmMmuPage) -> decisions.InvalidRootZap:
         return self._answers["invalid_root_zap"]
 
-    def migration(self, cpu: Cpu, vcpu: Vcpu) -> str:
-        """The VMCS of `vcpu` is loaded on `cpu`, and was loaded on another pCPU before (loaded_vmcs.cpu)."""
+    def migration(self, cpu: Cpu, vcpu: Vcpu) -> decisions.Migration:
         return self._answers["migration"]
 
-    def migration_vpid(self, cpu: Cpu, vcpu: Vcpu) -> str:
-        """The VMCS of `vcpu` is loaded on `cpu`, and was loaded on another pCPU before, where the guest may
-        have invalidated entries natively."""
+    def migration_vpid(self, cpu: Cpu, vcpu: Vcpu) -> decisions.MigrationVpid:
         return self._answers["migration_vpid"]
 
-    def slot_delete(self, cpu: Cpu, kvm: Kvm, slot: KvmMemorySlot) -> str:
-        """`slot` is being deleted or moved."""
+    def slot_delete(self, cpu: Cpu, kvm: Kvm, slot: KvmMemorySlot) -> decisions.SlotDelete:
         return self._answers["slot_delete"]
 
-    def zap_scope(self, cpu: Cpu, kvm: Kvm) -> str:
-        """A range of gfns is about to be zapped."""
+    def zap_scope(self, cpu: Cpu, kvm: Kvm) -> decisions.ZapScope:
         return self._answers["zap_scope"]
 
-    def zap(self, cpu: Cpu, kvm: Kvm) -> str:
-        """A table page has lost its link and all its entries."""
+    def zap(self, cpu: Cpu, kvm: Kvm) -> decisions.Zap:
         return self._answers["zap"]
 
-    def zap_root(self, cpu: Cpu, kvm: Kvm, root: KvmMmuPage) -> str:
-        """`root`, which no vCPU uses any more, is about to be zapped."""
+    def zap_root(self, cpu: Cpu, kvm: Kvm, root: KvmMmuPage) -> decisions.ZapRoot:
         return self._answers["zap_root"]
 
-    def zap_yield(self, cpu: Cpu, kvm: Kvm) -> str:
-        """A walk that may owe a flush drops its locks."""
+    def zap_yield(self, cpu: Cpu, kvm: Kvm) -> decisions.ZapYield:
         return self._answers["zap_yield"]
 
-    def map_replace(self, cpu: Cpu, kvm: Kvm, gfn: int) -> str:
-        """A huge leaf replaced the table that mapped `gfn`."""
+    def map_replace(self, cpu: Cpu, kvm: Kvm, gfn: int) -> decisions.MapReplace:
         return self._answers["map_replace"]
 
-    def eager_split(self, cpu: Cpu, kvm: Kvm, slot: KvmMemorySlot) -> str:
-        """Pages of `slot` are about to be write-protected for dirty logging; eager_page_split is on."""
+    def eager_split(self, cpu: Cpu, kvm: Kvm, slot: KvmMemorySlot) -> decisions.EagerSplit:
         return self._answers["eager_split"]
 
-    def fault_split(self, cpu: Cpu, kvm: Kvm, gfn: int) -> str:
-        """A fault on `gfn` needs a 4K mapping where a huge leaf is."""
+    def fault_split(self, cpu: Cpu, kvm: Kvm, gfn: int) -> decisions.FaultSplit:
         return self._answers["fault_split"]
 
-    def huge_recovery(self, cpu: Cpu, kvm: Kvm) -> str:
-        """Dirty logging ended."""
+    def huge_recovery(self, cpu: Cpu, kvm: Kvm) -> decisions.HugeRecovery:
         return self._answers["huge_recovery"]
 
-    def write_protect(self, cpu: Cpu, kvm: Kvm, slot: KvmMemorySlot) -> str:
-        """SPTEs of `slot` were write-protected."""
+    def write_protect(self, cpu: Cpu, kvm: Kvm, slot: KvmMemorySlot) -> decisions.WriteProtect:
         return self._answers["write_protect"]
 
-    def notifier_flush(self, cpu: Cpu, kvm: Kvm, gfn: int) -> str:
-        """An mmu_notifier zapped SPTEs from `gfn` on."""
+    def notifier_flush(self, cpu: Cpu, kvm: Kvm, gfn: int) -> decisions.NotifierFlush:
         return self._answers["notifier_flush"]
 
-    def age_flush(self, cpu: Cpu, kvm: Kvm, gfn: int) -> str:
-        """An mmu_notifier took the accessed bit from SPTEs from `gfn` on, for reclaim."""
+    def age_flush(self, cpu: Cpu, kvm: Kvm, gfn: int) -> decisions.AgeFlush:
         return self._answers["age_flush"]
 
-    def zapped_pfn(self, cpu: Cpu, kvm: Kvm) -> str:
-        """SPTEs are about to be zapped, by one step of a walk."""
+    def zapped_pfn(self, cpu: Cpu, kvm: Kvm) -> decisions.ZappedPfn:
         return self._answers["zapped_pfn"]
 
-    def fault_retry(self, cpu: Cpu, kvm: Kvm, gfn: int) -> str:
-        """A fault on `gfn` asks whether it raced an invalidation."""
+    def fault_retry(self, cpu: Cpu, kvm: Kvm, gfn: int) -> decisions.FaultRetry:
         return self._answers["fault_retry"]
 
-    def entry_order(self, cpu: Cpu, vcpu: Vcpu) -> str:
-        """`vcpu` is about to enter the guest, interrupts off."""
+    def entry_order(self, cpu: Cpu, vcpu: Vcpu) -> decisions.EntryOrder:
         return self._answers["entry_order"]
 
-    def role_change(self, cpu: Cpu, vcpu: Vcpu) -> str:
-        """A register or mode of `vcpu` changed on which the role of its roots may depend."""
+    def role_change(self, cpu: Cpu, vcpu: Vcpu) -> decisions.RoleChange:
         return self._answers["role_change"]
 
     # --- about the policy ------------------------------------------------------------------------------
@@ -179,7 +155,7 @@ class Policy:
         """Return the table: the alternative by point, in the order of POINTS."""
         return dict(self._answers)
 
-    def may_answer(self, point: str, alternatives: Collection[str]) -> bool:
+    def may_answer(self, point: str, *alternatives: str) -> bool:
         """Return whether it can ever answer `point` with one of these; true if a class decides the point."""
         decides = getattr(type(self), point) is not getattr(Policy, point)
         return decides or self._answers[point] in alternatives

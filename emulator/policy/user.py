@@ -10,8 +10,8 @@
                 return "none"
             return super().migration(cpu, vcpu)
 
-Its methods are the decision points (`flushlab list points`, emulator.policy.policy.Policy); the base answers
-points that the class does not define.  KVM's threads call the methods at the moment of the decision, several
+Its methods are the decision points (`flushlab list points`, emulator.kvm.decisions); the base answers points
+that the class does not define.  KVM's threads call the methods at the moment of the decision, several
 at once, and one object serves all VMs, so a method's state is best kept per `cpu` or `vcpu`.  The file is
 executed anew for each run, and for each execution of a litmus test.  A method that raises, that returns no
 alternative of its point, or that does not return, ends the run with one line that says so.
@@ -111,8 +111,8 @@ class UserPolicy(Policy):
             name = "+".join([self.name, *(f"{point}={settings[point]}" for point in sorted(settings))])
         return _made(self._source, {**self._settings, **settings}, name)
 
-    def may_answer(self, point: str, alternatives: Any) -> bool:
-        return point in self._given or super().may_answer(point, alternatives)
+    def may_answer(self, point: str, *alternatives: str) -> bool:
+        return point in self._given or super().may_answer(point, *alternatives)
 
     def fresh(self) -> Policy:
         return _made(self._source.again(), self._settings, self.name)

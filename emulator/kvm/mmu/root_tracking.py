@@ -22,6 +22,7 @@ be recorded after the INVEPT if it was read before; a bit may not be set after i
 
 from __future__ import annotations
 
+from emulator.kvm.decisions import Tracking
 from emulator.kvm.structs import Kvm, KvmMmu, KvmMmuPage, RootTracking, Vcpu
 from emulator.machine.runtime import Cpu, plain_store
 from native import lib
@@ -66,7 +67,7 @@ def roots_tlb_changed(cpu: Cpu, kvm: Kvm) -> None:
             lib.atomic64_inc_return(root.tracking.tlb_gen)
 
 
-def test_and_set_flushed(cpu: Cpu, root: KvmMmuPage, how: str) -> bool:
+def test_and_set_flushed(cpu: Cpu, root: KvmMmuPage, how: Tracking) -> bool:
     """Return whether `cpu` has flushed `root` already; if not, record that it has.
 
     The caller then executes the INVEPT at once, with preemption disabled.  `how`: the answer to decision

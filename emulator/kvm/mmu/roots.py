@@ -51,7 +51,8 @@ def kvm_mmu_reset_context(cpu: Cpu, vcpu: Vcpu) -> None:
     Linux frees the roots even if the role is unchanged; the vCPU then finds them again and loads them with a
     flush.  A policy that keeps them switches to a cached root without a flush.
     """
-    if vcpu.kvm.policy.role_change(cpu, vcpu) in ("reset-context", "unload-all"):
+    answer = vcpu.kvm.policy.role_change(cpu, vcpu)
+    if answer == "reset-context" or answer == "unload-all":
         kvm_mmu_unload(cpu, vcpu)
         kvm_init_mmu(vcpu)
     else:

@@ -199,7 +199,8 @@ def tdp_mmu_init_root(cpu: Cpu, kvm: Kvm, role: KvmMmuPageRole) -> KvmMmuPage:
     root = KvmMmuPage(
         hfn, role, tracking=alloc_root_cpu_mask(cpu, kvm, hfn), link=lib.make_nonleaf_spte(cpu.m, hfn)
     )
-    if kvm.policy.root_put(cpu, kvm, root) in ("async", "inline"):
+    answer = kvm.policy.root_put(cpu, kvm, root)
+    if answer == "async" or answer == "inline":
         root.own_reference = False
         root.root_count.value = 1
     cpu.stat(kvm.id, lib.STAT_ROOTS_ALLOCATED)

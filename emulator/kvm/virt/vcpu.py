@@ -31,7 +31,7 @@ def join_pcpu_mask(cpu: Cpu, vcpu: Vcpu) -> None:
     cpu.point("pcpu_mask", kvm.id, "write")
     kvm.pcpu_mask[cpu.id] = 1
     if kvm.policy.remote_kick(cpu, kvm) == "vm-pcpu-mask" or kvm.policy.may_answer(
-        "root_alloc", ("vm-pcpu-mask",)
+        "root_alloc", "vm-pcpu-mask"
     ):
         request_tlb_flush(cpu, vcpu, lib.REASON_PCPU_MASK)
 

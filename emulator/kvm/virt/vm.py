@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from emulator.kvm.decisions import Decisions
 from emulator.kvm.kvm_host import KVM_REQ_TLB_FLUSH_GUEST
 from emulator.kvm.mmu.mmu import kvm_mmu_zap_all
 from emulator.kvm.mmu.roots import kvm_mmu_unload
@@ -11,12 +12,11 @@ from emulator.kvm.structs import Kvm, KvmParams, Vcpu
 from emulator.kvm.virt.requests import kvm_make_request
 from emulator.kvm.vmx.vmx import allocate_vpid, vmx_vcpu_free
 from emulator.machine.runtime import Cpu
-from emulator.policy import Policy
 from native import lib
 from native.types import VcpuId, VmId
 
 
-def kvm_create_vm(cpu: Cpu, gfns: int, policy: Policy, params: KvmParams | None = None) -> Kvm:
+def kvm_create_vm(cpu: Cpu, gfns: int, policy: Decisions, params: KvmParams | None = None) -> Kvm:
     """kvm_create_vm(): make a VM with `gfns` pages of guest-physical address space, and no memslot yet."""
     vm = VmId(cpu.check(lib.vm_create(cpu.m, gfns)))
     return Kvm(cpu.machine, vm, gfns, policy, params or KvmParams())

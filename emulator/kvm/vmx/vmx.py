@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from typing import Final
+from typing import Final, Literal
 
+from emulator.kvm.decisions import Tracking
 from emulator.kvm.kvm_host import KVM_REQ_TLB_FLUSH, PG_LEVEL_256T
 from emulator.kvm.mmu.root_tracking import active_roots, mmu_roots, root_tlb_gen_is_old, test_and_set_flushed
 from emulator.kvm.structs import Kvm, KvmMmu, KvmMmuPage, Vcpu
@@ -165,7 +166,9 @@ def migration_ept(cpu: Cpu, vcpu: Vcpu) -> None:
         vmx_flush_ept_on_pcpu_migration(cpu, vcpu, vcpu.guest_mmu, answer)
 
 
-def vmx_flush_ept_on_pcpu_migration(cpu: Cpu, vcpu: Vcpu, mmu: KvmMmu, answer: str) -> None:
+def vmx_flush_ept_on_pcpu_migration(
+    cpu: Cpu, vcpu: Vcpu, mmu: KvmMmu, answer: Literal["active-roots"] | Tracking
+) -> None:
     """vmx_flush_ept_on_pcpu_migration(), proposed in August 2025: flush current and previous roots, with
     preemption off.
 

@@ -6,6 +6,7 @@ from collections.abc import Callable
 
 import pytest
 
+from emulator.kvm.decisions import Migration, Tracking
 from emulator.kvm.mmu import root_tracking
 from emulator.kvm.structs import Kvm, KvmMmuPage, Vcpu
 from emulator.machine.runtime import Cpu
@@ -133,7 +134,7 @@ def test_a_policy_is_asked_about_migrations_when_there_is_one(rig: Rig) -> None:
     class Counts(Policy):
         asked = 0
 
-        def migration(self, cpu: Cpu, vcpu: Vcpu) -> str:
+        def migration(self, cpu: Cpu, vcpu: Vcpu) -> Migration:
             self.asked += 1
             return "root-tlb-gen"
 
@@ -175,7 +176,7 @@ def test_a_root_without_a_shadow_page_has_no_record(rig: Rig) -> None:
 
 
 @pytest.mark.parametrize("how", ["cpu-flushed-mask-cleared", "root-tlb-gen"])
-def test_a_record_is_of_one_pcpu_and_ends_with_a_remote_flush(rig: Rig, how: str) -> None:
+def test_a_record_is_of_one_pcpu_and_ends_with_a_remote_flush(rig: Rig, how: Tracking) -> None:
     kvm, root = root_of(rig)
     a, b = rig.machine.cpus[1:3]
     root_tracking.record_flush(a, kvm, [root])

@@ -1,0 +1,152 @@
+"""The decision points: what KVM's code asks of a policy, and the answers that it understands.
+
+KVM knows no policy, only this protocol.  A method is called at the moment of its decision, with the objects
+that the kernel's code has at hand there, and its docstring tells that moment.  Each `Literal` lists the
+answers; the first is what Linux 7.3 does.  emulator.policy describes and implements them.
+"""
+
+from __future__ import annotations
+
+from typing import Literal, Protocol, overload
+
+from emulator.kvm.structs import Kvm, KvmMemorySlot, KvmMmuPage, Vcpu
+from emulator.machine.runtime import Cpu
+
+RemoteFlush = Literal["all-contexts", "active-roots", "root-tlb-gen", "current-context"]
+RemoteKick = Literal["mode-not-outside", "vm-pcpu-mask", "all-pcpus"]
+KickWait = Literal["wait", "no-wait"]
+RootLoad = Literal["flush-current", "root-tlb-gen", "none"]
+CachedRoot = Literal["none", "flush-current"]
+RootAlloc = Literal["none", "on-each-cpu", "vm-pcpu-mask"]
+RootPut = Literal["sync-no-flush", "flush", "async", "inline"]
+InvalidRootZap = Literal["no-flush", "flush"]
+Migration = Literal[
+    "all-contexts",
+    "active-roots",
+    "cpu-flushed-mask",
+    "cpu-flushed-mask-cleared",
+    "root-tlb-gen",
+    "none",
+]
+MigrationVpid = Literal["with-ept", "invvpid", "none"]
+SlotDelete = Literal["zap-all-roots", "zap-slot-leafs"]
+ZapScope = Literal["leafs", "leafs-and-tables"]
+Zap = Literal["rcu-proxy", "disconnected-list", "flush-per-table"]
+ZapRoot = Literal["4k-2m-1g-root", "1g-root", "root"]
+ZapYield = Literal["flush-then-unlock", "unlock-then-flush", "no-flush"]
+MapReplace = Literal["flush", "none"]
+EagerSplit = Literal["split", "none"]
+FaultSplit = Literal["split", "zap"]
+HugeRecovery = Literal["in-place", "zap-each"]
+WriteProtect = Literal["flush", "if-changed", "none"]
+NotifierFlush = Literal["before-return", "at-range-end", "none"]
+AgeFlush = Literal["none", "if-young"]
+ZappedPfn = Literal["none", "set-dirty-accessed"]
+FaultRetry = Literal["invalidate-seq", "none"]
+EntryOrder = Literal["mode-then-requests", "requests-then-mode"]
+RoleChange = Literal["reset-context", "unload-all", "keep-roots", "no-guest-flush"]
+
+# The answers that consult the tracking of roots (emulator.kvm.mmu.root_tracking).
+Tracking = Literal["cpu-flushed-mask", "cpu-flushed-mask-cleared", "root-tlb-gen"]
+
+
+class Decisions(Protocol):
+    """A policy, as KVM sees it.
+
+    `bugs`: names of historical or injected bugs that KVM's code has under this policy.
+    """
+
+    bugs: frozenset[str]
+
+    @overload
+    def may_answer(self, point: Literal["remote_flush"], *alternatives: RemoteFlush) -> bool: ...
+    @overload
+    def may_answer(self, point: Literal["root_load"], *alternatives: RootLoad) -> bool: ...
+    @overload
+    def may_answer(self, point: Literal["root_alloc"], *alternatives: RootAlloc) -> bool: ...
+    @overload
+    def may_answer(self, point: Literal["root_put"], *alternatives: RootPut) -> bool: ...
+    @overload
+    def may_answer(self, point: Literal["migration"], *alternatives: Migration) -> bool: ...
+    def may_answer(self, point: str, *alternatives: str) -> bool:
+        """Return whether the policy can ever answer `point` with one of `alternatives`."""
+
+    def remote_flush(self, cpu: Cpu, vcpu: Vcpu) -> RemoteFlush:
+        """`vcpu` services KVM_REQ_TLB_FLUSH on `cpu`."""
+
+    def remote_kick(self, cpu: Cpu, kvm: Kvm) -> RemoteKick:
+        """A request to all vCPUs of `kvm` is about to interrupt pCPUs."""
+
+    def kick_wait(self, cpu: Cpu, kvm: Kvm) -> KickWait:
+        """A flusher has interrupted pCPUs for `kvm`, and may wait until they have left guest mode."""
+
+    def root_load(self, cpu: Cpu, vcpu: Vcpu, root: KvmMmuPage) -> RootLoad:
+        """`root` became current through kvm_mmu_load."""
+
+    def cached_root(self, cpu: Cpu, vcpu: Vcpu, root: KvmMmuPage) -> CachedRoot:
+        """`root` became current again without kvm_mmu_load."""
+
+    def root_alloc(self, cpu: Cpu, kvm: Kvm, root: KvmMmuPage) -> RootAlloc:
+        """`root` has been made, and no vCPU can find it yet."""
+
+    def root_put(self, cpu: Cpu, kvm: Kvm, root: KvmMmuPage) -> RootPut:
+        """`root` loses its last reference; also when it is made, because the answer decides whether the TDP
+        MMU keeps a reference of its own."""
+
+    def invalid_root_zap(self, cpu: Cpu, kvm: Kvm, root: KvmMmuPage) -> InvalidRootZap:
+        """SPTEs of `root`, which is invalid, were zapped."""
+
+    def migration(self, cpu: Cpu, vcpu: Vcpu) -> Migration:
+        """The VMCS of `vcpu` is loaded on `cpu`, and was loaded on another pCPU before (loaded_vmcs.cpu)."""
+
+    def migration_vpid(self, cpu: Cpu, vcpu: Vcpu) -> MigrationVpid:
+        """The VMCS of `vcpu` is loaded on `cpu`, and was loaded on another pCPU before, where the guest may
+        have invalidated entries natively."""
+
+    def slot_delete(self, cpu: Cpu, kvm: Kvm, slot: KvmMemorySlot) -> SlotDelete:
+        """`slot` is being deleted or moved."""
+
+    def zap_scope(self, cpu: Cpu, kvm: Kvm) -> ZapScope:
+        """A range of gfns is about to be zapped."""
+
+    def zap(self, cpu: Cpu, kvm: Kvm) -> Zap:
+        """A table page has lost its link and all its entries."""
+
+    def zap_root(self, cpu: Cpu, kvm: Kvm, root: KvmMmuPage) -> ZapRoot:
+        """`root`, which no vCPU uses any more, is about to be zapped."""
+
+    def zap_yield(self, cpu: Cpu, kvm: Kvm) -> ZapYield:
+        """A walk that may owe a flush drops its locks."""
+
+    def map_replace(self, cpu: Cpu, kvm: Kvm, gfn: int) -> MapReplace:
+        """A huge leaf replaced the table that mapped `gfn`."""
+
+    def eager_split(self, cpu: Cpu, kvm: Kvm, slot: KvmMemorySlot) -> EagerSplit:
+        """Pages of `slot` are about to be write-protected for dirty logging; eager_page_split is on."""
+
+    def fault_split(self, cpu: Cpu, kvm: Kvm, gfn: int) -> FaultSplit:
+        """A fault on `gfn` needs a 4K mapping where a huge leaf is."""
+
+    def huge_recovery(self, cpu: Cpu, kvm: Kvm) -> HugeRecovery:
+        """Dirty logging ended."""
+
+    def write_protect(self, cpu: Cpu, kvm: Kvm, slot: KvmMemorySlot) -> WriteProtect:
+        """SPTEs of `slot` were write-protected."""
+
+    def notifier_flush(self, cpu: Cpu, kvm: Kvm, gfn: int) -> NotifierFlush:
+        """An mmu_notifier zapped SPTEs from `gfn` on."""
+
+    def age_flush(self, cpu: Cpu, kvm: Kvm, gfn: int) -> AgeFlush:
+        """An mmu_notifier took the accessed bit from SPTEs from `gfn` on, for reclaim."""
+
+    def zapped_pfn(self, cpu: Cpu, kvm: Kvm) -> ZappedPfn:
+        """SPTEs are about to be zapped, by one step of a walk."""
+
+    def fault_retry(self, cpu: Cpu, kvm: Kvm, gfn: int) -> FaultRetry:
+        """A fault on `gfn` asks whether it raced an invalidation."""
+
+    def entry_order(self, cpu: Cpu, vcpu: Vcpu) -> EntryOrder:
+        """`vcpu` is about to enter the guest, interrupts off."""
+
+    def role_change(self, cpu: Cpu, vcpu: Vcpu) -> RoleChange:
+        """A register or mode of `vcpu` changed on which the role of its roots may depend."""
