@@ -5,6 +5,7 @@ from __future__ import annotations
 import shutil
 import subprocess
 import sys
+import tomllib
 from pathlib import Path
 
 import pytest
@@ -42,6 +43,9 @@ def test_contracts_hold(checkout: Path) -> None:
         ("native/brief.py", "emulator.errors"),
         ("emulator/kvm/virt/requests.py", "emulator.actors.pcpu"),
         ("emulator/kvm/structs.py", "emulator.policy"),
+        ("emulator/kvm/mmu/tdp_roots.py", "emulator.kvm.mmu.tdp_mmu"),
+        ("emulator/kvm/mmu/tdp_dirty.py", "emulator.kvm.mmu.page_fault"),
+        ("emulator/kvm/mmu/mmu.py", "emulator.kvm.virt.mmu_notifier"),
         ("emulator/litmus/runner.py", "emulator.explore.results.suite"),
         ("emulator/explore/engine/scheduler.py", "emulator.explore.strategies.dpor"),
         ("emulator/explore/strategies/search.py", "emulator.litmus.evidence"),
@@ -51,10 +55,20 @@ def test_an_import_upwards_is_found(checkout: Path, module: str, imported: str) 
     source = checkout / module
     before = source.read_text()
     try:
-        source.write_text(f"{before}\nimport {imported}\n")
+        # A late import is one, too.
+        source.write_text(f"{before}\n\ndef late() -> None:\n    import {imported}\n")
         done = lint_imports(checkout)
     finally:
         source.write_text(before)
     assert done.returncode == 1
     assert "BROKEN" in done.stdout
     assert imported.partition(".")[0] in done.stdout
+
+
+def test_each_module_of_kvm_has_its_place_in_the_order() -> None:
+    contracts = tomllib.loads((ROOT / "pyproject.toml").read_text())["tool"]["importlinter"]["contracts"]
+    (contract,) = (one for one in contracts if one.get("containers") == ["emulator.kvm"])
+    listed = sorted(module for layer in contract["layers"] for module in layer.split(" | "))
+    package = ROOT / "emulator/kvm"
+    modules = (path.relative_to(package).with_suffix("") for path in package.rglob("*.py"))
+    assert listed == sorted(".".join(module.parts) for module in modules if module.name != "__init__")

@@ -21,15 +21,17 @@ Every function takes the acting `Cpu` first and is named as in Linux 7.3.  Other
 
 Folders are the kernel's:
 
-    virt/   virt/kvm: requests.py (kvm_main.c: requests, kicks, remote flushes), vcpu.py, vm.py, memslots.py,
-            mmu_notifier.py, dirty_log.py; kvm_main.py is what other packages call
+    virt/   virt/kvm: requests.py (kvm_main.c: requests, kicks, remote flushes), slots.py (looking slots up),
+            vcpu.py, vm.py, memslots.py, mmu_notifier.py, dirty_log.py; other packages call kvm_main.py
     mmu/    arch/x86/kvm/mmu: mmu.py (zaps, dirty logging), roots.py (roles, loading, the cache of previous
-            roots) and page_fault.py are mmu.c; tdp_roots.py (the life of roots), tdp_mmu.py (zaps),
+            roots), page_fault.py and hugepage.py are mmu.c, fault.py is mmu_internal.h; tdp_iter.py,
+            tdp_zap.py (zapping walks), tdp_roots.py (the life of roots), tdp_mmu.py (zaps of ranges),
             tdp_remove.py (removed tables), tdp_map.py (faults) and tdp_dirty.py (dirty logging, splitting,
             recovery) are tdp_mmu.c; root_tracking.py records per root which pCPUs have flushed it, which no
             kernel does yet
-    vmx/    arch/x86/kvm/vmx
-    .       the rest of arch/x86/kvm: x86.py, regs.py, smm.py, reset.py (lapic.c)
+    vmx/    arch/x86/kvm/vmx: vmcs.py (the VMCS and where it is loaded, VPIDs), vmx.py
+    .       the rest of arch/x86/kvm: x86.py, tlb.py (flush requests), regs.py, smm.py, reset.py (lapic.c);
+            decisions.py is what KVM asks of a policy
 """
 
 from __future__ import annotations

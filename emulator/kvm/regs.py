@@ -6,6 +6,7 @@ CR4.PGE and CR3 without an exit; the hardware makes their flushes, on the pCPU w
 
 from __future__ import annotations
 
+from emulator.kvm.accounting import flush_elided
 from emulator.kvm.kvm_host import (
     KVM_MMU_CR0_ROLE_BITS,
     KVM_MMU_CR4_ROLE_BITS,
@@ -21,7 +22,7 @@ from emulator.kvm.kvm_host import (
 )
 from emulator.kvm.mmu.roots import kvm_init_mmu, kvm_mmu_new_pgd, kvm_mmu_reset_context
 from emulator.kvm.structs import Vcpu
-from emulator.kvm.virt.requests import flush_elided, kvm_make_request
+from emulator.kvm.virt.requests import kvm_make_request
 from emulator.machine.runtime import Cpu
 from native import lib
 

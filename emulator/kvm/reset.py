@@ -7,11 +7,12 @@ kvm_vcpu_reset          registers as after INIT; the guest's translations are go
 
 from __future__ import annotations
 
+from emulator.kvm.accounting import flush_elided
 from emulator.kvm.kvm_host import KVM_REQ_EVENT, KVM_REQ_TLB_FLUSH_GUEST, X86_CR0_PG
 from emulator.kvm.mmu.roots import kvm_mmu_reset_context
 from emulator.kvm.regs import vmx_set_cr0
 from emulator.kvm.structs import Vcpu
-from emulator.kvm.virt.requests import flush_elided, kvm_make_request, kvm_vcpu_kick
+from emulator.kvm.virt.requests import kvm_make_request, kvm_vcpu_kick
 from emulator.machine.runtime import Cpu
 from native import lib
 

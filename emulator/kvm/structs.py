@@ -1,4 +1,4 @@
-"""KVM's structures: struct kvm, kvm_vcpu, kvm_mmu, kvm_mmu_page, kvm_memory_slot, loaded_vmcs.
+"""KVM's structures: struct kvm, kvm_vcpu, kvm_mmu, kvm_mmu_page, kvm_memory_slot.
 
 State that actors share at the grain of single steps (mode, requests, mmu_lock, SPTEs, the invalidation
 sequence) lives in the native core under the numbers `Kvm.id` and `Vcpu.id`; the fields here are read and
@@ -31,6 +31,7 @@ from native.types import CpuId, FlushReason, Hfn, VcpuId, VmId, Vpid
 
 if TYPE_CHECKING:
     from emulator.kvm.decisions import Decisions
+    from emulator.kvm.vmx.vmcs import LoadedVmcs
 
 
 @dataclass(frozen=True, slots=True)
@@ -150,19 +151,6 @@ class KvmMmu:
         self.root_role = root_role
         self.root: KvmMmuPage | None = None
         self.prev_roots: list[KvmMmuPage | None] = [None] * KVM_MMU_NUM_PREV_ROOTS
-
-
-class LoadedVmcs:
-    """struct loaded_vmcs: the pCPU on which it was loaded last, or -1.
-
-    by_generation: when it was loaded there, the policy answered `migration` with root-tlb-gen.
-    """
-
-    __slots__ = ("by_generation", "cpu")
-
-    def __init__(self) -> None:
-        self.cpu = CpuId(-1)
-        self.by_generation = False
 
 
 class KvmMemorySlot:
@@ -360,11 +348,11 @@ class Vcpu:
         "vpid",
     )
 
-    def __init__(self, kvm: Kvm, number: VcpuId, vpid: Vpid) -> None:
+    def __init__(self, kvm: Kvm, number: VcpuId, vpid: Vpid, loaded_vmcs: LoadedVmcs) -> None:
         self.kvm = kvm
         self.id = number
         self.vpid = vpid
-        self.loaded_vmcs = LoadedVmcs()
+        self.loaded_vmcs = loaded_vmcs
         self.arch = VcpuArch()
         self.maxphyaddr = 52
         self.root_mmu = KvmMmu(KvmMmuPageRole(level=kvm.params.tdp_level))

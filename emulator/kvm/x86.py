@@ -21,8 +21,6 @@ from emulator.kvm.kvm_host import (
     KVM_REQ_MMU_FREE_OBSOLETE_ROOTS,
     KVM_REQ_SMI,
     KVM_REQ_TLB_FLUSH,
-    KVM_REQ_TLB_FLUSH_CURRENT,
-    KVM_REQ_TLB_FLUSH_GUEST,
     KVM_REQ_VM_DEAD,
     OUTSIDE_GUEST_MODE,
     PREEMPTIBLE,
@@ -31,28 +29,19 @@ from emulator.kvm.kvm_host import (
     ExitToUser,
     RunYield,
 )
+from emulator.kvm.mmu.fault import EFAULT, ENOMEM, RET_PF_EMULATE, RET_PF_RETRY
 from emulator.kvm.mmu.page_fault import kvm_mmu_page_fault
-from emulator.kvm.mmu.root_tracking import active_roots, mmu_roots, record_flush
 from emulator.kvm.mmu.roots import kvm_mmu_free_obsolete_roots, kvm_mmu_reload
-from emulator.kvm.mmu.tdp_map import EFAULT, ENOMEM, RET_PF_EMULATE, RET_PF_RETRY
 from emulator.kvm.regs import handle_cr
 from emulator.kvm.reset import kvm_apic_accept_events
 from emulator.kvm.smm import emulator_leave_smm, enter_smm, process_smi
 from emulator.kvm.structs import Vcpu
+from emulator.kvm.tlb import kvm_service_local_tlb_flush_requests, kvm_vcpu_flush_tlb_all
 from emulator.kvm.virt.requests import kvm_check_request, kvm_test_request
 from emulator.kvm.virt.vcpu import vcpu_load, vcpu_put
-from emulator.kvm.vmx.vmx import (
-    vmx_flush_tlb_all,
-    vmx_flush_tlb_before_entry,
-    vmx_flush_tlb_current,
-    vmx_flush_tlb_guest,
-    vmx_flush_tlb_old_roots,
-    vmx_flush_tlb_roots,
-    vmx_load_mmu_pgd,
-)
+from emulator.kvm.vmx.vmx import vmx_flush_tlb_before_entry, vmx_load_mmu_pgd
 from emulator.machine.runtime import Cpu, MachineError, MachineStopped, OutOfFrames, cpu_relax, smp_mb
 from native import ffi, lib
-from native.types import FlushReason
 
 # Exits after which KVM checks need_resched() even without an attention bit; stands for the timer tick.
 _EXITS_PER_TICK: Final = 64
@@ -60,52 +49,11 @@ _EXITS_PER_TICK: Final = 64
 _SLICE_ENDS: Final = (lib.EXIT_PREEMPTION_TIMER, lib.EXIT_PROGRAM, lib.EXIT_PROGRAM_END)
 _ATTENTION_WORK: Final[int] = lib.ATTENTION_MESSAGE | lib.ATTENTION_RESCHED | lib.ATTENTION_STOP
 
-# Why a vCPU requests KVM_REQ_TLB_FLUSH of itself: it was moved, or its pCPU joins a mask.
-_LOCAL_REASONS: Final[int] = 1 << lib.REASON_MIGRATION | 1 << lib.REASON_PCPU_MASK
-
 # Names the place where interrupts were disabled; allocated once, because the core keeps the pointer.
 _ENTER: Final = ffi.new("char[]", b"vcpu_enter_guest")
 
 # Result of vcpu_enter_guest: the Cpu that the thread is on, and why KVM_RUN ends (None: it goes on).
 Entered = tuple[Cpu, ExitToUser | None]
-
-# --- flush requests -----------------------------------------------------------------------------------------
-
-
-def kvm_vcpu_flush_tlb_all(cpu: Cpu, vcpu: Vcpu) -> None:
-    """kvm_vcpu_flush_tlb_all(): service KVM_REQ_TLB_FLUSH, once for all that were made.
-
-    Decision remote_flush.  The flush covers KVM_REQ_TLB_FLUSH_CURRENT, but not _GUEST.  Generations record
-    remote flushes only, so they cannot elide a flush that the vCPU requested of itself.
-    """
-    kvm = vcpu.kvm
-    reasons: int = lib.vcpu_take_flush_reasons(cpu.m, vcpu.id)
-    reason = FlushReason((reasons & -reasons).bit_length() - 1) if reasons else lib.REASON_OTHER
-    cpu.stat(kvm.id, lib.STAT_TLB_FLUSH)
-    answer = kvm.policy.remote_flush(cpu, vcpu)
-    if answer == "root-tlb-gen" and not reasons & _LOCAL_REASONS:
-        vmx_flush_tlb_old_roots(cpu, vcpu, reason)
-    elif answer == "current-context":
-        record_flush(cpu, kvm, [root for root in mmu_roots(vcpu.mmu) if root is vcpu.mmu.root])
-        vmx_flush_tlb_current(cpu, vcpu, reason)
-    else:
-        record_flush(cpu, kvm, active_roots(vcpu))
-        if answer == "all-contexts":
-            vmx_flush_tlb_all(cpu, vcpu, reason)
-        else:
-            vmx_flush_tlb_roots(cpu, vcpu, reason)
-    kvm_check_request(cpu, vcpu, KVM_REQ_TLB_FLUSH_CURRENT)
-
-
-def kvm_service_local_tlb_flush_requests(cpu: Cpu, vcpu: Vcpu) -> None:
-    """kvm_service_local_tlb_flush_requests(): service the requests to flush the current context."""
-    if kvm_check_request(cpu, vcpu, KVM_REQ_TLB_FLUSH_CURRENT):
-        cpu.stat(vcpu.kvm.id, lib.STAT_TLB_FLUSH)
-        vmx_flush_tlb_current(cpu, vcpu, vcpu.flush_current_reason)
-    if kvm_check_request(cpu, vcpu, KVM_REQ_TLB_FLUSH_GUEST):
-        cpu.stat(vcpu.kvm.id, lib.STAT_TLB_FLUSH)
-        vmx_flush_tlb_guest(cpu, vcpu, lib.REASON_GUEST)
-
 
 # --- entry --------------------------------------------------------------------------------------------------
 

@@ -24,6 +24,7 @@ from emulator.explore.engine.scheduler import Task
 from emulator.explore.machine.control import Control
 from emulator.explore.strategies.sampling import RandomWalk
 from emulator.kvm import structs
+from emulator.kvm.vmx.vmcs import LoadedVmcs
 from emulator.machine.locks import Refcount
 from emulator.machine.runtime import Cpu, Machine
 
@@ -34,7 +35,7 @@ CLASSES: Final[tuple[type, ...]] = (
     structs.KvmMmu,
     structs.KvmMmuPage,
     structs.RootTracking,
-    structs.LoadedVmcs,
+    LoadedVmcs,
     structs.KvmMemslots,
     structs.KvmMemorySlot,
     Refcount,

@@ -9,6 +9,7 @@ from typing import Any, Final
 
 from emulator.explore.machine.handed import CONTAINERS
 from emulator.kvm import structs
+from emulator.kvm.vmx.vmcs import LoadedVmcs
 from emulator.machine.locks import MmuLock, Mutex, Refcount, SpinLock
 from emulator.machine.runtime import Cpu, Machine
 from emulator.policy import Policy
@@ -22,7 +23,7 @@ WATCHED: Final[Mapping[type, str]] = {
     structs.KvmMmu: "",
     structs.KvmMmuPage: "hfn",
     structs.RootTracking: "",
-    structs.LoadedVmcs: "",
+    LoadedVmcs: "",
     structs.KvmMemslots: "",
     structs.KvmMemorySlot: "id",
     Cpu: "id",

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable
 
+from emulator.kvm.accounting import flush_elided
 from emulator.kvm.kvm_host import (
     KVM_DIRTY_LOG_INITIALLY_SET,
     KVM_REQ_MMU_FREE_OBSOLETE_ROOTS,
@@ -30,7 +31,6 @@ from emulator.kvm.mmu.tdp_mmu import (
 from emulator.kvm.mmu.tdp_roots import kvm_tdp_mmu_invalidate_roots
 from emulator.kvm.structs import Kvm, KvmMemorySlot
 from emulator.kvm.virt.requests import (
-    flush_elided,
     kvm_flush_remote_tlbs_memslot,
     kvm_flush_remote_tlbs_range,
     kvm_make_all_cpus_request,

@@ -7,17 +7,8 @@ it only if no invalidation touched the gfn meanwhile.
 from __future__ import annotations
 
 from emulator.kvm.host_work import host_works
-from emulator.kvm.kvm_host import KVM_MAX_HUGEPAGE_LEVEL, PG_LEVEL_4K, kvm_pages_per_hpage
-from emulator.kvm.mmu.spte import (
-    PT_WRITABLE_MASK,
-    PfnAndRights,
-    is_access_track_spte,
-    is_last_spte,
-    is_mmu_writable_spte,
-    is_shadow_present_pte,
-    restore_acc_track_spte,
-)
-from emulator.kvm.mmu.tdp_map import (
+from emulator.kvm.kvm_host import PG_LEVEL_4K
+from emulator.kvm.mmu.fault import (
     EFAULT,
     ENOMEM,
     RET_PF_CONTINUE,
@@ -29,15 +20,26 @@ from emulator.kvm.mmu.tdp_map import (
     KvmPageFault,
     fault_around_range,
     is_access_allowed,
-    kvm_tdp_mmu_map,
-    tdp_entry,
-    tdp_mmu_set_spte_atomic,
 )
+from emulator.kvm.mmu.hugepage import kvm_mmu_hugepage_adjust
+from emulator.kvm.mmu.spte import (
+    PT_WRITABLE_MASK,
+    PfnAndRights,
+    is_access_track_spte,
+    is_last_spte,
+    is_mmu_writable_spte,
+    is_shadow_present_pte,
+    restore_acc_track_spte,
+)
+from emulator.kvm.mmu.tdp_map import kvm_tdp_mmu_map, tdp_entry, tdp_mmu_set_spte_atomic
 from emulator.kvm.structs import Kvm, KvmMemorySlot, Vcpu
-from emulator.kvm.virt.requests import gfn_to_memslot, mark_page_dirty_in_slot
+from emulator.kvm.virt.mmu_notifier import (
+    kvm_mmu_notifier_invalidate_range_end,
+    kvm_mmu_notifier_invalidate_range_start,
+)
+from emulator.kvm.virt.slots import gfn_to_memslot, mark_page_dirty_in_slot
 from emulator.machine.runtime import FAULT_AROUND_MAX, Cpu, OutOfFrames, rcu_read_lock
 from native import lib
-from native.types import Hfn
 
 
 def kvm_mmu_page_fault(cpu: Cpu, vcpu: Vcpu, gpa: int, access: int, present: bool) -> int:
@@ -196,12 +198,6 @@ def wp_page_copy(cpu: Cpu, kvm: Kvm, hva: int) -> int:
 
     The host's copy invokes the mmu_notifiers of this very VM.
     """
-    # mmu_notifier.py builds on mmu.py, and that on this module.
-    from emulator.kvm.virt.mmu_notifier import (
-        kvm_mmu_notifier_invalidate_range_end,
-        kvm_mmu_notifier_invalidate_range_start,
-    )
-
     # Allocating and copying takes time, in which another vCPU may have copied the same page.
     if host_works(cpu, kvm):
         return RET_PF_RETRY
@@ -237,58 +233,3 @@ def is_page_fault_stale(cpu: Cpu, vcpu: Vcpu, fault: KvmPageFault) -> bool:
         return True
     cpu.point("mmu_invalidate_seq", vcpu.kvm.id, "read")
     return mmu_invalidate_retry(cpu, vcpu.kvm, fault)
-
-
-def kvm_mmu_hugepage_adjust(cpu: Cpu, kvm: Kvm, fault: KvmPageFault) -> None:
-    """kvm_mmu_hugepage_adjust(), under mmu_lock: choose the largest level that host, slot and logging permit.
-
-    The fault's gfn is in no invalidation, but its neighbours may be.  Mapping them is safe: before the host
-    changes a part of a huge page it splits the page, and invalidates all of it for that.
-    """
-    slot = fault.slot
-    assert slot is not None
-    level = kvm_mmu_max_mapping_level(cpu, kvm, slot, fault.gfn)
-    if level == PG_LEVEL_4K:
-        return
-    custody = huge_custody(cpu, kvm, slot, fault.gfn, fault.pfn.pfn, fault.pfn.custody)
-    if custody is None:
-        return
-    fault.goal_level = level
-    fault.pfn.pfn = Hfn(fault.pfn.pfn & -kvm_pages_per_hpage(level))
-    fault.pfn.custody = custody
-
-
-def huge_custody(cpu: Cpu, kvm: Kvm, slot: KvmMemorySlot, gfn: int, pfn: Hfn, custody: int) -> int | None:
-    """Return the custody of a huge SPTE, given `pfn` and the custody under which it was found.
-
-    Return None if the host maps gfn to another frame.  This happens under mutants only; the kernel asserts
-    that gfn and pfn agree.
-    """
-    found = lib.mm_huge_custody(cpu.m, kvm.id, slot.gfn_to_hva(gfn), pfn, custody)
-    return None if found < 0 else int(found)
-
-
-def _level_allowed(slot: KvmMemorySlot, gfn: int, level: int) -> bool:
-    """Return whether lpage_info permits a huge mapping.
-
-    It does not while dirty pages are logged, across the slot's ends, or where guest and host addresses are
-    aligned differently.
-    """
-    pages = kvm_pages_per_hpage(level)
-    start = gfn & -pages
-    return (
-        level <= KVM_MAX_HUGEPAGE_LEVEL
-        and not slot.dirty_track_enabled()
-        and slot.base_gfn <= start
-        and start + pages <= slot.end_gfn
-        and (slot.base_gfn ^ slot.userspace_addr) & (pages - 1) == 0
-    )
-
-
-def kvm_mmu_max_mapping_level(cpu: Cpu, kvm: Kvm, slot: KvmMemorySlot, gfn: int) -> int:
-    """kvm_mmu_max_mapping_level(), under mmu_lock: return the largest level that the host maps now."""
-    level = KVM_MAX_HUGEPAGE_LEVEL
-    start = gfn & -kvm_pages_per_hpage(level)
-    if _level_allowed(slot, gfn, level) and lib.mm_huge(cpu.m, kvm.id, slot.gfn_to_hva(start)):
-        return level
-    return PG_LEVEL_4K

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 
+from emulator.kvm.accounting import flush_elided
 from emulator.kvm.kvm_host import (
     KVM_MMU_NUM_PREV_ROOTS,
     KVM_REQ_LOAD_MMU_PGD,
@@ -15,7 +16,7 @@ from emulator.kvm.kvm_host import (
 from emulator.kvm.mmu.root_tracking import mmu_roots, record_flush, test_and_set_flushed
 from emulator.kvm.mmu.tdp_roots import kvm_tdp_mmu_alloc_root, kvm_tdp_mmu_put_root
 from emulator.kvm.structs import Kvm, KvmMmu, KvmMmuPage, KvmMmuPageRole, Vcpu
-from emulator.kvm.virt.requests import flush_elided, kvm_check_request, kvm_make_request
+from emulator.kvm.virt.requests import kvm_check_request, kvm_make_request
 from emulator.kvm.vmx.vmx import root_to_sp, vmx_flush_tlb_current, vmx_load_mmu_pgd
 from emulator.machine.runtime import Cpu
 from native import lib

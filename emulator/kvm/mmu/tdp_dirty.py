@@ -5,8 +5,9 @@ Write-protecting and splitting do not flush here; the callers flush once, before
 
 from __future__ import annotations
 
+from emulator.kvm.accounting import flush_elided
 from emulator.kvm.kvm_host import kvm_pages_per_hpage
-from emulator.kvm.mmu.page_fault import huge_custody, kvm_mmu_max_mapping_level
+from emulator.kvm.mmu.hugepage import huge_custody, kvm_mmu_max_mapping_level
 from emulator.kvm.mmu.spte import (
     PT_PAGE_SIZE_MASK,
     PT_WRITABLE_MASK,
@@ -25,7 +26,7 @@ from emulator.kvm.mmu.tdp_remove import (
 )
 from emulator.kvm.mmu.tdp_roots import KVM_VALID_ROOTS, for_each_tdp_mmu_root_yield_safe
 from emulator.kvm.structs import Kvm, KvmMemorySlot, KvmMmuPage
-from emulator.kvm.virt.requests import flush_elided, kvm_flush_remote_tlbs_memslot
+from emulator.kvm.virt.requests import kvm_flush_remote_tlbs_memslot
 from emulator.machine.runtime import READ, WRITE, Cpu, OutOfFrames, rcu_read_lock
 from native import lib
 from native.types import Hfn

@@ -8,9 +8,10 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+from emulator.kvm.accounting import flush_elided
 from emulator.kvm.host_work import host_works
 from emulator.kvm.structs import Kvm, KvmMmuPage
-from emulator.kvm.virt.requests import flush_elided, kvm_flush_remote_tlbs
+from emulator.kvm.virt.requests import kvm_flush_remote_tlbs
 from emulator.machine.runtime import Cpu, rcu_enter, rcu_leave
 from native import ffi, lib
 from native.types import FlushReason, Hfn

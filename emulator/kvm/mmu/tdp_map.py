@@ -5,81 +5,31 @@ All changes are compare-and-swap.  A fault that loses the race lets the guest fa
 
 from __future__ import annotations
 
-from typing import Final
-
+from emulator.kvm.accounting import flush_elided
 from emulator.kvm.kvm_host import PG_LEVEL_4K, kvm_pages_per_hpage
+from emulator.kvm.mmu.fault import (
+    RET_PF_FIXED,
+    RET_PF_RETRY,
+    RET_PF_SPURIOUS,
+    KvmPageFault,
+    is_access_allowed,
+)
 from emulator.kvm.mmu.spte import (
-    PfnAndRights,
     is_frozen_spte,
     is_large_pte,
     is_last_spte,
     is_shadow_present_pte,
-    is_writable_pte,
     leaf_spte_change_needs_tlb_flush,
     make_spte,
     spte_to_child_pt,
 )
 from emulator.kvm.mmu.tdp_iter import Entry
 from emulator.kvm.mmu.tdp_remove import handle_removed_pt, tables_need_a_flush, tdp_mmu_zap_spte_atomic
-from emulator.kvm.structs import Kvm, KvmMemorySlot, KvmMmuPage, Vcpu
-from emulator.kvm.virt.requests import flush_elided, kvm_flush_remote_tlbs_range
+from emulator.kvm.structs import Kvm, KvmMmuPage, Vcpu
+from emulator.kvm.virt.requests import kvm_flush_remote_tlbs_range
 from emulator.machine.runtime import Cpu, rcu_read_lock
 from native import lib
 from native.types import FlushReason, Hfn
-
-# enum { RET_PF_... } of mmu_internal.h
-RET_PF_CONTINUE: Final = 0
-RET_PF_RETRY: Final = 1
-RET_PF_EMULATE: Final = 2
-RET_PF_INVALID: Final = 3
-RET_PF_FIXED: Final = 4
-RET_PF_SPURIOUS: Final = 5
-# Errors that KVM_RUN returns to user space.
-EFAULT: Final = -14
-ENOMEM: Final = -12
-
-_NO_FRAME: Final = Hfn(0)
-
-
-class KvmPageFault:
-    """struct kvm_page_fault.
-
-    around_gfn, around_n: the neighbours that faultin looked up, in the arrays of the Cpu (fault-around).
-    """
-
-    __slots__ = (
-        "around_gfn",
-        "around_n",
-        "exec",
-        "gfn",
-        "goal_level",
-        "mmu_seq",
-        "pfn",
-        "present",
-        "slot",
-        "write",
-    )
-
-    def __init__(self, gfn: int, access: int, present: bool) -> None:
-        self.gfn = gfn
-        self.write = access == lib.ACCESS_WRITE
-        self.exec = access == lib.ACCESS_EXECUTE
-        self.present = present
-        self.slot: KvmMemorySlot | None = None
-        self.mmu_seq = 0
-        self.pfn = PfnAndRights(_NO_FRAME, 0, False)
-        self.goal_level = PG_LEVEL_4K
-        self.around_gfn = 0
-        self.around_n = 0
-
-
-def is_access_allowed(fault: KvmPageFault, spte: int) -> bool:
-    """is_access_allowed()"""
-    if fault.write:
-        return is_writable_pte(spte)
-    if fault.exec:
-        return bool(spte & lib.SPTE_EXECUTABLE)
-    return bool(spte & lib.SPTE_READABLE)
 
 
 def tdp_entry(cpu: Cpu, root: KvmMmuPage, gfn: int, goal_level: int) -> Entry:
@@ -242,16 +192,3 @@ def tdp_mmu_map_around(cpu: Cpu, kvm: Kvm, fault: KvmPageFault, table: Hfn) -> N
             cpu.writable,
         )
     )
-
-
-def fault_around_range(fault: KvmPageFault, pages: int) -> tuple[int, int]:
-    """Return first gfn and length of the aligned window of `pages` around the fault, cut to its slot.
-
-    `pages` is a power of two, so the window lies within one table.
-    """
-    slot = fault.slot
-    assert slot is not None
-    start = fault.gfn & -pages
-    end = min(start + pages, slot.end_gfn)
-    start = max(start, slot.base_gfn)
-    return start, end - start

@@ -4,14 +4,10 @@ from __future__ import annotations
 
 from collections.abc import Iterable
 
-from emulator.kvm.kvm_host import PG_LEVEL_1G, PG_LEVEL_2M, PG_LEVEL_4K
+from emulator.kvm.accounting import flush_elided
 from emulator.kvm.mmu.tdp_iter import TdpIter, tdp_mmu_iter_cond_resched
 from emulator.kvm.mmu.tdp_remove import (
-    handle_disconnected_sps,
-    handle_removed_pt,
-    sets_pfn,
     tables_need_a_flush,
-    tdp_mmu_zap_frozen,
 )
 from emulator.kvm.mmu.tdp_roots import (
     KVM_ALL_ROOTS,
@@ -20,8 +16,9 @@ from emulator.kvm.mmu.tdp_roots import (
     for_each_tdp_mmu_root_yield_safe,
     kvm_tdp_mmu_put_root,
 )
+from emulator.kvm.mmu.tdp_zap import flush_disconnected_sps, tdp_mmu_zap_root, tdp_mmu_zap_step
 from emulator.kvm.structs import Kvm, KvmMemorySlot, KvmMmuPage
-from emulator.kvm.virt.requests import flush_elided, kvm_flush_remote_tlbs
+from emulator.kvm.virt.requests import kvm_flush_remote_tlbs
 from emulator.machine.runtime import WRITE, Cpu, rcu_read_lock
 from native import lib
 from native.types import FlushReason, Hfn
@@ -44,63 +41,6 @@ def kvm_tdp_mmu_zap_invalidated_roots(cpu: Cpu, kvm: Kvm, shared: bool) -> None:
         if flush:
             kvm_flush_remote_tlbs(cpu, kvm, lib.REASON_REMOTE_ZAP)
     flush_workqueue(cpu, kvm)
-
-
-def tdp_mmu_zap_root(cpu: Cpu, kvm: Kvm, root: KvmMmuPage, shared: bool, can_yield: bool = True) -> bool:
-    """tdp_mmu_zap_root(): zap in passes, small pages first, so that it can yield between small steps.
-
-    Decision zap_root.  Return whether a flush is pending; decision invalid_root_zap: whether callers make it.
-    """
-    answer = kvm.policy.zap_root(cpu, kvm, root)
-    passes: tuple[int, ...] = (PG_LEVEL_4K, PG_LEVEL_2M, PG_LEVEL_1G, root.role.level)
-    if answer == "1g-root":
-        passes = (PG_LEVEL_1G, root.role.level)
-    elif answer == "root":
-        passes = (root.role.level,)
-    flush = False
-    with rcu_read_lock(cpu):
-        for zap_level in passes:
-            flush = _tdp_mmu_zap_root(cpu, kvm, root, shared, zap_level, can_yield, flush)
-    return flush
-
-
-def _tdp_mmu_zap_root(
-    cpu: Cpu, kvm: Kvm, root: KvmMmuPage, shared: bool, zap_level: int, can_yield: bool, flush: bool
-) -> bool:
-    """__tdp_mmu_zap_root()"""
-    end = 1 << (9 * root.role.level)  # tdp_mmu_max_gfn_exclusive()
-    reason = lib.REASON_REMOTE_ZAP
-    it = TdpIter(root, lib.TDP_ZAP_LEVEL, 0, end, shared=shared, level=zap_level, reason=reason)
-    disconnected_sps: list[Hfn] = []
-    while not it.done:
-        if can_yield and tdp_mmu_iter_cond_resched(cpu, kvm, it, flush):
-            flush = False
-            continue
-        if tdp_mmu_zap_step(cpu, kvm, it, disconnected_sps):
-            flush = kvm.policy.invalid_root_zap(cpu, kvm, root) == "flush"
-    flush_disconnected_sps(cpu, kvm, disconnected_sps, reason, can_yield)
-    return flush
-
-
-def tdp_mmu_zap_step(cpu: Cpu, kvm: Kvm, it: TdpIter, disconnected_sps: list[Hfn]) -> bool:
-    """Do one step of a zapping walk; take apart a table that lost its link.  Return whether SPTEs changed.
-
-    Before 6.13 a zap under mmu_lock for read froze each SPTE until a flush of its own was over
-    (tdp_mmu_zap_spte_atomic).
-    """
-    it.chunk.set_pfn = sets_pfn(cpu, kvm)
-    it.chunk.freeze = it.shared and kvm.policy.zap(cpu, kvm) != "rcu-proxy"
-    changed = it.step(cpu, kvm) > 0
-    entry = it.found()
-    if entry is None:
-        return changed
-    if it.chunk.freeze:
-        tdp_mmu_zap_frozen(cpu, kvm, entry, it.reason)
-    else:
-        handle_removed_pt(cpu, kvm, entry, it.shared, it.reason, disconnected_sps)
-        if "RFC02" in kvm.policy.bugs:  # one list per SPTE, given to RCU before any flush
-            handle_disconnected_sps(cpu, kvm, disconnected_sps, can_yield=False)
-    return True
 
 
 def kvm_tdp_mmu_zap_all(cpu: Cpu, kvm: Kvm) -> None:
@@ -153,21 +93,6 @@ def tdp_mmu_zap_leafs(
             kvm_flush_remote_tlbs(cpu, kvm, reason)
             flush = False
     return flush
-
-
-def flush_disconnected_sps(
-    cpu: Cpu, kvm: Kvm, disconnected_sps: list[Hfn], reason: FlushReason, can_yield: bool
-) -> bool:
-    """Flush if a table was removed, even if a yield has flushed, then give the tables to RCU; return whether
-    it flushed.
-
-    This is the end of zap_gfn_range() in the proposal.
-    """
-    if not disconnected_sps:
-        return False
-    kvm_flush_remote_tlbs(cpu, kvm, reason)
-    handle_disconnected_sps(cpu, kvm, disconnected_sps, can_yield)
-    return True
 
 
 def _flushes_inside_rcu(cpu: Cpu, kvm: Kvm) -> bool:

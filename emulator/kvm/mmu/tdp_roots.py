@@ -10,6 +10,7 @@ from collections.abc import Iterator
 from typing import Final
 
 from emulator.kvm.mmu.root_tracking import alloc_root_cpu_mask
+from emulator.kvm.mmu.tdp_zap import tdp_mmu_zap_root
 from emulator.kvm.structs import Kvm, KvmMmuPage, KvmMmuPageRole
 from emulator.kvm.virt.requests import kvm_flush_remote_tlbs
 from emulator.machine.runtime import READ, WRITE, Cpu
@@ -76,9 +77,6 @@ def _zap_unlinked_root(cpu: Cpu, kvm: Kvm, root: KvmMmuPage) -> None:
 
     mmu_notifiers need mmu_lock for write, so the zap does not yield before the whole root is zapped.
     """
-    # tdp_mmu.py builds on this module.
-    from emulator.kvm.mmu.tdp_mmu import tdp_mmu_zap_root
-
     tdp_mmu_zap_root(cpu, kvm, root, shared=cpu.mmu_lock_held == READ, can_yield=False)
 
 
@@ -101,8 +99,6 @@ def tdp_mmu_zap_root_work(cpu: Cpu, kvm: Kvm) -> bool:
 
     Return False if no root was scheduled.
     """
-    from emulator.kvm.mmu.tdp_mmu import tdp_mmu_zap_root
-
     try:
         root = kvm.tdp_mmu_zap_works.popleft()
     except IndexError:

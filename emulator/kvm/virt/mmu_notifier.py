@@ -9,9 +9,10 @@ Ranges are host virtual pages, [start, end).
 
 from __future__ import annotations
 
+from emulator.kvm.accounting import flush_elided
 from emulator.kvm.mmu.mmu import kvm_age_gfn, kvm_mmu_invalidate_start, kvm_unmap_gfn_range
 from emulator.kvm.structs import Kvm, KvmMemorySlot
-from emulator.kvm.virt.requests import flush_elided, kvm_flush_remote_tlbs
+from emulator.kvm.virt.requests import kvm_flush_remote_tlbs
 from emulator.machine.runtime import Cpu, wake
 from native import lib
 from native.types import CpuId, PromiseKind

@@ -169,22 +169,3 @@ def kvm_flush_remote_tlbs_range(cpu: Cpu, kvm: Kvm, gfn: int, nr_pages: int, rea
 def kvm_flush_remote_tlbs_memslot(cpu: Cpu, kvm: Kvm, slot: KvmMemorySlot, reason: FlushReason) -> None:
     """kvm_flush_remote_tlbs_memslot(), under slots_lock: flush for the slot, without mmu_lock."""
     kvm_flush_remote_tlbs_range(cpu, kvm, slot.base_gfn, slot.npages, reason)
-
-
-def flush_elided(cpu: Cpu, kvm: Kvm, reason: FlushReason, argument: int = 0) -> None:
-    """Account for a flush that Linux 7.3 makes here and this policy does not."""
-    cpu.stat(kvm.id, lib.STAT_FLUSHES_ELIDED)
-    cpu.event(lib.EVENT_ELIDED, reason, argument, kvm.id)
-
-
-def gfn_to_memslot(kvm: Kvm, gfn: int, as_id: int = 0) -> KvmMemorySlot | None:
-    """gfn_to_memslot(), under SRCU or slots_lock."""
-    return kvm.memslots[as_id].search(gfn)
-
-
-def mark_page_dirty_in_slot(cpu: Cpu, slot: KvmMemorySlot, gfn: int) -> None:
-    """mark_page_dirty_in_slot()"""
-    bitmap = slot.dirty_bitmap
-    if bitmap is not None:
-        cpu.point("dirty_bitmap", (slot.as_id, slot.id), "write")
-        bitmap[gfn - slot.base_gfn] = 1

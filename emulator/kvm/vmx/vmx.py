@@ -4,28 +4,16 @@ from __future__ import annotations
 
 from typing import Final, Literal
 
+from emulator.kvm.accounting import flush_elided
 from emulator.kvm.decisions import Tracking
 from emulator.kvm.kvm_host import KVM_REQ_TLB_FLUSH, PG_LEVEL_256T
 from emulator.kvm.mmu.root_tracking import active_roots, mmu_roots, root_tlb_gen_is_old, test_and_set_flushed
 from emulator.kvm.structs import Kvm, KvmMmu, KvmMmuPage, Vcpu
-from emulator.kvm.virt.requests import flush_elided, kvm_make_request
-from emulator.machine.runtime import Cpu, Machine, OutOfFrames
+from emulator.kvm.virt.requests import kvm_make_request
+from emulator.kvm.vmx.vmcs import free_vpid, loaded_vmcs_clear
+from emulator.machine.runtime import Cpu
 from native import lib
-from native.types import CpuId, FlushReason, Hfn, Vpid
-
-
-def allocate_vpid(machine: Machine) -> Vpid:
-    """allocate_vpid()"""
-    try:
-        return machine.vmx_vpids.pop()
-    except IndexError:
-        raise OutOfFrames("no VPID is left") from None
-
-
-def free_vpid(machine: Machine, vpid: Vpid) -> None:
-    """free_vpid(): release the VPID; its next vCPU flushes when its VMCS is loaded for the first time."""
-    machine.vmx_vpids.append(vpid)
-
+from native.types import FlushReason, Hfn
 
 # EPTP (SDM vol. 3C, 25.6.11): memory type, levels - 1, accessed and dirty flags enabled, page of the root.
 VMX_EPTP_MT_WB: Final = 6
@@ -120,14 +108,6 @@ def vmx_flush_tlb_guest(cpu: Cpu, vcpu: Vcpu, reason: FlushReason) -> None:
 def vmx_load_mmu_pgd(cpu: Cpu, vcpu: Vcpu, root: KvmMmuPage) -> None:
     """vmx_load_mmu_pgd(): write EPT_POINTER."""
     lib.vcpu_set_eptp(cpu.m, vcpu.id, root.hfn, root.role.level)
-
-
-def loaded_vmcs_clear(cpu: Cpu, vcpu: Vcpu) -> None:
-    """loaded_vmcs_clear(): execute VMCLEAR on the pCPU where the VMCS is loaded, by IPI with wait."""
-    target = vcpu.loaded_vmcs.cpu
-    if target != -1:
-        cpu.check(lib.smp_call_function_single(cpu.m, cpu.id, target, lib.IPI_VMCS_CLEAR, vcpu.id, 1))
-    vcpu.loaded_vmcs.cpu = CpuId(-1)
 
 
 def vmx_vcpu_load_vmcs(cpu: Cpu, vcpu: Vcpu) -> None:

@@ -1,0 +1,78 @@
+"""arch/x86/kvm/mmu/mmu_internal.h: a page fault of a guest, and the results of handling one."""
+
+from __future__ import annotations
+
+from typing import Final
+
+from emulator.kvm.kvm_host import PG_LEVEL_4K
+from emulator.kvm.mmu.spte import PfnAndRights, is_writable_pte
+from emulator.kvm.structs import KvmMemorySlot
+from native import lib
+from native.types import Hfn
+
+# enum { RET_PF_... } of mmu_internal.h
+RET_PF_CONTINUE: Final = 0
+RET_PF_RETRY: Final = 1
+RET_PF_EMULATE: Final = 2
+RET_PF_INVALID: Final = 3
+RET_PF_FIXED: Final = 4
+RET_PF_SPURIOUS: Final = 5
+# Errors that KVM_RUN returns to user space.
+EFAULT: Final = -14
+ENOMEM: Final = -12
+
+_NO_FRAME: Final = Hfn(0)
+
+
+class KvmPageFault:
+    """struct kvm_page_fault.
+
+    around_gfn, around_n: the neighbours that faultin looked up, in the arrays of the Cpu (fault-around).
+    """
+
+    __slots__ = (
+        "around_gfn",
+        "around_n",
+        "exec",
+        "gfn",
+        "goal_level",
+        "mmu_seq",
+        "pfn",
+        "present",
+        "slot",
+        "write",
+    )
+
+    def __init__(self, gfn: int, access: int, present: bool) -> None:
+        self.gfn = gfn
+        self.write = access == lib.ACCESS_WRITE
+        self.exec = access == lib.ACCESS_EXECUTE
+        self.present = present
+        self.slot: KvmMemorySlot | None = None
+        self.mmu_seq = 0
+        self.pfn = PfnAndRights(_NO_FRAME, 0, False)
+        self.goal_level = PG_LEVEL_4K
+        self.around_gfn = 0
+        self.around_n = 0
+
+
+def is_access_allowed(fault: KvmPageFault, spte: int) -> bool:
+    """is_access_allowed()"""
+    if fault.write:
+        return is_writable_pte(spte)
+    if fault.exec:
+        return bool(spte & lib.SPTE_EXECUTABLE)
+    return bool(spte & lib.SPTE_READABLE)
+
+
+def fault_around_range(fault: KvmPageFault, pages: int) -> tuple[int, int]:
+    """Return first gfn and length of the aligned window of `pages` around the fault, cut to its slot.
+
+    `pages` is a power of two, so the window lies within one table.
+    """
+    slot = fault.slot
+    assert slot is not None
+    start = fault.gfn & -pages
+    end = min(start + pages, slot.end_gfn)
+    start = max(start, slot.base_gfn)
+    return start, end - start

@@ -1,0 +1,65 @@
+"""arch/x86/kvm/mmu/mmu.c: the sizes of pages that host, slot and dirty logging permit."""
+
+from __future__ import annotations
+
+from emulator.kvm.kvm_host import KVM_MAX_HUGEPAGE_LEVEL, PG_LEVEL_4K, kvm_pages_per_hpage
+from emulator.kvm.mmu.fault import KvmPageFault
+from emulator.kvm.structs import Kvm, KvmMemorySlot
+from emulator.machine.runtime import Cpu
+from native import lib
+from native.types import Hfn
+
+
+def kvm_mmu_hugepage_adjust(cpu: Cpu, kvm: Kvm, fault: KvmPageFault) -> None:
+    """kvm_mmu_hugepage_adjust(), under mmu_lock: choose the largest level that host, slot and logging permit.
+
+    The fault's gfn is in no invalidation, but its neighbours may be.  Mapping them is safe: before the host
+    changes a part of a huge page it splits the page, and invalidates all of it for that.
+    """
+    slot = fault.slot
+    assert slot is not None
+    level = kvm_mmu_max_mapping_level(cpu, kvm, slot, fault.gfn)
+    if level == PG_LEVEL_4K:
+        return
+    custody = huge_custody(cpu, kvm, slot, fault.gfn, fault.pfn.pfn, fault.pfn.custody)
+    if custody is None:
+        return
+    fault.goal_level = level
+    fault.pfn.pfn = Hfn(fault.pfn.pfn & -kvm_pages_per_hpage(level))
+    fault.pfn.custody = custody
+
+
+def kvm_mmu_max_mapping_level(cpu: Cpu, kvm: Kvm, slot: KvmMemorySlot, gfn: int) -> int:
+    """kvm_mmu_max_mapping_level(), under mmu_lock: return the largest level that the host maps now."""
+    level = KVM_MAX_HUGEPAGE_LEVEL
+    start = gfn & -kvm_pages_per_hpage(level)
+    if _level_allowed(slot, gfn, level) and lib.mm_huge(cpu.m, kvm.id, slot.gfn_to_hva(start)):
+        return level
+    return PG_LEVEL_4K
+
+
+def _level_allowed(slot: KvmMemorySlot, gfn: int, level: int) -> bool:
+    """Return whether lpage_info permits a huge mapping.
+
+    It does not while dirty pages are logged, across the slot's ends, or where guest and host addresses are
+    aligned differently.
+    """
+    pages = kvm_pages_per_hpage(level)
+    start = gfn & -pages
+    return (
+        level <= KVM_MAX_HUGEPAGE_LEVEL
+        and not slot.dirty_track_enabled()
+        and slot.base_gfn <= start
+        and start + pages <= slot.end_gfn
+        and (slot.base_gfn ^ slot.userspace_addr) & (pages - 1) == 0
+    )
+
+
+def huge_custody(cpu: Cpu, kvm: Kvm, slot: KvmMemorySlot, gfn: int, pfn: Hfn, custody: int) -> int | None:
+    """Return the custody of a huge SPTE, given `pfn` and the custody under which it was found.
+
+    Return None if the host maps gfn to another frame.  This happens under mutants only; the kernel asserts
+    that gfn and pfn agree.
+    """
+    found = lib.mm_huge_custody(cpu.m, kvm.id, slot.gfn_to_hva(gfn), pfn, custody)
+    return None if found < 0 else int(found)

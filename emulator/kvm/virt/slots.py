@@ -1,0 +1,19 @@
+"""virt/kvm/kvm_main.c: looking up memory slots, and their dirty marks.  Slots change in memslots.py."""
+
+from __future__ import annotations
+
+from emulator.kvm.structs import Kvm, KvmMemorySlot
+from emulator.machine.runtime import Cpu
+
+
+def gfn_to_memslot(kvm: Kvm, gfn: int, as_id: int = 0) -> KvmMemorySlot | None:
+    """gfn_to_memslot(), under SRCU or slots_lock."""
+    return kvm.memslots[as_id].search(gfn)
+
+
+def mark_page_dirty_in_slot(cpu: Cpu, slot: KvmMemorySlot, gfn: int) -> None:
+    """mark_page_dirty_in_slot()"""
+    bitmap = slot.dirty_bitmap
+    if bitmap is not None:
+        cpu.point("dirty_bitmap", (slot.as_id, slot.id), "write")
+        bitmap[gfn - slot.base_gfn] = 1
