@@ -442,7 +442,7 @@ CLOCK = "from time import monotonic"
         ("setattr(vcpu.mmu, 'prev_roots', [None] * 3)", "", "mine.py:7: writes KvmMmu.prev_roots"),
         (
             "False",
-            "from emulator.kvm import vmx; vmx.migration_vpid = lambda cpu, vcpu: None",
+            "from emulator.kvm.vmx import vmx; vmx.migration_vpid = lambda cpu, vcpu: None",
             "mine.py:3: changes emulator.kvm.vmx.vmx.migration_vpid",
         ),
     ],
