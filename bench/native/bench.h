@@ -16,13 +16,13 @@
 #include <time.h>
 #include <unistd.h>
 
+#include "core/machine_types.h"
 #include "ept/ept_map.h"
-#include "vm/flush.h"
-#include "memory/frame.h"
-#include "guest/guest.h"
-#include "sync/ipi.h"
+#include "guest/run.h"
+#include "machine/machine.h"
 #include "memory/mm.h"
-#include "oracle/oracle.h"
+#include "sync/cpu.h"
+#include "vm/guest_state.h"
 #include "vm/vm.h"
 
 #define REQUIRE(condition)                                                                        \

@@ -7,6 +7,16 @@
  */
 #include "bench.h"
 
+#include "core/counters.h"
+#include "core/machine_types.h"
+#include "ept/ept.h"
+#include "guest/guest.h"
+#include "machine/machine.h"
+#include "machine/vms.h"
+#include "memory/frame.h"
+#include "sync/cpu.h"
+#include "vm/guest_state.h"
+
 enum { DIRECT = 4096, LOOPS_PER_REPEAT = 4 };
 
 struct direct {

@@ -11,6 +11,19 @@
 #include <linux/membarrier.h>
 #include <sys/syscall.h>
 
+#include "core/counters.h"
+#include "core/cpu_types.h"
+#include "core/machine_types.h"
+#include "ept/ept.h"
+#include "guest/guest.h"
+#include "machine/machine.h"
+#include "machine/vms.h"
+#include "memory/frame.h"
+#include "sync/cpu.h"
+#include "sync/ipi.h"
+#include "sync/smp.h"
+#include "vm/guest_state.h"
+
 struct target {
 	struct machine *m;
 	uint32_t vcpu;

@@ -6,7 +6,11 @@
  */
 #include "bench.h"
 
+#include "core/counters.h"
+#include "core/machine_types.h"
+#include "machine/machine.h"
 #include "sync/rcu.h"
+#include "sync/rcu_callback.h"
 
 enum { SECTIONS = 1 << 20, READER = 1, THREAD = 2, KEPT = 256, NODE_BYTES = 32 };
 

@@ -6,6 +6,16 @@
  */
 #include "bench.h"
 
+#include "core/machine_types.h"
+#include "ept/ept.h"
+#include "ept/tdp_map.h"
+#include "ept/tdp_walk.h"
+#include "machine/machine.h"
+#include "machine/vms.h"
+#include "memory/frame.h"
+#include "memory/mm.h"
+#include "sync/rcu.h"
+
 enum { GFNS = 1 << 16, TABLE = 512, CHUNK = 1024 };
 
 static uint32_t hfns[GFNS], tags[GFNS], writable[GFNS];

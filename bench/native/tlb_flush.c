@@ -8,7 +8,9 @@
  */
 #include "bench.h"
 
+#include "core/machine_types.h"
 #include "tlb/tlb.h"
+#include "tlb/tlb_flush.h"
 
 enum { ROUNDS = 301, OTHERS = 64, OWN_VPID = 1, OWN_ROOT = 1000, OWN = 512, FIRST = 1000, DECADES = 6 };
 

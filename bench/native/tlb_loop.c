@@ -8,11 +8,16 @@
  */
 #include "bench.h"
 
-#ifdef __SSE2__
 #include <emmintrin.h>
-#endif
 
-#include "tlb/tlb_internal.h"
+#include "core/machine_types.h"
+#include "tlb/tlb.h"
+#include "tlb/tlb_l1.h"
+#include "walk/walk.h"
+
+#ifdef __SSE2__
+
+#endif
 
 enum { RECORDS = 1 << 16, FRAMES = 256, LOOPS = 100 };
 

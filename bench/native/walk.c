@@ -7,7 +7,16 @@
  */
 #include "bench.h"
 
-#include "guest/guest_state.h"
+#include "core/counters.h"
+#include "core/machine_types.h"
+#include "ept/ept.h"
+#include "guest/guest.h"
+#include "machine/machine.h"
+#include "machine/vms.h"
+#include "memory/frame.h"
+#include "sync/cpu.h"
+#include "vm/guest_state.h"
+#include "vm/vm.h"
 
 enum { PAGES = 16384, RECORDS = 1 << 20 };
 

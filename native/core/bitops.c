@@ -5,6 +5,8 @@
 
 #include <stdatomic.h>
 
+#include "core/machine_types.h"
+
 static _Atomic uint64_t *atomic_word(const uint64_t *word)
 {
 	return (_Atomic uint64_t *)(uintptr_t)word;

@@ -1,7 +1,10 @@
-/* Delays at random places, which make races frequent.  See cpu.h. */
+#include "core/chaos.h"
+
 #include <sched.h>
 
-#include "sync/cpu.h"
+#include "core/counters.h"
+#include "core/cpu_types.h"
+#include "core/machine_types.h"
 
 /* xorshift64 (Marsaglia 2003). */
 static uint64_t chaos_next(struct cpu *c)

@@ -4,8 +4,9 @@
 #include <string.h>
 #include <time.h>
 
-#include "sync/cpu.h"
+#include "core/cpu_types.h"
 #include "core/heap.h"
+#include "core/machine_types.h"
 
 uint64_t monotonic_ns(void)
 {

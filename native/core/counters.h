@@ -7,7 +7,7 @@
 #ifndef FLUSHLAB_COUNTERS_H
 #define FLUSHLAB_COUNTERS_H
 
-#include "core/machine.h"
+#include "core/machine_types.h"
 
 /* api */
 enum counter {
@@ -55,7 +55,7 @@ enum counter {
 	COUNT_CALLS_CROSSED,     /* of COUNT_CALLS_RUN: this CPU had sent a call to the sender, which had yet to
 				  * run it */
 	COUNT_DEAD_ROOT_ENTRIES, /* translations of earlier owners of a root page, found when it was loaded */
-	COUNT_EXIT_INTERRUPT,    /* VM exits by reason, in the order of exit_reason (guest.h) */
+	COUNT_EXIT_INTERRUPT,    /* VM exits by reason, in the order of exit_reason (guest_state.h) */
 	COUNT_EXIT_EPT_VIOLATION,
 	COUNT_EXIT_EPT_MISCONFIG,
 	COUNT_EXIT_HLT,

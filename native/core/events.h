@@ -1,10 +1,75 @@
-/* The rings behind event_record() and events_read() (oracle.h), and the oracle's other data. */
+/* Event rings: the last events of each CPU.  The owner writes, any thread reads: an event that is overwritten
+ * during the read may come out mixed, which the story around a violation tolerates; each word is whole.
+ */
 #ifndef FLUSHLAB_EVENTS_H
 #define FLUSHLAB_EVENTS_H
 
-#include "oracle/oracle.h"
+#include "core/machine_types.h"
 
-enum { EVENT_RING = 1024, REPORTS_KEPT = 1024, STORIES = 24, STORIES_OF_KIND = 6, EVENTS_KEPT = 512, EVENTS_OF_CPU = 128 };
+/* api */
+/* Events: a ring per CPU, for the story around a violation. */
+enum event_kind {
+	EVENT_NONE,
+	EVENT_ENTRY,     /* VM entry: vcpu, root; more: the guest's clock */
+	EVENT_EXIT,      /* VM exit: vcpu, reason; more: the guest's clock */
+	EVENT_LOAD,      /* VMCS loaded: vcpu, cpu it was on before */
+	EVENT_FLUSH,     /* scope and reason, argument of the instruction */
+	EVENT_ELIDED,    /* a flush that the policy elided: reason, argument */
+	EVENT_ZAP,       /* gfn, pages; more: gfns between the first and the last */
+	EVENT_PROTECT,   /* gfn, pages; more: gfns between the first and the last */
+	EVENT_MAP,       /* gfn, frame; more: pages */
+	EVENT_REQUEST,   /* vcpu, request */
+	EVENT_IPI,       /* mask of 64 pCPUs that were called, the number of all called; more: function,
+			  * EVENT_IPI_WAITS if the sender waits, and above it the index of the 64: a call to pCPUs
+			  * far apart leaves several events */
+	EVENT_PROMISE,   /* promise, first gfn; more: gfns */
+	EVENT_FREE,      /* frame */
+	EVENT_ROOT_LOAD, /* vcpu, root */
+	EVENT_ROOT_FREE, /* root */
+	EVENT_ROOT_INVALID, /* root that is obsolete from now on: vCPUs do not find it any more */
+	EVENT_GUEST_INVALIDATE, /* vcpu, linear page, UINT64_MAX: all */
+	EVENT_YIELD,     /* vm, flushed */
+	EVENT_UNLOAD,    /* VMCLEAR by IPI: vcpu */
+	EVENT_SPECULATE, /* a translation filled without an access: vcpu, linear page (gfn without paging) */
+	EVENT_EVICT,     /* cached mappings that were dropped by no flush: page, or their number; enum evicted */
+	EVENT_STORE,     /* a store of a guest program: vcpu, gfn; more: the guest's clock, which is the value stored */
+	EVENT_LOG_ARM,   /* user space has begun to log a VM's slots, and has copied them whole: slots */
+	EVENT_LOG_GET,   /* user space has read a dirty log: first gfn of the slot, pages that the log named */
+	EVENT_LOG_CLEAR, /* user space has cleared marks in a dirty log: first gfn, pages asked for as bits */
+	EVENT_LOG_END,   /* user space has aborted its migration */
+	EVENT_COPY,      /* user space has copied pages: first page, mask */
+	EVENT_LOST,      /* in stories: older events of this CPU are unknown; the number that its ring has lost */
+	EVENTS
+};
+enum { EVENT_IPI_WAITS = 1 << 15, EVENT_IPI_WORD = 16 };
+enum evicted { EVICT_PAGE, EVICT_TABLES, EVICT_PHYSICAL };
+
+struct event {
+	uint64_t time;
+	uint32_t kind;
+	uint32_t cpu;
+	uint32_t vm;   /* 0xffff: none, or not given */
+	uint32_t more; /* low 32 bits */
+	uint64_t a;
+	uint64_t b;
+};
+
+void event_record(struct machine *m, uint32_t cpu, uint32_t kind, uint64_t a, uint64_t b);
+/* Return the number of events that a CPU has recorded so far. */
+uint64_t events_count(struct machine *m, uint32_t cpu);
+/* Copy the last events of a CPU, oldest first; returns their number (the ring holds 1024). */
+uint32_t events_read(struct machine *m, uint32_t cpu, struct event *events, uint32_t max);
+/* end api */
+
+enum { EVENT_NO_VM = 0xffff, EVENT_RING = 1024 };
+
+/* Return the kind of an event that belongs to a VM, for event_record() and event_record_more(). */
+static inline uint32_t event_of(uint32_t vm, uint32_t kind)
+{
+	return (vm + 1) << 16 | kind;
+}
+
+void event_record_more(struct machine *m, uint32_t cpu, uint32_t kind, uint64_t a, uint64_t b, uint64_t more);
 
 struct event_slot {
 	_Atomic uint64_t time;
@@ -18,30 +83,12 @@ struct event_ring {
 	struct event_slot slot[EVENT_RING];
 };
 
-struct report_slot {
-	_Atomic uint32_t complete;
-	uint32_t story; /* its number + 1; 0: none */
-	struct violation_report report;
-};
+/* Return the event at this position of a ring. */
+struct event event_at(const struct event_ring *ring, uint64_t position, uint32_t cpu);
+/* Start the rings over.  No CPU may act meanwhile. */
+void events_forget(struct machine *m);
 
-/* The events that led to one report, copied when it is made, because the rings are overwritten within
- * milliseconds. */
-struct story {
-	uint32_t events;
-	struct event event[EVENTS_KEPT];
-};
-
-struct oracle {
-	struct event_ring *rings;
-	_Atomic uint64_t count[VIOLATIONS];
-	_Atomic uint32_t reports; /* slots taken; may exceed REPORTS_KEPT */
-	struct report_slot report[REPORTS_KEPT];
-	_Atomic uint32_t told[VIOLATIONS]; /* reports of a kind, with or without a story */
-	_Atomic uint32_t stories;  /* slots taken; may exceed STORIES */
-	struct story story[STORIES];
-};
-
-/* Fill the story of a report: events that concern it, CPU by CPU, beginning with the CPUs involved. */
-void story_copy(struct machine *m, const struct violation_report *report, struct story *story);
+int events_create(struct machine *m);
+void events_destroy(struct machine *m);
 
 #endif

@@ -11,7 +11,7 @@
 #include <sys/resource.h>
 #include <unistd.h>
 
-#include "core/machine.h"
+#include "core/machine_types.h"
 #include "core/spin.h"
 
 enum { PAGE_BYTES = 4096, CLASSES = 48, BLOCK_MAGIC = 0x48454150 };

@@ -9,7 +9,8 @@
 
 #include <sched.h>
 
-#include "sync/cpu.h"
+#include "core/cpu_types.h"
+#include "core/machine_types.h"
 
 enum { SPINS_BEFORE_YIELD = 64 };
 

@@ -2,7 +2,10 @@
 #ifndef FLUSHLAB_EPT_MAP_H
 #define FLUSHLAB_EPT_MAP_H
 
+#include "core/machine_types.h"
 #include "ept/ept.h"
+#include "ept/spte.h"
+#include "memory/frame.h"
 #include "memory/mm.h"
 
 /* Map a page as a writable 4K leaf, tables included (kvm_tdp_mmu_map()).  MACHINE_AGAIN: another CPU changed an

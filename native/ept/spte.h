@@ -1,4 +1,4 @@
-/* Shared by ept.c, tdp_walk.c and tdp_map.c: predicates of SPTEs, and the rights that SPTEs grant.
+/* Single steps on SPTEs, with the rights that SPTEs grant.
  *
  * Order of a change (oracle.h): a new right is granted before its SPTE is published, and taken back if
  * publishing fails; a lost right is ungranted after its SPTE is gone, and then the frame's tag is advanced.  At
@@ -9,8 +9,32 @@
 #ifndef FLUSHLAB_SPTE_H
 #define FLUSHLAB_SPTE_H
 
+#include "core/machine_types.h"
 #include "ept/ept.h"
 #include "oracle/ledger.h"
+
+/* api */
+/* make_spte(): a present leaf; level > 1 sets the page-size bit.  W and MMU-writable iff both flags are set;
+ * A always, D iff W (KVM marks the page dirty in the log when it maps it writable). */
+uint64_t make_spte(uint32_t hfn, uint32_t custody, uint32_t level, int writable, int host_writable);
+/* make_nonleaf_spte() for a table page. */
+uint64_t make_nonleaf_spte(struct machine *m, uint32_t table);
+
+/* In the single steps, gfn may be any gfn that the SPTE covers; index must agree with it. */
+
+/* __tdp_mmu_set_spte_atomic(): cmpxchg under mmu_lock for read.  0, or MACHINE_AGAIN if the SPTE changed.
+ * Keeps the ledger for leaf SPTEs; the caller takes care of removed tables (handle_removed_pt). */
+int tdp_mmu_set_spte_atomic(struct machine *m, uint32_t cpu, uint32_t vm, uint32_t table, uint32_t index,
+			    uint32_t level, uint64_t gfn, uint64_t old_spte, uint64_t new_spte);
+/* tdp_mmu_set_spte(): under mmu_lock for write; returns the SPTE actually replaced.  (All ones: invalid
+ * arguments, named by machine_error_text() as for MACHINE_MISUSE of the other steps.) */
+uint64_t tdp_mmu_set_spte(struct machine *m, uint32_t cpu, uint32_t vm, uint32_t table, uint32_t index,
+			  uint32_t level, uint64_t gfn, uint64_t new_spte);
+
+/* Return whether the frame behind a non-leaf SPTE of `level` is still the table that the SPTE was made for.  If
+ * not, a software walk went through freed memory, and that is reported. */
+int tdp_table_holds(struct machine *m, uint32_t cpu, uint32_t vm, uint64_t spte, uint32_t level, uint64_t gfn);
+/* end api */
 
 static inline uint64_t kvm_pages_per_hpage(uint32_t level)
 {

@@ -1,7 +1,15 @@
-/* Many SPTEs of one table at once: splitting a huge page, and mapping around a fault.  See ept.h. */
+/* Many SPTEs of one table at once: splitting a huge page, and mapping around a fault. */
+#include "ept/tdp_map.h"
+
 #include "core/counters.h"
-#include "sync/cpu.h"
+#include "core/cpu_types.h"
+#include "core/events.h"
+#include "core/machine_types.h"
+#include "ept/ept.h"
 #include "ept/spte.h"
+#include "memory/custody.h"
+#include "memory/frame.h"
+#include "oracle/ledger.h"
 #include "vm/vm.h"
 
 enum { NO_FRAME = 0xffffffff };

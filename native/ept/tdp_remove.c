@@ -1,8 +1,16 @@
-/* Tables that are no longer linked: handle_removed_pt(), divided into steps.  See ept.h. */
+/* Tables that are no longer linked: handle_removed_pt(), divided into steps. */
+#include "ept/tdp_remove.h"
+
 #include "core/counters.h"
+#include "core/cpu_types.h"
+#include "core/events.h"
+#include "core/machine_types.h"
+#include "ept/ept.h"
+#include "ept/spte.h"
+#include "memory/frame.h"
+#include "oracle/ledger.h"
 #include "sync/cpu.h"
 #include "sync/ipi.h"
-#include "ept/spte.h"
 
 static _Atomic uint64_t *entry(const struct machine *m, const struct tdp_removal *r)
 {

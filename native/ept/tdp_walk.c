@@ -1,13 +1,20 @@
-/* Chunks of like steps over a range: the loops of tdp_mmu.c, native.  See ept.h.
+/* Chunks of like steps over a range: the loops of tdp_mmu.c, native.
  *
  * One table page is walked in a tight loop; whenever the walk must go to another table it starts from the root
  * again, four loads in 512 SPTEs.  A tree that changes between two calls, or during one, therefore needs no
  * special treatment: the path is always fresh.
  */
+#include "ept/tdp_walk.h"
+
 #include "core/counters.h"
-#include "sync/cpu.h"
-#include "sync/ipi.h"
+#include "core/cpu_types.h"
+#include "core/events.h"
+#include "core/machine_types.h"
+#include "ept/ept.h"
 #include "ept/spte.h"
+#include "memory/frame.h"
+#include "oracle/ledger.h"
+#include "sync/ipi.h"
 
 struct tdp_iter {
 	struct machine *m;

@@ -1,10 +1,18 @@
 /* Guest accesses.  See access.h. */
 #include "guest/access.h"
+
 #include "core/counters.h"
-#include "memory/frame.h"
+#include "core/cpu_types.h"
+#include "core/machine_types.h"
 #include "guest/guest_os.h"
-#include "tlb/tlb_internal.h"
-#include "vm/vm.h"
+#include "memory/frame.h"
+#include "tlb/tlb.h"
+#include "tlb/tlb_l1.h"
+#include "tlb/tlb_types.h"
+#include "vm/guest_state.h"
+#include "walk/walk.h"
+#include "walk/walk_linear.h"
+#include "walk/walk_fast.h"
 
 #define RECORD_PAGE(record) ((record) >> 12 & GUEST_PAGE_MASK)
 /* RECORD_PAGE in fewer instructions, if bits 48 to 61 are 0, as they should be. */

@@ -3,6 +3,7 @@
 #ifndef FLUSHLAB_ACCESS_H
 #define FLUSHLAB_ACCESS_H
 
+#include "core/machine_types.h"
 #include "walk/walk.h"
 
 /* The accesses of one entry into guest mode. */
@@ -21,5 +22,8 @@ void accesses_begin(struct accesses *a, struct walk *w);
 enum walk_result accesses_run(struct accesses *a, struct walk *w, const uint64_t *records, uint64_t n, uint64_t *done);
 /* Do one record, even if attention is set. */
 enum walk_result accesses_one(struct walk *w, uint64_t record);
+
+/* Do a guest access to a linear address outside the trace. */
+enum walk_result guest_access_slow(struct walk *w, uint64_t record);
 
 #endif

@@ -1,6 +1,12 @@
-/* The guest boots again: see guest_boot in guest.h. */
+/* The guest boots again: see guest_boot.h. */
+#include "guest/guest_boot.h"
+
+#include "core/machine_types.h"
+#include "guest/guest.h"
+#include "guest/guest_pages.h"
 #include "memory/frame.h"
-#include "guest/guest_os.h"
+#include "oracle/ledger.h"
+#include "vm/guest_state.h"
 #include "vm/vm.h"
 
 /* The reset has invalidated the translation: a vCPU that still has it cached must ask the oracle before using

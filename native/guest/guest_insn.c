@@ -1,7 +1,8 @@
 /* See guest_insn.h. */
 #include "guest/guest_insn.h"
 
-#include "guest/guest_state.h"
+#include "core/machine_types.h"
+#include "vm/guest_state.h"
 #include "vm/vm.h"
 
 int guest_execute(struct machine *m, uint32_t vcpu, uint32_t insn, uint64_t operand)

@@ -6,7 +6,7 @@
 #ifndef FLUSHLAB_GUEST_INSN_H
 #define FLUSHLAB_GUEST_INSN_H
 
-#include "core/machine.h"
+#include "core/machine_types.h"
 
 /* api */
 enum guest_insn {

@@ -1,10 +1,22 @@
 /* The guest OS: demand paging, unmapping, write protection, context switches, and the invalidations that each
  * of them owes (SDM vol. 3A, 4.10.4). */
-#include "core/counters.h"
-#include "memory/frame.h"
 #include "guest/guest_os.h"
+
+#include "core/counters.h"
+#include "core/cpu_types.h"
+#include "core/events.h"
+#include "core/machine_types.h"
+#include "guest/access.h"
+#include "guest/guest.h"
+#include "guest/guest_pages.h"
 #include "guest/guest_tables.h"
+#include "memory/frame.h"
+#include "oracle/ledger.h"
+#include "tlb/tlb.h"
+#include "tlb/tlb_flush.h"
+#include "vm/guest_state.h"
 #include "vm/vm.h"
+#include "walk/walk.h"
 
 enum {
 	SHARE_ONE_IN = 16,       /* pages mapped to another process's page */

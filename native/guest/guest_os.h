@@ -3,6 +3,7 @@
 #ifndef FLUSHLAB_GUEST_OS_H
 #define FLUSHLAB_GUEST_OS_H
 
+#include "core/machine_types.h"
 #include "walk/walk.h"
 
 /* Give the current process a PML4 page if it has none. */
@@ -11,12 +12,7 @@ enum walk_result os_setup(struct walk *w);
 enum walk_result os_page_fault(struct walk *w, uint64_t page, uint32_t type);
 /* Do all events that are due by the guest's clock, except HLT. */
 enum walk_result os_events(struct walk *w);
-/* Return the clock of the next event. */
-uint64_t os_next_event(const struct guest *g);
-void os_schedule(struct guest *g, enum guest_event event);
 /* Switch the TLB to the guest's current context. */
 void os_load_context(struct walk *w);
-/* Do a guest access to a linear address outside the trace. */
-enum walk_result guest_access_slow(struct walk *w, uint64_t record);
 
 #endif

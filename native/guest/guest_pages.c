@@ -1,8 +1,11 @@
 /* Guest-physical memory of one guest OS: free lists, last in first out, and users of each page. */
+#include "guest/guest_pages.h"
+
 #include <string.h>
 
-#include "guest/guest_state.h"
 #include "core/heap.h"
+#include "core/machine_types.h"
+#include "vm/guest_state.h"
 
 enum { BLOCK_GFNS = 512 };
 

@@ -1,7 +1,11 @@
 /* The guest OS's own page tables: finding and writing entries, all through guest-physical accesses. */
-#include "memory/frame.h"
 #include "guest/guest_tables.h"
-#include "vm/vm.h"
+
+#include "core/machine_types.h"
+#include "guest/guest_pages.h"
+#include "tlb/tlb.h"
+#include "vm/guest_state.h"
+#include "walk/walk.h"
 
 static enum walk_result zero_page(struct walk *w, uint64_t gfn)
 {

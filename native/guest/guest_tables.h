@@ -2,7 +2,10 @@
 #ifndef FLUSHLAB_GUEST_TABLES_H
 #define FLUSHLAB_GUEST_TABLES_H
 
+#include "core/machine_types.h"
 #include "walk/walk.h"
+
+struct guest_process;
 
 /* Allocate a page and zero it.  WALK_GUEST_FAULT: none left. */
 enum walk_result os_alloc_zeroed(struct walk *w, bool mmio, uint64_t *gfn);

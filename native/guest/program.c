@@ -3,13 +3,22 @@
 
 #include <string.h>
 
-#include "guest/access.h"
+#include "core/chaos.h"
 #include "core/counters.h"
+#include "core/cpu_types.h"
+#include "core/events.h"
+#include "core/heap.h"
+#include "core/machine_types.h"
+#include "guest/access.h"
 #include "guest/guest_os.h"
 #include "guest/guest_tables.h"
-#include "core/heap.h"
-#include "oracle/oracle.h"
+#include "memory/frame.h"
+#include "oracle/ledger.h"
+#include "sync/cpu.h"
+#include "tlb/tlb_flush.h"
+#include "vm/guest_state.h"
 #include "vm/vm.h"
+#include "walk/walk.h"
 
 enum {
 	PROGRAM_PENDING = 32,

@@ -7,7 +7,7 @@
 #ifndef FLUSHLAB_PROGRAM_H
 #define FLUSHLAB_PROGRAM_H
 
-#include "core/machine.h"
+#include "core/machine_types.h"
 
 /* api */
 enum guest_op_kind {

@@ -1,13 +1,22 @@
 /* Guest mode: from VM entry to VM exit. */
-#include "guest/access.h"
+#include "guest/run.h"
 
 #include "core/counters.h"
-#include "memory/frame.h"
-#include "guest/guest_os.h"
+#include "core/cpu_types.h"
+#include "core/events.h"
 #include "core/heap.h"
+#include "core/machine_types.h"
+#include "guest/access.h"
+#include "guest/guest.h"
+#include "guest/guest_insn.h"
+#include "guest/guest_os.h"
 #include "guest/program.h"
-#include "tlb/tlb_internal.h"
+#include "sync/cpu.h"
+#include "tlb/tlb_flush.h"
+#include "vm/guest_state.h"
 #include "vm/vm.h"
+#include "walk/adversary.h"
+#include "walk/walk.h"
 
 /* SDM vol. 3A, 2.5: control registers. */
 #define CR0_PE UINT64_C(1)

@@ -1,18 +1,23 @@
 #define _GNU_SOURCE
-#include "core/machine.h"
+#include "machine/machine.h"
 
 #include <sched.h>
 #include <stdio.h>
 #include <string.h>
 
-#include "sync/cpu.h"
-#include "vm/flush.h"
-#include "memory/frame.h"
+#include "core/cpu_types.h"
+#include "core/events.h"
 #include "core/heap.h"
+#include "core/machine_types.h"
+#include "ept/ept.h"
+#include "machine/cpus.h"
+#include "machine/vms.h"
+#include "memory/frame.h"
 #include "oracle/oracle.h"
+#include "sync/cpu.h"
 #include "sync/rcu.h"
-#include "tlb/tlb.h"
-#include "vm/vm.h"
+#include "tlb/tlb_l1.h"
+#include "walk/flush.h"
 
 /* --- impossible configurations -------------------------------------------------------------------------- */
 
@@ -66,83 +71,6 @@ static uint32_t spin_time(void)
 	return 1500;
 }
 
-/* splitmix64 (Steele, Lea, Flood 2014): different CPUs, different streams; never 0. */
-static uint64_t chaos_seed(uint64_t seed, uint32_t cpu)
-{
-	uint64_t z = seed + (cpu + 1) * 0x9e3779b97f4a7c15ull;
-
-	z = (z ^ (z >> 30)) * 0xbf58476d1ce4e5b9ull;
-	z = (z ^ (z >> 27)) * 0x94d049bb133111ebull;
-	z ^= z >> 31;
-	return z ? z : 1;
-}
-
-static int cpu_create(struct machine *m, uint32_t id)
-{
-	struct cpu *c = &m->cpus[id];
-
-	c->id = id;
-	atomic_init(&c->chaos_state, chaos_seed(m->config.seed, id));
-	atomic_init(&c->power, cpu_is_target(m, id) ? CPU_OFFLINE : CPU_RUNNING);
-	c->counters = counters_create(m);
-	if (!c->counters)
-		return MACHINE_NOMEM;
-	if (!cpu_is_target(m, id))
-		return 0;
-	c->tlb = tlb_create_in(m->heap, &m->config);
-	return c->tlb ? 0 : MACHINE_NOMEM;
-}
-
-int cpus_create(struct machine *m)
-{
-	m->cpus = heap_zalloc_lines(m->heap, m->cpu_count, sizeof(*m->cpus));
-	if (!m->cpus)
-		return MACHINE_NOMEM;
-	for (uint32_t id = 0; id < m->cpu_count; id++) {
-		int r = cpu_create(m, id);
-
-		if (r)
-			return r;
-	}
-	return 0;
-}
-
-void cpus_destroy(struct machine *m)
-{
-	for (uint32_t id = 0; m->cpus && id < m->cpu_count; id++) {
-		struct cpu *c = &m->cpus[id];
-
-		if (c->tlb)
-			tlb_destroy(c->tlb);
-		counters_destroy(m, c->counters);
-		flush_account_destroy(m, c);
-		heap_free(m->heap, c->csds);
-		heap_free(m->heap, c->calls_sent);
-		heap_free(m->heap, c->stepped);
-	}
-	heap_free(m->heap, m->cpus);
-	m->cpus = NULL;
-}
-
-int vms_create(struct machine *m)
-{
-	m->vms = heap_zalloc_lines(m->heap, m->config.vms, sizeof(*m->vms));
-	m->vcpus = heap_zalloc_lines(m->heap, m->config.vcpus, sizeof(*m->vcpus));
-	return m->vms && m->vcpus ? 0 : MACHINE_NOMEM;
-}
-
-void vms_destroy(struct machine *m)
-{
-	for (uint32_t vcpu = 0; m->vcpus && vcpu < m->config.vcpus; vcpu++)
-		vcpu_destroy(m, vcpu);
-	for (uint32_t vm = 0; m->vms && vm < m->config.vms; vm++)
-		vm_destroy(m, vm);
-	heap_free(m->heap, m->vcpus);
-	heap_free(m->heap, m->vms);
-	m->vcpus = NULL;
-	m->vms = NULL;
-}
-
 /* --- the machine ------------------------------------------------------------------------------------ */
 
 /* Build the parts in the order of need; returns the resource that ran short.  Callbacks that are still queued
@@ -151,6 +79,8 @@ static const char *build(struct machine *m)
 {
 	if (cpus_create(m))
 		return "the CPUs and their TLBs";
+	if (events_create(m))
+		return "the events";
 	if (oracle_create(m))
 		return "the oracle";
 	if (frames_create(m))
@@ -173,6 +103,7 @@ static void dismantle(struct machine *m)
 		frames_destroy(m);
 	if (m->oracle)
 		oracle_destroy(m);
+	events_destroy(m);
 	cpus_destroy(m);
 	heap_free(heap, m);
 	heap_destroy(heap);
@@ -215,6 +146,7 @@ struct machine *machine_create(const struct machine_config *config, char *error,
 	m->cpu_count = config->pcpus + config->housekeeping;
 	m->spin_ns = spin_time();
 	flush_register();
+	ept_register();
 	why = build(m);
 	if (why) {
 		snprintf(error, size, "machine: not enough memory for %s", why);

@@ -11,19 +11,17 @@
  *             its fill; if that is older than the frame's, the oracle is asked before the frame is used.
  *   host_tag  advanced when the host takes the frame away from its user: an mmu_notifier's promise
  *             completed, or the frame was freed.  This is the custody that a fault takes with the frame number,
- *             that the SPTE carries in spare bits, and the TLB entry after it.
- *
- * A huge SPTE has room for one custody, and stands for the 512 frames of a block, of which the host may take
- * some and leave others.  So each block has a clock, which advances whenever the host takes frames of it, and
- * each frame of a block remembers the clock at which it was last taken.  The custody of a huge leaf is the
- * clock's reading at its fault: it is void for the frames that were taken since, and valid for all others.
+ *             that the SPTE carries in spare bits, and the TLB entry after it (custody.h).
  */
 #ifndef FLUSHLAB_FRAME_H
 #define FLUSHLAB_FRAME_H
 
-#include "core/machine.h"
+#include "core/machine_types.h"
 
 /* api */
+/* Levels of page tables, as KVM counts them. */
+enum pg_level { PG_LEVEL_4K = 1, PG_LEVEL_2M = 2, PG_LEVEL_1G = 3, PG_LEVEL_512G = 4 };
+
 enum frame_kind { FRAME_ROOT, FRAME_TABLE, FRAME_GUEST, FRAME_BLOCK, FRAME_KINDS };
 /* CUSTODY_OF_BLOCK: a custody outside of an SPTE is that of a huge leaf. */
 enum { FRAME_TAG_MASK = 0x7fff, CUSTODY_OF_BLOCK = 0x8000, BLOCK_FRAMES = 512 };
@@ -47,8 +45,6 @@ uint64_t frames_order(struct machine *m);
 /* Read or write one 64-bit word of a frame, as a guest or user space does. */
 uint64_t frame_read(struct machine *m, uint32_t hfn, uint32_t word);
 void frame_write(struct machine *m, uint32_t hfn, uint32_t word, uint64_t value);
-/* Return the clock of the frame's block: the custody of a huge leaf for a fault at this moment. */
-uint32_t frame_block_custody(struct machine *m, uint32_t hfn);
 /* end api */
 
 enum { FRAME_WORDS = 512, FRAMES_MAX = 1 << 24 };
@@ -138,27 +134,6 @@ static inline bool frame_unlinked(const struct frames *f, uint32_t hfn)
 	return atomic_load_explicit(&f->unlinked[hfn], memory_order_relaxed);
 }
 
-/* One operation by which the host takes frames from their user.  All of its frames of a block are taken at one
- * time of the block's clock; a fault that reads the clock before the last of them is taken counts as earlier. */
-struct taking {
-	uint32_t block; /* number + 1; 0: none */
-	uint16_t time;
-};
-
-/* Advance the frame's host tag; returns the new tag. */
-uint32_t frame_take(struct frames *f, struct taking *t, uint32_t hfn);
-void frame_taken(struct frames *f, struct taking *t);
-
-/* Return whether the host has not taken the frame since that custody, CUSTODY_OF_BLOCK or not. */
-bool frame_custody_holds(const struct frames *f, uint32_t hfn, uint32_t custody);
-/* Convert this custody into one of the single frame; void if it is void. */
-uint32_t frame_custody_of_one(const struct frames *f, uint32_t hfn, uint32_t custody);
-/* Return the custody of a block at this moment, for a fault that holds this frame of it by its own custody:
- * void for the frame if that is void. */
-uint32_t frame_custody_of_block(const struct frames *f, uint32_t hfn, uint32_t custody);
-/* Return whether the custody is older than the last free of the frame. */
-bool frame_freed_since(const struct frames *f, uint32_t hfn, uint32_t custody);
-
 static inline enum frame_kind frame_kind_of(const struct frames *f, uint32_t hfn)
 {
 	if (hfn < f->pool[FRAME_TABLE].first)
@@ -166,6 +141,16 @@ static inline enum frame_kind frame_kind_of(const struct frames *f, uint32_t hfn
 	if (hfn < f->pool[FRAME_GUEST].first)
 		return FRAME_TABLE;
 	return hfn < f->pool[FRAME_BLOCK].first ? FRAME_GUEST : FRAME_BLOCK;
+}
+
+static inline struct block *frame_block(const struct frames *f, uint32_t hfn)
+{
+	return &f->block[(hfn - f->pool[FRAME_BLOCK].first) / BLOCK_FRAMES];
+}
+
+static inline bool frame_in_block(const struct frames *f, uint32_t hfn)
+{
+	return frame_kind_of(f, hfn) == FRAME_BLOCK;
 }
 
 /* frame_free() without counters and events, for destroying a VM: no CPU executes it. */

@@ -1,9 +1,13 @@
 /* Faults, reclaim and protection of user memory.  See mm.h. */
-#include "core/counters.h"
-#include "ept/ept.h"
+#include "memory/mm.h"
+
 #include "core/heap.h"
+#include "core/machine_types.h"
+#include "memory/frame.h"
+#include "memory/mm_image.h"
 #include "memory/mm_internal.h"
-#include "oracle/oracle.h"
+#include "sync/cpu.h"
+#include "vm/vm.h"
 
 enum { NO_FRAME = 0xffffffff };
 

@@ -8,7 +8,7 @@
 #ifndef FLUSHLAB_MM_H
 #define FLUSHLAB_MM_H
 
-#include "core/machine.h"
+#include "core/machine_types.h"
 
 /* api */
 struct mm_page {
@@ -41,43 +41,14 @@ uint64_t mm_unmap(struct machine *m, uint32_t cpu, uint32_t vm, uint64_t start, 
 /* mprotect: set the host's own right to write, present or not.  Returns pages changed.  A huge page that is
  * changed in part is split. */
 uint64_t mm_protect(struct machine *m, uint32_t cpu, uint32_t vm, uint64_t start, uint64_t end, int writable);
-/* Migrate each present 4K page of the range to a new frame (huge pages stay).  Returns pages moved; fewer when
- * frames run out. */
-uint64_t mm_migrate(struct machine *m, uint32_t cpu, uint32_t vm, uint64_t start, uint64_t end);
-/* khugepaged: move the aligned 512 pages at hva into one 2M block, contents copied.  Absent pages are filled
- * in, but at least one must be present.  0, MACHINE_NOMEM (no block is free), or MACHINE_AGAIN (no page is
- * present, or pages differ in their protection). */
-int mm_collapse(struct machine *m, uint32_t cpu, uint32_t vm, uint64_t hva);
-/* Map the block by 4K pages again, with its frames unchanged. */
-int mm_split(struct machine *m, uint32_t cpu, uint32_t vm, uint64_t hva);
-/* Return 1 if the 2M range at hva is mapped huge. */
-int mm_huge(struct machine *m, uint32_t vm, uint64_t hva);
-/* host_pfn_mapping_level() for a fault that has the frame `hfn` for hva by custody `tag`: the custody of a huge
- * leaf, if hva is mapped huge and by that frame, else -1.  This is the moment at which the fault reads the
- * frame's neighbours; if its own custody is void, so is that of the leaf for this frame. */
-int32_t mm_huge_custody(struct machine *m, uint32_t vm, uint64_t hva, uint32_t hfn, uint32_t tag);
-
-/* Images: the copies that live migration makes.  Pages from hva `start` on, n of them; initially all zeros.
- * One image per VM, used by one thread. */
-int mm_image_create(struct machine *m, uint32_t vm, uint64_t start, uint64_t n);
-void mm_image_destroy(struct machine *m, uint32_t vm);
-/* Copy the pages set in a bitmap word (bit i: hva base + i), as user space reads them while vCPUs run.  Returns
- * pages copied, or MACHINE_NOMEM. */
-int64_t mm_image_copy(struct machine *m, uint32_t vm, uint64_t base, uint64_t mask);
-/* Copy every page of the image. */
-int64_t mm_image_copy_all(struct machine *m, uint32_t vm);
-/* Return how many copies so far have found their page changed. */
-uint64_t mm_image_changed(struct machine *m, uint32_t vm);
-/* Return the first page (hva) from `from` on that differs from the image, or -1.  Only while no vCPU runs. */
-int64_t mm_image_differs(struct machine *m, uint32_t vm, uint64_t from);
-/* Return 1 if this page differs; *value: its first differing word, which, if a guest stored it, is the clock of
- * its vCPU then (guest.h). */
-int mm_image_lost(struct machine *m, uint32_t vm, uint64_t hva, uint64_t *value);
-/* Read one 64-bit word as user space does, without faulting the page in. */
-uint64_t mm_read(struct machine *m, uint32_t vm, uint64_t hva, uint32_t word);
 /* end api */
 
-struct vm;
+/* Under the region's lock: move the contents behind an entry into a frame, which then is the page's; swapped
+ * bytes are freed. */
+void mm_fill_from(struct machine *m, uint64_t entry, uint32_t hfn);
+/* MACHINE_MISUSE with a message. */
+int mm_misuse(struct machine *m, uint32_t cpu, const char *what, uint64_t hva);
+
 int mm_create(struct machine *m, struct vm *vm);
 void mm_destroy(struct machine *m, struct vm *vm);
 

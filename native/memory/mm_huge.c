@@ -1,6 +1,12 @@
-/* Moving pages: migration, khugepaged's collapse, and the way back.  See mm.h. */
-#include "ept/ept.h"
+/* Moving pages: migration, khugepaged's collapse, and the way back.  See mm_huge.h. */
+#include "memory/mm_huge.h"
+
+#include "core/machine_types.h"
+#include "memory/custody.h"
+#include "memory/frame.h"
+#include "memory/mm.h"
 #include "memory/mm_internal.h"
+#include "vm/vm.h"
 
 /* Under the region's lock.  The notifier has promised that no vCPU uses the page.  Under a mutant, a vCPU that
  * does may store into the old frame after the copy, and that store is lost, as on real hardware. */

@@ -1,6 +1,11 @@
-/* Images: user space's copies of guest memory, as live migration makes them.  See mm.h. */
+/* Images: user space's copies of guest memory, as live migration makes them.  See mm_image.h. */
+#include "memory/mm_image.h"
+
 #include "core/heap.h"
+#include "core/machine_types.h"
+#include "memory/frame.h"
 #include "memory/mm_internal.h"
+#include "vm/vm.h"
 
 int mm_image_create(struct machine *m, uint32_t vm, uint64_t start, uint64_t n)
 {

@@ -7,10 +7,9 @@
 #ifndef FLUSHLAB_MM_INTERNAL_H
 #define FLUSHLAB_MM_INTERNAL_H
 
-#include "memory/frame.h"
-#include "memory/mm.h"
+#include "core/machine_types.h"
 #include "core/spin.h"
-#include "vm/vm.h"
+#include "memory/frame.h"
 
 /* MM_COW: present, and its first write gets a copy. */
 enum { MM_PRESENT = 1, MM_READONLY = 2, MM_SWAPPED = 4, MM_COW = 8, MM_FLAGS = 15, MM_HFN_SHIFT = 12 };
@@ -79,12 +78,5 @@ static inline void mm_set_huge(struct mm_region *r, bool huge)
 {
 	atomic_store_explicit(&r->huge, huge, memory_order_relaxed);
 }
-
-
-/* Under the region's lock: move the contents behind an entry into a frame, which then is the page's; swapped
- * bytes are freed. */
-void mm_fill_from(struct machine *m, uint64_t entry, uint32_t hfn);
-/* MACHINE_MISUSE with a message. */
-int mm_misuse(struct machine *m, uint32_t cpu, const char *what, uint64_t hva);
 
 #endif

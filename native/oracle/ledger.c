@@ -1,10 +1,18 @@
 /* The ledger: the state of every right of a VM.  See oracle.h and ledger.h. */
 #define _GNU_SOURCE
+#include "oracle/ledger.h"
+
 #include <sched.h>
 #include <sys/mman.h>
 
+#include "core/counters.h"
+#include "core/cpu_types.h"
+#include "core/events.h"
 #include "core/heap.h"
-#include "oracle/ledger.h"
+#include "core/machine_types.h"
+#include "memory/custody.h"
+#include "memory/frame.h"
+#include "vm/vm.h"
 
 enum { NO_FRAME = 0xffffffff };
 

@@ -1,5 +1,4 @@
-/* Internals of the ledger (oracle.h): the state of every right of a VM, one entry per gfn, in arrays grouped by
- * use.
+/* The ledger (oracle.h): the state of every right of a VM, one entry per gfn, in arrays grouped by use.
  *
  * Locks are per group of adjacent gfns.  A CPU that goes along a range holds one group's lock at a time, by a
  * cursor; it neither waits for anything else nor sleeps while the cursor holds a lock.  One locked instruction
@@ -8,9 +7,41 @@
 #ifndef FLUSHLAB_LEDGER_H
 #define FLUSHLAB_LEDGER_H
 
+#include "core/machine_types.h"
 #include "memory/frame.h"
-#include "oracle/oracle.h"
 #include "vm/vm.h"
+
+/* api */
+/* KVM's promises, and the moment at which each is made: see kvm_mmu_notifier_invalidate_range_start,
+ * kvm_set_memslot, kvm_vm_ioctl_get_dirty_log, kvm_zap_gfn_range. */
+enum promise {
+	PROMISE_NONE,
+	PROMISE_NOTIFIER,       /* invalidate_range_start returned: the range is not used */
+	PROMISE_NOTIFIER_WRITE, /* invalidate_range_start returned: the range is not written (mprotect,
+				 * copy-on-write, KSM) */
+	PROMISE_MEMSLOT,        /* the slot is gone */
+	PROMISE_ZAP_RANGE,      /* kvm_zap_gfn_range returned */
+	PROMISE_DIRTY_LOG,      /* every later write is logged */
+	PROMISE_FREE,           /* the frame was freed */
+	PROMISE_GUEST,          /* the guest invalidated its own mapping on this vCPU */
+	PROMISES
+};
+
+/* Take a ticket, a moment in the history of a VM's rights, after an operation has changed SPTEs and before its
+ * flush. */
+uint64_t oracle_ticket(struct machine *m, uint32_t vm);
+/* The operation behind `promise` on gfns [start, end) is complete.  Its flush has covered the rights that were
+ * removed before `ticket`; a notifier's and a memslot's promise need none (0), because nothing is granted while
+ * they are under way.  Returns the number of rights revoked. */
+uint64_t oracle_revoke(struct machine *m, uint32_t cpu, uint32_t vm, uint64_t start, uint64_t end,
+		       uint32_t promise, uint64_t ticket);
+/* oracle_revoke() for single gfns: bit i of mask is gfn base + i (dirty log). */
+uint64_t oracle_revoke_mask(struct machine *m, uint32_t cpu, uint32_t vm, uint64_t base, uint64_t mask,
+			    uint32_t promise, uint64_t ticket);
+/* Return the state of one right, for tests and reports: bit 0 readable granted, 1 writable granted, 2 read
+ * revoked, 3 write revoked; frame in *hfn. */
+uint32_t oracle_right(struct machine *m, uint32_t vm, uint64_t gfn, uint32_t *hfn);
+/* end api */
 
 enum { LEDGER_GROUP_BITS = 4, REVOKED_READ = 1, REVOKED_WRITE = 2 };
 
@@ -36,6 +67,33 @@ struct ledger {
 	struct ledger_right *right;
 	struct ledger_promise *promise;
 };
+
+/* The state of one right, as ledger_copy() returns it. */
+struct ledger_entry {
+	uint32_t hfn;
+	uint8_t live_read;  /* SPTEs that grant it now, over all roots */
+	uint8_t live_write;
+	uint8_t revoked;    /* bit 0: read, bit 1: write */
+	uint8_t promise;    /* the last one */
+	uint32_t promise_cpu;
+	uint64_t promise_time;
+	uint64_t ungranted;   /* the VM's promise clock when a right was last taken away */
+};
+
+int ledger_create(struct machine *m, struct vm *vm);
+void ledger_destroy(struct machine *m, struct vm *vm);
+
+/* Grant n gfns from `gfn` on the frames from `hfn` on, for a leaf SPTE that is about to appear, under the
+ * custody that its fault took (frame.h). */
+void ledger_grant(struct machine *m, uint32_t vm, uint64_t gfn, uint32_t hfn, uint64_t n, uint32_t custody,
+		  bool write);
+/* Grant write to an SPTE that granted read. */
+void ledger_grant_write(struct machine *m, uint32_t vm, uint64_t gfn, uint32_t hfn, uint64_t n,
+			uint32_t custody);
+/* Ungrant an SPTE's read and write, or write only; the frames' tags are advanced. */
+void ledger_ungrant(struct machine *m, uint32_t vm, uint64_t gfn, uint32_t hfn, uint64_t n, bool read, bool write);
+/* Take one consistent copy. */
+void ledger_copy(struct machine *m, uint32_t vm, uint64_t gfn, struct ledger_entry *out);
 
 #define LEDGER_NO_GROUP UINT64_MAX
 

@@ -1,10 +1,19 @@
 /* Judging uses, and keeping reports.  See oracle.h for the definition of a violation. */
+#include "oracle/oracle.h"
+
 #include <string.h>
 
+#include "core/counters.h"
+#include "core/cpu_types.h"
 #include "core/events.h"
-#include "memory/frame.h"
-#include "guest/guest_state.h"
 #include "core/heap.h"
+#include "core/machine_types.h"
+#include "memory/custody.h"
+#include "memory/frame.h"
+#include "oracle/ledger.h"
+#include "oracle/story.h"
+#include "tlb/tlb.h"
+#include "vm/guest_state.h"
 #include "vm/vm.h"
 
 static bool is_write(uint32_t type)
@@ -113,8 +122,7 @@ void oracle_forget(struct machine *m)
 	for (uint32_t i = 0; i < VIOLATIONS; i++)
 		atomic_store_explicit(&o->told[i], 0, memory_order_relaxed);
 	atomic_store_explicit(&o->stories, 0, memory_order_relaxed);
-	for (uint32_t i = 0; i < m->cpu_count; i++)
-		atomic_store_explicit(&o->rings[i].next, 0, memory_order_relaxed);
+	events_forget(m);
 }
 
 void oracle_violation(struct machine *m, struct cpu *cpu, const struct vcpu *vcpu,
@@ -180,21 +188,11 @@ uint32_t oracle_report_events(struct machine *m, uint32_t report, struct event *
 int oracle_create(struct machine *m)
 {
 	m->oracle = heap_zalloc(m->heap, 1, sizeof(*m->oracle));
-	if (!m->oracle)
-		return MACHINE_NOMEM;
-	m->oracle->rings = heap_zalloc_lines(m->heap, m->cpu_count, sizeof(struct event_ring));
-	if (!m->oracle->rings) {
-		oracle_destroy(m);
-		return MACHINE_NOMEM;
-	}
-	return 0;
+	return m->oracle ? 0 : MACHINE_NOMEM;
 }
 
 void oracle_destroy(struct machine *m)
 {
-	if (!m->oracle)
-		return;
-	heap_free(m->heap, m->oracle->rings);
 	heap_free(m->heap, m->oracle);
 	m->oracle = NULL;
 }

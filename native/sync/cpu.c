@@ -11,10 +11,11 @@
 #include <time.h>
 #include <unistd.h>
 
+#include "core/chaos.h"
+#include "core/counters.h"
+#include "core/cpu_types.h"
+#include "core/machine_types.h"
 #include "sync/ipi.h"
-#include "sync/rcu.h"
-#include "tlb/tlb.h"
-#include "vm/vm.h"
 
 /* Where the orders below are sequentially consistent, the pairing is P1 to P3 of cpu.h. */
 #define SEQ_CST memory_order_seq_cst
@@ -135,7 +136,7 @@ static int cpu_sleep(struct machine *m, struct cpu *c, uint32_t seq, uint64_t na
 	return cpu_resume(m, c);
 }
 
-void cpu_offline(struct machine *m, uint32_t cpu)
+bool cpu_seize(struct machine *m, uint32_t cpu)
 {
 	struct cpu *c = &m->cpus[cpu];
 
@@ -143,13 +144,18 @@ void cpu_offline(struct machine *m, uint32_t cpu)
 		if (power_change(c, CPU_HALTED, CPU_SERVICED))
 			break;
 		if (atomic_load_explicit(&c->power, SEQ_CST) == CPU_OFFLINE)
-			return;
+			return false;
 		power_pause(turn);
 	}
 	c->irqs_off = 0;
 	c->in_call = 0;
-	rcu_cpu_offline(c);
-	mmu_locks_abandon(m, cpu);
+	return true;
+}
+
+void cpu_retire(struct machine *m, uint32_t cpu)
+{
+	struct cpu *c = &m->cpus[cpu];
+
 	ipi_discard_queue(m, c);
 	chaos_point(m, cpu);
 	atomic_store_explicit(&c->power, CPU_OFFLINE, SEQ_CST);

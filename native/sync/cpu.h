@@ -23,11 +23,7 @@
 #ifndef FLUSHLAB_CPU_H
 #define FLUSHLAB_CPU_H
 
-#include <stdalign.h>
-#include <stdbool.h>
-
-#include "core/counters.h"
-#include "core/machine.h"
+#include "core/machine_types.h"
 
 /* api */
 /* Reasons for a CPU to leave its current activity at the next poll. */
@@ -72,10 +68,7 @@ int local_irq_disable(struct machine *m, uint32_t cpu, const char *where);
 int local_irq_enable(struct machine *m, uint32_t cpu);
 int irqs_disabled(struct machine *m, uint32_t cpu);
 
-/* Called by the CPU's thread, or by the machine for a thread that died or sleeps: acknowledge the queue, leave
- * RCU, drop its mmu_locks, mark the CPU offline.  Its waits return MACHINE_OFFLINE, and calls that still reach
- * it are acknowledged by their senders. */
-void cpu_offline(struct machine *m, uint32_t cpu);
+/* Take the CPU online; its waits and calls begin to work.  cpu_offline() is in offline.h. */
 void cpu_online(struct machine *m, uint32_t cpu);
 int cpu_power(struct machine *m, uint32_t cpu);
 /* For a CPU without a thread of its own, which several threads drive in turn.  cpu_idle() leaves it to senders
@@ -84,62 +77,6 @@ int cpu_power(struct machine *m, uint32_t cpu);
 int cpu_idle(struct machine *m, uint32_t cpu);
 int cpu_take(struct machine *m, uint32_t cpu);
 /* end api */
-
-struct csd;
-struct run;
-struct rcu_head;
-struct rcu_chunk;
-struct tlb;
-
-/* The place of a CPU in the queue of the one mmu_lock that it waits for (mmu_lock.c). */
-struct lock_waiter {
-	struct lock_waiter *next;
-	uint32_t cpu;
-	bool write;
-	bool queued; /* under the queue's lock: not granted yet */
-	_Atomic uint32_t granted;
-};
-
-struct cpu {
-	/* written by any thread; on one line, so that queueing a call and kicking cost one transfer */
-	alignas(CACHELINE) _Atomic uint32_t attention;
-	_Atomic uint32_t event;
-	_Atomic uint32_t power;
-	_Atomic(struct csd *) call_queue;
-	/* written by the owner; the RCU thread reads it with a read-modify-write (rcu.c) */
-	alignas(CACHELINE) _Atomic uint64_t rcu_snapshot; /* 0: quiescent; else the grace period at lock */
-	/* accessed only by the owner (or the thread that holds the CPU SERVICED) */
-	alignas(CACHELINE) uint32_t id;
-	uint32_t rcu_depth;
-	uint32_t locks_held; /* mmu_locks held: no synchronize_* while not 0 */
-	uint32_t irqs_off;
-	uint32_t in_call; /* runs an IPI function, which may neither wait nor send */
-	uint32_t guest_vm; /* VM of the guest that runs here or ran here last */
-	bool concerned;    /* a call since then concerned that VM */
-	bool kicked;       /* a call since then was other than IPI_VMCS_CLEAR */
-	bool interrupted;  /* that guest was left because of an IPI */
-	struct run *stepped; /* guest mode step by step, between guest_enter() and guest_leave() */
-	uint64_t stepped_budget;
-	bool calls_held;   /* ipi_hold(): set while no other thread runs */
-	struct counters *counters;
-	struct tlb *tlb; /* NULL on a housekeeping CPU */
-	_Atomic uint64_t chaos_state; /* relaxed: two threads may act for a CPU at its power changes */
-	struct flush_account *flush_account; /* flush.c */
-	char irqs_off_where[48];
-	struct csd *csds;     /* one node per target, allocated at the first call sent */
-	uint64_t *calls_sent; /* scratch masks of the call being sent: the CPUs called, and */
-	uint64_t *calls_kick; /* the CPUs that must be serviced or interrupted for it */
-	struct rcu_head *rcu_free; /* callback nodes at hand */
-	struct rcu_chunk *rcu_chunks;
-	_Atomic(struct rcu_head *) rcu_returned; /* callback nodes that the RCU thread gave back */
-	struct lock_waiter lock_waiter;
-	char error[160];
-};
-
-static inline bool cpu_is_target(const struct machine *m, uint32_t cpu)
-{
-	return cpu < m->config.pcpus;
-}
 
 /* Decide whether this CPU may wait now: 0, or MACHINE_MISUSE with a message.  `what` names the wait. */
 int cpu_may_wait(struct machine *m, uint32_t cpu, const char *what);
@@ -166,38 +103,14 @@ struct wait {
 struct wait wait_begin(struct machine *m, uint32_t cpu);
 int wait_turn(struct wait *w);
 
+/* Going offline (offline.h).  cpu_seize() takes the CPU from its thread, which runs or sleeps, with its interrupts
+ * on; false: it is offline already.  cpu_retire() then acknowledges its queue and marks it offline: its waits return
+ * MACHINE_OFFLINE. */
+bool cpu_seize(struct machine *m, uint32_t cpu);
+void cpu_retire(struct machine *m, uint32_t cpu);
+
 /* HLT in guest mode, without an exit: sleep until attention is set, at most until `until` (monotonic ns).
  * Senders do not service this CPU's calls but wake it: it must leave guest mode to acknowledge. */
 void cpu_guest_halt(struct machine *m, uint32_t cpu, uint64_t until);
-
-/* CPUs that wait for a condition, if the CPU that makes it true cannot find them otherwise. */
-struct waiters {
-	_Atomic uint64_t *mask; /* a bit per CPU */
-	uint32_t words;
-};
-int waiters_init(struct waiters *waiters, const struct machine *m);
-void waiters_fini(struct waiters *waiters, const struct machine *m);
-/* Called before the waiter tests its condition for the last time: P1 with waiters_wake() after it became true. */
-void waiters_add(struct waiters *waiters, uint32_t cpu);
-void waiters_wake(struct machine *m, struct waiters *waiters);
-
-/* A point where order matters: delays its caller now and then if the machine was built with chaos. */
-void chaos_delay(struct machine *m, uint32_t cpu);
-
-static inline void chaos_point(struct machine *m, uint32_t cpu)
-{
-	if (m->config.chaos)
-		chaos_delay(m, cpu);
-}
-
-int cpus_create(struct machine *m);
-void cpus_destroy(struct machine *m);
-
-static inline void cpu_relax(void)
-{
-#if defined(__x86_64__) || defined(__i386__)
-	__builtin_ia32_pause();
-#endif
-}
 
 #endif

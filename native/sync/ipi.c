@@ -1,7 +1,14 @@
-/* Calls between CPUs, the target's side: handlers, and the choice of the CPU that runs them.  smp.c sends them. */
+#include "sync/ipi.h"
+
+#include <stddef.h>
+
+#include "core/chaos.h"
+#include "core/counters.h"
+#include "core/cpu_types.h"
+#include "core/machine_types.h"
+#include "sync/cpu.h"
 #include "sync/ipi_internal.h"
-#include "oracle/oracle.h"
-#include "vm/vm.h"
+#include "sync/smp.h"
 
 /* The orders of P2 and P3 in cpu.h. */
 #define SEQ_CST memory_order_seq_cst
@@ -49,17 +56,10 @@ static void csd_unlock(struct machine *m, struct csd *csd)
 		cpu_wake(m, sender);
 }
 
-/* Return the VM for which a call is made (ipi.h). */
-static uint32_t vm_of_call(const struct machine *m, uint32_t function, uint64_t argument)
-{
-	return function == IPI_VMCS_CLEAR && argument < m->config.vcpus ? m->vcpus[argument].vm
-									: (uint32_t)(argument >> 32);
-}
-
 void ipi_run_function(struct machine *m, struct cpu *target, uint32_t function, uint64_t argument)
 {
 	target->kicked |= function != IPI_VMCS_CLEAR;
-	target->concerned |= vm_of_call(m, function, argument) == target->guest_vm;
+	target->concerned |= (uint32_t)(argument >> 32) == target->guest_vm;
 	target->in_call = 1;
 	handler_of(function)(m, target, argument);
 	target->in_call = 0;

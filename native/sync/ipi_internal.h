@@ -2,7 +2,7 @@
 #ifndef FLUSHLAB_IPI_INTERNAL_H
 #define FLUSHLAB_IPI_INTERNAL_H
 
-#include "sync/ipi.h"
+#include "core/machine_types.h"
 
 enum csd_flags {
 	CSD_LOCKED = 1, /* in use: queued or being run */
@@ -22,9 +22,5 @@ struct csd {
 	uint32_t sync;
 	uint64_t argument;
 };
-
-bool ipi_is_registered(uint32_t function);
-/* Run a function on a CPU that the caller owns, with the accounting that every call needs. */
-void ipi_run_function(struct machine *m, struct cpu *target, uint32_t function, uint64_t argument);
 
 #endif

@@ -1,8 +1,16 @@
 /* RCU: readers, waits for grace periods, and the thread that drives them.  See rcu.h. */
+#include "sync/rcu.h"
+
+#include "core/chaos.h"
+#include "core/counters.h"
+#include "core/cpu_types.h"
 #include "core/heap.h"
+#include "core/machine_types.h"
+#include "sync/cpu.h"
 #include "sync/ipi.h"
+#include "sync/rcu_callback.h"
 #include "sync/rcu_internal.h"
-#include "vm/vm.h"
+#include "sync/waiters.h"
 
 #define SEQ_CST memory_order_seq_cst
 

@@ -1,7 +1,15 @@
 /* call_rcu(): callbacks, from the CPU that queues them to the RCU thread that runs them. */
+#include "sync/rcu_callback.h"
+
+#include "core/chaos.h"
+#include "core/counters.h"
+#include "core/cpu_types.h"
 #include "core/heap.h"
-#include "sync/ipi.h"
+#include "core/machine_types.h"
+#include "sync/cpu.h"
+#include "sync/rcu.h"
 #include "sync/rcu_internal.h"
+#include "sync/waiters.h"
 
 #define SEQ_CST memory_order_seq_cst
 

@@ -2,7 +2,8 @@
 #ifndef FLUSHLAB_RCU_INTERNAL_H
 #define FLUSHLAB_RCU_INTERNAL_H
 
-#include "sync/rcu.h"
+#include "core/machine_types.h"
+#include "sync/waiters.h"
 
 /* A queued callback.  Nodes circulate: the owner's free list, the pending stack, the RCU thread, the owner's
  * stack of returned nodes.  Their number is the largest number of callbacks that were pending at a time. */
@@ -28,14 +29,5 @@ struct rcu {
 	_Atomic uint64_t queued;
 	alignas(CACHELINE) _Atomic uint64_t invoked;
 };
-
-/* Wake the RCU thread.  P1: the caller has changed the condition that the thread tests. */
-void rcu_wake_thread(struct machine *m);
-/* Take the callbacks queued so far, oldest first. */
-struct rcu_head *rcu_take_pending(struct rcu *rcu);
-/* Run the callbacks, then wake the CPUs that wait for callbacks. */
-void rcu_invoke(struct machine *m, uint32_t cpu, struct rcu_head *list);
-/* Free the CPUs' nodes. */
-void rcu_free_nodes(struct machine *m);
 
 #endif

@@ -1,9 +1,16 @@
-/* Calls between CPUs, the sender's side (kernel/smp.c).  ipi.c is the target's side. */
+#include "sync/smp.h"
+
 #include <string.h>
 
+#include "core/chaos.h"
+#include "core/counters.h"
+#include "core/cpu_types.h"
+#include "core/events.h"
 #include "core/heap.h"
+#include "core/machine_types.h"
+#include "sync/cpu.h"
+#include "sync/ipi.h"
 #include "sync/ipi_internal.h"
-#include "oracle/oracle.h"
 
 /* The orders of P2 and P3 in cpu.h. */
 #define SEQ_CST memory_order_seq_cst

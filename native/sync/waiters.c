@@ -1,6 +1,8 @@
-/* Sets of CPUs that wait for one condition: the CPU that makes it true wakes them all.  See cpu.h. */
-#include "sync/cpu.h"
+#include "sync/waiters.h"
+
 #include "core/heap.h"
+#include "core/machine_types.h"
+#include "sync/cpu.h"
 
 /* P1 of cpu.h, from both sides. */
 #define SEQ_CST memory_order_seq_cst

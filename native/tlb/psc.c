@@ -2,7 +2,14 @@
  * points to.  They share the contexts of the translations but have generations of their own, because INVLPG
  * drops all of a PCID's entries here but only one of its translations.  No entry is global: the G flag has a
  * meaning only where a page is mapped. */
-#include "tlb/tlb_internal.h"
+#include "tlb/psc.h"
+
+#include "core/cpu_types.h"
+#include "core/machine_types.h"
+#include "tlb/tlb.h"
+#include "tlb/tlb_context.h"
+#include "tlb/tlb_store.h"
+#include "tlb/tlb_types.h"
 
 enum { PSC_WAYS = FEW_WAYS };
 

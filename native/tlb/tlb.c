@@ -1,8 +1,17 @@
 /* The TLB's two levels: look-up, fill, and the helpers of both.  See tlb.h for the model. */
+#include "tlb/tlb.h"
+
 #include <string.h>
 
 #include "core/heap.h"
-#include "tlb/tlb_internal.h"
+#include "core/machine_types.h"
+#include "tlb/psc.h"
+#include "tlb/tlb_account.h"
+#include "tlb/tlb_address.h"
+#include "tlb/tlb_context.h"
+#include "tlb/tlb_l1.h"
+#include "tlb/tlb_store.h"
+#include "tlb/tlb_types.h"
 
 struct tlb *tlb_create_in(struct heap *heap, const struct machine_config *config)
 {

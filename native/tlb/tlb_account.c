@@ -1,5 +1,10 @@
 /* Accounting behind the second level: dropped entries by the VM that filled them, and pieces of large pages. */
-#include "tlb/tlb_internal.h"
+#include "tlb/tlb_account.h"
+
+#include "core/cpu_types.h"
+#include "core/machine_types.h"
+#include "tlb/tlb_store.h"
+#include "tlb/tlb_types.h"
 
 uint32_t *piece_bucket(struct tlb *t, uint32_t context, uint64_t page, uint32_t piece, uint32_t guest)
 {

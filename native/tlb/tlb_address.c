@@ -5,7 +5,13 @@
  * them (4.10.4.1).  The pieces are found by probing for each possible one, at most 512 in most cases, and only
  * if the counting filter tells that there may be any: the cost does not grow with the TLB.
  */
-#include "tlb/tlb_internal.h"
+#include "tlb/tlb_address.h"
+
+#include "core/machine_types.h"
+#include "tlb/tlb.h"
+#include "tlb/tlb_account.h"
+#include "tlb/tlb_store.h"
+#include "tlb/tlb_types.h"
 
 static uint64_t align_page(uint64_t page, uint32_t size)
 {

@@ -5,9 +5,17 @@
  * chain by VPID (for the rest), so that an invalidation visits only them.  When all slots are taken, the one
  * unused for longest is recycled, which drops its entries: a CPU may drop any entry at any time.
  */
+#include "tlb/tlb_context.h"
+
 #include <string.h>
 
-#include "tlb/tlb_internal.h"
+#include "core/cpu_types.h"
+#include "core/machine_types.h"
+#include "tlb/tlb.h"
+#include "tlb/tlb_account.h"
+#include "tlb/tlb_l1.h"
+#include "tlb/tlb_store.h"
+#include "tlb/tlb_types.h"
 
 /* Distance from the least recently used end within which a context without live entries is searched for. */
 enum { RECYCLE_SEARCH = 64 };

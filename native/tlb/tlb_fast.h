@@ -4,7 +4,11 @@
 #ifndef FLUSHLAB_TLB_FAST_H
 #define FLUSHLAB_TLB_FAST_H
 
-#include "tlb/tlb_internal.h"
+#include "core/machine_types.h"
+#include "tlb/tlb.h"
+#include "tlb/tlb_account.h"
+#include "tlb/tlb_context.h"
+#include "tlb/tlb_store.h"
 
 /* The position and the key of a 4 KiB translation of a context. */
 struct place {

@@ -4,7 +4,17 @@
  * not (29.4.3.1).  Only INVEPT and EPT violations reach guest-physical mappings, and INVEPT never linear ones.
  * Paging-structure-cache entries go wherever "mappings" go.
  */
-#include "tlb/tlb_internal.h"
+#include "tlb/tlb_flush.h"
+
+#include "core/cpu_types.h"
+#include "core/machine_types.h"
+#include "tlb/psc.h"
+#include "tlb/tlb.h"
+#include "tlb/tlb_address.h"
+#include "tlb/tlb_context.h"
+#include "tlb/tlb_l1.h"
+#include "tlb/tlb_store.h"
+#include "tlb/tlb_types.h"
 
 /* Selects the contexts of a VPID under every PCID. */
 enum { ANY_PCID = 0x10000 };

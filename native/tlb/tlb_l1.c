@@ -1,6 +1,10 @@
-/* The first level: 4 KiB pieces of the translations in use, in front of the second.  See tlb.h for its look-up.
+/* The first level: 4 KiB pieces of the translations in use, in front of the second.  See tlb_l1.h for its look-up.
  * Its contents are copies: dropping too many only costs look-ups in the second level. */
-#include "tlb/tlb_internal.h"
+#include "tlb/tlb_l1.h"
+
+#include "core/machine_types.h"
+#include "tlb/tlb.h"
+#include "tlb/tlb_store.h"
 
 struct tlb_hot *tlb_l1_search(struct tlb_l1 *l1, uint64_t page)
 {

@@ -1,5 +1,11 @@
 /* Drops counted by flush, ghosts, and dumps for tests and reports. */
-#include "tlb/tlb_internal.h"
+#include "tlb/tlb_report.h"
+
+#include "core/machine_types.h"
+#include "tlb/tlb.h"
+#include "tlb/tlb_l1.h"
+#include "tlb/tlb_store.h"
+#include "tlb/tlb_types.h"
 
 void tlb_flush_begin(struct tlb *t, uint64_t flush)
 {

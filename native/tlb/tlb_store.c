@@ -5,10 +5,12 @@
  * too much.  Unbounded: open addressing that doubles; a cell is never emptied, since an id keeps its one slot
  * for its next mapping.
  */
+#include "tlb/tlb_store.h"
+
 #include <string.h>
 
 #include "core/heap.h"
-#include "tlb/tlb_internal.h"
+#include "core/machine_types.h"
 
 enum { FIRST_CELLS = 64, WAYS_MAX = 64 };
 

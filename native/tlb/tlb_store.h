@@ -15,7 +15,7 @@
 #include <emmintrin.h>
 #endif
 
-#include "tlb/tlb.h"
+#include "core/machine_types.h"
 
 enum {
 	GENERATION_BITS = 15,

@@ -1,20 +1,13 @@
-/* VMs and vCPUs: the state that several actors share.  Policy and all other state are Python's. */
+/* VMs and vCPUs: the state that several actors share.  Policy and all other state are Python's.  vms.h makes them. */
 #ifndef FLUSHLAB_VM_H
 #define FLUSHLAB_VM_H
 
-#include "sync/cpu.h"
-#include "sync/mmu_lock.h"
-#include "sync/rcu.h"
+#include "core/machine_types.h"
+#include "vm/mmu_lock.h"
+#include "vm/srcu.h"
 
 /* api */
 enum vcpu_mode { OUTSIDE_GUEST_MODE, IN_GUEST_MODE, EXITING_GUEST_MODE, READING_SHADOW_PAGE_TABLES };
-
-/* Create a VM with guest-physical memory of gfns 0 .. gfns-1.  Returns the VM's number or an error. */
-int vm_create(struct machine *m, uint64_t gfns);
-void vm_destroy(struct machine *m, uint32_t vm);
-/* Create a vCPU of a VM; its number is machine-wide.  It owns the VPID until it is destroyed. */
-int vcpu_create(struct machine *m, uint32_t vm, uint32_t vpid);
-void vcpu_destroy(struct machine *m, uint32_t vcpu);
 
 /* vcpu->mode; stores are release, the load is acquire, all sequentially consistent (vcpu-requests.rst). */
 uint32_t vcpu_mode(struct machine *m, uint32_t vcpu);
@@ -32,20 +25,6 @@ void vcpu_set_cpu(struct machine *m, uint32_t vcpu, int cpu);
 /* Flush reasons of the TLB_FLUSH requests since the last vcpu_take_flush_reasons: a bit per flush_reason. */
 void vcpu_add_flush_reason(struct machine *m, uint32_t vcpu, uint32_t reason);
 uint32_t vcpu_take_flush_reasons(struct machine *m, uint32_t vcpu);
-
-/* mmu_invalidate_seq, mmu_invalidate_in_progress and the merged range of a VM.  begin and end under
- * mmu_lock held for write; the reads pair with them (acquire/release). */
-void mmu_invalidate_begin(struct machine *m, uint32_t vm);
-void mmu_invalidate_range_add(struct machine *m, uint32_t vm, uint64_t start, uint64_t end);
-/* After mmu_invalidate_begin, before its first range: 1 if an earlier invalidation is in progress and the merged range
- * reaches into [start, end). */
-int mmu_invalidate_overlaps(struct machine *m, uint32_t vm, uint64_t start, uint64_t end);
-void mmu_invalidate_end(struct machine *m, uint32_t vm);
-uint64_t mmu_invalidate_seq(struct machine *m, uint32_t vm);
-/* mmu_invalidate_retry_gfn(): 1 if a fault that sampled `seq` must retry. */
-int mmu_invalidate_retry_gfn(struct machine *m, uint32_t vm, uint64_t seq, uint64_t gfn);
-/* mmu_invalidate_retry_gfn() for gfns [start, end): 1 if one of them may have to retry. */
-int mmu_invalidate_retry_range(struct machine *m, uint32_t vm, uint64_t seq, uint64_t start, uint64_t end);
 
 /* VM statistics, under KVM's names. */
 enum vm_stat {
@@ -86,8 +65,11 @@ struct ledger;
 struct guest;
 struct mm;
 
+/* Whether a slot for a VM or a vCPU is taken; BUSY: it is being filled or emptied. */
+enum slot_state { SLOT_FREE, SLOT_BUSY, SLOT_LIVE };
+
 struct vm {
-	_Atomic uint32_t live;
+	_Atomic uint32_t live; /* slot_state */
 	uint32_t id;
 	uint64_t gfns;
 	struct mmu_lock mmu_lock;
@@ -97,14 +79,14 @@ struct vm {
 	_Atomic uint64_t invalidate_start;
 	_Atomic uint64_t invalidate_end;
 	alignas(CACHELINE) _Atomic uint64_t stat[VM_STATS];
-	struct ledger *ledger;       /* rights by gfn (oracle.h) */
+	struct ledger *ledger;       /* rights by gfn (ledger.h) */
 	_Atomic uint64_t promise_clock; /* tickets given out */
 	struct mm *mm;               /* user memory behind the memslots (mm.h) */
 };
 
 struct vcpu {
 	alignas(CACHELINE) _Atomic uint32_t mode;
-	_Atomic uint32_t live;
+	_Atomic uint32_t live; /* slot_state */
 	_Atomic uint64_t requests;
 	_Atomic int32_t cpu;
 	_Atomic uint32_t flush_reasons;
@@ -112,13 +94,21 @@ struct vcpu {
 	uint32_t vm;
 	uint32_t vpid;
 	uint64_t left_guest_at; /* monotonic ns, for pauses; 0: not runnable meanwhile */
-	struct guest *guest;    /* registers and the guest OS (guest.h) */
+	struct guest *guest;    /* registers and the guest OS (guest_state.h) */
 };
+
+static inline bool vm_is_live(const struct vm *vm)
+{
+	/* Acquire: pairs with the release by which a VM goes live, so its parts are seen. */
+	return atomic_load_explicit(&vm->live, memory_order_acquire) == SLOT_LIVE;
+}
+
+static inline bool vcpu_is_live(const struct vcpu *vcpu)
+{
+	return atomic_load_explicit(&vcpu->live, memory_order_acquire) == SLOT_LIVE;
+}
 
 /* Return the VM, or NULL with a MACHINE_MISUSE message on `cpu` if there is none of that number. */
 struct vm *vm_get(struct machine *m, uint32_t cpu, uint32_t vm);
-
-int vms_create(struct machine *m);
-void vms_destroy(struct machine *m);
 
 #endif

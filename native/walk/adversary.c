@@ -3,8 +3,16 @@
 #include "walk/adversary.h"
 
 #include "core/counters.h"
-#include "tlb/tlb_internal.h"
+#include "core/cpu_types.h"
+#include "core/machine_types.h"
+#include "tlb/tlb.h"
+#include "tlb/tlb_account.h"
+#include "tlb/tlb_l1.h"
+#include "tlb/tlb_store.h"
+#include "tlb/tlb_types.h"
+#include "vm/guest_state.h"
 #include "walk/walk.h"
+#include "walk/walk_linear.h"
 
 int walk_speculatively(const struct walk *w, uint64_t linear)
 {

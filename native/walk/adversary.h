@@ -1,10 +1,12 @@
 /* The adversary of the architecture: entries may go at any time, as hardware may evict them.  For translations
- * that hardware fetches without need, see guest_speculate() in guest.h. */
+ * that hardware fetches without need, see guest_speculate() in run.h. */
 #ifndef FLUSHLAB_ADVERSARY_H
 #define FLUSHLAB_ADVERSARY_H
 
-#include "core/machine.h"
-#include "tlb/tlb.h"
+#include "core/machine_types.h"
+
+struct tlb;
+struct walk;
 
 /* api */
 /* Evict the n-th entry of tlb_dump(), from both levels, or of psc_dump(), and no other; no flush is charged for
@@ -14,5 +16,8 @@ int psc_evict(struct tlb *t, uint32_t n);
 /* Return a pCPU's TLB; for its own thread, or while no other thread is inside the machine. */
 struct tlb *cpu_tlb(struct machine *m, uint32_t cpu);
 /* end api */
+
+/* Fetch a translation without an access, as guest_speculate() says (run.h). */
+int walk_speculatively(const struct walk *w, uint64_t linear);
 
 #endif

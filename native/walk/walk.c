@@ -1,11 +1,20 @@
 /* The custody check, and walks of the EPT.  See walk.h. */
-#include "core/counters.h"
-#include "ept/ept.h"
-#include "vm/flush.h"
-#include "memory/frame.h"
-#include "tlb/tlb_internal.h"
-#include "vm/vm.h"
 #include "walk/walk.h"
+
+#include "core/counters.h"
+#include "core/cpu_types.h"
+#include "core/machine_types.h"
+#include "ept/ept.h"
+#include "memory/custody.h"
+#include "memory/frame.h"
+#include "oracle/oracle.h"
+#include "tlb/psc.h"
+#include "tlb/tlb.h"
+#include "tlb/tlb_flush.h"
+#include "tlb/tlb_report.h"
+#include "vm/guest_state.h"
+#include "vm/vm.h"
+#include "walk/flush.h"
 
 enum {
 	SPTE_RWX = SPTE_READABLE | SPTE_WRITABLE | SPTE_EXECUTABLE,

@@ -5,10 +5,14 @@
 #ifndef FLUSHLAB_WALK_H
 #define FLUSHLAB_WALK_H
 
+#include "core/machine_types.h"
 #include "memory/frame.h"
-#include "guest/guest_state.h"
-#include "core/machine.h"
+#include "tlb/tlb.h"
 
+struct guest;
+struct vcpu_exit;
+
+/* The walks of one pCPU for one vCPU. */
 struct walk {
 	struct machine *m;
 	struct cpu *cpu;
@@ -30,13 +34,6 @@ enum walk_result {
 
 /* Translate a guest-physical page for an access of `type`, through the TLB or by an EPT walk. */
 enum walk_result walk_physical(struct walk *w, uint64_t gfn, uint32_t type, struct tlb_entry *out);
-/* Translate a linear page by a two-dimensional walk, and cache the result. */
-enum walk_result walk_linear(struct walk *w, uint64_t page, uint32_t type, struct tlb_entry *out);
-/* Do the work of walk_linear() where the fast path applies (walk_fast.c), for a page that was just looked up and
- * is in neither level: *hfn is its frame.  False: nothing has happened, and walk_linear() must do it. */
-bool walk_fast(struct walk *w, uint64_t page, uint32_t type, uint32_t *hfn);
-/* guest_speculate() */
-int walk_speculatively(const struct walk *w, uint64_t linear);
 /* Let the oracle judge a right that the fast check refused.  Returns as walk_check. */
 bool walk_check_slow(struct walk *w, struct tlb_entry *entry, uint64_t page, uint32_t type, uint32_t level);
 /* Account for a miss that met a ghost: a refill that a flush caused, and perhaps an averted use.  The ghost is

@@ -5,10 +5,20 @@
  * copied.  Until it is certain that the fast path applies, it changes only the order of replacement, which
  * those functions change in the same way: every other case can therefore be left to them.
  */
+#include "walk/walk_fast.h"
+
 #include "core/counters.h"
+#include "core/cpu_types.h"
+#include "core/machine_types.h"
 #include "ept/ept.h"
 #include "memory/frame.h"
+#include "tlb/psc.h"
+#include "tlb/tlb.h"
 #include "tlb/tlb_fast.h"
+#include "tlb/tlb_l1.h"
+#include "tlb/tlb_store.h"
+#include "tlb/tlb_types.h"
+#include "vm/guest_state.h"
 #include "vm/vm.h"
 #include "walk/walk.h"
 

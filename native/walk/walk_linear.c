@@ -1,7 +1,15 @@
 /* Two-dimensional walks: guest tables, of which each entry is itself reached through the EPT. */
+#include "walk/walk_linear.h"
+
 #include "core/counters.h"
+#include "core/cpu_types.h"
+#include "core/machine_types.h"
 #include "memory/frame.h"
-#include "tlb/tlb_internal.h"
+#include "oracle/oracle.h"
+#include "tlb/psc.h"
+#include "tlb/tlb.h"
+#include "tlb/tlb_flush.h"
+#include "vm/guest_state.h"
 #include "vm/vm.h"
 #include "walk/walk.h"
 

@@ -4,6 +4,11 @@
 
 #include "harness.h"
 
+#include "core/counters.h"
+#include "core/machine_types.h"
+#include "sync/cpu.h"
+#include "sync/ipi.h"
+
 enum { PCPUS = 4, SENDERS = 2 };
 
 /* What functions leave on their target: plain, because only who owns the target may touch it. */

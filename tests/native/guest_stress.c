@@ -7,12 +7,30 @@
  */
 #include "harness.h"
 
+#include "core/counters.h"
+#include "core/machine_types.h"
+#include "ept/ept.h"
 #include "ept/ept_map.h"
-#include "vm/flush.h"
-#include "memory/frame.h"
+#include "ept/tdp_walk.h"
 #include "guest/guest.h"
+#include "guest/run.h"
+#include "machine/machine.h"
+#include "machine/offline.h"
+#include "machine/vms.h"
+#include "memory/frame.h"
 #include "memory/mm.h"
+#include "oracle/ledger.h"
 #include "oracle/oracle.h"
+#include "sync/cpu.h"
+#include "sync/ipi.h"
+#include "sync/rcu.h"
+#include "sync/smp.h"
+#include "vm/guest_state.h"
+#include "vm/mmu_invalidate.h"
+#include "vm/mmu_lock.h"
+#include "vm/vm.h"
+#include "walk/flush.h"
+#include "walk/walk.h"
 
 enum { GFNS = 512, PAGES = 128, RECORDS = 4096, REQUEST_FLUSH = 0 };
 

@@ -11,10 +11,13 @@
 #include <stdlib.h>
 #include <unistd.h>
 
+#include "core/cpu_types.h"
+#include "core/machine_types.h"
+#include "machine/machine.h"
+#include "machine/offline.h"
+#include "sync/cpu.h"
 #include "sync/ipi.h"
-#include "sync/mmu_lock.h"
 #include "sync/rcu.h"
-#include "vm/vm.h"
 
 #define CHECK(condition)                                                                           \
 	do {                                                                                       \

@@ -9,6 +9,7 @@
 #include <sys/wait.h>
 
 #include "core/heap.h"
+#include "core/machine_types.h"
 
 enum { BYTES = 8 << 20, BLOCKS = 200, PAGE = 4096 };
 

@@ -1,10 +1,17 @@
 /* Frames and user memory under several threads: nobody shares a frame, contents survive every move, and the
  * custody that a fault takes belongs to the frame that it takes. */
+#include "harness.h"
+
 #include <string.h>
 
+#include "core/machine_types.h"
+#include "machine/machine.h"
+#include "machine/vms.h"
+#include "memory/custody.h"
 #include "memory/frame.h"
-#include "harness.h"
 #include "memory/mm.h"
+#include "memory/mm_huge.h"
+#include "memory/mm_image.h"
 
 enum { THREADS = 4, REGIONS = 2, PAGES = REGIONS * BLOCK_FRAMES, HELD = 24, NO_FRAME = 0xffffffff };
 

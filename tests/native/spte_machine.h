@@ -2,9 +2,15 @@
 #ifndef FLUSHLAB_SPTE_MACHINE_H
 #define FLUSHLAB_SPTE_MACHINE_H
 
-#include "ept/ept.h"
 #include "harness.h"
-#include "oracle/oracle.h"
+
+#include "core/machine_types.h"
+#include "ept/ept.h"
+#include "ept/spte.h"
+#include "machine/machine.h"
+#include "machine/vms.h"
+#include "memory/frame.h"
+#include "oracle/ledger.h"
 
 enum { PAGES = 512, NARROW = 16, THREADS = 4 };
 

@@ -1,7 +1,15 @@
 /* Single SPTE steps against each other, against hardware's A and D, and against a checker of the ledger. */
+#include "spte_machine.h"
+
 #include <string.h>
 
-#include "spte_machine.h"
+#include "core/cpu_types.h"
+#include "core/machine_types.h"
+#include "ept/ept.h"
+#include "ept/spte.h"
+#include "ept/tdp_remove.h"
+#include "memory/frame.h"
+#include "oracle/ledger.h"
 
 /* --- a present SPTE has its rights in the ledger ------------------------------------------------------- */
 

@@ -1,6 +1,15 @@
 /* Calls between CPUs: none lost, none run twice, none run while interrupts are off, nobody waits for ever. */
 #include "calls.h"
 
+#include "core/counters.h"
+#include "core/cpu_types.h"
+#include "core/machine_types.h"
+#include "machine/machine.h"
+#include "machine/offline.h"
+#include "sync/cpu.h"
+#include "sync/ipi.h"
+#include "sync/smp.h"
+
 /* --- broadcasts against each other ----------------------------------------------------------------- */
 
 static _Atomic uint32_t to_start, to_finish;

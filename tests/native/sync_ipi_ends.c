@@ -1,6 +1,13 @@
 /* Calls between CPUs that end otherwise: the machine stops, a target or a sender goes, or the call is none. */
 #include "calls.h"
 
+#include "core/machine_types.h"
+#include "machine/machine.h"
+#include "machine/offline.h"
+#include "sync/cpu.h"
+#include "sync/ipi.h"
+#include "sync/smp.h"
+
 static void *stuck_sender(void *argument)
 {
 	struct actor *a = argument;

@@ -1,6 +1,15 @@
 /* mmu_lock: exclusion, fairness, broadcasts under contention, and every way out of a wait. */
 #include "harness.h"
 
+#include "core/machine_types.h"
+#include "machine/machine.h"
+#include "machine/offline.h"
+#include "machine/vms.h"
+#include "sync/cpu.h"
+#include "sync/ipi.h"
+#include "sync/smp.h"
+#include "vm/mmu_lock.h"
+
 enum { PCPUS = 4 };
 
 static struct {

@@ -1,6 +1,19 @@
 /* RCU and SRCU: nothing is reused while a reader may see it, callbacks all run, and no wait is for ever. */
 #include "harness.h"
 
+#include "core/chaos.h"
+#include "core/counters.h"
+#include "core/machine_types.h"
+#include "machine/machine.h"
+#include "machine/offline.h"
+#include "machine/vms.h"
+#include "sync/cpu.h"
+#include "sync/rcu.h"
+#include "sync/rcu_callback.h"
+#include "vm/mmu_lock.h"
+#include "vm/srcu.h"
+#include "vm/vm.h"
+
 enum { READERS = 3, OBJECTS = 64 };
 
 /* Objects are plain memory: TSan sees a reuse that a reader did not order, and the check sees poison. */

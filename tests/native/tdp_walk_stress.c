@@ -1,6 +1,14 @@
 /* Chunked walks over the same SPTEs by several threads. */
 #include "spte_machine.h"
 
+#include "core/cpu_types.h"
+#include "core/machine_types.h"
+#include "ept/ept.h"
+#include "ept/tdp_map.h"
+#include "ept/tdp_walk.h"
+#include "memory/frame.h"
+#include "sync/rcu.h"
+
 /* --- chunked walks against each other ------------------------------------------------------------------ */
 
 static _Atomic uint64_t mapped, zapped;

@@ -60,8 +60,8 @@ def kick(machine: Hypervisor, vm: VmId) -> None:
 
 
 def vmclear(machine: Hypervisor, vcpu: VcpuId) -> None:
-    m, sender = machine.m, machine.housekeeping
-    assert lib.smp_call_function_single(m, sender, CPU0, lib.IPI_VMCS_CLEAR, vcpu, 1) == 1
+    m, sender, argument = machine.m, machine.housekeeping, VM0 << 32 | vcpu
+    assert lib.smp_call_function_single(m, sender, CPU0, lib.IPI_VMCS_CLEAR, argument, 1) == 1
 
 
 def test_an_ipi_makes_a_halted_guest_exit(machine: Hypervisor) -> None:

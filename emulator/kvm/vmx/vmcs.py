@@ -42,5 +42,6 @@ def loaded_vmcs_clear(cpu: Cpu, vcpu: Vcpu) -> None:
     """loaded_vmcs_clear(): execute VMCLEAR on the pCPU where the VMCS is loaded, by IPI with wait."""
     target = vcpu.loaded_vmcs.cpu
     if target != -1:
-        cpu.check(lib.smp_call_function_single(cpu.m, cpu.id, target, lib.IPI_VMCS_CLEAR, vcpu.id, 1))
+        argument = vcpu.kvm.id << 32 | vcpu.id
+        cpu.check(lib.smp_call_function_single(cpu.m, cpu.id, target, lib.IPI_VMCS_CLEAR, argument, 1))
     vcpu.loaded_vmcs.cpu = CpuId(-1)

@@ -10,7 +10,9 @@
 #ifndef FLUSHLAB_MMU_LOCK_H
 #define FLUSHLAB_MMU_LOCK_H
 
-#include "sync/cpu.h"
+#include "core/machine_types.h"
+
+struct lock_waiter;
 
 /* api */
 /* MACHINE_MISUSE with interrupts off, even if the lock is free, and if this CPU holds the lock already.

@@ -1,13 +1,15 @@
 /* KVM's flush instructions, counted and attributed.  See flush.h. */
-#include "vm/flush.h"
+#include "walk/flush.h"
 
-#include "sync/cpu.h"
-#include "memory/frame.h"
+#include "core/counters.h"
+#include "core/cpu_types.h"
+#include "core/events.h"
 #include "core/heap.h"
+#include "core/machine_types.h"
+#include "memory/frame.h"
 #include "sync/ipi.h"
-#include "oracle/oracle.h"
-#include "tlb/tlb.h"
-#include "vm/vm.h"
+#include "tlb/tlb_flush.h"
+#include "tlb/tlb_report.h"
 
 enum { FLUSHES_REMEMBERED = 1024 };
 
@@ -152,7 +154,7 @@ static void ipi_invept_single(struct machine *m, struct cpu *target, uint64_t ar
 /* __loaded_vmcs_clear(): VMCLEAR writes the VMCS back; the emulated one is never held in a cache. */
 static void ipi_vmcs_clear(struct machine *m, struct cpu *target, uint64_t argument)
 {
-	event_record(m, target->id, EVENT_UNLOAD, argument, 0);
+	event_record(m, target->id, EVENT_UNLOAD, (uint32_t)argument, 0);
 }
 
 void flush_register(void)

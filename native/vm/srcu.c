@@ -1,6 +1,13 @@
 /* SRCU of a VM: the two-index algorithm of kernel/rcu/srcutree.c with one pair of counters per index. */
+#include "vm/srcu.h"
+
+#include "core/chaos.h"
+#include "core/cpu_types.h"
+#include "core/machine_types.h"
+#include "sync/cpu.h"
 #include "sync/ipi.h"
 #include "sync/rcu.h"
+#include "sync/waiters.h"
 #include "vm/vm.h"
 
 /* Unless stated otherwise: Dekker between a reader that leaves and the synchronizer that waits. */

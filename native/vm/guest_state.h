@@ -1,11 +1,57 @@
-/* Internals of the guest, shared by guest.c, guest_os.c, guest_pages.c, walk.c and run.c.  Owned by the thread
- * of the pCPU on which the vCPU is loaded; handed over with the vCPU. */
+/* The state of a vCPU's guest: registers, and the records of its OS.  Owned by the thread of the pCPU on which the
+ * vCPU is loaded; handed over with the vCPU. */
 #ifndef FLUSHLAB_GUEST_STATE_H
 #define FLUSHLAB_GUEST_STATE_H
 
-#include "guest/guest.h"
-#include "guest/guest_insn.h"
-#include "oracle/oracle.h"
+#include "core/machine_types.h"
+
+struct program;
+struct tlb_entry;
+
+/* api */
+struct guest_config {
+	uint64_t first_gfn;      /* guest-physical memory that this vCPU's OS hands out */
+	uint64_t end_gfn;
+	uint32_t stride;         /* vCPUs of a VM that share the range page by page (2 MiB block by block) */
+	uint32_t phase;          /* this vCPU has every stride-th, from phase on; stride 0: all of it */
+	uint64_t mmio_gfn;       /* 0: none; else gfns of a second memslot that the OS maps, too */
+	uint64_t mmio_end_gfn;
+	uint32_t switch_every;   /* accesses between context switches; 0: never */
+	uint32_t unmap_every;    /* accesses between unmapping one page; 0: never */
+	uint32_t protect_every;  /* accesses between write-protecting one page; 0: never */
+	uint32_t hugepages;      /* map anonymous regions with 2 MiB guest pages where they fit */
+	uint32_t pcid;           /* CR4.PCIDE */
+	uint32_t paging;         /* 0: CR0.PG = 0, addresses are guest-physical */
+	uint32_t halt_every;     /* accesses between HLTs; 0: never */
+	uint32_t halt_us;        /* 0: HLT exits (kvm_vcpu_block); else it does not exit, and a timer ends it
+				  * after this time */
+	uint32_t seed;
+};
+
+enum exit_reason {
+	EXIT_INTERRUPT,      /* external interrupt: calls were run and acknowledged */
+	EXIT_EPT_VIOLATION,  /* gpa, linear, access, present rights */
+	EXIT_EPT_MISCONFIG,  /* an SPTE that hardware cannot use */
+	EXIT_HLT,
+	EXIT_PREEMPTION_TIMER, /* the slice is used up */
+	EXIT_MESSAGE,        /* attention other than an IPI: message, resched, stop */
+	EXIT_TRIPLE_FAULT,   /* the guest OS cannot go on: out of memory, or its tables are garbage */
+	EXIT_INSTRUCTION,    /* guest_insn.h: access is the instruction, linear its operand */
+	EXIT_PROGRAM,        /* program.h: GUEST_OP_EXIT, linear its value */
+	EXIT_PROGRAM_END,    /* the program has no operation left */
+	EXIT_REASONS
+};
+
+struct vcpu_exit {
+	uint32_t reason;
+	uint32_t access;     /* access_type of an EPT violation */
+	uint64_t gpa;
+	uint64_t linear;
+	uint32_t rights;     /* R/W/X of the SPTE met */
+	uint32_t attention;  /* attention bits at exit */
+	uint64_t accesses;   /* guest accesses done since entry */
+};
+/* end api */
 
 enum {
 	GUEST_PROCESSES = 16,
@@ -94,22 +140,10 @@ struct guest {
 	struct program *program; /* instead of processes' traces (program.h); NULL: none */
 };
 
+/* Return the OS's record of a process's page, or NULL. */
+struct guest_page *guest_page_find(const struct guest *g, uint32_t process, uint64_t page);
 /* Return whether the guest changed the entry's mapping and invalidated it on this vCPU after the entry was
  * filled, and has not restored that right since: GUEST_STALE. */
 bool guest_invalidated(const struct vcpu *vcpu, const struct tlb_entry *entry, uint64_t page, uint32_t type);
-
-/* Return the OS's record of a process's page, or NULL. */
-struct guest_page *guest_page_find(const struct guest *g, uint32_t process, uint64_t page);
-uint64_t guest_random(struct guest *g);
-
-/* Allocation of guest-physical memory (guest_pages.c). */
-int guest_memory_create(struct machine *m, struct guest *g);
-void guest_memory_destroy(struct machine *m, struct guest *g);
-/* Mark all memory free again. */
-void guest_memory_reset(struct guest *g);
-uint64_t guest_gfn_alloc(struct guest *g, bool mmio);
-uint64_t guest_block_alloc(struct guest *g);
-void guest_gfn_get(struct guest *g, uint64_t gfn);
-void guest_gfn_put(struct guest *g, uint64_t gfn);
 
 #endif

@@ -1,10 +1,15 @@
-#include "sync/mmu_lock.h"
+#include "vm/mmu_lock.h"
 
 #include <sched.h>
 
+#include "core/chaos.h"
+#include "core/counters.h"
+#include "core/cpu_types.h"
 #include "core/heap.h"
-#include "sync/ipi.h"
+#include "core/machine_types.h"
 #include "core/spin.h"
+#include "sync/cpu.h"
+#include "sync/ipi.h"
 #include "vm/vm.h"
 
 /* Orders: taking the lock acquires, giving it back releases, on `state`.  A grant is a release store to the

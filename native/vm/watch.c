@@ -1,5 +1,8 @@
-#include "sync/watch.h"
+#include "vm/watch.h"
 
+#include "core/cpu_types.h"
+#include "core/machine_types.h"
+#include "vm/mmu_lock.h"
 #include "vm/vm.h"
 
 uint32_t rcu_read_depth(struct machine *m, uint32_t cpu)
@@ -11,7 +14,7 @@ int mmu_lock_held(struct machine *m, uint32_t cpu, uint32_t vm)
 {
 	const struct mmu_lock *lock = &m->vms[vm].mmu_lock;
 
-	if (!atomic_load_explicit(&m->vms[vm].live, memory_order_acquire))
+	if (!vm_is_live(&m->vms[vm]))
 		return 0;
 	/* Relaxed: for reports only, nothing is derived from it. */
 	if (atomic_load_explicit(&lock->writer, memory_order_relaxed) == cpu + 1)
@@ -37,7 +40,7 @@ int mmu_lock_contended(struct machine *m, uint32_t vm)
 {
 	const struct mmu_lock *lock = &m->vms[vm].mmu_lock;
 
-	if (!atomic_load_explicit(&m->vms[vm].live, memory_order_acquire))
+	if (!vm_is_live(&m->vms[vm]))
 		return 0;
 	return atomic_load_explicit(&lock->state, memory_order_relaxed) & MMU_LOCK_WAITERS ? 1 : 0;
 }

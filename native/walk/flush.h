@@ -2,7 +2,7 @@
 #ifndef FLUSHLAB_FLUSH_H
 #define FLUSHLAB_FLUSH_H
 
-#include "core/machine.h"
+#include "core/machine_types.h"
 
 /* api */
 /* INVEPT all-context; vm and reason are for the accounts only. */
@@ -17,7 +17,6 @@ void flush_invvpid_address(struct machine *m, uint32_t cpu, uint32_t vm, uint32_
 void flush_reset(struct machine *m, uint32_t cpu);
 /* end api */
 
-struct cpu;
 /* Set the IPI functions of ipi.h; their argument is the VM << 32 | EP4TA. */
 void flush_register(void);
 /* A pCPU's record of its flushes; made at the first one. */

@@ -1,4 +1,4 @@
-/* The machine: shared by all modules.
+/* The machine and its configuration: types that all modules share.
  *
  * A machine owns its CPUs, frames, VMs and counters; nothing is global and nothing is thread-local: the CPU
  * that acts is an argument of every call.  CPUs 0 .. pcpus-1 are physical CPUs (they own a TLB and receive
@@ -8,9 +8,10 @@
  * Python sees the declarations between "api" and "end api"; they use only types that a plain C declaration
  * parser understands.
  */
-#ifndef FLUSHLAB_MACHINE_H
-#define FLUSHLAB_MACHINE_H
+#ifndef FLUSHLAB_MACHINE_TYPES_H
+#define FLUSHLAB_MACHINE_TYPES_H
 
+#include <stdalign.h>
 #include <stdatomic.h>
 #include <stdbool.h>
 #include <stdint.h>
@@ -46,24 +47,6 @@ struct machine_config {
 };
 
 struct machine;
-
-/* Build a machine; NULL if memory is short, and then error holds a message. */
-struct machine *machine_create(const struct machine_config *config, char *error, uint32_t size);
-/* Free the machine.  No other thread may be inside a call on it. */
-void machine_destroy(struct machine *m);
-/* Make every wait, current and future, return MACHINE_STOPPED, and every guest leave guest mode. */
-void machine_stop(struct machine *m);
-int machine_stopping(const struct machine *m);
-/* Save the state of a machine that was built with `snapshots`.  No other thread may be inside a call on it, now
- * or at the restore.  0 or MACHINE_NOMEM, or MACHINE_MISUSE without `snapshots`. */
-int machine_snapshot(struct machine *m);
-/* Restore the last machine_snapshot(), counters, events and reports included.  Its cost depends on how much was
- * changed since then.  0, or MACHINE_MISUSE if there was none. */
-int machine_restore(struct machine *m);
-/* Return a hash of all its memory; equal for equal states of one machine.  0 without `snapshots`. */
-uint64_t machine_fingerprint(const struct machine *m);
-/* Return the message of the last MACHINE_MISUSE on this CPU. */
-const char *machine_error_text(struct machine *m, uint32_t cpu);
 /* end api */
 
 struct cpu;
@@ -72,7 +55,7 @@ struct heap;
 struct rcu;
 struct vm;
 struct vcpu;
-struct counters;
+struct event_ring;
 struct oracle;
 
 /* Most CPUs of all kinds: mmu_lock counts its holders in 15 bits. */
@@ -91,6 +74,7 @@ struct machine {
 	struct rcu *rcu;
 	struct vm *vms;
 	struct vcpu *vcpus;
+	struct event_ring *rings; /* events.h: one per CPU */
 	struct oracle *oracle;
 	_Atomic uint64_t signals[64]; /* program.h: MACHINE_SIGNALS */
 };

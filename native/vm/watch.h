@@ -2,7 +2,7 @@
 #ifndef FLUSHLAB_WATCH_H
 #define FLUSHLAB_WATCH_H
 
-#include "sync/cpu.h"
+#include "core/machine_types.h"
 
 /* api */
 /* Return the depth of the CPU's RCU read sections.  Its own thread only. */

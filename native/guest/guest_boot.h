@@ -1,0 +1,15 @@
+/* The boot of a guest's OS after a reset. */
+#ifndef FLUSHLAB_GUEST_BOOT_H
+#define FLUSHLAB_GUEST_BOOT_H
+
+#include "core/machine_types.h"
+
+/* api */
+/* Called by the vCPU's thread, outside guest mode, after a reset (INIT) has cleared CR0.PG: the guest OS starts
+ * again.  It knows nothing of the former contents of its memory: all of it is free, page tables are built anew,
+ * and no earlier translation is valid.  First it sets up CR4 and CR0, which exits.  A program is only taken out
+ * of HLT and continues. */
+void guest_boot(struct machine *m, uint32_t vcpu);
+/* end api */
+
+#endif

@@ -1,0 +1,27 @@
+/* Building, stopping and restoring a machine. */
+#ifndef FLUSHLAB_MACHINE_H
+#define FLUSHLAB_MACHINE_H
+
+#include "core/machine_types.h"
+
+/* api */
+/* Build a machine; NULL if memory is short, and then error holds a message. */
+struct machine *machine_create(const struct machine_config *config, char *error, uint32_t size);
+/* Free the machine.  No other thread may be inside a call on it. */
+void machine_destroy(struct machine *m);
+/* Make every wait, current and future, return MACHINE_STOPPED, and every guest leave guest mode. */
+void machine_stop(struct machine *m);
+int machine_stopping(const struct machine *m);
+/* Save the state of a machine that was built with `snapshots`.  No other thread may be inside a call on it, now
+ * or at the restore.  0 or MACHINE_NOMEM, or MACHINE_MISUSE without `snapshots`. */
+int machine_snapshot(struct machine *m);
+/* Restore the last machine_snapshot(), counters, events and reports included.  Its cost depends on how much was
+ * changed since then.  0, or MACHINE_MISUSE if there was none. */
+int machine_restore(struct machine *m);
+/* Return a hash of all its memory; equal for equal states of one machine.  0 without `snapshots`. */
+uint64_t machine_fingerprint(const struct machine *m);
+/* Return the message of the last MACHINE_MISUSE on this CPU. */
+const char *machine_error_text(struct machine *m, uint32_t cpu);
+/* end api */
+
+#endif

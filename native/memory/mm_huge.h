@@ -1,0 +1,25 @@
+/* Moving user memory: migration, and khugepaged's collapse of 4K pages into a huge one. */
+#ifndef FLUSHLAB_MM_HUGE_H
+#define FLUSHLAB_MM_HUGE_H
+
+#include "core/machine_types.h"
+
+/* api */
+/* Migrate each present 4K page of the range to a new frame (huge pages stay).  Returns pages moved; fewer when
+ * frames run out. */
+uint64_t mm_migrate(struct machine *m, uint32_t cpu, uint32_t vm, uint64_t start, uint64_t end);
+/* khugepaged: move the aligned 512 pages at hva into one 2M block, contents copied.  Absent pages are filled
+ * in, but at least one must be present.  0, MACHINE_NOMEM (no block is free), or MACHINE_AGAIN (no page is
+ * present, or pages differ in their protection). */
+int mm_collapse(struct machine *m, uint32_t cpu, uint32_t vm, uint64_t hva);
+/* Map the block by 4K pages again, with its frames unchanged. */
+int mm_split(struct machine *m, uint32_t cpu, uint32_t vm, uint64_t hva);
+/* Return 1 if the 2M range at hva is mapped huge. */
+int mm_huge(struct machine *m, uint32_t vm, uint64_t hva);
+/* host_pfn_mapping_level() for a fault that has the frame `hfn` for hva by custody `tag`: the custody of a huge
+ * leaf, if hva is mapped huge and by that frame, else -1.  This is the moment at which the fault reads the
+ * frame's neighbours; if its own custody is void, so is that of the leaf for this frame. */
+int32_t mm_huge_custody(struct machine *m, uint32_t vm, uint64_t hva, uint32_t hfn, uint32_t tag);
+/* end api */
+
+#endif

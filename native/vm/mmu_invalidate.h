@@ -1,0 +1,23 @@
+/* KVM's side of the mmu_notifier protocol: a fault that races an invalidation must retry. */
+#ifndef FLUSHLAB_MMU_INVALIDATE_H
+#define FLUSHLAB_MMU_INVALIDATE_H
+
+#include "core/machine_types.h"
+
+/* api */
+/* mmu_invalidate_seq, mmu_invalidate_in_progress and the merged range of a VM.  begin and end under
+ * mmu_lock held for write; the reads pair with them (acquire/release). */
+void mmu_invalidate_begin(struct machine *m, uint32_t vm);
+void mmu_invalidate_range_add(struct machine *m, uint32_t vm, uint64_t start, uint64_t end);
+/* After mmu_invalidate_begin, before its first range: 1 if an earlier invalidation is in progress and the merged range
+ * reaches into [start, end). */
+int mmu_invalidate_overlaps(struct machine *m, uint32_t vm, uint64_t start, uint64_t end);
+void mmu_invalidate_end(struct machine *m, uint32_t vm);
+uint64_t mmu_invalidate_seq(struct machine *m, uint32_t vm);
+/* mmu_invalidate_retry_gfn(): 1 if a fault that sampled `seq` must retry. */
+int mmu_invalidate_retry_gfn(struct machine *m, uint32_t vm, uint64_t seq, uint64_t gfn);
+/* mmu_invalidate_retry_gfn() for gfns [start, end): 1 if one of them may have to retry. */
+int mmu_invalidate_retry_range(struct machine *m, uint32_t vm, uint64_t seq, uint64_t start, uint64_t end);
+/* end api */
+
+#endif
