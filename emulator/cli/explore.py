@@ -63,7 +63,7 @@ What only a TLB that fetches of its own accord can do, and what only a missing b
 
     flushlab explore speculative-fill --policy migration=none --adversary speculate
 
-    flushlab explore entry-races-request --policy mutant:S1 --store-buffers
+    flushlab explore entry-races-request --policy mutant:entry-without-barrier --store-buffers
 
 The same execution again, step by step the same or an error:
 
@@ -142,7 +142,7 @@ def explore(
     from emulator.explore.results.verdict import STRATEGIES, Plan
     from emulator.litmus.loader import load_tests
     from emulator.litmus.policies import named_policy
-    from emulator.policy import DEFAULT
+    from emulator.policy import DEFAULT, canonical
 
     _refuse_what_has_no_effect(context, strategy, bool(adversary), audit, replay is not None)
     if replay is not None:
@@ -150,7 +150,7 @@ def explore(
     if strategy not in STRATEGIES:
         raise BadInput("--strategy", repr(strategy), " or ".join(STRATEGIES))
     tests = load_tests(files or [])
-    names = list(dict.fromkeys(policy or [DEFAULT]))
+    names = list(dict.fromkeys(map(canonical, policy or [DEFAULT])))
     for name in names:
         named_policy(name)
     options = ExploreOptions.given(adversary or [], adversary_budget, store_buffers)

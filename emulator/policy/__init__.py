@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from emulator.policy.mutants import MUTANTS, Mutant
+from emulator.policy.mutant_names import canonical
+from emulator.policy.mutants import MUTANTS, Mutant, find_mutant
 from emulator.policy.points import POINTS, Alternative, DecisionPoint
 from emulator.policy.policy import Policy, PolicyError, check_answer
 from emulator.policy.presets import DEFAULT, PRESET_DOCS, PRESETS, preset
@@ -21,8 +22,10 @@ __all__ = [
     "Policy",
     "PolicyError",
     "UserPolicyError",
+    "canonical",
     "check_answer",
     "check_policy",
+    "find_mutant",
     "load_user_policy",
     "parse_policy",
     "parse_setting",

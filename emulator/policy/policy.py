@@ -11,6 +11,7 @@ from types import ModuleType
 from typing import TYPE_CHECKING, Any, Final
 
 from emulator.errors import BadInput, one_of, shown
+from emulator.policy.mutant_names import NAMES
 from emulator.policy.points import BY_NAME, POINTS
 
 if TYPE_CHECKING:
@@ -198,7 +199,7 @@ class Policy:
             for point in POINTS
             if point.alternative(self._answers[point.name]).mutant
         )
-        return (*sorted(self.bugs), *wrong)
+        return (*sorted(NAMES.get(bug, bug) for bug in self.bugs), *wrong)
 
 
 def check_answer(point: str, alternative: str, where: str = NAMED_BY) -> None:

@@ -7,7 +7,8 @@ from __future__ import annotations
 
 from emulator.defaults import DEFAULT_POLICY
 from emulator.errors import one_of, shown
-from emulator.policy.mutants import PREFIX, find_mutant
+from emulator.policy.mutant_names import PREFIX
+from emulator.policy.mutants import find_mutant
 from emulator.policy.policy import NAMED_BY, Policy, PolicyError
 
 DEFAULT = DEFAULT_POLICY
@@ -107,7 +108,7 @@ PRESET_DOCS = {
 
 
 def preset(name: str, where: str = NAMED_BY) -> Policy:
-    """Return a preset or a mutant (`mutant:B6`) by name; raises PolicyError, which names `where`."""
+    """Return a preset or a mutant (`mutant:NAME`) by name; raises PolicyError, which names `where`."""
     if name.startswith(PREFIX):
         mutant = find_mutant(name, where)
         return mutant.policy(preset(mutant.base))

@@ -102,10 +102,13 @@ def test_what_cannot(stressed: Outcome, explored: Verdict, expected: tuple[Expec
 
 def test_what_only_a_search_with_more_choices_finds_is_searched_with_them() -> None:
     test = load_test("entry-races-request")
-    options, expected = searched(test, "mutant:S3")
+    options, expected = searched(test, "mutant:generation-without-barrier")
     assert options.store_buffers
-    assert expected == (test.expect.store_buffers["mutant:S3"],)
-    assert searched(test, "mutant:P1") == (NONE, expected_of(test, "mutant:P1"))
+    assert expected == (test.expect.store_buffers["mutant:generation-without-barrier"],)
+    assert searched(test, "mutant:requests-before-mode") == (
+        NONE,
+        expected_of(test, "mutant:requests-before-mode"),
+    )
 
 
 def test_a_scale_that_is_large_enough_has_all_pairs() -> None:

@@ -165,7 +165,7 @@ def test_a_recording_knows_its_choices(tmp_path: Path, capsys: pytest.CaptureFix
 
 
 def test_what_was_evicted_is_told(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    arguments = ["explore", "evicted-walk", "--policy", "mutant:P10", "--adversary", "evict"]
+    arguments = ["explore", "evicted-walk", "--policy", "mutant:unlock-before-flush", "--adversary", "evict"]
     assert main([*arguments, "--output", str(tmp_path)]) == 1
     (path,) = tmp_path.iterdir()
     capsys.readouterr()
@@ -176,7 +176,9 @@ def test_what_was_evicted_is_told(tmp_path: Path, capsys: pytest.CaptureFixture[
 
 def test_without_its_adversary_nothing_is_replayed(tmp_path: Path) -> None:
     plan = Plan(options=ExploreOptions(evict=1))
-    found = explore_verdict(load_test("evicted-walk"), named_policy("mutant:P10"), plan).counterexample
+    found = explore_verdict(
+        load_test("evicted-walk"), named_policy("mutant:unlock-before-flush"), plan
+    ).counterexample
     assert found is not None
     path = tmp_path / "less.json"
     found.write(path)

@@ -29,7 +29,9 @@ def test_each_thread_has_a_cpu_of_its_own_and_so_has_rcu(name: str) -> None:
 
 
 def test_a_callback_frees_on_its_own_cpu() -> None:
-    verdict = explore_verdict(load_test("root-recycled"), named_policy("mutant:P9"), Plan())
+    verdict = explore_verdict(
+        load_test("root-recycled"), named_policy("mutant:root-load-without-flush"), Plan()
+    )
     assert verdict.counterexample is not None
     violation = verdict.counterexample.document()["violation"]
     root = violation["entry"]["ep4ta"]

@@ -190,13 +190,13 @@ ops = ["read 0x10"]
 [threads.k]
 ops = ["zap 0x10"]
 [expect]
-"mutant:B10" = ["stale-after-revoke"]
+"mutant:zap-leaves-flush-to-next" = ["stale-after-revoke"]
 """
 
 
 def test_a_stale_use_races_whoever_grants_the_right_again(tmp_path: Path) -> None:
     """The use hits the TLB.  v1 comes first in the first execution."""
-    found, _ = searched(written(tmp_path, GRANTED_AGAIN), "mutant:B10", 100)
+    found, _ = searched(written(tmp_path, GRANTED_AGAIN), "mutant:zap-leaves-flush-to-next", 100)
     assert found.outcome == "stale-after-revoke"
 
 
@@ -319,7 +319,11 @@ ops = ["wait v0 2", "log-get", "log-disarm", "log-arm"]
 
 @pytest.mark.parametrize(
     ("test", "policy"),
-    [("log-order", "mutant:L2"), ("log-races-write", "mutant:L1"), ("log-races-write", "mutant:L3")],
+    [
+        ("log-order", "mutant:log-protects-before-marks"),
+        ("log-races-write", "mutant:log-without-protect"),
+        ("log-races-write", "mutant:mark-before-writable"),
+    ],
 )
 def test_lost_marks_are_found_by_the_reduced_search(test: str, policy: str) -> None:
     assert searched(test, policy, 200, bound=2)[0].outcome == "lost-dirty"

@@ -51,17 +51,17 @@ def test_a_race_is_explored_to_the_end() -> None:
     [
         ("return-zap", "lkml-2025-cpu-flushed-mask", "use-after-free"),
         ("guest-invlpg-away", "lkml-2025-cpu-flushed-mask", "guest-stale"),
-        ("entry-races-request", "mutant:P1", "use-after-free"),
-        ("entry-races-request", "mutant:P2", "use-after-free"),
-        ("entry-races-request", "mutant:P3", "use-after-free"),
-        ("fault-races-unmap", "mutant:P15", "use-after-free"),
-        ("kick-waits", "mutant:P4", "use-after-free"),
-        ("root-recycled", "mutant:P9", "foreign-root"),
+        ("entry-races-request", "mutant:requests-before-mode", "use-after-free"),
+        ("entry-races-request", "mutant:interrupts-before-entry", "use-after-free"),
+        ("entry-races-request", "mutant:mode-before-request", "use-after-free"),
+        ("fault-races-unmap", "mutant:fault-without-retry", "use-after-free"),
+        ("kick-waits", "mutant:kick-without-wait", "use-after-free"),
+        ("root-recycled", "mutant:root-load-without-flush", "foreign-root"),
         ("log-get", "write_protect=none", "stale-after-revoke"),
-        ("notifier-range-end", "mutant:P16", "use-after-free"),
+        ("notifier-range-end", "mutant:flush-at-range-end", "use-after-free"),
         ("huge-neighbour-fault", "notifier_flush=none", "stale-after-revoke"),
-        ("zap-range-fault", "mutant:Z1", "stale-after-revoke"),
-        ("zap-invalid-root", "mutant:Z2", "use-after-free"),
+        ("zap-range-fault", "mutant:zap-range-not-counted", "stale-after-revoke"),
+        ("zap-invalid-root", "mutant:notifier-skips-invalid-roots", "use-after-free"),
     ],
 )
 def test_what_is_unsound_is_refuted(test: str, policy: str, kind: str) -> None:
@@ -86,18 +86,18 @@ def test_a_bound_or_a_budget_is_admitted() -> None:
 @pytest.mark.parametrize("strategy", ["pct", "random"])
 def test_sampling_finds_what_is_easy_to_find(strategy: str) -> None:
     plan = Plan(strategy, executions=300, seed=1)
-    found = verdict_of("entry-races-request", "mutant:P1", plan)
+    found = verdict_of("entry-races-request", "mutant:requests-before-mode", plan)
     assert found.verdict == VIOLATIONS
     assert (found.guarantee is not None) == (strategy == "pct")
-    again = verdict_of("entry-races-request", "mutant:P1", plan)
+    again = verdict_of("entry-races-request", "mutant:requests-before-mode", plan)
     assert again.document() == found.document()
 
 
 def test_minimizing_makes_it_shorter() -> None:
     plan = Plan("random", executions=300, seed=3, minimize=False)
-    long = verdict_of("entry-races-request", "mutant:P1", plan).counterexample
+    long = verdict_of("entry-races-request", "mutant:requests-before-mode", plan).counterexample
     short = verdict_of(
-        "entry-races-request", "mutant:P1", Plan("random", executions=300, seed=3)
+        "entry-races-request", "mutant:requests-before-mode", Plan("random", executions=300, seed=3)
     ).counterexample
     assert long is not None
     assert short is not None
@@ -105,7 +105,7 @@ def test_minimizing_makes_it_shorter() -> None:
 
 
 def test_a_counterexample_replays_and_says_when_it_does_not(tmp_path: Path) -> None:
-    found = verdict_of("entry-races-request", "mutant:P1").counterexample
+    found = verdict_of("entry-races-request", "mutant:requests-before-mode").counterexample
     assert found is not None
     path = tmp_path / "hole.json"
     found.write(path)
@@ -121,7 +121,16 @@ def test_a_counterexample_replays_and_says_when_it_does_not(tmp_path: Path) -> N
 def test_the_same_document_byte_for_byte(capsys: pytest.CaptureFixture[str]) -> None:
     texts = []
     for _ in range(2):
-        status = main(["explore", "entry-races-request", "return-zap", "--policy", "mutant:P3", "--json"])
+        status = main(
+            [
+                "explore",
+                "entry-races-request",
+                "return-zap",
+                "--policy",
+                "mutant:mode-before-request",
+                "--json",
+            ]
+        )
         assert status == 1
         texts.append(capsys.readouterr().out)
     assert texts[0] == texts[1]

@@ -30,7 +30,7 @@ class Fails(LitmusProgram):
 
 @pytest.mark.parametrize("error", [KeyboardInterrupt(), ValueError()])
 def test_an_interrupt_is_no_candidate_that_failed(error: BaseException) -> None:
-    program = Fails(load_test("entry-races-request"), named_policy("mutant:P1"))
+    program = Fails(load_test("entry-races-request"), named_policy("mutant:requests-before-mode"))
     try:
         with instrument(program.control):
             found = search(program, program.objects, RandomWalk(300, 3), Limits(), bool)

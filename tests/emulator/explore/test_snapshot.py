@@ -355,7 +355,7 @@ def test_nor_does_its_file(tmp_path: Path, remember: str, times: str) -> None:
     remembers_nothing(path, True)
 
 
-@pytest.mark.parametrize("policy", ["linux-6.12", "mutant:P1"])
+@pytest.mark.parametrize("policy", ["linux-6.12", "mutant:requests-before-mode"])
 def test_a_search_is_the_same_with_and_without(policy: str, monkeypatch: pytest.MonkeyPatch) -> None:
     test, plan = load_test("entry-races-request"), Plan()
     restored = explore_verdict(test, named_policy(policy), plan)

@@ -248,7 +248,13 @@ def test_with_the_adversary_as_well() -> None:
 
 
 def test_a_recording_knows_its_memory_model(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    arguments = ["explore", "entry-races-request", "--policy", "mutant:S1", "--store-buffers"]
+    arguments = [
+        "explore",
+        "entry-races-request",
+        "--policy",
+        "mutant:entry-without-barrier",
+        "--store-buffers",
+    ]
     assert main([*arguments, "--output", str(tmp_path)]) == 1
     (path,) = tmp_path.iterdir()
     document = load(path)

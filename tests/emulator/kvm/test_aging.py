@@ -117,7 +117,9 @@ def log_after_aging(rig: Rig, policy: Policy) -> dict[str, int]:
 
 def test_w_that_is_clear_proves_nothing(rig: Rig) -> None:
     """B7: logging is armed, and writes through the old translation go unnoticed."""
-    assert set(log_after_aging(rig, preset("mutant:B7"))) >= set(MUTANTS["B7"].expected)
+    assert set(log_after_aging(rig, preset("mutant:protect-flush-if-changed"))) >= set(
+        MUTANTS["protect-flush-if-changed"].expected
+    )
 
 
 def test_arming_always_flushes(rig: Rig) -> None:
@@ -126,7 +128,7 @@ def test_arming_always_flushes(rig: Rig) -> None:
 
 def test_with_a_d_bits_the_same_answer_is_right(rig: Rig) -> None:
     """With them aging leaves W alone, and some SPTE loses it when logging is armed."""
-    kvm = rig.vm(preset("mutant:B7"))
+    kvm = rig.vm(preset("mutant:protect-flush-if-changed"))
     guest = rig.guest(kvm)
     guest.write(0, 5)
     young(rig, kvm)

@@ -198,4 +198,13 @@ def test_nothing_is_remembered_where_no_policy_asks() -> None:
 
 
 def test_guards_of_the_repaired_policies_are_registered() -> None:
-    assert {"P23", "P23b", "P23d", "P24", "R1", "R2", "R3", "R4"} <= set(MUTANTS)
+    assert {
+        "mask-never-cleared",
+        "mask-cleared-after-kick",
+        "mask-without-invvpid",
+        "migration-current-only",
+        "generation-not-checked",
+        "generation-without-invvpid",
+        "generation-after-kick",
+        "generation-outlives-root",
+    } <= set(MUTANTS)

@@ -198,14 +198,14 @@ def run_program(guest: Guest, *ops: tuple[int, int, int]) -> None:
 
 
 CAUGHT: list[tuple[str, Scenario, str]] = [
-    ("mutant:P2", interrupted_before_entry, "use-after-free"),
-    ("mutant:P3", enters_while_a_request_is_made, "use-after-free"),
-    ("mutant:P7", page_freed, "use-after-free"),
-    ("mutant:P15b", frame_before_sequence, "use-after-free"),
-    ("mutant:P15c", faults_while_in_progress, "use-after-free"),
-    ("mutant:B27", faults_on_a_slot_that_goes, "use-after-free"),
-    ("mutant:P29", paging_off_and_on, "guest-stale"),
-    ("mutant:P31", smm_memory_freed, "use-after-free"),
+    ("mutant:interrupts-before-entry", interrupted_before_entry, "use-after-free"),
+    ("mutant:mode-before-request", enters_while_a_request_is_made, "use-after-free"),
+    ("mutant:flush-all-by-invvpid", page_freed, "use-after-free"),
+    ("mutant:sequence-after-lookup", frame_before_sequence, "use-after-free"),
+    ("mutant:retry-ignores-range", faults_while_in_progress, "use-after-free"),
+    ("mutant:mmio-over-live-spte", faults_on_a_slot_that_goes, "use-after-free"),
+    ("mutant:paging-off-without-flush", paging_off_and_on, "guest-stale"),
+    ("mutant:smm-keeps-root", smm_memory_freed, "use-after-free"),
 ]
 
 
@@ -223,7 +223,7 @@ def test_linux_is_silent(rig: Rig, scenario: Scenario) -> None:
     assert scenario(rig, Policy()) == set()
 
 
-@pytest.mark.parametrize("name", ["P8", "B32"])
+@pytest.mark.parametrize("name", ["guest-flush-by-invept", "role-change-zaps-tree"])
 @pytest.mark.parametrize("scenario", [page_freed, smm_memory_freed, paging_off_and_on], ids=_id)
 def test_what_only_costs_is_not_caught(rig: Rig, name: str, scenario: Scenario) -> None:
     assert MUTANTS[name].cost_only

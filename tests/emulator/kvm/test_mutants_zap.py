@@ -268,18 +268,18 @@ def table_freed_as_the_zap_leaves_rcu(rig: Rig, policy: Policy) -> dict[str, int
 
 
 CAUGHT: dict[str, Scenario] = {
-    "B1": a_later_root_yields,
-    "B1b": a_later_root_needs_no_flush,
-    "B2": pages_recovered,
-    "B3": table_freed_while_recovered,
-    "B6": spte_where_the_zap_yields,
-    "B10": zap_then_notifier,
-    "B25": root_freed_under_a_notifier,
-    "P10": table_freed_as_the_zap_leaves_rcu,
-    "P11": refilled_before_the_zap,
-    "P13": fault_meets_frozen,
-    "P32": log_of_two_words,
-    "RFC02": table_freed_as_the_zap_leaves_rcu,
+    "yield-forgets-flush": a_later_root_yields,
+    "later-root-forgets-flush": a_later_root_needs_no_flush,
+    "recovery-forgets-flush": pages_recovered,
+    "recovery-uses-old-iterator": table_freed_while_recovered,
+    "iterator-skips-spte": spte_where_the_zap_yields,
+    "zap-leaves-flush-to-next": zap_then_notifier,
+    "notifier-without-reference": root_freed_under_a_notifier,
+    "unlock-before-flush": table_freed_as_the_zap_leaves_rcu,
+    "flush-before-zap": refilled_before_the_zap,
+    "map-over-frozen": fault_meets_frozen,
+    "log-flush-before-protect": log_of_two_words,
+    "list-flush-after-rcu": table_freed_as_the_zap_leaves_rcu,
 }
 
 
@@ -294,7 +294,7 @@ def test_the_base_is_not(rig: Rig, name: str) -> None:
 
 
 def test_a_superfluous_flush_costs_only_itself(rig: Rig) -> None:
-    """B4"""
+    """flush-repeated-after-yield"""
 
     def flushes(policy: Policy) -> int:
         kvm, guest, _ = two_roots(rig, policy)
@@ -304,14 +304,14 @@ def test_a_superfluous_flush_costs_only_itself(rig: Rig) -> None:
         rig.destroy(kvm)
         return counts["remote_tlb_flush_requests"]
 
-    assert flushes(preset("mutant:B4")) == flushes(preset("linux-7.3")) + 1
+    assert flushes(preset("mutant:flush-repeated-after-yield")) == flushes(preset("linux-7.3")) + 1
     assert rig.violations() == {}
 
 
 def test_a_removed_table_without_freezing_leaks(rig: Rig) -> None:
     """P14: a right that no zap ends any more, but no way to use it."""
-    assert MUTANTS["P14"].cost_only
-    left, violations = fault_into_a_removed_table(rig, preset("mutant:P14"))
+    assert MUTANTS["children-not-frozen"].cost_only
+    left, violations = fault_into_a_removed_table(rig, preset("mutant:children-not-frozen"))
     assert left
     assert violations == {}
 

@@ -73,7 +73,7 @@ def test_page_tables_are_built_anew(rig: Rig) -> None:
 
 
 def test_without_a_flush_the_oracle_catches_it(rig: Rig) -> None:
-    _, guest = booted(rig, preset("mutant:I1"))
+    _, guest = booted(rig, preset("mutant:init-without-flush"))
     boot_again(rig, guest)
     assert "guest-stale" in rig.violations()
 
@@ -87,7 +87,7 @@ def test_the_flushes_of_the_boot_cover_those_of_the_reset(rig: Rig) -> None:
 
 
 def test_the_flushes_of_the_reset_cover_those_of_the_boot(rig: Rig) -> None:
-    _, guest = booted(rig, preset("mutant:P29"))
+    _, guest = booted(rig, preset("mutant:paging-off-without-flush"))
     boot_again(rig, guest)
     assert rig.violations() == {}
 
@@ -151,7 +151,7 @@ def test_a_guest_that_was_about_to_turn_paging_on_is_back_at_the_start(rig: Rig)
     assert rig.violations() == {}
 
 
-@pytest.mark.parametrize(("policy", "caught"), [("linux-7.3", False), ("mutant:I1", True)])
+@pytest.mark.parametrize(("policy", "caught"), [("linux-7.3", False), ("mutant:init-without-flush", True)])
 def test_guests_that_boot_all_the_time(policy: str, caught: bool) -> None:
     """Nothing else flushes here: uses are averted by resets only."""
     scenario = load_scenario()

@@ -229,7 +229,10 @@ def caught(policy: Policy, smm: bool = False) -> None:
 
 @pytest.mark.stress
 @pytest.mark.timeout(300)
-@pytest.mark.parametrize("policy", ["mutant:P24", "mutant:B21", "mutant:R3"])
+@pytest.mark.parametrize(
+    "policy",
+    ["mutant:migration-current-only", "mutant:remote-flush-current-only", "mutant:generation-after-kick"],
+)
 def test_the_oracle_fires_with_several_roots(policy: str) -> None:
     caught(preset(policy), smm=True)
 

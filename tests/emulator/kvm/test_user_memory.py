@@ -240,7 +240,7 @@ def test_kvm_marks_the_pages_that_it_zaps(rig: Rig, policy: str, marks: bool) ->
     [
         (preset("linux-5.14"), {}),
         (preset("linux-6.12"), {}),
-        (preset("mutant:Z2"), {"use-after-free": 1}),
+        (preset("mutant:notifier-skips-invalid-roots"), {"use-after-free": 1}),
         # No vCPU reaches the SPTE, and since 6.13 its zap does not use the page.
         (Policy("Z2 since 6.13", {"Z2"}), {}),
     ],

@@ -28,20 +28,20 @@ CERTAIN = [
     ("away-zap", "migration=none", "use-after-free"),
     ("return-zap", "lkml-2025-cpu-flushed-mask", "use-after-free"),
     ("guest-invlpg-away", "lkml-2025-on-each-cpu", "guest-stale"),
-    ("guest-mov-cr3-away", "mutant:R2", "guest-stale"),
-    ("remote-smm-twice", "mutant:B21", "use-after-free"),
-    ("root-recycled", "mutant:P9", "foreign-root"),
+    ("guest-mov-cr3-away", "mutant:generation-without-invvpid", "guest-stale"),
+    ("remote-smm-twice", "mutant:remote-flush-current-only", "use-after-free"),
+    ("root-recycled", "mutant:root-load-without-flush", "foreign-root"),
     ("root-recycled-other-vm", "root_load=none,migration=none", "cross-vm"),
     ("preempted-after-flush", "migration=none", "use-after-free"),
     ("remote-one-root", "notifier_flush=none", "use-after-free"),
     ("notifier-protect", "notifier_flush=none", "stale-after-revoke"),
     ("zap-leafs-yield", "zap_yield=no-flush", "use-after-free"),
-    ("zap-root-order", "mutant:B1b", "use-after-free"),
+    ("zap-root-order", "mutant:later-root-forgets-flush", "use-after-free"),
     ("log-arm", "write_protect=none", "stale-after-revoke"),
-    ("log-arm-aged", "mutant:B7", "stale-after-revoke"),
+    ("log-arm-aged", "mutant:protect-flush-if-changed", "stale-after-revoke"),
     ("slot-delete-away", "slot_delete=zap-slot-leafs,migration=none", "use-after-free"),
-    ("smm-memory", "mutant:P31", "use-after-free"),
-    ("guest-paging-off", "mutant:P29", "guest-stale"),
+    ("smm-memory", "mutant:smm-keeps-root", "use-after-free"),
+    ("guest-paging-off", "mutant:paging-off-without-flush", "guest-stale"),
     ("huge-collapse", "notifier_flush=none", "use-after-free"),
 ]
 
@@ -67,7 +67,7 @@ def test_the_sound_is_safe(name: str) -> None:
 
 
 def test_rcu_is_called_by_its_name() -> None:
-    outcome = run_test(load_test("root-recycled"), named_policy("mutant:P9"), 1, seed=1)
+    outcome = run_test(load_test("root-recycled"), named_policy("mutant:root-load-without-flush"), 1, seed=1)
     details = outcome.reports[0].details
     freed = [event["cpu"] for event in details["events"] if event["kind"] == "root_free"]
     # The one whose root it was takes it off the list.
@@ -76,7 +76,10 @@ def test_rcu_is_called_by_its_name() -> None:
 
 def test_races_are_hit() -> None:
     """Each needs a schedule that comes about now and then; given time, it does."""
-    for name, policy in [("entry-races-request", "mutant:P1"), ("kick-waits", "mutant:P4")]:
+    for name, policy in [
+        ("entry-races-request", "mutant:requests-before-mode"),
+        ("kick-waits", "mutant:kick-without-wait"),
+    ]:
         test = load_test(name)
         outcome = run_test(test, named_policy(policy), 400, stop_at=1)
         assert outcome.violating == 1, (name, policy)
@@ -275,8 +278,8 @@ def test_what_differs() -> None:
     assert differs(outcome, test, ("safe",)) == "violations instead of safe"
     assert differs(outcome, test, ()) is None
     assert expected_of(test, "linux-7.3") == ("safe",)
-    assert expected_of(test, "mutant:B4") == ("safe", "inconclusive")
-    assert expected_of(test, "mutant:B7") == ()
+    assert expected_of(test, "mutant:flush-repeated-after-yield") == ("safe", "inconclusive")
+    assert expected_of(test, "mutant:protect-flush-if-changed") == ()
     named = policies_for(test, [], all_mutants=False)
     assert named[: len(PRESETS)] == list(PRESETS)
     assert "migration=none" in named

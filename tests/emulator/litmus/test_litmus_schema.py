@@ -387,8 +387,10 @@ def test_what_ships() -> None:
 
 def test_what_takes_late_stores_is_expected_to_be_safe_without() -> None:
     test = load_test("entry-races-request")
-    assert expected_of(test, "mutant:S1") == (SAFE, INCONCLUSIVE)
-    assert expected_of(test, "mutant:P1") == (("use-after-free",),)
-    assert expected_of(load_test("return-zap"), "mutant:S1") == (SAFE, INCONCLUSIVE)
+    assert expected_of(test, "mutant:entry-without-barrier") == (SAFE, INCONCLUSIVE)
+    assert expected_of(test, "mutant:requests-before-mode") == (("use-after-free",),)
+    assert expected_of(load_test("return-zap"), "mutant:entry-without-barrier") == (SAFE, INCONCLUSIVE)
     assert expected_of(load_test("speculative-fill"), "migration=none") == (SAFE, INCONCLUSIVE)
-    assert {"mutant:S1", "mutant:S2"} <= set(policies_for(test, (), False))
+    assert {"mutant:entry-without-barrier", "mutant:request-without-barrier"} <= set(
+        policies_for(test, (), False)
+    )

@@ -60,7 +60,10 @@ def test_what_is_logged_all_the_same_is_not_lost(monkeypatch: pytest.MonkeyPatch
     assert run_test(load_test("log-arm-aged"), Policy(), 5).kinds == {}
 
 
-@pytest.mark.parametrize(("name", "policy"), [("log-order", "mutant:L2"), ("log-races-write", "mutant:L3")])
+@pytest.mark.parametrize(
+    ("name", "policy"),
+    [("log-order", "mutant:log-protects-before-marks"), ("log-races-write", "mutant:mark-before-writable")],
+)
 def test_races_that_lose_a_mark_are_found_by_search(name: str, policy: str) -> None:
     """No translation is stale in them: an execution shows them by its contents alone."""
     found = explore_verdict(load_test(name), named_policy(policy))
@@ -71,7 +74,7 @@ def test_two_vcpus_never_store_the_same() -> None:
     """Each has made as many accesses as the other: the page's contents would not tell their writes apart."""
     test = sequential("k: log-arm", "v0: write 0x10", "k: log-get", "v1: write 0x10")
     assert outcome_of(test).kinds == {}
-    assert outcome_of(test, "mutant:L1").kinds == {"lost-dirty": 1}
+    assert outcome_of(test, "mutant:log-without-protect").kinds == {"lost-dirty": 1}
 
 
 def test_smm_has_a_log_of_its_own() -> None:
@@ -80,7 +83,7 @@ def test_smm_has_a_log_of_its_own() -> None:
     for vm in ("smm_slots=true", "smram=0x600"):
         test = sequential(*ops, vm=vm)
         assert outcome_of(test).kinds == {}, vm
-        assert outcome_of(test, "mutant:L1").kinds == {"lost-dirty": 1}, vm
+        assert outcome_of(test, "mutant:log-without-protect").kinds == {"lost-dirty": 1}, vm
 
 
 def test_flags_in_page_tables_are_contents() -> None:
@@ -102,7 +105,7 @@ def test_what_user_space_discards_it_knows_of() -> None:
     assert outcome_of(sequential(*ops)).kinds == {}
     again = sequential(*ops, "v0: write 0x10", "k: log-get", "v0: write 0x10")
     assert outcome_of(again).kinds == {}
-    assert outcome_of(again, "mutant:L1").kinds == {"lost-dirty": 1}
+    assert outcome_of(again, "mutant:log-without-protect").kinds == {"lost-dirty": 1}
 
 
 @pytest.mark.parametrize("end", ["log-disarm", "slot-delete"])
@@ -111,10 +114,10 @@ def test_a_migration_that_is_given_up_has_lost_what_no_bitmap_has(end: str) -> N
     ops = ["v0: write 0x10", "k: log-arm", "v0: write 0x10"]
     test = sequential(*ops, f"k: {end}")
     assert outcome_of(test).kinds == {}
-    assert outcome_of(test, "mutant:L1").kinds == {}, "marked, and not read"
+    assert outcome_of(test, "mutant:log-without-protect").kinds == {}, "marked, and not read"
     lost = sequential(*ops, "k: log-get", "v0: write 0x10", f"k: {end}")
     assert outcome_of(lost).kinds == {}
-    assert outcome_of(lost, "mutant:L1").kinds == {"lost-dirty": 1}
+    assert outcome_of(lost, "mutant:log-without-protect").kinds == {"lost-dirty": 1}
     after = sequential(*ops, f"k: {end}", *(["k: slot-create"] if end == "slot-delete" else []))
     assert outcome_of(after).kinds == {}
 

@@ -1,10 +1,30 @@
 from __future__ import annotations
 
+import json
+import re
+from pathlib import Path
+
 import pytest
 
 from emulator.cli.main import main
+from emulator.explore.results.record import replay
+from emulator.explore.results.verdict import Plan, explore_verdict
+from emulator.litmus.loader import load_test, parse_test
+from emulator.litmus.policies import expected_of, is_cost_only, named_policy, policies_for
 from emulator.policy import DEFAULT, MUTANTS, PRESETS, Mutant, PolicyError, preset
+from emulator.policy.mutant_names import NAMES, canonical
 from native import VIOLATION_KINDS
+
+EXPECT = """
+doc = "A test."
+source = "A test."
+[threads.v0]
+vcpu = 0
+pcpu = 0
+ops = ["read 0x10"]
+[expect]
+needs = "nothing"
+"""
 
 
 @pytest.mark.parametrize("mutant", MUTANTS.values(), ids=list(MUTANTS))
@@ -25,14 +45,68 @@ def test_presets_are_no_mutants() -> None:
     assert preset(DEFAULT).name == DEFAULT
 
 
-def test_an_unknown_mutant_says_which_there_are() -> None:
-    with pytest.raises(PolicyError, match=r"'mutant:P99'.*mutant:P10, "):
+def test_an_unknown_mutant_is_refused_with_the_known_ones() -> None:
+    with pytest.raises(PolicyError, match=r"'mutant:P99'.*mutant:unlock-before-flush, "):
         preset("mutant:P99")
+
+
+def test_names_describe_and_differ() -> None:
+    assert set(NAMES) == {mutant.id for mutant in MUTANTS.values()}
+    assert len(MUTANTS) == len(NAMES)
+    assert all(re.fullmatch(r"[a-z]+(-[a-z]+)+", name) for name in MUTANTS)
+
+
+# --- ids are aliases ----------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("mutant", MUTANTS.values(), ids=list(MUTANTS))
+def test_an_id_is_an_alias(mutant: Mutant) -> None:
+    name, alias = f"mutant:{mutant.name}", f"mutant:{mutant.id}"
+    assert canonical(alias) == canonical(name) == name
+    assert canonical(f"{alias}+zap=rcu-proxy") == f"{name}+zap=rcu-proxy"
+    assert preset(alias) == preset(name)
+    assert preset(alias).name == named_policy(alias).name == name
+    assert is_cost_only(alias) == is_cost_only(name) == mutant.cost_only
+    assert policies_for(load_test("return-zap"), [alias, name], False) == [name]
+
+
+def test_only_mutants_have_aliases() -> None:
+    assert canonical("B6") == "B6"
+    assert canonical("mutant:B7.py") == "mutant:B7.py"
+
+
+def test_a_litmus_test_may_expect_by_id() -> None:
+    test = parse_test(EXPECT + '"mutant:B6" = ["use-after-free"]\n', "t", None)
+    assert expected_of(test, "mutant:iterator-skips-spte") == (("use-after-free",),)
+    late = parse_test(EXPECT + '[expect.store-buffers]\n"mutant:S1" = ["use-after-free"]\n', "t", None)
+    assert late.expect.apart()["store-buffers"] == {"mutant:entry-without-barrier": ("use-after-free",)}
+
+
+def test_no_litmus_test_expects_by_id_and_by_name(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    path = tmp_path / "t.toml"
+    path.write_text(EXPECT + '"mutant:B6" = "safe"\n"mutant:iterator-skips-spte" = ["use-after-free"]\n')
+    assert main(["litmus", str(path)]) == 2
+    assert "t.toml: expect: " in capsys.readouterr().err
+
+
+def test_a_recording_may_name_its_policy_by_id(tmp_path: Path) -> None:
+    found = explore_verdict(load_test("fault-races-unmap"), named_policy("mutant:P15"), Plan(minimize=False))
+    assert found.counterexample is not None
+    assert found.policy == found.counterexample.policy == "mutant:fault-without-retry"
+    document = {**found.counterexample.document(), "policy": "mutant:P15"}
+    path = tmp_path / "old.json"
+    path.write_text(json.dumps(document))
+    assert replay(path).violation == found.counterexample.violation
+
+
+def test_reports_name_the_bug() -> None:
+    assert preset("mutant:B6").mutants() == ("iterator-skips-spte",)
+    assert preset("mutant:B7").mutants() == ("write_protect=if-changed",)
 
 
 def test_list_mutants(capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["list", "mutants"]) == 0
-    out = capsys.readouterr().out
-    assert all(f"mutant:{name}" in out for name in MUTANTS)
+    lines = capsys.readouterr().out.splitlines()
+    assert all(f"mutant:{mutant.name} ({mutant.id})" in lines for mutant in MUTANTS.values())
     assert main(["list", "policies"]) == 0
     assert "flushlab list mutants" in capsys.readouterr().out

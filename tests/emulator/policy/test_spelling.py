@@ -12,7 +12,7 @@ from emulator.policy import DEFAULT, PolicyError, parse_policy, parse_setting
     ("text", "base", "settings"),
     [
         ("linux-6.12", "linux-6.12", {}),
-        ("mutant:B6", "mutant:B6", {}),
+        ("mutant:iterator-skips-spte", "mutant:iterator-skips-spte", {}),
         ("linux-6.12+migration=none", "linux-6.12", {"migration": "none"}),
         (
             "linux-6.12+migration=none+root_load=none",

@@ -115,11 +115,11 @@ def test_the_base_may_be_any_preset_and_the_name_any_name(tmp_path: Path) -> Non
 
 def test_a_mutant_as_a_base_stays_one(tmp_path: Path) -> None:
     body = """
-        base = "mutant:P1"
+        base = "mutant:requests-before-mode"
         def remote_kick(self, cpu, kvm):
             return "all-pcpus"
         """
-    policy, mutant = load_user_policy(of(tmp_path, body)), resolve_policy("mutant:P1")
+    policy, mutant = load_user_policy(of(tmp_path, body)), resolve_policy("mutant:requests-before-mode")
     assert policy.bugs == mutant.bugs
     assert policy.answers() == mutant.answers()
     assert policy.mutants() == mutant.mutants() != ()
