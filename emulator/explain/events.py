@@ -41,15 +41,16 @@ def name_of(names: tuple[str, ...], index: int) -> str:
     return names[index] if 0 <= index < len(names) else str(index)
 
 
-def _request_names() -> dict[int, str]:
-    return {
-        value & kvm_host.KVM_REQUEST_MASK: name
-        for name, value in vars(kvm_host).items()
-        if name.startswith("KVM_REQ_") and not value & kvm_host.KVM_REQUEST_NO_ACTION
-    }
-
-
-REQUESTS = _request_names()
+def _request_name(number: int) -> str:
+    """Return the name that KVM's code, which may be patched, has for a request now."""
+    for name, value in vars(kvm_host).items():
+        if (
+            name.startswith("KVM_REQ_")
+            and not value & kvm_host.KVM_REQUEST_NO_ACTION
+            and value & kvm_host.KVM_REQUEST_MASK == number
+        ):
+            return name
+    return str(number)
 
 
 @dataclass(frozen=True, slots=True)
@@ -121,7 +122,7 @@ class Event:
 
     @property
     def request(self) -> str:
-        return REQUESTS.get(self.b, str(self.b))
+        return _request_name(self.b)
 
     def covers(self, gfn: int) -> bool:
         """Return whether a zap, a mapping or a promise is about this page."""

@@ -43,11 +43,15 @@ from native import lib
 
 # Turns without an instruction that a guest is given while no other thread runs.
 _TURNS = 200
-_DIRTY_LOG = {
-    "protect": 0,
-    "manual": KVM_DIRTY_LOG_MANUAL_PROTECT_ENABLE,
-    "initially-set": KVM_DIRTY_LOG_MANUAL_PROTECT_ENABLE | KVM_DIRTY_LOG_INITIALLY_SET,
-}
+
+
+def _dirty_log_manual(mode: str) -> int:
+    """Return the flags of KVM_CAP_MANUAL_DIRTY_LOG_PROTECT2 for a VM's `dirty_log`.
+
+    When they are needed, because KVM's code may be patched by then.
+    """
+    flags = KVM_DIRTY_LOG_MANUAL_PROTECT_ENABLE
+    return flags | KVM_DIRTY_LOG_INITIALLY_SET if mode == "initially-set" else flags
 
 
 def machine_config(test: LitmusTest, seed: int) -> dict[str, int]:
@@ -369,7 +373,7 @@ class Harness:
         self.memories[-1].discarded = migration.discarded
         self.migrations.append(migration)
         if section.dirty_log != "protect":
-            kvm_vm_ioctl_enable_manual_dirty_log(cpu, kvm, _DIRTY_LOG[section.dirty_log])
+            kvm_vm_ioctl_enable_manual_dirty_log(cpu, kvm, _dirty_log_manual(section.dirty_log))
         for slot in slots:
             kvm_set_memory_region(cpu, kvm, slot.id, 0, slot.npages, 0, as_id=slot.as_id)
         for number in range(section.vcpus):
