@@ -36,7 +36,7 @@ PoliciesOption = Annotated[
         "--policy",
         metavar="P",
         help="What to compare, the first is the baseline; repeatable. P+point=alternative changes single "
-        f"answers. A single one is compared with {DEFAULT_POLICY}.",
+        f"answers, P+IDEA.patch KVM's code. A single one is compared with {DEFAULT_POLICY}.",
     ),
 ]
 RepeatOption = Annotated[

@@ -79,8 +79,8 @@ def explore(
         typer.Option(
             "--policy",
             metavar="P",
-            help="A preset, mutant:NAME, a .py file, each with +point=alternative if need be; repeatable. "
-            "Without it: the default.",
+            help="A preset, mutant:NAME, a .py file or a .patch, each with +point=alternative if need be; "
+            "repeatable. Without it: the default.",
         ),
     ] = None,
     strategy: Annotated[str, typer.Option(metavar="S", help="exhaustive, pct or random.")] = "exhaustive",

@@ -39,6 +39,7 @@ def policies() -> None:
 
     print_catalogue(entries())
     print(f"\n{len(MUTANTS)} policies with a bug have names of the form mutant:NAME: flushlab list mutants")
+    print("Your own, a class or a patch of KVM's code: flushlab guide policies, patches")
 
 
 @app.command()

@@ -58,7 +58,7 @@ PolicyOption = Annotated[
     typer.Option(
         "--policy",
         metavar="P",
-        help="A preset, mutant:NAME, a .py file, each with +point=alternative if need be, or "
+        help="A preset, mutant:NAME, a .py file or a .patch, each with +point=alternative if need be, or "
         "point=alternative,...; repeatable. Without it: all presets, what the tests name, and the mutants "
         "that must only cost.",
     ),

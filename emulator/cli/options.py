@@ -84,7 +84,7 @@ PolicyOption = Annotated[
         "--policy",
         metavar="P",
         envvar="FLUSHLAB_POLICY",
-        help="A preset, mutant:NAME or FILE.py; see `flushlab list policies`.",
+        help="A preset, mutant:NAME, FILE.py or IDEA.patch; see `flushlab list policies`.",
     ),
 ]
 SetOption = Annotated[

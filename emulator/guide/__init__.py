@@ -9,7 +9,17 @@ from emulator.errors import BadInput, one_of
 from emulator.guide.reference import GENERATED
 
 # In the order in which a newcomer reads them.
-TOPICS = ("policies", "litmus", "scenarios", "reports", "explore", "results", "metrics", "architecture")
+TOPICS = (
+    "policies",
+    "patches",
+    "litmus",
+    "scenarios",
+    "reports",
+    "explore",
+    "results",
+    "metrics",
+    "architecture",
+)
 
 _PLACE = re.compile(r"<!-- generated: (\w+) -->")
 

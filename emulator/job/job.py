@@ -8,7 +8,9 @@ from collections.abc import Callable
 
 from loguru import logger
 
+from emulator.actors.crew import Crew
 from emulator.actors.watchdog import ROUND_SECONDS, Watchdog
+from emulator.errors import BadInput
 from emulator.job.emulation import Emulation
 from emulator.kvm.structs import KvmParams
 from emulator.policy import Policy
@@ -87,10 +89,16 @@ class Job:
                 run.late = emulation.stop()
                 for observer in self.observers:
                     observer.machine_down()
-            error = emulation.crew.bad_input() or (unreturned() if run.late else None)
+            crew = emulation.crew
+            error = crew.bad_input() or self._blamed(crew) or (unreturned() if run.late else None)
             if error is not None:
                 raise error
             return run.result()
+
+    def _blamed(self, crew: Crew) -> BadInput | None:
+        """Return the error of the policy's patch that ended an actor, or None."""
+        errors = (death.error for death in crew.deaths if death.error is not None)
+        return next(filter(None, map(self.policy.blamed, errors)), None)
 
 
 class _Run:

@@ -3,9 +3,7 @@
 from __future__ import annotations
 
 import inspect
-
-from rich.table import Table
-from rich.text import Text
+from collections.abc import Iterator
 
 from emulator.litmus import model
 from emulator.litmus.loader import shipped_tests
@@ -17,35 +15,27 @@ def schema() -> str:
     return inspect.cleandoc(model.__doc__ or "")
 
 
-def tests() -> Table:
-    table = Table(box=None, pad_edge=False)
-    table.add_column("test", no_wrap=True)
-    table.add_column("threads", justify="right")
-    table.add_column("ops", justify="right")
-    table.add_column("what it is")
+def tests() -> Iterator[tuple[int, str, list[str]]]:
+    """Yield a catalogue's entries (emulator.report.console) for the tests that ship."""
     for test in shipped_tests():
-        what = Text(" ".join(test.doc.split()))
-        what.append(f"\nfrom: {test.source}", style="dim")
+        sentences = [test.doc, f"From: {test.source}"]
         unsafe = [name for name, verdict in test.expect.policies.items() if isinstance(verdict, tuple)]
         if unsafe:
-            what.append(f"\nunsafe: {', '.join(unsafe)}", style="dim")
+            sentences.append(f"Unsafe: {', '.join(unsafe)}")
         for choice, policies in test.expect.apart().items():
             if policies:
-                what.append(f"\nunsafe only with {choice}: {', '.join(policies)}", style="dim")
-        table.add_row(test.name, str(len(test.threads)), str(test.operations), what)
-    return table
+                option = "--store-buffers" if choice == "store-buffers" else f"--adversary {choice}"
+                sentences.append(f"Unsafe with explore {option} only: {', '.join(policies)}")
+        yield 0, f"{test.name} ({len(test.threads)} threads, {test.operations} operations)", sentences
 
 
-def operations() -> Table:
-    table = Table(box=None, pad_edge=False, title="\nOperations", title_justify="left")
-    for column in ("operation", "done by", "what it is"):
-        table.add_column(column, no_wrap=column != "what it is")
+def operations() -> Iterator[tuple[int, str, list[str]]]:
+    """Yield a catalogue's entries for the operations, with the kinds of thread that have each."""
     for kind in VERBS.values():
         if issubclass(kind, GuestOp):
-            who = "guest"
+            threads = "a guest"
         elif issubclass(kind, VcpuOp):
-            who = "vCPU"
+            threads = "a vCPU"
         else:
-            who = "kvm, host" if issubclass(kind, KvmOp) else " or ".join(kind.who)
-        table.add_row(Text(kind.usage()), who, Text(kind.doc))
-    return table
+            threads = "kvm, host" if issubclass(kind, KvmOp) else " or ".join(kind.who)
+        yield 0, f"{kind.usage()}  [{threads}]", [kind.doc]

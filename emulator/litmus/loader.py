@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+from collections import Counter
 from collections.abc import Iterable
 from functools import cache
 from importlib import resources
@@ -13,7 +14,7 @@ from pydantic import ValidationError
 from emulator.errors import BadInput, did_you_mean, shown
 from emulator.litmus.checks import SchemaError
 from emulator.litmus.model import LitmusTest, bind
-from emulator.policy import check_policy
+from emulator.policy import canonical, check_policy
 from emulator.validation import first_error, parse_toml, read_text
 
 
@@ -38,9 +39,13 @@ def parse_test(text: str, where: str, path: Path | None) -> LitmusTest:
         raise BadInput(where, *first_error(error, LitmusTest)) from error
     except SchemaError as error:
         raise BadInput(f"{where}: {error.key}", f"found {error.found}", error.expected) from error
-    for key, policies in {"": test.expect.policies, **test.expect.apart()}.items():
-        for name in policies:
-            check_policy(name, f"{where}: expect{key and '.'}{key}")
+    for key, names in test.expect.named().items():
+        at = f"{where}: expect{key and '.'}{key}"
+        for name in names:
+            check_policy(name, at)
+        twice = [name for name, n in Counter(map(canonical, names)).items() if n > 1]
+        if twice:
+            raise BadInput(at, f"found a verdict for {twice[0]} by its name and one by its id", "one of them")
     test._name = path.stem if path is not None else where
     test._path = path
     test._text = text

@@ -40,7 +40,7 @@
     [expect]
     needs = "averted"             # the danger without which a run proves nothing; see below
     default = "safe"
-    "mutant:B21" = ["use-after-free"]
+    "mutant:remote-flush-current-only" = ["use-after-free"]
 
 Pages are numbers of 4 KiB pages, decimal or 0x hexadecimal.  `flushlab list litmus --ops` explains the
 operations.  A thread's name is made of letters, digits and "_".  `wait THREAD N` waits until THREAD has
@@ -97,6 +97,7 @@ from emulator.errors import shown
 from emulator.litmus.checks import SchemaError, check_test, parse_delay
 from emulator.litmus.kvm_ops import SLOT, SMM_SLOT
 from emulator.litmus.ops import Op, OpError, parse_op
+from emulator.policy import canonical
 from emulator.validation import Unit
 from native import VIOLATION_KINDS
 
@@ -239,11 +240,28 @@ class ExpectSection(BaseModel):
     @property
     def policies(self) -> dict[str, Expected]:
         """Return the verdicts other than `default`, by preset, mutant, or "point=alternative[,...]"."""
-        return self.__pydantic_extra__ or {}
+        return _by_name(self.__pydantic_extra__ or {})
+
+    def named(self) -> dict[str, list[str]]:
+        """Return the policies as the file spells them, by choice; "" is for none."""
+        return {
+            "": list(self.__pydantic_extra__ or {}),
+            "evict": list(self.evict),
+            "speculate": list(self.speculate),
+            "store-buffers": list(self.store_buffers),
+        }
 
     def apart(self) -> dict[str, dict[str, Expected]]:
         """Return the verdicts with more choices of explore's scheduler, by choice and policy."""
-        return {"evict": self.evict, "speculate": self.speculate, "store-buffers": self.store_buffers}
+        return {
+            "evict": _by_name(self.evict),
+            "speculate": _by_name(self.speculate),
+            "store-buffers": _by_name(self.store_buffers),
+        }
+
+
+def _by_name(policies: ByPolicy) -> ByPolicy:
+    return {canonical(name): expected for name, expected in policies.items()}
 
 
 class LitmusTest(Section):

@@ -6,14 +6,14 @@ from collections.abc import Sequence
 from functools import lru_cache
 
 from emulator.litmus.model import INCONCLUSIVE, SAFE, Expected, LitmusTest
-from emulator.policy import MUTANTS, PRESETS, Policy, spelled_policy
-from emulator.policy.mutants import PREFIX
+from emulator.policy import MUTANTS, PRESETS, Mutant, Policy, canonical, spelled_policy
+from emulator.policy.mutant_names import PREFIX
 
 
 @lru_cache(maxsize=512)
 def named_policy(name: str) -> Policy:
     """Return the policy that emulator.policy.spelling spells so, under this name."""
-    return spelled_policy(name, name)
+    return spelled_policy(name, canonical(name))
 
 
 def mutant_names() -> list[str]:
@@ -22,21 +22,25 @@ def mutant_names() -> list[str]:
 
 def is_cost_only(name: str) -> bool:
     """Return whether this is a mutant that only costs time and must not cause a violation."""
-    mutant = MUTANTS.get(name.removeprefix(PREFIX))
-    return name.startswith(PREFIX) and mutant is not None and mutant.cost_only
+    mutant = _mutant(name)
+    return mutant is not None and mutant.cost_only
 
 
 def is_consistent(name: str) -> bool:
     """Return whether a mutant is wrong only if stores become visible late: never on real threads here."""
-    mutant = MUTANTS.get(name.removeprefix(PREFIX))
-    return name.startswith(PREFIX) and mutant is not None and mutant.store_buffers
+    mutant = _mutant(name)
+    return mutant is not None and mutant.store_buffers
+
+
+def _mutant(name: str) -> Mutant | None:
+    return MUTANTS.get(canonical(name).removeprefix(PREFIX)) if name.startswith(PREFIX) else None
 
 
 def policies_for(test: LitmusTest, chosen: Sequence[str], all_mutants: bool) -> list[str]:
     """Return the policies to run the test under: the chosen ones, or all presets, the policies that the test
     names, and the mutants that must only cost time (with `all_mutants` every mutant)."""
     if chosen:
-        return list(dict.fromkeys(chosen))
+        return list(dict.fromkeys(map(canonical, chosen)))
     mutants = mutant_names() if all_mutants else [name for name in mutant_names() if is_cost_only(name)]
     apart = [name for policies in test.expect.apart().values() for name in policies]
     return list(dict.fromkeys([*PRESETS, *test.expect.policies, *apart, *mutants]))

@@ -20,7 +20,7 @@ from collections.abc import Callable
 from types import ModuleType
 from typing import Any, Final
 
-from emulator.policy.guard import is_users, user_code_below
+from emulator.policy.guard import is_written_by_user, user_code_below
 
 # By audit event, the words for the file's act.
 _EVENTS: Final = {
@@ -98,7 +98,7 @@ def _refusing(module: ModuleType, name: str, indirectly: bool) -> Callable[..., 
 
     @functools.wraps(function)
     def refusing(*args: Any, **kwargs: Any) -> Any:
-        if user_code_below() if indirectly else is_users(sys._getframe(1)):
+        if user_code_below() if indirectly else is_written_by_user(sys._getframe(1)):
             raise Forbidden(f"a policy that calls {module.__name__}.{name}()")
         return function(*args, **kwargs)
 

@@ -24,6 +24,8 @@ T = TypeVar("T")
 _OURS: Final = ("emulator", "native", "metrics")
 # The names of the files from which policies were loaded, as in their code objects.
 _files: set[str] = set()
+# The names of files of emulator.kvm that a patch changes, likewise.
+_patched: set[str] = set()
 
 
 class UserPolicyError(PolicyError):
@@ -69,11 +71,16 @@ def is_users(frame: FrameType) -> bool:
     return frame.f_code.co_filename in _files
 
 
+def is_written_by_user(frame: FrameType) -> bool:
+    """Return whether the frame runs code of a policy's file, or of a file that a patch changes."""
+    return is_users(frame) or frame.f_code.co_filename in _patched
+
+
 def user_code_below() -> bool:
-    """Return whether code of a policy's file called the caller, however indirectly."""
+    """Return whether code of a policy's file or patch called the caller, however indirectly."""
     frame: FrameType | None = sys._getframe(1)
     while frame is not None:
-        if is_users(frame):
+        if is_written_by_user(frame):
             return True
         frame = frame.f_back
     return False
@@ -82,6 +89,11 @@ def user_code_below() -> bool:
 def register(path: str) -> None:
     """Treat code of this file as a user's from now on."""
     _files.add(path)
+
+
+def register_patched(filename: str) -> None:
+    """Treat code of this file as changed by a user's patch from now on."""
+    _patched.add(filename)
 
 
 # --- saying it ----------------------------------------------------------------------------------------------

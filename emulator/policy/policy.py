@@ -18,6 +18,7 @@ if TYPE_CHECKING:
     from emulator.kvm import decisions
     from emulator.kvm.structs import Kvm, KvmMemorySlot, KvmMmuPage, Vcpu
     from emulator.machine.runtime import Cpu
+    from emulator.policy.patch import KvmPatch
 
 
 # The command-line option that names a policy.
@@ -34,12 +35,14 @@ class Policy:
     Each method is a decision point: emulator.kvm.decisions tells when KVM asks it, emulator.policy.points
     describes its answers.  This class answers from a table: Linux 7.3's answers, except those given by name.
     A subclass may decide case by case.  `bugs`: names of historical or injected bugs that KVM's code has
-    under this policy.
+    under this policy.  `patch`: the changes of KVM's code under this policy (emulator.policy.patch), if any.
     """
 
     def __init__(self, name: str = "linux-7.3", bugs: Iterable[str] = (), **answers: str) -> None:
         self.name = name
         self.bugs = frozenset(bugs)
+        self.patch: KvmPatch | None = None
+        self._spelling = ""
         self._answers: dict[str, Any] = {point.name: point.default for point in POINTS}
         for point, alternative in answers.items():
             check_answer(point, alternative)
@@ -51,11 +54,12 @@ class Policy:
     def __eq__(self, other: object) -> bool:
         if not isinstance(other, Policy):
             return NotImplemented
-        return (type(self), self.name, self.bugs, self._answers) == (
+        return (type(self), self.name, self.bugs, self._answers, self.patch) == (
             type(other),
             other.name,
             other.bugs,
             other._answers,
+            other.patch,
         )
 
     def __hash__(self) -> int:
@@ -148,9 +152,18 @@ class Policy:
         for point, alternative in settings.items():
             check_answer(point, alternative)
         if name is None:
-            changed = [f"{point}={settings[point]}" for point in sorted(settings)]
-            name = "+".join([self.name, *changed])
-        return Policy(name, self.bugs, **{**self._answers, **settings})
+            name = "+".join([self.name, *_settings(settings)])
+        changed_policy = Policy(name, self.bugs, **{**self._answers, **settings})
+        if self.patch is not None:
+            changed_policy.patch = self.patch
+            changed_policy._spelling = "+".join([self.spelled(), *_settings(settings)])
+        return changed_policy
+
+    def patched(self, patch: KvmPatch, spelling: str, name: str) -> Policy:
+        """Return this policy on patched code.  `spelling`: on a command line."""
+        policy = Policy(name, self.bugs, **self._answers)
+        policy.patch, policy._spelling = patch, spelling
+        return policy
 
     def answers(self) -> dict[str, str]:
         """Return the table: the alternative by point, in the order of POINTS."""
@@ -166,11 +179,16 @@ class Policy:
         return self
 
     def confined(self) -> AbstractContextManager[None]:
-        """Return a context for all executions under this policy, which confines changes by a user's file.
+        """Return a context for all executions under this policy, in which KVM's code is as the policy's patch
+        or a user's file has changed it.
 
         Raises UserPolicyError for changes that cannot be undone.
         """
-        return nullcontext()
+        return nullcontext() if self.patch is None else self.patch.live()
+
+    def blamed(self, error: BaseException) -> PolicyError | None:
+        """Return the error in one line if the policy's patch has caused it."""
+        return None if self.patch is None else self.patch.blamed(error)
 
     def guarded(self) -> AbstractContextManager[None]:
         """Return a context for code that copies or compares a user policy's state, which may run its code."""
@@ -181,8 +199,8 @@ class Policy:
         return None
 
     def spelled(self) -> str:
-        """Return its spelling on a command line: its name, or the path of a user's file."""
-        return self.name
+        """Return its spelling on a command line: its name, or with the paths of a user's files."""
+        return self._spelling or self.name
 
     def overrides(self) -> dict[str, str]:
         """Return the points that a user's class decides case by case, and where in its file."""
@@ -200,6 +218,10 @@ class Policy:
             if point.alternative(self._answers[point.name]).mutant
         )
         return (*sorted(NAMES.get(bug, bug) for bug in self.bugs), *wrong)
+
+
+def _settings(settings: Mapping[str, str]) -> list[str]:
+    return [f"{point}={settings[point]}" for point in sorted(settings)]
 
 
 def check_answer(point: str, alternative: str, where: str = NAMED_BY) -> None:

@@ -32,9 +32,10 @@ from typing import Any
 
 from emulator.policy.confine import NO_PATCHES, Confinement
 from emulator.policy.guard import Place, UserPolicyError, came_through, exact, failed, shown, through
+from emulator.policy.patch import KvmPatch, read_patch
 from emulator.policy.points import BY_NAME, DecisionPoint
-from emulator.policy.policy import Policy, check_answer
-from emulator.policy.presets import preset
+from emulator.policy.policy import NAMED_BY, Policy, PolicyError, check_answer
+from emulator.policy.presets import DEFAULT, preset
 from emulator.policy.source import Source, read_source
 from emulator.policy.spelling import parse_policy
 
@@ -53,10 +54,34 @@ def resolve_policy(text: str) -> Policy:
 
 
 def spelled_policy(text: str, name: str | None = None) -> Policy:
-    """Return the policy with the answers that `text` spells (emulator.policy.spelling), called `name`."""
-    base, answers = parse_policy(text)
-    policy = resolve_policy(base)
+    """Return the policy that `text` spells (emulator.policy.spelling), called `name`."""
+    base, answers, patches = parse_policy(text)
+    policy = _patched(base, patches, name) if patches else resolve_policy(base)
     return policy.with_settings(answers, name) if answers else policy
+
+
+def _patched(base: str, paths: tuple[str, ...], name: str | None) -> Policy:
+    patch = _read(paths)
+    below = base or patch.base or DEFAULT
+    where = NAMED_BY if base else f"{patch.name}: Flushlab-Base"
+    policy = load_user_policy(Path(below)) if below.endswith(".py") else preset(below, where)
+    if source_of(policy) is not None:
+        raise PolicyError(where, f"found {below} below a patch", "a preset or a mutant")
+    patch.check()
+    names = "+".join([base] * bool(base) + [patch.name])
+    return policy.patched(patch, "+".join([below, *paths]), name or names)
+
+
+def _read(paths: tuple[str, ...]) -> KvmPatch:
+    patch: KvmPatch | None = None
+    for path in paths:
+        first, plus, _ = path.partition("+")
+        if plus and not Path(path).exists():
+            preset(first)  # raises the error of a base that does not exist
+        one = read_patch(path)
+        patch = one if patch is None else patch.together(one)
+    assert patch is not None
+    return patch
 
 
 def load_user_policy(path: Path) -> Policy:

@@ -27,6 +27,7 @@ from emulator.explain.explanation import explain
 from emulator.explore.results import record
 from emulator.litmus.loader import load_test, shipped_texts
 from emulator.policy import MUTANTS, POINTS, PRESETS, check_policy
+from emulator.policy.patch import read_patch
 from emulator.scenario import limits
 from emulator.scenario.config import embedded_scenarios, load_scenario
 from emulator.scenario.costs import load_costs
@@ -34,6 +35,7 @@ from emulator.traces.container import HEADER_SIZE, PREFIX, build_image, parse_im
 from emulator.traces.convert import read_recording
 from metrics import parse_address
 from tests.damaged import damage
+from tests.emulator.policy.patch.edits import BREAKS_ALL, NO_FLUSH, new_file
 from tests.fuzz.inputs import FACTOR, edited, examples, judge, raw, toml_with_something_wrong
 
 pytestmark = pytest.mark.timeout(int(120 * max(1, FACTOR)))
@@ -50,6 +52,12 @@ SPELLINGS = [
     *(f"{point.name}={name}" for point in POINTS for name in point.names()),
     "root-tlb-gen+migration_vpid=none",
     "own.py+migration=none",
+    "linux-5.18+own.patch,migration=none",
+]
+PATCHES = [
+    BREAKS_ALL,
+    f"From: me\n\nFlushlab-Base: linux-5.18\n---\n{NO_FLUSH}-- \n2.43.0\n",
+    new_file("x/y.py", ""),
 ]
 
 
@@ -166,6 +174,20 @@ def test_counterexamples(counterexample: Any, own: Path, data: st.DataObject) ->
     path = own.with_suffix(".json")
     path.write_text(json.dumps(damage(counterexample, data)))
     judge("JSON", lambda: every_reading(path), str(path))
+
+
+@examples(600)
+@given(st.one_of(raw(PATCHES), edited(PATCHES).map(lambda text: text.encode(errors="replace"))))
+def test_patches(own: Path, data: bytes) -> None:
+    path = own.with_suffix(".patch")
+    path.write_bytes(data)
+
+    def load() -> None:
+        patch = read_patch(str(path))
+        assert patch.base != ""
+        assert patch.code.changed
+
+    judge("patch", load, str(path), f"{path.name}: ")
 
 
 @examples(500)

@@ -26,7 +26,26 @@ from emulator.policy import DEFAULT, PolicyError, parse_policy, parse_setting
     ],
 )
 def test_what_is_spelled(text: str, base: str, settings: dict[str, str]) -> None:
-    assert parse_policy(text) == (base, settings)
+    assert parse_policy(text) == (base, settings, ())
+
+
+@pytest.mark.parametrize(
+    ("text", "base", "patches", "settings"),
+    [
+        ("idea.patch", "", ("idea.patch",), {}),
+        ("linux-5.18+idea.diff", "linux-5.18", ("idea.diff",), {}),
+        ("mutant:B6+one.patch+two.patch", "mutant:B6", ("one.patch", "two.patch"), {}),
+        ("idea.patch,migration=none", "", ("idea.patch",), {"migration": "none"}),
+        ("migration=none+idea.patch+zap=x", "", ("idea.patch",), {"migration": "none", "zap": "x"}),
+        ("linux-6.12+a+b=c,d/idea.patch", "linux-6.12", ("a+b=c,d/idea.patch",), {}),
+        ("ideas/+series+more/series", "", ("ideas/", "series", "more/series"), {}),
+        ("mine.py+idea.patch", "mine.py", ("idea.patch",), {}),
+    ],
+)
+def test_what_is_spelled_with_patches(
+    text: str, base: str, patches: tuple[str, ...], settings: dict[str, str]
+) -> None:
+    assert parse_policy(text) == (base, settings, patches)
 
 
 @pytest.mark.parametrize(
@@ -40,10 +59,13 @@ def test_what_is_spelled(text: str, base: str, settings: dict[str, str]) -> None
         "linux-7.3+migration=none,root_load",
         "migration=none,",
         "mine.py+",
+        "idea.patch+",
+        "idea.patch,nothing",
+        "linux-7.3+idea.patch+migration=none,",
     ],
 )
 def test_no_part_is_passed_over(text: str) -> None:
-    with pytest.raises(PolicyError, match="expected point=alternative"):
+    with pytest.raises(PolicyError, match=r"expected (a patch, or )?point=alternative"):
         parse_policy(text)
 
 
