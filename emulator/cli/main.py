@@ -17,6 +17,7 @@ import typer
 from emulator import __version__, interrupts
 from emulator.cli.blank import refuse_blanks
 from emulator.cli.compare import compare
+from emulator.cli.drift import DRIFT_EXAMPLES, DRIFT_HELP, drift
 from emulator.cli.explain import explain
 from emulator.cli.explore import EXPLORE_EXAMPLES, EXPLORE_HELP, explore
 from emulator.cli.guide import guide
@@ -52,6 +53,7 @@ app = typer.Typer(
     context_settings={"help_option_names": ["-h", "--help"]},
 )
 app.command()(compare)
+app.command(help=DRIFT_HELP, epilog=DRIFT_EXAMPLES)(drift)
 app.command()(explain)
 app.command()(guide)
 app.command(help=EXPLORE_HELP, epilog=EXPLORE_EXAMPLES)(explore)

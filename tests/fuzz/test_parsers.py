@@ -20,6 +20,7 @@ from hypothesis import strategies as st
 from emulator.cli.main import main
 from emulator.cli.options import duration_of
 from emulator.cli.run import load_policy
+from emulator.drift.record import load_record
 from emulator.errors import BadInput
 from emulator.explain.diagram import diagram
 from emulator.explain.document import load_cases
@@ -46,6 +47,11 @@ COSTS = [resources.files("emulator").joinpath("costs.toml").read_text()]
 RECORDING = (Path(__file__).parent.parent / "emulator/traces/sample.lackey").read_text()
 SMALL = read_recording(io.BytesIO(RECORDING.encode()), "own.lackey", "own")
 TRACE = build_image(SMALL.records, SMALL.metadata)
+RECORD = {
+    "modelled": "7.3.0",
+    "versions": ["7.2.0", "7.3.0"],
+    "functions": {"kvm_f": [{"fingerprint": "0123456789abcdef", "file": "a.c", "versions": ["7.3.0"]}]},
+}
 SPELLINGS = [
     *PRESETS,
     *(f"mutant:{name}" for name in MUTANTS),
@@ -198,6 +204,15 @@ def test_json_bytes(counterexample: Any, own: Path, data: st.DataObject) -> None
         data.draw(raw([json.dumps(counterexample), "[" * 5000, "9" * 5000, '{"steps": [], "schedule": []}']))
     )
     judge("JSON", lambda: every_reading(path), str(path))
+
+
+@examples(250)
+@given(st.data())
+def test_records_of_fingerprints(own: Path, data: st.DataObject) -> None:
+    path = own.with_suffix(".json")
+    text = json.dumps(RECORD)
+    path.write_bytes(data.draw(st.one_of(st.just(json.dumps(damage(RECORD, data)).encode()), raw([text]))))
+    judge("record", lambda: load_record(path), str(path))
 
 
 def options() -> dict[str, tuple[list[str], Callable[[str], object], str]]:

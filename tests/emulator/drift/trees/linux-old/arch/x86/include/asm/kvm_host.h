@@ -1,0 +1,1 @@
+#define MADE_UP_LEVELS 5
