@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import re
 import shlex
+import shutil
 import subprocess
 import sys
 from collections.abc import Iterator
@@ -48,6 +49,8 @@ def steps(topic: str) -> Iterator[Step]:
 @pytest.mark.timeout(300)
 @pytest.mark.parametrize("topic", [topic for topic in TOPICS if list(steps(topic))])
 def test_examples_do_what_the_page_says(topic: str, tmp_path: Path) -> None:
+    # Two made-up kernel trees, linux and linux-old.
+    shutil.copytree(Path(__file__).parents[1] / "drift/trees", tmp_path, dirs_exist_ok=True)
     for step in steps(topic):
         if step.name:
             (tmp_path / step.name).write_text(step.text)
