@@ -13,10 +13,8 @@ Environment:
 from __future__ import annotations
 
 import os
-import re
-import runpy
 import sys
-from collections.abc import Callable
+from importlib.util import module_from_spec, spec_from_file_location
 from pathlib import Path
 
 from cffi import FFI
@@ -24,14 +22,24 @@ from setuptools import Distribution, Extension
 from setuptools.command.build_ext import build_ext
 
 MODULE = "native._native"
-HERE = Path(__file__).resolve().parent
+
+
+def _by_path(name: str) -> None:
+    """Load a module of this directory by its path, because pip's build cannot import the package `native`."""
+    spec = spec_from_file_location(f"native.{name}", Path(__file__).resolve().with_name(f"{name}.py"))
+    assert spec is not None
+    assert spec.loader is not None
+    module = module_from_spec(spec)
+    spec.loader.exec_module(sys.modules.setdefault(spec.name, module))
+
+
+_by_path("headers")
+_by_path("brief")
+
+from native.brief import keep_gil  # noqa: E402
+from native.headers import HERE, declarations, headers, public_headers, sources  # noqa: E402
+
 ROOT = HERE.parent
-
-# By path: in pip's build, the package `native` cannot be imported yet.
-keep_gil: Callable[[str], str] = runpy.run_path(str(HERE / "brief.py"))["keep_gil"]
-
-_API = re.compile(r"/\* api \*/(.*?)/\* end api \*/", re.DOTALL)
-_INCLUDE = re.compile(r'^#include "([^"]+)"', re.MULTILINE)
 
 # gcc and clang both take these.  Debian's hardening options come from the interpreter's own CFLAGS.
 _FLAGS = ["-std=c11", "-O2", "-Wall", "-Wextra", "-pthread"]
@@ -42,35 +50,6 @@ _PRELUDE_END = """
 #pragma GCC diagnostic ignored "-Wmissing-field-initializers"
 #pragma GCC diagnostic ignored "-Wsign-compare"
 """
-
-
-def headers() -> list[Path]:
-    """Return the headers, each after the headers that it includes."""
-    ordered: list[Path] = []
-    entered: set[Path] = set()
-
-    def visit(header: Path) -> None:
-        if header in entered:
-            return
-        entered.add(header)
-        for name in _INCLUDE.findall(header.read_text()):
-            if (HERE / name).exists():
-                visit(HERE / name)
-        ordered.append(header)
-
-    for header in sorted(HERE.glob("*/*.h")):
-        visit(header)
-    return ordered
-
-
-def sources() -> list[Path]:
-    """Return the C files of the core."""
-    return sorted(HERE.glob("*/*.c"))
-
-
-def declarations() -> str:
-    """Return the declarations that cffi parses: the api parts of all headers, in dependency order."""
-    return "\n".join(part for header in headers() for part in _API.findall(header.read_text()))
 
 
 def compile_flags() -> list[str]:
@@ -93,8 +72,7 @@ def _sanitizer_flags() -> list[str]:
 def ffibuilder() -> FFI:
     ffi = FFI()
     ffi.cdef(declarations())
-    public = (header for header in headers() if _API.search(header.read_text()))
-    includes = "".join(f'#include "{header.relative_to(HERE)}"\n' for header in public)
+    includes = "".join(f'#include "{header.relative_to(HERE)}"\n' for header in public_headers())
     ffi.set_source(MODULE, includes + _PRELUDE_END)
     return ffi
 

@@ -18,7 +18,7 @@ from typing import Final
 
 from pycparser import c_ast, c_parser
 
-from native.build import HERE, declarations
+from native.headers import HERE, declarations
 
 STUB: Final = HERE / "_native.pyi"
 
