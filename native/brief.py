@@ -43,7 +43,7 @@ BRIEF = (
     "rcu_read_unlock",
     "srcu_read_lock",
     "srcu_read_unlock",
-    # vm.h, guest.h
+    # vm.h, vmcs.h, guest.h
     "guest_skip",
     "kvm_check_request",
     "kvm_make_request",
@@ -61,11 +61,13 @@ BRIEF = (
     "vcpu_exiting_guest_mode",
     "vcpu_mode",
     "vcpu_set_cpu",
-    "vcpu_set_eptp",
     "vcpu_set_mode",
     "vcpu_take_flush_reasons",
     "vm_stat",
     "vm_stat_add",
+    "vmcs_write_eptp",
+    "vmptrld",
+    "vmptrst",
     # ept.h, mm.h
     "make_nonleaf_spte",
     "make_spte",

@@ -33,6 +33,7 @@ ARGUMENTS: Final = {
     "vpid": "Vpid",
     "vm": "VmId",
     "vcpu": "VcpuId",
+    "vmcs": "VmcsId",
     "counter": "CounterId",
     "histogram": "HistogramId",
     "promise": "PromiseKind",

@@ -21,6 +21,7 @@ __all__ = [
     "VcpuId",
     "VmId",
     "VmStat",
+    "VmcsId",
     "Vpid",
 ]
 
@@ -30,6 +31,8 @@ Hfn = NewType("Hfn", int)
 VmId = NewType("VmId", int)
 # A machine-wide number, not KVM's vcpu_id.
 VcpuId = NewType("VcpuId", int)
+# A vCPU may have several VMCSs.
+VmcsId = NewType("VmcsId", int)
 Vpid = NewType("Vpid", int)
 
 # Members of the core's enums.

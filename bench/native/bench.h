@@ -20,10 +20,13 @@
 #include "ept/ept_map.h"
 #include "guest/run.h"
 #include "machine/machine.h"
+#include "machine/vms.h"
 #include "memory/mm.h"
 #include "sync/cpu.h"
 #include "vm/guest_state.h"
 #include "vm/vm.h"
+#include "walk/vmcs.h"
+#include "walk/vmcs.h"
 
 #define REQUIRE(condition)                                                                        \
 	do {                                                                                      \
@@ -165,22 +168,41 @@ static inline void bench_map(struct machine *m, uint32_t cpu, uint32_t vm, uint3
 	REQUIRE(!ept_map_page(m, cpu, vm, root, gfn, &page));
 }
 
+struct bench_guest {
+	uint32_t vm;
+	uint32_t vcpu;
+	uint32_t vmcs;
+	uint32_t root;
+};
+
+/* Create a vCPU of a VM, with a VMCS of that root. */
+static inline struct bench_guest bench_guest(struct machine *m, uint32_t vm, uint32_t root, uint32_t vpid)
+{
+	int vcpu = vcpu_create(m, vm), vmcs;
+
+	REQUIRE(vcpu >= 0);
+	vmcs = vmcs_create(m, (uint32_t)vcpu, vpid);
+	REQUIRE(vmcs >= 0);
+	vmcs_write_eptp(m, (uint32_t)vmcs, root, 4);
+	return (struct bench_guest){ .vm = vm, .vcpu = (uint32_t)vcpu, .vmcs = (uint32_t)vmcs, .root = root };
+}
+
 /* Run a guest for n accesses; serve its EPT violations. */
-static inline void bench_run(struct machine *m, uint32_t cpu, uint32_t vcpu, uint32_t vm, uint32_t root,
-			     uint64_t n)
+static inline void bench_run(struct machine *m, uint32_t cpu, const struct bench_guest *g, uint64_t n)
 {
 	struct vcpu_exit out;
 
+	REQUIRE(!vmptrld(m, cpu, g->vmcs));
 	while (n) {
 		int r;
 
 		local_irq_disable(m, cpu, "bench");
-		vcpu_set_mode(m, vcpu, IN_GUEST_MODE);
-		r = guest_run(m, cpu, vcpu, n, &out);
+		vcpu_set_mode(m, g->vcpu, IN_GUEST_MODE);
+		r = guest_run(m, cpu, g->vcpu, n, &out);
 		REQUIRE(r >= 0 && r != EXIT_TRIPLE_FAULT);
 		n -= out.accesses;
 		if (r == EXIT_EPT_VIOLATION)
-			bench_map(m, cpu, vm, root, out.gpa >> 12);
+			bench_map(m, cpu, g->vm, g->root, out.gpa >> 12);
 	}
 }
 

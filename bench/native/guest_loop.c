@@ -27,8 +27,7 @@ struct direct {
 struct guest_thread {
 	struct machine *m;
 	uint32_t cpu;
-	uint32_t vcpu;
-	uint32_t root;
+	struct bench_guest guest;
 	uint64_t accesses;
 	uint64_t started;
 	uint64_t ended;
@@ -68,18 +67,16 @@ static double bare_rate(void)
 	return (double)record_count * LOOPS_PER_REPEAT * 1e9 / (double)start;
 }
 
-static uint32_t make_guest(struct machine *m, uint32_t vm, uint32_t root, uint32_t index)
+static struct bench_guest make_guest(struct machine *m, uint32_t vm, uint32_t root, uint32_t index)
 {
 	uint64_t gfns = page_count + 4096;
 	struct guest_config config = { .first_gfn = index * gfns, .end_gfn = (index + 1) * gfns, .paging = 1,
 				       .pcid = 1, .seed = index + 1 };
-	int vcpu = vcpu_create(m, vm, index + 1);
+	struct bench_guest guest = bench_guest(m, vm, root, index + 1);
 
-	REQUIRE(vcpu >= 0);
-	REQUIRE(!guest_configure(m, (uint32_t)vcpu, &config));
-	REQUIRE(!guest_add_process(m, (uint32_t)vcpu, records, record_count, pages, page_count));
-	vcpu_set_eptp(m, (uint32_t)vcpu, root, 4);
-	return (uint32_t)vcpu;
+	REQUIRE(!guest_configure(m, guest.vcpu, &config));
+	REQUIRE(!guest_add_process(m, guest.vcpu, records, record_count, pages, page_count));
+	return guest;
 }
 
 /* The first rounds, which are not counted, fault all pages in: an access that meets an EPT violation takes a second
@@ -92,12 +89,12 @@ static void *run_guest(void *argument)
 	pin(t->cpu);
 	cpu_online(t->m, t->cpu);
 	pthread_mutex_lock(&faults);
-	bench_run(t->m, t->cpu, t->vcpu, 0, t->root, record_count * 2);
+	bench_run(t->m, t->cpu, &t->guest, record_count * 2);
 	pthread_mutex_unlock(&faults);
 	counters_read(t->m, t->cpu, before);
 	pthread_barrier_wait(t->start);
 	t->started = now_ns();
-	bench_run(t->m, t->cpu, t->vcpu, 0, t->root, t->accesses);
+	bench_run(t->m, t->cpu, &t->guest, t->accesses);
 	t->ended = now_ns();
 	counters_read(t->m, t->cpu, after);
 	REQUIRE(after[COUNT_ACCESSES] - before[COUNT_ACCESSES] == t->accesses);
@@ -120,7 +117,7 @@ static double guest_rate(uint32_t n)
 
 	pthread_barrier_init(&start, NULL, n);
 	for (uint32_t i = 0; i < n; i++) {
-		t[i] = (struct guest_thread){ .m = m, .cpu = i, .vcpu = make_guest(m, vm, root, i), .root = root,
+		t[i] = (struct guest_thread){ .m = m, .cpu = i, .guest = make_guest(m, vm, root, i),
 					      .accesses = record_count * LOOPS_PER_REPEAT, .start = &start };
 		REQUIRE(!pthread_create(&threads[i], NULL, run_guest, &t[i]));
 	}

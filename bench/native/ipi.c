@@ -26,8 +26,7 @@
 
 struct target {
 	struct machine *m;
-	uint32_t vcpu;
-	uint32_t root;
+	struct bench_guest guest;
 	_Atomic uint32_t running;
 	_Atomic uint32_t stop;
 };
@@ -40,10 +39,10 @@ static void *run_guest(void *argument)
 
 	pin(1);
 	cpu_online(t->m, 0);
-	bench_run(t->m, 0, t->vcpu, 0, t->root, record_count);
+	bench_run(t->m, 0, &t->guest, record_count);
 	atomic_store(&t->running, 1);
 	while (!atomic_load(&t->stop))
-		bench_run(t->m, 0, t->vcpu, 0, t->root, record_count);
+		bench_run(t->m, 0, &t->guest, record_count);
 	return NULL;
 }
 
@@ -115,11 +114,9 @@ static void make_guest(struct target *t)
 
 	t->m = bench_machine(1, (uint32_t)page_count + 4096);
 	REQUIRE(vm_create(t->m, page_count + 4096) == 0);
-	t->root = (uint32_t)ept_table_alloc(t->m, 0, FRAME_ROOT);
-	t->vcpu = (uint32_t)vcpu_create(t->m, 0, 1);
-	REQUIRE(!guest_configure(t->m, t->vcpu, &config));
-	REQUIRE(!guest_add_process(t->m, t->vcpu, records, record_count, pages, page_count));
-	vcpu_set_eptp(t->m, t->vcpu, t->root, 4);
+	t->guest = bench_guest(t->m, 0, (uint32_t)ept_table_alloc(t->m, 0, FRAME_ROOT), 1);
+	REQUIRE(!guest_configure(t->m, t->guest.vcpu, &config));
+	REQUIRE(!guest_add_process(t->m, t->guest.vcpu, records, record_count, pages, page_count));
 }
 
 int main(int argc, char **argv)

@@ -60,11 +60,11 @@ static double bare(const struct machine *m, uint32_t root, uint64_t cr3_gfn)
 	return (double)start / RECORDS;
 }
 
-static uint32_t make_guest(struct machine *m)
+static struct bench_guest make_guest(struct machine *m)
 {
 	struct guest_config config = { .end_gfn = PAGES + 4096, .paging = 1, .pcid = 1, .seed = 1 };
 	uint64_t random = 1;
-	uint32_t vcpu;
+	struct bench_guest guest;
 
 	for (uint64_t i = 0; i < PAGES; i++)
 		pages[i] = 0x5000 + i;
@@ -73,22 +73,22 @@ static uint32_t make_guest(struct machine *m)
 		records[i] = pages[(random >> 33) % PAGES] << 12 | (random >> 20 & 0xff8);
 	}
 	REQUIRE(vm_create(m, PAGES + 4096) == 0);
-	vcpu = (uint32_t)vcpu_create(m, 0, 1);
-	REQUIRE(!guest_configure(m, vcpu, &config));
-	REQUIRE(!guest_add_process(m, vcpu, records, RECORDS, pages, PAGES));
-	return vcpu;
+	guest = bench_guest(m, 0, (uint32_t)ept_table_alloc(m, 1, FRAME_ROOT), 1);
+	REQUIRE(!guest_configure(m, guest.vcpu, &config));
+	REQUIRE(!guest_add_process(m, guest.vcpu, records, RECORDS, pages, PAGES));
+	return guest;
 }
 
 int main(int argc, char **argv)
 {
-	double reference[REPEATS_MAX], guest[REPEATS_MAX];
+	double reference[REPEATS_MAX], ns[REPEATS_MAX];
 	struct figure figure = { .name = "access beyond the TLB", .unit = "ns", .ratio_of = "value/reference",
 				 .what = "nine in ten miss both levels; oracle on",
 				 .reference_name = "bare two-dimensional walk, 24 loads",
-				 .values = guest, .references = reference };
+				 .values = ns, .references = reference };
 	uint64_t before[COUNTERS], after[COUNTERS], records_run;
 	struct machine *m;
-	uint32_t root, vcpu;
+	struct bench_guest guest;
 
 	REQUIRE(argc == 2);
 	figure.repeats = bench_number(argv[1], REPEATS_MAX);
@@ -96,17 +96,15 @@ int main(int argc, char **argv)
 	m = bench_machine(1, PAGES + 4096);
 	pin(0);
 	cpu_online(m, 0);
-	vcpu = make_guest(m);
-	root = (uint32_t)ept_table_alloc(m, 1, FRAME_ROOT);
-	vcpu_set_eptp(m, vcpu, root, 4);
-	bench_run(m, 0, vcpu, 0, root, RECORDS * 2);
+	guest = make_guest(m);
+	bench_run(m, 0, &guest, RECORDS * 2);
 	counters_sum(m, before);
 	for (size_t i = 0; i < figure.repeats; i++) {
 		uint64_t start = now_ns();
 
-		bench_run(m, 0, vcpu, 0, root, RECORDS);
-		guest[i] = (double)(now_ns() - start) / RECORDS;
-		reference[i] = bare(m, root, m->vcpus[vcpu].guest->process[0].cr3_gfn);
+		bench_run(m, 0, &guest, RECORDS);
+		ns[i] = (double)(now_ns() - start) / RECORDS;
+		reference[i] = bare(m, guest.root, m->vcpus[guest.vcpu].guest->cr3_gfn);
 	}
 	counters_sum(m, after);
 	REQUIRE(after[COUNT_POLLS] - before[COUNT_POLLS] == records_run);

@@ -11,6 +11,7 @@ struct run;
 struct rcu_head;
 struct rcu_chunk;
 struct tlb;
+struct vmcs;
 
 /* The place of a CPU in the queue of the one mmu_lock that it waits for (mmu_lock.c). */
 struct lock_waiter {
@@ -44,6 +45,7 @@ struct cpu {
 	bool calls_held;   /* ipi_hold(): set while no other thread runs */
 	struct counters *counters;
 	struct tlb *tlb; /* NULL on a housekeeping CPU */
+	struct vmcs *vmcs; /* the last VMPTRLD's (vmcs.h); NULL: none */
 	_Atomic uint64_t chaos_state; /* relaxed: two threads may act for a CPU at its power changes */
 	struct flush_account *flush_account; /* flush.c */
 	char irqs_off_where[48];

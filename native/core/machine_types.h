@@ -55,6 +55,7 @@ struct heap;
 struct rcu;
 struct vm;
 struct vcpu;
+struct vmcs;
 struct event_ring;
 struct oracle;
 
@@ -74,6 +75,7 @@ struct machine {
 	struct rcu *rcu;
 	struct vm *vms;
 	struct vcpu *vcpus;
+	struct vmcs *vmcss;
 	struct event_ring *rings; /* events.h: one per CPU */
 	struct oracle *oracle;
 	_Atomic uint64_t signals[64]; /* program.h: MACHINE_SIGNALS */

@@ -183,7 +183,6 @@ void accesses_begin(struct accesses *a, struct walk *w)
 {
 	*a = (struct accesses){ .attention = &w->cpu->attention, .tag = w->m->frames->tag,
 				.memory = w->m->frames->memory };
-	l1_set_life(&w->tlb->l1, w->life_bits);
 }
 
 enum walk_result accesses_run(struct accesses *a, struct walk *w, const uint64_t *records, uint64_t n, uint64_t *done)

@@ -23,6 +23,14 @@ uint64_t guest_random(struct guest *g)
 	return g->random >> 11;
 }
 
+void guest_write_cr3(struct guest *g)
+{
+	const struct guest_process *p = &g->process[g->current];
+
+	g->cr3_gfn = p->cr3_gfn;
+	g->pcid = p->pcid;
+}
+
 int guest_create(struct machine *m, struct vcpu *vcpu)
 {
 	struct guest *g = heap_zalloc(m->heap, 1, sizeof(*g));
@@ -128,17 +136,9 @@ int guest_add_process(struct machine *m, uint32_t vcpu, const uint64_t *records,
 	p->pcid = g->config.pcid ? (uint16_t)(g->processes + 1) : 0;
 	/* Processes that replay one trace are not in step. */
 	p->position = n ? guest_random(g) % n : 0;
-	g->processes++;
+	if (g->current == g->processes++)
+		guest_write_cr3(g);
 	return 0;
-}
-
-void vcpu_set_eptp(struct machine *m, uint32_t vcpu, uint32_t root, uint32_t root_level)
-{
-	struct guest *g = m->vcpus[vcpu].guest;
-
-	g->root = root;
-	g->root_level = root_level;
-	g->life = frame_tag(m->frames, root);
 }
 
 void guest_skip(struct machine *m, uint32_t vcpu)

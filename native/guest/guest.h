@@ -19,9 +19,6 @@ int guest_configure(struct machine *m, uint32_t vcpu, const struct guest_config 
 int guest_add_process(struct machine *m, uint32_t vcpu, const uint64_t *records, uint64_t n,
 		      const uint64_t *pages, uint64_t n_pages);
 
-/* Set EPT_POINTER: the root that this vCPU's VMCS points to. */
-void vcpu_set_eptp(struct machine *m, uint32_t vcpu, uint32_t root, uint32_t root_level);
-
 /* Return the number of guest-physical frames that this vCPU's OS uses now. */
 uint64_t guest_frames_used(struct machine *m, uint32_t vcpu);
 /* Return the accesses and changes so far, with the vCPU's number above bit GUEST_CLOCK_VCPU.  The guest stores
@@ -36,6 +33,8 @@ void guest_skip(struct machine *m, uint32_t vcpu);
 uint64_t guest_random(struct guest *g);
 /* Return the clock of the next event of the guest's OS. */
 uint64_t os_next_event(const struct guest *g);
+/* Write the current process's PML4 table and PCID to CR3. */
+void guest_write_cr3(struct guest *g);
 /* Set when an event is due next. */
 void os_schedule(struct guest *g, enum guest_event event);
 

@@ -53,6 +53,7 @@ void guest_boot(struct machine *m, uint32_t vcpu)
 		lose(m, v, &g->kernel[i]);
 	g->kernel_pdpt = GUEST_NO_GFN;
 	g->current = 0;
+	guest_write_cr3(g);
 	guest_memory_reset(g);
 	for (uint32_t i = 0; i < GUEST_EVENTS; i++)
 		os_schedule(g, (enum guest_event)i);

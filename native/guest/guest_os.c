@@ -16,6 +16,7 @@
 #include "tlb/tlb_flush.h"
 #include "vm/guest_state.h"
 #include "vm/vm.h"
+#include "walk/context.h"
 #include "walk/walk.h"
 
 enum {
@@ -32,21 +33,23 @@ static struct guest_process *current(struct walk *w)
 	return &w->guest->process[w->guest->current];
 }
 
-void os_load_context(struct walk *w)
+void os_load_cr3(struct walk *w)
 {
-	if (w->guest->config.paging)
-		tlb_switch(w->tlb, w->vcpu->vpid, current(w)->pcid, w->guest->root, 1);
-	else
-		tlb_switch_physical(w->tlb, w->vcpu->vpid, w->guest->root);
+	guest_write_cr3(w->guest);
+	hw_load_context(w, w->vmcs);
 }
 
 enum walk_result os_setup(struct walk *w)
 {
 	struct guest_process *p = current(w);
+	enum walk_result r;
 
 	if (!w->guest->config.paging || p->cr3_gfn != GUEST_NO_GFN)
 		return WALK_DONE;
-	return os_alloc_zeroed(w, false, &p->cr3_gfn);
+	r = os_alloc_zeroed(w, false, &p->cr3_gfn);
+	if (r == WALK_DONE)
+		guest_write_cr3(w->guest);
+	return r;
 }
 
 static void invalidate_page(struct walk *w, const struct guest_process *p, uint64_t page)
@@ -323,7 +326,7 @@ static enum walk_result switch_process(struct walk *w)
 
 	g->current = (g->current + 1) % g->processes;
 	p = current(w);
-	os_load_context(w);
+	os_load_cr3(w);
 	count(w->cpu->counters, COUNT_GUEST_SWITCHES, 1);
 	if (!g->config.pcid || guest_random(g) % FLUSHING_SWITCH_ONE_IN == 0) {
 		mov_to_cr3(w->tlb, p->pcid);

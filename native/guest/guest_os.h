@@ -12,7 +12,7 @@ enum walk_result os_setup(struct walk *w);
 enum walk_result os_page_fault(struct walk *w, uint64_t page, uint32_t type);
 /* Do all events that are due by the guest's clock, except HLT. */
 enum walk_result os_events(struct walk *w);
-/* Switch the TLB to the guest's current context. */
-void os_load_context(struct walk *w);
+/* MOV to CR3 of the current process's page tables: the processor translates with them from here on. */
+void os_load_cr3(struct walk *w);
 
 #endif

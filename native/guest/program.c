@@ -206,7 +206,7 @@ static void do_mov_cr3(struct walk *w, const struct guest_op *op)
 
 	if (op->value < g->processes)
 		g->current = (uint32_t)op->value;
-	os_load_context(w);
+	os_load_cr3(w);
 	count(w->cpu->counters, COUNT_GUEST_SWITCHES, 1);
 	/* Bit 63 has a meaning only with CR4.PCIDE. */
 	if (op->flags & GUEST_OP_NOFLUSH && g->config.pcid)

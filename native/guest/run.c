@@ -16,6 +16,8 @@
 #include "vm/guest_state.h"
 #include "vm/vm.h"
 #include "walk/adversary.h"
+#include "walk/context.h"
+#include "walk/vmcs.h"
 #include "walk/walk.h"
 
 /* SDM vol. 3A, 2.5: control registers. */
@@ -169,6 +171,7 @@ static uint32_t step(struct run *run)
 static int enter(struct run *run, struct machine *m, uint32_t cpu, uint32_t vcpu, uint64_t budget,
 		 struct vcpu_exit *out)
 {
+	const struct vmcs *vmcs = vmcs_current(m, cpu);
 	struct vcpu *v = &m->vcpus[vcpu];
 	struct walk *w = &run->walk;
 
@@ -176,18 +179,20 @@ static int enter(struct run *run, struct machine *m, uint32_t cpu, uint32_t vcpu
 		return cpu_misuse(m, cpu, "VM entry on CPU %u with interrupts on", cpu);
 	if (vcpu_mode(m, vcpu) == OUTSIDE_GUEST_MODE)
 		return cpu_misuse(m, cpu, "VM entry on CPU %u with mode OUTSIDE_GUEST_MODE", cpu);
+	if (!vmcs || vmcs->vcpu != vcpu)
+		return cpu_misuse(m, cpu, "VM entry on CPU %u of vCPU %u, whose VMCS is not current there", cpu, vcpu);
 	*out = (struct vcpu_exit){ .reason = EXIT_PREEMPTION_TIMER };
 	*run = (struct run){ .budget = budget };
 	*w = (struct walk){ .m = m, .cpu = &m->cpus[cpu], .tlb = m->cpus[cpu].tlb, .vcpu = v,
-			    .guest = v->guest, .life_bits = v->guest->life << 16, .exit = out };
+			    .guest = v->guest, .exit = out };
+	hw_load_context(w, vmcs);
 	accesses_begin(&run->accesses, w);
 	w->cpu->guest_vm = v->vm;
 	w->cpu->interrupted = false;
 	if (v->left_guest_at)
 		histogram_record(m, cpu, HISTOGRAM_VCPU_PAUSE, monotonic_ns() - v->left_guest_at);
 	count(w->cpu->counters, COUNT_VM_ENTRIES, 1);
-	event_record_more(m, cpu, event_of(v->vm, EVENT_ENTRY), vcpu, v->guest->root, v->guest->clock);
-	os_load_context(w);
+	event_record_more(m, cpu, event_of(v->vm, EVENT_ENTRY), vcpu, vmcs->root, v->guest->clock);
 	return 0;
 }
 

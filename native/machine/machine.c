@@ -18,6 +18,7 @@
 #include "sync/rcu.h"
 #include "tlb/tlb_l1.h"
 #include "walk/flush.h"
+#include "walk/vmcs.h"
 
 /* --- impossible configurations -------------------------------------------------------------------------- */
 
@@ -87,8 +88,8 @@ static const char *build(struct machine *m)
 		return "host frames";
 	if (rcu_create(m))
 		return "RCU";
-	if (vms_create(m))
-		return "VMs and vCPUs";
+	if (vms_create(m) || vmcss_create(m))
+		return "VMs, vCPUs and VMCSs";
 	return NULL;
 }
 
@@ -97,6 +98,7 @@ static void dismantle(struct machine *m)
 	struct heap *heap = m->heap;
 
 	rcu_destroy(m);
+	vmcss_destroy(m);
 	if (m->vms)
 		vms_destroy(m);
 	if (m->frames)
@@ -147,6 +149,7 @@ struct machine *machine_create(const struct machine_config *config, char *error,
 	m->spin_ns = spin_time();
 	flush_register();
 	ept_register();
+	vmcs_register();
 	why = build(m);
 	if (why) {
 		snprintf(error, size, "machine: not enough memory for %s", why);

@@ -7,22 +7,9 @@
 #include "memory/mm.h"
 #include "oracle/ledger.h"
 #include "vm/mmu_lock.h"
+#include "vm/slot.h"
 #include "vm/srcu.h"
 #include "vm/vm.h"
-
-/* Claim a free slot for the caller to fill; it is public when its state is SLOT_LIVE (release). */
-static bool slot_claim(_Atomic uint32_t *state)
-{
-	uint32_t expected = SLOT_FREE;
-
-	return atomic_compare_exchange_strong_explicit(state, &expected, SLOT_BUSY, memory_order_acquire,
-						       memory_order_relaxed);
-}
-
-static void slot_set(_Atomic uint32_t *state, enum slot_state to)
-{
-	atomic_store_explicit(state, to, memory_order_release);
-}
 
 static void vm_reset(struct vm *vm, uint32_t id, uint64_t gfns)
 {
@@ -95,7 +82,7 @@ void vm_destroy(struct machine *m, uint32_t vm)
 
 /* --- vCPUs ------------------------------------------------------------------------------------------ */
 
-static void vcpu_reset(struct vcpu *vcpu, uint32_t id, uint32_t vm, uint32_t vpid)
+static void vcpu_reset(struct vcpu *vcpu, uint32_t id, uint32_t vm)
 {
 	atomic_init(&vcpu->mode, OUTSIDE_GUEST_MODE);
 	atomic_init(&vcpu->requests, 0);
@@ -103,12 +90,11 @@ static void vcpu_reset(struct vcpu *vcpu, uint32_t id, uint32_t vm, uint32_t vpi
 	atomic_init(&vcpu->flush_reasons, 0);
 	vcpu->id = id;
 	vcpu->vm = vm;
-	vcpu->vpid = vpid;
 	vcpu->left_guest_at = 0;
 	vcpu->guest = NULL;
 }
 
-int vcpu_create(struct machine *m, uint32_t vm, uint32_t vpid)
+int vcpu_create(struct machine *m, uint32_t vm)
 {
 	if (vm >= m->config.vms || !vm_is_live(&m->vms[vm]))
 		return MACHINE_MISUSE;
@@ -118,7 +104,7 @@ int vcpu_create(struct machine *m, uint32_t vm, uint32_t vpid)
 
 		if (!slot_claim(&vcpu->live))
 			continue;
-		vcpu_reset(vcpu, id, vm, vpid);
+		vcpu_reset(vcpu, id, vm);
 		r = guest_create(m, vcpu);
 		slot_set(&vcpu->live, r ? SLOT_FREE : SLOT_LIVE);
 		return r ? r : (int)id;

@@ -8,8 +8,8 @@
 /* Create a VM with guest-physical memory of gfns 0 .. gfns-1.  Returns the VM's number or an error. */
 int vm_create(struct machine *m, uint64_t gfns);
 void vm_destroy(struct machine *m, uint32_t vm);
-/* Create a vCPU of a VM; its number is machine-wide.  It owns the VPID until it is destroyed. */
-int vcpu_create(struct machine *m, uint32_t vm, uint32_t vpid);
+/* Create a vCPU of a VM; its number is machine-wide. */
+int vcpu_create(struct machine *m, uint32_t vm);
 void vcpu_destroy(struct machine *m, uint32_t vcpu);
 /* end api */
 

@@ -17,7 +17,7 @@
 /* The upper 32 bits of the argument name the VM for which the call is made. */
 enum ipi_function {
 	IPI_ACK_KICK,      /* does nothing: the interrupt is the effect (ack_kick) */
-	IPI_VMCS_CLEAR,    /* __loaded_vmcs_clear: argument's lower half is the vCPU */
+	IPI_VMCS_CLEAR,    /* __loaded_vmcs_clear: argument's lower half is the VMCS */
 	IPI_INVEPT_GLOBAL,
 	IPI_INVEPT_SINGLE, /* of a new root: argument's lower half is the EP4TA */
 	IPI_FUNCTIONS

@@ -102,6 +102,9 @@ enum guest_boot_step { GUEST_BOOT_DONE, GUEST_BOOT_CR4, GUEST_BOOT_CR0 };
 
 struct guest {
 	struct guest_config config;
+	/* CR3: the current process's PML4 table, GUEST_NO_GFN until it has one, and PCID */
+	uint64_t cr3_gfn;
+	uint16_t pcid;
 	struct guest_process process[GUEST_PROCESSES];
 	uint32_t processes;
 	uint32_t current;
@@ -124,10 +127,6 @@ struct guest {
 	uint64_t kernel_pdpt;  /* gfn of the table shared by all processes */
 	struct guest_page kernel[GUEST_KERNEL_PAGES];
 	uint32_t kernel_next;
-	/* EPT_POINTER */
-	uint32_t root;
-	uint32_t root_level;
-	uint32_t life;         /* tag of the root page when it was loaded */
 	/* An instruction that exits (guest_insn.h), and SMM */
 	_Atomic uint32_t insn;
 	uint64_t insn_operand; /* released by insn */

@@ -4,6 +4,7 @@
 
 #include "core/machine_types.h"
 #include "vm/mmu_lock.h"
+#include "vm/slot.h"
 #include "vm/srcu.h"
 
 /* api */
@@ -66,8 +67,6 @@ struct guest;
 struct mm;
 
 /* Whether a slot for a VM or a vCPU is taken; BUSY: it is being filled or emptied. */
-enum slot_state { SLOT_FREE, SLOT_BUSY, SLOT_LIVE };
-
 struct vm {
 	_Atomic uint32_t live; /* slot_state */
 	uint32_t id;
@@ -92,20 +91,18 @@ struct vcpu {
 	_Atomic uint32_t flush_reasons;
 	uint32_t id;
 	uint32_t vm;
-	uint32_t vpid;
 	uint64_t left_guest_at; /* monotonic ns, for pauses; 0: not runnable meanwhile */
 	struct guest *guest;    /* registers and the guest OS (guest_state.h) */
 };
 
 static inline bool vm_is_live(const struct vm *vm)
 {
-	/* Acquire: pairs with the release by which a VM goes live, so its parts are seen. */
-	return atomic_load_explicit(&vm->live, memory_order_acquire) == SLOT_LIVE;
+	return slot_is_live(&vm->live);
 }
 
 static inline bool vcpu_is_live(const struct vcpu *vcpu)
 {
-	return atomic_load_explicit(&vcpu->live, memory_order_acquire) == SLOT_LIVE;
+	return slot_is_live(&vcpu->live);
 }
 
 /* Return the VM, or NULL with a MACHINE_MISUSE message on `cpu` if there is none of that number. */

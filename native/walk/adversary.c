@@ -23,7 +23,7 @@ int walk_speculatively(const struct walk *w, uint64_t linear)
 
 	s.speculative = true;
 	s.linear = linear;
-	if (paging && s.guest->process[s.guest->current].cr3_gfn == GUEST_NO_GFN)
+	if (paging && s.guest->cr3_gfn == GUEST_NO_GFN)
 		return 0;
 	if (tlb_lookup(s.tlb, paging ? KIND_COMBINED : KIND_GUEST_PHYSICAL, page, &e) == 1)
 		return 0;

@@ -151,15 +151,8 @@ static void ipi_invept_single(struct machine *m, struct cpu *target, uint64_t ar
 	flush_invept_single(m, target->id, (uint32_t)(argument >> 32), (uint32_t)argument, REASON_ROOT_ALLOC);
 }
 
-/* __loaded_vmcs_clear(): VMCLEAR writes the VMCS back; the emulated one is never held in a cache. */
-static void ipi_vmcs_clear(struct machine *m, struct cpu *target, uint64_t argument)
-{
-	event_record(m, target->id, EVENT_UNLOAD, (uint32_t)argument, 0);
-}
-
 void flush_register(void)
 {
 	ipi_register(IPI_INVEPT_GLOBAL, ipi_invept_global);
 	ipi_register(IPI_INVEPT_SINGLE, ipi_invept_single);
-	ipi_register(IPI_VMCS_CLEAR, ipi_vmcs_clear);
 }

@@ -17,7 +17,7 @@ void flush_invvpid_address(struct machine *m, uint32_t cpu, uint32_t vm, uint32_
 void flush_reset(struct machine *m, uint32_t cpu);
 /* end api */
 
-/* Set the IPI functions of ipi.h; their argument is the VM << 32 | EP4TA. */
+/* Set the handlers of IPI_INVEPT_GLOBAL and IPI_INVEPT_SINGLE; their argument is the VM << 32 | EP4TA. */
 void flush_register(void);
 /* A pCPU's record of its flushes; made at the first one. */
 struct flush_account;

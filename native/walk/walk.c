@@ -15,6 +15,7 @@
 #include "vm/guest_state.h"
 #include "vm/vm.h"
 #include "walk/flush.h"
+#include "walk/vmcs.h"
 
 enum {
 	SPTE_RWX = SPTE_READABLE | SPTE_WRITABLE | SPTE_EXECUTABLE,
@@ -120,7 +121,7 @@ static void fill(struct walk *w, uint64_t spte, uint32_t level, uint64_t gfn, ui
 		.hfn = spte_hfn(spte),
 		.kind = KIND_GUEST_PHYSICAL,
 		.size = (uint8_t)(level - 1),
-		.ep4ta = w->guest->root,
+		.ep4ta = w->vmcs->root,
 		.vm = w->vcpu->vm,
 		.vcpu = w->vcpu->id,
 		.clock = w->guest->clock,
@@ -136,7 +137,7 @@ static void report_link(struct walk *w, const struct psc_entry *link, uint64_t g
 {
 	struct tlb_entry e = { .page = gfn, .gfn = gfn, .hfn = link->hfn, .kind = KIND_GUEST_PHYSICAL,
 			       .vm = link->vm, .vcpu = link->vcpu, .clock = link->clock,
-			       .custody = link->right & FRAME_TAG_MASK, .ep4ta = w->guest->root };
+			       .custody = link->right & FRAME_TAG_MASK, .ep4ta = w->vmcs->root };
 	struct judgement j;
 
 	oracle_judge_table(&j, kinds);
@@ -192,9 +193,9 @@ static uint32_t walk_start(struct walk *w, uint64_t gfn, uint32_t type, uint32_t
 		report_link(w, p, gfn, type, kinds);
 		ept_violation_invalidate(w->tlb, gfn, 0, 0);
 	}
-	*table = w->guest->root;
-	*custody = w->guest->life;
-	return w->guest->root_level;
+	*table = w->vmcs->root;
+	*custody = w->vmcs->life;
+	return w->vmcs->root_level;
 }
 
 static void cache_table(struct walk *w, uint64_t gfn, uint32_t level, uint64_t spte)
@@ -204,7 +205,7 @@ static void cache_table(struct walk *w, uint64_t gfn, uint32_t level, uint64_t s
 		.page = gfn & ~(span - 1),
 		.hfn = spte_hfn(spte),
 		.right = spte_custody(spte) | w->life_bits,
-		.ep4ta = w->guest->root,
+		.ep4ta = w->vmcs->root,
 		.kind = KIND_GUEST_PHYSICAL,
 		.level = (uint8_t)level,
 		.access = 7,

@@ -11,6 +11,7 @@
 
 struct guest;
 struct vcpu_exit;
+struct vmcs;
 
 /* The walks of one pCPU for one vCPU. */
 struct walk {
@@ -19,6 +20,7 @@ struct walk {
 	struct tlb *tlb;
 	struct vcpu *vcpu;
 	struct guest *guest;
+	const struct vmcs *vmcs; /* current VMCS of the pCPU */
 	uint32_t life_bits;    /* life of the root page, << 16 */
 	uint64_t linear;       /* address under translation, for reports */
 	struct vcpu_exit *exit;

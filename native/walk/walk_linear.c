@@ -96,7 +96,6 @@ static enum walk_result table_enter(struct walk *w, uint64_t gfn, uint32_t level
 
 static enum walk_result walk_begin(struct walk *w, uint64_t page, struct table *t)
 {
-	const struct guest *g = w->guest;
 	const struct psc_entry *p = psc_search(w->tlb, KIND_COMBINED, page);
 	uint32_t right;
 
@@ -109,7 +108,7 @@ static enum walk_result walk_begin(struct walk *w, uint64_t page, struct table *
 		if (w->speculative)
 			return WALK_EPT_VIOLATION;
 	}
-	return table_enter(w, g->process[g->current].cr3_gfn, GUEST_LEVELS, t, &right);
+	return table_enter(w, w->guest->cr3_gfn, GUEST_LEVELS, t, &right);
 }
 
 /* Set accessed and dirty flags: a guest write to the table page. */

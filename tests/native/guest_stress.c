@@ -30,6 +30,7 @@
 #include "vm/mmu_lock.h"
 #include "vm/vm.h"
 #include "walk/flush.h"
+#include "walk/vmcs.h"
 #include "walk/walk.h"
 
 enum { GFNS = 512, PAGES = 128, RECORDS = 4096, REQUEST_FLUSH = 0 };
@@ -40,6 +41,7 @@ struct world {
 	struct machine *m;
 	uint32_t vm;
 	uint32_t root;
+	uint32_t vmcs[2];
 	enum mutant mutant;
 	_Atomic uint32_t zaps;
 	_Atomic uint64_t pages;
@@ -73,6 +75,7 @@ static void *run_vcpu(void *argument)
 	struct vcpu_exit out;
 
 	cpu_online(actor->m, actor->cpu);
+	CHECK(vmptrld(actor->m, actor->cpu, w->vmcs[vcpu]) == 0);
 	vcpu_set_cpu(actor->m, vcpu, (int)actor->cpu);
 	while (!machine_stopping(actor->m)) {
 		int r;
@@ -165,7 +168,7 @@ static void make_guest(struct world *w, uint32_t cpu)
 	struct guest_config config = { .first_gfn = cpu * 256, .end_gfn = cpu * 256 + 256, .paging = 1,
 				       .pcid = 1, .switch_every = 3000, .unmap_every = 700,
 				       .protect_every = 900, .seed = cpu + 1 };
-	int vcpu = vcpu_create(w->m, w->vm, cpu + 1);
+	int vcpu = vcpu_create(w->m, w->vm);
 
 	CHECK(vcpu == (int)cpu);
 	for (uint64_t i = 0; i < PAGES; i++)
@@ -177,7 +180,8 @@ static void make_guest(struct world *w, uint32_t cpu)
 	for (int i = 0; i < 3; i++)
 		CHECK(guest_add_process(w->m, (uint32_t)vcpu, w->records[cpu], RECORDS, w->page[cpu],
 					PAGES) == 0);
-	vcpu_set_eptp(w->m, (uint32_t)vcpu, w->root, 4);
+	w->vmcs[cpu] = (uint32_t)vmcs_create(w->m, (uint32_t)vcpu, cpu + 1);
+	vmcs_write_eptp(w->m, w->vmcs[cpu], w->root, 4);
 }
 
 static uint64_t run(enum mutant mutant, uint32_t rounds, uint32_t chaos)

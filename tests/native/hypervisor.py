@@ -10,7 +10,7 @@ from types import TracebackType
 from typing import TYPE_CHECKING
 
 from native import ffi, lib
-from native.types import CounterId, CpuId, Hfn, PromiseKind, VcpuId, VmId, Vpid
+from native.types import CounterId, CpuId, Hfn, PromiseKind, VcpuId, VmcsId, VmId, Vpid
 from tests.support import CPU0, machine_fields
 
 if TYPE_CHECKING:
@@ -43,6 +43,8 @@ class Hypervisor:
         self.keep: list[CDataBase] = []
         self.roots: dict[VmId, Hfn] = {}
         self.vm_of: dict[VcpuId, VmId] = {}
+        self.vmcs: dict[VcpuId, VmcsId] = {}
+        self.active: dict[VmcsId, CpuId] = {}  # loaded_vmcs->cpu
 
     def __enter__(self) -> Hypervisor:
         return self
@@ -65,12 +67,14 @@ class Hypervisor:
 
     def vcpu(self, vm: VmId, vpid: int, **guest: int) -> VcpuId:
         """A vCPU whose guest has paging off unless told otherwise."""
-        vcpu = VcpuId(lib.vcpu_create(self.m, vm, Vpid(vpid)))
+        vcpu = VcpuId(lib.vcpu_create(self.m, vm))
         assert vcpu >= 0
         values = {"first_gfn": 0, "end_gfn": 1024, "pcid": 1, "seed": vpid, "paging": 0}
         values.update(guest)
         lib.guest_configure(self.m, vcpu, ffi.new("struct guest_config *", values))
-        lib.vcpu_set_eptp(self.m, vcpu, self.roots[vm], 4)
+        self.vmcs[vcpu] = VmcsId(lib.vmcs_create(self.m, vcpu, Vpid(vpid)))
+        assert self.vmcs[vcpu] >= 0
+        lib.vmcs_write_eptp(self.m, self.vmcs[vcpu], self.roots[vm], 4)
         self.vm_of[vcpu] = vm
         return vcpu
 
@@ -82,8 +86,18 @@ class Hypervisor:
 
     # -- guest mode
 
+    def load(self, cpu: CpuId, vcpu: VcpuId) -> None:
+        """Make the vCPU's VMCS current on this pCPU, after VMCLEAR on the one where it was."""
+        vmcs = self.vmcs[vcpu]
+        last = self.active.get(vmcs, cpu)
+        if last != cpu:
+            assert lib.vmclear(self.m, last, vmcs) == 0
+        assert lib.vmptrld(self.m, cpu, vmcs) == 0
+        self.active[vmcs] = cpu
+
     def enter(self, cpu: CpuId, vcpu: VcpuId) -> None:
         """What must be done right before guest_run or guest_access."""
+        self.load(cpu, vcpu)
         lib.local_irq_disable(self.m, cpu, b"test")
         lib.vcpu_set_mode(self.m, vcpu, lib.IN_GUEST_MODE)
 

@@ -60,7 +60,7 @@ def kick(machine: Hypervisor, vm: VmId) -> None:
 
 
 def vmclear(machine: Hypervisor, vcpu: VcpuId) -> None:
-    m, sender, argument = machine.m, machine.housekeeping, VM0 << 32 | vcpu
+    m, sender, argument = machine.m, machine.housekeeping, VM0 << 32 | machine.vmcs[vcpu]
     assert lib.smp_call_function_single(m, sender, CPU0, lib.IPI_VMCS_CLEAR, argument, 1) == 1
 
 

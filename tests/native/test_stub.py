@@ -18,13 +18,13 @@ ROOT = Path(__file__).resolve().parents[2]
 SWAPPED = """
 from native import ffi, lib
 from native._native import MachinePtr
-from native.types import CpuId, Hfn, VcpuId, VmId, Vpid
+from native.types import CpuId, Hfn, VcpuId, VmcsId, VmId, Vpid
 
 def calls(m: MachinePtr, cpu: CpuId, vm: VmId, vcpu: VcpuId) -> None:
     lib.mmu_write_lock(m, cpu, vm)
     lib.mmu_write_lock(m, vm, cpu)  # error
-    lib.vcpu_create(m, vm, Vpid(1))
-    lib.vcpu_create(m, vcpu, Vpid(1))  # error
+    lib.vcpu_create(m, vm)
+    lib.vcpu_create(m, vcpu)  # error
     lib.guest_speculate(m, cpu, 0)
     lib.guest_speculate(m, vcpu, 0)  # error
     lib.guest_clock(m, vcpu)
@@ -39,13 +39,17 @@ def calls(m: MachinePtr, cpu: CpuId, vm: VmId, vcpu: VcpuId) -> None:
     lib.cpu_wake(cpu, m)  # error
     lib.no_such_function(m)  # error
 
-def frames(m: MachinePtr, cpu: CpuId, vm: VmId, vcpu: VcpuId, root: Hfn, vpid: Vpid) -> None:
+def frames(m: MachinePtr, cpu: CpuId, vm: VmId, vcpu: VcpuId, vmcs: VmcsId, root: Hfn, vpid: Vpid) -> None:
     lib.flush_invept_single(m, cpu, vm, root, lib.REASON_GUEST)
     lib.flush_invept_single(m, cpu, vm, vpid, lib.REASON_GUEST)  # error
     lib.flush_invvpid_single(m, cpu, vm, vpid, lib.REASON_GUEST)
     lib.flush_invvpid_single(m, cpu, vm, root, lib.REASON_GUEST)  # error
-    lib.vcpu_set_eptp(m, vcpu, root, 4)
-    lib.vcpu_set_eptp(m, vcpu, 4, root)  # error
+    lib.vmcs_write_eptp(m, vmcs, root, 4)
+    lib.vmcs_write_eptp(m, vmcs, 4, root)  # error
+    lib.vmptrld(m, cpu, vmcs)
+    lib.vmptrld(m, vmcs, cpu)  # error
+    lib.vmcs_create(m, vcpu, vpid)
+    lib.vmcs_create(m, vmcs, vpid)  # error
     lib.spte_read(m, root, 7)
     lib.spte_read(m, 7, root)  # error
     lib.ept_table_free(m, cpu, root)

@@ -183,7 +183,7 @@ class Side(Hypervisor):
         self.roots[VM0] = self.roots[VM1] = self.new_root()
         lib.tdp_mmu_set_spte(self.m, CPU0, VM0, self.roots[VM0], 0, 4, 0, kept)
         for vcpu in self.vcpus:
-            lib.vcpu_set_eptp(self.m, vcpu, self.roots[VM0], 4)
+            lib.vmcs_write_eptp(self.m, self.vmcs[vcpu], self.roots[VM0], 4)
 
     def cached(self, cpu: CpuId) -> tuple[list[Any], list[Any]]:
         """Everything valid, in no order."""

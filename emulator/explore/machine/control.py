@@ -138,7 +138,7 @@ class Control:
         self.rcu = Readers()
         self.srcu: dict[int, Readers] = {}
         self.freed: list[int] = []  # tables given to call_rcu() since the last grace period began
-        self.root_of: dict[int, int] = {}  # the root that each vCPU has loaded
+        self.root_of: dict[int, int] = {}  # the root in the EPT_POINTER of each VMCS
         self.queued: set[int] = set()  # pCPUs to which an interrupt is on its way
         self.callbacks_run = 0
 
@@ -186,10 +186,10 @@ class Control:
         """Return the host frames that can be roots; frame 0 is never allocated."""
         return range(1, self.machine.config["root_frames"] + 1)
 
-    def custody_of_root(self, vcpu: VcpuId | None = None) -> int:
-        """Return the objects of the root that a walk of this vCPU begins at: of every root, if the vCPU
-        loaded its root before the execution or is not known."""
-        root = None if vcpu is None else self.root_of.get(vcpu)
+    def custody_of_root(self, cpu: CpuId | None = None) -> int:
+        """Return the objects of the root that a walk on this pCPU begins at: of every root, if EPT_POINTER
+        was written before the execution or the pCPU is not known."""
+        root = None if cpu is None else self.root_of.get(lib.vmptrst(self.machine.m, cpu))
         return self.custody_of_tables(self.root_frames if root is None else (root,))
 
     # --- the hook at KVM's ordering points ------------------------------------------------------------------

@@ -175,7 +175,7 @@ FOOTPRINTS: dict[str, Footprint] = {
     "vcpu_cpu": Footprint(reads=(("vcpu->cpu", 1),), kind="vcpu->cpu"),
     "vcpu_set_cpu": Footprint(writes=(("vcpu->cpu", 1),), kind="vcpu->cpu"),
     # EPT
-    "vcpu_set_eptp": Footprint(seen=_root_loaded, step=False),
+    "vmcs_write_eptp": Footprint(seen=_root_loaded, step=False),
     "tdp_mmu_get_walk": Footprint(reads=(EPT, _table(1)), kind="sptes"),
     "spte_read": Footprint(reads=(EPT, _table(1)), step=False),
     "tdp_mmu_set_spte_atomic": Footprint(
@@ -296,6 +296,13 @@ LOCAL = frozenset(
         "vcpu_set_paging",
         "vcpu_set_smm",
         "vcpu_take_flush_reasons",
+        # A VMCS is used by its vCPU's thread alone, which waits for VMCLEAR on the pCPU that it leaves.
+        # VMCLEAR of one VMCS and VMPTRLD of another on the same pCPU commute.
+        "vmclear",
+        "vmcs_create",
+        "vmcs_destroy",
+        "vmptrld",
+        "vmptrst",
         "vm_create",
         "vm_destroy",
         "vm_stat",

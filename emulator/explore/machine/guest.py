@@ -89,7 +89,7 @@ class GuestMode(Lib):
         stored = op.kind in _STORES or (walked and vm in control.paging)
         if walked:
             # A walk from the root meets linked tables only; a cached pointer may lead to a free table.
-            root = control.custody_of_root(vcpu)
+            root = control.custody_of_root(cpu)
             execution.touch(ept | root | (control.bit("custody of tables") if cached else 0), 0)
         elif now.judged != before.judged:
             # The ledger of rights judged the use: an SPTE that grants the right again makes it legal.

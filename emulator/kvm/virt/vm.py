@@ -10,7 +10,7 @@ from emulator.kvm.mmu.tdp_mmu import kvm_tdp_mmu_zap_invalidated_roots
 from emulator.kvm.mmu.tdp_roots import kvm_tdp_mmu_invalidate_roots
 from emulator.kvm.structs import Kvm, KvmParams, Vcpu
 from emulator.kvm.virt.requests import kvm_make_request
-from emulator.kvm.vmx.vmcs import LoadedVmcs, allocate_vpid
+from emulator.kvm.vmx.vmcs import alloc_loaded_vmcs, allocate_vpid
 from emulator.kvm.vmx.vmx import vmx_vcpu_free
 from emulator.machine.runtime import Cpu
 from native import lib
@@ -26,7 +26,8 @@ def kvm_create_vm(cpu: Cpu, gfns: int, policy: Decisions, params: KvmParams | No
 def kvm_vm_ioctl_create_vcpu(cpu: Cpu, kvm: Kvm) -> Vcpu:
     """KVM_CREATE_VCPU: make a vCPU, then set its registers (KVM_SET_SREGS), as every user space does next."""
     vpid = allocate_vpid(kvm.machine)
-    vcpu = Vcpu(kvm, VcpuId(cpu.check(lib.vcpu_create(cpu.m, kvm.id, vpid))), vpid, LoadedVmcs())
+    number = VcpuId(cpu.check(lib.vcpu_create(cpu.m, kvm.id)))
+    vcpu = Vcpu(kvm, number, vpid, alloc_loaded_vmcs(cpu, number, vpid))
     kvm_arch_vcpu_ioctl_set_sregs(cpu, vcpu)
     with kvm.slots_lock.held(cpu):
         kvm.vcpus = (*kvm.vcpus, vcpu)

@@ -2,27 +2,34 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
-
 from emulator.machine.runtime import Cpu, Machine, OutOfFrames
 from native import lib
-from native.types import CpuId, Vpid
-
-if TYPE_CHECKING:
-    from emulator.kvm.structs import Vcpu
+from native.types import CpuId, VcpuId, VmcsId, VmId, Vpid
 
 
 class LoadedVmcs:
-    """struct loaded_vmcs: the pCPU on which it was loaded last, or -1.
+    """struct loaded_vmcs: a VMCS, and the pCPU on which it was loaded last, or -1.
 
     by_generation: when it was loaded there, the policy answered `migration` with root-tlb-gen.
     """
 
-    __slots__ = ("by_generation", "cpu")
+    __slots__ = ("by_generation", "cpu", "vmcs")
 
-    def __init__(self) -> None:
+    def __init__(self, vmcs: VmcsId) -> None:
+        self.vmcs = vmcs
         self.cpu = CpuId(-1)
         self.by_generation = False
+
+
+def alloc_loaded_vmcs(cpu: Cpu, vcpu: VcpuId, vpid: Vpid) -> LoadedVmcs:
+    """alloc_loaded_vmcs(), with the VPID that the vCPU uses it with."""
+    return LoadedVmcs(VmcsId(cpu.check(lib.vmcs_create(cpu.m, vcpu, vpid))))
+
+
+def free_loaded_vmcs(cpu: Cpu, vm: VmId, loaded_vmcs: LoadedVmcs) -> None:
+    """free_loaded_vmcs(): free the VMCS, which must not stay active on any pCPU."""
+    loaded_vmcs_clear(cpu, vm, loaded_vmcs)
+    cpu.check(lib.vmcs_destroy(cpu.m, cpu.id, loaded_vmcs.vmcs))
 
 
 def allocate_vpid(machine: Machine) -> Vpid:
@@ -38,10 +45,10 @@ def free_vpid(machine: Machine, vpid: Vpid) -> None:
     machine.vmx_vpids.append(vpid)
 
 
-def loaded_vmcs_clear(cpu: Cpu, vcpu: Vcpu) -> None:
+def loaded_vmcs_clear(cpu: Cpu, vm: VmId, loaded_vmcs: LoadedVmcs) -> None:
     """loaded_vmcs_clear(): execute VMCLEAR on the pCPU where the VMCS is loaded, by IPI with wait."""
-    target = vcpu.loaded_vmcs.cpu
+    target = loaded_vmcs.cpu
     if target != -1:
-        argument = vcpu.kvm.id << 32 | vcpu.id
+        argument = vm << 32 | loaded_vmcs.vmcs
         cpu.check(lib.smp_call_function_single(cpu.m, cpu.id, target, lib.IPI_VMCS_CLEAR, argument, 1))
-    vcpu.loaded_vmcs.cpu = CpuId(-1)
+    loaded_vmcs.cpu = CpuId(-1)

@@ -10,7 +10,7 @@ from emulator.kvm.kvm_host import KVM_REQ_TLB_FLUSH, PG_LEVEL_256T
 from emulator.kvm.mmu.root_tracking import active_roots, mmu_roots, root_tlb_gen_is_old, test_and_set_flushed
 from emulator.kvm.structs import Kvm, KvmMmu, KvmMmuPage, Vcpu
 from emulator.kvm.virt.requests import kvm_make_request
-from emulator.kvm.vmx.vmcs import free_vpid, loaded_vmcs_clear
+from emulator.kvm.vmx.vmcs import free_loaded_vmcs, free_vpid, loaded_vmcs_clear
 from emulator.machine.runtime import Cpu
 from native import lib
 from native.types import FlushReason, Hfn
@@ -107,7 +107,7 @@ def vmx_flush_tlb_guest(cpu: Cpu, vcpu: Vcpu, reason: FlushReason) -> None:
 
 def vmx_load_mmu_pgd(cpu: Cpu, vcpu: Vcpu, root: KvmMmuPage) -> None:
     """vmx_load_mmu_pgd(): write EPT_POINTER."""
-    lib.vcpu_set_eptp(cpu.m, vcpu.id, root.hfn, root.role.level)
+    lib.vmcs_write_eptp(cpu.m, vcpu.loaded_vmcs.vmcs, root.hfn, root.role.level)
 
 
 def vmx_vcpu_load_vmcs(cpu: Cpu, vcpu: Vcpu) -> None:
@@ -118,9 +118,12 @@ def vmx_vcpu_load_vmcs(cpu: Cpu, vcpu: Vcpu) -> None:
     the guest invalidated natively, while the vCPU was elsewhere.
     """
     last = vcpu.loaded_vmcs.cpu
+    if last != cpu.id:
+        loaded_vmcs_clear(cpu, vcpu.kvm.id, vcpu.loaded_vmcs)
+    # Another VMCS may be current here, even where this one is still active.
+    cpu.check(lib.vmptrld(cpu.m, cpu.id, vcpu.loaded_vmcs.vmcs))
     if last == cpu.id:
         return
-    loaded_vmcs_clear(cpu, vcpu)
     cpu.event(lib.EVENT_LOAD, vcpu.id, last & 0xFFFFFFFF)
     if last != -1:
         cpu.stat(vcpu.kvm.id, lib.STAT_MIGRATIONS)
@@ -192,6 +195,6 @@ def request_tlb_flush(cpu: Cpu, vcpu: Vcpu, reason: FlushReason) -> None:
 
 
 def vmx_vcpu_free(cpu: Cpu, kvm: Kvm, vcpu: Vcpu) -> None:
-    """vmx_vcpu_free(): clear the VMCS, which must not stay loaded on any pCPU, and let the VPID be reused."""
-    loaded_vmcs_clear(cpu, vcpu)
+    """vmx_vcpu_free(): free the VMCS, and let the VPID be reused."""
+    free_loaded_vmcs(cpu, kvm.id, vcpu.loaded_vmcs)
     free_vpid(kvm.machine, vcpu.vpid)

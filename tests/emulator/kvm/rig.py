@@ -7,7 +7,7 @@ from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from typing import Any
 
-from emulator.kvm.kvm_host import PREEMPTIBLE, RESCHED, RunYield
+from emulator.kvm.kvm_host import PREEMPTIBLE, RESCHED, ExitToUser, RunYield
 from emulator.kvm.smm import kvm_inject_smi
 from emulator.kvm.structs import Kvm, KvmParams, Vcpu
 from emulator.kvm.virt.kvm_main import (
@@ -68,6 +68,7 @@ class Guest:
         self.vcpu: Vcpu = kvm_vm_ioctl_create_vcpu(rig.host, kvm)
         self.on: Cpu | None = None
         self.scheduled_out = False
+        self.preempted = False  # inside KVM_RUN
         settings = {"first_gfn": 0, "end_gfn": GFNS, "seed": 1, **config}
         self._config = ffi.new("struct guest_config *", settings)
         rig.host.check(lib.guest_configure(rig.machine.m, self.vcpu.id, self._config))
@@ -84,15 +85,20 @@ class Guest:
         next(self.run)
 
     def resume(self, pcpu: int) -> RunYield:
-        """Go on on that pCPU, moving there if need be."""
+        """Go on on that pCPU, moving there if need be; a vCPU that is loaded there makes room."""
         cpu = self.rig.machine.cpus[pcpu]
-        if self.on is not None and self.on is not cpu and self.vcpu.loaded:
+        if self.vcpu.loaded and self.on is not cpu:
+            assert self.on is not None
             kvm_sched_out(self.on, self.vcpu)
-            with online(cpu):
-                kvm_sched_in(cpu, self.vcpu)
+        if cpu.vcpu is not None and cpu.vcpu is not self.vcpu:
+            kvm_sched_out(cpu, cpu.vcpu)
         self.on = cpu
         with online(cpu):
-            return self.run.send(cpu)
+            if self.preempted and not self.vcpu.loaded:
+                kvm_sched_in(cpu, self.vcpu)
+            state = self.run.send(cpu)
+        self.preempted = not isinstance(state, ExitToUser)
+        return state
 
     def access(self, pcpu: int, gfn: int, kind: int) -> RunYield:
         """One access, with all exits that it takes."""

@@ -1,0 +1,20 @@
+/* See context.h. */
+#include "walk/context.h"
+
+#include "tlb/tlb.h"
+#include "tlb/tlb_l1.h"
+#include "tlb/tlb_types.h"
+#include "vm/guest_state.h"
+
+void hw_load_context(struct walk *w, const struct vmcs *vmcs)
+{
+	const struct guest *g = w->guest;
+
+	w->vmcs = vmcs;
+	w->life_bits = vmcs->life << 16;
+	l1_set_life(&w->tlb->l1, w->life_bits);
+	if (g->config.paging)
+		tlb_switch(w->tlb, vmcs->vpid, g->pcid, vmcs->root, 1);
+	else
+		tlb_switch_physical(w->tlb, vmcs->vpid, vmcs->root);
+}

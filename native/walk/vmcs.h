@@ -1,0 +1,59 @@
+/* Virtual-machine control structures (SDM vol. 3C, chapter 25).
+ *
+ * A VMCS is a vCPU's; a vCPU may have several.  It holds the VPID and EPT_POINTER, with which the hardware tags
+ * and walks, and which its guest never sees.  VMPTRLD makes it active and current on a pCPU, and guest mode runs
+ * there with the current VMCS; VMCLEAR makes it inactive.
+ *
+ * A VMCS is active on one pCPU at most: VMCLEAR must have run there before another pCPU loads it and before it is
+ * destroyed, or its memory would be written back later (SDM vol. 3C, 25.11.1).  KVM sees to that; where it does
+ * not, the call is MACHINE_MISUSE.  An offline pCPU runs no call, VMCLEAR included, so a VMCS that is active there
+ * may be loaded elsewhere, and is not current there any more.
+ *
+ * The fields are the vCPU's thread's.  It hands them over to another pCPU with VMCLEAR and its acknowledgement.
+ */
+#ifndef FLUSHLAB_VMCS_H
+#define FLUSHLAB_VMCS_H
+
+#include "core/machine_types.h"
+
+/* api */
+/* Create a VMCS of a vCPU, clear and without EPT_POINTER; its number is machine-wide.  VIRTUAL_PROCESSOR_ID stays
+ * what it is.  Returns the number or an error. */
+int vmcs_create(struct machine *m, uint32_t vcpu, uint32_t vpid);
+/* Destroy a VMCS, before its vCPU.  0, or MACHINE_MISUSE while it is active on a pCPU. */
+int vmcs_destroy(struct machine *m, uint32_t cpu, uint32_t vmcs);
+/* VMWRITE of EPT_POINTER: a root page, and the level of its entries. */
+void vmcs_write_eptp(struct machine *m, uint32_t vmcs, uint32_t root, uint32_t root_level);
+/* VMPTRLD on this pCPU: the VMCS is active and current here.  0, or MACHINE_MISUSE while it is active on
+ * another pCPU. */
+int vmptrld(struct machine *m, uint32_t cpu, uint32_t vmcs);
+/* VMPTRST: return the number of the current VMCS of a pCPU; -1: it has none. */
+int vmptrst(struct machine *m, uint32_t cpu);
+/* VMCLEAR on this pCPU: the VMCS is neither active nor current here.  0, or MACHINE_MISUSE while it is active
+ * on another pCPU, which would still hold it. */
+int vmclear(struct machine *m, uint32_t cpu, uint32_t vmcs);
+/* end api */
+
+/* vmcs01, and vmcs02 of a vCPU with a nested guest: most VMCSs per vCPU, on average. */
+enum { VMCS_PER_VCPU = 2 };
+
+struct vmcs {
+	alignas(CACHELINE) _Atomic uint32_t live; /* slot.h */
+	_Atomic int32_t cpu; /* pCPU on which it is active; -1: none */
+	uint32_t id;
+	uint32_t vcpu;
+	uint32_t vpid;       /* VIRTUAL_PROCESSOR_ID */
+	/* EPT_POINTER */
+	uint32_t root;
+	uint32_t root_level;
+	uint32_t life;       /* tag of the root page when it was written */
+};
+
+/* Return the current VMCS of a pCPU, or NULL.  Called by the CPU's thread. */
+struct vmcs *vmcs_current(const struct machine *m, uint32_t cpu);
+/* Set the handler of IPI_VMCS_CLEAR; its argument is the VM << 32 | the VMCS. */
+void vmcs_register(void);
+int vmcss_create(struct machine *m);
+void vmcss_destroy(struct machine *m);
+
+#endif
