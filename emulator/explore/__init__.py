@@ -27,7 +27,11 @@ The engine and the strategies know no KVM.
                                policy_code: containers, values and code that can or cannot be watched)
                  undeclared    native calls without a point or a footprint, for the audit
     results/     verdict       a test under a policy: safe, violations, or the bound that the search reached
-                 record        counterexamples: files and replay
+                 record        executions, step by step: counterexamples and traces
+                 observe       what the steps of a trace did
+                 replay        recordings in files, and the same execution again
+                 trace         the execution of a search that has a number, or that reaches a goal
+                 state         a recorded execution right before one of its steps
                  minimize      shorter counterexamples
                  suite         many tests and policies, on several cores
                  workers       processes that do the parts of a search

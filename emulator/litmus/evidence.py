@@ -20,7 +20,7 @@ from native import ffi, lib
 from native.types import CounterId, VmStat
 
 # Counters of the core, summed over all CPUs.
-_COUNTERS: Final[Mapping[str, CounterId]] = {
+COUNTERS: Final[Mapping[str, CounterId]] = {
     "averted": lib.COUNT_AVERTED,
     "legal-stale": lib.COUNT_LEGAL_STALE,
     "stale-walk": lib.COUNT_STALE_WALKS,
@@ -31,7 +31,7 @@ _COUNTERS: Final[Mapping[str, CounterId]] = {
     "crossed-calls": lib.COUNT_CALLS_CROSSED,
 }
 # Statistics of the VMs, summed.
-_STATS: Final[Mapping[str, VmStat]] = {
+STATS: Final[Mapping[str, VmStat]] = {
     "yields": lib.STAT_YIELDS,
     "pending-flush": lib.STAT_YIELDS_PENDING,
     "root-gone": lib.STAT_YIELDS_INVALIDATED,
@@ -67,9 +67,9 @@ class Evidence:
     def _now(self, kvms: Iterable[Kvm]) -> dict[str, int]:
         m = self._machine.m
         lib.counters_sum(m, self._counters)
-        counted = {name: int(self._counters[counter]) for name, counter in _COUNTERS.items()}
+        counted = {name: int(self._counters[counter]) for name, counter in COUNTERS.items()}
         vms = [kvm.id for kvm in kvms]
-        return counted | {name: sum(lib.vm_stat(m, vm, stat) for vm in vms) for name, stat in _STATS.items()}
+        return counted | {name: sum(lib.vm_stat(m, vm, stat) for vm in vms) for name, stat in STATS.items()}
 
 
 def add(total: dict[str, int], found: Mapping[str, int]) -> None:

@@ -42,8 +42,8 @@ __all__ = ["Event", "EventTail", "ReportCollector"]
 
 _EVENTS_KEPT = 512
 _ACCESSES = ("read", "write", "execute")
-_SIZES = ("4K", "2M", "1G")
-_MAPPINGS = ("linear", "guest-physical", "combined")
+SIZES = ("4K", "2M", "1G")
+MAPPINGS = ("linear", "guest-physical", "combined")
 
 _CULPRITS = {
     ELIDED: "elided",
@@ -172,7 +172,7 @@ def _use_text(
 def _access_text(r: ViolationReport, what: str, names: dict[int, str]) -> list[str]:
     entry = r.entry
     where = f"reference of a walk at level {r.walk_level}" if r.walk_level else f"linear {r.linear:#x}"
-    translation = f"{name_of(_SIZES, entry.size)} {name_of(_MAPPINGS, entry.kind)}, page {entry.page:#x}"
+    translation = f"{name_of(SIZES, entry.size)} {name_of(MAPPINGS, entry.kind)}, page {entry.page:#x}"
     on = _name(names, r.cpu)
     age = f", {r.guest_clock - entry.clock} accesses ago" if entry.vcpu == r.vcpu else ""
     return [
@@ -302,8 +302,8 @@ def _details(
         "guest_clock": r.guest_clock,
         "live_sptes": r.live,
         "entry": {
-            "kind": name_of(_MAPPINGS, entry.kind),
-            "size": name_of(_SIZES, entry.size),
+            "kind": name_of(MAPPINGS, entry.kind),
+            "size": name_of(SIZES, entry.size),
             "page": entry.page,
             "frame": entry.hfn,
             "ep4ta": entry.ep4ta,

@@ -25,7 +25,7 @@ from emulator.errors import BadInput
 from emulator.explain.diagram import diagram
 from emulator.explain.document import load_cases
 from emulator.explain.explanation import explain
-from emulator.explore.results import record
+from emulator.explore.results import replay
 from emulator.litmus.loader import load_test, shipped_texts
 from emulator.policy import MUTANTS, POINTS, PRESETS, check_policy
 from emulator.policy.patch import read_patch
@@ -165,7 +165,7 @@ def counterexample(tmp_path_factory: pytest.TempPathFactory) -> Any:
 def every_reading(path: Path) -> None:
     """`explain`, and what `explore --replay` reads."""
     refused = None
-    for read in (record.load, lambda path: [diagram(explain(case)) for case in load_cases(path)]):
+    for read in (replay.load, lambda path: [diagram(explain(case)) for case in load_cases(path)]):
         try:
             read(path)
         except BadInput as error:

@@ -37,7 +37,7 @@ def spelled(*parts: Hashable) -> str:
     return " ".join(word for word in words if word)
 
 
-def _stands_in(task: Task) -> str:
+def stands_in(task: Task) -> str:
     """Return the innermost function of KVM's code on the task's stack, or "" if there is none."""
     frame = sys._getframe() if task.greenlet is getcurrent() else task.greenlet.gr_frame
     while frame is not None:
@@ -349,7 +349,7 @@ class Execution:
                     task.name,
                     task.label,
                     task.waits_for or f"a change of {spelled(*task.looked_at[:2])}",
-                    _stands_in(task),
+                    stands_in(task),
                     tuple(task.holders()),
                 )
                 for task in self.tasks

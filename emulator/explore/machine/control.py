@@ -25,6 +25,7 @@ from native.types import CpuId, VcpuId, VmId
 if TYPE_CHECKING:
     from emulator.explore.machine.adversary import Adversary
     from emulator.explore.machine.policy_reads import PolicyReads
+    from emulator.litmus.ops import Op
     from native._native import Array, GuestOp, Lib
 
 _FIRST_VM: Final = VmId(0)
@@ -123,6 +124,8 @@ class Control:
         self.programs: dict[VcpuId, Array[GuestOp]] = {}  # the program of each vCPU's guest
         self.adversary: Adversary | None = None
         self.policy_reads: PolicyReads | None = None  # a user's policy is explored
+        # Called after each stretch of operations that a thread of init or final has done.
+        self.on_alone: Callable[[str, tuple[Op, ...]], None] | None = None
         self.lib = lib  # the library that explored code calls
         self.queues = 0  # the store buffers, as objects (store_buffers.py)
         self.lib_class: Callable[[Control], Lib] | None = None  # instead of the usual ControlledLib
@@ -141,6 +144,7 @@ class Control:
         self.root_of: dict[int, int] = {}  # the root in the EPT_POINTER of each VMCS
         self.queued: set[int] = set()  # pCPUs to which an interrupt is on its way
         self.callbacks_run = 0
+        self.exit_reason: int = lib.EXIT_REASONS  # of the last operation of a guest, if it ended guest mode
 
     @staticmethod
     def is_step(kind: str) -> bool:

@@ -83,7 +83,7 @@ class GuestMode(Lib):
             tlb,
         )
         before, cached = control.walks(cpu), control.caches_tables(cpu)
-        reason = int(lib.guest_step(m, cpu))
+        reason = control.exit_reason = int(lib.guest_step(m, cpu))
         now = control.walks(cpu)
         walked = now.misses != before.misses or reason == lib.EXIT_EPT_VIOLATION
         stored = op.kind in _STORES or (walked and vm in control.paging)

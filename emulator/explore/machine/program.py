@@ -47,6 +47,8 @@ class ExploredHarness(Harness):
             super()._run_sequence([(thread, ops)])
             if self.control is not None:
                 self.control.run_callbacks()
+                if self.control.on_alone is not None:
+                    self.control.on_alone(thread.name, ops)
 
     def wait_progress(self, cpu: Cpu, thread: int, n: int) -> None:
         control = self.control
@@ -286,6 +288,10 @@ class LitmusProgram:
         """Return the dangers of the execution that was finished last: none, if it was cut short."""
         found = self._found
         return Met(False, {}) if found is None else Met(proven(self.test, found), found)
+
+    def evidence(self) -> dict[str, int]:
+        """Return the dangers of the execution that was finished last, also if it was cut short."""
+        return self._evidence.found(self.harness.kvms) if self._found is None else self._found
 
     def abandon(self, execution: Execution) -> None:
         """Drop an execution that has not finished: it was pruned, or a task has failed."""

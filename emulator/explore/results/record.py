@@ -1,37 +1,34 @@
-"""Counterexamples: an execution written to a file, step by step, and its replay."""
+"""Executions written to files, step by step: counterexamples, and traces of executions that need not violate
+anything.  replay.py runs them again.
+
+A trace holds more than a counterexample: what each step did (observe.py), and how the execution ended.
+"""
 
 from __future__ import annotations
 
 import json
 import re
-import reprlib
 from collections.abc import Hashable
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, Final, Literal
+from typing import Any, Final
 
-from pydantic import BaseModel, ConfigDict, ValidationError
-
-from emulator.errors import BadInput
 from emulator.explain.events import EventTail
-from emulator.explore.engine.scheduler import Divergence, Execution, Task, spelled
-from emulator.explore.machine.lib import instrument
+from emulator.explore.engine.scheduler import Execution, Task, spelled
 from emulator.explore.machine.options import NONE, ExploreOptions
 from emulator.explore.machine.policy_reads import NOTHING, Known
-from emulator.explore.machine.program import LitmusProgram
-from emulator.explore.strategies.sampling import Replay
-from emulator.litmus.loader import parse_test
-from emulator.litmus.policies import named_policy
+from emulator.explore.machine.program import LitmusProgram, wait_text
+from emulator.explore.results.observe import Observer
+from emulator.explore.strategies.sampling import Replay, Sampler
+from emulator.explore.strategies.search import Met
+from emulator.litmus.failure import LitmusFailure
+from emulator.litmus.model import SAFE
+from emulator.litmus.ops import Op
+from emulator.litmus.verdict import FAILED, VIOLATIONS
 from emulator.output import write_file
-from emulator.policy import check_policy
 from emulator.report.violation import ReportCollector
-from emulator.validation import first_error, read_json
 
 FORMAT: Final = 1
-_EXPECTED = "a counterexample of flushlab explore"
-# Keeps the report of a difference on one line, for any contents of a file.
-_SHORT = reprlib.Repr()
-_SHORT.maxstring = _SHORT.maxother = 100
 _TIME = re.compile(r",? *[-+]?\d+\.\d us( before)?")
 # Values that depend on the time, or on how often frames were freed before.
 _UNSTABLE = ("time_ns", "promise_time_ns", "custody")
@@ -44,6 +41,7 @@ class Recording:
     violation: the oracle's report, or the deadlock; None if there is neither.  final: the events of the
     test's last operations, if the violation is there.  watched: the accesses of a user's policy that are
     steps.
+    verdict, trace: of a trace only: SAFE, VIOLATIONS or FAILED, and what it holds beside its steps.
     """
 
     test: str
@@ -57,6 +55,8 @@ class Recording:
     kinds: tuple[str, ...] = field(default=())
     options: ExploreOptions = field(default=NONE)
     watched: Known = field(default=NOTHING)
+    verdict: str = ""
+    trace: dict[str, Any] | None = None
 
     def document(self) -> dict[str, Any]:
         return {
@@ -72,6 +72,7 @@ class Recording:
             "steps": self.steps,
             **({"final": self.final} if self.final else {}),
             "violation": self.violation,
+            **({"verdict": self.verdict, "trace": self.trace} if self.trace is not None else {}),
             "source": self.source,
         }
 
@@ -80,11 +81,14 @@ class Recording:
 
 
 class _Recorder:
-    """Records each step as it ends."""
+    """Records each step as it ends; `observer`: and what it did."""
 
-    def __init__(self, program: LitmusProgram, execution: Execution) -> None:
+    def __init__(
+        self, program: LitmusProgram, execution: Execution, observer: Observer | None = None
+    ) -> None:
         self.program = program
         self.execution = execution
+        self.observer = observer
         self.steps: list[dict[str, Any]] = []
         self.tail = EventTail(program.machine.m, len(program.machine.cpus))
         self.final: list[dict[str, Any]] = []
@@ -105,11 +109,21 @@ class _Recorder:
                 "text": spelled(kind, obj),
                 "reads": touched[0],
                 "writes": touched[1],
-                "events": [event.as_dict() for event in self.tail.take()],
+                "events": self.take(),
+                **({"did": self.observer.did(task)} if self.observer is not None else {}),
             }
         )
         if self.execution.stopped and self.violation is None:
             self.violation = self.report()
+
+    def take(self) -> list[dict[str, Any]]:
+        """Return the events since the last call."""
+        return [event.as_dict() for event in self.tail.take()]
+
+    def ran_alone(self, thread: str, ops: tuple[Op, ...]) -> None:
+        """Record operations of `final`."""
+        if self.observer is not None:
+            self.observer.ran_alone(thread, ops, self.take())
 
     def end(self, outcome: str) -> tuple[str, ...]:
         """Complete the recording with the execution's outcome, and return the kinds of its violations."""
@@ -156,24 +170,23 @@ def _names(objects: list[Hashable]) -> list[str]:
     return sorted(spelled(obj) for obj in objects if obj != ("everything",))
 
 
-def record(program: LitmusProgram, schedule: tuple[int, ...]) -> Recording:
-    """Execute the schedule once more, and record each step."""
+def record(program: LitmusProgram, schedule: tuple[int, ...], *, trace: bool = False) -> Recording:
+    """Execute the schedule once more, and record each step; `trace`: as a trace, even if it fails."""
     strategy = Replay(schedule, then_any=True)
-    execution = Execution(program.objects, strategy)
-    program.start(execution)
-    recorder = _Recorder(program, execution)
-    execution.on_step = recorder
-    if execution.stopped:
-        recorder.violation = recorder.report()  # before any task has taken a step
-    strategy.begin(len(execution.tasks))
-    execution.run()
+    execution, recorder = recorded(program, strategy, trace=trace)
     names = [task.name for task in execution.tasks]
     actors = {str(cpu): name for cpu, name in program.names().items()}
-    if execution.failure is not None:
+    failure, kinds = execution.failure, tuple[str, ...]()
+    if failure is not None:
         program.abandon(execution)
-        raise execution.failure
-    kinds = recorder.end(program.finish(execution))
-    return Recording(
+    else:
+        try:
+            kinds = recorder.end(_finished(program, execution, recorder))
+        except LitmusFailure as error:
+            failure = error
+    if failure is not None and not (trace and isinstance(failure, LitmusFailure)):
+        raise failure
+    recording = Recording(
         test=program.test.name,
         source=program.test.text,
         policy=program.policy.spelled(),
@@ -186,109 +199,72 @@ def record(program: LitmusProgram, schedule: tuple[int, ...]) -> Recording:
         options=program.options,
         watched=NOTHING if program.reads is None else program.reads.known,
     )
+    if recorder.observer is not None:
+        recording.verdict = FAILED if failure is not None else VIOLATIONS if kinds else SAFE
+        recording.trace = _trace(program, execution, recorder, failure)
+    return recording
 
 
-class _Step(BaseModel):
-    """The fields of a step that a replay is compared with."""
-
-    model_config = ConfigDict(strict=True)
-
-    n: int
-    thread: str
-    cpu: int
-    kind: str
-    object: str
-    mode: str
-    text: str
-    reads: list[str]
-    writes: list[str]
-    events: list[dict[str, Any]]
+def recorded(
+    program: LitmusProgram, strategy: Sampler, *, trace: bool = False
+) -> tuple[Execution, _Recorder]:
+    """Run one execution up to its end, which `program.finish()` must follow, and record its steps."""
+    execution = Execution(program.objects, strategy)
+    program.start(execution)
+    recorder = _Recorder(program, execution, Observer(program) if trace else None)
+    execution.on_step = recorder
+    if execution.stopped:
+        recorder.violation = recorder.report()  # before any task has taken a step
+    strategy.begin(len(execution.tasks))
+    execution.run()
+    return execution, recorder
 
 
-class _Document(BaseModel):
-    model_config = ConfigDict(strict=True)
-
-    format: Literal[1]  # FORMAT
-    test: str
-    source: str
-    policy: str
-    watched: dict[str, list[str]] = {}
-    schedule: list[str]
-    steps: list[_Step]
-    final: list[dict[str, Any]] = []
-    violation: dict[str, Any] | None
-
-
-def load(path: Path) -> dict[str, Any]:
-    """Return a counterexample's document; raises BadInput."""
-    document = read_json(path, _EXPECTED)
+def _finished(program: LitmusProgram, execution: Execution, recorder: _Recorder) -> str:
+    program.control.on_alone = recorder.ran_alone if recorder.observer is not None else None
     try:
-        found = _find(document)
-        if found is None:
-            raise BadInput(str(path), "no counterexample in it", _EXPECTED)
-        _Document.model_validate(found)
-    except ValidationError as error:
-        raise BadInput(str(path), *first_error(error, _Document)) from error
-    except RecursionError as error:
-        raise BadInput(str(path), "nested too deeply", _EXPECTED) from error
-    return found
-
-
-def _find(document: Any) -> dict[str, Any] | None:
-    """Return the counterexample of a file of its own, or the first one in a document of `explore --json`."""
-    if isinstance(document, dict):
-        if {"schedule", "steps"} <= document.keys():
-            return document
-        document = list(document.values())
-    if isinstance(document, list):
-        for item in document:
-            found = _find(item)
-            if found is not None:
-                return found
-    return None
-
-
-def replay(path: Path) -> Recording:
-    """Run a recorded execution again; raises Divergence if a step differs from its recording."""
-    document = load(path)
-    check_policy(document["policy"], f"{path}: policy")
-    try:
-        test = parse_test(document["source"], document["test"], None)
-        policy = named_policy(document["policy"])
-        options = ExploreOptions.of(document)
-    except BadInput as error:
-        raise BadInput(str(path), str(error)) from error
-    except ValueError as error:
-        raise BadInput(str(path), str(error), _EXPECTED) from error
-    known = Known.of(document.get("watched", {}))
-    with policy.confined():
-        program = LitmusProgram(test, policy, options, known=known, frozen=True)
-        again = _replayed(document, program, path)
-    _compare(document, json.loads(json.dumps(again.document())))
-    return again
-
-
-def _replayed(document: dict[str, Any], program: LitmusProgram, path: Path) -> Recording:
-    try:
-        with instrument(program.control):
-            names = program.task_names()
-            unknown = sorted(set(document["schedule"]) - set(names))
-            if unknown:
-                raise BadInput(f"{path}: schedule", unknown[0], f"one of {', '.join(names)}")
-            schedule = tuple(names.index(name) for name in document["schedule"])
-            return record(program, schedule)
+        return program.finish(execution)
     finally:
-        program.close()
+        program.control.on_alone = None
 
 
-def _compare(before: dict[str, Any], again: dict[str, Any]) -> None:
-    for old, new in zip(before["steps"], again["steps"], strict=False):
-        if old != new:
-            key = next(key for key in old if old[key] != new.get(key))
-            now, then = _SHORT.repr(new.get(key)), _SHORT.repr(old[key])
-            raise Divergence(f"step {old['n']} of {old['thread']}: {key} is {now}, was {then}")
-    if len(before["steps"]) != len(again["steps"]):
-        raise Divergence(f"{len(again['steps'])} steps, but {len(before['steps'])} were recorded")
-    for key in ("schedule", "steps", "final", "violation"):
-        if before.get(key) != again.get(key):
-            raise Divergence(f"{key} is not what was recorded")
+def _trace(
+    program: LitmusProgram, execution: Execution, recorder: _Recorder, failure: BaseException | None
+) -> dict[str, Any]:
+    """Return what a trace holds beside its steps: where it began, what its dangers were, and how it ended."""
+    observer, test = recorder.observer, program.test
+    assert observer is not None
+    met = program.met() if failure is None else Met(False, {})
+    return {
+        "init": list(test.init),
+        "threads": observer.facts(),
+        "tlbs": observer.at_start,
+        "final": observer.alone,
+        "tlbs_at_end": observer.entries(),
+        "needs": list(test.expect.needs),
+        "met": met.precondition,
+        "evidence": {name: n for name, n in sorted(met.evidence.items()) if n},
+        "ended": _ended(program, execution, failure),
+        **({"unfinished": _unfinished(program, execution, recorder)} if execution.crashed else {}),
+    }
+
+
+def _ended(program: LitmusProgram, execution: Execution, failure: BaseException | None) -> str:
+    """Return why the execution ended, as a sentence without its full stop."""
+    if failure is not None:
+        return f"it cannot go on: {failure}"
+    if execution.deadlock:
+        return "blocked for ever: " + "; ".join(map(wait_text, program.waits))
+    if execution.stopped:
+        return "at the first violation"
+    if execution.too_long:
+        return f"after {execution.limit:,} steps, the most that an execution has"
+    return "all operations are done"
+
+
+def _unfinished(program: LitmusProgram, execution: Execution, recorder: _Recorder) -> dict[str, Any]:
+    """Return the step in which the execution failed: its end never came."""
+    task = execution.tasks[execution.last]
+    text = spelled(*task.label[:2])
+    cpu = program.cpu_of(task)
+    return {"thread": task.name, "cpu": cpu, "text": text, "events": recorder.take()}

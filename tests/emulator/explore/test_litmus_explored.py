@@ -10,7 +10,7 @@ import pytest
 from emulator.cli.main import main
 from emulator.explore.engine.scheduler import Divergence
 from emulator.explore.results.minimize import size
-from emulator.explore.results.record import load, replay
+from emulator.explore.results.replay import load, replay
 from emulator.explore.results.verdict import Plan, Verdict, explore_verdict
 from emulator.litmus.loader import load_test
 from emulator.litmus.model import SAFE

@@ -22,7 +22,8 @@ from emulator.explore.machine.policy_reads import NOTHING, Grown, Known, Seen
 from emulator.explore.machine.program import LitmusProgram
 from emulator.explore.results import verdict
 from emulator.explore.results import workers as team
-from emulator.explore.results.record import load, record, replay
+from emulator.explore.results.record import record
+from emulator.explore.results.replay import load, replay
 from emulator.explore.results.verdict import Plan, Verdict, explore_verdict
 from emulator.explore.strategies.sampling import Pct, RandomWalk
 from emulator.explore.strategies.search import Found

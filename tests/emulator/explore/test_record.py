@@ -15,7 +15,7 @@ from hypothesis import strategies as st
 
 from emulator.cli.main import main
 from emulator.explore.machine.options import ExploreOptions
-from emulator.explore.results.record import replay
+from emulator.explore.results.replay import replay
 from emulator.explore.results.verdict import Plan, explore_verdict
 from emulator.litmus.loader import load_test
 from emulator.litmus.policies import named_policy

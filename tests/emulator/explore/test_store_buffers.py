@@ -16,7 +16,7 @@ from emulator.explore.machine.lib import instrument
 from emulator.explore.machine.options import ExploreOptions
 from emulator.explore.machine.program import LitmusProgram
 from emulator.explore.machine.store_buffers import BufferedReaders, Store, StoreBuffers
-from emulator.explore.results.record import load, replay
+from emulator.explore.results.replay import load, replay
 from emulator.explore.results.verdict import Plan, Verdict, explore_verdict
 from emulator.explore.strategies.dpor import Exhaustive
 from emulator.explore.strategies.sampling import Pct

@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 
 from emulator.cli.main import main
-from emulator.explore.results.record import replay
+from emulator.explore.results.replay import replay
 from emulator.explore.results.verdict import Plan, explore_verdict
 from emulator.litmus.loader import load_test, parse_test
 from emulator.litmus.policies import expected_of, is_cost_only, named_policy, policies_for
