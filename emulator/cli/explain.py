@@ -1,4 +1,4 @@
-"""`flushlab explain`: a violation from a file, as a diagram."""
+"""`flushlab explain`: a violation from a file, or a whole trace, as a diagram."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ def explain(
         list[Path],
         typer.Argument(
             metavar="FILE...",
-            help="Counterexamples of explore, reports of --report-dir, or what --json printed.",
+            help="Counterexamples and traces of explore, reports of --report-dir, or what --json printed.",
         ),
     ],
     form: Annotated[

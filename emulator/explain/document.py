@@ -1,7 +1,8 @@
 """Files with violations: documents of `run --json` and `litmus --json`, single reports, counterexamples.
 
 A report is any object with a `kind` and `events` (emulator.report.violation writes them), wherever in the
-file; a counterexample has a `schedule`, its `steps` carry the events, and its `violation` is a report.
+file; a counterexample has a `schedule`, its `steps` carry the events, and its `violation` is a report.  A
+trace of explore without a violation is a case, too: all that happened in it is shown.
 """
 
 from __future__ import annotations
@@ -15,10 +16,11 @@ from pydantic import BaseModel, ValidationError
 
 from emulator.errors import BadInput
 from emulator.explain.analysis import Moment, RaceAnalysis
+from emulator.explain.course import Course, course_of
 from emulator.explain.events import Event
 from emulator.explain.facts import Facts
 from emulator.explain.meanings import REVOKE
-from emulator.explain.schema import CounterexampleSchema, ReportSchema
+from emulator.explain.schema import CounterexampleSchema, ReportSchema, TraceSchema
 from emulator.validation import first_error, read_json
 from native import VIOLATION_KINDS
 
@@ -29,7 +31,10 @@ _EXPECTED = "JSON of flushlab run, litmus or explore, with a violation"
 
 @dataclass(frozen=True, slots=True)
 class Case:
-    """One violation to be explained.  `timed`: the events' times are nanoseconds, not just an order."""
+    """One violation to be explained, or the whole `course` of an execution instead.
+
+    timed: the events' times are nanoseconds, not just an order.
+    """
 
     where: str
     policy: str
@@ -38,6 +43,7 @@ class Case:
     events: tuple[Event, ...]
     names: Mapping[int, str]
     timed: bool = True
+    course: Course | None = None
     analysis: RaceAnalysis = field(init=False)
 
     def __post_init__(self) -> None:
@@ -45,7 +51,7 @@ class Case:
 
     @property
     def moments(self) -> list[Moment]:
-        return self.analysis.moments
+        return self.analysis.moments if self.course is None else self.course.moments
 
     def label(self, cpu: int) -> str:
         """Return the title of the CPU's column: CPU0 for a pCPU, as in changelogs, or a thread's name."""
@@ -59,7 +65,9 @@ class Case:
 
         def place(cpu: int) -> tuple[bool, bool, int]:
             label = self.label(cpu)
-            return not label.startswith("CPU"), label == VMM, cpu
+            # Older diagrams have RCU's column between the pCPUs and the threads.
+            last = label == VMM or (self.course is not None and label == "rcu")
+            return not label.startswith("CPU"), last, cpu
 
         return sorted(cpus, key=place)
 
@@ -111,7 +119,8 @@ def _cases(value: Any, context: Mapping[str, str]) -> Iterator[Case]:
     elif isinstance(value, dict):
         context = {**context, **_context(value)}
         if isinstance(value.get("steps"), list) and "violation" in value:
-            yield _counterexample(value, context)
+            build = _counterexample if value["violation"] is not None else _course
+            yield build(value, context)
         elif "kind" in value and value.get("events"):
             yield _report(value, context)
         else:
@@ -158,6 +167,22 @@ def _counterexample(value: Mapping[str, Any], context: Mapping[str, str]) -> Cas
     names = _names(value) or _names(report) or _names_of_steps(value["steps"])
     facts = Facts.of_report(report)
     return Case(_where(context), context.get("policy", ""), report, facts, tuple(events), names, timed=False)
+
+
+def _course(value: Mapping[str, Any], context: Mapping[str, str]) -> Case:
+    """Build the case of a recording without a violation."""
+    return course_case({"test": _where(context), **context, **value})
+
+
+def course_case(document: Mapping[str, Any], every_step: bool = False) -> Case:
+    """Build the case of a recording that shows its whole course; `every_step`: with a row for each step."""
+    _check(document, TraceSchema)
+    course = course_of(document, every_step)
+    events = tuple(line.event for line in course.lines)
+    names = _names(document) or _names_of_steps(document["steps"])
+    facts = Facts(kinds=(course.violation,) if course.violation else ("no violation",))
+    policy = str(document.get("policy", ""))
+    return Case(str(document.get("test", "")), policy, {}, facts, events, names, timed=False, course=course)
 
 
 def _wait(wait: Mapping[str, Any]) -> dict[str, Any]:

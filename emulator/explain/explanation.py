@@ -7,6 +7,8 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 from emulator.explain.analysis import Moment
+from emulator.explain.course import Course
+from emulator.explain.dangers import DANGERS
 from emulator.explain.document import Case
 from emulator.explain.facts import DEADLOCK
 from emulator.explain.meanings import (
@@ -34,13 +36,15 @@ from emulator.explain.phrases import phrases
 
 @dataclass(frozen=True, slots=True)
 class Row:
-    """One moment.  `mark` is the number of its explanation in the legend; 0 if it has none."""
+    """One moment.  `mark` is the number of its explanation in the legend; 0 if it has none.  `step` is the
+    number of its step; None outside of a course."""
 
     cpu: int
     lines: tuple[str, ...]
     meaning: str
     mark: int
     moment: Moment
+    step: int | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -59,12 +63,36 @@ class Explanation:
     columns: tuple[int, ...]
     rows: tuple[Row, ...]
     notes: tuple[Note, ...]
+    opening: tuple[str, ...] = ()
+    closing: tuple[str, ...] = ()
 
     def labels(self) -> list[str]:
         return [self.case.label(cpu) for cpu in self.columns]
 
 
 def explain(case: Case) -> Explanation:
+    return _tell_plot(case) if case.course is None else _tell_course(case, case.course)
+
+
+def _tell_course(case: Case, course: Course) -> Explanation:
+    """Tell all that happened; the legend explains each danger once."""
+    notes: dict[str, Note] = {}
+    rows = []
+    for line, moment in zip(course.lines, course.moments, strict=True):
+        name = course.violation if line.meaning == USE else line.danger
+        if name and name not in notes:
+            needed = " (the test needs it)" if name in course.needs else ""
+            said = f": {DANGERS[name]}{needed}" if name in DANGERS else ""
+            notes[name] = Note(len(notes) + 1, line.meaning, f"{name}{said}")
+        mark = notes[name].mark if name else 0
+        rows.append(Row(line.cpu, line.text, line.meaning, mark, moment, line.step))
+    columns = tuple(case.columns)
+    return Explanation(
+        case, course.title, columns, tuple(rows), tuple(notes.values()), course.opening, course.closing
+    )
+
+
+def _tell_plot(case: Case) -> Explanation:
     rows: list[Row] = []
     notes: list[Note] = []
     for moment in case.moments:
@@ -87,8 +115,14 @@ def explain(case: Case) -> Explanation:
 def as_dict(explanation: Explanation) -> dict[str, Any]:
     """Return the content of the diagram for programs."""
     case = explanation.case
+    around = (
+        {}
+        if case.course is None
+        else {"opening": list(explanation.opening), "closing": list(explanation.closing)}
+    )
     return {
         "title": explanation.title,
+        **around,
         "policy": case.policy,
         "kinds": list(case.facts.kinds),
         "actors": [{"cpu": cpu, "label": case.label(cpu)} for cpu in explanation.columns],
@@ -101,8 +135,10 @@ def as_dict(explanation: Explanation) -> dict[str, Any]:
 
 def _row(explanation: Explanation, row: Row) -> dict[str, Any]:
     when = {"time_ns": row.moment.time} if explanation.case.timed else {}
+    step = {} if row.step is None else {"step": row.step if row.step >= 0 else None}
     return {
         **when,
+        **step,
         "cpu": row.cpu,
         "text": list(row.lines),
         "part": row.meaning,

@@ -20,6 +20,8 @@ SKIPPED: Final = "skipped"
 UNNOTIFIED: Final = "unnotified"
 PROMISE: Final = "promise"
 USE: Final = "use"
+# In the course of a traced execution: a danger that occurred.
+DANGER: Final = "danger"
 
 COPIED: Final = "copied"
 UNPROTECTED: Final = "unprotected"

@@ -94,6 +94,8 @@ _PHRASES: dict[str, Callable[[Event, Facts], list[str]]] = {
     "guest_invalidate": _guest_invalidate,
     "speculate": lambda e, f: [f"speculative fill of page {e.b:#x}", "no access asked for it"],
     "evict": lambda e, f: [e.describe()],
+    "operation": lambda e, f: e.said.split("\n"),
+    "step": lambda e, f: e.said.split("\n"),
     "waits": lambda e, f: (
         [*(part + ")" * (i == 0) for i, part in enumerate(e.said.split("): ", 1)))]
         if "): " in e.said

@@ -93,3 +93,78 @@ class CounterexampleSchema(_Part):
     steps: list[_Step]
     final: list[_Event] = []
     actors: dict[str, str] | None = None
+
+
+class _CachedEntry(_Part):
+    cpu: _Number
+    page: _Number
+    size: str
+    kind: str
+    frame: _Number
+    ep4ta: _Number
+
+
+class _Operation(_Part):
+    n: _Number
+    text: Annotated[str, Field(pattern=r"\S")]
+
+
+class _Access(_Part):
+    completed: bool
+    tlb: str
+    exit: str = ""
+    frame: _Number = 0
+
+
+class _Changes(_Part):
+    filled: list[_CachedEntry] = []
+    dropped: list[_CachedEntry] = []
+    dangers: dict[str, _Number] = {}
+
+
+class _Did(_Changes):
+    op: _Operation | None = None
+    done: list[_Operation] = []
+    access: _Access | None = None
+
+
+class _TracedStep(_Step):
+    n: int
+    mode: str = ""
+    did: _Did | None = None
+
+
+class _Alone(_Changes):
+    """Operations of `final`."""
+
+    thread: str
+    cpu: _Number
+    ops: list[str]
+    events: list[_Event]
+
+
+class _Thread(_Part):
+    vcpu: _Number | None
+    home: _Number
+
+
+class _Trace(_Part):
+    init: list[str]
+    threads: dict[str, _Thread]
+    tlbs: list[_CachedEntry]
+    final: list[_Alone]
+    tlbs_at_end: list[_CachedEntry]
+    needs: list[str]
+    evidence: dict[str, _Number]
+    ended: str
+    unfinished: _Step | None = None
+
+
+class TraceSchema(CounterexampleSchema):
+    """A trace that `explore` has written, whatever its verdict, or a recording without a violation."""
+
+    test: str = ""
+    policy: str = ""
+    verdict: str = ""
+    steps: list[_TracedStep]  # type: ignore[assignment]
+    trace: _Trace | None = None

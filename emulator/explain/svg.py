@@ -8,7 +8,18 @@ from collections.abc import Iterator
 from html import escape
 
 from emulator.explain.explanation import Explanation, Row
-from emulator.explain.meanings import ELIDED, FILL, LATE, MISSED, NARROW, OUTDATED, PROMISE, REVOKE, USE
+from emulator.explain.meanings import (
+    DANGER,
+    ELIDED,
+    FILL,
+    LATE,
+    MISSED,
+    NARROW,
+    OUTDATED,
+    PROMISE,
+    REVOKE,
+    USE,
+)
 
 _COLUMN = 290
 # Between a column's edge and its boxes: where arrows turn.
@@ -33,10 +44,11 @@ _COLOURS = {
     MISSED: ("#fde3e1", "#b3261e"),
     OUTDATED: ("#fde3e1", "#b3261e"),
     USE: ("#b3261e", "#7d120c"),
+    DANGER: ("#e3f0fc", "#2f74b5"),
 }
 _STYLE = (
     "text{font:13px ui-monospace,Menlo,Consolas,'DejaVu Sans Mono',monospace;fill:#1b1f24}"
-    ".t{font-weight:bold;font-size:15px}.c{font-weight:bold}.w{fill:#fff}"
+    ".t{font-weight:bold;font-size:15px}.c{font-weight:bold}.w{fill:#fff}.n{font-size:10px;fill:#5b6570}"
     ".l{stroke:#c3c9d1;stroke-dasharray:3 4}.a{stroke:#5b6570;fill:none;stroke-width:1.5}"
     ".i{stroke:#2f74b5;fill:none;stroke-width:1.5;stroke-dasharray:5 3}"
 )
@@ -60,6 +72,8 @@ class _Picture:
             for note in explanation.notes
             for i, line in enumerate(textwrap.wrap(note.text, self._legend_chars()))
         ]
+        around = (*explanation.opening, *explanation.closing)
+        legend += [["", line] for text in around for line in textwrap.wrap(text, self._legend_chars())]
         self.legend = legend
         self.title = textwrap.wrap(explanation.title, self._legend_chars(), break_on_hyphens=False)
         self.top = (len(self.title) - 1) * 20
@@ -125,6 +139,10 @@ class _Picture:
             for i, line in enumerate(lines):
                 y = top + _PAD + (i + 1) * _LINE - 5
                 yield f'<text{white} x="{x + 9}" y="{y}">{escape(line)}</text>'
+            if row.step is not None and row.step >= 0:
+                y = top + _PAD + _LINE - 5
+                place = f'x="{_MARGIN + _INSET - 8}" y="{y}" text-anchor="end"'
+                yield f'<text class="n" {place}>{row.step}</text>'
             if row.mark:
                 y = top + _PAD + _LINE - 5
                 yield (
