@@ -29,7 +29,6 @@ if TYPE_CHECKING:
     from emulator.litmus.model import LitmusTest
 
 FOUND = 1
-DIVERGED = 3
 # Least columns of a terminal for a verdict beside the names of its test and policy.
 _READABLE = 50
 
@@ -68,6 +67,15 @@ What only a TLB that fetches of its own accord can do, and what only a missing b
 The same execution again, step by step the same or an error:
 
     flushlab explore --replay hole/return-zap-lkml-2025-cpu-flushed-mask.json
+
+Does a test do what it is meant to?  Its first execution, the first that meets its precondition, and the state
+before one of the steps:
+
+    flushlab explore return-zap --trace
+
+    flushlab explore fault-races-unmap --trace --reach needs --output seen
+
+    flushlab explore --replay seen/*.json --stop-at 40
 """
 
 
@@ -117,10 +125,47 @@ def explore(
         ),
     ] = False,
     output: Annotated[
-        Path | None, typer.Option(metavar="DIR", help="Write counterexamples there, a file each.")
+        Path | None,
+        typer.Option(
+            metavar="DIR", help="Write counterexamples there, a file each; with --trace, the execution."
+        ),
     ] = None,
     replay: Annotated[
-        Path | None, typer.Option(metavar="FILE", help="Run a counterexample again instead.")
+        Path | None,
+        typer.Option(metavar="FILE", help="Run a counterexample or a trace again instead, and compare."),
+    ] = None,
+    trace: Annotated[
+        bool,
+        typer.Option(
+            "--trace",
+            help="Draw one execution instead, whether or not it violates: the operations, what they found, "
+            "KVM's events. It is the first one without --number and --reach. With --replay: the recorded "
+            "one.",
+        ),
+    ] = False,
+    number: Annotated[
+        int | None,
+        typer.Option(min=1, metavar="N", help="With --trace: the N-th execution of the search."),
+    ] = None,
+    reach: Annotated[
+        str | None,
+        typer.Option(
+            metavar="WHAT",
+            help="With --trace: the first execution that completes the operation WHAT ('v0: read 0x10', or "
+            "'v0 3' for the third of v0), meets the danger WHAT (retries, averted, ...), or meets the "
+            "precondition ('needs'). Exit status 1 if none does.",
+        ),
+    ] = None,
+    steps: Annotated[
+        bool, typer.Option("--steps", help="With --trace: every step, also those that only read or lock.")
+    ] = False,
+    stop_at: Annotated[
+        int | None,
+        typer.Option(
+            min=0,
+            metavar="STEP",
+            help="With --replay: stop before this step, and print tasks, requests, TLBs and custody.",
+        ),
     ] = None,
     audit: Annotated[
         bool,
@@ -144,9 +189,13 @@ def explore(
     from emulator.litmus.policies import named_policy
     from emulator.policy import DEFAULT, canonical
 
-    _refuse_what_has_no_effect(context, strategy, bool(adversary), audit, replay is not None)
+    _refuse_what_has_no_effect(context, strategy, bool(adversary), audit)
+    _refuse_beside_one_execution(context, replay is not None, trace, stop_at is not None, reach is not None)
     if replay is not None:
-        raise typer.Exit(_replay(replay, as_json))
+        from emulator.cli.explore_trace import replay_file
+
+        status = replay_file(replay, trace=trace, steps=steps, stop_at=stop_at, as_json=as_json)
+        raise typer.Exit(status)
     if strategy not in STRATEGIES:
         raise BadInput("--strategy", repr(strategy), " or ".join(STRATEGIES))
     tests = load_tests(files or [])
@@ -160,6 +209,11 @@ def explore(
         raise typer.Exit(_audit(tests, names, given, seed, options, as_json))
     plan = Plan(strategy, executions, bound, seed=seed, depth=depth, options=options)
     work = [Work(test, name, plan, seconds) for test in tests for name in names]
+    if trace:
+        from emulator.cli.explore_trace import trace as draw
+
+        status = draw(tests, names, work[0], number, reach, steps=steps, output=output, as_json=as_json)
+        raise typer.Exit(status)
     if output is not None:
         make_directory("--output", output)
     verdicts = Verdicts(work, None if as_json else Lines(tests, names), output)
@@ -169,14 +223,9 @@ def explore(
     raise typer.Exit(verdicts.end())
 
 
-def _refuse_what_has_no_effect(
-    context: typer.Context, strategy: str, adversary: bool, audit: bool, replay: bool
-) -> None:
-    every = {parameter.name or "" for parameter in context.command.params}
-    if replay:
-        refuse(context, every - {"replay", "as_json"}, "with --replay", "no option but --json beside it")
+def _refuse_what_has_no_effect(context: typer.Context, strategy: str, adversary: bool, audit: bool) -> None:
     if audit:
-        search = {"strategy", "bound", "depth", "seconds", "jobs", "output"}
+        search = {"strategy", "bound", "depth", "seconds", "jobs", "output", "trace"}
         refuse(context, search, "with --audit", "a search without --audit")
     if strategy != "exhaustive":
         refuse(context, {"bound"}, f"with --strategy {strategy}", "--strategy exhaustive")
@@ -184,6 +233,26 @@ def _refuse_what_has_no_effect(
         refuse(context, {"depth"}, f"with --strategy {strategy}", "--strategy pct")
     if not adversary:
         refuse(context, {"adversary_budget"}, "without --adversary", "both")
+
+
+def _refuse_beside_one_execution(
+    context: typer.Context, replay: bool, trace: bool, stop: bool, reach: bool
+) -> None:
+    if replay:
+        every = {parameter.name or "" for parameter in context.command.params}
+        beside = {"replay", "as_json", "trace", "steps", "stop_at"}
+        expected = "no option but --json, --trace, --steps and --stop-at beside it"
+        refuse(context, every - beside, "with --replay", expected)
+    elif stop:
+        refuse(context, {"stop_at"}, "without --replay", "both")
+    if stop:
+        refuse(context, {"trace", "steps"}, "with --stop-at", "one of them")
+    if reach:
+        refuse(context, {"number"}, "with --reach", "one of them")
+    if trace:
+        refuse(context, {"jobs"}, "with --trace", "a search without --trace, which one process does")
+    else:
+        refuse(context, {"number", "reach", "steps"}, "without --trace", "both")
 
 
 class Verdicts:
@@ -288,25 +357,3 @@ def _write(directory: Path, verdict: Verdict) -> None:
         return
     name = re.sub(r"[^A-Za-z0-9_.-]+", "-", f"{verdict.test}-{verdict.policy}")
     verdict.counterexample.write(directory / f"{name}.json")
-
-
-def _replay(path: Path, as_json: bool) -> int:
-    from emulator.explore.engine.scheduler import Divergence
-    from emulator.explore.results.record import replay
-    from emulator.litmus.failure import LitmusFailure
-
-    try:
-        recording = replay(path)
-    except (Divergence, LitmusFailure) as error:
-        print(f"flushlab explore: {path}: diverges: {error}", file=sys.stderr)
-        return DIVERGED
-    status = FOUND if recording.violation is not None else 0
-    with saying(status):
-        if as_json:
-            print(json.dumps(recording.document(), indent=1))
-        else:
-            steps = f"{len(recording.steps)} steps, the same as recorded"
-            print(f"{recording.test} under {recording.policy}: {steps}")
-            if recording.violation is not None:
-                print(recording.violation["text"])
-    return status

@@ -41,7 +41,7 @@ def name_of(names: tuple[str, ...], index: int) -> str:
     return names[index] if 0 <= index < len(names) else str(index)
 
 
-def _request_name(number: int) -> str:
+def request_name(number: int) -> str:
     """Return the name that KVM's code, which may be patched, has for a request now."""
     for name, value in vars(kvm_host).items():
         if (
@@ -122,7 +122,7 @@ class Event:
 
     @property
     def request(self) -> str:
-        return _request_name(self.b)
+        return request_name(self.b)
 
     def covers(self, gfn: int) -> bool:
         """Return whether a zap, a mapping or a promise is about this page."""

@@ -45,6 +45,7 @@ COMMANDS = {
     "--policy lkml-2025-cpu-flushed-mask --policy migration=none",
     "explore, 2 processes": "explore return-zap kick-cross --jobs 2 --executions 100 --json --output {} "
     "--policy lkml-2025-cpu-flushed-mask --policy migration=none",
+    "explore, a trace": "explore remote-two-vcpus --trace --number 300 --json --output {}",
     "one search, 2 processes": "explore remote-two-vcpus --jobs 2 --executions 400 --json",
 }
 # A service has no end of its own: so long after it has booted.

@@ -8,7 +8,7 @@ from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import Future
 from dataclasses import dataclass
 
-from emulator.explore.results.verdict import INTERRUPTED, Plan, Verdict, explore_verdict
+from emulator.explore.results.verdict import INTERRUPTED, Plan, Stop, Verdict, explore_verdict
 from emulator.litmus.model import LitmusTest
 from emulator.litmus.policies import named_policy
 from emulator.litmus.verdict import SEARCHED, Outcome
@@ -24,14 +24,15 @@ class Work:
     seconds: float  # 0: no limit
 
 
+def stop_of(work: Work) -> Stop:
+    """Return a function that tells whether the search should end: its time is up, or a signal came."""
+    started = time.monotonic()
+    return lambda: (bool(work.seconds) and time.monotonic() - started > work.seconds) or ending()
+
+
 def explore_one(work: Work, jobs: int = 1) -> Verdict:
     """Explore one test under one policy."""
-    started = time.monotonic()
-
-    def out_of_time() -> bool:
-        return (bool(work.seconds) and time.monotonic() - started > work.seconds) or ending()
-
-    verdict = explore_verdict(work.test, named_policy(work.policy), work.plan, out_of_time, jobs)
+    verdict = explore_verdict(work.test, named_policy(work.policy), work.plan, stop_of(work), jobs)
     verdict.policy = work.policy
     return verdict
 

@@ -137,15 +137,16 @@ class Verdict:
             return f"{', '.join(self.kinds)} after {n}"
         if self.verdict == INCONCLUSIVE:
             return f"{INCONCLUSIVE}: {self._untested()}"
-        return f"no violation {self._searched()}"
+        return f"no violation {self.searched()}"
 
     def _untested(self) -> str:
         """Name the precondition that never held, and how much was searched for it."""
         if not self.executions:
             return f"no interleaving was executed{self._why()}"
-        return f"the precondition ({' or '.join(self.needs)}) never held {self._searched()}"
+        return f"the precondition ({' or '.join(self.needs)}) never held {self.searched()}"
 
-    def _searched(self) -> str:
+    def searched(self) -> str:
+        """Return how far the search came without a violation, beginning with "in" or "with"."""
         n = f"{self.executions:,} interleavings"
         if self.complete:
             last = self.rounds[-1]["executions"]
@@ -175,12 +176,18 @@ Stop = Callable[[], bool]
 
 
 def explore_verdict(
-    test: LitmusTest, policy: Policy, plan: Plan | None = None, stop: Stop = lambda: False, jobs: int = 1
+    test: LitmusTest,
+    policy: Policy,
+    plan: Plan | None = None,
+    stop: Stop = lambda: False,
+    jobs: int = 1,
+    *,
+    build: Callable[..., LitmusProgram] = LitmusProgram,
 ) -> Verdict:
     """Explore one test under one policy.
 
     stop: asked between executions.  With it, results depend on time; they never depend on the number of
-    processes (`jobs`).
+    processes (`jobs`).  build: makes the program of this process.
     """
     plan = plan or Plan()
     with policy.confined():
@@ -189,7 +196,7 @@ def explore_verdict(
         known: Known | None = NOTHING
         while known is not None:
             verdict = Verdict(test.name, policy.name, plan, test.expect.needs)
-            known = _explored(LitmusProgram(test, policy, plan.options, known=known), verdict, stop, jobs)
+            known = _explored(build(test, policy, plan.options, known=known), verdict, stop, jobs)
     if verdict.unwatched:
         _take_back(verdict)
     elif not verdict.complete and verdict.verdict not in (VIOLATIONS, FAILED):
