@@ -62,7 +62,9 @@ def drift(
     diff: Annotated[
         bool, typer.Option("--diff", help="With --against: show how the functions changed.")
     ] = False,
-    everything: Annotated[bool, typer.Option("--all", help="List what is the same, too.")] = False,
+    everything: Annotated[
+        bool, typer.Option("--all", help="List what is the same, too, and what is found nowhere.")
+    ] = False,
     as_json: Annotated[bool, typer.Option("--json", help="Print one JSON document.")] = False,
     fingerprints: Annotated[
         Path | None, typer.Option(metavar="FILE", help="A record of your own instead of the shipped one.")
@@ -129,8 +131,8 @@ class _Request:
 
 
 def _compare(request: _Request, diff: bool, everything: bool, as_json: bool) -> int:
-    from emulator.drift.compare import Status, TreeBase, compare
-    from emulator.drift.report import as_dict, as_text, differences
+    from emulator.drift.compare import Status, TreeBase, compare, strangers
+    from emulator.drift.report import as_dict, as_text, differences, strangers_text
     from emulator.drift.tree import read_tree
 
     chosen = request.cited()
@@ -144,9 +146,12 @@ def _compare(request: _Request, diff: bool, everything: bool, as_json: bool) -> 
         )
     status = CHANGED if any(finding.status is not Status.SAME for finding in findings) else 0
     diffs = differences(tree, base.tree, findings) if diff and isinstance(base, TreeBase) else {}
+    unknown = strangers(tree, base, chosen)
     with saying(status):
         if as_json:
-            print(json.dumps(as_dict(tree, base, findings, diffs), indent=1))
+            print(json.dumps(as_dict(tree, base, findings, unknown, diffs), indent=1))
         else:
             sys.stdout.write("\n".join([as_text(tree, base, findings, everything), *diffs.values()]))
+            if everything and unknown:
+                sys.stdout.write(strangers_text(unknown))
     return status

@@ -15,6 +15,7 @@ import tokenize
 from collections import defaultdict
 from collections.abc import Iterator
 from dataclasses import dataclass
+from enum import StrEnum
 from functools import cache
 from importlib.util import find_spec
 from pathlib import Path
@@ -29,13 +30,26 @@ _SENTENCE_END: Final = re.compile(r"\n\s*\n|\.(?=\s)")
 _C_COMMENT: Final = re.compile(r"/\*(.*?)\*/", re.DOTALL)
 
 
+class How(StrEnum):
+    """How a place cites a function: by the name of its own function, by the first sentence about it, or in
+    another sentence."""
+
+    NAMED = "named"
+    MIRRORED = "mirrored"
+    MENTIONED = "mentioned"
+
+
 @dataclass(frozen=True, slots=True, order=True)
 class Citation:
     """A place in the project that cites a kernel function."""
 
     file: str
     line: int
-    mirrors: bool
+    how: How
+
+    @property
+    def mirrors(self) -> bool:
+        return self.how is not How.MENTIONED
 
 
 @cache
@@ -47,8 +61,8 @@ def cited() -> dict[str, list[Citation]]:
     found: dict[str, set[Citation]] = defaultdict(set)
     for file, path in _sources("emulator", "kvm", (".py",)) + _sources("native", "", (".c", ".h")):
         find = in_python if path.suffix == ".py" else in_c
-        for name, line, mirrors in find(path.read_text("utf-8")):
-            found[name].add(Citation(file, line, mirrors))
+        for name, line, how in find(path.read_text("utf-8")):
+            found[name].add(Citation(file, line, how))
     return {name: sorted(found[name]) for name in sorted(found)}
 
 
@@ -62,44 +76,45 @@ def _sources(package: str, folder: str, suffixes: tuple[str, ...]) -> list[tuple
     return [(f"{package}/{path.relative_to(top).as_posix()}", path) for path in paths]
 
 
-def in_python(source: str) -> Iterator[tuple[str, int, bool]]:
-    """Yield name, line, and whether the code mirrors the function, for each citation in Python source.
+def in_python(source: str) -> Iterator[tuple[str, int, How]]:
+    """Yield name, line and manner of each citation in Python source.
 
     The line of a function that is mirrored is that of the Python function.
     """
     for node in ast.walk(ast.parse(source)):
         if isinstance(node, ast.FunctionDef) and _NAME.fullmatch(node.name):
-            yield node.name, node.lineno, True
+            yield node.name, node.lineno, How.NAMED
         if isinstance(node, ast.FunctionDef | ast.ClassDef | ast.Module) and ast.get_docstring(node):
             yield from _in_docstring(node)
     for token in tokenize.generate_tokens(io.StringIO(source).readline):
         if token.type == tokenize.COMMENT:
             for match in _CITED.finditer(token.string):
-                yield match[1], token.start[0], False
+                yield match[1], token.start[0], How.MENTIONED
 
 
-def _in_docstring(node: ast.FunctionDef | ast.ClassDef | ast.Module) -> Iterator[tuple[str, int, bool]]:
+def _in_docstring(node: ast.FunctionDef | ast.ClassDef | ast.Module) -> Iterator[tuple[str, int, How]]:
     text = ast.get_docstring(node, clean=False) or ""
     head = _first_sentence(text) if isinstance(node, ast.FunctionDef) else 0
     for match in _CITED.finditer(text):
         if match.start() < head:
-            yield match[1], getattr(node, "lineno", 1), True
+            yield match[1], getattr(node, "lineno", 1), How.MIRRORED
         else:
-            yield match[1], node.body[0].lineno + text.count("\n", 0, match.start()), False
+            line = node.body[0].lineno + text.count("\n", 0, match.start())
+            yield match[1], line, How.MENTIONED
 
 
-def in_c(source: str) -> Iterator[tuple[str, int, bool]]:
-    """Yield name, line, and whether the code mirrors the function, for each citation in C source."""
+def in_c(source: str) -> Iterator[tuple[str, int, How]]:
+    """Yield name, line and manner of each citation in C source."""
     for definition in definitions(source):
         if _NAME.fullmatch(definition.name):
-            yield definition.name, definition.first, True
+            yield definition.name, definition.first, How.NAMED
     for comment in _C_COMMENT.finditer(source):
         text = comment[1].lstrip(" *\n")
         head = _first_sentence(text) if _CITED.match(text) else 0
         start = comment.end(1) - len(text)
         for match in _CITED.finditer(text):
             line = source.count("\n", 0, start + match.start()) + 1
-            yield match[1], line, match.start() < head
+            yield match[1], line, How.MIRRORED if match.start() < head else How.MENTIONED
 
 
 def _first_sentence(text: str) -> int:

@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from enum import StrEnum
 from typing import Final, TypeAlias
 
-from emulator.drift.citations import Citation
+from emulator.drift.citations import Citation, How
 from emulator.drift.record import Record
 from emulator.drift.tree import LinuxTree, Place
 
@@ -53,6 +53,10 @@ class RecordedBase:
         return self.record.fingerprints(name, self.version)
 
     def knows(self, name: str) -> bool:
+        """Return whether the function was looked for when the version was recorded."""
+        return name in self.record.functions
+
+    def has(self, name: str) -> bool:
         return name in self.record.functions
 
     def same_as(self, name: str, fingerprints: frozenset[str]) -> list[str]:
@@ -74,6 +78,9 @@ class TreeBase:
 
     def knows(self, name: str) -> bool:
         return True
+
+    def has(self, name: str) -> bool:
+        return name in self.tree.functions
 
     def same_as(self, name: str, fingerprints: frozenset[str]) -> list[str]:
         return []
@@ -104,6 +111,25 @@ def compare(tree: LinuxTree, base: Base, cited: Mapping[str, list[Citation]]) ->
         places = tree.functions.get(name, [])
         findings.append(Finding(name, status, citations, places, same_as, renamed, similar))
     return findings
+
+
+def strangers(tree: LinuxTree, base: Base, cited: Mapping[str, list[Citation]]) -> dict[str, list[Citation]]:
+    """Return the functions that sentences cite and that neither the tree nor the record has.
+
+    They are of other parts of the kernel (call_rcu), of a proposal, or misspelt.  A function of the project
+    is among them only if a Python docstring says that it mirrors one of that name.
+    """
+    return {
+        name: citations
+        for name, citations in cited.items()
+        if name not in tree.functions and not base.has(name) and _claims_a_kernel_function(citations)
+    }
+
+
+def _claims_a_kernel_function(citations: list[Citation]) -> bool:
+    if any(one.how is How.NAMED for one in citations):
+        return any(one.how is How.MIRRORED and one.file.endswith(".py") for one in citations)
+    return True
 
 
 def _status(known: bool, before: frozenset[str], now: frozenset[str]) -> Status:

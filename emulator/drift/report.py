@@ -9,6 +9,7 @@ from collections.abc import Iterable, Iterator
 from dataclasses import asdict
 from typing import Any, Final
 
+from emulator.drift.citations import Citation, How
 from emulator.drift.compare import Base, Finding, RecordedBase, Status
 from emulator.drift.tree import LinuxTree, Place
 
@@ -27,13 +28,26 @@ def as_text(tree: LinuxTree, base: Base, findings: list[Finding], everything: bo
         lines.append(file)
         for line, finding, mirrors in entries:
             row = f"{line:>6}  {finding.name}{'' if mirrors else ' (mentioned)'}: {_what(finding, base)}"
-            lines += textwrap.wrap(
-                row, _WIDTH, subsequent_indent=" " * 10, break_long_words=False, break_on_hyphens=False
-            )
+            lines += _wrapped(row)
         lines.append("")
     numbers = ", ".join(f"{number} {status}" for status, number in counts(findings).items())
     lines.append(f"{len(findings)} cited functions: {numbers}")
     return "\n".join(lines) + "\n"
+
+
+def strangers_text(strangers: dict[str, list[Citation]]) -> str:
+    """Return the functions that were found nowhere, each with the first place that cites it."""
+    lines = ["", "Found nowhere: of another part of the kernel, of a proposal, or misspelt"]
+    for name, citations in strangers.items():
+        one = min(citations, key=lambda one: (one.how is How.NAMED, one.file, one.line))
+        lines += _wrapped(f"        {name}: {one.file}:{one.line}")
+    return "\n".join(lines) + "\n"
+
+
+def _wrapped(row: str) -> list[str]:
+    return textwrap.wrap(
+        row, _WIDTH, subsequent_indent=" " * 10, break_long_words=False, break_on_hyphens=False
+    )
 
 
 def _by_file(findings: list[Finding], everything: bool) -> dict[str, list[tuple[int, Finding, bool]]]:
@@ -72,7 +86,13 @@ def counts(findings: Iterable[Finding]) -> dict[str, int]:
     return {str(status): number[status] for status in Status}
 
 
-def as_dict(tree: LinuxTree, base: Base, findings: list[Finding], diffs: dict[str, str]) -> dict[str, Any]:
+def as_dict(
+    tree: LinuxTree,
+    base: Base,
+    findings: list[Finding],
+    strangers: dict[str, list[Citation]],
+    diffs: dict[str, str],
+) -> dict[str, Any]:
     """Return the JSON document."""
     functions = []
     for finding in findings:
@@ -86,6 +106,7 @@ def as_dict(tree: LinuxTree, base: Base, findings: list[Finding], diffs: dict[st
         "compared_with": base.version,
         "counts": counts(findings),
         "functions": functions,
+        "found_nowhere": {name: [asdict(one) for one in places] for name, places in strangers.items()},
     }
 
 

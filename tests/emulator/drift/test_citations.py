@@ -4,10 +4,11 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from emulator.drift.citations import cited, in_c, in_python
+from emulator.drift.citations import How, cited, in_c, in_python
 from emulator.drift.record import shipped_record
 
 ROOT = Path(__file__).parents[3]
+NAMED, MIRRORED, MENTIONED = How.NAMED, How.MIRRORED, How.MENTIONED
 
 PYTHON = '''\
 """As kvm_of_the_module() does."""
@@ -49,30 +50,30 @@ static int put_page(int a)
 
 
 def test_python() -> None:
-    found = sorted(in_python(PYTHON), key=lambda one: (one[1], not one[2], one[0]))
+    found = sorted(in_python(PYTHON), key=lambda one: (one[1], one[0]))
     assert found == [
-        ("kvm_of_the_module", 1, False),
-        ("kvm_of_a_class", 4, False),
-        ("kvm_slot_dirty_track_enabled", 6, True),
-        ("track_slot", 6, True),
-        ("__second_one", 10, True),
-        ("first_one", 10, True),
-        ("kvm_own_name", 10, True),
-        ("third_one", 13, False),
-        ("fifth_in_comment", 16, False),
-        ("sixth_one", 20, False),
-        ("seventh_one", 21, False),
+        ("kvm_of_the_module", 1, MENTIONED),
+        ("kvm_of_a_class", 4, MENTIONED),
+        ("kvm_slot_dirty_track_enabled", 6, MIRRORED),
+        ("track_slot", 6, NAMED),
+        ("__second_one", 10, MIRRORED),
+        ("first_one", 10, MIRRORED),
+        ("kvm_own_name", 10, NAMED),
+        ("third_one", 13, MENTIONED),
+        ("fifth_in_comment", 16, MENTIONED),
+        ("sixth_one", 20, MENTIONED),
+        ("seventh_one", 21, MENTIONED),
     ]
 
 
 def test_c() -> None:
     assert sorted(in_c(C), key=lambda one: (one[1], one[0])) == [
-        ("file_comment_first", 1, True),
-        ("other_one", 1, False),
-        ("put_page", 4, True),
-        ("third_one", 5, False),
-        ("put_page", 7, True),
-        ("last_one", 9, False),
+        ("file_comment_first", 1, MIRRORED),
+        ("other_one", 1, MENTIONED),
+        ("put_page", 4, MIRRORED),
+        ("third_one", 5, MENTIONED),
+        ("put_page", 7, NAMED),
+        ("last_one", 9, MENTIONED),
     ]
 
 

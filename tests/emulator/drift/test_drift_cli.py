@@ -70,7 +70,7 @@ def test_each_function_has_a_status(by: str, own_record: Path, capsys: Captured)
     assert functions["kvm_mmu_unload"]["renamed"] == functions["kvm_mmu_unload"]["similar"] == []
     assert [one["file"] for one in functions["kvm_set_cr3"]["places"]] == ["arch/x86/kvm/regs.c"]
     assert any(
-        one["file"] == "emulator/kvm/mmu/roots.py" and one["mirrors"]
+        one["file"] == "emulator/kvm/mmu/roots.py" and one["how"] == "mirrored"
         for one in functions["kvm_mmu_load"]["citations"]
     )
     same_as = ["7.4.0-rc2"] if by == "record" else []
@@ -156,6 +156,24 @@ def test_the_shipped_record_is_the_default(capsys: Captured) -> None:
     assert {one["status"] for one in found["functions"] if one["places"]} == {"changed"}
     assert list(found["counts"]) == [str(status) for status in Status]
     assert found["counts"]["gone"] > 150
+
+
+def test_what_is_found_nowhere_is_told(own_record: Path, capsys: Captured) -> None:
+    """A function of the kernel's RCU, and one that the made-up trees lack; but no name of our own."""
+    _, found = document(capsys, str(LINUX), "--fingerprints", str(own_record))
+    nowhere = found["found_nowhere"]
+    assert {"local_irq_disable", "tdp_mmu_zap_leafs"} <= set(nowhere)
+    assert not {"kvm_mmu_load", "kvm_mmu_unload", "handle_cr", "tdp_mmu_zap_step"} & set(nowhere)
+    assert all(any(one["how"] != "named" for one in places) for places in nowhere.values())
+    native = [place for places in nowhere.values() for place in places if place["file"].startswith("native/")]
+    assert native
+    for name, places in nowhere.items():
+        if not any(one["file"].endswith(".py") for one in places):
+            assert all(one["how"] != "named" for one in places), name
+    main(["drift", str(LINUX), "--fingerprints", str(own_record), "--all"])
+    out = capsys.readouterr().out
+    assert "        local_irq_disable: emulator/kvm/" in out
+    assert all(len(line) <= 80 for line in out.splitlines())
 
 
 # --- what cannot be used ------------------------------------------------------------------------------------
