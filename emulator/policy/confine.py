@@ -16,11 +16,12 @@ import pkgutil
 import sys
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager, redirect_stdout, suppress
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from operator import is_
 from types import BuiltinFunctionType, FunctionType, ModuleType
 from typing import Any, Final, TypeVar
 
+from emulator.policy.everywhere import other_uses
 from emulator.policy.forbidden import forbid
 from emulator.policy.guard import class_name
 from emulator.policy.patience import Patience
@@ -180,21 +181,34 @@ class Patches:
 
     changes: tuple[Change, ...] = ()
     contents: tuple[tuple[Contents, Any], ...] = ()
+    # Further names for what the file replaces, in modules that have imported it.
+    everywhere: tuple[Change, ...] = ()
 
     def __bool__(self) -> bool:
         return bool(self.changes or self.contents)
 
     def apply(self) -> None:
-        for change in self.changes:
+        for change in (*self.changes, *self.everywhere):
             change.apply()
         for kept, new in self.contents:
             Contents(kept.name, kept.obj, new).undo()
 
     def undo(self) -> None:
-        for change in self.changes:
+        for change in (*self.changes, *self.everywhere):
             change.undo()
         for kept, _ in self.contents:
             kept.undo()
+
+    @property
+    def new_names(self) -> Iterator[Change]:
+        """Return the changes of names that did not exist: nothing asks for them."""
+        return (change for change in self.changes if change.old is _MISSING)
+
+
+def _elsewhere(changes: list[Change]) -> Iterator[Change]:
+    replaced = (change for change in changes if change.old is not _MISSING and change.new is not _MISSING)
+    for namespace, name, new in other_uses(replaced):
+        yield Change(namespace, name, vars(namespace)[name], new)
 
 
 NO_PATCHES: Final = Patches()
@@ -214,6 +228,7 @@ def collected(execute: Callable[[], T], refuse: Refuse, *, others: bool) -> tupl
         changes, contents = before.changes(), before.contents()
         patches = Patches(tuple(changes), tuple((kept, _contents(kept.obj)) for kept in contents))
         patches.undo()
+        patches = replace(patches, everywhere=tuple(_elsewhere(changes)))
         before.forget_new_modules()
         # Also if the file raised an error: its changes may be the cause.
         for change in changes:

@@ -18,7 +18,9 @@ from pathlib import Path
 from types import CodeType, ModuleType
 from typing import Final
 
-from emulator.policy.confine import NO_PATCHES, Confinement, Patches, collected, load_patchable
+from emulator.errors import did_you_mean
+from emulator.policy.confine import NO_PATCHES, Change, Confinement, Patches, collected, load_patchable
+from emulator.policy.former import former_names, home_of
 from emulator.policy.guard import Place, UserPolicyError, class_name, exact, register, shown, through
 from emulator.policy.points import BY_NAME, POINTS, DecisionPoint
 from emulator.policy.policy import Policy, PolicyError
@@ -112,7 +114,22 @@ def _executed(
         return UserPolicyError(f"{path}:{line}", f"changes {change}", "changes of emulator.kvm only")
 
     with Confinement.entered():
-        return collected(lambda: _load(path, code, lines), refuse, others=first)
+        loaded, patches = collected(lambda: _load(path, code, lines), refuse, others=first)
+    for change in patches.new_names:
+        raise _without_effect(path, change, stores)
+    return loaded, patches
+
+
+def _without_effect(path: Path, change: Change, stores: Mapping[str, int]) -> UserPolicyError:
+    """Return the error for a name that KVM's code does not have: what the file means was never tried."""
+    where = f"{path}:{stores.get(change.name, 1)}"
+    home = home_of(change.name)
+    if home is not None:
+        return UserPolicyError(
+            where, f"sets {change}, which does not exist", f"{home.__name__}.{change.name}"
+        )
+    guess = did_you_mean(change.name, vars(change.namespace))
+    return UserPolicyError(where, f"sets {change}, which does not exist", f"a name that KVM has{guess}")
 
 
 def _load(path: Path, code: CodeType, lines: Mapping[str, int]) -> Loaded:
@@ -120,7 +137,8 @@ def _load(path: Path, code: CodeType, lines: Mapping[str, int]) -> Loaded:
     module.__file__ = str(path)
     vars(module)["__builtins__"] = builtins  # not a dictionary of them, as exec would do
     place = Place(str(path), seconds=_LOADING)
-    through(place, exec, code, module.__dict__)
+    with former_names():
+        through(place, exec, code, module.__dict__)
     return through(place, _inspected, path, module, lines)
 
 

@@ -22,9 +22,9 @@ from types import CodeType, FrameType, ModuleType
 from typing import Final
 
 from emulator.policy.guard import Place, UserPolicyError, error_text, register_patched, through
+from emulator.policy.imports import PACKAGE, is_kvm
 from emulator.policy.patch.diff import ROOT, PatchError
 
-PACKAGE: Final = "emulator.kvm"
 # Processor seconds for executing the modules.
 _IMPORTING: Final = 10.0
 
@@ -192,10 +192,6 @@ class _Finder(MetaPathFinder):
         if unit.is_package:
             spec.submodule_search_locations = [str(Path(unit.path).parent)]
         return spec
-
-
-def is_kvm(name: str) -> bool:
-    return name == PACKAGE or name.startswith(f"{PACKAGE}.")
 
 
 def loaded() -> dict[str, ModuleType]:

@@ -11,8 +11,9 @@ from typing import Final
 
 from emulator.errors import BadInput, shown
 from emulator.policy.confine import Change, Confinement, State
+from emulator.policy.imports import is_kvm
 from emulator.policy.patch.apply import applied
-from emulator.policy.patch.code import SHIPPED, Code, imported, is_kvm, load_shipped, patched_code
+from emulator.policy.patch.code import SHIPPED, Code, imported, load_shipped, patched_code
 from emulator.policy.patch.diff import Diff, PatchError, parse_diff
 from emulator.policy.patch.rebinding import Rebinding
 

@@ -7,21 +7,18 @@ in the same module of the other code, and puts the former ones back at the end.
 
 from __future__ import annotations
 
-import ast
 import sys
 from collections import deque
 from collections.abc import Callable, Collection, Iterator
 from functools import partial
-from importlib.abc import InspectLoader
 from types import CellType, FunctionType, MethodType, ModuleType
 from typing import Any, Final
 
-from emulator.policy.patch.code import Modules, install, is_kvm
+from emulator.policy.imports import imports_of_kvm, is_kvm, is_value, names_of_others
+from emulator.policy.patch.code import Modules, install
 from emulator.policy.patch.diff import PatchError
 
 _OURS: Final = ("emulator", "metrics", "bench", "tests")
-# Values without an identity of their own: equal ones may be one object.
-_VALUES: Final = (int, float, complex, str, bytes, bool, type(None), type(Ellipsis))
 _MISSING: Final = object()
 
 
@@ -47,14 +44,14 @@ class Rebinding:
         if new is not None:
             self.counterparts[id(old)] = old, new
         there = {} if new is None else vars(new)
-        others = _names_of_others(old) if old.__name__ in self._changed else frozenset()
+        others = names_of_others(old) if old.__name__ in self._changed else frozenset()
         for name, value in vars(old).items():
             if (name.startswith("__") and name.endswith("__")) or name in others:
                 continue
             now = there.get(name, _MISSING)
             if now is value:
                 continue
-            if now is _MISSING or _is_value(value):
+            if now is _MISSING or is_value(value):
                 if now is _MISSING or type(now) is not type(value) or now != value:
                     self._by_name[old.__name__, name] = now
                 continue
@@ -99,7 +96,7 @@ class Rebinding:
         if not gone:
             return
         for module in _outside():
-            for _, source, _ in _imports(module):
+            for _, source, _ in imports_of_kvm(module):
                 if source in gone:
                     file = f"{source[0].replace('.', '/')}.py"
                     found = f"takes {source[1]} away, which {_file(module)} uses"
@@ -110,7 +107,7 @@ class Rebinding:
         if not self._by_name:
             return
         for module in modules:
-            for name, source, loading in _imports(module):
+            for name, source, loading in imports_of_kvm(module):
                 value = self._by_name.get(source, _MISSING)
                 if loading and value is not _MISSING and name in vars(module):
                     yield module, name, value
@@ -225,50 +222,3 @@ def _outside() -> list[ModuleType]:
 
 def _file(module: ModuleType) -> str:
     return f"{module.__name__.replace('.', '/')}.py"
-
-
-def _is_value(value: object) -> bool:
-    return isinstance(value, _VALUES) or (isinstance(value, tuple | frozenset) and not value)
-
-
-# --- what modules import ------------------------------------------------------------------------------------
-
-Source = tuple[str, str]  # a module, and a name in it
-_imported: dict[str, tuple[tuple[str, Source, bool], ...]] = {}
-
-
-def _imports(module: ModuleType) -> tuple[tuple[str, Source, bool], ...]:
-    """Return the names that a module outside imports from emulator.kvm, each with its source, and whether it
-    does so when it is loaded."""
-    name = module.__name__
-    if name not in _imported:
-        source = _source(module)
-        found = _all_imports(source) if "emulator.kvm" in source else ()
-        _imported[name] = tuple(one for one in found if is_kvm(one[1][0]))
-    return _imported[name]
-
-
-def _names_of_others(module: ModuleType) -> frozenset[str]:
-    """Return the names that a module of emulator.kvm imports from elsewhere."""
-    return frozenset(name for name, (source, _), _ in _all_imports(_source(module)) if not is_kvm(source))
-
-
-def _source(module: ModuleType) -> str:
-    loader = module.__loader__
-    return (loader.get_source(module.__name__) or "") if isinstance(loader, InspectLoader) else ""
-
-
-def _all_imports(source: str) -> Iterator[tuple[str, Source, bool]]:
-    pending: list[tuple[ast.stmt, bool]] = [(node, True) for node in ast.parse(source).body]
-    while pending:
-        node, loading = pending.pop()
-        if isinstance(node, ast.If) and ast.unparse(node.test) == "TYPE_CHECKING":
-            continue
-        if isinstance(node, ast.ImportFrom):
-            for alias in node.names:
-                yield alias.asname or alias.name, (node.module or "", alias.name), loading
-        elif isinstance(node, ast.Import):
-            for alias in node.names:
-                yield alias.asname or alias.name.partition(".")[0], (alias.name, ""), loading
-        loading = loading and not isinstance(node, ast.FunctionDef)
-        pending += [(child, loading) for child in ast.iter_child_nodes(node) if isinstance(child, ast.stmt)]

@@ -2,15 +2,18 @@
 
 from __future__ import annotations
 
+import importlib
 import json
+import sys
 from pathlib import Path
+from types import ModuleType
 
 import pytest
 
 import emulator.kvm.vmx.vmx as vmx
-import emulator.kvm.x86 as x86
 from emulator.cli.main import main
 from emulator.policy import UserPolicyError, load_user_policy
+from emulator.policy.confine import load_patchable
 
 CLASS = """
 from emulator.policy import Policy
@@ -18,14 +21,21 @@ class Mine(Policy):
     def zap_scope(self, cpu, kvm):
         return super().zap_scope(cpu, kvm)
 """
-# vmx_flush_tlb_all() that does nothing, as a name where it is called, and in place.
+load_patchable()
+# A module that has imported the function.
+IMPORTER = next(
+    module
+    for name, module in sorted(sys.modules.items())
+    if name.startswith("emulator.kvm.") and module is not vmx and hasattr(module, "vmx_flush_tlb_all")
+)
+# vmx_flush_tlb_all() that does nothing, where it is defined, where it is imported, and in place.
 BY_NAME = "import emulator.kvm.vmx.vmx as vmx\nvmx.vmx_flush_tlb_all = lambda cpu, vcpu, reason: None\n"
-BY_IMPORT = "import emulator.kvm.x86 as x\nx.vmx_flush_tlb_all = lambda cpu, vcpu, reason: None\n"
+BY_IMPORT = f"import {IMPORTER.__name__} as x\nx.vmx_flush_tlb_all = lambda cpu, vcpu, reason: None\n"
 IN_PLACE = """
 import emulator.kvm.vmx.vmx as vmx
 vmx.vmx_flush_tlb_all.__code__ = (lambda cpu, vcpu, reason: None).__code__
 """
-BUGS = {"name": BY_NAME + BY_IMPORT, "code": IN_PLACE}
+BUGS = {"name": BY_NAME, "import": BY_IMPORT, "code": IN_PLACE}
 
 
 def written(directory: Path, text: str, name: str = "mine.py") -> Path:
@@ -67,11 +77,11 @@ def test_compare_runs_each_with_its_own_code(tmp_path: Path, capsys: pytest.Capt
 
 @pytest.mark.parametrize("bug", BUGS)
 def test_changes_are_in_place_while_a_machine_runs_only(bug: str, tmp_path: Path) -> None:
-    kept = [(vmx.vmx_flush_tlb_all, vmx.vmx_flush_tlb_all.__code__), vars(x86)["vmx_flush_tlb_all"]]
+    kept = [(vmx.vmx_flush_tlb_all, vmx.vmx_flush_tlb_all.__code__), vars(IMPORTER)["vmx_flush_tlb_all"]]
     policy = load_user_policy(written(tmp_path, BUGS[bug] + CLASS))
 
     def now() -> object:
-        return [(vmx.vmx_flush_tlb_all, vmx.vmx_flush_tlb_all.__code__), vars(x86)["vmx_flush_tlb_all"]]
+        return [(vmx.vmx_flush_tlb_all, vmx.vmx_flush_tlb_all.__code__), vars(IMPORTER)["vmx_flush_tlb_all"]]
 
     assert now() == kept
     with policy.confined():
@@ -86,14 +96,81 @@ def test_changes_are_in_place_while_a_machine_runs_only(bug: str, tmp_path: Path
     assert now() == kept
 
 
-def test_a_new_name_goes_as_well(tmp_path: Path) -> None:
-    policy = load_user_policy(
-        written(tmp_path, f"import emulator.kvm.vmx.vmx\nemulator.kvm.vmx.vmx.mine = 1\n{CLASS}")
-    )
-    assert not hasattr(vmx, "mine")
+@pytest.mark.parametrize(
+    ("change", "expected"),
+    [
+        ("emulator.kvm.vmx.vmx.kvm_inject_smi = None", r"emulator\.kvm\.smm\.kvm_inject_smi$"),
+        ("emulator.kvm.vmx.vmx.vmx_flush_tlb_al = None", r".*\(did you mean vmx_flush_tlb_all\?\)$"),
+        ("emulator.kvm.structs.Kvm.mine = None", "a name that KVM has$"),
+    ],
+)
+def test_a_name_that_kvm_has_not_is_refused(change: str, expected: str, tmp_path: Path) -> None:
+    """Nothing asks for it, and the policy would be judged without what its author meant."""
+    path = written(tmp_path, f"import emulator.kvm.vmx.vmx\nimport emulator.kvm.structs\n{change}\n{CLASS}")
+    name = change.partition(" ")[0]
+    with pytest.raises(
+        UserPolicyError, match=f"^{path}:3: sets {name}, which does not exist; expected {expected}"
+    ):
+        load_user_policy(path)
+    assert not hasattr(vmx, name.rpartition(".")[2])
+
+
+def test_a_replaced_function_calls_the_former_one(tmp_path: Path) -> None:
+    """It replaces the function where that is used, not in the file's own module."""
+    text = """
+import emulator.kvm.vmx.vmx as vmx
+from emulator.kvm.vmx.vmx import vmx_flush_tlb_all
+def flush(cpu, vcpu, reason):
+    return vmx_flush_tlb_all(cpu, vcpu, reason)
+vmx.vmx_flush_tlb_all = flush
+"""
+    path = str(written(tmp_path, text + CLASS))
+    assert main(["litmus", "return-zap", "--iterations", "5", "--policy", path]) == 0
+
+
+def test_a_constant_is_replaced_wherever_it_was_imported(tmp_path: Path) -> None:
+    importer = vars(importlib.import_module("emulator.litmus.kvm_ops"))
+    text = "import emulator.kvm.kvm_host as host\nhost.KVM_MEM_LOG_DIRTY_PAGES = 1 << 9\n"
+    policy = load_user_policy(written(tmp_path, text + CLASS))
+    assert importer["KVM_MEM_LOG_DIRTY_PAGES"] == 1
     with policy.confined():
-        assert vmx.mine == 1  # type: ignore[attr-defined]
-    assert not hasattr(vmx, "mine")
+        assert importer["KVM_MEM_LOG_DIRTY_PAGES"] == 1 << 9
+    assert importer["KVM_MEM_LOG_DIRTY_PAGES"] == 1
+
+
+IN_MMU = "import emulator.kvm.mmu as mmu\nmmu.kvm_arch_mmu_enable_log_dirty_pt_masked "
+FORGETS = "= lambda cpu, kvm, slot, offset, mask: 0\n"
+
+
+@pytest.mark.parametrize(
+    "replaced",
+    [
+        "import emulator.kvm.dirty_log as dl\ndl.kvm_arch_mmu_enable_log_dirty_pt_masked ",
+        "import emulator.kvm.dirty_log\nemulator.kvm.dirty_log.kvm_arch_mmu_enable_log_dirty_pt_masked ",
+        "from emulator.kvm import dirty_log\ndirty_log.kvm_arch_mmu_enable_log_dirty_pt_masked ",
+        IN_MMU,
+        "from emulator.kvm.mmu import kvm_arch_mmu_enable_log_dirty_pt_masked\n" + IN_MMU,
+    ],
+)
+def test_files_that_name_former_modules(
+    replaced: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """KVM_GET_DIRTY_LOG that forgets to write-protect what it reports, as files were written before KVM's
+    modules had folders."""
+    path = str(written(tmp_path, replaced + FORGETS + CLASS))
+    assert main(["explore", "log-get", "--policy", path, "--policy", "linux-7.3", "--json"]) == 1
+    found = {one["policy"]: one["violations"] for one in json.loads(capsys.readouterr().out)["explored"]}
+    assert found == {path: ["lost-dirty"], "linux-7.3": []}
+    package = importlib.import_module("emulator.kvm.mmu")
+    assert type(package) is ModuleType
+    assert "emulator.kvm.dirty_log" not in sys.modules
+    assert not hasattr(importlib.import_module("emulator.kvm"), "dirty_log")
+
+
+def test_a_module_that_never_was(tmp_path: Path) -> None:
+    path = written(tmp_path, f"import emulator.kvm.dirty_lgo\n{CLASS}")
+    with pytest.raises(UserPolicyError, match=rf"^{path}:1: ModuleNotFoundError"):
+        load_user_policy(path)
 
 
 @pytest.mark.parametrize(

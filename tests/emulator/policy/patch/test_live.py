@@ -19,7 +19,8 @@ import emulator
 import metrics
 from emulator.cli.main import main
 from emulator.policy import Policy, spelled_policy
-from emulator.policy.patch.code import is_kvm, load_shipped
+from emulator.policy.imports import is_kvm
+from emulator.policy.patch.code import load_shipped
 from tests.emulator.policy.patch.edits import BREAKS_ALL, NO_FLUSH, edited, new_file, written
 
 TEST = "return-zap"
