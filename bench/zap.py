@@ -161,7 +161,7 @@ class ZapMachine:
             for gfn in range(0, self.tables * TABLE, TABLE):
                 table = _leaf_table(cpu, kvm, root, gfn)
                 mapped = lib.tdp_mmu_map_around(
-                    cpu.m, cpu.id, kvm.id, table, gfn, TABLE, self.hfns, self.tags, self.writable
+                    cpu.m, cpu.id, kvm.id, table, gfn & 511, gfn, TABLE, self.hfns, self.tags, self.writable
                 )
                 if mapped < TABLE - 1:  # a page that was not zapped is there
                     raise BenchFailed(f"zap: {mapped} of {TABLE} pages were mapped")

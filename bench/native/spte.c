@@ -73,7 +73,7 @@ static double map_all(struct machine *m, uint32_t root)
 
 	rcu_read_lock(m, 1);
 	for (uint64_t gfn = 0; gfn < GFNS; gfn += TABLE)
-		REQUIRE(tdp_mmu_map_around(m, 1, 0, leaf_table(m, root, gfn), gfn, TABLE, hfns + gfn, tags + gfn,
+		REQUIRE(tdp_mmu_map_around(m, 1, 0, leaf_table(m, root, gfn), gfn & 511, gfn, TABLE, hfns + gfn, tags + gfn,
 					   writable + gfn) == TABLE);
 	rcu_read_unlock(m, 1);
 	return (double)(now_ns() - start) / GFNS;

@@ -4,6 +4,7 @@
 #include "core/events.h"
 #include "core/machine_types.h"
 #include "ept/spte.h"
+#include "ept/tdp_mmu.h"
 #include "memory/frame.h"
 #include "sync/rcu_callback.h"
 
@@ -44,7 +45,7 @@ int tdp_mmu_get_walk(struct machine *m, uint32_t root, uint32_t root_level, uint
 	uint32_t level = root_level, table = root;
 
 	for (;; level--) {
-		uint64_t spte = spte_read(m, table, spte_index(gfn, level));
+		uint64_t spte = spte_read(m, table, tdp_index(gfn, level));
 
 		tables[level] = table;
 		sptes[level] = spte;

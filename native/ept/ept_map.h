@@ -5,6 +5,7 @@
 #include "core/machine_types.h"
 #include "ept/ept.h"
 #include "ept/spte.h"
+#include "ept/tdp_mmu.h"
 #include "memory/frame.h"
 #include "memory/mm.h"
 

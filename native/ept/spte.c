@@ -205,75 +205,74 @@ static int misuse(struct machine *m, uint32_t cpu, const char *what, uint64_t va
 }
 
 /* A wrong argument here would make the ledger contradict the tables, which would be noticed much later. */
-static int check_step(struct machine *m, uint32_t cpu, uint32_t vm, uint32_t table, uint32_t index,
-		      uint32_t level, uint64_t gfn, uint64_t new_spte)
+static int check_step(struct machine *m, uint32_t cpu, uint32_t vm, const struct spte_place *at, uint64_t new_spte)
 {
 	uint64_t pages;
 
 	if (vm >= m->config.vms || !m->vms[vm].ledger)
 		return misuse(m, cpu, "no such VM", vm);
-	if (!ept_is_table(m, table) || !table)
-		return misuse(m, cpu, "not a table page", table);
-	if (level < PG_LEVEL_4K || level > 5)
-		return misuse(m, cpu, "level", level);
-	pages = kvm_pages_per_hpage(level);
-	if (index != spte_index(gfn, level))
-		return misuse(m, cpu, "the gfn does not belong to this index", gfn);
-	if (is_nonleaf_spte(new_spte, level) && !ept_is_table(m, spte_hfn(new_spte)))
+	if (!ept_is_table(m, at->table) || !at->table)
+		return misuse(m, cpu, "not a table page", at->table);
+	if (at->level < PG_LEVEL_4K || at->level > 5)
+		return misuse(m, cpu, "level", at->level);
+	if (at->index >= FRAME_WORDS)
+		return misuse(m, cpu, "index", at->index);
+	pages = kvm_pages_per_hpage(at->level);
+	if (is_nonleaf_spte(new_spte, at->level) && !ept_is_table(m, spte_hfn(new_spte)))
 		return misuse(m, cpu, "points to what is no table page", new_spte);
-	if (!is_last_spte(new_spte, level))
+	if (!is_last_spte(new_spte, at->level))
 		return 0;
-	if ((gfn | (pages - 1)) >= m->vms[vm].gfns)
-		return misuse(m, cpu, "gfn beyond guest memory", gfn);
+	if (at->gfn & (pages - 1))
+		return misuse(m, cpu, "not the first gfn of a page of this level", at->gfn);
+	if ((at->gfn | (pages - 1)) >= m->vms[vm].gfns)
+		return misuse(m, cpu, "gfn beyond guest memory", at->gfn);
 	if (spte_hfn(new_spte) + pages > m->frames->count ||
 	    frame_kind_of(m->frames, spte_hfn(new_spte)) <= FRAME_TABLE)
 		return misuse(m, cpu, "maps what is no guest frame", new_spte);
 	return 0;
 }
 
-int tdp_mmu_set_spte_atomic(struct machine *m, uint32_t cpu, uint32_t vm, uint32_t table, uint32_t index,
-			    uint32_t level, uint64_t gfn, uint64_t old_spte, uint64_t new_spte)
+int spte_set_atomic(struct machine *m, uint32_t cpu, uint32_t vm, const struct spte_place *at, uint64_t old_spte,
+		    uint64_t new_spte)
 {
-	int error = check_step(m, cpu, vm, table, index, level, gfn, new_spte);
+	int error = check_step(m, cpu, vm, at, new_spte);
 
 	if (error)
 		return error;
-	gfn &= ~(kvm_pages_per_hpage(level) - 1);
 	/* handle_changed_spte() has a BUG() for it: the old frame must be flushed before the new one appears. */
-	if (is_last_spte(old_spte, level) && is_last_spte(new_spte, level) &&
+	if (is_last_spte(old_spte, at->level) && is_last_spte(new_spte, at->level) &&
 	    spte_hfn(old_spte) != spte_hfn(new_spte))
 		return misuse(m, cpu, "a leaf replaces one of another frame", new_spte);
-	if (!spte_try_change(m, cpu, vm, &ept_table(m, table)[index], level, gfn, old_spte, new_spte))
+	if (!spte_try_change(m, cpu, vm, &ept_table(m, at->table)[at->index], at->level, at->gfn, old_spte, new_spte))
 		return MACHINE_AGAIN;
-	account(m, cpu, vm, gfn, level, old_spte, new_spte);
+	account(m, cpu, vm, at->gfn, at->level, old_spte, new_spte);
 	return 0;
 }
 
-uint64_t tdp_mmu_set_spte(struct machine *m, uint32_t cpu, uint32_t vm, uint32_t table, uint32_t index,
-			  uint32_t level, uint64_t gfn, uint64_t new_spte)
+uint64_t spte_set(struct machine *m, uint32_t cpu, uint32_t vm, const struct spte_place *at, uint64_t new_spte)
 {
+	uint32_t level = at->level;
 	_Atomic uint64_t *sptep;
 	struct change c;
 	uint64_t old;
 
-	if (check_step(m, cpu, vm, table, index, level, gfn, new_spte))
+	if (check_step(m, cpu, vm, at, new_spte))
 		return UINT64_MAX;
-	sptep = &ept_table(m, table)[index];
-	gfn &= ~(kvm_pages_per_hpage(level) - 1);
-	old = spte_read(m, table, index);
+	sptep = &ept_table(m, at->table)[at->index];
+	old = spte_read(m, at->table, at->index);
 	if (is_last_spte(old, level) && is_last_spte(new_spte, level)) {
 		/* The change depends on W of the old SPTE, which a fast page fault may set. */
-		while (!spte_try_change(m, cpu, vm, sptep, level, gfn, old, new_spte))
-			old = spte_read(m, table, index);
+		while (!spte_try_change(m, cpu, vm, sptep, level, at->gfn, old, new_spte))
+			old = spte_read(m, at->table, at->index);
 	} else {
 		c = change_of(old, new_spte, level);
-		grant_before(m, vm, gfn, new_spte, level, c);
+		grant_before(m, vm, at->gfn, new_spte, level, c);
 		chaos(m, cpu);
 		old = kvm_tdp_mmu_write_spte(sptep, old, new_spte, level);
 		unlinked_after(m, old, level);
 		chaos(m, cpu);
-		ungrant_after(m, vm, gfn, old, level, c);
+		ungrant_after(m, vm, at->gfn, old, level, c);
 	}
-	account(m, cpu, vm, gfn, level, old, new_spte);
+	account(m, cpu, vm, at->gfn, level, old, new_spte);
 	return old;
 }

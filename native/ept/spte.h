@@ -20,30 +20,31 @@ uint64_t make_spte(uint32_t hfn, uint32_t custody, uint32_t level, int writable,
 /* make_nonleaf_spte() for a table page. */
 uint64_t make_nonleaf_spte(struct machine *m, uint32_t table);
 
-/* In the single steps, gfn may be any gfn that the SPTE covers; index must agree with it. */
-
-/* __tdp_mmu_set_spte_atomic(): cmpxchg under mmu_lock for read.  0, or MACHINE_AGAIN if the SPTE changed.
- * Keeps the ledger for leaf SPTEs; the caller takes care of removed tables (handle_removed_pt). */
-int tdp_mmu_set_spte_atomic(struct machine *m, uint32_t cpu, uint32_t vm, uint32_t table, uint32_t index,
-			    uint32_t level, uint64_t gfn, uint64_t old_spte, uint64_t new_spte);
-/* tdp_mmu_set_spte(): under mmu_lock for write; returns the SPTE actually replaced.  (All ones: invalid
- * arguments, named by machine_error_text() as for MACHINE_MISUSE of the other steps.) */
-uint64_t tdp_mmu_set_spte(struct machine *m, uint32_t cpu, uint32_t vm, uint32_t table, uint32_t index,
-			  uint32_t level, uint64_t gfn, uint64_t new_spte);
-
 /* Return whether the frame behind a non-leaf SPTE of `level` is still the table that the SPTE was made for.  If
  * not, a software walk went through freed memory, and that is reported. */
 int tdp_table_holds(struct machine *m, uint32_t cpu, uint32_t vm, uint64_t spte, uint32_t level, uint64_t gfn);
 /* end api */
 
+/* The place of an SPTE, and the first gfn that it maps, which the caller knows.  The TDP MMU's tables imply it by the
+ * place (tdp_mmu.h); a table that shadows a guest's may map any gfn in any entry (kvm_mmu_page_get_gfn()). */
+struct spte_place {
+	uint32_t table;
+	uint32_t index;
+	uint32_t level;
+	uint64_t gfn;
+};
+
+/* Compare and swap an SPTE, under mmu_lock for read.  0, or MACHINE_AGAIN if the SPTE changed.  Keeps the ledger for
+ * leaf SPTEs; the caller takes care of removed tables. */
+int spte_set_atomic(struct machine *m, uint32_t cpu, uint32_t vm, const struct spte_place *at, uint64_t old_spte,
+		    uint64_t new_spte);
+/* Store an SPTE, under mmu_lock for write; return the SPTE actually replaced.  All ones: invalid arguments, named by
+ * machine_error_text() as for MACHINE_MISUSE of the other steps. */
+uint64_t spte_set(struct machine *m, uint32_t cpu, uint32_t vm, const struct spte_place *at, uint64_t new_spte);
+
 static inline uint64_t kvm_pages_per_hpage(uint32_t level)
 {
 	return UINT64_C(1) << 9 * (level - 1);
-}
-
-static inline uint32_t spte_index(uint64_t gfn, uint32_t level)
-{
-	return (uint32_t)(gfn >> 9 * (level - 1)) & 511;
 }
 
 static inline bool is_frozen_spte(uint64_t spte)

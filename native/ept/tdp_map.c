@@ -7,6 +7,7 @@
 #include "core/machine_types.h"
 #include "ept/ept.h"
 #include "ept/spte.h"
+#include "ept/tdp_mmu.h"
 #include "memory/custody.h"
 #include "memory/frame.h"
 #include "oracle/ledger.h"
@@ -56,16 +57,19 @@ static inline bool install(struct machine *m, struct ledger_cursor *c, _Atomic u
 	return false;
 }
 
-int tdp_mmu_map_around(struct machine *m, uint32_t cpu, uint32_t vm, uint32_t table, uint64_t gfn, uint32_t n,
-		       const uint32_t *hfns, const uint32_t *tags, const uint32_t *writable)
+int tdp_mmu_map_around(struct machine *m, uint32_t cpu, uint32_t vm, uint32_t table, uint32_t index, uint64_t gfn,
+		       uint32_t n, const uint32_t *hfns, const uint32_t *tags, const uint32_t *writable)
 {
-	_Atomic uint64_t *sptep = ept_table(m, table) + spte_index(gfn, PG_LEVEL_4K);
-	uint32_t room = FRAME_WORDS - spte_index(gfn, PG_LEVEL_4K);
+	int error = tdp_check_index(m, cpu, index, PG_LEVEL_4K, gfn);
+	_Atomic uint64_t *sptep = ept_table(m, table) + (index & 511);
+	uint32_t room = FRAME_WORDS - (index & 511);
 	struct ledger_cursor c = ledger_cursor(m, vm);
 	/* All bits of an SPTE but frame and custody, by `writable`. */
 	const uint64_t bits[2] = { make_spte(0, 0, PG_LEVEL_4K, 0, 0), make_spte(0, 0, PG_LEVEL_4K, 1, 1) };
 	uint32_t first = 0, mapped = 0;
 
+	if (error)
+		return error;
 	if (n > room)
 		n = room;
 	if (gfn + n > m->vms[vm].gfns)

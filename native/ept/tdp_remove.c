@@ -1,12 +1,15 @@
 /* Tables that are no longer linked: handle_removed_pt(), divided into steps. */
 #include "ept/tdp_remove.h"
 
+#include <assert.h>
+
 #include "core/counters.h"
 #include "core/cpu_types.h"
 #include "core/events.h"
 #include "core/machine_types.h"
 #include "ept/ept.h"
 #include "ept/spte.h"
+#include "ept/tdp_mmu.h"
 #include "memory/frame.h"
 #include "oracle/ledger.h"
 #include "sync/cpu.h"
@@ -67,6 +70,7 @@ static bool remove_child(struct machine *m, uint32_t cpu, uint32_t vm, struct le
 	uint64_t gfn = r->gfn, pages = kvm_pages_per_hpage(r->level), old;
 	uint32_t level = r->level;
 
+	assert(tdp_index(gfn, level) == r->index[level]);
 	if (!freeze(r, entry(m, r), &old))
 		return false;
 	r->index[level]++;

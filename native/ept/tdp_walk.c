@@ -6,12 +6,15 @@
  */
 #include "ept/tdp_walk.h"
 
+#include <assert.h>
+
 #include "core/counters.h"
 #include "core/cpu_types.h"
 #include "core/events.h"
 #include "core/machine_types.h"
 #include "ept/ept.h"
 #include "ept/spte.h"
+#include "ept/tdp_mmu.h"
 #include "memory/frame.h"
 #include "oracle/ledger.h"
 #include "sync/ipi.h"
@@ -82,7 +85,7 @@ static inline __attribute__((always_inline)) enum step zap_leaf(struct tdp_iter 
 static enum step found(struct tdp_iter *it, uint64_t gfn, uint64_t spte)
 {
 	it->c->found_table = it->table;
-	it->c->found_index = spte_index(gfn, it->level);
+	it->c->found_index = tdp_index(gfn, it->level);
 	it->c->found_level = it->level;
 	it->c->found_gfn = gfn;
 	it->c->found_spte = spte;
@@ -195,7 +198,7 @@ static inline __attribute__((always_inline)) enum step walk_table(struct tdp_ite
 {
 	_Atomic uint64_t *table = ept_table(it->m, it->table);
 	uint64_t pages = kvm_pages_per_hpage(it->level), budget = it->budget, gfn = it->gfn;
-	uint64_t in_table = FRAME_WORDS - spte_index(gfn, it->level);
+	uint64_t in_table = FRAME_WORDS - tdp_index(gfn, it->level);
 	uint64_t to_end = (it->end - gfn - 1 + (gfn & (pages - 1))) / pages + 1;
 	enum step end = in_table <= to_end && in_table <= budget ? STEP_TABLE : STEP_STOP;
 	_Atomic uint64_t *sptep = &table[FRAME_WORDS - in_table], *stop;
@@ -208,6 +211,7 @@ static inline __attribute__((always_inline)) enum step walk_table(struct tdp_ite
 		uint64_t spte = atomic_load_explicit(sptep, memory_order_acquire);
 		enum step step = STEP_NEXT;
 
+		assert(tdp_index(gfn, it->level) == sptep - table);
 		if (is_shadow_present_pte(spte)) {
 			if (descends(it, gfn & ~(pages - 1), spte, pages, walk)) {
 				it->link = spte;

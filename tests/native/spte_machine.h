@@ -7,6 +7,7 @@
 #include "core/machine_types.h"
 #include "ept/ept.h"
 #include "ept/spte.h"
+#include "ept/tdp_mmu.h"
 #include "machine/machine.h"
 #include "machine/vms.h"
 #include "memory/frame.h"
@@ -17,7 +18,7 @@ enum { PAGES = 512, NARROW = 16, THREADS = 4 };
 static struct machine *m;
 static uint32_t root, path[5]; /* path[level]: the table of that level, all for gfn 0 */
 static _Atomic uint32_t stop;
-static uint32_t scale = 1;
+__attribute__((unused)) static uint32_t scale = 1;
 
 static inline void machine_begin(uint32_t chaos)
 {

@@ -61,7 +61,7 @@ static void *maps_around(void *argument)
 	for (uint32_t round = 0; round < a->rounds; round++) {
 		uint32_t gfn = next_random(&random) % NARROW, n = 1 + next_random(&random) % (NARROW - gfn);
 
-		atomic_fetch_add(&mapped, (uint64_t)tdp_mmu_map_around(m, a->cpu, 0, path[1], gfn, n, hfns + gfn,
+		atomic_fetch_add(&mapped, (uint64_t)tdp_mmu_map_around(m, a->cpu, 0, path[1], gfn, gfn, n, hfns + gfn,
 								       tags + gfn, writable + gfn));
 	}
 	return NULL;
@@ -118,7 +118,7 @@ static void *walks_together(void *argument)
 	}
 	for (uint32_t round = 1; round <= a->rounds; round++) {
 		if (!a->cpu) {
-			CHECK(tdp_mmu_map_around(m, 0, 0, path[1], 0, PAGES, hfns, tags, writable) == PAGES);
+			CHECK(tdp_mmu_map_around(m, 0, 0, path[1], 0, 0, PAGES, hfns, tags, writable) == PAGES);
 			atomic_store(&shared_pages, 0);
 		}
 		meet(round * 6 - 4);

@@ -133,6 +133,10 @@ def test_map_around(rig: Rig) -> None:
     for gfn in (508, 509, 511, 512):
         rig.fault(gfn, write=False)
     lib.mm_fault_range(rig.m, CPU, VM0, 507, 8, 0, hfns, tags, writable)
-    assert lib.tdp_mmu_map_around(rig.m, CPU, VM0, table, 507, 8, hfns, tags, writable) == 3
+    wrong = lib.tdp_mmu_map_around(rig.m, CPU, VM0, table, 506, 507, 8, hfns, tags, writable)
+    assert wrong == lib.MACHINE_MISUSE
+    assert "does not belong to this index" in rig.error()
+    assert [rig.right(gfn) for gfn in range(507, 514)] == [0, 0, 0, 3, 0, 0, 0]
+    assert lib.tdp_mmu_map_around(rig.m, CPU, VM0, table, 507, 507, 8, hfns, tags, writable) == 3
     assert [rig.right(gfn) for gfn in range(507, 514)] == [0, 3, 1, 3, 3, 0, 0], "not beyond the table"
     assert rig.walk(510)[2] == spte

@@ -185,6 +185,7 @@ def tdp_mmu_map_around(cpu: Cpu, kvm: Kvm, fault: KvmPageFault, table: Hfn) -> N
             cpu.id,
             kvm.id,
             table,
+            fault.around_gfn & 511,
             fault.around_gfn,
             fault.around_n,
             cpu.hfns,
