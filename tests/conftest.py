@@ -19,14 +19,34 @@ def _quiet_log() -> Iterator[None]:
     logger.remove()
 
 
+# On an idle machine no quick test comes near.
+_NO_LONGER_QUICK_SECONDS = 2.0
+
+
+@pytest.hookimpl(tryfirst=True)
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """Tests of the endpoint against a real Prometheus need it; where it is missing they say so."""
+    """Mark the quick tests, and skip those against a real Prometheus, with the reason, where it is missing.
+
+    First of all hooks, because `-m quick` selects afterwards.
+    """
+    for item in items:
+        if not {"slow", "stress"} & {marker.name for marker in item.iter_markers()}:
+            item.add_marker(pytest.mark.quick)
     if shutil.which("prometheus") and shutil.which("promtool"):
         return
     skip = pytest.mark.skip(reason="prometheus and promtool are not installed (apt-get install prometheus)")
     for item in items:
         if "prometheus" in item.keywords:
             item.add_marker(skip)
+
+
+def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter) -> None:
+    """Name quick tests that took long.  Nothing fails for it: the machine may have been busy."""
+    if terminalreporter.config.option.markexpr != "quick":
+        return
+    for report in terminalreporter.getreports("passed"):
+        if report.when == "call" and report.duration > _NO_LONGER_QUICK_SECONDS:
+            terminalreporter.write_line(f"{report.duration:.1f} s: {report.nodeid}: mark it slow?")
 
 
 @pytest.fixture

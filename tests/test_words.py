@@ -52,6 +52,7 @@ def sources(folder: str) -> list[Path]:
     return [path for path in sorted((ROOT / folder).rglob("*")) if path.suffix in (".py", ".c", ".h")]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("folder", FOLDERS)
 @pytest.mark.parametrize("pattern", [PRONOUNS, WHAT], ids=["pronouns", "what"])
 def test_prose_names_its_nouns(folder: str, pattern: re.Pattern[str]) -> None:
@@ -64,6 +65,7 @@ def test_prose_names_its_nouns(folder: str, pattern: re.Pattern[str]) -> None:
     assert 1000 * len(found) <= MOST * words, f"{len(found)} in {words} words:\n" + "\n".join(found)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("folder", FOLDERS)
 def test_docstrings_begin_with_an_action(folder: str) -> None:
     found = [

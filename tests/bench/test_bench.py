@@ -62,6 +62,7 @@ def document() -> dict[str, Any]:
 
 
 @pytest.mark.timeout(QUICK_RUN_SECONDS + 20)
+@pytest.mark.slow
 class TestQuickRun:
     def test_every_benchmark_gives_figures_or_is_skipped_for_want_of_cores(
         self, document: dict[str, Any]
@@ -148,6 +149,7 @@ class TestFigure:
 
 
 class TestPrograms:
+    @pytest.mark.slow
     @pytest.mark.parametrize(
         "path", sorted((ROOT / "bench" / "native").glob("*.c")), ids=lambda path: path.stem
     )
@@ -155,6 +157,7 @@ class TestPrograms:
         with pytest.raises(BenchFailed, match=rf"{path.stem}: .*{path.name}:\d+: not so: argc == "):
             toolchain.run(path.stem)
 
+    @pytest.mark.slow
     def test_a_trace_that_touches_unknown_pages_is_noticed(
         self, toolchain: Toolchain, tmp_path: Path
     ) -> None:
@@ -279,6 +282,7 @@ class TestCommandLine:
         error = capsys.readouterr().err
         assert error == "C compiler: there is no 'cc'; expected cc in PATH, or one named by CC\n"
 
+    @pytest.mark.slow
     def test_document_in_a_file(self, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
         path = tmp_path / "bench.json"
         assert main(["--quick", "--only", "rcu", "--json", str(path)]) == 0

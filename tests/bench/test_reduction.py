@@ -12,6 +12,7 @@ from bench.toolchain import Toolchain
 from emulator.explore.strategies.search import Found
 
 
+@pytest.mark.slow
 def test_figures(tmp_path: Path) -> None:
     context = Context(Toolchain(tmp_path), tmp_path, replace(QUICK, executions=60), lambda text: None)
     figures = {figure.name: figure for figure in reduction(context)}

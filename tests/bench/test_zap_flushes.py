@@ -29,6 +29,7 @@ def test_counts(zap: str, flushes: int) -> None:
     assert all(time > 0 for time in cost.milliseconds)
 
 
+@pytest.mark.slow
 def test_contention_makes_zaps_yield() -> None:
     """Two hundred tables one by one, with somebody who wants the lock all the time."""
     cost = Cost()
@@ -41,6 +42,7 @@ def test_contention_makes_zaps_yield() -> None:
     assert max(cost.lock_waits) > 0
 
 
+@pytest.mark.slow
 def test_figures(tmp_path: Path) -> None:
     sizes = replace(QUICK, repeats=1)
     context = Context(Toolchain(tmp_path), tmp_path, sizes, lambda text: None)

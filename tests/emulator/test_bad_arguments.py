@@ -43,6 +43,7 @@ COMMANDS = (
 )
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("wrong", [HALF, LONG], ids=["bytes", "long"])
 @pytest.mark.parametrize("command", COMMANDS)
 def test_one_line(
@@ -60,6 +61,7 @@ def test_one_line(
     assert "\\udcff" in errors or "aaa...aaa" in errors
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("wrong", ["x!", HALF, LONG, "9" * 5000], ids=["word", "bytes", "long", "digits"])
 @pytest.mark.parametrize(
     "name", ["PCPUS", "SEED", "DURATION", "CHAOS", "GEOMETRY", "LOG_LEVEL", "METRICS", "SET"]
@@ -75,6 +77,7 @@ def test_the_environment_is_checked_as_options_are(
     assert f"--{name.lower().replace('_', '-')}" in errors
 
 
+@pytest.mark.slow
 def test_a_file_whose_name_is_no_text(tmp_path: Path) -> None:
     (tmp_path / f"{HALF}.toml").write_text("[[vm]]\nmemory = 8\n[scheduler]\nmode = 'pin'\n")
     done = subprocess.run(

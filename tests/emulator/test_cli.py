@@ -134,6 +134,7 @@ def test_the_scenario_has_a_duration_unless_told_otherwise(tmp_path: Path) -> No
     assert CannedJob.made[0].options["duration"] == 7.0
 
 
+@pytest.mark.slow
 def test_seeds_differ_unless_given() -> None:
     main(["run"])
     main(["run"])
@@ -249,6 +250,7 @@ def test_list_scenarios(capsys: pytest.CaptureFixture[str]) -> None:
     assert "main" in capsys.readouterr().out
 
 
+@pytest.mark.slow
 def test_help_and_version(capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["--version"]) == 0
     assert capsys.readouterr().out == f"flushlab {__version__}\n"
@@ -262,6 +264,7 @@ def test_no_command_shows_the_help(capsys: pytest.CaptureFixture[str]) -> None:
     assert "Usage" in "".join(capsys.readouterr())
 
 
+@pytest.mark.slow
 def test_module_is_the_command() -> None:
     command = [sys.executable, "-m", "emulator", "run", "--set", "x"]
     ended = subprocess.run(command, capture_output=True, text=True, check=False, timeout=60)
@@ -290,6 +293,7 @@ sys.exit(cli.main(["run"]))
 """
 
 
+@pytest.mark.slow
 def test_a_job_that_does_not_stop_is_given_up_with_stacks() -> None:
     environment = os.environ | {"PYTHONPATH": str(Path(__file__).parents[2])}
     ended = subprocess.run(
@@ -305,6 +309,7 @@ def test_a_job_that_does_not_stop_is_given_up_with_stacks() -> None:
     assert "in run" in ended.stderr, "the stack of the thread that hangs"
 
 
+@pytest.mark.slow
 def test_nothing_heavy_is_imported_before_a_command_needs_it() -> None:
     heavy = ("numpy", "cffi", "native", "loguru", "prometheus_client", "greenlet", "matplotlib")
     code = f"""
@@ -318,6 +323,7 @@ sys.exit(", ".join(name for name in {heavy!r} if name in sys.modules))
     assert done.stderr.strip() == ""
 
 
+@pytest.mark.slow
 def test_a_checkout_without_the_core_says_what_to_type(tmp_path: Path) -> None:
     root = Path(__file__).parents[2]
     for package in ("emulator", "native", "metrics"):

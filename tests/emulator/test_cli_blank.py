@@ -49,6 +49,7 @@ def test_there_are_parameters() -> None:
     } <= names
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("words", "parameter"), FOUND, ids=lambda value: getattr(value, "name", None))
 def test_a_blank_value_is_refused(
     words: list[str],
@@ -74,6 +75,7 @@ VARIABLES = sorted(
 )
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("words", "variable"), VARIABLES)
 def test_a_blank_variable_is_refused(
     words: tuple[str, ...],
@@ -105,6 +107,7 @@ SPELLINGS = [
 ]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("command", "text"), [*itertools.product(["run", "explore", "litmus"], SPELLINGS)])
 def test_names_of_nothing_are_refused(command: str, text: str, capsys: pytest.CaptureFixture[str]) -> None:
     test = ["return-zap"] if command != "run" else []

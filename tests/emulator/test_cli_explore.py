@@ -68,6 +68,7 @@ def test_names_are_not_cut_in_a_file(capsys: pytest.CaptureFixture[str]) -> None
     assert safe.endswith("sequentially consistent")
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("columns", [40, 60, 80, 120])
 def test_a_terminal_shows_the_whole_verdict(
     columns: int, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]

@@ -16,6 +16,7 @@ COMMANDS = {
 }
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("nth", [1, 2, 4])
 @pytest.mark.parametrize("command", COMMANDS)
 def test_a_thread_that_cannot_be_started(

@@ -48,6 +48,7 @@ def test_the_first_of_each_kind_is_told_in_full(lines: list[str], tmp_path: Path
     assert sorted(path.name for path in tmp_path.iterdir()) == [f"violation-000{n}.json" for n in (1, 2, 3)]
 
 
+@pytest.mark.slow
 def test_the_rest_is_counted_at_each_doubling(lines: list[str]) -> None:
     findings = Findings(None, HEAD)
     for n in range(1, 10_001):

@@ -30,6 +30,7 @@ def test_a_signal_raises_once_and_is_noted(number: signal.Signals) -> None:
     assert signal.getitimer(signal.ITIMER_REAL) == (0.0, 0.0)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("number", interrupts.ENDING)
 def test_one_that_comes_inside_of_exec_does_not_kill_the_process_later(
     number: signal.Signals, tmp_path: Path
@@ -112,6 +113,7 @@ interrupts.ignore()
 """
 
 
+@pytest.mark.slow
 def test_bursts_lock_nothing_up() -> None:
     ended = subprocess.run(
         [sys.executable, "-c", BURSTS],
@@ -158,6 +160,7 @@ def _handled(pid: int, number: int, field: str = "SigCgt") -> bool:
     return False
 
 
+@pytest.mark.slow
 def test_stacks_are_printed_before_anything_is_imported() -> None:
     command = [sys.executable, "-m", "emulator", "list", "policies"]
     process = subprocess.Popen(
@@ -173,6 +176,7 @@ def test_stacks_are_printed_before_anything_is_imported() -> None:
     assert "most recent call first" in errors
 
 
+@pytest.mark.slow
 def test_hangups_stay_ignored_under_nohup(tmp_path: Path) -> None:
     command = ["nohup", sys.executable, "-m", "emulator", "serve", "--metrics", "0"]
     with (tmp_path / "log").open("w") as log:

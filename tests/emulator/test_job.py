@@ -35,6 +35,7 @@ class Observer:
         self.seen.append("down")
 
 
+@pytest.mark.slow
 def test_a_run_ends_after_its_duration() -> None:
     job = Job(small(), LINUX, seed=1, duration=1.0)
     observer = Observer()
@@ -51,6 +52,7 @@ def test_a_run_ends_after_its_duration() -> None:
     assert result.cycles
 
 
+@pytest.mark.slow
 def test_stop_ends_an_endless_run() -> None:
     stop = threading.Event()
     job = Job(small(), LINUX, duration=None)
@@ -59,6 +61,7 @@ def test_stop_ends_an_endless_run() -> None:
     assert result.failure == ""
 
 
+@pytest.mark.slow
 def test_a_violation_is_told_with_its_story() -> None:
     policy = LINUX.with_settings({"notifier_flush": "none"})
     result = Job(small(), policy, seed=1, duration=20.0, stop_at_violation=True).run(

@@ -79,6 +79,7 @@ def test_lines_of_many_threads_stay_whole(capsys: pytest.CaptureFixture[str]) ->
     assert len(lines) == 1600
 
 
+@pytest.mark.slow
 def test_nobody_waits_for_a_reader(monkeypatch: pytest.MonkeyPatch) -> None:
     """Standard error is a pipe that nobody empties: logging goes on, and ends in time."""
     reader, writer = os.pipe()

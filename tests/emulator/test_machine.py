@@ -44,6 +44,7 @@ def kill(actor: MachineActor) -> None:
     lib.cpu_notify(actor.cpu.m, actor.cpu.id, lib.ATTENTION_MESSAGE)
 
 
+@pytest.mark.slow
 def test_boots_runs_and_stops_in_time() -> None:
     with Emulation(small(), LINUX, seed=1) as emulation:
         emulation.start()
@@ -54,6 +55,7 @@ def test_boots_runs_and_stops_in_time() -> None:
         assert not emulation.crew.deaths
 
 
+@pytest.mark.slow
 def test_context_stops_a_machine_whose_user_failed() -> None:
     threads = threading.active_count()
     emulation = Emulation(small(), LINUX)
@@ -63,11 +65,13 @@ def test_context_stops_a_machine_whose_user_failed() -> None:
     wait_until(lambda: threading.active_count() == threads, "no thread is left")
 
 
+@pytest.mark.slow
 def test_never_started_machine_is_freed() -> None:
     with Emulation(small(), LINUX) as emulation:
         assert emulation.m
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("who", ["pcpu0", "kvm0", "host0", "scheduler"])
 @pytest.mark.parametrize("delay", [0.0, 0.05])
 def test_killed_actor_ends_the_machine_with_a_report(who: str, delay: float) -> None:

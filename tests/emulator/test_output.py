@@ -61,6 +61,7 @@ def _mode(call: ast.Call, position: int) -> bool:
     return any(not isinstance(mode, ast.Constant) or set("wax+") & set(str(mode.value)) for mode in given)
 
 
+@pytest.mark.slow
 def test_only_one_module_writes_files() -> None:
     found = {
         (str(path.relative_to(PACKAGES)), call)
@@ -203,6 +204,7 @@ FULL = "flushlab: standard output: No space left on device\n"
 CLOSED = "flushlab: standard output: it is closed\n"
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("line", "status", "errors"),
     [
@@ -222,11 +224,13 @@ def test_standard_output_that_takes_nothing(line: str, status: int, errors: str,
     assert (ended.returncode, ended.stderr) == (status, errors)
 
 
+@pytest.mark.slow
 def test_closed_standard_error_does_not_turn_up_in_the_document(tmp_path: Path) -> None:
     ended = shell("FLUSHLAB run --duration 0.2s --json 2>&-", tmp_path)
     assert json.loads(ended.stdout)["flushlab"] == 1
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("kind", ["a FIFO", "a device"])
 @pytest.mark.parametrize(
     ("command", "status"),
@@ -248,6 +252,7 @@ def test_commands_refuse_special_files_before_they_work(
     assert path.stat() == before
 
 
+@pytest.mark.slow
 def test_a_verdict_stands_where_its_file_cannot_be_written(tmp_path: Path) -> None:
     (tmp_path / "out" / "return-zap-migration-none.json").mkdir(parents=True)
     ended = shell(f"FLUSHLAB {VIOLATING} --output out", tmp_path)

@@ -17,6 +17,8 @@ import pytest
 
 from tests.support import wait_until
 
+pytestmark = pytest.mark.slow
+
 COMMAND = [sys.executable, "-m", "emulator"]
 ENVIRONMENT = {name: value for name, value in os.environ.items() if not name.startswith("FLUSHLAB_")}
 

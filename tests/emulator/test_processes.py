@@ -15,6 +15,8 @@ import pytest
 
 from tests.support import wait_until
 
+pytestmark = pytest.mark.slow
+
 COMMANDS = {
     "one search": ["explore", "remote-two-vcpus", "--executions", "1000000"],
     "several searches": ["explore", "remote-two-vcpus", "bounce-two-vcpus", "--executions", "1000000"],

@@ -40,6 +40,7 @@ def run(name: str, policy: str = "linux-7.3", seconds: float = 1.0, pcpus: int |
     return job.run(lambda now: None, threading.Event())
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", COMPARED)
 def test_each_does_what_it_is_about_and_is_clean(name: str) -> None:
     result = run(name)
@@ -105,6 +106,7 @@ def test_complaints(text: str, expected: str) -> None:
     assert expected in str(caught.value)
 
 
+@pytest.mark.slow
 def test_own_pcpus_are_nobody_elses() -> None:
     scenario = load_scenario("mixed")
     with Emulation(scenario, LINUX, seed=1) as emulation:
@@ -131,6 +133,7 @@ def test_own_pcpus_are_nobody_elses() -> None:
         assert seen <= {-1, 4, 5, 6, 7}
 
 
+@pytest.mark.slow
 def test_nothing_of_the_host_reaches_undisturbed_vms() -> None:
     result = run("mixed")
     tenants, shared = result.snapshot.vms[:4], result.snapshot.vms[4:]
@@ -141,6 +144,7 @@ def test_nothing_of_the_host_reaches_undisturbed_vms() -> None:
     assert groups["tenants"].interruptions == 0, "Linux interrupts who is in the guest of that VM only"
 
 
+@pytest.mark.slow
 def test_flushing_every_pcpu_interrupts_all_who_have_nothing_to_do_with_it() -> None:
     result = run("partitioned", "lkml-2025-on-each-cpu", seconds=1.5, pcpus=24)
     tenants = next(group for group in result.receivers if group.uninvolved)
@@ -150,6 +154,7 @@ def test_flushing_every_pcpu_interrupts_all_who_have_nothing_to_do_with_it() -> 
     assert tenants.bystanders == tenants.interruptions
 
 
+@pytest.mark.slow
 def test_the_flushed_mask_as_sketched_is_caught_and_told() -> None:
     """Within its few seconds: the two pCPUs, the zap, and the flush that was elided."""
     scenario = load_scenario("migration-storm")
@@ -168,6 +173,7 @@ def test_the_flushed_mask_as_sketched_is_caught_and_told() -> None:
     assert whole, texts[0]
 
 
+@pytest.mark.slow
 def test_idle_guests_stay_in_guest_mode() -> None:
     with Emulation(load_scenario("partitioned"), LINUX, seed=1) as emulation:
         emulation.start()
@@ -178,6 +184,7 @@ def test_idle_guests_stay_in_guest_mode() -> None:
         )
 
 
+@pytest.mark.slow
 def test_at_the_guests_own_pace_the_work_per_access_is_the_scenarios() -> None:
     scenario = load_scenario("migration-storm")
     job = Job(scenario, LINUX, seed=1, duration=1.0, pace=scenario.pace * 1e6, wall_limit=60, settle=0.2)
@@ -189,6 +196,7 @@ def test_at_the_guests_own_pace_the_work_per_access_is_the_scenarios() -> None:
     assert requests == pytest.approx(scenario.host.unmap * accesses / scenario.pace, rel=0.3)
 
 
+@pytest.mark.slow
 def test_books_begin_when_everybody_has_booted() -> None:
     result = run("partitioned", seconds=0.5)
     guest = sum(flush.count for flush in result.snapshot.flushes if flush.reason == "guest")

@@ -210,6 +210,7 @@ def test_nothing_is_lost_and_nothing_is_left(name: str, tmp_path: Path) -> None:
     print(f"\n{name:<24} {length:5.1f} s, {TRIALS} trials, seed {SEED}: {summary}")
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("unbuffered", [False, True])
 def test_a_slow_reader_gets_everything(unbuffered: bool, tmp_path: Path) -> None:
     """The document is larger than a pipe, so that the signals come in the middle of a write."""

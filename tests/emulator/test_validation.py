@@ -41,6 +41,7 @@ BYTES = {
 }
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("kind", LOADERS)
 @pytest.mark.parametrize("name", BYTES)
 def test_what_is_no_file_of_its_kind_is_one_line(kind: str, name: str, tmp_path: Path) -> None:

@@ -10,6 +10,8 @@ from .compare import problems
 from .driver import find_driver
 from .lines import Line, load
 
+pytestmark = pytest.mark.slow
+
 LINES = load()
 
 

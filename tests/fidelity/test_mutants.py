@@ -10,6 +10,7 @@ from .lines import load
 LINES = {line.id: line for line in load()}
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("point", "alternative", "line_id"),
     [

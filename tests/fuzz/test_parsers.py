@@ -87,6 +87,7 @@ TOML: dict[str, tuple[list[str], Callable[[Path], object], int]] = {
 }
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("parser", TOML)
 def test_toml_documents(parser: str, own: Path) -> None:
     texts, load, number = TOML[parser]
@@ -100,6 +101,7 @@ def test_toml_documents(parser: str, own: Path) -> None:
     each()
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("parser", TOML)
 def test_toml_bytes(parser: str, own: Path) -> None:
     texts, load, number = TOML[parser]
@@ -113,12 +115,14 @@ def test_toml_bytes(parser: str, own: Path) -> None:
     each()
 
 
+@pytest.mark.slow
 @examples(600)
 @given(raw([RECORDING]))
 def test_recordings_of_lackey(data: bytes) -> None:
     judge("lackey", lambda: read_recording(io.BytesIO(data), "own.lackey", "own"), "own.lackey")
 
 
+@pytest.mark.slow
 @examples(600)
 @given(st.text(max_size=70), st.text(max_size=1100))
 def test_names_and_descriptions(name: str, description: str) -> None:
@@ -131,6 +135,7 @@ def test_names_and_descriptions(name: str, description: str) -> None:
     )
 
 
+@pytest.mark.slow
 @examples(300)
 @given(st.data())
 def test_traces(data: st.DataObject) -> None:
@@ -174,6 +179,7 @@ def every_reading(path: Path) -> None:
         raise refused
 
 
+@pytest.mark.slow
 @examples(250)
 @given(st.data())
 def test_counterexamples(counterexample: Any, own: Path, data: st.DataObject) -> None:
@@ -182,6 +188,7 @@ def test_counterexamples(counterexample: Any, own: Path, data: st.DataObject) ->
     judge("JSON", lambda: every_reading(path), str(path))
 
 
+@pytest.mark.slow
 @examples(600)
 @given(st.one_of(raw(PATCHES), edited(PATCHES).map(lambda text: text.encode(errors="replace"))))
 def test_patches(own: Path, data: bytes) -> None:
@@ -196,6 +203,7 @@ def test_patches(own: Path, data: bytes) -> None:
     judge("patch", load, str(path), f"{path.name}: ")
 
 
+@pytest.mark.slow
 @examples(500)
 @given(st.data())
 def test_json_bytes(counterexample: Any, own: Path, data: st.DataObject) -> None:
@@ -230,6 +238,7 @@ def options() -> dict[str, tuple[list[str], Callable[[str], object], str]]:
     }
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("option", options())
 def test_options(option: str) -> None:
     texts, load, name = options()[option]

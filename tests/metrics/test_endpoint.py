@@ -161,6 +161,7 @@ def test_only_metrics_are_served(method: str, path: str, status: int, bare_machi
     assert (answer.getheader("Allow") == "GET, HEAD") == (status == 405)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "said",
     [
@@ -198,6 +199,7 @@ def test_a_connection_ends_when_its_time_is_up(
         assert slow.recv(100) == b""
 
 
+@pytest.mark.slow
 def test_a_client_that_does_not_read_gives_way(bare_machine: BareMachine) -> None:
     many = MachineCollector({f"label{i}": "x" * 10_000 for i in range(600)})
     many.machine_up(bare_machine.pointer, pcpus=2, vms=1)
@@ -214,6 +216,7 @@ def test_a_client_that_does_not_read_gives_way(bare_machine: BareMachine) -> Non
         assert len(fetch(endpoint.url)) > 6_000_000
 
 
+@pytest.mark.slow
 def test_clients_that_vanish_leave_no_word(
     bare_machine: BareMachine, capfd: pytest.CaptureFixture[str]
 ) -> None:
@@ -229,6 +232,7 @@ def test_clients_that_vanish_leave_no_word(
     assert capfd.readouterr() == ("", "")
 
 
+@pytest.mark.slow
 @pytest.mark.prometheus
 def test_a_real_prometheus_scrapes_it(bare_machine: BareMachine, tmp_path: Path) -> None:
     bare_machine.count(CPU0, lib.COUNT_ACCESSES, 123)

@@ -20,6 +20,7 @@ def promtool(cases: Path) -> None:
     assert "SUCCESS" in done.stdout
 
 
+@pytest.mark.slow
 @pytest.mark.prometheus
 def test_the_rules_alert_as_they_promise() -> None:
     promtool(CASES)

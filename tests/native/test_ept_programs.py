@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
@@ -129,6 +130,7 @@ def compare(rig: Rig, model: Model) -> None:
         )
 
 
+@pytest.mark.slow
 @settings(max_examples=120, deadline=None)
 @given(
     operations=st.lists(OPERATION, max_size=25),

@@ -236,6 +236,7 @@ OPERATION = st.one_of(
 )
 
 
+@pytest.mark.slow
 @settings(max_examples=150, deadline=None)
 @given(st.lists(OPERATION, max_size=30))
 def test_contents_follow_a_plain_model(operations: list[tuple[str, int, int]]) -> None:

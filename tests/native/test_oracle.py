@@ -69,6 +69,7 @@ def apply(machine: Hypervisor, model: Model, vcpus: list[VcpuId], step: Any) -> 
 
 
 # A frame that is freed and granted again for the same page.
+@pytest.mark.slow
 @example(
     [("access", 1, 1, READ), ("zap", 0), ("free", 1, True), ("access", 0, 1, READ), ("access", 1, 1, READ)]
 )

@@ -95,6 +95,7 @@ def test_has_every_name_of_the_library_with_as_many_arguments() -> None:
     assert sum(n is not None for n in library.values()) > 150
 
 
+@pytest.mark.slow
 def test_has_every_field_of_every_structure() -> None:
     _, structs, unions = ffi.list_types()
     assert not unions
@@ -129,6 +130,7 @@ def test_lets_nothing_be_of_any_type() -> None:
     assert not re.search(r"\bAny\b", STUB.read_text())
 
 
+@pytest.mark.slow
 @pytest.mark.timeout(300)
 def test_numbers_in_the_wrong_order_are_errors_of_types(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch

@@ -108,6 +108,7 @@ TestUnbounded = TlbMachine.TestCase
 TestTiny = TinyTlbMachine.TestCase
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("geometry", [UNBOUNDED, SERVER, TINY], ids=["unbounded", "server", "tiny"])
 def test_random_programs(geometry: Geometry) -> None:
     for seed in range(150):

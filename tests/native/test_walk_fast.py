@@ -225,6 +225,7 @@ KERNEL = [("flush",)] + [("access", 0, 0, page << 12, READ) for page in range(0x
 LARGE = [step for i in range(20) for step in (("large", 0, i), ("run", 0, 0, 40))]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("entries", "ways"), [(24, 12), (192, 12), (48, 24), (0, 0)])
 @example(AFTER_REROOT)
 @example(AFTER_UNLINK)

@@ -263,6 +263,7 @@ def test_dies_in_on_start(crew: Crew) -> None:
         ref.ask(lambda actor: None)
 
 
+@pytest.mark.slow
 def test_boot_and_stop_of_many_pcpus() -> None:
     started = time.monotonic()
     with crew_of(small_machine(pcpus=1024)) as crew:

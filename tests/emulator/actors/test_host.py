@@ -11,6 +11,8 @@ from emulator.policy import preset
 from emulator.report.result import Snapshot
 from emulator.scenario.config import HostSection, KvmSection, MachineSection, load_scenario
 
+pytestmark = pytest.mark.slow
+
 
 def asked(policy: str, **vm: int) -> Snapshot:
     """Reclaim asks about page after page of one vCPU's memory, and takes none."""

@@ -124,6 +124,7 @@ def test_a_lock_whose_holder_sleeps(crew: Crew) -> None:
     assert "mmu_lock of VM 0" in stall.waits_for
 
 
+@pytest.mark.slow
 def test_busy_actors_are_no_stall(crew: Crew) -> None:
     for cpu in crew.machine.cpus[:2]:
         PCpu.start(crew, cpu)

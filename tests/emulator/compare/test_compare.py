@@ -143,6 +143,7 @@ def test_a_run_that_did_not_finish_its_work_is_named() -> None:
     assert comparison.cut_short == ("linux-7.3, repetition 1",)
 
 
+@pytest.mark.slow
 def test_html_is_written(tmp_path: Path) -> None:
     pytest.importorskip("matplotlib")
     path = tmp_path / "page.html"

@@ -8,6 +8,8 @@ import pytest
 
 from emulator.cli.main import main
 
+pytestmark = pytest.mark.slow
+
 
 def test_every_policy_meets_the_same_work(capsys: pytest.CaptureFixture[str]) -> None:
     words = [

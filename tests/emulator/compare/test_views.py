@@ -53,6 +53,7 @@ def test_what_was_cut_short_says_so() -> None:
     )
 
 
+@pytest.mark.slow
 def test_nothing_finished_is_said_and_no_error(tmp_path: Path) -> None:
     empty = Comparison(comparison().plan, {"linux-7.3": []}, interrupted=True)
     assert "interrupted" in printed(empty)
@@ -72,6 +73,7 @@ def test_document_is_json_with_every_figure() -> None:
     assert document[NAME]["figures"]["times the bound"] == 1
 
 
+@pytest.mark.slow
 def test_page_is_self_contained_and_escapes_what_it_shows(tmp_path: Path) -> None:
     text = page(comparison(), tmp_path)
     assert "&lt;vCPU 0&gt; &amp; more" in text
@@ -83,6 +85,7 @@ def test_page_is_self_contained_and_escapes_what_it_shows(tmp_path: Path) -> Non
     assert text.count("<svg") == 6
 
 
+@pytest.mark.slow
 def test_page_is_readable_on_light_and_dark_ground(tmp_path: Path) -> None:
     text = page(comparison(), tmp_path)
     assert "prefers-color-scheme: dark" in text
@@ -90,6 +93,7 @@ def test_page_is_readable_on_light_and_dark_ground(tmp_path: Path) -> None:
     assert not re.search(r"#0[123]0[123]0[123]", text), "a placeholder stayed"
 
 
+@pytest.mark.slow
 def test_costs_are_per_operation_where_the_guests_do_not_set_the_pace(tmp_path: Path) -> None:
     """More accesses in the same time would look like less flushing."""
     text = page(comparison(), tmp_path)
@@ -100,6 +104,7 @@ def test_costs_are_per_operation_where_the_guests_do_not_set_the_pace(tmp_path: 
     assert "modelled cycles of flushing per million guest accesses;" in text
 
 
+@pytest.mark.slow
 def test_page_says_how_to_run_it_again_and_where_policies_differ(tmp_path: Path) -> None:
     text = page(comparison(), tmp_path)
     assert "flushlab compare partitioned --policy linux-7.3 --policy root-tlb-gen" in text

@@ -123,6 +123,7 @@ def test_every_mutant_that_is_caught_is_in_the_table() -> None:
     assert set(CAUSES) == {name for name, mutant in MUTANTS.items() if not mutant.cost_only}
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", CAUSES)
 def test_the_cause_is_the_mutants(name: str, tmp_path: Path) -> None:
     test, cause, kind = CAUSES[name]

@@ -176,6 +176,7 @@ EVENTS = st.builds(
 )
 
 
+@pytest.mark.slow
 @given(
     st.lists(EVENTS, max_size=30),
     st.sampled_from(VIOLATION_KINDS),

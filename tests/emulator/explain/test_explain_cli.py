@@ -182,6 +182,7 @@ def test_bad_files_are_one_line(
     assert all(word in err for word in words), err
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("form", ["text", "svg", "json", "perfetto"])
 @pytest.mark.parametrize("explored", [False, True])
 @settings(deadline=None, max_examples=30, suppress_health_check=[HealthCheck.function_scoped_fixture])
@@ -228,6 +229,7 @@ def test_bad_options_are_one_line(
 # --- a real run --------------------------------------------------------------------------------------------
 
 
+@pytest.mark.slow
 def test_the_flushed_mask_is_caught_told_and_drawn(tmp_path: Path) -> None:
     """In six seconds, with both pCPUs, the zap, and the elided flush by name."""
     scenario = load_scenario("migration-storm")
@@ -255,6 +257,7 @@ def test_the_flushed_mask_is_caught_told_and_drawn(tmp_path: Path) -> None:
     assert any(name.startswith("host") for name in (best.label(cpu) for cpu in best.columns))
 
 
+@pytest.mark.slow
 def test_a_litmus_test_is_drawn(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     arguments = ["litmus", "bounce-zap", "--policy", "lkml-2025-cpu-flushed-mask", "--json"]
     main([*arguments, "--iterations", "100", "--jobs", "1", "--seed", "1"])

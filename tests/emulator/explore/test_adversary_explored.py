@@ -90,6 +90,7 @@ def test_there_are_litmus_tests_for_both() -> None:
     assert {choice for _, choice, _, _ in APART} == {"evict", "speculate"}
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("test", "choice", "policy", "expected"), APART)
 def test_unsafe_only_with_the_adversary(
     test: str, choice: str, policy: str, expected: tuple[str, ...]
@@ -101,6 +102,7 @@ def test_unsafe_only_with_the_adversary(
     assert found.kinds[0] in expected
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("policy", ["linux-7.3", "root-tlb-gen"])
 @pytest.mark.parametrize(
     "test", ["return-zap", "speculative-fill", "evicted-walk", "guest-invlpg-away", "root-recycled"]

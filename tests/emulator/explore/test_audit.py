@@ -33,6 +33,7 @@ def without_points(monkeypatch: pytest.MonkeyPatch, kind: str) -> None:
     monkeypatch.setattr(Cpu, "point", others)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("policy", ["linux-7.3", "linux-5.14", "root-tlb-gen"])
 def test_no_shared_state_is_touched_without_a_point(policy: str) -> None:
     found = [audit_of(test, policy) for test in shipped_texts()]
@@ -50,6 +51,7 @@ def test_the_audit_sees_a_missing_point(monkeypatch: pytest.MonkeyPatch) -> None
     assert any(place.endswith("vcpu_set_mode") for place in unannounced)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("kind", "test", "policy", "expected"),
     [

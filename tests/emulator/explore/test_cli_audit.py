@@ -26,12 +26,14 @@ def no_points_at_memslots(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(Cpu, "point", others)
 
 
+@pytest.mark.slow
 def test_nothing_is_found(capsys: pytest.CaptureFixture[str]) -> None:
     code, out = run(capsys, "return-zap", "slot-delete-fault", "--policy", "linux-7.3")
     assert (code, out.count("\n")) == (0, 1)
     assert "2 of 2 tests and policies without a finding, 40 random executions" in out
 
 
+@pytest.mark.slow
 @pytest.mark.usefixtures("no_points_at_memslots")
 def test_what_is_found_is_said(capsys: pytest.CaptureFixture[str]) -> None:
     code, out = run(capsys, "slot-delete-fault", "--executions", "10")
@@ -41,6 +43,7 @@ def test_what_is_found_is_said(capsys: pytest.CaptureFixture[str]) -> None:
     assert "0 of 1 tests and policies without a finding, 10 random executions" in out
 
 
+@pytest.mark.slow
 @pytest.mark.usefixtures("no_points_at_memslots")
 def test_the_document_is_the_same_each_time(capsys: pytest.CaptureFixture[str]) -> None:
     code, out = run(capsys, "slot-delete-fault", "--executions", "3", "--seed", "5", "--json")

@@ -124,6 +124,7 @@ def programs(operations: st.SearchStrategy[Op]) -> st.SearchStrategy[list[list[O
     )
 
 
+@pytest.mark.slow
 @settings(max_examples=120, deadline=None, derandomize=True)
 @given(programs(PLAIN))
 def test_the_same_outcomes_with_and_without_reduction(tasks: list[list[Op]]) -> None:
@@ -132,6 +133,7 @@ def test_the_same_outcomes_with_and_without_reduction(tasks: list[list[Op]]) -> 
     assert reduced.executions <= everything.executions
 
 
+@pytest.mark.slow
 @settings(max_examples=200, deadline=None, derandomize=True)
 @given(programs(BLOCKING))
 def test_the_same_outcomes_where_tasks_wait(tasks: list[list[Op]]) -> None:
@@ -139,6 +141,7 @@ def test_the_same_outcomes_where_tasks_wait(tasks: list[list[Op]]) -> None:
     assert set(reduced.outcomes) == set(everything.outcomes)
 
 
+@pytest.mark.slow
 @settings(max_examples=120, deadline=None, derandomize=True)
 @given(programs(BLOCKING), st.integers(0, 3))
 def test_the_same_outcomes_up_to_a_bound(tasks: list[list[Op]], bound: int) -> None:

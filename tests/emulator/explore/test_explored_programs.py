@@ -15,6 +15,7 @@ from emulator.litmus.loader import load_test, shipped_texts
 from emulator.litmus.policies import named_policy
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", sorted(shipped_texts()))
 def test_each_thread_has_a_cpu_of_its_own_and_so_has_rcu(name: str) -> None:
     program = LitmusProgram(load_test(name), named_policy("linux-7.3"), ExploreOptions(store_buffers=True))

@@ -70,6 +70,7 @@ def steps_of(test: str, policy: str, kind: str) -> list[Step]:
     return [step for step in searched(test, policy, 1)[1] if step.label[0] == kind]
 
 
+@pytest.mark.slow
 def test_a_walk_from_a_cached_pointer_races_the_freeing_of_the_table() -> None:
     """Nothing else orders them: the link is gone before, the flush comes after."""
     late = "zap_scope=leafs-and-tables,zap_yield=unlock-then-flush"
@@ -128,6 +129,7 @@ def test_an_interrupt_commutes_with_promises() -> None:
     assert all(("custody",) not in step.reads for step in interrupts)
 
 
+@pytest.mark.slow
 def test_a_test_with_grace_periods_is_proved_in_few_executions() -> None:
     found, _ = searched("log-huge", "linux-7.3", 400)
     assert found.complete
@@ -168,6 +170,7 @@ def written(directory: Path, text: str) -> str:
     return str(path)
 
 
+@pytest.mark.slow
 def test_the_last_root_page_is_freed_like_others(tmp_path: Path) -> None:
     """All three are in use: which one the vCPU gets depends on whether the grace period is over."""
     found, _ = searched(written(tmp_path, ROOTS), "root_load=none", 3000, bound=1)
@@ -218,6 +221,7 @@ ops = ["host-unmap 0x10 2"]
 """
 
 
+@pytest.mark.slow
 def test_who_finds_mmu_lock_taken_races_its_holder(tmp_path: Path) -> None:
     """Whoever comes while it is held makes the holder yield, whoever comes later does not."""
     found, _ = searched(written(tmp_path, CONTENDED), "zap_yield=no-flush", 2000)

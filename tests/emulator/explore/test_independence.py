@@ -35,6 +35,7 @@ def swapped(test: str, policy: str = "linux-7.3", options: ExploreOptions = NONE
     return check.swaps, check.findings
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("options", [NONE, EVERYTHING])
 @pytest.mark.parametrize(
     ("test", "policy"),
@@ -51,6 +52,7 @@ def test_they_commute(test: str, policy: str, options: ExploreOptions) -> None:
     assert not findings
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("call", "forgotten", "test", "who"),
     [
@@ -68,6 +70,7 @@ def test_a_footprint_that_does_not_say_all_is_found(
     assert any(f"'s {who}" in sentence for sentence in findings), findings
 
 
+@pytest.mark.slow
 def test_the_same_each_time() -> None:
     assert swapped("return-zap") == swapped("return-zap")
 

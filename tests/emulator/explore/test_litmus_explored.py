@@ -46,6 +46,7 @@ def test_a_race_is_explored_to_the_end() -> None:
     assert found.executions > 20
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("test", "policy", "kind"),
     [
@@ -118,6 +119,7 @@ def test_a_counterexample_replays_and_says_when_it_does_not(tmp_path: Path) -> N
         replay(path)
 
 
+@pytest.mark.slow
 def test_the_same_document_byte_for_byte(capsys: pytest.CaptureFixture[str]) -> None:
     texts = []
     for _ in range(2):
@@ -161,6 +163,7 @@ def test_init_and_final_are_given_up(where: str, tmp_path: Path) -> None:
     assert found.failure == "v0: 'write 1' is refused for ever: nobody else runs"
 
 
+@pytest.mark.slow
 def test_a_failure_is_a_verdict_and_others_go_on(
     monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -233,6 +236,7 @@ def test_a_policy_that_answers_now_so_now_so(
     assert err.endswith("; expected answers that depend on nothing but what KVM has done\n")
 
 
+@pytest.mark.slow
 def test_not_even_one_interleaving_is_proved_of_it(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -243,6 +247,7 @@ def test_not_even_one_interleaving_is_proved_of_it(
     assert "(the first execution came out in another way)" in capsys.readouterr().err
 
 
+@pytest.mark.slow
 def test_bad_input_comes_from_another_process_as_one_line(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:

@@ -5,6 +5,8 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
+import pytest
+
 from emulator.explore.machine.policy_memory import Memory
 from emulator.explore.results.verdict import Plan, Verdict, explore_verdict
 from emulator.litmus.loader import load_test, load_tests
@@ -53,6 +55,7 @@ def explored(directory: Path, test: str, policy: str, name: str = "mine.py") -> 
     return explore_verdict(found, named_policy(written(directory, name, policy)), Plan())
 
 
+@pytest.mark.slow
 def test_who_asks_first_is_part_of_the_order(tmp_path: Path) -> None:
     verdict = explored(tmp_path, TWO_MOVES, HASTY)
     assert "stale-after-revoke" in verdict.kinds
@@ -61,6 +64,7 @@ def test_who_asks_first_is_part_of_the_order(tmp_path: Path) -> None:
     assert not slow.kinds
 
 
+@pytest.mark.slow
 def test_a_counterexample_names_the_answer(tmp_path: Path) -> None:
     """Where it was given in this execution, not somewhere before."""
     verdict = explored(tmp_path, TWO_MOVES, HASTY)
@@ -69,6 +73,7 @@ def test_a_counterexample_names_the_answer(tmp_path: Path) -> None:
     assert violation["unsafe_answers"] == ["migration=none (mine.py:9)"]
 
 
+@pytest.mark.slow
 def test_a_search_does_not_change_the_next_one(tmp_path: Path) -> None:
     policy, test = written(tmp_path, "counts.py", COUNTS), load_test("return-zap-other-vcpu")
     one, other = (explore_verdict(test, named_policy(policy), Plan()) for _ in range(2))
@@ -117,6 +122,7 @@ mm.ops = ["notifier-start 0x10", "linger", "notifier-free 0x10", "notifier-end 0
 """
 
 
+@pytest.mark.slow
 def test_a_loop_that_asks_again_may_be_answered_otherwise(tmp_path: Path) -> None:
     """Turns of a loop are the same only if the policy has not counted them."""
     counting = explored(tmp_path, LONG_INVALIDATION, PATIENT.format(count="self.asked += 1"))
@@ -126,6 +132,7 @@ def test_a_loop_that_asks_again_may_be_answered_otherwise(tmp_path: Path) -> Non
     assert not idle.kinds
 
 
+@pytest.mark.slow
 def test_memory_that_nobody_knows_may_have_changed(tmp_path: Path) -> None:
     count = "self.random = __import__('random').Random(1); self.asked += 1"
     assert "use-after-free" in explored(tmp_path, LONG_INVALIDATION, PATIENT.format(count=count)).kinds

@@ -83,6 +83,7 @@ def last_logged(found: Found, n: int) -> set[tuple[Any, ...]]:
 # --- the search ---------------------------------------------------------------------------------------------
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "plan",
     [
@@ -100,6 +101,7 @@ def test_an_answer_that_depends_on_another_pcpu_is_refuted(tmp_path: Path, plan:
     assert "use-after-free" in found.kinds
 
 
+@pytest.mark.slow
 def test_one_that_flushes_either_way_is_proved(tmp_path: Path) -> None:
     found = explored(tmp_path, LOOKS.format(condition=LOADED, answer="all-contexts"))
     assert found.verdict == SAFE
@@ -107,6 +109,7 @@ def test_one_that_flushes_either_way_is_proved(tmp_path: Path) -> None:
     assert found.executions > 10  # not the few that there are if nothing is read
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("reads", [0, 1, 2, 3, 4])
 def test_each_read_and_each_write_has_its_place(tmp_path: Path, reads: int) -> None:
     """A vCPU's load and its put write the attribute once each; nothing else races.  The reads of one method
@@ -140,6 +143,7 @@ def test_two_writes_of_one_step_are_seen_half_done(tmp_path: Path) -> None:
     assert {((True, False),), ((False, True),)} & last_logged(found, 1)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("mm", "look", "logs"),
     [
@@ -180,6 +184,7 @@ def test_two_questions_see_all_there_is(
     assert last_logged(found, 2) == logs
 
 
+@pytest.mark.slow
 def test_what_is_read_before_it_changes_is_found_then(tmp_path: Path) -> None:
     """The first execution has the method's read at its beginning and all changes after it."""
     test = moving('"read 0x20"', "", "")
@@ -192,6 +197,7 @@ def test_what_is_read_before_it_changes_is_found_then(tmp_path: Path) -> None:
     assert last_logged(found, 1) == {(True,), (False,)}
 
 
+@pytest.mark.slow
 def test_what_a_constructor_fills_does_not_change(tmp_path: Path) -> None:
     policy = looking("self.log.append([root.special for root in vcpu.kvm.tdp_mmu_roots])")
     test = moving("", '"zap-all"', '"wait mm 1", "read 0x10", "migrate 1"')
@@ -224,6 +230,7 @@ def test_a_call_that_belongs_to_a_step_of_kvms_is_one_of_a_policys(tmp_path: Pat
     assert last_logged(found, 2) == {(1, 1), (1, 0), (0, 0)}
 
 
+@pytest.mark.slow
 def test_what_kvm_reads_races_what_a_policy_writes(tmp_path: Path) -> None:
     """A slot that logs gets its bitmap by what the policy writes."""
     test = moving("", '"log-arm"')
@@ -246,6 +253,7 @@ def test_a_read_and_a_change_are_found_in_either_order(tmp_path: Path, order: tu
     program.close()
 
 
+@pytest.mark.slow
 def test_memory_that_is_kept_is_read_in_each_step_of_a_method(tmp_path: Path) -> None:
     """Which of a method's steps looks into it nobody can see."""
     look = (
@@ -350,6 +358,7 @@ def test_all_that_random_walks_read_is_in_a_search(
 # --- in parts, and again ------------------------------------------------------------------------------------
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("answer", "kinds"), [("all-contexts", False), ("none", True)])
 def test_processes_agree_on_what_is_read(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, answer: str, kinds: bool
@@ -366,6 +375,7 @@ def test_processes_agree_on_what_is_read(
     assert alone.executions > 10
 
 
+@pytest.mark.slow
 def test_a_counterexample_has_the_reads_and_replays(tmp_path: Path) -> None:
     found = explored(tmp_path, LOOKS.format(condition=LOADED, answer="none")).counterexample
     assert found is not None
@@ -378,6 +388,7 @@ def test_a_counterexample_has_the_reads_and_replays(tmp_path: Path) -> None:
     assert replay(file).document() == found.document()
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "look",
     [
@@ -429,6 +440,7 @@ def test_a_container_that_a_policy_changes(tmp_path: Path) -> None:
 CLOCK = "from time import monotonic"
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("condition", "imports", "reason"),
     [
@@ -472,6 +484,7 @@ def test_unwatched_reads_are_reported(tmp_path: Path, condition: str, imports: s
     assert found.document()["unwatched"] == list(found.unwatched)
 
 
+@pytest.mark.slow
 def test_violations_are_told_all_the_same(tmp_path: Path) -> None:
     text = LOOKS.format(condition=f"monotonic() and {LOADED}", answer="none")
     found = explored(tmp_path, f"{CLOCK}\n{text}")
@@ -503,6 +516,7 @@ def test_nothing_is_watched_under_a_preset(tmp_path: Path) -> None:
     assert isinstance(vars(Cpu)["vcpu"], MemberDescriptorType)
 
 
+@pytest.mark.slow
 def test_tables_say_what_is_not_proved(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     test = written(tmp_path, "returns.toml", RETURNS)
     text = LOOKS.format(condition="monotonic() < 0", answer="all-contexts").lstrip("\n")

@@ -138,6 +138,7 @@ def test_what_a_machine_did_before_counts_for_no_execution() -> None:
     assert (kept.met, kept.evidence) == (anew.met, anew.evidence)
 
 
+@pytest.mark.slow
 def test_the_number_of_processes_changes_no_count(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     options = ["remote-two-vcpus", "--executions", "2400", "--json"]
     documents = []

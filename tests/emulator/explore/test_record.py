@@ -101,6 +101,7 @@ def replayed(path: Path, text: str) -> tuple[int, str]:
     return status, said.getvalue()
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("key", "value", "words"),
     [
@@ -140,6 +141,7 @@ def test_what_json_cannot_hold(text: str, tmp_path: Path) -> None:
     assert (status, said.count("\n")) == (2, 1)
 
 
+@pytest.mark.slow
 @settings(deadline=None, max_examples=60, suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(data=st.data())
 def test_no_damage_ends_in_a_traceback(

@@ -185,6 +185,7 @@ def executed(program: LitmusProgram, executions: int, seed: int = 1) -> list[tup
     return found
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("test", sorted(shipped_texts()))
 def test_a_restored_world_is_like_a_new_one(test: str) -> None:
     """And so is what happens on it: the same steps with the same footprints, and the same outcome."""
@@ -327,6 +328,7 @@ class Forgetful(Policy):
 """
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("remember", "times"),
     [

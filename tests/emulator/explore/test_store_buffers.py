@@ -194,6 +194,7 @@ def test_each_barrier_mutant_has_a_test() -> None:
     }
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("test", "policy", "expected"), BARRIERS)
 def test_a_missing_barrier_matters_with_store_buffers_only(
     test: str, policy: str, expected: tuple[str, ...]
@@ -218,6 +219,7 @@ def proved(test: str, policy: str) -> Found:
         program.close()
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("policy", list(PRESETS))
 def test_presets_have_the_barriers_that_they_need(policy: str) -> None:
     found = proved("entry-races-request", policy)
@@ -225,6 +227,7 @@ def test_presets_have_the_barriers_that_they_need(policy: str) -> None:
     assert set(found.outcomes) == {""}
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("policy", ["linux-7.3", "root-tlb-gen", "cpu-flushed-mask-cleared"])
 @pytest.mark.parametrize("test", ["return-zap", "kick-waits", "fault-races-unmap"])
 def test_what_is_sound_stays_sound(test: str, policy: str) -> None:
@@ -233,6 +236,7 @@ def test_what_is_sound_stays_sound(test: str, policy: str) -> None:
     assert found.summary().endswith("x86-TSO")
 
 
+@pytest.mark.slow
 def test_other_mutants_are_still_caught() -> None:
     for mutant in ("P1", "P2", "P3"):
         assert verdict_of("entry-races-request", f"mutant:{mutant}", store_buffers=True).verdict == VIOLATIONS

@@ -74,6 +74,7 @@ def test_writers_and_locks() -> None:
     assert explore_wide(*[critical] * 3)[0].executions == factorial(3)
 
 
+@pytest.mark.slow
 @settings(max_examples=200, deadline=None, derandomize=True)
 @given(programs(BLOCKING), st.sampled_from([None, None, 0, 1, 2]), st.sampled_from([1, 2, 7]))
 def test_the_same_as_a_plain_search(tasks: list[list[Op]], bound: int | None, part: int) -> None:
@@ -102,6 +103,7 @@ def test_what_is_given_up_half_way_is_limited_as_well() -> None:
     assert not Limits().reached(Found(executions=10**9, pruned=10**9))
 
 
+@pytest.mark.slow
 def test_the_time_of_a_large_search_has_an_end() -> None:
     """Near the root of this one nearly everything is pruned."""
     plan = Plan(executions=1200, minimize=False)
@@ -146,6 +148,7 @@ def test_a_node_is_forgotten_when_everything_behind_it_is_done() -> None:
     assert trees[0].root is None
 
 
+@pytest.mark.slow
 def test_several_processes_find_what_one_finds() -> None:
     """More than are done plainly, and than this process does alone."""
     program = LitmusProgram(load_test("return-protect"), named_policy("root-tlb-gen"))
@@ -162,6 +165,7 @@ def test_several_processes_find_what_one_finds() -> None:
     assert found[0].executions > PLAIN + 8 * FIRST_PARTS
 
 
+@pytest.mark.slow
 def test_documents_do_not_depend_on_the_number_of_processes(
     capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -151,6 +151,7 @@ def test_a_guest_that_was_about_to_turn_paging_on_is_back_at_the_start(rig: Rig)
     assert rig.violations() == {}
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("policy", "caught"), [("linux-7.3", False), ("mutant:init-without-flush", True)])
 def test_guests_that_boot_all_the_time(policy: str, caught: bool) -> None:
     """Nothing else flushes here: uses are averted by resets only."""

@@ -57,6 +57,7 @@ def test_the_unsound_is_caught(name: str, policy: str, kind: str) -> None:
     assert expected_of(test, policy) != ("safe",)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", sorted({name for name, _, _ in CERTAIN}))
 def test_the_sound_is_safe(name: str) -> None:
     test = load_test(name)
@@ -185,6 +186,7 @@ def test_frames_that_are_used_up_are_named_with_their_key(machine: str, ops: lis
     assert explored.failure.endswith(failure)
 
 
+@pytest.mark.slow
 def test_who_waits_for_ever_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("emulator.litmus.runner.STUCK_SECONDS", 1.0)
     text = 'doc="d"\nsource="s"\ninit=["mm: host-protect 0x10"]\n[threads.v0]\nvcpu=0\nops=["write 0x10"]\n'
@@ -198,6 +200,7 @@ def test_who_waits_for_ever_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
 ENDED = 'final=["mm: notifier-end 0x10"]'
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("sequence", "message"),
     [
@@ -343,6 +346,7 @@ def test_what_was_found_can_be_repeated(capsys: pytest.CaptureFixture[str]) -> N
         assert f"    flushlab {' '.join(command)}\n" in capsys.readouterr().out
 
 
+@pytest.mark.slow
 def test_how_far_a_proof_came(capsys: pytest.CaptureFixture[str]) -> None:
     """Too few executions for more than the executions without any preemption."""
     arguments = [
@@ -374,6 +378,7 @@ def test_a_wrong_expectation_is_exit_status_1(capsys: pytest.CaptureFixture[str]
     assert "safe instead of use-after-free" in capsys.readouterr().out
 
 
+@pytest.mark.slow
 def test_bad_input_is_exit_status_2(capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["litmus", "away-zip"]) == 2
     assert "no such test" in capsys.readouterr().err

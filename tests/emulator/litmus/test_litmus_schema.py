@@ -260,6 +260,7 @@ def announced() -> dict[str, set[str]]:
     return found
 
 
+@pytest.mark.slow
 def test_the_list_of_points_is_what_kvms_code_announces() -> None:
     found = announced()
     assert set(found) == set(POINTS) == set(get_args(PointKind))
@@ -326,6 +327,7 @@ def test_two_threads_cannot_be_one_vcpu() -> None:
         parse(GOOD.replace("[threads.mm]", "[threads.v1]\nvcpu = 0\n[threads.mm]"))
 
 
+@pytest.mark.slow
 def test_files_directories_names(tmp_path: Path) -> None:
     with pytest.raises(BadInput, match=r"no such test; expected .*did you mean return-zap\?"):
         load_test("retrun-zap")

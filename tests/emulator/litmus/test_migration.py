@@ -44,6 +44,7 @@ def outcome_of(test: LitmusTest, policy: str = "linux-7.3") -> Outcome:
     return run_test(test, named_policy(policy), 1)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", LOSES)
 def test_a_log_that_misses_pages_is_caught(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
     """Without a stale translation anywhere: KVM forgets to write-protect."""
@@ -60,6 +61,7 @@ def test_what_is_logged_all_the_same_is_not_lost(monkeypatch: pytest.MonkeyPatch
     assert run_test(load_test("log-arm-aged"), Policy(), 5).kinds == {}
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("name", "policy"),
     [("log-order", "mutant:log-protects-before-marks"), ("log-races-write", "mutant:mark-before-writable")],
@@ -252,6 +254,7 @@ def lost_pages(test: LitmusTest) -> list[int]:
     return [buffer[i].gfn for i in range(n)]
 
 
+@pytest.mark.slow
 @settings(max_examples=80, deadline=None, suppress_health_check=[HealthCheck.too_slow])
 @given(
     mode=st.sampled_from(MODES),

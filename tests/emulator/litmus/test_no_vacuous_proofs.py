@@ -57,12 +57,14 @@ def wrong(test: LitmusTest, policy: str) -> str:
     return ""
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", TESTS)
 def test_the_danger_is_there_where_a_test_says_so(name: str) -> None:
     found = [wrong(TESTS[name], policy) for policy in PRESETS]
     assert not any(found), [one for one in found if one]
 
 
+@pytest.mark.slow
 def test_a_wrong_digit_in_a_shipped_test_would_be_found() -> None:
     """The guard guards: the same test, but the host unmaps a page that is not read."""
     text = TESTS["return-zap"].text

@@ -54,6 +54,7 @@ def verdicts(command: str, jobs: int, policies: list[str], capsys: pytest.Captur
     return [any(one["policy"] == policy and one["violations"] for one in found) for policy in policies]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("bug", BUGS)
 @pytest.mark.parametrize(("command", "jobs"), [("explore", 1), ("explore", 2), ("litmus", 1), ("litmus", 2)])
 def test_other_policies_of_the_command_meet_kvms_own_code(
@@ -66,6 +67,7 @@ def test_other_policies_of_the_command_meet_kvms_own_code(
         assert verdicts(command, jobs, list(order), capsys) == [policy == bad for policy in order]
 
 
+@pytest.mark.slow
 def test_compare_runs_each_with_its_own_code(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     bad = written(tmp_path, BUGS["name"] + CLASS, "bad.py")
     arguments = ["--policy", str(bad), "--policy", "linux-7.3", "--duration", "2s", "--json"]
@@ -173,6 +175,7 @@ def test_a_module_that_never_was(tmp_path: Path) -> None:
         load_user_policy(path)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "change",
     [

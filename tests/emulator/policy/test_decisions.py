@@ -81,6 +81,7 @@ def test_kvm_imports_no_policy_not_even_for_annotations() -> None:
     assert not [one for one in imported if str(one[1]).startswith("emulator.policy")]
 
 
+@pytest.mark.slow
 @pytest.mark.timeout(300)
 def test_mypy_knows_every_answer(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(ROOT)

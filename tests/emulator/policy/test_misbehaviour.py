@@ -22,6 +22,8 @@ import pytest
 
 from emulator.cli.main import main
 
+pytestmark = pytest.mark.slow
+
 HEAD = """
 import atexit, builtins, json, os, signal, subprocess, sys, threading, time
 import emulator.kvm.virt.dirty_log, emulator.policy.policy, emulator.report.result

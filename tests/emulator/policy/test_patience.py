@@ -12,6 +12,8 @@ import pytest
 from emulator.cli.main import main
 from emulator.policy import source
 
+pytestmark = pytest.mark.slow
+
 METHOD = """
 import threading, time
 from emulator.policy import Policy

@@ -90,6 +90,7 @@ def run(policy: Policy, seconds: float) -> Result:
 # --- policies that work ------------------------------------------------------------------------------------
 
 
+@pytest.mark.slow
 def test_a_class_decides_some_points_and_its_base_the_others(tmp_path: Path) -> None:
     policy = resolve_policy(str(written(tmp_path, RETURNING, "returning.py")))
     assert policy.name == "returning"
@@ -160,6 +161,7 @@ def test_a_setting_changes_what_super_answers(tmp_path: Path) -> None:
     assert migration(policy.with_settings({"kick_wait": "no-wait"})) == "none"
 
 
+@pytest.mark.slow
 def test_a_fresh_one_remembers_nothing(tmp_path: Path) -> None:
     policy = load_user_policy(written(tmp_path, RETURNING))
     migration(policy)
@@ -236,6 +238,7 @@ BODIES = [
 ]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("body", "words"), BODIES)
 def test_what_cannot_be_used_is_one_line(
     body: str, words: list[str], tmp_path: Path, capsys: pytest.CaptureFixture[str]
@@ -292,6 +295,7 @@ ANSWERS = [
 ]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("line", "words"), ANSWERS)
 def test_wrong_answers_name_the_method(line: str, words: str, tmp_path: Path) -> None:
     policy = load_user_policy(of(tmp_path, f"def migration(self, cpu, vcpu):\n    {line}"))
@@ -326,6 +330,7 @@ def test_a_machine_that_stops_is_not_the_policys_fault(tmp_path: Path) -> None:
 POINTS = ["notifier_flush", "entry_order", "migration", "root_load"]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("point", POINTS)
 def test_a_failure_ends_the_run_in_order(point: str, tmp_path: Path) -> None:
     arguments = {"notifier_flush": "cpu, kvm, gfn", "root_load": "cpu, vcpu, root"}.get(point, "cpu, vcpu")
@@ -336,6 +341,7 @@ def test_a_failure_ends_the_run_in_order(point: str, tmp_path: Path) -> None:
     assert threading.active_count() == before
 
 
+@pytest.mark.slow
 def test_a_failure_while_running_is_one_line_and_status_2(tmp_path: Path) -> None:
     path = of(tmp_path, "def migration(self, cpu, vcpu):\n    return 'nothing'")
     command = [sys.executable, "-m", "emulator", "run", "--policy", str(path), "--log-level", "error"]
@@ -355,6 +361,7 @@ def test_the_worked_example_is_readmes() -> None:
     assert RETURNING.strip() in text or "class Returning" not in text
 
 
+@pytest.mark.slow
 def test_the_worked_example_is_caught_and_named(tmp_path: Path) -> None:
     result = run(load_user_policy(written(tmp_path, RETURNING, "returning.py")), 20.0)
     assert result.verdict == "violations"
@@ -366,6 +373,7 @@ def test_the_worked_example_is_caught_and_named(tmp_path: Path) -> None:
     assert "migration=none (returning.py:11)" in result.reports[0].text
 
 
+@pytest.mark.slow
 def test_the_repaired_example_is_clean(tmp_path: Path) -> None:
     text = RETURNING.replace('"none"', '"active-roots"')
     result = run(load_user_policy(written(tmp_path, text)), 2.0)
@@ -373,6 +381,7 @@ def test_the_repaired_example_is_clean(tmp_path: Path) -> None:
     assert result.policy_given["migration"]["active-roots"] > 0
 
 
+@pytest.mark.slow
 def test_explore_judges_it_and_replays_what_it_found(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -384,6 +393,7 @@ def test_explore_judges_it_and_replays_what_it_found(
     assert "flush for migration, ELIDED" in capsys.readouterr().out
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("command", ["litmus", "explore", "compare"])
 def test_whoever_asks_a_broken_one_says_so_in_one_line(
     command: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]

@@ -34,6 +34,7 @@ def test_names_and_budget() -> None:
     assert NAMES == ["bunzip2", "cc1", "python", "shuf", "sort"]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", NAMES)
 def test_metadata_holds(name: str) -> None:
     trace: Trace = load(name)
@@ -53,6 +54,7 @@ def test_metadata_holds(name: str) -> None:
     assert f"`{name}`" in (DATA / "SOURCES.md").read_text()
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", NAMES)
 def test_decodes_within_a_second_of_cpu(name: str) -> None:
     before = time.process_time()
@@ -69,12 +71,14 @@ def test_fetches_look_like_a_program(name: str) -> None:
     assert np.unique(fetches).size < fetches.size / 20, "code runs again and again"
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", NAMES)
 def test_pages_are_used_again(name: str) -> None:
     assert reuse_of(name).cold < 0.01
     assert reuse_of(name).within_l1 > 0.5
 
 
+@pytest.mark.slow
 def test_characters() -> None:
     for name, misses in (("cc1", 0.005), ("bunzip2", 0.02), ("python", 0.01)):
         assert reuse_of(name).within_l2 > misses, "hits in the second level, as the first is too small"
@@ -86,6 +90,7 @@ def test_characters() -> None:
     assert max(code, key=lambda name: code[name]) == "cc1", "the one with much code"
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", BEYOND_L2)
 def test_working_set_beyond_the_second_level(name: str) -> None:
     pages, counts = np.unique(load(name).records >> np.uint64(PAGE_SHIFT), return_counts=True)
@@ -94,6 +99,7 @@ def test_working_set_beyond_the_second_level(name: str) -> None:
     assert reuse_of(name).beyond_l2 > 0.0005
 
 
+@pytest.mark.slow
 def test_one_lives_beyond_the_second_level() -> None:
     """Most of its misses are on pages that were there before; played in a loop, its first uses are too."""
     reuse = max((reuse_of(name) for name in BEYOND_L2), key=lambda reuse: reuse.beyond_l2)

@@ -32,6 +32,7 @@ def test_columns_round_trip(accesses: list[tuple[AccessType, int]]) -> None:
     assert np.array_equal(decode(encode(records), records.size), records)
 
 
+@pytest.mark.slow
 @settings(deadline=None)
 @given(st.lists(st.tuples(st.sampled_from(AccessType), ADDRESSES), min_size=1, max_size=40))
 def test_file_round_trip(accesses: list[tuple[AccessType, int]]) -> None:

@@ -176,6 +176,7 @@ def test_spellings(spelling: str, wanted: str, tmp_path: Path, capsys: pytest.Ca
     assert err.startswith(f"flushlab: {wanted.format(dir=tmp_path)}"), err
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "command",
     [
@@ -199,6 +200,7 @@ def test_an_error_at_run_time(command: list[str], tmp_path: Path, capsys: pytest
     )
 
 
+@pytest.mark.slow
 def test_an_import_that_does_not_end(tmp_path: Path) -> None:
     path = written(tmp_path, new_file("new.py", "import time\ntime.sleep(1e6)\n"))
     command = [sys.executable, "-m", "emulator", "explore", "return-zap", "--policy", path]

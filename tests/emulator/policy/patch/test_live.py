@@ -23,6 +23,8 @@ from emulator.policy.imports import is_kvm
 from emulator.policy.patch.code import load_shipped
 from tests.emulator.policy.patch.edits import BREAKS_ALL, NO_FLUSH, edited, new_file, written
 
+pytestmark = pytest.mark.slow
+
 TEST = "return-zap"
 
 
