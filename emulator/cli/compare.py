@@ -35,16 +35,18 @@ PoliciesOption = Annotated[
     typer.Option(
         "--policy",
         metavar="P",
-        help="What to compare, the first is the baseline; repeatable. P+point=alternative changes single "
-        f"answers, P+IDEA.patch KVM's code. A single one is compared with {DEFAULT_POLICY}.",
+        help="A policy to compare: a preset, mutant:NAME, FILE.py or IDEA.patch, with +point=alternative to "
+        "answer single points differently, and +IDEA.patch to change KVM's code. May be repeated; the first "
+        f"is the baseline. A single policy is compared with {DEFAULT_POLICY}.",
     ),
 ]
 RepeatOption = Annotated[
-    int, typer.Option(min=1, max=1000, metavar="N", help="Runs per policy; medians and spreads are shown.")
+    int,
+    typer.Option(min=1, max=1000, metavar="N", help="Run each policy N times, and show medians and spreads."),
 ]
 HtmlOption = Annotated[
     Path | None,
-    typer.Option(metavar="FILE", help="Write a report with plots as well: one self-contained page."),
+    typer.Option(metavar="FILE", help="Also write a report with plots, as one self-contained page."),
 ]
 
 

@@ -29,26 +29,41 @@ def explain(
         list[Path],
         typer.Argument(
             metavar="FILE...",
-            help="Counterexamples and traces of explore, reports of --report-dir, or what --json printed.",
+            help="Counterexamples and traces of explore, reports of --report-dir, or documents of --json.",
         ),
     ],
     form: Annotated[
         Format,
-        typer.Option("--format", help="perfetto: a trace that ui.perfetto.dev and chrome://tracing load."),
+        typer.Option(
+            "--format",
+            help="Format of the diagram. perfetto: a trace for ui.perfetto.dev and chrome://tracing.",
+        ),
     ] = Format.TEXT,
     report: Annotated[
         int | None,
-        typer.Option(min=1, metavar="N", help="The N-th violation of the file, not the one that shows most."),
+        typer.Option(
+            min=1,
+            metavar="N",
+            help="Draw the N-th violation of the file. Default: the one with the most details.",
+        ),
     ] = None,
     width: Annotated[
         int | None,
-        typer.Option(min=40, max=1000, metavar="N", help="Of the text; 72 for up to three CPUs."),
+        typer.Option(
+            min=40,
+            max=1000,
+            metavar="N",
+            help="Width of the text in columns. Default: 72 for up to three CPUs, more for more.",
+        ),
     ] = None,
     times: Annotated[
         bool, typer.Option("--times", help="Add a column of times, in microseconds before the use.")
     ] = False,
     output: Annotated[
-        Path | None, typer.Option("--output", "-o", metavar="PATH", help="Write it there instead.")
+        Path | None,
+        typer.Option(
+            "--output", "-o", metavar="PATH", help="Write the diagram into this file instead of printing it."
+        ),
     ] = None,
 ) -> None:
     """Draw the race behind a violation CPU by CPU, as kernel changelogs do."""

@@ -33,23 +33,23 @@ FOUND = 1
 _READABLE = 50
 
 EXPLORE_HELP = (
-    "Run litmus tests under a controlled scheduler, every interleaving up to the order of independent "
-    "steps, and prove or refute each policy.\n\n"
-    "The code is KVM's, as `run` and `litmus` use it; only threads and waits are the scheduler's. The "
-    "exhaustive strategy tries few preemptions first and ends when everything is covered or --executions "
-    "are done; what it says then is what it covered. pct and random sample. Verdicts are about "
-    "sequentially consistent interleavings; with --store-buffers about x86-TSO: a plain store of KVM's code "
-    "reaches memory when the scheduler says so, and only locked instructions and barriers wait for it.\n\n"
-    "What the architecture leaves to the processor becomes a choice of the scheduler, too, if asked for: a "
-    "TLB may drop any cached mapping at any time (--adversary evict), and in guest mode it may fetch "
-    "translations of the guests' pages that no access needs (--adversary speculate). Verdicts then say how "
-    "many of these an execution has at most.\n\n"
-    "A counterexample is as short as it could be made; --output keeps it for --replay and for `flushlab "
-    "explain`. Where no interleaving met the test's precondition (`needs`) nothing was tested, and it is "
-    "inconclusive. The exit status is 1 if there is a violation or a deadlock, or an execution that fails."
+    "Run litmus tests in every interleaving, under a controlled scheduler, and prove or refute each policy."
     "\n\n"
-    "Ctrl-C, SIGTERM and SIGHUP end the search; the verdicts reached so far are printed, and how many are "
-    "missing."
+    "The code is KVM's, as `run` and `litmus` use it; the scheduler replaces only threads and waits. Of "
+    "interleavings that differ in the order of independent steps, one is run. The exhaustive strategy tries "
+    "interleavings with few preemptions first, and ends when all are covered or after --executions; the "
+    "verdict says which interleavings it covers. The strategies pct and random sample. Verdicts are about "
+    "sequentially consistent interleavings. With --store-buffers they are about x86-TSO: the scheduler "
+    "chooses when a plain store of KVM's code reaches memory, and only locked instructions and barriers "
+    "wait for it.\n\n"
+    "--adversary makes liberties of the processor choices of the scheduler, too: a TLB may drop any cached "
+    "mapping at any time (evict), and in guest mode it may fetch translations of the guests' pages that no "
+    "access needs (speculate). Verdicts then say how many of these an execution has at most.\n\n"
+    "Counterexamples are minimized; --output keeps them for --replay and for `flushlab explain`. If no "
+    "interleaving met a test's precondition (`needs`), nothing was tested, and the verdict is inconclusive. "
+    "The exit status is 1 if there is a violation, a deadlock, or an execution that fails.\n\n"
+    "Ctrl-C, SIGTERM and SIGHUP end the search; the verdicts reached so far are printed, with the number of "
+    "missing ones."
 )
 EXPLORE_EXAMPLES = """\
 Is the proposal sound, and if not, how does it fail?
@@ -58,18 +58,18 @@ Is the proposal sound, and if not, how does it fail?
 
     flushlab explain hole/*.json
 
-What only a TLB that fetches of its own accord can do, and what only a missing barrier:
+Violations that need a speculative TLB fill, and violations that need a missing barrier:
 
     flushlab explore speculative-fill --policy migration=none --adversary speculate
 
     flushlab explore entry-races-request --policy mutant:entry-without-barrier --store-buffers
 
-The same execution again, step by step the same or an error:
+Repeat an execution step by step; a step that differs is an error:
 
     flushlab explore --replay hole/return-zap-lkml-2025-cpu-flushed-mask.json
 
-Does a test do what it is meant to?  Its first execution, the first that meets its precondition, and the state
-before one of the steps:
+See what a test does: its first execution, the first one that meets its precondition, and the state before a
+step:
 
     flushlab explore return-zap --trace
 
@@ -87,77 +87,93 @@ def explore(
         typer.Option(
             "--policy",
             metavar="P",
-            help="A preset, mutant:NAME, a .py file or a .patch, each with +point=alternative if need be; "
-            "repeatable. Without it: the default.",
+            help="The policy: a preset, mutant:NAME, FILE.py or IDEA.patch, with +point=alternative to "
+            "answer single points differently. May be repeated. Default: linux-7.3.",
         ),
     ] = None,
-    strategy: Annotated[str, typer.Option(metavar="S", help="exhaustive, pct or random.")] = "exhaustive",
+    strategy: Annotated[
+        str, typer.Option(metavar="S", help="The search strategy: exhaustive, pct or random.")
+    ] = "exhaustive",
     bound: Annotated[
-        int | None, typer.Option(min=0, max=100, metavar="N", help="No more than so many preemptions.")
+        int | None,
+        typer.Option(min=0, max=100, metavar="N", help="Explore interleavings with at most N preemptions."),
     ] = None,
     executions: Annotated[
-        int, typer.Option(min=1, max=10**9, metavar="N", help="Most executions per test and policy.")
+        int, typer.Option(min=1, max=10**9, metavar="N", help="The most executions of a test under a policy.")
     ] = 2000,
     depth: Annotated[
-        int, typer.Option(min=1, max=20, metavar="D", help="pct: depth of the bugs that it looks for.")
+        int, typer.Option(min=1, max=20, metavar="D", help="For pct: the depth of the bugs to look for.")
     ] = 3,
     seed: Annotated[
-        int, typer.Option(min=0, max=2**62, envvar="FLUSHLAB_SEED", help="Of pct and random.")
+        int,
+        typer.Option(min=0, max=2**62, envvar="FLUSHLAB_SEED", help="Seed of the strategies pct and random."),
     ] = 0,
     seconds: Annotated[
         float,
         typer.Option(
-            min=0, metavar="S", help="Give up on a test after so long; results then depend on the machine."
+            min=0,
+            metavar="S",
+            help="Give up on a test after S seconds, 0: never. Results then depend on the machine.",
         ),
     ] = 0.0,
     jobs: JobsOption = None,
     adversary: Annotated[
         list[str] | None,
-        typer.Option(metavar="A", help="evict or speculate: what TLBs may do of their own; repeatable."),
+        typer.Option(metavar="A", help="A liberty that TLBs take: evict or speculate. May be repeated."),
     ] = None,
     adversary_budget: Annotated[
-        int, typer.Option(min=1, max=100, metavar="N", help="... and how often each in one execution.")
+        int,
+        typer.Option(
+            min=1,
+            max=100,
+            metavar="N",
+            help="How often TLBs may take each liberty of --adversary in an execution.",
+        ),
     ] = 1,
     store_buffers: Annotated[
         bool,
         typer.Option(
-            "--store-buffers", help="Plain stores may reach memory late (x86-TSO), for missing barriers."
+            "--store-buffers", help="Let plain stores reach memory late (x86-TSO), to find missing barriers."
         ),
     ] = False,
     output: Annotated[
         Path | None,
         typer.Option(
-            metavar="DIR", help="Write counterexamples there, a file each; with --trace, the execution."
+            metavar="DIR",
+            help="Write each counterexample, or with --trace the execution, into a file in this directory.",
         ),
     ] = None,
     replay: Annotated[
         Path | None,
-        typer.Option(metavar="FILE", help="Run a counterexample or a trace again instead, and compare."),
+        typer.Option(
+            metavar="FILE", help="Repeat the execution of a counterexample or a trace instead of a search."
+        ),
     ] = None,
     trace: Annotated[
         bool,
         typer.Option(
             "--trace",
-            help="Draw one execution instead, whether or not it violates: the operations, what they found, "
-            "KVM's events. It is the first one without --number and --reach. With --replay: the recorded "
+            help="Draw one execution instead of a verdict, whether or not it violates: its operations with "
+            "their results, and KVM's events. Default: the first execution, or with --replay the recorded "
             "one.",
         ),
     ] = False,
     number: Annotated[
         int | None,
-        typer.Option(min=1, metavar="N", help="With --trace: the N-th execution of the search."),
+        typer.Option(min=1, metavar="N", help="With --trace: draw the N-th execution of the search."),
     ] = None,
     reach: Annotated[
         str | None,
         typer.Option(
             metavar="WHAT",
-            help="With --trace: the first execution that completes the operation WHAT ('v0: read 0x10', or "
-            "'v0 3' for the third of v0), meets the danger WHAT (retries, averted, ...), or meets the "
+            help="With --trace: draw the first execution that completes the operation WHAT ('v0: read 0x10', "
+            "or 'v0 3' for the third of v0), meets the danger WHAT (retries, averted, ...), or meets the "
             "precondition ('needs'). Exit status 1 if none does.",
         ),
     ] = None,
     steps: Annotated[
-        bool, typer.Option("--steps", help="With --trace: every step, also those that only read or lock.")
+        bool,
+        typer.Option("--steps", help="With --trace: draw every step, also steps that only read or lock."),
     ] = False,
     stop_at: Annotated[
         int | None,
@@ -171,16 +187,16 @@ def explore(
         bool,
         typer.Option(
             "--audit",
-            help="Look for shared state that is touched without a step that says so, and for steps that are "
-            "taken for independent and do not commute, instead; in --executions random executions each for "
-            "both, 20 if not given; after a violation there is nothing to swap.",
+            help="Check the search itself instead: look for shared state that is touched without a declared "
+            "step, and for steps that are declared independent and do not commute. Runs --executions random "
+            "executions for each check, 20 by default.",
         ),
     ] = False,
     as_json: Annotated[
-        bool, typer.Option("--json", help="Print one JSON document instead of the table; it holds no times.")
+        bool, typer.Option("--json", help="Print one JSON document, without times, instead of the table.")
     ] = False,
 ) -> None:
-    """Explore litmus tests: every interleaving, proved or refuted."""
+    """Prove or refute policies on litmus tests, in every interleaving."""
     # Imported late: help and bad usage need no engine.
     from emulator.explore.machine.options import ExploreOptions
     from emulator.explore.results.suite import Work, explore_suite

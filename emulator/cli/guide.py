@@ -12,11 +12,13 @@ _WIDEST = 100
 
 
 def guide(
-    topic: Annotated[str | None, typer.Argument(help="A topic; without it, the list of topics.")] = None,
+    topic: Annotated[
+        str | None, typer.Argument(help="The topic to explain. Default: list the topics.")
+    ] = None,
 ) -> None:
     """Explain how to use flushlab, and how it works, topic by topic.
 
-    Into a pipe or a file the page is written as Markdown.
+    In a pipe or a file the page is Markdown.
     """
     from emulator.guide import TOPICS, page, title
 

@@ -25,30 +25,30 @@ INTERLEAVINGS = 2000
 LITMUS_HELP = (
     "Run litmus tests on real threads and compare the verdicts with those expected.\n\n"
     "A litmus test is a TOML file: a machine, a few vCPU, KVM and host threads with a handful of operations "
-    "each, and the verdict that each policy deserves. `flushlab list litmus` names those that ship and where "
-    "they come from; `flushlab list litmus --ops` explains the file and its operations.\n\n"
-    "Verdicts: safe (no violation, and the danger was there), violations (by kind), inconclusive (no "
-    "violation, and nothing that could have led to one). The exit status is 1 if a verdict is not what the "
-    "test expects of a preset or of a policy that it names; where nothing is expected (a policy of your "
-    "own), if there are violations. Ctrl-C, SIGTERM and SIGHUP end the run; the verdicts reached so far are "
-    "printed, and how many are missing."
+    "each, and the verdict that each policy deserves. `flushlab list litmus` names the shipped tests and "
+    "where they come from; `flushlab list litmus --ops` explains the file and its operations.\n\n"
+    "Verdicts: safe (no violation, although the danger occurred), violations (by kind), inconclusive (no "
+    "violation, but no danger either). The exit status is 1 if a verdict differs from the one that the test "
+    "expects of a preset or of a policy that it names. Under other policies, such as your own, it is 1 if "
+    "there are violations. Ctrl-C, SIGTERM and SIGHUP end the run; the verdicts reached so far are printed, "
+    "with the number of missing ones."
 )
 EXAMPLES = """\
 All tests under all presets, in about a minute:
 
     flushlab litmus
 
-One test, one proposal; then a policy of your own on everything:
+One test under one proposal, and all tests under a policy of your own:
 
     flushlab litmus return-zap --policy lkml-2025-cpu-flushed-mask
 
     flushlab litmus --policy my_policy.py --iterations 1000
 
-Single answers changed, on a test of your own:
+A test of your own, under a preset with another answer at one point:
 
     flushlab litmus my.toml --policy root-tlb-gen+migration_vpid=none
 
-By proof, as far as a minute for each test and policy goes (hours, for a night):
+Proofs, with at most a minute for each test and policy (takes hours):
 
     flushlab litmus --explore --iterations 1000000 --seconds 60
 """
@@ -58,9 +58,9 @@ PolicyOption = Annotated[
     typer.Option(
         "--policy",
         metavar="P",
-        help="A preset, mutant:NAME, a .py file or a .patch, each with +point=alternative if need be, or "
-        "point=alternative,...; repeatable. Without it: all presets, what the tests name, and the mutants "
-        "that must only cost.",
+        help="The policy: a preset, mutant:NAME, FILE.py or IDEA.patch, with +point=alternative to answer "
+        "single points differently, or point=alternative,... May be repeated. Default: all presets, the "
+        "policies that the tests name, and the mutants that cause no violation.",
     ),
 ]
 
@@ -75,12 +75,16 @@ def litmus(
             min=1,
             max=10**9,
             metavar="N",
-            help=f"Executions per test and policy: {EXECUTIONS}, with --explore at most {INTERLEAVINGS}.",
+            help="Executions of a test under a policy; with --explore the most executions. "
+            f"Default: {EXECUTIONS}, with --explore {INTERLEAVINGS}.",
         ),
     ] = None,
     explore: Annotated[
         bool,
-        typer.Option("--explore", help="By proof, not by luck: every interleaving, as `flushlab explore`."),
+        typer.Option(
+            "--explore",
+            help="Explore every interleaving, as `flushlab explore` does, instead of running on threads.",
+        ),
     ] = False,
     limit: Annotated[
         float,
@@ -88,16 +92,22 @@ def litmus(
             "--seconds",
             min=0,
             metavar="S",
-            help="--explore: give up on a test and policy after so long, and say how far it came; 0: never.",
+            help="With --explore: give up on a test under a policy after S seconds, and say how far the "
+            "search came. 0: never.",
         ),
     ] = 10.0,
     seed: Annotated[
         int | None,
         typer.Option(
-            min=0, max=2**62, envvar="FLUSHLAB_SEED", help="Of the first execution; random if not given."
+            min=0,
+            max=2**62,
+            envvar="FLUSHLAB_SEED",
+            help="Seed of the first execution. Default: a random one.",
         ),
     ] = None,
-    mutants: Annotated[bool, typer.Option("--mutants", help="Every mutant on every test as well.")] = False,
+    mutants: Annotated[
+        bool, typer.Option("--mutants", help="Also run every test under every mutant.")
+    ] = False,
     jobs: JobsOption = None,
     as_json: Annotated[
         bool, typer.Option("--json", help="Print one JSON document instead of the tables.")

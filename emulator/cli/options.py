@@ -44,12 +44,15 @@ MAX_JOBS = 64
 FilesArgument = Annotated[
     list[str] | None,
     typer.Argument(
-        metavar="[FILES]", help="Names of shipped tests, .toml files or directories; all if none."
+        metavar="[FILES]",
+        help="Shipped tests by name, .toml files, or directories of them. Default: all shipped tests.",
     ),
 ]
 JobsOption = Annotated[
     int | None,
-    typer.Option("--jobs", min=1, max=MAX_JOBS, help="Processes; as many as there are cores if not given."),
+    typer.Option(
+        "--jobs", min=1, max=MAX_JOBS, help="The number of processes. Default: the number of cores."
+    ),
 ]
 
 
@@ -75,7 +78,7 @@ ScenarioArgument = Annotated[
     typer.Argument(
         metavar="[SCENARIO]",
         envvar="FLUSHLAB_SCENARIO",
-        help="An embedded scenario's name, or a .toml file.",
+        help="An embedded scenario by name, or a .toml file.",
     ),
 ]
 PolicyOption = Annotated[
@@ -84,7 +87,7 @@ PolicyOption = Annotated[
         "--policy",
         metavar="P",
         envvar="FLUSHLAB_POLICY",
-        help="A preset, mutant:NAME, FILE.py or IDEA.patch; see `flushlab list policies`.",
+        help="The policy: a preset, mutant:NAME, FILE.py or IDEA.patch. See `flushlab list policies`.",
     ),
 ]
 SetOption = Annotated[
@@ -93,7 +96,7 @@ SetOption = Annotated[
         "--set",
         metavar="POINT=ALTERNATIVE",
         envvar="FLUSHLAB_SET",
-        help="Answer one decision point differently; repeatable. See `flushlab list points`.",
+        help="Answer one decision point differently. May be repeated. See `flushlab list points`.",
     ),
 ]
 PcpusOption = Annotated[
@@ -103,13 +106,16 @@ PcpusOption = Annotated[
         max=MAX_PCPUS,
         metavar="N",
         envvar="FLUSHLAB_PCPUS",
-        help="Scale the scenario to so many pCPUs, and its VMs with them.",
+        help="Scale the scenario and its VMs to this number of pCPUs.",
     ),
 ]
 SeedOption = Annotated[
     int | None,
     typer.Option(
-        min=0, max=2**63 - 1, envvar="FLUSHLAB_SEED", help="Of everything that is drawn; random if not given."
+        min=0,
+        max=2**63 - 1,
+        envvar="FLUSHLAB_SEED",
+        help="Seed of all random choices. Default: a random one.",
     ),
 ]
 DurationOption = Annotated[
@@ -117,7 +123,7 @@ DurationOption = Annotated[
     typer.Option(
         metavar="TIME",
         envvar="FLUSHLAB_DURATION",
-        help="Such as 30s, 5m, 1h; the scenario's if not given.",
+        help="How long to run, such as 30s, 5m or 1h. Default: as the scenario says.",
     ),
 ]
 JsonOption = Annotated[bool, typer.Option("--json", help="Print one JSON document instead of the summary.")]
@@ -126,13 +132,15 @@ MetricsOption = Annotated[
     typer.Option(
         metavar="[HOST:]PORT",
         envvar="FLUSHLAB_METRICS",
-        help="Serve Prometheus metrics here; on loopback unless HOST says otherwise.",
+        help="Serve Prometheus metrics at this address. Without HOST, on loopback only.",
     ),
 ]
 PerCpuOption = Annotated[
     bool,
     typer.Option(
-        "--metrics-per-cpu", envvar="FLUSHLAB_METRICS_PER_CPU", help="Add series for the first 64 pCPUs."
+        "--metrics-per-cpu",
+        envvar="FLUSHLAB_METRICS_PER_CPU",
+        help="Add metrics of each of the first 64 pCPUs.",
     ),
 ]
 ChaosOption = Annotated[
@@ -142,26 +150,29 @@ ChaosOption = Annotated[
         max=2**32 - 1,
         metavar="N",
         envvar="FLUSHLAB_CHAOS",
-        help="Delay one in N points where order matters; 0 never.",
+        help="Delay a thread at one in N ordering points, at random. 0: no delays.",
     ),
 ]
 GeometryOption = Annotated[
     GeometryChoice,
     typer.Option(
         envvar="FLUSHLAB_GEOMETRY",
-        help="unbounded: TLBs never evict, stale entries live as long as they can.",
+        help="Size of the TLBs. unbounded: TLBs never evict, so stale entries stay until a flush.",
     ),
 ]
-LogLevelOption = Annotated[LogLevel, typer.Option(envvar="FLUSHLAB_LOG_LEVEL", help="What is logged.")]
+LogLevelOption = Annotated[
+    LogLevel, typer.Option(envvar="FLUSHLAB_LOG_LEVEL", help="Log messages of this level and above.")
+]
 LogFormatOption = Annotated[
-    LogFormatChoice, typer.Option(envvar="FLUSHLAB_LOG_FORMAT", help="json: one object a line.")
+    LogFormatChoice,
+    typer.Option(envvar="FLUSHLAB_LOG_FORMAT", help="Format of log lines. json: one JSON object per line."),
 ]
 ReportDirOption = Annotated[
     Path | None,
     typer.Option(
         metavar="DIR",
         envvar="FLUSHLAB_REPORT_DIR",
-        help="Write the JSON document and each violation into this directory as well.",
+        help="Also write the JSON document and each violation into this directory.",
     ),
 ]
 

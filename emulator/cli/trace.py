@@ -30,13 +30,13 @@ descriptor 9, which the shell turns into a pipe):
       9>&1 >/dev/null \\
     | flushlab trace convert - my.fltrace --skip 20000000 --limit 2000000
 
---skip leaves out start-up (a dynamic linker is the same in every program); find a good window with a few
-values and `flushlab trace info`. Conversion stops reading when the window is full; that ends the program too.
+--skip leaves out start-up (a dynamic linker is the same in every program). Try a few values, and compare the
+traces with `flushlab trace info`. Conversion stops reading after --limit records, which ends the program.
 """
 
 app = typer.Typer(
     name="trace",
-    help="Memory traces of real programs, which the guests run: convert, inspect, list.",
+    help="Convert, inspect and list memory traces of real programs, which the guests replay.",
     epilog="`flushlab trace convert --help` shows how to record your own.",
     no_args_is_help=True,
     rich_markup_mode=None,
@@ -50,17 +50,25 @@ def _fail(error: TraceError) -> NoReturn:
 
 @app.command(epilog=RECORDING)
 def convert(
-    source: Annotated[str, typer.Argument(metavar="INPUT", help="Output of lackey; - is standard input.")],
-    output: Annotated[
-        Path, typer.Argument(metavar="OUTPUT", help="Trace file to write, by custom *.fltrace.")
+    source: Annotated[
+        str, typer.Argument(metavar="INPUT", help="The recording of lackey; - for standard input.")
     ],
-    name: Annotated[str | None, typer.Option(help="Name of the trace; without it, that of OUTPUT.")] = None,
-    skip: Annotated[int, typer.Option(min=0, max=2**62, help="Leave out the first N records.")] = 0,
-    limit: Annotated[int | None, typer.Option(min=1, max=2**62, help="Stop after N records.")] = None,
+    output: Annotated[
+        Path, typer.Argument(metavar="OUTPUT", help="The trace file to write, usually *.fltrace.")
+    ],
+    name: Annotated[str | None, typer.Option(help="Name of the trace. Default: the name of OUTPUT.")] = None,
+    skip: Annotated[
+        int, typer.Option(min=0, max=2**62, help="Leave out this number of records at the start.")
+    ] = 0,
+    limit: Annotated[
+        int | None, typer.Option(min=1, max=2**62, help="Stop after this number of records.")
+    ] = None,
     no_instructions: Annotated[
         bool, typer.Option("--no-instructions", help="Leave out instruction fetches.")
     ] = False,
-    description: Annotated[str, typer.Option(help="What the program does, for `trace list`.")] = "",
+    description: Annotated[
+        str, typer.Option(help="A description of the program, for `flushlab trace list`.")
+    ] = "",
 ) -> None:
     """Convert a recording of valgrind's lackey into a trace.
 
@@ -93,9 +101,10 @@ def show_info(
 ) -> None:
     """Show the content of traces, and how they reuse pages compared with the size of a TLB.
 
-    L1, L2 and beyond are the shares of accesses that a fully associative LRU TLB of 64 entries would hit, of
-    1536 entries would hit in addition, and that even this one would miss though the page was used before.
-    The working set is the size in 4K pages of the LRU TLB that hits 99% of all accesses to pages used before.
+    L1 is the share of accesses that a fully associative LRU TLB of 64 entries would hit. L2 is the share that
+    one of 1536 entries would hit in addition. Beyond is the share that this one would miss although the page
+    was used before. The working set is the size, in 4K pages, of the LRU TLB that would hit 99% of all
+    accesses to pages used before.
     """
     from emulator import traces
     from emulator.traces import TraceError
