@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ast
 import shutil
 import subprocess
 import sys
@@ -47,6 +48,8 @@ def test_contracts_hold(checkout: Path) -> None:
         ("emulator/kvm/mmu/tdp_roots.py", "emulator.kvm.mmu.tdp_mmu"),
         ("emulator/kvm/mmu/tdp_dirty.py", "emulator.kvm.mmu.page_fault"),
         ("emulator/kvm/mmu/mmu.py", "emulator.kvm.virt.mmu_notifier"),
+        ("emulator/kvm/x86.py", "emulator.kvm.vmx.vmx"),
+        ("emulator/kvm/mmu/roots.py", "emulator.kvm.vmx.vmcs"),
         ("emulator/litmus/runner.py", "emulator.explore.results.suite"),
         ("emulator/explore/engine/scheduler.py", "emulator.explore.strategies.dpor"),
         ("emulator/explore/strategies/search.py", "emulator.litmus.evidence"),
@@ -73,3 +76,17 @@ def test_each_module_of_kvm_has_its_place_in_the_order() -> None:
     package = ROOT / "emulator/kvm"
     modules = (path.relative_to(package).with_suffix("") for path in package.rglob("*.py"))
     assert listed == sorted(".".join(module.parts) for module in modules if module.name != "__init__")
+
+
+def test_common_code_names_no_function_of_a_vendor() -> None:
+    package = ROOT / "emulator/kvm"
+    common = [path for path in package.rglob("*.py") if path.parent.name != "vmx"]
+    names = [
+        (path.name, name)
+        for path in common
+        for node in ast.walk(ast.parse(path.read_text("utf-8")))
+        for name in (getattr(node, "id", None), getattr(node, "attr", None), getattr(node, "name", None))
+        if isinstance(name, str) and name.startswith(("vmx_", "svm_"))
+    ]
+    assert len(common) > 25
+    assert not names

@@ -29,9 +29,10 @@ Folders are the kernel's:
             tdp_remove.py (removed tables), tdp_map.py (faults) and tdp_dirty.py (dirty logging, splitting,
             recovery) are tdp_mmu.c; root_tracking.py records per root which pCPUs have flushed it, which no
             kernel does yet
-    vmx/    arch/x86/kvm/vmx: vmcs.py (the VMCS and where it is loaded, VPIDs), vmx.py
+    vmx/    arch/x86/kvm/vmx: vmcs.py (the VMCS and where it is loaded, VPIDs), vmx.py; main.py has Intel's
+            operations, by which common code calls them
     .       the rest of arch/x86/kvm: x86.py, tlb.py (flush requests), regs.py, smm.py, reset.py (lapic.c);
-            decisions.py is what KVM asks of a policy
+            x86_ops.py is what common code asks of the vendor, decisions.py what KVM asks of a policy
 """
 
 from __future__ import annotations

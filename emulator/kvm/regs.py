@@ -43,19 +43,8 @@ def request_guest_flush(cpu: Cpu, vcpu: Vcpu, req: int) -> None:
 def kvm_set_cr0(cpu: Cpu, vcpu: Vcpu, cr0: int) -> None:
     """kvm_set_cr0()"""
     old_cr0, vcpu.arch.cr0 = vcpu.arch.cr0, cr0
-    vmx_set_cr0(cpu, vcpu, old_cr0, cr0)
+    vcpu.kvm.x86_ops.set_cr0(cpu, vcpu, old_cr0, cr0)
     kvm_post_set_cr0(cpu, vcpu, old_cr0, cr0)
-
-
-def vmx_set_cr0(cpu: Cpu, vcpu: Vcpu, old_cr0: int, cr0: int) -> None:
-    """vmx_set_cr0(), with an unrestricted guest: turn its paging on or off.
-
-    In SMM and during RSM nothing is done, because the guest has no paging there.
-    """
-    if (cr0 ^ old_cr0) & X86_CR0_PG and not vcpu.arch.smm and not vcpu.arch.leaving_smm:
-        lib.vcpu_set_paging(cpu.m, vcpu.id, bool(cr0 & X86_CR0_PG))
-        if not cr0 & X86_CR0_PG:
-            lib.guest_invalidates_all(cpu.m, vcpu.id)
 
 
 def kvm_post_set_cr0(cpu: Cpu, vcpu: Vcpu, old_cr0: int, cr0: int) -> None:
@@ -114,13 +103,3 @@ def kvm_set_cr3(cpu: Cpu, vcpu: Vcpu, cr3: int) -> None:
 def kvm_invalidate_pcid(cpu: Cpu, vcpu: Vcpu) -> None:
     """kvm_invalidate_pcid() with EPT: flush the combined mappings of all PCIDs under this VPID."""
     request_guest_flush(cpu, vcpu, KVM_REQ_TLB_FLUSH_GUEST)
-
-
-def handle_cr(cpu: Cpu, vcpu: Vcpu, insn: int, value: int) -> None:
-    """handle_cr(): handle an exit by MOV to a control register."""
-    if insn == lib.GUEST_INSN_MOV_CR0:
-        kvm_set_cr0(cpu, vcpu, value)
-    elif insn == lib.GUEST_INSN_MOV_CR3:
-        kvm_set_cr3(cpu, vcpu, value)
-    else:
-        kvm_set_cr4(cpu, vcpu, value)

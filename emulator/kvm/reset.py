@@ -1,4 +1,4 @@
-"""lapic.c, x86.c, vmx.c: INIT, by which one vCPU makes another boot again.
+"""lapic.c, x86.c: INIT, by which one vCPU makes another boot again.
 
 apic_send_init          another vCPU's ICR write, as in the INIT-SIPI-SIPI of a reboot or of kexec; any thread
 kvm_apic_accept_events  the vCPU serves the request
@@ -10,7 +10,6 @@ from __future__ import annotations
 from emulator.kvm.accounting import flush_elided
 from emulator.kvm.kvm_host import KVM_REQ_EVENT, KVM_REQ_TLB_FLUSH_GUEST, X86_CR0_PG
 from emulator.kvm.mmu.roots import kvm_mmu_reset_context
-from emulator.kvm.regs import vmx_set_cr0
 from emulator.kvm.structs import Vcpu
 from emulator.kvm.virt.requests import kvm_make_request, kvm_vcpu_kick
 from emulator.machine.runtime import Cpu
@@ -50,11 +49,11 @@ def kvm_vcpu_reset(cpu: Cpu, vcpu: Vcpu, init_event: bool) -> None:
     cpu.stat(vcpu.kvm.id, lib.STAT_RESETS)
     arch.smi_pending = False
     if flushes:
-        vmx_vcpu_reset(cpu, vcpu)
+        vcpu.kvm.x86_ops.vcpu_reset(cpu, vcpu)
     else:
         flush_elided(cpu, vcpu.kvm, lib.REASON_GUEST, vcpu.id)
     arch.cr3 = arch.cr0 = arch.cr4 = 0
-    vmx_set_cr0(cpu, vcpu, old_cr0, arch.cr0)
+    vcpu.kvm.x86_ops.set_cr0(cpu, vcpu, old_cr0, arch.cr0)
     if old_cr0 & X86_CR0_PG:
         if flushes:
             kvm_make_request(cpu, vcpu, KVM_REQ_TLB_FLUSH_GUEST)
@@ -63,9 +62,3 @@ def kvm_vcpu_reset(cpu: Cpu, vcpu: Vcpu, init_event: bool) -> None:
         kvm_make_request(cpu, vcpu, KVM_REQ_TLB_FLUSH_GUEST)
     # RIP points at the reset vector.
     lib.guest_boot(cpu.m, vcpu.id)
-
-
-def vmx_vcpu_reset(cpu: Cpu, vcpu: Vcpu) -> None:
-    """vmx_vcpu_reset() ends with vpid_sync_context(): execute INVVPID single at once, without a request."""
-    cpu.point("tlb", cpu.id, "write")
-    lib.flush_invvpid_single(cpu.m, cpu.id, vcpu.kvm.id, vcpu.vpid, lib.REASON_GUEST)

@@ -32,6 +32,7 @@ from native.types import CpuId, FlushReason, Hfn, VcpuId, VmId, Vpid
 if TYPE_CHECKING:
     from emulator.kvm.decisions import Decisions
     from emulator.kvm.vmx.vmcs import LoadedVmcs
+    from emulator.kvm.x86_ops import KvmX86Ops
 
 
 @dataclass(frozen=True, slots=True)
@@ -234,8 +235,8 @@ class Kvm:
 
     Lock order: slots_lock, slots_arch_lock, mn_invalidate_lock; mmu_lock, tdp_mmu_pages_lock.
     `tdp_mmu_zap_works`: roots that wait for the worker that zaps them (decision root_put=async).
-    `tracks_roots`: the policy may elide flushes by the tracking of roots.  `warned`: texts of WARN_ON_ONCE().
-    `at_host_work`: CPUs that wait in emulator.kvm.host_work.
+    `x86_ops`: the vendor's operations.  `tracks_roots`: the policy may elide flushes by the tracking of
+    roots.  `warned`: texts of WARN_ON_ONCE().  `at_host_work`: CPUs that wait in emulator.kvm.host_work.
     """
 
     __slots__ = (
@@ -262,13 +263,23 @@ class Kvm:
         "tracks_roots",
         "vcpus",
         "warned",
+        "x86_ops",
     )
 
-    def __init__(self, machine: Machine, vm: VmId, gfns: int, policy: Decisions, params: KvmParams) -> None:
+    def __init__(
+        self,
+        machine: Machine,
+        vm: VmId,
+        gfns: int,
+        policy: Decisions,
+        x86_ops: KvmX86Ops,
+        params: KvmParams,
+    ) -> None:
         self.machine = machine
         self.id = vm
         self.gfns = gfns
         self.policy = policy
+        self.x86_ops = x86_ops
         self.params = params
         self.mmu_lock = MmuLock(vm)
         self.slots_lock = Mutex("slots_lock")

@@ -4,17 +4,11 @@ from __future__ import annotations
 
 from typing import Final
 
+from emulator.kvm.accounting import flush_elided
 from emulator.kvm.kvm_host import KVM_REQ_TLB_FLUSH_CURRENT, KVM_REQ_TLB_FLUSH_GUEST
-from emulator.kvm.mmu.root_tracking import active_roots, mmu_roots, record_flush
+from emulator.kvm.mmu.root_tracking import active_roots, mmu_roots, record_flush, test_and_set_flushed
 from emulator.kvm.structs import Vcpu
 from emulator.kvm.virt.requests import kvm_check_request
-from emulator.kvm.vmx.vmx import (
-    vmx_flush_tlb_all,
-    vmx_flush_tlb_current,
-    vmx_flush_tlb_guest,
-    vmx_flush_tlb_old_roots,
-    vmx_flush_tlb_roots,
-)
 from emulator.machine.runtime import Cpu
 from native import lib
 from native.types import FlushReason
@@ -35,24 +29,41 @@ def kvm_vcpu_flush_tlb_all(cpu: Cpu, vcpu: Vcpu) -> None:
     cpu.stat(kvm.id, lib.STAT_TLB_FLUSH)
     answer = kvm.policy.remote_flush(cpu, vcpu)
     if answer == "root-tlb-gen" and not reasons & _LOCAL_REASONS:
-        vmx_flush_tlb_old_roots(cpu, vcpu, reason)
+        flush_tlb_old_roots(cpu, vcpu, reason)
     elif answer == "current-context":
         record_flush(cpu, kvm, [root for root in mmu_roots(vcpu.mmu) if root is vcpu.mmu.root])
-        vmx_flush_tlb_current(cpu, vcpu, reason)
+        kvm.x86_ops.flush_tlb_current(cpu, vcpu, reason)
     else:
         record_flush(cpu, kvm, active_roots(vcpu))
         if answer == "all-contexts":
-            vmx_flush_tlb_all(cpu, vcpu, reason)
+            kvm.x86_ops.flush_tlb_all(cpu, vcpu, reason)
         else:
-            vmx_flush_tlb_roots(cpu, vcpu, reason)
+            flush_tlb_roots(cpu, vcpu, reason)
     kvm_check_request(cpu, vcpu, KVM_REQ_TLB_FLUSH_CURRENT)
 
 
 def kvm_service_local_tlb_flush_requests(cpu: Cpu, vcpu: Vcpu) -> None:
     """kvm_service_local_tlb_flush_requests(): service the requests to flush the current context."""
+    kvm = vcpu.kvm
     if kvm_check_request(cpu, vcpu, KVM_REQ_TLB_FLUSH_CURRENT):
-        cpu.stat(vcpu.kvm.id, lib.STAT_TLB_FLUSH)
-        vmx_flush_tlb_current(cpu, vcpu, vcpu.flush_current_reason)
+        cpu.stat(kvm.id, lib.STAT_TLB_FLUSH)
+        kvm.x86_ops.flush_tlb_current(cpu, vcpu, vcpu.flush_current_reason)
     if kvm_check_request(cpu, vcpu, KVM_REQ_TLB_FLUSH_GUEST):
-        cpu.stat(vcpu.kvm.id, lib.STAT_TLB_FLUSH)
-        vmx_flush_tlb_guest(cpu, vcpu, lib.REASON_GUEST)
+        cpu.stat(kvm.id, lib.STAT_TLB_FLUSH)
+        kvm.x86_ops.flush_tlb_guest(cpu, vcpu, lib.REASON_GUEST)
+
+
+def flush_tlb_roots(cpu: Cpu, vcpu: Vcpu, reason: FlushReason) -> None:
+    """Execute INVEPT single on each root that this vCPU can use without kvm_mmu_load, as proposed on the list
+    in 2025."""
+    for root in active_roots(vcpu):
+        vcpu.kvm.x86_ops.flush_tlb_root(cpu, vcpu.kvm, root, reason)
+
+
+def flush_tlb_old_roots(cpu: Cpu, vcpu: Vcpu, reason: FlushReason) -> None:
+    """Execute INVEPT single on each of these roots if its generation moved on since this pCPU flushed it."""
+    for root in active_roots(vcpu):
+        if test_and_set_flushed(cpu, root, "root-tlb-gen"):
+            flush_elided(cpu, vcpu.kvm, reason, root.hfn)
+        else:
+            vcpu.kvm.x86_ops.flush_tlb_root(cpu, vcpu.kvm, root, reason)

@@ -29,18 +29,14 @@ from emulator.kvm.kvm_host import (
     ExitToUser,
     RunYield,
 )
-from emulator.kvm.mmu.fault import EFAULT, ENOMEM, RET_PF_EMULATE, RET_PF_RETRY
-from emulator.kvm.mmu.page_fault import kvm_mmu_page_fault
 from emulator.kvm.mmu.roots import kvm_mmu_free_obsolete_roots, kvm_mmu_reload
-from emulator.kvm.regs import handle_cr
 from emulator.kvm.reset import kvm_apic_accept_events
-from emulator.kvm.smm import emulator_leave_smm, enter_smm, process_smi
+from emulator.kvm.smm import enter_smm, process_smi
 from emulator.kvm.structs import Vcpu
 from emulator.kvm.tlb import kvm_service_local_tlb_flush_requests, kvm_vcpu_flush_tlb_all
 from emulator.kvm.virt.requests import kvm_check_request, kvm_test_request
 from emulator.kvm.virt.vcpu import vcpu_load, vcpu_put
-from emulator.kvm.vmx.vmx import vmx_flush_tlb_before_entry, vmx_load_mmu_pgd
-from emulator.machine.runtime import Cpu, MachineError, MachineStopped, OutOfFrames, cpu_relax, smp_mb
+from emulator.machine.runtime import Cpu, MachineStopped, OutOfFrames, smp_mb
 from native import ffi, lib
 
 # Exits after which KVM checks need_resched() even without an attention bit; stands for the timer tick.
@@ -65,7 +61,7 @@ def serve_requests(cpu: Cpu, vcpu: Vcpu) -> ExitToUser | None:
     if kvm_check_request(cpu, vcpu, KVM_REQ_MMU_FREE_OBSOLETE_ROOTS):
         kvm_mmu_free_obsolete_roots(cpu, vcpu)
     if kvm_check_request(cpu, vcpu, KVM_REQ_LOAD_MMU_PGD) and vcpu.mmu.root is not None:
-        vmx_load_mmu_pgd(cpu, vcpu, vcpu.mmu.root)
+        vcpu.kvm.x86_ops.load_mmu_pgd(cpu, vcpu, vcpu.mmu.root)
     if kvm_check_request(cpu, vcpu, KVM_REQ_TLB_FLUSH):
         kvm_vcpu_flush_tlb_all(cpu, vcpu)
         if vcpu.kvm.params.host_takes_time:
@@ -133,7 +129,7 @@ def vcpu_enter_guest(cpu: Cpu, vcpu: Vcpu) -> Generator[RunYield, Cpu, Entered]:
         raise
     # guest_run has set mode OUTSIDE_GUEST_MODE and then enabled interrupts.
     kvm_vcpu_srcu_read_lock(cpu, vcpu)
-    return cpu, vmx_handle_exit(cpu, vcpu)
+    return cpu, vcpu.kvm.x86_ops.handle_exit(cpu, vcpu)
 
 
 def _enter_with_irqs_off(cpu: Cpu, vcpu: Vcpu) -> bool:
@@ -160,7 +156,7 @@ def _enter_with_irqs_off(cpu: Cpu, vcpu: Vcpu) -> bool:
         kvm_vcpu_srcu_read_lock(cpu, vcpu)
         return False
     if vcpu.kvm.tracks_roots:
-        vmx_flush_tlb_before_entry(cpu, vcpu)
+        vcpu.kvm.x86_ops.flush_tlb_before_entry(cpu, vcpu)
     if "P2" in vcpu.kvm.policy.bugs:
         # The interrupt that should end guest mode at once is taken here, before VM entry.
         cpu.point("interrupts", cpu.id, "write")
@@ -178,49 +174,6 @@ def _unwind_entry(cpu: Cpu, vcpu: Vcpu) -> None:
     lib.vcpu_set_mode(cpu.m, vcpu.id, OUTSIDE_GUEST_MODE)
     if lib.irqs_disabled(cpu.m, cpu.id):
         lib.local_irq_enable(cpu.m, cpu.id)
-
-
-# --- exits --------------------------------------------------------------------------------------------------
-
-
-def vmx_handle_exit(cpu: Cpu, vcpu: Vcpu) -> ExitToUser | None:
-    """vmx_handle_exit(): handle the exit; return why KVM_RUN ends, or None to enter again."""
-    reason = vcpu.exit.reason
-    cpu.stat(vcpu.kvm.id, lib.STAT_EXITS)
-    if reason == lib.EXIT_EPT_VIOLATION:
-        return handle_ept_violation(cpu, vcpu)
-    if reason == lib.EXIT_INSTRUCTION:
-        handle_instruction(cpu, vcpu, vcpu.exit.access, vcpu.exit.linear)
-    if reason == lib.EXIT_TRIPLE_FAULT:
-        return ExitToUser("shutdown")
-    if reason == lib.EXIT_EPT_MISCONFIG:
-        raise MachineError(f"EPT misconfiguration of {vcpu!r} at {vcpu.exit.gpa:#x}")
-    return None
-
-
-def handle_instruction(cpu: Cpu, vcpu: Vcpu, insn: int, operand: int) -> None:
-    """handle_cr(), and the emulation of RSM."""
-    if insn == lib.GUEST_INSN_RSM:
-        emulator_leave_smm(cpu, vcpu)
-    else:
-        handle_cr(cpu, vcpu, insn, operand)
-
-
-def handle_ept_violation(cpu: Cpu, vcpu: Vcpu) -> ExitToUser | None:
-    """handle_ept_violation()"""
-    exit_info = vcpu.exit
-    gpa, access = exit_info.gpa, exit_info.access
-    r = kvm_mmu_page_fault(cpu, vcpu, gpa, access, bool(exit_info.rights))
-    if r == RET_PF_RETRY:
-        # The guest will fault again at once, as long as the invalidation is in progress.
-        cpu_relax(cpu)
-    if r == RET_PF_EMULATE:
-        return ExitToUser("mmio", gpa, access == lib.ACCESS_WRITE)
-    if r == EFAULT:
-        return ExitToUser("fault", gpa, access == lib.ACCESS_WRITE)
-    if r == ENOMEM:
-        return ExitToUser("no-memory", gpa)
-    return None
 
 
 # --- KVM_RUN ------------------------------------------------------------------------------------------------

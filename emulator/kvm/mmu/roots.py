@@ -14,10 +14,10 @@ from emulator.kvm.kvm_host import (
     PG_LEVEL_512G,
 )
 from emulator.kvm.mmu.root_tracking import mmu_roots, record_flush, test_and_set_flushed
+from emulator.kvm.mmu.spte import root_to_sp
 from emulator.kvm.mmu.tdp_roots import kvm_tdp_mmu_alloc_root, kvm_tdp_mmu_put_root
 from emulator.kvm.structs import Kvm, KvmMmu, KvmMmuPage, KvmMmuPageRole, Vcpu
 from emulator.kvm.virt.requests import kvm_check_request, kvm_make_request
-from emulator.kvm.vmx.vmx import root_to_sp, vmx_flush_tlb_current, vmx_load_mmu_pgd
 from emulator.machine.runtime import Cpu
 from native import lib
 
@@ -156,7 +156,7 @@ def kvm_mmu_load(cpu: Cpu, vcpu: Vcpu) -> None:
     kvm, mmu = vcpu.kvm, vcpu.mmu
     cpu.stat(kvm.id, lib.STAT_MMU_LOAD)
     mmu.root = kvm_tdp_mmu_alloc_root(cpu, kvm, mmu.root_role)
-    vmx_load_mmu_pgd(cpu, vcpu, mmu.root)
+    kvm.x86_ops.load_mmu_pgd(cpu, vcpu, mmu.root)
     cpu.event(lib.EVENT_ROOT_LOAD, vcpu.id, mmu.root.hfn, vcpu.kvm.id)
     answer = kvm.policy.root_load(cpu, vcpu, mmu.root)
     known = answer == "root-tlb-gen" and test_and_set_flushed(cpu, mmu.root, answer)
@@ -164,7 +164,7 @@ def kvm_mmu_load(cpu: Cpu, vcpu: Vcpu) -> None:
         flush_elided(cpu, kvm, lib.REASON_ROOT_LOAD, mmu.root.hfn)
     else:
         record_flush(cpu, kvm, [mmu.root])
-        vmx_flush_tlb_current(cpu, vcpu, lib.REASON_ROOT_LOAD)
+        kvm.x86_ops.flush_tlb_current(cpu, vcpu, lib.REASON_ROOT_LOAD)
 
 
 def is_obsolete_root(root: KvmMmuPage) -> bool:

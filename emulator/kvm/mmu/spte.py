@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from typing import Final
 
 from emulator.kvm.kvm_host import PG_LEVEL_4K
-from emulator.kvm.structs import KvmMemorySlot
+from emulator.kvm.structs import KvmMemorySlot, KvmMmuPage
 from emulator.kvm.virt.slots import mark_page_dirty_in_slot
 from emulator.machine.runtime import Cpu
 from native import lib
@@ -104,3 +104,8 @@ def make_spte(cpu: Cpu, slot: KvmMemorySlot, gfn: int, level: int, pfn: PfnAndRi
     if pfn.host_writable and slot.dirty_track_enabled():
         mark_page_dirty_in_slot(cpu, slot, gfn)
     return spte
+
+
+def root_to_sp(root: KvmMmuPage) -> KvmMmuPage | None:
+    """root_to_sp(): return None for a root that has no shadow page (a dummy root, PAE roots)."""
+    return None if root.special else root

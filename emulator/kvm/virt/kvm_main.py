@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+from emulator.kvm.decisions import Decisions
+from emulator.kvm.structs import Kvm, KvmParams
+from emulator.kvm.virt import vm
 from emulator.kvm.virt.dirty_log import (
     kvm_vm_ioctl_clear_dirty_log,
     kvm_vm_ioctl_enable_manual_dirty_log,
@@ -24,7 +27,9 @@ from emulator.kvm.virt.requests import (
     kvm_vcpu_kick,
 )
 from emulator.kvm.virt.vcpu import kvm_sched_in, kvm_sched_out, vcpu_load, vcpu_put
-from emulator.kvm.virt.vm import kvm_create_vm, kvm_destroy_vm, kvm_vm_ioctl_create_vcpu
+from emulator.kvm.virt.vm import kvm_destroy_vm, kvm_vm_ioctl_create_vcpu
+from emulator.kvm.vmx.main import vt_x86_ops
+from emulator.machine.runtime import Cpu
 
 __all__ = [
     "kvm_create_vm",
@@ -50,3 +55,8 @@ __all__ = [
     "vcpu_load",
     "vcpu_put",
 ]
+
+
+def kvm_create_vm(cpu: Cpu, gfns: int, policy: Decisions, params: KvmParams | None = None) -> Kvm:
+    """kvm_create_vm() on a host where kvm-intel.ko is loaded."""
+    return vm.kvm_create_vm(cpu, gfns, policy, vt_x86_ops, params or KvmParams())

@@ -169,3 +169,9 @@ def kvm_flush_remote_tlbs_range(cpu: Cpu, kvm: Kvm, gfn: int, nr_pages: int, rea
 def kvm_flush_remote_tlbs_memslot(cpu: Cpu, kvm: Kvm, slot: KvmMemorySlot, reason: FlushReason) -> None:
     """kvm_flush_remote_tlbs_memslot(), under slots_lock: flush for the slot, without mmu_lock."""
     kvm_flush_remote_tlbs_range(cpu, kvm, slot.base_gfn, slot.npages, reason)
+
+
+def request_tlb_flush(cpu: Cpu, vcpu: Vcpu, reason: FlushReason) -> None:
+    """Make KVM_REQ_TLB_FLUSH of the vCPU that is being loaded."""
+    lib.vcpu_add_flush_reason(cpu.m, vcpu.id, reason)
+    kvm_make_request(cpu, vcpu, KVM_REQ_TLB_FLUSH)

@@ -4,14 +4,14 @@ from __future__ import annotations
 
 from emulator.kvm.host_work import vcpus_went_on
 from emulator.kvm.structs import Vcpu
-from emulator.kvm.vmx.vmx import request_tlb_flush, vmx_vcpu_load_vmcs
+from emulator.kvm.virt.requests import request_tlb_flush
 from emulator.machine.runtime import Cpu
 from native import lib
 
 
 def kvm_arch_vcpu_load(cpu: Cpu, vcpu: Vcpu) -> None:
     """kvm_arch_vcpu_load(): set vcpu->cpu after the vendor's hook, which still sees the old value."""
-    vmx_vcpu_load_vmcs(cpu, vcpu)
+    vcpu.kvm.x86_ops.vcpu_load(cpu, vcpu)
     join_pcpu_mask(cpu, vcpu)
     cpu.point("vcpu->cpu", vcpu.id, "write")
     lib.vcpu_set_cpu(cpu.m, vcpu.id, cpu.id)

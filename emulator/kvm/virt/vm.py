@@ -10,24 +10,21 @@ from emulator.kvm.mmu.tdp_mmu import kvm_tdp_mmu_zap_invalidated_roots
 from emulator.kvm.mmu.tdp_roots import kvm_tdp_mmu_invalidate_roots
 from emulator.kvm.structs import Kvm, KvmParams, Vcpu
 from emulator.kvm.virt.requests import kvm_make_request
-from emulator.kvm.vmx.vmcs import alloc_loaded_vmcs, allocate_vpid
-from emulator.kvm.vmx.vmx import vmx_vcpu_free
+from emulator.kvm.x86_ops import KvmX86Ops
 from emulator.machine.runtime import Cpu
 from native import lib
-from native.types import VcpuId, VmId
+from native.types import VmId
 
 
-def kvm_create_vm(cpu: Cpu, gfns: int, policy: Decisions, params: KvmParams | None = None) -> Kvm:
+def kvm_create_vm(cpu: Cpu, gfns: int, policy: Decisions, x86_ops: KvmX86Ops, params: KvmParams) -> Kvm:
     """kvm_create_vm(): make a VM with `gfns` pages of guest-physical address space, and no memslot yet."""
     vm = VmId(cpu.check(lib.vm_create(cpu.m, gfns)))
-    return Kvm(cpu.machine, vm, gfns, policy, params or KvmParams())
+    return Kvm(cpu.machine, vm, gfns, policy, x86_ops, params)
 
 
 def kvm_vm_ioctl_create_vcpu(cpu: Cpu, kvm: Kvm) -> Vcpu:
     """KVM_CREATE_VCPU: make a vCPU, then set its registers (KVM_SET_SREGS), as every user space does next."""
-    vpid = allocate_vpid(kvm.machine)
-    number = VcpuId(cpu.check(lib.vcpu_create(cpu.m, kvm.id)))
-    vcpu = Vcpu(kvm, number, vpid, alloc_loaded_vmcs(cpu, number, vpid))
+    vcpu = kvm.x86_ops.vcpu_create(cpu, kvm)
     kvm_arch_vcpu_ioctl_set_sregs(cpu, vcpu)
     with kvm.slots_lock.held(cpu):
         kvm.vcpus = (*kvm.vcpus, vcpu)
@@ -47,7 +44,7 @@ def kvm_destroy_vm(cpu: Cpu, kvm: Kvm) -> None:
     kvm_mmu_zap_all(cpu, kvm)  # kvm_mmu_notifier_release()
     for vcpu in kvm.vcpus:
         kvm_mmu_unload(cpu, vcpu)
-        vmx_vcpu_free(cpu, kvm, vcpu)
+        kvm.x86_ops.vcpu_free(cpu, vcpu)
         lib.vcpu_destroy(cpu.m, vcpu.id)
     kvm.vcpus = ()
     kvm_mmu_uninit_tdp_mmu(cpu, kvm)

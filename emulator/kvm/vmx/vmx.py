@@ -1,4 +1,4 @@
-"""arch/x86/kvm/vmx/vmx.c: the flush hooks, EPT_POINTER, VPIDs, and loading a VMCS on a pCPU."""
+"""arch/x86/kvm/vmx/vmx.c: the flush hooks, EPT_POINTER, loading a VMCS on a pCPU, vCPUs, and exits."""
 
 from __future__ import annotations
 
@@ -6,14 +6,25 @@ from typing import Final, Literal
 
 from emulator.kvm.accounting import flush_elided
 from emulator.kvm.decisions import Tracking
-from emulator.kvm.kvm_host import KVM_REQ_TLB_FLUSH, PG_LEVEL_256T
-from emulator.kvm.mmu.root_tracking import active_roots, mmu_roots, root_tlb_gen_is_old, test_and_set_flushed
+from emulator.kvm.kvm_host import PG_LEVEL_256T, X86_CR0_PG, ExitToUser
+from emulator.kvm.mmu.fault import EFAULT, ENOMEM, RET_PF_EMULATE, RET_PF_RETRY
+from emulator.kvm.mmu.page_fault import kvm_mmu_page_fault
+from emulator.kvm.mmu.root_tracking import mmu_roots, root_tlb_gen_is_old, test_and_set_flushed
+from emulator.kvm.mmu.spte import root_to_sp
+from emulator.kvm.regs import kvm_set_cr0, kvm_set_cr3, kvm_set_cr4
+from emulator.kvm.smm import emulator_leave_smm
 from emulator.kvm.structs import Kvm, KvmMmu, KvmMmuPage, Vcpu
-from emulator.kvm.virt.requests import kvm_make_request
-from emulator.kvm.vmx.vmcs import free_loaded_vmcs, free_vpid, loaded_vmcs_clear
-from emulator.machine.runtime import Cpu
+from emulator.kvm.virt.requests import request_tlb_flush
+from emulator.kvm.vmx.vmcs import (
+    alloc_loaded_vmcs,
+    allocate_vpid,
+    free_loaded_vmcs,
+    free_vpid,
+    loaded_vmcs_clear,
+)
+from emulator.machine.runtime import Cpu, MachineError, cpu_relax
 from native import lib
-from native.types import FlushReason, Hfn
+from native.types import FlushReason, Hfn, VcpuId
 
 # EPTP (SDM vol. 3C, 25.6.11): memory type, levels - 1, accessed and dirty flags enabled, page of the root.
 VMX_EPTP_MT_WB: Final = 6
@@ -22,11 +33,6 @@ VMX_EPTP_PWL_5: Final = 4 << 3
 VMX_EPTP_AD_ENABLE_BIT: Final = 1 << 6
 # INVALID_PAGE: the result of construct_eptp() for a root without a shadow page.
 INVALID_EPTP: Final = -1
-
-
-def root_to_sp(root: KvmMmuPage) -> KvmMmuPage | None:
-    """root_to_sp(): return None for a root that has no shadow page (a dummy root, PAE roots)."""
-    return None if root.special else root
 
 
 def construct_eptp(cpu: Cpu, kvm: Kvm, root: KvmMmuPage) -> int:
@@ -74,22 +80,6 @@ def vmx_flush_tlb_current(cpu: Cpu, vcpu: Vcpu, reason: FlushReason) -> None:
         return
     cpu.stat(vcpu.kvm.id, lib.STAT_FLUSH_CURRENT)
     vmx_flush_tlb_ept_root(cpu, vcpu.kvm, vcpu.mmu.root, reason)
-
-
-def vmx_flush_tlb_roots(cpu: Cpu, vcpu: Vcpu, reason: FlushReason) -> None:
-    """Execute INVEPT single on each root that this vCPU can use without kvm_mmu_load, as proposed on the list
-    in 2025."""
-    for root in active_roots(vcpu):
-        vmx_flush_tlb_ept_root(cpu, vcpu.kvm, root, reason)
-
-
-def vmx_flush_tlb_old_roots(cpu: Cpu, vcpu: Vcpu, reason: FlushReason) -> None:
-    """Execute INVEPT single on each of these roots if its generation moved on since this pCPU flushed it."""
-    for root in active_roots(vcpu):
-        if test_and_set_flushed(cpu, root, "root-tlb-gen"):
-            flush_elided(cpu, vcpu.kvm, reason, root.hfn)
-        else:
-            vmx_flush_tlb_ept_root(cpu, vcpu.kvm, root, reason)
 
 
 def vmx_flush_tlb_guest(cpu: Cpu, vcpu: Vcpu, reason: FlushReason) -> None:
@@ -188,13 +178,87 @@ def vmx_flush_tlb_before_entry(cpu: Cpu, vcpu: Vcpu) -> None:
         vmx_flush_tlb_ept_root(cpu, kvm, vcpu.mmu.root, lib.REASON_MIGRATION)
 
 
-def request_tlb_flush(cpu: Cpu, vcpu: Vcpu, reason: FlushReason) -> None:
-    """Make KVM_REQ_TLB_FLUSH of the vCPU that is being loaded."""
-    lib.vcpu_add_flush_reason(cpu.m, vcpu.id, reason)
-    kvm_make_request(cpu, vcpu, KVM_REQ_TLB_FLUSH)
+# --- vCPUs --------------------------------------------------------------------------------------------------
 
 
-def vmx_vcpu_free(cpu: Cpu, kvm: Kvm, vcpu: Vcpu) -> None:
+def vmx_vcpu_create(cpu: Cpu, kvm: Kvm) -> Vcpu:
+    """vmx_vcpu_create(): make the vCPU with a VPID and a VMCS, which is loaded nowhere yet."""
+    vpid = allocate_vpid(kvm.machine)
+    number = VcpuId(cpu.check(lib.vcpu_create(cpu.m, kvm.id)))
+    return Vcpu(kvm, number, vpid, alloc_loaded_vmcs(cpu, number, vpid))
+
+
+def vmx_vcpu_free(cpu: Cpu, vcpu: Vcpu) -> None:
     """vmx_vcpu_free(): free the VMCS, and let the VPID be reused."""
-    free_loaded_vmcs(cpu, kvm.id, vcpu.loaded_vmcs)
-    free_vpid(kvm.machine, vcpu.vpid)
+    free_loaded_vmcs(cpu, vcpu.kvm.id, vcpu.loaded_vmcs)
+    free_vpid(vcpu.kvm.machine, vcpu.vpid)
+
+
+def vmx_vcpu_reset(cpu: Cpu, vcpu: Vcpu) -> None:
+    """vmx_vcpu_reset() ends with vpid_sync_context(): execute INVVPID single at once, without a request."""
+    cpu.point("tlb", cpu.id, "write")
+    lib.flush_invvpid_single(cpu.m, cpu.id, vcpu.kvm.id, vcpu.vpid, lib.REASON_GUEST)
+
+
+def vmx_set_cr0(cpu: Cpu, vcpu: Vcpu, old_cr0: int, cr0: int) -> None:
+    """vmx_set_cr0(), with an unrestricted guest: turn its paging on or off.
+
+    In SMM and during RSM nothing is done, because the guest has no paging there.
+    """
+    if (cr0 ^ old_cr0) & X86_CR0_PG and not vcpu.arch.smm and not vcpu.arch.leaving_smm:
+        lib.vcpu_set_paging(cpu.m, vcpu.id, bool(cr0 & X86_CR0_PG))
+        if not cr0 & X86_CR0_PG:
+            lib.guest_invalidates_all(cpu.m, vcpu.id)
+
+
+# --- exits --------------------------------------------------------------------------------------------------
+
+
+def vmx_handle_exit(cpu: Cpu, vcpu: Vcpu) -> ExitToUser | None:
+    """vmx_handle_exit(): handle the exit; return why KVM_RUN ends, or None to enter again."""
+    reason = vcpu.exit.reason
+    cpu.stat(vcpu.kvm.id, lib.STAT_EXITS)
+    if reason == lib.EXIT_EPT_VIOLATION:
+        return handle_ept_violation(cpu, vcpu)
+    if reason == lib.EXIT_INSTRUCTION:
+        handle_instruction(cpu, vcpu, vcpu.exit.access, vcpu.exit.linear)
+    if reason == lib.EXIT_TRIPLE_FAULT:
+        return ExitToUser("shutdown")
+    if reason == lib.EXIT_EPT_MISCONFIG:
+        raise MachineError(f"EPT misconfiguration of {vcpu!r} at {vcpu.exit.gpa:#x}")
+    return None
+
+
+def handle_ept_violation(cpu: Cpu, vcpu: Vcpu) -> ExitToUser | None:
+    """handle_ept_violation()"""
+    exit_info = vcpu.exit
+    gpa, access = exit_info.gpa, exit_info.access
+    r = kvm_mmu_page_fault(cpu, vcpu, gpa, access, bool(exit_info.rights))
+    if r == RET_PF_RETRY:
+        # The guest will fault again at once, as long as the invalidation is in progress.
+        cpu_relax(cpu)
+    if r == RET_PF_EMULATE:
+        return ExitToUser("mmio", gpa, access == lib.ACCESS_WRITE)
+    if r == EFAULT:
+        return ExitToUser("fault", gpa, access == lib.ACCESS_WRITE)
+    if r == ENOMEM:
+        return ExitToUser("no-memory", gpa)
+    return None
+
+
+def handle_instruction(cpu: Cpu, vcpu: Vcpu, insn: int, operand: int) -> None:
+    """handle_cr(), and the emulation of RSM."""
+    if insn == lib.GUEST_INSN_RSM:
+        emulator_leave_smm(cpu, vcpu)
+    else:
+        handle_cr(cpu, vcpu, insn, operand)
+
+
+def handle_cr(cpu: Cpu, vcpu: Vcpu, insn: int, value: int) -> None:
+    """handle_cr(): handle an exit by MOV to a control register."""
+    if insn == lib.GUEST_INSN_MOV_CR0:
+        kvm_set_cr0(cpu, vcpu, value)
+    elif insn == lib.GUEST_INSN_MOV_CR3:
+        kvm_set_cr3(cpu, vcpu, value)
+    else:
+        kvm_set_cr4(cpu, vcpu, value)

@@ -16,10 +16,10 @@ from emulator.kvm.kvm_host import (
     X86_CR4_PAE,
     X86_CR4_PGE,
 )
-from emulator.kvm.regs import handle_cr
 from emulator.kvm.reset import apic_send_init, kvm_vcpu_reset
 from emulator.kvm.structs import Kvm
 from emulator.kvm.virt.requests import kvm_check_request, kvm_test_request
+from emulator.kvm.vmx.vmx import handle_cr
 from emulator.policy import Policy, preset
 from emulator.scenario.config import load_scenario
 from native import lib

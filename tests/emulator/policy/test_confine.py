@@ -13,7 +13,6 @@ import pytest
 import emulator.kvm.vmx.vmx as vmx
 from emulator.cli.main import main
 from emulator.policy import UserPolicyError, load_user_policy
-from emulator.policy.confine import load_patchable
 
 CLASS = """
 from emulator.policy import Policy
@@ -21,16 +20,9 @@ class Mine(Policy):
     def zap_scope(self, cpu, kvm):
         return super().zap_scope(cpu, kvm)
 """
-load_patchable()
-# A module that has imported the function.
-IMPORTER = next(
-    module
-    for name, module in sorted(sys.modules.items())
-    if name.startswith("emulator.kvm.") and module is not vmx and hasattr(module, "vmx_flush_tlb_all")
-)
-# vmx_flush_tlb_all() that does nothing, where it is defined, where it is imported, and in place.
+# vmx_flush_tlb_all() that does nothing, by name and in place; request_tlb_flush(), where vmx.py imports it.
 BY_NAME = "import emulator.kvm.vmx.vmx as vmx\nvmx.vmx_flush_tlb_all = lambda cpu, vcpu, reason: None\n"
-BY_IMPORT = f"import {IMPORTER.__name__} as x\nx.vmx_flush_tlb_all = lambda cpu, vcpu, reason: None\n"
+BY_IMPORT = "import emulator.kvm.vmx.vmx as vmx\nvmx.request_tlb_flush = lambda cpu, vcpu, reason: None\n"
 IN_PLACE = """
 import emulator.kvm.vmx.vmx as vmx
 vmx.vmx_flush_tlb_all.__code__ = (lambda cpu, vcpu, reason: None).__code__
@@ -79,11 +71,11 @@ def test_compare_runs_each_with_its_own_code(tmp_path: Path, capsys: pytest.Capt
 
 @pytest.mark.parametrize("bug", BUGS)
 def test_changes_are_in_place_while_a_machine_runs_only(bug: str, tmp_path: Path) -> None:
-    kept = [(vmx.vmx_flush_tlb_all, vmx.vmx_flush_tlb_all.__code__), vars(IMPORTER)["vmx_flush_tlb_all"]]
+    kept = [(vmx.vmx_flush_tlb_all, vmx.vmx_flush_tlb_all.__code__), vars(vmx)["request_tlb_flush"]]
     policy = load_user_policy(written(tmp_path, BUGS[bug] + CLASS))
 
     def now() -> object:
-        return [(vmx.vmx_flush_tlb_all, vmx.vmx_flush_tlb_all.__code__), vars(IMPORTER)["vmx_flush_tlb_all"]]
+        return [(vmx.vmx_flush_tlb_all, vmx.vmx_flush_tlb_all.__code__), vars(vmx)["request_tlb_flush"]]
 
     assert now() == kept
     with policy.confined():

@@ -1,0 +1,58 @@
+"""arch/x86/include/asm/kvm-x86-ops.h: what KVM's common code asks of the processor's vendor.
+
+Common code calls `kvm.x86_ops.flush_tlb_all(...)` where the kernel calls kvm_x86_call(flush_tlb_all)(...); it
+knows no vendor.  virt/kvm_main.py gives a VM its vendor's operations, as loading kvm-intel.ko does.
+"""
+
+from __future__ import annotations
+
+from typing import Protocol
+
+from emulator.kvm.kvm_host import ExitToUser
+from emulator.kvm.structs import Kvm, KvmMmuPage, Vcpu
+from emulator.machine.runtime import Cpu
+from native.types import FlushReason
+
+
+class KvmX86Ops(Protocol):
+    """struct kvm_x86_ops, as far as it is about roots and TLBs.
+
+    `reason` (enum flush_reason) is for the accounts.  The last two operations are in no kernel: per-root
+    tracking of flushes needs them.
+    """
+
+    def vcpu_create(self, cpu: Cpu, kvm: Kvm) -> Vcpu:
+        """Make a vCPU, with all that the vendor keeps for it.  Raises OutOfFrames."""
+
+    def vcpu_free(self, cpu: Cpu, vcpu: Vcpu) -> None:
+        """Release the vendor's part of a vCPU that runs no more."""
+
+    def vcpu_reset(self, cpu: Cpu, vcpu: Vcpu) -> None:
+        """Reset the vendor's part of a vCPU, on INIT."""
+
+    def vcpu_load(self, cpu: Cpu, vcpu: Vcpu) -> None:
+        """Prepare this pCPU for the vCPU; vcpu->cpu is still the pCPU that it was on before."""
+
+    def set_cr0(self, cpu: Cpu, vcpu: Vcpu, old_cr0: int, cr0: int) -> None:
+        """Give the hardware the guest's CR0."""
+
+    def handle_exit(self, cpu: Cpu, vcpu: Vcpu) -> ExitToUser | None:
+        """Handle the exit; return why KVM_RUN ends, or None to enter again."""
+
+    def load_mmu_pgd(self, cpu: Cpu, vcpu: Vcpu, root: KvmMmuPage) -> None:
+        """Give the hardware the root, for the next entry."""
+
+    def flush_tlb_all(self, cpu: Cpu, vcpu: Vcpu, reason: FlushReason) -> None:
+        """Flush all entries of this pCPU that any context of the vCPU may use."""
+
+    def flush_tlb_current(self, cpu: Cpu, vcpu: Vcpu, reason: FlushReason) -> None:
+        """Flush the entries of the vCPU's current root on this pCPU."""
+
+    def flush_tlb_guest(self, cpu: Cpu, vcpu: Vcpu, reason: FlushReason) -> None:
+        """Flush the entries that the guest knows of, but none that stands for the host's tables alone."""
+
+    def flush_tlb_root(self, cpu: Cpu, kvm: Kvm, root: KvmMmuPage, reason: FlushReason) -> None:
+        """Flush the entries of one root on this pCPU, current or not."""
+
+    def flush_tlb_before_entry(self, cpu: Cpu, vcpu: Vcpu) -> None:
+        """Flush the current root if its generation is old, with interrupts off and mode IN_GUEST_MODE."""
