@@ -121,7 +121,7 @@ ERRORS: dict[str, tuple[str, str]] = {
     ),
     "takes away": (
         edited(("def kvm_inject_smi(", "def inject_smi(")),
-        "{name}: emulator/kvm/smm.py: takes kvm_inject_smi away, which emulator/",
+        "{name}: emulator/kvm/smm.py: takes kvm_inject_smi away, which ",
     ),
     "base": (
         f"Flushlab-Base: linux-9.9\n---\n{NO_FLUSH}",
