@@ -147,7 +147,7 @@ def _closing(document: Mapping[str, Any], lines: Sequence[Line]) -> Iterator[str
         more = f" and {len(places) - _NAMED_STEPS} more" if len(places) > _NAMED_STEPS else ""
         at = f" at step {', '.join(places[:_NAMED_STEPS])}{more}" if places else ""
         yield f"precondition ({wanted}): met{at}"
-    else:
+    elif not document.get("violation"):
         yield f"precondition ({wanted}): not met here; --reach needs looks for an execution that meets it"
 
 

@@ -163,6 +163,9 @@ def test_a_precondition_that_is_not_met_says_so() -> None:
     steps = [{**one, "did": {**one["did"], "dangers": {}}} for one in STEPS]
     course = course_of(document(steps=steps, trace={**TRACE, "evidence": {}}))
     assert any("(averted): not met" in line for line in course.closing)
+    violation = {"kind": "use-after-free", "text": "the report"}
+    cut = course_of(document(steps=steps, trace={**TRACE, "evidence": {}}, violation=violation))
+    assert not [line for line in cut.closing if line.startswith("precondition")]
     nothing = course_of(document(trace={**TRACE, "needs": ["nothing"]}))
     assert not [line for line in nothing.closing if line.startswith("precondition")]
 
