@@ -205,6 +205,17 @@ def test_guests_operations_have_their_row_where_they_are_executed() -> None:
     assert {op.verb for op in GUEST_OPS} | {"wait"} == GUEST_VERBS
 
 
+@pytest.mark.parametrize("text", ["", " \n"])
+def test_an_operation_without_a_word(text: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    path = tmp_path / "bad.json"
+    nameless = {**STEPS[0], "did": {"op": {"n": 1, "text": text}}}
+    path.write_text(json.dumps(document(steps=[nameless, *STEPS[1:]])))
+    assert main(["explain", str(path)]) == 2
+    out, err = capsys.readouterr()
+    assert (out, err.count("\n")) == ("", 1)
+    assert "steps[0].did.op.text: found" in err
+
+
 @pytest.mark.parametrize("form", ["text", "svg", "json", "perfetto"])
 @settings(deadline=None, max_examples=60, suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(data=st.data())

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -10,7 +11,7 @@ import pytest
 
 from emulator.errors import BadInput
 from emulator.explain.course import OPERATION, course_of
-from emulator.explore.engine.scheduler import Execution
+from emulator.explore.engine.scheduler import Divergence, Execution
 from emulator.explore.machine.program import LitmusProgram
 from emulator.explore.results.record import Recording
 from emulator.explore.results.replay import replay
@@ -262,9 +263,45 @@ def test_a_trace_is_replayed_from_its_file(tmp_path: Path) -> None:
     recording.write(path)
     again = replay(path)
     assert again.document() == recording.document()
-    path.write_text(path.read_text().replace('"tlb": "miss"', '"tlb": "hit"'))
-    with pytest.raises(Exception, match="did is"):
-        replay(path)
+    document = recording.document()
+    for other, words in (
+        ({"steps": [{**document["steps"][0], "did": {}}, *document["steps"][1:]]}, "did is"),
+        ({"trace": {**document["trace"], "met": False}}, "trace is not what was recorded"),
+        ({"verdict": "violations"}, "verdict is not what was recorded"),
+    ):
+        path.write_text(json.dumps({**document, **other}))
+        with pytest.raises(Divergence, match=words):
+            replay(path)
+
+
+def test_a_store_and_an_invalidation_are_told_once() -> None:
+    ops = '"map 0x100 0x10", "write 0x100", "write 0x100", "invlpg 0x100", "read 0x100"'
+    text = f"""
+        doc = "d"
+        source = "s"
+        [[vm]]
+        paging = true
+        [threads.v0]
+        vcpu = 0
+        ops = [{ops}]
+        [threads.k]
+        ops = ["log-arm"]
+    """
+    recording = found(small(text), numbered(1))
+    events = [event["kind"] for step in recording.steps for event in step["events"]]
+    assert {"store", "guest_invalidate"} <= set(events)
+    assert not rows(recording, "store", "guest_invalidate")
+    told = [text for _, text in rows(recording, OPERATION)]
+    assert ("v0: invlpg 0x100", "drops page 0x100") in told
+    assert [text[0] for text in told if text[0] == "v0: write 0x100"]
+
+
+def test_the_guest_is_left_before_the_next_operation_begins() -> None:
+    test = small(SMALL.replace('"wait mm 2"', '"wait mm 2", "migrate 1"'))
+    told = [text[0] for _, text in rows(found(test, numbered(1)), OPERATION, "exit", "load")]
+    moves = told.index("v0: migrate 1")
+    assert told[moves - 1] == "VM exit (program end)"
+    assert told[moves + 1] == "vmx_vcpu_load_vmcs(v0)"
 
 
 def test_observation_changes_nothing() -> None:
