@@ -32,7 +32,7 @@ class Recorded(_Part):
     """A definition, and the versions that have it."""
 
     fingerprint: Annotated[str, Field(pattern=r"^[0-9a-f]{16}$")]
-    file: Annotated[str, Field(min_length=1, max_length=200)]
+    file: Annotated[str, Field(min_length=1)]
     versions: Annotated[list[_Version], Field(min_length=1)]
 
 
@@ -91,7 +91,9 @@ def record_tree(path: Path, tree: LinuxTree, names: Iterable[str]) -> Record:
         for one in old.functions.get(name, ()) if old else ():
             found[one.fingerprint, one.file] = set(one.versions) - {tree.version}
         for place in tree.functions.get(name, ()):
-            found.setdefault((place.fingerprint, place.file), set()).add(tree.version)
+            # JSON has no lone surrogates, which stand for bytes that are no UTF-8.
+            file = place.file.encode("utf-8", "backslashreplace").decode()
+            found.setdefault((place.fingerprint, file), set()).add(tree.version)
         entries = [
             Recorded(fingerprint=mark, file=file, versions=sorted(versions, key=_order))
             for (mark, file), versions in found.items()

@@ -31,7 +31,7 @@ def as_text(tree: LinuxTree, base: Base, findings: list[Finding], everything: bo
             lines += _wrapped(row)
         lines.append("")
     numbers = ", ".join(f"{number} {status}" for status, number in counts(findings).items())
-    lines.append(f"{len(findings)} cited functions: {numbers}")
+    lines.append(f"cited functions: {len(findings)}; {numbers}")
     return "\n".join(lines) + "\n"
 
 

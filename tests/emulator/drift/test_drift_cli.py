@@ -53,7 +53,7 @@ def test_the_modelled_version_has_not_changed(own_record: Path, capsys: Captured
     assert capsys.readouterr().out.splitlines() == [
         "Linux 7.3.0, compared with Linux 7.3.0, which the model follows",
         "",
-        "8 cited functions: 8 same, 0 changed, 0 gone, 0 added, 0 not recorded",
+        "cited functions: 8; 8 same, 0 changed, 0 gone, 0 added, 0 not recorded",
     ]
 
 

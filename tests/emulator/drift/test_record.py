@@ -56,6 +56,18 @@ def test_a_version_is_replaced_and_what_is_not_cited_any_more_leaves(tmp_path: P
     assert second.functions["kvm_mmu_unload"] == first.functions["kvm_mmu_unload"]
 
 
+def test_odd_names_of_files_are_recorded(tmp_path: Path) -> None:
+    tree = copied(LINUX_OLD, tmp_path / "tree")
+    folder = tree / "arch/x86/kvm" / ("deep/" * 60)
+    folder.mkdir(parents=True)
+    (folder / "\udcff.c").write_text("void kvm_mmu_zap_all(void) { }\n")
+    file = tmp_path / "own.json"
+    for _ in range(2):
+        record_tree(file, read_tree(tree), ["kvm_mmu_zap_all"])
+    (one,) = load_record(file).functions["kvm_mmu_zap_all"]
+    assert one.file.startswith("arch/x86/kvm/deep/deep/")
+
+
 def test_versions_are_in_the_order_of_releases(tmp_path: Path) -> None:
     file = tmp_path / "own.json"
     for number, version in enumerate(["6.12.3", "6.9.0", "7.0.0", "6.12.10"]):
