@@ -4,8 +4,7 @@
 #include "core/machine_types.h"
 #include "guest/guest.h"
 #include "guest/guest_pages.h"
-#include "memory/frame.h"
-#include "oracle/ledger.h"
+#include "guest/guest_promise.h"
 #include "vm/guest_state.h"
 #include "vm/vm.h"
 
@@ -13,19 +12,11 @@
  * it. */
 static void lose(struct machine *m, struct vcpu *v, struct guest_page *gp)
 {
-	uint32_t gfn = gp->gfn;
-	struct ledger_entry e;
-
-	if (gfn == (uint32_t)GUEST_NO_GFN)
+	if (gp->gfn == (uint32_t)GUEST_NO_GFN)
 		return;
-	gp->changed = v->guest->clock;
+	guest_promise(m, v, gp, gp->gfn, true);
 	gp->gfn = (uint32_t)GUEST_NO_GFN;
 	gp->writable = gp->huge = 0;
-	if (gfn >= m->vms[v->vm].gfns)
-		return;
-	ledger_copy(m, v->vm, gfn, &e);
-	if (e.hfn < m->frames->count)
-		frame_tag_advance(m->frames, e.hfn);
 }
 
 static void lose_process(struct machine *m, struct vcpu *v, struct guest_process *p)

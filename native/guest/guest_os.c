@@ -9,9 +9,8 @@
 #include "guest/access.h"
 #include "guest/guest.h"
 #include "guest/guest_pages.h"
+#include "guest/guest_promise.h"
 #include "guest/guest_tables.h"
-#include "memory/frame.h"
-#include "oracle/ledger.h"
 #include "tlb/tlb.h"
 #include "tlb/tlb_flush.h"
 #include "vm/guest_state.h"
@@ -62,21 +61,11 @@ static void invalidate_page(struct walk *w, const struct guest_process *p, uint6
 	event_record(w->m, w->cpu->id, event_of(w->vcpu->vm, EVENT_GUEST_INVALIDATE), w->vcpu->id, page);
 }
 
-/* Record that the guest removed a right: a vCPU that still translates to the frame must ask the oracle. */
+/* Record that the guest removed a right. */
 static void changed(struct walk *w, struct guest_page *gp, bool all)
 {
-	struct ledger_entry e;
-	uint64_t now = ++w->guest->clock;
-
-	if (all)
-		gp->changed = now;
-	else
-		gp->protected_ = now;
-	if (gp->gfn >= w->m->vms[w->vcpu->vm].gfns)
-		return;
-	ledger_copy(w->m, w->vcpu->vm, gp->gfn, &e);
-	if (e.hfn < w->m->frames->count)
-		frame_tag_advance(w->m->frames, e.hfn);
+	w->guest->clock++;
+	guest_promise(w->m, w->vcpu, gp, gp->gfn, all);
 }
 
 /* Apply to all pages of the trace that share the mapping: one, or those of a 2 MiB page. */

@@ -11,9 +11,8 @@
 #include "core/machine_types.h"
 #include "guest/access.h"
 #include "guest/guest_os.h"
+#include "guest/guest_promise.h"
 #include "guest/guest_tables.h"
-#include "memory/frame.h"
-#include "oracle/ledger.h"
 #include "sync/cpu.h"
 #include "tlb/tlb_flush.h"
 #include "vm/guest_state.h"
@@ -112,19 +111,11 @@ static void note_change(struct walk *w, uint64_t page, const struct guest_page *
 static void settle(struct walk *w, const struct pending *change)
 {
 	struct guest_page *gp = guest_page_find(w->guest, change->process, change->page);
-	struct ledger_entry e;
 
 	if (!gp)
 		return;
-	if (change->all)
-		gp->changed = ++w->guest->clock;
-	else
-		gp->protected_ = ++w->guest->clock;
-	if (change->gfn >= w->m->vms[w->vcpu->vm].gfns)
-		return;
-	ledger_copy(w->m, w->vcpu->vm, change->gfn, &e);
-	if (e.hfn < w->m->frames->count)
-		frame_tag_advance(w->m->frames, e.hfn);
+	w->guest->clock++;
+	guest_promise(w->m, w->vcpu, gp, change->gfn, change->all);
 }
 
 /* The scope of an invalidation. */

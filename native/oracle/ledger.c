@@ -244,6 +244,17 @@ void ledger_copy(struct machine *m, uint32_t vm, uint64_t gfn, struct ledger_ent
 	ledger_release(&c);
 }
 
+void ledger_announce(struct machine *m, uint32_t vm, uint64_t gfn)
+{
+	struct ledger_entry e;
+
+	if (gfn >= m->vms[vm].gfns)
+		return;
+	ledger_copy(m, vm, gfn, &e);
+	if (e.hfn < m->frames->count)
+		frame_tag_advance(m->frames, e.hfn);
+}
+
 uint32_t oracle_right(struct machine *m, uint32_t vm, uint64_t gfn, uint32_t *hfn)
 {
 	struct ledger_entry e;

@@ -92,6 +92,9 @@ void ledger_grant_write(struct machine *m, uint32_t vm, uint64_t gfn, uint32_t h
 			uint32_t custody);
 /* Ungrant an SPTE's read and write, or write only; the frames' tags are advanced. */
 void ledger_ungrant(struct machine *m, uint32_t vm, uint64_t gfn, uint32_t hfn, uint64_t n, bool read, bool write);
+/* Announce that a promiser other than KVM has taken away a right to this gfn: each later use of the frame behind it
+ * asks the oracle. */
+void ledger_announce(struct machine *m, uint32_t vm, uint64_t gfn);
 /* Take one consistent copy. */
 void ledger_copy(struct machine *m, uint32_t vm, uint64_t gfn, struct ledger_entry *out);
 

@@ -21,12 +21,20 @@ static bool is_write(uint32_t type)
 	return type == ACCESS_WRITE;
 }
 
+/* An access of `type` to `page`, which the entry translates. */
+struct use {
+	const struct vcpu *vcpu;
+	const struct tlb_entry *entry;
+	uint64_t page;
+	uint32_t type;
+};
+
 /* Judge by the state of the right that the entry stands for; the caller has read the frame's tag before. */
-static void judge_right(struct machine *m, const struct tlb_entry *entry, uint64_t page, uint32_t type,
-			struct judgement *j)
+static uint32_t judge_kvm(struct machine *m, const struct use *use, struct judgement *j)
 {
-	uint64_t gfn = entry->gfn + (page - entry->page);
-	uint32_t hfn = entry->hfn + (uint32_t)(page - entry->page);
+	const struct tlb_entry *entry = use->entry;
+	uint64_t gfn = entry->gfn + (use->page - entry->page);
+	uint32_t hfn = entry->hfn + (uint32_t)(use->page - entry->page), type = use->type;
 	struct ledger_entry e = { .hfn = 0xffffffff };
 	bool freed = frame_freed_since(m->frames, hfn, entry->custody), held;
 
@@ -42,30 +50,49 @@ static void judge_right(struct machine *m, const struct tlb_entry *entry, uint64
 	if (held && !freed) {
 		if (!(is_write(type) ? e.live_write : e.live_read))
 			j->verdict = VERDICT_LEGAL_STALE;
-		return;
+		return 0;
 	}
-	j->verdict = VERDICT_VIOLATION;
-	if (!held)
-		j->kinds |= 1u << VIOLATION_STALE_AFTER_REVOKE;
-	if (freed)
-		j->kinds |= 1u << VIOLATION_USE_AFTER_FREE;
+	return (held ? 0 : 1u << VIOLATION_STALE_AFTER_REVOKE) | (freed ? 1u << VIOLATION_USE_AFTER_FREE : 0);
+}
+
+static uint32_t judge_guest(struct machine *m, const struct use *use, struct judgement *j)
+{
+	(void)m;
+	(void)j;
+	return guest_invalidated(use->vcpu, use->entry, use->page, use->type) ? 1u << VIOLATION_GUEST_STALE : 0;
+}
+
+/* Return the kinds of violation by which the use breaks the promiser's promises. */
+typedef uint32_t promiser_judge(struct machine *m, const struct use *use, struct judgement *j);
+
+static const struct {
+	promiser_judge *judge;
+	uint32_t kinds; /* all that it may return */
+} promisers[PROMISERS] = {
+	[PROMISER_KVM] = { judge_kvm, 1u << VIOLATION_STALE_AFTER_REVOKE | 1u << VIOLATION_USE_AFTER_FREE },
+	[PROMISER_GUEST] = { judge_guest, 1u << VIOLATION_GUEST_STALE },
+};
+
+uint32_t oracle_kinds_of(enum promiser promiser)
+{
+	return promisers[promiser].kinds;
 }
 
 void oracle_judge(struct machine *m, const struct vcpu *vcpu, uint32_t life, const struct tlb_entry *entry,
 		  uint64_t page, uint32_t type, struct judgement *j)
 {
 	uint32_t hfn = entry->hfn + (uint32_t)(page - entry->page);
+	struct use use = { vcpu, entry, page, type };
 
 	memset(j, 0, sizeof(*j));
 	/* Before the ledger: a later change there makes this tag old (oracle.h, order). */
 	j->right = (uint32_t)atomic_load_explicit(&m->frames->tag[hfn], memory_order_acquire) | life << 16;
-	judge_right(m, entry, page, type, j);
+	for (uint32_t promiser = 0; promiser < PROMISERS; promiser++)
+		j->kinds |= promisers[promiser].judge(m, &use, j);
 	if (entry->vm != vcpu->vm)
 		j->kinds |= 1u << VIOLATION_CROSS_VM;
 	if (entry->right[type] != RIGHT_NONE && entry->right[type] >> 16 != life)
 		j->kinds |= 1u << VIOLATION_FOREIGN_ROOT;
-	if (guest_invalidated(vcpu, entry, page, type))
-		j->kinds |= 1u << VIOLATION_GUEST_STALE;
 	if (j->kinds)
 		j->verdict = VERDICT_VIOLATION;
 }

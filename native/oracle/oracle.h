@@ -34,6 +34,14 @@ enum violation {
 	VIOLATIONS
 };
 
+/* The parties that promise that a translation is used no more.  Each has a record of its promises, and kinds of
+ * violation that break them. */
+enum promiser {
+	PROMISER_KVM,   /* to the host and to user space (enum promise): recorded in the ledger, by gfn */
+	PROMISER_GUEST, /* to itself, by changing and invalidating a mapping: recorded in the vCPU's guest, by linear page */
+	PROMISERS
+};
+
 struct violation_report {
 	uint32_t kinds;    /* all kinds that apply, a bit per violation */
 	uint32_t cpu;      /* pCPU of the access */
@@ -98,6 +106,8 @@ struct judgement {
 	uint64_t promise_time;
 };
 
+/* Return the kinds of violation that break this promiser's promises: a bit per violation. */
+uint32_t oracle_kinds_of(enum promiser promiser);
 /* The slow, exact check: judge whether `vcpu`, running with root life `life`, may use `entry` for an access of
  * `type` to `page` (4 KiB units, within the entry).  Has no effects. */
 void oracle_judge(struct machine *m, const struct vcpu *vcpu, uint32_t life, const struct tlb_entry *entry,

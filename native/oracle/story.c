@@ -101,7 +101,7 @@ static void tell_entry(struct telling *t, const struct violation_report *r, cons
 	int32_t before_fill = (int32_t)((uint32_t)r->entry.clock - e->more);
 	/* The clock stands still while the guest faults: a later promise cannot be older than the entry. */
 	bool lost = r->kinds & 1u << VIOLATION_LOST_DIRTY;
-	bool promised = r->promise_time && !(r->kinds & 1u << VIOLATION_GUEST_STALE) && e->time > r->promise_time;
+	bool promised = r->promise_time && !(r->kinds & oracle_kinds_of(PROMISER_GUEST)) && e->time > r->promise_time;
 
 	if (lost) {
 		/* Any vCPU's fault may have made the page writable.  Only the last few are told, because they
