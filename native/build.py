@@ -34,9 +34,11 @@ def _by_path(name: str) -> None:
 
 
 _by_path("headers")
+_by_path("description")
 _by_path("brief")
 
 from native.brief import keep_gil  # noqa: E402
+from native.description import Malformed, described_calls, read  # noqa: E402
 from native.headers import HERE, declarations, headers, public_headers, sources  # noqa: E402
 
 ROOT = HERE.parent
@@ -77,6 +79,15 @@ def ffibuilder() -> FFI:
     return ffi
 
 
+def _brief_calls() -> list[str]:
+    """Return the calls during which Python keeps the GIL."""
+    try:
+        described = described_calls()
+    except Malformed as error:
+        sys.exit(str(error))
+    return [name for name, one in described.items() if read(one).keeps_gil]
+
+
 class BuildExt(build_ext):
     """`build_ext` that writes cffi's wrapper source first and then compiles it with the core.
 
@@ -107,7 +118,7 @@ class BuildExt(build_ext):
             generated.parent.mkdir(parents=True, exist_ok=True)
             emitted = generated.with_suffix(".cffi.c")
             ffibuilder().emit_c_code(str(emitted))
-            wrappers = keep_gil(emitted.read_text())
+            wrappers = keep_gil(emitted.read_text(), _brief_calls())
             if not generated.exists() or generated.read_text() != wrappers:
                 generated.write_text(wrappers)
             ext.sources = [*ext.sources, str(generated)]
@@ -139,9 +150,10 @@ def build_in_place() -> None:
     command.force = "--force" in sys.argv
     distribution.run_command("build_ext")
     # Not at the top: pip's build cannot import the package `native`.
-    from native.stub import update
+    from native import description, stub
 
-    update()
+    stub.update()
+    description.update()
 
 
 if __name__ == "__main__":

@@ -110,16 +110,23 @@ enum flush_reason {
 };
 
 /* Sum all CPUs' counters into values[COUNTERS]. */
+/* call: aside */
 void counters_sum(struct machine *m, uint64_t *values);
 /* Return the sum of one counter. */
+/* call: anything */
 uint64_t counter_sum(struct machine *m, uint32_t counter);
 /* Read one CPU's values[COUNTERS]. */
+/* call: aside */
 void counters_read(struct machine *m, uint32_t cpu, uint64_t *values);
 /* Sum a histogram into buckets[HISTOGRAM_BUCKETS], and its nanoseconds into sum. */
+/* call: anything */
 void histogram_sum(struct machine *m, uint32_t histogram, uint64_t *buckets, uint64_t *sum);
 /* Sum flushes[vms * SCOPES * REASONS] and, in that shape, the flushes that averted a use (necessary). */
+/* call: anything */
 void flushes_sum(struct machine *m, uint64_t *flushes, uint64_t *necessary);
+/* call: anything; keeps-gil */
 void counter_add(struct machine *m, uint32_t cpu, uint32_t counter, uint64_t n);
+/* call: local; keeps-gil */
 void histogram_record(struct machine *m, uint32_t cpu, uint32_t histogram, uint64_t nanoseconds);
 /* end api */
 

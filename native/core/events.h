@@ -54,10 +54,13 @@ struct event {
 	uint64_t b;
 };
 
+/* call: local; keeps-gil */
 void event_record(struct machine *m, uint32_t cpu, uint32_t kind, uint64_t a, uint64_t b);
 /* Return the number of events that a CPU has recorded so far. */
+/* call: anything */
 uint64_t events_count(struct machine *m, uint32_t cpu);
 /* Copy the last events of a CPU, oldest first; returns their number (the ring holds 1024). */
+/* call: anything */
 uint32_t events_read(struct machine *m, uint32_t cpu, struct event *events, uint32_t max);
 /* end api */
 

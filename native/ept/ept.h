@@ -33,17 +33,23 @@ enum spte_shift {
 };
 
 /* Allocate a zeroed table page (kind FRAME_ROOT or FRAME_TABLE), or MACHINE_NOMEM. */
+/* call: step table; writes root_frames if kind == FRAME_ROOT; writes table_frames if kind != FRAME_ROOT;
+ * writes table(result) if result >= 0; at frames */
 int64_t ept_table_alloc(struct machine *m, uint32_t cpu, uint32_t kind);
+/* call: part; reads ept, table(table); keeps-gil */
 uint64_t spte_read(struct machine *m, uint32_t table, uint32_t index);
 
 /* Walk from a root towards gfn without changing anything: sptes[level] and tables[level] are filled from
  * the root's level down to the returned level (where the walk met a leaf, a non-present or level 1).
  * Lockless: call under rcu_read_lock. */
+/* call: step sptes; reads ept, table(root); keeps-gil */
 int tdp_mmu_get_walk(struct machine *m, uint32_t root, uint32_t root_level, uint64_t gfn, uint64_t *sptes,
 		     uint32_t *tables);
 
 /* Free a table now, or after a grace period (call_rcu with tdp_mmu_free_sp_rcu_callback). */
+/* call: step table; writes root_frames, table_frames, tables, table(table); at frames */
 void ept_table_free(struct machine *m, uint32_t cpu, uint32_t table);
+/* call: step call_rcu; writes callbacks, freed(table) */
 int ept_table_free_rcu(struct machine *m, uint32_t cpu, uint32_t table);
 /* end api */
 

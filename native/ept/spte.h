@@ -16,12 +16,15 @@
 /* api */
 /* make_spte(): a present leaf; level > 1 sets the page-size bit.  W and MMU-writable iff both flags are set;
  * A always, D iff W (KVM marks the page dirty in the log when it maps it writable). */
+/* call: local; keeps-gil */
 uint64_t make_spte(uint32_t hfn, uint32_t custody, uint32_t level, int writable, int host_writable);
 /* make_nonleaf_spte() for a table page. */
+/* call: local; keeps-gil */
 uint64_t make_nonleaf_spte(struct machine *m, uint32_t table);
 
 /* Return whether the frame behind a non-leaf SPTE of `level` is still the table that the SPTE was made for.  If
  * not, a software walk went through freed memory, and that is reported. */
+/* call: step sptes; reads ept, table_below(spte) */
 int tdp_table_holds(struct machine *m, uint32_t cpu, uint32_t vm, uint64_t spte, uint32_t level, uint64_t gfn);
 /* end api */
 

@@ -9,10 +9,12 @@
 
 /* __tdp_mmu_set_spte_atomic(): cmpxchg under mmu_lock for read.  0, or MACHINE_AGAIN if the SPTE changed.
  * Keeps the ledger for leaf SPTEs; the caller takes care of removed tables (handle_removed_pt). */
+/* call: step spte; reads ept, table(table), rights(new_spte, level); writes ept if result == 0; keeps-gil */
 int tdp_mmu_set_spte_atomic(struct machine *m, uint32_t cpu, uint32_t vm, uint32_t table, uint32_t index,
 			    uint32_t level, uint64_t gfn, uint64_t old_spte, uint64_t new_spte);
 /* tdp_mmu_set_spte(): under mmu_lock for write; returns the SPTE actually replaced.  (All ones: invalid
  * arguments, named by machine_error_text() as for MACHINE_MISUSE of the other steps.) */
+/* call: step spte; reads table(table), rights(new_spte, level); writes ept */
 uint64_t tdp_mmu_set_spte(struct machine *m, uint32_t cpu, uint32_t vm, uint32_t table, uint32_t index,
 			  uint32_t level, uint64_t gfn, uint64_t new_spte);
 /* end api */

@@ -28,10 +28,13 @@ struct tdp_removal {
 
 /* Begin at a table that was linked by `spte`, of `level`.  If the frame is no longer that table, this is
  * reported, and there is nothing to do. */
+/* call: part; reads ept, tables_on_path(removal); reads custody if removal->set_pfn and removal->leafs */
 int tdp_removal_begin(struct machine *m, uint32_t cpu, uint32_t vm, struct tdp_removal *removal, uint64_t spte,
 		      uint32_t level, uint64_t gfn, int shared);
 /* Process at most `max` entries, of one page.  0, or MACHINE_AGAIN at an entry that another CPU has frozen:
  * that CPU must run, and its flush may need this CPU's acknowledgement, before the next step. */
+/* call: step sptes; reads tables_on_path(removal); reads custody if removal->set_pfn and removal->leafs;
+ * writes ept */
 int tdp_removal_step(struct machine *m, uint32_t cpu, uint32_t vm, struct tdp_removal *removal, uint32_t max);
 /* end api */
 

@@ -54,6 +54,8 @@ struct tdp_chunk {
 
 /* 0, or an error.  A call ends early at an SPTE that another CPU has frozen (shared walks that remove rights):
  * done is not set and next_gfn is unchanged; the other CPU must have a chance to run before the next call. */
+/* call: step sptes; reads ept, table(chunk->root); reads custody if chunk->set_pfn and chunk->changed;
+ * writes ept if chunk->changed and chunk->walk != TDP_COUNT */
 int tdp_walk_chunk(struct machine *m, uint32_t cpu, uint32_t vm, struct tdp_chunk *chunk, uint32_t max);
 /* end api */
 

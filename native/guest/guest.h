@@ -13,19 +13,24 @@
 #include "vm/guest_state.h"
 
 /* api */
+/* call: aside */
 int guest_configure(struct machine *m, uint32_t vcpu, const struct guest_config *config);
 /* Add a process that replays records[n] (as emulator.traces defines them) for ever; pages[] are the sorted
  * distinct page numbers in them.  The caller keeps the arrays, which must outlive the guest. */
+/* call: aside */
 int guest_add_process(struct machine *m, uint32_t vcpu, const uint64_t *records, uint64_t n,
 		      const uint64_t *pages, uint64_t n_pages);
 
 /* Return the number of guest-physical frames that this vCPU's OS uses now. */
+/* call: anything */
 uint64_t guest_frames_used(struct machine *m, uint32_t vcpu);
 /* Return the accesses and changes so far, with the vCPU's number above bit GUEST_CLOCK_VCPU.  The guest stores
  * this value, so no two stores of a machine have equal values. */
 enum { GUEST_CLOCK_VCPU = 48 };
+/* call: aside */
 uint64_t guest_clock(struct machine *m, uint32_t vcpu);
 /* Skip the instruction that exited (MMIO emulated by user space). */
+/* call: aside; keeps-gil */
 void guest_skip(struct machine *m, uint32_t vcpu);
 /* end api */
 

@@ -9,6 +9,7 @@
  * again.  It knows nothing of the former contents of its memory: all of it is free, page tables are built anew,
  * and no earlier translation is valid.  First it sets up CR4 and CR0, which exits.  A program is only taken out
  * of HLT and continues. */
+/* call: aside */
 void guest_boot(struct machine *m, uint32_t vcpu);
 /* end api */
 

@@ -9,6 +9,7 @@
 #include "core/machine_types.h"
 
 /* api */
+/* calls: anything */
 enum guest_insn {
 	GUEST_INSN_NONE,
 	GUEST_INSN_MOV_CR0,
@@ -28,8 +29,10 @@ int guest_executed(struct machine *m, uint32_t vcpu);
  * runs. */
 void guest_set_smi_handler(struct machine *m, uint32_t vcpu, const uint64_t *records, uint64_t n);
 /* Called by the vCPU's thread, outside guest mode: SMM begins (no paging) or ends (paging as before it). */
+/* call: aside */
 void vcpu_set_smm(struct machine *m, uint32_t vcpu, int on);
 /* Set or clear CR0.PG. */
+/* call: aside */
 void vcpu_set_paging(struct machine *m, uint32_t vcpu, int on);
 /* end api */
 

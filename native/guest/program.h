@@ -46,15 +46,21 @@ struct guest_op {
 /* Copy ops[n], which the vCPU executes from its next entry on until EXIT_PROGRAM_END; it repeats that exit
  * until it is given another program.  Only while the vCPU is outside guest mode.  Pages that are mapped must be
  * among those of its processes (guest_add_process). */
+/* call: modelled */
 int guest_set_program(struct machine *m, uint32_t vcpu, const struct guest_op *ops, uint32_t n);
 /* Called by the vCPU's thread, outside guest mode: KVM emulates a guest instruction that invalidates every
  * translation of the guest's page tables (CR0.PG cleared).  Dropping them is left to KVM. */
+/* call: aside */
 void guest_invalidates_all(struct machine *m, uint32_t vcpu);
 /* Return the number of operations completed. */
+/* call: aside */
 uint32_t guest_program_position(struct machine *m, uint32_t vcpu);
 /* Counters of the machine, for programs and the code around them; any thread. */
+/* call: part; writes progress(slot) */
 void signal_add(struct machine *m, uint32_t slot, uint64_t n);
+/* call: part; reads progress(slot) */
 uint64_t signal_get(struct machine *m, uint32_t slot);
+/* call: anything */
 void signal_reset(struct machine *m);
 /* end api */
 

@@ -7,9 +7,11 @@
 struct vcpu_exit;
 
 /* api */
+/* calls: anything */
 /* Run the guest from VM entry to VM exit.  Before: interrupts off, mode IN_GUEST_MODE, a VMCS of the vCPU current
  * on this pCPU.  Runs at most `budget` guest accesses.  At exit: mode OUTSIDE_GUEST_MODE, then interrupts on and
  * queued calls run and acknowledged, in that order.  Returns the exit reason or an error. */
+/* call: modelled; at guest; fence */
 int guest_run(struct machine *m, uint32_t cpu, uint32_t vcpu, uint64_t budget, struct vcpu_exit *out);
 /* guest_run() in steps: guest_enter() enters; each guest_step() does one operation of a program, until it
  * returns an exit reason (EXIT_REASONS: go on); guest_leave() exits with that reason. */

@@ -6,21 +6,29 @@
 
 /* api */
 /* Build a machine; NULL if memory is short, and then error holds a message. */
+/* call: aside */
 struct machine *machine_create(const struct machine_config *config, char *error, uint32_t size);
 /* Free the machine.  No other thread may be inside a call on it. */
+/* call: aside */
 void machine_destroy(struct machine *m);
 /* Make every wait, current and future, return MACHINE_STOPPED, and every guest leave guest mode. */
+/* call: aside */
 void machine_stop(struct machine *m);
+/* call: aside; keeps-gil */
 int machine_stopping(const struct machine *m);
 /* Save the state of a machine that was built with `snapshots`.  No other thread may be inside a call on it, now
  * or at the restore.  0 or MACHINE_NOMEM, or MACHINE_MISUSE without `snapshots`. */
+/* call: anything */
 int machine_snapshot(struct machine *m);
 /* Restore the last machine_snapshot(), counters, events and reports included.  Its cost depends on how much was
  * changed since then.  0, or MACHINE_MISUSE if there was none. */
+/* call: anything */
 int machine_restore(struct machine *m);
 /* Return a hash of all its memory; equal for equal states of one machine.  0 without `snapshots`. */
+/* call: anything */
 uint64_t machine_fingerprint(const struct machine *m);
 /* Return the message of the last MACHINE_MISUSE on this CPU. */
+/* call: aside */
 const char *machine_error_text(struct machine *m, uint32_t cpu);
 /* end api */
 

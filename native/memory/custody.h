@@ -12,6 +12,7 @@
 
 /* api */
 /* Return the clock of the frame's block: the custody of a huge leaf for a fault at this moment. */
+/* call: anything */
 uint32_t frame_block_custody(struct machine *m, uint32_t hfn);
 /* end api */
 

@@ -19,6 +19,7 @@
 #include "core/machine_types.h"
 
 /* api */
+/* calls: anything */
 /* Levels of page tables, as KVM counts them. */
 enum pg_level { PG_LEVEL_4K = 1, PG_LEVEL_2M = 2, PG_LEVEL_1G = 3, PG_LEVEL_512G = 4 };
 
@@ -32,7 +33,9 @@ int64_t frame_alloc(struct machine *m, uint32_t cpu, uint32_t kind);
 /* Free one frame (of a block too: the block returns to its pool when its last frame is freed).  Poisons
  * it and advances its tags.  Freeing twice is a bug of the caller that ends the process. */
 void frame_free(struct machine *m, uint32_t cpu, uint32_t hfn);
+/* call: aside */
 uint32_t frame_tag_of(struct machine *m, uint32_t hfn);
+/* call: anything */
 uint32_t frame_host_tag_of(struct machine *m, uint32_t hfn);
 /* Return how many times the frame was freed. */
 uint32_t frame_life_of(struct machine *m, uint32_t hfn);

@@ -21,25 +21,32 @@ struct mm_page {
 
 /* Anonymous memory that is read before it is written: the zero page is mapped, read-only, and the first write
  * makes a copy.  (Every page has a zero page of its own here, so that a frame has one user.)  Initially off. */
+/* call: anything */
 void mm_set_zero_page(struct machine *m, uint32_t vm, int on);
 /* wp_page_copy(), between invalidate_range_start and _end: copy the page to a new frame; the old one is freed.
  * 0, also if another thread has done it, or MACHINE_NOMEM. */
+/* call: anything */
 int mm_break_cow(struct machine *m, uint32_t cpu, uint32_t vm, uint64_t hva);
 
 /* hva_to_pfn(): the frame behind a page, allocated or swapped in on demand.  0, MACHINE_NOMEM, or
  * MACHINE_AGAIN: a write to a page that is read-only for now (mprotect, or page->cow). */
+/* call: modelled; fence */
 int mm_fault(struct machine *m, uint32_t cpu, uint32_t vm, uint64_t hva, int write, struct mm_page *page);
 /* mm_fault() for n pages from hva on, into hfns[], tags[], writable[] (hfn 0xffffffff: none; does not allocate
  * unless `populate`).  Returns pages present. */
+/* call: step mm; reads custody; writes mm(vm), guest_frames */
 int mm_fault_range(struct machine *m, uint32_t cpu, uint32_t vm, uint64_t hva, uint32_t n, int populate,
 		   uint32_t *hfns, uint32_t *tags, uint32_t *writable);
 /* Return the number of pages of the range that are present. */
+/* call: part; reads mm(vm) */
 uint64_t mm_present(struct machine *m, uint32_t vm, uint64_t start, uint64_t end);
 /* Free the frames of a range: contents kept (reclaim) or lost (MADV_DONTNEED).  Returns frames freed.  A huge
  * page that is unmapped in part is split first. */
+/* call: step mm; writes mm(vm), guest_frames, custody, memory(vm) */
 uint64_t mm_unmap(struct machine *m, uint32_t cpu, uint32_t vm, uint64_t start, uint64_t end, int keep);
 /* mprotect: set the host's own right to write, present or not.  Returns pages changed.  A huge page that is
  * changed in part is split. */
+/* call: step mm; writes mm(vm), guest_frames, custody, memory(vm) */
 uint64_t mm_protect(struct machine *m, uint32_t cpu, uint32_t vm, uint64_t start, uint64_t end, int writable);
 /* end api */
 

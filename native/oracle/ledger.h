@@ -29,17 +29,21 @@ enum promise {
 
 /* Take a ticket, a moment in the history of a VM's rights, after an operation has changed SPTEs and before its
  * flush. */
+/* call: part; reads ept */
 uint64_t oracle_ticket(struct machine *m, uint32_t vm);
 /* The operation behind `promise` on gfns [start, end) is complete.  Its flush has covered the rights that were
  * removed before `ticket`; a notifier's and a memslot's promise need none (0), because nothing is granted while
  * they are under way.  Returns the number of rights revoked. */
+/* call: step promise; reads ept; writes custody; quiet */
 uint64_t oracle_revoke(struct machine *m, uint32_t cpu, uint32_t vm, uint64_t start, uint64_t end,
 		       uint32_t promise, uint64_t ticket);
 /* oracle_revoke() for single gfns: bit i of mask is gfn base + i (dirty log). */
+/* call: step promise; reads ept; writes custody; quiet */
 uint64_t oracle_revoke_mask(struct machine *m, uint32_t cpu, uint32_t vm, uint64_t base, uint64_t mask,
 			    uint32_t promise, uint64_t ticket);
 /* Return the state of one right, for tests and reports: bit 0 readable granted, 1 writable granted, 2 read
  * revoked, 3 write revoked; frame in *hfn. */
+/* call: anything */
 uint32_t oracle_right(struct machine *m, uint32_t vm, uint64_t gfn, uint32_t *hfn);
 /* end api */
 

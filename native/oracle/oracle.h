@@ -19,6 +19,7 @@
 #include "tlb/tlb.h"
 
 /* api */
+/* calls: anything */
 /* Most specific first. */
 enum violation {
 	VIOLATION_CROSS_VM,
@@ -63,8 +64,10 @@ struct violation_report {
 };
 
 /* Return totals by kind, each report counted once under its most specific kind. */
+/* call: aside */
 void oracle_counts(struct machine *m, uint64_t *counts);
 /* Copy reports from number `from` on (the first 1024 of a run are kept); returns their number. */
+/* call: aside */
 uint32_t oracle_reports(struct machine *m, uint32_t from, struct violation_report *reports, uint32_t max);
 /* Start reports and events over; counts go on.  No CPU may act meanwhile. */
 void oracle_forget(struct machine *m);

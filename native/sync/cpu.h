@@ -46,35 +46,48 @@ enum power {
  * time limit.  Serves calls meanwhile.  Returns attention bits (0 on timeout) or an error.  While the machine
  * stops, pending messages are still announced (with ATTENTION_STOP); without any, it returns MACHINE_STOPPED.
  * MACHINE_MISUSE with interrupts off, inside an RCU read section or under mmu_lock. */
+/* call: anything */
 int cpu_halt(struct machine *m, uint32_t cpu, uint64_t timeout_us);
 /* Return the current attention bits. */
+/* call: aside; keeps-gil */
 uint32_t cpu_attention(struct machine *m, uint32_t cpu);
 /* Any thread: set attention bits and interrupt the CPU's wait or guest. */
+/* call: anything; keeps-gil */
 void cpu_notify(struct machine *m, uint32_t cpu, uint32_t bits);
 /* Called by the CPU's thread: clear bits (ATTENTION_STOP and ATTENTION_IPI stay). */
+/* call: anything; keeps-gil */
 void cpu_clear_attention(struct machine *m, uint32_t cpu, uint32_t bits);
 
 /* Event count for waits on a condition that Python tests: seq = cpu_event(); test; cpu_wait_event(seq).
  * Returns 0 when the event moved on or the timeout passed (timeout_us 0: none), or an error. */
+/* call: aside; keeps-gil */
 uint32_t cpu_event(struct machine *m, uint32_t cpu);
+/* call: modelled; fence */
 int cpu_wait_event(struct machine *m, uint32_t cpu, uint32_t seq, uint64_t timeout_us);
 /* Any thread: end a wait of this CPU. */
+/* call: modelled; fence; keeps-gil */
 void cpu_wake(struct machine *m, uint32_t cpu);
 
 /* The interrupt flag, which does not nest.  While interrupts are off no call runs on this CPU and waiting is
  * MACHINE_MISUSE; the message about that names `where` (copied).  Enabling runs the calls that were queued
  * meanwhile. */
+/* call: modelled; keeps-gil */
 int local_irq_disable(struct machine *m, uint32_t cpu, const char *where);
 int local_irq_enable(struct machine *m, uint32_t cpu);
+/* call: local; keeps-gil */
 int irqs_disabled(struct machine *m, uint32_t cpu);
 
 /* Take the CPU online; its waits and calls begin to work.  cpu_offline() is in offline.h. */
+/* call: anything */
 void cpu_online(struct machine *m, uint32_t cpu);
+/* call: aside; keeps-gil */
 int cpu_power(struct machine *m, uint32_t cpu);
 /* For a CPU without a thread of its own, which several threads drive in turn.  cpu_idle() leaves it to senders
  * (HALTED, they run its calls); the next thread takes it with cpu_take(), which also takes it online.  0 or
  * MACHINE_OFFLINE. */
+/* call: modelled; fence */
 int cpu_idle(struct machine *m, uint32_t cpu);
+/* call: modelled */
 int cpu_take(struct machine *m, uint32_t cpu);
 /* end api */
 

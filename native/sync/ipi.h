@@ -14,6 +14,7 @@
 #include "sync/cpu.h"
 
 /* api */
+/* calls: anything */
 /* The upper 32 bits of the argument name the VM for which the call is made. */
 enum ipi_function {
 	IPI_ACK_KICK,      /* does nothing: the interrupt is the effect (ack_kick) */

@@ -14,11 +14,15 @@
 #include "core/machine_types.h"
 
 /* api */
+/* calls: anything */
+/* call: modelled; keeps-gil */
 void rcu_read_lock(struct machine *m, uint32_t cpu);
 void rcu_read_unlock(struct machine *m, uint32_t cpu);
 /* Wait for a grace period; MACHINE_MISUSE inside a read section, under mmu_lock or with interrupts off. */
+/* call: modelled; fence */
 int synchronize_rcu(struct machine *m, uint32_t cpu);
 /* Wait until every callback queued earlier has run; restricted as synchronize_rcu() is. */
+/* call: modelled; fence */
 int rcu_barrier(struct machine *m, uint32_t cpu);
 /* The body of the RCU thread, on a housekeeping CPU.  Returns 0 when the machine stops and all callbacks have
  * run, which requires that all readers leave or go offline.  Only one thread may run it.  If ATTENTION_MESSAGE

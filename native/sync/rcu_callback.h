@@ -12,8 +12,10 @@ enum rcu_callback {
 };
 
 /* Queue a callback.  Never waits.  MACHINE_NOMEM if no memory is left for its node. */
+/* call: anything */
 int call_rcu(struct machine *m, uint32_t cpu, uint32_t callback, uint64_t argument);
 /* Return the number of callbacks that have not run yet. */
+/* call: aside */
 uint64_t rcu_pending(struct machine *m);
 /* end api */
 

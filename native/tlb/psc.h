@@ -7,6 +7,7 @@
 #include "tlb/tlb_types.h"
 
 /* api */
+/* calls: anything */
 /* A paging-structure-cache entry: the location of the table that the next level of the walk reads. */
 struct psc_entry {
 	uint64_t page;   /* input page in 4 KiB units, aligned to the region that the entry covers */

@@ -24,6 +24,7 @@
 struct tlb_hot;
 
 /* api */
+/* calls: anything */
 enum mapping_kind { KIND_LINEAR, KIND_GUEST_PHYSICAL, KIND_COMBINED };
 enum page_size { PAGE_4K, PAGE_2M, PAGE_1G };
 enum access_type { ACCESS_READ, ACCESS_WRITE, ACCESS_EXECUTE, ACCESS_TYPES };

@@ -7,6 +7,7 @@
 struct tlb;
 
 /* api */
+/* calls: anything */
 /* (INVVPID of VPID 0 fails, except type 2, and invalidates nothing.) */
 void invept_single(struct tlb *t, uint32_t ep4ta);
 void invept_global(struct tlb *t);

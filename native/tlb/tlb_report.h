@@ -8,6 +8,7 @@ struct tlb;
 struct tlb_entry;
 
 /* api */
+/* calls: anything */
 /* Name the flush that the following INVEPT and INVVPID belong to, for ghosts: a number that tlb_ghost_flush()
  * returns.  Drops by the guest's own instructions and by hardware always count as flush 0. */
 void tlb_flush_begin(struct tlb *t, uint64_t flush);

@@ -7,16 +7,23 @@
 /* api */
 /* mmu_invalidate_seq, mmu_invalidate_in_progress and the merged range of a VM.  begin and end under
  * mmu_lock held for write; the reads pair with them (acquire/release). */
+/* call: step mmu_invalidate_seq; writes mmu_invalidate_in_progress(vm); keeps-gil */
 void mmu_invalidate_begin(struct machine *m, uint32_t vm);
+/* call: part; writes mmu_invalidate_in_progress(vm); keeps-gil */
 void mmu_invalidate_range_add(struct machine *m, uint32_t vm, uint64_t start, uint64_t end);
 /* After mmu_invalidate_begin, before its first range: 1 if an earlier invalidation is in progress and the merged range
  * reaches into [start, end). */
+/* call: part; reads mmu_invalidate_in_progress(vm); keeps-gil */
 int mmu_invalidate_overlaps(struct machine *m, uint32_t vm, uint64_t start, uint64_t end);
+/* call: step mmu_invalidate_seq; writes mmu_invalidate_seq(vm), mmu_invalidate_in_progress(vm); keeps-gil */
 void mmu_invalidate_end(struct machine *m, uint32_t vm);
+/* call: step mmu_invalidate_seq; reads mmu_invalidate_seq(vm); keeps-gil */
 uint64_t mmu_invalidate_seq(struct machine *m, uint32_t vm);
 /* mmu_invalidate_retry_gfn(): 1 if a fault that sampled `seq` must retry. */
+/* call: step mmu_invalidate_seq; reads mmu_invalidate_seq(vm), mmu_invalidate_in_progress(vm); quiet; keeps-gil */
 int mmu_invalidate_retry_gfn(struct machine *m, uint32_t vm, uint64_t seq, uint64_t gfn);
 /* mmu_invalidate_retry_gfn() for gfns [start, end): 1 if one of them may have to retry. */
+/* call: step mmu_invalidate_seq; reads mmu_invalidate_seq(vm), mmu_invalidate_in_progress(vm); keeps-gil */
 int mmu_invalidate_retry_range(struct machine *m, uint32_t vm, uint64_t seq, uint64_t start, uint64_t end);
 /* end api */
 

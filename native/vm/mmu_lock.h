@@ -17,17 +17,24 @@ struct lock_waiter;
 /* api */
 /* MACHINE_MISUSE with interrupts off, even if the lock is free, and if this CPU holds the lock already.
  * Unlocking a lock that is not held leaves a message in machine_error_text() and does nothing. */
+/* call: anything */
 int mmu_read_lock(struct machine *m, uint32_t cpu, uint32_t vm);
+/* call: modelled; fence; keeps-gil */
 void mmu_read_unlock(struct machine *m, uint32_t cpu, uint32_t vm);
+/* call: anything */
 int mmu_write_lock(struct machine *m, uint32_t cpu, uint32_t vm);
+/* call: modelled; keeps-gil */
 void mmu_write_unlock(struct machine *m, uint32_t cpu, uint32_t vm);
 /* MACHINE_AGAIN if the lock cannot be taken at once, because it is held or has waiters. */
+/* call: modelled; at mmu_lock; fence; keeps-gil */
 int mmu_read_trylock(struct machine *m, uint32_t cpu, uint32_t vm);
 int mmu_write_trylock(struct machine *m, uint32_t cpu, uint32_t vm);
 /* rwlock_needbreak() */
+/* call: modelled; keeps-gil */
 int mmu_lock_needbreak(struct machine *m, uint32_t vm);
 /* Drop the holds of this CPU on the locks of all VMs, when the CPU ends.  One call for all VMs, because
  * thousands of CPUs end when a machine stops. */
+/* call: anything */
 void mmu_locks_abandon(struct machine *m, uint32_t cpu);
 /* end api */
 

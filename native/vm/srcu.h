@@ -8,8 +8,11 @@
 #include "sync/waiters.h"
 
 /* api */
+/* call: modelled; fence; keeps-gil */
 int srcu_read_lock(struct machine *m, uint32_t cpu, uint32_t vm);
+/* call: modelled; keeps-gil */
 void srcu_read_unlock(struct machine *m, uint32_t cpu, uint32_t vm, int index);
+/* call: modelled; fence */
 int synchronize_srcu(struct machine *m, uint32_t cpu, uint32_t vm);
 /* end api */
 

@@ -11,20 +11,32 @@
 enum vcpu_mode { OUTSIDE_GUEST_MODE, IN_GUEST_MODE, EXITING_GUEST_MODE, READING_SHADOW_PAGE_TABLES };
 
 /* vcpu->mode; stores are release, the load is acquire, all sequentially consistent (vcpu-requests.rst). */
+/* call: step mode; reads mode(vcpu); quiet; keeps-gil */
 uint32_t vcpu_mode(struct machine *m, uint32_t vcpu);
+/* call: step mode; writes mode(vcpu); keeps-gil */
 void vcpu_set_mode(struct machine *m, uint32_t vcpu, uint32_t mode);
 /* kvm_vcpu_exiting_guest_mode(): IN -> EXITING; returns the old mode. */
+/* call: step mode; reads mode(vcpu); writes mode(vcpu) if result == IN_GUEST_MODE; keeps-gil */
 uint32_t vcpu_exiting_guest_mode(struct machine *m, uint32_t vcpu);
 /* vcpu->requests */
+/* call: step requests; writes request(vcpu, request), requests(vcpu); keeps-gil */
 void kvm_make_request(struct machine *m, uint32_t vcpu, uint32_t request);
+/* call: step requests; reads request(vcpu, request); writes request(vcpu, request), requests(vcpu) if result;
+ * quiet; keeps-gil */
 int kvm_check_request(struct machine *m, uint32_t vcpu, uint32_t request);
+/* call: step requests; reads request(vcpu, request); quiet; keeps-gil */
 int kvm_test_request(struct machine *m, uint32_t vcpu, uint32_t request);
+/* call: step requests; reads requests(vcpu); keeps-gil */
 uint64_t kvm_requests(struct machine *m, uint32_t vcpu);
 /* vcpu->cpu: the pCPU on which it is loaded, -1: none. */
+/* call: step vcpu->cpu; reads vcpu_cpu(vcpu); keeps-gil */
 int vcpu_cpu(struct machine *m, uint32_t vcpu);
+/* call: step vcpu->cpu; writes vcpu_cpu(vcpu); keeps-gil */
 void vcpu_set_cpu(struct machine *m, uint32_t vcpu, int cpu);
 /* Flush reasons of the TLB_FLUSH requests since the last vcpu_take_flush_reasons: a bit per flush_reason. */
+/* call: local; keeps-gil */
 void vcpu_add_flush_reason(struct machine *m, uint32_t vcpu, uint32_t reason);
+/* call: aside; keeps-gil */
 uint32_t vcpu_take_flush_reasons(struct machine *m, uint32_t vcpu);
 
 /* VM statistics, under KVM's names. */
@@ -56,9 +68,12 @@ enum vm_stat {
 	STAT_DIRTY_COMPARED,       /* pages that were written while they were logged, and compared with their copies */
 	VM_STATS
 };
+/* call: local; keeps-gil */
 void vm_stat_add(struct machine *m, uint32_t vm, uint32_t stat, uint64_t n);
+/* call: aside; keeps-gil */
 uint64_t vm_stat(struct machine *m, uint32_t vm, uint32_t stat);
 /* Read all statistics of VMs 0 to vms - 1, VM by VM. */
+/* call: aside */
 void vm_stats_read(struct machine *m, uint32_t vms, uint64_t *values);
 /* end api */
 

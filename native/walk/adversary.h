@@ -9,6 +9,7 @@ struct tlb;
 struct walk;
 
 /* api */
+/* calls: anything */
 /* Evict the n-th entry of tlb_dump(), from both levels, or of psc_dump(), and no other; no flush is charged for
  * the refill.  Returns 1, or 0 if there are not so many. */
 int tlb_evict(struct tlb *t, uint32_t n);

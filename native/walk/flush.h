@@ -6,14 +6,17 @@
 
 /* api */
 /* INVEPT all-context; vm and reason are for the accounts only. */
+/* call: part; writes tlb(cpu); at tlb */
 void flush_invept_global(struct machine *m, uint32_t cpu, uint32_t vm, uint32_t reason);
 /* INVEPT single-context on the EPTP of a root. */
+/* call: part; writes tlb(cpu); at tlb */
 void flush_invept_single(struct machine *m, uint32_t cpu, uint32_t vm, uint32_t root, uint32_t reason);
 void flush_invvpid_single(struct machine *m, uint32_t cpu, uint32_t vm, uint32_t vpid, uint32_t reason);
 void flush_invvpid_all(struct machine *m, uint32_t cpu, uint32_t vm, uint32_t reason);
 void flush_invvpid_address(struct machine *m, uint32_t cpu, uint32_t vm, uint32_t vpid, uint64_t page,
 			   uint32_t reason);
 /* Reset the pCPU: its cached entries go, and no VM is charged.  For machines that go on with other VMs. */
+/* call: aside */
 void flush_reset(struct machine *m, uint32_t cpu);
 /* end api */
 

@@ -9,7 +9,9 @@
  * not, the call is MACHINE_MISUSE.  An offline pCPU runs no call, VMCLEAR included, so a VMCS that is active there
  * may be loaded elsewhere, and is not current there any more.
  *
- * The fields are the vCPU's thread's.  It hands them over to another pCPU with VMCLEAR and its acknowledgement.
+ * The fields are the vCPU's thread's.  It hands them over to another pCPU with VMCLEAR and its acknowledgement, so
+ * no call here but the load of a root concerns another thread's later step; VMCLEAR of one VMCS and VMPTRLD of
+ * another on one pCPU commute.
  */
 #ifndef FLUSHLAB_VMCS_H
 #define FLUSHLAB_VMCS_H
@@ -19,18 +21,24 @@
 /* api */
 /* Create a VMCS of a vCPU, clear and without EPT_POINTER; its number is machine-wide.  VIRTUAL_PROCESSOR_ID stays
  * what it is.  Returns the number or an error. */
+/* call: aside */
 int vmcs_create(struct machine *m, uint32_t vcpu, uint32_t vpid);
 /* Destroy a VMCS, before its vCPU.  0, or MACHINE_MISUSE while it is active on a pCPU. */
+/* call: aside */
 int vmcs_destroy(struct machine *m, uint32_t cpu, uint32_t vmcs);
 /* VMWRITE of EPT_POINTER: a root page, and the level of its entries. */
+/* call: part; reads root_loaded(vmcs, root); keeps-gil */
 void vmcs_write_eptp(struct machine *m, uint32_t vmcs, uint32_t root, uint32_t root_level);
 /* VMPTRLD on this pCPU: the VMCS is active and current here.  0, or MACHINE_MISUSE while it is active on
  * another pCPU. */
+/* call: aside; keeps-gil */
 int vmptrld(struct machine *m, uint32_t cpu, uint32_t vmcs);
 /* VMPTRST: return the number of the current VMCS of a pCPU; -1: it has none. */
+/* call: aside; keeps-gil */
 int vmptrst(struct machine *m, uint32_t cpu);
 /* VMCLEAR on this pCPU: the VMCS is neither active nor current here.  0, or MACHINE_MISUSE while it is active
  * on another pCPU, which would still hold it. */
+/* call: aside */
 int vmclear(struct machine *m, uint32_t cpu, uint32_t vmcs);
 /* end api */
 

@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Any, Final, NamedTuple
 
 from emulator.explore.engine.objects import Objects
 from emulator.explore.engine.scheduler import Execution
+from emulator.explore.machine.described import ANNOUNCED
 from emulator.explore.machine.policy_memory import Memory
 from emulator.explore.machine.undeclared import Audit
 from emulator.litmus.harness import rcu_cpu
@@ -30,28 +31,9 @@ if TYPE_CHECKING:
 
 _FIRST_VM: Final = VmId(0)
 
-# Points of KVM's code that announce the native call right behind them, which is a step itself.
-_COVERED: Final[frozenset[PointKind]] = frozenset(
-    {
-        "call_queue",
-        "call_rcu",
-        "frames",
-        "guest",
-        "mm",
-        "mmu_invalidate_seq",
-        "mmu_lock",
-        "mode",
-        "plain store",
-        "rcu",
-        "requests",
-        "smp_mb",
-        "spte",
-        "sptes",
-        "tlb",
-        "unlocking",
-        "vcpu->cpu",
-    }
-)
+# Points that begin no step.  Behind most of them, a native call is the step; the others are about the order
+# of stores, which is the store buffers' (store_buffers.py).
+_COVERED: Final[frozenset[PointKind]] = ANNOUNCED | {"plain store", "rcu", "smp_mb", "unlocking"}
 
 
 class RwLock:

@@ -16,7 +16,8 @@ from typing import Any
 
 from emulator.explore.machine.calls import Calls
 from emulator.explore.machine.control import Control
-from emulator.explore.machine.footprints import FOOTPRINTS, LOCAL, UNSHARED, Footprint
+from emulator.explore.machine.described import LOCAL, NO_STEPS
+from emulator.explore.machine.footprints import FOOTPRINTS, Footprint
 from emulator.explore.machine.guest import GuestMode
 from emulator.explore.machine.locks import Locks
 from native import lib
@@ -71,9 +72,9 @@ class ControlledLib(Locks, Calls, GuestMode):
             if name in own:
                 continue
             value = getattr(lib, name)
-            if callable(value) and name not in LOCAL:
+            if callable(value) and name not in NO_STEPS:
                 value = self._stepped(name, value, FOOTPRINTS.get(name))
-            elif callable(value) and control.policy_reads is not None and name not in UNSHARED:
+            elif callable(value) and control.policy_reads is not None and name not in LOCAL:
                 value = self._unstepped(name, value)
             self.__dict__[name] = value
 
@@ -106,14 +107,13 @@ class ControlledLib(Locks, Calls, GuestMode):
                 return native(*args)
 
             return unknown
-        access, step = footprint.bind(name, control), footprint.step
-        outcome, seen = footprint.outcome, footprint.seen
+        before, after, step = footprint.before(name, control), footprint.after(control), footprint.step
 
         def stepped(*args: Any) -> Any:
             execution = control.execution
             if execution is None:
                 return native(*args)
-            label, reads, writes = access(args)
+            label, reads, writes = before(args)
             if step or (policy_reads is not None and policy_reads.asks()):
                 if control.audit is not None and not execution.aborting:
                     control.audit.access(name)
@@ -121,10 +121,8 @@ class ControlledLib(Locks, Calls, GuestMode):
             else:
                 execution.touch(reads, writes)
             result = native(*args)
-            if outcome is not None:
-                execution.touch(0, outcome(control, args, result))
-            if seen is not None:
-                execution.touch(seen(control, args), 0)
+            if after is not None:
+                execution.touch(*after(args, result))
             return result
 
         return stepped

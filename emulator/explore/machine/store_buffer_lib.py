@@ -8,7 +8,8 @@ from typing import TYPE_CHECKING, Any, Final
 from emulator.explore.engine.scheduler import Execution
 from emulator.explore.machine.adversary import AdversarialLib
 from emulator.explore.machine.control import Control
-from emulator.explore.machine.footprints import FOOTPRINTS, LOCAL, granted
+from emulator.explore.machine.described import FENCED, LOCAL, calls_of
+from emulator.explore.machine.footprints import FOOTPRINTS, rights
 from emulator.explore.machine.lib import ControlledLib
 from emulator.explore.machine.store_buffers import BufferedControl, Key, Store
 from emulator.kvm.kvm_host import KVM_REQUEST_MASK
@@ -18,38 +19,11 @@ from native.types import CpuId, VcpuId, VmId
 if TYPE_CHECKING:
     from native._native import U64, MachinePtr
 
-# Native calls that wait for an empty queue, besides those that write according to FOOTPRINTS.
-_FENCED: Final = (
-    "mmu_read_trylock",
-    "mmu_write_trylock",
-    "mmu_read_unlock",
-    "smp_call_function_many",
-    "smp_call_function_single",
-    "on_each_cpu",
-    "guest_run",
-    "mm_fault",
-    "rcu_barrier",
-    "synchronize_rcu",
-    "srcu_read_lock",
-    "synchronize_srcu",
-    "cpu_wait_event",
-    "cpu_wake",
-    "cpu_idle",
-)
 _MODES: Final = {
     lib.OUTSIDE_GUEST_MODE: "OUTSIDE_GUEST_MODE",
     lib.IN_GUEST_MODE: "IN_GUEST_MODE",
     lib.EXITING_GUEST_MODE: "EXITING_GUEST_MODE",
 }
-
-# Loads of SPTEs, apart from calls that are fenced in any case.
-_READS_SPTES: Final = (
-    "tdp_mmu_get_walk",
-    "spte_read",
-    "tdp_table_holds",
-    "tdp_removal_begin",
-    "oracle_ticket",
-)
 
 Native = Callable[..., Any]
 
@@ -62,25 +36,20 @@ class BufferedLib(ControlledLib):
     def __init__(self, control: Control) -> None:
         assert isinstance(control, BufferedControl)
         super().__init__(control)
-        writers = (name for name, one in FOOTPRINTS.items() if one.writes or one.outcome is not None)
-        unknown = (
-            name
-            for name in dir(lib)
-            if callable(getattr(lib, name)) and name not in FOOTPRINTS and name not in LOCAL
-        )
-        for name in dict.fromkeys((*writers, *_FENCED)):
+        writers = [name for name, one in FOOTPRINTS.items() if one.writer]
+        for name in (*writers, *(FENCED - LOCAL)):
             self._replace(name, self._fenced)
-        for name in ("atomic64_inc_return", "test_and_set_bit"):
+        for name in FENCED & LOCAL:
             self._replace(name, self._fenced, "announced")
-        for name in unknown:
-            if not hasattr(ControlledLib, name):
-                self._replace(name, self._fenced)
+        for name in calls_of("anything"):
+            self._replace(name, self._fenced)
         for name in ("vcpu_mode", "vcpu_cpu"):
             self._replace(name, self._loads, name)
         for name in ("mmu_invalidate_seq", "mmu_invalidate_retry_gfn", "mmu_invalidate_retry_range"):
             self._replace(name, self._settles, "mmu_invalidate")
-        for name in _READS_SPTES:
-            self._replace(name, self._settles, "spte")
+        for name, one in FOOTPRINTS.items():
+            if ("ept",) in one.reads and not one.writer:
+                self._replace(name, self._settles, "spte")
         self._replace("kvm_requests", self._settles, "request")
         self._replace("kvm_test_request", self._settles, "request")
         self._replace("atomic64_read", self._settles, "atomic64")
@@ -198,7 +167,7 @@ class BufferedLib(ControlledLib):
     def _tdp_mmu_set_spte(self, *args: Any) -> int:
         """Store an SPTE with WRITE_ONCE(): its owner has frozen it, or mmu_lock is held for write."""
         control, what = self.control, f"an SPTE of gfn {args[6]:#x}"
-        reads = control.custody_of_tables((args[3],)) | granted(control, args)
+        reads = control.custody_of_tables((args[3],)) | rights(control, args[7], args[5])
         self._store(("spte",), 0, what, control.bit("ept"), lambda: lib.tdp_mmu_set_spte(*args), reads)
         return 0  # the old SPTE, which no caller uses
 

@@ -12,19 +12,10 @@ from __future__ import annotations
 import sys
 from collections import Counter
 
+from emulator.explore.machine.described import QUIET
+
 # Frames from here to the code that makes an access: access(), and the stand-in for the native function.
 _DEPTH = 2
-# Calls right behind a call with a point that names their object, and calls of the oracle, not KVM's.
-_QUIET = frozenset(
-    {
-        "kvm_check_request",
-        "kvm_test_request",
-        "mmu_invalidate_retry_gfn",
-        "oracle_revoke",
-        "oracle_revoke_mask",
-        "vcpu_mode",
-    }
-)
 
 
 class Audit:
@@ -37,7 +28,7 @@ class Audit:
 
     def access(self, name: str) -> None:
         announced, self.announced = self.announced, ""
-        if announced or name in _QUIET:
+        if announced or name in QUIET:
             return
         frame = sys._getframe(_DEPTH)
         module = str(frame.f_globals.get("__name__", "?"))

@@ -5,7 +5,6 @@ from __future__ import annotations
 import pytest
 
 from emulator.explore.audit.run import AuditResult, run_audit
-from emulator.explore.machine.footprints import FOOTPRINTS, LOCAL
 from emulator.explore.machine.lib import ControlledLib, instrument
 from emulator.explore.machine.program import LitmusProgram
 from emulator.kvm.virt import requests
@@ -66,11 +65,6 @@ def test_the_audit_sees_python_state_without_one(
     without_points(monkeypatch, kind)
     shared = audit_of(test, policy, 20).shared
     assert any(sentence.startswith(expected) for sentence in shared), shared
-
-
-def test_what_is_described_exists() -> None:
-    assert {name for name in (*FOOTPRINTS, *LOCAL) if not hasattr(lib, name)} == set()
-    assert not set(FOOTPRINTS) & LOCAL
 
 
 def test_everything_is_as_before_afterwards() -> None:

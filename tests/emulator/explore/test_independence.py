@@ -58,7 +58,7 @@ def test_they_commute(test: str, policy: str, options: ExploreOptions) -> None:
     [
         ("kvm_make_request", {"writes": ()}, "entry-races-request", "requests"),
         ("vcpu_set_mode", {"writes": ()}, "entry-races-request", "mode"),
-        ("tdp_mmu_set_spte_atomic", {"outcome": None}, "fault-races-two", "spte"),
+        ("tdp_mmu_set_spte_atomic", {"late": ()}, "fault-races-two", "spte"),
         ("mmu_invalidate_end", {"writes": ()}, "fault-races-unmap", "mmu_invalidate_seq"),
     ],
 )
