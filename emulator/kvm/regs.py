@@ -94,7 +94,7 @@ def kvm_set_cr3(cpu: Cpu, vcpu: Vcpu, cr3: int) -> None:
         skip_tlb_flush = bool(cr3 & X86_CR3_PCID_NOFLUSH)
         cr3 &= ~X86_CR3_PCID_NOFLUSH
     if cr3 != vcpu.arch.cr3:
-        kvm_mmu_new_pgd(cpu, vcpu)
+        kvm_mmu_new_pgd(cpu, vcpu, cr3)
     vcpu.arch.cr3 = cr3
     if not skip_tlb_flush:
         kvm_invalidate_pcid(cpu, vcpu)

@@ -25,12 +25,13 @@ from emulator.kvm.kvm_host import (
     X86_CR4_PGE,
 )
 from emulator.machine.locks import MmuLock, Mutex, Refcount, SpinLock
-from emulator.machine.runtime import Machine
+from emulator.machine.runtime import Cpu, Machine
 from native import ffi, lib
 from native.types import CpuId, FlushReason, Hfn, VcpuId, VmId, Vpid
 
 if TYPE_CHECKING:
     from emulator.kvm.decisions import Decisions
+    from emulator.kvm.mmu.fault import KvmPageFault
     from emulator.kvm.vmx.vmcs import LoadedVmcs
     from emulator.kvm.x86_ops import KvmX86Ops
 
@@ -66,34 +67,38 @@ class KvmParams:
 class KvmMmuPageRole:
     """union kvm_mmu_page_role, as far as it tells TDP roots apart (mmu.c: kvm_calc_tdp_mmu_root_page_role).
 
-    `smm` is the address space.  `invalid` takes part in comparisons, so an invalid root matches no vCPU's
-    role.
+    `smm` is the address space.  `direct`: the page maps gfns by their number, and shadows no table of the
+    guest.  `invalid` takes part in comparisons, so an invalid root matches no vCPU's role.
     """
 
     level: int = PG_LEVEL_512G
     smm: int = 0
     guest_mode: bool = False
+    direct: bool = True
     invalid: bool = False
 
 
 class KvmMmuPage:
-    """struct kvm_mmu_page of a TDP root.  Other table pages are plain frame numbers.
+    """struct kvm_mmu_page: a shadow page.  The TDP MMU's tables below its roots are plain frame numbers.
 
-    role.invalid and `tdp_mmu_scheduled_root_to_zap` are set under mmu_lock held for write; the latter is
-    cleared under slots_lock.  `root_count` starts at 2, for the vCPU's reference and the TDP MMU's own; or at
-    1 if the TDP MMU keeps none (`own_reference`, decision root_put).  `tracking` is for policies that elide
-    flushes (emulator.kvm.mmu.root_tracking).  `special`: a root without a shadow page, for which root_to_sp()
-    returns None.
-    `link`: the SPTE that would point to the page, with its custody.
+    `tdp_mmu_page`: it belongs to the TDP MMU, which has roots only.  `parent_spte`: the SPTE that would point
+    to the page, with its custody.  role.invalid is set under mmu_lock held for write.
+
+    Of roots: `root_count` are its references.  `tracking` is for policies that elide flushes
+    (emulator.kvm.mmu.root_tracking).
+
+    Of TDP roots: `root_count` starts at 2, for the vCPU's reference and the TDP MMU's own; or at 1 if the TDP
+    MMU keeps none (`has_tdp_ref`, decision root_put).  `tdp_mmu_scheduled_root_to_zap` is set under mmu_lock
+    held for write, and cleared under slots_lock.
     """
 
     __slots__ = (
+        "has_tdp_ref",
         "hfn",
-        "link",
-        "own_reference",
+        "parent_spte",
         "role",
         "root_count",
-        "special",
+        "tdp_mmu_page",
         "tdp_mmu_scheduled_root_to_zap",
         "tracking",
     )
@@ -103,18 +108,18 @@ class KvmMmuPage:
         hfn: Hfn,
         role: KvmMmuPageRole,
         *,
+        tdp_mmu_page: bool,
+        parent_spte: int = 0,
         tracking: RootTracking | None = None,
-        own_reference: bool = True,
-        special: bool = False,
-        link: int = 0,
+        has_tdp_ref: bool = True,
     ) -> None:
         self.hfn = hfn
         self.role = role
-        self.link = link
-        self.own_reference = own_reference
-        self.special = special
+        self.tdp_mmu_page = tdp_mmu_page
+        self.parent_spte = parent_spte
         self.tracking = tracking
-        self.root_count = Refcount(2 if own_reference else 1)
+        self.has_tdp_ref = has_tdp_ref
+        self.root_count = Refcount(2 if has_tdp_ref else 1)
         self.tdp_mmu_scheduled_root_to_zap = False
 
     def __repr__(self) -> str:
@@ -143,15 +148,33 @@ class RootTracking:
         self.cpu_tlb_gen = ffi.new("uint64_t[]", pcpus)
 
 
-class KvmMmu:
-    """struct kvm_mmu: the current root and up to three previous ones (None: INVALID_PAGE)."""
+@dataclass(frozen=True, slots=True)
+class KvmMmuRootInfo:
+    """struct kvm_mmu_root_info: a root that a vCPU holds.
 
-    __slots__ = ("prev_roots", "root", "root_role")
+    pgd: the guest's page table that the root stands for, by its guest-physical address; 0 for direct roots,
+    which stand for none.  hfn: the root's page, the kernel's `hpa`.  sp: the shadow page on it, or None if
+    there is none, as of a dummy root.
+    """
+
+    pgd: int
+    hfn: Hfn
+    sp: KvmMmuPage | None
+
+
+class KvmMmu:
+    """struct kvm_mmu: the current root and up to three previous ones (None: INVALID_PAGE).
+
+    page_fault: the handler of guests' faults, or None until kvm_init_mmu() chooses it.
+    """
+
+    __slots__ = ("page_fault", "prev_roots", "root", "root_role")
 
     def __init__(self, root_role: KvmMmuPageRole) -> None:
         self.root_role = root_role
-        self.root: KvmMmuPage | None = None
-        self.prev_roots: list[KvmMmuPage | None] = [None] * KVM_MMU_NUM_PREV_ROOTS
+        self.page_fault: Callable[[Cpu, Vcpu, KvmPageFault], int] | None = None
+        self.root: KvmMmuRootInfo | None = None
+        self.prev_roots: list[KvmMmuRootInfo | None] = [None] * KVM_MMU_NUM_PREV_ROOTS
 
 
 class KvmMemorySlot:
@@ -318,13 +341,24 @@ class VcpuArch:
     `smram`: the registers that enter_smm() saved.
     """
 
-    __slots__ = ("cr0", "cr3", "cr4", "init_latched", "leaving_smm", "smi_pending", "smm", "smram")
+    __slots__ = (
+        "cr0",
+        "cr3",
+        "cr4",
+        "guest_mode",
+        "init_latched",
+        "leaving_smm",
+        "smi_pending",
+        "smm",
+        "smram",
+    )
 
     def __init__(self) -> None:
         self.cr0 = X86_CR0_PE | X86_CR0_WP | X86_CR0_PG
         self.cr3 = 0
         self.cr4 = X86_CR4_PAE | X86_CR4_PGE
         self.smm = False  # hflags & HF_SMM_MASK
+        self.guest_mode = False  # hflags & HF_GUEST_MASK: it runs a nested guest
         self.leaving_smm = False  # in RSM: registers change that the guest does not run with
         self.smi_pending = False
         self.init_latched = False  # KVM_APIC_INIT in pending_events, while in SMM

@@ -29,7 +29,7 @@ from emulator.kvm.kvm_host import (
     ExitToUser,
     RunYield,
 )
-from emulator.kvm.mmu.roots import kvm_mmu_free_obsolete_roots, kvm_mmu_reload
+from emulator.kvm.mmu.roots import kvm_mmu_free_obsolete_roots, kvm_mmu_load_pgd, kvm_mmu_reload
 from emulator.kvm.reset import kvm_apic_accept_events
 from emulator.kvm.smm import enter_smm, process_smi
 from emulator.kvm.structs import Vcpu
@@ -60,8 +60,8 @@ def serve_requests(cpu: Cpu, vcpu: Vcpu) -> ExitToUser | None:
         return ExitToUser("shutdown")
     if kvm_check_request(cpu, vcpu, KVM_REQ_MMU_FREE_OBSOLETE_ROOTS):
         kvm_mmu_free_obsolete_roots(cpu, vcpu)
-    if kvm_check_request(cpu, vcpu, KVM_REQ_LOAD_MMU_PGD) and vcpu.mmu.root is not None:
-        vcpu.kvm.x86_ops.load_mmu_pgd(cpu, vcpu, vcpu.mmu.root)
+    if kvm_check_request(cpu, vcpu, KVM_REQ_LOAD_MMU_PGD):
+        kvm_mmu_load_pgd(cpu, vcpu)
     if kvm_check_request(cpu, vcpu, KVM_REQ_TLB_FLUSH):
         kvm_vcpu_flush_tlb_all(cpu, vcpu)
         if vcpu.kvm.params.host_takes_time:

@@ -9,9 +9,9 @@ from __future__ import annotations
 from typing import Protocol
 
 from emulator.kvm.kvm_host import ExitToUser
-from emulator.kvm.structs import Kvm, KvmMmuPage, Vcpu
+from emulator.kvm.structs import Kvm, KvmMmuRootInfo, Vcpu
 from emulator.machine.runtime import Cpu
-from native.types import FlushReason
+from native.types import FlushReason, Hfn
 
 
 class KvmX86Ops(Protocol):
@@ -39,7 +39,7 @@ class KvmX86Ops(Protocol):
     def handle_exit(self, cpu: Cpu, vcpu: Vcpu) -> ExitToUser | None:
         """Handle the exit; return why KVM_RUN ends, or None to enter again."""
 
-    def load_mmu_pgd(self, cpu: Cpu, vcpu: Vcpu, root: KvmMmuPage) -> None:
+    def load_mmu_pgd(self, cpu: Cpu, vcpu: Vcpu, root_hfn: Hfn, root_level: int) -> None:
         """Give the hardware the root, for the next entry."""
 
     def flush_tlb_all(self, cpu: Cpu, vcpu: Vcpu, reason: FlushReason) -> None:
@@ -51,7 +51,7 @@ class KvmX86Ops(Protocol):
     def flush_tlb_guest(self, cpu: Cpu, vcpu: Vcpu, reason: FlushReason) -> None:
         """Flush the entries that the guest knows of, but none that stands for the host's tables alone."""
 
-    def flush_tlb_root(self, cpu: Cpu, kvm: Kvm, root: KvmMmuPage, reason: FlushReason) -> None:
+    def flush_tlb_root(self, cpu: Cpu, kvm: Kvm, root: KvmMmuRootInfo, reason: FlushReason) -> None:
         """Flush the entries of one root on this pCPU, current or not."""
 
     def flush_tlb_before_entry(self, cpu: Cpu, vcpu: Vcpu) -> None:

@@ -28,8 +28,10 @@ from emulator.kvm.mmu.spte import (
     is_access_track_spte,
     is_last_spte,
     is_mmu_writable_spte,
+    is_obsolete_sp,
     is_shadow_present_pte,
     restore_acc_track_spte,
+    root_to_sp,
 )
 from emulator.kvm.mmu.tdp_map import kvm_tdp_mmu_map, tdp_entry, tdp_mmu_set_spte_atomic
 from emulator.kvm.structs import Kvm, KvmMemorySlot, Vcpu
@@ -50,7 +52,9 @@ def kvm_mmu_page_fault(cpu: Cpu, vcpu: Vcpu, gpa: int, access: int, present: boo
     fault = KvmPageFault(gpa >> 12, access, present)
     cpu.point("memslots", vcpu.kvm.id, "read")
     fault.slot = gfn_to_memslot(vcpu.kvm, fault.gfn, kvm_arch_vcpu_memslots_id(vcpu))
-    r = kvm_tdp_page_fault(cpu, vcpu, fault)
+    handler = vcpu.mmu.page_fault
+    assert handler is not None
+    r = handler(cpu, vcpu, fault)
     if r == RET_PF_FIXED:
         cpu.stat(vcpu.kvm.id, lib.STAT_FAULTS)
     elif r == RET_PF_RETRY:
@@ -90,7 +94,7 @@ def fast_page_fault(cpu: Cpu, vcpu: Vcpu, fault: KvmPageFault) -> int:
     before the page is marked: reaping reads the log before it write-protects, so a write is either in the
     log that is being read or faults again.  Mutant L3 marks first.
     """
-    root, slot = vcpu.mmu.root, fault.slot
+    root, slot = root_to_sp(vcpu.mmu.root), fault.slot
     # page_fault_can_be_fast(): without A/D bits a leaf may be non-present for the CPU, yet present for KVM.
     fast = fault.write if fault.present else not vcpu.kvm.params.eptad
     if not fast or root is None or slot is None:
@@ -151,7 +155,7 @@ def kvm_handle_invalid_slot_fault(cpu: Cpu, vcpu: Vcpu, fault: KvmPageFault) -> 
     Mutant B27 treats the gfn as if it had no slot.  The MMIO SPTE then replaces a leaf that is still present,
     and the zap of the range finds nothing to flush for.
     """
-    root = vcpu.mmu.root
+    root = root_to_sp(vcpu.mmu.root)
     if "B27" not in vcpu.kvm.policy.bugs or root is None:
         cpu.stat(vcpu.kvm.id, lib.STAT_SLOT_RETRIES)
         return RET_PF_RETRY
@@ -228,8 +232,8 @@ def mmu_invalidate_retry(cpu: Cpu, kvm: Kvm, fault: KvmPageFault) -> bool:
 
 def is_page_fault_stale(cpu: Cpu, vcpu: Vcpu, fault: KvmPageFault) -> bool:
     """is_page_fault_stale(), under mmu_lock: return whether the root is invalid or the frame may be gone."""
-    root = vcpu.mmu.root
-    if root is None or root.role.invalid:
+    sp = root_to_sp(vcpu.mmu.root)
+    if sp is None or is_obsolete_sp(sp):
         return True
     cpu.point("mmu_invalidate_seq", vcpu.kvm.id, "read")
     return mmu_invalidate_retry(cpu, vcpu.kvm, fault)

@@ -23,17 +23,17 @@ be recorded after the INVEPT if it was read before; a bit may not be set after i
 from __future__ import annotations
 
 from emulator.kvm.decisions import Tracking
-from emulator.kvm.structs import Kvm, KvmMmu, KvmMmuPage, RootTracking, Vcpu
+from emulator.kvm.structs import Kvm, KvmMmu, KvmMmuRootInfo, RootTracking, Vcpu
 from emulator.machine.runtime import Cpu, plain_store
 from native import lib
 
 
-def mmu_roots(mmu: KvmMmu) -> list[KvmMmuPage]:
+def mmu_roots(mmu: KvmMmu) -> list[KvmMmuRootInfo]:
     """Return the roots that can become current without kvm_mmu_load."""
     return [root for root in (mmu.root, *mmu.prev_roots) if root is not None]
 
 
-def active_roots(vcpu: Vcpu) -> list[KvmMmuPage]:
+def active_roots(vcpu: Vcpu) -> list[KvmMmuRootInfo]:
     """Return the roots of root_mmu and guest_mmu.  (nested_mmu never maps anything into a TLB.)"""
     return mmu_roots(vcpu.root_mmu) + mmu_roots(vcpu.guest_mmu)
 
@@ -67,14 +67,14 @@ def roots_tlb_changed(cpu: Cpu, kvm: Kvm) -> None:
             lib.atomic64_inc_return(root.tracking.tlb_gen)
 
 
-def test_and_set_flushed(cpu: Cpu, root: KvmMmuPage, how: Tracking) -> bool:
+def test_and_set_flushed(cpu: Cpu, root: KvmMmuRootInfo, how: Tracking) -> bool:
     """Return whether `cpu` has flushed `root` already; if not, record that it has.
 
     The caller then executes the INVEPT at once, with preemption disabled.  `how`: the answer to decision
     `migration`.  A root without a shadow page has no record, and must be flushed.
     """
-    tracking = root.tracking
-    if tracking is None or root.special:
+    tracking = None if root.sp is None else root.sp.tracking
+    if tracking is None:
         return False
     cpu.point("root_tlb", root.hfn, "write")
     if how == "cpu-flushed-mask":
@@ -88,7 +88,7 @@ def test_and_set_flushed(cpu: Cpu, root: KvmMmuPage, how: Tracking) -> bool:
     return False
 
 
-def record_flush(cpu: Cpu, kvm: Kvm, roots: list[KvmMmuPage]) -> None:
+def record_flush(cpu: Cpu, kvm: Kvm, roots: list[KvmMmuRootInfo]) -> None:
     """Record that `cpu` is about to flush these roots for another reason than a migration.
 
     The sketch of 2025 does not record such flushes; a missing bit would only cost a flush.

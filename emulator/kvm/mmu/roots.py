@@ -13,10 +13,11 @@ from emulator.kvm.kvm_host import (
     PG_LEVEL_256T,
     PG_LEVEL_512G,
 )
+from emulator.kvm.mmu import page_fault
 from emulator.kvm.mmu.root_tracking import mmu_roots, record_flush, test_and_set_flushed
-from emulator.kvm.mmu.spte import root_to_sp
+from emulator.kvm.mmu.spte import is_obsolete_sp, is_tdp_mmu_page, root_to_sp
 from emulator.kvm.mmu.tdp_roots import kvm_tdp_mmu_alloc_root, kvm_tdp_mmu_put_root
-from emulator.kvm.structs import Kvm, KvmMmu, KvmMmuPage, KvmMmuPageRole, Vcpu
+from emulator.kvm.structs import Kvm, KvmMmu, KvmMmuPageRole, KvmMmuRootInfo, Vcpu
 from emulator.kvm.virt.requests import kvm_check_request, kvm_make_request
 from emulator.machine.runtime import Cpu
 from native import lib
@@ -38,12 +39,15 @@ def kvm_calc_tdp_mmu_root_page_role(vcpu: Vcpu) -> KvmMmuPageRole:
     Mutant P31: the address space does not change with SMM.
     """
     smm = vcpu.arch.smm and "P31" not in vcpu.kvm.policy.bugs
-    return KvmMmuPageRole(level=kvm_mmu_get_tdp_level(vcpu), smm=int(smm))
+    level = kvm_mmu_get_tdp_level(vcpu)
+    return KvmMmuPageRole(level=level, smm=int(smm), guest_mode=vcpu.arch.guest_mode, direct=True)
 
 
 def kvm_init_mmu(vcpu: Vcpu) -> None:
     """kvm_init_mmu(), init_kvm_tdp_mmu()"""
-    vcpu.root_mmu.root_role = kvm_calc_tdp_mmu_root_page_role(vcpu)
+    mmu = vcpu.root_mmu
+    mmu.root_role = kvm_calc_tdp_mmu_root_page_role(vcpu)
+    mmu.page_fault = page_fault.kvm_tdp_page_fault
 
 
 def kvm_mmu_reset_context(cpu: Cpu, vcpu: Vcpu) -> None:
@@ -58,7 +62,7 @@ def kvm_mmu_reset_context(cpu: Cpu, vcpu: Vcpu) -> None:
         kvm_init_mmu(vcpu)
     else:
         kvm_init_mmu(vcpu)
-        kvm_mmu_new_pgd(cpu, vcpu)
+        kvm_mmu_new_pgd(cpu, vcpu, vcpu.arch.cr3)
 
 
 def kvm_mmu_after_set_cpuid(cpu: Cpu, vcpu: Vcpu, maxphyaddr: int) -> None:
@@ -74,61 +78,67 @@ def kvm_mmu_after_set_cpuid(cpu: Cpu, vcpu: Vcpu, maxphyaddr: int) -> None:
 # --- switching between cached roots -------------------------------------------------------------------------
 
 
-def is_root_usable(root: KvmMmuPage | None, role: KvmMmuPageRole) -> bool:
-    """is_root_usable() of a direct root: compare the role, role.invalid included, but no guest PGD."""
-    return root is not None and root_to_sp(root) is not None and root.role == role
+def is_root_usable(root: KvmMmuRootInfo | None, pgd: int, role: KvmMmuPageRole) -> bool:
+    """is_root_usable(): compare the role, role.invalid included, and the guest's PGD unless it is direct."""
+    if root is None or (not role.direct and pgd != root.pgd):
+        return False
+    sp = root_to_sp(root)
+    return sp is not None and sp.role == role
 
 
-def cached_root_find_and_keep_current(cpu: Cpu, kvm: Kvm, mmu: KvmMmu, role: KvmMmuPageRole) -> bool:
+def cached_root_find_and_keep_current(
+    cpu: Cpu, kvm: Kvm, mmu: KvmMmu, pgd: int, role: KvmMmuPageRole
+) -> bool:
     """cached_root_find_and_keep_current(): find a cached root, and keep the current one as prev_roots[0].
 
     C   0 1 2   before          0   C 1 2   it was prev_roots[0]
     1   C 0 2   ... [1]         2   C 0 1   ... [2]; and if it was none, 2 is freed
     """
-    if is_root_usable(mmu.root, role):
+    if is_root_usable(mmu.root, pgd, role):
         return True
     for i in range(KVM_MMU_NUM_PREV_ROOTS):
         mmu.root, mmu.prev_roots[i] = mmu.prev_roots[i], mmu.root
-        if is_root_usable(mmu.root, role):
+        if is_root_usable(mmu.root, pgd, role):
             return True
     oldest = mmu.root
     kvm_mmu_free_roots(cpu, kvm, mmu, lambda root: root is oldest)
     return False
 
 
-def cached_root_find_without_current(mmu: KvmMmu, role: KvmMmuPageRole) -> bool:
+def cached_root_find_without_current(mmu: KvmMmu, pgd: int, role: KvmMmuPageRole) -> bool:
     """cached_root_find_without_current(): find a cached root where no current one is kept; close its gap."""
     for i, prev in enumerate(mmu.prev_roots):
-        if is_root_usable(prev, role):
+        if is_root_usable(prev, pgd, role):
             mmu.root = prev
             mmu.prev_roots = [*mmu.prev_roots[:i], *mmu.prev_roots[i + 1 :], None]
             return True
     return False
 
 
-def fast_pgd_switch(cpu: Cpu, kvm: Kvm, mmu: KvmMmu, role: KvmMmuPageRole) -> bool:
-    """fast_pgd_switch(): return whether a root of that role was cached.  A special root is never kept."""
+def fast_pgd_switch(cpu: Cpu, kvm: Kvm, mmu: KvmMmu, pgd: int, role: KvmMmuPageRole) -> bool:
+    """fast_pgd_switch(): return whether such a root was cached.  One without a shadow page is never kept."""
     if mmu.root is not None and root_to_sp(mmu.root) is None:
         special = mmu.root
         kvm_mmu_free_roots(cpu, kvm, mmu, lambda root: root is special)
     if mmu.root is not None:
-        return cached_root_find_and_keep_current(cpu, kvm, mmu, role)
-    return cached_root_find_without_current(mmu, role)
+        return cached_root_find_and_keep_current(cpu, kvm, mmu, pgd, role)
+    return cached_root_find_without_current(mmu, pgd, role)
 
 
-def kvm_mmu_new_pgd(cpu: Cpu, vcpu: Vcpu) -> None:
-    """kvm_mmu_new_pgd(): go back to a cached root of the new role, or leave it to kvm_mmu_reload.
+def kvm_mmu_new_pgd(cpu: Cpu, vcpu: Vcpu, pgd: int) -> None:
+    """kvm_mmu_new_pgd(): go back to a cached root of the PGD and the role, or leave it to kvm_mmu_reload.
 
     Decision cached_root: no flush.  A previous root has no stale entries, because each event that makes some
     flushes it, too: a remote flush drops all contexts; a move to another pCPU drops all contexts, or those of
     all previous roots.  An obsolete root does no harm: KVM_REQ_MMU_FREE_OBSOLETE_ROOTS is pending with it.
     """
     mmu = vcpu.mmu
-    if not fast_pgd_switch(cpu, vcpu.kvm, mmu, mmu.root_role):
+    if not fast_pgd_switch(cpu, vcpu.kvm, mmu, pgd, mmu.root_role):
         return
-    assert mmu.root is not None
+    sp = root_to_sp(mmu.root)
+    assert sp is not None
     kvm_make_request(cpu, vcpu, KVM_REQ_LOAD_MMU_PGD)
-    if vcpu.kvm.policy.cached_root(cpu, vcpu, mmu.root) == "flush-current":
+    if vcpu.kvm.policy.cached_root(cpu, vcpu, sp) == "flush-current":
         vcpu.flush_current_reason = lib.REASON_CACHED_ROOT
         kvm_make_request(cpu, vcpu, KVM_REQ_TLB_FLUSH_CURRENT)
 
@@ -155,24 +165,44 @@ def kvm_mmu_load(cpu: Cpu, vcpu: Vcpu) -> None:
     """
     kvm, mmu = vcpu.kvm, vcpu.mmu
     cpu.stat(kvm.id, lib.STAT_MMU_LOAD)
-    mmu.root = kvm_tdp_mmu_alloc_root(cpu, kvm, mmu.root_role)
-    kvm.x86_ops.load_mmu_pgd(cpu, vcpu, mmu.root)
-    cpu.event(lib.EVENT_ROOT_LOAD, vcpu.id, mmu.root.hfn, vcpu.kvm.id)
-    answer = kvm.policy.root_load(cpu, vcpu, mmu.root)
-    known = answer == "root-tlb-gen" and test_and_set_flushed(cpu, mmu.root, answer)
+    # mmu_alloc_shadow_roots() allocates those of other roles, which no MMU here has.
+    assert mmu.root_role.direct
+    mmu_alloc_direct_roots(cpu, vcpu)
+    root = mmu.root
+    assert root is not None
+    assert root.sp is not None
+    kvm_mmu_load_pgd(cpu, vcpu)
+    cpu.event(lib.EVENT_ROOT_LOAD, vcpu.id, root.hfn, kvm.id)
+    answer = kvm.policy.root_load(cpu, vcpu, root.sp)
+    known = answer == "root-tlb-gen" and test_and_set_flushed(cpu, root, answer)
     if answer == "none" or known:
-        flush_elided(cpu, kvm, lib.REASON_ROOT_LOAD, mmu.root.hfn)
+        flush_elided(cpu, kvm, lib.REASON_ROOT_LOAD, root.hfn)
     else:
-        record_flush(cpu, kvm, [mmu.root])
+        record_flush(cpu, kvm, [root])
         kvm.x86_ops.flush_tlb_current(cpu, vcpu, lib.REASON_ROOT_LOAD)
 
 
-def is_obsolete_root(root: KvmMmuPage) -> bool:
-    """is_obsolete_root(), is_obsolete_sp() of a TDP root; a root without a shadow page is always obsolete."""
-    return root_to_sp(root) is None or root.role.invalid
+def mmu_alloc_direct_roots(cpu: Cpu, vcpu: Vcpu) -> None:
+    """mmu_alloc_direct_roots(): find or allocate the TDP MMU's root of the MMU's role."""
+    mmu = vcpu.mmu
+    sp = kvm_tdp_mmu_alloc_root(cpu, vcpu.kvm, mmu.root_role)
+    mmu.root = KvmMmuRootInfo(pgd=0, hfn=sp.hfn, sp=sp)
 
 
-def kvm_mmu_free_roots(cpu: Cpu, kvm: Kvm, mmu: KvmMmu, wanted: Callable[[KvmMmuPage], bool]) -> None:
+def kvm_mmu_load_pgd(cpu: Cpu, vcpu: Vcpu) -> None:
+    """kvm_mmu_load_pgd(): let the vendor load the current root, if there is one."""
+    mmu = vcpu.mmu
+    if mmu.root is not None:
+        vcpu.kvm.x86_ops.load_mmu_pgd(cpu, vcpu, mmu.root.hfn, mmu.root_role.level)
+
+
+def is_obsolete_root(root: KvmMmuRootInfo) -> bool:
+    """is_obsolete_root(): return whether to free it; without a shadow page nothing tells that it is fresh."""
+    sp = root_to_sp(root)
+    return sp is None or is_obsolete_sp(sp)
+
+
+def kvm_mmu_free_roots(cpu: Cpu, kvm: Kvm, mmu: KvmMmu, wanted: Callable[[KvmMmuRootInfo], bool]) -> None:
     """kvm_mmu_free_roots(): drop the references on the `wanted` roots of `mmu`, if any, with mmu_lock for
     read."""
     roots = (mmu.root, *mmu.prev_roots)
@@ -189,10 +219,14 @@ def kvm_mmu_free_roots(cpu: Cpu, kvm: Kvm, mmu: KvmMmu, wanted: Callable[[KvmMmu
                 mmu_free_root_page(cpu, kvm, prev)
 
 
-def mmu_free_root_page(cpu: Cpu, kvm: Kvm, root: KvmMmuPage) -> None:
+def mmu_free_root_page(cpu: Cpu, kvm: Kvm, root: KvmMmuRootInfo) -> None:
     """mmu_free_root_page(): put the root, unless it has no shadow page; such roots are not refcounted."""
-    if root_to_sp(root) is not None:
-        kvm_tdp_mmu_put_root(cpu, kvm, root)
+    sp = root_to_sp(root)
+    if sp is None:
+        return
+    if not is_tdp_mmu_page(sp):
+        raise AssertionError(f"{sp!r} is a root of no MMU")
+    kvm_tdp_mmu_put_root(cpu, kvm, sp)
 
 
 def kvm_mmu_free_obsolete_roots(cpu: Cpu, vcpu: Vcpu) -> None:

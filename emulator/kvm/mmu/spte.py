@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from typing import Final
 
 from emulator.kvm.kvm_host import PG_LEVEL_4K
-from emulator.kvm.structs import KvmMemorySlot, KvmMmuPage
+from emulator.kvm.structs import KvmMemorySlot, KvmMmuPage, KvmMmuRootInfo
 from emulator.kvm.virt.slots import mark_page_dirty_in_slot
 from emulator.machine.runtime import Cpu
 from native import lib
@@ -106,6 +106,16 @@ def make_spte(cpu: Cpu, slot: KvmMemorySlot, gfn: int, level: int, pfn: PfnAndRi
     return spte
 
 
-def root_to_sp(root: KvmMmuPage) -> KvmMmuPage | None:
-    """root_to_sp(): return None for a root that has no shadow page (a dummy root, PAE roots)."""
-    return None if root.special else root
+def root_to_sp(root: KvmMmuRootInfo | None) -> KvmMmuPage | None:
+    """root_to_sp(): return None for no root, and for one without a shadow page (a dummy root, PAE roots)."""
+    return None if root is None else root.sp
+
+
+def is_tdp_mmu_page(sp: KvmMmuPage) -> bool:
+    """is_tdp_mmu_page()"""
+    return sp.tdp_mmu_page
+
+
+def is_obsolete_sp(sp: KvmMmuPage) -> bool:
+    """is_obsolete_sp(): return whether no vCPU may use it any more.  TDP MMU pages have no mmu_valid_gen."""
+    return sp.role.invalid

@@ -61,7 +61,7 @@ class TdpIter:
         chunk = self.chunk
         chunk.root = root.hfn
         chunk.root_level = root.role.level
-        chunk.root_link = root.link
+        chunk.root_link = root.parent_spte
         chunk.walk = walk
         chunk.level = level
         chunk.shared = shared

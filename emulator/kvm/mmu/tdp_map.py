@@ -21,6 +21,7 @@ from emulator.kvm.mmu.spte import (
     is_shadow_present_pte,
     leaf_spte_change_needs_tlb_flush,
     make_spte,
+    root_to_sp,
     spte_to_child_pt,
 )
 from emulator.kvm.mmu.tdp_iter import Entry
@@ -103,7 +104,7 @@ def kvm_tdp_mmu_map(cpu: Cpu, vcpu: Vcpu, fault: KvmPageFault) -> int:
 
     Decision fault_split: split or zap a huge leaf above goal_level.
     """
-    kvm, root = vcpu.kvm, vcpu.mmu.root
+    kvm, root = vcpu.kvm, root_to_sp(vcpu.mmu.root)
     assert root is not None
     with rcu_read_lock(cpu):
         entry = tdp_entry(cpu, root, fault.gfn, fault.goal_level)

@@ -193,11 +193,15 @@ def tdp_mmu_init_root(cpu: Cpu, kvm: Kvm, role: KvmMmuPageRole) -> KvmMmuPage:
     cpu.point("frames", "root", "write")
     hfn = Hfn(cpu.check(lib.ept_table_alloc(cpu.m, cpu.id, lib.FRAME_ROOT)))
     root = KvmMmuPage(
-        hfn, role, tracking=alloc_root_cpu_mask(cpu, kvm, hfn), link=lib.make_nonleaf_spte(cpu.m, hfn)
+        hfn,
+        role,
+        tdp_mmu_page=True,
+        parent_spte=lib.make_nonleaf_spte(cpu.m, hfn),
+        tracking=alloc_root_cpu_mask(cpu, kvm, hfn),
     )
     answer = kvm.policy.root_put(cpu, kvm, root)
     if answer == "async" or answer == "inline":
-        root.own_reference = False
+        root.has_tdp_ref = False
         root.root_count.value = 1
     cpu.stat(kvm.id, lib.STAT_ROOTS_ALLOCATED)
     return root
@@ -244,7 +248,7 @@ def kvm_tdp_mmu_invalidate_roots(cpu: Cpu, kvm: Kvm) -> None:
     for root in kvm.tdp_mmu_roots:
         if root.role.invalid:
             continue
-        if not root.own_reference and not kvm_tdp_mmu_get_root(cpu, root):
+        if not root.has_tdp_ref and not kvm_tdp_mmu_get_root(cpu, root):
             continue
         cpu.point("role", root.hfn, "write")
         root.tdp_mmu_scheduled_root_to_zap = True

@@ -84,14 +84,14 @@ def kvm_make_all_cpus_request(cpu: Cpu, kvm: Kvm, req: int) -> bool:
     VM, or all of them.  Mutant S3: a vCPU that is OUTSIDE gets no request to flush, because it compares its
     root's generation before entry.
     """
-    by_generation = "S3" in kvm.policy.bugs and req == KVM_REQ_TLB_FLUSH
+    compares_generations = "S3" in kvm.policy.bugs and req == KVM_REQ_TLB_FLUSH
     cpu.stat(kvm.id, lib.STAT_MAKE_ALL_CPUS_REQUEST)
     mask = cpu.kick_mask
     for word in range(cpu.kick_mask_words):
         mask[word] = 0
     called = False
     for vcpu in kvm.vcpus:
-        if by_generation and _is_outside(cpu, vcpu):
+        if compares_generations and _is_outside(cpu, vcpu):
             continue
         target = kvm_make_vcpu_request(cpu, vcpu, req)
         if target >= 0:

@@ -5,7 +5,7 @@ from __future__ import annotations
 from emulator.kvm.decisions import Decisions
 from emulator.kvm.kvm_host import KVM_REQ_TLB_FLUSH_GUEST
 from emulator.kvm.mmu.mmu import kvm_mmu_zap_all
-from emulator.kvm.mmu.roots import kvm_mmu_unload
+from emulator.kvm.mmu.roots import kvm_init_mmu, kvm_mmu_unload
 from emulator.kvm.mmu.tdp_mmu import kvm_tdp_mmu_zap_invalidated_roots
 from emulator.kvm.mmu.tdp_roots import kvm_tdp_mmu_invalidate_roots
 from emulator.kvm.structs import Kvm, KvmParams, Vcpu
@@ -25,6 +25,7 @@ def kvm_create_vm(cpu: Cpu, gfns: int, policy: Decisions, x86_ops: KvmX86Ops, pa
 def kvm_vm_ioctl_create_vcpu(cpu: Cpu, kvm: Kvm) -> Vcpu:
     """KVM_CREATE_VCPU: make a vCPU, then set its registers (KVM_SET_SREGS), as every user space does next."""
     vcpu = kvm.x86_ops.vcpu_create(cpu, kvm)
+    kvm_init_mmu(vcpu)
     kvm_arch_vcpu_ioctl_set_sregs(cpu, vcpu)
     with kvm.slots_lock.held(cpu):
         kvm.vcpus = (*kvm.vcpus, vcpu)

@@ -5,11 +5,11 @@ from __future__ import annotations
 from typing import Final
 
 from emulator.kvm.kvm_host import ExitToUser
-from emulator.kvm.structs import Kvm, KvmMmuPage, Vcpu
+from emulator.kvm.structs import Kvm, KvmMmuRootInfo, Vcpu
 from emulator.kvm.vmx import vmx
 from emulator.kvm.x86_ops import KvmX86Ops
 from emulator.machine.runtime import Cpu
-from native.types import FlushReason
+from native.types import FlushReason, Hfn
 
 
 class VtX86Ops:
@@ -38,8 +38,8 @@ class VtX86Ops:
     def handle_exit(self, cpu: Cpu, vcpu: Vcpu) -> ExitToUser | None:
         return vmx.vmx_handle_exit(cpu, vcpu)
 
-    def load_mmu_pgd(self, cpu: Cpu, vcpu: Vcpu, root: KvmMmuPage) -> None:
-        vmx.vmx_load_mmu_pgd(cpu, vcpu, root)
+    def load_mmu_pgd(self, cpu: Cpu, vcpu: Vcpu, root_hfn: Hfn, root_level: int) -> None:
+        vmx.vmx_load_mmu_pgd(cpu, vcpu, root_hfn, root_level)
 
     def flush_tlb_all(self, cpu: Cpu, vcpu: Vcpu, reason: FlushReason) -> None:
         vmx.vmx_flush_tlb_all(cpu, vcpu, reason)
@@ -50,7 +50,7 @@ class VtX86Ops:
     def flush_tlb_guest(self, cpu: Cpu, vcpu: Vcpu, reason: FlushReason) -> None:
         vmx.vmx_flush_tlb_guest(cpu, vcpu, reason)
 
-    def flush_tlb_root(self, cpu: Cpu, kvm: Kvm, root: KvmMmuPage, reason: FlushReason) -> None:
+    def flush_tlb_root(self, cpu: Cpu, kvm: Kvm, root: KvmMmuRootInfo, reason: FlushReason) -> None:
         vmx.vmx_flush_tlb_ept_root(cpu, kvm, root, reason)
 
     def flush_tlb_before_entry(self, cpu: Cpu, vcpu: Vcpu) -> None:

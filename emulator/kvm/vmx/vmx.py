@@ -13,7 +13,7 @@ from emulator.kvm.mmu.root_tracking import mmu_roots, root_tlb_gen_is_old, test_
 from emulator.kvm.mmu.spte import root_to_sp
 from emulator.kvm.regs import kvm_set_cr0, kvm_set_cr3, kvm_set_cr4
 from emulator.kvm.smm import emulator_leave_smm
-from emulator.kvm.structs import Kvm, KvmMmu, KvmMmuPage, Vcpu
+from emulator.kvm.structs import Kvm, KvmMmu, KvmMmuRootInfo, Vcpu
 from emulator.kvm.virt.requests import request_tlb_flush
 from emulator.kvm.vmx.vmcs import (
     alloc_loaded_vmcs,
@@ -35,7 +35,7 @@ VMX_EPTP_AD_ENABLE_BIT: Final = 1 << 6
 INVALID_EPTP: Final = -1
 
 
-def construct_eptp(cpu: Cpu, kvm: Kvm, root: KvmMmuPage) -> int:
+def construct_eptp(cpu: Cpu, kvm: Kvm, root: KvmMmuRootInfo) -> int:
     """construct_eptp(): build the EPTP from the root's role, not from a vCPU's state, because callers also
     pass roots that are not current."""
     sp = root_to_sp(root)
@@ -51,7 +51,7 @@ def warn_on_once(cpu: Cpu, kvm: Kvm, what: str) -> None:
     kvm.warned.add(what)
 
 
-def vmx_flush_tlb_ept_root(cpu: Cpu, kvm: Kvm, root: KvmMmuPage, reason: FlushReason) -> None:
+def vmx_flush_tlb_ept_root(cpu: Cpu, kvm: Kvm, root: KvmMmuRootInfo, reason: FlushReason) -> None:
     """vmx_flush_tlb_ept_root(): execute INVEPT single, or global if the root has no EPTP."""
     eptp = construct_eptp(cpu, kvm, root)
     cpu.point("tlb", cpu.id, "write")
@@ -95,9 +95,9 @@ def vmx_flush_tlb_guest(cpu: Cpu, vcpu: Vcpu, reason: FlushReason) -> None:
     lib.flush_invvpid_single(cpu.m, cpu.id, vcpu.kvm.id, vcpu.vpid, reason)
 
 
-def vmx_load_mmu_pgd(cpu: Cpu, vcpu: Vcpu, root: KvmMmuPage) -> None:
+def vmx_load_mmu_pgd(cpu: Cpu, vcpu: Vcpu, root_hfn: Hfn, root_level: int) -> None:
     """vmx_load_mmu_pgd(): write EPT_POINTER."""
-    lib.vmcs_write_eptp(cpu.m, vcpu.loaded_vmcs.vmcs, root.hfn, root.role.level)
+    lib.vmcs_write_eptp(cpu.m, vcpu.loaded_vmcs.vmcs, root_hfn, root_level)
 
 
 def vmx_vcpu_load_vmcs(cpu: Cpu, vcpu: Vcpu) -> None:
@@ -129,7 +129,7 @@ def migration_ept(cpu: Cpu, vcpu: Vcpu) -> None:
     """
     kvm = vcpu.kvm
     answer = kvm.policy.migration(cpu, vcpu)
-    vcpu.loaded_vmcs.by_generation = answer == "root-tlb-gen"
+    vcpu.loaded_vmcs.tracked_by_gen = answer == "root-tlb-gen"
     if answer == "all-contexts":
         request_tlb_flush(cpu, vcpu, lib.REASON_MIGRATION)
     elif answer == "none":
@@ -171,7 +171,7 @@ def vmx_flush_tlb_before_entry(cpu: Cpu, vcpu: Vcpu) -> None:
     Under migration=root-tlb-gen only, and however the root became current.  Mutant R1 skips the check.
     """
     kvm = vcpu.kvm
-    if not vcpu.loaded_vmcs.by_generation or "R1" in kvm.policy.bugs:
+    if not vcpu.loaded_vmcs.tracked_by_gen or "R1" in kvm.policy.bugs:
         return
     if root_tlb_gen_is_old(cpu, vcpu):
         assert vcpu.mmu.root is not None

@@ -199,7 +199,7 @@ def test_what_is_read_before_it_changes_is_found_then(tmp_path: Path) -> None:
 
 @pytest.mark.slow
 def test_what_a_constructor_fills_does_not_change(tmp_path: Path) -> None:
-    policy = looking("self.log.append([root.special for root in vcpu.kvm.tdp_mmu_roots])")
+    policy = looking("self.log.append([root.tdp_mmu_page for root in vcpu.kvm.tdp_mmu_roots])")
     test = moving("", '"zap-all"', '"wait mm 1", "read 0x10", "migrate 1"')
     found, known = outcomes(tmp_path, test, policy, exhaustive, most=20)
     assert found.executions == 20

@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 
 from emulator.kvm.kvm_host import KVM_MEM_LOG_DIRTY_PAGES
-from emulator.kvm.mmu.spte import is_access_track_spte, is_shadow_present_pte, is_writable_pte
+from emulator.kvm.mmu.spte import is_access_track_spte, is_shadow_present_pte, is_writable_pte, root_to_sp
 from emulator.kvm.mmu.tdp_map import tdp_entry
 from emulator.kvm.structs import Kvm
 from emulator.kvm.virt.kvm_main import (
@@ -20,7 +20,7 @@ from tests.emulator.kvm.rig import GFNS, SLOT, Guest, Rig
 
 
 def spte_of(rig: Rig, guest: Guest, gfn: int) -> int:
-    root = guest.vcpu.mmu.root
+    root = root_to_sp(guest.vcpu.mmu.root)
     assert root is not None
     return tdp_entry(rig.host, root, gfn, 1).spte
 

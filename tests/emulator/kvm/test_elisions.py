@@ -8,9 +8,11 @@ import pytest
 
 from emulator.kvm.decisions import Migration, Tracking
 from emulator.kvm.mmu import root_tracking
-from emulator.kvm.structs import Kvm, KvmMmuPage, Vcpu
+from emulator.kvm.mmu.spte import root_to_sp
+from emulator.kvm.structs import Kvm, KvmMmuRootInfo, Vcpu
 from emulator.machine.runtime import Cpu
 from emulator.policy import MUTANTS, Policy, preset
+from native.types import Hfn
 from tests.emulator.kvm.rig import Guest, Rig, running_rig, scopes
 from tests.emulator.kvm.test_root_tracking import bounce, guest_invalidates_elsewhere, zapped_while_away
 
@@ -157,7 +159,7 @@ def test_elided_flushes_are_counted(rig: Rig) -> None:
 # --- single pieces ------------------------------------------------------------------------------------------
 
 
-def root_of(rig: Rig, policy: str = "root-tlb-gen") -> tuple[Kvm, KvmMmuPage]:
+def root_of(rig: Rig, policy: str = "root-tlb-gen") -> tuple[Kvm, KvmMmuRootInfo]:
     kvm = rig.vm(preset(policy))
     guest = rig.guest(kvm)
     guest.read(0, 5)
@@ -166,13 +168,12 @@ def root_of(rig: Rig, policy: str = "root-tlb-gen") -> tuple[Kvm, KvmMmuPage]:
 
 
 def test_a_root_without_a_shadow_page_has_no_record(rig: Rig) -> None:
-    _, root = root_of(rig)
+    root_of(rig)
     cpu = rig.machine.cpus[0]
-    root.special = True
+    root = KvmMmuRootInfo(pgd=0, hfn=Hfn(0), sp=None)
     for how in ("cpu-flushed-mask", "cpu-flushed-mask-cleared", "root-tlb-gen"):
         assert not root_tracking.test_and_set_flushed(cpu, root, how)
         assert not root_tracking.test_and_set_flushed(cpu, root, how)
-    root.special = False
 
 
 @pytest.mark.parametrize("how", ["cpu-flushed-mask-cleared", "root-tlb-gen"])
@@ -193,8 +194,9 @@ def test_nothing_is_remembered_where_no_policy_asks() -> None:
         guest = rig.guest(kvm)
         guest.read(0, 5)
         assert not kvm.tracks_roots
-        assert guest.vcpu.mmu.root is not None
-        assert guest.vcpu.mmu.root.tracking is None
+        root = root_to_sp(guest.vcpu.mmu.root)
+        assert root is not None
+        assert root.tracking is None
 
 
 def test_guards_of_the_repaired_policies_are_registered() -> None:

@@ -71,6 +71,6 @@ def test_a_cached_root(rig: Rig, answer: str) -> None:
     guest = rig.guest(kvm)
     guest.write(0, 5)
     before = flushes(rig, lib.REASON_CACHED_ROOT)
-    kvm_mmu_new_pgd(rig.machine.cpus[0], guest.vcpu)
+    kvm_mmu_new_pgd(rig.machine.cpus[0], guest.vcpu, 0)
     guest.read(0, 5)
     assert flushes(rig, lib.REASON_CACHED_ROOT) - before == (answer == "flush-current")

@@ -10,6 +10,7 @@ import pytest
 
 from emulator.kvm.kvm_host import KVM_MEM_LOG_DIRTY_PAGES, PREEMPTIBLE
 from emulator.kvm.mmu.mmu import kvm_mmu_recover_huge_pages, kvm_mmu_zap_all_fast, kvm_zap_gfn_range
+from emulator.kvm.mmu.spte import root_to_sp
 from emulator.kvm.mmu.tdp_map import tdp_entry
 from emulator.kvm.structs import Kvm, KvmMemorySlot
 from emulator.kvm.virt.kvm_main import kvm_set_memory_region, kvm_vm_ioctl_get_dirty_log
@@ -52,7 +53,7 @@ def unmap_by(rig: Rig, cpu: Cpu, kvm: Kvm, start: int, end: int) -> None:
 
 
 def present(rig: Rig, guest: Guest, gfn: int) -> bool:
-    root = guest.vcpu.mmu.root
+    root = root_to_sp(guest.vcpu.mmu.root)
     assert root is not None
     return bool(tdp_entry(rig.host, root, gfn, 1).spte & 7)
 
@@ -65,7 +66,7 @@ def two_roots(rig: Rig, policy: Policy) -> tuple[Kvm, Guest, Guest]:
     second.write(1, 3000)
     first.write(0, GFNS - 1)
     assert len(kvm.tdp_mmu_roots) == 2
-    assert kvm.tdp_mmu_roots[0] is first.vcpu.mmu.root
+    assert kvm.tdp_mmu_roots[0] is root_to_sp(first.vcpu.mmu.root)
     return kvm, first, second
 
 

@@ -133,7 +133,7 @@ def test_slot_delete_and_create(rig: Rig) -> None:
         set_slot(rig, kvm)
         enter_all(guests)
     assert flushes(counts) == {"make_all_cpus_request": 1, "mmu_load": 2, "flush_current": 2}
-    assert guests[0].vcpu.mmu.root is guests[1].vcpu.mmu.root
+    assert guests[0].vcpu.mmu.root == guests[1].vcpu.mmu.root
     assert len(kvm.tdp_mmu_roots) == 1
 
 

@@ -9,18 +9,22 @@ from threading import Thread
 import pytest
 
 from emulator.kvm.kvm_host import KVM_REQ_LOAD_MMU_PGD, KVM_REQ_TLB_FLUSH_CURRENT, X86_CR4_PSE
+from emulator.kvm.mmu.fault import KvmPageFault
 from emulator.kvm.mmu.roots import (
     cached_root_find_and_keep_current,
     cached_root_find_without_current,
     fast_pgd_switch,
     is_obsolete_root,
+    is_root_usable,
+    kvm_init_mmu,
     kvm_mmu_free_obsolete_roots,
     kvm_mmu_free_roots,
     kvm_mmu_new_pgd,
     kvm_mmu_unload,
 )
+from emulator.kvm.mmu.spte import root_to_sp
 from emulator.kvm.mmu.tdp_roots import flush_workqueue, kvm_tdp_mmu_alloc_root, kvm_tdp_mmu_put_root
-from emulator.kvm.structs import Kvm, KvmMmu, KvmMmuPage, KvmMmuPageRole
+from emulator.kvm.structs import Kvm, KvmMmu, KvmMmuPage, KvmMmuPageRole, KvmMmuRootInfo, Vcpu
 from emulator.kvm.virt.requests import kvm_test_request
 from emulator.kvm.vmx.vmx import (
     INVALID_EPTP,
@@ -28,6 +32,7 @@ from emulator.kvm.vmx.vmx import (
     vmx_flush_tlb_current,
     vmx_flush_tlb_ept_root,
 )
+from emulator.machine.runtime import Cpu
 from emulator.policy import Policy, preset
 from native import lib
 from native.types import CpuId, Hfn
@@ -39,19 +44,23 @@ FIVE, FIVE_SMM = KvmMmuPageRole(level=5), KvmMmuPageRole(level=5, smm=1)
 ROLES = (NORMAL, SMM, FIVE, FIVE_SMM)
 
 
+def root_info(sp: KvmMmuPage, pgd: int = 0) -> KvmMmuRootInfo:
+    return KvmMmuRootInfo(pgd=pgd, hfn=sp.hfn, sp=sp)
+
+
 @contextmanager
 def cache(rig: Rig, *roles: KvmMmuPageRole) -> Iterator[tuple[Kvm, KvmMmu]]:
     """An MMU whose current root and previous ones have these roles."""
     kvm = rig.vm()
     mmu = KvmMmu(NORMAL)
-    roots = [kvm_tdp_mmu_alloc_root(rig.host, kvm, role) for role in roles]
+    roots = [root_info(kvm_tdp_mmu_alloc_root(rig.host, kvm, role)) for role in roles]
     mmu.root, mmu.prev_roots = roots[0], [*roots[1:], *[None] * (4 - len(roots))]
     yield kvm, mmu
     kvm_mmu_free_roots(rig.host, kvm, mmu, lambda root: True)
 
 
 def order(mmu: KvmMmu) -> list[KvmMmuPageRole | None]:
-    return [None if root is None else root.role for root in (mmu.root, *mmu.prev_roots)]
+    return [None if root is None or root.sp is None else root.sp.role for root in (mmu.root, *mmu.prev_roots)]
 
 
 # --- the cache ----------------------------------------------------------------------------------------------
@@ -70,7 +79,7 @@ def test_a_cached_root_is_rotated_to_the_front(
     rig: Rig, wanted: KvmMmuPageRole, after: list[KvmMmuPageRole]
 ) -> None:
     with cache(rig, *ROLES) as (kvm, mmu):
-        assert cached_root_find_and_keep_current(rig.host, kvm, mmu, wanted)
+        assert cached_root_find_and_keep_current(rig.host, kvm, mmu, 0, wanted)
         assert order(mmu) == after
 
 
@@ -78,10 +87,11 @@ def test_a_miss_frees_the_oldest(rig: Rig) -> None:
     with cache(rig, *ROLES) as (kvm, mmu):
         oldest = mmu.prev_roots[2]
         assert oldest is not None
+        assert oldest.sp is not None
         missing = KvmMmuPageRole(guest_mode=True)
-        assert not cached_root_find_and_keep_current(rig.host, kvm, mmu, missing)
+        assert not cached_root_find_and_keep_current(rig.host, kvm, mmu, 0, missing)
         assert order(mmu) == [None, NORMAL, SMM, FIVE]
-        assert oldest.root_count.value == 1  # the TDP MMU's own
+        assert oldest.sp.root_count.value == 1  # the TDP MMU's own
 
 
 @pytest.mark.parametrize(
@@ -98,23 +108,77 @@ def test_without_a_current_root_the_gap_is_closed(
 ) -> None:
     with cache(rig, NORMAL, SMM, FIVE) as (_, mmu):
         mmu.root, mmu.prev_roots = None, [mmu.root, *mmu.prev_roots[:2]]
-        assert cached_root_find_without_current(mmu, wanted) == (wanted in (NORMAL, SMM, FIVE))
+        assert cached_root_find_without_current(mmu, 0, wanted) == (wanted in (NORMAL, SMM, FIVE))
         assert order(mmu) == after
+
+
+def test_a_root_of_the_guests_tables_is_used_for_its_pgd_alone(rig: Rig) -> None:
+    """A direct root stands for no table of the guest, and is used for all of them."""
+    with cache(rig, NORMAL) as (_, mmu):
+        assert mmu.root is not None
+        assert mmu.root.pgd == 0
+        assert is_root_usable(mmu.root, 0x7000, NORMAL)
+    shadow = KvmMmuPageRole(direct=False)
+    root = root_info(KvmMmuPage(Hfn(0x123), shadow, tdp_mmu_page=False), pgd=0x7000)
+    assert not is_root_usable(root, 0x7000, NORMAL)
+    cached = KvmMmu(shadow)
+    cached.prev_roots[1] = root
+    assert not cached_root_find_without_current(cached, 0x8000, shadow)
+    assert cached_root_find_without_current(cached, 0x7000, shadow)
+    assert order(cached) == [shadow, None, None, None]
+
+
+def test_only_tdp_roots_are_put(rig: Rig) -> None:
+    kvm = rig.vm()
+    mmu = KvmMmu(NORMAL)
+    mmu.root = root_info(KvmMmuPage(Hfn(0x123), NORMAL, tdp_mmu_page=False))
+    with pytest.raises(AssertionError, match="is a root of no MMU"):
+        kvm_mmu_free_roots(rig.host, kvm, mmu, lambda root: True)
+
+
+def test_the_role_says_whether_a_nested_guest_runs(rig: Rig) -> None:
+    vcpu = rig.guest(rig.vm()).vcpu
+    kvm_init_mmu(vcpu)
+    assert vcpu.root_mmu.root_role == NORMAL
+    vcpu.arch.guest_mode = True
+    kvm_init_mmu(vcpu)
+    assert vcpu.root_mmu.root_role == KvmMmuPageRole(guest_mode=True)
+
+
+def test_faults_are_the_current_mmus(rig: Rig) -> None:
+    kvm = rig.vm()
+    guest = rig.guest(kvm)
+    handler, faults = guest.vcpu.mmu.page_fault, []
+    assert handler is not None
+
+    def page_fault(cpu: Cpu, vcpu: Vcpu, fault: KvmPageFault) -> int:
+        faults.append(fault.gfn)
+        return handler(cpu, vcpu, fault)
+
+    guest.vcpu.mmu.page_fault = page_fault
+    guest.write(0, 5)
+    assert len(faults) == 1
+    # A change of role chooses the handler anew.
+    cr4_toggle(rig, guest)
+    assert guest.vcpu.mmu.page_fault is handler
+    guest.write(0, 70)
+    assert len(faults) == 1
+    assert rig.violations() == {}
 
 
 def test_an_invalid_root_matches_no_role(rig: Rig) -> None:
     with cache(rig, NORMAL, SMM) as (kvm, mmu):
-        smm = mmu.prev_roots[0]
+        smm = root_to_sp(mmu.prev_roots[0])
         assert smm is not None
         smm.role = KvmMmuPageRole(smm=1, invalid=True)
-        assert not fast_pgd_switch(rig.host, kvm, mmu, SMM)
+        assert not fast_pgd_switch(rig.host, kvm, mmu, 0, SMM)
         smm.role = SMM
 
 
 def test_a_special_root_is_not_kept(rig: Rig) -> None:
     with cache(rig, NORMAL) as (kvm, mmu):
-        mmu.root, mmu.prev_roots[0] = KvmMmuPage(Hfn(0), NORMAL, special=True), mmu.root
-        assert fast_pgd_switch(rig.host, kvm, mmu, NORMAL)
+        mmu.root, mmu.prev_roots[0] = KvmMmuRootInfo(pgd=0, hfn=Hfn(0), sp=None), mmu.root
+        assert fast_pgd_switch(rig.host, kvm, mmu, 0, NORMAL)
         assert order(mmu) == [NORMAL, None, None, None]
 
 
@@ -124,7 +188,7 @@ def test_what_is_requested_for_a_cached_root(rig: Rig, answer: str) -> None:
     guest = rig.guest(kvm)
     guest.write(0, 5)
     cpu = rig.machine.cpus[0]
-    kvm_mmu_new_pgd(cpu, guest.vcpu)
+    kvm_mmu_new_pgd(cpu, guest.vcpu, 0)
     assert kvm_test_request(cpu, guest.vcpu, KVM_REQ_LOAD_MMU_PGD)
     assert kvm_test_request(cpu, guest.vcpu, KVM_REQ_TLB_FLUSH_CURRENT) == (answer == "flush-current")
     guest.read(0, 5)
@@ -157,15 +221,16 @@ def test_obsolete_roots_of_both_mmus_go(rig: Rig) -> None:
     guest.write(0, 5)
     vcpu = guest.vcpu
     root = kvm_tdp_mmu_alloc_root(rig.host, kvm, SMM)
-    vcpu.guest_mmu.prev_roots[1] = root
+    held = root_info(root)
+    vcpu.guest_mmu.prev_roots[1] = held
     kvm_mmu_free_obsolete_roots(rig.host, vcpu)
-    assert vcpu.guest_mmu.prev_roots == [None, root, None]
+    assert vcpu.guest_mmu.prev_roots == [None, held, None]
     root.invalidate()
     kvm_mmu_free_obsolete_roots(rig.host, vcpu)
     assert vcpu.guest_mmu.prev_roots == [None, None, None]
     assert vcpu.root_mmu.root is not None
     root.role = SMM
-    vcpu.guest_mmu.root = kvm_tdp_mmu_alloc_root(rig.host, kvm, SMM)
+    vcpu.guest_mmu.root = root_info(kvm_tdp_mmu_alloc_root(rig.host, kvm, SMM))
     kvm_mmu_unload(rig.host, vcpu)
     assert [mmu.root for mmu in (vcpu.root_mmu, vcpu.guest_mmu)] == [None, None]
 
@@ -175,7 +240,7 @@ def test_active_roots_are_those_of_both_mmus(rig: Rig) -> None:
     guest = rig.guest(kvm)
     guest.write(0, 5)
     vcpu = guest.vcpu
-    vcpu.guest_mmu.prev_roots[2] = kvm_tdp_mmu_alloc_root(rig.host, kvm, SMM)
+    vcpu.guest_mmu.prev_roots[2] = root_info(kvm_tdp_mmu_alloc_root(rig.host, kvm, SMM))
     before = flushes(rig, "invept_single")
     guest.write(1, 5)
     assert flushes(rig, "invept_single") - before == 2
@@ -191,7 +256,7 @@ def flushes(rig: Rig, wanted: str) -> int:
 @pytest.mark.parametrize(("role", "walk"), [(NORMAL, 3), (FIVE, 4)])
 def test_the_eptp_is_of_the_roots_role(rig: Rig, role: KvmMmuPageRole, walk: int) -> None:
     kvm = rig.vm()
-    eptp = construct_eptp(rig.host, kvm, KvmMmuPage(Hfn(0x123), role))
+    eptp = construct_eptp(rig.host, kvm, root_info(KvmMmuPage(Hfn(0x123), role, tdp_mmu_page=True)))
     assert eptp >> 12 == 0x123
     assert (eptp & 7, eptp >> 3 & 7, eptp >> 6 & 1) == (6, walk, 1)
     assert not kvm.warned
@@ -201,7 +266,7 @@ def test_a_root_without_a_shadow_page_is_flushed_globally(rig: Rig) -> None:
     kvm = rig.vm()
     guest = rig.guest(kvm)
     guest.write(0, 5)
-    root = KvmMmuPage(Hfn(0), NORMAL, special=True)
+    root = KvmMmuRootInfo(pgd=0, hfn=Hfn(0), sp=None)
     assert is_obsolete_root(root)
     assert construct_eptp(rig.host, kvm, root) == INVALID_EPTP
     assert kvm.warned == {"construct_eptp: the root has no shadow page"}

@@ -16,6 +16,7 @@ from emulator.kvm.kvm_host import (
     ExitToUser,
 )
 from emulator.kvm.mmu.roots import kvm_mmu_after_set_cpuid
+from emulator.kvm.mmu.spte import root_to_sp
 from emulator.kvm.smm import kvm_inject_smi
 from emulator.kvm.structs import Kvm
 from emulator.kvm.virt.kvm_main import kvm_set_memory_region
@@ -47,15 +48,15 @@ def roles(kvm: Kvm) -> set[tuple[int, int]]:
 def test_smm_has_a_root_of_its_own_and_rsm_finds_the_old_one(rig: Rig) -> None:
     kvm, guest = smm_guest(rig)
     guest.write(0, 5)
-    normal = guest.vcpu.mmu.root
+    normal = root_to_sp(guest.vcpu.mmu.root)
     guest.enter_smm(0, 70, 71)
-    smm = guest.vcpu.mmu.root
+    smm = root_to_sp(guest.vcpu.mmu.root)
     assert smm is not None
     assert normal is not None
     assert (normal.role.smm, smm.role.smm) == (0, 1)
     guest.next_slice(0)
     guest.next_slice(0)
-    assert guest.vcpu.mmu.root is normal
+    assert root_to_sp(guest.vcpu.mmu.root) is normal
     assert roles(kvm) == {(4, 0), (4, 1)}
     assert rig.violations() == {}
 
@@ -264,6 +265,7 @@ def test_cpuid_that_changes_the_levels_drops_the_roots(rig: Rig) -> None:
     kvm_mmu_after_set_cpuid(rig.host, guest.vcpu, 48)
     assert [guest.vcpu.mmu.root] == [None]
     guest.read(0, 5)
-    assert guest.vcpu.mmu.root is not None
-    assert guest.vcpu.mmu.root.role.level == 4
+    root = root_to_sp(guest.vcpu.mmu.root)
+    assert root is not None
+    assert root.role.level == 4
     assert rig.violations() == {}

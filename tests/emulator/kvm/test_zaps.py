@@ -10,6 +10,7 @@ import pytest
 
 from emulator.kvm.kvm_host import KVM_MEM_LOG_DIRTY_PAGES
 from emulator.kvm.mmu.mmu import kvm_mmu_zap_all_fast, kvm_zap_gfn_range
+from emulator.kvm.mmu.spte import root_to_sp
 from emulator.kvm.mmu.tdp_map import tdp_entry
 from emulator.kvm.structs import Kvm, KvmParams
 from emulator.kvm.virt.kvm_main import kvm_create_vm, kvm_set_memory_region
@@ -347,7 +348,7 @@ def _freed(rig: Rig) -> int:
 def test_somebody_elses_frozen_entry_is_waited_for(rig: Rig) -> None:
     kvm = big_vm(rig, Policy())
     guest = spread(rig, kvm)
-    root = guest.vcpu.mmu.root
+    root = root_to_sp(guest.vcpu.mmu.root)
     assert root is not None
     entry = tdp_entry(rig.host, root, 1, 1)
     m = rig.machine.m

@@ -105,8 +105,8 @@ def test_nothing_on_disk_changes(tmp_path: Path) -> None:
 
 # --- composition --------------------------------------------------------------------------------------------
 
-SECOND = "    if answer == 'none' and vcpu:\n        return\n    vcpu.loaded_vmcs.by_generation = "
-ON_TOP = edited(("    vcpu.loaded_vmcs.by_generation = ", SECOND))
+SECOND = "    if answer == 'none' and vcpu:\n        return\n    vcpu.loaded_vmcs.tracked_by_gen = "
+ON_TOP = edited(("    vcpu.loaded_vmcs.tracked_by_gen = ", SECOND))
 
 
 def test_spellings(tmp_path: Path) -> None:
