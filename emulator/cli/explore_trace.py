@@ -8,6 +8,7 @@ import sys
 import textwrap
 from collections.abc import Sequence
 from dataclasses import replace
+from itertools import groupby
 from pathlib import Path
 from typing import Any, Final
 
@@ -31,8 +32,10 @@ from emulator.output import make_directory, saying
 
 FOUND: Final = 1
 DIVERGED: Final = 3
-# Rows of a trace at most, without --steps: the first ones and the last ones.
-_FIRST, _LAST = 140, 60
+# Without --steps a trace of more rows than this is cut to the first ones, the last ones, and those around the
+# first one of each danger.
+_MOST: Final = 200
+_FIRST, _LAST, _AROUND = 90, 50, 12
 
 
 def trace(
@@ -124,14 +127,26 @@ def _print(document: dict[str, Any], steps: bool) -> None:
 
 
 def _bounded(explanation: Explanation) -> Explanation:
-    """Return the explanation with a count in place of the middle of its rows, if there are too many."""
-    left = len(explanation.rows) - _FIRST - _LAST
-    if left <= 0:
+    """Return the explanation with counts in place of rows, if there are too many.
+
+    The beginning and the end stay, and the rows around the first one with each mark.
+    """
+    rows = explanation.rows
+    if len(rows) <= _MOST:
         return explanation
-    before = explanation.rows[_FIRST - 1]
-    gap = f"... {left:,} rows left out; --steps shows all, --output keeps them for explain ..."
-    row = Row(explanation.columns[0], (gap,), "", 0, before.moment, -1)
-    return replace(explanation, rows=(*explanation.rows[:_FIRST], row, *explanation.rows[-_LAST:]))
+    marked = {row.mark: i for i, row in reversed(list(enumerate(rows))) if row.mark}
+    kept = {*range(_FIRST), *range(len(rows) - _LAST, len(rows))}
+    for i in marked.values():
+        kept.update(range(max(0, i - _AROUND), min(len(rows), i + _AROUND + 1)))
+    shown: list[Row] = []
+    for there, group in groupby(range(len(rows)), kept.__contains__):
+        numbers = list(group)
+        if there:
+            shown += [rows[i] for i in numbers]
+        else:
+            gap = f"... {len(numbers):,} rows left out; --steps shows all, --output keeps them for explain"
+            shown.append(Row(explanation.columns[0], (gap,), "", 0, rows[numbers[0]].moment, -1))
+    return replace(explanation, rows=tuple(shown))
 
 
 # --- replay -------------------------------------------------------------------------------------------------

@@ -180,14 +180,32 @@ def test_a_counterexample_is_traced_and_stopped(tmp_path: Path, capsys: pytest.C
     assert (state["step"], len(state["tasks"])) == (5, 2)
 
 
-def test_a_long_trace_is_cut_with_a_count(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    cut, whole = (shown(capsys, "log-huge", "--trace", *more) for more in ([], ["--steps"]))
-    assert len(cut.splitlines()) < 320 < len(whole.splitlines())
-    (line,) = [
-        line for line in shown(capsys, "zap-table-walk", "--trace").splitlines() if "left out" in line
-    ] or [""]
+def long_test(tmp_path: Path) -> str:
+    """Return a test whose window lies between many reads."""
+    before, after = (
+        ", ".join(f'"read {page:#x}"' for page in range(first, first + 60)) for first in (0x20, 0x80)
+    )
+    ops = f'ops = ["read 0x10", {before}, "wait mm 2", "read 0x10", {after}]'
+    text = RACE.replace('ops = ["read 0x10", "read 0x10", "wait mm 1", "read 0x10"]', ops)
+    return written(tmp_path, text.replace("wait v0 2", "wait v0 61").replace('"retries"', '"averted"'))
+
+
+def test_a_long_trace_is_cut_with_counts(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    test = long_test(tmp_path)
+    cut, whole = (shown(capsys, test, "--trace", *more) for more in ([], ["--steps"]))
     assert "left out" not in whole
-    assert not line or "--steps" in line
+    steps = len(json.loads(shown(capsys, test, "--trace", "--json"))["steps"])
+    assert len(whole.splitlines()) > steps > 1000
+    gaps = [line.split() for line in cut.splitlines() if "left out; --steps shows all" in line]
+    assert len(gaps) == 2
+    assert all(int(gap[1].replace(",", "")) > 50 for gap in gaps)
+    assert len(cut.splitlines()) < 400
+    # The beginning, the end, and the danger in the middle.
+    assert "v0: read 0x20\n" in cut
+    assert "v0: read 0xbb\n" in cut
+    middle = cut.partition("left out")[2].rpartition("left out")[0]
+    assert "TLB miss, EPT violation [2]" in middle
+    assert "[2] averted: " in cut
 
 
 def test_the_guide_shows_what_is_printed(
