@@ -65,8 +65,8 @@ int vmcs_destroy(struct machine *m, uint32_t cpu, uint32_t vmcs)
 		return MACHINE_MISUSE;
 	on = active_on(m, v);
 	if (on != ACTIVE_NOWHERE)
-		return cpu_misuse(m, cpu, "VMCS %u of vCPU %u is destroyed while it is active on CPU %d", vmcs,
-				  v->vcpu, (int)on);
+		return cpu_misuse(m, cpu, "VMCS %u of vCPU %u is destroyed while it is active on CPU %d: VMCLEAR must "
+				  "run there first", vmcs, v->vcpu, (int)on);
 	slot_set(&v->live, SLOT_FREE);
 	return 0;
 }
@@ -91,8 +91,8 @@ int vmptrld(struct machine *m, uint32_t cpu, uint32_t vmcs)
 		return cpu_misuse(m, cpu, "VMPTRLD on CPU %u, which is no physical CPU", cpu);
 	on = active_on(m, v);
 	if (on != ACTIVE_NOWHERE && on != (int32_t)cpu)
-		return cpu_misuse(m, cpu, "VMPTRLD on CPU %u of VMCS %u, which is active on CPU %d", cpu, vmcs,
-				  (int)on);
+		return cpu_misuse(m, cpu, "VMPTRLD on CPU %u of VMCS %u, which is active on CPU %d: VMCLEAR must run there "
+				  "first", cpu, vmcs, (int)on);
 	/* Release: pairs with the acquire of active_on(). */
 	atomic_store_explicit(&v->cpu, (int32_t)cpu, memory_order_release);
 	m->cpus[cpu].vmcs = v;

@@ -54,7 +54,8 @@ def test_a_vmcs_is_active_on_one_pcpu_at_most(machine: Hypervisor) -> None:
     vmcs = machine.vmcs[machine.vcpu(VM0, 1)]
     assert lib.vmptrld(machine.m, CPU0, vmcs) == 0
     assert lib.vmptrld(machine.m, CPU1, vmcs) == lib.MACHINE_MISUSE
-    assert error(machine, CPU1) == f"VMPTRLD on CPU 1 of VMCS {vmcs}, which is active on CPU 0"
+    found = "which is active on CPU 0: VMCLEAR must run there first"
+    assert error(machine, CPU1) == f"VMPTRLD on CPU 1 of VMCS {vmcs}, {found}"
     assert lib.vmclear(machine.m, CPU1, vmcs) == lib.MACHINE_MISUSE
     assert error(machine, CPU1) == f"VMCLEAR on CPU 1 of VMCS {vmcs}, which is active on CPU 0"
     assert lib.vmptrst(machine.m, CPU0) == vmcs

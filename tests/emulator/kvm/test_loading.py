@@ -25,6 +25,7 @@ def test_a_vm_is_destroyed_after_vmclear(rig: Rig, monkeypatch: pytest.MonkeyPat
     if clears:
         rig.destroy(kvm)
         assert lib.vmptrst(m, pcpu.id) == -1
+        assert lib.vmptrld(m, pcpu.id, vmcs) == lib.MACHINE_MISUSE, "it does not exist any more"
         return
     monkeypatch.setattr(vmx_vmcs, "loaded_vmcs_clear", lambda *_: None)
     with pytest.raises(MachineMisuse, match=f"VMCS {vmcs} .* destroyed while it is active"):
