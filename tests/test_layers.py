@@ -50,6 +50,7 @@ def test_contracts_hold(checkout: Path) -> None:
         ("emulator/kvm/mmu/mmu.py", "emulator.kvm.virt.mmu_notifier"),
         ("emulator/kvm/x86.py", "emulator.kvm.vmx.vmx"),
         ("emulator/kvm/mmu/roots.py", "emulator.kvm.vmx.vmcs"),
+        ("emulator/kvm/virt/vm.py", "emulator.kvm.mmu.tdp_mmu"),
         ("emulator/litmus/runner.py", "emulator.explore.results.suite"),
         ("emulator/explore/engine/scheduler.py", "emulator.explore.strategies.dpor"),
         ("emulator/explore/strategies/search.py", "emulator.litmus.evidence"),

@@ -1,4 +1,8 @@
-"""arch/x86/kvm/mmu/mmu.c: zaps of whole slots and ranges, and dirty logging.
+"""arch/x86/kvm/mmu/mmu.c: zaps of whole slots and ranges, aging, and dirty logging, for all MMUs of a VM.
+
+Code outside mmu/ calls the functions here, which serve every MMU.  As in the kernel, the part of shadow pages
+comes first, through their rmaps, then the TDP MMU's; a pending flush is handed from one to the next.  So far
+there is the TDP MMU only.
 
 Roles and roots of vCPUs: roots.py.  Page faults: page_fault.py.
 """
@@ -22,6 +26,7 @@ from emulator.kvm.mmu.tdp_dirty import (
     kvm_tdp_mmu_wrprot_slot,
 )
 from emulator.kvm.mmu.tdp_mmu import (
+    kvm_mmu_uninit_tdp_mmu,
     kvm_tdp_mmu_age_gfn_range,
     kvm_tdp_mmu_unmap_gfn_range,
     kvm_tdp_mmu_zap_all,
@@ -37,6 +42,7 @@ from emulator.kvm.virt.requests import (
 )
 from emulator.machine.runtime import Cpu
 from native import lib
+from native.types import FlushReason
 
 # --- zaps ---------------------------------------------------------------------------------------------------
 
@@ -67,7 +73,7 @@ def kvm_mmu_zap_memslot(cpu: Cpu, kvm: Kvm, slot: KvmMemorySlot) -> None:
     """kvm_mmu_zap_memslot(), since 6.12 with KVM_X86_QUIRK_SLOT_ZAP_ALL disabled: zap the slot's leafs."""
     reason = lib.REASON_REMOTE_ZAP
     with kvm.mmu_lock.write_lock(cpu):
-        if kvm_tdp_mmu_unmap_gfn_range(cpu, kvm, slot, slot.base_gfn, slot.end_gfn, False, reason):
+        if kvm_unmap_gfn_range(cpu, kvm, slot, slot.base_gfn, slot.end_gfn, reason):
             kvm_flush_remote_tlbs_memslot(cpu, kvm, slot, reason)
 
 
@@ -109,7 +115,8 @@ def kvm_zap_gfn_range(cpu: Cpu, kvm: Kvm, gfn_start: int, gfn_end: int) -> None:
         if brackets:
             kvm_mmu_invalidate_start(cpu, kvm, ((gfn_start, gfn_end),))
             lib.mmu_invalidate_range_add(cpu.m, kvm.id, gfn_start, gfn_end)
-        flush = kvm_tdp_mmu_zap_leafs(cpu, kvm, gfn_start, gfn_end, False, reason)
+        flush = False
+        flush = kvm_tdp_mmu_zap_leafs(cpu, kvm, gfn_start, gfn_end, flush, reason)
         ticket = lib.oracle_ticket(cpu.m, kvm.id)
         if flush:
             kvm_flush_remote_tlbs_range(cpu, kvm, gfn_start, gfn_end - gfn_start, reason)
@@ -120,14 +127,30 @@ def kvm_zap_gfn_range(cpu: Cpu, kvm: Kvm, gfn_start: int, gfn_end: int) -> None:
             lib.mmu_invalidate_end(cpu.m, kvm.id)
 
 
-def kvm_unmap_gfn_range(cpu: Cpu, kvm: Kvm, slot: KvmMemorySlot, start: int, end: int, flush: bool) -> bool:
-    """kvm_unmap_gfn_range(): zap a range for an mmu_notifier; return whether a flush is pending."""
-    return kvm_tdp_mmu_unmap_gfn_range(cpu, kvm, slot, start, end, flush, lib.REASON_REMOTE_NOTIFIER)
+def kvm_unmap_gfn_range(
+    cpu: Cpu,
+    kvm: Kvm,
+    slot: KvmMemorySlot,
+    start: int,
+    end: int,
+    reason: FlushReason = lib.REASON_REMOTE_NOTIFIER,
+) -> bool:
+    """kvm_unmap_gfn_range(), for mmu_notifiers: zap a range; return whether a flush is pending.
+
+    `reason`: of a flush that is made meanwhile, because the zap yields.
+    """
+    flush = False
+    return kvm_tdp_mmu_unmap_gfn_range(cpu, kvm, slot, start, end, flush, reason)
 
 
 def kvm_age_gfn(cpu: Cpu, kvm: Kvm, slot: KvmMemorySlot, start: int, end: int) -> bool:
-    """kvm_age_gfn()"""
+    """kvm_age_gfn(): return whether the guest has used the range since the last call."""
     return kvm_tdp_mmu_age_gfn_range(cpu, kvm, slot, start, end)
+
+
+def kvm_mmu_uninit_vm(cpu: Cpu, kvm: Kvm) -> None:
+    """kvm_mmu_uninit_vm()"""
+    kvm_mmu_uninit_tdp_mmu(cpu, kvm)
 
 
 # --- dirty logging ------------------------------------------------------------------------------------------
@@ -142,6 +165,25 @@ def kvm_mmu_slot_remove_write_access(cpu: Cpu, kvm: Kvm, slot: KvmMemorySlot, le
     """kvm_mmu_slot_remove_write_access(): return whether some SPTE lost W.  The caller flushes."""
     with kvm.mmu_lock.read_lock(cpu):
         return kvm_tdp_mmu_wrprot_slot(cpu, kvm, slot, level)
+
+
+def kvm_mmu_slot_gfn_write_protect(cpu: Cpu, kvm: Kvm, slot: KvmMemorySlot, gfn: int, min_level: int) -> bool:
+    """kvm_mmu_slot_gfn_write_protect(), under mmu_lock for write: return whether some SPTE lost W."""
+    return kvm_tdp_mmu_write_protect_gfn(cpu, kvm, slot, gfn, min_level)
+
+
+def kvm_mmu_write_protect_pt_masked(
+    cpu: Cpu, kvm: Kvm, slot: KvmMemorySlot, gfn_offset: int, mask: int
+) -> int:
+    """kvm_mmu_write_protect_pt_masked(), under mmu_lock for write: return how many 4K SPTEs lost W."""
+    return kvm_tdp_mmu_clear_dirty_pt_masked(cpu, kvm, slot, slot.base_gfn + gfn_offset, mask)
+
+
+def kvm_mmu_try_split_huge_pages(
+    cpu: Cpu, kvm: Kvm, slot: KvmMemorySlot, start: int, end: int, target_level: int
+) -> None:
+    """kvm_mmu_try_split_huge_pages(), under mmu_lock for write."""
+    kvm_tdp_mmu_try_split_huge_pages(cpu, kvm, slot, start, end, target_level, shared=False)
 
 
 def kvm_mmu_slot_try_split_huge_pages(cpu: Cpu, kvm: Kvm, slot: KvmMemorySlot, target_level: int) -> None:
@@ -213,8 +255,8 @@ def kvm_arch_mmu_enable_log_dirty_pt_masked(
         start = base + (mask & -mask).bit_length() - 1
         end = base + mask.bit_length() - 1
         if splits_eagerly(cpu, kvm, slot):
-            kvm_tdp_mmu_try_split_huge_pages(cpu, kvm, slot, start, end + 1, PG_LEVEL_4K, shared=False)
-        kvm_tdp_mmu_write_protect_gfn(cpu, kvm, slot, start, PG_LEVEL_2M)
+            kvm_mmu_try_split_huge_pages(cpu, kvm, slot, start, end + 1, PG_LEVEL_4K)
+        kvm_mmu_slot_gfn_write_protect(cpu, kvm, slot, start, PG_LEVEL_2M)
         if start >> 9 != end >> 9:
-            kvm_tdp_mmu_write_protect_gfn(cpu, kvm, slot, end, PG_LEVEL_2M)
-    return kvm_tdp_mmu_clear_dirty_pt_masked(cpu, kvm, slot, base, mask)
+            kvm_mmu_slot_gfn_write_protect(cpu, kvm, slot, end, PG_LEVEL_2M)
+    return kvm_mmu_write_protect_pt_masked(cpu, kvm, slot, gfn_offset, mask)

@@ -14,6 +14,7 @@ from emulator.kvm.mmu.tdp_roots import (
     KVM_VALID_ROOTS,
     flush_workqueue,
     for_each_tdp_mmu_root_yield_safe,
+    kvm_tdp_mmu_invalidate_roots,
     kvm_tdp_mmu_put_root,
 )
 from emulator.kvm.mmu.tdp_zap import flush_disconnected_sps, tdp_mmu_zap_root, tdp_mmu_zap_step
@@ -175,3 +176,13 @@ def kvm_tdp_mmu_age_gfn_range(cpu: Cpu, kvm: Kvm, slot: KvmMemorySlot, start: in
             while not it.done:
                 young |= it.step(cpu, kvm) > 0
     return young
+
+
+def kvm_mmu_uninit_tdp_mmu(cpu: Cpu, kvm: Kvm) -> None:
+    """kvm_mmu_uninit_tdp_mmu(): put the TDP MMU's own references, and with them free the last roots."""
+    with kvm.mmu_lock.write_lock(cpu):
+        kvm_tdp_mmu_invalidate_roots(cpu, kvm)
+    kvm_tdp_mmu_zap_invalidated_roots(cpu, kvm, shared=False)
+    if kvm.tdp_mmu_roots:
+        raise AssertionError(f"{kvm!r} ends with roots {kvm.tdp_mmu_roots}")
+    cpu.check(lib.rcu_barrier(cpu.m, cpu.id))

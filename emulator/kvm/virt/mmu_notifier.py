@@ -68,7 +68,7 @@ def kvm_handle_hva_range(cpu: Cpu, kvm: Kvm, ranges: list[GfnRange]) -> None:
         flush = False
         for slot, gfn_start, gfn_end in ranges:
             lib.mmu_invalidate_range_add(cpu.m, kvm.id, gfn_start, gfn_end)
-            flush |= kvm_unmap_gfn_range(cpu, kvm, slot, gfn_start, gfn_end, False)
+            flush |= kvm_unmap_gfn_range(cpu, kvm, slot, gfn_start, gfn_end)
         if flush:
             notifier_flush(cpu, kvm, ranges[0][1])
 

@@ -4,10 +4,8 @@ from __future__ import annotations
 
 from emulator.kvm.decisions import Decisions
 from emulator.kvm.kvm_host import KVM_REQ_TLB_FLUSH_GUEST
-from emulator.kvm.mmu.mmu import kvm_mmu_zap_all
+from emulator.kvm.mmu.mmu import kvm_mmu_uninit_vm, kvm_mmu_zap_all
 from emulator.kvm.mmu.roots import kvm_init_mmu, kvm_mmu_unload
-from emulator.kvm.mmu.tdp_mmu import kvm_tdp_mmu_zap_invalidated_roots
-from emulator.kvm.mmu.tdp_roots import kvm_tdp_mmu_invalidate_roots
 from emulator.kvm.structs import Kvm, KvmParams, Vcpu
 from emulator.kvm.virt.requests import kvm_make_request
 from emulator.kvm.x86_ops import KvmX86Ops
@@ -48,15 +46,5 @@ def kvm_destroy_vm(cpu: Cpu, kvm: Kvm) -> None:
         kvm.x86_ops.vcpu_free(cpu, vcpu)
         lib.vcpu_destroy(cpu.m, vcpu.id)
     kvm.vcpus = ()
-    kvm_mmu_uninit_tdp_mmu(cpu, kvm)
+    kvm_mmu_uninit_vm(cpu, kvm)
     lib.vm_destroy(cpu.m, kvm.id)
-
-
-def kvm_mmu_uninit_tdp_mmu(cpu: Cpu, kvm: Kvm) -> None:
-    """kvm_mmu_uninit_tdp_mmu(): put the TDP MMU's own references, and with them free the last roots."""
-    with kvm.mmu_lock.write_lock(cpu):
-        kvm_tdp_mmu_invalidate_roots(cpu, kvm)
-    kvm_tdp_mmu_zap_invalidated_roots(cpu, kvm, shared=False)
-    if kvm.tdp_mmu_roots:
-        raise AssertionError(f"{kvm!r} ends with roots {kvm.tdp_mmu_roots}")
-    cpu.check(lib.rcu_barrier(cpu.m, cpu.id))
