@@ -73,18 +73,13 @@ def _points() -> str:
         method = getattr(Decisions, point.name)
         parameters = ", ".join(inspect.signature(method).parameters)
         when = " ".join((inspect.getdoc(method) or "").split())
-        parts.append(f"### `{point.name}({parameters})`\n\n{_sentence(point.doc)} Asked when: {when}\n")
+        parts.append(f"### `{point.name}({parameters})`\n\n{point.doc} Asked when: {when}\n")
         for number, one in enumerate(point.alternatives):
-            marks = ["Linux 7.3"] * (not number) + ["mutant"] * one.mutant
+            marks = ["Linux 7.3"] * (not number) + ["known to be wrong"] * one.mutant
             mark = f" ({', '.join(marks)})" if marks else ""
             parts.append(f"* `{one.name}`{mark}: {' '.join(one.doc.split())}")
         parts.append("")
     return "\n".join(parts).rstrip()
-
-
-def _sentence(text: str) -> str:
-    plain = " ".join(text.split())
-    return plain[:1].upper() + plain[1:] + "."
 
 
 def _arguments() -> str:

@@ -63,280 +63,349 @@ def _point(
 POINTS: tuple[DecisionPoint, ...] = (
     _point(
         Decisions.remote_flush,
-        "what a vCPU drops when it serves KVM_REQ_TLB_FLUSH (kvm_vcpu_flush_tlb_all)",
+        "What a vCPU flushes when it services KVM_REQ_TLB_FLUSH (kvm_vcpu_flush_tlb_all).",
         {
-            "all-contexts": "INVEPT global: every EPTP, every VM on the pCPU",
-            "active-roots": "INVEPT single on the vCPU's current and previous roots",
-            "root-tlb-gen": "... on those whose generation moved on since this pCPU flushed them, maybe for "
-            "another vCPU",
+            "all-contexts": "INVEPT global: all EPTPs, of all VMs that have run on the pCPU.",
+            "active-roots": "INVEPT single-context on the vCPU's current and previous roots.",
+            "root-tlb-gen": (
+                "INVEPT single-context on those of the vCPU's current and previous roots whose generation "
+                "has advanced since this pCPU last flushed them, possibly for another vCPU."
+            ),
         },
         wrong={
-            "current-context": "INVEPT single on the current root only, as to 5.6; wrong as soon as a vCPU "
-            "can go back to a root that it used before without a flush (SMM, nested guests)",
+            "current-context": (
+                "INVEPT single-context on the current root only, as before 5.7. Wrong as soon as a vCPU can "
+                "return without a flush to a root that it used before (SMM, nested guests)."
+            ),
         },
     ),
     _point(
         Decisions.remote_kick,
-        "which pCPUs a waiting request interrupts (kvm_make_vcpus_request_mask)",
+        "Which pCPUs a request that waits interrupts (kvm_make_vcpus_request_mask).",
         {
-            "mode-not-outside": "those where a vCPU of the VM is not OUTSIDE_GUEST_MODE",
-            "vm-pcpu-mask": "every pCPU on which a vCPU of the VM was ever loaded; a pCPU that joins is "
-            "flushed",
-            "all-pcpus": "every pCPU of the host",
+            "mode-not-outside": "The pCPUs on which a vCPU of the VM is not OUTSIDE_GUEST_MODE.",
+            "vm-pcpu-mask": (
+                "Every pCPU on which a vCPU of the VM was ever loaded. A pCPU that joins the mask is flushed."
+            ),
+            "all-pcpus": "Every pCPU of the host.",
         },
     ),
     _point(
         Decisions.kick_wait,
-        "does the flusher wait until the interrupted pCPUs have left guest mode (KVM_REQUEST_WAIT)",
+        "Whether a flusher waits until the interrupted pCPUs have left guest mode (KVM_REQUEST_WAIT).",
         {
-            "wait": "yes: smp_call_function_many() with wait",
+            "wait": "It waits: smp_call_function_many() with wait.",
         },
         wrong={
-            "no-wait": "no: guests go on for a moment after the flush is said to be done",
+            "no-wait": (
+                "It does not wait, so guests keep running for a moment after the flush is reported done."
+            ),
         },
     ),
     _point(
         Decisions.root_load,
-        "a root becomes current through kvm_mmu_load",
+        "Flush when kvm_mmu_load() makes a root current.",
         {
-            "flush-current": "INVEPT single on it: its page may have been a root before",
-            "root-tlb-gen": "... unless this pCPU has flushed it since its generation moved on; wrong with "
-            "role_change=unload-all, where the guest relies on this flush",
+            "flush-current": (
+                "INVEPT single-context on the root, because its page may have been a root before."
+            ),
+            "root-tlb-gen": (
+                "INVEPT single-context on the root, unless this pCPU has flushed it since its generation "
+                "last advanced. Wrong with role_change=unload-all, where the guest relies on this flush."
+            ),
         },
         wrong={
-            "none": "nothing: entries of its page's earlier life as a root come back, unless its allocation "
-            "flushed every pCPU, or its generation is looked at before entry",
+            "none": (
+                "No flush: entries of the page's earlier life as a root come back, unless the root's "
+                "allocation flushed every pCPU, or its generation is compared before VM entry."
+            ),
         },
     ),
     _point(
         Decisions.cached_root,
-        "a previous root becomes current without kvm_mmu_load (fast_pgd_switch)",
+        "Flush when a previous root becomes current without kvm_mmu_load() (fast_pgd_switch).",
         {
-            "none": "nothing: whatever makes entries stale flushes previous roots, too",
-            "flush-current": "KVM_REQ_TLB_FLUSH_CURRENT, as with force_flush_and_sync_on_reuse; INVEPT "
-            "single on it",
+            "none": "No flush: every operation that makes entries stale flushes previous roots, too.",
+            "flush-current": (
+                "KVM_REQ_TLB_FLUSH_CURRENT, as with force_flush_and_sync_on_reuse: INVEPT single-context on "
+                "the root."
+            ),
         },
     ),
     _point(
         Decisions.root_alloc,
-        "a page becomes a root (kvm_tdp_mmu_alloc_root)",
+        "Flush when a page becomes a root (kvm_tdp_mmu_alloc_root).",
         {
-            "none": "nothing: whoever loads it flushes, on the pCPU where it does",
-            "on-each-cpu": "INVEPT single on it on every pCPU of the host (proposed July 2025)",
-            "vm-pcpu-mask": "... on the pCPUs where a vCPU of the VM was ever loaded; one that joins is "
-            "flushed (idea of August 2025)",
+            "none": "No flush: a vCPU that loads the root flushes it, on the pCPU where it loads it.",
+            "on-each-cpu": (
+                "INVEPT single-context on the root, on every pCPU of the host (proposed in July 2025)."
+            ),
+            "vm-pcpu-mask": (
+                "INVEPT single-context on the root, on the pCPUs where a vCPU of the VM was ever loaded. A "
+                "pCPU that joins is flushed (an idea of August 2025)."
+            ),
         },
     ),
     _point(
         Decisions.root_put,
-        "the last reference to a root goes (kvm_tdp_mmu_put_root)",
+        "What happens when the last reference to a root is put (kvm_tdp_mmu_put_root).",
         {
-            "sync-no-flush": "its page goes to RCU; the TDP MMU holds a reference of its own until the root "
-            "is invalidated, and who invalidated it has zapped it by then (since 6.6)",
-            "flush": "the same with a remote flush before",
-            "async": "a worker zaps it first; a role change may drop the last reference and lose the whole "
-            "tree (5.18 to 6.5)",
-            "inline": "unlinked and zapped on the spot, in one go, by whoever dropped it, which a role "
-            "change may do (to 5.17)",
+            "sync-no-flush": (
+                "The root's page is given to RCU. The TDP MMU holds a reference of its own until the root "
+                "is invalidated and zapped (since 6.6)."
+            ),
+            "flush": (
+                "A remote flush is made, and then the root's page is given to RCU as with sync-no-flush."
+            ),
+            "async": (
+                "A worker zaps the root first. A role change may put the last reference and lose the whole "
+                "tree (5.18 to 6.5)."
+            ),
+            "inline": (
+                "The thread that puts the last reference unlinks and zaps the root at once, in one step. A "
+                "role change may be that thread (before 5.18)."
+            ),
         },
     ),
     _point(
         Decisions.invalid_root_zap,
-        "the SPTEs of an invalidated root were zapped",
+        "Flush when the SPTEs of an invalidated root have been zapped.",
         {
-            "no-flush": "no vCPU uses the root any more; its page's next life begins with a flush",
-            "flush": "at yields and at the end (5.12 to 5.17)",
+            "no-flush": (
+                "No flush: no vCPU uses the root any more, and the next life of its page begins with a flush."
+            ),
+            "flush": "A remote flush at each yield and at the end (5.12 to 5.17).",
         },
     ),
     _point(
         Decisions.migration,
-        "EPT half of what happens when a VMCS is loaded on another pCPU (vmx_vcpu_load_vmcs)",
+        "EPT half of the flush when a VMCS is loaded on another pCPU (vmx_vcpu_load_vmcs).",
         {
-            "all-contexts": "KVM_REQ_TLB_FLUSH: INVEPT global before the next entry",
-            "active-roots": "INVEPT single on current and previous roots of root_mmu and guest_mmu "
-            "(proposed in August 2025)",
-            "cpu-flushed-mask-cleared": "the same, and a remote flush clears the masks of all roots before "
-            "it makes requests",
-            "root-tlb-gen": "INVEPT single on those active roots whose generation moved on since this pCPU "
-            "flushed them; a remote flush advances it before it makes requests",
+            "all-contexts": "KVM_REQ_TLB_FLUSH: INVEPT global before the next VM entry.",
+            "active-roots": (
+                "INVEPT single-context on the current and previous roots of root_mmu and guest_mmu "
+                "(proposed in August 2025)."
+            ),
+            "cpu-flushed-mask-cleared": (
+                "As cpu-flushed-mask, but a remote flush clears the masks of all roots before it makes its "
+                "requests."
+            ),
+            "root-tlb-gen": (
+                "As active-roots, but only roots whose generation has advanced since this pCPU last flushed "
+                "them. A remote flush advances generations before it makes its requests."
+            ),
         },
         wrong={
-            "cpu-flushed-mask": "the same, but not for a root whose cpu_flushed_mask has this pCPU, which "
-            "it has from then on (sketched in August 2025); what is zapped while the vCPU is elsewhere "
-            "comes back",
-            "none": "nothing: entries from an earlier stay on the pCPU come back",
+            "cpu-flushed-mask": (
+                "As active-roots, but only roots whose cpu_flushed_mask does not have this pCPU, which then "
+                "joins the mask (sketched in August 2025). An entry for a page that is zapped while the "
+                "vCPU is elsewhere comes back."
+            ),
+            "none": "No flush: entries of the vCPU's earlier stay on the pCPU come back.",
         },
     ),
     _point(
         Decisions.migration_vpid,
-        "guest-visible half of the same flush: what the guest invalidated natively while it ran elsewhere",
+        "VPID half of the flush when a VMCS is loaded on another pCPU: entries that the guest invalidated "
+        "natively while its vCPU ran elsewhere.",
         {
-            "with-ept": "left to the EPT half: INVEPT drops combined mappings, too; wrong where that half "
-            "elides it",
-            "invvpid": "INVVPID single-context of the vCPU's VPID on the new pCPU",
+            "with-ept": (
+                "No flush of its own: INVEPT drops combined mappings, too. Wrong where the EPT half elides "
+                "that INVEPT."
+            ),
+            "invvpid": "INVVPID single-context of the vCPU's VPID, on the new pCPU.",
         },
         wrong={
-            "none": "nothing; wrong together with an EPT half that does not drop the combined mappings",
+            "none": "No flush. Wrong together with an EPT half that does not drop the combined mappings.",
         },
     ),
     _point(
         Decisions.slot_delete,
-        "what goes when a memslot is deleted or moved (kvm_arch_flush_shadow_memslot)",
+        "What is zapped when a memslot is deleted or moved (kvm_arch_flush_shadow_memslot).",
         {
-            "zap-all-roots": "every root is invalidated, vCPUs build new ones",
-            "zap-slot-leafs": "leafs of the slot, with a flush (6.12 with the quirk disabled)",
+            "zap-all-roots": "Every root is invalidated, and vCPUs build new ones.",
+            "zap-slot-leafs": (
+                "The leaf SPTEs of the slot, with a flush (since 6.12, with the quirk disabled)."
+            ),
         },
     ),
     _point(
         Decisions.zap_scope,
-        "what a range zap removes (tdp_mmu_zap_leafs)",
+        "What the zap of a range removes (tdp_mmu_zap_leafs).",
         {
-            "leafs": "leaf SPTEs only; tables stay (since 5.18)",
-            "leafs-and-tables": "tables that lie wholly in the range go too (to 5.17)",
+            "leafs": "Leaf SPTEs only; tables stay (since 5.18).",
+            "leafs-and-tables": "Leaf SPTEs, and tables that lie wholly in the range (before 5.18).",
         },
     ),
     _point(
         Decisions.zap,
-        "tables lose their link: when they are flushed, and when given to RCU (handle_removed_pt)",
+        "When tables that are unlinked are flushed, and when they are given to RCU (handle_removed_pt).",
         {
-            "rcu-proxy": "to RCU at once; one flush for all of them, before this thread leaves its read "
-            "section and a grace period can end (since 5.18)",
-            "disconnected-list": "collected, flushed once, then given to RCU (proposed November 2021)",
-            "flush-per-table": "a flush before each is given to RCU, at every level (to 5.17)",
+            "rcu-proxy": (
+                "They are given to RCU at once. One flush for all of them comes before this thread leaves "
+                "its read section, and so before a grace period can end (since 5.18)."
+            ),
+            "disconnected-list": (
+                "They are collected on a list, flushed once, and then given to RCU (proposed in November "
+                "2021)."
+            ),
+            "flush-per-table": (
+                "Each table is flushed before it is given to RCU, at every level (before 5.18)."
+            ),
         },
     ),
     _point(
         Decisions.zap_root,
-        "in which passes an invalidated root is zapped; it can yield between two SPTEs of a pass only",
+        "In which passes an invalidated root is zapped. A zap can yield only between two SPTEs of a pass.",
         {
-            "4k-2m-1g-root": "level by level, so that no step is long (since 6.9)",
-            "1g-root": "what is below 1G in one step each (5.18 to 6.8)",
-            "root": "what is below each SPTE of the root page in one step (to 5.17)",
+            "4k-2m-1g-root": "Level by level, so that no step is long (since 6.9).",
+            "1g-root": "Everything below each 1G SPTE in one step, then the root's SPTEs (5.18 to 6.8).",
+            "root": "Everything below each SPTE of the root page in one step (before 5.18).",
         },
     ),
     _point(
         Decisions.zap_yield,
-        "order in tdp_mmu_iter_cond_resched, and at the end of walks that remove tables",
+        "Order of flush and unlock in tdp_mmu_iter_cond_resched(), and at the end of walks that remove "
+        "tables.",
         {
-            "flush-then-unlock": "flush, then rcu_read_unlock, then mmu_lock (since 5.18)",
+            "flush-then-unlock": "Flush, then rcu_read_unlock(), then drop mmu_lock (since 5.18).",
         },
         wrong={
-            "unlock-then-flush": "rcu_read_unlock, then the flush, then mmu_lock (5.12 to 5.17); harmless "
-            "while only leafs go, or tables go to RCU after a flush of their own; wrong with zap=rcu-proxy",
-            "no-flush": "yields without the flush and reports it done",
+            "unlock-then-flush": (
+                "rcu_read_unlock(), then flush, then drop mmu_lock (5.12 to 5.17). Harmless while only leaf "
+                "SPTEs are zapped, or while each table is flushed before it is given to RCU. Wrong with "
+                "zap=rcu-proxy."
+            ),
+            "no-flush": "The walk yields without the flush, and reports it done.",
         },
     ),
     _point(
         Decisions.map_replace,
-        "a fault installs a huge leaf over a table (tdp_mmu_map_handle_target_level)",
+        "Flush when a fault installs a huge leaf over a table (tdp_mmu_map_handle_target_level).",
         {
-            "flush": "kvm_flush_remote_tlbs_gfn before rcu_read_unlock",
+            "flush": "kvm_flush_remote_tlbs_gfn() before rcu_read_unlock().",
         },
         wrong={
-            "none": "nothing: cached pointers to the freed table stay in use",
+            "none": "No flush: cached pointers to the freed table stay in use.",
         },
     ),
     _point(
         Decisions.eager_split,
-        "dirty logging is armed or cleared: huge pages before a write fault meets them "
-        "(kvm_mmu_try_split_huge_pages)",
+        "Whether huge pages are split when dirty logging is armed or cleared, before a write fault meets "
+        "them (kvm_mmu_try_split_huge_pages).",
         {
-            "split": "all that there are table pages for, without a flush (since 5.18, with "
-            "eager_page_split)",
-            "none": "left to the write faults, decision fault_split (before 5.18)",
+            "split": (
+                "All huge pages are split for which table pages are free, without a flush (since 5.18, with "
+                "eager_page_split)."
+            ),
+            "none": "Huge pages are left to the write faults, decision fault_split (before 5.18).",
         },
     ),
     _point(
         Decisions.fault_split,
-        "a fault that needs a 4K mapping finds a huge leaf in its way (kvm_tdp_mmu_map)",
+        "What a fault that needs a 4K mapping does with a huge leaf in its way (kvm_tdp_mmu_map).",
         {
-            "split": "a table that maps the same replaces it, without a flush (since 6.2)",
-            "zap": "it is zapped with a flush, and each 4K page faults again (before 6.2)",
+            "split": "A table that maps the same frames replaces the leaf, without a flush (since 6.2).",
+            "zap": "The leaf is zapped with a flush, and each 4K page faults again (before 6.2).",
         },
     ),
     _point(
         Decisions.huge_recovery,
-        "dirty logging ends: how tables become huge pages again",
+        "How tables become huge pages again when dirty logging ends.",
         {
-            "in-place": "the huge leaf replaces the table, one batched flush (since 6.13)",
-            "zap-each": "each table is zapped and flushed, faults bring 2M (to 6.12)",
+            "in-place": "A huge leaf replaces each table, with one flush for all (since 6.13).",
+            "zap-each": "Each table is zapped and flushed, and faults install the 2M leafs (before 6.13).",
         },
     ),
     _point(
         Decisions.write_protect,
-        "flush after SPTEs were write-protected for dirty logging: when it is armed, and after reaping",
+        "Flush after SPTEs were write-protected for dirty logging: when it is armed, and when the log is "
+        "read.",
         {
-            "flush": "always when logging is armed, and when a bit was reaped",
+            "flush": "Always when logging is armed, and when the log reported a page.",
         },
         wrong={
-            "if-changed": "only if some SPTE lost W just now (before b64d740ea7dd); wrong where W can be "
-            "clear while a TLB still holds a writable translation, as with access tracking without A/D bits",
-            "none": "never: writes through old translations are not logged",
+            "if-changed": (
+                "Only if some SPTE lost W just now (before b64d740ea7dd). Wrong where W can be clear while "
+                "a TLB still holds a writable translation, as with access tracking without A/D bits."
+            ),
+            "none": "No flush: writes through old translations are not logged.",
         },
     ),
     _point(
         Decisions.notifier_flush,
-        "flush of mmu_notifier_invalidate_range_start after SPTEs were zapped",
+        "Flush of mmu_notifier_invalidate_range_start() after SPTEs were zapped.",
         {
-            "before-return": "under mmu_lock, before it returns",
+            "before-return": "Under mmu_lock, before the notifier returns.",
         },
         wrong={
-            "at-range-end": "in invalidate_range_end: the page is free by then",
-            "none": "never",
+            "at-range-end": "In invalidate_range_end(), when the host has freed the page already.",
+            "none": "No flush.",
         },
     ),
     _point(
         Decisions.age_flush,
-        "reclaim asks whether pages were used, and some were (kvm_mmu_notifier_clear_flush_young)",
+        "Flush when reclaim asks whether pages were used, and some were "
+        "(kvm_mmu_notifier_clear_flush_young).",
         {
-            "none": "no flush: what TLBs still hold looks unused, which costs little (since 6.13)",
-            "if-young": "a remote flush (before 6.13)",
+            "none": "No flush: pages that TLBs still map look unused, which costs little (since 6.13).",
+            "if-young": "A remote flush (before 6.13).",
         },
     ),
     _point(
         Decisions.zapped_pfn,
-        "a leaf SPTE is zapped, which may say that its page was accessed or written (handle_changed_spte)",
+        "What a zap does with the accessed and dirty bits of a leaf SPTE (handle_changed_spte).",
         {
-            "none": "nothing: the page was marked when the SPTE was made (since 6.13)",
-            "set-dirty-accessed": "kvm_set_pfn_dirty() and kvm_set_pfn_accessed() (before 6.13): KVM uses "
-            "the page, so the zap of an SPTE must come before the host frees the frame, also where no vCPU "
-            "can reach the SPTE",
+            "none": "Nothing: KVM marked the page when it made the SPTE (since 6.13).",
+            "set-dirty-accessed": (
+                "kvm_set_pfn_dirty() and kvm_set_pfn_accessed() (before 6.13). KVM uses the page, so the "
+                "zap of an SPTE must come before the host frees the frame, even where no vCPU can reach the "
+                "SPTE."
+            ),
         },
     ),
     _point(
         Decisions.fault_retry,
-        "a page fault races an invalidation (is_page_fault_stale)",
+        "Whether a page fault that raced an invalidation is retried (is_page_fault_stale).",
         {
-            "invalidate-seq": "mmu_invalidate_retry_gfn: the fault starts over",
+            "invalidate-seq": "It is retried: mmu_invalidate_retry_gfn().",
         },
         wrong={
-            "none": "the frame number taken before is mapped all the same",
+            "none": "It is not retried, and maps the frame that it looked up before.",
         },
     ),
     _point(
         Decisions.entry_order,
-        "order of mode = IN_GUEST_MODE and the last look at requests in vcpu_enter_guest",
+        "Order of mode = IN_GUEST_MODE and the last check for requests in vcpu_enter_guest().",
         {
-            "mode-then-requests": "mode, full barrier, requests (vcpu-requests.rst)",
+            "mode-then-requests": "Mode, full barrier, requests (vcpu-requests.rst).",
         },
         wrong={
-            "requests-then-mode": "a request made in between sees OUTSIDE, sends no IPI, and is not seen at "
-            "entry",
+            "requests-then-mode": (
+                "Requests, then mode: a requester in between sees OUTSIDE_GUEST_MODE and sends no IPI, and "
+                "VM entry does not see its request."
+            ),
         },
     ),
     _point(
         Decisions.role_change,
-        "what happens to a vCPU's roots when CR0, CR4, EFER, SMM or CPUID change (kvm_mmu_reset_context)",
+        "What happens to a vCPU's roots when CR0, CR4, EFER, SMM or CPUID change (kvm_mmu_reset_context).",
         {
-            "reset-context": "all are dropped, the one of the new role is looked up and loaded; CR0.WP "
-            "alone changes none, and flushes that the guest is due are requested apart",
-            "unload-all": "all are dropped for CR0.WP, too; the load's flush is also what the guest is due "
-            "(to 5.17)",
-            "keep-roots": "the root of the new role may be a cached one, without a load; flushes that the "
-            "guest is due are requested apart (proposed February 2022)",
+            "reset-context": (
+                "All roots are dropped, and the root of the new role is looked up and loaded. A change of "
+                "CR0.WP alone drops none. Flushes that the guest is due are requested separately."
+            ),
+            "unload-all": (
+                "All roots are dropped, for CR0.WP, too. The flush of the load is also the flush that the "
+                "guest is due (before 5.18)."
+            ),
+            "keep-roots": (
+                "The root of the new role may be a cached one, which is not loaded. Flushes that the guest "
+                "is due are requested separately (proposed in February 2022)."
+            ),
         },
         wrong={
-            "no-guest-flush": "roots are kept and the guest does not get the flushes that it is due",
+            "no-guest-flush": "Roots are kept, and the guest does not get the flushes that it is due.",
         },
     ),
 )
