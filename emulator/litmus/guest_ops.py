@@ -39,25 +39,25 @@ class _Access(GuestOp):
 
 class Read(_Access):
     verb = "read"
-    doc = "the guest reads from PAGE (linear with paging, else guest-physical)"
+    doc = "The guest reads from PAGE: linear with paging, else guest-physical."
     kind = "READ"
 
 
 class Write(_Access):
     verb = "write"
-    doc = "the guest writes to PAGE"
+    doc = "The guest writes to PAGE."
     kind = "WRITE"
 
 
 class Exec(_Access):
     verb = "exec"
-    doc = "the guest fetches an instruction from PAGE"
+    doc = "The guest fetches an instruction from PAGE."
     kind = "EXECUTE"
 
 
 class Invlpg(GuestOp):
     verb = "invlpg"
-    doc = "INVLPG of linear PAGE"
+    doc = "The guest executes INVLPG of linear PAGE."
     args = (_PAGE,)
 
     def instructions(self) -> list[Instruction]:
@@ -66,7 +66,10 @@ class Invlpg(GuestOp):
 
 class Invpcid(GuestOp):
     verb = "invpcid"
-    doc = "INVPCID of TYPE 0 (address), 1 (single), 2 (all, globals too) or 3 (all but globals)"
+    doc = (
+        "The guest executes INVPCID of TYPE 0 (one address), 1 (one PCID), 2 (all, with global entries) or 3 "
+        "(all but global entries)."
+    )
     args = (
         Arg("type", "number", most=3),
         Arg("process", "number", 0, _LAST_PROCESS),
@@ -87,7 +90,10 @@ class Invpcid(GuestOp):
 
 class MovCr3(GuestOp):
     verb = "mov-cr3"
-    doc = "MOV to CR3: switch to the address space of PROCESS; `noflush` sets bit 63"
+    doc = (
+        "The guest executes MOV to CR3, which switches to the address space of PROCESS; `noflush` sets bit "
+        "63."
+    )
     args = (Arg("process", "number", most=_LAST_PROCESS),)
     words = ("noflush",)
 
@@ -97,7 +103,7 @@ class MovCr3(GuestOp):
 
 class Map(GuestOp):
     verb = "map"
-    doc = "the guest maps LINEAR to guest-physical PAGE in its tables"
+    doc = "The guest maps LINEAR to guest-physical PAGE in its tables."
     args = (Arg("linear", "page"), Arg("page", "page", most=_LAST_GUEST_PAGE))
     words = ("ro", "global", "huge")
 
@@ -115,7 +121,7 @@ class Map(GuestOp):
 
 class Unmap(GuestOp):
     verb = "unmap"
-    doc = "the guest clears its table entry of LINEAR; invalidating it is up to the guest"
+    doc = "The guest clears its table entry of LINEAR; invalidating it is up to the guest."
     args = (Arg("linear", "page"),)
 
     def instructions(self) -> list[Instruction]:
@@ -124,7 +130,10 @@ class Unmap(GuestOp):
 
 class Protect(GuestOp):
     verb = "protect"
-    doc = "the guest takes write access from its table entry of LINEAR"
+    doc = (
+        "The guest clears the write permission in its table entry of LINEAR; invalidating it is up to the "
+        "guest."
+    )
     args = (Arg("linear", "page"),)
 
     def instructions(self) -> list[Instruction]:
@@ -133,7 +142,7 @@ class Protect(GuestOp):
 
 class Migrate(VcpuOp):
     verb = "migrate"
-    doc = "the vCPU's thread goes to PCPU"
+    doc = "The vCPU's thread moves to PCPU."
     args = (Arg("pcpu", "pcpu"),)
 
     def run(self, context: Context) -> None:
@@ -142,7 +151,10 @@ class Migrate(VcpuOp):
 
 class Preempt(VcpuOp):
     verb = "preempt"
-    doc = "... to PCPU the NTH time from now that KVM is preemptible between serving requests and VM entry"
+    doc = (
+        "The vCPU's thread moves to PCPU when KVM is preemptible between servicing requests and VM entry, "
+        "for the NTH time from now."
+    )
     args = (Arg("pcpu", "pcpu"), Arg("nth", "count", 1))
 
     def run(self, context: Context) -> None:
@@ -151,7 +163,7 @@ class Preempt(VcpuOp):
 
 class Exit(VcpuOp):
     verb = "exit"
-    doc = "leave the guest; the next operation enters it again"
+    doc = "The vCPU leaves guest mode; the next operation enters it again."
 
     def run(self, context: Context) -> None:
         pass
@@ -159,7 +171,7 @@ class Exit(VcpuOp):
 
 class Smi(VcpuOp):
     verb = "smi"
-    doc = "an SMI: the vCPU enters SMM, its address space and its root, before its guest goes on"
+    doc = "An SMI arrives: the vCPU enters SMM, with its address space and root, before its guest continues."
 
     def run(self, context: Context) -> None:
         kvm_inject_smi(context.cpu, context.vcpu)
@@ -167,7 +179,7 @@ class Smi(VcpuOp):
 
 class Rsm(VcpuOp):
     verb = "rsm"
-    doc = "RSM: it leaves SMM"
+    doc = "The guest executes RSM: the vCPU leaves SMM."
 
     def run(self, context: Context) -> None:
         emulator_leave_smm(context.cpu, context.vcpu)
@@ -175,7 +187,7 @@ class Rsm(VcpuOp):
 
 class Init(VcpuOp):
     verb = "init"
-    doc = "an INIT: the vCPU is reset before its guest goes on, without paging"
+    doc = "An INIT arrives: the vCPU is reset, without paging, before its guest continues."
 
     def run(self, context: Context) -> None:
         apic_send_init(context.cpu, context.vcpu)
@@ -196,7 +208,7 @@ class _ControlRegister(VcpuOp):
 
 class Cr0(_ControlRegister):
     verb = "cr0"
-    doc = "MOV to CR0 that sets or clears BIT (pg, wp) and exits to KVM"
+    doc = "The guest executes MOV to CR0, which sets or clears BIT (pg, wp) and exits to KVM."
     bits: ClassVar[dict[str, int]] = {"wp": 1 << 16, "pg": 1 << 31}
 
     def run(self, context: Context) -> None:
@@ -205,7 +217,10 @@ class Cr0(_ControlRegister):
 
 class Cr4(_ControlRegister):
     verb = "cr4"
-    doc = "MOV to CR4 that sets or clears BIT (pse, pae, pge, pcide, smep, smap)"
+    doc = (
+        "The guest executes MOV to CR4, which sets or clears BIT (pse, pae, pge, pcide, smep, smap) and "
+        "exits to KVM."
+    )
     bits: ClassVar[dict[str, int]] = {
         "pse": 1 << 4,
         "pae": 1 << 5,

@@ -52,7 +52,10 @@ class _Range(KvmOp):
 
 class HostUnmap(_Range):
     verb = "host-unmap"
-    doc = "reclaim: mmu_notifier, then the frames of PAGE (COUNT pages) are free; contents go to swap"
+    doc = (
+        "Reclaim: the mmu_notifier is called, then the frames of COUNT pages from PAGE on are freed. Their "
+        "contents go to swap."
+    )
 
     def run(self, context: Context) -> None:
         context.memory.reclaim(context.cpu, *self.range())
@@ -60,7 +63,10 @@ class HostUnmap(_Range):
 
 class HostDiscard(_Range):
     verb = "host-discard"
-    doc = "MADV_DONTNEED: the same, contents are lost (a balloon)"
+    doc = (
+        "MADV_DONTNEED (a balloon): the mmu_notifier is called, then the frames of COUNT pages from PAGE on "
+        "are freed. Their contents are lost."
+    )
 
     def run(self, context: Context) -> None:
         context.memory.discard(context.cpu, *self.range())
@@ -68,7 +74,7 @@ class HostDiscard(_Range):
 
 class HostTouch(_Range):
     verb = "host-touch"
-    doc = "user space writes to PAGE: takes frames, those first that were freed last"
+    doc = "User space writes to COUNT pages from PAGE on, which takes frames, the last freed ones first."
 
     def run(self, context: Context) -> None:
         cpu, vm = context.cpu, context.kvm.id
@@ -80,7 +86,7 @@ class HostTouch(_Range):
 
 class HostProtect(_Range):
     verb = "host-protect"
-    doc = "mprotect(PROT_READ), or KSM: nobody writes to the pages any more"
+    doc = "mprotect(PROT_READ), or a merge by KSM: the pages must not be written any more."
 
     def run(self, context: Context) -> None:
         context.memory.protect(context.cpu, *self.range(), writable=False)
@@ -88,7 +94,7 @@ class HostProtect(_Range):
 
 class HostUnprotect(_Range):
     verb = "host-unprotect"
-    doc = "mprotect(PROT_READ | PROT_WRITE)"
+    doc = "mprotect(PROT_READ | PROT_WRITE): the pages may be written again."
 
     def run(self, context: Context) -> None:
         context.memory.protect(context.cpu, *self.range(), writable=True)
@@ -96,7 +102,7 @@ class HostUnprotect(_Range):
 
 class HostMigrate(_Range):
     verb = "host-migrate"
-    doc = "migrate_pages(): each page to another frame, the old one is free"
+    doc = "migrate_pages(): each page moves to another frame, and the old frame is freed."
 
     def run(self, context: Context) -> None:
         context.memory.migrate(context.cpu, *self.range())
@@ -115,7 +121,7 @@ class _Huge(KvmOp):
 
 class HostCollapse(_Huge):
     verb = "host-collapse"
-    doc = "khugepaged: one 2 MiB page for the 512 pages from PAGE on"
+    doc = "khugepaged: one 2 MiB page replaces the 512 pages from PAGE on."
 
     def run(self, context: Context) -> None:
         context.memory.collapse(context.cpu, self.number("page"))
@@ -123,7 +129,7 @@ class HostCollapse(_Huge):
 
 class HostSplit(_Huge):
     verb = "host-split"
-    doc = "__split_huge_pmd(): the same frames mapped by 4 KiB pages"
+    doc = "__split_huge_pmd(): 4 KiB pages map the frames of a 2 MiB page."
 
     def run(self, context: Context) -> None:
         context.memory.split(context.cpu, self.number("page"))
@@ -131,7 +137,7 @@ class HostSplit(_Huge):
 
 class HostAge(_Range):
     verb = "host-age"
-    doc = "clear_young: were the pages used since the last time?"
+    doc = "clear_young: the host asks whether COUNT pages from PAGE on were used since it last asked."
 
     def run(self, context: Context) -> None:
         kvm_mmu_notifier_clear_young(context.cpu, context.kvm, *self.range())
@@ -139,7 +145,10 @@ class HostAge(_Range):
 
 class HostAgeReclaim(_Range):
     verb = "host-age-reclaim"
-    doc = "clear_flush_young: reclaim asks the same; decision age_flush"
+    doc = (
+        "clear_flush_young: reclaim asks whether COUNT pages from PAGE on were used since it last asked; "
+        "decision age_flush."
+    )
 
     def run(self, context: Context) -> None:
         kvm_mmu_notifier_clear_flush_young(context.cpu, context.kvm, *self.range())
@@ -147,7 +156,7 @@ class HostAgeReclaim(_Range):
 
 class NotifierStart(_Range):
     verb = "notifier-start"
-    doc = "only mmu_notifier_invalidate_range_start(), for tests that look between it and the end"
+    doc = "mmu_notifier_invalidate_range_start() alone, for tests that look between it and notifier-end."
 
     def run(self, context: Context) -> None:
         kvm_mmu_notifier_invalidate_range_start(context.cpu, context.kvm, *self.range())
@@ -156,8 +165,8 @@ class NotifierStart(_Range):
 class NotifierFree(_Range):
     verb = "notifier-free"
     doc = (
-        "what reclaim does between notifier-start and notifier-end: the frames are free; without them it is "
-        "a host that forgets the mmu_notifier"
+        "The host frees the frames of COUNT pages from PAGE on, as reclaim does between notifier-start and "
+        "notifier-end. Without those it is a host that does not call the mmu_notifier."
     )
 
     def run(self, context: Context) -> None:
@@ -167,7 +176,7 @@ class NotifierFree(_Range):
 
 class NotifierEnd(_Range):
     verb = "notifier-end"
-    doc = "only mmu_notifier_invalidate_range_end()"
+    doc = "mmu_notifier_invalidate_range_end() alone."
 
     def run(self, context: Context) -> None:
         kvm_mmu_notifier_invalidate_range_end(context.cpu, context.kvm, *self.range())
@@ -178,7 +187,7 @@ class NotifierEnd(_Range):
 
 class Zap(_Range):
     verb = "zap"
-    doc = "kvm_zap_gfn_range()"
+    doc = "kvm_zap_gfn_range() of COUNT pages from PAGE on."
 
     def run(self, context: Context) -> None:
         kvm_zap_gfn_range(context.cpu, context.kvm, *self.range())
@@ -186,7 +195,7 @@ class Zap(_Range):
 
 class ZapAll(KvmOp):
     verb = "zap-all"
-    doc = "kvm_mmu_zap_all_fast(): all roots are invalidated and replaced"
+    doc = "kvm_mmu_zap_all_fast(): all roots are invalidated and replaced."
 
     def run(self, context: Context) -> None:
         with context.kvm.slots_lock.held(context.cpu):
@@ -195,7 +204,7 @@ class ZapAll(KvmOp):
 
 class FlushRemote(KvmOp):
     verb = "flush-remote"
-    doc = "kvm_flush_remote_tlbs()"
+    doc = "kvm_flush_remote_tlbs()."
 
     def run(self, context: Context) -> None:
         kvm_flush_remote_tlbs(context.cpu, context.kvm, lib.REASON_OTHER)
@@ -203,7 +212,7 @@ class FlushRemote(KvmOp):
 
 class SlotDelete(KvmOp):
     verb = "slot-delete"
-    doc = "KVM_SET_USER_MEMORY_REGION: memslot 0 is deleted; if it was logged, the migration is given up"
+    doc = "KVM_SET_USER_MEMORY_REGION deletes memslot 0. If it was logged, user space gives its migration up."
 
     def run(self, context: Context) -> None:
         with context.migration.given_up(context.cpu):
@@ -212,7 +221,7 @@ class SlotDelete(KvmOp):
 
 class SlotCreate(KvmOp):
     verb = "slot-create"
-    doc = "... and created again"
+    doc = "KVM_SET_USER_MEMORY_REGION creates memslot 0 again."
 
     def run(self, context: Context) -> None:
         slot = context.migration.slots[0]
@@ -226,7 +235,7 @@ def _set_logging(context: Context, flags: int) -> None:
 
 class LogArm(KvmOp):
     verb = "log-arm"
-    doc = "dirty logging of memslot 0, and of its like in SMM, begins; user space copies all memory"
+    doc = "Dirty logging of memslot 0, and of the same memory in SMM, begins; user space copies all memory."
 
     def run(self, context: Context) -> None:
         _set_logging(context, KVM_MEM_LOG_DIRTY_PAGES)
@@ -235,7 +244,7 @@ class LogArm(KvmOp):
 
 class LogDisarm(KvmOp):
     verb = "log-disarm"
-    doc = "dirty logging ends, huge pages are recovered; user space gives its migration up"
+    doc = "Dirty logging ends, and huge pages are recovered; user space gives its migration up."
 
     def run(self, context: Context) -> None:
         with context.migration.given_up(context.cpu):
@@ -244,7 +253,10 @@ class LogDisarm(KvmOp):
 
 class LogGet(KvmOp):
     verb = "log-get"
-    doc = "KVM_GET_DIRTY_LOG; user space copies the pages that it names (with manual protection, owes them)"
+    doc = (
+        "KVM_GET_DIRTY_LOG; user space copies the pages that the log reports (with manual protection: once "
+        "they are cleared)."
+    )
 
     def run(self, context: Context) -> None:
         read_dirty_logs(context.cpu, context.kvm, context.migration)
@@ -253,8 +265,8 @@ class LogGet(KvmOp):
 class LogClear(KvmOp):
     verb = "log-clear"
     doc = (
-        "KVM_CLEAR_DIRTY_LOG of the 64 pages around PAGE: those that log-get has named and that were not "
-        "cleared since, or all if it was not called; user space copies them"
+        "KVM_CLEAR_DIRTY_LOG of those of the 64 pages around PAGE that log-get has reported and that were "
+        "not cleared since, or of all 64 if there was no log-get. User space copies them."
     )
     args = _PAGE
 
@@ -279,7 +291,7 @@ def read_dirty_logs(cpu: Cpu, kvm: Kvm, migration: Migration) -> None:
 
 class Rcu(KvmOp):
     verb = "rcu"
-    doc = "rcu_barrier(): all callbacks queued so far have run, pages left to RCU are free"
+    doc = "rcu_barrier(): all callbacks queued so far run, and pages given to RCU are freed."
 
     def run(self, context: Context) -> None:
         context.cpu.check(lib.rcu_barrier(context.cpu.m, context.cpu.id))
@@ -287,7 +299,9 @@ class Rcu(KvmOp):
 
 class Linger(KvmOp):
     verb = "linger"
-    doc = "give the others time, TIMES as long; `explore` gives it them anyway"
+    doc = (
+        "The thread lets the other threads run for a moment, TIMES as long. `explore` needs no such moments."
+    )
     args = (Arg("times", "count", 1, _MOST_LINGERS),)
 
     def run(self, context: Context) -> None:

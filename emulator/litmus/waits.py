@@ -33,11 +33,14 @@ class Wait(_Waits):
     """Waits within the guest's program in a vCPU's thread; another thread sleeps."""
 
     verb = "wait"
-    doc = "until THREAD has completed its first N operations; a vCPU stays in guest mode meanwhile"
+    doc = "The thread waits until THREAD has completed its first N operations; a vCPU waits in guest mode."
     who = ("vcpu", "kvm")
 
 
 class Block(_Waits):
     verb = "block"
-    doc = "the same outside of the guest: the vCPU is not runnable, its pCPU is free for others"
+    doc = (
+        "The vCPU waits outside guest mode until THREAD has completed its first N operations: it is not "
+        "runnable, and its pCPU is free for other vCPUs."
+    )
     who = ("vcpu",)

@@ -73,36 +73,48 @@ PRESETS: dict[str, Policy] = {
 }
 
 PRESET_DOCS = {
-    "linux-7.3": "October 2026, the newest that was read",
+    "linux-7.3": "Linux 7.3 (October 2026), the newest version that the model follows.",
     "linux-6.12": (
-        "a flush for each table that becomes a huge page again, and for each range that reclaim finds used"
+        "Linux 6.12: a flush for each table that becomes a huge page again, and for each range that reclaim "
+        "finds used."
     ),
     "linux-5.18": (
-        "the overhaul of zaps and flushes: RCU as the proxy; roots are zapped by a worker; under dirty "
-        "logging a write fault zaps and flushes a huge page that was not split before"
+        "Linux 5.18, after the overhaul of zaps and flushes: RCU is the proxy of the flush; a worker zaps "
+        "roots; under dirty logging a write fault zaps and flushes a huge page that was not split before."
     ),
     "linux-5.14": (
-        "a flush for each removed table; the last reference to a root zaps it on the spot; under dirty "
-        "logging huge pages are not split before write faults zap and flush them"
+        "Linux 5.14: a flush for each removed table; the thread that puts the last reference to a root zaps "
+        "the root at once; under dirty logging write faults zap and flush huge pages, which are never split."
     ),
     "lkml-2021-single-context": (
-        "August 2021: KVM_REQ_TLB_FLUSH flushes the current context only; sound while a vCPU has one root"
+        "Proposed in August 2021: KVM_REQ_TLB_FLUSH flushes the current context only. Sound while a vCPU has "
+        "one root."
     ),
-    "lkml-2021-batch-list": "November 2021: removed tables on a list until one flush is over",
+    "lkml-2021-batch-list": (
+        "Proposed in November 2021: removed tables are collected on a list until one flush has been made for "
+        "all."
+    ),
     "lkml-2025-on-each-cpu": (
-        "July 2025: a new root is flushed on every pCPU; loads and migrations flush nothing"
+        "Proposed in July 2025: a new root is flushed on every pCPU; loads and migrations flush nothing."
     ),
-    "lkml-2025-vm-pcpu-mask": "August 2025: the same, on the pCPUs where the VM ever ran",
-    "lkml-2025-active-roots": ("August 2025, patch 4: a migration flushes current and previous roots only"),
+    "lkml-2025-vm-pcpu-mask": (
+        "An idea of August 2025: a new root is flushed on the pCPUs where the VM ever ran; loads and "
+        "migrations flush nothing."
+    ),
+    "lkml-2025-active-roots": (
+        "Proposed in August 2025, patch 4: a migration flushes the current and previous roots only."
+    ),
     "lkml-2025-cpu-flushed-mask": (
-        "the same, patch 5 as sketched: ... if this pCPU has not flushed them before; nothing clears the mask"
+        "Sketched in August 2025, patch 5: a migration flushes the current and previous roots only, and each "
+        "only if this pCPU has not flushed it before. Nothing clears the mask."
     ),
     "cpu-flushed-mask-cleared": (
-        "the sketch repaired: a remote flush clears the masks before its requests, a migration does INVVPID"
+        "The sketch of August 2025, repaired: a remote flush clears the masks before it makes its requests, "
+        "and a migration executes INVVPID."
     ),
     "root-tlb-gen": (
-        "a generation per root, moved on by each remote flush, compared with the pCPU's where roots are "
-        "flushed today, and once more before the guest is entered; a migration does INVVPID"
+        "A generation per root, advanced by each remote flush, and compared with the pCPU's where roots are "
+        "flushed today and once more before VM entry. A migration executes INVVPID."
     ),
 }
 
