@@ -98,7 +98,7 @@ class Watchdog:
         for vm in map(VmId, range(self.machine.config["vms"])):
             holder = lib.mmu_lock_holder(m, vm) if lib.mmu_lock_contended(m, vm) else -1
             if holder >= 0:
-                yield "mmu_lock", CpuId(holder), vm, f"somebody who wants mmu_lock of VM {vm}", None
+                yield "mmu_lock", CpuId(holder), vm, f"a CPU that wants mmu_lock of VM {vm}", None
 
     def _suspect(self, key: tuple[str, CpuId, int], actor: MachineActor | None, progress: object) -> str:
         """Return in words how the CPU has made no progress for too long, or an empty string."""

@@ -94,7 +94,7 @@ def _cycles(comparison: Comparison) -> Plot:
         }
     return Plot(
         "Modelled cycles of flushing",
-        f"per {per}; oracle-optimal: what perfect knowledge would have paid in the first run",
+        f"per {per}; oracle-optimal: the cost with perfect knowledge in the first run",
         _stacked(stacks),
     )
 

@@ -237,7 +237,7 @@ class LitmusThread:
                 turns = turns + 1 if position == before else 0
                 if turns == _TURNS:
                     what = self.program.operation(ops).text
-                    raise LitmusFailure(f"{self.name}: {what!r} is refused for ever: nobody else runs")
+                    raise LitmusFailure(f"{self.name}: {what!r} is refused for ever: no other thread runs")
 
     def _preemptible(self) -> None:
         if self.preempt_to < 0:

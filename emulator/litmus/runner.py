@@ -160,7 +160,7 @@ class Runner:
         alone = None if self._harness is None else self._harness.alone
         if alone is None or time.monotonic() - alone.since < STUCK_SECONDS:
             return
-        failure = LitmusFailure(f"{alone.name}: {alone.what!r} waits for ever: nobody else runs")
+        failure = LitmusFailure(f"{alone.name}: {alone.what!r} waits for ever: no other thread runs")
         self.failed(alone.name, unreturned() or failure)
 
     # --- running --------------------------------------------------------------------------------------------

@@ -234,7 +234,7 @@ class Refcount:
         """refcount_dec_and_test(): return whether this call dropped the last reference."""
         with self._lock.held(cpu):
             if self.value <= 0:
-                raise AssertionError("a reference is dropped that nobody holds")
+                raise AssertionError("a reference is dropped that is not held")
             self.value -= 1
             return self.value == 0
 

@@ -63,7 +63,7 @@ def _point(
 POINTS: tuple[DecisionPoint, ...] = (
     _point(
         Decisions.remote_flush,
-        "What a vCPU flushes when it services KVM_REQ_TLB_FLUSH (kvm_vcpu_flush_tlb_all).",
+        "The flush of a vCPU that services KVM_REQ_TLB_FLUSH (kvm_vcpu_flush_tlb_all).",
         {
             "all-contexts": "INVEPT global: all EPTPs, of all VMs that have run on the pCPU.",
             "active-roots": "INVEPT single-context on the vCPU's current and previous roots.",
@@ -148,7 +148,7 @@ POINTS: tuple[DecisionPoint, ...] = (
     ),
     _point(
         Decisions.root_put,
-        "What happens when the last reference to a root is put (kvm_tdp_mmu_put_root).",
+        "The end of a root, when its last reference is put (kvm_tdp_mmu_put_root).",
         {
             "sync-no-flush": (
                 "The root's page is given to RCU. The TDP MMU holds a reference of its own until the root "
@@ -221,7 +221,7 @@ POINTS: tuple[DecisionPoint, ...] = (
     ),
     _point(
         Decisions.slot_delete,
-        "What is zapped when a memslot is deleted or moved (kvm_arch_flush_shadow_memslot).",
+        "The zap when a memslot is deleted or moved (kvm_arch_flush_shadow_memslot).",
         {
             "zap-all-roots": "Every root is invalidated, and vCPUs build new ones.",
             "zap-slot-leafs": (
@@ -231,7 +231,7 @@ POINTS: tuple[DecisionPoint, ...] = (
     ),
     _point(
         Decisions.zap_scope,
-        "What the zap of a range removes (tdp_mmu_zap_leafs).",
+        "The SPTEs that the zap of a range removes (tdp_mmu_zap_leafs).",
         {
             "leafs": "Leaf SPTEs only; tables stay (since 5.18).",
             "leafs-and-tables": "Leaf SPTEs, and tables that lie wholly in the range (before 5.18).",
@@ -303,7 +303,7 @@ POINTS: tuple[DecisionPoint, ...] = (
     ),
     _point(
         Decisions.fault_split,
-        "What a fault that needs a 4K mapping does with a huge leaf in its way (kvm_tdp_mmu_map).",
+        "A huge leaf in the way of a fault that needs a 4K mapping (kvm_tdp_mmu_map).",
         {
             "split": "A table that maps the same frames replaces the leaf, without a flush (since 6.2).",
             "zap": "The leaf is zapped with a flush, and each 4K page faults again (before 6.2).",
@@ -354,7 +354,7 @@ POINTS: tuple[DecisionPoint, ...] = (
     ),
     _point(
         Decisions.zapped_pfn,
-        "What a zap does with the accessed and dirty bits of a leaf SPTE (handle_changed_spte).",
+        "The accessed and dirty bits of a leaf SPTE that is zapped (handle_changed_spte).",
         {
             "none": "Nothing: KVM marked the page when it made the SPTE (since 6.13).",
             "set-dirty-accessed": (

@@ -130,7 +130,7 @@ def _report(r: ViolationReport, events: list[Event], names: dict[int, str], blam
 
 
 def _moments_text(r: ViolationReport, analysis: RaceAnalysis, names: dict[int, str]) -> list[str]:
-    lines = ["  what led to it:"]
+    lines = ["  events:"]
     for moment in analysis.moments:
         what = ", ".join(phrases(moment, analysis.facts))
         lines.append(f"    {_ago(moment.time, r):>13}  {_name(names, moment.cpu):>9}  {what}")

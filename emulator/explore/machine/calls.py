@@ -121,7 +121,7 @@ class Calls(Lib):
         execution = self.control.execution
         if execution is None:
             if not microseconds:
-                raise MachineMisuse("a wait that nobody can end: no execution runs")
+                raise MachineMisuse("a wait that no execution can end: no execution runs")
             return 0
         if microseconds == RELAX_MICROSECONDS:
             # The caller of cpu_relax() will test its condition again.
