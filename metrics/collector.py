@@ -59,7 +59,7 @@ _VM_STATS = (
     ("mmu_load", "mmu_loads", "Calls of kvm_mmu_load."),
     ("zaps", "zaps", "Range zaps."),
     ("yields", "zap_yields", "Times that a zap yielded mmu_lock."),
-    ("overlaps", "invalidations_overlapping", "Invalidations of what was being invalidated."),
+    ("overlaps", "invalidations_overlapping", "Invalidations of pages that were being invalidated."),
 )
 
 _HISTOGRAMS = {
@@ -134,7 +134,8 @@ class MachineCollector(Collector):
 
     def _info(self, counters: CounterReader) -> Metric:
         labels = {**self._labels, "pcpus": str(self._pcpus), "vms": str(counters.vms)}
-        info = GaugeMetricFamily("flushlab_run_info", "What runs; always 1.", labels=list(labels))
+        text = "The scenario and the policy that run; always 1."
+        info = GaugeMetricFamily("flushlab_run_info", text, labels=list(labels))
         info.add_metric(list(labels.values()), 1)
         return info
 

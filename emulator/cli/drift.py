@@ -63,7 +63,10 @@ def drift(
         bool, typer.Option("--diff", help="With --against: show how the functions changed.")
     ] = False,
     everything: Annotated[
-        bool, typer.Option("--all", help="List what is the same, too, and what is found nowhere.")
+        bool,
+        typer.Option(
+            "--all", help="Also list functions that are the same, and citations that are found nowhere."
+        ),
     ] = False,
     as_json: Annotated[bool, typer.Option("--json", help="Print one JSON document.")] = False,
     fingerprints: Annotated[

@@ -154,7 +154,7 @@ def show_list() -> None:
     from emulator.traces import TraceError
 
     table = Table(box=None, pad_edge=False)
-    for column in ("trace", "accesses", "pages", "bytes", "program", "what it does"):
+    for column in ("trace", "accesses", "pages", "bytes", "program", "description"):
         table.add_column(column, justify="right" if column in ("accesses", "pages", "bytes") else "left")
     try:
         entries: list[TraceInfo] = traces.embedded()

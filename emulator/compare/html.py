@@ -106,8 +106,8 @@ def _table(comparison: Comparison) -> Iterator[str]:
             yield f'<tr{head}><td>{indent}{label}</td>{cells}<td class="bound">{escape(optimal)}</td></tr>'
     yield "</tbody></table></div>"
     yield (
-        f'<p class="note">Percentages compare with the first column. {NAME}: what a policy with perfect '
-        "knowledge would have paid in the first run of the first column: necessary flushes only, at "
+        f'<p class="note">Percentages compare with the first column. {NAME}: the cost of a policy with '
+        "perfect knowledge in the first run of the first column: necessary flushes only, at "
         "the narrowest scope, no refill but of stale entries, no interruption but of a pCPU that had to "
         "flush.</p>"
     )

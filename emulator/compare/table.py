@@ -146,7 +146,7 @@ def _footnotes(comparison: Comparison) -> list[RenderableType]:
     ]
     notes.append(
         Text(
-            f"{NAME}: what perfect knowledge would have paid in the first run of {comparison.baseline}; the "
+            f"{NAME}: the cost with perfect knowledge in the first run of {comparison.baseline}; the "
             "run's own bound is a row of each column. Percentages: against the first column.",
             style="dim",
         )

@@ -172,7 +172,7 @@ _TEXTS: dict[str, Callable[[Event], str]] = {
     "speculate": lambda e: f"speculative fill of page {e.b:#x} for vCPU {e.a}",
     "evict": _evicted,
     "root_invalid": lambda e: f"root {e.a:#x} is invalid: no vCPU finds it any more",
-    "lost": lambda e: f"what this CPU did before is not known: {e.a} older events",
+    "lost": lambda e: f"earlier events of this CPU are lost: {e.a}",
     "unload": lambda e: f"VMCLEAR of vCPU {e.a}, which is loaded elsewhere",
     "yield": lambda e: f"zap of VM {e.a} yields, {'flushed' if e.b else 'not flushed'}",
     "store": lambda e: f"guest of vCPU {e.a} writes to gfn {e.b:#x}",

@@ -294,7 +294,7 @@ _SENTENCES: dict[str, Callable[[Case, Moment], str]] = {
     LATE: _late,
     NARROW: lambda case, moment: f"a flush, but too narrow: the entry stays{_answers(case)}",
     MISSED: _missed,
-    OUTDATED: lambda case, moment: f"the frame that the fault had looked up before the promise{_answers(case)}",
+    OUTDATED: lambda case, moment: f"a frame that was looked up before the promise{_answers(case)}",
     EARLY: lambda case, moment: f"the flush comes too early: before {_what_goes(case)}{_answers(case)}",
     SKIPPED: _skipped,
     UNNOTIFIED: lambda case, moment: "missing: an mmu_notifier; KVM is not told, and keeps its SPTE",

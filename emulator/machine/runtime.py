@@ -110,7 +110,7 @@ class Machine:
             total = lib.frames_total(self.m, kind)
             if total and lib.frames_in_use(self.m, kind) >= total:
                 used_up.append(f"{what} ({key} = {total})")
-        return f"no host frame is left for {' and '.join(used_up) or 'what was wanted'}"
+        return f"no host frame is left for {' and '.join(used_up) or 'this purpose'}"
 
     def destroy(self) -> None:
         """Free the native machine; no thread may be inside a call on it any more."""

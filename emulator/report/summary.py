@@ -196,7 +196,7 @@ def _header(result: Result) -> Text:
 def _numbers(snapshot: Snapshot) -> Table:
     counters, sums = snapshot.counters, totals(snapshot)
     elapsed = max(snapshot.elapsed, 1e-9)
-    table = _table("", "total", "per second", title="what happened")
+    table = _table("", "total", "per second", title="events")
     rows = (
         ("guest accesses", sums["guest_accesses"]),
         ("faults", sums["faults"]),

@@ -250,7 +250,7 @@ def _flush_text(r: ViolationReport, analysis: RaceAnalysis, names: dict[int, str
 def _unknown_text(r: ViolationReport, analysis: RaceAnalysis, names: dict[int, str]) -> list[str]:
     """Name the CPUs that have lost a part of the race from their rings."""
     return [
-        f"  not known: what {_name(names, e.cpu)} did before {_ago(e.time, r)} ({e.a} events are lost)"
+        f"  not known: events of {_name(names, e.cpu)} before {_ago(e.time, r)} ({e.a} are lost)"
         for e in (moment.event for moment in analysis.moments)
         if e.kind == "lost"
     ]

@@ -128,10 +128,10 @@ class IndependenceCheck:
         again = _Again(tuple(step.task for step in wanted))
         execution, now = self._run(again)
         if isinstance(execution.failure, Divergence):
-            return "then what follows cannot"
+            return "then the next step cannot follow"
         if execution.failure is not None:
             raise execution.failure
         if now != residue:
             return "something else is left behind"
         same = [step.what for step in again.steps] == [step.what for step in wanted]
-        return "" if same else "then what follows is different"
+        return "" if same else "then the result is different"

@@ -250,7 +250,8 @@ def _check_python_class(kind: type) -> None:
         room = cls.__basicsize__ - (base.__basicsize__ if base is not None else 0)
         # Some versions of Python keep the addresses of __dict__ and of weak references there.
         if not cls.__flags__ & _HEAP_TYPE or room > (len(_members(cls)) + 2) * _WORD or cls.__itemsize__:
-            raise CannotRestore(f"{kind.__module__}.{kind.__qualname__}: objects of this type cannot be put back")
+            name = f"{kind.__module__}.{kind.__qualname__}"
+            raise CannotRestore(f"{name}: objects of this type cannot be put back")
 
 
 def _restorer(names: tuple[str, ...]) -> Callable[[list[tuple[object, tuple[object, ...]]]], None]:

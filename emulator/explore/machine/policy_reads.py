@@ -181,7 +181,7 @@ class PolicyReads:
         now, then = self.seen.known(), self.known
         known = Known(now.shared | then.shared, now.contents | then.contents, now.written | then.written)
         if known == then:
-            raise AssertionError("a search begins again with what it knew")
+            raise AssertionError("a search begins again with the reads that it knew")
         return known
 
     def _grow(self) -> None:

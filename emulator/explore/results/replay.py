@@ -169,4 +169,4 @@ def _compare(before: dict[str, Any], again: dict[str, Any]) -> None:
     told = ("verdict", "trace") if before.get("trace") is not None else ()
     for key in ("schedule", "steps", "final", "violation", *told):
         if before.get(key) != again.get(key):
-            raise Divergence(f"{key} is not what was recorded")
+            raise Divergence(f"{key} differs from the recording")

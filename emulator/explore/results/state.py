@@ -101,7 +101,7 @@ def _task(program: LitmusProgram, task: Task, enabled: int) -> dict[str, Any]:
         "function": "" if task.done else stands_in(task),
         "next": "" if task.done else spelled(*task.label[:2]),
         "can_go_on": able,
-        "waits_for": "" if able or task.done else task.waits_for or "a change of what it has read",
+        "waits_for": "" if able or task.done else task.waits_for or "a change of a value that it has read",
         "held_by": [] if able else [names.get(cpu, f"CPU {cpu}") for cpu in task.holders()],
     }
 

@@ -269,7 +269,7 @@ def _unsteady(policy: Policy, error: Divergence) -> Exception:
     if not policy.overrides():
         return error
     found = f"the same steps went on in another way when they were repeated ({error})"
-    return PolicyError(policy.spelled(), found, "answers that depend on nothing but what KVM has done")
+    return PolicyError(policy.spelled(), found, "answers that depend only on the events before them")
 
 
 def _exhaustively(program: LitmusProgram, verdict: Verdict, team: Team, stop: Stop) -> None:

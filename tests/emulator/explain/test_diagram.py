@@ -146,7 +146,7 @@ def test_what_the_legend_says_of_other_races() -> None:
     fault = Race().leave(0, 100, "ept_violation").promise(HOST).map(0).enter(0, 100)
     text = diagram(explained(fault, "p", unsafe_answers=["fault_retry=none"]))
     assert "map gfn 0x105" in text
-    assert "[1] what the fault had looked up before the promise (fault_retry=none)" in text
+    assert "[1] a frame that was looked up before the promise (fault_retry=none)" in text
     walk = Race().enter(0, 100).zap(HOST, GFN & ~511, 512)
     text = diagram(explained(walk, "p", kinds=("walk-after-free",)))
     assert "[1] a cached pointer to the table in frame 0xb34" in text

@@ -142,8 +142,8 @@ def goes_on(program: Program, execution: Execution) -> None:
             raises_a_flag,
             looks(goes_on),
             {
-                "a's raises, b's looks: then what follows is different",
-                "b's looks, a's raises: then what follows cannot",
+                "a's raises, b's looks: then the result is different",
+                "b's looks, a's raises: then the next step cannot follow",
             },
         ),
         (goes_on, goes_on, set()),

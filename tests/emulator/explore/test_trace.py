@@ -253,7 +253,9 @@ def test_a_failure_in_final_is_traced_up_to_there() -> None:
     recording = found(small(SMALL.replace("[threads.v0]", final)), numbered(1))
     assert recording.verdict == "failed"
     assert recording.trace is not None
-    assert recording.trace["ended"] == "it cannot go on: v0: 'write 1' is refused for ever: nobody else runs"
+    assert (
+        recording.trace["ended"] == "it cannot go on: v0: 'write 1' is refused for ever: no other thread runs"
+    )
     assert rows(recording, OPERATION)[-1][1] == ("final: mm: host-protect 1",)
 
 
@@ -266,8 +268,8 @@ def test_a_trace_is_replayed_from_its_file(tmp_path: Path) -> None:
     document = recording.document()
     for other, words in (
         ({"steps": [{**document["steps"][0], "did": {}}, *document["steps"][1:]]}, "did is"),
-        ({"trace": {**document["trace"], "met": False}}, "trace is not what was recorded"),
-        ({"verdict": "violations"}, "verdict is not what was recorded"),
+        ({"trace": {**document["trace"], "met": False}}, "trace differs from the recording"),
+        ({"verdict": "violations"}, "verdict differs from the recording"),
     ):
         path.write_text(json.dumps({**document, **other}))
         with pytest.raises(Divergence, match=words):

@@ -219,7 +219,7 @@ def test_init_and_final_have_an_end(sequence: str, message: str, monkeypatch: py
     text = f'doc="d"\nsource="s"\n{sequence}\n[threads.v0]\nvcpu=0\nops=["read 1"]\n[threads.mm]'
     outcome = run_test(parse_test(text, "t", None), Policy(), 1)
     assert outcome.failure.startswith(message)
-    assert outcome.failure.endswith("nobody else runs")
+    assert outcome.failure.endswith("no other thread runs")
 
 
 def test_a_bug_of_kvm_is_a_verdict(monkeypatch: pytest.MonkeyPatch) -> None:
