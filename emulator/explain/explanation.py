@@ -10,7 +10,7 @@ from emulator.explain.analysis import Moment
 from emulator.explain.course import Course
 from emulator.explain.dangers import DANGERS
 from emulator.explain.document import Case
-from emulator.explain.facts import DEADLOCK
+from emulator.explain.facts import DEADLOCK, LEAK
 from emulator.explain.meanings import (
     COPIED,
     EARLY,
@@ -104,11 +104,14 @@ def _tell_plot(case: Case) -> Explanation:
             mark = len(notes) + 1
             notes.append(Note(mark, meaning, _SENTENCES[meaning](case, moment)))
         rows.append(Row(moment.cpu, tuple(phrases(moment, case.facts)), meaning, mark, moment))
-    if rows and DEADLOCK in case.facts.kinds:
-        # A deadlock has no use of a translation to explain: the legend states which thread waits for which.
+    for kind in (DEADLOCK, LEAK):
+        if not rows or kind not in case.facts.kinds:
+            continue
+        # Neither has a use of a translation to explain: the legend states which thread waits for which, or
+        # what is left over.
         mark = len(notes) + 1
         rows[-1] = replace(rows[-1], mark=mark)
-        notes.append(Note(mark, DEADLOCK, str(case.report.get("text", DEADLOCK))))
+        notes.append(Note(mark, kind, str(case.report.get("text", kind))))
     return Explanation(case, _title(case), tuple(case.columns), tuple(rows), tuple(notes))
 
 

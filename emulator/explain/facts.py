@@ -7,8 +7,9 @@ from dataclasses import dataclass
 from typing import Any
 
 DEADLOCK = "deadlock"
+LEAK = "leak"
 LOST_DIRTY = "lost-dirty"
-_WITHOUT_ENTRY = {LOST_DIRTY, "ipi-stall", "rcu-stall", DEADLOCK}
+_WITHOUT_ENTRY = {LOST_DIRTY, "ipi-stall", "rcu-stall", DEADLOCK, LEAK}
 _ACCESS_VERBS = {"read": "reads", "write": "writes", "execute": "executes"}
 # The core's number for "no vCPU".
 NO_VCPU = 0xFFFFFFFF

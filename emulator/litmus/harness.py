@@ -366,6 +366,7 @@ class Harness:
             slice_accesses=1 << 30,
         )
         kvm = kvm_create_vm(cpu, section.pages, self.policy, params)
+        lib.mmu_invalidate_seq_init(cpu.m, kvm.id, section.invalidations)
         self.kvms.append(kvm)
         self.memories.append(UserMemory(kvm))
         slots = tuple(RamSlot(*slot) for slot in section.slots)

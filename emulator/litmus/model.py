@@ -18,6 +18,7 @@
     pcid = false                  # CR4.PCIDE
     chunk = 32                    # SPTEs that a zap handles in one step
     resched_chunks = 0            # a zap yields after this number of steps; 0: only if mmu_lock is contended
+    invalidations = 0             # how many this VM has had already: mmu_invalidate_seq begins there
     dirty_log = "protect"         # or "manual", "initially-set" (KVM_CAP_MANUAL_DIRTY_LOG_PROTECT2)
 
     init = ["v0: write 0x10"]     # executed one after the other, before the threads start
@@ -49,7 +50,9 @@ of guest mode.
 
 The verdict of a policy is
     safe           no violation, and the danger occurred (`needs`)
-    violations     an access used a translation or a right that KVM had promised to be gone
+    violations     an access used a translation or a right that KVM had promised to be gone; threads wait for
+                   ever ("deadlock"); or, at the end, KVM keeps what nothing will free ("leak"): a root, a
+                   table, a reference, a VPID
     inconclusive   no violation, but no danger that could have led to one either; with `explore`, in none of
                    the interleavings
 `expect` names the policies with another verdict than safe: a list of violation kinds means that at least one
@@ -96,6 +99,7 @@ from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, PrivateAttr,
 from emulator.errors import shown
 from emulator.litmus.checks import SchemaError, check_test, parse_delay
 from emulator.litmus.kvm_ops import SLOT, SMM_SLOT
+from emulator.litmus.leftovers import LEAK
 from emulator.litmus.ops import Op, OpError, parse_op
 from emulator.policy import canonical
 from emulator.validation import Unit
@@ -103,6 +107,8 @@ from native import VIOLATION_KINDS
 
 SAFE = "safe"
 INCONCLUSIVE = "inconclusive"
+# Kinds of violations: those that the core reports, and what is left over at the end.
+KINDS = (*VIOLATION_KINDS, LEAK)
 
 Need = Literal[
     "averted",
@@ -158,6 +164,7 @@ class VmSection(Section):
     chunk: Annotated[int, Unit("SPTEs")] = Field(default=32, ge=1, le=512, strict=True)
     resched_chunks: Annotated[int, Unit("steps")] = Field(default=0, ge=0, le=1024, strict=True)
     eager_page_split: bool = True
+    invalidations: Annotated[int, Unit("invalidations")] = Field(default=0, ge=0, lt=1 << 63, strict=True)
     dirty_log: Literal["protect", "manual", "initially-set"] = "protect"
 
     @property
@@ -218,9 +225,9 @@ Expected = str | tuple[str, ...]
 def _verdict(value: object) -> Expected:
     if value in (SAFE, INCONCLUSIVE):
         return str(value)
-    if isinstance(value, list | tuple) and value and all(kind in VIOLATION_KINDS for kind in value):
+    if isinstance(value, list | tuple) and value and all(kind in KINDS for kind in value):
         return tuple(value)
-    kinds = ", ".join(VIOLATION_KINDS)
+    kinds = ", ".join(KINDS)
     raise ValueError(f'"safe", "inconclusive", or a list of violations ({kinds})')
 
 

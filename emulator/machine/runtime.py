@@ -73,10 +73,11 @@ _FRAME_KINDS = (
 class Machine:
     """Owns the native machine; `cpus[i]` is CPU i, pCPUs first.
 
-    `config` holds the fields of the core's `struct machine_config`.
+    `config` holds the fields of the core's `struct machine_config`.  vmx_vpids: those that are free of all
+    `vpids`.
     """
 
-    __slots__ = ("config", "cpus", "m", "vmx_vpids")
+    __slots__ = ("config", "cpus", "m", "vmx_vpids", "vpids")
 
     def __init__(self, config: Mapping[str, int]) -> None:
         self.config = dict(config)
@@ -89,8 +90,8 @@ class Machine:
         # VPIDs belong to the host, not to a VM (vmx.c: vmx_vpid_bitmap); 0 is the host's own.  Taking one and
         # giving it back are single list operations, and the last one freed is the next one used.
         # At most as many are in use as there can be vCPUs, and a few more that are being made or freed.
-        vpids = min((1 << 16) - 1, 2 * self.config.get("vcpus", 0) + 16)
-        self.vmx_vpids = list(map(Vpid, range(vpids, 0, -1)))
+        self.vpids = min((1 << 16) - 1, 2 * self.config.get("vcpus", 0) + 16)
+        self.vmx_vpids = list(map(Vpid, range(self.vpids, 0, -1)))
 
     @property
     def pcpus(self) -> int:

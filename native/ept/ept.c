@@ -39,6 +39,19 @@ uint64_t spte_read(struct machine *m, uint32_t table, uint32_t index)
 	return atomic_load_explicit(&ept_table(m, table)[index & 511], memory_order_acquire);
 }
 
+uint32_t ept_tables_below(struct machine *m, uint32_t table, uint32_t level)
+{
+	uint32_t found = 0;
+
+	for (uint32_t index = 0; index < FRAME_WORDS; index++) {
+		uint64_t spte = spte_read(m, table, index);
+
+		if (is_nonleaf_spte(spte, level) && ept_is_table(m, spte_hfn(spte)))
+			found += 1 + ept_tables_below(m, spte_hfn(spte), level - 1);
+	}
+	return found;
+}
+
 int tdp_mmu_get_walk(struct machine *m, uint32_t root, uint32_t root_level, uint64_t gfn, uint64_t *sptes,
 		     uint32_t *tables)
 {

@@ -38,6 +38,9 @@ enum spte_shift {
 int64_t ept_table_alloc(struct machine *m, uint32_t cpu, uint32_t kind);
 /* call: part; reads ept, table(table); keeps-gil */
 uint64_t spte_read(struct machine *m, uint32_t table, uint32_t index);
+/* Return the number of table pages linked below a table of `level`.  No other CPU may change SPTEs meanwhile. */
+/* call: anything */
+uint32_t ept_tables_below(struct machine *m, uint32_t table, uint32_t level);
 
 /* Walk from a root towards gfn without changing anything: sptes[level] and tables[level] are filled from
  * the root's level down to the returned level (where the walk met a leaf, a non-present or level 1).

@@ -52,6 +52,12 @@ void mmu_invalidate_end(struct machine *m, uint32_t vm)
 	atomic_fetch_sub_explicit(&v->invalidate_in_progress, 1, memory_order_release);
 }
 
+void mmu_invalidate_seq_init(struct machine *m, uint32_t vm, uint64_t seq)
+{
+	/* Relaxed: the VM's first vCPU is handed to its thread later. */
+	atomic_store_explicit(&m->vms[vm].invalidate_seq, seq, memory_order_relaxed);
+}
+
 /* acquire: the pfn is looked up after seq was sampled */
 uint64_t mmu_invalidate_seq(struct machine *m, uint32_t vm)
 {

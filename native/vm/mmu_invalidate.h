@@ -19,6 +19,9 @@ int mmu_invalidate_overlaps(struct machine *m, uint32_t vm, uint64_t start, uint
 void mmu_invalidate_end(struct machine *m, uint32_t vm);
 /* call: step mmu_invalidate_seq; reads mmu_invalidate_seq(vm); keeps-gil */
 uint64_t mmu_invalidate_seq(struct machine *m, uint32_t vm);
+/* Age a VM that no CPU uses yet: as after so many invalidations. */
+/* call: aside */
+void mmu_invalidate_seq_init(struct machine *m, uint32_t vm, uint64_t seq);
 /* mmu_invalidate_retry_gfn(): 1 if a fault that sampled `seq` must retry. */
 /* call: step mmu_invalidate_seq; reads mmu_invalidate_seq(vm), mmu_invalidate_in_progress(vm); quiet; keeps-gil */
 int mmu_invalidate_retry_gfn(struct machine *m, uint32_t vm, uint64_t seq, uint64_t gfn);

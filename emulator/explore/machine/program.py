@@ -23,6 +23,7 @@ from emulator.explore.strategies.search import Met
 from emulator.litmus.evidence import Evidence
 from emulator.litmus.failure import KVM_FAILS, LitmusFailure, failure_text
 from emulator.litmus.harness import Harness, LitmusThread, machine_config, rcu_cpu
+from emulator.litmus.leftovers import LEAK, left_over
 from emulator.litmus.model import LitmusTest, Section
 from emulator.litmus.ops import Op
 from emulator.litmus.verdict import proven
@@ -250,7 +251,7 @@ class LitmusProgram:
             raise LitmusFailure(failure_text(alone.name if alone else who, error)) from error
 
     def finish(self, execution: Execution) -> str:
-        """Return the outcome: the violations, a deadlock, or "" for none.  Raises LitmusFailure."""
+        """Return the outcome: the violations, a deadlock, a leak, or "" for none.  Raises LitmusFailure."""
         control = self.control
         control.execution = None
         self._found = None
@@ -266,11 +267,20 @@ class LitmusProgram:
             self._found = self._evidence.found(self.harness.kvms)
             self._end_migrations()
             self._found |= self._evidence.compared(self.harness.kvms)
-        return ", ".join(
+        found = ", ".join(
             kind
             for kind, n, before in zip(VIOLATION_KINDS, control.violations(), control.known, strict=True)
             if n > before
         )
+        return found if found or execution.stopped else self._left_over()
+
+    def _left_over(self) -> str:
+        """Return the leak at the end of this execution, "" if there is none."""
+        with self._told(VMM):
+            self.control.run_callbacks()
+        left = left_over(self.machine, self.harness.kvms)
+        self.waits = []
+        return left and f"{LEAK}: {left}"
 
     def _wait(self, execution: Execution, wait: Wait) -> dict[str, Any]:
         """Describe, for recordings, a thread that waits for ever, its CPU, and the holders of its lock."""

@@ -17,7 +17,7 @@ from emulator.explain.events import EventTail
 from emulator.explore.engine.scheduler import Execution, Task, spelled
 from emulator.explore.machine.options import NONE, ExploreOptions
 from emulator.explore.machine.policy_reads import NOTHING, Known
-from emulator.explore.machine.program import LitmusProgram, wait_text
+from emulator.explore.machine.program import DEADLOCK, LitmusProgram, wait_text
 from emulator.explore.results.observe import Observer
 from emulator.explore.strategies.sampling import Replay, Sampler
 from emulator.explore.strategies.search import Met
@@ -128,12 +128,12 @@ class _Recorder:
     def end(self, outcome: str) -> tuple[str, ...]:
         """Complete the recording with the execution's outcome, and return the kinds of its violations."""
         if self.violation is None and outcome:
-            kind, _, deadlocked = outcome.partition(": ")
-            kinds = [kind] if deadlocked else outcome.split(", ")
-            self.violation = None if deadlocked else self.report(in_final=True)
+            kind, _, explained = outcome.partition(": ")
+            kinds = [kind] if explained else outcome.split(", ")
+            self.violation = None if explained else self.report(in_final=True)
             if self.violation is None:
                 self.violation = {"kind": kinds[0], "kinds": kinds, "text": outcome}
-                if deadlocked:
+                if kind == DEADLOCK:
                     self.violation["waits"] = self.program.waits
             # Other accesses of `final` may have caused violations of other kinds.
             return tuple(dict.fromkeys([*self.violation["kinds"], *kinds]))

@@ -1,0 +1,84 @@
+"""The account at the end of an execution: references and pages that nothing will ever free.
+
+All threads have ended, no walk is under way, and every RCU callback has run.  A root then has one reference
+for each place in which a vCPU holds it, and one of the TDP MMU's own until the root is invalidated and
+zapped.  A vCPU may hold an invalid root only while its request to free obsolete roots is pending.  Each table
+page in use is linked below a root of some VM.  Each VPID is free or a vCPU's.
+
+A leak harms no guest at once; it is the violation `leak`, after all others.
+"""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Iterable, Iterator
+
+from emulator.explain.facts import LEAK
+from emulator.kvm.kvm_host import KVM_REQ_MMU_FREE_OBSOLETE_ROOTS, KVM_REQUEST_MASK
+from emulator.kvm.structs import Kvm, KvmMmuPage, Vcpu
+from emulator.machine.runtime import Machine
+from native import lib
+
+__all__ = ["LEAK", "left_over"]
+
+
+def left_over(machine: Machine, kvms: Iterable[Kvm]) -> str:
+    """Return a sentence about each leak; "" if there is none."""
+    return "; ".join([text for kvm in kvms for text in _of_vm(kvm)] or _of_machine(machine, list(kvms)))
+
+
+def _of_vm(kvm: Kvm) -> Iterator[str]:
+    held: Counter[KvmMmuPage] = Counter()
+    for vcpu in kvm.vcpus:
+        for root, where in _roots(vcpu):
+            held[root] += 1
+            if root.role.invalid and not _frees_roots(vcpu):
+                yield (
+                    f"vCPU {vcpu.id} of VM {kvm.id} keeps root {root.hfn:#x} as its {where}: the root is "
+                    "obsolete, and no request to free it is pending"
+                )
+    for root in dict.fromkeys([*kvm.tdp_mmu_roots, *held]):
+        expected = held[root] + _own_references(kvm, root)
+        if root.root_count.value != expected:
+            yield (
+                f"root {root.hfn:#x} of VM {kvm.id} has {root.root_count.value} references, "
+                f"{expected} of them accounted for"
+            )
+        if root.role.invalid and root.tdp_mmu_scheduled_root_to_zap:
+            yield f"root {root.hfn:#x} of VM {kvm.id} was invalidated and never zapped"
+
+
+def _roots(vcpu: Vcpu) -> Iterator[tuple[KvmMmuPage, str]]:
+    """Yield the shadow pages of the roots that a vCPU holds, and where; a root without one is not counted."""
+    for mmu in (vcpu.root_mmu, vcpu.guest_mmu):
+        places = ["current root", *(f"previous root {i}" for i in range(len(mmu.prev_roots)))]
+        for root, where in zip([mmu.root, *mmu.prev_roots], places, strict=True):
+            if root is not None and root.sp is not None:
+                yield root.sp, where
+
+
+def _frees_roots(vcpu: Vcpu) -> bool:
+    request = KVM_REQ_MMU_FREE_OBSOLETE_ROOTS & KVM_REQUEST_MASK
+    return bool(lib.kvm_test_request(vcpu.kvm.machine.m, vcpu.id, request))
+
+
+def _own_references(kvm: Kvm, root: KvmMmuPage) -> int:
+    """Return the references that the TDP MMU holds: its own, one for a zap that is due, and the worker's."""
+    own = root.has_tdp_ref and not root.role.invalid
+    return int(own or root.tdp_mmu_scheduled_root_to_zap) + kvm.tdp_mmu_zap_works.count(root)
+
+
+def _of_machine(machine: Machine, kvms: list[Kvm]) -> list[str]:
+    found = []
+    roots = [root for kvm in kvms for root in kvm.tdp_mmu_roots]
+    linked = sum(lib.ept_tables_below(machine.m, root.hfn, root.role.level) for root in roots)
+    tables = lib.frames_in_use(machine.m, lib.FRAME_TABLE)
+    if tables != linked:
+        found.append(f"{tables} table pages are in use, {linked} of them linked below a root")
+    pages = lib.frames_in_use(machine.m, lib.FRAME_ROOT)
+    if pages != len(roots):
+        found.append(f"{pages} root pages are in use, and the VMs have {len(roots)} roots")
+    vpids = len(machine.vmx_vpids) + sum(len(kvm.vcpus) for kvm in kvms)
+    if vpids != machine.vpids:
+        found.append(f"of {machine.vpids} VPIDs {vpids} are free or a vCPU's")
+    return found
