@@ -125,14 +125,23 @@ def _matches(root: KvmMmuPage, types: int, as_id: int) -> bool:
     return bool((KVM_INVALID_ROOTS if root.role.invalid else KVM_VALID_ROOTS) & types)
 
 
+def _roots_after(kvm: Kvm, prev: KvmMmuPage | None) -> tuple[KvmMmuPage, ...]:
+    """list_for_each_entry_continue_rcu(): return the roots behind `prev`, which must still be on the list."""
+    roots = kvm.tdp_mmu_roots
+    if prev is None:
+        return roots
+    if prev not in roots:
+        raise AssertionError(f"KASAN: a walk over the roots goes on from {prev!r}, which was freed")
+    return roots[roots.index(prev) + 1 :]
+
+
 def tdp_mmu_next_root(
     cpu: Cpu, kvm: Kvm, prev: KvmMmuPage | None, types: int, as_id: int = ALL_ADDRESS_SPACES
 ) -> KvmMmuPage | None:
     """tdp_mmu_next_root(): take a reference on the next root of these types, then drop that on `prev`."""
     cpu.point("tdp_mmu_roots", kvm.id, "read")
-    roots = kvm.tdp_mmu_roots
     found = None
-    for root in roots if prev is None else roots[roots.index(prev) + 1 :]:
+    for root in _roots_after(kvm, prev):
         if _matches(root, types, as_id) and kvm_tdp_mmu_get_root(cpu, root):
             found = root
             break

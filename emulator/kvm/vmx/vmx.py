@@ -31,6 +31,8 @@ VMX_EPTP_MT_WB: Final = 6
 VMX_EPTP_PWL_4: Final = 3 << 3
 VMX_EPTP_PWL_5: Final = 4 << 3
 VMX_EPTP_AD_ENABLE_BIT: Final = 1 << 6
+# Memory type, levels, and the bits of a page's address.
+_EPTP_FIELDS: Final = 7 | 7 << 3 | (1 << 52) - (1 << 12)
 # INVALID_PAGE: the result of construct_eptp() for a root without a shadow page.
 INVALID_EPTP: Final = -1
 
@@ -51,12 +53,29 @@ def warn_on_once(cpu: Cpu, kvm: Kvm, what: str) -> None:
     kvm.warned.add(what)
 
 
+def is_valid_eptp(eptp: int) -> bool:
+    """Return whether a VM entry with this EPTP would succeed (SDM vol. 3C, 28.2.1.1); else INVEPT fails."""
+    return (
+        eptp & 7 == VMX_EPTP_MT_WB
+        and eptp & 7 << 3 in (VMX_EPTP_PWL_4, VMX_EPTP_PWL_5)
+        and not eptp & ~(_EPTP_FIELDS | VMX_EPTP_AD_ENABLE_BIT)
+    )
+
+
+def ept_sync_context(cpu: Cpu, kvm: Kvm, eptp: int, reason: FlushReason) -> None:
+    """ept_sync_context(): execute INVEPT single.  If it fails (VMfail), nothing is invalidated."""
+    if is_valid_eptp(eptp):
+        lib.flush_invept_single(cpu.m, cpu.id, kvm.id, Hfn(eptp >> 12), reason)
+    else:
+        warn_on_once(cpu, kvm, f"invept_error: INVEPT of {eptp:#x} failed")
+
+
 def vmx_flush_tlb_ept_root(cpu: Cpu, kvm: Kvm, root: KvmMmuRootInfo, reason: FlushReason) -> None:
     """vmx_flush_tlb_ept_root(): execute INVEPT single, or global if the root has no EPTP."""
     eptp = construct_eptp(cpu, kvm, root)
     cpu.point("tlb", cpu.id, "write")
     if eptp != INVALID_EPTP:
-        lib.flush_invept_single(cpu.m, cpu.id, kvm.id, Hfn(eptp >> 12), reason)
+        ept_sync_context(cpu, kvm, eptp, reason)
     else:
         lib.flush_invept_global(cpu.m, cpu.id, kvm.id, reason)
 
