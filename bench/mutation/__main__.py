@@ -1,0 +1,83 @@
+"""python -m bench.mutation: the mutants of emulator/kvm, listed, shown, or judged."""
+
+from __future__ import annotations
+
+import argparse
+import sys
+import time
+from collections.abc import Sequence
+from pathlib import Path
+
+from bench.mutation.generate import Mutant, mutants, sample
+from bench.mutation.report import table
+from bench.mutation.results import Results
+from bench.mutation.run import judge_all, learn, prepare
+from bench.mutation.suite import fingerprint, pairs
+from emulator.errors import BadInput
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    try:
+        options = _parse(arguments)
+        chosen = _chosen(options)
+        if options.list:
+            for one in chosen:
+                print(f"{one.name:<60} {one.path}:{one.line}")
+            return 0
+        if options.show:
+            for one in chosen:
+                print(f"# {one.name}\n{one.diff}")
+            return 0
+        return _judge(chosen, options)
+    except BadInput as error:
+        print(error, file=sys.stderr)
+        return 2
+    except BrokenPipeError:
+        return 0
+
+
+def _judge(chosen: Sequence[Mutant], options: argparse.Namespace) -> int:
+    started = time.monotonic()
+
+    def stop() -> bool:
+        return bool(options.seconds) and time.monotonic() - started > options.seconds
+
+    def say(text: str) -> None:
+        print(f"{time.monotonic() - started:6.0f} s  {text}", file=sys.stderr, flush=True)
+
+    prepare()
+    results = Results(Path(options.keep) if options.keep else None, fingerprint())
+    all_known = learn(results, list(pairs()), options.jobs, say, stop)
+    judged = judge_all(results, chosen, all_known, options.jobs, say, stop)
+    print(table(judged, len(chosen), len(mutants())))
+    return 0
+
+
+def _chosen(options: argparse.Namespace) -> list[Mutant]:
+    found = mutants()
+    if options.names:
+        by_name = {one.name: one for one in found}
+        unknown = [name for name in options.names if name not in by_name]
+        if unknown:
+            raise BadInput("bench.mutation", f"no mutant {unknown[0]!r}", "names that --list prints")
+        return [by_name[name] for name in options.names]
+    found = [one for one in found if not options.rule or one.rule in options.rule]
+    return sample(found, options.sample, options.seed) if options.sample else found
+
+
+def _parse(arguments: Sequence[str] | None) -> argparse.Namespace:
+    parser = argparse.ArgumentParser(prog="python -m bench.mutation", description="Mutants of emulator/kvm.")
+    parser.add_argument("names", nargs="*", metavar="RULE@FUNCTION#N", help="only these mutants")
+    parser.add_argument("--rule", action="append", help="only mutants of this rule; repeatable")
+    parser.add_argument("--sample", type=int, metavar="N", help="a sample of N mutants")
+    parser.add_argument("--seed", type=int, default=1, help="of the sample")
+    parser.add_argument("--list", action="store_true", help="print names and places")
+    parser.add_argument("--show", action="store_true", help="print the diffs")
+    parser.add_argument("--jobs", type=int, default=2, metavar="N", help="processes")
+    parser.add_argument("--keep", metavar="FILE", help="read and append results, one JSON line each")
+    parser.add_argument("--seconds", type=float, default=0.0, help="begin no mutant after so long")
+    return parser.parse_args(arguments)
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,150 @@
+"""Mutants of emulator/kvm by rule: edits of its sources, each a unified diff under a stable name."""
+
+from __future__ import annotations
+
+import ast
+import difflib
+import hashlib
+from collections import Counter
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from functools import cache
+from pathlib import Path
+
+import emulator.kvm
+from bench.mutation.blocks import functions
+from bench.mutation.rules import RULES
+from bench.mutation.source import Source
+
+PACKAGE = "emulator.kvm"
+# Modules without code of KVM: accounts, constants, structures, and the emulator's own work between its steps.
+_WITHOUT = frozenset({
+    "emulator.kvm.accounting",
+    "emulator.kvm.decisions",
+    "emulator.kvm.host_work",
+    "emulator.kvm.kvm_host",
+    "emulator.kvm.structs",
+})  # fmt: skip
+# Functions that are no code of KVM: they make and end VMs, as no thread of a test does, check arguments, read
+# the emulator's bitmaps, slice guests, or judge.
+_NOT_IN = frozenset({
+    "__repr__",
+    "__init__",
+    "_check",
+    "_revoke",
+    "_unwind_entry",
+    "_word",
+    "_words",
+    "kvm_create_vm",
+    "kvm_destroy_vm",
+    "kvm_mmu_uninit_tdp_mmu",
+    "kvm_mmu_zap_all",
+    "kvm_tdp_mmu_zap_all",
+    "kvm_vm_ioctl_create_vcpu",
+    "kvm_vm_ioctl_enable_manual_dirty_log",
+    "vmx_vcpu_free",
+    "warn_on_once",
+    "xfer_to_guest_mode_work_pending",
+})  # fmt: skip
+
+
+@dataclass(frozen=True, slots=True)
+class Mutant:
+    """One mutant.
+
+    name: RULE@FUNCTION#n, n counting the rule's mutants of this function from 1 in the source's order.
+    module, path: the mutated file.  line, last: the lines of the original that the edits touch.
+    """
+
+    name: str
+    rule: str
+    function: str
+    module: str
+    path: str
+    line: int
+    last: int
+    diff: str
+    text: str
+
+    @property
+    def digest(self) -> str:
+        return hashlib.sha256(f"{self.name}\n{self.diff}".encode()).hexdigest()
+
+
+@cache
+def sources() -> dict[str, tuple[str, str]]:
+    """Return path and text of each module of emulator.kvm, by name."""
+    root = Path(next(iter(emulator.kvm.__path__)))
+    found = {}
+    for file in sorted(root.rglob("*.py")):
+        relative = file.relative_to(root.parent.parent)
+        module = ".".join(relative.with_suffix("").parts).removesuffix(".__init__")
+        found[module] = (relative.as_posix(), file.read_text("utf-8"))
+    return found
+
+
+def mutants() -> list[Mutant]:
+    """Return all mutants, by file and line."""
+    found: list[Mutant] = []
+    for module, (path, text) in sources().items():
+        if module not in _WITHOUT:
+            found += mutants_of(module, path, text)
+    _check_names(found)
+    return found
+
+
+def mutants_of(module: str, path: str, text: str) -> Iterator[Mutant]:
+    """Yield the mutants of one module that compile, each text once."""
+    source = Source(text)
+    seen = {ast.dump(source.tree)}
+    counts: Counter[str] = Counter()
+    for name, function in functions(source.tree):
+        if name.rpartition(".")[2] in _NOT_IN:
+            continue
+        for rule, edits in (found for make in RULES for found in make(source, function)):
+            mutated = source.apply(edits)
+            try:
+                tree = ast.dump(ast.parse(mutated))
+            except SyntaxError as error:
+                raise AssertionError(f"{rule}@{name}, line {edits[0].start[0]}: {error}") from error
+            if tree in seen:
+                continue
+            seen.add(tree)
+            counts[f"{rule}@{name}"] += 1
+            yield Mutant(
+                f"{rule}@{name}#{counts[f'{rule}@{name}']}",
+                rule,
+                name,
+                module,
+                path,
+                min(edit.start[0] for edit in edits),
+                max(edit.end[0] - (edit.end[1] == 0 and edit.end > edit.start) for edit in edits),
+                diff_of(path, text, mutated),
+                mutated,
+            )
+
+
+def diff_of(path: str, before: str, after: str) -> str:
+    lines = difflib.unified_diff(
+        before.splitlines(keepends=True), after.splitlines(keepends=True), f"a/{path}", f"b/{path}"
+    )
+    return "".join(lines)
+
+
+def _check_names(found: Sequence[Mutant]) -> None:
+    twice = [name for name, n in Counter(one.name for one in found).items() if n > 1]
+    if twice:
+        raise AssertionError(f"two functions of one name in {PACKAGE}: {', '.join(twice)}")
+
+
+def sample(found: Sequence[Mutant], n: int, seed: int) -> list[Mutant]:
+    """Return n of the mutants.  A larger sample of one seed contains the smaller ones.
+
+    The order is by a hash of seed and name, so that a mutant that is added or goes leaves the others where
+    they were.
+    """
+
+    def key(one: Mutant) -> str:
+        return hashlib.sha256(f"{seed} {one.name}".encode()).hexdigest()
+
+    return sorted(found, key=key)[:n]

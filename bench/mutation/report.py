@@ -1,0 +1,67 @@
+"""The table of a run: mutants by rule and verdict, the kill rate, the survivors."""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Sequence
+
+from bench.mutation.generate import Mutant
+from bench.mutation.judge import (
+    BROKEN,
+    CAUGHT,
+    CLASSES,
+    COST_ONLY,
+    EQUIVALENT,
+    SURVIVED,
+    UNREACHED,
+    Judgement,
+)
+
+Judged = Sequence[tuple[Mutant, Judgement]]
+
+
+def kill_rate(judged: Judged) -> tuple[int, int]:
+    """Return how many were caught of those that are neither broken nor equivalent nor cost-only."""
+    verdicts = [judgement.verdict for _, judgement in judged]
+    caught = verdicts.count(CAUGHT)
+    return caught, len(verdicts) - sum(verdicts.count(one) for one in (BROKEN, EQUIVALENT, COST_ONLY))
+
+
+def table(judged: Judged, chosen: int, generated: int) -> str:
+    by_rule: dict[str, Counter[str]] = {}
+    for mutant, judgement in judged:
+        by_rule.setdefault(mutant.rule, Counter())[judgement.verdict] += 1
+    width = max([len("all rules"), *map(len, by_rule)])
+    lines = [f"{'rule':<{width}}" + "".join(f"{one:>12}" for one in CLASSES)]
+    total: Counter[str] = Counter()
+    for rule, counts in sorted(by_rule.items()):
+        total.update(counts)
+        lines.append(f"{rule:<{width}}" + "".join(f"{counts[one] or '':>12}" for one in CLASSES))
+    lines.append(f"{'all rules':<{width}}" + "".join(f"{total[one] or '':>12}" for one in CLASSES))
+    lines += ["", *_summary(judged, chosen, generated), "", *_listed(judged)]
+    return "\n".join(lines)
+
+
+def _summary(judged: Judged, chosen: int, generated: int) -> list[str]:
+    caught, of = kill_rate(judged)
+    kinds = Counter(one.kind for _, one in judged if one.verdict == CAUGHT)
+    by = Counter(one.by for _, one in judged if one.verdict == CAUGHT)
+    rate = f"{100 * caught / of:.1f} %" if of else "none"
+    return [
+        f"{generated} mutants generated, {chosen} chosen, {len(judged)} judged",
+        f"kill rate {rate}: {caught} caught of {of} that are neither broken, equivalent nor cost-only",
+        "caught by " + ", ".join(f"{name} {n}" for name, n in by.most_common()),
+        "as " + ", ".join(f"{name} {n}" for name, n in kinds.most_common()),
+    ]
+
+
+def _listed(judged: Judged) -> list[str]:
+    found = []
+    for verdict in (SURVIVED, UNREACHED, COST_ONLY, EQUIVALENT):
+        of = [(mutant, one) for mutant, one in judged if one.verdict == verdict]
+        if of:
+            found += [
+                f"{verdict}:",
+                *(f"  {mutant.name}  {mutant.path}:{mutant.line}  {one.why}" for mutant, one in of),
+            ]
+    return found

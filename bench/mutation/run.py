@@ -1,0 +1,109 @@
+"""A run: the suite with KVM's code as it is, then with each mutant, in processes."""
+
+from __future__ import annotations
+
+import tomllib
+from collections.abc import Callable, Sequence
+from dataclasses import replace
+from functools import cache
+from importlib import resources
+
+from bench.mutation import patched
+from bench.mutation.generate import Mutant, mutants
+from bench.mutation.judge import BROKEN, CAUGHT, EQUIVALENT, Judgement, judge
+from bench.mutation.pool import Lost, each
+from bench.mutation.results import Results
+from bench.mutation.suite import Cover, Known, Pair, known, pairs
+from emulator.litmus.verdict import FAILED, VIOLATIONS
+
+Say = Callable[[str], None]
+Stop = Callable[[], bool]
+# Pairs of one child that records coverage.
+_BATCH = 8
+
+
+def never() -> bool:
+    return False
+
+
+@cache
+def equivalent() -> dict[str, str]:
+    """Return the arguments of equivalent.toml by the mutants' names.  An entry that no mutant has any more is
+    an error."""
+    text = resources.files("bench").joinpath("mutation/equivalent.toml").read_text("utf-8")
+    argued: dict[str, str] = tomllib.loads(text)
+    stale = argued.keys() - {one.name for one in mutants()}
+    if stale:
+        raise ValueError(f"equivalent.toml: no such mutant: {', '.join(sorted(stale))}")
+    return argued
+
+
+def learn(results: Results, wanted: Sequence[Pair], jobs: int, say: Say, stop: Stop = never) -> list[Known]:
+    """Return the pairs that show no violation with KVM's code as it is."""
+    missing = [pair for pair in wanted if pair not in results.known]
+    batches = [missing[i : i + _BATCH] for i in range(0, len(missing), _BATCH)]
+    for batch, found in each(batches, _learn, jobs, stop):
+        if isinstance(found, Lost):
+            raise RuntimeError(f"{found.during}: {found.how} with KVM's code as it is ({batch[0]})")
+        for one in found:
+            results.add_known(one)
+        say(f"{len(results.known)} of {len(wanted)} pairs of the suite")
+    found = [results.known[pair] for pair in wanted if pair in results.known]
+    return [one for one in found if one.shown.verdict not in (VIOLATIONS, FAILED)]
+
+
+def _learn(batch: Sequence[Pair], say: Say) -> list[Known]:
+    cover = Cover()
+    found = []
+    for pair in batch:
+        say(str(pair))
+        found.append(known(pair, cover))
+    return found
+
+
+def judge_all(
+    results: Results,
+    chosen: Sequence[Mutant],
+    all_known: Sequence[Known],
+    jobs: int,
+    say: Say,
+    stop: Stop = never,
+) -> list[tuple[Mutant, Judgement]]:
+    """Judge the mutants that the results do not have yet; return all that are judged, in the given order."""
+    argued = equivalent()
+    todo = [one for one in chosen if one.digest not in results.judged and one.name not in argued]
+
+    def do(mutant: Mutant, heard: Say) -> Judgement:
+        return judge(mutant, all_known, heard)
+
+    for number, (mutant, found) in enumerate(each(todo, do, jobs, stop), 1):
+        judgement = _of_lost(mutant, found) if isinstance(found, Lost) else found
+        results.add(mutant, judgement)
+        say(f"{number} of {len(todo)} mutants; {mutant.name}: {judgement.verdict} {judgement.pair}")
+    return [
+        (one, _argued(one, results, argued))
+        for one in chosen
+        if one.digest in results.judged or one.name in argued
+    ]
+
+
+def _argued(mutant: Mutant, results: Results, argued: dict[str, str]) -> Judgement:
+    if mutant.name in argued:
+        return Judgement(mutant.name, EQUIVALENT, why=argued[mutant.name])
+    return replace(results.judged[mutant.digest])
+
+
+def _of_lost(mutant: Mutant, lost: Lost) -> Judgement:
+    """A child that hangs or dies has caught its mutant, if it had begun with a pair."""
+    by = "stress" if lost.during.endswith("on real threads") else "explore"
+    verdict = CAUGHT if lost.during else BROKEN
+    return Judgement(
+        mutant.name, verdict, by, lost.during, "hang" if lost.how == "hang" else "crash", 0, lost.how
+    )
+
+
+def prepare() -> None:
+    """Load everything before the first fork."""
+    patched.load()
+    for pair in pairs():
+        pair.litmus  # noqa: B018

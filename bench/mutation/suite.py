@@ -1,0 +1,188 @@
+"""The suite that mutants are judged by: pairs of a shipped litmus test and a preset, and of a test and
+further choices where it asks for them; and each pair's verdict and coverage with KVM's code as it is."""
+
+from __future__ import annotations
+
+import hashlib
+import time
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field
+from functools import cache
+from pathlib import Path
+from typing import Any, Final
+
+import emulator
+import native
+from bench.mutation import patched
+from emulator.explore.machine.lib import instrument
+from emulator.explore.machine.options import NONE, ExploreOptions
+from emulator.explore.machine.program import LitmusProgram
+from emulator.explore.results.verdict import Plan, explore_verdict
+from emulator.explore.strategies.dpor import Exhaustive
+from emulator.explore.strategies.search import Limits, search
+from emulator.litmus.harness import Harness
+from emulator.litmus.loader import load_test, shipped_tests
+from emulator.litmus.model import INCONCLUSIVE, SAFE, LitmusTest
+from emulator.litmus.policies import expected_of, named_policy
+from emulator.policy import DEFAULT, PRESETS
+from native import lib
+
+# Executions: a first look at each test, a second one, and one under another preset.
+FIRST: Final = 40
+SECOND: Final = 200
+OTHER: Final = 20
+# Most seconds for one pair.
+PATIENCE: Final = 20.0
+
+_CHOICES: Final = {
+    "": NONE,
+    "evict": ExploreOptions.given(["evict"], 1, False),
+    "speculate": ExploreOptions.given(["speculate"], 1, False),
+    "store-buffers": ExploreOptions.given([], 1, True),
+}
+# Counters of a VM that are prices: flushes, kicks, requests, loads of roots, retries, yields.
+_PRICES: Final = {
+    "remote flushes": lib.STAT_REMOTE_TLB_FLUSH_REQUESTS,
+    "kicks": lib.STAT_REMOTE_TLB_FLUSH,
+    "requests": lib.STAT_MAKE_ALL_CPUS_REQUEST,
+    "flushes": lib.STAT_TLB_FLUSH,
+    "INVEPT global": lib.STAT_FLUSH_ALL,
+    "INVEPT single": lib.STAT_FLUSH_CURRENT,
+    "INVVPID": lib.STAT_FLUSH_GUEST,
+    "root loads": lib.STAT_MMU_LOAD,
+    "exits": lib.STAT_EXITS,
+    "retries": lib.STAT_FAULT_RETRIES,
+}
+
+
+@dataclass(frozen=True, slots=True, order=True)
+class Pair:
+    """One test under one preset.  choices: "" or one of explore's: evict, speculate, store-buffers."""
+
+    test: str
+    preset: str = DEFAULT
+    choices: str = ""
+
+    def __str__(self) -> str:
+        preset = "" if self.preset == DEFAULT else f" under {self.preset}"
+        return f"{self.test}{preset}" + (f" with {self.choices}" if self.choices else "")
+
+    @property
+    def litmus(self) -> LitmusTest:
+        return _test(self.test)
+
+
+@cache
+def _test(name: str) -> LitmusTest:
+    return load_test(name)
+
+
+@dataclass(frozen=True, slots=True)
+class Shown:
+    """The result of a pair: the verdict, its kinds, and the number of executions.
+
+    failure: the text of an execution that could not go on.  seconds: of the whole search.
+    """
+
+    verdict: str
+    kinds: tuple[str, ...]
+    executions: int
+    failure: str = ""
+    seconds: float = 0.0
+
+
+@dataclass(slots=True)
+class Known:
+    """The findings about a pair with KVM's code as it is.
+
+    lines: module and line of the statements that it reaches.  prices: counts of its first execution.
+    """
+
+    pair: Pair
+    shown: Shown
+    prices: dict[str, int] = field(default_factory=dict)
+    lines: frozenset[tuple[str, int]] = frozenset()
+
+
+def pairs() -> Iterator[Pair]:
+    """Yield the pairs in which no violation is expected."""
+    for test in shipped_tests():
+        for preset in [DEFAULT, *(name for name in PRESETS if name != DEFAULT)]:
+            if all(one in (SAFE, INCONCLUSIVE) for one in expected_of(test, preset)):
+                yield Pair(test.name, preset)
+        for choice, policies in test.expect.apart().items():
+            if policies and DEFAULT not in policies:
+                yield Pair(test.name, DEFAULT, choice)
+
+
+def plan_of(pair: Pair, executions: int) -> Plan:
+    return Plan(executions=executions, minimize=False, options=_CHOICES[pair.choices])
+
+
+def most_of(pair: Pair) -> int:
+    """Return the executions of the longest look at a pair."""
+    return SECOND if pair.preset == DEFAULT else OTHER
+
+
+def show(pair: Pair, executions: int) -> Shown:
+    """Explore a pair with the code that is in this process."""
+    started = time.monotonic()
+    verdict = explore_verdict(
+        pair.litmus,
+        named_policy(pair.preset),
+        plan_of(pair, executions),
+        lambda: time.monotonic() - started > PATIENCE,
+    )
+    seconds = round(time.monotonic() - started, 3)
+    return Shown(verdict.verdict, verdict.kinds, verdict.executions, verdict.failure, seconds)
+
+
+def prices(pair: Pair) -> dict[str, int]:
+    """Return the counts of one execution, in which each thread runs until it waits."""
+    program = LitmusProgram(pair.litmus, named_policy(pair.preset), _CHOICES[pair.choices])
+    try:
+        with instrument(program.control):
+            search(program, program.objects, Exhaustive(program.objects, bound=0), Limits(executions=1), bool)
+            m = program.machine.m
+            return {
+                name: sum(lib.vm_stat(m, kvm.id, stat) for kvm in program.harness.kvms)
+                for name, stat in _PRICES.items()
+            }
+    finally:
+        program.close()
+
+
+def known(pair: Pair, cover: Cover) -> Known:
+    """Explore a pair as it is, with its coverage."""
+    cover.reached.clear()
+    shown = show(pair, most_of(pair))
+    lines = frozenset(cover.places[number] for number in cover.reached)
+    return Known(pair, shown, prices(pair) if pair.preset == DEFAULT else {}, lines)
+
+
+class Cover:
+    """The statements that were reached since the last VMs were made; once it exists, code is slower."""
+
+    def __init__(self) -> None:
+        self.reached: set[int] = set()
+        add: Callable[[int], Any] = self.reached.add
+        self.places = patched.cover(add)
+        reset = Harness.reset
+
+        def counted(harness: Harness) -> None:
+            reset(harness)
+            self.reached.clear()
+
+        setattr(Harness, "reset", counted)  # noqa: B010
+
+
+def fingerprint() -> str:
+    """Return a hash of all that a verdict depends on besides the mutant: emulator, core, tests."""
+    found = hashlib.sha256(f"{FIRST} {SECOND} {OTHER}".encode())
+    for package, suffixes in ((emulator, (".py", ".toml")), (native, (".c", ".h"))):
+        root = Path(next(iter(package.__path__)))
+        for file in sorted(root.rglob("*")):
+            if file.suffix in suffixes:
+                found.update(f"{file.relative_to(root)}\n".encode())
+                found.update(file.read_bytes())
+    return found.hexdigest()
