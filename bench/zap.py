@@ -23,6 +23,7 @@ from bench.errors import BenchFailed
 from bench.figures import Figure
 from bench.machine import machine_fields
 from emulator.job.emulation import SWITCH_INTERVAL
+from emulator.kvm.kvm_host import SPTE_ENT_PER_PAGE
 from emulator.kvm.mmu.mmu import kvm_mmu_zap_all_fast, kvm_zap_gfn_range
 from emulator.kvm.mmu.tdp_map import tdp_entry, tdp_mmu_link_sp
 from emulator.kvm.structs import Kvm, KvmMmuPage, KvmParams
@@ -34,7 +35,6 @@ from native import ffi, lib
 from native.types import Hfn
 
 GIB = 1 << 18  # pages
-TABLE = 512
 GUEST_PAGES = 64
 PCPUS = 2
 _PATIENCE_SECONDS = 20.0
@@ -68,7 +68,7 @@ class ZapMachine:
                 vcpus=PCPUS,
                 root_frames=4,
                 table_frames=4 * tables + 64,
-                guest_frames=4 * TABLE,
+                guest_frames=4 * SPTE_ENT_PER_PAGE,
             )
         )
         self.host, self.contender, self.rcu_cpu = self.machine.cpus[PCPUS:]
@@ -97,15 +97,17 @@ class ZapMachine:
 
     def _vm(self, policy: Policy) -> Kvm:
         params = KvmParams(fault_around=GUEST_PAGES, resched_chunks=0)
-        kvm = kvm_create_vm(self.host, GIB + TABLE, policy, params)
-        kvm_set_memory_region(self.host, kvm, 0, 0, GIB + TABLE, 0)
+        kvm = kvm_create_vm(self.host, GIB + SPTE_ENT_PER_PAGE, policy, params)
+        kvm_set_memory_region(self.host, kvm, 0, 0, GIB + SPTE_ENT_PER_PAGE, 0)
         # The frames of the first 2 MiB back the whole range.
-        self.hfns = ffi.new("uint32_t[]", TABLE)
-        self.tags = ffi.new("uint32_t[]", TABLE)
-        self.writable = ffi.new("uint32_t[]", TABLE)
+        self.hfns = ffi.new("uint32_t[]", SPTE_ENT_PER_PAGE)
+        self.tags = ffi.new("uint32_t[]", SPTE_ENT_PER_PAGE)
+        self.writable = ffi.new("uint32_t[]", SPTE_ENT_PER_PAGE)
         m = self.machine.m
         self.host.check(
-            lib.mm_fault_range(m, self.host.id, kvm.id, 0, TABLE, 1, self.hfns, self.tags, self.writable)
+            lib.mm_fault_range(
+                m, self.host.id, kvm.id, 0, SPTE_ENT_PER_PAGE, 1, self.hfns, self.tags, self.writable
+            )
         )
         return kvm
 
@@ -113,7 +115,9 @@ class ZapMachine:
         """Create a vCPU for this pCPU.  It reads a few pages behind the range."""
         vcpu = kvm_vm_ioctl_create_vcpu(self.host, self.kvm)
         m, pages = self.machine.m, [GIB + page for page in range(GUEST_PAGES)]
-        config = ffi.new("struct guest_config *", {"first_gfn": 0, "end_gfn": GIB + TABLE, "seed": 1})
+        config = ffi.new(
+            "struct guest_config *", {"first_gfn": 0, "end_gfn": GIB + SPTE_ENT_PER_PAGE, "seed": 1}
+        )
         records = ffi.new("uint64_t[]", [page << 12 for page in pages])
         known = ffi.new("uint64_t[]", pages)
         self.host.check(lib.guest_configure(m, vcpu.id, config))
@@ -158,13 +162,22 @@ class ZapMachine:
         """Map 4K leafs in all of the range's tables."""
         cpu, kvm, (root,) = self.host, self.kvm, self.kvm.tdp_mmu_roots
         with kvm.mmu_lock.read_lock(cpu), rcu_read_lock(cpu):
-            for gfn in range(0, self.tables * TABLE, TABLE):
+            for gfn in range(0, self.tables * SPTE_ENT_PER_PAGE, SPTE_ENT_PER_PAGE):
                 table = _leaf_table(cpu, kvm, root, gfn)
                 mapped = lib.tdp_mmu_map_around(
-                    cpu.m, cpu.id, kvm.id, table, gfn & 511, gfn, TABLE, self.hfns, self.tags, self.writable
+                    cpu.m,
+                    cpu.id,
+                    kvm.id,
+                    table,
+                    gfn % SPTE_ENT_PER_PAGE,
+                    gfn,
+                    SPTE_ENT_PER_PAGE,
+                    self.hfns,
+                    self.tags,
+                    self.writable,
                 )
-                if mapped < TABLE - 1:  # a page that was not zapped is there
-                    raise BenchFailed(f"zap: {mapped} of {TABLE} pages were mapped")
+                if mapped < SPTE_ENT_PER_PAGE - 1:  # a page that was not zapped is there
+                    raise BenchFailed(f"zap: {mapped} of {SPTE_ENT_PER_PAGE} pages were mapped")
 
     def zap(self, pages: int, cost: Cost) -> None:
         self._measure(lambda: kvm_zap_gfn_range(self.host, self.kvm, 0, pages), cost)
@@ -249,7 +262,7 @@ class Range:
         """Return the number of table pages that the zap removes."""
         if self.scope == "leafs":
             return 0
-        return tables - (tables == TABLE) if self.apart else tables + 1
+        return tables - (tables == SPTE_ENT_PER_PAGE) if self.apart else tables + 1
 
 
 WHOLE = Range("1 GiB", GIB, "leafs-and-tables", apart=False)

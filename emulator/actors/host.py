@@ -11,8 +11,9 @@ from random import Random
 from typing import TYPE_CHECKING
 
 from emulator.actors.base import MachineActor
-from emulator.actors.user_memory import HUGE_PAGES, UserMemory
+from emulator.actors.user_memory import UserMemory
 from emulator.kvm.host_work import host_works, owe_a_flush
+from emulator.machine.runtime import HPAGE_PMD_NR
 from emulator.scenario.workload import HOST_ACTIVITIES, Pacer, Workload
 from native import lib
 
@@ -23,7 +24,7 @@ if TYPE_CHECKING:
 
 # mprotect takes write access away for about this long; a guest that writes meanwhile waits for it.
 _PROTECTED_SECONDS = 0.0005
-_RECLAIM_PAGES = 4 * HUGE_PAGES
+_RECLAIM_PAGES = 4 * HPAGE_PMD_NR
 
 
 class Host(MachineActor):
@@ -122,7 +123,7 @@ class Host(MachineActor):
         return start, start + pages
 
     def _huge_range(self, memory: UserMemory) -> int:
-        return self.rng.randrange(memory.pages // HUGE_PAGES) * HUGE_PAGES
+        return self.rng.randrange(memory.pages // HPAGE_PMD_NR) * HPAGE_PMD_NR
 
 
 def host_pacer(workload: Workload, actors: int, rng: Random) -> Pacer:

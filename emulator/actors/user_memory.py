@@ -10,7 +10,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from typing import TYPE_CHECKING, Final
+from typing import TYPE_CHECKING
 
 from emulator.kvm.host_work import host_works
 from emulator.kvm.virt.kvm_main import (
@@ -19,14 +19,13 @@ from emulator.kvm.virt.kvm_main import (
     kvm_mmu_notifier_invalidate_range_start,
 )
 from emulator.machine.locks import RwSemaphore
+from emulator.machine.runtime import HPAGE_PMD_NR
 from native import lib
 from native.types import PromiseKind
 
 if TYPE_CHECKING:
     from emulator.kvm.structs import Kvm
     from emulator.machine.runtime import Cpu
-
-HUGE_PAGES: Final = 512
 
 
 class UserMemory:
@@ -89,9 +88,9 @@ class UserMemory:
         """
         with self.anon_vma.read_lock(cpu):
             if self._cut(cpu, start):
-                start = start // HUGE_PAGES * HUGE_PAGES
+                start = start // HPAGE_PMD_NR * HPAGE_PMD_NR
             if self._cut(cpu, end):
-                end = -(-end // HUGE_PAGES) * HUGE_PAGES
+                end = -(-end // HPAGE_PMD_NR) * HPAGE_PMD_NR
             with self._invalidating(cpu, start, end):
                 lib.mm_migrate(cpu.m, cpu.id, self.kvm.id, start, end)
 
@@ -103,7 +102,7 @@ class UserMemory:
         with self.mmap_lock.write_lock(cpu), self.anon_vma.write_lock(cpu):
             if lib.mm_huge(cpu.m, self.kvm.id, start):
                 return
-            with self._invalidating(cpu, start, start + HUGE_PAGES):
+            with self._invalidating(cpu, start, start + HPAGE_PMD_NR):
                 rc = lib.mm_collapse(cpu.m, cpu.id, self.kvm.id, start)
                 host_works(cpu, self.kvm)  # 512 pages were copied
             if rc not in (lib.MACHINE_NOMEM, lib.MACHINE_AGAIN):
@@ -119,18 +118,18 @@ class UserMemory:
         """Split the huge pages that [start, end) cuts in two."""
         for page in (start, end):
             if self._cut(cpu, page):
-                self._split(cpu, page // HUGE_PAGES * HUGE_PAGES)
+                self._split(cpu, page // HPAGE_PMD_NR * HPAGE_PMD_NR)
 
     def _cut(self, cpu: Cpu, page: int) -> bool:
         """Return whether the boundary before `page` lies inside a huge page."""
-        return bool(page % HUGE_PAGES and lib.mm_huge(cpu.m, self.kvm.id, page))
+        return bool(page % HPAGE_PMD_NR and lib.mm_huge(cpu.m, self.kvm.id, page))
 
     def _split(self, cpu: Cpu, start: int) -> None:
         """Split a huge page within a bracket of its own, over the whole page.
 
         Otherwise a fault beside the caller's range would map it huge again.
         """
-        with self._invalidating(cpu, start, start + HUGE_PAGES):
+        with self._invalidating(cpu, start, start + HPAGE_PMD_NR):
             cpu.check(lib.mm_split(cpu.m, cpu.id, self.kvm.id, start))
 
     @contextmanager

@@ -9,7 +9,7 @@ from emulator.explain.events import WHOLE, Event, name_of, pages_text
 from emulator.explain.facts import Facts
 from emulator.explain.lost import copies
 from emulator.explain.meanings import FILL, USE
-from emulator.explain.timeline import HUGE
+from emulator.machine.runtime import HPAGE_PMD_NR
 from native import EXIT_REASONS
 
 
@@ -64,7 +64,7 @@ def _use(e: Event, facts: Facts) -> list[str]:
 
 
 def _map(e: Event, facts: Facts) -> list[str]:
-    if e.more >= HUGE:
+    if e.more >= HPAGE_PMD_NR:
         return [f"map huge gfn {e.a:#x}", f"to frame {e.b:#x}"]
     gfn = facts.gfn if e.covers(facts.gfn) else e.a
     return [f"map gfn {gfn:#x}", f"to frame {e.b + gfn - e.a:#x}"]

@@ -6,10 +6,9 @@ from collections.abc import Callable, Sequence
 
 from emulator.explain.events import NO_VM, WHOLE, Event
 from emulator.explain.facts import Facts
+from emulator.machine.runtime import HPAGE_PMD_NR
 
 _WRITE_PROMISES = ("dirty_log", "notifier_write")
-# Pages of the smallest huge leaf.
-HUGE = 512
 
 Wanted = Callable[[Event], bool]
 
@@ -60,7 +59,7 @@ class Timeline:
     def _unlinks(self, e: Event) -> bool:
         """Return whether a table that maps the page's neighbourhood is zapped or replaced by a huge leaf."""
         first, last = e.a >> 9, e.a + max(e.more, 1) - 1 >> 9
-        kinds = e.kind == "zap" or (e.kind == "map" and e.more >= HUGE)
+        kinds = e.kind == "zap" or (e.kind == "map" and e.more >= HPAGE_PMD_NR)
         return kinds and self._mine(e) and first <= self.facts.gfn >> 9 <= last
 
     def _is_guest_invalidation(self, e: Event) -> bool:

@@ -30,7 +30,7 @@ from emulator.actors.user_memory import UserMemory
 from emulator.errors import BadInput
 from emulator.kvm.structs import Kvm, KvmParams, Vcpu
 from emulator.kvm.virt.kvm_main import kvm_create_vm, kvm_set_memory_region, kvm_vm_ioctl_create_vcpu
-from emulator.machine.runtime import Cpu, Machine, OutOfMemory
+from emulator.machine.runtime import HPAGE_PMD_NR, Cpu, Machine, OutOfMemory
 from emulator.policy import Policy
 from emulator.scenario.config import PAGES_PER_MIB, Scenario, VmSection
 from emulator.scenario.workload import Workload
@@ -44,7 +44,6 @@ if TYPE_CHECKING:
 
     from native._native import U64, MachinePtr
 
-BLOCK_PAGES = 512
 # The slot that is deleted and created again: this many pages per vCPU.
 SECOND_SLOT_PAGES = 256
 # Pages that an SMI handler looks at.
@@ -70,11 +69,11 @@ class Layout:
 
     @property
     def second_base(self) -> int:
-        return -(-self.ram // BLOCK_PAGES) * BLOCK_PAGES
+        return -(-self.ram // HPAGE_PMD_NR) * HPAGE_PMD_NR
 
     @property
     def gfns(self) -> int:
-        return -(-(self.second_base + self.second) // BLOCK_PAGES) * BLOCK_PAGES
+        return -(-(self.second_base + self.second) // HPAGE_PMD_NR) * HPAGE_PMD_NR
 
 
 def layout_of(vm: VmSection) -> Layout:
@@ -99,9 +98,9 @@ def machine_config(scenario: Scenario, seed: int, chaos: int, unbounded: bool) -
         "vms": scenario.vms,
         "vcpus": scenario.vcpus,
         "root_frames": 64 + 32 * scenario.vms,
-        "table_frames": 1024 + 8 * sum(layout.gfns // BLOCK_PAGES + 4 for layout in layouts),
+        "table_frames": 1024 + 8 * sum(layout.gfns // HPAGE_PMD_NR + 4 for layout in layouts),
         "guest_frames": gfns + 1024,
-        "guest_blocks": disturbed // BLOCK_PAGES if scenario.host.collapse else 0,
+        "guest_blocks": disturbed // HPAGE_PMD_NR if scenario.host.collapse else 0,
         "l1_ways": 4,
         "l2_entries": 0 if unbounded else geometry.l2_entries,
         "l2_ways": geometry.l2_ways,

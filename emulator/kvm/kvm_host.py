@@ -45,6 +45,7 @@ KVM_MMU_NUM_PREV_ROOTS: Final = 3
 X86_CR0_PE: Final = 1 << 0
 X86_CR0_WP: Final = 1 << 16
 X86_CR0_PG: Final = 1 << 31
+X86_CR3_PCID_MASK: Final = 0xFFF
 X86_CR3_PCID_NOFLUSH: Final = 1 << 63
 X86_CR4_PSE: Final = 1 << 4
 X86_CR4_PAE: Final = 1 << 5
@@ -65,12 +66,15 @@ PG_LEVEL_2M: Final[int] = lib.PG_LEVEL_2M
 PG_LEVEL_1G: Final[int] = lib.PG_LEVEL_1G
 PG_LEVEL_512G: Final[int] = lib.PG_LEVEL_512G
 PG_LEVEL_256T: Final = 5
+# A table page has 512 entries (spte.h).
+SPTE_LEVEL_BITS: Final = 9
+SPTE_ENT_PER_PAGE: Final = 1 << SPTE_LEVEL_BITS
 KVM_MAX_HUGEPAGE_LEVEL: Final = PG_LEVEL_2M  # the arena has blocks of 2M, none of 1G
 
 
 def kvm_pages_per_hpage(level: int) -> int:
     """KVM_PAGES_PER_HPAGE()"""
-    return 1 << (9 * (level - 1))
+    return 1 << (SPTE_LEVEL_BITS * (level - 1))
 
 
 @dataclass(frozen=True, slots=True)

@@ -13,6 +13,7 @@ from emulator.kvm.kvm_host import (
     KVM_REQ_SMI,
     X86_CR0_PE,
     X86_CR0_PG,
+    X86_CR3_PCID_MASK,
     X86_CR4_PAE,
     X86_CR4_PCIDE,
 )
@@ -22,8 +23,6 @@ from emulator.kvm.structs import Vcpu
 from emulator.kvm.virt.requests import kvm_make_request, kvm_vcpu_kick
 from emulator.machine.runtime import Cpu
 from native import lib
-
-_CR3_PCID = 0xFFF
 
 
 def kvm_inject_smi(cpu: Cpu, vcpu: Vcpu) -> None:
@@ -56,7 +55,7 @@ def enter_smm(cpu: Cpu, vcpu: Vcpu) -> None:
     cpu.stat(vcpu.kvm.id, lib.STAT_SMIS)
     arch = vcpu.arch
     arch.smram = (arch.cr0, arch.cr3, arch.cr4)
-    kvm_smm_changed(cpu, vcpu, True)
+    kvm_smm_changed(cpu, vcpu, entering_smm=True)
     arch.cr0 &= ~(X86_CR0_PE | X86_CR0_PG)
     arch.cr4 = 0
     lib.vcpu_set_smm(cpu.m, vcpu.id, 1)
@@ -66,7 +65,7 @@ def enter_smm(cpu: Cpu, vcpu: Vcpu) -> None:
 def emulator_leave_smm(cpu: Cpu, vcpu: Vcpu) -> None:
     """emulator_leave_smm(): return to real mode first, then restore the registers from SMRAM."""
     arch = vcpu.arch
-    kvm_smm_changed(cpu, vcpu, False)
+    kvm_smm_changed(cpu, vcpu, entering_smm=False)
     lib.vcpu_set_smm(cpu.m, vcpu.id, 0)
     arch.leaving_smm = True
     try:
@@ -85,8 +84,8 @@ def rsm_enter_protected_mode(cpu: Cpu, vcpu: Vcpu, cr0: int, cr3: int, cr4: int)
     """rsm_enter_protected_mode(): set CR4.PCIDE only once paging is on, with CR3[11:0] clear until then."""
     pcid = 0
     if cr4 & X86_CR4_PCIDE:
-        pcid = cr3 & _CR3_PCID
-        cr3 &= ~_CR3_PCID
+        pcid = cr3 & X86_CR3_PCID_MASK
+        cr3 &= ~X86_CR3_PCID_MASK
     kvm_set_cr3(cpu, vcpu, cr3)
     kvm_set_cr4(cpu, vcpu, cr4 & ~X86_CR4_PCIDE)
     kvm_set_cr0(cpu, vcpu, cr0)

@@ -4,11 +4,11 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, ClassVar
 
+from emulator.kvm import kvm_host
 from emulator.kvm.regs import kvm_set_cr0, kvm_set_cr4
 from emulator.kvm.reset import apic_send_init
 from emulator.kvm.smm import emulator_leave_smm, kvm_inject_smi
 from emulator.litmus.syntax import (
-    HUGE_PAGES,
     Arg,
     Context,
     GuestOp,
@@ -18,6 +18,7 @@ from emulator.litmus.syntax import (
     VcpuOp,
     check_huge,
 )
+from emulator.machine.runtime import HPAGE_PMD_NR
 
 if TYPE_CHECKING:
     from emulator.litmus.model import LitmusTest
@@ -113,7 +114,7 @@ class Map(GuestOp):
             check_huge(self, "linear", "page")
 
     def span(self) -> int:
-        return HUGE_PAGES if "huge" in self.flags else 1
+        return HPAGE_PMD_NR if "huge" in self.flags else 1
 
     def instructions(self) -> list[Instruction]:
         return [Instruction("MAP", self.number("linear") << 12, self.number("page"), self.flags)]
@@ -195,21 +196,22 @@ class Init(VcpuOp):
 
 class _ControlRegister(VcpuOp):
     args = (Arg("bit", "name"), Arg("value", "number"))
-    bits: ClassVar[dict[str, int]] = {}
+    bits: ClassVar[tuple[str, ...]] = ()
 
     def check(self, test: LitmusTest, thread: str) -> None:
         if self.name("bit") not in self.bits or self.number("value") > 1:
             raise OpError(repr(self.text), f"{self.verb} {'|'.join(self.bits)} 0|1")
 
     def changed(self, value: int) -> int:
-        mask = self.bits[self.name("bit")]
+        name = f"X86_{self.verb}_{self.name('bit')}".upper()
+        mask: int = getattr(kvm_host, name)
         return value | mask if self.number("value") else value & ~mask
 
 
 class Cr0(_ControlRegister):
     verb = "cr0"
     doc = "The guest executes MOV to CR0, which sets or clears BIT (pg, wp) and exits to KVM."
-    bits: ClassVar[dict[str, int]] = {"wp": 1 << 16, "pg": 1 << 31}
+    bits = ("wp", "pg")
 
     def run(self, context: Context) -> None:
         kvm_set_cr0(context.cpu, context.vcpu, self.changed(context.vcpu.arch.cr0))
@@ -221,14 +223,7 @@ class Cr4(_ControlRegister):
         "The guest executes MOV to CR4, which sets or clears BIT (pse, pae, pge, pcide, smep, smap) and "
         "exits to KVM."
     )
-    bits: ClassVar[dict[str, int]] = {
-        "pse": 1 << 4,
-        "pae": 1 << 5,
-        "pge": 1 << 7,
-        "pcide": 1 << 17,
-        "smep": 1 << 20,
-        "smap": 1 << 21,
-    }
+    bits = ("pse", "pae", "pge", "pcide", "smep", "smap")
 
     def run(self, context: Context) -> None:
         kvm_set_cr4(context.cpu, context.vcpu, self.changed(context.vcpu.arch.cr4))

@@ -21,7 +21,8 @@ from emulator.kvm.virt.kvm_main import (
     kvm_vm_ioctl_get_dirty_log,
 )
 from emulator.litmus.migration import WORD, Migration
-from emulator.litmus.syntax import HUGE_PAGES, Arg, Context, KvmOp, Op, check_huge
+from emulator.litmus.syntax import Arg, Context, KvmOp, Op, check_huge
+from emulator.machine.runtime import HPAGE_PMD_NR
 from native import lib
 
 if TYPE_CHECKING:
@@ -116,7 +117,7 @@ class _Huge(KvmOp):
         check_huge(self, "page")
 
     def span(self) -> int:
-        return HUGE_PAGES
+        return HPAGE_PMD_NR
 
 
 class HostCollapse(_Huge):

@@ -6,6 +6,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, ClassVar, Literal, Protocol
 
 from emulator.errors import closest, shown
+from emulator.machine.runtime import HPAGE_PMD_NR
 
 if TYPE_CHECKING:
     from emulator.actors.user_memory import UserMemory
@@ -26,7 +27,6 @@ _EXPECTED: dict[str, str] = {
     "name": "a name",
 }
 _MAX_PAGE = (1 << 36) - 1
-HUGE_PAGES = 512
 
 
 class OpError(ValueError):
@@ -137,8 +137,8 @@ class Op:
 def check_huge(op: Op, *names: str) -> None:
     """Check that each of these pages begins 2 MiB.  Raises OpError."""
     for name in names:
-        if op.number(name) % HUGE_PAGES:
-            raise OpError(shown(op.text), f"a multiple of {HUGE_PAGES:#x} for {name.upper()}")
+        if op.number(name) % HPAGE_PMD_NR:
+            raise OpError(shown(op.text), f"a multiple of {HPAGE_PMD_NR:#x} for {name.upper()}")
 
 
 class Context(Protocol):

@@ -31,6 +31,8 @@ READ: Final = 1
 WRITE: Final = 2
 # The most neighbours that one fault maps (emulator.kvm.mmu.page_fault): the length of the scratch arrays.
 FAULT_AROUND_MAX: Final = 64
+# The 4K pages of one of the host's huge pages.
+HPAGE_PMD_NR: Final[int] = lib.BLOCK_FRAMES
 
 
 class MachineError(Exception):

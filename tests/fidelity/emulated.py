@@ -18,11 +18,11 @@ from emulator.kvm.virt.kvm_main import (
     kvm_vm_ioctl_clear_dirty_log,
     kvm_vm_ioctl_get_dirty_log,
 )
+from emulator.machine.runtime import HPAGE_PMD_NR
 from emulator.policy import preset as preset_named
 from native import lib
 from native.types import CpuId
 
-from .host_mm import BLOCK
 from .lines import Machine, Step
 from .machine import EmulatedMachine, Vm
 from .probes import Probes
@@ -158,7 +158,7 @@ class EmulatedBench(EmulatedMachine):
         vm = self._vm(step)
         before = self.probes.count("huge leaves", vm.kvm.id)
         start, end = self._range(vm, step)
-        for block in range(start, end, BLOCK):
+        for block in range(start, end, HPAGE_PMD_NR):
             self.mm.collapse(vm.kvm, block)
             self.whole_round(vm)
         return self.probes.count("huge leaves", vm.kvm.id) - before

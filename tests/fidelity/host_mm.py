@@ -12,11 +12,9 @@ from emulator.kvm.virt.kvm_main import (
     kvm_mmu_notifier_invalidate_range_end,
     kvm_mmu_notifier_invalidate_range_start,
 )
-from emulator.machine.runtime import Cpu
+from emulator.machine.runtime import HPAGE_PMD_NR, Cpu
 from native import ffi, lib
 from native.types import PromiseKind
-
-BLOCK = 512
 
 
 class HostMm:
@@ -55,13 +53,13 @@ class HostMm:
 
     def collapse(self, kvm: Kvm, start: int) -> None:
         """khugepaged, one 2M range."""
-        with self._notified(kvm, start, start + BLOCK, lib.PROMISE_NOTIFIER):
+        with self._notified(kvm, start, start + HPAGE_PMD_NR, lib.PROMISE_NOTIFIER):
             self.cpu.check(lib.mm_collapse(self.cpu.m, self.cpu.id, kvm.id, start))
             host_works(self.cpu, kvm)  # 512 pages were copied
 
     def make_huge(self, kvm: Kvm, start: int, pages: int) -> None:
         """Memory that is huge from its first fault on, before any vCPU uses it."""
         page = ffi.new("struct mm_page *")
-        for block in range(start, start + pages, BLOCK):
+        for block in range(start, start + pages, HPAGE_PMD_NR):
             self.cpu.check(lib.mm_fault(self.cpu.m, self.cpu.id, kvm.id, block, 1, page))
             self.cpu.check(lib.mm_collapse(self.cpu.m, self.cpu.id, kvm.id, block))

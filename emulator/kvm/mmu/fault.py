@@ -50,7 +50,7 @@ class KvmPageFault:
         self.present = present
         self.slot: KvmMemorySlot | None = None
         self.mmu_seq = 0
-        self.pfn = PfnAndRights(_NO_FRAME, 0, False)
+        self.pfn = PfnAndRights(_NO_FRAME, 0, host_writable=False)
         self.goal_level = PG_LEVEL_4K
         self.around_gfn = 0
         self.around_n = 0

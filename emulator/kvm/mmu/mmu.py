@@ -17,6 +17,7 @@ from emulator.kvm.kvm_host import (
     KVM_REQ_MMU_FREE_OBSOLETE_ROOTS,
     PG_LEVEL_2M,
     PG_LEVEL_4K,
+    kvm_pages_per_hpage,
 )
 from emulator.kvm.mmu.tdp_dirty import (
     kvm_tdp_mmu_clear_dirty_pt_masked,
@@ -257,6 +258,7 @@ def kvm_arch_mmu_enable_log_dirty_pt_masked(
         if splits_eagerly(cpu, kvm, slot):
             kvm_mmu_try_split_huge_pages(cpu, kvm, slot, start, end + 1, PG_LEVEL_4K)
         kvm_mmu_slot_gfn_write_protect(cpu, kvm, slot, start, PG_LEVEL_2M)
-        if start >> 9 != end >> 9:
+        pages = kvm_pages_per_hpage(PG_LEVEL_2M)
+        if start // pages != end // pages:
             kvm_mmu_slot_gfn_write_protect(cpu, kvm, slot, end, PG_LEVEL_2M)
     return kvm_mmu_write_protect_pt_masked(cpu, kvm, slot, gfn_offset, mask)

@@ -6,7 +6,7 @@ Write-protecting and splitting do not flush here; the callers flush once, before
 from __future__ import annotations
 
 from emulator.kvm.accounting import flush_elided
-from emulator.kvm.kvm_host import kvm_pages_per_hpage
+from emulator.kvm.kvm_host import SPTE_ENT_PER_PAGE, kvm_pages_per_hpage
 from emulator.kvm.mmu.hugepage import huge_custody, kvm_mmu_max_mapping_level
 from emulator.kvm.mmu.spte import (
     PT_PAGE_SIZE_MASK,
@@ -179,7 +179,7 @@ def tdp_mmu_make_huge_spte(cpu: Cpu, kvm: Kvm, slot: KvmMemorySlot, parent: Entr
     cpu.point("sptes", (table, 0), "read")
     if not lib.tdp_table_holds(cpu.m, cpu.id, kvm.id, parent.spte, parent.level, parent.gfn):
         return None  # the table was freed during the walk, and that has been reported
-    for index in range(512):
+    for index in range(SPTE_ENT_PER_PAGE):
         small_spte = lib.spte_read(cpu.m, table, index)
         if is_shadow_present_pte(small_spte):
             break

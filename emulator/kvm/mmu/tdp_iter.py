@@ -10,6 +10,7 @@ from dataclasses import dataclass
 
 from emulator.kvm.accounting import flush_elided
 from emulator.kvm.host_work import host_works
+from emulator.kvm.kvm_host import SPTE_ENT_PER_PAGE, SPTE_LEVEL_BITS
 from emulator.kvm.structs import Kvm, KvmMmuPage
 from emulator.kvm.virt.requests import kvm_flush_remote_tlbs
 from emulator.machine.runtime import Cpu, rcu_enter, rcu_leave
@@ -28,7 +29,8 @@ class Entry:
 
     @property
     def index(self) -> int:
-        return (self.gfn >> (9 * (self.level - 1))) & 511
+        """SPTE_INDEX()"""
+        return (self.gfn >> (SPTE_LEVEL_BITS * (self.level - 1))) & (SPTE_ENT_PER_PAGE - 1)
 
 
 class TdpIter:

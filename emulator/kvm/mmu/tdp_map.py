@@ -6,7 +6,7 @@ All changes are compare-and-swap.  A fault that loses the race lets the guest fa
 from __future__ import annotations
 
 from emulator.kvm.accounting import flush_elided
-from emulator.kvm.kvm_host import PG_LEVEL_4K, kvm_pages_per_hpage
+from emulator.kvm.kvm_host import PG_LEVEL_4K, SPTE_ENT_PER_PAGE, kvm_pages_per_hpage
 from emulator.kvm.mmu.fault import (
     RET_PF_FIXED,
     RET_PF_RETRY,
@@ -62,7 +62,7 @@ def tdp_mmu_set_spte_atomic(
         return False
     cpu.check(rc)
     if is_shadow_present_pte(entry.spte) and not is_last_spte(entry.spte, entry.level):
-        handle_removed_pt(cpu, kvm, entry, True, reason, disconnected_sps)
+        handle_removed_pt(cpu, kvm, entry, shared=True, reason=reason, disconnected_sps=disconnected_sps)
     return True
 
 
@@ -179,14 +179,15 @@ def tdp_mmu_map_around(cpu: Cpu, kvm: Kvm, fault: KvmPageFault, table: Hfn) -> N
         cpu.m, kvm.id, fault.mmu_seq, fault.around_gfn, end
     ):
         return
-    cpu.point("spte", (table, fault.around_gfn & 511), "write")
+    index = fault.around_gfn & (SPTE_ENT_PER_PAGE - 1)
+    cpu.point("spte", (table, index), "write")
     cpu.check(
         lib.tdp_mmu_map_around(
             cpu.m,
             cpu.id,
             kvm.id,
             table,
-            fault.around_gfn & 511,
+            index,
             fault.around_gfn,
             fault.around_n,
             cpu.hfns,

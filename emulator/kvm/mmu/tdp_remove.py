@@ -7,9 +7,7 @@ that flush comes, and how many there are.
 
 from __future__ import annotations
 
-from typing import Final
-
-from emulator.kvm.kvm_host import kvm_pages_per_hpage
+from emulator.kvm.kvm_host import SPTE_ENT_PER_PAGE, kvm_pages_per_hpage
 from emulator.kvm.mmu.spte import FROZEN_SPTE, is_last_spte
 from emulator.kvm.mmu.tdp_iter import Entry
 from emulator.kvm.structs import Kvm
@@ -17,8 +15,6 @@ from emulator.kvm.virt.requests import kvm_flush_remote_tlbs_range
 from emulator.machine.runtime import Cpu, cpu_relax, rcu_enter, rcu_leave
 from native import ffi, lib
 from native.types import FlushReason, Hfn
-
-PTES_PER_TABLE: Final = 512
 
 
 def handle_removed_pt(
@@ -39,7 +35,7 @@ def handle_removed_pt(
     removal.single = kvm.params.single
     removal.set_pfn = sets_pfn(cpu, kvm)
     # One table per call: other CPUs still see its entries change one by one, as on a real machine.
-    most = 1 if kvm.params.chunk == 1 and not kvm.params.single else PTES_PER_TABLE
+    most = 1 if kvm.params.chunk == 1 and not kvm.params.single else SPTE_ENT_PER_PAGE
     while removal.level:
         cpu.point("spte", (removal.table[removal.level], removal.index[removal.level]), "write")
         rc = lib.tdp_removal_step(cpu.m, cpu.id, kvm.id, removal, most)
@@ -108,7 +104,7 @@ def tdp_mmu_zap_frozen(cpu: Cpu, kvm: Kvm, entry: Entry, reason: FlushReason) ->
     if is_last_spte(entry.spte, entry.level):
         return
     disconnected_sps: list[Hfn] = []
-    handle_removed_pt(cpu, kvm, entry, True, reason, disconnected_sps)
+    handle_removed_pt(cpu, kvm, entry, shared=True, reason=reason, disconnected_sps=disconnected_sps)
     handle_disconnected_sps(cpu, kvm, disconnected_sps, can_yield=False)
 
 

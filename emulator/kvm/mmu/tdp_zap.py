@@ -5,7 +5,7 @@ The life of roots (tdp_roots.py) and the zaps of ranges (tdp_mmu.py) are built o
 
 from __future__ import annotations
 
-from emulator.kvm.kvm_host import PG_LEVEL_1G, PG_LEVEL_2M, PG_LEVEL_4K
+from emulator.kvm.kvm_host import PG_LEVEL_1G, PG_LEVEL_2M, PG_LEVEL_4K, SPTE_LEVEL_BITS
 from emulator.kvm.mmu.tdp_iter import TdpIter, tdp_mmu_iter_cond_resched
 from emulator.kvm.mmu.tdp_remove import (
     handle_disconnected_sps,
@@ -42,7 +42,7 @@ def _tdp_mmu_zap_root(
     cpu: Cpu, kvm: Kvm, root: KvmMmuPage, shared: bool, zap_level: int, can_yield: bool, flush: bool
 ) -> bool:
     """__tdp_mmu_zap_root()"""
-    end = 1 << (9 * root.role.level)  # tdp_mmu_max_gfn_exclusive()
+    end = 1 << (SPTE_LEVEL_BITS * root.role.level)  # tdp_mmu_max_gfn_exclusive()
     reason = lib.REASON_REMOTE_ZAP
     it = TdpIter(root, lib.TDP_ZAP_LEVEL, 0, end, shared=shared, level=zap_level, reason=reason)
     disconnected_sps: list[Hfn] = []

@@ -8,7 +8,7 @@ from collections.abc import Callable
 import pytest
 
 from emulator.actors import user_memory
-from emulator.actors.user_memory import HUGE_PAGES, UserMemory
+from emulator.actors.user_memory import UserMemory
 from emulator.kvm.kvm_host import KVM_MEM_LOG_DIRTY_PAGES
 from emulator.kvm.mmu.mmu import (
     kvm_mmu_zap_all_fast,
@@ -21,13 +21,13 @@ from emulator.kvm.virt.kvm_main import (
     kvm_mmu_notifier_invalidate_range_start,
     kvm_set_memory_region,
 )
-from emulator.machine.runtime import Cpu
+from emulator.machine.runtime import HPAGE_PMD_NR, Cpu
 from emulator.policy import Policy, preset
 from native import lib
 from tests.emulator.kvm.rig import GFNS, SLOT, Guest, Rig
 from tests.support import wait_until
 
-PAGE = HUGE_PAGES + 16
+PAGE = HPAGE_PMD_NR + 16
 Operation = Callable[[UserMemory, Cpu], None]
 
 OPERATIONS: dict[str, Operation] = {
@@ -35,8 +35,8 @@ OPERATIONS: dict[str, Operation] = {
     "discard": lambda memory, cpu: memory.discard(cpu, PAGE, PAGE + 1),
     "protect": lambda memory, cpu: memory.protect(cpu, PAGE, PAGE + 1, writable=False),
     "migrate": lambda memory, cpu: memory.migrate(cpu, PAGE, PAGE + 1),
-    "collapse": lambda memory, cpu: memory.collapse(cpu, HUGE_PAGES),
-    "split": lambda memory, cpu: memory.split(cpu, HUGE_PAGES),
+    "collapse": lambda memory, cpu: memory.collapse(cpu, HPAGE_PMD_NR),
+    "split": lambda memory, cpu: memory.split(cpu, HPAGE_PMD_NR),
 }
 # mmap_lock and anon_vma, as Linux takes them: "r" shared, "w" alone.
 LOCKS = {
@@ -75,7 +75,7 @@ def used_page(rig: Rig, huge: bool = False) -> tuple[Kvm, Guest, UserMemory]:
     guest, memory = rig.guest(kvm), UserMemory(kvm)
     guest.write(0, PAGE)
     if huge:
-        memory.collapse(rig.host, HUGE_PAGES)
+        memory.collapse(rig.host, HPAGE_PMD_NR)
         guest.write(0, PAGE)
     return kvm, guest, memory
 
@@ -165,7 +165,7 @@ def test_part_of_a_huge_page(rig: Rig, monkeypatch: pytest.MonkeyPatch, first: s
     seen: list[list[int]] = []
 
     def held_off() -> None:
-        m, pages = rig.host.m, (HUGE_PAGES, PAGE, PAGE + 1, 2 * HUGE_PAGES - 1)
+        m, pages = rig.host.m, (HPAGE_PMD_NR, PAGE, PAGE + 1, 2 * HPAGE_PMD_NR - 1)
         seq = lib.mmu_invalidate_seq(m, kvm.id)
         seen.append([int(lib.mmu_invalidate_retry_gfn(m, kvm.id, seq, gfn)) for gfn in pages])
 
@@ -174,7 +174,7 @@ def test_part_of_a_huge_page(rig: Rig, monkeypatch: pytest.MonkeyPatch, first: s
     OPERATIONS[first](memory, rig.host)
     assert seen == [[1, 1, 1, 1], [0, 1, 0, 0]]
     guest.read(0, PAGE)
-    guest.read(0, HUGE_PAGES)
+    guest.read(0, HPAGE_PMD_NR)
     assert not rig.violations()
 
 
@@ -191,7 +191,7 @@ def test_a_host_that_does_not_split_a_huge_page(rig: Rig) -> None:
     kvm, guest, _ = used_page(rig, huge=True)
     m, cpu = rig.host.m, rig.host.id
     kvm_mmu_notifier_invalidate_range_start(rig.host, kvm, PAGE, PAGE + 1)
-    assert mapped_pages(rig, lambda: guest.read(0, PAGE + 1)) == HUGE_PAGES
+    assert mapped_pages(rig, lambda: guest.read(0, PAGE + 1)) == HPAGE_PMD_NR
     guest.read(0, PAGE)
     assert not rig.violations()
     assert lib.mm_unmap(m, cpu, kvm.id, PAGE, PAGE + 1, 1) == 1
@@ -206,15 +206,15 @@ def test_promises_about_a_part_leave_the_page_huge(rig: Rig) -> None:
     """The guest uses a few pages by 4K SPTEs, so the rights on the block's frames end at different times."""
     kvm, guest, memory = used_page(rig, huge=True)
     kvm_set_memory_region(rig.host, kvm, SLOT, 0, GFNS, 0, KVM_MEM_LOG_DIRTY_PAGES)
-    memory.protect(rig.host, HUGE_PAGES, 2 * HUGE_PAGES, writable=False)
-    memory.protect(rig.host, HUGE_PAGES, 2 * HUGE_PAGES, writable=True)
+    memory.protect(rig.host, HPAGE_PMD_NR, 2 * HPAGE_PMD_NR, writable=False)
+    memory.protect(rig.host, HPAGE_PMD_NR, 2 * HPAGE_PMD_NR, writable=True)
     assert mapped_pages(rig, lambda: guest.write(0, PAGE)) == 1
-    memory.migrate(rig.host, HUGE_PAGES, 2 * HUGE_PAGES)
+    memory.migrate(rig.host, HPAGE_PMD_NR, 2 * HPAGE_PMD_NR)
     assert mapped_pages(rig, lambda: guest.write(0, PAGE + 1)) == 1
     # Recovery looks at what the host maps now.
-    assert mapped_pages(rig, lambda: kvm_set_memory_region(rig.host, kvm, SLOT, 0, GFNS, 0)) == HUGE_PAGES
-    memory.migrate(rig.host, HUGE_PAGES, 2 * HUGE_PAGES)
-    assert mapped_pages(rig, lambda: guest.write(0, PAGE)) == HUGE_PAGES
+    assert mapped_pages(rig, lambda: kvm_set_memory_region(rig.host, kvm, SLOT, 0, GFNS, 0)) == HPAGE_PMD_NR
+    memory.migrate(rig.host, HPAGE_PMD_NR, 2 * HPAGE_PMD_NR)
+    assert mapped_pages(rig, lambda: guest.write(0, PAGE)) == HPAGE_PMD_NR
     guest.read(0, PAGE + 1)
     assert not rig.violations()
 
