@@ -12,6 +12,7 @@ from typing import Final
 
 from emulator.kvm import structs
 from emulator.kvm.decisions import Decisions
+from emulator.kvm.vmx.vmcs import LoadedVmcs
 from emulator.machine.runtime import Cpu
 from emulator.policy import POINTS
 
@@ -19,8 +20,13 @@ from emulator.policy import POINTS
 ARGUMENTS: Final[dict[str, type]] = {
     "cpu": Cpu,
     "vcpu": structs.Vcpu,
+    "vcpu.mmu": structs.KvmMmu,
+    "vcpu.mmu.root": structs.KvmMmuRootInfo,
+    "vcpu.arch": structs.VcpuArch,
+    "vcpu.loaded_vmcs": LoadedVmcs,
     "kvm": structs.Kvm,
     "root": structs.KvmMmuPage,
+    "root.role": structs.KvmMmuPageRole,
     "slot": structs.KvmMemorySlot,
 }
 

@@ -75,7 +75,8 @@ class Decisions(Protocol):
         """`vcpu` services KVM_REQ_TLB_FLUSH on `cpu`."""
 
     def remote_kick(self, cpu: Cpu, kvm: Kvm) -> RemoteKick:
-        """A request to all vCPUs of `kvm` is about to interrupt pCPUs."""
+        """All vCPUs of `kvm` have a new request, and pCPUs are about to be interrupted.  Also when the first
+        vCPU of `kvm` is loaded on a pCPU, because the answer decides whether the pCPU is flushed then."""
 
     def kick_wait(self, cpu: Cpu, kvm: Kvm) -> KickWait:
         """A flusher has interrupted pCPUs for `kvm`, and may wait until they have left guest mode."""
@@ -97,7 +98,8 @@ class Decisions(Protocol):
         """SPTEs of `root`, which is invalid, were zapped."""
 
     def migration(self, cpu: Cpu, vcpu: Vcpu) -> Migration:
-        """The VMCS of `vcpu` is loaded on `cpu`, and was loaded on another pCPU before (loaded_vmcs.cpu)."""
+        """The VMCS of `vcpu` is loaded on `cpu`, and was loaded on another pCPU before (loaded_vmcs.cpu).
+        Precedes migration_vpid."""
 
     def migration_vpid(self, cpu: Cpu, vcpu: Vcpu) -> MigrationVpid:
         """The VMCS of `vcpu` is loaded on `cpu`, and was loaded on another pCPU before, where the guest may

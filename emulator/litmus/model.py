@@ -26,7 +26,7 @@
 
     [threads.v0]                  # a vCPU's thread
     vcpu = 0                      # its number in the VM (vm = 0 if not given)
-    pcpu = 0                      # the pCPU that it starts on
+    pcpu = 0                      # the pCPU that it starts on (0 if not given)
     ops = ["read 0x10", "migrate 1"]
 
     [threads.mm]                  # an ioctl caller, or the host's memory management

@@ -101,6 +101,11 @@ def test_policies_page_has_each_point_and_each_alternative() -> None:
         ("kvm", {"vcpus", "policy", "mmu_lock"}),
         ("root", {"hfn", "role"}),
         ("slot", {"base_gfn", "npages", "dirty_bitmap"}),
+        ("vcpu.mmu", {"root", "prev_roots"}),
+        ("vcpu.mmu.root", {"sp"}),
+        ("vcpu.arch", {"cr0", "cr3", "smm"}),
+        ("vcpu.loaded_vmcs", {"cpu"}),
+        ("root.role", {"level", "smm"}),
     ],
 )
 def test_attributes_of_arguments(argument: str, attributes: set[str]) -> None:
