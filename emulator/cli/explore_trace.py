@@ -17,6 +17,7 @@ from emulator.errors import BadInput
 from emulator.explain.diagram import COURSE_WIDTH, diagram
 from emulator.explain.document import course_case
 from emulator.explain.explanation import Explanation, Row, explain
+from emulator.explain.facts import DEADLOCK
 from emulator.explore.engine.scheduler import Divergence
 from emulator.explore.results.record import Recording
 from emulator.explore.results.replay import Stored, replay
@@ -122,8 +123,10 @@ def _print(document: dict[str, Any], steps: bool) -> None:
     document = json.loads(json.dumps(document))
     explanation = explain(course_case(document, steps))
     sys.stdout.write(diagram(explanation if steps else _bounded(explanation)))
-    if document.get("violation"):
-        print(f"\n{document['violation']['text']}")
+    violation = document.get("violation")
+    # The end of the trace has told of a deadlock already.
+    if violation and violation["kind"] != DEADLOCK:
+        print(f"\n{violation['text']}")
 
 
 def _bounded(explanation: Explanation) -> Explanation:

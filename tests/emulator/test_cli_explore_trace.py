@@ -99,6 +99,21 @@ def test_a_violation_before_the_goal_is_said(tmp_path: Path, capsys: pytest.Capt
     assert capsys.readouterr().err == f"flushlab: {said}\n"
 
 
+def test_a_deadlock_is_told_once(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    text = """
+        doc = "d"
+        source = "s"
+        [threads.a]
+        ops = ["notifier-start 0x10", "wait b 1", "notifier-end 0x10"]
+        [threads.b]
+        ops = ["slot-delete"]
+    """
+    out = " ".join(shown(capsys, written(tmp_path, text), "--trace", status=1).split())
+    waits = "a waits for operation 1 of b; b in kvm_swap_active_memslots() waits for"
+    assert out.count("waits for operation 1 of b") == 1
+    assert f"ended: blocked for ever: {waits} mn_active_invalidate_count" in out
+
+
 def test_one_at_a_time(capsys: pytest.CaptureFixture[str]) -> None:
     two = ["--policy", "linux-7.3", "--policy", "linux-5.14"]
     for words, line in (

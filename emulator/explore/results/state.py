@@ -35,8 +35,8 @@ def state_before(stored: Stored, step: int) -> dict[str, Any]:
     """
     steps = stored.document["steps"]
     if step >= len(steps):
-        found = f"found {step}"
-        raise BadInput("--stop-at", found, f"0 to {len(steps) - 1}, the steps of {stored.path}")
+        known = f"0 to {len(steps) - 1}, the steps of {stored.path}" if steps else f"a step in {stored.path}"
+        raise BadInput("--stop-at", f"found {step}", known if steps else f"{known}, which has none")
     trace = stored.document.get("trace") is not None
     with stored.program() as program:
         strategy = _Until(stored.schedule(program), step)

@@ -121,6 +121,16 @@ def test_a_step_that_does_not_exist(stored: Stored) -> None:
         state_before(stored, last + 1)
 
 
+def test_a_recording_without_steps_has_no_state(tmp_path: Path) -> None:
+    """The violation is in init."""
+    init = 'init = ["v0: read 0x10", "mm: host-unmap 0x10", "v0: read 0x10"]\n[threads.v0]'
+    recording = recorded("notifier_flush=none", SMALL.replace("[threads.v0]", init))
+    assert (recording.verdict, recording.steps) == ("violations", [])
+    recording.write(tmp_path / "init.json")
+    with pytest.raises(BadInput, match=r"--stop-at: found 0; expected a step in .*, which has none"):
+        state_before(Stored.load(tmp_path / "init.json"), 0)
+
+
 def test_what_has_changed_since_is_no_state_of_the_recording(stored: Stored) -> None:
     stored.document["steps"][3]["text"] = "another"
     state_before(stored, 3)
