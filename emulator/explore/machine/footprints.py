@@ -10,6 +10,7 @@ from __future__ import annotations
 import operator
 from collections.abc import Callable, Hashable, Mapping
 from dataclasses import dataclass
+from functools import partial
 from operator import itemgetter
 from typing import TYPE_CHECKING, Any, Final, Literal, NamedTuple
 
@@ -102,7 +103,6 @@ COMPUTED: Final[Mapping[str, Callable[..., int]]] = {
     "tables_on_path": _tables_on_path,
 }
 _RELATIONS: Final[Mapping[str, Callable[[Any, Any], Any]]] = {
-    "bool": lambda value, _: value,
     "not": lambda value, _: not value,
     "==": operator.eq,
     "!=": operator.ne,
@@ -160,17 +160,18 @@ class Footprint:
         """Return a function of the arguments and the result: the further accesses.  None: there are none."""
         if not self.late:
             return None
-        accesses = [(one.writes, *_evaluated(one.access)) for one in self.late]
+        accesses = [_bound(one, control) for one in self.late]
 
         def access(args: Args, result: Any) -> Masks:
             reads = writes = 0
-            for written, tests, objects in accesses:
-                if all(test(args, result) for test in tests):
-                    for mask in objects:
-                        if written:
-                            writes |= mask(control, args, result)
-                        else:
-                            reads |= mask(control, args, result)
+            for written, condition, mask, selected in accesses:
+                if condition is None or condition(args, result):
+                    for objects in selected:
+                        mask |= objects(args, result)
+                    if written:
+                        writes |= mask
+                    else:
+                        reads |= mask
             return reads, writes
 
         return access
@@ -199,25 +200,48 @@ def _value(operand: Operand) -> Callable[[Args, Any], Any]:
 
 
 def _tested(test: Comparison) -> Callable[[Args, Any], object]:
-    value, relation = _value(test.operand), _RELATIONS[test.relation]
+    value = _value(test.operand)
+    if test.relation == "bool":
+        return value
+    relation = _RELATIONS[test.relation]
     expected = getattr(lib, test.value) if isinstance(test.value, str) else test.value
     return lambda args, result: relation(value(args, result), expected)
 
 
-def _objects(one: Object) -> Callable[[Control, Args, Any], int]:
-    values = [_value(operand) for operand in one.operands]
+def _selected(one: Object, control: Control) -> Callable[[Args, Any], int]:
+    """Return a function of the arguments and the result: the objects that these select."""
     compute = COMPUTED.get(one.word)
-    if compute is not None:
-        return lambda control, args, result: compute(control, *(value(args, result) for value in values))
-    name = OBJECTS[one.word]
-    return lambda control, args, result: control.bit(*name, *(value(args, result) for value in values))
+    find = partial(control.bit, *OBJECTS[one.word]) if compute is None else partial(compute, control)
+    if len(one.operands) == 1:
+        only = _value(one.operands[0])
+        return lambda args, result: find(only(args, result))
+    values = [_value(operand) for operand in one.operands]
+    return lambda args, result: find(*[value(args, result) for value in values])
 
 
-def _evaluated(
-    access: Access,
-) -> tuple[list[Callable[[Args, Any], object]], list[Callable[[Control, Args, Any], int]]]:
-    """Return the tests of an access, and its objects."""
-    return [_tested(test) for test in access.condition], [_objects(one) for one in access.objects]
+class _Bound(NamedTuple):
+    """An access to the objects of `mask` and `selected` if the condition is met."""
+
+    writes: bool
+    condition: Callable[[Args, Any], object] | None
+    mask: int
+    selected: list[Callable[[Args, Any], int]]
+
+
+def _bound(late: Late, control: Control) -> _Bound:
+    tests = [_tested(test) for test in late.access.condition]
+    condition = None
+    if len(tests) == 1:
+        (condition,) = tests
+    elif tests:
+
+        def condition(args: Args, result: Any) -> object:
+            return all(test(args, result) for test in tests)
+
+    mask = control.objects.mask(OBJECTS[one.word] for one in late.access.objects if not one.operands)
+    return _Bound(
+        late.writes, condition, mask, [_selected(one, control) for one in late.access.objects if one.operands]
+    )
 
 
 def _is_late(one: Object, access: Access) -> bool:
