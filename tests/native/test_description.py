@@ -85,10 +85,13 @@ int two(int a);
 int three(int a);
 /* Of its own. */
 int four(int a);
+/* call: part */
+int five(int a);
 enum some { SOME };
-int five(int a);""",
+int six(int a);""",
     )
-    assert [call.role for call in found.values()] == ["local", "local", "anything", "anything", "anything"]
+    roles = [call.role for call in found.values()]
+    assert roles == ["local", "local", "anything", "anything", "part", "anything"]
 
 
 @pytest.mark.parametrize(

@@ -96,6 +96,14 @@ def test_accesses_that_depend_on_the_call(
     assert [set(control.objects.of(mask)) for mask in found] == [set(reads), set(writes)]
 
 
+@pytest.mark.parametrize(
+    ("call", "writes"),
+    [("kvm_test_request", False), ("kvm_check_request", True), ("tdp_walk_chunk", True), ("mm_unmap", True)],
+)
+def test_a_call_that_writes_under_a_condition_is_a_writer(call: str, writes: bool) -> None:
+    assert FOOTPRINTS[call].writer == writes
+
+
 def test_a_freed_table_and_a_loaded_root_are_noted(control: Control) -> None:
     freed = FOOTPRINTS["ept_table_free_rcu"].after(control)
     loaded = FOOTPRINTS["vmcs_write_eptp"].after(control)
