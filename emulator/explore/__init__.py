@@ -25,6 +25,9 @@ The engine and the strategies know no KVM.
                  policy_memory state that a user's policy keeps
                  policy_reads  accesses of a user's policy to KVM's objects, as steps (handed, watchable,
                                policy_code: containers, values and code that can or cannot be watched)
+                 races         accesses to Python's objects that no step declares, in patched code and for
+                               the audit
+                 patched_code  state that a patch keeps where nothing watches it
                  undeclared    native calls without a point or a footprint, for the audit
     results/     verdict       a test under a policy: safe, violations, or the bound that the search reached
                  record        executions, step by step: counterexamples and traces
@@ -35,8 +38,8 @@ The engine and the strategies know no KVM.
                  minimize      shorter counterexamples
                  suite         many tests and policies, on several cores
                  workers       processes that do the parts of a search
-    audit/       run           is the search entitled to its verdicts?  shared_state looks for accesses that
-                               no step declares; independence and residue swap steps taken for independent
+    audit/       run           is the search entitled to its verdicts?  independence and residue swap steps
+                               that are taken for independent
 """
 
 from __future__ import annotations

@@ -119,6 +119,8 @@ def print_results(results: Results, console: Console) -> None:
     console.print()
     for line in dict.fromkeys(line for one in results.outcomes.values() for line in one.unwatched):
         console.print(Text(f"nothing is proved: {line}, which explore cannot watch"))
+    for line in dict.fromkeys(line for one in results.outcomes.values() for line in one.unordered):
+        console.print(Text(f"nothing is proved: no ordering point orders {line}"))
     _print_differences(results, console)
 
 

@@ -41,6 +41,8 @@ class Outcome:
     bound: int | None = None
     # With --explore: the uses of a user's policy that a proof cannot watch, a sentence each.
     unwatched: tuple[str, ...] = ()
+    # With --explore: state of patched code that threads share without an ordering point, a sentence each.
+    unordered: tuple[str, ...] = ()
     # On real threads: the test's delays (by number) with points that their threads have reached.
     delays_passed: set[int] = field(default_factory=set)
     # The reports of the first execution with a violation, one of each kind, which `flushlab explain` draws.
@@ -82,6 +84,7 @@ class Outcome:
             "first_seed": self.first,
             "failure": self.failure or None,
             **({"unwatched": list(self.unwatched)} if self.unwatched else {}),
+            **({"unordered": list(self.unordered)} if self.unordered else {}),
             "reports": [
                 {"kind": r.kind, "kinds": list(r.kinds), "text": r.text, **r.details} for r in self.reports
             ],

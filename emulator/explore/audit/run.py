@@ -4,16 +4,18 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Iterable
+from contextlib import nullcontext
 from dataclasses import dataclass, field
 from typing import Any
 
 from emulator.explore.audit.independence import IndependenceCheck
 from emulator.explore.audit.residue import ResidueProgram
-from emulator.explore.audit.shared_state import SharedState, watching
 from emulator.explore.machine.lib import instrument
 from emulator.explore.machine.options import NONE, ExploreOptions
 from emulator.explore.machine.policy_reads import NOTHING, Grown
+from emulator.explore.machine.races import Races, watching
 from emulator.explore.machine.undeclared import Audit
+from emulator.explore.strategies.sampling import RandomWalk
 from emulator.explore.strategies.search import Limits, search
 from emulator.litmus.failure import LitmusFailure
 from emulator.litmus.model import INCONCLUSIVE, LitmusTest
@@ -99,14 +101,18 @@ def run_audit(
 
 
 def _audit(program: ResidueProgram, executions: int, seed: int) -> AuditResult:
-    walks = SharedState(program.control, executions, seed)
+    walks, own = RandomWalk(executions, seed), program.races
+    races = own or Races(program.control)
     audit = program.control.audit = Audit()
     check = IndependenceCheck(program, program.objects, seed)
     failed: Counter[str] = Counter()
     try:
         with instrument(program.control):
-            with watching(walks):
+            program.races = races
+            # A patched policy's program watches the classes all the time.
+            with watching(races) if own is None else nullcontext():
                 search(program, program.objects, walks, Limits(), lambda outcome: False)
+            program.races = own
             program.control.audit = None
             check.run(executions, SWAPS)
     except LitmusFailure as error:
@@ -119,7 +125,7 @@ def _audit(program: ResidueProgram, executions: int, seed: int) -> AuditResult:
         executions,
         audit.unannounced,
         Counter(dict.fromkeys(audit.unknown, 1)),
-        walks.findings,
+        races.findings,
         check.findings,
         failed,
         check.swaps,

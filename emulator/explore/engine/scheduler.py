@@ -139,6 +139,7 @@ class Execution:
 
     __slots__ = (
         "aborting",
+        "between",
         "crashed",
         "current",
         "deadlock",
@@ -178,6 +179,7 @@ class Execution:
         self.ready = 0  # tasks that can go on without a condition
         self.waiting: dict[int, Condition] = {}  # tasks that can go on once their condition holds
         self.starting = True
+        self.between = False  # two steps: no task runs
         self.aborting = False
         self.crashed = False
         self.stopped = False
@@ -225,6 +227,7 @@ class Execution:
             if self.length < self.replayed:
                 if condition is None and self.known[self.length][0] == task.index:
                     self.last = task.index
+                    self.between = False
                     return
                 chosen: Task | None = self._next_known()
             else:
@@ -318,6 +321,7 @@ class Execution:
         self.length = length + 1
         if self.on_step_end is not None:
             self.on_step_end(task)
+        self.between = True
         writes = task.writes
         task.watch |= task.reads
         if writes:
@@ -366,6 +370,7 @@ class Execution:
             raise Divergence(f"step {self.length}: {task.name} cannot go on, but it could then")
         self.waiting.pop(index, None)
         self.current = task
+        self.between = False
         return task
 
     def _next_known(self) -> Task:
@@ -375,6 +380,7 @@ class Execution:
         if not (condition() if condition is not None else self.ready >> index & 1):
             raise Divergence(f"step {self.length}: {self.tasks[index].name} cannot go on, but it could then")
         task = self.current = self.tasks[index]
+        self.between = False
         return task
 
     @property

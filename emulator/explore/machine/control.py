@@ -26,6 +26,7 @@ from native.types import CpuId, VcpuId, VmId
 if TYPE_CHECKING:
     from emulator.explore.machine.adversary import Adversary
     from emulator.explore.machine.policy_reads import PolicyReads
+    from emulator.explore.machine.races import Races
     from emulator.litmus.ops import Op
     from native._native import Array, GuestOp, Lib
 
@@ -106,6 +107,7 @@ class Control:
         self.programs: dict[VcpuId, Array[GuestOp]] = {}  # the program of each vCPU's guest
         self.adversary: Adversary | None = None
         self.policy_reads: PolicyReads | None = None  # a user's policy is explored
+        self.races: Races | None = None  # patched code is explored
         # Called after each stretch of operations that a thread of init or final has done.
         self.on_alone: Callable[[str, tuple[Op, ...]], None] | None = None
         self.lib = lib  # the library that explored code calls

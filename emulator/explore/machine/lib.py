@@ -20,6 +20,8 @@ from emulator.explore.machine.described import LOCAL, NO_STEPS
 from emulator.explore.machine.footprints import FOOTPRINTS, Footprint
 from emulator.explore.machine.guest import GuestMode
 from emulator.explore.machine.locks import Locks
+from emulator.explore.machine.patched_code import constant_attributes, shared_classes
+from emulator.explore.machine.races import watching
 from native import lib
 
 _PACKAGES = (
@@ -54,6 +56,8 @@ def instrument(control: Control) -> Iterator[None]:
         with ExitStack() as stack:
             if control.policy_reads is not None:
                 stack.enter_context(control.policy_reads.watching())
+            if control.races is not None:
+                stack.enter_context(watching(control.races, shared_classes(), constant_attributes()))
             yield
     finally:
         for module, original in zip(modules, originals, strict=True):

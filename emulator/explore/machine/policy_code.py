@@ -37,15 +37,20 @@ def _patches(source: Source) -> Iterator[tuple[int, str]]:
 
 
 def _uses(code: CodeType, nested: bool = False) -> Iterator[tuple[int, str]]:
+    yield from uses_of(code, nested)
+    for constant in code.co_consts:
+        if isinstance(constant, CodeType):
+            yield from _uses(constant, True)
+
+
+def uses_of(code: CodeType, nested: bool) -> Iterator[tuple[int, str]]:
+    """Yield the line and a sentence for each such use in one code object, without the functions within it."""
     line = code.co_firstlineno
     for instruction in dis.get_instructions(code):
         line = instruction.positions.lineno or line if instruction.positions is not None else line
         what = _use(instruction, nested)
         if what:
             yield line, what
-    for constant in code.co_consts:
-        if isinstance(constant, CodeType):
-            yield from _uses(constant, True)
 
 
 def _use(instruction: dis.Instruction, nested: bool) -> str:

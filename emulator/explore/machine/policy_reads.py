@@ -38,7 +38,7 @@ if TYPE_CHECKING:
 
 _OURS: Final = frozenset({"emulator", "native"})
 _EXPLORE: Final = "emulator.explore."
-_AUDIT: Final = _EXPLORE + "audit.shared_state"
+_AUDIT: Final = _EXPLORE + "machine.races"
 # The "task" of queries at the beginning of an execution, before threads run.
 _INIT: Final = -1
 

@@ -17,6 +17,7 @@ from emulator.explore.machine.control import Control
 from emulator.explore.machine.handed import Handed
 from emulator.explore.machine.options import NONE, ExploreOptions
 from emulator.explore.machine.policy_reads import NOTHING, Known, PolicyReads
+from emulator.explore.machine.races import Races
 from emulator.explore.machine.store_buffer_lib import BufferedAdversarialLib, BufferedLib
 from emulator.explore.machine.store_buffers import BufferedControl, buffer_name
 from emulator.explore.strategies.search import Met
@@ -118,6 +119,10 @@ class LitmusProgram:
             self.reads = self.control.policy_reads = PolicyReads(
                 self.control, source.path, known, frozen=frozen
             )
+        # Looks for accesses that no step announces: KVM's shipped code has none.
+        self.races: Races | None = None
+        if policy.patch is not None and not frozen:
+            self.races = self.control.races = Races(self.control)
         self._build_harness()
         self._evidence = Evidence(self.machine)
         self._found: dict[str, int] | None = None  # the evidence of an execution that has come to its end
@@ -147,6 +152,7 @@ class LitmusProgram:
         self.harness.control = self.control
 
     def _rebuild(self) -> None:
+        self._close_tasks()
         self.machine.destroy()
         self.machine = self.control.machine = self._new_machine()
         self.machine.install(self.control.point)
@@ -198,8 +204,7 @@ class LitmusProgram:
 
     def _put_back(self, initial: Snapshot) -> None:
         """Restore the initial state.  All tasks of the last execution have been unwound."""
-        for task in self._vcpu_tasks():
-            task.close()
+        self._close_tasks()
         self.harness.main.check(lib.machine_restore(self.machine.m))
         with self.policy.guarded():
             initial.restore()
@@ -207,6 +212,12 @@ class LitmusProgram:
             self.reads.put_back()
         for task in self._vcpu_tasks():
             task.restart()
+
+    def _close_tasks(self) -> None:
+        """End KVM's code on the vCPUs' threads now, not when the interpreter collects it, perhaps in a step
+        of a later execution."""
+        for task in self._vcpu_tasks():
+            task.close()
 
     def _vcpu_tasks(self) -> Iterator[VcpuTask]:
         return (thread.task for thread in self.harness.threads.values() if thread.task is not None)
@@ -229,10 +240,25 @@ class LitmusProgram:
             control.spawn_buffers(execution, self._buffered())
         if control.adversary is not None:
             control.adversary.spawn(execution, self.harness)
-        if self.reads is not None:
-            execution.on_step_end = self.reads.step_ends
+        execution.on_step_end = self._step_ends(len(execution.tasks))
         control.execution = execution
         control.judge()
+
+    def _step_ends(self, tasks: int) -> Callable[[Task], None] | None:
+        """Return what to do when a step of an execution with so many tasks ends: add the policy's accesses,
+        and then look for races."""
+        reads, races = self.reads, self.races
+        if races is None:
+            return None if reads is None else reads.step_ends
+        races.begin(tasks)
+        if reads is None:
+            return races.step_ends
+
+        def both(task: Task) -> None:
+            reads.step_ends(task)
+            races.step_ends(task)
+
+        return both
 
     def _body(self, thread: LitmusThread) -> Callable[[], None]:
         def body() -> None:
@@ -368,4 +394,5 @@ class LitmusProgram:
         return rcu_cpu(self.machine).id
 
     def close(self) -> None:
+        self._close_tasks()
         self.machine.destroy()

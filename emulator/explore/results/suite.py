@@ -99,4 +99,5 @@ def explore_all(
             bound=verdict.bound,
             failure=verdict.failure,
             unwatched=verdict.unwatched,
+            unordered=verdict.unordered,
         )

@@ -16,6 +16,7 @@ from typing import Any
 from emulator.explore.engine.scheduler import Divergence
 from emulator.explore.machine.lib import instrument
 from emulator.explore.machine.options import NONE, ExploreOptions
+from emulator.explore.machine.patched_code import unwatched_state
 from emulator.explore.machine.policy_code import unwatched
 from emulator.explore.machine.policy_reads import NOTHING, Grown, Known
 from emulator.explore.machine.program import LitmusProgram
@@ -72,7 +73,8 @@ class Verdict:
     needs: dangers, any of which is the test's precondition; met: executions that met it; evidence: how often
     each danger occurred in all executions together.
     failure: the reason why an execution could not go on, as in litmus.verdict.Outcome.
-    unwatched: uses of a user's policy that the search cannot watch, a sentence each: nothing is proved.
+    unwatched: uses of a user's policy or patch that the search cannot watch, a sentence each: nothing is
+    proved.  unordered: state of patched code that several threads share without an ordering point, likewise.
     """
 
     test: str
@@ -95,6 +97,7 @@ class Verdict:
     counterexample: Recording | None = None
     failure: str = ""
     unwatched: tuple[str, ...] = ()
+    unordered: tuple[str, ...] = ()
 
     def document(self) -> dict[str, Any]:
         """Return the document for --json, which holds no times."""
@@ -122,6 +125,7 @@ class Verdict:
             "rounds": self.rounds,
             "failure": self.failure or None,
             **({"unwatched": list(self.unwatched)} if self.unwatched else {}),
+            **({"unordered": list(self.unordered)} if self.unordered else {}),
             "counterexample": found.document() if found is not None else None,
         }
 
@@ -165,6 +169,8 @@ class Verdict:
         """Return the reason why nothing more is claimed."""
         if self.unwatched:
             return f", {self.unwatched[0]}, which explore cannot watch"
+        if self.unordered:
+            return f", no ordering point orders {self.unordered[0]}"
         return {
             "seconds": ", the time was up",
             "executions": ", --executions were done",
@@ -191,13 +197,14 @@ def explore_verdict(
     """
     plan = plan or Plan()
     with policy.confined():
-        if policy.overrides():
+        if policy.overrides() or policy.patch is not None:
             _check_that_it_repeats(test, policy, plan.options)
         known: Known | None = NOTHING
         while known is not None:
             verdict = Verdict(test.name, policy.name, plan, test.expect.needs)
+            verdict.unwatched = unwatched_state(policy)
             known = _explored(build(test, policy, plan.options, known=known), verdict, stop, jobs)
-    if verdict.unwatched:
+    if verdict.unwatched or verdict.unordered:
         _take_back(verdict)
     elif not verdict.complete and verdict.verdict not in (VIOLATIONS, FAILED):
         as_asked = plan.bound is not None and verdict.bound == plan.bound
@@ -231,11 +238,14 @@ def _explored(program: LitmusProgram, verdict: Verdict, stop: Stop, jobs: int) -
     source = source_of(program.policy)
     if source is not None:
         verdict.unwatched = (*unwatched(source), *(() if reads is None else reads.seen.unwatched))
+    if program.races is not None:
+        verdict.unordered = tuple(sorted(program.races.findings))
     return None
 
 
 def _take_back(verdict: Verdict) -> None:
-    """Withdraw proofs: the policy depends on state that the search cannot watch.  Violations remain."""
+    """Withdraw proofs: there is state that the search cannot watch, or whose order it does not know.
+    Violations remain."""
     if verdict.verdict in (SAFE, BOUNDED):
         verdict.verdict = SEARCHED
     verdict.complete, verdict.bound = False, None
@@ -266,7 +276,7 @@ def _check_that_it_repeats(test: LitmusTest, policy: Policy, options: ExploreOpt
 
 def _unsteady(policy: Policy, error: Divergence) -> Exception:
     """Return the error for equal steps with different results: a user's policy, if any, is at fault."""
-    if not policy.overrides():
+    if not policy.overrides() and policy.patch is None:
         return error
     found = f"the same steps went on in another way when they were repeated ({error})"
     return PolicyError(policy.spelled(), found, "answers that depend only on the events before them")

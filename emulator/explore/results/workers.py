@@ -21,8 +21,8 @@ from emulator.processes import ProcessPool, ending
 # Parts that this process searches before the pool is started, which takes a while.
 FIRST_PARTS: Final = 16
 
-# None: the part was given up, because the policy reads more than was known.
-_Searched = tuple[Outcome | None, Seen | None]
+# None: the part was given up, because the policy reads more than was known.  Then the races of a patch.
+_Searched = tuple[Outcome | None, Seen | None, tuple[str, ...]]
 
 _NOT_BEGUN = Outcome(Found(), ((), ()), (), (), ())
 
@@ -72,7 +72,9 @@ class Team:
 
         Parts do not depend on the process that searches them, and are merged in their order.  Raises Grown.
         """
-        outcome, seen = searched
+        outcome, seen, found = searched
+        if self.program.races is not None:
+            self.program.races.findings.update(found)
         reads = self.program.reads
         if reads is not None and seen is not None:
             reads.merge(seen)
@@ -114,9 +116,14 @@ def _do(part: Part) -> _Searched:
 
 def _search(program: LitmusProgram, part: Part, stop: Callable[[], bool]) -> _Searched:
     if program.reads is None:
-        return search_part(program, program.objects, part, bool, stop), None
+        outcome = search_part(program, program.objects, part, bool, stop)
+        return outcome, None, _races(program)
     with program.reads.apart() as seen:
         try:
-            return search_part(program, program.objects, part, bool, stop), seen
+            return search_part(program, program.objects, part, bool, stop), seen, _races(program)
         except Grown:
-            return None, seen
+            return None, seen, ()
+
+
+def _races(program: LitmusProgram) -> tuple[str, ...]:
+    return () if program.races is None else tuple(program.races.findings)

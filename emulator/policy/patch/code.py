@@ -63,6 +63,9 @@ class Shipped:
         """Return the code of each file, by its path; as the import system compiled it once."""
         return {path: self._unit(path) for path in self.sources}
 
+    def code_of(self, module: str) -> CodeType | None:
+        return next((unit.code for unit in self.units.values() if unit.name == module), None)
+
     def _unit(self, path: str) -> Unit:
         name, is_package = module_name(path)
         spec = importlib.util.find_spec(name)

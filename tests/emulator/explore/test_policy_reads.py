@@ -214,10 +214,10 @@ def test_parts_come_together(tmp_path: Path) -> None:
     parts = team.Team(program, 1, lambda: False)
     outcome = team._NOT_BEGUN
     name = ("Cpu.vcpu", 2)
-    assert parts._take((outcome, Seen(read={name}))) is outcome
-    assert parts._take((outcome, Seen(changed={("Cpu.vcpu", 1)}))) is outcome
+    assert parts._take((outcome, Seen(read={name}), ())) is outcome
+    assert parts._take((outcome, Seen(changed={("Cpu.vcpu", 1)}), ())) is outcome
     with pytest.raises(Grown):
-        parts._take((outcome, Seen(changed={name})))
+        parts._take((outcome, Seen(changed={name}), ()))
     assert program.reads.next() == Known(shared=frozenset({"Cpu.vcpu"}))
     program.close()
 

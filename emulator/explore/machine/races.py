@@ -14,19 +14,22 @@ from __future__ import annotations
 
 import sys
 from collections import Counter, defaultdict, deque
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
-from typing import Any, Final
+from inspect import getattr_static
+from types import CodeType, MemberDescriptorType
+from typing import TYPE_CHECKING, Any, Final
 
 from emulator.actors.user_memory import UserMemory
 from emulator.explore.engine.objects import members
 from emulator.explore.engine.scheduler import Task
-from emulator.explore.machine.control import Control
-from emulator.explore.strategies.sampling import RandomWalk
 from emulator.kvm import structs
 from emulator.kvm.vmx.vmcs import LoadedVmcs
 from emulator.machine.locks import Refcount
 from emulator.machine.runtime import Cpu, Machine
+
+if TYPE_CHECKING:
+    from emulator.explore.machine.control import Control
 
 CLASSES: Final[tuple[type, ...]] = (
     structs.Kvm,
@@ -51,6 +54,14 @@ _CHANGES: Final = frozenset((
 ))  # fmt: skip
 
 
+_LOOKS: Final = (
+    "__add__", "__and__", "__bytes__", "__eq__", "__ge__", "__gt__", "__le__", "__lt__", "__mul__", "__ne__",
+    "__or__", "__radd__", "__rand__", "__repr__", "__reversed__", "__rmul__", "__ror__", "__rsub__",
+    "__rxor__", "__sub__", "__xor__",
+)  # fmt: skip
+_CHANGING_OPERATORS: Final = ("__iadd__", "__iand__", "__imul__", "__ior__", "__isub__", "__ixor__")
+
+
 # Accesses that need no order, by attribute and function, and the reasons.
 MEANT: Final[dict[tuple[str, str], str]] = {
     ("KvmMmuPage.role", "tdp_entry"): "the level of a root stays the same when it becomes invalid",
@@ -58,26 +69,30 @@ MEANT: Final[dict[tuple[str, str], str]] = {
 }
 
 
-class SharedState(RandomWalk):
-    """Random walks that record the accesses of each task, and the dependencies of its steps.
+# (object, name, index or None: all, write) -> the function
+Accesses = dict[tuple[int, str, object, bool], CodeType]
+
+
+class Races:
+    """Records the accesses of each task and the dependencies of its steps, while `watching`.
 
     findings: sentences, and how often each was found.
     """
 
-    def __init__(self, control: Control, executions: int, seed: int) -> None:
-        super().__init__(executions, seed)
+    def __init__(self, control: Control) -> None:
         self.findings: Counter[str] = Counter()
         self._control = control
-        self._forget(0)
+        self.begin(0)
 
-    def _forget(self, tasks: int) -> None:
-        self._between = False  # the scheduler runs, not a task
-        self._objects: list[object] = []  # kept alive, so that no other object gets its id
-        self._numbers: dict[int, int] = {}
-        # By task, for its current step: (object, name, index or None: all, write) -> place
-        self._accesses: dict[int, dict[tuple[int, str, object, bool], str]] = defaultdict(dict)
-        # The last accesses: (object, name) -> (task, index, write) -> (step, place)
-        self._known: dict[tuple[int, str], dict[tuple[int, object, bool], tuple[int, str]]] = {}
+    def begin(self, tasks: int) -> None:
+        """Forget the last execution; one of so many tasks begins."""
+        self._objects: dict[int, object] = {}  # by id, and kept alive, so that no other object gets it
+        # By task, for its current step.
+        self._accesses: dict[int, Accesses] = defaultdict(dict)
+        # Likewise, before its first announcement.
+        self._first: dict[int, Accesses] = defaultdict(dict)
+        # The last accesses: (object, name) -> (task, index, write) -> (step, function)
+        self._known: dict[tuple[int, str], dict[tuple[int, object, bool], tuple[int, CodeType]]] = {}
         # By step: the steps that happen before it.  A task's code before its first announcement is a step of
         # its own, which comes before all others and depends on none.
         self._before = [0] * tasks
@@ -85,36 +100,23 @@ class SharedState(RandomWalk):
         self._touched: dict[int, int] = {}
         self._wrote: dict[int, int] = {}
 
-    # --- as a strategy --------------------------------------------------------------------------------------
-
-    def begin(self, tasks: int) -> None:
-        super().begin(tasks)
-        self._forget(tasks)
-
-    def choose(self, enabled: int, last: int) -> int:
-        if last < 0:
-            for task in list(self._accesses):
-                self._note(task)
-        index = super().choose(enabled, last)
-        self._between = False
-        return index
-
-    def stepped(self, task: Task) -> None:
-        super().stepped(task)
-        self._between = True
+    def step_ends(self, task: Task) -> None:
+        """Check the accesses of a step; call it when the step's own accesses to objects are complete."""
+        first, self._first = self._first, defaultdict(dict)
+        for index, accesses in first.items():
+            self._note(index, accesses)
         before = self._happens_before(task)
         self._last[task.index] = len(self._before)
         self._before.append(before)
-        self._note(task.index)
+        self._note(task.index, self._accesses.pop(task.index, {}))
 
-    def _note(self, task: int) -> None:
+    def _note(self, task: int, accesses: Accesses) -> None:
         """Check and record the accesses of the task's last step."""
         step = self._last[task]
-        for (number, name, index, write), place in self._accesses[task].items():
+        for (number, name, index, write), place in accesses.items():
             known = self._known.setdefault((number, name), {})
             self._check(known, self._before[step], task, (name, index, write, place))
             known[task, index, write] = (step, place)
-        self._accesses[task].clear()
 
     def _happens_before(self, task: Task) -> int:
         """Return the steps that happen before a completed step, and record its accesses for later ones."""
@@ -136,42 +138,42 @@ class SharedState(RandomWalk):
 
     def _check(
         self,
-        known: dict[tuple[int, object, bool], tuple[int, str]],
+        known: dict[tuple[int, object, bool], tuple[int, CodeType]],
         before: int,
         task: int,
-        access: tuple[str, object, bool, str],
+        access: tuple[str, object, bool, CodeType],
     ) -> None:
         name, index, write, place = access
         for (other, other_index, other_write), (step, other_place) in known.items():
             if other == task or not (write or other_write) or before >> step & 1:
                 continue
             if index is None or other_index is None or index == other_index:
-                ends = sorted((f"{_verb(write)} in {place}", f"{_verb(other_write)} in {other_place}"))
-                self.findings[f"{name}: {', '.join(ends)}"] += 1
+                self._found(name, (write, place.co_qualname), (other_write, other_place.co_qualname))
+
+    def _found(self, name: str, *ends: tuple[bool, str]) -> None:
+        if not any((name, place) in MEANT for _, place in ends):
+            told = sorted(f"{'written' if write else 'read'} in {place}" for write, place in ends)
+            self.findings[f"{name}: {', '.join(told)}"] += 1
 
     # --- accesses -------------------------------------------------------------------------------------------
 
     @property
     def awake(self) -> bool:
         execution = self._control.execution
-        return not (execution is None or self._between or execution.aborting or execution.current.index < 0)
+        return not (
+            execution is None or execution.between or execution.aborting or execution.current.index < 0
+        )
 
     def access(self, obj: object, name: str, index: object, write: bool, depth: int) -> None:
         """Record an access of the running task.  `depth`: frames from here to the code that makes it."""
         execution = self._control.execution
         assert execution is not None
-        task = execution.current.index
-        number = self._numbers.get(id(obj))
-        if number is None:
-            number = self._numbers[id(obj)] = len(self._objects)
-            self._objects.append(obj)
-        place = sys._getframe(depth).f_code.co_qualname
-        if (name, place) not in MEANT:
-            self._accesses[task].setdefault((number, name, index, write), place)
-
-
-def _verb(write: bool) -> str:
-    return "written" if write else "read"
+        number = id(obj)
+        self._objects[number] = obj
+        accesses = (self._first if execution.starting else self._accesses)[execution.current.index]
+        access = number, name, index, write
+        if access not in accesses:
+            accesses[access] = sys._getframe(depth).f_code
 
 
 class Watched:
@@ -179,7 +181,7 @@ class Watched:
 
     __slots__ = ("container", "name", "state")
 
-    def __init__(self, container: Any, name: str, state: SharedState) -> None:
+    def __init__(self, container: Any, name: str, state: Races) -> None:
         self.container, self.name, self.state = container, name, state
 
     def _note(self, index: object, write: bool) -> None:
@@ -196,7 +198,7 @@ class Watched:
 
     def __setitem__(self, index: Any, value: Any) -> None:
         self._note(None if isinstance(index, slice) else index, True)
-        self.container[index] = value
+        self.container[index] = _plain(value)
 
     def __delitem__(self, index: Any) -> None:
         self._note(None, True)
@@ -216,49 +218,87 @@ class Watched:
         self._note(None, False)
         return value in self.container
 
-    def __eq__(self, other: object) -> bool:
-        self._note(None, False)
-        return bool(self.container == (other.container if isinstance(other, Watched) else other))
+    @property  # type: ignore[misc]
+    def __class__(self) -> type:
+        return type(self.container)
 
     __hash__ = None  # type: ignore[assignment]
 
 
-def _reader(cls: type, state: SharedState) -> Any:
+def _operator(name: str, write: bool) -> Any:
+    def operate(self: Watched, *others: Any) -> Any:
+        if not hasattr(self.container, name):
+            return NotImplemented
+        self._note(None, write)
+        found = getattr(self.container, name)(*map(_plain, others))
+        return self if found is self.container else found
+
+    return operate
+
+
+for _name in _LOOKS:
+    setattr(Watched, _name, _operator(_name, False))
+for _name in _CHANGING_OPERATORS:
+    setattr(Watched, _name, _operator(_name, True))
+
+
+def _plain(value: Any) -> Any:
+    return value.container if type(value) is Watched else value
+
+
+def _reader(cls: type, state: Races, constant: frozenset[str]) -> Any:
     plain = object.__getattribute__
     # Methods and properties are code; the attributes that they read are reported, too.
-    code = frozenset(dir(cls)) - frozenset(getattr(cls, "__slots__", ()))
+    code = frozenset(name for name in dir(cls) if _is_code(getattr_static(cls, name)))
+    sentences: dict[str, str] = {}
 
     def read(self: object, name: str) -> Any:
         value = plain(self, name)
-        if name in code or not state.awake:
+        if name in code:
             return value
-        sentence = f"{cls.__name__}.{name}"
-        state.access(self, sentence, None, False, 2)
-        return Watched(value, f"{sentence}[]", state) if type(value) in _CONTAINERS else value
+        contains = type(value) in _CONTAINERS
+        if (name in constant and not contains) or not state.awake:
+            return value
+        sentence = sentences.get(name) or sentences.setdefault(name, f"{cls.__name__}.{name}")
+        if name not in constant:
+            state.access(self, sentence, None, False, 2)
+        return Watched(value, f"{sentence}[]", state) if contains else value
 
     return read
 
 
-def _writer(cls: type, state: SharedState) -> Any:
+def _is_code(value: object) -> bool:
+    return hasattr(type(value), "__get__") and not isinstance(value, MemberDescriptorType)
+
+
+def _writer(cls: type, state: Races) -> Any:
     plain = object.__setattr__
+    # An object that is being made is not shared: the access that makes it visible is watched.
+    constructor = getattr(cls.__init__, "__code__", None)  # type: ignore[misc]
 
     def write(self: object, name: str, value: Any) -> None:
         # The store may be a step of its own.
-        plain(self, name, value.container if isinstance(value, Watched) else value)
-        if state.awake:
+        plain(self, name, _plain(value))
+        if state.awake and sys._getframe(1).f_code is not constructor:
             state.access(self, f"{cls.__name__}.{name}", None, True, 2)
 
     return write
 
 
 @contextmanager
-def watching(state: SharedState) -> Iterator[None]:
-    """Make the classes report their accesses to `state`."""
-    for cls in CLASSES:
-        cls.__getattribute__ = _reader(cls, state)  # type: ignore[method-assign]
+def watching(
+    state: Races, more: Iterable[type] = (), constant: frozenset[str] = frozenset()
+) -> Iterator[None]:
+    """Make the classes, these and `more`, report their accesses to `state`.
+
+    constant: attributes that are written by constructors only; reads of them have no race.
+    """
+    classes = tuple(dict.fromkeys((*CLASSES, *more)))
+    for cls in classes:
+        cls.__getattribute__ = _reader(cls, state, constant)  # type: ignore[method-assign]
         cls.__setattr__ = _writer(cls, state)  # type: ignore[method-assign]
     try:
         yield
     finally:
-        for cls in CLASSES:
+        for cls in classes:
             del cls.__getattribute__, cls.__setattr__

@@ -1,0 +1,119 @@
+"""What a proof under a patch covers: shared state that the patch adds has ordering points, or is named."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from emulator.cli.main import main
+from tests.emulator.policy.patch.edits import MIGRATION, edited, written
+
+TEST = "return-zap-other-vcpu"
+SLOT = ('        "warned",\n', '        "warned",\n        "mine",\n')
+FIELD = (
+    "        self.warned: set[str] = set()\n",
+    "        self.warned: set[str] = set()\n        self.mine: Any = {}\n",
+)
+ANY = ("from bisect import bisect_right\n", "from bisect import bisect_right\nfrom typing import Any\n")
+ENTRY = "    budget = vcpu.kvm.params.slice_accesses\n"
+REQUESTS = "        cpu.stat(kvm.id, lib.STAT_REMOTE_TLB_FLUSH_REQUESTS)\n"
+
+
+def explored(patch: str, directory: Path, capsys: pytest.CaptureFixture[str], *more: str) -> dict[str, Any]:
+    path = written(directory, patch)
+    main(["explore", TEST, "--policy", path, "--json", *more])
+    (found,) = json.loads(capsys.readouterr().out)["explored"]
+    assert isinstance(found, dict)
+    return found
+
+
+def counting(write: str, read: str, initial: str = "0") -> str:
+    """A patch with a new attribute of struct kvm: `write` at each remote flush, `read` at each entry."""
+    field = FIELD[0], FIELD[1].replace("{}", initial)
+    return edited(ANY, SLOT, field, (REQUESTS, REQUESTS + write), (ENTRY, read + ENTRY))
+
+
+@pytest.mark.parametrize(
+    ("initial", "write", "read", "name"),
+    [
+        ("0", "        kvm.mine += 1\n", "    vcpu.kvm.mine\n", "Kvm.mine: "),
+        ("[0]", "        kvm.mine[0] += 1\n", "    vcpu.kvm.mine[0]\n", "Kvm.mine[]: "),
+        ("{}", "        kvm.mine[cpu.id] = 1\n", "    list(vcpu.kvm.mine.values())\n", "Kvm.mine[]: "),
+        ("set()", "        kvm.mine |= {1}\n", "    1 in vcpu.kvm.mine\n", "Kvm.mine"),
+        ("bytearray(9)", "        kvm.mine[3] = 1\n", "    vcpu.kvm.mine[3]\n", "Kvm.mine[]: "),
+    ],
+)
+def test_shared_state_without_a_point_is_named(
+    initial: str, write: str, read: str, name: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    found = explored(counting(write, read, initial), tmp_path, capsys)
+    assert (found["verdict"], found["complete"]) == ("nothing found", False)
+    assert any(one.startswith(name) for one in found["unordered"]), found["unordered"]
+
+
+def test_the_line_for_people(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    path = written(tmp_path, counting("        kvm.mine += 1\n", "    vcpu.kvm.mine\n"))
+    assert main(["explore", TEST, "--policy", path]) == 0
+    out = capsys.readouterr().out
+    assert "not all, no ordering point orders Kvm.mine: read in _enter_with_irqs_off, written" in out
+
+
+@pytest.mark.parametrize("jobs", ["1", "2"])
+def test_shared_state_with_points_is_proved(
+    jobs: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    write = '        cpu.point("mine", kvm.id, "write")\n        kvm.mine += 1\n'
+    read = '    cpu.point("mine", vcpu.kvm.id, "read")\n    vcpu.kvm.mine\n'
+    found = explored(counting(write, read), tmp_path, capsys, "--jobs", jobs)
+    assert (found["verdict"], found["complete"]) == ("safe", True)
+    assert "unordered" not in found
+
+
+def test_state_of_one_thread_needs_no_point(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    found = explored(counting("", "    vcpu.immediate_exit = False\n"), tmp_path, capsys)
+    assert (found["verdict"], found["complete"]) == ("safe", True)
+
+
+def test_an_existing_attribute_that_a_patch_shares(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    found = explored(edited((REQUESTS, REQUESTS + "        kvm.vcpus[0].loaded\n")), tmp_path, capsys)
+    assert any(one.startswith("Vcpu.loaded: ") for one in found["unordered"]), found
+
+
+IN_MIGRATION: dict[str, tuple[str, str]] = {
+    "global": ("    global _mine\n    _mine = 1\n", "changes the global _mine"),
+    "table": ("    _TABLE[1] = 2\n", "uses _TABLE, the state of a module"),
+    "class": ("    Mine.mine = 1\n", "changes Mine.mine"),
+    "function": ("    migration_ept.mine = 1\n", "changes migration_ept.mine"),
+    "time": ("    import time\n    time.time()\n", "imports time"),
+    "globals": ("    globals()['x'] = 1\n", "calls globals()"),
+    "setattr": ("    setattr(Mine, 'x', 1)\n", "calls setattr()"),
+    "identity": ("    id(cpu)\n", "calls id()"),
+}
+
+
+@pytest.mark.parametrize("what", IN_MIGRATION)
+def test_state_that_explore_cannot_watch(
+    what: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    text, wanted = IN_MIGRATION[what]
+    head = "def migration_ept(cpu: Cpu, vcpu: Vcpu) -> None:\n"
+    above = "_TABLE = {}\n_mine = 0\n\n\nclass Mine:\n    pass\n\n\n"
+    found = explored(edited((MIGRATION, text + MIGRATION), (head, above + head)), tmp_path, capsys)
+    assert (found["verdict"], found["complete"]) == ("nothing found", False)
+    (sentence,) = found["unwatched"]
+    assert sentence.startswith("idea.patch: ")
+    assert sentence.endswith(f": {wanted}"), sentence
+
+
+def test_a_function_that_the_patch_leaves_alone_is_not_named(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Its lines have moved."""
+    head = "def migration_ept(cpu: Cpu, vcpu: Vcpu) -> None:\n"
+    found = explored(edited((head, "# mine\n\n\n" + head)), tmp_path, capsys)
+    assert (found["verdict"], found["complete"]) == ("safe", True)
