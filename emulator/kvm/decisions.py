@@ -40,6 +40,7 @@ FaultSplit = Literal["split", "zap"]
 HugeRecovery = Literal["in-place", "zap-each"]
 WriteProtect = Literal["flush", "if-changed", "none"]
 NotifierFlush = Literal["before-return", "at-range-end", "none"]
+AgeLock = Literal["rcu", "mmu-lock"]
 AgeFlush = Literal["none", "if-young"]
 ZappedPfn = Literal["none", "set-dirty-accessed"]
 FaultRetry = Literal["invalidate-seq", "none"]
@@ -137,6 +138,9 @@ class Decisions(Protocol):
 
     def notifier_flush(self, cpu: Cpu, kvm: Kvm, gfn: int) -> NotifierFlush:
         """An mmu_notifier zapped SPTEs from `gfn` on."""
+
+    def age_lock(self, cpu: Cpu, kvm: Kvm, gfn: int) -> AgeLock:
+        """An mmu_notifier is about to take the accessed bit from SPTEs from `gfn` on."""
 
     def age_flush(self, cpu: Cpu, kvm: Kvm, gfn: int) -> AgeFlush:
         """An mmu_notifier took the accessed bit from SPTEs from `gfn` on, for reclaim."""

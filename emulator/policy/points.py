@@ -344,6 +344,17 @@ POINTS: tuple[DecisionPoint, ...] = (
         },
     ),
     _point(
+        Decisions.age_lock,
+        "Lock that is held while the host asks which pages a guest used (kvm_age_gfn).",
+        {
+            "rcu": "RCU alone: one read section over all valid roots, without references (since 6.15).",
+            "mmu-lock": (
+                "mmu_lock for write, over the walks of all roots and the flush that age_flush decides "
+                "(before 6.15)."
+            ),
+        },
+    ),
+    _point(
         Decisions.age_flush,
         "Flush when reclaim asks whether pages were used, and some were "
         "(kvm_mmu_notifier_clear_flush_young).",

@@ -130,6 +130,9 @@ class Policy:
     def notifier_flush(self, cpu: Cpu, kvm: Kvm, gfn: int) -> decisions.NotifierFlush:
         return self._answers["notifier_flush"]
 
+    def age_lock(self, cpu: Cpu, kvm: Kvm, gfn: int) -> decisions.AgeLock:
+        return self._answers["age_lock"]
+
     def age_flush(self, cpu: Cpu, kvm: Kvm, gfn: int) -> decisions.AgeFlush:
         return self._answers["age_flush"]
 

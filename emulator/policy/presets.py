@@ -17,6 +17,7 @@ DEFAULT = DEFAULT_POLICY
 # mutants), and neither are differences without a decision point.
 _LINUX_6_12 = {
     "huge_recovery": "zap-each",
+    "age_lock": "mmu-lock",
     "age_flush": "if-young",
     "zapped_pfn": "set-dirty-accessed",
 }

@@ -13,6 +13,7 @@ from emulator.kvm.mmu.tdp_roots import (
     KVM_ALL_ROOTS,
     KVM_VALID_ROOTS,
     flush_workqueue,
+    for_each_tdp_mmu_root_rcu,
     for_each_tdp_mmu_root_yield_safe,
     kvm_tdp_mmu_invalidate_roots,
     kvm_tdp_mmu_put_root,
@@ -162,17 +163,22 @@ def kvm_tdp_mmu_unmap_gfn_range(
 
 
 def kvm_tdp_mmu_age_gfn_range(cpu: Cpu, kvm: Kvm, slot: KvmMemorySlot, start: int, end: int) -> bool:
-    """kvm_tdp_mmu_age_gfn_range(), without mmu_lock: return whether the guest used the range since the last
-    call.
+    """kvm_tdp_mmu_age_gfn_range(): return whether the guest used the range since the last call.
+
+    Decision age_lock: one RCU read section keeps roots and tables, and the walk takes no references, which it
+    could not put without mmu_lock.  A caller that holds mmu_lock for write, as before 6.15, includes invalid
+    roots, as before 6.13.
 
     No flush (since 6.13): a translation that stays in a TLB makes a used page look unused, which costs
     little.  As a consequence, an SPTE without a permission does not prove that no TLB has it.
     """
     walk = lib.TDP_AGE if kvm.params.eptad else lib.TDP_ACCESS_TRACK
+    locked = cpu.mmu_lock_held == WRITE
+    types = KVM_ALL_ROOTS if locked else KVM_VALID_ROOTS
     young = False
-    for root in for_each_tdp_mmu_root_yield_safe(cpu, kvm, KVM_VALID_ROOTS, slot.as_id):
-        it = TdpIter(root, walk, start, end, shared=True)
-        with rcu_read_lock(cpu):
+    with rcu_read_lock(cpu):
+        for root in for_each_tdp_mmu_root_rcu(cpu, kvm, types, slot.as_id):
+            it = TdpIter(root, walk, start, end, shared=not locked)
             while not it.done:
                 young |= it.step(cpu, kvm) > 0
     return young

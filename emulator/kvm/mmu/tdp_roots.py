@@ -40,6 +40,7 @@ def kvm_tdp_mmu_put_root(cpu: Cpu, kvm: Kvm, root: KvmMmuPage) -> None:
     again.  No zap is needed either if the TDP MMU holds a reference of its own, which it puts only after the
     root was invalidated and zapped.
     """
+    assert cpu.mmu_lock_held
     if not root.root_count.dec_and_test(cpu):
         return
     answer = kvm.policy.root_put(cpu, kvm, root)
@@ -138,7 +139,9 @@ def _roots_after(kvm: Kvm, prev: KvmMmuPage | None) -> tuple[KvmMmuPage, ...]:
 def tdp_mmu_next_root(
     cpu: Cpu, kvm: Kvm, prev: KvmMmuPage | None, types: int, as_id: int = ALL_ADDRESS_SPACES
 ) -> KvmMmuPage | None:
-    """tdp_mmu_next_root(): take a reference on the next root of these types, then drop that on `prev`."""
+    """tdp_mmu_next_root(), under mmu_lock: take a reference on the next root of these types, then drop that
+    on `prev`."""
+    assert cpu.mmu_lock_held
     cpu.point("tdp_mmu_roots", kvm.id, "read")
     found = None
     for root in _roots_after(kvm, prev):
@@ -162,6 +165,28 @@ def for_each_tdp_mmu_root_yield_safe(
     while root is not None:
         yield root
         root = tdp_mmu_next_root(cpu, kvm, root, types, as_id)
+
+
+def for_each_tdp_mmu_root_rcu(
+    cpu: Cpu, kvm: Kvm, types: int, as_id: int = ALL_ADDRESS_SPACES
+) -> Iterator[KvmMmuPage]:
+    """for_each_tdp_mmu_root_rcu(): iterate without references, in one RCU read section, maybe without
+    mmu_lock.
+
+    A root may be invalidated, zapped and unlinked in the loop.  Its page stays until the section ends, and an
+    unlinked root still leads to the next one (list_del_rcu).
+    """
+    cpu.point("tdp_mmu_roots", kvm.id, "read")
+    roots = kvm.tdp_mmu_roots
+    while roots:
+        root, roots = roots[0], roots[1:]
+        cpu.point("role", root.hfn, "read")
+        if _matches(root, types, as_id):
+            yield root
+        cpu.point("tdp_mmu_roots", kvm.id, "read")
+        now = kvm.tdp_mmu_roots
+        if root in now:
+            roots = now[now.index(root) + 1 :]
 
 
 # --- allocation ---------------------------------------------------------------------------------------------

@@ -117,22 +117,40 @@ def kvm_mmu_notifier_invalidate_range_end(cpu: Cpu, kvm: Kvm, start: int, end: i
 def kvm_mmu_notifier_clear_flush_young(cpu: Cpu, kvm: Kvm, start: int, end: int) -> bool:
     """kvm_mmu_notifier_clear_flush_young(): clear_young for reclaim, which next unmaps pages found unused.
 
-    Decision age_flush.  Before 6.15 the aging and the flush were done under mmu_lock.
+    Decision age_flush.
     """
-    young = kvm_mmu_notifier_clear_young(cpu, kvm, start, end)
-    if young and kvm.policy.age_flush(cpu, kvm, start) == "if-young":
-        kvm_flush_remote_tlbs(cpu, kvm, lib.REASON_REMOTE_NOTIFIER)
-    return young
+    return kvm_age_hva_range(cpu, kvm, start, end, flush_on_ret=True)
 
 
 def kvm_mmu_notifier_clear_young(cpu: Cpu, kvm: Kvm, start: int, end: int) -> bool:
     """kvm_mmu_notifier_clear_young(): return whether the guest has used the range since the last call.  No
     flush."""
+    return kvm_age_hva_range(cpu, kvm, start, end, flush_on_ret=False)
+
+
+def kvm_age_hva_range(cpu: Cpu, kvm: Kvm, start: int, end: int, *, flush_on_ret: bool) -> bool:
+    """kvm_age_hva_range(), before 6.15 kvm_handle_hva_range(): age each slot's part of the range.
+
+    Decision age_lock: without mmu_lock; or, as before 6.15, the walks and the flush under mmu_lock for write.
+    """
     index = cpu.check(lib.srcu_read_lock(cpu.m, cpu.id, kvm.id))
     try:
-        young = False
-        for slot, gfn_start, gfn_end in kvm_for_each_memslot_in_hva_range(kvm, start, end):
-            young |= kvm_age_gfn(cpu, kvm, slot, gfn_start, gfn_end)
-        return young
+        cpu.point("memslots", kvm.id, "read")
+        ranges = kvm_for_each_memslot_in_hva_range(kvm, start, end)
+        if not ranges:
+            return False
+        if kvm.policy.age_lock(cpu, kvm, ranges[0][1]) == "rcu":
+            return _age_gfn_ranges(cpu, kvm, ranges, flush_on_ret)
+        with kvm.mmu_lock.write_lock(cpu):
+            return _age_gfn_ranges(cpu, kvm, ranges, flush_on_ret)
     finally:
         lib.srcu_read_unlock(cpu.m, cpu.id, kvm.id, index)
+
+
+def _age_gfn_ranges(cpu: Cpu, kvm: Kvm, ranges: list[GfnRange], flush_on_ret: bool) -> bool:
+    young = False
+    for slot, gfn_start, gfn_end in ranges:
+        young |= kvm_age_gfn(cpu, kvm, slot, gfn_start, gfn_end)
+    if young and flush_on_ret and kvm.policy.age_flush(cpu, kvm, ranges[0][1]) == "if-young":
+        kvm_flush_remote_tlbs(cpu, kvm, lib.REASON_REMOTE_NOTIFIER)
+    return young

@@ -2,21 +2,31 @@
 
 from __future__ import annotations
 
+from dataclasses import dataclass
+
 import pytest
 
 from emulator.kvm.kvm_host import KVM_MEM_LOG_DIRTY_PAGES
 from emulator.kvm.mmu.spte import is_access_track_spte, is_shadow_present_pte, is_writable_pte, root_to_sp
 from emulator.kvm.mmu.tdp_map import tdp_entry
-from emulator.kvm.structs import Kvm
+from emulator.kvm.mmu.tdp_roots import (
+    KVM_VALID_ROOTS,
+    for_each_tdp_mmu_root_yield_safe,
+    kvm_tdp_mmu_alloc_root,
+    kvm_tdp_mmu_put_root,
+)
+from emulator.kvm.structs import Kvm, KvmMmuPageRole
 from emulator.kvm.virt.kvm_main import (
     kvm_mmu_notifier_clear_flush_young,
     kvm_mmu_notifier_clear_young,
     kvm_set_memory_region,
     kvm_vm_ioctl_get_dirty_log,
 )
+from emulator.machine.runtime import WRITE, Cpu
+from emulator.points import PointKind
 from emulator.policy import MUTANTS, Policy, preset
 from native import lib
-from tests.emulator.kvm.rig import GFNS, SLOT, Guest, Rig
+from tests.emulator.kvm.rig import GFNS, SLOT, Guest, Rig, at_point
 
 
 def spte_of(rig: Rig, guest: Guest, gfn: int) -> int:
@@ -70,6 +80,73 @@ def test_reclaim_flushes_for_pages_that_were_used_before_6_13(
         assert kvm_mmu_notifier_clear_young(rig.host, kvm, 5, 6) is bool(flushes), "else TLBs still have it"
     assert "remote_tlb_flush_requests" not in counts, "others than reclaim never flush"
     assert rig.violations() == {}
+
+
+@dataclass(frozen=True)
+class Held:
+    """What the ager holds where it looks at SPTEs, and where it makes the request for a flush."""
+
+    mmu_lock: int
+    in_rcu: bool
+    references: int
+
+
+@pytest.mark.parametrize(
+    ("name", "mmu_lock"),
+    [("linux-7.3", 0), ("linux-6.12", WRITE), ("linux-5.18", WRITE), ("linux-5.14", WRITE)],
+)
+def test_mmu_lock_is_held_for_ageing_before_6_15(rig: Rig, name: str, mmu_lock: int) -> None:
+    """Never are references taken: without mmu_lock the ager could not put the last one."""
+    kvm = rig.vm(preset(name))
+    guest = rig.guest(kvm)
+    guest.write(0, 5)
+    root = root_to_sp(guest.vcpu.mmu.root)
+    assert root is not None
+    references = root.root_count.value
+    seen: dict[str, set[Held]] = {}
+
+    def hook(at: Cpu, kind: PointKind, obj: object, mode: str) -> None:
+        held = Held(at.mmu_lock_held, at.rcu_depth > 0, root.root_count.value)
+        seen.setdefault(kind, set()).add(held)
+
+    rig.machine.install(hook)
+    assert kvm_mmu_notifier_clear_flush_young(rig.host, kvm, 5, 6)
+    rig.machine.install(None)
+    assert seen["sptes"] == seen["role"] == {Held(mmu_lock, True, references)}
+    flushes = {Held(mmu_lock, False, references)} if mmu_lock else set()
+    assert seen.get("requests", set()) == flushes
+    assert ("mmu_lock" in seen) == bool(mmu_lock)
+    assert rig.host.mmu_lock_held == rig.host.rcu_depth == 0
+
+
+def test_ageing_goes_on_from_a_root_that_is_unlinked_meanwhile(rig: Rig) -> None:
+    """The ager is at the root of SMM, the first in the list, when a vCPU that leaves it drops the last
+    reference."""
+    kvm = rig.vm(Policy(root_put="inline"))
+    rig.smm_slots(kvm)
+    guest = rig.guest(kvm)
+    guest.write(0, 5)
+    smm = kvm_tdp_mmu_alloc_root(rig.host, kvm, KvmMmuPageRole(smm=1))
+    assert kvm.tdp_mmu_roots[0] is smm
+
+    def put() -> None:
+        with kvm.mmu_lock.read_lock(rig.other):
+            kvm_tdp_mmu_put_root(rig.other, kvm, smm)
+
+    with at_point(rig, rig.host.id, "role", "read", put):
+        assert young(rig, kvm), "the next root was used"
+    assert smm not in kvm.tdp_mmu_roots
+    assert not young(rig, kvm)
+
+
+def test_roots_are_walked_with_references_under_mmu_lock_alone(rig: Rig) -> None:
+    """The last reference may be put in such a walk, which takes the root out of the list."""
+    kvm = rig.vm()
+    rig.guest(kvm).write(0, 5)
+    with pytest.raises(AssertionError):
+        list(for_each_tdp_mmu_root_yield_safe(rig.host, kvm, KVM_VALID_ROOTS))
+    with kvm.mmu_lock.read_lock(rig.host):
+        assert list(for_each_tdp_mmu_root_yield_safe(rig.host, kvm, KVM_VALID_ROOTS)) == [*kvm.tdp_mmu_roots]
 
 
 def test_access_tracking_takes_permissions_and_a_fault_restores_them(rig: Rig) -> None:
