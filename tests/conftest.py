@@ -13,7 +13,7 @@ from tests.support import BareMachine
 
 @pytest.fixture(autouse=True)
 def _quiet_log() -> Iterator[None]:
-    """What tests log is not printed; tests of logging add their own sinks."""
+    """Print no log of the tests; tests of logging add their own sinks."""
     logger.remove()
     yield
     logger.remove()

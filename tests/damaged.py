@@ -1,4 +1,4 @@
-"""Documents with one thing wrong, for tests of what is said of them."""
+"""Documents with one thing wrong, for tests of the errors."""
 
 from __future__ import annotations
 

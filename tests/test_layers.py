@@ -21,7 +21,7 @@ def lint_imports(directory: Path) -> subprocess.CompletedProcess[str]:
 
 @pytest.fixture(scope="module")
 def checkout(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A copy of what is checked; nothing of it is imported."""
+    """Return a copy of the checked folders, of which nothing is imported."""
     directory = tmp_path_factory.mktemp("checkout")
     shutil.copy(ROOT / "pyproject.toml", directory)
     for package in ("emulator", "native", "metrics"):

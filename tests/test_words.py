@@ -22,7 +22,7 @@ from emulator.litmus.ops import VERBS
 from emulator.policy import MUTANTS, POINTS, PRESET_DOCS
 
 ROOT = Path(__file__).parents[1]
-FOLDERS = ("emulator", "native", "metrics", "bench")
+FOLDERS = ("emulator", "native", "metrics", "bench", "tests")
 # Per 1,000 words of comments and docstrings.
 MOST = 1.0
 

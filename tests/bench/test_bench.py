@@ -50,7 +50,7 @@ QUICK_RUN_SECONDS = 280
 
 @pytest.fixture(scope="module")
 def document() -> dict[str, Any]:
-    """Of the command as users type it: the table on standard error, the document on standard output."""
+    """Run the command as users type it: the table on standard error, the document on standard output."""
     command = [sys.executable, "-m", "bench", "--quick", "--json", "-"]
     done = subprocess.run(
         command, capture_output=True, text=True, cwd=ROOT, timeout=QUICK_RUN_SECONDS, check=False

@@ -31,7 +31,7 @@ def test_counts(zap: str, flushes: int) -> None:
 
 @pytest.mark.slow
 def test_contention_makes_zaps_yield() -> None:
-    """Two hundred tables one by one, with somebody who wants the lock all the time."""
+    """Two hundred tables one by one, while another CPU wants the lock all the time."""
     cost = Cost()
     policy = Policy("test", zap_scope="leafs-and-tables", zap="flush-per-table")
     with zap_machine(policy, 200, contended=True) as machine:

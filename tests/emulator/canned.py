@@ -1,4 +1,4 @@
-"""Results that no machine produced, for tests of what is done with results."""
+"""Results that no machine produced, for tests of the code that shows results."""
 
 from __future__ import annotations
 

@@ -13,7 +13,7 @@ from emulator.cli.main import main
 
 HALF = os.fsdecode(b"\xff\xfe")
 LONG = "a" * 70_000
-# With {} for what is wrong.
+# With {} for the wrong value.
 COMMANDS = (
     "{}",
     "run {}",

@@ -1,4 +1,4 @@
-"""The command line with a canned job: what is accepted, what is said, and with which exit status."""
+"""The command line with a canned job: accepted input, output and exit status."""
 
 from __future__ import annotations
 

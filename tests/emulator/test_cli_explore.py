@@ -1,4 +1,4 @@
-"""`flushlab explore` as a command: what it takes, what it prints, what it writes."""
+"""`flushlab explore` as a command: its options, its output, its files."""
 
 from __future__ import annotations
 

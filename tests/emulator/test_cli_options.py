@@ -18,7 +18,7 @@ class Own(MachineOptions):
 
 
 def called(*words: str) -> dict[str, Any]:
-    """What a command with these options was called with."""
+    """Return the values that a command with these options was called with."""
     seen: dict[str, Any] = {}
     app = typer.Typer()
 

@@ -1,4 +1,4 @@
-"""Scenarios: what they say, and how they complain."""
+"""Scenarios: their content, and their errors."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Errors are one line of bounded length, and guess at what was meant only where it is close."""
+"""Errors are one line of bounded length, and suggest a name only if one is close."""
 
 from __future__ import annotations
 

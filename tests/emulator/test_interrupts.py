@@ -1,4 +1,4 @@
-"""Handlers only note; what a signal means is decided where it costs nothing."""
+"""Handlers only note; commands decide on a signal where that costs nothing."""
 
 from __future__ import annotations
 

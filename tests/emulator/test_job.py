@@ -1,4 +1,4 @@
-"""The job: what a run reports, when it ends, and what it says of deaths."""
+"""The job: a run's report, its end, and its account of deaths."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Logging: formats, levels, the standard library's loggers, and that nobody waits for a reader."""
+"""Logging: formats, levels, the standard library's loggers, and that no thread waits for a reader."""
 
 from __future__ import annotations
 
@@ -81,7 +81,7 @@ def test_lines_of_many_threads_stay_whole(capsys: pytest.CaptureFixture[str]) ->
 
 @pytest.mark.slow
 def test_nobody_waits_for_a_reader(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Standard error is a pipe that nobody empties: logging goes on, and ends in time."""
+    """Standard error is a pipe that no reader empties: logging goes on, and ends in time."""
     reader, writer = os.pipe()
     stream = os.fdopen(writer, "w")
     monkeypatch.setattr(sys, "stderr", stream)

@@ -20,7 +20,7 @@ LINUX = preset("linux-7.3")
 
 
 class Killed(BaseException):
-    """What no handler of ours expects."""
+    """An exception that no handler of the emulator expects."""
 
 
 def small() -> Scenario:
@@ -40,7 +40,7 @@ def kill(actor: MachineActor) -> None:
     assert ctypes.pythonapi.PyThreadState_SetAsyncExc(
         ctypes.c_ulong(actor.thread.ident), ctypes.py_object(Killed)
     )
-    # Who sleeps executes no bytecode until somebody wakes it.
+    # A sleeping pCPU executes no bytecode until it is woken.
     lib.cpu_notify(actor.cpu.m, actor.cpu.id, lib.ATTENTION_MESSAGE)
 
 

@@ -28,7 +28,7 @@ ROOT = os.geteuid() == 0
 _WRITING = {"write_text", "write_bytes", "savefig", "touch", "rename", "symlink_to", "hardlink_to", "mkdir"}
 _OF_MODULES = {("os", name) for name in ("open", "fdopen", "replace", "rename", "link", "mkdir", "makedirs")}
 _MODULES = ("tempfile", "shutil")
-# What writes no file, and why.
+# Modules that write files otherwise, and why.
 ALLOWED = {
     ("emulator/__main__.py", "os.open"): "/dev/null in place of closed standard descriptors",
     ("emulator/compare/plots.py", "savefig"): "into memory",

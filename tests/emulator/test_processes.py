@@ -25,7 +25,7 @@ COMMANDS = {
 }
 UNLIMITED = {"one search", "several searches"}
 
-# Interrupted as soon as so many processes have started, before anybody has noted them.
+# Interrupted as soon as so many processes have started, before the parent has noted them.
 INTERRUPTED = """
 import os, signal, sys
 from multiprocessing import popen_spawn_posix
@@ -53,7 +53,7 @@ def started(*command: str) -> Iterator[subprocess.Popen[str]]:
         stderr=subprocess.PIPE,
         text=True,
         start_new_session=True,
-        # These tests may run under nohup, what they start may not.
+        # These tests may run under nohup, their processes may not.
         preexec_fn=lambda: signal.signal(signal.SIGHUP, signal.SIG_DFL),
     )
     try:
@@ -72,7 +72,7 @@ def children(process: subprocess.Popen[str]) -> list[Path]:
 
 
 def workers(process: subprocess.Popen[str]) -> list[Path]:
-    """Two, beside what looks after their semaphores; at work."""
+    """Two at work, beside the process that looks after their semaphores."""
     found: list[Path] = []
 
     def at_work() -> bool:

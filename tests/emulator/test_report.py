@@ -1,4 +1,4 @@
-"""What is made of a result."""
+"""The summary and the document of a result."""
 
 from __future__ import annotations
 

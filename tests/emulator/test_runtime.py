@@ -1,4 +1,4 @@
-"""CPUs, errors, locks: what KVM's code stands on."""
+"""CPUs, errors, locks: the ground that KVM's code stands on."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The scenarios that ship, at several sizes: placement, who is disturbed, what they are about."""
+"""The scenarios that ship, at several sizes: placement, disturbed VMs, subjects."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ from native.types import CpuId
 from tests.support import wait_until
 
 LINUX = preset("linux-7.3")
-# With what each is about: a counter or statistic that must move.
+# With the subject of each: a counter or statistic that must move.
 COMPARED = {
     "partitioned": "roots_allocated",
     "migration-storm": "migrations",

@@ -55,7 +55,7 @@ END_SECONDS = 60.0
 
 @dataclass
 class Trial:
-    """One process and what becomes of it."""
+    """One process and its end."""
 
     command: str
     process: subprocess.Popen[bytes]
@@ -77,7 +77,7 @@ class Trial:
             time.sleep(random.choice((0.0, 0.0005, 0.01)))
 
     def check(self, out: bytes, errors: str, trial_text: str) -> str:
-        """What became of the process, in a word."""
+        """Return the end of the process in a word."""
         status = self.process.returncode
         trial_text = f"{trial_text}: {self.sent}, taken over: {self.taken}, status {status}\n{errors[-3000:]}"
         if not self.taken and status < 0 and not out:
@@ -107,7 +107,7 @@ class Trial:
 
 
 def _with_hangups() -> None:
-    """These tests may run under nohup, what they start may not."""
+    """These tests may run under nohup, their processes may not."""
     signal.signal(signal.SIGHUP, signal.SIG_DFL)
 
 

@@ -1,4 +1,4 @@
-"""Files that are no TOML, no text, or too much of it; and what numbers count."""
+"""Files that are no TOML, no text, or too much of it; and the units of numbers."""
 
 from __future__ import annotations
 

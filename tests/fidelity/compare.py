@@ -1,4 +1,4 @@
-"""What one operation counted against what its line of ground_truth.toml expects."""
+"""Compare one operation's counts with the expectations of its line of ground_truth.toml."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ def observed(counts: VmCounts) -> dict[str, Any]:
 
 
 def expected(line: Line, vcpus: int, result: int, counts: VmCounts) -> dict[str, Any]:
-    """The same for what the line expects of the VM that was operated on."""
+    """Compare as above, with the line's expectations of the VM that was operated on."""
 
     def number(value: Expected) -> Any:
         return result if value == "result" else value

@@ -11,10 +11,10 @@ This is all that the fidelity test knows about the emulator. The counters have K
 
 The counters of a destroyed VM stay readable. A VM that does not exist yet has none: all are 0.
 
-Steps, with the fixture's arguments, and what they return. `vm` is 0 unless given (`guest`: all VMs).
+Steps, with the fixture's arguments, and their results. `vm` is 0 unless given (`guest`: all VMs).
 
 guest do=write|idle|stop [slot] [n]
-    What all vCPUs do from now on: store to each of the first n (all) pages of the slot over and over; stay in
+    All vCPUs from now on: store to each of the first n (all) pages of the slot over and over; stay in
     the guest without an access; leave KVM_RUN. An access that cannot be served (no memslot, no right to write
     in the host) is skipped. Returns 0, after each vCPU has done a whole round (stop: has left).
 touch slot access=read|write [concurrent=yes]
@@ -97,7 +97,7 @@ class VmCounts:
     vcpus: tuple[VcpuCounts, ...] = ()
 
     def since(self, before: VmCounts) -> VmCounts:
-        """What was counted since; a VM that did not exist then had counted nothing."""
+        """Return the counts since then; a VM that did not exist then had none."""
         earlier = before.vcpus or (VcpuCounts(),) * len(self.vcpus)
         return VmCounts(
             self.remote_tlb_flush_requests - before.remote_tlb_flush_requests,

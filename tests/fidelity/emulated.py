@@ -1,4 +1,4 @@
-"""The driver: the steps of ground_truth.toml on an emulated machine (driver.py says what each means)."""
+"""The driver: the steps of ground_truth.toml on an emulated machine (driver.py explains each)."""
 
 from __future__ import annotations
 

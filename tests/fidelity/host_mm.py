@@ -1,4 +1,4 @@
-"""The host's side: what madvise, mprotect, reclaim and khugepaged do to the VMM's memory."""
+"""The host's side: madvise, mprotect, reclaim and khugepaged on the VMM's memory."""
 
 from __future__ import annotations
 
@@ -36,7 +36,7 @@ class HostMm:
             lib.mm_unmap(self.cpu.m, self.cpu.id, kvm.id, start, end, keep)
 
     def protect(self, kvm: Kvm, start: int, end: int, prot: str) -> None:
-        """mprotect. PROT_NONE differs from PROT_READ only for who faults, and then nobody does."""
+        """mprotect. PROT_NONE differs from PROT_READ only for a vCPU that faults, and none does then."""
         promise = lib.PROMISE_NOTIFIER_WRITE if prot == "r" else lib.PROMISE_NOTIFIER
         with self._notified(kvm, start, end, promise):
             lib.mm_protect(self.cpu.m, self.cpu.id, kvm.id, start, end, prot == "rw")

@@ -13,7 +13,7 @@ from .probes import Probes
 
 
 def probe_kvm(probes: Probes) -> None:
-    """The functions that the recordings traced, and what says that an operation did something."""
+    """The functions that the recordings traced, and the signs that an operation took effect."""
     names = {
         getattr(kvm_host, name): name.removeprefix("KVM_REQ_") for name in dir(kvm_host) if "_REQ_" in name
     }

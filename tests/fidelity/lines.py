@@ -1,4 +1,4 @@
-"""Reads ground_truth.toml: the lines, their steps, what they expect."""
+"""Reads ground_truth.toml: the lines, their steps, their expectations."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ VCPUS = (1, 2, 4)
 PRESETS = ("linux-6.12", "linux-7.3")
 VCPU_KEYS = ("flush_all", "flush_current", "flush_guest", "tlb_flush", "kvm_mmu_load")
 
-# A count per vCPU or VM, one for each vCPU, or what the operation returned.
+# A count per vCPU or VM, one for each vCPU, or the operation's result.
 Expected = int | list[int] | Literal["result"]
 
 
@@ -30,7 +30,7 @@ class Step:
         for word in words:
             key, equals, value = word.partition("=")
             if not equals:
-                # `guest write`: the word that is not a pair says what.
+                # `guest write`: the word that is not a pair names the operation.
                 key, value = "do", key
             try:
                 args[key] = int(value, 0)

@@ -13,7 +13,7 @@ from functools import wraps
 from types import FunctionType, TracebackType
 from typing import Any
 
-# A probe's handler gets the call's arguments and its result, and returns what to count, of whom, how much.
+# A probe's handler gets the call's arguments and result, and returns counter, vCPU or VM, and amount.
 Handler = Callable[[tuple[Any, ...], Any], tuple[str, int, int] | None]
 PACKAGE = "emulator."
 
@@ -26,11 +26,11 @@ class Probes:
         self._undo: list[tuple[Any, str, Any]] = []
 
     def count(self, what: str, whom: int) -> int:
-        """How often `what` happened to vCPU or VM number `whom`."""
+        """Return how often `what` happened to vCPU or VM number `whom`."""
         return sum(n for (_, name, number), n in list(self._counts.items()) if (name, number) == (what, whom))
 
     def names(self, prefix: str, whom: int) -> set[str]:
-        """What has been counted under this prefix."""
+        """Return the counts under this prefix."""
         return {name for _, name, number in list(self._counts) if number == whom and name.startswith(prefix)}
 
     def probe(self, function: str, handler: Handler) -> None:
@@ -50,7 +50,7 @@ class Probes:
                 self._replace(module, function, probed)
 
     def probe_method(self, cls: type, method: str, handler: Handler, cpu: int = 0) -> None:
-        """The same for a method; argument number `cpu` is the Cpu."""
+        """Probe a method; argument number `cpu` is the Cpu."""
         self._replace(cls, method, self._probed(getattr(cls, method), handler, cpu))
 
     def _probed(self, original: Callable[..., Any], handler: Handler, cpu: int) -> Callable[..., Any]:

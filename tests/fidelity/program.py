@@ -1,4 +1,4 @@
-"""What a vCPU's guest executes: an endless loop of accesses that the test may rewrite at any time."""
+"""The program of a vCPU's guest: an endless loop of accesses that the test may rewrite at any time."""
 
 from __future__ import annotations
 
@@ -10,16 +10,15 @@ from native.types import VcpuId
 # Pages of the largest slot: a loop of this many accesses visits each page of any slot.
 LENGTH = 1024
 IDLE_GFN = 0x10
-# What the guest OS maps for each of its processes.
+# The pages that the guest OS maps for each of its processes.
 LINEAR_PAGE = 0x400
 OS_PAGES = 16
 
 
 class Program:
-    """The guest runs without paging, so that it accesses what the test says and nothing else.
+    """The guest runs without paging, so that it makes the test's accesses and no others.
 
-    With `guest_os`, an OS of two processes with PCIDs works in slot 0 instead, and what the test says is not
-    asked.
+    With `guest_os`, an OS of two processes with PCIDs works in slot 0 instead of the test's accesses.
     """
 
     def __init__(

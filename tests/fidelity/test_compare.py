@@ -1,4 +1,4 @@
-"""The comparison itself: it must notice every count that differs, and accept only what may vary."""
+"""The comparison itself: it must notice every count that differs, and accept only those that may vary."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ LINES = {line.id: line for line in load()}
 
 
 def recorded(line: Line, vcpus: int, result: int) -> list[VmCounts]:
-    """The counts of a machine that does exactly what the line says."""
+    """The counts of a machine that counts exactly as the line says."""
 
     def of_vcpu(key: str, i: int) -> int:
         value = line.expect.get(key, 0)

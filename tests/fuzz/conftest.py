@@ -1,4 +1,4 @@
-"""Says how many inputs the parsers were given, and what became of them."""
+"""Print how many inputs the parsers were given, and how many they refused."""
 
 from __future__ import annotations
 

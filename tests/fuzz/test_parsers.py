@@ -1,4 +1,4 @@
-"""Each parser loads what it is given, or refuses it in one line: bounded in time and length, with the name of
+"""Each parser loads its input, or refuses it in one line: bounded in time and length, with the name of
 the file or the option.  FLUSHLAB_FUZZ=10 gives ten times as many inputs, other ones each time.
 """
 
@@ -168,7 +168,7 @@ def counterexample(tmp_path_factory: pytest.TempPathFactory) -> Any:
 
 
 def every_reading(path: Path) -> None:
-    """`explain`, and what `explore --replay` reads."""
+    """The files of `explain` and of `explore --replay`."""
     refused = None
     for read in (replay.load, lambda path: [diagram(explain(case)) for case in load_cases(path)]):
         try:

@@ -1,4 +1,4 @@
-"""The collector: what a scrape says, what it costs in series, and that it may meet the machine's end."""
+"""The collector: a scrape's content, its cost in series, and that it may meet the machine's end."""
 
 from __future__ import annotations
 

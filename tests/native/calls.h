@@ -1,4 +1,4 @@
-/* What the tests of calls between CPUs share: a function that checks what it is called with, machines, threads. */
+/* Shared by the tests of calls between CPUs: a function that checks its argument, machines, threads. */
 #ifndef FLUSHLAB_TEST_CALLS_H
 #define FLUSHLAB_TEST_CALLS_H
 
@@ -11,7 +11,7 @@
 
 enum { PCPUS = 4, SENDERS = 2 };
 
-/* What functions leave on their target: plain, because only who owns the target may touch it. */
+/* Results of functions on their target: plain, because only the target's owner may touch them. */
 static struct {
 	uint64_t ran;
 	uint64_t last[PCPUS + SENDERS]; /* last argument by sender */

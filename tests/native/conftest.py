@@ -1,4 +1,4 @@
-"""What the tests of SPTEs, tables and walks have in common."""
+"""The fixtures of the tests of SPTEs, tables and walks."""
 
 from __future__ import annotations
 

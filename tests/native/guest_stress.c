@@ -49,7 +49,7 @@ struct world {
 	uint64_t page[2][PAGES];
 };
 
-/* direct_page_fault(), reduced to 4K pages.  Who loses a race faults again. */
+/* direct_page_fault(), reduced to 4K pages.  A vCPU that loses a race faults again. */
 static void fault(struct world *w, uint32_t cpu, uint64_t gfn)
 {
 	uint64_t seq = mmu_invalidate_seq(w->m, w->vm);

@@ -1,4 +1,4 @@
-/* What the C tests share: a small machine, threads that drive CPUs, checks, and a watchdog. */
+/* Shared by the C tests: a small machine, threads that drive CPUs, checks, and a watchdog. */
 #ifndef FLUSHLAB_TEST_HARNESS_H
 #define FLUSHLAB_TEST_HARNESS_H
 
@@ -27,7 +27,7 @@
 		}                                                                                  \
 	} while (0)
 
-/* What the watchdog says hangs. */
+/* The name of the test, for the watchdog's message. */
 static const char *volatile harness_test = "?";
 
 static inline void harness_timeout(int signal)

@@ -1,4 +1,4 @@
-/* A machine's heap: what it hands out, and that a restore brings every byte back, by both ways. */
+/* A machine's heap: its blocks, and that a restore brings every byte back, by both ways. */
 #include "harness.h"
 
 #include <fcntl.h>
@@ -33,7 +33,7 @@ static uint64_t next_random(void)
 	return random_state;
 }
 
-/* What the test allocates, in an order of its own. */
+/* The test's blocks, in an order of its own. */
 static struct {
 	uint8_t *memory;
 	size_t bytes;

@@ -1,7 +1,7 @@
 """A hypervisor of a hundred lines on the native primitives, driven by one thread.
 
 It maps on EPT violations, unmaps, write-protects and frees in whatever order a test says, with or without the
-flush that is due: what the oracle must tell apart.  It is not KVM; emulator/kvm is.
+flush that is due, and the oracle must distinguish these.  It is not KVM; emulator/kvm is.
 """
 
 from __future__ import annotations
@@ -66,7 +66,7 @@ class Hypervisor:
         return root
 
     def vcpu(self, vm: VmId, vpid: int, **guest: int) -> VcpuId:
-        """A vCPU whose guest has paging off unless told otherwise."""
+        """Create a vCPU, with paging off in the guest by default."""
         vcpu = VcpuId(lib.vcpu_create(self.m, vm))
         assert vcpu >= 0
         values = {"first_gfn": 0, "end_gfn": 1024, "pcid": 1, "seed": vpid, "paging": 0}
@@ -96,7 +96,7 @@ class Hypervisor:
         self.active[vmcs] = cpu
 
     def enter(self, cpu: CpuId, vcpu: VcpuId) -> None:
-        """What must be done right before guest_run or guest_access."""
+        """Prepare for guest_run or guest_access, right before the call."""
         self.load(cpu, vcpu)
         lib.local_irq_disable(self.m, cpu, b"test")
         lib.vcpu_set_mode(self.m, vcpu, lib.IN_GUEST_MODE)
@@ -183,7 +183,7 @@ class Hypervisor:
         """Give the frame behind the page back to the host."""
         lib.mm_unmap(self.m, cpu, vm, gfn, gfn + 1, 0)
 
-    # -- what came of it
+    # -- results
 
     def violations(self) -> dict[str, int]:
         """Counts of the kinds that occurred."""

@@ -1,4 +1,4 @@
-/* Frames and user memory under several threads: nobody shares a frame, contents survive every move, and the
+/* Frames and user memory under several threads: no two owners share a frame, contents survive every move, and the
  * custody that a fault takes belongs to the frame that it takes. */
 #include "harness.h"
 
@@ -175,7 +175,7 @@ static void test_block_custody(void)
 	/* A split: only the child of the frame that was taken has a void custody. */
 	CHECK(frame_custody_of_one(m->frames, block + 7, first | CUSTODY_OF_BLOCK) != frame_host_tag_of(m, block + 7));
 	CHECK(frame_custody_of_one(m->frames, block + 8, first | CUSTODY_OF_BLOCK) == frame_host_tag_of(m, block + 8));
-	/* Whoever has one frame by a void custody gets none for it; otherwise it is today's. */
+	/* A void custody of a frame is never granted again; a valid one is the frame's current custody. */
 	CHECK(!holds(block + 7, frame_custody_of_block(m->frames, block + 7, one)));
 	CHECK(frame_custody_of_block(m->frames, block + 8, frame_host_tag_of(m, block + 8)) == later);
 	for (uint32_t i = 0; i < BLOCK_FRAMES; i++) {

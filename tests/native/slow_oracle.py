@@ -50,7 +50,7 @@ class History:
 
 
 class Translation(NamedTuple):
-    """What a TLB holds: the frame, whether it may be written through, how often the frame had been freed."""
+    """A TLB entry: the frame, whether it may be written through, how often the frame had been freed."""
 
     frame: int
     write: bool

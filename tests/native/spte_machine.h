@@ -1,4 +1,4 @@
-/* What the tests of SPTEs share: a machine with one VM and one path of tables, and threads on it. */
+/* Shared by the tests of SPTEs: a machine with one VM and one path of tables, and threads on it. */
 #ifndef FLUSHLAB_SPTE_MACHINE_H
 #define FLUSHLAB_SPTE_MACHINE_H
 

@@ -136,7 +136,7 @@ static void test_removed_table(uint32_t chaos)
 
 /* --- exclusive writers against fast page faults and hardware ------------------------------------------- */
 
-/* What hardware and fast page faults did to each SPTE, for its writer to find: the value that they left. */
+/* The value that hardware and fast page faults left in each SPTE, for its writer to find. */
 static _Atomic uint64_t left[8];
 
 static void *hardware(void *argument)

@@ -1,4 +1,4 @@
-/* Calls between CPUs: none lost, none run twice, none run while interrupts are off, nobody waits for ever. */
+/* Calls between CPUs: none lost, none run twice, none run while interrupts are off, no wait is endless. */
 #include "calls.h"
 
 #include "core/counters.h"
@@ -110,7 +110,7 @@ static void run_senders(const char *name, uint32_t rounds, uint32_t chaos, void 
 		ran += seen[cpu].ran;
 	CHECK(ran == total(m, COUNT_CALLS_RUN));
 	CHECK(ran <= calls_expected(rounds) && total(m, COUNT_CSD_QUEUED) <= calls_expected(rounds));
-	/* The last asynchronous ones may find their target offline; what was waited for did not. */
+	/* The last asynchronous ones may find their target offline; awaited ones did not. */
 	if (all_run)
 		CHECK(ran + 2 * SENDERS * PCPUS >= calls_expected(rounds));
 	machine_destroy(m);

@@ -122,7 +122,7 @@ static void *endless_writer(void *argument)
 	return NULL;
 }
 
-/* Whoever asks for the lock between two crowds gets it. */
+/* A thread that asks for the lock between two crowds gets it. */
 static void test_fairness(const char *name, uint32_t rounds, void *(*crowd)(void *), bool write)
 {
 	struct machine *m = begin(name, 0);

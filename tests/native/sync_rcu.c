@@ -36,7 +36,7 @@ static void free_object(struct machine *m, struct cpu *cpu, uint64_t argument)
 	atomic_fetch_add(&freed, 1);
 }
 
-/* Publish a fresh object, return the one that nobody finds any more. */
+/* Publish a fresh object, return the one that no reader finds any more. */
 static uint64_t replace(void)
 {
 	static uint64_t hint;
@@ -234,8 +234,8 @@ static void *synchronize_srcu_once(void *argument)
 	return NULL;
 }
 
-/* A reader that read the index, was delayed while somebody synchronized, and is counted under the old index:
- * the next one who synchronizes waits for it. */
+/* A reader that read the index, was delayed while another CPU synchronized, and is counted under the old index:
+ * the next synchronizer waits for it. */
 static void test_stale_index(void)
 {
 	struct machine *m = begin("SRCU: a reader under the old index", 0);
@@ -264,7 +264,7 @@ static void *synchronize(void *argument)
 	return NULL;
 }
 
-/* Stopping ends the wait of who synchronizes; callbacks still wait for their reader, and then run. */
+/* Stopping ends the wait of a synchronizer; callbacks still wait for their reader, and then run. */
 static void test_stop(void)
 {
 	struct machine *m = begin("stop while a reader reads", 0);
@@ -309,7 +309,7 @@ static void test_misuse(void)
 	local_irq_enable(m, cpu);
 	CHECK(synchronize_srcu(m, cpu, 0) == 0);
 	CHECK(call_rcu(m, cpu, RCU_CALLBACKS, 0) == MACHINE_MISUSE);
-	/* no thread: what is queued runs when the machine goes */
+	/* no thread: queued callbacks run when the machine goes */
 	CHECK(call_rcu(m, cpu, RCU_FREE_FRAME, 1) == 0);
 	machine_destroy(m);
 	CHECK(atomic_load(&freed) == 1);

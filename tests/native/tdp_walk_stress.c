@@ -37,7 +37,7 @@ static void *zaps(void *argument)
 	uint32_t passes = 0;
 
 	walks(argument, TDP_ZAP_LEAFS, &passes);
-	/* Once more when nobody maps any longer. */
+	/* Once more when no thread maps any longer. */
 	return walks(argument, TDP_ZAP_LEAFS, &passes);
 }
 

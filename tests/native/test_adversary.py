@@ -1,4 +1,4 @@
-"""What hardware may do at any time: evict an entry, fetch a translation that nobody asked for."""
+"""Liberties of hardware at any time: evict an entry, fetch a translation that no access needs."""
 
 from __future__ import annotations
 

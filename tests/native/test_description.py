@@ -35,7 +35,7 @@ def test_the_table_is_what_the_headers_say() -> None:
 
 
 def test_most_are_their_own() -> None:
-    """A default is for headers whose calls no controlled scheduler runs."""
+    """A default is for headers with calls that no controlled scheduler runs."""
     defaults = [header for header in public_headers() if "/* calls: " in header.read_text()]
     assert defaults
     for header in defaults:

@@ -37,7 +37,7 @@ class Model:
         }
 
     def walk(self, name: str, start: int, end: int) -> int:
-        """What a range walk does; returns how many pages it changes."""
+        """Do the work of a range walk; return how many pages it changes."""
         pages = 0
         for gfn in self.covering(start, end):
             level, hfn, writable, accessed = self.leafs[gfn]
@@ -72,7 +72,7 @@ def do_huge(rig: Rig, model: Model, gfn: int) -> None:
     table, spte = rig.link(gfn, 2)
     if spte & PRESENT:
         return
-    # A block straight from the pool: what user memory has there is not the point.
+    # A block straight from the pool: the contents of user memory do not matter.
     block = rig.frame(lib.FRAME_BLOCK)
     if block < 0:
         return

@@ -1,4 +1,4 @@
-"""Events: what the rings hold, what is kept with a report, and starting over."""
+"""Events: the rings, the events kept with a report, and starting over."""
 
 from __future__ import annotations
 

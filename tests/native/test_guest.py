@@ -27,7 +27,7 @@ def machine() -> Iterator[Hypervisor]:
 
 
 def boot(machine: Hypervisor, processes: int = 3, gfns: int = 1024, **guest: int) -> VcpuId:
-    """A VM whose guest runs the same records in each of its processes; its vCPU."""
+    """Return the vCPU of a VM with a guest that runs the same records in each of its processes."""
     vm = machine.vm(gfns)
     vcpu = machine.vcpu(vm, 1, **{"paging": 1, "end_gfn": gfns, **guest})
     for _ in range(processes):

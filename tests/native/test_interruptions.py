@@ -1,4 +1,4 @@
-"""Who interrupts whom: guests that halt without an exit, bystanders, flushes that an interruption led to."""
+"""Interruptions by sender and receiver: guests that halt without an exit, bystanders, flushes after one."""
 
 from __future__ import annotations
 

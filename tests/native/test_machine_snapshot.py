@@ -1,4 +1,4 @@
-"""A machine that is put back: every byte as at the snapshot, and what it does next is what it did before."""
+"""A machine that is put back: every byte as at the snapshot, and its next steps are the earlier ones."""
 
 from __future__ import annotations
 
@@ -53,7 +53,7 @@ def turn(h: Hypervisor, choose: random.Random) -> None:
 
 
 def seen(h: Hypervisor) -> list[object]:
-    """What can be told of the machine, times aside."""
+    """Describe the machine's state, without times."""
     entries = ffi.new("struct tlb_entry[]", 4096)
     n = lib.tlb_dump(lib.cpu_tlb(h.m, CPU0), entries, 4096)
     found: list[object] = [bytes(ffi.buffer(entries, n * ffi.sizeof("struct tlb_entry")))]

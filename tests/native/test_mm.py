@@ -21,7 +21,7 @@ def rig() -> Iterator[Rig]:
 
 
 def write(rig: Rig, hva: int, value: int) -> None:
-    """What a guest that has the page mapped writable does."""
+    """Write as a guest does that has the page mapped writable."""
     lib.frame_write(rig.m, rig.fault(hva).hfn, 5, value)
 
 
@@ -109,7 +109,7 @@ def test_part_of_a_huge_page_splits_it(rig: Rig) -> None:
 
 
 def test_a_huge_page_stays_huge_while_a_part_is_promised_away(rig: Rig) -> None:
-    """A promise about one page of it: what the oracle notes does not change how the host's page is mapped."""
+    """A promise about one page of it: the oracle's notes do not change the host's mapping."""
     write(rig, 0, 1)
     assert lib.mm_collapse(rig.m, CPU, VM0, 0) == 0
     page, neighbour = rig.fault(9), rig.fault(8)
@@ -123,7 +123,7 @@ def test_a_huge_page_stays_huge_while_a_part_is_promised_away(rig: Rig) -> None:
     assert rig.fault(8).level == lib.PG_LEVEL_2M
     now = lib.mm_huge_custody(rig.m, VM0, 8, neighbour.hfn, neighbour.tag)
     assert now == lib.frame_block_custody(rig.m, page.hfn) != before
-    # Who has looked the page up before the promise does not have it now.
+    # A fault that looked the page up before the promise does not have it now.
     stale = lib.mm_huge_custody(rig.m, VM0, 9, page.hfn, page.tag)
     table, _ = rig.link(512, 2)
     for custody, holds in ((before, False), (stale, False), (now, True)):

@@ -27,7 +27,7 @@ OPERATIONS = st.one_of(
 
 
 def access(machine: Hypervisor, model: Model, vcpus: list[VcpuId], step: Any) -> None:
-    """The same access on both sides, EPT violations served in between."""
+    """Make an access on both sides, and serve EPT violations in between."""
     _, cpu, gfn, kind = step
     before = sum(machine.violations().values())
     expected = model.violations
@@ -237,7 +237,7 @@ def test_freed_table_behind_a_paging_structure_cache(machine: Hypervisor) -> Non
 
 
 def test_custody_void_before_the_spte_was_installed(machine: Hypervisor) -> None:
-    """What a fault without mmu_invalidate_seq does: it maps a frame that it no longer owns."""
+    """A fault without mmu_invalidate_seq maps a frame that it no longer owns."""
     vm = machine.vm()
     vcpu = machine.vcpu(vm, 1)
     page = ffi.new("struct mm_page *")
@@ -252,7 +252,7 @@ def test_custody_void_before_the_spte_was_installed(machine: Hypervisor) -> None
 
 
 def test_a_promise_is_about_what_was_taken_away_before_its_flush(machine: Hypervisor) -> None:
-    """Granted again after the flush, then taken away by somebody who has not flushed yet: still legal."""
+    """Granted again after the flush, then taken away by a zap without its flush yet: still legal."""
     vm = machine.vm()
     vcpu = machine.vcpu(vm, 1)
     machine.access(CPU0, vcpu, 0x5000, WRITE)

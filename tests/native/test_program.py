@@ -31,7 +31,7 @@ def machine() -> Iterator[Hypervisor]:
 
 
 def boot(machine: Hypervisor, processes: int = 1, **guest: int) -> VcpuId:
-    """A vCPU whose OS keeps its tables in the last pages."""
+    """Return a vCPU with an OS that keeps its tables in the last pages."""
     settings = {"paging": 1, "pcid": 0, "first_gfn": 900, "end_gfn": 1024, **guest}
     vcpu = machine.vcpu(machine.vm(1024), 1, **settings)
     for _ in range(processes):
@@ -97,7 +97,7 @@ def test_without_paging_addresses_are_guest_physical(machine: Hypervisor) -> Non
     assert machine.mapped(machine.vm_of[vcpu], 0x20)
 
 
-# What invalidates a change of A, of process 0, that was made on the other pCPU.
+# Instructions that invalidate a change of A, of process 0, made on the other pCPU.
 COVERS = {
     "invlpg": [op("invlpg", A)],
     "mov-cr3": [op("mov_cr3", value=0)],

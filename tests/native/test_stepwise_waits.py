@@ -71,7 +71,7 @@ def test_a_grace_period_waits_for_readers_of_before(machine: Machine) -> None:
     lib.ept_table_free_rcu(m, CPU0, table)
     assert lib.rcu_gp_begin(m, rcu) == 1
     assert lib.rcu_gp_begin(m, rcu) == 0
-    lib.rcu_read_lock(m, CPU0)  # after the grace period began: nobody waits for it
+    lib.rcu_read_lock(m, CPU0)  # after the grace period began, which does not wait for it
     assert lib.rcu_gp_end(m, rcu) == lib.MACHINE_AGAIN
     assert lib.rcu_holdout(m) == 1
     assert lib.frames_in_use(m, lib.FRAME_TABLE) == 1

@@ -1,4 +1,4 @@
-"""The typed stub says what the headers and the library say, and mypy finds swapped numbers by it."""
+"""The typed stub agrees with the headers and the library, and mypy finds swapped numbers by it."""
 
 from __future__ import annotations
 

@@ -40,7 +40,7 @@ def counter(m: MachinePtr, name: str) -> int:
 
 
 class Runner(threading.Thread):
-    """A thread whose exception is the test's."""
+    """A thread that hands its exception to the test."""
 
     def __init__(self, body: Callable[[], None]) -> None:
         super().__init__(daemon=True)
@@ -62,7 +62,7 @@ class Runner(threading.Thread):
 
 
 def idle(m: MachinePtr, cpu: CpuId) -> None:
-    """What a pCPU does that has nothing to do."""
+    """Idle as a pCPU without work does."""
     lib.cpu_online(m, cpu)
     while (bits := lib.cpu_halt(m, cpu, 0)) >= 0:
         lib.cpu_clear_attention(m, cpu, bits)

@@ -20,7 +20,7 @@ from tests.native.memory_rig import (
 
 
 def test_zap_root_in_passes(rig: Rig) -> None:
-    """tdp_mmu_zap_root(): each pass removes what is at its level and leaves what is above."""
+    """tdp_mmu_zap_root(): each pass removes the SPTEs of its level and leaves those above."""
     map_huge(rig)
     for gfn in (1, 2, 1030):
         map_page(rig, gfn)

@@ -1,6 +1,6 @@
 """The TLB against the SDM's rules (tlb_model.py), on programs that hypothesis and random seeds write.
 
-Unbounded it must hold exactly what the rules leave: an entry too few is an over-flush, which would hide
+Unbounded it must hold exactly the rules' entries: an entry too few is an over-flush, which would hide
 the misses that other code is here to show.  With a real geometry it must hold nothing else.
 """
 

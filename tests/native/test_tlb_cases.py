@@ -1,4 +1,4 @@
-"""The TLB's careful cases, one by one: what few random programs reach, and what deserves a name."""
+"""The TLB's careful cases, one by one: few random programs reach them, or they deserve a name."""
 
 from __future__ import annotations
 
@@ -219,7 +219,7 @@ def test_ghosts_name_the_flush_that_made_them(pair: Pair) -> None:
 
 @pytest.mark.parametrize("geometry", [UNBOUNDED, SERVER], ids=["unbounded", "server"])
 def test_generations_wrap(geometry: Geometry) -> None:
-    """After 32767 flushes a context's first generation returns: what bore it then must not."""
+    """After 32767 flushes a context's first generation returns, and entries that bore it then must not."""
     tlb, old, new = native_tlb(geometry), ffi.new("struct tlb_entry *"), ffi.new("struct tlb_entry *")
     table, found = ffi.new("struct psc_entry *"), ffi.new("struct psc_entry *")
     old.kind = new.kind = table.kind = Kind.COMBINED
@@ -266,7 +266,7 @@ def test_recycled_contexts_inherit_nothing(geometry: Geometry) -> None:
         psc.kind, psc.level, psc.page = Kind.COMBINED, 1, 0
         lib.psc_insert(tlb, psc)
     assert lib.tlb_contexts(tlb) < CONTEXTS
-    lib.tlb_switch(tlb, 1, 0, 3, 1)  # its slot is somebody else's by now
+    lib.tlb_switch(tlb, 1, 0, 3, 1)  # its slot has another entry by now
     assert lib.tlb_lookup(tlb, Kind.COMBINED, live, e) == 0
     e.page = other
     other_vpids(tlb, e, 10)
@@ -357,7 +357,7 @@ def test_least_recently_used_goes_first() -> None:
 
 
 def test_contexts_do_not_share_one_set() -> None:
-    """The same 12 pages of 100 contexts fit into 1536 entries but for a few."""
+    """Twelve equal pages of 100 contexts fit into 1536 entries but for a few."""
     tlb, e = native_tlb(SERVER), ffi.new("struct tlb_entry *")
     e.kind = Kind.COMBINED
     for vpid in range(1, 101):
@@ -371,7 +371,7 @@ def test_contexts_do_not_share_one_set() -> None:
 
 @pytest.mark.parametrize("paging", [True, False])
 def test_guest_physical_mappings_behind_combined_ones_go_first(paging: bool) -> None:
-    """While a combined mapping answers for a page nobody asks for its guest-physical one."""
+    """While a combined mapping answers for a page, no access looks for its guest-physical one."""
     pair = Pair(Geometry(l2_entries=4, l2_ways=4, psc_entries=4))
     if not paging:
         pair.switch(Kind.GUEST_PHYSICAL, 1, 0, 3)

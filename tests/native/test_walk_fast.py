@@ -2,8 +2,8 @@
 
 Two machines run the same program.  They differ in the geometry of their paging-structure caches alone: those
 of one are unbounded, where the fast path does not look, so it never applies.  Neither evicts anything
-there; the second level is small in both and is evicted from all the time.  What both cache, count and report
-must be the same after each step.
+there; the second level is small in both and is evicted from all the time.  Entries, counts and reports of
+both must be the same after each step.
 """
 
 from __future__ import annotations
@@ -30,7 +30,7 @@ KINDS = [WRITE, READ, EXECUTE, READ]
 RECORDS = [KINDS[(i + i // 28) % 4] << 62 | PAGES[i * 11 % 28] << 12 | i * 8 & 0xFF8 for i in range(300)]
 # Global pages of the guest's kernel, too.
 LINEAR = [page << 12 for page in [*PAGES[::2], *range(0x800000000, 0x800000004)]]
-# What takes time.
+# Costs in time.
 OTHERS = {lib.COUNT_WAIT_NANOSECONDS}
 
 VCPUS = 3
@@ -211,7 +211,7 @@ def fields(entry: TlbEntry | PscEntry) -> list[Any]:
     return [list(value) if isinstance(value, Iterable) else value for value in values]
 
 
-# What one pCPU has brought in order another one meets with what it cached before.
+# State that one pCPU has put in order meets the older cache of another.
 HEALED_ELSEWHERE = [("run", cpu, 0, 13) for cpu in (0, 1) for _ in range(30)]
 AFTER_REROOT = [("reroot",), *HEALED_ELSEWHERE]
 AFTER_UNLINK = [("unlink", 0, True), *HEALED_ELSEWHERE, ("unlink", 40, True), *HEALED_ELSEWHERE]

@@ -1,4 +1,4 @@
-"""What a TLB may hold, by the SDM's rules: nothing is ever evicted, every operation scans everything.
+"""The entries that a TLB may hold, by the SDM's rules: nothing is evicted, every operation scans everything.
 
 Slow and obvious on purpose.  Sources: SDM vol. 3A 4.10 (linear addresses, PCIDs, global pages, INVLPG,
 INVPCID, MOV to CR, page faults) and vol. 3C 29.4 (VPIDs, EP4TAs, INVEPT, INVVPID, EPT violations).
@@ -38,7 +38,7 @@ class Translation:
 
     @property
     def key(self) -> tuple[object, ...]:
-        """What two translations must share for the later one to replace the earlier."""
+        """Return the key that two translations share if the later one replaces the earlier."""
         pcid = None if self.is_global else self.tag.pcid
         return (self.tag.kind, self.tag.vpid, pcid, self.tag.ep4ta, self.size, self.page)
 
@@ -93,7 +93,7 @@ class ModelTlb:
     dropped: Counter[int] = field(default_factory=Counter)
     invalidations: int = 0
 
-    # -- what is current
+    # -- current context
 
     def switch(self, kind: Kind, vpid: int, pcid: int, ep4ta: int) -> None:
         self.kind, self.vpid, self.pcid, self.ep4ta = kind, vpid, pcid, ep4ta
@@ -273,5 +273,5 @@ class ModelTlb:
         self._drop_vpid(0, 0, None, True)
 
     def drop(self, kind: Kind, page: int) -> None:
-        """Not an instruction: the CPU forgets what translates one page in the current context."""
+        """Forget the translation of one page in the current context; no instruction does this."""
         self._drop(0, lambda e: self.usable(e, kind, page), lambda e: False)

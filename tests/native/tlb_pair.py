@@ -11,7 +11,7 @@ from typing import Any
 from native import ffi, lib
 from tests.native.tlb_model import Kind, ModelTlb, PscEntry, Tag, Translation
 
-FLUSH_HISTORY = 16  # as in tlb_internal.h: generations for which ghosts know what ended them
+FLUSH_HISTORY = 16  # as in tlb_internal.h: generations for which ghosts know their end
 
 # Few of each, so that they meet; VPIDs 1 and 257 share a chain.
 VPIDS = (0, 1, 2, 257)
@@ -71,7 +71,7 @@ class Pair:
         lib.tlb_destroy(self.native)
         self.native = None
 
-    # -- what is current, fills
+    # -- current context, fills
 
     def switch(self, kind: Kind, vpid: int, pcid: int, ep4ta: int) -> None:
         if kind == Kind.GUEST_PHYSICAL:
@@ -214,7 +214,7 @@ def psc(e: Any) -> PscEntry:
     return PscEntry(Tag(Kind(e.kind), e.vpid, e.pcid, e.ep4ta), e.page, e.level, e.hfn)
 
 
-#: Operation name of both sides, and what its arguments are drawn from.
+#: Operation name of both sides, and the ranges of its arguments.
 INVALIDATIONS: tuple[tuple[str, tuple[tuple[int, ...], ...]], ...] = (
     ("invept_single", (EP4TAS,)),
     ("invept_global", ()),

@@ -51,7 +51,7 @@ class Scale:
         return cls(stress, seed, 200, 1.0) if stress < 100_000 else cls(stress, seed, 5000, 10.0)
 
     def pairs(self) -> list[Pair]:
-        """All tests, each under every preset, what it names and what must only cost, or some of these."""
+        """Return all tests under presets, their own policies and mutants that only cost, or some."""
         tests = [load_test(name) for name in shipped_texts()]
         pairs = [(test.name, policy) for test in tests for policy in policies_for(test, (), False)]
         few = self.stress // _LEAST
@@ -60,7 +60,7 @@ class Scale:
 
 @dataclass(frozen=True, slots=True)
 class Contradiction:
-    """With what makes it come back."""
+    """Return it with the command that repeats it."""
 
     outcome: Outcome
     verdict: Verdict
@@ -80,7 +80,7 @@ class Contradiction:
 
 
 def contradictions(outcome: Outcome, verdict: Verdict, expected: Sequence[Expected]) -> list[str]:
-    """What cannot be true at once of a test under a policy: what real threads met, what was proved, and what
+    """Return the contradictions about a test under a policy: violations of real threads, proofs, and
     the test says."""
     found = []
     stressed, explored = set(outcome.kinds), set(_most_specific(verdict))
@@ -105,8 +105,8 @@ def _list(kinds: set[str]) -> str:
 
 
 def searched(test: LitmusTest, policy: str) -> tuple[ExploreOptions, tuple[Expected, ...]]:
-    """What the scheduler may choose besides the order of steps, if the test says that the policy is unsafe
-    only then; and what is expected."""
+    """Return the liberties that the scheduler needs, if the test says that the policy is unsafe
+    only with them; and the expected verdict."""
     for choice, policies in test.expect.apart().items():
         if policy in policies and policy not in test.expect.policies:
             return _CHOICES[choice], (policies[policy],)

@@ -15,7 +15,7 @@ from emulator.litmus.table import Results
 from emulator.litmus.verdict import proofs
 from emulator.policy import PRESETS
 
-# Pairs, and executions of each, unless the environment asks for all; executions that find what is rare.
+# Pairs, and executions of each, unless the environment asks for all; executions that find rare violations.
 FEW, EXECUTIONS, MORE = 40, 200, 2000
 DAY = 86400
 

@@ -1,4 +1,4 @@
-"""What real threads find and what is proved of all interleavings never contradict each other."""
+"""Violations on real threads and proofs over all interleavings never contradict each other."""
 
 from __future__ import annotations
 

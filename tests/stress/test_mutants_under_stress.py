@@ -1,7 +1,7 @@
 """Each policy answer that is known to be wrong is caught on real threads, and not by accident.
 
-A run ends at its first violation.  Every mutant also asserts its precondition: what it is supposed to break
-did happen.  The right answers, on the same scenarios, are clean, and flushes averted uses.
+A run ends at its first violation.  Every mutant also asserts its precondition: the operation that it breaks
+took place.  The right answers, on the same scenarios, are clean, and flushes averted uses.
 """
 
 from __future__ import annotations

@@ -30,7 +30,7 @@ def _crew() -> Iterator[Crew]:
 
 
 class Killed(BaseException):
-    """What no handler of ours expects."""
+    """An exception that no handler of the emulator expects."""
 
 
 class Doer(MachineActor):
@@ -132,7 +132,7 @@ def test_dies_inside_rcu(crew: Crew) -> None:
 
 @pytest.mark.parametrize("when", ["idle", "in a grace period"])
 def test_the_rcu_thread_dies(crew: Crew, when: str) -> None:
-    """Who waits for a grace period or for callbacks is let go; what was queued still runs before the end."""
+    """Waits for a grace period or for callbacks end; queued callbacks still run before the end."""
     machine = crew.machine
     reader, updater, barrier = (start(crew, i) for i in range(3))
     RcuThread.start(crew, machine.cpus[machine.pcpus + 3])
@@ -228,7 +228,7 @@ def test_dies_inside_srcu(crew: Crew) -> None:
 
 def broadcast_for_ever(actor: Doer) -> None:
     cpu = actor.cpu
-    # A broadcast that finds nobody has nothing to wait for and does not see the stop.
+    # A broadcast that finds no pCPU has nothing to wait for and does not see the stop.
     while not actor.crew.machine.stopping:
         cpu.check(lib.on_each_cpu(cpu.m, cpu.id, lib.IPI_ACK_KICK, 0, 1))
 
@@ -243,7 +243,7 @@ def test_dies_in_the_middle_of_broadcasts(victim: str, round_: int) -> None:
             start(crew, i).tell(broadcast_for_ever)
         time.sleep(0.02 * round_)
         kill(crew.actors[-1 if victim == "sender" else 1])
-        # A halted pCPU executes no bytecode until somebody wakes it.
+        # A halted pCPU executes no bytecode until it is woken.
         lib.cpu_notify(crew.machine.m, CPU1, lib.ATTENTION_MESSAGE)
         assert crew.stopped.wait(5)
         assert crew.join() == []

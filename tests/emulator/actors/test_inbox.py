@@ -1,4 +1,4 @@
-"""Inbox and future: waits are native, and nobody waits for ever."""
+"""Inbox and future: waits are native, and no wait is endless."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ def _crew() -> Iterator[Crew]:
 
 
 class Echo(MachineActor):
-    """Answers what it is asked, or does what it is told."""
+    """Answers questions, and performs requests."""
 
     def on_receive(self, message: Any) -> Any:
         return message(self) if callable(message) else message

@@ -27,7 +27,7 @@ class Doer(MachineActor):
 
 
 class BadPCpu(PCpu):
-    """A pCPU whose thread does something else when told."""
+    """A pCPU with a thread that does something else on request."""
 
     def on_receive(self, message: Any) -> Any:
         return message(self)

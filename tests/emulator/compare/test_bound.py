@@ -1,4 +1,4 @@
-"""What perfect knowledge would have paid."""
+"""The cost with perfect knowledge."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""`flushlab compare`: what it runs, what it prints, and what it refuses."""
+"""`flushlab compare`: its runs, its output, and its refusals."""
 
 from __future__ import annotations
 

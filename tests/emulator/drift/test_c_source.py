@@ -1,4 +1,4 @@
-"""Finding functions in C source: what counts as a change, and what does not."""
+"""Finding functions in C source: differences that count as a change, and others."""
 
 from __future__ import annotations
 
@@ -130,7 +130,7 @@ def test_two_headers_of_one_body() -> None:
         assert mark(text) != mark(text.replace("long", "short"))
 
 
-# --- what is a change ---------------------------------------------------------------------------------------
+# --- changes ------------------------------------------------------------------------------------------------
 
 
 def test_the_name_and_the_return_type_do_not_count() -> None:

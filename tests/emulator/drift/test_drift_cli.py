@@ -1,4 +1,4 @@
-"""`flushlab drift` on made-up trees: what is said, as text, as JSON, as a diff, and the exit status."""
+"""`flushlab drift` on made-up trees: its output as text, as JSON and as a diff, and its exit status."""
 
 from __future__ import annotations
 
@@ -176,7 +176,7 @@ def test_what_is_found_nowhere_is_told(own_record: Path, capsys: Captured) -> No
     assert all(len(line) <= 80 for line in out.splitlines())
 
 
-# --- what cannot be used ------------------------------------------------------------------------------------
+# --- unusable input -----------------------------------------------------------------------------------------
 
 
 def refused(capsys: Captured, *words: str) -> str:

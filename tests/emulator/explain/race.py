@@ -1,4 +1,4 @@
-"""Races made of events, for tests of what is made of them: pCPUs 0 to 3, kvm0 is CPU 4, host0 is CPU 5."""
+"""Races made of events, for tests of their analysis: pCPUs 0 to 3, kvm0 is CPU 4, host0 is CPU 5."""
 
 from __future__ import annotations
 
@@ -63,7 +63,7 @@ class Race:
     def report(
         self, pcpu: int = 0, kinds: tuple[str, ...] = ("use-after-free",), **more: Any
     ) -> dict[str, Any]:
-        """What a report of this race would say; the entry was filled at clock 150."""
+        """Return a report of this race; the entry was filled at clock 150."""
         entry = {
             "kind": "combined",
             "size": "4K",
@@ -121,7 +121,7 @@ def flushed_mask() -> Race:
 
 
 def noisy(race: Race) -> Race:
-    """The same race among things that have nothing to do with it."""
+    """Return the race among events that have nothing to do with it."""
     noise = Race()
     for event in race.events:
         noise.events.append(event)

@@ -379,7 +379,7 @@ def test_a_write_that_left_no_event_is_known_by_its_clock() -> None:
     assert [(moment.event.kind, moment.meaning) for moment in unknown.moments] == [("log_get", UNNAMED)]
 
 
-# --- what is drawn besides ---------------------------------------------------------------------------------
+# --- further moments ---------------------------------------------------------------------------------------
 
 
 def test_a_root_that_is_invalidated_is_drawn() -> None:
@@ -426,7 +426,7 @@ def test_a_flush_before_the_zap() -> None:
     # The promise found nothing to zap: another operation is at fault.
     race = Race().enter(0, 100).request(KVM).zap(KVM).promise(HOST)
     assert analysis(race).culprit is None
-    # What was asked for when the zap yielded is not for what came after.
+    # A flush that was requested when the zap yielded does not cover later zaps.
     race = Race().enter(0, 100).request(HOST).add("yield", HOST, VM, 1).zap(HOST).promise(HOST)
     assert analysis(race).culprit is None
 

@@ -1,4 +1,4 @@
-"""What a diagram and a report give as the cause is the nature of the mutant that brought it about."""
+"""The cause that a diagram and a report name is the nature of the mutant."""
 
 from __future__ import annotations
 
@@ -30,14 +30,14 @@ from emulator.litmus.policies import named_policy
 from emulator.litmus.runner import run_test
 from emulator.policy import MUTANTS
 
-# Where no event stands for what was not done, the report says what is missing.
+# The report names a missing action if no event stands for its absence.
 FLUSH = "the remote flush before the promise"
 UNLINKED = "the flush between unlinking the table and freeing it"
 REFERENCE = "a reference on the root, rcu_read_lock(), or a new start of the walk"
 STILL_MAPPED = "the zap of this SPTE before the host freed the page"
 WRITE_PROTECTED = "the flush after write-protecting"
 
-# The test that shows it; what was done wrong, or what is missing; the event that it is said of.
+# The test that shows it; the wrong or missing action; the event that carries the explanation.
 CAUSES: dict[str, tuple[str, str, str]] = {
     "yield-forgets-flush": ("zap-root-yield", FLUSH, ""),
     "later-root-forgets-flush": ("zap-root-order", FLUSH, ""),

@@ -1,4 +1,4 @@
-"""The diagram as text: what it looks like, and that it fits into a commit message."""
+"""The diagram as text: its look, and that it fits into a commit message."""
 
 from __future__ import annotations
 

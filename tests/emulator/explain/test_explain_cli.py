@@ -1,4 +1,4 @@
-"""`flushlab explain`: which files it reads, and what it says of those that it cannot."""
+"""`flushlab explain`: the files that it reads, and its errors for other files."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Programs whose outcome is what a policy's method has read, for tests of what explore knows of that."""
+"""Programs with a policy's reads as their outcome, for tests of explore's knowledge of such reads."""
 
 from __future__ import annotations
 
@@ -56,7 +56,7 @@ def moving(w: str = "", mm: str = "", v0: str = '"migrate 1"') -> str:
 def looking(
     *lines: str, point: str = "migration", given: str = "vcpu", imports: str = "", helpers: str = ""
 ) -> str:
-    """A policy's file: what its method does; `self.log` is what counts."""
+    """A policy's file with this method; `self.log` is the outcome."""
     body = "\n".join(f"        {line}" for line in lines)
     return LOGGING.format(point=point, given=given, body=body, imports=imports, helpers=helpers)
 
@@ -83,7 +83,7 @@ def outcomes(
     frozen: bool = False,
     most: int = 3000,
 ) -> tuple[Found, Known]:
-    """All that comes of the executions that the strategy has, and what it had to know."""
+    """Return all outcomes of the strategy's executions, and the reads that it had to know."""
     path = directory / f"looks_{zlib.crc32(policy.encode()):x}.py"  # policies are loaded once
     path.write_text(policy)
     loaded = named_policy(str(path))

@@ -1,7 +1,7 @@
 """Two worlds compared, by a walk that shares nothing with emulator.explore.engine.snapshot.
 
-What is reachable is found by the garbage collector's means, attributes by copyreg's, and everything is
-described by its type, what it holds, and the order in which the walk comes to it.
+Reachable objects are found by the garbage collector's means, attributes by copyreg's, and everything is
+described by its type, its content, and the order in which the walk comes to it.
 """
 
 from __future__ import annotations
@@ -56,7 +56,7 @@ class _Walk:
     def inside(self, obj: Any) -> str:
         kind = type(obj)
         if isinstance(obj, GeneratorType):
-            return obj.__name__  # where it stands is in what the task has said
+            return obj.__name__  # its position follows from the task's messages
         if isinstance(obj, ffi.CData):
             return self.memory(obj)
         if isinstance(obj, dict):

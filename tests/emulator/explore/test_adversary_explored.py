@@ -1,4 +1,4 @@
-"""TLBs that drop and fetch translations of their own: what that makes reachable, and what it does not."""
+"""TLBs that drop and fetch translations of their own: states that this makes reachable, and others."""
 
 from __future__ import annotations
 
@@ -52,7 +52,7 @@ def verdict_of(test: str, policy: str, options: ExploreOptions, executions: int 
 
 
 class Counted(LitmusProgram):
-    """The outcome is how often the guest missed the TLB, and how much was fetched for nobody."""
+    """The outcome is how often the guest missed the TLB, and how much was fetched without an access."""
 
     def __init__(self, test: LitmusTest, options: ExploreOptions) -> None:
         super().__init__(test, named_policy("linux-7.3"), options)
@@ -126,7 +126,7 @@ def test_evictions_and_fills_change_what_can_happen() -> None:
 
     assert counts(ExploreOptions()) == {" missed 4 fetched 0"}
     assert counts(ExploreOptions(evict=1)) == {" missed 4 fetched 0", " missed 5 fetched 0"}
-    # What is mapped may be fetched before it is used: 0x10 by nobody's access after the fault on it.
+    # A mapped page may be fetched before it is used: 0x10 without an access after the fault on it.
     assert " missed 3 fetched 1" in counts(ExploreOptions(speculate=1))
     # Walks that find no cached tables are longer.
     assert len(outcomes(ExploreOptions(evict=1)).outcomes) > 2

@@ -1,4 +1,4 @@
-"""Explored code touches shared state only where it says so, and what it calls is described."""
+"""Explored code touches shared state only in declared steps, and its calls are described."""
 
 from __future__ import annotations
 
@@ -40,7 +40,7 @@ def test_no_shared_state_is_touched_without_a_point(policy: str) -> None:
 
 
 def test_who_is_unwound_announces_nothing() -> None:
-    """The execution ends at the violation; what tasks do on their way out is not explored."""
+    """The execution ends at the violation; actions of tasks that unwind are not explored."""
     assert audit_of("return-protect", "lkml-2025-cpu-flushed-mask", 10).clean
 
 

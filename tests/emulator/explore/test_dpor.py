@@ -153,5 +153,5 @@ def test_the_same_outcomes_up_to_a_bound(tasks: list[list[Op]], bound: int) -> N
 def test_the_bound_counts_preemptions() -> None:
     tasks: list[list[Op]] = [[("inc", "x")] * 3, [("inc", "x")] * 3]
     assert explore(*tasks, bound=0).executions == 2
-    # One preemption: after the first or the second step of whoever begins, and then on to the end.
+    # One preemption: after the first or the second step of the first task, and then on to the end.
     assert explore(*tasks, bound=1).executions == 2 + 4

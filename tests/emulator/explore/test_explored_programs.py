@@ -1,4 +1,4 @@
-"""Who is on which CPU."""
+"""The CPU of each thread."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ def test_each_thread_has_a_cpu_of_its_own_and_so_has_rcu(name: str) -> None:
     with instrument(program.control):
         rcu: Any = SimpleNamespace(name="rcu")
         assert names[program.cpu_of(rcu)] == "rcu"
-        # Callbacks' stores are in nobody's store buffer.
+        # Callbacks' stores are in no store buffer.
         assert program.cpu_of(rcu) not in program._buffered()
     program.close()
 

@@ -1,4 +1,4 @@
-"""Fibers: the same greenlets again, whatever has become of what they did."""
+"""Fibers: the same greenlets again, whatever has become of their work."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What is said to be independent is, and what is not conflicts: seen in whole executions."""
+"""Steps that are declared independent commute, and others conflict: seen in whole executions."""
 
 from __future__ import annotations
 
@@ -53,7 +53,7 @@ def searched(
     bound: int | None = None,
     every: bool = False,
 ) -> tuple[Found, list[Step]]:
-    """No samples: what is found or proved is found or proved by the reduced search alone."""
+    """No samples: the reduced search alone finds or proves."""
     program = program_of(load_test(test), named_policy(policy))
     try:
         with instrument(program.control):
@@ -66,7 +66,7 @@ def searched(
 
 
 def steps_of(test: str, policy: str, kind: str) -> list[Step]:
-    """Those of this kind in the first execution."""
+    """Return the steps of this kind in the first execution."""
     return [step for step in searched(test, policy, 1)[1] if step.label[0] == kind]
 
 
@@ -79,7 +79,7 @@ def test_a_walk_from_a_cached_pointer_races_the_freeing_of_the_table() -> None:
 
 
 def roots(test: str, names: Iterable[Hashable]) -> set[Hashable]:
-    """Root pages among those whose custody these are."""
+    """Return the root pages among the pages of these custodies."""
     tables = {name[1] for name in names if isinstance(name, tuple) and name[0] == "custody of table"}
     return tables & set(range(1, load_test(test).machine.root_frames + 1))
 
@@ -223,7 +223,7 @@ ops = ["host-unmap 0x10 2"]
 
 @pytest.mark.slow
 def test_who_finds_mmu_lock_taken_races_its_holder(tmp_path: Path) -> None:
-    """Whoever comes while it is held makes the holder yield, whoever comes later does not."""
+    """A thread that comes while the lock is held makes the holder yield, one that comes later does not."""
     found, _ = searched(written(tmp_path, CONTENDED), "zap_yield=no-flush", 2000)
     assert found.outcome == "use-after-free"
 
@@ -294,7 +294,7 @@ def test_kvms_own_look_at_a_table_races_its_freeing(tmp_path: Path) -> None:
 
 
 def test_copies_conflict_with_stores_to_the_same_page() -> None:
-    """What was copied before or after a store decides at the end; only pages that are copied matter to it."""
+    """The pages copied before or after a store decide at the end; only pages that are copied matter to it."""
     text = """doc = "d"
 source = "s"
 init = ["v0: write 0x10", "k: log-arm", "v0: write 0x10"]

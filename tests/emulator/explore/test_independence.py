@@ -76,7 +76,7 @@ def test_the_same_each_time() -> None:
 
 
 class Program:
-    """Two tasks whose steps say that they touch nothing: what `body` does with the first's and second's moves
+    """Two tasks with steps that declare no accesses: `body` combines the first's and the second's moves
     on a list."""
 
     def __init__(self, first: Body, second: Body) -> None:

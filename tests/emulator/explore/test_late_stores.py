@@ -1,4 +1,4 @@
-"""What x86 orders although stores are late: releases, grace periods, handlers' answers, one's own loads."""
+"""Orders that x86 keeps although stores are late: releases, grace periods, handlers' answers, own loads."""
 
 from __future__ import annotations
 
@@ -46,7 +46,7 @@ FREE = 40  # a request that KVM does not have
 
 
 class Script:
-    """What thread a does, and thread b; `saw` is the outcome."""
+    """The bodies of threads a and b; `saw` is the outcome."""
 
     def __init__(self) -> None:
         self.lock = SpinLock("a lock")
@@ -64,7 +64,7 @@ scripts: list[Script] = []
 
 
 def outcomes(script: type[Script], monkeypatch: pytest.MonkeyPatch) -> set[str]:
-    """What the script has noted, in every interleaving."""
+    """Return the script's notes, in every interleaving."""
     current = scripts
 
     class Scripted(LitmusProgram):
@@ -201,7 +201,7 @@ def test_a_grace_period_contains_barriers(script: type[Script], monkeypatch: pyt
 
 
 class Dekker(Script):
-    """Each stores, then loads what the other stores; between the two of a stands what the test is about."""
+    """Each stores, then loads the other's variable; the subject of the test is between the two steps of a."""
 
     def between(self, k: Any, cpu: Cpu) -> None:
         pass

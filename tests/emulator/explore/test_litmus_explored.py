@@ -209,7 +209,7 @@ def test_an_error_of_ours_is_none(
     assert "IndexError" in capsys.readouterr().err
 
 
-# What it remembers is out of reach.
+# Its memory is out of reach.
 UNSTEADY = """
 import string
 from itertools import count

@@ -1,4 +1,4 @@
-"""Shorter counterexamples: what a candidate may come to."""
+"""Shorter counterexamples: the possible ends of a candidate."""
 
 from __future__ import annotations
 

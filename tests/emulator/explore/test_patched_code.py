@@ -1,4 +1,4 @@
-"""What a proof under a patch covers: shared state that the patch adds has ordering points, or is named."""
+"""The scope of a proof under a patch: shared state that the patch adds has ordering points, or is named."""
 
 from __future__ import annotations
 

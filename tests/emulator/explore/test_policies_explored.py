@@ -1,4 +1,4 @@
-"""Policies that users write, explored: what they remember is shared by all who ask them."""
+"""Policies that users write, explored: all callers share their memory."""
 
 from __future__ import annotations
 
@@ -81,7 +81,7 @@ def test_a_search_does_not_change_the_next_one(tmp_path: Path) -> None:
     assert (one.rounds, one.kinds) == (other.rounds, other.kinds)
 
 
-# Careless if anybody was asked before it was made.
+# Careless if any method was called before it was made.
 COUNTS = """
 from emulator.policy import Policy
 
@@ -139,8 +139,8 @@ def test_memory_that_nobody_knows_may_have_changed(tmp_path: Path) -> None:
 
 
 def test_a_change_counts_though_another_task_asked_meanwhile(tmp_path: Path) -> None:
-    """A method that reads what others write is interrupted there, and its task's turn of a loop has changed
-    what the policy remembers all the same."""
+    """A method that reads other tasks' writes is interrupted there, and its task's loop iteration has changed
+    the policy's memory all the same."""
     memory = Memory()
     policy = memory.policy = named_policy(written(tmp_path, "mine.py", HASTY))
     mine: Any = policy

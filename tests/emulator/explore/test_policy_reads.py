@@ -1,4 +1,4 @@
-"""What a policy reads of KVM and the machine races what changes it."""
+"""A policy's reads of KVM and the machine race the writes."""
 
 from __future__ import annotations
 
@@ -36,7 +36,7 @@ from emulator.machine.runtime import Cpu
 from emulator.policy import PolicyError
 from tests.emulator.explore.asked_programs import exhaustive, looking, moving, outcomes
 
-# The vCPU comes back to a pCPU whose entry has gone stale meanwhile.  Only while a vCPU of another VM is
+# The vCPU comes back to a pCPU with a stale entry.  Only while a vCPU of another VM is
 # loaded on the third pCPU, which nothing else in this program depends on, is the flush left out.
 RETURNS = """
 doc = "v0 returns to pcpu0 after its page was zapped; w runs on pcpu2 for a while."
@@ -76,7 +76,7 @@ def explored(directory: Path, policy: str, plan: Plan | None = None, jobs: int =
 
 
 def last_logged(found: Found, n: int) -> set[tuple[Any, ...]]:
-    """What the policy read in the execution; what it did before threads ran is cut off."""
+    """Return the policy's reads in the execution, without those before threads ran."""
     return {tuple(literal_eval(outcome.strip())[-n:]) for outcome in found.outcomes}
 
 
@@ -166,7 +166,7 @@ def test_two_writes_of_one_step_are_seen_half_done(tmp_path: Path) -> None:
 def test_two_questions_see_all_there_is(
     tmp_path: Path, mm: str, look: str, logs: set[tuple[int, ...]], then: str
 ) -> None:
-    """The vCPU moves twice while another thread changes what the policy looks at, once or there and back."""
+    """The vCPU moves twice while another thread changes the value that the policy reads, once or twice."""
     policy = looking(
         "if vcpu.kvm.id == 0 and vcpu.kvm.tdp_mmu_roots:",
         f"    self.log.append(int({look}))",
@@ -232,7 +232,7 @@ def test_a_call_that_belongs_to_a_step_of_kvms_is_one_of_a_policys(tmp_path: Pat
 
 @pytest.mark.slow
 def test_what_kvm_reads_races_what_a_policy_writes(tmp_path: Path) -> None:
-    """A slot that logs gets its bitmap by what the policy writes."""
+    """A slot that logs gets its bitmap by a write of the policy."""
     test = moving("", '"log-arm"')
     without, _ = outcomes(tmp_path, test, looking("self.kept = 0"), exhaustive)
     found, known = outcomes(tmp_path, test, looking("vcpu.kvm.dirty_log_manual = 0"), exhaustive)
@@ -255,7 +255,7 @@ def test_a_read_and_a_change_are_found_in_either_order(tmp_path: Path, order: tu
 
 @pytest.mark.slow
 def test_memory_that_is_kept_is_read_in_each_step_of_a_method(tmp_path: Path) -> None:
-    """Which of a method's steps looks into it nobody can see."""
+    """No one can see which of a method's steps looks into it."""
     look = (
         "if vcpu.kvm.id == 0 and vcpu.kvm.tdp_mmu_roots:",
         "    self.kept = self.kept or vcpu.kvm.tdp_mmu_roots[0].tracking.tlb_gen",
@@ -277,7 +277,7 @@ def test_memory_that_is_kept_is_read_in_each_step_of_a_method(tmp_path: Path) ->
 
 
 def test_methods_of_two_tasks_take_turns(tmp_path: Path) -> None:
-    """Each call of the core divides a method; what it remembers in between is seen by the other one."""
+    """Each call of the core divides a method; the other one sees its memory in between."""
     look = ("self.log.append(vcpu.id)", "lib.vcpu_mode(cpu.m, vcpu.id)")
     policy = looking(*look, *look, look[0], imports="from native import lib")
     found, _ = outcomes(tmp_path, moving('"migrate 3"'), policy, exhaustive)
@@ -400,14 +400,14 @@ def test_a_counterexample_has_the_reads_and_replays(tmp_path: Path) -> None:
     ids=["pcpu", "containers", "counts", "memory"],
 )
 def test_the_audit_has_nothing_to_say(tmp_path: Path, look: tuple[str, ...]) -> None:
-    """Each access happens before or after what it conflicts with, and other steps commute."""
+    """Each access happens before or after a conflicting one, and other steps commute."""
     policy = written(tmp_path, "looks.py", looking(*(f"self.kept = {one}" for one in look)))
     found = run_audit(load_test("return-zap"), named_policy(policy), 10)
     assert found.swaps
     assert found.clean, found.document()
 
 
-# --- what a policy writes -----------------------------------------------------------------------------------
+# --- writes of a policy -------------------------------------------------------------------------------------
 
 
 def test_what_a_policy_writes_races_what_reads_it(tmp_path: Path) -> None:
@@ -423,7 +423,7 @@ def test_what_a_policy_writes_races_what_reads_it(tmp_path: Path) -> None:
     )
     found, known = outcomes(tmp_path, moving('"read 0x20"'), other, exhaustive)
     assert known.written == {"Cpu.vcpu"}
-    # What it has read before the load it may write after it.
+    # A value read before the load may be written after it.
     assert {(True,), (False,)} == last_logged(found, 1)
     assert found.executions == comb(3 + 2 + 2, 2)
 
@@ -435,7 +435,7 @@ def test_a_container_that_a_policy_changes(tmp_path: Path) -> None:
     assert last_logged(found, 1) == {(("moved",),)}
 
 
-# --- what cannot be watched ---------------------------------------------------------------------------------
+# --- unwatched reads ----------------------------------------------------------------------------------------
 
 CLOCK = "from time import monotonic"
 

@@ -131,7 +131,7 @@ def search_all(test: LitmusTest, *, rebuild: bool, reduce: bool = True) -> Found
 
 
 def test_what_a_machine_did_before_counts_for_no_execution() -> None:
-    """Put back to its start it shows what a new one shows."""
+    """Put back to its start it behaves like a new one."""
     test = load_test("entry-races-request")
     kept, anew = search_all(test, rebuild=False), search_all(test, rebuild=True)
     assert kept.met == kept.executions > 1

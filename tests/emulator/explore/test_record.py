@@ -1,4 +1,4 @@
-"""Counterexamples: what is written down, and the same execution again from nothing but the file."""
+"""Counterexamples: their files, and the same execution again from the file alone."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Sampling: what PCT promises, and that it says so."""
+"""Sampling: PCT's promise, and its statement in the verdict."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What is put back between two executions: Python's objects, and with them whole worlds."""
+"""Objects that are put back between two executions: Python's, and with them whole programs."""
 
 from __future__ import annotations
 
@@ -161,7 +161,7 @@ def world_of(program: LitmusProgram) -> list[str]:
 
 
 def executed(program: LitmusProgram, executions: int, seed: int = 1) -> list[tuple[object, ...]]:
-    """All steps of some random executions, and what they came to."""
+    """Return all steps of some random executions, and their outcomes."""
     strategy = RandomWalk(executions, seed)
     found: list[tuple[object, ...]] = []
     steps: list[object] = []
@@ -188,7 +188,7 @@ def executed(program: LitmusProgram, executions: int, seed: int = 1) -> list[tup
 @pytest.mark.slow
 @pytest.mark.parametrize("test", sorted(shipped_texts()))
 def test_a_restored_world_is_like_a_new_one(test: str) -> None:
-    """And so is what happens on it: the same steps with the same footprints, and the same outcome."""
+    """And so are its executions: the same steps with the same footprints, and the same outcome."""
     policy = named_policy(POLICIES[len(test) % len(POLICIES)])
     used, rebuilt = (LitmusProgram(load_test(test), policy, rebuild=r) for r in (False, True))
     strategy = RandomWalk(1, 1)

@@ -113,7 +113,7 @@ def test_store_buffering_has_the_fourth_outcome() -> None:
 @pytest.mark.parametrize("barrier", [("mb",), ("xchg", "z", "1")])
 def test_barriers_and_locked_instructions_forbid_it(barrier: Op) -> None:
     found = run(*[[store, barrier, load] for store, load in SB])
-    # What each has loaded last.
+    # The value that each has loaded last.
     loads = [json.loads(outcome) for outcome in registers(found)]
     assert {(one[-1], other[-1]) for one, other in loads} == {(0, 1), (1, 0), (1, 1)}
 
@@ -126,7 +126,7 @@ def test_one_barrier_is_not_enough() -> None:
 
 
 def test_stores_stay_in_order_and_so_do_loads() -> None:
-    # Message passing: who sees the flag sees the data.
+    # Message passing: a task that sees the flag sees the data.
     found = run([("w", "data", "1"), ("w", "flag", "1")], [("r", "flag"), ("r", "data")])
     assert registers(found) == {"[[], [0, 0]]", "[[], [0, 1]]", "[[], [1, 1]]"}
 

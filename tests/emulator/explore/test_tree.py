@@ -1,4 +1,4 @@
-"""A search in parts finds what a plain one finds, whoever does the parts."""
+"""A search in parts finds the same as a plain one, by whichever processes."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ from tests.emulator.explore.tiny_programs import Op, Tiny, explore
 
 
 class Strangers:
-    """Each part is done by somebody who has never seen the program, and numbers its objects differently."""
+    """Each part is done by a process that has never seen the program, and numbers its objects differently."""
 
     def __init__(self, tasks: Sequence[Sequence[Op]], bad: Callable[[str], bool] = lambda _: False) -> None:
         self.tasks = tasks

@@ -1,4 +1,4 @@
-"""The guide's pages: complete, generated where they say so, and every example does what it says."""
+"""The guide's pages: complete, generated where they say so, and every example ends as stated."""
 
 from __future__ import annotations
 

@@ -78,7 +78,7 @@ class Guest:
         rig.host.check(
             lib.guest_add_process(rig.machine.m, self.vcpu.id, self.records, pages, self.pages, pages)
         )
-        # What the SMI handler does, one access after the other.
+        # The SMI handler's work, one access after the other.
         self.handler = ffi.new("uint64_t[]", HANDLER)
         lib.guest_set_smi_handler(rig.machine.m, self.vcpu.id, self.handler, 0)
         self.run = vcpu_run(self.vcpu)
@@ -273,7 +273,7 @@ def unmap_while_entering(rig: Rig, kvm: Kvm, guest: Guest, kind: str, before: Ca
             assert in_guest.wait(10)
         elif at.id == 0 and what == "guest":
             in_guest.set()
-            # If somebody waits for it to leave, it must not wait.
+            # If another CPU waits for it to leave, it must not wait.
             go_on.wait(0.3)
 
     rig.machine.install(hook)

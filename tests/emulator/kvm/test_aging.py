@@ -1,4 +1,4 @@
-"""Aging with and without A/D bits in EPT, and what it means for whoever looks at W."""
+"""Aging with and without A/D bits in EPT, and its meaning for code that reads W."""
 
 from __future__ import annotations
 
@@ -84,7 +84,7 @@ def test_reclaim_flushes_for_pages_that_were_used_before_6_13(
 
 @dataclass(frozen=True)
 class Held:
-    """What the ager holds where it looks at SPTEs, and where it makes the request for a flush."""
+    """Return the locks of the ager where it looks at SPTEs, and where it makes the request for a flush."""
 
     mmu_lock: int
     in_rcu: bool

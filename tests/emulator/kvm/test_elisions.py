@@ -1,4 +1,4 @@
-"""What policies that remember flushes elide, and the single pieces of what roots remember."""
+"""Elisions of policies that remember flushes, and the single pieces of the memory that roots have."""
 
 from __future__ import annotations
 
@@ -116,7 +116,7 @@ def test_a_root_that_is_loaded_again_is_not_flushed_again(rig: Rig) -> None:
 
 
 def test_a_flush_that_a_vcpu_asks_of_itself_is_no_remote_one(rig: Rig) -> None:
-    """With migration=all-contexts it is owed for what the guest invalidated, too."""
+    """With migration=all-contexts it is owed for the guest's invalidations, too."""
     policy = Policy().with_settings({"remote_flush": "root-tlb-gen"})
     assert guest_invalidates_elsewhere(rig, policy) == set()
     assert zapped_while_away(rig, policy) == set()

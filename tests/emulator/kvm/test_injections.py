@@ -1,4 +1,4 @@
-"""Injected bugs around requests, faults, flushes and SMM: each is caught by what it makes possible."""
+"""Injected bugs around requests, faults, flushes and SMM: each is caught by the violation that it allows."""
 
 from __future__ import annotations
 
@@ -51,7 +51,7 @@ def page_freed(rig: Rig, policy: Policy) -> set[str]:
 
 
 def enters_while_a_request_is_made(rig: Rig, policy: Policy) -> set[str]:
-    """A vCPU enters between two steps of whoever flushes, and is in guest mode until the flush is over."""
+    """A vCPU enters between two steps of the flusher, and is in guest mode until the flush is over."""
     kvm = rig.vm(policy)
     guest = rig.guest(kvm)
     guest.read(0, 5)

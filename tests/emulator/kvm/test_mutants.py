@@ -32,7 +32,7 @@ def one_guest(rig: Rig, policy: Policy, **params: int) -> tuple[Kvm, Guest]:
 
 @contextmanager
 def freed_and_walked(rig: Rig, walker: Guest) -> Iterator[None]:
-    """RCU frees what it may as soon as the host leaves a read section, and a guest walks at that moment."""
+    """RCU frees all it can as soon as the host leaves a read section, and a guest walks at that moment."""
 
     def free_and_walk() -> None:
         rig.other.check(lib.rcu_barrier(rig.machine.m, rig.other.id))
@@ -135,7 +135,7 @@ def table_zapped(rig: Rig, policy: Policy) -> None:
 
 
 def pages_recovered(rig: Rig, policy: Policy) -> None:
-    """The same when dirty logging ends and a huge page comes back."""
+    """A guest walks as above when dirty logging ends and a huge page comes back."""
     kvm = rig.vm(policy)
     guest, walker = rig.guest(kvm), rig.guest(kvm)
     guest.write(0, 1024)

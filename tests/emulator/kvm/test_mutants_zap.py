@@ -1,4 +1,4 @@
-"""Bugs of zaps and yields by name: caught as the registry says, and what they were put into is not."""
+"""Bugs of zaps and yields by name: caught as the registry says, and their base policies are not."""
 
 from __future__ import annotations
 
@@ -242,7 +242,7 @@ def log_of_two_words(rig: Rig, policy: Policy) -> dict[str, int]:
     guest.write(0, 100)
 
     def write_again(n: int) -> None:
-        """Whoever has flushed fills again, until the page's W is gone."""
+        """A pCPU that has flushed fills again, until the page's W is gone."""
         if n == 4:  # each word is looked at and then cleared
             guest.write(0, 100)
 

@@ -1,4 +1,4 @@
-"""What each operation counts and leaves behind, on two vCPUs that one thread drives."""
+"""The counts and the remains of each operation, on two vCPUs that one thread drives."""
 
 from __future__ import annotations
 
@@ -47,7 +47,7 @@ def two_guests(rig: Rig, kvm: Kvm, *gfns: int) -> list[Guest]:
 
 
 def enter_all(guests: list[Guest]) -> None:
-    """Every vCPU enters again, and so serves what was requested of it."""
+    """Every vCPU enters again, and so services its requests."""
     for guest in guests:
         assert guest.on is not None
         guest.read(guest.on.id, 2048)

@@ -1,4 +1,4 @@
-"""INIT: the guest boots again, and what it had cached is gone."""
+"""INIT: the guest boots again, and its cached translations are gone."""
 
 from __future__ import annotations
 
@@ -68,7 +68,7 @@ def test_page_tables_are_built_anew(rig: Rig) -> None:
     faults = rig.counter(lib.COUNT_GUEST_FAULTS)
     boot_again(rig, guest)
     assert rig.counter(lib.COUNT_GUEST_FAULTS) - faults == PAGES
-    # What it had is free: it needs as much as before.
+    # Its frames are free: it needs as many as before.
     assert lib.guest_frames_used(rig.machine.m, guest.vcpu.id) == used
 
 

@@ -1,4 +1,4 @@
-"""Policies that elide flushes by what roots remember: each hole is shown, and each repair closes it."""
+"""Policies that elide flushes by roots' memory: each hole is shown, and each repair closes it."""
 
 from __future__ import annotations
 
@@ -48,7 +48,7 @@ def zapped_while_another_vcpu_fills(rig: Rig, policy: Policy) -> set[str]:
 
 
 def serve_and_move_at(rig: Rig, policy: Policy, kind: str) -> set[str]:
-    """The vCPU serves the request and is on the other pCPU when whoever flushes is at its point `kind`."""
+    """The vCPU serves the request and is on the other pCPU when the flusher is at its point `kind`."""
     kvm = rig.vm(policy)
     guest = rig.guest(kvm)
     bounce(guest, 5)
@@ -64,7 +64,7 @@ def serve_and_move_at(rig: Rig, policy: Policy, kind: str) -> set[str]:
 
 
 def served_and_moved_before_the_flush_ends(rig: Rig, policy: Policy) -> set[str]:
-    """All requests are made, nobody has been kicked."""
+    """All requests are made, no vCPU has been kicked."""
     return serve_and_move_at(rig, policy, "mode")
 
 
@@ -74,7 +74,7 @@ def served_before_the_masks_are_cleared(rig: Rig, policy: Policy) -> set[str]:
 
 
 def entered_before_the_masks_are_cleared(rig: Rig, policy: Policy) -> set[str]:
-    """The same, and the vCPU is in guest mode on the other pCPU until the flush is over."""
+    """As before, and the vCPU is in guest mode on the other pCPU until the flush is over."""
     kvm = rig.vm(policy)
     guest = rig.guest(kvm)
     bounce(guest, 5)
@@ -118,7 +118,7 @@ def zapped_in_smm(rig: Rig, policy: Policy) -> set[str]:
 
 
 def zapped_in_smm_while_away(rig: Rig, policy: Policy) -> set[str]:
-    """The same while it is in SMM on another pCPU; then it comes back, and leaves SMM there."""
+    """As before, while it is in SMM on another pCPU; then it comes back, and leaves SMM there."""
     kvm = rig.vm(policy)
     rig.smm_slots(kvm)
     guest = rig.guest(kvm)
@@ -155,7 +155,7 @@ SOUND = (
     "root-tlb-gen",
 )
 KEEP = {"role_change": "keep-roots"}
-# Policy, other answers, what shows the hole, and how.
+# Policy, other answers, the scenario that shows the hole, and how.
 HOLES: list[tuple[str, dict[str, str], Scenario, str]] = [
     ("lkml-2025-cpu-flushed-mask", {}, zapped_while_away, "use-after-free"),
     ("lkml-2025-cpu-flushed-mask", {}, zapped_while_another_vcpu_fills, "use-after-free"),

@@ -1,4 +1,4 @@
-"""Roots: the cache of previous ones, references, EPTPs, and what allocating and freeing them flushes."""
+"""Roots: the cache of previous ones, references, EPTPs, and the flushes of allocating and freeing them."""
 
 from __future__ import annotations
 
@@ -50,7 +50,7 @@ def root_info(sp: KvmMmuPage, pgd: int = 0) -> KvmMmuRootInfo:
 
 @contextmanager
 def cache(rig: Rig, *roles: KvmMmuPageRole) -> Iterator[tuple[Kvm, KvmMmu]]:
-    """An MMU whose current root and previous ones have these roles."""
+    """Return an MMU with a current root and previous ones of these roles."""
     kvm = rig.vm()
     mmu = KvmMmu(NORMAL)
     roots = [root_info(kvm_tdp_mmu_alloc_root(rig.host, kvm, role)) for role in roles]

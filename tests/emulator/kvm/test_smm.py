@@ -1,4 +1,4 @@
-"""SMM, control registers and levels: which root a vCPU has, and what it takes to get there."""
+"""SMM, control registers and levels: a vCPU's root, and the flushes on the way to it."""
 
 from __future__ import annotations
 
@@ -62,7 +62,7 @@ def test_smm_has_a_root_of_its_own_and_rsm_finds_the_old_one(rig: Rig) -> None:
 
 
 def test_what_an_smi_with_rsm_at_once_takes(rig: Rig) -> None:
-    """With CR4.PGE set, what RSM owes the guest is one INVVPID."""
+    """With CR4.PGE set, RSM owes the guest one INVVPID."""
     kvm, guest = smm_guest(rig)
     guest.write(0, 5)
     with rig.counting(kvm) as counts:

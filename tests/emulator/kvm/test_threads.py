@@ -90,7 +90,7 @@ class Storm:
         if action == "piece":
             notified = unmapped = range(start := rng.randrange(448), start + 64)
         elif action == "huge piece":
-            # Whoever splits a huge page invalidates all of it (__split_huge_pmd).
+            # A host that splits a huge page invalidates all of it (__split_huge_pmd).
             unmapped = range(start := rng.randrange(512, 960), start + 64)
         m, vm = cpu.m, self.kvm.id
         kvm_mmu_notifier_invalidate_range_start(cpu, self.kvm, notified.start, notified.stop)
@@ -134,14 +134,14 @@ class Storm:
         assert not [thread for thread in self.threads if thread.is_alive()]
         if self.errors:
             raise self.errors[0]
-        # What stopped in the middle of something cannot be destroyed in order.
+        # VMs that stopped in the middle of an operation cannot be destroyed in order.
         self.rig.vms.clear()
 
 
 def storm(
     policy: Policy, seconds: float, until: Callable[[Rig], bool] = lambda rig: False, smm: bool = False
 ) -> tuple[dict[str, int], Storm]:
-    """Violations, and what ran."""
+    """Return the violations, and the storm that ran."""
     with running_rig(pcpus=2, housekeeping=5, root_frames=16, chaos=64) as rig:
         kvm = rig.vm(policy, slice_accesses=2000, fault_around=16, chunk=32, resched_chunks=2)
         storm = Storm(rig, kvm, 3)

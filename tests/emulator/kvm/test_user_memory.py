@@ -1,4 +1,4 @@
-"""Two of the host's operations on one page at a time: which of them Linux lets overlap, and what then."""
+"""Two of the host's operations on one page at a time: those that Linux lets overlap, and the results."""
 
 from __future__ import annotations
 
@@ -187,7 +187,7 @@ def mapped_pages(rig: Rig, action: Callable[[], object]) -> int:
 
 def test_a_host_that_does_not_split_a_huge_page(rig: Rig) -> None:
     """A fault beside the invalidated page maps the huge page again, which no notifier zaps before the frame
-    goes.  Using what the fault was given is no violation until then."""
+    goes.  Using the fault's frame is no violation until then."""
     kvm, guest, _ = used_page(rig, huge=True)
     m, cpu = rig.host.m, rig.host.id
     kvm_mmu_notifier_invalidate_range_start(rig.host, kvm, PAGE, PAGE + 1)
@@ -211,7 +211,7 @@ def test_promises_about_a_part_leave_the_page_huge(rig: Rig) -> None:
     assert mapped_pages(rig, lambda: guest.write(0, PAGE)) == 1
     memory.migrate(rig.host, HPAGE_PMD_NR, 2 * HPAGE_PMD_NR)
     assert mapped_pages(rig, lambda: guest.write(0, PAGE + 1)) == 1
-    # Recovery looks at what the host maps now.
+    # Recovery looks at the host's mapping of now.
     assert mapped_pages(rig, lambda: kvm_set_memory_region(rig.host, kvm, SLOT, 0, GFNS, 0)) == HPAGE_PMD_NR
     memory.migrate(rig.host, HPAGE_PMD_NR, 2 * HPAGE_PMD_NR)
     assert mapped_pages(rig, lambda: guest.write(0, PAGE)) == HPAGE_PMD_NR

@@ -1,4 +1,4 @@
-"""Tables that are removed: how often each way flushes, that none frees what a CPU may walk, and yields."""
+"""Removed tables: the flushes of each way, that none frees a table that a CPU may walk, and yields."""
 
 from __future__ import annotations
 
@@ -100,11 +100,11 @@ def test_leafs_alone_leave_the_tables(rig: Rig) -> None:
     assert counts["remote_tlb_flush_requests"] == 1
 
 
-# --- what a CPU may still walk ------------------------------------------------------------------------------
+# --- tables that a CPU may walk ----------------------------------------------------------------------------
 
 
 def walk_when_rcu_is_left(rig: Rig, policy: Policy, zap: Callable[[Kvm, Guest], None]) -> dict[str, int]:
-    """Whenever the zapping thread leaves RCU, all callbacks run, and a guest walks from what its pCPU has."""
+    """Whenever the zapping thread leaves RCU, all callbacks run, and a guest walks from cached pointers."""
     kvm = big_vm(rig, policy)
     guest, walker = rig.guest(kvm), rig.guest(kvm)
     guest.write(0, 1024)
@@ -156,8 +156,8 @@ def test_roots_that_nobody_uses(rig: Rig, name: str) -> None:
     ("zap", "flushes"), [("rcu-proxy", 0), ("disconnected-list", 1), ("flush-per-table", 8)]
 )
 def test_flushes_of_a_root_zap(rig: Rig, zap: str, flushes: int) -> None:
-    """Under mmu_lock for read, what was zapped to 5.17 was flushed while its link was frozen; and below it
-    each of seven tables."""
+    """Before 5.18, under mmu_lock for read, a zapped table was flushed for while its link was frozen; below
+    it each of seven tables."""
     kvm = big_vm(rig, Policy("test", zap=zap, zap_root="root"))
     spread(rig, kvm)
     with rig.counting(kvm) as counts, kvm.slots_lock.held(rig.host):
@@ -167,7 +167,7 @@ def test_flushes_of_a_root_zap(rig: Rig, zap: str, flushes: int) -> None:
 
 @pytest.mark.parametrize(("answer", "steps"), [("4k-2m-1g-root", 5 + 5 + 1 + 1), ("1g-root", 2), ("root", 1)])
 def test_passes_over_a_root(rig: Rig, answer: str, steps: int) -> None:
-    """A pass takes what is at its level, with all that is below."""
+    """A pass takes the SPTEs of its level, with all that is below."""
     kvm = big_vm(rig, Policy("test", zap_root=answer), chunk=1 << 20)
     spread(rig, kvm)
     seen = []
@@ -255,7 +255,7 @@ def test_a_leaf_replaces_a_table(rig: Rig, zap: str, replace: str) -> None:
 
 
 class Contender:
-    """A thread that wants mmu_lock while another zaps, and says what it found when it got it."""
+    """A thread that wants mmu_lock while another zaps, and records the state that it found when it got it."""
 
     def __init__(self, rig: Rig, kvm: Kvm) -> None:
         self.rig, self.kvm = rig, kvm
@@ -279,7 +279,7 @@ class Contender:
     [("rcu-proxy", 1, 2), ("disconnected-list", 1, 2), ("flush-per-table", 2 + 1, 4 + 2)],
 )
 def test_a_zap_yields_to_whoever_wants_the_lock(rig: Rig, zap: str, at_yield: int, in_all: int) -> None:
-    """Two tables of four are gone when somebody comes; what is owed is flushed before he gets the lock."""
+    """Two tables of four are gone when a waiter comes; the owed flush comes before it gets the lock."""
     kvm = big_vm(rig, tables_too(zap))
     spread(rig, kvm)
     contender = Contender(rig, kvm)
@@ -319,7 +319,7 @@ def test_the_list_survives_a_yield(rig: Rig) -> None:
 
 
 def test_giving_the_list_to_rcu_yields(rig: Rig) -> None:
-    """After its flush, so none is needed; whoever wanted the lock meanwhile finds that one over."""
+    """After its flush, so none is needed; a thread that wanted the lock meanwhile finds that flush over."""
     kvm = big_vm(rig, tables_too("disconnected-list"), chunk=1 << 20)
     spread(rig, kvm)
     contender = Contender(rig, kvm)

@@ -1,4 +1,4 @@
-"""Verdicts on real threads: what is unsound is caught by its test, what is sound is not."""
+"""Verdicts on real threads: unsound policies are caught by their tests, sound ones are not."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ from emulator.policy import PRESETS, Policy
 # For the long run of all tests: executions per test and policy.
 ITERATIONS = int(os.environ.get("FLUSHLAB_LITMUS_ITERATIONS", "4"))
 
-# Caught every time: what is wrong needs no luck.
+# Caught every time: the error needs no luck.
 CERTAIN = [
     ("away-zap", "migration=none", "use-after-free"),
     ("return-zap", "lkml-2025-cpu-flushed-mask", "use-after-free"),
@@ -71,7 +71,7 @@ def test_rcu_is_called_by_its_name() -> None:
     outcome = run_test(load_test("root-recycled"), named_policy("mutant:root-load-without-flush"), 1, seed=1)
     details = outcome.reports[0].details
     freed = [event["cpu"] for event in details["events"] if event["kind"] == "root_free"]
-    # The one whose root it was takes it off the list.
+    # The owner of the root takes it off the list.
     assert "rcu" in {details["actors"][str(cpu)] for cpu in freed}
 
 
@@ -136,7 +136,7 @@ def test_a_delay_to_which_no_thread_comes_is_told(tmp_path: Path, capsys: pytest
 
 
 def test_executions_do_not_see_each_other() -> None:
-    """What an unsound policy leaves in TLBs is not there in the next execution."""
+    """Entries that an unsound policy leaves in TLBs are gone in the next execution."""
     test = load_test("return-zap")
     with running(test, 0) as runner:
         bad = runner.run(named_policy("migration=none"), 3, 0)
@@ -399,14 +399,14 @@ def test_lists(capsys: pytest.CaptureFixture[str]) -> None:
 @pytest.mark.stress
 @pytest.mark.timeout(0 if ITERATIONS > 50 else 300)
 def test_all_presets_on_all_tests() -> None:
-    """FLUSHLAB_LITMUS_ITERATIONS=1500: a million executions of what is sound."""
+    """FLUSHLAB_LITMUS_ITERATIONS=1500: a million executions of sound policies."""
     wrong = []
     for test in shipped_tests():
         with running(test, 1) as runner:
             for name in PRESETS:
                 outcome = runner.run(named_policy(name), ITERATIONS, 1)
                 expected = expected_of(test, name)
-                # Few executions: what has not happened yet is not held against anybody.
+                # Few executions: a violation that has not happened yet is no surprise.
                 if outcome.failure or (outcome.kinds and differs(outcome, test, expected)):
                     wrong.append((test.name, name, outcome.kinds, outcome.failure))
     assert not wrong

@@ -143,7 +143,7 @@ def test_a_bad_one_says_where(good: str, bad: str, message: str) -> None:
 
 
 EMPTY = 'doc="d"\nsource="s"\n[threads.v0]\nvcpu=0\n[threads.k]\n'
-# The operations of a vCPU's thread, of one without, those before and those after; what is wrong.
+# The operations of a vCPU's thread, of one without, those before and those after; the error.
 NOT_TOGETHER = [
     (
         [],
@@ -233,7 +233,7 @@ def test_operations_that_go_together_are_taken(
 
 
 def test_of_two_threads_that_race_one_may_have_armed_the_log() -> None:
-    """What goes wrong in every order is refused, and nothing else."""
+    """Operations that go wrong in every order are refused, and no others."""
     good = 'doc="d"\nsource="s"\n[threads.a]\nops=["log-arm"]\n[threads.b]\nops=["log-get"]\n'
     parse(good)
     with pytest.raises(BadInput, match=r"b\.ops\[0\]: found 'log-get'; expected a log-arm of some thread"):
@@ -270,7 +270,7 @@ def test_the_list_of_points_is_what_kvms_code_announces() -> None:
         assert "" in found[kind] or found[kind] == set(listed), kind
 
 
-# Any number will do: linear pages, and what never comes.
+# Any number will do: linear pages, and waits that never end.
 ANY_NUMBER = {("map", "linear"), ("unmap", "linear"), ("protect", "linear"), ("preempt", "nth")}
 ARGUMENTS = [
     (verb, arg.name)

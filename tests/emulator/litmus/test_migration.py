@@ -35,7 +35,7 @@ def forget_to_protect(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def sequential(*ops: str, vm: str = "") -> LitmusTest:
-    """A test whose operations follow one another."""
+    """Return a test with operations that follow one another."""
     text = f'doc="d"\nsource="s"\ninit={list(ops)!r}\n[[vm]]\nvcpus=2\n{vm}\n[threads.v0]\nvcpu=0\n'
     return parse_test(f"{text}[threads.v1]\nvcpu=1\npcpu=1\n[threads.k]\nops=['linger']", "t", None)
 
@@ -112,7 +112,7 @@ def test_what_user_space_discards_it_knows_of() -> None:
 
 @pytest.mark.parametrize("end", ["log-disarm", "slot-delete"])
 def test_a_migration_that_is_given_up_has_lost_what_no_bitmap_has(end: str) -> None:
-    """What is marked when the log goes was going to be named."""
+    """A page that is marked when the log goes was going to be reported."""
     ops = ["v0: write 0x10", "k: log-arm", "v0: write 0x10"]
     test = sequential(*ops, f"k: {end}")
     assert outcome_of(test).kinds == {}
@@ -264,7 +264,7 @@ def lost_pages(test: LitmusTest) -> list[int]:
 def test_the_model_agrees(
     mode: str, program: list[tuple[str, int]], forgets: frozenset[tuple[int, int]]
 ) -> None:
-    """What is lost is what the model says, whatever KVM forgets to name."""
+    """The lost pages are the model's, whichever pages KVM forgets to report."""
     model, ops = Model(mode, forgets), []
     model.arm()
     for action, page in program:

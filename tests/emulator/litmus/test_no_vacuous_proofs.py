@@ -1,6 +1,6 @@
 """No shipped test is proved where its danger cannot arise: all tests under all presets.
 
-Each pair is executed under explore's scheduler until an execution meets what the test needs: mostly the first
+Each pair is executed under explore's scheduler until an execution meets the test's need: mostly the first
 one.  `flushlab litmus --explore` says the same of whole searches, and its document has the counts.
 """
 
@@ -26,7 +26,7 @@ FEW = 4
 
 
 def first_met(test: LitmusTest, policy: str, most: int) -> int:
-    """Return the number of the first execution that meets what the test needs; 0: none of `most`."""
+    """Return the number of the first execution that meets the test's need; 0: none of `most`."""
     program = LitmusProgram(test, named_policy(policy))
     strategies = Exhaustive(program.objects, bound=0), Pct(most, 0, 3), RandomWalk(most, 0)
     done = 0
@@ -47,7 +47,7 @@ def first_met(test: LitmusTest, policy: str, most: int) -> int:
 
 
 def wrong(test: LitmusTest, policy: str) -> str:
-    """Return in which way the test is not what it says of its danger under a preset; "" if it is."""
+    """Return how the test's danger under a preset differs from its claim; "" if it does not."""
     (expected,) = expected_of(test, policy)
     needs = " or ".join(test.expect.needs)
     if expected == SAFE and not first_met(test, policy, RARE):

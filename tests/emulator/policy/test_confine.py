@@ -99,7 +99,7 @@ def test_changes_are_in_place_while_a_machine_runs_only(bug: str, tmp_path: Path
     ],
 )
 def test_a_name_that_kvm_has_not_is_refused(change: str, expected: str, tmp_path: Path) -> None:
-    """Nothing asks for it, and the policy would be judged without what its author meant."""
+    """Nothing asks for it, and the policy would be judged without its author's change."""
     path = written(tmp_path, f"import emulator.kvm.vmx.vmx\nimport emulator.kvm.structs\n{change}\n{CLASS}")
     name = change.partition(" ")[0]
     with pytest.raises(
@@ -149,7 +149,7 @@ FORGETS = "= lambda cpu, kvm, slot, offset, mask: 0\n"
 def test_files_that_name_former_modules(
     replaced: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    """KVM_GET_DIRTY_LOG that forgets to write-protect what it reports, as files were written before KVM's
+    """KVM_GET_DIRTY_LOG that does not write-protect the reported pages, as files were written before KVM's
     modules had folders."""
     path = str(written(tmp_path, replaced + FORGETS + CLASS))
     assert main(["explore", "log-get", "--policy", path, "--policy", "linux-7.3", "--json"]) == 1

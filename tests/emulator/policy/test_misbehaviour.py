@@ -1,4 +1,4 @@
-"""Policy files that misbehave, as a product: what they do, where in the file, under which command.
+"""Policy files that misbehave, as a product: misdeed, place in the file, command.
 
 Whatever a file does comes to exit status 2 and one line that names it, or it has no effect at all: no
 status of its own, nothing on standard output, no thread and no process left.
@@ -80,7 +80,7 @@ REFUSED = [
     "threading.Thread(target=time.sleep, args=(100,)).start()",
     "sys.settrace(print)",
 ]
-# What assigns is found when the file has been executed, or when the policy's executions are over.
+# Assignments are found when the file has been executed, or when the policy's executions are over.
 ASSIGNS = [
     "emulator.report.result.Result.verdict = 'clean'",
     "emulator.policy.policy.Policy.mutants = lambda self: ()",
@@ -181,7 +181,7 @@ class Outcome:
 
 
 class Desk:
-    """Writes files, runs command lines on them and looks at what is left."""
+    """Writes files, runs command lines on them and looks for remains."""
 
     def __init__(self, directory: Path, capsys: pytest.CaptureFixture[str]) -> None:
         self.directory, self.capsys = directory, capsys

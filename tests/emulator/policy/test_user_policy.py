@@ -1,4 +1,4 @@
-"""Policies from users' files: what they may say, and what is said about those that cannot be used."""
+"""Policies from users' files: valid ones, and the errors for others."""
 
 from __future__ import annotations
 
@@ -44,13 +44,13 @@ class Returning(Policy):
 
 
 class Number:
-    """What has an id: a CPU or a vCPU."""
+    """An object with an id: a CPU or a vCPU."""
 
     def __init__(self, number: int) -> None:
         self.id = number
 
     def point(self, kind: str, obj: object, mode: str) -> None:
-        """Nobody else is there."""
+        """No other thread is there."""
 
 
 def ask(policy: Policy, point: str, *arguments: Any) -> str:
@@ -353,7 +353,7 @@ def test_a_failure_while_running_is_one_line_and_status_2(tmp_path: Path) -> Non
     assert time.monotonic() - started < 30
 
 
-# --- what a run says of them -------------------------------------------------------------------------------
+# --- in the report of a run --------------------------------------------------------------------------------
 
 
 def test_the_worked_example_is_readmes() -> None:

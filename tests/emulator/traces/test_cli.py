@@ -1,4 +1,4 @@
-"""`flushlab trace`: what users type, and what they get when it is wrong."""
+"""`flushlab trace`: its commands, and its errors."""
 
 from __future__ import annotations
 

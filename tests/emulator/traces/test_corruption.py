@@ -64,7 +64,7 @@ def test_what_is_said(image: bytes, damage: Callable[[bytes], bytes], words: str
 
 
 def resealed(image: bytes, change: Callable[[dict[str, Any]], object]) -> bytes:
-    """A file with other metadata and a right checksum: what a careless writer could make."""
+    """A file with other metadata and a right checksum, as a careless writer could make it."""
     _, _, _, size, _ = PREFIX.unpack_from(image)
     metadata = json.loads(image[HEADER_SIZE : HEADER_SIZE + size])
     change(metadata)

@@ -1,4 +1,4 @@
-"""The file format: what is written is read back, record by record."""
+"""The file format: records are read back as they were written."""
 
 from __future__ import annotations
 

@@ -29,7 +29,7 @@ def converted(text: str | bytes, cut: Cut = WHOLE) -> Records:
 
 
 def plainly(text: str, instructions: bool = True) -> Records:
-    """The same conversion, a line at a time."""
+    """Convert as convert() does, a line at a time."""
     accesses: list[tuple[AccessType, int]] = []
     for line in text.splitlines():
         if found := re.fullmatch(r"(I | [LSM]) ([0-9a-f]+),(\d+)", line):
