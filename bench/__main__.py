@@ -21,6 +21,7 @@ from bench.history import keep, last_of
 from bench.idle import idle
 from bench.job import job
 from bench.machine import facts, load, usable_cores
+from bench.mutation.benchmark import mutation
 from bench.reduction import reduction
 from bench.report import Report
 from bench.toolchain import Toolchain
@@ -41,6 +42,7 @@ BENCHMARKS = (
     Benchmark("flush", "flushes as the TLB grows", programs.flush),
     Benchmark("lookup", "the first-level look-up and its rivals", programs.lookup),
     Benchmark("rcu", "read sections and callbacks", programs.rcu),
+    Benchmark("mutation", "mutants of KVM's code: does the suite catch them?", mutation, on_request=True),
 )
 
 
@@ -83,7 +85,7 @@ def run(benchmarks: Sequence[Benchmark], directory: Path, *, quick: bool) -> Rep
     report = Report(quick, facts(toolchain))
     sizes = QUICK if quick else FULL
     with Console(stderr=True).status("compiling") as status:
-        context = Context(toolchain, directory, sizes, status.update)
+        context = Context(toolchain, directory, sizes, status.update, status.console.print)
         for benchmark in benchmarks:
             _run_one(benchmark, context, report)
     report.machine["load_at_end"] = round(load(), 2)
@@ -136,7 +138,9 @@ def _chosen(names: Sequence[str] | None) -> list[Benchmark]:
     for name in names or ():
         if name not in known:
             raise BadInput("--only", f"found {name!r}", f"names among {', '.join(known)}")
-    return [benchmark for benchmark in BENCHMARKS if names is None or benchmark.name in names]
+    if names is None:
+        return [benchmark for benchmark in BENCHMARKS if not benchmark.on_request]
+    return [benchmark for benchmark in BENCHMARKS if benchmark.name in names]
 
 
 def _check_writable(option: str, name: str | None) -> None:

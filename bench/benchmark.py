@@ -31,6 +31,8 @@ class Sizes:
     zap_tables: int
     # Most executions of a search.
     executions: int
+    # Mutants of KVM's code in a sample; None: all.
+    mutants: int | None
 
 
 FULL = Sizes(
@@ -45,6 +47,7 @@ FULL = Sizes(
     rcu_callbacks=1_000_000,
     zap_tables=512,
     executions=20_000,
+    mutants=None,
 )
 QUICK = Sizes(
     repeats=2,
@@ -58,6 +61,7 @@ QUICK = Sizes(
     rcu_callbacks=1000,
     zap_tables=4,
     executions=40,
+    mutants=4,
 )
 
 
@@ -68,6 +72,8 @@ class Context:
     sizes: Sizes
     # Called with the name of the current measurement.
     say: Callable[[str], None]
+    # Called with a text that is printed beside the figures.
+    show: Callable[[str], None] = lambda text: None
 
 
 @dataclass(frozen=True, slots=True)
@@ -76,3 +82,5 @@ class Benchmark:
     title: str
     figures: Callable[[Context], Iterator[Figure]]
     cores: int = 1
+    # Measured only if it is named: it takes hours.
+    on_request: bool = False

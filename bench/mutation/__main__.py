@@ -9,10 +9,11 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from bench.mutation.generate import Mutant, mutants, sample
+from bench.mutation.judge import QUICK, THOROUGH
 from bench.mutation.report import table
 from bench.mutation.results import Results
 from bench.mutation.run import judge_all, learn, prepare
-from bench.mutation.suite import fingerprint, pairs
+from bench.mutation.suite import FIRST, fingerprint, pairs, quick_pairs
 from emulator.errors import BadInput
 
 
@@ -46,15 +47,20 @@ def _judge(chosen: Sequence[Mutant], options: argparse.Namespace) -> int:
         print(f"{time.monotonic() - started:6.0f} s  {text}", file=sys.stderr, flush=True)
 
     prepare()
-    results = Results(Path(options.keep) if options.keep else None, fingerprint())
-    all_known = learn(results, list(pairs()), options.jobs, say, stop)
-    judged = judge_all(results, chosen, all_known, options.jobs, say, stop)
+    depth = QUICK if options.quick else THOROUGH
+    results = Results(Path(options.keep) if options.keep else None, fingerprint(depth))
+    wanted = quick_pairs() if options.quick else list(pairs())
+    executions = FIRST if options.quick else 0
+    all_known = learn(results, wanted, options.jobs, say, stop, executions)
+    judged = []
+    if len(results.known) >= len(wanted):
+        judged = judge_all(results, chosen, all_known, options.jobs, say, stop, depth)
     print(table(judged, len(chosen), len(mutants())))
     return 0
 
 
 def _chosen(options: argparse.Namespace) -> list[Mutant]:
-    found = mutants()
+    found = list(mutants())
     if options.names:
         by_name = {one.name: one for one in found}
         unknown = [name for name in options.names if name not in by_name]
@@ -73,6 +79,9 @@ def _parse(arguments: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument("--seed", type=int, default=1, help="of the sample")
     parser.add_argument("--list", action="store_true", help="print names and places")
     parser.add_argument("--show", action="store_true", help="print the diffs")
+    parser.add_argument(
+        "--quick", action="store_true", help="explored under the default preset only, with fewer executions"
+    )
     parser.add_argument("--jobs", type=int, default=2, metavar="N", help="processes")
     parser.add_argument("--keep", metavar="FILE", help="read and append results, one JSON line each")
     parser.add_argument("--seconds", type=float, default=0.0, help="begin no mutant after so long")

@@ -14,7 +14,7 @@ from pathlib import Path
 import emulator.kvm
 from bench.mutation.blocks import functions
 from bench.mutation.rules import RULES
-from bench.mutation.source import Source
+from bench.mutation.source import Edit, Source
 
 PACKAGE = "emulator.kvm"
 # Modules without code of KVM: accounts, constants, structures, and the emulator's own work between its steps.
@@ -53,7 +53,8 @@ class Mutant:
     """One mutant.
 
     name: RULE@FUNCTION#n, n counting the rule's mutants of this function from 1 in the source's order.
-    module, path: the mutated file.  line, last: the lines of the original that the edits touch.
+    module, path: the mutated file.  line: the first line of the original that the edits touch; statements:
+    the lines of the statements that they touch.
     """
 
     name: str
@@ -62,7 +63,7 @@ class Mutant:
     module: str
     path: str
     line: int
-    last: int
+    statements: tuple[int, ...]
     diff: str
     text: str
 
@@ -83,14 +84,15 @@ def sources() -> dict[str, tuple[str, str]]:
     return found
 
 
-def mutants() -> list[Mutant]:
+@cache
+def mutants() -> tuple[Mutant, ...]:
     """Return all mutants, by file and line."""
     found: list[Mutant] = []
     for module, (path, text) in sources().items():
         if module not in _WITHOUT:
             found += mutants_of(module, path, text)
     _check_names(found)
-    return found
+    return tuple(found)
 
 
 def mutants_of(module: str, path: str, text: str) -> Iterator[Mutant]:
@@ -118,10 +120,26 @@ def mutants_of(module: str, path: str, text: str) -> Iterator[Mutant]:
                 module,
                 path,
                 min(edit.start[0] for edit in edits),
-                max(edit.end[0] - (edit.end[1] == 0 and edit.end > edit.start) for edit in edits),
+                touched(function, edits),
                 diff_of(path, text, mutated),
                 mutated,
             )
+
+
+def touched(function: ast.FunctionDef, edits: Sequence[Edit]) -> tuple[int, ...]:
+    """Return the first lines of the statements within the edits; of an edit within one statement, that one's.
+
+    An insertion touches the statement before it.
+    """
+    starts = sorted(
+        {one.lineno for one in ast.walk(function) if isinstance(one, ast.stmt)} - {function.lineno}
+    )
+    found: set[int] = set()
+    for edit in edits:
+        end = edit.end[0] - (edit.end[1] == 0)
+        within = [line for line in starts if edit.start[0] <= line <= end]
+        found.update(within or [line for line in starts if line <= edit.start[0]][-1:] or starts[:1])
+    return tuple(sorted(found))
 
 
 def diff_of(path: str, before: str, after: str) -> str:

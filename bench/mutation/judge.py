@@ -35,17 +35,28 @@ UNREACHED: Final = "unreached"
 SURVIVED: Final = "survived"
 CLASSES: Final = (CAUGHT, BROKEN, EQUIVALENT, COST_ONLY, UNREACHED, SURVIVED)
 
-# Pairs that get a first and a second look, pairs of each other preset, pairs on real threads, and executions
-# of those.
-_FIRST_LOOKS: Final = 48
-_SECOND_LOOKS: Final = 12
-_OF_A_PRESET: Final = 2
-_STRESSED: Final = 4
+# Executions on real threads.
 _STRESS: Final = 60
 # Python's own errors: the mutated statement cannot be executed.
 _PYTHONS: Final = (NameError, TypeError, AttributeError)
 # ... and those that a mutant causes.
 _CRASHES: Final = (*_PYTHONS, BadInput, ValueError, LookupError, ArithmeticError, RuntimeError, Divergence)
+
+
+@dataclass(frozen=True, slots=True)
+class Depth:
+    """How long to look for a test that catches a mutant: pairs that get a first and a second look, pairs of
+    each other preset, and pairs on real threads."""
+
+    first_looks: int = 48
+    second_looks: int = 12
+    of_a_preset: int = 2
+    stressed: int = 4
+
+
+THOROUGH: Final = Depth()
+# Under the default preset only, and explored only.
+QUICK: Final = Depth(second_looks=8, of_a_preset=0, stressed=0)
 
 
 @dataclass(frozen=True, slots=True)
@@ -68,18 +79,20 @@ class Judgement:
         return asdict(self)
 
 
-def judge(mutant: Mutant, all_known: Sequence[Known], say: Callable[[str], None]) -> Judgement:
+def judge(
+    mutant: Mutant, all_known: Sequence[Known], say: Callable[[str], None], depth: Depth = THOROUGH
+) -> Judgement:
     """Judge a mutant in this process, which has no other use afterwards.  `say` hears of each pair before."""
     patched.apply(mutant.module, mutant.path, mutant.text)
     reaching = reaches(mutant, all_known)
     executions = 0
-    for one, most in looks(reaching):
+    for one, most in looks(reaching, depth):
         say(str(one.pair))
         found, caught = _look(mutant, one, most, executions)
         if caught is not None:
             return caught
         executions += found
-    for one in reaching[:_STRESSED]:
+    for one in reaching[: depth.stressed]:
         say(f"{one.pair} on real threads")
         caught = _stressed(mutant, one)
         if caught is not None:
@@ -93,22 +106,36 @@ def judge(mutant: Mutant, all_known: Sequence[Known], say: Callable[[str], None]
 
 
 def reaches(mutant: Mutant, all_known: Iterable[Known]) -> list[Known]:
-    """Return the pairs that reach the mutated lines, those that reach little else first."""
-    lines = {(mutant.module, line) for line in range(mutant.line, mutant.last + 1)}
+    """Return the pairs that reach a mutated statement, in the order in which they are tried.
+
+    First come the default's, and of these the ones that reach all of the statements, and little else.
+    """
+    lines = {(mutant.module, line) for line in mutant.statements}
     found = [one for one in all_known if one.lines & lines]
-    return sorted(found, key=lambda one: (one.pair.preset != DEFAULT, len(one.lines), one.pair))
+    return sorted(
+        found,
+        key=lambda one: (one.pair.preset != DEFAULT, not lines <= one.lines, len(one.lines), one.pair),
+    )
 
 
-def looks(reaching: Sequence[Known]) -> list[tuple[Known, int]]:
+def is_reached(mutant: Mutant, all_known: Iterable[Known]) -> bool:
+    """Return whether some pair reaches all of the mutated statements."""
+    lines = {(mutant.module, line) for line in mutant.statements}
+    return any(lines <= one.lines for one in all_known)
+
+
+def looks(reaching: Sequence[Known], depth: Depth) -> list[tuple[Known, int]]:
     """Return the pairs in the order in which they are explored, each with its most executions."""
     default = [one for one in reaching if one.pair.preset == DEFAULT]
-    found = [(one, FIRST) for one in default[:_FIRST_LOOKS]]
-    found += [(one, most_of(one.pair)) for one in default[:_SECOND_LOOKS] if one.shown.executions > FIRST]
+    found = [(one, FIRST) for one in default[: depth.first_looks]]
+    found += [
+        (one, most_of(one.pair)) for one in default[: depth.second_looks] if one.shown.executions > FIRST
+    ]
     seen: dict[str, int] = {}
     for one in reaching:
         preset = one.pair.preset
         seen[preset] = seen.get(preset, 0) + 1
-        if preset != DEFAULT and seen[preset] <= _OF_A_PRESET:
+        if preset != DEFAULT and seen[preset] <= depth.of_a_preset:
             found.append((one, most_of(one.pair)))
     return found
 

@@ -58,7 +58,6 @@ EVENTS: Final[Mapping[str, frozenset[str]]] = {
         "kvm_make_all_cpus_request",
         "kvm_make_request",
         "request_tlb_flush",
-        "vcpu_add_flush_reason",
     }),
     "reference": frozenset({
         "inc_not_zero",
@@ -113,8 +112,9 @@ ORDERED: Final = frozenset({
     "srcu_read_lock",
     "srcu_read_unlock",
     "vcpu_set_cpu",
-    "vcpu_set_eptp",
     "vcpu_set_mode",
+    "vmcs_write_eptp",
+    "vmptrld",
     "vmx_load_mmu_pgd",
     "vmx_vcpu_load_vmcs",
 })  # fmt: skip
@@ -132,6 +132,7 @@ ACCOUNTS: Final = frozenset({
     "oracle_ticket",
     "point",
     "stat",
+    "vcpu_add_flush_reason",
     "vcpus_went_on",
     "warn_on_once",
 })  # fmt: skip

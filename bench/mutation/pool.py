@@ -15,12 +15,15 @@ import time
 from collections import deque
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any, Final, TypeVar
 
 T = TypeVar("T")
 
-# Seconds without a word until a child counts as hung: far beyond the longest look at one pair.
-SILENCE: Final = 60.0
+# Seconds of CPU time, and of wall time, without a word until a child counts as hung: far beyond the longest
+# look at one pair.  A child that waits for a lock of its own burns no CPU time.
+BURNED: Final = 40.0
+SILENCE: Final = 600.0
 _MEMORY: Final = 4 << 30
 
 
@@ -39,6 +42,11 @@ class _Child:
     pipe: multiprocessing.connection.Connection
     heard: float
     said: str = ""
+    burned: float = 0.0  # CPU seconds until its last word
+
+    def hangs(self) -> bool:
+        cpu = _cpu_seconds(self.process.pid) - self.burned
+        return cpu > BURNED or time.monotonic() - self.heard > SILENCE
 
 
 def each(
@@ -99,12 +107,22 @@ def _heard(running: Sequence[_Child]) -> list[tuple[_Child, Any]]:
                 child.process.join()
                 ended.append((child, Lost(child.said, f"exit status {child.process.exitcode}")))
                 continue
-            child.heard = time.monotonic()
+            child.heard, child.burned = time.monotonic(), _cpu_seconds(child.process.pid)
             if kind == "done":
                 ended.append((child, value))
             else:
                 child.said = value
-        elif time.monotonic() - child.heard > SILENCE:
+        elif child.hangs():
             child.process.kill()
             ended.append((child, Lost(child.said, "hang")))
     return ended
+
+
+def _cpu_seconds(pid: int) -> float:
+    """Return the CPU time that a process has used."""
+    try:
+        # The name, in parentheses, may contain spaces; utime and stime are the 12th and 13th field after it.
+        fields = Path(f"/proc/{pid}/stat").read_text("utf-8").rpartition(")")[2].split()
+    except OSError:
+        return 0.0
+    return (int(fields[11]) + int(fields[12])) / os.sysconf("SC_CLK_TCK")

@@ -3,14 +3,14 @@
 from __future__ import annotations
 
 import tomllib
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import replace
 from functools import cache
-from importlib import resources
+from pathlib import Path
 
 from bench.mutation import patched
 from bench.mutation.generate import Mutant, mutants
-from bench.mutation.judge import BROKEN, CAUGHT, EQUIVALENT, Judgement, judge
+from bench.mutation.judge import BROKEN, CAUGHT, EQUIVALENT, THOROUGH, Depth, Judgement, judge
 from bench.mutation.pool import Lost, each
 from bench.mutation.results import Results
 from bench.mutation.suite import Cover, Known, Pair, known, pairs
@@ -26,23 +26,49 @@ def never() -> bool:
     return False
 
 
-@cache
 def equivalent() -> dict[str, str]:
-    """Return the arguments of equivalent.toml by the mutants' names.  An entry that no mutant has any more is
-    an error."""
-    text = resources.files("bench").joinpath("mutation/equivalent.toml").read_text("utf-8")
-    argued: dict[str, str] = tomllib.loads(text)
-    stale = argued.keys() - {one.name for one in mutants()}
+    """Return the arguments of equivalent.toml by the mutants' names."""
+    return _listed("equivalent.toml")
+
+
+def survivors() -> dict[str, str]:
+    """Return the reasons of survivors.toml by the mutants' names."""
+    return _listed("survivors.toml")
+
+
+@cache
+def _listed(file: str) -> dict[str, str]:
+    """Return a list's texts by name.  An entry that no mutant has any more is an error."""
+    found: dict[str, str] = tomllib.loads(Path(__file__).with_name(file).read_text("utf-8"))
+    check_listed(file, found, [one.name for one in mutants()])
+    return found
+
+
+def check_listed(file: str, found: Iterable[str], names: Iterable[str]) -> None:
+    stale = {*found} - {*names}
     if stale:
-        raise ValueError(f"equivalent.toml: no such mutant: {', '.join(sorted(stale))}")
-    return argued
+        raise ValueError(f"{file}: no such mutant: {', '.join(sorted(stale))}")
 
 
-def learn(results: Results, wanted: Sequence[Pair], jobs: int, say: Say, stop: Stop = never) -> list[Known]:
-    """Return the pairs that show no violation with KVM's code as it is."""
+def learn(
+    results: Results,
+    wanted: Sequence[Pair],
+    jobs: int,
+    say: Say,
+    stop: Stop = never,
+    executions: int = 0,
+) -> list[Known]:
+    """Return the pairs that show no violation with KVM's code as it is.
+
+    executions: of each pair; 0: as many as its longest look has.
+    """
     missing = [pair for pair in wanted if pair not in results.known]
     batches = [missing[i : i + _BATCH] for i in range(0, len(missing), _BATCH)]
-    for batch, found in each(batches, _learn, jobs, stop):
+
+    def do(batch: Sequence[Pair], heard: Say) -> list[Known]:
+        return _learn(batch, heard, executions)
+
+    for batch, found in each(batches, do, jobs, stop):
         if isinstance(found, Lost):
             raise RuntimeError(f"{found.during}: {found.how} with KVM's code as it is ({batch[0]})")
         for one in found:
@@ -52,12 +78,12 @@ def learn(results: Results, wanted: Sequence[Pair], jobs: int, say: Say, stop: S
     return [one for one in found if one.shown.verdict not in (VIOLATIONS, FAILED)]
 
 
-def _learn(batch: Sequence[Pair], say: Say) -> list[Known]:
+def _learn(batch: Sequence[Pair], say: Say, executions: int) -> list[Known]:
     cover = Cover()
     found = []
     for pair in batch:
         say(str(pair))
-        found.append(known(pair, cover))
+        found.append(known(pair, cover, executions))
     return found
 
 
@@ -68,13 +94,14 @@ def judge_all(
     jobs: int,
     say: Say,
     stop: Stop = never,
+    depth: Depth = THOROUGH,
 ) -> list[tuple[Mutant, Judgement]]:
     """Judge the mutants that the results do not have yet; return all that are judged, in the given order."""
     argued = equivalent()
     todo = [one for one in chosen if one.digest not in results.judged and one.name not in argued]
 
     def do(mutant: Mutant, heard: Say) -> Judgement:
-        return judge(mutant, all_known, heard)
+        return judge(mutant, all_known, heard, depth)
 
     for number, (mutant, found) in enumerate(each(todo, do, jobs, stop), 1):
         judgement = _of_lost(mutant, found) if isinstance(found, Lost) else found

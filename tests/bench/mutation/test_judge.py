@@ -1,0 +1,149 @@
+"""Judging mutants: each verdict once, hangs included, and results that are kept."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+
+from bench.mutation import run
+from bench.mutation.generate import Mutant, mutants, sample, sources
+from bench.mutation.judge import BROKEN, CAUGHT, COST_ONLY, EQUIVALENT, SURVIVED, UNREACHED, Judgement
+from bench.mutation.pool import Lost, each
+from bench.mutation.report import kill_rate, table
+from bench.mutation.results import Results
+from bench.mutation.suite import Known, Pair, fingerprint
+
+PAIRS = [Pair("zap-all-notifier"), Pair("notifier-second-zap"), Pair("zap-range-fault")]
+
+
+def mutant(before: str, after: str, name: str = "made@test#1") -> Mutant:
+    """Return a mutant of KVM's code with one text replaced."""
+    ((module, (path, text)),) = [(m, found) for m, found in sources().items() if before in found[1]]
+    line = text[: text.index(before)].count("\n") + 1
+    lines = tuple(range(line, line + before.rstrip("\n").count("\n") + 1))
+    changed = text.replace(before, after)
+    return Mutant(name, "made", "test", module, path, line, lines, f"{before}{after}", changed)
+
+
+def silent(text: str) -> None:
+    pass
+
+
+@pytest.fixture(scope="module")
+def results(tmp_path_factory: pytest.TempPathFactory) -> Results:
+    return Results(tmp_path_factory.mktemp("mutation") / "results.jsonl", fingerprint())
+
+
+@pytest.fixture(scope="module")
+def known(results: Results) -> list[Known]:
+    run.prepare()
+    return run.learn(results, PAIRS, 2, silent)
+
+
+FLUSH = "            notifier_flush(cpu, kvm, ranges[0][1])\n"
+
+
+@pytest.mark.parametrize(
+    ("before", "after", "verdict", "kind"),
+    [
+        (FLUSH, "            pass\n", CAUGHT, "use-after-free"),
+        (FLUSH, "            while True:\n                pass\n", CAUGHT, "hang"),
+        (FLUSH, "            notifier_flesh(cpu)\n", BROKEN, "crash"),
+        (FLUSH, FLUSH + FLUSH, COST_ONLY, ""),
+        (FLUSH, FLUSH + "            del flush\n", SURVIVED, ""),
+        (
+            "    kvm_mmu_unload(cpu, vcpu)\n    kvm_init_mmu(vcpu)\n\n\n",
+            "    kvm_init_mmu(vcpu)\n\n\n",
+            UNREACHED,
+            "",
+        ),
+    ],
+)
+def test_verdicts(
+    before: str,
+    after: str,
+    verdict: str,
+    kind: str,
+    known: list[Known],
+    results: Results,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    if kind == "hang":
+        monkeypatch.setattr("bench.mutation.pool.BURNED", 2.0)
+    one = mutant(before, after)
+    ((_, found),) = run.judge_all(results, [one], known, 1, silent)
+    assert (found.verdict, found.kind) == (verdict, kind)
+    assert (found.pair != "") == (verdict in (CAUGHT, BROKEN))
+
+
+def test_results_are_kept_for_these_sources_only(known: list[Known], results: Results) -> None:
+    one = mutant(FLUSH, "            pass\n")
+    assert results.path is not None
+    again = Results(results.path, results.fingerprint)
+    assert again.known.keys() == set(PAIRS)
+    assert {found.pair: found.lines for found in known} == {
+        pair: found.lines for pair, found in again.known.items()
+    }
+
+    def fail(*_: object) -> Judgement:
+        raise AssertionError("judged again")
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(run, "judge", fail)
+        ((_, found),) = run.judge_all(again, [one], known, 1, silent)
+    assert found.verdict == CAUGHT
+    other = Results(results.path, "other sources")
+    assert not other.known
+    assert not other.judged
+
+
+def test_an_argued_mutant_is_not_judged(monkeypatch: pytest.MonkeyPatch) -> None:
+    one = mutant(FLUSH, "            pass\n")
+    monkeypatch.setattr(run, "equivalent", lambda: {one.name: "because"})
+    ((_, found),) = run.judge_all(Results(None, ""), [one], [], 1, silent)
+    assert (found.verdict, found.why) == (EQUIVALENT, "because")
+
+
+def test_lists_name_mutants_that_exist() -> None:
+    assert all(text.strip() for text in {**run.equivalent(), **run.survivors()}.values())
+    assert not run.equivalent().keys() & run.survivors().keys()
+    with pytest.raises(ValueError, match="list: no such mutant: gone@f#1"):
+        run.check_listed("list", ["drop@f#1", "gone@f#1"], ["drop@f#1"])
+
+
+def test_the_rate_leaves_out_the_harmless() -> None:
+    verdicts = [CAUGHT, CAUGHT, CAUGHT, SURVIVED, UNREACHED, BROKEN, EQUIVALENT, COST_ONLY]
+    some = sample(mutants(), len(verdicts), 1)
+    judged = [(one, Judgement(one.name, verdict)) for one, verdict in zip(some, verdicts, strict=True)]
+    assert kill_rate(judged) == (3, 5)
+    text = table(judged, 8, 1000)
+    assert "kill rate 60.0 %: 3 caught of 5" in text
+    assert f"survived:\n  {some[3].name}" in text
+
+
+def test_a_child_that_dies_is_noticed() -> None:
+    def die(number: int, say: Callable[[str], None]) -> int:
+        say("before")
+        if number:
+            raise SystemExit(3)
+        time.sleep(0.01)
+        return 7
+
+    found = dict(each([0, 1], die, 2, lambda: False))
+    assert found[0] == 7
+    assert found[1] == Lost("before", "exit status 3")
+
+
+def test_the_command_line(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    from bench.mutation.__main__ import main
+
+    assert main(["--list", "--rule", "no-yield"]) == 0
+    listed = capsys.readouterr().out
+    assert "no-yield@" in listed
+    assert main(["--show", listed.split()[0]]) == 0
+    assert "+++ b/emulator/kvm/" in capsys.readouterr().out
+    assert main(["--show", "no-such@mutant#1"]) == 2
+    assert "no mutant 'no-such@mutant#1'" in capsys.readouterr().err

@@ -1,0 +1,53 @@
+"""Mutants that no shipped test, no run and no chaos noticed once: each has a test now, which refutes it as a
+patch, and which finds nothing without it."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+
+from bench.mutation.generate import mutants
+from emulator.explore.results.verdict import Plan, Verdict, explore_verdict
+from emulator.litmus.loader import load_test
+from emulator.litmus.policies import named_policy
+from emulator.litmus.verdict import FAILED, VIOLATIONS
+
+CASES = {
+    # The flush moves out of mmu_lock: a second zapper finds the SPTE gone, and goes on without one.
+    "late-flush@kvm_handle_hva_range#1": ("notifier-second-zap", "use-after-free"),
+    "split-flush@kvm_handle_hva_range#1": ("notifier-second-zap", "use-after-free"),
+    "late-flush@kvm_zap_gfn_range#1": ("zap-range-second-zap", "use-after-free"),
+    "split-flush@kvm_zap_gfn_range#1": ("zap-range-second-zap", "use-after-free"),
+    # Roots are invalidated in one critical section, and the request is made in another, or in none.
+    "split-request@kvm_mmu_zap_all_fast_front#1": ("zap-all-notifier", "use-after-free"),
+    "late-request@kvm_mmu_zap_all_fast_front#1": ("zap-all-notifier", "use-after-free"),
+    # A yield-safe iterator puts the previous root before it has the next one.
+    "first-reference@tdp_mmu_next_root#1": ("notifier-root-freed", "KASAN: a walk over the roots"),
+    # A memslot update amid an invalidation.
+    "drop-branch@kvm_swap_active_memslots#1": ("slot-waits", "is refused for ever"),
+}
+MUTANTS = {one.name: one for one in mutants()}
+
+
+def explored(test: str, policy: str, executions: int) -> Verdict:
+    return explore_verdict(load_test(test), named_policy(policy), Plan(executions=executions, minimize=False))
+
+
+@pytest.mark.parametrize("name", CASES)
+def test_it_is_caught(name: str, tmp_path: Path) -> None:
+    test, expected = CASES[name]
+    path = tmp_path / "mutant.patch"
+    path.write_text(MUTANTS[name].diff)
+    found = explored(test, str(path), 1500)
+    if found.verdict == FAILED:
+        assert expected in found.failure
+    else:
+        assert (found.verdict, found.kinds[0]) == (VIOLATIONS, expected)
+
+
+@pytest.mark.parametrize("test", sorted({test for test, _ in CASES.values()}))
+def test_nothing_is_found_without_it(test: str) -> None:
+    found = explored(test, "linux-7.3", 150)
+    assert found.verdict not in (VIOLATIONS, FAILED)
+    assert found.met
