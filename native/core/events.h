@@ -1,5 +1,5 @@
 /* Event rings: the last events of each CPU.  The owner writes, any thread reads: an event that is overwritten
- * during the read may come out mixed, which the story around a violation tolerates; each word is whole.
+ * during the read may come out mixed, which the report of a violation tolerates; each word is whole.
  */
 #ifndef FLUSHLAB_EVENTS_H
 #define FLUSHLAB_EVENTS_H

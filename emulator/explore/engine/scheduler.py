@@ -1,8 +1,8 @@
 """A controlled scheduler: tasks are greenlets of one thread, and one at a time goes one step.
 
-A step reaches from one announcement to the next: `step()` ends the running task's step and announces the
-access to shared state that begins its next one, so between steps every task stands right before an access.
-`touch()` adds the step's further accesses.  A task that cannot go on passes a condition, which is tested
+A step is the code between two announcements.  `step()` ends the running task's step and announces the first
+access of its next one, so between steps every task stands right before an access to shared state.  `touch()`
+adds further accesses to the current step.  A task that cannot go on passes a condition, which is tested
 before each choice, and must depend only on the objects that the task announces.
 
 A strategy chooses the next task among those that are enabled.  If none is enabled and some have not finished,
@@ -56,11 +56,11 @@ class Divergence(Exception):
 
 
 class Strategy(Protocol):
-    """Chooses the next task, and is told of each step apart from the `known` ones."""
+    """Chooses the next task, and receives each step when it is over, except the `known` ones."""
 
     def known(self) -> Sequence[Known]:
-        """Return the steps that the execution shares with the beginning of an earlier one: they are
-        replayed without calls of `choose` and `stepped`, which begin after them."""
+        """Return the steps that begin the execution and have been executed before: they are replayed, and
+        `choose` and `stepped` are called for later steps only."""
 
     def choose(self, enabled: int, last: int) -> int:
         """Return one of the tasks in the mask, or -1 to give the execution up.  `last` took the last step."""

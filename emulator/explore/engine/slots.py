@@ -15,7 +15,7 @@ from typing import Any, Protocol
 
 
 class Watcher(Protocol):
-    """Is told of accesses, and performs them with `slot.plain_get` and `slot.plain_set`."""
+    """Receives each access, and performs it with `slot.plain_get` or `slot.plain_set`."""
 
     asking: dict[int, int]  # while not empty, all reads are reported
 

@@ -55,8 +55,8 @@ class Snapshot:
 
     constant: true of objects that are left alone, together with all that is reachable through them only.
     aside: by type, attributes that are left alone; the caller restores them itself.
-    module: a module that is recorded with its names, its classes, wherever they come from, and the attributes
-    of its functions; those of other modules are taken for constant.
+    module: a module of which names, classes (also imported ones) and the attributes of functions are
+    recorded.  Names, classes and functions of all other modules count as constant.
     """
 
     def __init__(

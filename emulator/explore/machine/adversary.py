@@ -1,13 +1,12 @@
 """The adversary of the architecture: evictions and speculative fills of TLBs become the scheduler's choices.
 
-A processor may drop any cached mapping at any time, and may cache the translations that an access that never
-happens would have needed (SDM vol. 3A, 4.10.2.3, 4.10.3.1; vol. 3C, 29.4). KVM can therefore neither elide a
-flush because the guest has not touched a page, nor rely on an entry because the guest has just used it.
+A processor may drop any cached mapping at any time, and may cache translations that no access has needed (SDM
+vol. 3A, 4.10.2.3, 4.10.3.1; vol. 3C, 29.4). KVM can therefore neither elide a flush because the guest has not
+touched a page, nor rely on an entry because the guest has just used it.
 
-Each candidate is a daemon for one pCPU and one page. The page is named by its address, so that the candidate
-is equal in every execution and conflicts only with uses of that page on that pCPU, and with other candidates,
-because all of them share a budget per execution. A turn after the last access that it can affect is not
-taken.
+Each candidate is a daemon for one pCPU and one page, which it names by address, so it is equal in every
+execution. It conflicts with uses of that page on that pCPU, and with all other candidates, because they share
+its budget. It takes no step after the last access that it can affect.
 
 Evictions happen at any time. Fills need the current VPID and EP4TA and happen in guest mode, between two
 instructions: an access with its whole walk is one step.

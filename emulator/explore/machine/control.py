@@ -32,8 +32,8 @@ if TYPE_CHECKING:
 
 _FIRST_VM: Final = VmId(0)
 
-# Points that begin no step.  Behind most of them, a native call is the step; the others are about the order
-# of stores, which is the store buffers' (store_buffers.py).
+# Points that begin no step.  At most of them, the native call right behind is the step; the others order
+# stores, which matters to store buffers only (store_buffers.py).
 _COVERED: Final[frozenset[PointKind]] = ANNOUNCED | {"plain store", "rcu", "smp_mb", "unlocking"}
 
 
@@ -155,11 +155,11 @@ class Control:
         return self.objects.mask((name, *of, who) for who, _ in readers)
 
     def custody_of_tables(self, tables: Iterable[int]) -> int:
-        """Return the objects for whether these tables are free; roots are tables, too."""
+        """Return the objects that tell whether these tables are free.  Roots are tables, too."""
         return self.objects.mask(("custody of table", hfn) for hfn in tables)
 
     def frees(self, tables: Sequence[int]) -> int:
-        """Return the objects that the RCU callbacks write that free these tables."""
+        """Return the objects that RCU callbacks write when they free these tables."""
         roots = self.root_frames
         mask = self.custody_of_tables(tables)
         for hfn in tables:

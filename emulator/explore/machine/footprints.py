@@ -33,11 +33,11 @@ After = Callable[[Args, Any], Masks]
 
 # Words that name an object, alone or with what their operands select.
 #
-# `custody` is that of the guests' pages, which TLB entries are judged by.  The custody of a table is whether
-# it is free: there is an object for each table, and `tables` for all together, which a walk from a cached
-# table pointer reads.  Violations that flushes avert are counted, but no later step depends on that.  A fault
-# first samples mmu_invalidate_seq alone, so the begin of an invalidation, which is mmu_invalidate_in_progress
-# with its range, does not conflict with that.
+# `custody` is the custody of the guests' pages, by which TLB entries are judged.  The custody of a table
+# tells whether the table is free.  Each table has an object of its own, and `tables` stands for all of them:
+# a walk from a cached table pointer reads it.  Averted violations are counted without an object, because no
+# later step depends on the count.  The begin of an invalidation writes mmu_invalidate_in_progress and its
+# range, but not mmu_invalidate_seq, so it does not conflict with a fault that only samples the latter.
 OBJECTS: Final[Mapping[str, tuple[str, ...]]] = {
     "block_frames": ("frames", "block"),
     "callbacks": ("callbacks",),

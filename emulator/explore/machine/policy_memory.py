@@ -13,7 +13,8 @@ _OURS = __name__.partition(".")[0]
 
 
 class Memory:
-    """Tells whether a query has changed the policy's memory, without KVM's objects and counts of answers."""
+    """Detects changes of the policy's memory by a query; KVM's objects and counts of answers are not part of
+    it."""
 
     def __init__(self) -> None:
         self.policy: Policy | None = None
@@ -24,7 +25,7 @@ class Memory:
         self._before[task] = self._now()
 
     def changed(self, task: int) -> bool:
-        """Return whether it has changed since this task's `asking`; True if that cannot be told."""
+        """Return whether it has changed since this task's `asking`; True if the states cannot be compared."""
         before, now = self._before.pop(task, None), self._now()
         if self.policy is None or before is None or now is None:
             return True

@@ -3,13 +3,13 @@
 KVM asks a policy's method in a step that names the policy only.  Any other thread may write the state that
 the method reads, at any moment, and the answer may depend on it.  A read of an attribute that some thread
 changes is therefore a step of the method's own, and so is the write: real threads can come in between any two
-of them.  Elements of containers and the core's memory are treated likewise: there, KVM's access begins when
-it reads the attribute that has the container, and counts as a write if the contents differ at its step's end.
+of them.  Elements of containers and the core's memory are treated likewise.  KVM's access to them begins when
+it reads the attribute that holds the container, and is a write if the contents differ at the end of the step.
 
-Which attributes are both read by the policy and changed is not known beforehand.  An execution that shows
-another one ends with `Grown`: the search until then has not reversed all races, and it begins again with that
-attribute among the `Known`.  In a search that comes to its end, every attribute that was both read and
-changed was known from the first step on, in all processes.
+Which attributes are both read by the policy and changed is not known beforehand.  An execution that
+shows a new one ends with `Grown`: the search has not reversed the races on that attribute so far, and begins
+again with the attribute among the `Known`.  In a search that comes to its end, every attribute that was both
+read and changed was known from the first step on, in all processes.
 
 Some state cannot be watched: other modules' state, files, the time, the core's counts.  A policy that reads
 such state is reported (`unwatched`), and nothing is proved.

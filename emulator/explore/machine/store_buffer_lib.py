@@ -239,7 +239,8 @@ class BufferedLib(ControlledLib):
         self._store(("srcu",), 0, "srcu_read_unlock()", control.bit("srcu left", vm, who), leave)
 
     def _local_irq_enable(self, m: MachinePtr, cpu: CpuId) -> int:
-        """Enable interrupts, behind a fence if one arrives: its handler's stores come behind all others."""
+        """Enable interrupts.  If one arrives, fence first, so that its handler's stores follow all earlier
+        ones."""
         execution = self.control.execution
         if execution is not None and lib.cpu_attention(m, cpu) & lib.ATTENTION_IPI:
             self.control.stores.fence(execution, cpu)

@@ -32,8 +32,8 @@ _DANGERS: Final = tuple(need for need in get_args(Need) if need != "nothing")
 
 @dataclass(frozen=True, slots=True)
 class Goal:
-    """The execution that is sought.  `reached`: whether one that has ended, whose number in the search is
-    given, is the one."""
+    """The execution that is sought.  `reached`: whether the execution of a number, which has just ended, is
+    that one."""
 
     text: str
     reached: Callable[[LitmusProgram, int], bool]

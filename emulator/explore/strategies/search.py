@@ -41,13 +41,13 @@ class Program(Protocol):
 class Limits:
     """Limits of a search.
 
-    executions: that end; runs: executions, including those that were given up half way; 0: no limit.
-    steps: of one execution.
+    executions: the most that may come to their ends.  runs: the most that may begin, including those that are
+    given up half way; 0: no limit.  steps: the most of one execution.
     """
 
     executions: int = 0
     steps: int = 5000
-    first_only: bool = True  # stop at the first outcome that `bad` is true of
+    first_only: bool = True  # stop at the first bad outcome
     runs: int = 0
 
     def reached(self, found: Found) -> bool:

@@ -59,8 +59,8 @@ class Rest:
 class Outcome:
     """The result of a part.  found: its search's.  first: the access of the prefix's last step.
 
-    asked: (depth, tasks that begin the reversed execution, the racing task) for nodes of the prefix;
-    wanted: (depth, tasks), all of which must be tried there.
+    asked: for nodes of the prefix, (depth, tasks of which one must be tried there, preferably the racing
+    task). wanted: (depth, tasks that must all be tried there).
     """
 
     found: Found

@@ -5,10 +5,10 @@ choice becomes a part (subtree.py); parts are searched in rounds, and the paths 
 branches.  The result does not depend on the number of processes, nor on their speed, because the parts of a
 round and their budgets depend on the earlier rounds only, and results are merged in the order of the parts.
 
-The choices of a node are tried one after the other, as in the depth-first search: a later choice need not
-repeat executions that begin with the step of an earlier one (sleep sets), and that step's access is known
-only once it was executed.  The later choice need not wait until the subtree of the earlier one is complete,
-because the search will complete it in any case.
+As in the depth-first search, the choices of a node are begun one after the other.  The sleep set of a later
+choice has the accesses of the earlier choices' first steps, which are known once those steps have been
+executed.  Its part need not wait until the earlier subtrees are complete, because the search completes them
+in any case.
 """
 
 from __future__ import annotations
