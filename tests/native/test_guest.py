@@ -97,6 +97,30 @@ def test_access_to_a_gfn_without_memory_is_skipped_when_told_so(machine: Hypervi
     assert not machine.mapped(vm, 5)
 
 
+def pcids(machine: Hypervisor) -> set[int]:
+    """Return the PCIDs of the combined mappings that pCPU 0 caches."""
+    entries = ffi.new("struct tlb_entry[]", 4096)
+    n = lib.tlb_dump(lib.cpu_tlb(machine.m, CPU0), entries, 4096)
+    return {entries[i].pcid for i in range(n) if entries[i].kind == lib.KIND_COMBINED}
+
+
+@pytest.mark.parametrize("boots", [False, True])
+def test_cr3_is_that_of_the_current_process_from_the_first_entry_on(machine: Hypervisor, boots: bool) -> None:
+    """The guest builds its first page tables in that entry, without an exit in between; also after a reset in
+    another process."""
+    vcpu = boot(machine, processes=2, switch_every=1000)
+    for gfn in range(64):
+        machine.map(CPU0, VM0, gfn)
+    if boots:
+        machine.run(CPU0, vcpu, 1500)
+        assert pcids(machine) >= {1, 2}
+        lib.guest_boot(machine.m, vcpu)
+        lib.flush_invvpid_all(machine.m, CPU0, VM0, lib.REASON_GUEST)
+        assert pcids(machine) == set()
+    machine.access(CPU0, vcpu, PAGES[0] << 12)
+    assert pcids(machine) == {1}
+
+
 def test_entry_with_interrupts_on_is_refused(machine: Hypervisor) -> None:
     vcpu = machine.vcpu(machine.vm(), 1)
     lib.vcpu_set_mode(machine.m, vcpu, lib.IN_GUEST_MODE)
