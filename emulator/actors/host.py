@@ -11,7 +11,7 @@ from random import Random
 from typing import TYPE_CHECKING
 
 from emulator.actors.base import MachineActor
-from emulator.actors.user_memory import UserMemory
+from emulator.host.memory import UserMemory
 from emulator.kvm.host_work import host_works, owe_a_flush
 from emulator.machine.runtime import HPAGE_PMD_NR
 from emulator.scenario.workload import HOST_ACTIVITIES, Pacer, Workload

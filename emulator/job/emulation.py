@@ -26,8 +26,8 @@ from emulator.actors.pcpu import PCpu
 from emulator.actors.rcu import RcuThread
 from emulator.actors.scheduler import Place, Scheduler
 from emulator.actors.task import VcpuTask
-from emulator.actors.user_memory import UserMemory
 from emulator.errors import BadInput
+from emulator.host.memory import UserMemory
 from emulator.kvm.structs import Kvm, KvmParams, Vcpu
 from emulator.kvm.virt.kvm_main import kvm_create_vm, kvm_set_memory_region, kvm_vm_ioctl_create_vcpu
 from emulator.machine.runtime import HPAGE_PMD_NR, Cpu, Machine, OutOfMemory
@@ -151,6 +151,7 @@ class Emulation:
         self.vms: list[Kvm] = []
         # The VMs that the host and KVM's ioctls act on.
         self.disturbed: list[Kvm] = []
+        self.memories: list[UserMemory] = []  # of the VMs that are disturbed
         self.tasks: list[VcpuTask] = []
         # The pCPUs on which each task may run.
         self.homes: list[range] = []
@@ -195,10 +196,12 @@ class Emulation:
     def _create_vm(self, cpu: Cpu, section: VmSection, traces: Iterator[Trace]) -> None:
         layout = layout_of(section)
         kvm = kvm_create_vm(cpu, layout.gfns, self.policy, self.params)
+        memory = kvm.mm = UserMemory(kvm)
         self.vms.append(kvm)
         kvm_set_memory_region(cpu, kvm, RAM_SLOT, 0, layout.ram, 0)
         if section.disturbed:
             self.disturbed.append(kvm)
+            self.memories.append(memory)
             kvm_set_memory_region(
                 cpu, kvm, SECOND_SLOT, layout.second_base, layout.second, layout.second_base
             )
@@ -303,11 +306,12 @@ class Emulation:
             rng = self._seeded()
             pacer = kvm_pacer(self.workload, len(self.disturbed), rng)
             IoctlCaller.start(self.crew, next(self._free_cpus), kvm, scheduler, pacer, rng)
-        memories = [UserMemory(kvm) for kvm in self.disturbed]
         for i in range(self.scenario.host.actors):
             rng = self._seeded()
             pacer = host_pacer(self.workload, self.scenario.host.actors, rng)
-            Host.start(self.crew, next(self._free_cpus), i, memories, self.scenario.host.pages, pacer, rng)
+            Host.start(
+                self.crew, next(self._free_cpus), i, self.memories, self.scenario.host.pages, pacer, rng
+            )
 
     def _clock(self, pace: float) -> Callable[[], float] | None:
         """Return a clock by which all guests together make `pace` accesses a second; None without a pace."""

@@ -11,7 +11,7 @@ from bisect import bisect_right
 from collections import deque
 from collections.abc import Callable
 from dataclasses import dataclass, replace
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Protocol
 
 from emulator.kvm.kvm_host import (
     KVM_MEM_LOG_DIRTY_PAGES,
@@ -253,13 +253,24 @@ class KvmMemslots:
         return None
 
 
+class Mm(Protocol):
+    """struct mm_struct: the host's memory management, which KVM's faults need (emulator.host.memory)."""
+
+    def wp_page_copy(self, cpu: Cpu, page: int) -> bool:
+        """Copy a page that is shared for its first write; return False if there is no frame for the copy.
+
+        Invokes the VM's mmu_notifiers, so the caller's fault has to start over.
+        """
+
+
 class Kvm:
     """struct kvm.
 
     Lock order: slots_lock, slots_arch_lock, mn_invalidate_lock; mmu_lock, tdp_mmu_pages_lock.
     `tdp_mmu_zap_works`: roots that wait for the worker that zaps them (decision root_put=async).
-    `x86_ops`: the vendor's operations.  `tracks_roots`: the policy may elide flushes by the tracking of
-    roots.  `warned`: texts of WARN_ON_ONCE().  `at_host_work`: CPUs that wait in emulator.kvm.host_work.
+    `x86_ops`: the vendor's operations.  `mm`: the host's memory management, without which no page may be
+    copied on write.  `tracks_roots`: the policy may elide flushes by the tracking of roots.  `warned`: texts
+    of WARN_ON_ONCE().  `at_host_work`: CPUs that wait in emulator.kvm.host_work.
     """
 
     __slots__ = (
@@ -269,6 +280,7 @@ class Kvm:
         "id",
         "machine",
         "memslots",
+        "mm",
         "mmu_lock",
         "mn_active_invalidate_count",
         "mn_flush_at_end",
@@ -303,6 +315,7 @@ class Kvm:
         self.gfns = gfns
         self.policy = policy
         self.x86_ops = x86_ops
+        self.mm: Mm | None = None
         self.params = params
         self.mmu_lock = MmuLock(vm)
         self.slots_lock = Mutex("slots_lock")

@@ -12,9 +12,9 @@ from collections.abc import Iterable
 from dataclasses import dataclass
 
 from emulator.actors.task import VcpuTask
-from emulator.actors.user_memory import UserMemory
 from emulator.errors import BadInput, shown
 from emulator.explain.document import VMM
+from emulator.host.memory import UserMemory
 from emulator.kvm.kvm_host import (
     KVM_DIRTY_LOG_INITIALLY_SET,
     KVM_DIRTY_LOG_MANUAL_PROTECT_ENABLE,
@@ -368,7 +368,8 @@ class Harness:
         kvm = kvm_create_vm(cpu, section.pages, self.policy, params)
         lib.mmu_invalidate_seq_init(cpu.m, kvm.id, section.invalidations)
         self.kvms.append(kvm)
-        self.memories.append(UserMemory(kvm))
+        memory = kvm.mm = UserMemory(kvm)
+        self.memories.append(memory)
         slots = tuple(RamSlot(*slot) for slot in section.slots)
         migration = Migration(kvm, slots, len(self.migrations) in self.logging)
         self.memories[-1].discarded = migration.discarded

@@ -9,7 +9,7 @@ from emulator.errors import closest, shown
 from emulator.machine.runtime import HPAGE_PMD_NR
 
 if TYPE_CHECKING:
-    from emulator.actors.user_memory import UserMemory
+    from emulator.host.memory import UserMemory
     from emulator.kvm.structs import Kvm, Vcpu
     from emulator.litmus.migration import Migration
     from emulator.litmus.model import LitmusTest, VmSection

@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 
 from emulator.actors.host import Host
-from emulator.actors.user_memory import UserMemory
+from emulator.host.memory import UserMemory
 from emulator.job.job import Job
 from emulator.policy import preset
 from emulator.report.result import Snapshot

@@ -13,6 +13,7 @@ from emulator.actors.inbox import NativeFuture, adopt_thread, release_thread
 from emulator.actors.pcpu import Arrive, Depart, Park, PCpu
 from emulator.actors.rcu import RcuThread
 from emulator.actors.task import VcpuTask
+from emulator.host.memory import UserMemory
 from emulator.kvm import kvm_host
 from emulator.kvm.structs import Kvm, KvmParams
 from emulator.kvm.virt.kvm_main import (
@@ -204,6 +205,7 @@ class EmulatedMachine:
         eagerly = not self.config.lazy_split
         params = KvmParams(fault_around=1, resched_chunks=0, eager_page_split=eagerly, host_takes_time=True)
         kvm = kvm_create_vm(self.cpu, GFNS, self.policy, params)
+        kvm.mm = UserMemory(kvm)
         lib.mm_set_zero_page(self.cpu.m, kvm.id, 1)
         vm = Vm(kvm, dict(THP_SLOTS if self.config.thp else SLOTS))
         if self.config.manual_protect:

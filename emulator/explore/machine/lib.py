@@ -29,7 +29,7 @@ _PACKAGES = (
     "emulator.litmus",
     "emulator.actors.image",
     "emulator.actors.task",
-    "emulator.actors.user_memory",
+    "emulator.host.memory",
 )
 _MODULES = ("emulator.machine.runtime", "emulator.machine.locks")
 

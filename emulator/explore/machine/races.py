@@ -20,9 +20,9 @@ from inspect import getattr_static
 from types import CodeType, MemberDescriptorType
 from typing import TYPE_CHECKING, Any, Final
 
-from emulator.actors.user_memory import UserMemory
 from emulator.explore.engine.objects import members
 from emulator.explore.engine.scheduler import Task
+from emulator.host.memory import UserMemory
 from emulator.kvm import structs
 from emulator.kvm.vmx.vmcs import LoadedVmcs
 from emulator.machine.locks import Refcount

@@ -6,7 +6,6 @@ it only if no invalidation touched the gfn meanwhile.
 
 from __future__ import annotations
 
-from emulator.kvm.host_work import host_works
 from emulator.kvm.kvm_host import PG_LEVEL_4K
 from emulator.kvm.mmu.fault import (
     EFAULT,
@@ -35,10 +34,6 @@ from emulator.kvm.mmu.spte import (
 )
 from emulator.kvm.mmu.tdp_map import kvm_tdp_mmu_map, tdp_entry, tdp_mmu_set_spte_atomic
 from emulator.kvm.structs import Kvm, KvmMemorySlot, Vcpu
-from emulator.kvm.virt.mmu_notifier import (
-    kvm_mmu_notifier_invalidate_range_end,
-    kvm_mmu_notifier_invalidate_range_start,
-)
 from emulator.kvm.virt.slots import gfn_to_memslot, mark_page_dirty_in_slot
 from emulator.machine.runtime import FAULT_AROUND_MAX, Cpu, OutOfFrames, rcu_read_lock
 from native import lib
@@ -172,7 +167,11 @@ def __kvm_mmu_faultin_pfn(cpu: Cpu, kvm: Kvm, fault: KvmPageFault, slot: KvmMemo
     page, hva = cpu.page, slot.gfn_to_hva(fault.gfn)
     rc = lib.mm_fault(cpu.m, cpu.id, kvm.id, hva, fault.write, page)
     if rc == lib.MACHINE_AGAIN:
-        return wp_page_copy(cpu, kvm, hva) if page.cow else EFAULT
+        if not page.cow:
+            return EFAULT
+        # The host's copy invokes the mmu_notifiers of this very VM; the fault then has to start over.
+        assert kvm.mm is not None
+        return RET_PF_RETRY if kvm.mm.wp_page_copy(cpu, hva) else ENOMEM
     if rc == lib.MACHINE_NOMEM:
         return ENOMEM
     cpu.check(rc)
@@ -195,23 +194,6 @@ def __kvm_mmu_faultin_pfn(cpu: Cpu, kvm: Kvm, fault: KvmPageFault, slot: KvmMemo
             )
         )
     return RET_PF_CONTINUE
-
-
-def wp_page_copy(cpu: Cpu, kvm: Kvm, hva: int) -> int:
-    """Copy a page on its first write, as get_user_pages() does; the fault then has to start over.
-
-    The host's copy invokes the mmu_notifiers of this very VM.
-    """
-    # Allocating and copying takes time, in which another vCPU may have copied the same page.
-    if host_works(cpu, kvm):
-        return RET_PF_RETRY
-    kvm_mmu_notifier_invalidate_range_start(cpu, kvm, hva, hva + 1)
-    rc = lib.mm_break_cow(cpu.m, cpu.id, kvm.id, hva)
-    kvm_mmu_notifier_invalidate_range_end(cpu, kvm, hva, hva + 1)
-    if rc == lib.MACHINE_NOMEM:
-        return ENOMEM
-    cpu.check(rc)
-    return RET_PF_RETRY
 
 
 def mmu_invalidate_retry(cpu: Cpu, kvm: Kvm, fault: KvmPageFault) -> bool:

@@ -7,6 +7,7 @@ from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from typing import Any
 
+from emulator.host.memory import UserMemory
 from emulator.kvm.kvm_host import PREEMPTIBLE, RESCHED, ExitToUser, RunYield
 from emulator.kvm.smm import kvm_inject_smi
 from emulator.kvm.structs import Kvm, KvmParams, Vcpu
@@ -155,6 +156,7 @@ class Rig:
     def vm(self, policy: Policy | None = None, slot: bool = True, **params: Any) -> Kvm:
         defaults: dict[str, Any] = {"slice_accesses": 1, "fault_around": 0, "resched_chunks": 0}
         kvm = kvm_create_vm(self.host, GFNS, policy or Policy(), KvmParams(**{**defaults, **params}))
+        kvm.mm = UserMemory(kvm)
         self.vms.append(kvm)
         if slot:
             kvm_set_memory_region(self.host, kvm, SLOT, 0, GFNS, 0)

@@ -7,8 +7,8 @@ from collections.abc import Callable
 
 import pytest
 
-from emulator.actors import user_memory
-from emulator.actors.user_memory import UserMemory
+from emulator.host import memory as user_memory
+from emulator.host.memory import UserMemory
 from emulator.kvm.kvm_host import KVM_MEM_LOG_DIRTY_PAGES
 from emulator.kvm.mmu.mmu import (
     kvm_mmu_zap_all_fast,

@@ -43,6 +43,22 @@ class UserMemory:
         # Called with the pages that user space discards, because no dirty log of KVM's names them.
         self.discarded: Callable[[Cpu, int, int], None] = lambda cpu, start, end: None
 
+    def wp_page_copy(self, cpu: Cpu, page: int) -> bool:
+        """wp_page_copy(), for KVM's faults: copy the page for its first write; return False without a frame.
+
+        Allocating and copying takes time, in which another vCPU may have copied the page.  The fault has to
+        start over in any case, and takes no lock here.
+        """
+        if host_works(cpu, self.kvm):
+            return True
+        kvm_mmu_notifier_invalidate_range_start(cpu, self.kvm, page, page + 1)
+        rc = lib.mm_break_cow(cpu.m, cpu.id, self.kvm.id, page)
+        kvm_mmu_notifier_invalidate_range_end(cpu, self.kvm, page, page + 1)
+        if rc == lib.MACHINE_NOMEM:
+            return False
+        cpu.check(rc)
+        return True
+
     def reclaim(self, cpu: Cpu, start: int, end: int) -> None:
         """try_to_unmap(), without mmap_lock: return the frames to the host, and the contents to swap.
 
