@@ -32,7 +32,7 @@ from typing import Any
 
 from emulator.policy.confine import NO_PATCHES, Confinement
 from emulator.policy.guard import Place, UserPolicyError, came_through, exact, failed, shown, through
-from emulator.policy.patch import KvmPatch, read_patch
+from emulator.policy.patch import KvmPatch, Parts, read_patch
 from emulator.policy.points import BY_NAME, DecisionPoint
 from emulator.policy.policy import NAMED_BY, Policy, PolicyError, check_answer
 from emulator.policy.presets import DEFAULT, preset
@@ -53,15 +53,18 @@ def resolve_policy(text: str) -> Policy:
     return preset(text)
 
 
-def spelled_policy(text: str, name: str | None = None) -> Policy:
-    """Return the policy that `text` spells (emulator.policy.spelling), called `name`."""
+def spelled_policy(text: str, name: str | None = None, parts: Parts = ()) -> Policy:
+    """Return the policy that `text` spells (emulator.policy.spelling), called `name`.
+
+    parts: the patches, in place of the files that are named in the text.
+    """
     base, answers, patches = parse_policy(text)
-    policy = _patched(base, patches, name) if patches else resolve_policy(base)
+    policy = _patched(base, patches, parts, name) if patches else resolve_policy(base)
     return policy.with_settings(answers, name) if answers else policy
 
 
-def _patched(base: str, paths: tuple[str, ...], name: str | None) -> Policy:
-    patch = _read(paths)
+def _patched(base: str, paths: tuple[str, ...], parts: Parts, name: str | None) -> Policy:
+    patch = KvmPatch("+".join(Path(path).name for path in paths), parts) if parts else _read(paths)
     below = base or patch.base or DEFAULT
     where = NAMED_BY if base else f"{patch.name}: Flushlab-Base"
     policy = load_user_policy(Path(below)) if below.endswith(".py") else preset(below, where)

@@ -27,6 +27,8 @@ from emulator.kvm import structs
 from emulator.kvm.vmx.vmcs import LoadedVmcs
 from emulator.machine.locks import Refcount
 from emulator.machine.runtime import Cpu, Machine
+from emulator.policy.imports import is_kvm
+from native import ffi
 
 if TYPE_CHECKING:
     from emulator.explore.machine.control import Control
@@ -47,6 +49,8 @@ CLASSES: Final[tuple[type, ...]] = (
     Machine,
 )
 _CONTAINERS: Final = (list, dict, set, deque, bytearray)
+# Memory that cffi owns.
+_MEMORY: Final = (type(ffi.new("int *")),)
 # Methods that change their container.
 _CHANGES: Final = frozenset((
     "add", "append", "appendleft", "clear", "discard", "extend", "insert", "pop", "popitem", "popleft",
@@ -251,17 +255,22 @@ def _reader(cls: type, state: Races, constant: frozenset[str]) -> Any:
     # Methods and properties are code; the attributes that they read are reported, too.
     code = frozenset(name for name in dir(cls) if _is_code(getattr_static(cls, name)))
     sentences: dict[str, str] = {}
+    # CPUs have memory of their own, which is no other CPU's, and the audit knows KVM's shipped structures.
+    watches_memory = bool(constant) and is_kvm(cls.__module__)
 
     def read(self: object, name: str) -> Any:
         value = plain(self, name)
         if name in code:
             return value
-        contains = type(value) in _CONTAINERS
-        if (name in constant and not contains) or not state.awake:
+        contains, memory = type(value) in _CONTAINERS, watches_memory and type(value) in _MEMORY
+        if (name in constant and not contains and not memory) or not state.awake:
             return value
         sentence = sentences.get(name) or sentences.setdefault(name, f"{cls.__name__}.{name}")
         if name not in constant:
             state.access(self, sentence, None, False, 2)
+        if memory:
+            # Neither a native call nor an index shows what it does with it: suppose that it writes.
+            state.access(value, f"{sentence}[]", None, True, 2)
         return Watched(value, f"{sentence}[]", state) if contains else value
 
     return read

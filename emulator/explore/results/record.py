@@ -40,7 +40,7 @@ class Recording:
 
     violation: the oracle's report, or the deadlock; None if there is neither.  final: the events of the
     test's last operations, if the violation is there.  watched: the accesses of a user's policy that are
-    steps.
+    steps.  patches: the name and the text of each patch file of the policy.
     verdict, trace: of a trace only: SAFE, VIOLATIONS or FAILED, and what it holds beside its steps.
     """
 
@@ -55,6 +55,7 @@ class Recording:
     kinds: tuple[str, ...] = field(default=())
     options: ExploreOptions = field(default=NONE)
     watched: Known = field(default=NOTHING)
+    patches: tuple[tuple[str, str], ...] = ()
     verdict: str = ""
     trace: dict[str, Any] | None = None
 
@@ -66,6 +67,7 @@ class Recording:
             "memory": self.options.memory,
             **self.options.document(),
             "context_switches": sum(a != b for a, b in zip(self.schedule, self.schedule[1:], strict=False)),
+            **({"patches": [list(part) for part in self.patches]} if self.patches else {}),
             **({"watched": self.watched.document()} if self.watched else {}),
             "schedule": self.schedule,
             "actors": self.actors,
@@ -190,6 +192,7 @@ def record(program: LitmusProgram, schedule: tuple[int, ...], *, trace: bool = F
         test=program.test.name,
         source=program.test.text,
         policy=program.policy.spelled(),
+        patches=() if program.policy.patch is None else program.policy.patch.texts,
         schedule=[names[index] for index in strategy.schedule()],
         steps=recorder.steps,
         actors=actors,

@@ -23,7 +23,7 @@ from emulator.explore.results.record import Recording, record
 from emulator.litmus.loader import parse_test
 from emulator.litmus.model import LitmusTest
 from emulator.litmus.policies import named_policy
-from emulator.policy import Policy, check_policy
+from emulator.policy import Policy, check_policy, spelled_policy
 from emulator.validation import first_error, read_json
 
 _EXPECTED = "a counterexample or a trace of flushlab explore"
@@ -57,6 +57,7 @@ class _Document(BaseModel):
     test: str
     source: str
     policy: str
+    patches: list[list[str]] = []
     watched: dict[str, list[str]] = {}
     schedule: list[str]
     steps: list[_Step]
@@ -95,6 +96,12 @@ def _find(document: Any) -> dict[str, Any] | None:
     return None
 
 
+def _policy(spelled: str, patches: list[list[str]]) -> Policy:
+    """Return the policy of a recording, with the patches that are in it, whatever their files have become."""
+    parts = tuple((name, text.encode()) for name, text in patches)
+    return spelled_policy(spelled, spelled, parts) if parts else named_policy(spelled)
+
+
 @dataclass(frozen=True, slots=True)
 class Stored:
     """A recording in a file, and the program that it is an execution of."""
@@ -112,7 +119,8 @@ class Stored:
         check_policy(document["policy"], f"{path}: policy")
         try:
             test = parse_test(document["source"], document["test"], None)
-            return cls(path, document, test, named_policy(document["policy"]), ExploreOptions.of(document))
+            policy = _policy(document["policy"], document.get("patches", []))
+            return cls(path, document, test, policy, ExploreOptions.of(document))
         except BadInput as error:
             raise BadInput(str(path), str(error)) from error
         except ValueError as error:

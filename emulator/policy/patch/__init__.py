@@ -3,6 +3,6 @@
 from __future__ import annotations
 
 from emulator.policy.patch.diff import PatchError
-from emulator.policy.patch.patch import KvmPatch, is_patch, read_patch
+from emulator.policy.patch.patch import KvmPatch, Parts, is_patch, read_patch
 
-__all__ = ["KvmPatch", "PatchError", "is_patch", "read_patch"]
+__all__ = ["KvmPatch", "Parts", "PatchError", "is_patch", "read_patch"]

@@ -23,6 +23,10 @@ SERIES: Final = "series"
 _MOST: Final = 4 << 20
 
 
+# Patch files in their order: the name and the bytes of each.
+Parts = tuple[tuple[str, bytes], ...]
+
+
 def is_patch(text: str) -> bool:
     """Return whether a policy's name names patches, by its spelling alone."""
     return text.endswith((*SUFFIXES, "/", "/" + SERIES)) or text == SERIES
@@ -37,10 +41,15 @@ class KvmPatch:
     """
 
     name: str
-    parts: tuple[tuple[str, bytes], ...]
+    parts: Parts
 
     def __hash__(self) -> int:
         return hash(self.parts)
+
+    @property
+    def texts(self) -> tuple[tuple[str, str], ...]:
+        """Return the parts as texts, for recordings."""
+        return tuple((name, data.decode()) for name, data in self.parts)
 
     @cached_property
     def base(self) -> str | None:

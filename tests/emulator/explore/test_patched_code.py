@@ -84,6 +84,41 @@ def test_an_existing_attribute_that_a_patch_shares(
     assert any(one.startswith("Vcpu.loaded: ") for one in found["unordered"]), found
 
 
+MEMORY = 'ffi.new("uint64_t *")'
+
+
+@pytest.mark.parametrize("point", [False, True])
+@pytest.mark.parametrize(
+    ("write", "read"),
+    [
+        ("        lib.atomic64_inc_return(kvm.mine)\n", "    lib.atomic64_read(vcpu.kvm.mine)\n"),
+        ("        kvm.mine[0] += 1\n", "    vcpu.kvm.mine[0]\n"),
+    ],
+)
+def test_memory_of_the_core_needs_points(
+    write: str, read: str, point: bool, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Calls that touch it have no footprint of their own."""
+    if point:
+        write = '        cpu.point("mine", kvm.id, "write")\n' + write
+        read = '    cpu.point("mine", vcpu.kvm.id, "write")\n' + read
+    found = explored(counting(write, read, MEMORY), tmp_path, capsys)
+    assert found["verdict"] == ("safe" if point else "nothing found")
+    assert point or any(one.startswith("Kvm.mine[]: ") for one in found["unordered"]), found
+
+
+def test_a_patch_that_changes_nothing_is_proved_on_each_base(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Policies that track roots share memory of the core, with points."""
+    path = written(tmp_path, edited((MIGRATION, "    kvm = vcpu.kvm\n" + MIGRATION)))
+    bases = ["root-tlb-gen", "cpu-flushed-mask-cleared", "linux-5.14"]
+    arguments = [f"--policy={base}+{path}" for base in bases]
+    assert main(["explore", TEST, "entry-races-request", "--json", *arguments]) == 0
+    found = json.loads(capsys.readouterr().out)["explored"]
+    assert [(one["verdict"], one.get("unordered")) for one in found] == [("safe", None)] * 6
+
+
 IN_MIGRATION: dict[str, tuple[str, str]] = {
     "global": ("    global _mine\n    _mine = 1\n", "changes the global _mine"),
     "table": ("    _TABLE[1] = 2\n", "uses _TABLE, the state of a module"),

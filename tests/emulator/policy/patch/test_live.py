@@ -87,6 +87,7 @@ def test_a_recorded_execution_runs_again(tmp_path: Path, capsys: pytest.CaptureF
     found = tmp_path / "found"
     assert main(["explore", "return-zap", "--policy", path, "--output", str(found)]) == 1
     (record,) = found.iterdir()
+    Path(path).unlink()
     assert main(["explore", "--replay", str(record)]) == 1
     capsys.readouterr()
     assert main(["explain", str(record)]) == 0
