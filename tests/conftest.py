@@ -6,9 +6,15 @@ import shutil
 from collections.abc import Iterator
 
 import pytest
+from hypothesis import HealthCheck, settings
 from loguru import logger
 
 from tests.support import BareMachine
+
+# Hypothesis measures how long examples take by the clock on the wall, which proves nothing on a busy machine.
+# pytest-timeout ends a test that is stuck.
+settings.register_profile("busy", deadline=None, suppress_health_check=[HealthCheck.too_slow])
+settings.load_profile("busy")
 
 
 @pytest.fixture(autouse=True)

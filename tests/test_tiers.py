@@ -6,12 +6,14 @@ Read from the sources, so that it does not depend on which tests this run select
 from __future__ import annotations
 
 import ast
+import re
 from collections.abc import Iterator
 from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
 
 import pytest
+from hypothesis import HealthCheck, settings
 
 ROOT = Path(__file__).parents[1]
 _APART = {"slow", "stress"}
@@ -91,6 +93,26 @@ def test_most_tests_are_quick() -> None:
     everything = sum(module.tests for module in modules().values())
     assert everything > 900
     assert sum(len(module.quick) for module in modules().values()) > 0.7 * everything
+
+
+def test_no_example_fails_for_the_time_it_takes() -> None:
+    """A busy machine made hypothesis give up: its deadline and its health check are of wall time."""
+    for path in PATHS:
+        for given in _settings(ast.parse(path.read_text("utf-8"))):
+            assert "HealthCheck" not in given or re.search("too_slow|list\\(HealthCheck\\)", given), (
+                f"{path}: {given}"
+            )
+            assert "deadline=" not in given or "deadline=None" in given, f"{path}: {given}"
+    assert settings.default is not None
+    assert settings.default.deadline is None
+    assert HealthCheck.too_slow in settings.default.suppress_health_check
+
+
+def _settings(tree: ast.Module) -> Iterator[str]:
+    """Yield the calls of hypothesis' settings()."""
+    for node in ast.walk(tree):
+        if isinstance(node, ast.Call) and ast.unparse(node.func) in ("settings", "hypothesis.settings"):
+            yield ast.unparse(node)
 
 
 def test_marks_are_seen() -> None:

@@ -217,7 +217,11 @@ def test_an_operation_without_a_word(text: str, tmp_path: Path, capsys: pytest.C
 
 
 @pytest.mark.parametrize("form", ["text", "svg", "json", "perfetto"])
-@settings(deadline=None, max_examples=60, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@settings(
+    deadline=None,
+    max_examples=60,
+    suppress_health_check=[HealthCheck.function_scoped_fixture, HealthCheck.too_slow],
+)
 @given(data=st.data())
 def test_no_damage_ends_in_a_traceback(data: st.DataObject, form: str, tmp_path: Path) -> None:
     path = tmp_path / "bad.json"

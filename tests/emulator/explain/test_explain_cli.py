@@ -185,7 +185,11 @@ def test_bad_files_are_one_line(
 @pytest.mark.slow
 @pytest.mark.parametrize("form", ["text", "svg", "json", "perfetto"])
 @pytest.mark.parametrize("explored", [False, True])
-@settings(deadline=None, max_examples=30, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@settings(
+    deadline=None,
+    max_examples=30,
+    suppress_health_check=[HealthCheck.function_scoped_fixture, HealthCheck.too_slow],
+)
 @given(data=st.data())
 def test_no_damage_ends_in_a_traceback(
     data: st.DataObject, explored: bool, form: str, tmp_path: Path

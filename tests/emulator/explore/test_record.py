@@ -142,7 +142,11 @@ def test_what_json_cannot_hold(text: str, tmp_path: Path) -> None:
 
 
 @pytest.mark.slow
-@settings(deadline=None, max_examples=60, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@settings(
+    deadline=None,
+    max_examples=60,
+    suppress_health_check=[HealthCheck.function_scoped_fixture, HealthCheck.too_slow],
+)
 @given(data=st.data())
 def test_no_damage_ends_in_a_traceback(
     data: st.DataObject, recording: dict[str, Any], tmp_path: Path
