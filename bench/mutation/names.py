@@ -119,11 +119,21 @@ ORDERED: Final = frozenset({
     "vmx_vcpu_load_vmcs",
 })  # fmt: skip
 
+# Doing one of these twice is doing it once, for it sets a bit or frees all that there is.
+IDEMPOTENT: Final = frozenset({
+    "kvm_make_request",
+    "kvm_mmu_free_obsolete_roots",
+    "kvm_mmu_free_roots",
+    "kvm_mmu_unload",
+    "request_tlb_flush",
+})  # fmt: skip
+
 # Context managers that hold a lock or a read section for the length of their block.
 SECTIONS: Final = frozenset({"held", "rcu_read_lock", "read_lock", "write_lock"})
 
 # The emulator's own accounts, promises to the oracle, and ordering points: no code of KVM, and never mutated.
 ACCOUNTS: Final = frozenset({
+    "_revoke",
     "event",
     "flush_elided",
     "host_works",

@@ -12,7 +12,7 @@ from itertools import pairwise
 from typing import Final
 
 from bench.mutation.blocks import Unit, blocks, events_of, is_section, units
-from bench.mutation.names import ACCOUNTS, LOWER, ORDERED, UPPER, YIELDS
+from bench.mutation.names import ACCOUNTS, IDEMPOTENT, LOWER, ORDERED, UPPER, YIELDS
 from bench.mutation.source import (
     Edit,
     Source,
@@ -43,7 +43,7 @@ def drop(source: Source, function: ast.FunctionDef) -> Iterator[Mutation]:
 def duplicate(source: Source, function: ast.FunctionDef) -> Iterator[Mutation]:
     """Do an event twice."""
     for unit in _events(function):
-        if isinstance(unit.main, ast.Expr):
+        if isinstance(unit.main, ast.Expr) and not calls(unit.main) & IDEMPOTENT:
             text = source.statement_lines(unit.first, unit.main)
             yield f"twice-{unit.events[0]}", [source.insert_after(unit.main, text)]
 
@@ -155,7 +155,7 @@ def _is_ordered(statement: ast.stmt) -> bool:
     targets = statement.targets if isinstance(statement, ast.Assign) else []
     if isinstance(statement, ast.AugAssign):
         targets = [statement.target]
-    return any(isinstance(target, ast.Attribute | ast.Subscript) for target in targets)
+    return any(isinstance(target, ast.Attribute) for target in targets)
 
 
 def _acts(statement: ast.stmt) -> bool:

@@ -105,7 +105,7 @@ def calls(node: ast.AST) -> set[str]:
 
 def only_accounts(statement: ast.stmt) -> bool:
     """Return whether a statement only accounts, announces or promises."""
-    return isinstance(statement, ast.Expr) and called(statement.value) in ACCOUNTS
+    return isinstance(statement, ast.Expr | ast.Assign) and called(statement.value) in ACCOUNTS
 
 
 def mentions(node: ast.AST, name: str) -> bool:

@@ -63,6 +63,7 @@ _PRICES: Final = {
     "INVVPID": lib.STAT_FLUSH_GUEST,
     "root loads": lib.STAT_MMU_LOAD,
     "exits": lib.STAT_EXITS,
+    "faults": lib.STAT_FAULTS,
     "retries": lib.STAT_FAULT_RETRIES,
 }
 

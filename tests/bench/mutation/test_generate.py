@@ -27,7 +27,7 @@ def zap(cpu, kvm, ranges, start, end):
             cpu.stat("nothing")
         cpu.point("mode", 1, "write")
         set_mode(cpu, 0)
-        kvm_make_request(cpu, 1)
+        kvm_make_all_cpus_request(cpu, kvm, 1)
     return flush
 
 
@@ -54,11 +54,11 @@ def every() -> tuple[Mutant, ...]:
 
 def test_each_rule_finds_its_place(made: dict[str, Mutant]) -> None:
     wanted = {
-        "drop-request@zap#1": "-        kvm_make_request(cpu, 1)\n",
-        "twice-request@zap#1": "+        kvm_make_request(cpu, 1)\n",
-        "late-request@zap#1": "+    kvm_make_request(cpu, 1)\n",
+        "drop-request@zap#1": "-        kvm_make_all_cpus_request(cpu, kvm, 1)\n",
+        "twice-request@zap#1": "+        kvm_make_all_cpus_request(cpu, kvm, 1)\n",
+        "late-request@zap#1": "+    kvm_make_all_cpus_request(cpu, kvm, 1)\n",
         "split-request@zap#1": "+    with kvm.mmu_lock.write_lock(cpu):\n",
-        "swap@zap#2": "+        kvm_make_request(cpu, 1)\n",
+        "swap@zap#2": "+        kvm_make_all_cpus_request(cpu, kvm, 1)\n",
         "forget@zap#1": "+            flush = zap_one(cpu, slot, start, end)\n",
         "drop-operand@zap#1": "+        if slot.valid:\n",
         "drop-operand@zap#2": "+        if flush:\n",
@@ -80,7 +80,7 @@ def test_each_rule_finds_its_place(made: dict[str, Mutant]) -> None:
 
 def test_a_step_takes_its_ordering_point_along(made: dict[str, Mutant]) -> None:
     swapped = made["swap@zap#2"].text
-    assert swapped.index("kvm_make_request") < swapped.index("cpu.point") < swapped.index("set_mode")
+    assert swapped.index("kvm_make_all_cpus_request") < swapped.index("cpu.point") < swapped.index("set_mode")
 
 
 def test_the_policy_decides_no_mutant(made: dict[str, Mutant]) -> None:
@@ -90,6 +90,7 @@ def test_the_policy_decides_no_mutant(made: dict[str, Mutant]) -> None:
     assert "drop-branch@zap#1" not in names
 
 
+@pytest.mark.slow
 def test_mutants_of_kvm_are_many_and_distinct(every: tuple[Mutant, ...]) -> None:
     assert len(every) > 800
     assert len({one.digest for one in every}) == len({one.name for one in every}) == len(every)
@@ -98,6 +99,7 @@ def test_mutants_of_kvm_are_many_and_distinct(every: tuple[Mutant, ...]) -> None
         assert one.statements
 
 
+@pytest.mark.slow
 def test_mutants_are_patches(every: tuple[Mutant, ...], tmp_path: Path) -> None:
     for one in sample(every, 5, seed=2):
         path = tmp_path / "mutant.patch"
@@ -105,6 +107,7 @@ def test_mutants_are_patches(every: tuple[Mutant, ...], tmp_path: Path) -> None:
         read_patch(str(path))
 
 
+@pytest.mark.slow
 def test_a_sample_is_stable(every: tuple[Mutant, ...]) -> None:
     ten = sample(every, 10, seed=7)
     assert sample(every, 30, seed=7)[:10] == ten

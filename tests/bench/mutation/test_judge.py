@@ -16,6 +16,8 @@ from bench.mutation.report import kill_rate, table
 from bench.mutation.results import Results
 from bench.mutation.suite import Known, Pair, fingerprint
 
+pytestmark = pytest.mark.slow
+
 PAIRS = [Pair("zap-all-notifier"), Pair("notifier-second-zap"), Pair("zap-range-fault")]
 
 

@@ -13,6 +13,8 @@ from emulator.litmus.loader import load_test
 from emulator.litmus.policies import named_policy
 from emulator.litmus.verdict import FAILED, VIOLATIONS
 
+pytestmark = pytest.mark.slow
+
 CASES = {
     # The flush moves out of mmu_lock: a second zapper finds the SPTE gone, and goes on without one.
     "late-flush@kvm_handle_hva_range#1": ("notifier-second-zap", "use-after-free"),

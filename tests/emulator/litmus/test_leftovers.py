@@ -15,6 +15,8 @@ from emulator.litmus.runner import run_test
 from emulator.litmus.verdict import VIOLATIONS
 from tests.emulator.policy.patch.edits import edited, written
 
+pytestmark = pytest.mark.slow
+
 FREE_TABLE = """    cpu.point("call_rcu", table, "write")
     cpu.check(lib.ept_table_free_rcu(cpu.m, cpu.id, table))
 """

@@ -14,6 +14,8 @@ from emulator.litmus.policies import named_policy
 from emulator.litmus.verdict import FAILED, VIOLATIONS
 from tests.emulator.policy.patch.edits import edited, written
 
+pytestmark = pytest.mark.slow
+
 CAUGHT = Plan(executions=1500)
 CLEAN = Plan(executions=250)
 
