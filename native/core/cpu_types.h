@@ -1,4 +1,4 @@
-/* A CPU's state: a type that all modules share.  Each field belongs to the module that its comment names. */
+/* The state of a CPU, of which each module uses its part. */
 #ifndef FLUSHLAB_CPU_TYPES_H
 #define FLUSHLAB_CPU_TYPES_H
 

@@ -1,4 +1,4 @@
-/* What flushes have dropped, and what is cached. */
+/* Reports: the translations that flushes dropped, with their ghosts, and those that are cached. */
 #ifndef FLUSHLAB_TLB_REPORT_H
 #define FLUSHLAB_TLB_REPORT_H
 
