@@ -7,7 +7,7 @@ A description is the comment right above a prototype, after the prose if there i
 Prototypes without a comment between them share it.  `/* calls: ... */` right behind `/* api */` describes
 each call of that part that has no description of its own.  An unknown word or name is an error of the build.
 
-The first clause says what a controlled scheduler makes of the call:
+The first clause classifies the call for a controlled scheduler:
 
     step KIND       The call is a step; its label is KIND, the kind of the point that announces it.
     part            It belongs to the step that is under way.

@@ -27,7 +27,7 @@ def declared_layers(project: Path) -> list[str]:
 
 
 def violations(root: Path, layers: list[str]) -> Iterator[str]:
-    """Yield what breaks a rule, by file and line."""
+    """Yield the violations of the rules, by file and line."""
     files = sorted([*root.glob("*/*.c"), *root.glob("*/*.h")])
     folders = {path.parent.name for path in files}
     for folder in sorted(folders - set(layers)):

@@ -52,7 +52,7 @@ def trace(
 ) -> int:
     """Draw the execution of the search that is asked for; return the exit status.
 
-    It is 1 if the execution violates or fails, or if no execution reaches what is named.
+    It is 1 if the execution violates or fails, or if no execution reaches the named goal.
     """
     if len(tests) != 1:
         raise BadInput("--trace", f"found {len(tests)} tests", "one test at a time")

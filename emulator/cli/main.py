@@ -81,7 +81,7 @@ def run(
     *,
     options: RunOptions,
 ) -> None:
-    """Run a scenario under a policy, judge every use of a translation, and add up what flushing cost."""
+    """Run a scenario under a policy, judge every use of a translation, and add up the costs of flushing."""
     from emulator.cli.run import run_request
 
     seconds = duration_of(duration)

@@ -93,7 +93,8 @@ def _joined(source: str) -> tuple[str, list[int]]:
 
 @dataclass(slots=True)
 class _Finder:
-    """The state of a pass over a file: nesting at the current token, and what is open there."""
+    """The state of a pass over a file: nesting at the current token, and the constructs
+    that are open there."""
 
     tokens: list[Token] = field(default_factory=list)
     braces: int = 0

@@ -1,6 +1,6 @@
 """The course of a traced execution: all that happened, as rows, whether or not anything was violated.
 
-A row is an operation of the test with what it found, an event of the core, or a step that other CPUs wait
+A row is an operation of the test with its result, an event of the core, or a step that other CPUs wait
 for.  Steps that only read, take a lock or write a field have a row on demand.  The dangers that occurred are
 marked, and the legend explains them.
 """
@@ -330,7 +330,7 @@ GUEST_VERBS: Final = frozenset(
 
 
 def _found(did: Mapping[str, Any]) -> Iterator[str]:
-    """Yield what a guest's operation found, in a line."""
+    """Yield the result of a guest's operation, in a line."""
     access = did["access"]
     if not access["completed"]:
         why = access.get("exit", "").replace("_", " ")

@@ -16,7 +16,7 @@ from emulator.kvm.vmx.vmcs import LoadedVmcs
 from emulator.machine.runtime import Cpu
 from emulator.policy import POINTS
 
-# What the methods of a policy are given, by the name of the parameter.
+# Arguments of a policy's methods, by the name of the parameter.
 ARGUMENTS: Final[dict[str, type]] = {
     "cpu": Cpu,
     "vcpu": structs.Vcpu,

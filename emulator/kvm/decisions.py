@@ -1,8 +1,8 @@
-"""The decision points: what KVM's code asks of a policy, and the answers that it understands.
+"""The decision points: KVM's questions to a policy, and the answers that it understands.
 
 KVM knows no policy, only this protocol.  A method is called at the moment of its decision, with the objects
 that the kernel's code has at hand there, and its docstring tells that moment.  Each `Literal` lists the
-answers; the first is what Linux 7.3 does.  emulator.policy describes and implements them.
+answers; the first is Linux 7.3's.  emulator.policy describes and implements them.
 """
 
 from __future__ import annotations

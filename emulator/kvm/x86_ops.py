@@ -1,4 +1,4 @@
-"""arch/x86/include/asm/kvm-x86-ops.h: what KVM's common code asks of the processor's vendor.
+"""arch/x86/include/asm/kvm-x86-ops.h: the operations of the processor's vendor that KVM's common code calls.
 
 Common code calls `kvm.x86_ops.flush_tlb_all(...)` where the kernel calls kvm_x86_call(flush_tlb_all)(...); it
 knows no vendor.  virt/kvm_main.py gives a VM its vendor's operations, as loading kvm-intel.ko does.

@@ -181,7 +181,7 @@ class Patches:
 
     changes: tuple[Change, ...] = ()
     contents: tuple[tuple[Contents, Any], ...] = ()
-    # Further names for what the file replaces, in modules that have imported it.
+    # Further names for objects that the file replaces, in modules that have imported it.
     everywhere: tuple[Change, ...] = ()
 
     def __bool__(self) -> bool:

@@ -22,7 +22,7 @@ Site = tuple[Any, str, Any]  # a module or class, a name, and its new value
 
 
 def other_uses(changes: Iterable[Change]) -> Iterator[Site]:
-    """Yield the other names under which modules and classes have what these changes replace.
+    """Yield the other names under which modules and classes have the objects that these changes replace.
 
     While the changes are undone.  Where a file replaces one object by several, each module keeps the one that
     the file gave it, and all others use the one of the module that defines the object.

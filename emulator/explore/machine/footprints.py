@@ -31,7 +31,7 @@ Before = Callable[[Args], tuple[Label, int, int]]
 # Of the arguments and the result: the further accesses.
 After = Callable[[Args, Any], Masks]
 
-# Words that name an object, alone or with what their operands select.
+# Words that name an object, alone or with the objects that their operands select.
 #
 # `custody` is the custody of the guests' pages, by which TLB entries are judged.  The custody of a table
 # tells whether the table is free.  Each table has an object of its own, and `tables` stands for all of them:
@@ -62,7 +62,7 @@ OBJECTS: Final[Mapping[str, tuple[str, ...]]] = {
 }
 
 
-# --- words that stand for what is computed after the call ---------------------------------------------------
+# --- words for objects that are computed after the call -----------------------------------------------------
 
 
 def _freed(control: Control, table: int) -> int:

@@ -26,7 +26,7 @@ from native import ffi
 # Modules with code that runs while KVM's code is explored.
 _EXPLORED: Final = ("emulator.kvm", "emulator.machine", "emulator.actors", "emulator.litmus")
 _BUILTINS: Final = (list, dict, set, bytearray)
-# Built-in functions that reach what no access through an object shows.
+# Built-in functions that reach state without an access that an object would show.
 _BEHIND: Final = frozenset({"globals", "locals", "vars", "setattr", "delattr"})
 
 

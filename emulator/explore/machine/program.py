@@ -77,7 +77,7 @@ def _is_constant(obj: object) -> bool:
 
 
 def wait_text(wait: Mapping[str, Any]) -> str:
-    """Say which thread waits, where in KVM's code, for what, and which threads hold that."""
+    """Name the thread that waits, the place in KVM's code, the object, and the threads that hold it."""
     where = f" in {wait['function']}()" if wait["function"] else ""
     held = f", held by {' and '.join(wait['held_by'])}" if wait["held_by"] else ""
     return f"{wait['thread']}{where} waits for {wait['waits_for']}{held}"
@@ -245,8 +245,8 @@ class LitmusProgram:
         control.judge()
 
     def _step_ends(self, tasks: int) -> Callable[[Task], None] | None:
-        """Return what to do when a step of an execution with so many tasks ends: add the policy's accesses,
-        and then look for races."""
+        """Return the function to call when a step ends, in an execution with so many tasks: it adds the
+        policy's accesses, and then looks for races."""
         reads, races = self.reads, self.races
         if races is None:
             return None if reads is None else reads.step_ends

@@ -1,5 +1,5 @@
-"""Observations of an execution beside its steps and events: the operation that each step belongs to, what a
-guest's access found, which TLB entries came and went, and which dangers occurred.
+"""Observations of an execution beside its steps and events: the operation that each step belongs to, the
+result of a guest's access, the TLB entries that came and went, and the dangers that occurred.
 
 Everything is read from the core between two steps, so the execution stays the same.
 """
@@ -101,7 +101,7 @@ class Observer:
     # --- a step ---------------------------------------------------------------------------------------------
 
     def did(self, task: Task) -> dict[str, Any]:
-        """Return what the step that ends now did, without what is empty."""
+        """Return the actions of the step that ends now, without empty parts."""
         thread = self._threads.get(task.name)
         if thread is None:
             return self._changes()
@@ -118,7 +118,7 @@ class Observer:
         return found | self._changes()
 
     def _access(self, thread: _Thread, name: str, op: Op) -> dict[str, Any]:
-        """Return what the guest's operation found in the TLB, and the frame that it reached."""
+        """Return the guest's operation's look-up in the TLB, and the frame that it reached."""
         cpu = self.program.harness.threads[name].cpu.id
         completed = self._position_of(thread) != self._positions[name]
         missed = self._misses_of(cpu) != self._misses[cpu]

@@ -1,7 +1,7 @@
 """Executions written to files, step by step: counterexamples, and traces of executions that need not violate
 anything.  replay.py runs them again.
 
-A trace holds more than a counterexample: what each step did (observe.py), and how the execution ended.
+A trace holds more than a counterexample: the actions of each step (observe.py), and the end of the execution.
 """
 
 from __future__ import annotations
@@ -41,7 +41,7 @@ class Recording:
     violation: the oracle's report, or the deadlock; None if there is neither.  final: the events of the
     test's last operations, if the violation is there.  watched: the accesses of a user's policy that are
     steps.  patches: the name and the text of each patch file of the policy.
-    verdict, trace: of a trace only: SAFE, VIOLATIONS or FAILED, and what it holds beside its steps.
+    verdict, trace: of a trace only: SAFE, VIOLATIONS or FAILED, and its content beside the steps.
     """
 
     test: str
@@ -83,7 +83,7 @@ class Recording:
 
 
 class _Recorder:
-    """Records each step as it ends; `observer`: and what it did."""
+    """Records each step as it ends; `observer`: and its actions."""
 
     def __init__(
         self, program: LitmusProgram, execution: Execution, observer: Observer | None = None
@@ -234,7 +234,7 @@ def _finished(program: LitmusProgram, execution: Execution, recorder: _Recorder)
 def _trace(
     program: LitmusProgram, execution: Execution, recorder: _Recorder, failure: BaseException | None
 ) -> dict[str, Any]:
-    """Return what a trace holds beside its steps: where it began, what its dangers were, and how it ended."""
+    """Return a trace's content beside its steps: its beginning, its dangers, and its end."""
     observer, test = recorder.observer, program.test
     assert observer is not None
     met = program.met() if failure is None else Met(False, {})

@@ -142,7 +142,7 @@ def _rcu(program: LitmusProgram) -> dict[str, Any]:
 
 
 def _tlbs(program: LitmusProgram) -> Iterator[dict[str, Any]]:
-    """Yield each pCPU's cached translations, with what KVM says about each now."""
+    """Yield each pCPU's cached translations, with KVM's current view of each."""
     m = program.machine.m
     for cpu in map(CpuId, range(program.machine.pcpus)):
         entries = [{**entry, "now": _now(program, entry)} for entry in tlb_entries(m, cpu)]

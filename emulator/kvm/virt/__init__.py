@@ -1,1 +1,1 @@
-"""virt/kvm: what all architectures share, from memslots to the mmu_notifier."""
+"""virt/kvm: the code that all architectures share, from memslots to the mmu_notifier."""

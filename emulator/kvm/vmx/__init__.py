@@ -1,1 +1,1 @@
-"""arch/x86/kvm/vmx: what Intel's hardware asks for."""
+"""arch/x86/kvm/vmx: the code for Intel's hardware."""

@@ -33,7 +33,7 @@ _RENAMED: Final = re.compile(r"^(rename|copy) (from|to) ", re.MULTILINE)
 
 
 class PatchError(UserPolicyError):
-    """A patch that cannot be used, in one line: patch, hunk, file, line, what was found."""
+    """A patch that cannot be used, in one line: patch, hunk, file, line, finding."""
 
 
 @dataclass(frozen=True, slots=True)
