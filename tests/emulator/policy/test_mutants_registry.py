@@ -66,6 +66,7 @@ def test_an_id_is_an_alias(mutant: Mutant) -> None:
     assert canonical(f"{alias}+zap=rcu-proxy") == f"{name}+zap=rcu-proxy"
     assert preset(alias) == preset(name)
     assert preset(alias).name == named_policy(alias).name == name
+    assert named_policy(f"{alias}+kick_wait=wait").name == f"{name}+kick_wait=wait"
     assert is_cost_only(alias) == is_cost_only(name) == mutant.cost_only
     assert policies_for(load_test("return-zap"), [alias, name], False) == [name]
 
