@@ -85,9 +85,9 @@ def fast_page_fault(cpu: Cpu, vcpu: Vcpu, fault: KvmPageFault) -> int:
     """fast_page_fault(): give a write-protected SPTE its W back, and an access-tracked one R and X, without
     mmu_lock.
 
-    W comes back only if MMU-writable is set, so that nothing but dirty logging or aging took it.  W is set
-    before the page is marked: reaping reads the log before it write-protects, so a write is either in the
-    log that is being read or faults again.  Mutant L3 marks first.
+    W comes back only if MMU-writable is set, that is, if only dirty logging or aging has cleared W.  W is
+    set before the page is marked: reaping reads the log before it write-protects, so a write is either in
+    the log that is being read or faults again.  Mutant L3 marks first.
     """
     root, slot = root_to_sp(vcpu.mmu.root), fault.slot
     # page_fault_can_be_fast(): without A/D bits a leaf may be non-present for the CPU, yet present for KVM.

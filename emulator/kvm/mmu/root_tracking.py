@@ -2,9 +2,9 @@
 
 Proposed on the list in August 2025 as root.cpu_flushed_mask; here with two repairs.  All three variants state
 of a root and a pCPU: this pCPU has dropped the entries that it had cached under the root's EP4TA, and no
-entry that it may have cached since is stale.  A remote flush ends that for every pCPU, also for those on
-which no vCPU of the VM will service the request: there entries stay.  So the flusher itself has to reset the
-records, after the SPTEs have changed and before any vCPU can have serviced the request
+entry that it may have cached since is stale.  A remote flush makes this statement false for every pCPU on
+which no vCPU of the VM services its request, because entries stay there.  The flusher itself therefore resets
+the records of all pCPUs, after the SPTEs have changed and before any vCPU can have serviced the request
 (kvm_flush_remote_tlbs).
 
     flusher                                vCPU, coming to a pCPU

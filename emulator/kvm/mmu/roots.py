@@ -128,9 +128,10 @@ def fast_pgd_switch(cpu: Cpu, kvm: Kvm, mmu: KvmMmu, pgd: int, role: KvmMmuPageR
 def kvm_mmu_new_pgd(cpu: Cpu, vcpu: Vcpu, pgd: int) -> None:
     """kvm_mmu_new_pgd(): go back to a cached root of the PGD and the role, or leave it to kvm_mmu_reload.
 
-    Decision cached_root: no flush.  A previous root has no stale entries, because each event that makes some
-    flushes it, too: a remote flush drops all contexts; a move to another pCPU drops all contexts, or those of
-    all previous roots.  An obsolete root does no harm: KVM_REQ_MMU_FREE_OBSOLETE_ROOTS is pending with it.
+    Decision cached_root: no flush.  A previous root has no stale entries, because each event that makes
+    entries stale flushes previous roots, too: a remote flush drops all contexts; a move to another pCPU drops
+    all contexts, or those of all previous roots.  An obsolete root does no harm:
+    KVM_REQ_MMU_FREE_OBSOLETE_ROOTS is pending with it.
     """
     mmu = vcpu.mmu
     if not fast_pgd_switch(cpu, vcpu.kvm, mmu, pgd, mmu.root_role):
