@@ -205,19 +205,19 @@ def is_obsolete_root(root: KvmMmuRootInfo) -> bool:
 
 def kvm_mmu_free_roots(cpu: Cpu, kvm: Kvm, mmu: KvmMmu, wanted: Callable[[KvmMmuRootInfo], bool]) -> None:
     """kvm_mmu_free_roots(): drop the references on the `wanted` roots of `mmu`, if any, with mmu_lock for
-    read."""
+    read; previous roots first."""
     roots = (mmu.root, *mmu.prev_roots)
     if not any(root is not None and wanted(root) for root in roots):
         return
     with kvm.mmu_lock.read_lock(cpu):
-        if mmu.root is not None and wanted(mmu.root):
-            root, mmu.root = mmu.root, None
-            mmu_free_root_page(cpu, kvm, root)
         for i in range(KVM_MMU_NUM_PREV_ROOTS):
             prev = mmu.prev_roots[i]
             if prev is not None and wanted(prev):
                 mmu.prev_roots[i] = None
                 mmu_free_root_page(cpu, kvm, prev)
+        if mmu.root is not None and wanted(mmu.root):
+            root, mmu.root = mmu.root, None
+            mmu_free_root_page(cpu, kvm, root)
 
 
 def mmu_free_root_page(cpu: Cpu, kvm: Kvm, root: KvmMmuRootInfo) -> None:

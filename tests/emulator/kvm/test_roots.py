@@ -33,6 +33,7 @@ from emulator.kvm.vmx.vmx import (
     vmx_flush_tlb_ept_root,
 )
 from emulator.machine.runtime import Cpu
+from emulator.points import PointKind
 from emulator.policy import Policy, preset
 from native import lib
 from native.types import CpuId, Hfn
@@ -92,6 +93,22 @@ def test_a_miss_frees_the_oldest(rig: Rig) -> None:
         assert not cached_root_find_and_keep_current(rig.host, kvm, mmu, 0, missing)
         assert order(mmu) == [None, NORMAL, SMM, FIVE]
         assert oldest.sp.root_count.value == 1  # the TDP MMU's own
+
+
+def test_previous_roots_are_freed_before_the_current_one(rig: Rig) -> None:
+    with cache(rig, *ROLES) as (kvm, mmu):
+        current, *previous = (root.sp for root in (mmu.root, *mmu.prev_roots) if root is not None)
+        put: list[object] = []
+
+        def hook(at: Cpu, kind: PointKind, obj: object, mode: str) -> None:
+            for sp in (current, *previous):
+                if sp is not None and kind == "unlocking" and obj is sp.root_count._lock:
+                    put.append(sp)
+
+        rig.machine.install(hook)
+        kvm_mmu_free_roots(rig.host, kvm, mmu, lambda root: True)
+        rig.machine.install(None)
+        assert put == [*previous, current]
 
 
 @pytest.mark.parametrize(
