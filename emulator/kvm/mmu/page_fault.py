@@ -6,6 +6,8 @@ it only if no invalidation touched the gfn meanwhile.
 
 from __future__ import annotations
 
+from typing import Final
+
 from emulator.kvm.kvm_host import PG_LEVEL_4K
 from emulator.kvm.mmu.fault import (
     EFAULT,
@@ -32,11 +34,15 @@ from emulator.kvm.mmu.spte import (
     restore_acc_track_spte,
     root_to_sp,
 )
+from emulator.kvm.mmu.tdp_iter import Entry
 from emulator.kvm.mmu.tdp_map import kvm_tdp_mmu_map, tdp_entry, tdp_mmu_set_spte_atomic
 from emulator.kvm.structs import Kvm, KvmMemorySlot, Vcpu
 from emulator.kvm.virt.slots import gfn_to_memslot, mark_page_dirty_in_slot
 from emulator.machine.runtime import FAULT_AROUND_MAX, Cpu, OutOfFrames, rcu_read_lock
 from native import lib
+
+# How often fast_page_fault() tries to replace an SPTE that keeps changing.
+_FAST_TRIES: Final = 5
 
 
 def kvm_mmu_page_fault(cpu: Cpu, vcpu: Vcpu, gpa: int, access: int, present: bool) -> int:
@@ -81,43 +87,70 @@ def kvm_tdp_page_fault(cpu: Cpu, vcpu: Vcpu, fault: KvmPageFault) -> int:
             return ENOMEM
 
 
+def page_fault_can_be_fast(kvm: Kvm, fault: KvmPageFault) -> bool:
+    """page_fault_can_be_fast(): a write to a present SPTE; or, without A/D bits, an access to one that may be
+    access-tracked, hence non-present for the CPU, yet present for KVM."""
+    return fault.write if fault.present else not kvm.params.eptad
+
+
 def fast_page_fault(cpu: Cpu, vcpu: Vcpu, fault: KvmPageFault) -> int:
     """fast_page_fault(): give a write-protected SPTE its W back, and an access-tracked one R and X, without
     mmu_lock.
 
-    W comes back only if MMU-writable is set, that is, if only dirty logging or aging has cleared W.  W is
-    set before the page is marked: reaping reads the log before it write-protects, so a write is either in
-    the log that is being read or faults again.  Mutant L3 marks first.
+    An SPTE that changes meanwhile is read again; after some tries the fault takes the slow path.
     """
-    root, slot = root_to_sp(vcpu.mmu.root), fault.slot
-    # page_fault_can_be_fast(): without A/D bits a leaf may be non-present for the CPU, yet present for KVM.
-    fast = fault.write if fault.present else not vcpu.kvm.params.eptad
-    if not fast or root is None or slot is None:
+    root = root_to_sp(vcpu.mmu.root)
+    if not page_fault_can_be_fast(vcpu.kvm, fault) or root is None or fault.slot is None:
         return RET_PF_INVALID
     with rcu_read_lock(cpu):
-        entry = tdp_entry(cpu, root, fault.gfn, PG_LEVEL_4K)
-        spte = entry.spte
-        if not is_shadow_present_pte(spte) or not is_last_spte(spte, entry.level):
-            return RET_PF_INVALID
-        if is_access_allowed(fault, spte):
-            return RET_PF_SPURIOUS
-        new_spte = restore_acc_track_spte(spte) if is_access_track_spte(spte) else spte
-        writes = fault.write and is_mmu_writable_spte(spte)
-        if writes:
-            new_spte |= PT_WRITABLE_MASK
-        track = writes and slot.dirty_track_enabled()
-        if entry.level > PG_LEVEL_4K and track:
-            return RET_PF_INVALID  # the fault splits it instead
-        if new_spte == spte or not is_access_allowed(fault, new_spte):
-            return RET_PF_INVALID
-        early = "L3" in vcpu.kvm.policy.bugs
-        if track and early:
-            mark_page_dirty_in_slot(cpu, slot, fault.gfn)
-        if not tdp_mmu_set_spte_atomic(cpu, vcpu.kvm, entry, new_spte):
-            return RET_PF_RETRY
-        if track and not early:
-            mark_page_dirty_in_slot(cpu, slot, fault.gfn)
-        return RET_PF_FIXED
+        for _ in range(_FAST_TRIES):
+            entry = tdp_entry(cpu, root, fault.gfn, PG_LEVEL_4K)
+            if not is_shadow_present_pte(entry.spte) or not is_last_spte(entry.spte, entry.level):
+                return RET_PF_INVALID
+            if is_access_allowed(fault, entry.spte):
+                return RET_PF_SPURIOUS
+            new_spte = _fast_spte(fault, fault.slot, entry)
+            if new_spte is None:
+                return RET_PF_INVALID
+            if fast_pf_fix_direct_spte(cpu, vcpu, fault, fault.slot, entry, new_spte):
+                return RET_PF_FIXED
+    return RET_PF_INVALID
+
+
+def _fast_spte(fault: KvmPageFault, slot: KvmMemorySlot, entry: Entry) -> int | None:
+    """Return the SPTE that permits the access, or None if only the slow path can make it.
+
+    W comes back only if MMU-writable is set, that is, if only dirty logging or aging has cleared W.
+    """
+    spte = entry.spte
+    new_spte = restore_acc_track_spte(spte) if is_access_track_spte(spte) else spte
+    if fault.write and is_mmu_writable_spte(spte):
+        new_spte |= PT_WRITABLE_MASK
+        if entry.level > PG_LEVEL_4K and slot.dirty_track_enabled():
+            return None  # the fault splits it instead
+    if new_spte == spte or not is_access_allowed(fault, new_spte):
+        return None
+    return new_spte
+
+
+def fast_pf_fix_direct_spte(
+    cpu: Cpu, vcpu: Vcpu, fault: KvmPageFault, slot: KvmMemorySlot, entry: Entry, new_spte: int
+) -> bool:
+    """fast_pf_fix_direct_spte(): replace the SPTE, then mark a page that became writable; return False if the
+    SPTE has changed.
+
+    W is set before the page is marked: reaping reads the log before it write-protects, so a write is either
+    in the log that is being read or faults again.  Mutant L3 marks first.
+    """
+    track = bool(new_spte & ~entry.spte & PT_WRITABLE_MASK) and slot.dirty_track_enabled()
+    early = "L3" in vcpu.kvm.policy.bugs
+    if track and early:
+        mark_page_dirty_in_slot(cpu, slot, fault.gfn)
+    if not tdp_mmu_set_spte_atomic(cpu, vcpu.kvm, entry, new_spte):
+        return False
+    if track and not early:
+        mark_page_dirty_in_slot(cpu, slot, fault.gfn)
+    return True
 
 
 def kvm_mmu_faultin_pfn(cpu: Cpu, vcpu: Vcpu, fault: KvmPageFault) -> int:

@@ -1,0 +1,126 @@
+"""Page faults that race a change of their SPTE."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import pytest
+
+from emulator.kvm.kvm_host import KVM_MEM_LOG_DIRTY_PAGES
+from emulator.kvm.mmu.fault import RET_PF_FIXED, RET_PF_INVALID, RET_PF_SPURIOUS, KvmPageFault
+from emulator.kvm.mmu.page_fault import fast_page_fault, kvm_tdp_page_fault
+from emulator.kvm.mmu.spte import is_writable_pte, root_to_sp
+from emulator.kvm.mmu.tdp_map import tdp_entry
+from emulator.kvm.mmu.tdp_remove import tdp_mmu_set_spte
+from emulator.kvm.structs import Vcpu
+from emulator.kvm.virt.kvm_main import kvm_set_memory_region
+from emulator.kvm.virt.slots import gfn_to_memslot
+from emulator.machine.runtime import Cpu, rcu_read_lock
+from emulator.points import PointKind
+from native import lib
+from tests.emulator.kvm.rig import GFNS, SLOT, Guest, Rig
+
+GFN = 5
+TRIES = 5
+
+
+def written(rig: Rig) -> Guest:
+    """A guest whose page is write-protected for a dirty log."""
+    kvm = rig.vm()
+    guest = rig.guest(kvm)
+    guest.write(0, GFN)
+    kvm_set_memory_region(rig.host, kvm, SLOT, 0, GFNS, 0, KVM_MEM_LOG_DIRTY_PAGES)
+    return guest
+
+
+def write_fault(vcpu: Vcpu) -> KvmPageFault:
+    fault = KvmPageFault(GFN, lib.ACCESS_WRITE, present=True)
+    fault.slot = gfn_to_memslot(vcpu.kvm, GFN, 0)
+    return fault
+
+
+def spte_of(rig: Rig, vcpu: Vcpu) -> int:
+    root = root_to_sp(vcpu.mmu.root)
+    assert root is not None
+    with rcu_read_lock(rig.host):
+        return tdp_entry(rig.host, root, GFN, 1).spte
+
+
+def toggle_accessed(rig: Rig, vcpu: Vcpu) -> None:
+    """Change the SPTE as ageing and a walk do."""
+    root = root_to_sp(vcpu.mmu.root)
+    assert root is not None
+    with rcu_read_lock(rig.other):
+        entry = tdp_entry(rig.other, root, GFN, 1)
+        tdp_mmu_set_spte(rig.other, vcpu.kvm, entry, entry.spte ^ lib.SPTE_ACCESSED)
+
+
+def fast_with_changes(rig: Rig, guest: Guest, times: int, change: Callable[[], None]) -> tuple[int, int]:
+    """Return the result of the fault, and how often it tried; `change` precedes the first `times` tries."""
+    tries = 0
+
+    def hook(at: Cpu, kind: PointKind, obj: object, mode: str) -> None:
+        nonlocal tries
+        if at is rig.host and (kind, mode) == ("spte", "write"):
+            tries += 1
+            if tries <= times:
+                change()
+
+    rig.machine.install(hook)
+    result = fast_page_fault(rig.host, guest.vcpu, write_fault(guest.vcpu))
+    rig.machine.install(None)
+    return result, tries
+
+
+@pytest.mark.parametrize("lost", range(TRIES))
+def test_the_fast_path_reads_an_spte_again_that_changed(rig: Rig, lost: int) -> None:
+    guest = written(rig)
+    result = fast_with_changes(rig, guest, lost, lambda: toggle_accessed(rig, guest.vcpu))
+    assert result == (RET_PF_FIXED, lost + 1)
+    assert is_writable_pte(spte_of(rig, guest.vcpu))
+    slot = gfn_to_memslot(guest.vcpu.kvm, GFN, 0)
+    assert slot is not None
+    assert slot.dirty_bitmap is not None
+    assert sum(slot.dirty_bitmap) == slot.dirty_bitmap[GFN] == 1, "the page is marked"
+    assert rig.violations() == {}
+
+
+def test_the_slow_path_follows_the_last_try(rig: Rig) -> None:
+    guest = written(rig)
+    vcpu, tries, locked_after = guest.vcpu, 0, list[int]()
+
+    def change() -> None:
+        toggle_accessed(rig, vcpu)
+
+    assert fast_with_changes(rig, guest, TRIES, change) == (RET_PF_INVALID, TRIES)
+    assert not is_writable_pte(spte_of(rig, vcpu))
+
+    def hook(at: Cpu, kind: PointKind, obj: object, mode: str) -> None:
+        nonlocal tries
+        tries += kind == "spte"
+        if kind == "spte" and tries <= TRIES:
+            change()
+        elif (kind, mode) == ("mmu_lock", "read"):
+            locked_after.append(tries)
+
+    rig.host.hook = hook
+    assert kvm_tdp_page_fault(rig.host, vcpu, write_fault(vcpu)) == RET_PF_FIXED
+    rig.host.hook = None
+    assert locked_after[0] == TRIES
+    assert is_writable_pte(spte_of(rig, vcpu))
+    assert rig.violations() == {}
+
+
+def test_another_vcpus_fault_makes_this_one_spurious(rig: Rig) -> None:
+    """The second try finds that the access is permitted by now."""
+    guest = written(rig)
+    other = rig.guest(guest.vcpu.kvm)
+    other.read(1, GFN)
+
+    def fixes() -> None:
+        hook = rig.host.hook
+        rig.machine.install(None)
+        assert fast_page_fault(rig.other, other.vcpu, write_fault(other.vcpu)) == RET_PF_FIXED
+        rig.machine.install(hook)
+
+    assert fast_with_changes(rig, guest, 1, fixes) == (RET_PF_SPURIOUS, 1)
