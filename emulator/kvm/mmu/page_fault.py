@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from typing import Final
 
-from emulator.kvm.kvm_host import PG_LEVEL_4K
+from emulator.kvm.kvm_host import KVM_REQ_MMU_FREE_OBSOLETE_ROOTS, PG_LEVEL_4K
 from emulator.kvm.mmu.fault import (
     EFAULT,
     ENOMEM,
@@ -37,6 +37,7 @@ from emulator.kvm.mmu.spte import (
 from emulator.kvm.mmu.tdp_iter import Entry
 from emulator.kvm.mmu.tdp_map import kvm_tdp_mmu_map, tdp_entry, tdp_mmu_set_spte_atomic
 from emulator.kvm.structs import Kvm, KvmMemorySlot, Vcpu
+from emulator.kvm.virt.requests import kvm_test_request
 from emulator.kvm.virt.slots import gfn_to_memslot, mark_page_dirty_in_slot
 from emulator.machine.runtime import FAULT_AROUND_MAX, Cpu, OutOfFrames, rcu_read_lock
 from native import lib
@@ -246,9 +247,15 @@ def mmu_invalidate_retry(cpu: Cpu, kvm: Kvm, fault: KvmPageFault) -> bool:
 
 
 def is_page_fault_stale(cpu: Cpu, vcpu: Vcpu, fault: KvmPageFault) -> bool:
-    """is_page_fault_stale(), under mmu_lock: return whether the root is invalid or the frame may be gone."""
+    """is_page_fault_stale(), under mmu_lock: return whether the root is invalid or the frame may be gone.
+
+    A root without a shadow page cannot tell; it counts as invalid while a request to free obsolete roots is
+    pending, which may be about another root.
+    """
     sp = root_to_sp(vcpu.mmu.root)
-    if sp is None or is_obsolete_sp(sp):
+    if sp is not None and is_obsolete_sp(sp):
+        return True
+    if sp is None and kvm_test_request(cpu, vcpu, KVM_REQ_MMU_FREE_OBSOLETE_ROOTS):
         return True
     cpu.point("mmu_invalidate_seq", vcpu.kvm.id, "read")
     return mmu_invalidate_retry(cpu, vcpu.kvm, fault)

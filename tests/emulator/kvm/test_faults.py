@@ -1,4 +1,4 @@
-"""Page faults that race a change of their SPTE."""
+"""Page faults that race a change of their SPTE, or meet a root that may be obsolete."""
 
 from __future__ import annotations
 
@@ -6,18 +6,20 @@ from collections.abc import Callable
 
 import pytest
 
-from emulator.kvm.kvm_host import KVM_MEM_LOG_DIRTY_PAGES
+from emulator.kvm.kvm_host import KVM_MEM_LOG_DIRTY_PAGES, KVM_REQ_MMU_FREE_OBSOLETE_ROOTS
 from emulator.kvm.mmu.fault import RET_PF_FIXED, RET_PF_INVALID, RET_PF_SPURIOUS, KvmPageFault
-from emulator.kvm.mmu.page_fault import fast_page_fault, kvm_tdp_page_fault
+from emulator.kvm.mmu.page_fault import fast_page_fault, is_page_fault_stale, kvm_tdp_page_fault
 from emulator.kvm.mmu.spte import is_writable_pte, root_to_sp
 from emulator.kvm.mmu.tdp_map import tdp_entry
 from emulator.kvm.mmu.tdp_remove import tdp_mmu_set_spte
-from emulator.kvm.structs import Vcpu
+from emulator.kvm.structs import KvmMmuPage, KvmMmuPageRole, KvmMmuRootInfo, Vcpu
 from emulator.kvm.virt.kvm_main import kvm_set_memory_region
+from emulator.kvm.virt.requests import kvm_check_request, kvm_make_request
 from emulator.kvm.virt.slots import gfn_to_memslot
 from emulator.machine.runtime import Cpu, rcu_read_lock
 from emulator.points import PointKind
 from native import lib
+from native.types import Hfn
 from tests.emulator.kvm.rig import GFNS, SLOT, Guest, Rig
 
 GFN = 5
@@ -124,3 +126,27 @@ def test_another_vcpus_fault_makes_this_one_spurious(rig: Rig) -> None:
         rig.machine.install(hook)
 
     assert fast_with_changes(rig, guest, 1, fixes) == (RET_PF_SPURIOUS, 1)
+
+
+@pytest.mark.parametrize("invalidated", [False, True])
+@pytest.mark.parametrize("requested", [False, True])
+@pytest.mark.parametrize("root", ["valid", "obsolete", "without a shadow page"])
+def test_a_fault_is_stale(rig: Rig, root: str, requested: bool, invalidated: bool) -> None:
+    """A root with a shadow page says itself whether it is obsolete; for others, a pending request says that
+    it may be."""
+    vcpu = written(rig).vcpu
+    fault, kept = write_fault(vcpu), vcpu.mmu.root
+    fault.mmu_seq = lib.mmu_invalidate_seq(rig.machine.m, vcpu.kvm.id)
+    obsolete = KvmMmuPage(Hfn(0x123), KvmMmuPageRole(invalid=True), tdp_mmu_page=True)
+    if root != "valid":
+        sp = obsolete if root == "obsolete" else None
+        vcpu.mmu.root = KvmMmuRootInfo(pgd=0, hfn=obsolete.hfn, sp=sp)
+    if requested:
+        kvm_make_request(rig.host, vcpu, KVM_REQ_MMU_FREE_OBSOLETE_ROOTS)
+    if invalidated:
+        rig.unmap(vcpu.kvm, GFN, GFN + 1)
+    may_be_obsolete = root == "obsolete" or (root != "valid" and requested)
+    with vcpu.kvm.mmu_lock.read_lock(rig.host):
+        assert is_page_fault_stale(rig.host, vcpu, fault) == (may_be_obsolete or invalidated)
+    assert kvm_check_request(rig.host, vcpu, KVM_REQ_MMU_FREE_OBSOLETE_ROOTS) == requested, "still pending"
+    vcpu.mmu.root = kept
