@@ -82,15 +82,17 @@ def kvm_check_and_inject_events(cpu: Cpu, vcpu: Vcpu) -> None:
 
 
 def kvm_vcpu_exit_request(cpu: Cpu, vcpu: Vcpu) -> bool:
-    """kvm_vcpu_exit_request(): check requests a last time before VM entry, with interrupts off and mode
-    IN_GUEST_MODE.
+    """kvm_vcpu_exit_request(): check mode and requests a last time before VM entry, with interrupts off and
+    mode IN_GUEST_MODE.
 
     A request made before is seen here; the sender of a later one finds the mode and interrupts the pCPU.
+    Pending work comes last: the CPU's attention, which guest_run tests before the first access.
     """
-    cpu.point("requests", vcpu.id, "read")
-    if lib.kvm_requests(cpu.m, vcpu.id):
+    cpu.point("mode", vcpu.id, "read")
+    if lib.vcpu_mode(cpu.m, vcpu.id) == EXITING_GUEST_MODE:
         return True
-    return bool(lib.vcpu_mode(cpu.m, vcpu.id) == EXITING_GUEST_MODE)
+    cpu.point("requests", vcpu.id, "read")
+    return bool(lib.kvm_requests(cpu.m, vcpu.id))
 
 
 def set_mode(cpu: Cpu, vcpu: Vcpu, mode: int) -> None:
