@@ -129,6 +129,7 @@ class TdpChunk(CDataBase):
     pages: int
     flush: int
     looked_at: int
+    young: int
     already: int
     zapped: int
     found_table: Hfn

@@ -123,15 +123,21 @@ static enum step clear_writable(struct tdp_iter *it, _Atomic uint64_t *sptep, ui
 }
 
 /* Clear A, or mark the SPTE access-tracked.  The ledger keeps the right to read, because ageing promises
- * nothing.  Not a blind AND: it would corrupt FROZEN. */
+ * nothing.  Not a blind AND: it would corrupt FROZEN.  A shared walk does not read an SPTE again that changed
+ * meanwhile, as kvm_tdp_mmu_age_spte(): it is being zapped, or is still in use, and the walk has seen it young.
+ * Under mmu_lock for write only hardware and fast page faults compete, and A is cleared for certain, as
+ * tdp_mmu_clear_spte_bits() does. */
 static enum step age(struct tdp_iter *it, _Atomic uint64_t *sptep, uint64_t gfn, uint64_t spte, uint64_t pages,
 		     uint64_t new_spte)
 {
 	if (new_spte == spte)
 		return STEP_NEXT;
 	if (!atomic_compare_exchange_strong_explicit(sptep, &spte, new_spte, memory_order_acq_rel,
-						     memory_order_relaxed))
-		return STEP_RETRY;
+						     memory_order_relaxed)) {
+		it->c->young += it->c->shared;
+		return it->c->shared ? STEP_NEXT : STEP_RETRY;
+	}
+	it->c->young++;
 	if (spte & ~new_spte & SPTE_WRITABLE)
 		spte_ungrant_at(&it->ledger, it->frames, gfn, spte, it->level, false, true);
 	changed(it, gfn, pages, false);
@@ -372,7 +378,7 @@ static void chunk_begin(struct tdp_iter *it, struct tdp_chunk *c)
 {
 	uint64_t limit = kvm_pages_per_hpage(c->root_level + 1);
 
-	c->changed = c->pages = c->flush = c->already = 0;
+	c->changed = c->pages = c->flush = c->already = c->young = 0;
 	c->found_level = 0;
 	c->zapped = c->next_gfn;
 	it->most_changed = c->most_changed && c->walk != TDP_COUNT ? c->most_changed : UINT64_MAX;

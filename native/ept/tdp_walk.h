@@ -31,7 +31,8 @@ struct tdp_chunk {
 			     * 0: not checked */
 	uint32_t walk;      /* tdp_walk */
 	uint32_t level;     /* for TDP_ZAP_LEVEL; least level for TDP_WRPROT; target level for TDP_FIND_HUGE */
-	uint32_t shared;    /* mmu_lock held for read (or not at all, TDP_AGE): cmpxchg, retry on change */
+	uint32_t shared;    /* mmu_lock held for read (or not at all, TDP_AGE): cmpxchg, retry on change (but not to
+			     * age) */
 	uint32_t freeze;    /* TDP_ZAP_LEVEL, TDP_ZAP_RANGE: a table's link becomes FROZEN, not 0 */
 	uint32_t set_pfn;   /* zaps: kvm_set_pfn_dirty() and kvm_set_pfn_accessed() for each leaf */
 	uint32_t done;
@@ -44,6 +45,7 @@ struct tdp_chunk {
 	uint64_t pages;     /* changed, in 4 KiB pages, without those in tables */
 	uint64_t flush;     /* of those, pages that need a TLB flush (zapped, or W cleared) */
 	uint64_t looked_at; /* SPTEs visited, out of `max` */
+	uint64_t young;     /* TDP_AGE, TDP_ACCESS_TRACK: leafs found used, also if changing one failed */
 	uint64_t already;   /* leafs found without W; a TLB may still have them writable if MMU-writable is set */
 	uint64_t zapped;    /* next_gfn at entry, for forward progress (next_last_level_gfn != yielded_gfn) */
 	/* TDP_FIND_*, and tables that lost their link: the caller removes them (tdp_removal_begin) before it

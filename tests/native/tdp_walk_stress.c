@@ -1,6 +1,7 @@
 /* Chunked walks over the same SPTEs by several threads. */
 #include "spte_machine.h"
 
+#include "core/counters.h"
 #include "core/cpu_types.h"
 #include "core/machine_types.h"
 #include "ept/ept.h"
@@ -145,6 +146,70 @@ static void test_two_walks(uint32_t chaos)
 	machine_end();
 }
 
+/* --- ageing without a lock ------------------------------------------------------------------------------ */
+
+static _Atomic uint64_t young, aged;
+
+static void *ages(void *argument)
+{
+	struct actor *a = argument;
+
+	do {
+		struct tdp_chunk c = { .root = root, .root_level = 4, .walk = TDP_AGE, .shared = 1, .end_gfn = NARROW };
+
+		rcu_read_lock(m, a->cpu);
+		CHECK(!tdp_walk_chunk(m, a->cpu, 0, &c, NARROW) && c.done && c.young >= c.changed);
+		rcu_read_unlock(m, a->cpu);
+		atomic_fetch_add(&aged, c.changed);
+		atomic_fetch_add(&young, c.young);
+	} while (!atomic_load(&stop));
+	return NULL;
+}
+
+/* Return whether an update was lost: agers add to `aged` first. */
+static bool lost(void)
+{
+	uint64_t seen = atomic_load(&young);
+
+	return seen > atomic_load(&aged);
+}
+
+/* Set A again and again, as walks do, until an ager has found an SPTE used and lost the race to clear A. */
+static void *uses(void *argument)
+{
+	uint64_t used = 0, until = monotonic_ns() + UINT64_C(60000000000);
+	bool found;
+
+	(void)argument;
+	do {
+		for (uint64_t gfn = 0; gfn < NARROW; gfn++) {
+			_Atomic uint64_t *sptep = &ept_table(m, path[1])[gfn];
+
+			used += !(atomic_fetch_or(sptep, SPTE_ACCESSED) & SPTE_ACCESSED);
+		}
+		found = lost();
+	} while (!found && monotonic_ns() < until);
+	CHECK(found && used);
+	return NULL;
+}
+
+/* A lost update ends the look at that SPTE: agers do not read it again, and call it young. */
+static void test_agers_do_not_retry(void)
+{
+	void *(*const bodies[])(void *) = { uses, ages, ages };
+	uint32_t hfns[NARROW], tags[NARROW] = { 0 }, writable[NARROW] = { 0 };
+
+	harness_begin("ageing gives up SPTEs that change", 120);
+	machine_begin(0);
+	for (uint32_t i = 0; i < NARROW; i++)
+		hfns[i] = frame_of(i);
+	CHECK(tdp_mmu_map_around(m, THREADS, 0, path[1], 0, 0, NARROW, hfns, tags, writable) == NARROW);
+	atomic_store(&young, 0);
+	atomic_store(&aged, 0);
+	run(3, bodies, 0);
+	machine_end();
+}
+
 int main(int argc, char **argv)
 {
 	if (argc > 1)
@@ -153,5 +218,6 @@ int main(int argc, char **argv)
 		test_shared_walks(chaos);
 		test_two_walks(chaos);
 	}
+	test_agers_do_not_retry();
 	return 0;
 }

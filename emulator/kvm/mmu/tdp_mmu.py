@@ -180,7 +180,8 @@ def kvm_tdp_mmu_age_gfn_range(cpu: Cpu, kvm: Kvm, slot: KvmMemorySlot, start: in
         for root in for_each_tdp_mmu_root_rcu(cpu, kvm, types, slot.as_id):
             it = TdpIter(root, walk, start, end, shared=not locked)
             while not it.done:
-                young |= it.step(cpu, kvm) > 0
+                it.step(cpu, kvm)
+                young |= it.chunk.young > 0
     return young
 
 
