@@ -56,13 +56,13 @@ class KvmPageFault:
         self.around_n = 0
 
 
-def is_access_allowed(fault: KvmPageFault, spte: int) -> bool:
-    """is_access_allowed()"""
+def spte_permission_fault(fault: KvmPageFault, spte: int) -> bool:
+    """spte_permission_fault(), before 7.3 is_access_allowed(): return whether the SPTE forbids the access."""
     if fault.write:
-        return is_writable_pte(spte)
+        return not is_writable_pte(spte)
     if fault.exec:
-        return bool(spte & lib.SPTE_EXECUTABLE)
-    return bool(spte & lib.SPTE_READABLE)
+        return not spte & lib.SPTE_EXECUTABLE
+    return not spte & lib.SPTE_READABLE
 
 
 def fault_around_range(fault: KvmPageFault, pages: int) -> tuple[int, int]:

@@ -37,6 +37,7 @@ from emulator.kvm.mmu.tdp_mmu import (
 from emulator.kvm.mmu.tdp_roots import kvm_tdp_mmu_invalidate_roots
 from emulator.kvm.structs import Kvm, KvmMemorySlot
 from emulator.kvm.virt.requests import (
+    kvm_flush_remote_tlbs,
     kvm_flush_remote_tlbs_memslot,
     kvm_flush_remote_tlbs_range,
     kvm_make_all_cpus_request,
@@ -70,20 +71,26 @@ def kvm_mmu_zap_all_fast(cpu: Cpu, kvm: Kvm) -> None:
     kvm_mmu_zap_all_fast_back(cpu, kvm)
 
 
-def kvm_mmu_zap_memslot(cpu: Cpu, kvm: Kvm, slot: KvmMemorySlot) -> None:
-    """kvm_mmu_zap_memslot(), since 6.12 with KVM_X86_QUIRK_SLOT_ZAP_ALL disabled: zap the slot's leafs."""
-    reason = lib.REASON_REMOTE_ZAP
-    with kvm.mmu_lock.write_lock(cpu):
-        if kvm_unmap_gfn_range(cpu, kvm, slot, slot.base_gfn, slot.end_gfn, reason):
-            kvm_flush_remote_tlbs_memslot(cpu, kvm, slot, reason)
+def kvm_mmu_zap_memslot_pages_and_flush(cpu: Cpu, kvm: Kvm, flush: bool) -> None:
+    """kvm_mmu_zap_memslot_pages_and_flush(), under mmu_lock for write: make the pending flush.
+
+    No MMU here has pages that shadow the guest's tables, which would be zapped before.
+    """
+    if flush:
+        kvm_flush_remote_tlbs(cpu, kvm, lib.REASON_REMOTE_ZAP)
 
 
 def kvm_arch_flush_shadow_memslot(cpu: Cpu, kvm: Kvm, slot: KvmMemorySlot) -> None:
-    """kvm_arch_flush_shadow_memslot(): zap a slot that has been marked INVALID.  Decision slot_delete."""
+    """kvm_arch_flush_shadow_memslot(): zap a slot that has been marked INVALID.
+
+    Decision slot_delete: all roots; or the slot's leafs, since 6.12 with KVM_X86_QUIRK_SLOT_ZAP_ALL disabled.
+    """
     if kvm.policy.slot_delete(cpu, kvm, slot) == "zap-all-roots":
         kvm_mmu_zap_all_fast(cpu, kvm)
-    else:
-        kvm_mmu_zap_memslot(cpu, kvm, slot)
+        return
+    with kvm.mmu_lock.write_lock(cpu):
+        flush = kvm_unmap_gfn_range(cpu, kvm, slot, slot.base_gfn, slot.end_gfn, lib.REASON_REMOTE_ZAP)
+        kvm_mmu_zap_memslot_pages_and_flush(cpu, kvm, flush)
 
 
 def kvm_mmu_zap_all(cpu: Cpu, kvm: Kvm) -> None:

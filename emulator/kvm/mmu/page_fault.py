@@ -20,7 +20,7 @@ from emulator.kvm.mmu.fault import (
     RET_PF_SPURIOUS,
     KvmPageFault,
     fault_around_range,
-    is_access_allowed,
+    spte_permission_fault,
 )
 from emulator.kvm.mmu.hugepage import kvm_mmu_hugepage_adjust
 from emulator.kvm.mmu.spte import (
@@ -108,7 +108,7 @@ def fast_page_fault(cpu: Cpu, vcpu: Vcpu, fault: KvmPageFault) -> int:
             entry = tdp_entry(cpu, root, fault.gfn, PG_LEVEL_4K)
             if not is_shadow_present_pte(entry.spte) or not is_last_spte(entry.spte, entry.level):
                 return RET_PF_INVALID
-            if is_access_allowed(fault, entry.spte):
+            if not spte_permission_fault(fault, entry.spte):
                 return RET_PF_SPURIOUS
             new_spte = _fast_spte(fault, fault.slot, entry)
             if new_spte is None:
@@ -129,7 +129,7 @@ def _fast_spte(fault: KvmPageFault, slot: KvmMemorySlot, entry: Entry) -> int | 
         new_spte |= PT_WRITABLE_MASK
         if entry.level > PG_LEVEL_4K and slot.dirty_track_enabled():
             return None  # the fault splits it instead
-    if new_spte == spte or not is_access_allowed(fault, new_spte):
+    if new_spte == spte or spte_permission_fault(fault, new_spte):
         return None
     return new_spte
 

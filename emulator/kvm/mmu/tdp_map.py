@@ -12,7 +12,7 @@ from emulator.kvm.mmu.fault import (
     RET_PF_RETRY,
     RET_PF_SPURIOUS,
     KvmPageFault,
-    is_access_allowed,
+    spte_permission_fault,
 )
 from emulator.kvm.mmu.spte import (
     is_frozen_spte,
@@ -143,7 +143,7 @@ def tdp_mmu_map_handle_target_level(cpu: Cpu, vcpu: Vcpu, fault: KvmPageFault, e
     assert fault.slot is not None
     present = is_shadow_present_pte(old_spte)
     last = is_last_spte(old_spte, entry.level)
-    if present and last and is_access_allowed(fault, old_spte):
+    if present and last and not spte_permission_fault(fault, old_spte):
         return RET_PF_SPURIOUS
     new_spte = make_spte(cpu, fault.slot, fault.gfn, entry.level, fault.pfn)
     if new_spte == old_spte:
