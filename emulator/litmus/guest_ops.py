@@ -24,7 +24,7 @@ if TYPE_CHECKING:
     from emulator.litmus.model import LitmusTest
 
 _PAGE = Arg("page", "page")
-# native/guest/guest_state.h: GUEST_PROCESSES
+# native/vm/guest_state.h: GUEST_PROCESSES
 _LAST_PROCESS = 15
 # The core records guest-physical pages in 32 bits, and the last value means none.
 _LAST_GUEST_PAGE = (1 << 32) - 2

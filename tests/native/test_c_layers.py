@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import shutil
 from pathlib import Path
 
@@ -65,6 +66,20 @@ def test_what_breaks_a_rule_is_found(core: Path, path: str, text: str, found: st
     (line,) = violations(core, LAYERS)
     assert line.startswith(path)
     assert found in line
+
+
+def test_c_files_that_python_and_prose_mention_exist() -> None:
+    root, mentioned = HERE.parent, 0
+    paths = [
+        path
+        for folder in ("bench", "emulator", "metrics", "native")
+        for path in (root / folder).rglob("*.py")
+    ]
+    for path in (*paths, *root.glob("*.md"), *root.glob("emulator/guide/*.md")):
+        for name in re.findall(r"(?<![\w/])native/\w+/\w+\.[ch]\b", path.read_text()):
+            assert (root / name).is_file(), f"{path.relative_to(root)} mentions {name}"
+            mentioned += 1
+    assert mentioned > 3
 
 
 def test_a_declaration_in_a_second_header_is_found(core: Path) -> None:
