@@ -27,6 +27,7 @@ The engine and the strategies know no KVM.
                                policy_code: containers, values and code that can or cannot be watched)
                  races         accesses to Python's objects that no step declares, in patched code and for
                                the audit
+                 endless       an end for steps of patched code that have none
                  patched_code  state that a patch keeps where nothing watches it
                  undeclared    native calls without a point or a footprint, for the audit
     results/     verdict       a test under a policy: safe, violations, or the bound that the search reached

@@ -255,21 +255,23 @@ class Confinement:
 
     @classmethod
     @contextmanager
-    def entered(cls) -> Iterator[None]:
-        """Watch calls that do not return, and keep standard output from the file."""
+    def entered(cls, watch: bool = True) -> Iterator[None]:
+        """Keep standard output from the file and, with `watch`, end its calls that do not return."""
         if cls.depth:
             yield
             return
         forbid()
         cls.depth += 1
-        patience = Patience()
-        patience.start()
+        patience = Patience() if watch else None
+        if patience is not None:
+            patience.start()
         try:
             with _standard_output_is_error():
                 yield
         finally:
             cls.depth -= 1
-            patience.stop()
+            if patience is not None:
+                patience.stop()
 
     @classmethod
     @contextmanager

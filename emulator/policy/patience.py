@@ -76,7 +76,7 @@ class Patience:
         before, self._calls = self._calls, {}
         for ident, top in sys._current_frames().items():
             frame = _call_of(top)
-            state = None if frame is None else _thread_state(numbers.get(ident))
+            state = None if frame is None else thread_state(numbers.get(ident))
             if frame is None or state is None:
                 continue
             call = before.get(ident)
@@ -151,7 +151,7 @@ def _line_of(frame: FrameType | None, path: str) -> int | None:
     return None
 
 
-def _thread_state(number: int | None) -> tuple[float, int] | None:
+def thread_state(number: int | None) -> tuple[float, int] | None:
     """Return the processor time and the context switches of a thread; None if it has ended."""
     task = Path(f"/proc/self/task/{number}")
     try:

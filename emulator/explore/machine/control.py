@@ -108,6 +108,7 @@ class Control:
         self.adversary: Adversary | None = None
         self.policy_reads: PolicyReads | None = None  # a user's policy is explored
         self.races: Races | None = None  # patched code is explored
+        self.patch = ""  # its patch
         # Called after each stretch of operations that a thread of init or final has done.
         self.on_alone: Callable[[str, tuple[Op, ...]], None] | None = None
         self.lib = lib  # the library that explored code calls

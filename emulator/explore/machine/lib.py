@@ -17,6 +17,7 @@ from typing import Any
 from emulator.explore.machine.calls import Calls
 from emulator.explore.machine.control import Control
 from emulator.explore.machine.described import LOCAL, NO_STEPS
+from emulator.explore.machine.endless import steps_that_end
 from emulator.explore.machine.footprints import FOOTPRINTS, Footprint
 from emulator.explore.machine.guest import GuestMode
 from emulator.explore.machine.locks import Locks
@@ -58,6 +59,8 @@ def instrument(control: Control) -> Iterator[None]:
                 stack.enter_context(control.policy_reads.watching())
             if control.races is not None:
                 stack.enter_context(watching(control.races, shared_classes(), constant_attributes()))
+            if control.patch:
+                stack.enter_context(steps_that_end(control, control.patch))
             yield
     finally:
         for module, original in zip(modules, originals, strict=True):

@@ -119,6 +119,7 @@ class LitmusProgram:
             self.reads = self.control.policy_reads = PolicyReads(
                 self.control, source.path, known, frozen=frozen
             )
+        self.control.patch = "" if policy.patch is None else policy.patch.name
         # Looks for accesses that no step announces: KVM's shipped code has none.
         self.races: Races | None = None
         if policy.patch is not None and not frozen:

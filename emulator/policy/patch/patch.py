@@ -105,20 +105,23 @@ class KvmPatch:
             try:
                 modules = imported(code)
                 self._check(before.changes())
-                before.forget_new_modules()
-                rebinding = Rebinding(self.name, shipped, modules, code.changed)
-                rebinding.check()
-                try:
-                    rebinding.apply()
-                    yield
-                finally:
-                    rebinding.undo()
+            finally:
+                before.put_back()
+            before.forget_new_modules()
+        rebinding = Rebinding(self.name, shipped, modules, code.changed)
+        rebinding.check()
+        # KVM's code runs all the time: no call of it has to return soon.
+        with Confinement.entered(watch=False):
+            try:
+                rebinding.apply()
+                yield
             except Exception as error:
                 blamed = self.blamed(error)
                 if blamed is None:
                     raise
                 raise blamed from error
             finally:
+                rebinding.undo()
                 # Also after an error: the changes may be its cause.
                 for name in before.put_back():
                     raise self._refused(name)

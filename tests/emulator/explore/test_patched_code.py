@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import json
+import re
 from pathlib import Path
 from typing import Any
 
 import pytest
 
 from emulator.cli.main import main
+from emulator.explore.machine import endless
 from tests.emulator.policy.patch.edits import MIGRATION, edited, written
 
 TEST = "return-zap-other-vcpu"
@@ -82,6 +84,22 @@ def test_an_existing_attribute_that_a_patch_shares(
 ) -> None:
     found = explored(edited((REQUESTS, REQUESTS + "        kvm.vcpus[0].loaded\n")), tmp_path, capsys)
     assert any(one.startswith("Vcpu.loaded: ") for one in found["unordered"]), found
+
+
+def test_a_step_that_does_not_end(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Neither Ctrl-C nor the scheduler could end it."""
+    monkeypatch.setattr(endless, "MOST_SECONDS", 1.0)
+    path = written(tmp_path, edited((MIGRATION, "    while cpu.id < 99:\n        pass\n" + MIGRATION)))
+    assert main(["explore", TEST, "--policy", path, "--jobs", "1"]) == 2
+    out, err = capsys.readouterr()
+    assert out == ""
+    assert re.fullmatch(
+        r"flushlab: idea\.patch: emulator/kvm/\S+\.py:\d+: migration_ept\(\): "
+        r"used 1 s of processor time without a step; expected code that goes on\n",
+        err,
+    ), err
 
 
 MEMORY = 'ffi.new("uint64_t *")'
