@@ -203,6 +203,7 @@ def whole(body: list[str]) -> list[str]:
     return ["int", "f", "(", "int", "a", ")", "{", "{", *body, "}", "}"]
 
 
+@pytest.mark.slow
 @settings(deadline=None)
 @given(_BODIES, st.data())
 def test_comments_and_white_space_do_not_count(body: list[str], data: st.DataObject) -> None:

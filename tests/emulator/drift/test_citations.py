@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from pathlib import Path
 
+import pytest
+
 from emulator.drift.citations import How, cited, in_c, in_python
 from emulator.drift.record import shipped_record
 
@@ -77,6 +79,7 @@ def test_c() -> None:
     ]
 
 
+@pytest.mark.slow
 def test_the_models_own_citations_are_found() -> None:
     functions = cited()
     places = {(one.file, one.mirrors) for one in functions["kvm_mmu_load"]}

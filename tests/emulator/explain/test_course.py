@@ -216,6 +216,7 @@ def test_an_operation_without_a_word(text: str, tmp_path: Path, capsys: pytest.C
     assert "steps[0].did.op.text: found" in err
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("form", ["text", "svg", "json", "perfetto"])
 @settings(
     deadline=None,

@@ -166,6 +166,7 @@ def test_a_recording_knows_its_choices(tmp_path: Path, capsys: pytest.CaptureFix
     assert main(["explore", "--replay", str(path)]) == 2
 
 
+@pytest.mark.slow
 def test_what_was_evicted_is_told(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     arguments = ["explore", "evicted-walk", "--policy", "mutant:unlock-before-flush", "--adversary", "evict"]
     assert main([*arguments, "--output", str(tmp_path)]) == 1

@@ -13,6 +13,8 @@ from emulator.cli.main import main
 from emulator.explore.machine import endless
 from tests.emulator.policy.patch.edits import MIGRATION, edited, written
 
+pytestmark = pytest.mark.slow
+
 TEST = "return-zap-other-vcpu"
 SLOT = ('        "warned",\n', '        "warned",\n        "mine",\n')
 FIELD = (
