@@ -19,7 +19,7 @@ PROGRAMS = HERE / "native"
 CORE = HERE.parent / "native"
 
 # The flags of the extension (native/build.py), without those that the interpreter adds.
-FLAGS = ("-std=c11", "-O2", "-Wall", "-Wextra", "-pthread", f"-I{CORE}", f"-I{PROGRAMS}")
+FLAGS = ("-std=c11", "-O2", "-DNDEBUG", "-Wall", "-Wextra", "-pthread", f"-I{CORE}", f"-I{PROGRAMS}")
 _TIMEOUT_SECONDS = 600
 
 
