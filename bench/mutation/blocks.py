@@ -103,7 +103,7 @@ def _kinds(value: ast.expr) -> tuple[str, ...]:
     return tuple(kind for kind, names in EVENTS.items() if called(value) in names)
 
 
-def is_section(statement: ast.stmt) -> bool:
+def is_section(statement: ast.AST) -> bool:
     """Return whether a statement is a `with` over a lock or a read section, and nothing else."""
     return isinstance(statement, ast.With) and any(
         calls(item.context_expr) & SECTIONS for item in statement.items

@@ -18,7 +18,7 @@ from typing import Any, Final
 
 from bench.mutation import patched
 from bench.mutation.generate import Mutant
-from bench.mutation.suite import FIRST, Known, Shown, most_of, prices, show
+from bench.mutation.suite import FIRST, GLANCE, Known, Shown, most_of, prices, show
 from emulator.errors import BadInput
 from emulator.explore.engine.scheduler import Divergence
 from emulator.litmus.model import INCONCLUSIVE
@@ -45,18 +45,18 @@ _CRASHES: Final = (*_PYTHONS, BadInput, ValueError, LookupError, ArithmeticError
 
 @dataclass(frozen=True, slots=True)
 class Depth:
-    """How long to look for a test that catches a mutant: pairs that get a first and a second look, pairs of
-    each other preset, and pairs on real threads."""
+    """How long to look for a test that catches a mutant, after a glance at all pairs of the default preset:
+    pairs that get a first and a second look, pairs of each other preset, and pairs on real threads."""
 
-    first_looks: int = 48
-    second_looks: int = 12
+    first_looks: int = 32
+    second_looks: int = 1000
     of_a_preset: int = 2
     stressed: int = 4
 
 
 THOROUGH: Final = Depth()
 # Under the default preset only, and explored only.
-QUICK: Final = Depth(second_looks=8, of_a_preset=0, stressed=0)
+QUICK: Final = Depth(first_looks=16, second_looks=8, of_a_preset=0, stressed=0)
 
 
 @dataclass(frozen=True, slots=True)
@@ -108,13 +108,20 @@ def judge(
 def reaches(mutant: Mutant, all_known: Iterable[Known]) -> list[Known]:
     """Return the pairs that reach a mutated statement, in the order in which they are tried.
 
-    First come the default's, and of these the ones that reach all of the statements, and little else.
+    First come the default's, and of these the ones that reach all of the statements, those with further
+    choices before the others, and then those that reach little else.
     """
     lines = {(mutant.module, line) for line in mutant.statements}
     found = [one for one in all_known if one.lines & lines]
     return sorted(
         found,
-        key=lambda one: (one.pair.preset != DEFAULT, not lines <= one.lines, len(one.lines), one.pair),
+        key=lambda one: (
+            one.pair.preset != DEFAULT,
+            not lines <= one.lines,
+            not one.pair.choices,
+            len(one.lines),
+            one.pair,
+        ),
     )
 
 
@@ -127,10 +134,9 @@ def is_reached(mutant: Mutant, all_known: Iterable[Known]) -> bool:
 def looks(reaching: Sequence[Known], depth: Depth) -> list[tuple[Known, int]]:
     """Return the pairs in the order in which they are explored, each with its most executions."""
     default = [one for one in reaching if one.pair.preset == DEFAULT]
-    found = [(one, FIRST) for one in default[: depth.first_looks]]
-    found += [
-        (one, most_of(one.pair)) for one in default[: depth.second_looks] if one.shown.executions > FIRST
-    ]
+    found = [(one, GLANCE) for one in default]
+    found += [(one, FIRST) for one in default[: depth.first_looks] if not one.shown.complete]
+    found += [(one, most_of(one.pair)) for one in default[: depth.second_looks] if not one.shown.complete]
     seen: dict[str, int] = {}
     for one in reaching:
         preset = one.pair.preset

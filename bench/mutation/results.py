@@ -49,6 +49,7 @@ class Results:
                 "executions": shown.executions,
                 "failure": shown.failure,
                 "seconds": shown.seconds,
+                "complete": shown.complete,
             },
             "prices": one.prices,
             "lines": lines,

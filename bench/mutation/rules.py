@@ -55,7 +55,8 @@ def move(source: Source, function: ast.FunctionDef) -> Iterator[Mutation]:
         section = source.parents[unit.block[0]]
         removed = source.drop(unit.first, unit.main, unit.block)
         text = source.statement_lines(unit.first, unit.main)
-        if isinstance(section, ast.With | ast.For | ast.While) and unit.block is section.body:
+        around = is_section(section) or isinstance(section, ast.For | ast.While)
+        if around and isinstance(section, ast.With | ast.For | ast.While) and unit.block is section.body:
             out = indented(text, section.col_offset - unit.main.col_offset)
             others = [one for one in units(unit.block) if one.main is not unit.main]
             at = unit.block.index(unit.main)

@@ -37,7 +37,8 @@ OTHERS: Final = (
     "cpu-flushed-mask-cleared",
     "root-tlb-gen",
 )
-# Executions: a first look at each test, a second one, and one under another preset.
+# Executions: a glance at each test, a first and a second look, and a look under another preset.
+GLANCE: Final = 8
 FIRST: Final = 40
 SECOND: Final = 200
 OTHER: Final = 20
@@ -94,7 +95,8 @@ def _test(name: str) -> LitmusTest:
 class Shown:
     """The result of a pair: the verdict, its kinds, and the number of executions.
 
-    failure: the text of an execution that could not go on.  seconds: of the whole search.
+    failure: the text of an execution that could not go on.  seconds: of the whole search.  complete: all
+    interleavings were searched.
     """
 
     verdict: str
@@ -102,6 +104,7 @@ class Shown:
     executions: int
     failure: str = ""
     seconds: float = 0.0
+    complete: bool = False
 
 
 @dataclass(slots=True)
@@ -129,8 +132,8 @@ def pairs() -> Iterator[Pair]:
 
 
 def quick_pairs() -> list[Pair]:
-    """Return the pairs under the default preset, without further choices."""
-    return [pair for pair in pairs() if pair.preset == DEFAULT and not pair.choices]
+    """Return the pairs under the default preset."""
+    return [pair for pair in pairs() if pair.preset == DEFAULT]
 
 
 def plan_of(pair: Pair, executions: int) -> Plan:
@@ -152,7 +155,9 @@ def show(pair: Pair, executions: int) -> Shown:
         lambda: time.monotonic() - started > PATIENCE,
     )
     seconds = round(time.monotonic() - started, 3)
-    return Shown(verdict.verdict, verdict.kinds, verdict.executions, verdict.failure, seconds)
+    return Shown(
+        verdict.verdict, verdict.kinds, verdict.executions, verdict.failure, seconds, verdict.complete
+    )
 
 
 def prices(pair: Pair) -> dict[str, int]:
@@ -197,7 +202,7 @@ class Cover:
 
 def fingerprint(depth: object = "") -> str:
     """Return a hash of all that a verdict depends on besides the mutant: emulator, core, tests, depth."""
-    found = hashlib.sha256(f"{FIRST} {SECOND} {OTHER} {depth}".encode())
+    found = hashlib.sha256(f"{GLANCE} {FIRST} {SECOND} {OTHER} {depth}".encode())
     for package, suffixes in ((emulator, (".py", ".toml")), (native, (".c", ".h"))):
         root = Path(next(iter(package.__path__)))
         for file in sorted(root.rglob("*")):

