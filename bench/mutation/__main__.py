@@ -23,7 +23,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         chosen = _chosen(options)
         if options.list:
             for one in chosen:
-                print(f"{one.name:<60} {one.path}:{one.line}")
+                print(f"{one.name:<60} {one.mark}  {one.path}:{one.line}")
             return 0
         if options.show:
             for one in chosen:

@@ -84,6 +84,12 @@ class Mutant:
     text: str
 
     @property
+    def mark(self) -> str:
+        """Return a short hash of the changed lines.  Its name may pass to another mutant as code changes."""
+        changed = (line for line in self.diff.splitlines()[2:] if line[:1] in ("+", "-"))
+        return hashlib.sha256("\n".join(changed).encode()).hexdigest()[:8]
+
+    @property
     def digest(self) -> str:
         return hashlib.sha256(f"{self.name}\n{self.diff}".encode()).hexdigest()
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import tomllib
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from functools import cache
 from pathlib import Path
@@ -38,14 +38,15 @@ def survivors() -> dict[str, str]:
 
 @cache
 def _listed(file: str) -> dict[str, str]:
-    """Return a list's texts by name.  An entry that no mutant has any more is an error."""
+    """Return a list's texts by name.  Each begins with the mutant's mark; an entry whose mutant is gone, or
+    has changed, is an error."""
     found: dict[str, str] = tomllib.loads(Path(__file__).with_name(file).read_text("utf-8"))
-    check_listed(file, found, [one.name for one in mutants()])
+    check_listed(file, found, {one.name: one.mark for one in mutants()})
     return found
 
 
-def check_listed(file: str, found: Iterable[str], names: Iterable[str]) -> None:
-    stale = {*found} - {*names}
+def check_listed(file: str, found: Mapping[str, str], marks: Mapping[str, str]) -> None:
+    stale = [name for name, text in found.items() if text.partition(" ")[0] != marks.get(name)]
     if stale:
         raise ValueError(f"{file}: no such mutant: {', '.join(sorted(stale))}")
 

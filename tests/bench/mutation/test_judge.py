@@ -112,8 +112,10 @@ def test_an_argued_mutant_is_not_judged(monkeypatch: pytest.MonkeyPatch) -> None
 def test_lists_name_mutants_that_exist() -> None:
     assert all(text.strip() for text in {**run.equivalent(), **run.survivors()}.values())
     assert not run.equivalent().keys() & run.survivors().keys()
-    with pytest.raises(ValueError, match="list: no such mutant: gone@f#1"):
-        run.check_listed("list", ["drop@f#1", "gone@f#1"], ["drop@f#1"])
+    run.check_listed("list", {"drop@f#1": "1234 because"}, {"drop@f#1": "1234"})
+    for marks in ({}, {"drop@f#1": "5678"}):
+        with pytest.raises(ValueError, match="list: no such mutant: drop@f#1"):
+            run.check_listed("list", {"drop@f#1": "1234 because"}, marks)
 
 
 def test_the_rate_leaves_out_the_harmless() -> None:
