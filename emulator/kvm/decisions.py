@@ -36,6 +36,7 @@ ZapRoot = Literal["4k-2m-1g-root", "1g-root", "root"]
 ZapYield = Literal["flush-then-unlock", "unlock-then-flush", "no-flush"]
 MapReplace = Literal["flush", "none"]
 EagerSplit = Literal["split", "none"]
+SplitAlloc = Literal["unlocked", "locked"]
 FaultSplit = Literal["split", "zap"]
 HugeRecovery = Literal["in-place", "zap-each"]
 WriteProtect = Literal["flush", "if-changed", "none"]
@@ -126,6 +127,9 @@ class Decisions(Protocol):
 
     def eager_split(self, cpu: Cpu, kvm: Kvm, slot: KvmMemorySlot) -> EagerSplit:
         """Pages of `slot` are about to be write-protected for dirty logging; eager_page_split is on."""
+
+    def split_alloc(self, cpu: Cpu, kvm: Kvm) -> SplitAlloc:
+        """A walk that splits huge pages eagerly needs a table page."""
 
     def fault_split(self, cpu: Cpu, kvm: Kvm, gfn: int) -> FaultSplit:
         """A fault on `gfn` needs a 4K mapping where a huge leaf is."""

@@ -302,6 +302,14 @@ POINTS: tuple[DecisionPoint, ...] = (
         },
     ),
     _point(
+        Decisions.split_alloc,
+        "Locks that are dropped while an eager split allocates a table (tdp_mmu_split_huge_pages_root).",
+        {
+            "unlocked": "RCU and mmu_lock, always; the walk then reads the SPTE again (6.12 and later).",
+            "locked": "Neither, unless no table page is left at once (5.18 to 6.1).",
+        },
+    ),
+    _point(
         Decisions.fault_split,
         "A huge leaf in the way of a fault that needs a 4K mapping (kvm_tdp_mmu_map).",
         {

@@ -118,6 +118,9 @@ class Policy:
     def eager_split(self, cpu: Cpu, kvm: Kvm, slot: KvmMemorySlot) -> decisions.EagerSplit:
         return self._answers["eager_split"]
 
+    def split_alloc(self, cpu: Cpu, kvm: Kvm) -> decisions.SplitAlloc:
+        return self._answers["split_alloc"]
+
     def fault_split(self, cpu: Cpu, kvm: Kvm, gfn: int) -> decisions.FaultSplit:
         return self._answers["fault_split"]
 

@@ -34,7 +34,13 @@ _LINUX_5_14 = {
     "fault_split": "zap",
     **_LINUX_6_12,
 }
-_LINUX_5_18 = {"root_put": "async", "zap_root": "1g-root", "fault_split": "zap", **_LINUX_6_12}
+_LINUX_5_18 = {
+    "root_put": "async",
+    "zap_root": "1g-root",
+    "split_alloc": "locked",
+    "fault_split": "zap",
+    **_LINUX_6_12,
+}
 _BATCH_LIST = {"zap": "disconnected-list"}
 _GENERATIONS = dict.fromkeys(("remote_flush", "root_load", "migration"), "root-tlb-gen")
 

@@ -11,21 +11,18 @@
 #include "memory/custody.h"
 #include "memory/frame.h"
 #include "oracle/ledger.h"
+#include "sync/cpu.h"
 #include "vm/vm.h"
 
 enum { NO_FRAME = 0xffffffff };
 
-int64_t tdp_mmu_make_split_table(struct machine *m, uint32_t cpu, uint64_t huge_spte, uint32_t level)
+int tdp_mmu_fill_split_table(struct machine *m, uint32_t cpu, uint32_t table, uint64_t huge_spte, uint32_t level)
 {
 	uint64_t child = huge_spte, step = kvm_pages_per_hpage(level - 1);
 	bool single = level - 1 == PG_LEVEL_4K;
-	int64_t table;
 
 	if (level <= PG_LEVEL_4K || !is_last_spte(huge_spte, level))
-		return MACHINE_MISUSE;
-	table = ept_table_alloc(m, cpu, FRAME_TABLE);
-	if (table < 0)
-		return table;
+		return cpu_misuse(m, cpu, "a table for an SPTE of level %u, which is no huge page", level);
 	if (single)
 		child &= ~((uint64_t)SPTE_PAGE_SIZE | (uint64_t)FRAME_TAG_MASK << SPTE_CUSTODY_SHIFT);
 	/* Relaxed: the page is invisible until it is linked, with release. */
@@ -33,10 +30,10 @@ int64_t tdp_mmu_make_split_table(struct machine *m, uint32_t cpu, uint64_t huge_
 		uint64_t custody = single ? frame_custody_of_one(m->frames, spte_hfn(child),
 								 spte_leaf_custody(huge_spte, level)) : 0;
 
-		atomic_store_explicit(&ept_table(m, (uint32_t)table)[i], child | custody << SPTE_CUSTODY_SHIFT,
+		atomic_store_explicit(&ept_table(m, table)[i], child | custody << SPTE_CUSTODY_SHIFT,
 				      memory_order_relaxed);
 	}
-	return table;
+	return 0;
 }
 
 /* spte_try_change() from nothing to a 4K leaf, without its checks. */

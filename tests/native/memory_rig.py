@@ -191,3 +191,11 @@ def map_huge(rig: Rig, gfn: int = HUGE_GFN) -> int:
     spte = int(lib.make_spte(page.hfn, custody, 2, 1, 1))
     assert rig.set_atomic(table, 2, gfn, old, spte) == 0
     return spte
+
+
+def split_table(rig: Rig, huge_spte: int, level: int) -> int:
+    """Return a new table that maps what the SPTE maps, or lib.MACHINE_NOMEM."""
+    table = lib.ept_table_alloc(rig.m, CPU, lib.FRAME_TABLE)
+    if table >= 0:
+        assert lib.tdp_mmu_fill_split_table(rig.m, CPU, Hfn(table), huge_spte, level) == 0
+    return int(table)

@@ -18,6 +18,7 @@ from tests.native.memory_rig import (
     index_of,
     map_huge,
     map_page,
+    split_table,
 )
 from tests.support import VM0
 
@@ -100,7 +101,7 @@ def test_split_changes_no_right(rig: Rig) -> None:
     hfn = rig.fault(HUGE_GFN).hfn
     assert {rig.right(HUGE_GFN + i) for i in range(512)} == {3}
     tags = [lib.frame_tag_of(rig.m, Hfn(hfn + i)) for i in range(512)]
-    table = lib.tdp_mmu_make_split_table(rig.m, CPU, spte, 2)
+    table = split_table(rig, spte, 2)
     parent, _, _ = rig.walk(HUGE_GFN)
     assert rig.set_atomic(parent, 2, HUGE_GFN, spte, lib.make_nonleaf_spte(rig.m, Hfn(table))) == 0
     assert [lib.frame_tag_of(rig.m, Hfn(hfn + i)) for i in range(512)] == tags
@@ -115,7 +116,7 @@ def test_split_changes_no_right(rig: Rig) -> None:
 def test_huge_replaces_table(rig: Rig) -> None:
     spte = map_huge(rig)
     parent, _, _ = rig.walk(HUGE_GFN)
-    table = lib.tdp_mmu_make_split_table(rig.m, CPU, spte, 2)
+    table = split_table(rig, spte, 2)
     link = lib.make_nonleaf_spte(rig.m, Hfn(table))
     assert rig.set_atomic(parent, 2, HUGE_GFN, spte, link) == 0
     assert rig.set_atomic(parent, 2, HUGE_GFN, link, spte) == 0

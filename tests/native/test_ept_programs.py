@@ -8,7 +8,7 @@ from hypothesis import strategies as st
 
 from native import lib
 from native.types import Hfn
-from tests.native.memory_rig import ACCESSED, CPU, PRESENT, WRITABLE, Rig, map_page, pages_of
+from tests.native.memory_rig import ACCESSED, PRESENT, WRITABLE, Rig, map_page, pages_of, split_table
 
 GFN = st.one_of(st.integers(0, 20), st.integers(500, 530), st.integers(1015, 1030), st.integers(1530, 1540))
 RANGE_WALKS = ["zap", "zap-tables", "protect", "age"]
@@ -85,7 +85,7 @@ def do_split(rig: Rig, model: Model, gfn: int) -> None:
     table, level, spte = rig.walk(gfn)
     if level != 2 or not spte & PRESENT:
         return
-    small = lib.tdp_mmu_make_split_table(rig.m, CPU, spte, 2)
+    small = split_table(rig, spte, 2)
     if small == lib.MACHINE_NOMEM:
         return
     assert rig.set_atomic(table, 2, gfn, spte, lib.make_nonleaf_spte(rig.m, Hfn(small))) == 0

@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 
 from native import ffi, lib
 from native.types import Hfn
-from tests.native.memory_rig import BLOCK, CPU, Rig
+from tests.native.memory_rig import BLOCK, CPU, Rig, split_table
 from tests.support import VM0
 
 
@@ -136,7 +136,7 @@ def test_a_huge_page_stays_huge_while_a_part_is_promised_away(rig: Rig) -> None:
         rig.set(table, 2, 512, 0)
 
     # Split, only the child of that page has no custody any more.
-    small = lib.tdp_mmu_make_split_table(rig.m, CPU, lib.make_spte(Hfn(page.hfn - 9), before, 2, 1, 1), 2)
+    small = split_table(rig, lib.make_spte(Hfn(page.hfn - 9), before, 2, 1, 1), 2)
     for index in (8, 9, 10):
         custody = lib.spte_read(rig.m, Hfn(small), index) >> lib.SPTE_CUSTODY_SHIFT & 0x7FFF
         assert (custody == lib.frame_host_tag_of(rig.m, Hfn(page.hfn - 9 + index))) == (index != 9)

@@ -17,17 +17,27 @@ from emulator.kvm.mmu.spte import (
     spte_to_child_pt,
 )
 from emulator.kvm.mmu.tdp_iter import Entry, TdpIter, tdp_mmu_iter_cond_resched
-from emulator.kvm.mmu.tdp_map import tdp_entry, tdp_mmu_set_spte_atomic, tdp_mmu_split_huge_page
+from emulator.kvm.mmu.tdp_map import (
+    tdp_entry,
+    tdp_mmu_alloc_sp,
+    tdp_mmu_free_unused_sp,
+    tdp_mmu_set_spte_atomic,
+    tdp_mmu_split_huge_page,
+)
 from emulator.kvm.mmu.tdp_remove import (
     handle_disconnected_sps,
     tables_need_a_flush,
     tdp_mmu_set_spte,
     tdp_mmu_zap_spte_atomic,
 )
-from emulator.kvm.mmu.tdp_roots import KVM_VALID_ROOTS, for_each_tdp_mmu_root_yield_safe
+from emulator.kvm.mmu.tdp_roots import (
+    KVM_VALID_ROOTS,
+    for_each_tdp_mmu_root_yield_safe,
+    kvm_tdp_mmu_put_root,
+)
 from emulator.kvm.structs import Kvm, KvmMemorySlot, KvmMmuPage
 from emulator.kvm.virt.requests import kvm_flush_remote_tlbs_memslot
-from emulator.machine.runtime import READ, WRITE, Cpu, OutOfFrames, rcu_read_lock
+from emulator.machine.runtime import READ, WRITE, Cpu, OutOfFrames, rcu_enter, rcu_leave, rcu_read_lock
 from native import lib
 from native.types import Hfn
 
@@ -85,17 +95,24 @@ def kvm_tdp_mmu_write_protect_gfn(cpu: Cpu, kvm: Kvm, slot: KvmMemorySlot, gfn: 
 def kvm_tdp_mmu_try_split_huge_pages(
     cpu: Cpu, kvm: Kvm, slot: KvmMemorySlot, start: int, end: int, target_level: int, shared: bool
 ) -> None:
-    """kvm_tdp_mmu_try_split_huge_pages(): split huge pages until no table page is left."""
+    """kvm_tdp_mmu_try_split_huge_pages(): split huge pages until no table page is left; faults split the
+    rest."""
     assert cpu.mmu_lock_held == (READ if shared else WRITE)
     for root in for_each_tdp_mmu_root_yield_safe(cpu, kvm, KVM_VALID_ROOTS, slot.as_id):
-        tdp_mmu_split_huge_pages_root(cpu, kvm, root, start, end, target_level, shared)
+        if not tdp_mmu_split_huge_pages_root(cpu, kvm, root, start, end, target_level, shared):
+            kvm_tdp_mmu_put_root(cpu, kvm, root)
+            break
 
 
 def tdp_mmu_split_huge_pages_root(
     cpu: Cpu, kvm: Kvm, root: KvmMmuPage, start: int, end: int, target_level: int, shared: bool
-) -> None:
-    """tdp_mmu_split_huge_pages_root()"""
+) -> bool:
+    """tdp_mmu_split_huge_pages_root(): return False if no table page was left.
+
+    Decision split_alloc.  A walk that dropped mmu_lock for a table looks at the SPTE again.
+    """
     it = TdpIter(root, lib.TDP_FIND_HUGE, start, end, shared=shared, level=target_level)
+    table: Hfn | None = None
     with rcu_read_lock(cpu):
         while not it.done:
             if tdp_mmu_iter_cond_resched(cpu, kvm, it, flush=False):
@@ -104,12 +121,39 @@ def tdp_mmu_split_huge_pages_root(
             entry = it.found()
             if entry is None:
                 continue
-            try:
-                split = tdp_mmu_split_huge_page(cpu, kvm, entry)
-            except OutOfFrames:
-                return  # faults will split the rest
-            if split is None:
+            if table is None and kvm.policy.split_alloc(cpu, kvm) == "locked":
+                table = _alloc_table(cpu)
+            if table is None:
+                rcu_leave(cpu)
+                table = _alloc_table_unlocked(cpu, kvm)
+                if table is None:
+                    return False
+                rcu_enter(cpu)
                 it.retry(entry.gfn)
+            elif tdp_mmu_split_huge_page(cpu, kvm, entry, table):
+                table = None
+            else:
+                it.retry(entry.gfn)
+    if table is not None:
+        tdp_mmu_free_unused_sp(cpu, table)
+    return True
+
+
+def _alloc_table(cpu: Cpu) -> Hfn | None:
+    try:
+        return tdp_mmu_alloc_sp(cpu)
+    except OutOfFrames:
+        return None
+
+
+def _alloc_table_unlocked(cpu: Cpu, kvm: Kvm) -> Hfn | None:
+    """Allocate a table without mmu_lock, because the allocation may reclaim memory, which calls KVM's
+    mmu_notifiers."""
+    how = cpu.mmu_lock_held
+    kvm.mmu_lock.unlock(cpu)
+    table = _alloc_table(cpu)
+    kvm.mmu_lock.lock(cpu, how)
+    return table
 
 
 def kvm_tdp_mmu_recover_huge_pages(cpu: Cpu, kvm: Kvm, slot: KvmMemorySlot) -> None:

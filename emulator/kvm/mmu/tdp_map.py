@@ -69,25 +69,36 @@ def tdp_mmu_set_spte_atomic(
 def tdp_mmu_link_sp(cpu: Cpu, kvm: Kvm, entry: Entry) -> Entry | None:
     """tdp_mmu_link_sp() with tdp_mmu_alloc_sp(): link an empty table below `entry`; None if the SPTE
     changed."""
+    table = tdp_mmu_alloc_sp(cpu)
+    linked = tdp_mmu_set_spte_atomic(cpu, kvm, entry, lib.make_nonleaf_spte(cpu.m, table))
+    return _below(cpu, entry, table, linked)
+
+
+def tdp_mmu_alloc_sp(cpu: Cpu) -> Hfn:
+    """tdp_mmu_alloc_sp(), tdp_mmu_alloc_sp_for_split().  Raises OutOfFrames."""
     cpu.point("frames", "table", "write")
-    table = Hfn(cpu.check(lib.ept_table_alloc(cpu.m, cpu.id, lib.FRAME_TABLE)))
-    return _link(cpu, kvm, entry, table)
+    return Hfn(cpu.check(lib.ept_table_alloc(cpu.m, cpu.id, lib.FRAME_TABLE)))
 
 
-def tdp_mmu_split_huge_page(cpu: Cpu, kvm: Kvm, entry: Entry) -> Entry | None:
-    """tdp_mmu_split_huge_page(): replace a huge SPTE by a table with the same mappings and rights.
+def tdp_mmu_free_unused_sp(cpu: Cpu, table: Hfn) -> None:
+    """tdp_mmu_free_unused_sp(), tdp_mmu_free_sp() up to 6.12: free a table that was never linked."""
+    cpu.point("frames", "table", "write")
+    lib.ept_table_free(cpu.m, cpu.id, table)
 
-    No translation changes, so no flush is needed.  Return None if the SPTE has changed.
+
+def tdp_mmu_split_huge_page(cpu: Cpu, kvm: Kvm, entry: Entry, table: Hfn) -> bool:
+    """tdp_mmu_split_huge_page(): replace a huge SPTE by `table` with the same mappings and rights.
+
+    No translation changes, so no flush is needed.  Return False if the SPTE has changed.
     """
-    cpu.point("frames", "table", "write")
-    table = Hfn(cpu.check(lib.tdp_mmu_make_split_table(cpu.m, cpu.id, entry.spte, entry.level)))
-    return _link(cpu, kvm, entry, table)
+    cpu.check(lib.tdp_mmu_fill_split_table(cpu.m, cpu.id, table, entry.spte, entry.level))
+    return tdp_mmu_set_spte_atomic(cpu, kvm, entry, lib.make_nonleaf_spte(cpu.m, table))
 
 
-def _link(cpu: Cpu, kvm: Kvm, entry: Entry, table: Hfn) -> Entry | None:
-    if not tdp_mmu_set_spte_atomic(cpu, kvm, entry, lib.make_nonleaf_spte(cpu.m, table)):
-        cpu.point("frames", "table", "write")
-        lib.ept_table_free(cpu.m, cpu.id, table)
+def _below(cpu: Cpu, entry: Entry, table: Hfn, linked: bool) -> Entry | None:
+    """Return the entry in the table below `entry`; or free a table that was not linked, and return None."""
+    if not linked:
+        tdp_mmu_free_unused_sp(cpu, table)
         return None
     return Entry(0, table, entry.level - 1, entry.gfn)
 
@@ -119,7 +130,9 @@ def kvm_tdp_mmu_map(cpu: Cpu, vcpu: Vcpu, fault: KvmPageFault) -> int:
                 if not is_large_pte(entry.spte):
                     child: Entry | None = Entry(0, spte_to_child_pt(entry.spte), entry.level - 1, 0)
                 elif kvm.policy.fault_split(cpu, kvm, fault.gfn) == "split":
-                    child = tdp_mmu_split_huge_page(cpu, kvm, entry)
+                    table = tdp_mmu_alloc_sp(cpu)
+                    split = tdp_mmu_split_huge_page(cpu, kvm, entry, table)
+                    child = _below(cpu, entry, table, split)
                 elif tdp_mmu_zap_spte_atomic(cpu, kvm, entry, lib.REASON_REMOTE_REPLACE):
                     entry.spte = lib.spte_read(cpu.m, entry.table, entry.index)
                     continue
