@@ -65,7 +65,7 @@ BUGS = {
         "as its previous root 1: the root is obsolete, and no request to free it is pending",
         "linux-7.3+role_change=keep-roots",
     ),
-    # 82d811ff566f (6.7): the sample was sign-extended when it was compared.
+    # 82d811ff566f: the sample was sign-extended when it was compared.
     "mmu_invalidate_seq in an int": Bug(
         "fault-seq-wraps",
         (
@@ -80,7 +80,7 @@ BUGS = {
         "deadlock",
         "v0 in handle_ept_violation() waits for a change of mmu_invalidate_seq",
     ),
-    # edb298c663fc (5.17), 6d3085e4d89a (6.0)
+    # edb298c663fc (5.15), 6d3085e4d89a (6.1)
     "kvm_zap_gfn_range() without the sequence bump": Bug(
         "zap-range-fault", (), "stale-after-revoke", "kvm_zap_gfn_range returned", "mutant:Z1"
     ),
