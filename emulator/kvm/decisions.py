@@ -53,12 +53,7 @@ Tracking = Literal["cpu-flushed-mask", "cpu-flushed-mask-cleared", "root-tlb-gen
 
 
 class Decisions(Protocol):
-    """A policy, as KVM sees it.
-
-    `bugs`: names of historical or injected bugs that KVM's code has under this policy.
-    """
-
-    bugs: frozenset[str]
+    """A policy, as KVM sees it."""
 
     @overload
     def may_answer(self, point: Literal["remote_flush"], *alternatives: RemoteFlush) -> bool: ...

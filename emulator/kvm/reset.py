@@ -7,7 +7,6 @@ kvm_vcpu_reset          registers as after INIT; the guest's translations are go
 
 from __future__ import annotations
 
-from emulator.kvm.accounting import flush_elided
 from emulator.kvm.kvm_host import KVM_REQ_EVENT, KVM_REQ_TLB_FLUSH_GUEST, X86_CR0_PG
 from emulator.kvm.mmu.roots import kvm_mmu_reset_context
 from emulator.kvm.structs import Vcpu
@@ -40,25 +39,19 @@ def kvm_vcpu_reset(cpu: Cpu, vcpu: Vcpu, init_event: bool) -> None:
     """kvm_vcpu_reset(): reset the registers that decide about roots and flushes.
 
     Roots are freed only if CR0.PG was set.  A guest flush is requested if CR0.PG was set, and always on INIT,
-    which drops all translations by the SDM (vol. 3A, 10.1) and in KVM (df37ed38e6c2, 5.15).  Mutant I1:
-    neither this function nor vmx_vcpu_reset() flushes.
+    which drops all translations by the SDM (vol. 3A, 10.1) and in KVM (df37ed38e6c2, 5.15).
     """
     arch = vcpu.arch
     old_cr0 = arch.cr0
-    flushes = "I1" not in vcpu.kvm.policy.bugs
     cpu.stat(vcpu.kvm.id, lib.STAT_RESETS)
     arch.smi_pending = False
-    if flushes:
-        vcpu.kvm.x86_ops.vcpu_reset(cpu, vcpu)
-    else:
-        flush_elided(cpu, vcpu.kvm, lib.REASON_GUEST, vcpu.id)
+    vcpu.kvm.x86_ops.vcpu_reset(cpu, vcpu)
     arch.cr3 = arch.cr0 = arch.cr4 = 0
     vcpu.kvm.x86_ops.set_cr0(cpu, vcpu, old_cr0, arch.cr0)
     if old_cr0 & X86_CR0_PG:
-        if flushes:
-            kvm_make_request(cpu, vcpu, KVM_REQ_TLB_FLUSH_GUEST)
+        kvm_make_request(cpu, vcpu, KVM_REQ_TLB_FLUSH_GUEST)
         kvm_mmu_reset_context(cpu, vcpu)
-    if init_event and flushes:
+    if init_event:
         kvm_make_request(cpu, vcpu, KVM_REQ_TLB_FLUSH_GUEST)
     # RIP points at the reset vector.
     lib.guest_boot(cpu.m, vcpu.id)

@@ -294,7 +294,6 @@ class Kvm:
         "tdp_mmu_pages_lock",
         "tdp_mmu_roots",
         "tdp_mmu_zap_works",
-        "tracking_by_frame",
         "tracks_roots",
         "vcpus",
         "warned",
@@ -338,7 +337,6 @@ class Kvm:
             or policy.may_answer("root_load", "root-tlb-gen")
             or policy.may_answer("migration", "cpu-flushed-mask", "cpu-flushed-mask-cleared", "root-tlb-gen")
         )
-        self.tracking_by_frame: dict[int, RootTracking] = {}  # only with mutant R4
         self.warned: set[str] = set()
         self.at_host_work: list[CpuId] = []
         # pCPUs on which a vCPU was ever loaded, for remote_kick and root_alloc=vm-pcpu-mask.

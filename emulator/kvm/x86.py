@@ -140,13 +140,12 @@ def _enter_with_irqs_off(cpu: Cpu, vcpu: Vcpu) -> bool:
 
     Decision entry_order: the mode is set first, so that the sender of a request made after the check finds
     IN_GUEST_MODE and interrupts; the interrupt stays pending until VM entry and causes an exit at once.
-    Mutant S1: without the barrier in between, the mode may become visible only after the check.
+    Without the barrier in between, the mode may become visible only after the check.
     """
     if vcpu.kvm.policy.entry_order(cpu, vcpu) == "mode-then-requests":
         set_mode(cpu, vcpu, IN_GUEST_MODE)
         kvm_vcpu_srcu_read_unlock(cpu, vcpu)
-        if "S1" not in vcpu.kvm.policy.bugs:
-            smp_mb__after_srcu_read_unlock(cpu)
+        smp_mb__after_srcu_read_unlock(cpu)
         cancelled = kvm_vcpu_exit_request(cpu, vcpu)
     else:
         cancelled = kvm_vcpu_exit_request(cpu, vcpu)
@@ -159,12 +158,6 @@ def _enter_with_irqs_off(cpu: Cpu, vcpu: Vcpu) -> bool:
         return False
     if vcpu.kvm.tracks_roots:
         vcpu.kvm.x86_ops.flush_tlb_before_entry(cpu, vcpu)
-    if "P2" in vcpu.kvm.policy.bugs:
-        # The interrupt that should end guest mode at once is taken here, before VM entry.
-        cpu.point("interrupts", cpu.id, "write")
-        cpu.check(lib.local_irq_enable(cpu.m, cpu.id))
-        cpu.point("interrupts", cpu.id, "read")
-        cpu.check(lib.local_irq_disable(cpu.m, cpu.id, _ENTER))
     budget = vcpu.kvm.params.slice_accesses
     cpu.point("guest", vcpu.id, "write")
     cpu.check(lib.guest_run(cpu.m, cpu.id, vcpu.id, budget, vcpu.exit))

@@ -7,7 +7,7 @@ from functools import lru_cache
 
 from emulator.litmus.model import INCONCLUSIVE, SAFE, Expected, LitmusTest
 from emulator.policy import MUTANTS, PRESETS, Mutant, Policy, canonical, spelled_policy
-from emulator.policy.mutant_names import PREFIX
+from emulator.policy.mutants import PREFIX
 
 
 @lru_cache(maxsize=512)

@@ -13,7 +13,7 @@ from emulator.litmus.model import INCONCLUSIVE, SAFE, LitmusTest
 from emulator.litmus.policies import expected_of, is_consistent, is_cost_only
 from emulator.litmus.verdict import BOUNDED, SEARCHED, VIOLATIONS, Outcome, differs, proofs
 from emulator.policy import PRESETS
-from emulator.policy.mutant_names import PREFIX
+from emulator.policy.mutants import PREFIX
 
 _STYLES = {SAFE: "green", INCONCLUSIVE: "yellow", VIOLATIONS: "red"}
 

@@ -2,12 +2,11 @@
 
 from __future__ import annotations
 
-from emulator.policy.mutant_names import canonical
-from emulator.policy.mutants import MUTANTS, Mutant, find_mutant
+from emulator.policy.mutants import MUTANTS, Mutant, canonical, find_mutant
 from emulator.policy.points import POINTS, Alternative, DecisionPoint
-from emulator.policy.policy import Policy, PolicyError, check_answer
+from emulator.policy.policy import Policy, PolicyError, check_answer, parse_setting
 from emulator.policy.presets import DEFAULT, PRESET_DOCS, PRESETS, preset
-from emulator.policy.spelling import check_policy, parse_policy, parse_setting
+from emulator.policy.spelling import check_policy, parse_policy
 from emulator.policy.user import UserPolicyError, load_user_policy, resolve_policy, spelled_policy
 
 __all__ = [

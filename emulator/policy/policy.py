@@ -5,13 +5,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping
 from contextlib import AbstractContextManager, nullcontext
 from types import ModuleType
 from typing import TYPE_CHECKING, Any, Final
 
 from emulator.errors import BadInput, one_of, shown
-from emulator.policy.mutant_names import NAMES
 from emulator.policy.points import BY_NAME, POINTS
 
 if TYPE_CHECKING:
@@ -34,13 +33,12 @@ class Policy:
 
     Each method is a decision point: emulator.kvm.decisions tells when KVM asks it, emulator.policy.points
     describes its answers.  This class answers from a table: Linux 7.3's answers, except those given by name.
-    A subclass may decide case by case.  `bugs`: names of historical or injected bugs that KVM's code has
-    under this policy.  `patch`: the changes of KVM's code under this policy (emulator.policy.patch), if any.
+    A subclass may decide case by case.  `patch`: the changes of KVM's code under this policy
+    (emulator.policy.patch), if any.
     """
 
-    def __init__(self, name: str = "linux-7.3", bugs: Iterable[str] = (), **answers: str) -> None:
+    def __init__(self, name: str = "linux-7.3", **answers: str) -> None:
         self.name = name
-        self.bugs = frozenset(bugs)
         self.patch: KvmPatch | None = None
         self._spelling = ""
         self._answers: dict[str, Any] = {point.name: point.default for point in POINTS}
@@ -54,16 +52,15 @@ class Policy:
     def __eq__(self, other: object) -> bool:
         if not isinstance(other, Policy):
             return NotImplemented
-        return (type(self), self.name, self.bugs, self._answers, self.patch) == (
+        return (type(self), self.name, self._answers, self.patch) == (
             type(other),
             other.name,
-            other.bugs,
             other._answers,
             other.patch,
         )
 
     def __hash__(self) -> int:
-        return hash((type(self), self.name, self.bugs))
+        return hash((type(self), self.name))
 
     # --- the decision points ---------------------------------------------------------------------------
 
@@ -159,16 +156,17 @@ class Policy:
             check_answer(point, alternative)
         if name is None:
             name = "+".join([self.name, *_settings(settings)])
-        changed_policy = Policy(name, self.bugs, **{**self._answers, **settings})
+        changed_policy = Policy(name, **{**self._answers, **settings})
         if self.patch is not None:
             changed_policy.patch = self.patch
             changed_policy._spelling = "+".join([self.spelled(), *_settings(settings)])
         return changed_policy
 
     def patched(self, patch: KvmPatch, spelling: str, name: str) -> Policy:
-        """Return this policy on patched code.  `spelling`: on a command line."""
-        policy = Policy(name, self.bugs, **self._answers)
-        policy.patch, policy._spelling = patch, spelling
+        """Return this policy with a patch, on top of its own if it has one.  `spelling`: on command lines."""
+        policy = Policy(name, **self._answers)
+        policy.patch = patch if self.patch is None else self.patch.together(patch)
+        policy._spelling = spelling
         return policy
 
     def answers(self) -> dict[str, str]:
@@ -192,9 +190,13 @@ class Policy:
         """
         return nullcontext() if self.patch is None else self.patch.live()
 
+    def is_patched_by_user(self) -> bool:
+        """Return whether KVM's code under it has changes that are not ours, as a mutant's are."""
+        return self.patch is not None and not self.patch.is_shipped
+
     def blamed(self, error: BaseException) -> PolicyError | None:
         """Return the error in one line if the policy's patch has caused it."""
-        return None if self.patch is None else self.patch.blamed(error)
+        return self.patch.blamed(error) if self.patch is not None and self.is_patched_by_user() else None
 
     def guarded(self) -> AbstractContextManager[None]:
         """Return a context for code that copies or compares a user policy's state, which may run its code."""
@@ -217,13 +219,21 @@ class Policy:
         return {}
 
     def mutants(self) -> tuple[str, ...]:
-        """Return its known errors: bugs, and answers that are known to be wrong, as `point=alternative`."""
+        """Return its known errors: mutants, and answers known to be wrong, as `point=alternative`."""
         wrong = tuple(
             f"{point.name}={self._answers[point.name]}"
             for point in POINTS
             if point.alternative(self._answers[point.name]).mutant
         )
-        return (*sorted(NAMES.get(bug, bug) for bug in self.bugs), *wrong)
+        return (*(() if self.patch is None else self.patch.mutants), *wrong)
+
+
+def parse_setting(text: str, where: str = NAMED_BY) -> tuple[str, str]:
+    """Parse `point=alternative`, without checking that the point exists; raises PolicyError."""
+    point, _, alternative = (part.strip() for part in text.partition("="))
+    if not point or not alternative:
+        raise PolicyError(where, f"found {shown(text)}", "point=alternative, as in migration=none")
+    return point, alternative
 
 
 def _settings(settings: Mapping[str, str]) -> list[str]:

@@ -7,8 +7,7 @@ from __future__ import annotations
 
 from emulator.defaults import DEFAULT_POLICY
 from emulator.errors import one_of, shown
-from emulator.policy.mutant_names import PREFIX
-from emulator.policy.mutants import find_mutant
+from emulator.policy.mutants import PREFIX, find_mutant
 from emulator.policy.policy import NAMED_BY, Policy, PolicyError
 
 DEFAULT = DEFAULT_POLICY

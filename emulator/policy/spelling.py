@@ -6,10 +6,10 @@ import re
 from typing import Final, NamedTuple
 
 from emulator.errors import shown
-from emulator.policy.mutant_names import PREFIX
+from emulator.policy.mutants import PREFIX
 from emulator.policy.patch import is_patch
 from emulator.policy.points import BY_NAME
-from emulator.policy.policy import NAMED_BY, PolicyError, check_answer
+from emulator.policy.policy import NAMED_BY, PolicyError, check_answer, parse_setting
 from emulator.policy.presets import DEFAULT, PRESETS, preset
 
 _FILE: Final = ".py"
@@ -21,14 +21,6 @@ class Spelled(NamedTuple):
     base: str
     answers: dict[str, str]
     patches: tuple[str, ...] = ()
-
-
-def parse_setting(text: str, where: str = NAMED_BY) -> tuple[str, str]:
-    """Parse `point=alternative`, without checking that the point exists; raises PolicyError."""
-    point, _, alternative = (part.strip() for part in text.partition("="))
-    if not point or not alternative:
-        raise PolicyError(where, f"found {shown(text)}", "point=alternative, as in migration=none")
-    return point, alternative
 
 
 def parse_policy(text: str, where: str = "") -> Spelled:

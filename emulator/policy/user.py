@@ -23,7 +23,7 @@ door (emulator.policy.guard).
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from difflib import get_close_matches
 from functools import lru_cache
 from pathlib import Path
@@ -70,9 +70,11 @@ def _patched(base: str, paths: tuple[str, ...], parts: Parts, name: str | None) 
     policy = load_user_policy(Path(below)) if below.endswith(".py") else preset(below, where)
     if source_of(policy) is not None:
         raise PolicyError(where, f"found {below} below a patch", "a preset or a mutant")
-    patch.check()
     names = "+".join([base] * bool(base) + [patch.name])
-    return policy.patched(patch, "+".join([below, *paths]), name or names)
+    patched = policy.patched(patch, "+".join([below, *paths]), name or names)
+    assert patched.patch is not None
+    patched.patch.check()
+    return patched
 
 
 def _read(paths: tuple[str, ...]) -> KvmPatch:
@@ -125,11 +127,8 @@ class UserPolicy(Policy):
             if answer != BY_NAME[point].default:
                 answers[point] = answer
         self._answers = {**answers, **self._settings}
-        bugs = own.get("bugs")
-        self.bugs = base.bugs | {
-            bug for bug in map(exact, bugs if type(bugs) is frozenset else ()) if bug is not None
-        }
-        own.update(name=self.name, bugs=self.bugs, _answers=dict(self._answers))
+        self.patch = base.patch
+        own.update(name=self.name, patch=self.patch, _answers=dict(self._answers))
         self._mine = mine
 
     def with_settings(self, settings: Mapping[str, str], name: str | None = None) -> Policy:
@@ -150,7 +149,14 @@ class UserPolicy(Policy):
 
     @contextmanager
     def confined(self) -> Iterator[None]:
-        with Confinement.patched(self._source.patches, self._source.refused):
+        with ExitStack() as stack:
+            if self.patch is not None:
+                stack.enter_context(self.patch.live())
+                # Execute the file once more: what it imports and changes is the patched code now.
+                made = _made(self._source.again(), self._settings, self.name)
+                assert isinstance(made, UserPolicy)
+                self._source, self._mine = made._source, made._mine
+            stack.enter_context(Confinement.patched(self._source.patches, self._source.refused))
             yield
 
     @contextmanager

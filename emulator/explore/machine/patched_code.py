@@ -79,7 +79,7 @@ def unwatched_state(policy: Policy) -> tuple[str, ...]:
 
     Call it while the patched code is live.
     """
-    if policy.patch is None:
+    if policy.patch is None or not policy.is_patched_by_user():
         return ()
     found: dict[str, None] = {}
     for name in sorted(policy.patch.code.changed):

@@ -122,7 +122,7 @@ class LitmusProgram:
         self.control.patch = "" if policy.patch is None else policy.patch.name
         # Looks for accesses that no step announces: KVM's shipped code has none.
         self.races: Races | None = None
-        if policy.patch is not None and not frozen:
+        if policy.is_patched_by_user() and not frozen:
             self.races = self.control.races = Races(self.control)
         self._build_harness()
         self._evidence = Evidence(self.machine)

@@ -197,7 +197,7 @@ def explore_verdict(
     """
     plan = plan or Plan()
     with policy.confined():
-        if policy.overrides() or policy.patch is not None:
+        if policy.overrides() or policy.is_patched_by_user():
             _check_that_it_repeats(test, policy, plan.options)
         known: Known | None = NOTHING
         while known is not None:
@@ -276,7 +276,7 @@ def _check_that_it_repeats(test: LitmusTest, policy: Policy, options: ExploreOpt
 
 def _unsteady(policy: Policy, error: Divergence) -> Exception:
     """Return the error for equal steps with different results: a user's policy, if any, is at fault."""
-    if not policy.overrides() and policy.patch is None:
+    if not policy.overrides() and not policy.is_patched_by_user():
         return error
     found = f"the same steps went on in another way when they were repeated ({error})"
     return PolicyError(policy.spelled(), found, "answers that depend only on the events before them")

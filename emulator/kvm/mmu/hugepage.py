@@ -58,8 +58,8 @@ def _level_allowed(slot: KvmMemorySlot, gfn: int, level: int) -> bool:
 def huge_custody(cpu: Cpu, kvm: Kvm, slot: KvmMemorySlot, gfn: int, pfn: Hfn, custody: int) -> int | None:
     """Return the custody of a huge SPTE, given `pfn` and the custody under which it was found.
 
-    Return None if the host maps gfn to another frame.  This happens under mutants only; the kernel asserts
-    that gfn and pfn agree.
+    Return None if the host maps gfn to another frame.  This happens after another bug only; the kernel
+    asserts that gfn and pfn agree.
     """
     found = lib.mm_huge_custody(cpu.m, kvm.id, slot.gfn_to_hva(gfn), pfn, custody)
     return None if found < 0 else int(found)

@@ -115,14 +115,12 @@ def kvm_zap_gfn_range(cpu: Cpu, kvm: Kvm, gfn_start: int, gfn_end: int) -> None:
     """kvm_zap_gfn_range(): zap a range, bracketed as an invalidation so that faults in the range retry.
 
     The guest keeps the frames, but their mapping has to change (APICv, memory types).  A fault that looked
-    its frame up before the zap would otherwise install the old mapping again.  Mutant Z1: no bracket.
+    its frame up before the zap would otherwise install the old mapping again.
     """
     reason = lib.REASON_REMOTE_ZAP
-    brackets = "Z1" not in kvm.policy.bugs
     with kvm.mmu_lock.write_lock(cpu):
-        if brackets:
-            kvm_mmu_invalidate_start(cpu, kvm, ((gfn_start, gfn_end),))
-            lib.mmu_invalidate_range_add(cpu.m, kvm.id, gfn_start, gfn_end)
+        kvm_mmu_invalidate_start(cpu, kvm, ((gfn_start, gfn_end),))
+        lib.mmu_invalidate_range_add(cpu.m, kvm.id, gfn_start, gfn_end)
         flush = False
         flush = kvm_tdp_mmu_zap_leafs(cpu, kvm, gfn_start, gfn_end, flush, reason)
         ticket = lib.oracle_ticket(cpu.m, kvm.id)
@@ -130,9 +128,8 @@ def kvm_zap_gfn_range(cpu: Cpu, kvm: Kvm, gfn_start: int, gfn_end: int) -> None:
             kvm_flush_remote_tlbs_range(cpu, kvm, gfn_start, gfn_end - gfn_start, reason)
         # Revoke before in_progress ends: the promise voids earlier lookups only; later faults may install.
         lib.oracle_revoke(cpu.m, cpu.id, kvm.id, gfn_start, gfn_end, lib.PROMISE_ZAP_RANGE, ticket)
-        if brackets:
-            cpu.point("mmu_invalidate_seq", kvm.id, "write")
-            lib.mmu_invalidate_end(cpu.m, kvm.id)
+        cpu.point("mmu_invalidate_seq", kvm.id, "write")
+        lib.mmu_invalidate_end(cpu.m, kvm.id)
 
 
 def kvm_unmap_gfn_range(
@@ -253,11 +250,8 @@ def kvm_arch_mmu_enable_log_dirty_pt_masked(
     return how many 4K SPTEs lost W.
 
     With INITIALLY_SET huge pages were left alone when logging was armed.  They are split here; a huge page
-    that could not be split is write-protected, so that the first write splits it.  Mutant L1 leaves
-    everything writable.
+    that could not be split is write-protected, so that the first write splits it.
     """
-    if "L1" in kvm.policy.bugs:
-        return 0
     base = slot.base_gfn + gfn_offset
     if kvm_dirty_log_manual_protect_and_init_set(kvm):
         start = base + (mask & -mask).bit_length() - 1

@@ -141,15 +141,12 @@ def fast_pf_fix_direct_spte(
     SPTE has changed.
 
     W is set before the page is marked: reaping reads the log before it write-protects, so a write is either
-    in the log that is being read or faults again.  Mutant L3 marks first.
+    in the log that is being read or faults again.
     """
     track = bool(new_spte & ~entry.spte & PT_WRITABLE_MASK) and slot.dirty_track_enabled()
-    early = "L3" in vcpu.kvm.policy.bugs
-    if track and early:
-        mark_page_dirty_in_slot(cpu, slot, fault.gfn)
     if not tdp_mmu_set_spte_atomic(cpu, vcpu.kvm, entry, new_spte):
         return False
-    if track and not early:
+    if track:
         mark_page_dirty_in_slot(cpu, slot, fault.gfn)
     return True
 
@@ -165,34 +162,15 @@ def kvm_mmu_faultin_pfn(cpu: Cpu, vcpu: Vcpu, fault: KvmPageFault) -> int:
     fault.mmu_seq = lib.mmu_invalidate_seq(cpu.m, kvm.id)
     if slot is None:
         return RET_PF_EMULATE  # kvm_handle_noslot_fault()
-    if slot.invalid:
-        return kvm_handle_invalid_slot_fault(cpu, vcpu, fault)
+    if slot.invalid:  # since 6.0 (e0c378684b65)
+        cpu.stat(kvm.id, lib.STAT_SLOT_RETRIES)
+        return RET_PF_RETRY
     if mmu_invalidate_retry(cpu, kvm, fault):
         return RET_PF_RETRY
     r = __kvm_mmu_faultin_pfn(cpu, kvm, fault, slot)
-    if "P15b" in kvm.policy.bugs:
-        cpu.point("mmu_invalidate_seq", kvm.id, "read")
-        fault.mmu_seq = lib.mmu_invalidate_seq(cpu.m, kvm.id)
     if r == RET_PF_CONTINUE and mmu_invalidate_retry(cpu, kvm, fault):
         return RET_PF_RETRY
     return r
-
-
-def kvm_handle_invalid_slot_fault(cpu: Cpu, vcpu: Vcpu, fault: KvmPageFault) -> int:
-    """Retry a fault in a slot that is being deleted or moved (since 6.0, e0c378684b65).
-
-    Mutant B27 treats the gfn as if it had no slot.  The MMIO SPTE then replaces a leaf that is still present,
-    and the zap of the range finds nothing to flush for.
-    """
-    root = root_to_sp(vcpu.mmu.root)
-    if "B27" not in vcpu.kvm.policy.bugs or root is None:
-        cpu.stat(vcpu.kvm.id, lib.STAT_SLOT_RETRIES)
-        return RET_PF_RETRY
-    with vcpu.kvm.mmu_lock.read_lock(cpu), rcu_read_lock(cpu):
-        entry = tdp_entry(cpu, root, fault.gfn, PG_LEVEL_4K)
-        if is_shadow_present_pte(entry.spte) and is_last_spte(entry.spte, entry.level):
-            tdp_mmu_set_spte_atomic(cpu, vcpu.kvm, entry, 0)
-    return RET_PF_EMULATE
 
 
 def __kvm_mmu_faultin_pfn(cpu: Cpu, kvm: Kvm, fault: KvmPageFault, slot: KvmMemorySlot) -> int:
@@ -233,15 +211,11 @@ def __kvm_mmu_faultin_pfn(cpu: Cpu, kvm: Kvm, fault: KvmPageFault, slot: KvmMemo
 def mmu_invalidate_retry(cpu: Cpu, kvm: Kvm, fault: KvmPageFault) -> bool:
     """mmu_invalidate_retry_gfn() and its unlocked form: return whether the fault raced an invalidation.
 
-    Decision fault_retry.  Mutant P15b samples the sequence after the frame; P15c ignores invalidations in
-    progress.
+    Decision fault_retry.
     """
     if kvm.policy.fault_retry(cpu, kvm, fault.gfn) == "none":
         return False
-    if "P15c" in kvm.policy.bugs:
-        retry = bool(lib.mmu_invalidate_seq(cpu.m, kvm.id) != fault.mmu_seq)
-    else:
-        retry = bool(lib.mmu_invalidate_retry_gfn(cpu.m, kvm.id, fault.mmu_seq, fault.gfn))
+    retry = bool(lib.mmu_invalidate_retry_gfn(cpu.m, kvm.id, fault.mmu_seq, fault.gfn))
     cpu.stat(kvm.id, lib.STAT_INVALIDATE_RETRIES, retry)
     return retry
 

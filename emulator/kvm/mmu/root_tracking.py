@@ -24,7 +24,7 @@ from __future__ import annotations
 
 from emulator.kvm.decisions import Tracking
 from emulator.kvm.structs import Kvm, KvmMmu, KvmMmuRootInfo, RootTracking, Vcpu
-from emulator.machine.runtime import Cpu, plain_store
+from emulator.machine.runtime import Cpu
 from native import lib
 
 
@@ -38,15 +38,10 @@ def active_roots(vcpu: Vcpu) -> list[KvmMmuRootInfo]:
     return mmu_roots(vcpu.root_mmu) + mmu_roots(vcpu.guest_mmu)
 
 
-def alloc_root_cpu_mask(cpu: Cpu, kvm: Kvm, hfn: int) -> RootTracking | None:
-    """kvm_x86_call(alloc_root_cpu_mask): make the records of a new root, which no pCPU has flushed yet.
-
-    Mutant R4 takes over the records of an earlier root on the same page.
-    """
+def alloc_root_cpu_mask(cpu: Cpu, kvm: Kvm) -> RootTracking | None:
+    """kvm_x86_call(alloc_root_cpu_mask): make the records of a new root, which no pCPU has flushed yet."""
     if not kvm.tracks_roots:
         return None
-    if "R4" in kvm.policy.bugs:
-        return kvm.tracking_by_frame.setdefault(hfn, RootTracking(cpu.machine.pcpus))
     return RootTracking(cpu.machine.pcpus)
 
 
@@ -54,7 +49,7 @@ def roots_tlb_changed(cpu: Cpu, kvm: Kvm) -> None:
     """Reset the records of every pCPU and every linked root of this VM, because a remote flush is due.
 
     Linked roots suffice, because a zap finds SPTEs through them only; invalid roots among them do no harm.
-    Mutant S3: the generation moves on by a plain store, without the barrier that atomic64_inc_return() is.
+    atomic64_inc_return() is also the barrier before the modes of the vCPUs are read.
     """
     cpu.point("tdp_mmu_roots", kvm.id, "read")
     for root in kvm.tdp_mmu_roots:
@@ -62,8 +57,6 @@ def roots_tlb_changed(cpu: Cpu, kvm: Kvm) -> None:
             cpu.point("root_tlb", root.hfn, "write")
             lib.bitmap_clear(root.tracking.cpu_clean_mask, root.tracking.words)
             cpu.point("root_tlb", root.hfn, "write")
-            if "S3" in kvm.policy.bugs:
-                plain_store(cpu, root.hfn)
             lib.atomic64_inc_return(root.tracking.tlb_gen)
 
 

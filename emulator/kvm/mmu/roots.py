@@ -34,13 +34,9 @@ def kvm_mmu_get_tdp_level(vcpu: Vcpu) -> int:
 
 
 def kvm_calc_tdp_mmu_root_page_role(vcpu: Vcpu) -> KvmMmuPageRole:
-    """kvm_calc_tdp_mmu_root_page_role(): compute the role, in which no bit of CR0, CR4 or EFER takes part.
-
-    Mutant P31: the address space does not change with SMM.
-    """
-    smm = vcpu.arch.smm and "P31" not in vcpu.kvm.policy.bugs
+    """kvm_calc_tdp_mmu_root_page_role(): compute the role, in which no bit of CR0, CR4 or EFER takes part."""
     level = kvm_mmu_get_tdp_level(vcpu)
-    return KvmMmuPageRole(level=level, smm=int(smm), guest_mode=vcpu.arch.guest_mode, direct=True)
+    return KvmMmuPageRole(level=level, smm=int(vcpu.arch.smm), guest_mode=vcpu.arch.guest_mode, direct=True)
 
 
 def kvm_init_mmu(vcpu: Vcpu) -> None:

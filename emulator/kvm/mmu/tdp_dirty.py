@@ -5,7 +5,6 @@ Write-protecting and splitting do not flush here; the callers flush once, before
 
 from __future__ import annotations
 
-from emulator.kvm.accounting import flush_elided
 from emulator.kvm.kvm_host import SPTE_ENT_PER_PAGE, kvm_pages_per_hpage
 from emulator.kvm.mmu.hugepage import huge_custody, kvm_mmu_max_mapping_level
 from emulator.kvm.mmu.spte import (
@@ -174,7 +173,7 @@ def recover_huge_pages_range(cpu: Cpu, kvm: Kvm, root: KvmMmuPage, slot: KvmMemo
     RCU frees the tables, so the flush must be over before the walk leaves RCU, here and at each yield; or
     before they are given to RCU (decision zap).
     """
-    reason, bugs = lib.REASON_REMOTE_RECOVER, kvm.policy.bugs
+    reason = lib.REASON_REMOTE_RECOVER
     it = TdpIter(root, lib.TDP_FIND_TABLE, slot.base_gfn, slot.end_gfn, shared=True, reason=reason)
     flush = False
     disconnected_sps: list[Hfn] = []
@@ -187,8 +186,6 @@ def recover_huge_pages_range(cpu: Cpu, kvm: Kvm, root: KvmMmuPage, slot: KvmMemo
             entry = _collapsible(cpu, kvm, slot, it)
             if entry is None:
                 continue
-            if "B3" in bugs:  # a function called here yields without telling its caller
-                tdp_mmu_iter_cond_resched(cpu, kvm, it, flush)
             huge_spte = tdp_mmu_make_huge_spte(cpu, kvm, slot, entry)
             if huge_spte is None:
                 continue
@@ -196,9 +193,6 @@ def recover_huge_pages_range(cpu: Cpu, kvm: Kvm, root: KvmMmuPage, slot: KvmMemo
                 it.retry(entry.gfn)
                 continue
             flush = tables_need_a_flush(cpu, kvm) or bool(disconnected_sps)
-            if "B2" in bugs:  # the TDP MMU's need for a flush is not passed on
-                flush_elided(cpu, kvm, reason, entry.gfn)
-                flush = False
         if flush and kvm.policy.zap_yield(cpu, kvm) != "unlock-then-flush":
             kvm_flush_remote_tlbs_memslot(cpu, kvm, slot, reason)
             flush = False

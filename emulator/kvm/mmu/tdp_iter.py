@@ -104,11 +104,6 @@ class TdpIter:
             return None
         return Entry(chunk.found_spte, chunk.found_table, chunk.found_level, chunk.found_gfn)
 
-    def skip(self) -> None:
-        """Skip the SPTE that the next step would read."""
-        self.chunk.next_gfn += 1
-        self.chunk.done = self.chunk.next_gfn >= self.chunk.end_gfn
-
     def retry(self, gfn: int) -> None:
         """Process gfn again, as `goto retry` in the kernel's loops."""
         self.chunk.next_gfn = gfn
@@ -151,6 +146,4 @@ def tdp_mmu_iter_cond_resched(cpu: Cpu, kvm: Kvm, it: TdpIter, flush: bool) -> b
     cpu.stat(kvm.id, lib.STAT_YIELDS_INVALIDATED, valid and it.root.role.invalid)
     it.chunks_since_yield = it.looked_at = 0
     it.yielded_gfn = it.next_last_level_gfn
-    if "B6" in kvm.policy.bugs:  # the iterator is restarted, and then advanced
-        it.skip()
     return True

@@ -120,7 +120,7 @@ def kvm_tdp_mmu_map(cpu: Cpu, vcpu: Vcpu, fault: KvmPageFault) -> int:
     with rcu_read_lock(cpu):
         entry = tdp_entry(cpu, root, fault.gfn, fault.goal_level)
         while True:
-            if is_frozen_spte(entry.spte) and "P13" not in kvm.policy.bugs:
+            if is_frozen_spte(entry.spte):
                 cpu.stat(kvm.id, lib.STAT_FROZEN_RETRIES)
                 return RET_PF_RETRY
             if entry.level == fault.goal_level:

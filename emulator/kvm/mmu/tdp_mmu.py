@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Iterable
 
-from emulator.kvm.accounting import flush_elided
 from emulator.kvm.mmu.tdp_iter import TdpIter, tdp_mmu_iter_cond_resched
 from emulator.kvm.mmu.tdp_remove import (
     tables_need_a_flush,
@@ -79,8 +78,6 @@ def tdp_mmu_zap_leafs(
     walk = lib.TDP_ZAP_RANGE if tables_too else lib.TDP_ZAP_LEAFS
     it = TdpIter(root, walk, start, end, shared=False, reason=reason)
     disconnected_sps: list[Hfn] = []
-    if "P11" in kvm.policy.bugs:
-        kvm_flush_remote_tlbs(cpu, kvm, reason)
     with rcu_read_lock(cpu):
         while not it.done:
             if can_yield and tdp_mmu_iter_cond_resched(cpu, kvm, it, flush):
@@ -88,7 +85,7 @@ def tdp_mmu_zap_leafs(
                 continue
             # Zapping SPTEs in invalid roots needs no flush: see kvm_tdp_mmu_zap_invalidated_roots.
             if tdp_mmu_zap_step(cpu, kvm, it, disconnected_sps) and not root.role.invalid:
-                flush = "P11" not in kvm.policy.bugs
+                flush = True
         if flush_disconnected_sps(cpu, kvm, disconnected_sps, reason, can_yield):
             flush = False
         if tables_too and flush and _flushes_inside_rcu(cpu, kvm):
@@ -119,14 +116,8 @@ def _zap_leafs_of(
 
     A flush that was handed in and then made at a yield is no longer pending.
     """
-    bugs = kvm.policy.bugs
     for root in roots:
-        handed_in = flush and not bugs & {"B1", "B1b"}
-        zapped = tdp_mmu_zap_leafs(
-            cpu, kvm, root, start, end, can_yield=can_yield, flush=handed_in, reason=reason
-        )
-        # B1 (before 5.12): `|=`, not handed in; B4 (before 5.16): `|=`, handed in; B1b: `=`, not handed in.
-        flush = zapped or (flush and bool(bugs & {"B1", "B4"}))
+        flush = tdp_mmu_zap_leafs(cpu, kvm, root, start, end, can_yield=can_yield, flush=flush, reason=reason)
     cpu.stat(kvm.id, lib.STAT_ZAPS)
     return flush
 
@@ -134,11 +125,7 @@ def _zap_leafs_of(
 def kvm_tdp_mmu_zap_leafs(cpu: Cpu, kvm: Kvm, start: int, end: int, flush: bool, reason: FlushReason) -> bool:
     """kvm_tdp_mmu_zap_leafs(): zap the range in all valid roots; return whether a flush is pending."""
     roots = for_each_tdp_mmu_root_yield_safe(cpu, kvm, KVM_VALID_ROOTS)
-    flush = _zap_leafs_of(cpu, kvm, roots, start, end, flush, reason, can_yield=True)
-    if flush and "B10" in kvm.policy.bugs:  # left to the next flush (kvm->tlbs_dirty); notifiers may skip it
-        flush_elided(cpu, kvm, reason, start)
-        return False
-    return flush
+    return _zap_leafs_of(cpu, kvm, roots, start, end, flush, reason, can_yield=True)
 
 
 def kvm_tdp_mmu_unmap_gfn_range(
@@ -155,10 +142,7 @@ def kvm_tdp_mmu_unmap_gfn_range(
 
     Invalid roots are included, because no SPTE may map the host's page any more.
     """
-    which = KVM_VALID_ROOTS if "Z2" in kvm.policy.bugs else KVM_ALL_ROOTS
-    roots: Iterable[KvmMmuPage] = for_each_tdp_mmu_root_yield_safe(cpu, kvm, which, slot.as_id)
-    if "B25" in kvm.policy.bugs:  # no references are taken, although mmu_lock may be dropped
-        roots = kvm.tdp_mmu_roots
+    roots = for_each_tdp_mmu_root_yield_safe(cpu, kvm, KVM_ALL_ROOTS, slot.as_id)
     return _zap_leafs_of(cpu, kvm, roots, start, end, flush, reason, may_block)
 
 

@@ -30,8 +30,6 @@ def handle_removed_pt(
     cpu.check(
         lib.tdp_removal_begin(cpu.m, cpu.id, kvm.id, removal, entry.spte, entry.level, entry.gfn, shared)
     )
-    if "P14" in kvm.policy.bugs:
-        removal.freeze = 0
     removal.single = kvm.params.single
     removal.set_pfn = sets_pfn(cpu, kvm)
     # One table per call: other CPUs still see its entries change one by one, as on a real machine.

@@ -231,7 +231,7 @@ def tdp_mmu_init_root(cpu: Cpu, kvm: Kvm, role: KvmMmuPageRole) -> KvmMmuPage:
         role,
         tdp_mmu_page=True,
         parent_spte=lib.make_nonleaf_spte(cpu.m, hfn),
-        tracking=alloc_root_cpu_mask(cpu, kvm, hfn),
+        tracking=alloc_root_cpu_mask(cpu, kvm),
     )
     answer = kvm.policy.root_put(cpu, kvm, root)
     if answer == "async" or answer == "inline":

@@ -72,8 +72,6 @@ def tdp_mmu_zap_step(cpu: Cpu, kvm: Kvm, it: TdpIter, disconnected_sps: list[Hfn
         tdp_mmu_zap_frozen(cpu, kvm, entry, it.reason)
     else:
         handle_removed_pt(cpu, kvm, entry, it.shared, it.reason, disconnected_sps)
-        if "RFC02" in kvm.policy.bugs:  # one list per SPTE, given to RCU before any flush
-            handle_disconnected_sps(cpu, kvm, disconnected_sps, can_yield=False)
     return True
 
 

@@ -76,12 +76,7 @@ def _reap(cpu: Cpu, kvm: Kvm, slot: KvmMemorySlot, bitmap: bytearray, offset: in
     """Clear the marks, then write-protect the pages; return how many SPTEs lost W.
 
     A write between the two steps leaves no mark, but user space copies the page later and finds it there.
-    Mutant L2 has the order from before 2.6.34.
     """
-    if "L2" in kvm.policy.bugs:
-        changed = kvm_arch_mmu_enable_log_dirty_pt_masked(cpu, kvm, slot, offset, mask)
-        _clear(cpu, slot, bitmap, offset, mask)
-        return changed
     _clear(cpu, slot, bitmap, offset, mask)
     return kvm_arch_mmu_enable_log_dirty_pt_masked(cpu, kvm, slot, offset, mask)
 
@@ -102,8 +97,6 @@ def kvm_vm_ioctl_get_dirty_log(cpu: Cpu, kvm: Kvm, slot_id: int, as_id: int = 0)
                 words.append(mask)
                 if mask:
                     changed += _reap(cpu, kvm, slot, bitmap, offset, mask)
-                    if "P32" in kvm.policy.bugs and not any(words[:-1]):
-                        write_protect_flush(cpu, kvm, slot, changed > 0)
         _flush_and_promise(cpu, kvm, slot, 0, words, changed)
         return words
 
@@ -144,8 +137,7 @@ def _flush_and_promise(
     if not any(words):
         return
     ticket = lib.oracle_ticket(cpu.m, kvm.id)
-    if "P32" not in kvm.policy.bugs:  # P32 flushed after the first word, before the rest was write-protected
-        write_protect_flush(cpu, kvm, slot, changed > 0)
+    write_protect_flush(cpu, kvm, slot, changed > 0)
     for i, mask in enumerate(words):
         if mask:
             base = slot.base_gfn + first_page + i * _WORD

@@ -17,19 +17,14 @@ from emulator.kvm.kvm_host import (
 )
 from emulator.kvm.mmu.root_tracking import roots_tlb_changed
 from emulator.kvm.structs import Kvm, KvmMemorySlot, Vcpu
-from emulator.machine.runtime import Cpu, plain_store, timed
+from emulator.machine.runtime import Cpu, timed
 from native import lib
 from native.types import CpuId, FlushReason
 
 
 def kvm_make_request(cpu: Cpu, vcpu: Vcpu, req: int) -> None:
-    """__kvm_make_request(): set the bit, after the change that it announces has become visible.
-
-    Mutant S2: by a plain store.
-    """
+    """__kvm_make_request(): set the bit, after the change that it announces has become visible."""
     cpu.point("requests", vcpu.id, "write")
-    if "S2" in vcpu.kvm.policy.bugs:
-        plain_store(cpu, vcpu.id)
     lib.kvm_make_request(cpu.m, vcpu.id, req & KVM_REQUEST_MASK)
     cpu.event(lib.EVENT_REQUEST, vcpu.id, req & KVM_REQUEST_MASK)
 
@@ -47,12 +42,9 @@ def kvm_request_needs_ipi(cpu: Cpu, vcpu: Vcpu, req: int) -> bool:
     """kvm_request_needs_ipi(): move IN_GUEST_MODE to EXITING_GUEST_MODE, then decide by the old mode.
 
     A requester with KVM_REQUEST_WAIT must also wait for a vCPU that is already EXITING, because that is not
-    OUTSIDE yet.  The cmpxchg is the barrier between the request and the read of the mode.  Mutant S2 reads
-    the mode first, and has no barrier for a vCPU that is OUTSIDE.
+    OUTSIDE yet.  The cmpxchg is the barrier between the request and the read of the mode.
     """
     cpu.point("mode", vcpu.id, "write")
-    if "S2" in vcpu.kvm.policy.bugs and lib.vcpu_mode(cpu.m, vcpu.id) == OUTSIDE_GUEST_MODE:
-        return False
     mode: int = lib.vcpu_exiting_guest_mode(cpu.m, vcpu.id)
     if req & KVM_REQUEST_WAIT:
         return mode != OUTSIDE_GUEST_MODE
@@ -63,14 +55,11 @@ def kvm_make_vcpu_request(cpu: Cpu, vcpu: Vcpu, req: int) -> int:
     """kvm_make_vcpu_request(): make the request; return the pCPU to interrupt, or -1.
 
     All requests made here are NO_WAKEUP: a blocked vCPU sees them when it runs again.  The caller's own pCPU
-    is never interrupted, because a vCPU with that ->cpu is not in guest mode.  Mutant P3: the mode is read
-    before the request is made.
+    is never interrupted, because a vCPU with that ->cpu is not in guest mode.
     """
-    late = "P3" in vcpu.kvm.policy.bugs
-    needs_ipi = late and kvm_request_needs_ipi(cpu, vcpu, req)
     if not req & KVM_REQUEST_NO_ACTION:
         kvm_make_request(cpu, vcpu, req)
-    if not (needs_ipi if late else kvm_request_needs_ipi(cpu, vcpu, req)):
+    if not kvm_request_needs_ipi(cpu, vcpu, req):
         return -1
     cpu.point("vcpu->cpu", vcpu.id, "read")
     target = lib.vcpu_cpu(cpu.m, vcpu.id)
@@ -81,18 +70,14 @@ def kvm_make_all_cpus_request(cpu: Cpu, kvm: Kvm, req: int) -> bool:
     """kvm_make_all_cpus_request(): return whether some pCPU was interrupted.
 
     Decision remote_kick: interrupt the pCPUs of vCPUs that are not OUTSIDE, those that ever ran a vCPU of the
-    VM, or all of them.  Mutant S3: a vCPU that is OUTSIDE gets no request to flush, because it compares its
-    root's generation before entry.
+    VM, or all of them.
     """
-    compares_generations = "S3" in kvm.policy.bugs and req == KVM_REQ_TLB_FLUSH
     cpu.stat(kvm.id, lib.STAT_MAKE_ALL_CPUS_REQUEST)
     mask = cpu.kick_mask
     for word in range(cpu.kick_mask_words):
         mask[word] = 0
     called = False
     for vcpu in kvm.vcpus:
-        if compares_generations and _is_outside(cpu, vcpu):
-            continue
         target = kvm_make_vcpu_request(cpu, vcpu, req)
         if target >= 0:
             mask[target >> 6] |= 1 << (target & 63)
@@ -101,11 +86,6 @@ def kvm_make_all_cpus_request(cpu: Cpu, kvm: Kvm, req: int) -> bool:
     if answer != "mode-not-outside":
         called = _kick_more(cpu, kvm, answer == "all-pcpus")
     return called and kvm_kick_many_cpus(cpu, kvm, bool(req & KVM_REQUEST_WAIT))
-
-
-def _is_outside(cpu: Cpu, vcpu: Vcpu) -> bool:
-    cpu.point("mode", vcpu.id, "read")
-    return bool(lib.vcpu_mode(cpu.m, vcpu.id) == OUTSIDE_GUEST_MODE)
 
 
 def _kick_more(cpu: Cpu, kvm: Kvm, everyone: bool) -> bool:
@@ -145,20 +125,17 @@ def kvm_flush_remote_tlbs(cpu: Cpu, kvm: Kvm, reason: FlushReason) -> None:
 
     On return every vCPU is outside guest mode with the request pending, or has entered again after flushing.
     Stale entries may still exist, but no vCPU will use them.  If the policy elides flushes by root tracking
-    (root_tracking.py), the tracking is reset before a request is visible; mutant P23b resets it after the
-    kick.  `reason` (enum flush_reason) is for the accounts.
+    (root_tracking.py), the tracking is reset before a request is visible.  `reason` (enum flush_reason) is
+    for the accounts.
     """
     with timed(cpu, lib.HISTOGRAM_REMOTE_FLUSH):
         cpu.stat(kvm.id, lib.STAT_REMOTE_TLB_FLUSH_REQUESTS)
-        late = "P23b" in kvm.policy.bugs
-        if kvm.tracks_roots and not late:
+        if kvm.tracks_roots:
             roots_tlb_changed(cpu, kvm)
         for vcpu in kvm.vcpus:
             lib.vcpu_add_flush_reason(cpu.m, vcpu.id, reason)
         if kvm_make_all_cpus_request(cpu, kvm, KVM_REQ_TLB_FLUSH):
             cpu.stat(kvm.id, lib.STAT_REMOTE_TLB_FLUSH)
-        if kvm.tracks_roots and late:
-            roots_tlb_changed(cpu, kvm)
 
 
 def kvm_flush_remote_tlbs_range(cpu: Cpu, kvm: Kvm, gfn: int, nr_pages: int, reason: FlushReason) -> None:

@@ -83,14 +83,11 @@ def vmx_flush_tlb_ept_root(cpu: Cpu, kvm: Kvm, root: KvmMmuRootInfo, reason: Flu
 def vmx_flush_tlb_all(cpu: Cpu, vcpu: Vcpu, reason: FlushReason) -> None:
     """vmx_flush_tlb_all(): execute INVEPT global, which drops the entries of every VM on this pCPU.
 
-    Neither INVVPID nor VM entry drops guest-physical mappings.  Mutant P7: INVVPID.
+    Neither INVVPID nor VM entry drops guest-physical mappings.
     """
     cpu.stat(vcpu.kvm.id, lib.STAT_FLUSH_ALL)
     cpu.point("tlb", cpu.id, "write")
-    if "P7" in vcpu.kvm.policy.bugs:
-        lib.flush_invvpid_single(cpu.m, cpu.id, vcpu.kvm.id, vcpu.vpid, reason)
-    else:
-        lib.flush_invept_global(cpu.m, cpu.id, vcpu.kvm.id, reason)
+    lib.flush_invept_global(cpu.m, cpu.id, vcpu.kvm.id, reason)
 
 
 def vmx_flush_tlb_current(cpu: Cpu, vcpu: Vcpu, reason: FlushReason) -> None:
@@ -102,14 +99,8 @@ def vmx_flush_tlb_current(cpu: Cpu, vcpu: Vcpu, reason: FlushReason) -> None:
 
 
 def vmx_flush_tlb_guest(cpu: Cpu, vcpu: Vcpu, reason: FlushReason) -> None:
-    """vmx_flush_tlb_guest(): execute INVVPID single-context on the current VPID, never INVEPT.
-
-    Mutant P8 executes INVEPT single on the current root, which drops the required entries and others.
-    """
+    """vmx_flush_tlb_guest(): execute INVVPID single-context on the current VPID, never INVEPT."""
     cpu.stat(vcpu.kvm.id, lib.STAT_FLUSH_GUEST)
-    if "P8" in vcpu.kvm.policy.bugs and vcpu.mmu.root is not None:
-        vmx_flush_tlb_ept_root(cpu, vcpu.kvm, vcpu.mmu.root, reason)
-        return
     cpu.point("tlb", cpu.id, "write")
     lib.flush_invvpid_single(cpu.m, cpu.id, vcpu.kvm.id, vcpu.vpid, reason)
 
@@ -165,10 +156,10 @@ def vmx_flush_ept_on_pcpu_migration(
     preemption off.
 
     A policy that tracks roots flushes only those that need it.  Generations are checked again before VM
-    entry, so a previous root need not be flushed until it is used.  Mutant P24: previous roots left out.
+    entry, so a previous root need not be flushed until it is used.
     """
     roots = mmu_roots(mmu)
-    if answer == "root-tlb-gen" or "P24" in vcpu.kvm.policy.bugs:
+    if answer == "root-tlb-gen":
         roots = [root for root in roots if root is mmu.root]
     for root in roots:
         if answer != "active-roots" and test_and_set_flushed(cpu, root, answer):
@@ -187,10 +178,10 @@ def migration_vpid(cpu: Cpu, vcpu: Vcpu) -> None:
 def vmx_flush_tlb_before_entry(cpu: Cpu, vcpu: Vcpu) -> None:
     """Flush the current root if its generation is old, with interrupts off and mode IN_GUEST_MODE.
 
-    Under migration=root-tlb-gen only, and however the root became current.  Mutant R1 skips the check.
+    Under migration=root-tlb-gen only, and however the root became current.
     """
     kvm = vcpu.kvm
-    if not vcpu.loaded_vmcs.tracked_by_gen or "R1" in kvm.policy.bugs:
+    if not vcpu.loaded_vmcs.tracked_by_gen:
         return
     if root_tlb_gen_is_old(cpu, vcpu):
         assert vcpu.mmu.root is not None

@@ -126,8 +126,8 @@ def label(unit: Unit) -> str:
     return f"{path}/__init__.py" if unit.is_package else f"{path}.py"
 
 
-def patched_code(name: str, sources: Mapping[str, str | None]) -> Code:
-    """Compile the files that a patch changes; raises PatchError."""
+def patched_code(name: str, sources: Mapping[str, str | None], *, users: bool) -> Code:
+    """Compile the files that a patch changes; raises PatchError.  `users`: the patch is a user's."""
     units = {unit.name: unit for unit in SHIPPED.units.values()}
     changed = set()
     for path, text in sources.items():
@@ -138,7 +138,8 @@ def patched_code(name: str, sources: Mapping[str, str | None]) -> Code:
             continue
         # Tracebacks show it, with lines of the patched text.
         filename = f"{ROOT}{path} ({name})"
-        register_patched(filename)
+        if users:
+            register_patched(filename)
         units[module] = Unit(module, _compiled(name, path, filename, text), is_package, filename, text)
     return Code(name, units, frozenset(changed))
 

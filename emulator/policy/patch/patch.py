@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -36,20 +36,26 @@ def is_patch(text: str) -> bool:
 class KvmPatch:
     """Patches of emulator/kvm in their order.
 
-    name: as in verdicts.  parts: the name and the bytes of each patch file.  base: the policy that they name
-    in a line `Flushlab-Base: POLICY`.
+    name: as in verdicts.  parts: the name and the bytes of each patch file.  mutants: the names of those that
+    are known to be wrong.  base: the policy that they name in a line `Flushlab-Base: POLICY`.
     """
 
     name: str
     parts: Parts
+    mutants: tuple[str, ...] = ()
 
     def __hash__(self) -> int:
         return hash(self.parts)
 
     @property
     def texts(self) -> tuple[tuple[str, str], ...]:
-        """Return the parts as texts, for recordings."""
-        return tuple((name, data.decode()) for name, data in self.parts)
+        """Return the parts of users as texts, for recordings: a mutant's name tells its patch."""
+        return tuple((name, data.decode()) for name, data in self.parts[len(self.mutants) :])
+
+    @property
+    def is_shipped(self) -> bool:
+        """Return whether all of it is a mutant, which is trusted as KVM's shipped code is."""
+        return len(self.mutants) == len(self.parts)
 
     @cached_property
     def base(self) -> str | None:
@@ -79,25 +85,41 @@ class KvmPatch:
 
     def together(self, other: KvmPatch) -> KvmPatch:
         """Return both patches as one, `other` on top of this one."""
-        return KvmPatch(f"{self.name}+{other.name}", (*self.parts, *other.parts))
+        return KvmPatch(
+            f"{self.name}+{other.name}", (*self.parts, *other.parts), (*self.mutants, *other.mutants)
+        )
 
     @cached_property
     def code(self) -> Code:
         """Return the compiled code; raises PatchError."""
-        return patched_code(self.name, self.sources)
+        return patched_code(self.name, self.sources, users=not self.is_shipped)
 
     def check(self) -> None:
         """Raise PatchError unless the patch applies, compiles and can be imported."""
         with self.live():
             pass
 
-    @contextmanager
-    def live(self) -> Iterator[None]:
+    def live(self) -> AbstractContextManager[None]:
         """Make the patched code KVM's, everywhere in this process, until the context ends.
 
         Each context has modules of its own, so nothing that they remember outlives it.  Raises PatchError if
-        the code cannot be imported, raises an error in the context, or changes other modules.
+        the code cannot be imported; a user's also if it raises an error in the context, or changes other
+        modules.
         """
+        return self._trusted() if self.is_shipped else self._confined()
+
+    @contextmanager
+    def _trusted(self) -> Iterator[None]:
+        shipped = load_shipped()
+        rebinding = Rebinding(self.name, shipped, imported(self.code), self.code.changed)
+        try:
+            rebinding.apply()
+            yield
+        finally:
+            rebinding.undo()
+
+    @contextmanager
+    def _confined(self) -> Iterator[None]:
         code = self.code
         with Confinement.entered():
             shipped = load_shipped()

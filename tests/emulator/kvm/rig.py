@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import threading
 from collections.abc import Callable, Iterator
-from contextlib import AbstractContextManager, contextmanager, nullcontext
+from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
 from typing import Any
 
 from emulator.host.memory import UserMemory
@@ -24,6 +24,7 @@ from emulator.kvm.virt.kvm_main import (
 from emulator.kvm.x86 import vcpu_run
 from emulator.machine.runtime import Cpu, Machine
 from emulator.policy import Policy
+from emulator.policy.patch import KvmPatch
 from native import FLUSH_REASONS, FLUSH_SCOPES, VIOLATION_KINDS, VM_STAT_NAMES, ffi, lib
 from native.types import PromiseKind, VmStat
 
@@ -152,15 +153,29 @@ class Rig:
         for cpu in (self.host, self.other):
             lib.cpu_online(machine.m, cpu.id)
         self.vms: list[Kvm] = []
+        self.patch: KvmPatch | None = None
+        self.live = ExitStack()
 
     def vm(self, policy: Policy | None = None, slot: bool = True, **params: Any) -> Kvm:
         defaults: dict[str, Any] = {"slice_accesses": 1, "fault_around": 0, "resched_chunks": 0}
-        kvm = kvm_create_vm(self.host, GFNS, policy or Policy(), KvmParams(**{**defaults, **params}))
+        policy = policy or Policy()
+        self._use(policy.patch)
+        kvm = kvm_create_vm(self.host, GFNS, policy, KvmParams(**{**defaults, **params}))
         kvm.mm = UserMemory(kvm)
         self.vms.append(kvm)
         if slot:
             kvm_set_memory_region(self.host, kvm, SLOT, 0, GFNS, 0)
         return kvm
+
+    def _use(self, patch: KvmPatch | None) -> None:
+        """Make patched code KVM's until the rig ends.  All VMs of a rig run the same code."""
+        if self.vms:
+            assert patch == self.patch
+        elif patch != self.patch:
+            self.live.close()
+            self.patch = patch
+            if patch is not None:
+                self.live.enter_context(patch.live())
 
     def smm_slots(self, kvm: Kvm) -> None:
         """SMM sees the same memory."""
@@ -242,6 +257,7 @@ def running_rig(**config: int) -> Iterator[Rig]:
         machine.stop()
         rcu.join()
         machine.destroy()
+        rig.live.close()
 
 
 @contextmanager

@@ -89,7 +89,7 @@ def frame_before_sequence(rig: Rig, policy: Policy) -> set[str]:
     guest = rig.guest(kvm)
     guest.write(0, 70)
     # Points of a fault: the sequence; the sequence again (the mutant), or mmu_lock.
-    late = "P15b" in policy.bugs
+    late = policy.patch is not None
     kind = "mmu_invalidate_seq" if late else "mmu_lock"
     passed = hook_nth(rig, CPU0, kind, "read", 2 if late else 1, lambda: rig.unmap(kvm, 0, 64))
     guest.write(0, 5)

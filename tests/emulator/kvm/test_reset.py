@@ -20,7 +20,7 @@ from emulator.kvm.reset import apic_send_init, kvm_vcpu_reset
 from emulator.kvm.structs import Kvm
 from emulator.kvm.virt.requests import kvm_check_request, kvm_test_request
 from emulator.kvm.vmx.vmx import handle_cr
-from emulator.policy import Policy, preset
+from emulator.policy import MUTANTS, Policy, preset
 from emulator.scenario.config import load_scenario
 from native import lib
 from tests.emulator.kvm.rig import Guest, Rig, scopes
@@ -80,7 +80,9 @@ def test_without_a_flush_the_oracle_catches_it(rig: Rig) -> None:
 
 def test_the_flushes_of_the_boot_cover_those_of_the_reset(rig: Rig) -> None:
     """CR4.PGE and CR0.PG change, and roots are loaded: on real KVM, too, the reset's own are to be safe."""
-    policy = Policy("reset-without-flush", {"I1"})
+    patch = MUTANTS["init-without-flush"].patch
+    assert patch is not None
+    policy = Policy().patched(patch, "", "reset-without-flush")
     _, guest = booted(rig, policy)
     boot_again(rig, guest)
     assert rig.violations() == {}

@@ -22,7 +22,7 @@ from emulator.kvm.virt.kvm_main import (
     kvm_set_memory_region,
 )
 from emulator.machine.runtime import HPAGE_PMD_NR, Cpu
-from emulator.policy import Policy, preset
+from emulator.policy import MUTANTS, Policy, preset
 from native import lib
 from tests.emulator.kvm.rig import GFNS, SLOT, Guest, Rig
 from tests.support import wait_until
@@ -242,7 +242,7 @@ def test_kvm_marks_the_pages_that_it_zaps(rig: Rig, policy: str, marks: bool) ->
         (preset("linux-6.12"), {}),
         (preset("mutant:notifier-skips-invalid-roots"), {"use-after-free": 1}),
         # No vCPU reaches the SPTE, and since 6.13 its zap does not use the page.
-        (Policy("Z2 since 6.13", {"Z2"}), {}),
+        (MUTANTS["notifier-skips-invalid-roots"].policy(Policy("linux-7.3")), {}),
     ],
     ids=lambda value: value.name if isinstance(value, Policy) else "",
 )

@@ -12,7 +12,8 @@ from emulator.explore.results.verdict import Plan, explore_verdict
 from emulator.litmus.loader import load_test, parse_test
 from emulator.litmus.policies import expected_of, is_cost_only, named_policy, policies_for
 from emulator.policy import DEFAULT, MUTANTS, PRESETS, Mutant, PolicyError, preset
-from emulator.policy.mutant_names import NAMES, canonical
+from emulator.policy.mutants import canonical
+from emulator.policy.mutants.catalogue import NAMES
 from native import VIOLATION_KINDS
 
 EXPECT = """
@@ -31,9 +32,9 @@ needs = "nothing"
 def test_every_mutant_is_a_policy(mutant: Mutant) -> None:
     policy = preset(f"mutant:{mutant.name}")
     assert policy.name == f"mutant:{mutant.name}"
-    assert policy.bugs == PRESETS[mutant.base].bugs | set(mutant.bugs)
+    assert policy.patch == mutant.patch
     assert policy.answers() == {**PRESETS[mutant.base].answers(), **mutant.settings}
-    assert mutant.bugs or mutant.settings
+    assert mutant.patch or mutant.settings
     assert mutant.doc
     assert mutant.source
     assert set(mutant.expected) <= set(VIOLATION_KINDS)

@@ -132,7 +132,8 @@ def test_spellings(tmp_path: Path) -> None:
     )
     wanted = "mutant:P1+idea.patch+zap=flush-per-table+zap_scope=leafs-and-tables"
     assert answers(f"mutant:P1+{path}+zap_scope=leafs-and-tables,zap=flush-per-table")[0] == wanted
-    assert spelled_policy(f"mutant:P1+{path}").bugs == spelled_policy("mutant:P1").bugs
+    assert spelled_policy(f"mutant:P1+{path}").mutants() == spelled_policy("mutant:P1").mutants()
+    assert spelled_policy(f"mutant:B6+{path}").mutants() == ("iterator-skips-spte",)
 
 
 def test_patches_in_a_row(tmp_path: Path) -> None:
