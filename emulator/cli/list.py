@@ -9,6 +9,7 @@ import typer
 from rich.table import Table
 from rich.text import Text
 
+from emulator.cli.show import entry_of
 from emulator.report.console import output_console, print_catalogue
 
 if TYPE_CHECKING:
@@ -45,23 +46,11 @@ def policies() -> None:
 @app.command()
 def mutants() -> None:
     """List the mutants: policies with a bug that KVM had or a plausible one, and how each is caught."""
-    from emulator.policy import DEFAULT, MUTANTS
+    from emulator.policy import MUTANTS
 
-    def entries() -> Iterator[tuple[int, str, list[str]]]:
-        for mutant in MUTANTS.values():
-            base = "" if mutant.base == DEFAULT else f"Based on {mutant.base}. "
-            how = " by explore --store-buffers" if mutant.store_buffers else ""
-            caught = f"Caught{how} as {', '.join(mutant.expected)}."
-            if mutant.cost_only:
-                caught = "Causes no violation: it only costs flushes or memory."
-            yield (
-                0,
-                f"mutant:{mutant.name} ({mutant.id})",
-                [mutant.doc, base + caught, f"From: {mutant.source}."],
-            )
-
-    print_catalogue(entries())
+    print_catalogue((0, *entry_of(mutant)) for mutant in MUTANTS.values())
     print("\nThe id in parentheses is an alias: mutant:B6 is mutant:iterator-skips-spte.")
+    print("flushlab show mutant:NAME shows the change beside the function that it changes.")
 
 
 @app.command()

@@ -32,6 +32,7 @@ from emulator.cli.options import (
     duration_of,
     expanded,
 )
+from emulator.cli.show import show
 from emulator.cli.trace import app as trace_app
 from emulator.defaults import DEFAULT_SCENARIO
 from emulator.errors import MOST_EXPECTED, BadInput, one_line
@@ -59,6 +60,7 @@ app.command()(guide)
 app.command(help=EXPLORE_HELP, epilog=EXPLORE_EXAMPLES)(explore)
 app.command(help=LITMUS_HELP, epilog=EXAMPLES)(litmus)
 app.add_typer(list_app, name="list")
+app.command()(show)
 app.add_typer(trace_app, name="trace")
 
 

@@ -30,8 +30,8 @@ from emulator.policy.presets import DEFAULT, preset
 _TYPO: Final = 0.75
 # The emulator calls a policy through these; a user's class must not change them.
 _RESERVED: Final = (
-    "answers", "confined", "fresh", "given", "guarded", "is_patched_by_user", "may_answer", "mutants", "module",
-    "overrides", "spelled", "with_settings",
+    "answers", "confined", "fresh", "given", "guarded", "is_patched_by_user", "may_answer", "mutants",
+    "module", "overrides", "spelled", "with_settings",
 )  # fmt: skip
 # Processor seconds for executing the file, making its object, and looking at either.
 _LOADING: Final = 10.0
