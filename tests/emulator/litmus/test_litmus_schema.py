@@ -244,11 +244,14 @@ def test_of_two_threads_that_race_one_may_have_armed_the_log() -> None:
 
 
 def announced() -> dict[str, set[str]]:
-    """Each kind of point that KVM's code announces, with the accesses; "" where the source does not say."""
+    """Each kind of point that KVM's code or a mutant's announces, with the accesses; "" where the source does
+    not say."""
     found: dict[str, set[str]] = {}
-    package = Path(emulator.__file__).parent
-    for path in sorted(package.rglob("*.py")):
-        for call in ast.walk(ast.parse(path.read_text())):
+    texts = [path.read_text() for path in sorted(Path(emulator.__file__).parent.rglob("*.py"))]
+    patches = [mutant.patch for mutant in MUTANTS.values() if mutant.patch is not None]
+    texts += [text for patch in patches for text in patch.sources.values() if text is not None]
+    for text in texts:
+        for call in ast.walk(ast.parse(text)):
             if not isinstance(call, ast.Call) or not isinstance(call.func, ast.Attribute):
                 continue
             if call.func.attr == "point" and len(call.args) == 3 and isinstance(call.args[0], ast.Constant):
