@@ -18,6 +18,7 @@ KickWait = Literal["wait", "no-wait"]
 RootLoad = Literal["flush-current", "root-tlb-gen", "none"]
 CachedRoot = Literal["none", "flush-current"]
 RootAlloc = Literal["none", "on-each-cpu", "vm-pcpu-mask"]
+RootLock = Literal["read", "write"]
 RootPut = Literal["sync-no-flush", "flush", "async", "inline"]
 InvalidRootZap = Literal["no-flush", "flush"]
 Migration = Literal[
@@ -86,6 +87,9 @@ class Decisions(Protocol):
 
     def root_alloc(self, cpu: Cpu, kvm: Kvm, root: KvmMmuPage) -> RootAlloc:
         """`root` has been made, and no vCPU can find it yet."""
+
+    def root_lock(self, cpu: Cpu, kvm: Kvm) -> RootLock:
+        """A vCPU is about to find or make a root, or to drop its references on roots."""
 
     def root_put(self, cpu: Cpu, kvm: Kvm, root: KvmMmuPage) -> RootPut:
         """`root` loses its last reference; also when it is made, because the answer decides whether the TDP

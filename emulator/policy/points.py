@@ -147,6 +147,14 @@ POINTS: tuple[DecisionPoint, ...] = (
         },
     ),
     _point(
+        Decisions.root_lock,
+        "How a vCPU holds mmu_lock while it takes or drops roots (kvm_mmu_load, kvm_mmu_free_roots).",
+        {
+            "read": "For read, as page faults do (since 6.9).",
+            "write": "For write: no page fault and no zap runs meanwhile (before 6.9).",
+        },
+    ),
+    _point(
         Decisions.root_put,
         "The end of a root, when its last reference is put (kvm_tdp_mmu_put_root).",
         {

@@ -82,6 +82,9 @@ class Policy:
     def root_alloc(self, cpu: Cpu, kvm: Kvm, root: KvmMmuPage) -> decisions.RootAlloc:
         return self._answers["root_alloc"]
 
+    def root_lock(self, cpu: Cpu, kvm: Kvm) -> decisions.RootLock:
+        return self._answers["root_lock"]
+
     def root_put(self, cpu: Cpu, kvm: Kvm, root: KvmMmuPage) -> decisions.RootPut:
         return self._answers["root_put"]
 

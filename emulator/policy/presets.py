@@ -21,6 +21,7 @@ _LINUX_6_12 = {
     "zapped_pfn": "set-dirty-accessed",
 }
 _LINUX_5_14 = {
+    "root_lock": "write",
     "root_put": "inline",
     "invalid_root_zap": "flush",
     "zap_scope": "leafs-and-tables",
@@ -34,6 +35,7 @@ _LINUX_5_14 = {
     **_LINUX_6_12,
 }
 _LINUX_5_18 = {
+    "root_lock": "write",
     "root_put": "async",
     "zap_root": "1g-root",
     "split_alloc": "locked",

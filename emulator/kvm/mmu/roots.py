@@ -16,7 +16,7 @@ from emulator.kvm.kvm_host import (
 from emulator.kvm.mmu import page_fault
 from emulator.kvm.mmu.root_tracking import mmu_roots, record_flush, test_and_set_flushed
 from emulator.kvm.mmu.spte import is_obsolete_sp, is_tdp_mmu_page, root_to_sp
-from emulator.kvm.mmu.tdp_roots import kvm_tdp_mmu_alloc_root, kvm_tdp_mmu_put_root
+from emulator.kvm.mmu.tdp_roots import kvm_tdp_mmu_alloc_root, kvm_tdp_mmu_put_root, root_lock
 from emulator.kvm.structs import Kvm, KvmMmu, KvmMmuPageRole, KvmMmuRootInfo, Vcpu
 from emulator.kvm.virt.requests import kvm_check_request, kvm_make_request
 from emulator.machine.runtime import Cpu
@@ -200,12 +200,14 @@ def is_obsolete_root(root: KvmMmuRootInfo) -> bool:
 
 
 def kvm_mmu_free_roots(cpu: Cpu, kvm: Kvm, mmu: KvmMmu, wanted: Callable[[KvmMmuRootInfo], bool]) -> None:
-    """kvm_mmu_free_roots(): drop the references on the `wanted` roots of `mmu`, if any, with mmu_lock for
-    read; previous roots first."""
+    """kvm_mmu_free_roots(): drop the references on the `wanted` roots of `mmu`, if any; previous roots first.
+
+    Decision root_lock.
+    """
     roots = (mmu.root, *mmu.prev_roots)
     if not any(root is not None and wanted(root) for root in roots):
         return
-    with kvm.mmu_lock.read_lock(cpu):
+    with root_lock(cpu, kvm):
         for i in range(KVM_MMU_NUM_PREV_ROOTS):
             prev = mmu.prev_roots[i]
             if prev is not None and wanted(prev):

@@ -7,6 +7,7 @@ own until the root is invalidated.  Its page is freed by an RCU callback, never 
 from __future__ import annotations
 
 from collections.abc import Iterator
+from contextlib import AbstractContextManager
 from typing import Final
 
 from emulator.kvm.mmu.root_tracking import alloc_root_cpu_mask
@@ -25,6 +26,13 @@ KVM_ALL_ROOTS: Final = KVM_VALID_ROOTS | KVM_INVALID_ROOTS
 ALL_ADDRESS_SPACES: Final = -1
 
 # --- references ---------------------------------------------------------------------------------------------
+
+
+def root_lock(cpu: Cpu, kvm: Kvm) -> AbstractContextManager[None]:
+    """Return mmu_lock, to be held as vCPUs hold it that take or drop roots.  Decision root_lock."""
+    if kvm.policy.root_lock(cpu, kvm) == "read":
+        return kvm.mmu_lock.read_lock(cpu)
+    return kvm.mmu_lock.write_lock(cpu)
 
 
 def kvm_tdp_mmu_get_root(cpu: Cpu, root: KvmMmuPage) -> bool:
@@ -207,7 +215,7 @@ def kvm_tdp_mmu_alloc_root(cpu: Cpu, kvm: Kvm, role: KvmMmuPageRole) -> KvmMmuPa
     It may be invalidated before the caller stores it: then KVM_REQ_MMU_FREE_OBSOLETE_ROOTS is pending and
     keeps the vCPU from entering with it.  Raises OutOfFrames.
     """
-    with kvm.mmu_lock.read_lock(cpu):
+    with root_lock(cpu, kvm):
         root = kvm_tdp_mmu_find_root(cpu, kvm, role)
         if root is not None:
             return root

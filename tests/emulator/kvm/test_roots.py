@@ -32,7 +32,7 @@ from emulator.kvm.vmx.vmx import (
     vmx_flush_tlb_current,
     vmx_flush_tlb_ept_root,
 )
-from emulator.machine.runtime import Cpu
+from emulator.machine.runtime import READ, WRITE, Cpu
 from emulator.points import PointKind
 from emulator.policy import Policy, preset
 from native import lib
@@ -93,6 +93,35 @@ def test_a_miss_frees_the_oldest(rig: Rig) -> None:
         assert not cached_root_find_and_keep_current(rig.host, kvm, mmu, 0, missing)
         assert order(mmu) == [None, NORMAL, SMM, FIVE]
         assert oldest.sp.root_count.value == 1  # the TDP MMU's own
+
+
+@pytest.mark.parametrize(
+    ("name", "how"), [("linux-7.3", READ), ("linux-6.12", READ), ("linux-5.18", WRITE), ("linux-5.14", WRITE)]
+)
+def test_roots_are_taken_and_dropped_under_mmu_lock_for_write_before_6_9(
+    rig: Rig, name: str, how: int
+) -> None:
+    kvm = rig.vm(preset(name))
+    guest = rig.guest(kvm)
+    held: set[int] = set()
+
+    def hook(at: Cpu, kind: PointKind, obj: object, mode: str) -> None:
+        references = {id(root.root_count._lock) for root in kvm.tdp_mmu_roots}
+        if kind == "tdp_mmu_roots" or (kind == "lock" and id(obj) in references):
+            held.add(at.mmu_lock_held)
+
+    rig.machine.install(hook)
+    guest.write(0, 5)
+    assert held == {how}, "a root was made"
+    held.clear()
+    rig.guest(kvm).write(1, 5)
+    assert held == {how}, "it was found"
+    held.clear()
+    kvm_mmu_unload(rig.host, guest.vcpu)
+    rig.machine.install(None)
+    assert held == {how}, "a reference was dropped"
+    guest.write(0, 5)
+    assert rig.violations() == {}
 
 
 def test_previous_roots_are_freed_before_the_current_one(rig: Rig) -> None:
