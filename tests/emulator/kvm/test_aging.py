@@ -7,6 +7,7 @@ from dataclasses import dataclass
 import pytest
 
 from emulator.kvm.kvm_host import KVM_MEM_LOG_DIRTY_PAGES
+from emulator.kvm.mmu.mmu import kvm_mmu_zap_all_fast_back, kvm_mmu_zap_all_fast_front
 from emulator.kvm.mmu.spte import is_access_track_spte, is_shadow_present_pte, is_writable_pte, root_to_sp
 from emulator.kvm.mmu.tdp_map import tdp_entry
 from emulator.kvm.mmu.tdp_roots import (
@@ -139,12 +140,27 @@ def test_ageing_goes_on_from_a_root_that_is_unlinked_meanwhile(rig: Rig) -> None
     assert not young(rig, kvm)
 
 
+@pytest.mark.parametrize(
+    ("name", "aged"), [("linux-7.3", False), ("linux-6.12", True), ("linux-5.18", True), ("linux-5.14", True)]
+)
+def test_invalid_roots_are_aged_under_mmu_lock_alone(rig: Rig, name: str, aged: bool) -> None:
+    kvm = rig.vm(preset(name))
+    rig.guest(kvm).write(0, 5)
+    kvm_mmu_zap_all_fast_front(rig.host, kvm)
+    assert [root.role.invalid for root in kvm.tdp_mmu_roots] == [True]
+    assert young(rig, kvm) is aged
+    kvm_mmu_zap_all_fast_back(rig.host, kvm)
+    assert rig.violations() == {}
+
+
 def test_roots_are_walked_with_references_under_mmu_lock_alone(rig: Rig) -> None:
     """The last reference may be put in such a walk, which takes the root out of the list."""
     kvm = rig.vm()
     rig.guest(kvm).write(0, 5)
     with pytest.raises(AssertionError):
         list(for_each_tdp_mmu_root_yield_safe(rig.host, kvm, KVM_VALID_ROOTS))
+    with pytest.raises(AssertionError):
+        kvm_tdp_mmu_put_root(rig.host, kvm, kvm.tdp_mmu_roots[0])
     with kvm.mmu_lock.read_lock(rig.host):
         assert list(for_each_tdp_mmu_root_yield_safe(rig.host, kvm, KVM_VALID_ROOTS)) == [*kvm.tdp_mmu_roots]
 
