@@ -406,6 +406,7 @@ class Lib:
     STAT_ZAPS: Final[VmStat]
     STAT_INVALIDATE_RETRIES: Final[VmStat]
     STAT_SLOT_RETRIES: Final[VmStat]
+    STAT_SLOT_WAITS: Final[VmStat]
     STAT_FROZEN_RETRIES: Final[VmStat]
     STAT_YIELDS: Final[VmStat]
     STAT_YIELDS_PENDING: Final[VmStat]

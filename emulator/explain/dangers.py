@@ -14,6 +14,7 @@ DANGERS: Final[Mapping[str, str]] = {
     "crossed-calls": "two pCPUs have called each other, and each runs the other's call while it waits",
     "retries": "the fault meets an mmu_notifier's invalidation, and is retried",
     "slot-retries": "the fault meets a memslot that is being deleted, and is retried",
+    "slot-waits": "the update of the memslots waits until the mmu_notifier's invalidation has ended",
     "frozen": "the fault meets an SPTE that another CPU has frozen, and is retried",
     "yields": "the walk of the TDP MMU drops mmu_lock before its end",
     "pending-flush": "the walk drops mmu_lock with zapped SPTEs that are not flushed yet",
@@ -28,6 +29,7 @@ DANGERS: Final[Mapping[str, str]] = {
 ROWS: Final = {
     "retries": "the fault is retried",
     "slot-retries": "the fault is retried",
+    "slot-waits": "the update waits",
     "frozen": "the fault is retried",
     "overlaps": "invalidations overlap",
     "dead-root": "the root page is reused",

@@ -37,6 +37,7 @@ STATS: Final[Mapping[str, VmStat]] = {
     "root-gone": lib.STAT_YIELDS_INVALIDATED,
     "retries": lib.STAT_INVALIDATE_RETRIES,
     "slot-retries": lib.STAT_SLOT_RETRIES,
+    "slot-waits": lib.STAT_SLOT_WAITS,
     "frozen": lib.STAT_FROZEN_RETRIES,
     "elided": lib.STAT_FLUSHES_ELIDED,
     "overlaps": lib.STAT_OVERLAPS,

@@ -76,6 +76,7 @@ verdicts are expected not to change with these choices:
     crossed-calls  two pCPUs called each other at a time: each had to run the other's call while it waited
     retries        a fault met an mmu_notifier's invalidation, and was retried
     slot-retries   a fault met a memslot that was being deleted, and was retried
+    slot-waits     an update of the memslots waited until an mmu_notifier's invalidation had ended
     frozen         a fault met an SPTE that another CPU had frozen, and was retried
     yields         a zap or another walk of the TDP MMU dropped mmu_lock before its end
     pending-flush  a walk of the TDP MMU dropped mmu_lock with zapped SPTEs that were not flushed yet
@@ -119,6 +120,7 @@ Need = Literal[
     "crossed-calls",
     "retries",
     "slot-retries",
+    "slot-waits",
     "frozen",
     "yields",
     "pending-flush",

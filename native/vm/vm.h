@@ -56,6 +56,7 @@ enum vm_stat {
 	STAT_ZAPS,                 /* range zaps */
 	STAT_INVALIDATE_RETRIES,   /* of these: an mmu_notifier's invalidation, in progress or since the fault began */
 	STAT_SLOT_RETRIES,         /* of these: a memslot that is being deleted or moved */
+	STAT_SLOT_WAITS,           /* updates of the memslots that waited for an mmu_notifier's invalidation */
 	STAT_FROZEN_RETRIES,       /* of these: an SPTE that another CPU has frozen */
 	STAT_YIELDS,               /* tdp_mmu_iter_cond_resched that yielded */
 	STAT_YIELDS_PENDING,       /* of these: SPTEs had been zapped and were not flushed yet */

@@ -159,6 +159,7 @@ def kvm_swap_active_memslots(
     with kvm.slots_arch_lock.held(cpu):
         with kvm.mn_invalidate_lock.held(cpu):
             if kvm.mn_active_invalidate_count:
+                cpu.stat(kvm.id, lib.STAT_SLOT_WAITS)
                 kvm.mn_memslots_update = (install, cpu.id)
             else:
                 install()

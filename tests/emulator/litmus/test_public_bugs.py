@@ -40,6 +40,7 @@ BUGS = {
         (
             (
                 """            if kvm.mn_active_invalidate_count:
+                cpu.stat(kvm.id, lib.STAT_SLOT_WAITS)
                 kvm.mn_memslots_update = (install, cpu.id)
             else:
                 install()
