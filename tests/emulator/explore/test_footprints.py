@@ -54,15 +54,17 @@ def searched(
     every: bool = False,
 ) -> tuple[Found, list[Step]]:
     """No samples: the reduced search alone finds or proves."""
-    program = program_of(load_test(test), named_policy(policy))
-    try:
-        with instrument(program.control):
-            strategy = Watched(program.objects, bound)
-            limits = Limits(executions=executions, first_only=not every)
-            found = search(program, program.objects, strategy, limits, bool, lambda: False)
-    finally:
-        program.close()
-    return found, strategy.steps
+    named = named_policy(policy)
+    with named.confined():
+        program = program_of(load_test(test), named)
+        try:
+            with instrument(program.control):
+                strategy = Watched(program.objects, bound)
+                limits = Limits(executions=executions, first_only=not every)
+                found = search(program, program.objects, strategy, limits, bool, lambda: False)
+        finally:
+            program.close()
+        return found, strategy.steps
 
 
 def steps_of(test: str, policy: str, kind: str) -> list[Step]:
