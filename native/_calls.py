@@ -82,7 +82,7 @@ CALLS: Final[Mapping[str, Described]] = {
     "mm_present": Described("m vm start end", "part; reads mm(vm)"),
     "mm_unmap": Described("m cpu vm start end keep", "step mm; writes mm(vm), guest_frames, custody, memory(vm)"),
     "mm_protect": Described("m cpu vm start end writable", "step mm; writes mm(vm), guest_frames, custody, memory(vm)"),
-    "tdp_mmu_fill_split_table": Described("m cpu table huge_spte level", "step table; reads custody; writes table(table)"),
+    "tdp_mmu_fill_split_table": Described("m cpu table huge_spte level", "step sptes; reads custody; writes table(table)"),
     "tdp_mmu_map_around": Described("m cpu vm table index gfn n hfns tags writable", "step sptes; reads table(table), custody; writes ept"),
     "tdp_removal_begin": Described("m cpu vm removal spte level gfn shared", "part; reads ept, tables_on_path(removal); reads custody if removal->set_pfn and removal->leafs"),
     "tdp_removal_step": Described("m cpu vm removal max", "step sptes; reads tables_on_path(removal); reads custody if removal->set_pfn and removal->leafs; writes ept"),

@@ -91,6 +91,7 @@ def tdp_mmu_split_huge_page(cpu: Cpu, kvm: Kvm, entry: Entry, table: Hfn) -> boo
 
     No translation changes, so no flush is needed.  Return False if the SPTE has changed.
     """
+    cpu.point("sptes", (table, 0), "write")
     cpu.check(lib.tdp_mmu_fill_split_table(cpu.m, cpu.id, table, entry.spte, entry.level))
     return tdp_mmu_set_spte_atomic(cpu, kvm, entry, lib.make_nonleaf_spte(cpu.m, table))
 
