@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import ctypes
+import sys
 import threading
 import time
 from collections.abc import Iterator
@@ -43,12 +44,21 @@ def start(crew: Crew, number: int) -> pykka.ActorRef[Doer]:
 
 
 def kill(actor: MachineActor) -> None:
-    """Raise in the actor's thread, wherever it is (at its next bytecode)."""
+    """Raise in the actor's thread, wherever it is in its loop (at its next bytecode)."""
     assert actor.thread is not None
-    assert actor.thread.ident is not None
-    assert ctypes.pythonapi.PyThreadState_SetAsyncExc(
-        ctypes.c_ulong(actor.thread.ident), ctypes.py_object(Killed)
-    )
+    ident = actor.thread.ident
+    assert ident is not None
+    # Before it is in its loop, the exception would end the thread alone.
+    wait_until(lambda: in_loop(ident), f"{actor} receives")
+    assert ctypes.pythonapi.PyThreadState_SetAsyncExc(ctypes.c_ulong(ident), ctypes.py_object(Killed))
+
+
+def in_loop(ident: int) -> bool:
+    """Return whether the thread receives messages, or is in on_start(), where the RCU thread stays."""
+    frame = sys._current_frames().get(ident)
+    while frame is not None and frame.f_code.co_name not in ("_receive_one", "on_start"):
+        frame = frame.f_back
+    return frame is not None
 
 
 def die(actor: Doer) -> None:
