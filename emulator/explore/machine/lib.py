@@ -40,7 +40,7 @@ def instrumented_modules() -> list[ModuleType]:
     return [
         module
         for name, module in sorted(sys.modules.items())
-        if (name.startswith(_PACKAGES) or name in _MODULES) and getattr(module, "lib", None) is not None
+        if (name.startswith(_PACKAGES) or name in _MODULES) and vars(module).get("lib") is not None
     ]
 
 
