@@ -97,7 +97,7 @@ HARMLESS = [
     "os.write(1, b'x')",
     "print('x', file=sys.stderr)",
 ]
-PATCHES = ["emulator.kvm.virt.dirty_log.nothing = None"]
+PATCHES = ["emulator.kvm.virt.dirty_log._word = None"]
 
 PLACES = {
     "import": "{what}\nclass Mine(Policy):\n    def migration(self, cpu, vcpu): return 'all-contexts'",
