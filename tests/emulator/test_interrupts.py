@@ -7,6 +7,7 @@ import signal
 import subprocess
 import sys
 import time
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -16,6 +17,14 @@ from tests.support import wait_until
 
 HERE = Path(__file__).parents[2]
 ENVIRONMENT = os.environ | {"PYTHONPATH": str(HERE)}
+
+
+@pytest.fixture(autouse=True)
+def with_hangups() -> Iterator[None]:
+    """These tests may run under nohup, and their processes inherit what is ignored."""
+    before = signal.signal(signal.SIGHUP, signal.SIG_DFL)
+    yield
+    signal.signal(signal.SIGHUP, before)
 
 
 @pytest.mark.parametrize("number", interrupts.ENDING)
