@@ -72,6 +72,7 @@ def test_the_execution_that_reaches_the_window(tmp_path: Path, capsys: pytest.Ca
     )
 
 
+@pytest.mark.slow
 def test_what_is_not_reached_is_said(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     options = [written(tmp_path), "--trace", "--reach", "slot-retries", "--executions", "300"]
     out = " ".join(shown(capsys, *options, status=1).split())
@@ -205,6 +206,7 @@ def long_test(tmp_path: Path) -> str:
     return written(tmp_path, text.replace("wait v0 2", "wait v0 61").replace('"retries"', '"averted"'))
 
 
+@pytest.mark.slow
 def test_a_long_trace_is_cut_with_counts(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     test = long_test(tmp_path)
     cut, whole = (shown(capsys, test, "--trace", *more) for more in ([], ["--steps"]))
@@ -241,6 +243,7 @@ def test_the_guide_shows_what_is_printed(
     assert out.index("v0: migrate 0") > out.index("invalidate_range_start()")
 
 
+@pytest.mark.slow
 @pytest.mark.timeout(60)
 def test_a_signal_in_the_search_ends_it(tmp_path: Path) -> None:
     command = ["explore", "fault-races-two", "--trace", "--reach", "root-gone", "--executions", "10000000"]

@@ -104,6 +104,7 @@ def test_behind_the_promise_a_use_would_be_a_violation(tmp_path: Path) -> None:
     assert not right["host_has_it"]
 
 
+@pytest.mark.slow
 def test_every_step_has_a_state_that_fits_a_terminal(stored: Stored) -> None:
     for step in stored.document["steps"]:
         state = state_before(stored, step["n"])

@@ -131,6 +131,7 @@ class _Counted(LitmusProgram):
         return outcome
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("strategy", ["exhaustive", "pct", "random"])
 def test_a_number_is_that_of_the_search(strategy: str) -> None:
     test, plan = small(RACE), Plan(strategy, executions=700)
@@ -146,6 +147,7 @@ def test_a_number_is_that_of_the_search(strategy: str) -> None:
         assert tuple(recording.schedule) == schedules[number - 1], number
 
 
+@pytest.mark.slow
 def test_no_number_is_beyond_the_search() -> None:
     plan, policy = Plan(executions=700), named_policy("linux-7.3")
     verdict = explore_verdict(small(RACE), policy, plan)

@@ -136,6 +136,7 @@ IN_MMU = "import emulator.kvm.mmu as mmu\nmmu.kvm_arch_mmu_enable_log_dirty_pt_m
 FORGETS = "= lambda cpu, kvm, slot, offset, mask: 0\n"
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "replaced",
     [

@@ -19,6 +19,7 @@ REFUTE = ("return-zap", "bounce-zap", "guest-invlpg-away", "return-protect")
 TESTS = (*REFUTE, "remote-levels", "entry-races-request")
 
 
+@pytest.mark.slow
 def test_verdicts_agree(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert SKETCH is not None
     path = written(tmp_path, SKETCH[1], "sketch.patch")
