@@ -25,8 +25,9 @@ from bench.machine import machine_fields
 from emulator.job.emulation import SWITCH_INTERVAL
 from emulator.kvm.kvm_host import SPTE_ENT_PER_PAGE
 from emulator.kvm.mmu.mmu import kvm_mmu_zap_all_fast, kvm_zap_gfn_range
+from emulator.kvm.mmu.structs import KvmMmuPage
 from emulator.kvm.mmu.tdp_map import tdp_entry, tdp_mmu_link_sp
-from emulator.kvm.structs import Kvm, KvmMmuPage, KvmParams
+from emulator.kvm.structs import Kvm, KvmParams
 from emulator.kvm.virt.kvm_main import kvm_create_vm, kvm_set_memory_region, kvm_vm_ioctl_create_vcpu
 from emulator.kvm.x86 import vcpu_run
 from emulator.machine.runtime import Cpu, Machine, MachineStopped, rcu_read_lock

@@ -12,6 +12,7 @@ from typing import Final
 
 from emulator.kvm import structs
 from emulator.kvm.decisions import Decisions
+from emulator.kvm.mmu import structs as mmu_structs
 from emulator.kvm.vmx.vmcs import LoadedVmcs
 from emulator.machine.runtime import Cpu
 from emulator.policy import POINTS
@@ -20,13 +21,13 @@ from emulator.policy import POINTS
 ARGUMENTS: Final[dict[str, type]] = {
     "cpu": Cpu,
     "vcpu": structs.Vcpu,
-    "vcpu.mmu": structs.KvmMmu,
-    "vcpu.mmu.root": structs.KvmMmuRootInfo,
+    "vcpu.mmu": mmu_structs.KvmMmu,
+    "vcpu.mmu.root": mmu_structs.KvmMmuRootInfo,
     "vcpu.arch": structs.VcpuArch,
     "vcpu.loaded_vmcs": LoadedVmcs,
     "kvm": structs.Kvm,
-    "root": structs.KvmMmuPage,
-    "root.role": structs.KvmMmuPageRole,
+    "root": mmu_structs.KvmMmuPage,
+    "root.role": mmu_structs.KvmMmuPageRole,
     "slot": structs.KvmMemorySlot,
 }
 

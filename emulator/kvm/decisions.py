@@ -9,7 +9,8 @@ from __future__ import annotations
 
 from typing import Literal, Protocol, overload
 
-from emulator.kvm.structs import Kvm, KvmMemorySlot, KvmMmuPage, Vcpu
+from emulator.kvm.mmu.structs import KvmMmuPage
+from emulator.kvm.structs import Kvm, KvmMemorySlot, Vcpu
 from emulator.machine.runtime import Cpu
 
 RemoteFlush = Literal["all-contexts", "active-roots", "root-tlb-gen", "current-context"]

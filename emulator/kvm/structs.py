@@ -1,4 +1,4 @@
-"""KVM's structures: struct kvm, kvm_vcpu, kvm_mmu, kvm_mmu_page, kvm_memory_slot.
+"""KVM's structures: struct kvm, kvm_vcpu, kvm_memory_slot.  Those of its MMU are in mmu/structs.py.
 
 State that actors share at the grain of single steps (mode, requests, mmu_lock, SPTEs, the invalidation
 sequence) lives in the native core under the numbers `Kvm.id` and `Vcpu.id`; the fields here are read and
@@ -10,13 +10,12 @@ from __future__ import annotations
 from bisect import bisect_right
 from collections import deque
 from collections.abc import Callable
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import TYPE_CHECKING, Protocol
 
 from emulator.kvm.kvm_host import (
     KVM_MEM_LOG_DIRTY_PAGES,
     KVM_MEMSLOT_INVALID,
-    KVM_MMU_NUM_PREV_ROOTS,
     PG_LEVEL_512G,
     X86_CR0_PE,
     X86_CR0_PG,
@@ -24,14 +23,14 @@ from emulator.kvm.kvm_host import (
     X86_CR4_PAE,
     X86_CR4_PGE,
 )
-from emulator.machine.locks import MmuLock, Mutex, Refcount, SpinLock
+from emulator.kvm.mmu.structs import KvmMmu, KvmMmuPage, KvmMmuPageRole
+from emulator.machine.locks import MmuLock, Mutex, SpinLock
 from emulator.machine.runtime import Cpu, Machine
 from native import ffi, lib
-from native.types import CpuId, FlushReason, Hfn, VcpuId, VmId, Vpid
+from native.types import CpuId, FlushReason, VcpuId, VmId, Vpid
 
 if TYPE_CHECKING:
     from emulator.kvm.decisions import Decisions
-    from emulator.kvm.mmu.fault import KvmPageFault
     from emulator.kvm.vmx.vmcs import LoadedVmcs
     from emulator.kvm.x86_ops import KvmX86Ops
 
@@ -61,120 +60,6 @@ class KvmParams:
     tdp_level: int = PG_LEVEL_512G
     slice_accesses: int = 100_000
     host_takes_time: bool = False
-
-
-@dataclass(frozen=True, slots=True)
-class KvmMmuPageRole:
-    """union kvm_mmu_page_role, as far as it tells TDP roots apart (mmu.c: kvm_calc_tdp_mmu_root_page_role).
-
-    `smm` is the address space.  `direct`: the page maps gfns by their number, and shadows no table of the
-    guest.  `invalid` takes part in comparisons, so an invalid root matches no vCPU's role.
-    """
-
-    level: int = PG_LEVEL_512G
-    smm: int = 0
-    guest_mode: bool = False
-    direct: bool = True
-    invalid: bool = False
-
-
-class KvmMmuPage:
-    """struct kvm_mmu_page: a shadow page.  The TDP MMU's tables below its roots are plain frame numbers.
-
-    `tdp_mmu_page`: it belongs to the TDP MMU, which has roots only.  `parent_spte`: the SPTE that would point
-    to the page, with its custody.  role.invalid is set under mmu_lock held for write.
-
-    Of roots: `root_count` are its references.  `tracking` is for policies that elide flushes
-    (emulator.kvm.mmu.root_tracking).
-
-    Of TDP roots: `root_count` starts at 2, for the vCPU's reference and the TDP MMU's own; or at 1 if the TDP
-    MMU keeps none (`has_tdp_ref`, decision root_put).  `tdp_mmu_scheduled_root_to_zap` is set under mmu_lock
-    held for write, and cleared under slots_lock.
-    """
-
-    __slots__ = (
-        "has_tdp_ref",
-        "hfn",
-        "parent_spte",
-        "role",
-        "root_count",
-        "tdp_mmu_page",
-        "tdp_mmu_scheduled_root_to_zap",
-        "tracking",
-    )
-
-    def __init__(
-        self,
-        hfn: Hfn,
-        role: KvmMmuPageRole,
-        *,
-        tdp_mmu_page: bool,
-        parent_spte: int = 0,
-        tracking: RootTracking | None = None,
-        has_tdp_ref: bool = True,
-    ) -> None:
-        self.hfn = hfn
-        self.role = role
-        self.tdp_mmu_page = tdp_mmu_page
-        self.parent_spte = parent_spte
-        self.tracking = tracking
-        self.has_tdp_ref = has_tdp_ref
-        self.root_count = Refcount(2 if has_tdp_ref else 1)
-        self.tdp_mmu_scheduled_root_to_zap = False
-
-    def __repr__(self) -> str:
-        return f"<root {self.hfn:#x} {self.role} refs {self.root_count.value}>"
-
-    def invalidate(self) -> None:
-        self.role = replace(self.role, invalid=True)
-
-
-class RootTracking:
-    """The record of which pCPUs have flushed one root, from the root's allocation until its page is freed.
-
-    All CPUs share it without a lock: only native single steps touch it (native/core/bitops.h).
-    cpu_flushed_mask: pCPUs that have flushed the root; cpu_clean_mask: pCPUs that have flushed it since the
-    last remote flush, which clears the mask.  tlb_gen: remote flushes of the root so far, counted from 1;
-    cpu_tlb_gen[i]: the value of tlb_gen when pCPU i last flushed the root, 0 if never.
-    """
-
-    __slots__ = ("cpu_clean_mask", "cpu_flushed_mask", "cpu_tlb_gen", "tlb_gen", "words")
-
-    def __init__(self, pcpus: int) -> None:
-        self.words = (pcpus + 63) // 64
-        self.cpu_flushed_mask = ffi.new("uint64_t[]", self.words)
-        self.cpu_clean_mask = ffi.new("uint64_t[]", self.words)
-        self.tlb_gen = ffi.new("uint64_t *", 1)
-        self.cpu_tlb_gen = ffi.new("uint64_t[]", pcpus)
-
-
-@dataclass(frozen=True, slots=True)
-class KvmMmuRootInfo:
-    """struct kvm_mmu_root_info: a root that a vCPU holds.
-
-    pgd: the guest's page table that the root stands for, by its guest-physical address; 0 for direct roots,
-    which stand for none.  hfn: the root's page, the kernel's `hpa`.  sp: the shadow page on it, or None if
-    there is none, as of a dummy root.
-    """
-
-    pgd: int
-    hfn: Hfn
-    sp: KvmMmuPage | None
-
-
-class KvmMmu:
-    """struct kvm_mmu: the current root and up to three previous ones (None: INVALID_PAGE).
-
-    page_fault: the handler of guests' faults, or None until kvm_init_mmu() chooses it.
-    """
-
-    __slots__ = ("page_fault", "prev_roots", "root", "root_role")
-
-    def __init__(self, root_role: KvmMmuPageRole) -> None:
-        self.root_role = root_role
-        self.page_fault: Callable[[Cpu, Vcpu, KvmPageFault], int] | None = None
-        self.root: KvmMmuRootInfo | None = None
-        self.prev_roots: list[KvmMmuRootInfo | None] = [None] * KVM_MMU_NUM_PREV_ROOTS
 
 
 class KvmMemorySlot:

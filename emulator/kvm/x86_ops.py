@@ -9,7 +9,8 @@ from __future__ import annotations
 from typing import Protocol
 
 from emulator.kvm.kvm_host import ExitToUser
-from emulator.kvm.structs import Kvm, KvmMmuRootInfo, Vcpu
+from emulator.kvm.mmu.structs import KvmMmuRootInfo
+from emulator.kvm.structs import Kvm, Vcpu
 from emulator.machine.runtime import Cpu
 from native.types import FlushReason, Hfn
 

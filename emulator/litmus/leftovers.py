@@ -15,7 +15,8 @@ from collections.abc import Iterable, Iterator
 
 from emulator.explain.facts import LEAK
 from emulator.kvm.kvm_host import KVM_REQ_MMU_FREE_OBSOLETE_ROOTS, KVM_REQUEST_MASK
-from emulator.kvm.structs import Kvm, KvmMmuPage, Vcpu
+from emulator.kvm.mmu.structs import KvmMmuPage
+from emulator.kvm.structs import Kvm, Vcpu
 from emulator.machine.runtime import Machine
 from native import lib
 

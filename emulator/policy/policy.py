@@ -15,7 +15,8 @@ from emulator.policy.points import BY_NAME, POINTS
 
 if TYPE_CHECKING:
     from emulator.kvm import decisions
-    from emulator.kvm.structs import Kvm, KvmMemorySlot, KvmMmuPage, Vcpu
+    from emulator.kvm.mmu.structs import KvmMmuPage
+    from emulator.kvm.structs import Kvm, KvmMemorySlot, Vcpu
     from emulator.machine.runtime import Cpu
     from emulator.policy.patch import KvmPatch
 

@@ -8,7 +8,8 @@ from typing import TYPE_CHECKING
 from emulator.explore.engine.scheduler import Execution
 from emulator.explore.machine.program import LitmusProgram
 from emulator.kvm.kvm_host import kvm_pages_per_hpage
-from emulator.kvm.structs import Kvm, KvmMmuPage
+from emulator.kvm.mmu.structs import KvmMmuPage
+from emulator.kvm.structs import Kvm
 from native import ffi, lib
 from native.types import CpuId
 

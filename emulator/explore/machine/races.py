@@ -24,6 +24,7 @@ from emulator.explore.engine.objects import members
 from emulator.explore.engine.scheduler import Task
 from emulator.host.memory import UserMemory
 from emulator.kvm import structs
+from emulator.kvm.mmu import structs as mmu_structs
 from emulator.kvm.vmx.vmcs import LoadedVmcs
 from emulator.machine.locks import Refcount
 from emulator.machine.runtime import Cpu, Machine
@@ -37,9 +38,9 @@ CLASSES: Final[tuple[type, ...]] = (
     structs.Kvm,
     structs.Vcpu,
     structs.VcpuArch,
-    structs.KvmMmu,
-    structs.KvmMmuPage,
-    structs.RootTracking,
+    mmu_structs.KvmMmu,
+    mmu_structs.KvmMmuPage,
+    mmu_structs.RootTracking,
     LoadedVmcs,
     structs.KvmMemslots,
     structs.KvmMemorySlot,

@@ -9,6 +9,7 @@ from typing import Any, Final
 
 from emulator.explore.machine.handed import CONTAINERS
 from emulator.kvm import structs
+from emulator.kvm.mmu import structs as mmu_structs
 from emulator.kvm.vmx.vmcs import LoadedVmcs
 from emulator.machine.locks import MmuLock, Mutex, Refcount, SpinLock
 from emulator.machine.runtime import Cpu, Machine
@@ -20,9 +21,9 @@ WATCHED: Final[Mapping[type, str]] = {
     structs.Kvm: "id",
     structs.Vcpu: "id",
     structs.VcpuArch: "",
-    structs.KvmMmu: "",
-    structs.KvmMmuPage: "hfn",
-    structs.RootTracking: "",
+    mmu_structs.KvmMmu: "",
+    mmu_structs.KvmMmuPage: "hfn",
+    mmu_structs.RootTracking: "",
     LoadedVmcs: "",
     structs.KvmMemslots: "",
     structs.KvmMemorySlot: "id",

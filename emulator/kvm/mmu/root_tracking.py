@@ -23,7 +23,8 @@ be recorded after the INVEPT if it was read before; a bit may not be set after i
 from __future__ import annotations
 
 from emulator.kvm.decisions import Tracking
-from emulator.kvm.structs import Kvm, KvmMmu, KvmMmuRootInfo, RootTracking, Vcpu
+from emulator.kvm.mmu.structs import KvmMmu, KvmMmuRootInfo, RootTracking
+from emulator.kvm.structs import Kvm, Vcpu
 from emulator.machine.runtime import Cpu
 from native import lib
 

@@ -16,8 +16,9 @@ from emulator.kvm.kvm_host import (
 from emulator.kvm.mmu import page_fault
 from emulator.kvm.mmu.root_tracking import mmu_roots, record_flush, test_and_set_flushed
 from emulator.kvm.mmu.spte import is_obsolete_sp, is_tdp_mmu_page, root_to_sp
+from emulator.kvm.mmu.structs import KvmMmu, KvmMmuPageRole, KvmMmuRootInfo
 from emulator.kvm.mmu.tdp_roots import kvm_tdp_mmu_alloc_root, kvm_tdp_mmu_put_root, root_lock
-from emulator.kvm.structs import Kvm, KvmMmu, KvmMmuPageRole, KvmMmuRootInfo, Vcpu
+from emulator.kvm.structs import Kvm, Vcpu
 from emulator.kvm.virt.requests import kvm_check_request, kvm_make_request
 from emulator.machine.runtime import Cpu
 from native import lib

@@ -6,7 +6,8 @@ from dataclasses import dataclass
 from typing import Final
 
 from emulator.kvm.kvm_host import PG_LEVEL_4K
-from emulator.kvm.structs import KvmMemorySlot, KvmMmuPage, KvmMmuRootInfo
+from emulator.kvm.mmu.structs import KvmMmuPage, KvmMmuRootInfo
+from emulator.kvm.structs import KvmMemorySlot
 from emulator.kvm.virt.slots import mark_page_dirty_in_slot
 from emulator.machine.runtime import Cpu
 from native import lib

@@ -15,6 +15,7 @@ from emulator.kvm.mmu.spte import (
     is_shadow_present_pte,
     spte_to_child_pt,
 )
+from emulator.kvm.mmu.structs import KvmMmuPage
 from emulator.kvm.mmu.tdp_iter import Entry, TdpIter, tdp_mmu_iter_cond_resched
 from emulator.kvm.mmu.tdp_map import (
     tdp_entry,
@@ -34,7 +35,7 @@ from emulator.kvm.mmu.tdp_roots import (
     for_each_tdp_mmu_root_yield_safe,
     kvm_tdp_mmu_put_root,
 )
-from emulator.kvm.structs import Kvm, KvmMemorySlot, KvmMmuPage
+from emulator.kvm.structs import Kvm, KvmMemorySlot
 from emulator.kvm.virt.requests import kvm_flush_remote_tlbs_memslot
 from emulator.machine.runtime import READ, WRITE, Cpu, OutOfFrames, rcu_enter, rcu_leave, rcu_read_lock
 from native import lib

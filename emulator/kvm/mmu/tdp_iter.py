@@ -11,7 +11,8 @@ from dataclasses import dataclass
 from emulator.kvm.accounting import flush_elided
 from emulator.kvm.host_work import host_works
 from emulator.kvm.kvm_host import SPTE_ENT_PER_PAGE, SPTE_LEVEL_BITS
-from emulator.kvm.structs import Kvm, KvmMmuPage
+from emulator.kvm.mmu.structs import KvmMmuPage
+from emulator.kvm.structs import Kvm
 from emulator.kvm.virt.requests import kvm_flush_remote_tlbs
 from emulator.machine.runtime import Cpu, rcu_enter, rcu_leave
 from native import ffi, lib

@@ -24,9 +24,10 @@ from emulator.kvm.mmu.spte import (
     root_to_sp,
     spte_to_child_pt,
 )
+from emulator.kvm.mmu.structs import KvmMmuPage
 from emulator.kvm.mmu.tdp_iter import Entry
 from emulator.kvm.mmu.tdp_remove import handle_removed_pt, tables_need_a_flush, tdp_mmu_zap_spte_atomic
-from emulator.kvm.structs import Kvm, KvmMmuPage, Vcpu
+from emulator.kvm.structs import Kvm, Vcpu
 from emulator.kvm.virt.requests import kvm_flush_remote_tlbs_range
 from emulator.machine.runtime import Cpu, rcu_read_lock
 from native import lib

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable
 
+from emulator.kvm.mmu.structs import KvmMmuPage
 from emulator.kvm.mmu.tdp_iter import TdpIter, tdp_mmu_iter_cond_resched
 from emulator.kvm.mmu.tdp_remove import (
     tables_need_a_flush,
@@ -18,7 +19,7 @@ from emulator.kvm.mmu.tdp_roots import (
     kvm_tdp_mmu_put_root,
 )
 from emulator.kvm.mmu.tdp_zap import flush_disconnected_sps, tdp_mmu_zap_root, tdp_mmu_zap_step
-from emulator.kvm.structs import Kvm, KvmMemorySlot, KvmMmuPage
+from emulator.kvm.structs import Kvm, KvmMemorySlot
 from emulator.kvm.virt.requests import kvm_flush_remote_tlbs
 from emulator.machine.runtime import WRITE, Cpu, rcu_read_lock
 from native import lib

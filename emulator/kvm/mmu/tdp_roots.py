@@ -11,8 +11,9 @@ from contextlib import AbstractContextManager
 from typing import Final
 
 from emulator.kvm.mmu.root_tracking import alloc_root_cpu_mask
+from emulator.kvm.mmu.structs import KvmMmuPage, KvmMmuPageRole
 from emulator.kvm.mmu.tdp_zap import tdp_mmu_zap_root
-from emulator.kvm.structs import Kvm, KvmMmuPage, KvmMmuPageRole
+from emulator.kvm.structs import Kvm
 from emulator.kvm.virt.requests import kvm_flush_remote_tlbs
 from emulator.machine.runtime import READ, WRITE, Cpu
 from native import lib

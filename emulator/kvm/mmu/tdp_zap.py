@@ -6,6 +6,7 @@ The life of roots (tdp_roots.py) and the zaps of ranges (tdp_mmu.py) are built o
 from __future__ import annotations
 
 from emulator.kvm.kvm_host import PG_LEVEL_1G, PG_LEVEL_2M, PG_LEVEL_4K, SPTE_LEVEL_BITS
+from emulator.kvm.mmu.structs import KvmMmuPage
 from emulator.kvm.mmu.tdp_iter import TdpIter, tdp_mmu_iter_cond_resched
 from emulator.kvm.mmu.tdp_remove import (
     handle_disconnected_sps,
@@ -13,7 +14,7 @@ from emulator.kvm.mmu.tdp_remove import (
     sets_pfn,
     tdp_mmu_zap_frozen,
 )
-from emulator.kvm.structs import Kvm, KvmMmuPage
+from emulator.kvm.structs import Kvm
 from emulator.kvm.virt.requests import kvm_flush_remote_tlbs
 from emulator.machine.runtime import Cpu, rcu_read_lock
 from native import lib

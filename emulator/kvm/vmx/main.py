@@ -5,7 +5,8 @@ from __future__ import annotations
 from typing import Final
 
 from emulator.kvm.kvm_host import ExitToUser
-from emulator.kvm.structs import Kvm, KvmMmuRootInfo, Vcpu
+from emulator.kvm.mmu.structs import KvmMmuRootInfo
+from emulator.kvm.structs import Kvm, Vcpu
 from emulator.kvm.vmx import vmx
 from emulator.kvm.x86_ops import KvmX86Ops
 from emulator.machine.runtime import Cpu

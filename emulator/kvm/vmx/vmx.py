@@ -11,9 +11,10 @@ from emulator.kvm.mmu.fault import EFAULT, ENOMEM, RET_PF_EMULATE, RET_PF_RETRY
 from emulator.kvm.mmu.page_fault import kvm_mmu_page_fault
 from emulator.kvm.mmu.root_tracking import mmu_roots, root_tlb_gen_is_old, test_and_set_flushed
 from emulator.kvm.mmu.spte import root_to_sp
+from emulator.kvm.mmu.structs import KvmMmu, KvmMmuRootInfo
 from emulator.kvm.regs import kvm_set_cr0, kvm_set_cr3, kvm_set_cr4
 from emulator.kvm.smm import emulator_leave_smm
-from emulator.kvm.structs import Kvm, KvmMmu, KvmMmuRootInfo, Vcpu
+from emulator.kvm.structs import Kvm, Vcpu
 from emulator.kvm.virt.requests import request_tlb_flush
 from emulator.kvm.vmx.vmcs import (
     alloc_loaded_vmcs,

@@ -9,6 +9,7 @@ import pytest
 from emulator.kvm.kvm_host import KVM_MEM_LOG_DIRTY_PAGES
 from emulator.kvm.mmu.mmu import kvm_mmu_zap_all_fast_back, kvm_mmu_zap_all_fast_front
 from emulator.kvm.mmu.spte import is_access_track_spte, is_shadow_present_pte, is_writable_pte, root_to_sp
+from emulator.kvm.mmu.structs import KvmMmuPageRole
 from emulator.kvm.mmu.tdp_map import tdp_entry
 from emulator.kvm.mmu.tdp_roots import (
     KVM_VALID_ROOTS,
@@ -16,7 +17,7 @@ from emulator.kvm.mmu.tdp_roots import (
     kvm_tdp_mmu_alloc_root,
     kvm_tdp_mmu_put_root,
 )
-from emulator.kvm.structs import Kvm, KvmMmuPageRole
+from emulator.kvm.structs import Kvm
 from emulator.kvm.virt.kvm_main import (
     kvm_mmu_notifier_clear_flush_young,
     kvm_mmu_notifier_clear_young,

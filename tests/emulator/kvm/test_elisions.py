@@ -9,7 +9,8 @@ import pytest
 from emulator.kvm.decisions import Migration, Tracking
 from emulator.kvm.mmu import root_tracking
 from emulator.kvm.mmu.spte import root_to_sp
-from emulator.kvm.structs import Kvm, KvmMmuRootInfo, Vcpu
+from emulator.kvm.mmu.structs import KvmMmuRootInfo
+from emulator.kvm.structs import Kvm, Vcpu
 from emulator.machine.runtime import Cpu
 from emulator.policy import MUTANTS, Policy, preset
 from native.types import Hfn

@@ -10,9 +10,10 @@ from emulator.kvm.kvm_host import KVM_MEM_LOG_DIRTY_PAGES, KVM_REQ_MMU_FREE_OBSO
 from emulator.kvm.mmu.fault import RET_PF_FIXED, RET_PF_INVALID, RET_PF_SPURIOUS, KvmPageFault
 from emulator.kvm.mmu.page_fault import fast_page_fault, is_page_fault_stale, kvm_tdp_page_fault
 from emulator.kvm.mmu.spte import is_writable_pte, root_to_sp
+from emulator.kvm.mmu.structs import KvmMmuPage, KvmMmuPageRole, KvmMmuRootInfo
 from emulator.kvm.mmu.tdp_map import tdp_entry
 from emulator.kvm.mmu.tdp_remove import tdp_mmu_set_spte
-from emulator.kvm.structs import KvmMmuPage, KvmMmuPageRole, KvmMmuRootInfo, Vcpu
+from emulator.kvm.structs import Vcpu
 from emulator.kvm.virt.kvm_main import kvm_set_memory_region
 from emulator.kvm.virt.requests import kvm_check_request, kvm_make_request
 from emulator.kvm.virt.slots import gfn_to_memslot

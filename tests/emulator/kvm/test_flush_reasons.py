@@ -5,8 +5,8 @@ from __future__ import annotations
 import pytest
 
 from emulator.kvm.mmu.roots import kvm_mmu_new_pgd
+from emulator.kvm.mmu.structs import KvmMmuPageRole
 from emulator.kvm.mmu.tdp_roots import kvm_tdp_mmu_alloc_root, kvm_tdp_mmu_put_root
-from emulator.kvm.structs import KvmMmuPageRole
 from emulator.kvm.virt.kvm_main import kvm_set_memory_region
 from emulator.policy import Policy, preset
 from native import FLUSH_REASONS, FLUSH_SCOPES, ffi, lib

@@ -23,8 +23,9 @@ from emulator.kvm.mmu.roots import (
     kvm_mmu_unload,
 )
 from emulator.kvm.mmu.spte import root_to_sp
+from emulator.kvm.mmu.structs import KvmMmu, KvmMmuPage, KvmMmuPageRole, KvmMmuRootInfo
 from emulator.kvm.mmu.tdp_roots import flush_workqueue, kvm_tdp_mmu_alloc_root, kvm_tdp_mmu_put_root
-from emulator.kvm.structs import Kvm, KvmMmu, KvmMmuPage, KvmMmuPageRole, KvmMmuRootInfo, Vcpu
+from emulator.kvm.structs import Kvm, Vcpu
 from emulator.kvm.virt.requests import kvm_test_request
 from emulator.kvm.vmx.vmx import (
     INVALID_EPTP,

@@ -19,7 +19,8 @@ ROOT = Path(__file__).resolve().parents[3]
 ANSWERS = """
 from emulator.kvm import decisions
 from emulator.kvm.decisions import Decisions
-from emulator.kvm.structs import Kvm, KvmMmuPage, Vcpu
+from emulator.kvm.mmu.structs import KvmMmuPage
+from emulator.kvm.structs import Kvm, Vcpu
 from emulator.machine.runtime import Cpu
 from emulator.policy import Policy
 

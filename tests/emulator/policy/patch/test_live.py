@@ -296,5 +296,6 @@ def test_no_module_computes_with_kvms_names_when_it_is_loaded() -> None:
             tables |= {(file.name, name.id) for name in evaluated_when_loaded(tree) if name.id in names}
     # The registry describes the shipped decisions: a patch cannot add answers for policies to give.
     classes = {(file, "structs") for file in ("watchable.py", "races.py", "reference.py")}
+    classes |= {(file, "mmu_structs") for file in ("watchable.py", "races.py", "reference.py")}
     classes |= {(file, "LoadedVmcs") for file in ("watchable.py", "races.py", "reference.py")}
     assert tables == classes | {("points.py", "Decisions")}
