@@ -7,7 +7,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 
 from bench.mutation.names import EVENTS, SECTIONS
-from bench.mutation.source import called, calls, mentions, only_accounts
+from bench.mutation.source import called, calls, only_accounts
 
 # A function by its qualified name.
 Function = tuple[str, ast.FunctionDef]
@@ -49,14 +49,14 @@ def blocks(function: ast.FunctionDef) -> Iterator[list[ast.stmt]]:
 
 
 def units(block: list[ast.stmt]) -> list[Unit]:
-    """Divide a block; a docstring is no unit, nor is a statement that the policy's bugs decide."""
+    """Divide a block; a docstring is no unit."""
     found = []
     first = None
     for statement in block:
         if isinstance(statement, ast.Expr) and called(statement.value) == "point":
             first = first or statement
             continue
-        if not _is_docstring(statement) and not mentions(statement, "bugs"):
+        if not _is_docstring(statement):
             found.append(Unit(first or statement, statement, block))
         first = None
     return found

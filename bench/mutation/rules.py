@@ -21,7 +21,6 @@ from bench.mutation.source import (
     depends,
     indented,
     leaves,
-    mentions,
     only_accounts,
 )
 
@@ -171,8 +170,6 @@ def _acts(statement: ast.stmt) -> bool:
 def weaken(source: Source, function: ast.FunctionDef) -> Iterator[Mutation]:
     """Drop an operand of `and` or `or`, move a comparison by one, remove a `not`."""
     for node in _own(function):
-        if mentions(node, "bugs"):
-            continue
         if isinstance(node, ast.BoolOp) and not _is_assertion(source, node):
             name = "drop-operand" if isinstance(node.op, ast.And) else "drop-alternative"
             for i in range(len(node.values)):
@@ -197,7 +194,6 @@ def guard(source: Source, function: ast.FunctionDef) -> Iterator[Mutation]:
                 isinstance(statement, ast.If)
                 and not statement.orelse
                 and isinstance(statement.body[-1], ast.Return | ast.Continue | ast.Break)
-                and not mentions(statement, "bugs")
                 and len(statement.body) <= 2
             ):
                 yield "drop-guard", [source.drop(statement, statement, block)]
@@ -205,7 +201,6 @@ def guard(source: Source, function: ast.FunctionDef) -> Iterator[Mutation]:
                 isinstance(statement, ast.If)
                 and statement.orelse
                 and not isinstance(statement.orelse[0], ast.If)
-                and not mentions(statement.test, "bugs")
                 and not _compares_answer(statement.test)
             ):
                 last = statement.orelse

@@ -108,14 +108,6 @@ def only_accounts(statement: ast.stmt) -> bool:
     return isinstance(statement, ast.Expr | ast.Assign) and called(statement.value) in ACCOUNTS
 
 
-def mentions(node: ast.AST, name: str) -> bool:
-    return any(
-        (isinstance(one, ast.Attribute) and one.attr == name)
-        or (isinstance(one, ast.Name) and one.id == name)
-        for one in ast.walk(node)
-    )
-
-
 def stored(node: ast.AST) -> set[str]:
     """Return the local names that a statement binds."""
     return {one.id for one in ast.walk(node) if isinstance(one, ast.Name) and isinstance(one.ctx, ast.Store)}

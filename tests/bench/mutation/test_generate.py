@@ -83,13 +83,6 @@ def test_a_step_takes_its_ordering_point_along(made: dict[str, Mutant]) -> None:
     assert swapped.index("kvm_make_all_cpus_request") < swapped.index("cpu.point") < swapped.index("set_mode")
 
 
-def test_the_policy_decides_no_mutant(made: dict[str, Mutant]) -> None:
-    text = TEXT.replace("flush and slot.valid", '"B1" in kvm.policy.bugs and flush')
-    names = {one.name for one in mutants_of("m", "emulator/kvm/m.py", text)}
-    assert not any(name.startswith("drop-operand@zap") for name in names)
-    assert "drop-branch@zap#1" not in names
-
-
 @pytest.mark.slow
 def test_mutants_of_kvm_are_many_and_distinct(every: tuple[Mutant, ...]) -> None:
     assert len(every) > 800
