@@ -39,6 +39,10 @@ _PYTHONS: Final = frozenset({
 })  # fmt: skip
 
 
+# What a module or a class is, which is not among its names: its class, and the bases of a class.
+_SHAPE: Final = {"__class__": vars(object)["__class__"], "__bases__": vars(type)["__bases__"]}
+
+
 @dataclass(frozen=True, slots=True)
 class Change:
     """A name of a module or a class that has been bound to another object."""
@@ -56,6 +60,8 @@ class Change:
 
     @property
     def allowed(self) -> bool:
+        if self.name in _SHAPE:
+            return False
         owners = (_owner(self.namespace), getattr(self.old, "__module__", None))
         return any(isinstance(owner, str) and _is_in(owner, _PATCHABLE) for owner in owners)
 
@@ -92,6 +98,7 @@ class State:
         self._names: list[tuple[Any, dict[str, Any]]] = []
         # (module or class, name, function or container, contents)
         self._contents: list[tuple[Any, str, Any, Any]] = []
+        self._shapes: list[tuple[Any, str, Any]] = []
         self._loaded = {name for name in sys.modules if name.partition(".")[0] in _OURS}
         seen: set[int] = set()
         for name in sorted(self._loaded):
@@ -99,6 +106,7 @@ class State:
             if isinstance(module, ModuleType):
                 self._keep(module, seen)
         self._names.append((sys, dict(vars(sys))))
+        self._shapes.append((sys, "__class__", ModuleType))
         self._builtins = dict(vars(builtins))
         self._others = _functions_of_others() if others else {}
 
@@ -108,6 +116,7 @@ class State:
         seen.add(id(namespace))
         names = dict(vars(namespace))
         self._names.append((namespace, names))
+        self._shapes += [(namespace, name, value) for name, value in _shape(namespace)]
         for name, value in names.items():
             kind = type(value)
             if issubclass(kind, type):
@@ -130,6 +139,12 @@ class State:
             for name in now.keys() | self._builtins.keys()
             if name != "_" and self._builtins.get(name, _MISSING) is not now.get(name, _MISSING)
         ]
+        for namespace, name, old in self._shapes:
+            new = _SHAPE[name].__get__(namespace)
+            if new is not old:
+                # At once, because the code below reads attributes of modules.
+                found.append(Change(namespace, name, old, new))
+                found[-1].undo()
         for namespace, before in self._names:
             now = vars(namespace)
             if len(now) == len(before) and all(map(is_, now.values(), before.values())):
@@ -323,8 +338,16 @@ def _standard_output_is_error() -> Iterator[None]:
 # --- one object -------------------------------------------------------------------------------------------
 
 
+def _shape(namespace: Any) -> Iterator[tuple[str, Any]]:
+    yield "__class__", type(namespace)
+    if isinstance(namespace, type):
+        yield "__bases__", namespace.__bases__
+
+
 def _set(namespace: Any, name: str, value: Any) -> None:
-    if isinstance(namespace, ModuleType):
+    if name in _SHAPE:
+        _SHAPE[name].__set__(namespace, value)
+    elif isinstance(namespace, ModuleType):
         if value is _MISSING:
             vars(namespace).pop(name, None)
         else:

@@ -8,8 +8,8 @@ from __future__ import annotations
 
 import importlib
 import sys
-from collections.abc import Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
+from functools import partial
 from types import FunctionType, ModuleType
 from typing import Any, Final
 
@@ -80,27 +80,34 @@ def home_of(name: str) -> ModuleType | None:
     return found[0] if found else None
 
 
-@contextmanager
-def former_names() -> Iterator[None]:
-    """Make the former names known until the context ends."""
-    parent = importlib.import_module(PACKAGE)
-    added, changed = [], []
-    for name in _FORMER:
-        full = f"{PACKAGE}.{name}"
-        there = sys.modules.get(full)
-        if there is None:
-            sys.modules[full] = Former(full)
-            vars(parent)[name] = sys.modules[full]
-            added.append(name)
-        elif type(there) is ModuleType and hasattr(there, "__path__"):
-            # A package has the name of a module now; its modules are found as ever.
-            there.__class__ = Former
-            changed.append(there)
-    try:
-        yield
-    finally:
-        for name in added:
-            sys.modules.pop(f"{PACKAGE}.{name}", None)
-            vars(parent).pop(name, None)
-        for there in changed:
-            there.__class__ = ModuleType
+# Assigns a module's class.  Former.__setattr__ would use builtins, which a file may have changed.
+_set_class: Final = vars(object)["__class__"].__set__
+
+
+class FormerNames:
+    """A context in which the former names are known.
+
+    Each undo is bound on entry, and the exit uses neither builtins nor globals (contextlib would use next()),
+    so it works whatever a file has done.
+    """
+
+    def __init__(self) -> None:
+        self._undo: list[Callable[[], Any]] = []
+
+    def __enter__(self) -> None:
+        parent = importlib.import_module(PACKAGE)
+        for name in _FORMER:
+            full = f"{PACKAGE}.{name}"
+            there = sys.modules.get(full)
+            if there is None:
+                sys.modules[full] = Former(full)
+                vars(parent)[name] = sys.modules[full]
+                self._undo += [partial(sys.modules.pop, full, None), partial(vars(parent).pop, name, None)]
+            elif type(there) is ModuleType and hasattr(there, "__path__"):
+                # A package has the name of a module now; its modules are found as ever.
+                _set_class(there, Former)
+                self._undo.append(partial(_set_class, there, ModuleType))
+
+    def __exit__(self, *_: object) -> None:
+        for undo in self._undo:
+            undo()

@@ -20,7 +20,7 @@ from typing import Final
 
 from emulator.errors import did_you_mean
 from emulator.policy.confine import NO_PATCHES, Change, Confinement, Patches, collected, load_patchable
-from emulator.policy.former import former_names, home_of
+from emulator.policy.former import FormerNames, home_of
 from emulator.policy.guard import Place, UserPolicyError, class_name, exact, register, shown, through
 from emulator.policy.points import BY_NAME, POINTS, DecisionPoint
 from emulator.policy.policy import Policy, PolicyError
@@ -137,7 +137,7 @@ def _load(path: Path, code: CodeType, lines: Mapping[str, int]) -> Loaded:
     module.__file__ = str(path)
     vars(module)["__builtins__"] = builtins  # not a dictionary of them, as exec would do
     place = Place(str(path), seconds=_LOADING)
-    with former_names():
+    with FormerNames():
         through(place, exec, code, module.__dict__)
     return through(place, _inspected, path, module, lines)
 

@@ -69,7 +69,8 @@ def _patched(base: str, paths: tuple[str, ...], parts: Parts, name: str | None) 
     where = NAMED_BY if base else f"{patch.name}: Flushlab-Base"
     policy = load_user_policy(Path(below)) if below.endswith(".py") else preset(below, where)
     if source_of(policy) is not None:
-        raise PolicyError(where, f"found {below} below a patch", "a preset or a mutant")
+        found = f"found {below} below a patch: a file's class and a patch are not combined"
+        raise PolicyError(where, found, "a preset or a mutant, or one of the two alone")
     names = "+".join([base] * bool(base) + [patch.name])
     patched = policy.patched(patch, "+".join([below, *paths]), name or names)
     assert patched.patch is not None

@@ -149,6 +149,11 @@ def test_one_line(error: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
     assert err.startswith(f"flushlab: {wanted}"), err
 
 
+BELOW = """ below a patch: a file's class and a patch are not combined; expected a preset or a mutant, or \
+one of the two alone
+"""
+
+
 @pytest.mark.parametrize(
     ("spelling", "wanted"),
     [
@@ -161,13 +166,19 @@ def test_one_line(error: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
         ("{dir}/none/", "{dir}/none: No such file or directory; expected a directory of patches"),
         (
             "{dir}/mine.py+{dir}/idea.patch",
-            "--policy: found {dir}/mine.py below a patch; expected a preset",
+            "--policy: found {dir}/mine.py" + BELOW,
+        ),
+        (
+            "{dir}/based.patch",
+            "based.patch: Flushlab-Base: found {dir}/mine.py" + BELOW,
         ),
     ],
 )
 def test_spellings(spelling: str, wanted: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     if "idea" in spelling:
         written(tmp_path, BREAKS_ALL)
+    if "based" in spelling:
+        written(tmp_path, f"Flushlab-Base: {tmp_path}/mine.py\n\n{BREAKS_ALL}", "based.patch")
     text = "from emulator.policy import Policy\nclass Mine(Policy):\n    def zap(self, cpu, kvm): ...\n"
     (tmp_path / "mine.py").write_text(text)
     assert main(["litmus", "return-zap", "--policy", spelling.format(dir=tmp_path)]) == 2
