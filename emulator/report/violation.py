@@ -269,6 +269,8 @@ def _missing(kind: str, r: ViolationReport, analysis: RaceAnalysis) -> str:
         return "the flush between unlinking the table and freeing it (map_replace, zap_yield, RCU)"
     if kind == "guest-stale":
         return "the VPID's flush when the vCPU came to this pCPU (migration_vpid)"
+    if kind == "missed-guest-write":
+        return "the write-protection of the table in each SPTE that maps it, and the flush after that"
     if analysis.revoked_on not in (-1, r.cpu):
         return "the flush when the vCPU came to this pCPU (migration)"
     if promise == "dirty_log":

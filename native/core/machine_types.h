@@ -72,6 +72,7 @@ struct machine {
 	uint32_t spin_ns;   /* time that a wait spins before it sleeps; 0 where one core runs everything */
 	struct cpu *cpus;
 	struct frames *frames;
+	_Atomic(_Atomic uint64_t *) *shadowed; /* shadow_mmu.h: by table page, the gfns of its entries */
 	struct rcu *rcu;
 	struct vm *vms;
 	struct vcpu *vcpus;

@@ -5,6 +5,10 @@
  * leaf that is access-tracked, 57 host-writable, 58 MMU-writable, as in arch/x86/kvm/mmu/spte.h where KVM has
  * them.
  *
+ * Without EPT, SPTEs have the same layout, so that all steps serve both: 0 P, 1 W, 2 not NX, 10 U, 11 G.  Bit 51 is
+ * reserved: an entry with this bit is present and faults, which KVM uses for MMIO; its bits 2:0, 54 and 56 are clear
+ * and the others are KVM's.  Only a leaf's rights count, because KVM gives non-leaf SPTEs all of them.
+ *
  * The folder holds mechanisms: single SPTE steps that also keep the ledger (spte.h), and chunks of like steps over
  * a range (tdp_*.h).  Python decides when to lock, flush, yield and free.
  */
@@ -22,11 +26,14 @@ enum spte_bits_low {
 	SPTE_PAGE_SIZE = 128,
 	SPTE_ACCESSED = 256,
 	SPTE_DIRTY = 512,
+	SPTE_USER = 1024,   /* without EPT */
+	SPTE_GLOBAL = 2048, /* without EPT */
 	FROZEN_SPTE = 0x1a0,
 };
 enum spte_shift {
 	SPTE_HFN_SHIFT = 12,
 	SPTE_CUSTODY_SHIFT = 36,
+	SPTE_MMIO_BIT = 51,     /* without EPT */
 	SPTE_ACC_TRACK_SAVED_SHIFT = 54, /* SHADOW_ACC_TRACK_SAVED_BITS_SHIFT */
 	SPTE_HOST_WRITABLE_BIT = 57,
 	SPTE_MMU_WRITABLE_BIT = 58,

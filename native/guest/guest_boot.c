@@ -3,6 +3,7 @@
 
 #include "core/machine_types.h"
 #include "guest/guest.h"
+#include "guest/guest_insn.h"
 #include "guest/guest_pages.h"
 #include "guest/guest_promise.h"
 #include "vm/guest_state.h"
@@ -49,4 +50,14 @@ void guest_boot(struct machine *m, uint32_t vcpu)
 	for (uint32_t i = 0; i < GUEST_EVENTS; i++)
 		os_schedule(g, (enum guest_event)i);
 	g->boot = g->paged ? GUEST_BOOT_CR4 : GUEST_BOOT_DONE;
+}
+
+void guest_power_on(struct machine *m, uint32_t vcpu)
+{
+	struct guest *g = m->vcpus[vcpu].guest;
+
+	if (!g->paged)
+		return;
+	vcpu_set_paging(m, vcpu, 0);
+	g->boot = GUEST_BOOT_CR4;
 }

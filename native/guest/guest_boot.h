@@ -11,6 +11,11 @@
  * of HLT and continues. */
 /* call: aside */
 void guest_boot(struct machine *m, uint32_t vcpu);
+/* Called by the vCPU's thread before its first entry, without EPT: the guest begins with CR0.PG clear.  Its OS, or in a
+ * program's place the loader, builds page tables by guest-physical stores and enables paging, with exits for
+ * MOV to CR4, CR3 and CR0.  Nothing happens if the guest never enables paging. */
+/* call: aside */
+void guest_power_on(struct machine *m, uint32_t vcpu);
 /* end api */
 
 #endif

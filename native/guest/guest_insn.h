@@ -17,6 +17,9 @@ enum guest_insn {
 	GUEST_INSN_MOV_CR4,
 	GUEST_INSN_RSM,
 	GUEST_INSN_TOGGLE_PGE, /* no exit: CR4.PGE is the guest's own, and so is the flush */
+	/* Without EPT; the guest's own, as they are chosen by its OS or its program. */
+	GUEST_INSN_INVLPG,     /* operand: linear address */
+	GUEST_INSN_INVPCID,    /* operand: linear address; exit.invpcid_type, exit.invpcid_pcid */
 };
 
 /* Any thread: make the vCPU execute this instruction before its next access.  If it exits, the VM exit is

@@ -10,6 +10,7 @@
 #include "core/heap.h"
 #include "core/machine_types.h"
 #include "ept/ept.h"
+#include "ept/shadow_mmu.h"
 #include "machine/cpus.h"
 #include "machine/vms.h"
 #include "memory/frame.h"
@@ -84,7 +85,7 @@ static const char *build(struct machine *m)
 		return "the events";
 	if (oracle_create(m))
 		return "the oracle";
-	if (frames_create(m))
+	if (frames_create(m) || shadow_mmu_create(m))
 		return "host frames";
 	if (rcu_create(m))
 		return "RCU";
@@ -101,6 +102,7 @@ static void dismantle(struct machine *m)
 	vmcss_destroy(m);
 	if (m->vms)
 		vms_destroy(m);
+	shadow_mmu_destroy(m);
 	if (m->frames)
 		frames_destroy(m);
 	if (m->oracle)

@@ -6,6 +6,7 @@
 #include "guest/guest.h"
 #include "memory/mm.h"
 #include "oracle/ledger.h"
+#include "oracle/tracking.h"
 #include "vm/mmu_lock.h"
 #include "vm/slot.h"
 #include "vm/srcu.h"
@@ -23,6 +24,7 @@ static void vm_reset(struct vm *vm, uint32_t id, uint64_t gfns)
 		atomic_init(&vm->stat[i], 0);
 	vm->ledger = NULL;
 	vm->mm = NULL;
+	atomic_init(&vm->tracked, NULL);
 }
 
 /* Undo vm_fill(), however far it got; each step is recognised by its result. */
@@ -32,6 +34,7 @@ static void vm_empty(struct machine *m, struct vm *vm)
 		mm_destroy(m, vm);
 	if (vm->ledger)
 		ledger_destroy(m, vm);
+	tracking_destroy(m, vm);
 	vm->mm = NULL;
 	vm->ledger = NULL;
 	if (vm->srcu.queue.mask)

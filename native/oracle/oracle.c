@@ -12,6 +12,7 @@
 #include "memory/frame.h"
 #include "oracle/ledger.h"
 #include "oracle/story.h"
+#include "oracle/tracking.h"
 #include "tlb/tlb.h"
 #include "vm/guest_state.h"
 #include "vm/vm.h"
@@ -46,6 +47,8 @@ static uint32_t judge_kvm(struct machine *m, const struct use *use, struct judge
 	j->live = e.hfn == hfn ? is_write(type) ? e.live_write : e.live_read : 0;
 	held = e.hfn == hfn && !(e.revoked & (is_write(type) ? 2 : 1));
 
+	if (is_write(type) && writes_tracked(m, entry->vm, gfn))
+		return 1u << VIOLATION_MISSED_GUEST_WRITE;
 	/* A grant made after the promise does not count if the frame has been freed since. */
 	if (held && !freed) {
 		if (!(is_write(type) ? e.live_write : e.live_read))
@@ -69,7 +72,8 @@ static const struct {
 	promiser_judge *judge;
 	uint32_t kinds; /* all that it may return */
 } promisers[PROMISERS] = {
-	[PROMISER_KVM] = { judge_kvm, 1u << VIOLATION_STALE_AFTER_REVOKE | 1u << VIOLATION_USE_AFTER_FREE },
+	[PROMISER_KVM] = { judge_kvm, 1u << VIOLATION_STALE_AFTER_REVOKE | 1u << VIOLATION_USE_AFTER_FREE |
+				      1u << VIOLATION_MISSED_GUEST_WRITE },
 	[PROMISER_GUEST] = { judge_guest, 1u << VIOLATION_GUEST_STALE },
 };
 

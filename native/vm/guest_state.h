@@ -39,6 +39,7 @@ enum exit_reason {
 	EXIT_INSTRUCTION,    /* guest_insn.h: access is the instruction, linear its operand */
 	EXIT_PROGRAM,        /* program.h: GUEST_OP_EXIT, linear its value */
 	EXIT_PROGRAM_END,    /* the program has no operation left */
+	EXIT_EXCEPTION,      /* without EPT, a page fault that KVM intercepts: linear, access, error_code */
 	EXIT_REASONS
 };
 
@@ -50,6 +51,18 @@ struct vcpu_exit {
 	uint32_t rights;     /* R/W/X of the SPTE met */
 	uint32_t attention;  /* attention bits at exit */
 	uint64_t accesses;   /* guest accesses done since entry */
+	uint32_t error_code; /* of a page fault: enum pferr */
+	uint32_t invpcid_type;
+	uint64_t invpcid_pcid;
+};
+
+/* The error code of a page fault (SDM vol. 3A, 4.7). */
+enum pferr {
+	PFERR_PRESENT = 1,
+	PFERR_WRITE = 2,
+	PFERR_USER = 4,
+	PFERR_RSVD = 8,
+	PFERR_FETCH = 16,
 };
 /* end api */
 
@@ -100,6 +113,20 @@ enum guest_event { GUEST_SWITCH, GUEST_UNMAP, GUEST_PROTECT, GUEST_HALT, GUEST_E
 /* The step that an OS that boots after a reset still has to do before it runs its processes. */
 enum guest_boot_step { GUEST_BOOT_DONE, GUEST_BOOT_CR4, GUEST_BOOT_CR0 };
 
+/* A store of one word, for KVM to emulate. */
+struct guest_store {
+	uint64_t linear;
+	uint64_t value;
+	bool faulted; /* it is a store that the last exit is about */
+	bool done;    /* KVM has emulated it: the guest goes on behind it */
+};
+
+struct guest_fault {
+	uint64_t linear;
+	uint32_t error_code;
+	bool pending;
+};
+
 struct guest {
 	struct guest_config config;
 	/* CR3: the current process's PML4 table, GUEST_NO_GFN until it has one, and PCID */
@@ -136,6 +163,8 @@ struct guest {
 	/* MMIO: an EPT violation at this gpa page counts as emulated by user space */
 	uint64_t skip_gfn;
 	uint64_t last_violation;
+	struct guest_store store;     /* without EPT: the store that faulted last */
+	struct guest_fault injected;  /* without EPT: a page fault that KVM has injected */
 	struct program *program; /* instead of processes' traces (program.h); NULL: none */
 };
 

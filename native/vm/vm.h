@@ -97,6 +97,7 @@ struct vm {
 	struct ledger *ledger;       /* rights by gfn (ledger.h) */
 	_Atomic uint64_t promise_clock; /* tickets given out */
 	struct mm *mm;               /* user memory behind the memslots (mm.h) */
+	_Atomic(_Atomic uint64_t *) tracked; /* by gfn, the pages of which KVM sees the stores (tracking.h) */
 };
 
 struct vcpu {

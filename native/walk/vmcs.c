@@ -40,7 +40,9 @@ int vmcs_create(struct machine *m, uint32_t vcpu, uint32_t vpid)
 		v->id = id;
 		v->vcpu = vcpu;
 		v->vpid = vpid;
-		v->root = v->root_level = v->life = 0;
+		v->root = v->root_level = v->life = v->pcid = 0;
+		v->ept = true;
+		v->owner++;
 		slot_set(&v->live, SLOT_LIVE);
 		return (int)id;
 	}
@@ -78,6 +80,17 @@ void vmcs_write_eptp(struct machine *m, uint32_t vmcs, uint32_t root, uint32_t r
 	v->root = root;
 	v->root_level = root_level;
 	v->life = frame_tag(m->frames, root);
+}
+
+void vmcs_enable_ept(struct machine *m, uint32_t vmcs, int on)
+{
+	m->vmcss[vmcs].ept = on != 0;
+}
+
+void vmcs_write_guest_cr3(struct machine *m, uint32_t vmcs, uint32_t root, uint32_t pcid)
+{
+	vmcs_write_eptp(m, vmcs, root, PG_LEVEL_512G);
+	m->vmcss[vmcs].pcid = pcid;
 }
 
 int vmptrld(struct machine *m, uint32_t cpu, uint32_t vmcs)

@@ -20,15 +20,23 @@
 
 /* api */
 /* Create a VMCS of a vCPU, clear and without EPT_POINTER; its number is machine-wide.  VIRTUAL_PROCESSOR_ID stays
- * what it is.  Returns the number or an error. */
+ * what it is.  VPID 0: "enable VPID" is 0, so VM entry and VM exit drop the mappings tagged with VPID 0.  Returns the
+ * number or an error. */
 /* call: aside */
 int vmcs_create(struct machine *m, uint32_t vcpu, uint32_t vpid);
+/* VMWRITE of "enable EPT", which is set in a new VMCS.  Without it the guest's linear addresses are translated by the
+ * tables of GUEST_CR3, in one dimension, and cached as linear mappings.  Before the first VM entry. */
+/* call: aside */
+void vmcs_enable_ept(struct machine *m, uint32_t vmcs, int on);
 /* Destroy a VMCS, before its vCPU.  0, or MACHINE_MISUSE while it is active on a pCPU. */
 /* call: aside */
 int vmcs_destroy(struct machine *m, uint32_t cpu, uint32_t vmcs);
 /* VMWRITE of EPT_POINTER: a root page, and the level of its entries. */
 /* call: part; reads root_loaded(vmcs, root); keeps-gil */
 void vmcs_write_eptp(struct machine *m, uint32_t vmcs, uint32_t root, uint32_t root_level);
+/* VMWRITE of GUEST_CR3, without EPT: a root page of 4 levels, and the PCID (0 with CR4.PCIDE = 0). */
+/* call: part; reads root_loaded(vmcs, root); keeps-gil */
+void vmcs_write_guest_cr3(struct machine *m, uint32_t vmcs, uint32_t root, uint32_t pcid);
 /* VMPTRLD on this pCPU: the VMCS is active and current here.  0, or MACHINE_MISUSE while it is active on
  * another pCPU. */
 /* call: aside; keeps-gil */
@@ -51,10 +59,13 @@ struct vmcs {
 	uint32_t id;
 	uint32_t vcpu;
 	uint32_t vpid;       /* VIRTUAL_PROCESSOR_ID */
-	/* EPT_POINTER */
+	bool ept;            /* "enable EPT" */
+	/* EPT_POINTER, or GUEST_CR3 without EPT */
 	uint32_t root;
 	uint32_t root_level;
 	uint32_t life;       /* tag of the root page when it was written */
+	uint32_t pcid;       /* of GUEST_CR3 */
+	uint16_t owner;      /* tells the linear mappings of this VMCS from those of earlier owners of its VPID */
 };
 
 /* Return the current VMCS of a pCPU, or NULL.  Called by the CPU's thread. */

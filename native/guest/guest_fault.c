@@ -1,0 +1,28 @@
+/* See guest_fault.h. */
+#include "guest/guest_fault.h"
+
+#include "core/machine_types.h"
+#include "vm/guest_state.h"
+#include "vm/vm.h"
+
+int guest_store_value(struct machine *m, uint32_t vcpu, uint64_t *value)
+{
+	const struct guest_store *store = &m->vcpus[vcpu].guest->store;
+
+	*value = store->value;
+	return store->faulted;
+}
+
+void guest_store_done(struct machine *m, uint32_t vcpu)
+{
+	struct guest_store *store = &m->vcpus[vcpu].guest->store;
+
+	store->done = store->faulted;
+	store->faulted = false;
+}
+
+void guest_inject_page_fault(struct machine *m, uint32_t vcpu, uint64_t linear, uint32_t error_code)
+{
+	m->vcpus[vcpu].guest->injected =
+		(struct guest_fault){ .linear = linear, .error_code = error_code, .pending = true };
+}
