@@ -69,6 +69,17 @@ def write_file(where: str, path: Path, data: str | bytes) -> None:
         raise _unwritable(where, path, error) from error
 
 
+def write_new_file(where: str, path: Path, data: str) -> None:
+    """Put a file into its place as write_file() does; raise Unwritable if there is anything already."""
+    try:
+        with interrupts.held():
+            _link(path, data.encode())
+    except FileExistsError as error:
+        raise Unwritable(f"{where} {path}".strip(), "it exists already", "a name of no file") from error
+    except OSError as error:
+        raise _unwritable(where, path, error) from error
+
+
 def check_file(where: str, path: Path) -> None:
     """Raise Unwritable if `write_file` would fail.  Called before hours of work, not after."""
     place = _place(where, path)
@@ -124,6 +135,18 @@ def _replace(place: Path, data: bytes) -> None:
     except BaseException:
         partial.unlink(missing_ok=True)
         raise
+
+
+def _link(place: Path, data: bytes) -> None:
+    """Write a file and give it its name, which unlike renaming replaces nothing."""
+    partial = _beside(place.parent)
+    descriptor = os.open(partial, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o666)
+    try:
+        with os.fdopen(descriptor, "wb") as file:
+            file.write(data)
+        place.hardlink_to(partial)
+    finally:
+        partial.unlink()
 
 
 def _try(directory: Path) -> None:

@@ -23,6 +23,7 @@ from emulator.cli.explore import EXPLORE_EXAMPLES, EXPLORE_HELP, explore
 from emulator.cli.guide import guide
 from emulator.cli.list import app as list_app
 from emulator.cli.litmus import EXAMPLES, LITMUS_HELP, litmus
+from emulator.cli.new import app as new_app
 from emulator.cli.options import (
     DurationOption,
     JsonOption,
@@ -60,6 +61,7 @@ app.command()(guide)
 app.command(help=EXPLORE_HELP, epilog=EXPLORE_EXAMPLES)(explore)
 app.command(help=LITMUS_HELP, epilog=EXAMPLES)(litmus)
 app.add_typer(list_app, name="list")
+app.add_typer(new_app, name="new")
 app.command()(show)
 app.add_typer(trace_app, name="trace")
 
