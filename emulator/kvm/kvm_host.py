@@ -42,14 +42,14 @@ KVM_DIRTY_LOG_INITIALLY_SET: Final = 1 << 1
 KVM_MMU_NUM_PREV_ROOTS: Final = 3
 
 # Control registers (SDM vol. 3A, 2.5).
-X86_CR0_PE: Final = 1 << 0
-X86_CR0_WP: Final = 1 << 16
-X86_CR0_PG: Final = 1 << 31
+X86_CR0_PE: Final[int] = 1 << lib.X86_CR0_PE_BIT
+X86_CR0_WP: Final[int] = 1 << lib.X86_CR0_WP_BIT
+X86_CR0_PG: Final[int] = 1 << lib.X86_CR0_PG_BIT
 X86_CR3_PCID_MASK: Final = 0xFFF
 X86_CR3_PCID_NOFLUSH: Final = 1 << 63
 X86_CR4_PSE: Final = 1 << 4
-X86_CR4_PAE: Final = 1 << 5
-X86_CR4_PGE: Final = 1 << 7
+X86_CR4_PAE: Final[int] = 1 << lib.X86_CR4_PAE_BIT
+X86_CR4_PGE: Final[int] = 1 << lib.X86_CR4_PGE_BIT
 X86_CR4_LA57: Final = 1 << 12
 X86_CR4_PCIDE: Final = 1 << 17
 X86_CR4_SMEP: Final = 1 << 20

@@ -10,6 +10,16 @@
 
 /* api */
 /* calls: anything */
+/* Bits of control registers (SDM vol. 3A, 2.5) by their names in the kernel (asm/processor-flags.h): those that
+ * the guest OS sets, and so operands of GUEST_INSN_MOV_CR0 and GUEST_INSN_MOV_CR4. */
+enum x86_cr_bit {
+	X86_CR0_PE_BIT = 0,
+	X86_CR0_WP_BIT = 16,
+	X86_CR0_PG_BIT = 31,
+	X86_CR4_PAE_BIT = 5,
+	X86_CR4_PGE_BIT = 7,
+};
+
 enum guest_insn {
 	GUEST_INSN_NONE,
 	GUEST_INSN_MOV_CR0,

@@ -20,13 +20,6 @@
 #include "walk/vmcs.h"
 #include "walk/walk.h"
 
-/* SDM vol. 3A, 2.5: control registers. */
-#define CR0_PE UINT64_C(1)
-#define CR0_WP (UINT64_C(1) << 16)
-#define CR0_PG (UINT64_C(1) << 31)
-#define CR4_PAE (UINT64_C(1) << 5)
-#define CR4_PGE (UINT64_C(1) << 7)
-
 struct run {
 	struct walk walk;
 	uint64_t budget;
@@ -95,14 +88,17 @@ static uint32_t instruction(struct run *run, uint32_t insn, uint64_t operand)
 /* SDM vol. 3A, 10.8.5: four-level paging is prepared in CR4, and enabled with CR0.PG.  KVM intercepts both. */
 static uint32_t boot(struct run *run)
 {
+	const uint64_t cr4 = UINT64_C(1) << X86_CR4_PAE_BIT | UINT64_C(1) << X86_CR4_PGE_BIT;
+	const uint64_t cr0 = UINT64_C(1) << X86_CR0_PE_BIT | UINT64_C(1) << X86_CR0_WP_BIT |
+			     UINT64_C(1) << X86_CR0_PG_BIT;
 	struct guest *g = run->walk.guest;
 
 	if (g->boot == GUEST_BOOT_CR4) {
 		g->boot = GUEST_BOOT_CR0;
-		return instruction(run, GUEST_INSN_MOV_CR4, CR4_PAE | CR4_PGE);
+		return instruction(run, GUEST_INSN_MOV_CR4, cr4);
 	}
 	g->boot = GUEST_BOOT_DONE;
-	return instruction(run, GUEST_INSN_MOV_CR0, CR0_PE | CR0_WP | CR0_PG);
+	return instruction(run, GUEST_INSN_MOV_CR0, cr0);
 }
 
 /* Run the SMI handler to its end, then RSM. */
