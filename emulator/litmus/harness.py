@@ -356,7 +356,7 @@ class Harness:
     def _create_vm(self, section: VmSection) -> None:
         cpu = self.main
         params = KvmParams(
-            fault_around=0,
+            fault_around=section.fault_around,
             chunk=section.chunk,
             single=self.single,
             resched_chunks=section.resched_chunks,

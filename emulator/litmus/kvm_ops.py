@@ -8,8 +8,11 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, ClassVar
 
+from emulator.errors import shown
 from emulator.kvm.kvm_host import KVM_MEM_LOG_DIRTY_PAGES
 from emulator.kvm.mmu.mmu import kvm_mmu_zap_all_fast, kvm_zap_gfn_range
+from emulator.kvm.reset import apic_send_init
+from emulator.kvm.smm import kvm_inject_smi
 from emulator.kvm.virt.kvm_main import (
     kvm_flush_remote_tlbs,
     kvm_mmu_notifier_clear_flush_young,
@@ -21,7 +24,7 @@ from emulator.kvm.virt.kvm_main import (
     kvm_vm_ioctl_get_dirty_log,
 )
 from emulator.litmus.migration import WORD, Migration
-from emulator.litmus.syntax import Arg, Context, KvmOp, Op, check_huge
+from emulator.litmus.syntax import Arg, Context, KvmOp, Op, OpError, check_huge
 from emulator.machine.runtime import HPAGE_PMD_NR
 from native import lib
 
@@ -211,6 +214,39 @@ class FlushRemote(KvmOp):
         kvm_flush_remote_tlbs(context.cpu, context.kvm, lib.REASON_OTHER)
 
 
+class _Send(KvmOp):
+    """An event for a vCPU from another processor; the sender does not wait until it is served."""
+
+    args = (Arg("vcpu", "number"),)
+
+    def check(self, test: LitmusTest, thread: str) -> None:
+        super().check(test, thread)
+        number = test.threads[thread].vm
+        if self.number("vcpu") >= test.vm[number].vcpus:
+            raise OpError(shown(self.text), f"a vCPU of VM {number}, which has {test.vm[number].vcpus}")
+
+
+class SendSmi(_Send):
+    verb = "send-smi"
+    doc = (
+        "Another processor sends an SMI to vCPU VCPU: an IPI of that delivery mode. A vCPU that is in guest "
+        "mode is kicked."
+    )
+
+    def run(self, context: Context) -> None:
+        kvm_inject_smi(context.cpu, context.kvm.vcpus[self.number("vcpu")])
+
+
+class SendInit(_Send):
+    verb = "send-init"
+    doc = (
+        "Another processor sends an INIT to vCPU VCPU, as for kexec. A vCPU that is in guest mode is kicked."
+    )
+
+    def run(self, context: Context) -> None:
+        apic_send_init(context.cpu, context.kvm.vcpus[self.number("vcpu")])
+
+
 class SlotDelete(KvmOp):
     verb = "slot-delete"
     doc = "KVM_SET_USER_MEMORY_REGION deletes memslot 0. If it was logged, user space gives its migration up."
@@ -327,6 +363,8 @@ KVM_OPS: tuple[type[Op], ...] = (
     Zap,
     ZapAll,
     FlushRemote,
+    SendSmi,
+    SendInit,
     SlotDelete,
     SlotCreate,
     LogArm,

@@ -17,6 +17,7 @@
     paging = false                # guests run with CR0.PG = 0: addresses are guest-physical
     pcid = false                  # CR4.PCIDE
     chunk = 32                    # SPTEs that a zap handles in one step
+    fault_around = 0              # pages that a fault maps together with its own, as the emulator's guests do
     resched_chunks = 0            # a zap yields after this number of steps; 0: only if mmu_lock is contended
     invalidations = 0             # how many this VM has had already: mmu_invalidate_seq begins there
     dirty_log = "protect"         # or "manual", "initially-set" (KVM_CAP_MANUAL_DIRTY_LOG_PROTECT2)
@@ -102,6 +103,7 @@ from emulator.litmus.checks import SchemaError, check_test, parse_delay
 from emulator.litmus.kvm_ops import SLOT, SMM_SLOT
 from emulator.litmus.leftovers import LEAK
 from emulator.litmus.ops import Op, OpError, parse_op
+from emulator.machine.runtime import FAULT_AROUND_MAX
 from emulator.policy import canonical
 from emulator.validation import Unit
 from native import VIOLATION_KINDS
@@ -165,6 +167,7 @@ class VmSection(Section):
     pcid: bool = False
     chunk: Annotated[int, Unit("SPTEs")] = Field(default=32, ge=1, le=512, strict=True)
     resched_chunks: Annotated[int, Unit("steps")] = Field(default=0, ge=0, le=1024, strict=True)
+    fault_around: Annotated[int, Unit("pages")] = Field(default=0, ge=0, le=FAULT_AROUND_MAX, strict=True)
     eager_page_split: bool = True
     invalidations: Annotated[int, Unit("invalidations")] = Field(default=0, ge=0, lt=1 << 63, strict=True)
     dirty_log: Literal["protect", "manual", "initially-set"] = "protect"
@@ -181,6 +184,8 @@ class VmSection(Section):
             raise ValueError(f"tdp_levels to have {self.vcpus} entries, one for each vCPU")
         if self.smram is not None and self.smram > self.pages:
             raise ValueError(f"smram of at most {self.pages:#x}, the pages of this VM")
+        if self.fault_around & (self.fault_around - 1):
+            raise ValueError("fault_around to be a power of 2")
         if self.pcid and not self.paging:
             raise ValueError("paging = true where pcid = true")
         return self

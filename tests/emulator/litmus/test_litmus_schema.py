@@ -102,6 +102,8 @@ BAD = [
     ("v0 mode write 300", "v7 mode", "stress.delays[0]: found 'v7'; expected one of the threads v0, mm"),
     ("mode write 300", "mode write 1000001", "stress.delays[0]: found '1000001'; expected at most 1000000"),
     ("[threads.v0]", "[[vm]]\nsmram = 0x801\n[threads.v0]", "expected smram of at most 0x800"),
+    ("[threads.v0]", "[[vm]]\nfault_around = 3\n[threads.v0]", "expected fault_around to be a power of 2"),
+    ("[threads.v0]", "[[vm]]\nfault_around = 65\n[threads.v0]", "found 65; expected"),
     ("[threads.v0]", "[[vm]]\nsmram = 0\n[threads.v0]", "vm[0].smram: found 0; expected"),
     ("v0 mode write 300", "v0", "stress.delays[0]: found 'v0'; expected \"THREAD POINT"),
     (
@@ -187,6 +189,8 @@ NOT_TOGETHER = [
     ),
     (["rsm"], [], [], [], "v0.ops[0]: found 'rsm'; expected an smi before it"),
     (["smi", "rsm", "rsm"], [], [], [], "v0.ops[2]: found 'rsm'; expected an smi before it"),
+    ([], ["send-smi 1"], [], [], "k.ops[0]: found 'send-smi 1'; expected a vCPU of VM 0, which has 1"),
+    ([], ["send-init 9"], [], [], "k.ops[0]: found 'send-init 9'; expected a vCPU of VM 0, which has 1"),
     (["map 1 2"], [], [], [], "v0.ops[0]: found 'map 1 2'; expected map in a VM with paging = true"),
     (["mov-cr3 0"], [], [], [], "v0.ops[0]: found 'mov-cr3 0'; expected mov-cr3 in a VM with paging = true"),
     (["cr0 pg 1"], [], [], [], "v0.ops[0]: found 'cr0 pg 1'; expected cr0 pg in a VM with paging = true"),
