@@ -9,7 +9,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from bench.mutation.generate import Mutant, mutants, sample
-from bench.mutation.judge import QUICK, THOROUGH
+from bench.mutation.judge import FAIR, QUICK, THOROUGH
 from bench.mutation.report import table
 from bench.mutation.results import Results
 from bench.mutation.run import judge_all, learn, prepare
@@ -47,10 +47,10 @@ def _judge(chosen: Sequence[Mutant], options: argparse.Namespace) -> int:
         print(f"{time.monotonic() - started:6.0f} s  {text}", file=sys.stderr, flush=True)
 
     prepare()
-    depth = QUICK if options.quick else THOROUGH
-    results = Results(Path(options.keep) if options.keep else None, fingerprint(depth))
+    depth = QUICK if options.quick else FAIR if options.fair else THOROUGH
+    results = Results(Path(options.keep) if options.keep else None, fingerprint())
     wanted = quick_pairs() if options.quick else list(pairs())
-    executions = FIRST if options.quick else 0
+    executions = 0 if depth is THOROUGH else FIRST
     all_known = learn(results, wanted, options.jobs, say, stop, executions)
     judged = []
     if len(results.known) >= len(wanted):
@@ -81,6 +81,9 @@ def _parse(arguments: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument("--show", action="store_true", help="print the diffs")
     parser.add_argument(
         "--quick", action="store_true", help="explored under the default preset only, with fewer executions"
+    )
+    parser.add_argument(
+        "--fair", action="store_true", help="long looks at fewer tests than a thorough judgement has"
     )
     parser.add_argument("--jobs", type=int, default=2, metavar="N", help="processes")
     parser.add_argument("--keep", metavar="FILE", help="read and append results, one JSON line each")

@@ -40,8 +40,8 @@ _PROPOSED = frozenset({
     "vmx_flush_tlb_old_roots",
     "vmx_flush_tlb_roots",
 })  # fmt: skip
-# Functions that are no code of KVM: they make and end VMs, as no thread of a test does, check arguments, read
-# the emulator's bitmaps, slice guests, or judge.
+# Functions that are no code of KVM: they make and end VMs and vCPUs, as no thread of a test does, check
+# arguments, read the emulator's bitmaps, choose its fault-around, slice guests, or judge.
 _NOT_IN = frozenset({
     "__repr__",
     "__init__",
@@ -51,8 +51,12 @@ _NOT_IN = frozenset({
     "_unwind_entry",
     "_word",
     "_words",
+    "fault_around_range",
+    "free_loaded_vmcs",
+    "kvm_arch_vcpu_ioctl_set_sregs",
     "kvm_create_vm",
     "kvm_destroy_vm",
+    "kvm_mmu_after_set_cpuid",
     "kvm_mmu_uninit_tdp_mmu",
     "kvm_mmu_zap_all",
     "kvm_tdp_mmu_zap_all",
@@ -91,7 +95,8 @@ class Mutant:
 
     @property
     def digest(self) -> str:
-        return hashlib.sha256(f"{self.name}\n{self.diff}".encode()).hexdigest()
+        """Return a hash that stays when mutants before this one come or go, and with them its number."""
+        return hashlib.sha256(f"{self.rule}@{self.function}\n{self.diff}".encode()).hexdigest()
 
 
 @cache

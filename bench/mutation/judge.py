@@ -12,13 +12,15 @@ survived     all others
 from __future__ import annotations
 
 import traceback
-from collections.abc import Callable, Iterable, Sequence
-from dataclasses import asdict, dataclass
+from collections import Counter
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from dataclasses import asdict, dataclass, field
+from types import MappingProxyType
 from typing import Any, Final
 
 from bench.mutation import patched
 from bench.mutation.generate import Mutant
-from bench.mutation.suite import FIRST, GLANCE, Known, Shown, most_of, prices, show
+from bench.mutation.suite import FIRST, GLANCE, OTHER, SECOND, STEPS, Known, Shown, most_of, prices, show
 from emulator.errors import BadInput
 from emulator.explore.engine.scheduler import Divergence
 from emulator.litmus.model import INCONCLUSIVE
@@ -36,7 +38,8 @@ SURVIVED: Final = "survived"
 CLASSES: Final = (CAUGHT, BROKEN, EQUIVALENT, COST_ONLY, UNREACHED, SURVIVED)
 
 # Executions on real threads.
-_STRESS: Final = 60
+STRESS: Final = 60
+ON_REAL_THREADS: Final = " on real threads"
 # Python's own errors: the mutated statement cannot be executed.
 _PYTHONS: Final = (NameError, TypeError, AttributeError)
 # ... and those that a mutant causes.
@@ -45,9 +48,13 @@ _CRASHES: Final = (*_PYTHONS, BadInput, ValueError, LookupError, ArithmeticError
 
 @dataclass(frozen=True, slots=True)
 class Depth:
-    """How long to look for a test that catches a mutant, after a glance at all pairs of the default preset:
-    pairs that get a first and a second look, pairs of each other preset, and pairs on real threads."""
+    """How long to look for a test that catches a mutant, besides a glance at all pairs of the default preset.
 
+    at_once: pairs that get a first look before that glance; first_looks, second_looks: pairs that get one
+    after it; of_a_preset: pairs of each other preset; stressed: pairs on real threads.
+    """
+
+    at_once: int = 3
     first_looks: int = 32
     second_looks: int = 1000
     of_a_preset: int = 2
@@ -55,8 +62,26 @@ class Depth:
 
 
 THOROUGH: Final = Depth()
+# For a population of hundreds.
+FAIR: Final = Depth(first_looks=12, second_looks=2, of_a_preset=1, stressed=0)
 # Under the default preset only, and explored only.
 QUICK: Final = Depth(first_looks=16, second_looks=8, of_a_preset=0, stressed=0)
+
+
+@dataclass(frozen=True, slots=True)
+class Look:
+    """A number of executions of one pair, explored or on real threads."""
+
+    known: Known
+    executions: int
+    real: bool = False
+
+    def __str__(self) -> str:
+        return f"{self.known.pair}{ON_REAL_THREADS if self.real else ''}"
+
+    @property
+    def key(self) -> str:
+        return f"{self.known.pair.key}{ON_REAL_THREADS if self.real else ''}"
 
 
 @dataclass(frozen=True, slots=True)
@@ -64,7 +89,8 @@ class Judgement:
     """The verdict on a mutant.
 
     pair, kind, executions: the test that caught it, and how.  by: explore or stress.  why: the text of a
-    failure, or the prices that differ.
+    failure, or the prices that differ.  looked: the longest look at each pair that caught nothing, in
+    executions, by the look's key.
     """
 
     name: str
@@ -74,42 +100,50 @@ class Judgement:
     kind: str = ""
     executions: int = 0
     why: str = ""
+    looked: dict[str, int] = field(default_factory=dict)
 
     def document(self) -> dict[str, Any]:
         return asdict(self)
 
 
 def judge(
-    mutant: Mutant, all_known: Sequence[Known], say: Callable[[str], None], depth: Depth = THOROUGH
+    mutant: Mutant,
+    all_known: Sequence[Known],
+    say: Callable[[str], None],
+    depth: Depth = THOROUGH,
+    before: Judgement | None = None,
+    telling: Mapping[str, int] = MappingProxyType({}),
 ) -> Judgement:
-    """Judge a mutant in this process, which has no other use afterwards.  `say` hears of each pair before."""
+    """Judge a mutant in this process, which has no other use afterwards.  `say` hears of each look before.
+
+    before: an earlier judgement; its looks are not repeated.  telling: see reaches().
+    """
     patched.apply(mutant.module, mutant.path, mutant.text)
-    reaching = reaches(mutant, all_known)
-    executions = 0
-    for one, most in looks(reaching, depth):
-        say(str(one.pair))
-        found, caught = _look(mutant, one, most, executions)
+    reaching = reaches(mutant, all_known, telling)
+    looked = dict(before.looked) if before is not None else {}
+    executions = before.executions if before is not None else 0
+    for look in pending(reaching, depth, looked):
+        say(str(look))
+        found, caught = (_stressed if look.real else _explored)(mutant, look, executions)
         if caught is not None:
             return caught
+        looked[look.key] = look.executions
         executions += found
-    for one in reaching[: depth.stressed]:
-        say(f"{one.pair} on real threads")
-        caught = _stressed(mutant, one)
-        if caught is not None:
-            return caught
     if not reaching:
         return Judgement(mutant.name, UNREACHED)
-    cost = _cost(one for one in reaching if one.prices)
-    if cost:
-        return Judgement(mutant.name, COST_ONLY, executions=executions, why=cost)
-    return Judgement(mutant.name, SURVIVED, executions=executions)
+    cost = _cost(mutant, (one for one in reaching if one.prices))
+    verdict = COST_ONLY if cost else SURVIVED
+    return Judgement(mutant.name, verdict, executions=executions, why=cost, looked=looked)
 
 
-def reaches(mutant: Mutant, all_known: Iterable[Known]) -> list[Known]:
+def reaches(
+    mutant: Mutant, all_known: Iterable[Known], telling: Mapping[str, int] = MappingProxyType({})
+) -> list[Known]:
     """Return the pairs that reach a mutated statement, in the order in which they are tried.
 
-    First come the default's, and of these the ones that reach all of the statements, those with further
-    choices before the others, and then those that reach little else.
+    First come the default's, and of these the ones that promise most: telling has how many similar mutants a
+    pair has caught.  Then come the pairs that reach all of the statements, those with further choices before
+    the others, and then those that reach little else.
     """
     lines = {(mutant.module, line) for line in mutant.statements}
     found = [one for one in all_known if one.lines & lines]
@@ -117,6 +151,7 @@ def reaches(mutant: Mutant, all_known: Iterable[Known]) -> list[Known]:
         found,
         key=lambda one: (
             one.pair.preset != DEFAULT,
+            -telling.get(str(one.pair), 0),
             not lines <= one.lines,
             not one.pair.choices,
             len(one.lines),
@@ -131,29 +166,40 @@ def is_reached(mutant: Mutant, all_known: Iterable[Known]) -> bool:
     return any(lines <= one.lines for one in all_known)
 
 
-def looks(reaching: Sequence[Known], depth: Depth) -> list[tuple[Known, int]]:
-    """Return the pairs in the order in which they are explored, each with its most executions."""
+def looks(reaching: Sequence[Known], depth: Depth) -> Iterator[Look]:
+    """Yield the looks at a mutant: short ones at all pairs before long ones at the most promising."""
     default = [one for one in reaching if one.pair.preset == DEFAULT]
-    found = [(one, GLANCE) for one in default]
-    found += [(one, FIRST) for one in default[: depth.first_looks] if not one.shown.complete]
-    found += [(one, most_of(one.pair)) for one in default[: depth.second_looks] if not one.shown.complete]
-    seen: dict[str, int] = {}
-    for one in reaching:
-        preset = one.pair.preset
-        seen[preset] = seen.get(preset, 0) + 1
-        if preset != DEFAULT and seen[preset] <= depth.of_a_preset:
-            found.append((one, most_of(one.pair)))
-    return found
+    unproved = [one for one in default if not one.shown.complete]
+    others = [one for one in reaching if one.pair.preset != DEFAULT]
+    yield from (Look(one, FIRST) for one in default[: depth.at_once])
+    yield from (Look(one, GLANCE) for one in default)
+    seen: Counter[str] = Counter()
+    for one in others:
+        seen[one.pair.preset] += 1
+        # A statement that only this preset reaches gets as many looks as one of the default's.
+        if seen[one.pair.preset] <= (depth.of_a_preset if default else depth.first_looks):
+            yield Look(one, OTHER)
+    yield from (Look(one, FIRST) for one in unproved[: depth.first_looks])
+    yield from (Look(one, SECOND) for one in unproved[: depth.second_looks])
+    yield from (Look(one, STRESS, real=True) for one in reaching[: depth.stressed])
 
 
-def _look(mutant: Mutant, one: Known, most: int, before: int) -> tuple[int, Judgement | None]:
+def pending(reaching: Sequence[Known], depth: Depth, looked: Mapping[str, int]) -> Iterator[Look]:
+    """Yield the looks that are left to do; `looked` may grow meanwhile."""
+    for look in looks(reaching, depth):
+        if looked.get(look.key, 0) < look.executions:
+            yield look
+
+
+def _explored(mutant: Mutant, look: Look, before: int) -> tuple[int, Judgement | None]:
     """Explore a pair; return the number of executions, and the judgement if it caught the mutant."""
+    one = look.known
     try:
-        shown = show(one.pair, most)
+        shown = show(one.pair, look.executions)
     except _CRASHES as error:
         verdict = BROKEN if isinstance(error, _PYTHONS) else CAUGHT
         return 0, Judgement(mutant.name, verdict, "explore", str(one.pair), "crash", before + 1, _text(error))
-    kind = differs(one, shown, most)
+    kind = differs(one, shown, look.executions)
     if not kind:
         return shown.executions, None
     total = before + shown.executions
@@ -170,26 +216,31 @@ def differs(one: Known, shown: Shown, most: int) -> str:
     return INCONCLUSIVE if vacuous and most >= min(most_of(one.pair), one.shown.executions) else ""
 
 
-def _stressed(mutant: Mutant, one: Known) -> Judgement | None:
+def _stressed(mutant: Mutant, look: Look, before: int) -> tuple[int, Judgement | None]:
+    """Run a pair on real threads; return as _explored() does."""
+    pair = look.known.pair
     try:
-        outcome = run_test(one.pair.litmus, named_policy(one.pair.preset), _STRESS)
+        outcome = run_test(pair.litmus, named_policy(pair.preset), look.executions)
     except _CRASHES as error:
-        return Judgement(mutant.name, CAUGHT, "stress", str(one.pair), "crash", 1, _text(error))
-    if outcome.failure:
-        return Judgement(
-            mutant.name, CAUGHT, "stress", str(one.pair), "failure", outcome.executions, outcome.failure
-        )
-    if outcome.kinds:
-        kind = next(iter(outcome.kinds))
-        return Judgement(mutant.name, CAUGHT, "stress", str(one.pair), kind, outcome.executions)
-    return None
+        return 0, Judgement(mutant.name, CAUGHT, "stress", str(pair), "crash", before + 1, _text(error))
+    kind = "failure" if outcome.failure else next(iter(outcome.kinds), "")
+    if not kind:
+        return outcome.executions, None
+    total = before + outcome.executions
+    return 0, Judgement(mutant.name, CAUGHT, "stress", str(pair), kind, total, outcome.failure)
 
 
-def _cost(reaching: Iterable[Known]) -> str:
-    """Return the prices that have risen, "" if none has, or if one has fallen."""
+def _cost(mutant: Mutant, reaching: Iterable[Known]) -> str:
+    """Return the prices that have risen, "" if none has, or if one has fallen.
+
+    The number of steps is a price of doing a step twice only: another mutant may have more for any reason.
+    """
+    uncounted = "" if mutant.rule.startswith("twice-") else STEPS
     risen: dict[str, int] = {}
     for one in reaching:
         for name, n in prices(one.pair).items():
+            if name == uncounted:
+                continue
             if n < one.prices[name]:
                 return ""
             if n > one.prices[name]:

@@ -119,6 +119,9 @@ ORDERED: Final = frozenset({
     "vmx_vcpu_load_vmcs",
 })  # fmt: skip
 
+# Locals with fields that only the thread itself uses: its vCPU and CPU, a walk, a fault.
+PRIVATE: Final = frozenset({"arch", "child", "cpu", "entry", "fault", "it", "mmu", "removal", "vcpu"})
+
 # Doing one of these twice is doing it once, for it sets a bit or frees all that there is.
 IDEMPOTENT: Final = frozenset({
     "kvm_make_request",

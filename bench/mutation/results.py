@@ -1,15 +1,29 @@
-"""Results as JSON lines: a line for each pair of the suite, and one for each mutant.  Each has
-the fingerprint of its sources: a run goes on where the last one ended, and begins anew where they changed."""
+"""Results as JSON lines: a line for each pair of the suite, and one for each mutant.
+
+Each line has the fingerprint of its sources, and a pair's the hash of its test's text, so a run goes on where
+the last one ended: a survivor is looked at with new tests only.  Where the sources have changed, mutants are
+judged anew, and the pair that caught a mutant before is tried first.
+"""
 
 from __future__ import annotations
 
 import json
+from collections import Counter
+from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, Final
 
 from bench.mutation.generate import Mutant
-from bench.mutation.judge import Judgement
-from bench.mutation.suite import Known, Pair, Shown
+from bench.mutation.judge import BROKEN, CAUGHT, Depth, Judgement, pending, reaches
+from bench.mutation.suite import Known, Pair, Shown, text_hash
+
+# A pair that caught this very mutant promises more than any number of others of its function.
+_THIS_ONE: Final = 1000
+
+
+def test_of(judgement: Judgement) -> str:
+    """Return the test of the pair that caught a mutant, "" if none did."""
+    return judgement.pair.partition(" ")[0]
 
 
 class Results:
@@ -20,20 +34,44 @@ class Results:
         self.fingerprint = fingerprint
         self.known: dict[Pair, Known] = {}
         self.judged: dict[str, Judgement] = {}
+        self._caught: dict[str, Counter[str]] = {}  # by function: how often each pair caught a mutant
+        self._catching: dict[str, str] = {}  # by mutant: the pair that caught it last
         if path is not None and path.exists():
             for line in path.read_text("utf-8").splitlines():
                 self._read(json.loads(line))
 
     def _read(self, line: dict[str, Any]) -> None:
-        if line["fingerprint"] != self.fingerprint:
-            return
         if "pair" in line:
             pair = Pair(*line["pair"])
-            shown = Shown(**line["shown"] | {"kinds": tuple(line["shown"]["kinds"])})
-            lines = frozenset((module, n) for module, ns in line["lines"].items() for n in ns)
-            self.known[pair] = Known(pair, shown, line["prices"], lines)
-        else:
-            self.judged[line["digest"]] = Judgement(**line["judgement"])
+            if line["fingerprint"] == self.fingerprint and line["text"] == text_hash(pair.test):
+                shown = Shown(**line["shown"] | {"kinds": tuple(line["shown"]["kinds"])})
+                lines = frozenset((module, n) for module, ns in line["lines"].items() for n in ns)
+                self.known[pair] = Known(pair, shown, line["prices"], lines)
+            return
+        judgement = Judgement(**line["judgement"])
+        self._remember(judgement)
+        if line["fingerprint"] == self.fingerprint and line["text"] == text_hash(test_of(judgement)):
+            self.judged[line["digest"]] = judgement
+
+    def _remember(self, judgement: Judgement) -> None:
+        if judgement.verdict == CAUGHT:
+            function = judgement.name.partition("@")[2].partition("#")[0]
+            self._caught.setdefault(function, Counter())[judgement.pair] += 1
+            self._catching[judgement.name] = judgement.pair
+
+    def telling(self, mutant: Mutant) -> Mapping[str, int]:
+        """Return how much each pair promises for a mutant, by what it has caught in the same function."""
+        found = Counter(self._caught.get(mutant.function, {}))
+        if mutant.name in self._catching:
+            found[self._catching[mutant.name]] += _THIS_ONE
+        return found
+
+    def stands(self, mutant: Mutant, known: Sequence[Known], depth: Depth) -> bool:
+        """Return whether a mutant has been caught, or no look is left to do."""
+        found = self.judged.get(mutant.digest)
+        if found is None or found.verdict in (CAUGHT, BROKEN):
+            return found is not None
+        return not any(pending(reaches(mutant, known, self.telling(mutant)), depth, found.looked))
 
     def add_known(self, one: Known) -> None:
         self.known[one.pair] = one
@@ -43,6 +81,7 @@ class Results:
         shown = one.shown
         self._write({
             "pair": [one.pair.test, one.pair.preset, one.pair.choices],
+            "text": text_hash(one.pair.test),
             "shown": {
                 "verdict": shown.verdict,
                 "kinds": list(shown.kinds),
@@ -57,10 +96,12 @@ class Results:
 
     def add(self, mutant: Mutant, judgement: Judgement) -> None:
         self.judged[mutant.digest] = judgement
+        self._remember(judgement)
         self._write({
             "digest": mutant.digest,
             "module": mutant.module,
             "line": mutant.line,
+            "text": text_hash(test_of(judgement)),
             "judgement": judgement.document(),
         })  # fmt: skip
 

@@ -12,7 +12,7 @@ from itertools import pairwise
 from typing import Final
 
 from bench.mutation.blocks import Unit, blocks, events_of, is_section, units
-from bench.mutation.names import ACCOUNTS, IDEMPOTENT, LOWER, ORDERED, UPPER, YIELDS
+from bench.mutation.names import ACCOUNTS, IDEMPOTENT, LOWER, ORDERED, PRIVATE, UPPER, YIELDS
 from bench.mutation.source import (
     Edit,
     Source,
@@ -21,7 +21,6 @@ from bench.mutation.source import (
     depends,
     indented,
     leaves,
-    only_accounts,
 )
 
 # One mutant: the name of its rule, and its edits.
@@ -116,7 +115,7 @@ def swap(source: Source, function: ast.FunctionDef) -> Iterator[Mutation]:
         for one, other in pairwise(found):
             if not _is_ordered(one.main) and not _is_ordered(other.main):
                 continue
-            if only_accounts(one.main) or only_accounts(other.main):
+            if not _acts(one.main) or not _acts(other.main):
                 continue
             if depends(one.main, other.main) or leaves(one.main) or leaves(other.main):
                 continue
@@ -134,20 +133,26 @@ def release(source: Source, function: ast.FunctionDef) -> Iterator[Mutation]:
                 continue
             found = units(section.body)
             last = found[-1] if found else None
-            if last is not None and len(found) > 1 and _acts(last.main) and not last.events:
+            if last is not None and len(found) > 1 and _moves(last.main) and not last.events:
                 text = indented(
                     source.statement_lines(last.first, last.main), section.col_offset - last.main.col_offset
                 )
                 removed = source.drop(last.first, last.main, section.body)
                 yield "release-early", [removed, source.insert_after(section, text)]
-            if after is not None and _acts(after) and not leaves(section):
+            if after is not None and _moves(after) and not leaves(section):
                 text = indented(source.statement_lines(after), section.body[0].col_offset - after.col_offset)
                 removed = source.drop(after, after, block)
                 yield "release-late", [removed, source.insert_after(section, text)]
 
 
+def _moves(statement: ast.stmt) -> bool:
+    """Return whether a statement acts, and can pass the end of a section."""
+    simple = isinstance(statement, ast.Expr | ast.Assign | ast.AugAssign | ast.If)
+    return simple and _acts(statement) and bool(calls(statement)) and not leaves(statement)
+
+
 def _is_ordered(statement: ast.stmt) -> bool:
-    """Return whether a statement is an event, one of ORDERED, or sets a field that others may read."""
+    """Return whether a statement is an event, one of ORDERED, or sets a field that other threads may read."""
     if events_of(statement) or is_section(statement):
         return True
     if isinstance(statement, ast.Expr):
@@ -155,13 +160,24 @@ def _is_ordered(statement: ast.stmt) -> bool:
     targets = statement.targets if isinstance(statement, ast.Assign) else []
     if isinstance(statement, ast.AugAssign):
         targets = [statement.target]
-    return any(isinstance(target, ast.Attribute) for target in targets)
+    return any(_is_shared(target) for target in targets)
+
+
+def _is_shared(target: ast.expr) -> bool:
+    """Return whether other threads may read a field: not one of a vCPU, a pCPU, or a walk of this thread."""
+    if not isinstance(target, ast.Attribute):
+        return False
+    return not any(isinstance(one, ast.Name) and one.id in PRIVATE for one in ast.walk(target))
 
 
 def _acts(statement: ast.stmt) -> bool:
-    """Return whether a statement does something besides accounts, and leaves nothing."""
-    simple = isinstance(statement, ast.Expr | ast.Assign | ast.AugAssign | ast.If)
-    return simple and bool(calls(statement) - ACCOUNTS) and not leaves(statement)
+    """Return whether a statement does something that other threads may notice besides accounts."""
+    if isinstance(statement, ast.Assign | ast.AugAssign):
+        targets = statement.targets if isinstance(statement, ast.Assign) else [statement.target]
+        return any(map(_is_shared, targets)) or bool(calls(statement.value) - ACCOUNTS)
+    if isinstance(statement, ast.With):
+        return is_section(statement)
+    return isinstance(statement, ast.Expr | ast.If | ast.For) and bool(calls(statement) - ACCOUNTS)
 
 
 # --- conditions -----------------------------------------------------------------------------------------
@@ -172,8 +188,9 @@ def weaken(source: Source, function: ast.FunctionDef) -> Iterator[Mutation]:
     for node in _own(function):
         if isinstance(node, ast.BoolOp) and not _is_assertion(source, node):
             name = "drop-operand" if isinstance(node.op, ast.And) else "drop-alternative"
-            for i in range(len(node.values)):
-                yield name, [_without_operand(source, node, i)]
+            for i, operand in enumerate(node.values):
+                if not _compares_answer(operand):
+                    yield name, [_without_operand(source, node, i)]
         elif isinstance(node, ast.UnaryOp) and isinstance(node.op, ast.Not):
             yield "drop-not", [source.replace(node, source.segment(node.operand))]
         elif isinstance(node, ast.Compare) and len(node.ops) == 1 and not _is_assertion(source, node):

@@ -10,7 +10,16 @@ from pathlib import Path
 
 from bench.mutation import patched
 from bench.mutation.generate import Mutant, mutants
-from bench.mutation.judge import BROKEN, CAUGHT, EQUIVALENT, THOROUGH, Depth, Judgement, judge
+from bench.mutation.judge import (
+    BROKEN,
+    CAUGHT,
+    EQUIVALENT,
+    ON_REAL_THREADS,
+    THOROUGH,
+    Depth,
+    Judgement,
+    judge,
+)
 from bench.mutation.pool import Lost, each
 from bench.mutation.results import Results
 from bench.mutation.suite import Cover, Known, Pair, known, pairs
@@ -99,10 +108,13 @@ def judge_all(
 ) -> list[tuple[Mutant, Judgement]]:
     """Judge the mutants that the results do not have yet; return all that are judged, in the given order."""
     argued = equivalent()
-    todo = [one for one in chosen if one.digest not in results.judged and one.name not in argued]
+    todo = [
+        one for one in chosen if one.name not in argued and not results.stands(one, all_known, depth)
+    ]
 
     def do(mutant: Mutant, heard: Say) -> Judgement:
-        return judge(mutant, all_known, heard, depth)
+        before = results.judged.get(mutant.digest)
+        return judge(mutant, all_known, heard, depth, before, results.telling(mutant))
 
     for number, (mutant, found) in enumerate(each(todo, do, jobs, stop), 1):
         judgement = _of_lost(mutant, found) if isinstance(found, Lost) else found
@@ -123,7 +135,7 @@ def _argued(mutant: Mutant, results: Results, argued: dict[str, str]) -> Judgeme
 
 def _of_lost(mutant: Mutant, lost: Lost) -> Judgement:
     """A child that hangs or dies has caught its mutant, if it had begun with a pair."""
-    by = "stress" if lost.during.endswith("on real threads") else "explore"
+    by = "stress" if lost.during.endswith(ON_REAL_THREADS) else "explore"
     verdict = CAUGHT if lost.during else BROKEN
     return Judgement(
         mutant.name, verdict, by, lost.during, "hang" if lost.how == "hang" else "crash", 0, lost.how
