@@ -12,6 +12,7 @@ from native import ffi, lib
 from native.types import CounterId, CpuId, VcpuId, VmId
 
 if TYPE_CHECKING:
+    from emulator.report.result import MachineObserver
     from native._native import MachinePtr
 
 # Numbers that tests give by hand.
@@ -61,10 +62,18 @@ class BareMachine:
             pytest.fail(f"machine_create: {ffi.string(error).decode()}")
         if lib.vm_create(self.pointer, 64) != 0:
             pytest.fail("vm_create")
+        self._observers: list[MachineObserver] = []
+
+    def show_to(self, observer: MachineObserver) -> None:
+        """Let an observer read the machine until it closes; threads of clients that left may still scrape."""
+        self._observers.append(observer)
+        observer.machine_up(self.pointer, pcpus=self.pcpus, vms=self.vms)
 
     def count(self, cpu: CpuId, counter: CounterId, n: int) -> None:
         lib.counter_add(self.pointer, cpu, counter, n)
 
     def close(self) -> None:
+        for observer in self._observers:
+            observer.machine_down()
         lib.machine_stop(self.pointer)
         lib.machine_destroy(self.pointer)

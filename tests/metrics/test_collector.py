@@ -35,7 +35,7 @@ def value(text: str, series: str) -> float:
 @pytest.fixture
 def collector(bare_machine: BareMachine) -> MachineCollector:
     collector = MachineCollector({"policy": "linux-7.3", "scenario": "test"})
-    collector.machine_up(bare_machine.pointer, pcpus=bare_machine.pcpus, vms=bare_machine.vms)
+    bare_machine.show_to(collector)
     return collector
 
 
@@ -112,7 +112,7 @@ def test_promtool_finds_nothing(bare_machine: BareMachine) -> None:
     if promtool is None:
         pytest.skip("promtool is not installed (apt-get install prometheus)")
     collector = MachineCollector({"policy": "p", "scenario": "s"}, per_cpu=True)
-    collector.machine_up(bare_machine.pointer, pcpus=bare_machine.pcpus, vms=bare_machine.vms)
+    bare_machine.show_to(collector)
     text = scrape(collector)
     check = subprocess.run(
         [promtool, "check", "metrics"], input=text, capture_output=True, text=True, check=False, timeout=30
@@ -123,7 +123,7 @@ def test_promtool_finds_nothing(bare_machine: BareMachine) -> None:
 def test_pcpus_are_labels_only_on_request(bare_machine: BareMachine, collector: MachineCollector) -> None:
     assert "cpu=" not in scrape(collector)
     detailed = MachineCollector(per_cpu=True)
-    detailed.machine_up(bare_machine.pointer, pcpus=bare_machine.pcpus, vms=bare_machine.vms)
+    bare_machine.show_to(detailed)
     bare_machine.count(CPU1, lib.COUNT_IPIS_RECEIVED, 5)
     assert value(scrape(detailed), 'flushlab_pcpu_ipis_received_total{cpu="1"}') == 5
 

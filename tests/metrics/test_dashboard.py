@@ -16,7 +16,7 @@ from tests.support import BareMachine
 @pytest.fixture
 def exported(bare_machine: BareMachine) -> set[str]:
     collector = MachineCollector()
-    collector.machine_up(bare_machine.pointer, pcpus=bare_machine.pcpus, vms=bare_machine.vms)
+    bare_machine.show_to(collector)
     names: set[str] = set()
     for family in collector.collect():
         names |= {sample.name for sample in family.samples}

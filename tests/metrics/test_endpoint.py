@@ -88,7 +88,7 @@ def fetch(url: str) -> str:
 
 def collector_of(machine: BareMachine) -> MachineCollector:
     collector = MachineCollector({"policy": "linux-7.3", "scenario": "test"})
-    collector.machine_up(machine.pointer, pcpus=machine.pcpus, vms=machine.vms)
+    machine.show_to(collector)
     return collector
 
 
@@ -202,7 +202,7 @@ def test_a_connection_ends_when_its_time_is_up(
 @pytest.mark.slow
 def test_a_client_that_does_not_read_gives_way(bare_machine: BareMachine) -> None:
     many = MachineCollector({f"label{i}": "x" * 10_000 for i in range(600)})
-    many.machine_up(bare_machine.pointer, pcpus=2, vms=1)
+    bare_machine.show_to(many)
     with Endpoint(many, "127.0.0.1", 0) as endpoint, ExitStack() as stack:
         address = ("127.0.0.1", urllib.parse.urlparse(endpoint.url).port)
         deaf = []
