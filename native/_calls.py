@@ -11,6 +11,9 @@ from native.description import Described
 CALLS: Final[Mapping[str, Described]] = {
     "test_and_set_bit": Described("words bit", "local; fence"),
     "test_bit": Described("words bit", "local"),
+    "test_and_clear_bit": Described("words bit", "local; fence"),
+    "set_bit": Described("words bit", "local; fence"),
+    "clear_bit": Described("words bit", "local; fence"),
     "bitmap_clear": Described("words n", "local"),
     "atomic64_inc_return": Described("counter", "local; fence"),
     "atomic64_read": Described("counter", "local"),
@@ -251,5 +254,6 @@ CALLS: Final[Mapping[str, Described]] = {
     "flush_invvpid_single": Described("m cpu vm vpid reason", "part; writes tlb(cpu); at tlb"),
     "flush_invvpid_all": Described("m cpu vm reason", "part; writes tlb(cpu); at tlb"),
     "flush_invvpid_address": Described("m cpu vm vpid page reason", "part; writes tlb(cpu); at tlb"),
+    "flush_invvpid_retain_globals": Described("m cpu vm vpid reason", "part; writes tlb(cpu); at tlb"),
     "flush_reset": Described("m cpu", "aside"),
 }

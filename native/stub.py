@@ -59,6 +59,7 @@ EXCEPTIONS: Final = {
             "flush_invvpid_single",
             "flush_invvpid_all",
             "flush_invvpid_address",
+            "flush_invvpid_retain_globals",
             "vcpu_add_flush_reason",
         )
     },

@@ -108,9 +108,7 @@ def judge_all(
 ) -> list[tuple[Mutant, Judgement]]:
     """Judge the mutants that the results do not have yet; return all that are judged, in the given order."""
     argued = equivalent()
-    todo = [
-        one for one in chosen if one.name not in argued and not results.stands(one, all_known, depth)
-    ]
+    todo = [one for one in chosen if one.name not in argued and not results.stands(one, all_known, depth)]
 
     def do(mutant: Mutant, heard: Say) -> Judgement:
         before = results.judged.get(mutant.digest)

@@ -2,21 +2,25 @@
 
 KVM knows no policy, only this protocol.  A method is called at the moment of its decision, with the objects
 that the kernel's code has at hand there, and its docstring tells that moment.  Each `Literal` lists the
-answers; the first is Linux 7.3's.  emulator.policy describes and implements them.
+answers; the first is Linux 7.3's.  emulator.policy describes and implements them.  With `done`, a policy says
+that it has acted itself: KVM neither flushes nor accounts for a flush there.
 """
 
 from __future__ import annotations
 
-from typing import Literal, Protocol, overload
+from typing import TYPE_CHECKING, Literal, Protocol, overload
 
 from emulator.kvm.mmu.structs import KvmMmuPage
 from emulator.kvm.structs import Kvm, KvmMemorySlot, Vcpu
 from emulator.machine.runtime import Cpu
 
-RemoteFlush = Literal["all-contexts", "active-roots", "root-tlb-gen", "current-context"]
-RemoteKick = Literal["mode-not-outside", "vm-pcpu-mask", "all-pcpus"]
+if TYPE_CHECKING:
+    from emulator.kvm.notifications import Heard
+
+RemoteFlush = Literal["all-contexts", "active-roots", "root-tlb-gen", "current-context", "done"]
+RemoteKick = Literal["mode-not-outside", "vm-pcpu-mask", "all-pcpus", "done"]
 KickWait = Literal["wait", "no-wait"]
-RootLoad = Literal["flush-current", "root-tlb-gen", "none"]
+RootLoad = Literal["flush-current", "root-tlb-gen", "none", "done"]
 CachedRoot = Literal["none", "flush-current"]
 RootAlloc = Literal["none", "on-each-cpu", "vm-pcpu-mask"]
 RootLock = Literal["read", "write"]
@@ -29,6 +33,7 @@ Migration = Literal[
     "cpu-flushed-mask-cleared",
     "root-tlb-gen",
     "none",
+    "done",
 ]
 MigrationVpid = Literal["with-ept", "invvpid", "none"]
 SlotDelete = Literal["zap-all-roots", "zap-slot-leafs"]
@@ -70,18 +75,29 @@ class Decisions(Protocol):
     def may_answer(self, point: str, *alternatives: str) -> bool:
         """Return whether the policy can ever answer `point` with one of `alternatives`."""
 
+    def heard(self) -> Heard:
+        """Return the functions that hear the moments (emulator.kvm.notifications).  A VM asks when it is
+        created."""
+
+    def new_data(self, scope: Literal["vm", "vcpu", "root"], number: int, pcpus: int) -> object:
+        """Make the policy's state of a new VM, vCPU or root.  KVM keeps it with the object, and never looks
+        into it."""
+
     def remote_flush(self, cpu: Cpu, vcpu: Vcpu) -> RemoteFlush:
-        """`vcpu` services KVM_REQ_TLB_FLUSH on `cpu`."""
+        """`vcpu` services KVM_REQ_TLB_FLUSH on `cpu`.  vcpu.flush_reasons has a bit for each reason of the
+        request, and vcpu.flush_reason is the first one.  `done`: the policy has flushed."""
 
     def remote_kick(self, cpu: Cpu, kvm: Kvm) -> RemoteKick:
         """All vCPUs of `kvm` have a new request, and pCPUs are about to be interrupted.  Also when the first
-        vCPU of `kvm` is loaded on a pCPU, because the answer decides whether the pCPU is flushed then."""
+        vCPU of `kvm` is loaded on a pCPU, because the answer decides whether the pCPU is flushed then.
+        cpu.kick_mask has the pCPUs of mode-not-outside.  `done`: the policy has changed that mask."""
 
     def kick_wait(self, cpu: Cpu, kvm: Kvm) -> KickWait:
         """A flusher has interrupted pCPUs for `kvm`, and may wait until they have left guest mode."""
 
     def root_load(self, cpu: Cpu, vcpu: Vcpu, root: KvmMmuPage) -> RootLoad:
-        """`root` became current through kvm_mmu_load."""
+        """`root` became current through kvm_mmu_load.  `done`: the policy has flushed, or has accounted for
+        what it elided."""
 
     def cached_root(self, cpu: Cpu, vcpu: Vcpu, root: KvmMmuPage) -> CachedRoot:
         """`root` became current again without kvm_mmu_load."""
@@ -101,7 +117,7 @@ class Decisions(Protocol):
 
     def migration(self, cpu: Cpu, vcpu: Vcpu) -> Migration:
         """The VMCS of `vcpu` is loaded on `cpu`, and was loaded on another pCPU before (loaded_vmcs.cpu).
-        Precedes migration_vpid."""
+        Precedes migration_vpid.  `done`: the policy has flushed, or has accounted for what it elided."""
 
     def migration_vpid(self, cpu: Cpu, vcpu: Vcpu) -> MigrationVpid:
         """The VMCS of `vcpu` is loaded on `cpu`, and was loaded on another pCPU before, where the guest may

@@ -31,6 +31,7 @@ from native.types import CpuId, FlushReason, VcpuId, VmId, Vpid
 
 if TYPE_CHECKING:
     from emulator.kvm.decisions import Decisions
+    from emulator.kvm.notifications import Heard
     from emulator.kvm.vmx.vmcs import LoadedVmcs
     from emulator.kvm.x86_ops import KvmX86Ops
 
@@ -153,6 +154,7 @@ class Kvm:
 
     Lock order: slots_lock, slots_arch_lock, mn_invalidate_lock; mmu_lock, tdp_mmu_pages_lock.
     `tdp_mmu_zap_works`: roots that wait for the worker that zaps them (decision root_put=async).
+    `policy_data`: the policy's state of the VM.  `heard`: the policy's functions that hear of moments.
     `x86_ops`: the vendor's operations.  `mm`: the host's memory management, without which no page may be
     copied on write.  `tracks_roots`: the policy may elide flushes by the tracking of roots.  `warned`: texts
     of WARN_ON_ONCE().  `at_host_work`: CPUs that wait in emulator.kvm.host_work.
@@ -162,6 +164,7 @@ class Kvm:
         "at_host_work",
         "dirty_log_manual",
         "gfns",
+        "heard",
         "id",
         "machine",
         "memslots",
@@ -174,6 +177,7 @@ class Kvm:
         "params",
         "pcpu_mask",
         "policy",
+        "policy_data",
         "slots_arch_lock",
         "slots_lock",
         "tdp_mmu_pages_lock",
@@ -198,6 +202,8 @@ class Kvm:
         self.id = vm
         self.gfns = gfns
         self.policy = policy
+        self.heard: Heard = policy.heard()
+        self.policy_data = policy.new_data("vm", vm, machine.pcpus)
         self.x86_ops = x86_ops
         self.mm: Mm | None = None
         self.params = params
@@ -269,13 +275,17 @@ class Vcpu:
 
     mmu is root_mmu, or guest_mmu, which shadows the EPT of a nested guest: without nested guests it exists
     and has no roots.  maxphyaddr: MAXPHYADDR of the guest's CPUID, decides between 4 and 5 levels.
-    flush_current_reason: the reason of the vCPU's last KVM_REQ_TLB_FLUSH_CURRENT, for the accounts.
+    flush_current_reason: the reason of the vCPU's last KVM_REQ_TLB_FLUSH_CURRENT, for the accounts;
+    flush_reasons: a bit for each reason of the KVM_REQ_TLB_FLUSH that it services, flush_reason: the first.
+    policy_data: the policy's state of the vCPU.
     """
 
     __slots__ = (
         "arch",
         "exit",
         "flush_current_reason",
+        "flush_reason",
+        "flush_reasons",
         "guest_mmu",
         "id",
         "immediate_exit",
@@ -284,6 +294,7 @@ class Vcpu:
         "loaded_vmcs",
         "maxphyaddr",
         "mmu",
+        "policy_data",
         "root_mmu",
         "srcu_idx",
         "vpid",
@@ -299,10 +310,13 @@ class Vcpu:
         self.root_mmu = KvmMmu(KvmMmuPageRole(level=kvm.params.tdp_level))
         self.guest_mmu = KvmMmu(KvmMmuPageRole(level=kvm.params.tdp_level))
         self.mmu = self.root_mmu
+        self.policy_data = kvm.policy.new_data("vcpu", number, kvm.machine.pcpus)
         self.srcu_idx = -1
         self.loaded = False  # between vcpu_load or kvm_sched_in and vcpu_put or kvm_sched_out
         self.immediate_exit = False
         self.flush_current_reason: FlushReason = lib.REASON_GUEST
+        self.flush_reasons = 0
+        self.flush_reason: FlushReason = lib.REASON_OTHER
         self.exit = ffi.new("struct vcpu_exit *")
 
     def __repr__(self) -> str:

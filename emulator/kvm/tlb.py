@@ -26,9 +26,12 @@ def kvm_vcpu_flush_tlb_all(cpu: Cpu, vcpu: Vcpu) -> None:
     kvm = vcpu.kvm
     reasons: int = lib.vcpu_take_flush_reasons(cpu.m, vcpu.id)
     reason = FlushReason((reasons & -reasons).bit_length() - 1) if reasons else lib.REASON_OTHER
+    vcpu.flush_reasons, vcpu.flush_reason = reasons, reason
     cpu.stat(kvm.id, lib.STAT_TLB_FLUSH)
     answer = kvm.policy.remote_flush(cpu, vcpu)
-    if answer == "root-tlb-gen" and not reasons & _LOCAL_REASONS:
+    if answer == "done":
+        pass
+    elif answer == "root-tlb-gen" and not reasons & _LOCAL_REASONS:
         flush_tlb_old_roots(cpu, vcpu, reason)
     elif answer == "current-context":
         record_flush(cpu, kvm, [root for root in mmu_roots(vcpu.mmu) if root is vcpu.mmu.root])

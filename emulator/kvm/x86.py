@@ -142,12 +142,17 @@ def _enter_with_irqs_off(cpu: Cpu, vcpu: Vcpu) -> bool:
     IN_GUEST_MODE and interrupts; the interrupt stays pending until VM entry and causes an exit at once.
     Without the barrier in between, the mode may become visible only after the check.
     """
+    before_entry = vcpu.kvm.heard.before_entry
     if vcpu.kvm.policy.entry_order(cpu, vcpu) == "mode-then-requests":
         set_mode(cpu, vcpu, IN_GUEST_MODE)
         kvm_vcpu_srcu_read_unlock(cpu, vcpu)
         smp_mb__after_srcu_read_unlock(cpu)
+        if before_entry is not None:
+            before_entry(cpu, vcpu)
         cancelled = kvm_vcpu_exit_request(cpu, vcpu)
     else:
+        if before_entry is not None:
+            before_entry(cpu, vcpu)
         cancelled = kvm_vcpu_exit_request(cpu, vcpu)
         kvm_vcpu_srcu_read_unlock(cpu, vcpu)
         set_mode(cpu, vcpu, IN_GUEST_MODE)

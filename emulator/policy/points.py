@@ -8,32 +8,51 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
-from typing import get_args, get_type_hints
+from typing import Final, get_args, get_type_hints
 
 from emulator.kvm.decisions import Decisions
+
+# The answer of a policy that acts itself; a table has no use for it.
+DONE: Final = "done"
 
 
 @dataclass(frozen=True, slots=True)
 class Alternative:
-    """One answer.  `mutant`: known to be wrong, by itself or together with answers that `doc` names."""
+    """One answer.  `mutant`: known to be wrong, by itself or together with answers that `doc` names.
+
+    proposed: KVM does not know it: the class of that proposal decides (emulator.policy.proposals).
+    """
 
     name: str
     doc: str
     mutant: bool = False
+    proposed: bool = False
 
 
 @dataclass(frozen=True, slots=True)
 class DecisionPoint:
-    """A question that a policy answers; `name` is also the method of `Policy`."""
+    """A question that a policy answers; `name` is also the method of `Policy`.
+
+    acts: a policy's class may also answer `done`.
+    """
 
     name: str
     doc: str
     alternatives: tuple[Alternative, ...]
+    acts: bool = False
 
     @property
     def default(self) -> str:
         """Return the answer of Linux 7.3."""
         return self.alternatives[0].name
+
+    def answers(self) -> tuple[str, ...]:
+        """Return the answers that a class may give."""
+        return (*self.names(), DONE) if self.acts else self.names()
+
+    def proposals(self) -> tuple[str, ...]:
+        """Return the alternatives that are proposals: their classes (emulator.policy.proposals) decide."""
+        return tuple(alternative.name for alternative in self.alternatives if alternative.proposed)
 
     def names(self) -> tuple[str, ...]:
         return tuple(alternative.name for alternative in self.alternatives)
@@ -49,15 +68,25 @@ def answers_of(method: Callable[..., str]) -> tuple[str, ...]:
 
 
 def _point(
-    method: Callable[..., str], doc: str, right: Mapping[str, str], *, wrong: Mapping[str, str] | None = None
+    method: Callable[..., str],
+    doc: str,
+    right: Mapping[str, str],
+    *,
+    wrong: Mapping[str, str] | None = None,
+    proposed: Mapping[str, str] | None = None,
+    proposed_wrong: Mapping[str, str] | None = None,
 ) -> DecisionPoint:
-    """Describe a decision point: each of its answers, those known to be wrong in `wrong`."""
-    answers, mutants = answers_of(method), wrong or {}
+    """Describe a decision point: each of KVM's answers, the wrong ones in `wrong`, and the proposals."""
+    answers, mutants = tuple(one for one in answers_of(method) if one != DONE), wrong or {}
     described = [*right, *mutants]
     if sorted(described) != sorted(answers):
         raise AssertionError(f"{method.__name__} has answers {answers}; described are {described}")
     alternatives = (Alternative(one, mutants.get(one) or right[one], one in mutants) for one in answers)
-    return DecisionPoint(method.__name__, doc, tuple(alternatives))
+    proposals = (
+        *(Alternative(one, text, proposed=True) for one, text in (proposed or {}).items()),
+        *(Alternative(one, text, True, True) for one, text in (proposed_wrong or {}).items()),
+    )
+    return DecisionPoint(method.__name__, doc, (*alternatives, *proposals), DONE in answers_of(method))
 
 
 POINTS: tuple[DecisionPoint, ...] = (

@@ -5,21 +5,25 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from contextlib import AbstractContextManager, nullcontext
 from types import ModuleType
 from typing import TYPE_CHECKING, Any, Final
 
 from emulator.errors import BadInput, one_of, shown
 from emulator.policy.points import BY_NAME, POINTS
+from emulator.policy.state import Declarations, Scope, declarations, new_data
 
 if TYPE_CHECKING:
     from emulator.kvm import decisions
     from emulator.kvm.mmu.structs import KvmMmuPage
+    from emulator.kvm.notifications import Heard
     from emulator.kvm.structs import Kvm, KvmMemorySlot, Vcpu
     from emulator.machine.runtime import Cpu
     from emulator.policy.patch import KvmPatch
 
+
+NO_STATE: Final[Declarations] = {"vm": (), "vcpu": (), "root": ()}
 
 # The command-line option that names a policy.
 NAMED_BY: Final = "--policy"
@@ -34,7 +38,10 @@ class Policy:
 
     Each method is a decision point: emulator.kvm.decisions tells when KVM asks it, emulator.policy.points
     describes its answers.  This class answers from a table: Linux 7.3's answers, except those given by name.
-    A subclass may decide case by case.  `patch`: the changes of KVM's code under this policy
+    A subclass may decide case by case, and act: declare state (emulator.policy.state), define moments
+    (emulator.kvm.notifications) and use the machine's instructions (emulator.policy.instructions).  An answer
+    may also be a proposal's: its class (emulator.policy.proposals) decides then, as soon as a VM is created
+    with the policy.  `patch`: the changes of KVM's code under this policy
     (emulator.policy.patch), if any.
     """
 
@@ -43,6 +50,10 @@ class Policy:
         self.patch: KvmPatch | None = None
         self._spelling = ""
         self._answers: dict[str, Any] = {point.name: point.default for point in POINTS}
+        # The proposals that the table names, and the methods that decide in place of the table.
+        self._parts: dict[str, Policy] = {}
+        self._acts: dict[str, Callable[..., Any]] = {}
+        self._declared: Declarations = NO_STATE
         for point, alternative in answers.items():
             check_answer(point, alternative)
             self._answers[point] = alternative
@@ -66,22 +77,22 @@ class Policy:
     # --- the decision points ---------------------------------------------------------------------------
 
     def remote_flush(self, cpu: Cpu, vcpu: Vcpu) -> decisions.RemoteFlush:
-        return self._answers["remote_flush"]
+        return self._decide("remote_flush", cpu, vcpu)
 
     def remote_kick(self, cpu: Cpu, kvm: Kvm) -> decisions.RemoteKick:
-        return self._answers["remote_kick"]
+        return self._decide("remote_kick", cpu, kvm)
 
     def kick_wait(self, cpu: Cpu, kvm: Kvm) -> decisions.KickWait:
         return self._answers["kick_wait"]
 
     def root_load(self, cpu: Cpu, vcpu: Vcpu, root: KvmMmuPage) -> decisions.RootLoad:
-        return self._answers["root_load"]
+        return self._decide("root_load", cpu, vcpu, root)
 
     def cached_root(self, cpu: Cpu, vcpu: Vcpu, root: KvmMmuPage) -> decisions.CachedRoot:
         return self._answers["cached_root"]
 
     def root_alloc(self, cpu: Cpu, kvm: Kvm, root: KvmMmuPage) -> decisions.RootAlloc:
-        return self._answers["root_alloc"]
+        return self._decide("root_alloc", cpu, kvm, root)
 
     def root_lock(self, cpu: Cpu, kvm: Kvm) -> decisions.RootLock:
         return self._answers["root_lock"]
@@ -93,7 +104,7 @@ class Policy:
         return self._answers["invalid_root_zap"]
 
     def migration(self, cpu: Cpu, vcpu: Vcpu) -> decisions.Migration:
-        return self._answers["migration"]
+        return self._decide("migration", cpu, vcpu)
 
     def migration_vpid(self, cpu: Cpu, vcpu: Vcpu) -> decisions.MigrationVpid:
         return self._answers["migration_vpid"]
@@ -105,7 +116,7 @@ class Policy:
         return self._answers["zap_scope"]
 
     def zap(self, cpu: Cpu, kvm: Kvm) -> decisions.Zap:
-        return self._answers["zap"]
+        return self._decide("zap", cpu, kvm)
 
     def zap_root(self, cpu: Cpu, kvm: Kvm, root: KvmMmuPage) -> decisions.ZapRoot:
         return self._answers["zap_root"]
@@ -151,6 +162,51 @@ class Policy:
 
     def role_change(self, cpu: Cpu, vcpu: Vcpu) -> decisions.RoleChange:
         return self._answers["role_change"]
+
+    def _decide(self, point: str, cpu: Cpu, *arguments: object) -> Any:
+        """Answer a point that a proposal may decide."""
+        act = self._acts.get(point)
+        return self._answers[point] if act is None else act(cpu, *arguments)
+
+    # --- moments and state -----------------------------------------------------------------------------
+
+    def heard(self) -> Heard:
+        from emulator.policy.acting import heard_by
+
+        self._engage()
+        return heard_by([*self._parts.values(), self])
+
+    def new_data(self, scope: Scope, number: int, pcpus: int) -> object:
+        name = f"{scope} {number:#x}" if scope == "root" else f"{scope} {number}"
+        return new_data(self._declared[scope], name, pcpus)
+
+    def _engage(self) -> None:
+        """Make the proposals that the table names; KVM's code, which they call, may be patched by now."""
+        from emulator.policy.proposals import PROPOSALS
+
+        names = self._wanted()
+        for name in self._parts.keys() - names:
+            del self._parts[name]
+        for name in sorted(names):
+            if type(self._parts.get(name)) is not PROPOSALS[name]:
+                self._parts[name] = PROPOSALS[name]()
+        self._acts.clear()
+        self._acts.update(
+            (point.name, getattr(self._parts[self._answers[point.name]], point.name))
+            for point in POINTS
+            if self._answers[point.name] in point.proposals()
+        )
+        self._declared = declarations(type(part) for part in [*self._parts.values(), self._acting()])
+
+    def _wanted(self) -> set[str]:
+        """Return the names of the proposals that may decide."""
+        return {
+            self._answers[point.name] for point in POINTS if self._answers[point.name] in point.proposals()
+        }
+
+    def _acting(self) -> Policy:
+        """Return the object with the class that declares state and defines moments."""
+        return self
 
     # --- about the policy ------------------------------------------------------------------------------
 

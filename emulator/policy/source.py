@@ -19,6 +19,7 @@ from types import CodeType, ModuleType
 from typing import Final
 
 from emulator.errors import did_you_mean
+from emulator.policy.acting import MOMENTS
 from emulator.policy.confine import NO_PATCHES, Change, Confinement, Patches, collected, load_patchable
 from emulator.policy.former import FormerNames, home_of
 from emulator.policy.guard import Place, UserPolicyError, class_name, exact, register, shown, through
@@ -30,8 +31,8 @@ from emulator.policy.presets import DEFAULT, preset
 _TYPO: Final = 0.75
 # The emulator calls a policy through these; a user's class must not change them.
 _RESERVED: Final = (
-    "answers", "confined", "fresh", "given", "guarded", "is_patched_by_user", "may_answer", "mutants",
-    "module", "overrides", "spelled", "with_settings",
+    "answers", "confined", "fresh", "given", "guarded", "heard", "is_patched_by_user", "may_answer",
+    "module", "mutants", "new_data", "overrides", "spelled", "with_settings",
 )  # fmt: skip
 # Processor seconds for executing the file, making its object, and looking at either.
 _LOADING: Final = 10.0
@@ -49,6 +50,7 @@ class Loaded:
     called: str  # the class's own name
     base: Policy
     points: tuple[DecisionPoint, ...]
+    moments: tuple[str, ...]
     # By name, the line at which the class, or a class of the file that it derives from, defines it.
     at: Mapping[str, int]
 
@@ -150,11 +152,12 @@ def _inspected(path: Path, module: ModuleType, lines: Mapping[str, int]) -> Load
     for name, value in defined.items():
         _check_name(f"{path}:{at[name]}: {called}.{name}", name, value)
     points = tuple(point for point in POINTS if point.name in defined)
-    if not points:
+    moments = tuple(name for name in MOMENTS if name in defined)
+    if not points and not moments:
         raise UserPolicyError(
             f"{path}:{lines.get(called, 1)}", f"{called} decides nothing", f"a method of {', '.join(BY_NAME)}"
         )
-    return Loaded(module, cls, _name(path, cls, called, at), called, base, points, at)
+    return Loaded(module, cls, _name(path, cls, called, at), called, base, points, moments, at)
 
 
 def _parse(path: Path) -> tuple[ast.Module, CodeType]:
@@ -279,24 +282,25 @@ def _is_taken(name: str) -> bool:
 
 def _check_name(where: str, name: str, value: object) -> None:
     if name in BY_NAME:
-        _check_signature(where, name, value)
+        _check_signature(where, name, value, tuple(inspect.signature(getattr(Policy, name)).parameters))
+    elif name in MOMENTS:
+        _check_signature(where, name, value, MOMENTS[name])
     elif name in _RESERVED:
         raise UserPolicyError(where, "this name is taken", "another one")
     elif inspect.isfunction(value) and not name.startswith("_"):
-        close = get_close_matches(name, BY_NAME, n=1, cutoff=_TYPO)
+        close = get_close_matches(name, [*BY_NAME, *MOMENTS], n=1, cutoff=_TYPO)
         if close:
             expected = f"{close[0]}, or a name that starts with _ for a helper"
-            raise UserPolicyError(where, "no such decision point", expected)
+            raise UserPolicyError(where, "no such decision point or moment", expected)
 
 
-def _check_signature(where: str, name: str, value: object) -> None:
-    wanted = inspect.signature(getattr(Policy, name))
-    expected = f"a method {name}{_plain(wanted)}"
+def _check_signature(where: str, name: str, value: object, wanted: tuple[str, ...]) -> None:
+    expected = f"a method {name}({', '.join(wanted)})"
     if not inspect.isfunction(value):
         raise UserPolicyError(where, shown(value), expected)
     found = inspect.signature(value)
     try:
-        found.bind(*wanted.parameters)
+        found.bind(*wanted)
     except TypeError as error:
         raise UserPolicyError(where, f"{name}{_plain(found)}", expected) from error
 

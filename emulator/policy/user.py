@@ -30,10 +30,11 @@ from pathlib import Path
 from types import ModuleType
 from typing import Any
 
+from emulator.policy.acting import is_simple
 from emulator.policy.confine import NO_PATCHES, Confinement
 from emulator.policy.guard import Place, UserPolicyError, came_through, exact, failed, shown, through
 from emulator.policy.patch import KvmPatch, Parts, read_patch
-from emulator.policy.points import BY_NAME, DecisionPoint
+from emulator.policy.points import BY_NAME, DONE, DecisionPoint
 from emulator.policy.policy import NAMED_BY, Policy, PolicyError, check_answer
 from emulator.policy.presets import DEFAULT, preset
 from emulator.policy.source import Source, read_source
@@ -111,6 +112,7 @@ class UserPolicy(Policy):
             point.name: {} for point in source.loaded.points if point.name not in settings
         }
         self._places = {name: source.place(name, _one_of(BY_NAME[name])) for name in self._given}
+        self._places |= {name: source.place(name) for name in source.loaded.moments}
         self._mine: Any = None
 
     def adopt(self, mine: Any) -> None:
@@ -129,8 +131,20 @@ class UserPolicy(Policy):
                 answers[point] = answer
         self._answers = {**answers, **self._settings}
         self.patch = base.patch
-        own.update(name=self.name, patch=self.patch, _answers=dict(self._answers))
+        own.update(
+            name=self.name,
+            patch=self.patch,
+            _answers=dict(self._answers),
+            _parts=self._parts,
+            _acts=self._acts,
+        )
         self._mine = mine
+
+    def _acting(self) -> Policy:
+        return self._mine  # type: ignore[no-any-return]
+
+    def _engage(self) -> None:
+        through(self._source.place("__init__"), super()._engage)
 
     def with_settings(self, settings: Mapping[str, str], name: str | None = None) -> Policy:
         for point, alternative in settings.items():
@@ -141,6 +155,19 @@ class UserPolicy(Policy):
 
     def may_answer(self, point: str, *alternatives: str) -> bool:
         return point in self._given or super().may_answer(point, *alternatives)
+
+    def _as_proposed(self, answer: str, point: DecisionPoint) -> Callable[..., str]:
+        """Return the proposal's method, if the table names the proposal or if the proposal is simple."""
+        part = self._parts.get(answer)
+        if part is None:
+            where = self._places[point.name].at()
+            found = f"returned {answer!r}, a proposal that keeps state or hears moments"
+            raise UserPolicyError(where, found, "super()'s answer, with a base that is this proposal")
+        return getattr(part, point.name)  # type: ignore[no-any-return]
+
+    def _wanted(self) -> set[str]:
+        simple = {name for point in self._given for name in BY_NAME[point].proposals() if is_simple(name)}
+        return super()._wanted() | simple
 
     def fresh(self) -> Policy:
         return _made(self._source.again(), self._settings, self.name)
@@ -178,14 +205,16 @@ class UserPolicy(Policy):
 
     def overrides(self) -> dict[str, str]:
         path = Path(self._source.path).name
-        return {p: f"{path}:{self._source.line(p)}" for p in BY_NAME if p in self._given}
+        defined = [*(p for p in BY_NAME if p in self._given), *self._source.loaded.moments]
+        return {name: f"{path}:{self._source.line(name)}" for name in defined}
 
     def given(self) -> dict[str, dict[str, int]]:
         return {point: self._sum(point) for point in BY_NAME if point in self._given}
 
     def _sum(self, point: str) -> dict[str, int]:
         given = dict(self._given[point])
-        sums = {name: sum(n for (a, _), n in given.items() if a == name) for name in BY_NAME[point].names()}
+        names = BY_NAME[point].answers()
+        sums = {name: sum(n for (a, _), n in given.items() if a == name) for name in names}
         return {name: n for name, n in sums.items() if n}
 
     def mutants(self) -> tuple[str, ...]:
@@ -195,7 +224,7 @@ class UserPolicy(Policy):
             f"{point}={alternative} ({self.overrides()[point]})"
             for point, sums in self.given().items()
             for alternative in sums
-            if BY_NAME[point].alternative(alternative).mutant
+            if alternative != DONE and BY_NAME[point].alternative(alternative).mutant
         ]
         return (*table, *case_by_case)
 
@@ -211,7 +240,7 @@ def _made(source: Source, settings: Mapping[str, str], name: str | None = None) 
     `settings` are the command line's, and take precedence over the class at their points.
     """
     points = frozenset(point.name for point in source.loaded.points if point.name not in settings)
-    policy = _class(points)(source, settings, name)
+    policy = _class(points, source.loaded.moments)(source, settings, name)
     with Confinement.entered():
         place = source.place("__init__", _WITHOUT_ARGUMENTS, _MAKING)
         policy.adopt(through(place, _new, source, settings))
@@ -232,8 +261,9 @@ def _new(source: Source, settings: Mapping[str, str]) -> Any:
 
 
 @lru_cache(maxsize=64)
-def _class(points: frozenset[str]) -> type[UserPolicy]:
-    return type("UserPolicy", (UserPolicy,), {point: _asked(BY_NAME[point]) for point in points})
+def _class(points: frozenset[str], moments: tuple[str, ...]) -> type[UserPolicy]:
+    asked = {point: _asked(BY_NAME[point]) for point in points}
+    return type("UserPolicy", (UserPolicy,), asked | {moment: _told(moment) for moment in moments})
 
 
 def _fixed(point: str) -> Callable[..., str]:
@@ -245,7 +275,9 @@ def _fixed(point: str) -> Callable[..., str]:
 
 def _asked(point: DecisionPoint) -> Callable[..., str]:
     """Wrap the user's method, with a clear error for each way in which it can fail."""
-    name, names = point.name, frozenset(point.names())
+    name, names = point.name, frozenset(point.answers())
+
+    proposals = frozenset(point.proposals())
 
     def ask(self: UserPolicy, cpu: Any, *arguments: Any) -> str:
         # The method may have state, and calls on other CPUs may come in between.
@@ -260,9 +292,23 @@ def _asked(point: DecisionPoint) -> Callable[..., str]:
         given = self._given[name]
         key = (answer, cpu.id)
         given[key] = given.get(key, 0) + 1
+        if answer in proposals:
+            return self._as_proposed(answer, point)(cpu, *arguments)
         return answer  # type: ignore[no-any-return]
 
     return ask
+
+
+def _told(moment: str) -> Callable[..., bool]:
+    """Wrap the user's method for a moment."""
+
+    def tell(self: UserPolicy, cpu: Any, *arguments: Any) -> bool:
+        cpu.point("policy", self._source.path, "write")
+        found = through(self._places[moment], _ask, self._mine, moment, cpu, *arguments)
+        cpu.point("policy answers", self._source.path, "write")
+        return found is True
+
+    return tell
 
 
 def _ask(mine: Any, name: str, cpu: Any, *arguments: Any) -> object:
@@ -279,6 +325,6 @@ def _checked(policy: UserPolicy, point: DecisionPoint, answer: object) -> str:
 
 
 def _one_of(point: DecisionPoint, found: str = "") -> str:
-    close = get_close_matches(found[:80], point.names(), n=1)
+    close = get_close_matches(found[:80], point.answers(), n=1)
     guess = f" (did you mean {close[0]}?)" if close else ""
-    return f"one of {', '.join(point.names())}{guess}"
+    return f"one of {', '.join(point.answers())}{guess}"

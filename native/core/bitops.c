@@ -26,6 +26,23 @@ int test_and_set_bit(uint64_t *words, uint32_t bit)
 	return (atomic_fetch_or_explicit(atomic_word(&words[bit / 64]), mask, memory_order_seq_cst) & mask) != 0;
 }
 
+int test_and_clear_bit(uint64_t *words, uint32_t bit)
+{
+	uint64_t mask = UINT64_C(1) << bit % 64;
+
+	return (atomic_fetch_and_explicit(atomic_word(&words[bit / 64]), ~mask, memory_order_seq_cst) & mask) != 0;
+}
+
+void set_bit(uint64_t *words, uint32_t bit)
+{
+	atomic_fetch_or_explicit(atomic_word(&words[bit / 64]), UINT64_C(1) << bit % 64, memory_order_seq_cst);
+}
+
+void clear_bit(uint64_t *words, uint32_t bit)
+{
+	atomic_fetch_and_explicit(atomic_word(&words[bit / 64]), ~(UINT64_C(1) << bit % 64), memory_order_seq_cst);
+}
+
 void bitmap_clear(uint64_t *words, uint32_t n)
 {
 	for (uint32_t i = 0; i < n; i++)

@@ -11,6 +11,14 @@
 int test_and_set_bit(uint64_t *words, uint32_t bit);
 /* call: local */
 int test_bit(const uint64_t *words, uint32_t bit);
+/* Return the bit's old value. */
+/* call: local; fence */
+int test_and_clear_bit(uint64_t *words, uint32_t bit);
+/* Locked instructions without a result. */
+/* call: local; fence */
+void set_bit(uint64_t *words, uint32_t bit);
+/* call: local; fence */
+void clear_bit(uint64_t *words, uint32_t bit);
 /* Clear `n` words, one after the other. */
 /* call: local */
 void bitmap_clear(uint64_t *words, uint32_t n);
@@ -19,6 +27,7 @@ void bitmap_clear(uint64_t *words, uint32_t n);
 uint64_t atomic64_inc_return(uint64_t *counter);
 /* call: local */
 uint64_t atomic64_read(const uint64_t *counter);
+/* call: local */
 void atomic64_set(uint64_t *counter, uint64_t value);
 /* end api */
 

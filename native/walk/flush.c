@@ -118,6 +118,12 @@ void flush_invvpid_address(struct machine *m, uint32_t cpu, uint32_t vm, uint32_
 	end(m, cpu, vm);
 }
 
+void flush_invvpid_retain_globals(struct machine *m, uint32_t cpu, uint32_t vm, uint32_t vpid, uint32_t reason)
+{
+	invvpid_retain_globals(begin(m, cpu, vm, SCOPE_INVVPID_SINGLE, reason, vpid), vpid);
+	end(m, cpu, vm);
+}
+
 void flush_reset(struct machine *m, uint32_t cpu)
 {
 	struct tlb *t = m->cpus[cpu].tlb;

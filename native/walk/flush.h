@@ -15,6 +15,9 @@ void flush_invvpid_single(struct machine *m, uint32_t cpu, uint32_t vm, uint32_t
 void flush_invvpid_all(struct machine *m, uint32_t cpu, uint32_t vm, uint32_t reason);
 void flush_invvpid_address(struct machine *m, uint32_t cpu, uint32_t vm, uint32_t vpid, uint64_t page,
 			   uint32_t reason);
+/* INVVPID single-context, retaining global translations.  Accounted as INVVPID single-context. */
+/* call: part; writes tlb(cpu); at tlb */
+void flush_invvpid_retain_globals(struct machine *m, uint32_t cpu, uint32_t vm, uint32_t vpid, uint32_t reason);
 /* Reset the pCPU: its cached entries go, and no VM is charged.  For machines that go on with other VMs. */
 /* call: aside */
 void flush_reset(struct machine *m, uint32_t cpu);

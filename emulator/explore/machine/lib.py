@@ -31,8 +31,14 @@ _PACKAGES = (
     "emulator.actors.image",
     "emulator.actors.task",
     "emulator.host.memory",
+    "emulator.policy.proposals",
 )
-_MODULES = ("emulator.machine.runtime", "emulator.machine.locks")
+_MODULES = (
+    "emulator.machine.locks",
+    "emulator.machine.runtime",
+    "emulator.policy.instructions",
+    "emulator.policy.state",
+)
 
 
 def instrumented_modules() -> list[ModuleType]:

@@ -13,7 +13,7 @@ from emulator.explore.machine.footprints import FOOTPRINTS, rights
 from emulator.explore.machine.lib import ControlledLib
 from emulator.explore.machine.store_buffers import BufferedControl, Key, Store
 from emulator.kvm.kvm_host import KVM_REQUEST_MASK
-from native import lib
+from native import ffi, lib
 from native.types import CpuId, VcpuId, VmId
 
 if TYPE_CHECKING:
@@ -26,6 +26,14 @@ _MODES: Final = {
 }
 
 Native = Callable[..., Any]
+
+# The value of a waiting store that is computed when it becomes visible.
+_UNKNOWN: Final = -1
+
+
+def _address(words: U64) -> int:
+    address: Any = ffi.cast("uintptr_t", words)
+    return int(address)
 
 
 class BufferedLib(ControlledLib):
@@ -52,13 +60,14 @@ class BufferedLib(ControlledLib):
                 self._replace(name, self._settles, "spte")
         self._replace("kvm_requests", self._settles, "request")
         self._replace("kvm_test_request", self._settles, "request")
-        self._replace("atomic64_read", self._settles, "atomic64")
+        self._replace("atomic64_read", self._forwarded, "atomic64")
+        self._replace("test_bit", self._forwarded, "bitmap")
         for name in ("mmu_invalidate_begin", "mmu_invalidate_range_add", "mmu_invalidate_end"):
             self._replace(name, self._invalidates, name)
         self._replace("kvm_check_request", self._checks)
         self._replace("kvm_make_request", self._requests)
         self._replace("atomic64_inc_return", self._increments)
-        plain = ("vcpu_set_mode", "vcpu_set_cpu", "bitmap_clear", "tdp_mmu_set_spte")
+        plain = ("vcpu_set_mode", "vcpu_set_cpu", "bitmap_clear", "atomic64_set", "tdp_mmu_set_spte")
         for name in (*plain, "local_irq_enable"):
             self.__dict__[name] = getattr(self, f"_{name}")
         self.__dict__["mmu_write_unlock"] = self._mmu_write_unlock
@@ -101,6 +110,26 @@ class BufferedLib(ControlledLib):
                     if any(store.key[0] == name for store in control.stores.queues[cpu]):
                         control.stores.fence(execution, cpu)
             return call(*args)
+
+        return load
+
+    def _forwarded(self, call: Native, name: str) -> Native:
+        """Wrap a load of a word: the CPU loads its own waiting store to it, while a waiting store to another
+        word may become visible behind the load."""
+        control = self.control
+
+        def load(words: U64, *bit: int) -> Any:
+            execution = control.execution
+            found = call(words, *bit)
+            if execution is not None:
+                cpu = self._cpu(execution)
+                own = control.stores.pending(execution, cpu, (name, _address(words)))
+                if own is not None and own.value == _UNKNOWN:
+                    control.stores.fence(execution, cpu)
+                    return call(words, *bit)
+                if own is not None:
+                    return own.value
+            return found
 
         return load
 
@@ -162,7 +191,15 @@ class BufferedLib(ControlledLib):
         """Clear a mask of pCPUs; the point right before names it."""
         execution = self.control.execution
         writes = execution.current.writes if execution is not None else 0
-        self._store(("bitmap",), 0, "a root's mask is cleared", writes, lambda: lib.bitmap_clear(words, n))
+        key, what = ("bitmap", _address(words)), "a mask of pCPUs is cleared"
+        self._store(key, 0, what, writes, lambda: lib.bitmap_clear(words, n))
+
+    def _atomic64_set(self, counter: U64, value: int) -> None:
+        """Store a word; the point right before names it."""
+        execution = self.control.execution
+        writes = execution.current.writes if execution is not None else 0
+        key, what = ("atomic64", _address(counter)), f"a word of the policy's = {value}"
+        self._store(key, value, what, writes, lambda: lib.atomic64_set(counter, value))
 
     def _tdp_mmu_set_spte(self, *args: Any) -> int:
         """Store an SPTE with WRITE_ONCE(): its owner has frozen it, or mmu_lock is held for write."""
@@ -198,15 +235,16 @@ class BufferedLib(ControlledLib):
     def _increments(self, call: Native) -> Native:
         """Wrap an increment; the point right before announces its access."""
 
-        def increment(counter: U64) -> None:
+        def increment(counter: U64) -> int:
             control = self.control
             execution = control.execution
             if execution is None or not control.is_plain(self._cpu(execution)):
-                call(counter)
-                return
+                return int(call(counter))
             writes = execution.current.writes
             what = "a root's generation moves on"
-            self._store(("atomic64",), 0, what, writes, lambda: lib.atomic64_inc_return(counter))
+            key = ("atomic64", _address(counter))
+            self._store(key, _UNKNOWN, what, writes, lambda: lib.atomic64_inc_return(counter))
+            return int(lib.atomic64_read(counter)) + 1
 
         return increment
 

@@ -39,8 +39,9 @@ Key = tuple[Hashable, ...]
 # Points of KVM's code with a full barrier.  Points that begin a step and write, such as those that take a
 # lock, imply a locked instruction.
 _FENCES: Final = frozenset({"down", "unlocking", "smp_mb"})
-# Points that write and imply neither: the native calls behind them are plain stores or locked instructions.
-_SPECIFIC: Final = frozenset({"root_tlb"})
+# Points that write and imply neither: the native calls behind them are plain stores or locked
+# instructions, or a user's method returns, which is no barrier.
+_SPECIFIC: Final = frozenset({"policy_state", "policy answers", "root_tlb"})
 
 
 @dataclass(frozen=True, slots=True)

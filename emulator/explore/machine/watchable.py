@@ -10,10 +10,12 @@ from typing import Any, Final
 from emulator.explore.machine.handed import CONTAINERS
 from emulator.kvm import structs
 from emulator.kvm.mmu import structs as mmu_structs
+from emulator.kvm.notifications import Heard
 from emulator.kvm.vmx.vmcs import LoadedVmcs
 from emulator.machine.locks import MmuLock, Mutex, Refcount, SpinLock
 from emulator.machine.runtime import Cpu, Machine
 from emulator.policy import Policy
+from emulator.policy.state import Data, State
 from native import ffi
 
 # Classes, with the slot that distinguishes their objects, equally in every execution; "": there is none.
@@ -35,7 +37,11 @@ WATCHED: Final[Mapping[type, str]] = {
     Mutex: "",
 }
 # Immutable values.
-_ATOMS: Final = (type(None), bool, int, float, complex, str, bytes, range, Enum, Policy)
+_ATOMS: Final = (
+    type(None), bool, int, float, complex, str, bytes, range, Enum, Policy,
+    # Each operation on a policy's state is an ordering point; KVM's functions for moments never change.
+    Data, State, Heard,
+)  # fmt: skip
 # The handle of the machine: only native calls can read through it.
 _HANDLE: Final = "m"
 

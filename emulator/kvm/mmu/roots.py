@@ -136,6 +136,8 @@ def kvm_mmu_new_pgd(cpu: Cpu, vcpu: Vcpu, pgd: int) -> None:
     sp = root_to_sp(mmu.root)
     assert sp is not None
     kvm_make_request(cpu, vcpu, KVM_REQ_LOAD_MMU_PGD)
+    if vcpu.kvm.heard.root_current is not None:
+        vcpu.kvm.heard.root_current(cpu, vcpu, sp)
     if vcpu.kvm.policy.cached_root(cpu, vcpu, sp) == "flush-current":
         vcpu.flush_current_reason = lib.REASON_CACHED_ROOT
         kvm_make_request(cpu, vcpu, KVM_REQ_TLB_FLUSH_CURRENT)
@@ -171,8 +173,12 @@ def kvm_mmu_load(cpu: Cpu, vcpu: Vcpu) -> None:
     assert root.sp is not None
     kvm_mmu_load_pgd(cpu, vcpu)
     cpu.event(lib.EVENT_ROOT_LOAD, vcpu.id, root.hfn, kvm.id)
+    if kvm.heard.root_current is not None:
+        kvm.heard.root_current(cpu, vcpu, root.sp)
     answer = kvm.policy.root_load(cpu, vcpu, root.sp)
     known = answer == "root-tlb-gen" and test_and_set_flushed(cpu, root, answer)
+    if answer == "done":
+        return
     if answer == "none" or known:
         flush_elided(cpu, kvm, lib.REASON_ROOT_LOAD, root.hfn)
     else:

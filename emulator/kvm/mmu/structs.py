@@ -43,7 +43,7 @@ class KvmMmuPage:
     to the page, with its custody.  role.invalid is set under mmu_lock held for write.
 
     Of roots: `root_count` are its references.  `tracking` is for policies that elide flushes
-    (emulator.kvm.mmu.root_tracking).
+    (emulator.kvm.mmu.root_tracking).  `policy_data`: the policy's state of the root, which ends with it.
 
     Of TDP roots: `root_count` starts at 2, for the vCPU's reference and the TDP MMU's own; or at 1 if the TDP
     MMU keeps none (`has_tdp_ref`, decision root_put).  `tdp_mmu_scheduled_root_to_zap` is set under mmu_lock
@@ -54,6 +54,7 @@ class KvmMmuPage:
         "has_tdp_ref",
         "hfn",
         "parent_spte",
+        "policy_data",
         "role",
         "root_count",
         "tdp_mmu_page",
@@ -69,6 +70,7 @@ class KvmMmuPage:
         tdp_mmu_page: bool,
         parent_spte: int = 0,
         tracking: RootTracking | None = None,
+        policy_data: object = None,
         has_tdp_ref: bool = True,
     ) -> None:
         self.hfn = hfn
@@ -76,6 +78,7 @@ class KvmMmuPage:
         self.tdp_mmu_page = tdp_mmu_page
         self.parent_spte = parent_spte
         self.tracking = tracking
+        self.policy_data = policy_data
         self.has_tdp_ref = has_tdp_ref
         self.root_count = Refcount(2 if has_tdp_ref else 1)
         self.tdp_mmu_scheduled_root_to_zap = False

@@ -52,6 +52,8 @@ def kvm_tdp_mmu_put_root(cpu: Cpu, kvm: Kvm, root: KvmMmuPage) -> None:
     assert cpu.mmu_lock_held
     if not root.root_count.dec_and_test(cpu):
         return
+    if kvm.heard.root_released is not None:
+        kvm.heard.root_released(cpu, kvm, root)
     answer = kvm.policy.root_put(cpu, kvm, root)
     if answer == "async":
         if not root.role.invalid:
@@ -225,6 +227,8 @@ def kvm_tdp_mmu_alloc_root(cpu: Cpu, kvm: Kvm, role: KvmMmuPageRole) -> KvmMmuPa
             if root is not None:
                 return root
             root = tdp_mmu_init_root(cpu, kvm, role)
+            if kvm.heard.root_created is not None:
+                kvm.heard.root_created(cpu, kvm, root)
             kvm_mmu_flush_all_tlbs_root(cpu, kvm, root)
             cpu.point("tdp_mmu_roots", kvm.id, "write")
             kvm.tdp_mmu_roots = (root, *kvm.tdp_mmu_roots)
@@ -241,6 +245,7 @@ def tdp_mmu_init_root(cpu: Cpu, kvm: Kvm, role: KvmMmuPageRole) -> KvmMmuPage:
         tdp_mmu_page=True,
         parent_spte=lib.make_nonleaf_spte(cpu.m, hfn),
         tracking=alloc_root_cpu_mask(cpu, kvm),
+        policy_data=kvm.policy.new_data("root", hfn, cpu.machine.pcpus),
     )
     answer = kvm.policy.root_put(cpu, kvm, root)
     if answer == "async" or answer == "inline":

@@ -83,7 +83,9 @@ def kvm_make_all_cpus_request(cpu: Cpu, kvm: Kvm, req: int) -> bool:
             mask[target >> 6] |= 1 << (target & 63)
             called = True
     answer = kvm.policy.remote_kick(cpu, kvm)
-    if answer != "mode-not-outside":
+    if answer == "done":
+        called = any(mask[word] for word in range(cpu.kick_mask_words))
+    elif answer != "mode-not-outside":
         called = _kick_more(cpu, kvm, answer == "all-pcpus")
     return called and kvm_kick_many_cpus(cpu, kvm, bool(req & KVM_REQUEST_WAIT))
 
@@ -132,6 +134,8 @@ def kvm_flush_remote_tlbs(cpu: Cpu, kvm: Kvm, reason: FlushReason) -> None:
         cpu.stat(kvm.id, lib.STAT_REMOTE_TLB_FLUSH_REQUESTS)
         if kvm.tracks_roots:
             roots_tlb_changed(cpu, kvm)
+        if kvm.heard.remote_flush_due is not None:
+            kvm.heard.remote_flush_due(cpu, kvm, reason)
         for vcpu in kvm.vcpus:
             lib.vcpu_add_flush_reason(cpu.m, vcpu.id, reason)
         if kvm_make_all_cpus_request(cpu, kvm, KVM_REQ_TLB_FLUSH):

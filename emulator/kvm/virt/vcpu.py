@@ -11,6 +11,8 @@ from native import lib
 
 def kvm_arch_vcpu_load(cpu: Cpu, vcpu: Vcpu) -> None:
     """kvm_arch_vcpu_load(): set vcpu->cpu after the vendor's hook, which still sees the old value."""
+    if vcpu.kvm.heard.vcpu_loading is not None:
+        vcpu.kvm.heard.vcpu_loading(cpu, vcpu)
     vcpu.kvm.x86_ops.vcpu_load(cpu, vcpu)
     join_pcpu_mask(cpu, vcpu)
     cpu.point("vcpu->cpu", vcpu.id, "write")

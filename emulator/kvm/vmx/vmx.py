@@ -9,9 +9,10 @@ from emulator.kvm.decisions import Tracking
 from emulator.kvm.kvm_host import PG_LEVEL_256T, X86_CR0_PG, ExitToUser
 from emulator.kvm.mmu.fault import EFAULT, ENOMEM, RET_PF_EMULATE, RET_PF_RETRY
 from emulator.kvm.mmu.page_fault import kvm_mmu_page_fault
-from emulator.kvm.mmu.root_tracking import mmu_roots, root_tlb_gen_is_old, test_and_set_flushed
+from emulator.kvm.mmu.root_tracking import active_roots, mmu_roots, root_tlb_gen_is_old, test_and_set_flushed
 from emulator.kvm.mmu.spte import root_to_sp
 from emulator.kvm.mmu.structs import KvmMmu, KvmMmuRootInfo
+from emulator.kvm.notifications import PcpuFlush, flush_begins, flush_ended
 from emulator.kvm.regs import kvm_set_cr0, kvm_set_cr3, kvm_set_cr4
 from emulator.kvm.smm import emulator_leave_smm
 from emulator.kvm.structs import Kvm, Vcpu
@@ -74,11 +75,16 @@ def ept_sync_context(cpu: Cpu, kvm: Kvm, eptp: int, reason: FlushReason) -> None
 def vmx_flush_tlb_ept_root(cpu: Cpu, kvm: Kvm, root: KvmMmuRootInfo, reason: FlushReason) -> None:
     """vmx_flush_tlb_ept_root(): execute INVEPT single, or global if the root has no EPTP."""
     eptp = construct_eptp(cpu, kvm, root)
+    flush = PcpuFlush("invept-global", -1, reason)
+    if eptp != INVALID_EPTP and root.sp is not None:
+        flush = PcpuFlush("invept-single", root.hfn, reason, (root.sp,))
+    flush_begins(cpu, kvm, flush)
     cpu.point("tlb", cpu.id, "write")
     if eptp != INVALID_EPTP:
         ept_sync_context(cpu, kvm, eptp, reason)
     else:
         lib.flush_invept_global(cpu.m, cpu.id, kvm.id, reason)
+    flush_ended(cpu, kvm, flush)
 
 
 def vmx_flush_tlb_all(cpu: Cpu, vcpu: Vcpu, reason: FlushReason) -> None:
@@ -86,9 +92,13 @@ def vmx_flush_tlb_all(cpu: Cpu, vcpu: Vcpu, reason: FlushReason) -> None:
 
     Neither INVVPID nor VM entry drops guest-physical mappings.
     """
+    roots = tuple(root.sp for root in active_roots(vcpu) if root.sp is not None)
+    flush = PcpuFlush("invept-global", -1, reason, roots)
     cpu.stat(vcpu.kvm.id, lib.STAT_FLUSH_ALL)
+    flush_begins(cpu, vcpu.kvm, flush)
     cpu.point("tlb", cpu.id, "write")
     lib.flush_invept_global(cpu.m, cpu.id, vcpu.kvm.id, reason)
+    flush_ended(cpu, vcpu.kvm, flush)
 
 
 def vmx_flush_tlb_current(cpu: Cpu, vcpu: Vcpu, reason: FlushReason) -> None:
@@ -102,8 +112,16 @@ def vmx_flush_tlb_current(cpu: Cpu, vcpu: Vcpu, reason: FlushReason) -> None:
 def vmx_flush_tlb_guest(cpu: Cpu, vcpu: Vcpu, reason: FlushReason) -> None:
     """vmx_flush_tlb_guest(): execute INVVPID single-context on the current VPID, never INVEPT."""
     cpu.stat(vcpu.kvm.id, lib.STAT_FLUSH_GUEST)
+    vpid_sync_context(cpu, vcpu, reason)
+
+
+def vpid_sync_context(cpu: Cpu, vcpu: Vcpu, reason: FlushReason) -> None:
+    """vpid_sync_context(): execute INVVPID single-context on the vCPU's VPID."""
+    flush = PcpuFlush("invvpid-single", vcpu.vpid, reason)
+    flush_begins(cpu, vcpu.kvm, flush)
     cpu.point("tlb", cpu.id, "write")
     lib.flush_invvpid_single(cpu.m, cpu.id, vcpu.kvm.id, vcpu.vpid, reason)
+    flush_ended(cpu, vcpu.kvm, flush)
 
 
 def vmx_load_mmu_pgd(cpu: Cpu, vcpu: Vcpu, root_hfn: Hfn, root_level: int) -> None:
@@ -143,6 +161,8 @@ def migration_ept(cpu: Cpu, vcpu: Vcpu) -> None:
     vcpu.loaded_vmcs.tracked_by_gen = answer == "root-tlb-gen"
     if answer == "all-contexts":
         request_tlb_flush(cpu, vcpu, lib.REASON_MIGRATION)
+    elif answer == "done":
+        return
     elif answer == "none":
         flush_elided(cpu, kvm, lib.REASON_MIGRATION, vcpu.id)
     else:
@@ -172,8 +192,7 @@ def vmx_flush_ept_on_pcpu_migration(
 def migration_vpid(cpu: Cpu, vcpu: Vcpu) -> None:
     """Flush the combined mappings under this vCPU's VPID, of every root.  Decision `migration_vpid`."""
     if vcpu.kvm.policy.migration_vpid(cpu, vcpu) == "invvpid":
-        cpu.point("tlb", cpu.id, "write")
-        lib.flush_invvpid_single(cpu.m, cpu.id, vcpu.kvm.id, vcpu.vpid, lib.REASON_MIGRATION)
+        vpid_sync_context(cpu, vcpu, lib.REASON_MIGRATION)
 
 
 def vmx_flush_tlb_before_entry(cpu: Cpu, vcpu: Vcpu) -> None:
@@ -207,8 +226,7 @@ def vmx_vcpu_free(cpu: Cpu, vcpu: Vcpu) -> None:
 
 def vmx_vcpu_reset(cpu: Cpu, vcpu: Vcpu) -> None:
     """vmx_vcpu_reset() ends with vpid_sync_context(): execute INVVPID single at once, without a request."""
-    cpu.point("tlb", cpu.id, "write")
-    lib.flush_invvpid_single(cpu.m, cpu.id, vcpu.kvm.id, vcpu.vpid, lib.REASON_GUEST)
+    vpid_sync_context(cpu, vcpu, lib.REASON_GUEST)
 
 
 def vmx_set_cr0(cpu: Cpu, vcpu: Vcpu, old_cr0: int, cr0: int) -> None:

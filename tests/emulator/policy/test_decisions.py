@@ -52,13 +52,15 @@ silent: Decisions = Silent()  # error
 
 def test_the_registry_has_the_points_and_the_answers_that_kvm_knows() -> None:
     methods = [name for name in vars(Decisions) if name in {point.name for point in POINTS}]
-    others = {"may_answer"}
+    others = {"heard", "may_answer", "new_data"}
     asked = {name for name, value in vars(Decisions).items() if inspect.isfunction(value) and name[0] != "_"}
     assert set(methods) == asked - others
     assert [point.name for point in POINTS] == methods
     for point in POINTS:
         method = getattr(Decisions, point.name)
-        assert point.names() == answers_of(method)
+        own = [one.name for one in point.alternatives if not one.proposed]
+        assert (*own, *["done"] * point.acts) == answers_of(method)
+        assert set(own).isdisjoint(point.proposals())
         assert inspect.getdoc(method)
         assert inspect.signature(method).parameters.keys() == (
             inspect.signature(getattr(Policy, point.name)).parameters.keys()

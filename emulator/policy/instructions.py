@@ -1,0 +1,153 @@
+"""The machine's instructions for a policy that acts: flushes, interrupts, requests, each accounted for.
+
+`reason` (REASON_...) is the reason under which a flush counts.  A flush acts at once, on the pCPU `cpu` that
+executes it; a vCPU that moves afterwards leaves it behind.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+
+from emulator.kvm.accounting import flush_elided
+from emulator.kvm.mmu.root_tracking import active_roots, mmu_roots
+from emulator.kvm.mmu.structs import KvmMmuPage, KvmMmuRootInfo
+from emulator.kvm.notifications import FlushKind, PcpuFlush, flush_begins, flush_ended
+from emulator.kvm.structs import Kvm, Vcpu
+from emulator.kvm.virt.requests import kvm_make_request, request_tlb_flush
+from emulator.kvm.vmx.vmx import vmx_flush_tlb_ept_root, vpid_sync_context
+from emulator.machine.runtime import Cpu, smp_mb
+from native import ffi, lib
+from native.types import FlushReason, IpiFunction
+
+__all__ = [
+    "REASON_GUEST",
+    "REASON_MIGRATION",
+    "REASON_OTHER",
+    "REASON_PCPU_MASK",
+    "REASON_ROOT_ALLOC",
+    "REASON_ROOT_LOAD",
+    "active_roots",
+    "flush_elided",
+    "invept_global",
+    "invept_single",
+    "invept_single_on",
+    "invept_single_on_each_cpu",
+    "invvpid_address",
+    "invvpid_all",
+    "invvpid_retain_globals",
+    "invvpid_single",
+    "kick",
+    "kvm_make_request",
+    "linked_roots",
+    "mmu_roots",
+    "request_tlb_flush",
+    "smp_mb",
+]
+
+REASON_GUEST = lib.REASON_GUEST
+REASON_MIGRATION = lib.REASON_MIGRATION
+REASON_OTHER = lib.REASON_OTHER
+REASON_PCPU_MASK = lib.REASON_PCPU_MASK
+REASON_ROOT_ALLOC = lib.REASON_ROOT_ALLOC
+REASON_ROOT_LOAD = lib.REASON_ROOT_LOAD
+
+# --- flushes on the pCPU that executes them -----------------------------------------------------------------
+
+
+def invept_single(cpu: Cpu, kvm: Kvm, root: KvmMmuRootInfo | KvmMmuPage, reason: FlushReason) -> None:
+    """Execute INVEPT single-context on the EPTP of a root; INVEPT global if the root has no shadow page."""
+    info = KvmMmuRootInfo(0, root.hfn, root) if isinstance(root, KvmMmuPage) else root
+    vmx_flush_tlb_ept_root(cpu, kvm, info, reason)
+
+
+def invept_global(cpu: Cpu, kvm: Kvm, reason: FlushReason, roots: tuple[KvmMmuPage, ...] = ()) -> None:
+    """Execute INVEPT all-context.  roots: those that the policy itself wants to be told as covered."""
+    flush = PcpuFlush("invept-global", -1, reason, roots)
+    flush_begins(cpu, kvm, flush)
+    cpu.point("tlb", cpu.id, "write")
+    lib.flush_invept_global(cpu.m, cpu.id, kvm.id, reason)
+    flush_ended(cpu, kvm, flush)
+
+
+def invvpid_single(cpu: Cpu, vcpu: Vcpu, reason: FlushReason) -> None:
+    """Execute INVVPID single-context on the vCPU's VPID."""
+    vpid_sync_context(cpu, vcpu, reason)
+
+
+def invvpid_all(cpu: Cpu, kvm: Kvm, reason: FlushReason) -> None:
+    """Execute INVVPID all-context."""
+    flush = PcpuFlush("invvpid-all", -1, reason)
+    flush_begins(cpu, kvm, flush)
+    cpu.point("tlb", cpu.id, "write")
+    lib.flush_invvpid_all(cpu.m, cpu.id, kvm.id, reason)
+    flush_ended(cpu, kvm, flush)
+
+
+def invvpid_address(cpu: Cpu, vcpu: Vcpu, page: int, reason: FlushReason) -> None:
+    """Execute INVVPID individual-address: the page of that number, under the vCPU's VPID."""
+    flush = _of_vcpu("invvpid-address", vcpu, reason)
+    flush_begins(cpu, vcpu.kvm, flush)
+    cpu.point("tlb", cpu.id, "write")
+    lib.flush_invvpid_address(cpu.m, cpu.id, vcpu.kvm.id, vcpu.vpid, page, reason)
+    flush_ended(cpu, vcpu.kvm, flush)
+
+
+def invvpid_retain_globals(cpu: Cpu, vcpu: Vcpu, reason: FlushReason) -> None:
+    """Execute INVVPID single-context-retaining-globals on the vCPU's VPID; it counts as invvpid_single."""
+    flush = _of_vcpu("invvpid-single", vcpu, reason)
+    flush_begins(cpu, vcpu.kvm, flush)
+    cpu.point("tlb", cpu.id, "write")
+    lib.flush_invvpid_retain_globals(cpu.m, cpu.id, vcpu.kvm.id, vcpu.vpid, reason)
+    flush_ended(cpu, vcpu.kvm, flush)
+
+
+def _of_vcpu(kind: FlushKind, vcpu: Vcpu, reason: FlushReason) -> PcpuFlush:
+    return PcpuFlush(kind, vcpu.vpid, reason)
+
+
+# --- interrupts ---------------------------------------------------------------------------------------------
+
+
+def kick(cpu: Cpu, kvm: Kvm, pcpus: Iterable[int], *, wait: bool) -> None:
+    """Interrupt these pCPUs, which ends guest mode there; wait: until all have acknowledged.
+
+    Without a request a vCPU enters again at once.  The pCPU that acts is not in guest mode, and is left out.
+    Waiting needs interrupts on.
+    """
+    _call(cpu, kvm, pcpus, lib.IPI_ACK_KICK, 0, wait=wait)
+
+
+def invept_single_on(cpu: Cpu, kvm: Kvm, root: KvmMmuPage, pcpus: Iterable[int], *, wait: bool) -> None:
+    """Execute INVEPT single-context of a root on these pCPUs, by interrupts; at once on the pCPU that acts.
+
+    The flushes count under REASON_ROOT_ALLOC.
+    """
+    targets = tuple(pcpus)
+    argument = kvm.id << 32 | root.hfn
+    if cpu.is_pcpu and cpu.id in targets:
+        cpu.check(lib.smp_call_function_single(cpu.m, cpu.id, cpu.id, lib.IPI_INVEPT_SINGLE, argument, 1))
+    _call(cpu, kvm, targets, lib.IPI_INVEPT_SINGLE, root.hfn, wait=wait)
+
+
+def invept_single_on_each_cpu(cpu: Cpu, kvm: Kvm, root: KvmMmuPage) -> None:
+    """Execute INVEPT single-context of a root on every pCPU of the host, and wait: on_each_cpu()."""
+    cpu.point("call_queue", kvm.id, "write")
+    cpu.check(lib.on_each_cpu(cpu.m, cpu.id, lib.IPI_INVEPT_SINGLE, kvm.id << 32 | root.hfn, 1))
+
+
+def _call(cpu: Cpu, kvm: Kvm, pcpus: Iterable[int], function: IpiFunction, hfn: int, *, wait: bool) -> None:
+    # Not cpu.kick_mask: KVM may be filling it as it asks for remote_kick.
+    mask = ffi.new("uint64_t[]", cpu.kick_mask_words)
+    for pcpu in pcpus:
+        mask[pcpu >> 6] |= 1 << (pcpu & 63)
+    cpu.point("call_queue", kvm.id, "write")
+    cpu.check(lib.smp_call_function_many(cpu.m, cpu.id, mask, function, kvm.id << 32 | hfn, int(wait)))
+
+
+# --- roots --------------------------------------------------------------------------------------------------
+
+
+def linked_roots(cpu: Cpu, kvm: Kvm) -> tuple[KvmMmuPage, ...]:
+    """Return all roots of the VM that a zap can find, invalid ones among them."""
+    cpu.point("tdp_mmu_roots", kvm.id, "read")
+    return kvm.tdp_mmu_roots
