@@ -15,6 +15,8 @@ PointKind = Literal[
     "down",
     "frames",
     "guest",
+    "guest-memory",
+    "indirect_shadow_pages",
     "interrupts",
     "lock",
     "memslots",
@@ -38,6 +40,7 @@ PointKind = Literal[
     "tlb",
     "unlock",
     "unlocking",
+    "unsync",
     "up",
     "vcpu->cpu",
 ]
@@ -54,6 +57,8 @@ POINTS: Final[dict[PointKind, tuple[str, ...]]] = {
     "down": _BOTH,
     "frames": _WRITE,
     "guest": _WRITE,
+    "guest-memory": _BOTH,
+    "indirect_shadow_pages": _BOTH,
     "interrupts": _BOTH,
     "lock": _WRITE,
     "memslots": _BOTH,
@@ -77,6 +82,7 @@ POINTS: Final[dict[PointKind, tuple[str, ...]]] = {
     "tlb": _WRITE,
     "unlock": _WRITE,
     "unlocking": _BOTH,
+    "unsync": _BOTH,
     "up": _BOTH,
     "vcpu->cpu": _BOTH,
 }

@@ -8,19 +8,32 @@ from __future__ import annotations
 
 from emulator.kvm.accounting import flush_elided
 from emulator.kvm.kvm_host import (
+    INVPCID_TYPE_INDIV_ADDR,
+    INVPCID_TYPE_SINGLE_CTXT,
     KVM_MMU_CR0_ROLE_BITS,
     KVM_MMU_CR4_ROLE_BITS,
+    KVM_REQ_MMU_SYNC,
     KVM_REQ_TLB_FLUSH_CURRENT,
     KVM_REQ_TLB_FLUSH_GUEST,
     X86_CR0_PG,
     X86_CR0_WP,
+    X86_CR3_PCID_MASK,
     X86_CR3_PCID_NOFLUSH,
     X86_CR4_PAE,
     X86_CR4_PCIDE,
     X86_CR4_PGE,
     X86_CR4_SMEP,
 )
-from emulator.kvm.mmu.roots import kvm_init_mmu, kvm_mmu_new_pgd, kvm_mmu_reset_context
+from emulator.kvm.mmu.root_tracking import mmu_roots
+from emulator.kvm.mmu.roots import (
+    kvm_init_mmu,
+    kvm_mmu_free_roots,
+    kvm_mmu_new_pgd,
+    kvm_mmu_reset_context,
+    kvm_mmu_unload,
+)
+from emulator.kvm.mmu.structs import KvmMmuRootInfo
+from emulator.kvm.mmu.sync import kvm_mmu_invalidate_addr_in_root
 from emulator.kvm.structs import Vcpu
 from emulator.kvm.virt.requests import kvm_make_request
 from emulator.machine.runtime import Cpu
@@ -50,15 +63,17 @@ def kvm_set_cr0(cpu: Cpu, vcpu: Vcpu, cr0: int) -> None:
 def kvm_post_set_cr0(cpu: Cpu, vcpu: Vcpu, old_cr0: int, cr0: int) -> None:
     """kvm_post_set_cr0()
 
-    With EPT no SPTE depends on CR0.WP, so its change keeps the roots (since 6.4).  Clearing CR0.PG flushes
-    the guest's TLB; before 5.18 the flush at the load of the root did that.
+    With EPT no SPTE depends on CR0.WP, so its change keeps the roots (since 6.4); without, WP is part of the
+    role. Clearing CR0.PG flushes the guest's TLB; before 5.18 the flush at the load of the root did that.
     """
     changed = cr0 ^ old_cr0
     unload_all = vcpu.kvm.policy.role_change(cpu, vcpu) == "unload-all"
     if changed == X86_CR0_WP and not unload_all:
-        if cr0 & X86_CR0_PG:
+        if not cr0 & X86_CR0_PG:
+            return
+        if vcpu.kvm.params.ept:
             kvm_init_mmu(vcpu)
-        return
+            return
     if changed & X86_CR0_PG and not cr0 & X86_CR0_PG and not unload_all:
         request_guest_flush(cpu, vcpu, KVM_REQ_TLB_FLUSH_GUEST)
     if changed & KVM_MMU_CR0_ROLE_BITS:
@@ -72,7 +87,11 @@ def kvm_set_cr4(cpu: Cpu, vcpu: Vcpu, cr4: int) -> None:
 
 
 def kvm_post_set_cr4(cpu: Cpu, vcpu: Vcpu, old_cr4: int, cr4: int) -> None:
-    """kvm_post_set_cr4(): make the flushes that the SDM requires for each bit (vol. 3A, 4.10.4.1)."""
+    """kvm_post_set_cr4(): make the flushes that the SDM requires for each bit (vol. 3A, 4.10.4.1).
+
+    Setting PCIDE requires none, but without EPT the previous roots are freed: they are keyed by CR3, and a
+    MOV to CR3 that flushes nothing could go back to one whose PCID bits meant nothing when it was current.
+    """
     changed = cr4 ^ old_cr4
     all_contexts = bool(changed & X86_CR4_PGE or (old_cr4 & ~cr4) & X86_CR4_PCIDE)
     if all_contexts:
@@ -81,25 +100,82 @@ def kvm_post_set_cr4(cpu: Cpu, vcpu: Vcpu, old_cr4: int, cr4: int) -> None:
         kvm_mmu_reset_context(cpu, vcpu)
         if vcpu.kvm.policy.role_change(cpu, vcpu) == "unload-all":
             return
+    if not vcpu.kvm.params.ept and (cr4 & ~old_cr4) & X86_CR4_PCIDE:
+        kvm_mmu_unload(cpu, vcpu)
     if all_contexts:
         request_guest_flush(cpu, vcpu, KVM_REQ_TLB_FLUSH_GUEST)
     elif changed & X86_CR4_PAE or (cr4 & ~old_cr4) & X86_CR4_SMEP:
         request_guest_flush(cpu, vcpu, KVM_REQ_TLB_FLUSH_CURRENT)
 
 
+def kvm_get_active_pcid(vcpu: Vcpu) -> int:
+    """kvm_get_active_pcid()"""
+    return kvm_get_pcid(vcpu, vcpu.arch.cr3)
+
+
+def kvm_get_pcid(vcpu: Vcpu, pgd: int) -> int:
+    """kvm_get_pcid()"""
+    return pgd & X86_CR3_PCID_MASK if vcpu.arch.cr4 & X86_CR4_PCIDE else 0
+
+
 def kvm_set_cr3(cpu: Cpu, vcpu: Vcpu, cr3: int) -> None:
     """kvm_set_cr3(): with EPT called from the emulator only, as for RSM, because MOV CR3 does not exit."""
     skip_tlb_flush = False
+    pcid = 0
     if vcpu.arch.cr4 & X86_CR4_PCIDE:
         skip_tlb_flush = bool(cr3 & X86_CR3_PCID_NOFLUSH)
         cr3 &= ~X86_CR3_PCID_NOFLUSH
+        pcid = cr3 & X86_CR3_PCID_MASK
     if cr3 != vcpu.arch.cr3:
         kvm_mmu_new_pgd(cpu, vcpu, cr3)
     vcpu.arch.cr3 = cr3
     if not skip_tlb_flush:
-        kvm_invalidate_pcid(cpu, vcpu)
+        kvm_invalidate_pcid(cpu, vcpu, pcid)
 
 
-def kvm_invalidate_pcid(cpu: Cpu, vcpu: Vcpu) -> None:
-    """kvm_invalidate_pcid() with EPT: flush the combined mappings of all PCIDs under this VPID."""
-    request_guest_flush(cpu, vcpu, KVM_REQ_TLB_FLUSH_GUEST)
+def kvm_invalidate_pcid(cpu: Cpu, vcpu: Vcpu, pcid: int) -> None:
+    """kvm_invalidate_pcid(): with EPT flush the combined mappings of all PCIDs under this VPID.
+
+    Without EPT the shadow pages are synced as well.  Previous roots of the PCID are freed instead, because a
+    later MOV to CR3 that flushes nothing may go back to them (21823fbda552); without PCIDs each such MOV
+    syncs.
+    """
+    if vcpu.kvm.params.ept:
+        request_guest_flush(cpu, vcpu, KVM_REQ_TLB_FLUSH_GUEST)
+        return
+    if kvm_get_active_pcid(vcpu) == pcid:
+        kvm_make_request(cpu, vcpu, KVM_REQ_MMU_SYNC)
+        request_guest_flush(cpu, vcpu, KVM_REQ_TLB_FLUSH_CURRENT)
+    if not vcpu.arch.cr4 & X86_CR4_PCIDE:
+        return
+    mmu = vcpu.mmu
+    stale = [root for root in mmu.prev_roots if root is not None and kvm_get_pcid(vcpu, root.pgd) == pcid]
+    kvm_mmu_free_roots(cpu, vcpu.kvm, mmu, lambda root: any(root is one for one in stale))
+
+
+def kvm_mmu_invalidate_addr(cpu: Cpu, vcpu: Vcpu, addr: int, roots: list[KvmMmuRootInfo]) -> None:
+    """kvm_mmu_invalidate_addr(): drop the address from the TLB, and sync its SPTEs below `roots`."""
+    vcpu.kvm.x86_ops.flush_tlb_gva(cpu, vcpu, addr)
+    for root in roots:
+        kvm_mmu_invalidate_addr_in_root(cpu, vcpu, addr, root)
+
+
+def kvm_mmu_invlpg(cpu: Cpu, vcpu: Vcpu, addr: int) -> None:
+    """kvm_mmu_invlpg(): the page may be a global one, so that all roots are concerned."""
+    kvm_mmu_invalidate_addr(cpu, vcpu, addr, mmu_roots(vcpu.mmu))
+
+
+def kvm_handle_invpcid(cpu: Cpu, vcpu: Vcpu, kind: int, pcid: int, addr: int) -> None:
+    """kvm_handle_invpcid(), without EPT: INVPCID of type `kind` (SDM vol. 2A).
+
+    KVM keeps no global bit in SPTEs, so that types 2 and 3 are the same.
+    """
+    if kind == INVPCID_TYPE_INDIV_ADDR:
+        mmu = vcpu.mmu
+        roots = [root for root in mmu_roots(mmu) if kvm_get_pcid(vcpu, root.pgd) == pcid]
+        if roots:
+            kvm_mmu_invalidate_addr(cpu, vcpu, addr, roots)
+    elif kind == INVPCID_TYPE_SINGLE_CTXT:
+        kvm_invalidate_pcid(cpu, vcpu, pcid)
+    else:
+        request_guest_flush(cpu, vcpu, KVM_REQ_TLB_FLUSH_GUEST)

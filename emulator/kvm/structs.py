@@ -23,6 +23,7 @@ from emulator.kvm.kvm_host import (
     X86_CR4_PAE,
     X86_CR4_PGE,
 )
+from emulator.kvm.mmu.shadow_structs import KvmShadowArch, SlotArch
 from emulator.kvm.mmu.structs import KvmMmu, KvmMmuPage, KvmMmuPageRole
 from emulator.machine.locks import MmuLock, Mutex, SpinLock
 from emulator.machine.runtime import Cpu, Machine
@@ -45,11 +46,13 @@ class KvmParams:
     single: a native call changes at most one SPTE, so that each explored step changes one.
     resched_chunks: chunks after which need_resched() is true for an iterator; 0: never.
     eager_page_split: the module parameter of that name.
-    eptad: kvm_intel.eptad; without A/D bits in EPT, aging takes an SPTE's permissions to see the next access.
+    ept, vpid: kvm_intel.ept and kvm_intel.vpid.  Without EPT KVM shadows the guests' page tables; without
+    VPIDs VM entry and exit flush. mmu_pages: shadow pages that a VM may have (KVM_SET_NR_MMU_PAGES). eptad:
+    kvm_intel.eptad; without A/D bits in EPT, aging takes an SPTE's permissions to see the next access.
     tdp_level: the host's levels, 4 or 5; a vCPU with a MAXPHYADDR of 48 or less in its CPUID uses 4.
-    slice_accesses: guest accesses until the preemption timer ends a slice.
-    host_takes_time: the host's work between two flushes takes longer than an exit and an entry
-    (host_work.py); for machines with freely running vCPUs.
+    slice_accesses: guest accesses until the preemption timer ends a slice. host_takes_time: the host's work
+    between two flushes takes longer than an exit and an entry (host_work.py); for machines with freely
+    running vCPUs.
     """
 
     fault_around: int = 16
@@ -57,6 +60,9 @@ class KvmParams:
     single: bool = False
     resched_chunks: int = 16
     eager_page_split: bool = True
+    ept: bool = True
+    vpid: bool = True
+    mmu_pages: int = 1 << 16
     eptad: bool = True
     tdp_level: int = PG_LEVEL_512G
     slice_accesses: int = 100_000
@@ -70,7 +76,7 @@ class KvmMemorySlot:
     as set, so a mark is either reported now or still there.
     """
 
-    __slots__ = ("as_id", "base_gfn", "dirty_bitmap", "flags", "id", "npages", "userspace_addr")
+    __slots__ = ("arch", "as_id", "base_gfn", "dirty_bitmap", "flags", "id", "npages", "userspace_addr")
 
     def __init__(
         self,
@@ -81,6 +87,7 @@ class KvmMemorySlot:
         userspace_addr: int,
         flags: int = 0,
         dirty_bitmap: bytearray | None = None,
+        arch: SlotArch | None = None,
     ) -> None:
         self.id = slot_id
         self.as_id = as_id
@@ -89,6 +96,7 @@ class KvmMemorySlot:
         self.userspace_addr = userspace_addr  # in pages, as all host virtual addresses here
         self.flags = flags
         self.dirty_bitmap = dirty_bitmap
+        self.arch = arch or SlotArch()
 
     def __repr__(self) -> str:
         return f"<slot {self.id} gfn {self.base_gfn:#x}+{self.npages:#x} flags {self.flags:#x}>"
@@ -178,6 +186,7 @@ class Kvm:
         "pcpu_mask",
         "policy",
         "policy_data",
+        "shadow",
         "slots_arch_lock",
         "slots_lock",
         "tdp_mmu_pages_lock",
@@ -232,6 +241,7 @@ class Kvm:
         self.at_host_work: list[CpuId] = []
         # pCPUs on which a vCPU was ever loaded, for remote_kick and root_alloc=vm-pcpu-mask.
         self.pcpu_mask = bytearray(machine.pcpus)
+        self.shadow = KvmShadowArch(params.mmu_pages)
 
     def __repr__(self) -> str:
         return f"<VM {self.id}>"

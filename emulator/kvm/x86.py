@@ -19,6 +19,7 @@ from emulator.kvm.kvm_host import (
     KVM_REQ_EVENT,
     KVM_REQ_LOAD_MMU_PGD,
     KVM_REQ_MMU_FREE_OBSOLETE_ROOTS,
+    KVM_REQ_MMU_SYNC,
     KVM_REQ_SMI,
     KVM_REQ_TLB_FLUSH,
     KVM_REQ_VM_DEAD,
@@ -30,6 +31,7 @@ from emulator.kvm.kvm_host import (
     RunYield,
 )
 from emulator.kvm.mmu.roots import kvm_mmu_free_obsolete_roots, kvm_mmu_load_pgd, kvm_mmu_reload
+from emulator.kvm.mmu.sync import kvm_mmu_sync_roots
 from emulator.kvm.reset import kvm_apic_accept_events
 from emulator.kvm.smm import enter_smm, process_smi
 from emulator.kvm.structs import Vcpu
@@ -60,6 +62,8 @@ def serve_requests(cpu: Cpu, vcpu: Vcpu) -> ExitToUser | None:
         return ExitToUser("shutdown")
     if kvm_check_request(cpu, vcpu, KVM_REQ_MMU_FREE_OBSOLETE_ROOTS):
         kvm_mmu_free_obsolete_roots(cpu, vcpu)
+    if not vcpu.kvm.params.ept and kvm_check_request(cpu, vcpu, KVM_REQ_MMU_SYNC):
+        kvm_mmu_sync_roots(cpu, vcpu)
     if kvm_check_request(cpu, vcpu, KVM_REQ_LOAD_MMU_PGD):
         kvm_mmu_load_pgd(cpu, vcpu)
     if kvm_check_request(cpu, vcpu, KVM_REQ_TLB_FLUSH):

@@ -52,6 +52,9 @@ class KvmX86Ops(Protocol):
     def flush_tlb_guest(self, cpu: Cpu, vcpu: Vcpu, reason: FlushReason) -> None:
         """Flush the entries that the guest knows of, but none that stands for the host's tables alone."""
 
+    def flush_tlb_gva(self, cpu: Cpu, vcpu: Vcpu, addr: int) -> None:
+        """Flush the entries of one linear address, of the guest's own invalidation."""
+
     def flush_tlb_root(self, cpu: Cpu, kvm: Kvm, root: KvmMmuRootInfo, reason: FlushReason) -> None:
         """Flush the entries of one root on this pCPU, current or not."""
 

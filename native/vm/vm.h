@@ -67,6 +67,11 @@ enum vm_stat {
 	STAT_RESETS,               /* kvm_vcpu_reset of a vCPU that ran */
 	STAT_OVERLAPS,             /* invalidations that began while one of their pages was being invalidated */
 	STAT_DIRTY_COMPARED,       /* pages that were written while they were logged, and compared with their copies */
+	STAT_MMU_SHADOW_ZAPPED,    /* shadow pages taken out of use */
+	STAT_MMU_PTE_WRITE,        /* emulated stores of the guest to its tables */
+	STAT_MMU_FLOODED,          /* of these: the page was hardly a table any more, and was zapped */
+	STAT_MMU_UNSYNC,           /* shadow pages that became unsync */
+	STAT_MMU_SYNCED,           /* shadow pages compared with the guest's tables */
 	VM_STATS
 };
 /* call: local; keeps-gil */

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Final
 
-from emulator.kvm.kvm_host import PG_LEVEL_4K
+from emulator.kvm.kvm_host import KVM_MAX_HUGEPAGE_LEVEL, PG_LEVEL_4K
 from emulator.kvm.mmu.spte import PfnAndRights, is_writable_pte
 from emulator.kvm.structs import KvmMemorySlot
 from native import lib
@@ -17,6 +17,7 @@ RET_PF_EMULATE: Final = 2
 RET_PF_INVALID: Final = 3
 RET_PF_FIXED: Final = 4
 RET_PF_SPURIOUS: Final = 5
+RET_PF_WRITE_PROTECTED: Final = 6
 # Errors that KVM_RUN returns to user space.
 EFAULT: Final = -14
 ENOMEM: Final = -12
@@ -27,24 +28,40 @@ _NO_FRAME: Final = Hfn(0)
 class KvmPageFault:
     """struct kvm_page_fault.
 
-    around_gfn, around_n: the neighbours that faultin looked up, in the arrays of the Cpu (fault-around).
+    addr: the address that the CPU could not translate: guest-physical with EPT, otherwise linear; then gfn
+    and slot are known only after the walk of the guest's tables.  error_code: of the CPU's page fault, 0
+    with EPT. max_level: the largest page that the guest's tables permit.  write_fault_to_shadow_pgtable: the
+    guest writes to a table through a translation that this table is part of. around_gfn, around_n: the
+    neighbours that faultin looked up, in the arrays of the Cpu (fault-around).
     """
 
     __slots__ = (
+        "addr",
         "around_gfn",
         "around_n",
+        "error_code",
         "exec",
         "gfn",
         "goal_level",
+        "is_tdp",
+        "max_level",
         "mmu_seq",
         "pfn",
         "present",
         "slot",
         "write",
+        "write_fault_to_shadow_pgtable",
     )
 
-    def __init__(self, gfn: int, access: int, present: bool) -> None:
-        self.gfn = gfn
+    def __init__(
+        self, addr: int, access: int, present: bool, error_code: int = 0, *, is_tdp: bool = True
+    ) -> None:
+        self.addr = addr
+        self.gfn = addr >> 12
+        self.error_code = error_code
+        self.is_tdp = is_tdp
+        self.max_level = KVM_MAX_HUGEPAGE_LEVEL
+        self.write_fault_to_shadow_pgtable = False
         self.write = access == lib.ACCESS_WRITE
         self.exec = access == lib.ACCESS_EXECUTE
         self.present = present

@@ -18,7 +18,7 @@ def kvm_mmu_hugepage_adjust(cpu: Cpu, kvm: Kvm, fault: KvmPageFault) -> None:
     """
     slot = fault.slot
     assert slot is not None
-    level = kvm_mmu_max_mapping_level(cpu, kvm, slot, fault.gfn)
+    level = kvm_mmu_max_mapping_level(cpu, kvm, slot, fault.gfn, fault.max_level)
     if level == PG_LEVEL_4K:
         return
     custody = huge_custody(cpu, kvm, slot, fault.gfn, fault.pfn.pfn, fault.pfn.custody)
@@ -29,9 +29,16 @@ def kvm_mmu_hugepage_adjust(cpu: Cpu, kvm: Kvm, fault: KvmPageFault) -> None:
     fault.pfn.custody = custody
 
 
-def kvm_mmu_max_mapping_level(cpu: Cpu, kvm: Kvm, slot: KvmMemorySlot, gfn: int) -> int:
-    """kvm_mmu_max_mapping_level(), under mmu_lock: return the largest level that the host maps now."""
-    level = KVM_MAX_HUGEPAGE_LEVEL
+def kvm_mmu_max_mapping_level(
+    cpu: Cpu, kvm: Kvm, slot: KvmMemorySlot, gfn: int, max_level: int = KVM_MAX_HUGEPAGE_LEVEL
+) -> int:
+    """kvm_mmu_max_mapping_level(), under mmu_lock: return the largest level that the host maps now.
+
+    max_level: the largest that the guest's tables permit.
+    """
+    level = min(max_level, KVM_MAX_HUGEPAGE_LEVEL)
+    if level == PG_LEVEL_4K:
+        return level
     start = gfn & -kvm_pages_per_hpage(level)
     if _level_allowed(slot, gfn, level) and lib.mm_huge(cpu.m, kvm.id, slot.gfn_to_hva(start)):
         return level
@@ -47,8 +54,8 @@ def _level_allowed(slot: KvmMemorySlot, gfn: int, level: int) -> bool:
     pages = kvm_pages_per_hpage(level)
     start = gfn & -pages
     return (
-        level <= KVM_MAX_HUGEPAGE_LEVEL
-        and not slot.dirty_track_enabled()
+        not slot.dirty_track_enabled()
+        and not slot.arch.disallow_lpage.get((level, start), 0)
         and slot.base_gfn <= start
         and start + pages <= slot.end_gfn
         and (slot.base_gfn ^ slot.userspace_addr) & (pages - 1) == 0

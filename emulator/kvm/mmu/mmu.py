@@ -1,8 +1,8 @@
 """arch/x86/kvm/mmu/mmu.c: zaps of whole slots and ranges, aging, and dirty logging, for all MMUs of a VM.
 
 Code outside mmu/ calls the functions here, which serve every MMU.  As in the kernel, the part of shadow pages
-comes first, through their rmaps, then the TDP MMU's; a pending flush is handed from one to the next.  So far
-there is the TDP MMU only.
+comes first, through their rmaps, then the TDP MMU's; a pending flush is handed from one to the next.  Without
+EPT there are shadow pages only, with it the TDP MMU's only.
 
 Roles and roots of vCPUs: roots.py.  Page faults: page_fault.py.
 """
@@ -18,6 +18,17 @@ from emulator.kvm.kvm_host import (
     PG_LEVEL_2M,
     PG_LEVEL_4K,
     kvm_pages_per_hpage,
+)
+from emulator.kvm.mmu.page_track import shadow_gfn_write_protect
+from emulator.kvm.mmu.rmap import kvm_rmap_age_gfn_range, kvm_rmap_zap_gfn_range
+from emulator.kvm.mmu.shadow import kvm_zap_obsolete_pages, shadow_mmu_zap_all
+from emulator.kvm.mmu.shadow_slots import (
+    kvm_memslots_have_rmaps,
+    kvm_mmu_zap_memslot_pages_and_flush,
+    kvm_rmap_zap_collapsible_sptes,
+    rmap_write_protect_masked,
+    shadow_zap_gfn_range,
+    slot_rmap_write_protect,
 )
 from emulator.kvm.mmu.tdp_dirty import (
     kvm_tdp_mmu_clear_dirty_pt_masked,
@@ -37,7 +48,6 @@ from emulator.kvm.mmu.tdp_mmu import (
 from emulator.kvm.mmu.tdp_roots import kvm_tdp_mmu_invalidate_roots
 from emulator.kvm.structs import Kvm, KvmMemorySlot
 from emulator.kvm.virt.requests import (
-    kvm_flush_remote_tlbs,
     kvm_flush_remote_tlbs_memslot,
     kvm_flush_remote_tlbs_range,
     kvm_make_all_cpus_request,
@@ -56,28 +66,24 @@ def kvm_mmu_zap_all_fast_front(cpu: Cpu, kvm: Kvm) -> None:
     an old root again and miss the kick.
     """
     with kvm.mmu_lock.write_lock(cpu):
-        kvm_tdp_mmu_invalidate_roots(cpu, kvm)
+        kvm.shadow.mmu_valid_gen ^= 1
+        if kvm.params.ept:
+            kvm_tdp_mmu_invalidate_roots(cpu, kvm)
         kvm_make_all_cpus_request(cpu, kvm, KVM_REQ_MMU_FREE_OBSOLETE_ROOTS)
+        kvm_zap_obsolete_pages(cpu, kvm)
 
 
 def kvm_mmu_zap_all_fast_back(cpu: Cpu, kvm: Kvm) -> None:
     """Do the back half of kvm_mmu_zap_all_fast(), without mmu_lock; vCPUs fault on new roots meanwhile."""
-    kvm_tdp_mmu_zap_invalidated_roots(cpu, kvm, shared=True)
+    if kvm.params.ept:
+        kvm_tdp_mmu_zap_invalidated_roots(cpu, kvm, shared=True)
 
 
 def kvm_mmu_zap_all_fast(cpu: Cpu, kvm: Kvm) -> None:
-    """kvm_mmu_zap_all_fast(), under slots_lock: invalidate and zap all roots, without a flush."""
+    """kvm_mmu_zap_all_fast(), under slots_lock: invalidate and zap all roots, without a flush for the TDP
+    MMU's."""
     kvm_mmu_zap_all_fast_front(cpu, kvm)
     kvm_mmu_zap_all_fast_back(cpu, kvm)
-
-
-def kvm_mmu_zap_memslot_pages_and_flush(cpu: Cpu, kvm: Kvm, flush: bool) -> None:
-    """kvm_mmu_zap_memslot_pages_and_flush(), under mmu_lock for write: make the pending flush.
-
-    No MMU here has pages that shadow the guest's tables, which would be zapped before.
-    """
-    if flush:
-        kvm_flush_remote_tlbs(cpu, kvm, lib.REASON_REMOTE_ZAP)
 
 
 def kvm_arch_flush_shadow_memslot(cpu: Cpu, kvm: Kvm, slot: KvmMemorySlot) -> None:
@@ -90,13 +96,15 @@ def kvm_arch_flush_shadow_memslot(cpu: Cpu, kvm: Kvm, slot: KvmMemorySlot) -> No
         return
     with kvm.mmu_lock.write_lock(cpu):
         flush = kvm_unmap_gfn_range(cpu, kvm, slot, slot.base_gfn, slot.end_gfn, lib.REASON_REMOTE_ZAP)
-        kvm_mmu_zap_memslot_pages_and_flush(cpu, kvm, flush)
+        kvm_mmu_zap_memslot_pages_and_flush(cpu, kvm, slot, flush)
 
 
 def kvm_mmu_zap_all(cpu: Cpu, kvm: Kvm) -> None:
     """kvm_mmu_zap_all(), kvm_arch_flush_shadow_all(): zap every root, as the VM's user memory goes away."""
     with kvm.mmu_lock.write_lock(cpu):
-        kvm_tdp_mmu_zap_all(cpu, kvm)
+        shadow_mmu_zap_all(cpu, kvm)
+        if kvm.params.ept:
+            kvm_tdp_mmu_zap_all(cpu, kvm)
 
 
 def kvm_mmu_invalidate_start(cpu: Cpu, kvm: Kvm, ranges: Iterable[tuple[int, int]]) -> None:
@@ -121,8 +129,9 @@ def kvm_zap_gfn_range(cpu: Cpu, kvm: Kvm, gfn_start: int, gfn_end: int) -> None:
     with kvm.mmu_lock.write_lock(cpu):
         kvm_mmu_invalidate_start(cpu, kvm, ((gfn_start, gfn_end),))
         lib.mmu_invalidate_range_add(cpu.m, kvm.id, gfn_start, gfn_end)
-        flush = False
-        flush = kvm_tdp_mmu_zap_leafs(cpu, kvm, gfn_start, gfn_end, flush, reason)
+        flush = shadow_zap_gfn_range(cpu, kvm, gfn_start, gfn_end, reason)
+        if kvm.params.ept:
+            flush = kvm_tdp_mmu_zap_leafs(cpu, kvm, gfn_start, gfn_end, flush, reason)
         ticket = lib.oracle_ticket(cpu.m, kvm.id)
         if flush:
             kvm_flush_remote_tlbs_range(cpu, kvm, gfn_start, gfn_end - gfn_start, reason)
@@ -145,17 +154,27 @@ def kvm_unmap_gfn_range(
     `reason`: of a flush that is made meanwhile, because the zap yields.
     """
     flush = False
-    return kvm_tdp_mmu_unmap_gfn_range(cpu, kvm, slot, start, end, flush, reason)
+    if kvm_memslots_have_rmaps(kvm):
+        flush = kvm_rmap_zap_gfn_range(cpu, kvm, slot, start, end, reason)
+    if kvm.params.ept:
+        flush = kvm_tdp_mmu_unmap_gfn_range(cpu, kvm, slot, start, end, flush, reason)
+    return flush
 
 
 def kvm_age_gfn(cpu: Cpu, kvm: Kvm, slot: KvmMemorySlot, start: int, end: int) -> bool:
     """kvm_age_gfn(): return whether the guest has used the range since the last call."""
-    return kvm_tdp_mmu_age_gfn_range(cpu, kvm, slot, start, end)
+    young = False
+    if kvm.params.ept:
+        young = kvm_tdp_mmu_age_gfn_range(cpu, kvm, slot, start, end)
+    if kvm_memslots_have_rmaps(kvm):
+        young |= kvm_rmap_age_gfn_range(cpu, kvm, slot, start, end)
+    return young
 
 
 def kvm_mmu_uninit_vm(cpu: Cpu, kvm: Kvm) -> None:
     """kvm_mmu_uninit_vm()"""
-    kvm_mmu_uninit_tdp_mmu(cpu, kvm)
+    if kvm.params.ept:
+        kvm_mmu_uninit_tdp_mmu(cpu, kvm)
 
 
 # --- dirty logging ------------------------------------------------------------------------------------------
@@ -167,21 +186,37 @@ def kvm_dirty_log_manual_protect_and_init_set(kvm: Kvm) -> bool:
 
 
 def kvm_mmu_slot_remove_write_access(cpu: Cpu, kvm: Kvm, slot: KvmMemorySlot, level: int) -> bool:
-    """kvm_mmu_slot_remove_write_access(): return whether some SPTE lost W.  The caller flushes."""
+    """kvm_mmu_slot_remove_write_access(): return whether some SPTE of the TDP MMU lost W.  The caller
+    flushes."""
+    if kvm_memslots_have_rmaps(kvm):
+        with kvm.mmu_lock.write_lock(cpu):
+            slot_rmap_write_protect(cpu, kvm, slot, level)
+    if not kvm.params.ept:
+        return False
     with kvm.mmu_lock.read_lock(cpu):
         return kvm_tdp_mmu_wrprot_slot(cpu, kvm, slot, level)
 
 
 def kvm_mmu_slot_gfn_write_protect(cpu: Cpu, kvm: Kvm, slot: KvmMemorySlot, gfn: int, min_level: int) -> bool:
     """kvm_mmu_slot_gfn_write_protect(), under mmu_lock for write: return whether some SPTE lost W."""
-    return kvm_tdp_mmu_write_protect_gfn(cpu, kvm, slot, gfn, min_level)
+    protected = False
+    if kvm_memslots_have_rmaps(kvm):
+        protected = shadow_gfn_write_protect(cpu, kvm, slot, gfn, min_level)
+    if kvm.params.ept:
+        protected |= kvm_tdp_mmu_write_protect_gfn(cpu, kvm, slot, gfn, min_level)
+    return protected
 
 
 def kvm_mmu_write_protect_pt_masked(
     cpu: Cpu, kvm: Kvm, slot: KvmMemorySlot, gfn_offset: int, mask: int
 ) -> int:
     """kvm_mmu_write_protect_pt_masked(), under mmu_lock for write: return how many 4K SPTEs lost W."""
-    return kvm_tdp_mmu_clear_dirty_pt_masked(cpu, kvm, slot, slot.base_gfn + gfn_offset, mask)
+    protected = 0
+    if kvm.params.ept:
+        protected = kvm_tdp_mmu_clear_dirty_pt_masked(cpu, kvm, slot, slot.base_gfn + gfn_offset, mask)
+    if kvm_memslots_have_rmaps(kvm):
+        rmap_write_protect_masked(cpu, kvm, slot, slot.base_gfn + gfn_offset, mask)
+    return protected
 
 
 def kvm_mmu_try_split_huge_pages(
@@ -200,12 +235,22 @@ def kvm_mmu_slot_try_split_huge_pages(cpu: Cpu, kvm: Kvm, slot: KvmMemorySlot, t
 
 
 def splits_eagerly(cpu: Cpu, kvm: Kvm, slot: KvmMemorySlot) -> bool:
-    """Return whether to split huge pages eagerly: decision eager_split, if the module parameter allows it."""
-    return kvm.params.eager_page_split and kvm.policy.eager_split(cpu, kvm, slot) == "split"
+    """Return whether to split huge pages eagerly: decision eager_split, if the module parameter allows it.
+
+    The shadow MMU's are split by faults alone, as long as no nested guest uses it.
+    """
+    return (
+        kvm.params.ept and kvm.params.eager_page_split and kvm.policy.eager_split(cpu, kvm, slot) == "split"
+    )
 
 
 def kvm_mmu_recover_huge_pages(cpu: Cpu, kvm: Kvm, slot: KvmMemorySlot) -> None:
     """kvm_mmu_recover_huge_pages()"""
+    if kvm_memslots_have_rmaps(kvm):
+        with kvm.mmu_lock.write_lock(cpu):
+            kvm_rmap_zap_collapsible_sptes(cpu, kvm, slot)
+    if not kvm.params.ept:
+        return
     with kvm.mmu_lock.read_lock(cpu):
         kvm_tdp_mmu_recover_huge_pages(cpu, kvm, slot)
 

@@ -46,14 +46,18 @@ from native import lib
 _FAST_TRIES: Final = 5
 
 
-def kvm_mmu_page_fault(cpu: Cpu, vcpu: Vcpu, gpa: int, access: int, present: bool) -> int:
+def kvm_mmu_page_fault(
+    cpu: Cpu, vcpu: Vcpu, addr: int, access: int, present: bool, error_code: int = 0
+) -> int:
     """kvm_mmu_page_fault() and kvm_mmu_do_page_fault(): return a RET_PF_ value or a negative error.
 
-    After FIXED, SPURIOUS and RETRY the guest executes the access again.
+    addr: guest-physical with EPT, otherwise linear.  After FIXED, SPURIOUS and RETRY the guest executes the
+    access again; after WRITE_PROTECTED the caller emulates it.
     """
-    fault = KvmPageFault(gpa >> 12, access, present)
-    cpu.point("memslots", vcpu.kvm.id, "read")
-    fault.slot = gfn_to_memslot(vcpu.kvm, fault.gfn, kvm_arch_vcpu_memslots_id(vcpu))
+    fault = KvmPageFault(addr, access, present, error_code, is_tdp=vcpu.kvm.params.ept)
+    if vcpu.mmu.root_role.direct:
+        cpu.point("memslots", vcpu.kvm.id, "read")
+        fault.slot = gfn_to_memslot(vcpu.kvm, fault.gfn, kvm_arch_vcpu_memslots_id(vcpu))
     handler = vcpu.mmu.page_fault
     assert handler is not None
     r = handler(cpu, vcpu, fault)
@@ -98,7 +102,8 @@ def fast_page_fault(cpu: Cpu, vcpu: Vcpu, fault: KvmPageFault) -> int:
     """fast_page_fault(): give a write-protected SPTE its W back, and an access-tracked one R and X, without
     mmu_lock.
 
-    An SPTE that changes meanwhile is read again; after some tries the fault takes the slow path.
+    An SPTE that changes meanwhile is read again; after some tries the fault takes the slow path.  So does
+    each fault of a guest that runs without paging on a host without EPT.
     """
     root = root_to_sp(vcpu.mmu.root)
     if not page_fault_can_be_fast(vcpu.kvm, fault) or root is None or fault.slot is None:
@@ -190,7 +195,7 @@ def __kvm_mmu_faultin_pfn(cpu: Cpu, kvm: Kvm, fault: KvmPageFault, slot: KvmMemo
     fault.pfn = PfnAndRights(page.hfn, page.tag, bool(page.writable))
     around = min(kvm.params.fault_around, FAULT_AROUND_MAX)
     # No neighbours under dirty logging: they would become writable without being marked.
-    if around > 1 and page.level == PG_LEVEL_4K and not slot.dirty_track_enabled():
+    if fault.is_tdp and around > 1 and page.level == PG_LEVEL_4K and not slot.dirty_track_enabled():
         fault.around_gfn, fault.around_n = fault_around_range(fault, around)
         cpu.check(
             lib.mm_fault_range(
@@ -227,7 +232,7 @@ def is_page_fault_stale(cpu: Cpu, vcpu: Vcpu, fault: KvmPageFault) -> bool:
     pending, which may be about another root.
     """
     sp = root_to_sp(vcpu.mmu.root)
-    if sp is not None and is_obsolete_sp(sp):
+    if sp is not None and is_obsolete_sp(vcpu.kvm, sp):
         return True
     if sp is None and kvm_test_request(cpu, vcpu, KVM_REQ_MMU_FREE_OBSOLETE_ROOTS):
         return True

@@ -15,12 +15,22 @@ from emulator.kvm.kvm_host import (
 )
 from emulator.kvm.mmu import page_fault
 from emulator.kvm.mmu.root_tracking import mmu_roots, record_flush, test_and_set_flushed
+from emulator.kvm.mmu.shadow import InvalidList, kvm_mmu_commit_zap_page
+from emulator.kvm.mmu.shadow_roots import (
+    free_pae_roots,
+    init_kvm_shadow_mmu,
+    mmu_alloc_shadow_roots,
+    shadow_mmu_alloc_direct_roots,
+    shadow_mmu_free_root_page,
+)
+from emulator.kvm.mmu.shadow_structs import ShadowPage
 from emulator.kvm.mmu.spte import is_obsolete_sp, is_tdp_mmu_page, root_to_sp
 from emulator.kvm.mmu.structs import KvmMmu, KvmMmuPageRole, KvmMmuRootInfo
+from emulator.kvm.mmu.sync import is_unsync_root, kvm_mmu_sync_roots
 from emulator.kvm.mmu.tdp_roots import kvm_tdp_mmu_alloc_root, kvm_tdp_mmu_put_root, root_lock
 from emulator.kvm.structs import Kvm, Vcpu
 from emulator.kvm.virt.requests import kvm_check_request, kvm_make_request
-from emulator.machine.runtime import Cpu
+from emulator.machine.runtime import Cpu, MachineError
 from native import lib
 
 # --- roles --------------------------------------------------------------------------------------------------
@@ -43,6 +53,9 @@ def kvm_calc_tdp_mmu_root_page_role(vcpu: Vcpu) -> KvmMmuPageRole:
 def kvm_init_mmu(vcpu: Vcpu) -> None:
     """kvm_init_mmu(), init_kvm_tdp_mmu()"""
     mmu = vcpu.root_mmu
+    if not vcpu.kvm.params.ept:
+        init_kvm_shadow_mmu(vcpu)
+        return
     mmu.root_role = kvm_calc_tdp_mmu_root_page_role(vcpu)
     mmu.page_fault = page_fault.kvm_tdp_page_fault
 
@@ -135,6 +148,8 @@ def kvm_mmu_new_pgd(cpu: Cpu, vcpu: Vcpu, pgd: int) -> None:
         return
     sp = root_to_sp(mmu.root)
     assert sp is not None
+    if isinstance(sp, ShadowPage):
+        sp.write_flooding_count = 0
     kvm_make_request(cpu, vcpu, KVM_REQ_LOAD_MMU_PGD)
     if vcpu.kvm.heard.root_current is not None:
         vcpu.kvm.heard.root_current(cpu, vcpu, sp)
@@ -165,14 +180,19 @@ def kvm_mmu_load(cpu: Cpu, vcpu: Vcpu) -> None:
     """
     kvm, mmu = vcpu.kvm, vcpu.mmu
     cpu.stat(kvm.id, lib.STAT_MMU_LOAD)
-    # mmu_alloc_shadow_roots() allocates those of other roles, which no MMU here has.
-    assert mmu.root_role.direct
-    mmu_alloc_direct_roots(cpu, vcpu)
+    if not mmu.root_role.direct:
+        if not mmu_alloc_shadow_roots(cpu, vcpu):
+            raise MachineError(f"{vcpu!r}: CR3 {vcpu.arch.cr3:#x} points to no memory")
+        kvm_mmu_sync_roots(cpu, vcpu)
+    else:
+        mmu_alloc_direct_roots(cpu, vcpu)
     root = mmu.root
     assert root is not None
-    assert root.sp is not None
     kvm_mmu_load_pgd(cpu, vcpu)
     cpu.event(lib.EVENT_ROOT_LOAD, vcpu.id, root.hfn, kvm.id)
+    if root.sp is None:
+        kvm.x86_ops.flush_tlb_current(cpu, vcpu, lib.REASON_ROOT_LOAD)
+        return
     if kvm.heard.root_current is not None:
         kvm.heard.root_current(cpu, vcpu, root.sp)
     answer = kvm.policy.root_load(cpu, vcpu, root.sp)
@@ -189,6 +209,9 @@ def kvm_mmu_load(cpu: Cpu, vcpu: Vcpu) -> None:
 def mmu_alloc_direct_roots(cpu: Cpu, vcpu: Vcpu) -> None:
     """mmu_alloc_direct_roots(): find or allocate the TDP MMU's root of the MMU's role."""
     mmu = vcpu.mmu
+    if not vcpu.kvm.params.ept:
+        shadow_mmu_alloc_direct_roots(cpu, vcpu)
+        return
     sp = kvm_tdp_mmu_alloc_root(cpu, vcpu.kvm, mmu.root_role)
     mmu.root = KvmMmuRootInfo(pgd=0, hfn=sp.hfn, sp=sp)
 
@@ -200,10 +223,10 @@ def kvm_mmu_load_pgd(cpu: Cpu, vcpu: Vcpu) -> None:
         vcpu.kvm.x86_ops.load_mmu_pgd(cpu, vcpu, mmu.root.hfn, mmu.root_role.level)
 
 
-def is_obsolete_root(root: KvmMmuRootInfo) -> bool:
+def is_obsolete_root(kvm: Kvm, root: KvmMmuRootInfo) -> bool:
     """is_obsolete_root(): return whether to free it; without a shadow page nothing tells that it is fresh."""
     sp = root_to_sp(root)
-    return sp is None or is_obsolete_sp(sp)
+    return sp is None or is_obsolete_sp(kvm, sp)
 
 
 def kvm_mmu_free_roots(cpu: Cpu, kvm: Kvm, mmu: KvmMmu, wanted: Callable[[KvmMmuRootInfo], bool]) -> None:
@@ -214,25 +237,38 @@ def kvm_mmu_free_roots(cpu: Cpu, kvm: Kvm, mmu: KvmMmu, wanted: Callable[[KvmMmu
     roots = (mmu.root, *mmu.prev_roots)
     if not any(root is not None and wanted(root) for root in roots):
         return
-    with root_lock(cpu, kvm):
+    invalid_list: InvalidList = []
+    tdp = kvm.params.ept and mmu.root_role.direct
+    with root_lock(cpu, kvm) if tdp else kvm.mmu_lock.write_lock(cpu):
         for i in range(KVM_MMU_NUM_PREV_ROOTS):
             prev = mmu.prev_roots[i]
             if prev is not None and wanted(prev):
                 mmu.prev_roots[i] = None
-                mmu_free_root_page(cpu, kvm, prev)
+                mmu_free_root_page(cpu, kvm, prev, invalid_list)
         if mmu.root is not None and wanted(mmu.root):
             root, mmu.root = mmu.root, None
-            mmu_free_root_page(cpu, kvm, root)
+            mmu_free_root_page(cpu, kvm, root, invalid_list)
+            free_pae_roots(cpu, kvm, mmu, invalid_list)
+        kvm_mmu_commit_zap_page(cpu, kvm, invalid_list)
 
 
-def mmu_free_root_page(cpu: Cpu, kvm: Kvm, root: KvmMmuRootInfo) -> None:
+def mmu_free_root_page(cpu: Cpu, kvm: Kvm, root: KvmMmuRootInfo, invalid_list: InvalidList) -> None:
     """mmu_free_root_page(): put the root, unless it has no shadow page; such roots are not refcounted."""
     sp = root_to_sp(root)
-    if sp is None:
-        return
-    if not is_tdp_mmu_page(sp):
-        raise AssertionError(f"{sp!r} is a root of no MMU")
-    kvm_tdp_mmu_put_root(cpu, kvm, sp)
+    if isinstance(sp, ShadowPage):
+        shadow_mmu_free_root_page(cpu, kvm, sp, invalid_list)
+    elif sp is not None:
+        if not is_tdp_mmu_page(sp):
+            raise AssertionError(f"{sp!r} is a root of no MMU")
+        kvm_tdp_mmu_put_root(cpu, kvm, sp)
+
+
+def kvm_mmu_sync_prev_roots(cpu: Cpu, vcpu: Vcpu) -> None:
+    """kvm_mmu_sync_prev_roots(): free the previous roots below which a table is unsync, instead of syncing.
+    """
+    mmu = vcpu.mmu
+    unsync = [root for root in mmu.prev_roots if is_unsync_root(cpu, vcpu.kvm, root)]
+    kvm_mmu_free_roots(cpu, vcpu.kvm, mmu, lambda root: any(root is one for one in unsync))
 
 
 def kvm_mmu_free_obsolete_roots(cpu: Cpu, vcpu: Vcpu) -> None:
@@ -240,7 +276,7 @@ def kvm_mmu_free_obsolete_roots(cpu: Cpu, vcpu: Vcpu) -> None:
     for mmu in (vcpu.root_mmu, vcpu.guest_mmu):
         for root in mmu_roots(mmu):
             cpu.point("role", root.hfn, "read")
-        kvm_mmu_free_roots(cpu, vcpu.kvm, mmu, is_obsolete_root)
+        kvm_mmu_free_roots(cpu, vcpu.kvm, mmu, lambda root: is_obsolete_root(vcpu.kvm, root))
 
 
 def kvm_mmu_unload(cpu: Cpu, vcpu: Vcpu) -> None:

@@ -7,7 +7,7 @@ from typing import Final
 
 from emulator.kvm.kvm_host import PG_LEVEL_4K
 from emulator.kvm.mmu.structs import KvmMmuPage, KvmMmuRootInfo
-from emulator.kvm.structs import KvmMemorySlot
+from emulator.kvm.structs import Kvm, KvmMemorySlot
 from emulator.kvm.virt.slots import mark_page_dirty_in_slot
 from emulator.machine.runtime import Cpu
 from native import lib
@@ -117,6 +117,8 @@ def is_tdp_mmu_page(sp: KvmMmuPage) -> bool:
     return sp.tdp_mmu_page
 
 
-def is_obsolete_sp(sp: KvmMmuPage) -> bool:
+def is_obsolete_sp(kvm: Kvm, sp: KvmMmuPage) -> bool:
     """is_obsolete_sp(): return whether no vCPU may use it any more.  TDP MMU pages have no mmu_valid_gen."""
-    return sp.role.invalid
+    if sp.role.invalid:
+        return True
+    return not sp.tdp_mmu_page and sp.mmu_valid_gen != kvm.shadow.mmu_valid_gen

@@ -7,26 +7,36 @@ under the lock that the kernel has for them.
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass, replace
-from typing import TYPE_CHECKING
+from dataclasses import dataclass, field, replace
+from typing import TYPE_CHECKING, Final
 
 from emulator.kvm.kvm_host import KVM_MMU_NUM_PREV_ROOTS, PG_LEVEL_512G
 from emulator.machine.locks import Refcount
 from emulator.machine.runtime import Cpu
-from native import ffi
+from native import ffi, lib
 from native.types import Hfn
 
 if TYPE_CHECKING:
     from emulator.kvm.mmu.fault import KvmPageFault
+    from emulator.kvm.mmu.shadow_structs import ShadowPage
     from emulator.kvm.structs import Vcpu
+
+
+# ACC_ bits of a role and of a guest's walk (mmu.h).
+ACC_READ_MASK: Final[int] = lib.SPTE_READABLE
+ACC_WRITE_MASK: Final[int] = lib.SPTE_WRITABLE
+ACC_EXEC_MASK: Final[int] = lib.SPTE_EXECUTABLE
+ACC_USER_MASK: Final[int] = lib.SPTE_USER
+ACC_ALL: Final = ACC_READ_MASK | ACC_WRITE_MASK | ACC_EXEC_MASK | ACC_USER_MASK
 
 
 @dataclass(frozen=True, slots=True)
 class KvmMmuPageRole:
-    """union kvm_mmu_page_role, as far as it tells TDP roots apart (mmu.c: kvm_calc_tdp_mmu_root_page_role).
+    """union kvm_mmu_page_role.
 
     `smm` is the address space.  `direct`: the page maps gfns by their number, and shadows no table of the
-    guest.  `invalid` takes part in comparisons, so an invalid root matches no vCPU's role.
+    guest.  `invalid` takes part in comparisons, so an invalid root matches no vCPU's role.  `access` and the
+    bits below it are the same for all pages of the TDP MMU.
     """
 
     level: int = PG_LEVEL_512G
@@ -34,12 +44,17 @@ class KvmMmuPageRole:
     guest_mode: bool = False
     direct: bool = True
     invalid: bool = False
+    access: int = field(default=ACC_ALL, repr=False)
+    cr0_wp: bool = field(default=True, repr=False)
+    cr4_smep: bool = field(default=False, repr=False)
+    smap_andnot_wp: bool = field(default=False, repr=False)
 
 
 class KvmMmuPage:
     """struct kvm_mmu_page: a shadow page.  The TDP MMU's tables below its roots are plain frame numbers.
 
-    `tdp_mmu_page`: it belongs to the TDP MMU, which has roots only.  `parent_spte`: the SPTE that would point
+    `tdp_mmu_page`: it belongs to the TDP MMU, which has roots only; the others are ShadowPages.
+    mmu_valid_gen: the VM's when a ShadowPage was made.  `parent_spte`: the SPTE that would point
     to the page, with its custody.  role.invalid is set under mmu_lock held for write.
 
     Of roots: `root_count` are its references.  `tracking` is for policies that elide flushes
@@ -53,6 +68,7 @@ class KvmMmuPage:
     __slots__ = (
         "has_tdp_ref",
         "hfn",
+        "mmu_valid_gen",
         "parent_spte",
         "policy_data",
         "role",
@@ -76,6 +92,7 @@ class KvmMmuPage:
         self.hfn = hfn
         self.role = role
         self.tdp_mmu_page = tdp_mmu_page
+        self.mmu_valid_gen = 0
         self.parent_spte = parent_spte
         self.tracking = tracking
         self.policy_data = policy_data
@@ -126,13 +143,21 @@ class KvmMmuRootInfo:
 class KvmMmu:
     """struct kvm_mmu: the current root and up to three previous ones (None: INVALID_PAGE).
 
-    page_fault: the handler of guests' faults, or None until kvm_init_mmu() chooses it.
+    page_fault: the handler of guests' faults, or None until kvm_init_mmu() chooses it.  sync_spte: compares
+    an SPTE of an unsync page with the guest's entry; None for direct MMUs.
+
+    pae_root: without EPT, the pages for the four quarters of 4 GiB, where the guest has no table of their
+    level: they are the current root then, below the pages of pml4_root (which is None until such a root is
+    needed).
     """
 
-    __slots__ = ("page_fault", "prev_roots", "root", "root_role")
+    __slots__ = ("pae_root", "page_fault", "pml4_root", "prev_roots", "root", "root_role", "sync_spte")
 
     def __init__(self, root_role: KvmMmuPageRole) -> None:
         self.root_role = root_role
         self.page_fault: Callable[[Cpu, Vcpu, KvmPageFault], int] | None = None
+        self.sync_spte: Callable[[Cpu, Vcpu, ShadowPage, int], int] | None = None
         self.root: KvmMmuRootInfo | None = None
+        self.pae_root: list[ShadowPage | None] = [None] * 4
+        self.pml4_root: tuple[Hfn, Hfn] | None = None
         self.prev_roots: list[KvmMmuRootInfo | None] = [None] * KVM_MMU_NUM_PREV_ROOTS

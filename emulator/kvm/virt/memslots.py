@@ -51,6 +51,7 @@ def kvm_set_memory_region(
             change = MOVE
         elif old.flags != new.flags:
             change = FLAGS_ONLY
+            new.arch = old.arch
         else:
             return  # nothing to change
         kvm_prepare_memory_region(kvm, old, new, change)
@@ -128,6 +129,7 @@ def kvm_invalidate_memslot(cpu: Cpu, kvm: Kvm, old: KvmMemorySlot) -> None:
         old.userspace_addr,
         old.flags | KVM_MEMSLOT_INVALID,
         old.dirty_bitmap,
+        old.arch,
     )
     kvm_swap_active_memslots(cpu, kvm, old, invalid)
     kvm_arch_flush_shadow_memslot(cpu, kvm, old)

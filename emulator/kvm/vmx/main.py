@@ -51,6 +51,9 @@ class VtX86Ops:
     def flush_tlb_guest(self, cpu: Cpu, vcpu: Vcpu, reason: FlushReason) -> None:
         vmx.vmx_flush_tlb_guest(cpu, vcpu, reason)
 
+    def flush_tlb_gva(self, cpu: Cpu, vcpu: Vcpu, addr: int) -> None:
+        vmx.vmx_flush_tlb_gva(cpu, vcpu, addr)
+
     def flush_tlb_root(self, cpu: Cpu, kvm: Kvm, root: KvmMmuRootInfo, reason: FlushReason) -> None:
         vmx.vmx_flush_tlb_ept_root(cpu, kvm, root, reason)
 

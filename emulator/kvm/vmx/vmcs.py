@@ -21,9 +21,12 @@ class LoadedVmcs:
         self.tracked_by_gen = False
 
 
-def alloc_loaded_vmcs(cpu: Cpu, vcpu: VcpuId, vpid: Vpid) -> LoadedVmcs:
-    """alloc_loaded_vmcs(), with the VPID that the vCPU uses it with."""
-    return LoadedVmcs(VmcsId(cpu.check(lib.vmcs_create(cpu.m, vcpu, vpid))))
+def alloc_loaded_vmcs(cpu: Cpu, vcpu: VcpuId, vpid: Vpid, *, ept: bool) -> LoadedVmcs:
+    """alloc_loaded_vmcs(), with the VPID that the vCPU uses it with, 0 for none; `ept` is "enable EPT"."""
+    vmcs = VmcsId(cpu.check(lib.vmcs_create(cpu.m, vcpu, vpid)))
+    if not ept:
+        lib.vmcs_enable_ept(cpu.m, vmcs, 0)
+    return LoadedVmcs(vmcs)
 
 
 def free_loaded_vmcs(cpu: Cpu, vm: VmId, loaded_vmcs: LoadedVmcs) -> None:

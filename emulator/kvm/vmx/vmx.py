@@ -6,14 +6,28 @@ from typing import Final, Literal
 
 from emulator.kvm.accounting import flush_elided
 from emulator.kvm.decisions import Tracking
+from emulator.kvm.emulate import emulate_store
 from emulator.kvm.kvm_host import PG_LEVEL_256T, X86_CR0_PG, ExitToUser
-from emulator.kvm.mmu.fault import EFAULT, ENOMEM, RET_PF_EMULATE, RET_PF_RETRY
+from emulator.kvm.mmu.fault import (
+    EFAULT,
+    ENOMEM,
+    RET_PF_EMULATE,
+    RET_PF_RETRY,
+    RET_PF_WRITE_PROTECTED,
+)
 from emulator.kvm.mmu.page_fault import kvm_mmu_page_fault
 from emulator.kvm.mmu.root_tracking import active_roots, mmu_roots, root_tlb_gen_is_old, test_and_set_flushed
 from emulator.kvm.mmu.spte import root_to_sp
 from emulator.kvm.mmu.structs import KvmMmu, KvmMmuRootInfo
 from emulator.kvm.notifications import PcpuFlush, flush_begins, flush_ended
-from emulator.kvm.regs import kvm_set_cr0, kvm_set_cr3, kvm_set_cr4
+from emulator.kvm.regs import (
+    kvm_get_active_pcid,
+    kvm_handle_invpcid,
+    kvm_mmu_invlpg,
+    kvm_set_cr0,
+    kvm_set_cr3,
+    kvm_set_cr4,
+)
 from emulator.kvm.smm import emulator_leave_smm
 from emulator.kvm.structs import Kvm, Vcpu
 from emulator.kvm.virt.requests import request_tlb_flush
@@ -26,7 +40,7 @@ from emulator.kvm.vmx.vmcs import (
 )
 from emulator.machine.runtime import Cpu, MachineError, cpu_relax
 from native import lib
-from native.types import FlushReason, Hfn, VcpuId
+from native.types import FlushReason, Hfn, VcpuId, Vpid
 
 # EPTP (SDM vol. 3C, 25.6.11): memory type, levels - 1, accessed and dirty flags enabled, page of the root.
 VMX_EPTP_MT_WB: Final = 6
@@ -90,8 +104,12 @@ def vmx_flush_tlb_ept_root(cpu: Cpu, kvm: Kvm, root: KvmMmuRootInfo, reason: Flu
 def vmx_flush_tlb_all(cpu: Cpu, vcpu: Vcpu, reason: FlushReason) -> None:
     """vmx_flush_tlb_all(): execute INVEPT global, which drops the entries of every VM on this pCPU.
 
-    Neither INVVPID nor VM entry drops guest-physical mappings.
+    Neither INVVPID nor VM entry drops guest-physical mappings.  Without EPT there are none: INVVPID all-
+    context then, or nothing without VPIDs, because VM entry drops everything.
     """
+    if not vcpu.kvm.params.ept:
+        vpid_sync_vcpu_global(cpu, vcpu, reason)
+        return
     roots = tuple(root.sp for root in active_roots(vcpu) if root.sp is not None)
     flush = PcpuFlush("invept-global", -1, reason, roots)
     cpu.stat(vcpu.kvm.id, lib.STAT_FLUSH_ALL)
@@ -102,10 +120,14 @@ def vmx_flush_tlb_all(cpu: Cpu, vcpu: Vcpu, reason: FlushReason) -> None:
 
 
 def vmx_flush_tlb_current(cpu: Cpu, vcpu: Vcpu, reason: FlushReason) -> None:
-    """vmx_flush_tlb_current(): execute INVEPT single on the current root; do nothing without one."""
+    """vmx_flush_tlb_current(): execute INVEPT single on the current root, without EPT INVVPID; do nothing
+    without a root."""
     if vcpu.mmu.root is None:
         return
     cpu.stat(vcpu.kvm.id, lib.STAT_FLUSH_CURRENT)
+    if not vcpu.kvm.params.ept:
+        vpid_sync_context(cpu, vcpu, reason)
+        return
     vmx_flush_tlb_ept_root(cpu, vcpu.kvm, vcpu.mmu.root, reason)
 
 
@@ -115,8 +137,21 @@ def vmx_flush_tlb_guest(cpu: Cpu, vcpu: Vcpu, reason: FlushReason) -> None:
     vpid_sync_context(cpu, vcpu, reason)
 
 
+def vmx_flush_tlb_gva(cpu: Cpu, vcpu: Vcpu, addr: int) -> None:
+    """vmx_flush_tlb_gva(): execute INVVPID individual-address."""
+    if not vcpu.vpid:
+        return
+    flush = PcpuFlush("invvpid-address", vcpu.vpid, lib.REASON_GUEST)
+    flush_begins(cpu, vcpu.kvm, flush)
+    cpu.point("tlb", cpu.id, "write")
+    lib.flush_invvpid_address(cpu.m, cpu.id, vcpu.kvm.id, vcpu.vpid, addr >> 12, lib.REASON_GUEST)
+    flush_ended(cpu, vcpu.kvm, flush)
+
+
 def vpid_sync_context(cpu: Cpu, vcpu: Vcpu, reason: FlushReason) -> None:
-    """vpid_sync_context(): execute INVVPID single-context on the vCPU's VPID."""
+    """vpid_sync_context(): execute INVVPID single-context; nothing for VPID 0, which VM entry flushes."""
+    if not vcpu.vpid:
+        return
     flush = PcpuFlush("invvpid-single", vcpu.vpid, reason)
     flush_begins(cpu, vcpu.kvm, flush)
     cpu.point("tlb", cpu.id, "write")
@@ -124,8 +159,23 @@ def vpid_sync_context(cpu: Cpu, vcpu: Vcpu, reason: FlushReason) -> None:
     flush_ended(cpu, vcpu.kvm, flush)
 
 
+def vpid_sync_vcpu_global(cpu: Cpu, vcpu: Vcpu, reason: FlushReason) -> None:
+    """vpid_sync_vcpu_global(): execute INVVPID all-context; nothing without VPIDs."""
+    cpu.stat(vcpu.kvm.id, lib.STAT_FLUSH_ALL)
+    if not vcpu.kvm.params.vpid:
+        return
+    flush = PcpuFlush("invvpid-all", -1, reason)
+    flush_begins(cpu, vcpu.kvm, flush)
+    cpu.point("tlb", cpu.id, "write")
+    lib.flush_invvpid_all(cpu.m, cpu.id, vcpu.kvm.id, reason)
+    flush_ended(cpu, vcpu.kvm, flush)
+
+
 def vmx_load_mmu_pgd(cpu: Cpu, vcpu: Vcpu, root_hfn: Hfn, root_level: int) -> None:
-    """vmx_load_mmu_pgd(): write EPT_POINTER."""
+    """vmx_load_mmu_pgd(): write EPT_POINTER; without EPT GUEST_CR3, with the guest's PCID."""
+    if not vcpu.kvm.params.ept:
+        lib.vmcs_write_guest_cr3(cpu.m, vcpu.loaded_vmcs.vmcs, root_hfn, kvm_get_active_pcid(vcpu))
+        return
     lib.vmcs_write_eptp(cpu.m, vcpu.loaded_vmcs.vmcs, root_hfn, root_level)
 
 
@@ -213,15 +263,16 @@ def vmx_flush_tlb_before_entry(cpu: Cpu, vcpu: Vcpu) -> None:
 
 def vmx_vcpu_create(cpu: Cpu, kvm: Kvm) -> Vcpu:
     """vmx_vcpu_create(): make the vCPU with a VPID and a VMCS, which is loaded nowhere yet."""
-    vpid = allocate_vpid(kvm.machine)
+    vpid = allocate_vpid(kvm.machine) if kvm.params.vpid else Vpid(0)
     number = VcpuId(cpu.check(lib.vcpu_create(cpu.m, kvm.id)))
-    return Vcpu(kvm, number, vpid, alloc_loaded_vmcs(cpu, number, vpid))
+    return Vcpu(kvm, number, vpid, alloc_loaded_vmcs(cpu, number, vpid, ept=kvm.params.ept))
 
 
 def vmx_vcpu_free(cpu: Cpu, vcpu: Vcpu) -> None:
     """vmx_vcpu_free(): free the VMCS, and let the VPID be reused."""
     free_loaded_vmcs(cpu, vcpu.kvm.id, vcpu.loaded_vmcs)
-    free_vpid(vcpu.kvm.machine, vcpu.vpid)
+    if vcpu.vpid:
+        free_vpid(vcpu.kvm.machine, vcpu.vpid)
 
 
 def vmx_vcpu_reset(cpu: Cpu, vcpu: Vcpu) -> None:
@@ -249,6 +300,8 @@ def vmx_handle_exit(cpu: Cpu, vcpu: Vcpu) -> ExitToUser | None:
     cpu.stat(vcpu.kvm.id, lib.STAT_EXITS)
     if reason == lib.EXIT_EPT_VIOLATION:
         return handle_ept_violation(cpu, vcpu)
+    if reason == lib.EXIT_EXCEPTION:
+        return vmx_handle_page_fault(cpu, vcpu)
     if reason == lib.EXIT_INSTRUCTION:
         handle_instruction(cpu, vcpu, vcpu.exit.access, vcpu.exit.linear)
     if reason == lib.EXIT_TRIPLE_FAULT:
@@ -266,12 +319,33 @@ def handle_ept_violation(cpu: Cpu, vcpu: Vcpu) -> ExitToUser | None:
     if r == RET_PF_RETRY:
         # The guest will fault again at once, as long as the invalidation is in progress.
         cpu_relax(cpu)
+    return exit_after_fault(r, gpa, access)
+
+
+def vmx_handle_page_fault(cpu: Cpu, vcpu: Vcpu) -> ExitToUser | None:
+    """vmx_handle_page_fault(): handle the guest's #PF, which exits without EPT.
+
+    A store to a guest's table that must stay read-only is emulated.
+    """
+    exit_info = vcpu.exit
+    linear, access, error_code = exit_info.linear, exit_info.access, exit_info.error_code
+    present = bool(error_code & lib.PFERR_PRESENT)
+    r = kvm_mmu_page_fault(cpu, vcpu, linear, access, present, error_code)
+    if r == RET_PF_WRITE_PROTECTED:
+        r = emulate_store(cpu, vcpu, linear, error_code)
+    if r == RET_PF_RETRY:
+        cpu_relax(cpu)
+    return exit_after_fault(r, linear, access)
+
+
+def exit_after_fault(r: int, addr: int, access: int) -> ExitToUser | None:
+    """Return why KVM_RUN ends after a fault with the result `r`, or None to enter again."""
     if r == RET_PF_EMULATE:
-        return ExitToUser("mmio", gpa, access == lib.ACCESS_WRITE)
+        return ExitToUser("mmio", addr, access == lib.ACCESS_WRITE)
     if r == EFAULT:
-        return ExitToUser("fault", gpa, access == lib.ACCESS_WRITE)
+        return ExitToUser("fault", addr, access == lib.ACCESS_WRITE)
     if r == ENOMEM:
-        return ExitToUser("no-memory", gpa)
+        return ExitToUser("no-memory", addr)
     return None
 
 
@@ -279,6 +353,10 @@ def handle_instruction(cpu: Cpu, vcpu: Vcpu, insn: int, operand: int) -> None:
     """handle_cr(), and the emulation of RSM."""
     if insn == lib.GUEST_INSN_RSM:
         emulator_leave_smm(cpu, vcpu)
+    elif insn == lib.GUEST_INSN_INVLPG:
+        kvm_mmu_invlpg(cpu, vcpu, operand)
+    elif insn == lib.GUEST_INSN_INVPCID:
+        kvm_handle_invpcid(cpu, vcpu, vcpu.exit.invpcid_type, vcpu.exit.invpcid_pcid, operand)
     else:
         handle_cr(cpu, vcpu, insn, operand)
 

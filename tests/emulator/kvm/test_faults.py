@@ -37,7 +37,7 @@ def written(rig: Rig) -> Guest:
 
 
 def write_fault(vcpu: Vcpu) -> KvmPageFault:
-    fault = KvmPageFault(GFN, lib.ACCESS_WRITE, present=True)
+    fault = KvmPageFault(GFN << 12, lib.ACCESS_WRITE, present=True)
     fault.slot = gfn_to_memslot(vcpu.kvm, GFN, 0)
     return fault
 

@@ -314,7 +314,7 @@ def test_a_root_without_a_shadow_page_is_flushed_globally(rig: Rig) -> None:
     guest = rig.guest(kvm)
     guest.write(0, 5)
     root = KvmMmuRootInfo(pgd=0, hfn=Hfn(0), sp=None)
-    assert is_obsolete_root(root)
+    assert is_obsolete_root(kvm, root)
     assert construct_eptp(rig.host, kvm, root) == INVALID_EPTP
     assert kvm.warned == {"construct_eptp: the root has no shadow page"}
     before = flushes(rig, "invept_global")

@@ -1,0 +1,48 @@
+"""arch/x86/kvm/emulate.c and x86.c: the one instruction that KVM emulates, a store to a guest's page table.
+"""
+
+from __future__ import annotations
+
+from typing import Final
+
+from emulator.kvm.mmu.fault import RET_PF_EMULATE, RET_PF_FIXED, RET_PF_RETRY
+from emulator.kvm.mmu.paging import paging64_gva_to_gpa
+from emulator.kvm.mmu.shadow import kvm_mmu_track_write, kvm_mmu_unprotect_gfn
+from emulator.kvm.structs import Vcpu
+from emulator.kvm.virt.guest_memory import kvm_write_guest_word
+from emulator.kvm.virt.slots import gfn_to_memslot, mark_page_dirty_in_slot
+from emulator.machine.runtime import Cpu, smp_mb
+from native import ffi, lib
+
+_WORD: Final = 8
+
+
+def emulate_store(cpu: Cpu, vcpu: Vcpu, linear: int, error_code: int) -> int:
+    """x86_emulate_instruction() of a store; return a RET_PF_ value.
+
+    The store is made in memory first, then the shadow pages of the table lose their SPTEs
+    (emulator_write_phys). An access that is no store of a word (a CPU's own write of an accessed flag) is
+    let through, by zapping the pages that protect the table.
+    """
+    kvm = vcpu.kvm
+    value = ffi.new("uint64_t *")
+    gpa = linear
+    if not vcpu.mmu.root_role.direct:
+        found = paging64_gva_to_gpa(cpu, vcpu, linear, error_code & ~lib.PFERR_RSVD)
+        if found is None:
+            return RET_PF_RETRY  # the guest changed its tables: it will fault again
+        gpa = found
+    gfn, index = gpa >> 12, (gpa & 0xFFF) // _WORD
+    if not lib.guest_store_value(cpu.m, vcpu.id, value):
+        kvm_mmu_unprotect_gfn(cpu, kvm, gfn)
+        return RET_PF_RETRY
+    slot = gfn_to_memslot(kvm, gfn, int(vcpu.arch.smm))
+    if slot is None:
+        return RET_PF_EMULATE
+    if not kvm_write_guest_word(cpu, kvm, slot, gfn, index, value[0]):
+        return RET_PF_RETRY
+    mark_page_dirty_in_slot(cpu, slot, gfn)
+    smp_mb(cpu)
+    kvm_mmu_track_write(cpu, kvm, gfn, index)
+    lib.guest_store_done(cpu.m, vcpu.id)
+    return RET_PF_FIXED

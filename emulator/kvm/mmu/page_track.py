@@ -1,0 +1,107 @@
+"""arch/x86/kvm/mmu/page_track.c, and the accounts of shadowed gfns of mmu.c.
+
+A gfn whose page is a guest's table of level 2 or more is write-tracked: no SPTE may make it writable, and
+each store of the guest exits and is emulated (kvm_mmu_track_write).  A table of level 1 may become unsync
+instead. Under mmu_lock held for write, apart from reads that say so.
+"""
+
+from __future__ import annotations
+
+from emulator.kvm.kvm_host import KVM_MAX_HUGEPAGE_LEVEL, PG_LEVEL_2M, PG_LEVEL_4K, kvm_pages_per_hpage
+from emulator.kvm.mmu.rmap import gfn_to_rmap, gfn_to_slot_of_role, rmap_write_protect
+from emulator.kvm.mmu.shadow_structs import ShadowPage
+from emulator.kvm.structs import Kvm, KvmMemorySlot
+from emulator.kvm.virt.requests import kvm_flush_remote_tlbs
+from emulator.machine.runtime import Cpu, smp_mb
+from native import lib
+
+
+def kvm_gfn_is_write_tracked(slot: KvmMemorySlot | None, gfn: int) -> bool:
+    """kvm_gfn_is_write_tracked().  Faults also ask it before they take mmu_lock."""
+    return slot is not None and slot.arch.gfn_write_track.get(gfn, 0) > 0
+
+
+def kvm_gfn_is_lpage_allowed(kvm: Kvm, slot: KvmMemorySlot, gfn: int, level: int) -> bool:
+    """kvm_gfn_is_lpage_allowed(): ask the slots of both address spaces."""
+    first = gfn & -kvm_pages_per_hpage(level)
+    if slot.arch.disallow_lpage.get((level, first), 0):
+        return False
+    other = kvm.memslots[slot.as_id ^ 1].search(gfn)
+    return other is None or not other.arch.disallow_lpage.get((level, first), 0)
+
+
+def _update_gfn_disallow_lpage_count(slot: KvmMemorySlot, gfn: int, count: int) -> None:
+    counts = slot.arch.disallow_lpage
+    for level in range(PG_LEVEL_2M, KVM_MAX_HUGEPAGE_LEVEL + 1):
+        key = (level, gfn & -kvm_pages_per_hpage(level))
+        counts[key] = counts.get(key, 0) + count
+        if not counts[key]:
+            del counts[key]
+
+
+def kvm_mmu_gfn_disallow_lpage(slot: KvmMemorySlot, gfn: int) -> None:
+    """kvm_mmu_gfn_disallow_lpage()"""
+    _update_gfn_disallow_lpage_count(slot, gfn, 1)
+
+
+def kvm_mmu_gfn_allow_lpage(slot: KvmMemorySlot, gfn: int) -> None:
+    """kvm_mmu_gfn_allow_lpage()"""
+    _update_gfn_disallow_lpage_count(slot, gfn, -1)
+
+
+def shadow_gfn_write_protect(cpu: Cpu, kvm: Kvm, slot: KvmMemorySlot, gfn: int, min_level: int) -> bool:
+    """Write-protect the shadow MMU's leafs that map gfn, for good; return whether a flush is needed.
+
+    The first half of kvm_mmu_slot_gfn_write_protect() (mmu.py), which does the TDP MMU's next.
+    """
+    protected = False
+    for level in range(min_level, KVM_MAX_HUGEPAGE_LEVEL + 1):
+        protected |= rmap_write_protect(cpu, kvm, gfn_to_rmap(slot, gfn, level), pt_protect=True)
+    return protected
+
+
+def account_shadowed(cpu: Cpu, kvm: Kvm, sp: ShadowPage) -> None:
+    """account_shadowed(): from here on the guest cannot change the table unseen.
+
+    The barrier pairs with kvm_mmu_track_write(): either the store of an emulated write is seen when the
+    guest's entry is read again (gpte_changed), or the emulator sees that a page is shadowed and takes
+    mmu_lock.
+    """
+    cpu.point("indirect_shadow_pages", kvm.id, "write")
+    kvm.shadow.indirect_shadow_pages += 1
+    smp_mb(cpu)
+    slot = gfn_to_slot_of_role(kvm, sp.gfn, sp.role)
+    tracked = sp.role.level > PG_LEVEL_4K
+    if tracked:
+        slot.arch.gfn_write_track[sp.gfn] = slot.arch.gfn_write_track.get(sp.gfn, 0) + 1
+    kvm_mmu_gfn_disallow_lpage(slot, sp.gfn)
+    if shadow_gfn_write_protect(cpu, kvm, slot, sp.gfn, PG_LEVEL_4K):
+        kvm_flush_remote_tlbs(cpu, kvm, lib.REASON_REMOTE_PROTECT)
+    stores_exit(cpu, kvm, sp.gfn)
+
+
+def stores_exit(cpu: Cpu, kvm: Kvm, gfn: int) -> None:
+    """Record KVM's promise to itself: from here on each store of the guest to the table in gfn exits."""
+    lib.oracle_track_writes(cpu.m, cpu.id, kvm.id, gfn, 1)
+
+
+def stores_need_not_exit(cpu: Cpu, kvm: Kvm, gfn: int) -> None:
+    """Take the promise of stores_exit() back, before an SPTE may become writable."""
+    lib.oracle_track_writes(cpu.m, cpu.id, kvm.id, gfn, 0)
+
+
+def unaccount_shadowed(cpu: Cpu, kvm: Kvm, sp: ShadowPage) -> None:
+    """unaccount_shadowed(): the page shadows the table no longer.  SPTEs gain W by faults only."""
+    cpu.point("indirect_shadow_pages", kvm.id, "write")
+    kvm.shadow.indirect_shadow_pages -= 1
+    slot = gfn_to_slot_of_role(kvm, sp.gfn, sp.role)
+    if sp.role.level > PG_LEVEL_4K:
+        left = slot.arch.gfn_write_track[sp.gfn] - 1
+        if left:
+            slot.arch.gfn_write_track[sp.gfn] = left
+        else:
+            del slot.arch.gfn_write_track[sp.gfn]
+    kvm_mmu_gfn_allow_lpage(slot, sp.gfn)
+    others = kvm.shadow.mmu_page_hash[sp.gfn]
+    if not any(other is not sp and other.has_gptes() and not other.role.invalid for other in others):
+        stores_need_not_exit(cpu, kvm, sp.gfn)

@@ -1,0 +1,389 @@
+"""arch/x86/kvm/mmu/paging_tmpl.h: the guest's tables, walked by KVM, and page faults on them.
+
+For 4-level paging with 8-byte entries (SDM vol. 3A, 4.5.4).  A walk reads the guest's tables without a lock;
+the fault compares each entry that it used with the guest's again, once the shadow page that stands for its
+table is write-protected or unsync.
+"""
+
+from __future__ import annotations
+
+from typing import Final
+
+from emulator.kvm.kvm_host import (
+    PG_LEVEL_1G,
+    PG_LEVEL_4K,
+    PG_LEVEL_512G,
+    SPTE_ENT_PER_PAGE,
+    SPTE_LEVEL_BITS,
+    X86_CR0_WP,
+    X86_CR4_SMEP,
+    kvm_pages_per_hpage,
+)
+from emulator.kvm.mmu.fault import (
+    ENOMEM,
+    RET_PF_CONTINUE,
+    RET_PF_RETRY,
+    RET_PF_SPURIOUS,
+    RET_PF_WRITE_PROTECTED,
+    KvmPageFault,
+)
+from emulator.kvm.mmu.hugepage import kvm_mmu_hugepage_adjust
+from emulator.kvm.mmu.page_fault import is_page_fault_stale, kvm_mmu_faultin_pfn
+from emulator.kvm.mmu.rmap import drop_spte
+from emulator.kvm.mmu.shadow import (
+    drop_parent_pte,
+    link_shadow_page,
+    make_mmu_pages_available,
+    spte_to_child_sp,
+)
+from emulator.kvm.mmu.shadow_map import (
+    make_shadow_spte,
+    mmu_set_spte,
+    page_fault_handle_page_track,
+    shadow_walk,
+)
+from emulator.kvm.mmu.shadow_spte import (
+    kvm_mmu_page_get_gfn,
+    mmu_spte_update,
+    spte_of,
+    spte_rights,
+)
+from emulator.kvm.mmu.shadow_structs import ShadowPage, Sptep
+from emulator.kvm.mmu.spte import is_large_pte, is_shadow_present_pte
+from emulator.kvm.mmu.structs import ACC_EXEC_MASK, ACC_READ_MASK, ACC_USER_MASK, ACC_WRITE_MASK
+from emulator.kvm.mmu.sync import kvm_mmu_get_child_sp, mmu_sync_children
+from emulator.kvm.structs import Kvm, Vcpu
+from emulator.kvm.virt.guest_memory import (
+    kvm_cmpxchg_guest_word,
+    kvm_is_visible_memslot,
+    kvm_read_guest_word,
+    kvm_read_guest_word_atomic,
+)
+from emulator.kvm.virt.requests import kvm_flush_remote_tlbs_range
+from emulator.kvm.virt.slots import gfn_to_memslot, mark_page_dirty_in_slot
+from emulator.machine.runtime import Cpu, OutOfFrames
+from native import lib
+
+PT_PRESENT_MASK: Final = 1 << 0
+PT_WRITABLE_MASK: Final = 1 << 1
+PT_USER_MASK: Final = 1 << 2
+PT_GUEST_ACCESSED_MASK: Final = 1 << 5
+PT_GUEST_DIRTY_MASK: Final = 1 << 6
+PT_PAGE_SIZE_MASK: Final = 1 << 7
+PT64_NX_MASK: Final = 1 << 63
+PT_BASE_ADDR_MASK: Final = (1 << 52) - (1 << 12)
+
+PFERR_PRESENT_MASK: Final[int] = lib.PFERR_PRESENT
+PFERR_WRITE_MASK: Final[int] = lib.PFERR_WRITE
+PFERR_USER_MASK: Final[int] = lib.PFERR_USER
+PFERR_FETCH_MASK: Final[int] = lib.PFERR_FETCH
+
+_LEVELS: Final = PG_LEVEL_512G
+
+
+class GuestWalker:
+    """struct guest_walker: a walk of the guest's tables, by level.
+
+    `level`: the last entry's.  pt_access[level]: the rights that the entries above permit a table of that
+    level; pte_access: those of the page.  error_code: of the fault that the walk ended with; 0: it found the
+    page.
+    """
+
+    __slots__ = ("error_code", "gfn", "level", "pt_access", "pte_access", "ptes", "table_gfn")
+
+    def __init__(self) -> None:
+        self.level = _LEVELS
+        self.gfn = 0
+        self.error_code = 0
+        self.pte_access = 0
+        self.table_gfn = [0] * (_LEVELS + 1)
+        self.ptes = [0] * (_LEVELS + 1)
+        self.pt_access = [0] * (_LEVELS + 1)
+
+
+def gpte_access(gpte: int) -> int:
+    """gpte_access(): return the ACC_ bits of one entry of the guest's."""
+    access = ACC_READ_MASK
+    if gpte & PT_WRITABLE_MASK:
+        access |= ACC_WRITE_MASK
+    if gpte & PT_USER_MASK:
+        access |= ACC_USER_MASK
+    if not gpte & PT64_NX_MASK:
+        access |= ACC_EXEC_MASK
+    return access
+
+
+def protect_clean_gpte(access: int, gpte: int) -> int:
+    """protect_clean_gpte(): take W while the guest's dirty flag is clear, so that the first write faults."""
+    return access if gpte & PT_GUEST_DIRTY_MASK else access & ~ACC_WRITE_MASK
+
+
+def _index(addr: int, level: int) -> int:
+    return addr >> 12 + SPTE_LEVEL_BITS * (level - 1) & SPTE_ENT_PER_PAGE - 1
+
+
+def permission_fault(vcpu: Vcpu, access: int, pfec: int) -> int:
+    """permission_fault(): return the error code of the fault that the access causes, or 0."""
+    user = bool(pfec & PFERR_USER_MASK)
+    wp = bool(vcpu.arch.cr0 & X86_CR0_WP)
+    smep = bool(vcpu.arch.cr4 & X86_CR4_SMEP)
+    if user and not access & ACC_USER_MASK:
+        return PFERR_PRESENT_MASK
+    if pfec & PFERR_WRITE_MASK and not access & ACC_WRITE_MASK and (user or wp):
+        return PFERR_PRESENT_MASK
+    if pfec & PFERR_FETCH_MASK and (
+        not access & ACC_EXEC_MASK or (smep and not user and access & ACC_USER_MASK)
+    ):
+        return PFERR_PRESENT_MASK
+    return 0
+
+
+def walk_addr(cpu: Cpu, vcpu: Vcpu, addr: int, pfec: int) -> GuestWalker:
+    """walk_addr_generic(): translate `addr` by the guest's tables, and set their accessed and dirty flags.
+
+    The flags are set by compare-and-swap; if the guest changed the entry meanwhile, the walk starts over.
+    """
+    while True:
+        walker = _read_tables(cpu, vcpu, addr, pfec)
+        if walker.error_code:
+            return walker
+        again = update_accessed_dirty_bits(cpu, vcpu, walker, addr, bool(pfec & PFERR_WRITE_MASK))
+        if again is None:
+            walker.error_code = _fault_bits(pfec)
+            return walker
+        if not again:
+            if not pfec & PFERR_WRITE_MASK:
+                walker.pte_access = protect_clean_gpte(walker.pte_access, walker.ptes[walker.level])
+            return walker
+
+
+def _fault_bits(pfec: int) -> int:
+    """Return the bits that describe the access in each error code; never 0, because bit 31 says that it is
+    one."""
+    return 1 << 31 | pfec & (PFERR_WRITE_MASK | PFERR_USER_MASK | PFERR_FETCH_MASK)
+
+
+def _read_tables(cpu: Cpu, vcpu: Vcpu, addr: int, pfec: int) -> GuestWalker:
+    kvm = vcpu.kvm
+    walker = GuestWalker()
+    pte, access = vcpu.arch.cr3, gpte_access(PT_WRITABLE_MASK | PT_USER_MASK)
+    for level in range(_LEVELS, 0, -1):
+        walker.level = level
+        table_gfn = (pte & PT_BASE_ADDR_MASK) >> 12
+        slot = gfn_to_memslot(kvm, table_gfn, int(vcpu.arch.smm))
+        walker.table_gfn[level] = table_gfn
+        walker.pt_access[level] = access
+        read = None
+        if slot is not None and kvm_is_visible_memslot(slot):
+            read = kvm_read_guest_word(cpu, kvm, slot, table_gfn, _index(addr, level))
+        if read is None or not read & PT_PRESENT_MASK:
+            walker.error_code = _fault_bits(pfec)
+            return walker
+        pte = walker.ptes[level] = read
+        access &= gpte_access(pte)
+        if level == PG_LEVEL_4K or (level <= PG_LEVEL_1G and pte & PT_PAGE_SIZE_MASK):
+            break
+    walker.pte_access = access
+    if permission_fault(vcpu, access, pfec):
+        walker.error_code = _fault_bits(pfec) | PFERR_PRESENT_MASK
+        return walker
+    below = kvm_pages_per_hpage(walker.level) - 1
+    walker.gfn = ((pte & PT_BASE_ADDR_MASK) >> 12 & ~below) + (addr >> 12 & below)
+    return walker
+
+
+def update_accessed_dirty_bits(
+    cpu: Cpu, vcpu: Vcpu, walker: GuestWalker, addr: int, write_fault: bool
+) -> bool | None:
+    """update_accessed_dirty_bits(): return False if all flags are set, True to walk again, None on an error.
+    """
+    kvm = vcpu.kvm
+    for level in range(_LEVELS, walker.level - 1, -1):
+        orig = walker.ptes[level]
+        pte = orig | PT_GUEST_ACCESSED_MASK
+        if level == walker.level and write_fault:
+            pte |= PT_GUEST_DIRTY_MASK
+        if pte == orig:
+            continue
+        slot = gfn_to_memslot(kvm, walker.table_gfn[level], int(vcpu.arch.smm))
+        assert slot is not None
+        swapped = kvm_cmpxchg_guest_word(
+            cpu, kvm, slot, walker.table_gfn[level], _index(addr, level), orig, pte
+        )
+        if not swapped:
+            return None if swapped is None else True
+        mark_page_dirty_in_slot(cpu, slot, walker.table_gfn[level])
+        walker.ptes[level] = pte
+    return False
+
+
+def gpte_changed(cpu: Cpu, vcpu: Vcpu, walker: GuestWalker, addr: int, level: int) -> bool:
+    """gpte_changed(), under mmu_lock: return whether the guest's entry is another than the walk's."""
+    table_gfn = walker.table_gfn[level]
+    slot = gfn_to_memslot(vcpu.kvm, table_gfn, int(vcpu.arch.smm))
+    if slot is None:
+        return True
+    return (
+        kvm_read_guest_word_atomic(cpu, vcpu.kvm, slot, table_gfn, _index(addr, level)) != walker.ptes[level]
+    )
+
+
+def validate_direct_spte(cpu: Cpu, kvm: Kvm, sptep: Sptep, direct_access: int) -> None:
+    """validate_direct_spte(): unlink a direct page below a guest's huge page if its rights have changed."""
+    spte = spte_of(cpu, sptep)
+    if not is_shadow_present_pte(spte) or is_large_pte(spte):
+        return
+    child = spte_to_child_sp(kvm, spte)
+    if child.role.access == direct_access:
+        return
+    drop_parent_pte(cpu, kvm, child, sptep)
+    gfn = kvm_mmu_page_get_gfn(cpu, sptep.sp, sptep.idx)
+    kvm_flush_remote_tlbs_range(
+        cpu, kvm, gfn, kvm_pages_per_hpage(sptep.sp.role.level), lib.REASON_REMOTE_REPLACE
+    )
+
+
+def fetch(cpu: Cpu, vcpu: Vcpu, fault: KvmPageFault, walker: GuestWalker) -> int:
+    """fetch(), under mmu_lock for write: link the shadow pages of the guest's tables, then map the page.
+
+    Raises OutOfFrames.  Below a guest's huge page that is mapped by small ones there are direct pages.
+    """
+    kvm = vcpu.kvm
+    if gpte_changed(cpu, vcpu, walker, fault.addr, _LEVELS):
+        return RET_PF_RETRY
+    if vcpu.mmu.root is None or vcpu.mmu.root.sp is None:
+        return RET_PF_RETRY
+    adjusted = False
+    for sptep in shadow_walk(cpu, vcpu, fault.addr):
+        level = sptep.sp.role.level
+        sptep.sp.write_flooding_count = 0
+        if level > walker.level:
+            if not _link_table(cpu, vcpu, fault, walker, sptep):
+                return RET_PF_RETRY
+            continue
+        if not adjusted:
+            kvm_mmu_hugepage_adjust(cpu, kvm, fault)
+            adjusted = True
+        base_gfn = fault.gfn & -kvm_pages_per_hpage(level)
+        if level == fault.goal_level:
+            return _set_leaf(cpu, vcpu, fault, walker, sptep, base_gfn)
+        validate_direct_spte(cpu, kvm, sptep, walker.pte_access)
+        sp = kvm_mmu_get_child_sp(cpu, vcpu, sptep, base_gfn, direct=True, access=walker.pte_access)
+        if sp is not None:
+            link_shadow_page(cpu, kvm, sptep, sp)
+    raise AssertionError(f"no SPTE of level {fault.goal_level} for {fault.addr:#x}")
+
+
+def _link_table(cpu: Cpu, vcpu: Vcpu, fault: KvmPageFault, walker: GuestWalker, sptep: Sptep) -> bool:
+    """Link the shadow page of the guest's next table; return False if the fault must be taken again.
+
+    A page is synced before it is linked: the guest owes no flush for an entry that was not present before.
+    """
+    below = sptep.sp.role.level - 1
+    table_gfn = walker.table_gfn[below]
+    sp = kvm_mmu_get_child_sp(cpu, vcpu, sptep, table_gfn, direct=False, access=walker.pt_access[below])
+    if sp is not None and sp.unsync_children and not mmu_sync_children(cpu, vcpu, sp, can_yield=False):
+        return False
+    if gpte_changed(cpu, vcpu, walker, fault.addr, below):
+        return False
+    if sp is not None:
+        link_shadow_page(cpu, vcpu.kvm, sptep, sp)
+    fault.write_fault_to_shadow_pgtable |= fault.write and table_gfn == fault.gfn
+    return True
+
+
+def _set_leaf(
+    cpu: Cpu, vcpu: Vcpu, fault: KvmPageFault, walker: GuestWalker, sptep: Sptep, base_gfn: int
+) -> int:
+    assert fault.slot is not None
+    r = mmu_set_spte(
+        cpu,
+        vcpu.kvm,
+        fault.slot,
+        sptep,
+        walker.pte_access,
+        base_gfn,
+        fault.pfn,
+        prefetch=False,
+        write_fault=fault.write,
+    )
+    if r != RET_PF_SPURIOUS:
+        cpu.event(lib.EVENT_MAP, fault.gfn, fault.pfn.pfn, vcpu.kvm.id)
+    return r
+
+
+def paging64_page_fault(cpu: Cpu, vcpu: Vcpu, fault: KvmPageFault) -> int:
+    """FNAME(page_fault): the guest's tables decide first; what they forbid is the guest's own page fault."""
+    kvm = vcpu.kvm
+    walker = walk_addr(cpu, vcpu, fault.addr, fault.error_code & ~lib.PFERR_RSVD)
+    if walker.error_code:
+        lib.guest_inject_page_fault(cpu.m, vcpu.id, fault.addr, walker.error_code & ~(1 << 31))
+        return RET_PF_RETRY
+    fault.gfn = walker.gfn
+    fault.max_level = walker.level
+    cpu.point("memslots", kvm.id, "read")
+    fault.slot = gfn_to_memslot(kvm, fault.gfn, int(vcpu.arch.smm))
+    if page_fault_handle_page_track(fault):
+        for sptep in shadow_walk(cpu, vcpu, fault.addr):
+            sptep.sp.write_flooding_count = 0
+        return RET_PF_WRITE_PROTECTED
+    r = kvm_mmu_faultin_pfn(cpu, vcpu, fault)
+    if r != RET_PF_CONTINUE:
+        return r
+    # A supervisor's write with CR0.WP clear ignores W of the guest's tables.
+    if (
+        fault.write
+        and not walker.pte_access & ACC_WRITE_MASK
+        and not vcpu.arch.cr0 & X86_CR0_WP
+        and not fault.error_code & PFERR_USER_MASK
+    ):
+        walker.pte_access = (walker.pte_access | ACC_WRITE_MASK) & ~ACC_USER_MASK
+        if vcpu.arch.cr4 & X86_CR4_SMEP:
+            walker.pte_access &= ~ACC_EXEC_MASK
+    with kvm.mmu_lock.write_lock(cpu):
+        if not make_mmu_pages_available(cpu, kvm):
+            return ENOMEM
+        if is_page_fault_stale(cpu, vcpu, fault):
+            return RET_PF_RETRY
+        try:
+            return fetch(cpu, vcpu, fault, walker)
+        except OutOfFrames:
+            return ENOMEM
+
+
+def paging64_gva_to_gpa(cpu: Cpu, vcpu: Vcpu, addr: int, pfec: int) -> int | None:
+    """FNAME(gva_to_gpa): translate by the guest's tables; None: the guest would fault."""
+    walker = walk_addr(cpu, vcpu, addr, pfec)
+    return None if walker.error_code else walker.gfn << 12 | addr & 0xFFF
+
+
+def paging64_sync_spte(cpu: Cpu, vcpu: Vcpu, sp: ShadowPage, index: int) -> int:
+    """FNAME(sync_spte): compare an SPTE of an unsync page with the guest's entry; below 0: it cannot be read;
+    1: a flush is due.
+
+    An SPTE whose gfn has changed is dropped; its rights are only ever reduced.
+    """
+    kvm = vcpu.kvm
+    sptep = Sptep(sp, index)
+    slot = gfn_to_memslot(kvm, sp.gfn, int(vcpu.arch.smm))
+    gpte = None if slot is None else kvm_read_guest_word_atomic(cpu, kvm, slot, sp.gfn, index)
+    if gpte is None:
+        return -1
+    if not gpte & PT_PRESENT_MASK or not gpte & PT_GUEST_ACCESSED_MASK:
+        drop_spte(cpu, kvm, sptep)
+        return 1
+    gfn = (gpte & PT_BASE_ADDR_MASK) >> 12
+    access = protect_clean_gpte(sp.role.access & gpte_access(gpte), gpte)
+    if gfn != kvm_mmu_page_get_gfn(cpu, sp, index):
+        drop_spte(cpu, kvm, sptep)
+        return 1
+    if sp.get_access(index) == access:
+        return 0
+    sp.shadowed_access[index] = access
+    spte = spte_of(cpu, sptep)
+    page_slot = gfn_to_memslot(kvm, gfn, int(vcpu.arch.smm))
+    assert page_slot is not None
+    new_spte, _ = make_shadow_spte(
+        cpu, kvm, sp, page_slot, access, gfn, spte_rights(spte), spte, prefetch=True, synchronizing=True
+    )
+    return int(mmu_spte_update(cpu, kvm, sptep, gfn, new_spte))

@@ -1,0 +1,193 @@
+"""arch/x86/kvm/mmu/mmu.c: setting a leaf of the shadow MMU, and mapping a guest that runs without paging.
+
+Under mmu_lock held for write.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+from emulator.kvm.kvm_host import PG_LEVEL_4K, SPTE_ENT_PER_PAGE, SPTE_LEVEL_BITS, kvm_pages_per_hpage
+from emulator.kvm.mmu.fault import (
+    ENOMEM,
+    RET_PF_CONTINUE,
+    RET_PF_FIXED,
+    RET_PF_INVALID,
+    RET_PF_RETRY,
+    RET_PF_SPURIOUS,
+    RET_PF_WRITE_PROTECTED,
+    KvmPageFault,
+)
+from emulator.kvm.mmu.hugepage import kvm_mmu_hugepage_adjust
+from emulator.kvm.mmu.page_fault import fast_page_fault, is_page_fault_stale, kvm_mmu_faultin_pfn
+from emulator.kvm.mmu.page_track import kvm_gfn_is_write_tracked
+from emulator.kvm.mmu.rmap import drop_spte, rmap_add
+from emulator.kvm.mmu.shadow import (
+    drop_parent_pte,
+    link_shadow_page,
+    make_mmu_pages_available,
+    spte_to_child_sp,
+)
+from emulator.kvm.mmu.shadow_spte import mmu_spte_update, spte_of
+from emulator.kvm.mmu.shadow_structs import ShadowPage, Sptep
+from emulator.kvm.mmu.spte import (
+    PT_WRITABLE_MASK,
+    PfnAndRights,
+    is_large_pte,
+    is_last_spte,
+    is_shadow_present_pte,
+    spte_to_child_pt,
+)
+from emulator.kvm.mmu.structs import ACC_WRITE_MASK
+from emulator.kvm.mmu.sync import kvm_mmu_get_child_sp, mmu_try_to_unsync_pages
+from emulator.kvm.structs import Kvm, KvmMemorySlot, Vcpu
+from emulator.kvm.virt.requests import kvm_flush_remote_tlbs_range
+from emulator.kvm.virt.slots import mark_page_dirty_in_slot
+from emulator.machine.runtime import Cpu, OutOfFrames
+from native import lib
+
+
+def make_shadow_spte(
+    cpu: Cpu,
+    kvm: Kvm,
+    sp: ShadowPage,
+    slot: KvmMemorySlot,
+    access: int,
+    gfn: int,
+    pfn: PfnAndRights,
+    old_spte: int,
+    *,
+    prefetch: bool,
+    synchronizing: bool = False,
+) -> tuple[int, bool]:
+    """make_spte() of a shadow page; return the SPTE, and whether it had to be write-protected.
+
+    A page that shadow pages stand for may be made writable only if they all become unsync.  Where the old
+    leaf was writable they are already.
+    """
+    level = sp.role.level
+    wrprot = False
+    if access & ACC_WRITE_MASK and pfn.host_writable:
+        was_writable = is_last_spte(old_spte, level) and bool(old_spte & PT_WRITABLE_MASK)
+        wrprot = not was_writable and not mmu_try_to_unsync_pages(
+            cpu, kvm, slot, gfn, synchronizing=synchronizing, prefetch=prefetch
+        )
+    if wrprot:
+        access &= ~ACC_WRITE_MASK
+    spte = int(lib.make_shadow_spte(pfn.pfn, pfn.custody, level, access, pfn.host_writable))
+    if spte & PT_WRITABLE_MASK and slot.dirty_track_enabled():
+        mark_page_dirty_in_slot(cpu, slot, gfn)
+    return spte, wrprot
+
+
+def mmu_set_spte(
+    cpu: Cpu,
+    kvm: Kvm,
+    slot: KvmMemorySlot,
+    sptep: Sptep,
+    access: int,
+    gfn: int,
+    pfn: PfnAndRights,
+    *,
+    prefetch: bool,
+    write_fault: bool = False,
+) -> int:
+    """mmu_set_spte(): map gfn by a leaf; return a RET_PF_ value.
+
+    What the leaf replaces is dropped first, and flushed after: a table, whose pages may be freed later
+    without another flush, or a leaf of another frame.
+    """
+    sp, index = sptep
+    level = sp.role.level
+    old_spte = spte_of(cpu, sptep)
+    was_rmapped = flush = False
+    if is_shadow_present_pte(old_spte):
+        if prefetch and is_last_spte(old_spte, level) and spte_to_child_pt(old_spte) == pfn.pfn:
+            return RET_PF_SPURIOUS
+        if level > PG_LEVEL_4K and not is_large_pte(old_spte):
+            drop_parent_pte(cpu, kvm, spte_to_child_sp(kvm, old_spte), sptep)
+            flush = True
+        elif spte_to_child_pt(old_spte) != pfn.pfn:
+            drop_spte(cpu, kvm, sptep)
+            flush = True
+        else:
+            was_rmapped = True
+    spte, wrprot = make_shadow_spte(cpu, kvm, sp, slot, access, gfn, pfn, old_spte, prefetch=prefetch)
+    r = RET_PF_FIXED
+    if spte_of(cpu, sptep) == spte:
+        r = RET_PF_SPURIOUS
+    else:
+        flush |= mmu_spte_update(cpu, kvm, sptep, gfn, spte)
+    if wrprot and write_fault:
+        r = RET_PF_WRITE_PROTECTED
+    if flush:
+        kvm_flush_remote_tlbs_range(cpu, kvm, gfn, kvm_pages_per_hpage(level), lib.REASON_REMOTE_REPLACE)
+    if not was_rmapped:
+        rmap_add(cpu, kvm, slot, sptep, gfn, access)
+    elif not sp.role.direct:
+        sp.shadowed_access[index] = access
+    return r
+
+
+def shadow_walk(cpu: Cpu, vcpu: Vcpu, addr: int) -> Iterator[Sptep]:
+    """for_each_shadow_entry(): yield the SPTEs for an address, from the root down; read again after each.
+
+    Under PAE roots it begins with the quarter that the address is in, of level 2 (shadow_walk_init).
+    """
+    mmu = vcpu.mmu
+    if mmu.root is None:
+        return
+    sp = mmu.root.sp if isinstance(mmu.root.sp, ShadowPage) else mmu.pae_root[addr >> 30 & 3]
+    while sp is not None:
+        shift = 12 + SPTE_LEVEL_BITS * (sp.role.level - 1)
+        sptep = Sptep(sp, addr >> shift & SPTE_ENT_PER_PAGE - 1)
+        yield sptep
+        spte = spte_of(cpu, sptep)
+        if not is_shadow_present_pte(spte) or is_last_spte(spte, sp.role.level):
+            return
+        sp = spte_to_child_sp(vcpu.kvm, spte)
+
+
+def direct_map(cpu: Cpu, vcpu: Vcpu, fault: KvmPageFault) -> int:
+    """direct_map(): map a gfn for a guest without paging, by direct pages.  Raises OutOfFrames."""
+    kvm, slot = vcpu.kvm, fault.slot
+    assert slot is not None
+    kvm_mmu_hugepage_adjust(cpu, kvm, fault)
+    access = vcpu.mmu.root_role.access
+    for sptep in shadow_walk(cpu, vcpu, fault.addr):
+        level = sptep.sp.role.level
+        base_gfn = fault.gfn & -kvm_pages_per_hpage(level)
+        if level == fault.goal_level:
+            return mmu_set_spte(
+                cpu, kvm, slot, sptep, access, base_gfn, fault.pfn, prefetch=False, write_fault=fault.write
+            )
+        sp = kvm_mmu_get_child_sp(cpu, vcpu, sptep, base_gfn, direct=True, access=access)
+        if sp is not None:
+            link_shadow_page(cpu, kvm, sptep, sp)
+    raise AssertionError(f"no SPTE of level {fault.goal_level} for {fault.addr:#x}")
+
+
+def page_fault_handle_page_track(fault: KvmPageFault) -> bool:
+    """page_fault_handle_page_track(): return whether the guest writes to a page that must stay read-only."""
+    return fault.present and fault.write and kvm_gfn_is_write_tracked(fault.slot, fault.gfn)
+
+
+def nonpaging_page_fault(cpu: Cpu, vcpu: Vcpu, fault: KvmPageFault) -> int:
+    """nonpaging_page_fault(), direct_page_fault(): the linear address is a guest-physical one."""
+    if page_fault_handle_page_track(fault):
+        return RET_PF_WRITE_PROTECTED
+    r = fast_page_fault(cpu, vcpu, fault)
+    if r != RET_PF_INVALID:
+        return r
+    r = kvm_mmu_faultin_pfn(cpu, vcpu, fault)
+    if r != RET_PF_CONTINUE:
+        return r
+    with vcpu.kvm.mmu_lock.write_lock(cpu):
+        if not make_mmu_pages_available(cpu, vcpu.kvm):
+            return ENOMEM
+        if is_page_fault_stale(cpu, vcpu, fault):
+            return RET_PF_RETRY
+        try:
+            return direct_map(cpu, vcpu, fault)
+        except OutOfFrames:
+            return ENOMEM

@@ -1,0 +1,145 @@
+"""arch/x86/kvm/mmu/mmu.c: roots of the shadow MMU."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+from emulator.kvm.kvm_host import (
+    PG_LEVEL_1G,
+    PG_LEVEL_2M,
+    PG_LEVEL_512G,
+    X86_CR0_PG,
+    X86_CR0_WP,
+    X86_CR4_SMAP,
+    X86_CR4_SMEP,
+)
+from emulator.kvm.mmu.paging import paging64_page_fault, paging64_sync_spte
+from emulator.kvm.mmu.shadow import InvalidList, kvm_mmu_prepare_zap_page, make_mmu_pages_available
+from emulator.kvm.mmu.shadow_map import nonpaging_page_fault
+from emulator.kvm.mmu.shadow_structs import ShadowPage
+from emulator.kvm.mmu.structs import ACC_ALL, KvmMmu, KvmMmuPageRole, KvmMmuRootInfo
+from emulator.kvm.mmu.sync import kvm_mmu_get_shadow_page
+from emulator.kvm.structs import Kvm, Vcpu
+from emulator.kvm.virt.guest_memory import kvm_is_visible_memslot
+from emulator.kvm.virt.slots import gfn_to_memslot
+from emulator.machine.runtime import Cpu, OutOfFrames
+from native import lib
+from native.types import Hfn
+
+# PT32E_ROOT_LEVEL: the level of a root without a shadow page of its own, of which the four entries are roots.
+PT32E_ROOT_LEVEL = PG_LEVEL_1G
+
+
+def kvm_calc_shadow_root_page_role(vcpu: Vcpu) -> KvmMmuPageRole:
+    """kvm_calc_cpu_role(), init_kvm_shadow_mmu(): compute the role from the guest's registers.
+
+    Without paging the guest's linear addresses are guest-physical, and KVM maps them by PAE tables.
+    """
+    arch = vcpu.arch
+    role = KvmMmuPageRole(smm=int(arch.smm), guest_mode=arch.guest_mode, access=ACC_ALL)
+    if not arch.cr0 & X86_CR0_PG:
+        return replace(role, level=PT32E_ROOT_LEVEL, direct=True, cr0_wp=False)
+    wp = bool(arch.cr0 & X86_CR0_WP)
+    return replace(
+        role,
+        level=PG_LEVEL_512G,
+        direct=False,
+        cr0_wp=wp,
+        cr4_smep=bool(arch.cr4 & X86_CR4_SMEP),
+        smap_andnot_wp=bool(arch.cr4 & X86_CR4_SMAP) and not wp,
+    )
+
+
+def init_kvm_shadow_mmu(vcpu: Vcpu) -> None:
+    """init_kvm_shadow_mmu()"""
+    mmu = vcpu.root_mmu
+    mmu.root_role = kvm_calc_shadow_root_page_role(vcpu)
+    if mmu.root_role.direct:
+        mmu.page_fault, mmu.sync_spte = nonpaging_page_fault, None
+    else:
+        mmu.page_fault, mmu.sync_spte = paging64_page_fault, paging64_sync_spte
+
+
+def mmu_alloc_root(cpu: Cpu, vcpu: Vcpu, gfn: int, level: int) -> ShadowPage:
+    """mmu_alloc_root(): find or make a root, and take a reference on it.  Raises OutOfFrames."""
+    sp = kvm_mmu_get_shadow_page(cpu, vcpu, gfn, replace(vcpu.mmu.root_role, level=level))
+    sp.shadow_root_count += 1
+    return sp
+
+
+def mmu_alloc_special_roots(cpu: Cpu, mmu: KvmMmu) -> None:
+    """mmu_alloc_special_roots(): make the pages above PAE roots, once.  Raises OutOfFrames.
+
+    The kernel without EPT gives the CPU the page of the four roots itself, by PAE paging.  Here the CPU
+    always walks four levels, so a page of level 4 leads to that page; both are no shadow pages.
+    """
+    if mmu.root_role.level != PT32E_ROOT_LEVEL or mmu.pml4_root is not None:
+        return
+    pages = []
+    for _ in range(2):
+        cpu.point("frames", "table", "write")
+        pages.append(Hfn(cpu.check(lib.shadow_page_alloc(cpu.m, cpu.id, lib.FRAME_TABLE))))
+    mmu.pml4_root = pages[0], pages[1]
+
+
+def _link_special(cpu: Cpu, kvm: Kvm, table: Hfn, index: int, level: int, below: Hfn | None) -> None:
+    spte = 0 if below is None else lib.make_nonleaf_spte(cpu.m, below)
+    cpu.point("spte", (table, index), "write")
+    lib.shadow_mmu_set_spte(cpu.m, cpu.id, kvm.id, table, index, level, 0, spte)
+
+
+def shadow_mmu_alloc_direct_roots(cpu: Cpu, vcpu: Vcpu) -> None:
+    """mmu_alloc_direct_roots() without EPT: make the four PAE roots.  Raises OutOfFrames."""
+    kvm, mmu = vcpu.kvm, vcpu.mmu
+    mmu_alloc_special_roots(cpu, mmu)
+    assert mmu.pml4_root is not None
+    pml4, pdpt = mmu.pml4_root
+    with kvm.mmu_lock.write_lock(cpu):
+        if not make_mmu_pages_available(cpu, kvm):
+            raise OutOfFrames("no shadow page is left")
+        for quarter in range(4):
+            root = mmu_alloc_root(cpu, vcpu, quarter << 18, PG_LEVEL_2M)
+            mmu.pae_root[quarter] = root
+            _link_special(cpu, kvm, pdpt, quarter, PT32E_ROOT_LEVEL, root.hfn)
+        _link_special(cpu, kvm, pml4, 0, PG_LEVEL_512G, pdpt)
+        mmu.root = KvmMmuRootInfo(pgd=0, hfn=pml4, sp=None)
+
+
+def mmu_alloc_shadow_roots(cpu: Cpu, vcpu: Vcpu) -> bool:
+    """mmu_alloc_shadow_roots(): find or make the shadow page of the guest's top table.  Raises OutOfFrames.
+
+    Return False if CR3 points to no memory; the kernel has a dummy root for that.
+    """
+    kvm, mmu = vcpu.kvm, vcpu.mmu
+    pgd = vcpu.arch.cr3
+    gfn = (pgd & (1 << 52) - (1 << 12)) >> 12
+    if not kvm_is_visible_memslot(gfn_to_memslot(kvm, gfn, int(vcpu.arch.smm))):
+        return False
+    with kvm.mmu_lock.write_lock(cpu):
+        if not make_mmu_pages_available(cpu, kvm):
+            raise OutOfFrames("no shadow page is left")
+        sp = mmu_alloc_root(cpu, vcpu, gfn, mmu.root_role.level)
+        mmu.root = KvmMmuRootInfo(pgd=pgd, hfn=sp.hfn, sp=sp)
+    return True
+
+
+def shadow_mmu_free_root_page(cpu: Cpu, kvm: Kvm, sp: ShadowPage, invalid_list: InvalidList) -> None:
+    """mmu_free_root_page(), under mmu_lock for write: drop a reference; the last one on an invalid root zaps
+    it.
+
+    A valid one stays in the hash, where the next vCPU that needs it finds it.
+    """
+    sp.shadow_root_count -= 1
+    if not sp.shadow_root_count and sp.role.invalid:
+        kvm_mmu_prepare_zap_page(cpu, kvm, sp, invalid_list)
+
+
+def free_pae_roots(cpu: Cpu, kvm: Kvm, mmu: KvmMmu, invalid_list: InvalidList) -> None:
+    """Drop the references on the four PAE roots, under mmu_lock for write."""
+    for quarter, root in enumerate(mmu.pae_root):
+        if root is None:
+            continue
+        assert mmu.pml4_root is not None
+        mmu.pae_root[quarter] = None
+        _link_special(cpu, kvm, mmu.pml4_root[1], quarter, PT32E_ROOT_LEVEL, None)
+        shadow_mmu_free_root_page(cpu, kvm, root, invalid_list)

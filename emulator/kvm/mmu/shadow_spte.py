@@ -1,0 +1,121 @@
+"""arch/x86/kvm/mmu/mmu.c: the mmu_spte_ functions, which change one SPTE of the shadow MMU.
+
+Its SPTEs have the bits of the TDP MMU's where both have them, so the predicates of spte.py hold for both.
+In its tables any entry may map any gfn, which the core keeps beside the entry (sp->shadowed_translation).
+"""
+
+from __future__ import annotations
+
+from typing import Final
+
+from emulator.kvm.kvm_host import SPTE_LEVEL_BITS
+from emulator.kvm.mmu.shadow_structs import ShadowPage, Sptep
+from emulator.kvm.mmu.spte import (
+    PT_WRITABLE_MASK,
+    SHADOW_HOST_WRITABLE_MASK,
+    SHADOW_MMU_WRITABLE_MASK,
+    PfnAndRights,
+    is_shadow_present_pte,
+    leaf_spte_change_needs_tlb_flush,
+    spte_to_child_pt,
+)
+from emulator.kvm.structs import Kvm
+from emulator.machine.runtime import Cpu, MachineMisuse
+from native import ffi, lib
+
+PT_ACCESSED_MASK: Final[int] = lib.SPTE_ACCESSED
+PT_DIRTY_MASK: Final[int] = lib.SPTE_DIRTY
+SHADOW_NONPRESENT_VALUE: Final = 0
+_CUSTODY_SHIFT: Final[int] = lib.SPTE_CUSTODY_SHIFT
+_CUSTODY_MASK: Final = 0x7FFF
+_ALL_ONES: Final = (1 << 64) - 1
+
+
+def kvm_mmu_page_get_gfn(cpu: Cpu, sp: ShadowPage, index: int) -> int:
+    """kvm_mmu_page_get_gfn(): return the first gfn that the leaf at `index` maps, or mapped last."""
+    if sp.role.direct:
+        return sp.gfn + (index << SPTE_LEVEL_BITS * (sp.role.level - 1))
+    return int(lib.kvm_mmu_page_get_gfn(cpu.m, sp.hfn, index))
+
+
+def spte_of(cpu: Cpu, sptep: Sptep) -> int:
+    """Return the SPTE that the pointer points to."""
+    return int(lib.spte_read(cpu.m, sptep.sp.hfn, sptep.idx))
+
+
+def is_accessed_spte(spte: int) -> bool:
+    """is_accessed_spte()"""
+    return bool(spte & PT_ACCESSED_MASK)
+
+
+def spte_rights(spte: int) -> PfnAndRights:
+    """Return the frame of a leaf, with the custody and the host's permission under which it was installed."""
+    custody = (spte >> _CUSTODY_SHIFT) & _CUSTODY_MASK
+    return PfnAndRights(spte_to_child_pt(spte), custody, bool(spte & SHADOW_HOST_WRITABLE_MASK))
+
+
+def _store(cpu: Cpu, kvm: Kvm, sptep: Sptep, gfn: int, new_spte: int) -> int:
+    sp, index = sptep
+    cpu.point("spte", (sp.hfn, index), "write")
+    old = lib.shadow_mmu_set_spte(cpu.m, cpu.id, kvm.id, sp.hfn, index, sp.role.level, gfn, new_spte)
+    if old == _ALL_ONES:
+        raise MachineMisuse(f"CPU {cpu.id}: {ffi.string(lib.machine_error_text(cpu.m, cpu.id)).decode()}")
+    return int(old)
+
+
+def mmu_spte_set(cpu: Cpu, kvm: Kvm, sptep: Sptep, gfn: int, new_spte: int) -> None:
+    """mmu_spte_set(): set an SPTE that is not present.  gfn: the first that a leaf maps."""
+    assert not is_shadow_present_pte(spte_of(cpu, sptep))
+    _store(cpu, kvm, sptep, gfn, new_spte)
+
+
+def mmu_spte_update(cpu: Cpu, kvm: Kvm, sptep: Sptep, gfn: int, new_spte: int) -> bool:
+    """mmu_spte_update(): change the bits of a leaf, not its frame; return whether a flush is needed."""
+    if not is_shadow_present_pte(spte_of(cpu, sptep)):
+        mmu_spte_set(cpu, kvm, sptep, gfn, new_spte)
+        return False
+    old_spte = _store(cpu, kvm, sptep, gfn, new_spte)
+    assert spte_to_child_pt(old_spte) == spte_to_child_pt(new_spte)
+    return leaf_spte_change_needs_tlb_flush(old_spte, new_spte)
+
+
+def mmu_spte_clear_track_bits(cpu: Cpu, kvm: Kvm, sptep: Sptep) -> int:
+    """mmu_spte_clear_track_bits(): clear a leaf; return the SPTE that was there."""
+    gfn = kvm_mmu_page_get_gfn(cpu, sptep.sp, sptep.idx)
+    return _store(cpu, kvm, sptep, gfn, SHADOW_NONPRESENT_VALUE)
+
+
+def mmu_spte_clear_no_track(cpu: Cpu, kvm: Kvm, sptep: Sptep) -> None:
+    """mmu_spte_clear_no_track(): clear an SPTE that is no leaf."""
+    _store(cpu, kvm, sptep, 0, SHADOW_NONPRESENT_VALUE)
+
+
+def mmu_spte_age(cpu: Cpu, kvm: Kvm, sptep: Sptep) -> bool:
+    """Take the accessed bit without mmu_lock; return whether it was set.
+
+    An SPTE that another CPU changes meanwhile keeps its bit: it is being zapped, or in use.
+    """
+    sp, index = sptep
+    spte = spte_of(cpu, sptep)
+    if not is_shadow_present_pte(spte) or not is_accessed_spte(spte):
+        return False
+    cpu.point("spte", (sp.hfn, index), "write")
+    lib.shadow_mmu_set_spte_atomic(
+        cpu.m, cpu.id, kvm.id, sp.hfn, index, sp.role.level, spte, spte & ~PT_ACCESSED_MASK
+    )
+    return True
+
+
+def spte_write_protect(cpu: Cpu, kvm: Kvm, sptep: Sptep, *, pt_protect: bool) -> bool:
+    """spte_write_protect(): take W; return whether a flush is needed.
+
+    pt_protect: a guest's table is protected, so MMU-writable goes as well, also where W was clear: a TLB may
+    still hold a writable translation from before W was cleared (f81602958c11).
+    """
+    spte = spte_of(cpu, sptep)
+    if not spte & PT_WRITABLE_MASK and not (pt_protect and spte & SHADOW_MMU_WRITABLE_MASK):
+        return False
+    if pt_protect:
+        spte &= ~SHADOW_MMU_WRITABLE_MASK
+    gfn = kvm_mmu_page_get_gfn(cpu, sptep.sp, sptep.idx)
+    return mmu_spte_update(cpu, kvm, sptep, gfn, spte & ~PT_WRITABLE_MASK)
