@@ -42,7 +42,8 @@ _PROPOSED = frozenset({
     "vmx_flush_tlb_roots",
 })  # fmt: skip
 # Functions that are no code of KVM: they make and end VMs and vCPUs, as no thread of a test does, check
-# arguments, read the emulator's bitmaps, choose its fault-around, slice guests, or judge.
+# arguments, read the emulator's bitmaps, choose its fault-around, cut walks into steps, slice guests, or
+# judge.
 _NOT_IN = frozenset({
     "__repr__",
     "__init__",
@@ -63,6 +64,8 @@ _NOT_IN = frozenset({
     "kvm_tdp_mmu_zap_all",
     "kvm_vm_ioctl_create_vcpu",
     "kvm_vm_ioctl_enable_manual_dirty_log",
+    "need_resched",
+    "step",
     "vmx_vcpu_free",
     "warn_on_once",
     "xfer_to_guest_mode_work_pending",
@@ -96,8 +99,9 @@ class Mutant:
 
     @property
     def digest(self) -> str:
-        """Return a hash that stays when mutants before this one come or go, and with them its number."""
-        return hashlib.sha256(f"{self.rule}@{self.function}\n{self.diff}".encode()).hexdigest()
+        """Return a hash that does not depend on the mutant's number and lines."""
+        lines = (line for line in self.diff.splitlines() if not line.startswith("@@"))
+        return hashlib.sha256("\n".join([f"{self.rule}@{self.function}", *lines]).encode()).hexdigest()
 
 
 @cache

@@ -131,7 +131,7 @@ def judge(
         executions += found
     if not reaching:
         return Judgement(mutant.name, UNREACHED)
-    cost = _cost(mutant, (one for one in reaching if one.prices))
+    cost = _cost(mutant, [one for one in reaching if one.pair.preset == DEFAULT] or reaching)
     verdict = COST_ONLY if cost else SURVIVED
     return Judgement(mutant.name, verdict, executions=executions, why=cost, looked=looked)
 

@@ -154,5 +154,11 @@ ACCOUNTS: Final = frozenset({
 LOWER: Final = frozenset({"base_gfn", "gfn_start", "hva_start", "start"})
 UPPER: Final = frozenset({"end", "end_gfn", "gfn_end", "hva_end", "npages", "nr_pages", "pages"})
 
-# Whether the walk has yielded: the rule `skip` adds an iterator's skip() before it goes on.
+# Calls that ignore the range that they are given: bare metal flushes a whole VM.
+RANGELESS: Final = frozenset({"kvm_flush_remote_tlbs_range", "removed_page"})
+
+# The parameter that cuts walks into steps for explore, and is no code of KVM.
+STEPPING: Final = "single"
+
+# Whether the walk has yielded: the rule `skip` moves the iterator on by one page before the walk goes on.
 YIELDS: Final = frozenset({"tdp_mmu_iter_cond_resched"})

@@ -12,7 +12,17 @@ from itertools import pairwise
 from typing import Final
 
 from bench.mutation.blocks import Unit, blocks, events_of, is_section, units
-from bench.mutation.names import ACCOUNTS, IDEMPOTENT, LOWER, ORDERED, PRIVATE, UPPER, YIELDS
+from bench.mutation.names import (
+    ACCOUNTS,
+    IDEMPOTENT,
+    LOWER,
+    ORDERED,
+    PRIVATE,
+    RANGELESS,
+    STEPPING,
+    UPPER,
+    YIELDS,
+)
 from bench.mutation.source import (
     Edit,
     Source,
@@ -21,6 +31,7 @@ from bench.mutation.source import (
     depends,
     indented,
     leaves,
+    mentions,
 )
 
 # One mutant: the name of its rule, and its edits.
@@ -186,6 +197,8 @@ def _acts(statement: ast.stmt) -> bool:
 def weaken(source: Source, function: ast.FunctionDef) -> Iterator[Mutation]:
     """Drop an operand of `and` or `or`, move a comparison by one, remove a `not`."""
     for node in _own(function):
+        if mentions(node, STEPPING):
+            continue
         if isinstance(node, ast.BoolOp) and not _is_assertion(source, node):
             name = "drop-operand" if isinstance(node.op, ast.And) else "drop-alternative"
             for i, operand in enumerate(node.values):
@@ -257,9 +270,13 @@ def _is_assertion(source: Source, node: ast.AST) -> bool:
 
 
 def _own(function: ast.FunctionDef) -> Iterator[ast.AST]:
-    """Yield the nodes of a function's body, without its annotations and defaults."""
-    for statement in function.body:
-        yield from ast.walk(statement)
+    """Yield the nodes of a function's body, without its annotations, its defaults, and its accounts."""
+    todo: list[ast.AST] = list(reversed(function.body))
+    while todo:
+        node = todo.pop()
+        if called(node) not in ACCOUNTS:
+            yield node
+            todo += reversed(list(ast.iter_child_nodes(node)))
 
 
 # --- a pending flush ------------------------------------------------------------------------------------
@@ -303,7 +320,7 @@ def _is_pending(node: ast.expr) -> bool:
 def ranges(source: Source, function: ast.FunctionDef) -> Iterator[Mutation]:
     """Narrow or widen a range by one page at either end, where it is passed on."""
     for node in _own(function):
-        if not isinstance(node, ast.Call) or called(node) in ACCOUNTS:
+        if not isinstance(node, ast.Call) or called(node) in RANGELESS:
             continue
         for argument in [*node.args, *(keyword.value for keyword in node.keywords)]:
             name = argument.attr if isinstance(argument, ast.Attribute) else getattr(argument, "id", "")
@@ -323,7 +340,8 @@ def skip(source: Source, function: ast.FunctionDef) -> Iterator[Mutation]:
     """Skip an iteration after a yield, or do not yield where another thread waits."""
     for node in _own(function):
         if isinstance(node, ast.If) and calls(node.test) & YIELDS:
-            text = " " * node.body[-1].col_offset + "it.skip()\n"
+            lines = ("it.chunk.next_gfn += 1", "it.chunk.done = it.chunk.next_gfn >= it.chunk.end_gfn")
+            text = "".join(" " * node.body[-1].col_offset + f"{line}\n" for line in lines)
             yield "skip-after-yield", [source.insert_before(node.body[-1], text)]
             yield "no-yield", [source.replace(node.test, "False")]
 

@@ -108,6 +108,11 @@ def only_accounts(statement: ast.stmt) -> bool:
     return isinstance(statement, ast.Expr | ast.Assign) and called(statement.value) in ACCOUNTS
 
 
+def mentions(node: ast.AST, name: str) -> bool:
+    """Return whether a field of this name is read or written."""
+    return any(isinstance(one, ast.Attribute) and one.attr == name for one in ast.walk(node))
+
+
 def stored(node: ast.AST) -> set[str]:
     """Return the local names that a statement binds."""
     return {one.id for one in ast.walk(node) if isinstance(one, ast.Name) and isinstance(one.ctx, ast.Store)}

@@ -210,7 +210,7 @@ def known(pair: Pair, cover: Cover, executions: int = 0) -> Known:
     most = (executions or SECOND) if pair.preset == DEFAULT else _COVERAGE
     shown = show(pair, most)
     lines = frozenset(cover.places[number] for number in cover.reached)
-    return Known(pair, shown, prices(pair) if pair.preset == DEFAULT else {}, lines)
+    return Known(pair, shown, prices(pair), lines)
 
 
 class Cover:

@@ -26,6 +26,7 @@ SAMPLE = (
     "drop-sequence@kvm_mmu_invalidate_start#1",
     "drop-zap@kvm_invalidate_memslot#1",
     "late-flush@kvm_handle_hva_range#1",
+    "skip-after-yield@tdp_mmu_zap_leafs#1",
     "split-flush@kvm_zap_gfn_range#1",
 )
 
