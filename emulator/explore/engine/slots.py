@@ -46,7 +46,7 @@ class Slot:
         self.plain_get: Callable[[object], Any] = member.__get__
         self.plain_set: Callable[[object, object], None] = member.__set__
         self.plain_delete: Callable[[object], None] = member.__delete__
-        self.identity: Callable[[object], Any] | None = vars(cls)[identity].__get__ if identity else None
+        self.identity: Callable[[object], Any] | None = getattr(cls, identity).__get__ if identity else None
         constructor: Any = cls.__init__  # type: ignore[misc]
         self.constructor: CodeType = constructor.__code__
         self.watched = False

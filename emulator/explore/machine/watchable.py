@@ -9,6 +9,7 @@ from typing import Any, Final
 
 from emulator.explore.machine.handed import CONTAINERS
 from emulator.kvm import structs
+from emulator.kvm.mmu import shadow_structs
 from emulator.kvm.mmu import structs as mmu_structs
 from emulator.kvm.notifications import Heard
 from emulator.kvm.vmx.vmcs import LoadedVmcs
@@ -26,6 +27,9 @@ WATCHED: Final[Mapping[type, str]] = {
     mmu_structs.KvmMmu: "",
     mmu_structs.KvmMmuPage: "hfn",
     mmu_structs.RootTracking: "",
+    shadow_structs.ShadowPage: "hfn",
+    shadow_structs.KvmShadowArch: "",
+    shadow_structs.SlotArch: "",
     LoadedVmcs: "",
     structs.KvmMemslots: "",
     structs.KvmMemorySlot: "id",
