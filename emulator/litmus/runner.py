@@ -135,6 +135,7 @@ class Runner:
             target=lib.rcu_thread, args=(machine.m, rcu_cpu(machine).id), daemon=True
         )
         self._harness: Harness | None = None
+        self._leaked = False
         self._watchdog = Watchdog(self)
         self._workers = [Worker(self, i) for i in range(len(test.threads))]
         try:
@@ -192,6 +193,7 @@ class Runner:
                 if stop_at and outcome.violating >= stop_at:
                     break
             harness.teardown()
+            self._leaked = bool(left_over(self.machine, ()))
         except KVM_FAILS as error:
             self._explain_failure(outcome, error)
         finally:
@@ -287,8 +289,11 @@ class Runner:
 
     @property
     def usable(self) -> bool:
-        """Return False after a failure, which has stopped the machine."""
-        return not self.machine.stopping
+        """Return False after a failure, which has stopped the machine, and after a policy that has leaked.
+
+        The next policy would be charged with the pages that are left.
+        """
+        return not self.machine.stopping and not self._leaked
 
     def close(self) -> None:
         self.machine.stop()

@@ -32,7 +32,7 @@ class Task:
 
 
 def run_task(task: Task, progress: Progress = lambda done: None) -> list[Outcome]:
-    """Run a task on one machine for all policies, and on a new one after a failure."""
+    """Run a task on one machine for all policies, and on a new one after a failure or a leak."""
     test = load_test(task.test)
     outcomes: list[Outcome] = []
     left = list(task.policies)

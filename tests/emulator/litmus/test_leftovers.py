@@ -100,6 +100,19 @@ def test_a_leak_is_found_on_real_threads(test_file: str, tmp_path: Path) -> None
     assert text in outcome.reports[0].text
 
 
+def test_a_leak_is_no_other_policys(
+    test_file: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """The pages stay in use when the VMs are gone, so the next policy gets a machine of its own."""
+    edit, _ = LEAKS["tables that are never freed"]
+    bad, good = written(tmp_path, edited(edit)), "linux-7.3"
+    for order in ([bad, good], [good, bad, "root-tlb-gen"]):
+        policies = [f"--policy={policy}" for policy in order]
+        assert main(["litmus", test_file, "--iterations", "3", "--jobs", "1", "--json", *policies]) == 1
+        found = {one["policy"]: one["violations"] for one in json.loads(capsys.readouterr().out)["outcomes"]}
+        assert [name for name in order if found[name]] == [bad]
+
+
 def test_a_leak_can_be_expected_replayed_and_explained(
     test_file: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
