@@ -250,10 +250,10 @@ CALLS: Final[Mapping[str, Described]] = {
     "vmptrst": Described("m cpu", "aside; keeps-gil"),
     "vmclear": Described("m cpu vmcs", "aside"),
     "flush_invept_global": Described("m cpu vm reason", "part; writes tlb(cpu); at tlb"),
-    "flush_invept_single": Described("m cpu vm root reason", "part; writes tlb(cpu); at tlb"),
+    "flush_invept_single": Described("m cpu vm eptp reason", "part; writes tlb(cpu); at tlb"),
     "flush_invvpid_single": Described("m cpu vm vpid reason", "part; writes tlb(cpu); at tlb"),
-    "flush_invvpid_all": Described("m cpu vm reason", "part; writes tlb(cpu); at tlb"),
     "flush_invvpid_address": Described("m cpu vm vpid page reason", "part; writes tlb(cpu); at tlb"),
+    "flush_invvpid_all": Described("m cpu vm reason", "part; writes tlb(cpu); at tlb"),
     "flush_invvpid_retain_globals": Described("m cpu vm vpid reason", "part; writes tlb(cpu); at tlb"),
     "flush_reset": Described("m cpu", "aside"),
 }

@@ -13,6 +13,7 @@ from typing import Final
 # The calls that rules drop, move and duplicate.
 EVENTS: Final[Mapping[str, frozenset[str]]] = {
     "flush": frozenset({
+        "ept_sync_context",
         "flush_disconnected_sps",
         "flush_invept_global",
         "flush_invept_single",
@@ -30,6 +31,7 @@ EVENTS: Final[Mapping[str, frozenset[str]]] = {
         "vmx_flush_tlb_current",
         "vmx_flush_tlb_ept_root",
         "vmx_flush_tlb_guest",
+        "vpid_sync_context",
         "write_protect_flush",
     }),
     "kick": frozenset({

@@ -22,6 +22,7 @@ from emulator.explain.meanings import (
     NARROW,
     OUTDATED,
     PROMISE,
+    REFUSED,
     REVOKE,
     SKIPPED,
     UNNOTIFIED,
@@ -358,6 +359,9 @@ class RaceAnalysis(Timeline):
     def _is_flush_here(self, e: Event) -> bool:
         return e.kind == "flush" and e.cpu == self.facts.pcpu
 
+    def _is_vmfail_here(self, e: Event) -> bool:
+        return e.kind == "vmfail" and e.cpu == self.facts.pcpu
+
     def _flushes(self) -> None:
         """Keep flushes that were done: on other pCPUs for the request, and a flush on the pCPU of the access
         that was too narrow."""
@@ -374,6 +378,8 @@ class RaceAnalysis(Timeline):
             # Show another vCPU's flush only if it needs no column of its own.
             shown = {self.events[i].cpu for i in self.meanings}
             self._keep(next((i for i in flushed if self.events[i].cpu in shown), None))
+        # An instruction that failed would have dropped the entry.
+        self._keep(self._last(self._is_vmfail_here, stale), REFUSED)
         # A flush of everything would have dropped the entry.
         if not set(CULPRITS) & set(self.meanings.values()):
             here = [i for i in range(stale + 1, len(self.events)) if self._is_flush_here(self.events[i])]

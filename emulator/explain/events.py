@@ -158,6 +158,7 @@ _TEXTS: dict[str, Callable[[Event], str]] = {
     "exit": lambda e: f"VM exit of vCPU {e.a}: {name_of(EXIT_REASONS, e.b)}",
     "load": lambda e: f"VMCS of vCPU {e.a} loaded" + ("" if e.b >= _NOWHERE else f", was on pCPU {e.b}"),
     "flush": lambda e: f"{e.scope} for {e.reason}",
+    "vmfail": lambda e: f"{e.scope} for {e.reason} FAILS: operand {e.b:#x}",
     "elided": lambda e: f"flush for {e.reason} ELIDED by the policy",
     "zap": lambda e: f"zapped {e.b} pages from gfn {e.a:#x} on",
     "protect": lambda e: f"write-protected {e.b} pages from gfn {e.a:#x} on",

@@ -23,6 +23,7 @@ from emulator.explain.meanings import (
     NARROW,
     OUTDATED,
     PROMISE,
+    REFUSED,
     REOPENED,
     REVOKE,
     SKIPPED,
@@ -296,6 +297,9 @@ _SENTENCES: dict[str, Callable[[Case, Moment], str]] = {
     ELIDED: _elided,
     LATE: _late,
     NARROW: lambda case, moment: f"a flush, but too narrow: the entry stays{_answers(case)}",
+    REFUSED: lambda case, moment: (
+        f"a flush, but the processor refuses its operand: the entry stays{_answers(case)}"
+    ),
     MISSED: _missed,
     OUTDATED: lambda case, moment: f"a frame that was looked up before the promise{_answers(case)}",
     EARLY: lambda case, moment: f"the flush comes too early: before {_what_goes(case)}{_answers(case)}",

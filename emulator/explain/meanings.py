@@ -13,6 +13,7 @@ REVOKE: Final = "revoke"
 ELIDED: Final = "elided"
 LATE: Final = "late"
 NARROW: Final = "narrow"
+REFUSED: Final = "refused"
 MISSED: Final = "missed"
 OUTDATED: Final = "outdated"
 EARLY: Final = "early"
@@ -32,6 +33,6 @@ UNNAMED: Final = "unnamed"
 
 # Moments that are to blame: an action that is missing, too narrow, too early or too late.
 CULPRITS: Final = (
-    *(ELIDED, LATE, NARROW, MISSED, OUTDATED, EARLY, SKIPPED, UNNOTIFIED),
+    *(ELIDED, LATE, NARROW, REFUSED, MISSED, OUTDATED, EARLY, SKIPPED, UNNOTIFIED),
     *(UNPROTECTED, REOPENED, MARKED_EARLY),
 )

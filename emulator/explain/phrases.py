@@ -81,6 +81,7 @@ _PHRASES: dict[str, Callable[[Event, Facts], list[str]]] = {
     "exit": lambda e, f: [f"VM exit ({name_of(EXIT_REASONS, e.b).replace('_', ' ')})"],
     "load": lambda e, f: [f"vmx_vcpu_load_vmcs(v{e.a})"],
     "flush": _flush,
+    "vmfail": lambda e, f: [f"{_SCOPES.get(e.scope, e.scope)} of {e.b:#x}", "fails (VMfail)"],
     "elided": lambda e, f: [f"flush for {e.reason}", "ELIDED"],
     "zap": lambda e, f: [f"zap gfn {f.gfn if e.covers(f.gfn) else e.a:#x}"],
     "protect": lambda e, f: [f"write-protect gfn {f.gfn if e.covers(f.gfn) else e.a:#x}"],

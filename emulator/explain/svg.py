@@ -17,6 +17,7 @@ from emulator.explain.meanings import (
     NARROW,
     OUTDATED,
     PROMISE,
+    REFUSED,
     REVOKE,
     USE,
 )
@@ -41,6 +42,7 @@ _COLOURS = {
     ELIDED: ("#fde3e1", "#b3261e"),
     LATE: ("#fde3e1", "#b3261e"),
     NARROW: ("#fde3e1", "#b3261e"),
+    REFUSED: ("#fde3e1", "#b3261e"),
     MISSED: ("#fde3e1", "#b3261e"),
     OUTDATED: ("#fde3e1", "#b3261e"),
     USE: ("#b3261e", "#7d120c"),

@@ -15,6 +15,7 @@ from emulator.kvm.notifications import FlushKind, PcpuFlush, flush_begins, flush
 from emulator.kvm.structs import Kvm, Vcpu
 from emulator.kvm.virt.requests import kvm_make_request, request_tlb_flush
 from emulator.kvm.vmx.vmx import vmx_flush_tlb_ept_root, vpid_sync_context
+from emulator.kvm.vmx.vmx_ops import invvpid_individual_addr, invvpid_single_non_global
 from emulator.machine.runtime import Cpu, smp_mb
 from native import ffi, lib
 from native.types import FlushReason, IpiFunction
@@ -88,7 +89,7 @@ def invvpid_address(cpu: Cpu, vcpu: Vcpu, page: int, reason: FlushReason) -> Non
     flush = _of_vcpu("invvpid-address", vcpu, reason)
     flush_begins(cpu, vcpu.kvm, flush)
     cpu.point("tlb", cpu.id, "write")
-    lib.flush_invvpid_address(cpu.m, cpu.id, vcpu.kvm.id, vcpu.vpid, page, reason)
+    invvpid_individual_addr(cpu, vcpu.kvm, vcpu.vpid, page << 12, reason)
     flush_ended(cpu, vcpu.kvm, flush)
 
 
@@ -97,7 +98,7 @@ def invvpid_retain_globals(cpu: Cpu, vcpu: Vcpu, reason: FlushReason) -> None:
     flush = _of_vcpu("invvpid-single", vcpu, reason)
     flush_begins(cpu, vcpu.kvm, flush)
     cpu.point("tlb", cpu.id, "write")
-    lib.flush_invvpid_retain_globals(cpu.m, cpu.id, vcpu.kvm.id, vcpu.vpid, reason)
+    invvpid_single_non_global(cpu, vcpu.kvm, vcpu.vpid, reason)
     flush_ended(cpu, vcpu.kvm, flush)
 
 

@@ -85,7 +85,19 @@ void flush_invept_global(struct machine *m, uint32_t cpu, uint32_t vm, uint32_t 
 	end(m, cpu, vm);
 }
 
-void flush_invept_single(struct machine *m, uint32_t cpu, uint32_t vm, uint32_t root, uint32_t reason)
+/* Guest-physical addresses and host frames have fewer bits; EPTPs with more are refused. */
+enum { EPTP_ADDRESS_BITS = 52 };
+
+/* Memory type write-back or uncacheable, 4 or 5 levels; A/D at bit 6; no reserved bit, no bit beyond the address. */
+static bool eptp_is_valid(uint64_t eptp)
+{
+	uint64_t type = eptp & 7, levels = eptp >> 3 & 7;
+
+	return (type == 0 || type == 6) && (levels == 3 || levels == 4) && !(eptp & UINT64_C(0xf80)) &&
+	       !(eptp >> EPTP_ADDRESS_BITS);
+}
+
+static void invept_root(struct machine *m, uint32_t cpu, uint32_t vm, uint32_t root, uint32_t reason)
 {
 	struct tlb *t = begin(m, cpu, vm, SCOPE_INVEPT_SINGLE, reason, root);
 	struct flush_account *a = m->cpus[cpu].flush_account;
@@ -99,10 +111,27 @@ void flush_invept_single(struct machine *m, uint32_t cpu, uint32_t vm, uint32_t 
 	end(m, cpu, vm);
 }
 
-void flush_invvpid_single(struct machine *m, uint32_t cpu, uint32_t vm, uint32_t vpid, uint32_t reason)
+static int vmfail(struct machine *m, uint32_t cpu, uint32_t vm, uint32_t scope, uint32_t reason, uint64_t operand)
 {
+	event_record(m, cpu, event_of(vm, EVENT_VMFAIL), (uint64_t)scope << 32 | reason, operand);
+	return VMFAIL_INVALID_OPERAND;
+}
+
+int flush_invept_single(struct machine *m, uint32_t cpu, uint32_t vm, uint64_t eptp, uint32_t reason)
+{
+	if (!eptp_is_valid(eptp))
+		return vmfail(m, cpu, vm, SCOPE_INVEPT_SINGLE, reason, eptp);
+	invept_root(m, cpu, vm, (uint32_t)(eptp >> 12), reason);
+	return 0;
+}
+
+int flush_invvpid_single(struct machine *m, uint32_t cpu, uint32_t vm, uint32_t vpid, uint32_t reason)
+{
+	if (!vpid)
+		return vmfail(m, cpu, vm, SCOPE_INVVPID_SINGLE, reason, vpid);
 	invvpid_single(begin(m, cpu, vm, SCOPE_INVVPID_SINGLE, reason, vpid), vpid);
 	end(m, cpu, vm);
+	return 0;
 }
 
 void flush_invvpid_all(struct machine *m, uint32_t cpu, uint32_t vm, uint32_t reason)
@@ -111,17 +140,26 @@ void flush_invvpid_all(struct machine *m, uint32_t cpu, uint32_t vm, uint32_t re
 	end(m, cpu, vm);
 }
 
-void flush_invvpid_address(struct machine *m, uint32_t cpu, uint32_t vm, uint32_t vpid, uint64_t page,
-			   uint32_t reason)
+int flush_invvpid_address(struct machine *m, uint32_t cpu, uint32_t vm, uint32_t vpid, uint64_t page,
+			  uint32_t reason)
 {
+	/* Bits 63 to 47 of the address are equal. */
+	uint64_t upper = page >> 35;
+
+	if (!vpid || (upper && upper != UINT64_C(0x1ffff)))
+		return vmfail(m, cpu, vm, SCOPE_INVVPID_ADDRESS, reason, vpid ? page << 12 : vpid);
 	invvpid_address(begin(m, cpu, vm, SCOPE_INVVPID_ADDRESS, reason, page), vpid, page);
 	end(m, cpu, vm);
+	return 0;
 }
 
-void flush_invvpid_retain_globals(struct machine *m, uint32_t cpu, uint32_t vm, uint32_t vpid, uint32_t reason)
+int flush_invvpid_retain_globals(struct machine *m, uint32_t cpu, uint32_t vm, uint32_t vpid, uint32_t reason)
 {
+	if (!vpid)
+		return vmfail(m, cpu, vm, SCOPE_INVVPID_SINGLE, reason, vpid);
 	invvpid_retain_globals(begin(m, cpu, vm, SCOPE_INVVPID_SINGLE, reason, vpid), vpid);
 	end(m, cpu, vm);
+	return 0;
 }
 
 void flush_reset(struct machine *m, uint32_t cpu)
@@ -154,7 +192,7 @@ static void ipi_invept_global(struct machine *m, struct cpu *target, uint64_t ar
 
 static void ipi_invept_single(struct machine *m, struct cpu *target, uint64_t argument)
 {
-	flush_invept_single(m, target->id, (uint32_t)(argument >> 32), (uint32_t)argument, REASON_ROOT_ALLOC);
+	invept_root(m, target->id, (uint32_t)(argument >> 32), (uint32_t)argument, REASON_ROOT_ALLOC);
 }
 
 void flush_register(void)

@@ -208,15 +208,16 @@ def test_entries_of_a_dead_root_are_counted_whichever_page_it_was(root_frames: i
     with Hypervisor(root_frames=root_frames) as machine:
         vm = machine.vm()
         root = machine.roots[vm]
-        lib.flush_invept_single(machine.m, CPU0, vm, root, lib.REASON_MIGRATION)
+        eptp = root << 12 | 3 << 3 | 6
+        lib.flush_invept_single(machine.m, CPU0, vm, eptp, lib.REASON_MIGRATION)
         machine.access(CPU0, machine.vcpu(vm, 1), 0x5000, READ)
         lib.ept_table_free(machine.m, CPU0, root)
         assert machine.new_root() == root, "last in, first out"
         before = lib.counter_sum(machine.m, lib.COUNT_DEAD_ROOT_ENTRIES)
-        lib.flush_invept_single(machine.m, CPU0, vm, root, lib.REASON_MIGRATION)
+        lib.flush_invept_single(machine.m, CPU0, vm, eptp, lib.REASON_MIGRATION)
         dead = lib.counter_sum(machine.m, lib.COUNT_DEAD_ROOT_ENTRIES) - before
         assert dead > 0
-        lib.flush_invept_single(machine.m, CPU0, vm, root, lib.REASON_MIGRATION)
+        lib.flush_invept_single(machine.m, CPU0, vm, eptp, lib.REASON_MIGRATION)
         assert lib.counter_sum(machine.m, lib.COUNT_DEAD_ROOT_ENTRIES) == before + dead, "once"
 
 

@@ -40,8 +40,8 @@ def calls(m: MachinePtr, cpu: CpuId, vm: VmId, vcpu: VcpuId) -> None:
     lib.no_such_function(m)  # error
 
 def frames(m: MachinePtr, cpu: CpuId, vm: VmId, vcpu: VcpuId, vmcs: VmcsId, root: Hfn, vpid: Vpid) -> None:
-    lib.flush_invept_single(m, cpu, vm, root, lib.REASON_GUEST)
-    lib.flush_invept_single(m, cpu, vm, vpid, lib.REASON_GUEST)  # error
+    lib.flush_invept_single(m, cpu, vm, 0x101E, lib.REASON_GUEST)
+    lib.flush_invept_single(m, cpu, vm, "root", lib.REASON_GUEST)  # error
     lib.flush_invvpid_single(m, cpu, vm, vpid, lib.REASON_GUEST)
     lib.flush_invvpid_single(m, cpu, vm, root, lib.REASON_GUEST)  # error
     lib.vmcs_write_eptp(m, vmcs, root, 4)

@@ -38,6 +38,7 @@ from emulator.kvm.vmx.vmcs import (
     free_vpid,
     loaded_vmcs_clear,
 )
+from emulator.kvm.vmx.vmx_ops import ept_sync_context, invvpid_individual_addr, invvpid_single_context
 from emulator.machine.runtime import Cpu, MachineError, cpu_relax
 from native import lib
 from native.types import FlushReason, Hfn, VcpuId, Vpid
@@ -47,8 +48,6 @@ VMX_EPTP_MT_WB: Final = 6
 VMX_EPTP_PWL_4: Final = 3 << 3
 VMX_EPTP_PWL_5: Final = 4 << 3
 VMX_EPTP_AD_ENABLE_BIT: Final = 1 << 6
-# Memory type, levels, and the bits of a page's address.
-_EPTP_FIELDS: Final = 7 | 7 << 3 | (1 << 52) - (1 << 12)
 # INVALID_PAGE: the result of construct_eptp() for a root without a shadow page.
 INVALID_EPTP: Final = -1
 
@@ -67,23 +66,6 @@ def construct_eptp(cpu: Cpu, kvm: Kvm, root: KvmMmuRootInfo) -> int:
 def warn_on_once(cpu: Cpu, kvm: Kvm, what: str) -> None:
     """WARN_ON_ONCE(): keep the warning with the VM, because threads of pCPUs do not print."""
     kvm.warned.add(what)
-
-
-def is_valid_eptp(eptp: int) -> bool:
-    """Return whether a VM entry with this EPTP would succeed (SDM vol. 3C, 28.2.1.1); else INVEPT fails."""
-    return (
-        eptp & 7 == VMX_EPTP_MT_WB
-        and eptp & 7 << 3 in (VMX_EPTP_PWL_4, VMX_EPTP_PWL_5)
-        and not eptp & ~(_EPTP_FIELDS | VMX_EPTP_AD_ENABLE_BIT)
-    )
-
-
-def ept_sync_context(cpu: Cpu, kvm: Kvm, eptp: int, reason: FlushReason) -> None:
-    """ept_sync_context(): execute INVEPT single.  If it fails (VMfail), nothing is invalidated."""
-    if is_valid_eptp(eptp):
-        lib.flush_invept_single(cpu.m, cpu.id, kvm.id, Hfn(eptp >> 12), reason)
-    else:
-        warn_on_once(cpu, kvm, f"invept_error: INVEPT of {eptp:#x} failed")
 
 
 def vmx_flush_tlb_ept_root(cpu: Cpu, kvm: Kvm, root: KvmMmuRootInfo, reason: FlushReason) -> None:
@@ -144,7 +126,7 @@ def vmx_flush_tlb_gva(cpu: Cpu, vcpu: Vcpu, addr: int) -> None:
     flush = PcpuFlush("invvpid-address", vcpu.vpid, lib.REASON_GUEST)
     flush_begins(cpu, vcpu.kvm, flush)
     cpu.point("tlb", cpu.id, "write")
-    lib.flush_invvpid_address(cpu.m, cpu.id, vcpu.kvm.id, vcpu.vpid, addr >> 12, lib.REASON_GUEST)
+    invvpid_individual_addr(cpu, vcpu.kvm, vcpu.vpid, addr, lib.REASON_GUEST)
     flush_ended(cpu, vcpu.kvm, flush)
 
 
@@ -155,7 +137,7 @@ def vpid_sync_context(cpu: Cpu, vcpu: Vcpu, reason: FlushReason) -> None:
     flush = PcpuFlush("invvpid-single", vcpu.vpid, reason)
     flush_begins(cpu, vcpu.kvm, flush)
     cpu.point("tlb", cpu.id, "write")
-    lib.flush_invvpid_single(cpu.m, cpu.id, vcpu.kvm.id, vcpu.vpid, reason)
+    invvpid_single_context(cpu, vcpu.kvm, vcpu.vpid, reason)
     flush_ended(cpu, vcpu.kvm, flush)
 
 
