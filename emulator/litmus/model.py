@@ -58,10 +58,11 @@ The verdict of a policy is
                    the interleavings
 `expect` names the policies with another verdict than safe: a list of violation kinds means that at least one
 execution violates, and that every violation is of one of these kinds.  "inconclusive" is for a policy under
-which the danger cannot arise.  Keys are presets, mutants, or "point=alternative" (several joined by ","),
-which is the default policy with these points changed.  Verdicts that only `flushlab explore` can show, with
-more choices of its scheduler, stand in sections of their own, with keys and values of this form; all other
-verdicts are expected not to change with these choices:
+which the danger cannot arise.  Where only "deadlock" is expected, `flushlab litmus` leaves the policy to
+`flushlab explore`, because real threads only pause.  Keys are presets, mutants, or "point=alternative"
+(several joined by ","), which is the default policy with these points changed.  Verdicts that only `flushlab
+explore` can show, with more choices of its scheduler, stand in sections of their own, with keys and values
+of this form; all other verdicts are expected not to change with these choices:
 
     [expect.evict]                # --adversary evict
     [expect.speculate]            # --adversary speculate

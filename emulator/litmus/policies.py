@@ -4,10 +4,14 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from functools import lru_cache
+from typing import Final
 
 from emulator.litmus.model import INCONCLUSIVE, SAFE, Expected, LitmusTest
 from emulator.policy import MUTANTS, PRESETS, Mutant, Policy, canonical, spelled_policy
 from emulator.policy.mutants import PREFIX
+
+# As in emulator.litmus.model.KINDS.
+_DEADLOCK: Final = "deadlock"
 
 
 @lru_cache(maxsize=512)
@@ -38,12 +42,17 @@ def _mutant(name: str) -> Mutant | None:
 
 def policies_for(test: LitmusTest, chosen: Sequence[str], all_mutants: bool) -> list[str]:
     """Return the policies to run the test under: the chosen ones, or all presets, the policies that the test
-    names, and the mutants that must only cost time (with `all_mutants` every mutant)."""
+    names, and the mutants that must only cost time (with `all_mutants` every mutant).
+
+    A policy that is expected to end in a deadlock, and in nothing else, is left to `flushlab explore`:
+    threads that wait for ever look like those of a busy machine, and each execution would take the limit.
+    """
     if chosen:
         return list(dict.fromkeys(map(canonical, chosen)))
     mutants = mutant_names() if all_mutants else [name for name in mutant_names() if is_cost_only(name)]
     apart = [name for policies in test.expect.apart().values() for name in policies]
-    return list(dict.fromkeys([*PRESETS, *test.expect.policies, *apart, *mutants]))
+    named = [name for name, verdict in test.expect.policies.items() if verdict != (_DEADLOCK,)]
+    return list(dict.fromkeys([*PRESETS, *named, *apart, *mutants]))
 
 
 def expected_of(test: LitmusTest, name: str) -> tuple[Expected, ...]:

@@ -7,7 +7,12 @@ from pathlib import Path
 import pytest
 
 from emulator.cli.main import main
-from emulator.kvm.vmx.vmx_ops import ept_sync_context, vpid_sync_context
+from emulator.kvm.vmx.vmx_ops import (
+    ept_sync_context,
+    invvpid_individual_addr,
+    invvpid_single_context,
+    invvpid_single_non_global,
+)
 from native import lib
 from native.types import Vpid
 from tests.emulator.kvm.rig import Rig
@@ -23,9 +28,15 @@ def test_invept(rig: Rig) -> None:
 
 def test_invvpid(rig: Rig) -> None:
     kvm, cpu = rig.vm(), rig.machine.cpus[0]
-    vpid_sync_context(cpu, kvm, Vpid(1), lib.REASON_OTHER)
+    invvpid_single_context(cpu, kvm, Vpid(1), lib.REASON_OTHER)
+    invvpid_single_non_global(cpu, kvm, Vpid(1), lib.REASON_OTHER)
+    invvpid_individual_addr(cpu, kvm, Vpid(1), 0x5000, lib.REASON_OTHER)
     with pytest.raises(AssertionError, match=r"^WARN_ONCE: invvpid failed: ext=0x1 vpid=0 gva=0x0$"):
-        vpid_sync_context(cpu, kvm, Vpid(0), lib.REASON_OTHER)
+        invvpid_single_context(cpu, kvm, Vpid(0), lib.REASON_OTHER)
+    with pytest.raises(AssertionError, match=r"^WARN_ONCE: invvpid failed: ext=0x3 vpid=0 gva=0x0$"):
+        invvpid_single_non_global(cpu, kvm, Vpid(0), lib.REASON_OTHER)
+    with pytest.raises(AssertionError, match=r"^WARN_ONCE: invvpid failed: ext=0x0 vpid=1 gva=0x8000000"):
+        invvpid_individual_addr(cpu, kvm, Vpid(1), 1 << 47, lib.REASON_OTHER)
 
 
 @pytest.mark.slow
@@ -35,8 +46,8 @@ def test_invvpid(rig: Rig) -> None:
         (("VMX_EPTP_MT_WB | levels | VMX", "VMX_EPTP_MT_WB | VMX"), "invept failed: ext=0x1 eptp=0x1046"),
         (
             (
-                "    vpid_sync_context(cpu, vcpu.kvm, vcpu.vpid, reason)\n",
-                "    vpid_sync_context(cpu, vcpu.kvm, 0, reason)\n",
+                "    invvpid_single_context(cpu, vcpu.kvm, vcpu.vpid, reason)\n",
+                "    invvpid_single_context(cpu, vcpu.kvm, 0, reason)\n",
             ),
             "invvpid failed: ext=0x1 vpid=0 gva=0x0",
         ),

@@ -287,6 +287,11 @@ def test_what_differs() -> None:
     assert named[: len(PRESETS)] == list(PRESETS)
     assert "migration=none" in named
     assert policies_for(test, ["root-tlb-gen"], all_mutants=True) == ["root-tlb-gen"]
+    # A deadlock is explored: on threads it takes the time limit, and looks like a pause.
+    stuck, test = "mutant:sequence-in-int", load_test("fault-seq-wraps")
+    assert expected_of(test, stuck) == (("deadlock",),)
+    assert stuck not in policies_for(test, [], all_mutants=False)
+    assert policies_for(test, [stuck], all_mutants=False) == [stuck]
 
 
 def test_names_of_policies() -> None:

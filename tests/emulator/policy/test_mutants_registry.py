@@ -10,11 +10,11 @@ from emulator.cli.main import main
 from emulator.explore.results.replay import replay
 from emulator.explore.results.verdict import Plan, explore_verdict
 from emulator.litmus.loader import load_test, parse_test
+from emulator.litmus.model import KINDS
 from emulator.litmus.policies import expected_of, is_cost_only, named_policy, policies_for
 from emulator.policy import DEFAULT, MUTANTS, PRESETS, Mutant, PolicyError, preset
 from emulator.policy.mutants import canonical
 from emulator.policy.mutants.catalogue import NAMES
-from native import VIOLATION_KINDS
 
 EXPECT = """
 doc = "A test."
@@ -37,7 +37,7 @@ def test_every_mutant_is_a_policy(mutant: Mutant) -> None:
     assert mutant.patch or mutant.settings
     assert mutant.doc
     assert mutant.source
-    assert set(mutant.expected) <= set(VIOLATION_KINDS)
+    assert set(mutant.expected) <= set(KINDS)
     assert mutant.base in PRESETS
 
 
