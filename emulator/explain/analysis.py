@@ -223,6 +223,8 @@ class RaceAnalysis(Timeline):
         sent = None if asked is None else self._keep(self._kick(by, asked))
         self._keep(self._first(lambda e: e.kind == "yield" and e.cpu == by and not e.b, since, promised))
         self._kicked = sent is not None and self.facts.pcpu in self.events[sent].targets
+        if promised is not None and self.events[promised].cpu != by:
+            return  # the promising CPU neither made this request nor waits for its kick
         answered = sent is None or not self._unanswered(sent)
         self._asked = asked if answered else None
 

@@ -61,7 +61,7 @@ CAUSES: dict[str, tuple[str, str, str]] = {
     "kick-without-wait": ("kick-waits", LATE, "ipi"),
     "flush-all-by-invvpid": ("flush-all-scope", NARROW, "flush"),
     "root-put-before-zap": ("zap-put-root", REFERENCE, ""),
-    "notifier-flush-unlocked": ("notifier-second-zap", LATE, "ipi"),
+    "notifier-flush-unlocked": ("notifier-second-zap", FLUSH, ""),
     "request-after-invalidation": ("zap-all-notifier", FLUSH, ""),
     "invept-of-root-address": ("root-recycled", REFUSED, "vmfail"),
     "root-load-without-flush": ("root-recycled", ELIDED, "elided"),
