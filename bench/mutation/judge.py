@@ -63,7 +63,7 @@ class Depth:
 
 THOROUGH: Final = Depth()
 # For a population of hundreds.
-FAIR: Final = Depth(first_looks=12, second_looks=2, of_a_preset=1, stressed=0)
+FAIR: Final = Depth(first_looks=4, second_looks=0, of_a_preset=1, stressed=0)
 # Under the default preset only, and explored only.
 QUICK: Final = Depth(first_looks=16, second_looks=8, of_a_preset=0, stressed=0)
 

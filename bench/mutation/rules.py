@@ -7,6 +7,7 @@ mutants matter.
 from __future__ import annotations
 
 import ast
+from collections import deque
 from collections.abc import Callable, Iterator
 from itertools import pairwise
 from typing import Final
@@ -271,12 +272,13 @@ def _is_assertion(source: Source, node: ast.AST) -> bool:
 
 def _own(function: ast.FunctionDef) -> Iterator[ast.AST]:
     """Yield the nodes of a function's body, without its annotations, its defaults, and its accounts."""
-    todo: list[ast.AST] = list(reversed(function.body))
-    while todo:
-        node = todo.pop()
-        if called(node) not in ACCOUNTS:
-            yield node
-            todo += reversed(list(ast.iter_child_nodes(node)))
+    for statement in function.body:
+        todo: deque[ast.AST] = deque([statement])
+        while todo:
+            node = todo.popleft()
+            if called(node) not in ACCOUNTS:
+                yield node
+                todo.extend(ast.iter_child_nodes(node))
 
 
 # --- a pending flush ------------------------------------------------------------------------------------
