@@ -50,8 +50,8 @@ static enum walk_result walk(struct walk *w, uint64_t record)
 
 	for (int i = 0; i < FAULTS_IN_A_ROW && r == WALK_GUEST_FAULT; i++) {
 		r = w->guest->config.paging ? walk_linear(w, page, type, &e) : walk_physical(w, page, type, &e);
-		if (r == WALK_GUEST_FAULT && os_page_fault(w, page, type) == WALK_EPT_VIOLATION)
-			return WALK_EPT_VIOLATION;
+		if (r == WALK_GUEST_FAULT && os_page_fault(w, page, type) == WALK_EXIT)
+			return WALK_EXIT;
 	}
 	if (r == WALK_DONE)
 		store_by(w, &e, record);

@@ -119,7 +119,7 @@ static enum walk_result unmap(struct walk *w, struct guest_process *p, uint64_t 
 	if (r == WALK_DONE)
 		r = os_write_entry(w, table, page >> (level - 1) * 9 & 511, 0);
 	/* WALK_GUEST_FAULT: the host lost the table's contents; the OS's records are still valid. */
-	if (r == WALK_EPT_VIOLATION)
+	if (r == WALK_EXIT)
 		return r;
 	invalidate_page(w, p, page);
 	changed_mapping(w, p, page, gp, true);
@@ -134,7 +134,7 @@ static enum walk_result protect(struct walk *w, struct guest_process *p, uint64_
 
 	read_only.writable = 0;
 	r = install(w, p, page, &read_only);
-	if (r == WALK_EPT_VIOLATION)
+	if (r == WALK_EXIT)
 		return r;
 	invalidate_page(w, p, page);
 	changed_mapping(w, p, page, gp, false);
@@ -162,7 +162,7 @@ static enum walk_result unmap_some(struct walk *w, struct guest_process *p)
 	if (at == p->page_count)
 		return WALK_DONE;
 	r = unmap(w, p, p->pages[at], &p->page[at]);
-	if (r == WALK_EPT_VIOLATION)
+	if (r == WALK_EXIT)
 		p->hand = hand; /* retry this page after the exit */
 	return r;
 }
@@ -341,7 +341,7 @@ static enum walk_result unmap_event(struct walk *w)
 	if (p->cr3_gfn == GUEST_NO_GFN)
 		p = current(w);
 	r = unmap_some(w, p);
-	if (r != WALK_EPT_VIOLATION)
+	if (r != WALK_EXIT)
 		os_schedule(g, GUEST_UNMAP);
 	return r;
 }
@@ -354,7 +354,7 @@ static enum walk_result protect_event(struct walk *w)
 
 	if (at != p->page_count)
 		r = protect(w, p, p->pages[at], &p->page[at]);
-	if (r == WALK_EPT_VIOLATION)
+	if (r == WALK_EXIT)
 		p->hand = hand;
 	else
 		os_schedule(w->guest, GUEST_PROTECT);
@@ -370,9 +370,9 @@ enum walk_result os_events(struct walk *w)
 		return r;
 	if (g->clock >= g->due[GUEST_SWITCH])
 		r = switch_process(w);
-	if (r != WALK_EPT_VIOLATION && g->clock >= g->due[GUEST_UNMAP])
+	if (r != WALK_EXIT && g->clock >= g->due[GUEST_UNMAP])
 		r = unmap_event(w);
-	if (r != WALK_EPT_VIOLATION && g->clock >= g->due[GUEST_PROTECT])
+	if (r != WALK_EXIT && g->clock >= g->due[GUEST_PROTECT])
 		r = protect_event(w);
 	return r;
 }

@@ -348,7 +348,7 @@ uint32_t program_step(struct walk *w, struct accesses *a, uint64_t *budget)
 		return EXIT_REASONS;
 	}
 	r = one(w, a, op, budget);
-	if (r == WALK_EPT_VIOLATION)
+	if (r == WALK_EXIT)
 		return EXIT_EPT_VIOLATION;
 	if (r == WALK_GUEST_FAULT)
 		return EXIT_TRIPLE_FAULT;

@@ -74,7 +74,7 @@ static uint32_t halted(struct run *run)
 
 static uint32_t exit_of(enum walk_result r)
 {
-	return r == WALK_EPT_VIOLATION ? EXIT_EPT_VIOLATION : r == WALK_GUEST_FAULT ? EXIT_TRIPLE_FAULT
+	return r == WALK_EXIT ? EXIT_EPT_VIOLATION : r == WALK_GUEST_FAULT ? EXIT_TRIPLE_FAULT
 										     : EXIT_REASONS;
 }
 
@@ -154,7 +154,7 @@ static uint32_t step(struct run *run)
 	r = os_setup(w);
 	if (r == WALK_DONE)
 		r = os_events(w);
-	if (r == WALK_EPT_VIOLATION)
+	if (r == WALK_EXIT)
 		return EXIT_EPT_VIOLATION;
 	n = until_event(run);
 	if (!n)
@@ -255,7 +255,7 @@ int guest_access(struct machine *m, uint32_t cpu, uint32_t vcpu, uint64_t linear
 		w = accesses_one(&run.walk, record);
 		run.walk.guest->clock += w == WALK_DONE;
 	}
-	if (w == WALK_EPT_VIOLATION)
+	if (w == WALK_EXIT)
 		reason = EXIT_EPT_VIOLATION;
 	else if (w == WALK_GUEST_FAULT)
 		reason = EXIT_TRIPLE_FAULT;

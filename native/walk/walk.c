@@ -73,7 +73,7 @@ void walk_ghost(struct walk *w, const struct tlb_entry *ghost, uint64_t page, ui
 static enum walk_result violate(struct walk *w, uint64_t gfn, uint32_t type, uint64_t spte)
 {
 	if (w->speculative)
-		return WALK_EPT_VIOLATION;
+		return WALK_EXIT;
 	if (w->guest->skip_gfn == gfn) {
 		w->guest->skip_gfn = GUEST_NO_GFN;
 		return WALK_SKIPPED;
@@ -85,7 +85,7 @@ static enum walk_result violate(struct walk *w, uint64_t gfn, uint32_t type, uin
 	w->exit->access = type;
 	w->exit->rights = spte_present(spte) ? spte & SPTE_RWX : 0;
 	ept_violation_invalidate(w->tlb, gfn, w->linear >> 12 & GUEST_PAGE_MASK, w->guest->config.paging);
-	return WALK_EPT_VIOLATION;
+	return WALK_EXIT;
 }
 
 static uint32_t access_bit(uint32_t type)
@@ -222,7 +222,7 @@ static enum walk_result ept_walk(struct walk *w, uint64_t gfn, uint32_t type, st
 	uint32_t table, custody, level = walk_start(w, gfn, type, &table, &custody);
 
 	if (!level)
-		return WALK_EPT_VIOLATION;
+		return WALK_EXIT;
 	for (;;) {
 		_Atomic uint64_t *slot = ept_table(w->m, table) + (gfn >> (level - 1) * 9 & 511);
 		uint64_t spte = atomic_load_explicit(slot, memory_order_acquire);
@@ -232,7 +232,7 @@ static enum walk_result ept_walk(struct walk *w, uint64_t gfn, uint32_t type, st
 		if (!table_holds(w, table, custody)) {
 			/* The table was freed during the walk, or linked although freed. */
 			if (w->speculative)
-				return WALK_EPT_VIOLATION;
+				return WALK_EXIT;
 			report_table(w, table, custody, gfn, level, type);
 			ept_violation_invalidate(w->tlb, gfn, 0, 0);
 			return violate(w, gfn, type, 0);
@@ -245,7 +245,7 @@ static enum walk_result ept_walk(struct walk *w, uint64_t gfn, uint32_t type, st
 			custody = spte_custody(spte);
 			if (!table_holds(w, table, custody)) {
 				if (w->speculative)
-					return WALK_EPT_VIOLATION;
+					return WALK_EXIT;
 				report_table(w, table, custody, gfn, level, type);
 				return violate(w, gfn, type, 0);
 			}
@@ -279,7 +279,7 @@ enum walk_result walk_physical(struct walk *w, uint64_t gfn, uint32_t type, stru
 	if (hit == 1 && walk_check(w, out, gfn, type, 1))
 		return WALK_DONE;
 	if (hit == 1 && w->speculative && out->right[type] != RIGHT_NONE)
-		return WALK_EPT_VIOLATION;
+		return WALK_EXIT;
 	count(w->cpu->counters, COUNT_GPA_MISSES, 1);
 	if (hit == 2)
 		walk_ghost(w, out, gfn, type);

@@ -30,7 +30,7 @@ struct walk {
 enum walk_result {
 	WALK_DONE,
 	WALK_GUEST_FAULT,  /* #PF */
-	WALK_EPT_VIOLATION, /* w->exit says where */
+	WALK_EXIT, /* w->exit says where */
 	WALK_SKIPPED,      /* the access hit MMIO that user space has emulated: it counts as done */
 };
 

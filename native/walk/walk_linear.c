@@ -106,7 +106,7 @@ static enum walk_result walk_begin(struct walk *w, uint64_t page, struct table *
 		if (table_check(w, page, p))
 			return WALK_DONE;
 		if (w->speculative)
-			return WALK_EPT_VIOLATION;
+			return WALK_EXIT;
 	}
 	return table_enter(w, w->guest->cr3_gfn, GUEST_LEVELS, t, &right);
 }
