@@ -156,6 +156,7 @@ class TlbEntry(CDataBase):
     clock: int
     gfn: int
     custody: int
+    supervisor: int
 
 class TlbEntryPtr(TlbEntry):
     def __getitem__(self, index: int, /) -> TlbEntry: ...

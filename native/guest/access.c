@@ -4,15 +4,18 @@
 #include "core/counters.h"
 #include "core/cpu_types.h"
 #include "core/machine_types.h"
+#include "guest/guest_fault.h"
 #include "guest/guest_os.h"
 #include "memory/frame.h"
 #include "tlb/tlb.h"
 #include "tlb/tlb_l1.h"
 #include "tlb/tlb_types.h"
 #include "vm/guest_state.h"
+#include "walk/vmcs.h"
 #include "walk/walk.h"
 #include "walk/walk_linear.h"
 #include "walk/walk_fast.h"
+#include "walk/walk_shadow.h"
 
 #define RECORD_PAGE(record) ((record) >> 12 & GUEST_PAGE_MASK)
 /* RECORD_PAGE in fewer instructions, if bits 48 to 61 are 0, as they should be. */
@@ -40,6 +43,20 @@ static void store_by(struct walk *w, const struct tlb_entry *e, uint64_t record)
 		      w->guest->clock);
 }
 
+/* Walk KVM's shadow tables.  A page fault exits; if KVM injects it, the guest's OS handles it before it repeats the
+ * access. */
+static enum walk_result walk_without_ept(struct walk *w, uint64_t record)
+{
+	struct tlb_entry e;
+	enum walk_result r = walk_shadow(w, RECORD_PAGE(record), RECORD_TYPE(record), &e);
+
+	if (r == WALK_DONE)
+		store_by(w, &e, record);
+	if (r == WALK_EXIT && RECORD_TYPE(record) == ACCESS_WRITE)
+		guest_store_faulted(w, w->guest->clock);
+	return r;
+}
+
 /* Walk, with the page faults on the way. */
 static enum walk_result walk(struct walk *w, uint64_t record)
 {
@@ -48,6 +65,8 @@ static enum walk_result walk(struct walk *w, uint64_t record)
 	enum walk_result r = WALK_GUEST_FAULT;
 	struct tlb_entry e;
 
+	if (!w->vmcs->ept)
+		return walk_without_ept(w, record);
 	for (int i = 0; i < FAULTS_IN_A_ROW && r == WALK_GUEST_FAULT; i++) {
 		r = w->guest->config.paging ? walk_linear(w, page, type, &e) : walk_physical(w, page, type, &e);
 		if (r == WALK_GUEST_FAULT && os_page_fault(w, page, type) == WALK_EXIT)
@@ -62,8 +81,8 @@ static enum walk_result walk(struct walk *w, uint64_t record)
 static enum walk_result access_miss(struct walk *w, uint64_t record, const struct tlb_entry *ghost)
 {
 	w->linear = record & (GUEST_PAGE_MASK << 12 | 0xfff);
-	/* Without paging the walk looks up this translation again, and handles the ghost. */
-	if (ghost && w->guest->config.paging)
+	/* With EPT and without paging the walk looks up this translation again, and handles the ghost. */
+	if (ghost && (w->guest->config.paging || !w->vmcs->ept))
 		walk_ghost(w, ghost, RECORD_PAGE(record), RECORD_TYPE(record));
 	return walk(w, record);
 }
@@ -80,7 +99,7 @@ enum walk_result guest_access_slow(struct walk *w, uint64_t record)
 		count(w->cpu->counters, COUNT_L2_MISSES, 1);
 		return access_miss(w, record, hit ? &e : NULL);
 	}
-	if (!walk_check(w, &e, page, RECORD_TYPE(record), 0))
+	if ((e.supervisor && !w->supervisor) || !walk_check(w, &e, page, RECORD_TYPE(record), 0))
 		return walk(w, record);
 	store_by(w, &e, record);
 	return WALK_DONE;
@@ -105,7 +124,7 @@ __attribute__((noinline)) enum walk_result accesses_one(struct walk *w, uint64_t
 
 	if (__builtin_expect(!hot, 0)) {
 		count(w->cpu->counters, COUNT_L2_MISSES, 1);
-		if (!walk_fast(w, RECORD_PAGE(record), type, &hfn))
+		if (!w->vmcs->ept || !walk_fast(w, RECORD_PAGE(record), type, &hfn))
 			return unless_skipped(access_miss(w, record, tlb_ghost(w->tlb)));
 		if (type == ACCESS_WRITE)
 			store(w->m->frames->memory, hfn, record, w->guest->clock);

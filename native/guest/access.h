@@ -20,6 +20,12 @@ void accesses_begin(struct accesses *a, struct walk *w);
 /* Do up to `n` records, as far as possible: WALK_DONE, also if attention is set, or the reason why the next
  * record cannot be done.  *done: the number of records done. */
 enum walk_result accesses_run(struct accesses *a, struct walk *w, const uint64_t *records, uint64_t n, uint64_t *done);
+/* Return whether the record is a store to this linear address. */
+static inline bool record_stores_to(uint64_t record, uint64_t linear)
+{
+	return record >> 62 == ACCESS_WRITE && !((record ^ linear) & UINT64_C(0xffffffffffff));
+}
+
 /* Do one record, even if attention is set. */
 enum walk_result accesses_one(struct walk *w, uint64_t record);
 

@@ -7,6 +7,7 @@
 #include "core/heap.h"
 #include "core/machine_types.h"
 #include "guest/guest_pages.h"
+#include "guest/guest_shadow.h"
 #include "guest/program.h"
 #include "memory/frame.h"
 #include "vm/guest_state.h"
@@ -43,6 +44,7 @@ int guest_create(struct machine *m, struct vcpu *vcpu)
 		g->kernel[i].gfn = (uint32_t)GUEST_NO_GFN;
 	for (uint32_t i = 0; i < GUEST_EVENTS; i++)
 		g->due[i] = UINT64_MAX;
+	os_choices_reset(g);
 	g->random = 1;
 	g->clock = (uint64_t)vcpu->id << GUEST_CLOCK_VCPU | 1;
 	vcpu->guest = g;
@@ -132,7 +134,7 @@ int guest_add_process(struct machine *m, uint32_t vcpu, const uint64_t *records,
 	p->record_count = n;
 	p->pages = pages;
 	p->page_count = n_pages;
-	p->cr3_gfn = GUEST_NO_GFN;
+	p->cr3_gfn = p->cr3_building = GUEST_NO_GFN;
 	p->pcid = g->config.pcid ? (uint16_t)(g->processes + 1) : 0;
 	/* Processes that replay one trace are not in step. */
 	p->position = n ? guest_random(g) % n : 0;

@@ -6,6 +6,7 @@
 #include "guest/guest_insn.h"
 #include "guest/guest_pages.h"
 #include "guest/guest_promise.h"
+#include "guest/guest_shadow.h"
 #include "vm/guest_state.h"
 #include "vm/vm.h"
 
@@ -39,6 +40,7 @@ void guest_boot(struct machine *m, uint32_t vcpu)
 	if (g->program)
 		return;
 	g->clock++;
+	os_choices_reset(g);
 	for (uint32_t i = 0; i < g->processes; i++)
 		lose_process(m, v, &g->process[i]);
 	for (uint32_t i = 0; i < GUEST_KERNEL_PAGES; i++)

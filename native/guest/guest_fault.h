@@ -24,4 +24,8 @@ void guest_store_done(struct machine *m, uint32_t vcpu);
 void guest_inject_page_fault(struct machine *m, uint32_t vcpu, uint64_t linear, uint32_t error_code);
 /* end api */
 
+struct walk;
+/* In guest mode: the access that has just faulted is a store of this word. */
+void guest_store_faulted(struct walk *w, uint64_t value);
+
 #endif

@@ -51,6 +51,7 @@ void vcpu_set_smm(struct machine *m, uint32_t vcpu, int on)
 	if (g->smm == (on != 0))
 		return;
 	g->smm = on != 0;
+	g->space++;
 	if (on) {
 		g->paging_outside_smm = g->config.paging;
 		g->config.paging = 0;
@@ -62,5 +63,8 @@ void vcpu_set_smm(struct machine *m, uint32_t vcpu, int on)
 
 void vcpu_set_paging(struct machine *m, uint32_t vcpu, int on)
 {
-	m->vcpus[vcpu].guest->config.paging = on != 0;
+	struct guest *g = m->vcpus[vcpu].guest;
+
+	g->config.paging = on != 0;
+	g->space++;
 }

@@ -10,12 +10,14 @@
 #include "guest/guest.h"
 #include "guest/guest_pages.h"
 #include "guest/guest_promise.h"
+#include "guest/guest_shadow.h"
 #include "guest/guest_tables.h"
 #include "tlb/tlb.h"
 #include "tlb/tlb_flush.h"
 #include "vm/guest_state.h"
 #include "vm/vm.h"
 #include "walk/context.h"
+#include "walk/vmcs.h"
 #include "walk/walk.h"
 
 enum {
@@ -24,7 +26,6 @@ enum {
 	FLUSHING_SWITCH_ONE_IN = 16,
 	INVPCID_ALL_ONE_IN = 64,
 	LOOK_FOR_PAGE = 256,     /* pages tried in the search for one to unmap */
-	RECLAIM_TRIES = 16,      /* pages unmapped to free one, as they may be shared */
 };
 
 static struct guest_process *current(struct walk *w)
@@ -45,20 +46,32 @@ enum walk_result os_setup(struct walk *w)
 
 	if (!w->guest->config.paging || p->cr3_gfn != GUEST_NO_GFN)
 		return WALK_DONE;
+	if (!w->vmcs->ept)
+		return os_new_pml4(w, p);
 	r = os_alloc_zeroed(w, false, &p->cr3_gfn);
 	if (r == WALK_DONE)
 		guest_write_cr3(w->guest);
 	return r;
 }
 
-static void invalidate_page(struct walk *w, const struct guest_process *p, uint64_t page)
+/* INVLPG, or INVPCID of another process's PCID. */
+static enum walk_result invalidate_page(struct walk *w, const struct guest_process *p, uint64_t page)
 {
-	count(w->cpu->counters, COUNT_GUEST_INVALIDATIONS, 1);
-	if (p->pcid == current(w)->pcid)
+	bool own = p->pcid == current(w)->pcid;
+	enum walk_result r = WALK_DONE;
+
+	if (!w->vmcs->ept)
+		r = own ? guest_exit_insn(w, GUEST_INSN_INVLPG, page << 12)
+			: guest_exit_invpcid(w, 0, p->pcid, page << 12);
+	else if (own)
 		invlpg(w->tlb, page);
 	else
 		invpcid_address(w->tlb, p->pcid, page);
+	if (r != WALK_DONE)
+		return r;
+	count(w->cpu->counters, COUNT_GUEST_INVALIDATIONS, 1);
 	event_record(w->m, w->cpu->id, event_of(w->vcpu->vm, EVENT_GUEST_INVALIDATE), w->vcpu->id, page);
+	return WALK_DONE;
 }
 
 /* Record that the guest removed a right. */
@@ -121,7 +134,9 @@ static enum walk_result unmap(struct walk *w, struct guest_process *p, uint64_t 
 	/* WALK_GUEST_FAULT: the host lost the table's contents; the OS's records are still valid. */
 	if (r == WALK_EXIT)
 		return r;
-	invalidate_page(w, p, page);
+	r = invalidate_page(w, p, page);
+	if (r != WALK_DONE)
+		return r;
 	changed_mapping(w, p, page, gp, true);
 	guest_gfn_put(w->guest, gfn);
 	return WALK_DONE;
@@ -136,7 +151,9 @@ static enum walk_result protect(struct walk *w, struct guest_process *p, uint64_
 	r = install(w, p, page, &read_only);
 	if (r == WALK_EXIT)
 		return r;
-	invalidate_page(w, p, page);
+	r = invalidate_page(w, p, page);
+	if (r != WALK_DONE)
+		return r;
 	changed_mapping(w, p, page, gp, false);
 	return WALK_DONE;
 }
@@ -207,54 +224,103 @@ static void map_block(struct guest_process *p, uint64_t page, uint64_t gfn)
 	}
 }
 
+/* Choose a frame or a block for a page that is not mapped. */
+static enum walk_result choose(struct walk *w, struct guest_process *p, uint64_t page, struct guest_page *fresh)
+{
+	struct guest *g = w->guest;
+	uint64_t gfn = block_for(w, p, page);
+	enum walk_result r;
+
+	if (gfn != GUEST_NO_GFN) {
+		fresh->huge = 1;
+		fresh->gfn = (uint32_t)(gfn + (page & 511));
+		return WALK_DONE;
+	}
+	gfn = shareable(w);
+	if (gfn != GUEST_NO_GFN) {
+		guest_gfn_get(g, gfn);
+	} else {
+		r = os_alloc_zeroed(w, g->config.mmio_gfn && page % MMIO_ONE_IN == 0, &gfn);
+		if (r != WALK_DONE)
+			return r;
+	}
+	fresh->gfn = (uint32_t)gfn;
+	return WALK_DONE;
+}
+
+/* choose(), or without EPT the choice of the same action before a VM exit: its entry may have been stored. */
+static enum walk_result choose_or_keep(struct walk *w, struct guest_process *p, uint64_t page, struct guest_page *fresh)
+{
+	struct guest_choices *c = &w->guest->choices;
+
+	if (!c->mapped || c->mapped_page != page)
+		return choose(w, p, page, fresh);
+	*fresh = c->mapping;
+	c->mapped = false;
+	return WALK_DONE;
+}
+
+static uint64_t first_gfn(const struct guest_page *gp, uint64_t page)
+{
+	return gp->gfn - (gp->huge ? page & 511 : 0);
+}
+
 static enum walk_result map(struct walk *w, struct guest_process *p, uint64_t page, struct guest_page *gp)
 {
 	struct guest *g = w->guest;
 	struct guest_page fresh = { .writable = 1, .changed = gp->changed, .protected_ = gp->protected_ };
-	uint64_t gfn = block_for(w, p, page), shared;
-	enum walk_result r;
+	enum walk_result r = choose_or_keep(w, p, page, &fresh);
 
-	if (gfn != GUEST_NO_GFN) {
-		fresh.huge = 1;
-		fresh.gfn = (uint32_t)(gfn + (page & 511));
-	} else {
-		shared = shareable(w);
-		if (shared != GUEST_NO_GFN) {
-			gfn = shared;
-			guest_gfn_get(g, gfn);
-		} else {
-			r = os_alloc_zeroed(w, g->config.mmio_gfn && page % MMIO_ONE_IN == 0, &gfn);
-			if (r != WALK_DONE)
-				return r;
-		}
-		fresh.gfn = (uint32_t)gfn;
-	}
+	if (r != WALK_DONE)
+		return r;
 	r = install(w, p, page, &fresh);
+	if (r == WALK_EXIT && !w->vmcs->ept) {
+		g->choices.mapped = true;
+		g->choices.mapped_page = page;
+		g->choices.mapping = fresh;
+		return r;
+	}
 	if (r != WALK_DONE) {
-		guest_gfn_put(g, gfn);
+		guest_gfn_put(g, first_gfn(&fresh, page));
 		return r;
 	}
 	if (fresh.huge)
-		map_block(p, page, gfn);
+		map_block(p, page, first_gfn(&fresh, page));
 	else
 		*gp = fresh;
 	return WALK_DONE;
 }
 
-/* Out of memory: unmap a page of any process.  WALK_GUEST_FAULT: there is none. */
-static enum walk_result reclaim(struct walk *w)
+/* Choose a mapped page of any process.  False: none was found. */
+static bool choose_victim(struct guest *g, struct guest_choices *c)
 {
-	struct guest *g = w->guest;
 	uint64_t start = guest_random(g);
 
 	for (uint32_t i = 0; i < g->processes; i++) {
-		struct guest_process *p = &g->process[(start + i) % g->processes];
-		uint64_t at = find_mapped(p, false);
-
-		if (at != p->page_count)
-			return unmap(w, p, p->pages[at], &p->page[at]);
+		c->reclaimed_from = (uint32_t)((start + i) % g->processes);
+		c->reclaimed = find_mapped(&g->process[c->reclaimed_from], false);
+		if (c->reclaimed != g->process[c->reclaimed_from].page_count)
+			return true;
 	}
-	return WALK_GUEST_FAULT;
+	return false;
+}
+
+enum walk_result os_reclaim(struct walk *w)
+{
+	struct guest_choices *c = &w->guest->choices;
+	struct guest_process *p;
+	enum walk_result r;
+
+	p = &w->guest->process[c->reclaimed_from];
+	if (!c->reclaiming || p->page[c->reclaimed].gfn == (uint32_t)GUEST_NO_GFN) {
+		if (!choose_victim(w->guest, c))
+			return WALK_GUEST_FAULT;
+		p = &w->guest->process[c->reclaimed_from];
+	}
+	r = unmap(w, p, p->pages[c->reclaimed], &p->page[c->reclaimed]);
+	/* Without EPT, finish it after the VM exit. */
+	c->reclaiming = r == WALK_EXIT && !w->vmcs->ept;
+	return r;
 }
 
 enum walk_result os_page_fault(struct walk *w, uint64_t page, uint32_t type)
@@ -264,14 +330,16 @@ enum walk_result os_page_fault(struct walk *w, uint64_t page, uint32_t type)
 	struct guest_page *gp = guest_page_find(g, g->current, page);
 	enum walk_result r;
 
-	page_fault_invalidate(w->tlb, page);
+	/* Without EPT the fault exited, and has done so then. */
+	if (w->vmcs->ept)
+		page_fault_invalidate(w->tlb, page);
 	count(w->cpu->counters, COUNT_GUEST_FAULTS, 1);
 	if (!gp)
 		return WALK_GUEST_FAULT;
 	if (gp->gfn == GUEST_NO_GFN) {
 		r = map(w, p, page, gp);
 		for (int i = 0; r == WALK_GUEST_FAULT && i < RECLAIM_TRIES; i++) {
-			r = reclaim(w);
+			r = os_reclaim(w);
 			if (r == WALK_DONE)
 				r = map(w, p, page, gp);
 		}
@@ -313,6 +381,10 @@ static enum walk_result switch_process(struct walk *w)
 	struct guest_process *p;
 	enum walk_result r;
 
+	if (!w->vmcs->ept) {
+		r = os_switch_shadowed(w);
+		return r == WALK_DONE ? touch_kernel(w) : r;
+	}
 	g->current = (g->current + 1) % g->processes;
 	p = current(w);
 	os_load_cr3(w);
@@ -368,6 +440,12 @@ enum walk_result os_events(struct walk *w)
 
 	if (!g->config.paging || !g->processes)
 		return r;
+	if (g->choices.invpcid_all) {
+		r = guest_exit_invpcid(w, 2, 0, 0);
+		if (r != WALK_DONE)
+			return r;
+		g->choices.invpcid_all = false;
+	}
 	if (g->clock >= g->due[GUEST_SWITCH])
 		r = switch_process(w);
 	if (r != WALK_EXIT && g->clock >= g->due[GUEST_UNMAP])

@@ -12,34 +12,32 @@
 #include "guest/access.h"
 #include "guest/guest_os.h"
 #include "guest/guest_promise.h"
+#include "guest/guest_shadow.h"
 #include "guest/guest_tables.h"
 #include "sync/cpu.h"
 #include "tlb/tlb_flush.h"
 #include "vm/guest_state.h"
 #include "vm/vm.h"
+#include "walk/vmcs.h"
 #include "walk/walk.h"
 
 enum {
-	PROGRAM_PENDING = 32,
 	SPINS_IN_GUEST = 256,
 	WAIT_NANOSECONDS = 20000,
 };
 
-/* A change that the guest has not invalidated yet: its old translation may be used. */
-struct pending {
-	uint64_t page;
-	uint32_t process;
-	uint32_t gfn;    /* the frame behind it before */
-	bool all;        /* the mapping changed; else write access was removed */
-	bool global;
+/* The entry that an operation changes.  Without EPT KVM may have emulated the store when the operation is repeated. */
+struct found {
+	bool kept;
+	uint64_t table;
+	uint64_t entry;
 };
 
 struct program {
 	struct guest_op *ops;
 	uint32_t count;
 	uint32_t position;
-	uint32_t pending_count;
-	struct pending pending[PROGRAM_PENDING];
+	struct found found; /* by the operation under way, before a VM exit at its store */
 };
 
 void signal_add(struct machine *m, uint32_t slot, uint64_t n)
@@ -83,6 +81,7 @@ int guest_set_program(struct machine *m, uint32_t vcpu, const struct guest_op *o
 	g->program->ops = copy;
 	g->program->count = n;
 	g->program->position = 0;
+	g->program->found.kept = false;
 	return 0;
 }
 
@@ -97,18 +96,22 @@ uint32_t guest_program_position(struct machine *m, uint32_t vcpu)
 
 static void note_change(struct walk *w, uint64_t page, const struct guest_page *gp, bool all, bool global)
 {
-	struct program *p = w->guest->program;
+	struct guest *g = w->guest;
 
-	/* The list is full: the oracle will never report a use of this old translation. */
-	if (gp->gfn == (uint32_t)GUEST_NO_GFN || p->pending_count == PROGRAM_PENDING)
+	if (gp->gfn == (uint32_t)GUEST_NO_GFN)
 		return;
-	p->pending[p->pending_count++] = (struct pending){
-		.page = page, .process = w->guest->current, .gfn = gp->gfn, .all = all, .global = global
+	/* The list is full: the oracle will never report a use of this old translation. */
+	if (g->changes == GUEST_CHANGES) {
+		g->changes_lost = true;
+		return;
+	}
+	g->change[g->changes++] = (struct guest_change){
+		.page = page, .process = g->current, .gfn = gp->gfn, .all = all, .global = global
 	};
 }
 
 /* The guest has invalidated it: from here on the old translation is stale, and each use of it asks the oracle. */
-static void settle(struct walk *w, const struct pending *change)
+static void settle(struct walk *w, const struct guest_change *change)
 {
 	struct guest_page *gp = guest_page_find(w->guest, change->process, change->page);
 
@@ -127,20 +130,20 @@ struct covered {
 
 static void invalidated(struct walk *w, struct covered what)
 {
-	struct program *p = w->guest->program;
+	struct guest *g = w->guest;
 	uint32_t left = 0;
 
-	for (uint32_t i = 0; i < p->pending_count; i++) {
-		const struct pending *change = &p->pending[i];
+	for (uint32_t i = 0; i < g->changes; i++) {
+		const struct guest_change *change = &g->change[i];
 		bool process = what.any_process || change->process == what.process ||
 			       (change->global && what.globals);
 
 		if ((what.any_page || change->page == what.page) && process && (!change->global || what.globals))
 			settle(w, change);
 		else
-			p->pending[left++] = *change;
+			g->change[left++] = *change;
 	}
-	p->pending_count = left;
+	g->changes = left;
 	count(w->cpu->counters, COUNT_GUEST_INVALIDATIONS, 1);
 	event_record(w->m, w->cpu->id, event_of(w->vcpu->vm, EVENT_GUEST_INVALIDATE), w->vcpu->id,
 		     what.any_page ? UINT64_MAX : what.page);
@@ -149,12 +152,10 @@ static void invalidated(struct walk *w, struct covered what)
 void guest_invalidates_all(struct machine *m, uint32_t vcpu)
 {
 	struct walk w = { .m = m, .vcpu = &m->vcpus[vcpu], .guest = m->vcpus[vcpu].guest };
-	struct program *p = w.guest->program;
 
-	for (uint32_t i = 0; p && i < p->pending_count; i++)
-		settle(&w, &p->pending[i]);
-	if (p)
-		p->pending_count = 0;
+	for (uint32_t i = 0; i < w.guest->changes; i++)
+		settle(&w, &w.guest->change[i]);
+	w.guest->changes = 0;
 }
 
 static uint32_t pcid_of(const struct guest *g, uint64_t process)
@@ -162,25 +163,35 @@ static uint32_t pcid_of(const struct guest *g, uint64_t process)
 	return process < g->processes ? g->process[process].pcid : 0;
 }
 
-static void do_invlpg(struct walk *w, const struct guest_op *op)
+static enum walk_result do_invlpg(struct walk *w, const struct guest_op *op)
 {
 	uint64_t page = op->linear >> 12 & GUEST_PAGE_MASK;
+	enum walk_result r = WALK_DONE;
 
-	invlpg(w->tlb, page);
+	if (w->vmcs->ept)
+		invlpg(w->tlb, page);
+	else
+		r = guest_exit_insn(w, GUEST_INSN_INVLPG, page << 12);
+	if (r != WALK_DONE)
+		return r;
 	invalidated(w, (struct covered){ .page = page, .process = w->guest->current, .globals = true,
 					 .any_process = !w->guest->config.pcid });
+	return r;
 }
 
 /* SDM vol. 2A, INVPCID: types. */
-static void do_invpcid(struct walk *w, const struct guest_op *op)
+static enum walk_result do_invpcid(struct walk *w, const struct guest_op *op)
 {
 	uint64_t page = op->linear >> 12 & GUEST_PAGE_MASK;
 	uint32_t pcid = pcid_of(w->guest, op->value);
 	struct covered what = { .page = page, .process = (uint32_t)op->value, .any_page = op->flags > 0,
 				.any_process = op->flags >= 2 || !w->guest->config.pcid,
 				.globals = op->flags == 2 };
+	enum walk_result r = WALK_DONE;
 
-	if (op->flags == 0)
+	if (!w->vmcs->ept)
+		r = guest_exit_invpcid(w, op->flags, pcid, page << 12);
+	else if (op->flags == 0)
 		invpcid_address(w->tlb, pcid, page);
 	else if (op->flags == 1)
 		invpcid_single(w->tlb, pcid);
@@ -188,7 +199,35 @@ static void do_invpcid(struct walk *w, const struct guest_op *op)
 		invpcid_all(w->tlb);
 	else
 		invpcid_retain_globals(w->tlb);
-	invalidated(w, what);
+	if (r == WALK_DONE)
+		invalidated(w, what);
+	return r;
+}
+
+static void flushed_by_cr3(struct walk *w)
+{
+	struct guest *g = w->guest;
+
+	invalidated(w, (struct covered){ .process = g->current, .any_page = true, .any_process = !g->config.pcid });
+}
+
+/* do_mov_cr3() without EPT, where it exits. */
+static enum walk_result exit_by_cr3(struct walk *w, const struct guest_op *op)
+{
+	struct guest *g = w->guest;
+	uint32_t next = op->value < g->processes ? (uint32_t)op->value : g->current;
+	bool noflush = op->flags & GUEST_OP_NOFLUSH && g->config.pcid;
+	enum walk_result r = os_new_pml4(w, &g->process[next]);
+	uint64_t cr3 = os_cr3_of(&g->process[next], noflush);
+
+	if (r == WALK_DONE)
+		r = guest_exit_insn(w, GUEST_INSN_MOV_CR3, cr3);
+	if (r != WALK_DONE)
+		return r;
+	os_cr3_written(w, next, cr3);
+	if (!noflush)
+		flushed_by_cr3(w);
+	return r;
 }
 
 static void do_mov_cr3(struct walk *w, const struct guest_op *op)
@@ -203,7 +242,7 @@ static void do_mov_cr3(struct walk *w, const struct guest_op *op)
 	if (op->flags & GUEST_OP_NOFLUSH && g->config.pcid)
 		return;
 	mov_to_cr3(w->tlb, pcid_of(g, g->current));
-	invalidated(w, (struct covered){ .process = g->current, .any_page = true, .any_process = !g->config.pcid });
+	flushed_by_cr3(w);
 }
 
 /* --- page tables -------------------------------------------------------------------------------------------- */
@@ -216,20 +255,39 @@ static uint64_t entry_value(const struct guest_op *op)
 	       (op->flags & GUEST_OP_HUGE ? GPTE_PAGE_SIZE : 0);
 }
 
+static enum walk_result find_entry(struct walk *w, uint64_t page, uint32_t level, bool create, struct found *f)
+{
+	struct guest *g = w->guest;
+
+	*f = g->program->found;
+	if (f->kept)
+		return WALK_DONE;
+	return os_find_table(w, &g->process[g->current], page, level, create, &f->table, &f->entry);
+}
+
+static enum walk_result write_found(struct walk *w, uint64_t page, uint32_t level, struct found *f, uint64_t value)
+{
+	enum walk_result r = os_write_entry(w, f->table, page >> (level - 1) * 9 & 511, value);
+
+	f->kept = r == WALK_EXIT && !w->vmcs->ept;
+	w->guest->program->found = *f;
+	return r;
+}
+
 static enum walk_result do_map(struct walk *w, const struct guest_op *op)
 {
 	struct guest *g = w->guest;
-	struct guest_process *p = &g->process[g->current];
-	uint64_t page = op->linear >> 12 & GUEST_PAGE_MASK, table, entry;
+	uint64_t page = op->linear >> 12 & GUEST_PAGE_MASK;
 	uint32_t level = op->flags & GUEST_OP_HUGE ? 2 : 1;
 	struct guest_page *gp = guest_page_find(g, g->current, page);
-	enum walk_result r = os_find_table(w, p, page, level, true, &table, &entry);
+	struct found f;
+	enum walk_result r = find_entry(w, page, level, true, &f);
 
 	if (r == WALK_DONE)
-		r = os_write_entry(w, table, page >> (level - 1) * 9 & 511, entry_value(op));
+		r = write_found(w, page, level, &f, entry_value(op));
 	if (r != WALK_DONE || !gp)
 		return r;
-	note_change(w, page, gp, true, entry & GPTE_GLOBAL);
+	note_change(w, page, gp, true, f.entry & GPTE_GLOBAL);
 	gp->gfn = (uint32_t)op->value;
 	gp->writable = !(op->flags & GUEST_OP_READ_ONLY);
 	return r;
@@ -239,20 +297,18 @@ static enum walk_result do_map(struct walk *w, const struct guest_op *op)
 static enum walk_result take_away(struct walk *w, const struct guest_op *op, uint64_t bits)
 {
 	struct guest *g = w->guest;
-	uint64_t page = op->linear >> 12 & GUEST_PAGE_MASK, table, entry;
+	uint64_t page = op->linear >> 12 & GUEST_PAGE_MASK;
 	struct guest_page *gp = guest_page_find(g, g->current, page);
-	enum walk_result r = os_find_table(w, &g->process[g->current], page, 1, false, &table, &entry);
-	uint32_t level = 1;
+	struct found f;
+	enum walk_result r = find_entry(w, page, 1, false, &f);
 
 	if (r == WALK_GUEST_FAULT)
 		return WALK_DONE;
-	if (r == WALK_DONE) {
-		level = entry & GPTE_PAGE_SIZE ? 2 : 1;
-		r = os_write_entry(w, table, page >> (level - 1) * 9 & 511, entry & ~bits);
-	}
+	if (r == WALK_DONE)
+		r = write_found(w, page, f.entry & GPTE_PAGE_SIZE ? 2 : 1, &f, f.entry & ~bits);
 	if (r != WALK_DONE || !gp)
 		return r;
-	note_change(w, page, gp, bits != GPTE_WRITABLE, entry & GPTE_GLOBAL);
+	note_change(w, page, gp, bits != GPTE_WRITABLE, f.entry & GPTE_GLOBAL);
 	gp->writable = 0;
 	if (bits != GPTE_WRITABLE)
 		gp->gfn = (uint32_t)GUEST_NO_GFN;
@@ -269,10 +325,20 @@ static uint64_t stored_to(const struct guest *g, uint64_t page)
 	return gp ? gp->gfn : page;
 }
 
+/* Return whether KVM has emulated this store. */
+static bool emulated(struct walk *w, uint64_t record)
+{
+	struct guest_store *store = &w->guest->store;
+	bool done = store->done && record_stores_to(record, store->linear);
+
+	store->done = false;
+	return done;
+}
+
 static enum walk_result do_access(struct walk *w, struct accesses *a, const struct guest_op *op, uint64_t *budget)
 {
 	uint64_t record = (uint64_t)op->kind << 62 | (op->linear & UINT64_C(0xffffffffffff));
-	enum walk_result r = accesses_one(w, record);
+	enum walk_result r = emulated(w, record) ? WALK_DONE : accesses_one(w, record);
 
 	a->polls++;
 	a->lookups++;
@@ -310,12 +376,12 @@ static enum walk_result one(struct walk *w, struct accesses *a, const struct gue
 	case GUEST_OP_EXECUTE:
 		return do_access(w, a, op, budget);
 	case GUEST_OP_INVLPG:
-		do_invlpg(w, op);
-		return WALK_DONE;
+		return do_invlpg(w, op);
 	case GUEST_OP_INVPCID:
-		do_invpcid(w, op);
-		return WALK_DONE;
+		return do_invpcid(w, op);
 	case GUEST_OP_MOV_CR3:
+		if (!w->vmcs->ept)
+			return exit_by_cr3(w, op);
 		do_mov_cr3(w, op);
 		return WALK_DONE;
 	case GUEST_OP_MAP:
@@ -349,7 +415,7 @@ uint32_t program_step(struct walk *w, struct accesses *a, uint64_t *budget)
 	}
 	r = one(w, a, op, budget);
 	if (r == WALK_EXIT)
-		return EXIT_EPT_VIOLATION;
+		return w->exit->reason;
 	if (r == WALK_GUEST_FAULT)
 		return EXIT_TRIPLE_FAULT;
 	p->position++;

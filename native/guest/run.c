@@ -10,6 +10,7 @@
 #include "guest/guest.h"
 #include "guest/guest_insn.h"
 #include "guest/guest_os.h"
+#include "guest/guest_shadow.h"
 #include "guest/program.h"
 #include "sync/cpu.h"
 #include "tlb/tlb_flush.h"
@@ -32,12 +33,30 @@ static bool attention(const struct run *run)
 	return atomic_load_explicit(&run->walk.cpu->attention, memory_order_relaxed) != 0;
 }
 
+/* Without EPT: if KVM has emulated the next record, a store, go on behind it.  Returns the records passed. */
+static uint32_t pass_emulated_store(struct run *run, struct guest_process *p)
+{
+	struct guest_store *store = &run->walk.guest->store;
+
+	if (__builtin_expect(!store->done, 1))
+		return 0;
+	store->done = false;
+	if (p->position == p->record_count || !record_stores_to(p->records[p->position], store->linear))
+		return 0;
+	if (++p->position == p->record_count)
+		p->position = 0;
+	run->walk.guest->clock++;
+	run->budget--;
+	return 1;
+}
+
 /* Do records up to `n` of the current process; WALK_DONE also when attention is set. */
 static enum walk_result run_records(struct run *run, uint64_t n)
 {
 	struct guest_process *p = &run->walk.guest->process[run->walk.guest->current];
 	enum walk_result r = WALK_DONE;
 
+	n -= pass_emulated_store(run, p);
 	while (n && r == WALK_DONE && !attention(run)) {
 		uint64_t left = p->record_count - p->position, done;
 
@@ -72,10 +91,9 @@ static uint32_t halted(struct run *run)
 	return EXIT_REASONS;
 }
 
-static uint32_t exit_of(enum walk_result r)
+static uint32_t exit_of(const struct run *run, enum walk_result r)
 {
-	return r == WALK_EXIT ? EXIT_EPT_VIOLATION : r == WALK_GUEST_FAULT ? EXIT_TRIPLE_FAULT
-										     : EXIT_REASONS;
+	return r == WALK_EXIT ? run->walk.exit->reason : r == WALK_GUEST_FAULT ? EXIT_TRIPLE_FAULT : EXIT_REASONS;
 }
 
 static uint32_t instruction(struct run *run, uint32_t insn, uint64_t operand)
@@ -83,6 +101,36 @@ static uint32_t instruction(struct run *run, uint32_t insn, uint64_t operand)
 	run->walk.exit->access = insn;
 	run->walk.exit->linear = operand;
 	return EXIT_INSTRUCTION;
+}
+
+/* boot(), with the tables that map the OS, which is all that it can reach once CR0.PG is set.  CR4.PCIDE comes after
+ * that, while the PCID is 0 (SDM vol. 3A, 4.10.1). */
+static uint32_t boot_without_ept(struct run *run)
+{
+	struct guest *g = run->walk.guest;
+	const struct guest_process *p = &g->process[g->current];
+	enum walk_result r;
+
+	switch (g->boot) {
+	case GUEST_BOOT_CR4:
+		r = os_boot_tables(&run->walk);
+		if (r != WALK_DONE)
+			return exit_of(run, r);
+		g->boot = GUEST_BOOT_CR3;
+		return instruction(run, GUEST_INSN_MOV_CR4, CR4_PAE | CR4_PGE);
+	case GUEST_BOOT_CR3:
+		g->boot = GUEST_BOOT_CR0;
+		return instruction(run, GUEST_INSN_MOV_CR3, p->cr3_gfn << 12);
+	case GUEST_BOOT_CR0:
+		g->boot = g->config.pcid ? GUEST_BOOT_PCIDE : GUEST_BOOT_DONE;
+		return instruction(run, GUEST_INSN_MOV_CR0, CR0_PE | CR0_WP | CR0_PG);
+	case GUEST_BOOT_PCIDE:
+		g->boot = GUEST_BOOT_PCID;
+		return instruction(run, GUEST_INSN_MOV_CR4, CR4_PAE | CR4_PGE | CR4_PCIDE);
+	default:
+		g->boot = GUEST_BOOT_DONE;
+		return instruction(run, GUEST_INSN_MOV_CR3, os_cr3_of(p, false));
+	}
 }
 
 /* SDM vol. 3A, 10.8.5: four-level paging is prepared in CR4, and enabled with CR0.PG.  KVM intercepts both. */
@@ -93,6 +141,8 @@ static uint32_t boot(struct run *run)
 			     UINT64_C(1) << X86_CR0_PG_BIT;
 	struct guest *g = run->walk.guest;
 
+	if (!run->walk.vmcs->ept)
+		return boot_without_ept(run);
 	if (g->boot == GUEST_BOOT_CR4) {
 		g->boot = GUEST_BOOT_CR0;
 		return instruction(run, GUEST_INSN_MOV_CR4, cr4);
@@ -105,8 +155,11 @@ static uint32_t boot(struct run *run)
 static uint32_t smm(struct run *run)
 {
 	struct guest_process *p = &run->walk.guest->smi_handler;
-	uint64_t left = p->record_count - p->position, done;
+	uint64_t left, done;
 	enum walk_result r;
+
+	pass_emulated_store(run, p);
+	left = p->record_count - p->position;
 
 	if (!run->budget)
 		return EXIT_PREEMPTION_TIMER;
@@ -115,7 +168,37 @@ static uint32_t smm(struct run *run)
 	r = accesses_run(&run->accesses, &run->walk, p->records + p->position, left < run->budget ? left : run->budget, &done);
 	p->position += done;
 	run->budget -= done;
-	return exit_of(r);
+	return exit_of(run, r);
+}
+
+static uint64_t cr4_of(const struct guest *g, bool pge)
+{
+	return CR4_PAE | (pge ? CR4_PGE : 0) | (g->config.pcid ? CR4_PCIDE : 0);
+}
+
+/* Clear and set CR4.PGE, which exits. */
+static uint32_t toggle_pge(struct run *run)
+{
+	run->walk.guest->choices.sets_pge = true;
+	return instruction(run, GUEST_INSN_MOV_CR4, cr4_of(run->walk.guest, false));
+}
+
+/* Without EPT: a page fault that KVM has injected, the boot, and the second half of an instruction pair precede what the
+ * guest does next.  Returns as step(). */
+static uint32_t before_the_next(struct run *run)
+{
+	struct guest *g = run->walk.guest;
+
+	if (g->smm)
+		return EXIT_REASONS;
+	if (g->injected.pending)
+		return exit_of(run, os_injected_fault(&run->walk));
+	if (g->boot)
+		return boot(run);
+	if (!g->choices.sets_pge)
+		return EXIT_REASONS;
+	g->choices.sets_pge = false;
+	return instruction(run, GUEST_INSN_MOV_CR4, cr4_of(g, true));
 }
 
 /* Return an exit reason; EXIT_REASONS: no exit is needed, go on. */
@@ -125,10 +208,15 @@ static uint32_t step(struct run *run)
 	struct guest *g = w->guest;
 	enum walk_result r;
 	uint64_t n, operand;
-	uint32_t insn;
+	uint32_t insn, reason;
 
 	if (attention(run))
 		return cpu_attention(w->m, w->cpu->id) & ATTENTION_IPI ? EXIT_INTERRUPT : EXIT_MESSAGE;
+	if (!w->vmcs->ept) {
+		reason = before_the_next(run);
+		if (reason != EXIT_REASONS)
+			return reason;
+	}
 	if (g->program)
 		return program_step(w, &run->accesses, &run->budget);
 	if (g->smm)
@@ -137,8 +225,10 @@ static uint32_t step(struct run *run)
 		return boot(run);
 	insn = guest_take_insn(g, &operand);
 	if (insn == GUEST_INSN_TOGGLE_PGE) {
-		invpcid_all(w->tlb);
 		count(w->cpu->counters, COUNT_GUEST_INVALIDATIONS, 1);
+		if (!w->vmcs->ept)
+			return toggle_pge(run);
+		invpcid_all(w->tlb);
 	} else if (insn) {
 		return instruction(run, insn, operand);
 	}
@@ -155,13 +245,13 @@ static uint32_t step(struct run *run)
 	if (r == WALK_DONE)
 		r = os_events(w);
 	if (r == WALK_EXIT)
-		return EXIT_EPT_VIOLATION;
+		return run->walk.exit->reason;
 	n = until_event(run);
 	if (!n)
 		return run->budget ? EXIT_REASONS : EXIT_PREEMPTION_TIMER;
 	if (!g->processes)
 		return EXIT_HLT;
-	return exit_of(run_records(run, n));
+	return exit_of(run, run_records(run, n));
 }
 
 static int enter(struct run *run, struct machine *m, uint32_t cpu, uint32_t vcpu, uint64_t budget,
@@ -177,10 +267,14 @@ static int enter(struct run *run, struct machine *m, uint32_t cpu, uint32_t vcpu
 		return cpu_misuse(m, cpu, "VM entry on CPU %u with mode OUTSIDE_GUEST_MODE", cpu);
 	if (!vmcs || vmcs->vcpu != vcpu)
 		return cpu_misuse(m, cpu, "VM entry on CPU %u of vCPU %u, whose VMCS is not current there", cpu, vcpu);
+	if (!vmcs->root)
+		return cpu_misuse(m, cpu, "VM entry on CPU %u of vCPU %u without a root", cpu, vcpu);
 	*out = (struct vcpu_exit){ .reason = EXIT_PREEMPTION_TIMER };
 	*run = (struct run){ .budget = budget };
 	*w = (struct walk){ .m = m, .cpu = &m->cpus[cpu], .tlb = m->cpus[cpu].tlb, .vcpu = v,
 			    .guest = v->guest, .exit = out };
+	if (!vmcs->vpid)
+		vm_transition_no_vpid(w->tlb);
 	hw_load_context(w, vmcs);
 	accesses_begin(&run->accesses, w);
 	w->cpu->guest_vm = v->vm;
@@ -203,6 +297,9 @@ static int leave(struct run *run, uint32_t reason, uint64_t accesses)
 	w->exit->reason = reason;
 	w->exit->accesses = accesses;
 	w->exit->attention = cpu_attention(w->m, w->cpu->id);
+	/* Before the mode: the exit is complete when it tells that the guest is left. */
+	if (!w->vmcs->vpid)
+		vm_transition_no_vpid(w->tlb);
 	vcpu_set_mode(w->m, v->id, OUTSIDE_GUEST_MODE);
 	v->left_guest_at = reason == EXIT_HLT ? 0 : monotonic_ns();
 	count(c, COUNT_ACCESSES, accesses);
@@ -247,6 +344,14 @@ int guest_access(struct machine *m, uint32_t cpu, uint32_t vcpu, uint64_t linear
 
 	if (r)
 		return r;
+	if (!run.walk.vmcs->ept) {
+		reason = before_the_next(&run);
+		if (reason != EXIT_REASONS) {
+			r = leave(&run, reason, 0);
+			return r < 0 ? r : (int)reason;
+		}
+		reason = EXIT_PREEMPTION_TIMER;
+	}
 	w = os_setup(&run.walk);
 	if (w == WALK_DONE)
 		w = accesses_run(&run.accesses, &run.walk, &record, 1, &done);
@@ -255,10 +360,8 @@ int guest_access(struct machine *m, uint32_t cpu, uint32_t vcpu, uint64_t linear
 		w = accesses_one(&run.walk, record);
 		run.walk.guest->clock += w == WALK_DONE;
 	}
-	if (w == WALK_EXIT)
-		reason = EXIT_EPT_VIOLATION;
-	else if (w == WALK_GUEST_FAULT)
-		reason = EXIT_TRIPLE_FAULT;
+	if (w == WALK_EXIT || w == WALK_GUEST_FAULT)
+		reason = exit_of(&run, w);
 	r = leave(&run, reason, reason == EXIT_PREEMPTION_TIMER);
 	return r < 0 ? r : (int)reason;
 }

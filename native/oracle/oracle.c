@@ -38,6 +38,7 @@ static uint32_t judge_kvm(struct machine *m, const struct use *use, struct judge
 	uint32_t hfn = entry->hfn + (uint32_t)(use->page - entry->page), type = use->type;
 	struct ledger_entry e = { .hfn = 0xffffffff };
 	bool freed = frame_freed_since(m->frames, hfn, entry->custody), held;
+	uint32_t missed = 0;
 
 	if (entry->vm < m->config.vms && gfn < m->vms[entry->vm].gfns)
 		ledger_copy(m, entry->vm, gfn, &e);
@@ -48,20 +49,23 @@ static uint32_t judge_kvm(struct machine *m, const struct use *use, struct judge
 	held = e.hfn == hfn && !(e.revoked & (is_write(type) ? 2 : 1));
 
 	if (is_write(type) && writes_tracked(m, entry->vm, gfn))
-		return 1u << VIOLATION_MISSED_GUEST_WRITE;
+		missed = 1u << VIOLATION_MISSED_GUEST_WRITE;
 	/* A grant made after the promise does not count if the frame has been freed since. */
 	if (held && !freed) {
 		if (!(is_write(type) ? e.live_write : e.live_read))
 			j->verdict = VERDICT_LEGAL_STALE;
-		return 0;
+		return missed;
 	}
-	return (held ? 0 : 1u << VIOLATION_STALE_AFTER_REVOKE) | (freed ? 1u << VIOLATION_USE_AFTER_FREE : 0);
+	return missed | (held ? 0 : 1u << VIOLATION_STALE_AFTER_REVOKE) | (freed ? 1u << VIOLATION_USE_AFTER_FREE : 0);
 }
 
 static uint32_t judge_guest(struct machine *m, const struct use *use, struct judgement *j)
 {
 	(void)m;
-	(void)j;
+	/* KVM may leave a table of the guest's unsynchronized until the guest invalidates. */
+	if (use->entry->kind == KIND_LINEAR &&
+	    guest_contradicts(use->vcpu, use->entry, use->page, use->type) == GUEST_AGREED)
+		j->verdict = VERDICT_LEGAL_STALE;
 	return guest_invalidated(use->vcpu, use->entry, use->page, use->type) ? 1u << VIOLATION_GUEST_STALE : 0;
 }
 
@@ -82,6 +86,12 @@ uint32_t oracle_kinds_of(enum promiser promiser)
 	return promisers[promiser].kinds;
 }
 
+/* Return whether the owner of the root page, or without EPT of the VPID, is the one that filled the entry. */
+static bool life_is(const struct tlb_entry *entry, uint32_t filled, uint32_t life)
+{
+	return entry->kind == KIND_LINEAR ? linear_life_is(filled, life) : filled == life;
+}
+
 void oracle_judge(struct machine *m, const struct vcpu *vcpu, uint32_t life, const struct tlb_entry *entry,
 		  uint64_t page, uint32_t type, struct judgement *j)
 {
@@ -95,7 +105,7 @@ void oracle_judge(struct machine *m, const struct vcpu *vcpu, uint32_t life, con
 		j->kinds |= promisers[promiser].judge(m, &use, j);
 	if (entry->vm != vcpu->vm)
 		j->kinds |= 1u << VIOLATION_CROSS_VM;
-	if (entry->right[type] != RIGHT_NONE && entry->right[type] >> 16 != life)
+	if (entry->right[type] != RIGHT_NONE && !life_is(entry, entry->right[type] >> 16, life))
 		j->kinds |= 1u << VIOLATION_FOREIGN_ROOT;
 	if (j->kinds)
 		j->verdict = VERDICT_VIOLATION;

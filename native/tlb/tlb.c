@@ -327,6 +327,8 @@ void tlb_update_right(struct tlb *t, uint32_t kind, uint64_t page, uint32_t type
 	entry = &slot->entry;
 	if (entry->size == PAGE_4K)
 		entry->right[type] = right;
+	if (entry->supervisor)
+		return;
 	/* guest-physical translations may be left from when paging was off */
 	l1_update_right(&t->l1, l1_key(t, index, page), entry->hfn + (uint32_t)(page - entry->page), type,
 			right);

@@ -71,6 +71,14 @@ void l1_drop(struct tlb_l1 *l1, uint64_t page)
 		drop_pieces(l1, page);
 }
 
+void l1_put_special(const struct tlb_l1 *l1, struct tlb_hot *hot, const struct tlb_entry *entry)
+{
+	if (entry->fractured)
+		hot->span = 9 * (entry->fractured - 1u);
+	for (uint32_t type = 0; entry->supervisor && type < ACCESS_TYPES; type++)
+		hot->right[type] = RIGHT_NONE ^ l1->life;
+}
+
 void l1_fill(struct tlb_l1 *l1, const struct tlb_entry *entry, uint64_t page)
 {
 	uint64_t key = l1->context_bits | page;

@@ -106,6 +106,9 @@ void l1_drop(struct tlb_l1 *l1, uint64_t page);
 /* Put the piece `page` of a translation in, under the current context. */
 void l1_fill(struct tlb_l1 *l1, const struct tlb_entry *entry, uint64_t page);
 
+/* The rest of l1_put() for a piece of a larger guest page, and for a page that user mode may not use. */
+void l1_put_special(const struct tlb_l1 *l1, struct tlb_hot *hot, const struct tlb_entry *entry);
+
 /* Put the piece `page` into this slot, replacing its entry.  size: the translation's. */
 static inline __attribute__((always_inline)) void l1_put(struct tlb_l1 *l1, struct tlb_hot *hot,
 							 const struct tlb_entry *entry, uint32_t size, uint64_t page)
@@ -119,8 +122,8 @@ static inline __attribute__((always_inline)) void l1_put(struct tlb_l1 *l1, stru
 	hot->hfn = entry->hfn + (uint32_t)(page & span);
 	hot->stamp = ++l1->clock;
 	hot->span = 9 * size;
-	if (__builtin_expect(entry->fractured, 0))
-		hot->span = 9 * (entry->fractured - 1u);
+	if (__builtin_expect(entry->fractured | entry->supervisor, 0))
+		l1_put_special(l1, hot, entry);
 	l1->has_pieces |= hot->span != 0;
 	l1->has_globals |= entry->global;
 	l1->hint[page % L1_HINTS] = hot;

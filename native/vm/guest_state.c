@@ -34,6 +34,8 @@ bool guest_invalidated(const struct vcpu *vcpu, const struct tlb_entry *entry, u
 	const struct guest *g = vcpu->guest;
 	const struct guest_page *gp;
 
+	if (entry->kind == KIND_LINEAR)
+		return guest_contradicts(vcpu, entry, page, type) == GUEST_CONTRADICTS;
 	if (entry->kind != KIND_COMBINED || entry->vcpu != vcpu->id || !g || !g->processes)
 		return false;
 	gp = guest_page_find(g, process_of(g, entry->pcid), page);
@@ -42,4 +44,40 @@ bool guest_invalidated(const struct vcpu *vcpu, const struct tlb_entry *entry, u
 	if (gp->changed > entry->clock && gp->gfn != entry->gfn + (page - entry->page))
 		return true;
 	return type == ACCESS_WRITE && gp->protected_ > entry->clock && !gp->writable;
+}
+
+static enum guest_agreement agreement(bool agrees)
+{
+	return agrees ? GUEST_AGREES : GUEST_CONTRADICTS;
+}
+
+/* Return whether the guest's tables said so before a change that it has not invalidated yet. */
+static bool agreed_before(const struct guest *g, uint64_t page, uint64_t gfn)
+{
+	for (uint32_t i = 0; i < g->changes; i++)
+		if (g->change[i].page == page && g->change[i].process == g->current && g->change[i].gfn == gfn)
+			return true;
+	return g->changes_lost;
+}
+
+/* Times do not matter here, unlike with EPT, where each fill reads the guest's tables: KVM may derive a translation from
+ * what the tables said long ago. */
+enum guest_agreement guest_contradicts(const struct vcpu *vcpu, const struct tlb_entry *entry, uint64_t page,
+				       uint32_t type)
+{
+	uint64_t gfn = entry->gfn + (page - entry->page);
+	const struct guest *g = vcpu->guest;
+	const struct guest_page *gp;
+
+	/* A global translation may be another address space's. */
+	if (!g || entry->global)
+		return GUEST_AGREES;
+	if (!g->config.paging)
+		return agreement(gfn == page);
+	if (page >= GUEST_DIRECT_BASE)
+		return agreement(gfn == page - GUEST_DIRECT_BASE);
+	gp = guest_page_find(g, g->current, page);
+	if (!gp || (gp->gfn == gfn && (type != ACCESS_WRITE || gp->writable)))
+		return GUEST_AGREES;
+	return agreed_before(g, page, gfn) ? GUEST_AGREED : GUEST_CONTRADICTS;
 }

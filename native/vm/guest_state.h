@@ -70,6 +70,7 @@ enum {
 	GUEST_PROCESSES = 16,
 	GUEST_KERNEL_PAGES = 8,
 	GUEST_LEVELS = 4,
+	GUEST_CHANGES = 32,
 };
 
 /* SDM vol. 3A, 4.5.4: entries of 4-level paging. */
@@ -85,6 +86,8 @@ enum {
 #define GUEST_PAGE_MASK ((UINT64_C(1) << 36) - 1)
 #define GUEST_KERNEL_BASE UINT64_C(0x800000000) /* page number of 0xffff800000000000, 36 bits */
 #define GUEST_NO_GFN UINT64_C(0xffffffff)
+/* Without EPT the OS reaches its tables through a map of all guest memory, by 1 GiB pages behind the kernel's own. */
+#define GUEST_DIRECT_BASE (GUEST_KERNEL_BASE + (1 << 18))
 
 /* The OS's record of one page of a process. */
 struct guest_page {
@@ -104,14 +107,32 @@ struct guest_process {
 	struct guest_page *page;
 	uint64_t hand;         /* where the search for the next page to unmap begins */
 	uint64_t cr3_gfn;      /* GUEST_NO_GFN until set up */
+	uint64_t cr3_building; /* without EPT: a PML4 table that is not complete yet, or GUEST_NO_GFN */
 	uint16_t pcid;
+};
+
+/* A change of a program's that it has not invalidated yet: its old translation may be used. */
+struct guest_change {
+	uint64_t page;
+	uint32_t process;
+	uint32_t gfn;    /* the frame behind it before */
+	bool all;        /* the mapping changed; else write access was removed */
+	bool global;
 };
 
 /* An event that the OS is in the middle of; each step can be repeated from its start. */
 enum guest_event { GUEST_SWITCH, GUEST_UNMAP, GUEST_PROTECT, GUEST_HALT, GUEST_EVENTS };
 
 /* The step that an OS that boots after a reset still has to do before it runs its processes. */
-enum guest_boot_step { GUEST_BOOT_DONE, GUEST_BOOT_CR4, GUEST_BOOT_CR0 };
+enum guest_boot_step {
+	GUEST_BOOT_DONE,
+	GUEST_BOOT_CR4,
+	GUEST_BOOT_CR0,
+	/* without EPT, where MOV to CR3 exits, too */
+	GUEST_BOOT_CR3,
+	GUEST_BOOT_PCIDE,
+	GUEST_BOOT_PCID,
+};
 
 /* A store of one word, for KVM to emulate. */
 struct guest_store {
@@ -125,6 +146,30 @@ struct guest_fault {
 	uint64_t linear;
 	uint32_t error_code;
 	bool pending;
+};
+
+/* Without EPT: an instruction that exits, so that the guest's action is repeated behind it.  KVM has emulated it then. */
+struct guest_exit_insn {
+	uint32_t insn;      /* enum guest_insn */
+	uint32_t type;      /* of INVPCID */
+	uint64_t operand;
+	uint64_t pcid;      /* of INVPCID */
+	uint64_t clock;     /* at the exit: the action is repeated before the next access */
+	bool exited;
+};
+
+/* Without EPT: the choices of an action of the OS that a VM exit has interrupted.  The repeated action keeps them, as
+ * KVM may have emulated its stores. */
+struct guest_choices {
+	uint64_t table;            /* a zeroed page for a table that may not be linked yet, or GUEST_NO_GFN */
+	struct guest_page mapping; /* of a page fault, if `mapped` */
+	uint64_t mapped_page;
+	uint64_t reclaimed;        /* index of the page being reclaimed, if `reclaiming` */
+	uint64_t cr3;              /* operand of the MOV to CR3 of a switch under way; 0: none */
+	uint32_t reclaimed_from;   /* process */
+	bool mapped, reclaiming;
+	bool invpcid_all;          /* due after a switch */
+	bool sets_pge;             /* due after CR4.PGE was cleared */
 };
 
 struct guest {
@@ -165,6 +210,15 @@ struct guest {
 	uint64_t last_violation;
 	struct guest_store store;     /* without EPT: the store that faulted last */
 	struct guest_fault injected;  /* without EPT: a page fault that KVM has injected */
+	struct guest_exit_insn exit_insn;
+	struct guest_choices choices;
+	/* Without EPT: a number for the address space in use, which tells old translations from new ones where no PCID
+	 * does. */
+	uint8_t space;
+	/* Changes of a program's; if there were too many at a time, old translations are not known any more. */
+	struct guest_change change[GUEST_CHANGES];
+	uint32_t changes;
+	bool changes_lost;
 	struct program *program; /* instead of processes' traces (program.h); NULL: none */
 };
 
@@ -173,5 +227,26 @@ struct guest_page *guest_page_find(const struct guest *g, uint32_t process, uint
 /* Return whether the guest changed the entry's mapping and invalidated it on this vCPU after the entry was
  * filled, and has not restored that right since: GUEST_STALE. */
 bool guest_invalidated(const struct vcpu *vcpu, const struct tlb_entry *entry, uint64_t page, uint32_t type);
+
+/* Whether a linear mapping is one that the guest's tables permit. */
+enum guest_agreement {
+	GUEST_AGREES,
+	GUEST_AGREED,      /* before a change that the guest has not invalidated yet */
+	GUEST_CONTRADICTS,
+};
+enum guest_agreement guest_contradicts(const struct vcpu *vcpu, const struct tlb_entry *entry, uint64_t page,
+				       uint32_t type);
+
+/* The life (tlb.h, right) of linear mappings: the owner of the VPID, and the address space. */
+static inline uint32_t linear_life(uint32_t owner, uint32_t space)
+{
+	return owner << 8 | (space & 0xff);
+}
+
+/* Return whether two lives are of one owner. */
+static inline bool linear_life_is(uint32_t life, uint32_t other)
+{
+	return life >> 8 == other >> 8;
+}
 
 #endif

@@ -11,8 +11,10 @@
 #include "tlb/tlb_store.h"
 #include "tlb/tlb_types.h"
 #include "vm/guest_state.h"
+#include "walk/vmcs.h"
 #include "walk/walk.h"
 #include "walk/walk_linear.h"
+#include "walk/walk_shadow.h"
 
 int walk_speculatively(const struct walk *w, uint64_t linear)
 {
@@ -20,14 +22,19 @@ int walk_speculatively(const struct walk *w, uint64_t linear)
 	uint64_t page = linear >> 12 & GUEST_PAGE_MASK;
 	bool paging = s.guest->config.paging;
 	struct tlb_entry e;
+	enum walk_result r;
 
 	s.speculative = true;
 	s.linear = linear;
-	if (paging && s.guest->cr3_gfn == GUEST_NO_GFN)
+	if (s.vmcs->ept && paging && s.guest->cr3_gfn == GUEST_NO_GFN)
 		return 0;
-	if (tlb_lookup(s.tlb, paging ? KIND_COMBINED : KIND_GUEST_PHYSICAL, page, &e) == 1)
+	if (tlb_lookup(s.tlb, s.tlb->kind, page, &e) == 1)
 		return 0;
-	if ((paging ? walk_linear(&s, page, ACCESS_READ, &e) : walk_physical(&s, page, ACCESS_READ, &e)) != WALK_DONE)
+	if (!s.vmcs->ept)
+		r = walk_shadow(&s, page, ACCESS_READ, &e);
+	else
+		r = paging ? walk_linear(&s, page, ACCESS_READ, &e) : walk_physical(&s, page, ACCESS_READ, &e);
+	if (r != WALK_DONE)
 		return 0;
 	count(s.cpu->counters, COUNT_SPECULATIVE, 1);
 	return 1;

@@ -11,9 +11,11 @@ void hw_load_context(struct walk *w, const struct vmcs *vmcs)
 	const struct guest *g = w->guest;
 
 	w->vmcs = vmcs;
-	w->life_bits = vmcs->life << 16;
+	w->life_bits = (vmcs->ept ? vmcs->life : linear_life(vmcs->owner, g->space)) << 16;
 	l1_set_life(&w->tlb->l1, w->life_bits);
-	if (g->config.paging)
+	if (!vmcs->ept)
+		tlb_switch(w->tlb, vmcs->vpid, vmcs->pcid, 0, 0);
+	else if (g->config.paging)
 		tlb_switch(w->tlb, vmcs->vpid, g->pcid, vmcs->root, 1);
 	else
 		tlb_switch_physical(w->tlb, vmcs->vpid, vmcs->root);

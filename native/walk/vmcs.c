@@ -42,7 +42,8 @@ int vmcs_create(struct machine *m, uint32_t vcpu, uint32_t vpid)
 		v->vpid = vpid;
 		v->root = v->root_level = v->life = v->pcid = 0;
 		v->ept = true;
-		v->owner++;
+		/* Another number than the last owner's of this slot, and than most other slots'. */
+		v->owner = (uint8_t)(v->owner + 1 + id * 2);
 		slot_set(&v->live, SLOT_LIVE);
 		return (int)id;
 	}

@@ -65,7 +65,7 @@ struct vmcs {
 	uint32_t root_level;
 	uint32_t life;       /* tag of the root page when it was written */
 	uint32_t pcid;       /* of GUEST_CR3 */
-	uint16_t owner;      /* tells the linear mappings of this VMCS from those of earlier owners of its VPID */
+	uint8_t owner;       /* tells the linear mappings of this VMCS from those of earlier owners of its VPID */
 };
 
 /* Return the current VMCS of a pCPU, or NULL.  Called by the CPU's thread. */

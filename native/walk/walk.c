@@ -16,11 +16,7 @@
 #include "vm/vm.h"
 #include "walk/flush.h"
 #include "walk/vmcs.h"
-
-enum {
-	SPTE_RWX = SPTE_READABLE | SPTE_WRITABLE | SPTE_EXECUTABLE,
-	TAG_SUSPECT = 0x4000, /* half the tag space away from the true one */
-};
+#include "walk/walk_steps.h"
 
 bool walk_check_slow(struct walk *w, struct tlb_entry *entry, uint64_t page, uint32_t type, uint32_t level)
 {
@@ -34,8 +30,11 @@ bool walk_check_slow(struct walk *w, struct tlb_entry *entry, uint64_t page, uin
 		return false;
 	if (j.verdict == VERDICT_VIOLATION) {
 		oracle_violation(w->m, w->cpu, w->vcpu, entry, page, type, level, w->linear, &j);
-		tlb_drop(w->tlb, entry->kind, page);
-		return false;
+		/* A store that KVM has missed reaches its page all the same. */
+		if (j.kinds != 1u << VIOLATION_MISSED_GUEST_WRITE) {
+			tlb_drop(w->tlb, entry->kind, page);
+			return false;
+		}
 	}
 	if (j.verdict == VERDICT_LEGAL_STALE)
 		count(w->cpu->counters, COUNT_LEGAL_STALE, 1);
@@ -88,28 +87,6 @@ static enum walk_result violate(struct walk *w, uint64_t gfn, uint32_t type, uin
 	return WALK_EXIT;
 }
 
-static uint32_t access_bit(uint32_t type)
-{
-	return type == ACCESS_READ ? SPTE_READABLE : type == ACCESS_WRITE ? SPTE_WRITABLE : SPTE_EXECUTABLE;
-}
-
-/* Set A, and D for a write.  False: the SPTE changed meanwhile and must be read again.  *spte is the table's
- * value afterwards. */
-static bool set_accessed(struct counters *counters, _Atomic uint64_t *slot, uint64_t *spte, uint32_t type)
-{
-	uint64_t want = *spte | SPTE_ACCESSED | (type == ACCESS_WRITE ? SPTE_DIRTY : 0);
-
-	if (want == *spte)
-		return true;
-	/* Hardware's locked update; acq_rel as the SPTE writers' (ept.c). */
-	if (!atomic_compare_exchange_strong_explicit(slot, spte, want, memory_order_acq_rel,
-						     memory_order_acquire))
-		return false;
-	*spte = want;
-	count(counters, COUNT_WALK_UPDATES, 1);
-	return true;
-}
-
 static void fill(struct walk *w, uint64_t spte, uint32_t level, uint64_t gfn, uint32_t right,
 		 struct tlb_entry *out)
 {
@@ -132,38 +109,12 @@ static void fill(struct walk *w, uint64_t spte, uint32_t level, uint64_t gfn, ui
 	out->right[ACCESS_EXECUTE] = spte & SPTE_EXECUTABLE ? right : RIGHT_NONE;
 }
 
-/* Report a table page that the link to it no longer owns, or that an earlier owner of the root page linked. */
-static void report_link(struct walk *w, const struct psc_entry *link, uint64_t gfn, uint32_t type, uint32_t kinds)
-{
-	struct tlb_entry e = { .page = gfn, .gfn = gfn, .hfn = link->hfn, .kind = KIND_GUEST_PHYSICAL,
-			       .vm = link->vm, .vcpu = link->vcpu, .clock = link->clock,
-			       .custody = link->right & FRAME_TAG_MASK, .ep4ta = w->vmcs->root };
-	struct judgement j;
-
-	oracle_judge_table(&j, kinds);
-	oracle_violation(w->m, w->cpu, w->vcpu, &e, gfn, type, link->level, w->linear, &j);
-}
-
-static void report_table(struct walk *w, uint32_t table, uint32_t custody, uint64_t gfn, uint32_t level,
-			 uint32_t type)
-{
-	struct psc_entry link = { .hfn = table, .right = custody, .level = (uint8_t)level, .vm = w->vcpu->vm,
-				  .vcpu = w->vcpu->id, .clock = w->guest->clock };
-
-	report_link(w, &link, gfn, type, 1u << VIOLATION_WALK_AFTER_FREE);
-}
-
-static inline bool table_holds(const struct walk *w, uint32_t table, uint32_t custody)
-{
-	return table < w->m->frames->pool[FRAME_GUEST].first && frame_tag(w->m->frames, table) == custody;
-}
-
 /* Return the reasons why a cached link may not be used: a bit per violation. */
 static uint32_t link_faults(const struct walk *w, const struct psc_entry *p)
 {
 	uint32_t kinds = 0;
 
-	if (!table_holds(w, p->hfn, p->right & FRAME_TAG_MASK))
+	if (!walk_table_holds(w, p->hfn, p->right & FRAME_TAG_MASK))
 		kinds |= 1u << VIOLATION_WALK_AFTER_FREE;
 	if (p->right >> 16 != w->life_bits >> 16)
 		kinds |= 1u << VIOLATION_FOREIGN_ROOT;
@@ -190,7 +141,7 @@ static uint32_t walk_start(struct walk *w, uint64_t gfn, uint32_t type, uint32_t
 		}
 		if (w->speculative)
 			return 0;
-		report_link(w, p, gfn, type, kinds);
+		walk_report_link(w, p, gfn, type, kinds);
 		ept_violation_invalidate(w->tlb, gfn, 0, 0);
 	}
 	*table = w->vmcs->root;
@@ -229,11 +180,11 @@ static enum walk_result ept_walk(struct walk *w, uint64_t gfn, uint32_t type, st
 		uint32_t tag, hfn;
 
 		count(w->cpu->counters, COUNT_WALK_REFERENCES, 1);
-		if (!table_holds(w, table, custody)) {
+		if (!walk_table_holds(w, table, custody)) {
 			/* The table was freed during the walk, or linked although freed. */
 			if (w->speculative)
 				return WALK_EXIT;
-			report_table(w, table, custody, gfn, level, type);
+			walk_report_table(w, KIND_GUEST_PHYSICAL, table, custody, gfn, level, type);
 			ept_violation_invalidate(w->tlb, gfn, 0, 0);
 			return violate(w, gfn, type, 0);
 		}
@@ -243,18 +194,18 @@ static enum walk_result ept_walk(struct walk *w, uint64_t gfn, uint32_t type, st
 			level--;
 			table = spte_hfn(spte);
 			custody = spte_custody(spte);
-			if (!table_holds(w, table, custody)) {
+			if (!walk_table_holds(w, table, custody)) {
 				if (w->speculative)
 					return WALK_EXIT;
-				report_table(w, table, custody, gfn, level, type);
+				walk_report_table(w, KIND_GUEST_PHYSICAL, table, custody, gfn, level, type);
 				return violate(w, gfn, type, 0);
 			}
 			cache_table(w, gfn, level, spte);
 			continue;
 		}
-		if (!(spte & access_bit(type)) || spte_hfn(spte) >= w->m->frames->count)
+		if (!(spte & walk_access_bit(type)) || spte_hfn(spte) >= w->m->frames->count)
 			return violate(w, gfn, type, spte);
-		if (!set_accessed(w->cpu->counters, slot, &spte, type))
+		if (!walk_set_accessed(w->cpu->counters, slot, &spte, type))
 			continue;
 		/* The tag must be one that the frame had while the SPTE was there: read the tag first, then the
 		 * SPTE again.  A CPU that clears the SPTE advances the tag afterwards (oracle.h). */

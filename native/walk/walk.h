@@ -25,12 +25,13 @@ struct walk {
 	uint64_t linear;       /* address under translation, for reports */
 	struct vcpu_exit *exit;
 	bool speculative;      /* not an access: nothing is reported, faults have no effects (adversary.c) */
+	bool supervisor;       /* the access is the guest's OS's own (without EPT) */
 };
 
 enum walk_result {
 	WALK_DONE,
 	WALK_GUEST_FAULT,  /* #PF */
-	WALK_EXIT, /* w->exit says where */
+	WALK_EXIT,         /* VM exit: w->exit says why and where */
 	WALK_SKIPPED,      /* the access hit MMIO that user space has emulated: it counts as done */
 };
 

@@ -1,0 +1,52 @@
+/* Steps of a walk of KVM's tables, with EPT (walk.c) and without (walk_shadow.c). */
+#ifndef FLUSHLAB_WALK_STEPS_H
+#define FLUSHLAB_WALK_STEPS_H
+
+#include "core/counters.h"
+#include "core/machine_types.h"
+#include "ept/ept.h"
+#include "memory/frame.h"
+#include "tlb/tlb.h"
+#include "walk/walk.h"
+
+enum {
+	SPTE_RWX = SPTE_READABLE | SPTE_WRITABLE | SPTE_EXECUTABLE,
+	TAG_SUSPECT = 0x4000, /* half the tag space away from the true one: no tag can stand for it, so the oracle decides */
+};
+
+struct psc_entry;
+
+static inline uint32_t walk_access_bit(uint32_t type)
+{
+	return type == ACCESS_READ ? SPTE_READABLE : type == ACCESS_WRITE ? SPTE_WRITABLE : SPTE_EXECUTABLE;
+}
+
+static inline bool walk_table_holds(const struct walk *w, uint32_t table, uint32_t custody)
+{
+	return table < w->m->frames->pool[FRAME_GUEST].first && frame_tag(w->m->frames, table) == custody;
+}
+
+/* Set A, and D for a write.  False: the SPTE changed meanwhile and must be read again.  *spte is the table's
+ * value afterwards. */
+static inline bool walk_set_accessed(struct counters *counters, _Atomic uint64_t *slot, uint64_t *spte, uint32_t type)
+{
+	uint64_t want = *spte | SPTE_ACCESSED | (type == ACCESS_WRITE ? SPTE_DIRTY : 0);
+
+	if (want == *spte)
+		return true;
+	/* Hardware's locked update; acq_rel as the SPTE writers' (ept.c). */
+	if (!atomic_compare_exchange_strong_explicit(slot, spte, want, memory_order_acq_rel,
+						     memory_order_acquire))
+		return false;
+	*spte = want;
+	count(counters, COUNT_WALK_UPDATES, 1);
+	return true;
+}
+
+/* Report a table page that the link to it no longer owns, or that an earlier owner of the root page linked.  page: the
+ * walk's input. */
+void walk_report_link(struct walk *w, const struct psc_entry *link, uint64_t page, uint32_t type, uint32_t kinds);
+void walk_report_table(struct walk *w, uint32_t kind, uint32_t table, uint32_t custody, uint64_t page, uint32_t level,
+		       uint32_t type);
+
+#endif
