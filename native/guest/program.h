@@ -53,12 +53,12 @@ int guest_set_program(struct machine *m, uint32_t vcpu, const struct guest_op *o
 /* call: aside */
 void guest_invalidates_all(struct machine *m, uint32_t vcpu);
 /* Return the number of operations completed. */
-/* call: aside */
+/* call: aside; keeps-gil */
 uint32_t guest_program_position(struct machine *m, uint32_t vcpu);
 /* Counters of the machine, for programs and the code around them; any thread. */
 /* call: part; writes progress(slot) */
 void signal_add(struct machine *m, uint32_t slot, uint64_t n);
-/* call: part; reads progress(slot) */
+/* call: part; reads progress(slot); keeps-gil */
 uint64_t signal_get(struct machine *m, uint32_t slot);
 /* call: anything */
 void signal_reset(struct machine *m);

@@ -65,7 +65,7 @@ struct violation_report {
 };
 
 /* Return totals by kind, each report counted once under its most specific kind. */
-/* call: aside */
+/* call: aside; keeps-gil */
 void oracle_counts(struct machine *m, uint64_t *counts);
 /* Copy reports from number `from` on (the first 1024 of a run are kept); returns their number. */
 /* call: aside */

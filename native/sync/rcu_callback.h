@@ -15,7 +15,7 @@ enum rcu_callback {
 /* call: anything */
 int call_rcu(struct machine *m, uint32_t cpu, uint32_t callback, uint64_t argument);
 /* Return the number of callbacks that have not run yet. */
-/* call: aside */
+/* call: aside; keeps-gil */
 uint64_t rcu_pending(struct machine *m);
 /* end api */
 

@@ -27,7 +27,7 @@ int smp_call_function_single(struct machine *m, uint32_t cpu, uint32_t target, u
 int on_each_cpu(struct machine *m, uint32_t cpu, uint32_t function, uint64_t argument, int wait);
 /* Return 1 if a call from `cpu` to `target` is not acknowledged yet, so that another call to it would wait.
  * Called by the sender's thread. */
-/* call: anything */
+/* call: anything; keeps-gil */
 int csd_busy(struct machine *m, uint32_t cpu, uint32_t target);
 /* end api */
 

@@ -15,6 +15,7 @@ struct walk;
 int tlb_evict(struct tlb *t, uint32_t n);
 int psc_evict(struct tlb *t, uint32_t n);
 /* Return a pCPU's TLB; for its own thread, or while no other thread is inside the machine. */
+/* call: anything; keeps-gil */
 struct tlb *cpu_tlb(struct machine *m, uint32_t cpu);
 /* end api */
 
