@@ -68,9 +68,12 @@ class Evidence:
     def _now(self, kvms: Iterable[Kvm]) -> dict[str, int]:
         m = self._machine.m
         lib.counters_sum(m, self._counters)
-        counted = {name: int(self._counters[counter]) for name, counter in COUNTERS.items()}
-        vms = [kvm.id for kvm in kvms]
-        return counted | {name: sum(lib.vm_stat(m, vm, stat) for vm in vms) for name, stat in STATS.items()}
+        counted = {name: self._counters[counter] for name, counter in COUNTERS.items()}
+        counted.update(dict.fromkeys(STATS, 0))
+        for kvm in kvms:
+            for name, stat in STATS.items():
+                counted[name] += lib.vm_stat(m, kvm.id, stat)
+        return counted
 
 
 def add(total: dict[str, int], found: Mapping[str, int]) -> None:

@@ -10,7 +10,6 @@ A leak harms no guest at once; it is the violation `leak`, after all others.
 
 from __future__ import annotations
 
-from collections import Counter
 from collections.abc import Iterable, Iterator
 
 from emulator.explain.facts import LEAK
@@ -29,17 +28,18 @@ def left_over(machine: Machine, kvms: Iterable[Kvm]) -> str:
 
 
 def _of_vm(kvm: Kvm) -> Iterator[str]:
-    held: Counter[KvmMmuPage] = Counter()
+    held = dict.fromkeys(kvm.tdp_mmu_roots, 0)
     for vcpu in kvm.vcpus:
-        for root, where in _roots(vcpu):
-            held[root] += 1
+        for root, place in _roots(vcpu):
+            held[root] = held.get(root, 0) + 1
             if root.role.invalid and not _frees_roots(vcpu):
+                where = f"previous root {place - 1}" if place else "current root"
                 yield (
                     f"vCPU {vcpu.id} of VM {kvm.id} keeps root {root.hfn:#x} as its {where}: the root is "
                     "obsolete, and no request to free it is pending"
                 )
-    for root in dict.fromkeys([*kvm.tdp_mmu_roots, *held]):
-        expected = held[root] + _own_references(kvm, root)
+    for root, holders in held.items():
+        expected = holders + _own_references(kvm, root)
         if root.root_count.value != expected:
             yield (
                 f"root {root.hfn:#x} of VM {kvm.id} has {root.root_count.value} references, "
@@ -49,13 +49,13 @@ def _of_vm(kvm: Kvm) -> Iterator[str]:
             yield f"root {root.hfn:#x} of VM {kvm.id} was invalidated and never zapped"
 
 
-def _roots(vcpu: Vcpu) -> Iterator[tuple[KvmMmuPage, str]]:
-    """Yield the shadow pages of the roots that a vCPU holds, and where; a root without one is not counted."""
+def _roots(vcpu: Vcpu) -> Iterator[tuple[KvmMmuPage, int]]:
+    """Yield the shadow pages of the roots that a vCPU holds, and where: 0 is the current root, then come the
+    previous ones.  A root without a shadow page is not counted."""
     for mmu in (vcpu.root_mmu, vcpu.guest_mmu):
-        places = ["current root", *(f"previous root {i}" for i in range(len(mmu.prev_roots)))]
-        for root, where in zip([mmu.root, *mmu.prev_roots], places, strict=True):
+        for place, root in enumerate((mmu.root, *mmu.prev_roots)):
             if root is not None and root.sp is not None:
-                yield root.sp, where
+                yield root.sp, place
 
 
 def _frees_roots(vcpu: Vcpu) -> bool:

@@ -44,3 +44,9 @@ def bits(mask: int) -> Iterator[int]:
 def members(mask: int) -> tuple[int, ...]:
     """Return the positions of the bits that are set, from a cache, because sets recur."""
     return tuple(bits(mask))
+
+
+@lru_cache(maxsize=1 << 14)
+def accesses(reads: int, writes: int) -> tuple[tuple[int, ...], tuple[int, ...]]:
+    """Return the positions of the objects that a step writes, and of those that it only reads."""
+    return tuple(bits(writes)), tuple(bits(reads & ~writes))

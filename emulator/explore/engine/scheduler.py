@@ -84,6 +84,7 @@ class Task:
         "index",
         "label",
         "looked_at",
+        "mark",
         "name",
         "reads",
         "waits_for",
@@ -94,6 +95,7 @@ class Task:
 
     def __init__(self, index: int, name: str, body: Callable[[], None], daemon: bool) -> None:
         self.index = index
+        self.mark = 1 << index if index >= 0 else 0  # in masks of tasks
         self.name = name
         self.body = body
         self.daemon = daemon
@@ -162,6 +164,7 @@ class Execution:
         "tasks",
         "too_long",
         "waiting",
+        "watchers",
     )
 
     def __init__(self, objects: Objects, strategy: Strategy, limit: int = 5000) -> None:
@@ -169,6 +172,7 @@ class Execution:
         self.strategy = strategy
         self.limit = limit
         self.tasks: list[Task] = []
+        self.watchers: list[Task] = []  # those with loops that await_change() may block: no daemons
         self.hub: Any = None
         self.current: Task = Task(-1, "nobody", lambda: None, True)
         self.next: Task | None = None
@@ -195,6 +199,8 @@ class Execution:
     def spawn(self, name: str, body: Callable[[], None], daemon: bool = False) -> Task:
         task = Task(len(self.tasks), name, body, daemon)
         self.tasks.append(task)
+        if not daemon:
+            self.watchers.append(task)
         return task
 
     def step(
@@ -217,9 +223,9 @@ class Execution:
         task.was_blocking = condition is not None
         task.waits_for = waits_for
         if condition is None:
-            self.ready |= 1 << task.index
+            self.ready |= task.mark
         else:
-            self.ready &= ~(1 << task.index)
+            self.ready &= ~task.mark
             self.waiting[task.index] = condition
         if self.starting:
             self.hub.switch()
@@ -254,6 +260,7 @@ class Execution:
         (as with await statements; cf. spin loops in stateless model checkers).
         """
         task = self.current
+        assert not task.daemon
         task.watch |= task.reads | task.writes
         task.looked_at = task.label
         self.step(label, task.watch, 0, lambda: task.changed)
@@ -304,14 +311,14 @@ class Execution:
 
     def _done(self, task: Task) -> None:
         task.done = True
-        self.ready &= ~(1 << task.index)
+        self.ready &= ~task.mark
         if not self.starting:
             self._ended(task)
             self.next = self._next_known() if self.length < self.replayed else self._choose()
 
     def _failed(self, task: Task, error: BaseException) -> None:
         task.done = self.crashed = True
-        self.ready &= ~(1 << task.index)
+        self.ready &= ~task.mark
         self.next = None
         if self.failure is None or (isinstance(self.failure, Exception) and not isinstance(error, Exception)):
             self.failure = error
@@ -323,9 +330,10 @@ class Execution:
             self.on_step_end(task)
         self.between = True
         writes = task.writes
-        task.watch |= task.reads
+        if not task.daemon:
+            task.watch |= task.reads
         if writes:
-            for other in self.tasks:
+            for other in self.watchers:
                 if other.watch & writes and other is not task and other is not task.acts_for:
                     other.changed = True
         if length >= self.replayed:
@@ -368,7 +376,8 @@ class Execution:
         task = self.tasks[index]
         if not enabled >> index & 1:
             raise Divergence(f"step {self.length}: {task.name} cannot go on, but it could then")
-        self.waiting.pop(index, None)
+        if not self.ready & task.mark:
+            del self.waiting[index]
         self.current = task
         self.between = False
         return task

@@ -20,7 +20,7 @@ from emulator.litmus.harness import rcu_cpu
 from emulator.machine.locks import RwSemaphore, SpinLock
 from emulator.machine.runtime import Cpu, Machine, MachineMisuse, Mode
 from emulator.points import PointKind
-from native import ffi, lib
+from native import VIOLATION_KINDS, ffi, lib
 from native.types import CpuId, VcpuId, VmId
 
 if TYPE_CHECKING:
@@ -336,18 +336,25 @@ class Control:
     def vm_of(self, vcpu: VcpuId) -> VmId:
         return self.vm_of_vcpu.get(vcpu, _FIRST_VM)
 
-    def violations(self) -> list[int]:
-        """Return the number of violations of each kind that the oracle has reported."""
-        lib.oracle_counts(self.machine.m, self._violations)
-        return list(self._violations)
-
     def forget(self) -> None:
         """Attribute the violations that were reported until now to earlier executions."""
-        self.known = self.violations()
+        lib.oracle_counts(self.machine.m, self._violations)
+        self._known = list(self._violations)
         self._violations_known: bytes = self._violations_now[:]
+
+    def has_violation(self) -> bool:
+        """Return whether the oracle has reported a violation in this execution."""
+        lib.oracle_counts(self.machine.m, self._violations)
+        return bool(self._violations_now[:] != self._violations_known)
+
+    def violations(self) -> str:
+        """Return the kinds of the violations that the oracle has reported in this execution, "" for none."""
+        if not self.has_violation():
+            return ""
+        counts = zip(VIOLATION_KINDS, self._violations, self._known, strict=True)
+        return ", ".join(kind for kind, n, before in counts if n > before)
 
     def judge(self) -> None:
         """Stop the execution if the last access was a violation: one is enough."""
-        lib.oracle_counts(self.machine.m, self._violations)
-        if self.execution is not None and self._violations_now[:] != self._violations_known:
+        if self.execution is not None and self.has_violation():
             self.execution.stop()

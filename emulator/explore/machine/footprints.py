@@ -26,8 +26,8 @@ if TYPE_CHECKING:
 Args = tuple[Any, ...]
 Template = tuple[Hashable, ...]  # an object's name, with the numbers of the arguments that select it
 Masks = tuple[int, int]  # objects read and written
-# Of the arguments, before the call: its label, and its certain accesses.
-Before = Callable[[Args], tuple[Label, int, int]]
+NOTHING: Final[Masks] = (0, 0)
+Announced = tuple[Label, int, int]  # a call's label, and its certain reads and writes
 # Of the arguments and the result: the further accesses.
 After = Callable[[Args, Any], Masks]
 
@@ -137,41 +137,32 @@ class Footprint:
     def writer(self) -> bool:
         return bool(self.writes) or any(late.writes for late in self.late)
 
-    def before(self, name: str, control: Control) -> Before:
-        """Return a function of the arguments: the label of the call, and its certain reads and writes."""
-        mode: Literal["read", "write"] = "write" if self.writer else "read"
-        which = _numbers((self.writes or self.reads)[:1])
+    def key(self) -> Callable[[Args], Hashable]:
+        """Return a function that finds, in the arguments, all that `before` depends on."""
         used = _numbers(self.reads + self.writes)
-        key: Callable[[Args], Hashable] = itemgetter(*used) if used else len
-        known: dict[Hashable, tuple[Label, int, int]] = {}
+        return itemgetter(*used) if used else len
 
-        def access(args: Args) -> tuple[Label, int, int]:
-            found = known.get(key(args))
-            if found is None:
-                obj = tuple(args[number] for number in which)
-                label = (self.kind or name, obj if len(obj) > 1 else obj[0] if obj else None, mode)
-                found = label, _mask(self.reads, args, control), _mask(self.writes, args, control)
-                known[key(args)] = found
-            return found
-
-        return access
+    def before(self, name: str, control: Control, args: Args) -> Announced:
+        """Return the label of the call with these arguments, and its certain reads and writes."""
+        mode: Literal["read", "write"] = "write" if self.writer else "read"
+        obj = tuple(args[number] for number in _numbers((self.writes or self.reads)[:1]))
+        label = (self.kind or name, obj if len(obj) > 1 else obj[0] if obj else None, mode)
+        return label, _mask(self.reads, args, control), _mask(self.writes, args, control)
 
     def after(self, control: Control) -> After | None:
         """Return a function of the arguments and the result: the further accesses.  None: there are none."""
         if not self.late:
             return None
-        accesses = [_bound(one, control) for one in self.late]
+        accesses = [_access(one, control) for one in self.late]
+        if len(accesses) == 1:
+            return accesses[0]
 
         def access(args: Args, result: Any) -> Masks:
             reads = writes = 0
-            for written, condition, mask, selected in accesses:
-                if condition is None or condition(args, result):
-                    for objects in selected:
-                        mask |= objects(args, result)
-                    if written:
-                        writes |= mask
-                    else:
-                        reads |= mask
+            for one in accesses:
+                more, written = one(args, result)
+                reads |= more
+                writes |= written
             return reads, writes
 
         return access
@@ -213,35 +204,33 @@ def _selected(one: Object, control: Control) -> Callable[[Args, Any], int]:
     compute = COMPUTED.get(one.word)
     find = partial(control.bit, *OBJECTS[one.word]) if compute is None else partial(compute, control)
     if len(one.operands) == 1:
-        only = _value(one.operands[0])
-        return lambda args, result: find(only(args, result))
+        number, field = one.operands[0]
+        if number == RESULT:
+            return lambda args, result: find(result)
+        if not field:
+            return lambda args, result: find(args[number])
+        return lambda args, result: find(getattr(args[number], field))
     values = [_value(operand) for operand in one.operands]
     return lambda args, result: find(*[value(args, result) for value in values])
 
 
-class _Bound(NamedTuple):
-    """An access to the objects of `mask` and `selected` if the condition is met."""
-
-    writes: bool
-    condition: Callable[[Args, Any], object] | None
-    mask: int
-    selected: list[Callable[[Args, Any], int]]
-
-
-def _bound(late: Late, control: Control) -> _Bound:
+def _access(late: Late, control: Control) -> After:
+    """Return a function of the arguments and the result: this access, if its condition is met."""
     tests = [_tested(test) for test in late.access.condition]
-    condition = None
-    if len(tests) == 1:
-        (condition,) = tests
-    elif tests:
+    certain = control.objects.mask(OBJECTS[one.word] for one in late.access.objects if not one.operands)
+    selected = [_selected(one, control) for one in late.access.objects if one.operands]
+    writes = late.writes
 
-        def condition(args: Args, result: Any) -> object:
-            return all(test(args, result) for test in tests)
+    def access(args: Args, result: Any) -> Masks:
+        for test in tests:
+            if not test(args, result):
+                return NOTHING
+        mask = certain
+        for objects in selected:
+            mask |= objects(args, result)
+        return (0, mask) if writes else (mask, 0)
 
-    mask = control.objects.mask(OBJECTS[one.word] for one in late.access.objects if not one.operands)
-    return _Bound(
-        late.writes, condition, mask, [_selected(one, control) for one in late.access.objects if one.operands]
-    )
+    return access
 
 
 def _is_late(one: Object, access: Access) -> bool:

@@ -9,7 +9,7 @@ attributes are the native functions themselves.
 from __future__ import annotations
 
 import sys
-from collections.abc import Iterator
+from collections.abc import Hashable, Iterator
 from contextlib import ExitStack, contextmanager
 from types import ModuleType
 from typing import Any
@@ -18,7 +18,7 @@ from emulator.explore.machine.calls import Calls
 from emulator.explore.machine.control import Control
 from emulator.explore.machine.described import LOCAL, NO_STEPS
 from emulator.explore.machine.endless import steps_that_end
-from emulator.explore.machine.footprints import FOOTPRINTS, Footprint
+from emulator.explore.machine.footprints import FOOTPRINTS, Announced, Footprint
 from emulator.explore.machine.guest import GuestMode
 from emulator.explore.machine.locks import Locks
 from emulator.explore.machine.patched_code import constant_attributes, shared_classes
@@ -86,7 +86,11 @@ class ControlledLib(Locks, Calls, GuestMode):
                 continue
             value = getattr(lib, name)
             if callable(value) and name not in NO_STEPS:
-                value = self._stepped(name, value, FOOTPRINTS.get(name))
+                footprint = FOOTPRINTS.get(name)
+                if footprint is None:
+                    value = self._undescribed(name, value)
+                else:
+                    value = self._stepped(name, value, footprint)
             elif callable(value) and control.policy_reads is not None and name not in LOCAL:
                 value = self._unstepped(name, value)
             self.__dict__[name] = value
@@ -103,30 +107,38 @@ class ControlledLib(Locks, Calls, GuestMode):
 
         return unstepped
 
-    def _stepped(self, name: str, native: Any, footprint: Footprint | None) -> Any:
-        """Wrap a call as a step.  A call without a footprint conflicts with everything."""
+    def _undescribed(self, name: str, native: Any) -> Any:
+        """Wrap a call without a footprint as a step that conflicts with every other."""
         control = self.control
         everything, policy_reads = control.everything, control.policy_reads
-        if footprint is None:
 
-            def unknown(*args: Any) -> Any:
-                execution = control.execution
-                if control.audit is not None and execution is not None:
-                    control.audit.undescribed(name)
-                if execution is not None:
-                    execution.step((name, None, "write"), 0, everything)
-                if policy_reads is not None and policy_reads.asks():
-                    policy_reads.cannot_watch(f"calls {name}()")
-                return native(*args)
+        def unknown(*args: Any) -> Any:
+            execution = control.execution
+            if control.audit is not None and execution is not None:
+                control.audit.undescribed(name)
+            if execution is not None:
+                execution.step((name, None, "write"), 0, everything)
+            if policy_reads is not None and policy_reads.asks():
+                policy_reads.cannot_watch(f"calls {name}()")
+            return native(*args)
 
-            return unknown
-        before, after, step = footprint.before(name, control), footprint.after(control), footprint.step
+        return unknown
+
+    def _stepped(self, name: str, native: Any, footprint: Footprint) -> Any:
+        """Wrap a call with a footprint: as a step, or as a part of the current one."""
+        control = self.control
+        everything, policy_reads = control.everything, control.policy_reads
+        key, after, step = footprint.key(), footprint.after(control), footprint.step
+        known: dict[Hashable, Announced] = {}
 
         def stepped(*args: Any) -> Any:
             execution = control.execution
             if execution is None:
                 return native(*args)
-            label, reads, writes = before(args)
+            announced = known.get(key(args))
+            if announced is None:
+                announced = known[key(args)] = footprint.before(name, control, args)
+            label, reads, writes = announced
             if step or (policy_reads is not None and policy_reads.asks()):
                 if control.audit is not None and not execution.aborting:
                     control.audit.access(name)
@@ -135,7 +147,9 @@ class ControlledLib(Locks, Calls, GuestMode):
                 execution.touch(reads, writes)
             result = native(*args)
             if after is not None:
-                execution.touch(*after(args, result))
+                reads, writes = after(args, result)
+                if reads or writes:
+                    execution.touch(reads, writes)
             return result
 
         return stepped

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
 from typing import Any
 
 from emulator.actors.task import VcpuTask
@@ -22,7 +21,7 @@ from emulator.explore.machine.store_buffer_lib import BufferedAdversarialLib, Bu
 from emulator.explore.machine.store_buffers import BufferedControl, buffer_name
 from emulator.explore.strategies.search import Met
 from emulator.litmus.evidence import Evidence
-from emulator.litmus.failure import KVM_FAILS, LitmusFailure, failure_text
+from emulator.litmus.failure import Told
 from emulator.litmus.harness import Harness, LitmusThread, machine_config, rcu_cpu
 from emulator.litmus.leftovers import LEAK, left_over
 from emulator.litmus.model import LitmusTest, Section
@@ -31,7 +30,7 @@ from emulator.litmus.verdict import proven
 from emulator.machine.runtime import Cpu, Machine, OutOfMemory
 from emulator.policy import Policy
 from emulator.policy.user import source_of
-from native import VIOLATION_KINDS, lib
+from native import lib
 from native.types import CpuId
 
 DEADLOCK = "deadlock"
@@ -166,7 +165,7 @@ class LitmusProgram:
         control.forget()
         if self.reads is not None:
             self.reads.forget()
-        with self._told("init"):
+        with Told(self.harness, "init"):
             harness.reset()
             control.memory.policy = harness.policy
             if self.reads is not None:
@@ -226,14 +225,15 @@ class LitmusProgram:
     def start(self, execution: Execution) -> None:
         control = self.control
         if self._initial is not None:
+            # The core's counts are put back, too, so those that the evidence begins with still hold.
             self._put_back(self._initial)
         else:
             if self._started:
                 self._rebuild()
             self._started = True
             self._prepare()
+            self._evidence.begin(self.harness.kvms)
         control.reset()
-        self._evidence.begin(self.harness.kvms)
         for thread in self.harness.threads.values():
             execution.spawn(thread.name, self._body(thread))
         control.spawn_daemons(execution)
@@ -263,19 +263,10 @@ class LitmusProgram:
 
     def _body(self, thread: LitmusThread) -> Callable[[], None]:
         def body() -> None:
-            with self._told(thread.name):
+            with Told(self.harness, thread.name):
                 thread.run()
 
         return body
-
-    @contextmanager
-    def _told(self, who: str) -> Iterator[None]:
-        """Turn each failure that a policy can cause besides violations into a LitmusFailure."""
-        try:
-            yield
-        except KVM_FAILS as error:
-            alone = self.harness.alone
-            raise LitmusFailure(failure_text(alone.name if alone else who, error)) from error
 
     def finish(self, execution: Execution) -> str:
         """Return the outcome: the violations, a deadlock, a leak, or "" for none.  Raises LitmusFailure."""
@@ -294,16 +285,12 @@ class LitmusProgram:
             self._found = self._evidence.found(self.harness.kvms)
             self._end_migrations()
             self._found |= self._evidence.compared(self.harness.kvms)
-        found = ", ".join(
-            kind
-            for kind, n, before in zip(VIOLATION_KINDS, control.violations(), control.known, strict=True)
-            if n > before
-        )
+        found = control.violations()
         return found if found or execution.stopped else self._left_over()
 
     def _left_over(self) -> str:
         """Return the leak at the end of this execution, "" if there is none."""
-        with self._told(VMM):
+        with Told(self.harness, VMM):
             self.control.run_callbacks()
         left = left_over(self.machine, self.harness.kvms)
         self.waits = []
@@ -351,11 +338,11 @@ class LitmusProgram:
             lib.ipi_hold(m, number, 0)
             lib.ipi_arrive(m, number)
             lib.cpu_idle(m, number)
-        with self._told("final"):
+        with Told(self.harness, "final"):
             self.harness.run_final()
 
     def _end_migrations(self) -> None:
-        with self._told(VMM):
+        with Told(self.harness, VMM):
             self.harness.end_migrations()
 
     # --- for recordings -------------------------------------------------------------------------------------

@@ -16,8 +16,8 @@ from __future__ import annotations
 
 from collections import defaultdict
 
-from emulator.explore.engine.objects import Objects, bits, members
-from emulator.explore.engine.scheduler import START, Divergence, Known, Label, Task, Wait
+from emulator.explore.engine.objects import Objects, accesses, bits
+from emulator.explore.engine.scheduler import Divergence, Known, Task, Wait
 
 
 class Node:
@@ -34,7 +34,6 @@ class Node:
         "chosen",
         "done",
         "enabled",
-        "label",
         "last",
         "preemptions",
         "reads",
@@ -52,7 +51,6 @@ class Node:
         self.sleep: dict[int, tuple[int, int]] = {}
         self.sleeping = 0
         self.chosen = -1
-        self.label: Label | None = None
         self.reads = 0
         self.writes = 0
         self.before = 0
@@ -80,6 +78,7 @@ class Exhaustive:
         self.floor = 0  # nodes before this one belong to another part of the search (subtree.py)
         self.depth = 0
         self._fresh = 0  # steps before this one are replayed
+        self._steps: list[Known] = []  # of the current execution
         self._asleep = False  # given up: all enabled tasks are asleep, and their steps covered elsewhere
         self._last_of: list[int] = []  # per task: its last step of this execution
         # Per object: the steps of the execution that wrote it, and those that touched it.
@@ -96,7 +95,7 @@ class Exhaustive:
             last_of[self.stack[depth].chosen] = depth
 
     def known(self) -> list[Known]:
-        return [(node.chosen, node.label or START) for node in self.stack[: self._fresh]]
+        return self._steps[: self._fresh]
 
     def choose(self, enabled: int, last: int) -> int:
         depth = self.depth
@@ -126,14 +125,15 @@ class Exhaustive:
         depth = self.depth
         self.depth += 1
         node = self.stack[depth]
-        node.label, node.reads, node.writes = task.label, task.reads, task.writes
+        node.reads, node.writes = task.reads, task.writes
+        index = task.index
         if self.reduce:
-            previous = self._last_of[task.index]
-            found = self._accessed(depth, task.reads, task.writes)
-            node.before = self._races(depth, task.index, found, task.was_blocking)
-            if previous >= 0:
-                node.before |= self.stack[previous].before | 1 << previous
-        self._last_of[task.index] = depth
+            previous = self._last_of[index]
+            base = self.stack[previous].before | 1 << previous if previous >= 0 else 0
+            found = self._accessed(depth, task.reads, task.writes) & ~base
+            node.before = base | self._races(depth, index, found, task.was_blocking) if found else base
+        self._last_of[index] = depth
+        self._steps.append((index, task.label))
 
     def end(self, tasks: list[Task], deadlock: tuple[Wait, ...]) -> bool:
         """End the execution.  Return whether there is another one, to which the next `choose` calls lead."""
@@ -147,7 +147,7 @@ class Exhaustive:
             for task in tasks:
                 if not task.done:
                     # The task never took its next step, but it might have been first.
-                    found = self._dependent_steps(task.reads, task.writes)
+                    found = self._dependent_steps(task.reads, task.writes) & ~self._precede(task.index)
                     self._races(self.depth, task.index, found, True)
         return self._advance()
 
@@ -160,7 +160,10 @@ class Exhaustive:
         if not self.stack:
             return Node(enabled, last, 0)
         parent = self.stack[-1]
-        node = Node(enabled, last, parent.preemptions + self._cost(parent, parent.chosen))
+        preemptions = parent.preemptions
+        if parent.chosen != parent.last:
+            preemptions += self._cost(parent, parent.chosen)
+        node = Node(enabled, last, preemptions)
         if parent.sleeping and self.reduce and self.bound is None:
             wrote = parent.writes
             touched = wrote | parent.reads
@@ -185,10 +188,11 @@ class Exhaustive:
         while len(stack) > self.floor:
             node = stack[-1]
             node.done |= 1 << node.chosen
-            if self.reduce and self.bound is None:
+            left = node.backtrack & ~node.done & ~node.sleeping
+            if left and self.reduce and self.bound is None:
                 node.sleep[node.chosen] = (node.reads, node.writes)
                 node.sleeping |= 1 << node.chosen
-            for index in bits(node.backtrack & ~node.done & ~node.sleeping):
+            for index in bits(left) if left else ():
                 if not self._affordable(node, index):
                     self.bounded_away = True
                     continue
@@ -200,6 +204,7 @@ class Exhaustive:
 
     def _forget_from(self, depth: int) -> None:
         self._fresh = depth
+        del self._steps[depth:]
         keep = (1 << depth) - 1
         for table in (self._wrote, self._touched):
             for bit in table:
@@ -209,28 +214,32 @@ class Exhaustive:
         """Record the accesses of a step, and return the earlier steps that it depends on."""
         found, mark = 0, 1 << depth
         touched, wrote = self._touched, self._wrote
-        for bit in members(writes):
+        written, read = accesses(reads, writes)
+        for bit in written:
             steps = touched[bit]
             found |= steps
             touched[bit] = steps | mark
             wrote[bit] |= mark
-        for bit in members(reads & ~writes):
+        for bit in read:
             found |= wrote[bit]
             touched[bit] |= mark
         return found
 
     # --- races ----------------------------------------------------------------------------------------------
 
+    def _precede(self, index: int) -> int:
+        """Return the steps up to the last one of this task that happen before it, and that step."""
+        previous = self._last_of[index]
+        return 0 if previous < 0 else self.stack[previous].before | 1 << previous
+
     def _races(self, depth: int, index: int, found: int, blocking: bool) -> int:
         """Add the choices that reverse the races of a step of task `index`, the next after `depth` steps,
-        with the earlier steps that it depends on (`found`).  Return the steps that happen before it."""
+        with the earlier steps that it depends on (`found`), apart from those that happen before the task's
+        previous step.  Return `found` and the steps that happen before them."""
         stack = self.stack
         previous = self._last_of[index]
-        base = 0 if previous < 0 else stack[previous].before | 1 << previous
-        before = candidates = found & ~base
-        if not candidates:
-            return 0
-        for i in bits(before):
+        before = candidates = found
+        for i in bits(found):
             before |= stack[i].before
         covered = 0
         while candidates:
@@ -256,11 +265,12 @@ class Exhaustive:
         return any(not self.stack[k].before >> i & 1 for k in bits(before >> i + 1 << i + 1))
 
     def _dependent_steps(self, reads: int, writes: int) -> int:
-        found, touched, wrote = 0, self._touched, self._wrote
-        for bit in members(writes):
-            found |= touched[bit]
-        for bit in members(reads & ~writes):
-            found |= wrote[bit]
+        found = 0
+        written, read = accesses(reads, writes)
+        for bit in written:
+            found |= self._touched[bit]
+        for bit in read:
+            found |= self._wrote[bit]
         return found
 
     def _reverse_race(self, i: int, depth: int, index: int, before: int) -> None:
