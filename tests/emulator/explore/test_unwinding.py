@@ -113,6 +113,15 @@ def test_a_failure_is_the_first_one() -> None:
     assert str(executed(Ordered(9), fails_at_once, fails, fails_at_once).failure) == "0"
 
 
+def test_a_daemon_has_no_retry_loop() -> None:
+    """Nothing would wake it: only tasks that are no daemons notice changes."""
+    execution = Execution(Objects(), Ordered(9))
+    execution.spawn("waits", lambda: execution.step(READ, 1, 0))
+    execution.spawn("daemon", lambda: execution.await_change(READ), daemon=True)
+    execution.run()
+    assert isinstance(execution.failure, AssertionError)
+
+
 @pytest.mark.parametrize("failed", [False, True])
 def test_an_interrupt_on_the_way_out_is_the_failure(failed: bool) -> None:
     def interrupted(execution: Execution) -> None:
