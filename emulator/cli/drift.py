@@ -134,8 +134,8 @@ class _Request:
 
 
 def _compare(request: _Request, diff: bool, everything: bool, as_json: bool) -> int:
-    from emulator.drift.compare import Status, TreeBase, compare, strangers
-    from emulator.drift.report import as_dict, as_text, differences, strangers_text
+    from emulator.drift.compare import Status, TreeBase, compare, elsewhere, strangers
+    from emulator.drift.report import as_dict, as_text, differences, elsewhere_text, strangers_text
     from emulator.drift.tree import read_tree
 
     chosen = request.cited()
@@ -155,6 +155,9 @@ def _compare(request: _Request, diff: bool, everything: bool, as_json: bool) -> 
             print(json.dumps(as_dict(tree, base, findings, unknown, diffs), indent=1))
         else:
             sys.stdout.write("\n".join([as_text(tree, base, findings, everything), *diffs.values()]))
+            known = elsewhere(tree, base, chosen) if everything else {}
+            if known:
+                sys.stdout.write(elsewhere_text(known))
             if everything and unknown:
                 sys.stdout.write(strangers_text(unknown))
     return status

@@ -4,6 +4,10 @@ A function of the model mirrors kernel functions: the one of its own name, and t
 its docstring, or of a C comment that begins with one, as in `kvm_mmu_load(): find or allocate the root`.
 Other comments and docstrings mention kernel functions, always with parentheses.  Names of the project's own
 functions are among the results; only a record or a kernel tree tells which names are the kernel's.
+
+A citation of a function that the tree's KVM does not have may say, right behind the name, where it is: in
+another file of the kernel, `need_resched() (include/linux/sched.h)`; in the versions between,
+`tdp_mmu_zap_root_work() (5.18 to 6.5)`; or on the list, `f() (proposed in July 2025)`.
 """
 
 from __future__ import annotations
@@ -25,6 +29,11 @@ from emulator.drift.c_source import definitions
 
 # A name of one word, such as install(), is not taken for a kernel function.
 _CITED: Final = re.compile(r"\b((?:__)?[A-Za-z][A-Za-z0-9]*_\w+)\(\)")
+_ORIGIN: Final = re.compile(
+    _CITED.pattern + r"[\s#*]+\((?:(?P<file>[\w./-]+\.[ch])"
+    r"|(?P<first>\d+\.\d+)[\s#*]+to[\s#*]+(?P<last>\d+\.\d+)"
+    r"|proposed[\s#*]+in[\s#*]+(?P<month>\w+\s+\d{4}))\)"
+)
 _NAME: Final = re.compile(r"(?:__)?[A-Za-z][A-Za-z0-9]*_\w+")
 _SENTENCE_END: Final = re.compile(r"\n\s*\n|\.(?=\s)")
 _C_COMMENT: Final = re.compile(r"/\*(.*?)\*/", re.DOTALL)
@@ -64,6 +73,38 @@ def cited() -> dict[str, list[Citation]]:
         for name, line, how in find(path.read_text("utf-8")):
             found[name].add(Citation(file, line, how))
     return {name: sorted(found[name]) for name in sorted(found)}
+
+
+@dataclass(frozen=True, slots=True)
+class Origin:
+    """The place of a function that is not in the tree's KVM: a file, a range of versions, or a month in which
+    it was proposed."""
+
+    file: str = ""
+    first: str = ""
+    last: str = ""
+    month: str = ""
+
+    def __str__(self) -> str:
+        if self.first:
+            return f"{self.first} to {self.last}"
+        return self.file or f"proposed in {self.month}"
+
+
+@cache
+def origins() -> dict[str, Origin]:
+    """Return the origins that citations name."""
+    return {
+        name: origin
+        for _, path in _sources("emulator", "kvm", (".py",)) + _sources("native", "", (".c", ".h"))
+        for name, origin in origins_in(path.read_text("utf-8"))
+    }
+
+
+def origins_in(source: str) -> Iterator[tuple[str, Origin]]:
+    for match in _ORIGIN.finditer(source):
+        found = {key: " ".join((value or "").split()) for key, value in match.groupdict().items()}
+        yield match[1], Origin(**found)
 
 
 def _sources(package: str, folder: str, suffixes: tuple[str, ...]) -> list[tuple[str, Path]]:

@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from enum import StrEnum
 from typing import Final, TypeAlias
 
-from emulator.drift.citations import Citation, How
+from emulator.drift.citations import Citation, How, Origin, origins
 from emulator.drift.record import Record
 from emulator.drift.tree import LinuxTree, Place
 
@@ -116,14 +116,37 @@ def compare(tree: LinuxTree, base: Base, cited: Mapping[str, list[Citation]]) ->
 def strangers(tree: LinuxTree, base: Base, cited: Mapping[str, list[Citation]]) -> dict[str, list[Citation]]:
     """Return the functions that sentences cite and that neither the tree nor the record has.
 
-    They are of other parts of the kernel (call_rcu), of a proposal, or misspelt.  A function of the project
-    is among them only if a Python docstring says that it mirrors one of that name.
+    They are misspelt, or the citation names no origin (citations.py), or one that this tree contradicts.  A
+    function of the project is among them only if a Python docstring says that it mirrors one of that name.
     """
     return {
         name: citations
         for name, citations in cited.items()
-        if name not in tree.functions and not base.has(name) and _claims_a_kernel_function(citations)
+        if name not in tree.functions
+        and not base.has(name)
+        and _claims_a_kernel_function(citations)
+        and not (name in origins() and is_plausible(tree, name, origins()[name]))
     }
+
+
+def elsewhere(tree: LinuxTree, base: Base, cited: Mapping[str, list[Citation]]) -> dict[str, Origin]:
+    """Return the origins of the functions that neither the tree's KVM nor the record has."""
+    return {
+        name: origin
+        for name, origin in origins().items()
+        if name in cited
+        and name not in tree.functions
+        and not base.has(name)
+        and is_plausible(tree, name, origin)
+    }
+
+
+def is_plausible(tree: LinuxTree, name: str, origin: Origin) -> bool:
+    """Return whether nothing in the tree contradicts this origin of a function that its KVM does not have.
+
+    A tree may have KVM's files alone, and a stable kernel may lack a function of its version.
+    """
+    return not (tree.top / origin.file).is_file() or tree.has_word(origin.file, name)
 
 
 def _claims_a_kernel_function(citations: list[Citation]) -> bool:

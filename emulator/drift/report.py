@@ -9,7 +9,7 @@ from collections.abc import Iterable, Iterator
 from dataclasses import asdict
 from typing import Any, Final
 
-from emulator.drift.citations import Citation, How
+from emulator.drift.citations import Citation, How, Origin
 from emulator.drift.compare import Base, Finding, RecordedBase, Status
 from emulator.drift.tree import LinuxTree, Place
 
@@ -37,10 +37,18 @@ def as_text(tree: LinuxTree, base: Base, findings: list[Finding], everything: bo
 
 def strangers_text(strangers: dict[str, list[Citation]]) -> str:
     """Return the functions that were found nowhere, each with the first place that cites it."""
-    lines = ["", "Found nowhere: of another part of the kernel, of a proposal, or misspelt"]
+    lines = ["", "Found nowhere: misspelt, or of an origin that the citation does not name"]
     for name, citations in strangers.items():
         one = min(citations, key=lambda one: (one.how is How.NAMED, one.file, one.line))
         lines += _wrapped(f"        {name}: {one.file}:{one.line}")
+    return "\n".join(lines) + "\n"
+
+
+def elsewhere_text(elsewhere: dict[str, Origin]) -> str:
+    """Return the functions that are in no KVM, each with the origin that its citation names."""
+    lines = ["", "Of other parts of the kernel, of other versions, or proposed"]
+    for name, origin in elsewhere.items():
+        lines += _wrapped(f"        {name}: {origin}")
     return "\n".join(lines) + "\n"
 
 

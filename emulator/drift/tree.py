@@ -42,11 +42,17 @@ class Place:
 class LinuxTree:
     top: Path
     version: str
-    # All functions and function-like macros, by name, in the order of files and lines.
+    # All functions and function-like macros, by name, in the order of files and lines.  FNAME(fetch), which
+    # stands for a function for each format of guests' tables, is under `fetch`.
     functions: dict[str, list[Place]]
 
     def fingerprints(self, name: str) -> frozenset[str]:
         return frozenset(place.fingerprint for place in self.functions.get(name, ()))
+
+    def has_word(self, file: str, word: str) -> bool:
+        """Return whether a file of the tree, which need not be one of KVM's, has this word."""
+        path = self.top / file
+        return path.is_file() and re.search(rf"\b{word}\b", _read(path)) is not None
 
     def text(self, place: Place) -> list[str]:
         """Return the lines of a definition."""
@@ -59,7 +65,8 @@ def read_tree(top: Path) -> LinuxTree:
     functions: dict[str, list[Place]] = defaultdict(list)
     for file in _files(top):
         for one in definitions(_read(top / file)):
-            functions[one.name].append(Place(file, one.first, one.last, one.fingerprint))
+            name = one.name.removeprefix("FNAME(").removesuffix(")")
+            functions[name].append(Place(file, one.first, one.last, one.fingerprint))
     if not functions:
         raise BadInput(str(top), "no C function in arch/x86/kvm and virt/kvm", _EXPECTED)
     return LinuxTree(top, version, dict(functions))

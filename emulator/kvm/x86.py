@@ -108,8 +108,8 @@ def vcpu_enter_guest(cpu: Cpu, vcpu: Vcpu) -> Generator[RunYield, Cpu, Entered]:
     """vcpu_enter_guest(): service requests and load the root; then, with interrupts off, set the mode, check
     requests again, run the guest, and handle the exit.
 
-    It is preemptible up to local_irq_disable(), so a flush may have been made on a pCPU that the vCPU has
-    left since.  The migration must make up for that.
+    It is preemptible up to local_irq_disable() (include/linux/irqflags.h), so a flush may have been made on a
+    pCPU that the vCPU has left since.  The migration must make up for that.
     """
     cpu.point("requests", vcpu.id, "read")
     if lib.kvm_requests(cpu.m, vcpu.id):
@@ -194,12 +194,13 @@ def kvm_vcpu_srcu_read_unlock(cpu: Cpu, vcpu: Vcpu) -> None:
 
 
 def smp_mb__after_srcu_read_unlock(cpu: Cpu) -> None:
-    """smp_mb__after_srcu_read_unlock(): make a full barrier, together with the unlock."""
+    """smp_mb__after_srcu_read_unlock() (include/linux/srcu.h): complete the unlock to a full barrier."""
     smp_mb(cpu)
 
 
 def xfer_to_guest_mode_work_pending(vcpu: Vcpu, exits: int) -> bool:
-    """__xfer_to_guest_mode_work_pending(): return whether a signal or need_resched() is pending.
+    """__xfer_to_guest_mode_work_pending() (include/linux/entry-virt.h): return whether a signal or
+    need_resched() is pending.
 
     Raise MachineStopped here if the machine stops, because a vCPU that only runs and faults reaches no wait
     that would.
@@ -227,7 +228,7 @@ def kvm_vcpu_ioctl_run(cpu: Cpu, vcpu: Vcpu) -> Generator[RunYield, Cpu, Entered
             exits += 1
             halted = vcpu.exit.reason == lib.EXIT_HLT
             if halted or xfer_to_guest_mode_work_pending(vcpu, exits):
-                # kvm_vcpu_block(), or xfer_to_guest_mode_handle_work(): nothing is held.
+                # Hold nothing: kvm_vcpu_block(), or xfer_to_guest_mode_handle_work() (kernel/entry/virt.c).
                 kvm_vcpu_srcu_read_unlock(cpu, vcpu)
                 vcpu.exit.reason = lib.EXIT_MESSAGE
                 vcpu.exit.attention = 0

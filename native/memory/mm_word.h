@@ -15,7 +15,8 @@ int mm_read_word(struct machine *m, uint32_t cpu, uint32_t vm, uint64_t hva, uin
 /* kvm_write_guest_page(): write a word. */
 /* call: step guest-memory; reads mm(vm); writes memory(vm), contents(vm) */
 int mm_write_word(struct machine *m, uint32_t cpu, uint32_t vm, uint64_t hva, uint32_t word, uint64_t value);
-/* __try_cmpxchg_user(): replace *old by `value`.  0; 1 if the word was another, which *old is now. */
+/* __try_cmpxchg_user() (arch/x86/include/asm/uaccess.h): replace *old by `value`.  0; 1 if the word was another,
+ * which *old is now. */
 /* call: step guest-memory; reads mm(vm); writes memory(vm), contents(vm) */
 int mm_cmpxchg_word(struct machine *m, uint32_t cpu, uint32_t vm, uint64_t hva, uint32_t word, uint64_t *old,
 		    uint64_t value);

@@ -119,7 +119,7 @@ static struct csd *run_synchronous(struct machine *m, struct cpu *target, struct
 	return left;
 }
 
-/* __flush_smp_call_function_queue() */
+/* __flush_smp_call_function_queue() (kernel/smp.c) */
 static int run_queue(struct machine *m, struct cpu *target, bool announced)
 {
 	struct csd *list = take_queue(m, target, announced);

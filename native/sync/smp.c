@@ -205,7 +205,7 @@ static void note_calls(struct machine *m, const struct cpu *c, int targets, cons
 					  how | word << EVENT_IPI_WORD);
 }
 
-/* smp_call_function_many_cond(); run_local is SCF_RUN_LOCAL. */
+/* smp_call_function_many_cond() (kernel/smp.c); run_local is SCF_RUN_LOCAL. */
 static int call_many(struct machine *m, uint32_t cpu, const uint64_t *mask, const struct call *call,
 		     bool run_local)
 {

@@ -29,7 +29,7 @@ void mmu_write_unlock(struct machine *m, uint32_t cpu, uint32_t vm);
 /* call: modelled; at mmu_lock; fence; keeps-gil */
 int mmu_read_trylock(struct machine *m, uint32_t cpu, uint32_t vm);
 int mmu_write_trylock(struct machine *m, uint32_t cpu, uint32_t vm);
-/* rwlock_needbreak() */
+/* rwlock_needbreak() (include/linux/spinlock.h) */
 /* call: modelled; keeps-gil */
 int mmu_lock_needbreak(struct machine *m, uint32_t vm);
 /* Drop the holds of this CPU on the locks of all VMs, when the CPU ends.  One call for all VMs, because

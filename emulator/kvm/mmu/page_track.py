@@ -86,7 +86,7 @@ def stores_exit(cpu: Cpu, kvm: Kvm, gfn: int) -> None:
 
 
 def stores_need_not_exit(cpu: Cpu, kvm: Kvm, gfn: int) -> None:
-    """Take the promise of stores_exit() back, before an SPTE may become writable."""
+    """Take the promise back, before an SPTE may become writable."""
     lib.oracle_track_writes(cpu.m, cpu.id, kvm.id, gfn, 0)
 
 

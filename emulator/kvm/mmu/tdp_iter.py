@@ -112,7 +112,10 @@ class TdpIter:
 
 
 def need_resched(kvm: Kvm, it: TdpIter) -> bool:
-    """need_resched(): return whether another thread is due on this CPU, as every resched_chunks chunks."""
+    """need_resched() (include/linux/sched.h): return whether another thread is due on this CPU.
+
+    It is every resched_chunks chunks.
+    """
     return 0 < kvm.params.resched_chunks <= it.chunks_since_yield
 
 

@@ -70,7 +70,7 @@ def removed_page(
 
 
 def handle_disconnected_sps(cpu: Cpu, kvm: Kvm, disconnected_sps: list[Hfn], can_yield: bool) -> None:
-    """handle_disconnected_sps() of the proposal: give the tables to RCU, after their flush.
+    """handle_disconnected_sps() (proposed in November 2021): give the tables to RCU, after their flush.
 
     May yield in between; no flush is pending then.
     """

@@ -96,9 +96,10 @@ def _zap_unlinked_root(cpu: Cpu, kvm: Kvm, root: KvmMmuPage) -> None:
 
 
 def tdp_mmu_schedule_zap_root(cpu: Cpu, kvm: Kvm, root: KvmMmuPage) -> None:
-    """tdp_mmu_schedule_zap_root(): invalidate the root, with one reference, for the worker.
+    """tdp_mmu_schedule_zap_root() (5.18 to 6.5): invalidate the root, with one reference, for the worker.
 
-    No other reference can be taken: readers use inc_not_zero(), writers need mmu_lock.
+    No other reference can be taken: readers use refcount_inc_not_zero()
+    (include/linux/refcount.h), writers need mmu_lock.
     """
     root.invalidate()
     cpu.event(lib.EVENT_ROOT_INVALID, root.hfn, 0, kvm.id)
@@ -107,7 +108,7 @@ def tdp_mmu_schedule_zap_root(cpu: Cpu, kvm: Kvm, root: KvmMmuPage) -> None:
 
 
 def tdp_mmu_zap_root_work(cpu: Cpu, kvm: Kvm) -> bool:
-    """tdp_mmu_zap_root_work(), on the thread that plays the worker: zap one root and drop the reference.
+    """tdp_mmu_zap_root_work() (5.18 to 6.5): zap one root and drop the reference, on the worker's thread.
 
     Return False if no root was scheduled.
     """
@@ -138,7 +139,8 @@ def _matches(root: KvmMmuPage, types: int, as_id: int) -> bool:
 
 
 def _roots_after(kvm: Kvm, prev: KvmMmuPage | None) -> tuple[KvmMmuPage, ...]:
-    """list_for_each_entry_continue_rcu(): return the roots behind `prev`, which must still be on the list."""
+    """list_for_each_entry_continue_rcu() (include/linux/rculist.h): return the roots behind `prev`, which
+    must still be on the list."""
     roots = kvm.tdp_mmu_roots
     if prev is None:
         return roots
@@ -256,7 +258,7 @@ def tdp_mmu_init_root(cpu: Cpu, kvm: Kvm, role: KvmMmuPageRole) -> KvmMmuPage:
 
 
 def kvm_mmu_flush_all_tlbs_root(cpu: Cpu, kvm: Kvm, root: KvmMmuPage) -> None:
-    """kvm_mmu_flush_all_tlbs_root(), proposed in July 2025: drop all entries under this EP4TA on every pCPU.
+    """kvm_mmu_flush_all_tlbs_root() (proposed in July 2025): drop all entries under this EP4TA on every pCPU.
 
     They are left from an earlier root on the same page.  Decision root_alloc: interrupt every pCPU of the
     host, or those where the VM ever ran.  As posted, mmu_lock and tdp_mmu_pages_lock are held meanwhile,

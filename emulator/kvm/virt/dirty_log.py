@@ -64,7 +64,8 @@ def _words(
 
 
 def _clear(cpu: Cpu, slot: KvmMemorySlot, bitmap: bytearray, offset: int, mask: int) -> None:
-    """Clear marks that were read as set: xchg() or atomic_long_fetch_andnot() of a bitmap word."""
+    """Clear marks that were read as set: xchg() or atomic_long_fetch_andnot()
+    (include/linux/atomic/atomic-instrumented.h) of a bitmap word."""
     cpu.point("dirty_bitmap", (slot.as_id, slot.id), "write")
     while mask:
         bit = mask & -mask

@@ -1,6 +1,7 @@
 """virt/kvm/kvm_main.c: KVM's own accesses to guest memory, through the memslots and user space's mappings.
 
-As the kernel's get_user() and put_user(), they fault pages in and break copy-on-write.  The guest's CPUs
+As the kernel's get_user() (arch/x86/include/asm/uaccess.h) and put_user()
+(arch/x86/include/asm/uaccess.h), they fault pages in and break copy-on-write.  The guest's CPUs
 access the same bytes meanwhile.
 """
 

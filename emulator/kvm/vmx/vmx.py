@@ -64,7 +64,8 @@ def construct_eptp(cpu: Cpu, kvm: Kvm, root: KvmMmuRootInfo) -> int:
 
 
 def warn_on_once(cpu: Cpu, kvm: Kvm, what: str) -> None:
-    """WARN_ON_ONCE(): keep the warning with the VM, because threads of pCPUs do not print."""
+    """WARN_ON_ONCE() (include/asm-generic/bug.h): keep the warning with the VM, because threads of pCPUs do
+    not print."""
     kvm.warned.add(what)
 
 
@@ -205,7 +206,7 @@ def migration_ept(cpu: Cpu, vcpu: Vcpu) -> None:
 def vmx_flush_ept_on_pcpu_migration(
     cpu: Cpu, vcpu: Vcpu, mmu: KvmMmu, answer: Literal["active-roots"] | Tracking
 ) -> None:
-    """vmx_flush_ept_on_pcpu_migration(), proposed in August 2025: flush current and previous roots, with
+    """vmx_flush_ept_on_pcpu_migration() (proposed in August 2025): flush current and previous roots, with
     preemption off.
 
     A policy that tracks roots flushes only those that need it.  Generations are checked again before VM

@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from emulator.drift.citations import How, cited, in_c, in_python
+from emulator.drift.citations import How, cited, in_c, in_python, origins_in
 from emulator.drift.record import shipped_record
 
 ROOT = Path(__file__).parents[3]
@@ -90,6 +90,21 @@ def test_the_models_own_citations_are_found() -> None:
     for one in functions["kvm_mmu_load"] + functions["tdp_mmu_set_spte_atomic"]:
         line = (ROOT / one.file).read_text("utf-8").splitlines()[one.line - 1]
         assert "kvm_mmu_load" in line or "tdp_mmu_set_spte_atomic" in line or line.lstrip().startswith("def ")
+
+
+def test_origins() -> None:
+    """In docstrings and comments, over the ends of their lines."""
+    source = """
+    sched_due() (include/linux/sched.h): return whether it is due, unlike not_this() (a remark).
+    # zap_work() (5.18 to
+    # 6.5), flush_root()  (proposed
+    # in July 2025), and this_one()
+    """
+    assert [(name, str(origin)) for name, origin in origins_in(source)] == [
+        ("sched_due", "include/linux/sched.h"),
+        ("zap_work", "5.18 to 6.5"),
+        ("flush_root", "proposed in July 2025"),
+    ]
 
 
 def test_most_of_what_is_recorded_is_cited() -> None:

@@ -159,10 +159,11 @@ def test_the_shipped_record_is_the_default(capsys: Captured) -> None:
 
 
 def test_what_is_found_nowhere_is_told(own_record: Path, capsys: Captured) -> None:
-    """A function of the kernel's RCU, and one that the made-up trees lack; but no name of our own."""
+    """Functions that the made-up trees lack; but none with an origin, and no name of our own."""
     _, found = document(capsys, str(LINUX), "--fingerprints", str(own_record))
     nowhere = found["found_nowhere"]
-    assert {"local_irq_disable", "tdp_mmu_zap_leafs"} <= set(nowhere)
+    assert {"kvm_tdp_mmu_map", "tdp_mmu_zap_leafs"} <= set(nowhere)
+    assert not {"local_irq_disable", "tdp_mmu_zap_root_work", "kvm_mmu_flush_all_tlbs_root"} & set(nowhere)
     assert not {"kvm_mmu_load", "kvm_mmu_unload", "handle_cr", "tdp_mmu_zap_step"} & set(nowhere)
     assert all(any(one["how"] != "named" for one in places) for places in nowhere.values())
     native = [place for places in nowhere.values() for place in places if place["file"].startswith("native/")]
@@ -172,8 +173,22 @@ def test_what_is_found_nowhere_is_told(own_record: Path, capsys: Captured) -> No
             assert all(one["how"] != "named" for one in places), name
     main(["drift", str(LINUX), "--fingerprints", str(own_record), "--all"])
     out = capsys.readouterr().out
-    assert "        local_irq_disable: emulator/kvm/" in out
+    assert "        tdp_mmu_zap_leafs: emulator/kvm/" in out
+    assert "        local_irq_disable: include/linux/irqflags.h\n" in out
+    assert "        tdp_mmu_zap_root_work: 5.18 to 6.5\n" in out
+    assert "        kvm_mmu_flush_all_tlbs_root: proposed in July 2025\n" in out
     assert all(len(line) <= 80 for line in out.splitlines())
+
+
+def test_an_origin_is_looked_up(own_record: Path, tmp_path: Path, capsys: Captured) -> None:
+    """A tree that has the file, and not the function in it, contradicts the citation."""
+    tree = tmp_path / "linux"
+    shutil.copytree(LINUX, tree)
+    header = tree / "include/linux/irqflags.h"
+    for text, found in (("#define local_irq_disable() x", False), ("#define local_irq_disables() x", True)):
+        header.write_text(text)
+        _, one = document(capsys, str(tree), "--fingerprints", str(own_record))
+        assert ("local_irq_disable" in one["found_nowhere"]) == found
 
 
 # --- unusable input -----------------------------------------------------------------------------------------

@@ -48,6 +48,8 @@ def test_a_real_tree(trees: list[Path], capsys: pytest.CaptureFixture[str]) -> N
         document = json.loads(capsys.readouterr().out)
         assert status == int(document["counts"]["same"] < len(document["functions"]))
         assert len(document["functions"]) > 150
+        if tree.version == record.modelled:
+            assert not document["found_nowhere"]
         if tree.version in record.versions:
             recorded = {name for name in cited() if record.fingerprints(name, tree.version)}
             for name in recorded:
