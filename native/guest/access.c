@@ -16,6 +16,7 @@
 #include "walk/walk_linear.h"
 #include "walk/walk_fast.h"
 #include "walk/walk_shadow.h"
+#include "walk/walk_shadow_fast.h"
 
 #define RECORD_PAGE(record) ((record) >> 12 & GUEST_PAGE_MASK)
 /* RECORD_PAGE in fewer instructions, if bits 48 to 61 are 0, as they should be. */
@@ -124,7 +125,8 @@ __attribute__((noinline)) enum walk_result accesses_one(struct walk *w, uint64_t
 
 	if (__builtin_expect(!hot, 0)) {
 		count(w->cpu->counters, COUNT_L2_MISSES, 1);
-		if (!w->vmcs->ept || !walk_fast(w, RECORD_PAGE(record), type, &hfn))
+		if (!(w->vmcs->ept ? walk_fast(w, RECORD_PAGE(record), type, &hfn)
+				   : walk_shadow_fast(w, RECORD_PAGE(record), type, &hfn)))
 			return unless_skipped(access_miss(w, record, tlb_ghost(w->tlb)));
 		if (type == ACCESS_WRITE)
 			store(w->m->frames->memory, hfn, record, w->guest->clock);

@@ -352,3 +352,78 @@ def test_a_lost_root_table_of_the_os_is_a_triple_fault() -> None:
         lib.guest_inject_page_fault(machine.m, vcpu, DIRECT_BASE << 12, 0)
         machine.enter(CPU0, vcpu)
         assert lib.guest_run(machine.m, CPU0, vcpu, 10, machine.exit) == lib.EXIT_TRIPLE_FAULT
+
+
+# --- the fast path ------------------------------------------------------------------------------------------
+
+
+def entry_of(machine: ShadowHypervisor, page: int) -> dict[str, object]:
+    entries = ffi.new("struct tlb_entry[]", 4096)
+    found = [
+        e for e in entries[0 : lib.tlb_dump(lib.cpu_tlb(machine.m, CPU0), entries, 4096)] if e.page == page
+    ]
+    (e,) = found
+    fields = (
+        "page",
+        "hfn",
+        "ep4ta",
+        "vpid",
+        "pcid",
+        "kind",
+        "size",
+        "fractured",
+        "vm",
+        "vcpu",
+        "gfn",
+        "custody",
+    )
+    return {name: getattr(e, name) for name in (*fields, "supervisor", "global")} | {"right": list(e.right)}
+
+
+@pytest.mark.parametrize("kind", [READ, WRITE, EXECUTE])
+@pytest.mark.parametrize("writable", [True, False])
+def test_the_fast_path_fills_what_the_slow_one_fills(kind: int, writable: bool) -> None:
+    """With its table cached a walk takes the fast path, unless the second level has ways beyond it."""
+    if kind == WRITE and not writable:
+        return
+    filled = []
+    for ways in (12, 24):
+        with ShadowHypervisor(l2_ways=ways) as machine:
+            vcpu = bare(machine)
+            machine.map_linear(CPU0, VM0, machine.space[vcpu], 5, Translation(5, writable, True), writable)
+            machine.access(CPU0, vcpu, 0x6000)
+            machine.access(CPU0, vcpu, 0x5000, kind)
+            filled.append(entry_of(machine, 5))
+            assert machine.violations() == {}
+    assert filled[0] == filled[1]
+
+
+_DOUBTS: dict[str, set[str]] = {
+    "tracked": {"missed-guest-write"},
+    "gfn": {"guest-stale"},
+    "unlinked": set(),
+    "void custody": {"use-after-free"},
+}
+
+
+@pytest.mark.parametrize("ways", [12, 24])
+@pytest.mark.parametrize("doubt", _DOUBTS)
+def test_neither_path_trusts_what_the_oracle_must_judge(doubt: str, ways: int) -> None:
+    with ShadowHypervisor(l2_ways=ways) as machine:
+        vcpu = bare(machine)
+        space = machine.space[vcpu]
+        gfn = 7 if doubt == "gfn" else 5
+        machine.access(CPU0, vcpu, 0x6000)
+        machine.map_linear(CPU0, VM0, space, 5, Translation(gfn, True, True))
+        if doubt == "tracked":
+            assert lib.oracle_track_writes(machine.m, CPU0, VM0, 5, 1) == 0
+        if doubt == "void custody":
+            machine.free(CPU0, VM0, 5)
+        before = machine.count(lib.COUNT_STALE_WALKS)
+        if doubt == "unlinked":
+            sptes, tables = ffi.new("uint64_t[]", 6), ffi.new("uint32_t[]", 6)
+            lib.tdp_mmu_get_walk(machine.m, machine.tree[space], 4, 5, sptes, tables)
+            lib.shadow_mmu_set_spte(machine.m, CPU0, VM0, Hfn(tables[2]), 0, 2, 0, 0)
+        machine.access(CPU0, vcpu, 0x5000, WRITE)
+        assert set(machine.violations()) == _DOUBTS[doubt]
+        assert (machine.count(lib.COUNT_STALE_WALKS) > before) == (doubt == "unlinked")
