@@ -202,7 +202,7 @@ def explore(
     from emulator.explore.results.suite import Work, explore_suite
     from emulator.explore.results.verdict import STRATEGIES, Plan
     from emulator.litmus.loader import load_tests
-    from emulator.litmus.policies import named_policy
+    from emulator.litmus.policies import pairs_of
     from emulator.policy import DEFAULT, canonical
 
     _refuse_what_has_no_effect(context, strategy, bool(adversary), audit)
@@ -216,15 +216,14 @@ def explore(
         raise BadInput("--strategy", repr(strategy), " or ".join(STRATEGIES))
     tests = load_tests(files or [])
     names = list(dict.fromkeys(map(canonical, policy or [DEFAULT])))
-    for name in names:
-        named_policy(name)
+    pairs = pairs_of(tests, names, named=bool(files))
     options = ExploreOptions.given(adversary or [], adversary_budget, store_buffers)
     if audit:
         source = context.get_parameter_source("executions")
         given = executions if source is not None and source.name != "DEFAULT" else None
         raise typer.Exit(_audit(tests, names, given, seed, options, as_json))
     plan = Plan(strategy, executions, bound, seed=seed, depth=depth, options=options)
-    work = [Work(test, name, plan, seconds) for test in tests for name in names]
+    work = [Work(test, name, plan, seconds) for test, name in pairs]
     if trace:
         from emulator.cli.explore_trace import trace as draw
 

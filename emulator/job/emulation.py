@@ -28,10 +28,12 @@ from emulator.actors.scheduler import Place, Scheduler
 from emulator.actors.task import VcpuTask
 from emulator.errors import BadInput
 from emulator.host.memory import UserMemory
+from emulator.kvm.reset import power_on
 from emulator.kvm.structs import Kvm, KvmParams, Vcpu
 from emulator.kvm.virt.kvm_main import kvm_create_vm, kvm_set_memory_region, kvm_vm_ioctl_create_vcpu
 from emulator.machine.runtime import HPAGE_PMD_NR, Cpu, Machine, OutOfMemory
 from emulator.policy import Policy
+from emulator.policy.without_ept import check_without_ept
 from emulator.scenario.config import PAGES_PER_MIB, Scenario, VmSection
 from emulator.scenario.workload import Workload
 from emulator.traces import Trace, TraceError
@@ -130,9 +132,16 @@ class Emulation:
         params: KvmParams | None = None,
         pace: float = 0,
     ) -> None:
+        if not scenario.machine.ept:
+            check_without_ept(policy, scenario.name)
         self.scenario = scenario
         self.policy = policy
-        self.params = replace(params or KvmParams(), host_takes_time=True)
+        self.params = replace(
+            params or KvmParams(),
+            host_takes_time=True,
+            ept=scenario.machine.ept,
+            vpid=scenario.machine.vpid,
+        )
         self._rng = Random(seed)
         # The guests replay these arrays, so they must live as long as the machine.
         self._traces: dict[tuple[str, int], Trace] = {}
@@ -212,6 +221,7 @@ class Emulation:
         for i in range(section.vcpus):
             vcpu = kvm_vm_ioctl_create_vcpu(cpu, kvm)
             self._furnish(cpu, vcpu, section, layout, i, traces)
+            power_on(cpu, vcpu)
             if section.disturbed and self.scenario.kvm.smis:
                 lib.guest_set_smi_handler(cpu.m, vcpu.id, *self._smi_handler(layout))
             self.tasks.append(VcpuTask(vcpu, section.halt))

@@ -35,6 +35,19 @@ def kvm_apic_accept_events(cpu: Cpu, vcpu: Vcpu) -> None:
     kvm_vcpu_reset(cpu, vcpu, init_event=True)
 
 
+def power_on(cpu: Cpu, vcpu: Vcpu) -> None:
+    """Put a new vCPU into the state after power-up, which its guest leaves by enabling paging itself.
+
+    Without EPT each of these steps exits to KVM.  With EPT a vCPU starts behind them (KVM_SET_SREGS), because
+    nothing of it concerns KVM.
+    """
+    if vcpu.kvm.params.ept:
+        return
+    vcpu.arch.cr0 = vcpu.arch.cr3 = vcpu.arch.cr4 = 0
+    kvm_mmu_reset_context(cpu, vcpu)
+    lib.guest_power_on(cpu.m, vcpu.id)
+
+
 def kvm_vcpu_reset(cpu: Cpu, vcpu: Vcpu, init_event: bool) -> None:
     """kvm_vcpu_reset(): reset the registers that decide about roots and flushes.
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
+from emulator.kvm.reset import power_on
 from emulator.kvm.structs import Vcpu
 from emulator.litmus.ops import GuestOp, Instruction, Op
 from native import ffi, lib
@@ -67,6 +68,7 @@ class GuestProgram:
                     cpu.m, vcpu.id, self._records, 1, self._page_array, len(self._pages)
                 )
                 cpu.check(rc)
+        power_on(cpu, vcpu)
 
     def load(self, ops: tuple[Op, ...], report: bool) -> None:
         """Load the operations that the guest executes next."""

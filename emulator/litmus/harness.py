@@ -363,6 +363,8 @@ class Harness:
             eager_page_split=section.eager_page_split,
             tdp_level=max(section.tdp_levels, default=4),
             eptad=section.ept_ad,
+            ept=self.test.machine.ept,
+            vpid=self.test.machine.vpid,
             slice_accesses=1 << 30,
         )
         kvm = kvm_create_vm(cpu, section.pages, self.policy, params)

@@ -2,8 +2,10 @@
 
 All threads have ended, no walk is under way, and every RCU callback has run.  A root then has one reference
 for each place in which a vCPU holds it, and one of the TDP MMU's own until the root is invalidated and
-zapped.  A vCPU may hold an invalid root only while its request to free obsolete roots is pending.  Each table
-page in use is linked below a root of some VM.  Each VPID is free or a vCPU's.
+zapped.  A root of the shadow MMU has one for each vCPU that holds it, and each of its pages is in use, or an
+invalid root that a vCPU still holds.  A vCPU may hold an obsolete root only while its request to free
+obsolete roots is pending.  Each table page in use is linked below a root of the TDP MMU, or is the shadow
+MMU's.  Each VPID is free or a vCPU's.
 
 A leak harms no guest at once; it is the violation `leak`, after all others.
 """
@@ -14,6 +16,7 @@ from collections.abc import Iterable, Iterator
 
 from emulator.explain.facts import LEAK
 from emulator.kvm.kvm_host import KVM_REQ_MMU_FREE_OBSOLETE_ROOTS, KVM_REQUEST_MASK
+from emulator.kvm.mmu.spte import is_obsolete_sp
 from emulator.kvm.mmu.structs import KvmMmuPage
 from emulator.kvm.structs import Kvm, Vcpu
 from emulator.machine.runtime import Machine
@@ -32,12 +35,15 @@ def _of_vm(kvm: Kvm) -> Iterator[str]:
     for vcpu in kvm.vcpus:
         for root, place in _roots(vcpu):
             held[root] = held.get(root, 0) + 1
-            if root.role.invalid and not _frees_roots(vcpu):
+            if is_obsolete_sp(kvm, root) and not _frees_roots(vcpu):
                 where = f"previous root {place - 1}" if place else "current root"
                 yield (
                     f"vCPU {vcpu.id} of VM {kvm.id} keeps root {root.hfn:#x} as its {where}: the root is "
                     "obsolete, and no request to free it is pending"
                 )
+    if not kvm.params.ept:
+        yield from _of_shadow_mmu(kvm, held)
+        return
     for root, holders in held.items():
         expected = holders + _own_references(kvm, root)
         if root.root_count.value != expected:
@@ -47,6 +53,27 @@ def _of_vm(kvm: Kvm) -> Iterator[str]:
             )
         if root.role.invalid and root.tdp_mmu_scheduled_root_to_zap:
             yield f"root {root.hfn:#x} of VM {kvm.id} was invalidated and never zapped"
+
+
+def _of_shadow_mmu(kvm: Kvm, held: dict[KvmMmuPage, int]) -> Iterator[str]:
+    for vcpu in kvm.vcpus:
+        for root in filter(None, vcpu.root_mmu.pae_root):
+            held[root] = held.get(root, 0) + 1
+    for sp in kvm.shadow.page_of.values():
+        holders = held.get(sp, 0)
+        if sp.shadow_root_count != holders:
+            yield (
+                f"root {sp.hfn:#x} of VM {kvm.id} has {sp.shadow_root_count} references, "
+                f"{holders} of them accounted for"
+            )
+        if sp not in kvm.shadow.active_mmu_pages and not holders:
+            yield f"shadow page {sp.hfn:#x} of VM {kvm.id} was zapped and not freed"
+
+
+def _shadow_tables(kvm: Kvm) -> int:
+    """Return the table pages of the shadow MMU: shadow pages, those above PAE roots, and the dummy root."""
+    special = sum(2 for vcpu in kvm.vcpus if vcpu.root_mmu.pml4_root is not None)
+    return len(kvm.shadow.page_of) + special + (kvm.shadow.dummy_root is not None)
 
 
 def _roots(vcpu: Vcpu) -> Iterator[tuple[KvmMmuPage, int]]:
@@ -73,13 +100,14 @@ def _of_machine(machine: Machine, kvms: list[Kvm]) -> list[str]:
     found = []
     roots = [root for kvm in kvms for root in kvm.tdp_mmu_roots]
     linked = sum(lib.ept_tables_below(machine.m, root.hfn, root.role.level) for root in roots)
+    linked += sum(map(_shadow_tables, kvms))
     tables = lib.frames_in_use(machine.m, lib.FRAME_TABLE)
     if tables != linked:
-        found.append(f"{tables} table pages are in use, {linked} of them linked below a root")
+        found.append(f"{tables} table pages are in use, {linked} of them accounted for")
     pages = lib.frames_in_use(machine.m, lib.FRAME_ROOT)
     if pages != len(roots):
         found.append(f"{pages} root pages are in use, and the VMs have {len(roots)} roots")
-    vpids = len(machine.vmx_vpids) + sum(len(kvm.vcpus) for kvm in kvms)
+    vpids = len(machine.vmx_vpids) + sum(vcpu.vpid != 0 for kvm in kvms for vcpu in kvm.vcpus)
     if vpids != machine.vpids:
         found.append(f"of {machine.vpids} VPIDs {vpids} are free or a vCPU's")
     return found

@@ -6,6 +6,8 @@
     [machine]                     # all optional
     pcpus = 2                     # physical CPUs; TLBs never evict
     root_frames = 4               # host frames for EPT roots: few, so that pages become roots again
+    ept = true                    # kvm_intel.ept; false: KVM shadows the guests' page tables
+    vpid = true                   # kvm_intel.vpid; false: VM entry and VM exit flush
 
     [[vm]]                        # one VM with one vCPU if not given
     vcpus = 2
@@ -155,6 +157,8 @@ class MachineSection(Section):
     root_frames: Annotated[int, Unit("frames")] = Field(default=8, ge=2, le=64, strict=True)
     table_frames: Annotated[int, Unit("frames")] = Field(default=256, ge=16, le=4096, strict=True)
     guest_blocks: Annotated[int, Unit("blocks of 2 MiB")] = Field(default=4, ge=0, le=16, strict=True)
+    ept: bool = True
+    vpid: bool = True
 
 
 class VmSection(Section):

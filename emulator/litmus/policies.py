@@ -9,6 +9,7 @@ from typing import Final
 from emulator.litmus.model import INCONCLUSIVE, SAFE, Expected, LitmusTest
 from emulator.policy import MUTANTS, PRESETS, Mutant, Policy, canonical, spelled_policy
 from emulator.policy.mutants import PREFIX
+from emulator.policy.without_ept import answer_about_ept, check_without_ept
 
 # As in emulator.litmus.model.KINDS.
 _DEADLOCK: Final = "deadlock"
@@ -42,17 +43,41 @@ def _mutant(name: str) -> Mutant | None:
 
 def policies_for(test: LitmusTest, chosen: Sequence[str], all_mutants: bool) -> list[str]:
     """Return the policies to run the test under: the chosen ones, or all presets, the policies that the test
-    names, and the mutants that must only cost time (with `all_mutants` every mutant).
+    names, and the mutants that must only cost time (with `all_mutants` every mutant).  Without EPT those that
+    answer about EPT are left out.
 
     A policy that is expected to end in a deadlock, and in nothing else, is left to `flushlab explore`:
     threads that wait for ever look like those of a busy machine, and each execution would take the limit.
     """
     if chosen:
+        for name in chosen if not test.machine.ept else ():
+            check_without_ept(named_policy(name), test.name)
         return list(dict.fromkeys(map(canonical, chosen)))
     mutants = mutant_names() if all_mutants else [name for name in mutant_names() if is_cost_only(name)]
     apart = [name for policies in test.expect.apart().values() for name in policies]
     named = [name for name, verdict in test.expect.policies.items() if verdict != (_DEADLOCK,)]
-    return list(dict.fromkeys([*PRESETS, *named, *apart, *mutants]))
+    names = list(dict.fromkeys([*PRESETS, *named, *apart, *mutants]))
+    if test.machine.ept:
+        return names
+    return [name for name in names if _is_without_ept(name)]
+
+
+def pairs_of(
+    tests: Sequence[LitmusTest], names: Sequence[str], *, named: bool
+) -> list[tuple[LitmusTest, str]]:
+    """Return each test with each policy.  Tests without EPT have no pair with policies that answer about
+    EPT; if
+    the tests were `named` one by one, that is an error."""
+    pairs = [(test, name) for test in tests for name in names]
+    if named:
+        for test, name in pairs:
+            if not test.machine.ept:
+                check_without_ept(named_policy(name), test.name)
+    return [(test, name) for test, name in pairs if test.machine.ept or _is_without_ept(name)]
+
+
+def _is_without_ept(name: str) -> bool:
+    return answer_about_ept(named_policy(name)) is None
 
 
 def expected_of(test: LitmusTest, name: str) -> tuple[Expected, ...]:

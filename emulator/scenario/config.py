@@ -92,6 +92,10 @@ class Geometry(Section):
 class MachineSection(Section):
     pcpus: Annotated[int, Unit("pCPUs")] = Field(default=4, ge=1, le=MAX_PCPUS, strict=True)
     geometry: Geometry = Geometry()
+    # kvm_intel.ept and kvm_intel.vpid: without EPT KVM shadows the guests' page tables; without VPIDs VM
+    # entry and VM exit flush.
+    ept: bool = True
+    vpid: bool = True
 
 
 class VmSection(Section):

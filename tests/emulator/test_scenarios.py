@@ -41,6 +41,16 @@ def run(name: str, policy: str = "linux-7.3", seconds: float = 1.0, pcpus: int |
 
 
 @pytest.mark.slow
+@pytest.mark.slow
+def test_shadow_paging_is_clean_and_does_all_that_it_is_about() -> None:
+    result = run("shadow", seconds=3.0)
+    assert not result.failure
+    assert not result.snapshot.violated, result.reports[0].text
+    for stat in ("mmu_shadow_zapped", "mmu_pte_write", "mmu_unsync", "mmu_synced"):
+        assert result.snapshot.kvm(stat) > 0, stat
+    assert not result.snapshot.kvm("roots_allocated")
+
+
 @pytest.mark.parametrize("name", COMPARED)
 def test_each_does_what_it_is_about_and_is_clean(name: str) -> None:
     result = run(name)

@@ -18,6 +18,8 @@ RET_PF_INVALID: Final = 3
 RET_PF_FIXED: Final = 4
 RET_PF_SPURIOUS: Final = 5
 RET_PF_WRITE_PROTECTED: Final = 6
+# RET_PF_RETRY in the kernel: the fault is the guest's own, and has been injected.
+RET_PF_INJECTED: Final = 7
 # Errors that KVM_RUN returns to user space.
 EFAULT: Final = -14
 ENOMEM: Final = -12

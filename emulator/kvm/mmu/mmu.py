@@ -21,7 +21,7 @@ from emulator.kvm.kvm_host import (
 )
 from emulator.kvm.mmu.page_track import shadow_gfn_write_protect
 from emulator.kvm.mmu.rmap import kvm_rmap_age_gfn_range, kvm_rmap_zap_gfn_range
-from emulator.kvm.mmu.shadow import kvm_zap_obsolete_pages, shadow_mmu_zap_all
+from emulator.kvm.mmu.shadow import free_special_pages, kvm_zap_obsolete_pages, shadow_mmu_zap_all
 from emulator.kvm.mmu.shadow_slots import (
     kvm_memslots_have_rmaps,
     kvm_mmu_zap_memslot_pages_and_flush,
@@ -175,6 +175,8 @@ def kvm_mmu_uninit_vm(cpu: Cpu, kvm: Kvm) -> None:
     """kvm_mmu_uninit_vm()"""
     if kvm.params.ept:
         kvm_mmu_uninit_tdp_mmu(cpu, kvm)
+    if kvm.shadow.dummy_root is not None:
+        free_special_pages(cpu, (kvm.shadow.dummy_root,))
 
 
 # --- dirty logging ------------------------------------------------------------------------------------------

@@ -10,6 +10,7 @@ from __future__ import annotations
 from typing import Final
 
 from emulator.kvm.kvm_host import (
+    KVM_REQ_MMU_FREE_OBSOLETE_ROOTS,
     PG_LEVEL_1G,
     PG_LEVEL_4K,
     PG_LEVEL_512G,
@@ -22,6 +23,7 @@ from emulator.kvm.kvm_host import (
 from emulator.kvm.mmu.fault import (
     ENOMEM,
     RET_PF_CONTINUE,
+    RET_PF_INJECTED,
     RET_PF_RETRY,
     RET_PF_SPURIOUS,
     RET_PF_WRITE_PROTECTED,
@@ -59,7 +61,7 @@ from emulator.kvm.virt.guest_memory import (
     kvm_read_guest_word,
     kvm_read_guest_word_atomic,
 )
-from emulator.kvm.virt.requests import kvm_flush_remote_tlbs_range
+from emulator.kvm.virt.requests import kvm_flush_remote_tlbs_range, kvm_make_request
 from emulator.kvm.virt.slots import gfn_to_memslot, mark_page_dirty_in_slot
 from emulator.machine.runtime import Cpu, OutOfFrames
 from native import lib
@@ -252,6 +254,8 @@ def fetch(cpu: Cpu, vcpu: Vcpu, fault: KvmPageFault, walker: GuestWalker) -> int
     if gpte_changed(cpu, vcpu, walker, fault.addr, _LEVELS):
         return RET_PF_RETRY
     if vcpu.mmu.root is None or vcpu.mmu.root.sp is None:
+        # A dummy root, while CR3 points to memory by now: load another one.
+        kvm_make_request(cpu, vcpu, KVM_REQ_MMU_FREE_OBSOLETE_ROOTS)
         return RET_PF_RETRY
     adjusted = False
     for sptep in shadow_walk(cpu, vcpu, fault.addr):
@@ -318,7 +322,7 @@ def paging64_page_fault(cpu: Cpu, vcpu: Vcpu, fault: KvmPageFault) -> int:
     walker = walk_addr(cpu, vcpu, fault.addr, fault.error_code & ~lib.PFERR_RSVD)
     if walker.error_code:
         lib.guest_inject_page_fault(cpu.m, vcpu.id, fault.addr, walker.error_code & ~(1 << 31))
-        return RET_PF_RETRY
+        return RET_PF_INJECTED
     fault.gfn = walker.gfn
     fault.max_level = walker.level
     cpu.point("memslots", kvm.id, "read")

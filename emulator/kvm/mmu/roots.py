@@ -15,7 +15,7 @@ from emulator.kvm.kvm_host import (
 )
 from emulator.kvm.mmu import page_fault
 from emulator.kvm.mmu.root_tracking import mmu_roots, record_flush, test_and_set_flushed
-from emulator.kvm.mmu.shadow import InvalidList, kvm_mmu_commit_zap_page
+from emulator.kvm.mmu.shadow import InvalidList, free_special_pages, kvm_mmu_commit_zap_page
 from emulator.kvm.mmu.shadow_roots import (
     free_pae_roots,
     init_kvm_shadow_mmu,
@@ -30,7 +30,7 @@ from emulator.kvm.mmu.sync import is_unsync_root, kvm_mmu_sync_roots
 from emulator.kvm.mmu.tdp_roots import kvm_tdp_mmu_alloc_root, kvm_tdp_mmu_put_root, root_lock
 from emulator.kvm.structs import Kvm, Vcpu
 from emulator.kvm.virt.requests import kvm_check_request, kvm_make_request
-from emulator.machine.runtime import Cpu, MachineError
+from emulator.machine.runtime import Cpu
 from native import lib
 
 # --- roles --------------------------------------------------------------------------------------------------
@@ -181,8 +181,7 @@ def kvm_mmu_load(cpu: Cpu, vcpu: Vcpu) -> None:
     kvm, mmu = vcpu.kvm, vcpu.mmu
     cpu.stat(kvm.id, lib.STAT_MMU_LOAD)
     if not mmu.root_role.direct:
-        if not mmu_alloc_shadow_roots(cpu, vcpu):
-            raise MachineError(f"{vcpu!r}: CR3 {vcpu.arch.cr3:#x} points to no memory")
+        mmu_alloc_shadow_roots(cpu, vcpu)
         kvm_mmu_sync_roots(cpu, vcpu)
     else:
         mmu_alloc_direct_roots(cpu, vcpu)
@@ -277,6 +276,15 @@ def kvm_mmu_free_obsolete_roots(cpu: Cpu, vcpu: Vcpu) -> None:
         for root in mmu_roots(mmu):
             cpu.point("role", root.hfn, "read")
         kvm_mmu_free_roots(cpu, vcpu.kvm, mmu, lambda root: is_obsolete_root(vcpu.kvm, root))
+
+
+def kvm_mmu_destroy(cpu: Cpu, vcpu: Vcpu) -> None:
+    """kvm_mmu_destroy(): free the roots, and the pages above PAE roots."""
+    kvm_mmu_unload(cpu, vcpu)
+    for mmu in (vcpu.root_mmu, vcpu.guest_mmu):
+        if mmu.pml4_root is not None:
+            free_special_pages(cpu, mmu.pml4_root)
+            mmu.pml4_root = None
 
 
 def kvm_mmu_unload(cpu: Cpu, vcpu: Vcpu) -> None:

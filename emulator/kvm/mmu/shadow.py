@@ -7,7 +7,7 @@ mmu_lock held for write.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import replace
 
 from emulator.kvm.kvm_host import KVM_REQ_MMU_FREE_OBSOLETE_ROOTS, PG_LEVEL_4K, SPTE_ENT_PER_PAGE
@@ -108,6 +108,19 @@ def kvm_mmu_mark_parents_unsync(sp: ShadowPage) -> None:
     """kvm_mmu_mark_parents_unsync()"""
     for parent in sp.parent_ptes:
         mark_unsync(parent)
+
+
+def alloc_special_page(cpu: Cpu) -> Hfn:
+    """Allocate a table that is no shadow page."""
+    cpu.point("frames", "table", "write")
+    return Hfn(cpu.check(lib.shadow_page_alloc(cpu.m, cpu.id, lib.FRAME_TABLE)))
+
+
+def free_special_pages(cpu: Cpu, pages: Iterable[Hfn]) -> None:
+    """Free tables that are no shadow pages, as no vCPU uses them any more."""
+    for page in pages:
+        cpu.point("frames", "table", "write")
+        lib.ept_table_free(cpu.m, cpu.id, page)
 
 
 # --- zapping ------------------------------------------------------------------------------------------------

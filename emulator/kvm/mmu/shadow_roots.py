@@ -14,7 +14,12 @@ from emulator.kvm.kvm_host import (
     X86_CR4_SMEP,
 )
 from emulator.kvm.mmu.paging import paging64_page_fault, paging64_sync_spte
-from emulator.kvm.mmu.shadow import InvalidList, kvm_mmu_prepare_zap_page, make_mmu_pages_available
+from emulator.kvm.mmu.shadow import (
+    InvalidList,
+    alloc_special_page,
+    kvm_mmu_prepare_zap_page,
+    make_mmu_pages_available,
+)
 from emulator.kvm.mmu.shadow_map import nonpaging_page_fault
 from emulator.kvm.mmu.shadow_structs import ShadowPage
 from emulator.kvm.mmu.structs import ACC_ALL, KvmMmu, KvmMmuPageRole, KvmMmuRootInfo
@@ -75,11 +80,7 @@ def mmu_alloc_special_roots(cpu: Cpu, mmu: KvmMmu) -> None:
     """
     if mmu.root_role.level != PT32E_ROOT_LEVEL or mmu.pml4_root is not None:
         return
-    pages = []
-    for _ in range(2):
-        cpu.point("frames", "table", "write")
-        pages.append(Hfn(cpu.check(lib.shadow_page_alloc(cpu.m, cpu.id, lib.FRAME_TABLE))))
-    mmu.pml4_root = pages[0], pages[1]
+    mmu.pml4_root = alloc_special_page(cpu), alloc_special_page(cpu)
 
 
 def _link_special(cpu: Cpu, kvm: Kvm, table: Hfn, index: int, level: int, below: Hfn | None) -> None:
@@ -105,22 +106,30 @@ def shadow_mmu_alloc_direct_roots(cpu: Cpu, vcpu: Vcpu) -> None:
         mmu.root = KvmMmuRootInfo(pgd=0, hfn=pml4, sp=None)
 
 
-def mmu_alloc_shadow_roots(cpu: Cpu, vcpu: Vcpu) -> bool:
+def kvm_mmu_get_dummy_root(cpu: Cpu, kvm: Kvm) -> Hfn:
+    """kvm_mmu_get_dummy_root(): return a table without entries; the kernel has one for all VMs.  Raises
+    OutOfFrames."""
+    if kvm.shadow.dummy_root is None:
+        kvm.shadow.dummy_root = alloc_special_page(cpu)
+    return kvm.shadow.dummy_root
+
+
+def mmu_alloc_shadow_roots(cpu: Cpu, vcpu: Vcpu) -> None:
     """mmu_alloc_shadow_roots(): find or make the shadow page of the guest's top table.  Raises OutOfFrames.
 
-    Return False if CR3 points to no memory; the kernel has a dummy root for that.
+    If CR3 points to no memory, the root is a dummy, with which each access of the guest faults.
     """
     kvm, mmu = vcpu.kvm, vcpu.mmu
     pgd = vcpu.arch.cr3
     gfn = (pgd & (1 << 52) - (1 << 12)) >> 12
     if not kvm_is_visible_memslot(gfn_to_memslot(kvm, gfn, int(vcpu.arch.smm))):
-        return False
+        mmu.root = KvmMmuRootInfo(pgd=pgd, hfn=kvm_mmu_get_dummy_root(cpu, kvm), sp=None)
+        return
     with kvm.mmu_lock.write_lock(cpu):
         if not make_mmu_pages_available(cpu, kvm):
             raise OutOfFrames("no shadow page is left")
         sp = mmu_alloc_root(cpu, vcpu, gfn, mmu.root_role.level)
         mmu.root = KvmMmuRootInfo(pgd=pgd, hfn=sp.hfn, sp=sp)
-    return True
 
 
 def shadow_mmu_free_root_page(cpu: Cpu, kvm: Kvm, sp: ShadowPage, invalid_list: InvalidList) -> None:

@@ -72,13 +72,15 @@ class Sptep(NamedTuple):
 class KvmShadowArch:
     """The shadow MMU's part of struct kvm_arch.
 
-    active_mmu_pages: by age.  mmu_page_hash: by gfn.  page_of: by the frame of its table, for which the
-    kernel has struct page.  mmu_valid_gen: 0 or 1, toggled under slots_lock and mmu_lock.
-    indirect_shadow_pages: pages with a guest's table behind them, also read without a lock.
+    active_mmu_pages: by age.  dummy_root: a table of empty entries, for a CR3 that points to no memory.
+    mmu_page_hash: by gfn.  page_of: by the frame of its table, for which the kernel has struct page.
+    mmu_valid_gen: 0 or 1, toggled under slots_lock and mmu_lock. indirect_shadow_pages: pages with a guest's
+    table behind them, also read without a lock.
     """
 
     __slots__ = (
         "active_mmu_pages",
+        "dummy_root",
         "indirect_shadow_pages",
         "mmu_page_hash",
         "mmu_unsync_pages_lock",
@@ -89,6 +91,7 @@ class KvmShadowArch:
     )
 
     def __init__(self, n_max_mmu_pages: int) -> None:
+        self.dummy_root: Hfn | None = None
         # An ordered set, which pages leave from anywhere; the newest is last.
         self.active_mmu_pages: dict[ShadowPage, None] = {}
         self.mmu_page_hash: dict[int, list[ShadowPage]] = {}

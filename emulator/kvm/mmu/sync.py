@@ -64,6 +64,8 @@ def mmu_try_to_unsync_pages(
         with kvm.shadow.mmu_unsync_pages_lock.held(cpu):
             if not sp.unsync:
                 _kvm_unsync_page(cpu, kvm, sp)
+    # All of its pages are unsync now, or obsolete: no vCPU uses those, whatever the guest stores.
+    stores_need_not_exit(cpu, kvm, gfn)
     return True
 
 
@@ -71,7 +73,6 @@ def _kvm_unsync_page(cpu: Cpu, kvm: Kvm, sp: ShadowPage) -> None:
     """kvm_unsync_page()"""
     assert sp.role.level == PG_LEVEL_4K
     cpu.stat(kvm.id, lib.STAT_MMU_UNSYNC)
-    stores_need_not_exit(cpu, kvm, sp.gfn)
     cpu.point("unsync", kvm.id, "write")
     sp.unsync = True
     kvm_mmu_mark_parents_unsync(sp)

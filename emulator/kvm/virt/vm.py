@@ -5,7 +5,7 @@ from __future__ import annotations
 from emulator.kvm.decisions import Decisions
 from emulator.kvm.kvm_host import KVM_REQ_TLB_FLUSH_GUEST
 from emulator.kvm.mmu.mmu import kvm_mmu_uninit_vm, kvm_mmu_zap_all
-from emulator.kvm.mmu.roots import kvm_init_mmu, kvm_mmu_unload
+from emulator.kvm.mmu.roots import kvm_init_mmu, kvm_mmu_destroy
 from emulator.kvm.structs import Kvm, KvmParams, Vcpu
 from emulator.kvm.virt.requests import kvm_make_request
 from emulator.kvm.x86_ops import KvmX86Ops
@@ -42,7 +42,7 @@ def kvm_destroy_vm(cpu: Cpu, kvm: Kvm) -> None:
     """
     kvm_mmu_zap_all(cpu, kvm)  # kvm_mmu_notifier_release()
     for vcpu in kvm.vcpus:
-        kvm_mmu_unload(cpu, vcpu)
+        kvm_mmu_destroy(cpu, vcpu)
         kvm.x86_ops.vcpu_free(cpu, vcpu)
         lib.vcpu_destroy(cpu.m, vcpu.id)
     kvm.vcpus = ()

@@ -7,7 +7,7 @@ from collections.abc import Iterator
 import pytest
 
 from emulator.kvm.kvm_host import KVM_REQ_MMU_FREE_OBSOLETE_ROOTS, KVM_REQ_TLB_FLUSH, X86_CR0_PG
-from emulator.kvm.mmu.fault import RET_PF_FIXED, RET_PF_RETRY, RET_PF_SPURIOUS, RET_PF_WRITE_PROTECTED
+from emulator.kvm.mmu.fault import RET_PF_FIXED, RET_PF_INJECTED, RET_PF_SPURIOUS, RET_PF_WRITE_PROTECTED
 from emulator.kvm.mmu.page_track import kvm_gfn_is_write_tracked
 from emulator.kvm.mmu.roots import kvm_mmu_reset_context
 from emulator.kvm.mmu.shadow import kvm_mmu_track_write
@@ -16,6 +16,7 @@ from emulator.kvm.regs import kvm_mmu_invlpg, kvm_set_cr3
 from emulator.kvm.virt.kvm_main import kvm_set_memory_region
 from emulator.kvm.virt.requests import kvm_check_request, kvm_test_request
 from emulator.kvm.virt.slots import gfn_to_memslot
+from native import lib
 from tests.emulator.kvm.rig import GFNS, SLOT, Rig
 from tests.emulator.kvm.shadow_rig import PAGE, A, D, P, ShadowedGuest, U, W, shadowed_guest
 
@@ -44,7 +45,7 @@ def test_a_fault_maps_what_the_guests_tables_say(guest: ShadowedGuest) -> None:
 
 def test_the_guests_own_fault_is_the_guests(guest: ShadowedGuest) -> None:
     guest.map(LINEAR, 7, 0)
-    assert guest.fault(LINEAR) == RET_PF_RETRY
+    assert guest.fault(LINEAR) == RET_PF_INJECTED
     assert not is_shadow_present_pte(guest.spte(LINEAR))
 
 
@@ -221,3 +222,27 @@ def test_a_guest_without_paging_has_four_roots_without_a_table(guest: ShadowedGu
     assert guest.vcpu.mmu.root is not None
     assert guest.vcpu.mmu.root.sp is None
     assert is_writable_pte(guest.spte(7 << 12))
+
+
+def test_no_page_is_left_over(rig: Rig) -> None:
+    used = lib.frames_in_use(rig.machine.m, lib.FRAME_TABLE)
+    with shadowed_guest(rig) as guest:
+        guest.map(LINEAR, 7)
+        guest.fault(LINEAR)
+        guest.vcpu.arch.cr0 &= ~X86_CR0_PG
+        kvm_mmu_reset_context(guest.cpu, guest.vcpu)
+        guest.fault(7 << 12, write=True, user=False)
+        guest.vcpu.arch.cr0 |= X86_CR0_PG
+        kvm_mmu_reset_context(guest.cpu, guest.vcpu)
+        kvm_set_cr3(guest.cpu, guest.vcpu, GFNS << 12)
+        guest.enter()
+        rig.destroy(guest.kvm)
+    assert lib.frames_in_use(rig.machine.m, lib.FRAME_TABLE) == used
+
+
+def test_a_cr3_that_points_to_no_memory_has_a_dummy_root(guest: ShadowedGuest) -> None:
+    kvm_set_cr3(guest.cpu, guest.vcpu, GFNS << 12)
+    assert guest.fault(LINEAR) == RET_PF_INJECTED
+    assert guest.vcpu.mmu.root is not None
+    assert guest.vcpu.mmu.root.sp is None
+    assert guest.vcpu.mmu.root.hfn == guest.kvm.shadow.dummy_root

@@ -43,7 +43,7 @@ LEAKS = {
     ),
     "tables that are never freed": (
         (FREE_TABLE, "    del cpu, table\n"),
-        "table pages are in use, 3 of them linked below a root",
+        "table pages are in use, 3 of them accounted for",
     ),
     "a root page that is never freed": (
         (FREE_ROOT, ""),
