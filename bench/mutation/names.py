@@ -18,6 +18,8 @@ EVENTS: Final[Mapping[str, frozenset[str]]] = {
         "flush_invept_global",
         "flush_invept_single",
         "flush_invvpid_single",
+        "invvpid_individual_addr",
+        "invvpid_single_context",
         "kvm_flush_remote_tlbs",
         "kvm_flush_remote_tlbs_memslot",
         "kvm_flush_remote_tlbs_range",

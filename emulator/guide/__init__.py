@@ -12,6 +12,7 @@ from emulator.guide.reference import GENERATED
 TOPICS = (
     "policies",
     "patches",
+    "porting",
     "litmus",
     "scenarios",
     "reports",

@@ -21,22 +21,27 @@ from emulator.guide.reference import ARGUMENTS, attributes_of, questions
 from emulator.policy import POINTS
 
 _BLOCK = re.compile(r"^```(?P<info>[^\n]*)\n(?P<text>.*?)^```$", re.MULTILINE | re.DOTALL)
+_MORE = " (continued)"
 _COMMAND = re.compile(r"^\$ (?P<command>flushlab .*?)(?:\s+# exit (?P<status>\d))?$")
 
 
 @dataclass(frozen=True, slots=True)
 class Step:
-    """A file that a page writes, or a command that it runs with the exit status that it should have."""
+    """A file that a page writes or continues, or a command that it runs with the exit status that it should
+    have."""
 
     name: str
     text: str
     status: int = 0
+    appends: bool = False
 
 
 def steps(topic: str) -> Iterator[Step]:
     for block in _BLOCK.finditer(page(topic)):
         language, _, name = block["info"].partition(" ")
-        if name:
+        if name.endswith(_MORE):
+            yield Step(name.removesuffix(_MORE), block["text"], appends=True)
+        elif name:
             yield Step(name, block["text"])
         elif language == "sh":
             for line in block["text"].splitlines():
@@ -53,7 +58,8 @@ def test_examples_do_what_the_page_says(topic: str, tmp_path: Path) -> None:
     shutil.copytree(Path(__file__).parents[1] / "drift/trees", tmp_path, dirs_exist_ok=True)
     for step in steps(topic):
         if step.name:
-            (tmp_path / step.name).write_text(step.text)
+            with (tmp_path / step.name).open("a" if step.appends else "w") as file:
+                file.write(step.text)
             continue
         command = [sys.executable, "-m", "emulator", *shlex.split(step.text)[1:]]
         done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, timeout=250, check=False)

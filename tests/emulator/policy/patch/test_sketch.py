@@ -13,7 +13,8 @@ from emulator.guide import page
 from tests.emulator.policy.patch.edits import written
 
 PRESET = "lkml-2025-cpu-flushed-mask"
-SKETCH = re.search(r"^```diff sketch\.patch\n(.*?)^```$", page("patches"), re.MULTILINE | re.DOTALL)
+BLOCK = r"^```diff sketch\.patch(?: \(continued\))?\n(.*?)^```$"
+SKETCH = "".join(re.findall(BLOCK, page("porting"), re.MULTILINE | re.DOTALL))
 # Those that refute it, and some that it passes.
 REFUTE = ("return-zap", "bounce-zap", "guest-invlpg-away", "return-protect")
 TESTS = (*REFUTE, "remote-levels", "entry-races-request")
@@ -21,8 +22,7 @@ TESTS = (*REFUTE, "remote-levels", "entry-races-request")
 
 @pytest.mark.slow
 def test_verdicts_agree(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    assert SKETCH is not None
-    path = written(tmp_path, SKETCH[1], "sketch.patch")
+    path = written(tmp_path, SKETCH, "sketch.patch")
     assert main(["explore", *TESTS, "--policy", path, "--policy", PRESET, "--json"]) == 1
     found: dict[str, dict[str, tuple[str, list[str], bool]]] = {path: {}, PRESET: {}}
     for one in json.loads(capsys.readouterr().out)["explored"]:
