@@ -15,7 +15,7 @@ from emulator.explain.meanings import COPIED, ELIDED, LOST, MARKED_EARLY, REOPEN
 from emulator.explain.timeline import Timeline
 from native import EXIT_REASONS
 
-_EPT_VIOLATION = EXIT_REASONS.index("ept_violation")
+_FAULTS = (EXIT_REASONS.index("ept_violation"), EXIT_REASONS.index("exception"))
 # Events that user space records when an ioctl on a log has returned.
 _LOG = ("log_arm", "log_get", "log_clear", "log_end")
 _WORD = 64
@@ -105,4 +105,4 @@ class _Lost(Timeline):
         return e.kind == "protect" and e.vm == self.facts.vm and e.covers(self.facts.gfn)
 
     def _is_write_fault(self, e: Event) -> bool:
-        return e.kind == "exit" and e.vm == self.facts.vm and e.b == _EPT_VIOLATION
+        return e.kind == "exit" and e.vm == self.facts.vm and e.b in _FAULTS

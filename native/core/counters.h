@@ -17,7 +17,7 @@ enum counter {
 	COUNT_CHECKS,            /* custody checks for guest accesses */
 	COUNT_L1_MISSES,         /* of COUNT_LOOKUPS: not in the first-level TLB */
 	COUNT_L2_MISSES,         /* not in the second-level TLB either: a walk */
-	COUNT_GPA_LOOKUPS,       /* guest-physical lookups of two-dimensional walks */
+	COUNT_GPA_LOOKUPS,       /* guest-physical lookups of two-dimensional walks, and lookups of the guest's OS */
 	COUNT_GPA_MISSES,
 	COUNT_WALK_REFERENCES,   /* table entries read by hardware walks, both dimensions */
 	COUNT_WALK_UPDATES,      /* SPTEs in which hardware walks set A or D */

@@ -245,8 +245,10 @@ enum walk_result walk_shadow_cached(struct walk *w, uint64_t page, uint32_t type
 {
 	int hit = tlb_lookup(w->tlb, KIND_LINEAR, page, out);
 
+	count(w->cpu->counters, COUNT_GPA_LOOKUPS, 1);
 	if (hit == 1 && (!out->supervisor || w->supervisor) && walk_check(w, out, page, type, 0))
 		return WALK_DONE;
+	count(w->cpu->counters, COUNT_GPA_MISSES, 1);
 	if (hit == 2)
 		walk_ghost(w, out, page, type);
 	return walk_shadow(w, page, type, out);

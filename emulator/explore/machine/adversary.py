@@ -94,6 +94,7 @@ class Adversary:
         self.evictions = self.fills = 0  # the budgets that are left in this execution
         self.cpu_of: dict[str, CpuId] = {}  # by the task's name
         self._ids: list[VmId] = []  # by a VM's number in the test
+        self._ept = True
         self._masks: dict[tuple[CpuId, VmId, int], tuple[int, int]] = {}
         self._entry = ffi.new("struct tlb_entry *")
         self._entries = ffi.new("struct tlb_entry[]", _MOST)
@@ -104,6 +105,7 @@ class Adversary:
         self.inside.clear()
         self.evictions, self.fills = self.options.evict, self.options.speculate
         self._ids = [kvm.id for kvm in harness.kvms]
+        self._ept = all(kvm.params.ept for kvm in harness.kvms)
         for name, _, body in self._daemons(execution):
             execution.spawn(name, body, daemon=True)
 
@@ -172,10 +174,15 @@ class Adversary:
                 return True
         return False
 
+    def _kind(self, place: Place) -> int:
+        """Return the kind of the mappings that accesses to a page use."""
+        if not self._ept:
+            return lib.KIND_LINEAR
+        return lib.KIND_COMBINED if place.paging else lib.KIND_GUEST_PHYSICAL
+
     # --- candidates -----------------------------------------------------------------------------------------
 
     def _evicts(self, execution: Execution | None, place: Place) -> Callable[[], None]:
-        kind = lib.KIND_COMBINED if place.paging else lib.KIND_GUEST_PHYSICAL
         what = f"the translation of page {place.page:#x}"
 
         def body() -> None:
@@ -190,7 +197,7 @@ class Adversary:
                     place.pcpu,
                     vm,
                     place.page,
-                    lambda e: e.kind == kind and e.vm == vm and _covers(e, place.page),
+                    lambda e: e.kind == self._kind(place) and e.vm == vm and _covers(e, place.page),
                 )
 
         return body
@@ -243,7 +250,6 @@ class Adversary:
 
     def _fills(self, execution: Execution | None, place: Place) -> Callable[[], None]:
         pcpu, page = place.pcpu, place.page
-        kind = lib.KIND_COMBINED if place.paging else lib.KIND_GUEST_PHYSICAL
 
         def body() -> None:
             assert execution is not None
@@ -266,7 +272,7 @@ class Adversary:
                     "guest mode",
                 )
                 self.fills -= 1
-                if lib.tlb_lookup(lib.cpu_tlb(m, pcpu), kind, page, self._entry) == 1:
+                if lib.tlb_lookup(lib.cpu_tlb(m, pcpu), self._kind(place), page, self._entry) == 1:
                     continue
                 # Even a fill that fails reads tables, sets flags, and fills caches on the way.
                 execution.touch(walks, flags)

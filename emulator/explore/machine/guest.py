@@ -18,6 +18,8 @@ else:
 _FLAGS = ("GUEST_OP_NOFLUSH", "GUEST_OP_READ_ONLY", "GUEST_OP_GLOBAL", "GUEST_OP_HUGE")
 
 EXIT_REASONS: Final[int] = lib.EXIT_REASONS
+# Exits for a walk that found no right.
+_FAULTS: Final = frozenset({lib.EXIT_EPT_VIOLATION, lib.EXIT_EXCEPTION})
 GUEST_OP_NAMES: Final = {
     getattr(lib, name): name.removeprefix("GUEST_OP_").replace("_", " ").lower()
     for name in dir(lib)
@@ -85,7 +87,7 @@ class GuestMode(Lib):
         before, cached = control.walks(cpu), control.caches_tables(cpu)
         reason = control.exit_reason = int(lib.guest_step(m, cpu))
         now = control.walks(cpu)
-        walked = now.misses != before.misses or reason == lib.EXIT_EPT_VIOLATION
+        walked = now.misses != before.misses or reason in _FAULTS
         stored = op.kind in _STORES or (walked and vm in control.paging)
         if walked:
             # A walk from the root meets linked tables only; a cached pointer may lead to a free table.
@@ -98,7 +100,7 @@ class GuestMode(Lib):
             execution.touch(0, ept)
         if stored:
             execution.touch(0, memory)
-            if reason != lib.EXIT_EPT_VIOLATION or vm in control.paging:
+            if reason not in _FAULTS or vm in control.paging:
                 execution.touch(0, control.contents(vm, op.linear >> 12))
         self._performed(execution, cpu, vm, op, walked)
         control.judge()
