@@ -1,5 +1,4 @@
-"""arch/x86/kvm/emulate.c and x86.c: the one instruction that KVM emulates, a store to a guest's page table.
-"""
+"""arch/x86/kvm/emulate.c and x86.c: a store to a guest's page table, all that KVM emulates here."""
 
 from __future__ import annotations
 
@@ -20,9 +19,8 @@ _WORD: Final = 8
 def emulate_store(cpu: Cpu, vcpu: Vcpu, linear: int, error_code: int) -> int:
     """x86_emulate_instruction() of a store; return a RET_PF_ value.
 
-    The store is made in memory first, then the shadow pages of the table lose their SPTEs
-    (emulator_write_phys). An access that is no store of a word (a CPU's own write of an accessed flag) is
-    let through, by zapping the pages that protect the table.
+    Store to memory first, then zap what shadows the entry (emulator_write_phys).  For an access that
+    stores no word (a CPU sets an accessed flag), zap the pages that keep the table read-only, and retry.
     """
     kvm = vcpu.kvm
     value = ffi.new("uint64_t *")

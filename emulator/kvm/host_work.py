@@ -1,15 +1,15 @@
 """The host's own work between two flushes, which takes longer than the vCPUs need to service the first one.
 
 On a real host a kicked vCPU is back in the guest before the host reaches the next page.  Recorded under
-emulation: 24 ms from page to page of a reclaim, 0.12 ms from exit to entry; 6.6 ms and 0.012 ms for pages
-that are copied on write.  In this emulator all threads share one interpreter: a host thread that keeps the
+emulation: 24 ms from page to page of a reclaim, and 0.12 ms from exit to entry; with copy-on-write, 6.6 ms
+and 0.012 ms.  In this emulator all threads share one interpreter: a host thread that keeps the
 GIL makes sixty requests before a vCPU runs again, one entry services them all, and the cost of a burst is up
 to chance.
 
-So the host waits before it goes on to the next page, for the vCPUs' progress rather than for a time: until no
-loaded vCPU has KVM_REQ_TLB_FLUSH pending.  A vCPU that does such host work itself, for a fault, services no
-requests until it is done, and is not waited for.  Hence no two CPUs wait for each other; requests to that
-vCPU merge, as on a real host.  The waiting thread holds no lock that an entry takes.
+Before each next page the host therefore waits until no loaded vCPU has KVM_REQ_TLB_FLUSH pending.  It does
+not wait for a vCPU that does host work itself, for a fault, because such a vCPU services no request until it
+is done.  Hence no two CPUs wait for each other, and requests to that vCPU merge, as on a real host.  The
+waiting thread holds no lock that an entry takes.
 
 Only machines with freely running vCPUs use this (KvmParams.host_takes_time).  A litmus test prescribes its
 order, and explore tries every order.
@@ -30,8 +30,8 @@ def host_works(cpu: Cpu, kvm: Kvm) -> bool:
     """Wait until every loaded vCPU has serviced its flush requests, except the caller's own and vCPUs that do
     host work themselves.
 
-    Return whether the caller had to wait: it must then revalidate, because other threads ran meanwhile.  It
-    may hold SRCU, and mutexes that vCPUs do not take, but no other lock.
+    Return whether the caller had to wait: it must then revalidate, because other threads ran meanwhile.  The
+    caller may hold SRCU, and mutexes that vCPUs do not take, but no other lock.
     """
     if not kvm.params.host_takes_time or not _are_behind(cpu, kvm):
         return False

@@ -1,9 +1,9 @@
-"""The moments of which KVM tells a policy, and the flushes of a pCPU as it is told of them.
+"""The moments at which KVM calls a policy, and the flush instructions that some of them are about.
 
 KVM knows no policy, only this protocol.  A policy defines the moments that it wants to hear of, and may act
 in them: keep state (KVM stores it with its own objects, and never looks into it), flush, interrupt, make
-requests.  The moments that a policy defines are resolved once, when the VM is created, so a moment that no
-policy hears costs the test of a field.
+requests.  The policy's functions are looked up once, when the VM is created, so a moment that the policy does
+not hear costs the test of a field.
 """
 
 from __future__ import annotations

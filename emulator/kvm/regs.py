@@ -89,8 +89,8 @@ def kvm_set_cr4(cpu: Cpu, vcpu: Vcpu, cr4: int) -> None:
 def kvm_post_set_cr4(cpu: Cpu, vcpu: Vcpu, old_cr4: int, cr4: int) -> None:
     """kvm_post_set_cr4(): make the flushes that the SDM requires for each bit (vol. 3A, 4.10.4.1).
 
-    Setting PCIDE requires none, but without EPT the previous roots are freed: they are keyed by CR3, and a
-    MOV to CR3 that flushes nothing could go back to one whose PCID bits meant nothing when it was current.
+    Setting PCIDE requires none, but without EPT all roots are freed: they are keyed by CR3, and a MOV to CR3
+    that flushes nothing could return to a root from the time when CR3 had no PCID.
     """
     changed = cr4 ^ old_cr4
     all_contexts = bool(changed & X86_CR4_PGE or (old_cr4 & ~cr4) & X86_CR4_PCIDE)

@@ -47,12 +47,13 @@ class KvmParams:
     resched_chunks: chunks after which need_resched() is true for an iterator; 0: never.
     eager_page_split: the module parameter of that name.
     ept, vpid: kvm_intel.ept and kvm_intel.vpid.  Without EPT KVM shadows the guests' page tables; without
-    VPIDs VM entry and exit flush. mmu_pages: shadow pages that a VM may have (KVM_SET_NR_MMU_PAGES). eptad:
-    kvm_intel.eptad; without A/D bits in EPT, aging takes an SPTE's permissions to see the next access.
+    VPIDs VM entry and exit flush.
+    mmu_pages: shadow pages that a VM may have (KVM_SET_NR_MMU_PAGES).
+    eptad: kvm_intel.eptad; without A/D bits in EPT, aging takes an SPTE's permissions to see the next access.
     tdp_level: the host's levels, 4 or 5; a vCPU with a MAXPHYADDR of 48 or less in its CPUID uses 4.
-    slice_accesses: guest accesses until the preemption timer ends a slice. host_takes_time: the host's work
-    between two flushes takes longer than an exit and an entry (host_work.py); for machines with freely
-    running vCPUs.
+    slice_accesses: guest accesses until the preemption timer ends a slice.
+    host_takes_time: the host's work between two flushes takes longer than an exit and an entry
+    (host_work.py); for machines with freely running vCPUs.
     """
 
     fault_around: int = 16
@@ -72,8 +73,8 @@ class KvmParams:
 class KvmMemorySlot:
     """struct kvm_memory_slot: immutable apart from the dirty bitmap.
 
-    The bitmap has a byte per page: marking a page is one store, and reaping clears only bytes that it read
-    as set, so a mark is either reported now or still there.
+    The bitmap has a byte per page, which one store marks.  Reaping clears only bytes that it read as set, so
+    each mark is reported now or stays for the next time.
     """
 
     __slots__ = ("arch", "as_id", "base_gfn", "dirty_bitmap", "flags", "id", "npages", "userspace_addr")

@@ -57,7 +57,7 @@ Entered = tuple[Cpu, ExitToUser | None]
 
 
 def serve_requests(cpu: Cpu, vcpu: Vcpu) -> ExitToUser | None:
-    """Service requests as the request block of vcpu_enter_guest() does, in its order."""
+    """Service requests in the order of vcpu_enter_guest()'s request block."""
     if kvm_test_request(cpu, vcpu, KVM_REQ_VM_DEAD):
         return ExitToUser("shutdown")
     if kvm_check_request(cpu, vcpu, KVM_REQ_MMU_FREE_OBSOLETE_ROOTS):
@@ -89,8 +89,8 @@ def kvm_vcpu_exit_request(cpu: Cpu, vcpu: Vcpu) -> bool:
     """kvm_vcpu_exit_request(): check mode and requests a last time before VM entry, with interrupts off and
     mode IN_GUEST_MODE.
 
-    A request made before is seen here; the sender of a later one finds the mode and interrupts the pCPU.
-    Pending work comes last: the CPU's attention, which guest_run tests before the first access.
+    An earlier request is seen here; the sender of a later one finds the mode and interrupts the pCPU.
+    Pending work, the CPU's attention, is tested last: by guest_run, before the first access.
     """
     cpu.point("mode", vcpu.id, "read")
     if lib.vcpu_mode(cpu.m, vcpu.id) == EXITING_GUEST_MODE:
@@ -202,8 +202,7 @@ def xfer_to_guest_mode_work_pending(vcpu: Vcpu, exits: int) -> bool:
     """__xfer_to_guest_mode_work_pending() (include/linux/entry-virt.h): return whether a signal or
     need_resched() is pending.
 
-    Raise MachineStopped here if the machine stops, because a vCPU that only runs and faults reaches no wait
-    that would.
+    Raise MachineStopped if the machine stops: a vCPU that only runs and faults reaches no wait that would.
     """
     exit_info = vcpu.exit
     attention = exit_info.attention & _ATTENTION_WORK
@@ -246,7 +245,7 @@ def vcpu_run(vcpu: Vcpu, state: RunYield = READY) -> Generator[RunYield, Cpu, No
     """Run a vCPU's thread, which calls KVM_RUN again and again.
 
     Start it with `next()`, which yields `state`, then `send(cpu)` each time with the Cpu that it is on.
-    `state` is READY, or the state in which a thread stopped that this one replaces, other than PREEMPTIBLE.
+    `state` is READY, or the state (but not PREEMPTIBLE) of the stopped thread that this one replaces.
     At READY and ExitToUser the vCPU is not loaded.  At PREEMPTIBLE, RESCHED and HALTED it is loaded: before
     the thread moves to another pCPU, or another vCPU runs on this one, call kvm_sched_out(cpu, vcpu), and
     kvm_sched_in(cpu, vcpu) before it is resumed.  At PREEMPTIBLE it holds SRCU, so park a vCPU at one of the

@@ -54,15 +54,15 @@ class KvmMmuPage:
     """struct kvm_mmu_page: a shadow page.  The TDP MMU's tables below its roots are plain frame numbers.
 
     `tdp_mmu_page`: it belongs to the TDP MMU, which has roots only; the others are ShadowPages.
-    mmu_valid_gen: the VM's when a ShadowPage was made.  `parent_spte`: the SPTE that would point
-    to the page, with its custody.  role.invalid is set under mmu_lock held for write.
+    `mmu_valid_gen`: the VM's generation when the ShadowPage was made.  `parent_spte`: the SPTE that would
+    point to the page, with its custody.  role.invalid is set under mmu_lock held for write.
 
-    Of roots: `root_count` are its references.  `tracking` is for policies that elide flushes
+    Fields of roots: `root_count` counts the references.  `tracking` is for policies that elide flushes
     (emulator.kvm.mmu.root_tracking).  `policy_data`: the policy's state of the root, which ends with it.
 
-    Of TDP roots: `root_count` starts at 2, for the vCPU's reference and the TDP MMU's own; or at 1 if the TDP
-    MMU keeps none (`has_tdp_ref`, decision root_put).  `tdp_mmu_scheduled_root_to_zap` is set under mmu_lock
-    held for write, and cleared under slots_lock.
+    Fields of TDP roots: `root_count` starts at 2, for the vCPU's reference and the TDP MMU's own; or at 1 if
+    the TDP MMU keeps none (`has_tdp_ref`, decision root_put).  `tdp_mmu_scheduled_root_to_zap` is set under
+    mmu_lock held for write, and cleared under slots_lock.
     """
 
     __slots__ = (
@@ -131,8 +131,8 @@ class KvmMmuRootInfo:
     """struct kvm_mmu_root_info: a root that a vCPU holds.
 
     pgd: the guest's page table that the root stands for, by its guest-physical address; 0 for direct roots,
-    which stand for none.  hfn: the root's page, the kernel's `hpa`.  sp: the shadow page on it, or None if
-    there is none, as of a dummy root.
+    which stand for none.  hfn: the root's page, the kernel's `hpa`.  sp: its shadow page; a dummy root has
+    none.
     """
 
     pgd: int
@@ -146,9 +146,8 @@ class KvmMmu:
     page_fault: the handler of guests' faults, or None until kvm_init_mmu() chooses it.  sync_spte: compares
     an SPTE of an unsync page with the guest's entry; None for direct MMUs.
 
-    pae_root: without EPT, the pages for the four quarters of 4 GiB, where the guest has no table of their
-    level: they are the current root then, below the pages of pml4_root (which is None until such a root is
-    needed).
+    pae_root: without EPT, and where the guest has no table of that level, the four pages that map one GiB
+    each.  They are the current root, below the pages of pml4_root, which are made when first needed.
     """
 
     __slots__ = ("pae_root", "page_fault", "pml4_root", "prev_roots", "root", "root_role", "sync_spte")

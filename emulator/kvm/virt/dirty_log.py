@@ -1,8 +1,8 @@
 """virt/kvm/kvm_main.c: KVM_GET_DIRTY_LOG and KVM_CLEAR_DIRTY_LOG.
 
 Bitmaps are lists of 64-bit words, one bit per page of the slot.  Reaping clears a page's mark first and then
-write-protects the page, so that a later write faults and marks it again.  A vCPU could still write through a
-writable translation in a TLB; the flush drops those before user space reads the pages.
+write-protects the page, so that a later write faults and marks it again.  Until the flush, a vCPU can still
+write through a writable translation in its TLB; user space reads the pages after the flush.
 """
 
 from __future__ import annotations
@@ -58,7 +58,7 @@ def _words(
         if not looked:
             cpu.point("dirty_bitmap", (slot.as_id, slot.id), "read")
         word = _word(bitmap, offset)
-        # The caller acts on a word that is not empty before it asks for the next one.
+        # The caller's changes for a word that is not empty are steps, so the next read needs a point.
         looked = not word
         yield offset, word
 
@@ -76,7 +76,7 @@ def _clear(cpu: Cpu, slot: KvmMemorySlot, bitmap: bytearray, offset: int, mask: 
 def _reap(cpu: Cpu, kvm: Kvm, slot: KvmMemorySlot, bitmap: bytearray, offset: int, mask: int) -> int:
     """Clear the marks, then write-protect the pages; return how many SPTEs lost W.
 
-    A write between the two steps leaves no mark, but user space copies the page later and finds it there.
+    A write between the two steps leaves no mark, but user space copies the page later, and the write with it.
     """
     _clear(cpu, slot, bitmap, offset, mask)
     return kvm_arch_mmu_enable_log_dirty_pt_masked(cpu, kvm, slot, offset, mask)

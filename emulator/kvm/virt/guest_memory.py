@@ -1,8 +1,6 @@
 """virt/kvm/kvm_main.c: KVM's own accesses to guest memory, through the memslots and user space's mappings.
 
-As the kernel's get_user() (arch/x86/include/asm/uaccess.h) and put_user()
-(arch/x86/include/asm/uaccess.h), they fault pages in and break copy-on-write.  The guest's CPUs
-access the same bytes meanwhile.
+They fault pages in and break copy-on-write.  The guest's CPUs access the same bytes meanwhile.
 """
 
 from __future__ import annotations
@@ -30,9 +28,10 @@ def _fault_in(cpu: Cpu, kvm: Kvm, hva: int, *, write: bool) -> bool:
 
 
 def kvm_read_guest_word(cpu: Cpu, kvm: Kvm, slot: KvmMemorySlot, gfn: int, index: int) -> int | None:
-    """Read the 64-bit word `index` of a page, faulting it in (get_user()); None: the host has none.
+    """get_user() (arch/x86/include/asm/uaccess.h): read the 64-bit word `index` of a page, faulting it in;
+    None: the host has none.
 
-    Not under a spinning lock, because faults sleep.
+    No spinning lock may be held, because faults sleep.
     """
     value = ffi.new("uint64_t *")
     hva = slot.gfn_to_hva(gfn)
@@ -45,8 +44,10 @@ def kvm_read_guest_word(cpu: Cpu, kvm: Kvm, slot: KvmMemorySlot, gfn: int, index
 
 
 def kvm_read_guest_word_atomic(cpu: Cpu, kvm: Kvm, slot: KvmMemorySlot, gfn: int, index: int) -> int | None:
-    """kvm_vcpu_read_guest_atomic(): as above, but a page that is not present is None, so that locks may be
-    held."""
+    """kvm_vcpu_read_guest_atomic(): read the 64-bit word `index` of a page; None: it is not present.
+
+    Any lock may be held.
+    """
     value = ffi.new("uint64_t *")
     cpu.point("guest-memory", (kvm.id, gfn), "read")
     rc = lib.mm_read_word(cpu.m, cpu.id, kvm.id, slot.gfn_to_hva(gfn), index, value)

@@ -80,8 +80,7 @@ def _revoke(cpu: Cpu, kvm: Kvm, slot: KvmMemorySlot) -> None:
     """Record the ioctl's promise that the guest no longer uses the slot's memory through its gfns.
 
     Revoke here, while mmu_notifiers still find the INVALID slot: once it is gone, the host may free its pages
-    without notifying KVM.  gfns at which the other address space has the same memory stay in use and are left
-    out.
+    without notifying KVM.  Leave out the gfns at which the other address space still has the same memory.
     """
     start = slot.base_gfn
     for other in kvm.memslots[1 - slot.as_id].slots:
@@ -141,9 +140,9 @@ def kvm_swap_active_memslots(
 ) -> None:
     """kvm_swap_active_memslots(): replace `old` (by id) by `new`; on return no reader uses the former set.
 
-    The set must not change between an mmu_notifier's start and its end: both must find the same slots.  If
-    invalidations are in progress, the last of them to end installs the set.  (The kernel wakes the updater to
-    install it; here a thread takes longer to wake than invalidations pause, so the updater would starve.)
+    An mmu_notifier must find the same slots at its start and its end, so the set does not change in between:
+    the invalidation in progress that ends last installs it.  (The kernel wakes the updater to install it.
+    Here the updater would starve: a thread takes longer to wake than the pause between two invalidations.)
     """
     given = old if old is not None else new
     assert given is not None

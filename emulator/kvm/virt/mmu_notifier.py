@@ -40,8 +40,8 @@ def kvm_mmu_notifier_invalidate_range_start(
 ) -> None:
     """kvm_mmu_notifier_invalidate_range_start()
 
-    `promise` is the guarantee that the host needs: PROMISE_NOTIFIER, no vCPU uses the range; or
-    PROMISE_NOTIFIER_WRITE, no vCPU writes to it (mprotect, KSM, copy-on-write).  KVM unmaps for both.
+    `promise` is the guarantee that the host needs: with PROMISE_NOTIFIER no vCPU uses the range, with
+    PROMISE_NOTIFIER_WRITE none writes to it (mprotect, KSM, copy-on-write).  KVM unmaps for both.
     """
     with kvm.mn_invalidate_lock.held(cpu):
         kvm.mn_active_invalidate_count += 1
@@ -115,7 +115,7 @@ def kvm_mmu_notifier_invalidate_range_end(cpu: Cpu, kvm: Kvm, start: int, end: i
 
 
 def kvm_mmu_notifier_clear_flush_young(cpu: Cpu, kvm: Kvm, start: int, end: int) -> bool:
-    """kvm_mmu_notifier_clear_flush_young(): clear_young for reclaim, which next unmaps pages found unused.
+    """kvm_mmu_notifier_clear_flush_young(): clear_young() for reclaim, which then unmaps the unused pages.
 
     Decision age_flush.
     """
@@ -131,7 +131,7 @@ def kvm_mmu_notifier_clear_young(cpu: Cpu, kvm: Kvm, start: int, end: int) -> bo
 def kvm_age_hva_range(cpu: Cpu, kvm: Kvm, start: int, end: int, *, flush_on_ret: bool) -> bool:
     """kvm_age_hva_range(), before 6.15 kvm_handle_hva_range(): age each slot's part of the range.
 
-    Decision age_lock: without mmu_lock; or, as before 6.15, the walks and the flush under mmu_lock for write.
+    Decision age_lock: walk without mmu_lock; or, as before 6.15, walk and flush with mmu_lock held for write.
     """
     index = cpu.check(lib.srcu_read_lock(cpu.m, cpu.id, kvm.id))
     try:

@@ -36,9 +36,9 @@ def kvm_arch_vcpu_ioctl_set_sregs(cpu: Cpu, vcpu: Vcpu) -> None:
 
 
 def kvm_destroy_vm(cpu: Cpu, kvm: Kvm) -> None:
-    """kvm_destroy_vm(): destroy a VM.  Its vCPUs do not run any more, nor will they.
+    """kvm_destroy_vm(): destroy a VM whose vCPUs run no more, without a flush.
 
-    No flush is made; pages are freed by RCU callbacks, and it waits for these.
+    Wait for the RCU callbacks that free its pages.
     """
     kvm_mmu_zap_all(cpu, kvm)  # kvm_mmu_notifier_release()
     for vcpu in kvm.vcpus:

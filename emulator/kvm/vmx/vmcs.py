@@ -22,7 +22,7 @@ class LoadedVmcs:
 
 
 def alloc_loaded_vmcs(cpu: Cpu, vcpu: VcpuId, vpid: Vpid, *, ept: bool) -> LoadedVmcs:
-    """alloc_loaded_vmcs(), with the VPID that the vCPU uses it with, 0 for none; `ept` is "enable EPT"."""
+    """alloc_loaded_vmcs(): make a VMCS with the vCPU's VPID (0: none) and the control "enable EPT"."""
     vmcs = VmcsId(cpu.check(lib.vmcs_create(cpu.m, vcpu, vpid)))
     if not ept:
         lib.vmcs_enable_ept(cpu.m, vmcs, 0)

@@ -87,8 +87,8 @@ def vmx_flush_tlb_ept_root(cpu: Cpu, kvm: Kvm, root: KvmMmuRootInfo, reason: Flu
 def vmx_flush_tlb_all(cpu: Cpu, vcpu: Vcpu, reason: FlushReason) -> None:
     """vmx_flush_tlb_all(): execute INVEPT global, which drops the entries of every VM on this pCPU.
 
-    Neither INVVPID nor VM entry drops guest-physical mappings.  Without EPT there are none: INVVPID all-
-    context then, or nothing without VPIDs, because VM entry drops everything.
+    Neither INVVPID nor VM entry drops guest-physical mappings.  Without EPT there are none, and INVVPID
+    all-context takes its place; without VPIDs VM entry drops everything.
     """
     if not vcpu.kvm.params.ept:
         vpid_sync_vcpu_global(cpu, vcpu, reason)
@@ -103,8 +103,8 @@ def vmx_flush_tlb_all(cpu: Cpu, vcpu: Vcpu, reason: FlushReason) -> None:
 
 
 def vmx_flush_tlb_current(cpu: Cpu, vcpu: Vcpu, reason: FlushReason) -> None:
-    """vmx_flush_tlb_current(): execute INVEPT single on the current root, without EPT INVVPID; do nothing
-    without a root."""
+    """vmx_flush_tlb_current(): execute INVEPT single on the current root, if there is one; without EPT,
+    INVVPID."""
     if vcpu.mmu.root is None:
         return
     cpu.stat(vcpu.kvm.id, lib.STAT_FLUSH_CURRENT)
@@ -165,9 +165,9 @@ def vmx_load_mmu_pgd(cpu: Cpu, vcpu: Vcpu, root_hfn: Hfn, root_level: int) -> No
 def vmx_vcpu_load_vmcs(cpu: Cpu, vcpu: Vcpu) -> None:
     """vmx_vcpu_load_vmcs(): load the VMCS; if it was loaded on another pCPU before, flush for the migration.
 
-    The check is of loaded_vmcs.cpu, not of vcpu->cpu, so coming back to the pCPU on which the vCPU ran last
-    is free.  This pCPU may hold two kinds of stale entries: those of SPTEs that KVM changed, and those that
-    the guest invalidated natively, while the vCPU was elsewhere.
+    Compared is loaded_vmcs.cpu, not vcpu->cpu, so a return to the pCPU on which the vCPU ran last makes no
+    flush.  Any other pCPU may hold two kinds of stale entries: of SPTEs that KVM changed while the vCPU was
+    elsewhere, and of translations that the guest invalidated natively there.
     """
     last = vcpu.loaded_vmcs.cpu
     if last != cpu.id:
