@@ -37,6 +37,8 @@ UNREACHED: Final = "unreached"
 SURVIVED: Final = "survived"
 CLASSES: Final = (CAUGHT, BROKEN, EQUIVALENT, COST_ONLY, UNREACHED, SURVIVED)
 
+# So few pairs that reach a statement all get a second look: nothing else tests it.
+FEW: Final = 10
 # Executions on real threads.
 STRESS: Final = 60
 ON_REAL_THREADS: Final = " on real threads"
@@ -63,7 +65,7 @@ class Depth:
 
 THOROUGH: Final = Depth()
 # For a population of hundreds.
-FAIR: Final = Depth(first_looks=4, second_looks=0, of_a_preset=1, stressed=0)
+FAIR: Final = Depth(at_once=6, first_looks=16, second_looks=2, of_a_preset=1, stressed=0)
 # Under the default preset only, and explored only.
 QUICK: Final = Depth(first_looks=16, second_looks=8, of_a_preset=0, stressed=0)
 
@@ -171,17 +173,27 @@ def looks(reaching: Sequence[Known], depth: Depth) -> Iterator[Look]:
     default = [one for one in reaching if one.pair.preset == DEFAULT]
     unproved = [one for one in default if not one.shown.complete]
     others = [one for one in reaching if one.pair.preset != DEFAULT]
+    only_there = [] if default else _of_each_test(others)
     yield from (Look(one, FIRST) for one in default[: depth.at_once])
     yield from (Look(one, GLANCE) for one in default)
+    yield from (Look(one, OTHER) for one in only_there)
     seen: Counter[str] = Counter()
     for one in others:
         seen[one.pair.preset] += 1
-        # A statement that only this preset reaches gets as many looks as one of the default's.
-        if seen[one.pair.preset] <= (depth.of_a_preset if default else depth.first_looks):
+        if seen[one.pair.preset] <= depth.of_a_preset:
             yield Look(one, OTHER)
     yield from (Look(one, FIRST) for one in unproved[: depth.first_looks])
-    yield from (Look(one, SECOND) for one in unproved[: depth.second_looks])
+    seconds = depth.second_looks if len(unproved) > FEW else FEW
+    yield from (Look(one, SECOND) for one in unproved[:seconds])
     yield from (Look(one, STRESS, real=True) for one in reaching[: depth.stressed])
+
+
+def _of_each_test(others: Sequence[Known]) -> list[Known]:
+    """Return the first pair of each test, of pairs that reach statements which the default's do not."""
+    found: dict[str, Known] = {}
+    for one in others:
+        found.setdefault(one.pair.test, one)
+    return list(found.values())
 
 
 def pending(reaching: Sequence[Known], depth: Depth, looked: Mapping[str, int]) -> Iterator[Look]:

@@ -17,8 +17,10 @@ from bench.mutation.generate import Mutant
 from bench.mutation.judge import BROKEN, CAUGHT, Depth, Judgement, pending, reaches
 from bench.mutation.suite import Known, Pair, Shown, text_hash
 
-# A pair that caught this very mutant promises more than any number of others of its function.
-_THIS_ONE: Final = 1000
+# A pair that caught this very mutant promises more than any number of others, and others of its function more
+# than those elsewhere.
+_THIS_ONE: Final = 1_000_000
+_THIS_FUNCTION: Final = 1000
 
 
 def test_of(judgement: Judgement) -> str:
@@ -34,7 +36,7 @@ class Results:
         self.fingerprint = fingerprint
         self.known: dict[Pair, Known] = {}
         self.judged: dict[str, Judgement] = {}
-        self._caught: dict[str, Counter[str]] = {}  # by function: how often each pair caught a mutant
+        self._caught: dict[str, Counter[str]] = {}  # by function, and "": how often each pair caught a mutant
         self._catching: dict[str, str] = {}  # by mutant: the pair that caught it last
         if path is not None and path.exists():
             for line in path.read_text("utf-8").splitlines():
@@ -56,12 +58,15 @@ class Results:
     def _remember(self, judgement: Judgement) -> None:
         if judgement.verdict == CAUGHT:
             function = judgement.name.partition("@")[2].partition("#")[0]
-            self._caught.setdefault(function, Counter())[judgement.pair] += 1
+            for where in (function, ""):
+                self._caught.setdefault(where, Counter())[judgement.pair] += 1
             self._catching[judgement.name] = judgement.pair
 
     def telling(self, mutant: Mutant) -> Mapping[str, int]:
-        """Return how much each pair promises for a mutant, by what it has caught in the same function."""
-        found = Counter(self._caught.get(mutant.function, {}))
+        """Return how much each pair promises for a mutant, by what it has caught, first in its function."""
+        found = Counter(self._caught.get("", {}))
+        for pair, n in self._caught.get(mutant.function, {}).items():
+            found[pair] += _THIS_FUNCTION * n
         if mutant.name in self._catching:
             found[self._catching[mutant.name]] += _THIS_ONE
         return found
