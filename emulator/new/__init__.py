@@ -17,8 +17,10 @@ from string import Template
 from typing import Final
 
 from emulator.errors import BadInput, shown
+from emulator.kvm.notifications import Notifications
 from emulator.output import write_new_file
 from emulator.policy import POINTS, DecisionPoint, Policy, preset
+from emulator.policy.acting import MOMENTS
 
 _NAME: Final = re.compile(r"[A-Za-z][A-Za-z0-9_-]{0,63}")
 _LETTERS: Final = "a letter, then at most 63 letters, digits, - and _"
@@ -47,6 +49,7 @@ def write_policy(name: str, base: str) -> Written:
         "base": base,
         "answers": "\n".join(_answers(decided)),
         "others": others,
+        "moments": "\n".join(line for moment in MOMENTS for line in _hearing(moment)),
     })  # fmt: skip
     write_new_file("NAME", path, text)
     return Written(path, (
@@ -97,6 +100,14 @@ def _answers(point: DecisionPoint) -> Iterator[str]:
         lines = textwrap.wrap(alternative.doc, _WIDTH - 14)
         yield f'        #   "{alternative.name}"{wrong}'
         yield from (f"        #       {line}" for line in lines)
+
+
+def _hearing(moment: str) -> Iterator[str]:
+    """Yield the method that hears a moment as a comment, with the first sentence about it."""
+    function = getattr(Notifications, moment)
+    sentence = " ".join((inspect.getdoc(function) or "").split()).partition(". ")[0].rstrip(".") + "."
+    yield f"    # def {moment}({', '.join(MOMENTS[moment])}):"
+    yield from (f"    #     # {line}" for line in textwrap.wrap(sentence, _WIDTH - 12))
 
 
 def _outline(point: DecisionPoint) -> Iterator[str]:

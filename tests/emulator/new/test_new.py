@@ -13,6 +13,7 @@ from emulator.cli.main import main
 from emulator.litmus.loader import load_test
 from emulator.new import write_policy
 from emulator.policy import POINTS, PRESETS, load_user_policy, preset
+from emulator.policy.acting import MOMENTS
 
 PRINTED = re.compile(r"^    flushlab (.*)$", re.MULTILINE)
 
@@ -44,14 +45,17 @@ def test_a_policy_says_what_each_point_can_answer(capsys: pytest.CaptureFixture[
     new(capsys, "policy", "mine")
     text = Path("mine.py").read_text()
     shown, _, outlines = text.partition("    # The other points.")
-    *_, outlines = outlines.split("    #\n", 1)
+    outlines, _, hearing = outlines.partition("    # Moments.")
+    outlines, hearing = (part.split("    #\n", 1)[1] for part in (outlines, hearing))
     methods = re.sub(r"^    # ", "    ", outlines, flags=re.MULTILINE)
     for point in POINTS:
         for name in point.names():
             assert f'"{name}"' in (shown if point.name == "migration" else methods)
     methods = re.sub(r"^(    def .*)$", r'\1\n        return "no such answer"', methods, flags=re.MULTILINE)
-    Path("mine.py").write_text(shown + methods)
-    assert set(load_user_policy(Path("mine.py")).overrides()) == {point.name for point in POINTS}
+    moments = re.sub(r"^    # (def .*)$", r"    \1\n        pass", hearing, flags=re.MULTILINE)
+    Path("mine.py").write_text(shown + methods + moments)
+    policy = load_user_policy(Path("mine.py"))
+    assert set(policy.overrides()) == {*(point.name for point in POINTS), *MOMENTS}
 
 
 def test_its_example_is_refuted_as_it_says(capsys: pytest.CaptureFixture[str]) -> None:
