@@ -24,7 +24,6 @@ _WITHOUT = frozenset({
     "emulator.kvm.host_work",
     "emulator.kvm.kvm_host",
     "emulator.kvm.notifications",
-    "emulator.kvm.mmu.root_tracking",
     "emulator.kvm.mmu.structs",
     "emulator.kvm.structs",
 })  # fmt: skip
@@ -47,15 +46,9 @@ _WITHOUT_EPT = frozenset({
 _PROPOSED = frozenset({
     "_flush_root_where_vm_ran",
     "_kick_more",
-    "flush_disconnected_sps",
-    "handle_disconnected_sps",
     "join_pcpu_mask",
     "kvm_mmu_flush_all_tlbs_root",
     "migration_vpid",
-    "vmx_flush_ept_on_pcpu_migration",
-    "vmx_flush_tlb_before_entry",
-    "vmx_flush_tlb_old_roots",
-    "vmx_flush_tlb_roots",
 })  # fmt: skip
 # Functions that are no code of KVM: they make and end VMs and vCPUs, as no thread of a test does, check
 # arguments, read the emulator's bitmaps, choose its fault-around, cut walks into steps, slice guests, or

@@ -14,7 +14,6 @@ from typing import Final
 EVENTS: Final[Mapping[str, frozenset[str]]] = {
     "flush": frozenset({
         "ept_sync_context",
-        "flush_disconnected_sps",
         "flush_invept_global",
         "flush_invept_single",
         "flush_invvpid_single",
@@ -76,7 +75,6 @@ EVENTS: Final[Mapping[str, frozenset[str]]] = {
     "free": frozenset({
         "ept_table_free",
         "ept_table_free_rcu",
-        "handle_disconnected_sps",
         "handle_removed_pt",
         "tdp_mmu_free_sp_rcu",
     }),
@@ -98,7 +96,6 @@ ORDERED: Final = frozenset({
     "_clear",
     "_unlink_root",
     "append",
-    "clear",
     "cond_resched",
     "kvm_check_request",
     "invalidate",
@@ -110,8 +107,6 @@ ORDERED: Final = frozenset({
     "mark_page_dirty_in_slot",
     "rcu_enter",
     "rcu_leave",
-    "roots_tlb_changed",
-    "record_flush",
     "set_mode",
     "srcu_read_lock",
     "srcu_read_unlock",

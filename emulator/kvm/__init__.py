@@ -27,12 +27,12 @@ Folders are the kernel's:
             roots), page_fault.py and hugepage.py are mmu.c, fault.py is mmu_internal.h; tdp_iter.py,
             tdp_zap.py (zapping walks), tdp_roots.py (the life of roots), tdp_mmu.py (zaps of ranges),
             tdp_remove.py (removed tables), tdp_map.py (faults) and tdp_dirty.py (dirty logging, splitting,
-            recovery) are tdp_mmu.c; root_tracking.py records per root which pCPUs have flushed it, which no
-            kernel does yet
+            recovery) are tdp_mmu.c
     vmx/    arch/x86/kvm/vmx: vmcs.py (the VMCS and where it is loaded, VPIDs), vmx.py; main.py has Intel's
             operations, by which common code calls them
     .       the rest of arch/x86/kvm: x86.py, tlb.py (flush requests), regs.py, smm.py, reset.py (lapic.c);
-            x86_ops.py is what common code asks of the vendor, decisions.py what KVM asks of a policy
+            x86_ops.py is what common code asks of the vendor, decisions.py what KVM asks of a policy,
+            notifications.py what KVM tells it
 """
 
 from __future__ import annotations

@@ -17,28 +17,20 @@ from emulator.machine.runtime import Cpu
 if TYPE_CHECKING:
     from emulator.kvm.notifications import Heard
 
-RemoteFlush = Literal["all-contexts", "active-roots", "root-tlb-gen", "current-context", "done"]
+RemoteFlush = Literal["all-contexts", "current-context", "done"]
 RemoteKick = Literal["mode-not-outside", "vm-pcpu-mask", "all-pcpus", "done"]
 KickWait = Literal["wait", "no-wait"]
-RootLoad = Literal["flush-current", "root-tlb-gen", "none", "done"]
+RootLoad = Literal["flush-current", "none", "done"]
 CachedRoot = Literal["none", "flush-current"]
-RootAlloc = Literal["none", "on-each-cpu", "vm-pcpu-mask"]
+RootAlloc = Literal["none", "vm-pcpu-mask", "done"]
 RootLock = Literal["read", "write"]
 RootPut = Literal["sync-no-flush", "flush", "async", "inline"]
 InvalidRootZap = Literal["no-flush", "flush"]
-Migration = Literal[
-    "all-contexts",
-    "active-roots",
-    "cpu-flushed-mask",
-    "cpu-flushed-mask-cleared",
-    "root-tlb-gen",
-    "none",
-    "done",
-]
+Migration = Literal["all-contexts", "none", "done"]
 MigrationVpid = Literal["with-ept", "invvpid", "none"]
 SlotDelete = Literal["zap-all-roots", "zap-slot-leafs"]
 ZapScope = Literal["leafs", "leafs-and-tables"]
-Zap = Literal["rcu-proxy", "disconnected-list", "flush-per-table"]
+Zap = Literal["rcu-proxy", "flush-per-table", "done"]
 ZapRoot = Literal["4k-2m-1g-root", "1g-root", "root"]
 ZapYield = Literal["flush-then-unlock", "unlock-then-flush", "no-flush"]
 MapReplace = Literal["flush", "none"]
@@ -55,23 +47,14 @@ FaultRetry = Literal["invalidate-seq", "none"]
 EntryOrder = Literal["mode-then-requests", "requests-then-mode"]
 RoleChange = Literal["reset-context", "unload-all", "keep-roots", "no-guest-flush"]
 
-# The answers that consult the tracking of roots (emulator.kvm.mmu.root_tracking).
-Tracking = Literal["cpu-flushed-mask", "cpu-flushed-mask-cleared", "root-tlb-gen"]
-
 
 class Decisions(Protocol):
     """A policy, as KVM sees it."""
 
     @overload
-    def may_answer(self, point: Literal["remote_flush"], *alternatives: RemoteFlush) -> bool: ...
-    @overload
-    def may_answer(self, point: Literal["root_load"], *alternatives: RootLoad) -> bool: ...
-    @overload
     def may_answer(self, point: Literal["root_alloc"], *alternatives: RootAlloc) -> bool: ...
     @overload
     def may_answer(self, point: Literal["root_put"], *alternatives: RootPut) -> bool: ...
-    @overload
-    def may_answer(self, point: Literal["migration"], *alternatives: Migration) -> bool: ...
     def may_answer(self, point: str, *alternatives: str) -> bool:
         """Return whether the policy can ever answer `point` with one of `alternatives`."""
 
@@ -103,7 +86,7 @@ class Decisions(Protocol):
         """`root` became current again without kvm_mmu_load."""
 
     def root_alloc(self, cpu: Cpu, kvm: Kvm, root: KvmMmuPage) -> RootAlloc:
-        """`root` has been made, and no vCPU can find it yet."""
+        """`root` has been made, and no vCPU can find it yet.  `done`: the policy has flushed."""
 
     def root_lock(self, cpu: Cpu, kvm: Kvm) -> RootLock:
         """A vCPU is about to find or make a root, or to drop its references on roots."""
@@ -130,7 +113,9 @@ class Decisions(Protocol):
         """A range of gfns is about to be zapped."""
 
     def zap(self, cpu: Cpu, kvm: Kvm) -> Zap:
-        """A table page has lost its link and all its entries."""
+        """A table page has lost its link and all its entries; also before a zap, because with another answer
+        than rcu-proxy a zap under mmu_lock for read freezes SPTEs.  `done`: the policy gives the page to RCU
+        (moments table_removed, walk_ends)."""
 
     def zap_root(self, cpu: Cpu, kvm: Kvm, root: KvmMmuPage) -> ZapRoot:
         """`root`, which no vCPU uses any more, is about to be zapped."""

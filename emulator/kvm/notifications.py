@@ -15,7 +15,7 @@ from typing import Literal, NamedTuple, Protocol
 from emulator.kvm.mmu.structs import KvmMmuPage
 from emulator.kvm.structs import Kvm, Vcpu
 from emulator.machine.runtime import Cpu
-from native.types import FlushReason
+from native.types import FlushReason, Hfn
 
 FlushKind = Literal["invept-single", "invept-global", "invvpid-single", "invvpid-all", "invvpid-address"]
 
@@ -67,10 +67,14 @@ class Notifications(Protocol):
     def pcpu_flushed(self, cpu: Cpu, kvm: Kvm, flush: PcpuFlush) -> None:
         """`cpu` has executed that flush."""
 
-    def tables_removed(self, cpu: Cpu, kvm: Kvm, reason: FlushReason, can_yield: bool) -> bool:
-        """A walk that may have removed tables has come to its end, in RCU's read section and under mmu_lock.
-        Return whether all that the walk has zapped has been flushed for here.  can_yield: mmu_lock may be
-        dropped."""
+    def table_removed(self, cpu: Cpu, kvm: Kvm, table: Hfn) -> None:
+        """`table` has lost its link and all its entries, and decision zap was `done`: the policy gives the
+        page to RCU itself, after a flush.  The walk is in RCU's read section and under mmu_lock."""
+
+    def walk_ends(self, cpu: Cpu, kvm: Kvm, reason: FlushReason, flushed: bool, can_yield: bool) -> bool:
+        """A walk that may have removed tables ends, or has taken one apart that it removed alone.  flushed:
+        for all of them, so they may go to RCU at once.  can_yield: the walk is in RCU's read section and may
+        drop mmu_lock.  Return whether the policy has flushed for all that the walk has zapped."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -85,7 +89,14 @@ class Heard:
     before_entry: Callable[[Cpu, Vcpu], None] | None = None
     pcpu_flushes: Callable[[Cpu, Kvm, PcpuFlush], None] | None = None
     pcpu_flushed: Callable[[Cpu, Kvm, PcpuFlush], None] | None = None
-    tables_removed: Callable[[Cpu, Kvm, FlushReason, bool], bool] | None = None
+    table_removed: Callable[[Cpu, Kvm, Hfn], None] | None = None
+    walk_ends: Callable[[Cpu, Kvm, FlushReason, bool, bool], bool] | None = None
+
+
+def walk_ends(cpu: Cpu, kvm: Kvm, reason: FlushReason, *, flushed: bool, can_yield: bool = False) -> bool:
+    """Tell the policy that a walk ends; return whether the policy has flushed."""
+    hear = kvm.heard.walk_ends
+    return hear is not None and hear(cpu, kvm, reason, flushed, can_yield)
 
 
 def flush_begins(cpu: Cpu, kvm: Kvm, flush: PcpuFlush) -> None:

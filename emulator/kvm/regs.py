@@ -24,13 +24,13 @@ from emulator.kvm.kvm_host import (
     X86_CR4_PGE,
     X86_CR4_SMEP,
 )
-from emulator.kvm.mmu.root_tracking import mmu_roots
 from emulator.kvm.mmu.roots import (
     kvm_init_mmu,
     kvm_mmu_free_roots,
     kvm_mmu_new_pgd,
     kvm_mmu_reset_context,
     kvm_mmu_unload,
+    mmu_roots,
 )
 from emulator.kvm.mmu.structs import KvmMmuRootInfo
 from emulator.kvm.mmu.sync import kvm_mmu_invalidate_addr_in_root

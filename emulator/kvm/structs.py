@@ -165,8 +165,8 @@ class Kvm:
     `tdp_mmu_zap_works`: roots that wait for the worker that zaps them (decision root_put=async).
     `policy_data`: the policy's state of the VM.  `heard`: the policy's functions that hear of moments.
     `x86_ops`: the vendor's operations.  `mm`: the host's memory management, without which no page may be
-    copied on write.  `tracks_roots`: the policy may elide flushes by the tracking of roots.  `warned`: texts
-    of WARN_ON_ONCE().  `at_host_work`: CPUs that wait in emulator.kvm.host_work.
+    copied on write.  `warned`: texts of WARN_ON_ONCE().  `at_host_work`: CPUs that wait in
+    emulator.kvm.host_work.
     """
 
     __slots__ = (
@@ -193,7 +193,6 @@ class Kvm:
         "tdp_mmu_pages_lock",
         "tdp_mmu_roots",
         "tdp_mmu_zap_works",
-        "tracks_roots",
         "vcpus",
         "warned",
         "x86_ops",
@@ -233,11 +232,6 @@ class Kvm:
         self.tdp_mmu_pages_lock = SpinLock("tdp_mmu_pages_lock")
         self.dirty_log_manual = 0
         self.tdp_mmu_zap_works: deque[KvmMmuPage] = deque()
-        self.tracks_roots = (
-            policy.may_answer("remote_flush", "root-tlb-gen")
-            or policy.may_answer("root_load", "root-tlb-gen")
-            or policy.may_answer("migration", "cpu-flushed-mask", "cpu-flushed-mask-cleared", "root-tlb-gen")
-        )
         self.warned: set[str] = set()
         self.at_host_work: list[CpuId] = []
         # pCPUs on which a vCPU was ever loaded, for remote_kick and root_alloc=vm-pcpu-mask.

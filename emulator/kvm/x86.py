@@ -165,8 +165,6 @@ def _enter_with_irqs_off(cpu: Cpu, vcpu: Vcpu) -> bool:
         cpu.check(lib.local_irq_enable(cpu.m, cpu.id))
         kvm_vcpu_srcu_read_lock(cpu, vcpu)
         return False
-    if vcpu.kvm.tracks_roots:
-        vcpu.kvm.x86_ops.flush_tlb_before_entry(cpu, vcpu)
     budget = vcpu.kvm.params.slice_accesses
     cpu.point("guest", vcpu.id, "write")
     cpu.check(lib.guest_run(cpu.m, cpu.id, vcpu.id, budget, vcpu.exit))

@@ -9,7 +9,6 @@ from __future__ import annotations
 from typing import Protocol
 
 from emulator.kvm.kvm_host import ExitToUser
-from emulator.kvm.mmu.structs import KvmMmuRootInfo
 from emulator.kvm.structs import Kvm, Vcpu
 from emulator.machine.runtime import Cpu
 from native.types import FlushReason, Hfn
@@ -18,8 +17,7 @@ from native.types import FlushReason, Hfn
 class KvmX86Ops(Protocol):
     """struct kvm_x86_ops, as far as it is about roots and TLBs.
 
-    `reason` (enum flush_reason) is for the accounts.  The last two operations are in no kernel: per-root
-    tracking of flushes needs them.
+    `reason` (enum flush_reason) is for the accounts.
     """
 
     def vcpu_create(self, cpu: Cpu, kvm: Kvm) -> Vcpu:
@@ -54,9 +52,3 @@ class KvmX86Ops(Protocol):
 
     def flush_tlb_gva(self, cpu: Cpu, vcpu: Vcpu, addr: int) -> None:
         """Flush the entries of one linear address, of the guest's own invalidation."""
-
-    def flush_tlb_root(self, cpu: Cpu, kvm: Kvm, root: KvmMmuRootInfo, reason: FlushReason) -> None:
-        """Flush the entries of one root on this pCPU, current or not."""
-
-    def flush_tlb_before_entry(self, cpu: Cpu, vcpu: Vcpu) -> None:
-        """Flush the current root if its generation is old, with interrupts off and mode IN_GUEST_MODE."""

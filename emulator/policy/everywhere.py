@@ -11,7 +11,7 @@ from collections.abc import Iterable, Iterator
 from types import FunctionType, ModuleType
 from typing import TYPE_CHECKING, Any, Final
 
-from emulator.policy.imports import imports_of_kvm, is_kvm, is_value, names_of_others
+from emulator.policy.imports import imports_of_kvm, is_patchable, is_value, names_of_others
 
 if TYPE_CHECKING:
     from emulator.policy.confine import Change
@@ -48,8 +48,8 @@ def _is_kvms(change: Change) -> bool:
     """Return whether the change replaces something that emulator.kvm defines, not what it has imported."""
     namespace, old = change.namespace, change.old
     if isinstance(old, FunctionType | type):
-        return is_kvm(old.__module__)
-    return is_kvm(namespace.__name__) and change.name not in names_of_others(namespace)
+        return is_patchable(old.__module__)
+    return is_patchable(namespace.__name__) and change.name not in names_of_others(namespace)
 
 
 def _defines(change: Change) -> bool:

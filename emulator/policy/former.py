@@ -13,7 +13,7 @@ from functools import partial
 from types import FunctionType, ModuleType
 from typing import Any, Final
 
-from emulator.policy.imports import PACKAGE, is_kvm
+from emulator.policy.imports import PACKAGE, is_patchable
 
 # Modules that were directly in emulator.kvm, and where most of the code of each is now.
 _FORMER: Final = {
@@ -24,7 +24,7 @@ _FORMER: Final = {
     "mmu_notifier": "virt.mmu_notifier",
     "page_fault": "mmu.page_fault",
     "requests": "virt.requests",
-    "root_tracking": "mmu.root_tracking",
+    "root_tracking": "mmu.roots",
     "roots": "mmu.roots",
     "spte": "mmu.spte",
     "tdp_iter": "mmu.tdp_iter",
@@ -71,7 +71,7 @@ def home_of(name: str) -> ModuleType | None:
     found = [
         module
         for one, module in sorted(sys.modules.items())
-        if is_kvm(one) and name in vars(module) and not isinstance(vars(module)[name], ModuleType)
+        if is_patchable(one) and name in vars(module) and not isinstance(vars(module)[name], ModuleType)
     ]
     for module in found:
         value = vars(module)[name]

@@ -1,4 +1,7 @@
-"""The modules of emulator.kvm by name, and the names that other modules import from them."""
+"""The modules that patches may change, by name, and the names that other modules import from them.
+
+These are KVM's code, emulator.kvm, and the proposals beside it.
+"""
 
 from __future__ import annotations
 
@@ -9,6 +12,8 @@ from types import ModuleType
 from typing import Final
 
 PACKAGE: Final = "emulator.kvm"
+PROPOSALS: Final = "emulator.policy.proposals"
+PACKAGES: Final = (PACKAGE, PROPOSALS)
 # Values without an identity of their own: equal ones may be one object.
 _VALUES: Final = (int, float, complex, str, bytes, bool, type(None), type(Ellipsis))
 
@@ -18,8 +23,8 @@ Import = tuple[str, Source, bool]
 _imported: dict[str, tuple[Import, ...]] = {}
 
 
-def is_kvm(name: str) -> bool:
-    return name == PACKAGE or name.startswith(f"{PACKAGE}.")
+def is_patchable(name: str) -> bool:
+    return name in PACKAGES or name.startswith(tuple(f"{package}." for package in PACKAGES))
 
 
 def is_value(value: object) -> bool:
@@ -27,18 +32,20 @@ def is_value(value: object) -> bool:
 
 
 def imports_of_kvm(module: ModuleType) -> tuple[Import, ...]:
-    """Return the names that a module, as it is shipped, imports from emulator.kvm."""
+    """Return the names that a module, as it is shipped, imports from patchable ones."""
     name = module.__name__
     if name not in _imported:
         source = _source(module)
-        found = _all_imports(source) if PACKAGE in source else ()
-        _imported[name] = tuple(one for one in found if is_kvm(one[1][0]))
+        found = _all_imports(source) if any(package in source for package in PACKAGES) else ()
+        _imported[name] = tuple(one for one in found if is_patchable(one[1][0]))
     return _imported[name]
 
 
 def names_of_others(module: ModuleType) -> frozenset[str]:
-    """Return the names that a module of emulator.kvm imports from elsewhere."""
-    return frozenset(name for name, (source, _), _ in _all_imports(_source(module)) if not is_kvm(source))
+    """Return the names that a patchable module imports from elsewhere."""
+    return frozenset(
+        name for name, (source, _), _ in _all_imports(_source(module)) if not is_patchable(source)
+    )
 
 
 def _source(module: ModuleType) -> str:

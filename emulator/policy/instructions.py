@@ -8,17 +8,20 @@ from __future__ import annotations
 
 from collections.abc import Iterable
 
-from emulator.kvm.accounting import flush_elided
-from emulator.kvm.mmu.root_tracking import active_roots, mmu_roots
+from emulator.kvm.accounting import flush_elided as _flush_elided
+from emulator.kvm.mmu.roots import active_roots as _active_roots
 from emulator.kvm.mmu.structs import KvmMmuPage, KvmMmuRootInfo
+from emulator.kvm.mmu.tdp_remove import tdp_mmu_free_sp_rcu
 from emulator.kvm.notifications import FlushKind, PcpuFlush, flush_begins, flush_ended
 from emulator.kvm.structs import Kvm, Vcpu
-from emulator.kvm.virt.requests import kvm_make_request, request_tlb_flush
+from emulator.kvm.virt.requests import kvm_flush_remote_tlbs
+from emulator.kvm.virt.requests import kvm_make_request as _kvm_make_request
+from emulator.kvm.virt.requests import request_tlb_flush as _request_tlb_flush
 from emulator.kvm.vmx.vmx import vmx_flush_tlb_ept_root, vpid_sync_context
 from emulator.kvm.vmx.vmx_ops import invvpid_individual_addr, invvpid_single_non_global
-from emulator.machine.runtime import Cpu, smp_mb
+from emulator.machine.runtime import Cpu, rcu_enter, rcu_leave, smp_mb
 from native import ffi, lib
-from native.types import FlushReason, IpiFunction
+from native.types import FlushReason, Hfn, IpiFunction
 
 __all__ = [
     "REASON_GUEST",
@@ -28,7 +31,10 @@ __all__ = [
     "REASON_ROOT_ALLOC",
     "REASON_ROOT_LOAD",
     "active_roots",
+    "cond_resched",
     "flush_elided",
+    "flush_remote",
+    "free_table",
     "invept_global",
     "invept_single",
     "invept_single_on",
@@ -40,7 +46,6 @@ __all__ = [
     "kick",
     "kvm_make_request",
     "linked_roots",
-    "mmu_roots",
     "request_tlb_flush",
     "smp_mb",
 ]
@@ -106,7 +111,28 @@ def _of_vcpu(kind: FlushKind, vcpu: Vcpu, reason: FlushReason) -> PcpuFlush:
     return PcpuFlush(kind, vcpu.vpid, reason)
 
 
-# --- interrupts ---------------------------------------------------------------------------------------------
+def flush_elided(cpu: Cpu, kvm: Kvm, reason: FlushReason, argument: int = 0) -> None:
+    """Account for a flush that Linux 7.3 makes here and this policy does not.  argument: the root's page."""
+    _flush_elided(cpu, kvm, reason, argument)
+
+
+# --- requests and interrupts --------------------------------------------------------------------------------
+
+
+def request_tlb_flush(cpu: Cpu, vcpu: Vcpu, reason: FlushReason) -> None:
+    """Make KVM_REQ_TLB_FLUSH of the vCPU that is being loaded: it flushes before it enters, decision
+    remote_flush."""
+    _request_tlb_flush(cpu, vcpu, reason)
+
+
+def kvm_make_request(cpu: Cpu, vcpu: Vcpu, req: int) -> None:
+    """Make a request of a vCPU, without an interrupt."""
+    _kvm_make_request(cpu, vcpu, req)
+
+
+def flush_remote(cpu: Cpu, kvm: Kvm, reason: FlushReason) -> None:
+    """Make a remote flush: kvm_flush_remote_tlbs()."""
+    kvm_flush_remote_tlbs(cpu, kvm, reason)
 
 
 def kick(cpu: Cpu, kvm: Kvm, pcpus: Iterable[int], *, wait: bool) -> None:
@@ -145,7 +171,30 @@ def _call(cpu: Cpu, kvm: Kvm, pcpus: Iterable[int], function: IpiFunction, hfn: 
     cpu.check(lib.smp_call_function_many(cpu.m, cpu.id, mask, function, kvm.id << 32 | hfn, int(wait)))
 
 
+# --- walks that remove tables -------------------------------------------------------------------------------
+
+
+def free_table(cpu: Cpu, table: Hfn) -> None:
+    """Give a removed table to RCU.  It must have been flushed for before a grace period can end."""
+    tdp_mmu_free_sp_rcu(cpu, table)
+
+
+def cond_resched(cpu: Cpu, kvm: Kvm) -> None:
+    """Drop mmu_lock and leave RCU for a moment, if another CPU waits for the lock."""
+    if kvm.mmu_lock.needbreak(cpu):
+        rcu_leave(cpu)
+        cpu.stat(kvm.id, lib.STAT_YIELDS)
+        cpu.event(lib.EVENT_YIELD, kvm.id, 0)
+        kvm.mmu_lock.cond_resched(cpu)
+        rcu_enter(cpu)
+
+
 # --- roots --------------------------------------------------------------------------------------------------
+
+
+def active_roots(vcpu: Vcpu) -> list[KvmMmuRootInfo]:
+    """Return the roots that the vCPU can use without kvm_mmu_load: current and previous ones."""
+    return _active_roots(vcpu)
 
 
 def linked_roots(cpu: Cpu, kvm: Kvm) -> tuple[KvmMmuPage, ...]:

@@ -95,6 +95,8 @@ POINTS: tuple[DecisionPoint, ...] = (
         "The flush of a vCPU that services KVM_REQ_TLB_FLUSH (kvm_vcpu_flush_tlb_all).",
         {
             "all-contexts": "INVEPT global: all EPTPs, of all VMs that have run on the pCPU.",
+        },
+        proposed={
             "active-roots": "INVEPT single-context on the vCPU's current and previous roots.",
             "root-tlb-gen": (
                 "INVEPT single-context on those of the vCPU's current and previous roots whose generation "
@@ -138,6 +140,8 @@ POINTS: tuple[DecisionPoint, ...] = (
             "flush-current": (
                 "INVEPT single-context on the root, because its page may have been a root before."
             ),
+        },
+        proposed={
             "root-tlb-gen": (
                 "INVEPT single-context on the root, unless this pCPU has flushed it since its generation "
                 "last advanced. Wrong with role_change=unload-all, where the guest relies on this flush."
@@ -166,12 +170,14 @@ POINTS: tuple[DecisionPoint, ...] = (
         "Flush when a page becomes a root (kvm_tdp_mmu_alloc_root).",
         {
             "none": "No flush: a vCPU that loads the root flushes it, on the pCPU where it loads it.",
-            "on-each-cpu": (
-                "INVEPT single-context on the root, on every pCPU of the host (proposed in July 2025)."
-            ),
             "vm-pcpu-mask": (
                 "INVEPT single-context on the root, on the pCPUs where a vCPU of the VM was ever loaded. A "
                 "pCPU that joins is flushed (an idea of August 2025)."
+            ),
+        },
+        proposed={
+            "on-each-cpu": (
+                "INVEPT single-context on the root, on every pCPU of the host (proposed in July 2025)."
             ),
         },
     ),
@@ -219,6 +225,11 @@ POINTS: tuple[DecisionPoint, ...] = (
         "EPT half of the flush when a VMCS is loaded on another pCPU (vmx_vcpu_load_vmcs).",
         {
             "all-contexts": "KVM_REQ_TLB_FLUSH: INVEPT global before the next VM entry.",
+        },
+        wrong={
+            "none": "No flush: entries of the vCPU's earlier stay on the pCPU come back.",
+        },
+        proposed={
             "active-roots": (
                 "INVEPT single-context on the current and previous roots of root_mmu and guest_mmu "
                 "(proposed in August 2025)."
@@ -232,13 +243,12 @@ POINTS: tuple[DecisionPoint, ...] = (
                 "them. A remote flush advances generations before it makes its requests."
             ),
         },
-        wrong={
+        proposed_wrong={
             "cpu-flushed-mask": (
                 "As active-roots, but only roots whose cpu_flushed_mask does not have this pCPU, which then "
                 "joins the mask (sketched in August 2025). An entry for a page that is zapped while the "
                 "vCPU is elsewhere comes back."
             ),
-            "none": "No flush: entries of the vCPU's earlier stay on the pCPU come back.",
         },
     ),
     _point(
@@ -282,12 +292,14 @@ POINTS: tuple[DecisionPoint, ...] = (
                 "They are given to RCU at once. One flush for all of them comes before this thread leaves "
                 "its read section, and so before a grace period can end (since 5.18)."
             ),
+            "flush-per-table": (
+                "Each table is flushed before it is given to RCU, at every level (before 5.18)."
+            ),
+        },
+        proposed={
             "disconnected-list": (
                 "They are collected on a list, flushed once, and then given to RCU (proposed in November "
                 "2021)."
-            ),
-            "flush-per-table": (
-                "Each table is flushed before it is given to RCU, at every level (before 5.18)."
             ),
         },
     ),

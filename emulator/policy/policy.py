@@ -180,6 +180,10 @@ class Policy:
         name = f"{scope} {number:#x}" if scope == "root" else f"{scope} {number}"
         return new_data(self._declared[scope], name, pcpus)
 
+    def parts(self) -> list[Policy]:
+        """Return the proposals that decide in the VMs that were created last."""
+        return list(self._parts.values())
+
     def _engage(self) -> None:
         """Make the proposals that the table names; KVM's code, which they call, may be patched by now."""
         from emulator.policy.proposals import PROPOSALS

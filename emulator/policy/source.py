@@ -32,7 +32,7 @@ _TYPO: Final = 0.75
 # The emulator calls a policy through these; a user's class must not change them.
 _RESERVED: Final = (
     "answers", "confined", "fresh", "given", "guarded", "heard", "is_patched_by_user", "may_answer",
-    "module", "mutants", "new_data", "overrides", "spelled", "with_settings",
+    "module", "mutants", "new_data", "overrides", "parts", "spelled", "with_settings",
 )  # fmt: skip
 # Processor seconds for executing the file, making its object, and looking at either.
 _LOADING: Final = 10.0

@@ -208,6 +208,16 @@ class OwnList(State):
         return self.lists.setdefault(cpu.id, [])
 
 
+class Private(State):
+    """A value of a vCPU that only the thread of that vCPU touches, so an access needs no order (per_vcpu)."""
+
+    __slots__ = ("value",)
+
+    def __init__(self, name: str, owner: str, pcpus: int) -> None:
+        super().__init__(name, owner, pcpus, 1)
+        self.value: int = 0
+
+
 S = TypeVar("S", bound=State)
 
 
@@ -232,8 +242,7 @@ class Declared(Generic[S]):
     scope: Scope
 
     def __init__(self, kind: type[S], *arguments: int) -> None:
-        if not (isinstance(kind, type) and issubclass(kind, State)):
-            raise TypeError(f"{kind!r} is no type of state: Bitmap, Generation, PerCpu, Flag or OwnList")
+        _check_kind(kind, self.scope)
         self.kind, self.arguments, self.name = kind, arguments, ""
 
     def __set_name__(self, owner: type, name: str) -> None:
@@ -245,6 +254,14 @@ class Declared(Generic[S]):
         if found is None:
             raise TypeError(f"{self.name} is state of a {self.scope} under this policy; found {of!r}")
         return found  # type: ignore[return-value]
+
+
+def _check_kind(kind: object, scope: Scope) -> None:
+    if not (isinstance(kind, type) and issubclass(kind, State)):
+        known = ", ".join(sorted(one.__name__ for one in State.__subclasses__()))
+        raise TypeError(f"{kind!r} is no type of state, one of {known}")
+    if kind is Private and scope != "vcpu":
+        raise TypeError(f"Private is state of a vCPU, for its thread alone, not of a {scope}")
 
 
 class per_root(Declared[S]):  # noqa: N801 - reads like a declaration

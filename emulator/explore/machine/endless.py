@@ -15,7 +15,7 @@ from types import FrameType
 from typing import TYPE_CHECKING, Final
 
 from emulator.policy.guard import Place, overdue
-from emulator.policy.imports import is_kvm
+from emulator.policy.imports import is_patchable
 from emulator.policy.patience import thread_state
 
 if TYPE_CHECKING:
@@ -64,6 +64,6 @@ def _watch(control: Control, patch: str, ident: int, number: int, end: threading
 
 def _kvms(frame: FrameType | None) -> FrameType | None:
     """Return the innermost frame of KVM's code, or None."""
-    while frame is not None and not is_kvm(str(frame.f_globals.get("__name__"))):
+    while frame is not None and not is_patchable(str(frame.f_globals.get("__name__"))):
         frame = frame.f_back
     return frame

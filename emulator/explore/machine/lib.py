@@ -23,6 +23,7 @@ from emulator.explore.machine.guest import GuestMode
 from emulator.explore.machine.locks import Locks
 from emulator.explore.machine.patched_code import constant_attributes, shared_classes
 from emulator.explore.machine.races import watching
+from emulator.policy import instructions, proposals, state
 from native import lib
 
 _PACKAGES = (
@@ -31,13 +32,14 @@ _PACKAGES = (
     "emulator.actors.image",
     "emulator.actors.task",
     "emulator.host.memory",
-    "emulator.policy.proposals",
+    proposals.__name__,
 )
+# Policies that act are imported here: a module that is imported later is not instrumented.
 _MODULES = (
     "emulator.machine.locks",
     "emulator.machine.runtime",
-    "emulator.policy.instructions",
-    "emulator.policy.state",
+    instructions.__name__,
+    state.__name__,
 )
 
 

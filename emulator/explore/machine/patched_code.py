@@ -19,7 +19,7 @@ from typing import Any, Final, Protocol
 from emulator.explore.machine.handed import CONTAINERS
 from emulator.explore.machine.policy_code import uses_of
 from emulator.policy import Policy
-from emulator.policy.imports import is_kvm
+from emulator.policy.imports import is_patchable
 from emulator.policy.patch.code import SHIPPED
 from native import ffi
 
@@ -34,7 +34,7 @@ def shared_classes() -> list[type]:
     """Return the classes of emulator.kvm with objects that can change."""
     found = []
     for name, module in sorted(sys.modules.items()):
-        if is_kvm(name):
+        if is_patchable(name):
             found += [
                 value
                 for value in vars(module).values()
@@ -88,6 +88,22 @@ def unwatched_state(policy: Policy) -> tuple[str, ...]:
             code = policy.patch.code.units[name].code
             found.update(dict.fromkeys(_of_module(module, code, _place(policy.patch.name, name))))
     return tuple(found)
+
+
+def kept_in_proposals(policy: Policy) -> tuple[str, ...]:
+    """Return a sentence for each attribute that patched code keeps in a proposal's object.
+
+    No execution restores such attributes, and no ordering point orders their accesses.
+    """
+    if policy.patch is None or not policy.is_patched_by_user():
+        return ()
+    own = vars(Policy()).keys()
+    return tuple(
+        f"{_place(policy.patch.name, type(part).__module__)}: {type(part).__name__}.{name} is kept in the "
+        "policy, not in a state of its own"
+        for part in policy.parts()
+        for name in sorted(vars(part).keys() - own)
+    )
 
 
 def _place(patch: str, module: str) -> str:
@@ -178,4 +194,4 @@ def _is_mutable(value: object) -> bool:
         return True
     if isinstance(value, ffi.CData):
         return " owning " in repr(value)
-    return is_kvm(type(value).__module__) and _can_change(type(value))
+    return is_patchable(type(value).__module__) and _can_change(type(value))

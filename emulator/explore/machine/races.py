@@ -28,7 +28,7 @@ from emulator.kvm.mmu import structs as mmu_structs
 from emulator.kvm.vmx.vmcs import LoadedVmcs
 from emulator.machine.locks import Refcount
 from emulator.machine.runtime import Cpu, Machine
-from emulator.policy.imports import is_kvm
+from emulator.policy.imports import is_patchable
 from native import ffi
 
 if TYPE_CHECKING:
@@ -40,7 +40,6 @@ CLASSES: Final[tuple[type, ...]] = (
     structs.VcpuArch,
     mmu_structs.KvmMmu,
     mmu_structs.KvmMmuPage,
-    mmu_structs.RootTracking,
     LoadedVmcs,
     structs.KvmMemslots,
     structs.KvmMemorySlot,
@@ -257,7 +256,7 @@ def _reader(cls: type, state: Races, constant: frozenset[str]) -> Any:
     code = frozenset(name for name in dir(cls) if _is_code(getattr_static(cls, name)))
     sentences: dict[str, str] = {}
     # CPUs have memory of their own, which is no other CPU's, and the audit knows KVM's shipped structures.
-    watches_memory = bool(constant) and is_kvm(cls.__module__)
+    watches_memory = bool(constant) and is_patchable(cls.__module__)
 
     def read(self: object, name: str) -> Any:
         value = plain(self, name)

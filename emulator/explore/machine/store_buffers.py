@@ -41,7 +41,7 @@ Key = tuple[Hashable, ...]
 _FENCES: Final = frozenset({"down", "unlocking", "smp_mb"})
 # Points that write and imply neither: the native calls behind them are plain stores or locked
 # instructions, or a user's method returns, which is no barrier.
-_SPECIFIC: Final = frozenset({"policy_state", "policy answers", "root_tlb"})
+_SPECIFIC: Final = frozenset({"policy_state", "policy answers"})
 
 
 @dataclass(frozen=True, slots=True)

@@ -26,7 +26,6 @@ WATCHED: Final[Mapping[type, str]] = {
     structs.VcpuArch: "",
     mmu_structs.KvmMmu: "",
     mmu_structs.KvmMmuPage: "hfn",
-    mmu_structs.RootTracking: "",
     shadow_structs.ShadowPage: "hfn",
     shadow_structs.KvmShadowArch: "",
     shadow_structs.SlotArch: "",

@@ -16,7 +16,7 @@ from typing import Any
 from emulator.explore.engine.scheduler import Divergence
 from emulator.explore.machine.lib import instrument
 from emulator.explore.machine.options import NONE, ExploreOptions
-from emulator.explore.machine.patched_code import unwatched_state
+from emulator.explore.machine.patched_code import kept_in_proposals, unwatched_state
 from emulator.explore.machine.policy_code import unwatched
 from emulator.explore.machine.policy_reads import NOTHING, Grown, Known
 from emulator.explore.machine.program import LitmusProgram
@@ -235,6 +235,7 @@ def _explored(program: LitmusProgram, verdict: Verdict, stop: Stop, jobs: int) -
         raise _unsteady(program.policy, error) from error
     finally:
         program.close()
+    verdict.unwatched = (*verdict.unwatched, *kept_in_proposals(program.policy))
     source = source_of(program.policy)
     if source is not None:
         verdict.unwatched = (*unwatched(source), *(() if reads is None else reads.seen.unwatched))

@@ -14,7 +14,6 @@ from emulator.kvm.kvm_host import (
     PG_LEVEL_512G,
 )
 from emulator.kvm.mmu import page_fault
-from emulator.kvm.mmu.root_tracking import mmu_roots, record_flush, test_and_set_flushed
 from emulator.kvm.mmu.shadow import InvalidList, free_special_pages, kvm_mmu_commit_zap_page
 from emulator.kvm.mmu.shadow_roots import (
     free_pae_roots,
@@ -85,7 +84,17 @@ def kvm_mmu_after_set_cpuid(cpu: Cpu, vcpu: Vcpu, maxphyaddr: int) -> None:
     kvm_init_mmu(vcpu)
 
 
-# --- switching between cached roots -------------------------------------------------------------------------
+# --- current and cached roots -------------------------------------------------------------------------------
+
+
+def mmu_roots(mmu: KvmMmu) -> list[KvmMmuRootInfo]:
+    """Return the roots that can become current without kvm_mmu_load."""
+    return [root for root in (mmu.root, *mmu.prev_roots) if root is not None]
+
+
+def active_roots(vcpu: Vcpu) -> list[KvmMmuRootInfo]:
+    """Return the roots of root_mmu and guest_mmu.  (nested_mmu never maps anything into a TLB.)"""
+    return mmu_roots(vcpu.root_mmu) + mmu_roots(vcpu.guest_mmu)
 
 
 def is_root_usable(root: KvmMmuRootInfo | None, pgd: int, role: KvmMmuPageRole) -> bool:
@@ -195,13 +204,9 @@ def kvm_mmu_load(cpu: Cpu, vcpu: Vcpu) -> None:
     if kvm.heard.root_current is not None:
         kvm.heard.root_current(cpu, vcpu, root.sp)
     answer = kvm.policy.root_load(cpu, vcpu, root.sp)
-    known = answer == "root-tlb-gen" and test_and_set_flushed(cpu, root, answer)
-    if answer == "done":
-        return
-    if answer == "none" or known:
+    if answer == "none":
         flush_elided(cpu, kvm, lib.REASON_ROOT_LOAD, root.hfn)
-    else:
-        record_flush(cpu, kvm, [root])
+    elif answer == "flush-current":
         kvm.x86_ops.flush_tlb_current(cpu, vcpu, lib.REASON_ROOT_LOAD)
 
 

@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Final
 from emulator.kvm.kvm_host import KVM_MMU_NUM_PREV_ROOTS, PG_LEVEL_512G
 from emulator.machine.locks import Refcount
 from emulator.machine.runtime import Cpu
-from native import ffi, lib
+from native import lib
 from native.types import Hfn
 
 if TYPE_CHECKING:
@@ -57,8 +57,8 @@ class KvmMmuPage:
     `mmu_valid_gen`: the VM's generation when the ShadowPage was made.  `parent_spte`: the SPTE that would
     point to the page, with its custody.  role.invalid is set under mmu_lock held for write.
 
-    Fields of roots: `root_count` counts the references.  `tracking` is for policies that elide flushes
-    (emulator.kvm.mmu.root_tracking).  `policy_data`: the policy's state of the root, which ends with it.
+    Fields of roots: `root_count` counts the references.  `policy_data`: the policy's state of the root, which
+    ends with the root.
 
     Fields of TDP roots: `root_count` starts at 2, for the vCPU's reference and the TDP MMU's own; or at 1 if
     the TDP MMU keeps none (`has_tdp_ref`, decision root_put).  `tdp_mmu_scheduled_root_to_zap` is set under
@@ -75,7 +75,6 @@ class KvmMmuPage:
         "root_count",
         "tdp_mmu_page",
         "tdp_mmu_scheduled_root_to_zap",
-        "tracking",
     )
 
     def __init__(
@@ -85,7 +84,6 @@ class KvmMmuPage:
         *,
         tdp_mmu_page: bool,
         parent_spte: int = 0,
-        tracking: RootTracking | None = None,
         policy_data: object = None,
         has_tdp_ref: bool = True,
     ) -> None:
@@ -94,7 +92,6 @@ class KvmMmuPage:
         self.tdp_mmu_page = tdp_mmu_page
         self.mmu_valid_gen = 0
         self.parent_spte = parent_spte
-        self.tracking = tracking
         self.policy_data = policy_data
         self.has_tdp_ref = has_tdp_ref
         self.root_count = Refcount(2 if has_tdp_ref else 1)
@@ -105,25 +102,6 @@ class KvmMmuPage:
 
     def invalidate(self) -> None:
         self.role = replace(self.role, invalid=True)
-
-
-class RootTracking:
-    """The record of which pCPUs have flushed one root, from the root's allocation until its page is freed.
-
-    All CPUs share it without a lock: only native single steps touch it (native/core/bitops.h).
-    cpu_flushed_mask: pCPUs that have flushed the root; cpu_clean_mask: pCPUs that have flushed it since the
-    last remote flush, which clears the mask.  tlb_gen: remote flushes of the root so far, counted from 1;
-    cpu_tlb_gen[i]: the value of tlb_gen when pCPU i last flushed the root, 0 if never.
-    """
-
-    __slots__ = ("cpu_clean_mask", "cpu_flushed_mask", "cpu_tlb_gen", "tlb_gen", "words")
-
-    def __init__(self, pcpus: int) -> None:
-        self.words = (pcpus + 63) // 64
-        self.cpu_flushed_mask = ffi.new("uint64_t[]", self.words)
-        self.cpu_clean_mask = ffi.new("uint64_t[]", self.words)
-        self.tlb_gen = ffi.new("uint64_t *", 1)
-        self.cpu_tlb_gen = ffi.new("uint64_t[]", pcpus)
 
 
 @dataclass(frozen=True, slots=True)

@@ -25,8 +25,6 @@ from emulator.kvm.mmu.tdp_map import (
     tdp_mmu_split_huge_page,
 )
 from emulator.kvm.mmu.tdp_remove import (
-    handle_disconnected_sps,
-    tables_need_a_flush,
     tdp_mmu_set_spte,
     tdp_mmu_zap_spte_atomic,
 )
@@ -35,6 +33,7 @@ from emulator.kvm.mmu.tdp_roots import (
     for_each_tdp_mmu_root_yield_safe,
     kvm_tdp_mmu_put_root,
 )
+from emulator.kvm.notifications import walk_ends
 from emulator.kvm.structs import Kvm, KvmMemorySlot
 from emulator.kvm.virt.requests import kvm_flush_remote_tlbs_memslot
 from emulator.machine.runtime import READ, WRITE, Cpu, OutOfFrames, rcu_enter, rcu_leave, rcu_read_lock
@@ -177,7 +176,6 @@ def recover_huge_pages_range(cpu: Cpu, kvm: Kvm, root: KvmMmuPage, slot: KvmMemo
     reason = lib.REASON_REMOTE_RECOVER
     it = TdpIter(root, lib.TDP_FIND_TABLE, slot.base_gfn, slot.end_gfn, shared=True, reason=reason)
     flush = False
-    disconnected_sps: list[Hfn] = []
     with rcu_read_lock(cpu):
         while not it.done:
             if tdp_mmu_iter_cond_resched(cpu, kvm, it, flush):
@@ -190,16 +188,16 @@ def recover_huge_pages_range(cpu: Cpu, kvm: Kvm, root: KvmMmuPage, slot: KvmMemo
             huge_spte = tdp_mmu_make_huge_spte(cpu, kvm, slot, entry)
             if huge_spte is None:
                 continue
-            if not tdp_mmu_set_spte_atomic(cpu, kvm, entry, huge_spte, disconnected_sps, reason):
+            if not tdp_mmu_set_spte_atomic(cpu, kvm, entry, huge_spte, reason):
                 it.retry(entry.gfn)
                 continue
-            flush = tables_need_a_flush(cpu, kvm) or bool(disconnected_sps)
+            flush = kvm.policy.zap(cpu, kvm) != "flush-per-table"
         if flush and kvm.policy.zap_yield(cpu, kvm) != "unlock-then-flush":
             kvm_flush_remote_tlbs_memslot(cpu, kvm, slot, reason)
             flush = False
     if flush:
         kvm_flush_remote_tlbs_memslot(cpu, kvm, slot, reason)
-    handle_disconnected_sps(cpu, kvm, disconnected_sps, can_yield=False)
+    walk_ends(cpu, kvm, reason, flushed=True)
 
 
 def _collapsible(cpu: Cpu, kvm: Kvm, slot: KvmMemorySlot, it: TdpIter) -> Entry | None:

@@ -27,6 +27,7 @@ from emulator.kvm.mmu.spte import (
 from emulator.kvm.mmu.structs import KvmMmuPage
 from emulator.kvm.mmu.tdp_iter import Entry
 from emulator.kvm.mmu.tdp_remove import handle_removed_pt, tables_need_a_flush, tdp_mmu_zap_spte_atomic
+from emulator.kvm.notifications import walk_ends
 from emulator.kvm.structs import Kvm, Vcpu
 from emulator.kvm.virt.requests import kvm_flush_remote_tlbs_range
 from emulator.machine.runtime import Cpu, rcu_read_lock
@@ -47,13 +48,11 @@ def tdp_mmu_set_spte_atomic(
     kvm: Kvm,
     entry: Entry,
     new_spte: int,
-    disconnected_sps: list[Hfn] | None = None,
     reason: FlushReason = lib.REASON_REMOTE_REPLACE,
 ) -> bool:
     """tdp_mmu_set_spte_atomic(): replace entry.spte by new_spte; return False if the SPTE has changed.
 
-    As handle_changed_spte() does, take apart a table that loses its link, and leave it to RCU, or on the
-    caller's list for handle_disconnected_sps().
+    As handle_changed_spte() does, take apart a table that loses its link, and leave it to RCU.
     """
     cpu.point("spte", (entry.table, entry.index), "write")
     rc = lib.tdp_mmu_set_spte_atomic(
@@ -63,7 +62,7 @@ def tdp_mmu_set_spte_atomic(
         return False
     cpu.check(rc)
     if is_shadow_present_pte(entry.spte) and not is_last_spte(entry.spte, entry.level):
-        handle_removed_pt(cpu, kvm, entry, shared=True, reason=reason, disconnected_sps=disconnected_sps)
+        handle_removed_pt(cpu, kvm, entry, shared=True, reason=reason)
     return True
 
 
@@ -165,6 +164,8 @@ def tdp_mmu_map_handle_target_level(cpu: Cpu, vcpu: Vcpu, fault: KvmPageFault, e
         return RET_PF_SPURIOUS
     if not tdp_mmu_set_spte_atomic(cpu, kvm, entry, new_spte):
         return RET_PF_RETRY
+    if present and not last:
+        walk_ends(cpu, kvm, lib.REASON_REMOTE_REPLACE, flushed=False)
     if present and (
         leaf_spte_change_needs_tlb_flush(old_spte, new_spte) if last else tables_need_a_flush(cpu, kvm)
     ):

@@ -18,12 +18,13 @@ from emulator.kvm.mmu.tdp_roots import (
     kvm_tdp_mmu_invalidate_roots,
     kvm_tdp_mmu_put_root,
 )
-from emulator.kvm.mmu.tdp_zap import flush_disconnected_sps, tdp_mmu_zap_root, tdp_mmu_zap_step
+from emulator.kvm.mmu.tdp_zap import tdp_mmu_zap_root, tdp_mmu_zap_step
+from emulator.kvm.notifications import walk_ends
 from emulator.kvm.structs import Kvm, KvmMemorySlot
 from emulator.kvm.virt.requests import kvm_flush_remote_tlbs
 from emulator.machine.runtime import WRITE, Cpu, rcu_read_lock
 from native import lib
-from native.types import FlushReason, Hfn
+from native.types import FlushReason
 
 
 def kvm_tdp_mmu_zap_invalidated_roots(cpu: Cpu, kvm: Kvm, shared: bool) -> None:
@@ -71,23 +72,22 @@ def tdp_mmu_zap_leafs(
 
     Decision zap_scope: zap only leafs; or, as before 5.18, also tables wholly inside the range.  With tables,
     the flush must be over before the walk leaves RCU, because callbacks free them, unless each table has a
-    flush of its own or waits for one on a list (decision zap).  With leafs alone it is enough that the caller
+    flush of its own or is left to the policy (decision zap).  With leafs alone it is enough that the caller
     flushes before it drops mmu_lock.
     """
     assert cpu.mmu_lock_held == WRITE
     tables_too = kvm.policy.zap_scope(cpu, kvm) == "leafs-and-tables"
     walk = lib.TDP_ZAP_RANGE if tables_too else lib.TDP_ZAP_LEAFS
     it = TdpIter(root, walk, start, end, shared=False, reason=reason)
-    disconnected_sps: list[Hfn] = []
     with rcu_read_lock(cpu):
         while not it.done:
             if can_yield and tdp_mmu_iter_cond_resched(cpu, kvm, it, flush):
                 flush = False
                 continue
             # Zapping SPTEs in invalid roots needs no flush: see kvm_tdp_mmu_zap_invalidated_roots.
-            if tdp_mmu_zap_step(cpu, kvm, it, disconnected_sps) and not root.role.invalid:
+            if tdp_mmu_zap_step(cpu, kvm, it) and not root.role.invalid:
                 flush = True
-        if flush_disconnected_sps(cpu, kvm, disconnected_sps, reason, can_yield):
+        if walk_ends(cpu, kvm, reason, flushed=False, can_yield=can_yield):
             flush = False
         if tables_too and flush and _flushes_inside_rcu(cpu, kvm):
             kvm_flush_remote_tlbs(cpu, kvm, reason)

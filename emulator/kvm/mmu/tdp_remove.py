@@ -10,21 +10,19 @@ from __future__ import annotations
 from emulator.kvm.kvm_host import SPTE_ENT_PER_PAGE, kvm_pages_per_hpage
 from emulator.kvm.mmu.spte import FROZEN_SPTE, is_last_spte
 from emulator.kvm.mmu.tdp_iter import Entry
+from emulator.kvm.notifications import walk_ends
 from emulator.kvm.structs import Kvm
 from emulator.kvm.virt.requests import kvm_flush_remote_tlbs_range
-from emulator.machine.runtime import Cpu, cpu_relax, rcu_enter, rcu_leave
+from emulator.machine.runtime import Cpu, cpu_relax
 from native import ffi, lib
 from native.types import FlushReason, Hfn
 
 
-def handle_removed_pt(
-    cpu: Cpu, kvm: Kvm, entry: Entry, shared: bool, reason: FlushReason, disconnected_sps: list[Hfn] | None
-) -> None:
+def handle_removed_pt(cpu: Cpu, kvm: Kvm, entry: Entry, shared: bool, reason: FlushReason) -> None:
     """handle_removed_pt(): freeze all entries of the unlinked table at `entry` and of the tables below it.
 
-    Each page goes to RCU, or on the caller's list, if there is one, for handle_disconnected_sps(); children
-    come before their parent.  The removal does not yield.  An entry that is already frozen will still be
-    written by the thread that froze it, so the removal waits for that write.
+    Each page goes to RCU; children come before their parent.  The removal does not yield.  An entry that is
+    already frozen will still be written by the thread that froze it, so the removal waits for that write.
     """
     removal = ffi.new("struct tdp_removal *")
     cpu.check(
@@ -43,7 +41,7 @@ def handle_removed_pt(
         cpu.check(rc)
         if removal.page:
             pages = kvm_pages_per_hpage(removal.page_level + 1)
-            removed_page(cpu, kvm, removal.page, removal.gfn - pages, pages, reason, disconnected_sps)
+            removed_page(cpu, kvm, removal.page, removal.gfn - pages, pages, reason)
 
 
 def removed_page(
@@ -53,36 +51,19 @@ def removed_page(
     gfn: int,
     pages: int,
     reason: FlushReason,
-    disconnected_sps: list[Hfn] | None,
 ) -> None:
     """Flush for a removed table page that mapped `pages` from `gfn` on, and give it to RCU.  Decision zap.
 
-    With disconnected-list the page goes on the list instead; with rcu-proxy the caller owes a flush before it
-    leaves RCU.
+    With rcu-proxy the caller owes a flush before it leaves RCU.
     """
     answer = kvm.policy.zap(cpu, kvm)
-    if answer == "disconnected-list" and disconnected_sps is not None:
-        disconnected_sps.append(table)
+    if answer == "done":
+        if kvm.heard.table_removed is not None:
+            kvm.heard.table_removed(cpu, kvm, table)
         return
     if answer != "rcu-proxy":
         kvm_flush_remote_tlbs_range(cpu, kvm, gfn, pages, reason)
     tdp_mmu_free_sp_rcu(cpu, table)
-
-
-def handle_disconnected_sps(cpu: Cpu, kvm: Kvm, disconnected_sps: list[Hfn], can_yield: bool) -> None:
-    """handle_disconnected_sps() (proposed in November 2021): give the tables to RCU, after their flush.
-
-    May yield in between; no flush is pending then.
-    """
-    for table in disconnected_sps:
-        tdp_mmu_free_sp_rcu(cpu, table)
-        if can_yield and kvm.mmu_lock.needbreak(cpu):
-            rcu_leave(cpu)
-            cpu.stat(kvm.id, lib.STAT_YIELDS)
-            cpu.event(lib.EVENT_YIELD, kvm.id, 0)
-            kvm.mmu_lock.cond_resched(cpu)
-            rcu_enter(cpu)
-    disconnected_sps.clear()
 
 
 def tdp_mmu_set_spte(cpu: Cpu, kvm: Kvm, entry: Entry, new_spte: int) -> None:
@@ -101,9 +82,8 @@ def tdp_mmu_zap_frozen(cpu: Cpu, kvm: Kvm, entry: Entry, reason: FlushReason) ->
     tdp_mmu_set_spte(cpu, kvm, entry, 0)
     if is_last_spte(entry.spte, entry.level):
         return
-    disconnected_sps: list[Hfn] = []
-    handle_removed_pt(cpu, kvm, entry, shared=True, reason=reason, disconnected_sps=disconnected_sps)
-    handle_disconnected_sps(cpu, kvm, disconnected_sps, can_yield=False)
+    handle_removed_pt(cpu, kvm, entry, shared=True, reason=reason)
+    walk_ends(cpu, kvm, reason, flushed=True)
 
 
 def tdp_mmu_zap_spte_atomic(cpu: Cpu, kvm: Kvm, entry: Entry, reason: FlushReason) -> bool:
@@ -134,5 +114,5 @@ def sets_pfn(cpu: Cpu, kvm: Kvm) -> bool:
 
 
 def tables_need_a_flush(cpu: Cpu, kvm: Kvm) -> bool:
-    """Return whether a table that was removed without a list waits for the caller's flush."""
+    """Return whether a table that was removed waits for the caller's flush."""
     return kvm.policy.zap(cpu, kvm) == "rcu-proxy"

@@ -10,7 +10,6 @@ from collections.abc import Iterator
 from contextlib import AbstractContextManager
 from typing import Final
 
-from emulator.kvm.mmu.root_tracking import alloc_root_cpu_mask
 from emulator.kvm.mmu.structs import KvmMmuPage, KvmMmuPageRole
 from emulator.kvm.mmu.tdp_zap import tdp_mmu_zap_root
 from emulator.kvm.structs import Kvm
@@ -246,7 +245,6 @@ def tdp_mmu_init_root(cpu: Cpu, kvm: Kvm, role: KvmMmuPageRole) -> KvmMmuPage:
         role,
         tdp_mmu_page=True,
         parent_spte=lib.make_nonleaf_spte(cpu.m, hfn),
-        tracking=alloc_root_cpu_mask(cpu, kvm),
         policy_data=kvm.policy.new_data("root", hfn, cpu.machine.pcpus),
     )
     answer = kvm.policy.root_put(cpu, kvm, root)
@@ -260,17 +258,13 @@ def tdp_mmu_init_root(cpu: Cpu, kvm: Kvm, role: KvmMmuPageRole) -> KvmMmuPage:
 def kvm_mmu_flush_all_tlbs_root(cpu: Cpu, kvm: Kvm, root: KvmMmuPage) -> None:
     """kvm_mmu_flush_all_tlbs_root() (proposed in July 2025): drop all entries under this EP4TA on every pCPU.
 
-    They are left from an earlier root on the same page.  Decision root_alloc: interrupt every pCPU of the
-    host, or those where the VM ever ran.  As posted, mmu_lock and tdp_mmu_pages_lock are held meanwhile,
-    which is legal with interrupts on.
+    They are left from an earlier root on the same page.  Decision root_alloc: interrupt the pCPUs where the
+    VM ever ran.  As posted, mmu_lock and tdp_mmu_pages_lock are held meanwhile, which is legal with
+    interrupts on.
     """
     answer = kvm.policy.root_alloc(cpu, kvm, root)
-    argument = kvm.id << 32 | root.hfn
-    if answer == "on-each-cpu":
-        cpu.point("call_queue", kvm.id, "write")
-        cpu.check(lib.on_each_cpu(cpu.m, cpu.id, lib.IPI_INVEPT_SINGLE, argument, 1))
-    elif answer == "vm-pcpu-mask":
-        _flush_root_where_vm_ran(cpu, kvm, root, argument)
+    if answer == "vm-pcpu-mask":
+        _flush_root_where_vm_ran(cpu, kvm, root, kvm.id << 32 | root.hfn)
 
 
 def _flush_root_where_vm_ran(cpu: Cpu, kvm: Kvm, root: KvmMmuPage, argument: int) -> None:

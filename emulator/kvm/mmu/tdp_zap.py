@@ -8,17 +8,11 @@ from __future__ import annotations
 from emulator.kvm.kvm_host import PG_LEVEL_1G, PG_LEVEL_2M, PG_LEVEL_4K, SPTE_LEVEL_BITS
 from emulator.kvm.mmu.structs import KvmMmuPage
 from emulator.kvm.mmu.tdp_iter import TdpIter, tdp_mmu_iter_cond_resched
-from emulator.kvm.mmu.tdp_remove import (
-    handle_disconnected_sps,
-    handle_removed_pt,
-    sets_pfn,
-    tdp_mmu_zap_frozen,
-)
+from emulator.kvm.mmu.tdp_remove import handle_removed_pt, sets_pfn, tdp_mmu_zap_frozen
+from emulator.kvm.notifications import walk_ends
 from emulator.kvm.structs import Kvm
-from emulator.kvm.virt.requests import kvm_flush_remote_tlbs
 from emulator.machine.runtime import Cpu, rcu_read_lock
 from native import lib
-from native.types import FlushReason, Hfn
 
 
 def tdp_mmu_zap_root(cpu: Cpu, kvm: Kvm, root: KvmMmuPage, shared: bool, can_yield: bool = True) -> bool:
@@ -46,18 +40,17 @@ def _tdp_mmu_zap_root(
     end = 1 << (SPTE_LEVEL_BITS * root.role.level)  # tdp_mmu_max_gfn_exclusive()
     reason = lib.REASON_REMOTE_ZAP
     it = TdpIter(root, lib.TDP_ZAP_LEVEL, 0, end, shared=shared, level=zap_level, reason=reason)
-    disconnected_sps: list[Hfn] = []
     while not it.done:
         if can_yield and tdp_mmu_iter_cond_resched(cpu, kvm, it, flush):
             flush = False
             continue
-        if tdp_mmu_zap_step(cpu, kvm, it, disconnected_sps):
+        if tdp_mmu_zap_step(cpu, kvm, it):
             flush = kvm.policy.invalid_root_zap(cpu, kvm, root) == "flush"
-    flush_disconnected_sps(cpu, kvm, disconnected_sps, reason, can_yield)
+    walk_ends(cpu, kvm, reason, flushed=False, can_yield=can_yield)
     return flush
 
 
-def tdp_mmu_zap_step(cpu: Cpu, kvm: Kvm, it: TdpIter, disconnected_sps: list[Hfn]) -> bool:
+def tdp_mmu_zap_step(cpu: Cpu, kvm: Kvm, it: TdpIter) -> bool:
     """Do one step of a zapping walk; take apart a table that lost its link.  Return whether SPTEs changed.
 
     Before 6.13 a zap under mmu_lock for read froze each SPTE until a flush of its own was over
@@ -72,20 +65,5 @@ def tdp_mmu_zap_step(cpu: Cpu, kvm: Kvm, it: TdpIter, disconnected_sps: list[Hfn
     if it.chunk.freeze:
         tdp_mmu_zap_frozen(cpu, kvm, entry, it.reason)
     else:
-        handle_removed_pt(cpu, kvm, entry, it.shared, it.reason, disconnected_sps)
-    return True
-
-
-def flush_disconnected_sps(
-    cpu: Cpu, kvm: Kvm, disconnected_sps: list[Hfn], reason: FlushReason, can_yield: bool
-) -> bool:
-    """Flush if a table was removed, even if a yield has flushed, then give the tables to RCU; return whether
-    it flushed.
-
-    This is the end of zap_gfn_range() in the proposal.
-    """
-    if not disconnected_sps:
-        return False
-    kvm_flush_remote_tlbs(cpu, kvm, reason)
-    handle_disconnected_sps(cpu, kvm, disconnected_sps, can_yield)
+        handle_removed_pt(cpu, kvm, entry, it.shared, it.reason)
     return True

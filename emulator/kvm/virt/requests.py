@@ -15,7 +15,6 @@ from emulator.kvm.kvm_host import (
     KVM_REQUEST_WAIT,
     OUTSIDE_GUEST_MODE,
 )
-from emulator.kvm.mmu.root_tracking import roots_tlb_changed
 from emulator.kvm.structs import Kvm, KvmMemorySlot, Vcpu
 from emulator.machine.runtime import Cpu, timed
 from native import lib
@@ -126,14 +125,11 @@ def kvm_flush_remote_tlbs(cpu: Cpu, kvm: Kvm, reason: FlushReason) -> None:
     """kvm_flush_remote_tlbs(): make every vCPU flush before it runs guest code again.
 
     On return every vCPU is outside guest mode with the request pending, or has entered again after flushing.
-    Stale entries may still exist, but no vCPU will use them.  If the policy elides flushes by root tracking
-    (root_tracking.py), the tracking is reset before a request is visible.  `reason` (enum flush_reason) is
-    for the accounts.
+    Stale entries may still exist, but no vCPU will use them.  `reason` (enum flush_reason) is for the
+    accounts.
     """
     with timed(cpu, lib.HISTOGRAM_REMOTE_FLUSH):
         cpu.stat(kvm.id, lib.STAT_REMOTE_TLB_FLUSH_REQUESTS)
-        if kvm.tracks_roots:
-            roots_tlb_changed(cpu, kvm)
         if kvm.heard.remote_flush_due is not None:
             kvm.heard.remote_flush_due(cpu, kvm, reason)
         for vcpu in kvm.vcpus:

@@ -5,7 +5,6 @@ from __future__ import annotations
 from typing import Final
 
 from emulator.kvm.kvm_host import ExitToUser
-from emulator.kvm.mmu.structs import KvmMmuRootInfo
 from emulator.kvm.structs import Kvm, Vcpu
 from emulator.kvm.vmx import vmx
 from emulator.kvm.x86_ops import KvmX86Ops
@@ -53,12 +52,6 @@ class VtX86Ops:
 
     def flush_tlb_gva(self, cpu: Cpu, vcpu: Vcpu, addr: int) -> None:
         vmx.vmx_flush_tlb_gva(cpu, vcpu, addr)
-
-    def flush_tlb_root(self, cpu: Cpu, kvm: Kvm, root: KvmMmuRootInfo, reason: FlushReason) -> None:
-        vmx.vmx_flush_tlb_ept_root(cpu, kvm, root, reason)
-
-    def flush_tlb_before_entry(self, cpu: Cpu, vcpu: Vcpu) -> None:
-        vmx.vmx_flush_tlb_before_entry(cpu, vcpu)
 
 
 vt_x86_ops: Final[KvmX86Ops] = VtX86Ops()

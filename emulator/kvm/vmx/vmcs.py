@@ -8,17 +8,13 @@ from native.types import CpuId, VcpuId, VmcsId, VmId, Vpid
 
 
 class LoadedVmcs:
-    """struct loaded_vmcs: a VMCS, and the pCPU on which it was loaded last, or -1.
+    """struct loaded_vmcs: a VMCS, and the pCPU on which it was loaded last, or -1."""
 
-    tracked_by_gen: when it was loaded there, the policy answered `migration` with root-tlb-gen.
-    """
-
-    __slots__ = ("cpu", "tracked_by_gen", "vmcs")
+    __slots__ = ("cpu", "vmcs")
 
     def __init__(self, vmcs: VmcsId) -> None:
         self.vmcs = vmcs
         self.cpu = CpuId(-1)
-        self.tracked_by_gen = False
 
 
 def alloc_loaded_vmcs(cpu: Cpu, vcpu: VcpuId, vpid: Vpid, *, ept: bool) -> LoadedVmcs:

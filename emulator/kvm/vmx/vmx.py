@@ -2,10 +2,9 @@
 
 from __future__ import annotations
 
-from typing import Final, Literal
+from typing import Final
 
 from emulator.kvm.accounting import flush_elided
-from emulator.kvm.decisions import Tracking
 from emulator.kvm.emulate import emulate_store
 from emulator.kvm.kvm_host import PG_LEVEL_256T, X86_CR0_PG, ExitToUser
 from emulator.kvm.mmu.fault import (
@@ -16,9 +15,9 @@ from emulator.kvm.mmu.fault import (
     RET_PF_WRITE_PROTECTED,
 )
 from emulator.kvm.mmu.page_fault import kvm_mmu_page_fault
-from emulator.kvm.mmu.root_tracking import active_roots, mmu_roots, root_tlb_gen_is_old, test_and_set_flushed
+from emulator.kvm.mmu.roots import active_roots
 from emulator.kvm.mmu.spte import root_to_sp
-from emulator.kvm.mmu.structs import KvmMmu, KvmMmuRootInfo
+from emulator.kvm.mmu.structs import KvmMmuRootInfo
 from emulator.kvm.notifications import PcpuFlush, flush_begins, flush_ended
 from emulator.kvm.regs import (
     kvm_get_active_pcid,
@@ -191,54 +190,16 @@ def migration_ept(cpu: Cpu, vcpu: Vcpu) -> None:
     """
     kvm = vcpu.kvm
     answer = kvm.policy.migration(cpu, vcpu)
-    vcpu.loaded_vmcs.tracked_by_gen = answer == "root-tlb-gen"
     if answer == "all-contexts":
         request_tlb_flush(cpu, vcpu, lib.REASON_MIGRATION)
-    elif answer == "done":
-        return
     elif answer == "none":
         flush_elided(cpu, kvm, lib.REASON_MIGRATION, vcpu.id)
-    else:
-        vmx_flush_ept_on_pcpu_migration(cpu, vcpu, vcpu.root_mmu, answer)
-        vmx_flush_ept_on_pcpu_migration(cpu, vcpu, vcpu.guest_mmu, answer)
-
-
-def vmx_flush_ept_on_pcpu_migration(
-    cpu: Cpu, vcpu: Vcpu, mmu: KvmMmu, answer: Literal["active-roots"] | Tracking
-) -> None:
-    """vmx_flush_ept_on_pcpu_migration() (proposed in August 2025): flush current and previous roots, with
-    preemption off.
-
-    A policy that tracks roots flushes only those that need it.  Generations are checked again before VM
-    entry, so a previous root need not be flushed until it is used.
-    """
-    roots = mmu_roots(mmu)
-    if answer == "root-tlb-gen":
-        roots = [root for root in roots if root is mmu.root]
-    for root in roots:
-        if answer != "active-roots" and test_and_set_flushed(cpu, root, answer):
-            flush_elided(cpu, vcpu.kvm, lib.REASON_MIGRATION, root.hfn)
-        else:
-            vmx_flush_tlb_ept_root(cpu, vcpu.kvm, root, lib.REASON_MIGRATION)
 
 
 def migration_vpid(cpu: Cpu, vcpu: Vcpu) -> None:
     """Flush the combined mappings under this vCPU's VPID, of every root.  Decision `migration_vpid`."""
     if vcpu.kvm.policy.migration_vpid(cpu, vcpu) == "invvpid":
         vpid_sync_context(cpu, vcpu, lib.REASON_MIGRATION)
-
-
-def vmx_flush_tlb_before_entry(cpu: Cpu, vcpu: Vcpu) -> None:
-    """Flush the current root if its generation is old, with interrupts off and mode IN_GUEST_MODE.
-
-    Under migration=root-tlb-gen only, and however the root became current.
-    """
-    kvm = vcpu.kvm
-    if not vcpu.loaded_vmcs.tracked_by_gen:
-        return
-    if root_tlb_gen_is_old(cpu, vcpu):
-        assert vcpu.mmu.root is not None
-        vmx_flush_tlb_ept_root(cpu, kvm, vcpu.mmu.root, lib.REASON_MIGRATION)
 
 
 # --- vCPUs --------------------------------------------------------------------------------------------------

@@ -1,8 +1,8 @@
-"""The code of emulator.kvm, as shipped or patched, and its modules, imported anew.
+"""The code of emulator.kvm and of the proposals, as shipped or patched, and its modules, imported anew.
 
-A patched KVM is a KVM of its own: every module of emulator.kvm is executed again, so that it has functions,
-classes and globals of its own and shares none with another policy's.  Files that no patch changes are not
-compiled again.
+A patched KVM is a KVM of its own: every module of emulator.kvm and every proposal is executed again, so that
+it has functions, classes and globals of its own and shares none with another policy's.  Files that no patch
+changes are not compiled again.
 """
 
 from __future__ import annotations
@@ -22,8 +22,8 @@ from types import CodeType, FrameType, ModuleType
 from typing import Final
 
 from emulator.policy.guard import Place, UserPolicyError, error_text, register_patched, through
-from emulator.policy.imports import PACKAGE, is_kvm
-from emulator.policy.patch.diff import ROOT, PatchError
+from emulator.policy.imports import PACKAGE, PACKAGES, is_patchable
+from emulator.policy.patch.diff import PROPOSALS, PatchError, full_path
 
 # Processor seconds for executing the modules.
 _IMPORTING: Final = 10.0
@@ -47,16 +47,23 @@ class Shipped:
 
     @cached_property
     def directory(self) -> Path:
-        spec = importlib.util.find_spec(PACKAGE)
-        assert spec is not None
-        assert spec.submodule_search_locations is not None
-        return Path(next(iter(spec.submodule_search_locations)))
+        """Return the directory of emulator/kvm."""
+        return _directory(PACKAGE)
 
     @cached_property
     def sources(self) -> dict[str, str]:
-        """Return the text of each file, by its path within emulator/kvm."""
-        files = sorted(self.directory.rglob("*.py"))
-        return {file.relative_to(self.directory).as_posix(): file.read_text("utf-8") for file in files}
+        """Return the text of each file, by its path as FileDiff has it."""
+        return {path: file.read_text("utf-8") for path, file in self.files.items()}
+
+    @cached_property
+    def files(self) -> dict[str, Path]:
+        """Return each file by its path as FileDiff has it."""
+        found = {}
+        for package in PACKAGES:
+            directory, prefix = _directory(package), "" if package == PACKAGE else PROPOSALS
+            for file in sorted(directory.rglob("*.py")):
+                found[prefix + file.relative_to(directory).as_posix()] = file
+        return found
 
     @cached_property
     def units(self) -> dict[str, Unit]:
@@ -72,16 +79,23 @@ class Shipped:
         loader = spec.loader if spec is not None else None
         code = loader.get_code(name) if isinstance(loader, InspectLoader) else None
         if code is None:
-            code = compile(self.sources[path], str(self.directory / path), "exec", dont_inherit=True)
-        return Unit(name, code, is_package, str(self.directory / path))
+            code = compile(self.sources[path], str(self.files[path]), "exec", dont_inherit=True)
+        return Unit(name, code, is_package, str(self.files[path]))
+
+
+def _directory(package: str) -> Path:
+    spec = importlib.util.find_spec(package)
+    assert spec is not None
+    assert spec.submodule_search_locations is not None
+    return Path(next(iter(spec.submodule_search_locations)))
 
 
 SHIPPED: Final = Shipped()
 
 
 def module_name(path: str) -> tuple[str, bool]:
-    """Return the name of a file's module, by its path within emulator/kvm, and whether it is a package."""
-    parts = [PACKAGE, *path.removesuffix(".py").split("/")]
+    """Return the name of a file's module, by its path as FileDiff has it, and whether it is a package."""
+    parts = full_path(path).removesuffix(".py").split("/")
     is_package = parts[-1] == "__init__"
     return ".".join(parts[:-1] if is_package else parts), is_package
 
@@ -103,7 +117,7 @@ class Code:
         trace = error.__traceback__
         while trace is not None:
             name = str(trace.tb_frame.f_globals.get("__name__"))
-            if name.startswith(PACKAGE) and (found is None or self._is_changed(trace.tb_frame)):
+            if is_patchable(name) and (found is None or self._is_changed(trace.tb_frame)):
                 found = trace.tb_frame, trace.tb_lineno
             trace = trace.tb_next
         if found is None:
@@ -137,7 +151,7 @@ def patched_code(name: str, sources: Mapping[str, str | None], *, users: bool) -
             units.pop(module, None)
             continue
         # Tracebacks show it, with lines of the patched text.
-        filename = f"{ROOT}{path} ({name})"
+        filename = f"{full_path(path)} ({name})"
         if users:
             register_patched(filename)
         units[module] = Unit(module, _compiled(name, path, filename, text), is_package, filename, text)
@@ -150,10 +164,10 @@ def _compiled(name: str, path: str, filename: str, text: str) -> CodeType:
             warnings.simplefilter("ignore")
             return compile(text, filename, "exec", dont_inherit=True)
     except SyntaxError as error:
-        where = f"{name}: {ROOT}{path}:{error.lineno or 1}"
+        where = f"{name}: {full_path(path)}:{error.lineno or 1}"
         raise PatchError(where, f"{type(error).__name__}: {error.msg}", "Python") from error
     except (ValueError, RecursionError, MemoryError, OverflowError) as error:
-        raise PatchError(f"{name}: {ROOT}{path}", error_text(error), "Python") from error
+        raise PatchError(f"{name}: {full_path(path)}", error_text(error), "Python") from error
 
 
 # --- importing it -------------------------------------------------------------------------------------------
@@ -179,7 +193,7 @@ class _Loader(InspectLoader):
 
 
 class _Finder(MetaPathFinder):
-    """Finds the modules of emulator.kvm here, and nowhere else."""
+    """Finds the patchable modules here, and nowhere else."""
 
     def __init__(self, units: Mapping[str, Unit]) -> None:
         self._units = units
@@ -187,7 +201,7 @@ class _Finder(MetaPathFinder):
     def find_spec(
         self, fullname: str, path: Sequence[str] | None, target: ModuleType | None = None
     ) -> ModuleSpec | None:
-        if not is_kvm(fullname):
+        if not is_patchable(fullname):
             return None
         unit = self._units.get(fullname)
         if unit is None:
@@ -199,22 +213,23 @@ class _Finder(MetaPathFinder):
 
 
 def loaded() -> dict[str, ModuleType]:
-    """Return the modules of emulator.kvm that the import system has now."""
-    return {name: module for name, module in sys.modules.items() if is_kvm(name)}
+    """Return the patchable modules that the import system has now."""
+    return {name: module for name, module in sys.modules.items() if is_patchable(name)}
 
 
 def install(modules: Modules) -> None:
-    """Make these the modules of emulator.kvm that imports find."""
+    """Make these the patchable modules that imports find."""
     for name in loaded():
         del sys.modules[name]
     sys.modules.update(modules)
-    parent, _, child = PACKAGE.rpartition(".")
-    if PACKAGE in modules:
-        setattr(sys.modules[parent], child, modules[PACKAGE])
+    for package in PACKAGES:
+        parent, _, child = package.rpartition(".")
+        if package in modules:
+            setattr(sys.modules[parent], child, modules[package])
 
 
 def load_shipped() -> Modules:
-    """Import all modules of emulator.kvm; return them."""
+    """Import all patchable modules; return them."""
     for unit in SHIPPED.units.values():
         importlib.import_module(unit.name)
     return loaded()

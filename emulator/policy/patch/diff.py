@@ -19,10 +19,11 @@ from emulator.errors import shown
 from emulator.policy.guard import UserPolicyError
 
 ROOT: Final = "emulator/kvm/"
+PROPOSALS: Final = "emulator/policy/proposals/"
 _NOTHING: Final = "/dev/null"
 # Directories at the top of the project; a path that begins with another one has a prefix, as git's a/ and b/.
 _TOP: Final = ("emulator", "native", "metrics", "bench", "tests")
-_ONLY: Final = f"changes of .py files in {ROOT} only"
+_ONLY: Final = f"changes of .py files in {ROOT} or {PROPOSALS} only"
 _UNIFIED: Final = "a unified diff, as from git diff or git format-patch"
 _BASE: Final = re.compile(r"^Flushlab-Base:[ \t]*(.*?)[ \t]*$", re.IGNORECASE | re.MULTILINE)
 # A diff begins with one of these lines; what stands before it is a message.
@@ -34,6 +35,11 @@ _RENAMED: Final = re.compile(r"^(rename|copy) (from|to) ", re.MULTILINE)
 
 class PatchError(UserPolicyError):
     """A patch that cannot be used, in one line: patch, hunk, file, line, finding."""
+
+
+def full_path(path: str) -> str:
+    """Return a file's path from the top of the project."""
+    return path if path.startswith(PROPOSALS) else ROOT + path
 
 
 @dataclass(frozen=True, slots=True)
@@ -55,7 +61,7 @@ class Change:
 
 @dataclass(frozen=True, slots=True)
 class FileDiff:
-    """The changes of one file, by its path within emulator/kvm."""
+    """The changes of one file, by its path within emulator/kvm, or the whole path of a proposal's file."""
 
     path: str
     changes: tuple[Change, ...]
@@ -64,7 +70,7 @@ class FileDiff:
 
     @property
     def full(self) -> str:
-        return ROOT + self.path
+        return full_path(self.path)
 
 
 @dataclass(frozen=True, slots=True)
@@ -145,18 +151,18 @@ def _file(name: str, one: PatchedFile) -> FileDiff:
     info = str(one.patch_info or "")
     path = sorted(paths)[0]
     if len(paths) > 1 or _RENAMED.search(info):
-        raise PatchError(where, f"renames or copies {ROOT}{path}", "a removed and an added file")
+        raise PatchError(where, f"renames or copies {full_path(path)}", "a removed and an added file")
     if one.is_binary_file:
-        raise PatchError(where, f"a binary change of {ROOT}{path}", _UNIFIED)
+        raise PatchError(where, f"a binary change of {full_path(path)}", _UNIFIED)
     if one.is_symlink or one.is_submodule:
-        raise PatchError(where, f"{ROOT}{path} is no regular file", _ONLY)
+        raise PatchError(where, f"{full_path(path)} is no regular file", _ONLY)
     added, removed = one.source_file == _NOTHING, one.target_file == _NOTHING
     changes = tuple(_change(where, path, number, hunk) for number, hunk in enumerate(one, 1))
     return FileDiff(path, changes, added, removed)
 
 
 def _within(where: str, path: str) -> str:
-    """Return the path within emulator/kvm.  One directory may stand before it, as git's a/ and b/."""
+    """Return the file's path, as FileDiff has it.  One directory may stand before it, as git's a/ and b/."""
     parts = path.split("/")
     if path.startswith('"') or not path.isprintable():
         raise PatchError(where, f"touches {shown(path)}", _ONLY)
@@ -165,7 +171,7 @@ def _within(where: str, path: str) -> str:
     own = path if parts[0] in _TOP else "/".join(parts[1:])
     if own.startswith("native/"):
         raise PatchError(where, f"touches {own}: the core would have to be built anew", _ONLY)
-    if not own.startswith(ROOT) or not own.endswith(".py"):
+    if not own.startswith((ROOT, PROPOSALS)) or not own.endswith(".py"):
         raise PatchError(where, f"touches {own or path}", _ONLY)
     if not all(part.isidentifier() for part in own.removesuffix(".py").split("/")):
         raise PatchError(where, f"touches {own}, which is no module's name", _ONLY)
@@ -194,7 +200,7 @@ def _change(where: str, path: str, number: int, hunk: Hunk) -> Change:
     text = "".join(kinds)
     changed = text.strip(" ")
     if not changed:
-        raise PatchError(f"{where}: hunk {number} of {ROOT}{path}", "changes nothing", _UNIFIED)
+        raise PatchError(f"{where}: hunk {number} of {full_path(path)}", "changes nothing", _UNIFIED)
     leading, trailing = len(text) - len(text.lstrip(" ")), len(text) - len(text.rstrip(" "))
     return Change(number, at, hunk.source_start, tuple(old), tuple(new), leading, trailing)
 

@@ -11,7 +11,7 @@ from typing import Final
 
 from emulator.errors import BadInput, shown
 from emulator.policy.confine import Change, Confinement, State
-from emulator.policy.imports import is_kvm
+from emulator.policy.imports import is_patchable
 from emulator.policy.patch.apply import applied
 from emulator.policy.patch.code import SHIPPED, Code, imported, load_shipped, patched_code
 from emulator.policy.patch.diff import Diff, PatchError, parse_diff
@@ -169,7 +169,7 @@ class KvmPatch:
 
 def _is_ours(cls: type) -> bool:
     """Return whether an error's class is the emulator's, which has its own words for it, and not KVM's."""
-    return cls.__module__.partition(".")[0] in ("emulator", "native") and not is_kvm(cls.__module__)
+    return cls.__module__.partition(".")[0] in ("emulator", "native") and not is_patchable(cls.__module__)
 
 
 def read_patch(text: str) -> KvmPatch:

@@ -1,8 +1,9 @@
 """Makes other modules of KVM's code the ones that the whole process uses.
 
-Modules outside of emulator.kvm hold its functions and classes in many ways: as imported names, in tables and
-class attributes, as default arguments.  `Rebinding` replaces each by its counterpart, the object of that name
-in the same module of the other code, and puts the former ones back at the end.
+Modules outside of emulator.kvm and of the proposals hold their functions and classes in many ways: as
+imported names, in tables and class attributes, as default arguments.  `Rebinding` replaces each by its
+counterpart, the object of that name in the same module of the other code, and puts the former ones back at
+the end.
 """
 
 from __future__ import annotations
@@ -14,7 +15,7 @@ from functools import partial
 from types import CellType, FunctionType, MethodType, ModuleType
 from typing import Any, Final
 
-from emulator.policy.imports import imports_of_kvm, is_kvm, is_value, names_of_others
+from emulator.policy.imports import imports_of_kvm, is_patchable, is_value, names_of_others
 from emulator.policy.patch.code import Modules, install
 from emulator.policy.patch.diff import PatchError
 
@@ -210,11 +211,11 @@ def _fill(container: Any, contents: Any) -> None:
 
 
 def _is_ours(name: object) -> bool:
-    return isinstance(name, str) and name.partition(".")[0] in _OURS and not is_kvm(name)
+    return isinstance(name, str) and name.partition(".")[0] in _OURS and not is_patchable(name)
 
 
 def _outside() -> list[ModuleType]:
-    """Return the project's loaded modules outside of emulator.kvm."""
+    """Return the project's loaded modules that no patch may change."""
     return [
         module for name, module in list(sys.modules.items()) if _is_ours(name) and type(module) is ModuleType
     ]

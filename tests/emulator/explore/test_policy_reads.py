@@ -150,15 +150,9 @@ def test_two_writes_of_one_step_are_seen_half_done(tmp_path: Path) -> None:
         ('"host-unmap 0x10"', "vcpu.kvm.mn_active_invalidate_count", {(0, 0), (0, 1), (1, 0), (1, 1)}),
         ('"log-arm"', "vcpu.kvm.memslots[0].generation - 1", {(0, 0), (0, 1), (1, 1)}),
         ('"log-arm"', "self._kept(vcpu.kvm, 'memslots')[0].generation - 1", {(0, 0), (0, 1), (1, 1)}),
-        ('"flush-remote"', "vcpu.kvm.tdp_mmu_roots[0].tracking.tlb_gen[0] - 1", {(0, 0), (0, 1), (1, 1)}),
-        (
-            '"flush-remote"',
-            "self._kept(vcpu.kvm.tdp_mmu_roots[0].tracking, 'tlb_gen')[0] - 1",
-            {(0, 0), (0, 1), (1, 1)},
-        ),
         ('"zap-all"', "self._kept(vcpu.kvm, 'tdp_mmu_roots')[0].role.invalid", {(0, 0), (0, 1), (1, 1)}),
     ],
-    ids=["attribute", "list", "list kept", "memory", "memory kept", "attribute of what was kept"],
+    ids=["attribute", "list", "list kept", "attribute of what was kept"],
 )
 @pytest.mark.parametrize(
     "then", ["pass", "lib.vcpu_mode(cpu.m, vcpu.id)"], ids=["", "in a step in the middle"]
@@ -258,7 +252,7 @@ def test_memory_that_is_kept_is_read_in_each_step_of_a_method(tmp_path: Path) ->
     """No one can see which of a method's steps looks into it."""
     look = (
         "if vcpu.kvm.id == 0 and vcpu.kvm.tdp_mmu_roots:",
-        "    self.kept = self.kept or vcpu.kvm.tdp_mmu_roots[0].tracking.tlb_gen",
+        "    self.kept = self.kept or cpu.kick_mask",
         "    lib.vcpu_mode(cpu.m, vcpu.id)",
     )
     test, policy = (
@@ -273,7 +267,7 @@ def test_memory_that_is_kept_is_read_in_each_step_of_a_method(tmp_path: Path) ->
     last = [step for step in steps if step["thread"] == "v0" and step["kind"] in ("policy", "mode")]
     asked = max(n for n, step in enumerate(last) if step["kind"] == "policy")
     for step in last[asked : asked + 2]:
-        assert any(one.startswith("RootTracking.tlb_gen[]") for one in step["reads"])
+        assert any(one.startswith("Cpu.kick_mask[]") for one in step["reads"])
 
 
 def test_methods_of_two_tasks_take_turns(tmp_path: Path) -> None:
@@ -298,8 +292,7 @@ READS = [
     "len(vcpu.kvm.tdp_mmu_roots)",
     "[root.root_count.value for root in vcpu.kvm.tdp_mmu_roots]",
     "[root.role.invalid for root in vcpu.kvm.tdp_mmu_roots]",
-    "[root.tracking.tlb_gen[0] for root in vcpu.kvm.tdp_mmu_roots]",
-    "[root.tracking.cpu_clean_mask[0] for root in vcpu.kvm.tdp_mmu_roots]",
+    "[one.kick_mask[0] for one in cpu.machine.cpus]",
     "[root is None for root in vcpu.mmu.prev_roots]",
     "bytes(vcpu.kvm.pcpu_mask)",
     "list(vcpu.kvm.pcpu_mask)",
@@ -315,7 +308,7 @@ READS = [
 ]
 IMPORTS = """from copy import copy
 from operator import attrgetter
-from emulator.kvm.mmu.root_tracking import active_roots
+from emulator.kvm.mmu.roots import active_roots
 from native import lib"""
 OTHERS = [
     ("", one) for one in ('"host-unmap 0x10"', '"zap-all"', '"log-arm"', '"flush-remote"', '"slot-delete"')
@@ -395,7 +388,7 @@ def test_a_counterexample_has_the_reads_and_replays(tmp_path: Path) -> None:
         (LOADED,),
         ("vcpu.kvm.pcpu_mask[1] and vcpu.loaded", "vcpu.mmu.prev_roots[0]"),
         ("[root.root_count.value for root in vcpu.kvm.tdp_mmu_roots]", "vcpu.kvm.memslots[0].generation"),
-        ("[root.tracking.tlb_gen[0] for root in vcpu.kvm.tdp_mmu_roots]", "vcpu.loaded_vmcs.cpu"),
+        ("[one.kick_mask[0] for one in cpu.machine.cpus]", "vcpu.loaded_vmcs.cpu"),
     ],
     ids=["pcpu", "containers", "counts", "memory"],
 )

@@ -25,18 +25,20 @@ from emulator.machine.runtime import Cpu
 from emulator.policy import Policy
 
 def asks(cpu: Cpu, kvm: Kvm, vcpu: Vcpu, root: KvmMmuPage) -> None:
-    if kvm.policy.migration(cpu, vcpu) == "root-tlb-gen":
+    if kvm.policy.migration(cpu, vcpu) == "done":
         pass
-    if kvm.policy.remote_kick(cpu, kvm) == "root-tlb-gen":  # error
+    if kvm.policy.migration(cpu, vcpu) == "root-tlb-gen":  # error
+        pass
+    if kvm.policy.remote_kick(cpu, kvm) == "all-contexts":  # error
         pass
     kvm.policy.migration(cpu, kvm)  # error
-    kvm.policy.may_answer("migration", "root-tlb-gen")
-    kvm.policy.may_answer("migration", "async")  # error
-    kvm.policy.may_answer("imigration", "none")  # error
+    kvm.policy.may_answer("root_put", "async")
+    kvm.policy.may_answer("root_put", "none")  # error
+    kvm.policy.may_answer("iroot_put", "async")  # error
 
 class Answers(Policy):
     def migration(self, cpu: Cpu, vcpu: Vcpu) -> decisions.Migration:
-        return "active-roots"
+        return "done"
     def migration_vpid(self, cpu: Cpu, vcpu: Vcpu) -> decisions.MigrationVpid:
         return "active-roots"  # error
     def root_put(self, cpu: Cpu, kvm: Kvm, root: KvmMmuPage) -> decisions.Zap:  # error

@@ -49,7 +49,7 @@ def test_with_settings() -> None:
     ("settings", "found", "expected"),
     [
         ({"migraton": "none"}, "'migraton'", "did you mean migration?"),
-        ({"migration": "nothing"}, "'nothing'", "all-contexts, active-roots, cpu-flushed-mask"),
+        ({"migration": "nothing"}, "'nothing'", "all-contexts, none, active-roots, cpu-flushed-mask"),
         ({"name": "x"}, "'name'", "one of remote_flush"),
     ],
 )

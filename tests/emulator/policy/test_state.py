@@ -10,7 +10,18 @@ from emulator.kvm.mmu.structs import KvmMmuPage
 from emulator.kvm.structs import Kvm, Vcpu
 from emulator.machine.runtime import Cpu, Machine
 from emulator.policy import Policy
-from emulator.policy.state import Bitmap, Flag, Generation, OwnList, PerCpu, State, per_root, per_vcpu, per_vm
+from emulator.policy.state import (
+    Bitmap,
+    Flag,
+    Generation,
+    OwnList,
+    PerCpu,
+    Private,
+    State,
+    per_root,
+    per_vcpu,
+    per_vm,
+)
 from tests.emulator.kvm.rig import Rig, page_is_a_root_again, running_rig
 
 PCPUS = 70
@@ -150,6 +161,7 @@ def test_a_full_store_ends_with_a_barrier(cpus: list[Cpu], operate: Any) -> None
         (lambda cpu: Flag("f", "vm 0", 2).test(cpu, "release"), "a load has no order 'release'"),  # type: ignore[arg-type]
         (lambda cpu: Flag("f", "vm 0", 2).set(cpu, "acquire"), "a store has no order 'acquire'"),  # type: ignore[arg-type]
         (lambda cpu: per_root(int), "no type of state"),  # type: ignore[type-var]
+        (lambda cpu: per_root(Private), "Private is state of a vCPU"),
     ],
 )
 def test_wrong_uses_are_refused(cpus: list[Cpu], operate: Any, message: str) -> None:
@@ -230,4 +242,4 @@ def test_state_of_another_object_is_refused(rig: Rig, wrong: str) -> None:
 
 
 def test_all_types_are_state() -> None:
-    assert {Bitmap, Flag, Generation, OwnList, PerCpu} == set(State.__subclasses__())
+    assert {Bitmap, Flag, Generation, OwnList, PerCpu, Private} == set(State.__subclasses__())

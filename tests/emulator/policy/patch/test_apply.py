@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 
 from emulator.policy.patch.apply import applied
 from emulator.policy.patch.code import SHIPPED
-from emulator.policy.patch.diff import PatchError, parse_diff
+from emulator.policy.patch.diff import PatchError, full_path, parse_diff
 from tests.emulator.policy.patch.edits import diff_of
 
 FILES = sorted(path for path, text in SHIPPED.sources.items() if text.count("\n") > 20)
@@ -70,7 +70,7 @@ def test_context_that_differs_is_refused(edit: tuple[str, str, str], data: st.Da
     lines = before.split("\n")
     at = change.start - 1 + data.draw(st.integers(0, len(change.old) - 1))
     lines[at] += "# another end"
-    with pytest.raises(PatchError, match=rf"^own: hunk \d+ of emulator/kvm/{path}: "):
+    with pytest.raises(PatchError, match=rf"^own: hunk \d+ of {full_path(path)}: "):
         applied("own", diff, "\n".join(lines))
 
 

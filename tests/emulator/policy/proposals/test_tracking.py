@@ -70,7 +70,7 @@ def served_and_moved_before_the_flush_ends(rig: Rig, policy: Policy) -> set[str]
 
 def served_before_the_masks_are_cleared(rig: Rig, policy: Policy) -> set[str]:
     """Just before roots forget: too late if requests are visible by then."""
-    return serve_and_move_at(rig, policy, "root_tlb")
+    return serve_and_move_at(rig, policy, "policy_state")
 
 
 def entered_before_the_masks_are_cleared(rig: Rig, policy: Policy) -> set[str]:
@@ -78,7 +78,7 @@ def entered_before_the_masks_are_cleared(rig: Rig, policy: Policy) -> set[str]:
     kvm = rig.vm(policy)
     guest = rig.guest(kvm)
     bounce(guest, 5)
-    unmap_while_entering(rig, kvm, guest, "root_tlb", lambda: guest.read(1, 70))
+    unmap_while_entering(rig, kvm, guest, "policy_state", lambda: guest.read(1, 70))
     return set(rig.violations())
 
 
