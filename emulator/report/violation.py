@@ -175,12 +175,13 @@ def _access_text(r: ViolationReport, what: str, names: dict[int, str]) -> list[s
     entry = r.entry
     where = f"reference of a walk at level {r.walk_level}" if r.walk_level else f"linear {r.linear:#x}"
     translation = f"{name_of(SIZES, entry.size)} {name_of(MAPPINGS, entry.kind)}, page {entry.page:#x}"
+    ep4ta = "" if entry.kind == lib.KIND_LINEAR else f", EP4TA {entry.ep4ta:#x}"
     on = _name(names, r.cpu)
     age = f", {r.guest_clock - entry.clock} accesses ago" if entry.vcpu == r.vcpu else ""
     return [
         f"{what}: {name_of(_ACCESSES, r.access)} by vCPU {r.vcpu} of VM {r.vm} on {on}",
         f"  access: {where}, gfn {r.gfn:#x}, frame {r.hfn:#x}",
-        f"  entry: {translation}, VPID {entry.vpid}, PCID {entry.pcid}, EP4TA {entry.ep4ta:#x}",
+        f"  entry: {translation}, VPID {entry.vpid}, PCID {entry.pcid}{ep4ta}",
         f"  filled by: vCPU {entry.vcpu} of VM {entry.vm} on {on}{age}",
     ]
 
@@ -265,6 +266,10 @@ def _missing(kind: str, r: ViolationReport, analysis: RaceAnalysis) -> str:
         return "the zap of this SPTE before the host freed the page"
     if analysis.facts.by_kvm:
         return "a reference on the root, rcu_read_lock(), or a new start of the walk after a yield"
+    if kind == "foreign-root" and r.entry.kind == lib.KIND_LINEAR:
+        return "the flush when the VPID's new vCPU first ran on this pCPU (loading of its VMCS)"
+    if kind == "guest-stale" and r.entry.kind == lib.KIND_LINEAR:
+        return "the synchronization of KVM's table, or the INVVPID, for the guest's invalidation"
     if kind == "foreign-root":
         return "the flush when a root page was loaded again (root_load), or that of the migration"
     if kind == "walk-after-free":

@@ -273,8 +273,6 @@ static int enter(struct run *run, struct machine *m, uint32_t cpu, uint32_t vcpu
 	*run = (struct run){ .budget = budget };
 	*w = (struct walk){ .m = m, .cpu = &m->cpus[cpu], .tlb = m->cpus[cpu].tlb, .vcpu = v,
 			    .guest = v->guest, .exit = out };
-	if (!vmcs->vpid)
-		vm_transition_no_vpid(w->tlb);
 	hw_load_context(w, vmcs);
 	accesses_begin(&run->accesses, w);
 	w->cpu->guest_vm = v->vm;
@@ -297,7 +295,8 @@ static int leave(struct run *run, uint32_t reason, uint64_t accesses)
 	w->exit->reason = reason;
 	w->exit->accesses = accesses;
 	w->exit->attention = cpu_attention(w->m, w->cpu->id);
-	/* Before the mode: the exit is complete when it tells that the guest is left. */
+	/* Before the mode: the exit is complete when it tells that the guest is left.  VM entry does the same, but finds
+	 * nothing: such mappings arise in guest mode only. */
 	if (!w->vmcs->vpid)
 		vm_transition_no_vpid(w->tlb);
 	vcpu_set_mode(w->m, v->id, OUTSIDE_GUEST_MODE);

@@ -154,6 +154,8 @@ static void fill(const struct walk *w, uint64_t page, const struct leaf *leaf, s
 		.page = page & ~(pages - 1),
 		.gfn = leaf->gfn,
 		.hfn = spte_hfn(spte),
+		.vpid = (uint16_t)w->vmcs->vpid,
+		.pcid = (uint16_t)w->vmcs->pcid,
 		.kind = KIND_LINEAR,
 		.size = (uint8_t)(leaf->level - 1),
 		.global = (spte & SPTE_GLOBAL) != 0,
@@ -246,7 +248,7 @@ enum walk_result walk_shadow_cached(struct walk *w, uint64_t page, uint32_t type
 	int hit = tlb_lookup(w->tlb, KIND_LINEAR, page, out);
 
 	count(w->cpu->counters, COUNT_GPA_LOOKUPS, 1);
-	if (hit == 1 && (!out->supervisor || w->supervisor) && walk_check(w, out, page, type, 0))
+	if (hit == 1 && walk_check(w, out, page, type, 0))
 		return WALK_DONE;
 	count(w->cpu->counters, COUNT_GPA_MISSES, 1);
 	if (hit == 2)
