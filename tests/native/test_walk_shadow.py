@@ -354,6 +354,78 @@ def test_a_lost_root_table_of_the_os_is_a_triple_fault() -> None:
         assert lib.guest_run(machine.m, CPU0, vcpu, 10, machine.exit) == lib.EXIT_TRIPLE_FAULT
 
 
+# --- stores that KVM emulates -------------------------------------------------------------------------------
+
+
+def test_a_program_goes_on_behind_a_store_that_kvm_has_emulated() -> None:
+    with ShadowHypervisor() as machine:
+        vcpu = guest(machine)
+        machine.execute(CPU0, vcpu, (MAP, LINEAR, 100), (R, LINEAR))
+        machine.shadow(CPU0, vcpu, 100)
+        machine.emulated = 0
+        machine.execute(CPU0, vcpu, (W_, LINEAR | 0x18), (R, LINEAR), (W_, LINEAR | 0x20))
+        assert machine.emulated == 2
+        assert machine.word(CPU0, VM0, 100, 4) > machine.word(CPU0, VM0, 100, 3) > 0
+        assert machine.violations() == {}
+
+
+def test_a_trace_goes_on_behind_a_store_that_kvm_has_emulated() -> None:
+    with ShadowHypervisor() as machine:
+        vcpu = guest(machine)
+        machine.run(CPU0, vcpu, 600)
+        space = machine.space[vcpu]
+        gfns = [gfn for (_, gfn), by in machine.mapped_by.items() if (space, PAGES[0]) in by]
+        machine.shadow(CPU0, vcpu, gfns[0])
+        stores = sum(RECORDS[i] == record(PAGES[0], WRITE, RECORDS[i] & 0xFFF) for i in range(512))
+        machine.emulated = 0
+        before = lib.guest_clock(machine.m, vcpu)
+        assert machine.run(CPU0, vcpu, 512) == 512
+        assert lib.guest_clock(machine.m, vcpu) - before == 512
+        assert machine.emulated == stores > 0
+        assert machine.violations() == {}
+
+
+def test_tables_whose_links_kvm_has_stored_are_not_handed_out_again() -> None:
+    with ShadowHypervisor(table_frames=8192) as machine:
+        vm = machine.vm(gfns=2048)
+        vcpu = machine.vcpu(vm, 1, paging=1, end_gfn=2048, pcid=0)
+        pages = [(1 << 18) * (i % 5) + 512 * i + 1 for i in range(40)]
+        machine.process(vcpu, [record(page, WRITE) for page in pages] * 3, pages)
+        machine.power_on(vcpu)
+        machine.run(CPU0, vcpu, 240)
+        assert machine.emulated >= 40
+        assert len(machine.tables) >= 40
+        assert machine.violations() == {}
+
+
+def test_a_huge_mapping_that_is_taken_away_by_an_emulated_store() -> None:
+    region, huge, unmap = 1 << 30, lib.GUEST_OP_HUGE, lib.GUEST_OP_UNMAP
+    with ShadowHypervisor(broken=("sync",)) as machine:
+        vm = machine.vm(gfns=2048)
+        vcpu = machine.vcpu(vm, 1, paging=1, end_gfn=512, pcid=0)
+        machine.process(vcpu, [], [region >> 12])
+        machine.power_on(vcpu)
+        machine.execute(CPU0, vcpu, (MAP, region, 512, huge), (W_, region))
+        machine.emulated = 0
+        machine.execute(CPU0, vcpu, (unmap, region), (R, region))
+        assert machine.emulated
+        assert machine.violations() == {}
+        machine.execute(CPU0, vcpu, (INVLPG, region), (R, region))
+        assert set(machine.violations()) == {"guest-stale"}
+
+
+def test_more_changes_than_the_oracle_remembers_excuse_old_translations() -> None:
+    with ShadowHypervisor(broken=("sync",)) as machine:
+        vcpu = guest(machine)
+        for page in PAGES[:40]:
+            at = page << 12
+            machine.execute(CPU0, vcpu, (MAP, at, 100), (R, at), (MAP, at, 101))
+        machine.flush_vpid(CPU0, vcpu)
+        for page in PAGES[:40]:
+            machine.execute(CPU0, vcpu, (R, page << 12))
+        assert machine.violations() == {}
+
+
 # --- the fast path ------------------------------------------------------------------------------------------
 
 
