@@ -39,7 +39,8 @@ def policies() -> None:
             yield 0, name, [PRESET_DOCS[name], answers]
 
     print_catalogue(entries())
-    print(f"\n{len(MUTANTS)} policies with a bug have names of the form mutant:NAME: flushlab list mutants")
+    print("\nProposals that act are classes, a file each in emulator/policy/proposals, beside their mails.")
+    print(f"{len(MUTANTS)} policies with a bug have names of the form mutant:NAME: flushlab list mutants")
     print("Your own, a class or a patch of KVM's code: flushlab guide policies, patches")
 
 
@@ -63,7 +64,10 @@ def points() -> None:
         for alternative in point.alternatives:
             default = " (Linux 7.3)" if alternative.name == point.default else ""
             mutant = " (known to be wrong)" if alternative.mutant else ""
-            yield 1, alternative.name + default + mutant, [alternative.doc]
+            proposed = " (a proposal)" if alternative.proposed else ""
+            yield 1, alternative.name + default + mutant + proposed, [alternative.doc]
+        if point.acts:
+            yield 1, "done", ["For classes only: the class has flushed, or accounted for it, itself."]
 
     print_catalogue(entry for point in POINTS for entry in entries(point))
 

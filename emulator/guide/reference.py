@@ -1,4 +1,4 @@
-"""Parts of the guide that are generated from the code: decision points, their arguments, where KVM asks."""
+"""Parts of the guide that are generated from the code: decision points, moments, state, instructions."""
 
 from __future__ import annotations
 
@@ -13,9 +13,12 @@ from typing import Final
 from emulator.kvm import structs
 from emulator.kvm.decisions import Decisions
 from emulator.kvm.mmu import structs as mmu_structs
+from emulator.kvm.notifications import Notifications
 from emulator.kvm.vmx.vmcs import LoadedVmcs
 from emulator.machine.runtime import Cpu
-from emulator.policy import POINTS
+from emulator.policy import POINTS, instructions
+from emulator.policy.acting import MOMENTS
+from emulator.policy.state import Bitmap, Flag, Generation, OwnList, PerCpu, Private, State
 
 # Arguments of a policy's methods, by the name of the parameter.
 ARGUMENTS: Final[dict[str, type]] = {
@@ -30,6 +33,10 @@ ARGUMENTS: Final[dict[str, type]] = {
     "root.role": mmu_structs.KvmMmuPageRole,
     "slot": structs.KvmMemorySlot,
 }
+
+
+# The types of state, in the order in which they are described.
+STATES: Final[tuple[type[State], ...]] = (Bitmap, Generation, PerCpu, Flag, Private, OwnList)
 
 
 def questions() -> dict[str, list[str]]:
@@ -89,6 +96,48 @@ def _points() -> str:
     return "\n".join(parts).rstrip()
 
 
+def _moments() -> str:
+    parts = []
+    for name, parameters in MOMENTS.items():
+        when = " ".join((inspect.getdoc(getattr(Notifications, name)) or "").split())
+        parts.append(f"* `{name}({', '.join(parameters)})`: {when}")
+    return "\n".join(parts)
+
+
+def _state() -> str:
+    parts = []
+    for kind in STATES:
+        parts.append(f"* `{kind.__name__}`: {_sentences(kind)}")
+        for name, method in vars(kind).items():
+            if inspect.isfunction(method) and not name.startswith("_"):
+                doc = _sentences(method)
+                parts.append(f"    * `.{_call(name, method)}`{': ' if doc else ''}{doc}")
+    return "\n".join(parts)
+
+
+def _instructions() -> str:
+    functions = ((name, getattr(instructions, name)) for name in instructions.__all__)
+    return "\n".join(
+        f"* `{_call(name, function)}`: {_sentences(function)}"
+        for name, function in functions
+        if inspect.isfunction(function)
+    )
+
+
+def _call(name: str, function: Callable[..., object]) -> str:
+    """Return a call's text: its parameters without `self`, with defaults."""
+    parts = []
+    for one in inspect.signature(function).parameters.values():
+        if one.name != "self":
+            mark = "*, " if one.kind is one.KEYWORD_ONLY else ""
+            parts.append(f"{mark}{one.name}" + ("" if one.default is one.empty else f"={one.default!r}"))
+    return f"{name}({', '.join(parts)})"
+
+
+def _sentences(obj: object) -> str:
+    return " ".join((inspect.getdoc(obj) or "").split())
+
+
 def _arguments() -> str:
     parts = []
     for name, cls in ARGUMENTS.items():
@@ -129,4 +178,7 @@ GENERATED: Final[dict[str, Callable[[], str]]] = {
     "questions": _questions_table,
     "points": _points,
     "arguments": _arguments,
+    "moments": _moments,
+    "state": _state,
+    "instructions": _instructions,
 }

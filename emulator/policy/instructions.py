@@ -67,7 +67,7 @@ def invept_single(cpu: Cpu, kvm: Kvm, root: KvmMmuRootInfo | KvmMmuPage, reason:
 
 
 def invept_global(cpu: Cpu, kvm: Kvm, reason: FlushReason, roots: tuple[KvmMmuPage, ...] = ()) -> None:
-    """Execute INVEPT all-context.  roots: those that the policy itself wants to be told as covered."""
+    """Execute INVEPT all-context.  roots: those that the moments of flushes are to tell as covered."""
     flush = PcpuFlush("invept-global", -1, reason, roots)
     flush_begins(cpu, kvm, flush)
     cpu.point("tlb", cpu.id, "write")

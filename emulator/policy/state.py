@@ -131,9 +131,11 @@ class Generation(State):
         self.words[0] = start
 
     def read(self, cpu: Cpu, order: LoadOrder = "relaxed") -> int:
+        """Load the counter."""
         return self._load(cpu, 0, order)
 
     def set(self, cpu: Cpu, value: int, order: StoreOrder = "relaxed") -> None:
+        """Store a value."""
         self._store(cpu, 0, value, order)
 
     def inc_return(self, cpu: Cpu) -> int:
@@ -151,9 +153,11 @@ class PerCpu(State):
         super().__init__(name, owner, pcpus, pcpus)
 
     def read(self, cpu: Cpu, pcpu: int, order: LoadOrder = "relaxed") -> int:
+        """Load the word of that pCPU."""
         return self._load(cpu, self._pcpu(pcpu), order, pcpu)
 
     def set(self, cpu: Cpu, pcpu: int, value: int, order: StoreOrder = "relaxed") -> None:
+        """Store the word of that pCPU."""
         self._store(cpu, self._pcpu(pcpu), value, order, pcpu)
 
     def inc_return(self, cpu: Cpu, pcpu: int) -> int:
@@ -171,12 +175,15 @@ class Flag(State):
         super().__init__(name, owner, pcpus, 1)
 
     def test(self, cpu: Cpu, order: LoadOrder = "relaxed") -> bool:
+        """Load the flag."""
         return bool(self._load(cpu, 0, order))
 
     def set(self, cpu: Cpu, order: StoreOrder = "relaxed") -> None:
+        """Store 1."""
         self._store(cpu, 0, 1, order)
 
     def clear(self, cpu: Cpu, order: StoreOrder = "relaxed") -> None:
+        """Store 0."""
         self._store(cpu, 0, 0, order)
 
     def test_and_set(self, cpu: Cpu) -> bool:
@@ -209,7 +216,7 @@ class OwnList(State):
 
 
 class Private(State):
-    """A value of a vCPU that only the thread of that vCPU touches, so an access needs no order (per_vcpu)."""
+    """A `value` of a vCPU (per_vcpu) that only the vCPU's thread touches, so an access needs no order."""
 
     __slots__ = ("value",)
 

@@ -7,9 +7,10 @@ instructions, full barriers and other serializing instructions wait until the qu
 are:
 
     those to vcpu->mode, vcpu->cpu (WRITE_ONCE, smp_store_release), mmu_invalidate_seq and the fields with it;
-    the clearing of masks of pCPUs; the store of an SPTE that only its owner may set (tdp_mmu_set_spte); the
-    release of mmu_lock held for write and of SRCU, which come behind the stores that they protect; and a
-    mutant's stores without the locked instruction that the kernel has (point "plain store").
+    the relaxed and release stores of policies to their state; the store of an SPTE that only its owner may
+    set (tdp_mmu_set_spte); the release of mmu_lock held for write and of SRCU, which come behind the stores
+    that they protect; and a mutant's stores without the locked instruction that the kernel has (point "plain
+    store").
 
 Every other write is a locked instruction (requests, other SPTEs, locks, reference counts), or visible at once
 together with all stores before it (Python's own objects, such as memslots; spinlocks are released behind a

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 import re
 import shlex
 import shutil
@@ -17,8 +18,10 @@ import pytest
 from emulator.cli.main import main
 from emulator.errors import BadInput
 from emulator.guide import TOPICS, page, title
-from emulator.guide.reference import ARGUMENTS, attributes_of, questions
-from emulator.policy import POINTS
+from emulator.guide.reference import ARGUMENTS, STATES, attributes_of, questions
+from emulator.policy import POINTS, instructions
+from emulator.policy.acting import MOMENTS
+from emulator.policy.state import State
 
 _BLOCK = re.compile(r"^```(?P<info>[^\n]*)\n(?P<text>.*?)^```$", re.MULTILINE | re.DOTALL)
 _MORE = " (continued)"
@@ -132,3 +135,21 @@ def test_unknown_topic(capsys: pytest.CaptureFixture[str]) -> None:
         page("polices")
     assert main(["guide", "polices"]) == 2
     assert capsys.readouterr().err.count("\n") == 1
+
+
+def test_the_page_on_policies_has_and_uses_all_that_a_policy_can_do() -> None:
+    text = page("policies")
+    example = next(step.text for step in steps("policies") if step.name == "all.py")
+    for moment, parameters in MOMENTS.items():
+        assert f"`{moment}({', '.join(parameters)})`: " in text
+        assert f"    def {moment}({', '.join(parameters)}):" in example
+    assert set(STATES) == set(State.__subclasses__())
+    for kind in STATES:
+        assert f"* `{kind.__name__}`: " in text
+        assert f"({kind.__name__})" in example
+    for name in instructions.__all__:
+        if inspect.isfunction(getattr(instructions, name)):
+            assert f"* `{name}(" in text
+            assert f"do.{name}(" in example
+    acting = [point.name for point in POINTS if point.acts]
+    assert all(f"`{point}`" in text for point in acting)
