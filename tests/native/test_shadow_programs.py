@@ -28,11 +28,13 @@ vcpu = st.integers(0, 1)
 
 class ShadowMachine(RuleBasedStateMachine):
     with_vpid = True
+    geometry = (0, 0, 0)
 
     def __init__(self) -> None:
         super().__init__()
+        entries, ways, psc = self.geometry
         self.machine = ShadowHypervisor(
-            vpid=self.with_vpid, guest_frames=64, l2_entries=0, l2_ways=0, psc_entries=0
+            vpid=self.with_vpid, guest_frames=64, l2_entries=entries, l2_ways=ways, psc_entries=psc
         )
         self.machine.vm(gfns=(1 << 18) + 512)
         self.vcpus = [self.machine.vcpu(VM0, vpid, paging=0) for vpid in (1, 2)]
@@ -215,6 +217,12 @@ class WithoutVpidMachine(ShadowMachine):
     with_vpid = False
 
 
+class FastMachine(ShadowMachine):
+    """Bounded, so that walks take their fast path, but so large that nothing is evicted."""
+
+    geometry = (12 * 4096, 12, 4 * 4096)
+
+
 _SETTINGS = settings(
     max_examples=60,
     stateful_step_count=50,
@@ -225,5 +233,7 @@ _SETTINGS = settings(
 
 ShadowMachine.TestCase.settings = _SETTINGS
 WithoutVpidMachine.TestCase.settings = _SETTINGS
+FastMachine.TestCase.settings = _SETTINGS
 TestWithVpid = ShadowMachine.TestCase
 TestWithoutVpid = WithoutVpidMachine.TestCase
+TestFast = FastMachine.TestCase

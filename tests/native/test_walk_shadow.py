@@ -167,11 +167,23 @@ def test_supervisor_pages_are_cached_for_the_os_alone() -> None:
         assert machine.exit.error_code == lib.PFERR_USER | lib.PFERR_PRESENT
 
 
+def test_a_supervisor_page_that_the_oracle_has_judged_stays_the_os_own() -> None:
+    with ShadowHypervisor() as machine:
+        vcpu = guest(machine)
+        machine.execute(CPU0, vcpu, (MAP, LINEAR, 100))
+        pml4 = machine.space[vcpu].cr3
+        assert lib.oracle_track_writes(machine.m, CPU0, VM0, pml4, 1) == 0
+        before = machine.count(lib.COUNT_ORACLE_SLOW)
+        machine.execute(CPU0, vcpu, (MAP, LINEAR, 101))
+        assert machine.count(lib.COUNT_ORACLE_SLOW) > before
+        assert fault(machine, vcpu, (DIRECT_BASE + pml4) << 12, READ) == lib.PFERR_USER | lib.PFERR_PRESENT
+
+
 def test_a_global_translation_serves_each_pcid() -> None:
     with ShadowHypervisor() as machine:
         vcpu = bare(machine)
         space = machine.space[vcpu]
-        for page, extra in ((5, lib.SPTE_GLOBAL), (6, 0)):
+        for page, extra in ((6, 0), (5, lib.SPTE_GLOBAL)):
             machine.map_linear(CPU0, VM0, space, page, Translation(page, True, True))
             table, index, spte = machine.spot(CPU0, VM0, space, page)
             lib.shadow_mmu_set_spte(machine.m, CPU0, VM0, table, index, 1, page, spte | extra)
@@ -454,7 +466,8 @@ def entry_of(machine: ShadowHypervisor, page: int) -> dict[str, object]:
 
 @pytest.mark.parametrize("kind", [READ, WRITE, EXECUTE])
 @pytest.mark.parametrize("writable", [True, False])
-def test_the_fast_path_fills_what_the_slow_one_fills(kind: int, writable: bool) -> None:
+@pytest.mark.parametrize("dirty", [True, False])
+def test_the_fast_path_fills_what_the_slow_one_fills(kind: int, writable: bool, dirty: bool) -> None:
     """With its table cached a walk takes the fast path, unless the second level has ways beyond it."""
     if kind == WRITE and not writable:
         return
@@ -463,6 +476,10 @@ def test_the_fast_path_fills_what_the_slow_one_fills(kind: int, writable: bool) 
         with ShadowHypervisor(l2_ways=ways) as machine:
             vcpu = bare(machine)
             machine.map_linear(CPU0, VM0, machine.space[vcpu], 5, Translation(5, writable, True), writable)
+            table, index, spte = machine.spot(CPU0, VM0, machine.space[vcpu], 5)
+            if not dirty:
+                clean = spte & ~lib.SPTE_DIRTY
+                lib.shadow_mmu_set_spte_atomic(machine.m, CPU0, VM0, table, index, 1, spte, clean)
             machine.access(CPU0, vcpu, 0x6000)
             machine.access(CPU0, vcpu, 0x5000, kind)
             filled.append(entry_of(machine, 5))
