@@ -31,5 +31,5 @@ class Chaos:
         rng = self._rng[cpu.id]
         if rng.random() * self._one_in >= 1:
             return
-        # Not a wait: no interrupt is taken meanwhile, exactly as on a CPU that does not run.
+        # This is no wait: a CPU that does not run takes no interrupt.
         time.sleep(_LONG_SECONDS if rng.random() * _LONG_ONE_IN < 1 else _SHORT_SECONDS)

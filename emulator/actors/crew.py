@@ -16,7 +16,7 @@ if TYPE_CHECKING:
     from emulator.actors.base import Death, MachineActor
     from emulator.machine.runtime import Cpu, Machine
 
-# For all to go home; of more than so many each gets a moment of its own, for they all need the GIL.
+# Time for all actors to end.  Each beyond STOP_ACTORS adds STOP_SECONDS_EACH, because all need the GIL.
 STOP_SECONDS = 2.0
 STOP_ACTORS = 256
 STOP_SECONDS_EACH = 0.01
@@ -26,7 +26,7 @@ STOP_SWITCH_INTERVAL = 1.0
 
 
 def stop_seconds(actors: int) -> float:
-    """Return how long so many actors may take to end once their machine stops."""
+    """Return the time that this number of actors may take to end once their machine stops."""
     return STOP_SECONDS + STOP_SECONDS_EACH * max(0, actors - STOP_ACTORS)
 
 
@@ -92,7 +92,7 @@ class Crew:
         self.stopped.set()
 
     def join(self, seconds: float | None = None) -> list[str]:
-        """Wait for the threads; returns the names of those that did not end."""
+        """Wait for the threads; return the names of those that did not end."""
         deadline = time.monotonic() + (stop_seconds(len(self.actors)) if seconds is None else seconds)
         late = []
         for actor in self.actors:

@@ -101,10 +101,10 @@ class Host(MachineActor):
             memory.referenced(self.cpu, page)
 
     def _work_on_page(self, kvm: Kvm) -> None:
-        """Take as long for a page while a vCPU that owes a flush is halted or scheduled out as while it runs.
+        """Wait after a page if a vCPU owes a flush: as long for one that is halted as for one that runs.
 
-        If pages took time only while it runs, most of a burst would fall into its sleep, for which one flush
-        is enough.
+        If pages took time only while the vCPU runs, most of a burst would fall into its sleep, and one flush
+        would serve them all.
         """
         start = time.monotonic()
         if host_works(self.cpu, kvm):

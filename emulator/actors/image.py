@@ -32,8 +32,8 @@ class Difference(NamedTuple):
 class Image:
     """The copy of the pages [start, start + npages) of a VMM's address space, complete when it is made.
 
-    A VM has one at a time, and one thread at a time uses it.  It is made after logging was armed, so a write
-    after the first copy is in the log.
+    A VM has one at a time, and one thread at a time uses it.  Logging is armed before the first copy is made,
+    so every later write is in the log.
     """
 
     __slots__ = ("_first", "kvm")

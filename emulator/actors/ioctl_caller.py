@@ -42,12 +42,12 @@ _ARMED_US = 5000
 # How long the second slot stays away.
 _SLOT_GONE_US = 500
 _ZAP_PAGES = 2048
-# How long the guest has to map pages again before that zap; all of its roots went with the slot.
+# Time for the guest to map pages again before that zap: the slot's deletion has zapped all of its roots.
 _REFILL_US = 10_000
 # How often the workqueue checks for work, with policies that schedule any.
 _WORKQUEUE_US = 200
-# Share of the cycles with a range zap.  Not all, because its flush would drop stale entries that the deletion
-# left.
+# Share of the cycles with a range zap.  Its flush drops stale entries that the deletion may have left, so
+# some cycles go without it.
 _ZAP_SHARE = 0.25
 
 

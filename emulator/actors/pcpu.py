@@ -71,7 +71,7 @@ class PCpu(MachineActor):
         self.parking: dict[VcpuTask, Future[None]] = {}
         # The task whose vCPU is loaded: kvm_running_vcpu.
         self.current: VcpuTask | None = None
-        # Commands from the scheduler that overtook their task, which comes from another pCPU.
+        # Commands of the scheduler that overtook their task, which is on its way here from another pCPU.
         self.early: dict[VcpuTask, list[Command]] = {}
 
     def on_receive(self, message: Command) -> None:
@@ -146,7 +146,7 @@ class PCpu(MachineActor):
             self._halt()
 
     def _run(self, task: VcpuTask) -> None:
-        """Let the task run until a message waits, it is another one's turn, or it cannot go on."""
+        """Let the task run until a message waits, it is another task's turn, or it cannot go on."""
         self._switch_to(task)
         while self.inbox.empty():
             state = task.resume(self.cpu)
@@ -165,7 +165,7 @@ class PCpu(MachineActor):
                 return
 
     def _leave_guest(self, task: VcpuTask, state: RunYield) -> bool:
-        """Handle that the task halted or is back in user space; return whether it may go on at once."""
+        """Handle a task that halted or returned to user space; return whether it may go on at once."""
         if isinstance(state, ExitToUser) and state.reason == "mmio":
             # User space has emulated the access.
             return True

@@ -1,8 +1,7 @@
 """A shorter time slice for the machine's threads, where the kernel supports it (EEVDF, since Linux 6.12).
 
-With more pCPUs than cores, the thread that holds the GIL is sometimes preempted by one that runs a guest, for
-a whole slice of some milliseconds, and all Python waits.  Threads with slices of a tenth of that get
-their turn back sooner.
+With more pCPUs than cores, a thread that runs a guest sometimes preempts the thread that holds the GIL, for a
+whole slice of some milliseconds, and all Python waits.  With slices of a tenth of that it goes on sooner.
 """
 
 from __future__ import annotations

@@ -75,8 +75,8 @@ _FRAME_KINDS = (
 class Machine:
     """Owns the native machine; `cpus[i]` is CPU i, pCPUs first.
 
-    `config` holds the fields of the core's `struct machine_config`.  vmx_vpids: those that are free of all
-    `vpids`.
+    `config` holds the fields of the core's `struct machine_config`.  `vpids`: the number of VPIDs;
+    `vmx_vpids`: those that are free.
     """
 
     __slots__ = ("config", "cpus", "m", "vmx_vpids", "vpids")
@@ -89,9 +89,9 @@ class Machine:
             raise OutOfMemory(ffi.string(error).decode() or "the machine could not be built")
         pcpus = self.config["pcpus"]
         self.cpus = [Cpu(self, i, i < pcpus) for i in range(pcpus + self.config["housekeeping"])]
-        # VPIDs belong to the host, not to a VM (vmx.c: vmx_vpid_bitmap); 0 is the host's own.  Taking one and
-        # giving it back are single list operations, and the last one freed is the next one used.
-        # At most as many are in use as there can be vCPUs, and a few more that are being made or freed.
+        # VPIDs belong to the host, not to a VM (vmx.c: vmx_vpid_bitmap); 0 is the host's own.  To take one or
+        # give it back is a single list operation, and the last one freed is the next one used.  Each vCPU
+        # uses one, also while it is being made or freed.
         self.vpids = min((1 << 16) - 1, 2 * self.config.get("vcpus", 0) + 16)
         self.vmx_vpids = list(map(Vpid, range(self.vpids, 0, -1)))
 
