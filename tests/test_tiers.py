@@ -95,6 +95,7 @@ def test_most_tests_are_quick() -> None:
     assert sum(len(module.quick) for module in modules().values()) > 0.7 * everything
 
 
+@pytest.mark.slow
 def test_no_example_fails_for_the_time_it_takes() -> None:
     """A busy machine made hypothesis give up: its deadline and its health check are of wall time."""
     for path in PATHS:

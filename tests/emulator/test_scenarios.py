@@ -51,6 +51,7 @@ def test_shadow_paging_is_clean_and_does_all_that_it_is_about() -> None:
     assert not result.snapshot.kvm("roots_allocated")
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", COMPARED)
 def test_each_does_what_it_is_about_and_is_clean(name: str) -> None:
     result = run(name)

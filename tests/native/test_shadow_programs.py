@@ -6,6 +6,7 @@ Each access must end as the rules say, with their cached mappings, flags, error 
 
 from __future__ import annotations
 
+import pytest
 from hypothesis import HealthCheck, settings
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, invariant, rule
@@ -234,6 +235,6 @@ _SETTINGS = settings(
 ShadowMachine.TestCase.settings = _SETTINGS
 WithoutVpidMachine.TestCase.settings = _SETTINGS
 FastMachine.TestCase.settings = _SETTINGS
-TestWithVpid = ShadowMachine.TestCase
-TestWithoutVpid = WithoutVpidMachine.TestCase
-TestFast = FastMachine.TestCase
+TestWithVpid = pytest.mark.slow(ShadowMachine.TestCase)
+TestWithoutVpid = pytest.mark.slow(WithoutVpidMachine.TestCase)
+TestFast = pytest.mark.slow(FastMachine.TestCase)

@@ -104,8 +104,8 @@ _SETTINGS = settings(
 
 TlbMachine.TestCase.settings = _SETTINGS
 TinyTlbMachine.TestCase.settings = _SETTINGS
-TestUnbounded = TlbMachine.TestCase
-TestTiny = TinyTlbMachine.TestCase
+TestUnbounded = pytest.mark.slow(TlbMachine.TestCase)
+TestTiny = pytest.mark.slow(TinyTlbMachine.TestCase)
 
 
 @pytest.mark.slow

@@ -3,6 +3,7 @@ patch, and which finds nothing without it."""
 
 from __future__ import annotations
 
+from functools import cache
 from pathlib import Path
 
 import pytest
@@ -39,7 +40,12 @@ CASES = {
     "drop-guard@tdp_mmu_map_around#1": ("fault-around-races", "use-after-free"),
     "drop-operand@__kvm_mmu_faultin_pfn#3": ("log-fault-around", "lost-dirty"),
 }
-MUTANTS = {one.name: one for one in mutants()}
+
+
+@cache
+def diffs() -> dict[str, str]:
+    """Return the mutants as patches, by name; made when a test needs them, not when tests are collected."""
+    return {one.name: one.diff for one in mutants()}
 
 
 def explored(test: str, policy: str, executions: int) -> Verdict:
@@ -50,7 +56,7 @@ def explored(test: str, policy: str, executions: int) -> Verdict:
 def test_it_is_caught(name: str, tmp_path: Path) -> None:
     test, expected = CASES[name]
     path = tmp_path / "mutant.patch"
-    path.write_text(MUTANTS[name].diff)
+    path.write_text(diffs()[name])
     found = explored(test, str(path), 1500)
     if expected == INCONCLUSIVE:
         assert found.verdict == INCONCLUSIVE

@@ -403,6 +403,7 @@ def test_the_audit_has_nothing_to_say(tmp_path: Path, look: tuple[str, ...]) -> 
 # --- writes of a policy -------------------------------------------------------------------------------------
 
 
+@pytest.mark.slow
 def test_what_a_policy_writes_races_what_reads_it(tmp_path: Path) -> None:
     """One method writes an attribute and another one, of another task, reads it: either may be first."""
     policy = looking("vcpu.arch.smi_pending = vcpu.arch.smi_pending or False", "self.log.append(0)")

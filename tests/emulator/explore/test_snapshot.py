@@ -253,6 +253,7 @@ class Moody(Policy):
 """
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("memory", "answer", "restores"),
     [

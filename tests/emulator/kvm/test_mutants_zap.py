@@ -284,6 +284,7 @@ CAUGHT: dict[str, Scenario] = {
 }
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", CAUGHT)
 def test_caught_as_said(rig: Rig, name: str) -> None:
     assert set(CAUGHT[name](rig, preset(f"mutant:{name}"))) >= set(MUTANTS[name].expected)

@@ -31,6 +31,7 @@ def new(capsys: pytest.CaptureFixture[str], *words: str) -> list[list[str]]:
     return [shlex.split(line) for line in PRINTED.findall(out)]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("base", PRESETS)
 def test_a_policy_answers_as_its_base(base: str, capsys: pytest.CaptureFixture[str]) -> None:
     new(capsys, "policy", "mine", "--base", base)
@@ -58,6 +59,7 @@ def test_a_policy_says_what_each_point_can_answer(capsys: pytest.CaptureFixture[
     assert set(policy.overrides()) == {*(point.name for point in POINTS), *MOMENTS}
 
 
+@pytest.mark.slow
 def test_its_example_is_refuted_as_it_says(capsys: pytest.CaptureFixture[str]) -> None:
     first = new(capsys, "policy", "mine")[0]
     assert first[0] == "explore"

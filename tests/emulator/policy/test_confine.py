@@ -109,6 +109,7 @@ def test_a_name_that_kvm_has_not_is_refused(change: str, expected: str, tmp_path
     assert not hasattr(vmx, name.rpartition(".")[2])
 
 
+@pytest.mark.slow
 def test_a_replaced_function_calls_the_former_one(tmp_path: Path) -> None:
     """It replaces the function where that is used, not in the file's own module."""
     text = """

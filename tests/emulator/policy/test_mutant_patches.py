@@ -160,6 +160,7 @@ def test_a_users_policy_may_have_one_as_its_base(tmp_path: Path) -> None:
 # --- flushlab show ------------------------------------------------------------------------------------------
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", MUTANTS)
 def test_show(name: str, capsys: pytest.CaptureFixture[str]) -> None:
     mutant = MUTANTS[name]

@@ -47,6 +47,7 @@ def test_refused(name: str, values: list[int], words: str) -> None:
         decode(changed(name, values), RECORDS.size)
 
 
+@pytest.mark.slow
 @settings(deadline=None)  # machines pause
 @given(st.sampled_from(COLUMN_NAMES), st.data())
 def test_any_other_values_are_refused_or_decode(name: str, data: st.DataObject) -> None:

@@ -62,6 +62,7 @@ def test_decodes_within_a_second_of_cpu(name: str) -> None:
     assert time.process_time() - before < 1.0
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", NAMES)
 def test_fetches_look_like_a_program(name: str) -> None:
     records = load(name).records

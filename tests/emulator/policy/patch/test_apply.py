@@ -38,6 +38,7 @@ def edits(draw: st.DrawFn) -> tuple[str, str, str]:
     return path, SHIPPED.sources[path], text if draw(st.booleans()) else text.rstrip("\n")
 
 
+@pytest.mark.slow
 @settings(max_examples=150, deadline=None, derandomize=True)
 @given(edits(), st.sampled_from([1, 3, 10]))
 def test_a_diff_makes_the_edited_file(edit: tuple[str, str, str], context: int) -> None:
