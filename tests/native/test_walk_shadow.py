@@ -214,6 +214,77 @@ def test_two_megabyte_spte() -> None:
         assert lib.frame_read(machine.m, Hfn(block + 7), 0) != 0
 
 
+def test_a_reset_boots_the_os_again_on_its_former_tables() -> None:
+    """All memory is free again, while the former tables are still tracked: zeroing them is emulated."""
+    with ShadowHypervisor(table_frames=4096) as machine:
+        vcpu = guest(machine, processes=2, end_gfn=96, switch_every=300, unmap_every=90)
+        machine.run(CPU0, vcpu, 1500)
+        tables = set(machine.tables)
+        for _ in range(2):
+            lib.vcpu_set_paging(machine.m, vcpu, 0)
+            lib.guest_boot(machine.m, vcpu)
+            machine.switch(vcpu, Space(vcpu, False, 0), 0)
+            machine.flush_vpid(CPU0, vcpu)
+            machine.exits.clear()
+            machine.emulated = 0
+            machine.run(CPU0, vcpu, 1500)
+            assert [name for name, _ in machine.exits[:3]] == ["MOV_CR4", "MOV_CR3", "MOV_CR0"]
+            assert machine.emulated > len(tables)
+        assert machine.violations() == {}
+
+
+def test_toggling_pge_exits_twice() -> None:
+    with ShadowHypervisor() as machine:
+        vcpu = guest(machine)
+        machine.run(CPU0, vcpu, 100)
+        machine.exits.clear()
+        assert lib.guest_execute(machine.m, vcpu, lib.GUEST_INSN_TOGGLE_PGE, 0) == 0
+        machine.run(CPU0, vcpu, 10)
+        assert [(name, value >> 7 & 1) for name, value in machine.exits] == [("MOV_CR4", 0), ("MOV_CR4", 1)]
+
+
+@pytest.mark.parametrize("kind", range(4))
+def test_invpcid_exits_with_its_operands(kind: int) -> None:
+    with ShadowHypervisor() as machine:
+        vcpu = guest(machine, processes=2, pcid=1)
+        machine.execute(CPU0, vcpu, (MAP, LINEAR, 100), (R, LINEAR))
+        held = machine.dump(CPU0)
+        ops = ffi.new("struct guest_op[]", [(lib.GUEST_OP_INVPCID, kind, LINEAR, 1)])
+        assert lib.guest_set_program(machine.m, vcpu, ops, 1) == 0
+        assert machine.once(CPU0, vcpu, 10) == lib.EXIT_INSTRUCTION
+        found = machine.exit.access, machine.exit.invpcid_type, machine.exit.invpcid_pcid, machine.exit.linear
+        assert found == (lib.GUEST_INSN_INVPCID, kind, 2, LINEAR)
+        # The instruction itself has changed nothing, and is not executed again.
+        assert machine.dump(CPU0) == held
+        assert machine.once(CPU0, vcpu, 10) == lib.EXIT_PROGRAM_END
+
+
+def test_invlpg_changes_nothing_by_itself() -> None:
+    with ShadowHypervisor(broken=("invlpg",)) as machine:
+        vcpu = guest(machine)
+        machine.execute(CPU0, vcpu, (MAP, LINEAR, 100), (R, LINEAR))
+        held = machine.dump(CPU0)
+        machine.execute(CPU0, vcpu, (INVLPG, LINEAR))
+        assert machine.exits[-1] == ("INVLPG", LINEAR)
+        assert machine.dump(CPU0) == held
+
+
+def test_the_processor_fetches_linear_mappings_ahead() -> None:
+    with ShadowHypervisor() as machine:
+        vcpu = bare(machine)
+        machine.map_linear(CPU0, VM0, machine.space[vcpu], 5, Translation(5, True, True))
+        ops = ffi.new("struct guest_op[]", [(lib.GUEST_OP_READ, 0, 0x5000, 0)])
+        assert lib.guest_set_program(machine.m, vcpu, ops, 1) == 0
+        machine.enter(CPU0, vcpu)
+        assert lib.guest_enter(machine.m, CPU0, vcpu, 10, machine.exit) == 0
+        assert lib.guest_speculate(machine.m, CPU0, 0x6000) == 0
+        assert lib.guest_speculate(machine.m, CPU0, 0x5000) == 1
+        assert lib.guest_speculate(machine.m, CPU0, 0x5000) == 0
+        assert [page for *_, page in machine.dump(CPU0)] == [5]
+        assert lib.guest_leave(machine.m, CPU0, lib.EXIT_MESSAGE) == lib.EXIT_MESSAGE
+        assert machine.violations() == {}
+
+
 # --- the oracle ---------------------------------------------------------------------------------------------
 
 
