@@ -12,6 +12,7 @@ import io
 import re
 import tokenize
 from collections.abc import Iterator
+from functools import cache
 from pathlib import Path
 
 import pytest
@@ -107,16 +108,15 @@ def strings(source: str) -> Iterator[str]:
             yield value
 
 
-def seen_by_users(path: Path) -> Iterator[str]:
-    """Yield a file's text for users: help, lists, errors, reports, tests' subjects, pages of the guide."""
+@cache
+def seen_by_users(path: Path) -> tuple[str, ...]:
+    """Return a file's text for users: help, lists, errors, reports, tests' subjects, pages of the guide."""
     text = path.read_text("utf-8")
     if path.suffix == ".py":
-        yield from strings(text)
-    elif path.suffix == ".toml":
-        yield from (one or other for one, other in _TOML_PROSE.findall(text))
-        yield from re.findall(r"#(.*)", text)
-    else:
-        yield from text.splitlines()
+        return tuple(strings(text))
+    if path.suffix == ".toml":
+        return (*(one or other for one, other in _TOML_PROSE.findall(text)), *re.findall(r"#(.*)", text))
+    return tuple(text.splitlines())
 
 
 USER_TEXT = {
@@ -188,7 +188,7 @@ def test_lists_fit_a_terminal(capsys: pytest.CaptureFixture[str]) -> None:
 def test_what_breaks_the_rules_is_found(tmp_path: Path) -> None:
     path = tmp_path / "bad.py"
     path.write_text('"""What whoever does."""\n# Somebody waits.  What for?\nx = f"{x}: who it is"\n')
-    assert list(seen_by_users(path)) == [": who it is"]
+    assert seen_by_users(path) == (": who it is",)
     assert UP_TO.search("as to 5.17")
     assert not UP_TO.search("5.12 to 5.17")
     assert CONTINUES.match("... on those of the vCPU")
