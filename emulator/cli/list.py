@@ -39,7 +39,7 @@ def policies() -> None:
             yield 0, name, [PRESET_DOCS[name], answers]
 
     print_catalogue(entries())
-    print("\nProposals that act are classes, a file each in emulator/policy/proposals, beside their mails.")
+    print("\nProposals that act are classes, with their mails in emulator/policy/proposals.")
     print(f"{len(MUTANTS)} policies with a bug have names of the form mutant:NAME: flushlab list mutants")
     print("Your own, a class or a patch of KVM's code: flushlab guide policies, patches")
 
