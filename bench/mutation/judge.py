@@ -42,6 +42,8 @@ FEW: Final = 10
 # Executions on real threads.
 STRESS: Final = 60
 ON_REAL_THREADS: Final = " on real threads"
+# To flush, kick or wait twice in a row breaks no promise, so the counts of one execution of each pair do.
+_ONLY_COSTS: Final = frozenset({"twice-flush", "twice-kick", "twice-request", "twice-barrier"})
 # Python's own errors: the mutated statement cannot be executed.
 _PYTHONS: Final = (NameError, TypeError, AttributeError)
 # ... and those that a mutant causes.
@@ -124,6 +126,9 @@ def judge(
     reaching = reaches(mutant, all_known, telling)
     looked = dict(before.looked) if before is not None else {}
     executions = before.executions if before is not None else 0
+    priced = [one for one in reaching if one.pair.preset == DEFAULT] or reaching
+    if mutant.rule in _ONLY_COSTS and (cost := _cost(mutant, priced)):
+        return Judgement(mutant.name, COST_ONLY, why=cost)
     for look in pending(reaching, depth, looked):
         say(str(look))
         found, caught = (_stressed if look.real else _explored)(mutant, look, executions)
@@ -133,7 +138,7 @@ def judge(
         executions += found
     if not reaching:
         return Judgement(mutant.name, UNREACHED)
-    cost = _cost(mutant, [one for one in reaching if one.pair.preset == DEFAULT] or reaching)
+    cost = _cost(mutant, priced)
     verdict = COST_ONLY if cost else SURVIVED
     return Judgement(mutant.name, verdict, executions=executions, why=cost, looked=looked)
 
@@ -185,6 +190,7 @@ def looks(reaching: Sequence[Known], depth: Depth) -> Iterator[Look]:
     yield from (Look(one, FIRST) for one in unproved[: depth.first_looks])
     seconds = depth.second_looks if len(unproved) > FEW else FEW
     yield from (Look(one, SECOND) for one in unproved[:seconds])
+    yield from (Look(one, SECOND) for one in only_there[:FEW] if not one.shown.complete)
     yield from (Look(one, STRESS, real=True) for one in reaching[: depth.stressed])
 
 

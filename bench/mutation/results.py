@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any, Final
 
 from bench.mutation.generate import Mutant
-from bench.mutation.judge import BROKEN, CAUGHT, Depth, Judgement, pending, reaches
+from bench.mutation.judge import BROKEN, CAUGHT, COST_ONLY, Depth, Judgement, pending, reaches
 from bench.mutation.suite import Known, Pair, Shown, text_hash
 
 # A pair that caught this very mutant promises more than any number of others, and others of its function more
@@ -72,9 +72,9 @@ class Results:
         return found
 
     def stands(self, mutant: Mutant, known: Sequence[Known], depth: Depth) -> bool:
-        """Return whether a mutant has been caught, or no look is left to do."""
+        """Return whether a mutant has been caught, or only costs, or no look is left to do."""
         found = self.judged.get(mutant.digest)
-        if found is None or found.verdict in (CAUGHT, BROKEN):
+        if found is None or found.verdict in (CAUGHT, BROKEN, COST_ONLY):
             return found is not None
         return not any(pending(reaches(mutant, known, self.telling(mutant)), depth, found.looked))
 

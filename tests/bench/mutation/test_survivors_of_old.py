@@ -36,9 +36,15 @@ CASES = {
     "drop-kick@kvm_arch_memslots_updated#1": ("slot-create-kicks", INCONCLUSIVE),
     # An INIT that was latched in SMM is lost.
     "drop-request@kvm_smm_changed#1": ("smm-init-latched", INCONCLUSIVE),
+    # A memslot goes amid invalidations: its update does not wait, or its INVALID copy lacks a page.
+    "drop-barrier@kvm_swap_active_memslots#2": ("slot-waits-zap", "use-after-free"),
+    "narrow-end@kvm_invalidate_memslot#1": ("slot-delete-notifier", "use-after-free"),
+    # Logging is armed: the walk passes over a page after a yield, or ends before the slot.
+    "skip-after-yield@kvm_tdp_mmu_wrprot_slot#1": ("log-arm-yields", "lost-dirty"),
+    "narrow-end@kvm_tdp_mmu_wrprot_slot#1": ("log-edges", "lost-dirty"),
     # Neighbours of a fault: invalidated meanwhile, or logged.
     "drop-guard@tdp_mmu_map_around#1": ("fault-around-races", "use-after-free"),
-    "drop-operand@__kvm_mmu_faultin_pfn#3": ("log-fault-around", "lost-dirty"),
+    "drop-operand@__kvm_mmu_faultin_pfn#4": ("log-fault-around", "lost-dirty"),
 }
 
 
