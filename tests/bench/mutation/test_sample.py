@@ -12,8 +12,8 @@ from bench.mutation.judge import CAUGHT, QUICK
 from bench.mutation.results import Results
 from bench.mutation.suite import SECOND, Pair
 
-# By name, so that an edit of KVM's code elsewhere does not choose others, each with a test that catches it.  If
-# one of them is gone because its statement is, put another of that rule in its place.
+# By name, so that an edit of KVM's code elsewhere does not choose others, each with a test that catches it.
+# If one of them is gone because its statement is, put another of that rule in its place.
 SAMPLE = {
     "drop-flush@kvm_zap_gfn_range#1": "zap-range-ioctl",
     "drop-flush@tdp_mmu_iter_cond_resched#1": "zap-leafs-yield",
