@@ -44,10 +44,7 @@ _WITHOUT_EPT = frozenset({
 })  # fmt: skip
 # Functions that Linux does not have: those of proposals.
 _PROPOSED = frozenset({
-    "_flush_root_where_vm_ran",
-    "_kick_more",
-    "join_pcpu_mask",
-    "kvm_mmu_flush_all_tlbs_root",
+    "_kick_all",
     "migration_vpid",
 })  # fmt: skip
 # Functions that are no code of KVM: they make and end VMs and vCPUs, as no thread of a test does, check

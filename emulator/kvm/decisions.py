@@ -8,7 +8,7 @@ that it has acted itself: KVM neither flushes nor accounts for a flush there.
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Literal, Protocol, overload
+from typing import TYPE_CHECKING, Literal, Protocol
 
 from emulator.kvm.mmu.structs import KvmMmuPage
 from emulator.kvm.structs import Kvm, KvmMemorySlot, Vcpu
@@ -18,11 +18,11 @@ if TYPE_CHECKING:
     from emulator.kvm.notifications import Heard
 
 RemoteFlush = Literal["all-contexts", "current-context", "done"]
-RemoteKick = Literal["mode-not-outside", "vm-pcpu-mask", "all-pcpus", "done"]
+RemoteKick = Literal["mode-not-outside", "all-pcpus", "done"]
 KickWait = Literal["wait", "no-wait"]
 RootLoad = Literal["flush-current", "none", "done"]
 CachedRoot = Literal["none", "flush-current"]
-RootAlloc = Literal["none", "vm-pcpu-mask", "done"]
+RootAlloc = Literal["none", "done"]
 RootLock = Literal["read", "write"]
 RootPut = Literal["sync-no-flush", "flush", "async", "inline"]
 InvalidRootZap = Literal["no-flush", "flush"]
@@ -51,11 +51,7 @@ RoleChange = Literal["reset-context", "unload-all", "keep-roots", "no-guest-flus
 class Decisions(Protocol):
     """A policy, as KVM sees it."""
 
-    @overload
-    def may_answer(self, point: Literal["root_alloc"], *alternatives: RootAlloc) -> bool: ...
-    @overload
-    def may_answer(self, point: Literal["root_put"], *alternatives: RootPut) -> bool: ...
-    def may_answer(self, point: str, *alternatives: str) -> bool:
+    def may_answer(self, point: Literal["root_put"], *alternatives: RootPut) -> bool:
         """Return whether the policy can ever answer `point` with one of `alternatives`."""
 
     def heard(self) -> Heard:
@@ -71,9 +67,8 @@ class Decisions(Protocol):
         request, and vcpu.flush_reason is the first one.  `done`: the policy has flushed."""
 
     def remote_kick(self, cpu: Cpu, kvm: Kvm) -> RemoteKick:
-        """All vCPUs of `kvm` have a new request, and pCPUs are about to be interrupted.  Also when the first
-        vCPU of `kvm` is loaded on a pCPU, because the answer decides whether the pCPU is flushed then.
-        cpu.kick_mask has the pCPUs of mode-not-outside.  `done`: the policy has changed that mask."""
+        """All vCPUs of `kvm` have a new request, and pCPUs are about to be interrupted; cpu.kick_mask has
+        those of mode-not-outside.  `done`: the policy has changed that mask."""
 
     def kick_wait(self, cpu: Cpu, kvm: Kvm) -> KickWait:
         """A flusher has interrupted pCPUs for `kvm`, and may wait until they have left guest mode."""

@@ -184,7 +184,6 @@ class Kvm:
         "mn_invalidate_lock",
         "mn_memslots_update",
         "params",
-        "pcpu_mask",
         "policy",
         "policy_data",
         "shadow",
@@ -234,8 +233,6 @@ class Kvm:
         self.tdp_mmu_zap_works: deque[KvmMmuPage] = deque()
         self.warned: set[str] = set()
         self.at_host_work: list[CpuId] = []
-        # pCPUs on which a vCPU was ever loaded, for remote_kick and root_alloc=vm-pcpu-mask.
-        self.pcpu_mask = bytearray(machine.pcpus)
         self.shadow = KvmShadowArch(params.mmu_pages)
 
     def __repr__(self) -> str:

@@ -115,10 +115,12 @@ POINTS: tuple[DecisionPoint, ...] = (
         "Which pCPUs a request that waits interrupts (kvm_make_vcpus_request_mask).",
         {
             "mode-not-outside": "The pCPUs on which a vCPU of the VM is not OUTSIDE_GUEST_MODE.",
+            "all-pcpus": "Every pCPU of the host.",
+        },
+        proposed={
             "vm-pcpu-mask": (
                 "Every pCPU on which a vCPU of the VM was ever loaded. A pCPU that joins the mask is flushed."
             ),
-            "all-pcpus": "Every pCPU of the host.",
         },
     ),
     _point(
@@ -170,12 +172,12 @@ POINTS: tuple[DecisionPoint, ...] = (
         "Flush when a page becomes a root (kvm_tdp_mmu_alloc_root).",
         {
             "none": "No flush: a vCPU that loads the root flushes it, on the pCPU where it loads it.",
+        },
+        proposed={
             "vm-pcpu-mask": (
                 "INVEPT single-context on the root, on the pCPUs where a vCPU of the VM was ever loaded. A "
                 "pCPU that joins is flushed (an idea of August 2025)."
             ),
-        },
-        proposed={
             "on-each-cpu": (
                 "INVEPT single-context on the root, on every pCPU of the host (proposed in July 2025)."
             ),

@@ -230,7 +230,7 @@ def kvm_tdp_mmu_alloc_root(cpu: Cpu, kvm: Kvm, role: KvmMmuPageRole) -> KvmMmuPa
             root = tdp_mmu_init_root(cpu, kvm, role)
             if kvm.heard.root_created is not None:
                 kvm.heard.root_created(cpu, kvm, root)
-            kvm_mmu_flush_all_tlbs_root(cpu, kvm, root)
+            kvm.policy.root_alloc(cpu, kvm, root)
             cpu.point("tdp_mmu_roots", kvm.id, "write")
             kvm.tdp_mmu_roots = (root, *kvm.tdp_mmu_roots)
             return root
@@ -253,33 +253,6 @@ def tdp_mmu_init_root(cpu: Cpu, kvm: Kvm, role: KvmMmuPageRole) -> KvmMmuPage:
         root.root_count.value = 1
     cpu.stat(kvm.id, lib.STAT_ROOTS_ALLOCATED)
     return root
-
-
-def kvm_mmu_flush_all_tlbs_root(cpu: Cpu, kvm: Kvm, root: KvmMmuPage) -> None:
-    """kvm_mmu_flush_all_tlbs_root() (proposed in July 2025): drop all entries under this EP4TA on every pCPU.
-
-    They are left from an earlier root on the same page.  Decision root_alloc: interrupt the pCPUs where the
-    VM ever ran.  As posted, mmu_lock and tdp_mmu_pages_lock are held meanwhile, which is legal with
-    interrupts on.
-    """
-    answer = kvm.policy.root_alloc(cpu, kvm, root)
-    if answer == "vm-pcpu-mask":
-        _flush_root_where_vm_ran(cpu, kvm, root, kvm.id << 32 | root.hfn)
-
-
-def _flush_root_where_vm_ran(cpu: Cpu, kvm: Kvm, root: KvmMmuPage, argument: int) -> None:
-    """Flush the root on the pCPUs where the VM ever ran; join_pcpu_mask flushes on those that join later."""
-    mask = cpu.kick_mask
-    for word in range(cpu.kick_mask_words):
-        mask[word] = 0
-    cpu.point("pcpu_mask", kvm.id, "read")
-    for pcpu, ran in enumerate(kvm.pcpu_mask):
-        if ran:
-            mask[pcpu >> 6] |= 1 << (pcpu & 63)
-    if cpu.is_pcpu and kvm.pcpu_mask[cpu.id]:
-        cpu.check(lib.smp_call_function_single(cpu.m, cpu.id, cpu.id, lib.IPI_INVEPT_SINGLE, argument, 1))
-    cpu.point("call_queue", kvm.id, "write")
-    cpu.check(lib.smp_call_function_many(cpu.m, cpu.id, mask, lib.IPI_INVEPT_SINGLE, argument, 1))
 
 
 def kvm_tdp_mmu_invalidate_roots(cpu: Cpu, kvm: Kvm) -> None:

@@ -68,8 +68,7 @@ def kvm_make_vcpu_request(cpu: Cpu, vcpu: Vcpu, req: int) -> int:
 def kvm_make_all_cpus_request(cpu: Cpu, kvm: Kvm, req: int) -> bool:
     """kvm_make_all_cpus_request(): return whether some pCPU was interrupted.
 
-    Decision remote_kick: interrupt the pCPUs of vCPUs that are not OUTSIDE, those that ever ran a vCPU of the
-    VM, or all of them.
+    Decision remote_kick: interrupt the pCPUs of vCPUs that are not OUTSIDE, or all pCPUs.
     """
     cpu.stat(kvm.id, lib.STAT_MAKE_ALL_CPUS_REQUEST)
     mask = cpu.kick_mask
@@ -84,16 +83,16 @@ def kvm_make_all_cpus_request(cpu: Cpu, kvm: Kvm, req: int) -> bool:
     answer = kvm.policy.remote_kick(cpu, kvm)
     if answer == "done":
         called = any(mask[word] for word in range(cpu.kick_mask_words))
-    elif answer != "mode-not-outside":
-        called = _kick_more(cpu, kvm, answer == "all-pcpus")
+    elif answer == "all-pcpus":
+        called = _kick_all(cpu)
     return called and kvm_kick_many_cpus(cpu, kvm, bool(req & KVM_REQUEST_WAIT))
 
 
-def _kick_more(cpu: Cpu, kvm: Kvm, everyone: bool) -> bool:
-    """Add the pCPUs of remote_kick=vm-pcpu-mask to the mask, or with `everyone` those of all-pcpus."""
+def _kick_all(cpu: Cpu) -> bool:
+    """Add all other pCPUs to the mask: remote_kick=all-pcpus."""
     called = False
-    for target in range(len(kvm.pcpu_mask)):
-        if target != cpu.id and (everyone or kvm.pcpu_mask[target]):
+    for target in range(cpu.machine.pcpus):
+        if target != cpu.id:
             cpu.kick_mask[target >> 6] |= 1 << (target & 63)
             called = True
     return called

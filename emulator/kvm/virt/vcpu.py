@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from emulator.kvm.host_work import vcpus_went_on
 from emulator.kvm.structs import Vcpu
-from emulator.kvm.virt.requests import request_tlb_flush
 from emulator.machine.runtime import Cpu
 from native import lib
 
@@ -14,28 +13,10 @@ def kvm_arch_vcpu_load(cpu: Cpu, vcpu: Vcpu) -> None:
     if vcpu.kvm.heard.vcpu_loading is not None:
         vcpu.kvm.heard.vcpu_loading(cpu, vcpu)
     vcpu.kvm.x86_ops.vcpu_load(cpu, vcpu)
-    join_pcpu_mask(cpu, vcpu)
     cpu.point("vcpu->cpu", vcpu.id, "write")
     lib.vcpu_set_cpu(cpu.m, vcpu.id, cpu.id)
     vcpu.loaded = True
     cpu.vcpu = vcpu
-
-
-def join_pcpu_mask(cpu: Cpu, vcpu: Vcpu) -> None:
-    """Join the VM's mask of pCPUs, and flush, because this pCPU has missed the flushes made so far.
-
-    For decisions remote_kick and root_alloc=vm-pcpu-mask.  It joins before it flushes: a flusher that reads
-    the mask from here on includes this pCPU.
-    """
-    kvm = vcpu.kvm
-    if kvm.pcpu_mask[cpu.id]:
-        return
-    cpu.point("pcpu_mask", kvm.id, "write")
-    kvm.pcpu_mask[cpu.id] = 1
-    if kvm.policy.remote_kick(cpu, kvm) == "vm-pcpu-mask" or kvm.policy.may_answer(
-        "root_alloc", "vm-pcpu-mask"
-    ):
-        request_tlb_flush(cpu, vcpu, lib.REASON_PCPU_MASK)
 
 
 def kvm_arch_vcpu_put(cpu: Cpu, vcpu: Vcpu) -> None:

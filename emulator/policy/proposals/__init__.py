@@ -14,6 +14,7 @@ from emulator.policy.proposals.lkml_2021_batch_list import BatchList
 from emulator.policy.proposals.lkml_2025_active_roots import ActiveRoots
 from emulator.policy.proposals.lkml_2025_cpu_flushed_mask import CpuFlushedMask
 from emulator.policy.proposals.lkml_2025_on_each_cpu import OnEachCpu
+from emulator.policy.proposals.lkml_2025_vm_pcpu_mask import VmPcpuMask
 from emulator.policy.proposals.root_tlb_gen import RootTlbGen
 
 if TYPE_CHECKING:
@@ -27,4 +28,5 @@ PROPOSALS: Final[dict[str, type[Policy]]] = {
     "disconnected-list": BatchList,
     "on-each-cpu": OnEachCpu,
     "root-tlb-gen": RootTlbGen,
+    "vm-pcpu-mask": VmPcpuMask,
 }

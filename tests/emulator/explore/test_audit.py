@@ -56,7 +56,6 @@ def test_the_audit_sees_a_missing_point(monkeypatch: pytest.MonkeyPatch) -> None
     [
         ("dirty_bitmap", "log-races-write", "linux-7.3", "KvmMemorySlot.dirty_bitmap[]: "),
         ("memslots", "slot-delete-fault", "linux-7.3", "Kvm.memslots[]: "),
-        ("pcpu_mask", "remote-two-vcpus", "lkml-2025-vm-pcpu-mask", "Kvm.pcpu_mask[]: "),
     ],
 )
 def test_the_audit_sees_python_state_without_one(

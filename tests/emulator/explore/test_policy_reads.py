@@ -294,9 +294,9 @@ READS = [
     "[root.role.invalid for root in vcpu.kvm.tdp_mmu_roots]",
     "[one.kick_mask[0] for one in cpu.machine.cpus]",
     "[root is None for root in vcpu.mmu.prev_roots]",
-    "bytes(vcpu.kvm.pcpu_mask)",
-    "list(vcpu.kvm.pcpu_mask)",
-    "max(vcpu.kvm.pcpu_mask)",
+    "[one.vcpu is None for one in cpu.machine.cpus]",
+    "[len(slots.slots) for slots in reversed(vcpu.kvm.memslots)]",
+    "max(slots.generation for slots in vcpu.kvm.memslots)",
     "lib.vcpu_mode(cpu.m, vcpu.id)",
     "lib.kvm_requests(cpu.m, vcpu.id)",
     "lib.mm_present(cpu.m, 0, 0x10, 0x11)",
@@ -337,7 +337,8 @@ def test_all_that_random_walks_read_is_in_a_search(
     look = [f"self.log.append({read})" for read in reads]
     if kept:
         # A container that it got the first time, before the threads ran.
-        look = ["self.kept = self.kept or vcpu.kvm.pcpu_mask", *look, "self.log.append(self.kept[1])"]
+        first, last = "self.kept = self.kept or vcpu.kvm.memslots", "self.log.append(self.kept[0].generation)"
+        look = [first, *look, last]
     test, policy = moving(*other), looking(*look, imports=IMPORTS)
     found, known = outcomes(directory, test, policy, exhaustive, most=150)
     if not found.complete:
@@ -386,7 +387,7 @@ def test_a_counterexample_has_the_reads_and_replays(tmp_path: Path) -> None:
     "look",
     [
         (LOADED,),
-        ("vcpu.kvm.pcpu_mask[1] and vcpu.loaded", "vcpu.mmu.prev_roots[0]"),
+        ("vcpu.kvm.memslots[0].generation and vcpu.loaded", "vcpu.mmu.prev_roots[0]"),
         ("[root.root_count.value for root in vcpu.kvm.tdp_mmu_roots]", "vcpu.kvm.memslots[0].generation"),
         ("[one.kick_mask[0] for one in cpu.machine.cpus]", "vcpu.loaded_vmcs.cpu"),
     ],
