@@ -31,6 +31,7 @@ from emulator.errors import BadInput
 BENCHMARKS = (
     Benchmark("guest", "guest accesses of the embedded traces", programs.guest),
     Benchmark("walk", "a working set beyond the TLB", programs.walk),
+    Benchmark("shadow", "guest accesses without EPT", programs.shadow),
     Benchmark("ipi", "on_each_cpu to a pCPU that runs a guest", programs.ipi, cores=2),
     Benchmark("job", "kvm_flush_remote_tlbs in the main job", job, cores=2),
     Benchmark("idle", "broadcast to idle pCPUs, their boot and stop", idle),

@@ -51,6 +51,13 @@ def walk(context: Context) -> Iterator[Figure]:
     yield from context.toolchain.run("walk", context.sizes.repeats)
 
 
+def shadow(context: Context) -> Iterator[Figure]:
+    files = trace_files(context, traces.embedded()[0].name)
+    yield from context.toolchain.run(
+        "shadow_guest", files.name, files.records, files.pages, context.sizes.repeats
+    )
+
+
 def spte(context: Context) -> Iterator[Figure]:
     yield from context.toolchain.run("spte", context.sizes.repeats)
 

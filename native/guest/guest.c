@@ -57,8 +57,10 @@ void guest_destroy(struct machine *m, struct vcpu *vcpu)
 
 	if (!g)
 		return;
-	for (uint32_t i = 0; i < g->processes; i++)
+	for (uint32_t i = 0; i < g->processes; i++) {
 		heap_free(m->heap, g->process[i].page);
+		heap_free(m->heap, g->process[i].place);
+	}
 	guest_memory_destroy(m, g);
 	program_destroy(m, g);
 	heap_free(m->heap, g);

@@ -1,6 +1,7 @@
 /* The guest boots again: see guest_boot.h. */
 #include "guest/guest_boot.h"
 
+#include "core/heap.h"
 #include "core/machine_types.h"
 #include "guest/guest.h"
 #include "guest/guest_insn.h"
@@ -54,12 +55,33 @@ void guest_boot(struct machine *m, uint32_t vcpu)
 	g->boot = g->paged ? GUEST_BOOT_CR4 : GUEST_BOOT_DONE;
 }
 
+/* Each miss looks up its page, to ask whether the guest's tables agree.  Without memory it is searched for. */
+static void place_pages(const struct machine *m, struct guest_process *p)
+{
+	uint32_t bits = 1;
+
+	while (UINT64_C(1) << bits < 2 * (p->page_count + 1))
+		bits++;
+	heap_free(m->heap, p->place);
+	p->place = heap_zalloc(m->heap, UINT64_C(1) << bits, sizeof(*p->place));
+	p->place_bits = bits;
+	for (uint64_t i = 0; p->place && i < p->page_count; i++) {
+		uint32_t at = guest_place_of(p, p->pages[i]);
+
+		while (p->place[at])
+			at = (at + 1) & ((1u << bits) - 1);
+		p->place[at] = (uint32_t)i + 1;
+	}
+}
+
 void guest_power_on(struct machine *m, uint32_t vcpu)
 {
 	struct guest *g = m->vcpus[vcpu].guest;
 
 	if (!g->paged)
 		return;
+	for (uint32_t i = 0; i < g->processes; i++)
+		place_pages(m, &g->process[i]);
 	vcpu_set_paging(m, vcpu, 0);
 	g->boot = GUEST_BOOT_CR4;
 }

@@ -24,20 +24,18 @@ struct guest_page *guest_page_find(const struct guest *g, uint32_t process, uint
 	return low < p->page_count && p->pages[low] == page ? &p->page[low] : NULL;
 }
 
-const struct guest_page *guest_page_near(struct guest *g, uint64_t page)
+const struct guest_page *guest_page_place(const struct guest *g, uint64_t page)
 {
-	struct guest_process *p = &g->process[g->current];
-	uint64_t slot = page >> 9 & (GUEST_NEAR - 1), guess = p->near[slot].index + page - p->near[slot].page;
-	const struct guest_page *gp;
+	const struct guest_process *p = &g->process[g->current];
+	uint32_t mask, at;
 
-	if (guess < p->page_count && p->pages[guess] == page)
-		return &p->page[guess];
-	gp = guest_page_find(g, g->current, page);
-	if (gp && page < GUEST_KERNEL_BASE) {
-		p->near[slot].page = page;
-		p->near[slot].index = (uint64_t)(gp - p->page);
-	}
-	return gp;
+	if (!p->place || page >= GUEST_KERNEL_BASE)
+		return guest_page_find(g, g->current, page);
+	mask = (1u << p->place_bits) - 1;
+	for (at = guest_place_of(p, page); p->place[at]; at = (at + 1) & mask)
+		if (p->pages[p->place[at] - 1] == page)
+			return &p->page[p->place[at] - 1];
+	return NULL;
 }
 
 static uint32_t process_of(const struct guest *g, uint32_t pcid)
@@ -82,7 +80,7 @@ enum guest_agreement guest_contradicts(const struct vcpu *vcpu, const struct tlb
 				       uint32_t type)
 {
 	uint64_t gfn = entry->gfn + (page - entry->page);
-	struct guest *g = vcpu->guest;
+	const struct guest *g = vcpu->guest;
 	const struct guest_page *gp;
 
 	/* A global translation may be another address space's. */
@@ -92,7 +90,7 @@ enum guest_agreement guest_contradicts(const struct vcpu *vcpu, const struct tlb
 		return agreement(gfn == page);
 	if (page >= GUEST_DIRECT_BASE)
 		return agreement(gfn == page - GUEST_DIRECT_BASE);
-	gp = guest_page_near(g, page);
+	gp = guest_page_place(g, page);
 	if (!gp || (gp->gfn == gfn && (type != ACCESS_WRITE || gp->writable)))
 		return GUEST_AGREES;
 	return agreed_before(g, page, gfn) ? GUEST_AGREED : GUEST_CONTRADICTS;

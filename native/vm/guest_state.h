@@ -71,7 +71,6 @@ enum {
 	GUEST_KERNEL_PAGES = 8,
 	GUEST_LEVELS = 4,
 	GUEST_CHANGES = 32,
-	GUEST_NEAR = 64,
 };
 
 /* SDM vol. 3A, 4.5.4: entries of 4-level paging. */
@@ -110,12 +109,9 @@ struct guest_process {
 	uint64_t cr3_gfn;      /* GUEST_NO_GFN until set up */
 	uint64_t cr3_building; /* without EPT: a PML4 table that is not complete yet, or GUEST_NO_GFN */
 	uint16_t pcid;
-	/* By 2 MiB of addresses, where a page was found last: its neighbours in `pages` are often its neighbours in the
-	 * address space. */
-	struct {
-		uint64_t page;
-		uint64_t index;
-	} near[GUEST_NEAR];
+	/* Without EPT: index + 1 in `pages` of each page, by hash, 0: none; NULL: pages are searched for. */
+	uint32_t *place;
+	uint32_t place_bits;
 };
 
 /* A change of a program's that it has not invalidated yet: its old translation may be used. */
@@ -229,10 +225,15 @@ struct guest {
 	struct program *program; /* instead of processes' traces (program.h); NULL: none */
 };
 
+static inline uint32_t guest_place_of(const struct guest_process *p, uint64_t page)
+{
+	return (uint32_t)(page * UINT64_C(0x9e3779b97f4a7c15) >> (64 - p->place_bits));
+}
+
 /* Return the OS's record of a process's page, or NULL. */
 struct guest_page *guest_page_find(const struct guest *g, uint32_t process, uint64_t page);
-/* guest_page_find() for the current process's page, without a search if it can be guessed. */
-const struct guest_page *guest_page_near(struct guest *g, uint64_t page);
+/* guest_page_find() for the current process's page, by its place if that is known. */
+const struct guest_page *guest_page_place(const struct guest *g, uint64_t page);
 /* Return whether the guest changed the entry's mapping and invalidated it on this vCPU after the entry was
  * filled, and has not restored that right since: GUEST_STALE. */
 bool guest_invalidated(const struct vcpu *vcpu, const struct tlb_entry *entry, uint64_t page, uint32_t type);

@@ -65,7 +65,7 @@ static inline bool undoubted(const struct walk *w, uint64_t page, const struct f
 		return false;
 	if (!w->guest->config.paging)
 		return f->gfn == page;
-	gp = guest_page_near(w->guest, page);
+	gp = guest_page_place(w->guest, page);
 	return gp && gp->gfn == f->gfn && (gp->writable || !(f->spte & SPTE_WRITABLE));
 }
 

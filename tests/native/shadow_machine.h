@@ -22,7 +22,7 @@
 #include "walk/flush.h"
 #include "walk/vmcs.h"
 
-enum { TREES = 8, LEAF_TABLES = 256, SHADOW_GFNS = 32768, MAPPED_BY = 12, ALL_TREES = TREES };
+enum { TREES = 8, LEAF_TABLES = 1024, SHADOW_GFNS = 32768, MAPPED_BY = 12 };
 
 /* An address space of a vCPU: CR3's gfn; the first tree is that of CR0.PG = 0. */
 struct tree {
