@@ -115,7 +115,7 @@ def kvm_mmu_notifier_invalidate_range_end(cpu: Cpu, kvm: Kvm, start: int, end: i
 
 
 def kvm_mmu_notifier_clear_flush_young(cpu: Cpu, kvm: Kvm, start: int, end: int) -> bool:
-    """kvm_mmu_notifier_clear_flush_young(): clear_young() for reclaim, which then unmaps the unused pages.
+    """kvm_mmu_notifier_clear_flush_young(): as clear_young, for reclaim, which then unmaps unused pages.
 
     Decision age_flush.
     """
