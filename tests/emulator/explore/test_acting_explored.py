@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -138,6 +140,20 @@ BY_ARRAY = (
 )
 
 
+WITH_A_LOAD = (
+    ENTERING.replace(
+        "    def kick_wait",
+        "        self.gen(vcpu.kvm).read(cpu)\n"
+        "        self.other(vcpu.kvm).test_bit(cpu, 0)\n\n    def kick_wait",
+    )
+    .replace(
+        "    entering = per_vm(Flag)\n",
+        "    entering = per_vm(Flag)\n    gen = per_vm(Generation)\n    other = per_vm(Bitmap)\n",
+    )
+    .replace("import Flag,", "import Bitmap, Flag,")
+)
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize(
     ("text", "old", "new"),
@@ -145,6 +161,8 @@ BY_ARRAY = (
         (ENTERING, ".set(cpu)", '.set(cpu, "full")'),
         (BY_GENERATION, ".set(cpu, 1)", ".inc_return(cpu)"),
         (BY_ARRAY, ".set(cpu, 0, 1)", '.set(cpu, 0, 1, "full")'),
+        # A load of another word does not wait for the store.
+        (WITH_A_LOAD, ".set(cpu)", '.set(cpu, "full")'),
     ],
 )
 def test_orders_are_honoured_by_store_buffers(tmp_path: Path, text: str, old: str, new: str) -> None:
@@ -166,6 +184,14 @@ def kinds(test: str, policy: str, *, buffers: bool, executions: int = 600) -> tu
     assert verdict.met
     assert not verdict.failure
     return verdict.kinds
+
+
+def test_what_policies_call_is_instrumented_from_the_start() -> None:
+    """A module that is imported later calls the core itself: a wait in it would never end."""
+    found = "{module.__name__ for module in instrumented_modules()}"
+    wanted = "{'emulator.policy.instructions', 'emulator.policy.state'}"
+    text = f"from emulator.explore.machine.lib import instrumented_modules\nassert {wanted} <= {found}"
+    subprocess.run([sys.executable, "-c", text], check=True, timeout=60)
 
 
 FORWARDED = """
