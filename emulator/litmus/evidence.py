@@ -41,6 +41,9 @@ STATS: Final[Mapping[str, VmStat]] = {
     "frozen": lib.STAT_FROZEN_RETRIES,
     "elided": lib.STAT_FLUSHES_ELIDED,
     "overlaps": lib.STAT_OVERLAPS,
+    "unsync": lib.STAT_MMU_UNSYNC,
+    "syncs": lib.STAT_MMU_SYNCED,
+    "table-stores": lib.STAT_MMU_PTE_WRITE,
 }
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, ClassVar
 
+from emulator.errors import shown
 from emulator.kvm import kvm_host
 from emulator.kvm.regs import kvm_set_cr0, kvm_set_cr4
 from emulator.kvm.reset import apic_send_init
@@ -28,6 +29,8 @@ _PAGE = Arg("page", "page")
 _LAST_PROCESS = 15
 # The core records guest-physical pages in 32 bits, and the last value means none.
 _LAST_GUEST_PAGE = (1 << 32) - 2
+# native/vm/guest_state.h: GUEST_KERNEL_BASE, GUEST_KERNEL_PAGES
+_END_OF_KERNEL_PAGES = 0x8_0000_0000 + 8
 
 
 class _Access(GuestOp):
@@ -112,6 +115,9 @@ class Map(GuestOp):
         super().check(test, thread)
         if "huge" in self.flags:
             check_huge(self, "linear", "page")
+        if self.number("linear") + self.span() > _END_OF_KERNEL_PAGES:
+            # The guest's OS keeps no record of others, so the oracle could not judge them.
+            raise OpError(shown(self.text), f"a LINEAR below {_END_OF_KERNEL_PAGES:#x}")
 
     def span(self) -> int:
         return HPAGE_PMD_NR if "huge" in self.flags else 1

@@ -90,6 +90,9 @@ of this form; all other verdicts are expected not to change with these choices:
     guest-invalidations    a guest invalidated TLB entries
     overlaps       an invalidation began while another one of its pages was in progress
     dirty-compared a page was written while it was logged, and compared with its copy at the end
+    unsync         a guest's page table became writable and out of date, without EPT
+    syncs          KVM compared a shadow page with the guest's table, without EPT
+    table-stores   KVM emulated a guest's store to its page table, without EPT
     nothing        no danger: a run without violations proves the test's claim by itself
 """
 
@@ -135,6 +138,9 @@ Need = Literal[
     "guest-invalidations",
     "overlaps",
     "dirty-compared",
+    "unsync",
+    "syncs",
+    "table-stores",
     "nothing",
 ]
 # Each is an OS thread, and the check that all waits can end takes time that grows with their square.

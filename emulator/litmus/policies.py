@@ -57,9 +57,7 @@ def policies_for(test: LitmusTest, chosen: Sequence[str], all_mutants: bool) -> 
     apart = [name for policies in test.expect.apart().values() for name in policies]
     named = [name for name, verdict in test.expect.policies.items() if verdict != (_DEADLOCK,)]
     names = list(dict.fromkeys([*PRESETS, *named, *apart, *mutants]))
-    if test.machine.ept:
-        return names
-    return [name for name in names if _is_without_ept(name)]
+    return [name for name in names if suits(test, name)]
 
 
 def pairs_of(
@@ -73,11 +71,14 @@ def pairs_of(
         for test, name in pairs:
             if not test.machine.ept:
                 check_without_ept(named_policy(name), test.name)
-    return [(test, name) for test, name in pairs if test.machine.ept or _is_without_ept(name)]
+    return [(test, name) for test, name in pairs if suits(test, name)]
 
 
-def _is_without_ept(name: str) -> bool:
-    return answer_about_ept(named_policy(name)) is None
+def suits(test: LitmusTest, name: str) -> bool:
+    """Return whether the policy has something to say about the test: without EPT, those that answer about it
+    have
+    not."""
+    return test.machine.ept or answer_about_ept(named_policy(name)) is None
 
 
 def expected_of(test: LitmusTest, name: str) -> tuple[Expected, ...]:

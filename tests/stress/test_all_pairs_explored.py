@@ -11,6 +11,7 @@ import pytest
 from emulator.explore.results.suite import explore_all
 from emulator.litmus.loader import shipped_tests
 from emulator.litmus.model import LitmusTest
+from emulator.litmus.policies import pairs_of
 from emulator.litmus.table import Results
 from emulator.litmus.verdict import proofs
 from emulator.policy import PRESETS
@@ -31,7 +32,7 @@ def test_verdicts_are_as_the_tests_say() -> None:
     asked = os.environ.get("FLUSHLAB_ALL_PAIRS")
     seed = int(os.environ.get("FLUSHLAB_SEED", time.time() // DAY))
     tests = shipped_tests()
-    pairs = [(test, policy) for test in tests for policy in PRESETS]
+    pairs = pairs_of(tests, list(PRESETS), named=False)
     if asked is None:
         pairs = Random(seed).sample(pairs, FEW)
     executions, seconds = (EXECUTIONS, 0.0) if asked is None else (10**9, float(asked))

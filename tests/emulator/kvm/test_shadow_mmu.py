@@ -6,13 +6,18 @@ from collections.abc import Iterator
 
 import pytest
 
-from emulator.kvm.kvm_host import KVM_REQ_MMU_FREE_OBSOLETE_ROOTS, KVM_REQ_TLB_FLUSH, X86_CR0_PG
+from emulator.kvm.kvm_host import (
+    KVM_REQ_MMU_FREE_OBSOLETE_ROOTS,
+    KVM_REQ_TLB_FLUSH,
+    X86_CR0_PG,
+    X86_CR4_PCIDE,
+)
 from emulator.kvm.mmu.fault import RET_PF_FIXED, RET_PF_INJECTED, RET_PF_SPURIOUS, RET_PF_WRITE_PROTECTED
 from emulator.kvm.mmu.page_track import kvm_gfn_is_write_tracked
 from emulator.kvm.mmu.roots import kvm_mmu_reset_context
 from emulator.kvm.mmu.shadow import kvm_mmu_track_write
 from emulator.kvm.mmu.spte import is_mmu_writable_spte, is_shadow_present_pte, is_writable_pte
-from emulator.kvm.regs import kvm_mmu_invlpg, kvm_set_cr3
+from emulator.kvm.regs import kvm_mmu_invlpg, kvm_set_cr3, kvm_set_cr4
 from emulator.kvm.virt.kvm_main import kvm_set_memory_region
 from emulator.kvm.virt.requests import kvm_check_request, kvm_test_request
 from emulator.kvm.virt.slots import gfn_to_memslot
@@ -164,6 +169,17 @@ def test_roots_are_cached_by_cr3(guest: ShadowedGuest) -> None:
         guest.enter()
     assert guest.root() is first
     assert "mmu_load" not in changed
+
+
+def test_setting_pcide_frees_all_roots(guest: ShadowedGuest) -> None:
+    """Their CR3s had no PCID; one of PCID 0 would look the same, and a MOV that flushes nothing could find
+    it."""
+    guest.map(LINEAR, 7)
+    guest.fault(LINEAR)
+    kvm_set_cr3(guest.cpu, guest.vcpu, 200 << 12)
+    guest.enter()
+    kvm_set_cr4(guest.cpu, guest.vcpu, guest.vcpu.arch.cr4 | X86_CR4_PCIDE)
+    assert not any((guest.vcpu.mmu.root, *guest.vcpu.mmu.prev_roots))
 
 
 def test_a_zapped_root_makes_all_vcpus_reload(guest: ShadowedGuest) -> None:

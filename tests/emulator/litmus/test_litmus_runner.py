@@ -13,7 +13,7 @@ from emulator.cli.main import main
 from emulator.errors import BadInput
 from emulator.explore.results.verdict import Plan, explore_verdict
 from emulator.litmus.loader import load_test, parse_test, shipped_tests
-from emulator.litmus.policies import expected_of, named_policy, policies_for
+from emulator.litmus.policies import expected_of, named_policy, policies_for, suits
 from emulator.litmus.runner import run_test, running
 from emulator.litmus.suite import Task, run_suite, run_task
 from emulator.litmus.table import Results, print_results
@@ -408,7 +408,7 @@ def test_all_presets_on_all_tests() -> None:
     wrong = []
     for test in shipped_tests():
         with running(test, 1) as runner:
-            for name in PRESETS:
+            for name in (name for name in PRESETS if suits(test, name)):
                 outcome = runner.run(named_policy(name), ITERATIONS, 1)
                 expected = expected_of(test, name)
                 # Few executions: a violation that has not happened yet is no surprise.
