@@ -39,6 +39,8 @@ CASES = {
     # A memslot goes amid invalidations: its update does not wait, or its INVALID copy lacks a page.
     "drop-barrier@kvm_swap_active_memslots#2": ("slot-waits-zap", "use-after-free"),
     "narrow-end@kvm_invalidate_memslot#1": ("slot-delete-notifier", "use-after-free"),
+    # A vCPU goes on in SMM with the root that it had before.
+    "drop-reference@kvm_mmu_unload#1": ("smm-memory-root", "use-after-free"),
     # Logging is armed: the walk passes over a page after a yield, or ends before the slot.
     "skip-after-yield@kvm_tdp_mmu_wrprot_slot#1": ("log-arm-yields", "lost-dirty"),
     "narrow-end@kvm_tdp_mmu_wrprot_slot#1": ("log-edges", "lost-dirty"),
