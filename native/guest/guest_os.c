@@ -61,7 +61,7 @@ static enum walk_result invalidate_page(struct walk *w, const struct guest_proce
 	enum walk_result r = WALK_DONE;
 
 	if (!w->vmcs->ept)
-		r = own ? guest_exit_insn(w, GUEST_INSN_INVLPG, page << 12)
+		r = own ? guest_exit_insn(w, GUEST_INSN_INVLPG, canonical_address(page << 12))
 			: guest_exit_invpcid(w, 0, p->pcid, page << 12);
 	else if (own)
 		invlpg(w->tlb, page);

@@ -48,8 +48,8 @@ enum walk_result guest_exit_insn(struct walk *w, enum guest_insn insn, uint64_t 
 
 enum walk_result guest_exit_invpcid(struct walk *w, uint32_t type, uint64_t pcid, uint64_t linear)
 {
-	return exit_once(w, &(struct guest_exit_insn){ .insn = GUEST_INSN_INVPCID, .type = type, .operand = linear,
-						       .pcid = pcid });
+	return exit_once(w, &(struct guest_exit_insn){ .insn = GUEST_INSN_INVPCID, .type = type,
+						       .operand = canonical_address(linear), .pcid = pcid });
 }
 
 enum walk_result os_injected_fault(struct walk *w)

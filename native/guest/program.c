@@ -171,7 +171,7 @@ static enum walk_result do_invlpg(struct walk *w, const struct guest_op *op)
 	if (w->vmcs->ept)
 		invlpg(w->tlb, page);
 	else
-		r = guest_exit_insn(w, GUEST_INSN_INVLPG, page << 12);
+		r = guest_exit_insn(w, GUEST_INSN_INVLPG, canonical_address(page << 12));
 	if (r != WALK_DONE)
 		return r;
 	invalidated(w, (struct covered){ .page = page, .process = w->guest->current, .globals = true,

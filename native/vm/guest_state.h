@@ -247,6 +247,12 @@ enum guest_agreement {
 enum guest_agreement guest_contradicts(const struct vcpu *vcpu, const struct tlb_entry *entry, uint64_t page,
 				       uint32_t type);
 
+/* Bits 63 to 48 of a linear address repeat bit 47; the guest's own structures omit them. */
+static inline uint64_t canonical_address(uint64_t linear)
+{
+	return (uint64_t)((int64_t)(linear << 16) >> 16);
+}
+
 /* The life (tlb.h, right) of linear mappings: the owner of the VPID, and the address space. */
 static inline uint32_t linear_life(uint32_t owner, uint32_t space)
 {

@@ -42,7 +42,7 @@ static enum walk_result page_fault(struct walk *w, uint64_t page, uint32_t type,
 	w->guest->store.faulted = false;
 	w->exit->reason = EXIT_EXCEPTION;
 	w->exit->gpa = 0;
-	w->exit->linear = w->linear;
+	w->exit->linear = canonical_address(w->linear);
 	w->exit->access = type;
 	w->exit->rights = spte & SPTE_RWX;
 	w->exit->error_code = error_code | (type == ACCESS_WRITE ? PFERR_WRITE : 0) |

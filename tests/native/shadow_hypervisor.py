@@ -150,9 +150,11 @@ class ShadowHypervisor(Hypervisor):
                 return
         elif name == "INVLPG":
             if "invlpg" not in self.broken and self.vpid[vcpu]:
-                lib.flush_invvpid_address(
-                    self.m, cpu, self.vm_of[vcpu], self.vpid[vcpu], value >> 12, lib.REASON_GUEST
+                reason = lib.REASON_GUEST
+                rc = lib.flush_invvpid_address(
+                    self.m, cpu, self.vm_of[vcpu], self.vpid[vcpu], value >> 12, reason
                 )
+                assert rc == 0
             return
         self.flush_vpid(cpu, vcpu)
 

@@ -96,11 +96,15 @@ def bare(machine: ShadowHypervisor, paging: int = 0) -> VcpuId:
     return machine.vcpu(machine.vm(), 1, paging=paging)
 
 
+def canonical(linear: int) -> int:
+    return linear | 0xFFFF << 48 if linear >> 47 & 1 else linear
+
+
 def fault(machine: ShadowHypervisor, vcpu: VcpuId, linear: int, kind: int) -> int:
     """One access, which must fault; returns its error code."""
     machine.enter(CPU0, vcpu)
     assert lib.guest_access(machine.m, CPU0, vcpu, linear, kind, machine.exit) == lib.EXIT_EXCEPTION
-    assert machine.exit.linear == linear
+    assert machine.exit.linear == canonical(linear)
     assert machine.exit.access == kind
     return int(machine.exit.error_code)
 
@@ -257,6 +261,16 @@ def test_invpcid_exits_with_its_operands(kind: int) -> None:
         # The instruction itself has changed nothing, and is not executed again.
         assert machine.dump(CPU0) == held
         assert machine.once(CPU0, vcpu, 10) == lib.EXIT_PROGRAM_END
+
+
+def test_kvm_is_told_canonical_addresses() -> None:
+    """INVVPID of another address fails, so KVM could not flush the guest's kernel pages."""
+    kernel = 0x800000001 << 12
+    with ShadowHypervisor() as machine:
+        vcpu = guest(machine)
+        machine.execute(CPU0, vcpu, (W_, kernel), (INVLPG, kernel), (R, kernel))
+        assert machine.exits[-1] == ("INVLPG", canonical(kernel))
+        assert machine.violations() == {}
 
 
 def test_invlpg_changes_nothing_by_itself() -> None:
