@@ -60,6 +60,11 @@ _VM_STATS = (
     ("zaps", "zaps", "Range zaps."),
     ("yields", "zap_yields", "Times that a zap yielded mmu_lock."),
     ("overlaps", "invalidations_overlapping", "Invalidations of pages that were being invalidated."),
+    ("mmu_shadow_zapped", "mmu_shadow_zapped", "KVM's statistic mmu_shadow_zapped."),
+    ("mmu_pte_write", "mmu_pte_writes", "Emulated stores of guests to their page tables."),
+    ("mmu_flooded", "mmu_flooded", "KVM's statistic mmu_flooded."),
+    ("mmu_unsync", "mmu_unsynced_pages", "Times that a shadow page became unsync."),
+    ("mmu_synced", "mmu_synced_pages", "Shadow pages compared with the guest's table."),
 )
 
 _HISTOGRAMS = {
