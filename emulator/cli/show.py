@@ -30,13 +30,14 @@ def show(
     The lines in front of which - stands are KVM's, those with + the mutant's.
     """
     from emulator.policy import find_mutant
+    from emulator.policy.patch.diff import full_path
 
     found = find_mutant(mutant, "MUTANT")
     print_catalogue([(0, *entry_of(found))])
     for path, name, lines in _functions(found):
         print()
         mirrored = _mirrored(path, name) if name != _REST else ""
-        print_catalogue([(0, f"emulator/kvm/{path}{mirrored}", ())])
+        print_catalogue([(0, f"{full_path(path)}{mirrored}", ())])
         _print_diff(lines)
     if found.patch is not None:
         print(f"\nIts file: emulator/policy/mutants/{found.name}.patch")

@@ -140,11 +140,12 @@ BY_ARRAY = (
 )
 
 
-WITH_A_LOAD = (
+WITH_OTHERS = (
     ENTERING.replace(
         "    def kick_wait",
         "        self.gen(vcpu.kvm).read(cpu)\n"
-        "        self.other(vcpu.kvm).test_bit(cpu, 0)\n\n    def kick_wait",
+        "        self.other(vcpu.kvm).test_bit(cpu, 0)\n"
+        "        self.gen(vcpu.kvm).set(cpu, 1)\n\n    def kick_wait",
     )
     .replace(
         "    entering = per_vm(Flag)\n",
@@ -161,8 +162,8 @@ WITH_A_LOAD = (
         (ENTERING, ".set(cpu)", '.set(cpu, "full")'),
         (BY_GENERATION, ".set(cpu, 1)", ".inc_return(cpu)"),
         (BY_ARRAY, ".set(cpu, 0, 1)", '.set(cpu, 0, 1, "full")'),
-        # A load of another word does not wait for the store.
-        (WITH_A_LOAD, ".set(cpu)", '.set(cpu, "full")'),
+        # Neither a load of another word nor a store to it waits for the store.
+        (WITH_OTHERS, ".set(cpu)", '.set(cpu, "full")'),
     ],
 )
 def test_orders_are_honoured_by_store_buffers(tmp_path: Path, text: str, old: str, new: str) -> None:

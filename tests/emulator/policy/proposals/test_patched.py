@@ -96,6 +96,13 @@ def test_an_error_of_patched_code_is_the_users(tmp_path: Path) -> None:
         explore_verdict(load_test("return-zap"), policy, Plan(executions=20, minimize=False))
 
 
+def test_a_mutant_of_a_proposal_is_shown_in_its_file(capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["show", "mutant:generation-not-checked"]) == 0
+    lines = capsys.readouterr().out.splitlines()
+    assert PATH in lines
+    assert any(line.startswith("-    def before_entry(") for line in lines)
+
+
 def test_the_base_is_the_policy_that_the_patch_is_about(tmp_path: Path) -> None:
     policy = spelled_policy(patch(tmp_path, MOVES_ON, "            pass\n"))
     assert policy.answers() == preset("root-tlb-gen").answers()
