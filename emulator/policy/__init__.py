@@ -6,6 +6,7 @@ from emulator.policy.mutants import MUTANTS, Mutant, canonical, find_mutant
 from emulator.policy.points import POINTS, Alternative, DecisionPoint
 from emulator.policy.policy import Policy, PolicyError, check_answer, parse_setting
 from emulator.policy.presets import DEFAULT, PRESET_DOCS, PRESETS, preset
+from emulator.policy.proposals import PROPOSALS
 from emulator.policy.spelling import check_policy, parse_policy
 from emulator.policy.user import UserPolicyError, load_user_policy, resolve_policy, spelled_policy
 
@@ -15,6 +16,7 @@ __all__ = [
     "POINTS",
     "PRESETS",
     "PRESET_DOCS",
+    "PROPOSALS",
     "Alternative",
     "DecisionPoint",
     "Mutant",

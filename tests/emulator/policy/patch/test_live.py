@@ -63,7 +63,7 @@ def test_a_search_by_many_processes_is_the_search_of_one(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     """Each process of the pool applies the patch for itself."""
-    path = written(tmp_path, edited(("    cpu.stat(vcpu.kvm.id, lib.STAT_FLUSH_ALL)\n", "    ...\n")))
+    path = written(tmp_path, edited(("    cpu.stat(vcpu.kvm.id, lib.STAT_FLUSH_CURRENT)\n", "    ...\n")))
     documents = []
     for jobs in ("1", "2"):
         options = ["--executions", "120", "--jobs", jobs, "--json"]
@@ -301,5 +301,10 @@ def test_no_module_computes_with_kvms_names_when_it_is_loaded() -> None:
     classes = {(file, "structs") for file in ("watchable.py", "races.py", "reference.py")}
     classes |= {(file, "mmu_structs") for file in ("watchable.py", "races.py", "reference.py")}
     classes |= {(file, "LoadedVmcs") for file in ("watchable.py", "races.py", "reference.py")}
-    classes |= {("watchable.py", "Heard"), ("acting.py", "Heard"), ("acting.py", "Notifications")}
+    classes |= {
+        ("watchable.py", "shadow_structs"),
+        ("watchable.py", "Heard"),
+        ("acting.py", "Heard"),
+        ("acting.py", "Notifications"),
+    }
     assert tables == classes | {("points.py", "Decisions")}
