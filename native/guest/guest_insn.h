@@ -23,13 +23,13 @@ enum x86_cr_bit {
 enum guest_insn {
 	GUEST_INSN_NONE,
 	GUEST_INSN_MOV_CR0,
-	GUEST_INSN_MOV_CR3,
+	GUEST_INSN_MOV_CR3,    /* operand: address of the PML4 table, PCID, and bit 63 to flush nothing */
 	GUEST_INSN_MOV_CR4,
 	GUEST_INSN_RSM,
 	GUEST_INSN_TOGGLE_PGE, /* no exit: CR4.PGE is the guest's own, and so is the flush */
 	/* Without EPT; the guest's own, as they are chosen by its OS or its program. */
-	GUEST_INSN_INVLPG,     /* operand: linear address */
-	GUEST_INSN_INVPCID,    /* operand: linear address; exit.invpcid_type, exit.invpcid_pcid */
+	GUEST_INSN_INVLPG,     /* operand: linear address, canonical */
+	GUEST_INSN_INVPCID,    /* operand: linear address, canonical; exit.invpcid_type, exit.invpcid_pcid */
 };
 
 /* Any thread: make the vCPU execute this instruction before its next access.  If it exits, the VM exit is

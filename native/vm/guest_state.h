@@ -39,7 +39,7 @@ enum exit_reason {
 	EXIT_INSTRUCTION,    /* guest_insn.h: access is the instruction, linear its operand */
 	EXIT_PROGRAM,        /* program.h: GUEST_OP_EXIT, linear its value */
 	EXIT_PROGRAM_END,    /* the program has no operation left */
-	EXIT_EXCEPTION,      /* without EPT, a page fault that KVM intercepts: linear, access, error_code */
+	EXIT_EXCEPTION,      /* without EPT, a page fault that KVM intercepts: linear (canonical), access, error_code */
 	EXIT_REASONS
 };
 
