@@ -67,7 +67,7 @@ class Depth:
 
 THOROUGH: Final = Depth()
 # For a population of hundreds.
-FAIR: Final = Depth(at_once=6, first_looks=16, second_looks=2, of_a_preset=1, stressed=0)
+FAIR: Final = Depth(at_once=10, first_looks=8, second_looks=2, of_a_preset=1, stressed=0)
 # Under the default preset only, and explored only.
 QUICK: Final = Depth(first_looks=16, second_looks=8, of_a_preset=0, stressed=0)
 
