@@ -23,7 +23,7 @@ from emulator.explore.strategies.search import Limits, search
 from emulator.litmus.harness import Harness
 from emulator.litmus.loader import load_test, shipped_tests, shipped_texts
 from emulator.litmus.model import INCONCLUSIVE, SAFE, LitmusTest
-from emulator.litmus.policies import expected_of, named_policy
+from emulator.litmus.policies import expected_of, named_policy, suits
 from emulator.policy import DEFAULT
 from native import lib
 from native.reader import CounterReader
@@ -147,7 +147,7 @@ def pairs() -> Iterator[Pair]:
     """Yield the pairs in which no violation is expected."""
     for test in shipped_tests():
         for preset in (DEFAULT, *OTHERS):
-            if all(one in (SAFE, INCONCLUSIVE) for one in expected_of(test, preset)):
+            if suits(test, preset) and all(one in (SAFE, INCONCLUSIVE) for one in expected_of(test, preset)):
                 yield Pair(test.name, preset)
         for choice, policies in test.expect.apart().items():
             if policies and DEFAULT not in policies:

@@ -24,6 +24,9 @@ DANGERS: Final[Mapping[str, str]] = {
     "guest-invalidations": "the guest invalidates TLB entries",
     "overlaps": "an invalidation begins while another one of its pages is in progress",
     "dirty-compared": "a page that was written while it was logged is compared with its copy",
+    "unsync": "the guest's table becomes writable, so its shadow page goes out of date",
+    "syncs": "KVM compares a shadow page with the guest's table",
+    "table-stores": "KVM emulates the guest's store to its table",
 }
 # Words for a danger in a step that has no row otherwise; if there are none, its name.
 ROWS: Final = {

@@ -197,6 +197,7 @@ def __kvm_mmu_faultin_pfn(cpu: Cpu, kvm: Kvm, fault: KvmPageFault, slot: KvmMemo
     # No neighbours under dirty logging: they would become writable without being marked.
     if fault.is_tdp and around > 1 and page.level == PG_LEVEL_4K and not slot.dirty_track_enabled():
         fault.around_gfn, fault.around_n = fault_around_range(fault, around)
+        cpu.point("mm", (kvm.id, fault.around_gfn), "read")
         cpu.check(
             lib.mm_fault_range(
                 cpu.m,

@@ -191,6 +191,7 @@ def tdp_mmu_map_around(cpu: Cpu, kvm: Kvm, fault: KvmPageFault, table: Hfn) -> N
     be in a range that is being invalidated although the faulting gfn is not; then none is mapped.
     """
     end = fault.around_gfn + fault.around_n
+    cpu.point("mmu_invalidate_seq", kvm.id, "read")
     if kvm.policy.fault_retry(cpu, kvm, fault.gfn) == "invalidate-seq" and lib.mmu_invalidate_retry_range(
         cpu.m, kvm.id, fault.mmu_seq, fault.around_gfn, end
     ):

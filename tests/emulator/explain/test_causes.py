@@ -37,6 +37,8 @@ UNLINKED = "the flush between unlinking the table and freeing it"
 REFERENCE = "a reference on the root, rcu_read_lock(), or a new start of the walk"
 STILL_MAPPED = "the zap of this SPTE before the host freed the page"
 WRITE_PROTECTED = "the flush after write-protecting"
+TABLE_PROTECTED = "the write-protection of the table in each SPTE that maps it, and the flush after that"
+SYNCED = "the synchronization of KVM's table, or the INVVPID, for the guest's invalidation"
 
 # The test that shows it; the wrong or missing action; the event that carries the explanation.
 CAUSES: dict[str, tuple[str, str, str]] = {
@@ -91,6 +93,18 @@ CAUSES: dict[str, tuple[str, str, str]] = {
     "request-without-barrier": ("entry-races-request", MISSED, "entry"),
     "generation-without-barrier": ("entry-races-request", FLUSH, ""),
     "generation-entry-without-barrier": ("entry-races-request", MISSED, "entry"),
+    "shadow-account-without-flush": ("shadow-new-table", TABLE_PROTECTED, ""),
+    "shadow-free-without-flush": ("shadow-flooded", UNLINKED, ""),
+    "shadow-guest-flush-without-sync": ("shadow-invpcid-all", SYNCED, ""),
+    "shadow-invlpg-without-sync": ("shadow-invlpg", SYNCED, ""),
+    "shadow-link-before-sync": ("shadow-shared-tables", SYNCED, ""),
+    "shadow-pcid-keeps-previous-roots": ("shadow-invpcid-previous", SYNCED, ""),
+    "shadow-pge-flushes-current": ("shadow-pge", SYNCED, ""),
+    "shadow-protect-forgets-mmu-writable": ("shadow-log-races-table", TABLE_PROTECTED, ""),
+    "shadow-switch-without-sync": ("shadow-mov-cr3", SYNCED, ""),
+    "shadow-sync-without-protect-flush": ("shadow-resync", TABLE_PROTECTED, ""),
+    "shadow-unmap-without-flush": ("shadow-unmap", FLUSH, ""),
+    "shadow-unsync-after-spte": ("shadow-invlpg", SYNCED, ""),
 }
 # Found by real threads sooner than by search.
 ON_THREADS = ("recovery-uses-old-iterator", "notifier-without-reference", "mmio-over-live-spte")
