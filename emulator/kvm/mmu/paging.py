@@ -25,7 +25,6 @@ from emulator.kvm.mmu.fault import (
     RET_PF_CONTINUE,
     RET_PF_INJECTED,
     RET_PF_RETRY,
-    RET_PF_SPURIOUS,
     RET_PF_WRITE_PROTECTED,
     KvmPageFault,
 )
@@ -87,8 +86,8 @@ class GuestWalker:
     """struct guest_walker: a walk of the guest's tables, by level.
 
     `level`: the last entry's.  pt_access[level]: the rights that the entries above permit a table of that
-    level; pte_access: those of the page.  error_code: of the fault that the walk ended with; 0: it found the
-    page.
+    level; pte_access: those of the page.  error_code: of the fault that the walk ended with; None: it found
+    the page.
     """
 
     __slots__ = ("error_code", "gfn", "level", "pt_access", "pte_access", "ptes", "table_gfn")
@@ -96,7 +95,7 @@ class GuestWalker:
     def __init__(self) -> None:
         self.level = _LEVELS
         self.gfn = 0
-        self.error_code = 0
+        self.error_code: int | None = None
         self.pte_access = 0
         self.table_gfn = [0] * (_LEVELS + 1)
         self.ptes = [0] * (_LEVELS + 1)
@@ -147,7 +146,7 @@ def walk_addr(cpu: Cpu, vcpu: Vcpu, addr: int, pfec: int) -> GuestWalker:
     """
     while True:
         walker = _read_tables(cpu, vcpu, addr, pfec)
-        if walker.error_code:
+        if walker.error_code is not None:
             return walker
         again = update_accessed_dirty_bits(cpu, vcpu, walker, addr, bool(pfec & PFERR_WRITE_MASK))
         if again is None:
@@ -160,9 +159,8 @@ def walk_addr(cpu: Cpu, vcpu: Vcpu, addr: int, pfec: int) -> GuestWalker:
 
 
 def _fault_bits(pfec: int) -> int:
-    """Return the bits that describe the access in each error code; never 0, because bit 31 says that it is
-    one."""
-    return 1 << 31 | pfec & (PFERR_WRITE_MASK | PFERR_USER_MASK | PFERR_FETCH_MASK)
+    """Return the bits of an error code that describe the access."""
+    return pfec & (PFERR_WRITE_MASK | PFERR_USER_MASK | PFERR_FETCH_MASK)
 
 
 def _read_tables(cpu: Cpu, vcpu: Vcpu, addr: int, pfec: int) -> GuestWalker:
@@ -300,7 +298,7 @@ def _set_leaf(
     cpu: Cpu, vcpu: Vcpu, fault: KvmPageFault, walker: GuestWalker, sptep: Sptep, base_gfn: int
 ) -> int:
     assert fault.slot is not None
-    r = mmu_set_spte(
+    return mmu_set_spte(
         cpu,
         vcpu.kvm,
         fault.slot,
@@ -311,17 +309,14 @@ def _set_leaf(
         prefetch=False,
         write_fault=fault.write,
     )
-    if r != RET_PF_SPURIOUS:
-        cpu.event(lib.EVENT_MAP, fault.gfn, fault.pfn.pfn, vcpu.kvm.id)
-    return r
 
 
 def paging64_page_fault(cpu: Cpu, vcpu: Vcpu, fault: KvmPageFault) -> int:
     """FNAME(page_fault): the guest's tables decide first; what they forbid is the guest's own page fault."""
     kvm = vcpu.kvm
     walker = walk_addr(cpu, vcpu, fault.addr, fault.error_code & ~lib.PFERR_RSVD)
-    if walker.error_code:
-        lib.guest_inject_page_fault(cpu.m, vcpu.id, fault.addr, walker.error_code & ~(1 << 31))
+    if walker.error_code is not None:
+        lib.guest_inject_page_fault(cpu.m, vcpu.id, fault.addr, walker.error_code)
         return RET_PF_INJECTED
     fault.gfn = walker.gfn
     fault.max_level = walker.level
@@ -358,7 +353,7 @@ def paging64_page_fault(cpu: Cpu, vcpu: Vcpu, fault: KvmPageFault) -> int:
 def paging64_gva_to_gpa(cpu: Cpu, vcpu: Vcpu, addr: int, pfec: int) -> int | None:
     """FNAME(gva_to_gpa): translate by the guest's tables; None: the guest would fault."""
     walker = walk_addr(cpu, vcpu, addr, pfec)
-    return None if walker.error_code else walker.gfn << 12 | addr & 0xFFF
+    return None if walker.error_code is not None else walker.gfn << 12 | addr & 0xFFF
 
 
 def paging64_sync_spte(cpu: Cpu, vcpu: Vcpu, sp: ShadowPage, index: int) -> int:
