@@ -1,5 +1,4 @@
-"""What one operation costs without EPT: counts as a recording of Linux 6.12 has them (shadow paging, 64-bit
-guest)."""
+"""Count what KVM does without EPT for one operation, as a recording of Linux 6.12 has it (64-bit guest)."""
 
 from __future__ import annotations
 
