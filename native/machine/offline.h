@@ -5,7 +5,7 @@
 #include "core/machine_types.h"
 
 /* api */
-/* Called by the CPU's thread, or by the machine for a thread that died or sleeps: acknowledge the queue, leave
+/* Called by the CPU's thread, or by the machine for a thread that died or sleeps: run the queue, leave
  * RCU, drop its mmu_locks, mark the CPU offline.  Its waits return MACHINE_OFFLINE, and calls that still reach
  * it are acknowledged by their senders. */
 /* call: anything */

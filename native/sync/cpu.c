@@ -156,7 +156,9 @@ void cpu_retire(struct machine *m, uint32_t cpu)
 {
 	struct cpu *c = &m->cpus[cpu];
 
-	ipi_discard_queue(m, c);
+	/* The calls are executed, as by a CPU that the kernel takes offline (smpcfd_dying_cpu()): their senders rely on
+	 * them until the CPU is seen to be offline.  VMPTRLD elsewhere needs the VMCLEAR. */
+	ipi_run_queue(m, c);
 	chaos_point(m, cpu);
 	atomic_store_explicit(&c->power, CPU_OFFLINE, SEQ_CST);
 	chaos_point(m, cpu);

@@ -117,7 +117,7 @@ struct wait wait_begin(struct machine *m, uint32_t cpu);
 int wait_turn(struct wait *w);
 
 /* Going offline (offline.h).  cpu_seize() takes the CPU from its thread, which runs or sleeps, with its interrupts
- * on; false: it is offline already.  cpu_retire() then acknowledges its queue and marks it offline: its waits return
+ * on; false: it is offline already.  cpu_retire() then runs its queue and marks it offline: its waits return
  * MACHINE_OFFLINE. */
 bool cpu_seize(struct machine *m, uint32_t cpu);
 void cpu_retire(struct machine *m, uint32_t cpu);

@@ -180,7 +180,8 @@ def test_interrupts_off_delay_a_call(m: MachinePtr) -> None:
     assert counter(m, "calls_run") == 1
 
 
-def test_a_dead_target_acknowledges(m: MachinePtr) -> None:
+def test_a_dying_target_runs_the_calls_that_it_has(m: MachinePtr) -> None:
+    """Its senders go on before it is offline: a VMCS, for instance, must be clear by then."""
     lib.cpu_online(m, FIRST)
     thread = Runner(
         lambda: _equal(lib.smp_call_function_single(m, HOUSEKEEPER, FIRST, lib.IPI_ACK_KICK, 0, 1), 1)
@@ -188,7 +189,7 @@ def test_a_dead_target_acknowledges(m: MachinePtr) -> None:
     halted(m, HOUSEKEEPER)
     lib.cpu_offline(m, FIRST)
     thread.finish()
-    assert counter(m, "calls_run") == 0
+    assert counter(m, "calls_run") == 1
 
 
 def _equal(found: int, expected: int) -> None:
