@@ -32,8 +32,7 @@ class KvmPageFault:
 
     addr: the address that the CPU could not translate: guest-physical with EPT, otherwise linear; then gfn
     and slot are known only after the walk of the guest's tables.  error_code: of the CPU's page fault, 0
-    with EPT. max_level: the largest page that the guest's tables permit.  write_fault_to_shadow_pgtable: the
-    guest writes to a table through a translation that this table is part of. around_gfn, around_n: the
+    with EPT. max_level: the largest page that the guest's tables permit.  around_gfn, around_n: the
     neighbours that faultin looked up, in the arrays of the Cpu (fault-around).
     """
 
@@ -52,7 +51,6 @@ class KvmPageFault:
         "present",
         "slot",
         "write",
-        "write_fault_to_shadow_pgtable",
     )
 
     def __init__(
@@ -63,7 +61,6 @@ class KvmPageFault:
         self.error_code = error_code
         self.is_tdp = is_tdp
         self.max_level = KVM_MAX_HUGEPAGE_LEVEL
-        self.write_fault_to_shadow_pgtable = False
         self.write = access == lib.ACCESS_WRITE
         self.exec = access == lib.ACCESS_EXECUTE
         self.present = present

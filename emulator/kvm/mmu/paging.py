@@ -290,7 +290,6 @@ def _link_table(cpu: Cpu, vcpu: Vcpu, fault: KvmPageFault, walker: GuestWalker, 
         return False
     if sp is not None:
         link_shadow_page(cpu, vcpu.kvm, sptep, sp)
-    fault.write_fault_to_shadow_pgtable |= fault.write and table_gfn == fault.gfn
     return True
 
 

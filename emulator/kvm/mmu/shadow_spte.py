@@ -24,7 +24,6 @@ from emulator.machine.runtime import Cpu, MachineMisuse
 from native import ffi, lib
 
 PT_ACCESSED_MASK: Final[int] = lib.SPTE_ACCESSED
-PT_DIRTY_MASK: Final[int] = lib.SPTE_DIRTY
 SHADOW_NONPRESENT_VALUE: Final = 0
 _CUSTODY_SHIFT: Final[int] = lib.SPTE_CUSTODY_SHIFT
 _CUSTODY_MASK: Final = 0x7FFF
