@@ -53,6 +53,7 @@ static struct side make_side(const struct load *l, bool ept)
 	s.vcpu = calloc(1, sizeof(*s.vcpu));
 	REQUIRE(s.shadow && s.vcpu);
 	s.shadow->m = s.m;
+	s.shadow->gfns = gfns;
 	s.vcpu->vcpu = s.guest.vcpu = (uint32_t)vcpu_create(s.m, 0);
 	make_guest(&s, l);
 	shadow_vcpu_create(s.shadow, 1, s.vcpu, 1);
@@ -72,7 +73,7 @@ static void run_shadowed(const struct side *s, uint64_t n)
 		r = guest_run(s->m, 0, s->guest.vcpu, n, &out);
 		REQUIRE(r >= 0);
 		n -= out.accesses;
-		shadow_exit(s->shadow, 0, s->vcpu, r, &out);
+		REQUIRE(shadow_exit(s->shadow, 0, s->vcpu, r, &out));
 	}
 }
 

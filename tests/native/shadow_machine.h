@@ -50,6 +50,7 @@ struct rmap_head {
 struct shadow_vm {
 	struct machine *m;
 	uint32_t vm;
+	uint64_t gfns;
 	bool no_retry;
 	struct rmap_head rmap[SHADOW_GFNS];
 };
@@ -167,7 +168,8 @@ static inline void guest_set_bits(struct shadow_vm *s, uint32_t cpu, uint64_t gf
 			CHECK(!mm_fault(s->m, cpu, s->vm, gfn, 1, &page));
 }
 
-/* FNAME(walk_addr): false: the guest's tables do not permit the access. */
+/* FNAME(walk_addr): false: the guest's tables do not permit the access.  *gfn is beyond the guest's memory if its
+ * tables are, or lead there. */
 static inline bool walk_guest(struct shadow_vm *s, uint32_t cpu, const struct shadow_vcpu *v, uint64_t page, uint32_t error,
 			      uint64_t *gfn, uint32_t *access)
 {
@@ -182,6 +184,9 @@ static inline bool walk_guest(struct shadow_vm *s, uint32_t cpu, const struct sh
 	for (uint32_t level = 4;; level--) {
 		bool leaf;
 
+		*gfn = table;
+		if (table >= s->gfns)
+			return true;
 		index = page >> 9 * (level - 1) & 511;
 		gpte = guest_read(s, cpu, table, index);
 		if (!(gpte & GPTE_PRESENT))
@@ -204,8 +209,8 @@ static inline bool walk_guest(struct shadow_vm *s, uint32_t cpu, const struct sh
 	return true;
 }
 
-/* kvm_mmu_page_fault() */
-static inline void shadow_fault(struct shadow_vm *s, uint32_t cpu, struct shadow_vcpu *v, const struct vcpu_exit *out)
+/* kvm_mmu_page_fault().  Returns false if the page is not in the guest's memory. */
+static inline bool shadow_fault(struct shadow_vm *s, uint32_t cpu, struct shadow_vcpu *v, const struct vcpu_exit *out)
 {
 	uint64_t seq = mmu_invalidate_seq(s->m, s->vm), page = out->linear >> 12, gfn;
 	uint32_t access, table, index;
@@ -213,11 +218,13 @@ static inline void shadow_fault(struct shadow_vm *s, uint32_t cpu, struct shadow
 
 	if (!walk_guest(s, cpu, v, page, out->error_code, &gfn, &access)) {
 		guest_inject_page_fault(s->m, v->vcpu, out->linear, out->error_code);
-		return;
+		return true;
 	}
+	if (gfn >= s->gfns)
+		return false;
 	CHECK(mm_fault(s->m, cpu, s->vm, gfn, 1, &frame) == 0);
 	if (mmu_write_lock(s->m, cpu, s->vm))
-		return;
+		return true;
 	if (s->no_retry || !mmu_invalidate_retry_gfn(s->m, s->vm, seq, gfn)) {
 		table = shadow_spot(s, cpu, &v->tree[v->current], page, &index);
 		shadow_drop(s, cpu, table, index);
@@ -229,6 +236,7 @@ static inline void shadow_fault(struct shadow_vm *s, uint32_t cpu, struct shadow
 		s->rmap[gfn].index[s->rmap[gfn].count++] = index;
 	}
 	mmu_write_unlock(s->m, cpu, s->vm);
+	return true;
 }
 
 /* Drop the SPTEs of one linear page, or of all (UINT64_MAX), in the trees of a PCID (UINT32_MAX: all). */
@@ -291,14 +299,19 @@ static inline void shadow_instruction(struct shadow_vm *s, uint32_t cpu, struct 
 	}
 }
 
-static inline void shadow_exit(struct shadow_vm *s, uint32_t cpu, struct shadow_vcpu *v, int reason,
+/* vmx_handle_exit().  Returns false where a guest with its own page tables does not come: at a fault outside its
+ * memory, or at a triple fault. */
+static inline bool shadow_exit(struct shadow_vm *s, uint32_t cpu, struct shadow_vcpu *v, int reason,
 			       const struct vcpu_exit *out)
 {
-	CHECK(reason != EXIT_TRIPLE_FAULT && reason != EXIT_EPT_VIOLATION);
+	CHECK(reason != EXIT_EPT_VIOLATION);
+	if (reason == EXIT_TRIPLE_FAULT)
+		return false;
 	if (reason == EXIT_EXCEPTION)
-		shadow_fault(s, cpu, v, out);
-	else if (reason == EXIT_INSTRUCTION)
+		return shadow_fault(s, cpu, v, out);
+	if (reason == EXIT_INSTRUCTION)
 		shadow_instruction(s, cpu, v, out);
+	return true;
 }
 
 #endif

@@ -32,6 +32,16 @@ struct world {
 	uint64_t page[2][PAGES];
 };
 
+static uint64_t violations(struct machine *m)
+{
+	uint64_t counts[VIOLATIONS], all = 0;
+
+	oracle_counts(m, counts);
+	for (int i = 0; i < VIOLATIONS; i++)
+		all += counts[i];
+	return all;
+}
+
 static void *run_vcpu(void *argument)
 {
 	struct actor *actor = argument;
@@ -56,7 +66,11 @@ static void *run_vcpu(void *argument)
 		}
 		r = guest_run(actor->m, actor->cpu, v->vcpu, 200000, &out);
 		CHECK(r >= 0);
-		shadow_exit(&w->shadow, actor->cpu, v, r, &out);
+		/* Its page tables, read through a stale translation, are bytes of another. */
+		if (!shadow_exit(&w->shadow, actor->cpu, v, r, &out)) {
+			CHECK(violations(actor->m));
+			machine_stop(actor->m);
+		}
 	}
 	cpu_offline(actor->m, actor->cpu);
 	return NULL;
@@ -99,16 +113,6 @@ static void zap(struct world *w, uint32_t cpu, uint64_t start, uint64_t end)
 		return;
 	mmu_invalidate_end(m, vm);
 	mmu_write_unlock(m, cpu, vm);
-}
-
-static uint64_t violations(struct machine *m)
-{
-	uint64_t counts[VIOLATIONS], all = 0;
-
-	oracle_counts(m, counts);
-	for (int i = 0; i < VIOLATIONS; i++)
-		all += counts[i];
-	return all;
 }
 
 static void *run_host(void *argument)
@@ -169,6 +173,7 @@ static uint64_t run(enum mutant mutant, bool vpid, uint32_t rounds, uint32_t cha
 	CHECK(w->shadow.m);
 	w->mutant = mutant;
 	w->shadow.no_retry = mutant == NO_RETRY;
+	w->shadow.gfns = GFNS;
 	w->shadow.vm = (uint32_t)vm_create(w->shadow.m, GFNS);
 	for (uint32_t cpu = 0; cpu < 2; cpu++)
 		make_guest(w, cpu, vpid);
