@@ -75,7 +75,7 @@ def compare(
     from emulator.policy.without_ept import check_without_ept
     from emulator.scenario import limits
 
-    shape = load_scaled(scenario, options.pcpus)
+    shape = load_scaled(scenario, options.pcpus, options.ept)
     chosen = load_policies(policies or [])
     limits.check(shape)
     for policy in chosen if not shape.machine.ept else ():

@@ -120,6 +120,7 @@ def _request(
     return Request(
         scenario=scenario,
         pcpus=options.pcpus,
+        ept=options.ept,
         policy=options.policy,
         settings=tuple(options.settings or ()),
         duration=duration,

@@ -160,6 +160,15 @@ GeometryOption = Annotated[
         help="Size of the TLBs. unbounded: TLBs never evict, so stale entries stay until a flush.",
     ),
 ]
+EptOption = Annotated[
+    bool | None,
+    typer.Option(
+        "--ept/--no-ept",
+        envvar="FLUSHLAB_EPT",
+        help="Whether the host has EPT. Without it KVM shadows the guests' page tables. Default: as the "
+        "scenario says.",
+    ),
+]
 LogLevelOption = Annotated[
     LogLevel, typer.Option(envvar="FLUSHLAB_LOG_LEVEL", help="Log messages of this level and above.")
 ]
@@ -185,6 +194,7 @@ class MachineOptions:
     seed: SeedOption = None
     chaos: ChaosOption = 0
     geometry: GeometryOption = GeometryChoice.DEFAULT
+    ept: EptOption = None
 
     @property
     def chosen_seed(self) -> int:

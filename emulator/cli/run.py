@@ -34,6 +34,7 @@ class Request:
 
     scenario: str
     pcpus: int | None = None
+    ept: bool | None = None
     policy: str | None
     settings: tuple[str, ...]
     duration: float | None
@@ -51,7 +52,7 @@ class Request:
 
 def run_request(request: Request) -> int:
     """Check all input before any thread starts; then run, print the result and return the exit status."""
-    scenario = load_scaled(request.scenario, request.pcpus)
+    scenario = load_scaled(request.scenario, request.pcpus, request.ept)
     policy = load_policy(request.policy or DEFAULT, request.settings)
     address = _metrics_address(request.metrics)
     limits.check(scenario)
@@ -77,9 +78,11 @@ def _head(request: Request, scenario: Scenario, policy: Policy) -> dict[str, Any
     return {"scenario": scenario.name, "policy": policy.name, "seed": request.seed}
 
 
-def load_scaled(name: str, pcpus: int | None) -> Scenario:
-    """Load a scenario, scaled to `pcpus` pCPUs if given."""
+def load_scaled(name: str, pcpus: int | None, ept: bool | None) -> Scenario:
+    """Load a scenario, scaled to `pcpus` pCPUs if given, on a host with EPT or without if `ept` says so."""
     scenario = load_scenario(name)
+    if ept is not None:
+        scenario = scenario.changed(machine=scenario.machine.model_copy(update={"ept": ept}))
     return scenario if pcpus is None else scenario.scaled(pcpus)
 
 

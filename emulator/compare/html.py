@@ -179,6 +179,7 @@ def command_line(comparison: Comparison) -> str:
     for policy in policies:
         words += ["--policy", policy]
     words += ["--pcpus", str(plan.scenario.machine.pcpus), "--duration", f"{plan.duration:g}s"]
+    words += ["--ept" if plan.scenario.machine.ept else "--no-ept"]
     words += ["--repeat", str(plan.repeat), "--seed", str(plan.seed)]
     if plan.chaos:
         words += ["--chaos", str(plan.chaos)]

@@ -33,6 +33,7 @@ def units_of(result: Result, scenario: Scenario) -> int:
         "pages zapped": lambda: snapshot.counters["sptes_zapped"],
         "SMIs": lambda: snapshot.kvm("smis"),
         "remote flushes": lambda: snapshot.kvm("remote_tlb_flush_requests"),
+        "switches": lambda: snapshot.counters["guest_switches"],
     }
     return counts[scenario.unit]() if scenario.unit else 0
 

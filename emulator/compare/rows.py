@@ -182,6 +182,5 @@ def _each(seen: Sequence[str], prefix: str, indent: str) -> tuple[Row, ...]:
 
 def singular(unit: str | None) -> str:
     """Return the singular of a scenario's unit."""
-    return {"pages zapped": "page zapped", "remote flushes": "remote flush"}.get(
-        unit or "", (unit or "").removesuffix("s")
-    )
+    irregular = {"pages zapped": "page zapped", "remote flushes": "remote flush", "switches": "switch"}
+    return irregular.get(unit or "", (unit or "").removesuffix("s"))

@@ -61,7 +61,7 @@ Count = Annotated[int, Field(ge=1, strict=True)]
 
 
 # Operations that a scenario may be about: `compare` gives the cost of each policy per operation.
-CostUnit = Literal["migrations", "root allocations", "pages zapped", "SMIs", "remote flushes"]
+CostUnit = Literal["migrations", "root allocations", "pages zapped", "SMIs", "remote flushes", "switches"]
 
 
 class Section(BaseModel):
@@ -119,6 +119,12 @@ class VmSection(Section):
     # Address spaces of each vCPU's guest OS.
     processes: Annotated[int, Unit("processes")] = Field(default=2, ge=1, le=64, strict=True)
     guest_huge_pages: bool = False
+    # Whether the guest OS uses PCIDs: without, each switch of address spaces flushes.
+    pcid: bool = True
+    # Accesses between two switches of address spaces (0: never).
+    switch_every: Annotated[int, Unit("guest accesses")] = Field(
+        default=200_000, ge=0, le=1 << 31, strict=True
+    )
     # Accesses between two HLTs (0: never), and how long a HLT lasts.
     halt_every: Annotated[int, Unit("guest accesses")] = Field(default=200_000, ge=0, le=1 << 31, strict=True)
     halt: Duration = 0.0001

@@ -8,6 +8,7 @@ import time
 
 import pytest
 
+from emulator.cli.run import load_scaled
 from emulator.compare.measure import measure
 from emulator.errors import BadInput
 from emulator.job.emulation import Emulation, machine_config
@@ -29,6 +30,7 @@ COMPARED = {
     "boot-storm": "roots_allocated",
     "smm-heavy": "smis",
     "mixed": "migrations",
+    "pgd-churn": "mmu_synced",
 }
 
 
@@ -41,7 +43,6 @@ def run(name: str, policy: str = "linux-7.3", seconds: float = 1.0, pcpus: int |
 
 
 @pytest.mark.slow
-@pytest.mark.slow
 def test_shadow_paging_is_clean_and_does_all_that_it_is_about() -> None:
     result = run("shadow", seconds=3.0)
     assert not result.failure
@@ -49,6 +50,23 @@ def test_shadow_paging_is_clean_and_does_all_that_it_is_about() -> None:
     for stat in ("mmu_shadow_zapped", "mmu_pte_write", "mmu_unsync", "mmu_synced"):
         assert result.snapshot.kvm(stat) > 0, stat
     assert not result.snapshot.kvm("roots_allocated")
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("pcid", [True, False])
+def test_guests_switch_as_often_as_told_and_flush_unless_they_have_pcids(pcid: bool) -> None:
+    scenario = load_scaled("pgd-churn", None, True)
+    section = next(vm for vm in scenario.vm if vm.pcid == pcid)
+    job = Job(scenario.changed(vm=(section,)), LINUX, seed=3, duration=0.3, settle=0.1)
+    counters = job.run(lambda now: None, threading.Event()).snapshot.counters
+    switches = counters["guest_switches"]
+    assert switches == pytest.approx(counters["accesses"] / section.switch_every, rel=0.1)
+    assert (counters["guest_invalidations"] > switches) == (not pcid)
+
+
+def test_the_command_line_takes_ept_away_and_gives_it() -> None:
+    assert [load_scaled("main", None, ept).machine.ept for ept in (None, False, True)] == [True, False, True]
+    assert [load_scaled("shadow", 8, ept).machine.ept for ept in (None, False, True)] == [False, False, True]
 
 
 @pytest.mark.slow

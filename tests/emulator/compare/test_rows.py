@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+from typing import get_args
+
 import pytest
 
 from emulator.compare.measure import measure
 from emulator.compare.rows import Row, sections, spread_of, text_of
 from emulator.compare.table import better, change
 from emulator.report.result import FlushCount
-from emulator.scenario.config import load_scenario
+from emulator.scenario.config import CostUnit, load_scenario
 from tests.emulator.canned import snapshot
 from tests.emulator.compare.figures import comparison, partitioned, run_of
 
@@ -43,7 +45,7 @@ def test_flushing_is_apart_from_other_work() -> None:
     assert sum(parts) == pytest.approx(flush * million)
 
 
-@pytest.mark.parametrize("unit", ["migrations", "root allocations", "pages zapped", "remote flushes", None])
+@pytest.mark.parametrize("unit", [*get_args(CostUnit), None])
 def test_every_unit_can_be_counted(unit: str | None) -> None:
     values = measure(run_of("p"), load_scenario("migration-storm").changed(unit=unit)).values
     assert ("units" in values) == (unit is not None)

@@ -108,4 +108,4 @@ def test_costs_are_per_operation_where_the_guests_do_not_set_the_pace(tmp_path: 
 def test_page_says_how_to_run_it_again_and_where_policies_differ(tmp_path: Path) -> None:
     text = page(comparison(), tmp_path)
     assert "flushlab compare partitioned --policy linux-7.3 --policy root-tlb-gen" in text
-    assert "--pcpus 16 --duration 5s --repeat 2 --seed 1" in text
+    assert "--pcpus 16 --duration 5s --ept --repeat 2 --seed 1" in text

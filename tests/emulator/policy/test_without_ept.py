@@ -50,6 +50,8 @@ def test_tests_without_ept_are_left_out_or_refused() -> None:
         ["explore", "shadow-unmap", "--policy", "root-tlb-gen"],
         ["run", "shadow", "--policy", "linux-5.18", "--duration", "1s"],
         ["compare", "shadow", "--policy", "linux-6.12", "--duration", "1s"],
+        ["run", "main", "--no-ept", "--policy", "linux-5.18", "--duration", "1s"],
+        ["compare", "balloon", "--no-ept", "--policy", "linux-6.12", "--duration", "1s"],
     ],
 )
 def test_commands_say_so_in_one_line(command: list[str], capsys: pytest.CaptureFixture[str]) -> None:
