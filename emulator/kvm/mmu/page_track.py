@@ -7,6 +7,8 @@ instead. Under mmu_lock held for write, apart from reads that say so.
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+
 from emulator.kvm.kvm_host import KVM_MAX_HUGEPAGE_LEVEL, PG_LEVEL_2M, PG_LEVEL_4K, kvm_pages_per_hpage
 from emulator.kvm.mmu.rmap import gfn_to_rmap, gfn_to_slot_of_role, rmap_write_protect
 from emulator.kvm.mmu.shadow_structs import ShadowPage
@@ -16,18 +18,26 @@ from emulator.machine.runtime import Cpu, smp_mb
 from native import lib
 
 
-def kvm_gfn_is_write_tracked(slot: KvmMemorySlot | None, gfn: int) -> bool:
+def slots_of_gfn(kvm: Kvm, slot: KvmMemorySlot, gfn: int) -> Iterator[KvmMemorySlot]:
+    """Yield `slot`, and that of the other address space if gfn is in one: the accounts of a table are in the
+    slot of its shadow page's role, while SMM, and the guest outside of it, can store to the same memory."""
+    yield slot
+    other = kvm.memslots[slot.as_id ^ 1].search(gfn)
+    if other is not None:
+        yield other
+
+
+def kvm_gfn_is_write_tracked(kvm: Kvm, slot: KvmMemorySlot | None, gfn: int) -> bool:
     """kvm_gfn_is_write_tracked().  Faults also ask it before they take mmu_lock."""
-    return slot is not None and slot.arch.gfn_write_track.get(gfn, 0) > 0
+    return slot is not None and any(
+        one.arch.gfn_write_track.get(gfn, 0) for one in slots_of_gfn(kvm, slot, gfn)
+    )
 
 
 def kvm_gfn_is_lpage_allowed(kvm: Kvm, slot: KvmMemorySlot, gfn: int, level: int) -> bool:
-    """kvm_gfn_is_lpage_allowed(): ask the slots of both address spaces."""
-    first = gfn & -kvm_pages_per_hpage(level)
-    if slot.arch.disallow_lpage.get((level, first), 0):
-        return False
-    other = kvm.memslots[slot.as_id ^ 1].search(gfn)
-    return other is None or not other.arch.disallow_lpage.get((level, first), 0)
+    """kvm_gfn_is_lpage_allowed()"""
+    key = (level, gfn & -kvm_pages_per_hpage(level))
+    return not any(one.arch.disallow_lpage.get(key, 0) for one in slots_of_gfn(kvm, slot, gfn))
 
 
 def _update_gfn_disallow_lpage_count(slot: KvmMemorySlot, gfn: int, count: int) -> None:

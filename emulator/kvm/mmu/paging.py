@@ -321,7 +321,7 @@ def paging64_page_fault(cpu: Cpu, vcpu: Vcpu, fault: KvmPageFault) -> int:
     fault.max_level = walker.level
     cpu.point("memslots", kvm.id, "read")
     fault.slot = gfn_to_memslot(kvm, fault.gfn, int(vcpu.arch.smm))
-    if page_fault_handle_page_track(fault):
+    if page_fault_handle_page_track(kvm, fault):
         for sptep in shadow_walk(cpu, vcpu, fault.addr):
             sptep.sp.write_flooding_count = 0
         return RET_PF_WRITE_PROTECTED

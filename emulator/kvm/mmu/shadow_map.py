@@ -167,14 +167,14 @@ def direct_map(cpu: Cpu, vcpu: Vcpu, fault: KvmPageFault) -> int:
     raise AssertionError(f"no SPTE of level {fault.goal_level} for {fault.addr:#x}")
 
 
-def page_fault_handle_page_track(fault: KvmPageFault) -> bool:
+def page_fault_handle_page_track(kvm: Kvm, fault: KvmPageFault) -> bool:
     """page_fault_handle_page_track(): return whether the guest writes to a page that must stay read-only."""
-    return fault.present and fault.write and kvm_gfn_is_write_tracked(fault.slot, fault.gfn)
+    return fault.present and fault.write and kvm_gfn_is_write_tracked(kvm, fault.slot, fault.gfn)
 
 
 def nonpaging_page_fault(cpu: Cpu, vcpu: Vcpu, fault: KvmPageFault) -> int:
     """nonpaging_page_fault(), direct_page_fault(): the linear address is a guest-physical one."""
-    if page_fault_handle_page_track(fault):
+    if page_fault_handle_page_track(vcpu.kvm, fault):
         return RET_PF_WRITE_PROTECTED
     r = fast_page_fault(cpu, vcpu, fault)
     if r != RET_PF_INVALID:

@@ -50,7 +50,7 @@ def mmu_try_to_unsync_pages(
     has written to the table and then flushes looks at the marks without a lock (is_unsync_root).  While such
     a flush is being emulated (`synchronizing`) no page becomes unsync again.
     """
-    if kvm_gfn_is_write_tracked(slot, gfn):
+    if kvm_gfn_is_write_tracked(kvm, slot, gfn):
         return False
     if kvm_gfn_is_lpage_allowed(kvm, slot, gfn, PG_LEVEL_2M):
         return True  # a gfn with a shadow page disallows huge pages

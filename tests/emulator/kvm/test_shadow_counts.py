@@ -6,8 +6,9 @@ from collections.abc import Callable, Iterator
 
 import pytest
 
-from emulator.kvm.kvm_host import X86_CR0_WP, X86_CR4_PGE, X86_CR4_PSE
+from emulator.kvm.kvm_host import X86_CR0_WP, X86_CR4_PAE, X86_CR4_PGE, X86_CR4_PSE
 from emulator.kvm.regs import kvm_mmu_invlpg, kvm_set_cr0, kvm_set_cr3, kvm_set_cr4
+from emulator.kvm.smm import emulator_leave_smm, enter_smm
 from emulator.kvm.tlb import kvm_service_local_tlb_flush_requests
 from emulator.kvm.virt.kvm_main import kvm_set_memory_region
 from tests.emulator.kvm.rig import GFNS, Rig
@@ -69,6 +70,22 @@ OPERATIONS: dict[str, tuple[Callable[[ShadowedGuest], object], dict[str, int]]] 
         {},
     ),
 }
+
+
+@pytest.mark.parametrize(
+    ("cr4", "by_pge"), [(X86_CR4_PAE, {}), (X86_CR4_PAE | X86_CR4_PGE, {"tlb_flush": 2, "flush_guest": 1})]
+)
+def test_an_smi_with_rsm_at_once(guest: ShadowedGuest, cr4: int, by_pge: dict[str, int]) -> None:
+    """The recorded guest has CR4.PGE clear; restoring it takes another flush, as any write that sets it."""
+    kvm_set_cr4(guest.cpu, guest.vcpu, cr4)
+    settle(guest)
+    with guest.rig.counting(guest.kvm) as changed:
+        enter_smm(guest.cpu, guest.vcpu)
+        settle(guest)
+        emulator_leave_smm(guest.cpu, guest.vcpu)
+        settle(guest)
+    expected = {"mmu_load": 2, "tlb_flush": 1, "flush_current": 3} | by_pge
+    assert {stat: n for stat, n in changed.items() if stat in SHOWN} == expected
 
 
 @pytest.mark.parametrize("name", OPERATIONS)
