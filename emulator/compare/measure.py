@@ -9,6 +9,18 @@ from emulator.report.result import Result
 from emulator.scenario.config import Scenario
 
 MILLION = 1e6
+# KVM's statistics of roots and of the shadow MMU that are compared.
+SHADOW_STATS = (
+    "mmu_load",
+    "cached_roots",
+    "mmu_cache_miss",
+    "mmu_shadow_zapped",
+    "mmu_flooded",
+    "mmu_recycled",
+    "mmu_pte_write",
+    "mmu_unsync",
+    "mmu_synced",
+)
 
 
 @dataclass(frozen=True, slots=True)
@@ -82,6 +94,8 @@ def _counts(result: Result, bound: Bound) -> dict[str, float]:
         "work cycles": sum(line.cycles for line in result.cycles if line.group == "work"),
         "bound cycles": bound.cycles,
     }
+    for key in SHADOW_STATS:
+        counts[key] = snapshot.kvm(key)
     for flush in snapshot.flushes:
         for key in ("flushes", f"scope {flush.scope}", f"reason {flush.reason}"):
             counts[key] = counts.get(key, 0) + flush.count

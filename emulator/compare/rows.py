@@ -60,6 +60,7 @@ def sections(columns: Iterable[Sequence[Measurement]], unit: str | None) -> list
         Section("work", _work(unit)),
         Section("flushes, per million guest accesses", _flushes(seen)),
         Section("interrupts, per million guest accesses", _interrupts(seen)),
+        Section("shadow paging, per million guest accesses", _shadow_paging(seen)),
         *([Section(f"per {singular(unit)}", _per_unit(seen))] if unit else []),
         Section("pauses of a vCPU, at most", _PAUSES),
         Section("modelled cycles, per million guest accesses", _cycles(seen)),
@@ -112,6 +113,17 @@ _PAUSES = (
     Row("p99 pause", "99th percentile", "duration", spread=True),
     Row("longest pause", "longest", "duration", spread=True),
 )
+_SHADOW_PAGING = (
+    Row("mmu_pte_write/M", "write faults: stores to tables emulated", head=True),
+    Row("mmu_synced/M", "shadow pages synced", head=True),
+    Row("mmu_unsync/M", "  made unsync", less=None),
+    Row("mmu_cache_miss/M", "shadow pages made"),
+    Row("mmu_shadow_zapped/M", "shadow pages zapped", head=True),
+    Row("mmu_flooded/M", "  flooded with stores"),
+    Row("mmu_recycled/M", "  recycled, the oldest first"),
+    Row("mmu_load/M", "roots loaded"),
+    Row("cached_roots/M", "cached roots used", less=False),
+)
 _WALL = (
     Row("wall seconds", "seconds for the run", "duration", spread=True),
     Row("accesses per second", "guest accesses per second", less=False, spread=True),
@@ -152,6 +164,13 @@ def _interrupts(seen: Sequence[str]) -> tuple[Row, ...]:
     if "uninvolved/M" in seen:
         rows.append(Row("uninvolved/M", "of those, on uninvolved pCPUs"))
     return tuple(rows)
+
+
+def _shadow_paging(seen: Sequence[str]) -> tuple[Row, ...]:
+    """Return the rows of hosts without EPT, those of which some policy had any."""
+    if "mmu_cache_miss/M" not in seen:
+        return ()
+    return tuple(row for row in _SHADOW_PAGING if row.key in seen)
 
 
 def _per_unit(seen: Sequence[str]) -> tuple[Row, ...]:

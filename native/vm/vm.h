@@ -44,6 +44,7 @@ enum vm_stat {
 	STAT_REMOTE_TLB_FLUSH_REQUESTS,
 	STAT_REMOTE_TLB_FLUSH,
 	STAT_MMU_LOAD,             /* kvm_mmu_load calls */
+	STAT_CACHED_ROOTS,         /* kvm_mmu_new_pgd calls that found a root of the PGD and the role */
 	STAT_MAKE_ALL_CPUS_REQUEST, /* kvm_make_all_cpus_request calls */
 	STAT_TLB_FLUSH,            /* vCPU stat tlb_flush, summed */
 	STAT_FLUSH_ALL,            /* vmx_flush_tlb_all calls */
@@ -70,6 +71,8 @@ enum vm_stat {
 	STAT_MMU_SHADOW_ZAPPED,    /* shadow pages taken out of use */
 	STAT_MMU_PTE_WRITE,        /* emulated stores of the guest to its tables */
 	STAT_MMU_FLOODED,          /* of these: the page was hardly a table any more, and was zapped */
+	STAT_MMU_CACHE_MISS,       /* shadow pages made because the hash had none */
+	STAT_MMU_RECYCLED,         /* of those taken out of use: the oldest, to make room */
 	STAT_MMU_UNSYNC,           /* shadow pages that became unsync */
 	STAT_MMU_SYNCED,           /* shadow pages compared with the guest's tables */
 	VM_STATS

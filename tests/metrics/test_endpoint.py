@@ -25,7 +25,19 @@ import metrics.server
 from metrics import Endpoint, MachineCollector, parse_address
 from metrics.server import CONNECTIONS
 from native import lib
-from tests.support import CPU0, CPU1, BareMachine, wait_until
+from tests.support import CPU0, CPU1, VM0, BareMachine, wait_until
+
+SHADOW_COUNTERS = {
+    "mmu_shadow_zapped": lib.STAT_MMU_SHADOW_ZAPPED,
+    "mmu_pte_write": lib.STAT_MMU_PTE_WRITE,
+    "mmu_flooded": lib.STAT_MMU_FLOODED,
+    "mmu_recycled": lib.STAT_MMU_RECYCLED,
+    "mmu_cache_miss": lib.STAT_MMU_CACHE_MISS,
+    "mmu_unsynced_pages": lib.STAT_MMU_UNSYNC,
+    "mmu_synced_pages": lib.STAT_MMU_SYNCED,
+    "mmu_loads": lib.STAT_MMU_LOAD,
+    "cached_roots_used": lib.STAT_CACHED_ROOTS,
+}
 
 
 @pytest.mark.parametrize(
@@ -237,6 +249,8 @@ def test_clients_that_vanish_leave_no_word(
 def test_a_real_prometheus_scrapes_it(bare_machine: BareMachine, tmp_path: Path) -> None:
     bare_machine.count(CPU0, lib.COUNT_ACCESSES, 123)
     lib.histogram_record(bare_machine.pointer, CPU0, lib.HISTOGRAM_VCPU_PAUSE, 1000)
+    for number, stat in enumerate(SHADOW_COUNTERS.values(), 1):
+        lib.vm_stat_add(bare_machine.pointer, VM0, stat, number)
     with (
         Endpoint(collector_of(bare_machine), "127.0.0.1", 0) as endpoint,
         running_prometheus(tmp_path, urllib.parse.urlparse(endpoint.url).netloc) as api,
@@ -245,6 +259,8 @@ def test_a_real_prometheus_scrapes_it(bare_machine: BareMachine, tmp_path: Path)
         assert query(api, "flushlab_guest_accesses_total") == [123.0]
         assert query(api, 'up{job="flushlab"}') == [1.0]
         assert query(api, "flushlab_vcpu_pause_seconds_count") == [1.0]
+        for number, name in enumerate(SHADOW_COUNTERS, 1):
+            assert query(api, f'flushlab_{name}_total{{vm="0"}}') == [number], name
         bare_machine.count(CPU1, lib.COUNT_ACCESSES, 1)
         wait_until(lambda: query(api, "flushlab_guest_accesses_total") == [124.0], "another scrape")
         # The rules that we ship are accepted, and evaluate.

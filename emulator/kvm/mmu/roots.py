@@ -155,6 +155,7 @@ def kvm_mmu_new_pgd(cpu: Cpu, vcpu: Vcpu, pgd: int) -> None:
     mmu = vcpu.mmu
     if not fast_pgd_switch(cpu, vcpu.kvm, mmu, pgd, mmu.root_role):
         return
+    cpu.stat(vcpu.kvm.id, lib.STAT_CACHED_ROOTS)
     sp = root_to_sp(mmu.root)
     assert sp is not None
     if isinstance(sp, ShadowPage):

@@ -56,6 +56,7 @@ def spte_to_child_sp(kvm: Kvm, spte: int) -> ShadowPage:
 def kvm_mmu_alloc_shadow_page(cpu: Cpu, kvm: Kvm, gfn: int, role: KvmMmuPageRole) -> ShadowPage:
     """kvm_mmu_alloc_shadow_page().  Raises OutOfFrames."""
     shadow = kvm.shadow
+    cpu.stat(kvm.id, lib.STAT_MMU_CACHE_MISS)
     cpu.point("frames", "table", "write")
     table = Hfn(cpu.check(lib.shadow_page_alloc(cpu.m, cpu.id, lib.FRAME_TABLE)))
     sp = ShadowPage(table, role, gfn, shadow.mmu_valid_gen)
@@ -283,6 +284,7 @@ def kvm_mmu_zap_oldest_mmu_pages(cpu: Cpu, kvm: Kvm, nr_to_zap: int) -> int:
         if sp is None:
             break
         total += kvm_mmu_prepare_zap_page(cpu, kvm, sp, invalid_list)
+    cpu.stat(kvm.id, lib.STAT_MMU_RECYCLED, total)
     kvm_mmu_commit_zap_page(cpu, kvm, invalid_list)
     return total
 

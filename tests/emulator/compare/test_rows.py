@@ -6,7 +6,7 @@ from typing import get_args
 
 import pytest
 
-from emulator.compare.measure import measure
+from emulator.compare.measure import SHADOW_STATS, measure
 from emulator.compare.rows import Row, sections, spread_of, text_of
 from emulator.compare.table import better, change
 from emulator.report.result import FlushCount
@@ -68,6 +68,29 @@ def test_rows_are_those_that_occurred_and_uninvolved_ones_even_if_nobody_was_int
     assert "scope invept_single/M" in keys
     assert "reason guest/M" not in keys
     assert {"uninvolved/M", "uninvolved/unit"} <= set(keys)
+
+
+def test_rows_of_shadow_paging_are_those_that_moved_and_none_with_ept() -> None:
+    def keys(**stats: int) -> dict[str, float]:
+        seen = snapshot()
+        counters = {**seen.counters, "accesses": 2_000_000}
+        unmoved = dict.fromkeys(SHADOW_STATS, 0)
+        vms = tuple({**vm, **unmoved, **stats} for vm in seen.vms)
+        runs = [measure(run_of("p", now=snapshot(counters=counters, vms=vms)), partitioned())]
+        every = {section.title: section for section in sections([runs], "root allocations")}
+        section = every.get("shadow paging, per million guest accesses")
+        return {row.key: runs[0].values[row.key] for row in section.rows} if section else {}
+
+    assert keys(mmu_load=7, cached_roots=3) == {}, "SMM switches roots, too"
+    found = keys(mmu_cache_miss=4, mmu_pte_write=2, mmu_synced=6, mmu_load=1, cached_roots=9, mmu_recycled=5)
+    assert found == {
+        "mmu_pte_write/M": 2,
+        "mmu_synced/M": 6,
+        "mmu_cache_miss/M": 4,
+        "mmu_recycled/M": 5,
+        "mmu_load/M": 1,
+        "cached_roots/M": 9,
+    }
 
 
 @pytest.mark.parametrize(

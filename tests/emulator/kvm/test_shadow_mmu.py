@@ -170,6 +170,7 @@ def test_roots_are_cached_by_cr3(guest: ShadowedGuest) -> None:
         guest.enter()
     assert guest.root() is first
     assert "mmu_load" not in changed
+    assert changed["cached_roots"] == 1
 
 
 def test_setting_pcide_frees_all_roots(guest: ShadowedGuest) -> None:
@@ -224,12 +225,15 @@ def test_a_slot_is_deleted_with_its_shadow_pages(guest: ShadowedGuest) -> None:
 
 
 def test_the_oldest_pages_make_room(rig: Rig) -> None:
-    with shadowed_guest(rig, mmu_pages=12) as guest:
+    with shadowed_guest(rig, mmu_pages=12) as guest, rig.counting(guest.kvm) as changed:
         for i in range(20):
             guest.map(LINEAR + (i << 21), 7 + i)
             assert guest.fault(LINEAR + (i << 21)) == RET_PF_FIXED
             assert guest.kvm.shadow.n_mmu_pages <= 12
         assert not rig.violations()
+        left = guest.kvm.shadow.n_mmu_pages
+    assert changed["mmu_recycled"] == changed["mmu_shadow_zapped"] > 0
+    assert changed["mmu_cache_miss"] == changed["mmu_recycled"] + left
 
 
 def test_a_guest_without_paging_has_four_roots_without_a_table(guest: ShadowedGuest) -> None:
