@@ -145,6 +145,14 @@ int guest_add_process(struct machine *m, uint32_t vcpu, const uint64_t *records,
 	return 0;
 }
 
+void guest_share_tables(struct machine *m, uint32_t vcpu, uint64_t cr3_gfn)
+{
+	struct guest *g = m->vcpus[vcpu].guest;
+
+	g->process[g->processes - 1].cr3_gfn = cr3_gfn;
+	guest_write_cr3(g);
+}
+
 void guest_skip(struct machine *m, uint32_t vcpu)
 {
 	struct guest *g = m->vcpus[vcpu].guest;
