@@ -118,12 +118,19 @@ def walk_slot_rmaps(
         scheduled = 0 < kvm.params.resched_chunks * kvm.params.chunk <= walked
         if not scheduled and not kvm.mmu_lock.needbreak(cpu):
             continue
-        if flush and flush_on_yield:
-            kvm_flush_remote_tlbs(cpu, kvm, reason)
+        if walk_slot_rmaps_yield(cpu, kvm, flush and flush_on_yield, reason):
             flush = False
-        cpu.stat(kvm.id, lib.STAT_YIELDS)
-        kvm.mmu_lock.cond_resched(cpu, None)
         walked = 0
+    return flush
+
+
+def walk_slot_rmaps_yield(cpu: Cpu, kvm: Kvm, flush: bool, reason: FlushReason) -> bool:
+    """Drop mmu_lock in the middle of walk_slot_rmaps(), after the pending flush; return whether there was
+    one."""
+    if flush:
+        kvm_flush_remote_tlbs(cpu, kvm, reason)
+    cpu.stat(kvm.id, lib.STAT_YIELDS)
+    kvm.mmu_lock.cond_resched(cpu, None)
     return flush
 
 
