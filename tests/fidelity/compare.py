@@ -39,10 +39,19 @@ def expected(line: Line, vcpus: int, result: int, counts: VmCounts) -> dict[str,
         wanted[key] = value if isinstance(value, list) else [value] * vcpus
     if line.merged or more:
         for key in ("flush_all", "tlb_flush"):
-            pairs = zip((getattr(vcpu, key) for vcpu in counts.vcpus), wanted[key], strict=True)
-            wanted[key] = [
-                have if fewest(line, vcpus, due) <= have <= due + more else due + more for have, due in pairs
-            ]
+            have = [getattr(vcpu, key) for vcpu in counts.vcpus]
+            wanted[key] = accepted(line, have, wanted[key], more)
+    return wanted
+
+
+def accepted(line: Line, have: list[int], due: list[int], more: int) -> list[int]:
+    """Return `have`, where requests may have met so that a vCPU flushed that often; `due` elsewhere."""
+    least = [fewest(line, len(have), n) for n in due]
+    wanted = [
+        n if low <= n <= high + more else high + more for n, low, high in zip(have, least, due, strict=True)
+    ]
+    if line.at_once and not more and not any(n == low for n, low in zip(have, least, strict=True)):
+        wanted[0] = least[0]
     return wanted
 
 

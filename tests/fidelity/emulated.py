@@ -12,7 +12,7 @@ from typing import Any
 from emulator.kvm import kvm_host
 from emulator.kvm.kvm_host import KVM_MEM_LOG_DIRTY_PAGES
 from emulator.kvm.smm import kvm_inject_smi
-from emulator.kvm.structs import KvmParams
+from emulator.kvm.structs import KvmParams, Vcpu
 from emulator.kvm.virt.kvm_main import (
     kvm_destroy_vm,
     kvm_vm_ioctl_clear_dirty_log,
@@ -26,6 +26,8 @@ from native.types import CpuId
 from .lines import Machine, Step
 from .machine import EmulatedMachine, Vm
 from .probes import Probes
+from .program import CODE_GFN
+from .tables import SPACES
 
 # Instructions that the guest executes on request: CR0.WP exits or not, which is the same to KVM with EPT.
 TOGGLES: dict[str, tuple[int, int]] = {
@@ -35,6 +37,8 @@ TOGGLES: dict[str, tuple[int, int]] = {
     "cr4_pse": (lib.GUEST_INSN_MOV_CR4, kvm_host.X86_CR4_PSE),
     "cr4_pge": (lib.GUEST_INSN_TOGGLE_PGE, 0),
 }
+# Without EPT these exit as well.
+TOGGLES_WITHOUT_EPT = {**TOGGLES, "cr4_pge": (lib.GUEST_INSN_MOV_CR4, kvm_host.X86_CR4_PGE)}
 # Memory of the process that no slot covers.
 UNBACKED = 0x8000
 
@@ -243,22 +247,52 @@ class EmulatedBench(EmulatedMachine):
 
     def _guest_insn(self, step: Step) -> int:
         insn = step.word("insn")
-        if insn in TOGGLES:
-            return self._toggle(step, *TOGGLES[insn])
-        return self._counted_insn(step)
+        if not self.config.ept:
+            with self._spinning(step):
+                toggles = TOGGLES_WITHOUT_EPT.get(insn)
+                return self._toggle(step, *toggles) if toggles else self._emulated_insn(step)
+        return self._toggle(step, *TOGGLES[insn]) if insn in TOGGLES else self._counted_insn(step)
+
+    @contextmanager
+    def _spinning(self, step: Step) -> Iterator[None]:
+        """The guest is in its own code when it executes the instruction: its next access is a fetch there."""
+        vm = self._vm(step)
+        program = vm.programs[step.number("vcpu")]
+        accesses = program.accesses
+        program.spin()
+        self.whole_round(vm)
+        yield
+        self.whole_round(vm)
+        program.access(*accesses)
 
     def _toggle(self, step: Step, insn: int, bit: int) -> int:
         """A register bit, there and back again, each time in an instruction of its own."""
         vcpu = self._vm(step).tasks[step.number("vcpu")].vcpu
         for _ in range(step.number("n")):
             old = vcpu.arch.cr0 if insn == lib.GUEST_INSN_MOV_CR0 else vcpu.arch.cr4
-            before = self.probes.count("register", vcpu.id)
-            assert lib.guest_execute(self.native.m, vcpu.id, insn, old ^ bit) == 0
-            if insn == lib.GUEST_INSN_TOGGLE_PGE:
-                self.wait(lambda: bool(lib.guest_executed(self.native.m, vcpu.id)), str(step))
-            else:
-                self.wait(lambda before=before: self.probes.count("register", vcpu.id) > before, str(step))  # type: ignore[misc]
+            self._execute(vcpu, insn, old ^ bit, str(step))
         return step.number("n")
+
+    def _emulated_insn(self, step: Step) -> int:
+        """MOV to CR3 of the current address space, or of `spaces` in turn; or INVLPG of a mapped page."""
+        vcpu = self._vm(step).tasks[step.number("vcpu")].vcpu
+        spaces = [int(space) for space in str(step.args.get("spaces", "")).split(",") if space]
+        for i in range(step.number("n")):
+            if step.word("insn") == "invlpg":
+                self._execute(vcpu, lib.GUEST_INSN_INVLPG, CODE_GFN << 12, str(step))
+                continue
+            cr3 = SPACES[spaces[i % len(spaces)]] << 12 if spaces else vcpu.arch.cr3
+            self._execute(vcpu, lib.GUEST_INSN_MOV_CR3, cr3, str(step))
+        return step.number("n")
+
+    def _execute(self, vcpu: Vcpu, insn: int, operand: int, what: str) -> None:
+        """Return once the guest has executed the instruction, and KVM has emulated it if it exits."""
+        before = self.probes.count("instructions", vcpu.id)
+        assert lib.guest_execute(self.native.m, vcpu.id, insn, operand) == 0
+        if insn == lib.GUEST_INSN_TOGGLE_PGE:
+            self.wait(lambda: bool(lib.guest_executed(self.native.m, vcpu.id)), what)
+        else:
+            self.wait(lambda: self.probes.count("instructions", vcpu.id) > before, what)
 
     def _counted_insn(self, step: Step) -> int:
         counter = {"mov_cr3": lib.COUNT_GUEST_SWITCHES, "invlpg": lib.COUNT_GUEST_INVALIDATIONS}[

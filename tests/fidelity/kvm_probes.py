@@ -27,7 +27,7 @@ def probe_kvm(probes: Probes) -> None:
     each_call("kvm_flush_remote_tlbs", "remote_tlb_flush_requests")
     each_call("kvm_sched_in", "sched_in")
     each_call("vmx_handle_exit", "exits")
-    each_call("handle_cr", "register")
+    each_call("handle_instruction", "instructions")
     each_call("emulator_leave_smm", "rsm")
     probes.probe("kvm_make_all_cpus_request", lambda args, _: (f"request {names[args[2]]}", args[1].id, 1))
     # kvm_vcpu_flush_tlb_{all,current,guest} count here, on the pCPU on which the vCPU is loaded.
@@ -39,6 +39,7 @@ def probe_kvm(probes: Probes) -> None:
     probes.probe(
         "tdp_mmu_iter_cond_resched", lambda args, yielded: ("yields", args[1].id, yielded and args[3])
     )
+    probes.probe("walk_slot_rmaps_yield", lambda args, flushed: ("yields", args[1].id, flushed))
     probes.probe_method(TdpIter, "step", lambda args, n: _walked(args[0].chunk.walk, args[2], n), cpu=1)
     probes.probe(
         "tdp_mmu_map_handle_target_level",

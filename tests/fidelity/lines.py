@@ -1,4 +1,4 @@
-"""Reads ground_truth.toml: the lines, their steps, their expectations."""
+"""Reads the recordings, *.toml: the lines, their steps, their expectations."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal
 
-FIXTURE = Path(__file__).with_name("ground_truth.toml")
+FIXTURES = tuple(Path(__file__).with_name(name) for name in ("ground_truth.toml", "shadow.toml"))
 VCPUS = (1, 2, 4)
 PRESETS = ("linux-6.12", "linux-7.3")
 VCPU_KEYS = ("flush_all", "flush_current", "flush_guest", "tlb_flush", "kvm_mmu_load")
@@ -62,6 +62,7 @@ class Machine:
     manual_protect: bool = False
     guest_os: bool = False
     lazy_split: bool = False
+    ept: bool = True
 
 
 @dataclass(frozen=True)
@@ -86,6 +87,7 @@ class Line:
     result: int | None = None
     result_min: int | None = None
     merged: float = 0.0
+    at_once: bool = False
     scale: bool = True
     yields: bool = False
     presets: tuple[str, ...] = PRESETS
@@ -132,8 +134,18 @@ class Line:
 
 
 def load() -> list[Line]:
-    with FIXTURE.open("rb") as file:
+    return [line for fixture in FIXTURES for line in _load(fixture)]
+
+
+def _load(fixture: Path) -> list[Line]:
+    with fixture.open("rb") as file:
         document = tomllib.load(file)
     if document["format"] != 1:
-        raise ValueError(f"{FIXTURE}: format {document['format']}, expected 1")
-    return [Line.parse(table) for table in document["line"]]
+        raise ValueError(f"{fixture}: format {document['format']}, expected 1")
+    return [Line.parse(_with_defaults(table, document.get("defaults", {}))) for table in document["line"]]
+
+
+def _with_defaults(table: dict[str, Any], defaults: dict[str, Any]) -> dict[str, Any]:
+    """Return the line's table with the file's defaults, of which those of `machine` are for each key."""
+    machine = {**defaults.get("machine", {}), **table.get("machine", {})}
+    return {**defaults, **table, "machine": machine}

@@ -15,6 +15,7 @@ from emulator.actors.rcu import RcuThread
 from emulator.actors.task import VcpuTask
 from emulator.host.memory import UserMemory
 from emulator.kvm import kvm_host
+from emulator.kvm.mmu.roots import kvm_mmu_reset_context
 from emulator.kvm.structs import Kvm, KvmParams
 from emulator.kvm.virt.kvm_main import (
     kvm_create_vm,
@@ -34,6 +35,7 @@ from .kvm_probes import probe_kvm
 from .lines import Machine
 from .probes import Probes
 from .program import Program
+from .tables import FIRST, write_tables
 
 SECONDS = 20.0
 GFNS = 0x40400
@@ -203,7 +205,13 @@ class EmulatedMachine:
     def create_vm(self) -> None:
         """Returns after each vCPU's first entry, and a round of its guest."""
         eagerly = not self.config.lazy_split
-        params = KvmParams(fault_around=1, resched_chunks=0, eager_page_split=eagerly, host_takes_time=True)
+        params = KvmParams(
+            fault_around=1,
+            resched_chunks=0,
+            eager_page_split=eagerly,
+            host_takes_time=True,
+            ept=self.config.ept,
+        )
         kvm = kvm_create_vm(self.cpu, GFNS, self.policy, params)
         kvm.mm = UserMemory(kvm)
         lib.mm_set_zero_page(self.cpu.m, kvm.id, 1)
@@ -215,9 +223,14 @@ class EmulatedMachine:
             self.set_slot(vm, number, slot)
         if self.config.thp and not self.config.host_4k:
             self.mm.make_huge(kvm, vm.slots[1].gfn, vm.slots[1].pages)
+        if not self.config.ept:
+            write_tables(self.cpu, kvm)
         for _ in range(self.vcpus):
             vcpu = kvm_vm_ioctl_create_vcpu(self.cpu, kvm)
             vcpu.arch.cr4 = kvm_host.X86_CR4_PAE  # the recorded guests had no global pages
+            if not self.config.ept:
+                vcpu.arch.cr3 = FIRST << 12
+                kvm_mmu_reset_context(self.cpu, vcpu)
             vm.programs.append(self._program(vm, vcpu.id))
             vm.tasks.append(VcpuTask(vcpu))
         first = len(self.vms) * self.vcpus
@@ -231,7 +244,12 @@ class EmulatedMachine:
         share = vm.slots[0].pages // self.vcpus
         first = len(vm.programs) * share
         return Program(
-            self.native.m, vcpu, guest_os=self.config.guest_os, first_gfn=first, end_gfn=first + share
+            self.native.m,
+            vcpu,
+            guest_os=self.config.guest_os,
+            first_gfn=first,
+            end_gfn=first + share,
+            tables=None if self.config.ept else FIRST,
         )
 
     def set_slot(self, vm: Vm, number: int, slot: Slot, flags: int = 0) -> None:

@@ -1,0 +1,38 @@
+"""The page tables of the recorded guests: 2 MiB pages that map each address to itself.
+
+All vCPUs of a VM use the same ones, so that without EPT they share KVM's shadow pages and their root.
+"""
+
+from __future__ import annotations
+
+from emulator.kvm.structs import Kvm
+from emulator.kvm.virt.guest_memory import kvm_write_guest_word
+from emulator.kvm.virt.slots import gfn_to_memslot
+from emulator.machine.runtime import Cpu
+
+# The PML4 table of the first address space; two more follow, for guests that write another CR3.
+FIRST = 2
+SPACES = (FIRST, 0x50, 0x58)
+GIGABYTES = 2
+ENTRIES = 512
+
+_PRESENT, _WRITABLE, _USER, _PAGE_SIZE = 1 << 0, 1 << 1, 1 << 2, 1 << 7
+_TABLE = _PRESENT | _WRITABLE | _USER
+
+
+def write_tables(cpu: Cpu, kvm: Kvm) -> None:
+    """Write the tables of all address spaces, with accessed and dirty flags clear."""
+    for pml4 in SPACES:
+        _write(cpu, kvm, pml4, 0, (pml4 + 1) << 12 | _TABLE)
+        for gigabyte in range(GIGABYTES):
+            directory = pml4 + 2 + gigabyte
+            _write(cpu, kvm, pml4 + 1, gigabyte, directory << 12 | _TABLE)
+            for index in range(ENTRIES):
+                page = (gigabyte * ENTRIES + index) * ENTRIES
+                _write(cpu, kvm, directory, index, page << 12 | _TABLE | _PAGE_SIZE)
+
+
+def _write(cpu: Cpu, kvm: Kvm, table: int, index: int, entry: int) -> None:
+    slot = gfn_to_memslot(kvm, table)
+    assert slot is not None
+    assert kvm_write_guest_word(cpu, kvm, slot, table, index, entry)
