@@ -8,7 +8,7 @@ import time
 from collections.abc import Sequence
 from pathlib import Path
 
-from bench.mutation.generate import Mutant, mutants, sample
+from bench.mutation.generate import PARTS, Mutant, mutants, part_of, sample
 from bench.mutation.judge import FAIR, QUICK, THOROUGH
 from bench.mutation.report import table
 from bench.mutation.results import Results
@@ -55,7 +55,8 @@ def _judge(chosen: Sequence[Mutant], options: argparse.Namespace) -> int:
     judged = []
     if len(results.known) >= len(wanted):
         judged = judge_all(results, chosen, all_known, options.jobs, say, stop, depth)
-    print(table(judged, len(chosen), len(mutants())))
+    generated = [one for one in mutants() if options.part in (None, part_of(one))]
+    print(table(judged, len(chosen), len(generated)))
     return 0
 
 
@@ -68,6 +69,7 @@ def _chosen(options: argparse.Namespace) -> list[Mutant]:
             raise BadInput("bench.mutation", f"no mutant {unknown[0]!r}", "names that --list prints")
         return [by_name[name] for name in options.names]
     found = [one for one in found if not options.rule or one.rule in options.rule]
+    found = [one for one in found if options.part in (None, part_of(one))]
     return sample(found, options.sample, options.seed) if options.sample else found
 
 
@@ -75,6 +77,7 @@ def _parse(arguments: Sequence[str] | None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(prog="python -m bench.mutation", description="Mutants of emulator/kvm.")
     parser.add_argument("names", nargs="*", metavar="RULE@FUNCTION#N", help="only these mutants")
     parser.add_argument("--rule", action="append", help="only mutants of this rule; repeatable")
+    parser.add_argument("--part", choices=PARTS, help="only mutants of one MMU: of code with or without EPT")
     parser.add_argument("--sample", type=int, metavar="N", help="a sample of N mutants")
     parser.add_argument("--seed", type=int, default=1, help="of the sample")
     parser.add_argument("--list", action="store_true", help="print names and places")

@@ -10,6 +10,7 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
+from textwrap import dedent
 
 import emulator.kvm
 from bench.mutation.blocks import functions
@@ -24,11 +25,12 @@ _WITHOUT = frozenset({
     "emulator.kvm.host_work",
     "emulator.kvm.kvm_host",
     "emulator.kvm.notifications",
+    "emulator.kvm.mmu.shadow_structs",
     "emulator.kvm.mmu.structs",
     "emulator.kvm.structs",
 })  # fmt: skip
-# Modules of shadow paging, which are not measured yet: next to no litmus test has a VM without EPT.
-_WITHOUT_EPT = frozenset({
+# Modules of shadow paging: code that runs without EPT only.
+_SHADOW = frozenset({
     "emulator.kvm.emulate",
     "emulator.kvm.mmu.page_track",
     "emulator.kvm.mmu.paging",
@@ -38,10 +40,10 @@ _WITHOUT_EPT = frozenset({
     "emulator.kvm.mmu.shadow_roots",
     "emulator.kvm.mmu.shadow_slots",
     "emulator.kvm.mmu.shadow_spte",
-    "emulator.kvm.mmu.shadow_structs",
     "emulator.kvm.mmu.sync",
     "emulator.kvm.virt.guest_memory",
 })  # fmt: skip
+PARTS = ("tdp", "shadow")
 # Functions that Linux does not have: those of proposals.
 _PROPOSED = frozenset({
     "_kick_all",
@@ -71,6 +73,7 @@ _NOT_IN = frozenset({
     "kvm_vm_ioctl_create_vcpu",
     "kvm_vm_ioctl_enable_manual_dirty_log",
     "need_resched",
+    "shadow_mmu_zap_all",
     "step",
     "vmx_vcpu_free",
     "warn_on_once",
@@ -127,7 +130,7 @@ def mutants() -> tuple[Mutant, ...]:
     """Return all mutants, by file and line."""
     found: list[Mutant] = []
     for module, (path, text) in sources().items():
-        if module not in _WITHOUT | _WITHOUT_EPT:
+        if module not in _WITHOUT:
             found += mutants_of(module, path, text)
     _check_names(found)
     return tuple(found)
@@ -136,15 +139,15 @@ def mutants() -> tuple[Mutant, ...]:
 def mutants_of(module: str, path: str, text: str) -> Iterator[Mutant]:
     """Yield the mutants of one module that compile, each text once."""
     source = Source(text)
-    seen = {ast.dump(source.tree)}
     counts: Counter[str] = Counter()
     for name, function in functions(source.tree):
         if name.rpartition(".")[2] in _NOT_IN | _PROPOSED:
             continue
+        seen = {_tree(text, function, 0)}
         for rule, edits in (found for make in RULES for found in make(source, function)):
             mutated = source.apply(edits)
             try:
-                tree = ast.dump(ast.parse(mutated))
+                tree = _tree(mutated, function, mutated.count("\n") - text.count("\n"))
             except SyntaxError as error:
                 raise AssertionError(f"{rule}@{name}, line {edits[0].start[0]}: {error}") from error
             if tree in seen:
@@ -162,6 +165,19 @@ def mutants_of(module: str, path: str, text: str) -> Iterator[Mutant]:
                 diff_of(path, text, mutated),
                 mutated,
             )
+
+
+def _tree(text: str, function: ast.FunctionDef, more: int) -> str:
+    """Return the tree of a function that has `more` lines than in the module's source; all else is as it was.
+    """
+    assert function.end_lineno is not None
+    lines = text.splitlines(keepends=True)[function.lineno - 1 : function.end_lineno + more]
+    return ast.dump(ast.parse(dedent("".join(lines))))
+
+
+def part_of(mutant: Mutant) -> str:
+    """Return which of PARTS a mutant's module is."""
+    return PARTS[mutant.module in _SHADOW]
 
 
 def touched(function: ast.FunctionDef, edits: Sequence[Edit]) -> tuple[int, ...]:

@@ -22,6 +22,8 @@ EVENTS: Final[Mapping[str, frozenset[str]]] = {
         "kvm_flush_remote_tlbs",
         "kvm_flush_remote_tlbs_memslot",
         "kvm_flush_remote_tlbs_range",
+        "kvm_mmu_commit_zap_page",
+        "kvm_mmu_remote_flush_or_zap",
         "kvm_service_local_tlb_flush_requests",
         "kvm_vcpu_flush_tlb_all",
         "map_replace_flush",
@@ -46,6 +48,7 @@ EVENTS: Final[Mapping[str, frozenset[str]]] = {
         "local_irq_disable",
         "loaded_vmcs_clear",
         "rcu_barrier",
+        "smp_mb",
         "smp_mb__after_srcu_read_unlock",
         "synchronize_srcu",
         "vcpu_exiting_guest_mode",
@@ -70,6 +73,8 @@ EVENTS: Final[Mapping[str, frozenset[str]]] = {
         "kvm_tdp_mmu_get_root",
         "kvm_tdp_mmu_put_root",
         "mmu_free_root_page",
+        "shadow_mmu_free_root_page",
+        "free_pae_roots",
         "free_vpid",
     }),
     "free": frozenset({
@@ -87,6 +92,26 @@ EVENTS: Final[Mapping[str, frozenset[str]]] = {
         "kvm_mmu_zap_all_fast_back",
         "tdp_mmu_set_spte",
         "tdp_mmu_zap_root",
+        "drop_parent_pte",
+        "drop_spte",
+        "kvm_mmu_prepare_zap_page",
+        "kvm_zap_all_rmap_sptes",
+        "mmu_page_zap_pte",
+        "mmu_spte_clear_track_bits",
+    }),
+    "sync": frozenset({
+        "kvm_mmu_mark_parents_unsync",
+        "kvm_mmu_sync_prev_roots",
+        "kvm_mmu_sync_roots",
+        "mark_unsync",
+        "mmu_sync_children",
+    }),
+    "account": frozenset({
+        "account_shadowed",
+        "kvm_mmu_gfn_allow_lpage",
+        "kvm_mmu_gfn_disallow_lpage",
+        "rmap_add",
+        "unaccount_shadowed",
     }),
 }  # fmt: skip
 
@@ -106,6 +131,7 @@ ORDERED: Final = frozenset({
     "local_irq_enable",
     "mark_page_dirty_in_slot",
     "rcu_enter",
+    "mmu_spte_set",
     "rcu_leave",
     "set_mode",
     "srcu_read_lock",
@@ -119,7 +145,9 @@ ORDERED: Final = frozenset({
 })  # fmt: skip
 
 # Locals with fields that only the thread itself uses: its vCPU and CPU, a walk, a fault.
-PRIVATE: Final = frozenset({"arch", "child", "cpu", "entry", "fault", "it", "mmu", "removal", "vcpu"})
+PRIVATE: Final = frozenset({
+    "arch", "child", "cpu", "entry", "fault", "it", "mmu", "removal", "vcpu", "walker",
+})  # fmt: skip
 
 # Doing one of these twice is doing it once, for it sets a bit or frees all that there is.
 IDEMPOTENT: Final = frozenset({
@@ -144,6 +172,8 @@ ACCOUNTS: Final = frozenset({
     "oracle_ticket",
     "point",
     "stat",
+    "stores_exit",
+    "stores_need_not_exit",
     "vcpu_add_flush_reason",
     "vcpus_went_on",
     "warn_on_once",

@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 
 from bench.mutation import names
-from bench.mutation.generate import Mutant, mutants, mutants_of, sample, sources
+from bench.mutation.generate import PARTS, Mutant, mutants, mutants_of, part_of, sample, sources
 from bench.mutation.source import calls
 from emulator.policy.patch import read_patch
 
@@ -90,6 +90,14 @@ def test_mutants_of_kvm_are_many_and_distinct(every: tuple[Mutant, ...]) -> None
     assert "late-flush@kvm_handle_hva_range#1" in {one.name for one in every}
     for one in every:
         assert one.statements
+
+
+@pytest.mark.slow
+def test_both_mmus_have_mutants(every: tuple[Mutant, ...]) -> None:
+    parts = {one.name: part_of(one) for one in every}
+    assert set(parts.values()) == set(PARTS)
+    assert parts["late-flush@kvm_handle_hva_range#1"] == "tdp"
+    assert parts["drop-flush@account_shadowed#1"] == parts["drop-barrier@emulate_store#1"] == "shadow"
 
 
 @pytest.mark.slow
