@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Sequence
+from math import sqrt
 
 from bench.mutation.generate import Mutant
 from bench.mutation.judge import (
@@ -18,6 +19,8 @@ from bench.mutation.judge import (
 )
 
 Judged = Sequence[tuple[Mutant, Judgement]]
+# Standard deviations on either side of a normal distribution's middle 95 %.
+_DEVIATIONS = 1.96
 
 
 def kill_rate(judged: Judged) -> tuple[int, int]:
@@ -25,6 +28,14 @@ def kill_rate(judged: Judged) -> tuple[int, int]:
     verdicts = [judgement.verdict for _, judgement in judged]
     caught = verdicts.count(CAUGHT)
     return caught, len(verdicts) - sum(verdicts.count(one) for one in (BROKEN, EQUIVALENT, COST_ONLY))
+
+
+def interval(caught: int, of: int) -> tuple[float, float]:
+    """Return Wilson's 95 % interval of the rate in a population from which `of` mutants were drawn."""
+    z2 = _DEVIATIONS**2
+    middle = (caught + z2 / 2) / (of + z2)
+    half = _DEVIATIONS / (of + z2) * sqrt(caught * (of - caught) / of + z2 / 4)
+    return max(middle - half, 0.0), min(middle + half, 1.0)
 
 
 def table(judged: Judged, chosen: int, generated: int) -> str:
@@ -47,6 +58,9 @@ def _summary(judged: Judged, chosen: int, generated: int) -> list[str]:
     kinds = Counter(one.kind for _, one in judged if one.verdict == CAUGHT)
     by = Counter(one.by for _, one in judged if one.verdict == CAUGHT)
     rate = f"{100 * caught / of:.1f} %" if of else "none"
+    if of and len(judged) < generated:
+        low, high = interval(caught, of)
+        rate += f" (95 % interval {100 * low:.1f} to {100 * high:.1f} %)"
     return [
         f"{generated} mutants generated, {chosen} chosen, {len(judged)} judged",
         f"kill rate {rate}: {caught} caught of {of} that are neither broken, equivalent nor cost-only",

@@ -12,7 +12,7 @@ from bench.mutation import run
 from bench.mutation.generate import Mutant, mutants, sample, sources
 from bench.mutation.judge import BROKEN, CAUGHT, COST_ONLY, EQUIVALENT, SURVIVED, UNREACHED, Judgement
 from bench.mutation.pool import Lost, each
-from bench.mutation.report import kill_rate, table
+from bench.mutation.report import interval, kill_rate, table
 from bench.mutation.results import Results
 from bench.mutation.suite import Known, Pair, fingerprint
 
@@ -124,8 +124,16 @@ def test_the_rate_leaves_out_the_harmless() -> None:
     judged = [(one, Judgement(one.name, verdict)) for one, verdict in zip(some, verdicts, strict=True)]
     assert kill_rate(judged) == (3, 5)
     text = table(judged, 8, 1000)
-    assert "kill rate 60.0 %: 3 caught of 5" in text
+    assert "kill rate 60.0 % (95 % interval 23.1 to 88.2 %): 3 caught of 5" in text
+    assert "kill rate 60.0 %: 3 caught of 5" in table(judged, 8, 8)
     assert f"survived:\n  {some[3].name}" in text
+
+
+def test_the_interval_narrows_with_the_sample() -> None:
+    assert interval(5, 5)[1] == 1.0
+    assert interval(0, 5)[0] == 0.0
+    (low, high), (lower, higher) = interval(90, 100), interval(9, 10)
+    assert lower < low < 0.9 < high < higher
 
 
 def test_a_child_that_dies_is_noticed() -> None:
