@@ -237,7 +237,6 @@ class PscEntry(CDataBase):
     pcid: int
     kind: int
     level: int
-    access: int
     reserved: int
     vm: int
     vcpu: int

@@ -86,12 +86,6 @@ uint32_t oracle_kinds_of(enum promiser promiser)
 	return promisers[promiser].kinds;
 }
 
-/* Return whether the owner of the root page, or without EPT of the VPID, is the one that filled the entry. */
-static bool life_is(const struct tlb_entry *entry, uint32_t filled, uint32_t life)
-{
-	return entry->kind == KIND_LINEAR ? linear_life_is(filled, life) : filled == life;
-}
-
 void oracle_judge(struct machine *m, const struct vcpu *vcpu, uint32_t life, const struct tlb_entry *entry,
 		  uint64_t page, uint32_t type, struct judgement *j)
 {
@@ -105,7 +99,7 @@ void oracle_judge(struct machine *m, const struct vcpu *vcpu, uint32_t life, con
 		j->kinds |= promisers[promiser].judge(m, &use, j);
 	if (entry->vm != vcpu->vm)
 		j->kinds |= 1u << VIOLATION_CROSS_VM;
-	if (entry->right[type] != RIGHT_NONE && !life_is(entry, entry->right[type] >> 16, life))
+	if (entry->right[type] != RIGHT_NONE && !life_is(entry->kind, entry->right[type] >> 16, life))
 		j->kinds |= 1u << VIOLATION_FOREIGN_ROOT;
 	if (j->kinds)
 		j->verdict = VERDICT_VIOLATION;

@@ -19,8 +19,7 @@ struct psc_entry {
 	uint16_t pcid;
 	uint8_t kind;
 	uint8_t level;   /* level of the table it points to: 1 (4K entries), 2, 3, 4 */
-	uint8_t access;  /* accumulated R=1 W=2 X=4 U=8 of the levels above */
-	uint8_t reserved;
+	uint16_t reserved;
 	uint32_t vm;
 	uint32_t vcpu;
 	uint64_t clock;

@@ -4,9 +4,9 @@
 #define FLUSHLAB_GUEST_STATE_H
 
 #include "core/machine_types.h"
+#include "tlb/tlb.h"
 
 struct program;
-struct tlb_entry;
 
 /* api */
 struct guest_config {
@@ -259,10 +259,10 @@ static inline uint32_t linear_life(uint32_t owner, uint32_t space)
 	return owner << 8 | (space & 0xff);
 }
 
-/* Return whether two lives are of one owner. */
-static inline bool linear_life_is(uint32_t life, uint32_t other)
+/* Return whether two lives of mappings of a kind are of one owner: of the root page, or without EPT of the VPID. */
+static inline bool life_is(uint32_t kind, uint32_t life, uint32_t other)
 {
-	return life >> 8 == other >> 8;
+	return kind == KIND_LINEAR ? life >> 8 == other >> 8 : life == other;
 }
 
 #endif

@@ -8,7 +8,6 @@
 #include "memory/custody.h"
 #include "memory/frame.h"
 #include "oracle/oracle.h"
-#include "tlb/psc.h"
 #include "tlb/tlb.h"
 #include "tlb/tlb_flush.h"
 #include "tlb/tlb_report.h"
@@ -104,73 +103,12 @@ static void fill(struct walk *w, uint64_t spte, uint32_t level, uint64_t gfn, ui
 		.clock = w->guest->clock,
 		.custody = (uint16_t)spte_leaf_custody(spte, level),
 	};
-	out->right[ACCESS_READ] = spte & SPTE_READABLE ? right : RIGHT_NONE;
-	out->right[ACCESS_WRITE] = (spte & SPTE_WRITABLE) && (spte & SPTE_DIRTY) ? right : RIGHT_NONE;
-	out->right[ACCESS_EXECUTE] = spte & SPTE_EXECUTABLE ? right : RIGHT_NONE;
-}
-
-/* Return the reasons why a cached link may not be used: a bit per violation. */
-static uint32_t link_faults(const struct walk *w, const struct psc_entry *p)
-{
-	uint32_t kinds = 0;
-
-	if (!walk_table_holds(w, p->hfn, p->right & FRAME_TAG_MASK))
-		kinds |= 1u << VIOLATION_WALK_AFTER_FREE;
-	if (p->right >> 16 != w->life_bits >> 16)
-		kinds |= 1u << VIOLATION_FOREIGN_ROOT;
-	if (p->vm != w->vcpu->vm)
-		kinds |= 1u << VIOLATION_CROSS_VM;
-	return kinds;
-}
-
-/* Return the level at which the walk starts, with the deepest cached table, or the root.  0: a speculative walk
- * ends here, and repairs nothing. */
-static uint32_t walk_start(struct walk *w, uint64_t gfn, uint32_t type, uint32_t *table, uint32_t *custody)
-{
-	const struct psc_entry *p = psc_search(w->tlb, KIND_GUEST_PHYSICAL, gfn);
-	uint32_t kinds;
-
-	if (p) {
-		kinds = link_faults(w, p);
-		if (!kinds) {
-			if (frame_unlinked(w->m->frames, p->hfn) && !w->speculative)
-				count(w->cpu->counters, COUNT_STALE_WALKS, 1);
-			*table = p->hfn;
-			*custody = p->right & FRAME_TAG_MASK;
-			return p->level;
-		}
-		if (w->speculative)
-			return 0;
-		walk_report_link(w, p, gfn, type, kinds);
-		ept_violation_invalidate(w->tlb, gfn, 0, 0);
-	}
-	*table = w->vmcs->root;
-	*custody = w->vmcs->life;
-	return w->vmcs->root_level;
-}
-
-static void cache_table(struct walk *w, uint64_t gfn, uint32_t level, uint64_t spte)
-{
-	uint64_t span = UINT64_C(1) << level * 9;
-	struct psc_entry p = {
-		.page = gfn & ~(span - 1),
-		.hfn = spte_hfn(spte),
-		.right = spte_custody(spte) | w->life_bits,
-		.ep4ta = w->vmcs->root,
-		.kind = KIND_GUEST_PHYSICAL,
-		.level = (uint8_t)level,
-		.access = 7,
-		.vm = w->vcpu->vm,
-		.vcpu = w->vcpu->id,
-		.clock = w->guest->clock,
-	};
-
-	psc_insert(w->tlb, &p);
+	walk_rights(spte, right, out->right);
 }
 
 static enum walk_result ept_walk(struct walk *w, uint64_t gfn, uint32_t type, struct tlb_entry *out)
 {
-	uint32_t table, custody, level = walk_start(w, gfn, type, &table, &custody);
+	uint32_t table, custody, level = walk_start(w, KIND_GUEST_PHYSICAL, gfn, type, &table, &custody);
 
 	if (!level)
 		return WALK_EXIT;
@@ -200,7 +138,7 @@ static enum walk_result ept_walk(struct walk *w, uint64_t gfn, uint32_t type, st
 				walk_report_table(w, KIND_GUEST_PHYSICAL, table, custody, gfn, level, type);
 				return violate(w, gfn, type, 0);
 			}
-			cache_table(w, gfn, level, spte);
+			walk_cache_table(w, KIND_GUEST_PHYSICAL, gfn, level, spte);
 			continue;
 		}
 		if (!(spte & walk_access_bit(type)) || spte_hfn(spte) >= w->m->frames->count)

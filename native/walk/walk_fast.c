@@ -21,6 +21,7 @@
 #include "vm/guest_state.h"
 #include "vm/vm.h"
 #include "walk/walk.h"
+#include "walk/walk_steps.h"
 
 /* The results of reading both tables. */
 struct found {
@@ -85,9 +86,7 @@ static inline bool read_spte(struct walk *w, uint64_t gfn, uint32_t type, struct
 	right = (uint32_t)atomic_load_explicit(&frames->tag[f->hfn], memory_order_acquire) | w->life_bits;
 	if (atomic_load_explicit(sptep, memory_order_acquire) != spte || f->custody != frame_host_tag(frames, f->hfn))
 		return false;
-	f->right[ACCESS_READ] = spte & SPTE_READABLE ? right : RIGHT_NONE;
-	f->right[ACCESS_WRITE] = (spte & SPTE_WRITABLE) && (spte & SPTE_DIRTY) ? right : RIGHT_NONE;
-	f->right[ACCESS_EXECUTE] = spte & SPTE_EXECUTABLE ? right : RIGHT_NONE;
+	walk_rights(spte, right, f->right);
 	return true;
 }
 

@@ -34,7 +34,6 @@ static void cache_table(struct walk *w, uint64_t page, const struct table *t, ui
 		.right = right,
 		.kind = KIND_COMBINED,
 		.level = (uint8_t)t->level,
-		.access = 15,
 		.vm = w->vcpu->vm,
 		.vcpu = w->vcpu->id,
 		.clock = w->guest->clock,

@@ -14,7 +14,6 @@
 #include "memory/frame.h"
 #include "oracle/oracle.h"
 #include "oracle/tracking.h"
-#include "tlb/psc.h"
 #include "tlb/tlb.h"
 #include "tlb/tlb_flush.h"
 #include "vm/guest_state.h"
@@ -49,63 +48,6 @@ static enum walk_result page_fault(struct walk *w, uint64_t page, uint32_t type,
 			      (type == ACCESS_EXECUTE ? PFERR_FETCH : 0) | (w->supervisor ? 0 : PFERR_USER);
 	page_fault_invalidate(w->tlb, page);
 	return WALK_EXIT;
-}
-
-/* Return the reasons why a cached link may not be used: a bit per violation. */
-static uint32_t link_faults(const struct walk *w, const struct psc_entry *p)
-{
-	uint32_t kinds = 0;
-
-	if (!walk_table_holds(w, p->hfn, p->right & FRAME_TAG_MASK))
-		kinds |= 1u << VIOLATION_WALK_AFTER_FREE;
-	if (!linear_life_is(p->right >> 16, w->life_bits >> 16))
-		kinds |= 1u << VIOLATION_FOREIGN_ROOT;
-	if (p->vm != w->vcpu->vm)
-		kinds |= 1u << VIOLATION_CROSS_VM;
-	return kinds;
-}
-
-/* Return the level at which the walk starts, with the deepest cached table, or the root.  0: a speculative walk ends
- * here. */
-static uint32_t walk_start(struct walk *w, uint64_t page, uint32_t type, uint32_t *table, uint32_t *custody)
-{
-	const struct psc_entry *p = psc_search(w->tlb, KIND_LINEAR, page);
-	uint32_t kinds;
-
-	if (p) {
-		kinds = link_faults(w, p);
-		if (!kinds) {
-			if (frame_unlinked(w->m->frames, p->hfn) && !w->speculative)
-				count(w->cpu->counters, COUNT_STALE_WALKS, 1);
-			*table = p->hfn;
-			*custody = p->right & FRAME_TAG_MASK;
-			return p->level;
-		}
-		if (w->speculative)
-			return 0;
-		walk_report_link(w, p, page, type, kinds);
-		page_fault_invalidate(w->tlb, page);
-	}
-	*table = w->vmcs->root;
-	*custody = w->vmcs->life;
-	return w->vmcs->root_level;
-}
-
-static void cache_table(struct walk *w, uint64_t page, uint32_t level, uint64_t spte)
-{
-	struct psc_entry p = {
-		.page = page & ~((UINT64_C(1) << level * 9) - 1),
-		.hfn = spte_hfn(spte),
-		.right = spte_custody(spte) | w->life_bits,
-		.kind = KIND_LINEAR,
-		.level = (uint8_t)level,
-		.access = 15,
-		.vm = w->vcpu->vm,
-		.vcpu = w->vcpu->id,
-		.clock = w->guest->clock,
-	};
-
-	psc_insert(w->tlb, &p);
 }
 
 static enum walk_result report(struct walk *w, uint32_t table, uint32_t custody, uint64_t page, uint32_t level,
@@ -148,7 +90,6 @@ static bool read_leaf(const struct walk *w, const _Atomic uint64_t *slot, uint64
 static void fill(const struct walk *w, uint64_t page, const struct leaf *leaf, struct tlb_entry *out)
 {
 	uint64_t pages = UINT64_C(1) << (leaf->level - 1) * 9, spte = leaf->spte;
-	uint32_t right = leaf->tag | w->life_bits;
 
 	*out = (struct tlb_entry){
 		.page = page & ~(pages - 1),
@@ -165,9 +106,7 @@ static void fill(const struct walk *w, uint64_t page, const struct leaf *leaf, s
 		.clock = w->guest->clock,
 		.custody = (uint16_t)spte_leaf_custody(spte, leaf->level),
 	};
-	out->right[ACCESS_READ] = spte & SPTE_READABLE ? right : RIGHT_NONE;
-	out->right[ACCESS_WRITE] = (spte & SPTE_WRITABLE) && (spte & SPTE_DIRTY) ? right : RIGHT_NONE;
-	out->right[ACCESS_EXECUTE] = spte & SPTE_EXECUTABLE ? right : RIGHT_NONE;
+	walk_rights(spte, leaf->tag | w->life_bits, out->right);
 }
 
 static void suspect(struct tlb_entry *e, uint32_t type)
@@ -193,7 +132,7 @@ static void doubt(const struct walk *w, uint64_t page, struct tlb_entry *e)
 
 static enum walk_result find(struct walk *w, uint64_t page, uint32_t type, struct tlb_entry *out)
 {
-	uint32_t table, custody, level = walk_start(w, page, type, &table, &custody);
+	uint32_t table, custody, level = walk_start(w, KIND_LINEAR, page, type, &table, &custody);
 
 	if (!level)
 		return WALK_EXIT;
@@ -216,7 +155,7 @@ static enum walk_result find(struct walk *w, uint64_t page, uint32_t type, struc
 			custody = spte_custody(spte);
 			if (!walk_table_holds(w, table, custody))
 				return report(w, table, custody, page, level, type);
-			cache_table(w, page, level, spte);
+			walk_cache_table(w, KIND_LINEAR, page, level, spte);
 			continue;
 		}
 		if (!permits(w, spte, type) || spte_hfn(spte) >= w->m->frames->count)

@@ -19,6 +19,7 @@
 #include "vm/guest_state.h"
 #include "vm/vm.h"
 #include "walk/walk.h"
+#include "walk/walk_steps.h"
 
 struct found {
 	uint64_t spte;
@@ -87,8 +88,6 @@ bool walk_shadow_fast(struct walk *w, uint64_t page, uint32_t type, uint32_t *hf
 	*e = (struct tlb_entry){
 		.page = page,
 		.hfn = f.hfn,
-		.right = { f.right, f.spte & SPTE_WRITABLE && f.spte & SPTE_DIRTY ? f.right : RIGHT_NONE,
-			   f.spte & SPTE_EXECUTABLE ? f.right : RIGHT_NONE },
 		.vpid = place.context->vpid,
 		.pcid = place.context->pcid,
 		.kind = KIND_LINEAR,
@@ -99,6 +98,7 @@ bool walk_shadow_fast(struct walk *w, uint64_t page, uint32_t type, uint32_t *hf
 		.gfn = f.gfn,
 		.custody = (uint16_t)spte_custody(f.spte),
 	};
+	walk_rights(f.spte, f.right, e->right);
 	l1_put(&t->l1, l1_victim(&t->l1, page), e, PAGE_4K, page);
 	t->absent[ABSENT_PAGED] = 0;
 	*hfn = f.hfn;

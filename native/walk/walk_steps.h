@@ -26,6 +26,14 @@ static inline bool walk_table_holds(const struct walk *w, uint32_t table, uint32
 	return table < w->m->frames->pool[FRAME_GUEST].first && frame_tag(w->m->frames, table) == custody;
 }
 
+/* Write the rights that a leaf grants.  A write needs D as well: a walk sets it before it fills. */
+static inline void walk_rights(uint64_t spte, uint32_t right, uint32_t rights[ACCESS_TYPES])
+{
+	rights[ACCESS_READ] = spte & SPTE_READABLE ? right : RIGHT_NONE;
+	rights[ACCESS_WRITE] = (spte & SPTE_WRITABLE) && (spte & SPTE_DIRTY) ? right : RIGHT_NONE;
+	rights[ACCESS_EXECUTE] = spte & SPTE_EXECUTABLE ? right : RIGHT_NONE;
+}
+
 /* Set A, and D for a write.  False: the SPTE changed meanwhile and must be read again.  *spte is the table's
  * value afterwards. */
 static inline bool walk_set_accessed(struct counters *counters, _Atomic uint64_t *slot, uint64_t *spte, uint32_t type)
@@ -43,6 +51,12 @@ static inline bool walk_set_accessed(struct counters *counters, _Atomic uint64_t
 	return true;
 }
 
+/* Find the table where a walk starts: the deepest one cached for the page under `kind`, or the root.  Returns its level;
+ * 0: a cached link may not be used, and a speculative walk, which repairs nothing, ends here.  Any other walk reports
+ * the link, drops it, and starts at the root. */
+uint32_t walk_start(struct walk *w, uint32_t kind, uint64_t page, uint32_t type, uint32_t *table, uint32_t *custody);
+/* Cache the table that `spte` links, at `level`. */
+void walk_cache_table(struct walk *w, uint32_t kind, uint64_t page, uint32_t level, uint64_t spte);
 /* Report a table page that the link to it no longer owns, or that an earlier owner of the root page linked.  page: the
  * walk's input. */
 void walk_report_link(struct walk *w, const struct psc_entry *link, uint64_t page, uint32_t type, uint32_t kinds);
