@@ -165,8 +165,7 @@ class Kvm:
     `tdp_mmu_zap_works`: roots that wait for the worker that zaps them (decision root_put=async).
     `policy_data`: the policy's state of the VM.  `heard`: the policy's functions that hear of moments.
     `x86_ops`: the vendor's operations.  `mm`: the host's memory management, without which no page may be
-    copied on write.  `warned`: texts of WARN_ON_ONCE().  `at_host_work`: CPUs that wait in
-    emulator.kvm.host_work.
+    copied on write.  `at_host_work`: CPUs that wait in emulator.kvm.host_work.
     """
 
     __slots__ = (
@@ -193,7 +192,6 @@ class Kvm:
         "tdp_mmu_roots",
         "tdp_mmu_zap_works",
         "vcpus",
-        "warned",
         "x86_ops",
     )
 
@@ -231,7 +229,6 @@ class Kvm:
         self.tdp_mmu_pages_lock = SpinLock("tdp_mmu_pages_lock")
         self.dirty_log_manual = 0
         self.tdp_mmu_zap_works: deque[KvmMmuPage] = deque()
-        self.warned: set[str] = set()
         self.at_host_work: list[CpuId] = []
         self.shadow = KvmShadowArch(params.mmu_pages)
 

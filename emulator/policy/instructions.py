@@ -61,7 +61,7 @@ REASON_ROOT_LOAD = lib.REASON_ROOT_LOAD
 
 
 def invept_single(cpu: Cpu, kvm: Kvm, root: KvmMmuRootInfo | KvmMmuPage, reason: FlushReason) -> None:
-    """Execute INVEPT single-context on the EPTP of a root; INVEPT global if the root has no shadow page."""
+    """Execute INVEPT single-context on the EPTP of a root, which must have a shadow page."""
     info = KvmMmuRootInfo(0, root.hfn, root) if isinstance(root, KvmMmuPage) else root
     vmx_flush_tlb_ept_root(cpu, kvm, info, reason)
 

@@ -17,7 +17,7 @@ from emulator.kvm.mmu.fault import (
 from emulator.kvm.mmu.page_fault import kvm_mmu_page_fault
 from emulator.kvm.mmu.roots import active_roots
 from emulator.kvm.mmu.spte import root_to_sp
-from emulator.kvm.mmu.structs import KvmMmuRootInfo
+from emulator.kvm.mmu.structs import KvmMmuPage, KvmMmuRootInfo
 from emulator.kvm.notifications import PcpuFlush, flush_begins, flush_ended
 from emulator.kvm.regs import (
     kvm_get_active_pcid,
@@ -47,39 +47,29 @@ VMX_EPTP_MT_WB: Final = 6
 VMX_EPTP_PWL_4: Final = 3 << 3
 VMX_EPTP_PWL_5: Final = 4 << 3
 VMX_EPTP_AD_ENABLE_BIT: Final = 1 << 6
-# INVALID_PAGE: the result of construct_eptp() for a root without a shadow page.
-INVALID_EPTP: Final = -1
 
 
-def construct_eptp(cpu: Cpu, kvm: Kvm, root: KvmMmuRootInfo) -> int:
-    """construct_eptp(): build the EPTP from the root's role, not from a vCPU's state, because callers also
-    pass roots that are not current."""
+def construct_eptp(root: KvmMmuRootInfo) -> tuple[KvmMmuPage, int]:
+    """construct_eptp(): return the root's page, and the EPTP of its role; not of a vCPU's state, because
+    callers also pass roots that are not current.
+
+    For a root without a shadow page the kernel warns and flushes globally; here the machine stops, as for the
+    warnings of vmx_ops.py.
+    """
     sp = root_to_sp(root)
     if sp is None:
-        warn_on_once(cpu, kvm, "construct_eptp: the root has no shadow page")
-        return INVALID_EPTP
+        raise AssertionError(f"WARN_ON_ONCE: construct_eptp: root {root.hfn:#x} has no shadow page")
     levels = VMX_EPTP_PWL_5 if sp.role.level == PG_LEVEL_256T else VMX_EPTP_PWL_4
-    return sp.hfn << 12 | VMX_EPTP_MT_WB | levels | VMX_EPTP_AD_ENABLE_BIT
-
-
-def warn_on_once(cpu: Cpu, kvm: Kvm, what: str) -> None:
-    """WARN_ON_ONCE() (include/asm-generic/bug.h): keep the warning with the VM, because threads of pCPUs do
-    not print."""
-    kvm.warned.add(what)
+    return sp, sp.hfn << 12 | VMX_EPTP_MT_WB | levels | VMX_EPTP_AD_ENABLE_BIT
 
 
 def vmx_flush_tlb_ept_root(cpu: Cpu, kvm: Kvm, root: KvmMmuRootInfo, reason: FlushReason) -> None:
-    """vmx_flush_tlb_ept_root(): execute INVEPT single, or global if the root has no EPTP."""
-    eptp = construct_eptp(cpu, kvm, root)
-    flush = PcpuFlush("invept-global", -1, reason)
-    if eptp != INVALID_EPTP and root.sp is not None:
-        flush = PcpuFlush("invept-single", root.hfn, reason, (root.sp,))
+    """vmx_flush_tlb_ept_root(): execute INVEPT single."""
+    sp, eptp = construct_eptp(root)
+    flush = PcpuFlush("invept-single", root.hfn, reason, (sp,))
     flush_begins(cpu, kvm, flush)
     cpu.point("tlb", cpu.id, "write")
-    if eptp != INVALID_EPTP:
-        ept_sync_context(cpu, kvm, eptp, reason)
-    else:
-        lib.flush_invept_global(cpu.m, cpu.id, kvm.id, reason)
+    ept_sync_context(cpu, kvm, eptp, reason)
     flush_ended(cpu, kvm, flush)
 
 

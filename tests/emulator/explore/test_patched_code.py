@@ -16,10 +16,10 @@ from tests.emulator.policy.patch.edits import MIGRATION, edited, written
 pytestmark = pytest.mark.slow
 
 TEST = "return-zap-other-vcpu"
-SLOT = ('        "warned",\n', '        "warned",\n        "mine",\n')
+SLOT = ('        "vcpus",\n', '        "vcpus",\n        "mine",\n')
 FIELD = (
-    "        self.warned: set[str] = set()\n",
-    "        self.warned: set[str] = set()\n        self.mine: Any = {}\n",
+    "        self.at_host_work: list[CpuId] = []\n",
+    "        self.at_host_work: list[CpuId] = []\n        self.mine: Any = {}\n",
 )
 ANY = ("from bisect import bisect_right\n", "from bisect import bisect_right\nfrom typing import Any\n")
 ENTRY = "    budget = vcpu.kvm.params.slice_accesses\n"

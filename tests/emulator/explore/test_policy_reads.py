@@ -424,10 +424,10 @@ def test_what_a_policy_writes_races_what_reads_it(tmp_path: Path) -> None:
 
 
 def test_a_container_that_a_policy_changes(tmp_path: Path) -> None:
-    policy = looking("vcpu.kvm.warned.add('moved')", "self.log.append(tuple(vcpu.kvm.warned))")
+    policy = looking("vcpu.kvm.at_host_work[:] = [9]", "self.log.append(tuple(vcpu.kvm.at_host_work))")
     found, known = outcomes(tmp_path, moving('"read 0x20"'), policy, exhaustive)
-    assert known.written == {"Kvm.warned[]"}
-    assert last_logged(found, 1) == {(("moved",),)}
+    assert known.written == {"Kvm.at_host_work[]"}
+    assert last_logged(found, 1) == {((9,),)}
 
 
 # --- unwatched reads ----------------------------------------------------------------------------------------

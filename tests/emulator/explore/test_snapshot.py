@@ -23,7 +23,7 @@ from emulator.explore.strategies.search import Limits, run_once
 from emulator.litmus.loader import load_test, shipped_texts
 from emulator.litmus.policies import named_policy, suits
 from native import ffi, lib
-from native.types import Vpid
+from native.types import CpuId, Vpid
 from tests.emulator.explore.likeness import describe
 
 POLICIES = ("linux-6.12", "lkml-2025-cpu-flushed-mask", "root-tlb-gen")
@@ -221,7 +221,7 @@ def test_the_comparison_sees_a_difference() -> None:
         before = world_of(program)
         kvm = program.harness.kvms[0]
         changes: list[Callable[[], Any]] = [
-            lambda: kvm.warned.add("x"),
+            lambda: kvm.at_host_work.append(CpuId(1)),
             lambda: setattr(kvm.vcpus[0].loaded_vmcs, "cpu", 1),
             lambda: kvm.slots_lock._token.pop(),
             lambda: setattr(program.harness.threads["v0"], "pcpu", 1),
