@@ -34,7 +34,7 @@ from emulator.kvm.mmu.roots import (
 )
 from emulator.kvm.mmu.structs import KvmMmuRootInfo
 from emulator.kvm.mmu.sync import kvm_mmu_invalidate_addr_in_root
-from emulator.kvm.structs import Vcpu
+from emulator.kvm.structs import Vcpu, tdp_enabled
 from emulator.kvm.virt.requests import kvm_make_request
 from emulator.machine.runtime import Cpu
 from native import lib
@@ -71,7 +71,7 @@ def kvm_post_set_cr0(cpu: Cpu, vcpu: Vcpu, old_cr0: int, cr0: int) -> None:
     if changed == X86_CR0_WP and not unload_all:
         if not cr0 & X86_CR0_PG:
             return
-        if vcpu.kvm.params.ept:
+        if tdp_enabled(vcpu.kvm):
             kvm_init_mmu(vcpu)
             return
     if changed & X86_CR0_PG and not cr0 & X86_CR0_PG and not unload_all:
@@ -100,7 +100,7 @@ def kvm_post_set_cr4(cpu: Cpu, vcpu: Vcpu, old_cr4: int, cr4: int) -> None:
         kvm_mmu_reset_context(cpu, vcpu)
         if vcpu.kvm.policy.role_change(cpu, vcpu) == "unload-all":
             return
-    if not vcpu.kvm.params.ept and (cr4 & ~old_cr4) & X86_CR4_PCIDE:
+    if not tdp_enabled(vcpu.kvm) and (cr4 & ~old_cr4) & X86_CR4_PCIDE:
         kvm_mmu_unload(cpu, vcpu)
     if all_contexts:
         request_guest_flush(cpu, vcpu, KVM_REQ_TLB_FLUSH_GUEST)
@@ -140,7 +140,7 @@ def kvm_invalidate_pcid(cpu: Cpu, vcpu: Vcpu, pcid: int) -> None:
     later MOV to CR3 that flushes nothing may go back to them (21823fbda552); without PCIDs each such MOV
     syncs.
     """
-    if vcpu.kvm.params.ept:
+    if tdp_enabled(vcpu.kvm):
         request_guest_flush(cpu, vcpu, KVM_REQ_TLB_FLUSH_GUEST)
         return
     if kvm_get_active_pcid(vcpu) == pcid:

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from emulator.kvm.kvm_host import KVM_REQ_EVENT, KVM_REQ_TLB_FLUSH_GUEST, X86_CR0_PG
 from emulator.kvm.mmu.roots import kvm_mmu_reset_context
-from emulator.kvm.structs import Vcpu
+from emulator.kvm.structs import Vcpu, tdp_enabled
 from emulator.kvm.virt.requests import kvm_make_request, kvm_vcpu_kick
 from emulator.machine.runtime import Cpu
 from native import lib
@@ -41,7 +41,7 @@ def power_on(cpu: Cpu, vcpu: Vcpu) -> None:
     Without EPT each of these steps exits to KVM.  With EPT a vCPU starts behind them (KVM_SET_SREGS), because
     nothing of it concerns KVM.
     """
-    if vcpu.kvm.params.ept:
+    if tdp_enabled(vcpu.kvm):
         return
     vcpu.arch.cr0 = vcpu.arch.cr3 = vcpu.arch.cr4 = 0
     kvm_mmu_reset_context(cpu, vcpu)

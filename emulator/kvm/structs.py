@@ -236,6 +236,16 @@ class Kvm:
         return f"<VM {self.id}>"
 
 
+def tdp_enabled(kvm: Kvm) -> bool:
+    """tdp_enabled: return whether processors translate guest-physical addresses, with EPT."""
+    return kvm.params.ept
+
+
+def tdp_mmu_enabled(kvm: Kvm) -> bool:
+    """tdp_mmu_enabled: return whether the TDP MMU builds the EPT; without EPT there is none."""
+    return tdp_enabled(kvm)
+
+
 class VcpuArch:
     """The registers of struct kvm_vcpu_arch that decide about roots and flushes, as a 64-bit OS sets them.
 

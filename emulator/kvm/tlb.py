@@ -5,7 +5,7 @@ from __future__ import annotations
 from emulator.kvm.kvm_host import KVM_REQ_TLB_FLUSH_CURRENT, KVM_REQ_TLB_FLUSH_GUEST
 from emulator.kvm.mmu.roots import kvm_mmu_sync_prev_roots
 from emulator.kvm.mmu.sync import kvm_mmu_sync_roots
-from emulator.kvm.structs import Vcpu
+from emulator.kvm.structs import Vcpu, tdp_enabled
 from emulator.kvm.virt.requests import kvm_check_request
 from emulator.machine.runtime import Cpu
 from native import lib
@@ -38,7 +38,7 @@ def kvm_service_local_tlb_flush_requests(cpu: Cpu, vcpu: Vcpu) -> None:
         kvm.x86_ops.flush_tlb_current(cpu, vcpu, vcpu.flush_current_reason)
     if kvm_check_request(cpu, vcpu, KVM_REQ_TLB_FLUSH_GUEST):
         cpu.stat(kvm.id, lib.STAT_TLB_FLUSH)
-        if not kvm.params.ept:
+        if not tdp_enabled(kvm):
             # The guest invalidates everything, so no root may be out of date (b53e84eed08b).
             kvm_mmu_sync_roots(cpu, vcpu)
             kvm_mmu_sync_prev_roots(cpu, vcpu)

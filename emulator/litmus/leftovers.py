@@ -18,7 +18,7 @@ from emulator.explain.facts import LEAK
 from emulator.kvm.kvm_host import KVM_REQ_MMU_FREE_OBSOLETE_ROOTS, KVM_REQUEST_MASK
 from emulator.kvm.mmu.spte import is_obsolete_sp
 from emulator.kvm.mmu.structs import KvmMmuPage
-from emulator.kvm.structs import Kvm, Vcpu
+from emulator.kvm.structs import Kvm, Vcpu, tdp_mmu_enabled
 from emulator.machine.runtime import Machine
 from native import lib
 
@@ -41,14 +41,14 @@ def _of_vm(kvm: Kvm) -> Iterator[str]:
                     f"vCPU {vcpu.id} of VM {kvm.id} keeps root {root.hfn:#x} as its {where}: the root is "
                     "obsolete, and no request to free it is pending"
                 )
-    if not kvm.params.ept:
+    if not tdp_mmu_enabled(kvm):
         yield from _of_shadow_mmu(kvm, held)
         return
     for root, holders in held.items():
         expected = holders + _own_references(kvm, root)
-        if root.root_count.value != expected:
+        if root.tdp_mmu_root_count.value != expected:
             yield (
-                f"root {root.hfn:#x} of VM {kvm.id} has {root.root_count.value} references, "
+                f"root {root.hfn:#x} of VM {kvm.id} has {root.tdp_mmu_root_count.value} references, "
                 f"{expected} of them accounted for"
             )
         if root.role.invalid and root.tdp_mmu_scheduled_root_to_zap:
@@ -61,9 +61,9 @@ def _of_shadow_mmu(kvm: Kvm, held: dict[KvmMmuPage, int]) -> Iterator[str]:
             held[root] = held.get(root, 0) + 1
     for sp in kvm.shadow.page_of.values():
         holders = held.get(sp, 0)
-        if sp.shadow_root_count != holders:
+        if sp.root_count != holders:
             yield (
-                f"root {sp.hfn:#x} of VM {kvm.id} has {sp.shadow_root_count} references, "
+                f"root {sp.hfn:#x} of VM {kvm.id} has {sp.root_count} references, "
                 f"{holders} of them accounted for"
             )
         if sp not in kvm.shadow.active_mmu_pages and not holders:

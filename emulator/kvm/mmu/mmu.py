@@ -46,7 +46,7 @@ from emulator.kvm.mmu.tdp_mmu import (
     kvm_tdp_mmu_zap_leafs,
 )
 from emulator.kvm.mmu.tdp_roots import kvm_tdp_mmu_invalidate_roots
-from emulator.kvm.structs import Kvm, KvmMemorySlot
+from emulator.kvm.structs import Kvm, KvmMemorySlot, tdp_mmu_enabled
 from emulator.kvm.virt.requests import (
     kvm_flush_remote_tlbs_memslot,
     kvm_flush_remote_tlbs_range,
@@ -67,7 +67,7 @@ def kvm_mmu_zap_all_fast_front(cpu: Cpu, kvm: Kvm) -> None:
     """
     with kvm.mmu_lock.write_lock(cpu):
         kvm.shadow.mmu_valid_gen ^= 1
-        if kvm.params.ept:
+        if tdp_mmu_enabled(kvm):
             kvm_tdp_mmu_invalidate_roots(cpu, kvm)
         kvm_make_all_cpus_request(cpu, kvm, KVM_REQ_MMU_FREE_OBSOLETE_ROOTS)
         kvm_zap_obsolete_pages(cpu, kvm)
@@ -75,7 +75,7 @@ def kvm_mmu_zap_all_fast_front(cpu: Cpu, kvm: Kvm) -> None:
 
 def kvm_mmu_zap_all_fast_back(cpu: Cpu, kvm: Kvm) -> None:
     """Do the back half of kvm_mmu_zap_all_fast(), without mmu_lock; vCPUs fault on new roots meanwhile."""
-    if kvm.params.ept:
+    if tdp_mmu_enabled(kvm):
         kvm_tdp_mmu_zap_invalidated_roots(cpu, kvm, shared=True)
 
 
@@ -103,7 +103,7 @@ def kvm_mmu_zap_all(cpu: Cpu, kvm: Kvm) -> None:
     """kvm_mmu_zap_all(), kvm_arch_flush_shadow_all(): zap every root, as the VM's user memory goes away."""
     with kvm.mmu_lock.write_lock(cpu):
         shadow_mmu_zap_all(cpu, kvm)
-        if kvm.params.ept:
+        if tdp_mmu_enabled(kvm):
             kvm_tdp_mmu_zap_all(cpu, kvm)
 
 
@@ -130,7 +130,7 @@ def kvm_zap_gfn_range(cpu: Cpu, kvm: Kvm, gfn_start: int, gfn_end: int) -> None:
         kvm_mmu_invalidate_start(cpu, kvm, ((gfn_start, gfn_end),))
         lib.mmu_invalidate_range_add(cpu.m, kvm.id, gfn_start, gfn_end)
         flush = shadow_zap_gfn_range(cpu, kvm, gfn_start, gfn_end, reason)
-        if kvm.params.ept:
+        if tdp_mmu_enabled(kvm):
             flush = kvm_tdp_mmu_zap_leafs(cpu, kvm, gfn_start, gfn_end, flush, reason)
         ticket = lib.oracle_ticket(cpu.m, kvm.id)
         if flush:
@@ -156,7 +156,7 @@ def kvm_unmap_gfn_range(
     flush = False
     if kvm_memslots_have_rmaps(kvm):
         flush = kvm_rmap_zap_gfn_range(cpu, kvm, slot, start, end, reason)
-    if kvm.params.ept:
+    if tdp_mmu_enabled(kvm):
         flush = kvm_tdp_mmu_unmap_gfn_range(cpu, kvm, slot, start, end, flush, reason)
     return flush
 
@@ -164,7 +164,7 @@ def kvm_unmap_gfn_range(
 def kvm_age_gfn(cpu: Cpu, kvm: Kvm, slot: KvmMemorySlot, start: int, end: int) -> bool:
     """kvm_age_gfn(): return whether the guest has used the range since the last call."""
     young = False
-    if kvm.params.ept:
+    if tdp_mmu_enabled(kvm):
         young = kvm_tdp_mmu_age_gfn_range(cpu, kvm, slot, start, end)
     if kvm_memslots_have_rmaps(kvm):
         young |= kvm_rmap_age_gfn_range(cpu, kvm, slot, start, end)
@@ -173,7 +173,7 @@ def kvm_age_gfn(cpu: Cpu, kvm: Kvm, slot: KvmMemorySlot, start: int, end: int) -
 
 def kvm_mmu_uninit_vm(cpu: Cpu, kvm: Kvm) -> None:
     """kvm_mmu_uninit_vm()"""
-    if kvm.params.ept:
+    if tdp_mmu_enabled(kvm):
         kvm_mmu_uninit_tdp_mmu(cpu, kvm)
     if kvm.shadow.dummy_root is not None:
         free_special_pages(cpu, (kvm.shadow.dummy_root,))
@@ -193,7 +193,7 @@ def kvm_mmu_slot_remove_write_access(cpu: Cpu, kvm: Kvm, slot: KvmMemorySlot, le
     if kvm_memslots_have_rmaps(kvm):
         with kvm.mmu_lock.write_lock(cpu):
             slot_rmap_write_protect(cpu, kvm, slot, level)
-    if not kvm.params.ept:
+    if not tdp_mmu_enabled(kvm):
         return False
     with kvm.mmu_lock.read_lock(cpu):
         return kvm_tdp_mmu_wrprot_slot(cpu, kvm, slot, level)
@@ -204,7 +204,7 @@ def kvm_mmu_slot_gfn_write_protect(cpu: Cpu, kvm: Kvm, slot: KvmMemorySlot, gfn:
     protected = False
     if kvm_memslots_have_rmaps(kvm):
         protected = shadow_gfn_write_protect(cpu, kvm, slot, gfn, min_level)
-    if kvm.params.ept:
+    if tdp_mmu_enabled(kvm):
         protected |= kvm_tdp_mmu_write_protect_gfn(cpu, kvm, slot, gfn, min_level)
     return protected
 
@@ -214,7 +214,7 @@ def kvm_mmu_write_protect_pt_masked(
 ) -> int:
     """kvm_mmu_write_protect_pt_masked(), under mmu_lock for write: return how many 4K SPTEs lost W."""
     protected = 0
-    if kvm.params.ept:
+    if tdp_mmu_enabled(kvm):
         protected = kvm_tdp_mmu_clear_dirty_pt_masked(cpu, kvm, slot, slot.base_gfn + gfn_offset, mask)
     if kvm_memslots_have_rmaps(kvm):
         rmap_write_protect_masked(cpu, kvm, slot, slot.base_gfn + gfn_offset, mask)
@@ -242,7 +242,9 @@ def splits_eagerly(cpu: Cpu, kvm: Kvm, slot: KvmMemorySlot) -> bool:
     The shadow MMU's are split by faults alone, as long as no nested guest uses it.
     """
     return (
-        kvm.params.ept and kvm.params.eager_page_split and kvm.policy.eager_split(cpu, kvm, slot) == "split"
+        tdp_mmu_enabled(kvm)
+        and kvm.params.eager_page_split
+        and kvm.policy.eager_split(cpu, kvm, slot) == "split"
     )
 
 
@@ -251,7 +253,7 @@ def kvm_mmu_recover_huge_pages(cpu: Cpu, kvm: Kvm, slot: KvmMemorySlot) -> None:
     if kvm_memslots_have_rmaps(kvm):
         with kvm.mmu_lock.write_lock(cpu):
             kvm_rmap_zap_collapsible_sptes(cpu, kvm, slot)
-    if not kvm.params.ept:
+    if not tdp_mmu_enabled(kvm):
         return
     with kvm.mmu_lock.read_lock(cpu):
         kvm_tdp_mmu_recover_huge_pages(cpu, kvm, slot)

@@ -36,7 +36,7 @@ from emulator.kvm.mmu.spte import (
 )
 from emulator.kvm.mmu.tdp_iter import Entry
 from emulator.kvm.mmu.tdp_map import kvm_tdp_mmu_map, tdp_entry, tdp_mmu_set_spte_atomic
-from emulator.kvm.structs import Kvm, KvmMemorySlot, Vcpu
+from emulator.kvm.structs import Kvm, KvmMemorySlot, Vcpu, tdp_enabled
 from emulator.kvm.virt.requests import kvm_test_request
 from emulator.kvm.virt.slots import gfn_to_memslot, mark_page_dirty_in_slot
 from emulator.machine.runtime import FAULT_AROUND_MAX, Cpu, OutOfFrames, rcu_read_lock
@@ -54,7 +54,7 @@ def kvm_mmu_page_fault(
     addr: guest-physical with EPT, otherwise linear.  After FIXED, SPURIOUS and RETRY the guest executes the
     access again; after WRITE_PROTECTED the caller emulates it.
     """
-    fault = KvmPageFault(addr, access, present, error_code, is_tdp=vcpu.kvm.params.ept)
+    fault = KvmPageFault(addr, access, present, error_code, is_tdp=tdp_enabled(vcpu.kvm))
     if vcpu.mmu.root_role.direct:
         cpu.point("memslots", vcpu.kvm.id, "read")
         fault.slot = gfn_to_memslot(vcpu.kvm, fault.gfn, kvm_arch_vcpu_memslots_id(vcpu))

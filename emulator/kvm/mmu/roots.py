@@ -27,7 +27,7 @@ from emulator.kvm.mmu.spte import is_obsolete_sp, is_tdp_mmu_page, root_to_sp
 from emulator.kvm.mmu.structs import KvmMmu, KvmMmuPageRole, KvmMmuRootInfo
 from emulator.kvm.mmu.sync import is_unsync_root, kvm_mmu_sync_roots
 from emulator.kvm.mmu.tdp_roots import kvm_tdp_mmu_alloc_root, kvm_tdp_mmu_put_root, root_lock
-from emulator.kvm.structs import Kvm, Vcpu
+from emulator.kvm.structs import Kvm, Vcpu, tdp_enabled, tdp_mmu_enabled
 from emulator.kvm.virt.requests import kvm_check_request, kvm_make_request
 from emulator.machine.runtime import Cpu
 from native import lib
@@ -52,7 +52,7 @@ def kvm_calc_tdp_mmu_root_page_role(vcpu: Vcpu) -> KvmMmuPageRole:
 def kvm_init_mmu(vcpu: Vcpu) -> None:
     """kvm_init_mmu(), init_kvm_tdp_mmu()"""
     mmu = vcpu.root_mmu
-    if not vcpu.kvm.params.ept:
+    if not tdp_enabled(vcpu.kvm):
         init_kvm_shadow_mmu(vcpu)
         return
     mmu.root_role = kvm_calc_tdp_mmu_root_page_role(vcpu)
@@ -214,7 +214,7 @@ def kvm_mmu_load(cpu: Cpu, vcpu: Vcpu) -> None:
 def mmu_alloc_direct_roots(cpu: Cpu, vcpu: Vcpu) -> None:
     """mmu_alloc_direct_roots(): find or allocate the TDP MMU's root of the MMU's role."""
     mmu = vcpu.mmu
-    if not vcpu.kvm.params.ept:
+    if not tdp_mmu_enabled(vcpu.kvm):
         shadow_mmu_alloc_direct_roots(cpu, vcpu)
         return
     sp = kvm_tdp_mmu_alloc_root(cpu, vcpu.kvm, mmu.root_role)
@@ -243,7 +243,7 @@ def kvm_mmu_free_roots(cpu: Cpu, kvm: Kvm, mmu: KvmMmu, wanted: Callable[[KvmMmu
     if not any(root is not None and wanted(root) for root in roots):
         return
     invalid_list: InvalidList = []
-    tdp = kvm.params.ept and mmu.root_role.direct
+    tdp = tdp_mmu_enabled(kvm) and mmu.root_role.direct
     with root_lock(cpu, kvm) if tdp else kvm.mmu_lock.write_lock(cpu):
         for i in range(KVM_MMU_NUM_PREV_ROOTS):
             prev = mmu.prev_roots[i]

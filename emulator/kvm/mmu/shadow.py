@@ -17,7 +17,7 @@ from emulator.kvm.mmu.shadow_spte import mmu_spte_clear_no_track, mmu_spte_set, 
 from emulator.kvm.mmu.shadow_structs import ShadowPage, Sptep
 from emulator.kvm.mmu.spte import is_last_spte, is_obsolete_sp, is_shadow_present_pte, spte_to_child_pt
 from emulator.kvm.mmu.structs import KvmMmuPageRole
-from emulator.kvm.structs import Kvm
+from emulator.kvm.structs import Kvm, tdp_enabled
 from emulator.kvm.virt.requests import kvm_flush_remote_tlbs, kvm_make_all_cpus_request
 from emulator.machine.runtime import Cpu
 from native import lib
@@ -149,8 +149,8 @@ def mmu_page_zap_pte(cpu: Cpu, kvm: Kvm, sptep: Sptep, invalid_list: InvalidList
     if (
         invalid_list is not None
         and child.role.guest_mode
-        and kvm.params.ept
-        and not child.shadow_root_count
+        and tdp_enabled(kvm)
+        and not child.root_count
         and not child.parent_ptes
     ):
         return kvm_mmu_prepare_zap_page(cpu, kvm, child, invalid_list)
@@ -204,7 +204,7 @@ def __kvm_mmu_prepare_zap_page(
     sp.unsync = False
     zapped_root = False
     kvm.shadow.active_mmu_pages.pop(sp, None)
-    if not sp.shadow_root_count:
+    if not sp.root_count:
         zapped += 1
         invalid_list.append(sp)
         kvm.shadow.n_mmu_pages -= 1
@@ -245,7 +245,7 @@ def kvm_mmu_commit_zap_page(cpu: Cpu, kvm: Kvm, invalid_list: InvalidList) -> No
     kvm_flush_remote_tlbs(cpu, kvm, lib.REASON_REMOTE_ZAP)
     for sp in invalid_list:
         assert sp.role.invalid
-        assert not sp.shadow_root_count
+        assert not sp.root_count
         _kvm_mmu_free_shadow_page(cpu, kvm, sp)
     invalid_list.clear()
 
@@ -280,7 +280,7 @@ def kvm_mmu_zap_oldest_mmu_pages(cpu: Cpu, kvm: Kvm, nr_to_zap: int) -> int:
     invalid_list: InvalidList = []
     total = 0
     while total < nr_to_zap:
-        sp = next((sp for sp in kvm.shadow.active_mmu_pages if not sp.shadow_root_count), None)
+        sp = next((sp for sp in kvm.shadow.active_mmu_pages if not sp.root_count), None)
         if sp is None:
             break
         total += kvm_mmu_prepare_zap_page(cpu, kvm, sp, invalid_list)

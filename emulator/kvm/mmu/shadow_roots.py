@@ -68,7 +68,7 @@ def init_kvm_shadow_mmu(vcpu: Vcpu) -> None:
 def mmu_alloc_root(cpu: Cpu, vcpu: Vcpu, gfn: int, level: int) -> ShadowPage:
     """mmu_alloc_root(): find or make a root, and take a reference on it.  Raises OutOfFrames."""
     sp = kvm_mmu_get_shadow_page(cpu, vcpu, gfn, replace(vcpu.mmu.root_role, level=level))
-    sp.shadow_root_count += 1
+    sp.root_count += 1
     return sp
 
 
@@ -138,8 +138,8 @@ def shadow_mmu_free_root_page(cpu: Cpu, kvm: Kvm, sp: ShadowPage, invalid_list: 
 
     A valid one stays in the hash, where the next vCPU that needs it finds it.
     """
-    sp.shadow_root_count -= 1
-    if not sp.shadow_root_count and sp.role.invalid:
+    sp.root_count -= 1
+    if not sp.root_count and sp.role.invalid:
         kvm_mmu_prepare_zap_page(cpu, kvm, sp, invalid_list)
 
 

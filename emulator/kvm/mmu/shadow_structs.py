@@ -16,7 +16,7 @@ class ShadowPage(KvmMmuPage):
     """struct kvm_mmu_page of a page that the shadow MMU uses, as a root or below one.
 
     gfn: the guest's table that it shadows; if it is direct, the first gfn that it maps.
-    parent_ptes: the SPTEs that link it.  shadow_root_count: the vCPUs' references on it as a root.
+    parent_ptes: the SPTEs that link it.  root_count: the vCPUs' references on it as a root.
     unsync: the guest may write to the table, of level 1, so that SPTEs may differ from it until the next
     sync. Set under mmu_unsync_pages_lock, also by faults that hold mmu_lock for read, and read without a
     lock. unsync_child_bitmap: the entries below which a table is or was unsync.  `unsync_children` counts
@@ -28,7 +28,7 @@ class ShadowPage(KvmMmuPage):
     __slots__ = (
         "gfn",
         "parent_ptes",
-        "shadow_root_count",
+        "root_count",
         "shadowed_access",
         "unsync",
         "unsync_child_bitmap",
@@ -38,7 +38,7 @@ class ShadowPage(KvmMmuPage):
     def __init__(self, hfn: Hfn, role: KvmMmuPageRole, gfn: int, mmu_valid_gen: int) -> None:
         super().__init__(hfn, role, tdp_mmu_page=False)
         self.gfn = gfn
-        self.shadow_root_count = 0
+        self.root_count = 0
         self.parent_ptes: list[Sptep] = []
         self.unsync = False
         self.unsync_child_bitmap = 0

@@ -57,12 +57,12 @@ class KvmMmuPage:
     `mmu_valid_gen`: the VM's generation when the ShadowPage was made.  `parent_spte`: the SPTE that would
     point to the page, with its custody.  role.invalid is set under mmu_lock held for write.
 
-    Fields of roots: `root_count` counts the references.  `policy_data`: the policy's state of the root, which
-    ends with the root.
+    Fields of roots: `tdp_mmu_root_count` counts the references.  `policy_data`: the policy's state of the
+    root, which ends with the root.
 
-    Fields of TDP roots: `root_count` starts at 2, for the vCPU's reference and the TDP MMU's own; or at 1 if
-    the TDP MMU keeps none (`has_tdp_ref`, decision root_put).  `tdp_mmu_scheduled_root_to_zap` is set under
-    mmu_lock held for write, and cleared under slots_lock.
+    Fields of TDP roots: `tdp_mmu_root_count` starts at 2, for the vCPU's reference and the TDP MMU's own; or
+    at 1 if the TDP MMU keeps none (`has_tdp_ref`, decision root_put).  `tdp_mmu_scheduled_root_to_zap` is set
+    under mmu_lock held for write, and cleared under slots_lock.
     """
 
     __slots__ = (
@@ -72,8 +72,8 @@ class KvmMmuPage:
         "parent_spte",
         "policy_data",
         "role",
-        "root_count",
         "tdp_mmu_page",
+        "tdp_mmu_root_count",
         "tdp_mmu_scheduled_root_to_zap",
     )
 
@@ -94,11 +94,11 @@ class KvmMmuPage:
         self.parent_spte = parent_spte
         self.policy_data = policy_data
         self.has_tdp_ref = has_tdp_ref
-        self.root_count = Refcount(2 if has_tdp_ref else 1)
+        self.tdp_mmu_root_count = Refcount(2 if has_tdp_ref else 1)
         self.tdp_mmu_scheduled_root_to_zap = False
 
     def __repr__(self) -> str:
-        return f"<root {self.hfn:#x} {self.role} refs {self.root_count.value}>"
+        return f"<root {self.hfn:#x} {self.role} refs {self.tdp_mmu_root_count.value}>"
 
     def invalidate(self) -> None:
         self.role = replace(self.role, invalid=True)

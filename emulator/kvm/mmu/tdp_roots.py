@@ -37,7 +37,7 @@ def root_lock(cpu: Cpu, kvm: Kvm) -> AbstractContextManager[None]:
 
 def kvm_tdp_mmu_get_root(cpu: Cpu, root: KvmMmuPage) -> bool:
     """kvm_tdp_mmu_get_root(): take a reference; return False if the last one is gone."""
-    return root.root_count.inc_not_zero(cpu)
+    return root.tdp_mmu_root_count.inc_not_zero(cpu)
 
 
 def kvm_tdp_mmu_put_root(cpu: Cpu, kvm: Kvm, root: KvmMmuPage) -> None:
@@ -49,7 +49,7 @@ def kvm_tdp_mmu_put_root(cpu: Cpu, kvm: Kvm, root: KvmMmuPage) -> None:
     root was invalidated and zapped.
     """
     assert cpu.mmu_lock_held
-    if not root.root_count.dec_and_test(cpu):
+    if not root.tdp_mmu_root_count.dec_and_test(cpu):
         return
     if kvm.heard.root_released is not None:
         kvm.heard.root_released(cpu, kvm, root)
@@ -102,7 +102,7 @@ def tdp_mmu_schedule_zap_root(cpu: Cpu, kvm: Kvm, root: KvmMmuPage) -> None:
     """
     root.invalidate()
     cpu.event(lib.EVENT_ROOT_INVALID, root.hfn, 0, kvm.id)
-    root.root_count.value = 1
+    root.tdp_mmu_root_count.value = 1
     kvm.tdp_mmu_zap_works.append(root)
 
 
@@ -250,7 +250,7 @@ def tdp_mmu_init_root(cpu: Cpu, kvm: Kvm, role: KvmMmuPageRole) -> KvmMmuPage:
     answer = kvm.policy.root_put(cpu, kvm, root)
     if answer == "async" or answer == "inline":
         root.has_tdp_ref = False
-        root.root_count.value = 1
+        root.tdp_mmu_root_count.value = 1
     cpu.stat(kvm.id, lib.STAT_ROOTS_ALLOCATED)
     return root
 

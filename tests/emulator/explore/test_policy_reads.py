@@ -290,7 +290,7 @@ READS = [
     "vcpu.kvm.memslots[0].generation",
     "[slots.generation for slots in vcpu.kvm.memslots]",
     "len(vcpu.kvm.tdp_mmu_roots)",
-    "[root.root_count.value for root in vcpu.kvm.tdp_mmu_roots]",
+    "[root.tdp_mmu_root_count.value for root in vcpu.kvm.tdp_mmu_roots]",
     "[root.role.invalid for root in vcpu.kvm.tdp_mmu_roots]",
     "[one.kick_mask[0] for one in cpu.machine.cpus]",
     "[root is None for root in vcpu.mmu.prev_roots]",
@@ -388,7 +388,10 @@ def test_a_counterexample_has_the_reads_and_replays(tmp_path: Path) -> None:
     [
         (LOADED,),
         ("vcpu.kvm.memslots[0].generation and vcpu.loaded", "vcpu.mmu.prev_roots[0]"),
-        ("[root.root_count.value for root in vcpu.kvm.tdp_mmu_roots]", "vcpu.kvm.memslots[0].generation"),
+        (
+            "[root.tdp_mmu_root_count.value for root in vcpu.kvm.tdp_mmu_roots]",
+            "vcpu.kvm.memslots[0].generation",
+        ),
         ("[one.kick_mask[0] for one in cpu.machine.cpus]", "vcpu.loaded_vmcs.cpu"),
     ],
     ids=["pcpu", "containers", "counts", "memory"],

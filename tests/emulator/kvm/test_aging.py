@@ -104,11 +104,11 @@ def test_mmu_lock_is_held_for_ageing_before_6_15(rig: Rig, name: str, mmu_lock: 
     guest.write(0, 5)
     root = root_to_sp(guest.vcpu.mmu.root)
     assert root is not None
-    references = root.root_count.value
+    references = root.tdp_mmu_root_count.value
     seen: dict[str, set[Held]] = {}
 
     def hook(at: Cpu, kind: PointKind, obj: object, mode: str) -> None:
-        held = Held(at.mmu_lock_held, at.rcu_depth > 0, root.root_count.value)
+        held = Held(at.mmu_lock_held, at.rcu_depth > 0, root.tdp_mmu_root_count.value)
         seen.setdefault(kind, set()).add(held)
 
     rig.machine.install(hook)

@@ -161,7 +161,7 @@ def test_no_other_root_is_tried_without_table_pages(rig: Rig, name: str) -> None
     other = rig.guest(kvm)
     kvm_mmu_after_set_cpuid(rig.host, other.vcpu, 48)
     other.write(1, 0)
-    references = [(root, root.root_count.value) for root in kvm.tdp_mmu_roots]
+    references = [(root, root.tdp_mmu_root_count.value) for root in kvm.tdp_mmu_roots]
     assert [root.role.level for root, _ in references] == [4, 5]
     assert is_large_pte(spte_of(rig, other.vcpu, 0, 2))
     taken = list[Hfn]()
@@ -177,7 +177,7 @@ def test_no_other_root_is_tried_without_table_pages(rig: Rig, name: str) -> None
     arm(rig, guest)
     rig.host.hook = None
     assert asked == ([READ, 0] if name == "linux-5.18" else [0])
-    assert [(root, root.root_count.value) for root in kvm.tdp_mmu_roots] == references
+    assert [(root, root.tdp_mmu_root_count.value) for root in kvm.tdp_mmu_roots] == references
     assert rig.host.rcu_depth == rig.host.mmu_lock_held == 0
     assert is_large_pte(spte_of(rig, guest.vcpu, 0, 2)), "left to the write fault"
     assert not is_writable_pte(spte_of(rig, guest.vcpu, 0, 2))

@@ -91,7 +91,7 @@ def test_a_miss_frees_the_oldest(rig: Rig) -> None:
         missing = KvmMmuPageRole(guest_mode=True)
         assert not cached_root_find_and_keep_current(rig.host, kvm, mmu, 0, missing)
         assert order(mmu) == [None, NORMAL, SMM, FIVE]
-        assert oldest.sp.root_count.value == 1  # the TDP MMU's own
+        assert oldest.sp.tdp_mmu_root_count.value == 1  # the TDP MMU's own
 
 
 @pytest.mark.parametrize(
@@ -105,7 +105,7 @@ def test_roots_are_taken_and_dropped_under_mmu_lock_for_write_before_6_9(
     held: set[int] = set()
 
     def hook(at: Cpu, kind: PointKind, obj: object, mode: str) -> None:
-        references = {id(root.root_count._lock) for root in kvm.tdp_mmu_roots}
+        references = {id(root.tdp_mmu_root_count._lock) for root in kvm.tdp_mmu_roots}
         if kind == "tdp_mmu_roots" or (kind == "lock" and id(obj) in references):
             held.add(at.mmu_lock_held)
 
@@ -130,7 +130,7 @@ def test_previous_roots_are_freed_before_the_current_one(rig: Rig) -> None:
 
         def hook(at: Cpu, kind: PointKind, obj: object, mode: str) -> None:
             for sp in (current, *previous):
-                if sp is not None and kind == "unlocking" and obj is sp.root_count._lock:
+                if sp is not None and kind == "unlocking" and obj is sp.tdp_mmu_root_count._lock:
                     put.append(sp)
 
         rig.machine.install(hook)
@@ -449,4 +449,4 @@ def test_the_last_reference_to_a_valid_root_is_never_put(rig: Rig) -> None:
         kvm_tdp_mmu_put_root(rig.host, kvm, root)
         with pytest.raises(AssertionError, match="KVM_BUG_ON"):
             kvm_tdp_mmu_put_root(rig.host, kvm, root)
-        root.root_count.value = 1
+        root.tdp_mmu_root_count.value = 1

@@ -45,7 +45,7 @@ def test_a_fault_maps_what_the_guests_tables_say(guest: ShadowedGuest) -> None:
     # One page per table of the guest, found by the gfn of the table.
     assert len(guest.kvm.shadow.active_mmu_pages) == 4
     assert guest.root().gfn == guest.vcpu.arch.cr3 >> 12
-    assert guest.root().shadow_root_count == 1
+    assert guest.root().root_count == 1
 
 
 def test_the_guests_own_fault_is_the_guests(guest: ShadowedGuest) -> None:
@@ -164,7 +164,7 @@ def test_roots_are_cached_by_cr3(guest: ShadowedGuest) -> None:
     kvm_set_cr3(guest.cpu, guest.vcpu, 200 << 12)
     guest.enter()
     assert guest.root() is not first
-    assert first.shadow_root_count == 1
+    assert first.root_count == 1
     with guest.rig.counting(guest.kvm) as changed:
         kvm_set_cr3(guest.cpu, guest.vcpu, 100 << 12)
         guest.enter()
