@@ -487,6 +487,7 @@ class Lib:
     X86_CR0_PG_BIT: Final[int]
     X86_CR4_PAE_BIT: Final[int]
     X86_CR4_PGE_BIT: Final[int]
+    X86_CR4_PCIDE_BIT: Final[int]
     GUEST_INSN_NONE: Final[int]
     GUEST_INSN_MOV_CR0: Final[int]
     GUEST_INSN_MOV_CR3: Final[int]

@@ -68,7 +68,7 @@ class GuestProgram:
                     cpu.m, vcpu.id, self._records, 1, self._page_array, len(self._pages)
                 )
                 cpu.check(rc)
-        power_on(cpu, vcpu)
+        power_on(cpu, vcpu, section.pcid)
 
     def load(self, ops: tuple[Op, ...], report: bool) -> None:
         """Load the operations that the guest executes next."""

@@ -18,6 +18,7 @@ enum x86_cr_bit {
 	X86_CR0_PG_BIT = 31,
 	X86_CR4_PAE_BIT = 5,
 	X86_CR4_PGE_BIT = 7,
+	X86_CR4_PCIDE_BIT = 17,
 };
 
 enum guest_insn {

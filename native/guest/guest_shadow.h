@@ -9,13 +9,13 @@
 #include "walk/walk.h"
 
 /* SDM vol. 3A, 2.5: control registers. */
-#define CR0_PE UINT64_C(1)
-#define CR0_WP (UINT64_C(1) << 16)
-#define CR0_PG (UINT64_C(1) << 31)
+#define CR0_PE (UINT64_C(1) << X86_CR0_PE_BIT)
+#define CR0_WP (UINT64_C(1) << X86_CR0_WP_BIT)
+#define CR0_PG (UINT64_C(1) << X86_CR0_PG_BIT)
 #define CR3_NOFLUSH (UINT64_C(1) << 63)
-#define CR4_PAE (UINT64_C(1) << 5)
-#define CR4_PGE (UINT64_C(1) << 7)
-#define CR4_PCIDE (UINT64_C(1) << 17)
+#define CR4_PAE (UINT64_C(1) << X86_CR4_PAE_BIT)
+#define CR4_PGE (UINT64_C(1) << X86_CR4_PGE_BIT)
+#define CR4_PCIDE (UINT64_C(1) << X86_CR4_PCIDE_BIT)
 
 /* Return the linear page by which the OS reaches a page of guest memory. */
 static inline uint64_t os_linear(const struct guest *g, uint64_t gfn)

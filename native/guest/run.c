@@ -133,22 +133,25 @@ static uint32_t boot_without_ept(struct run *run)
 	}
 }
 
-/* SDM vol. 3A, 10.8.5: four-level paging is prepared in CR4, and enabled with CR0.PG.  KVM intercepts both. */
+/* SDM vol. 3A, 10.8.5: four-level paging is prepared in CR4, and enabled with CR0.PG; then comes CR4.PCIDE.  KVM
+ * intercepts these, and not MOV to CR3. */
 static uint32_t boot(struct run *run)
 {
-	const uint64_t cr4 = UINT64_C(1) << X86_CR4_PAE_BIT | UINT64_C(1) << X86_CR4_PGE_BIT;
-	const uint64_t cr0 = UINT64_C(1) << X86_CR0_PE_BIT | UINT64_C(1) << X86_CR0_WP_BIT |
-			     UINT64_C(1) << X86_CR0_PG_BIT;
 	struct guest *g = run->walk.guest;
 
 	if (!run->walk.vmcs->ept)
 		return boot_without_ept(run);
-	if (g->boot == GUEST_BOOT_CR4) {
+	switch (g->boot) {
+	case GUEST_BOOT_CR4:
 		g->boot = GUEST_BOOT_CR0;
-		return instruction(run, GUEST_INSN_MOV_CR4, cr4);
+		return instruction(run, GUEST_INSN_MOV_CR4, CR4_PAE | CR4_PGE);
+	case GUEST_BOOT_CR0:
+		g->boot = g->config.pcid ? GUEST_BOOT_PCIDE : GUEST_BOOT_DONE;
+		return instruction(run, GUEST_INSN_MOV_CR0, CR0_PE | CR0_WP | CR0_PG);
+	default:
+		g->boot = GUEST_BOOT_DONE;
+		return instruction(run, GUEST_INSN_MOV_CR4, CR4_PAE | CR4_PGE | CR4_PCIDE);
 	}
-	g->boot = GUEST_BOOT_DONE;
-	return instruction(run, GUEST_INSN_MOV_CR0, cr0);
 }
 
 /* Run the SMI handler to its end, then RSM. */

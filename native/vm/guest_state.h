@@ -131,9 +131,9 @@ enum guest_boot_step {
 	GUEST_BOOT_DONE,
 	GUEST_BOOT_CR4,
 	GUEST_BOOT_CR0,
+	GUEST_BOOT_PCIDE,
 	/* without EPT, where MOV to CR3 exits, too */
 	GUEST_BOOT_CR3,
-	GUEST_BOOT_PCIDE,
 	GUEST_BOOT_PCID,
 };
 

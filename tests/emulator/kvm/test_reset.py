@@ -14,9 +14,10 @@ from emulator.kvm.kvm_host import (
     KVM_REQ_TLB_FLUSH_GUEST,
     X86_CR0_PG,
     X86_CR4_PAE,
+    X86_CR4_PCIDE,
     X86_CR4_PGE,
 )
-from emulator.kvm.reset import apic_send_init, kvm_vcpu_reset
+from emulator.kvm.reset import apic_send_init, kvm_vcpu_reset, power_on
 from emulator.kvm.structs import Kvm
 from emulator.kvm.virt.requests import kvm_check_request, kvm_test_request
 from emulator.kvm.vmx.vmx import handle_cr
@@ -59,7 +60,7 @@ def test_a_guest_that_boots_again_uses_nothing_that_it_had_cached(rig: Rig) -> N
     # It has set its registers up itself.
     arch = guest.vcpu.arch
     assert arch.cr0 & X86_CR0_PG
-    assert arch.cr4 == X86_CR4_PAE | X86_CR4_PGE
+    assert arch.cr4 == X86_CR4_PAE | X86_CR4_PGE | X86_CR4_PCIDE
 
 
 def test_page_tables_are_built_anew(rig: Rig) -> None:
@@ -149,7 +150,7 @@ def test_a_guest_that_was_about_to_turn_paging_on_is_back_at_the_start(rig: Rig)
     kvm_vcpu_reset(cpu, vcpu, init_event=True)
     handle_cr(cpu, vcpu, lib.GUEST_INSN_MOV_CR4, X86_CR4_PAE)
     boot_again(rig, guest)
-    assert vcpu.arch.cr4 == X86_CR4_PAE | X86_CR4_PGE
+    assert vcpu.arch.cr4 == X86_CR4_PAE | X86_CR4_PGE | X86_CR4_PCIDE
     assert rig.violations() == {}
 
 
@@ -172,3 +173,10 @@ def test_guests_that_boot_all_the_time(policy: str, caught: bool) -> None:
         assert not snapshot.violations
         averted = sum(f.necessary for f in snapshot.flushes if f.reason == "guest")
         assert averted > 0
+
+
+@pytest.mark.parametrize("pcid", [False, True])
+def test_with_ept_a_guest_starts_with_the_cr4_that_its_os_has_set(rig: Rig, pcid: bool) -> None:
+    guest = rig.guest(rig.vm(), pcid=int(pcid))
+    power_on(rig.host, guest.vcpu, pcid)
+    assert bool(guest.vcpu.arch.cr4 & X86_CR4_PCIDE) == pcid
