@@ -40,6 +40,7 @@ _SUMS = (
     ("interruptions", "vcpu_interruptions", "Times that an IPI made a vCPU leave guest mode."),
     ("bystander", "bystander_interruptions", "Of those, on pCPUs that ran nothing of the sender's VM."),
     ("vm_entries", "vm_entries", "VM entries."),
+    ("no_vpid_exits", "vm_exits_without_vpid", "VM exits without a VPID, which drop linear mappings."),
     ("sptes_zapped", "sptes_zapped", "Present leaf SPTEs removed, in pages of 4 KiB."),
     ("sptes_mapped", "sptes_mapped", "Leaf SPTEs installed, in pages of 4 KiB."),
     ("frames_freed", "frames_freed", "Guest frames freed by the host."),

@@ -277,6 +277,7 @@ class Lib:
     COUNT_INTERRUPTIONS_VMCLEAR: Final[CounterId]
     COUNT_NECESSARY_INTERRUPTIONS: Final[CounterId]
     COUNT_VM_ENTRIES: Final[CounterId]
+    COUNT_NO_VPID_EXITS: Final[CounterId]
     COUNT_RCU_CALLBACKS: Final[CounterId]
     COUNT_RCU_INVOKED: Final[CounterId]
     COUNT_GRACE_PERIODS: Final[CounterId]

@@ -40,6 +40,7 @@ class Costs(BaseModel):
     vm_exit_entry: Cost
     ept_violation: Cost
     vmcs_load: Cost
+    no_vpid_exit_entry: Cost
     ipi_send: Cost
     ipi_receive: Cost
     call_ride_along: Cost
@@ -102,7 +103,7 @@ def modelled_cycles(
     An interruption of guest mode is an exit and an entry that the flush caused, so it is charged to the group
     `flush` and not among the other exits.  So are the walk references of refills that flushes caused, at the
     run's mean length of a walk.  The IPI of a VMCLEAR is charged to the group `work`: a migration needs it,
-    whatever the policy flushes.
+    whatever the policy flushes.  So are the mappings that an exit and an entry without a VPID drop.
     """
     stats = list(vms)
     faults = sum(vm["faults"] for vm in stats)
@@ -130,6 +131,7 @@ def modelled_cycles(
         line("guests interrupted", "flush", interruptions, costs.vm_exit_entry),
         line("refill walk references", "flush", refill_references, costs.walk_reference),
         line("other exits", "work", counters["vm_entries"] - interruptions, costs.vm_exit_entry),
+        line("exits without a VPID", "work", counters["no_vpid_exits"], costs.no_vpid_exit_entry),
         line("IPIs for VMCLEAR", "work", vmclears, both_ends),
         line("EPT violations", "work", faults, costs.ept_violation),
         line("VMCS loads elsewhere", "work", migrations, costs.vmcs_load),

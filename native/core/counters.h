@@ -37,6 +37,7 @@ enum counter {
 	COUNT_INTERRUPTIONS_VMCLEAR, /* of COUNT_INTERRUPTIONS: caused by such IPIs alone */
 	COUNT_NECESSARY_INTERRUPTIONS, /* flushes that an interruption led to and that averted a use */
 	COUNT_VM_ENTRIES,
+	COUNT_NO_VPID_EXITS,     /* VM exits without a VPID: each drops linear and combined mappings, as the entry does */
 	COUNT_RCU_CALLBACKS,     /* queued */
 	COUNT_RCU_INVOKED,
 	COUNT_GRACE_PERIODS,

@@ -300,8 +300,10 @@ static int leave(struct run *run, uint32_t reason, uint64_t accesses)
 	w->exit->attention = cpu_attention(w->m, w->cpu->id);
 	/* Before the mode: the exit is complete when it tells that the guest is left.  VM entry does the same, but finds
 	 * nothing: such mappings arise in guest mode only. */
-	if (!w->vmcs->vpid)
+	if (!w->vmcs->vpid) {
 		vm_transition_no_vpid(w->tlb);
+		count(c, COUNT_NO_VPID_EXITS, 1);
+	}
 	vcpu_set_mode(w->m, v->id, OUTSIDE_GUEST_MODE);
 	v->left_guest_at = reason == EXIT_HLT ? 0 : monotonic_ns();
 	count(c, COUNT_ACCESSES, accesses);

@@ -134,6 +134,7 @@ def test_duration_text(seconds: float, text: str) -> None:
 def test_each_event_is_charged_once() -> None:
     counters = dict.fromkeys(COUNTER_NAMES, 0) | {
         "vm_entries": 100,
+        "no_vpid_exits": 7,
         "interruptions": 30,
         "csd_queued": 50,
         "ipis_sent": 40,
@@ -150,6 +151,7 @@ def test_each_event_is_charged_once() -> None:
     assert lines["guests interrupted"].events == 25
     assert lines["guests interrupted"].events + lines["other exits"].events == 100
     assert [lines[f"IPIs {what}"].events for what in ("sent", "received", "for VMCLEAR")] == [25, 25, 15]
+    assert lines["exits without a VPID"].events == 7
     assert lines["refill walk references"].events == 100
     assert lines["refill walk references"].events + lines["other walk references"].events == 1000
     assert lines["calls that rode along"].events == 10

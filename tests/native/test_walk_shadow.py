@@ -37,9 +37,13 @@ def test_entries_are_linear_and_bear_vpid_and_pcid() -> None:
 
 
 def test_without_vpid_entry_and_exit_drop_everything() -> None:
+    with ShadowHypervisor() as machine:
+        machine.run(CPU0, guest(machine), 600)
+        assert machine.count(lib.COUNT_NO_VPID_EXITS) == 0
     with ShadowHypervisor(vpid=False) as machine:
         vcpu = guest(machine)
         machine.run(CPU0, vcpu, 600)
+        assert machine.count(lib.COUNT_NO_VPID_EXITS) == machine.count(lib.COUNT_VM_ENTRIES) > 0
         assert machine.dump(CPU0) == []
         before = machine.count(lib.COUNT_L2_MISSES)
         for _ in range(3):
