@@ -8,19 +8,7 @@ from collections.abc import Iterator
 from html import escape
 
 from emulator.explain.explanation import Explanation, Row
-from emulator.explain.meanings import (
-    DANGER,
-    ELIDED,
-    FILL,
-    LATE,
-    MISSED,
-    NARROW,
-    OUTDATED,
-    PROMISE,
-    REFUSED,
-    REVOKE,
-    USE,
-)
+from emulator.explain.meanings import CULPRITS, DANGER, FILL, PROMISE, REVOKE, USE
 
 _COLUMN = 290
 # Between a column's edge and its boxes: where arrows turn.
@@ -39,12 +27,7 @@ _COLOURS = {
     FILL: ("#e3f0fc", "#2f74b5"),
     REVOKE: ("#fff1d6", "#b9770e"),
     PROMISE: ("#fff1d6", "#b9770e"),
-    ELIDED: ("#fde3e1", "#b3261e"),
-    LATE: ("#fde3e1", "#b3261e"),
-    NARROW: ("#fde3e1", "#b3261e"),
-    REFUSED: ("#fde3e1", "#b3261e"),
-    MISSED: ("#fde3e1", "#b3261e"),
-    OUTDATED: ("#fde3e1", "#b3261e"),
+    **dict.fromkeys(CULPRITS, ("#fde3e1", "#b3261e")),
     USE: ("#b3261e", "#7d120c"),
     DANGER: ("#e3f0fc", "#2f74b5"),
 }

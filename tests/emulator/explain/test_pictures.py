@@ -5,6 +5,7 @@ from __future__ import annotations
 import itertools
 import json
 import re
+from dataclasses import replace
 from typing import Any
 from xml.etree import ElementTree
 
@@ -13,6 +14,7 @@ import pytest
 from emulator.explain.document import Case
 from emulator.explain.explanation import as_dict, explain
 from emulator.explain.facts import Facts
+from emulator.explain.meanings import CULPRITS, ELIDED
 from emulator.explain.perfetto import perfetto
 from emulator.explain.svg import svg
 from tests.emulator.explain.race import HOST, Race, flushed_mask, noisy
@@ -55,6 +57,17 @@ def test_svg_boxes_do_not_overlap() -> None:
     assert len(boxes) == 13
     for (y, height), (following, _) in itertools.pairwise(boxes):
         assert y + height < following
+
+
+def test_svg_shows_whichever_moment_is_to_blame() -> None:
+    explained = explain(case(flushed_mask()))
+    (elided,) = (i for i, row in enumerate(explained.rows) if row.meaning == ELIDED)
+    for meaning in CULPRITS:
+        rows = list(explained.rows)
+        rows[elided] = replace(rows[elided], meaning=meaning)
+        picture = ElementTree.fromstring(svg(replace(explained, rows=tuple(rows))))
+        boxes = [rect for rect in picture.iter(f"{SVG}rect") if "rx" in rect.attrib]
+        assert boxes[elided].attrib["stroke"] == "#b3261e", meaning
 
 
 def test_svg_has_arrows_for_moves_and_interrupts() -> None:
