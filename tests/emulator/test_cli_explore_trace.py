@@ -16,16 +16,9 @@ from emulator.cli.main import main
 from emulator.guide import page
 from emulator.litmus.loader import shipped_texts
 from emulator.litmus.policies import named_policy
+from tests.emulator.small_race import RACE
 
-RACE = """
-doc = "The vCPU goes on while the host is at work."
-source = "here"
-[threads.v0]
-vcpu = 0
-ops = ["read 0x10", "read 0x10", "wait mm 1", "read 0x10"]
-[threads.mm]
-ops = ["wait v0 2", "host-unmap 0x10"]
-[expect]
+RETRIED = f"""{RACE}[expect]
 needs = "retries"
 """
 
@@ -38,7 +31,7 @@ def shown(capsys: pytest.CaptureFixture[str], *words: str, status: int = 0) -> s
     return out
 
 
-def written(tmp_path: Path, text: str = RACE) -> str:
+def written(tmp_path: Path, text: str = RETRIED) -> str:
     path = tmp_path / "race.toml"
     path.write_text(text)
     return str(path)
@@ -80,14 +73,14 @@ def test_what_is_not_reached_is_said(tmp_path: Path, capsys: pytest.CaptureFixtu
     assert out.endswith(" interleavings altogether (not all, --executions were done)")
     found = json.loads(shown(capsys, *options, "--json", status=1))
     assert (found["reached"], found["goal"]) == (False, "slot-retries")
-    options[0] = written(tmp_path, RACE.replace("wait mm 1", "wait mm 2"))
+    options[0] = written(tmp_path, RETRIED.replace("wait mm 1", "wait mm 2"))
     out = " ".join(shown(capsys, *options, status=1).split())
     assert "no execution reaches slot-retries in all " in out
     assert out.endswith(" interleavings, up to the order of independent steps")
 
 
 def test_a_violation_before_the_goal_is_said(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    text = RACE.replace('"read 0x10"]', '"read 0x10", "write 0x12"]').replace("wait mm 1", "wait mm 2")
+    text = RETRIED.replace('"read 0x10"]', '"read 0x10", "write 0x12"]').replace("wait mm 1", "wait mm 2")
     options = [written(tmp_path, text), "--trace", "--policy", "notifier_flush=none"]
     out = " ".join(shown(capsys, *options, "--reach", "v0: write 0x12", status=1).split())
     assert "the search ended with a violation, in execution 1: --trace --number 1 shows it" in out
@@ -202,7 +195,7 @@ def long_test(tmp_path: Path) -> str:
         ", ".join(f'"read {page:#x}"' for page in range(first, first + 60)) for first in (0x20, 0x80)
     )
     ops = f'ops = ["read 0x10", {before}, "wait mm 2", "read 0x10", {after}]'
-    text = RACE.replace('ops = ["read 0x10", "read 0x10", "wait mm 1", "read 0x10"]', ops)
+    text = RETRIED.replace('ops = ["read 0x10", "read 0x10", "wait mm 1", "read 0x10"]', ops)
     return written(tmp_path, text.replace("wait v0 2", "wait v0 61").replace('"retries"', '"averted"'))
 
 

@@ -20,18 +20,8 @@ from emulator.explore.results.verdict import Plan, Verdict, explore_verdict
 from emulator.litmus.loader import load_test, parse_test
 from emulator.litmus.model import LitmusTest
 from emulator.litmus.policies import named_policy
+from tests.emulator.small_race import IN_ORDER, RACE
 
-SMALL = """
-doc = "The host takes a page away between two reads of it."
-source = "here"
-[threads.v0]
-vcpu = 0
-ops = ["read 0x10", "read 0x10", "wait mm 2", "read 0x10"]
-[threads.mm]
-ops = ["wait v0 2", "host-unmap 0x10"]
-"""
-# The vCPU goes on while the host is at work, so the order differs between executions.
-RACE = SMALL.replace("wait mm 2", "wait mm 1")
 BLOCKED = """
 doc = "A lock that is never given back."
 source = "here"
@@ -59,7 +49,7 @@ vcpu = 1
 """
 
 
-def small(text: str = SMALL) -> LitmusTest:
+def small(text: str = IN_ORDER) -> LitmusTest:
     return parse_test(text, "small", None)
 
 
@@ -192,7 +182,7 @@ def test_an_operation_is_reached() -> None:
 
 def test_an_operation_behind_the_violation_is_not_reached() -> None:
     """Under this policy every execution ends with the stale read, before the operation behind it."""
-    test = small(SMALL.replace('"read 0x10"]', '"read 0x10", "write 0x12"]'))
+    test = small(IN_ORDER.replace('"read 0x10"]', '"read 0x10", "write 0x12"]'))
     result = traced(test, named_policy("notifier_flush=none"), Plan(), goal_of(test, "v0: write 0x12"))
     assert isinstance(result, Verdict)
     assert result.counterexample is not None
@@ -252,7 +242,7 @@ def test_what_cannot_go_on_is_traced_up_to_there() -> None:
 
 def test_a_failure_in_final_is_traced_up_to_there() -> None:
     final = 'final = ["mm: host-protect 1", "v0: write 1"]\n[threads.v0]'
-    recording = found(small(SMALL.replace("[threads.v0]", final)), numbered(1))
+    recording = found(small(IN_ORDER.replace("[threads.v0]", final)), numbered(1))
     assert recording.verdict == "failed"
     assert recording.trace is not None
     assert (
@@ -301,7 +291,7 @@ def test_a_store_and_an_invalidation_are_told_once() -> None:
 
 
 def test_the_guest_is_left_before_the_next_operation_begins() -> None:
-    test = small(SMALL.replace('"wait mm 2"', '"wait mm 2", "migrate 1"'))
+    test = small(IN_ORDER.replace('"wait mm 2"', '"wait mm 2", "migrate 1"'))
     told = [text[0] for _, text in rows(found(test, numbered(1)), OPERATION, "exit", "load")]
     moves = told.index("v0: migrate 1")
     assert told[moves - 1] == "VM exit (program end)"
