@@ -19,17 +19,19 @@ guest do=write|idle|stop [slot] [n]
     in the host) is skipped. Returns 0, after each vCPU has done a whole round (stop: has left).
 touch slot access=read|write [concurrent=yes]
     Each vCPU in turn, or all at once, accesses each page of the slot once. Returns the page faults taken.
-unmap slot first n [yield_after]
+unmap slot first n [yield_after] [split=yes]
     MADV_DONTNEED: one notifier range, then the host pages go. slot=none: memory that is in no memslot.
     yield_after: need_resched is set once after so many SPTEs. Returns the SPTEs zapped.
+    split=yes: of a part of a 2M host page, which is split inside that range, once a vCPU has mapped it again.
+    Returns the notifier ranges that zapped SPTEs.
 pageout slot first n
     Reclaim: one notifier range for each page. Returns the SPTEs zapped.
 age slot first n
     Reclaim asks for each page whether it was used (clear_flush_young). Returns of how many it was.
 fork
     Of the VMM; the child exits at once. Returns the memslots of which SPTEs were zapped.
-mprotect slot first n prot=r|rw|none
-    Returns the SPTEs zapped.
+mprotect slot first n prot=r|rw|none [split=yes]
+    Returns the SPTEs zapped. split=yes: a 2M host page that it changes in part is split before.
 collapse slot first n
     khugepaged on each 2M range, until the guest has faulted each in again. Returns the 2M leaves.
 memslot_create slot, memslot_delete slot, memslot_move slot gpa
@@ -52,7 +54,8 @@ smi vcpu
     An SMI; the guest executes RSM at once. Returns 0.
 guest_insn vcpu insn n
     The guest executes cr0_ts, cr0_wp, cr4_osfxsr, cr4_pge, cr4_pse (toggles), mov_cr3 or invlpg at least n
-    times. Returns how often it did.
+    times. Returns how often it did. Without EPT exactly n times; mov_cr3 to the current address space, or to
+    `spaces` (0 to 2, at first 0) in turn.
 vm_create
     With as many vCPUs as the machine was booted for. Returns 0 after each vCPU's first entry.
 vm_destroy

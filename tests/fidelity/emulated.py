@@ -41,6 +41,8 @@ TOGGLES: dict[str, tuple[int, int]] = {
 TOGGLES_WITHOUT_EPT = {**TOGGLES, "cr4_pge": (lib.GUEST_INSN_MOV_CR4, kvm_host.X86_CR4_PGE)}
 # Memory of the process that no slot covers.
 UNBACKED = 0x8000
+# Exits of a vCPU that faults over and over.
+STUCK = 64
 
 
 class EmulatorDriver:
@@ -126,10 +128,31 @@ class EmulatedBench(EmulatedMachine):
 
     def _unmap(self, step: Step) -> int:
         vm, before = self._vm(step), self._zapped()
+        if "split" in step.args:
+            return self._unmap_of_huge(vm, *self._range(vm, step))
         if "yield_after" in step.args:
             vm.kvm.params = YieldOnce(vm.kvm.params, step.number("yield_after"))  # type: ignore[assignment]
         self.mm.unmap(vm.kvm, *self._range(vm, step))
         return self._zapped() - before
+
+    def _unmap_of_huge(self, vm: Vm, start: int, end: int) -> int:
+        before, leaves = self._zapped(), self.probes.count("huge leaves", vm.kvm.id)
+        exits = [self._exits(task) for task in vm.tasks]
+        between = []
+
+        def refaulted() -> None:
+            between.append(self._zapped())
+            # Without a flush the vCPUs get as far as the page being unmapped, and fault on it over and over.
+            self.wait(
+                lambda: (
+                    self.probes.count("huge leaves", vm.kvm.id) > leaves
+                    or all(self._exits(task) > n + STUCK for task, n in zip(vm.tasks, exits, strict=True))
+                ),
+                "a fault on the huge page",
+            )
+
+        self.mm.unmap(vm.kvm, start, end, before_split=refaulted)
+        return (between[0] > before) + (self._zapped() > between[0])
 
     def _pageout(self, step: Step) -> int:
         vm, before = self._vm(step), self._zapped()
@@ -155,6 +178,8 @@ class EmulatedBench(EmulatedMachine):
     def _mprotect(self, step: Step) -> int:
         vm, before = self._vm(step), self._zapped()
         vm.protected = step.word("prot") != "rw"
+        if "split" in step.args:
+            self.mm.split(vm.kvm, self._range(vm, step)[0] & -HPAGE_PMD_NR)
         self.mm.protect(vm.kvm, *self._range(vm, step), step.word("prot"))
         return self._zapped() - before
 

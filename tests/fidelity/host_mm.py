@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 
 from emulator.kvm.host_work import host_works
@@ -30,10 +30,29 @@ class HostMm:
         yield
         kvm_mmu_notifier_invalidate_range_end(self.cpu, kvm, start, end)
 
-    def unmap(self, kvm: Kvm, start: int, end: int, keep: bool = False) -> None:
-        """MADV_DONTNEED, or reclaim if the contents are kept."""
+    def unmap(
+        self,
+        kvm: Kvm,
+        start: int,
+        end: int,
+        keep: bool = False,
+        before_split: Callable[[], None] | None = None,
+    ) -> None:
+        """MADV_DONTNEED, or reclaim if the contents are kept.
+
+        before_split: called inside the notifier range; then the huge page that the range is a part of is
+        split, in a notifier range of its own (zap_pmd_range(), __split_huge_pmd()).
+        """
         with self._notified(kvm, start, end, lib.PROMISE_NOTIFIER):
+            if before_split is not None:
+                before_split()
+                self.split(kvm, start & -HPAGE_PMD_NR)
             lib.mm_unmap(self.cpu.m, self.cpu.id, kvm.id, start, end, keep)
+
+    def split(self, kvm: Kvm, block: int) -> None:
+        """__split_huge_pmd(), as mprotect() of a part does, too, before it changes anything."""
+        with self._notified(kvm, block, block + HPAGE_PMD_NR, lib.PROMISE_NOTIFIER):
+            self.cpu.check(lib.mm_split(self.cpu.m, self.cpu.id, kvm.id, block))
 
     def protect(self, kvm: Kvm, start: int, end: int, prot: str) -> None:
         """mprotect. PROT_NONE differs from PROT_READ only for a vCPU that faults, and none does then."""

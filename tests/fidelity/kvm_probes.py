@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from emulator.kvm import kvm_host
+from emulator.kvm.mmu.shadow_structs import Sptep
 from emulator.kvm.mmu.spte import is_last_spte
 from emulator.kvm.mmu.tdp_iter import TdpIter
 from emulator.kvm.structs import Kvm
@@ -45,6 +46,13 @@ def probe_kvm(probes: Probes) -> None:
         "tdp_mmu_map_handle_target_level",
         lambda args, _: ("huge leaves", args[1].kvm.id, args[3].level > kvm_host.PG_LEVEL_4K),
     )
+    # The shadow MMU's counterparts.
+    probes.probe(
+        "mmu_set_spte", lambda args, _: ("huge leaves", args[1].id, _level(args[3]) > kvm_host.PG_LEVEL_4K)
+    )
+    probes.probe(
+        "mmu_spte_update", lambda args, _: ("protected", args[1].id, not args[4] & lib.SPTE_WRITABLE)
+    )
     probes.probe("tdp_mmu_make_huge_spte", lambda args, spte: ("recovered", args[1].id, spte is not None))
     probes.probe(
         "tdp_mmu_zap_spte_atomic",
@@ -54,6 +62,10 @@ def probe_kvm(probes: Probes) -> None:
             zapped and not is_last_spte(args[2].spte, args[2].level),
         ),
     )
+
+
+def _level(sptep: Sptep) -> int:
+    return sptep.sp.role.level
 
 
 def _walked(walk: int, kvm: Kvm, n: int) -> tuple[str, int, int] | None:

@@ -6,7 +6,8 @@ from collections.abc import Mapping, Sequence
 
 import pytest
 
-from emulator.kvm.mmu import mmu, shadow
+from emulator.kvm import regs
+from emulator.kvm.mmu import mmu, paging, shadow, shadow_map
 from emulator.kvm.virt import mmu_notifier
 
 from .compare import problems
@@ -39,6 +40,9 @@ LINES = {line.id: line for line in load()}
         ("role_change", "unload-all", "cr0-wp"),
         ("role_change", "keep-roots", "cr4-pse"),
         ("root_load", "root-tlb-gen", "smi-rsm"),
+        ("root_load", "none", "shadow-memslot_delete-active"),
+        ("root_load", "none", "shadow-cr0-wp-first-of-two"),
+        ("root_load", "none", "shadow-smi-rsm-first-of-two"),
     ],
 )
 def test_other_decisions_do_not_reproduce_the_recording(point: str, alternative: str, line_id: str) -> None:
@@ -90,6 +94,28 @@ def differs(line_id: str, settings: Mapping[str, str], without: Sequence[tuple[o
         (mmu_notifier, "kvm_flush_remote_tlbs", "shadow-mprotect-rw-to-r"),
         (mmu_notifier, "kvm_flush_remote_tlbs", "shadow-mprotect-rw-to-none"),
         (mmu_notifier, "kvm_flush_remote_tlbs", "shadow-mprotect-one-page"),
+        (mmu_notifier, "kvm_flush_remote_tlbs", "shadow-thp-unmap-one-page"),
+        (mmu_notifier, "kvm_flush_remote_tlbs", "shadow-thp-mprotect-one-page"),
+        (mmu_notifier, "kvm_flush_remote_tlbs", "shadow-thp-unmap-all"),
+        (mmu_notifier, "kvm_flush_remote_tlbs", "shadow-collapse-two-2m"),
+        # mmu_set_spte()
+        (shadow_map, "kvm_flush_remote_tlbs_range", "shadow-collapse-two-2m"),
+        (mmu, "kvm_flush_remote_tlbs_memslot", "shadow-dirty_log_enable"),
+        (mmu, "kvm_flush_remote_tlbs_memslot", "shadow-get_dirty_log-all-written"),
+        (mmu, "kvm_flush_remote_tlbs_memslot", "shadow-get_dirty_log-8-pages-written"),
+        (mmu, "kvm_flush_remote_tlbs_memslot", "shadow-get_dirty_log-idle-8-left"),
+        # validate_direct_spte()
+        (paging, "kvm_flush_remote_tlbs_range", "shadow-vm_create"),
+        (shadow, "kvm_flush_remote_tlbs", "shadow-vm_destroy"),
+        (shadow, "kvm_make_all_cpus_request", "shadow-vm_destroy"),
+        (shadow, "kvm_flush_remote_tlbs", "shadow-vm_destroy-other-vm-unaffected"),
+        (shadow, "kvm_make_all_cpus_request", "shadow-vm_destroy-other-vm-unaffected"),
+        (regs, "kvm_mmu_reset_context", "shadow-cr0-wp-first-of-two"),
+        (regs, "kvm_mmu_reset_context", "shadow-cr4-pse-first-of-two"),
+        (regs, "request_guest_flush", "shadow-cr4-pge-first-of-two"),
+        (regs, "request_guest_flush", "shadow-mov-cr3-same-first-of-two"),
+        (regs, "request_guest_flush", "shadow-smi-rsm-first-of-two"),
+        (regs, "request_guest_flush", "shadow-smi-rsm-second-of-two"),
     ],
     ids=lambda value: value.__name__.rpartition(".")[2] if hasattr(value, "__name__") else value,
 )
