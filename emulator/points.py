@@ -41,6 +41,7 @@ PointKind = Literal[
     "unsync",
     "up",
     "vcpu->cpu",
+    "write_flooding",
 ]
 
 _READ: Final = ("read",)
@@ -81,4 +82,5 @@ POINTS: Final[dict[PointKind, tuple[str, ...]]] = {
     "unsync": _BOTH,
     "up": _BOTH,
     "vcpu->cpu": _BOTH,
+    "write_flooding": _WRITE,
 }

@@ -382,8 +382,8 @@ class RaceAnalysis(Timeline):
             self._keep(next((i for i in flushed if self.events[i].cpu in shown), None))
         # An instruction that failed would have dropped the entry.
         self._keep(self._last(self._is_vmfail_here, stale), REFUSED)
-        # A flush of everything would have dropped the entry.
-        if not set(CULPRITS) & set(self.meanings.values()):
+        # A flush of everything would have dropped the entry; KVM's own walk uses none.
+        if not self.facts.by_kvm and not set(CULPRITS) & set(self.meanings.values()):
             here = [i for i in range(stale + 1, len(self.events)) if self._is_flush_here(self.events[i])]
             # INVEPT was due, so prefer it to other flushes, such as the vCPU's own when its root changes.
             here.sort(key=lambda i: (self.events[i].scope.startswith("invept"), i))

@@ -5,6 +5,7 @@ Request: bit number in the low byte, flags above it (Documentation/virt/kvm/vcpu
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Final
 
@@ -13,6 +14,13 @@ from native import lib
 OUTSIDE_GUEST_MODE: Final[int] = lib.OUTSIDE_GUEST_MODE
 IN_GUEST_MODE: Final[int] = lib.IN_GUEST_MODE
 EXITING_GUEST_MODE: Final[int] = lib.EXITING_GUEST_MODE
+READING_SHADOW_PAGE_TABLES: Final[int] = lib.READING_SHADOW_PAGE_TABLES
+VCPU_MODES: Final[Mapping[int, str]] = {
+    OUTSIDE_GUEST_MODE: "OUTSIDE_GUEST_MODE",
+    IN_GUEST_MODE: "IN_GUEST_MODE",
+    EXITING_GUEST_MODE: "EXITING_GUEST_MODE",
+    READING_SHADOW_PAGE_TABLES: "READING_SHADOW_PAGE_TABLES",
+}
 
 KVM_REQUEST_MASK: Final = 0xFF
 KVM_REQUEST_NO_WAKEUP: Final = 1 << 8

@@ -36,7 +36,7 @@ from emulator.kvm.reset import kvm_apic_accept_events
 from emulator.kvm.smm import enter_smm, process_smi
 from emulator.kvm.structs import Vcpu, tdp_enabled
 from emulator.kvm.tlb import kvm_service_local_tlb_flush_requests, kvm_vcpu_flush_tlb_all
-from emulator.kvm.virt.requests import kvm_check_request, kvm_test_request
+from emulator.kvm.virt.requests import kvm_check_request, kvm_test_request, set_mode
 from emulator.kvm.virt.vcpu import vcpu_load, vcpu_put
 from emulator.machine.runtime import Cpu, MachineStopped, OutOfFrames, smp_mb
 from native import ffi, lib
@@ -97,11 +97,6 @@ def kvm_vcpu_exit_request(cpu: Cpu, vcpu: Vcpu) -> bool:
         return True
     cpu.point("requests", vcpu.id, "read")
     return bool(lib.kvm_requests(cpu.m, vcpu.id))
-
-
-def set_mode(cpu: Cpu, vcpu: Vcpu, mode: int) -> None:
-    cpu.point("mode", vcpu.id, "write")
-    lib.vcpu_set_mode(cpu.m, vcpu.id, mode)
 
 
 def vcpu_enter_guest(cpu: Cpu, vcpu: Vcpu) -> Generator[RunYield, Cpu, Entered]:

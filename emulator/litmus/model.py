@@ -92,6 +92,7 @@ of this form; all other verdicts are expected not to change with these choices:
     dirty-compared a page was written while it was logged, and compared with its copy at the end
     unsync         a guest's page table became writable and out of date, without EPT
     syncs          KVM compared a shadow page with the guest's table, without EPT
+    readers        a kick met a vCPU that read SPTEs without mmu_lock, without EPT
     table-stores   KVM emulated a guest's store to its page table, without EPT
     nothing        no danger: a run without violations proves the test's claim by itself
 """
@@ -140,6 +141,7 @@ Need = Literal[
     "dirty-compared",
     "unsync",
     "syncs",
+    "readers",
     "table-stores",
     "nothing",
 ]

@@ -265,7 +265,10 @@ def _missing(kind: str, r: ViolationReport, analysis: RaceAnalysis) -> str:
     if analysis.facts.marks_page:
         return "the zap of this SPTE before the host freed the page"
     if analysis.facts.by_kvm:
-        return "a reference on the root, rcu_read_lock(), or a new start of the walk after a yield"
+        return (
+            "a reference on the root, rcu_read_lock() or READING_SHADOW_PAGE_TABLES, "
+            "or a new start of the walk after a yield"
+        )
     if kind == "foreign-root" and r.entry.kind == lib.KIND_LINEAR:
         return "the flush when the VPID's new vCPU first ran on this pCPU (loading of its VMCS)"
     if kind == "guest-stale" and r.entry.kind == lib.KIND_LINEAR:

@@ -11,6 +11,7 @@
 #include "ept/spte.h"
 #include "memory/frame.h"
 #include "sync/cpu.h"
+#include "sync/ipi.h"
 
 static _Atomic(_Atomic uint64_t *) *gfns_of(const struct machine *m, uint32_t table)
 {
@@ -102,6 +103,19 @@ int shadow_mmu_set_spte_atomic(struct machine *m, uint32_t cpu, uint32_t vm, uin
 		return misuse(m, cpu, "compare and swap of what is no leaf", new_spte);
 	at.gfn = kvm_mmu_page_get_gfn(m, table, index);
 	return spte_set_atomic(m, cpu, vm, &at, old_spte, new_spte);
+}
+
+uint64_t mmu_spte_get_lockless(struct machine *m, uint32_t cpu, uint32_t vm, uint64_t link, uint32_t level,
+			       uint64_t page)
+{
+	uint64_t spte;
+
+	ipi_drain(m, cpu);
+	if (!spte_child_holds(m, cpu, vm, link, level + 1, page))
+		return 0;
+	spte = spte_read(m, spte_hfn(link), page >> (level - 1) * 9 & 511);
+	/* The table may have been freed, and reused, before the entry was read. */
+	return spte_child_holds(m, cpu, vm, link, level + 1, page) ? spte : 0;
 }
 
 uint64_t kvm_mmu_page_get_gfn(struct machine *m, uint32_t table, uint32_t index)

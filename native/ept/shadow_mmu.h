@@ -26,6 +26,12 @@ uint64_t shadow_mmu_set_spte(struct machine *m, uint32_t cpu, uint32_t vm, uint3
 /* call: step spte; reads ept, table(table), rights(new_spte, level); writes ept if result == 0; keeps-gil */
 int shadow_mmu_set_spte_atomic(struct machine *m, uint32_t cpu, uint32_t vm, uint32_t table, uint32_t index,
 			       uint32_t level, uint64_t old_spte, uint64_t new_spte);
+/* mmu_spte_get_lockless(): read, in a walk without mmu_lock, the entry for `page` of the table of `level` behind `link`,
+ * the non-leaf SPTE that the walk has followed.  If the table was freed meanwhile, a software walk went through freed
+ * memory: that is reported, and the result is 0, which is not present. */
+/* call: step sptes; reads ept, table_below(link) */
+uint64_t mmu_spte_get_lockless(struct machine *m, uint32_t cpu, uint32_t vm, uint64_t link, uint32_t level,
+			       uint64_t page);
 /* kvm_mmu_page_get_gfn(): the first gfn that the leaf in this entry maps, or mapped last. */
 /* call: part; reads ept, table(table); keeps-gil */
 uint64_t kvm_mmu_page_get_gfn(struct machine *m, uint32_t table, uint32_t index);

@@ -12,18 +12,13 @@ from emulator.explore.machine.described import FENCED, LOCAL, calls_of
 from emulator.explore.machine.footprints import FOOTPRINTS, rights
 from emulator.explore.machine.lib import ControlledLib
 from emulator.explore.machine.store_buffers import BufferedControl, Key, Store
-from emulator.kvm.kvm_host import KVM_REQUEST_MASK
+from emulator.kvm.kvm_host import KVM_REQUEST_MASK, VCPU_MODES
 from native import ffi, lib
 from native.types import CpuId, VcpuId, VmId
 
 if TYPE_CHECKING:
     from native._native import U64, MachinePtr
 
-_MODES: Final = {
-    lib.OUTSIDE_GUEST_MODE: "OUTSIDE_GUEST_MODE",
-    lib.IN_GUEST_MODE: "IN_GUEST_MODE",
-    lib.EXITING_GUEST_MODE: "EXITING_GUEST_MODE",
-}
 
 Native = Callable[..., Any]
 
@@ -173,7 +168,7 @@ class BufferedLib(ControlledLib):
         )
 
     def _vcpu_set_mode(self, m: MachinePtr, vcpu: VcpuId, mode: int) -> None:
-        what = f"v{vcpu}'s mode = {_MODES[mode]}"
+        what = f"v{vcpu}'s mode = {VCPU_MODES[mode]}"
         self._store(
             ("vcpu_mode", vcpu),
             mode,

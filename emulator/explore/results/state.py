@@ -13,15 +13,11 @@ from emulator.explore.results.observe import tlb_entries
 from emulator.explore.results.record import recorded
 from emulator.explore.results.replay import Stored, compare_steps
 from emulator.explore.strategies.sampling import Replay
+from emulator.kvm.kvm_host import VCPU_MODES
 from emulator.litmus.ops import Op
 from native import ffi, lib
 from native.types import CpuId, VmId
 
-_MODES: Final = {
-    lib.OUTSIDE_GUEST_MODE: "OUTSIDE_GUEST_MODE",
-    lib.IN_GUEST_MODE: "IN_GUEST_MODE",
-    lib.EXITING_GUEST_MODE: "EXITING_GUEST_MODE",
-}
 # Bits of oracle_right().
 _READABLE, _WRITABLE, _READ_REVOKED, _WRITE_REVOKED = 1, 2, 4, 8
 # The frame of a page that was never mapped.
@@ -118,7 +114,7 @@ def _vcpus(program: LitmusProgram) -> Iterator[dict[str, Any]]:
             yield {
                 "vcpu": vcpu.id,
                 "vm": kvm.id,
-                "mode": _MODES.get(mode, "READING_SHADOW_PAGE_TABLES"),
+                "mode": VCPU_MODES[mode],
                 "cpu": names.get(cpu, "") if cpu >= 0 else "",
                 "root": root,
                 "requests": [request_name(bit) for bit in range(64) if requests >> bit & 1],

@@ -49,6 +49,7 @@ class KvmPageFault:
         "mmu_seq",
         "pfn",
         "present",
+        "rsvd",
         "slot",
         "write",
     )
@@ -64,6 +65,7 @@ class KvmPageFault:
         self.write = access == lib.ACCESS_WRITE
         self.exec = access == lib.ACCESS_EXECUTE
         self.present = present
+        self.rsvd = bool(error_code & lib.PFERR_RSVD)
         self.slot: KvmMemorySlot | None = None
         self.mmu_seq = 0
         self.pfn = PfnAndRights(_NO_FRAME, 0, host_writable=False)

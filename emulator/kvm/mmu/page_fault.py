@@ -6,6 +6,7 @@ it only if no invalidation touched the gfn meanwhile.
 
 from __future__ import annotations
 
+from collections import deque
 from typing import Final
 
 from emulator.kvm.kvm_host import KVM_REQ_MMU_FREE_OBSOLETE_ROOTS, PG_LEVEL_4K
@@ -23,6 +24,8 @@ from emulator.kvm.mmu.fault import (
     spte_permission_fault,
 )
 from emulator.kvm.mmu.hugepage import kvm_mmu_hugepage_adjust
+from emulator.kvm.mmu.lockless import for_each_shadow_entry_lockless, walk_shadow_page_lockless
+from emulator.kvm.mmu.shadow_spte import mmu_spte_cmpxchg
 from emulator.kvm.mmu.spte import (
     PT_WRITABLE_MASK,
     PfnAndRights,
@@ -36,10 +39,10 @@ from emulator.kvm.mmu.spte import (
 )
 from emulator.kvm.mmu.tdp_iter import Entry
 from emulator.kvm.mmu.tdp_map import kvm_tdp_mmu_map, tdp_entry, tdp_mmu_set_spte_atomic
-from emulator.kvm.structs import Kvm, KvmMemorySlot, Vcpu, tdp_enabled
+from emulator.kvm.structs import Kvm, KvmMemorySlot, Vcpu, tdp_enabled, tdp_mmu_enabled
 from emulator.kvm.virt.requests import kvm_test_request
 from emulator.kvm.virt.slots import gfn_to_memslot, mark_page_dirty_in_slot
-from emulator.machine.runtime import FAULT_AROUND_MAX, Cpu, OutOfFrames, rcu_read_lock
+from emulator.machine.runtime import FAULT_AROUND_MAX, Cpu, OutOfFrames
 from native import lib
 
 # How often fast_page_fault() tries to replace an SPTE that keeps changing.
@@ -94,8 +97,13 @@ def kvm_tdp_page_fault(cpu: Cpu, vcpu: Vcpu, fault: KvmPageFault) -> int:
 
 def page_fault_can_be_fast(kvm: Kvm, fault: KvmPageFault) -> bool:
     """page_fault_can_be_fast(): a write to a present SPTE; or, without A/D bits, an access to one that may be
-    access-tracked, hence non-present for the CPU, yet present for KVM."""
-    return fault.write if fault.present else not kvm.params.eptad
+    access-tracked, hence non-present for the CPU, yet present for KVM.
+
+    The module parameter eptad is EPT's; ordinary page tables always have A/D bits (kvm_ad_enabled).
+    """
+    if fault.rsvd:
+        return False
+    return fault.write if fault.present else tdp_enabled(kvm) and not kvm.params.eptad
 
 
 def fast_page_fault(cpu: Cpu, vcpu: Vcpu, fault: KvmPageFault) -> int:
@@ -103,15 +111,18 @@ def fast_page_fault(cpu: Cpu, vcpu: Vcpu, fault: KvmPageFault) -> int:
     mmu_lock.
 
     An SPTE that changes meanwhile is read again; after some tries the fault takes the slow path.  So does
-    each fault of a guest that runs without paging on a host without EPT.
+    each fault on a page that shadows a guest's table, because the gfn that its SPTEs map may change.
     """
-    root = root_to_sp(vcpu.mmu.root)
-    if not page_fault_can_be_fast(vcpu.kvm, fault) or root is None or fault.slot is None:
+    if not page_fault_can_be_fast(vcpu.kvm, fault) or fault.slot is None:
         return RET_PF_INVALID
-    with rcu_read_lock(cpu):
+    with walk_shadow_page_lockless(cpu, vcpu):
         for _ in range(_FAST_TRIES):
-            entry = tdp_entry(cpu, root, fault.gfn, PG_LEVEL_4K)
-            if not is_shadow_present_pte(entry.spte) or not is_last_spte(entry.spte, entry.level):
+            entry = fast_pf_get_last_sptep(cpu, vcpu, fault)
+            if (
+                entry is None
+                or not is_shadow_present_pte(entry.spte)
+                or not is_last_spte(entry.spte, entry.level)
+            ):
                 return RET_PF_INVALID
             if not spte_permission_fault(fault, entry.spte):
                 return RET_PF_SPURIOUS
@@ -121,6 +132,15 @@ def fast_page_fault(cpu: Cpu, vcpu: Vcpu, fault: KvmPageFault) -> int:
             if fast_pf_fix_direct_spte(cpu, vcpu, fault, fault.slot, entry, new_spte):
                 return RET_PF_FIXED
     return RET_PF_INVALID
+
+
+def fast_pf_get_last_sptep(cpu: Cpu, vcpu: Vcpu, fault: KvmPageFault) -> Entry | None:
+    """fast_pf_get_last_sptep(), kvm_tdp_mmu_fast_pf_get_last_sptep(): return the deepest existing entry."""
+    if not tdp_mmu_enabled(vcpu.kvm):
+        last = deque(for_each_shadow_entry_lockless(cpu, vcpu, fault.addr), maxlen=1)
+        return last[0] if last else None
+    root = root_to_sp(vcpu.mmu.root)
+    return None if root is None else tdp_entry(cpu, root, fault.gfn, PG_LEVEL_4K)
 
 
 def _fast_spte(fault: KvmPageFault, slot: KvmMemorySlot, entry: Entry) -> int | None:
@@ -149,7 +169,11 @@ def fast_pf_fix_direct_spte(
     in the log that is being read or faults again.
     """
     track = bool(new_spte & ~entry.spte & PT_WRITABLE_MASK) and slot.dirty_track_enabled()
-    if not tdp_mmu_set_spte_atomic(cpu, vcpu.kvm, entry, new_spte):
+    if tdp_mmu_enabled(vcpu.kvm):
+        swapped = tdp_mmu_set_spte_atomic(cpu, vcpu.kvm, entry, new_spte)
+    else:
+        swapped = mmu_spte_cmpxchg(cpu, vcpu.kvm, entry.table, entry.index, entry.level, entry.spte, new_spte)
+    if not swapped:
         return False
     if track:
         mark_page_dirty_in_slot(cpu, slot, fault.gfn)

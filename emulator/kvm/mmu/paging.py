@@ -29,6 +29,7 @@ from emulator.kvm.mmu.fault import (
     KvmPageFault,
 )
 from emulator.kvm.mmu.hugepage import kvm_mmu_hugepage_adjust
+from emulator.kvm.mmu.lockless import shadow_page_table_clear_flood
 from emulator.kvm.mmu.page_fault import is_page_fault_stale, kvm_mmu_faultin_pfn
 from emulator.kvm.mmu.rmap import drop_spte
 from emulator.kvm.mmu.shadow import (
@@ -322,8 +323,7 @@ def paging64_page_fault(cpu: Cpu, vcpu: Vcpu, fault: KvmPageFault) -> int:
     cpu.point("memslots", kvm.id, "read")
     fault.slot = gfn_to_memslot(kvm, fault.gfn, int(vcpu.arch.smm))
     if page_fault_handle_page_track(kvm, fault):
-        for sptep in shadow_walk(cpu, vcpu, fault.addr):
-            sptep.sp.write_flooding_count = 0
+        shadow_page_table_clear_flood(cpu, vcpu, fault.addr)
         return RET_PF_WRITE_PROTECTED
     r = kvm_mmu_faultin_pfn(cpu, vcpu, fault)
     if r != RET_PF_CONTINUE:

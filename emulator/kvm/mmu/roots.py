@@ -14,6 +14,7 @@ from emulator.kvm.kvm_host import (
     PG_LEVEL_512G,
 )
 from emulator.kvm.mmu import page_fault
+from emulator.kvm.mmu.lockless import clear_sp_write_flooding_count
 from emulator.kvm.mmu.shadow import InvalidList, free_special_pages, kvm_mmu_commit_zap_page
 from emulator.kvm.mmu.shadow_roots import (
     free_pae_roots,
@@ -159,7 +160,7 @@ def kvm_mmu_new_pgd(cpu: Cpu, vcpu: Vcpu, pgd: int) -> None:
     sp = root_to_sp(mmu.root)
     assert sp is not None
     if isinstance(sp, ShadowPage):
-        sp.write_flooding_count = 0
+        clear_sp_write_flooding_count(cpu, sp)
     kvm_make_request(cpu, vcpu, KVM_REQ_LOAD_MMU_PGD)
     if vcpu.kvm.heard.root_current is not None:
         vcpu.kvm.heard.root_current(cpu, vcpu, sp)

@@ -330,13 +330,14 @@ def shadow_mmu_zap_all(cpu: Cpu, kvm: Kvm) -> None:
 # --- emulated writes ----------------------------------------------------------------------------------------
 
 
-def detect_write_flooding(sp: ShadowPage) -> bool:
+def detect_write_flooding(cpu: Cpu, sp: ShadowPage) -> bool:
     """detect_write_flooding(): count the write; return whether the page is hardly a table any more.
 
     Never for a page of level 1, which becomes unsync instead.
     """
     if sp.role.level == PG_LEVEL_4K:
         return False
+    cpu.point("write_flooding", sp.hfn, "write")
     sp.write_flooding_count += 1
     return sp.write_flooding_count >= _FLOODED
 
@@ -355,7 +356,7 @@ def kvm_mmu_track_write(cpu: Cpu, kvm: Kvm, gfn: int, index: int) -> None:
         invalid_list: InvalidList = []
         flush = False
         for sp in for_each_gfn_valid_sp_with_gptes(kvm, gfn):
-            if detect_write_flooding(sp):
+            if detect_write_flooding(cpu, sp):
                 cpu.stat(kvm.id, lib.STAT_MMU_FLOODED)
                 kvm_mmu_prepare_zap_page(cpu, kvm, sp, invalid_list)
                 continue

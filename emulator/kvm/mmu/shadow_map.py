@@ -19,6 +19,7 @@ from emulator.kvm.mmu.fault import (
     KvmPageFault,
 )
 from emulator.kvm.mmu.hugepage import kvm_mmu_hugepage_adjust
+from emulator.kvm.mmu.lockless import shadow_walk_root
 from emulator.kvm.mmu.page_fault import fast_page_fault, is_page_fault_stale, kvm_mmu_faultin_pfn
 from emulator.kvm.mmu.page_track import kvm_gfn_is_write_tracked
 from emulator.kvm.mmu.rmap import drop_spte, rmap_add
@@ -130,14 +131,8 @@ def mmu_set_spte(
 
 
 def shadow_walk(cpu: Cpu, vcpu: Vcpu, addr: int) -> Iterator[Sptep]:
-    """for_each_shadow_entry(): yield the SPTEs for an address, from the root down; read again after each.
-
-    Under PAE roots it begins with the quarter that the address is in, of level 2 (shadow_walk_init).
-    """
-    mmu = vcpu.mmu
-    if mmu.root is None:
-        return
-    sp = mmu.root.sp if isinstance(mmu.root.sp, ShadowPage) else mmu.pae_root[addr >> 30 & 3]
+    """for_each_shadow_entry(): yield the SPTEs for an address, from the root down; read again after each."""
+    sp = shadow_walk_root(vcpu, addr)
     while sp is not None:
         shift = 12 + SPTE_LEVEL_BITS * (sp.role.level - 1)
         sptep = Sptep(sp, addr >> shift & SPTE_ENT_PER_PAGE - 1)
@@ -169,7 +164,9 @@ def direct_map(cpu: Cpu, vcpu: Vcpu, fault: KvmPageFault) -> int:
 
 def page_fault_handle_page_track(kvm: Kvm, fault: KvmPageFault) -> bool:
     """page_fault_handle_page_track(): return whether the guest writes to a page that must stay read-only."""
-    return fault.present and fault.write and kvm_gfn_is_write_tracked(kvm, fault.slot, fault.gfn)
+    if fault.rsvd or not fault.present or not fault.write:
+        return False
+    return kvm_gfn_is_write_tracked(kvm, fault.slot, fault.gfn)
 
 
 def nonpaging_page_fault(cpu: Cpu, vcpu: Vcpu, fault: KvmPageFault) -> int:

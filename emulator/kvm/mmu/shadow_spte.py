@@ -22,6 +22,7 @@ from emulator.kvm.mmu.spte import (
 from emulator.kvm.structs import Kvm
 from emulator.machine.runtime import Cpu, MachineMisuse
 from native import ffi, lib
+from native.types import Hfn
 
 PT_ACCESSED_MASK: Final[int] = lib.SPTE_ACCESSED
 SHADOW_NONPRESENT_VALUE: Final = 0
@@ -89,6 +90,16 @@ def mmu_spte_clear_no_track(cpu: Cpu, kvm: Kvm, sptep: Sptep) -> None:
     _store(cpu, kvm, sptep, 0, SHADOW_NONPRESENT_VALUE)
 
 
+def mmu_spte_cmpxchg(
+    cpu: Cpu, kvm: Kvm, table: Hfn, index: int, level: int, old_spte: int, new_spte: int
+) -> bool:
+    """Compare and swap a leaf without mmu_lock, as try_cmpxchg64() does (include/linux/atomic.h); return
+    False if the SPTE has changed."""
+    cpu.point("spte", (table, index), "write")
+    rc = lib.shadow_mmu_set_spte_atomic(cpu.m, cpu.id, kvm.id, table, index, level, old_spte, new_spte)
+    return rc != lib.MACHINE_AGAIN and not cpu.check(rc)
+
+
 def mmu_spte_age(cpu: Cpu, kvm: Kvm, sptep: Sptep) -> bool:
     """Take the accessed bit without mmu_lock; return whether it was set.
 
@@ -98,10 +109,7 @@ def mmu_spte_age(cpu: Cpu, kvm: Kvm, sptep: Sptep) -> bool:
     spte = spte_of(cpu, sptep)
     if not is_shadow_present_pte(spte) or not is_accessed_spte(spte):
         return False
-    cpu.point("spte", (sp.hfn, index), "write")
-    lib.shadow_mmu_set_spte_atomic(
-        cpu.m, cpu.id, kvm.id, sp.hfn, index, sp.role.level, spte, spte & ~PT_ACCESSED_MASK
-    )
+    mmu_spte_cmpxchg(cpu, kvm, sp.hfn, index, sp.role.level, spte, spte & ~PT_ACCESSED_MASK)
     return True
 
 

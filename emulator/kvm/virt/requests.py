@@ -14,6 +14,7 @@ from emulator.kvm.kvm_host import (
     KVM_REQUEST_NO_ACTION,
     KVM_REQUEST_WAIT,
     OUTSIDE_GUEST_MODE,
+    READING_SHADOW_PAGE_TABLES,
 )
 from emulator.kvm.structs import Kvm, KvmMemorySlot, Vcpu
 from emulator.machine.runtime import Cpu, timed
@@ -37,15 +38,23 @@ def kvm_test_request(cpu: Cpu, vcpu: Vcpu, req: int) -> bool:
     return bool(lib.kvm_test_request(cpu.m, vcpu.id, req & KVM_REQUEST_MASK))
 
 
+def set_mode(cpu: Cpu, vcpu: Vcpu, mode: int) -> None:
+    """Store vcpu->mode, on the vCPU's own thread."""
+    cpu.point("mode", vcpu.id, "write")
+    lib.vcpu_set_mode(cpu.m, vcpu.id, mode)
+
+
 def kvm_request_needs_ipi(cpu: Cpu, vcpu: Vcpu, req: int) -> bool:
     """kvm_request_needs_ipi(): move IN_GUEST_MODE to EXITING_GUEST_MODE, then decide by the old mode.
 
     A requester with KVM_REQUEST_WAIT must also wait for a vCPU that is already EXITING, because that is not
-    OUTSIDE yet.  The cmpxchg is the barrier between the request and the read of the mode.
+    OUTSIDE yet, and for one that is READING_SHADOW_PAGE_TABLES, because it may be in a page that the
+    requester is about to free.  The cmpxchg is the barrier between the request and the read of the mode.
     """
     cpu.point("mode", vcpu.id, "write")
     mode: int = lib.vcpu_exiting_guest_mode(cpu.m, vcpu.id)
     if req & KVM_REQUEST_WAIT:
+        cpu.stat(vcpu.kvm.id, lib.STAT_READERS_AWAITED, mode == READING_SHADOW_PAGE_TABLES)
         return mode != OUTSIDE_GUEST_MODE
     return mode == IN_GUEST_MODE
 

@@ -34,7 +34,7 @@ from emulator.policy import MUTANTS
 # The report names a missing action if no event stands for its absence.
 FLUSH = "the remote flush before the promise"
 UNLINKED = "the flush between unlinking the table and freeing it"
-REFERENCE = "a reference on the root, rcu_read_lock(), or a new start of the walk"
+REFERENCE = "a reference on the root, rcu_read_lock() or READING_SHADOW_PAGE_TABLES, or a new start"
 STILL_MAPPED = "the zap of this SPTE before the host freed the page"
 WRITE_PROTECTED = "the flush after write-protecting"
 TABLE_PROTECTED = "the write-protection of the table in each SPTE that maps it, and the flush after that"
@@ -93,6 +93,8 @@ CAUSES: dict[str, tuple[str, str, str]] = {
     "request-without-barrier": ("entry-races-request", MISSED, "entry"),
     "generation-without-barrier": ("entry-races-request", FLUSH, ""),
     "generation-entry-without-barrier": ("entry-races-request", MISSED, "entry"),
+    "reader-not-awaited": ("shadow-fast-fault", REFERENCE, ""),
+    "reader-without-mode": ("shadow-fast-fault", REFERENCE, ""),
     "shadow-account-without-flush": ("shadow-new-table", TABLE_PROTECTED, ""),
     "shadow-free-without-flush": ("shadow-flooded", UNLINKED, ""),
     "shadow-guest-flush-without-sync": ("shadow-invpcid-all", SYNCED, ""),

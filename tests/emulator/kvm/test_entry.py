@@ -5,8 +5,8 @@ from __future__ import annotations
 import pytest
 
 from emulator.kvm.kvm_host import EXITING_GUEST_MODE, IN_GUEST_MODE, KVM_REQ_TLB_FLUSH, OUTSIDE_GUEST_MODE
-from emulator.kvm.virt.requests import kvm_check_request, kvm_make_request
-from emulator.kvm.x86 import kvm_vcpu_exit_request, set_mode
+from emulator.kvm.virt.requests import kvm_check_request, kvm_make_request, set_mode
+from emulator.kvm.x86 import kvm_vcpu_exit_request
 from emulator.machine.runtime import Cpu
 from emulator.points import PointKind
 from native import lib
