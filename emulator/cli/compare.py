@@ -72,14 +72,14 @@ def compare(
     from emulator.cli.session import Session
     from emulator.compare.runner import Comparer, Plan
     from emulator.log import Logging
-    from emulator.policy.without_ept import check_without_ept
+    from emulator.policy.suitable import check_suits
     from emulator.scenario import limits
 
     shape = load_scaled(scenario, options.pcpus, options.ept)
     chosen = load_policies(policies or [])
     limits.check(shape)
-    for policy in chosen if not shape.machine.ept else ():
-        check_without_ept(policy, shape.name)
+    for policy in chosen:
+        check_suits(policy, shape.name, ept=shape.machine.ept)
     if html is not None:
         _check_html()
         check_file("--html", html)

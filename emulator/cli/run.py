@@ -18,7 +18,7 @@ from emulator.errors import BadInput
 from emulator.log import LogFormat, Logging
 from emulator.output import make_directory, saying
 from emulator.policy import DEFAULT, Policy, check_answer, parse_setting, spelled_policy
-from emulator.policy.without_ept import check_without_ept
+from emulator.policy.suitable import check_suits
 from emulator.report.console import output_console
 from emulator.report.findings import Findings
 from emulator.report.result import Result
@@ -56,8 +56,7 @@ def run_request(request: Request) -> int:
     policy = load_policy(request.policy or DEFAULT, request.settings)
     address = _metrics_address(request.metrics)
     limits.check(scenario)
-    if not scenario.machine.ept:
-        check_without_ept(policy, scenario.name)
+    check_suits(policy, scenario.name, ept=scenario.machine.ept)
     if request.report_dir is not None:
         make_directory("--report-dir", request.report_dir)
     findings = Findings(request.report_dir, _head(request, scenario, policy))

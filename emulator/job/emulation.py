@@ -33,7 +33,7 @@ from emulator.kvm.structs import Kvm, KvmParams, Vcpu
 from emulator.kvm.virt.kvm_main import kvm_create_vm, kvm_set_memory_region, kvm_vm_ioctl_create_vcpu
 from emulator.machine.runtime import HPAGE_PMD_NR, Cpu, Machine, OutOfMemory
 from emulator.policy import Policy
-from emulator.policy.without_ept import check_without_ept
+from emulator.policy.suitable import check_suits
 from emulator.scenario.config import PAGES_PER_MIB, Scenario, VmSection
 from emulator.scenario.workload import Workload
 from emulator.traces import Trace, TraceError
@@ -132,8 +132,7 @@ class Emulation:
         params: KvmParams | None = None,
         pace: float = 0,
     ) -> None:
-        if not scenario.machine.ept:
-            check_without_ept(policy, scenario.name)
+        check_suits(policy, scenario.name, ept=scenario.machine.ept)
         self.scenario = scenario
         self.policy = policy
         self.params = replace(

@@ -45,7 +45,12 @@ AgeFlush = Literal["none", "if-young"]
 ZappedPfn = Literal["none", "set-dirty-accessed"]
 FaultRetry = Literal["invalidate-seq", "none"]
 EntryOrder = Literal["mode-then-requests", "requests-then-mode"]
-RoleChange = Literal["reset-context", "unload-all", "keep-roots", "no-guest-flush"]
+RoleChange = Literal["reset-context", "unload-all", "keep-roots", "keep-roots-synced", "no-guest-flush"]
+PagingOff = Literal["flush", "unload"]
+SmepOn = Literal["current", "guest", "none"]
+SregsFlush = Literal["guest", "none"]
+PcideOn = Literal["free", "keep"]
+NoflushRoot = Literal["none", "sync"]
 
 
 class Decisions(Protocol):
@@ -156,3 +161,18 @@ class Decisions(Protocol):
 
     def role_change(self, cpu: Cpu, vcpu: Vcpu) -> RoleChange:
         """A register or mode of `vcpu` changed on which the role of its roots may depend."""
+
+    def paging_off(self, cpu: Cpu, vcpu: Vcpu) -> PagingOff:
+        """`vcpu` cleared CR0.PG."""
+
+    def smep_on(self, cpu: Cpu, vcpu: Vcpu) -> SmepOn:
+        """`vcpu` set CR4.SMEP or toggled CR4.PAE."""
+
+    def sregs_flush(self, cpu: Cpu, vcpu: Vcpu) -> SregsFlush:
+        """User space changed a register of `vcpu` by KVM_SET_SREGS, for which role_change was asked."""
+
+    def pcide_on(self, cpu: Cpu, vcpu: Vcpu) -> PcideOn:
+        """`vcpu` set CR4.PCIDE, on a host without EPT."""
+
+    def noflush_root(self, cpu: Cpu, vcpu: Vcpu) -> NoflushRoot:
+        """`vcpu` wrote CR3 with bit 63, on a host without EPT."""

@@ -75,9 +75,22 @@ def kvm_post_set_cr0(cpu: Cpu, vcpu: Vcpu, old_cr0: int, cr0: int) -> None:
             kvm_init_mmu(vcpu)
             return
     if changed & X86_CR0_PG and not cr0 & X86_CR0_PG and not unload_all:
-        request_guest_flush(cpu, vcpu, KVM_REQ_TLB_FLUSH_GUEST)
+        paging_turned_off(cpu, vcpu)
     if changed & KVM_MMU_CR0_ROLE_BITS:
         kvm_mmu_reset_context(cpu, vcpu)
+
+
+def paging_turned_off(cpu: Cpu, vcpu: Vcpu) -> None:
+    """Make the flush that clearing CR0.PG is defined to make.  Decision paging_off.
+
+    Without paging the guest may write to its tables, and owes no flush for that when it sets CR0.PG again.
+    So no root from before may be used as it is then: either all are freed, or the role change frees or syncs
+    them.
+    """
+    if vcpu.kvm.policy.paging_off(cpu, vcpu) == "unload":
+        kvm_mmu_unload(cpu, vcpu)
+    else:
+        request_guest_flush(cpu, vcpu, KVM_REQ_TLB_FLUSH_GUEST)
 
 
 def kvm_set_cr4(cpu: Cpu, vcpu: Vcpu, cr4: int) -> None:
@@ -90,22 +103,46 @@ def kvm_post_set_cr4(cpu: Cpu, vcpu: Vcpu, old_cr4: int, cr4: int) -> None:
     """kvm_post_set_cr4(): make the flushes that the SDM requires for each bit (vol. 3A, 4.10.4.1).
 
     Setting PCIDE requires none, but without EPT all roots are freed: they are keyed by CR3, and a MOV to CR3
-    that flushes nothing could return to a root from the time when CR3 had no PCID.
+    that flushes nothing could return to a root from the time when CR3 had no PCID.  Decision pcide_on.
     """
     changed = cr4 ^ old_cr4
     all_contexts = bool(changed & X86_CR4_PGE or (old_cr4 & ~cr4) & X86_CR4_PCIDE)
-    if all_contexts:
-        lib.guest_invalidates_all(cpu.m, vcpu.id)
+    invalidates_by_cr4(cpu, vcpu, old_cr4, cr4)
     if changed & KVM_MMU_CR4_ROLE_BITS:
         kvm_mmu_reset_context(cpu, vcpu)
         if vcpu.kvm.policy.role_change(cpu, vcpu) == "unload-all":
             return
-    if not tdp_enabled(vcpu.kvm) and (cr4 & ~old_cr4) & X86_CR4_PCIDE:
+    pcide_on = not tdp_enabled(vcpu.kvm) and (cr4 & ~old_cr4) & X86_CR4_PCIDE
+    if pcide_on and vcpu.kvm.policy.pcide_on(cpu, vcpu) == "free":
         kvm_mmu_unload(cpu, vcpu)
     if all_contexts:
         request_guest_flush(cpu, vcpu, KVM_REQ_TLB_FLUSH_GUEST)
     elif changed & X86_CR4_PAE or (cr4 & ~old_cr4) & X86_CR4_SMEP:
+        smep_turned_on(cpu, vcpu)
+
+
+def smep_turned_on(cpu: Cpu, vcpu: Vcpu) -> None:
+    """Flush the translations of the current PCID: CR4.SMEP was set, or CR4.PAE toggled.  Decision smep_on.
+
+    A flush of the current context is none while no root is loaded (vmx_flush_tlb_current): the flush at the
+    load of the root makes up for it.
+    """
+    answer = vcpu.kvm.policy.smep_on(cpu, vcpu)
+    if answer == "none":
+        flush_elided(cpu, vcpu.kvm, lib.REASON_GUEST, vcpu.id)
+    elif answer == "guest":
+        request_guest_flush(cpu, vcpu, KVM_REQ_TLB_FLUSH_GUEST)
+    else:
         request_guest_flush(cpu, vcpu, KVM_REQ_TLB_FLUSH_CURRENT)
+
+
+def invalidates_by_cr4(cpu: Cpu, vcpu: Vcpu, old_cr4: int, cr4: int) -> None:
+    """Record that the guest invalidates translations by a change of CR4 (SDM vol. 3A, 4.10.4.1)."""
+    changed = cr4 ^ old_cr4
+    if changed & X86_CR4_PGE or (old_cr4 & ~cr4) & X86_CR4_PCIDE:
+        lib.guest_invalidates_all(cpu.m, vcpu.id)
+    elif changed & X86_CR4_PAE or (cr4 & ~old_cr4) & X86_CR4_SMEP:
+        lib.guest_invalidates_pcid(cpu.m, vcpu.id)
 
 
 def kvm_get_active_pcid(vcpu: Vcpu) -> int:
@@ -131,6 +168,8 @@ def kvm_set_cr3(cpu: Cpu, vcpu: Vcpu, cr3: int) -> None:
     vcpu.arch.cr3 = cr3
     if not skip_tlb_flush:
         kvm_invalidate_pcid(cpu, vcpu, pcid)
+    elif not tdp_enabled(vcpu.kvm) and vcpu.kvm.policy.noflush_root(cpu, vcpu) == "sync":
+        kvm_make_request(cpu, vcpu, KVM_REQ_MMU_SYNC)
 
 
 def kvm_invalidate_pcid(cpu: Cpu, vcpu: Vcpu, pcid: int) -> None:
@@ -179,3 +218,23 @@ def kvm_handle_invpcid(cpu: Cpu, vcpu: Vcpu, kind: int, pcid: int, addr: int) ->
         kvm_invalidate_pcid(cpu, vcpu, pcid)
     else:
         request_guest_flush(cpu, vcpu, KVM_REQ_TLB_FLUSH_GUEST)
+
+
+def set_sregs(cpu: Cpu, vcpu: Vcpu, cr0: int, cr4: int) -> None:
+    """__set_sregs(), of KVM_SET_SREGS: user space gives the vCPU other control registers.
+
+    Decision sregs_flush.  Neither kvm_post_set_cr0() nor kvm_post_set_cr4() is called, so none of their
+    flushes is made.  The registers are set before the role is computed and a root looked up.
+    """
+    arch = vcpu.arch
+    old_cr0, old_cr4 = arch.cr0, arch.cr4
+    arch.cr0, arch.cr4 = cr0, cr4
+    if (old_cr0, old_cr4) == (cr0, cr4):
+        return
+    vcpu.kvm.x86_ops.set_cr0(cpu, vcpu, old_cr0, cr0)
+    invalidates_by_cr4(cpu, vcpu, old_cr4, cr4)
+    kvm_mmu_reset_context(cpu, vcpu)
+    if vcpu.kvm.policy.sregs_flush(cpu, vcpu) == "guest":
+        request_guest_flush(cpu, vcpu, KVM_REQ_TLB_FLUSH_GUEST)
+    else:
+        flush_elided(cpu, vcpu.kvm, lib.REASON_GUEST, vcpu.id)

@@ -106,17 +106,20 @@ def _range_of(op: Op) -> tuple[int, int]:
 def _check_guest(test: LitmusTest, name: str, placed: list[Placed]) -> None:
     """Refuse operations that need page tables of the guest, which it lacks, or that raise #GP or #UD."""
     section = test.vm[test.threads[name].vm]
-    smm = False
+    smm, pcid = False, section.pcid
     for key, op in placed:
         bit = op.name("bit") if "bit" in op.values else ""
-        tables = op.verb in _NEEDS_TABLES or (op.verb, bit) == ("cr0", "pg")
+        if (op.verb, bit) == ("cr4", "pcide"):
+            pcid = op.number("value") == 1
+        tables = op.verb in _NEEDS_TABLES or (op.verb in ("cr0", "set-sregs") and bit == "pg")
         if tables and not section.paging:
             raise SchemaError(
                 key, shown(op.text), f"{op.verb} {bit}".rstrip() + " in a VM with paging = true"
             )
         process = op.verb == "invpcid" and op.number("type") < 2 and op.number("process")
-        if ("noflush" in op.flags or process) and not section.pcid:
-            raise SchemaError(key, shown(op.text), "pcid = true in its VM, or neither noflush nor a PROCESS")
+        if ("noflush" in op.flags or process) and not pcid:
+            expected = "pcid = true in its VM, or a cr4 pcide 1 before it, or neither noflush nor a PROCESS"
+            raise SchemaError(key, shown(op.text), expected)
         if op.verb == "rsm" and not smm:
             raise SchemaError(key, shown(op.text), "an smi before it, by the same thread")
         smm = op.verb == "smi" or (smm and op.verb != "rsm")

@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING, ClassVar
 
 from emulator.errors import shown
 from emulator.kvm import kvm_host
-from emulator.kvm.regs import kvm_set_cr0, kvm_set_cr4
+from emulator.kvm.regs import kvm_set_cr0, kvm_set_cr4, set_sregs
 from emulator.kvm.reset import apic_send_init
 from emulator.kvm.smm import emulator_leave_smm, kvm_inject_smi
 from emulator.litmus.syntax import (
@@ -20,6 +20,7 @@ from emulator.litmus.syntax import (
     check_huge,
 )
 from emulator.machine.runtime import HPAGE_PMD_NR
+from native import lib
 
 if TYPE_CHECKING:
     from emulator.litmus.model import LitmusTest
@@ -208,8 +209,12 @@ class _ControlRegister(VcpuOp):
         if self.name("bit") not in self.bits or self.number("value") > 1:
             raise OpError(repr(self.text), f"{self.verb} {'|'.join(self.bits)} 0|1")
 
+    def register(self) -> str:
+        """Return the register that the bit is in."""
+        return self.verb
+
     def changed(self, value: int) -> int:
-        name = f"X86_{self.verb}_{self.name('bit')}".upper()
+        name = f"X86_{self.register()}_{self.name('bit')}".upper()
         mask: int = getattr(kvm_host, name)
         return value | mask if self.number("value") else value & ~mask
 
@@ -232,8 +237,32 @@ class Cr4(_ControlRegister):
     bits = ("pse", "pae", "pge", "pcide", "smep", "smap")
 
     def run(self, context: Context) -> None:
-        kvm_set_cr4(context.cpu, context.vcpu, self.changed(context.vcpu.arch.cr4))
+        cpu, vcpu = context.cpu, context.vcpu
+        kvm_set_cr4(cpu, vcpu, self.changed(vcpu.arch.cr4))
+        if self.name("bit") == "pcide":
+            lib.vcpu_set_pcide(cpu.m, vcpu.id, self.number("value"))
+
+
+class SetSregs(_ControlRegister):
+    verb = "set-sregs"
+    doc = (
+        "User space executes KVM_SET_SREGS, which sets or clears BIT of CR0 (pg, wp) or of CR4 (pge, smep, "
+        "smap), as when it restores a snapshot."
+    )
+    bits = (*Cr0.bits, "pge", "smep", "smap")
+
+    def run(self, context: Context) -> None:
+        arch = context.vcpu.arch
+        cr0, cr4 = arch.cr0, arch.cr4
+        if self.name("bit") in Cr0.bits:
+            cr0 = self.changed(cr0)
+        else:
+            cr4 = self.changed(cr4)
+        set_sregs(context.cpu, context.vcpu, cr0, cr4)
+
+    def register(self) -> str:
+        return Cr0.verb if self.name("bit") in Cr0.bits else Cr4.verb
 
 
 GUEST_OPS: tuple[type[Op], ...] = (Read, Write, Exec, Map, Unmap, Protect, Invlpg, Invpcid, MovCr3)
-VCPU_OPS: tuple[type[Op], ...] = (Migrate, Preempt, Exit, Smi, Rsm, Init, Cr0, Cr4)
+VCPU_OPS: tuple[type[Op], ...] = (Migrate, Preempt, Exit, Smi, Rsm, Init, Cr0, Cr4, SetSregs)

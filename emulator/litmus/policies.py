@@ -9,7 +9,7 @@ from typing import Final
 from emulator.litmus.model import INCONCLUSIVE, SAFE, Expected, LitmusTest
 from emulator.policy import MUTANTS, PRESETS, Mutant, Policy, canonical, spelled_policy
 from emulator.policy.mutants import PREFIX
-from emulator.policy.without_ept import answer_about_ept, check_without_ept
+from emulator.policy.suitable import check_suits, unasked_answer
 
 # As in emulator.litmus.model.KINDS.
 _DEADLOCK: Final = "deadlock"
@@ -43,15 +43,15 @@ def _mutant(name: str) -> Mutant | None:
 
 def policies_for(test: LitmusTest, chosen: Sequence[str], all_mutants: bool) -> list[str]:
     """Return the policies to run the test under: the chosen ones, or all presets, the policies that the test
-    names, and the mutants that must only cost time (with `all_mutants` every mutant).  Without EPT those that
-    answer about EPT are left out.
+    names, and the mutants that must only cost time (with `all_mutants` every mutant).  Those that answer what
+    the test's host never asks are left out.
 
     A policy that is expected to end in a deadlock, and in nothing else, is left to `flushlab explore`:
     threads that wait for ever look like those of a busy machine, and each execution would take the limit.
     """
     if chosen:
-        for name in chosen if not test.machine.ept else ():
-            check_without_ept(named_policy(name), test.name)
+        for name in chosen:
+            check_suits(named_policy(name), test.name, ept=test.machine.ept)
         return list(dict.fromkeys(map(canonical, chosen)))
     mutants = mutant_names() if all_mutants else [name for name in mutant_names() if is_cost_only(name)]
     apart = [name for policies in test.expect.apart().values() for name in policies]
@@ -63,22 +63,19 @@ def policies_for(test: LitmusTest, chosen: Sequence[str], all_mutants: bool) -> 
 def pairs_of(
     tests: Sequence[LitmusTest], names: Sequence[str], *, named: bool
 ) -> list[tuple[LitmusTest, str]]:
-    """Return each test with each policy.  Tests without EPT have no pair with policies that answer about
-    EPT; if
-    the tests were `named` one by one, that is an error."""
+    """Return each test with each policy that suits it; if the tests were `named` one by one, one that does
+    not is an error."""
     pairs = [(test, name) for test in tests for name in names]
     if named:
         for test, name in pairs:
-            if not test.machine.ept:
-                check_without_ept(named_policy(name), test.name)
+            check_suits(named_policy(name), test.name, ept=test.machine.ept)
     return [(test, name) for test, name in pairs if suits(test, name)]
 
 
 def suits(test: LitmusTest, name: str) -> bool:
-    """Return whether the policy has something to say about the test: without EPT, those that answer about it
-    have
-    not."""
-    return test.machine.ept or answer_about_ept(named_policy(name)) is None
+    """Return whether the policy has something to say about the test, on whose host some decision points are
+    never asked."""
+    return unasked_answer(named_policy(name), ept=test.machine.ept) is None
 
 
 def expected_of(test: LitmusTest, name: str) -> tuple[Expected, ...]:

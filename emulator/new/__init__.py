@@ -116,4 +116,5 @@ def _outline(point: DecisionPoint) -> Iterator[str]:
     yield f"    # def {point.name}({parameters}):"
     yield from (f"    #     # {line}" for line in textwrap.wrap(point.doc, _WIDTH - 12))
     answers = ", ".join(f'"{name}"' for name in point.names())
-    yield from (f"    #     # {line}" for line in textwrap.wrap(f"One of {answers}.", _WIDTH - 12))
+    wrapped = textwrap.wrap(f"One of {answers}.", _WIDTH - 12, break_on_hyphens=False)
+    yield from (f"    #     # {line}" for line in wrapped)

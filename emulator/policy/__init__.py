@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 from emulator.policy.mutants import MUTANTS, Mutant, canonical, find_mutant
-from emulator.policy.points import POINTS, Alternative, DecisionPoint
+from emulator.policy.point import Alternative, DecisionPoint
+from emulator.policy.points import POINTS
 from emulator.policy.policy import Policy, PolicyError, check_answer, parse_setting
 from emulator.policy.presets import DEFAULT, PRESET_DOCS, PRESETS, preset
 from emulator.policy.proposals import PROPOSALS

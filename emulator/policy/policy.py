@@ -163,6 +163,21 @@ class Policy:
     def role_change(self, cpu: Cpu, vcpu: Vcpu) -> decisions.RoleChange:
         return self._answers["role_change"]
 
+    def paging_off(self, cpu: Cpu, vcpu: Vcpu) -> decisions.PagingOff:
+        return self._answers["paging_off"]
+
+    def smep_on(self, cpu: Cpu, vcpu: Vcpu) -> decisions.SmepOn:
+        return self._answers["smep_on"]
+
+    def sregs_flush(self, cpu: Cpu, vcpu: Vcpu) -> decisions.SregsFlush:
+        return self._answers["sregs_flush"]
+
+    def pcide_on(self, cpu: Cpu, vcpu: Vcpu) -> decisions.PcideOn:
+        return self._answers["pcide_on"]
+
+    def noflush_root(self, cpu: Cpu, vcpu: Vcpu) -> decisions.NoflushRoot:
+        return self._answers["noflush_root"]
+
     def _decide(self, point: str, cpu: Cpu, *arguments: object) -> Any:
         """Answer a point that a proposal may decide."""
         act = self._acts.get(point)

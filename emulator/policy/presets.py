@@ -30,6 +30,7 @@ _LINUX_5_14 = {
     # Harmless here: each table's flush comes before the table goes to RCU.
     "zap_yield": "unlock-then-flush",
     "role_change": "unload-all",
+    "sregs_flush": "none",
     "eager_split": "none",
     "fault_split": "zap",
     **_LINUX_6_12,
@@ -40,8 +41,12 @@ _LINUX_5_18 = {
     "zap_root": "1g-root",
     "split_alloc": "locked",
     "fault_split": "zap",
+    "sregs_flush": "none",
     **_LINUX_6_12,
 }
+# https://lore.kernel.org/kvm/?q=s:%22do+not+unload+MMU+roots+on+all+role+changes%22
+# KVM_SET_SREGS flushed by the load of the root alone then, which the patch takes away.
+_KEEP_ROOTS = {"role_change": "keep-roots", "paging_off": "unload", "sregs_flush": "none"}
 _BATCH_LIST = {"zap": "disconnected-list"}
 _GENERATIONS = dict.fromkeys(("remote_flush", "root_load", "migration"), "root-tlb-gen")
 
@@ -54,6 +59,7 @@ PRESETS: dict[str, Policy] = {
         Policy(name="linux-5.14", **_LINUX_5_14),
         Policy(name="lkml-2021-single-context", **{**_LINUX_5_14, "remote_flush": "current-context"}),
         Policy(name="lkml-2021-batch-list", **{**_LINUX_5_14, **_BATCH_LIST}),
+        Policy(name="lkml-2022-keep-roots", **_KEEP_ROOTS),
         Policy(
             name="lkml-2025-on-each-cpu",
             root_alloc="on-each-cpu",
@@ -76,7 +82,7 @@ PRESETS: dict[str, Policy] = {
             migration="cpu-flushed-mask-cleared",
             migration_vpid="invvpid",
         ),
-        Policy(name="root-tlb-gen", **_GENERATIONS, migration_vpid="invvpid"),
+        Policy(name="root-tlb-gen", **_GENERATIONS, migration_vpid="invvpid", smep_on="guest"),
     )
 }
 
@@ -102,6 +108,11 @@ PRESET_DOCS = {
         "Proposed in November 2021: removed tables are collected on a list until one flush has been made for "
         "all."
     ),
+    "lkml-2022-keep-roots": (
+        "Proposed in February 2022, patch 12: a change of CR0, CR4, EFER or SMM keeps the cached roots, and "
+        "may go back to one without a load. Clearing CR0.PG drops all. As posted, without a flush of "
+        "KVM_SET_SREGS."
+    ),
     "lkml-2025-on-each-cpu": (
         "Proposed in July 2025: a new root is flushed on every pCPU; loads and migrations flush nothing."
     ),
@@ -122,7 +133,8 @@ PRESET_DOCS = {
     ),
     "root-tlb-gen": (
         "A generation per root, advanced by each remote flush, and compared with the pCPU's where roots are "
-        "flushed today and once more before VM entry. A migration executes INVVPID."
+        "flushed today and once more before VM entry. A migration executes INVVPID, and so does a vCPU that "
+        "sets CR4.SMEP, because the load of its root may flush nothing."
     ),
 }
 

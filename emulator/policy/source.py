@@ -23,7 +23,8 @@ from emulator.policy.acting import MOMENTS
 from emulator.policy.confine import NO_PATCHES, Change, Confinement, Patches, collected, load_patchable
 from emulator.policy.former import FormerNames, home_of
 from emulator.policy.guard import Place, UserPolicyError, class_name, exact, register, shown, through
-from emulator.policy.points import BY_NAME, POINTS, DecisionPoint
+from emulator.policy.point import DecisionPoint
+from emulator.policy.points import BY_NAME, POINTS
 from emulator.policy.policy import Policy, PolicyError
 from emulator.policy.presets import DEFAULT, preset
 

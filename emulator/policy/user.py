@@ -34,7 +34,8 @@ from emulator.policy.acting import is_simple
 from emulator.policy.confine import NO_PATCHES, Confinement
 from emulator.policy.guard import Place, UserPolicyError, came_through, exact, failed, shown, through
 from emulator.policy.patch import KvmPatch, Parts, read_patch
-from emulator.policy.points import BY_NAME, DONE, DecisionPoint
+from emulator.policy.point import DONE, DecisionPoint
+from emulator.policy.points import BY_NAME
 from emulator.policy.policy import NAMED_BY, Policy, PolicyError, check_answer
 from emulator.policy.presets import DEFAULT, preset
 from emulator.policy.source import Source, read_source

@@ -68,3 +68,8 @@ void vcpu_set_paging(struct machine *m, uint32_t vcpu, int on)
 	g->config.paging = on != 0;
 	g->space++;
 }
+
+void vcpu_set_pcide(struct machine *m, uint32_t vcpu, int on)
+{
+	m->vcpus[vcpu].guest->config.pcid = on != 0;
+}

@@ -48,6 +48,9 @@ void vcpu_set_smm(struct machine *m, uint32_t vcpu, int on);
 /* Set or clear CR0.PG. */
 /* call: aside */
 void vcpu_set_paging(struct machine *m, uint32_t vcpu, int on);
+/* Set or clear CR4.PCIDE of a guest that runs a program.  Processes keep the PCIDs that they were added with. */
+/* call: aside */
+void vcpu_set_pcide(struct machine *m, uint32_t vcpu, int on);
 /* end api */
 
 struct guest;

@@ -128,7 +128,7 @@ struct covered {
 	uint32_t process;
 };
 
-static void invalidated(struct walk *w, struct covered what)
+static void settle_covered(struct walk *w, struct covered what)
 {
 	struct guest *g = w->guest;
 	uint32_t left = 0;
@@ -144,6 +144,11 @@ static void invalidated(struct walk *w, struct covered what)
 			g->change[left++] = *change;
 	}
 	g->changes = left;
+}
+
+static void invalidated(struct walk *w, struct covered what)
+{
+	settle_covered(w, what);
 	count(w->cpu->counters, COUNT_GUEST_INVALIDATIONS, 1);
 	event_record(w->m, w->cpu->id, event_of(w->vcpu->vm, EVENT_GUEST_INVALIDATE), w->vcpu->id,
 		     what.any_page ? UINT64_MAX : what.page);
@@ -153,9 +158,15 @@ void guest_invalidates_all(struct machine *m, uint32_t vcpu)
 {
 	struct walk w = { .m = m, .vcpu = &m->vcpus[vcpu], .guest = m->vcpus[vcpu].guest };
 
-	for (uint32_t i = 0; i < w.guest->changes; i++)
-		settle(&w, &w.guest->change[i]);
-	w.guest->changes = 0;
+	settle_covered(&w, (struct covered){ .any_page = true, .any_process = true, .globals = true });
+}
+
+void guest_invalidates_pcid(struct machine *m, uint32_t vcpu)
+{
+	struct walk w = { .m = m, .vcpu = &m->vcpus[vcpu], .guest = m->vcpus[vcpu].guest };
+
+	settle_covered(&w, (struct covered){ .process = w.guest->current, .any_page = true, .globals = true,
+					     .any_process = !w.guest->config.pcid });
 }
 
 static uint32_t pcid_of(const struct guest *g, uint64_t process)

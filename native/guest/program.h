@@ -52,6 +52,10 @@ int guest_set_program(struct machine *m, uint32_t vcpu, const struct guest_op *o
  * translation of the guest's page tables (CR0.PG cleared).  Dropping them is left to KVM. */
 /* call: aside */
 void guest_invalidates_all(struct machine *m, uint32_t vcpu);
+/* Likewise, for an instruction that invalidates the translations of the current PCID, global ones included
+ * (CR4.SMEP set, CR4.PAE toggled). */
+/* call: aside */
+void guest_invalidates_pcid(struct machine *m, uint32_t vcpu);
 /* Return the number of operations completed. */
 /* call: aside; keeps-gil */
 uint32_t guest_program_position(struct machine *m, uint32_t vcpu);

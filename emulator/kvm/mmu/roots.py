@@ -9,6 +9,7 @@ from emulator.kvm.kvm_host import (
     KVM_MMU_NUM_PREV_ROOTS,
     KVM_REQ_LOAD_MMU_PGD,
     KVM_REQ_MMU_FREE_OBSOLETE_ROOTS,
+    KVM_REQ_MMU_SYNC,
     KVM_REQ_TLB_FLUSH_CURRENT,
     PG_LEVEL_256T,
     PG_LEVEL_512G,
@@ -32,6 +33,7 @@ from emulator.kvm.structs import Kvm, Vcpu, tdp_enabled, tdp_mmu_enabled
 from emulator.kvm.virt.requests import kvm_check_request, kvm_make_request
 from emulator.machine.runtime import Cpu
 from native import lib
+from native.types import FlushReason
 
 # --- roles --------------------------------------------------------------------------------------------------
 
@@ -64,15 +66,18 @@ def kvm_mmu_reset_context(cpu: Cpu, vcpu: Vcpu) -> None:
     """kvm_mmu_reset_context(): recompute the role.  Decision role_change.
 
     Linux frees the roots even if the role is unchanged; the vCPU then finds them again and loads them with a
-    flush.  A policy that keeps them switches to a cached root without a flush.
+    flush, and without EPT with a sync.  A policy that keeps them switches to a cached root, which is used as
+    it is, or synced and flushed, too.
     """
     answer = vcpu.kvm.policy.role_change(cpu, vcpu)
     if answer == "reset-context" or answer == "unload-all":
         kvm_mmu_unload(cpu, vcpu)
         kvm_init_mmu(vcpu)
-    else:
-        kvm_init_mmu(vcpu)
-        kvm_mmu_new_pgd(cpu, vcpu, vcpu.arch.cr3)
+        return
+    kvm_init_mmu(vcpu)
+    kvm_mmu_new_pgd(cpu, vcpu, vcpu.arch.cr3)
+    if answer == "keep-roots-synced" and vcpu.mmu.root is not None:
+        sync_and_flush_on_reuse(cpu, vcpu, lib.REASON_ROOT_LOAD)
 
 
 def kvm_mmu_after_set_cpuid(cpu: Cpu, vcpu: Vcpu, maxphyaddr: int) -> None:
@@ -165,8 +170,18 @@ def kvm_mmu_new_pgd(cpu: Cpu, vcpu: Vcpu, pgd: int) -> None:
     if vcpu.kvm.heard.root_current is not None:
         vcpu.kvm.heard.root_current(cpu, vcpu, sp)
     if vcpu.kvm.policy.cached_root(cpu, vcpu, sp) == "flush-current":
-        vcpu.flush_current_reason = lib.REASON_CACHED_ROOT
-        kvm_make_request(cpu, vcpu, KVM_REQ_TLB_FLUSH_CURRENT)
+        sync_and_flush_on_reuse(cpu, vcpu, lib.REASON_CACHED_ROOT)
+
+
+def sync_and_flush_on_reuse(cpu: Cpu, vcpu: Vcpu, reason: FlushReason) -> None:
+    """Request for a cached root the sync and flush of a load (force_flush_and_sync_on_reuse).
+
+    With EPT there is nothing to sync.
+    """
+    if not tdp_enabled(vcpu.kvm):
+        kvm_make_request(cpu, vcpu, KVM_REQ_MMU_SYNC)
+    vcpu.flush_current_reason = reason
+    kvm_make_request(cpu, vcpu, KVM_REQ_TLB_FLUSH_CURRENT)
 
 
 # --- loading and freeing ------------------------------------------------------------------------------------

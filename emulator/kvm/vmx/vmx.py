@@ -217,12 +217,13 @@ def vmx_vcpu_reset(cpu: Cpu, vcpu: Vcpu) -> None:
 def vmx_set_cr0(cpu: Cpu, vcpu: Vcpu, old_cr0: int, cr0: int) -> None:
     """vmx_set_cr0(), with an unrestricted guest: turn its paging on or off.
 
-    In SMM and during RSM nothing is done, because the guest has no paging there.
+    In SMM and during RSM nothing is done, because the guest has no paging there.  Clearing CR0.PG invalidates
+    all, and without paging nothing is cached; so what the guest has changed until it sets CR0.PG again is
+    invalidated, too.
     """
     if (cr0 ^ old_cr0) & X86_CR0_PG and not vcpu.arch.smm and not vcpu.arch.leaving_smm:
         lib.vcpu_set_paging(cpu.m, vcpu.id, bool(cr0 & X86_CR0_PG))
-        if not cr0 & X86_CR0_PG:
-            lib.guest_invalidates_all(cpu.m, vcpu.id)
+        lib.guest_invalidates_all(cpu.m, vcpu.id)
 
 
 # --- exits --------------------------------------------------------------------------------------------------

@@ -11,7 +11,8 @@ from mypy import api
 
 from emulator.kvm.decisions import Decisions
 from emulator.policy import POINTS, Policy
-from emulator.policy.points import _point, answers_of
+from emulator.policy.point import answers_of
+from emulator.policy.point import point as describe
 
 ROOT = Path(__file__).resolve().parents[3]
 
@@ -72,7 +73,7 @@ def test_the_registry_has_the_points_and_the_answers_that_kvm_knows() -> None:
 @pytest.mark.parametrize("described", [{"wait": "yes"}, {"wait": "yes", "no-wait": "no", "maybe": "both"}])
 def test_an_answer_without_a_description_is_found_and_so_is_the_opposite(described: dict[str, str]) -> None:
     with pytest.raises(AssertionError, match="kick_wait has answers"):
-        _point(Decisions.kick_wait, "does the flusher wait", described)
+        describe(Decisions.kick_wait, "does the flusher wait", described)
 
 
 def test_kvm_imports_no_policy_not_even_for_annotations() -> None:

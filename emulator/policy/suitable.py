@@ -1,0 +1,60 @@
+"""The policies that say something about a host: with EPT, or without.
+
+The TDP MMU's decision points are asked with EPT alone, and those of the shadow MMU without it.  A verdict
+about an answer that is never asked for would be empty, so it is refused.  A kernel's preset is suitable
+everywhere: of its answers those are asked for that concern the host.
+"""
+
+from __future__ import annotations
+
+from typing import Final
+
+from emulator.errors import BadInput
+from emulator.policy.point import DecisionPoint
+from emulator.policy.points import BY_NAME
+from emulator.policy.points_shadow import SHADOW_POINTS
+from emulator.policy.points_tdp import TDP_POINTS
+from emulator.policy.policy import Policy
+from emulator.policy.presets import DEFAULT, PRESETS
+
+# Each other answer than the default is about INVEPT.
+_INVEPT: Final = ("remote_flush", "migration", "migration_vpid")
+_ABOUT_EPT: Final = tuple(point.name for point in TDP_POINTS) + _INVEPT
+_KERNELS: Final = tuple(policy for name, policy in PRESETS.items() if name.startswith("linux-"))
+
+
+def unasked_answer(policy: Policy, *, ept: bool) -> str | None:
+    """Return an answer of the policy that is without meaning on such a host, as `point=answer`; None: there
+    is none."""
+    points = SHADOW_POINTS if ept else tuple(BY_NAME[name] for name in _ABOUT_EPT)
+    if any(_answers_alike(policy, kernel, points) for kernel in _KERNELS):
+        return None
+    default = PRESETS[DEFAULT].answers()
+    for point in points:
+        for answer in point.names():
+            if answer != default[point.name] and policy.may_answer(point.name, answer):
+                return f"{point.name}={answer}"
+    return None
+
+
+def _answers_alike(policy: Policy, other: Policy, points: tuple[DecisionPoint, ...]) -> bool:
+    """Return whether the policy answers these points as `other`, a table, does."""
+    table = other.answers()
+    return not any(
+        policy.may_answer(point.name, answer)
+        for point in points
+        for answer in point.names()
+        if answer != table[point.name]
+    )
+
+
+def check_suits(policy: Policy, where: str, *, ept: bool) -> None:
+    """Raise BadInput if the policy gives an answer without meaning; `where`: the test or scenario whose host
+    has EPT, or has none."""
+    answer = unasked_answer(policy, ept=ept)
+    if answer is not None:
+        raise BadInput(
+            where,
+            f"its host has {'EPT' if ept else 'no EPT'}, and policy {policy.name} answers {answer}",
+            f"a policy with Linux 7.3's answers about {'the shadow MMU' if ept else 'EPT and the TDP MMU'}",
+        )
