@@ -27,13 +27,15 @@ from .lines import Machine, Step
 from .machine import EmulatedMachine, Vm
 from .probes import Probes
 from .program import CODE_GFN
-from .tables import SPACES
+from .tables import SPACES, entry_of
 
 # Instructions that the guest executes on request: CR0.WP exits or not, which is the same to KVM with EPT.
 TOGGLES: dict[str, tuple[int, int]] = {
     "cr0_ts": (lib.GUEST_INSN_MOV_CR0, 1 << 3),
     "cr4_osfxsr": (lib.GUEST_INSN_MOV_CR4, 1 << 9),
+    "cr0_pg": (lib.GUEST_INSN_MOV_CR0, kvm_host.X86_CR0_PG),
     "cr0_wp": (lib.GUEST_INSN_MOV_CR0, kvm_host.X86_CR0_WP),
+    "cr4_smep": (lib.GUEST_INSN_MOV_CR4, kvm_host.X86_CR4_SMEP),
     "cr4_pse": (lib.GUEST_INSN_MOV_CR4, kvm_host.X86_CR4_PSE),
     "cr4_pge": (lib.GUEST_INSN_TOGGLE_PGE, 0),
 }
@@ -76,6 +78,18 @@ class EmulatorDriver:
 
 class EmulatedBench(EmulatedMachine):
     """The machine under the test's steps."""
+
+    after_pt_store: Callable[[], None] | None = None
+
+    def start(self) -> None:
+        super().start()
+        self.probes.probe("kvm_mmu_track_write", self._pt_stored)
+
+    def _pt_stored(self, args: tuple[Any, ...], _: Any) -> tuple[str, int, int]:
+        after, self.after_pt_store = self.after_pt_store, None
+        if after is not None:
+            after()
+        return "pt stores", args[1].id, 1
 
     def step(self, step: Step) -> int:
         perform: Callable[[Step], int] = getattr(self, f"_{step.op}")
@@ -277,6 +291,18 @@ class EmulatedBench(EmulatedMachine):
                 toggles = TOGGLES_WITHOUT_EPT.get(insn)
                 return self._toggle(step, *toggles) if toggles else self._emulated_insn(step)
         return self._toggle(step, *TOGGLES[insn]) if insn in TOGGLES else self._counted_insn(step)
+
+    def _pt_store(self, step: Step) -> int:
+        """The store ends as KVM emulates it, on the vCPU's thread: it is made once."""
+        vm = self._vm(step)
+        program = vm.programs[step.number("vcpu")]
+        linear = vm.slots[step.number("slot")].gfn
+        with self._spinning(step):
+            before = self.probes.count("pt stores", vm.kvm.id)
+            self.after_pt_store = program.spin
+            program.store(*entry_of(linear, step.number("level")))
+            self.wait(lambda: self.probes.count("pt stores", vm.kvm.id) > before, str(step))
+        return self.probes.count("pt stores", vm.kvm.id) - before
 
     @contextmanager
     def _spinning(self, step: Step) -> Iterator[None]:

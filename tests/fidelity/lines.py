@@ -63,6 +63,7 @@ class Machine:
     guest_os: bool = False
     lazy_split: bool = False
     ept: bool = True
+    tables: bool = False
 
 
 @dataclass(frozen=True)

@@ -69,6 +69,7 @@ class EmulatedMachine:
 
     def __init__(self, machine: Machine, vcpus: int, policy: Policy, probes: Probes) -> None:
         self.config = machine
+        self.tables = machine.tables or not machine.ept
         self.vcpus = vcpus
         self.policy = policy
         self.probes = probes
@@ -223,7 +224,7 @@ class EmulatedMachine:
             self.set_slot(vm, number, slot)
         if self.config.thp and not self.config.host_4k:
             self.mm.make_huge(kvm, vm.slots[1].gfn, vm.slots[1].pages)
-        if not self.config.ept:
+        if self.tables:
             write_tables(self.cpu, kvm)
         for _ in range(self.vcpus):
             vcpu = kvm_vm_ioctl_create_vcpu(self.cpu, kvm)
@@ -249,7 +250,7 @@ class EmulatedMachine:
             guest_os=self.config.guest_os,
             first_gfn=first,
             end_gfn=first + share,
-            tables=None if self.config.ept else FIRST,
+            tables=FIRST if self.tables else None,
         )
 
     def set_slot(self, vm: Vm, number: int, slot: Slot, flags: int = 0) -> None:

@@ -10,7 +10,7 @@ from native.types import VcpuId
 # Pages of the largest slot: a loop of this many accesses visits each page of any slot.
 LENGTH = 1024
 IDLE_GFN = 0x10
-# Without EPT each round begins with the guest's code, and ends with a counter of its own, both in slot 0.
+# On page tables each round begins with the guest's code, and ends with a counter of its own, both in slot 0.
 CODE_GFN, COUNTER_GFN = 0x10, 0x20
 # The pages that the guest OS maps for each of its processes.
 LINEAR_PAGE = 0x400
@@ -67,6 +67,10 @@ class Program:
         for i in range(self._length):
             self._records[i] = lib.ACCESS_EXECUTE << 62 | CODE_GFN << 12
         self.mark()
+
+    def store(self, gfn: int, word: int) -> None:
+        """Store to one word, over and over."""
+        self._records[1] = lib.ACCESS_WRITE << 62 | gfn << 12 | word * 8
 
     def access(self, gfn: int, pages: int, kind: int) -> None:
         """Each of the pages in turn, for ever; `kind` is an access_type."""

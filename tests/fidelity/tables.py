@@ -32,6 +32,12 @@ def write_tables(cpu: Cpu, kvm: Kvm) -> None:
                 _write(cpu, kvm, directory, index, page << 12 | _TABLE | _PAGE_SIZE)
 
 
+def entry_of(gfn: int, level: int) -> tuple[int, int]:
+    """Return the first address space's table of that level, and the index in it, for a gfn."""
+    gigabyte, index = divmod(gfn // ENTRIES, ENTRIES)
+    return {4: (FIRST, 0), 3: (FIRST + 1, gigabyte), 2: (FIRST + 2 + gigabyte, index)}[level]
+
+
 def _write(cpu: Cpu, kvm: Kvm, table: int, index: int, entry: int) -> None:
     slot = gfn_to_memslot(kvm, table)
     assert slot is not None

@@ -9,6 +9,7 @@ import pytest
 
 from .compare import fewest, problems
 from .driver import VcpuCounts, VmCounts
+from .emulated import EmulatorDriver
 from .lines import VCPU_KEYS, Line, Step, load
 
 LINES = {line.id: line for line in load()}
@@ -121,6 +122,13 @@ def test_every_operation_of_the_machine_has_a_line() -> None:
         *("migrate", "run", "smi", "vm_create", "vm_destroy"),
     }
     assert all(line.recorded for line in LINES.values())
+
+
+def test_what_the_emulator_cannot_run_is_known() -> None:
+    missing = {line.id: line.needs - EmulatorDriver.capabilities for line in LINES.values()}
+    paging32 = {f"{host}-32-bit-mov-cr3-{to}" for host in ("ept", "shadow") for to in ("new", "back")}
+    assert {line_id for line_id, needs in missing.items() if needs} == paging32
+    assert all(missing[line_id] == {"32-bit guest paging"} for line_id in paging32)
 
 
 def test_steps_are_parsed() -> None:
