@@ -516,6 +516,7 @@ class Lib:
     GUEST_OP_READ_ONLY: Final[int]
     GUEST_OP_GLOBAL: Final[int]
     GUEST_OP_HUGE: Final[int]
+    GUEST_OP_DIRTY: Final[int]
     MACHINE_SIGNALS: Final[int]
     VIOLATION_CROSS_VM: Final[int]
     VIOLATION_FOREIGN_ROOT: Final[int]

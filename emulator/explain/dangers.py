@@ -16,7 +16,7 @@ DANGERS: Final[Mapping[str, str]] = {
     "slot-retries": "the fault meets a memslot that is being deleted, and is retried",
     "slot-waits": "the update of the memslots waits until the mmu_notifier's invalidation has ended",
     "frozen": "the fault meets an SPTE that another CPU has frozen, and is retried",
-    "yields": "the walk of the TDP MMU drops mmu_lock before its end",
+    "yields": "the walk over SPTEs drops mmu_lock before its end",
     "pending-flush": "the walk drops mmu_lock with zapped SPTEs that are not flushed yet",
     "root-gone": "the walk's root was invalidated while it had dropped mmu_lock",
     "tables-freed": "KVM frees a table",

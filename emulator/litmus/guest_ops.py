@@ -108,9 +108,12 @@ class MovCr3(GuestOp):
 
 class Map(GuestOp):
     verb = "map"
-    doc = "The guest maps LINEAR to guest-physical PAGE in its tables."
+    doc = (
+        "The guest maps LINEAR to guest-physical PAGE in its tables; `dirty` sets the entry's accessed and "
+        "dirty flags at once."
+    )
     args = (Arg("linear", "page"), Arg("page", "page", most=_LAST_GUEST_PAGE))
-    words = ("ro", "global", "huge")
+    words = ("ro", "global", "huge", "dirty")
 
     def check(self, test: LitmusTest, thread: str) -> None:
         super().check(test, thread)

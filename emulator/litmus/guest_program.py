@@ -24,6 +24,7 @@ _FLAGS = {
     "ro": lib.GUEST_OP_READ_ONLY,
     "global": lib.GUEST_OP_GLOBAL,
     "huge": lib.GUEST_OP_HUGE,
+    "dirty": lib.GUEST_OP_DIRTY,
     "type0": 0,
     "type1": 1,
     "type2": 2,

@@ -361,6 +361,7 @@ class Harness:
             single=self.single,
             resched_chunks=section.resched_chunks,
             eager_page_split=section.eager_page_split,
+            mmu_pages=section.mmu_pages,
             tdp_level=max(section.tdp_levels, default=4),
             eptad=section.ept_ad,
             ept=self.test.machine.ept,

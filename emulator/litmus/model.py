@@ -21,6 +21,7 @@
     chunk = 32                    # SPTEs that a zap handles in one step
     fault_around = 0              # pages that a fault maps together with its own, as the emulator's guests do
     resched_chunks = 0            # a zap yields after this number of steps; 0: only if mmu_lock is contended
+    mmu_pages = 65536             # shadow pages that KVM keeps (KVM_SET_NR_MMU_PAGES), the newest ones
     invalidations = 0             # how many this VM has had already: mmu_invalidate_seq begins there
     dirty_log = "protect"         # or "manual", "initially-set" (KVM_CAP_MANUAL_DIRTY_LOG_PROTECT2)
 
@@ -82,7 +83,7 @@ of this form; all other verdicts are expected not to change with these choices:
     slot-retries   a fault met a memslot that was being deleted, and was retried
     slot-waits     an update of the memslots waited until an mmu_notifier's invalidation had ended
     frozen         a fault met an SPTE that another CPU had frozen, and was retried
-    yields         a zap or another walk of the TDP MMU dropped mmu_lock before its end
+    yields         a zap or another walk over SPTEs dropped mmu_lock before its end
     pending-flush  a walk of the TDP MMU dropped mmu_lock with zapped SPTEs that were not flushed yet
     root-gone      a walk of the TDP MMU dropped mmu_lock, and its root was invalidated before it went on
     tables-freed   KVM freed a table
@@ -182,6 +183,7 @@ class VmSection(Section):
     resched_chunks: Annotated[int, Unit("steps")] = Field(default=0, ge=0, le=1024, strict=True)
     fault_around: Annotated[int, Unit("pages")] = Field(default=0, ge=0, le=FAULT_AROUND_MAX, strict=True)
     eager_page_split: bool = True
+    mmu_pages: Annotated[int, Unit("shadow pages")] = Field(default=1 << 16, ge=16, le=1 << 16, strict=True)
     invalidations: Annotated[int, Unit("invalidations")] = Field(default=0, ge=0, lt=1 << 63, strict=True)
     dirty_log: Literal["protect", "manual", "initially-set"] = "protect"
 

@@ -263,7 +263,8 @@ static uint64_t entry_value(const struct guest_op *op)
 	return op->value << 12 | GPTE_PRESENT | GPTE_USER |
 	       (op->flags & GUEST_OP_READ_ONLY ? 0 : GPTE_WRITABLE) |
 	       (op->flags & GUEST_OP_GLOBAL ? GPTE_GLOBAL : 0) |
-	       (op->flags & GUEST_OP_HUGE ? GPTE_PAGE_SIZE : 0);
+	       (op->flags & GUEST_OP_HUGE ? GPTE_PAGE_SIZE : 0) |
+	       (op->flags & GUEST_OP_DIRTY ? GPTE_ACCESSED | GPTE_DIRTY : 0);
 }
 
 static enum walk_result find_entry(struct walk *w, uint64_t page, uint32_t level, bool create, struct found *f)

@@ -17,7 +17,7 @@ enum guest_op_kind {
 	GUEST_OP_INVLPG,     /* linear */
 	GUEST_OP_INVPCID,    /* flags: type; value: process; linear for type 0 */
 	GUEST_OP_MOV_CR3,    /* value: process; flags: GUEST_OP_NOFLUSH */
-	GUEST_OP_MAP,        /* linear -> value (gfn); flags: GUEST_OP_READ_ONLY, _GLOBAL, _HUGE */
+	GUEST_OP_MAP,        /* linear -> value (gfn); flags: GUEST_OP_READ_ONLY, _GLOBAL, _HUGE, _DIRTY */
 	GUEST_OP_UNMAP,      /* linear */
 	GUEST_OP_PROTECT,    /* linear loses write access */
 	GUEST_OP_HLT,        /* exit EXIT_HLT */
@@ -32,6 +32,7 @@ enum guest_op_flag {
 	GUEST_OP_READ_ONLY = 2,
 	GUEST_OP_GLOBAL = 4,
 	GUEST_OP_HUGE = 8,
+	GUEST_OP_DIRTY = 16,
 };
 
 enum { MACHINE_SIGNALS = 64 };

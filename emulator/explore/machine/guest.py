@@ -15,7 +15,7 @@ if TYPE_CHECKING:
 else:
     Lib = object  # inherited for mypy alone, which compares each stand-in with the native function
 
-_FLAGS = ("GUEST_OP_NOFLUSH", "GUEST_OP_READ_ONLY", "GUEST_OP_GLOBAL", "GUEST_OP_HUGE")
+_FLAGS = ("GUEST_OP_NOFLUSH", "GUEST_OP_READ_ONLY", "GUEST_OP_GLOBAL", "GUEST_OP_HUGE", "GUEST_OP_DIRTY")
 
 EXIT_REASONS: Final[int] = lib.EXIT_REASONS
 # Exits for a walk that found no right.
