@@ -62,7 +62,25 @@ void program_destroy(struct machine *m, struct guest *g)
 	if (g->program)
 		heap_free(m->heap, g->program->ops);
 	heap_free(m->heap, g->program);
+	heap_free(m->heap, g->change);
 	g->program = NULL;
+	g->change = NULL;
+	g->changes = 0;
+}
+
+/* Make room for a change by each of n operations, besides those that are not invalidated yet.  An operation that a VM
+ * exit interrupts notes its change once, when it is complete. */
+static int changes_reserve(struct machine *m, struct guest *g, uint32_t n)
+{
+	struct guest_change *more = heap_zalloc(m->heap, g->changes + (size_t)n + 1, sizeof(*more));
+
+	if (!more)
+		return MACHINE_NOMEM;
+	if (g->changes)
+		memcpy(more, g->change, g->changes * sizeof(*more));
+	heap_free(m->heap, g->change);
+	g->change = more;
+	return 0;
 }
 
 int guest_set_program(struct machine *m, uint32_t vcpu, const struct guest_op *ops, uint32_t n)
@@ -72,7 +90,7 @@ int guest_set_program(struct machine *m, uint32_t vcpu, const struct guest_op *o
 
 	if (!g->program)
 		g->program = heap_zalloc(m->heap, 1, sizeof(*g->program));
-	if (!copy || !g->program) {
+	if (!copy || !g->program || changes_reserve(m, g, n)) {
 		heap_free(m->heap, copy);
 		return MACHINE_NOMEM;
 	}
@@ -100,11 +118,6 @@ static void note_change(struct walk *w, uint64_t page, const struct guest_page *
 
 	if (gp->gfn == (uint32_t)GUEST_NO_GFN)
 		return;
-	/* The list is full: the oracle will never report a use of this old translation. */
-	if (g->changes == GUEST_CHANGES) {
-		g->changes_lost = true;
-		return;
-	}
 	g->change[g->changes++] = (struct guest_change){
 		.page = page, .process = g->current, .gfn = gp->gfn, .all = all, .global = global
 	};

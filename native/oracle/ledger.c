@@ -14,8 +14,6 @@
 #include "memory/frame.h"
 #include "vm/vm.h"
 
-enum { NO_FRAME = 0xffffffff };
-
 /* Test-and-set; acquire pairs with the release of ledger_release.  Held only for a few SPTEs, but the holder's
  * thread may be preempted. */
 void ledger_move(struct ledger_cursor *c, uint64_t group)
@@ -59,7 +57,7 @@ int ledger_create(struct machine *m, struct vm *vm)
 	l->promise = (struct ledger_promise *)(void *)(l->right + vm->gfns);
 	l->lock = (_Atomic uint32_t *)(void *)(l->promise + vm->gfns);
 	for (uint64_t gfn = 0; gfn < vm->gfns; gfn++)
-		l->right[gfn].hfn = NO_FRAME;
+		l->right[gfn].hfn = LEDGER_NO_FRAME;
 	vm->ledger = l;
 	return 0;
 }
@@ -93,7 +91,7 @@ void ledger_grant_write(struct machine *m, uint32_t vm, uint64_t gfn, uint32_t h
 		struct ledger_right *e = ledger_at(&c, gfn + i);
 
 		if (e->hfn == hfn + i)
-			ledger_add(&e->live_write, &e->revoked, REVOKED_WRITE,
+			ledger_add(e, &e->live_write, REVOKED_WRITE,
 				   frame_custody_holds(m->frames, hfn + (uint32_t)i, custody));
 	}
 	ledger_release(&c);
@@ -171,17 +169,17 @@ static uint64_t revoke(struct revocation *r, uint64_t gfn)
 	struct ledger_promise *p = &r->cursor.ledger->promise[gfn];
 	uint8_t rights;
 
-	if (e->hfn == NO_FRAME)
+	if (e->hfn == LEDGER_NO_FRAME)
 		return 0;
 	rights = ends(e, r->promise, r->ticket);
 	/* Also if an earlier promise has ended all rights, because a fault may have looked the frame up since.
 	 * Not if the frame is another page's by now: then it was freed, which has advanced its tag. */
 	if (withdraws_custody(e, r->promise) && (rights || p->host_tag == frame_host_tag(r->frames, e->hfn)))
-		p->host_tag = frame_take(r->frames, &r->taking, e->hfn);
+		p->host_tag = (uint16_t)frame_take(r->frames, &r->taking, e->hfn);
 	if (!rights)
 		return 0;
 	e->revoked |= rights;
-	e->promise = (uint8_t)r->promise;
+	p->promise = (uint8_t)r->promise;
 	p->time = r->now;
 	p->cpu = r->cpu;
 	frame_tag_advance(r->frames, e->hfn);
@@ -238,9 +236,10 @@ void ledger_copy(struct machine *m, uint32_t vm, uint64_t gfn, struct ledger_ent
 	const struct ledger_right *e = ledger_at(&c, gfn);
 	const struct ledger_promise *p = &c.ledger->promise[gfn];
 
-	*out = (struct ledger_entry){ .hfn = e->hfn, .live_read = e->live_read, .live_write = e->live_write,
-				      .revoked = e->revoked, .promise = e->promise, .promise_cpu = p->cpu,
-				      .promise_time = p->time, .ungranted = e->ungranted };
+	*out = (struct ledger_entry){ .hfn = e->hfn == LEDGER_NO_FRAME ? UINT32_MAX : e->hfn,
+				      .live_read = e->live_read, .live_write = e->live_write, .revoked = e->revoked,
+				      .promise = p->promise, .promise_cpu = p->cpu, .promise_time = p->time,
+				      .ungranted = e->ungranted };
 	ledger_release(&c);
 }
 

@@ -47,22 +47,24 @@ uint64_t oracle_revoke_mask(struct machine *m, uint32_t cpu, uint32_t vm, uint64
 uint32_t oracle_right(struct machine *m, uint32_t vm, uint64_t gfn, uint32_t *hfn);
 /* end api */
 
-enum { LEDGER_GROUP_BITS = 4, REVOKED_READ = 1, REVOKED_WRITE = 2 };
+enum { LEDGER_GROUP_BITS = 4, REVOKED_READ = 1, REVOKED_WRITE = 2, LEDGER_NO_FRAME = 0xffffff };
 
 /* Under the group's lock. */
 struct ledger_right {
-	uint32_t hfn;
-	uint8_t live_read;
-	uint8_t live_write;
-	uint8_t revoked;
-	uint8_t promise;
+	uint32_t hfn : 24; /* as wide as in an SPTE; LEDGER_NO_FRAME: the page was never mapped */
+	uint32_t revoked : 8;
+	/* The TDP MMU has an SPTE of a page per root, the shadow MMU as many as a list of its rmap holds
+	 * (RMAP_RECYCLE_THRESHOLD). */
+	uint16_t live_read;
+	uint16_t live_write;
 	uint64_t ungranted;
 };
 
 struct ledger_promise {
 	uint64_t time;
 	uint32_t cpu;
-	uint32_t host_tag; /* host tag of the frame when a promise last withdrew its custody */
+	uint16_t host_tag; /* host tag of the frame when a promise last withdrew its custody */
+	uint8_t promise;
 };
 
 struct ledger {
@@ -75,8 +77,8 @@ struct ledger {
 /* The state of one right, as ledger_copy() returns it. */
 struct ledger_entry {
 	uint32_t hfn;
-	uint8_t live_read;  /* SPTEs that grant it now, over all roots */
-	uint8_t live_write;
+	uint16_t live_read;  /* SPTEs that grant it now, over all roots */
+	uint16_t live_write;
 	uint8_t revoked;    /* bit 0: read, bit 1: write */
 	uint8_t promise;    /* the last one */
 	uint32_t promise_cpu;
@@ -136,13 +138,13 @@ static inline void ledger_release(struct ledger_cursor *c)
 
 /* Add a grant.  Under a custody that the host has withdrawn meanwhile it grants nothing and marks the right
  * revoked: the SPTE was installed for a frame that its fault no longer owned. */
-static inline void ledger_add(uint8_t *live, uint8_t *revoked, uint8_t which, bool custody_holds)
+static inline void ledger_add(struct ledger_right *e, uint16_t *live, uint8_t which, bool custody_holds)
 {
 	if (__builtin_expect(custody_holds, 1))
-		*revoked &= (uint8_t)~which;
+		e->revoked &= (uint8_t)~which;
 	else if (!*live)
-		*revoked |= which;
-	*live += *live < UINT8_MAX;
+		e->revoked |= which;
+	*live += *live < UINT16_MAX;
 }
 
 /* Grant one gfn for a leaf SPTE that is about to appear. */
@@ -152,14 +154,14 @@ static inline void ledger_grant_one(struct ledger_cursor *c, uint64_t gfn, uint3
 	struct ledger_right *e = ledger_at(c, gfn);
 
 	if (e->hfn != hfn) {
-		e->hfn = hfn;
+		e->hfn = hfn & 0xffffff;
 		e->live_read = 0;
 		e->live_write = 0;
 		e->revoked = write ? 0 : REVOKED_WRITE;
 	}
-	ledger_add(&e->live_read, &e->revoked, REVOKED_READ, custody_holds);
+	ledger_add(e, &e->live_read, REVOKED_READ, custody_holds);
 	if (write)
-		ledger_add(&e->live_write, &e->revoked, REVOKED_WRITE, custody_holds);
+		ledger_add(e, &e->live_write, REVOKED_WRITE, custody_holds);
 }
 
 /* Ungrant one gfn: its SPTE is gone, or has lost W.  The right changes first, then the frame's tag, which

@@ -71,7 +71,7 @@ static bool agreed_before(const struct guest *g, uint64_t page, uint64_t gfn)
 	for (uint32_t i = 0; i < g->changes; i++)
 		if (g->change[i].page == page && g->change[i].process == g->current && g->change[i].gfn == gfn)
 			return true;
-	return g->changes_lost;
+	return false;
 }
 
 /* Times do not matter here, unlike with EPT, where each fill reads the guest's tables: KVM may derive a translation from

@@ -70,7 +70,6 @@ enum {
 	GUEST_PROCESSES = 16,
 	GUEST_KERNEL_PAGES = 8,
 	GUEST_LEVELS = 4,
-	GUEST_CHANGES = 32,
 };
 
 /* SDM vol. 3A, 4.5.4: entries of 4-level paging. */
@@ -218,10 +217,9 @@ struct guest {
 	/* Without EPT: a number for the address space in use, which tells old translations from new ones where no PCID
 	 * does. */
 	uint8_t space;
-	/* Changes of a program's; if there were too many at a time, old translations are not known any more. */
-	struct guest_change change[GUEST_CHANGES];
+	/* Changes of a program's, with room for one by each operation that it still has to do. */
+	struct guest_change *change;
 	uint32_t changes;
-	bool changes_lost;
 	struct program *program; /* instead of processes' traces (program.h); NULL: none */
 };
 

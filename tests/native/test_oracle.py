@@ -303,3 +303,21 @@ def frame_of(machine: Hypervisor, vm: VmId, gfn: int) -> Hfn:
     hfn = ffi.new("uint32_t *")
     lib.oracle_right(machine.m, vm, gfn, hfn)
     return Hfn(hfn[0])
+
+
+def test_a_page_may_have_more_sptes_than_a_byte_counts() -> None:
+    """As aliases of one page have without EPT: the right lasts until the last SPTE is gone."""
+    sptes = 300
+    with Hypervisor() as machine:
+        machine.vm(GFNS)
+        m, frame = machine.m, ffi.new("struct mm_page *")
+        assert lib.mm_fault(m, CPU0, VM0, 1, 1, frame) == 0
+        table = Hfn(lib.shadow_page_alloc(m, CPU0, lib.FRAME_TABLE))
+        spte = lib.make_shadow_spte(frame.hfn, frame.tag, 1, lib.SPTE_WRITABLE | lib.SPTE_USER, 1)
+        for index in range(sptes):
+            lib.shadow_mmu_set_spte(m, CPU0, VM0, table, index, 1, 1, spte)
+        hfn = ffi.new("uint32_t *")
+        for index in range(sptes):
+            assert lib.oracle_right(m, VM0, 1, hfn) == 0b0011
+            lib.shadow_mmu_set_spte(m, CPU0, VM0, table, index, 1, 1, 0)
+        assert lib.oracle_right(m, VM0, 1, hfn) == 0

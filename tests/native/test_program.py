@@ -136,6 +136,21 @@ def test_a_change_that_it_has_not_may_be_used(machine: Hypervisor, how: str) -> 
     assert changed_away(machine, [op("map", A, 0x12), *DOES_NOT[how]], op("read", A)) == {}
 
 
+def test_each_of_many_changes_is_remembered(machine: Hypervisor) -> None:
+    """Loaded in two programs, so that the list of the first one's changes is kept and grows."""
+    pages = range(0x400, 0x400 + 80)
+    vcpu = boot(machine)
+    machine.process(vcpu, [], list(pages))
+    switch = op("mov_cr3", value=1)
+    run(machine, vcpu, switch, *(op("map", page, page - 0x300) for page in pages))
+    run(machine, vcpu, switch, *(op("read", page) for page in pages))
+    run(machine, vcpu, switch, *(op("map", page, 0x20) for page in pages[:40]), cpu=CPU1)
+    run(machine, vcpu, *(op("unmap", page) for page in pages[40:]), switch, cpu=CPU1)
+    assert machine.violations() == {}
+    run(machine, vcpu, *(op("read", page) for page in pages))
+    assert machine.violations() == {"guest-stale": 80}
+
+
 def test_a_global_page_outlives_mov_cr3(machine: Hypervisor) -> None:
     flags = lib.GUEST_OP_GLOBAL
     vcpu = boot(machine, processes=2, pcid=1)

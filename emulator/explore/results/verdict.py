@@ -68,8 +68,8 @@ class Verdict:
     """The result of exploring one test under one policy.
 
     bound: the most preemptions that are covered completely; None with `complete`: all interleavings.
-    limit: the reason why an incomplete search ended: "seconds", "executions", "interrupted"; "" for the bound
-    that was asked for.
+    limit: the reason why an incomplete search ended: "seconds", "executions", "steps", "interrupted"; "" for
+    the bound that was asked for.  cut_off: executions that had more steps than one may have.
     needs: dangers, any of which is the test's precondition; met: executions that met it; evidence: how often
     each danger occurred in all executions together.
     failure: the reason why an execution could not go on, as in litmus.verdict.Outcome.
@@ -98,6 +98,7 @@ class Verdict:
     failure: str = ""
     unwatched: tuple[str, ...] = ()
     unordered: tuple[str, ...] = ()
+    cut_off: int = 0
 
     def document(self) -> dict[str, Any]:
         """Return the document for --json, which holds no times."""
@@ -174,6 +175,7 @@ class Verdict:
         return {
             "seconds": ", the time was up",
             "executions": ", --executions were done",
+            "steps": f", {self.cut_off:,} were cut off after {Limits().steps:,} steps",
             INTERRUPTED: ", interrupted",
         }.get(self.limit, "")
 
@@ -208,7 +210,7 @@ def explore_verdict(
         _take_back(verdict)
     elif not verdict.complete and verdict.verdict not in (VIOLATIONS, FAILED):
         as_asked = plan.bound is not None and verdict.bound == plan.bound
-        ended = INTERRUPTED if ending() else "seconds" if stop() else ""
+        ended = INTERRUPTED if ending() else "seconds" if stop() else "steps" if verdict.cut_off else ""
         verdict.limit = ended or ("" if as_asked else "executions")
     if not verdict.met and verdict.verdict not in (VIOLATIONS, FAILED):
         verdict.verdict = INCONCLUSIVE
@@ -344,7 +346,7 @@ def _sampled(program: LitmusProgram, verdict: Verdict, stop: Stop) -> None:
         strategy = RandomWalk(plan.executions, plan.seed)
     found = search(program, program.objects, strategy, Limits(), bool, stop)
     _add(verdict, found, None, plan.strategy)
-    if isinstance(strategy, Pct) and found.executions:
+    if isinstance(strategy, Pct) and found.executions and not found.too_long:
         verdict.guarantee = strategy.guarantee()
     if found.schedule is not None:
         _violated(program, verdict, found)
@@ -356,6 +358,7 @@ def _add(verdict: Verdict, found: Found, bound: int | None, strategy: str) -> No
     verdict.steps += found.steps
     verdict.depth = max(verdict.depth, found.depth)
     verdict.met += found.met
+    verdict.cut_off += found.too_long
     verdict.evidence.update(found.evidence)
     verdict.rounds.append(
         {

@@ -92,12 +92,12 @@ def account_shadowed(cpu: Cpu, kvm: Kvm, sp: ShadowPage) -> None:
 
 def stores_exit(cpu: Cpu, kvm: Kvm, gfn: int) -> None:
     """Record KVM's promise to itself: from here on each store of the guest to the table in gfn exits."""
-    lib.oracle_track_writes(cpu.m, cpu.id, kvm.id, gfn, 1)
+    cpu.check(lib.oracle_track_writes(cpu.m, cpu.id, kvm.id, gfn, 1))
 
 
 def stores_need_not_exit(cpu: Cpu, kvm: Kvm, gfn: int) -> None:
     """Take the promise back, before an SPTE may become writable."""
-    lib.oracle_track_writes(cpu.m, cpu.id, kvm.id, gfn, 0)
+    cpu.check(lib.oracle_track_writes(cpu.m, cpu.id, kvm.id, gfn, 0))
 
 
 def unaccount_shadowed(cpu: Cpu, kvm: Kvm, sp: ShadowPage) -> None:

@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import json
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
+from typing import Literal
 
 import pytest
 
@@ -179,3 +181,15 @@ def test_one_line_tells_proofs_from_what_tested_nothing(
     assert capsys.readouterr().out.splitlines()[-1] == line
     assert main(["litmus", "--explore", *words]) == 1
     assert line in capsys.readouterr().out.splitlines()
+
+
+@pytest.mark.parametrize("strategy", ["exhaustive", "pct"])
+def test_executions_that_are_cut_off_prove_nothing_and_are_told(
+    strategy: Literal["exhaustive", "pct"], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("emulator.explore.results.verdict.Limits", partial(Limits, steps=20))
+    found = explore_verdict(
+        load_test("return-zap"), named_policy("linux-7.3"), Plan(executions=10, strategy=strategy)
+    )
+    assert (found.complete, found.limit, found.guarantee) == (False, "steps", None)
+    assert f"; not all, {found.cut_off:,} were cut off after 20 steps" in found.summary()
