@@ -54,6 +54,14 @@ static inline void harness_begin(const char *name, unsigned seconds)
 	fflush(stdout);
 }
 
+/* A turn of a wait for another thread.  It spins, so that both go on at once; the thread may have no processor. */
+static inline void harness_spin(uint32_t turn)
+{
+	cpu_relax();
+	if (turn % 4096 == 0)
+		sched_yield();
+}
+
 static inline struct machine *harness_machine(uint32_t pcpus, uint32_t housekeeping, uint32_t chaos)
 {
 	struct machine_config config = {

@@ -206,8 +206,8 @@ static void test_power(const char *name, uint32_t rounds, uint32_t chaos, bool u
 	atomic_store(&round_of[1], 0);
 	actor_start(&target, changing);
 	for (uint32_t i = 1; i <= rounds; i++) {
-		while (atomic_load(&round_of[0]) < i)
-			cpu_relax();
+		for (uint32_t turn = 1; atomic_load(&round_of[0]) < i; turn++)
+			harness_spin(turn);
 		for (uint32_t pause = i * 7 % 300; pause; pause--)
 			cpu_relax();
 		CHECK(smp_call_function_single(m, PCPUS, 0, IPI_ACK_KICK, 0, 1) >= 0);

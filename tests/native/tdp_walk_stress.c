@@ -89,11 +89,8 @@ static _Atomic uint32_t arrived, shared_pages;
 static void meet(uint32_t n)
 {
 	atomic_fetch_add(&arrived, 1);
-	for (uint32_t spins = 1; atomic_load(&arrived) < n; spins++) {
-		cpu_relax();
-		if (spins % 4096 == 0)
-			sched_yield();
-	}
+	for (uint32_t turn = 1; atomic_load(&arrived) < n; turn++)
+		harness_spin(turn);
 }
 
 static void walk_once(uint32_t cpu, uint32_t walk)
