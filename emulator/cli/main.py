@@ -10,7 +10,8 @@ import io
 import sys
 import traceback
 from collections.abc import Sequence
-from typing import TYPE_CHECKING, Annotated
+from functools import cache
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
@@ -149,11 +150,18 @@ def main(arguments: Sequence[str] | None = None) -> int:
         return interrupts.INTERRUPTED
 
 
+@cache
+def _command() -> Any:
+    """Return the tree of commands.  Building it takes a third of the time of a short command line, and one
+    process may run many."""
+    command = typer.main.get_command(app)
+    refuse_blanks(command)
+    return command
+
+
 def _run(arguments: Sequence[str] | None) -> int:
     try:
-        command = typer.main.get_command(app)
-        refuse_blanks(command)
-        status = command.main(
+        status = _command().main(
             args=None if arguments is None else list(arguments), prog_name="flushlab", standalone_mode=False
         )
         status = status if isinstance(status, int) else 0
