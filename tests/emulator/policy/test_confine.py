@@ -39,8 +39,9 @@ def written(directory: Path, text: str, name: str = "mine.py") -> Path:
 def verdicts(command: str, jobs: int, policies: list[str], capsys: pytest.CaptureFixture[str]) -> list[bool]:
     """Whether each policy violates, in the order given."""
     arguments = [f"--policy={policy}" for policy in policies]
-    tests = ["return-zap", "stale-until-flush"] if jobs > 1 else ["return-zap"]
-    main([command, *tests, "--jobs", str(jobs), "--json", *arguments])
+    tests = ["return-zap", "guest-pge"] if jobs > 1 else ["return-zap"]
+    more = ["--iterations", "10", "--seed", "1"] if command == "litmus" else []
+    main([command, *tests, "--jobs", str(jobs), "--json", *more, *arguments])
     document = json.loads(capsys.readouterr().out)
     found = document["explored" if command == "explore" else "outcomes"]
     return [any(one["policy"] == policy and one["violations"] for one in found) for policy in policies]
