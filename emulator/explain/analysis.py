@@ -41,6 +41,8 @@ _DECISIONS = {
     "migration": "migration",
     "root_load": "root_load",
 }
+# Likewise, where the shadow MMU decides instead of the TDP MMU.
+_SHADOW_DECISIONS = {"remote_zap": "commit_zap", "remote_replace": "spte_replace"}
 
 
 @dataclass(frozen=True, slots=True)
@@ -94,7 +96,10 @@ class RaceAnalysis(Timeline):
             return "zap_yield"
         if moment.event.reason == "migration" and self.facts.kind == "guest-stale":
             return "migration_vpid"
-        return _DECISIONS.get(moment.event.reason, "")
+        if self.facts.kind == "missed-guest-write":
+            return "table_protect"
+        decisions = _DECISIONS | _SHADOW_DECISIONS if self.facts.linear else _DECISIONS
+        return decisions.get(moment.event.reason, "")
 
     @property
     def revoked_on(self) -> int:

@@ -19,7 +19,8 @@ NO_VCPU = 0xFFFFFFFF
 class Facts:
     """A report's account of a use (emulator.report.violation); -1 is unknown.
 
-    `live` counts the SPTEs that still mapped the page at the use.
+    `live` counts the SPTEs that still mapped the page at the use.  linear: the entry was derived from the
+    shadow MMU's tables.
     """
 
     kinds: tuple[str, ...] = ()
@@ -37,6 +38,7 @@ class Facts:
     page: int = -1
     root: int = -1
     live: int = 0
+    linear: bool = False
 
     @classmethod
     def of_report(cls, report: Mapping[str, Any]) -> Facts:
@@ -60,6 +62,7 @@ class Facts:
             page=entry.get("page", -1),
             root=entry.get("ep4ta", -1),
             live=report.get("live_sptes", 0),
+            linear=entry.get("kind") == "linear",
         )
 
     @property

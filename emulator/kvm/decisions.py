@@ -51,6 +51,9 @@ SmepOn = Literal["current", "guest", "none"]
 SregsFlush = Literal["guest", "none"]
 PcideOn = Literal["free", "keep"]
 NoflushRoot = Literal["none", "sync"]
+CommitZap = Literal["flush-then-free", "batch", "none"]
+SpteReplace = Literal["flush", "none"]
+TableProtect = Literal["mmu-writable", "if-changed", "none"]
 
 
 class Decisions(Protocol):
@@ -176,3 +179,12 @@ class Decisions(Protocol):
 
     def noflush_root(self, cpu: Cpu, vcpu: Vcpu) -> NoflushRoot:
         """`vcpu` wrote CR3 with bit 63, on a host without EPT."""
+
+    def commit_zap(self, cpu: Cpu, kvm: Kvm) -> CommitZap:
+        """Shadow pages were zapped and are about to be freed, on a host without EPT."""
+
+    def spte_replace(self, cpu: Cpu, kvm: Kvm, gfn: int) -> SpteReplace:
+        """A leaf for `gfn` replaced a table or a leaf of another frame, on a host without EPT."""
+
+    def table_protect(self, cpu: Cpu, kvm: Kvm, gfn: int) -> TableProtect:
+        """An SPTE of `gfn`, a guest's page table, was write-protected, on a host without EPT."""

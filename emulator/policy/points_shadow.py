@@ -32,4 +32,45 @@ SHADOW_POINTS: Final[tuple[DecisionPoint, ...]] = (
             "sync": "It is synced, as for a MOV to CR3 that flushes (before 4.19).",
         },
     ),
+    point(
+        Decisions.commit_zap,
+        "The flush before shadow pages that were zapped are freed (kvm_mmu_commit_zap_page).",
+        {
+            "flush-then-free": "A remote flush, while mmu_lock is still held; then all are freed.",
+        },
+        wrong={
+            "batch": (
+                "They wait until there are ten, for one flush. Wrong because their leaf SPTEs are gone at "
+                "once: an unmap of such a page finds none, and flushes nothing."
+            ),
+            "none": "No flush: cached pointers to the freed tables stay in use.",
+        },
+    ),
+    point(
+        Decisions.spte_replace,
+        "Flush when a fault sets a leaf SPTE over a table or over a leaf of another frame (mmu_set_spte).",
+        {
+            "flush": "A remote flush, after the SPTE is set.",
+        },
+        wrong={
+            "none": (
+                "No flush: the guest may have the old translation cached under another PCID, and an unmap "
+                "of the old frame finds no SPTE of it."
+            ),
+        },
+    ),
+    point(
+        Decisions.table_protect,
+        "Flush when a page is write-protected because it is a guest's page table (spte_write_protect).",
+        {
+            "mmu-writable": (
+                "If an SPTE was writable, or could become so without mmu_lock: dirty logging takes W first, "
+                "and flushes later (since 5.15)."
+            ),
+        },
+        wrong={
+            "if-changed": "Only if an SPTE was writable until now.",
+            "none": "No flush: the guest goes on writing to the table unseen.",
+        },
+    ),
 )

@@ -178,6 +178,15 @@ class Policy:
     def noflush_root(self, cpu: Cpu, vcpu: Vcpu) -> decisions.NoflushRoot:
         return self._answers["noflush_root"]
 
+    def commit_zap(self, cpu: Cpu, kvm: Kvm) -> decisions.CommitZap:
+        return self._answers["commit_zap"]
+
+    def spte_replace(self, cpu: Cpu, kvm: Kvm, gfn: int) -> decisions.SpteReplace:
+        return self._answers["spte_replace"]
+
+    def table_protect(self, cpu: Cpu, kvm: Kvm, gfn: int) -> decisions.TableProtect:
+        return self._answers["table_protect"]
+
     def _decide(self, point: str, cpu: Cpu, *arguments: object) -> Any:
         """Answer a point that a proposal may decide."""
         act = self._acts.get(point)

@@ -65,11 +65,13 @@ static enum guest_agreement agreement(bool agrees)
 	return agrees ? GUEST_AGREES : GUEST_CONTRADICTS;
 }
 
-/* Return whether the guest's tables said so before a change that it has not invalidated yet. */
+/* Return whether the guest's tables said so before a change that it has not invalidated yet.  All processes share the
+ * kernel's tables. */
 static bool agreed_before(const struct guest *g, uint64_t page, uint64_t gfn)
 {
 	for (uint32_t i = 0; i < g->changes; i++)
-		if (g->change[i].page == page && g->change[i].process == g->current && g->change[i].gfn == gfn)
+		if (g->change[i].page == page && g->change[i].gfn == gfn &&
+		    (g->change[i].process == g->current || page >= GUEST_KERNEL_BASE))
 			return true;
 	return false;
 }

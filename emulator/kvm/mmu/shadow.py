@@ -10,6 +10,7 @@ from __future__ import annotations
 from collections.abc import Iterable, Iterator
 from dataclasses import replace
 
+from emulator.kvm.accounting import flush_elided
 from emulator.kvm.kvm_host import KVM_REQ_MMU_FREE_OBSOLETE_ROOTS, PG_LEVEL_4K, SPTE_ENT_PER_PAGE
 from emulator.kvm.mmu.page_track import account_shadowed, unaccount_shadowed
 from emulator.kvm.mmu.rmap import drop_spte
@@ -235,19 +236,39 @@ def mmu_zap_unsync_children(cpu: Cpu, kvm: Kvm, parent: ShadowPage, invalid_list
 
 
 def kvm_mmu_commit_zap_page(cpu: Cpu, kvm: Kvm, invalid_list: InvalidList) -> None:
-    """kvm_mmu_commit_zap_page(): flush the whole VM, then free the pages.
+    """kvm_mmu_commit_zap_page(): flush the whole VM, then free the pages.  Decision commit_zap.
 
     On return from the flush every vCPU has left guest mode, and any walk without a lock (mode
     READING_SHADOW_PAGE_TABLES), since the pages were unlinked; so nothing can reach them any more.
     """
     if not invalid_list:
         return
-    kvm_flush_remote_tlbs(cpu, kvm, lib.REASON_REMOTE_ZAP)
+    answer = kvm.policy.commit_zap(cpu, kvm)
+    if answer == "batch" and not _batch_is_full(kvm, invalid_list):
+        flush_elided(cpu, kvm, lib.REASON_REMOTE_ZAP, kvm.id)
+        return
+    if answer == "none":
+        flush_elided(cpu, kvm, lib.REASON_REMOTE_ZAP, kvm.id)
+    else:
+        kvm_flush_remote_tlbs(cpu, kvm, lib.REASON_REMOTE_ZAP)
     for sp in invalid_list:
         assert sp.role.invalid
         assert not sp.root_count
         _kvm_mmu_free_shadow_page(cpu, kvm, sp)
     invalid_list.clear()
+
+
+def _batch_is_full(kvm: Kvm, invalid_list: InvalidList) -> bool:
+    """Let the pages wait with those of earlier zaps; if these are enough, or no page is in use any more, hand
+    them all back."""
+    waiting = kvm.shadow.zapped_pages
+    waiting += invalid_list
+    invalid_list.clear()
+    if len(waiting) < BATCH_ZAP_PAGES and kvm.shadow.active_mmu_pages:
+        return False
+    invalid_list += waiting
+    waiting.clear()
+    return True
 
 
 def _kvm_mmu_free_shadow_page(cpu: Cpu, kvm: Kvm, sp: ShadowPage) -> None:

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 
+from emulator.kvm.accounting import flush_elided
 from emulator.kvm.kvm_host import PG_LEVEL_4K, SPTE_ENT_PER_PAGE, SPTE_LEVEL_BITS, kvm_pages_per_hpage
 from emulator.kvm.mmu.fault import (
     ENOMEM,
@@ -96,21 +97,21 @@ def mmu_set_spte(
     """mmu_set_spte(): map gfn by a leaf; return a RET_PF_ value.
 
     What the leaf replaces is dropped first, and flushed after: a table, whose pages may be freed later
-    without another flush, or a leaf of another frame.
+    without another flush, or a leaf of another frame.  Decision spte_replace.
     """
     sp, index = sptep
     level = sp.role.level
     old_spte = spte_of(cpu, sptep)
-    was_rmapped = flush = False
+    was_rmapped = replaced = flush = False
     if is_shadow_present_pte(old_spte):
         if prefetch and is_last_spte(old_spte, level) and spte_to_child_pt(old_spte) == pfn.pfn:
             return RET_PF_SPURIOUS
         if level > PG_LEVEL_4K and not is_large_pte(old_spte):
             drop_parent_pte(cpu, kvm, spte_to_child_sp(kvm, old_spte), sptep)
-            flush = True
+            replaced = True
         elif spte_to_child_pt(old_spte) != pfn.pfn:
             drop_spte(cpu, kvm, sptep)
-            flush = True
+            replaced = True
         else:
             was_rmapped = True
     spte, wrprot = make_shadow_spte(cpu, kvm, sp, slot, access, gfn, pfn, old_spte, prefetch=prefetch)
@@ -121,13 +122,21 @@ def mmu_set_spte(
         flush |= mmu_spte_update(cpu, kvm, sptep, gfn, spte)
     if wrprot and write_fault:
         r = RET_PF_WRITE_PROTECTED
-    if flush:
+    if flush or (replaced and not elides_spte_replace(cpu, kvm, gfn)):
         kvm_flush_remote_tlbs_range(cpu, kvm, gfn, kvm_pages_per_hpage(level), lib.REASON_REMOTE_REPLACE)
     if not was_rmapped:
         rmap_add(cpu, kvm, slot, sptep, gfn, access)
     elif not sp.role.direct:
         sp.shadowed_access[index] = access
     return r
+
+
+def elides_spte_replace(cpu: Cpu, kvm: Kvm, gfn: int) -> bool:
+    """Return whether the policy elides the flush for what the leaf has replaced.  Decision spte_replace."""
+    if kvm.policy.spte_replace(cpu, kvm, gfn) == "flush":
+        return False
+    flush_elided(cpu, kvm, lib.REASON_REMOTE_REPLACE, gfn)
+    return True
 
 
 def shadow_walk(cpu: Cpu, vcpu: Vcpu, addr: int) -> Iterator[Sptep]:

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from typing import Final
 
+from emulator.kvm.accounting import flush_elided
 from emulator.kvm.kvm_host import SPTE_LEVEL_BITS
 from emulator.kvm.mmu.shadow_structs import ShadowPage, Sptep
 from emulator.kvm.mmu.spte import (
@@ -122,7 +123,16 @@ def spte_write_protect(cpu: Cpu, kvm: Kvm, sptep: Sptep, *, pt_protect: bool) ->
     spte = spte_of(cpu, sptep)
     if not spte & PT_WRITABLE_MASK and not (pt_protect and spte & SHADOW_MMU_WRITABLE_MASK):
         return False
-    if pt_protect:
-        spte &= ~SHADOW_MMU_WRITABLE_MASK
+    taken = PT_WRITABLE_MASK | (SHADOW_MMU_WRITABLE_MASK if pt_protect else 0)
     gfn = kvm_mmu_page_get_gfn(cpu, sptep.sp, sptep.idx)
-    return mmu_spte_update(cpu, kvm, sptep, gfn, spte & ~PT_WRITABLE_MASK)
+    flush = mmu_spte_update(cpu, kvm, sptep, gfn, spte & ~taken)
+    return flush and not (pt_protect and elides_table_protect(cpu, kvm, gfn, spte))
+
+
+def elides_table_protect(cpu: Cpu, kvm: Kvm, gfn: int, old_spte: int) -> bool:
+    """Return whether the policy elides the flush for a table's SPTE.  Decision table_protect."""
+    answer = kvm.policy.table_protect(cpu, kvm, gfn)
+    if answer == "mmu-writable" or (answer == "if-changed" and old_spte & PT_WRITABLE_MASK):
+        return False
+    flush_elided(cpu, kvm, lib.REASON_REMOTE_PROTECT, gfn)
+    return True

@@ -75,7 +75,8 @@ class KvmShadowArch:
     active_mmu_pages: by age.  dummy_root: a table of empty entries, for a CR3 that points to no memory.
     mmu_page_hash: by gfn.  page_of: by the frame of its table, for which the kernel has struct page.
     mmu_valid_gen: 0 or 1, toggled under slots_lock and mmu_lock. indirect_shadow_pages: pages with a guest's
-    table behind them, also read without a lock.
+    table behind them, also read without a lock.  zapped_pages: those that wait to be freed together
+    (commit_zap=batch).
     """
 
     __slots__ = (
@@ -88,6 +89,7 @@ class KvmShadowArch:
         "n_max_mmu_pages",
         "n_mmu_pages",
         "page_of",
+        "zapped_pages",
     )
 
     def __init__(self, n_max_mmu_pages: int) -> None:
@@ -101,6 +103,7 @@ class KvmShadowArch:
         self.n_mmu_pages = 0
         self.n_max_mmu_pages = n_max_mmu_pages
         self.page_of: dict[Hfn, ShadowPage] = {}
+        self.zapped_pages: list[ShadowPage] = []
 
 
 class SlotArch:

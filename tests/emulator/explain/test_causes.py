@@ -96,7 +96,7 @@ CAUSES: dict[str, tuple[str, str, str]] = {
     "reader-not-awaited": ("shadow-fast-fault", REFERENCE, ""),
     "reader-without-mode": ("shadow-fast-fault", REFERENCE, ""),
     "shadow-account-without-flush": ("shadow-new-table", TABLE_PROTECTED, ""),
-    "shadow-free-without-flush": ("shadow-flooded", UNLINKED, ""),
+    "shadow-free-without-flush": ("shadow-flooded", ELIDED, "elided"),
     "shadow-guest-flush-without-sync": ("shadow-invpcid-all", SYNCED, ""),
     "shadow-invlpg-current-only": ("shadow-invlpg-global", SYNCED, ""),
     "shadow-invpcid-current-only": ("shadow-invpcid-address", SYNCED, ""),
@@ -212,3 +212,18 @@ def test_a_free_without_a_notifier_has_its_column(tmp_path: Path) -> None:
     notes = [note.text for note in explain(case).notes if note.meaning == UNNOTIFIED]
     assert notes == ["missing: an mmu_notifier; KVM is not told, and keeps its SPTE"]
     assert "\n  missing: an mmu_notifier before: frame 0x" in case.report["text"]
+
+
+@pytest.mark.parametrize(
+    ("test", "answer"),
+    [
+        ("shadow-flooded", "commit_zap=none"),
+        ("shadow-replaced", "spte_replace=none"),
+        ("shadow-log-races-table", "table_protect=none"),
+        ("shadow-unmap", "notifier_flush=none"),
+    ],
+)
+def test_without_ept_the_decision_is_the_shadow_mmus(test: str, answer: str, tmp_path: Path) -> None:
+    case = explored(test, answer, tmp_path / "case.json", late_stores=False)
+    assert f"(decision {answer.partition('=')[0]})" in case.report["text"]
+    assert any(f"({answer})" in note.text for note in explain(case).notes)
