@@ -176,6 +176,7 @@ class GuestConfig(CDataBase):
     paging: int
     halt_every: int
     halt_us: int
+    wp_every: int
     seed: int
 
 class GuestConfigPtr(GuestConfig):
@@ -291,6 +292,7 @@ class Lib:
     COUNT_GUEST_FAULTS: Final[CounterId]
     COUNT_GUEST_INVALIDATIONS: Final[CounterId]
     COUNT_GUEST_SWITCHES: Final[CounterId]
+    COUNT_GUEST_WP_WINDOWS: Final[CounterId]
     COUNT_STALE_WALKS: Final[CounterId]
     COUNT_CALLS_CROSSED: Final[CounterId]
     COUNT_DEAD_ROOT_ENTRIES: Final[CounterId]

@@ -251,6 +251,7 @@ class Emulation:
                 "switch_every": section.switch_every,
                 "unmap_every": 20_000,
                 "protect_every": 30_000,
+                "wp_every": section.wp_every,
                 "hugepages": section.guest_huge_pages,
                 "pcid": section.pcid,
                 "paging": 1,

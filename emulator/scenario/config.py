@@ -61,7 +61,9 @@ Count = Annotated[int, Field(ge=1, strict=True)]
 
 
 # Operations that a scenario may be about: `compare` gives the cost of each policy per operation.
-CostUnit = Literal["migrations", "root allocations", "pages zapped", "SMIs", "remote flushes", "switches"]
+CostUnit = Literal[
+    "migrations", "root allocations", "pages zapped", "SMIs", "remote flushes", "switches", "CR0.WP windows"
+]
 
 
 class Section(BaseModel):
@@ -125,6 +127,9 @@ class VmSection(Section):
     switch_every: Annotated[int, Unit("guest accesses")] = Field(
         default=200_000, ge=0, le=1 << 31, strict=True
     )
+    # Accesses between two pairs of MOV to CR0 that clear and set CR0.WP, as an OS does that writes to its
+    # read-only pages (0: never).  Without EPT they exit; with EPT the bit is the guest's own.
+    wp_every: Annotated[int, Unit("guest accesses")] = Field(default=0, ge=0, le=1 << 31, strict=True)
     # Accesses between two HLTs (0: never), and how long a HLT lasts.
     halt_every: Annotated[int, Unit("guest accesses")] = Field(default=200_000, ge=0, le=1 << 31, strict=True)
     halt: Duration = 0.0001

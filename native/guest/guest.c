@@ -76,6 +76,8 @@ static uint32_t interval(const struct guest *g, enum guest_event event)
 		return g->config.unmap_every;
 	case GUEST_PROTECT:
 		return g->config.protect_every;
+	case GUEST_WP:
+		return g->config.wp_every;
 	default:
 		return g->config.halt_every;
 	}

@@ -198,10 +198,27 @@ static uint32_t before_the_next(struct run *run)
 		return exit_of(run, os_injected_fault(&run->walk));
 	if (g->boot)
 		return boot(run);
+	if (g->choices.sets_wp) {
+		g->choices.sets_wp = false;
+		return instruction(run, GUEST_INSN_MOV_CR0, CR0_PE | CR0_WP | CR0_PG);
+	}
 	if (!g->choices.sets_pge)
 		return EXIT_REASONS;
 	g->choices.sets_pge = false;
 	return instruction(run, GUEST_INSN_MOV_CR4, cr4_of(g, true));
+}
+
+/* Clear CR0.WP, which exits without EPT; before_the_next() sets it again.  With EPT the bit is the guest's own. */
+static uint32_t clear_wp(struct run *run)
+{
+	struct guest *g = run->walk.guest;
+
+	os_schedule(g, GUEST_WP);
+	if (run->walk.vmcs->ept)
+		return EXIT_REASONS;
+	g->choices.sets_wp = true;
+	count(run->walk.cpu->counters, COUNT_GUEST_WP_WINDOWS, 1);
+	return instruction(run, GUEST_INSN_MOV_CR0, CR0_PE | CR0_PG);
 }
 
 /* Return an exit reason; EXIT_REASONS: no exit is needed, go on. */
@@ -237,6 +254,8 @@ static uint32_t step(struct run *run)
 	}
 	if (g->halted_until)
 		return halted(run);
+	if (g->clock >= g->due[GUEST_WP])
+		return clear_wp(run);
 	if (g->clock >= g->due[GUEST_HALT]) {
 		os_schedule(g, GUEST_HALT);
 		if (!g->config.halt_us)

@@ -25,6 +25,8 @@ struct guest_config {
 	uint32_t halt_every;     /* accesses between HLTs; 0: never */
 	uint32_t halt_us;        /* 0: HLT exits (kvm_vcpu_block); else it does not exit, and a timer ends it
 				  * after this time */
+	uint32_t wp_every;       /* without EPT: accesses between two pairs of MOV to CR0 that clear and set CR0.WP, as
+				  * an OS does to write to its read-only pages; 0: never */
 	uint32_t seed;
 };
 
@@ -123,7 +125,7 @@ struct guest_change {
 };
 
 /* An event that the OS is in the middle of; each step can be repeated from its start. */
-enum guest_event { GUEST_SWITCH, GUEST_UNMAP, GUEST_PROTECT, GUEST_HALT, GUEST_EVENTS };
+enum guest_event { GUEST_SWITCH, GUEST_UNMAP, GUEST_PROTECT, GUEST_WP, GUEST_HALT, GUEST_EVENTS };
 
 /* The step that an OS that boots after a reset still has to do before it runs its processes. */
 enum guest_boot_step {
@@ -172,6 +174,7 @@ struct guest_choices {
 	bool mapped, reclaiming;
 	bool invpcid_all;          /* due after a switch */
 	bool sets_pge;             /* due after CR4.PGE was cleared */
+	bool sets_wp;              /* due after CR0.WP was cleared */
 };
 
 struct guest {

@@ -31,6 +31,7 @@ COMPARED = {
     "smm-heavy": "smis",
     "mixed": "migrations",
     "pgd-churn": "mmu_synced",
+    "wp-churn": "mmu_load",
 }
 
 

@@ -18,6 +18,7 @@ from tests.native.shadow_guests import (
     record,
 )
 from tests.native.shadow_hypervisor import (
+    CR0_PG,
     DIRECT_BASE,
     NOFLUSH,
     WRITE,
@@ -47,6 +48,20 @@ def test_an_os_that_changes_its_tables_runs_clean(pcid: int, vpid: bool) -> None
         names = {name for name, _ in machine.exits}
         assert {"INVLPG", "MOV_CR3"} <= names
         assert machine.emulated > 100
+        assert machine.violations() == {}
+
+
+def test_an_os_clears_wp_and_sets_it_before_its_next_access() -> None:
+    with ShadowHypervisor(table_frames=4096) as machine:
+        vcpu = guest(machine, processes=2, switch_every=400, wp_every=50)
+        machine.run(CPU0, vcpu, 2000)
+        exits = machine.exits
+        off = CR0_PG | 1 << lib.X86_CR0_PE_BIT
+        on = off | 1 << lib.X86_CR0_WP_BIT
+        cleared = [at for at, one in enumerate(exits) if one == ("MOV_CR0", off)]
+        assert 30 < len(cleared) < 50
+        assert machine.count(lib.COUNT_GUEST_WP_WINDOWS) == len(cleared)
+        assert all(exits[at + 1] == ("MOV_CR0", on) for at in cleared)
         assert machine.violations() == {}
 
 
