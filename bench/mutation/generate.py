@@ -76,7 +76,6 @@ _NOT_IN = frozenset({
     "shadow_mmu_zap_all",
     "step",
     "vmx_vcpu_free",
-    "warn_on_once",
     "xfer_to_guest_mode_work_pending",
 })  # fmt: skip
 

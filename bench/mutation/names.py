@@ -176,7 +176,6 @@ ACCOUNTS: Final = frozenset({
     "stores_need_not_exit",
     "vcpu_add_flush_reason",
     "vcpus_went_on",
-    "warn_on_once",
 })  # fmt: skip
 
 # Arguments that bound a range of pages, by their meaning: narrowed and widened by one.
