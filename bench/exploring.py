@@ -23,7 +23,7 @@ from emulator.explore.strategies.tree import wide_search
 from emulator.litmus.loader import load_test
 from emulator.policy import Policy
 
-TESTS = ("root-recycled-elsewhere", "entry-races-request", "root-load-preempted", "log-arm")
+TESTS = ("root-recycled-elsewhere", "entry-races-request", "root-load-preempted", "log-arm", "shadow-oldest")
 LARGE = "remote-two-vcpus"
 
 

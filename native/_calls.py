@@ -90,6 +90,7 @@ CALLS: Final[Mapping[str, Described]] = {
     "shadow_mmu_set_spte": Described("m cpu vm table index level gfn new_spte", "step spte; reads table(table), rights(new_spte, level); writes ept"),
     "shadow_mmu_set_spte_atomic": Described("m cpu vm table index level old_spte new_spte", "step spte; reads ept, table(table), rights(new_spte, level); writes ept if result == 0; keeps-gil"),
     "mmu_spte_get_lockless": Described("m cpu vm link level page", "step sptes; reads ept, table_below(link)"),
+    "spte_next": Described("m table index", "part; reads ept, table(table); keeps-gil"),
     "kvm_mmu_page_get_gfn": Described("m table index", "part; reads ept, table(table); keeps-gil"),
     "tdp_mmu_fill_split_table": Described("m cpu table huge_spte level", "step sptes; reads custody; writes table(table)"),
     "tdp_mmu_map_around": Described("m cpu vm table index gfn n hfns tags writable", "step sptes; reads table(table), custody; writes ept"),

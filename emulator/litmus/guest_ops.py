@@ -151,6 +151,20 @@ class Protect(GuestOp):
         return [Instruction("PROTECT", self.number("linear") << 12)]
 
 
+class PowerOn(GuestOp):
+    """The boot of a guest without EPT, before `init`; no operation of the language.
+
+    The guest boots as it first enters, and leaves no trace of its own.
+    """
+
+    verb = "power-on"
+    doc = "The guest boots."
+
+    def instructions(self) -> list[Instruction]:
+        # The last signal is no thread's.
+        return [Instruction("SIGNAL", 0, lib.MACHINE_SIGNALS - 1)]
+
+
 class Migrate(VcpuOp):
     verb = "migrate"
     doc = "The vCPU's thread moves to PCPU."

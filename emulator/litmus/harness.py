@@ -8,7 +8,7 @@ thread's `run()`, and `Harness.run_final()`.
 from __future__ import annotations
 
 import time
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 
 from emulator.actors.task import VcpuTask
@@ -31,6 +31,7 @@ from emulator.kvm.virt.kvm_main import (
     kvm_vm_ioctl_enable_manual_dirty_log,
 )
 from emulator.litmus.failure import LitmusFailure
+from emulator.litmus.guest_ops import PowerOn
 from emulator.litmus.guest_program import GuestProgram
 from emulator.litmus.kvm_ops import LogArm, read_dirty_logs
 from emulator.litmus.migration import Migration, RamSlot
@@ -307,7 +308,7 @@ class Harness:
         for cpu in machine.cpus[: machine.pcpus]:
             self.main.check(lib.cpu_take(cpu.m, cpu.id))
             self.main.check(lib.cpu_idle(cpu.m, cpu.id))
-        self._init = self._grouped(test.parsed_init)
+        self._init = self._grouped((*self._boots(), *test.parsed_init))
         self._final = self._grouped(test.parsed_final)
         self._compile()
 
@@ -320,6 +321,18 @@ class Harness:
         for thread, ops in (*self._init, *self._final):
             if thread.program is not None and isinstance(ops[0], GuestOp):
                 thread.program.compiled(ops, False)
+
+    def _boots(self) -> Iterator[tuple[str, Op]]:
+        """Yield the boots of guests that `init` leaves alone.
+
+        Without EPT a boot takes hundreds of steps, and would be part of each execution that is explored.
+        """
+        if self.test.machine.ept:
+            return
+        booted = {name for name, op in self.test.parsed_init if isinstance(op, GuestOp)}
+        for name, thread in self.threads.items():
+            if thread.section.is_vcpu and thread.vm.paging and name not in booted:
+                yield name, PowerOn(PowerOn.verb, {}, frozenset())
 
     def _grouped(self, ops: tuple[tuple[str, Op], ...]) -> list[tuple[LitmusThread, tuple[Op, ...]]]:
         """Return the operations with consecutive guest operations of one thread joined to stretches."""

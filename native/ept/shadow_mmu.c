@@ -118,6 +118,13 @@ uint64_t mmu_spte_get_lockless(struct machine *m, uint32_t cpu, uint32_t vm, uin
 	return spte_child_holds(m, cpu, vm, link, level + 1, page) ? spte : 0;
 }
 
+uint32_t spte_next(struct machine *m, uint32_t table, uint32_t index)
+{
+	while (index < FRAME_WORDS && !spte_read(m, table, index))
+		index++;
+	return index;
+}
+
 uint64_t kvm_mmu_page_get_gfn(struct machine *m, uint32_t table, uint32_t index)
 {
 	const _Atomic uint64_t *gfns = ept_is_table(m, table) ? shadowed_gfns(m, table) : NULL;

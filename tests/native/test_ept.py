@@ -46,6 +46,15 @@ def test_nonleaf_carries_the_tag_of_its_table(rig: Rig) -> None:
     assert not spte & HUGE
 
 
+def test_sptes_of_a_table_are_found_in_order(rig: Rig) -> None:
+    table = Hfn(lib.shadow_page_alloc(rig.m, CPU, lib.FRAME_TABLE))
+    assert lib.spte_next(rig.m, table, 0) == 512
+    child = lib.make_nonleaf_spte(rig.m, rig.table())
+    for index in (3, 511):
+        assert lib.shadow_mmu_set_spte(rig.m, CPU, VM0, table, index, 2, 0, child) == 0
+    assert [lib.spte_next(rig.m, table, index) for index in (0, 3, 4, 511, 512)] == [3, 3, 511, 511, 512]
+
+
 def test_rights_come_and_go_with_the_spte(rig: Rig) -> None:
     spte = map_page(rig, 5)
     table, _, _ = rig.walk(5)

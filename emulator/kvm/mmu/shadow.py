@@ -11,10 +11,10 @@ from collections.abc import Iterable, Iterator
 from dataclasses import replace
 
 from emulator.kvm.accounting import flush_elided
-from emulator.kvm.kvm_host import KVM_REQ_MMU_FREE_OBSOLETE_ROOTS, PG_LEVEL_4K, SPTE_ENT_PER_PAGE
+from emulator.kvm.kvm_host import KVM_REQ_MMU_FREE_OBSOLETE_ROOTS, PG_LEVEL_4K
 from emulator.kvm.mmu.page_track import account_shadowed, unaccount_shadowed
 from emulator.kvm.mmu.rmap import drop_spte
-from emulator.kvm.mmu.shadow_spte import mmu_spte_clear_no_track, mmu_spte_set, spte_of
+from emulator.kvm.mmu.shadow_spte import mmu_spte_clear_no_track, mmu_spte_set, spte_of, sptes_in_use
 from emulator.kvm.mmu.shadow_structs import ShadowPage, Sptep
 from emulator.kvm.mmu.spte import is_last_spte, is_obsolete_sp, is_shadow_present_pte, spte_to_child_pt
 from emulator.kvm.mmu.structs import KvmMmuPageRole
@@ -160,18 +160,17 @@ def mmu_page_zap_pte(cpu: Cpu, kvm: Kvm, sptep: Sptep, invalid_list: InvalidList
 
 def kvm_mmu_page_unlink_children(cpu: Cpu, kvm: Kvm, sp: ShadowPage, invalid_list: InvalidList) -> int:
     """kvm_mmu_page_unlink_children()"""
-    return sum(
-        mmu_page_zap_pte(cpu, kvm, Sptep(sp, index), invalid_list) for index in range(SPTE_ENT_PER_PAGE)
-    )
+    return sum(mmu_page_zap_pte(cpu, kvm, sptep, invalid_list) for sptep in sptes_in_use(cpu, sp))
 
 
 def unsync_leafs(cpu: Cpu, kvm: Kvm, sp: ShadowPage) -> list[ShadowPage]:
     """mmu_unsync_walk(): return the unsync pages below `sp`; bits that lead to none are cleared on the way.
     """
     found: list[ShadowPage] = []
-    for index in range(SPTE_ENT_PER_PAGE):
-        if not sp.unsync_child_bitmap >> index & 1:
-            continue
+    pending = sp.unsync_child_bitmap
+    while pending:
+        index = (pending & -pending).bit_length() - 1
+        pending &= pending - 1
         spte = spte_of(cpu, Sptep(sp, index))
         below: list[ShadowPage] = []
         if is_shadow_present_pte(spte) and not is_last_spte(spte, sp.role.level):

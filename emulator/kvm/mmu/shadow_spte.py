@@ -6,10 +6,11 @@ In its tables any entry may map any gfn, which the core keeps beside the entry (
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from typing import Final
 
 from emulator.kvm.accounting import flush_elided
-from emulator.kvm.kvm_host import SPTE_LEVEL_BITS
+from emulator.kvm.kvm_host import SPTE_ENT_PER_PAGE, SPTE_LEVEL_BITS
 from emulator.kvm.mmu.shadow_structs import ShadowPage, Sptep
 from emulator.kvm.mmu.spte import (
     PT_WRITABLE_MASK,
@@ -42,6 +43,14 @@ def kvm_mmu_page_get_gfn(cpu: Cpu, sp: ShadowPage, index: int) -> int:
 def spte_of(cpu: Cpu, sptep: Sptep) -> int:
     """Return the SPTE that the pointer points to."""
     return int(lib.spte_read(cpu.m, sptep.sp.hfn, sptep.idx))
+
+
+def sptes_in_use(cpu: Cpu, sp: ShadowPage) -> Iterator[Sptep]:
+    """Yield the SPTEs of a page that are not 0, by rising index; each is read when its turn comes."""
+    index = lib.spte_next(cpu.m, sp.hfn, 0)
+    while index < SPTE_ENT_PER_PAGE:
+        yield Sptep(sp, index)
+        index = lib.spte_next(cpu.m, sp.hfn, index + 1)
 
 
 def is_accessed_spte(spte: int) -> bool:

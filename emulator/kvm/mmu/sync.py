@@ -28,7 +28,7 @@ from emulator.kvm.mmu.shadow import (
     spte_to_child_sp,
     unsync_leafs,
 )
-from emulator.kvm.mmu.shadow_spte import SHADOW_NONPRESENT_VALUE, spte_of
+from emulator.kvm.mmu.shadow_spte import SHADOW_NONPRESENT_VALUE, spte_of, sptes_in_use
 from emulator.kvm.mmu.shadow_structs import ShadowPage, Sptep
 from emulator.kvm.mmu.spte import is_large_pte, is_last_spte, is_obsolete_sp, is_shadow_present_pte
 from emulator.kvm.mmu.structs import KvmMmuPageRole, KvmMmuRootInfo
@@ -97,8 +97,8 @@ def kvm_sync_page(cpu: Cpu, vcpu: Vcpu, sp: ShadowPage, invalid_list: InvalidLis
     vCPUs still use old translations is the guest's business, until it invalidates.
     """
     flush = 0
-    for index in range(SPTE_ENT_PER_PAGE):
-        changed = kvm_sync_spte(cpu, vcpu, sp, index)
+    for sptep in sptes_in_use(cpu, sp):
+        changed = kvm_sync_spte(cpu, vcpu, sp, sptep.idx)
         if changed < 0:
             kvm_mmu_prepare_zap_page(cpu, vcpu.kvm, sp, invalid_list)
             return -1

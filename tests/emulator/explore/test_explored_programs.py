@@ -11,6 +11,7 @@ from emulator.explore.machine.lib import instrument
 from emulator.explore.machine.options import ExploreOptions
 from emulator.explore.machine.program import LitmusProgram
 from emulator.explore.results.verdict import Plan, explore_verdict
+from emulator.kvm.kvm_host import X86_CR0_PG
 from emulator.litmus.loader import load_test, shipped_texts
 from emulator.litmus.policies import named_policy
 
@@ -26,6 +27,17 @@ def test_each_thread_has_a_cpu_of_its_own_and_so_has_rcu(name: str) -> None:
         assert names[program.cpu_of(rcu)] == "rcu"
         # Callbacks' stores are in no store buffer.
         assert program.cpu_of(rcu) not in program._buffered()
+    program.close()
+
+
+@pytest.mark.parametrize("name", ["shadow-new-table", "shadow-smm-table", "shadow-resync"])
+def test_guests_without_ept_have_booted_before_the_first_step(name: str) -> None:
+    """Their boots take hundreds of steps, which would be part of each execution."""
+    program = LitmusProgram(load_test(name), named_policy("linux-7.3"))
+    with instrument(program.control):
+        program._prepare()
+    vcpus = [vcpu for kvm in program.harness.kvms for vcpu in kvm.vcpus]
+    assert [bool(vcpu.arch.cr0 & X86_CR0_PG) for vcpu in vcpus] == [True] * len(vcpus)
     program.close()
 
 
