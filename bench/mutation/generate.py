@@ -167,8 +167,7 @@ def mutants_of(module: str, path: str, text: str) -> Iterator[Mutant]:
 
 
 def _tree(text: str, function: ast.FunctionDef, more: int) -> str:
-    """Return the tree of a function that has `more` lines than in the module's source; all else is as it was.
-    """
+    """Return the tree of a function that has `more` lines than in its module's source."""
     assert function.end_lineno is not None
     lines = text.splitlines(keepends=True)[function.lineno - 1 : function.end_lineno + more]
     return ast.dump(ast.parse(dedent("".join(lines))))
