@@ -14,6 +14,7 @@ from collections import Counter, OrderedDict, defaultdict, deque
 from collections.abc import Callable, Iterable, Mapping
 from enum import Enum
 from functools import cached_property, partial
+from operator import is_
 from pathlib import PurePath
 from types import (
     BuiltinFunctionType,
@@ -30,7 +31,7 @@ from types import (
 )
 from typing import Any, Final
 
-from emulator.explore.engine.slots import Slot
+from emulator.explore.engine.slots import StandIn
 from native import ffi
 
 # Immutable, or left as they are.
@@ -43,6 +44,7 @@ _SEQUENCES: Final = (list, bytearray)
 _DESCRIPTORS: Final = (GetSetDescriptorType, MemberDescriptorType)
 _HEAP_TYPE: Final = 1 << 9  # Py_TPFLAGS_HEAPTYPE: not one of the interpreter's static types
 _WORD: Final = tuple.__itemsize__
+_MISSING: Final = object()
 _BUFFER: Final = type(ffi.buffer(ffi.new("char[]", 1)))
 
 
@@ -78,6 +80,8 @@ class Snapshot:
         self._sets: list[tuple[Any, Any]] = []
         self._deques: list[tuple[Any, Any]] = []
         self._namespaces: list[tuple[Any, dict[str, object]]] = []
+        # (object, how to list what it refers to, that): not restored, and yet a change is one of the state
+        self._referring: list[tuple[Any, Callable[[Any], Iterable[object]], tuple[object, ...]]] = []
         pending: list[object] = list(roots)
         if module is not None:
             pending.extend(self._keep_names(module))
@@ -120,6 +124,27 @@ class Snapshot:
         """Return whether nothing has changed between the two snapshots."""
         return self._kept() == other._kept()
 
+    def holds(self) -> bool:
+        """Return whether all that was recorded is still there, object by object, so that nothing can differ.
+
+        What is reachable can only change by a change of something recorded, each of which is looked at one
+        level deep.  Far cheaper than another snapshot to compare with.
+        """
+        return (
+            all(_is_each(contents, _contents(container)) for container, contents in self._slices)
+            and all(_is_each_item(contents, mapping) for mapping, contents in self._dicts)
+            and all(_is_each(contents, tuple(elements)) for elements, contents in self._sets)
+            and all(_is_each(contents, tuple(queue)) for queue, contents in self._deques)
+            and all(_is_each_item(names, _names(namespace)) for namespace, names in self._namespaces)
+            and all(
+                _is_each(values, [getattr(obj, name, _MISSING) for name in names])
+                for (_, names), items in self._instances.items()
+                for obj, values in items
+            )
+            and all(_is_each(others, tuple(to(obj))) for obj, to, others in self._referring)
+            and not any(hasattr(obj, name) for obj, name in self._unset)
+        )
+
     def _kept(self) -> tuple[object, ...]:
         kept = (self._slices, self._dicts, self._sets, self._deques, self._namespaces)
         return (self._seen.keys(), self._instances, self._unset, *kept)
@@ -136,9 +161,9 @@ class Snapshot:
         if isinstance(obj, tuple | frozenset):
             return obj
         if kind is FunctionType and obj.__module__ == self._module:
-            return (*_functions_own(obj), vars(obj))
+            return (*self._refers(obj, _functions_own), vars(obj))
         if kind in _UNCHANGING:
-            return _UNCHANGING[kind](obj)
+            return self._refers(obj, _UNCHANGING[kind])
         if isinstance(obj, ffi.CData):
             return self._keep_memory(obj)
         if kind is CellType:
@@ -157,6 +182,11 @@ class Snapshot:
             return elements
         _check_python_class(kind)
         return self._keep_instance(obj, kind, _slots(kind))
+
+    def _refers(self, obj: Any, to: Callable[[Any], Iterable[object]]) -> tuple[object, ...]:
+        others = tuple(to(obj))
+        self._referring.append((obj, to, others))
+        return others
 
     def _keep_names(self, namespace: ModuleType | type) -> Iterable[object]:
         names = _names(namespace)
@@ -182,10 +212,27 @@ class Snapshot:
         self._unset += [(obj, name) for name in names if name not in there]
         values = tuple(getattr(obj, name) for name in there)
         if _is_frozen(kind):
+            if there:
+                self._refers(obj, lambda one: [getattr(one, name, _MISSING) for name in there])
             return (kind, *values, *getattr(obj, "__dict__", {}).values())
         if there:
             self._instances.setdefault((kind, there), []).append((obj, values))
         return (kind, *values, vars(obj)) if hasattr(obj, "__dict__") else (kind, *values)
+
+
+def _contents(container: Any) -> Any:
+    """Return the contents of a list, a bytearray or a piece of memory."""
+    return container if isinstance(container, list) else bytes(container)
+
+
+def _is_each(kept: Any, now: Any) -> bool:
+    if isinstance(kept, bytes | bytearray):
+        return bool(kept == now)
+    return len(kept) == len(now) and all(map(is_, kept, now))
+
+
+def _is_each_item(kept: Mapping[Any, object], now: Mapping[Any, object]) -> bool:
+    return len(kept) == len(now) and all(now.get(name, _MISSING) is value for name, value in kept.items())
 
 
 def _methods_own(method: Any) -> Iterable[object]:
@@ -235,7 +282,7 @@ def _is_frozen(kind: type) -> bool:
 
 
 def _members(cls: type) -> list[str]:
-    return [name for name, value in vars(cls).items() if isinstance(value, MemberDescriptorType | Slot)]
+    return [name for name, value in vars(cls).items() if isinstance(value, MemberDescriptorType | StandIn)]
 
 
 def _slots(kind: type) -> list[str]:

@@ -19,6 +19,9 @@ class Memory:
     def __init__(self) -> None:
         self.policy: Policy | None = None
         self._before: dict[int, Snapshot | None] = {}
+        # The last snapshot, and its policy.
+        self._last: Snapshot | None = None
+        self._of: Policy | None = None
 
     def asking(self, task: int) -> None:
         """Record the memory as this task asks; other tasks may ask before it is answered."""
@@ -29,10 +32,22 @@ class Memory:
         before, now = self._before.pop(task, None), self._now()
         if self.policy is None or before is None or now is None:
             return True
+        if before is now:
+            return False
         with self.policy.guarded():
             return not now.same(before)
 
     def _now(self) -> Snapshot | None:
+        """Return a snapshot: the last one, as long as nothing has changed since."""
+        policy, last = self.policy, self._last
+        if last is not None and policy is not None:
+            with policy.guarded():
+                if policy is self._of and last.holds():
+                    return last
+        self._last, self._of = self._recorded(), policy
+        return self._last
+
+    def _recorded(self) -> Snapshot | None:
         policy = self.policy
         assert policy is not None
         given = getattr(policy, "_given", None)

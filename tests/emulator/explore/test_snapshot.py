@@ -144,6 +144,39 @@ def generator() -> Iterator[int]:
     yield 1
 
 
+DUE_TO: dict[str, Callable[[Any], None]] = {
+    "an attribute": lambda of: setattr(of.plain, "a", 2),
+    "another attribute": lambda of: setattr(of.plain, "b", 2),
+    "a slot": lambda of: setattr(of.slots, "a", 2),
+    "a slot that was empty": lambda of: setattr(of.slots, "later", 2),
+    "a list": lambda of: of.list.append(2),
+    "a list's order": lambda of: of.list.reverse(),
+    "an equal object in a list": lambda of: of.list.__setitem__(0, float(of.list[0])),
+    "a dict": lambda of: of.dict.update(a=2),
+    "a dict's key": lambda of: of.dict.pop("a"),
+    "a set": lambda of: of.set.add(2),
+    "a deque": lambda of: of.deque.pop(),
+    "bytes": lambda of: of.bytes.append(2),
+    "memory": lambda of: of.memory.__setitem__(0, 2),
+    "what a frozen object has": lambda of: of.frozen.inside.append(2),
+    "a frozen object": lambda of: object.__setattr__(of.frozen, "inside", []),
+    "a closure": lambda of: of.counting(),
+    "a default": lambda of: setattr(of.counting, "__defaults__", (1,)),
+}
+
+
+@pytest.mark.parametrize("change", DUE_TO)
+def test_a_snapshot_holds_until_something_changes(change: str) -> None:
+    of = Plain(
+        plain=Plain(a=1), slots=Slots(1), list=[7000, 8000], dict={"a": 1}, set={1}, deque=deque([1]),
+        bytes=bytearray(1), memory=ffi.new("int[]", 1), frozen=Frozen([1]), counting=counting(),
+    )  # fmt: skip
+    snapshot = Snapshot([of])
+    assert snapshot.holds()
+    DUE_TO[change](of)
+    assert not snapshot.holds()
+
+
 @pytest.mark.parametrize(
     "obj", [iter([1]), generator(), random.Random(1), map(int, []), memoryview(b""), Lock(), ref(Plain)]
 )
