@@ -24,7 +24,13 @@ class Watcher(Protocol):
     def put(self, slot: Slot, obj: object, value: object) -> None: ...
 
 
-class Slot:
+class StandIn:
+    """A descriptor that stands before a slot, and performs the accesses to it."""
+
+    __slots__ = ()
+
+
+class Slot(StandIn):
     """The descriptor of one slot.  `key` names the attribute, `contents` the elements of its value.
 
     watched: reads are always reported.  constructor: the code that fills the slot before the object is

@@ -18,6 +18,7 @@ from typing import Any, Final, Protocol
 
 from emulator.explore.machine.handed import CONTAINERS
 from emulator.explore.machine.policy_code import uses_of
+from emulator.machine.runtime import Machine
 from emulator.policy import Policy
 from emulator.policy.imports import is_patchable
 from emulator.policy.patch.code import SHIPPED
@@ -25,6 +26,8 @@ from native import ffi
 
 # Modules with code that runs while KVM's code is explored.
 _EXPLORED: Final = ("emulator.kvm", "emulator.machine", "emulator.actors", "emulator.litmus")
+# Functions that no task calls: they change CPUs before an execution, or after the last one.
+_BETWEEN: Final = frozenset({"Machine.destroy", "Machine.install"})
 _BUILTINS: Final = (list, dict, set, bytearray)
 # Built-in functions that reach state without an access that an object would show.
 _BEHIND: Final = frozenset({"globals", "locals", "vars", "setattr", "delattr"})
@@ -56,7 +59,8 @@ def constant_attributes() -> frozenset[str]:
         if name.startswith(_EXPLORED) and isinstance(module.__loader__, InspectLoader):
             code = module.__loader__.get_code(name)
             for one in _codes(code) if code is not None else ():
-                written |= _written(one)
+                if name != Machine.__module__ or one.co_qualname not in _BETWEEN:
+                    written |= _written(one)
                 every.update(one.co_names)
     return frozenset(every - written)
 
@@ -70,7 +74,8 @@ def _written(code: CodeType) -> frozenset[str]:
         stores = instruction.opname in ("STORE_ATTR", "DELETE_ATTR")
         if stores and not (own and last == own):
             found.add(instruction.argval)
-        last = instruction.argval if instruction.opname == "LOAD_FAST" else ""
+        # A constructor with a closure over its object finds it in a cell.
+        last = instruction.argval if instruction.opname in ("LOAD_FAST", "LOAD_DEREF") else ""
     return frozenset(found)
 
 

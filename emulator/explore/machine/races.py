@@ -22,6 +22,7 @@ from typing import TYPE_CHECKING, Any, Final
 
 from emulator.explore.engine.objects import members
 from emulator.explore.engine.scheduler import Task
+from emulator.explore.engine.slots import Slot, StandIn
 from emulator.host.memory import UserMemory
 from emulator.kvm import structs
 from emulator.kvm.mmu import structs as mmu_structs
@@ -85,7 +86,7 @@ class Races:
 
     def __init__(self, control: Control) -> None:
         self.findings: Counter[str] = Counter()
-        self._control = control
+        self.control = control
         self.begin(0)
 
     def begin(self, tasks: int) -> None:
@@ -134,10 +135,11 @@ class Races:
         before = found
         for i in members(found):
             before |= self._before[i]
-        for bit in members(task.reads | task.writes):
+        for bit in members(task.reads & ~task.writes):
             self._touched[bit] = self._touched.get(bit, 0) | mark
         for bit in members(task.writes):
-            self._wrote[bit] = self._wrote.get(bit, 0) | mark
+            # All that touched the object before happens before this step, and with it before later ones.
+            self._touched[bit] = self._wrote[bit] = mark
         return before
 
     def _check(
@@ -163,14 +165,14 @@ class Races:
 
     @property
     def awake(self) -> bool:
-        execution = self._control.execution
+        execution = self.control.execution
         return not (
             execution is None or execution.between or execution.aborting or execution.current.index < 0
         )
 
     def access(self, obj: object, name: str, index: object, write: bool, depth: int) -> None:
         """Record an access of the running task.  `depth`: frames from here to the code that makes it."""
-        execution = self._control.execution
+        execution = self.control.execution
         assert execution is not None
         number = id(obj)
         self._objects[number] = obj
@@ -250,13 +252,74 @@ def _plain(value: Any) -> Any:
     return value.container if type(value) is Watched else value
 
 
+class Names(dict[type, tuple[str, str]]):
+    """The names of one attribute and of its contents, by the class of the object that has it."""
+
+    def __init__(self, attr: str) -> None:
+        super().__init__()
+        self.attr = attr
+
+    def __missing__(self, cls: type) -> tuple[str, str]:
+        found = self[cls] = f"{cls.__name__}.{self.attr}", f"{cls.__name__}.{self.attr}[]"
+        return found
+
+
+class Attribute(StandIn):
+    """The descriptor that stands before one slot of the watched classes, and reports its accesses.
+
+    constant: the slot is written by constructors only, so that only the contents of its value can race.
+    memory: memory of cffi's in it is watched, too.  constructors: of the classes that have the slot; an
+    object that is being made is not shared, and the access that makes it visible is watched.
+    """
+
+    __slots__ = ("constant", "constructors", "control", "get", "memory", "names", "put", "remove", "state")
+
+    def __init__(self, attr: str, member: Any, state: Races, *, constant: bool, memory: bool) -> None:
+        self.get, self.put, self.remove = member.__get__, member.__set__, member.__delete__
+        self.names = Names(attr)
+        self.state = state
+        self.control = state.control
+        self.constant = constant
+        self.memory = memory
+        self.constructors: set[CodeType | None] = set()
+
+    def __get__(self, obj: object, owner: type | None = None) -> Any:
+        if obj is None:
+            return self
+        value = self.get(obj)
+        contains = type(value) in _CONTAINERS
+        if self.constant and not contains and not self.memory:
+            return value
+        execution = self.control.execution
+        if execution is None or execution.between or execution.aborting or execution.current.index < 0:
+            return value
+        name, contents = self.names[type(obj)]
+        if not self.constant:
+            self.state.access(obj, name, None, False, 2)
+        if contains:
+            return Watched(value, contents, self.state)
+        if self.memory and type(value) in _MEMORY:
+            # Neither a native call nor an index shows what it does with it: suppose that it writes.
+            self.state.access(value, contents, None, True, 2)
+        return value
+
+    def __set__(self, obj: object, value: object) -> None:
+        # The store may be a step of its own.
+        self.put(obj, _plain(value))
+        if self.state.awake and sys._getframe(1).f_code not in self.constructors:
+            self.state.access(obj, self.names[type(obj)][0], None, True, 2)
+
+    def __delete__(self, obj: object) -> None:
+        self.remove(obj)
+
+
 def _reader(cls: type, state: Races, constant: frozenset[str]) -> Any:
+    """Return the __getattribute__ of a class with objects that have a __dict__, as a patch may add one."""
     plain = object.__getattribute__
     # Methods and properties are code; the attributes that they read are reported, too.
     code = frozenset(name for name in dir(cls) if _is_code(getattr_static(cls, name)))
     sentences: dict[str, str] = {}
-    # CPUs have memory of their own, which is no other CPU's, and the audit knows KVM's shipped structures.
-    watches_memory = bool(constant) and is_patchable(cls.__module__)
+    watches_memory = _watches_memory(cls, constant)
 
     def read(self: object, name: str) -> Any:
         value = plain(self, name)
@@ -269,7 +332,6 @@ def _reader(cls: type, state: Races, constant: frozenset[str]) -> Any:
         if name not in constant:
             state.access(self, sentence, None, False, 2)
         if memory:
-            # Neither a native call nor an index shows what it does with it: suppose that it writes.
             state.access(value, f"{sentence}[]", None, True, 2)
         return Watched(value, f"{sentence}[]", state) if contains else value
 
@@ -282,16 +344,50 @@ def _is_code(value: object) -> bool:
 
 def _writer(cls: type, state: Races) -> Any:
     plain = object.__setattr__
-    # An object that is being made is not shared: the access that makes it visible is watched.
     constructor = getattr(cls.__init__, "__code__", None)  # type: ignore[misc]
 
     def write(self: object, name: str, value: Any) -> None:
-        # The store may be a step of its own.
         plain(self, name, _plain(value))
         if state.awake and sys._getframe(1).f_code is not constructor:
             state.access(self, f"{cls.__name__}.{name}", None, True, 2)
 
     return write
+
+
+def _watches_memory(cls: type, constant: frozenset[str]) -> bool:
+    """Return whether to watch memory of cffi's: a CPU's own is no other's, and the audit knows KVM's."""
+    return bool(constant) and is_patchable(cls.__module__)
+
+
+def _attributes(
+    classes: Iterable[type], state: Races, constant: frozenset[str]
+) -> dict[tuple[type, str], tuple[Attribute, Any]]:
+    """Return a descriptor for each slot of the classes that can show an access, and what it stands for."""
+    found: dict[tuple[type, str], tuple[Attribute, Any]] = {}
+    machine = state.control.machine
+    for cls in classes:
+        lasting = machine.cpus if cls is Cpu else [machine] if cls is Machine else []
+        for base in cls.__mro__:
+            for attr, member in list(vars(base).items()):
+                if not isinstance(member, MemberDescriptorType | Slot):
+                    continue
+                if attr in constant and lasting and not any(_has_contents(one, attr) for one in lasting):
+                    continue
+                if (base, attr) not in found:
+                    memory = _watches_memory(cls, constant)
+                    one = Attribute(attr, member, state, constant=attr in constant, memory=memory)
+                    found[base, attr] = one, member
+                constructor = getattr(cls.__init__, "__code__", None)  # type: ignore[misc]
+                found[base, attr][0].constructors.add(constructor)
+    return found
+
+
+def _has_contents(obj: object, attr: str) -> bool:
+    """Return whether an attribute that no task writes has contents that can change.
+
+    CPUs and the machine are made before all executions, so that the value is there already.
+    """
+    return type(getattr(obj, attr, None)) in _CONTAINERS
 
 
 @contextmanager
@@ -303,11 +399,18 @@ def watching(
     constant: attributes that are written by constructors only; reads of them have no race.
     """
     classes = tuple(dict.fromkeys((*CLASSES, *more)))
-    for cls in classes:
+    slotted = [cls for cls in classes if not cls.__dictoffset__]
+    others = [cls for cls in classes if cls.__dictoffset__]
+    attributes = _attributes(slotted, state, constant)
+    for (cls, attr), (one, _) in attributes.items():
+        setattr(cls, attr, one)
+    for cls in others:
         cls.__getattribute__ = _reader(cls, state, constant)  # type: ignore[method-assign]
         cls.__setattr__ = _writer(cls, state)  # type: ignore[method-assign]
     try:
         yield
     finally:
-        for cls in classes:
+        for cls in others:
             del cls.__getattribute__, cls.__setattr__
+        for (cls, attr), (_, member) in attributes.items():
+            setattr(cls, attr, member)
