@@ -54,6 +54,7 @@ NoflushRoot = Literal["none", "sync"]
 CommitZap = Literal["flush-then-free", "batch", "none"]
 SpteReplace = Literal["flush", "none"]
 TableProtect = Literal["mmu-writable", "if-changed", "none"]
+SpteUpdate = Literal["mmu-writable", "accessed-dirty"]
 
 
 class Decisions(Protocol):
@@ -188,3 +189,6 @@ class Decisions(Protocol):
 
     def table_protect(self, cpu: Cpu, kvm: Kvm, gfn: int) -> TableProtect:
         """An SPTE of `gfn`, a guest's page table, was write-protected, on a host without EPT."""
+
+    def spte_update(self, cpu: Cpu, kvm: Kvm, gfn: int) -> SpteUpdate:
+        """The shadow MMU changes a leaf SPTE for `gfn` that stays one, on a host without EPT."""

@@ -73,4 +73,15 @@ SHADOW_POINTS: Final[tuple[DecisionPoint, ...]] = (
             "none": "No flush: the guest goes on writing to the table unseen.",
         },
     ),
+    point(
+        Decisions.spte_update,
+        "Flush after a leaf SPTE of the shadow MMU was changed (make_spte, mmu_spte_update).",
+        {
+            "mmu-writable": "If it was MMU-writable and is no more: a guest's table is write-protected.",
+            "accessed-dirty": (
+                "Also if it lost the accessed or dirty flag, or W alone (before 6.13). A fault on a page "
+                "that another vCPU has just mapped loses the dirty flag, and thus flushes."
+            ),
+        },
+    ),
 )

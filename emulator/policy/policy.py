@@ -187,6 +187,9 @@ class Policy:
     def table_protect(self, cpu: Cpu, kvm: Kvm, gfn: int) -> decisions.TableProtect:
         return self._answers["table_protect"]
 
+    def spte_update(self, cpu: Cpu, kvm: Kvm, gfn: int) -> decisions.SpteUpdate:
+        return self._answers["spte_update"]
+
     def _decide(self, point: str, cpu: Cpu, *arguments: object) -> Any:
         """Answer a point that a proposal may decide."""
         act = self._acts.get(point)

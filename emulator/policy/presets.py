@@ -19,6 +19,7 @@ _LINUX_6_12 = {
     "age_lock": "mmu-lock",
     "age_flush": "if-young",
     "zapped_pfn": "set-dirty-accessed",
+    "spte_update": "accessed-dirty",
 }
 _LINUX_5_14 = {
     "root_lock": "write",

@@ -8,6 +8,7 @@ This is all that the fidelity test knows about the emulator. The counters have K
   one of flush_current directly.
 * `tlb_flush`: the vCPU statistic, i.e. kvm_vcpu_flush_tlb_{all,current,guest}; not the flush of kvm_mmu_load.
 * `yields`: times that a zap flushed because it was about to give up mmu_lock (tdp_mmu_iter_cond_resched).
+* `refaults`: times that mmu_set_spte() flushed because a writable SPTE lost its dirty flag (before 6.13).
 
 The counters of a destroyed VM stay readable. A VM that does not exist yet has none: all are 0.
 
@@ -31,7 +32,8 @@ age slot first n
 fork
     Of the VMM; the child exits at once. Returns the memslots of which SPTEs were zapped.
 mprotect slot first n prot=r|rw|none [split=yes]
-    Returns the SPTEs zapped. split=yes: a 2M host page that it changes in part is split before.
+    Returns the SPTEs zapped. split=yes: a 2M host page that it changes in part is split before, in a notifier
+    range of its own; returns the notifier ranges that zapped SPTEs.
 collapse slot first n
     khugepaged on each 2M range, until the guest has faulted each in again. Returns the 2M leaves.
 memslot_create slot, memslot_delete slot, memslot_move slot gpa
@@ -100,6 +102,7 @@ class VmCounts:
     remote_tlb_flush_requests: int = 0
     requests: Counter[str] = field(default_factory=Counter)
     yields: int = 0
+    refaults: int = 0
     vcpus: tuple[VcpuCounts, ...] = ()
 
     def since(self, before: VmCounts) -> VmCounts:
@@ -109,6 +112,7 @@ class VmCounts:
             self.remote_tlb_flush_requests - before.remote_tlb_flush_requests,
             self.requests - before.requests,
             self.yields - before.yields,
+            self.refaults - before.refaults,
             tuple(now - then for now, then in zip(self.vcpus, earlier, strict=True)),
         )
 

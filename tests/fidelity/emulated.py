@@ -190,11 +190,16 @@ class EmulatedBench(EmulatedMachine):
         return zapped
 
     def _mprotect(self, step: Step) -> int:
-        vm, before = self._vm(step), self._zapped()
-        vm.protected = step.word("prot") != "rw"
+        vm = self._vm(step)
+        start, end = self._range(vm, step)
+        vm.protected = range(start, end) if step.word("prot") != "rw" else range(0)
+        before = split = self._zapped()
         if "split" in step.args:
-            self.mm.split(vm.kvm, self._range(vm, step)[0] & -HPAGE_PMD_NR)
-        self.mm.protect(vm.kvm, *self._range(vm, step), step.word("prot"))
+            self.mm.split(vm.kvm, start & -HPAGE_PMD_NR)
+            split = self._zapped()
+        self.mm.protect(vm.kvm, start, end, step.word("prot"))
+        if "split" in step.args:
+            return (split > before) + (self._zapped() > split)
         return self._zapped() - before
 
     def _collapse(self, step: Step) -> int:

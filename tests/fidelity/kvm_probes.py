@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 from emulator.kvm import kvm_host
 from emulator.kvm.mmu.shadow_structs import Sptep
 from emulator.kvm.mmu.spte import is_last_spte
@@ -50,9 +52,7 @@ def probe_kvm(probes: Probes) -> None:
     probes.probe(
         "mmu_set_spte", lambda args, _: ("huge leaves", args[1].id, _level(args[3]) > kvm_host.PG_LEVEL_4K)
     )
-    probes.probe(
-        "mmu_spte_update", lambda args, _: ("protected", args[1].id, not args[4] & lib.SPTE_WRITABLE)
-    )
+    probes.probe("mmu_spte_update", _updated)
     probes.probe("tdp_mmu_make_huge_spte", lambda args, spte: ("recovered", args[1].id, spte is not None))
     probes.probe(
         "tdp_mmu_zap_spte_atomic",
@@ -62,6 +62,13 @@ def probe_kvm(probes: Probes) -> None:
             zapped and not is_last_spte(args[2].spte, args[2].level),
         ),
     )
+
+
+def _updated(args: tuple[Any, ...], flushes: bool) -> tuple[str, int, int]:
+    _, kvm, _, _, new_spte = args
+    if new_spte & lib.SPTE_WRITABLE:
+        return "refaults", kvm.id, flushes
+    return "protected", kvm.id, 1
 
 
 def _level(sptep: Sptep) -> int:

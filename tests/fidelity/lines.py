@@ -91,6 +91,7 @@ class Line:
     at_once: bool = False
     scale: bool = True
     yields: bool = False
+    refaults: bool = False
     presets: tuple[str, ...] = PRESETS
     needs: frozenset[str] = frozenset()
 

@@ -61,7 +61,7 @@ class Vm:
     programs: list[Program] = field(default_factory=list)
     exists: bool = True
     running: bool = True
-    protected: bool = False
+    protected: range = range(0)
 
 
 class EmulatedMachine:
@@ -137,6 +137,7 @@ class EmulatedMachine:
             count("remote_tlb_flush_requests", kvm.id),
             Counter({name.removeprefix("request "): n for name, n in requests.items()}),
             count("yields", kvm.id),
+            count("refaults", kvm.id),
             tuple(
                 VcpuCounts(
                     flush_all=count("flush_all", task.vcpu.id),
@@ -153,19 +154,25 @@ class EmulatedMachine:
         return counts
 
     def whole_round(self, vm: Vm) -> None:
-        """Every vCPU has gone through its loop; one that may not write in the host has at least tried."""
+        """Every vCPU has gone through its loop, or is at a page that it may not write to in the host."""
         exits = [self._exits(task) for task in vm.tasks]
         for program in vm.programs:
             program.mark()
 
         def done() -> bool:
             return all(
-                (program.rounds() >= 2 or (vm.protected and self._exits(task) >= before + 3))
+                (program.rounds() >= 2 or (self._exits(task) >= before + 3 and self._is_stuck(vm, task)))
                 and not lib.kvm_requests(self.native.m, task.vcpu.id)
                 for task, program, before in zip(vm.tasks, vm.programs, exits, strict=True)
             )
 
         self.wait(done, f"the vCPUs of VM {vm.kvm.id} to go round")
+
+    @staticmethod
+    def _is_stuck(vm: Vm, task: VcpuTask) -> bool:
+        """Its last exit was a fault on a page that user space has protected; it takes that over and over."""
+        last = task.vcpu.exit
+        return (last.gpa or last.linear) >> 12 in vm.protected
 
     def _exits(self, task: VcpuTask) -> int:
         return self.probes.count("exits", task.vcpu.id)

@@ -29,8 +29,7 @@ def recorded(line: Line, vcpus: int, result: int) -> list[VmCounts]:
     operated = VmCounts(
         result if flushes == "result" else flushes,
         Counter({name: result if n == "result" else n for name, n in line.requests.items()}),
-        0,
-        tuple(VcpuCounts(**{key: of_vcpu(key, i) for key in VCPU_KEYS}) for i in range(vcpus)),
+        vcpus=tuple(VcpuCounts(**{key: of_vcpu(key, i) for key in VCPU_KEYS}) for i in range(vcpus)),
     )
     idle = VmCounts(vcpus=(VcpuCounts(),) * vcpus)
     return [operated if vm == line.vm else idle for vm in range(max(line.machine.vms, 1))]
@@ -112,6 +111,14 @@ def test_a_flush_at_a_yield_counts_only_where_zaps_may_yield() -> None:
             exact, remote_tlb_flush_requests=2, requests=Counter(TLB_FLUSH=2), yields=1, vcpus=exact.vcpus
         )
         assert (problems(line, 2, 1, [yielded]) == []) is accepted
+
+
+def test_a_flush_of_a_second_fault_counts_only_where_faults_may_meet() -> None:
+    may, may_not = LINES["shadow-unmap-all-while-written"], LINES["shadow-unmap-populated-idle"]
+    for line, accepted in ((may, True), (may_not, False)):
+        exact = recorded(line, 2, 128)[0]
+        met = replace(exact, remote_tlb_flush_requests=2, requests=Counter(TLB_FLUSH=2), refaults=1)
+        assert (problems(line, 2, 128, [met]) == []) is accepted
 
 
 def test_every_operation_of_the_machine_has_a_line() -> None:

@@ -30,7 +30,7 @@ from emulator.kvm.mmu.shadow import (
     make_mmu_pages_available,
     spte_to_child_sp,
 )
-from emulator.kvm.mmu.shadow_spte import mmu_spte_update, spte_of
+from emulator.kvm.mmu.shadow_spte import PT_ACCESSED_MASK, PT_DIRTY_MASK, mmu_spte_update, spte_of
 from emulator.kvm.mmu.shadow_structs import ShadowPage, Sptep
 from emulator.kvm.mmu.spte import (
     PT_WRITABLE_MASK,
@@ -65,18 +65,22 @@ def make_shadow_spte(
     """make_spte() of a shadow page; return the SPTE, and whether it had to be write-protected.
 
     A page that shadow pages stand for may be made writable only if they all become unsync.  Where the old
-    leaf was writable they are already.
+    leaf was writable they are already.  Decision spte_update: before 6.13 an SPTE that replaced a writable
+    one had no dirty flag, and a synced one no accessed flag.
     """
     level = sp.role.level
     wrprot = False
+    was_writable = is_last_spte(old_spte, level) and bool(old_spte & PT_WRITABLE_MASK)
     if access & ACC_WRITE_MASK and pfn.host_writable:
-        was_writable = is_last_spte(old_spte, level) and bool(old_spte & PT_WRITABLE_MASK)
         wrprot = not was_writable and not mmu_try_to_unsync_pages(
             cpu, kvm, slot, gfn, synchronizing=synchronizing, prefetch=prefetch
         )
     if wrprot:
         access &= ~ACC_WRITE_MASK
     spte = int(lib.make_shadow_spte(pfn.pfn, pfn.custody, level, access, pfn.host_writable))
+    if kvm.policy.spte_update(cpu, kvm, gfn) == "accessed-dirty":
+        # The CPU sets them again.
+        spte &= ~(PT_DIRTY_MASK if was_writable else 0) & ~(PT_ACCESSED_MASK if synchronizing else 0)
     if spte & PT_WRITABLE_MASK and slot.dirty_track_enabled():
         mark_page_dirty_in_slot(cpu, slot, gfn)
     return spte, wrprot

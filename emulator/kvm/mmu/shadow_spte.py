@@ -17,6 +17,7 @@ from emulator.kvm.mmu.spte import (
     SHADOW_HOST_WRITABLE_MASK,
     SHADOW_MMU_WRITABLE_MASK,
     PfnAndRights,
+    is_mmu_writable_spte,
     is_shadow_present_pte,
     leaf_spte_change_needs_tlb_flush,
     spte_to_child_pt,
@@ -27,6 +28,7 @@ from native import ffi, lib
 from native.types import Hfn
 
 PT_ACCESSED_MASK: Final[int] = lib.SPTE_ACCESSED
+PT_DIRTY_MASK: Final[int] = lib.SPTE_DIRTY
 SHADOW_NONPRESENT_VALUE: Final = 0
 _CUSTODY_SHIFT: Final[int] = lib.SPTE_CUSTODY_SHIFT
 _CUSTODY_MASK: Final = 0x7FFF
@@ -80,13 +82,26 @@ def mmu_spte_set(cpu: Cpu, kvm: Kvm, sptep: Sptep, gfn: int, new_spte: int) -> N
 
 
 def mmu_spte_update(cpu: Cpu, kvm: Kvm, sptep: Sptep, gfn: int, new_spte: int) -> bool:
-    """mmu_spte_update(): change the bits of a leaf, not its frame; return whether a flush is needed."""
+    """mmu_spte_update(): change the bits of a leaf, not its frame; return whether a flush is needed.
+
+    Decision spte_update.
+    """
     if not is_shadow_present_pte(spte_of(cpu, sptep)):
         mmu_spte_set(cpu, kvm, sptep, gfn, new_spte)
         return False
     old_spte = _store(cpu, kvm, sptep, gfn, new_spte)
     assert spte_to_child_pt(old_spte) == spte_to_child_pt(new_spte)
+    if kvm.policy.spte_update(cpu, kvm, gfn) == "accessed-dirty":
+        return loses_accessed_or_dirty(old_spte, new_spte)
     return leaf_spte_change_needs_tlb_flush(old_spte, new_spte)
+
+
+def loses_accessed_or_dirty(old_spte: int, new_spte: int) -> bool:
+    """Return whether mmu_spte_update() flushed before 6.13: for A, for D, and for W if MMU-writable."""
+    lost = old_spte & ~new_spte
+    return bool(lost & (PT_ACCESSED_MASK | PT_DIRTY_MASK)) or (
+        is_mmu_writable_spte(old_spte) and not new_spte & PT_WRITABLE_MASK
+    )
 
 
 def mmu_spte_clear_track_bits(cpu: Cpu, kvm: Kvm, sptep: Sptep) -> int:
