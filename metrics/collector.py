@@ -69,6 +69,7 @@ _VM_STATS = (
     ("mmu_cache_miss", "mmu_cache_miss", "KVM's statistic mmu_cache_miss."),
     ("mmu_unsync", "mmu_unsynced_pages", "Times that a shadow page became unsync."),
     ("mmu_synced", "mmu_synced_pages", "Shadow pages compared with the guest's table."),
+    ("mmu_prefetched", "mmu_prefetched_pages", "Pages mapped by a fault of the shadow MMU beside its own."),
     ("readers_awaited", "readers_awaited", "Kicks whose sender waits for a vCPU that reads SPTEs."),
 )
 

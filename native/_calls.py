@@ -232,6 +232,7 @@ CALLS: Final[Mapping[str, Described]] = {
     "tlb_l1_probe": Described("t page hfn right", "anything"),
     "mmu_invalidate_begin": Described("m vm", "step mmu_invalidate_seq; writes mmu_invalidate_in_progress(vm); keeps-gil"),
     "mmu_invalidate_range_add": Described("m vm start end", "part; writes mmu_invalidate_in_progress(vm); keeps-gil"),
+    "mmu_invalidate_in_progress": Described("m vm", "step mmu_invalidate_seq; reads mmu_invalidate_in_progress(vm); keeps-gil"),
     "mmu_invalidate_overlaps": Described("m vm start end", "part; reads mmu_invalidate_in_progress(vm); keeps-gil"),
     "mmu_invalidate_end": Described("m vm", "step mmu_invalidate_seq; writes mmu_invalidate_seq(vm), mmu_invalidate_in_progress(vm); keeps-gil"),
     "mmu_invalidate_seq": Described("m vm", "step mmu_invalidate_seq; reads mmu_invalidate_seq(vm); keeps-gil"),

@@ -26,6 +26,7 @@ DANGERS: Final[Mapping[str, str]] = {
     "dirty-compared": "a page that was written while it was logged is compared with its copy",
     "unsync": "the guest's table becomes writable, so its shadow page goes out of date",
     "syncs": "KVM compares a shadow page with the guest's table",
+    "prefetched": "the fault maps a neighbour of its page as well",
     "readers": "the kick meets a vCPU that reads SPTEs without mmu_lock, and its sender waits for it",
     "table-stores": "KVM emulates the guest's store to its table",
 }

@@ -43,6 +43,8 @@ class KvmParams:
 
     fault_around: pages that one fault maps at most; real KVM maps one (0 or 1).
     chunk: SPTEs per native call.
+    prefetch: SPTEs of an aligned group, of which a fault of the shadow MMU maps those that need no wait:
+    PTE_PREFETCH_NUM; 0: the fault's own alone.
     single: a native call changes at most one SPTE, so that each explored step changes one.
     resched_chunks: chunks after which need_resched() is true for an iterator; 0: never.
     eager_page_split: the module parameter of that name.
@@ -57,6 +59,7 @@ class KvmParams:
     """
 
     fault_around: int = 16
+    prefetch: int = 8
     chunk: int = 32
     single: bool = False
     resched_chunks: int = 16

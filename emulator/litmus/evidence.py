@@ -43,6 +43,7 @@ STATS: Final[Mapping[str, VmStat]] = {
     "overlaps": lib.STAT_OVERLAPS,
     "unsync": lib.STAT_MMU_UNSYNC,
     "syncs": lib.STAT_MMU_SYNCED,
+    "prefetched": lib.STAT_MMU_PREFETCHED,
     "readers": lib.STAT_READERS_AWAITED,
     "table-stores": lib.STAT_MMU_PTE_WRITE,
 }

@@ -370,6 +370,7 @@ class Harness:
         cpu = self.main
         params = KvmParams(
             fault_around=section.fault_around,
+            prefetch=KvmParams().prefetch if section.prefetch else 0,
             chunk=section.chunk,
             single=self.single,
             resched_chunks=section.resched_chunks,

@@ -19,6 +19,7 @@
     paging = false                # guests run with CR0.PG = 0: addresses are guest-physical
     pcid = false                  # CR4.PCIDE
     chunk = 32                    # SPTEs that a zap handles in one step
+    prefetch = false              # true: faults without EPT map neighbours as well, as KVM's do
     fault_around = 0              # pages that a fault maps together with its own, as the emulator's guests do
     resched_chunks = 0            # a zap yields after this number of steps; 0: only if mmu_lock is contended
     mmu_pages = 65536             # shadow pages that KVM keeps (KVM_SET_NR_MMU_PAGES), the newest ones
@@ -93,6 +94,7 @@ of this form; all other verdicts are expected not to change with these choices:
     dirty-compared a page was written while it was logged, and compared with its copy at the end
     unsync         a guest's page table became writable and out of date, without EPT
     syncs          KVM compared a shadow page with the guest's table, without EPT
+    prefetched     a fault mapped a neighbour of its page as well, without EPT
     readers        a kick met a vCPU that read SPTEs without mmu_lock, without EPT
     table-stores   KVM emulated a guest's store to its page table, without EPT
     nothing        no danger: a run without violations proves the test's claim by itself
@@ -142,6 +144,7 @@ Need = Literal[
     "dirty-compared",
     "unsync",
     "syncs",
+    "prefetched",
     "readers",
     "table-stores",
     "nothing",
@@ -182,6 +185,7 @@ class VmSection(Section):
     chunk: Annotated[int, Unit("SPTEs")] = Field(default=32, ge=1, le=512, strict=True)
     resched_chunks: Annotated[int, Unit("steps")] = Field(default=0, ge=0, le=1024, strict=True)
     fault_around: Annotated[int, Unit("pages")] = Field(default=0, ge=0, le=FAULT_AROUND_MAX, strict=True)
+    prefetch: bool = False
     eager_page_split: bool = True
     mmu_pages: Annotated[int, Unit("shadow pages")] = Field(default=1 << 16, ge=16, le=1 << 16, strict=True)
     invalidations: Annotated[int, Unit("invalidations")] = Field(default=0, ge=0, lt=1 << 63, strict=True)

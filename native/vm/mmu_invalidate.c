@@ -84,3 +84,9 @@ int mmu_invalidate_retry_gfn(struct machine *m, uint32_t vm, uint64_t seq, uint6
 {
 	return mmu_invalidate_retry_range(m, vm, seq, gfn, gfn + 1);
 }
+
+uint32_t mmu_invalidate_in_progress(struct machine *m, uint32_t vm)
+{
+	/* acquire: pairs with the release in mmu_invalidate_end; what the host took meanwhile is gone from its tables */
+	return atomic_load_explicit(&m->vms[vm].invalidate_in_progress, memory_order_acquire);
+}

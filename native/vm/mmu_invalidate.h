@@ -11,6 +11,9 @@
 void mmu_invalidate_begin(struct machine *m, uint32_t vm);
 /* call: part; writes mmu_invalidate_in_progress(vm); keeps-gil */
 void mmu_invalidate_range_add(struct machine *m, uint32_t vm, uint64_t start, uint64_t end);
+/* Return the number of invalidations in progress, under mmu_lock. */
+/* call: step mmu_invalidate_seq; reads mmu_invalidate_in_progress(vm); keeps-gil */
+uint32_t mmu_invalidate_in_progress(struct machine *m, uint32_t vm);
 /* After mmu_invalidate_begin, before its first range: 1 if an earlier invalidation is in progress and the merged range
  * reaches into [start, end). */
 /* call: part; reads mmu_invalidate_in_progress(vm); keeps-gil */

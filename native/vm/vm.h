@@ -75,6 +75,7 @@ enum vm_stat {
 	STAT_MMU_RECYCLED,         /* of those taken out of use: the oldest, to make room */
 	STAT_MMU_UNSYNC,           /* shadow pages that became unsync */
 	STAT_MMU_SYNCED,           /* shadow pages compared with the guest's tables */
+	STAT_MMU_PREFETCHED,       /* pages that faults of the shadow MMU looked up to map them with their own */
 	STAT_READERS_AWAITED,      /* kicks of a vCPU that read SPTEs without mmu_lock: their sender waits for it */
 	VM_STATS
 };

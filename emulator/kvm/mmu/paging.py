@@ -25,6 +25,7 @@ from emulator.kvm.mmu.fault import (
     RET_PF_CONTINUE,
     RET_PF_INJECTED,
     RET_PF_RETRY,
+    RET_PF_SPURIOUS,
     RET_PF_WRITE_PROTECTED,
     KvmPageFault,
 )
@@ -39,9 +40,12 @@ from emulator.kvm.mmu.shadow import (
     spte_to_child_sp,
 )
 from emulator.kvm.mmu.shadow_map import (
+    direct_pte_prefetch,
+    kvm_mmu_prefetch_sptes,
     make_shadow_spte,
     mmu_set_spte,
     page_fault_handle_page_track,
+    prefetch_window,
     shadow_walk,
 )
 from emulator.kvm.mmu.shadow_spte import (
@@ -86,16 +90,27 @@ _LEVELS: Final = PG_LEVEL_512G
 class GuestWalker:
     """struct guest_walker: a walk of the guest's tables, by level.
 
+    prefetch_ptes: entries of the table that gpte_changed() has read last, by index.
     `level`: the last entry's.  pt_access[level]: the rights that the entries above permit a table of that
     level; pte_access: those of the page.  error_code: of the fault that the walk ended with; None: it found
     the page.
     """
 
-    __slots__ = ("error_code", "gfn", "level", "pt_access", "pte_access", "ptes", "table_gfn")
+    __slots__ = (
+        "error_code",
+        "gfn",
+        "level",
+        "prefetch_ptes",
+        "pt_access",
+        "pte_access",
+        "ptes",
+        "table_gfn",
+    )
 
     def __init__(self) -> None:
         self.level = _LEVELS
         self.gfn = 0
+        self.prefetch_ptes: dict[int, int] = {}
         self.error_code: int | None = None
         self.pte_access = 0
         self.table_gfn = [0] * (_LEVELS + 1)
@@ -196,8 +211,7 @@ def _read_tables(cpu: Cpu, vcpu: Vcpu, addr: int, pfec: int) -> GuestWalker:
 def update_accessed_dirty_bits(
     cpu: Cpu, vcpu: Vcpu, walker: GuestWalker, addr: int, write_fault: bool
 ) -> bool | None:
-    """update_accessed_dirty_bits(): return False if all flags are set, True to walk again, None on an error.
-    """
+    """update_accessed_dirty_bits(): return False if all flags are set, True to walk again, None: an error."""
     kvm = vcpu.kvm
     for level in range(_LEVELS, walker.level - 1, -1):
         orig = walker.ptes[level]
@@ -219,14 +233,23 @@ def update_accessed_dirty_bits(
 
 
 def gpte_changed(cpu: Cpu, vcpu: Vcpu, walker: GuestWalker, addr: int, level: int) -> bool:
-    """gpte_changed(), under mmu_lock: return whether the guest's entry is another than the walk's."""
+    """gpte_changed(), under mmu_lock: return whether the guest's entry is another than the walk's.
+
+    In a last table read its neighbours as well, for pte_prefetch(): from here on KVM sees the guest's stores.
+    """
     table_gfn = walker.table_gfn[level]
     slot = gfn_to_memslot(vcpu.kvm, table_gfn, int(vcpu.arch.smm))
     if slot is None:
         return True
-    return (
-        kvm_read_guest_word_atomic(cpu, vcpu.kvm, slot, table_gfn, _index(addr, level)) != walker.ptes[level]
-    )
+    index = _index(addr, level)
+    num = max(1, vcpu.kvm.params.prefetch) if level == PG_LEVEL_4K else 1
+    first = index & -num
+    for at in range(first, first + num):
+        gpte = kvm_read_guest_word_atomic(cpu, vcpu.kvm, slot, table_gfn, at)
+        if gpte is None:
+            return True
+        walker.prefetch_ptes[at] = gpte
+    return walker.prefetch_ptes[index] != walker.ptes[level]
 
 
 def validate_direct_spte(cpu: Cpu, kvm: Kvm, sptep: Sptep, direct_access: int) -> None:
@@ -298,7 +321,7 @@ def _set_leaf(
     cpu: Cpu, vcpu: Vcpu, fault: KvmPageFault, walker: GuestWalker, sptep: Sptep, base_gfn: int
 ) -> int:
     assert fault.slot is not None
-    return mmu_set_spte(
+    r = mmu_set_spte(
         cpu,
         vcpu.kvm,
         fault.slot,
@@ -309,6 +332,35 @@ def _set_leaf(
         prefetch=False,
         write_fault=fault.write,
     )
+    if r != RET_PF_SPURIOUS:
+        pte_prefetch(cpu, vcpu, walker, sptep)
+    return r
+
+
+def pte_prefetch(cpu: Cpu, vcpu: Vcpu, walker: GuestWalker, sptep: Sptep) -> None:
+    """FNAME(pte_prefetch): map neighbours of the page as well, up to one that the guest has not used yet."""
+    if sptep.sp.role.direct:
+        direct_pte_prefetch(cpu, vcpu, sptep)
+        return
+    for index in prefetch_window(cpu, vcpu, sptep):
+        at = Sptep(sptep.sp, index)
+        if index == sptep.idx or is_shadow_present_pte(spte_of(cpu, at)):
+            continue
+        if not prefetch_gpte(cpu, vcpu, at, walker.prefetch_ptes[index]):
+            return
+
+
+def prefetch_gpte(cpu: Cpu, vcpu: Vcpu, sptep: Sptep, gpte: int) -> bool:
+    """FNAME(prefetch_gpte): map the page of one entry; return False if it must not, or cannot, be mapped."""
+    if prefetch_invalid_gpte(gpte):
+        return False
+    access = protect_clean_gpte(sptep.sp.role.access & gpte_access(gpte), gpte)
+    return kvm_mmu_prefetch_sptes(cpu, vcpu, (gpte & PT_BASE_ADDR_MASK) >> 12, sptep, 1, access)
+
+
+def prefetch_invalid_gpte(gpte: int) -> bool:
+    """FNAME(prefetch_invalid_gpte): return whether the entry is not present, or was never used."""
+    return not gpte & PT_PRESENT_MASK or not gpte & PT_GUEST_ACCESSED_MASK
 
 
 def paging64_page_fault(cpu: Cpu, vcpu: Vcpu, fault: KvmPageFault) -> int:
@@ -367,7 +419,7 @@ def paging64_sync_spte(cpu: Cpu, vcpu: Vcpu, sp: ShadowPage, index: int) -> int:
     gpte = None if slot is None else kvm_read_guest_word_atomic(cpu, kvm, slot, sp.gfn, index)
     if gpte is None:
         return -1
-    if not gpte & PT_PRESENT_MASK or not gpte & PT_GUEST_ACCESSED_MASK:
+    if prefetch_invalid_gpte(gpte):
         drop_spte(cpu, kvm, sptep)
         return 1
     gfn = (gpte & PT_BASE_ADDR_MASK) >> 12

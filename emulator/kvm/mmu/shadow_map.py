@@ -6,6 +6,7 @@ Under mmu_lock held for write.
 from __future__ import annotations
 
 from collections.abc import Iterator
+from typing import Final
 
 from emulator.kvm.accounting import flush_elided
 from emulator.kvm.kvm_host import PG_LEVEL_4K, SPTE_ENT_PER_PAGE, SPTE_LEVEL_BITS, kvm_pages_per_hpage
@@ -30,7 +31,13 @@ from emulator.kvm.mmu.shadow import (
     make_mmu_pages_available,
     spte_to_child_sp,
 )
-from emulator.kvm.mmu.shadow_spte import PT_ACCESSED_MASK, PT_DIRTY_MASK, mmu_spte_update, spte_of
+from emulator.kvm.mmu.shadow_spte import (
+    PT_ACCESSED_MASK,
+    PT_DIRTY_MASK,
+    kvm_mmu_page_get_gfn,
+    mmu_spte_update,
+    spte_of,
+)
 from emulator.kvm.mmu.shadow_structs import ShadowPage, Sptep
 from emulator.kvm.mmu.spte import (
     PT_WRITABLE_MASK,
@@ -44,9 +51,12 @@ from emulator.kvm.mmu.structs import ACC_WRITE_MASK
 from emulator.kvm.mmu.sync import kvm_mmu_get_child_sp, mmu_try_to_unsync_pages
 from emulator.kvm.structs import Kvm, KvmMemorySlot, Vcpu
 from emulator.kvm.virt.requests import kvm_flush_remote_tlbs_range
-from emulator.kvm.virt.slots import mark_page_dirty_in_slot
+from emulator.kvm.virt.slots import gfn_to_memslot, mark_page_dirty_in_slot
 from emulator.machine.runtime import Cpu, OutOfFrames
 from native import lib
+from native.types import Hfn
+
+_NO_FRAME: Final = 0xFFFFFFFF
 
 
 def make_shadow_spte(
@@ -78,6 +88,8 @@ def make_shadow_spte(
     if wrprot:
         access &= ~ACC_WRITE_MASK
     spte = int(lib.make_shadow_spte(pfn.pfn, pfn.custody, level, access, pfn.host_writable))
+    if prefetch and not synchronizing:
+        spte &= ~PT_ACCESSED_MASK  # mark_spte_for_access_track()
     if kvm.policy.spte_update(cpu, kvm, gfn) == "accessed-dirty":
         # The CPU sets them again.
         spte &= ~(PT_DIRTY_MASK if was_writable else 0) & ~(PT_ACCESSED_MASK if synchronizing else 0)
@@ -143,6 +155,92 @@ def elides_spte_replace(cpu: Cpu, kvm: Kvm, gfn: int) -> bool:
     return True
 
 
+def gfn_to_memslot_dirty_bitmap(
+    kvm: Kvm, gfn: int, as_id: int, *, no_dirty_log: bool
+) -> KvmMemorySlot | None:
+    """gfn_to_memslot_dirty_bitmap(): return the slot if a page of it may be mapped before it is used.
+
+    A page that is mapped writable counts as dirty, so none of a slot that is logged is.
+    """
+    slot = gfn_to_memslot(kvm, gfn, as_id)
+    if slot is None or slot.invalid or (no_dirty_log and slot.dirty_track_enabled()):
+        return None
+    return slot
+
+
+def kvm_prefetch_pages(
+    cpu: Cpu, kvm: Kvm, slot: KvmMemorySlot, gfn: int, nr_pages: int
+) -> list[PfnAndRights]:
+    """kvm_prefetch_pages(): return the frames of the first of these pages, up to one that the host does not
+    have, or does not permit to be written.  It neither waits nor allocates (get_user_pages_fast_only(),
+    mm/gup.c)."""
+    if slot.end_gfn - gfn < nr_pages:
+        return []
+    cpu.point("mm", (kvm.id, gfn), "read")
+    cpu.check(
+        lib.mm_fault_range(
+            cpu.m, cpu.id, kvm.id, slot.gfn_to_hva(gfn), nr_pages, 0, cpu.hfns, cpu.tags, cpu.writable
+        )
+    )
+    found = []
+    for i in range(nr_pages):
+        if cpu.hfns[i] == _NO_FRAME or not cpu.writable[i]:
+            break
+        found.append(PfnAndRights(Hfn(cpu.hfns[i]), cpu.tags[i], host_writable=True))
+    return found
+
+
+def kvm_mmu_prefetch_sptes(cpu: Cpu, vcpu: Vcpu, gfn: int, sptep: Sptep, nr_pages: int, access: int) -> bool:
+    """kvm_mmu_prefetch_sptes(): map pages that the guest has not asked for; return False if none could be."""
+    kvm, as_id = vcpu.kvm, int(vcpu.arch.smm)
+    slot = gfn_to_memslot_dirty_bitmap(kvm, gfn, as_id, no_dirty_log=bool(access & ACC_WRITE_MASK))
+    if slot is None:
+        return False
+    found = kvm_prefetch_pages(cpu, kvm, slot, gfn, nr_pages)
+    for i, pfn in enumerate(found):
+        at = Sptep(sptep.sp, sptep.idx + i)
+        mmu_set_spte(cpu, kvm, slot, at, access, gfn + i, pfn, prefetch=True)
+        cpu.stat(kvm.id, lib.STAT_MMU_PREFETCHED)
+    return bool(found)
+
+
+def prefetch_window(cpu: Cpu, vcpu: Vcpu, sptep: Sptep) -> range:
+    """Return the indices of the group that the SPTE is in, for a fault that may map the others of it.
+
+    None while addresses are being invalidated: the host's own tables may still have their pages.
+    """
+    num = vcpu.kvm.params.prefetch
+    if not num or sptep.sp.role.level > PG_LEVEL_4K:
+        return range(0)
+    cpu.point("mmu_invalidate_seq", vcpu.kvm.id, "read")
+    if lib.mmu_invalidate_in_progress(cpu.m, vcpu.kvm.id):
+        return range(0)
+    first = sptep.idx & -num
+    return range(first, first + num)
+
+
+def direct_pte_prefetch(cpu: Cpu, vcpu: Vcpu, sptep: Sptep) -> None:
+    """direct_pte_prefetch(), __direct_pte_prefetch(): map the runs of entries that are not present."""
+    sp, start = sptep.sp, None
+    window = prefetch_window(cpu, vcpu, sptep)
+    for index in window:
+        mapped = index == sptep.idx or is_shadow_present_pte(spte_of(cpu, Sptep(sp, index)))
+        if start is None:
+            start = None if mapped else index
+        elif mapped:
+            if not direct_pte_prefetch_many(cpu, vcpu, sp, start, index):
+                return
+            start = None
+    if start is not None:
+        direct_pte_prefetch_many(cpu, vcpu, sp, start, window.stop)
+
+
+def direct_pte_prefetch_many(cpu: Cpu, vcpu: Vcpu, sp: ShadowPage, start: int, end: int) -> bool:
+    """direct_pte_prefetch_many()"""
+    gfn = kvm_mmu_page_get_gfn(cpu, sp, start)
+    return kvm_mmu_prefetch_sptes(cpu, vcpu, gfn, Sptep(sp, start), end - start, sp.role.access)
+
+
 def shadow_walk(cpu: Cpu, vcpu: Vcpu, addr: int) -> Iterator[Sptep]:
     """for_each_shadow_entry(): yield the SPTEs for an address, from the root down; read again after each."""
     sp = shadow_walk_root(vcpu, addr)
@@ -166,9 +264,12 @@ def direct_map(cpu: Cpu, vcpu: Vcpu, fault: KvmPageFault) -> int:
         level = sptep.sp.role.level
         base_gfn = fault.gfn & -kvm_pages_per_hpage(level)
         if level == fault.goal_level:
-            return mmu_set_spte(
+            r = mmu_set_spte(
                 cpu, kvm, slot, sptep, access, base_gfn, fault.pfn, prefetch=False, write_fault=fault.write
             )
+            if r != RET_PF_SPURIOUS:
+                direct_pte_prefetch(cpu, vcpu, sptep)
+            return r
         sp = kvm_mmu_get_child_sp(cpu, vcpu, sptep, base_gfn, direct=True, access=access)
         if sp is not None:
             link_shadow_page(cpu, kvm, sptep, sp)

@@ -119,6 +119,7 @@ CAUSES: dict[str, tuple[str, str, str]] = {
     "shadow-protect-forgets-mmu-writable": ("shadow-log-races-table", TABLE_PROTECTED, ""),
     "shadow-smm-keeps-paging": ("shadow-smm", SYNCED, ""),
     "shadow-switch-without-sync": ("shadow-mov-cr3", SYNCED, ""),
+    "shadow-prefetch-while-invalidating": ("shadow-prefetch", SKIPPED, "promise"),
     "shadow-sync-without-protect-flush": ("shadow-resync", TABLE_PROTECTED, ""),
     "shadow-track-own-space": ("shadow-smm-table", TABLE_PROTECTED, ""),
     "shadow-unmap-without-flush": ("shadow-unmap", FLUSH, ""),
