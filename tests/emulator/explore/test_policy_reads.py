@@ -361,7 +361,7 @@ def test_processes_agree_on_what_is_read(
     monkeypatch.setattr(team, "FIRST_PARTS", 0)
     monkeypatch.setattr(verdict, "wide_search", partial(wide_search, plain=1, part=3))
     # No probes: with so few executions the search begins with bounds.
-    plan = Plan(executions=2000, bound=2)
+    plan = Plan(executions=2000, bound=1)
     policy = LOOKS.format(condition=LOADED, answer=answer)
     alone, together = (explored(tmp_path, policy, plan, jobs) for jobs in (1, 2))
     assert bool(alone.kinds) is kinds

@@ -142,14 +142,14 @@ def test_what_a_machine_did_before_counts_for_no_execution() -> None:
 
 @pytest.mark.slow
 def test_the_number_of_processes_changes_no_count(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    options = ["remote-two-vcpus", "--executions", "2400", "--json"]
+    options = ["remote-two-vcpus", "--executions", "1000", "--json"]
     documents = []
     for jobs in ("1", "2"):
         assert main(["explore", *options, "--jobs", jobs]) == 0
         documents.append(capsys.readouterr().out)
     assert documents[0] == documents[1]
     (found,) = json.loads(documents[0])["explored"]
-    assert found["executions"] == found["met"] == 2400
+    assert found["executions"] == found["met"] == 1000
 
 
 def test_the_commands_say_so(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

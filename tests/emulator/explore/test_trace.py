@@ -124,16 +124,16 @@ class _Counted(LitmusProgram):
 @pytest.mark.slow
 @pytest.mark.parametrize("strategy", ["exhaustive", "pct", "random"])
 def test_a_number_is_that_of_the_search(strategy: str) -> None:
-    test, plan = small(RACE), Plan(strategy, executions=700)
+    test, plan = small(RACE), Plan(strategy, executions=400)
     schedules: list[tuple[str, ...]] = []
     verdict = explore_verdict(test, named_policy("linux-7.3"), plan, build=partial(_Counted, schedules))
     assert len(schedules) == verdict.executions
     assert len(set(schedules)) > 3
     # The probes, the search as a whole, and its parts.
-    for number in {1, 2, 61, 300, verdict.executions - 1, verdict.executions}:
+    for number in {1, 61, 300, verdict.executions}:
         if number > verdict.executions:
             continue
-        recording = found(test, numbered(number), strategy=strategy, executions=700)
+        recording = found(test, numbered(number), strategy=strategy, executions=400)
         assert tuple(recording.schedule) == schedules[number - 1], number
 
 

@@ -171,11 +171,11 @@ def test_documents_do_not_depend_on_the_number_of_processes(
 ) -> None:
     monkeypatch.setattr("emulator.explore.results.workers.FIRST_PARTS", 0)
     texts = []
-    for jobs in ("1", "2", "3"):
+    for jobs in ("1", "3"):
         arguments = ["explore", "return-zap-other-vcpu", "--bound", "2", "--json", "--jobs", jobs]
         assert main(arguments) == 0
         texts.append(capsys.readouterr().out)
-    assert texts[0] == texts[1] == texts[2]
+    assert texts[0] == texts[1]
     (verdict,) = json.loads(texts[0])["explored"]
     assert verdict["preemption_bound"] == 2
     assert verdict["rounds"][-1]["executions"] > PLAIN
