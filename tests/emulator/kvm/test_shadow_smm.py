@@ -6,10 +6,13 @@ from collections.abc import Iterator
 
 import pytest
 
+from emulator.kvm.kvm_host import X86_CR4_PAE, X86_CR4_PGE
 from emulator.kvm.mmu.fault import RET_PF_FIXED, RET_PF_WRITE_PROTECTED
 from emulator.kvm.mmu.shadow_structs import ShadowPage
 from emulator.kvm.mmu.spte import is_writable_pte
+from emulator.kvm.regs import kvm_set_cr4
 from emulator.kvm.smm import emulator_leave_smm, enter_smm
+from emulator.kvm.tlb import kvm_service_local_tlb_flush_requests
 from emulator.kvm.virt.slots import gfn_to_memslot
 from tests.emulator.kvm.rig import Rig
 from tests.emulator.kvm.shadow_rig import ShadowedGuest, shadowed_guest
@@ -74,3 +77,22 @@ def test_a_last_table_becomes_unsync_by_a_store_of_smm(guest: ShadowedGuest) -> 
     slot = gfn_to_memslot(guest.kvm, table, 1)
     assert slot is not None
     assert not slot.arch.disallow_lpage  # those are in the slot of the shadow page's role
+
+
+def test_rsm_that_sets_pge_flushes_for_it_as_any_write_does(guest: ShadowedGuest) -> None:
+    """The counts of an SMI without CR4.PGE are recorded (tests/fidelity); here its flush comes on top."""
+    kvm_set_cr4(guest.cpu, guest.vcpu, X86_CR4_PAE | X86_CR4_PGE)
+    settle(guest)
+    with guest.rig.counting(guest.kvm) as changed:
+        enter_smm(guest.cpu, guest.vcpu)
+        settle(guest)
+        emulator_leave_smm(guest.cpu, guest.vcpu)
+        settle(guest)
+    expected = {"mmu_load": 2, "tlb_flush": 2, "flush_current": 3, "flush_guest": 1}
+    assert {stat: n for stat, n in changed.items() if stat in expected or "remote" in stat} == expected
+
+
+def settle(guest: ShadowedGuest) -> None:
+    """Do what the next entry does for the MMU and the TLB, in its order."""
+    guest.enter()
+    kvm_service_local_tlb_flush_requests(guest.cpu, guest.vcpu)
