@@ -109,6 +109,7 @@ CALLS: Final[Mapping[str, Described]] = {
     "guest_configure": Described("m vcpu config", "aside"),
     "guest_add_process": Described("m vcpu records n pages n_pages", "aside"),
     "guest_share_tables": Described("m vcpu cr3_gfn", "aside"),
+    "guest_join_tables": Described("m vcpu other", "aside"),
     "guest_frames_used": Described("m vcpu", "anything"),
     "guest_clock": Described("m vcpu", "aside"),
     "guest_skip": Described("m vcpu", "aside; keeps-gil"),

@@ -21,7 +21,7 @@ _MOST_MICROSECONDS = 1_000_000
 # Points with a name of one word.
 _NAMED_POINTS: Final = {str(kind): modes for kind, modes in POINTS.items() if " " not in kind}
 _NEEDS_LOG: Final = ("log-get", "log-clear")
-_NEEDS_TABLES: Final = ("map", "unmap", "protect", "mov-cr3")
+_NEEDS_TABLES: Final = ("map", "unmap", "protect", "mov-cr3", "join")
 _SLOT_OPS: Final = frozenset({"slot-delete", "slot-create", "log-arm", "log-disarm", *_NEEDS_LOG})
 
 Placed = tuple[str, "Op"]  # a key of the file, the operation there
@@ -120,6 +120,8 @@ def _check_guest(test: LitmusTest, name: str, placed: list[Placed]) -> None:
         if ("noflush" in op.flags or process) and not pcid:
             expected = "pcid = true in its VM, or a cr4 pcide 1 before it, or neither noflush nor a PROCESS"
             raise SchemaError(key, shown(op.text), expected)
+        if op.verb == "join" and not key.startswith("init"):
+            raise SchemaError(key, shown(op.text), "join in init, before threads run")
         if op.verb == "rsm" and not smm:
             raise SchemaError(key, shown(op.text), "an smi before it, by the same thread")
         smm = op.verb == "smi" or (smm and op.verb != "rsm")

@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING, ClassVar
 
 from emulator.errors import shown
 from emulator.kvm import kvm_host
-from emulator.kvm.regs import kvm_set_cr0, kvm_set_cr4, set_sregs
+from emulator.kvm.regs import kvm_set_cr0, kvm_set_cr3, kvm_set_cr4, set_sregs
 from emulator.kvm.reset import apic_send_init
 from emulator.kvm.smm import emulator_leave_smm, kvm_inject_smi
 from emulator.litmus.syntax import (
@@ -165,6 +165,28 @@ class PowerOn(GuestOp):
         return [Instruction("SIGNAL", 0, lib.MACHINE_SIGNALS - 1)]
 
 
+class Join(VcpuOp):
+    verb = "join"
+    doc = (
+        "The vCPU switches to the address spaces of vCPU VCPU, as another thread of its processes; in `init` "
+        "only."
+    )
+    args = (Arg("vcpu", "number", most=3),)
+
+    def check(self, test: LitmusTest, thread: str) -> None:
+        super().check(test, thread)
+        section = test.threads[thread]
+        others = [t for t in test.threads.values() if t.vm == section.vm and t.vcpu == self.number("vcpu")]
+        if not others or section.vcpu == self.number("vcpu"):
+            raise OpError(shown(self.text), "the number of another thread's vCPU, of the same VM")
+
+    def run(self, context: Context) -> None:
+        other = context.kvm.vcpus[self.number("vcpu")]
+        cr3 = lib.guest_join_tables(context.cpu.m, context.vcpu.id, other.id)
+        if not context.kvm.params.ept:
+            kvm_set_cr3(context.cpu, context.vcpu, cr3)
+
+
 class Migrate(VcpuOp):
     verb = "migrate"
     doc = "The vCPU's thread moves to PCPU."
@@ -282,4 +304,4 @@ class SetSregs(_ControlRegister):
 
 
 GUEST_OPS: tuple[type[Op], ...] = (Read, Write, Exec, Map, Unmap, Protect, Invlpg, Invpcid, MovCr3)
-VCPU_OPS: tuple[type[Op], ...] = (Migrate, Preempt, Exit, Smi, Rsm, Init, Cr0, Cr4, SetSregs)
+VCPU_OPS: tuple[type[Op], ...] = (Join, Migrate, Preempt, Exit, Smi, Rsm, Init, Cr0, Cr4, SetSregs)

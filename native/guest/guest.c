@@ -155,6 +155,36 @@ void guest_share_tables(struct machine *m, uint32_t vcpu, uint64_t cr3_gfn)
 	guest_write_cr3(g);
 }
 
+static void join_process(struct guest_process *p, struct guest *other, uint32_t process)
+{
+	p->cr3_gfn = other->process[process].cr3_gfn;
+	for (uint64_t i = 0; i < p->page_count; i++) {
+		const struct guest_page *theirs = guest_page_find(other, process, p->pages[i]);
+
+		if (!theirs)
+			continue;
+		p->page[i].gfn = theirs->gfn;
+		p->page[i].writable = theirs->writable;
+		p->page[i].huge = theirs->huge;
+	}
+}
+
+uint64_t guest_join_tables(struct machine *m, uint32_t vcpu, uint32_t other)
+{
+	struct guest *g = m->vcpus[vcpu].guest, *o = m->vcpus[other].guest;
+
+	for (uint32_t i = 0; i < g->processes && i < o->processes; i++)
+		join_process(&g->process[i], o, i);
+	for (uint32_t i = 0; i < GUEST_KERNEL_PAGES; i++) {
+		g->kernel[i].gfn = o->kernel[i].gfn;
+		g->kernel[i].writable = o->kernel[i].writable;
+	}
+	g->kernel_pdpt = o->kernel_pdpt;
+	g->space++;
+	guest_write_cr3(g);
+	return g->cr3_gfn << 12 | (g->config.pcid ? g->pcid : 0);
+}
+
 void guest_skip(struct machine *m, uint32_t vcpu)
 {
 	struct guest *g = m->vcpus[vcpu].guest;

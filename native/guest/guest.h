@@ -26,6 +26,12 @@ int guest_add_process(struct machine *m, uint32_t vcpu, const uint64_t *records,
 /* call: aside */
 void guest_share_tables(struct machine *m, uint32_t vcpu, uint64_t cr3_gfn);
 
+/* Let the vCPU's processes translate by the tables of another vCPU's processes of the same numbers, which both may change
+ * from here on; its OS records their pages as that vCPU's does now.  Return the CR3 of the current process.  While neither
+ * vCPU runs, after both have booted. */
+/* call: aside */
+uint64_t guest_join_tables(struct machine *m, uint32_t vcpu, uint32_t other);
+
 /* Return the number of guest-physical frames that this vCPU's OS uses now. */
 /* call: anything */
 uint64_t guest_frames_used(struct machine *m, uint32_t vcpu);

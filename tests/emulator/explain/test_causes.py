@@ -107,6 +107,8 @@ CAUSES: dict[str, tuple[str, str, str]] = {
     "shadow-recover-without-flush": ("shadow-recover", FLUSH, ""),
     "shadow-recycle-without-flush": ("shadow-oldest", UNLINKED, ""),
     "shadow-store-without-flush": ("shadow-store-drops", FLUSH, ""),
+    "shadow-invlpg-without-flush": ("shadow-invlpg-drops", FLUSH, ""),
+    "shadow-sync-without-flush": ("shadow-sync-drops", FLUSH, ""),
     "shadow-sync-keeps-rights": ("shadow-protect", SYNCED, ""),
     "shadow-sync-makes-writable": ("shadow-sync-two-tables", TABLE_PROTECTED, ""),
     "shadow-yield-without-flush": ("shadow-unmap-yields", FLUSH, ""),

@@ -195,6 +195,8 @@ NOT_TOGETHER = [
     (["mov-cr3 0"], [], [], [], "v0.ops[0]: found 'mov-cr3 0'; expected mov-cr3 in a VM with paging = true"),
     (["cr0 pg 1"], [], [], [], "v0.ops[0]: found 'cr0 pg 1'; expected cr0 pg in a VM with paging = true"),
     (["invpcid 0 1 2"], [], [], [], "v0.ops[0]: found 'invpcid 0 1 2'; expected pcid = true in its VM"),
+    (["join 0"], [], [], [], "found 'join 0'; expected the number of another thread's vCPU, of the same VM"),
+    (["join 1"], [], [], [], "found 'join 1'; expected the number of another thread's vCPU, of the same VM"),
     ([], [], [], [], "threads: found no operation in any of them; expected something to test"),
     ([], [], ["v0: read 1"], [], "threads: found no operation in any of them; expected something to test"),
 ]
@@ -212,6 +214,29 @@ TOGETHER = [
     ([], [], [], ["v0: read 1"]),
     (["invpcid 2"], [], [], []),
 ]
+
+
+TWO_VCPUS = """
+doc = "d"
+source = "s"
+init = [{init}]
+[[vm]]
+vcpus = 2
+paging = true
+[threads.v0]
+vcpu = 0
+ops = ["read 1"]
+[threads.v1]
+vcpu = 1
+ops = [{ops}]
+"""
+
+
+def test_tables_are_joined_before_threads_run() -> None:
+    parse(TWO_VCPUS.format(init='"v1: join 0"', ops='"read 1"'))
+    with pytest.raises(BadInput) as caught:
+        parse(TWO_VCPUS.format(init="", ops='"join 0"'))
+    assert "v1.ops[0]: found 'join 0'; expected join in init, before threads run" in str(caught.value)
 
 
 def whole(v0: list[str], k: list[str], init: list[str], final: list[str]) -> str:
