@@ -80,4 +80,8 @@ def problems(line: Line, vcpus: int, result: int, counts: list[VmCounts]) -> lis
             for key in wanted
             if have[key] != wanted[key]
         ]
+    if line.executes is not None and vcpus == 1:
+        executed = {kind: n for kind, n in counts[line.vm].executed.items() if n}
+        if executed != line.executes:
+            found.append(f"VM {line.vm} executed: {executed}, recorded {line.executes}")
     return found

@@ -8,6 +8,7 @@ This is all that the fidelity test knows about the emulator. The counters have K
   one of flush_current directly.
 * `tlb_flush`: the vCPU statistic, i.e. kvm_vcpu_flush_tlb_{all,current,guest}; not the flush of kvm_mmu_load.
 * `yields`: times that a zap flushed because it was about to give up mmu_lock (tdp_mmu_iter_cond_resched).
+* `executed`: INVEPT and INVVPID instructions that the vCPUs executed, by kind.
 * `refaults`: times that mmu_set_spte() flushed because a writable SPTE lost its dirty flag (before 6.13).
 
 The counters of a destroyed VM stay readable. A VM that does not exist yet has none: all are 0.
@@ -103,6 +104,7 @@ class VmCounts:
     requests: Counter[str] = field(default_factory=Counter)
     yields: int = 0
     refaults: int = 0
+    executed: Counter[str] = field(default_factory=Counter)
     vcpus: tuple[VcpuCounts, ...] = ()
 
     def since(self, before: VmCounts) -> VmCounts:
@@ -113,6 +115,7 @@ class VmCounts:
             self.requests - before.requests,
             self.yields - before.yields,
             self.refaults - before.refaults,
+            self.executed - before.executed,
             tuple(now - then for now, then in zip(self.vcpus, earlier, strict=True)),
         )
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from typing import Any
 
 from emulator.kvm import kvm_host
@@ -42,7 +43,7 @@ def probe_kvm(probes: Probes) -> None:
     probes.probe(
         "tdp_mmu_iter_cond_resched", lambda args, yielded: ("yields", args[1].id, yielded and args[3])
     )
-    probes.probe("walk_slot_rmaps_yield", lambda args, flushed: ("yields", args[1].id, flushed))
+    _probe_rmap_yields(probes)
     probes.probe_method(TdpIter, "step", lambda args, n: _walked(args[0].chunk.walk, args[2], n), cpu=1)
     probes.probe(
         "tdp_mmu_map_handle_target_level",
@@ -62,6 +63,21 @@ def probe_kvm(probes: Probes) -> None:
             zapped and not is_last_spte(args[2].spte, args[2].level),
         ),
     )
+
+
+def _probe_rmap_yields(probes: Probes) -> None:
+    """Count the flushes of walks over rmaps at yields, less one that comes in place of that at the end."""
+    flushes: Counter[int] = Counter()
+
+    def yielded(args: tuple[Any, ...], flushed: bool) -> None:
+        flushes[args[0].id] += flushed
+
+    def walked(args: tuple[Any, ...], pending: bool) -> tuple[str, int, int]:
+        n = flushes.pop(args[0].id, 0)
+        return "yields", args[1].id, n if pending else max(n - 1, 0)
+
+    probes.probe("walk_slot_rmaps_yield", yielded)
+    probes.probe("walk_slot_rmaps", walked)
 
 
 def _updated(args: tuple[Any, ...], flushes: bool) -> tuple[str, int, int]:

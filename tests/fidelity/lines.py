@@ -85,6 +85,7 @@ class Line:
     do: Step
     expect: dict[str, Expected]
     requests: dict[str, int | Literal["result"]] = field(default_factory=dict)
+    executes: dict[str, int] | None = None
     result: int | None = None
     result_min: int | None = None
     merged: float = 0.0

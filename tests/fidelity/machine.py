@@ -25,7 +25,7 @@ from emulator.kvm.virt.kvm_main import (
 )
 from emulator.machine.runtime import Machine as NativeMachine
 from emulator.policy import Policy
-from native import ffi, lib
+from native import FLUSH_REASONS, FLUSH_SCOPES, ffi, lib
 from native.types import CounterId, CpuId, VcpuId
 from tests.support import machine_fields
 
@@ -138,6 +138,7 @@ class EmulatedMachine:
             Counter({name.removeprefix("request "): n for name, n in requests.items()}),
             count("yields", kvm.id),
             count("refaults", kvm.id),
+            self._executed(kvm),
             tuple(
                 VcpuCounts(
                     flush_all=count("flush_all", task.vcpu.id),
@@ -153,8 +154,29 @@ class EmulatedMachine:
             self._cross_check(kvm, counts)
         return counts
 
+    def _executed(self, kvm: Kvm) -> Counter[str]:
+        reasons, scopes = len(FLUSH_REASONS), len(FLUSH_SCOPES)
+        size = self.native.config["vms"] * scopes * reasons
+        flushes, necessary = ffi.new("uint64_t[]", size), ffi.new("uint64_t[]", size)
+        lib.flushes_sum(self.native.m, flushes, necessary)
+        first = kvm.id * scopes * reasons
+        return Counter(
+            {
+                scope: sum(flushes[first + i * reasons + reason] for reason in range(reasons))
+                for i, scope in enumerate(FLUSH_SCOPES)
+            }
+        )
+
     def whole_round(self, vm: Vm) -> None:
-        """Every vCPU has gone through its loop, or is at a page that it may not write to in the host."""
+        """Every vCPU has gone through its loop, or is at a page that it may not write to in the host.
+
+        There it goes no further, but it may be in the middle of a flush for another vCPU that was on its way.
+        When all have been seen there, none makes requests any more, and three exits end what was under way.
+        """
+        for _ in range(2 if vm.protected else 1):
+            self._go_round(vm)
+
+    def _go_round(self, vm: Vm) -> None:
         exits = [self._exits(task) for task in vm.tasks]
         for program in vm.programs:
             program.mark()

@@ -29,6 +29,7 @@ def recorded(line: Line, vcpus: int, result: int) -> list[VmCounts]:
     operated = VmCounts(
         result if flushes == "result" else flushes,
         Counter({name: result if n == "result" else n for name, n in line.requests.items()}),
+        executed=Counter(line.executes or {}),
         vcpus=tuple(VcpuCounts(**{key: of_vcpu(key, i) for key in VCPU_KEYS}) for i in range(vcpus)),
     )
     idle = VmCounts(vcpus=(VcpuCounts(),) * vcpus)
@@ -119,6 +120,13 @@ def test_a_flush_of_a_second_fault_counts_only_where_faults_may_meet() -> None:
         exact = recorded(line, 2, 128)[0]
         met = replace(exact, remote_tlb_flush_requests=2, requests=Counter(TLB_FLUSH=2), refaults=1)
         assert (problems(line, 2, 128, [met]) == []) is accepted
+
+
+def test_an_instruction_too_many_or_of_another_kind_is_a_problem_with_one_vcpu() -> None:
+    line = LINES["shadow-mov-cr3-same"]
+    exact = recorded(line, 1, 1)[0]
+    for executed in (Counter(invvpid_single=2), Counter(invvpid_all=1), Counter[str]()):
+        assert problems(line, 1, 1, [replace(exact, executed=executed)])
 
 
 def test_every_operation_of_the_machine_has_a_line() -> None:
