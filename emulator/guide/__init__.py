@@ -18,6 +18,7 @@ TOPICS = (
     "reports",
     "explore",
     "results",
+    "roots",
     "metrics",
     "architecture",
 )
