@@ -112,7 +112,7 @@ PRESET_DOCS = {
     "lkml-2022-keep-roots": (
         "Proposed in February 2022, patch 12: a change of CR0, CR4, EFER or SMM keeps the cached roots, and "
         "may go back to one without a load. Clearing CR0.PG drops all. As posted, without a flush of "
-        "KVM_SET_SREGS."
+        "KVM_SET_SREGS, but with the flushes of 5.18 for CR4."
     ),
     "lkml-2025-on-each-cpu": (
         "Proposed in July 2025: a new root is flushed on every pCPU; loads and migrations flush nothing."
