@@ -170,10 +170,10 @@ class EmulatedMachine:
     def whole_round(self, vm: Vm) -> None:
         """Every vCPU has gone through its loop, or is at a page that it may not write to in the host.
 
-        There it goes no further, but it may be in the middle of a flush for another vCPU that was on its way.
-        When all have been seen there, none makes requests any more, and three exits end what was under way.
+        When all have been seen there, no fault is left that makes requests.  But a vCPU may have taken a
+        request off and be in the middle of its flush: all go round, or take three more exits, once more.
         """
-        for _ in range(2 if vm.protected else 1):
+        for _ in range(2):
             self._go_round(vm)
 
     def _go_round(self, vm: Vm) -> None:
