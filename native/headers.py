@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Iterator
+from functools import cache
 from pathlib import Path
 from typing import Final, NamedTuple
 
@@ -47,8 +48,13 @@ class Statement(NamedTuple):
         return self.text.startswith("static")
 
 
-def statements(text: str) -> Iterator[Statement]:
-    """Yield the statements of the top level of a C file."""
+@cache
+def statements(text: str) -> tuple[Statement, ...]:
+    """Return the statements of the top level of a C file."""
+    return tuple(_statements(text))
+
+
+def _statements(text: str) -> Iterator[Statement]:
     code = _UNREAD.sub(lambda unread: re.sub(r"[^\n]", " ", unread[0]), text)
     depth = start = 0
     for match in re.finditer(r"[{};]", code):

@@ -214,6 +214,7 @@ def test_json_bytes(counterexample: Any, own: Path, data: st.DataObject) -> None
     judge("JSON", lambda: every_reading(path), str(path))
 
 
+@pytest.mark.slow
 @examples(250)
 @given(st.data())
 def test_records_of_fingerprints(own: Path, data: st.DataObject) -> None:
