@@ -8,7 +8,7 @@ from contextlib import AbstractContextManager, ExitStack, contextmanager, nullco
 from typing import Any
 
 from emulator.host.memory import UserMemory
-from emulator.kvm.kvm_host import PREEMPTIBLE, RESCHED, ExitToUser, RunYield
+from emulator.kvm.kvm_host import PREEMPTIBLE, RESCHED, X86_CR4_PSE, ExitToUser, RunYield
 from emulator.kvm.smm import kvm_inject_smi
 from emulator.kvm.structs import Kvm, KvmParams, Vcpu
 from emulator.kvm.virt.kvm_main import (
@@ -26,7 +26,7 @@ from emulator.machine.runtime import Cpu, Machine
 from emulator.policy import Policy
 from emulator.policy.patch import KvmPatch
 from native import FLUSH_REASONS, FLUSH_SCOPES, VIOLATION_KINDS, VM_STAT_NAMES, ffi, lib
-from native.types import PromiseKind, VmStat
+from native.types import CpuId, PromiseKind, VmStat
 
 GFNS = 4096
 SLOT = 0
@@ -321,3 +321,23 @@ def page_is_a_root_again(
         if guest.vcpu.mmu.root.hfn == first:
             return
     raise AssertionError("the page did not become a root again")
+
+
+def cr4_toggle(rig: Rig, guest: Guest) -> None:
+    guest.execute(0, lib.GUEST_INSN_MOV_CR4, guest.vcpu.arch.cr4 ^ X86_CR4_PSE)
+
+
+@contextmanager
+def idle_pcpus(rig: Rig, *pcpus: CpuId) -> Iterator[None]:
+    """Threads of pCPUs that run nothing and serve calls."""
+    threads = []
+    for pcpu in pcpus:
+        lib.cpu_online(rig.machine.m, pcpu)
+        threads.append(threading.Thread(target=lib.cpu_halt, args=(rig.machine.m, pcpu, 0)))
+        threads[-1].start()
+    yield
+    for pcpu, thread in zip(pcpus, threads, strict=True):
+        lib.cpu_notify(rig.machine.m, pcpu, lib.ATTENTION_RESCHED)
+        thread.join()
+        lib.cpu_clear_attention(rig.machine.m, pcpu, lib.ATTENTION_RESCHED)
+        lib.cpu_offline(rig.machine.m, pcpu)

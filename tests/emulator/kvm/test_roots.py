@@ -1,14 +1,13 @@
-"""Roots: the cache of previous ones, references, EPTPs, and the flushes of allocating and freeing them."""
+"""Roots: the cache of previous ones, references, obsolete roots, EPTPs."""
 
 from __future__ import annotations
 
 from collections.abc import Iterator
 from contextlib import contextmanager
-from threading import Thread
 
 import pytest
 
-from emulator.kvm.kvm_host import KVM_REQ_LOAD_MMU_PGD, KVM_REQ_TLB_FLUSH_CURRENT, X86_CR4_PSE
+from emulator.kvm.kvm_host import KVM_REQ_LOAD_MMU_PGD, KVM_REQ_TLB_FLUSH_CURRENT
 from emulator.kvm.mmu.fault import KvmPageFault
 from emulator.kvm.mmu.roots import (
     cached_root_find_and_keep_current,
@@ -24,7 +23,7 @@ from emulator.kvm.mmu.roots import (
 )
 from emulator.kvm.mmu.spte import root_to_sp
 from emulator.kvm.mmu.structs import KvmMmu, KvmMmuPage, KvmMmuPageRole, KvmMmuRootInfo
-from emulator.kvm.mmu.tdp_roots import flush_workqueue, kvm_tdp_mmu_alloc_root, kvm_tdp_mmu_put_root
+from emulator.kvm.mmu.tdp_roots import kvm_tdp_mmu_alloc_root
 from emulator.kvm.structs import Kvm, Vcpu
 from emulator.kvm.virt.requests import kvm_test_request
 from emulator.kvm.vmx.vmx import (
@@ -35,9 +34,8 @@ from emulator.machine.runtime import READ, WRITE, Cpu
 from emulator.points import PointKind
 from emulator.policy import Policy, preset
 from native import lib
-from native.types import CpuId, Hfn
-from tests.emulator.kvm.rig import Guest, Rig, online, recreate_slot, scopes
-from tests.support import CPU0, CPU1, CPU2
+from native.types import Hfn
+from tests.emulator.kvm.rig import Rig, cr4_toggle, scopes
 
 NORMAL, SMM = KvmMmuPageRole(), KvmMmuPageRole(smm=1)
 FIVE, FIVE_SMM = KvmMmuPageRole(level=5), KvmMmuPageRole(level=5, smm=1)
@@ -286,16 +284,12 @@ def test_active_roots_are_those_of_both_mmus(rig: Rig) -> None:
     guest.write(0, 5)
     vcpu = guest.vcpu
     vcpu.guest_mmu.prev_roots[2] = root_info(kvm_tdp_mmu_alloc_root(rig.host, kvm, SMM))
-    before = flushes(rig, "invept_single")
+    before = scopes(rig)["invept_single"]
     guest.write(1, 5)
-    assert flushes(rig, "invept_single") - before == 2
+    assert scopes(rig)["invept_single"] - before == 2
 
 
 # --- EPTP ---------------------------------------------------------------------------------------------------
-
-
-def flushes(rig: Rig, wanted: str) -> int:
-    return scopes(rig)[wanted]
 
 
 @pytest.mark.parametrize(("role", "walk"), [(NORMAL, 3), (FIVE, 4)])
@@ -314,139 +308,6 @@ def test_a_root_without_a_shadow_page_counts_as_obsolete(rig: Rig) -> None:
 def test_without_a_root_there_is_nothing_to_flush(rig: Rig) -> None:
     kvm = rig.vm()
     guest = rig.guest(kvm)
-    before = flushes(rig, "invept_single")
+    before = scopes(rig)["invept_single"]
     vmx_flush_tlb_current(rig.machine.cpus[0], guest.vcpu, lib.REASON_OTHER)
-    assert flushes(rig, "invept_single") == before
-
-
-# --- allocation and the last reference ----------------------------------------------------------------------
-
-
-@contextmanager
-def idle_pcpus(rig: Rig, *pcpus: CpuId) -> Iterator[None]:
-    """Threads of pCPUs that run nothing and serve calls."""
-    threads = []
-    for pcpu in pcpus:
-        lib.cpu_online(rig.machine.m, pcpu)
-        threads.append(Thread(target=lib.cpu_halt, args=(rig.machine.m, pcpu, 0)))
-        threads[-1].start()
-    yield
-    for pcpu, thread in zip(pcpus, threads, strict=True):
-        lib.cpu_notify(rig.machine.m, pcpu, lib.ATTENTION_RESCHED)
-        thread.join()
-        lib.cpu_clear_attention(rig.machine.m, pcpu, lib.ATTENTION_RESCHED)
-        lib.cpu_offline(rig.machine.m, pcpu)
-
-
-@pytest.mark.parametrize(("answer", "flushed"), [("none", 0), ("on-each-cpu", 3), ("vm-pcpu-mask", 2)])
-def test_which_pcpus_a_new_root_flushes(rig: Rig, answer: str, flushed: int) -> None:
-    """The VM has run on pCPUs 0 and 1."""
-    kvm = rig.vm(Policy().with_settings({"root_alloc": answer}))
-    guest = rig.guest(kvm)
-    guest.read(0, 5)
-    guest.read(1, 5)
-    with idle_pcpus(rig, CPU0, CPU1, CPU2):
-        before = flushes(rig, "invept_single")
-        root = kvm_tdp_mmu_alloc_root(rig.host, kvm, SMM)
-        assert flushes(rig, "invept_single") - before == flushed
-        # Found, not allocated.
-        assert kvm_tdp_mmu_alloc_root(rig.host, kvm, SMM) is root
-        assert flushes(rig, "invept_single") - before == flushed
-    for _ in range(2):
-        with kvm.mmu_lock.read_lock(rig.host):
-            kvm_tdp_mmu_put_root(rig.host, kvm, root)
-
-
-def test_a_pcpu_that_allocates_a_root_flushes_itself_too(rig: Rig) -> None:
-    kvm = rig.vm(Policy().with_settings({"root_alloc": "vm-pcpu-mask"}))
-    guest = rig.guest(kvm)
-    guest.read(0, 5)
-    guest.read(1, 5)
-    cpu = rig.machine.cpus[0]
-    with idle_pcpus(rig, CPU1, CPU2), online(cpu):
-        before = flushes(rig, "invept_single")
-        root = kvm_tdp_mmu_alloc_root(cpu, kvm, SMM)
-        assert flushes(rig, "invept_single") - before == 2
-    with kvm.mmu_lock.read_lock(rig.host):
-        kvm_tdp_mmu_put_root(rig.host, kvm, root)
-
-
-def test_a_pcpu_that_joins_is_flushed(rig: Rig) -> None:
-    kvm = rig.vm(preset("lkml-2025-vm-pcpu-mask"))
-    guest = rig.guest(kvm)
-    guest.read(0, 5)
-    with rig.counting(kvm) as counts:
-        guest.read(1, 5)
-        guest.read(0, 5)
-        guest.read(1, 5)
-    assert counts["flush_all"] == 1
-
-
-def cr4_toggle(rig: Rig, guest: Guest) -> None:
-    guest.execute(0, lib.GUEST_INSN_MOV_CR4, guest.vcpu.arch.cr4 ^ X86_CR4_PSE)
-
-
-@pytest.mark.parametrize(
-    ("answer", "faults"), [("sync-no-flush", 0), ("flush", 0), ("async", 2), ("inline", 2)]
-)
-def test_whether_a_role_change_costs_the_tree(rig: Rig, answer: str, faults: int) -> None:
-    """Since 6.4 the TDP MMU holds a reference of its own (edbdb43fc96b)."""
-    kvm = rig.vm(Policy().with_settings({"root_put": answer}))
-    guest = rig.guest(kvm)
-    guest.write(0, 5)
-    guest.write(0, 70)
-    with rig.counting(kvm) as counts:
-        cr4_toggle(rig, guest)
-        guest.write(0, 5)
-    assert counts.get("faults", 0) == faults
-    assert counts["mmu_load"] == 1
-    flush_workqueue(rig.host, kvm)
-    assert len(kvm.tdp_mmu_roots) == 1
-    assert rig.violations() == {}
-
-
-def test_the_worker_zaps_what_notifiers_still_find(rig: Rig) -> None:
-    kvm = rig.vm(Policy().with_settings({"root_put": "async"}))
-    guest = rig.guest(kvm)
-    guest.write(0, 5)
-    cr4_toggle(rig, guest)
-    assert [root.role.invalid for root in kvm.tdp_mmu_roots] == [False, True]
-    zapped = rig.counter(lib.COUNT_SPTES_ZAPPED)
-    rig.unmap(kvm, 0, 64)
-    assert rig.counter(lib.COUNT_SPTES_ZAPPED) - zapped == 2
-    flush_workqueue(rig.host, kvm)
-    assert len(kvm.tdp_mmu_roots) == 1
-
-
-@pytest.mark.parametrize(
-    ("answer", "flushed"), [("sync-no-flush", 0), ("flush", 1), ("async", 0), ("inline", 0)]
-)
-def test_what_a_deleted_slot_flushes(rig: Rig, answer: str, flushed: int) -> None:
-    kvm = rig.vm(Policy().with_settings({"root_put": answer}))
-    guest = rig.guest(kvm)
-    guest.write(0, 5)
-    with rig.counting(kvm) as counts:
-        recreate_slot(rig, kvm)
-        guest.write(0, 5)
-    assert counts.get("remote_tlb_flush_requests", 0) == flushed
-    assert rig.violations() == {}
-
-
-@pytest.mark.parametrize(("answer", "flushed"), [("no-flush", 0), ("flush", 1)])
-def test_whether_zapping_an_invalid_root_flushes(rig: Rig, answer: str, flushed: int) -> None:
-    kvm = rig.vm(Policy().with_settings({"invalid_root_zap": answer}))
-    guest = rig.guest(kvm)
-    guest.write(0, 5)
-    with rig.counting(kvm) as counts:
-        recreate_slot(rig, kvm)
-    assert counts.get("remote_tlb_flush_requests", 0) == flushed
-
-
-def test_the_last_reference_to_a_valid_root_is_never_put(rig: Rig) -> None:
-    kvm = rig.vm()
-    root = kvm_tdp_mmu_alloc_root(rig.host, kvm, SMM)
-    with kvm.mmu_lock.read_lock(rig.host):
-        kvm_tdp_mmu_put_root(rig.host, kvm, root)
-        with pytest.raises(AssertionError, match="KVM_BUG_ON"):
-            kvm_tdp_mmu_put_root(rig.host, kvm, root)
-        root.tdp_mmu_root_count.value = 1
+    assert scopes(rig)["invept_single"] == before

@@ -16,8 +16,7 @@ from emulator.policy import Policy
 from emulator.policy import instructions as do
 from native import FLUSH_REASONS, FLUSH_SCOPES, ffi, lib
 from native.types import CpuId, Hfn
-from tests.emulator.kvm.rig import Rig
-from tests.emulator.kvm.test_roots import idle_pcpus
+from tests.emulator.kvm.rig import Rig, idle_pcpus
 
 Act = Callable[[Cpu, Kvm, Vcpu], None]
 
