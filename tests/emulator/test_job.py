@@ -76,6 +76,7 @@ def test_a_violation_is_told_with_its_story() -> None:
     assert result.reports[0].details["entry"]["page"] >= 0
 
 
+@pytest.mark.slow
 def test_a_death_is_the_result_of_the_run(monkeypatch: pytest.MonkeyPatch) -> None:
     def unmap(self: Host, memory: UserMemory) -> None:
         with memory.kvm.mmu_lock.write_lock(self.cpu):

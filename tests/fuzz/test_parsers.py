@@ -122,8 +122,7 @@ def test_recordings_of_lackey(data: bytes) -> None:
     judge("lackey", lambda: read_recording(io.BytesIO(data), "own.lackey", "own"), "own.lackey")
 
 
-@pytest.mark.slow
-@examples(600)
+@examples(200)
 @given(st.text(max_size=70), st.text(max_size=1100))
 def test_names_and_descriptions(name: str, description: str) -> None:
     source = io.BytesIO(RECORDING.encode())

@@ -111,6 +111,7 @@ def test_what_only_a_search_with_more_choices_finds_is_searched_with_them() -> N
     )
 
 
+@pytest.mark.slow
 def test_a_scale_that_is_large_enough_has_all_pairs() -> None:
     some, all_of_them = Scale.of(400, 3).pairs(), Scale.of(10**6, 3).pairs()
     assert len(some) == 20

@@ -63,6 +63,7 @@ def burn(actor: MachineActor) -> None:
         sum(range(1000))
 
 
+@pytest.mark.slow
 def test_a_cpu_that_burns_time_with_interrupts_off(crew: Crew) -> None:
     m = crew.machine.m
     bad = BadPCpu.start(crew, crew.machine.cpus[0])
@@ -87,6 +88,7 @@ def test_a_cpu_that_burns_time_with_interrupts_off(crew: Crew) -> None:
     assert counts[lib.VIOLATION_IPI_STALL] == 1
 
 
+@pytest.mark.slow
 def test_a_reader_that_never_leaves_rcu(crew: Crew) -> None:
     RcuThread.start(crew, crew.machine.cpus[crew.machine.pcpus + 2])
     started = threading.Event()

@@ -187,6 +187,7 @@ def kinds(test: str, policy: str, *, buffers: bool, executions: int = 600) -> tu
     return verdict.kinds
 
 
+@pytest.mark.slow
 def test_what_policies_call_is_instrumented_from_the_start() -> None:
     """A module that is imported later calls the core itself: a wait in it would never end."""
     found = "{module.__name__ for module in instrumented_modules()}"

@@ -251,6 +251,7 @@ def test_with_the_adversary_as_well() -> None:
     assert found.summary().endswith("with up to 1 eviction and 1 speculative fill, x86-TSO")
 
 
+@pytest.mark.slow
 def test_a_recording_knows_its_memory_model(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     arguments = [
         "explore",

@@ -70,6 +70,7 @@ def test_compare_runs_each_with_its_own_code(tmp_path: Path, capsys: pytest.Capt
     assert found == {"bad": "violations", "linux-7.3": "clean"}
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("bug", BUGS)
 def test_changes_are_in_place_while_a_machine_runs_only(bug: str, tmp_path: Path) -> None:
     kept = [(vmx.vmx_flush_tlb_all, vmx.vmx_flush_tlb_all.__code__), vars(vmx)["request_tlb_flush"]]
@@ -124,6 +125,7 @@ vmx.vmx_flush_tlb_all = flush
     assert main(["litmus", "return-zap", "--iterations", "5", "--policy", path]) == 0
 
 
+@pytest.mark.slow
 def test_a_constant_is_replaced_wherever_it_was_imported(tmp_path: Path) -> None:
     importer = vars(importlib.import_module("emulator.litmus.kvm_ops"))
     text = "import emulator.kvm.kvm_host as host\nhost.KVM_MEM_LOG_DIRTY_PAGES = 1 << 9\n"

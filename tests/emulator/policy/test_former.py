@@ -44,6 +44,7 @@ def test_names_are_gone_although_the_file_breaks_each_builtin() -> None:
         assert modules() == before, broken
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "what",
     [
@@ -71,6 +72,7 @@ def load_user_policy_or_error(path: Path) -> None:
         return
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("what", "name"),
     [

@@ -145,6 +145,7 @@ LINES = st.lists(
 )
 
 
+@pytest.mark.slow
 @settings(deadline=None)  # machines pause
 @given(LINES, st.booleans())
 def test_any_lines(lines: list[str], instructions: bool) -> None:
@@ -152,6 +153,7 @@ def test_any_lines(lines: list[str], instructions: bool) -> None:
     assert np.array_equal(converted(text, Cut(instructions=instructions)), plainly(text, instructions))
 
 
+@pytest.mark.slow
 @settings(deadline=None)
 @given(LINES, st.integers(0, 40), st.integers(1, 40))
 def test_any_window(lines: list[str], skip: int, limit: int) -> None:

@@ -48,6 +48,7 @@ def test_a_diff_makes_the_edited_file(edit: tuple[str, str, str], context: int) 
     assert after("own", diff_of(path, before, wanted, context), path, before) == wanted
 
 
+@pytest.mark.slow
 @settings(max_examples=100, deadline=None, derandomize=True)
 @given(edits(), st.data())
 def test_a_hunk_is_found_at_another_line(edit: tuple[str, str, str], data: st.DataObject) -> None:
@@ -58,6 +59,7 @@ def test_a_hunk_is_found_at_another_line(edit: tuple[str, str, str], data: st.Da
     assert after("own", diff_of(path, before, wanted, 10), path, above + before) == above + wanted
 
 
+@pytest.mark.slow
 @settings(max_examples=100, deadline=None, derandomize=True)
 @given(edits(), st.data())
 def test_context_that_differs_is_refused(edit: tuple[str, str, str], data: st.DataObject) -> None:

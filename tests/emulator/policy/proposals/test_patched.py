@@ -90,6 +90,7 @@ def test_other_parts_of_the_policies_cannot_change(tmp_path: Path) -> None:
         spelled_policy(written(tmp_path, body, "idea.patch"))
 
 
+@pytest.mark.slow
 def test_an_error_of_patched_code_is_the_users(tmp_path: Path) -> None:
     policy = spelled_policy(patch(tmp_path, MOVES_ON, "            raise KeyError('mine')\n"))
     with pytest.raises(PatchError, match=rf"idea\.patch: {PATH}:\d+, in remote_flush_due\(\): KeyError"):
