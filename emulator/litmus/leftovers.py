@@ -66,7 +66,8 @@ def _of_shadow_mmu(kvm: Kvm, held: dict[KvmMmuPage, int]) -> Iterator[str]:
                 f"root {sp.hfn:#x} of VM {kvm.id} has {sp.root_count} references, "
                 f"{holders} of them accounted for"
             )
-        if sp not in kvm.shadow.active_mmu_pages and not holders:
+        waits = sp in kvm.shadow.active_mmu_pages or sp in kvm.shadow.zapped_pages
+        if not waits and not holders:
             yield f"shadow page {sp.hfn:#x} of VM {kvm.id} was zapped and not freed"
 
 

@@ -21,6 +21,7 @@ from emulator.kvm.regs import kvm_mmu_invlpg, kvm_set_cr3, kvm_set_cr4
 from emulator.kvm.virt.kvm_main import kvm_set_memory_region
 from emulator.kvm.virt.requests import kvm_check_request, kvm_test_request
 from emulator.kvm.virt.slots import gfn_to_memslot
+from emulator.policy import Policy
 from native import lib
 from tests.emulator.kvm.rig import GFNS, SLOT, Rig
 from tests.emulator.kvm.shadow_rig import PAGE, A, D, P, ShadowedGuest, U, W, shadowed_guest
@@ -245,9 +246,10 @@ def test_a_guest_without_paging_has_four_roots_without_a_table(guest: ShadowedGu
     assert is_writable_pte(guest.spte(7 << 12))
 
 
-def test_no_page_is_left_over(rig: Rig) -> None:
+@pytest.mark.parametrize("answer", ["flush-then-free", "batch"])
+def test_no_page_is_left_over(rig: Rig, answer: str) -> None:
     used = lib.frames_in_use(rig.machine.m, lib.FRAME_TABLE)
-    with shadowed_guest(rig) as guest:
+    with shadowed_guest(rig, policy=Policy(commit_zap=answer)) as guest:
         guest.map(LINEAR, 7)
         guest.fault(LINEAR)
         guest.vcpu.arch.cr0 &= ~X86_CR0_PG
