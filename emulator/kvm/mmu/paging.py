@@ -411,7 +411,7 @@ def paging64_sync_spte(cpu: Cpu, vcpu: Vcpu, sp: ShadowPage, index: int) -> int:
     """FNAME(sync_spte): compare an SPTE of an unsync page with the guest's entry; below 0: it cannot be read;
     1: a flush is due.
 
-    An SPTE whose gfn has changed is dropped; its rights are only ever reduced.
+    Drop an SPTE if its gfn has changed; otherwise at most reduce its rights.
     """
     kvm = vcpu.kvm
     sptep = Sptep(sp, index)

@@ -283,7 +283,7 @@ def _kvm_mmu_free_shadow_page(cpu: Cpu, kvm: Kvm, sp: ShadowPage) -> None:
 
 
 def kvm_mmu_remote_flush_or_zap(cpu: Cpu, kvm: Kvm, invalid_list: InvalidList, remote_flush: bool) -> bool:
-    """kvm_mmu_remote_flush_or_zap(): free the pages, whose flush serves for all; or flush, if
+    """kvm_mmu_remote_flush_or_zap(): free the pages of the list, which flushes; without any, flush if
     `remote_flush`."""
     if not remote_flush and not invalid_list:
         return False

@@ -107,7 +107,8 @@ class KvmShadowArch:
 
 
 class SlotArch:
-    """struct kvm_arch_memory_slot.  A slot's INVALID copy, and one whose flags alone change, share it.
+    """struct kvm_arch_memory_slot.  A slot shares it with its INVALID copy, and with its next version if only
+    flags change.
 
     rmap: by level and gfn, the leaf SPTEs that map the page.  gfn_write_track: by gfn, reasons for which the
     guest may not write.  disallow_lpage: by level and gfn, reasons against a huge page there.

@@ -36,7 +36,7 @@ def kvm_arch_vcpu_ioctl_set_sregs(cpu: Cpu, vcpu: Vcpu) -> None:
 
 
 def kvm_destroy_vm(cpu: Cpu, kvm: Kvm) -> None:
-    """kvm_destroy_vm(): destroy a VM whose vCPUs run no more, without a flush.
+    """kvm_destroy_vm(): destroy a VM without a flush, because its vCPUs run no more.
 
     Wait for the RCU callbacks that free its pages.
     """
