@@ -161,11 +161,14 @@ IDEMPOTENT: Final = frozenset({
 # Context managers that hold a lock or a read section for the length of their block.
 SECTIONS: Final = frozenset({"held", "rcu_read_lock", "read_lock", "write_lock"})
 
-# The emulator's own accounts, promises to the oracle, and ordering points: no code of KVM, and never mutated.
+# The emulator's own accounts, promises to the oracle, moments that policies hear of, and ordering points: no
+# code of KVM, and never mutated.
 ACCOUNTS: Final = frozenset({
     "_revoke",
     "event",
+    "flush_begins",
     "flush_elided",
+    "flush_ended",
     "host_works",
     "oracle_revoke",
     "oracle_revoke_mask",
@@ -176,6 +179,7 @@ ACCOUNTS: Final = frozenset({
     "stores_need_not_exit",
     "vcpu_add_flush_reason",
     "vcpus_went_on",
+    "walk_ends",
 })  # fmt: skip
 
 # Arguments that bound a range of pages, by their meaning: narrowed and widened by one.

@@ -78,6 +78,8 @@ _MACHINES_PRICES: Final = {
 }
 # The price that counts for doing a step twice, which may be idle the second time: ordered steps.
 STEPS: Final = "steps"
+# Prices that are no events: what guests and walks do, which depends on when the events of others come.
+WORK: Final = frozenset({"faults", "retries", "walk references", "SPTEs mapped", STEPS})
 
 
 @dataclass(frozen=True, slots=True, order=True)
