@@ -111,10 +111,11 @@ uint64_t oracle_ticket(struct machine *m, uint32_t vm)
 	return atomic_fetch_add_explicit(&m->vms[vm].promise_clock, 1, memory_order_acq_rel) + 1;
 }
 
-/* Return the rights of an entry that this promise revokes.  A notifier's and a memslot's promise is absolute:
- * nothing may be granted until the host or user space permits it again.  With other promises, a fault may
- * already have granted anew a right that the operation removed.  That right is valid and stays; if it is
- * removed once more after the flush, this operation's promise does not cover that removal. */
+/* Return the rights of an entry that this promise revokes.  A notifier's, a memslot's and kvm_zap_gfn_range()'s promise
+ * is absolute: faults in the range retry until it is made, so nothing may be granted before.  A right that has an SPTE
+ * all the same is one that the operation has missed, or that a fault has granted without a retry.  With the promise of a
+ * dirty log, a fault may already have granted anew a right that the operation removed.  That right is valid and stays;
+ * if it is removed once more after the flush, this operation's promise does not cover that removal. */
 static uint8_t ends(const struct ledger_right *e, uint32_t promise, uint64_t ticket)
 {
 	uint8_t rights = 0;
@@ -123,15 +124,12 @@ static uint8_t ends(const struct ledger_right *e, uint32_t promise, uint64_t tic
 	switch (promise) {
 	case PROMISE_NOTIFIER:
 	case PROMISE_MEMSLOT:
+	case PROMISE_ZAP_RANGE:
 	case PROMISE_FREE:
 		rights = REVOKED_READ | REVOKED_WRITE;
 		break;
 	case PROMISE_NOTIFIER_WRITE:
 		rights = REVOKED_WRITE;
-		break;
-	case PROMISE_ZAP_RANGE:
-		rights = (e->live_read || !covered ? 0 : REVOKED_READ) |
-			 (e->live_write || !covered ? 0 : REVOKED_WRITE);
 		break;
 	case PROMISE_DIRTY_LOG:
 		rights = e->live_write || !covered ? 0 : REVOKED_WRITE;
@@ -146,11 +144,10 @@ static uint8_t ends(const struct ledger_right *e, uint32_t promise, uint64_t tic
  * or not as a fault has found it (kvm_zap_gfn_range).  An SPTE that still points to it, or that a fault
  * installs later from an earlier look-up, has no custody of it.  A fault that looks it up later has custody, so
  * its grants stay. */
-static bool withdraws_custody(const struct ledger_right *e, uint32_t promise)
+static bool withdraws_custody(uint32_t promise)
 {
-	if (promise == PROMISE_ZAP_RANGE)
-		return !e->live_read;
-	return promise == PROMISE_NOTIFIER || promise == PROMISE_NOTIFIER_WRITE || promise == PROMISE_MEMSLOT;
+	return promise == PROMISE_NOTIFIER || promise == PROMISE_NOTIFIER_WRITE || promise == PROMISE_MEMSLOT ||
+	       promise == PROMISE_ZAP_RANGE;
 }
 
 struct revocation {
@@ -174,7 +171,7 @@ static uint64_t revoke(struct revocation *r, uint64_t gfn)
 	rights = ends(e, r->promise, r->ticket);
 	/* Also if an earlier promise has ended all rights, because a fault may have looked the frame up since.
 	 * Not if the frame is another page's by now: then it was freed, which has advanced its tag. */
-	if (withdraws_custody(e, r->promise) && (rights || p->host_tag == frame_host_tag(r->frames, e->hfn)))
+	if (withdraws_custody(r->promise) && (rights || p->host_tag == frame_host_tag(r->frames, e->hfn)))
 		p->host_tag = (uint16_t)frame_take(r->frames, &r->taking, e->hfn);
 	if (!rights)
 		return 0;

@@ -32,8 +32,8 @@ enum promise {
 /* call: part; reads ept */
 uint64_t oracle_ticket(struct machine *m, uint32_t vm);
 /* The operation behind `promise` on gfns [start, end) is complete.  Its flush has covered the rights that were
- * removed before `ticket`; a notifier's and a memslot's promise need none (0), because nothing is granted while
- * they are under way.  Returns the number of rights revoked. */
+ * removed before `ticket`; only that of a dirty log needs one (0 with others), because nothing may be granted while
+ * the others are under way.  Returns the number of rights revoked. */
 /* call: step promise; reads ept; writes custody; quiet */
 uint64_t oracle_revoke(struct machine *m, uint32_t cpu, uint32_t vm, uint64_t start, uint64_t end,
 		       uint32_t promise, uint64_t ticket);

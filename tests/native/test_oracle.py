@@ -58,7 +58,7 @@ def apply(machine: Hypervisor, model: Model, vcpus: list[VcpuId], step: Any) -> 
             model.history.add("revoke", 0, gfn, -1, (WRITE,))
         case ("zap-range", gfn):
             machine.promise(CPU0, VM0, gfn, lib.PROMISE_ZAP_RANGE)
-            model.history.add("revoke", 0, gfn, -1, (READ, WRITE))
+            model.history.add("withdraw", 0, gfn, -1, (READ, WRITE))
         case ("free", gfn, zap):
             if zap:
                 machine.zap(CPU0, VM0, gfn)

@@ -132,11 +132,10 @@ def kvm_zap_gfn_range(cpu: Cpu, kvm: Kvm, gfn_start: int, gfn_end: int) -> None:
         flush = shadow_zap_gfn_range(cpu, kvm, gfn_start, gfn_end, reason)
         if tdp_mmu_enabled(kvm):
             flush = kvm_tdp_mmu_zap_leafs(cpu, kvm, gfn_start, gfn_end, flush, reason)
-        ticket = lib.oracle_ticket(cpu.m, kvm.id)
         if flush:
             kvm_flush_remote_tlbs_range(cpu, kvm, gfn_start, gfn_end - gfn_start, reason)
-        # Revoke before in_progress ends: the promise voids earlier lookups only; later faults may install.
-        lib.oracle_revoke(cpu.m, cpu.id, kvm.id, gfn_start, gfn_end, lib.PROMISE_ZAP_RANGE, ticket)
+        # Revoke before in_progress ends: no fault may have installed anything until then, later ones may.
+        lib.oracle_revoke(cpu.m, cpu.id, kvm.id, gfn_start, gfn_end, lib.PROMISE_ZAP_RANGE, 0)
         cpu.point("mmu_invalidate_seq", kvm.id, "write")
         lib.mmu_invalidate_end(cpu.m, kvm.id)
 

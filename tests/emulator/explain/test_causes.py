@@ -46,6 +46,8 @@ CAUSES: dict[str, tuple[str, str, str]] = {
     "later-root-forgets-flush": ("zap-root-order", FLUSH, ""),
     "recovery-forgets-flush": ("huge-replaces-table", ELIDED, "elided"),
     "recovery-uses-old-iterator": ("recover-yields", REFERENCE, ""),
+    "zap-misses-first": ("zap-range-first", SKIPPED, "promise"),
+    "shadow-zap-misses-first": ("shadow-zap-range-first", SKIPPED, "promise"),
     "iterator-skips-spte": ("zap-yield-restart", SKIPPED, "promise"),
     "protect-flush-if-changed": ("log-arm-aged", ELIDED, "elided"),
     "zap-leaves-flush-to-next": ("zap-range-ioctl", ELIDED, "elided"),
