@@ -220,7 +220,7 @@ class Emulation:
         for i in range(section.vcpus):
             vcpu = kvm_vm_ioctl_create_vcpu(cpu, kvm)
             self._furnish(cpu, vcpu, section, layout, i, traces)
-            power_on(cpu, vcpu, pcid=True)
+            power_on(cpu, vcpu, section.pcid)
             if section.disturbed and self.scenario.kvm.smis:
                 lib.guest_set_smi_handler(cpu.m, vcpu.id, *self._smi_handler(layout))
             self.tasks.append(VcpuTask(vcpu, section.halt))

@@ -13,6 +13,7 @@ from emulator.compare.measure import measure
 from emulator.errors import BadInput
 from emulator.job.emulation import Emulation, machine_config
 from emulator.job.job import Job
+from emulator.kvm.kvm_host import X86_CR4_PCIDE
 from emulator.policy import preset
 from emulator.report.result import Result
 from emulator.scenario.config import VmSection, load_scenario, parse_scenario
@@ -63,6 +64,14 @@ def test_guests_switch_as_often_as_told_and_flush_unless_they_have_pcids(pcid: b
     switches = counters["guest_switches"]
     assert switches == pytest.approx(counters["accesses"] / section.switch_every, rel=0.1)
     assert (counters["guest_invalidations"] > switches) == (not pcid)
+
+
+def test_with_ept_a_guest_without_pcids_starts_without_cr4_pcide() -> None:
+    scenario = load_scaled("pgd-churn", None, True)
+    with Emulation(scenario, LINUX, seed=1) as emulation:
+        has_pcide = [bool(task.vcpu.arch.cr4 & X86_CR4_PCIDE) for task in emulation.tasks]
+    assert has_pcide == [vm.pcid for vm in scenario.vm for _ in range(vm.vcpus)]
+    assert set(has_pcide) == {False, True}
 
 
 def test_the_command_line_takes_ept_away_and_gives_it() -> None:
