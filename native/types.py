@@ -7,9 +7,10 @@ that its name stands for (native/stub.py), so that such a call is a type error. 
 
 from __future__ import annotations
 
-from typing import NewType
+from typing import Final, NewType
 
 __all__ = [
+    "NO_FRAME",
     "CounterId",
     "CpuId",
     "FlushReason",
@@ -28,6 +29,8 @@ __all__ = [
 CpuId = NewType("CpuId", int)
 # A host frame: a table page, a root, or a page of a guest.
 Hfn = NewType("Hfn", int)
+# No frame: mm_fault_range() found no page, or oracle_right() was asked about one that was never mapped.
+NO_FRAME: Final = Hfn(0xFFFFFFFF)
 VmId = NewType("VmId", int)
 # A machine-wide number, not KVM's vcpu_id.
 VcpuId = NewType("VcpuId", int)

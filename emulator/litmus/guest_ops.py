@@ -9,6 +9,7 @@ from emulator.kvm import kvm_host
 from emulator.kvm.regs import kvm_set_cr0, kvm_set_cr3, kvm_set_cr4, set_sregs
 from emulator.kvm.reset import apic_send_init
 from emulator.kvm.smm import emulator_leave_smm, kvm_inject_smi
+from emulator.kvm.structs import tdp_enabled
 from emulator.litmus.syntax import (
     Arg,
     Context,
@@ -183,7 +184,7 @@ class Join(VcpuOp):
     def run(self, context: Context) -> None:
         other = context.kvm.vcpus[self.number("vcpu")]
         cr3 = lib.guest_join_tables(context.cpu.m, context.vcpu.id, other.id)
-        if not context.kvm.params.ept:
+        if not tdp_enabled(context.kvm):
             kvm_set_cr3(context.cpu, context.vcpu, cr3)
 
 

@@ -73,8 +73,7 @@ def pairs_of(
 
 
 def suits(test: LitmusTest, name: str) -> bool:
-    """Return whether the policy has something to say about the test, on whose host some decision points are
-    never asked."""
+    """Return whether the policy can be tried on the test's host (emulator.policy.suitable)."""
     return unasked_answer(named_policy(name), ept=test.machine.ept) is None
 
 

@@ -49,8 +49,10 @@ def _answers_alike(policy: Policy, other: Policy, points: tuple[DecisionPoint, .
 
 
 def check_suits(policy: Policy, where: str, *, ept: bool) -> None:
-    """Raise BadInput if the policy gives an answer without meaning; `where`: the test or scenario whose host
-    has EPT, or has none."""
+    """Raise BadInput if the policy gives an answer without meaning on such a host.
+
+    where: the name of the test or scenario, for the message.
+    """
     answer = unasked_answer(policy, ept=ept)
     if answer is not None:
         raise BadInput(

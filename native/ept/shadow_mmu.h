@@ -32,7 +32,7 @@ int shadow_mmu_set_spte_atomic(struct machine *m, uint32_t cpu, uint32_t vm, uin
 /* call: step sptes; reads ept, table_below(link) */
 uint64_t mmu_spte_get_lockless(struct machine *m, uint32_t cpu, uint32_t vm, uint64_t link, uint32_t level,
 			       uint64_t page);
-/* The index of the table's first SPTE from `index` on that is not 0, or FRAME_WORDS: to walk over sp->spt. */
+/* Return the index of the table's first SPTE from `index` on that is not 0, or FRAME_WORDS: to walk over sp->spt. */
 /* call: part; reads ept, table(table); keeps-gil */
 uint32_t spte_next(struct machine *m, uint32_t table, uint32_t index);
 /* kvm_mmu_page_get_gfn(): the first gfn that the leaf in this entry maps, or mapped last. */

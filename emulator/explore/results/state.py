@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping
-from typing import Any, Final
+from typing import Any
 
 from emulator.errors import BadInput
 from emulator.explain.events import request_name
@@ -16,12 +16,10 @@ from emulator.explore.strategies.sampling import Replay
 from emulator.kvm.kvm_host import VCPU_MODES
 from emulator.litmus.ops import Op
 from native import ffi, lib
-from native.types import CpuId, VmId
+from native.types import NO_FRAME, CpuId, VmId
 
 # Bits of oracle_right().
 _READABLE, _WRITABLE, _READ_REVOKED, _WRITE_REVOKED = 1, 2, 4, 8
-# The frame of a page that was never mapped.
-_NO_FRAME: Final = (1 << 32) - 1
 
 
 def state_before(stored: Stored, step: int) -> dict[str, Any]:
@@ -182,7 +180,7 @@ def _rights(program: LitmusProgram) -> Iterator[dict[str, Any]]:
     pages |= {(program.harness.kvms[vm].id, page) for vm, op in ops for page in _named(op, test.vm[vm].pages)}
     for vm, gfn in sorted(pages):
         bits, frame = _right(program, vm, gfn)
-        if frame != _NO_FRAME:
+        if frame != NO_FRAME:
             present = bool(lib.mm_present(program.machine.m, vm, gfn, gfn + 1))
             yield {"vm": vm, "gfn": gfn, "frame": frame, "now": _told(bits), "host_has_it": present}
 

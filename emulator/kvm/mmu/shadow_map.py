@@ -6,7 +6,6 @@ Under mmu_lock held for write.
 from __future__ import annotations
 
 from collections.abc import Iterator
-from typing import Final
 
 from emulator.kvm.accounting import flush_elided
 from emulator.kvm.kvm_host import PG_LEVEL_4K, SPTE_ENT_PER_PAGE, SPTE_LEVEL_BITS, kvm_pages_per_hpage
@@ -54,9 +53,7 @@ from emulator.kvm.virt.requests import kvm_flush_remote_tlbs_range
 from emulator.kvm.virt.slots import gfn_to_memslot, mark_page_dirty_in_slot
 from emulator.machine.runtime import Cpu, OutOfFrames
 from native import lib
-from native.types import Hfn
-
-_NO_FRAME: Final = 0xFFFFFFFF
+from native.types import NO_FRAME, Hfn
 
 
 def make_shadow_spte(
@@ -184,7 +181,7 @@ def kvm_prefetch_pages(
     )
     found = []
     for i in range(nr_pages):
-        if cpu.hfns[i] == _NO_FRAME or not cpu.writable[i]:
+        if cpu.hfns[i] == NO_FRAME or not cpu.writable[i]:
             break
         found.append(PfnAndRights(Hfn(cpu.hfns[i]), cpu.tags[i], host_writable=True))
     return found
