@@ -11,6 +11,7 @@ from collections.abc import Iterable, Iterator
 from dataclasses import replace
 
 from emulator.kvm.accounting import flush_elided
+from emulator.kvm.bitops import for_each_set_bit
 from emulator.kvm.kvm_host import KVM_REQ_MMU_FREE_OBSOLETE_ROOTS, PG_LEVEL_4K
 from emulator.kvm.mmu.page_track import account_shadowed, unaccount_shadowed
 from emulator.kvm.mmu.rmap import drop_spte
@@ -167,10 +168,7 @@ def unsync_leafs(cpu: Cpu, kvm: Kvm, sp: ShadowPage) -> list[ShadowPage]:
     """mmu_unsync_walk(): return the unsync pages below `sp`; bits that lead to none are cleared on the way.
     """
     found: list[ShadowPage] = []
-    pending = sp.unsync_child_bitmap
-    while pending:
-        index = (pending & -pending).bit_length() - 1
-        pending &= pending - 1
+    for index in for_each_set_bit(sp.unsync_child_bitmap):
         spte = spte_of(cpu, Sptep(sp, index))
         below: list[ShadowPage] = []
         if is_shadow_present_pte(spte) and not is_last_spte(spte, sp.role.level):

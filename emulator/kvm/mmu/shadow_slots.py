@@ -5,6 +5,7 @@ mmu.py calls these before the TDP MMU's.  Under mmu_lock held for write.
 
 from __future__ import annotations
 
+from emulator.kvm.bitops import for_each_set_bit
 from emulator.kvm.kvm_host import KVM_MAX_HUGEPAGE_LEVEL, PG_LEVEL_4K
 from emulator.kvm.mmu.hugepage import kvm_mmu_max_mapping_level
 from emulator.kvm.mmu.rmap import (
@@ -61,9 +62,8 @@ def slot_rmap_write_protect(cpu: Cpu, kvm: Kvm, slot: KvmMemorySlot, level: int)
 def rmap_write_protect_masked(cpu: Cpu, kvm: Kvm, slot: KvmMemorySlot, gfn: int, mask: int) -> None:
     """Take W from the 4K leafs of the gfns in mask: the shadow MMU's part of
     kvm_mmu_write_protect_pt_masked()."""
-    for bit in range(mask.bit_length()):
-        if mask >> bit & 1:
-            rmap_write_protect(cpu, kvm, gfn_to_rmap(slot, gfn + bit, PG_LEVEL_4K), pt_protect=False)
+    for bit in for_each_set_bit(mask):
+        rmap_write_protect(cpu, kvm, gfn_to_rmap(slot, gfn + bit, PG_LEVEL_4K), pt_protect=False)
 
 
 def kvm_rmap_zap_collapsible_sptes(cpu: Cpu, kvm: Kvm, slot: KvmMemorySlot) -> None:

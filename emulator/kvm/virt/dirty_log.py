@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Iterator
 
+from emulator.kvm.bitops import for_each_set_bit
 from emulator.kvm.kvm_host import KVM_DIRTY_LOG_INITIALLY_SET, KVM_DIRTY_LOG_MANUAL_PROTECT_ENABLE
 from emulator.kvm.mmu.mmu import kvm_arch_mmu_enable_log_dirty_pt_masked, write_protect_flush
 from emulator.kvm.structs import Kvm, KvmMemorySlot
@@ -67,10 +68,8 @@ def _clear(cpu: Cpu, slot: KvmMemorySlot, bitmap: bytearray, offset: int, mask: 
     """Clear marks that were read as set: xchg() or atomic_long_fetch_andnot()
     (include/linux/atomic/atomic-instrumented.h) of a bitmap word."""
     cpu.point("dirty_bitmap", (slot.as_id, slot.id), "write")
-    while mask:
-        bit = mask & -mask
-        bitmap[offset + bit.bit_length() - 1] = 0
-        mask ^= bit
+    for bit in for_each_set_bit(mask):
+        bitmap[offset + bit] = 0
 
 
 def _reap(cpu: Cpu, kvm: Kvm, slot: KvmMemorySlot, bitmap: bytearray, offset: int, mask: int) -> int:
