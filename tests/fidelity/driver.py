@@ -9,7 +9,8 @@ This is all that the fidelity test knows about the emulator. The counters have K
 * `tlb_flush`: the vCPU statistic, i.e. kvm_vcpu_flush_tlb_{all,current,guest}; not the flush of kvm_mmu_load.
 * `yields`: times that a zap flushed because it was about to give up mmu_lock (tdp_mmu_iter_cond_resched).
 * `executed`: INVEPT and INVVPID instructions that the vCPUs executed, by kind.
-* `refaults`: times that mmu_set_spte() flushed because a writable SPTE lost its dirty flag (before 6.13).
+* `refaults`: flushes of faults that meet: mmu_set_spte() took the dirty flag of a writable SPTE (before 6.13)
+  or wp_page_copy() invalidated a page that another vCPU had copied and mapped by then.
 
 The counters of a destroyed VM stay readable. A VM that does not exist yet has none: all are 0.
 

@@ -44,6 +44,7 @@ def probe_kvm(probes: Probes) -> None:
         "tdp_mmu_iter_cond_resched", lambda args, yielded: ("yields", args[1].id, yielded and args[3])
     )
     _probe_rmap_yields(probes)
+    _probe_second_copies(probes)
     probes.probe_method(TdpIter, "step", lambda args, n: _walked(args[0].chunk.walk, args[2], n), cpu=1)
     probes.probe(
         "tdp_mmu_map_handle_target_level",
@@ -78,6 +79,22 @@ def _probe_rmap_yields(probes: Probes) -> None:
 
     probes.probe("walk_slot_rmaps_yield", yielded)
     probes.probe("walk_slot_rmaps", walked)
+
+
+def _probe_second_copies(probes: Probes) -> None:
+    """Count the flushes for a page that was copied on write, and was mapped again before another vCPU, which
+    had met the shared page as well, came to its own notifier range."""
+    copied: set[tuple[int, int]] = set()
+
+    def unmapped(args: tuple[Any, ...], flush: bool) -> tuple[str, int, int]:
+        _, kvm, _, start, end, *_ = args
+        if not flush or end != start + 1:
+            return "refaults", kvm.id, 0
+        second = (kvm.id, start) in copied
+        copied.add((kvm.id, start))
+        return "refaults", kvm.id, second
+
+    probes.probe("kvm_unmap_gfn_range", unmapped)
 
 
 def _updated(args: tuple[Any, ...], flushes: bool) -> tuple[str, int, int]:
