@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import Final
 
 from emulator.kvm.mmu.fault import RET_PF_EMULATE, RET_PF_FIXED, RET_PF_RETRY
-from emulator.kvm.mmu.paging import paging64_gva_to_gpa
+from emulator.kvm.mmu.guest_walk import paging64_gva_to_gpa
 from emulator.kvm.mmu.shadow import kvm_mmu_track_write, kvm_mmu_unprotect_gfn
 from emulator.kvm.structs import Vcpu
 from emulator.kvm.virt.guest_memory import kvm_write_guest_word
