@@ -45,6 +45,11 @@ uint64_t guest_clock(struct machine *m, uint32_t vcpu);
 void guest_skip(struct machine *m, uint32_t vcpu);
 /* end api */
 
+static inline struct guest_process *guest_current(struct guest *g)
+{
+	return &g->process[g->current];
+}
+
 /* Return the next number of the guest's random sequence. */
 uint64_t guest_random(struct guest *g);
 /* Return the clock of the next event of the guest's OS. */

@@ -1,0 +1,244 @@
+/* See guest_mapping.h. */
+#include "guest/guest_mapping.h"
+
+#include "core/counters.h"
+#include "core/cpu_types.h"
+#include "core/events.h"
+#include "core/machine_types.h"
+#include "guest/guest.h"
+#include "guest/guest_pages.h"
+#include "guest/guest_promise.h"
+#include "guest/guest_shadow.h"
+#include "guest/guest_tables.h"
+#include "tlb/tlb_flush.h"
+#include "vm/guest_state.h"
+#include "vm/vm.h"
+#include "walk/vmcs.h"
+#include "walk/walk.h"
+
+enum {
+	SHARE_ONE_IN = 16,       /* pages mapped to another process's page */
+	MMIO_ONE_IN = 8,         /* pages in the second memslot */
+	LOOK_FOR_PAGE = 256,     /* pages tried in the search for a mapped one */
+};
+
+/* INVLPG, or INVPCID of another process's PCID. */
+static enum walk_result invalidate_page(struct walk *w, const struct guest_process *p, uint64_t page)
+{
+	bool own = p->pcid == guest_current(w->guest)->pcid;
+	enum walk_result r = WALK_DONE;
+
+	if (!w->vmcs->ept)
+		r = own ? guest_exit_insn(w, GUEST_INSN_INVLPG, canonical_address(page << 12))
+			: guest_exit_invpcid(w, 0, p->pcid, page << 12);
+	else if (own)
+		invlpg(w->tlb, page);
+	else
+		invpcid_address(w->tlb, p->pcid, page);
+	if (r != WALK_DONE)
+		return r;
+	count(w->cpu->counters, COUNT_GUEST_INVALIDATIONS, 1);
+	event_record(w->m, w->cpu->id, event_of(w->vcpu->vm, EVENT_GUEST_INVALIDATE), w->vcpu->id, page);
+	return WALK_DONE;
+}
+
+/* Record that the guest removed a right. */
+static void changed(struct walk *w, struct guest_page *gp, bool all)
+{
+	w->guest->clock++;
+	guest_promise(w->m, w->vcpu, gp, gp->gfn, all);
+}
+
+/* Apply to all pages of the trace that share the mapping: one, or those of a 2 MiB page. */
+static void changed_mapping(struct walk *w, struct guest_process *p, uint64_t page, struct guest_page *gp,
+			    bool all)
+{
+	uint64_t region = page >> 9, i;
+
+	if (!gp->huge) {
+		changed(w, gp, all);
+		if (all)
+			gp->gfn = GUEST_NO_GFN;
+		gp->writable = 0;
+		return;
+	}
+	i = (uint64_t)(gp - p->page);
+	while (i && p->pages[i - 1] >> 9 == region)
+		i--;
+	for (; i < p->page_count && p->pages[i] >> 9 == region; i++) {
+		changed(w, &p->page[i], all);
+		if (all) {
+			p->page[i].gfn = GUEST_NO_GFN;
+			p->page[i].huge = 0;
+		}
+		p->page[i].writable = 0;
+	}
+}
+
+enum walk_result os_install(struct walk *w, struct guest_process *p, uint64_t page,
+				const struct guest_page *gp)
+{
+	uint32_t level = gp->huge ? 2 : 1;
+	uint64_t below = gp->huge ? page & 511 : 0, table, entry;
+	uint64_t value = (uint64_t)(gp->gfn - below) << 12 | GPTE_PRESENT | GPTE_USER |
+			 (gp->writable ? GPTE_WRITABLE : 0) | (gp->huge ? GPTE_PAGE_SIZE : 0) |
+			 (page >= GUEST_KERNEL_BASE ? GPTE_GLOBAL : 0);
+	enum walk_result r = os_find_table(w, p, page, level, true, &table, &entry);
+
+	if (r != WALK_DONE)
+		return r;
+	return os_write_entry(w, table, page >> (level - 1) * 9 & 511, value);
+}
+
+enum walk_result os_unmap(struct walk *w, struct guest_process *p, uint64_t page, struct guest_page *gp)
+{
+	uint32_t level = gp->huge ? 2 : 1;
+	uint64_t gfn = gp->gfn - (gp->huge ? page & 511 : 0), table, entry;
+	enum walk_result r = os_find_table(w, p, page, level, false, &table, &entry);
+
+	if (r == WALK_DONE)
+		r = os_write_entry(w, table, page >> (level - 1) * 9 & 511, 0);
+	/* WALK_GUEST_FAULT: the host lost the table's contents; the OS's records are still valid. */
+	if (r == WALK_EXIT)
+		return r;
+	r = invalidate_page(w, p, page);
+	if (r != WALK_DONE)
+		return r;
+	changed_mapping(w, p, page, gp, true);
+	guest_gfn_put(w->guest, gfn);
+	return WALK_DONE;
+}
+
+enum walk_result os_protect(struct walk *w, struct guest_process *p, uint64_t page, struct guest_page *gp)
+{
+	struct guest_page read_only = *gp;
+	enum walk_result r;
+
+	read_only.writable = 0;
+	r = os_install(w, p, page, &read_only);
+	if (r == WALK_EXIT)
+		return r;
+	r = invalidate_page(w, p, page);
+	if (r != WALK_DONE)
+		return r;
+	changed_mapping(w, p, page, gp, false);
+	return WALK_DONE;
+}
+
+uint64_t os_find_mapped(struct guest_process *p, bool writable)
+{
+	for (uint32_t i = 0; i < LOOK_FOR_PAGE && p->page_count; i++) {
+		uint64_t at = p->hand++ % p->page_count;
+
+		if (p->page[at].gfn != GUEST_NO_GFN && (!writable || p->page[at].writable))
+			return at;
+	}
+	return p->page_count;
+}
+
+/* Return a page of another process to share, or GUEST_NO_GFN. */
+static uint64_t shareable(struct walk *w)
+{
+	struct guest *g = w->guest;
+	struct guest_process *p = &g->process[guest_random(g) % g->processes];
+	struct guest_page *gp;
+
+	if (guest_random(g) % SHARE_ONE_IN || !p->page_count)
+		return GUEST_NO_GFN;
+	gp = &p->page[guest_random(g) % p->page_count];
+	return gp->huge ? GUEST_NO_GFN : gp->gfn;
+}
+
+/* Return a block for 2 MiB of linear addresses, if the guest uses blocks, has one, and the region is one of
+ * those that get one. */
+static uint64_t block_for(struct walk *w, const struct guest_process *p, uint64_t page)
+{
+	uint64_t region = page >> 9, table, entry;
+
+	if (!w->guest->config.hugepages || page >= GUEST_KERNEL_BASE || (region * 0x9e3779b97f4a7c15) >> 62)
+		return GUEST_NO_GFN;
+	/* Only while no page of the region is mapped by a 4 KiB page. */
+	if (os_find_table(w, p, page, 2, false, &table, &entry) == WALK_DONE && (entry & GPTE_PRESENT))
+		return GUEST_NO_GFN;
+	return guest_block_alloc(w->guest);
+}
+
+static void map_block(struct guest_process *p, uint64_t page, uint64_t gfn)
+{
+	uint64_t region = page >> 9, i = 0;
+
+	while (p->pages[i] >> 9 != region)
+		i++;
+	for (; i < p->page_count && p->pages[i] >> 9 == region; i++) {
+		p->page[i].gfn = (uint32_t)(gfn + (p->pages[i] & 511));
+		p->page[i].huge = 1;
+		p->page[i].writable = 1;
+	}
+}
+
+/* Choose a frame or a block for a page that is not mapped. */
+static enum walk_result choose(struct walk *w, struct guest_process *p, uint64_t page, struct guest_page *fresh)
+{
+	struct guest *g = w->guest;
+	uint64_t gfn = block_for(w, p, page);
+	enum walk_result r;
+
+	if (gfn != GUEST_NO_GFN) {
+		fresh->huge = 1;
+		fresh->gfn = (uint32_t)(gfn + (page & 511));
+		return WALK_DONE;
+	}
+	gfn = shareable(w);
+	if (gfn != GUEST_NO_GFN) {
+		guest_gfn_get(g, gfn);
+	} else {
+		r = os_alloc_zeroed(w, g->config.mmio_gfn && page % MMIO_ONE_IN == 0, &gfn);
+		if (r != WALK_DONE)
+			return r;
+	}
+	fresh->gfn = (uint32_t)gfn;
+	return WALK_DONE;
+}
+
+/* choose(), or without EPT the choice of the same action before a VM exit: its entry may have been stored. */
+static enum walk_result choose_or_keep(struct walk *w, struct guest_process *p, uint64_t page, struct guest_page *fresh)
+{
+	struct guest_choices *c = &w->guest->choices;
+
+	if (!c->mapped || c->mapped_page != page)
+		return choose(w, p, page, fresh);
+	*fresh = c->mapping;
+	c->mapped = false;
+	return WALK_DONE;
+}
+
+static uint64_t first_gfn(const struct guest_page *gp, uint64_t page)
+{
+	return gp->gfn - (gp->huge ? page & 511 : 0);
+}
+
+enum walk_result os_map(struct walk *w, struct guest_process *p, uint64_t page, struct guest_page *gp)
+{
+	struct guest *g = w->guest;
+	struct guest_page fresh = { .writable = 1, .changed = gp->changed, .protected_ = gp->protected_ };
+	enum walk_result r = choose_or_keep(w, p, page, &fresh);
+
+	if (r != WALK_DONE)
+		return r;
+	r = os_install(w, p, page, &fresh);
+	if (r == WALK_EXIT && !w->vmcs->ept) {
+		g->choices.mapped = true;
+		g->choices.mapped_page = page;
+		g->choices.mapping = fresh;
+		return r;
+	}
+	if (r != WALK_DONE) {
+		guest_gfn_put(g, first_gfn(&fresh, page));
+		return r;
+	}
+	if (fresh.huge)
+		map_block(p, page, first_gfn(&fresh, page));
+	else
+		*gp = fresh;
+	return WALK_DONE;
+}

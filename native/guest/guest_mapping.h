@@ -1,0 +1,22 @@
+/* A guest OS's mappings, in its records and in the guest's tables, and the invalidations that each change owes (SDM
+ * vol. 3A, 4.10.4).  Each function may be repeated from its start after a VM exit, as those of guest_os.h. */
+#ifndef FLUSHLAB_GUEST_MAPPING_H
+#define FLUSHLAB_GUEST_MAPPING_H
+
+#include "core/machine_types.h"
+#include "vm/guest_state.h"
+#include "walk/walk.h"
+
+/* Choose a frame or a 2 MiB block for a page that is not mapped, and map it.  WALK_GUEST_FAULT: no memory is left. */
+enum walk_result os_map(struct walk *w, struct guest_process *p, uint64_t page, struct guest_page *gp);
+/* Write the mapping that gp describes into the page's entry. */
+enum walk_result os_install(struct walk *w, struct guest_process *p, uint64_t page, const struct guest_page *gp);
+/* Unmap a page, with its neighbours if a 2 MiB page maps them, and invalidate it. */
+enum walk_result os_unmap(struct walk *w, struct guest_process *p, uint64_t page, struct guest_page *gp);
+/* Take write access to a page away, and invalidate it. */
+enum walk_result os_protect(struct walk *w, struct guest_process *p, uint64_t page, struct guest_page *gp);
+/* Return the index of the process's next page that is mapped (and writable), from where the last search ended; page_count:
+ * the search found none. */
+uint64_t os_find_mapped(struct guest_process *p, bool writable);
+
+#endif
