@@ -1,4 +1,4 @@
-/* The guest boots again: see guest_boot.h. */
+/* See guest_boot.h. */
 #include "guest/guest_boot.h"
 
 #include "core/heap.h"
@@ -10,6 +10,8 @@
 #include "guest/guest_shadow.h"
 #include "vm/guest_state.h"
 #include "vm/vm.h"
+#include "walk/vmcs.h"
+#include "walk/walk.h"
 
 /* The reset has invalidated the translation: a vCPU that still has it cached must ask the oracle before using
  * it. */
@@ -84,4 +86,55 @@ void guest_power_on(struct machine *m, uint32_t vcpu)
 		place_pages(m, &g->process[i]);
 	vcpu_set_paging(m, vcpu, 0);
 	g->boot = GUEST_BOOT_CR4;
+}
+
+/* guest_boot_step() that builds the tables which map the OS first: once CR0.PG is set, the OS can reach nothing else.  The
+ * guest sets CR4.PCIDE after CR0.PG, while the PCID is 0 (SDM vol. 3A, 4.10.1). */
+static uint32_t boot_without_ept(struct walk *w)
+{
+	struct guest *g = w->guest;
+	const struct guest_process *p = &g->process[g->current];
+	enum walk_result r;
+
+	switch (g->boot) {
+	case GUEST_BOOT_CR4:
+		r = os_boot_tables(w);
+		if (r != WALK_DONE)
+			return exit_of(w, r);
+		g->boot = GUEST_BOOT_CR3;
+		return exit_instruction(w, GUEST_INSN_MOV_CR4, CR4_PAE | CR4_PGE);
+	case GUEST_BOOT_CR3:
+		g->boot = GUEST_BOOT_CR0;
+		return exit_instruction(w, GUEST_INSN_MOV_CR3, p->cr3_gfn << 12);
+	case GUEST_BOOT_CR0:
+		g->boot = g->config.pcid ? GUEST_BOOT_PCIDE : GUEST_BOOT_DONE;
+		return exit_instruction(w, GUEST_INSN_MOV_CR0, CR0_PE | CR0_WP | CR0_PG);
+	case GUEST_BOOT_PCIDE:
+		g->boot = GUEST_BOOT_PCID;
+		return exit_instruction(w, GUEST_INSN_MOV_CR4, CR4_PAE | CR4_PGE | CR4_PCIDE);
+	default:
+		g->boot = GUEST_BOOT_DONE;
+		return exit_instruction(w, GUEST_INSN_MOV_CR3, os_cr3_of(p, false));
+	}
+}
+
+/* SDM vol. 3A, 10.8.5: the OS prepares four-level paging in CR4, enables it with CR0.PG, then sets CR4.PCIDE.  With EPT, KVM
+ * intercepts MOV to CR0 and CR4, and leaves CR3 to the guest. */
+uint32_t guest_boot_step(struct walk *w)
+{
+	struct guest *g = w->guest;
+
+	if (!w->vmcs->ept)
+		return boot_without_ept(w);
+	switch (g->boot) {
+	case GUEST_BOOT_CR4:
+		g->boot = GUEST_BOOT_CR0;
+		return exit_instruction(w, GUEST_INSN_MOV_CR4, CR4_PAE | CR4_PGE);
+	case GUEST_BOOT_CR0:
+		g->boot = g->config.pcid ? GUEST_BOOT_PCIDE : GUEST_BOOT_DONE;
+		return exit_instruction(w, GUEST_INSN_MOV_CR0, CR0_PE | CR0_WP | CR0_PG);
+	default:
+		g->boot = GUEST_BOOT_DONE;
+		return exit_instruction(w, GUEST_INSN_MOV_CR4, CR4_PAE | CR4_PGE | CR4_PCIDE);
+	}
 }

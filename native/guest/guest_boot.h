@@ -18,4 +18,8 @@ void guest_boot(struct machine *m, uint32_t vcpu);
 void guest_power_on(struct machine *m, uint32_t vcpu);
 /* end api */
 
+struct walk;
+/* In guest mode: do the next step of a boot, which exits.  Returns an exit reason. */
+uint32_t guest_boot_step(struct walk *w);
+
 #endif

@@ -73,3 +73,15 @@ void vcpu_set_pcide(struct machine *m, uint32_t vcpu, int on)
 {
 	m->vcpus[vcpu].guest->config.pcid = on != 0;
 }
+
+uint32_t exit_instruction(struct walk *w, uint32_t insn, uint64_t operand)
+{
+	w->exit->access = insn;
+	w->exit->linear = operand;
+	return EXIT_INSTRUCTION;
+}
+
+uint32_t exit_of(const struct walk *w, enum walk_result r)
+{
+	return r == WALK_EXIT ? w->exit->reason : r == WALK_GUEST_FAULT ? EXIT_TRIPLE_FAULT : EXIT_REASONS;
+}

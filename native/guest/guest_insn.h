@@ -7,6 +7,7 @@
 #define FLUSHLAB_GUEST_INSN_H
 
 #include "core/machine_types.h"
+#include "walk/walk.h"
 
 /* api */
 /* calls: anything */
@@ -56,5 +57,9 @@ void vcpu_set_pcide(struct machine *m, uint32_t vcpu, int on);
 struct guest;
 /* In guest mode: take the instruction to exit with, or GUEST_INSN_NONE. */
 uint32_t guest_take_insn(struct guest *g, uint64_t *operand);
+/* Describe the instruction in the VM exit, and return the exit's reason. */
+uint32_t exit_instruction(struct walk *w, uint32_t insn, uint64_t operand);
+/* Return the exit reason that a walk's result stands for; EXIT_REASONS: no exit. */
+uint32_t exit_of(const struct walk *w, enum walk_result r);
 
 #endif

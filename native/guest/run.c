@@ -8,6 +8,7 @@
 #include "core/machine_types.h"
 #include "guest/access.h"
 #include "guest/guest.h"
+#include "guest/guest_boot.h"
 #include "guest/guest_insn.h"
 #include "guest/guest_os.h"
 #include "guest/guest_shadow.h"
@@ -91,69 +92,6 @@ static uint32_t halted(struct run *run)
 	return EXIT_REASONS;
 }
 
-static uint32_t exit_of(const struct run *run, enum walk_result r)
-{
-	return r == WALK_EXIT ? run->walk.exit->reason : r == WALK_GUEST_FAULT ? EXIT_TRIPLE_FAULT : EXIT_REASONS;
-}
-
-static uint32_t instruction(struct run *run, uint32_t insn, uint64_t operand)
-{
-	run->walk.exit->access = insn;
-	run->walk.exit->linear = operand;
-	return EXIT_INSTRUCTION;
-}
-
-/* boot(), with the tables that map the OS, which is all that it can reach once CR0.PG is set.  CR4.PCIDE comes after
- * that, while the PCID is 0 (SDM vol. 3A, 4.10.1). */
-static uint32_t boot_without_ept(struct run *run)
-{
-	struct guest *g = run->walk.guest;
-	const struct guest_process *p = &g->process[g->current];
-	enum walk_result r;
-
-	switch (g->boot) {
-	case GUEST_BOOT_CR4:
-		r = os_boot_tables(&run->walk);
-		if (r != WALK_DONE)
-			return exit_of(run, r);
-		g->boot = GUEST_BOOT_CR3;
-		return instruction(run, GUEST_INSN_MOV_CR4, CR4_PAE | CR4_PGE);
-	case GUEST_BOOT_CR3:
-		g->boot = GUEST_BOOT_CR0;
-		return instruction(run, GUEST_INSN_MOV_CR3, p->cr3_gfn << 12);
-	case GUEST_BOOT_CR0:
-		g->boot = g->config.pcid ? GUEST_BOOT_PCIDE : GUEST_BOOT_DONE;
-		return instruction(run, GUEST_INSN_MOV_CR0, CR0_PE | CR0_WP | CR0_PG);
-	case GUEST_BOOT_PCIDE:
-		g->boot = GUEST_BOOT_PCID;
-		return instruction(run, GUEST_INSN_MOV_CR4, CR4_PAE | CR4_PGE | CR4_PCIDE);
-	default:
-		g->boot = GUEST_BOOT_DONE;
-		return instruction(run, GUEST_INSN_MOV_CR3, os_cr3_of(p, false));
-	}
-}
-
-/* SDM vol. 3A, 10.8.5: four-level paging is prepared in CR4, and enabled with CR0.PG; then comes CR4.PCIDE.  KVM
- * intercepts these, and not MOV to CR3. */
-static uint32_t boot(struct run *run)
-{
-	struct guest *g = run->walk.guest;
-
-	if (!run->walk.vmcs->ept)
-		return boot_without_ept(run);
-	switch (g->boot) {
-	case GUEST_BOOT_CR4:
-		g->boot = GUEST_BOOT_CR0;
-		return instruction(run, GUEST_INSN_MOV_CR4, CR4_PAE | CR4_PGE);
-	case GUEST_BOOT_CR0:
-		g->boot = g->config.pcid ? GUEST_BOOT_PCIDE : GUEST_BOOT_DONE;
-		return instruction(run, GUEST_INSN_MOV_CR0, CR0_PE | CR0_WP | CR0_PG);
-	default:
-		g->boot = GUEST_BOOT_DONE;
-		return instruction(run, GUEST_INSN_MOV_CR4, CR4_PAE | CR4_PGE | CR4_PCIDE);
-	}
-}
-
 /* Run the SMI handler to its end, then RSM. */
 static uint32_t smm(struct run *run)
 {
@@ -167,11 +105,11 @@ static uint32_t smm(struct run *run)
 	if (!run->budget)
 		return EXIT_PREEMPTION_TIMER;
 	if (!left)
-		return instruction(run, GUEST_INSN_RSM, 0);
+		return exit_instruction(&run->walk, GUEST_INSN_RSM, 0);
 	r = accesses_run(&run->accesses, &run->walk, p->records + p->position, left < run->budget ? left : run->budget, &done);
 	p->position += done;
 	run->budget -= done;
-	return exit_of(run, r);
+	return exit_of(&run->walk, r);
 }
 
 static uint64_t cr4_of(const struct guest *g, bool pge)
@@ -183,7 +121,7 @@ static uint64_t cr4_of(const struct guest *g, bool pge)
 static uint32_t toggle_pge(struct run *run)
 {
 	run->walk.guest->choices.sets_pge = true;
-	return instruction(run, GUEST_INSN_MOV_CR4, cr4_of(run->walk.guest, false));
+	return exit_instruction(&run->walk, GUEST_INSN_MOV_CR4, cr4_of(run->walk.guest, false));
 }
 
 /* Without EPT: a page fault that KVM has injected, the boot, and the second half of an instruction pair precede what the
@@ -195,17 +133,17 @@ static uint32_t before_the_next(struct run *run)
 	if (g->smm)
 		return EXIT_REASONS;
 	if (g->injected.pending)
-		return exit_of(run, os_injected_fault(&run->walk));
+		return exit_of(&run->walk, os_injected_fault(&run->walk));
 	if (g->boot)
-		return boot(run);
+		return guest_boot_step(&run->walk);
 	if (g->choices.sets_wp) {
 		g->choices.sets_wp = false;
-		return instruction(run, GUEST_INSN_MOV_CR0, CR0_PE | CR0_WP | CR0_PG);
+		return exit_instruction(&run->walk, GUEST_INSN_MOV_CR0, CR0_PE | CR0_WP | CR0_PG);
 	}
 	if (!g->choices.sets_pge)
 		return EXIT_REASONS;
 	g->choices.sets_pge = false;
-	return instruction(run, GUEST_INSN_MOV_CR4, cr4_of(g, true));
+	return exit_instruction(&run->walk, GUEST_INSN_MOV_CR4, cr4_of(g, true));
 }
 
 /* Clear CR0.WP, which exits without EPT; before_the_next() sets it again.  With EPT the bit is the guest's own. */
@@ -218,7 +156,7 @@ static uint32_t clear_wp(struct run *run)
 		return EXIT_REASONS;
 	g->choices.sets_wp = true;
 	count(run->walk.cpu->counters, COUNT_GUEST_WP_WINDOWS, 1);
-	return instruction(run, GUEST_INSN_MOV_CR0, CR0_PE | CR0_PG);
+	return exit_instruction(&run->walk, GUEST_INSN_MOV_CR0, CR0_PE | CR0_PG);
 }
 
 /* Return an exit reason; EXIT_REASONS: no exit is needed, go on. */
@@ -242,7 +180,7 @@ static uint32_t step(struct run *run)
 	if (g->smm)
 		return smm(run);
 	if (g->boot)
-		return boot(run);
+		return guest_boot_step(&run->walk);
 	insn = guest_take_insn(g, &operand);
 	if (insn == GUEST_INSN_TOGGLE_PGE) {
 		count(w->cpu->counters, COUNT_GUEST_INVALIDATIONS, 1);
@@ -250,7 +188,7 @@ static uint32_t step(struct run *run)
 			return toggle_pge(run);
 		invpcid_all(w->tlb);
 	} else if (insn) {
-		return instruction(run, insn, operand);
+		return exit_instruction(&run->walk, insn, operand);
 	}
 	if (g->halted_until)
 		return halted(run);
@@ -273,7 +211,7 @@ static uint32_t step(struct run *run)
 		return run->budget ? EXIT_REASONS : EXIT_PREEMPTION_TIMER;
 	if (!g->processes)
 		return EXIT_HLT;
-	return exit_of(run, run_records(run, n));
+	return exit_of(&run->walk, run_records(run, n));
 }
 
 static int enter(struct run *run, struct machine *m, uint32_t cpu, uint32_t vcpu, uint64_t budget,
@@ -384,7 +322,7 @@ int guest_access(struct machine *m, uint32_t cpu, uint32_t vcpu, uint64_t linear
 		run.walk.guest->clock += w == WALK_DONE;
 	}
 	if (w == WALK_EXIT || w == WALK_GUEST_FAULT)
-		reason = exit_of(&run, w);
+		reason = exit_of(&run.walk, w);
 	r = leave(&run, reason, reason == EXIT_PREEMPTION_TIMER);
 	return r < 0 ? r : (int)reason;
 }
