@@ -49,14 +49,6 @@ struct guest_op {
  * among those of its processes (guest_add_process). */
 /* call: modelled */
 int guest_set_program(struct machine *m, uint32_t vcpu, const struct guest_op *ops, uint32_t n);
-/* Called by the vCPU's thread, outside guest mode: KVM emulates a guest instruction that invalidates every
- * translation of the guest's page tables (CR0.PG cleared).  Dropping them is left to KVM. */
-/* call: aside */
-void guest_invalidates_all(struct machine *m, uint32_t vcpu);
-/* Likewise, for an instruction that invalidates the translations of the current PCID, global ones included
- * (CR4.SMEP set, CR4.PAE toggled). */
-/* call: aside */
-void guest_invalidates_pcid(struct machine *m, uint32_t vcpu);
 /* Return the number of operations completed. */
 /* call: aside; keeps-gil */
 uint32_t guest_program_position(struct machine *m, uint32_t vcpu);

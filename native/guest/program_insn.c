@@ -1,0 +1,193 @@
+/* See program_insn.h. */
+#include "guest/program_insn.h"
+
+#include <string.h>
+
+#include "core/counters.h"
+#include "core/cpu_types.h"
+#include "core/events.h"
+#include "core/heap.h"
+#include "core/machine_types.h"
+#include "guest/guest_os.h"
+#include "guest/guest_promise.h"
+#include "guest/guest_shadow.h"
+#include "guest/program.h"
+#include "tlb/tlb_flush.h"
+#include "vm/guest_state.h"
+#include "vm/vm.h"
+#include "walk/vmcs.h"
+#include "walk/walk.h"
+
+int program_reserve_changes(struct machine *m, struct guest *g, uint32_t n)
+{
+	struct guest_change *more = heap_zalloc(m->heap, g->changes + (size_t)n + 1, sizeof(*more));
+
+	if (!more)
+		return MACHINE_NOMEM;
+	if (g->changes)
+		memcpy(more, g->change, g->changes * sizeof(*more));
+	heap_free(m->heap, g->change);
+	g->change = more;
+	return 0;
+}
+
+void program_note_change(struct walk *w, uint64_t page, const struct guest_page *gp, bool all, bool global)
+{
+	struct guest *g = w->guest;
+
+	if (gp->gfn == (uint32_t)GUEST_NO_GFN)
+		return;
+	g->change[g->changes++] = (struct guest_change){
+		.page = page, .process = g->current, .gfn = gp->gfn, .all = all, .global = global
+	};
+}
+
+/* The guest has invalidated the changed page: from here on its old translation is stale, and each use of it asks the
+ * oracle. */
+static void settle(struct walk *w, const struct guest_change *change)
+{
+	struct guest_page *gp = guest_page_find(w->guest, change->process, change->page);
+
+	if (!gp)
+		return;
+	w->guest->clock++;
+	guest_promise(w->m, w->vcpu, gp, change->gfn, change->all);
+}
+
+/* The scope of an invalidation. */
+struct covered {
+	bool any_page, any_process, globals;
+	uint64_t page;
+	uint32_t process;
+};
+
+static void settle_covered(struct walk *w, struct covered what)
+{
+	struct guest *g = w->guest;
+	uint32_t left = 0;
+
+	for (uint32_t i = 0; i < g->changes; i++) {
+		const struct guest_change *change = &g->change[i];
+		bool process = what.any_process || change->process == what.process ||
+			       (change->global && what.globals);
+
+		if ((what.any_page || change->page == what.page) && process && (!change->global || what.globals))
+			settle(w, change);
+		else
+			g->change[left++] = *change;
+	}
+	g->changes = left;
+}
+
+static void invalidated(struct walk *w, struct covered what)
+{
+	settle_covered(w, what);
+	count(w->cpu->counters, COUNT_GUEST_INVALIDATIONS, 1);
+	event_record(w->m, w->cpu->id, event_of(w->vcpu->vm, EVENT_GUEST_INVALIDATE), w->vcpu->id,
+		     what.any_page ? UINT64_MAX : what.page);
+}
+
+void guest_invalidates_all(struct machine *m, uint32_t vcpu)
+{
+	struct walk w = { .m = m, .vcpu = &m->vcpus[vcpu], .guest = m->vcpus[vcpu].guest };
+
+	settle_covered(&w, (struct covered){ .any_page = true, .any_process = true, .globals = true });
+}
+
+void guest_invalidates_pcid(struct machine *m, uint32_t vcpu)
+{
+	struct walk w = { .m = m, .vcpu = &m->vcpus[vcpu], .guest = m->vcpus[vcpu].guest };
+
+	settle_covered(&w, (struct covered){ .process = w.guest->current, .any_page = true, .globals = true,
+					     .any_process = !w.guest->config.pcid });
+}
+
+static uint32_t pcid_of(const struct guest *g, uint64_t process)
+{
+	return process < g->processes ? g->process[process].pcid : 0;
+}
+
+enum walk_result program_invlpg(struct walk *w, const struct guest_op *op)
+{
+	uint64_t page = op->linear >> 12 & GUEST_PAGE_MASK;
+	enum walk_result r = WALK_DONE;
+
+	if (w->vmcs->ept)
+		invlpg(w->tlb, page);
+	else
+		r = guest_exit_insn(w, GUEST_INSN_INVLPG, canonical_address(page << 12));
+	if (r != WALK_DONE)
+		return r;
+	invalidated(w, (struct covered){ .page = page, .process = w->guest->current, .globals = true,
+					 .any_process = !w->guest->config.pcid });
+	return r;
+}
+
+/* SDM vol. 2A, INVPCID: types. */
+enum walk_result program_invpcid(struct walk *w, const struct guest_op *op)
+{
+	uint64_t page = op->linear >> 12 & GUEST_PAGE_MASK;
+	uint32_t pcid = pcid_of(w->guest, op->value);
+	struct covered what = { .page = page, .process = (uint32_t)op->value, .any_page = op->flags > 0,
+				.any_process = op->flags >= 2 || !w->guest->config.pcid,
+				.globals = op->flags == 2 };
+	enum walk_result r = WALK_DONE;
+
+	if (!w->vmcs->ept)
+		r = guest_exit_invpcid(w, op->flags, pcid, page << 12);
+	else if (op->flags == 0)
+		invpcid_address(w->tlb, pcid, page);
+	else if (op->flags == 1)
+		invpcid_single(w->tlb, pcid);
+	else if (op->flags == 2)
+		invpcid_all(w->tlb);
+	else
+		invpcid_retain_globals(w->tlb);
+	if (r == WALK_DONE)
+		invalidated(w, what);
+	return r;
+}
+
+static void flushed_by_cr3(struct walk *w)
+{
+	struct guest *g = w->guest;
+
+	invalidated(w, (struct covered){ .process = g->current, .any_page = true, .any_process = !g->config.pcid });
+}
+
+/* program_mov_cr3() without EPT, where it exits. */
+static enum walk_result exit_by_cr3(struct walk *w, const struct guest_op *op)
+{
+	struct guest *g = w->guest;
+	uint32_t next = op->value < g->processes ? (uint32_t)op->value : g->current;
+	bool noflush = op->flags & GUEST_OP_NOFLUSH && g->config.pcid;
+	enum walk_result r = os_new_pml4(w, &g->process[next]);
+	uint64_t cr3 = os_cr3_of(&g->process[next], noflush);
+
+	if (r == WALK_DONE)
+		r = guest_exit_insn(w, GUEST_INSN_MOV_CR3, cr3);
+	if (r != WALK_DONE)
+		return r;
+	os_cr3_written(w, next, cr3);
+	if (!noflush)
+		flushed_by_cr3(w);
+	return r;
+}
+
+enum walk_result program_mov_cr3(struct walk *w, const struct guest_op *op)
+{
+	struct guest *g = w->guest;
+
+	if (!w->vmcs->ept)
+		return exit_by_cr3(w, op);
+	if (op->value < g->processes)
+		g->current = (uint32_t)op->value;
+	os_load_cr3(w);
+	count(w->cpu->counters, COUNT_GUEST_SWITCHES, 1);
+	/* Bit 63 has a meaning only with CR4.PCIDE. */
+	if (op->flags & GUEST_OP_NOFLUSH && g->config.pcid)
+		return WALK_DONE;
+	mov_to_cr3(w->tlb, pcid_of(g, g->current));
+	flushed_by_cr3(w);
+	return WALK_DONE;
+}
