@@ -11,7 +11,7 @@ from emulator.litmus.ops import GuestOp, Instruction, Op
 from native import ffi, lib
 
 if TYPE_CHECKING:
-    from emulator.litmus.harness import LitmusThread
+    from emulator.litmus.thread import LitmusThread
     from emulator.machine.runtime import Cpu
     from native._native import Array
     from native._native import GuestOp as CoreOp

@@ -18,9 +18,10 @@ from emulator.errors import BadInput
 from emulator.explain.document import VMM
 from emulator.litmus.evidence import Evidence, add
 from emulator.litmus.failure import KVM_FAILS, LitmusFailure, failure_text
-from emulator.litmus.harness import Harness, LitmusThread, machine_config, rcu_cpu
+from emulator.litmus.harness import Harness, machine_config, rcu_cpu
 from emulator.litmus.leftovers import LEAK, left_over
 from emulator.litmus.model import LitmusTest
+from emulator.litmus.thread import LitmusThread
 from emulator.litmus.verdict import Outcome
 from emulator.machine.runtime import Cpu, Machine, MachineStopped, Mode
 from emulator.points import PointKind

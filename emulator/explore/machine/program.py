@@ -22,10 +22,11 @@ from emulator.explore.machine.store_buffers import BufferedControl, buffer_name
 from emulator.explore.strategies.search import Met
 from emulator.litmus.evidence import Evidence
 from emulator.litmus.failure import Told
-from emulator.litmus.harness import Harness, LitmusThread, machine_config, rcu_cpu
+from emulator.litmus.harness import Harness, machine_config, rcu_cpu
 from emulator.litmus.leftovers import LEAK, left_over
 from emulator.litmus.model import LitmusTest, Section
 from emulator.litmus.ops import Op
+from emulator.litmus.thread import LitmusThread
 from emulator.litmus.verdict import proven
 from emulator.machine.runtime import Cpu, Machine, OutOfMemory
 from emulator.policy import Policy

@@ -14,9 +14,9 @@ from emulator.explore.engine.scheduler import Task
 from emulator.explore.machine.guest import GUEST_OP_NAMES
 from emulator.explore.machine.program import LitmusProgram
 from emulator.litmus.evidence import COUNTERS, STATS
-from emulator.litmus.harness import LitmusThread
 from emulator.litmus.model import ThreadSection
 from emulator.litmus.ops import GuestOp, Op
+from emulator.litmus.thread import LitmusThread
 from emulator.report.violation import MAPPINGS, SIZES
 from native import EXIT_REASONS, ffi, lib
 from native.types import CpuId, VcpuId

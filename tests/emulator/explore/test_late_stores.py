@@ -19,9 +19,9 @@ from emulator.explore.strategies.dpor import Exhaustive
 from emulator.explore.strategies.sampling import RandomWalk
 from emulator.explore.strategies.search import Limits, search
 from emulator.kvm.virt import requests
-from emulator.litmus.harness import LitmusThread
 from emulator.litmus.loader import load_test, parse_test
 from emulator.litmus.policies import named_policy
+from emulator.litmus.thread import LitmusThread
 from emulator.machine.locks import SpinLock
 from emulator.machine.runtime import Cpu, smp_mb
 from native import ffi, lib
