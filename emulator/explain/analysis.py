@@ -7,7 +7,6 @@ the two is missing, late or too narrow; and the stale translation is used.  All 
 from __future__ import annotations
 
 from collections.abc import Iterable
-from dataclasses import dataclass
 
 from emulator.explain.events import Event
 from emulator.explain.facts import LOST_DIRTY, Facts
@@ -26,36 +25,10 @@ from emulator.explain.meanings import (
     REVOKE,
     SKIPPED,
     UNNOTIFIED,
-    USE,
 )
+from emulator.explain.moments import Moment, decision_behind, moments_of
 from emulator.explain.processor import processor_moves
 from emulator.explain.timeline import Timeline
-
-# The decision behind a flush, by the flush's reason.
-_DECISIONS = {
-    "remote_zap": "zap",
-    "remote_notifier": "notifier_flush",
-    "remote_protect": "write_protect",
-    "remote_replace": "map_replace",
-    "remote_recover": "huge_recovery",
-    "migration": "migration",
-    "root_load": "root_load",
-}
-# Likewise, where the shadow MMU decides instead of the TDP MMU.
-_SHADOW_DECISIONS = {"remote_zap": "commit_zap", "remote_replace": "spte_replace"}
-
-
-@dataclass(frozen=True, slots=True)
-class Moment:
-    """An action of a CPU, and its meaning for the race ("": context only)."""
-
-    cpu: int
-    event: Event
-    meaning: str = ""
-
-    @property
-    def time(self) -> int:
-        return self.event.time
 
 
 class RaceAnalysis(Timeline):
@@ -78,7 +51,7 @@ class RaceAnalysis(Timeline):
             self._choose()
         else:
             self._choose_without_use()
-        self.moments = self._moments()
+        self.moments = moments_of(facts, self.events, self.meanings, self._start)
 
     def moment(self, meaning: str) -> Moment | None:
         return next((moment for moment in self.moments if moment.meaning == meaning), None)
@@ -91,15 +64,7 @@ class RaceAnalysis(Timeline):
     def decision(self, moment: Moment) -> str:
         """Return the decision point behind a flush that was elided; "" if it is not known."""
         following = (e for e in self.events if e.cpu == moment.cpu and e.time > moment.time)
-        after = next(following, None)
-        if after is not None and after.kind == "yield" and not after.b:
-            return "zap_yield"
-        if moment.event.reason == "migration" and self.facts.kind == "guest-stale":
-            return "migration_vpid"
-        if self.facts.kind == "missed-guest-write":
-            return "table_protect"
-        decisions = _DECISIONS | _SHADOW_DECISIONS if self.facts.linear else _DECISIONS
-        return decisions.get(moment.event.reason, "")
+        return decision_behind(moment.event, self.facts, next(following, None))
 
     @property
     def revoked_on(self) -> int:
@@ -416,23 +381,3 @@ class RaceAnalysis(Timeline):
             for cpu in dict.fromkeys(e.cpu for e in self.events):
                 for i in [i for i, e in enumerate(self.events) if e.cpu == cpu][-3:]:
                     self._keep(i)
-
-    def _moments(self) -> list[Moment]:
-        facts = self.facts
-        kept = ((self.events[i], meaning) for i, meaning in sorted(self.meanings.items()))
-        chosen = [Moment(event.cpu, event, meaning) for event, meaning in kept]
-        if not facts.is_use:
-            return chosen
-        last = max([facts.time, *(event.time for event in self.events)])
-        use = Event(facts.time or last, USE, facts.pcpu, facts.vcpu, facts.gfn, facts.vm)
-        if facts.by_kvm:
-            return [*chosen, Moment(facts.pcpu, use, USE)]
-        if any(moment.meaning == FILL for moment in chosen):
-            return [*chosen, Moment(facts.pcpu, use, USE)]
-        first = self.events[self._start].time if self._start is not None else 0
-        fill = Event(first, FILL, facts.pcpu, facts.filled_by, facts.gfn, facts.vm)
-        at = (
-            0 if self._start is None else 1 + next(i for i, m in enumerate(chosen) if m.event.kind == "entry")
-        )
-        chosen.insert(at, Moment(facts.pcpu, fill, FILL))
-        return [*chosen, Moment(facts.pcpu, use, USE)]

@@ -12,11 +12,11 @@ from dataclasses import dataclass, replace
 from itertools import groupby
 from typing import Any, Final
 
-from emulator.explain.analysis import Moment
 from emulator.explain.dangers import ROWS
 from emulator.explain.events import Event
 from emulator.explain.facts import Facts
 from emulator.explain.meanings import DANGER, USE
+from emulator.explain.moments import Moment
 from emulator.explain.phrases import phrases
 from emulator.explain.processor import VISIBLE
 

@@ -15,11 +15,12 @@ from typing import Any
 from pydantic import BaseModel, ValidationError
 
 from emulator.errors import BadInput
-from emulator.explain.analysis import Moment, RaceAnalysis
+from emulator.explain.analysis import RaceAnalysis
 from emulator.explain.course import Course, course_of
 from emulator.explain.events import Event
 from emulator.explain.facts import Facts
 from emulator.explain.meanings import REVOKE
+from emulator.explain.moments import Moment
 from emulator.explain.schema import CounterexampleSchema, ReportSchema, TraceSchema
 from emulator.validation import first_error, read_json
 from native import VIOLATION_KINDS

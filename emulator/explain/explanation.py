@@ -6,7 +6,6 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
 from typing import Any
 
-from emulator.explain.analysis import Moment
 from emulator.explain.course import Course
 from emulator.explain.dangers import DANGERS
 from emulator.explain.document import Case
@@ -32,6 +31,7 @@ from emulator.explain.meanings import (
     UNPROTECTED,
     USE,
 )
+from emulator.explain.moments import Moment
 from emulator.explain.phrases import phrases
 
 

@@ -11,10 +11,10 @@ import json
 from collections.abc import Iterator
 from typing import Any
 
-from emulator.explain.analysis import Moment
 from emulator.explain.document import Case
 from emulator.explain.events import Event
 from emulator.explain.meanings import CULPRITS, FILL, USE
+from emulator.explain.moments import Moment
 from emulator.explain.phrases import phrases
 
 _PCPUS = 1

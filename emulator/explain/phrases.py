@@ -4,11 +4,11 @@ from __future__ import annotations
 
 from collections.abc import Callable
 
-from emulator.explain.analysis import Moment
 from emulator.explain.events import WHOLE, Event, name_of, pages_text
 from emulator.explain.facts import Facts
 from emulator.explain.lost import copies
 from emulator.explain.meanings import FILL, USE
+from emulator.explain.moments import Moment
 from emulator.machine.runtime import HPAGE_PMD_NR
 from native import EXIT_REASONS
 
