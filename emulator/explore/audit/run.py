@@ -13,8 +13,9 @@ from emulator.explore.audit.residue import ResidueProgram
 from emulator.explore.machine.lib import instrument
 from emulator.explore.machine.options import NONE, ExploreOptions
 from emulator.explore.machine.policy_reads import NOTHING, Grown
-from emulator.explore.machine.races import Races, watching
+from emulator.explore.machine.races import Races
 from emulator.explore.machine.undeclared import Audit
+from emulator.explore.machine.watching import watching
 from emulator.explore.strategies.sampling import RandomWalk
 from emulator.explore.strategies.search import Limits, search
 from emulator.litmus.failure import LitmusFailure

@@ -22,7 +22,7 @@ from emulator.explore.machine.footprints import FOOTPRINTS, Announced, Footprint
 from emulator.explore.machine.guest import GuestMode
 from emulator.explore.machine.locks import Locks
 from emulator.explore.machine.patched_code import constant_attributes, shared_classes
-from emulator.explore.machine.races import watching
+from emulator.explore.machine.watching import watching
 from emulator.policy import instructions, proposals, state
 from native import lib
 

@@ -38,7 +38,7 @@ if TYPE_CHECKING:
 
 _OURS: Final = frozenset({"emulator", "native"})
 _EXPLORE: Final = "emulator.explore."
-_AUDIT: Final = _EXPLORE + "machine.races"
+_WATCHING: Final = _EXPLORE + "machine.watching"
 # The "task" of queries at the beginning of an execution, before threads run.
 _INIT: Final = -1
 
@@ -372,7 +372,7 @@ class PolicyReads:
 
 def _accessing(frame: FrameType) -> FrameType:
     """Return the frame of the code that accesses an attribute: the audit may stand in between."""
-    while _module(frame) == _AUDIT and frame.f_back is not None:
+    while _module(frame) == _WATCHING and frame.f_back is not None:
         frame = frame.f_back
     return frame
 
