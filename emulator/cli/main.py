@@ -22,6 +22,7 @@ from emulator.cli.drift import DRIFT_EXAMPLES, DRIFT_HELP, drift
 from emulator.cli.explain import explain
 from emulator.cli.explore import EXPLORE_EXAMPLES, EXPLORE_HELP, explore
 from emulator.cli.guide import guide
+from emulator.cli.import_ import IMPORT_EXAMPLES, IMPORT_HELP, import_
 from emulator.cli.list import app as list_app
 from emulator.cli.litmus import EXAMPLES, LITMUS_HELP, litmus
 from emulator.cli.new import app as new_app
@@ -60,6 +61,7 @@ app.command(help=DRIFT_HELP, epilog=DRIFT_EXAMPLES)(drift)
 app.command()(explain)
 app.command()(guide)
 app.command(help=EXPLORE_HELP, epilog=EXPLORE_EXAMPLES)(explore)
+app.command("import", help=IMPORT_HELP, epilog=IMPORT_EXAMPLES)(import_)
 app.command(help=LITMUS_HELP, epilog=EXAMPLES)(litmus)
 app.add_typer(list_app, name="list")
 app.add_typer(new_app, name="new")

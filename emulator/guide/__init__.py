@@ -20,6 +20,7 @@ TOPICS = (
     "results",
     "roots",
     "metrics",
+    "hosts",
     "architecture",
 )
 

@@ -1,0 +1,89 @@
+"""`flushlab import`: the flushes in a trace of a real host."""
+
+from __future__ import annotations
+
+import json
+import sys
+from collections.abc import Iterable, Iterator
+from typing import Annotated
+
+import typer
+from rich.console import Console
+
+from emulator.cli.options import refuse
+from emulator.errors import BadInput
+from emulator.output import saying
+
+IMPORT_HELP = (
+    "Read a trace of a real host's KVM: its flushes, their causes, the guests that they interrupt, and the"
+    " questions that it leaves open.\n\n"
+    "A trace is the text of ftrace, `trace-cmd report` or `perf script`, of any kernel since 5.10, also under"
+    " gzip; trace.dat and perf.data are read where trace-cmd or perf is installed. Unknown events are"
+    " counted."
+)
+IMPORT_EXAMPLES = """\
+\b
+  flushlab import --recipe > record.sh
+  flushlab import kvm.trace
+  flushlab import trace.dat --json
+  trace-cmd report | flushlab import -
+"""
+_EXPECTED = "lines such as 'qemu-8397 [002] d..1. 1404.389366: kvm_exit: vcpu 1 reason HLT'"
+# Lines between two looks at the progress.
+_STEP = 100_000
+
+
+def import_(
+    context: typer.Context,
+    file: Annotated[
+        str | None, typer.Argument(metavar="[TRACE]", help="The trace; - for standard input.")
+    ] = None,
+    recipe: Annotated[
+        bool, typer.Option("--recipe", help="Print a script that records a trace, and read none.")
+    ] = False,
+    as_json: Annotated[bool, typer.Option("--json", help="Print one JSON document.")] = False,
+) -> None:
+    if recipe:
+        refuse(context, ("file", "as_json"), "--recipe, which reads no trace", "one of them")
+        from emulator.hosttrace.recipe import trace_recipe
+
+        with saying(0):
+            sys.stdout.write(trace_recipe())
+        return
+    if file is None:
+        raise BadInput("TRACE", "found none", "a trace, - for standard input, or --recipe")
+    _import(file, as_json)
+
+
+def _import(file: str, as_json: bool) -> None:
+    from emulator.hosttrace.lines import Reading, events
+    from emulator.hosttrace.observed import Observed
+    from emulator.hosttrace.report import as_dict, print_report
+    from emulator.hosttrace.source import opened
+
+    reading, observed = Reading(), Observed()
+    with opened(file) as lines:
+        for event in events(_counted(lines), reading):
+            observed.add(event)
+    name = "standard input" if file == "-" else file
+    if not reading.events:
+        found = reading.first_other[0] if reading.first_other else "an empty file"
+        raise BadInput(name, f"no event in {reading.lines:,} lines, the first: {found}", _EXPECTED)
+    with saying(0):
+        if as_json:
+            print(json.dumps(as_dict(name, reading, observed), indent=1))
+        else:
+            print_report(name, reading, observed)
+
+
+def _counted(lines: Iterable[str]) -> Iterator[str]:
+    """Yield the lines; on a terminal show how many have been read."""
+    console = Console(stderr=True)
+    if not console.is_terminal:
+        yield from lines
+        return
+    with console.status("reading") as status:
+        for number, line in enumerate(lines):
+            if number % _STEP == 0:
+                status.update(f"{number:,} lines read")
+            yield line

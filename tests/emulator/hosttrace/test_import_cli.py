@@ -1,0 +1,117 @@
+"""`flushlab import` from the command line."""
+
+from __future__ import annotations
+
+import gzip
+import json
+import subprocess
+from pathlib import Path
+
+import pytest
+
+from emulator.cli.main import main
+from emulator.hosttrace.missing import QUESTIONS
+from emulator.hosttrace.recipe import PROBES, TRACEPOINTS
+from tests.emulator.hosttrace.made_up import Line, entry, kick, leave, probe, unmap
+
+
+@pytest.fixture
+def trace(tmp_path: Path) -> Path:
+    lines = [entry(7, 1, 0), unmap(900, 0, 10, 0x1000, 0x4000), probe(900, 0, 11, "kvm_flush_remote_tlbs")]
+    lines += [kick(900, 0, 12, "2"), leave(7, 1, 13, "EXTERNAL_INTERRUPT", 0x800000FC)]
+    lines += [Line("numad", 900, 0, 14, "brand_new_event", "x=1")]
+    path = tmp_path / "kvm.trace"
+    path.write_text("# tracer: nop\n" + "".join(line.ftrace() for line in lines))
+    return path
+
+
+def test_the_report_fits_and_says_what_is_missing(trace: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["import", str(trace)]) == 0
+    text = capsys.readouterr().out
+    assert "brand_new_event 1" in text
+    assert "notifier: unmap" in text
+    assert "root loads" in text
+    assert "remote flushes:" not in text
+    assert max(len(line) for line in text.splitlines() if str(trace) not in line) <= 80
+
+
+def test_the_document_has_the_sums(trace: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    packed = trace.with_suffix(".gz")
+    packed.write_bytes(gzip.compress(trace.read_bytes()))
+    assert main(["import", str(packed), "--json"]) == 0
+    document = json.loads(capsys.readouterr().out)
+    assert document["causes"]["notifier: unmap"]["flushes"] == 1
+    assert document["causes"]["notifier: unmap"]["in_guest"] == 1
+    assert document["vcpus"][0]["vectors"] == {"0xfc": 1}
+    assert document["unread"] == {"brand_new_event": 1}
+
+
+def test_lost_events_and_strange_lines_are_told(trace: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    trace.write_text("cpus=2\nCPU:1 [LOST 9 EVENTS]\n" + trace.read_text())
+    assert main(["import", str(trace)]) == 0
+    text = capsys.readouterr().out
+    assert "lost 9 events" in text
+    assert "'cpus=2'" in text
+
+
+@pytest.mark.parametrize(
+    ("content", "found"),
+    [
+        (b"", "an empty file"),
+        (b"hello\nworld\n", "no event in 2 lines, the first: hello"),
+        (b"\x17\x08\x44tracing0", "a recording of trace-cmd, which is not installed here"),
+        (b"PERFILE2....", "a recording of perf, which is not installed here"),
+    ],
+)
+def test_bad_input_is_one_line(
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+    monkeypatch: pytest.MonkeyPatch,
+    content: bytes,
+    found: str,
+) -> None:
+    monkeypatch.setenv("PATH", "")
+    path = tmp_path / "trace"
+    path.write_bytes(content)
+    assert main(["import", str(path)]) == 2
+    (line,) = capsys.readouterr().err.splitlines()
+    assert found in line
+
+
+@pytest.mark.parametrize("arguments", [["import"], ["import", "/no/such"], ["import", "--recipe", "--json"]])
+def test_bad_arguments_are_one_line(arguments: list[str], capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(arguments) == 2
+    assert len(capsys.readouterr().err.splitlines()) == 1
+
+
+@pytest.mark.parametrize("tool", ["trace-cmd", "perf"])
+def test_a_recording_is_printed_by_its_tool(
+    tmp_path: Path,
+    trace: Path,
+    capsys: pytest.CaptureFixture[str],
+    monkeypatch: pytest.MonkeyPatch,
+    tool: str,
+) -> None:
+    fake = tmp_path / tool
+    fake.write_text(f"#!/bin/sh\ncat {trace}\n")
+    fake.chmod(0o755)
+    monkeypatch.setenv("PATH", f"{tmp_path}:/usr/bin:/bin")
+    recording = tmp_path / "recording"
+    recording.write_bytes(b"\x17\x08\x44tracing0" if tool == "trace-cmd" else b"PERFILE2....")
+    assert main(["import", str(recording)]) == 0
+    assert "notifier: unmap" in capsys.readouterr().out
+    fake.write_text("#!/bin/sh\necho broken >&2\nexit 3\n")
+    assert main(["import", str(recording)]) == 2
+    assert f"{tool} failed: broken" in capsys.readouterr().err
+
+
+def test_the_recipe_is_a_script_that_answers_each_question(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert main(["import", "--recipe"]) == 0
+    script = tmp_path / "record.sh"
+    script.write_text(capsys.readouterr().out)
+    subprocess.run(["sh", "-n", str(script)], check=True)
+    recorded = {name.partition(":")[2] for name in TRACEPOINTS} | {function for function, _ in PROBES}
+    assert all(recorded.intersection(question.events) for question in QUESTIONS)
+    assert all(name in script.read_text() for name in recorded)
