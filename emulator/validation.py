@@ -100,7 +100,7 @@ def first_error(error: ValidationError, model: type[BaseModel]) -> tuple[str, st
     Unknown keys go first: a mistyped key is often the reason why another one is missing.
     """
     errors = sorted(error.errors(), key=_rank)
-    # A list whose only entry is wrong is also called too short.
+    # A list with one entry, which is wrong, is also called too short.
     errors = [errors[0], *(e for e in errors[1:] if e["type"] != "too_short")]
     details = errors[0]
     key = dotted(details["loc"])

@@ -1,4 +1,4 @@
-"""Keep the GIL during the calls whose descriptions say so (native/description.py).
+"""Keep the GIL during the calls that their descriptions exempt from releasing it (native/description.py).
 
 cffi releases it around every call.
 """

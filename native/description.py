@@ -247,7 +247,7 @@ def described_calls(headers: Iterable[Path] | None = None) -> dict[str, Describe
 
 
 def read(one: Described) -> Call:
-    """Return the description of a call whose header has been checked."""
+    """Return the description of a call, after its header has been checked."""
     return _Reader(tuple(one.arguments.split())).call(one.text)
 
 

@@ -43,7 +43,7 @@ class Death:
 
 
 class MachineActor(Actor):
-    """An actor whose thread is a CPU of the machine."""
+    """An actor with a thread that is a CPU of the machine."""
 
     def __init__(self, crew: Crew, cpu: Cpu, name: str) -> None:
         self.crew = crew

@@ -69,7 +69,7 @@ class PCpu(MachineActor):
         self.parked: set[VcpuTask] = set()
         # Tasks to park as soon as they hold nothing.
         self.parking: dict[VcpuTask, Future[None]] = {}
-        # The task whose vCPU is loaded: kvm_running_vcpu.
+        # The task of the vCPU that is loaded (kvm_running_vcpu).
         self.current: VcpuTask | None = None
         # Commands of the scheduler that overtook their task, which is on its way here from another pCPU.
         self.early: dict[VcpuTask, list[Command]] = {}

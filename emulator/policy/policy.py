@@ -294,7 +294,7 @@ class Policy:
         return nullcontext()
 
     def module(self) -> ModuleType | None:
-        """Return the module of a user's file, whose names and classes may hold state, too."""
+        """Return the module of a user's file: its names and classes may hold state, too."""
         return None
 
     def spelled(self) -> str:

@@ -87,7 +87,7 @@ uint64_t shadow_mmu_set_spte(struct machine *m, uint32_t cpu, uint32_t vm, uint3
 		misuse(m, cpu, "a leaf replaces that of another gfn", gfn);
 		return UINT64_MAX;
 	}
-	/* Before the SPTE, whose store is a release: a walker that reads the new SPTE reads its gfn. */
+	/* Before the SPTE, which is stored with release: a walker that reads the new SPTE reads its gfn. */
 	atomic_store_explicit(recorded, gfn, memory_order_relaxed);
 	return spte_set(m, cpu, vm, &at, new_spte);
 }

@@ -1,4 +1,4 @@
-/* Single steps of the shadow MMU, in whose tables any entry may map any gfn (kvm_mmu_page_get_gfn()). */
+/* Single steps of the shadow MMU.  In its tables any entry may map any gfn (kvm_mmu_page_get_gfn()). */
 #ifndef FLUSHLAB_SHADOW_MMU_H
 #define FLUSHLAB_SHADOW_MMU_H
 

@@ -1,4 +1,4 @@
-/* Single steps of the TDP MMU, in whose tables the place of an SPTE implies the gfn. */
+/* Single steps of the TDP MMU.  In its tables the place of an SPTE implies the gfn. */
 #ifndef FLUSHLAB_TDP_MMU_H
 #define FLUSHLAB_TDP_MMU_H
 

@@ -1,4 +1,4 @@
-/* mmu_lock: a fair reader-writer lock whose waiters keep serving calls.
+/* mmu_lock: a fair reader-writer lock; waiting CPUs keep serving calls.
  *
  * First come, first served: a CPU that finds the queue non-empty joins its end, so waiting writers hold back
  * new readers (as in qrwlock).  The releaser hands the lock to the first waiter and, if that is a reader, to

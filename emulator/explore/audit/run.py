@@ -26,7 +26,7 @@ FINDINGS = "findings"
 CLEAN = "clean"
 # Random executions of a test that are audited.
 EXECUTIONS = 20
-# Swaps in each of as many further executions.
+# Pairs of steps that are swapped in each of EXECUTIONS further executions.
 SWAPS = 10
 
 
@@ -37,8 +37,8 @@ class AuditResult:
     executions: random ones for the accesses, and as many again for the swaps.
     unannounced: native calls that no named point announces.  undescribed: native functions without a
     footprint.  shared: accesses of two tasks to a Python object, neither of which happens before the other.
-    ordered: of `swaps` pairs of adjacent steps without a conflict between their footprints, those with an
-    order that makes a difference.  failed: the reason why an execution could not go on; it ended the audit.
+    swaps: pairs of adjacent steps that were swapped, as their footprints do not conflict.  ordered: the pairs
+    of which the swap made a difference.  failed: why an execution could not go on, which ended the audit.
     """
 
     test: str

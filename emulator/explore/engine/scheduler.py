@@ -1,4 +1,4 @@
-"""A controlled scheduler: tasks are greenlets of one thread, and one at a time goes one step.
+"""A controlled scheduler: tasks are greenlets of one thread, and the scheduler runs one of them for one step.
 
 A step is the code between two announcements.  `step()` ends the running task's step and announces the first
 access of its next one, so between steps every task stands right before an access to shared state.  `touch()`

@@ -1,4 +1,4 @@
-"""Ends an execution in which patched code computes for ever: without a step no other thread takes a turn.
+"""Ends an execution in which patched code computes for ever, and no other thread ever takes a step.
 
 A watching thread compares the execution's length with the processor time of the explored thread.  Wall time
 proves nothing, because machines pause.

@@ -1,8 +1,8 @@
 """State of patched code that explore cannot watch, as far as the code shows: it proves nothing.
 
-Objects of KVM's classes are watched while they are explored (races.py), and restored for each execution.
-State that a patch keeps elsewhere, in a module's globals, a class, a function or its defaults, is neither.
-KVM's shipped code has none, so any is the patch's, and named.
+Objects of KVM's classes are watched while they are explored (watching.py), and restored for each execution.
+State that a patch keeps in a module's globals, a class, a function or its defaults is neither watched nor
+restored.  KVM's shipped code has no such state; a patch that has it is reported.
 """
 
 from __future__ import annotations

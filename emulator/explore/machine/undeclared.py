@@ -4,7 +4,7 @@ Explored code can be preempted before every native call that touches shared stat
 threads are delayed (chaos, `stress.delays`) only at named points.  The audit lists the calls that no named
 point announces, and the native functions without a footprint, which conflict with everything.
 
-Python's own objects are watched by races.py.
+races.py audits the accesses to Python's own objects.
 """
 
 from __future__ import annotations

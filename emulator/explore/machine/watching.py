@@ -144,8 +144,9 @@ class Attribute(StandIn):
     """The descriptor that stands before one slot of the watched classes, and reports its accesses.
 
     constant: the slot is written by constructors only, so that only the contents of its value can race.
-    memory: memory of cffi's in it is watched, too.  constructors: of the classes that have the slot; an
-    object that is being made is not shared, and the access that makes it visible is watched.
+    memory: if the slot's value is memory of cffi's, accesses to that are reported, too.  constructors: the
+    code of the __init__ methods of the classes that have the slot.  Their stores are not reported: nothing
+    else can reach the object before the store that makes it visible, which is reported.
     """
 
     __slots__ = ("constant", "constructors", "control", "get", "memory", "names", "put", "remove", "state")
@@ -231,7 +232,7 @@ def _writer(cls: type, state: Races) -> Any:
 
 
 def _watches_memory(cls: type, constant: frozenset[str]) -> bool:
-    """Return whether to watch memory of cffi's: a CPU's own is no other's, and the audit knows KVM's."""
+    """Return whether to watch cffi's memory: that of a CPU is its own, and the audit knows that of KVM."""
     return bool(constant) and is_patchable(cls.__module__)
 
 

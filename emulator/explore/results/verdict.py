@@ -247,7 +247,7 @@ def _explored(program: LitmusProgram, verdict: Verdict, stop: Stop, jobs: int) -
 
 
 def _take_back(verdict: Verdict) -> None:
-    """Withdraw proofs: there is state that the search cannot watch, or whose order it does not know.
+    """Withdraw proofs: the search cannot watch some state, or does not know the order of its accesses.
     Violations remain."""
     if verdict.verdict in (SAFE, BOUNDED):
         verdict.verdict = SEARCHED

@@ -30,9 +30,9 @@ _NO_FRAME: Final = Hfn(0)
 class KvmPageFault:
     """struct kvm_page_fault.
 
-    addr: the address that the CPU could not translate: guest-physical with EPT, otherwise linear; then gfn
-    and slot are known only after the walk of the guest's tables.  error_code: of the CPU's page fault, 0
-    with EPT. max_level: the largest page that the guest's tables permit.  around_gfn, around_n: the
+    addr: the address that the CPU could not translate, guest-physical with EPT and linear without.  gfn and
+    slot: without EPT, known only after the walk of the guest's tables.  error_code: of the CPU's page fault,
+    0 with EPT. max_level: the largest page that the guest's tables permit.  around_gfn, around_n: the
     neighbours that faultin looked up, in the arrays of the Cpu (fault-around).
     """
 

@@ -1,8 +1,9 @@
 """arch/x86/kvm/mmu/mmu.c: walks over SPTEs without mmu_lock.
 
 RCU keeps the TDP MMU's tables for the walker.  A page of the shadow MMU is freed after a flush of the whole
-VM (kvm_mmu_commit_zap_page), which waits until each vCPU that is not OUTSIDE_GUEST_MODE has taken an
-interrupt. The walker's vCPU has a mode of its own, and takes no interrupt before the walk has ended.
+VM (kvm_mmu_commit_zap_page), which interrupts each vCPU that is not OUTSIDE_GUEST_MODE and waits for the
+acknowledgement.  The walker's vCPU is READING_SHADOW_PAGE_TABLES with interrupts disabled, so it acknowledges
+only after the walk.
 """
 
 from __future__ import annotations
@@ -36,8 +37,8 @@ def is_tdp_mmu_active(vcpu: Vcpu) -> bool:
 def walk_shadow_page_lockless_begin(cpu: Cpu, vcpu: Vcpu) -> None:
     """walk_shadow_page_lockless_begin(): keep the tables that are reachable now from being freed.
 
-    The barrier completes smp_store_mb(): a flusher that does not see the mode has unlinked its pages before,
-    so that the walk does not find them.
+    The barrier completes smp_store_mb().  A flusher that does not see the mode has therefore unlinked its
+    pages before the walk begins, and the walk does not find them.
     """
     if is_tdp_mmu_active(vcpu):
         rcu_enter(cpu)
@@ -74,7 +75,7 @@ class walk_shadow_page_lockless:  # noqa: N801 - after the kernel's functions
 def shadow_walk_root(vcpu: Vcpu, addr: int) -> ShadowPage | None:
     """shadow_walk_init(): return the page in which a walk for the address begins, if there is one.
 
-    Under PAE roots it is the quarter that the address is in, of level 2.
+    With PAE roots, which map a GiB each, it is the root of the address's GiB, of level 2.
     """
     root = vcpu.mmu.root
     if root is None:

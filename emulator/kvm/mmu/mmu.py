@@ -1,8 +1,8 @@
 """arch/x86/kvm/mmu/mmu.c: zaps of whole slots and ranges, aging, and dirty logging, for all MMUs of a VM.
 
-Code outside mmu/ calls the functions here, which serve every MMU.  As in the kernel, the part of shadow pages
-comes first, through their rmaps, then the TDP MMU's; a pending flush is handed from one to the next.  Without
-EPT there are shadow pages only, with it the TDP MMU's only.
+Code outside mmu/ calls the functions here, which serve every MMU.  As in the kernel, each handles shadow
+pages first, through their rmaps, and then the TDP MMU's, and passes a pending flush on from the former to the
+latter.  Without EPT only shadow pages exist, with EPT only the TDP MMU's.
 
 Roles and roots of vCPUs: roots.py.  Page faults: page_fault.py.
 """
@@ -150,7 +150,7 @@ def kvm_unmap_gfn_range(
 ) -> bool:
     """kvm_unmap_gfn_range(), for mmu_notifiers: zap a range; return whether a flush is pending.
 
-    `reason`: of a flush that is made meanwhile, because the zap yields.
+    reason: why a flush is made, if the zap has to flush before it yields.
     """
     flush = False
     if kvm_memslots_have_rmaps(kvm):
@@ -272,7 +272,7 @@ def write_protect_flush(cpu: Cpu, kvm: Kvm, slot: KvmMemorySlot, changed: bool) 
 
 
 def kvm_mmu_slot_apply_flags(cpu: Cpu, kvm: Kvm, old: KvmMemorySlot, new: KvmMemorySlot) -> None:
-    """kvm_mmu_slot_apply_flags(): apply that dirty logging was switched on or off for an existing slot.
+    """kvm_mmu_slot_apply_flags(): begin or end dirty logging of an existing slot.
 
     With INITIALLY_SET nothing is write-protected now: all pages count as dirty until they are cleared.
     """

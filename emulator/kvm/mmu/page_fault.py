@@ -253,8 +253,8 @@ def mmu_invalidate_retry(cpu: Cpu, kvm: Kvm, fault: KvmPageFault) -> bool:
 def is_page_fault_stale(cpu: Cpu, vcpu: Vcpu, fault: KvmPageFault) -> bool:
     """is_page_fault_stale(), under mmu_lock: return whether the root is invalid or the frame may be gone.
 
-    A root without a shadow page cannot tell; it counts as invalid while a request to free obsolete roots is
-    pending, which may be about another root.
+    A root without a shadow page carries no mark of being invalid.  It counts as invalid while a request to
+    free obsolete roots is pending, even if the request is about another root.
     """
     sp = root_to_sp(vcpu.mmu.root)
     if sp is not None and is_obsolete_sp(vcpu.kvm, sp):

@@ -1,8 +1,8 @@
 """arch/x86/kvm/mmu/page_track.c, and the accounts of shadowed gfns of mmu.c.
 
-A gfn whose page is a guest's table of level 2 or more is write-tracked: no SPTE may make it writable, and
-each store of the guest exits and is emulated (kvm_mmu_track_write).  A table of level 1 may become unsync
-instead. Under mmu_lock held for write, apart from reads that say so.
+A gfn with a guest's table of level 2 or more is write-tracked: no SPTE may make it writable, and each store
+of the guest to it exits and is emulated (kvm_mmu_track_write).  A table of level 1 may become unsync instead.
+The functions need mmu_lock held for write, unless their docstrings say otherwise.
 """
 
 from __future__ import annotations
@@ -19,8 +19,10 @@ from native import lib
 
 
 def slots_of_gfn(kvm: Kvm, slot: KvmMemorySlot, gfn: int) -> Iterator[KvmMemorySlot]:
-    """Yield `slot`, and that of the other address space if gfn is in one: the accounts of a table are in the
-    slot of its shadow page's role, while SMM, and the guest outside of it, can store to the same memory."""
+    """Yield `slot`, and the slot of the other address space that gfn is in, if any.
+
+    A table is counted in the slot of its shadow page's role only, but the guest can store to it in SMM and
+    outside of SMM."""
     yield slot
     other = kvm.memslots[slot.as_id ^ 1].search(gfn)
     if other is not None:

@@ -1,6 +1,6 @@
 """arch/x86/kvm/mmu/mmu.c: rmaps, which find the SPTEs of the shadow MMU that map a gfn, and walks over them.
 
-Under mmu_lock held for write, apart from ageing.
+All but ageing need mmu_lock held for write.
 """
 
 from __future__ import annotations
@@ -108,8 +108,8 @@ def walk_slot_rmaps(
 ) -> bool:
     """__walk_slot_rmaps() over gfns [start, end): call `fn` for each list; return whether a flush is pending.
 
-    `flush`: one is pending already.  Where mmu_lock is dropped in between, the pending flush is made before,
-    if `flush_on_yield`.
+    flush: whether a flush is pending already.  flush_on_yield: make the pending flush before each drop of
+    mmu_lock.
     """
     walked = 0
     for _, rmap_head in _heads(slot, range(min_level, max_level + 1), start, end):

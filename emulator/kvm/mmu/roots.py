@@ -141,7 +141,7 @@ def cached_root_find_without_current(mmu: KvmMmu, pgd: int, role: KvmMmuPageRole
 
 
 def fast_pgd_switch(cpu: Cpu, kvm: Kvm, mmu: KvmMmu, pgd: int, role: KvmMmuPageRole) -> bool:
-    """fast_pgd_switch(): return whether such a root was cached.  One without a shadow page is never kept."""
+    """fast_pgd_switch(): return whether a root of this PGD and role was cached; it is current now."""
     if mmu.root is not None and root_to_sp(mmu.root) is None:
         special = mmu.root
         kvm_mmu_free_roots(cpu, kvm, mmu, lambda root: root is special)
@@ -245,7 +245,7 @@ def kvm_mmu_load_pgd(cpu: Cpu, vcpu: Vcpu) -> None:
 
 
 def is_obsolete_root(kvm: Kvm, root: KvmMmuRootInfo) -> bool:
-    """is_obsolete_root(): return whether to free it; without a shadow page nothing tells that it is fresh."""
+    """is_obsolete_root(): return whether to free it: always if no shadow page can tell that it is fresh."""
     sp = root_to_sp(root)
     return sp is None or is_obsolete_sp(kvm, sp)
 

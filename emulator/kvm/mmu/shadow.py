@@ -186,9 +186,9 @@ def __kvm_mmu_prepare_zap_page(
     """__kvm_mmu_prepare_zap_page(): take the page out of use; return whether others were zapped with it, and
     how many pages in all.
 
-    A root that vCPUs use cannot be freed.  It becomes invalid, and all vCPUs are made to drop it, unless they
-    have been already because it is obsolete; the request comes after the mark, so that those that serve it
-    see the mark.
+    A root that vCPUs use cannot be freed.  It is marked invalid, and then all vCPUs are asked to free
+    obsolete roots; a vCPU that serves the request sees the mark.  An obsolete root needs no request: its
+    vCPUs were asked when the generation changed.
     """
     cpu.stat(kvm.id, lib.STAT_MMU_SHADOW_ZAPPED)
     zapped = mmu_zap_unsync_children(cpu, kvm, sp, invalid_list)
@@ -235,8 +235,8 @@ def mmu_zap_unsync_children(cpu: Cpu, kvm: Kvm, parent: ShadowPage, invalid_list
 def kvm_mmu_commit_zap_page(cpu: Cpu, kvm: Kvm, invalid_list: InvalidList) -> None:
     """kvm_mmu_commit_zap_page(): flush the whole VM, then free the pages.  Decision commit_zap.
 
-    On return from the flush every vCPU has left guest mode, and any walk without a lock (mode
-    READING_SHADOW_PAGE_TABLES), since the pages were unlinked; so nothing can reach them any more.
+    When the flush returns, nothing can reach the pages: since they were unlinked, every vCPU has left guest
+    mode once, and has ended the walk without a lock that it may have been in (READING_SHADOW_PAGE_TABLES).
     """
     if not invalid_list:
         return
@@ -351,7 +351,7 @@ def shadow_mmu_zap_all(cpu: Cpu, kvm: Kvm) -> None:
 def detect_write_flooding(cpu: Cpu, sp: ShadowPage) -> bool:
     """detect_write_flooding(): count the write; return whether the page is hardly a table any more.
 
-    Never for a page of level 1, which becomes unsync instead.
+    A page of level 1 is never flooded, because it becomes unsync instead.
     """
     if sp.role.level == PG_LEVEL_4K:
         return False

@@ -109,8 +109,8 @@ def mmu_set_spte(
 ) -> int:
     """mmu_set_spte(): map gfn by a leaf; return a RET_PF_ value.
 
-    What the leaf replaces is dropped first, and flushed after: a table, whose pages may be freed later
-    without another flush, or a leaf of another frame.  Decision spte_replace.
+    A table or a leaf of another frame in the entry is dropped first, and flushed for afterwards: the pages of
+    the table may be freed later without another flush.  Decision spte_replace.
     """
     sp, index = sptep
     level = sp.role.level
@@ -157,7 +157,7 @@ def gfn_to_memslot_dirty_bitmap(
 ) -> KvmMemorySlot | None:
     """gfn_to_memslot_dirty_bitmap(): return the slot if a page of it may be mapped before it is used.
 
-    A page that is mapped writable counts as dirty, so none of a slot that is logged is.
+    A page that is mapped writable is marked dirty, so no page of a logged slot may be.
     """
     slot = gfn_to_memslot(kvm, gfn, as_id)
     if slot is None or slot.invalid or (no_dirty_log and slot.dirty_track_enabled()):

@@ -69,7 +69,7 @@ def rmap_write_protect_masked(cpu: Cpu, kvm: Kvm, slot: KvmMemorySlot, gfn: int,
 def kvm_rmap_zap_collapsible_sptes(cpu: Cpu, kvm: Kvm, slot: KvmMemorySlot) -> None:
     """kvm_rmap_zap_collapsible_sptes(): zap small leafs where the host has a huge page, and flush.
 
-    Those of direct pages only: a page that shadows a guest's table of 4K pages cannot map more.
+    Leafs of direct pages only: a page that shadows a guest's table of 4K pages cannot map larger ones.
     """
 
     def zap(cpu: Cpu, kvm: Kvm, rmap_head: RmapHead) -> bool:

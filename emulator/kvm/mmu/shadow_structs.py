@@ -1,6 +1,6 @@
 """The shadow MMU's structures: a page that shadows a guest's table, and what a VM and a slot keep for it.
 
-All of it is read and written under mmu_lock held for write, apart from the fields of which it is said.
+mmu_lock, held for write, protects all fields but those that are documented otherwise.
 """
 
 from __future__ import annotations

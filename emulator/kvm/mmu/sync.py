@@ -2,7 +2,7 @@
 
 The guest may write to a table of level 1 without exits; its shadow page is then unsync, and out of date
 until the guest invalidates.  The emulation of that invalidation compares each SPTE with the guest's entry
-again.  Under mmu_lock held for write, where nothing else is said.
+again.  The functions need mmu_lock held for write, unless their docstrings say otherwise.
 """
 
 from __future__ import annotations
@@ -93,8 +93,8 @@ def kvm_sync_spte(cpu: Cpu, vcpu: Vcpu, sp: ShadowPage, index: int) -> int:
 def kvm_sync_page(cpu: Cpu, vcpu: Vcpu, sp: ShadowPage, invalid_list: InvalidList) -> int:
     """kvm_sync_page(): compare all SPTEs; below 0: the page was zapped, 1: a flush is due.
 
-    The flush is for KVM's sake, so that a later unmap or write protection cannot miss a dropped SPTE.  That
-    vCPUs still use old translations is the guest's business, until it invalidates.
+    The flush serves KVM: a later unmap or write protection does not find a dropped SPTE, and would not flush
+    for it.  The guest has no claim to it, because vCPUs may use old translations until the guest invalidates.
     """
     flush = 0
     for sptep in sptes_in_use(cpu, sp):
@@ -145,8 +145,8 @@ def mmu_sync_children(cpu: Cpu, vcpu: Vcpu, parent: ShadowPage, *, can_yield: bo
 def is_unsync_root(cpu: Cpu, kvm: Kvm, root: KvmMmuRootInfo | None) -> bool:
     """is_unsync_root(), without a lock: return whether a table below the root is unsync.
 
-    The guest's stores, which the flush that is being emulated covers, came after the mark that permitted
-    them.
+    No lock is needed.  The guest's stores to a table come after the mark that permits them, and the flush
+    that KVM emulates for this vCPU covers only stores that came before the flush.
     """
     if root is None or not isinstance(root.sp, ShadowPage):
         return False
@@ -171,8 +171,8 @@ def kvm_mmu_sync_roots(cpu: Cpu, vcpu: Vcpu) -> None:
 def kvm_mmu_find_shadow_page(cpu: Cpu, vcpu: Vcpu, gfn: int, role: KvmMmuPageRole) -> ShadowPage | None:
     """kvm_mmu_find_shadow_page(): look up a page of that gfn and role in the hash.
 
-    One that is unsync is synced, without being write-protected: from now on it maps what the guest's table
-    says now, which is as good as a new page.
+    An unsync page is synced, and stays unsync: it then maps the present contents of the guest's table, as a
+    new page would.
     """
     kvm = vcpu.kvm
     invalid_list: InvalidList = []

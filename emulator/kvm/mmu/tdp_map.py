@@ -187,8 +187,8 @@ def map_replace_flush(cpu: Cpu, kvm: Kvm, entry: Entry) -> None:
 def tdp_mmu_map_around(cpu: Cpu, kvm: Kvm, fault: KvmPageFault, table: Hfn) -> None:
     """Map the neighbours that faultin looked up, in the same table, where no SPTE is present yet.
 
-    Real KVM prefetches only for shadow paging; without fault-around, storms of zaps crawl.  A neighbour may
-    be in a range that is being invalidated although the faulting gfn is not; then none is mapped.
+    Real KVM prefetches only for shadow paging; without fault-around, storms of zaps crawl.  If a neighbour is
+    in a range that is being invalidated, none is mapped, though the faulting gfn is in no such range.
     """
     end = fault.around_gfn + fault.around_n
     cpu.point("mmu_invalidate_seq", kvm.id, "read")

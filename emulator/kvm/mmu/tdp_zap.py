@@ -18,7 +18,8 @@ from native import lib
 def tdp_mmu_zap_root(cpu: Cpu, kvm: Kvm, root: KvmMmuPage, shared: bool, can_yield: bool = True) -> bool:
     """tdp_mmu_zap_root(): zap in passes, small pages first, so that it can yield between small steps.
 
-    Decision zap_root.  Return whether a flush is pending; decision invalid_root_zap: whether callers make it.
+    Decision zap_root.  Return whether a flush is pending, which the caller makes or not (decision
+    invalid_root_zap).
     """
     answer = kvm.policy.zap_root(cpu, kvm, root)
     passes: tuple[int, ...] = (PG_LEVEL_4K, PG_LEVEL_2M, PG_LEVEL_1G, root.role.level)

@@ -1,8 +1,8 @@
 """virt/kvm/kvm_main.c: memory slots.
 
 The active set of slots is replaced whole and read under SRCU.  Deleting or moving a slot replaces the set
-twice: first by one with an INVALID copy of the slot, which makes faults retry while mmu_notifiers still find
-it, then, when everything mapped through the slot has been zapped, by the final set.
+twice.  The first new set has an INVALID copy of the slot: faults on it retry, and mmu_notifiers still find
+it.  Once everything mapped through the slot has been zapped, the final set follows.
 """
 
 from __future__ import annotations
