@@ -22,7 +22,8 @@ def slots_of_gfn(kvm: Kvm, slot: KvmMemorySlot, gfn: int) -> Iterator[KvmMemoryS
     """Yield `slot`, and the slot of the other address space that gfn is in, if any.
 
     A table is counted in the slot of its shadow page's role only, but the guest can store to it in SMM and
-    outside of SMM."""
+    outside of SMM.
+    """
     yield slot
     other = kvm.memslots[slot.as_id ^ 1].search(gfn)
     if other is not None:
