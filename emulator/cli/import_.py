@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import sys
 from collections.abc import Iterable, Iterator
+from pathlib import Path
 from typing import Annotated
 
 import typer
@@ -26,6 +27,7 @@ IMPORT_EXAMPLES = """\
   flushlab import --recipe > record.sh
   flushlab import kvm.trace
   flushlab import trace.dat --json
+  flushlab import kvm.trace --scenario my-host.toml
   trace-cmd report | flushlab import -
 """
 _EXPECTED = "lines such as 'qemu-8397 [002] d..1. 1404.389366: kvm_exit: vcpu 1 reason HLT'"
@@ -42,9 +44,13 @@ def import_(
         bool, typer.Option("--recipe", help="Print a script that records a trace, and read none.")
     ] = False,
     as_json: Annotated[bool, typer.Option("--json", help="Print one JSON document.")] = False,
+    scenario: Annotated[
+        Path | None,
+        typer.Option(metavar="FILE", help="Write a scenario with the host's vCPUs, CPUs and rates as well."),
+    ] = None,
 ) -> None:
     if recipe:
-        refuse(context, ("file", "as_json"), "--recipe, which reads no trace", "one of them")
+        refuse(context, ("file", "as_json", "scenario"), "--recipe, which reads no trace", "one of them")
         from emulator.hosttrace.recipe import trace_recipe
 
         with saying(0):
@@ -52,15 +58,19 @@ def import_(
         return
     if file is None:
         raise BadInput("TRACE", "found none", "a trace, - for standard input, or --recipe")
-    _import(file, as_json)
+    _import(file, as_json, scenario)
 
 
-def _import(file: str, as_json: bool) -> None:
+def _import(file: str, as_json: bool, scenario: Path | None) -> None:
     from emulator.hosttrace.lines import Reading, events
     from emulator.hosttrace.observed import Observed
     from emulator.hosttrace.report import as_dict, print_report
+    from emulator.hosttrace.shape import scenario as shape
     from emulator.hosttrace.source import opened
+    from emulator.output import check_file, write_file
 
+    if scenario is not None:
+        check_file("--scenario", scenario)
     reading, observed = Reading(), Observed()
     with opened(file) as lines:
         for event in events(_counted(lines), reading):
@@ -69,6 +79,8 @@ def _import(file: str, as_json: bool) -> None:
     if not reading.events:
         found = reading.first_other[0] if reading.first_other else "an empty file"
         raise BadInput(name, f"no event in {reading.lines:,} lines, the first: {found}", _EXPECTED)
+    if scenario is not None:
+        write_file("--scenario", scenario, shape(name, observed))
     with saying(0):
         if as_json:
             print(json.dumps(as_dict(name, reading, observed), indent=1))

@@ -38,6 +38,8 @@ from emulator.hosttrace.sums import Cause, Sender, Vcpu
 
 UNKNOWN: Final = "unknown"
 _RECENT_NS: Final = 1_000_000
+# A longer step back of the clock means several recordings in one file.
+_SEVERAL_NS: Final = 1_000_000_000
 # Sends the interrupt of smp_call_function_single() and its like.
 _QUEUES: Final = "generic_exec_single"
 _RANGE_START: Final = "kvm_mmu_notifier_invalidate_range_start"
@@ -104,6 +106,7 @@ class Observed:
     host_flushes: Counter[str] = field(default_factory=Counter)
     migrations: Counter[int] = field(default_factory=Counter)
     vmcs_clears: int = 0
+    smis: int = 0
     tables_zapped: int = 0
     mapped: int = 0
     invalidate: InvalidateSamples = field(default_factory=InvalidateSamples)
@@ -133,8 +136,11 @@ class Observed:
             self.unread[event.name] += event.times
 
     @property
-    def seconds(self) -> float:
-        return (self.last - self.first) / 1e9 if self.first >= 0 else 0.0
+    def seconds(self) -> float | None:
+        """Return the time from the first event to the last; None without times, or of several recordings."""
+        if self.first < 0 or self.backwards >= _SEVERAL_NS:
+            return None
+        return (self.last - self.first) / 1e9
 
     def calls(self, function: str) -> int:
         """Return how often a function was called.  Several probes at one function count once."""
@@ -199,6 +205,9 @@ class Observed:
 
     def _fault(self, event: Event) -> None:
         self._vcpu(event, vcpu_of(event.fields)).faults += 1
+
+    def _smm(self, event: Event) -> None:
+        self.smis += "entering" in event.fields
 
     # --- events of KVM's MMU ------------------------------------------------------------------------------
 
@@ -305,7 +314,7 @@ _READERS: Final[dict[str, Callable[[Observed, Event], None]]] = {
     "kvm_test_age_hva": Observed._used,
     "kvm_mmu_zap_all_fast": Observed._used,
     "kvm_mmu_split_huge_page": Observed._used,
-    "kvm_smm_transition": Observed._used,
+    "kvm_smm_transition": Observed._smm,
     "kvm_tdp_mmu_spte_changed": Observed._spte,
     "ipi_send_cpumask": Observed._ipi,
     "ipi_send_cpu": Observed._ipi,

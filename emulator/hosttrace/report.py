@@ -22,8 +22,6 @@ JSON_VERSION: Final = 1
 _WIDTH: Final = 80
 # Rows of a table, the busiest first; the JSON document has all.
 _ROWS: Final = 12
-# A longer step back of the clock means several recordings in one file.
-_SEVERAL_NS: Final = 1_000_000_000
 # The exit whose interrupt kvm_exit names, on Intel.
 _INTERRUPTED: Final = "EXTERNAL_INTERRUPT"
 # Beyond this value an int is negative.
@@ -56,7 +54,7 @@ def as_dict(name: str, reading: Reading, observed: Observed) -> dict[str, Any]:
         "lost_events": reading.lost,
         "lost_unknown": reading.lost_unknown,
         "dialects": {str(dialect): n for dialect, n in reading.dialects.items()},
-        "seconds": observed.seconds if _one_recording(observed) else None,
+        "seconds": observed.seconds,
         "cpus": sorted(observed.cpus),
         "kinds": dict(observed.kinds.most_common()),
         "unread": dict(observed.unread.most_common()),
@@ -81,10 +79,6 @@ def _cause_dict(cause: Cause) -> dict[str, Any]:
     return dict(vars(cause))
 
 
-def _one_recording(observed: Observed) -> bool:
-    return observed.first >= 0 and observed.backwards < _SEVERAL_NS
-
-
 # --- sentences ------------------------------------------------------------------------------------------
 
 
@@ -101,7 +95,7 @@ def _wrapped(text: str, indent: str = "") -> list[str]:
 
 def _heading(name: str, reading: Reading, observed: Observed) -> str:
     text = f"{name}: {reading.events:,} events"
-    if _one_recording(observed):
+    if observed.seconds is not None:
         text += f" in {observed.seconds:.6f} s"
     if observed.cpus:
         text += f" on {len(observed.cpus)} CPUs"
@@ -110,7 +104,7 @@ def _heading(name: str, reading: Reading, observed: Observed) -> str:
 
 
 def _read(reading: Reading, observed: Observed) -> Iterator[str]:
-    if observed.first >= 0 and not _one_recording(observed):
+    if observed.first >= 0 and observed.seconds is None:
         yield from _wrapped(
             "Its clock goes back by more than a second: several recordings in one file. No rates are given,"
             " and causes may be mixed up where the recordings meet."
@@ -209,15 +203,15 @@ def _table(*columns: str) -> Table:
 
 def _vcpus(observed: Observed) -> Table:
     table = _table("task", "vCPU", "exits", "per second", "in guest", "faults", "moves")
-    rates = _one_recording(observed) and observed.seconds > 0
+    seconds = observed.seconds
     for vcpu in sorted(observed.vcpus.values(), key=lambda vcpu: -vcpu.exits.total())[:_ROWS]:
         exits = vcpu.exits.total()
         table.add_row(
             vcpu.name,
             str(vcpu.number) if vcpu.number >= 0 else "?",
             f"{exits:,}",
-            f"{exits / observed.seconds:,.0f}" if rates else "?",
-            f"{vcpu.guest_time / 1e9 / observed.seconds:.0%}" if rates and exits and vcpu.entries else "?",
+            f"{exits / seconds:,.0f}" if seconds else "?",
+            f"{vcpu.guest_time / 1e9 / seconds:.0%}" if seconds and exits and vcpu.entries else "?",
             f"{vcpu.faults:,}",
             f"{vcpu.moves:,}",
         )

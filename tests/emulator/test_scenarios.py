@@ -55,6 +55,17 @@ def test_shadow_paging_is_clean_and_does_all_that_it_is_about() -> None:
 
 
 @pytest.mark.slow
+def test_pages_that_numa_balancing_moves_interrupt_many_vcpus() -> None:
+    result = run("numa-balancing")
+    assert not result.failure
+    assert not result.snapshot.violated
+    requests = result.snapshot.kvm("remote_tlb_flush_requests")
+    assert requests > 0
+    # About 155 of 172 for each flush; fewer where threads of the pCPUs wait for a core.
+    assert result.snapshot.counters["interruptions"] > 20 * requests
+
+
+@pytest.mark.slow
 @pytest.mark.parametrize("pcid", [True, False])
 def test_guests_switch_as_often_as_told_and_flush_unless_they_have_pcids(pcid: bool) -> None:
     scenario = load_scaled("pgd-churn", None, True)
