@@ -123,6 +123,8 @@ CALLS: Final[Mapping[str, Described]] = {
     "guest_set_smi_handler": Described("m vcpu records n", "anything"),
     "vcpu_set_smm": Described("m vcpu on", "aside"),
     "vcpu_set_paging": Described("m vcpu on", "aside"),
+    "vcpu_set_tables": Described("m vcpu tables", "aside"),
+    "vcpu_set_pdptrs": Described("m vcpu pdptes", "aside"),
     "vcpu_set_pcide": Described("m vcpu on", "aside"),
     "guest_set_program": Described("m vcpu ops n", "modelled"),
     "guest_program_position": Described("m vcpu", "aside; keeps-gil"),

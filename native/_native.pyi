@@ -481,6 +481,10 @@ class Lib:
     EXIT_PROGRAM_END: Final[int]
     EXIT_EXCEPTION: Final[int]
     EXIT_REASONS: Final[int]
+    GUEST_TABLES_64: Final[int]
+    GUEST_TABLES_PAE: Final[int]
+    GUEST_TABLES_32: Final[int]
+    GUEST_TABLES_32_PSE: Final[int]
     PFERR_PRESENT: Final[int]
     PFERR_WRITE: Final[int]
     PFERR_USER: Final[int]
@@ -493,6 +497,8 @@ class Lib:
     X86_CR4_PAE_BIT: Final[int]
     X86_CR4_PGE_BIT: Final[int]
     X86_CR4_PCIDE_BIT: Final[int]
+    EFER_LME_BIT: Final[int]
+    EFER_NX_BIT: Final[int]
     GUEST_INSN_NONE: Final[int]
     GUEST_INSN_MOV_CR0: Final[int]
     GUEST_INSN_MOV_CR3: Final[int]
@@ -501,6 +507,7 @@ class Lib:
     GUEST_INSN_TOGGLE_PGE: Final[int]
     GUEST_INSN_INVLPG: Final[int]
     GUEST_INSN_INVPCID: Final[int]
+    GUEST_INSN_WRMSR_EFER: Final[int]
     GUEST_OP_READ: Final[int]
     GUEST_OP_WRITE: Final[int]
     GUEST_OP_EXECUTE: Final[int]
@@ -671,6 +678,8 @@ class Lib:
     def guest_set_smi_handler(self, m: MachinePtr, vcpu: VcpuId, records: U64, n: int, /) -> None: ...
     def vcpu_set_smm(self, m: MachinePtr, vcpu: VcpuId, on: int, /) -> None: ...
     def vcpu_set_paging(self, m: MachinePtr, vcpu: VcpuId, on: int, /) -> None: ...
+    def vcpu_set_tables(self, m: MachinePtr, vcpu: VcpuId, tables: int, /) -> None: ...
+    def vcpu_set_pdptrs(self, m: MachinePtr, vcpu: VcpuId, pdptes: U64, /) -> None: ...
     def vcpu_set_pcide(self, m: MachinePtr, vcpu: VcpuId, on: int, /) -> None: ...
     def guest_set_program(self, m: MachinePtr, vcpu: VcpuId, ops: Array[GuestOp], n: int, /) -> int: ...
     def guest_program_position(self, m: MachinePtr, vcpu: VcpuId, /) -> int: ...

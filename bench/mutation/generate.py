@@ -33,6 +33,7 @@ _WITHOUT = frozenset({
 _SHADOW = frozenset({
     "emulator.kvm.emulate",
     "emulator.kvm.mmu.page_track",
+    "emulator.kvm.mmu.guest_walk",
     "emulator.kvm.mmu.paging",
     "emulator.kvm.mmu.rmap",
     "emulator.kvm.mmu.shadow",

@@ -27,8 +27,9 @@ Folders are the kernel's:
             roots), page_fault.py and hugepage.py are mmu.c, fault.py is mmu_internal.h; tdp_iter.py,
             tdp_zap.py (zapping walks), tdp_roots.py (the life of roots), tdp_mmu.py (zaps of ranges),
             tdp_remove.py (removed tables), tdp_map.py (faults) and tdp_dirty.py (dirty logging, splitting,
-            recovery) are tdp_mmu.c.  Without EPT: paging.py (walks of the guest's tables, and faults on them)
-            is paging_tmpl.h, page_track.py is page_track.c; shadow.py (shadow pages), sync.py (unsync ones),
+            recovery) are tdp_mmu.c.  Without EPT: guest_walk.py (walks of the guest's tables, by format)
+            and paging.py (faults on them) are paging_tmpl.h, page_track.py is page_track.c; shadow.py (shadow
+            pages), sync.py (unsync ones),
             shadow_map.py (leafs), shadow_roots.py, shadow_slots.py, rmap.py and shadow_spte.py are mmu.c
     vmx/    arch/x86/kvm/vmx: vmcs.py (the VMCS and where it is loaded, VPIDs), vmx.py; main.py has Intel's
             operations, by which common code calls them

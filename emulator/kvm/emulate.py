@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import Final
 
 from emulator.kvm.mmu.fault import RET_PF_EMULATE, RET_PF_FIXED, RET_PF_RETRY
-from emulator.kvm.mmu.guest_walk import paging64_gva_to_gpa
+from emulator.kvm.mmu.guest_walk import paging_gva_to_gpa
 from emulator.kvm.mmu.shadow import kvm_mmu_track_write, kvm_mmu_unprotect_gfn
 from emulator.kvm.structs import Vcpu
 from emulator.kvm.virt.guest_memory import kvm_write_guest_word
@@ -26,7 +26,7 @@ def emulate_store(cpu: Cpu, vcpu: Vcpu, linear: int, error_code: int) -> int:
     value = ffi.new("uint64_t *")
     gpa = linear
     if not vcpu.mmu.root_role.direct:
-        found = paging64_gva_to_gpa(cpu, vcpu, linear, error_code & ~lib.PFERR_RSVD)
+        found = paging_gva_to_gpa(cpu, vcpu, linear, error_code & ~lib.PFERR_RSVD)
         if found is None:
             return RET_PF_RETRY  # the guest changed its tables: it will fault again
         gpa = found
@@ -41,6 +41,6 @@ def emulate_store(cpu: Cpu, vcpu: Vcpu, linear: int, error_code: int) -> int:
         return RET_PF_RETRY
     mark_page_dirty_in_slot(cpu, slot, gfn)
     smp_mb(cpu)
-    kvm_mmu_track_write(cpu, kvm, gfn, index)
+    kvm_mmu_track_write(cpu, kvm, gpa & -_WORD, _WORD)
     lib.guest_store_done(cpu.m, vcpu.id)
     return RET_PF_FIXED

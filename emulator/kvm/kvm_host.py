@@ -66,11 +66,18 @@ X86_CR4_PCIDE: Final[int] = 1 << lib.X86_CR4_PCIDE_BIT
 X86_CR4_SMEP: Final = 1 << 20
 X86_CR4_SMAP: Final = 1 << 21
 X86_CR4_PKE: Final = 1 << 22
+EFER_LME: Final = 1 << 8
+EFER_LMA: Final = 1 << 10
+EFER_NX: Final = 1 << 11
 # The bits that are part of a role (mmu.h: KVM_MMU_CR0_ROLE_BITS, KVM_MMU_CR4_ROLE_BITS).
 KVM_MMU_CR0_ROLE_BITS: Final = X86_CR0_PG | X86_CR0_WP
 KVM_MMU_CR4_ROLE_BITS: Final = (
     X86_CR4_PSE | X86_CR4_PAE | X86_CR4_LA57 | X86_CR4_SMEP | X86_CR4_SMAP | X86_CR4_PKE
 )
+KVM_MMU_EFER_ROLE_BITS: Final = EFER_LME | EFER_NX
+# The bits of which a change reads the PDPTEs anew in PAE mode (regs.h); CR0.CD and CR0.NW are not modelled.
+X86_CR0_PDPTR_BITS: Final = X86_CR0_PG
+X86_CR4_PDPTR_BITS: Final = X86_CR4_PGE | X86_CR4_PSE | X86_CR4_PAE | X86_CR4_SMEP
 
 PG_LEVEL_4K: Final[int] = lib.PG_LEVEL_4K
 PG_LEVEL_2M: Final[int] = lib.PG_LEVEL_2M

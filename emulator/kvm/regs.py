@@ -6,24 +6,33 @@ CR4.PGE and CR3 without an exit; the hardware makes their flushes, on the pCPU w
 
 from __future__ import annotations
 
+from typing import Final, NamedTuple
+
 from emulator.kvm.accounting import flush_elided
 from emulator.kvm.kvm_host import (
+    EFER_LMA,
+    EFER_LME,
     INVPCID_TYPE_INDIV_ADDR,
     INVPCID_TYPE_SINGLE_CTXT,
     KVM_MMU_CR0_ROLE_BITS,
     KVM_MMU_CR4_ROLE_BITS,
+    KVM_MMU_EFER_ROLE_BITS,
+    KVM_REQ_LOAD_MMU_PGD,
     KVM_REQ_MMU_SYNC,
     KVM_REQ_TLB_FLUSH_CURRENT,
     KVM_REQ_TLB_FLUSH_GUEST,
+    X86_CR0_PDPTR_BITS,
     X86_CR0_PG,
     X86_CR0_WP,
     X86_CR3_PCID_MASK,
     X86_CR3_PCID_NOFLUSH,
     X86_CR4_PAE,
     X86_CR4_PCIDE,
+    X86_CR4_PDPTR_BITS,
     X86_CR4_PGE,
     X86_CR4_SMEP,
 )
+from emulator.kvm.mmu.guest_walk import PT_PRESENT_MASK
 from emulator.kvm.mmu.roots import (
     kvm_init_mmu,
     kvm_mmu_free_roots,
@@ -34,10 +43,29 @@ from emulator.kvm.mmu.roots import (
 )
 from emulator.kvm.mmu.structs import KvmMmuRootInfo
 from emulator.kvm.mmu.sync import kvm_mmu_invalidate_addr_in_root
-from emulator.kvm.structs import Vcpu, tdp_enabled
+from emulator.kvm.structs import Vcpu, is_long_mode, is_pae_paging, is_paging, tdp_enabled
+from emulator.kvm.virt.guest_memory import kvm_is_visible_memslot, kvm_read_guest_word
 from emulator.kvm.virt.requests import kvm_make_request
+from emulator.kvm.virt.slots import gfn_to_memslot
 from emulator.machine.runtime import Cpu
-from native import lib
+from native import ffi, lib
+
+# pdptr_rsvd_bits(): bits 2:1 and 8:5, beside those beyond MAXPHYADDR.
+PDPTR_RSVD_BITS: Final = 0x1E6
+
+
+class Sregs(NamedTuple):
+    """The registers of struct kvm_sregs that decide about roots and flushes."""
+
+    cr0: int
+    cr3: int
+    cr4: int
+    efer: int
+
+
+def sregs_of(vcpu: Vcpu) -> Sregs:
+    """__get_sregs()"""
+    return Sregs(vcpu.arch.cr0, vcpu.arch.cr3, vcpu.arch.cr4, vcpu.arch.efer)
 
 
 def request_guest_flush(cpu: Cpu, vcpu: Vcpu, req: int) -> None:
@@ -53,11 +81,44 @@ def request_guest_flush(cpu: Cpu, vcpu: Vcpu, req: int) -> None:
         kvm_make_request(cpu, vcpu, req)
 
 
-def kvm_set_cr0(cpu: Cpu, vcpu: Vcpu, cr0: int) -> None:
-    """kvm_set_cr0()"""
-    old_cr0, vcpu.arch.cr0 = vcpu.arch.cr0, cr0
+def load_pdptrs(cpu: Cpu, vcpu: Vcpu, cr3: int) -> bool:
+    """load_pdptrs(): read the four PDPTEs of PAE paging, as the CPU does; return False if it would fault.
+
+    They are registers from then on.  Without EPT the roots below the current one were found by the old ones.
+    """
+    kvm = vcpu.kvm
+    slot = gfn_to_memslot(kvm, cr3 >> 12, int(vcpu.arch.smm))
+    if slot is None or not kvm_is_visible_memslot(slot):
+        return False
+    read = [kvm_read_guest_word(cpu, kvm, slot, cr3 >> 12, (cr3 & 0xFE0) // 8 + i) for i in range(4)]
+    first, second, third, fourth = read
+    if first is None or second is None or third is None or fourth is None:
+        return False
+    pdptrs = (first, second, third, fourth)
+    if any(pdpte & PT_PRESENT_MASK and pdpte & PDPTR_RSVD_BITS for pdpte in pdptrs):
+        return False
+    if not tdp_enabled(kvm) and pdptrs != vcpu.arch.pdptrs:
+        current = vcpu.root_mmu.root
+        kvm_mmu_free_roots(cpu, kvm, vcpu.root_mmu, lambda root: root is current)
+    vcpu.arch.pdptrs = pdptrs
+    lib.vcpu_set_pdptrs(cpu.m, vcpu.id, ffi.new("uint64_t[]", pdptrs))
+    kvm_make_request(cpu, vcpu, KVM_REQ_LOAD_MMU_PGD)
+    return True
+
+
+def kvm_set_cr0(cpu: Cpu, vcpu: Vcpu, cr0: int) -> bool:
+    """kvm_set_cr0(): return False if the guest gets a general-protection fault instead."""
+    arch, old_cr0 = vcpu.arch, vcpu.arch.cr0
+    pae, paging = bool(arch.cr4 & X86_CR4_PAE), bool(cr0 & X86_CR0_PG)
+    if arch.efer & EFER_LME and paging and not pae:
+        return False
+    loads = not arch.efer & EFER_LME and paging and pae and (cr0 ^ old_cr0) & X86_CR0_PDPTR_BITS
+    if loads and not load_pdptrs(cpu, vcpu, arch.cr3):
+        return False
+    arch.cr0 = cr0
     vcpu.kvm.x86_ops.set_cr0(cpu, vcpu, old_cr0, cr0)
     kvm_post_set_cr0(cpu, vcpu, old_cr0, cr0)
+    return True
 
 
 def kvm_post_set_cr0(cpu: Cpu, vcpu: Vcpu, old_cr0: int, cr0: int) -> None:
@@ -93,10 +154,36 @@ def paging_turned_off(cpu: Cpu, vcpu: Vcpu) -> None:
         request_guest_flush(cpu, vcpu, KVM_REQ_TLB_FLUSH_GUEST)
 
 
-def kvm_set_cr4(cpu: Cpu, vcpu: Vcpu, cr4: int) -> None:
-    """kvm_set_cr4()"""
-    old_cr4, vcpu.arch.cr4 = vcpu.arch.cr4, cr4
+def kvm_set_cr4(cpu: Cpu, vcpu: Vcpu, cr4: int) -> bool:
+    """kvm_set_cr4(): return False if the guest gets a general-protection fault instead."""
+    old_cr4 = vcpu.arch.cr4
+    if is_long_mode(vcpu):
+        if not cr4 & X86_CR4_PAE:
+            return False
+    else:
+        loads = is_paging(vcpu) and cr4 & X86_CR4_PAE and (cr4 ^ old_cr4) & X86_CR4_PDPTR_BITS
+        if loads and not load_pdptrs(cpu, vcpu, vcpu.arch.cr3):
+            return False
+    if (cr4 & ~old_cr4) & X86_CR4_PCIDE and not is_long_mode(vcpu):
+        return False
+    vcpu.arch.cr4 = cr4
+    vcpu.kvm.x86_ops.set_cr4(cpu, vcpu)
     kvm_post_set_cr4(cpu, vcpu, old_cr4, cr4)
+    return True
+
+
+def set_efer(cpu: Cpu, vcpu: Vcpu, efer: int) -> bool:
+    """set_efer(), of WRMSR: return False if the guest gets a general-protection fault instead.
+
+    EFER.LMA is read-only.  A change of NX changes how the guest's tables are read, so the roots are freed.
+    """
+    arch, old_efer = vcpu.arch, vcpu.arch.efer
+    if is_paging(vcpu) and (old_efer ^ efer) & EFER_LME:
+        return False
+    arch.efer = efer & ~EFER_LMA | old_efer & EFER_LMA
+    if (arch.efer ^ old_efer) & KVM_MMU_EFER_ROLE_BITS:
+        kvm_mmu_reset_context(cpu, vcpu)
+    return True
 
 
 def kvm_post_set_cr4(cpu: Cpu, vcpu: Vcpu, old_cr4: int, cr4: int) -> None:
@@ -155,14 +242,19 @@ def kvm_get_pcid(vcpu: Vcpu, pgd: int) -> int:
     return pgd & X86_CR3_PCID_MASK if vcpu.arch.cr4 & X86_CR4_PCIDE else 0
 
 
-def kvm_set_cr3(cpu: Cpu, vcpu: Vcpu, cr3: int) -> None:
-    """kvm_set_cr3(): with EPT called from the emulator only, as for RSM, because MOV CR3 does not exit."""
+def kvm_set_cr3(cpu: Cpu, vcpu: Vcpu, cr3: int) -> bool:
+    """kvm_set_cr3(): return False if the guest gets a general-protection fault instead.
+
+    With EPT called from the emulator only, as for RSM, because MOV CR3 does not exit.
+    """
     skip_tlb_flush = False
     pcid = 0
     if vcpu.arch.cr4 & X86_CR4_PCIDE:
         skip_tlb_flush = bool(cr3 & X86_CR3_PCID_NOFLUSH)
         cr3 &= ~X86_CR3_PCID_NOFLUSH
         pcid = cr3 & X86_CR3_PCID_MASK
+    if is_pae_paging(vcpu) and not load_pdptrs(cpu, vcpu, cr3):
+        return False
     if cr3 != vcpu.arch.cr3:
         kvm_mmu_new_pgd(cpu, vcpu, cr3)
     vcpu.arch.cr3 = cr3
@@ -170,6 +262,7 @@ def kvm_set_cr3(cpu: Cpu, vcpu: Vcpu, cr3: int) -> None:
         kvm_invalidate_pcid(cpu, vcpu, pcid)
     elif not tdp_enabled(vcpu.kvm) and vcpu.kvm.policy.noflush_root(cpu, vcpu) == "sync":
         kvm_make_request(cpu, vcpu, KVM_REQ_MMU_SYNC)
+    return True
 
 
 def kvm_invalidate_pcid(cpu: Cpu, vcpu: Vcpu, pcid: int) -> None:
@@ -220,19 +313,23 @@ def kvm_handle_invpcid(cpu: Cpu, vcpu: Vcpu, kind: int, pcid: int, addr: int) ->
         request_guest_flush(cpu, vcpu, KVM_REQ_TLB_FLUSH_GUEST)
 
 
-def set_sregs(cpu: Cpu, vcpu: Vcpu, cr0: int, cr4: int) -> None:
+def set_sregs(cpu: Cpu, vcpu: Vcpu, sregs: Sregs) -> None:
     """__set_sregs(), of KVM_SET_SREGS: user space gives the vCPU other control registers.
 
     Decision sregs_flush.  Neither kvm_post_set_cr0() nor kvm_post_set_cr4() is called, so none of their
-    flushes is made.  The registers are set before the role is computed and a root looked up.
+    flushes is made; nor is a root looked up by the new CR3, which kvm_mmu_load() finds later.  The registers
+    are set before the role is computed.
     """
     arch = vcpu.arch
-    old_cr0, old_cr4 = arch.cr0, arch.cr4
-    arch.cr0, arch.cr4 = cr0, cr4
-    if (old_cr0, old_cr4) == (cr0, cr4):
+    old = sregs_of(vcpu)
+    arch.cr0, arch.cr3, arch.cr4, arch.efer = sregs
+    if old == sregs and not is_pae_paging(vcpu):
         return
-    vcpu.kvm.x86_ops.set_cr0(cpu, vcpu, old_cr0, cr0)
-    invalidates_by_cr4(cpu, vcpu, old_cr4, cr4)
+    vcpu.kvm.x86_ops.set_cr0(cpu, vcpu, old.cr0, sregs.cr0)
+    vcpu.kvm.x86_ops.set_cr4(cpu, vcpu)
+    if is_pae_paging(vcpu):
+        load_pdptrs(cpu, vcpu, sregs.cr3)
+    invalidates_by_cr4(cpu, vcpu, old.cr4, sregs.cr4)
     kvm_mmu_reset_context(cpu, vcpu)
     if vcpu.kvm.policy.sregs_flush(cpu, vcpu) == "guest":
         request_guest_flush(cpu, vcpu, KVM_REQ_TLB_FLUSH_GUEST)

@@ -45,7 +45,7 @@ def power_on(cpu: Cpu, vcpu: Vcpu, pcid: bool) -> None:
         if pcid:
             vcpu.arch.cr4 |= X86_CR4_PCIDE
         return
-    vcpu.arch.cr0 = vcpu.arch.cr3 = vcpu.arch.cr4 = 0
+    vcpu.arch.cr0 = vcpu.arch.cr3 = vcpu.arch.cr4 = vcpu.arch.efer = 0
     kvm_mmu_reset_context(cpu, vcpu)
     lib.guest_power_on(cpu.m, vcpu.id)
 
@@ -63,6 +63,8 @@ def kvm_vcpu_reset(cpu: Cpu, vcpu: Vcpu, init_event: bool) -> None:
     vcpu.kvm.x86_ops.vcpu_reset(cpu, vcpu)
     arch.cr3 = arch.cr0 = arch.cr4 = 0
     vcpu.kvm.x86_ops.set_cr0(cpu, vcpu, old_cr0, arch.cr0)
+    arch.efer = 0
+    vcpu.kvm.x86_ops.set_cr4(cpu, vcpu)
     if old_cr0 & X86_CR0_PG:
         kvm_make_request(cpu, vcpu, KVM_REQ_TLB_FLUSH_GUEST)
         kvm_mmu_reset_context(cpu, vcpu)

@@ -9,6 +9,7 @@ emulator_leave_smm  the guest executed RSM
 from __future__ import annotations
 
 from emulator.kvm.kvm_host import (
+    EFER_LMA,
     KVM_REQ_EVENT,
     KVM_REQ_SMI,
     X86_CR0_PE,
@@ -18,7 +19,7 @@ from emulator.kvm.kvm_host import (
     X86_CR4_PCIDE,
 )
 from emulator.kvm.mmu.roots import kvm_mmu_reset_context
-from emulator.kvm.regs import kvm_set_cr0, kvm_set_cr3, kvm_set_cr4
+from emulator.kvm.regs import kvm_set_cr0, kvm_set_cr3, kvm_set_cr4, set_efer
 from emulator.kvm.structs import Vcpu
 from emulator.kvm.virt.requests import kvm_make_request, kvm_vcpu_kick
 from emulator.machine.runtime import Cpu
@@ -54,10 +55,10 @@ def enter_smm(cpu: Cpu, vcpu: Vcpu) -> None:
     """
     cpu.stat(vcpu.kvm.id, lib.STAT_SMIS)
     arch = vcpu.arch
-    arch.smram = (arch.cr0, arch.cr3, arch.cr4)
+    arch.smram = (arch.cr0, arch.cr3, arch.cr4, arch.efer)
     kvm_smm_changed(cpu, vcpu, entering_smm=True)
     arch.cr0 &= ~(X86_CR0_PE | X86_CR0_PG)
-    arch.cr4 = 0
+    arch.cr4 = arch.efer = 0
     lib.vcpu_set_smm(cpu.m, vcpu.id, 1)
     kvm_mmu_reset_context(cpu, vcpu)
 
@@ -75,7 +76,10 @@ def emulator_leave_smm(cpu: Cpu, vcpu: Vcpu) -> None:
             kvm_set_cr0(cpu, vcpu, arch.cr0 & ~(X86_CR0_PG | X86_CR0_PE))
         if arch.cr4 & X86_CR4_PAE:
             kvm_set_cr4(cpu, vcpu, arch.cr4 & ~X86_CR4_PAE)
-        rsm_enter_protected_mode(cpu, vcpu, *arch.smram)
+        set_efer(cpu, vcpu, 0)
+        *registers, efer = arch.smram
+        set_efer(cpu, vcpu, efer & ~EFER_LMA)
+        rsm_enter_protected_mode(cpu, vcpu, *registers)
     finally:
         arch.leaving_smm = False
 

@@ -14,6 +14,9 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Protocol
 
 from emulator.kvm.kvm_host import (
+    EFER_LMA,
+    EFER_LME,
+    EFER_NX,
     KVM_MEM_LOG_DIRTY_PAGES,
     KVM_MEMSLOT_INVALID,
     PG_LEVEL_512G,
@@ -252,16 +255,19 @@ def tdp_mmu_enabled(kvm: Kvm) -> bool:
 class VcpuArch:
     """The registers of struct kvm_vcpu_arch that decide about roots and flushes, as a 64-bit OS sets them.
 
-    `smram`: the registers that enter_smm() saved.
+    `smram`: the registers that enter_smm() saved.  pdptrs: the PDPTEs of a guest in PAE mode, as they were
+    when it loaded CR3 last.
     """
 
     __slots__ = (
         "cr0",
         "cr3",
         "cr4",
+        "efer",
         "guest_mode",
         "init_latched",
         "leaving_smm",
+        "pdptrs",
         "smi_pending",
         "smm",
         "smram",
@@ -271,12 +277,14 @@ class VcpuArch:
         self.cr0 = X86_CR0_PE | X86_CR0_WP | X86_CR0_PG
         self.cr3 = 0
         self.cr4 = X86_CR4_PAE | X86_CR4_PGE
+        self.efer = EFER_LME | EFER_LMA | EFER_NX
+        self.pdptrs: tuple[int, int, int, int] = (0, 0, 0, 0)
         self.smm = False  # hflags & HF_SMM_MASK
         self.guest_mode = False  # hflags & HF_GUEST_MASK: it runs a nested guest
         self.leaving_smm = False  # in RSM: registers change that the guest does not run with
         self.smi_pending = False
         self.init_latched = False  # KVM_APIC_INIT in pending_events, while in SMM
-        self.smram: tuple[int, int, int] = (0, 0, 0)  # CR0, CR3, CR4
+        self.smram: tuple[int, int, int, int] = (0, 0, 0, 0)  # CR0, CR3, CR4, EFER
 
 
 class Vcpu:
@@ -333,3 +341,18 @@ class Vcpu:
 
     def __repr__(self) -> str:
         return f"<vCPU {self.id} of VM {self.kvm.id}>"
+
+
+def is_paging(vcpu: Vcpu) -> bool:
+    """is_paging()"""
+    return bool(vcpu.arch.cr0 & X86_CR0_PG)
+
+
+def is_long_mode(vcpu: Vcpu) -> bool:
+    """is_long_mode()"""
+    return bool(vcpu.arch.efer & EFER_LMA)
+
+
+def is_pae_paging(vcpu: Vcpu) -> bool:
+    """is_pae_paging(): return whether the guest is in 32-bit mode with CR4.PAE set, and has PDPTEs."""
+    return not is_long_mode(vcpu) and bool(vcpu.arch.cr4 & X86_CR4_PAE) and is_paging(vcpu)

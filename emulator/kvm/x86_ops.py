@@ -35,6 +35,9 @@ class KvmX86Ops(Protocol):
     def set_cr0(self, cpu: Cpu, vcpu: Vcpu, old_cr0: int, cr0: int) -> None:
         """Give the hardware the guest's CR0."""
 
+    def set_cr4(self, cpu: Cpu, vcpu: Vcpu) -> None:
+        """Give the hardware the guest's CR4, which arch.cr4 is by now."""
+
     def handle_exit(self, cpu: Cpu, vcpu: Vcpu) -> ExitToUser | None:
         """Handle the exit; return why KVM_RUN ends, or None to enter again."""
 

@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING, ClassVar
 
 from emulator.errors import shown
 from emulator.kvm import kvm_host
-from emulator.kvm.regs import kvm_set_cr0, kvm_set_cr3, kvm_set_cr4, set_sregs
+from emulator.kvm.regs import kvm_set_cr0, kvm_set_cr3, kvm_set_cr4, set_efer, set_sregs, sregs_of
 from emulator.kvm.reset import apic_send_init
 from emulator.kvm.smm import emulator_leave_smm, kvm_inject_smi
 from emulator.kvm.structs import tdp_enabled
@@ -20,7 +20,7 @@ from emulator.litmus.syntax import (
     VcpuOp,
     check_huge,
 )
-from emulator.machine.runtime import HPAGE_PMD_NR
+from emulator.machine.runtime import HPAGE_PMD_NR, MachineError
 from native import lib
 
 if TYPE_CHECKING:
@@ -254,9 +254,14 @@ class _ControlRegister(VcpuOp):
         return self.verb
 
     def changed(self, value: int) -> int:
-        name = f"X86_{self.register()}_{self.name('bit')}".upper()
-        mask: int = getattr(kvm_host, name)
+        name = f"{self.register()}_{self.name('bit')}".upper()
+        mask: int = getattr(kvm_host, name if name.startswith("EFER") else f"X86_{name}")
         return value | mask if self.number("value") else value & ~mask
+
+    def complete(self, done: bool) -> None:
+        """Fail if the guest has got a general-protection fault, which a litmus guest does not handle."""
+        if not done:
+            raise MachineError(f"{self.text!r} is a general-protection fault (kvm_complete_insn_gp)")
 
 
 class Cr0(_ControlRegister):
@@ -265,7 +270,7 @@ class Cr0(_ControlRegister):
     bits = ("wp", "pg")
 
     def run(self, context: Context) -> None:
-        kvm_set_cr0(context.cpu, context.vcpu, self.changed(context.vcpu.arch.cr0))
+        self.complete(kvm_set_cr0(context.cpu, context.vcpu, self.changed(context.vcpu.arch.cr0)))
 
 
 class Cr4(_ControlRegister):
@@ -278,9 +283,18 @@ class Cr4(_ControlRegister):
 
     def run(self, context: Context) -> None:
         cpu, vcpu = context.cpu, context.vcpu
-        kvm_set_cr4(cpu, vcpu, self.changed(vcpu.arch.cr4))
+        self.complete(kvm_set_cr4(cpu, vcpu, self.changed(vcpu.arch.cr4)))
         if self.name("bit") == "pcide":
             lib.vcpu_set_pcide(cpu.m, vcpu.id, self.number("value"))
+
+
+class Efer(_ControlRegister):
+    verb = "efer"
+    doc = "The guest executes WRMSR of EFER, which sets or clears BIT (lme, nx) and exits to KVM."
+    bits = ("lme", "nx")
+
+    def run(self, context: Context) -> None:
+        self.complete(set_efer(context.cpu, context.vcpu, self.changed(context.vcpu.arch.efer)))
 
 
 class SetSregs(_ControlRegister):
@@ -292,17 +306,16 @@ class SetSregs(_ControlRegister):
     bits = (*Cr0.bits, "pge", "smep", "smap")
 
     def run(self, context: Context) -> None:
-        arch = context.vcpu.arch
-        cr0, cr4 = arch.cr0, arch.cr4
+        sregs = sregs_of(context.vcpu)
         if self.name("bit") in Cr0.bits:
-            cr0 = self.changed(cr0)
+            sregs = sregs._replace(cr0=self.changed(sregs.cr0))
         else:
-            cr4 = self.changed(cr4)
-        set_sregs(context.cpu, context.vcpu, cr0, cr4)
+            sregs = sregs._replace(cr4=self.changed(sregs.cr4))
+        set_sregs(context.cpu, context.vcpu, sregs)
 
     def register(self) -> str:
         return Cr0.verb if self.name("bit") in Cr0.bits else Cr4.verb
 
 
 GUEST_OPS: tuple[type[Op], ...] = (Read, Write, Exec, Map, Unmap, Protect, Invlpg, Invpcid, MovCr3)
-VCPU_OPS: tuple[type[Op], ...] = (Join, Migrate, Preempt, Exit, Smi, Rsm, Init, Cr0, Cr4, SetSregs)
+VCPU_OPS: tuple[type[Op], ...] = (Join, Migrate, Preempt, Exit, Smi, Rsm, Init, Cr0, Cr4, Efer, SetSregs)

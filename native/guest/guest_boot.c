@@ -101,8 +101,11 @@ static uint32_t boot_without_ept(struct walk *w)
 		r = os_boot_tables(w);
 		if (r != WALK_DONE)
 			return exit_of(w, r);
-		g->boot = GUEST_BOOT_CR3;
+		g->boot = GUEST_BOOT_EFER;
 		return exit_instruction(w, GUEST_INSN_MOV_CR4, CR4_PAE | CR4_PGE);
+	case GUEST_BOOT_EFER:
+		g->boot = GUEST_BOOT_CR3;
+		return exit_instruction(w, GUEST_INSN_WRMSR_EFER, EFER_LME | EFER_NX);
 	case GUEST_BOOT_CR3:
 		g->boot = GUEST_BOOT_CR0;
 		return exit_instruction(w, GUEST_INSN_MOV_CR3, p->cr3_gfn << 12);
@@ -118,8 +121,8 @@ static uint32_t boot_without_ept(struct walk *w)
 	}
 }
 
-/* SDM vol. 3A, 10.8.5: the OS prepares four-level paging in CR4, enables it with CR0.PG, then sets CR4.PCIDE.  With EPT, KVM
- * intercepts MOV to CR0 and CR4, and leaves CR3 to the guest. */
+/* SDM vol. 3A, 10.8.5: the OS prepares four-level paging in CR4 and EFER, enables it with CR0.PG, then sets CR4.PCIDE.  With
+ * EPT, KVM intercepts MOV to CR0 and CR4, and leaves CR3 to the guest. */
 uint32_t guest_boot_step(struct walk *w)
 {
 	struct guest *g = w->guest;
@@ -128,8 +131,11 @@ uint32_t guest_boot_step(struct walk *w)
 		return boot_without_ept(w);
 	switch (g->boot) {
 	case GUEST_BOOT_CR4:
-		g->boot = GUEST_BOOT_CR0;
+		g->boot = GUEST_BOOT_EFER;
 		return exit_instruction(w, GUEST_INSN_MOV_CR4, CR4_PAE | CR4_PGE);
+	case GUEST_BOOT_EFER:
+		g->boot = GUEST_BOOT_CR0;
+		return exit_instruction(w, GUEST_INSN_WRMSR_EFER, EFER_LME | EFER_NX);
 	case GUEST_BOOT_CR0:
 		g->boot = g->config.pcid ? GUEST_BOOT_PCIDE : GUEST_BOOT_DONE;
 		return exit_instruction(w, GUEST_INSN_MOV_CR0, CR0_PE | CR0_WP | CR0_PG);

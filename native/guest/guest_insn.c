@@ -1,6 +1,8 @@
 /* See guest_insn.h. */
 #include "guest/guest_insn.h"
 
+#include <string.h>
+
 #include "core/machine_types.h"
 #include "vm/guest_state.h"
 #include "vm/vm.h"
@@ -67,6 +69,21 @@ void vcpu_set_paging(struct machine *m, uint32_t vcpu, int on)
 
 	g->config.paging = on != 0;
 	g->space++;
+}
+
+void vcpu_set_tables(struct machine *m, uint32_t vcpu, uint32_t tables)
+{
+	struct guest *g = m->vcpus[vcpu].guest;
+
+	if (g->tables == tables)
+		return;
+	g->tables = tables;
+	g->space++;
+}
+
+void vcpu_set_pdptrs(struct machine *m, uint32_t vcpu, const uint64_t *pdptes)
+{
+	memcpy(m->vcpus[vcpu].guest->pdpte, pdptes, sizeof(m->vcpus[vcpu].guest->pdpte));
 }
 
 void vcpu_set_pcide(struct machine *m, uint32_t vcpu, int on)

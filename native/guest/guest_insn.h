@@ -20,18 +20,21 @@ enum x86_cr_bit {
 	X86_CR4_PAE_BIT = 5,
 	X86_CR4_PGE_BIT = 7,
 	X86_CR4_PCIDE_BIT = 17,
+	EFER_LME_BIT = 8, /* asm/msr-index.h */
+	EFER_NX_BIT = 11,
 };
 
 enum guest_insn {
 	GUEST_INSN_NONE,
 	GUEST_INSN_MOV_CR0,
-	GUEST_INSN_MOV_CR3,    /* operand: address of the PML4 table, PCID, and bit 63 to flush nothing */
+	GUEST_INSN_MOV_CR3,    /* operand: address of the top table, PCID, and bit 63 to flush nothing; no exit with EPT */
 	GUEST_INSN_MOV_CR4,
 	GUEST_INSN_RSM,
 	GUEST_INSN_TOGGLE_PGE, /* no exit: CR4.PGE is the guest's own, and so is the flush */
 	/* Without EPT; the guest's own, as they are chosen by its OS or its program. */
 	GUEST_INSN_INVLPG,     /* operand: linear address, canonical */
 	GUEST_INSN_INVPCID,    /* operand: linear address, canonical; exit.invpcid_type, exit.invpcid_pcid */
+	GUEST_INSN_WRMSR_EFER, /* exits with EPT and without */
 };
 
 /* Any thread: make the vCPU execute this instruction before its next access.  If it exits, the VM exit is
@@ -49,6 +52,12 @@ void vcpu_set_smm(struct machine *m, uint32_t vcpu, int on);
 /* Set or clear CR0.PG. */
 /* call: aside */
 void vcpu_set_paging(struct machine *m, uint32_t vcpu, int on);
+/* Set the paging mode that applies while CR0.PG is set (enum guest_tables). */
+/* call: aside */
+void vcpu_set_tables(struct machine *m, uint32_t vcpu, uint32_t tables);
+/* Set the four PDPTE registers of GUEST_TABLES_PAE, which the CPU does not read again until the next MOV to CR3. */
+/* call: aside */
+void vcpu_set_pdptrs(struct machine *m, uint32_t vcpu, const uint64_t *pdptes);
 /* Set or clear CR4.PCIDE of a guest that runs a program.  Processes keep the PCIDs that they were added with. */
 /* call: aside */
 void vcpu_set_pcide(struct machine *m, uint32_t vcpu, int on);

@@ -88,7 +88,8 @@ enum walk_result os_page_fault(struct walk *w, uint64_t page, uint32_t type)
 	if (w->vmcs->ept)
 		page_fault_invalidate(w->tlb, page);
 	count(w->cpu->counters, COUNT_GUEST_FAULTS, 1);
-	if (!gp)
+	/* This OS writes tables of 4-level paging only. */
+	if (!gp || g->tables != GUEST_TABLES_64)
 		return WALK_GUEST_FAULT;
 	if (gp->gfn == GUEST_NO_GFN) {
 		r = os_map(w, p, page, gp);

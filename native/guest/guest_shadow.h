@@ -16,6 +16,8 @@
 #define CR4_PAE (UINT64_C(1) << X86_CR4_PAE_BIT)
 #define CR4_PGE (UINT64_C(1) << X86_CR4_PGE_BIT)
 #define CR4_PCIDE (UINT64_C(1) << X86_CR4_PCIDE_BIT)
+#define EFER_LME (UINT64_C(1) << EFER_LME_BIT)
+#define EFER_NX (UINT64_C(1) << EFER_NX_BIT)
 
 /* Return the linear page by which the OS reaches a page of guest memory. */
 static inline uint64_t os_linear(const struct guest *g, uint64_t gfn)

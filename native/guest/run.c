@@ -9,6 +9,7 @@
 #include "guest/access.h"
 #include "guest/guest.h"
 #include "guest/guest_boot.h"
+#include "guest/guest_cr3.h"
 #include "guest/guest_insn.h"
 #include "guest/guest_os.h"
 #include "guest/guest_shadow.h"
@@ -181,12 +182,21 @@ static uint32_t step(struct run *run)
 		return smm(run);
 	if (g->boot)
 		return guest_boot_step(&run->walk);
+	if (g->moves_to_cr3) {
+		r = os_mov_cr3(w);
+		if (r != WALK_DONE)
+			return exit_of(w, r);
+	}
 	insn = guest_take_insn(g, &operand);
 	if (insn == GUEST_INSN_TOGGLE_PGE) {
 		count(w->cpu->counters, COUNT_GUEST_INVALIDATIONS, 1);
 		if (!w->vmcs->ept)
 			return toggle_pge(run);
 		invpcid_all(w->tlb);
+	} else if (insn == GUEST_INSN_MOV_CR3 && w->vmcs->ept && g->config.paging) {
+		g->new_cr3 = operand;
+		g->moves_to_cr3 = true;
+		return EXIT_REASONS;
 	} else if (insn) {
 		return exit_instruction(&run->walk, insn, operand);
 	}

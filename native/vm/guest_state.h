@@ -58,6 +58,14 @@ struct vcpu_exit {
 	uint64_t invpcid_pcid;
 };
 
+/* The paging modes of a guest with CR0.PG (SDM vol. 3A, 4.1.1). */
+enum guest_tables {
+	GUEST_TABLES_64,     /* 4-level paging */
+	GUEST_TABLES_PAE,    /* three levels, of which the highest is in registers */
+	GUEST_TABLES_32,     /* 32-bit paging: two levels, entries of 4 bytes */
+	GUEST_TABLES_32_PSE, /* and pages of 4 MiB */
+};
+
 /* The error code of a page fault (SDM vol. 3A, 4.7). */
 enum pferr {
 	PFERR_PRESENT = 1,
@@ -72,6 +80,7 @@ enum {
 	GUEST_PROCESSES = 16,
 	GUEST_KERNEL_PAGES = 8,
 	GUEST_LEVELS = 4,
+	GUEST_PDPTES = 4,
 };
 
 /* SDM vol. 3A, 4.5.4: entries of 4-level paging. */
@@ -83,6 +92,8 @@ enum {
 #define GPTE_PAGE_SIZE UINT64_C(0x80)
 #define GPTE_GLOBAL UINT64_C(0x100)
 #define GPTE_ADDRESS UINT64_C(0x000ffffffffff000)
+/* SDM vol. 3A, 4.3: bits 16:13 of an entry for 4 MiB are bits 35:32 of its address. */
+#define GPTE32_PSE36 UINT64_C(0x1e000)
 
 #define GUEST_PAGE_MASK ((UINT64_C(1) << 36) - 1)
 #define GUEST_KERNEL_BASE UINT64_C(0x800000000) /* page number of 0xffff800000000000, 36 bits */
@@ -131,6 +142,7 @@ enum guest_event { GUEST_SWITCH, GUEST_UNMAP, GUEST_PROTECT, GUEST_WP, GUEST_HAL
 enum guest_boot_step {
 	GUEST_BOOT_DONE,
 	GUEST_BOOT_CR4,
+	GUEST_BOOT_EFER,
 	GUEST_BOOT_CR0,
 	GUEST_BOOT_PCIDE,
 	/* without EPT, where MOV to CR3 exits, too */
@@ -182,6 +194,8 @@ struct guest {
 	/* CR3: the current process's PML4 table, GUEST_NO_GFN until it has one, and PCID */
 	uint64_t cr3_gfn;
 	uint16_t pcid;
+	uint32_t tables;       /* enum guest_tables */
+	uint64_t pdpte[GUEST_PDPTES];
 	struct guest_process process[GUEST_PROCESSES];
 	uint32_t processes;
 	uint32_t current;
@@ -207,6 +221,9 @@ struct guest {
 	/* An instruction that exits (guest_insn.h), and SMM */
 	_Atomic uint32_t insn;
 	uint64_t insn_operand; /* released by insn */
+	/* With EPT: the operand of a MOV to CR3 that the guest is executing, if `moves_to_cr3`. */
+	uint64_t new_cr3;
+	bool moves_to_cr3;
 	struct guest_process smi_handler;
 	uint32_t smm;
 	uint32_t paging_outside_smm;

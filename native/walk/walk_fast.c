@@ -50,7 +50,8 @@ static inline uint64_t read_gpte(struct walk *w, uint64_t page, uint32_t type)
 	const struct psc_entry *table = psc_search_deepest(w->tlb, w->tlb->paged, page);
 	uint64_t gpte;
 
-	if (!table || !right_holds(w, table->right, table->hfn))
+	/* Entries of 4 bytes are walk_linear()'s. */
+	if (!table || w->guest->tables > GUEST_TABLES_PAE || !right_holds(w, table->right, table->hfn))
 		return 0;
 	/* Relaxed, as in walk_linear(). */
 	gpte = atomic_load_explicit(guest_word(w->m, table->hfn, page & 511), memory_order_relaxed);

@@ -13,6 +13,45 @@
 #include "vm/vm.h"
 #include "walk/walk.h"
 
+/* SDM vol. 3A, 4.3 to 4.5.  levels: of tables in memory; bits: of an address that index a table. */
+struct format {
+	uint8_t levels, bits, entry_bytes, huge_level;
+};
+
+static const struct format formats[] = {
+	[GUEST_TABLES_64] = { GUEST_LEVELS, 9, 8, 2 },
+	[GUEST_TABLES_PAE] = { 2, 9, 8, 2 },
+	[GUEST_TABLES_32] = { 2, 10, 4, 0 },
+	[GUEST_TABLES_32_PSE] = { 2, 10, 4, 2 },
+};
+
+static const struct format *format_of(const struct walk *w)
+{
+	return &formats[w->guest->tables];
+}
+
+static uint32_t index_of(const struct format *f, uint64_t page, uint32_t level)
+{
+	return page >> (level - 1) * f->bits & ((1u << f->bits) - 1);
+}
+
+/* Entries of 4 bytes are halves of the words of guest memory. */
+static _Atomic uint64_t *entry_word(const struct walk *w, const struct format *f, uint32_t hfn, uint32_t index,
+				    uint32_t *shift)
+{
+	*shift = index * f->entry_bytes % sizeof(uint64_t) * 8;
+	return guest_word(w->m, hfn, (uint32_t)(index * f->entry_bytes / sizeof(uint64_t)));
+}
+
+static uint64_t read_entry(const struct walk *w, const struct format *f, uint32_t hfn, uint32_t index)
+{
+	uint32_t shift;
+	/* Relaxed: guest memory, which only the guest orders. */
+	uint64_t word = atomic_load_explicit(entry_word(w, f, hfn, index, &shift), memory_order_relaxed) >> shift;
+
+	return f->entry_bytes == sizeof(uint64_t) ? word : word & UINT32_MAX;
+}
+
 /* The guest table that the next step reads. */
 struct table {
 	uint64_t gfn;
@@ -96,6 +135,8 @@ static enum walk_result table_enter(struct walk *w, uint64_t gfn, uint32_t level
 static enum walk_result walk_begin(struct walk *w, uint64_t page, struct table *t)
 {
 	const struct psc_entry *p = psc_search(w->tlb, KIND_COMBINED, page);
+	const struct format *f = format_of(w);
+	uint64_t top = w->guest->cr3_gfn;
 	uint32_t right;
 
 	if (p) {
@@ -107,24 +148,33 @@ static enum walk_result walk_begin(struct walk *w, uint64_t page, struct table *
 		if (w->speculative)
 			return WALK_EXIT;
 	}
-	return table_enter(w, w->guest->cr3_gfn, GUEST_LEVELS, t, &right);
+	if (w->guest->tables == GUEST_TABLES_PAE) {
+		uint64_t pdpte = w->guest->pdpte[page >> 18 & (GUEST_PDPTES - 1)];
+
+		if (!(pdpte & GPTE_PRESENT))
+			return WALK_GUEST_FAULT;
+		top = (pdpte & GPTE_ADDRESS) >> 12;
+	}
+	return table_enter(w, top, f->levels, t, &right);
 }
 
 /* Set accessed and dirty flags: a guest write to the table page. */
 static enum walk_result set_flags(struct walk *w, const struct table *t, uint32_t index, uint64_t gpte,
 				  uint64_t flags)
 {
+	_Atomic uint64_t *word;
 	struct tlb_entry e;
 	enum walk_result r;
+	uint32_t shift;
 
 	if ((gpte & flags) == flags)
 		return WALK_DONE;
 	r = walk_physical(w, t->gfn, ACCESS_WRITE, &e);
 	if (r != WALK_DONE)
 		return r;
+	word = entry_word(w, format_of(w), e.hfn + (uint32_t)(t->gfn - e.page), index, &shift);
 	/* Relaxed: guest memory, which only the guest orders. */
-	atomic_fetch_or_explicit(guest_word(w->m, e.hfn + (uint32_t)(t->gfn - e.page), index), flags,
-				 memory_order_relaxed);
+	atomic_fetch_or_explicit(word, flags << shift, memory_order_relaxed);
 	return WALK_DONE;
 }
 
@@ -150,12 +200,15 @@ static void combine(struct walk *w, uint64_t page, uint64_t gpte, uint32_t guest
 static enum walk_result finish(struct walk *w, uint64_t page, uint32_t type, const struct table *t,
 			       uint64_t gpte, struct tlb_entry *out)
 {
-	uint32_t guest_size = t->level - 1, index = page >> guest_size * 9 & 511;
-	uint64_t offset = page & ((UINT64_C(1) << guest_size * 9) - 1);
-	uint64_t gfn = ((gpte & GPTE_ADDRESS) >> 12) + offset;
+	const struct format *f = format_of(w);
+	uint32_t guest_size = t->level - 1, index = index_of(f, page, t->level);
+	uint64_t below = (UINT64_C(1) << guest_size * f->bits) - 1;
+	uint64_t gfn = ((gpte & GPTE_ADDRESS) >> 12 & ~below) + (page & below);
 	uint64_t flags = GPTE_ACCESSED | (type == ACCESS_WRITE ? GPTE_DIRTY : 0);
 	enum walk_result r;
 
+	if (f->entry_bytes == sizeof(uint32_t) && guest_size)
+		gfn += (gpte & GPTE32_PSE36) << 7;
 	if (type == ACCESS_WRITE && !(gpte & GPTE_WRITABLE))
 		return WALK_GUEST_FAULT;
 	r = set_flags(w, t, index, gpte, flags);
@@ -171,17 +224,18 @@ static enum walk_result finish(struct walk *w, uint64_t page, uint32_t type, con
 
 enum walk_result walk_linear(struct walk *w, uint64_t page, uint32_t type, struct tlb_entry *out)
 {
+	const struct format *f = format_of(w);
 	struct table t;
 	enum walk_result r = walk_begin(w, page, &t);
 
 	while (r == WALK_DONE) {
-		uint32_t index = page >> (t.level - 1) * 9 & 511, right;
-		uint64_t gpte = atomic_load_explicit(guest_word(w->m, t.hfn, index), memory_order_relaxed);
+		uint32_t index = index_of(f, page, t.level), right;
+		uint64_t gpte = read_entry(w, f, t.hfn, index);
 
 		count(w->cpu->counters, COUNT_WALK_REFERENCES, 1);
 		if (!(gpte & GPTE_PRESENT))
 			return WALK_GUEST_FAULT;
-		if (t.level == 1 || (t.level == 2 && (gpte & GPTE_PAGE_SIZE)))
+		if (t.level == 1 || (t.level == f->huge_level && (gpte & GPTE_PAGE_SIZE)))
 			return finish(w, page, type, &t, gpte, out);
 		r = set_flags(w, &t, index, gpte, GPTE_ACCESSED);
 		if (r != WALK_DONE)

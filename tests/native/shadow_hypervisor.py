@@ -24,7 +24,7 @@ RIGHTS = lib.SPTE_WRITABLE | lib.SPTE_EXECUTABLE | lib.SPTE_USER
 _FIELDS = ("kind", "linear", "value", "flags")
 _INSNS = {
     getattr(lib, f"GUEST_INSN_{name}"): name
-    for name in ("MOV_CR0", "MOV_CR3", "MOV_CR4", "INVLPG", "INVPCID")
+    for name in ("MOV_CR0", "MOV_CR3", "MOV_CR4", "INVLPG", "INVPCID", "WRMSR_EFER")
 }
 
 
@@ -135,10 +135,7 @@ class ShadowHypervisor(Hypervisor):
 
     def instruction(self, cpu: CpuId, vcpu: VcpuId) -> None:
         insn, value, space = self.exit.access, self.exit.linear, self.space[vcpu]
-        names = {
-            getattr(lib, f"GUEST_INSN_{n}"): n for n in ("MOV_CR0", "MOV_CR3", "MOV_CR4", "INVLPG", "INVPCID")
-        }
-        name = names[insn]
+        name = _INSNS[insn]
         self.exits.append((name, value))
         if name == "MOV_CR0":
             paging = bool(value & CR0_PG)

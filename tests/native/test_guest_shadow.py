@@ -33,9 +33,9 @@ def test_the_os_boots_by_its_own_stores_and_enables_paging() -> None:
         vcpu = guest(machine, pcid=1)
         machine.run(CPU0, vcpu, 1000)
         names = [name for name, _ in machine.exits]
-        assert names[:5] == ["MOV_CR4", "MOV_CR3", "MOV_CR0", "MOV_CR4", "MOV_CR3"]
-        assert machine.exits[1][1] & 0xFFF == 0
-        assert machine.exits[4][1] & 0xFFF == 1
+        assert names[:6] == ["MOV_CR4", "WRMSR_EFER", "MOV_CR3", "MOV_CR0", "MOV_CR4", "MOV_CR3"]
+        assert machine.exits[2][1] & 0xFFF == 0
+        assert machine.exits[5][1] & 0xFFF == 1
         assert machine.violations() == {}
 
 
@@ -88,7 +88,8 @@ def test_a_reset_boots_the_os_again_on_its_former_tables() -> None:
             machine.exits.clear()
             machine.emulated = 0
             machine.run(CPU0, vcpu, 1500)
-            assert [name for name, _ in machine.exits[:3]] == ["MOV_CR4", "MOV_CR3", "MOV_CR0"]
+            names = [name for name, _ in machine.exits[:4]]
+            assert names == ["MOV_CR4", "WRMSR_EFER", "MOV_CR3", "MOV_CR0"]
             assert machine.emulated > len(tables)
         assert machine.violations() == {}
 

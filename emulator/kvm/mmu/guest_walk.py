@@ -1,30 +1,30 @@
-"""arch/x86/kvm/mmu/paging_tmpl.h, its first half: KVM walks the guest's tables.
+"""arch/x86/kvm/mmu/paging_tmpl.h, its first half: KVM walks the guest's tables, in the formats that it knows.
 
-For 4-level paging with 8-byte entries (SDM vol. 3A, 4.5.4).  A walk reads the guest's tables without a lock.
-Therefore a page fault (paging.py) calls gpte_changed() under mmu_lock for each entry that the walk used.
+A PagingFormat is the constants and bit tests of one type of entries (PTTYPE); a KvmPagewalk is that of one
+guest, in the mode that its registers choose (SDM vol. 3A, 4.1.1).  A walk reads the guest's tables without a
+lock.  Therefore a page fault (paging.py) calls gpte_changed() under mmu_lock for each entry that the walk
+used.
 """
 
 from __future__ import annotations
 
+from dataclasses import dataclass
 from typing import Final
 
-from emulator.kvm.kvm_host import (
-    PG_LEVEL_1G,
-    PG_LEVEL_4K,
-    PG_LEVEL_512G,
-    SPTE_ENT_PER_PAGE,
-    SPTE_LEVEL_BITS,
-    X86_CR0_WP,
-    X86_CR4_SMEP,
-    kvm_pages_per_hpage,
+from emulator.kvm.kvm_host import PG_LEVEL_1G, PG_LEVEL_2M, PG_LEVEL_4K, PG_LEVEL_512G
+from emulator.kvm.mmu.structs import (
+    ACC_EXEC_MASK,
+    ACC_READ_MASK,
+    ACC_USER_MASK,
+    ACC_WRITE_MASK,
+    KvmMmu,
 )
-from emulator.kvm.mmu.structs import ACC_EXEC_MASK, ACC_READ_MASK, ACC_USER_MASK, ACC_WRITE_MASK
 from emulator.kvm.structs import Vcpu
 from emulator.kvm.virt.guest_memory import (
-    kvm_cmpxchg_guest_word,
+    kvm_cmpxchg_guest_entry,
     kvm_is_visible_memslot,
-    kvm_read_guest_word,
-    kvm_read_guest_word_atomic,
+    kvm_read_guest_entry,
+    kvm_read_guest_entry_atomic,
 )
 from emulator.kvm.virt.slots import gfn_to_memslot, mark_page_dirty_in_slot
 from emulator.machine.runtime import Cpu
@@ -37,29 +37,167 @@ PT_GUEST_ACCESSED_MASK: Final = 1 << 5
 PT_GUEST_DIRTY_MASK: Final = 1 << 6
 PT_PAGE_SIZE_MASK: Final = 1 << 7
 PT64_NX_MASK: Final = 1 << 63
-PT_BASE_ADDR_MASK: Final = (1 << 52) - (1 << 12)
+# Bits 16:13 of an entry for 4 MiB are bits 35:32 of its address (PSE-36).
+PT32_DIR_PSE36_MASK: Final = 0xF << 13
 
 PFERR_PRESENT_MASK: Final[int] = lib.PFERR_PRESENT
 PFERR_WRITE_MASK: Final[int] = lib.PFERR_WRITE
 PFERR_USER_MASK: Final[int] = lib.PFERR_USER
+PFERR_RSVD_MASK: Final[int] = lib.PFERR_RSVD
 PFERR_FETCH_MASK: Final[int] = lib.PFERR_FETCH
 
+# Levels of the guest's top table.  PT32E_ROOT_LEVEL is that of the PDPTEs, which are no table in memory
+# while they are in use.
+PT32_ROOT_LEVEL: Final = PG_LEVEL_2M
+PT32E_ROOT_LEVEL: Final = PG_LEVEL_1G
 PT64_ROOT_4LEVEL: Final = PG_LEVEL_512G
+
+_ALL_RIGHTS: Final = ACC_READ_MASK | ACC_WRITE_MASK | ACC_USER_MASK | ACC_EXEC_MASK
+
+
+@dataclass(frozen=True, slots=True)
+class PagingFormat:
+    """The constants of paging_tmpl.h for one type of entries, and their bit tests.
+
+    level_bits: PT_LEVEL_BITS, the bits of an address that index a table.  entry_bytes: of pt_element_t.
+    base_addr_mask: PT_BASE_ADDR_MASK.  max_huge_level: the highest level at which bit 7 may end a walk.
+    """
+
+    name: str
+    level_bits: int
+    entry_bytes: int
+    base_addr_mask: int
+    max_huge_level: int
+
+    def index(self, addr: int, level: int) -> int:
+        """PT_INDEX()"""
+        return addr >> 12 + self.level_bits * (level - 1) & (1 << self.level_bits) - 1
+
+    def pages(self, level: int) -> int:
+        """Return how many pages an entry of that level maps."""
+        return 1 << self.level_bits * (level - 1)
+
+    def gpte_to_gfn_lvl(self, gpte: int, level: int) -> int:
+        """gpte_to_gfn_lvl(), with pse36_gfn_delta(): return the first gfn of a page of that level."""
+        gfn = (gpte & self.base_addr_mask) >> 12 & -self.pages(level)
+        if self.entry_bytes == 4 and level > PG_LEVEL_4K:
+            gfn += (gpte & PT32_DIR_PSE36_MASK) << 7
+        return gfn
+
+    def gpte_to_gfn(self, gpte: int) -> int:
+        """gpte_to_gfn()"""
+        return (gpte & self.base_addr_mask) >> 12
+
+    def is_present_gpte(self, gpte: int) -> bool:
+        """FNAME(is_present_gpte)"""
+        return bool(gpte & PT_PRESENT_MASK)
+
+    def gpte_access(self, gpte: int) -> int:
+        """FNAME(gpte_access): return the ACC_ bits of one entry of the guest's."""
+        access = ACC_READ_MASK
+        if gpte & PT_WRITABLE_MASK:
+            access |= ACC_WRITE_MASK
+        if gpte & PT_USER_MASK:
+            access |= ACC_USER_MASK
+        if not gpte & PT64_NX_MASK:
+            access |= ACC_EXEC_MASK
+        return access
+
+    def protect_clean_gpte(self, access: int, gpte: int) -> int:
+        """FNAME(protect_clean_gpte): take W while the guest's dirty flag is clear, so that the first write
+        faults."""
+        return access if gpte & PT_GUEST_DIRTY_MASK else access & ~ACC_WRITE_MASK
+
+
+PAGING64: Final = PagingFormat("paging64", 9, 8, (1 << 52) - (1 << 12), PG_LEVEL_1G)
+PAGING32: Final = PagingFormat("paging32", 10, 4, (1 << 32) - (1 << 12), PG_LEVEL_2M)
+
+
+@dataclass(frozen=True, slots=True)
+class KvmPagewalk:
+    """struct kvm_pagewalk, before 7.3 part of struct kvm_mmu: the mode in which a guest's tables are read.
+
+    level, cr0_wp, cr4_smep, cr4_pse, efer_nx: of cpu_role.
+    """
+
+    fmt: PagingFormat
+    level: int
+    cr0_wp: bool
+    cr4_smep: bool
+    cr4_pse: bool
+    efer_nx: bool
+
+    def guest_pgd(self, vcpu: Vcpu) -> int:
+        """kvm_mmu_get_guest_pgd(): return the address of the guest's top table."""
+        return vcpu.arch.cr3
+
+    def pdptr(self, vcpu: Vcpu, index: int) -> int:
+        """kvm_pdptr_read(): return a PDPTE as the last load of CR3 or of paging bits has read it."""
+        return vcpu.arch.pdptrs[index]
+
+    @property
+    def top_level(self) -> int:
+        """Return the level of the highest table in memory."""
+        return PT32_ROOT_LEVEL if self.level == PT32E_ROOT_LEVEL else self.level
+
+    def is_last_gpte(self, level: int, gpte: int) -> bool:
+        """FNAME(is_last_gpte): bit 7 of a 4-byte entry is ignored unless CR4.PSE is set."""
+        if level == PG_LEVEL_4K:
+            return True
+        pse = self.fmt.entry_bytes == 8 or self.cr4_pse
+        return level <= self.fmt.max_huge_level and pse and bool(gpte & PT_PAGE_SIZE_MASK)
+
+    def is_rsvd_bits_set(self, gpte: int) -> bool:
+        """FNAME(is_rsvd_bits_set), of bit 63 alone: it is reserved while EFER.NX is clear."""
+        return bool(gpte & PT64_NX_MASK) and not self.efer_nx
+
+    def permission_fault(self, access: int, pfec: int) -> int:
+        """permission_fault(): return the error code of the fault that the access causes, or 0."""
+        user = bool(pfec & PFERR_USER_MASK)
+        if user and not access & ACC_USER_MASK:
+            return PFERR_PRESENT_MASK
+        if pfec & PFERR_WRITE_MASK and not access & ACC_WRITE_MASK and (user or self.cr0_wp):
+            return PFERR_PRESENT_MASK
+        if pfec & PFERR_FETCH_MASK and (
+            not access & ACC_EXEC_MASK or (self.cr4_smep and not user and access & ACC_USER_MASK)
+        ):
+            return PFERR_PRESENT_MASK
+        return 0
+
+    def fault_bits(self, pfec: int) -> int:
+        """Return the bits of an error code that describe the access (has_pferr_fetch())."""
+        fetch = PFERR_FETCH_MASK if self.efer_nx or self.cr4_smep else 0
+        return pfec & (PFERR_WRITE_MASK | PFERR_USER_MASK | fetch)
+
+    def prefetch_invalid_gpte(self, gpte: int) -> bool:
+        """FNAME(prefetch_invalid_gpte): return whether the entry is not present, or was never used."""
+        return (
+            not self.fmt.is_present_gpte(gpte)
+            or not gpte & PT_GUEST_ACCESSED_MASK
+            or self.is_rsvd_bits_set(gpte)
+        )
+
+
+def pagewalk_of(mmu: KvmMmu) -> KvmPagewalk:
+    """Return the walk of the tables that the MMU shadows; a direct MMU has none."""
+    assert mmu.w is not None
+    return mmu.w
 
 
 class GuestWalker:
     """struct guest_walker: a walk of the guest's tables, by level.
 
     prefetch_ptes: entries of the table that gpte_changed() has read last, by index.
-    `level`: the last entry's.  pt_access[level]: the rights that the entries above permit a table of that
-    level; pte_access: those of the page.  error_code: of the fault that the walk ended with; None: it found
-    the page.
+    `level`: the last entry's.  max_level: the first one's.  pt_access[level]: the rights that the entries
+    above permit a table of that level; pte_access: those of the page.  error_code: of the fault that the walk
+    ended with; None: it found the page.
     """
 
     __slots__ = (
         "error_code",
         "gfn",
         "level",
+        "max_level",
         "prefetch_ptes",
         "pt_access",
         "pte_access",
@@ -67,113 +205,78 @@ class GuestWalker:
         "table_gfn",
     )
 
-    def __init__(self) -> None:
-        self.level = PT64_ROOT_4LEVEL
+    def __init__(self, level: int) -> None:
+        self.level = self.max_level = level
         self.gfn = 0
         self.prefetch_ptes: dict[int, int] = {}
         self.error_code: int | None = None
         self.pte_access = 0
-        self.table_gfn = [0] * (PT64_ROOT_4LEVEL + 1)
-        self.ptes = [0] * (PT64_ROOT_4LEVEL + 1)
-        self.pt_access = [0] * (PT64_ROOT_4LEVEL + 1)
+        self.table_gfn = [0] * (level + 1)
+        self.ptes = [0] * (level + 1)
+        self.pt_access = [0] * (level + 1)
 
 
-def gpte_access(gpte: int) -> int:
-    """gpte_access(): return the ACC_ bits of one entry of the guest's."""
-    access = ACC_READ_MASK
-    if gpte & PT_WRITABLE_MASK:
-        access |= ACC_WRITE_MASK
-    if gpte & PT_USER_MASK:
-        access |= ACC_USER_MASK
-    if not gpte & PT64_NX_MASK:
-        access |= ACC_EXEC_MASK
-    return access
-
-
-def protect_clean_gpte(access: int, gpte: int) -> int:
-    """protect_clean_gpte(): take W while the guest's dirty flag is clear, so that the first write faults."""
-    return access if gpte & PT_GUEST_DIRTY_MASK else access & ~ACC_WRITE_MASK
-
-
-def _index(addr: int, level: int) -> int:
-    return addr >> 12 + SPTE_LEVEL_BITS * (level - 1) & SPTE_ENT_PER_PAGE - 1
-
-
-def permission_fault(vcpu: Vcpu, access: int, pfec: int) -> int:
-    """permission_fault(): return the error code of the fault that the access causes, or 0."""
-    user = bool(pfec & PFERR_USER_MASK)
-    wp = bool(vcpu.arch.cr0 & X86_CR0_WP)
-    smep = bool(vcpu.arch.cr4 & X86_CR4_SMEP)
-    if user and not access & ACC_USER_MASK:
-        return PFERR_PRESENT_MASK
-    if pfec & PFERR_WRITE_MASK and not access & ACC_WRITE_MASK and (user or wp):
-        return PFERR_PRESENT_MASK
-    if pfec & PFERR_FETCH_MASK and (
-        not access & ACC_EXEC_MASK or (smep and not user and access & ACC_USER_MASK)
-    ):
-        return PFERR_PRESENT_MASK
-    return 0
-
-
-def walk_addr(cpu: Cpu, vcpu: Vcpu, addr: int, pfec: int) -> GuestWalker:
+def walk_addr(cpu: Cpu, vcpu: Vcpu, w: KvmPagewalk, addr: int, pfec: int) -> GuestWalker:
     """walk_addr_generic(): translate `addr` by the guest's tables, and set their accessed and dirty flags.
 
     The flags are set by compare-and-swap; if the guest changed the entry meanwhile, the walk starts over.
     """
     while True:
-        walker = _read_tables(cpu, vcpu, addr, pfec)
+        walker = _read_tables(cpu, vcpu, w, addr, pfec)
         if walker.error_code is not None:
             return walker
-        again = update_accessed_dirty_bits(cpu, vcpu, walker, addr, bool(pfec & PFERR_WRITE_MASK))
+        again = update_accessed_dirty_bits(cpu, vcpu, w, walker, addr, bool(pfec & PFERR_WRITE_MASK))
         if again is None:
-            walker.error_code = _fault_bits(pfec)
+            walker.error_code = w.fault_bits(pfec)
             return walker
         if not again:
             if not pfec & PFERR_WRITE_MASK:
-                walker.pte_access = protect_clean_gpte(walker.pte_access, walker.ptes[walker.level])
+                walker.pte_access = w.fmt.protect_clean_gpte(walker.pte_access, walker.ptes[walker.level])
             return walker
 
 
-def _fault_bits(pfec: int) -> int:
-    """Return the bits of an error code that describe the access."""
-    return pfec & (PFERR_WRITE_MASK | PFERR_USER_MASK | PFERR_FETCH_MASK)
-
-
-def _read_tables(cpu: Cpu, vcpu: Vcpu, addr: int, pfec: int) -> GuestWalker:
-    kvm = vcpu.kvm
-    walker = GuestWalker()
-    pte, access = vcpu.arch.cr3, gpte_access(PT_WRITABLE_MASK | PT_USER_MASK)
-    for level in range(PT64_ROOT_4LEVEL, 0, -1):
+def _read_tables(cpu: Cpu, vcpu: Vcpu, w: KvmPagewalk, addr: int, pfec: int) -> GuestWalker:
+    kvm, fmt = vcpu.kvm, w.fmt
+    walker = GuestWalker(w.top_level)
+    pte, access = w.guest_pgd(vcpu), _ALL_RIGHTS
+    if w.level == PT32E_ROOT_LEVEL:
+        pte = w.pdptr(vcpu, addr >> 30 & 3)
+        if not fmt.is_present_gpte(pte):
+            walker.error_code = w.fault_bits(pfec)
+            return walker
+    for level in range(walker.max_level, 0, -1):
         walker.level = level
-        table_gfn = (pte & PT_BASE_ADDR_MASK) >> 12
+        table_gfn = fmt.gpte_to_gfn(pte)
         slot = gfn_to_memslot(kvm, table_gfn, int(vcpu.arch.smm))
         walker.table_gfn[level] = table_gfn
         walker.pt_access[level] = access
         read = None
         if slot is not None and kvm_is_visible_memslot(slot):
-            read = kvm_read_guest_word(cpu, kvm, slot, table_gfn, _index(addr, level))
-        if read is None or not read & PT_PRESENT_MASK:
-            walker.error_code = _fault_bits(pfec)
+            read = kvm_read_guest_entry(cpu, kvm, slot, table_gfn, fmt.index(addr, level), fmt.entry_bytes)
+        if read is None or not fmt.is_present_gpte(read):
+            walker.error_code = w.fault_bits(pfec)
             return walker
         pte = walker.ptes[level] = read
-        access &= gpte_access(pte)
-        if level == PG_LEVEL_4K or (level <= PG_LEVEL_1G and pte & PT_PAGE_SIZE_MASK):
+        if w.is_rsvd_bits_set(pte):
+            walker.error_code = w.fault_bits(pfec) | PFERR_RSVD_MASK | PFERR_PRESENT_MASK
+            return walker
+        access &= fmt.gpte_access(pte)
+        if w.is_last_gpte(level, pte):
             break
     walker.pte_access = access
-    if permission_fault(vcpu, access, pfec):
-        walker.error_code = _fault_bits(pfec) | PFERR_PRESENT_MASK
+    if w.permission_fault(access, pfec):
+        walker.error_code = w.fault_bits(pfec) | PFERR_PRESENT_MASK
         return walker
-    below = kvm_pages_per_hpage(walker.level) - 1
-    walker.gfn = ((pte & PT_BASE_ADDR_MASK) >> 12 & ~below) + (addr >> 12 & below)
+    walker.gfn = fmt.gpte_to_gfn_lvl(pte, walker.level) + (addr >> 12 & fmt.pages(walker.level) - 1)
     return walker
 
 
 def update_accessed_dirty_bits(
-    cpu: Cpu, vcpu: Vcpu, walker: GuestWalker, addr: int, write_fault: bool
+    cpu: Cpu, vcpu: Vcpu, w: KvmPagewalk, walker: GuestWalker, addr: int, write_fault: bool
 ) -> bool | None:
     """update_accessed_dirty_bits(): return False if all flags are set, True to walk again, None: an error."""
-    kvm = vcpu.kvm
-    for level in range(PT64_ROOT_4LEVEL, walker.level - 1, -1):
+    kvm, fmt = vcpu.kvm, w.fmt
+    for level in range(walker.max_level, walker.level - 1, -1):
         orig = walker.ptes[level]
         pte = orig | PT_GUEST_ACCESSED_MASK
         if level == walker.level and write_fault:
@@ -182,8 +285,8 @@ def update_accessed_dirty_bits(
             continue
         slot = gfn_to_memslot(kvm, walker.table_gfn[level], int(vcpu.arch.smm))
         assert slot is not None
-        swapped = kvm_cmpxchg_guest_word(
-            cpu, kvm, slot, walker.table_gfn[level], _index(addr, level), orig, pte
+        swapped = kvm_cmpxchg_guest_entry(
+            cpu, kvm, slot, walker.table_gfn[level], fmt.index(addr, level), fmt.entry_bytes, orig, pte
         )
         if not swapped:
             return None if swapped is None else True
@@ -192,27 +295,27 @@ def update_accessed_dirty_bits(
     return False
 
 
-def gpte_changed(cpu: Cpu, vcpu: Vcpu, walker: GuestWalker, addr: int, level: int) -> bool:
+def gpte_changed(cpu: Cpu, vcpu: Vcpu, w: KvmPagewalk, walker: GuestWalker, addr: int, level: int) -> bool:
     """gpte_changed(), under mmu_lock: return whether the guest's entry is another than the walk's.
 
     In a last table read its neighbours as well, for pte_prefetch(): from here on KVM sees the guest's stores.
     """
-    table_gfn = walker.table_gfn[level]
+    fmt, table_gfn = w.fmt, walker.table_gfn[level]
     slot = gfn_to_memslot(vcpu.kvm, table_gfn, int(vcpu.arch.smm))
     if slot is None:
         return True
-    index = _index(addr, level)
+    index = fmt.index(addr, level)
     num = max(1, vcpu.kvm.params.prefetch) if level == PG_LEVEL_4K else 1
     first = index & -num
     for at in range(first, first + num):
-        gpte = kvm_read_guest_word_atomic(cpu, vcpu.kvm, slot, table_gfn, at)
+        gpte = kvm_read_guest_entry_atomic(cpu, vcpu.kvm, slot, table_gfn, at, fmt.entry_bytes)
         if gpte is None:
             return True
         walker.prefetch_ptes[at] = gpte
     return walker.prefetch_ptes[index] != walker.ptes[level]
 
 
-def paging64_gva_to_gpa(cpu: Cpu, vcpu: Vcpu, addr: int, pfec: int) -> int | None:
+def paging_gva_to_gpa(cpu: Cpu, vcpu: Vcpu, addr: int, pfec: int) -> int | None:
     """FNAME(gva_to_gpa): translate by the guest's tables; None: the guest would fault."""
-    walker = walk_addr(cpu, vcpu, addr, pfec)
+    walker = walk_addr(cpu, vcpu, pagewalk_of(vcpu.mmu), addr, pfec)
     return None if walker.error_code is not None else walker.gfn << 12 | addr & 0xFFF

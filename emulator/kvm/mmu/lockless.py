@@ -18,8 +18,9 @@ from emulator.kvm.kvm_host import (
 )
 from emulator.kvm.mmu.shadow_structs import ShadowPage
 from emulator.kvm.mmu.spte import is_last_spte, is_shadow_present_pte, spte_to_child_pt
+from emulator.kvm.mmu.structs import KvmMmuRootInfo
 from emulator.kvm.mmu.tdp_iter import Entry
-from emulator.kvm.structs import Vcpu, tdp_mmu_enabled
+from emulator.kvm.structs import Kvm, Vcpu, tdp_mmu_enabled
 from emulator.kvm.virt.requests import set_mode
 from emulator.machine.runtime import Cpu, rcu_enter, rcu_leave, smp_mb
 from native import ffi, lib
@@ -70,6 +71,11 @@ class walk_shadow_page_lockless:  # noqa: N801 - after the kernel's functions
 
     def __exit__(self, kind: object, value: object, traceback: object) -> None:
         walk_shadow_page_lockless_end(self.cpu, self.vcpu)
+
+
+def kvm_mmu_is_dummy_root(kvm: Kvm, root: KvmMmuRootInfo) -> bool:
+    """kvm_mmu_is_dummy_root()"""
+    return root.sp is None and root.hfn == kvm.shadow.dummy_root
 
 
 def shadow_walk_root(vcpu: Vcpu, addr: int) -> ShadowPage | None:

@@ -9,8 +9,7 @@ from __future__ import annotations
 
 from emulator.kvm.kvm_host import (
     KVM_REQ_MMU_FREE_OBSOLETE_ROOTS,
-    X86_CR0_WP,
-    X86_CR4_SMEP,
+    SPTE_ENT_PER_PAGE,
     kvm_pages_per_hpage,
 )
 from emulator.kvm.mmu.fault import (
@@ -23,19 +22,15 @@ from emulator.kvm.mmu.fault import (
     KvmPageFault,
 )
 from emulator.kvm.mmu.guest_walk import (
+    PFERR_RSVD_MASK,
     PFERR_USER_MASK,
-    PT64_ROOT_4LEVEL,
-    PT_BASE_ADDR_MASK,
-    PT_GUEST_ACCESSED_MASK,
-    PT_PRESENT_MASK,
     GuestWalker,
-    gpte_access,
     gpte_changed,
-    protect_clean_gpte,
+    pagewalk_of,
     walk_addr,
 )
 from emulator.kvm.mmu.hugepage import kvm_mmu_hugepage_adjust
-from emulator.kvm.mmu.lockless import shadow_page_table_clear_flood
+from emulator.kvm.mmu.lockless import kvm_mmu_is_dummy_root, shadow_page_table_clear_flood
 from emulator.kvm.mmu.page_fault import is_page_fault_stale, kvm_mmu_faultin_pfn
 from emulator.kvm.mmu.rmap import drop_spte
 from emulator.kvm.mmu.shadow import (
@@ -64,9 +59,7 @@ from emulator.kvm.mmu.spte import is_large_pte, is_shadow_present_pte
 from emulator.kvm.mmu.structs import ACC_EXEC_MASK, ACC_USER_MASK, ACC_WRITE_MASK
 from emulator.kvm.mmu.sync import kvm_mmu_get_child_sp, mmu_sync_children
 from emulator.kvm.structs import Kvm, Vcpu
-from emulator.kvm.virt.guest_memory import (
-    kvm_read_guest_word_atomic,
-)
+from emulator.kvm.virt.guest_memory import kvm_read_guest_entry_atomic
 from emulator.kvm.virt.requests import kvm_flush_remote_tlbs_range, kvm_make_request
 from emulator.kvm.virt.slots import gfn_to_memslot
 from emulator.machine.runtime import Cpu, OutOfFrames
@@ -93,11 +86,11 @@ def fetch(cpu: Cpu, vcpu: Vcpu, fault: KvmPageFault, walker: GuestWalker) -> int
 
     Raises OutOfFrames.  Below a guest's huge page that is mapped by small ones there are direct pages.
     """
-    kvm = vcpu.kvm
-    if gpte_changed(cpu, vcpu, walker, fault.addr, PT64_ROOT_4LEVEL):
+    kvm, w = vcpu.kvm, pagewalk_of(vcpu.mmu)
+    if gpte_changed(cpu, vcpu, w, walker, fault.addr, w.top_level):
         return RET_PF_RETRY
-    if vcpu.mmu.root is None or vcpu.mmu.root.sp is None:
-        # A dummy root, while CR3 points to memory by now: load another one.
+    if vcpu.mmu.root is None or kvm_mmu_is_dummy_root(kvm, vcpu.mmu.root):
+        # CR3 points to memory by now: load another one.
         kvm_make_request(cpu, vcpu, KVM_REQ_MMU_FREE_OBSOLETE_ROOTS)
         return RET_PF_RETRY
     adjusted = False
@@ -131,7 +124,7 @@ def _link_table(cpu: Cpu, vcpu: Vcpu, fault: KvmPageFault, walker: GuestWalker, 
     sp = kvm_mmu_get_child_sp(cpu, vcpu, sptep, table_gfn, direct=False, access=walker.pt_access[below])
     if sp is not None and sp.unsync_children and not mmu_sync_children(cpu, vcpu, sp, can_yield=False):
         return False
-    if gpte_changed(cpu, vcpu, walker, fault.addr, below):
+    if gpte_changed(cpu, vcpu, pagewalk_of(vcpu.mmu), walker, fault.addr, below):
         return False
     if sp is not None:
         link_shadow_page(cpu, vcpu.kvm, sptep, sp)
@@ -163,31 +156,28 @@ def pte_prefetch(cpu: Cpu, vcpu: Vcpu, walker: GuestWalker, sptep: Sptep) -> Non
     if sptep.sp.role.direct:
         direct_pte_prefetch(cpu, vcpu, sptep)
         return
+    first = first_gpte(sptep.sp)
     for index in prefetch_window(cpu, vcpu, sptep):
         at = Sptep(sptep.sp, index)
         if index == sptep.idx or is_shadow_present_pte(spte_of(cpu, at)):
             continue
-        if not prefetch_gpte(cpu, vcpu, at, walker.prefetch_ptes[index]):
+        if not prefetch_gpte(cpu, vcpu, at, walker.prefetch_ptes[first + index]):
             return
 
 
 def prefetch_gpte(cpu: Cpu, vcpu: Vcpu, sptep: Sptep, gpte: int) -> bool:
     """FNAME(prefetch_gpte): map the page of one entry; return False if it must not, or cannot, be mapped."""
-    if prefetch_invalid_gpte(gpte):
+    w = pagewalk_of(vcpu.mmu)
+    if w.prefetch_invalid_gpte(gpte):
         return False
-    access = protect_clean_gpte(sptep.sp.role.access & gpte_access(gpte), gpte)
-    return kvm_mmu_prefetch_sptes(cpu, vcpu, (gpte & PT_BASE_ADDR_MASK) >> 12, sptep, 1, access)
+    access = w.fmt.protect_clean_gpte(sptep.sp.role.access & w.fmt.gpte_access(gpte), gpte)
+    return kvm_mmu_prefetch_sptes(cpu, vcpu, w.fmt.gpte_to_gfn(gpte), sptep, 1, access)
 
 
-def prefetch_invalid_gpte(gpte: int) -> bool:
-    """FNAME(prefetch_invalid_gpte): return whether the entry is not present, or was never used."""
-    return not gpte & PT_PRESENT_MASK or not gpte & PT_GUEST_ACCESSED_MASK
-
-
-def paging64_page_fault(cpu: Cpu, vcpu: Vcpu, fault: KvmPageFault) -> int:
+def paging_page_fault(cpu: Cpu, vcpu: Vcpu, fault: KvmPageFault) -> int:
     """FNAME(page_fault): the guest's tables decide first; what they forbid is the guest's own page fault."""
-    kvm = vcpu.kvm
-    walker = walk_addr(cpu, vcpu, fault.addr, fault.error_code & ~lib.PFERR_RSVD)
+    kvm, w = vcpu.kvm, pagewalk_of(vcpu.mmu)
+    walker = walk_addr(cpu, vcpu, w, fault.addr, fault.error_code & ~PFERR_RSVD_MASK)
     if walker.error_code is not None:
         lib.guest_inject_page_fault(cpu.m, vcpu.id, fault.addr, walker.error_code)
         return RET_PF_INJECTED
@@ -205,11 +195,11 @@ def paging64_page_fault(cpu: Cpu, vcpu: Vcpu, fault: KvmPageFault) -> int:
     if (
         fault.write
         and not walker.pte_access & ACC_WRITE_MASK
-        and not vcpu.arch.cr0 & X86_CR0_WP
+        and not w.cr0_wp
         and not fault.error_code & PFERR_USER_MASK
     ):
         walker.pte_access = (walker.pte_access | ACC_WRITE_MASK) & ~ACC_USER_MASK
-        if vcpu.arch.cr4 & X86_CR4_SMEP:
+        if w.cr4_smep:
             walker.pte_access &= ~ACC_EXEC_MASK
     with kvm.mmu_lock.write_lock(cpu):
         if not make_mmu_pages_available(cpu, kvm):
@@ -222,23 +212,31 @@ def paging64_page_fault(cpu: Cpu, vcpu: Vcpu, fault: KvmPageFault) -> int:
             return ENOMEM
 
 
-def paging64_sync_spte(cpu: Cpu, vcpu: Vcpu, sp: ShadowPage, index: int) -> int:
+def first_gpte(sp: ShadowPage) -> int:
+    """FNAME(get_level1_sp_gpa): return the index of the entry in the guest's last table that the page's first
+    SPTE stands for."""
+    return sp.role.quadrant * SPTE_ENT_PER_PAGE
+
+
+def paging_sync_spte(cpu: Cpu, vcpu: Vcpu, sp: ShadowPage, index: int) -> int:
     """FNAME(sync_spte): compare an SPTE of an unsync page with the guest's entry; below 0: it cannot be read;
     1: a flush is due.
 
     Drop an SPTE if its gfn has changed; otherwise at most reduce its rights.
     """
-    kvm = vcpu.kvm
-    sptep = Sptep(sp, index)
+    kvm, w = vcpu.kvm, pagewalk_of(vcpu.mmu)
+    fmt, sptep, gpte = w.fmt, Sptep(sp, index), None
     slot = gfn_to_memslot(kvm, sp.gfn, int(vcpu.arch.smm))
-    gpte = None if slot is None else kvm_read_guest_word_atomic(cpu, kvm, slot, sp.gfn, index)
+    if slot is not None:
+        at = first_gpte(sp) + index
+        gpte = kvm_read_guest_entry_atomic(cpu, kvm, slot, sp.gfn, at, fmt.entry_bytes)
     if gpte is None:
         return -1
-    if prefetch_invalid_gpte(gpte):
+    if w.prefetch_invalid_gpte(gpte):
         drop_spte(cpu, kvm, sptep)
         return 1
-    gfn = (gpte & PT_BASE_ADDR_MASK) >> 12
-    access = protect_clean_gpte(sp.role.access & gpte_access(gpte), gpte)
+    gfn = fmt.gpte_to_gfn(gpte)
+    access = fmt.protect_clean_gpte(sp.role.access & fmt.gpte_access(gpte), gpte)
     if gfn != kvm_mmu_page_get_gfn(cpu, sp, index):
         drop_spte(cpu, kvm, sptep)
         return 1

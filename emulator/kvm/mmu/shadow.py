@@ -12,7 +12,7 @@ from dataclasses import replace
 
 from emulator.kvm.accounting import flush_elided
 from emulator.kvm.bitops import for_each_set_bit
-from emulator.kvm.kvm_host import KVM_REQ_MMU_FREE_OBSOLETE_ROOTS, PG_LEVEL_4K
+from emulator.kvm.kvm_host import KVM_REQ_MMU_FREE_OBSOLETE_ROOTS, PG_LEVEL_4K, SPTE_ENT_PER_PAGE
 from emulator.kvm.mmu.page_track import account_shadowed, unaccount_shadowed
 from emulator.kvm.mmu.rmap import drop_spte
 from emulator.kvm.mmu.shadow_spte import mmu_spte_clear_no_track, mmu_spte_set, spte_of, sptes_in_use
@@ -72,9 +72,13 @@ def kvm_mmu_alloc_shadow_page(cpu: Cpu, kvm: Kvm, gfn: int, role: KvmMmuPageRole
 
 
 def kvm_mmu_child_role(sptep: Sptep, *, direct: bool, access: int) -> KvmMmuPageRole:
-    """kvm_mmu_child_role()"""
+    """kvm_mmu_child_role()
+
+    A table of 4-byte entries maps 4 MiB, and the SPTE 2 MiB, so that each table has two pages.
+    """
     role = sptep.sp.role
-    return replace(role, level=role.level - 1, access=access, direct=direct, invalid=False)
+    quadrant = sptep.idx & 1 if role.has_4_byte_gpte else 0
+    return replace(role, level=role.level - 1, access=access, direct=direct, invalid=False, quadrant=quadrant)
 
 
 def link_shadow_page(cpu: Cpu, kvm: Kvm, sptep: Sptep, sp: ShadowPage) -> None:
@@ -360,7 +364,31 @@ def detect_write_flooding(cpu: Cpu, sp: ShadowPage) -> bool:
     return sp.write_flooding_count >= _FLOODED
 
 
-def kvm_mmu_track_write(cpu: Cpu, kvm: Kvm, gfn: int, index: int) -> None:
+def detect_write_misaligned(sp: ShadowPage, offset: int, nbytes: int) -> bool:
+    """detect_write_misaligned(): return whether the store is not to one entry of the table."""
+    entry_bytes = gpte_bytes(sp)
+    return nbytes < 4 or offset // entry_bytes != (offset + nbytes - 1) // entry_bytes
+
+
+def gpte_bytes(sp: ShadowPage) -> int:
+    """Return the size of an entry of the table that the page shadows."""
+    return 4 if sp.role.has_4_byte_gpte else 8
+
+
+def get_written_sptes(sp: ShadowPage, offset: int) -> range:
+    """get_written_sptes(): return the indices of the SPTEs that stand for the entry at this offset.
+
+    A directory entry of 4 bytes maps 4 MiB, by two SPTEs.  None where another quadrant's page has them.
+    """
+    entry = offset // gpte_bytes(sp)
+    if not sp.role.has_4_byte_gpte:
+        return range(entry, entry + 1)
+    sptes = 2 if sp.role.level > PG_LEVEL_4K else 1
+    quadrant, first = divmod(entry * sptes, SPTE_ENT_PER_PAGE)
+    return range(first, first + sptes) if quadrant == sp.role.quadrant else range(0)
+
+
+def kvm_mmu_track_write(cpu: Cpu, kvm: Kvm, gpa: int, nbytes: int) -> None:
     """kvm_mmu_track_write(): zap the SPTEs of an entry of a guest's table that the emulator has written.
 
     The caller has made the store, and then executed the barrier that pairs with account_shadowed().  A vCPU
@@ -373,14 +401,15 @@ def kvm_mmu_track_write(cpu: Cpu, kvm: Kvm, gfn: int, index: int) -> None:
         cpu.stat(kvm.id, lib.STAT_MMU_PTE_WRITE)
         invalid_list: InvalidList = []
         flush = False
-        for sp in for_each_gfn_valid_sp_with_gptes(kvm, gfn):
-            if detect_write_flooding(cpu, sp):
+        for sp in for_each_gfn_valid_sp_with_gptes(kvm, gpa >> 12):
+            if detect_write_misaligned(sp, gpa & 0xFFF, nbytes) or detect_write_flooding(cpu, sp):
                 cpu.stat(kvm.id, lib.STAT_MMU_FLOODED)
                 kvm_mmu_prepare_zap_page(cpu, kvm, sp, invalid_list)
                 continue
-            sptep = Sptep(sp, index)
-            flush |= is_shadow_present_pte(spte_of(cpu, sptep))
-            mmu_page_zap_pte(cpu, kvm, sptep, invalid_list)
+            for index in get_written_sptes(sp, gpa & 0xFFF):
+                sptep = Sptep(sp, index)
+                flush |= is_shadow_present_pte(spte_of(cpu, sptep))
+                mmu_page_zap_pte(cpu, kvm, sptep, invalid_list)
         kvm_mmu_remote_flush_or_zap(cpu, kvm, invalid_list, flush)
 
 

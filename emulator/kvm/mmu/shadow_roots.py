@@ -5,15 +5,27 @@ from __future__ import annotations
 from dataclasses import replace
 
 from emulator.kvm.kvm_host import (
-    PG_LEVEL_1G,
+    EFER_NX,
     PG_LEVEL_2M,
     PG_LEVEL_512G,
     X86_CR0_PG,
     X86_CR0_WP,
+    X86_CR4_PAE,
+    X86_CR4_PSE,
     X86_CR4_SMAP,
     X86_CR4_SMEP,
 )
-from emulator.kvm.mmu.paging import paging64_page_fault, paging64_sync_spte
+from emulator.kvm.mmu.guest_walk import (
+    PAGING32,
+    PAGING64,
+    PT32_ROOT_LEVEL,
+    PT32E_ROOT_LEVEL,
+    PT64_ROOT_4LEVEL,
+    PT_PRESENT_MASK,
+    KvmPagewalk,
+    pagewalk_of,
+)
+from emulator.kvm.mmu.paging import paging_page_fault, paging_sync_spte
 from emulator.kvm.mmu.shadow import (
     InvalidList,
     alloc_special_page,
@@ -24,50 +36,65 @@ from emulator.kvm.mmu.shadow_map import nonpaging_page_fault
 from emulator.kvm.mmu.shadow_structs import ShadowPage
 from emulator.kvm.mmu.structs import ACC_ALL, KvmMmu, KvmMmuPageRole, KvmMmuRootInfo
 from emulator.kvm.mmu.sync import kvm_mmu_get_shadow_page
-from emulator.kvm.structs import Kvm, Vcpu
+from emulator.kvm.structs import Kvm, Vcpu, is_long_mode
 from emulator.kvm.virt.guest_memory import kvm_is_visible_memslot
 from emulator.kvm.virt.slots import gfn_to_memslot
 from emulator.machine.runtime import Cpu, OutOfFrames
 from native import lib
 from native.types import Hfn
 
-# PT32E_ROOT_LEVEL: the level of a root without a shadow page of its own, of which the four entries are roots.
-PT32E_ROOT_LEVEL = PG_LEVEL_1G
+
+def kvm_init_pagewalk(vcpu: Vcpu) -> KvmPagewalk:
+    """kvm_calc_cpu_role(), with paging: compute from the guest's registers how its tables are walked."""
+    arch = vcpu.arch
+    pae = bool(arch.cr4 & X86_CR4_PAE)
+    level = PT64_ROOT_4LEVEL if is_long_mode(vcpu) else PT32E_ROOT_LEVEL if pae else PT32_ROOT_LEVEL
+    return KvmPagewalk(
+        fmt=PAGING64 if pae else PAGING32,
+        level=level,
+        cr0_wp=bool(arch.cr0 & X86_CR0_WP),
+        cr4_smep=bool(arch.cr4 & X86_CR4_SMEP),
+        cr4_pse=bool(arch.cr4 & X86_CR4_PSE),
+        efer_nx=bool(arch.efer & EFER_NX),
+    )
 
 
-def kvm_calc_shadow_root_page_role(vcpu: Vcpu) -> KvmMmuPageRole:
-    """kvm_calc_cpu_role(), init_kvm_shadow_mmu(): compute the role from the guest's registers.
+def kvm_calc_shadow_root_page_role(vcpu: Vcpu, w: KvmPagewalk | None) -> KvmMmuPageRole:
+    """init_kvm_shadow_mmu(): compute the role of the root, which has three levels at least.
 
-    Without paging the guest's linear addresses are guest-physical, and KVM maps them by PAE tables.
+    Without paging the guest's linear addresses are guest-physical, and KVM maps them by PAE tables.  EFER.NX
+    is no part of the role, as KVM sets it for itself whenever it shadows (init_kvm_shadow_mmu).
     """
     arch = vcpu.arch
     role = KvmMmuPageRole(smm=int(arch.smm), guest_mode=arch.guest_mode, access=ACC_ALL)
-    if not arch.cr0 & X86_CR0_PG:
+    if w is None:
         return replace(role, level=PT32E_ROOT_LEVEL, direct=True, cr0_wp=False)
-    wp = bool(arch.cr0 & X86_CR0_WP)
     return replace(
         role,
-        level=PG_LEVEL_512G,
+        level=max(w.level, PT32E_ROOT_LEVEL),
         direct=False,
-        cr0_wp=wp,
-        cr4_smep=bool(arch.cr4 & X86_CR4_SMEP),
-        smap_andnot_wp=bool(arch.cr4 & X86_CR4_SMAP) and not wp,
+        cr0_wp=w.cr0_wp,
+        cr4_smep=w.cr4_smep,
+        smap_andnot_wp=bool(arch.cr4 & X86_CR4_SMAP) and not w.cr0_wp,
+        has_4_byte_gpte=w.fmt.entry_bytes == 4,
     )
 
 
 def init_kvm_shadow_mmu(vcpu: Vcpu) -> None:
     """init_kvm_shadow_mmu()"""
     mmu = vcpu.root_mmu
-    mmu.root_role = kvm_calc_shadow_root_page_role(vcpu)
+    mmu.w = kvm_init_pagewalk(vcpu) if vcpu.arch.cr0 & X86_CR0_PG else None
+    mmu.root_role = kvm_calc_shadow_root_page_role(vcpu, mmu.w)
     if mmu.root_role.direct:
         mmu.page_fault, mmu.sync_spte = nonpaging_page_fault, None
     else:
-        mmu.page_fault, mmu.sync_spte = paging64_page_fault, paging64_sync_spte
+        mmu.page_fault, mmu.sync_spte = paging_page_fault, paging_sync_spte
 
 
-def mmu_alloc_root(cpu: Cpu, vcpu: Vcpu, gfn: int, level: int) -> ShadowPage:
+def mmu_alloc_root(cpu: Cpu, vcpu: Vcpu, gfn: int, level: int, quadrant: int = 0) -> ShadowPage:
     """mmu_alloc_root(): find or make a root, and take a reference on it.  Raises OutOfFrames."""
-    sp = kvm_mmu_get_shadow_page(cpu, vcpu, gfn, replace(vcpu.mmu.root_role, level=level))
+    role = replace(vcpu.mmu.root_role, level=level, quadrant=quadrant)
+    sp = kvm_mmu_get_shadow_page(cpu, vcpu, gfn, role)
     sp.root_count += 1
     return sp
 
@@ -117,19 +144,47 @@ def kvm_mmu_get_dummy_root(cpu: Cpu, kvm: Kvm) -> Hfn:
 def mmu_alloc_shadow_roots(cpu: Cpu, vcpu: Vcpu) -> None:
     """mmu_alloc_shadow_roots(): find or make the shadow page of the guest's top table.  Raises OutOfFrames.
 
-    If CR3 points to no memory, the root is a dummy, with which each access of the guest faults.
+    If CR3 points to no memory, the root is a dummy, with which each access of the guest faults.  With 32-bit
+    paging there are four roots, of a GiB each.
     """
     kvm, mmu = vcpu.kvm, vcpu.mmu
-    pgd = vcpu.arch.cr3
-    gfn = (pgd & (1 << 52) - (1 << 12)) >> 12
+    pgd = pagewalk_of(mmu).guest_pgd(vcpu)
+    gfn = PAGING64.gpte_to_gfn(pgd)
     if not kvm_is_visible_memslot(gfn_to_memslot(kvm, gfn, int(vcpu.arch.smm))):
         mmu.root = KvmMmuRootInfo(pgd=pgd, hfn=kvm_mmu_get_dummy_root(cpu, kvm), sp=None)
         return
+    mmu_alloc_special_roots(cpu, mmu)
     with kvm.mmu_lock.write_lock(cpu):
         if not make_mmu_pages_available(cpu, kvm):
             raise OutOfFrames("no shadow page is left")
+        if pagewalk_of(mmu).level < PT64_ROOT_4LEVEL:
+            mmu.root = KvmMmuRootInfo(pgd=pgd, hfn=mmu_alloc_pae_roots(cpu, vcpu, gfn), sp=None)
+            return
         sp = mmu_alloc_root(cpu, vcpu, gfn, mmu.root_role.level)
         mmu.root = KvmMmuRootInfo(pgd=pgd, hfn=sp.hfn, sp=sp)
+
+
+def mmu_alloc_pae_roots(cpu: Cpu, vcpu: Vcpu, root_gfn: int) -> Hfn:
+    """mmu_alloc_shadow_roots(), of a guest in 32-bit mode: find or make the pages of its page directories.
+
+    PAE paging has up to four, by PDPTEs; 2-level paging one, each quarter of which has a page of its own.
+    Return the page above them.
+    """
+    kvm, mmu, w = vcpu.kvm, vcpu.mmu, pagewalk_of(vcpu.mmu)
+    assert mmu.pml4_root is not None
+    pml4, pdpt = mmu.pml4_root
+    pae = w.level == PT32E_ROOT_LEVEL
+    for quarter in range(4):
+        pdpte = w.pdptr(vcpu, quarter)
+        gfn = w.fmt.gpte_to_gfn(pdpte) if pae else root_gfn
+        slot = gfn_to_memslot(kvm, gfn, int(vcpu.arch.smm))
+        if pae and not (pdpte & PT_PRESENT_MASK and kvm_is_visible_memslot(slot)):
+            continue
+        root = mmu_alloc_root(cpu, vcpu, gfn, PG_LEVEL_2M, 0 if pae else quarter)
+        mmu.pae_root[quarter] = root
+        _link_special(cpu, kvm, pdpt, quarter, PT32E_ROOT_LEVEL, root.hfn)
+    _link_special(cpu, kvm, pml4, 0, PG_LEVEL_512G, pdpt)
+    return pml4
 
 
 def shadow_mmu_free_root_page(cpu: Cpu, kvm: Kvm, sp: ShadowPage, invalid_list: InvalidList) -> None:

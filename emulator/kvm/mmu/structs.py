@@ -18,6 +18,7 @@ from native.types import Hfn
 
 if TYPE_CHECKING:
     from emulator.kvm.mmu.fault import KvmPageFault
+    from emulator.kvm.mmu.guest_walk import KvmPagewalk
     from emulator.kvm.mmu.shadow_structs import ShadowPage
     from emulator.kvm.structs import Vcpu
 
@@ -36,7 +37,9 @@ class KvmMmuPageRole:
 
     `smm` is the address space.  `direct`: the page maps gfns by their number, and shadows no table of the
     guest.  `invalid` takes part in comparisons, so an invalid root matches no vCPU's role.  `access` and the
-    bits below it are the same for all pages of the TDP MMU.
+    bits below it are the same for all pages of the TDP MMU.  has_4_byte_gpte: a table of such entries has
+    twice as many as a shadow page, so that several pages shadow it; quadrant: the part that this one stands
+    for.
     """
 
     level: int = PG_LEVEL_512G
@@ -48,6 +51,8 @@ class KvmMmuPageRole:
     cr0_wp: bool = field(default=True, repr=False)
     cr4_smep: bool = field(default=False, repr=False)
     smap_andnot_wp: bool = field(default=False, repr=False)
+    has_4_byte_gpte: bool = field(default=False, repr=False)
+    quadrant: int = field(default=0, repr=False)
 
 
 class KvmMmuPage:
@@ -122,18 +127,20 @@ class KvmMmu:
     """struct kvm_mmu: the current root and up to three previous ones (None: INVALID_PAGE).
 
     page_fault: the handler of guests' faults, or None until kvm_init_mmu() chooses it.  sync_spte: compares
-    an SPTE of an unsync page with the guest's entry; None for direct MMUs.
+    an SPTE of an unsync page with the guest's entry; None for direct MMUs.  w: how the guest's tables are
+    walked; None for direct MMUs.
 
     pae_root: without EPT, and where the guest has no table of that level, the four pages that map one GiB
     each.  They are the current root, below the pages of pml4_root, which are made when first needed.
     """
 
-    __slots__ = ("pae_root", "page_fault", "pml4_root", "prev_roots", "root", "root_role", "sync_spte")
+    __slots__ = ("pae_root", "page_fault", "pml4_root", "prev_roots", "root", "root_role", "sync_spte", "w")
 
     def __init__(self, root_role: KvmMmuPageRole) -> None:
         self.root_role = root_role
         self.page_fault: Callable[[Cpu, Vcpu, KvmPageFault], int] | None = None
         self.sync_spte: Callable[[Cpu, Vcpu, ShadowPage, int], int] | None = None
+        self.w: KvmPagewalk | None = None
         self.root: KvmMmuRootInfo | None = None
         self.pae_root: list[ShadowPage | None] = [None] * 4
         self.pml4_root: tuple[Hfn, Hfn] | None = None

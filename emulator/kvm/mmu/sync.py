@@ -8,6 +8,7 @@ again.  The functions need mmu_lock held for write, unless their docstrings say 
 from __future__ import annotations
 
 from emulator.kvm.kvm_host import KVM_REQ_MMU_SYNC, PG_LEVEL_2M, PG_LEVEL_4K, SPTE_ENT_PER_PAGE
+from emulator.kvm.mmu.lockless import shadow_walk_root
 from emulator.kvm.mmu.page_track import (
     kvm_gfn_is_lpage_allowed,
     kvm_gfn_is_write_tracked,
@@ -155,14 +156,24 @@ def is_unsync_root(cpu: Cpu, kvm: Kvm, root: KvmMmuRootInfo | None) -> bool:
 
 
 def kvm_mmu_sync_roots(cpu: Cpu, vcpu: Vcpu) -> None:
-    """kvm_mmu_sync_roots(): sync all that the current root leads to."""
+    """kvm_mmu_sync_roots(): sync all that the current root leads to.
+
+    Under PAE roots the marks are not looked at before mmu_lock is taken.
+    """
     mmu = vcpu.mmu
-    if mmu.root_role.direct or not is_unsync_root(cpu, vcpu.kvm, mmu.root):
+    if mmu.root_role.direct or mmu.root is None:
         return
-    assert mmu.root is not None
-    assert isinstance(mmu.root.sp, ShadowPage)
+    roots: list[ShadowPage] = []
+    if isinstance(mmu.root.sp, ShadowPage):
+        if is_unsync_root(cpu, vcpu.kvm, mmu.root):
+            roots = [mmu.root.sp]
+    else:
+        roots = [root for root in mmu.pae_root if root is not None]
+    if not roots:
+        return
     with vcpu.kvm.mmu_lock.write_lock(cpu):
-        mmu_sync_children(cpu, vcpu, mmu.root.sp, can_yield=True)
+        for root in roots:
+            mmu_sync_children(cpu, vcpu, root, can_yield=True)
 
 
 # --- finding ------------------------------------------------------------------------------------------------
@@ -222,12 +233,17 @@ def kvm_mmu_get_child_sp(
 
 
 def kvm_mmu_invalidate_addr_in_root(cpu: Cpu, vcpu: Vcpu, addr: int, root: KvmMmuRootInfo | None) -> None:
-    """__kvm_mmu_invalidate_addr(): sync the SPTE for a page of the guest below one root."""
-    if root is None or not isinstance(root.sp, ShadowPage):
+    """__kvm_mmu_invalidate_addr(): sync the SPTE for a page of the guest below one root.
+
+    A root without a shadow page is the current one, and is a dummy or has PAE roots below it.
+    """
+    if root is None:
         return
     kvm = vcpu.kvm
+    sp = root.sp if isinstance(root.sp, ShadowPage) else shadow_walk_root(vcpu, addr)
+    if sp is None or vcpu.mmu.root_role.direct:
+        return
     with kvm.mmu_lock.write_lock(cpu):
-        sp = root.sp
         while True:
             sptep = Sptep(sp, addr >> 12 + 9 * (sp.role.level - 1) & SPTE_ENT_PER_PAGE - 1)
             if sp.unsync:

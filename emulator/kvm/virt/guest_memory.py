@@ -80,3 +80,53 @@ def kvm_cmpxchg_guest_word(
             return rc == 0
         if not _fault_in(cpu, kvm, hva, write=True):
             return None
+
+
+# --- entries of 4 or 8 bytes --------------------------------------------------------------------------------
+
+
+def _in_word(index: int, nbytes: int) -> tuple[int, int, int]:
+    """Return the word that entry `index` is in, its shift in the word, and its mask."""
+    word, at = divmod(index * nbytes, 8)
+    return word, at * 8, (1 << nbytes * 8) - 1
+
+
+def kvm_read_guest_entry(
+    cpu: Cpu, kvm: Kvm, slot: KvmMemorySlot, gfn: int, index: int, nbytes: int
+) -> int | None:
+    """Read an entry of `nbytes` as kvm_read_guest_word does."""
+    word, shift, mask = _in_word(index, nbytes)
+    value = kvm_read_guest_word(cpu, kvm, slot, gfn, word)
+    return None if value is None else value >> shift & mask
+
+
+def kvm_read_guest_entry_atomic(
+    cpu: Cpu, kvm: Kvm, slot: KvmMemorySlot, gfn: int, index: int, nbytes: int
+) -> int | None:
+    """Read an entry of `nbytes` as kvm_read_guest_word_atomic does."""
+    word, shift, mask = _in_word(index, nbytes)
+    value = kvm_read_guest_word_atomic(cpu, kvm, slot, gfn, word)
+    return None if value is None else value >> shift & mask
+
+
+def kvm_cmpxchg_guest_entry(
+    cpu: Cpu, kvm: Kvm, slot: KvmMemorySlot, gfn: int, index: int, nbytes: int, old: int, new: int
+) -> bool | None:
+    """Replace an entry of `nbytes` as kvm_cmpxchg_guest_word does.
+
+    A word of which the other half changes in between is tried again, because a compare-and-swap of 4 bytes
+    would succeed then.
+    """
+    if nbytes == 8:
+        return kvm_cmpxchg_guest_word(cpu, kvm, slot, gfn, index, old, new)
+    word, shift, mask = _in_word(index, nbytes)
+    while True:
+        value = kvm_read_guest_word(cpu, kvm, slot, gfn, word)
+        if value is None:
+            return None
+        if value >> shift & mask != old:
+            return False
+        other = value & ~(mask << shift)
+        swapped = kvm_cmpxchg_guest_word(cpu, kvm, slot, gfn, word, value, other | new << shift)
+        if swapped is not False:
+            return swapped

@@ -35,6 +35,9 @@ class VtX86Ops:
     def set_cr0(self, cpu: Cpu, vcpu: Vcpu, old_cr0: int, cr0: int) -> None:
         vmx.vmx_set_cr0(cpu, vcpu, old_cr0, cr0)
 
+    def set_cr4(self, cpu: Cpu, vcpu: Vcpu) -> None:
+        vmx.vmx_set_cr4(cpu, vcpu)
+
     def handle_exit(self, cpu: Cpu, vcpu: Vcpu) -> ExitToUser | None:
         return vmx.vmx_handle_exit(cpu, vcpu)
 

@@ -6,7 +6,15 @@ from typing import Final
 
 from emulator.kvm.accounting import flush_elided
 from emulator.kvm.emulate import emulate_store
-from emulator.kvm.kvm_host import PG_LEVEL_256T, X86_CR0_PG, ExitToUser
+from emulator.kvm.kvm_host import (
+    EFER_LMA,
+    EFER_LME,
+    PG_LEVEL_256T,
+    X86_CR0_PG,
+    X86_CR4_PAE,
+    X86_CR4_PSE,
+    ExitToUser,
+)
 from emulator.kvm.mmu.fault import (
     EFAULT,
     ENOMEM,
@@ -26,9 +34,10 @@ from emulator.kvm.regs import (
     kvm_set_cr0,
     kvm_set_cr3,
     kvm_set_cr4,
+    set_efer,
 )
 from emulator.kvm.smm import emulator_leave_smm
-from emulator.kvm.structs import Kvm, Vcpu
+from emulator.kvm.structs import Kvm, Vcpu, is_long_mode
 from emulator.kvm.virt.requests import request_tlb_flush
 from emulator.kvm.vmx.vmcs import (
     alloc_loaded_vmcs,
@@ -217,13 +226,36 @@ def vmx_vcpu_reset(cpu: Cpu, vcpu: Vcpu) -> None:
 def vmx_set_cr0(cpu: Cpu, vcpu: Vcpu, old_cr0: int, cr0: int) -> None:
     """vmx_set_cr0(), with an unrestricted guest: turn its paging on or off.
 
-    In SMM and during RSM nothing is done, because the guest has no paging there.  Clearing CR0.PG invalidates
-    all, and without paging nothing is cached; so what the guest has changed until it sets CR0.PG again is
-    invalidated, too.
+    In SMM and during RSM nothing is told to the guest, because it has no paging there.  Clearing CR0.PG
+    invalidates all, and without paging nothing is cached; so what the guest has changed until it sets CR0.PG
+    again is invalidated, too.
     """
+    arch = vcpu.arch
+    if arch.efer & EFER_LME and (cr0 ^ old_cr0) & X86_CR0_PG:
+        # enter_lmode(), exit_lmode()
+        arch.efer = arch.efer | EFER_LMA if cr0 & X86_CR0_PG else arch.efer & ~EFER_LMA
     if (cr0 ^ old_cr0) & X86_CR0_PG and not vcpu.arch.smm and not vcpu.arch.leaving_smm:
         lib.vcpu_set_paging(cpu.m, vcpu.id, bool(cr0 & X86_CR0_PG))
         lib.guest_invalidates_all(cpu.m, vcpu.id)
+        set_table_format(cpu, vcpu)
+
+
+def vmx_set_cr4(cpu: Cpu, vcpu: Vcpu) -> None:
+    """vmx_set_cr4(): let the hardware walk the guest's tables in another mode."""
+    if not vcpu.arch.smm and not vcpu.arch.leaving_smm:
+        set_table_format(cpu, vcpu)
+
+
+def set_table_format(cpu: Cpu, vcpu: Vcpu) -> None:
+    """Tell the hardware in which of the paging modes it is (SDM vol. 3A, 4.1.1)."""
+    cr4 = vcpu.arch.cr4
+    if is_long_mode(vcpu):
+        tables = lib.GUEST_TABLES_64
+    elif cr4 & X86_CR4_PAE:
+        tables = lib.GUEST_TABLES_PAE
+    else:
+        tables = lib.GUEST_TABLES_32_PSE if cr4 & X86_CR4_PSE else lib.GUEST_TABLES_32
+    lib.vcpu_set_tables(cpu.m, vcpu.id, tables)
 
 
 # --- exits --------------------------------------------------------------------------------------------------
@@ -238,7 +270,7 @@ def vmx_handle_exit(cpu: Cpu, vcpu: Vcpu) -> ExitToUser | None:
     if reason == lib.EXIT_EXCEPTION:
         return vmx_handle_page_fault(cpu, vcpu)
     if reason == lib.EXIT_INSTRUCTION:
-        handle_instruction(cpu, vcpu, vcpu.exit.access, vcpu.exit.linear)
+        return handle_instruction(cpu, vcpu, vcpu.exit.access, vcpu.exit.linear)
     if reason == lib.EXIT_TRIPLE_FAULT:
         return ExitToUser("shutdown")
     if reason == lib.EXIT_EPT_MISCONFIG:
@@ -284,23 +316,30 @@ def exit_after_fault(r: int, addr: int, access: int) -> ExitToUser | None:
     return None
 
 
-def handle_instruction(cpu: Cpu, vcpu: Vcpu, insn: int, operand: int) -> None:
-    """handle_cr(), and the emulation of RSM."""
+def handle_instruction(cpu: Cpu, vcpu: Vcpu, insn: int, operand: int) -> ExitToUser | None:
+    """handle_cr(), and the emulation of other instructions that exit; return why KVM_RUN ends.
+
+    A general-protection fault ends it (kvm_complete_insn_gp): the guest's OS handles none, so that a third
+    fault follows.
+    """
     if insn == lib.GUEST_INSN_RSM:
         emulator_leave_smm(cpu, vcpu)
     elif insn == lib.GUEST_INSN_INVLPG:
         kvm_mmu_invlpg(cpu, vcpu, operand)
     elif insn == lib.GUEST_INSN_INVPCID:
         kvm_handle_invpcid(cpu, vcpu, vcpu.exit.invpcid_type, vcpu.exit.invpcid_pcid, operand)
-    else:
-        handle_cr(cpu, vcpu, insn, operand)
+    elif not handle_cr(cpu, vcpu, insn, operand):
+        return ExitToUser("shutdown")
+    return None
 
 
-def handle_cr(cpu: Cpu, vcpu: Vcpu, insn: int, value: int) -> None:
-    """handle_cr(): handle an exit by MOV to a control register."""
+def handle_cr(cpu: Cpu, vcpu: Vcpu, insn: int, value: int) -> bool:
+    """handle_cr(), kvm_emulate_wrmsr(): handle an exit by MOV to a control register, or WRMSR of EFER; return
+    False if the guest gets a general-protection fault."""
     if insn == lib.GUEST_INSN_MOV_CR0:
-        kvm_set_cr0(cpu, vcpu, value)
-    elif insn == lib.GUEST_INSN_MOV_CR3:
-        kvm_set_cr3(cpu, vcpu, value)
-    else:
-        kvm_set_cr4(cpu, vcpu, value)
+        return kvm_set_cr0(cpu, vcpu, value)
+    if insn == lib.GUEST_INSN_MOV_CR3:
+        return kvm_set_cr3(cpu, vcpu, value)
+    if insn == lib.GUEST_INSN_WRMSR_EFER:
+        return set_efer(cpu, vcpu, value)
+    return kvm_set_cr4(cpu, vcpu, value)

@@ -95,7 +95,9 @@ class ShadowedGuest:
 
 
 @contextmanager
-def shadowed_guest(rig: Rig, **params: Any) -> Iterator[ShadowedGuest]:
+def shadowed_guest(
+    rig: Rig, kind: type[ShadowedGuest] = ShadowedGuest, **params: Any
+) -> Iterator[ShadowedGuest]:
     kvm = rig.vm(ept=False, **params)
     with online(rig.machine.cpus[0]):
-        yield ShadowedGuest(rig, kvm)
+        yield kind(rig, kvm)

@@ -90,7 +90,7 @@ def test_a_store_to_an_upper_table_is_emulated(guest: ShadowedGuest) -> None:
     # The emulator has written 0 to the entry that leads to the last table.
     guest.write(102, guest.index(LINEAR, 2), 0)
     with guest.rig.counting(guest.kvm) as changed:
-        kvm_mmu_track_write(guest.cpu, guest.kvm, 102, guest.index(LINEAR, 2))
+        kvm_mmu_track_write(guest.cpu, guest.kvm, 102 << 12 | guest.index(LINEAR, 2) * 8, 8)
     assert changed["mmu_pte_write"] == 1
     assert changed["remote_tlb_flush_requests"] == 1
     assert guest.leaf(LINEAR).sp.role.level == 2
@@ -101,7 +101,7 @@ def test_a_table_that_is_flooded_with_writes_is_zapped(guest: ShadowedGuest) -> 
     guest.fault(LINEAR)
     with guest.rig.counting(guest.kvm) as changed:
         for index in range(3):
-            kvm_mmu_track_write(guest.cpu, guest.kvm, 102, index)
+            kvm_mmu_track_write(guest.cpu, guest.kvm, 102 << 12 | index * 8, 8)
     assert changed["mmu_flooded"] == 1
     assert changed["mmu_shadow_zapped"] == 1
     slot = gfn_to_memslot(guest.kvm, 102)
@@ -189,7 +189,7 @@ def test_a_zapped_root_makes_all_vcpus_reload(guest: ShadowedGuest) -> None:
     guest.map(LINEAR, 7)
     guest.fault(LINEAR)
     for _ in range(3):
-        kvm_mmu_track_write(guest.cpu, guest.kvm, 100, 5)
+        kvm_mmu_track_write(guest.cpu, guest.kvm, 100 << 12 | 5 * 8, 8)
     assert guest.root().role.invalid
     assert kvm_test_request(guest.cpu, guest.vcpu, KVM_REQ_MMU_FREE_OBSOLETE_ROOTS)
     guest.enter()
