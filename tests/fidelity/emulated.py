@@ -27,7 +27,7 @@ from .lines import Machine, Step
 from .machine import EmulatedMachine, Vm
 from .probes import Probes
 from .program import CODE_GFN
-from .tables import SPACES, entry_of
+from .tables import entry_of
 
 # Instructions that the guest executes on request: CR0.WP exits or not, which is the same to KVM with EPT.
 TOGGLES: dict[str, tuple[int, int]] = {
@@ -295,6 +295,8 @@ class EmulatedBench(EmulatedMachine):
             with self._spinning(step):
                 toggles = TOGGLES_WITHOUT_EPT.get(insn)
                 return self._toggle(step, *toggles) if toggles else self._emulated_insn(step)
+        if insn == "mov_cr3" and self.tables:
+            return self._emulated_insn(step)
         return self._toggle(step, *TOGGLES[insn]) if insn in TOGGLES else self._counted_insn(step)
 
     def _pt_store(self, step: Step) -> int:
@@ -337,7 +339,7 @@ class EmulatedBench(EmulatedMachine):
             if step.word("insn") == "invlpg":
                 self._execute(vcpu, lib.GUEST_INSN_INVLPG, CODE_GFN << 12, str(step))
                 continue
-            cr3 = SPACES[spaces[i % len(spaces)]] << 12 if spaces else vcpu.arch.cr3
+            cr3 = self.spaces[spaces[i % len(spaces)]] << 12 if spaces else vcpu.arch.cr3
             self._execute(vcpu, lib.GUEST_INSN_MOV_CR3, cr3, str(step))
         return step.number("n")
 
@@ -345,7 +347,10 @@ class EmulatedBench(EmulatedMachine):
         """Return once the guest has executed the instruction, and KVM has emulated it if it exits."""
         before = self.probes.count("instructions", vcpu.id)
         assert lib.guest_execute(self.native.m, vcpu.id, insn, operand) == 0
-        if insn == lib.GUEST_INSN_TOGGLE_PGE:
+        without_exit = insn == lib.GUEST_INSN_TOGGLE_PGE or (
+            insn == lib.GUEST_INSN_MOV_CR3 and self.config.ept
+        )
+        if without_exit:
             self.wait(lambda: bool(lib.guest_executed(self.native.m, vcpu.id)), what)
         else:
             self.wait(lambda: self.probes.count("instructions", vcpu.id) > before, what)

@@ -64,6 +64,7 @@ class Machine:
     lazy_split: bool = False
     ept: bool = True
     tables: bool = False
+    bits32: bool = False
 
 
 @dataclass(frozen=True)

@@ -16,7 +16,7 @@ from emulator.actors.task import VcpuTask
 from emulator.host.memory import UserMemory
 from emulator.kvm import kvm_host
 from emulator.kvm.mmu.roots import kvm_mmu_reset_context
-from emulator.kvm.structs import Kvm, KvmParams
+from emulator.kvm.structs import Kvm, KvmParams, Vcpu
 from emulator.kvm.virt.kvm_main import (
     kvm_create_vm,
     kvm_set_memory_region,
@@ -35,7 +35,7 @@ from .kvm_probes import probe_kvm
 from .lines import Machine
 from .probes import Probes
 from .program import Program
-from .tables import FIRST, write_tables
+from .tables import SPACES, SPACES_32, write_tables, write_tables_32
 
 SECONDS = 20.0
 GFNS = 0x40400
@@ -70,6 +70,7 @@ class EmulatedMachine:
     def __init__(self, machine: Machine, vcpus: int, policy: Policy, probes: Probes) -> None:
         self.config = machine
         self.tables = machine.tables or not machine.ept
+        self.spaces = SPACES_32 if machine.bits32 else SPACES
         self.vcpus = vcpus
         self.policy = policy
         self.probes = probes
@@ -254,13 +255,10 @@ class EmulatedMachine:
         if self.config.thp and not self.config.host_4k:
             self.mm.make_huge(kvm, vm.slots[1].gfn, vm.slots[1].pages)
         if self.tables:
-            write_tables(self.cpu, kvm)
+            (write_tables_32 if self.config.bits32 else write_tables)(self.cpu, kvm)
         for _ in range(self.vcpus):
             vcpu = kvm_vm_ioctl_create_vcpu(self.cpu, kvm)
-            vcpu.arch.cr4 = kvm_host.X86_CR4_PAE  # the recorded guests had no global pages
-            if not self.config.ept:
-                vcpu.arch.cr3 = FIRST << 12
-                kvm_mmu_reset_context(self.cpu, vcpu)
+            self._set_registers(vcpu)
             vm.programs.append(self._program(vm, vcpu.id))
             vm.tasks.append(VcpuTask(vcpu))
         first = len(self.vms) * self.vcpus
@@ -279,8 +277,18 @@ class EmulatedMachine:
             guest_os=self.config.guest_os,
             first_gfn=first,
             end_gfn=first + share,
-            tables=FIRST if self.tables else None,
+            tables=self.spaces[0] if self.tables else None,
         )
+
+    def _set_registers(self, vcpu: Vcpu) -> None:
+        """Set the registers of a guest that is in its mode already; the recorded ones had no global pages."""
+        vcpu.arch.cr4 = kvm_host.X86_CR4_PSE if self.config.bits32 else kvm_host.X86_CR4_PAE
+        if self.config.bits32:
+            vcpu.arch.efer = 0
+        vcpu.kvm.x86_ops.set_cr4(self.cpu, vcpu)
+        if not self.config.ept:
+            vcpu.arch.cr3 = self.spaces[0] << 12
+            kvm_mmu_reset_context(self.cpu, vcpu)
 
     def set_slot(self, vm: Vm, number: int, slot: Slot, flags: int = 0) -> None:
         hva = (THP_SLOTS if self.config.thp else SLOTS)[number].gfn

@@ -20,6 +20,20 @@ _PRESENT, _WRITABLE, _USER, _PAGE_SIZE = 1 << 0, 1 << 1, 1 << 2, 1 << 7
 _TABLE = _PRESENT | _WRITABLE | _USER
 
 
+# The page directories of a guest with 32-bit paging, of which each entry maps 4 MiB.  Those of the other
+# address spaces follow on the guest's code (program.py), with which a fault maps them: writable, until they
+# are in use.
+SPACES_32 = (0x14, 0x11, 0x12)
+
+
+def write_tables_32(cpu: Cpu, kvm: Kvm) -> None:
+    """Write the page directories of all address spaces of a guest with 32-bit paging."""
+    for directory in SPACES_32:
+        for word in range(ENTRIES):
+            first, second = ((2 * word + i) * 2 * ENTRIES << 12 | _TABLE | _PAGE_SIZE for i in range(2))
+            _write(cpu, kvm, directory, word, first | second << 32)
+
+
 def write_tables(cpu: Cpu, kvm: Kvm) -> None:
     """Write the tables of all address spaces, with accessed and dirty flags clear."""
     for pml4 in SPACES:
