@@ -4,6 +4,7 @@ bound.
 
 from __future__ import annotations
 
+from collections import Counter, defaultdict
 from collections.abc import Sequence
 
 from rich.console import Group, RenderableType
@@ -17,6 +18,9 @@ from emulator.compare.runner import Comparison
 
 # Changes smaller than this are not called better or worse.
 _NOTABLE = 0.02
+# The host is behind with an activity below this share of its rate, if enough calls were asked for.
+_BEHIND = 0.8
+_ENOUGH = 20
 
 _VERDICT_STYLES = {"clean": "green", "violations": "bold red", "inconclusive": "yellow"}
 
@@ -104,6 +108,29 @@ def _cell(row: Row, runs: Sequence[Measurement], base: Spread | None) -> Text:
     return text
 
 
+def behind(comparison: Comparison) -> list[str]:
+    """Return a sentence for each policy under which the host fell behind the scenario's rates.
+
+    Figures per guest access are then those of less work, and not the same for each policy.
+    """
+    lines = []
+    for name, runs in comparison.columns:
+        asked: defaultdict[str, float] = defaultdict(float)
+        begun: Counter[str] = Counter()
+        for measurement in runs:
+            for activity in measurement.result.activities:
+                asked[activity.name] += activity.asked
+                begun[activity.name] += activity.begun
+        late = [
+            f"{activity.replace('_', ' ')} {begun[activity] / number:.0%}"
+            for activity, number in asked.items()
+            if number >= _ENOUGH and begun[activity] < _BEHIND * number
+        ]
+        if late:
+            lines.append(f"{name} reached less than the scenario's rates: {', '.join(late)}")
+    return lines
+
+
 def change(now: float, before: float) -> str:
     """Return the change as text: +12 %, -3 %, x4.2, "=" if there is none, "new" if there was nothing
     before."""
@@ -140,6 +167,7 @@ def _footnotes(comparison: Comparison) -> list[RenderableType]:
             example = next((r for m in runs for r in m.result.reports), None)
             if example is not None:
                 notes.append(Text(example.text, style="dim"))
+    notes += [Text(line, style="yellow") for line in behind(comparison)]
     notes += [
         Text(f"cut short by the time limit: {which}; its rates still hold", style="yellow")
         for which in comparison.cut_short

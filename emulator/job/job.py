@@ -185,6 +185,7 @@ class _Run:
 
     def _begin(self) -> None:
         self.before = self.snapshot(), read_receivers(self.emulation.m, self.job.scenario)
+        self.emulation.workload.restart()
         self.began, self.worked, self.settled = self.emulation.workload.clock(), 0.0, self.elapsed
 
     def _over(self) -> bool:
@@ -248,6 +249,7 @@ class _Run:
             interrupted=self.stop.is_set(),
             receivers=receivers,
             worked=worked,
+            activities=tuple(self.emulation.workload.activities()),
         )
 
     def _failure(self, snapshot: Snapshot) -> str:

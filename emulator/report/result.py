@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any, Literal, Protocol
 
 from emulator.report.receivers import Receivers
 from emulator.scenario.costs import CycleLine
+from emulator.scenario.workload import Activity
 from native import HISTOGRAM_NAMES
 from native.reader import CounterReader
 from native.types import HistogramId
@@ -173,6 +174,7 @@ class Result:
     receivers: tuple[Receivers, ...] = ()
     # Seconds by the workload's clock; with a pace, the counted guest accesses divided by the pace.
     worked: float = 0
+    activities: tuple[Activity, ...] = ()
     # For a user's policy, by decision point: where its class decides it, and how often each answer was given.
     policy_overrides: Mapping[str, str] = field(default_factory=dict)
     policy_given: Mapping[str, Mapping[str, int]] = field(default_factory=dict)

@@ -46,6 +46,7 @@ def document(result: Result) -> dict[str, Any]:
         "interrupted": result.interrupted,
         "failure": result.failure,
         "totals": totals(snapshot),
+        "activities": [asdict(activity) for activity in result.activities],
         "counters": dict(snapshot.counters),
         "vms": [dict(vm) for vm in snapshot.vms],
         "flushes": [_flush(flush) for flush in snapshot.flushes],
@@ -142,6 +143,7 @@ def summary(result: Result) -> RenderableType:
     parts: list[RenderableType] = [
         _header(result),
         _numbers(snapshot),
+        *_activity_tables(result),
         _flush_table(snapshot),
         _pause_table(snapshot),
         _vm_table(snapshot),
@@ -223,6 +225,18 @@ def _numbers(snapshot: Snapshot) -> Table:
 
 def _hit_rate(lookups: int, misses: int) -> str:
     return f"{100 * (lookups - misses) / lookups:.2f}%" if lookups else "-"
+
+
+def _activity_tables(result: Result) -> list[Table]:
+    """Return a table of the rates that the scenario asks for beside those reached, or none without rates."""
+    if not result.activities or not result.worked:
+        return []
+    table = _table("activity", "asked", "reached", "", title="rates per second")
+    for activity in result.activities:
+        asked, begun = activity.asked / result.worked, activity.begun / result.worked
+        share = f"{begun / asked:.0%}" if asked else "-"
+        table.add_row(activity.name.replace("_", " "), short(asked), short(begun), share)
+    return [table]
 
 
 def _flush_table(snapshot: Snapshot) -> Table:

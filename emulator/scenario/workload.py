@@ -8,7 +8,7 @@ different one each time, and a policy that elides the flush of that source is no
 from __future__ import annotations
 
 import time
-from collections import Counter
+from collections import Counter, defaultdict
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from random import Random
@@ -70,6 +70,19 @@ class Phase:
         return frozenset(self.rates)
 
 
+@dataclass(frozen=True, slots=True)
+class Activity:
+    """An activity of a scenario: the calls that its rates ask for, and those that actors began.
+
+    Actors fall behind where the operations take longer than the rate allows, or where the machine at hand is
+    too slow for the scenario.
+    """
+
+    name: str
+    asked: float
+    begun: int
+
+
 class Workload:
     """The plan of a run and the phase it is in.
 
@@ -89,9 +102,33 @@ class Workload:
         self._quiet_phases = _quiet_phases(every)
         self.phase = self._storm_phase
         self.phases_seen: Counter[str] = Counter({self.phase.name: 1})
+        self._asked: defaultdict[str, float] = defaultdict(float)
+        self._reckoned = 0.0  # seconds up to which `_asked` goes
+        self._begun: list[Counter[str]] = []  # per actor
+        self._before: Counter[str] = Counter()  # begun before the counts
+
+    def register(self, begun: Counter[str]) -> None:
+        """Take part of an actor's count of the calls that it has begun."""
+        self._begun.append(begun)
+
+    def restart(self) -> None:
+        """Count from now on; the seconds of `advance` begin at 0 again."""
+        self._asked.clear()
+        self._reckoned = 0.0
+        self._before = sum(self._begun, Counter())
+
+    def activities(self) -> list[Activity]:
+        """Return the activities that the scenario asked for, up to the last `advance`."""
+        begun = sum(self._begun, Counter())
+        return [
+            Activity(name, asked, begun[name] - self._before[name]) for name, asked in self._asked.items()
+        ]
 
     def advance(self, elapsed: float) -> bool:
         """Enter the phase that holds `elapsed` seconds after the start; return whether it is a new one."""
+        for activity, rate in self.phase.rates.items():
+            self._asked[activity] += rate * (elapsed - self._reckoned)
+        self._reckoned = elapsed
         phase = self._phase_at(elapsed)
         if phase is self.phase:
             return False
@@ -147,6 +184,8 @@ class Pacer:
         self._share = share
         self._rng = rng
         self._due: dict[str, float | None] = dict.fromkeys(activities)
+        self._begun: Counter[str] = Counter(dict.fromkeys(activities, 0))
+        workload.register(self._begun)
 
     def next(self) -> tuple[str | None, float]:
         """Return the activity that is most overdue and 0; or None and the seconds until one may be due."""
@@ -166,5 +205,6 @@ class Pacer:
         rate = self._workload.rate(chosen) * self._share
         # Gaps are irregular, so that two actors do not fall into step.
         gap = self._rng.uniform(0.5, 1.5) / rate if rate else 0.0
+        self._begun[chosen] += 1
         self._due[chosen] = max(soonest + gap, now - self._workload.longest_arrears)
         return chosen, 0.0

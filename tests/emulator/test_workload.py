@@ -7,7 +7,7 @@ from random import Random
 
 import pytest
 
-from emulator.scenario.config import load_scenario
+from emulator.scenario.config import PhasesSection, load_scenario
 from emulator.scenario.workload import FLAVOURS, MIGRATIONS, QUIET_LEAST_RATES, Pacer, Workload
 
 
@@ -94,3 +94,35 @@ def test_at_the_guests_own_pace_nothing_is_forgotten() -> None:
         at_once += 1
     assert 0.9 < at_once / (2 * workload.rates["unmap"]) < 1.1
     assert pacer.next()[1] <= 0.001, "the guests' clock may run faster than the wall's"
+
+
+def test_asked_and_begun_are_counted_from_a_restart_on() -> None:
+    clock = Clock()
+    scenario = load_scenario("balloon")
+    workload = Workload(scenario.changed(phases=PhasesSection(quiet=0)), clock)
+    pacer = Pacer(workload, ("unmap",), 1.0, Random(1))
+
+    def work(until: float, calls: int) -> None:
+        for _ in range(calls):
+            while pacer.next()[0] is None:
+                clock.now += 0.001
+        workload.advance(until)
+
+    work(1.0, 5)
+    workload.restart()
+    work(0.5, 7)
+    work(2.0, 2)
+    (unmap,) = (activity for activity in workload.activities() if activity.name == "unmap")
+    assert unmap.begun == 9
+    assert unmap.asked == pytest.approx(2 * workload.rates["unmap"])
+
+
+def test_a_phase_without_an_activity_asks_for_none() -> None:
+    workload = Workload(load_scenario(), Clock())
+    end = 0.0
+    while not workload.phase.quiet:
+        workload.advance(end := end + 0.01)
+    before = {activity.name: activity.asked for activity in workload.activities()}
+    workload.advance(end + 0.01)
+    after = {activity.name: activity.asked for activity in workload.activities()}
+    assert {name for name, asked in after.items() if asked > before[name]} == set(workload.phase.rates)

@@ -13,8 +13,10 @@ from rich.console import Console
 
 from emulator.compare.bound import NAME
 from emulator.compare.document import comparison_document
+from emulator.compare.measure import Measurement
 from emulator.compare.runner import Comparison
 from emulator.compare.table import comparison_table
+from emulator.scenario.workload import Activity
 from tests.emulator.compare.figures import comparison
 
 
@@ -51,6 +53,20 @@ def test_what_was_cut_short_says_so() -> None:
     assert "cut short by the time limit: linux-7.3, repetition 1" in printed(
         comparison(cut_short=("linux-7.3, repetition 1",))
     )
+
+
+def test_rates_that_were_not_reached_are_said() -> None:
+    def having(name: str, *activities: Activity) -> list[Measurement]:
+        return [replace(m, result=replace(m.result, activities=activities)) for m in whole.measurements[name]]
+
+    whole = comparison()
+    runs = {
+        "linux-7.3": having("linux-7.3", Activity("migrate", 100.0, 1), Activity("unmap", 100.0, 95)),
+        "root-tlb-gen": having("root-tlb-gen", Activity("migrate", 3.0, 1)),
+    }
+    text = " ".join(printed(Comparison(whole.plan, runs)).split())
+    assert "linux-7.3 reached less than the scenario's rates: migrate 1%" in text
+    assert "root-tlb-gen reached" not in text
 
 
 @pytest.mark.slow
