@@ -25,12 +25,12 @@ from emulator.explore.results.verdict import Plan
 from emulator.explore.strategies.sampling import Pct, RandomWalk
 from emulator.explore.strategies.search import Found
 from emulator.explore.strategies.tree import wide_search
-from emulator.litmus.loader import load_test, parse_test
+from emulator.litmus.loader import load_test, load_tests, parse_test
 from emulator.litmus.model import SAFE
 from emulator.litmus.policies import named_policy
 from emulator.litmus.verdict import VIOLATIONS
 from tests.emulator.explore.asked_programs import exhaustive, looking, moving, outcomes
-from tests.emulator.explore.returns import LOADED, LOOKS, explored, written
+from tests.emulator.explore.returns import LOADED, LOOKS, RETURNS, explored, written
 
 
 def last_logged(found: Found, n: int) -> set[tuple[Any, ...]]:
@@ -358,6 +358,15 @@ def test_the_audit_has_nothing_to_say(tmp_path: Path, look: tuple[str, ...]) -> 
     """Each access happens before or after a conflicting one, and other steps commute."""
     policy = written(tmp_path, "looks.py", looking(*(f"self.kept = {one}" for one in look)))
     found = run_audit(load_test("return-zap"), named_policy(policy), 10)
+    assert found.swaps
+    assert found.clean, found.document()
+
+
+def test_a_read_is_a_step_for_the_audit_as_well(tmp_path: Path) -> None:
+    """The audit's own descriptor stands between the policy and the attribute, which another task writes."""
+    (test,) = load_tests([written(tmp_path, "returns.toml", RETURNS)])
+    policy = written(tmp_path, "looks.py", LOOKS.format(condition=LOADED, answer="all-contexts"))
+    found = run_audit(test, named_policy(policy), 3)
     assert found.swaps
     assert found.clean, found.document()
 
