@@ -85,9 +85,8 @@ def _points() -> str:
     parts = []
     for point in POINTS:
         method = getattr(Decisions, point.name)
-        parameters = ", ".join(inspect.signature(method).parameters)
-        when = " ".join((inspect.getdoc(method) or "").split())
-        parts.append(f"### `{point.name}({parameters})`\n\n{point.doc} Asked when: {when}\n")
+        parameters = ", ".join(map(_parameter, inspect.signature(method).parameters.values()))
+        parts.append(f"### `{point.name}({parameters})`\n\n{point.doc} Asked when: {_sentences(method)}\n")
         for number, one in enumerate(point.alternatives):
             marks = ["Linux 7.3"] * (not number) + ["known to be wrong"] * one.mutant
             mark = f" ({', '.join(marks)})" if marks else ""
@@ -98,9 +97,10 @@ def _points() -> str:
 
 def _moments() -> str:
     parts = []
-    for name, parameters in MOMENTS.items():
-        when = " ".join((inspect.getdoc(getattr(Notifications, name)) or "").split())
-        parts.append(f"* `{name}({', '.join(parameters)})`: {when}")
+    for name in MOMENTS:
+        method = getattr(Notifications, name)
+        parameters = ", ".join(map(_parameter, inspect.signature(method).parameters.values()))
+        parts.append(f"* `{name}({parameters})`: {_sentences(method)}")
     return "\n".join(parts)
 
 
@@ -130,8 +130,14 @@ def _call(name: str, function: Callable[..., object]) -> str:
     for one in inspect.signature(function).parameters.values():
         if one.name != "self":
             mark = "*, " if one.kind is one.KEYWORD_ONLY else ""
-            parts.append(f"{mark}{one.name}" + ("" if one.default is one.empty else f"={one.default!r}"))
+            default = "" if one.default is one.empty else f"={one.default!r}"
+            parts.append(f"{mark}{_parameter(one)}{default}")
     return f"{name}({', '.join(parts)})"
+
+
+def _parameter(one: inspect.Parameter) -> str:
+    """Return a parameter's name, and the type of a root: a vCPU's root and its shadow page share the name."""
+    return f"{one.name}: {one.annotation}" if one.name == "root" else one.name
 
 
 def _sentences(obj: object) -> str:

@@ -74,6 +74,21 @@ def test_examples_do_what_the_page_says(topic: str, tmp_path: Path) -> None:
         assert done.returncode == step.status, f"{step.text}\n{done.stdout}\n{done.stderr}"
 
 
+@pytest.mark.slow
+def test_the_copy_of_the_code_that_a_patch_begins_with(tmp_path: Path) -> None:
+    """The commands of the page make it, and a change of it becomes a policy."""
+    block = re.search(r"^ {4}mkdir emulator\n(?: {4}.*\n)+", page("patches"), re.MULTILINE)
+    assert block
+    script = block[0].replace("python3", sys.executable)
+    subprocess.run(["bash", "-ec", script], cwd=tmp_path, check=True, timeout=60)
+    roots = tmp_path / "emulator/kvm/mmu/roots.py"
+    roots.write_text(roots.read_text().replace("kvm.policy.root_load(cpu, vcpu, root.sp)", '"none"'))
+    git = ["git", "diff", "--", "emulator/kvm"]
+    diff = subprocess.run(git, cwd=tmp_path, check=True, capture_output=True)
+    (tmp_path / "idea.patch").write_bytes(diff.stdout)
+    assert main(["explore", "root-recycled", "--policy", str(tmp_path / "idea.patch")]) == 1
+
+
 def test_every_page_is_a_topic() -> None:
     pages = {
         entry.name for entry in resources.files("emulator.guide").iterdir() if entry.name.endswith(".md")
