@@ -157,6 +157,7 @@ class TlbEntry(CDataBase):
     gfn: int
     custody: int
     supervisor: int
+    nested: int
 
 class TlbEntryPtr(TlbEntry):
     def __getitem__(self, index: int, /) -> TlbEntry: ...
@@ -224,6 +225,7 @@ class ViolationReport(CDataBase):
     walk_level: int
     tag_now: int
     live: int
+    nested: int
 
 class ViolationReportPtr(ViolationReport):
     def __getitem__(self, index: int, /) -> ViolationReport: ...
@@ -238,7 +240,7 @@ class PscEntry(CDataBase):
     pcid: int
     kind: int
     level: int
-    reserved: int
+    nested: int
     vm: int
     vcpu: int
     clock: int
@@ -402,6 +404,7 @@ class Lib:
     IN_GUEST_MODE: Final[int]
     EXITING_GUEST_MODE: Final[int]
     READING_SHADOW_PAGE_TABLES: Final[int]
+    NESTED_GUESTS: Final[int]
     STAT_REMOTE_TLB_FLUSH_REQUESTS: Final[VmStat]
     STAT_REMOTE_TLB_FLUSH: Final[VmStat]
     STAT_MMU_LOAD: Final[VmStat]
@@ -490,6 +493,9 @@ class Lib:
     PFERR_USER: Final[int]
     PFERR_RSVD: Final[int]
     PFERR_FETCH: Final[int]
+    NESTED_NUMBER_SHIFT: Final[int]
+    NESTED_VCPU_SHIFT: Final[int]
+    NESTED_VPIDS: Final[int]
     GUEST_CLOCK_VCPU: Final[int]
     X86_CR0_PE_BIT: Final[int]
     X86_CR0_WP_BIT: Final[int]
@@ -508,6 +514,14 @@ class Lib:
     GUEST_INSN_INVLPG: Final[int]
     GUEST_INSN_INVPCID: Final[int]
     GUEST_INSN_WRMSR_EFER: Final[int]
+    GUEST_INSN_VMXON: Final[int]
+    GUEST_INSN_VMXOFF: Final[int]
+    GUEST_INSN_VMPTRLD: Final[int]
+    GUEST_INSN_VMCLEAR: Final[int]
+    GUEST_INSN_VMWRITE: Final[int]
+    GUEST_INSN_VMLAUNCH: Final[int]
+    GUEST_INSN_VMCALL: Final[int]
+    GUEST_INSN_INVVPID: Final[int]
     GUEST_OP_READ: Final[int]
     GUEST_OP_WRITE: Final[int]
     GUEST_OP_EXECUTE: Final[int]
@@ -521,6 +535,7 @@ class Lib:
     GUEST_OP_EXIT: Final[int]
     GUEST_OP_SIGNAL: Final[int]
     GUEST_OP_WAIT: Final[int]
+    GUEST_OP_VMX: Final[int]
     GUEST_OPS: Final[int]
     GUEST_OP_NOFLUSH: Final[int]
     GUEST_OP_READ_ONLY: Final[int]
@@ -529,6 +544,7 @@ class Lib:
     GUEST_OP_DIRTY: Final[int]
     MACHINE_SIGNALS: Final[int]
     VIOLATION_CROSS_VM: Final[int]
+    VIOLATION_CROSS_GUEST: Final[int]
     VIOLATION_FOREIGN_ROOT: Final[int]
     VIOLATION_WALK_AFTER_FREE: Final[int]
     VIOLATION_USE_AFTER_FREE: Final[int]
@@ -536,12 +552,14 @@ class Lib:
     VIOLATION_GUEST_STALE: Final[int]
     VIOLATION_LOST_DIRTY: Final[int]
     VIOLATION_MISSED_GUEST_WRITE: Final[int]
+    VIOLATION_L1_STALE: Final[int]
     VIOLATION_IPI_STALL: Final[int]
     VIOLATION_RCU_STALL: Final[int]
     VIOLATION_DEADLOCK: Final[int]
     VIOLATIONS: Final[int]
     PROMISER_KVM: Final[int]
     PROMISER_GUEST: Final[int]
+    PROMISER_L1: Final[int]
     PROMISERS: Final[int]
     ATTENTION_IPI: Final[int]
     ATTENTION_MESSAGE: Final[int]
@@ -681,6 +699,9 @@ class Lib:
     def vcpu_set_tables(self, m: MachinePtr, vcpu: VcpuId, tables: int, /) -> None: ...
     def vcpu_set_pdptrs(self, m: MachinePtr, vcpu: VcpuId, pdptes: U64, /) -> None: ...
     def vcpu_set_pcide(self, m: MachinePtr, vcpu: VcpuId, on: int, /) -> None: ...
+    def guest_create_nested(self, m: MachinePtr, vcpu: VcpuId, number: int, /) -> int: ...
+    def vcpu_set_guest_mode(self, m: MachinePtr, vcpu: VcpuId, number: int, /) -> None: ...
+    def vcpu_guest_mode(self, m: MachinePtr, vcpu: VcpuId, /) -> int: ...
     def guest_set_program(self, m: MachinePtr, vcpu: VcpuId, ops: Array[GuestOp], n: int, /) -> int: ...
     def guest_program_position(self, m: MachinePtr, vcpu: VcpuId, /) -> int: ...
     def signal_add(self, m: MachinePtr, slot: int, n: int, /) -> None: ...
@@ -806,6 +827,7 @@ class Lib:
     def psc_evict(self, t: TlbPtr, n: int, /) -> int: ...
     def cpu_tlb(self, m: MachinePtr, cpu: CpuId, /) -> TlbPtr: ...
     def vmcs_create(self, m: MachinePtr, vcpu: VcpuId, vpid: Vpid, /) -> int: ...
+    def vmcs_write_vpid(self, m: MachinePtr, vmcs: VmcsId, vpid: Vpid, /) -> None: ...
     def vmcs_enable_ept(self, m: MachinePtr, vmcs: VmcsId, on: int, /) -> None: ...
     def vmcs_destroy(self, m: MachinePtr, cpu: CpuId, vmcs: VmcsId, /) -> int: ...
     def vmcs_write_eptp(self, m: MachinePtr, vmcs: VmcsId, root: Hfn, root_level: int, /) -> None: ...

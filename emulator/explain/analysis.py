@@ -117,7 +117,7 @@ class RaceAnalysis(Timeline):
 
     def _revocation(self) -> int | None:
         facts = self.facts
-        if facts.kind == "guest-stale":
+        if facts.about_guest:
             return self._last(self._is_guest_invalidation, self._start)
         if facts.about_root:
             return self._last(lambda e: e.kind == "root_free" and e.a == facts.root, self._start)

@@ -34,6 +34,7 @@ PROMISED_BY = {
     "dirty_log": "the dirty log's ioctl returned (write access only)",
     "free": "the page was freed",
     "guest": "the guest itself invalidated it on this vCPU",
+    "l1": "L1 invalidated it (INVVPID, or a VM entry or VM exit of L2 without a VPID)",
 }
 
 

@@ -100,7 +100,12 @@ class Facts:
     def promised(self) -> bool:
         """Return whether the use broke a promise of KVM, instead of the guest's own invalidation or RCU's
         grace period."""
-        return not (self.about_table or self.about_root or self.kind == "guest-stale")
+        return not (self.about_table or self.about_root or self.about_guest or self.kind == "cross-guest")
+
+    @property
+    def about_guest(self) -> bool:
+        """Return whether the guest had invalidated the entry, L1 or L2 itself or L1 for L2."""
+        return self.kind in ("guest-stale", "l1-stale")
 
     def age(self, clock: int) -> int:
         """Return how far the guest's clock had advanced from an event to the access, modulo 2^32, since

@@ -43,7 +43,7 @@ def decision_behind(elided: Event, facts: Facts, after: Event | None) -> str:
     """
     if after is not None and after.kind == "yield" and not after.b:
         return "zap_yield"
-    if elided.reason == "migration" and facts.kind == "guest-stale":
+    if elided.reason == "migration" and facts.about_guest:
         return "migration_vpid"
     if facts.kind == "missed-guest-write":
         return "table_protect"

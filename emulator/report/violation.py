@@ -8,7 +8,7 @@ together with the events that led to them.
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Final
 
 from emulator.explain.analysis import RaceAnalysis
 from emulator.explain.events import PROMISED_BY, PROMISES, Event, EventTail, name_of
@@ -178,12 +178,24 @@ def _access_text(r: ViolationReport, what: str, names: dict[int, str]) -> list[s
     ep4ta = "" if entry.kind == lib.KIND_LINEAR else f", EP4TA {entry.ep4ta:#x}"
     on = _name(names, r.cpu)
     age = f", {r.guest_clock - entry.clock} accesses ago" if entry.vcpu == r.vcpu else ""
+    levels = r.nested or entry.nested
+    by, filled = _level(r.nested, levels), _level(entry.nested, levels)
     return [
-        f"{what}: {name_of(_ACCESSES, r.access)} by vCPU {r.vcpu} of VM {r.vm} on {on}",
+        f"{what}: {name_of(_ACCESSES, r.access)} by vCPU {r.vcpu} of VM {r.vm}{by} on {on}",
         f"  access: {where}, gfn {r.gfn:#x}, frame {r.hfn:#x}",
         f"  entry: {translation}, VPID {entry.vpid}, PCID {entry.pcid}{ep4ta}",
-        f"  filled by: vCPU {entry.vcpu} of VM {entry.vm} on {on}{age}",
+        f"  filled by: vCPU {entry.vcpu} of VM {entry.vm}{filled} on {on}{age}",
     ]
+
+
+def _level(nested: int, told: int) -> str:
+    """Name the guest of a vCPU: L1, or a nested one and its VPID; "" unless `told`."""
+    if not told:
+        return ""
+    number, vpid = nested >> lib.NESTED_NUMBER_SHIFT, nested % lib.NESTED_VPIDS
+    if not number:
+        return " in L1"
+    return f" in nested guest {number}" + (f" with VPID {vpid} of L1's" if vpid else "")
 
 
 def _kvm_text(r: ViolationReport, what: str, names: dict[int, str]) -> list[str]:
@@ -211,6 +223,10 @@ def _lost_text(r: ViolationReport, analysis: RaceAnalysis, names: dict[int, str]
 def _promise_text(r: ViolationReport, kind: str, analysis: RaceAnalysis, names: dict[int, str]) -> str:
     if kind == "guest-stale":
         return PROMISED_BY["guest"]
+    if kind == "l1-stale":
+        return PROMISED_BY["l1"]
+    if kind == "cross-guest":
+        return "never this guest's"
     promised = analysis.moment(PROMISE)
     if r.promise == lib.PROMISE_NONE and promised is not None:
         # No SPTE mapped the page at the promise, because the fault that mapped it was still under way.
@@ -259,6 +275,16 @@ def _unknown_text(r: ViolationReport, analysis: RaceAnalysis, names: dict[int, s
     ]
 
 
+_MISSING: Final[dict[str, str]] = {
+    "walk-after-free": "the flush between unlinking the table and freeing it (map_replace, zap_yield, RCU)",
+    "missed-guest-write": (
+        "the write-protection of the table in each SPTE that maps it, and the flush after that"
+    ),
+    "l1-stale": "the flush of the nested guest's VPID for L1's invalidation",
+    "cross-guest": "tags that tell L1 and L2 apart (role.guest_mode, vpid02), or the flush between them",
+}
+
+
 def _missing(kind: str, r: ViolationReport, analysis: RaceAnalysis) -> str:
     """Name the flush that should have removed the entry."""
     promise = name_of(PROMISES, r.promise)
@@ -269,18 +295,16 @@ def _missing(kind: str, r: ViolationReport, analysis: RaceAnalysis) -> str:
             "a reference on the root, rcu_read_lock() or READING_SHADOW_PAGE_TABLES, "
             "or a new start of the walk after a yield"
         )
+    if kind in _MISSING:
+        return _MISSING[kind]
     if kind == "foreign-root" and r.entry.kind == lib.KIND_LINEAR:
         return "the flush when the VPID's new vCPU first ran on this pCPU (loading of its VMCS)"
     if kind == "guest-stale" and r.entry.kind == lib.KIND_LINEAR:
         return "the synchronization of KVM's table, or the INVVPID, for the guest's invalidation"
     if kind == "foreign-root":
         return "the flush when a root page was loaded again (root_load), or that of the migration"
-    if kind == "walk-after-free":
-        return "the flush between unlinking the table and freeing it (map_replace, zap_yield, RCU)"
     if kind == "guest-stale":
         return "the VPID's flush when the vCPU came to this pCPU (migration_vpid)"
-    if kind == "missed-guest-write":
-        return "the write-protection of the table in each SPTE that maps it, and the flush after that"
     if analysis.revoked_on not in (-1, r.cpu):
         return "the flush when the vCPU came to this pCPU (migration)"
     if promise == "dirty_log":
@@ -313,6 +337,7 @@ def _details(
         "promise_time_ns": r.promise_time,
         "guest_clock": r.guest_clock,
         "live_sptes": r.live,
+        **({"nested": r.nested} if r.nested or entry.nested else {}),
         "entry": {
             "kind": name_of(MAPPINGS, entry.kind),
             "size": name_of(SIZES, entry.size),
@@ -325,6 +350,7 @@ def _details(
             "filled_by_vcpu": entry.vcpu,
             "clock": entry.clock,
             "custody": entry.custody,
+            **({"nested": entry.nested} if r.nested or entry.nested else {}),
         },
         "unsafe_answers": list(blame),
         "actors": {str(cpu): names[cpu] for cpu in sorted({e.cpu for e in events} | {r.cpu}) if cpu in names},

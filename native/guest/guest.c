@@ -32,12 +32,12 @@ void guest_write_cr3(struct guest *g)
 	g->pcid = p->pcid;
 }
 
-int guest_create(struct machine *m, struct vcpu *vcpu)
+struct guest *guest_new(struct machine *m, const struct vcpu *vcpu)
 {
 	struct guest *g = heap_zalloc(m->heap, 1, sizeof(*g));
 
 	if (!g)
-		return MACHINE_NOMEM;
+		return NULL;
 	g->skip_gfn = GUEST_NO_GFN;
 	g->kernel_pdpt = GUEST_NO_GFN;
 	for (uint32_t i = 0; i < GUEST_KERNEL_PAGES; i++)
@@ -47,16 +47,17 @@ int guest_create(struct machine *m, struct vcpu *vcpu)
 	os_choices_reset(g);
 	g->random = 1;
 	g->clock = (uint64_t)vcpu->id << GUEST_CLOCK_VCPU | 1;
-	vcpu->guest = g;
-	return 0;
+	return g;
 }
 
-void guest_destroy(struct machine *m, struct vcpu *vcpu)
+int guest_create(struct machine *m, struct vcpu *vcpu)
 {
-	struct guest *g = vcpu->guest;
+	vcpu->guest = vcpu->guests[0] = guest_new(m, vcpu);
+	return vcpu->guest ? 0 : MACHINE_NOMEM;
+}
 
-	if (!g)
-		return;
+static void destroy(struct machine *m, struct guest *g)
+{
 	for (uint32_t i = 0; i < g->processes; i++) {
 		heap_free(m->heap, g->process[i].page);
 		heap_free(m->heap, g->process[i].place);
@@ -64,6 +65,18 @@ void guest_destroy(struct machine *m, struct vcpu *vcpu)
 	guest_memory_destroy(m, g);
 	program_destroy(m, g);
 	heap_free(m->heap, g);
+}
+
+void guest_destroy(struct machine *m, struct vcpu *vcpu)
+{
+	/* Nested guests first: L1's program is theirs, too, and is freed once. */
+	for (uint32_t i = NESTED_GUESTS + 1; i-- > 0; vcpu->guests[i] = NULL) {
+		if (!vcpu->guests[i])
+			continue;
+		if (i)
+			vcpu->guests[i]->program = NULL;
+		destroy(m, vcpu->guests[i]);
+	}
 	vcpu->guest = NULL;
 }
 

@@ -59,6 +59,8 @@ void guest_write_cr3(struct guest *g);
 /* Set when an event is due next. */
 void os_schedule(struct guest *g, enum guest_event event);
 
+/* Return a guest of a vCPU, with nothing set up, or NULL. */
+struct guest *guest_new(struct machine *m, const struct vcpu *vcpu);
 int guest_create(struct machine *m, struct vcpu *vcpu);
 void guest_destroy(struct machine *m, struct vcpu *vcpu);
 

@@ -19,7 +19,7 @@ static void lose(struct machine *m, struct vcpu *v, struct guest_page *gp)
 {
 	if (gp->gfn == (uint32_t)GUEST_NO_GFN)
 		return;
-	guest_promise(m, v, gp, gp->gfn, true);
+	guest_promise(m, v->vm, v->guest, gp, gp->gfn, true, INVALIDATED_BY_ITSELF);
 	gp->gfn = (uint32_t)GUEST_NO_GFN;
 	gp->writable = gp->huge = 0;
 }

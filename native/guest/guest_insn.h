@@ -35,6 +35,15 @@ enum guest_insn {
 	GUEST_INSN_INVLPG,     /* operand: linear address, canonical */
 	GUEST_INSN_INVPCID,    /* operand: linear address, canonical; exit.invpcid_type, exit.invpcid_pcid */
 	GUEST_INSN_WRMSR_EFER, /* exits with EPT and without */
+	/* VMX (guest_nested.h), of programs only.  A VMCS12 is named by the number of its nested guest. */
+	GUEST_INSN_VMXON,
+	GUEST_INSN_VMXOFF,
+	GUEST_INSN_VMPTRLD,    /* operand: VMCS12 */
+	GUEST_INSN_VMCLEAR,    /* operand: VMCS12 */
+	GUEST_INSN_VMWRITE,    /* operand: VIRTUAL_PROCESSOR_ID of the current VMCS12; 0 clears "enable VPID" */
+	GUEST_INSN_VMLAUNCH,   /* VMLAUNCH or VMRESUME */
+	GUEST_INSN_VMCALL,     /* of a nested guest */
+	GUEST_INSN_INVVPID,    /* operand: linear address, canonical; exit.invpcid_type, exit.invpcid_pcid: the VPID */
 };
 
 /* Any thread: make the vCPU execute this instruction before its next access.  If it exits, the VM exit is

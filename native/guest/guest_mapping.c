@@ -46,7 +46,7 @@ static enum walk_result invalidate_page(struct walk *w, const struct guest_proce
 static void changed(struct walk *w, struct guest_page *gp, bool all)
 {
 	w->guest->clock++;
-	guest_promise(w->m, w->vcpu, gp, gp->gfn, all);
+	guest_promise(w->m, w->vcpu->vm, w->guest, gp, gp->gfn, all, INVALIDATED_BY_ITSELF);
 }
 
 /* Apply to all pages of the trace that share the mapping: one, or those of a 2 MiB page. */

@@ -5,11 +5,15 @@
 #include "vm/guest_state.h"
 #include "vm/vm.h"
 
-void guest_promise(struct machine *m, const struct vcpu *vcpu, struct guest_page *gp, uint64_t gfn, bool all)
+void guest_promise(struct machine *m, uint32_t vm, const struct guest *g, struct guest_page *gp, uint64_t gfn, bool all,
+		   enum invalidator by)
 {
-	if (all)
-		gp->changed = vcpu->guest->clock;
-	else
-		gp->protected_ = vcpu->guest->clock;
-	ledger_announce(m, vcpu->vm, gfn);
+	if (all) {
+		gp->changed = g->clock;
+		gp->l1_changed = by == INVALIDATED_BY_L1;
+	} else {
+		gp->protected_ = g->clock;
+		gp->l1_protected = by == INVALIDATED_BY_L1;
+	}
+	ledger_announce(m, vm, gfn);
 }

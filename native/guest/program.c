@@ -10,9 +10,11 @@
 #include "core/heap.h"
 #include "core/machine_types.h"
 #include "guest/access.h"
+#include "guest/guest_nested.h"
 #include "guest/guest_os.h"
 #include "guest/guest_shadow.h"
 #include "guest/guest_tables.h"
+#include "guest/program_changes.h"
 #include "guest/program_insn.h"
 #include "sync/cpu.h"
 #include "tlb/tlb_flush.h"
@@ -68,6 +70,20 @@ void program_destroy(struct machine *m, struct guest *g)
 	g->changes = 0;
 }
 
+/* All guests of a vCPU execute one program, L1's. */
+static int share_program(struct machine *m, const struct vcpu *v, struct program *p, uint32_t n)
+{
+	int r = 0;
+
+	for (uint32_t i = 0; i <= NESTED_GUESTS && !r; i++) {
+		if (!v->guests[i])
+			continue;
+		v->guests[i]->program = p;
+		r = changes_reserve(m, v->guests[i], n);
+	}
+	return r;
+}
+
 int guest_set_program(struct machine *m, uint32_t vcpu, const struct guest_op *ops, uint32_t n)
 {
 	struct guest *g = m->vcpus[vcpu].guest;
@@ -75,7 +91,7 @@ int guest_set_program(struct machine *m, uint32_t vcpu, const struct guest_op *o
 
 	if (!g->program)
 		g->program = heap_zalloc(m->heap, 1, sizeof(*g->program));
-	if (!copy || !g->program || program_reserve_changes(m, g, n)) {
+	if (!copy || !g->program || share_program(m, &m->vcpus[vcpu], g->program, n)) {
 		heap_free(m->heap, copy);
 		return MACHINE_NOMEM;
 	}
@@ -138,7 +154,7 @@ static enum walk_result do_map(struct walk *w, const struct guest_op *op)
 		r = write_found(w, page, level, &f, entry_value(op));
 	if (r != WALK_DONE || !gp)
 		return r;
-	program_note_change(w, page, gp, true, f.entry & GPTE_GLOBAL);
+	changes_note(g, page, gp, true, f.entry & GPTE_GLOBAL);
 	gp->gfn = (uint32_t)op->value;
 	gp->writable = !(op->flags & GUEST_OP_READ_ONLY);
 	return r;
@@ -159,7 +175,7 @@ static enum walk_result take_away(struct walk *w, const struct guest_op *op, uin
 		r = write_found(w, page, f.entry & GPTE_PAGE_SIZE ? 2 : 1, &f, f.entry & ~bits);
 	if (r != WALK_DONE || !gp)
 		return r;
-	program_note_change(w, page, gp, bits != GPTE_WRITABLE, f.entry & GPTE_GLOBAL);
+	changes_note(g, page, gp, bits != GPTE_WRITABLE, f.entry & GPTE_GLOBAL);
 	gp->writable = 0;
 	if (bits != GPTE_WRITABLE)
 		gp->gfn = (uint32_t)GUEST_NO_GFN;
@@ -269,6 +285,10 @@ uint32_t program_step(struct walk *w, struct accesses *a, uint64_t *budget)
 	p->position++;
 	if (op->kind == GUEST_OP_HLT)
 		return EXIT_HLT;
+	if (op->kind == GUEST_OP_VMX) {
+		vmx_execute(w, op);
+		return EXIT_INSTRUCTION;
+	}
 	if (op->kind != GUEST_OP_EXIT)
 		return EXIT_REASONS;
 	w->exit->linear = op->value;

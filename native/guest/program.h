@@ -24,6 +24,7 @@ enum guest_op_kind {
 	GUEST_OP_EXIT,       /* exit EXIT_PROGRAM with `value` in exit.linear */
 	GUEST_OP_SIGNAL,     /* add 1 to the machine's signal `value` */
 	GUEST_OP_WAIT,       /* in guest mode until signal `linear` is at least `value` */
+	GUEST_OP_VMX,        /* exit EXIT_INSTRUCTION; flags: enum guest_insn | type << 8; value, linear: operands */
 	GUEST_OPS
 };
 

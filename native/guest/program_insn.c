@@ -1,87 +1,24 @@
 /* See program_insn.h. */
 #include "guest/program_insn.h"
 
-#include <string.h>
-
 #include "core/counters.h"
 #include "core/cpu_types.h"
 #include "core/events.h"
-#include "core/heap.h"
 #include "core/machine_types.h"
 #include "guest/guest_os.h"
 #include "guest/guest_promise.h"
 #include "guest/guest_shadow.h"
 #include "guest/program.h"
+#include "guest/program_changes.h"
 #include "tlb/tlb_flush.h"
 #include "vm/guest_state.h"
 #include "vm/vm.h"
 #include "walk/vmcs.h"
 #include "walk/walk.h"
 
-int program_reserve_changes(struct machine *m, struct guest *g, uint32_t n)
-{
-	struct guest_change *more = heap_zalloc(m->heap, g->changes + (size_t)n + 1, sizeof(*more));
-
-	if (!more)
-		return MACHINE_NOMEM;
-	if (g->changes)
-		memcpy(more, g->change, g->changes * sizeof(*more));
-	heap_free(m->heap, g->change);
-	g->change = more;
-	return 0;
-}
-
-void program_note_change(struct walk *w, uint64_t page, const struct guest_page *gp, bool all, bool global)
-{
-	struct guest *g = w->guest;
-
-	if (gp->gfn == (uint32_t)GUEST_NO_GFN)
-		return;
-	g->change[g->changes++] = (struct guest_change){
-		.page = page, .process = g->current, .gfn = gp->gfn, .all = all, .global = global
-	};
-}
-
-/* The guest has invalidated the changed page: from here on its old translation is stale, and each use of it asks the
- * oracle. */
-static void settle(struct walk *w, const struct guest_change *change)
-{
-	struct guest_page *gp = guest_page_find(w->guest, change->process, change->page);
-
-	if (!gp)
-		return;
-	w->guest->clock++;
-	guest_promise(w->m, w->vcpu, gp, change->gfn, change->all);
-}
-
-/* The scope of an invalidation. */
-struct covered {
-	bool any_page, any_process, globals;
-	uint64_t page;
-	uint32_t process;
-};
-
-static void settle_covered(struct walk *w, struct covered what)
-{
-	struct guest *g = w->guest;
-	uint32_t left = 0;
-
-	for (uint32_t i = 0; i < g->changes; i++) {
-		const struct guest_change *change = &g->change[i];
-		bool process = what.any_process || change->process == what.process ||
-			       (change->global && what.globals);
-
-		if ((what.any_page || change->page == what.page) && process && (!change->global || what.globals))
-			settle(w, change);
-		else
-			g->change[left++] = *change;
-	}
-	g->changes = left;
-}
-
 static void invalidated(struct walk *w, struct covered what)
 {
-	settle_covered(w, what);
+	changes_settle(w->m, w->vcpu->vm, w->guest, what, INVALIDATED_BY_ITSELF);
 	count(w->cpu->counters, COUNT_GUEST_INVALIDATIONS, 1);
 	event_record(w->m, w->cpu->id, event_of(w->vcpu->vm, EVENT_GUEST_INVALIDATE), w->vcpu->id,
 		     what.any_page ? UINT64_MAX : what.page);
@@ -89,17 +26,19 @@ static void invalidated(struct walk *w, struct covered what)
 
 void guest_invalidates_all(struct machine *m, uint32_t vcpu)
 {
-	struct walk w = { .m = m, .vcpu = &m->vcpus[vcpu], .guest = m->vcpus[vcpu].guest };
+	const struct vcpu *v = &m->vcpus[vcpu];
 
-	settle_covered(&w, (struct covered){ .any_page = true, .any_process = true, .globals = true });
+	changes_settle(m, v->vm, v->guest, (struct covered){ .any_page = true, .any_process = true, .globals = true },
+		       INVALIDATED_BY_ITSELF);
 }
 
 void guest_invalidates_pcid(struct machine *m, uint32_t vcpu)
 {
-	struct walk w = { .m = m, .vcpu = &m->vcpus[vcpu], .guest = m->vcpus[vcpu].guest };
+	const struct vcpu *v = &m->vcpus[vcpu];
+	struct guest *g = v->guest;
 
-	settle_covered(&w, (struct covered){ .process = w.guest->current, .any_page = true, .globals = true,
-					     .any_process = !w.guest->config.pcid });
+	changes_settle(m, v->vm, g, (struct covered){ .process = g->current, .any_page = true, .globals = true,
+						      .any_process = !g->config.pcid }, INVALIDATED_BY_ITSELF);
 }
 
 static uint32_t pcid_of(const struct guest *g, uint64_t process)

@@ -66,7 +66,14 @@ static uint32_t judge_guest(struct machine *m, const struct use *use, struct jud
 	if (use->entry->kind == KIND_LINEAR &&
 	    guest_contradicts(use->vcpu, use->entry, use->page, use->type) == GUEST_AGREED)
 		j->verdict = VERDICT_LEGAL_STALE;
-	return guest_invalidated(use->vcpu, use->entry, use->page, use->type) ? 1u << VIOLATION_GUEST_STALE : 0;
+	return guest_invalidated(use->vcpu, use->entry, use->page, use->type, false) ? 1u << VIOLATION_GUEST_STALE : 0;
+}
+
+static uint32_t judge_l1(struct machine *m, const struct use *use, struct judgement *j)
+{
+	(void)m;
+	(void)j;
+	return guest_invalidated(use->vcpu, use->entry, use->page, use->type, true) ? 1u << VIOLATION_L1_STALE : 0;
 }
 
 /* Return the kinds of violation by which the use breaks the promiser's promises. */
@@ -79,6 +86,7 @@ static const struct {
 	[PROMISER_KVM] = { judge_kvm, 1u << VIOLATION_STALE_AFTER_REVOKE | 1u << VIOLATION_USE_AFTER_FREE |
 				      1u << VIOLATION_MISSED_GUEST_WRITE },
 	[PROMISER_GUEST] = { judge_guest, 1u << VIOLATION_GUEST_STALE },
+	[PROMISER_L1] = { judge_l1, 1u << VIOLATION_L1_STALE },
 };
 
 uint32_t oracle_kinds_of(enum promiser promiser)
@@ -99,10 +107,22 @@ void oracle_judge(struct machine *m, const struct vcpu *vcpu, uint32_t life, con
 		j->kinds |= promisers[promiser].judge(m, &use, j);
 	if (entry->vm != vcpu->vm)
 		j->kinds |= 1u << VIOLATION_CROSS_VM;
-	if (entry->right[type] != RIGHT_NONE && !life_is(entry->kind, entry->right[type] >> 16, life))
+	if (entry->right[type] != RIGHT_NONE &&
+	    !life_is(entry->kind, entry->right[type] >> 16, entry->nested, life, vcpu->guest ? vcpu->guest->vmx.nested : 0))
 		j->kinds |= 1u << VIOLATION_FOREIGN_ROOT;
 	if (j->kinds)
 		j->verdict = VERDICT_VIOLATION;
+	/* Guest-physical mappings are of the EPT alone, and one EPT may serve several guests. */
+	if (entry->kind != KIND_GUEST_PHYSICAL)
+		oracle_judge_guest(vcpu, entry->nested, j);
+}
+
+void oracle_judge_guest(const struct vcpu *vcpu, uint32_t nested, struct judgement *j)
+{
+	if (!vcpu->guest || nested_context(nested) == nested_context(vcpu->guest->vmx.nested))
+		return;
+	j->kinds |= 1u << VIOLATION_CROSS_GUEST;
+	j->verdict = VERDICT_VIOLATION;
 }
 
 void oracle_judge_table(struct judgement *j, uint32_t kinds)
@@ -177,6 +197,7 @@ void oracle_violation(struct machine *m, struct cpu *cpu, const struct vcpu *vcp
 		.linear = linear,
 		.gfn = entry->gfn + (page - entry->page),
 		.guest_clock = vcpu->guest->clock,
+		.nested = vcpu->guest->vmx.nested,
 		.entry = *entry,
 		.walk_level = walk_level,
 		.tag_now = frame_host_tag(m->frames, hfn),

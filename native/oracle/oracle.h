@@ -23,6 +23,7 @@
 /* Most specific first. */
 enum violation {
 	VIOLATION_CROSS_VM,
+	VIOLATION_CROSS_GUEST, /* L2 used what L1 or another L2 had filled, or L1 what L2 had */
 	VIOLATION_FOREIGN_ROOT,
 	VIOLATION_WALK_AFTER_FREE,
 	VIOLATION_USE_AFTER_FREE,
@@ -30,6 +31,7 @@ enum violation {
 	VIOLATION_GUEST_STALE,
 	VIOLATION_LOST_DIRTY,
 	VIOLATION_MISSED_GUEST_WRITE,
+	VIOLATION_L1_STALE, /* L2 used what L1 had invalidated */
 	VIOLATION_IPI_STALL,
 	VIOLATION_RCU_STALL,
 	VIOLATION_DEADLOCK,
@@ -41,6 +43,8 @@ enum violation {
 enum promiser {
 	PROMISER_KVM,   /* to the host and to user space (enum promise): recorded in the ledger, by gfn */
 	PROMISER_GUEST, /* to itself, by changing and invalidating a mapping: recorded in the vCPU's guest, by linear page */
+	PROMISER_L1,    /* to its nested guest, by INVVPID or a VM entry or exit that invalidates: recorded in the nested
+			 * guest, by linear page */
 	PROMISERS
 };
 
@@ -62,6 +66,7 @@ struct violation_report {
 	uint32_t walk_level; /* reference of a walk: level of the entry read; 0: the access itself */
 	uint32_t tag_now;    /* host tag of the frame now */
 	uint32_t live;       /* leaf SPTEs that still map the page to the frame and allow the access */
+	uint32_t nested;     /* the vCPU's guest that accessed, as tlb_entry.nested */
 };
 
 /* Return totals by kind, each report counted once under its most specific kind. */
@@ -116,6 +121,9 @@ uint32_t oracle_kinds_of(enum promiser promiser);
  * `type` to `page` (4 KiB units, within the entry).  Has no effects. */
 void oracle_judge(struct machine *m, const struct vcpu *vcpu, uint32_t life, const struct tlb_entry *entry,
 		  uint64_t page, uint32_t type, struct judgement *j);
+/* Add to a judgement that the translation was filled by the guest `nested`, and may be another one's than that in
+ * use. */
+void oracle_judge_guest(const struct vcpu *vcpu, uint32_t nested, struct judgement *j);
 /* Judge a walk that was about to read a table page through an outdated link; kinds hold the reasons. */
 void oracle_judge_table(struct judgement *j, uint32_t kinds);
 /* Record a violation found by oracle_judge. */

@@ -19,7 +19,7 @@ struct psc_entry {
 	uint16_t pcid;
 	uint8_t kind;
 	uint8_t level;   /* level of the table it points to: 1 (4K entries), 2, 3, 4 */
-	uint16_t reserved;
+	uint16_t nested; /* as tlb_entry's */
 	uint32_t vm;
 	uint32_t vcpu;
 	uint64_t clock;

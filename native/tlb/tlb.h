@@ -53,6 +53,7 @@ struct tlb_entry {
 	uint64_t gfn;      /* guest-physical page behind it (4 KiB units, aligned as hfn) */
 	uint16_t custody;  /* as in the SPTE (frame.h); that of a huge SPTE with CUSTODY_OF_BLOCK */
 	uint8_t supervisor; /* linear: not for user-mode accesses, which the first level serves */
+	uint16_t nested;   /* the guest that filled it (guest_nested.h): 0: the vCPU's own guest, L1 */
 };
 
 struct tlb;

@@ -43,21 +43,22 @@ static uint32_t process_of(const struct guest *g, uint32_t pcid)
 	return g->config.pcid && pcid && pcid <= g->processes ? pcid - 1 : g->current;
 }
 
-bool guest_invalidated(const struct vcpu *vcpu, const struct tlb_entry *entry, uint64_t page, uint32_t type)
+bool guest_invalidated(const struct vcpu *vcpu, const struct tlb_entry *entry, uint64_t page, uint32_t type, bool by_l1)
 {
 	const struct guest *g = vcpu->guest;
 	const struct guest_page *gp;
 
 	if (entry->kind == KIND_LINEAR)
-		return guest_contradicts(vcpu, entry, page, type) == GUEST_CONTRADICTS;
+		return !by_l1 && guest_contradicts(vcpu, entry, page, type) == GUEST_CONTRADICTS;
 	if (entry->kind != KIND_COMBINED || entry->vcpu != vcpu->id || !g || !g->processes)
 		return false;
-	gp = guest_page_find(g, process_of(g, entry->pcid), page);
+	/* Another guest's mapping is judged by its filler (VIOLATION_CROSS_GUEST); this guest's records say nothing. */
+	gp = entry->nested == g->vmx.nested ? guest_page_find(g, process_of(g, entry->pcid), page) : NULL;
 	if (!gp)
 		return false;
-	if (gp->changed > entry->clock && gp->gfn != entry->gfn + (page - entry->page))
+	if (gp->changed > entry->clock && gp->gfn != entry->gfn + (page - entry->page) && gp->l1_changed == by_l1)
 		return true;
-	return type == ACCESS_WRITE && gp->protected_ > entry->clock && !gp->writable;
+	return type == ACCESS_WRITE && gp->protected_ > entry->clock && !gp->writable && gp->l1_protected == by_l1;
 }
 
 static enum guest_agreement agreement(bool agrees)

@@ -54,8 +54,8 @@ struct vcpu_exit {
 	uint32_t attention;  /* attention bits at exit */
 	uint64_t accesses;   /* guest accesses done since entry */
 	uint32_t error_code; /* of a page fault: enum pferr */
-	uint32_t invpcid_type;
-	uint64_t invpcid_pcid;
+	uint32_t invpcid_type; /* of INVPCID and of INVVPID */
+	uint64_t invpcid_pcid; /* of INVPCID; the VPID of INVVPID */
 };
 
 /* The paging modes of a guest with CR0.PG (SDM vol. 3A, 4.1.1). */
@@ -108,6 +108,8 @@ struct guest_page {
 	uint8_t huge;         /* part of a 2 MiB guest page */
 	uint64_t changed;     /* clock of the last invalidated change of any kind */
 	uint64_t protected_;  /* clock of the last invalidated loss of write access */
+	uint8_t l1_changed;   /* in a nested guest: the last invalidations of the two kinds were L1's */
+	uint8_t l1_protected;
 };
 
 struct guest_process {
@@ -189,8 +191,16 @@ struct guest_choices {
 	bool sets_wp;              /* due after CR0.WP was cleared */
 };
 
+/* What VMX knows of a nested guest, or of L1: see guest_nested.h. */
+struct guest_vmx {
+	uint16_t nested;  /* tlb_entry.nested of the mappings that this guest fills; L1: 0 */
+	uint16_t vpid12;  /* of a nested guest: the VPID that L1 has given it; 0: none */
+	uint32_t current; /* of L1: the nested guest whose VMCS is current; 0: none */
+};
+
 struct guest {
 	struct guest_config config;
+	struct guest_vmx vmx;
 	/* CR3: the current process's PML4 table, GUEST_NO_GFN until it has one, and PCID */
 	uint64_t cr3_gfn;
 	uint16_t pcid;
@@ -253,8 +263,9 @@ struct guest_page *guest_page_find(const struct guest *g, uint32_t process, uint
 /* guest_page_find() for the current process's page, by its place if that is known. */
 const struct guest_page *guest_page_place(const struct guest *g, uint64_t page);
 /* Return whether the guest changed the entry's mapping and invalidated it on this vCPU after the entry was
- * filled, and has not restored that right since: GUEST_STALE. */
-bool guest_invalidated(const struct vcpu *vcpu, const struct tlb_entry *entry, uint64_t page, uint32_t type);
+ * filled, and has not restored that right since: GUEST_STALE.  by_l1: it is a nested guest, and the invalidation was
+ * L1's: L1_STALE. */
+bool guest_invalidated(const struct vcpu *vcpu, const struct tlb_entry *entry, uint64_t page, uint32_t type, bool by_l1);
 
 /* Whether a linear mapping is one that the guest's tables permit. */
 enum guest_agreement {
@@ -277,10 +288,48 @@ static inline uint32_t linear_life(uint32_t owner, uint32_t space)
 	return owner << 8 | (space & 0xff);
 }
 
-/* Return whether two lives of mappings of a kind are of one owner: of the root page, or without EPT of the VPID. */
-static inline bool life_is(uint32_t kind, uint32_t life, uint32_t other)
+/* api */
+/* tlb_entry.nested: the number of a nested guest, its vCPU (8 bits of it) and the VPID that L1 has given it; L1: 0. */
+enum { NESTED_NUMBER_SHIFT = 14, NESTED_VCPU_SHIFT = 6, NESTED_VPIDS = 1 << 6 };
+/* end api */
+
+static inline uint16_t nested_of(uint32_t number, uint32_t vcpu, uint32_t vpid12)
 {
-	return kind == KIND_LINEAR ? life >> 8 == other >> 8 : life == other;
+	return (uint16_t)(number ? number << NESTED_NUMBER_SHIFT | (vcpu & 0xff) << NESTED_VCPU_SHIFT | vpid12 : 0);
+}
+
+/* Return a number for the linear and combined mappings that a guest may use: nested guests of a vCPU to which L1 has
+ * given one VPID share them, and no others. */
+static inline uint32_t nested_context(uint32_t nested)
+{
+	return nested & (NESTED_VPIDS - 1) ? nested & ((1u << NESTED_NUMBER_SHIFT) - 1) : nested;
+}
+
+/* The life of a mapping of EPT: that of the root page, which has 15 bits, with the nested guest that filled it mixed in, so
+ * that a mapping of another guest's fails the fast check and the oracle is asked. */
+static inline uint32_t nested_life(uint32_t nested)
+{
+	uint32_t vpid = nested & (NESTED_VPIDS - 1), number = nested >> NESTED_NUMBER_SHIFT;
+	uint32_t guest = vpid ? vpid : number << NESTED_VCPU_SHIFT, vcpu = nested >> NESTED_VCPU_SHIFT & 0xf;
+
+	return nested ? 0x8000 | guest << 7 | vcpu << 3 : 0;
+}
+
+/* Return whether two lives of mappings of a kind are of one owner: of the root page, or without EPT of the VPID.
+ * nested, other_nested: the guests that filled the mappings. */
+static inline bool life_is(uint32_t kind, uint32_t life, uint32_t nested, uint32_t other, uint32_t other_nested)
+{
+	return kind == KIND_LINEAR ? life >> 8 == other >> 8 :
+				     (life ^ nested_life(nested)) == (other ^ nested_life(other_nested));
+}
+
+/* Express the rights of a mapping of EPT that another guest has filled in terms of the guest `nested`. */
+static inline void entry_adopt(struct tlb_entry *entry, uint32_t nested)
+{
+	for (uint32_t type = 0; type < ACCESS_TYPES; type++)
+		if (entry->right[type] != RIGHT_NONE)
+			entry->right[type] ^= (nested_life(entry->nested) ^ nested_life(nested)) << 16;
+	entry->nested = (uint16_t)nested;
 }
 
 #endif

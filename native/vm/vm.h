@@ -39,6 +39,9 @@ void vcpu_add_flush_reason(struct machine *m, uint32_t vcpu, uint32_t reason);
 /* call: aside; keeps-gil */
 uint32_t vcpu_take_flush_reasons(struct machine *m, uint32_t vcpu);
 
+/* Nested guests (L2) that a vCPU's own guest (L1) may have; their numbers begin at 1. */
+enum { NESTED_GUESTS = 3 };
+
 /* VM statistics, under KVM's names. */
 enum vm_stat {
 	STAT_REMOTE_TLB_FLUSH_REQUESTS,
@@ -119,7 +122,8 @@ struct vcpu {
 	uint32_t id;
 	uint32_t vm;
 	uint64_t left_guest_at; /* monotonic ns, for pauses; 0: not runnable meanwhile */
-	struct guest *guest;    /* registers and the guest OS (guest_state.h) */
+	struct guest *guest;    /* registers and the guest OS (guest_state.h): of L1, or of the L2 that it runs */
+	struct guest *guests[1 + NESTED_GUESTS]; /* L1's, and L2's by their numbers; NULL: none */
 };
 
 static inline bool vm_is_live(const struct vm *vm)

@@ -83,6 +83,11 @@ void vmcs_write_eptp(struct machine *m, uint32_t vmcs, uint32_t root, uint32_t r
 	v->life = frame_tag(m->frames, root);
 }
 
+void vmcs_write_vpid(struct machine *m, uint32_t vmcs, uint32_t vpid)
+{
+	m->vmcss[vmcs].vpid = vpid;
+}
+
 void vmcs_enable_ept(struct machine *m, uint32_t vmcs, int on)
 {
 	m->vmcss[vmcs].ept = on != 0;

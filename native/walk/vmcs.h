@@ -20,10 +20,13 @@
 
 /* api */
 /* Create a VMCS of a vCPU, clear and without EPT_POINTER; its number is machine-wide.  VIRTUAL_PROCESSOR_ID stays
- * what it is.  VPID 0: "enable VPID" is 0, so VM entry and VM exit drop the mappings tagged with VPID 0.  Returns the
- * number or an error. */
+ * what it is until vmcs_write_vpid().  VPID 0: "enable VPID" is 0, so VM entry and VM exit drop the mappings tagged
+ * with VPID 0.  Returns the number or an error. */
 /* call: aside */
 int vmcs_create(struct machine *m, uint32_t vcpu, uint32_t vpid);
+/* VMWRITE of VIRTUAL_PROCESSOR_ID and "enable VPID", as vmcs_create() sets them.  Outside guest mode. */
+/* call: aside */
+void vmcs_write_vpid(struct machine *m, uint32_t vmcs, uint32_t vpid);
 /* VMWRITE of "enable EPT", which is set in a new VMCS.  Without it the guest's linear addresses are translated by the
  * tables of GUEST_CR3, in one dimension, and cached as linear mappings.  Before the first VM entry. */
 /* call: aside */

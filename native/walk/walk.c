@@ -37,6 +37,12 @@ bool walk_check_slow(struct walk *w, struct tlb_entry *entry, uint64_t page, uin
 	}
 	if (j.verdict == VERDICT_LEGAL_STALE)
 		count(w->cpu->counters, COUNT_LEGAL_STALE, 1);
+	if (entry->nested != w->guest->vmx.nested) {
+		/* The cached mapping remains the other guest's, in whose terms its rights are. */
+		entry_adopt(entry, w->guest->vmx.nested);
+		entry->right[type] = j.right;
+		return true;
+	}
 	entry->right[type] = j.right;
 	tlb_update_right(w->tlb, entry->kind, page, type, j.right);
 	return true;
@@ -102,6 +108,7 @@ static void fill(struct walk *w, uint64_t spte, uint32_t level, uint64_t gfn, ui
 		.vcpu = w->vcpu->id,
 		.clock = w->guest->clock,
 		.custody = (uint16_t)spte_leaf_custody(spte, level),
+		.nested = w->guest->vmx.nested,
 	};
 	walk_rights(spte, right, out->right);
 }

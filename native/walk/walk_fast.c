@@ -123,6 +123,7 @@ static inline void write_entry(const struct walk *w, const struct found *f, cons
 	e->clock = w->guest->clock;
 	e->gfn = f->gfn;
 	e->custody = (uint16_t)f->custody;
+	e->nested = w->guest->vmx.nested;
 }
 
 bool walk_fast(struct walk *w, uint64_t page, uint32_t type, uint32_t *hfn)

@@ -76,6 +76,7 @@ static void cache_table(struct walk *w, uint64_t page, const struct table *t, ui
 		.vm = w->vcpu->vm,
 		.vcpu = w->vcpu->id,
 		.clock = w->guest->clock,
+		.nested = w->guest->vmx.nested,
 	};
 
 	psc_insert(w->tlb, &p);
@@ -88,7 +89,7 @@ static bool table_check_slow(struct walk *w, uint64_t page, const struct psc_ent
 		.page = p->gfn, .gfn = p->gfn, .hfn = p->hfn, .kind = KIND_GUEST_PHYSICAL,
 		.right = { p->right, RIGHT_NONE, RIGHT_NONE },
 		.ep4ta = p->ep4ta, .vpid = p->vpid, .pcid = p->pcid,
-		.vm = p->vm, .vcpu = p->vcpu, .clock = p->clock,
+		.vm = p->vm, .vcpu = p->vcpu, .clock = p->clock, .nested = p->nested,
 		/* Psc entries carry no custody; the ledger decides. */
 		.custody = (uint16_t)frame_host_tag(w->m->frames, p->hfn),
 	};
@@ -97,6 +98,8 @@ static bool table_check_slow(struct walk *w, uint64_t page, const struct psc_ent
 
 	count(w->cpu->counters, COUNT_ORACLE_SLOW, 1);
 	oracle_judge(w->m, w->vcpu, w->life_bits >> 16, &e, p->gfn, ACCESS_READ, &j);
+	/* It is a guest-physical page that is judged here, and the pointer to it that another guest may have filled. */
+	oracle_judge_guest(w->vcpu, p->nested, &j);
 	if (j.verdict == VERDICT_VIOLATION && w->speculative)
 		return false;
 	if (j.verdict == VERDICT_VIOLATION) {
@@ -193,6 +196,9 @@ static void combine(struct walk *w, uint64_t page, uint64_t gpte, uint32_t guest
 	e->global = (gpte & GPTE_GLOBAL) != 0;
 	e->fractured = size < guest_size ? (uint8_t)(guest_size + 1) : 0;
 	e->clock = w->guest->clock;
+	/* The guest-physical mapping may be another vCPU's. */
+	e->vcpu = w->vcpu->id;
+	e->nested = w->guest->vmx.nested;
 	if (!(gpte & GPTE_WRITABLE) || !dirty)
 		e->right[ACCESS_WRITE] = RIGHT_NONE;
 }

@@ -105,6 +105,7 @@ static void fill(const struct walk *w, uint64_t page, const struct leaf *leaf, s
 		.vcpu = w->vcpu->id,
 		.clock = w->guest->clock,
 		.custody = (uint16_t)spte_leaf_custody(spte, leaf->level),
+		.nested = w->guest->vmx.nested,
 	};
 	walk_rights(spte, leaf->tag | w->life_bits, out->right);
 }

@@ -97,6 +97,7 @@ bool walk_shadow_fast(struct walk *w, uint64_t page, uint32_t type, uint32_t *hf
 		.clock = w->guest->clock,
 		.gfn = f.gfn,
 		.custody = (uint16_t)spte_custody(f.spte),
+		.nested = w->guest->vmx.nested,
 	};
 	walk_rights(f.spte, f.right, e->right);
 	l1_put(&t->l1, l1_victim(&t->l1, page), e, PAGE_4K, page);

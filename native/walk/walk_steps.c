@@ -18,7 +18,7 @@ static uint32_t link_faults(const struct walk *w, const struct psc_entry *link)
 
 	if (!walk_table_holds(w, link->hfn, link->right & FRAME_TAG_MASK))
 		kinds |= 1u << VIOLATION_WALK_AFTER_FREE;
-	if (!life_is(link->kind, link->right >> 16, w->life_bits >> 16))
+	if (!life_is(link->kind, link->right >> 16, link->nested, w->life_bits >> 16, w->guest->vmx.nested))
 		kinds |= 1u << VIOLATION_FOREIGN_ROOT;
 	if (link->vm != w->vcpu->vm)
 		kinds |= 1u << VIOLATION_CROSS_VM;
@@ -62,6 +62,7 @@ void walk_cache_table(struct walk *w, uint32_t kind, uint64_t page, uint32_t lev
 		.vm = w->vcpu->vm,
 		.vcpu = w->vcpu->id,
 		.clock = w->guest->clock,
+		.nested = w->guest->vmx.nested,
 	};
 
 	psc_insert(w->tlb, &link);
@@ -71,7 +72,8 @@ void walk_report_link(struct walk *w, const struct psc_entry *link, uint64_t gfn
 {
 	struct tlb_entry e = { .page = gfn, .gfn = gfn, .hfn = link->hfn, .kind = link->kind,
 			       .vm = link->vm, .vcpu = link->vcpu, .clock = link->clock,
-			       .custody = link->right & FRAME_TAG_MASK, .ep4ta = w->vmcs->root };
+			       .custody = link->right & FRAME_TAG_MASK, .ep4ta = w->vmcs->root,
+			       .nested = link->nested };
 	struct judgement j;
 
 	oracle_judge_table(&j, kinds);
@@ -82,7 +84,8 @@ void walk_report_table(struct walk *w, uint32_t kind, uint32_t table, uint32_t c
 		       uint32_t type)
 {
 	struct psc_entry link = { .hfn = table, .right = custody, .kind = (uint8_t)kind, .level = (uint8_t)level,
-				  .vm = w->vcpu->vm, .vcpu = w->vcpu->id, .clock = w->guest->clock };
+				  .vm = w->vcpu->vm, .vcpu = w->vcpu->id, .clock = w->guest->clock,
+				  .nested = w->guest->vmx.nested };
 
 	walk_report_link(w, &link, gfn, type, 1u << VIOLATION_WALK_AFTER_FREE);
 }

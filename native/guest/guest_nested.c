@@ -1,0 +1,126 @@
+/* See guest_nested.h. */
+#include "guest/guest_nested.h"
+
+#include "core/counters.h"
+#include "core/cpu_types.h"
+#include "core/events.h"
+#include "core/machine_types.h"
+#include "guest/guest.h"
+#include "guest/guest_insn.h"
+#include "guest/guest_promise.h"
+#include "guest/program.h"
+#include "guest/program_changes.h"
+#include "vm/guest_state.h"
+#include "vm/vm.h"
+#include "walk/walk.h"
+
+int guest_create_nested(struct machine *m, uint32_t vcpu, uint32_t number)
+{
+	struct vcpu *v = &m->vcpus[vcpu];
+
+	if (!number || number > NESTED_GUESTS || v->guests[number] || v->guests[0]->program)
+		return MACHINE_MISUSE;
+	v->guests[number] = guest_new(m, v);
+	return v->guests[number] ? 0 : MACHINE_NOMEM;
+}
+
+void vcpu_set_guest_mode(struct machine *m, uint32_t vcpu, uint32_t number)
+{
+	struct vcpu *v = &m->vcpus[vcpu];
+	struct guest *from = v->guest, *to = v->guests[number];
+
+	/* One clock per vCPU, so that the fills and changes of all its guests are in one order. */
+	to->clock = from->clock;
+	to->vmx.nested = nested_of(number, vcpu, to->vmx.vpid12);
+	v->guest = to;
+}
+
+uint32_t vcpu_guest_mode(struct machine *m, uint32_t vcpu)
+{
+	const struct vcpu *v = &m->vcpus[vcpu];
+	uint32_t number = 0;
+
+	while (v->guests[number] != v->guest)
+		number++;
+	return number;
+}
+
+/* Settle changes of a guest of this vCPU at the clock of the guest that runs. */
+static void settle(struct walk *w, struct guest *g, struct covered what)
+{
+	g->clock = w->guest->clock;
+	changes_settle(w->m, w->vcpu->vm, g, what, g == w->vcpu->guests[0] ? INVALIDATED_BY_ITSELF : INVALIDATED_BY_L1);
+	w->guest->clock = g->clock;
+}
+
+static void invalidates(struct walk *w, uint64_t page)
+{
+	count(w->cpu->counters, COUNT_GUEST_INVALIDATIONS, 1);
+	event_record(w->m, w->cpu->id, event_of(w->vcpu->vm, EVENT_GUEST_INVALIDATE), w->vcpu->id, page);
+}
+
+/* VM entry or VM exit of a nested guest without a VPID: the mappings tagged with VPID 0 go, which are those of L1 and of
+ * its nested guests without a VPID (SDM vol. 3C, 29.4.3.1). */
+static void transition(struct walk *w)
+{
+	for (uint32_t i = 0; i <= NESTED_GUESTS; i++) {
+		struct guest *g = w->vcpu->guests[i];
+
+		if (g && (!i || !g->vmx.vpid12))
+			settle(w, g, (struct covered){ .any_page = true, .any_process = true, .globals = true });
+	}
+	invalidates(w, UINT64_MAX);
+}
+
+/* INVVPID (SDM vol. 3C, 31.3): type 0 an address, 1 a VPID, 2 all VPIDs but 0, 3 a VPID without global translations. */
+static void invvpid(struct walk *w, uint32_t type, uint64_t vpid, uint64_t page)
+{
+	for (uint32_t i = 1; i <= NESTED_GUESTS; i++) {
+		struct guest *g = w->vcpu->guests[i];
+
+		if (g && g->vmx.vpid12 && (type == 2 || g->vmx.vpid12 == vpid))
+			settle(w, g, (struct covered){ .page = page, .any_page = type != 0, .any_process = true,
+						       .globals = type != 3 });
+	}
+	invalidates(w, type ? UINT64_MAX : page);
+}
+
+void vmx_execute(struct walk *w, const struct guest_op *op)
+{
+	struct guest *const *guests = w->vcpu->guests;
+	struct guest_vmx *l1 = &guests[0]->vmx;
+	uint32_t type = op->flags >> 8, insn = op->flags & 0xff;
+
+	switch (insn) {
+	case GUEST_INSN_VMPTRLD:
+		l1->current = (uint32_t)op->value;
+		break;
+	case GUEST_INSN_VMCLEAR:
+		if (l1->current == op->value)
+			l1->current = 0;
+		break;
+	case GUEST_INSN_VMXOFF:
+		l1->current = 0;
+		break;
+	case GUEST_INSN_VMWRITE:
+		guests[l1->current]->vmx.vpid12 = (uint16_t)op->value;
+		break;
+	case GUEST_INSN_VMLAUNCH:
+		if (!guests[l1->current]->vmx.vpid12)
+			transition(w);
+		break;
+	case GUEST_INSN_VMCALL:
+		if (!w->guest->vmx.vpid12)
+			transition(w);
+		break;
+	case GUEST_INSN_INVVPID:
+		invvpid(w, type, op->value, op->linear >> 12 & GUEST_PAGE_MASK);
+		break;
+	default:
+		break;
+	}
+	w->exit->access = insn;
+	w->exit->linear = insn == GUEST_INSN_INVVPID ? canonical_address(op->linear) : op->value;
+	w->exit->invpcid_type = type;
+	w->exit->invpcid_pcid = op->value;
+}
