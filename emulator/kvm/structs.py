@@ -37,6 +37,7 @@ if TYPE_CHECKING:
     from emulator.kvm.decisions import Decisions
     from emulator.kvm.notifications import Heard
     from emulator.kvm.vmx.vmcs import LoadedVmcs
+    from emulator.kvm.vmx.vmcs12 import NestedVmx
     from emulator.kvm.x86_ops import KvmX86Ops
 
 
@@ -293,8 +294,9 @@ class Vcpu:
     Apart from the fields in the core (mode, requests, cpu), only the thread of the pCPU on which the vCPU is
     loaded touches it; user space may set `immediate_exit` (kvm_run->immediate_exit) from any thread.
 
-    mmu is root_mmu, or guest_mmu, which shadows the EPT of a nested guest: without nested guests it exists
-    and has no roots.  maxphyaddr: MAXPHYADDR of the guest's CPUID, decides between 4 and 5 levels.
+    loaded_vmcs is vmcs01, or nested.vmcs02 while it runs a nested guest.
+    mmu is root_mmu, or guest_mmu, which shadows the EPT of a nested guest: no L1 has one, so guest_mmu has no
+    roots.  maxphyaddr: MAXPHYADDR of the guest's CPUID, decides between 4 and 5 levels.
     flush_current_reason: the reason of the vCPU's last KVM_REQ_TLB_FLUSH_CURRENT, for the accounts;
     flush_reasons: a bit for each reason of the KVM_REQ_TLB_FLUSH that it services, flush_reason: the first.
     policy_data: the policy's state of the vCPU.
@@ -314,17 +316,21 @@ class Vcpu:
         "loaded_vmcs",
         "maxphyaddr",
         "mmu",
+        "nested",
         "policy_data",
         "root_mmu",
         "srcu_idx",
+        "vmcs01",
         "vpid",
     )
 
-    def __init__(self, kvm: Kvm, number: VcpuId, vpid: Vpid, loaded_vmcs: LoadedVmcs) -> None:
+    def __init__(self, kvm: Kvm, number: VcpuId, vpid: Vpid, vmcs01: LoadedVmcs, nested: NestedVmx) -> None:
         self.kvm = kvm
         self.id = number
         self.vpid = vpid
-        self.loaded_vmcs = loaded_vmcs
+        self.vmcs01 = vmcs01
+        self.loaded_vmcs = vmcs01
+        self.nested = nested
         self.arch = VcpuArch()
         self.maxphyaddr = 52
         self.root_mmu = KvmMmu(KvmMmuPageRole(level=kvm.params.tdp_level))

@@ -108,7 +108,8 @@ def _of_machine(machine: Machine, kvms: list[Kvm]) -> list[str]:
     pages = lib.frames_in_use(machine.m, lib.FRAME_ROOT)
     if pages != len(roots):
         found.append(f"{pages} root pages are in use, and the VMs have {len(roots)} roots")
-    vpids = len(machine.vmx_vpids) + sum(vcpu.vpid != 0 for kvm in kvms for vcpu in kvm.vcpus)
+    taken = [vpid for kvm in kvms for vcpu in kvm.vcpus for vpid in (vcpu.vpid, vcpu.nested.vpid02)]
+    vpids = len(machine.vmx_vpids) + sum(vpid != 0 for vpid in taken)
     if vpids != machine.vpids:
         found.append(f"of {machine.vpids} VPIDs {vpids} are free or a vCPU's")
     return found

@@ -17,7 +17,7 @@ from emulator.kvm.structs import Kvm, Vcpu
 from emulator.kvm.virt.requests import kvm_flush_remote_tlbs
 from emulator.kvm.virt.requests import kvm_make_request as _kvm_make_request
 from emulator.kvm.virt.requests import request_tlb_flush as _request_tlb_flush
-from emulator.kvm.vmx.vmx import vmx_flush_tlb_ept_root, vpid_sync_context
+from emulator.kvm.vmx.vmx import vmx_flush_tlb_ept_root, vmx_get_current_vpid, vpid_sync_context
 from emulator.kvm.vmx.vmx_ops import invvpid_individual_addr, invvpid_single_non_global
 from emulator.machine.runtime import Cpu, rcu_enter, rcu_leave, smp_mb
 from native import ffi, lib
@@ -94,7 +94,7 @@ def invvpid_address(cpu: Cpu, vcpu: Vcpu, page: int, reason: FlushReason) -> Non
     flush = _of_vcpu("invvpid-address", vcpu, reason)
     flush_begins(cpu, vcpu.kvm, flush)
     cpu.point("tlb", cpu.id, "write")
-    invvpid_individual_addr(cpu, vcpu.kvm, vcpu.vpid, page << 12, reason)
+    invvpid_individual_addr(cpu, vcpu.kvm, vmx_get_current_vpid(vcpu), page << 12, reason)
     flush_ended(cpu, vcpu.kvm, flush)
 
 
@@ -103,12 +103,12 @@ def invvpid_retain_globals(cpu: Cpu, vcpu: Vcpu, reason: FlushReason) -> None:
     flush = _of_vcpu("invvpid-single", vcpu, reason)
     flush_begins(cpu, vcpu.kvm, flush)
     cpu.point("tlb", cpu.id, "write")
-    invvpid_single_non_global(cpu, vcpu.kvm, vcpu.vpid, reason)
+    invvpid_single_non_global(cpu, vcpu.kvm, vmx_get_current_vpid(vcpu), reason)
     flush_ended(cpu, vcpu.kvm, flush)
 
 
 def _of_vcpu(kind: FlushKind, vcpu: Vcpu, reason: FlushReason) -> PcpuFlush:
-    return PcpuFlush(kind, vcpu.vpid, reason)
+    return PcpuFlush(kind, vmx_get_current_vpid(vcpu), reason)
 
 
 def flush_elided(cpu: Cpu, kvm: Kvm, reason: FlushReason, argument: int = 0) -> None:

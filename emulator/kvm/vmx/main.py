@@ -6,7 +6,7 @@ from typing import Final
 
 from emulator.kvm.kvm_host import ExitToUser
 from emulator.kvm.structs import Kvm, Vcpu
-from emulator.kvm.vmx import vmx
+from emulator.kvm.vmx import exits, nested, vmx
 from emulator.kvm.x86_ops import KvmX86Ops
 from emulator.machine.runtime import Cpu
 from native.types import FlushReason, Hfn
@@ -24,6 +24,7 @@ class VtX86Ops:
         return vmx.vmx_vcpu_create(cpu, kvm)
 
     def vcpu_free(self, cpu: Cpu, vcpu: Vcpu) -> None:
+        nested.nested_vmx_free_vcpu(cpu, vcpu)
         vmx.vmx_vcpu_free(cpu, vcpu)
 
     def vcpu_reset(self, cpu: Cpu, vcpu: Vcpu) -> None:
@@ -39,7 +40,7 @@ class VtX86Ops:
         vmx.vmx_set_cr4(cpu, vcpu)
 
     def handle_exit(self, cpu: Cpu, vcpu: Vcpu) -> ExitToUser | None:
-        return vmx.vmx_handle_exit(cpu, vcpu)
+        return exits.vmx_handle_exit(cpu, vcpu)
 
     def load_mmu_pgd(self, cpu: Cpu, vcpu: Vcpu, root_hfn: Hfn, root_level: int) -> None:
         vmx.vmx_load_mmu_pgd(cpu, vcpu, root_hfn, root_level)

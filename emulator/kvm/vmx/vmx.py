@@ -1,11 +1,13 @@
-"""arch/x86/kvm/vmx/vmx.c: the flush hooks, EPT_POINTER, loading a VMCS on a pCPU, vCPUs, and exits."""
+"""arch/x86/kvm/vmx/vmx.c: the flush hooks, EPT_POINTER, loading a VMCS on a pCPU, and vCPUs.
+
+Exits: exits.py.
+"""
 
 from __future__ import annotations
 
 from typing import Final
 
 from emulator.kvm.accounting import flush_elided
-from emulator.kvm.emulate import emulate_store
 from emulator.kvm.kvm_host import (
     EFER_LMA,
     EFER_LME,
@@ -13,41 +15,25 @@ from emulator.kvm.kvm_host import (
     X86_CR0_PG,
     X86_CR4_PAE,
     X86_CR4_PSE,
-    ExitToUser,
 )
-from emulator.kvm.mmu.fault import (
-    EFAULT,
-    ENOMEM,
-    RET_PF_EMULATE,
-    RET_PF_RETRY,
-    RET_PF_WRITE_PROTECTED,
-)
-from emulator.kvm.mmu.page_fault import kvm_mmu_page_fault
 from emulator.kvm.mmu.roots import active_roots
 from emulator.kvm.mmu.spte import root_to_sp
 from emulator.kvm.mmu.structs import KvmMmuPage, KvmMmuRootInfo
 from emulator.kvm.notifications import PcpuFlush, flush_begins, flush_ended
-from emulator.kvm.regs import (
-    kvm_get_active_pcid,
-    kvm_handle_invpcid,
-    kvm_mmu_invlpg,
-    kvm_set_cr0,
-    kvm_set_cr3,
-    kvm_set_cr4,
-    set_efer,
-)
-from emulator.kvm.smm import emulator_leave_smm
+from emulator.kvm.regs import kvm_get_active_pcid
 from emulator.kvm.structs import Kvm, Vcpu, is_long_mode
 from emulator.kvm.virt.requests import request_tlb_flush
 from emulator.kvm.vmx.vmcs import (
+    LoadedVmcs,
     alloc_loaded_vmcs,
     allocate_vpid,
     free_loaded_vmcs,
     free_vpid,
     loaded_vmcs_clear,
 )
+from emulator.kvm.vmx.vmcs12 import NestedVmx, nested_cpu_has_vpid, nested_get_vpid02
 from emulator.kvm.vmx.vmx_ops import ept_sync_context, invvpid_individual_addr, invvpid_single_context
-from emulator.machine.runtime import Cpu, MachineError, cpu_relax
+from emulator.machine.runtime import Cpu
 from native import lib
 from native.types import FlushReason, Hfn, VcpuId, Vpid
 
@@ -119,25 +105,42 @@ def vmx_flush_tlb_guest(cpu: Cpu, vcpu: Vcpu, reason: FlushReason) -> None:
 
 
 def vmx_flush_tlb_gva(cpu: Cpu, vcpu: Vcpu, addr: int) -> None:
-    """vmx_flush_tlb_gva(): execute INVVPID individual-address."""
-    if not vcpu.vpid:
-        return
-    flush = PcpuFlush("invvpid-address", vcpu.vpid, lib.REASON_GUEST)
-    flush_begins(cpu, vcpu.kvm, flush)
-    cpu.point("tlb", cpu.id, "write")
-    invvpid_individual_addr(cpu, vcpu.kvm, vcpu.vpid, addr, lib.REASON_GUEST)
-    flush_ended(cpu, vcpu.kvm, flush)
+    """vmx_flush_tlb_gva(): execute INVVPID individual-address on the current VPID."""
+    vpid_sync_vcpu_addr(cpu, vcpu.kvm, vmx_get_current_vpid(vcpu), addr)
+
+
+def vmx_get_current_vpid(vcpu: Vcpu) -> Vpid:
+    """vmx_get_current_vpid(): return the VPID that the vCPU runs with now, as L1 or as L2."""
+    if vcpu.arch.guest_mode and nested_cpu_has_vpid(vcpu.nested.vmcs12()):
+        return nested_get_vpid02(vcpu)
+    return vcpu.vpid
 
 
 def vpid_sync_context(cpu: Cpu, vcpu: Vcpu, reason: FlushReason) -> None:
+    """vpid_sync_context() of the current VPID."""
+    vpid_sync(cpu, vcpu.kvm, vmx_get_current_vpid(vcpu), reason)
+
+
+def vpid_sync(cpu: Cpu, kvm: Kvm, vpid: Vpid, reason: FlushReason) -> None:
     """vpid_sync_context(): execute INVVPID single-context; nothing for VPID 0, which VM entry flushes."""
-    if not vcpu.vpid:
+    if not vpid:
         return
-    flush = PcpuFlush("invvpid-single", vcpu.vpid, reason)
-    flush_begins(cpu, vcpu.kvm, flush)
+    flush = PcpuFlush("invvpid-single", vpid, reason)
+    flush_begins(cpu, kvm, flush)
     cpu.point("tlb", cpu.id, "write")
-    invvpid_single_context(cpu, vcpu.kvm, vcpu.vpid, reason)
-    flush_ended(cpu, vcpu.kvm, flush)
+    invvpid_single_context(cpu, kvm, vpid, reason)
+    flush_ended(cpu, kvm, flush)
+
+
+def vpid_sync_vcpu_addr(cpu: Cpu, kvm: Kvm, vpid: Vpid, addr: int) -> None:
+    """vpid_sync_vcpu_addr(): execute INVVPID individual-address; nothing for VPID 0."""
+    if not vpid:
+        return
+    flush = PcpuFlush("invvpid-address", vpid, lib.REASON_GUEST)
+    flush_begins(cpu, kvm, flush)
+    cpu.point("tlb", cpu.id, "write")
+    invvpid_individual_addr(cpu, kvm, vpid, addr, lib.REASON_GUEST)
+    flush_ended(cpu, kvm, flush)
 
 
 def vpid_sync_vcpu_global(cpu: Cpu, vcpu: Vcpu, reason: FlushReason) -> None:
@@ -182,6 +185,15 @@ def vmx_vcpu_load_vmcs(cpu: Cpu, vcpu: Vcpu) -> None:
     vcpu.loaded_vmcs.cpu = cpu.id
 
 
+def vmx_switch_vmcs(cpu: Cpu, vcpu: Vcpu, vmcs: LoadedVmcs) -> None:
+    """vmx_switch_vmcs(): switch between vmcs01 and vmcs02.
+
+    Each remembers its own pCPU, so a vCPU that has moved flushes once for each of the two.
+    """
+    vcpu.loaded_vmcs = vmcs
+    vmx_vcpu_load_vmcs(cpu, vcpu)
+
+
 def migration_ept(cpu: Cpu, vcpu: Vcpu) -> None:
     """Flush guest-physical mappings, and with them the combined ones.  Decision `migration`.
 
@@ -196,9 +208,18 @@ def migration_ept(cpu: Cpu, vcpu: Vcpu) -> None:
 
 
 def migration_vpid(cpu: Cpu, vcpu: Vcpu) -> None:
-    """Flush the combined mappings under this vCPU's VPID, of every root.  Decision `migration_vpid`."""
+    """Flush the combined mappings under the VPID of this VMCS, of every root.  Decision `migration_vpid`."""
     if vcpu.kvm.policy.migration_vpid(cpu, vcpu) == "invvpid":
-        vpid_sync_context(cpu, vcpu, lib.REASON_MIGRATION)
+        vpid_sync(cpu, vcpu.kvm, vpid_of_vmcs(vcpu), lib.REASON_MIGRATION)
+
+
+def vpid_of_vmcs(vcpu: Vcpu) -> Vpid:
+    """Return the VPID with which the loaded VMCS is entered.
+
+    vmcs02 is loaded before the vCPU counts as in guest mode, so vmx_get_current_vpid() does not tell.
+    """
+    nested = vcpu.loaded_vmcs is vcpu.nested.vmcs02 and nested_cpu_has_vpid(vcpu.nested.vmcs12())
+    return nested_get_vpid02(vcpu) if nested else vcpu.vpid
 
 
 # --- vCPUs --------------------------------------------------------------------------------------------------
@@ -208,12 +229,13 @@ def vmx_vcpu_create(cpu: Cpu, kvm: Kvm) -> Vcpu:
     """vmx_vcpu_create(): make the vCPU with a VPID and a VMCS, which is loaded nowhere yet."""
     vpid = allocate_vpid(kvm.machine) if kvm.params.vpid else Vpid(0)
     number = VcpuId(cpu.check(lib.vcpu_create(cpu.m, kvm.id)))
-    return Vcpu(kvm, number, vpid, alloc_loaded_vmcs(cpu, number, vpid, ept=kvm.params.ept))
+    vmcs01 = alloc_loaded_vmcs(cpu, number, vpid, ept=kvm.params.ept)
+    return Vcpu(kvm, number, vpid, vmcs01, NestedVmx())
 
 
 def vmx_vcpu_free(cpu: Cpu, vcpu: Vcpu) -> None:
-    """vmx_vcpu_free(): free the VMCS, and let the VPID be reused."""
-    free_loaded_vmcs(cpu, vcpu.kvm.id, vcpu.loaded_vmcs)
+    """vmx_vcpu_free(): free the VMCS, and let the VPID be reused.  Nested VMX has been left (nested.py)."""
+    free_loaded_vmcs(cpu, vcpu.kvm.id, vcpu.vmcs01)
     if vcpu.vpid:
         free_vpid(vcpu.kvm.machine, vcpu.vpid)
 
@@ -256,90 +278,3 @@ def set_table_format(cpu: Cpu, vcpu: Vcpu) -> None:
     else:
         tables = lib.GUEST_TABLES_32_PSE if cr4 & X86_CR4_PSE else lib.GUEST_TABLES_32
     lib.vcpu_set_tables(cpu.m, vcpu.id, tables)
-
-
-# --- exits --------------------------------------------------------------------------------------------------
-
-
-def vmx_handle_exit(cpu: Cpu, vcpu: Vcpu) -> ExitToUser | None:
-    """vmx_handle_exit(): handle the exit; return why KVM_RUN ends, or None to enter again."""
-    reason = vcpu.exit.reason
-    cpu.stat(vcpu.kvm.id, lib.STAT_EXITS)
-    if reason == lib.EXIT_EPT_VIOLATION:
-        return handle_ept_violation(cpu, vcpu)
-    if reason == lib.EXIT_EXCEPTION:
-        return vmx_handle_page_fault(cpu, vcpu)
-    if reason == lib.EXIT_INSTRUCTION:
-        return handle_instruction(cpu, vcpu, vcpu.exit.access, vcpu.exit.linear)
-    if reason == lib.EXIT_TRIPLE_FAULT:
-        return ExitToUser("shutdown")
-    if reason == lib.EXIT_EPT_MISCONFIG:
-        raise MachineError(f"EPT misconfiguration of {vcpu!r} at {vcpu.exit.gpa:#x}")
-    return None
-
-
-def handle_ept_violation(cpu: Cpu, vcpu: Vcpu) -> ExitToUser | None:
-    """handle_ept_violation()"""
-    exit_info = vcpu.exit
-    gpa, access = exit_info.gpa, exit_info.access
-    r = kvm_mmu_page_fault(cpu, vcpu, gpa, access, bool(exit_info.rights))
-    if r == RET_PF_RETRY:
-        # The guest will fault again at once, as long as the invalidation is in progress.
-        cpu_relax(cpu)
-    return exit_after_fault(r, gpa, access)
-
-
-def vmx_handle_page_fault(cpu: Cpu, vcpu: Vcpu) -> ExitToUser | None:
-    """vmx_handle_page_fault(): handle the guest's #PF, which exits without EPT.
-
-    A store to a guest's table that must stay read-only is emulated.
-    """
-    exit_info = vcpu.exit
-    linear, access, error_code = exit_info.linear, exit_info.access, exit_info.error_code
-    present = bool(error_code & lib.PFERR_PRESENT)
-    r = kvm_mmu_page_fault(cpu, vcpu, linear, access, present, error_code)
-    if r == RET_PF_WRITE_PROTECTED:
-        r = emulate_store(cpu, vcpu, linear, error_code)
-    if r == RET_PF_RETRY:
-        cpu_relax(cpu)
-    return exit_after_fault(r, linear, access)
-
-
-def exit_after_fault(r: int, addr: int, access: int) -> ExitToUser | None:
-    """Return why KVM_RUN ends after a fault with the result `r`, or None to enter again."""
-    if r == RET_PF_EMULATE:
-        return ExitToUser("mmio", addr, access == lib.ACCESS_WRITE)
-    if r == EFAULT:
-        return ExitToUser("fault", addr, access == lib.ACCESS_WRITE)
-    if r == ENOMEM:
-        return ExitToUser("no-memory", addr)
-    return None
-
-
-def handle_instruction(cpu: Cpu, vcpu: Vcpu, insn: int, operand: int) -> ExitToUser | None:
-    """handle_cr(), and the emulation of other instructions that exit; return why KVM_RUN ends.
-
-    A general-protection fault ends it (kvm_complete_insn_gp): the guest's OS handles none, so that a third
-    fault follows.
-    """
-    if insn == lib.GUEST_INSN_RSM:
-        emulator_leave_smm(cpu, vcpu)
-    elif insn == lib.GUEST_INSN_INVLPG:
-        kvm_mmu_invlpg(cpu, vcpu, operand)
-    elif insn == lib.GUEST_INSN_INVPCID:
-        kvm_handle_invpcid(cpu, vcpu, vcpu.exit.invpcid_type, vcpu.exit.invpcid_pcid, operand)
-    elif not handle_cr(cpu, vcpu, insn, operand):
-        return ExitToUser("shutdown")
-    return None
-
-
-def handle_cr(cpu: Cpu, vcpu: Vcpu, insn: int, value: int) -> bool:
-    """handle_cr(), kvm_emulate_wrmsr(): handle an exit by MOV to a control register, or WRMSR of EFER; return
-    False if the guest gets a general-protection fault."""
-    if insn == lib.GUEST_INSN_MOV_CR0:
-        return kvm_set_cr0(cpu, vcpu, value)
-    if insn == lib.GUEST_INSN_MOV_CR3:
-        return kvm_set_cr3(cpu, vcpu, value)
-    if insn == lib.GUEST_INSN_WRMSR_EFER:
-        return set_efer(cpu, vcpu, value)
-    return kvm_set_cr4(cpu, vcpu, value)

@@ -13,7 +13,7 @@ from emulator.kvm.virt.kvm_main import (
     kvm_mmu_notifier_invalidate_range_start,
     kvm_set_memory_region,
 )
-from emulator.kvm.vmx.vmx import handle_instruction
+from emulator.kvm.vmx.exits import handle_instruction
 from emulator.machine.runtime import Cpu
 from emulator.policy import MUTANTS, Policy, preset
 from native import ffi, lib

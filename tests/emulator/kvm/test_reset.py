@@ -20,7 +20,7 @@ from emulator.kvm.kvm_host import (
 from emulator.kvm.reset import apic_send_init, kvm_vcpu_reset, power_on
 from emulator.kvm.structs import Kvm
 from emulator.kvm.virt.requests import kvm_check_request, kvm_test_request
-from emulator.kvm.vmx.vmx import handle_cr
+from emulator.kvm.vmx.exits import handle_cr
 from emulator.policy import MUTANTS, Policy, preset
 from emulator.scenario.config import load_scenario
 from native import lib

@@ -1,0 +1,213 @@
+"""arch/x86/kvm/vmx/nested.c: nested VMX.  L1 is a hypervisor, whose guests (L2) KVM runs with vmcs02.
+
+L1 and L2 share root_mmu, because L1 enables no EPT in its VMCSs: their roots differ by role.guest_mode, and
+so do their EP4TAs.  A request to flush the current context names it implicitly.  So it is serviced before the
+context changes, and made for the next context only once is_guest_mode() tells which that is.
+"""
+
+from __future__ import annotations
+
+from emulator.kvm.kvm_host import KVM_REQ_TLB_FLUSH_CURRENT, KVM_REQ_TLB_FLUSH_GUEST
+from emulator.kvm.mmu.roots import kvm_init_mmu, kvm_mmu_free_roots, kvm_mmu_new_pgd
+from emulator.kvm.structs import Vcpu, tdp_enabled
+from emulator.kvm.tlb import kvm_service_local_tlb_flush_requests
+from emulator.kvm.virt.requests import kvm_make_request
+from emulator.kvm.vmx.vmcs import alloc_loaded_vmcs, allocate_vpid, free_loaded_vmcs, free_vpid
+from emulator.kvm.vmx.vmcs12 import Vmcs12, nested_cpu_has_vpid, nested_get_vpid02
+from emulator.kvm.vmx.vmx import vmx_switch_vmcs, vpid_sync, vpid_sync_vcpu_addr
+from emulator.kvm.vmx.vmx_ops import VMX_VPID_EXTENT_INDIVIDUAL_ADDR
+from emulator.machine.runtime import Cpu, OutOfFrames
+from native import lib
+from native.types import Vpid
+
+
+def handle_vmx_instruction(cpu: Cpu, vcpu: Vcpu, insn: int, operand: int) -> None:
+    """Emulate a VMX instruction of L1, or (VMCALL) let L2 exit to L1."""
+    if insn == lib.GUEST_INSN_VMXON:
+        enter_vmx_operation(cpu, vcpu)
+    elif insn == lib.GUEST_INSN_VMXOFF:
+        free_nested(cpu, vcpu)
+    elif insn == lib.GUEST_INSN_VMPTRLD:
+        handle_vmptrld(cpu, vcpu, operand)
+    elif insn == lib.GUEST_INSN_VMCLEAR:
+        handle_vmclear(cpu, vcpu, operand)
+    elif insn == lib.GUEST_INSN_VMWRITE:
+        vcpu.nested.vmcs12().virtual_processor_id = operand
+    elif insn == lib.GUEST_INSN_VMLAUNCH:
+        nested_vmx_enter_non_root_mode(cpu, vcpu)
+    elif insn == lib.GUEST_INSN_VMCALL:
+        nested_vmx_vmexit(cpu, vcpu)
+    else:
+        handle_invvpid(cpu, vcpu, vcpu.exit.invpcid_type, operand)
+
+
+# --- VMXON, VMXOFF, and the current VMCS12 ------------------------------------------------------------------
+
+
+def enter_vmx_operation(cpu: Cpu, vcpu: Vcpu) -> None:
+    """enter_vmx_operation(), for VMXON: make vmcs02, with a VPID for nested guests if one is left.
+
+    Another vCPU may have used the VPID.  last_vpid is none that L1 can use, so the first VM entry with a VPID
+    flushes.
+    """
+    nested, kvm = vcpu.nested, vcpu.kvm
+    nested.vmcs02 = alloc_loaded_vmcs(cpu, vcpu.id, vcpu.vpid, ept=kvm.params.ept)
+    try:
+        nested.vpid02 = allocate_vpid(kvm.machine) if kvm.params.vpid else Vpid(0)
+    except OutOfFrames:
+        nested.vpid02 = Vpid(0)
+    nested.last_vpid = 0
+    nested.vmxon = True
+
+
+def free_nested(cpu: Cpu, vcpu: Vcpu) -> None:
+    """free_nested(), for VMXOFF: free vmcs02 and let vpid02 be reused."""
+    nested, kvm = vcpu.nested, vcpu.kvm
+    nested.vmxon = False
+    if nested.vpid02:
+        free_vpid(kvm.machine, nested.vpid02)
+        nested.vpid02 = Vpid(0)
+    nested.current = None
+    kvm_mmu_free_roots(cpu, kvm, vcpu.guest_mmu, lambda root: True)
+    vmcs02, nested.vmcs02 = nested.vmcs02, None
+    assert vmcs02 is not None
+    free_loaded_vmcs(cpu, kvm.id, vmcs02)
+
+
+def nested_vmx_free_vcpu(cpu: Cpu, vcpu: Vcpu) -> None:
+    """nested_vmx_free_vcpu(): leave nested VMX for good; the vCPU runs no more, and no flush is due to it."""
+    if vcpu.arch.guest_mode:
+        leave_guest_mode(cpu, vcpu)
+        vcpu.loaded_vmcs = vcpu.vmcs01
+    if vcpu.nested.vmxon:
+        free_nested(cpu, vcpu)
+
+
+def nested_release_vmcs12(cpu: Cpu, vcpu: Vcpu) -> None:
+    """nested_release_vmcs12(): the current VMCS12 is current no more."""
+    if vcpu.nested.current is None:
+        return
+    kvm_mmu_free_roots(cpu, vcpu.kvm, vcpu.guest_mmu, lambda root: True)
+    vcpu.nested.current = None
+
+
+def handle_vmptrld(cpu: Cpu, vcpu: Vcpu, vmptr: int) -> None:
+    """handle_vmptrld()"""
+    nested = vcpu.nested
+    if nested.current is not None and nested.current.number == vmptr:
+        return
+    nested_release_vmcs12(cpu, vcpu)
+    nested.current = nested.vmcs12s.setdefault(vmptr, Vmcs12(vmptr))
+
+
+def handle_vmclear(cpu: Cpu, vcpu: Vcpu, vmptr: int) -> None:
+    """handle_vmclear()"""
+    if vcpu.nested.current is not None and vcpu.nested.current.number == vmptr:
+        nested_release_vmcs12(cpu, vcpu)
+
+
+# --- VM entry and VM exit of L2 -----------------------------------------------------------------------------
+
+
+def enter_guest_mode(cpu: Cpu, vcpu: Vcpu) -> None:
+    """enter_guest_mode(): is_guest_mode() is true from here on."""
+    vcpu.arch.guest_mode = True
+    lib.vcpu_set_guest_mode(cpu.m, vcpu.id, vcpu.nested.vmcs12().number)
+
+
+def leave_guest_mode(cpu: Cpu, vcpu: Vcpu) -> None:
+    """leave_guest_mode()"""
+    vcpu.arch.guest_mode = False
+    lib.vcpu_set_guest_mode(cpu.m, vcpu.id, 0)
+
+
+def nested_has_guest_tlb_tag(vcpu: Vcpu) -> bool:
+    """nested_has_guest_tlb_tag(): return whether the translations of L1 and of L2 have different tags.
+
+    With EPT their EP4TAs differ, even where they share a VPID.
+    """
+    nested = vcpu.nested
+    return tdp_enabled(vcpu.kvm) or (nested_cpu_has_vpid(nested.vmcs12()) and bool(nested.vpid02))
+
+
+def nested_vmx_transition_tlb_flush(cpu: Cpu, vcpu: Vcpu, vmcs12: Vmcs12, is_vmenter: bool) -> None:
+    """nested_vmx_transition_tlb_flush(): request the flush that VM entry or VM exit owes to the guest that it
+    enters.
+
+    Without a VPID, VM entry and VM exit invalidate the mappings of VPID 0.  vpid02 stands for any VPID of
+    L1's, so a VPID that differs from the last one must not find mappings under it.
+    """
+    if not nested_cpu_has_vpid(vmcs12):
+        kvm_make_request(cpu, vcpu, KVM_REQ_TLB_FLUSH_GUEST)
+        return
+    nested = vcpu.nested
+    if is_vmenter and vmcs12.virtual_processor_id != nested.last_vpid:
+        nested.last_vpid = vmcs12.virtual_processor_id
+        kvm_make_request(cpu, vcpu, KVM_REQ_TLB_FLUSH_GUEST)
+        return
+    if not nested_has_guest_tlb_tag(vcpu):
+        vcpu.flush_current_reason = lib.REASON_GUEST
+        kvm_make_request(cpu, vcpu, KVM_REQ_TLB_FLUSH_CURRENT)
+
+
+def nested_vmx_load_cr3(cpu: Cpu, vcpu: Vcpu) -> None:
+    """nested_vmx_load_cr3(): compute the role of the guest that is entered, and go to a cached root of it."""
+    kvm_init_mmu(vcpu)
+    kvm_mmu_new_pgd(cpu, vcpu, vcpu.arch.cr3)
+
+
+def prepare_vmcs02_early(cpu: Cpu, vcpu: Vcpu, vmcs12: Vmcs12) -> None:
+    """prepare_vmcs02_early(): write VIRTUAL_PROCESSOR_ID, which is L1's for a guest without one."""
+    vpid = nested_get_vpid02(vcpu) if nested_cpu_has_vpid(vmcs12) else vcpu.vpid
+    lib.vmcs_write_vpid(cpu.m, vcpu.loaded_vmcs.vmcs, vpid)
+
+
+def prepare_vmcs02(cpu: Cpu, vcpu: Vcpu, vmcs12: Vmcs12) -> None:
+    """prepare_vmcs02()"""
+    nested_vmx_transition_tlb_flush(cpu, vcpu, vmcs12, is_vmenter=True)
+    nested_vmx_load_cr3(cpu, vcpu)
+
+
+def nested_vmx_enter_non_root_mode(cpu: Cpu, vcpu: Vcpu) -> None:
+    """nested_vmx_enter_non_root_mode(), for VMLAUNCH and VMRESUME: the vCPU enters L2 next."""
+    vmcs12, vmcs02 = vcpu.nested.vmcs12(), vcpu.nested.vmcs02
+    assert vmcs02 is not None
+    kvm_service_local_tlb_flush_requests(cpu, vcpu)
+    vmx_switch_vmcs(cpu, vcpu, vmcs02)
+    prepare_vmcs02_early(cpu, vcpu, vmcs12)
+    enter_guest_mode(cpu, vcpu)
+    prepare_vmcs02(cpu, vcpu, vmcs12)
+
+
+def load_vmcs12_host_state(cpu: Cpu, vcpu: Vcpu, vmcs12: Vmcs12) -> None:
+    """load_vmcs12_host_state()"""
+    nested_vmx_load_cr3(cpu, vcpu)
+    nested_vmx_transition_tlb_flush(cpu, vcpu, vmcs12, is_vmenter=False)
+
+
+def nested_vmx_vmexit(cpu: Cpu, vcpu: Vcpu) -> None:
+    """__nested_vmx_vmexit(): L2 exits to L1, which the vCPU enters next."""
+    vmcs12 = vcpu.nested.vmcs12()
+    kvm_service_local_tlb_flush_requests(cpu, vcpu)
+    leave_guest_mode(cpu, vcpu)
+    vmx_switch_vmcs(cpu, vcpu, vcpu.vmcs01)
+    load_vmcs12_host_state(cpu, vcpu, vmcs12)
+
+
+# --- invalidations by L1 ------------------------------------------------------------------------------------
+
+
+def handle_invvpid(cpu: Cpu, vcpu: Vcpu, kind: int, gla: int) -> None:
+    """handle_invvpid(): flush vpid02, whichever VPID L1 names.
+
+    If vmcs02 was loaded on another pCPU last, the flush is deferred to the next VM entry by forgetting
+    last_vpid, because it must be made where L2 runs (6d00e67326d8).
+    """
+    nested = vcpu.nested
+    assert nested.vmcs02 is not None
+    if cpu.id != nested.vmcs02.cpu:
+        nested.last_vpid = 0
+    elif kind == VMX_VPID_EXTENT_INDIVIDUAL_ADDR:
+        vpid_sync_vcpu_addr(cpu, vcpu.kvm, nested_get_vpid02(vcpu), gla)
+    else:
+        vpid_sync(cpu, vcpu.kvm, nested_get_vpid02(vcpu), lib.REASON_GUEST)

@@ -1,0 +1,58 @@
+"""arch/x86/kvm/vmx/vmcs12.h, nested.h, vmx.h: the VMCSs that L1 keeps, and what KVM keeps for nested VMX."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+from native.types import Vpid
+
+if TYPE_CHECKING:
+    from emulator.kvm.structs import Vcpu
+    from emulator.kvm.vmx.vmcs import LoadedVmcs
+
+
+class Vmcs12:
+    """struct vmcs12: the VMCS of a nested guest (L2), in L1's memory.
+
+    number: its address, which is the number of the nested guest.  L1 enables no EPT, so L2's guest-physical
+    addresses are L1's.
+    """
+
+    __slots__ = ("number", "virtual_processor_id")
+
+    def __init__(self, number: int) -> None:
+        self.number = number
+        self.virtual_processor_id = 0
+
+
+class NestedVmx:
+    """struct nested_vmx.
+
+    vmcs12s: the VMCSs in L1's memory.  current: that of the last VMPTRLD (current_vmptr), or None.
+    vpid02 stands for every VPID that L1 gives to its guests; last_vpid is the one that it stood for last.
+    """
+
+    __slots__ = ("current", "last_vpid", "vmcs02", "vmcs12s", "vmxon", "vpid02")
+
+    def __init__(self) -> None:
+        self.vmxon = False
+        self.vmcs12s: dict[int, Vmcs12] = {}
+        self.current: Vmcs12 | None = None
+        self.vmcs02: LoadedVmcs | None = None
+        self.vpid02 = Vpid(0)
+        self.last_vpid = 0
+
+    def vmcs12(self) -> Vmcs12:
+        """get_vmcs12()"""
+        assert self.current is not None
+        return self.current
+
+
+def nested_cpu_has_vpid(vmcs12: Vmcs12) -> bool:
+    """nested_cpu_has_vpid(): return whether L1 has given its guest a VPID."""
+    return vmcs12.virtual_processor_id != 0
+
+
+def nested_get_vpid02(vcpu: Vcpu) -> Vpid:
+    """nested_get_vpid02(): return the VPID of nested guests that have one; L1's where none was left."""
+    return vcpu.nested.vpid02 or vcpu.vpid
