@@ -41,7 +41,7 @@ def check_test(test: LitmusTest) -> None:
         raise SchemaError("threads", "no operation in any of them", "something to test")
     _check_needs(test)
     for name in test.threads:
-        placed = list(_sequence(test, name))
+        placed = list(sequence(test, name))
         _check_notifiers(placed)
         if test.threads[name].is_vcpu:
             _check_guest(test, name, placed)
@@ -58,7 +58,7 @@ def _check_needs(test: LitmusTest) -> None:
         raise SchemaError("expect.needs", '"nothing" beside others', '"nothing" alone: any of them is enough')
 
 
-def _sequence(test: LitmusTest, name: str) -> Iterator[Placed]:
+def sequence(test: LitmusTest, name: str) -> Iterator[Placed]:
     """Yield one thread's operations, from first to last."""
     for i, (who, op) in enumerate(test.parsed_init):
         if who == name:
@@ -134,7 +134,7 @@ def _check_slot(test: LitmusTest, vm: int) -> None:
     """Refuse ioctls that fail: KVM_GET_DIRTY_LOG of a memslot without a log (-ENOENT), deletion of a memslot
     that does not exist (-EINVAL)."""
     placed = [
-        (name, [(key, op) for key, op in _sequence(test, name) if op.verb in _SLOT_OPS])
+        (name, [(key, op) for key, op in sequence(test, name) if op.verb in _SLOT_OPS])
         for name, thread in test.threads.items()
         if thread.vm == vm
     ]

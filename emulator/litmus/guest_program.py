@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING
 
 from emulator.kvm.reset import power_on
 from emulator.kvm.structs import Vcpu
+from emulator.litmus.nested_ops import NESTED_GUESTS, Vmptrld
 from emulator.litmus.ops import GuestOp, Instruction, Op
 from native import ffi, lib
 
@@ -29,6 +30,19 @@ _FLAGS = {
     "type1": 1,
     "type2": 2,
     "type3": 3,
+    "vmxon": lib.GUEST_INSN_VMXON,
+    "vmxoff": lib.GUEST_INSN_VMXOFF,
+    "vmptrld": lib.GUEST_INSN_VMPTRLD,
+    "vmclear": lib.GUEST_INSN_VMCLEAR,
+    "vmwrite": lib.GUEST_INSN_VMWRITE,
+    "vmlaunch": lib.GUEST_INSN_VMLAUNCH,
+    "vmcall": lib.GUEST_INSN_VMCALL,
+    "invvpid": lib.GUEST_INSN_INVVPID,
+    # The instruction has the low byte.
+    "vmx-type0": 0 << 8,
+    "vmx-type1": 1 << 8,
+    "vmx-type2": 2 << 8,
+    "vmx-type3": 3 << 8,
 }
 
 
@@ -40,27 +54,45 @@ class GuestProgram:
         self._stretches: dict[tuple[tuple[Op, ...], bool], Array[CoreOp]] = {}
         self._length = 0
         self._pages, self._processes = self._what_it_maps()
+        self._nested = self._nested_guests()
         # The core keeps the pointers.
         self._page_array = ffi.new("uint64_t[]", self._pages or [0])
         self._records = ffi.new("uint64_t[]", 1)
         self._config = ffi.new("struct guest_config *")
 
-    def _what_it_maps(self) -> tuple[list[int], int]:
-        """Return the linear pages that the guest's processes map, and the number of processes."""
+    def _ops(self) -> list[Op]:
+        """Return all operations of the thread, in `init` and `final`, too."""
         harness, name = self._thread.harness, self._thread.name
         sequences = (*harness.test.parsed_init, *harness.test.parsed_final)
-        ops = [*self._thread.section.parsed, *(op for who, op in sequences if who == name)]
-        instructions = [ins for op in ops if isinstance(op, GuestOp) for ins in op.instructions()]
+        return [*self._thread.section.parsed, *(op for who, op in sequences if who == name)]
+
+    def _nested_guests(self) -> list[int]:
+        """Return the numbers of the nested guests whose VMCS12 the guest loads."""
+        return sorted({op.number("vmcs12") for op in self._ops() if op.verb == Vmptrld.verb})
+
+    def _what_it_maps(self) -> tuple[list[int], int]:
+        """Return the linear pages that the guest's processes map, and the number of processes."""
+        instructions = [ins for op in self._ops() if isinstance(op, GuestOp) for ins in op.instructions()]
         processes = max((ins.value + 1 for ins in instructions if ins.kind == "MOV_CR3"), default=1)
         return sorted({ins.linear >> 12 for ins in instructions}), processes
 
     def attach(self, cpu: Cpu, vcpu: Vcpu) -> None:
-        """Configure the guest of a new vCPU."""
+        """Configure the guest of a new vCPU, and its nested guests."""
         section, number = self._thread.vm, self._thread.section.vcpu
         assert number is not None
-        config = self._config
+        self._configure(cpu, vcpu, number)
+        for nested in self._nested:
+            cpu.check(lib.guest_create_nested(cpu.m, vcpu.id, nested))
+            lib.vcpu_set_guest_mode(cpu.m, vcpu.id, nested)
+            self._configure(cpu, vcpu, section.vcpus + number * NESTED_GUESTS + nested - 1)
+            lib.vcpu_set_guest_mode(cpu.m, vcpu.id, 0)
+        power_on(cpu, vcpu, section.pcid)
+
+    def _configure(self, cpu: Cpu, vcpu: Vcpu, place: int) -> None:
+        """Configure the chosen guest of the vCPU.  place: that of its page tables, from the end of memory."""
+        section, config = self._thread.vm, self._config
         config.paging, config.pcid, config.seed = section.paging, section.pcid, 1
-        config.end_gfn = section.pages - number * TABLE_PAGES
+        config.end_gfn = section.pages - place * TABLE_PAGES
         config.first_gfn = config.end_gfn - TABLE_PAGES
         cpu.check(lib.guest_configure(cpu.m, vcpu.id, config))
         if section.paging:
@@ -69,7 +101,6 @@ class GuestProgram:
                     cpu.m, vcpu.id, self._records, 1, self._page_array, len(self._pages)
                 )
                 cpu.check(rc)
-        power_on(cpu, vcpu, section.pcid)
 
     def load(self, ops: tuple[Op, ...], report: bool) -> None:
         """Load the operations that the guest executes next."""

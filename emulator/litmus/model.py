@@ -112,6 +112,7 @@ from emulator.errors import shown
 from emulator.litmus.checks import SchemaError, check_test, parse_delay
 from emulator.litmus.kvm_ops import SLOT, SMM_SLOT
 from emulator.litmus.leftovers import LEAK
+from emulator.litmus.nested_checks import check_nested
 from emulator.litmus.ops import Op, OpError, parse_op
 from emulator.machine.runtime import FAULT_AROUND_MAX
 from emulator.policy import canonical
@@ -365,6 +366,7 @@ def bind(test: LitmusTest) -> None:
         for thread, point, mode, microseconds in delays
     )
     check_test(test)
+    check_nested(test)
 
 
 def _check_thread(test: LitmusTest, name: str, thread: ThreadSection) -> None:

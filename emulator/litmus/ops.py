@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from emulator.litmus.guest_ops import GUEST_OPS, VCPU_OPS
 from emulator.litmus.kvm_ops import KVM_OPS
+from emulator.litmus.nested_ops import NESTED_OPS
 from emulator.litmus.syntax import Context, GuestOp, Instruction, KvmOp, Op, OpError, VcpuOp, Who, parse
 from emulator.litmus.waits import Block, Wait
 
@@ -25,7 +26,7 @@ __all__ = [
     "parse_op",
 ]
 
-_KINDS: tuple[type[Op], ...] = (*GUEST_OPS, Wait, Block, *VCPU_OPS, *KVM_OPS)
+_KINDS: tuple[type[Op], ...] = (*GUEST_OPS, *NESTED_OPS, Wait, Block, *VCPU_OPS, *KVM_OPS)
 
 VERBS: dict[str, type[Op]] = {kind.verb: kind for kind in _KINDS}
 

@@ -1,0 +1,83 @@
+"""Checks of a litmus test's VMX instructions: those that would fail, and what is not modelled beside them."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Final
+
+from emulator.errors import shown
+from emulator.litmus.checks import SchemaError, sequence
+from emulator.litmus.nested_ops import NESTED_OPS
+
+if TYPE_CHECKING:
+    from emulator.litmus.model import LitmusTest
+    from emulator.litmus.syntax import Op
+
+_VERBS: Final = frozenset(op.verb for op in NESTED_OPS)
+# Where KVM would have to leave L2, or has registers of L1 and of L2 to tell apart.
+_NOT_MODELLED: Final = frozenset({"smi", "rsm", "init", "cr0", "cr4", "set-sregs", "join"})
+_NEEDS_CURRENT: Final = frozenset({"vmwrite-vpid", "l2-enter"})
+# Page tables of four vCPUs with three nested guests each.
+_LEAST_PAGES: Final = 0x800
+
+
+def check_nested(test: LitmusTest) -> None:
+    """Raise SchemaError for the first VMX instruction that would fail, or that is not modelled."""
+    nested = set()
+    for name, thread in test.threads.items():
+        placed = list(sequence(test, name))
+        uses = [(key, op) for key, op in placed if op.verb in _VERBS]
+        if not uses:
+            continue
+        nested.add(thread.vm)
+        _check_machine(test, thread.vm, *uses[0])
+        follow = _L1()
+        for key, op in placed:
+            follow.step(key, op)
+    for name, thread in test.threads.items():
+        for key, op in sequence(test, name):
+            if thread.vm in nested and op.verb in _NOT_MODELLED:
+                raise SchemaError(key, shown(op.text), f"no {op.verb} in a VM with nested guests")
+
+
+def _check_machine(test: LitmusTest, vm: int, key: str, op: Op) -> None:
+    if not test.machine.ept:
+        expected = "machine.ept = true: nested guests without EPT are not modelled"
+        raise SchemaError(key, shown(op.text), expected)
+    if test.vm[vm].pages < _LEAST_PAGES:
+        raise SchemaError(key, shown(op.text), f"pages = {_LEAST_PAGES:#x} or more in its VM")
+
+
+@dataclass(slots=True)
+class _L1:
+    """L1's VMX state, as a thread's operations change it."""
+
+    vmxon: bool = False
+    current: int = 0
+    inside: bool = False
+
+    def step(self, key: str, op: Op) -> None:
+        if op.verb not in _VERBS:
+            return
+        self._refuse(key, op)
+        if op.verb in ("vmxon", "vmxoff"):
+            self.vmxon, self.current = op.verb == "vmxon", 0
+        elif op.verb == "vmptrld":
+            self.current = op.number("vmcs12")
+        elif op.verb == "vmclear" and self.current == op.number("vmcs12"):
+            self.current = 0
+        elif op.verb in ("l2-enter", "l2-exit"):
+            self.inside = op.verb == "l2-enter"
+
+    def _refuse(self, key: str, op: Op) -> None:
+        """Refuse an instruction that raises #UD, fails, or exits to L1 for another reason than VMCALL."""
+        if self.inside != (op.verb == "l2-exit"):
+            expected = "an l2-exit before it" if self.inside else "an l2-enter before it"
+            raise SchemaError(key, shown(op.text), f"{expected}, by the same thread")
+        if self.vmxon == (op.verb == "vmxon"):
+            expected = "a vmxoff before it" if self.vmxon else "a vmxon before it"
+            raise SchemaError(key, shown(op.text), f"{expected}, by the same thread")
+        if op.verb in _NEEDS_CURRENT and not self.current:
+            raise SchemaError(key, shown(op.text), "a vmptrld before it, by the same thread")
+        if op.verb == "invvpid" and op.number("type") != 2 and not op.number("vpid"):
+            raise SchemaError(key, shown(op.text), "a VPID of at least 1 for this TYPE")

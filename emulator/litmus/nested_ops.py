@@ -1,0 +1,109 @@
+"""Operations of litmus tests on a vCPU whose guest is a hypervisor (L1): its VMX instructions, and its L2s.
+
+A vCPU's operations stand in the order in which they are executed: those between `l2-enter` and `l2-exit` are
+L2's, which has page tables of its own.  A VMCS12 is named by the number of its nested guest.
+"""
+
+from __future__ import annotations
+
+from typing import ClassVar
+
+from emulator.litmus.syntax import Arg, GuestOp, Instruction, Op
+from native import lib
+
+NESTED_GUESTS: int = lib.NESTED_GUESTS
+_LAST_VPID = lib.NESTED_VPIDS - 1
+_VMCS12 = Arg("vmcs12", "count", most=NESTED_GUESTS)
+
+
+class VmxOp(GuestOp):
+    """A VMX instruction, which exits to KVM."""
+
+    insn: ClassVar[str]
+
+    def instructions(self) -> list[Instruction]:
+        return [Instruction("VMX", 0, self.operand(), frozenset({self.insn}))]
+
+    def operand(self) -> int:
+        return 0
+
+
+class Vmxon(VmxOp):
+    verb = "vmxon"
+    doc = "L1 executes VMXON: from here on it can have nested guests."
+    insn = "vmxon"
+
+
+class Vmxoff(VmxOp):
+    verb = "vmxoff"
+    doc = "L1 executes VMXOFF."
+    insn = "vmxoff"
+
+
+class _OfVmcs12(VmxOp):
+    args = (_VMCS12,)
+
+    def operand(self) -> int:
+        return self.number("vmcs12")
+
+
+class Vmptrld(_OfVmcs12):
+    verb = "vmptrld"
+    doc = "L1 executes VMPTRLD of VMCS12, the VMCS of its nested guest of that number, which becomes current."
+    insn = "vmptrld"
+
+
+class Vmclear(_OfVmcs12):
+    verb = "vmclear"
+    doc = "L1 executes VMCLEAR of VMCS12; if it was current, none is."
+    insn = "vmclear"
+
+
+class VmwriteVpid(VmxOp):
+    verb = "vmwrite-vpid"
+    doc = "L1 writes VPID into the current VMCS12 and sets the control `enable VPID`; 0 clears the control."
+    args = (Arg("vpid", "number", most=_LAST_VPID),)
+    insn = "vmwrite"
+
+    def operand(self) -> int:
+        return self.number("vpid")
+
+
+class L2Enter(VmxOp):
+    verb = "l2-enter"
+    doc = (
+        "L1 executes VMLAUNCH or VMRESUME: the operations up to `l2-exit` are those of the nested guest of "
+        "the current VMCS12."
+    )
+    insn = "vmlaunch"
+
+
+class L2Exit(VmxOp):
+    verb = "l2-exit"
+    doc = "L2 executes VMCALL, which exits to L1."
+    insn = "vmcall"
+
+
+class Invvpid(GuestOp):
+    verb = "invvpid"
+    doc = (
+        "L1 executes INVVPID of TYPE 0 (linear PAGE of VPID), 1 (VPID), 2 (all VPIDs) or 3 (VPID, without "
+        "global entries)."
+    )
+    args = (Arg("type", "number", most=3), Arg("vpid", "number", 0, _LAST_VPID), Arg("page", "page", 0))
+
+    def instructions(self) -> list[Instruction]:
+        flags = frozenset({"invvpid", f"vmx-type{self.number('type')}"})
+        return [Instruction("VMX", self.number("page") << 12, self.number("vpid"), flags)]
+
+
+NESTED_OPS: tuple[type[Op], ...] = (
+    Vmxon,
+    Vmxoff,
+    Vmptrld,
+    Vmclear,
+    VmwriteVpid,
+    L2Enter,
+    L2Exit,
+    Invvpid,
+)
