@@ -1,4 +1,4 @@
-"""arch/x86/kvm/vmx/vmcs12.h, nested.h, vmx.h: the VMCSs that L1 keeps, and what KVM keeps for nested VMX."""
+"""arch/x86/kvm/vmx/vmcs12.h, nested.h, vmx.h: the VMCSs that L1 keeps, and KVM's state of nested VMX."""
 
 from __future__ import annotations
 

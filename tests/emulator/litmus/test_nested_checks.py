@@ -1,0 +1,92 @@
+"""VMX instructions of a litmus test that would fail are refused, and operations not modelled beside them."""
+
+from __future__ import annotations
+
+import pytest
+
+from emulator.errors import BadInput
+from emulator.litmus.loader import parse_test
+
+GOOD = '"vmxon", "vmptrld 1", "vmwrite-vpid 1", "l2-enter", "read 0x10", "l2-exit", "invvpid 1 1"'
+TEST = """
+doc = "d"
+source = "s"
+init = []
+[machine]
+[[vm]]
+vcpus = 2
+[threads.v0]
+vcpu = 0
+ops = [{ops}]
+[threads.v1]
+vcpu = 1
+pcpu = 1
+ops = ["read 0x10"]
+[threads.mm]
+ops = ["host-unmap 0x10"]
+[expect]
+"""
+
+
+def parse(ops: str, old: str = "", new: str = "") -> None:
+    parse_test(TEST.format(ops=ops).replace(old, new) if old else TEST.format(ops=ops), "t.toml", None)
+
+
+def test_a_good_one() -> None:
+    parse(GOOD)
+    parse(f'{GOOD}, {GOOD.replace("vmxon", "vmclear 1")}, "vmxoff", {GOOD}')
+
+
+@pytest.mark.parametrize(
+    ("ops", "problem"),
+    [
+        (
+            '"vmptrld 1"',
+            "threads.v0.ops[0]: found 'vmptrld 1'; expected a vmxon before it, by the same thread",
+        ),
+        ('"vmxon", "vmxon"', "threads.v0.ops[1]: found 'vmxon'; expected a vmxoff before it"),
+        ('"vmxon", "vmxoff", "vmxoff"', "expected a vmxon before it"),
+        ('"vmxon", "l2-enter"', "found 'l2-enter'; expected a vmptrld before it"),
+        ('"vmxon", "vmptrld 1", "vmclear 1", "l2-enter"', "expected a vmptrld before it"),
+        ('"vmxon", "vmptrld 1", "vmxoff", "vmxon", "vmwrite-vpid 1"', "expected a vmptrld before it"),
+        ('"vmxon", "l2-exit"', "expected an l2-enter before it"),
+        ('"vmxon", "vmptrld 1", "l2-enter", "invvpid 2"', "expected an l2-exit before it"),
+        ('"vmxon", "invvpid 1"', "found 'invvpid 1'; expected a VPID of at least 1 for this TYPE"),
+        ('"vmxon", "invvpid 4"', "expected a whole number, at most 3, for TYPE"),
+        ('"vmxon", "vmptrld 4"', "expected a number, at least 1, at most 3, for VMCS12"),
+        ('"vmxon", "vmptrld 1", "vmwrite-vpid 64"', "at most 63, for VPID"),
+        ('"vmxon", "smi"', "threads.v0.ops[1]: found 'smi'; expected no smi in a VM with nested guests"),
+        ('"vmxon", "cr4 pge 0"', "expected no cr4 in a VM with nested guests"),
+    ],
+)
+def test_an_instruction_that_would_fail_is_refused(ops: str, problem: str) -> None:
+    with pytest.raises(BadInput) as error:
+        parse(ops)
+    assert problem in str(error.value)
+
+
+@pytest.mark.parametrize(
+    ("old", "new", "problem"),
+    [
+        (
+            "[machine]",
+            "[machine]\nept = false",
+            "expected machine.ept = true: nested guests without EPT are not",
+        ),
+        ("vcpus = 2", "vcpus = 2\npages = 0x400", "expected pages = 0x800 or more in its VM"),
+        (
+            '"read 0x10"]',
+            '"smi"]',
+            "threads.v1.ops[0]: found 'smi'; expected no smi in a VM with nested guests",
+        ),
+        (
+            '"host-unmap 0x10"',
+            '"send-init 0"',
+            "threads.mm.ops[0]: found 'send-init 0'; expected no send-init in a VM with",
+        ),
+    ],
+)
+def test_what_is_not_modelled_beside_it_is_refused(old: str, new: str, problem: str) -> None:
+    with pytest.raises(BadInput) as error:
+        parse(GOOD, old, new)
+    assert problem in str(error.value)
