@@ -16,7 +16,7 @@ if TYPE_CHECKING:
 _VERBS: Final = frozenset(op.verb for op in NESTED_OPS)
 # Where KVM would have to leave L2, or has registers of L1 and of L2 to tell apart.
 _NOT_MODELLED: Final = frozenset(
-    {"smi", "send-smi", "rsm", "init", "send-init", "cr0", "cr4", "set-sregs", "join"}
+    {"smi", "send-smi", "rsm", "init", "send-init", "cr0", "cr4", "efer", "set-sregs", "join"}
 )
 _NEEDS_CURRENT: Final = frozenset({"vmwrite-vpid", "l2-enter"})
 # Page tables of four vCPUs with three nested guests each.
