@@ -154,7 +154,8 @@ def _write(comparison: Comparison, as_json: bool, html: Path | None) -> int:
             print(json.dumps(comparison_document(comparison), allow_nan=False))
         else:
             width = 40 + 32 * (len(comparison.columns) + 1)
-            output_console(width, highlight=False).print(comparison_table(comparison))
+            console = output_console(width, highlight=False)
+            console.print(comparison_table(comparison, console))
     if lost is not None:
         print(f"flushlab: {lost}", file=sys.stderr)
     return comparison.exit_status

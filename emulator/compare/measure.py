@@ -81,6 +81,8 @@ def _counts(result: Result, bound: Bound) -> dict[str, float]:
     """Return the counts that are shown per million guest accesses."""
     snapshot, counters = result.snapshot, result.snapshot.counters
     counts: dict[str, float] = {
+        "remote_tlb_flush": snapshot.kvm("remote_tlb_flush"),
+        "remote_tlb_flush_requests": snapshot.kvm("remote_tlb_flush_requests"),
         "flushes": 0.0,
         "flushes elided": snapshot.kvm("flushes_elided"),
         "necessary flushes": snapshot.necessary,

@@ -142,6 +142,9 @@ def _work(unit: str | None) -> tuple[Row, ...]:
 
 def _flushes(seen: Sequence[str]) -> tuple[Row, ...]:
     return (
+        # Under the names that kvm_stat has for them.
+        Row("remote_tlb_flush/M", "remote_tlb_flush"),
+        Row("remote_tlb_flush_requests/M", "remote_tlb_flush_requests"),
         Row("flushes/M", "flushes", head=True),
         *_each(seen, "scope ", "  "),
         *_each(seen, "reason ", "  for "),

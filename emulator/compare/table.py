@@ -4,10 +4,12 @@ bound.
 
 from __future__ import annotations
 
+import textwrap
 from collections import Counter, defaultdict
 from collections.abc import Sequence
 
-from rich.console import Group, RenderableType
+from rich.console import Console, Group, RenderableType
+from rich.measure import Measurement as Measure
 from rich.table import Table
 from rich.text import Text
 
@@ -15,6 +17,7 @@ from emulator.compare.bound import NAME
 from emulator.compare.measure import Measurement
 from emulator.compare.rows import Row, Spread, bound_values, sections, spread_of, text_of
 from emulator.compare.runner import Comparison
+from emulator.report.console import letter
 
 # Changes smaller than this are not called better or worse.
 _NOTABLE = 0.02
@@ -22,29 +25,55 @@ _NOTABLE = 0.02
 _BEHIND = 0.8
 _ENOUGH = 20
 
+# Columns of the labels, and the head of the bound, where names do not fit.
+_LABELS = 25
+_BOUND = "bound"
+# Wider than any table, so that its own width can be asked for.
+_ANY_WIDTH = 10_000
+
 _VERDICT_STYLES = {"clean": "green", "violations": "bold red", "inconclusive": "yellow"}
 
 
-def comparison_table(comparison: Comparison) -> RenderableType:
-    """Return the whole comparison as one table, with its rows in sections."""
-    plan, columns = comparison.plan, comparison.columns
+def comparison_table(comparison: Comparison, console: Console) -> RenderableType:
+    """Return the whole comparison as one table, with its rows in sections.
+
+    Where the policies' names do not fit the console, letters stand for them, and a legend explains these.
+    """
     parts: list[RenderableType] = [_header(comparison), Text()]
+    columns = comparison.columns
     if columns:
-        table = Table(box=None, pad_edge=False, padding=(0, 1), show_header=True, header_style="bold")
-        table.add_column("", no_wrap=True)
-        for name, _ in columns:
-            table.add_column(name.replace("+", "\n+"), justify="right")
-        table.add_column(NAME, justify="right", style="dim")
-        table.add_row("verdict", *(_verdict(comparison, name) for name, _ in columns), "")
-        reference = _bound_column(comparison)
-        for section in sections((runs for _, runs in columns), plan.scenario.unit):
-            table.add_row()
-            table.add_row(Text(section.title, style="bold underline"))
-            for row in section.rows:
-                _add_row(table, row, columns, reference)
+        names = [name.replace("+", "\n+") for name, _ in columns]
+        table = _table(comparison, [*names, NAME], fold_labels=False)
+        if Measure.get(console, console.options.update(width=_ANY_WIDTH), table).maximum > console.width:
+            parts += _legend([name for name, _ in columns])
+            table = _table(comparison, [*map(letter, range(len(names))), _BOUND], fold_labels=True)
         parts.append(table)
     parts += _footnotes(comparison)
     return Group(*parts)
+
+
+def _legend(names: Sequence[str]) -> list[Text]:
+    lines = [*((letter(i), name) for i, name in enumerate(names)), (_BOUND, NAME)]
+    return [Text(f"{short}  {name}") for short, name in lines] + [Text()]
+
+
+def _table(comparison: Comparison, heads: Sequence[str], *, fold_labels: bool) -> Table:
+    columns = comparison.columns
+    table = Table(box=None, pad_edge=False, padding=(0, 1), show_header=True, header_style="bold")
+    # Labels are folded here, because a table that is too wide would shrink them further.
+    labels = _LABELS if fold_labels else _ANY_WIDTH
+    table.add_column("", no_wrap=True)
+    for head in heads[:-1]:
+        table.add_column(head, justify="right")
+    table.add_column(heads[-1], justify="right", style="dim")
+    table.add_row("verdict", *(_verdict(comparison, name) for name, _ in columns), "")
+    reference = _bound_column(comparison)
+    for section in sections((runs for _, runs in columns), comparison.plan.scenario.unit):
+        table.add_row()
+        table.add_row(Text(textwrap.fill(section.title, labels), style="bold underline"))
+        for row in section.rows:
+            _add_row(table, row, columns, reference, labels)
+    return table
 
 
 def _header(comparison: Comparison) -> Text:
@@ -83,6 +112,7 @@ def _add_row(
     row: Row,
     columns: Sequence[tuple[str, Sequence[Measurement]]],
     reference: dict[str, float],
+    labels: int,
 ) -> None:
     base = spread_of(columns[0][1], row.key)
     nothing = Spread(0, 0, 0)
@@ -91,7 +121,9 @@ def _add_row(
     ]
     bound = text_of(row, reference[row.key]) if row.key in reference else ""
     style = "bold" if row.head else ""
-    table.add_row(Text(row.label, style=style), *cells, bound)
+    indent = " " * (len(row.label) - len(row.label.lstrip()))
+    label = textwrap.fill(row.label, labels, subsequent_indent=indent)
+    table.add_row(Text(label, style=style), *cells, bound)
 
 
 def _cell(row: Row, runs: Sequence[Measurement], base: Spread | None) -> Text:

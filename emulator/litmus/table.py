@@ -14,6 +14,7 @@ from emulator.litmus.policies import expected_of, is_consistent, is_cost_only
 from emulator.litmus.verdict import BOUNDED, SEARCHED, VIOLATIONS, Outcome, differs, proofs
 from emulator.policy import PRESETS
 from emulator.policy.mutants import PREFIX
+from emulator.report.console import letter
 
 _STYLES = {SAFE: "green", INCONCLUSIVE: "yellow", VIOLATIONS: "red"}
 
@@ -129,7 +130,7 @@ def _print_matrix(results: Results, policies: list[str], console: Console) -> No
     table = Table(box=None, pad_edge=False)
     table.add_column("test", no_wrap=True)
     for i, _ in enumerate(policies):
-        table.add_column(_letter(i), justify="right", no_wrap=True)
+        table.add_column(letter(i), justify="right", no_wrap=True)
     for test in results.tests:
         cells = []
         for policy in policies:
@@ -139,16 +140,12 @@ def _print_matrix(results: Results, policies: list[str], console: Console) -> No
     console.print(table)
     console.print()
     for i, policy in enumerate(policies):
-        console.print(Text(f"{_letter(i)}  {policy}: {_sum(results, policy)}"))
+        console.print(Text(f"{letter(i)}  {policy}: {_sum(results, policy)}"))
     legend = ". safe   ? inconclusive   50% of the executions violated   ! not as expected"
     if any(outcome.proof for outcome in results.outcomes.values()):
         legend = ". proved   ≤1 up to one preemption   … not all   ? inconclusive   X counterexample"
         legend += "   ! not as expected"
     console.print(Text(legend, style="dim"))
-
-
-def _letter(i: int) -> str:
-    return chr(ord("A") + i)
 
 
 def _cell(outcome: Outcome, test: LitmusTest) -> Text:

@@ -20,6 +20,12 @@ def output_console(width: int, *, highlight: bool = True) -> Console:
     return console if console.is_terminal else Console(highlight=highlight, width=width)
 
 
+def letter(number: int) -> str:
+    """Return the letter that stands for a policy in a table's head: A for 0, Z for 25, then AA."""
+    more, last = divmod(number, 26)
+    return (letter(more - 1) if more else "") + chr(ord("A") + last)
+
+
 def print_catalogue(entries: Iterable[tuple[int, str, Iterable[str]]]) -> None:
     """Print entries, each of which is its depth, its name, and sentences that stand indented below it."""
     console = output_console(_PLAIN, highlight=False)

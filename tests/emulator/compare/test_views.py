@@ -20,9 +20,10 @@ from emulator.scenario.workload import Activity
 from tests.emulator.compare.figures import comparison
 
 
-def printed(what: Comparison) -> str:
+def printed(what: Comparison, width: int = 200) -> str:
     text = io.StringIO()
-    Console(file=text, width=200, highlight=False).print(comparison_table(what))
+    console = Console(file=text, width=width, highlight=False)
+    console.print(comparison_table(what, console))
     return text.getvalue()
 
 
@@ -43,6 +44,16 @@ def test_table_has_a_column_per_policy_and_the_bound() -> None:
     assert "received by tenants" in text
     assert "interruptions of uninvolved pCPUs" in text
     assert "use-after-free: <vCPU 0> & more" in text
+
+
+@pytest.mark.parametrize("width", [80, 100])
+def test_on_a_narrow_terminal_letters_stand_for_policies(width: int) -> None:
+    text = printed(comparison(), width)
+    assert "A  linux-7.3\nB  root-tlb-gen\nC  lkml-2025-cpu-flushed-mask\nbound  oracle-optimal" in text
+    assert re.search(r"\n +A +B +C +bound *\n", text)
+    assert re.search(r"verdict +clean +clean +violations *\n", text)
+    assert "…" not in text
+    assert all(len(line) <= width for line in text.splitlines())
 
 
 def test_wall_clock_figures_have_their_spread() -> None:
