@@ -423,6 +423,21 @@ def test_what_ships() -> None:
     assert not missing
 
 
+def test_no_thread_waits_for_the_wait_of_another() -> None:
+    """A wait counts as an operation: what is to be awaited is the operation behind it."""
+    waits = set()
+    for test in shipped_tests():
+        for text in (text for thread in test.threads.values() for text in thread.ops):
+            verb, *args = text.split()
+            if verb not in ("wait", "block"):
+                continue
+            awaited = test.threads[args[0]].ops[int(args[1]) - 1]
+            if awaited.split()[0] in ("wait", "block"):
+                waits.add(f"{test.name}: {text}")
+    # The host lets its invalidation last until the vCPU has seen its beginning.
+    assert waits == {"notifier-protect: wait v0 2"}
+
+
 def test_what_takes_late_stores_is_expected_to_be_safe_without() -> None:
     test = load_test("entry-races-request")
     assert expected_of(test, "mutant:entry-without-barrier") == (SAFE, INCONCLUSIVE)
