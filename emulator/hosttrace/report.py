@@ -158,7 +158,7 @@ def _samples(observed: Observed) -> list[str]:
     if samples.highest > _INT_MAX:
         text += (
             " The sequence is beyond 2^31: a kernel that compares it as an int retries such a fault for ever"
-            " (82d811ff566f)."
+            " (82d811ff5665)."
         )
     return [text]
 

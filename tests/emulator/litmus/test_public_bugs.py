@@ -43,7 +43,7 @@ BUGS = (
         "leak",
         "as its previous root 1: the root is obsolete, and no request to free it is pending",
     ),
-    # 82d811ff566f: the sample was sign-extended when it was compared.
+    # 82d811ff5665: the sample was sign-extended when it was compared.
     Bug(
         "sequence-in-int",
         "fault-seq-wraps",
