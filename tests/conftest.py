@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import gc
+import os
 import shutil
 from collections.abc import Iterator
 
@@ -45,6 +46,16 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     for item in items:
         if "prometheus" in item.keywords:
             item.add_marker(skip)
+
+
+# A storm has as many threads as a host has pCPUs, so more processes only make the tests wait for each other.
+_MOST_PROCESSES = 4
+
+
+@pytest.hookimpl(optionalhook=True)
+def pytest_xdist_auto_num_workers() -> int:
+    """Return the number of processes for `-n auto`."""
+    return min(len(os.sched_getaffinity(0)), _MOST_PROCESSES)
 
 
 def pytest_collection_finish() -> None:
