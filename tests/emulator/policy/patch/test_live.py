@@ -300,9 +300,9 @@ def test_no_module_computes_with_kvms_names_when_it_is_loaded() -> None:
             names = {alias.asname or alias.name for node in imports for alias in node.names}
             tables |= {(file.name, name.id) for name in evaluated_when_loaded(tree) if name.id in names}
     # The registries describe the shipped decisions and moments: a patch can add none for policies.
-    classes = {(file, "structs") for file in ("watchable.py", "races.py", "reference.py")}
-    classes |= {(file, "mmu_structs") for file in ("watchable.py", "races.py", "reference.py")}
-    classes |= {(file, "LoadedVmcs") for file in ("watchable.py", "races.py", "reference.py")}
+    classes = {(file, "structs") for file in ("watchable.py", "watching.py", "reference.py")}
+    classes |= {(file, "mmu_structs") for file in ("watchable.py", "watching.py", "reference.py")}
+    classes |= {(file, "LoadedVmcs") for file in ("watchable.py", "watching.py", "reference.py")}
     classes |= {
         ("watchable.py", "shadow_structs"),
         ("watchable.py", "Heard"),
