@@ -18,9 +18,11 @@ from rich.table import Column, Table
 from rich.text import Text
 
 from emulator import interrupts
-from emulator.cli.options import FilesArgument, JobsOption, refuse
+from emulator.cli.options import FilesArgument, JobsOption, JunitOption, KtapOption, refuse
 from emulator.errors import BadInput
-from emulator.output import Unwritable, make_directory, saying
+from emulator.output import Unwritable, check_file, make_directory, saying, write_file
+from emulator.report.cases import Case, ktap
+from emulator.report.cases import junit as junit_of
 
 if TYPE_CHECKING:
     from emulator.explore.machine.options import ExploreOptions
@@ -31,6 +33,8 @@ if TYPE_CHECKING:
 FOUND = 1
 # Least columns of a terminal for a verdict beside the names of its test and policy.
 _READABLE = 50
+# Options about a list of verdicts.
+_CASES = ("as_ktap", "junit")
 
 EXPLORE_HELP = (
     "Run litmus tests in every interleaving, under a controlled scheduler, and prove or refute each policy."
@@ -195,6 +199,8 @@ def explore(
     as_json: Annotated[
         bool, typer.Option("--json", help="Print one JSON document, without times, instead of the table.")
     ] = False,
+    as_ktap: KtapOption = False,
+    junit: JunitOption = None,
 ) -> None:
     """Prove or refute policies on litmus tests, in every interleaving."""
     # Imported late: help and bad usage need no engine.
@@ -231,7 +237,12 @@ def explore(
         raise typer.Exit(status)
     if output is not None:
         make_directory("--output", output)
-    verdicts = Verdicts(work, None if as_json else Lines(tests, names), output)
+    if as_ktap:
+        refuse(context, {"as_json"}, "with --ktap", "one of them")
+    if junit is not None:
+        check_file("--junit", junit)
+    lines = None if as_json or as_ktap else Lines(tests, names)
+    verdicts = Verdicts(work, lines, output, as_ktap=as_ktap, junit=junit)
     interrupts.only_note()
     for verdict in explore_suite(work, jobs or len(os.sched_getaffinity(0))):
         verdicts.take(verdict)
@@ -240,7 +251,7 @@ def explore(
 
 def _refuse_what_has_no_effect(context: typer.Context, strategy: str, adversary: bool, audit: bool) -> None:
     if audit:
-        search = {"strategy", "bound", "depth", "seconds", "jobs", "output", "trace"}
+        search = {"strategy", "bound", "depth", "seconds", "jobs", "output", "trace", *_CASES}
         refuse(context, search, "with --audit", "a search without --audit")
     if strategy != "exhaustive":
         refuse(context, {"bound"}, f"with --strategy {strategy}", "--strategy exhaustive")
@@ -266,6 +277,7 @@ def _refuse_beside_one_execution(
         refuse(context, {"number"}, "with --reach", "one of them")
     if trace:
         refuse(context, {"jobs"}, "with --trace", "a search without --trace, which one process does")
+        refuse(context, _CASES, "with --trace", "a search without --trace, which has verdicts")
     else:
         refuse(context, {"number", "reach", "steps"}, "without --trace", "both")
 
@@ -274,10 +286,20 @@ class Verdicts:
     """The verdicts of a search.  Each is printed, and its counterexample written, as soon as it is
     reached."""
 
-    def __init__(self, work: Sequence[Work], lines: Lines | None, output: Path | None) -> None:
+    def __init__(
+        self,
+        work: Sequence[Work],
+        lines: Lines | None,
+        output: Path | None,
+        *,
+        as_ktap: bool = False,
+        junit: Path | None = None,
+    ) -> None:
         self.work = work
         self.lines = lines
         self.output = output
+        self.as_ktap = as_ktap
+        self.junit = junit
         self.verdicts: list[Verdict] = []
         self.lost: Unwritable | None = None
         self.started = time.monotonic()
@@ -305,8 +327,11 @@ class Verdicts:
         elapsed = time.monotonic() - self.started
         reached = {(verdict.test, verdict.policy) for verdict in self.verdicts}
         missing = [(w.test.name, w.policy) for w in self.work if (w.test.name, w.policy) not in reached]
+        self._write_junit(missing)
         with saying(self.status):
-            if self.lines is None:
+            if self.as_ktap:
+                sys.stdout.write(ktap(self._cases(missing)))
+            elif self.lines is None:
                 document: dict[str, Any] = {"format": 1, "explored": [v.document() for v in self.verdicts]}
                 if interrupts.came():
                     document["not_reached"] = [{"test": test, "policy": policy} for test, policy in missing]
@@ -320,6 +345,18 @@ class Verdicts:
         if self.lost is not None:
             print(f"flushlab: {self.lost}", file=sys.stderr)
         return interrupts.ended(self.status, len(missing), len(self.work))
+
+    def _cases(self, missing: Sequence[tuple[str, str]]) -> list[Case]:
+        reached = [verdict.case() for verdict in self.verdicts]
+        return reached + [Case(test, policy, "skipped", "not reached") for test, policy in missing]
+
+    def _write_junit(self, missing: Sequence[tuple[str, str]]) -> None:
+        if self.junit is None:
+            return
+        try:
+            write_file("--junit", self.junit, junit_of("flushlab explore", self._cases(missing)))
+        except Unwritable as error:
+            self.lost = self.lost or error
 
 
 def _audit(

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import secrets
+import sys
 import time
 from functools import partial
 from typing import Annotated
@@ -14,8 +15,10 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 
 from emulator import interrupts
-from emulator.cli.options import FilesArgument, JobsOption, refuse
-from emulator.output import saying
+from emulator.cli.options import FilesArgument, JobsOption, JunitOption, KtapOption, refuse
+from emulator.output import check_file, saying, write_file
+from emulator.report.cases import junit as junit_of
+from emulator.report.cases import ktap
 from emulator.report.console import output_console
 
 VIOLATIONS_OR_SURPRISES = 1
@@ -112,6 +115,8 @@ def litmus(
     as_json: Annotated[
         bool, typer.Option("--json", help="Print one JSON document instead of the tables.")
     ] = False,
+    as_ktap: KtapOption = False,
+    junit: JunitOption = None,
 ) -> None:
     """Run litmus tests under policies and compare the verdicts with those expected."""
     # Imported late: help and bad usage need no engine.
@@ -125,6 +130,10 @@ def litmus(
         refuse(context, {"limit"}, "without --explore", "both")
     if policy:
         refuse(context, {"mutants"}, "with --policy", "--mutants alone, or --policy mutant:NAME")
+    if as_ktap:
+        refuse(context, {"as_json"}, "with --ktap", "one of them")
+    if junit is not None:
+        check_file("--junit", junit)
     tests = load_tests(files or [])
     chosen = policy or []
     for name in chosen:
@@ -137,7 +146,7 @@ def litmus(
     results = Results(tests, seed, (iterations, limit) if explore else None)
     started = time.monotonic()
     interrupts.only_note()
-    with _progress(as_json) as progress:
+    with _progress(as_json or as_ktap) as progress:
         bar = progress.add_task("litmus", total=iterations * sum(len(policies) for _, policies in plan))
         for outcome in run(plan, iterations, seed, jobs, lambda n: progress.advance(bar, n)):
             results.add(outcome)
@@ -146,8 +155,12 @@ def litmus(
     missing = planned - len(results.outcomes)
     results.interrupted = interrupts.came() is not None
     status = VIOLATIONS_OR_SURPRISES if results.differing() or results.unforeseen() else 0
+    if junit is not None:
+        write_file("--junit", junit, junit_of("flushlab litmus", results.cases()))
     with saying(status):
-        if as_json:
+        if as_ktap:
+            sys.stdout.write(ktap(results.cases()))
+        elif as_json:
             print(json.dumps(results.document(), indent=1))
         elif results.outcomes:
             print_results(results, output_console(200))

@@ -56,6 +56,15 @@ JobsOption = Annotated[
 ]
 
 
+KtapOption = Annotated[
+    bool, typer.Option("--ktap", help="Print the verdicts as KTAP, as the kernel's tests do.")
+]
+JunitOption = Annotated[
+    Path | None,
+    typer.Option("--junit", metavar="FILE", help="Write the verdicts as JUnit XML as well, for CI systems."),
+]
+
+
 class GeometryChoice(StrEnum):
     DEFAULT = "default"
     UNBOUNDED = "unbounded"

@@ -14,6 +14,7 @@ from emulator.litmus.policies import expected_of, is_consistent, is_cost_only
 from emulator.litmus.verdict import BOUNDED, SEARCHED, VIOLATIONS, Outcome, differs, proofs
 from emulator.policy import PRESETS
 from emulator.policy.mutants import PREFIX
+from emulator.report.cases import Case
 from emulator.report.console import letter
 
 _STYLES = {SAFE: "green", INCONCLUSIVE: "yellow", VIOLATIONS: "red"}
@@ -91,6 +92,20 @@ class Results:
             found += [(test.name, text) for i, text in enumerate(test.stress.delays) if i not in passed]
         return found
 
+    def cases(self) -> list[Case]:
+        """Return the verdicts as cases of a report for CI systems.
+
+        A violation that the test expects is a case that passed.
+        """
+        wrong = {(test.name, outcome.policy): text for test, outcome, text in self.differing()}
+        for test, outcome in self.unforeseen():
+            wrong.setdefault((test.name, outcome.policy), f"{VIOLATIONS}: {', '.join(sorted(outcome.kinds))}")
+        return [
+            _case(outcome, outcome.verdict(test), wrong.get((test.name, policy)))
+            for policy in self.policies
+            for test, outcome in self.of_policy(policy)
+        ]
+
     @property
     def executions(self) -> int:
         return sum(outcome.executions for outcome in self.outcomes.values())
@@ -107,6 +122,14 @@ class Results:
                 for test, outcome in self.of_policy(policy)
             ],
         }
+
+
+def _case(outcome: Outcome, verdict: str, wrong: str | None) -> Case:
+    detail = "\n".join(report.text for report in outcome.reports)
+    if wrong is not None:
+        return Case(outcome.test, outcome.policy, "failed", wrong, detail)
+    said = f"{verdict}, {outcome.executions:,} executions"
+    return Case(outcome.test, outcome.policy, "skipped" if verdict == INCONCLUSIVE else "passed", said)
 
 
 def print_results(results: Results, console: Console) -> None:

@@ -33,6 +33,7 @@ from emulator.litmus.verdict import BOUNDED, FAILED, SEARCHED, VIOLATIONS
 from emulator.policy import Policy, PolicyError
 from emulator.policy.user import source_of
 from emulator.processes import ending
+from emulator.report.cases import Case, Ending
 
 # The `limit` of a search that a signal has ended.
 INTERRUPTED = "interrupted"
@@ -135,6 +136,14 @@ class Verdict:
         if self.failure:
             return f"{FAILED}: {self.failure}"
         return f"{self._found()}{self._odds()}, {self.plan.options.describe()}"
+
+    def case(self) -> Case:
+        """Return the verdict as a case of a report for CI systems."""
+        found = self.counterexample
+        text = "" if found is None or found.violation is None else str(found.violation["text"])
+        failed = self.failure or found is not None
+        ending: Ending = "failed" if failed else "skipped" if self.verdict == INCONCLUSIVE else "passed"
+        return Case(self.test, self.policy, ending, self.summary(), text)
 
     def _found(self) -> str:
         n = f"{self.executions:,} interleavings"
