@@ -51,6 +51,15 @@ CASES = {
     # Neighbours of a fault: invalidated meanwhile, or logged.
     "drop-guard@tdp_mmu_map_around#1": ("fault-around-races", "use-after-free"),
     "drop-operand@__kvm_mmu_faultin_pfn#4": ("log-fault-around", "lost-dirty"),
+    # An invalidation that drops mmu_lock lacks a part of its range, or has not begun.
+    "narrow-end@kvm_zap_gfn_range#1": ("zap-range-levels", "stale-after-revoke"),
+    "swap@kvm_handle_hva_range#1": ("smm-unmap-yields", "use-after-free"),
+    "last-sequence@kvm_handle_hva_range#1": ("smm-unmap-yields", "use-after-free"),
+    # CR0.WP is toggled without EPT, and the role stays as it was.
+    "drop-not@kvm_post_set_cr0#2": ("shadow-wp-write", INCONCLUSIVE),
+    # Without EPT obsolete pages stay, or their roots do.
+    "drop-flush@kvm_zap_obsolete_pages#1": ("shadow-zap-all-unpaged", "leak"),
+    "drop-not@shadow_mmu_free_root_page#1": ("shadow-zap-all-unpaged", "leak"),
 }
 
 
