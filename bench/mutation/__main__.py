@@ -12,7 +12,7 @@ from bench.mutation.generate import PARTS, Mutant, mutants, part_of, sample
 from bench.mutation.judge import FAIR, QUICK, THOROUGH
 from bench.mutation.report import table
 from bench.mutation.results import Results
-from bench.mutation.run import judge_all, learn, prepare
+from bench.mutation.run import equivalent, judge_all, learn, prepare
 from bench.mutation.suite import FIRST, fingerprint, pairs, quick_pairs
 from emulator.errors import BadInput
 
@@ -54,7 +54,8 @@ def _judge(chosen: Sequence[Mutant], options: argparse.Namespace) -> int:
     all_known = learn(results, wanted, options.jobs, say, stop, executions)
     judged = []
     if len(results.known) >= len(wanted):
-        judged = judge_all(results, chosen, all_known, options.jobs, say, stop, depth)
+        argued: dict[str, str] | None = {} if options.doubt else None
+        judged = judge_all(results, chosen, all_known, options.jobs, say, stop, depth, argued)
     generated = [one for one in mutants() if options.part in (None, part_of(one))]
     print(table(judged, len(chosen), len(generated)))
     return 0
@@ -70,6 +71,8 @@ def _chosen(options: argparse.Namespace) -> list[Mutant]:
         return [by_name[name] for name in options.names]
     found = [one for one in found if not options.rule or one.rule in options.rule]
     found = [one for one in found if options.part in (None, part_of(one))]
+    if options.doubt:
+        found = [one for one in found if one.name in equivalent()]
     return sample(found, options.sample, options.seed) if options.sample else found
 
 
@@ -78,6 +81,9 @@ def _parse(arguments: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument("names", nargs="*", metavar="RULE@FUNCTION#N", help="only these mutants")
     parser.add_argument("--rule", action="append", help="only mutants of this rule; repeatable")
     parser.add_argument("--part", choices=PARTS, help="only mutants of one MMU: of code with or without EPT")
+    parser.add_argument(
+        "--doubt", action="store_true", help="judge the mutants of equivalent.toml as if nothing were argued"
+    )
     parser.add_argument("--sample", type=int, metavar="N", help="a sample of N mutants")
     parser.add_argument("--seed", type=int, default=1, help="of the sample")
     parser.add_argument("--list", action="store_true", help="print names and places")

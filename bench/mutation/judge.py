@@ -4,8 +4,9 @@ caught       a pair of the suite shows a violation, a failure, a wait without en
              showed one before; the verdict names the pair, the kind, and the executions up to then
 broken       Python itself fails in the mutated statement: no suite is needed to notice
 equivalent   argued in equivalent.toml: no execution differs in anything that KVM promises
-cost-only    survived, and some price is higher in the first executions of all pairs, and none lower: of an
-             event that is made twice, no price of an event
+cost-only    survived, adds work by its rule, and some price of an event is higher in the first executions of
+             all pairs, and none lower: of an event that is made twice, no price of an event.  A mutant that
+             moves work, or leaves it out, is not excused by a price
 unreached    survived, and no pair reaches the mutated statements
 survived     all others
 """
@@ -57,6 +58,11 @@ STRESS: Final = 60
 ON_REAL_THREADS: Final = " on real threads"
 # To flush, kick or wait twice in a row breaks no promise, so the counts of one execution of each pair do.
 _ONLY_COSTS: Final = frozenset({"twice-flush", "twice-kick", "twice-request", "twice-barrier"})
+# Rules that can make KVM do more, and no less, begin so: they repeat, widen, or weaken a condition.
+_ADDS: Final = (
+    "twice-", "widen-", "still-pending", "drop-operand", "drop-alternative", "drop-not", "drop-guard",
+    "drop-branch", "off-by-one",
+)  # fmt: skip
 # Python's own errors: the mutated statement cannot be executed.
 _PYTHONS: Final = (NameError, TypeError, AttributeError)
 # ... and those that a mutant causes.
@@ -265,12 +271,14 @@ def _stressed(mutant: Mutant, look: Look, before: int) -> tuple[int, Judgement |
 
 
 def _cost(mutant: Mutant, reaching: Iterable[Known]) -> str:
-    """Return the prices that have risen, "" if none has, or if one has fallen.
+    """Return the prices that have risen; "" if no event's has, or one has fallen, or the rule adds nothing.
 
     The number of steps is a price of doing a step twice only: another mutant may have more for any reason.
     An event that is made twice has been made: the other thread may do less work then, as long as no event
     is lacking.
     """
+    if not mutant.rule.startswith(_ADDS):
+        return ""
     twice = mutant.rule.startswith("twice-")
     uncounted = "" if twice else STEPS
     risen: dict[str, int] = {}
@@ -282,6 +290,8 @@ def _cost(mutant: Mutant, reaching: Iterable[Known]) -> str:
                 return ""
             if n > one.prices[name]:
                 risen[name] = risen.get(name, 0) + n - one.prices[name]
+    if not twice and not risen.keys() - WORK:
+        return ""
     return ", ".join(f"{n} more {name}" for name, n in risen.items())
 
 

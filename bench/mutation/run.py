@@ -105,9 +105,13 @@ def judge_all(
     say: Say,
     stop: Stop = never,
     depth: Depth = THOROUGH,
+    argued: Mapping[str, str] | None = None,
 ) -> list[tuple[Mutant, Judgement]]:
-    """Judge the mutants that the results do not have yet; return all that are judged, in the given order."""
-    argued = equivalent()
+    """Judge the mutants that the results do not have yet; return all that are judged, in the given order.
+
+    argued: arguments that settle mutants without a look, by name; None: those of equivalent.toml.
+    """
+    argued = equivalent() if argued is None else argued
     todo = [one for one in chosen if one.name not in argued and not results.stands(one, all_known, depth)]
 
     def do(mutant: Mutant, heard: Say) -> Judgement:
@@ -125,7 +129,7 @@ def judge_all(
     ]
 
 
-def _argued(mutant: Mutant, results: Results, argued: dict[str, str]) -> Judgement:
+def _argued(mutant: Mutant, results: Results, argued: Mapping[str, str]) -> Judgement:
     if mutant.name in argued:
         return Judgement(mutant.name, EQUIVALENT, why=argued[mutant.name])
     return replace(results.judged[mutant.digest])

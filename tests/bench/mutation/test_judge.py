@@ -4,17 +4,19 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
 
-from bench.mutation import run
+from bench.mutation import judge, run
+from bench.mutation.__main__ import main
 from bench.mutation.generate import Mutant, mutants, sample, sources
 from bench.mutation.judge import BROKEN, CAUGHT, COST_ONLY, EQUIVALENT, SURVIVED, UNREACHED, Judgement
 from bench.mutation.pool import Lost, each
 from bench.mutation.report import interval, kill_rate, table
 from bench.mutation.results import Results
-from bench.mutation.suite import Known, Pair, fingerprint
+from bench.mutation.suite import Known, Pair, Shown, fingerprint
 
 pytestmark = pytest.mark.slow
 
@@ -27,7 +29,7 @@ def mutant(before: str, after: str, name: str = "made@test#1") -> Mutant:
     line = text[: text.index(before)].count("\n") + 1
     lines = tuple(range(line, line + before.rstrip("\n").count("\n") + 1))
     changed = text.replace(before, after)
-    return Mutant(name, "made", "test", module, path, line, lines, f"{before}{after}", changed)
+    return Mutant(name, "widen-made", "test", module, path, line, lines, f"{before}{after}", changed)
 
 
 def silent(text: str) -> None:
@@ -100,6 +102,40 @@ def test_results_are_kept_for_these_sources_only(known: list[Known], results: Re
     other = Results(results.path, "other sources")
     assert not other.known
     assert not other.judged
+
+
+@pytest.mark.parametrize(
+    ("rule", "risen", "excused"),
+    [
+        ("twice-flush", {"flushes": 1}, True),
+        ("widen-start", {"exits": 1, "faults": 1}, True),
+        ("widen-start", {"faults": 1}, False),  # the guest happened to fault once more
+        ("widen-start", {"exits": 1, "kicks": -1}, False),
+        ("swap", {"flushes": 3}, False),
+        ("first-barrier", {"exits": 2}, False),
+        ("drop-request", {"flushes": 1}, False),
+        ("narrow-end", {"flushes": 1}, False),
+    ],
+)
+def test_a_price_excuses_what_adds_work(
+    rule: str, risen: dict[str, int], excused: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    before = dict.fromkeys(["flushes", "exits", "kicks", "faults", "steps"], 5)
+    after = {name: n + risen.get(name, 0) for name, n in before.items()}
+    monkeypatch.setattr(judge, "prices", lambda pair: after)
+    one = replace(mutant(FLUSH, FLUSH + FLUSH), rule=rule)
+    shown = Shown("safe", (), 1)
+    assert bool(judge._cost(one, [Known(PAIRS[0], shown, before)])) == excused
+
+
+def test_arguments_can_be_doubted(known: list[Known], capsys: pytest.CaptureFixture[str]) -> None:
+    """A listed mutant is judged like any other: the list may have become wrong since it was argued."""
+    assert main(["--doubt", "--list"]) == 0
+    names = [line.split()[0] for line in capsys.readouterr().out.splitlines()]
+    assert sorted(names) == sorted(run.equivalent())
+    one = mutant(FLUSH, "            pass\n", names[0])
+    ((_, found),) = run.judge_all(Results(None, ""), [one], known, 1, silent, argued={})
+    assert found.verdict == CAUGHT
 
 
 def test_an_argued_mutant_is_not_judged(monkeypatch: pytest.MonkeyPatch) -> None:
