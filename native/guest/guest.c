@@ -41,9 +41,11 @@ struct guest *guest_new(struct machine *m, const struct vcpu *vcpu)
 	g->skip_gfn = GUEST_NO_GFN;
 	g->kernel_pdpt = GUEST_NO_GFN;
 	for (uint32_t i = 0; i < GUEST_KERNEL_PAGES; i++)
-		g->kernel[i].gfn = (uint32_t)GUEST_NO_GFN;
+		guest_page_unmap(&g->kernel[i]);
 	for (uint32_t i = 0; i < GUEST_EVENTS; i++)
 		g->due[i] = UINT64_MAX;
+	g->leader = g;
+	g->vcpus = 1;
 	os_choices_reset(g);
 	g->random = 1;
 	g->clock = (uint64_t)vcpu->id << GUEST_CLOCK_VCPU | 1;
@@ -59,7 +61,8 @@ int guest_create(struct machine *m, struct vcpu *vcpu)
 static void destroy(struct machine *m, struct guest *g)
 {
 	for (uint32_t i = 0; i < g->processes; i++) {
-		heap_free(m->heap, g->process[i].page);
+		if (g->leader == g)
+			heap_free(m->heap, g->process[i].page);
 		heap_free(m->heap, g->process[i].place);
 	}
 	guest_memory_destroy(m, g);
@@ -89,6 +92,8 @@ static uint32_t interval(const struct guest *g, enum guest_event event)
 		return g->config.unmap_every;
 	case GUEST_PROTECT:
 		return g->config.protect_every;
+	case GUEST_TABLE:
+		return g->config.table_every;
 	case GUEST_WP:
 		return g->config.wp_every;
 	default:
@@ -146,7 +151,7 @@ int guest_add_process(struct machine *m, uint32_t vcpu, const uint64_t *records,
 	if (!p->page)
 		return MACHINE_NOMEM;
 	for (uint64_t i = 0; i < n_pages; i++)
-		p->page[i].gfn = (uint32_t)GUEST_NO_GFN;
+		guest_page_unmap(&p->page[i]);
 	p->records = records;
 	p->record_count = n;
 	p->pages = pages;
@@ -168,17 +173,27 @@ void guest_share_tables(struct machine *m, uint32_t vcpu, uint64_t cr3_gfn)
 	guest_write_cr3(g);
 }
 
+void guest_run_threads(struct machine *m, uint32_t vcpu, uint32_t of)
+{
+	struct guest *g = m->vcpus[vcpu].guest, *leader = m->vcpus[of].guest;
+
+	for (uint32_t i = 0; i < g->processes; i++) {
+		heap_free(m->heap, g->process[i].page);
+		g->process[i].page = leader->process[i].page;
+	}
+	guest_memory_destroy(m, g);
+	g->leader = leader;
+	leader->vcpus++;
+}
+
 static void join_process(struct guest_process *p, struct guest *other, uint32_t process)
 {
 	p->cr3_gfn = other->process[process].cr3_gfn;
 	for (uint64_t i = 0; i < p->page_count; i++) {
 		const struct guest_page *theirs = guest_page_find(other, process, p->pages[i]);
 
-		if (!theirs)
-			continue;
-		p->page[i].gfn = theirs->gfn;
-		p->page[i].writable = theirs->writable;
-		p->page[i].huge = theirs->huge;
+		if (theirs)
+			guest_page_map(&p->page[i], guest_mapping_of(theirs));
 	}
 }
 
@@ -188,11 +203,9 @@ uint64_t guest_join_tables(struct machine *m, uint32_t vcpu, uint32_t other)
 
 	for (uint32_t i = 0; i < g->processes && i < o->processes; i++)
 		join_process(&g->process[i], o, i);
-	for (uint32_t i = 0; i < GUEST_KERNEL_PAGES; i++) {
-		g->kernel[i].gfn = o->kernel[i].gfn;
-		g->kernel[i].writable = o->kernel[i].writable;
-	}
-	g->kernel_pdpt = o->kernel_pdpt;
+	for (uint32_t i = 0; i < GUEST_KERNEL_PAGES; i++)
+		guest_page_map(&g->kernel[i], guest_mapping_of(&o->kernel[i]));
+	g->leader->kernel_pdpt = o->leader->kernel_pdpt;
 	g->space++;
 	guest_write_cr3(g);
 	return g->cr3_gfn << 12 | (g->config.pcid ? g->pcid : 0);

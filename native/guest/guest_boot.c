@@ -4,6 +4,7 @@
 #include "core/heap.h"
 #include "core/machine_types.h"
 #include "guest/guest.h"
+#include "guest/guest_batch.h"
 #include "guest/guest_insn.h"
 #include "guest/guest_pages.h"
 #include "guest/guest_promise.h"
@@ -17,11 +18,10 @@
  * it. */
 static void lose(struct machine *m, struct vcpu *v, struct guest_page *gp)
 {
-	if (gp->gfn == (uint32_t)GUEST_NO_GFN)
+	if (!guest_page_mapped(gp))
 		return;
-	guest_promise(m, v->vm, v->guest, gp, gp->gfn, true, INVALIDATED_BY_ITSELF);
-	gp->gfn = (uint32_t)GUEST_NO_GFN;
-	gp->writable = gp->huge = 0;
+	guest_promise(m, v->vm, v->guest, gp, guest_mapping_of(gp).gfn, true, INVALIDATED_BY_ITSELF);
+	guest_page_unmap(gp);
 }
 
 static void lose_process(struct machine *m, struct vcpu *v, struct guest_process *p)
@@ -43,6 +43,7 @@ void guest_boot(struct machine *m, uint32_t vcpu)
 	if (g->program)
 		return;
 	g->clock++;
+	os_batch_covered(&(struct walk){ .m = m, .vcpu = v, .guest = g }, UINT64_MAX);
 	os_choices_reset(g);
 	for (uint32_t i = 0; i < g->processes; i++)
 		lose_process(m, v, &g->process[i]);
@@ -98,7 +99,9 @@ static uint32_t boot_without_ept(struct walk *w)
 
 	switch (g->boot) {
 	case GUEST_BOOT_CR4:
-		r = os_boot_tables(w);
+		if (!os_enter(w))
+			return os_spin(w);
+		r = os_leave(w, os_boot_tables(w));
 		if (r != WALK_DONE)
 			return exit_of(w, r);
 		g->boot = GUEST_BOOT_EFER;

@@ -57,9 +57,12 @@ void vcpu_set_smm(struct machine *m, uint32_t vcpu, int on)
 	if (on) {
 		g->paging_outside_smm = g->config.paging;
 		g->config.paging = 0;
+		g->injected_outside_smm = g->injected;
+		g->injected.pending = false;
 		g->smi_handler.position = 0;
 	} else {
 		g->config.paging = g->paging_outside_smm;
+		g->injected = g->injected_outside_smm;
 	}
 }
 

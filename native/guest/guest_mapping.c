@@ -6,6 +6,7 @@
 #include "core/events.h"
 #include "core/machine_types.h"
 #include "guest/guest.h"
+#include "guest/guest_batch.h"
 #include "guest/guest_pages.h"
 #include "guest/guest_promise.h"
 #include "guest/guest_shadow.h"
@@ -46,7 +47,11 @@ static enum walk_result invalidate_page(struct walk *w, const struct guest_proce
 static void changed(struct walk *w, struct guest_page *gp, bool all)
 {
 	w->guest->clock++;
-	guest_promise(w->m, w->vcpu->vm, w->guest, gp, gp->gfn, all, INVALIDATED_BY_ITSELF);
+	guest_promise(w->m, w->vcpu->vm, w->guest, gp, guest_mapping_of(gp).gfn, all, INVALIDATED_BY_ITSELF);
+	if (all)
+		guest_page_unmap(gp);
+	else
+		guest_page_protect(gp);
 }
 
 /* Apply to all pages of the trace that share the mapping: one, or those of a 2 MiB page. */
@@ -55,49 +60,53 @@ static void changed_mapping(struct walk *w, struct guest_process *p, uint64_t pa
 {
 	uint64_t region = page >> 9, i;
 
-	if (!gp->huge) {
+	if (!guest_mapping_of(gp).huge) {
 		changed(w, gp, all);
-		if (all)
-			gp->gfn = GUEST_NO_GFN;
-		gp->writable = 0;
 		return;
 	}
 	i = (uint64_t)(gp - p->page);
 	while (i && p->pages[i - 1] >> 9 == region)
 		i--;
-	for (; i < p->page_count && p->pages[i] >> 9 == region; i++) {
+	for (; i < p->page_count && p->pages[i] >> 9 == region; i++)
 		changed(w, &p->page[i], all);
-		if (all) {
-			p->page[i].gfn = GUEST_NO_GFN;
-			p->page[i].huge = 0;
-		}
-		p->page[i].writable = 0;
-	}
 }
 
-enum walk_result os_install(struct walk *w, struct guest_process *p, uint64_t page,
-				const struct guest_page *gp)
+enum walk_result os_install(struct walk *w, const struct guest_process *p, uint64_t page, struct guest_mapping to)
 {
-	uint32_t level = gp->huge ? 2 : 1;
-	uint64_t below = gp->huge ? page & 511 : 0, table, entry;
-	uint64_t value = (uint64_t)(gp->gfn - below) << 12 | GPTE_PRESENT | GPTE_USER |
-			 (gp->writable ? GPTE_WRITABLE : 0) | (gp->huge ? GPTE_PAGE_SIZE : 0) |
+	uint32_t level = to.huge ? 2 : 1;
+	uint64_t below = to.huge ? page & 511 : 0, table, entry;
+	uint64_t value = (uint64_t)(to.gfn - below) << 12 | GPTE_PRESENT | GPTE_USER |
+			 (to.writable ? GPTE_WRITABLE : 0) | (to.huge ? GPTE_PAGE_SIZE : 0) |
 			 (page >= GUEST_KERNEL_BASE ? GPTE_GLOBAL : 0);
 	enum walk_result r = os_find_table(w, p, page, level, true, &table, &entry);
 
 	if (r != WALK_DONE)
 		return r;
+	/* An OS that gathers changes keeps the flags of a page that stays. */
+	if (os_batches(w) && entry & GPTE_PRESENT && !((entry ^ value) & GPTE_ADDRESS))
+		value |= entry & (GPTE_ACCESSED | GPTE_DIRTY);
 	return os_write_entry(w, table, page >> (level - 1) * 9 & 511, value);
+}
+
+enum walk_result os_clear_entry(struct walk *w, const struct guest_process *p, uint64_t page, bool huge)
+{
+	uint32_t level = huge ? 2 : 1;
+	uint64_t table, entry;
+	enum walk_result r = os_find_table(w, p, page, level, false, &table, &entry);
+
+	return r == WALK_DONE ? os_write_entry(w, table, page >> (level - 1) * 9 & 511, 0) : r;
+}
+
+static uint64_t first_gfn(struct guest_mapping mapping, uint64_t page)
+{
+	return mapping.gfn - (mapping.huge ? page & 511 : 0);
 }
 
 enum walk_result os_unmap(struct walk *w, struct guest_process *p, uint64_t page, struct guest_page *gp)
 {
-	uint32_t level = gp->huge ? 2 : 1;
-	uint64_t gfn = gp->gfn - (gp->huge ? page & 511 : 0), table, entry;
-	enum walk_result r = os_find_table(w, p, page, level, false, &table, &entry);
+	struct guest_mapping was = guest_mapping_of(gp);
+	enum walk_result r = os_clear_entry(w, p, page, was.huge);
 
-	if (r == WALK_DONE)
-		r = os_write_entry(w, table, page >> (level - 1) * 9 & 511, 0);
 	/* WALK_GUEST_FAULT: the host lost the table's contents; the OS's records are still valid. */
 	if (r == WALK_EXIT)
 		return r;
@@ -105,17 +114,17 @@ enum walk_result os_unmap(struct walk *w, struct guest_process *p, uint64_t page
 	if (r != WALK_DONE)
 		return r;
 	changed_mapping(w, p, page, gp, true);
-	guest_gfn_put(w->guest, gfn);
+	guest_gfn_put(w->guest, first_gfn(was, page));
 	return WALK_DONE;
 }
 
 enum walk_result os_protect(struct walk *w, struct guest_process *p, uint64_t page, struct guest_page *gp)
 {
-	struct guest_page read_only = *gp;
+	struct guest_mapping read_only = guest_mapping_of(gp);
 	enum walk_result r;
 
-	read_only.writable = 0;
-	r = os_install(w, p, page, &read_only);
+	read_only.writable = false;
+	r = os_install(w, p, page, read_only);
 	if (r == WALK_EXIT)
 		return r;
 	r = invalidate_page(w, p, page);
@@ -129,8 +138,9 @@ uint64_t os_find_mapped(struct guest_process *p, bool writable)
 {
 	for (uint32_t i = 0; i < LOOK_FOR_PAGE && p->page_count; i++) {
 		uint64_t at = p->hand++ % p->page_count;
+		struct guest_mapping mapping = guest_mapping_of(&p->page[at]);
 
-		if (p->page[at].gfn != GUEST_NO_GFN && (!writable || p->page[at].writable))
+		if (mapping.gfn != GUEST_NO_GFN && (!writable || mapping.writable))
 			return at;
 	}
 	return p->page_count;
@@ -141,12 +151,12 @@ static uint64_t shareable(struct walk *w)
 {
 	struct guest *g = w->guest;
 	struct guest_process *p = &g->process[guest_random(g) % g->processes];
-	struct guest_page *gp;
+	struct guest_mapping mapping;
 
 	if (guest_random(g) % SHARE_ONE_IN || !p->page_count)
 		return GUEST_NO_GFN;
-	gp = &p->page[guest_random(g) % p->page_count];
-	return gp->huge ? GUEST_NO_GFN : gp->gfn;
+	mapping = guest_mapping_of(&p->page[guest_random(g) % p->page_count]);
+	return mapping.huge ? GUEST_NO_GFN : mapping.gfn;
 }
 
 /* Return a block for 2 MiB of linear addresses, if the guest uses blocks, has one, and the region is one of
@@ -169,22 +179,20 @@ static void map_block(struct guest_process *p, uint64_t page, uint64_t gfn)
 
 	while (p->pages[i] >> 9 != region)
 		i++;
-	for (; i < p->page_count && p->pages[i] >> 9 == region; i++) {
-		p->page[i].gfn = (uint32_t)(gfn + (p->pages[i] & 511));
-		p->page[i].huge = 1;
-		p->page[i].writable = 1;
-	}
+	for (; i < p->page_count && p->pages[i] >> 9 == region; i++)
+		guest_page_map(&p->page[i], (struct guest_mapping){ (uint32_t)(gfn + (p->pages[i] & 511)), true, true });
 }
 
 /* Choose a frame or a block for a page that is not mapped. */
-static enum walk_result choose(struct walk *w, struct guest_process *p, uint64_t page, struct guest_page *fresh)
+static enum walk_result choose(struct walk *w, struct guest_process *p, uint64_t page,
+			       struct guest_mapping *fresh)
 {
 	struct guest *g = w->guest;
 	uint64_t gfn = block_for(w, p, page);
 	enum walk_result r;
 
 	if (gfn != GUEST_NO_GFN) {
-		fresh->huge = 1;
+		fresh->huge = true;
 		fresh->gfn = (uint32_t)(gfn + (page & 511));
 		return WALK_DONE;
 	}
@@ -201,7 +209,8 @@ static enum walk_result choose(struct walk *w, struct guest_process *p, uint64_t
 }
 
 /* choose(), or without EPT the choice of the same action before a VM exit: its entry may have been stored. */
-static enum walk_result choose_or_keep(struct walk *w, struct guest_process *p, uint64_t page, struct guest_page *fresh)
+static enum walk_result choose_or_keep(struct walk *w, struct guest_process *p, uint64_t page,
+				       struct guest_mapping *fresh)
 {
 	struct guest_choices *c = &w->guest->choices;
 
@@ -212,20 +221,50 @@ static enum walk_result choose_or_keep(struct walk *w, struct guest_process *p, 
 	return WALK_DONE;
 }
 
-static uint64_t first_gfn(const struct guest_page *gp, uint64_t page)
+void os_map_pages(struct guest_process *p, uint64_t page, struct guest_page *gp, struct guest_mapping fresh)
 {
-	return gp->gfn - (gp->huge ? page & 511 : 0);
+	if (fresh.huge)
+		map_block(p, page, first_gfn(fresh, page));
+	else
+		guest_page_map(gp, fresh);
+}
+
+/* map() for an OS whose threads run on other vCPUs: the record comes first, for as soon as the entry is there, KVM may find
+ * it for them.  Behind a VM exit os_page_fault() finds the record, and goes on. */
+static enum walk_result map_for_all(struct walk *w, struct guest_process *p, uint64_t page, struct guest_page *gp)
+{
+	struct guest_mapping fresh = { .writable = true };
+	enum walk_result r;
+
+	os_batch_reap(w->guest);
+	r = choose(w, p, page, &fresh);
+	if (r != WALK_DONE)
+		return r;
+	os_map_pages(p, page, gp, fresh);
+	r = os_install(w, p, page, fresh);
+	if (r != WALK_GUEST_FAULT)
+		return r;
+	/* No memory for a table; no other page can be in a block that none of its pages was in. */
+	for (uint64_t i = 0; fresh.huge && i < p->page_count; i++)
+		if (p->pages[i] >> 9 == page >> 9)
+			guest_page_unmap(&p->page[i]);
+	guest_page_unmap(gp);
+	guest_gfn_put(w->guest, first_gfn(fresh, page));
+	return r;
 }
 
 enum walk_result os_map(struct walk *w, struct guest_process *p, uint64_t page, struct guest_page *gp)
 {
 	struct guest *g = w->guest;
-	struct guest_page fresh = { .writable = 1, .changed = gp->changed, .protected_ = gp->protected_ };
-	enum walk_result r = choose_or_keep(w, p, page, &fresh);
+	struct guest_mapping fresh = { .writable = true };
+	enum walk_result r;
 
+	if (os_batches(w))
+		return map_for_all(w, p, page, gp);
+	r = choose_or_keep(w, p, page, &fresh);
 	if (r != WALK_DONE)
 		return r;
-	r = os_install(w, p, page, &fresh);
+	r = os_install(w, p, page, fresh);
 	if (r == WALK_EXIT && !w->vmcs->ept) {
 		g->choices.mapped = true;
 		g->choices.mapped_page = page;
@@ -233,12 +272,9 @@ enum walk_result os_map(struct walk *w, struct guest_process *p, uint64_t page, 
 		return r;
 	}
 	if (r != WALK_DONE) {
-		guest_gfn_put(g, first_gfn(&fresh, page));
+		guest_gfn_put(g, first_gfn(fresh, page));
 		return r;
 	}
-	if (fresh.huge)
-		map_block(p, page, first_gfn(&fresh, page));
-	else
-		*gp = fresh;
+	os_map_pages(p, page, gp, fresh);
 	return WALK_DONE;
 }

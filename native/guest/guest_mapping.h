@@ -9,8 +9,11 @@
 
 /* Choose a frame or a 2 MiB block for a page that is not mapped, and map it.  WALK_GUEST_FAULT: no memory is left. */
 enum walk_result os_map(struct walk *w, struct guest_process *p, uint64_t page, struct guest_page *gp);
-/* Write the mapping that gp describes into the page's entry. */
-enum walk_result os_install(struct walk *w, struct guest_process *p, uint64_t page, const struct guest_page *gp);
+/* Write a mapping into the page's entry, or none. */
+enum walk_result os_install(struct walk *w, const struct guest_process *p, uint64_t page, struct guest_mapping to);
+enum walk_result os_clear_entry(struct walk *w, const struct guest_process *p, uint64_t page, bool huge);
+/* Record the mapping of a page, and with a 2 MiB page of all that it maps. */
+void os_map_pages(struct guest_process *p, uint64_t page, struct guest_page *gp, struct guest_mapping to);
 /* Unmap a page, with its neighbours if a 2 MiB page maps them, and invalidate it. */
 enum walk_result os_unmap(struct walk *w, struct guest_process *p, uint64_t page, struct guest_page *gp);
 /* Take write access to a page away, and invalidate it. */

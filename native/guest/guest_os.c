@@ -8,6 +8,7 @@
 #include "core/machine_types.h"
 #include "guest/access.h"
 #include "guest/guest.h"
+#include "guest/guest_batch.h"
 #include "guest/guest_mapping.h"
 #include "guest/guest_shadow.h"
 #include "guest/guest_tables.h"
@@ -22,6 +23,8 @@
 enum {
 	FLUSHING_SWITCH_ONE_IN = 16,
 	INVPCID_ALL_ONE_IN = 64,
+	CHANGE_KERNEL_EVERY = 61, /* uses of a kernel page; no multiple of GUEST_KERNEL_PAGES, so that each has its turn */
+	CHANGE_KERNEL_OFTEN = 13,
 };
 
 void os_load_cr3(struct walk *w)
@@ -59,14 +62,35 @@ static bool choose_victim(struct guest *g, struct guest_choices *c)
 	return false;
 }
 
+/* os_reclaim() for an OS that gathers changes: the pages are free once all vCPUs have invalidated them, and until then the
+ * vCPU has to wait, outside of the OS. */
+static enum walk_result reclaim_later(struct walk *w)
+{
+	struct guest_choices *c = &w->guest->choices;
+	struct guest_process *p;
+
+	os_batch_reap(w->guest);
+	if (!os_batch_flush(w)) {
+		if (!choose_victim(w->guest, c))
+			return WALK_GUEST_FAULT;
+		p = &w->guest->process[c->reclaimed_from];
+		if (os_change(w, c->reclaimed_from, p->pages[c->reclaimed], true) == WALK_EXIT)
+			return WALK_EXIT;
+	}
+	w->exit->reason = EXIT_REASONS;
+	return WALK_EXIT;
+}
+
 enum walk_result os_reclaim(struct walk *w)
 {
 	struct guest_choices *c = &w->guest->choices;
 	struct guest_process *p;
 	enum walk_result r;
 
+	if (os_batches(w))
+		return reclaim_later(w);
 	p = &w->guest->process[c->reclaimed_from];
-	if (!c->reclaiming || p->page[c->reclaimed].gfn == (uint32_t)GUEST_NO_GFN) {
+	if (!c->reclaiming || !guest_page_mapped(&p->page[c->reclaimed])) {
 		if (!choose_victim(w->guest, c))
 			return WALK_GUEST_FAULT;
 		p = &w->guest->process[c->reclaimed_from];
@@ -82,6 +106,7 @@ enum walk_result os_page_fault(struct walk *w, uint64_t page, uint32_t type)
 	struct guest *g = w->guest;
 	struct guest_process *p = guest_current(w->guest);
 	struct guest_page *gp = guest_page_find(g, g->current, page);
+	struct guest_mapping now;
 	enum walk_result r;
 
 	/* Without EPT the fault exited, and has done so then. */
@@ -91,7 +116,8 @@ enum walk_result os_page_fault(struct walk *w, uint64_t page, uint32_t type)
 	/* This OS writes tables of 4-level paging only. */
 	if (!gp || g->tables != GUEST_TABLES_64)
 		return WALK_GUEST_FAULT;
-	if (gp->gfn == GUEST_NO_GFN) {
+	now = guest_mapping_of(gp);
+	if (now.gfn == (uint32_t)GUEST_NO_GFN) {
 		r = os_map(w, p, page, gp);
 		for (int i = 0; r == WALK_GUEST_FAULT && i < RECLAIM_TRIES; i++) {
 			r = os_reclaim(w);
@@ -100,17 +126,19 @@ enum walk_result os_page_fault(struct walk *w, uint64_t page, uint32_t type)
 		}
 		return r;
 	}
-	if (type == ACCESS_WRITE && !gp->writable) {
-		struct guest_page writable = *gp;
-
-		writable.writable = 1;
-		r = os_install(w, p, page, &writable);
+	if (type == ACCESS_WRITE && !now.writable) {
+		now.writable = true;
+		/* As in map_for_all(). */
+		if (os_batches(w))
+			os_map_pages(p, page, gp, now);
+		r = os_install(w, p, page, now);
 		if (r == WALK_DONE)
-			gp->writable = 1;
+			os_map_pages(p, page, gp, now);
 		return r;
 	}
-	/* The entry contradicts the OS's records: the host lost the table's contents. */
-	return os_install(w, p, page, gp);
+	/* The entry contradicts the OS's records: the host lost the table's contents, or the entry is still to be written, or
+	 * another vCPU has written it since the fault. */
+	return os_install(w, p, page, now);
 }
 
 /* Do one access to a global kernel page; now and then the kernel changes one of them. */
@@ -119,10 +147,12 @@ static enum walk_result touch_kernel(struct walk *w)
 	struct guest *g = w->guest;
 	uint32_t i = g->kernel_next % GUEST_KERNEL_PAGES;
 	uint64_t page = GUEST_KERNEL_BASE + i;
+	uint32_t every = os_batches(w) ? CHANGE_KERNEL_OFTEN : CHANGE_KERNEL_EVERY;
 	enum walk_result r = WALK_DONE;
 
-	if (g->kernel_next % 61 == 60 && g->kernel[i].gfn != GUEST_NO_GFN)
-		r = os_unmap(w, guest_current(w->guest), page, &g->kernel[i]);
+	if (g->kernel_next % every == every - 1 && guest_page_mapped(&g->leader->kernel[i]))
+		r = os_batches(w) ? os_change(w, g->current, page, true)
+				  : os_unmap(w, guest_current(w->guest), page, &g->leader->kernel[i]);
 	if (r == WALK_DONE)
 		r = guest_access_slow(w, (uint64_t)(g->kernel_next & 1) << 62 | page << 12);
 	if (r == WALK_DONE || r == WALK_SKIPPED)
@@ -164,6 +194,8 @@ static enum walk_result unmap_some(struct walk *w, struct guest_process *p)
 
 	if (at == p->page_count)
 		return WALK_DONE;
+	if (os_batches(w))
+		return os_change(w, (uint32_t)(p - w->guest->process), p->pages[at], true);
 	r = os_unmap(w, p, p->pages[at], &p->page[at]);
 	if (r == WALK_EXIT)
 		p->hand = hand; /* retry this page after the exit */
@@ -181,7 +213,7 @@ static enum walk_result unmap_event(struct walk *w)
 	if (p->cr3_gfn == GUEST_NO_GFN)
 		p = guest_current(w->guest);
 	r = unmap_some(w, p);
-	if (r != WALK_EXIT)
+	if (r != WALK_EXIT || os_batches(w))
 		os_schedule(g, GUEST_UNMAP);
 	return r;
 }
@@ -193,11 +225,27 @@ static enum walk_result protect_event(struct walk *w)
 	enum walk_result r = WALK_DONE;
 
 	if (at != p->page_count)
-		r = os_protect(w, p, p->pages[at], &p->page[at]);
-	if (r == WALK_EXIT)
+		r = os_batches(w) ? os_change(w, w->guest->current, p->pages[at], false)
+				  : os_protect(w, p, p->pages[at], &p->page[at]);
+	if (r == WALK_EXIT && !os_batches(w))
 		p->hand = hand;
 	else
 		os_schedule(w->guest, GUEST_PROTECT);
+	return r;
+}
+
+/* Free a table below which a page of any process is mapped. */
+static enum walk_result table_event(struct walk *w)
+{
+	struct guest *g = w->guest;
+	uint32_t process = (uint32_t)(guest_random(g) % g->processes);
+	struct guest_process *p = &g->process[process];
+	uint64_t at = os_find_mapped(p, false);
+	enum walk_result r = WALK_DONE;
+
+	if (os_batches(w) && at != p->page_count)
+		r = os_drop_table(w, process, p->pages[at]);
+	os_schedule(g, GUEST_TABLE);
 	return r;
 }
 
@@ -220,5 +268,7 @@ enum walk_result os_events(struct walk *w)
 		r = unmap_event(w);
 	if (r != WALK_EXIT && g->clock >= g->due[GUEST_PROTECT])
 		r = protect_event(w);
+	if (r != WALK_EXIT && g->clock >= g->due[GUEST_TABLE])
+		r = table_event(w);
 	return r;
 }

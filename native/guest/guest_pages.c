@@ -102,6 +102,7 @@ uint64_t guest_gfn_alloc(struct guest *g, bool mmio)
 {
 	uint64_t gfn;
 
+	g = g->leader;
 	if (mmio && g->free_mmio_count)
 		gfn = g->free_mmio[--g->free_mmio_count];
 	else if (g->free_count)
@@ -116,6 +117,7 @@ uint64_t guest_block_alloc(struct guest *g)
 {
 	uint64_t gfn;
 
+	g = g->leader;
 	if (!g->free_blocks)
 		return GUEST_NO_GFN;
 	gfn = g->free_block[--g->free_blocks];
@@ -125,14 +127,16 @@ uint64_t guest_block_alloc(struct guest *g)
 
 void guest_gfn_get(struct guest *g, uint64_t gfn)
 {
-	++*users_of(g, gfn);
+	++*users_of(g->leader, gfn);
 }
 
 void guest_gfn_put(struct guest *g, uint64_t gfn)
 {
-	uint16_t *users = users_of(g, gfn);
+	uint16_t *users;
 	uint64_t single_end;
 
+	g = g->leader;
+	users = users_of(g, gfn);
 	if (!*users || --*users)
 		return;
 	if (is_mmio(g, gfn)) {

@@ -10,6 +10,7 @@ int guest_memory_create(struct machine *m, struct guest *g);
 void guest_memory_destroy(struct machine *m, struct guest *g);
 /* Mark all memory free again. */
 void guest_memory_reset(struct guest *g);
+/* Of the OS that runs on this vCPU. */
 uint64_t guest_gfn_alloc(struct guest *g, bool mmio);
 uint64_t guest_block_alloc(struct guest *g);
 void guest_gfn_get(struct guest *g, uint64_t gfn);

@@ -5,6 +5,7 @@
 #include "core/cpu_types.h"
 #include "core/machine_types.h"
 #include "guest/guest.h"
+#include "guest/guest_batch.h"
 #include "guest/guest_os.h"
 #include "guest/guest_tables.h"
 #include "vm/guest_state.h"
@@ -81,12 +82,21 @@ void os_table_linked(struct guest *g, uint64_t gfn)
 		g->choices.table = GUEST_NO_GFN;
 }
 
-enum walk_result os_new_pml4(struct walk *w, struct guest_process *p)
+bool os_has_tables(struct guest *g, uint32_t process)
 {
-	uint64_t kernel = w->guest->kernel_pdpt << 12 | GPTE_PRESENT | GPTE_WRITABLE | GPTE_USER;
+	g->process[process].cr3_gfn = g->leader->process[process].cr3_gfn;
+	return g->process[process].cr3_gfn != GUEST_NO_GFN;
+}
+
+enum walk_result os_new_pml4(struct walk *w, struct guest_process *own)
+{
+	struct guest *leader = w->guest->leader;
+	uint64_t kernel = leader->kernel_pdpt << 12 | GPTE_PRESENT | GPTE_WRITABLE | GPTE_USER;
+	uint32_t process = (uint32_t)(own - w->guest->process);
+	struct guest_process *p = &leader->process[process];
 	enum walk_result r = WALK_DONE;
 
-	if (p->cr3_gfn != GUEST_NO_GFN)
+	if (os_has_tables(w->guest, process))
 		return r;
 	if (p->cr3_building == GUEST_NO_GFN)
 		r = os_alloc_zeroed(w, false, &p->cr3_building);
@@ -94,7 +104,7 @@ enum walk_result os_new_pml4(struct walk *w, struct guest_process *p)
 		r = os_write_entry(w, p->cr3_building, KERNEL_ENTRY, kernel);
 	if (r != WALK_DONE)
 		return r;
-	p->cr3_gfn = p->cr3_building;
+	own->cr3_gfn = p->cr3_gfn = p->cr3_building;
 	p->cr3_building = GUEST_NO_GFN;
 	return r;
 }
@@ -107,7 +117,7 @@ static enum walk_result map_memory(struct walk *w)
 	enum walk_result r = WALK_DONE;
 
 	for (uint32_t i = 0; i < MAPPED_GIGABYTES && i * gigabyte < gfns && r == WALK_DONE; i++)
-		r = os_write_entry(w, w->guest->kernel_pdpt, 1 + i, i * gigabyte << 12 | bits);
+		r = os_write_entry(w, w->guest->leader->kernel_pdpt, 1 + i, i * gigabyte << 12 | bits);
 	return r;
 }
 
@@ -116,8 +126,8 @@ enum walk_result os_boot_tables(struct walk *w)
 	struct guest *g = w->guest;
 	enum walk_result r = WALK_DONE;
 
-	if (g->kernel_pdpt == GUEST_NO_GFN)
-		r = os_alloc_zeroed(w, false, &g->kernel_pdpt);
+	if (g->leader->kernel_pdpt == GUEST_NO_GFN)
+		r = os_alloc_zeroed(w, false, &g->leader->kernel_pdpt);
 	if (r == WALK_DONE)
 		r = map_memory(w);
 	if (r == WALK_DONE)
@@ -134,6 +144,11 @@ uint64_t os_cr3_of(const struct guest_process *p, bool noflush)
 	return p->cr3_gfn << 12 | p->pcid | (noflush ? CR3_NOFLUSH : 0);
 }
 
+uint64_t os_cr4_of(const struct guest *g, bool pge)
+{
+	return CR4_PAE | (pge ? CR4_PGE : 0) | (g->config.pcid ? CR4_PCIDE : 0);
+}
+
 void os_cr3_written(struct walk *w, uint32_t process, uint64_t cr3)
 {
 	struct guest *g = w->guest;
@@ -144,13 +159,27 @@ void os_cr3_written(struct walk *w, uint32_t process, uint64_t cr3)
 	count(w->cpu->counters, COUNT_GUEST_INVALIDATIONS, !(cr3 & CR3_NOFLUSH));
 	if (!g->config.pcid)
 		g->space++;
+	if (!(cr3 & CR3_NOFLUSH))
+		os_process_flushed(w, process);
 	hw_load_context(w, w->vmcs);
+}
+
+/* Return the process to switch to: the next one, or any if the OS gathers changes. */
+static uint32_t next_process(struct walk *w)
+{
+	struct guest *g = w->guest;
+
+	if (!g->choices.switching)
+		g->choices.next = os_batches(w) ? (uint32_t)(guest_random(g) % g->processes)
+						: (g->current + 1) % g->processes;
+	g->choices.switching = true;
+	return g->choices.next;
 }
 
 enum walk_result os_switch_shadowed(struct walk *w)
 {
 	struct guest *g = w->guest;
-	uint32_t next = (g->current + 1) % g->processes;
+	uint32_t next = next_process(w);
 	struct guest_process *p = &g->process[next];
 	enum walk_result r = os_new_pml4(w, p);
 
@@ -159,17 +188,22 @@ enum walk_result os_switch_shadowed(struct walk *w)
 		if (r == WALK_DONE)
 			r = os_new_pml4(w, p);
 	}
+	/* It has to wait for memory until all vCPUs have invalidated what is reclaimed. */
+	if (r == WALK_EXIT && w->exit->reason == EXIT_REASONS)
+		os_schedule(g, GUEST_SWITCH);
 	/* Without memory for its tables, the process has to wait. */
 	if (r == WALK_GUEST_FAULT)
 		os_schedule(g, GUEST_SWITCH);
 	if (r != WALK_DONE)
 		return r;
 	if (!g->choices.cr3)
-		g->choices.cr3 = os_cr3_of(p, g->config.pcid && guest_random(g) % FLUSHING_SWITCH_ONE_IN);
+		g->choices.cr3 = os_cr3_of(p, g->config.pcid && guest_random(g) % FLUSHING_SWITCH_ONE_IN &&
+						      !(g->stale >> next & 1));
 	r = guest_exit_insn(w, GUEST_INSN_MOV_CR3, g->choices.cr3);
 	if (r != WALK_DONE)
 		return r;
 	os_cr3_written(w, next, g->choices.cr3);
+	g->choices.switching = false;
 	g->choices.cr3 = 0;
 	g->choices.invpcid_all = guest_random(g) % INVPCID_ALL_ONE_IN == 0;
 	os_schedule(g, GUEST_SWITCH);
@@ -178,7 +212,18 @@ enum walk_result os_switch_shadowed(struct walk *w)
 
 void os_choices_reset(struct guest *g)
 {
+	struct guest_batch *b = &g->batch;
+
 	g->choices = (struct guest_choices){ .table = GUEST_NO_GFN };
+	g->flush = (struct guest_flush){ .under_way = false };
+	g->stale = 0;
+	/* Relaxed: the only vCPU of this OS resets. */
+	g->settled = atomic_load_explicit(&b->number, memory_order_relaxed);
+	if (g->settled)
+		atomic_store_explicit(&b->number, g->settled + 1, memory_order_relaxed);
+	atomic_store_explicit(&b->changes, 0, memory_order_relaxed);
+	atomic_store_explicit(&b->written, 0, memory_order_relaxed);
+	atomic_store_explicit(&g->os_lock, 0, memory_order_relaxed);
 	g->exit_insn.exited = g->injected.pending = g->store.faulted = g->store.done = false;
 	for (uint32_t i = 0; i < GUEST_PROCESSES; i++)
 		g->process[i].cr3_building = GUEST_NO_GFN;

@@ -39,6 +39,10 @@ void os_table_linked(struct guest *g, uint64_t gfn);
 enum walk_result os_new_pml4(struct walk *w, struct guest_process *p);
 /* Build the first tables, with CR0.PG = 0: the kernel's, and the PML4 table of the current process. */
 enum walk_result os_boot_tables(struct walk *w);
+/* Return whether a process has its tables by now; another vCPU may have built them. */
+bool os_has_tables(struct guest *g, uint32_t process);
+/* Return the operand of MOV to CR4 with paging on, with CR4.PGE or without. */
+uint64_t os_cr4_of(const struct guest *g, bool pge);
 /* Return the operand of MOV to CR3 for a process. */
 uint64_t os_cr3_of(const struct guest_process *p, bool noflush);
 /* The guest is behind MOV to CR3, which KVM has emulated. */

@@ -122,10 +122,10 @@ enum walk_result os_write_entry(struct walk *w, uint64_t table_gfn, uint32_t ind
 	uint64_t old;
 	uint32_t hfn;
 
-	/* Without EPT the store may have been emulated already. */
+	/* Without EPT the store may have been emulated already, and the entry been used since by another vCPU. */
 	if (!w->vmcs->ept) {
 		r = read_entry(w, table_gfn, index, &old);
-		if (r != WALK_DONE || old == value)
+		if (r != WALK_DONE || old == value || (old & ~(GPTE_ACCESSED | GPTE_DIRTY)) == value)
 			return r;
 	}
 	r = reach_for_store(w, table_gfn, index, value, &hfn);
@@ -140,15 +140,15 @@ static enum walk_result table_for(struct walk *w, uint32_t level, uint64_t page,
 	bool shared = level == GUEST_LEVELS && page >= GUEST_KERNEL_BASE;
 	enum walk_result r;
 
-	if (shared && w->guest->kernel_pdpt != GUEST_NO_GFN) {
-		*gfn = w->guest->kernel_pdpt;
+	if (shared && w->guest->leader->kernel_pdpt != GUEST_NO_GFN) {
+		*gfn = w->guest->leader->kernel_pdpt;
 		return WALK_DONE;
 	}
 	if (!w->vmcs->ept)
 		return os_spare_table(w, gfn);
 	r = os_alloc_zeroed(w, false, gfn);
 	if (r == WALK_DONE && shared)
-		w->guest->kernel_pdpt = *gfn;
+		w->guest->leader->kernel_pdpt = *gfn;
 	return r;
 }
 
@@ -180,7 +180,7 @@ enum walk_result os_find_table(struct walk *w, const struct guest_process *p, ui
 			return r;
 		r = os_write_entry(w, gfn, index, next << 12 | GPTE_PRESENT | GPTE_WRITABLE | GPTE_USER);
 		if (r != WALK_DONE) {
-			if (next != w->guest->kernel_pdpt && w->vmcs->ept)
+			if (next != w->guest->leader->kernel_pdpt && w->vmcs->ept)
 				guest_gfn_put(w->guest, next);
 			return r;
 		}

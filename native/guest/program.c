@@ -155,8 +155,9 @@ static enum walk_result do_map(struct walk *w, const struct guest_op *op)
 	if (r != WALK_DONE || !gp)
 		return r;
 	changes_note(g, page, gp, true, f.entry & GPTE_GLOBAL);
-	gp->gfn = (uint32_t)op->value;
-	gp->writable = !(op->flags & GUEST_OP_READ_ONLY);
+	guest_page_map(gp, (struct guest_mapping){ .gfn = (uint32_t)op->value,
+						   .writable = !(op->flags & GUEST_OP_READ_ONLY),
+						   .huge = guest_mapping_of(gp).huge });
 	return r;
 }
 
@@ -176,9 +177,10 @@ static enum walk_result take_away(struct walk *w, const struct guest_op *op, uin
 	if (r != WALK_DONE || !gp)
 		return r;
 	changes_note(g, page, gp, bits != GPTE_WRITABLE, f.entry & GPTE_GLOBAL);
-	gp->writable = 0;
 	if (bits != GPTE_WRITABLE)
-		gp->gfn = (uint32_t)GUEST_NO_GFN;
+		guest_page_unmap(gp);
+	else
+		guest_page_protect(gp);
 	return r;
 }
 
@@ -189,7 +191,7 @@ static uint64_t stored_to(const struct guest *g, uint64_t page)
 {
 	const struct guest_page *gp = g->config.paging ? guest_page_find(g, g->current, page) : NULL;
 
-	return gp ? gp->gfn : page;
+	return gp ? guest_mapping_of(gp).gfn : page;
 }
 
 /* Return whether KVM has emulated this store. */

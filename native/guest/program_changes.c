@@ -23,10 +23,10 @@ int changes_reserve(struct machine *m, struct guest *g, uint32_t n)
 
 void changes_note(struct guest *g, uint64_t page, const struct guest_page *gp, bool all, bool global)
 {
-	if (gp->gfn == (uint32_t)GUEST_NO_GFN)
+	if (!guest_page_mapped(gp))
 		return;
 	g->change[g->changes++] = (struct guest_change){
-		.page = page, .process = g->current, .gfn = gp->gfn, .all = all, .global = global
+		.page = page, .process = g->current, .gfn = guest_mapping_of(gp).gfn, .all = all, .global = global
 	};
 }
 

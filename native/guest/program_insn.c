@@ -5,6 +5,7 @@
 #include "core/cpu_types.h"
 #include "core/events.h"
 #include "core/machine_types.h"
+#include "guest/guest_batch.h"
 #include "guest/guest_os.h"
 #include "guest/guest_promise.h"
 #include "guest/guest_shadow.h"
@@ -26,10 +27,11 @@ static void invalidated(struct walk *w, struct covered what)
 
 void guest_invalidates_all(struct machine *m, uint32_t vcpu)
 {
-	const struct vcpu *v = &m->vcpus[vcpu];
+	struct vcpu *v = &m->vcpus[vcpu];
 
 	changes_settle(m, v->vm, v->guest, (struct covered){ .any_page = true, .any_process = true, .globals = true },
 		       INVALIDATED_BY_ITSELF);
+	os_batch_covered(&(struct walk){ .m = m, .vcpu = v, .guest = v->guest }, UINT64_MAX);
 }
 
 void guest_invalidates_pcid(struct machine *m, uint32_t vcpu)

@@ -8,6 +8,7 @@
 #include "core/machine_types.h"
 #include "guest/access.h"
 #include "guest/guest.h"
+#include "guest/guest_batch.h"
 #include "guest/guest_boot.h"
 #include "guest/guest_cr3.h"
 #include "guest/guest_insn.h"
@@ -101,6 +102,9 @@ static uint32_t smm(struct run *run)
 	enum walk_result r;
 
 	pass_emulated_store(run, p);
+	/* Without paging there is no page fault to inject, unless KVM is wrong: the handler goes on behind the access. */
+	p->position += run->walk.guest->injected.pending;
+	run->walk.guest->injected.pending = false;
 	left = p->record_count - p->position;
 
 	if (!run->budget)
@@ -113,28 +117,29 @@ static uint32_t smm(struct run *run)
 	return exit_of(&run->walk, r);
 }
 
-static uint64_t cr4_of(const struct guest *g, bool pge)
-{
-	return CR4_PAE | (pge ? CR4_PGE : 0) | (g->config.pcid ? CR4_PCIDE : 0);
-}
-
 /* Clear and set CR4.PGE, which exits. */
 static uint32_t toggle_pge(struct run *run)
 {
 	run->walk.guest->choices.sets_pge = true;
-	return exit_instruction(&run->walk, GUEST_INSN_MOV_CR4, cr4_of(run->walk.guest, false));
+	return exit_instruction(&run->walk, GUEST_INSN_MOV_CR4, os_cr4_of(run->walk.guest, false));
 }
 
 /* Without EPT: a page fault that KVM has injected, the boot, and the second half of an instruction pair precede what the
  * guest does next.  Returns as step(). */
 static uint32_t before_the_next(struct run *run)
 {
-	struct guest *g = run->walk.guest;
+	struct walk *w = &run->walk;
+	struct guest *g = w->guest;
 
 	if (g->smm)
 		return EXIT_REASONS;
-	if (g->injected.pending)
-		return exit_of(&run->walk, os_injected_fault(&run->walk));
+	if (!os_inside(w) && os_flush_due(g))
+		return exit_of(w, os_flush_step(w));
+	if (g->injected.pending || g->choices.changing) {
+		if (!os_enter(w))
+			return os_spin(w);
+		return os_exit_of(w, os_leave(w, g->choices.changing ? os_change_resumed(w) : os_injected_fault(w)));
+	}
 	if (g->boot)
 		return guest_boot_step(&run->walk);
 	if (g->choices.sets_wp) {
@@ -144,7 +149,7 @@ static uint32_t before_the_next(struct run *run)
 	if (!g->choices.sets_pge)
 		return EXIT_REASONS;
 	g->choices.sets_pge = false;
-	return exit_instruction(&run->walk, GUEST_INSN_MOV_CR4, cr4_of(g, true));
+	return exit_instruction(&run->walk, GUEST_INSN_MOV_CR4, os_cr4_of(g, true));
 }
 
 /* Clear CR0.WP, which exits without EPT; before_the_next() sets it again.  With EPT the bit is the guest's own. */
@@ -211,11 +216,13 @@ static uint32_t step(struct run *run)
 		g->halted_until = monotonic_ns() + g->config.halt_us * UINT64_C(1000);
 		return EXIT_REASONS;
 	}
+	if (!os_enter(w))
+		return os_spin(w);
 	r = os_setup(w);
 	if (r == WALK_DONE)
 		r = os_events(w);
-	if (r == WALK_EXIT)
-		return run->walk.exit->reason;
+	if (os_leave(w, r) == WALK_EXIT)
+		return os_exit_of(w, r);
 	n = until_event(run);
 	if (!n)
 		return run->budget ? EXIT_REASONS : EXIT_PREEMPTION_TIMER;

@@ -12,7 +12,7 @@ struct guest_page *guest_page_find(const struct guest *g, uint32_t process, uint
 
 	if (page >= GUEST_KERNEL_BASE)
 		return page - GUEST_KERNEL_BASE < GUEST_KERNEL_PAGES ?
-			       (struct guest_page *)&g->kernel[page - GUEST_KERNEL_BASE] : NULL;
+			       (struct guest_page *)&g->leader->kernel[page - GUEST_KERNEL_BASE] : NULL;
 	while (low < high) {
 		uint64_t middle = (low + high) / 2;
 
@@ -47,6 +47,7 @@ bool guest_invalidated(const struct vcpu *vcpu, const struct tlb_entry *entry, u
 {
 	const struct guest *g = vcpu->guest;
 	const struct guest_page *gp;
+	struct guest_mapping now;
 
 	if (entry->kind == KIND_LINEAR)
 		return !by_l1 && guest_contradicts(vcpu, entry, page, type) == GUEST_CONTRADICTS;
@@ -56,9 +57,10 @@ bool guest_invalidated(const struct vcpu *vcpu, const struct tlb_entry *entry, u
 	gp = entry->nested == g->vmx.nested ? guest_page_find(g, process_of(g, entry->pcid), page) : NULL;
 	if (!gp)
 		return false;
-	if (gp->changed > entry->clock && gp->gfn != entry->gfn + (page - entry->page) && gp->l1_changed == by_l1)
+	now = guest_mapping_of(gp);
+	if (gp->changed > entry->clock && now.gfn != entry->gfn + (page - entry->page) && gp->l1_changed == by_l1)
 		return true;
-	return type == ACCESS_WRITE && gp->protected_ > entry->clock && !gp->writable && gp->l1_protected == by_l1;
+	return type == ACCESS_WRITE && gp->protected_ > entry->clock && !now.writable && gp->l1_protected == by_l1;
 }
 
 static enum guest_agreement agreement(bool agrees)
@@ -66,15 +68,40 @@ static enum guest_agreement agreement(bool agrees)
 	return agrees ? GUEST_AGREES : GUEST_CONTRADICTS;
 }
 
-/* Return whether the guest's tables said so before a change that it has not invalidated yet.  All processes share the
- * kernel's tables. */
+/* Return whether the change took away the translation of `page` to `gfn` from the current process.  All processes share
+ * the kernel's tables. */
+static bool took_away(const struct guest *g, const struct guest_change *change, uint64_t page, uint64_t gfn)
+{
+	uint64_t below = change->huge ? page & 511 : 0;
+
+	return !change->table && change->page == page - below && change->gfn == gfn - below &&
+	       (change->process == g->current || page >= GUEST_KERNEL_BASE);
+}
+
+/* Look into the batch of the OS.  Acquire: pairs with the releases in guest_batch.c.  A vCPU that has invalidated all of
+ * the batch does not read it, because others may refill it. */
+static bool agreed_before_batch(const struct guest *g, uint64_t page, uint64_t gfn)
+{
+	const struct guest_batch *b = &g->leader->batch;
+	uint32_t number = atomic_load_explicit(&b->number, memory_order_acquire), n;
+
+	if (!number || number == g->settled)
+		return false;
+	n = atomic_load_explicit(&b->changes, memory_order_acquire);
+	for (uint32_t i = 0; i < n; i++)
+		if (took_away(g, &b->change[i], page, gfn) &&
+		    !(g->covered_batch == number && g->covered >> i & 1))
+			return true;
+	return false;
+}
+
+/* Return whether the guest's tables said so before a change that it has not invalidated yet. */
 static bool agreed_before(const struct guest *g, uint64_t page, uint64_t gfn)
 {
 	for (uint32_t i = 0; i < g->changes; i++)
-		if (g->change[i].page == page && g->change[i].gfn == gfn &&
-		    (g->change[i].process == g->current || page >= GUEST_KERNEL_BASE))
+		if (took_away(g, &g->change[i], page, gfn))
 			return true;
-	return false;
+	return agreed_before_batch(g, page, gfn);
 }
 
 /* Times do not matter here, unlike with EPT, where each fill reads the guest's tables: KVM may derive a translation from
@@ -85,6 +112,7 @@ enum guest_agreement guest_contradicts(const struct vcpu *vcpu, const struct tlb
 	uint64_t gfn = entry->gfn + (page - entry->page);
 	const struct guest *g = vcpu->guest;
 	const struct guest_page *gp;
+	struct guest_mapping now;
 
 	/* A global translation may be another address space's. */
 	if (!g || entry->global)
@@ -94,7 +122,10 @@ enum guest_agreement guest_contradicts(const struct vcpu *vcpu, const struct tlb
 	if (page >= GUEST_DIRECT_BASE)
 		return agreement(gfn == page - GUEST_DIRECT_BASE);
 	gp = guest_page_place(g, page);
-	if (!gp || (gp->gfn == gfn && (type != ACCESS_WRITE || gp->writable)))
+	if (!gp)
+		return GUEST_AGREES;
+	now = guest_mapping_of(gp);
+	if (now.gfn == gfn && (type != ACCESS_WRITE || now.writable))
 		return GUEST_AGREES;
 	return agreed_before(g, page, gfn) ? GUEST_AGREED : GUEST_CONTRADICTS;
 }

@@ -19,6 +19,7 @@ struct guest_config {
 	uint32_t switch_every;   /* accesses between context switches; 0: never */
 	uint32_t unmap_every;    /* accesses between unmapping one page; 0: never */
 	uint32_t protect_every;  /* accesses between write-protecting one page; 0: never */
+	uint32_t table_every;    /* if it gathers changes (batch): accesses between freeing one table; 0: never */
 	uint32_t hugepages;      /* map anonymous regions with 2 MiB guest pages where they fit */
 	uint32_t pcid;           /* CR4.PCIDE */
 	uint32_t paging;         /* 0: CR0.PG = 0, addresses are guest-physical */
@@ -27,6 +28,8 @@ struct guest_config {
 				  * after this time */
 	uint32_t wp_every;       /* without EPT: accesses between two pairs of MOV to CR0 that clear and set CR0.WP, as
 				  * an OS does to write to its read-only pages; 0: never */
+	uint32_t batch;          /* without EPT: mappings that the OS changes at most before it invalidates them together;
+				  * 0: it invalidates each at once */
 	uint32_t seed;
 };
 
@@ -81,6 +84,7 @@ enum {
 	GUEST_KERNEL_PAGES = 8,
 	GUEST_LEVELS = 4,
 	GUEST_PDPTES = 4,
+	GUEST_BATCH = 64,
 };
 
 /* SDM vol. 3A, 4.5.4: entries of 4-level paging. */
@@ -101,11 +105,15 @@ enum {
 /* Without EPT the OS reaches its tables through a map of all guest memory, by 1 GiB pages behind the kernel's own. */
 #define GUEST_DIRECT_BASE (GUEST_KERNEL_BASE + (1 << 18))
 
-/* The OS's record of one page of a process. */
+struct guest_mapping {
+	uint32_t gfn;         /* GUEST_NO_GFN: not mapped */
+	bool writable;
+	bool huge;            /* part of a 2 MiB guest page */
+};
+
+/* The OS's record of one page of a process.  Threads of the process read it on other vCPUs. */
 struct guest_page {
-	uint32_t gfn;         /* now mapped to; GUEST_NO_GFN: not mapped */
-	uint8_t writable;
-	uint8_t huge;         /* part of a 2 MiB guest page */
+	_Atomic uint64_t mapping; /* struct guest_mapping in one word */
 	uint64_t changed;     /* clock of the last invalidated change of any kind */
 	uint64_t protected_;  /* clock of the last invalidated loss of write access */
 	uint8_t l1_changed;   /* in a nested guest: the last invalidations of the two kinds were L1's */
@@ -134,11 +142,13 @@ struct guest_change {
 	uint32_t process;
 	uint32_t gfn;    /* the frame behind it before */
 	bool all;        /* the mapping changed; else write access was removed */
+	bool huge;       /* page and gfn are the first of a 2 MiB page */
+	bool table;      /* gfn is the table of 2 MiB from `page` on, which the OS has unlinked */
 	bool global;
 };
 
 /* An event that the OS is in the middle of; each step can be repeated from its start. */
-enum guest_event { GUEST_SWITCH, GUEST_UNMAP, GUEST_PROTECT, GUEST_WP, GUEST_HALT, GUEST_EVENTS };
+enum guest_event { GUEST_SWITCH, GUEST_UNMAP, GUEST_PROTECT, GUEST_TABLE, GUEST_WP, GUEST_HALT, GUEST_EVENTS };
 
 /* The step that an OS that boots after a reset still has to do before it runs its processes. */
 enum guest_boot_step {
@@ -180,7 +190,7 @@ struct guest_exit_insn {
  * KVM may have emulated its stores. */
 struct guest_choices {
 	uint64_t table;            /* a zeroed page for a table that may not be linked yet, or GUEST_NO_GFN */
-	struct guest_page mapping; /* of a page fault, if `mapped` */
+	struct guest_mapping mapping; /* of a page fault, if `mapped` */
 	uint64_t mapped_page;
 	uint64_t reclaimed;        /* index of the page being reclaimed, if `reclaiming` */
 	uint64_t cr3;              /* operand of the MOV to CR3 of a switch under way; 0: none */
@@ -189,6 +199,42 @@ struct guest_choices {
 	bool invpcid_all;          /* due after a switch */
 	bool sets_pge;             /* due after CR4.PGE was cleared */
 	bool sets_wp;              /* due after CR0.WP was cleared */
+	bool switching;            /* to process `next` */
+	uint32_t next;
+	bool changing;             /* the entry of the batch's last change is being written */
+};
+
+/* Without EPT: changes that the OS has made and not yet invalidated, as Linux's mmu_gather.  The vCPU that is in the OS
+ * appends to it; all vCPUs that run the OS read it. */
+struct guest_batch {
+	struct guest_change change[GUEST_BATCH];
+	_Atomic uint32_t changes;
+	_Atomic uint32_t written; /* those whose entries are */
+	uint32_t most;           /* changes after which it is invalidated */
+	_Atomic uint32_t number; /* of this batch, from 1 on */
+	_Atomic uint32_t flush;  /* number of the last batch that the vCPUs have been asked to invalidate */
+	_Atomic uint32_t left;   /* vCPUs that have not yet */
+	uint32_t asked_by;       /* the vCPU that has asked; released by `flush` */
+};
+
+/* How a vCPU invalidates a batch. */
+enum guest_flush_kind {
+	GUEST_FLUSH_EACH,     /* INVLPG, or INVPCID of one address, for each page */
+	GUEST_FLUSH_CONTEXTS, /* MOV to CR3 for the current process, INVPCID of one PCID for others */
+	GUEST_FLUSH_LATER,    /* the same, but of other processes when it switches to them */
+	GUEST_FLUSH_ALL,      /* INVPCID of all PCIDs, with global translations */
+	GUEST_FLUSH_RETAIN,   /* INVPCID of all PCIDs, without global translations */
+	GUEST_FLUSH_PGE,      /* CR4.PGE is cleared, then set */
+};
+
+struct guest_flush {
+	uint32_t noticed;    /* number of the batch that the OS has been asked to invalidate... */
+	uint64_t at;         /* ... and the clock at which it does */
+	enum guest_flush_kind kind;
+	bool under_way;
+	uint32_t next;       /* change, or instruction, that comes next */
+	uint32_t flushed;    /* processes whose PCIDs have been invalidated, by bits */
+	uint64_t cr3;        /* 0, or the operand of a MOV to CR3 that KVM has emulated by the next step */
 };
 
 /* What VMX knows of a nested guest, or of L1: see guest_nested.h. */
@@ -201,6 +247,17 @@ struct guest_vmx {
 struct guest {
 	struct guest_config config;
 	struct guest_vmx vmx;
+	/* The guest of the vCPU whose OS this is: its memory, tables, records and batch.  Itself, unless this vCPU runs
+	 * threads of the processes of another one. */
+	struct guest *leader;
+	uint32_t vcpus;              /* leader: that run its OS */
+	_Atomic uint32_t os_lock;    /* leader: number + 1 of the vCPU that is in the OS; 0: none */
+	struct guest_batch batch;    /* leader */
+	uint32_t settled;            /* number of the last batch that this vCPU has invalidated */
+	uint32_t covered_batch;      /* ... and of the batch whose changes it has invalidated as far as `covered` says */
+	uint64_t covered;            /* by bits */
+	uint32_t stale;              /* processes that a switch to them has to flush, by bits */
+	struct guest_flush flush;
 	/* CR3: the current process's PML4 table, GUEST_NO_GFN until it has one, and PCID */
 	uint64_t cr3_gfn;
 	uint16_t pcid;
@@ -237,6 +294,7 @@ struct guest {
 	struct guest_process smi_handler;
 	uint32_t smm;
 	uint32_t paging_outside_smm;
+	struct guest_fault injected_outside_smm;
 	/* MMIO: an EPT violation at this gpa page counts as emulated by user space */
 	uint64_t skip_gfn;
 	uint64_t last_violation;
@@ -252,6 +310,40 @@ struct guest {
 	uint32_t changes;
 	struct program *program; /* instead of processes' traces (program.h); NULL: none */
 };
+
+/* Acquire: pairs with the release in guest_page_map.  The vCPU that finds a mapping finds the change that replaced the one
+ * before in the batch (guest_batch.h). */
+static inline struct guest_mapping guest_mapping_of(const struct guest_page *gp)
+{
+	uint64_t word = atomic_load_explicit(&gp->mapping, memory_order_acquire);
+
+	return (struct guest_mapping){ (uint32_t)word, word >> 32 & 1, word >> 33 & 1 };
+}
+
+static inline void guest_page_map(struct guest_page *gp, struct guest_mapping to)
+{
+	uint64_t word = to.gfn | (uint64_t)to.writable << 32 | (uint64_t)to.huge << 33;
+
+	atomic_store_explicit(&gp->mapping, word, memory_order_release);
+}
+
+static inline bool guest_page_mapped(const struct guest_page *gp)
+{
+	return guest_mapping_of(gp).gfn != (uint32_t)GUEST_NO_GFN;
+}
+
+static inline void guest_page_unmap(struct guest_page *gp)
+{
+	guest_page_map(gp, (struct guest_mapping){ .gfn = (uint32_t)GUEST_NO_GFN });
+}
+
+static inline void guest_page_protect(struct guest_page *gp)
+{
+	struct guest_mapping to = guest_mapping_of(gp);
+
+	to.writable = false;
+	guest_page_map(gp, to);
+}
 
 static inline uint32_t guest_place_of(const struct guest_process *p, uint64_t page)
 {

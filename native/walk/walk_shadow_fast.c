@@ -61,13 +61,17 @@ static inline bool read_spte(struct walk *w, uint64_t page, uint32_t type, struc
 static inline bool undoubted(const struct walk *w, uint64_t page, const struct found *f)
 {
 	const struct guest_page *gp;
+	struct guest_mapping now;
 
 	if (f->spte & SPTE_WRITABLE && writes_tracked(w->m, w->vcpu->vm, f->gfn))
 		return false;
 	if (!w->guest->config.paging)
 		return f->gfn == page;
 	gp = guest_page_place(w->guest, page);
-	return gp && gp->gfn == f->gfn && (gp->writable || !(f->spte & SPTE_WRITABLE));
+	if (!gp)
+		return false;
+	now = guest_mapping_of(gp);
+	return now.gfn == f->gfn && (now.writable || !(f->spte & SPTE_WRITABLE));
 }
 
 bool walk_shadow_fast(struct walk *w, uint64_t page, uint32_t type, uint32_t *hfn)
