@@ -12,7 +12,7 @@ from __future__ import annotations
 import sys
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
-from itertools import cycle
+from itertools import cycle, islice
 from random import Random
 from types import TracebackType
 from typing import TYPE_CHECKING, Any, Self
@@ -141,10 +141,12 @@ class Emulation:
             ept=scenario.machine.ept,
             vpid=scenario.machine.vpid,
         )
+        if scenario.kvm.mmu_pages:
+            self.params = replace(self.params, mmu_pages=scenario.kvm.mmu_pages)
         self._rng = Random(seed)
         # The guests replay these arrays, so they must live as long as the machine.
         self._traces: dict[tuple[str, int], Trace] = {}
-        self._handlers: dict[int, tuple[U64, int]] = {}
+        self._handlers: dict[tuple[int, ...], tuple[U64, int]] = {}
         config = machine_config(scenario, seed, chaos, unbounded)
         try:
             self.machine = Machine(config)
@@ -217,12 +219,17 @@ class Emulation:
             # Map the guest's RAM at the same gfns in the SMM address space.
             kvm_set_memory_region(cpu, kvm, RAM_SLOT, 0, layout.ram, 0, as_id=1)
         home = self._home(section)
+        threads = section.threads and not self.params.ept
         for i in range(section.vcpus):
             vcpu = kvm_vm_ioctl_create_vcpu(cpu, kvm)
-            self._furnish(cpu, vcpu, section, layout, i, traces)
+            if not i or not threads:
+                processes = list(islice(traces, section.processes))
+            self._furnish(cpu, vcpu, section, layout, 0 if threads else i, processes)
+            if i and threads:
+                lib.guest_run_threads(cpu.m, vcpu.id, kvm.vcpus[0].id)
             power_on(cpu, vcpu, section.pcid)
             if section.disturbed and self.scenario.kvm.smis:
-                lib.guest_set_smi_handler(cpu.m, vcpu.id, *self._smi_handler(layout))
+                lib.guest_set_smi_handler(cpu.m, vcpu.id, *self._smi_handler(layout, processes))
             self.tasks.append(VcpuTask(vcpu, section.halt))
             self.homes.append(home)
 
@@ -236,7 +243,7 @@ class Emulation:
         return range(first, self._next_own)
 
     def _furnish(
-        self, cpu: Cpu, vcpu: Vcpu, section: VmSection, layout: Layout, i: int, traces: Iterator[Trace]
+        self, cpu: Cpu, vcpu: Vcpu, section: VmSection, layout: Layout, i: int, processes: list[Trace]
     ) -> None:
         """Give a vCPU its guest OS and processes, each of which runs the next trace."""
         config = ffi.new(
@@ -244,40 +251,45 @@ class Emulation:
             {
                 "first_gfn": 0,
                 "end_gfn": layout.ram,
-                "stride": layout.vcpus,
+                "stride": 0 if section.threads and not self.params.ept else layout.vcpus,
                 "phase": i,
                 "mmio_gfn": layout.second_base,
                 "mmio_end_gfn": layout.second_base + layout.second,
                 "switch_every": section.switch_every,
-                "unmap_every": 20_000,
-                "protect_every": 30_000,
+                "unmap_every": section.unmap_every,
+                "protect_every": section.protect_every,
+                "table_every": section.table_every,
                 "wp_every": section.wp_every,
                 "hugepages": section.guest_huge_pages,
                 "pcid": section.pcid,
                 "paging": 1,
+                "batch": section.flush_batch,
                 "halt_every": section.halt_every,
                 "halt_us": 0 if section.halt_exits else max(1, int(section.halt * 1e6)),
                 "seed": self._rng.getrandbits(31),
             },
         )
         cpu.check(lib.guest_configure(cpu.m, vcpu.id, config))
-        for _ in range(section.processes):
-            trace = next(traces)
+        for trace in processes:
             records = ffi.from_buffer("uint64_t[]", trace.records)
             pages = ffi.from_buffer("uint64_t[]", trace.pages)
             cpu.check(
                 lib.guest_add_process(cpu.m, vcpu.id, records, len(trace.records), pages, len(trace.pages))
             )
 
-    def _smi_handler(self, layout: Layout) -> tuple[U64, int]:
+    def _smi_handler(self, layout: Layout, processes: list[Trace]) -> tuple[U64, int]:
         """Return the SMI handler's accesses.  It runs without paging, and reads pages all over the guest's
-        RAM without writing any."""
-        if layout.ram not in self._handlers:
-            gpas = [
-                page << 12 | page % 64 * 8 for page in range(0, layout.ram, max(1, layout.ram // SMI_PAGES))
-            ]
-            self._handlers[layout.ram] = ffi.new("uint64_t[]", gpas), len(gpas)
-        return self._handlers[layout.ram]
+        RAM without writing any.
+
+        It begins with pages whose numbers the processes use as linear ones, which a translation from there
+        must not serve.
+        """
+        linear = sorted({int(page) for trace in processes for page in trace.pages if page < layout.ram})
+        pages = linear[:SMI_PAGES] + list(range(0, layout.ram, max(1, layout.ram // SMI_PAGES)))
+        if (key := tuple(pages)) not in self._handlers:
+            gpas = [page << 12 | page % 64 * 8 for page in pages]
+            self._handlers[key] = ffi.new("uint64_t[]", gpas), len(gpas)
+        return self._handlers[key]
 
     def _traces_of(self, section: VmSection) -> list[Trace]:
         names = section.traces or tuple(info.name for info in embedded_traces())

@@ -127,6 +127,21 @@ class VmSection(Section):
     switch_every: Annotated[int, Unit("guest accesses")] = Field(
         default=200_000, ge=0, le=1 << 31, strict=True
     )
+    # Accesses between two pages that the guest OS unmaps, and that it write-protects (0: never).
+    unmap_every: Annotated[int, Unit("guest accesses")] = Field(default=20_000, ge=0, le=1 << 31, strict=True)
+    protect_every: Annotated[int, Unit("guest accesses")] = Field(
+        default=30_000, ge=0, le=1 << 31, strict=True
+    )
+    # Accesses between two page tables that the guest OS frees (0: never).  Needs flush_batch.
+    table_every: Annotated[int, Unit("guest accesses")] = Field(
+        default=100_000, ge=0, le=1 << 31, strict=True
+    )
+    # Mappings that the guest OS changes, at most, before it invalidates them together.  With 0 it invalidates
+    # each at once, as it always does with EPT.
+    flush_batch: Annotated[int, Unit("mappings")] = Field(default=32, ge=0, le=64, strict=True)
+    # Whether the vCPUs run threads of the same processes, under one guest OS.  With EPT each vCPU has an OS
+    # and processes of its own.
+    threads: bool = False
     # Accesses between two pairs of MOV to CR0 that clear and set CR0.WP, as an OS does that writes to its
     # read-only pages (0: never).  Without EPT they exit; with EPT the bit is the guest's own.
     wp_every: Annotated[int, Unit("guest accesses")] = Field(default=0, ge=0, le=1 << 31, strict=True)
@@ -185,6 +200,8 @@ class KvmSection(Section):
     dirty_log_toggles: Annotated[Rate, Unit("times per second")] = 0
     # System-management interrupts, each to one vCPU.
     smis: Annotated[Rate, Unit("SMIs per second")] = 0
+    # Shadow pages that a VM may have (KVM_SET_NR_MMU_PAGES); 0: as many as it needs.
+    mmu_pages: Annotated[int, Unit("shadow pages")] = Field(default=0, ge=0, le=1 << 20, strict=True)
     # INITs, each to one vCPU; the vCPU's guest boots again.
     resets: Annotated[Rate, Unit("INITs per second")] = 0
 
@@ -284,6 +301,12 @@ class Scenario(Section):
                 f"machine.pcpus of at least {self.own_pcpus + shared}: {self.own_pcpus} for VMs with "
                 f"placement = 'own'{others}"
             )
+        return self
+
+    @model_validator(mode="after")
+    def _threads_are_not_reset(self) -> Self:
+        if self.kvm.resets and any(vm.threads and vm.disturbed for vm in self.vm):
+            raise ValueError("kvm.resets = 0 where a vm has threads = true, as an INIT boots one vCPU alone")
         return self
 
     def scaled(self, pcpus: int) -> Self:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import re
 import threading
 import time
+from pathlib import Path
 
 import pytest
 
@@ -259,3 +260,40 @@ def test_a_second_slot_is_for_those_whose_slots_come_and_go() -> None:
 
     assert layout_of(VmSection(memory=4, disturbed=False)).second == 0
     assert layout_of(VmSection(memory=4)).second > 0
+
+
+@pytest.mark.slow
+def test_guests_with_threads_are_clean_and_do_all_that_their_scenario_is_about() -> None:
+    result = run("table-churn", seconds=3.0)
+    assert not result.failure
+    assert not result.snapshot.violated, result.reports[0].text
+    for stat in ("mmu_synced", "mmu_flooded", "mmu_unsync", "mmu_pte_write", "cached_roots", "smis"):
+        assert result.snapshot.kvm(stat) > 0, stat
+    counters = result.snapshot.counters
+    assert counters["guest_invalidations"] > 100
+    assert counters["legal_stale"] > 0, "no old translation was used before it was invalidated"
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("ept", [True, False])
+def test_the_vcpus_of_a_vm_run_threads_of_the_same_processes_without_ept_only(ept: bool) -> None:
+    with Emulation(load_scaled("table-churn", None, ept), LINUX, seed=1) as emulation:
+        vcpus = [task.vcpu.id for task in emulation.tasks]
+        emulation.adopt()
+        try:
+            emulation.start()
+            accesses = (1 << lib.GUEST_CLOCK_VCPU) - 1
+            wait_until(
+                lambda: all(lib.guest_clock(emulation.m, vcpu) & accesses > 2000 for vcpu in vcpus),
+                "every vCPU has run",
+            )
+            own_memory = [lib.guest_frames_used(emulation.m, vcpu) > 0 for vcpu in vcpus]
+        finally:
+            emulation.release()
+    assert own_memory == ([True] * 4 if ept else [True, False] * 2)
+
+
+def test_threads_and_resets_exclude_each_other() -> None:
+    text = '[[vm]]\nthreads = true\n[kvm]\nresets = 1\n'
+    with pytest.raises(BadInput, match=r"kvm.resets = 0 where a vm has threads = true"):
+        parse_scenario(text, "mine", Path())
