@@ -2,14 +2,19 @@
 
 from __future__ import annotations
 
+import base64
+import json
+import platform
 import shlex
 from collections.abc import Iterator, Sequence
+from datetime import datetime
 from html import escape
 from importlib import resources
 from pathlib import Path
 
 from emulator import __version__
 from emulator.compare.bound import NAME
+from emulator.compare.document import comparison_document
 from emulator.compare.measure import Measurement
 from emulator.compare.plots import plots
 from emulator.compare.rows import Row, Spread, bound_values, sections, spread_of, text_of
@@ -19,6 +24,8 @@ from emulator.output import write_file
 from emulator.report.summary import short
 
 _NOTHING = Spread(0, 0, 0)
+_BETTER = " better"
+_WAYS = {True: _BETTER, False: " worse", None: ""}
 
 
 def write_page(comparison: Comparison, path: Path) -> None:
@@ -53,7 +60,20 @@ def _page(comparison: Comparison) -> Iterator[str]:
     yield from _costs(comparison)
     yield "<h2>How to run it again</h2>"
     yield f"<pre>{escape(command_line(comparison))}</pre>"
-    yield f'<p class="note">flushlab {escape(__version__)}</p></body></html>'
+    yield f'<p class="note">{escape(_origin())} {_download(comparison)}</p></body></html>'
+
+
+def _origin() -> str:
+    """Return where and when the page was made."""
+    now = datetime.now().astimezone()
+    return f"flushlab {__version__}, {now:%Y-%m-%d %H:%M %Z}, {platform.node()}, Linux {platform.release()}."
+
+
+def _download(comparison: Comparison) -> str:
+    """Return a link to the figures as the JSON document of --json, which the page holds."""
+    document = json.dumps(comparison_document(comparison), allow_nan=False).encode()
+    data = base64.b64encode(document).decode()
+    return f'<a download="comparison.json" href="data:application/json;base64,{data}">All figures as JSON</a>'
 
 
 def _subtitle(comparison: Comparison) -> str:
@@ -78,6 +98,9 @@ def _cards(comparison: Comparison) -> Iterator[str]:
         delta = ""
         if number:
             way = "better" if cycles.median < base.median else "worse"
+            # A policy that lets stale translations be used saves nothing.
+            if cycles.median == base.median or (way == "better" and verdict in ("violations", "failed")):
+                way = ""
             delta = (
                 f'<span class="{way}">{escape(change(cycles.median, base.median))}</span> against the first, '
             )
@@ -115,13 +138,16 @@ def _table(comparison: Comparison) -> Iterator[str]:
 
 def _cells(row: Row, columns: Sequence[tuple[str, Sequence[Measurement]]]) -> Iterator[str]:
     base = spread_of(columns[0][1], row.key) or _NOTHING
+    refuted = [any(m.result.snapshot.violated for m in runs) for _, runs in columns]
     for number, (_, runs) in enumerate(columns):
         own = spread_of(runs, row.key) or _NOTHING
         text = escape(text_of(row, own.median))
         if row.spread and own.least != own.most:
             text += f" <small>{escape(text_of(row, own.least))} to {escape(text_of(row, own.most))}</small>"
         if number:
-            way = {True: " better", False: " worse", None: ""}[better(row, own.median, base.median)]
+            way = _WAYS[better(row, own.median, base.median)]
+            if way == _BETTER and refuted[number]:
+                way = ""
             text += f' <span class="delta{way}">{escape(change(own.median, base.median))}</span>'
         yield f"<td>{text}</td>"
 

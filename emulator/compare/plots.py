@@ -17,7 +17,7 @@ from matplotlib.ticker import FuncFormatter, LogLocator, NullFormatter
 
 from emulator.compare.bound import NAME
 from emulator.compare.measure import MILLION, Measurement
-from emulator.compare.rows import spread_of
+from emulator.compare.rows import Spread, singular, spread_of
 from emulator.compare.runner import Comparison
 from emulator.report.result import Histogram
 from emulator.report.summary import duration_text, short
@@ -51,6 +51,8 @@ _STYLE: dict[Any, Any] = {
     "axes.facecolor": "none",
     "savefig.facecolor": "none",
 }
+
+_PER_MILLION = "per million guest accesses"
 
 # Groups of the cost lines of flushing, in the order in which they are stacked.
 _COSTS: tuple[tuple[str, tuple[str, ...]], ...] = (
@@ -95,8 +97,23 @@ def _cycles(comparison: Comparison) -> Plot:
     return Plot(
         "Modelled cycles of flushing",
         f"per {per}; oracle-optimal: the cost with perfect knowledge in the first run",
-        _stacked(stacks),
+        _stacked(stacks, f"cycles per {per}", _spreads(comparison, f"flush cycles{suffix}")),
     )
+
+
+def _spreads(comparison: Comparison, key: str) -> dict[str, Spread]:
+    """Return the spread of a figure over each policy's runs."""
+    spreads = {name: spread_of(runs, key) for name, runs in comparison.columns}
+    return {name: spread for name, spread in spreads.items() if spread is not None}
+
+
+def _sum_spreads(comparison: Comparison, prefix: str) -> dict[str, Spread]:
+    """Return the spread of the sum of the figures that _parts() returns."""
+    spreads = {}
+    for name, runs in comparison.columns:
+        sums = [sum(value for key, value in m.values.items() if key.startswith(prefix)) for m in runs]
+        spreads[name] = Spread(median(sums), min(sums), max(sums))
+    return spreads
 
 
 def _parts(comparison: Comparison, prefix: str) -> dict[str, dict[str, float]]:
@@ -124,7 +141,7 @@ def _flushes(comparison: Comparison) -> Plot:
     return Plot(
         "Flushes by reason",
         "per million guest accesses; the mark: how many of them averted a use of a stale translation",
-        _stacked(stacks, marks=necessary),
+        _stacked(stacks, _PER_MILLION, _sum_spreads(comparison, "reason "), marks=necessary),
     )
 
 
@@ -133,7 +150,8 @@ def _interrupts(comparison: Comparison) -> Plot | None:
     if not any(value for stack in stacks.values() for value in stack.values()):
         return None
     note = "per million guest accesses, by the pCPUs that received them"
-    return Plot("Interrupts received", note, _stacked(stacks))
+    spreads = _sum_spreads(comparison, "received ")
+    return Plot("Interrupts received", note, _stacked(stacks, _PER_MILLION, spreads))
 
 
 def _per_unit(comparison: Comparison) -> Plot | None:
@@ -144,7 +162,9 @@ def _per_unit(comparison: Comparison) -> Plot | None:
     key = "uninvolved/unit" if uninvolved else "flush cycles/unit"
     what = "Interruptions of uninvolved pCPUs" if uninvolved else "Modelled cycles of flushing"
     values = {name: {what: _median(runs, key)} for name, runs in comparison.columns}
-    return Plot(what, f"for each of the {unit}", _stacked(values, legend=False))
+    label = f"{'interruptions' if uninvolved else 'cycles'} per {singular(unit)}"
+    plot = _stacked(values, label, _spreads(comparison, key), legend=False)
+    return Plot(what, f"for each of the {unit}", plot)
 
 
 def _pauses(comparison: Comparison) -> Plot:
@@ -179,6 +199,7 @@ def _wall(comparison: Comparison) -> Plot:
         _names(axes, [name for name, _ in columns])
         axes.set_xlim(0, 1.05 * max(m.values["accesses per second"] for _, runs in columns for m in runs))
         axes.xaxis.set_major_formatter(FuncFormatter(lambda x, _: short(x) if x else "0"))
+        axes.set_xlabel("guest accesses per second")
         axes.grid(visible=True, axis="x")
 
     note = "guest accesses per second on this machine, a point per run; other load on it shows here only"
@@ -190,11 +211,16 @@ def _wall(comparison: Comparison) -> Plot:
 
 def _stacked(
     stacks: Mapping[str, Mapping[str, float]],
-    marks: Mapping[str, float] | None = None,
+    unit: str,
+    spreads: Mapping[str, Spread],
     *,
+    marks: Mapping[str, float] | None = None,
     legend: bool = True,
 ) -> str:
-    """Draw horizontal bars, one per policy, with their parts in one order."""
+    """Draw horizontal bars, one per policy, with their parts in one order.
+
+    A line over a bar goes from the least to the most of the policy's runs.
+    """
     parts = [
         part for part in next(iter(stacks.values()), {}) if any(stack.get(part) for stack in stacks.values())
     ]
@@ -206,9 +232,17 @@ def _stacked(
             widths = [stack.get(part, 0.0) for stack in stacks.values()]
             axes.barh(rows, widths, left=left, label=part, height=0.62)
             left = [a + b for a, b in zip(left, widths, strict=True)]
-        most = max(left, default=0.0) or 1.0
-        for row, total in zip(rows, left, strict=True):
-            axes.text(total + most * 0.012, row, short(total) if total else "0", va="center", fontsize=9)
+        ends = [
+            max(total, spreads[name].most if name in spreads else 0)
+            for name, total in zip(stacks, left, strict=True)
+        ]
+        most = max(ends, default=0.0) or 1.0
+        for row, (name, total, end) in enumerate(zip(stacks, left, ends, strict=True)):
+            axes.text(end + most * 0.012, row, short(total) if total else "0", va="center", fontsize=9)
+            spread = spreads.get(name)
+            if spread is not None and spread.least < spread.most:
+                reach = [spread.least, spread.most]
+                axes.plot(reach, [row, row], color=_FOREGROUND, lw=1.2, marker="|", ms=7)
         if marks:
             axes.plot(
                 [marks.get(name, 0) for name in stacks], rows, "|", color=_FOREGROUND, ms=16, mew=2,
@@ -216,6 +250,7 @@ def _stacked(
             )  # fmt: skip
         _names(axes, list(stacks))
         axes.set_xlim(0, most * 1.14)
+        axes.set_xlabel(unit)
         axes.xaxis.set_major_formatter(FuncFormatter(lambda x, _: short(x) if x else "0"))
         axes.grid(visible=True, axis="x")
         if legend and (len(parts) > 1 or marks):
@@ -233,7 +268,7 @@ def _names(axes: Axes, names: Sequence[str]) -> None:
 
 
 def _height(bars: int, *, legend: bool) -> float:
-    return 0.75 + 0.42 * bars + (0.35 if legend else 0)
+    return 0.95 + 0.42 * bars + (0.35 if legend else 0)
 
 
 def _figure(draw: Callable[[Axes], None], height: float) -> str:

@@ -31,6 +31,7 @@ _BOUND = "bound"
 # Wider than any table, so that its own width can be asked for.
 _ANY_WIDTH = 10_000
 
+_BETTER = "green"
 _VERDICT_STYLES = {"clean": "green", "violations": "bold red", "inconclusive": "yellow"}
 
 
@@ -134,9 +135,10 @@ def _cell(row: Row, runs: Sequence[Measurement], base: Spread | None) -> Text:
     if row.spread and len(runs) > 1 and own.least != own.most:
         text.append(f" ({text_of(row, own.least)} to {text_of(row, own.most)})", style="dim")
     if base is not None:
-        text.append(
-            f" {change(own.median, base.median):>6}", style=_change_style(row, own.median, base.median)
-        )
+        style = _change_style(row, own.median, base.median)
+        if style == _BETTER and any(m.result.snapshot.violated for m in runs):
+            style = "dim"  # a policy that lets stale translations be used saves nothing
+        text.append(f" {change(own.median, base.median):>6}", style=style)
     return text
 
 
@@ -184,7 +186,7 @@ def better(row: Row, now: float, before: float) -> bool | None:
 
 
 def _change_style(row: Row, now: float, before: float) -> str:
-    return {True: "green", False: "red", None: "dim"}[better(row, now, before)]
+    return {True: _BETTER, False: "red", None: "dim"}[better(row, now, before)]
 
 
 def _footnotes(comparison: Comparison) -> list[RenderableType]:

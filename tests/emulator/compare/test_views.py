@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import base64
 import io
 import json
 import re
@@ -105,11 +106,56 @@ def test_page_is_self_contained_and_escapes_what_it_shows(tmp_path: Path) -> Non
     text = page(comparison(), tmp_path)
     assert "&lt;vCPU 0&gt; &amp; more" in text
     assert "<vCPU" not in text
-    links = set(re.findall(r'(?:src|href)="([^"#]+)"', text))
-    assert links == set(), "a page that must be shown without anything else"
+    links = re.findall(r'(?:src|href)="([^"#]+)"', text)
+    assert all(link.startswith("data:") for link in links), "a page that must be shown without anything else"
     assert not re.search(r"url\((?!#)", text)
     assert text.count("<figure>") == 6
     assert text.count("<svg") == 6
+
+
+@pytest.mark.slow
+def test_page_holds_its_figures_and_says_when_and_where_it_was_made(tmp_path: Path) -> None:
+    text = page(comparison(), tmp_path)
+    (data,) = re.findall(r'href="data:application/json;base64,([^"]+)"', text)
+    assert json.loads(base64.b64decode(data)) == json.loads(json.dumps(comparison_document(comparison())))
+    assert re.search(r"flushlab [\w.]+, \d{4}-\d\d-\d\d \d\d:\d\d \w+, \S+, Linux ", text)
+
+
+def _refuted_and_cheaper() -> Comparison:
+    """The policy that violates also has fewer flushes."""
+    whole = comparison()
+    few = whole.measurements["root-tlb-gen"][0]
+    wrong = replace(few.result, snapshot=replace(few.result.snapshot, violations={"use-after-free": 1}))
+    runs = {**whole.measurements, "root-tlb-gen": [replace(few, result=wrong)]}
+    return Comparison(whole.plan, runs)
+
+
+@pytest.mark.slow
+def test_a_refuted_policy_has_no_figure_that_looks_good(tmp_path: Path) -> None:
+    good = page(comparison(), tmp_path)
+    assert 'class="better"' in good
+    assert "delta better" in good
+    text = page(_refuted_and_cheaper(), tmp_path)
+    assert 'class="better"' not in text
+    assert "delta better" not in text
+    for what, green in ((comparison(), True), (_refuted_and_cheaper(), False)):
+        console = Console(file=io.StringIO(), width=200, force_terminal=True, color_system="standard")
+        console.print(comparison_table(what, console))
+        shown = console.file.getvalue()  # type: ignore[attr-defined]
+        assert bool(re.search(r"\x1b\[32m +-94%", shown)) == green
+
+
+@pytest.mark.slow
+def test_bars_have_units_and_the_spread_of_the_runs(tmp_path: Path) -> None:
+    text = page(comparison(), tmp_path)
+    assert "cycles per root allocation" in text
+    assert "guest accesses per second" in text
+    whole = comparison()
+    two = whole.measurements["linux-7.3"]
+    values = {key: 2 * value for key, value in two[1].values.items()}
+    runs = {**whole.measurements, "linux-7.3": [two[0], replace(two[1], values=values)]}
+    spread = page(Comparison(whole.plan, runs), tmp_path)
+    assert spread.count('<g id="line2d_') > text.count('<g id="line2d_')
 
 
 @pytest.mark.slow
