@@ -89,6 +89,23 @@ _PER_CPU = (
 )
 
 
+class BuildInfo(Collector):
+    """flushlab_build_info: which program serves, and what it was asked to run."""
+
+    def __init__(self, labels: Mapping[str, str]) -> None:
+        self._labels = dict(labels)
+
+    def describe(self) -> Iterable[Metric]:
+        """Return nothing, as MachineCollector."""
+        return ()
+
+    def collect(self) -> Iterable[Metric]:
+        text = "The version, and what it was asked to run; always 1."
+        info = GaugeMetricFamily("flushlab_build_info", text, labels=list(self._labels))
+        info.add_metric(list(self._labels.values()), 1)
+        yield info
+
+
 class MachineCollector(Collector):
     """Metrics of the machine that is up, if any.
 
@@ -110,6 +127,10 @@ class MachineCollector(Collector):
     def machine_down(self) -> None:
         with self._lock:
             self._counters = None
+
+    def is_up(self) -> bool:
+        """Return whether there is a machine."""
+        return self._counters is not None
 
     def describe(self) -> Iterable[Metric]:
         """Return nothing, so that the registry does not scrape at registration."""

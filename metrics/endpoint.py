@@ -5,13 +5,15 @@ from __future__ import annotations
 import ipaddress
 import socket
 import threading
+from collections.abc import Callable, Mapping
 from types import TracebackType
 from typing import Final, Self
 
-from prometheus_client import CollectorRegistry, disable_created_metrics, make_wsgi_app
+from prometheus_client import CollectorRegistry, ProcessCollector, disable_created_metrics, make_wsgi_app
 from prometheus_client.registry import Collector
 
-from metrics.server import PATH, Server, only_metrics
+from metrics.collector import BuildInfo
+from metrics.server import PATH, Server, application
 
 LOOPBACK: Final = "127.0.0.1"
 
@@ -56,15 +58,29 @@ def _check_name(host: str) -> None:
 
 
 class Endpoint:
-    """Serves /metrics while the context lasts.
+    """Serves /metrics, /-/healthy and /-/ready while the context lasts.
 
-    Raises OSError from `__enter__` if it cannot listen on the address.
+    `ready` tells whether a machine runs.  `build` are the labels of flushlab_build_info; with them, the
+    metrics of the process are served, too.  Raises OSError from `__enter__` if it cannot listen on the
+    address.
     """
 
-    def __init__(self, collector: Collector, host: str, port: int) -> None:
+    def __init__(
+        self,
+        collector: Collector,
+        host: str,
+        port: int,
+        *,
+        ready: Callable[[], bool] = lambda: True,
+        build: Mapping[str, str] | None = None,
+    ) -> None:
         # Use a private registry, without the metrics of Python and other libraries.
         self._registry = CollectorRegistry(auto_describe=False)
         self._registry.register(collector)
+        if build is not None:
+            ProcessCollector(registry=self._registry)
+            self._registry.register(BuildInfo(build))
+        self._ready = ready
         self._host = host
         self._port = port
 
@@ -75,7 +91,7 @@ class Endpoint:
             self._host, self._port, type=socket.SOCK_STREAM, flags=socket.AI_PASSIVE | socket.AI_NUMERICSERV
         )
         family, _, _, _, address = found[0]
-        self._server = Server(family, address, only_metrics(make_wsgi_app(self._registry)))
+        self._server = Server(family, address, application(make_wsgi_app(self._registry), self._ready))
         self._port = int(self._server.server_address[1])
         self._thread = threading.Thread(
             target=self._server.serve_forever, args=(_POLL,), name="metrics", daemon=True

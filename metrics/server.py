@@ -26,6 +26,9 @@ if TYPE_CHECKING:
 CONNECTIONS: Final = 32
 SECONDS: Final = 10.0
 PATH: Final = "/metrics"
+# As Prometheus' own: the server answers; a machine runs, so that there is something to scrape.
+HEALTHY: Final = "/-/healthy"
+READY: Final = "/-/ready"
 
 # Seconds for which a connection keeps its place in any case: time to read a request that has been sent.
 _GRACE: Final = 0.05
@@ -152,10 +155,10 @@ class _Handler(WSGIRequestHandler):
 _Head = tuple[str, list[tuple[str, str]]]  # a status and headers
 
 
-def only_metrics(metrics: WSGIApplication) -> WSGIApplication:
+def application(metrics: WSGIApplication, ready: Callable[[], bool]) -> WSGIApplication:
     """Pass GET and HEAD of /metrics to `metrics`; answer all other requests with the error in them."""
 
-    def application(environ: WSGIEnvironment, start_response: StartResponse) -> Iterable[bytes]:
+    def answer(environ: WSGIEnvironment, start_response: StartResponse) -> Iterable[bytes]:
         method = environ["REQUEST_METHOD"]
         head: list[_Head] = []
         written: list[bytes] = []
@@ -166,17 +169,22 @@ def only_metrics(metrics: WSGIApplication) -> WSGIApplication:
             head.append((status, headers))
             return written.append
 
-        if environ["PATH_INFO"] != PATH:
+        path = environ["PATH_INFO"]
+        if path not in (PATH, HEALTHY, READY):
             body = _plain(head, "404 Not Found", f"metrics are at {PATH}")
         elif method not in ("GET", "HEAD"):
             body = _plain(head, "405 Method Not Allowed", "use GET", ("Allow", "GET, HEAD"))
+        elif path == HEALTHY or (path == READY and ready()):
+            body = _plain(head, "200 OK", "a machine runs" if path == READY else "the server answers")
+        elif path == READY:
+            body = _plain(head, "503 Service Unavailable", "no machine runs")
         else:
             body = b"".join([*metrics({**environ, "REQUEST_METHOD": "GET"}, note), *written])
         status, headers = head[0]
         start_response(status, [*headers, ("Content-Length", str(len(body)))])
         return () if method == "HEAD" else (body,)
 
-    return application
+    return answer
 
 
 def _plain(head: list[_Head], status: str, text: str, *headers: tuple[str, str]) -> bytes:

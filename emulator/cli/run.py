@@ -5,7 +5,7 @@ from __future__ import annotations
 import errno
 import json
 import sys
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -13,7 +13,9 @@ from typing import Any
 
 from loguru import logger
 
+from emulator import __version__
 from emulator.cli.session import Session
+from emulator.cli.systemd import ServiceManager
 from emulator.errors import BadInput
 from emulator.log import LogFormat, Logging
 from emulator.output import make_directory, saying
@@ -65,11 +67,17 @@ def run_request(request: Request) -> int:
             {"policy": policy.name, "scenario": scenario.name}, per_cpu=request.metrics_per_cpu
         )
         if address is not None:
-            endpoint = stack.enter_context(_endpoint(collector, *address))
+            build = {"version": __version__, **_asked(request, scenario, policy)}
+            endpoint = stack.enter_context(_endpoint(collector, *address, build))
             logger.info("serving metrics", url=endpoint.url)
         result = _run(request, scenario, policy, collector, findings)
         _log_end(result)
     return _write(request, result, findings)
+
+
+def _asked(request: Request, scenario: Scenario, policy: Policy) -> dict[str, str]:
+    """Return the labels of flushlab_build_info besides the version."""
+    return {"policy": policy.name, "scenario": scenario.name, "seed": str(request.seed)}
 
 
 def _head(request: Request, scenario: Scenario, policy: Policy) -> dict[str, Any]:
@@ -111,6 +119,8 @@ def _run(
         unbounded=request.unbounded,
     )
     job.observers.append(collector)
+    if request.endless:
+        job.observers.append(ServiceManager())
     job.finder = findings
     logger.info("starting", scenario=scenario.name, policy=policy.name, seed=request.seed)
     return Session(job, duration, stopping=stop_seconds(scenario.threads)).execute()
@@ -136,8 +146,10 @@ def _metrics_address(text: str | None) -> tuple[str, int] | None:
 
 
 @contextmanager
-def _endpoint(collector: MachineCollector, host: str, port: int) -> Iterator[Endpoint]:
-    endpoint = Endpoint(collector, host, port)
+def _endpoint(
+    collector: MachineCollector, host: str, port: int, build: Mapping[str, str]
+) -> Iterator[Endpoint]:
+    endpoint = Endpoint(collector, host, port, ready=collector.is_up, build=build)
     try:
         endpoint.__enter__()
     except OSError as error:

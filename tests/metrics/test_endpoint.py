@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import http.client
 import json
+import re
 import shutil
 import socket
 import struct
@@ -134,6 +135,26 @@ def test_port_in_use(bare_machine: BareMachine) -> None:
             Endpoint(collector_of(bare_machine), "127.0.0.1", taken.getsockname()[1]).__enter__()
 
 
+def test_ready_while_a_machine_runs_and_healthy_always(bare_machine: BareMachine) -> None:
+    collector = collector_of(bare_machine)
+    with Endpoint(collector, "127.0.0.1", 0, ready=collector.is_up) as endpoint:
+        base = endpoint.url.removesuffix("/metrics")
+        assert "a machine runs" in fetch(f"{base}/-/ready")
+        collector.machine_down()
+        with pytest.raises(urllib.error.HTTPError, match="503"):
+            fetch(f"{base}/-/ready")
+        assert "answers" in fetch(f"{base}/-/healthy")
+
+
+def test_build_info_and_the_process_are_there_without_a_machine() -> None:
+    build = {"version": "1.2", "policy": "linux-7.3", "scenario": "main", "seed": "7"}
+    with Endpoint(MachineCollector(), "127.0.0.1", 0, build=build) as endpoint:
+        text = fetch(endpoint.url)
+    assert 'flushlab_build_info{policy="linux-7.3",scenario="main",seed="7",version="1.2"} 1.0' in text
+    assert re.search(r"^process_resident_memory_bytes \d", text, re.MULTILINE)
+    assert re.search(r"^process_open_fds \d", text, re.MULTILINE)
+
+
 @contextmanager
 def serving(machine: BareMachine) -> Iterator[tuple[str, tuple[str, int]]]:
     """An endpoint's URL, and the address to connect to."""
@@ -148,6 +169,11 @@ def serving(machine: BareMachine) -> Iterator[tuple[str, tuple[str, int]]]:
     [
         ("GET", "/metrics", 200),
         ("GET", "/metrics?x=%ff", 200),
+        ("GET", "/-/healthy", 200),
+        ("HEAD", "/-/healthy", 200),
+        ("GET", "/-/ready", 200),
+        ("POST", "/-/ready", 405),
+        ("GET", "/-/reload", 404),
         ("HEAD", "/metrics", 200),
         ("GET", "/", 404),
         ("HEAD", "/", 404),
