@@ -12,9 +12,21 @@ from emulator.kvm.kvm_host import (
     X86_CR0_PG,
     X86_CR4_PCIDE,
 )
-from emulator.kvm.mmu.fault import RET_PF_FIXED, RET_PF_INJECTED, RET_PF_SPURIOUS, RET_PF_WRITE_PROTECTED
+from emulator.kvm.mmu.fault import (
+    RET_PF_FIXED,
+    RET_PF_INJECTED,
+    RET_PF_SPURIOUS,
+    RET_PF_WRITE_PROTECTED,
+    KvmPageFault,
+)
+from emulator.kvm.mmu.page_fault import is_page_fault_stale
 from emulator.kvm.mmu.page_track import kvm_gfn_is_write_tracked
-from emulator.kvm.mmu.roots import kvm_mmu_reset_context
+from emulator.kvm.mmu.roots import (
+    is_obsolete_root,
+    kvm_mmu_free_obsolete_roots,
+    kvm_mmu_reset_context,
+    mmu_roots,
+)
 from emulator.kvm.mmu.shadow import kvm_mmu_track_write
 from emulator.kvm.mmu.spte import is_mmu_writable_spte, is_shadow_present_pte, is_writable_pte
 from emulator.kvm.regs import kvm_mmu_invlpg, kvm_set_cr3, kvm_set_cr4
@@ -269,3 +281,40 @@ def test_a_cr3_that_points_to_no_memory_has_a_dummy_root(guest: ShadowedGuest) -
     assert guest.vcpu.mmu.root is not None
     assert guest.vcpu.mmu.root.sp is None
     assert guest.vcpu.mmu.root.hfn == guest.kvm.shadow.dummy_root
+
+
+def _delete_and_create(guest: ShadowedGuest) -> None:
+    kvm_set_memory_region(guest.rig.host, guest.kvm, SLOT, 0, 0, 0)
+    kvm_set_memory_region(guest.rig.host, guest.kvm, SLOT, 0, GFNS, 0)
+
+
+@pytest.mark.parametrize("times", [1, 2])
+def test_roots_of_an_older_generation_stay_obsolete(guest: ShadowedGuest, times: int) -> None:
+    """mmu_valid_gen has two values; the roots are marked invalid besides, so that the second change does not
+    make them valid again before their vCPU serves the request."""
+    guest.map(LINEAR, 7)
+    guest.fault(LINEAR)
+    kvm_set_cr3(guest.cpu, guest.vcpu, 200 << 12)
+    guest.enter()
+    kvm_set_cr3(guest.cpu, guest.vcpu, 100 << 12)
+    guest.enter()
+    mmu = guest.vcpu.mmu
+    roots = mmu_roots(mmu)
+    assert [root.pgd >> 12 for root in roots] == [100, 200]
+    used = guest.kvm.shadow.mmu_valid_gen
+    for _ in range(times):
+        _delete_and_create(guest)
+    assert guest.kvm.shadow.mmu_valid_gen == (used + times) % 2
+    assert [is_obsolete_root(guest.kvm, root) for root in roots] == [True, True]
+    # A fault that had begun, and a switch to the cached root: neither may use an obsolete one.
+    fault = KvmPageFault(LINEAR, lib.ACCESS_READ, present=False, is_tdp=False)
+    assert is_page_fault_stale(guest.cpu, guest.vcpu, fault)
+    kvm_set_cr3(guest.cpu, guest.vcpu, 200 << 12)
+    assert kvm_test_request(guest.cpu, guest.vcpu, KVM_REQ_MMU_FREE_OBSOLETE_ROOTS)
+    assert kvm_check_request(guest.cpu, guest.vcpu, KVM_REQ_MMU_FREE_OBSOLETE_ROOTS)
+    kvm_mmu_free_obsolete_roots(guest.cpu, guest.vcpu)
+    assert mmu_roots(mmu) == []
+    assert not guest.kvm.shadow.page_of
+    guest.enter()
+    assert guest.root().mmu_valid_gen == guest.kvm.shadow.mmu_valid_gen
+    assert not guest.rig.violations()
