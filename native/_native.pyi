@@ -442,6 +442,7 @@ class Lib:
     STAT_MMU_UNSYNC: Final[VmStat]
     STAT_MMU_SYNCED: Final[VmStat]
     STAT_MMU_PREFETCHED: Final[VmStat]
+    STAT_PF_MMIO_SPTE_CREATED: Final[VmStat]
     STAT_READERS_AWAITED: Final[VmStat]
     VM_STATS: Final[int]
     PROMISE_NONE: Final[PromiseKind]

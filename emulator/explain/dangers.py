@@ -29,6 +29,7 @@ DANGERS: Final[Mapping[str, str]] = {
     "prefetched": "the fault maps a neighbour of its page as well",
     "readers": "the kick meets a vCPU that reads SPTEs without mmu_lock, and its sender waits for it",
     "table-stores": "KVM emulates the guest's store to its table",
+    "mmio-sptes": "an MMIO SPTE is made",
 }
 # Words for a danger in a step that has no row otherwise; if there are none, its name.
 ROWS: Final = {

@@ -43,6 +43,9 @@ KVM_REQ_MMU_FREE_OBSOLETE_ROOTS: Final = (KVM_REQUEST_ARCH_BASE + 31) | _WAIT_NO
 # Flags of a memory slot.
 KVM_MEM_LOG_DIRTY_PAGES: Final = 1 << 0
 KVM_MEMSLOT_INVALID: Final = 1 << 16
+# In the generation of memslots that are being replaced.
+KVM_MEMSLOT_GEN_UPDATE_IN_PROGRESS: Final = 1 << 63
+KVM_MAX_NR_ADDRESS_SPACES: Final = 2
 
 # KVM_CAP_MANUAL_DIRTY_LOG_PROTECT2
 KVM_DIRTY_LOG_MANUAL_PROTECT_ENABLE: Final = 1 << 0

@@ -135,7 +135,11 @@ class KvmMemorySlot:
 
 
 class KvmMemslots:
-    """struct kvm_memslots: one address space's slots; never changed once active."""
+    """struct kvm_memslots: one address space's slots; never changed once active.
+
+    generation: unique among both address spaces.  It has KVM_MEMSLOT_GEN_UPDATE_IN_PROGRESS set until no
+    reader uses the slots that these replaced, and is advanced then.
+    """
 
     __slots__ = ("_bases", "by_id", "generation", "slots")
 
@@ -225,7 +229,7 @@ class Kvm:
         self.slots_arch_lock = Mutex("slots_arch_lock")
         self.vcpus: tuple[Vcpu, ...] = ()
         # One per address space; KVM_X86 has two (SMM is the second).  Replaced whole, read under SRCU.
-        self.memslots: list[KvmMemslots] = [KvmMemslots(), KvmMemslots()]
+        self.memslots: list[KvmMemslots] = [KvmMemslots(0), KvmMemslots(1)]
         self.mn_invalidate_lock = SpinLock("mn_invalidate_lock")
         self.mn_active_invalidate_count = 0
         # The function that installs the next memslots once that count is 0, and the CPU that waits for it.

@@ -46,6 +46,7 @@ STATS: Final[Mapping[str, VmStat]] = {
     "prefetched": lib.STAT_MMU_PREFETCHED,
     "readers": lib.STAT_READERS_AWAITED,
     "table-stores": lib.STAT_MMU_PTE_WRITE,
+    "mmio-sptes": lib.STAT_PF_MMIO_SPTE_CREATED,
 }
 
 

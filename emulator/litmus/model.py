@@ -97,6 +97,7 @@ of this form; all other verdicts are expected not to change with these choices:
     prefetched     a fault mapped a neighbour of its page as well, without EPT
     readers        a kick met a vCPU that read SPTEs without mmu_lock, without EPT
     table-stores   KVM emulated a guest's store to its page table, without EPT
+    mmio-sptes     KVM noted in an SPTE that a gfn is in no memslot, without EPT
     nothing        no danger: a run without violations proves the test's claim by itself
 """
 
@@ -148,6 +149,7 @@ Need = Literal[
     "prefetched",
     "readers",
     "table-stores",
+    "mmio-sptes",
     "nothing",
 ]
 # Each is an OS thread, and the check that all waits can end takes time that grows with their square.

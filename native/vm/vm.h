@@ -79,6 +79,7 @@ enum vm_stat {
 	STAT_MMU_UNSYNC,           /* shadow pages that became unsync */
 	STAT_MMU_SYNCED,           /* shadow pages compared with the guest's tables */
 	STAT_MMU_PREFETCHED,       /* pages that faults of the shadow MMU looked up to map them with their own */
+	STAT_PF_MMIO_SPTE_CREATED, /* MMIO SPTEs made, without EPT */
 	STAT_READERS_AWAITED,      /* kicks of a vCPU that read SPTEs without mmu_lock: their sender waits for it */
 	VM_STATS
 };

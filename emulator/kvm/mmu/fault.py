@@ -8,7 +8,7 @@ from emulator.kvm.kvm_host import KVM_MAX_HUGEPAGE_LEVEL, PG_LEVEL_4K
 from emulator.kvm.mmu.spte import PfnAndRights, is_writable_pte
 from emulator.kvm.structs import KvmMemorySlot
 from native import lib
-from native.types import Hfn
+from native.types import NO_FRAME, Hfn
 
 # enum { RET_PF_... } of mmu_internal.h
 RET_PF_CONTINUE: Final = 0
@@ -20,6 +20,8 @@ RET_PF_SPURIOUS: Final = 5
 RET_PF_WRITE_PROTECTED: Final = 6
 # RET_PF_RETRY in the kernel: the fault is the guest's own, and has been injected.
 RET_PF_INJECTED: Final = 7
+# The frame of a gfn that is in no memslot.
+KVM_PFN_NOSLOT: Final = NO_FRAME
 # Errors that KVM_RUN returns to user space.
 EFAULT: Final = -14
 ENOMEM: Final = -12

@@ -17,7 +17,8 @@ def kvm_mmu_hugepage_adjust(cpu: Cpu, kvm: Kvm, fault: KvmPageFault) -> None:
     changes a part of a huge page it splits the page, and invalidates all of it for that.
     """
     slot = fault.slot
-    assert slot is not None
+    if slot is None:
+        return
     level = kvm_mmu_max_mapping_level(cpu, kvm, slot, fault.gfn, fault.max_level)
     if level == PG_LEVEL_4K:
         return

@@ -14,11 +14,13 @@ from collections.abc import Iterable
 from emulator.kvm.accounting import flush_elided
 from emulator.kvm.kvm_host import (
     KVM_DIRTY_LOG_INITIALLY_SET,
+    KVM_MAX_NR_ADDRESS_SPACES,
     KVM_REQ_MMU_FREE_OBSOLETE_ROOTS,
     PG_LEVEL_2M,
     PG_LEVEL_4K,
     kvm_pages_per_hpage,
 )
+from emulator.kvm.mmu.mmio import MMIO_SPTE_GEN_MASK
 from emulator.kvm.mmu.page_track import shadow_gfn_write_protect
 from emulator.kvm.mmu.rmap import kvm_rmap_age_gfn_range, kvm_rmap_zap_gfn_range
 from emulator.kvm.mmu.shadow import free_special_pages, kvm_zap_obsolete_pages, shadow_mmu_zap_all
@@ -46,7 +48,7 @@ from emulator.kvm.mmu.tdp_mmu import (
     kvm_tdp_mmu_zap_leafs,
 )
 from emulator.kvm.mmu.tdp_roots import kvm_tdp_mmu_invalidate_roots
-from emulator.kvm.structs import Kvm, KvmMemorySlot, tdp_mmu_enabled
+from emulator.kvm.structs import Kvm, KvmMemorySlot, tdp_enabled, tdp_mmu_enabled
 from emulator.kvm.virt.requests import (
     kvm_flush_remote_tlbs_memslot,
     kvm_flush_remote_tlbs_range,
@@ -84,6 +86,16 @@ def kvm_mmu_zap_all_fast(cpu: Cpu, kvm: Kvm) -> None:
     MMU's."""
     kvm_mmu_zap_all_fast_front(cpu, kvm)
     kvm_mmu_zap_all_fast_back(cpu, kvm)
+
+
+def kvm_mmu_invalidate_mmio_sptes(cpu: Cpu, kvm: Kvm, gen: int) -> None:
+    """kvm_mmu_invalidate_mmio_sptes(): zap all if the generation, as far as MMIO SPTEs hold it, has wrapped.
+
+    Only the shadow MMU makes MMIO SPTEs here.
+    """
+    gen &= MMIO_SPTE_GEN_MASK & ~(KVM_MAX_NR_ADDRESS_SPACES - 1)
+    if not gen and not tdp_enabled(kvm):
+        kvm_mmu_zap_all_fast(cpu, kvm)
 
 
 def kvm_arch_flush_shadow_memslot(cpu: Cpu, kvm: Kvm, slot: KvmMemorySlot) -> None:

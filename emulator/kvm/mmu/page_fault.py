@@ -13,6 +13,7 @@ from emulator.kvm.kvm_host import KVM_REQ_MMU_FREE_OBSOLETE_ROOTS, PG_LEVEL_4K
 from emulator.kvm.mmu.fault import (
     EFAULT,
     ENOMEM,
+    KVM_PFN_NOSLOT,
     RET_PF_CONTINUE,
     RET_PF_EMULATE,
     RET_PF_FIXED,
@@ -25,6 +26,7 @@ from emulator.kvm.mmu.fault import (
 )
 from emulator.kvm.mmu.hugepage import kvm_mmu_hugepage_adjust
 from emulator.kvm.mmu.lockless import for_each_shadow_entry_lockless, walk_shadow_page_lockless
+from emulator.kvm.mmu.mmio import handle_mmio_page_fault
 from emulator.kvm.mmu.shadow_spte import mmu_spte_cmpxchg
 from emulator.kvm.mmu.spte import (
     PT_WRITABLE_MASK,
@@ -63,7 +65,9 @@ def kvm_mmu_page_fault(
         fault.slot = gfn_to_memslot(vcpu.kvm, fault.gfn, kvm_arch_vcpu_memslots_id(vcpu))
     handler = vcpu.mmu.page_fault
     assert handler is not None
-    r = handler(cpu, vcpu, fault)
+    r = handle_mmio_page_fault(cpu, vcpu, addr) if fault.rsvd else RET_PF_INVALID
+    if r == RET_PF_INVALID:
+        r = handler(cpu, vcpu, fault)
     if r == RET_PF_FIXED:
         cpu.stat(vcpu.kvm.id, lib.STAT_FAULTS)
     elif r == RET_PF_RETRY:
@@ -190,8 +194,8 @@ def kvm_mmu_faultin_pfn(cpu: Cpu, vcpu: Vcpu, fault: KvmPageFault) -> int:
     cpu.point("mmu_invalidate_seq", kvm.id, "read")
     fault.mmu_seq = lib.mmu_invalidate_seq(cpu.m, kvm.id)
     if slot is None:
-        return RET_PF_EMULATE  # kvm_handle_noslot_fault()
-    if slot.invalid:  # since 6.0 (e0c378684b65)
+        return kvm_handle_noslot_fault(fault)
+    if slot.invalid:  # since 5.13 (e0c378684b65)
         cpu.stat(kvm.id, lib.STAT_SLOT_RETRIES)
         return RET_PF_RETRY
     if mmu_invalidate_retry(cpu, kvm, fault):
@@ -200,6 +204,14 @@ def kvm_mmu_faultin_pfn(cpu: Cpu, vcpu: Vcpu, fault: KvmPageFault) -> int:
     if r == RET_PF_CONTINUE and mmu_invalidate_retry(cpu, kvm, fault):
         return RET_PF_RETRY
     return r
+
+
+def kvm_handle_noslot_fault(fault: KvmPageFault) -> int:
+    """kvm_handle_noslot_fault(): let user space emulate the access; without EPT by way of an MMIO SPTE."""
+    if fault.is_tdp:
+        return RET_PF_EMULATE
+    fault.pfn = PfnAndRights(KVM_PFN_NOSLOT, 0, host_writable=False)
+    return RET_PF_CONTINUE
 
 
 def __kvm_mmu_faultin_pfn(cpu: Cpu, kvm: Kvm, fault: KvmPageFault, slot: KvmMemorySlot) -> int:
@@ -261,5 +273,7 @@ def is_page_fault_stale(cpu: Cpu, vcpu: Vcpu, fault: KvmPageFault) -> bool:
         return True
     if sp is None and kvm_test_request(cpu, vcpu, KVM_REQ_MMU_FREE_OBSOLETE_ROOTS):
         return True
+    if fault.slot is None:
+        return False
     cpu.point("mmu_invalidate_seq", vcpu.kvm.id, "read")
     return mmu_invalidate_retry(cpu, vcpu.kvm, fault)

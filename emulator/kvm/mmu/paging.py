@@ -31,6 +31,7 @@ from emulator.kvm.mmu.guest_walk import (
 )
 from emulator.kvm.mmu.hugepage import kvm_mmu_hugepage_adjust
 from emulator.kvm.mmu.lockless import kvm_mmu_is_dummy_root, shadow_page_table_clear_flood
+from emulator.kvm.mmu.mmio import sync_mmio_spte
 from emulator.kvm.mmu.page_fault import is_page_fault_stale, kvm_mmu_faultin_pfn
 from emulator.kvm.mmu.rmap import drop_spte
 from emulator.kvm.mmu.shadow import (
@@ -134,7 +135,6 @@ def _link_table(cpu: Cpu, vcpu: Vcpu, fault: KvmPageFault, walker: GuestWalker, 
 def _set_leaf(
     cpu: Cpu, vcpu: Vcpu, fault: KvmPageFault, walker: GuestWalker, sptep: Sptep, base_gfn: int
 ) -> int:
-    assert fault.slot is not None
     r = mmu_set_spte(
         cpu,
         vcpu.kvm,
@@ -196,6 +196,7 @@ def paging_page_fault(cpu: Cpu, vcpu: Vcpu, fault: KvmPageFault) -> int:
         fault.write
         and not walker.pte_access & ACC_WRITE_MASK
         and not w.cr0_wp
+        and fault.slot is not None
         and not fault.error_code & PFERR_USER_MASK
     ):
         walker.pte_access = (walker.pte_access | ACC_WRITE_MASK) & ~ACC_USER_MASK
@@ -237,6 +238,8 @@ def paging_sync_spte(cpu: Cpu, vcpu: Vcpu, sp: ShadowPage, index: int) -> int:
         return 1
     gfn = fmt.gpte_to_gfn(gpte)
     access = fmt.protect_clean_gpte(sp.role.access & fmt.gpte_access(gpte), gpte)
+    if sync_mmio_spte(cpu, kvm, sptep, gfn):
+        return 0
     if gfn != kvm_mmu_page_get_gfn(cpu, sp, index):
         drop_spte(cpu, kvm, sptep)
         return 1

@@ -63,18 +63,34 @@ def drop_spte(cpu: Cpu, kvm: Kvm, sptep: Sptep) -> None:
         gfn_to_rmap(gfn_to_slot_of_role(kvm, gfn, sp.role), gfn, sp.role.level).remove(sptep)
 
 
+def for_each_rmap_spte(cpu: Cpu, kvm: Kvm, rmap_head: RmapHead) -> Iterator[Sptep]:
+    """for_each_rmap_spte(): yield the SPTEs of the list.
+
+    An SPTE whose page has been freed is reported as a walk through freed memory, and left out.
+    """
+    for sptep in tuple(rmap_head):
+        sp, index = sptep
+        if kvm.shadow.page_of.get(sp.hfn) is sp:
+            yield sptep
+            continue
+        gfn = kvm_mmu_page_get_gfn(cpu, sp, index)
+        cpu.point("sptes", (sp.hfn, gfn), "read")
+        lib.tdp_table_holds(cpu.m, cpu.id, kvm.id, sp.parent_spte, sp.role.level + 1, gfn)
+
+
 def kvm_zap_all_rmap_sptes(cpu: Cpu, kvm: Kvm, rmap_head: RmapHead) -> bool:
     """kvm_zap_all_rmap_sptes(): clear all leafs of the list; return whether there was one."""
     zapped = bool(rmap_head)
-    while rmap_head:
-        mmu_spte_clear_track_bits(cpu, kvm, rmap_head.pop())
+    for sptep in for_each_rmap_spte(cpu, kvm, rmap_head):
+        mmu_spte_clear_track_bits(cpu, kvm, sptep)
+    rmap_head.clear()
     return zapped
 
 
 def rmap_write_protect(cpu: Cpu, kvm: Kvm, rmap_head: RmapHead, *, pt_protect: bool) -> bool:
     """rmap_write_protect(): write-protect all SPTEs of the list; return whether a flush is needed."""
     flush = False
-    for sptep in rmap_head:
+    for sptep in for_each_rmap_spte(cpu, kvm, rmap_head):
         flush |= spte_write_protect(cpu, kvm, sptep, pt_protect=pt_protect)
     return flush
 
@@ -145,6 +161,6 @@ def kvm_rmap_age_gfn_range(cpu: Cpu, kvm: Kvm, slot: KvmMemorySlot, start: int, 
     """kvm_rmap_age_gfn_range(): take the accessed bits; return whether one was set."""
     young = False
     for _, rmap_head in _heads(slot, range(PG_LEVEL_4K, KVM_MAX_HUGEPAGE_LEVEL + 1), start, end):
-        for sptep in tuple(rmap_head):
+        for sptep in for_each_rmap_spte(cpu, kvm, rmap_head):
             young |= mmu_spte_age(cpu, kvm, sptep)
     return young

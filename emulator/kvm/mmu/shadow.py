@@ -15,7 +15,13 @@ from emulator.kvm.bitops import for_each_set_bit
 from emulator.kvm.kvm_host import KVM_REQ_MMU_FREE_OBSOLETE_ROOTS, PG_LEVEL_4K, SPTE_ENT_PER_PAGE
 from emulator.kvm.mmu.page_track import account_shadowed, unaccount_shadowed
 from emulator.kvm.mmu.rmap import drop_spte
-from emulator.kvm.mmu.shadow_spte import mmu_spte_clear_no_track, mmu_spte_set, spte_of, sptes_in_use
+from emulator.kvm.mmu.shadow_spte import (
+    is_mmio_spte,
+    mmu_spte_clear_no_track,
+    mmu_spte_set,
+    spte_of,
+    sptes_in_use,
+)
 from emulator.kvm.mmu.shadow_structs import ShadowPage, Sptep
 from emulator.kvm.mmu.spte import is_last_spte, is_obsolete_sp, is_shadow_present_pte, spte_to_child_pt
 from emulator.kvm.mmu.structs import KvmMmuPageRole
@@ -61,7 +67,7 @@ def kvm_mmu_alloc_shadow_page(cpu: Cpu, kvm: Kvm, gfn: int, role: KvmMmuPageRole
     cpu.stat(kvm.id, lib.STAT_MMU_CACHE_MISS)
     cpu.point("frames", "table", "write")
     table = Hfn(cpu.check(lib.shadow_page_alloc(cpu.m, cpu.id, lib.FRAME_TABLE)))
-    sp = ShadowPage(table, role, gfn, shadow.mmu_valid_gen)
+    sp = ShadowPage(table, role, gfn, shadow.mmu_valid_gen, lib.make_nonleaf_spte(cpu.m, table))
     shadow.page_of[table] = sp
     shadow.active_mmu_pages[sp] = None
     shadow.n_mmu_pages += 1
@@ -94,7 +100,7 @@ def link_shadow_page(cpu: Cpu, kvm: Kvm, sptep: Sptep, sp: ShadowPage) -> None:
             kvm_mmu_commit_zap_page(cpu, kvm, invalid_list)
         else:
             kvm_flush_remote_tlbs(cpu, kvm, lib.REASON_REMOTE_REPLACE)
-    mmu_spte_set(cpu, kvm, sptep, 0, lib.make_nonleaf_spte(cpu.m, sp.hfn))
+    mmu_spte_set(cpu, kvm, sptep, 0, sp.parent_spte)
     sp.parent_ptes.append(sptep)
     if sp.unsync or sp.unsync_children:
         mark_unsync(sptep)
@@ -145,6 +151,8 @@ def mmu_page_zap_pte(cpu: Cpu, kvm: Kvm, sptep: Sptep, invalid_list: InvalidList
     A page of a nested guest that loses its last parent is zapped as well; `invalid_list` receives it.
     """
     spte = spte_of(cpu, sptep)
+    if is_mmio_spte(spte):
+        mmu_spte_clear_no_track(cpu, kvm, sptep)
     if not is_shadow_present_pte(spte):
         return 0
     if is_last_spte(spte, sptep.sp.role.level):

@@ -12,6 +12,7 @@ from emulator.kvm.kvm_host import PG_LEVEL_4K, SPTE_ENT_PER_PAGE, SPTE_LEVEL_BIT
 from emulator.kvm.mmu.fault import (
     ENOMEM,
     RET_PF_CONTINUE,
+    RET_PF_EMULATE,
     RET_PF_FIXED,
     RET_PF_INVALID,
     RET_PF_RETRY,
@@ -21,6 +22,7 @@ from emulator.kvm.mmu.fault import (
 )
 from emulator.kvm.mmu.hugepage import kvm_mmu_hugepage_adjust
 from emulator.kvm.mmu.lockless import shadow_walk_root
+from emulator.kvm.mmu.mmio import mark_mmio_spte
 from emulator.kvm.mmu.page_fault import fast_page_fault, is_page_fault_stale, kvm_mmu_faultin_pfn
 from emulator.kvm.mmu.page_track import kvm_gfn_is_write_tracked
 from emulator.kvm.mmu.rmap import drop_spte, rmap_add
@@ -98,7 +100,7 @@ def make_shadow_spte(
 def mmu_set_spte(
     cpu: Cpu,
     kvm: Kvm,
-    slot: KvmMemorySlot,
+    slot: KvmMemorySlot | None,
     sptep: Sptep,
     access: int,
     gfn: int,
@@ -107,7 +109,7 @@ def mmu_set_spte(
     prefetch: bool,
     write_fault: bool = False,
 ) -> int:
-    """mmu_set_spte(): map gfn by a leaf; return a RET_PF_ value.
+    """mmu_set_spte(): map gfn by a leaf; return a RET_PF_ value.  slot: None if it is in none.
 
     A table or a leaf of another frame in the entry is dropped first, and flushed for afterwards: the pages of
     the table may be freed later without another flush.  Decision spte_replace.
@@ -127,6 +129,13 @@ def mmu_set_spte(
             replaced = True
         else:
             was_rmapped = True
+    if slot is None:
+        mark_mmio_spte(cpu, kvm, sptep, gfn)
+        if replaced and not elides_spte_replace(cpu, kvm, gfn):
+            kvm_flush_remote_tlbs_range(
+                cpu, kvm, gfn, kvm_pages_per_hpage(level), lib.REASON_REMOTE_REPLACE
+            )
+        return RET_PF_EMULATE
     spte, wrprot = make_shadow_spte(cpu, kvm, sp, slot, access, gfn, pfn, old_spte, prefetch=prefetch)
     r = RET_PF_FIXED
     if spte_of(cpu, sptep) == spte:
@@ -254,7 +263,6 @@ def shadow_walk(cpu: Cpu, vcpu: Vcpu, addr: int) -> Iterator[Sptep]:
 def direct_map(cpu: Cpu, vcpu: Vcpu, fault: KvmPageFault) -> int:
     """direct_map(): map a gfn for a guest without paging, by direct pages.  Raises OutOfFrames."""
     kvm, slot = vcpu.kvm, fault.slot
-    assert slot is not None
     kvm_mmu_hugepage_adjust(cpu, kvm, fault)
     access = vcpu.mmu.root_role.access
     for sptep in shadow_walk(cpu, vcpu, fault.addr):

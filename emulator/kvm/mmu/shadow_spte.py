@@ -55,6 +55,11 @@ def sptes_in_use(cpu: Cpu, sp: ShadowPage) -> Iterator[Sptep]:
         index = lib.spte_next(cpu.m, sp.hfn, index + 1)
 
 
+def is_mmio_spte(spte: int) -> bool:
+    """is_mmio_spte(): return whether the SPTE says that the gfn is in no memslot (mmio.py)."""
+    return bool(spte >> lib.SPTE_MMIO_BIT & 1) and not is_shadow_present_pte(spte)
+
+
 def is_accessed_spte(spte: int) -> bool:
     """is_accessed_spte()"""
     return bool(spte & PT_ACCESSED_MASK)

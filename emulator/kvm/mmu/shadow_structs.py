@@ -35,8 +35,10 @@ class ShadowPage(KvmMmuPage):
         "write_flooding_count",
     )
 
-    def __init__(self, hfn: Hfn, role: KvmMmuPageRole, gfn: int, mmu_valid_gen: int) -> None:
-        super().__init__(hfn, role, tdp_mmu_page=False)
+    def __init__(
+        self, hfn: Hfn, role: KvmMmuPageRole, gfn: int, mmu_valid_gen: int, parent_spte: int
+    ) -> None:
+        super().__init__(hfn, role, tdp_mmu_page=False, parent_spte=parent_spte)
         self.gfn = gfn
         self.root_count = 0
         self.parent_ptes: list[Sptep] = []

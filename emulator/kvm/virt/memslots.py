@@ -7,13 +7,19 @@ it.  Once everything mapped through the slot has been zapped, the final set foll
 
 from __future__ import annotations
 
-from emulator.kvm.kvm_host import KVM_MEM_LOG_DIRTY_PAGES, KVM_MEMSLOT_INVALID
+from emulator.kvm.kvm_host import (
+    KVM_MAX_NR_ADDRESS_SPACES,
+    KVM_MEM_LOG_DIRTY_PAGES,
+    KVM_MEMSLOT_GEN_UPDATE_IN_PROGRESS,
+    KVM_MEMSLOT_INVALID,
+)
 from emulator.kvm.mmu.mmu import (
     kvm_arch_flush_shadow_memslot,
     kvm_dirty_log_manual_protect_and_init_set,
+    kvm_mmu_invalidate_mmio_sptes,
     kvm_mmu_slot_apply_flags,
 )
-from emulator.kvm.structs import Kvm, KvmMemorySlot, KvmMemslots
+from emulator.kvm.structs import Kvm, KvmMemorySlot, KvmMemslots, tdp_enabled
 from emulator.kvm.virt.requests import kvm_vcpu_kick
 from emulator.machine.runtime import Cpu, wait_until
 from native import lib
@@ -151,7 +157,7 @@ def kvm_swap_active_memslots(
     slots = [slot for slot in before.slots if slot.id != given.id]
     if new is not None:
         slots.append(new)
-    after = KvmMemslots(before.generation + 1, tuple(slots))
+    after = KvmMemslots(before.generation | KVM_MEMSLOT_GEN_UPDATE_IN_PROGRESS, tuple(slots))
 
     def install() -> None:
         cpu.point("memslots", kvm.id, "write")
@@ -166,10 +172,15 @@ def kvm_swap_active_memslots(
                 install()
         wait_until(cpu, lambda: kvm.memslots[as_id] is after, "mn_active_invalidate_count")
     cpu.check(lib.synchronize_srcu(cpu.m, cpu.id, kvm.id))
-    kvm_arch_memslots_updated(cpu, kvm)
+    gen = before.generation + KVM_MAX_NR_ADDRESS_SPACES
+    kvm_arch_memslots_updated(cpu, kvm, gen)
+    if not tdp_enabled(kvm):
+        cpu.point("memslots", kvm.id, "write")
+    after.generation = gen
 
 
-def kvm_arch_memslots_updated(cpu: Cpu, kvm: Kvm) -> None:
+def kvm_arch_memslots_updated(cpu: Cpu, kvm: Kvm, gen: int) -> None:
     """kvm_arch_memslots_updated(): kick every vCPU once, with neither a request nor a flush."""
+    kvm_mmu_invalidate_mmio_sptes(cpu, kvm, gen)
     for vcpu in kvm.vcpus:
         kvm_vcpu_kick(cpu, vcpu)

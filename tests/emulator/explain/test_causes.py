@@ -117,6 +117,7 @@ CAUSES: dict[str, tuple[str, str, str]] = {
     "shadow-zap-forgets-space": ("shadow-zap-two-spaces", FLUSH, ""),
     "shadow-invlpg-without-sync": ("shadow-invlpg", SYNCED, ""),
     "shadow-link-before-sync": ("shadow-shared-tables", SYNCED, ""),
+    "shadow-mmio-over-present": ("shadow-mmio-over-present", REFERENCE, ""),
     "shadow-pae-root-without-flush": ("shadow-smm", SYNCED, ""),
     "shadow-pcid-keeps-previous-roots": ("shadow-invpcid-previous", SYNCED, ""),
     "shadow-pge-flushes-current": ("shadow-pge", SYNCED, ""),
