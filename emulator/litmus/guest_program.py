@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING
 
 from emulator.kvm.reset import power_on
 from emulator.kvm.structs import Vcpu
-from emulator.litmus.nested_ops import NESTED_GUESTS, Vmptrld
+from emulator.litmus.nested_ops import NESTED_GUESTS, Vmptrld, VmxOp
 from emulator.litmus.ops import GuestOp, Instruction, Op
 from native import ffi, lib
 
@@ -44,6 +44,10 @@ _FLAGS = {
     "vmx-type2": 2 << 8,
     "vmx-type3": 3 << 8,
 }
+
+
+# The last signal is no thread's.
+_NOTHING = Instruction("SIGNAL", 0, lib.MACHINE_SIGNALS - 1)
 
 
 class GuestProgram:
@@ -135,6 +139,9 @@ class GuestProgram:
             found.extend(_encode(ins) for ins in self._instructions(op))
             if report:
                 found.append(_encode(Instruction("SIGNAL", 0, self._thread.number)))
+        if not report and isinstance(ops[-1], VmxOp):
+            # Enter the guest once more, so that no thread is left where KVM is preemptible and holds SRCU.
+            found.append(_encode(_NOTHING))
         return ffi.new("struct guest_op[]", found)
 
     def _instructions(self, op: Op) -> list[Instruction]:

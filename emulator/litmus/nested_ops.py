@@ -84,7 +84,7 @@ class L2Exit(VmxOp):
     insn = "vmcall"
 
 
-class Invvpid(GuestOp):
+class Invvpid(VmxOp):
     verb = "invvpid"
     doc = (
         "L1 executes INVVPID of TYPE 0 (linear PAGE of VPID), 1 (VPID), 2 (all VPIDs) or 3 (VPID, without "
@@ -92,8 +92,10 @@ class Invvpid(GuestOp):
     )
     args = (Arg("type", "number", most=3), Arg("vpid", "number", 0, _LAST_VPID), Arg("page", "page", 0))
 
+    insn = "invvpid"
+
     def instructions(self) -> list[Instruction]:
-        flags = frozenset({"invvpid", f"vmx-type{self.number('type')}"})
+        flags = frozenset({self.insn, f"vmx-type{self.number('type')}"})
         return [Instruction("VMX", self.number("page") << 12, self.number("vpid"), flags)]
 
 
