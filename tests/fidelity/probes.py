@@ -33,8 +33,13 @@ class Probes:
         """Return the counts under this prefix."""
         return {name for _, name, number in list(self._counts) if number == whom and name.startswith(prefix)}
 
-    def probe(self, function: str, handler: Handler) -> None:
-        """Call `handler` after each call of KVM's function of this name; its first argument is the Cpu."""
+    def probe(
+        self, function: str, handler: Handler, before: Callable[[tuple[Any, ...]], object] | None = None
+    ) -> None:
+        """Call `handler` after each call of KVM's function of this name; its first argument is the Cpu.
+
+        before: called with the arguments before the call.
+        """
         targets = {
             id(value): value
             for module in self._modules()
@@ -44,7 +49,7 @@ class Probes:
             raise LookupError(f"{PACKAGE} has {len(targets)} functions {function}, expected 1")
         (original,) = targets.values()
 
-        probed = self._probed(original, handler, 0)
+        probed = self._probed(original, handler, 0, before)
         for module in self._modules():
             if getattr(module, function, None) is original:
                 self._replace(module, function, probed)
@@ -53,9 +58,17 @@ class Probes:
         """Probe a method; argument number `cpu` is the Cpu."""
         self._replace(cls, method, self._probed(getattr(cls, method), handler, cpu))
 
-    def _probed(self, original: Callable[..., Any], handler: Handler, cpu: int) -> Callable[..., Any]:
+    def _probed(
+        self,
+        original: Callable[..., Any],
+        handler: Handler,
+        cpu: int,
+        before: Callable[[tuple[Any, ...]], object] | None = None,
+    ) -> Callable[..., Any]:
         @wraps(original)
         def probed(*args: Any, **kwargs: Any) -> Any:
+            if before is not None:
+                before(args)
             result = original(*args, **kwargs)
             counted = handler((*args, *kwargs.values()), result)
             if counted is not None and counted[2]:
