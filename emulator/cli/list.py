@@ -40,7 +40,7 @@ def policies() -> None:
 
     print_catalogue(entries())
     print("\nProposals that act are classes, with their mails in emulator/policy/proposals.")
-    print(f"{len(MUTANTS)} policies with a bug have names of the form mutant:NAME: flushlab list mutants")
+    print(f"{len(MUTANTS)} policies with a bug are named mutant:NAME: flushlab list mutants")
     print("Your own, a class or a patch of KVM's code: flushlab guide policies, patches")
 
 

@@ -41,6 +41,8 @@ TABLE_PROTECTED = "the write-protection of the table in each SPTE that maps it, 
 SYNCED = "the synchronization of KVM's table, or the INVVPID, for the guest's invalidation"
 
 # The test that shows it; the wrong or missing action; the event that carries the explanation.
+OF_L1 = "the flush of the nested guest's VPID for L1's invalidation"
+TAGS = "tags that tell L1 and L2 apart"
 CAUSES: dict[str, tuple[str, str, str]] = {
     "yield-forgets-flush": ("zap-root-yield", FLUSH, ""),
     "later-root-forgets-flush": ("zap-root-order", FLUSH, ""),
@@ -97,6 +99,13 @@ CAUSES: dict[str, tuple[str, str, str]] = {
     "generation-entry-without-barrier": ("entry-races-request", MISSED, "entry"),
     "reader-not-awaited": ("shadow-fast-fault", REFERENCE, ""),
     "reader-without-mode": ("shadow-fast-fault", REFERENCE, ""),
+    "nested-flush-before-switch": ("nested-vpid-changes", TAGS, ""),
+    "nested-flush-of-wrong-vpid": ("nested-two-guests", TAGS, ""),
+    "nested-ignores-new-vpid": ("nested-two-guests", TAGS, ""),
+    "nested-invvpid-ignored": ("nested-invvpid", OF_L1, ""),
+    "nested-invvpid-on-wrong-pcpu": ("nested-invvpid-elsewhere", ELIDED, "elided"),
+    "nested-transition-without-flush": ("nested-no-vpid", "the VPID's flush", ""),
+    "nested-run-with-wrong-vpid": ("nested-invvpid", NARROW, "flush"),
     "shadow-account-without-flush": ("shadow-new-table", TABLE_PROTECTED, ""),
     "shadow-free-without-flush": ("shadow-flooded", ELIDED, "elided"),
     "shadow-guest-flush-without-sync": ("shadow-invpcid-all", SYNCED, ""),
