@@ -42,6 +42,7 @@ _ARMED_US = 5000
 # How long the second slot stays away.
 _SLOT_GONE_US = 500
 _ZAP_PAGES = 2048
+_FEW_PAGES = 64
 # Time for the guest to map pages again before that zap: the slot's deletion has zapped all of its roots.
 _REFILL_US = 10_000
 # How often the workqueue checks for work, with policies that schedule any.
@@ -73,6 +74,7 @@ class IoctlCaller(MachineActor):
         self._longest_sleep_us = _WORKQUEUE_US if has_worker else math.inf
         self._actions: dict[str, Callable[[], None]] = {
             "memslot_cycles": self.memslot_cycle,
+            "range_zaps": self.range_zap,
             "dirty_log_cycles": self.dirty_log_cycle,
             "dirty_log_toggles": self.dirty_log_toggle,
             "smis": self.smi,
@@ -103,12 +105,16 @@ class IoctlCaller(MachineActor):
         )
         if self.rng.random() < _ZAP_SHARE:
             self._sleep(_REFILL_US)
-            self._zap_range()
+            self._zap_range(_ZAP_PAGES)
 
-    def _zap_range(self) -> None:
+    def range_zap(self) -> None:
+        """Zap a few pages, as a change of MTRRs or of memory attributes does."""
+        self._zap_range(_FEW_PAGES)
+
+    def _zap_range(self, pages: int) -> None:
         ram = self.kvm.memslots[0].by_id[RAM_SLOT]
         start = self.rng.randrange(ram.npages)
-        kvm_zap_gfn_range(self.cpu, self.kvm, start, min(start + _ZAP_PAGES, ram.npages))
+        kvm_zap_gfn_range(self.cpu, self.kvm, start, min(start + pages, ram.npages))
 
     def smi(self) -> None:
         """Send an SMI to a vCPU (KVM_SMI), which runs its handler in SMM's address space, on its own root."""

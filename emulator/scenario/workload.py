@@ -17,7 +17,7 @@ from emulator.scenario.config import Scenario
 
 # Activities of the actors, as scenarios name their rates.
 HOST_ACTIVITIES = ("unmap", "reclaim", "mprotect", "migrate", "collapse", "split", "age")
-KVM_ACTIVITIES = ("memslot_cycles", "dirty_log_cycles", "dirty_log_toggles", "smis", "resets")
+KVM_ACTIVITIES = ("memslot_cycles", "range_zaps", "dirty_log_cycles", "dirty_log_toggles", "smis", "resets")
 MIGRATIONS = "migrations"
 
 # Activities of the quiet phases, in turn: one source of flushes, or several that are dangerous only together.
@@ -30,7 +30,7 @@ FLAVOURS: tuple[Flavour, ...] = (
     # Faults between the end of logging and recovery replace tables by huge leafs, if khugepaged was at work
     # and unmapping left holes.
     {"collapse": 400.0, "split": 100.0, "unmap": 200.0, "dirty_log_toggles": 60.0},
-    {"memslot_cycles": None},
+    {"memslot_cycles": None, "range_zaps": None},
     {"reclaim": None},
     # Logging splits huge pages and recovers them: tables with mapped pages go while CPUs point to them.
     {"collapse": None, "dirty_log_cycles": None, "memslot_cycles": None},
