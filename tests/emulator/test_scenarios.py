@@ -267,7 +267,7 @@ def test_guests_with_threads_are_clean_and_do_all_that_their_scenario_is_about()
     result = run("table-churn", seconds=3.0)
     assert not result.failure
     assert not result.snapshot.violated, result.reports[0].text
-    for stat in ("mmu_synced", "mmu_flooded", "mmu_unsync", "mmu_pte_write", "cached_roots", "smis"):
+    for stat in ("mmu_synced", "mmu_recycled", "mmu_unsync", "mmu_pte_write", "cached_roots", "smis"):
         assert result.snapshot.kvm(stat) > 0, stat
     counters = result.snapshot.counters
     assert counters["guest_invalidations"] > 100
