@@ -171,6 +171,8 @@ CALLS: list[tuple[ModuleType, str, list[str]]] = [
             "shadow-mov-cr3-back",
             "shadow-mov-cr3-again",
             "shadow-mov-cr3-in-turn",
+            "shadow-32-bit-mov-cr3-new",
+            "shadow-32-bit-mov-cr3-back",
             "shadow-cr0-pg",
             "shadow-cr0-pg-20",
             "shadow-cr4-smep",

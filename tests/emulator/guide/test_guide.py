@@ -161,7 +161,9 @@ def test_the_page_on_policies_has_and_uses_all_that_a_policy_can_do() -> None:
     text = page("policies")
     example = next(step.text for step in steps("policies") if step.name == "all.py")
     for moment, parameters in MOMENTS.items():
-        assert f"`{moment}({', '.join(parameters)})`: " in text
+        # A root's type stands behind its name.
+        shown = ", ".join(f"{name}: KvmMmuPage" if name == "root" else name for name in parameters)
+        assert f"`{moment}({shown})`: " in text
         assert f"    def {moment}({', '.join(parameters)}):" in example
     assert set(STATES) == set(State.__subclasses__())
     for kind in STATES:
