@@ -227,7 +227,7 @@ class Emulation:
             self._furnish(cpu, vcpu, section, layout, 0 if threads else i, processes)
             if i and threads:
                 lib.guest_run_threads(cpu.m, vcpu.id, kvm.vcpus[0].id)
-            power_on(cpu, vcpu, section.pcid)
+            power_on(cpu, vcpu, paging=True, pcid=section.pcid)
             if section.disturbed and self.scenario.kvm.smis:
                 lib.guest_set_smi_handler(cpu.m, vcpu.id, *self._smi_handler(layout, processes))
             self.tasks.append(VcpuTask(vcpu, section.halt))

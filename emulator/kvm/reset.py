@@ -7,7 +7,7 @@ kvm_vcpu_reset          registers as after INIT; the guest's translations are go
 
 from __future__ import annotations
 
-from emulator.kvm.kvm_host import KVM_REQ_EVENT, KVM_REQ_TLB_FLUSH_GUEST, X86_CR0_PG, X86_CR4_PCIDE
+from emulator.kvm.kvm_host import EFER_LMA, KVM_REQ_EVENT, KVM_REQ_TLB_FLUSH_GUEST, X86_CR0_PG, X86_CR4_PCIDE
 from emulator.kvm.mmu.roots import kvm_mmu_reset_context
 from emulator.kvm.structs import Vcpu, tdp_enabled
 from emulator.kvm.virt.requests import kvm_make_request, kvm_vcpu_kick
@@ -35,13 +35,16 @@ def kvm_apic_accept_events(cpu: Cpu, vcpu: Vcpu) -> None:
     kvm_vcpu_reset(cpu, vcpu, init_event=True)
 
 
-def power_on(cpu: Cpu, vcpu: Vcpu, pcid: bool) -> None:
+def power_on(cpu: Cpu, vcpu: Vcpu, *, paging: bool, pcid: bool) -> None:
     """Put a new vCPU into the state after power-up, which its guest leaves by enabling paging itself.
 
     Without EPT each of these steps exits to KVM.  With EPT a vCPU starts behind them (KVM_SET_SREGS), because
-    nothing of it concerns KVM; `pcid`: the guest's OS has set CR4.PCIDE by then.
+    nothing of it concerns KVM.  `paging`: the guest's OS has set CR0.PG by then; `pcid`: CR4.PCIDE, too.
     """
     if tdp_enabled(vcpu.kvm):
+        if not paging:
+            vcpu.arch.cr0 &= ~X86_CR0_PG
+            vcpu.arch.efer &= ~EFER_LMA
         if pcid:
             vcpu.arch.cr4 |= X86_CR4_PCIDE
         return

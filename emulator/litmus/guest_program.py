@@ -90,7 +90,7 @@ class GuestProgram:
             lib.vcpu_set_guest_mode(cpu.m, vcpu.id, nested)
             self._configure(cpu, vcpu, section.vcpus + number * NESTED_GUESTS + nested - 1)
             lib.vcpu_set_guest_mode(cpu.m, vcpu.id, 0)
-        power_on(cpu, vcpu, section.pcid)
+        power_on(cpu, vcpu, paging=section.paging, pcid=section.pcid)
 
     def _configure(self, cpu: Cpu, vcpu: Vcpu, place: int) -> None:
         """Configure the chosen guest of the vCPU.  place: that of its page tables, from the end of memory."""

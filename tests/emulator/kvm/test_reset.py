@@ -18,7 +18,7 @@ from emulator.kvm.kvm_host import (
     X86_CR4_PGE,
 )
 from emulator.kvm.reset import apic_send_init, kvm_vcpu_reset, power_on
-from emulator.kvm.structs import Kvm
+from emulator.kvm.structs import Kvm, is_long_mode
 from emulator.kvm.virt.requests import kvm_check_request, kvm_test_request
 from emulator.kvm.vmx.exits import handle_cr
 from emulator.policy import MUTANTS, Policy, preset
@@ -178,5 +178,15 @@ def test_guests_that_boot_all_the_time(policy: str, caught: bool) -> None:
 @pytest.mark.parametrize("pcid", [False, True])
 def test_with_ept_a_guest_starts_with_the_cr4_that_its_os_has_set(rig: Rig, pcid: bool) -> None:
     guest = rig.guest(rig.vm(), pcid=int(pcid))
-    power_on(rig.host, guest.vcpu, pcid)
+    power_on(rig.host, guest.vcpu, paging=True, pcid=pcid)
     assert bool(guest.vcpu.arch.cr4 & X86_CR4_PCIDE) == pcid
+
+
+def test_with_ept_a_guest_without_paging_starts_without_it(rig: Rig) -> None:
+    """Its reset has nothing to flush then, except on INIT."""
+    vcpu = rig.guest(rig.vm(), paging=0).vcpu
+    power_on(rig.host, vcpu, paging=False, pcid=False)
+    assert not vcpu.arch.cr0 & X86_CR0_PG
+    assert not is_long_mode(vcpu)
+    kvm_vcpu_reset(rig.host, vcpu, init_event=False)
+    assert not kvm_test_request(rig.host, vcpu, KVM_REQ_TLB_FLUSH_GUEST)
