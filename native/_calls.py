@@ -32,6 +32,7 @@ CALLS: Final[Mapping[str, Described]] = {
     "frame_free": Described("m cpu hfn", "anything"),
     "frame_tag_of": Described("m hfn", "aside"),
     "frame_host_tag_of": Described("m hfn", "anything"),
+    "frames_tag_rounds": Described("m", "aside"),
     "frame_life_of": Described("m hfn", "anything"),
     "frames_in_use": Described("m kind", "anything"),
     "frames_total": Described("m kind", "anything"),

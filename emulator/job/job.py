@@ -248,6 +248,7 @@ class _Run:
             failure=self._failure(snapshot),
             interrupted=self.stop.is_set(),
             receivers=receivers,
+            tag_rounds=int(lib.frames_tag_rounds(self.emulation.machine.m)),
             worked=worked,
             activities=tuple(self.emulation.workload.activities()),
         )

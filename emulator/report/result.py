@@ -172,6 +172,8 @@ class Result:
     failure: str = ""
     interrupted: bool = False
     receivers: tuple[Receivers, ...] = ()
+    # Rounds of frames' tags; without one no old translation can be taken for a fresh one (frames_tag_rounds).
+    tag_rounds: int = 0
     # Seconds by the workload's clock; with a pace, the counted guest accesses divided by the pace.
     worked: float = 0
     activities: tuple[Activity, ...] = ()

@@ -11,6 +11,7 @@ from rich.table import Table
 from rich.text import Text
 
 from emulator.report.result import FlushCount, Histogram, Report, Result, Snapshot
+from native import lib
 
 DOCUMENT_VERSION = 1
 # Violations shown in full; the JSON document has all that were kept.
@@ -55,6 +56,7 @@ def document(result: Result) -> dict[str, Any]:
         "violations": dict(snapshot.violations),
         "reports": [report_document(report) for report in result.reports],
         "preconditions": dict(result.preconditions),
+        "custody_tag_rounds": result.tag_rounds,
         "cycles": {
             "flush": _cycles(result, "flush"),
             "work": _cycles(result, "work"),
@@ -300,6 +302,12 @@ def _verdict(result: Result) -> Text:
         hidden = result.snapshot.violated - len(_examples(result.reports))
         if hidden > 0:
             text.append(f" ({hidden:,} not shown; --json has those that were kept)")
+    if result.tag_rounds:
+        text.append(
+            f"\nframes' tags went round {result.tag_rounds:,} times: a use of a translation that is exactly "
+            f"{lib.FRAME_TAG_MASK + 1:,} changes of its frame old would not be seen",
+            style="yellow",
+        )
     if result.failure:
         text.append(f"\nthe run failed and proves nothing: {result.failure}", style="bold red")
     return text

@@ -23,6 +23,7 @@ static uint32_t host_tag_advance(struct frames *f, uint32_t hfn)
 		next = (uint16_t)((old + 1u) & FRAME_TAG_MASK);
 	} while (!atomic_compare_exchange_weak_explicit(&f->host_tag[hfn], &old, next, memory_order_release,
 							memory_order_relaxed));
+	frame_tag_advanced(f, next);
 	/* Relaxed, like every use of host_tag_at_free: it is read only for the text of a report. */
 	if (atomic_load_explicit(&f->host_tag_at_free[hfn], memory_order_relaxed) == next)
 		atomic_store_explicit(&f->host_tag_at_free[hfn], (uint16_t)((next + 1u) & FRAME_TAG_MASK),

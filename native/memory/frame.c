@@ -143,6 +143,11 @@ uint32_t frame_host_tag_of(struct machine *m, uint32_t hfn)
 	return frame_host_tag(m->frames, hfn);
 }
 
+uint64_t frames_tag_rounds(struct machine *m)
+{
+	return atomic_load_explicit(&m->frames->tag_rounds, memory_order_relaxed);
+}
+
 uint32_t frame_life_of(struct machine *m, uint32_t hfn)
 {
 	return atomic_load_explicit(&m->frames->life[hfn], memory_order_relaxed);

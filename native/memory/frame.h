@@ -37,6 +37,10 @@ void frame_free(struct machine *m, uint32_t cpu, uint32_t hfn);
 uint32_t frame_tag_of(struct machine *m, uint32_t hfn);
 /* call: anything */
 uint32_t frame_host_tag_of(struct machine *m, uint32_t hfn);
+/* Return how often tags of frames have gone round, from their last value to 0.  A translation that is exactly as many
+ * changes of its frame old as a tag has values would be taken for a fresh one; without a round there is none. */
+/* call: aside */
+uint64_t frames_tag_rounds(struct machine *m);
 /* Return how many times the frame was freed. */
 uint32_t frame_life_of(struct machine *m, uint32_t hfn);
 /* For FRAME_BLOCK these count blocks: a block counts as long as one of its frames is in use. */
@@ -82,6 +86,7 @@ struct frames {
 	_Atomic uint16_t *taken_at_free; /* frames of blocks: the clock when the frame was last freed */
 	struct block *block;
 	_Atomic uint32_t *life;          /* times freed */
+	_Atomic uint64_t tag_rounds;     /* of all frames' tags and host tags */
 	_Atomic uint8_t *used;           /* handed out now */
 	_Atomic uint8_t *unlinked;       /* a table that no entry leads to any more, until it is allocated again */
 	void *mapping;                   /* memory, before alignment; NULL: it belongs to the heap */
@@ -109,6 +114,13 @@ static inline uint32_t frame_host_tag(const struct frames *f, uint32_t hfn)
 	return atomic_load_explicit(&f->host_tag[hfn], memory_order_acquire);
 }
 
+/* Count a tag that has gone round.  Relaxed: a statistic. */
+static inline void frame_tag_advanced(struct frames *f, uint16_t next)
+{
+	if (__builtin_expect(!next, 0))
+		atomic_fetch_add_explicit(&f->tag_rounds, 1, memory_order_relaxed);
+}
+
 /* Advance the tag; returns the new one.  Release: earlier changes are seen by a CPU that acquires the frame's
  * ledger entry after noticing the tag.
  *
@@ -123,6 +135,7 @@ static inline uint32_t frame_tag_advance(struct frames *f, uint32_t hfn)
 		next = (uint16_t)((old + 1u) & FRAME_TAG_MASK);
 	} while (!atomic_compare_exchange_weak_explicit(&f->tag[hfn], &old, next, memory_order_release,
 							memory_order_relaxed));
+	frame_tag_advanced(f, next);
 	return next;
 }
 

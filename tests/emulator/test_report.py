@@ -55,6 +55,13 @@ def test_summary_of_violations() -> None:
     assert "4 not shown" in text
 
 
+def test_tags_that_went_round_are_told() -> None:
+    assert "went round" not in rendered(summary(result()))
+    text = " ".join(rendered(summary(result(tag_rounds=3))).split())
+    assert "tags went round 3 times: a use of a translation that is exactly 32,768 changes" in text
+    assert document(result(tag_rounds=3))["custody_tag_rounds"] == 3
+
+
 def test_a_failed_run_proves_nothing() -> None:
     failed = result(failure="PCpu 1 died")
     assert failed.verdict == "inconclusive"

@@ -116,3 +116,17 @@ def test_freeing_twice_is_loud() -> None:
     )
     assert done.returncode == -signal.SIGABRT
     assert "BUG: frame" in done.stderr
+
+
+def test_a_round_of_a_tag_is_counted(rig: Rig) -> None:
+    """Each free advances both tags of the frame; the pool hands the same frame out again."""
+    values = lib.FRAME_TAG_MASK + 1
+    hfn = rig.frame(lib.FRAME_TABLE)
+    start = lib.frame_tag_of(rig.m, hfn)
+    for _ in range(values - 1 - start):
+        rig.free(hfn)
+        assert rig.frame(lib.FRAME_TABLE) == hfn
+    assert lib.frames_tag_rounds(rig.m) == 0
+    rig.free(hfn)
+    assert lib.frame_tag_of(rig.m, hfn) == 0
+    assert lib.frames_tag_rounds(rig.m) == 2

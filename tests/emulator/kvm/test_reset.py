@@ -188,5 +188,6 @@ def test_with_ept_a_guest_without_paging_starts_without_it(rig: Rig) -> None:
     power_on(rig.host, vcpu, paging=False, pcid=False)
     assert not vcpu.arch.cr0 & X86_CR0_PG
     assert not is_long_mode(vcpu)
-    kvm_vcpu_reset(rig.host, vcpu, init_event=False)
+    kvm_check_request(rig.host, vcpu, KVM_REQ_TLB_FLUSH_GUEST)
+    kvm_vcpu_reset(rig.machine.cpus[0], vcpu, init_event=False)
     assert not kvm_test_request(rig.host, vcpu, KVM_REQ_TLB_FLUSH_GUEST)
