@@ -29,7 +29,7 @@ _TOKEN: Final = re.compile(
     re.VERBOSE,
 )
 # The end of a directive, as a token.  No token of C is empty.
-_END: Final = ""
+END: Final = ""
 _ATTRIBUTES: Final = re.compile(
     r"__attribute__|__(?:aligned|alloc_size|printf|scanf|section|no_sanitize)"
     r"|__(?:acquires|releases|must_hold|cond_acquires)(?:_shared)?"
@@ -69,14 +69,14 @@ def definitions(source: str) -> Iterator[Definition]:
     A fingerprint covers the parameters and all that follows, up to the closing brace or to the end of the
     macro.  The name and the return type are left out, so that a renamed function can be recognized.
     """
-    text, lines = _joined(source)
+    text, lines = joined(source)
     for name, begin, tokens in _Finder().run(text):
         first = bisect_left(lines, begin + 1) + 1
         last = bisect_left(lines, tokens[-1].start + 1) + 1
         yield Definition(name, first, last, fingerprint(tokens))
 
 
-def _joined(source: str) -> tuple[str, list[int]]:
+def joined(source: str) -> tuple[str, list[int]]:
     """Return the text with continued lines joined, and the offsets in it at which a new line began."""
     parts: list[str] = []
     starts: list[int] = []
@@ -108,7 +108,7 @@ class _Finder:
 
     def run(self, text: str) -> Iterator[tuple[str, int, list[Token]]]:
         """Yield each definition: name, offset at which it begins, tokens from the parameters on."""
-        for line in _lines(text):
+        for line in token_lines(text):
             if line[0].code:
                 for token in line:
                     yield from self._code(token)
@@ -160,7 +160,7 @@ class _Finder:
     def _opened(self) -> tuple[str, int, int] | None:
         """Return the function that a brace after this header opens; None if it opens something else."""
         words = [self.tokens[index].text for index in self.header]
-        name = _function_name(words)
+        name = function_name(words)
         if name is None:
             return None
         # Under #ifdef there may be several headers before the body.
@@ -169,7 +169,7 @@ class _Finder:
         return name, self.tokens[self.header[0]].start, self.header[first + 1]
 
 
-def _function_name(words: list[str]) -> str | None:
+def function_name(words: list[str]) -> str | None:
     """Return the name of the function that begins with these tokens: the word before the last parentheses,
     attributes aside.  FNAME(page_fault) is a name, too."""
     at = len(words) - 1
@@ -199,7 +199,7 @@ def _matching(words: list[str], at: int) -> int:
     return at
 
 
-def _lines(text: str) -> Iterator[list[Token]]:
+def token_lines(text: str) -> Iterator[list[Token]]:
     """Yield the tokens, in one list a line.  A directive is a list that begins with "#"."""
     line: list[Token] = []
     code = True
@@ -227,4 +227,4 @@ def _directive(line: list[Token], end: int) -> list[Token]:
     """
     if len(line) > 3 and line[1].text == "define" and line[3].text == "(" and line[2].end == line[3].start:
         line[2:4] = [Token(line[2].text + "(", line[2].start, line[3].end, False)]
-    return [*line, Token(_END, end, end, False)]
+    return [*line, Token(END, end, end, False)]

@@ -61,7 +61,7 @@ class LinuxTree:
 
 def read_tree(top: Path) -> LinuxTree:
     """Read a tree; raise BadInput if the directory is none."""
-    version = _version(top)
+    version = tree_version(top)
     functions: dict[str, list[Place]] = defaultdict(list)
     for file in _files(top):
         for one in definitions(_read(top / file)):
@@ -88,7 +88,7 @@ def _refuse(error: OSError) -> NoReturn:
     raise BadInput(str(error.filename), error.strerror or str(error), _EXPECTED) from error
 
 
-def _version(top: Path) -> str:
+def tree_version(top: Path) -> str:
     """Return the version in the Makefile, such as 6.12.117 or 7.4.0-rc1."""
     try:
         file = top.is_file()
