@@ -37,6 +37,7 @@ MapReplace = Literal["flush", "none"]
 EagerSplit = Literal["split", "none"]
 SplitAlloc = Literal["unlocked", "locked"]
 FaultSplit = Literal["split", "zap"]
+MappedFault = Literal["spurious", "remake"]
 HugeRecovery = Literal["in-place", "zap-each"]
 WriteProtect = Literal["flush", "if-changed", "none"]
 NotifierFlush = Literal["before-return", "at-range-end", "none"]
@@ -138,6 +139,9 @@ class Decisions(Protocol):
 
     def fault_split(self, cpu: Cpu, kvm: Kvm, gfn: int) -> FaultSplit:
         """A fault on `gfn` needs a 4K mapping where a huge leaf is."""
+
+    def mapped_fault(self, cpu: Cpu, kvm: Kvm, gfn: int) -> MappedFault:
+        """A fault on `gfn` finds a leaf that permits the access."""
 
     def huge_recovery(self, cpu: Cpu, kvm: Kvm) -> HugeRecovery:
         """Dirty logging ended."""

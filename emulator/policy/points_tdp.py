@@ -154,6 +154,18 @@ TDP_POINTS: Final[tuple[DecisionPoint, ...]] = (
         },
     ),
     point(
+        Decisions.mapped_fault,
+        "A fault that finds a leaf which permits the access already, because another vCPU was quicker "
+        "(tdp_mmu_map_handle_target_level).",
+        {
+            "spurious": "The leaf stays as it is (since 6.13).",
+            "remake": (
+                "The leaf is made anew: it has W again if dirty logging had taken it and the host permits "
+                "writes, and loses the dirty flag if it had W (before 6.13)."
+            ),
+        },
+    ),
+    point(
         Decisions.huge_recovery,
         "How tables become huge pages again when dirty logging ends.",
         {

@@ -136,6 +136,9 @@ class Policy:
     def fault_split(self, cpu: Cpu, kvm: Kvm, gfn: int) -> decisions.FaultSplit:
         return self._answers["fault_split"]
 
+    def mapped_fault(self, cpu: Cpu, kvm: Kvm, gfn: int) -> decisions.MappedFault:
+        return self._answers["mapped_fault"]
+
     def huge_recovery(self, cpu: Cpu, kvm: Kvm) -> decisions.HugeRecovery:
         return self._answers["huge_recovery"]
 

@@ -15,6 +15,7 @@ DEFAULT = DEFAULT_POLICY
 # Answers that differ from those of Linux 7.3.  Bugs that were found later are not among them (they are
 # mutants), and neither are differences without a decision point.
 _LINUX_6_12 = {
+    "mapped_fault": "remake",
     "huge_recovery": "zap-each",
     "age_lock": "mmu-lock",
     "age_flush": "if-young",
@@ -45,6 +46,7 @@ _LINUX_5_18 = {
     "sregs_flush": "none",
     **_LINUX_6_12,
 }
+_LINUX_6_1 = {answer: value for answer, value in _LINUX_5_18.items() if answer != "root_put"}
 # https://lore.kernel.org/kvm/?q=s:%22do+not+unload+MMU+roots+on+all+role+changes%22
 # KVM_SET_SREGS flushed by the load of the root alone then, which the patch takes away.
 _KEEP_ROOTS = {"role_change": "keep-roots", "paging_off": "unload", "sregs_flush": "none"}
@@ -56,6 +58,7 @@ PRESETS: dict[str, Policy] = {
     for policy in (
         Policy(name=DEFAULT),
         Policy(name="linux-6.12", **_LINUX_6_12),
+        Policy(name="linux-6.1", **_LINUX_6_1),
         Policy(name="linux-5.18", **_LINUX_5_18),
         Policy(name="linux-5.14", **_LINUX_5_14),
         Policy(name="lkml-2021-single-context", **{**_LINUX_5_14, "remote_flush": "current-context"}),
@@ -92,6 +95,10 @@ PRESET_DOCS = {
     "linux-6.12": (
         "Linux 6.12: a flush for each table that becomes a huge page again, and for each range that reclaim "
         "finds used."
+    ),
+    "linux-6.1": (
+        "Linux 6.1 with the fixes of its stable releases (6.1.192): as 5.18, but the TDP MMU keeps a "
+        "reference to each root, and the thread that invalidates roots zaps them; there is no worker."
     ),
     "linux-5.18": (
         "Linux 5.18, after the overhaul of zaps and flushes: RCU is the proxy of the flush; a worker zaps "

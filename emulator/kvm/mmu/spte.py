@@ -25,6 +25,7 @@ _RWX: Final[int] = _RX | lib.SPTE_WRITABLE
 _PRESENT: Final[int] = _RWX | _ACC_TRACK_SAVED
 _HFN_SHIFT: Final[int] = lib.SPTE_HFN_SHIFT
 _HFN_MASK: Final = 0xFFFFFF
+_CUSTODY: Final[int] = lib.FRAME_TAG_MASK << lib.SPTE_CUSTODY_SHIFT
 
 
 def is_shadow_present_pte(spte: int) -> bool:
@@ -105,6 +106,19 @@ def make_spte(cpu: Cpu, slot: KvmMemorySlot, gfn: int, level: int, pfn: PfnAndRi
     if pfn.host_writable and slot.dirty_track_enabled():
         mark_page_dirty_in_slot(cpu, slot, gfn)
     return spte
+
+
+def remade_spte(kvm: Kvm, old_spte: int, new_spte: int) -> int:
+    """Return the SPTE that make_spte() made before 6.13 over a leaf of the same frame: without a dirty flag
+    if the leaf was writable.
+
+    The frame is the one that the leaf's custody is about, so the custody stays.  Without A/D bits in EPT,
+    SPTEs have neither flag there.
+    """
+    kept = _CUSTODY if kvm.params.eptad else _CUSTODY | lib.SPTE_ACCESSED | lib.SPTE_DIRTY
+    if is_writable_pte(old_spte):
+        new_spte &= ~lib.SPTE_DIRTY
+    return (new_spte & ~kept) | (old_spte & kept)
 
 
 def root_to_sp(root: KvmMmuRootInfo | None) -> KvmMmuPage | None:

@@ -21,6 +21,7 @@ from emulator.kvm.mmu.spte import (
     is_shadow_present_pte,
     leaf_spte_change_needs_tlb_flush,
     make_spte,
+    remade_spte,
     root_to_sp,
     spte_to_child_pt,
 )
@@ -149,17 +150,22 @@ def kvm_tdp_mmu_map(cpu: Cpu, vcpu: Vcpu, fault: KvmPageFault) -> int:
 def tdp_mmu_map_handle_target_level(cpu: Cpu, vcpu: Vcpu, fault: KvmPageFault, entry: Entry) -> int:
     """tdp_mmu_map_handle_target_level(): install the leaf.
 
-    Replacing a non-present SPTE needs no flush.  Replacing a table does, because CPUs may still hold pointers
-    to the table page, which RCU frees.  Decision map_replace.  Unless zap=rcu-proxy, that flush is made when
-    the table is taken apart.
+    Decision mapped_fault.  Replacing a non-present SPTE needs no flush.  Replacing a table does, because CPUs
+    may still hold pointers to the table page, which RCU frees.  Decision map_replace.  Unless zap=rcu-proxy,
+    that flush is made when the table is taken apart.
     """
     kvm, old_spte = vcpu.kvm, entry.spte
     assert fault.slot is not None
     present = is_shadow_present_pte(old_spte)
     last = is_last_spte(old_spte, entry.level)
+    remade = False
     if present and last and not spte_permission_fault(fault, old_spte):
-        return RET_PF_SPURIOUS
+        remade = kvm.policy.mapped_fault(cpu, kvm, fault.gfn) == "remake"
+        if not remade:
+            return RET_PF_SPURIOUS
     new_spte = make_spte(cpu, fault.slot, fault.gfn, entry.level, fault.pfn)
+    if remade:
+        new_spte = remade_spte(kvm, old_spte, new_spte)
     if new_spte == old_spte:
         return RET_PF_SPURIOUS
     if not tdp_mmu_set_spte_atomic(cpu, kvm, entry, new_spte):

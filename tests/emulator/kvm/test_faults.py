@@ -9,9 +9,9 @@ import pytest
 from emulator.kvm.kvm_host import KVM_MEM_LOG_DIRTY_PAGES, KVM_REQ_MMU_FREE_OBSOLETE_ROOTS
 from emulator.kvm.mmu.fault import RET_PF_FIXED, RET_PF_INVALID, RET_PF_SPURIOUS, KvmPageFault
 from emulator.kvm.mmu.page_fault import fast_page_fault, is_page_fault_stale, kvm_tdp_page_fault
-from emulator.kvm.mmu.spte import is_writable_pte, root_to_sp
+from emulator.kvm.mmu.spte import PfnAndRights, is_writable_pte, root_to_sp
 from emulator.kvm.mmu.structs import KvmMmuPage, KvmMmuPageRole, KvmMmuRootInfo
-from emulator.kvm.mmu.tdp_map import tdp_entry
+from emulator.kvm.mmu.tdp_map import kvm_tdp_mmu_map, tdp_entry
 from emulator.kvm.mmu.tdp_remove import tdp_mmu_set_spte
 from emulator.kvm.structs import Vcpu
 from emulator.kvm.virt.kvm_main import kvm_set_memory_region
@@ -19,6 +19,7 @@ from emulator.kvm.virt.requests import kvm_check_request, kvm_make_request
 from emulator.kvm.virt.slots import gfn_to_memslot
 from emulator.machine.runtime import Cpu, rcu_read_lock
 from emulator.points import PointKind
+from emulator.policy import Policy, preset
 from native import lib
 from native.types import Hfn
 from tests.emulator.kvm.rig import GFNS, SLOT, Guest, Rig
@@ -27,9 +28,9 @@ GFN = 5
 TRIES = 5
 
 
-def written(rig: Rig) -> Guest:
+def written(rig: Rig, policy: Policy | None = None) -> Guest:
     """A guest whose page is write-protected for a dirty log."""
-    kvm = rig.vm()
+    kvm = rig.vm(policy)
     guest = rig.guest(kvm)
     guest.write(0, GFN)
     kvm_set_memory_region(rig.host, kvm, SLOT, 0, GFNS, 0, KVM_MEM_LOG_DIRTY_PAGES)
@@ -151,3 +152,46 @@ def test_a_fault_is_stale(rig: Rig, root: str, requested: bool, invalidated: boo
         assert is_page_fault_stale(rig.host, vcpu, fault) == (may_be_obsolete or invalidated)
     assert kvm_check_request(rig.host, vcpu, KVM_REQ_MMU_FREE_OBSOLETE_ROOTS) == requested, "still pending"
     vcpu.mmu.root = kept
+
+
+@pytest.mark.parametrize(
+    ("policy", "returned", "writable", "dirty"),
+    [("linux-7.3", RET_PF_SPURIOUS, False, True), ("linux-6.12", RET_PF_FIXED, True, True)],
+)
+def test_a_fault_on_a_leaf_that_permits_the_access(
+    rig: Rig, policy: str, returned: int, writable: bool, dirty: bool
+) -> None:
+    """Read on the slow path a page that dirty logging has write-protected: before 6.13 it has W again."""
+    guest = written(rig, preset(policy))
+    assert slow_read(rig, guest.vcpu) == returned
+    spte = spte_of(rig, guest.vcpu)
+    assert (is_writable_pte(spte), bool(spte & lib.SPTE_DIRTY)) == (writable, dirty)
+
+
+def test_a_leaf_that_is_made_anew_loses_its_dirty_flag_before_6_13(rig: Rig) -> None:
+    guest = rig.guest(rig.vm(preset("linux-6.12")))
+    guest.write(0, GFN)
+    before = spte_of(rig, guest.vcpu)
+    assert slow_read(rig, guest.vcpu) == RET_PF_FIXED
+    assert spte_of(rig, guest.vcpu) == before & ~lib.SPTE_DIRTY
+    # Then nothing changes any more.
+    assert slow_read(rig, guest.vcpu) == RET_PF_SPURIOUS
+
+
+def test_without_accessed_and_dirty_flags_a_leaf_stays_the_same(rig: Rig) -> None:
+    guest = rig.guest(rig.vm(preset("linux-6.12"), eptad=False))
+    guest.write(0, GFN)
+    before = spte_of(rig, guest.vcpu)
+    assert slow_read(rig, guest.vcpu) == RET_PF_SPURIOUS
+    assert spte_of(rig, guest.vcpu) == before
+
+
+def slow_read(rig: Rig, vcpu: Vcpu) -> int:
+    """Do the part of a read fault under mmu_lock, for the frame that the SPTE has."""
+    spte = spte_of(rig, vcpu)
+    fault = KvmPageFault(GFN << 12, lib.ACCESS_READ, present=False)
+    fault.slot = gfn_to_memslot(vcpu.kvm, GFN, 0)
+    custody = spte >> lib.SPTE_CUSTODY_SHIFT & lib.FRAME_TAG_MASK
+    fault.pfn = PfnAndRights(Hfn(spte >> lib.SPTE_HFN_SHIFT & 0xFFFFFF), custody, host_writable=True)
+    with vcpu.kvm.mmu_lock.read_lock(rig.host):
+        return kvm_tdp_mmu_map(rig.host, vcpu, fault)
