@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
+from emulator.cli.drift_run import execute_tree
 from emulator.cli.options import refuse
 from emulator.errors import BadInput, did_you_mean
 from emulator.output import saying
@@ -24,13 +25,20 @@ DRIFT_HELP = (
     "white space do not count. The report lists each function that differs from the version that the model "
     "follows, by the file here that mirrors it: changed, gone from the tree, added (not in that version), or "
     "not recorded. It says which recorded version the tree's function is the same as.\n\n"
-    "Read are arch/x86/kvm, virt/kvm, include/linux/kvm*.h and arch/x86/include/asm/kvm*.h."
+    "Read are arch/x86/kvm, virt/kvm, include/linux/kvm*.h and arch/x86/include/asm/kvm*.h.\n\n"
+    "With --run, the tree's code is executed: tdp_mmu.c, tdp_iter.c and spte.c are compiled as they are (by "
+    "gcc, in seconds, kept in ~/.cache/flushlab), and random operations run on them and on the model, with "
+    "yields and other CPUs' operations in their middle. Return values, flushes, freed tables and SPTEs are "
+    "compared after each; a difference is reduced to the operations that matter and shown side by side. The "
+    "code runs in a process of its own, with your rights: use it for trees that you trust."
 )
 DRIFT_EXAMPLES = """\
 \b
   flushlab drift ~/linux
   flushlab drift ~/linux --since 6.12
   flushlab drift ~/linux-next --against ~/linux --diff
+  flushlab drift ~/linux --run
+  flushlab drift ~/linux --run --policy linux-6.12 --operations 200000
 
 Exit status: 0 nothing differs, 1 something differs or is not recorded, 2 bad input.
 """
@@ -38,6 +46,9 @@ CHANGED = 1
 
 # Options without effect on --record.
 _REPORTS = ("against", "since", "functions", "diff", "everything", "as_json", "fingerprints")
+# Options of the comparison of fingerprints, and of the one that executes.
+_FINGERPRINTS = ("against", "since", "functions", "diff", "everything", "fingerprints", "record")
+_EXECUTION = ("policy", "operations", "seed")
 
 
 def drift(
@@ -76,7 +87,26 @@ def drift(
         Path | None,
         typer.Option(metavar="FILE", help="Add the tree's fingerprints to this record; compare nothing."),
     ] = None,
+    run: Annotated[
+        bool, typer.Option("--run", help="Compile the tree's TDP MMU and run it beside the model.")
+    ] = False,
+    policy: Annotated[
+        str | None,
+        typer.Option(
+            metavar="P", help="With --run: a preset. Default: the newest that is not newer than the tree."
+        ),
+    ] = None,
+    operations: Annotated[
+        int, typer.Option(min=1, max=100_000_000, help="With --run: operations to compare.")
+    ] = 20_000,
+    seed: Annotated[
+        int, typer.Option(min=0, max=1 << 31, help="With --run: the first sequence's number.")
+    ] = 0,
 ) -> None:
+    if run:
+        refuse(context, _FINGERPRINTS, "--run, which compares no fingerprints", "one of them")
+        raise typer.Exit(execute_tree(tree, policy, operations, seed, as_json=as_json))
+    refuse(context, _EXECUTION, "no --run", "--run, which executes the tree's code")
     if record is not None:
         refuse(context, _REPORTS, "--record, which compares nothing", "one of them")
         _record(tree, record)

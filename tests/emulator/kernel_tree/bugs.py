@@ -1,0 +1,65 @@
+"""One-line bugs for a copy of a tree: the function, a short pattern in it, and its replacement.
+
+They hold for 6.12 and for 7.3; the patterns have no more of the kernel's text than names a place in it.
+"""
+
+from __future__ import annotations
+
+import re
+import shutil
+from dataclasses import dataclass
+from pathlib import Path
+
+MMU = "arch/x86/kvm/mmu"
+# The parts of a tree that are read (emulator/kernel_tree/headers.py).
+PARTS = ("Makefile", "arch/x86/kvm", "arch/x86/include", "include")
+
+
+@dataclass(frozen=True, slots=True)
+class Bug:
+    name: str
+    function: str
+    pattern: str
+    replacement: str
+
+
+_RCU = r"call_rcu\(([^,]*), (\w+)\)"
+_CMPXCHG = r"!try_cmpxchg64\(([^,]*), &iter->old_spte, new_spte\)"
+BUGS = (
+    Bug("a yield does not flush", "tdp_mmu_iter_cond_resched", r"if \(flush\)", "if (0)"),
+    Bug("a yield keeps the old iterator", "tdp_mmu_iter_cond_resched", r"iter->yielded = true", ""),
+    Bug("a zap owes no flush", "tdp_mmu_zap_leafs", r"flush = true", "flush = false"),
+    Bug("a flush is made twice", "tdp_mmu_zap_leafs", r"flush = false", ""),
+    Bug("an earlier root's flush is lost", "kvm_tdp_mmu_zap_leafs", r"true, flush\)", "true, false)"),
+    Bug("a table is freed without RCU", "handle_removed_pt", _RCU, r"\2(\1)"),
+    Bug("a root is freed without RCU", "kvm_tdp_mmu_put_root", _RCU, r"\2(\1)"),
+    Bug("a plain store in a shared walk", "__tdp_mmu_set_spte_atomic", _CMPXCHG, r"(*(\1) = new_spte, 0)"),
+    Bug("a leaf over a table is not flushed", "tdp_mmu_map_handle_target_level", r"kvm_flush_\w+\(.*\)", "0"),
+    Bug("invalid roots are skipped", "kvm_tdp_mmu_unmap_gfn_range", r"\| KVM_INVALID_ROOTS", ""),
+    Bug("MMU-writable is left", "write_protect_gfn", r"\| shadow_mmu_writable_mask", ""),
+    Bug("no write-protection after a race", "wrprot_gfn_range", r"goto retry", "continue"),
+    Bug("the last SPTE is left", "tdp_mmu_zap_leafs", r"min\(end,", "min(end - 1,"),
+)
+
+
+def copied(top: Path, to: Path) -> Path:
+    """Copy the parts of a tree that are read; links stand for directories that nothing changes."""
+    for part in PARTS:
+        (to / part).parent.mkdir(parents=True, exist_ok=True)
+        if part == "arch/x86/kvm":
+            shutil.copytree(top / part, to / part)
+        else:
+            (to / part).symlink_to((top / part).resolve())
+    return to
+
+
+def apply(bug: Bug, original: Path, tree: Path) -> bool:
+    """Write tdp_mmu.c with the bug into the copy; return False if the function has no such place."""
+    text = (original / MMU / "tdp_mmu.c").read_text()
+    start = re.search(rf"^[a-z][^;{{}}()]*\b{bug.function}\([^;{{}}]*\)\n{{", text, re.MULTILINE)
+    if start is None:
+        return False
+    end = text.index("\n}", start.end())
+    body, changed = re.subn(bug.pattern, bug.replacement, text[start.end() : end], count=1)
+    (tree / MMU / "tdp_mmu.c").write_text(text[: start.end()] + body + text[end:])
+    return bool(changed)
