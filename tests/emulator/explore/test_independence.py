@@ -49,7 +49,7 @@ def swapped(
     ],
 )
 def test_they_commute(test: str, policy: str, options: ExploreOptions) -> None:
-    swaps, findings = swapped(test, policy, options, 25)
+    swaps, findings = swapped(test, policy, options)
     assert swaps > 20
     assert not findings
 
