@@ -167,7 +167,7 @@ class LitmusThread:
         assert self.program is not None
         self.program.load(ops, report)
         position, turns = 0, 0
-        while not self.program.done():
+        while not self.program.done() or self._stops_in_kvm():
             state = self.task.resume(self.cpu)
             if state is PREEMPTIBLE:
                 self._preemptible()
@@ -179,6 +179,11 @@ class LitmusThread:
                 if turns == _TURNS:
                     what = self.program.operation(ops).text
                     raise LitmusFailure(f"{self.name}: {what!r} is refused for ever: no other thread runs")
+
+    def _stops_in_kvm(self) -> bool:
+        """Return whether the vCPU stands in the middle of KVM's code, where no execution can begin or end."""
+        assert self.task is not None
+        return self.harness.alone is not None and self.task.state is PREEMPTIBLE
 
     def _preemptible(self) -> None:
         if self.preempt_to < 0:
