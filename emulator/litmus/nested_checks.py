@@ -33,6 +33,7 @@ def check_nested(test: LitmusTest) -> None:
             continue
         nested.add(thread.vm)
         _check_machine(test, thread.vm, *uses[0])
+        _check_vpids(test, uses)
         follow = _L1()
         for key, op in placed:
             follow.step(key, op)
@@ -48,6 +49,15 @@ def _check_machine(test: LitmusTest, vm: int, key: str, op: Op) -> None:
         raise SchemaError(key, shown(op.text), expected)
     if test.vm[vm].pages < _LEAST_PAGES:
         raise SchemaError(key, shown(op.text), f"pages = {_LEAST_PAGES:#x} or more in its VM")
+
+
+def _check_vpids(test: LitmusTest, uses: list[tuple[str, Op]]) -> None:
+    """Refuse a VPID of L1's in a host without VPIDs, which offers none to L1 and no INVVPID."""
+    for key, op in uses:
+        if not test.machine.vpid and (
+            op.verb == "invvpid" or (op.verb == "vmwrite-vpid" and op.number("vpid"))
+        ):
+            raise SchemaError(key, shown(op.text), "machine.vpid = true: without, L1 has no VPIDs")
 
 
 @dataclass(slots=True)

@@ -165,8 +165,12 @@ class NestedBench:
         lib.vcpu_set_guest_mode(m, self.vcpu.id, 0)
         self.run = vcpu_run(self.vcpu)
         next(self.run)
-        self.execute(_map(HOME, 0x10), *(_map(L1_FIRST + i, 2048 + i) for i in range(L1_PAGES)), _read(HOME))
-        self.execute(_vmx("VMXON"))
+        self.execute(
+            guest_map(HOME, 0x10),
+            *(guest_map(L1_FIRST + i, 2048 + i) for i in range(L1_PAGES)),
+            guest_read(HOME),
+        )
+        self.execute(vmx("VMXON"))
 
     def _configure(self, first_gfn: int) -> None:
         rig, settings = self.rig, {"first_gfn": first_gfn, "end_gfn": first_gfn + 64, "seed": 1, "paging": 1}
@@ -179,7 +183,7 @@ class NestedBench:
 
     def execute(self, *ops: dict[str, int]) -> None:
         """Let the vCPU execute operations, and read a page: whatever was requested has been serviced then."""
-        array = ffi.new("struct guest_op[]", [*ops, _read(HOME)])
+        array = ffi.new("struct guest_op[]", [*ops, guest_read(HOME)])
         m = self.rig.machine.m
         self.rig.host.check(lib.guest_set_program(m, self.vcpu.id, array, len(array)))
         state = None
@@ -204,26 +208,26 @@ class NestedBench:
         self.changing = vpid == "changing"
         # Without VPIDs in the host, L1 is offered none.
         value = VPIDS[vpid] if self.vpid else 0
-        self.execute(_vmx("VMCLEAR", 1), _vmx("VMPTRLD", 1), _vmx("VMWRITE", value))
+        self.execute(vmx("VMCLEAR", 1), vmx("VMPTRLD", 1), vmx("VMWRITE", value))
 
     def _enter(self) -> list[dict[str, int]]:
         if not self.changing or not self.vpid:
-            return [_vmx("VMLAUNCH")]
+            return [vmx("VMLAUNCH")]
         self.changing += 1
-        return [_vmx("VMWRITE", 6 + self.changing % 2), _vmx("VMLAUNCH")]
+        return [vmx("VMWRITE", 6 + self.changing % 2), vmx("VMLAUNCH")]
 
     def _round(self, n: str = "1") -> None:
         for _ in range(int(n)):
-            self.execute(*self._enter(), _map(HOME, 0x11), _write(HOME), _vmx("VMCALL"))
+            self.execute(*self._enter(), guest_map(HOME, 0x11), _write(HOME), vmx("VMCALL"))
 
     def _touch(self) -> None:
-        self.execute(*self._enter(), *_l2_writes(), _vmx("VMCALL"))
+        self.execute(*self._enter(), *_l2_writes(), vmx("VMCALL"))
 
     def _start(self) -> None:
         self.execute(*self._enter(), *_l2_writes())
 
     def _stop(self) -> None:
-        self.execute(_vmx("VMCALL"))
+        self.execute(vmx("VMCALL"))
 
     def _l2_write(self) -> None:
         self.execute(*_l2_writes())
@@ -232,7 +236,7 @@ class NestedBench:
         self.execute(*(_write(L1_FIRST + i) for i in range(L1_PAGES)))
 
     def _invvpid(self, kind: str, vpid: str) -> None:
-        self.execute(_vmx("INVVPID", int(vpid), int(kind), HOME))
+        self.execute(vmx("INVVPID", int(vpid), int(kind), HOME))
 
     # --- the host -------------------------------------------------------------------------------------------
 
@@ -277,11 +281,11 @@ def _op(kind: str, page: int = 0, value: int = 0, flags: int = 0) -> dict[str, i
     return {"kind": getattr(lib, f"GUEST_OP_{kind}"), "linear": page << 12, "value": value, "flags": flags}
 
 
-def _map(page: int, gfn: int) -> dict[str, int]:
+def guest_map(page: int, gfn: int) -> dict[str, int]:
     return _op("MAP", page, gfn)
 
 
-def _read(page: int) -> dict[str, int]:
+def guest_read(page: int) -> dict[str, int]:
     return _op("READ", page)
 
 
@@ -289,13 +293,13 @@ def _write(page: int) -> dict[str, int]:
     return _op("WRITE", page)
 
 
-def _vmx(insn: str, value: int = 0, kind: int = 0, page: int = 0) -> dict[str, int]:
+def vmx(insn: str, value: int = 0, kind: int = 0, page: int = 0) -> dict[str, int]:
     return _op("VMX", page, value, getattr(lib, f"GUEST_INSN_{insn}") | kind << 8)
 
 
 def _l2_writes() -> list[dict[str, int]]:
     pages = range(L2_PAGES)
     return [
-        *(_map(L2_FIRST + i, SLOTS[1][0] + i) for i in pages),
+        *(guest_map(L2_FIRST + i, SLOTS[1][0] + i) for i in pages),
         *(_write(L2_FIRST + i) for i in pages),
     ]

@@ -34,6 +34,7 @@ def parse(ops: str, old: str = "", new: str = "") -> None:
 
 def test_a_good_one() -> None:
     parse(GOOD)
+    parse('"vmxon", "vmptrld 1", "vmwrite-vpid 0", "l2-enter"', "[machine]", "[machine]\nvpid = false")
     parse(f'{GOOD}, {GOOD.replace("vmxon", "vmclear 1")}, "vmxoff", {GOOD}')
 
 
@@ -72,6 +73,11 @@ def test_an_instruction_that_would_fail_is_refused(ops: str, problem: str) -> No
             "[machine]",
             "[machine]\nept = false",
             "expected machine.ept = true: nested guests without EPT are not",
+        ),
+        (
+            "[machine]",
+            "[machine]\nvpid = false",
+            "threads.v0.ops[2]: found 'vmwrite-vpid 1'; expected machine.vpid",
         ),
         ("vcpus = 2", "vcpus = 2\npages = 0x400", "expected pages = 0x800 or more in its VM"),
         (

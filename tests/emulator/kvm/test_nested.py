@@ -1,0 +1,100 @@
+"""Nested VMX: VMXON and VMXOFF, the current VMCS12, and the end of a vCPU in L2."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+import pytest
+
+from emulator.kvm.vmx.vmx import vmx_get_current_vpid
+from native import lib
+from tests.emulator.kvm.rig import Rig
+from tests.fidelity.nested import HOME, NestedBench, Run, guest_map, guest_read, vmx
+
+RUN = Run("test", ept=True, vpid=True, steps=())
+
+
+@pytest.fixture
+def bench(rig: Rig) -> Iterator[NestedBench]:
+    yield NestedBench(rig, RUN, "linux-7.3")
+    assert rig.violations() == {}
+
+
+def test_vmxoff_gives_back_the_vpid_and_the_vmcs(bench: NestedBench) -> None:
+    free = bench.rig.machine.vmx_vpids
+    left = len(free)
+    vpid02 = bench.vcpu.nested.vpid02
+    assert vpid02 not in (0, bench.vcpu.vpid)
+    for _ in range(3):
+        bench.step("setup const")
+        bench.step("touch")
+        bench.execute(vmx("VMXOFF"))
+        assert (len(free), free[-1]) == (left + 1, vpid02)
+        assert bench.vcpu.nested.vmcs02 is None
+        # The core has room for two VMCSs of this vCPU.
+        bench.execute(vmx("VMXON"))
+        assert (bench.vcpu.nested.vpid02, bench.vcpu.nested.last_vpid) == (vpid02, 0)
+
+
+def test_without_a_vpid_left_nested_guests_have_that_of_l1(bench: NestedBench) -> None:
+    """L1 and L2 map one linear page to pages of their own: the roots tell their translations apart."""
+    vcpu, free = bench.vcpu, bench.rig.machine.vmx_vpids
+    bench.execute(vmx("VMXOFF"))
+    left, free[:] = list(free), []
+    bench.execute(vmx("VMXON"))
+    assert vcpu.nested.vpid02 == 0
+    bench.step("setup const")
+    bench.step("start")
+    assert vmx_get_current_vpid(vcpu) == vcpu.vpid
+    bench.execute(guest_map(HOME, 0x12), guest_read(HOME), vmx("VMCALL"))
+    bench.execute(vmx("INVVPID", 5, 1))
+    bench.execute(vmx("VMXOFF"))
+    assert free == []
+    free[:] = left
+
+
+def test_a_vcpu_may_end_in_l2(bench: NestedBench) -> None:
+    free = bench.rig.machine.vmx_vpids
+    left = len(free)
+    bench.step("setup const")
+    bench.step("start")
+    assert lib.vcpu_guest_mode(bench.rig.machine.m, bench.vcpu.id) == 1
+    bench.run.close()
+    bench.rig.destroy(bench.kvm)
+    assert len(free) == left + 2
+    assert lib.frames_in_use(bench.rig.machine.m, lib.FRAME_ROOT) == 0
+
+
+def test_the_current_vmcs12(bench: NestedBench) -> None:
+    def current() -> tuple[int, int]:
+        vmcs12 = bench.vcpu.nested.current
+        return (vmcs12.number, vmcs12.virtual_processor_id) if vmcs12 is not None else (0, 0)
+
+    bench.execute(vmx("VMPTRLD", 1), vmx("VMWRITE", 7))
+    assert current() == (1, 7)
+    bench.execute(vmx("VMCLEAR", 2))
+    assert current() == (1, 7)
+    bench.execute(vmx("VMPTRLD", 2))
+    assert current() == (2, 0)
+    bench.execute(vmx("VMCLEAR", 2))
+    assert current() == (0, 0)
+    bench.execute(vmx("VMPTRLD", 1))
+    assert current() == (1, 7), "it keeps its VPID"
+
+
+def test_each_vmcs_remembers_its_pcpu(bench: NestedBench) -> None:
+    vcpu = bench.vcpu
+    vmcs02 = vcpu.nested.vmcs02
+    assert vmcs02 is not None
+    bench.step("setup const")
+    bench.step("round")
+    assert (vcpu.vmcs01.cpu, vmcs02.cpu) == (0, 0)
+    bench.step("migrate 1")
+    assert (vcpu.vmcs01.cpu, vmcs02.cpu) == (1, 0)
+    bench.step("start")
+    assert vcpu.loaded_vmcs is vmcs02
+    bench.step("migrate 2")
+    assert (vcpu.vmcs01.cpu, vmcs02.cpu) == (1, 2)
+    bench.step("stop")
+    assert vcpu.loaded_vmcs is vcpu.vmcs01
+    assert (vcpu.vmcs01.cpu, vmcs02.cpu) == (2, 2)
