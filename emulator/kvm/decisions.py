@@ -57,6 +57,10 @@ SpteReplace = Literal["flush", "none"]
 TableProtect = Literal["mmu-writable", "if-changed", "none"]
 SpteUpdate = Literal["mmu-writable", "accessed-dirty"]
 
+NestedTransition = Literal["tag-aware", "always", "none"]
+NestedInvvpid = Literal["pcpu-of-vmcs02", "current-pcpu", "none"]
+Vpid02Reuse = Literal["flush", "none"]
+
 
 class Decisions(Protocol):
     """A policy, as KVM sees it."""
@@ -196,3 +200,12 @@ class Decisions(Protocol):
 
     def spte_update(self, cpu: Cpu, kvm: Kvm, gfn: int) -> SpteUpdate:
         """The shadow MMU changes a leaf SPTE for `gfn` that stays one, on a host without EPT."""
+
+    def nested_transition(self, cpu: Cpu, vcpu: Vcpu) -> NestedTransition:
+        """`vcpu` is about to enter L2, or L1 after a VM exit of L2: vcpu.arch.guest_mode tells."""
+
+    def nested_invvpid(self, cpu: Cpu, vcpu: Vcpu) -> NestedInvvpid:
+        """L1 on `vcpu` executed INVVPID."""
+
+    def vpid02_reuse(self, cpu: Cpu, vcpu: Vcpu) -> Vpid02Reuse:
+        """`vcpu` is about to enter L2 with another VPID of L1's than at its last entry with one."""

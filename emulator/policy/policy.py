@@ -193,6 +193,15 @@ class Policy:
     def spte_update(self, cpu: Cpu, kvm: Kvm, gfn: int) -> decisions.SpteUpdate:
         return self._answers["spte_update"]
 
+    def nested_transition(self, cpu: Cpu, vcpu: Vcpu) -> decisions.NestedTransition:
+        return self._answers["nested_transition"]
+
+    def nested_invvpid(self, cpu: Cpu, vcpu: Vcpu) -> decisions.NestedInvvpid:
+        return self._answers["nested_invvpid"]
+
+    def vpid02_reuse(self, cpu: Cpu, vcpu: Vcpu) -> decisions.Vpid02Reuse:
+        return self._answers["vpid02_reuse"]
+
     def _decide(self, point: str, cpu: Cpu, *arguments: object) -> Any:
         """Answer a point that a proposal may decide."""
         act = self._acts.get(point)

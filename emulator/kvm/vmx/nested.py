@@ -7,6 +7,7 @@ context changes, and made for the next context only once is_guest_mode() tells w
 
 from __future__ import annotations
 
+from emulator.kvm.accounting import flush_elided
 from emulator.kvm.kvm_host import KVM_REQ_TLB_FLUSH_CURRENT, KVM_REQ_TLB_FLUSH_GUEST
 from emulator.kvm.mmu.roots import kvm_init_mmu, kvm_mmu_free_roots, kvm_mmu_new_pgd
 from emulator.kvm.structs import Vcpu, tdp_enabled
@@ -135,19 +136,32 @@ def nested_vmx_transition_tlb_flush(cpu: Cpu, vcpu: Vcpu, vmcs12: Vmcs12, is_vme
     enters.
 
     Without a VPID, VM entry and VM exit invalidate the mappings of VPID 0.  vpid02 stands for any VPID of
-    L1's, so a VPID that differs from the last one must not find mappings under it.
+    L1's, so a VPID that differs from the last one must not find mappings under it.  Decisions
+    nested_transition, vpid02_reuse.
     """
-    if not nested_cpu_has_vpid(vmcs12):
-        kvm_make_request(cpu, vcpu, KVM_REQ_TLB_FLUSH_GUEST)
-        return
-    nested = vcpu.nested
-    if is_vmenter and vmcs12.virtual_processor_id != nested.last_vpid:
+    nested, has_vpid = vcpu.nested, nested_cpu_has_vpid(vmcs12)
+    is_new = has_vpid and is_vmenter and vmcs12.virtual_processor_id != nested.last_vpid
+    if is_new:
         nested.last_vpid = vmcs12.virtual_processor_id
-        kvm_make_request(cpu, vcpu, KVM_REQ_TLB_FLUSH_GUEST)
+    answer = vcpu.kvm.policy.nested_transition(cpu, vcpu)
+    if answer == "always":
+        request_nested_flush(cpu, vcpu, KVM_REQ_TLB_FLUSH_CURRENT, wanted=True)
+    elif not has_vpid:
+        request_nested_flush(cpu, vcpu, KVM_REQ_TLB_FLUSH_GUEST, wanted=answer != "none")
+    elif is_new:
+        wanted = vcpu.kvm.policy.vpid02_reuse(cpu, vcpu) == "flush"
+        request_nested_flush(cpu, vcpu, KVM_REQ_TLB_FLUSH_GUEST, wanted=wanted)
+    elif not nested_has_guest_tlb_tag(vcpu):
+        request_nested_flush(cpu, vcpu, KVM_REQ_TLB_FLUSH_CURRENT, wanted=answer != "none")
+
+
+def request_nested_flush(cpu: Cpu, vcpu: Vcpu, req: int, *, wanted: bool) -> None:
+    """Request a flush for the guest that is entered, or account for one that the policy elides."""
+    if not wanted:
+        flush_elided(cpu, vcpu.kvm, lib.REASON_GUEST, vcpu.id)
         return
-    if not nested_has_guest_tlb_tag(vcpu):
-        vcpu.flush_current_reason = lib.REASON_GUEST
-        kvm_make_request(cpu, vcpu, KVM_REQ_TLB_FLUSH_CURRENT)
+    vcpu.flush_current_reason = lib.REASON_GUEST
+    kvm_make_request(cpu, vcpu, req)
 
 
 def nested_vmx_load_cr3(cpu: Cpu, vcpu: Vcpu) -> None:
@@ -201,11 +215,14 @@ def handle_invvpid(cpu: Cpu, vcpu: Vcpu, kind: int, gla: int) -> None:
     """handle_invvpid(): flush vpid02, whichever VPID L1 names.
 
     If vmcs02 was loaded on another pCPU last, the flush is deferred to the next VM entry by forgetting
-    last_vpid, because it must be made where L2 runs (6d00e67326d8).
+    last_vpid, because it must be made where L2 runs (6d00e67326d8).  Decision nested_invvpid.
     """
     nested = vcpu.nested
     assert nested.vmcs02 is not None
-    if cpu.id != nested.vmcs02.cpu:
+    answer = vcpu.kvm.policy.nested_invvpid(cpu, vcpu)
+    if answer == "none":
+        flush_elided(cpu, vcpu.kvm, lib.REASON_GUEST, vcpu.id)
+    elif answer == "pcpu-of-vmcs02" and cpu.id != nested.vmcs02.cpu:
         nested.last_vpid = 0
     elif kind == VMX_VPID_EXTENT_INDIVIDUAL_ADDR:
         vpid_sync_vcpu_addr(cpu, vcpu.kvm, nested_get_vpid02(vcpu), gla)
