@@ -41,7 +41,6 @@ TABLE_PROTECTED = "the write-protection of the table in each SPTE that maps it, 
 SYNCED = "the synchronization of KVM's table, or the INVVPID, for the guest's invalidation"
 
 # The test that shows it; the wrong or missing action; the event that carries the explanation.
-OF_L1 = "the flush of the nested guest's VPID for L1's invalidation"
 TAGS = "tags that tell L1 and L2 apart"
 CAUSES: dict[str, tuple[str, str, str]] = {
     "yield-forgets-flush": ("zap-root-yield", FLUSH, ""),
