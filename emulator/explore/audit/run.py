@@ -102,7 +102,7 @@ def run_audit(
 
 
 def _audit(program: ResidueProgram, executions: int, seed: int) -> AuditResult:
-    walks, own = RandomWalk(executions, seed), program.races
+    walks, own = RandomWalk(executions, seed), program.control.races
     races = own or Races(program.control)
     audit = program.control.audit = Audit()
     check = IndependenceCheck(program, program.objects, seed)

@@ -25,6 +25,7 @@ from native.types import CpuId, VcpuId, VmId
 
 if TYPE_CHECKING:
     from emulator.explore.machine.adversary import Adversary
+    from emulator.explore.machine.policy_attributes import PolicyAttributes
     from emulator.explore.machine.policy_reads import PolicyReads
     from emulator.explore.machine.races import Races
     from emulator.litmus.ops import Op
@@ -108,6 +109,7 @@ class Control:
         self.adversary: Adversary | None = None
         self.policy_reads: PolicyReads | None = None  # a user's policy is explored
         self.races: Races | None = None  # patched code is explored
+        self.attributes: PolicyAttributes | None = None  # ... or a class that may remember
         self.patch = ""  # its patch
         # Called after each stretch of operations that a thread of init or final has done.
         self.on_alone: Callable[[str, tuple[Op, ...]], None] | None = None
@@ -212,6 +214,8 @@ class Control:
             if execution is not None:
                 execution.step((kind, obj, "write"), 0, self.bit(kind, obj))
                 self.memory.asking(execution.current.index)
+                if self.attributes is not None:
+                    self.attributes.asking(execution.current.index)
             if self.policy_reads is not None:
                 self.policy_reads.begin()
             return
@@ -219,7 +223,10 @@ class Control:
             self.policy_reads.end()
         if execution is not None:
             # A policy that remembers this query makes the next iteration of the loop differ.
-            execution.current.changed |= self.memory.changed(execution.current.index)
+            changed = self.memory.changed(execution.current.index)
+            execution.current.changed |= changed
+            if self.attributes is not None:
+                self.attributes.answered(execution.current.index, changed)
 
     def _lock(self, execution: Execution, lock: Any) -> None:
         mask = self.bit("lock", lock.name)

@@ -15,6 +15,7 @@ from emulator.explore.machine.calls import Calls
 from emulator.explore.machine.control import Control
 from emulator.explore.machine.handed import Handed
 from emulator.explore.machine.options import NONE, ExploreOptions
+from emulator.explore.machine.policy_attributes import PolicyAttributes, remembers
 from emulator.explore.machine.policy_reads import NOTHING, Known, PolicyReads
 from emulator.explore.machine.races import Races
 from emulator.explore.machine.store_buffer_lib import BufferedAdversarialLib, BufferedLib
@@ -70,7 +71,7 @@ class ExploredHarness(Harness):
 def _is_constant(obj: object) -> bool:
     """Return whether an object does not change in an execution, or belongs to the search."""
     return (
-        isinstance(obj, LitmusTest | Section | Op | Control | Calls)
+        isinstance(obj, LitmusTest | Section | Op | Control | Calls | Races)
         or type(obj) is Policy
         or type(obj) is Handed
     )
@@ -124,6 +125,8 @@ class LitmusProgram:
         self.races: Races | None = None
         if policy.is_patched_by_user() and not frozen:
             self.races = self.control.races = Races(self.control)
+        elif self.reads is not None and source is not None and not frozen and remembers(source):
+            self.races = self.control.attributes = PolicyAttributes(self.control, source)
         self._build_harness()
         self._evidence = Evidence(self.machine)
         self._found: dict[str, int] | None = None  # the evidence of an execution that has come to its end
@@ -171,6 +174,8 @@ class LitmusProgram:
             control.memory.policy = harness.policy
             if self.reads is not None:
                 self.reads.adopt(harness.policy)
+            if control.attributes is not None:
+                control.attributes.adopt(harness.policy)
             harness.run_init()
             control.run_callbacks()
         control.vm_of_vcpu = {vcpu.id: kvm.id for kvm in harness.kvms for vcpu in kvm.vcpus}

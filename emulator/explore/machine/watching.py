@@ -44,7 +44,7 @@ _CONTAINERS: Final = (list, dict, set, deque, bytearray)
 # Memory that cffi owns.
 _MEMORY: Final = (type(ffi.new("int *")),)
 # Methods that change their container.
-_CHANGES: Final = frozenset((
+CHANGES: Final = frozenset((
     "add", "append", "appendleft", "clear", "discard", "extend", "insert", "pop", "popitem", "popleft",
     "remove", "reverse", "rotate", "setdefault", "sort", "update",
 ))  # fmt: skip
@@ -71,7 +71,7 @@ class Watched:
             self.state.access(self.container, self.name, index, write, 3)
 
     def __getattr__(self, method: str) -> Any:
-        self._note(None, method in _CHANGES)
+        self._note(None, method in CHANGES)
         return getattr(self.container, method)
 
     def __getitem__(self, index: Any) -> Any:
@@ -97,8 +97,18 @@ class Watched:
         return len(self.container)
 
     def __contains__(self, value: object) -> bool:
-        self._note(None, False)
+        self._note(value if isinstance(self.container, dict | set) else None, False)
         return value in self.container
+
+    def get(self, key: Any, default: Any = None) -> Any:
+        """Return dict.get(): one element is read."""
+        self._note(key, False)
+        return self.container.get(key, default)
+
+    def add(self, value: Any) -> None:
+        """Do set.add(): one element is written."""
+        self._note(value, True)
+        self.container.add(_plain(value))
 
     @property  # type: ignore[misc]
     def __class__(self) -> type:
@@ -190,22 +200,23 @@ class Attribute(StandIn):
         self.remove(obj)
 
 
-def _reader(cls: type, state: Races, constant: frozenset[str]) -> Any:
-    """Return the __getattribute__ of a class with objects that have a __dict__, as a patch may add one."""
-    plain = object.__getattribute__
+def _reader(cls: type, state: Races, constant: frozenset[str], aside: frozenset[str] = frozenset()) -> Any:
+    """Return the __getattribute__ of a class with objects that have a __dict__, as a patch may add one.
+
+    aside: attributes that are not watched.
+    """
     # Methods and properties are code; the attributes that they read are reported, too.
-    code = frozenset(name for name in dir(cls) if _is_code(getattr_static(cls, name)))
-    sentences: dict[str, str] = {}
+    code = aside | {name for name in dir(cls) if _is_code(getattr_static(cls, name))}
     watches_memory = _watches_memory(cls, constant)
 
     def read(self: object, name: str) -> Any:
-        value = plain(self, name)
+        value = object.__getattribute__(self, name)
         if name in code:
             return value
         contains, memory = type(value) in _CONTAINERS, watches_memory and type(value) in _MEMORY
         if (name in constant and not contains and not memory) or not state.awake:
             return value
-        sentence = sentences.get(name) or sentences.setdefault(name, f"{cls.__name__}.{name}")
+        sentence = f"{cls.__name__}.{name}"
         if name not in constant:
             state.access(self, sentence, None, False, 2)
         if memory:
@@ -220,11 +231,10 @@ def _is_code(value: object) -> bool:
 
 
 def _writer(cls: type, state: Races) -> Any:
-    plain = object.__setattr__
     constructor = getattr(cls.__init__, "__code__", None)  # type: ignore[misc]
 
     def write(self: object, name: str, value: Any) -> None:
-        plain(self, name, _plain(value))
+        object.__setattr__(self, name, _plain(value))
         if state.awake and sys._getframe(1).f_code is not constructor:
             state.access(self, f"{cls.__name__}.{name}", None, True, 2)
 
@@ -265,6 +275,12 @@ def _has_contents(obj: object, attr: str) -> bool:
     CPUs and the machine are made before all executions, so that the value is there already.
     """
     return type(getattr(obj, attr, None)) in _CONTAINERS
+
+
+def watch_objects(cls: type, state: Races, aside: frozenset[str]) -> None:
+    """Make the objects of a class report accesses to their attributes but for `aside`, from now on."""
+    cls.__getattribute__ = _reader(cls, state, frozenset(), aside)  # type: ignore[method-assign]
+    cls.__setattr__ = _writer(cls, state)  # type: ignore[method-assign]
 
 
 @contextmanager
