@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import faulthandler
 import gc
 import os
 import shutil
@@ -56,6 +57,26 @@ _MOST_PROCESSES = 4
 def pytest_xdist_auto_num_workers() -> int:
     """Return the number of processes for `-n auto`."""
     return min(len(os.sched_getaffinity(0)), _MOST_PROCESSES)
+
+
+_REAL_STDERR = pytest.StashKey[int]()
+
+
+def pytest_configure(config: pytest.Config) -> None:
+    """Keep standard error, which is not captured yet."""
+    config.stash[_REAL_STDERR] = os.dup(2)
+
+
+@pytest.hookimpl(tryfirst=True)
+def pytest_runtest_setup(item: pytest.Item) -> None:
+    """Print all threads' stacks right before a test's time is up, in a process of pytest-xdist.
+
+    There pytest-timeout prints them to a standard output that leads nowhere.
+    """
+    if "PYTEST_XDIST_WORKER" in os.environ:
+        own = item.get_closest_marker("timeout")
+        seconds = float(own.args[0] if own is not None and own.args else item.config.getini("timeout"))
+        faulthandler.dump_traceback_later(0.98 * seconds, file=item.config.stash[_REAL_STDERR])
 
 
 def pytest_collection_finish() -> None:
