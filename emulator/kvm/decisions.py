@@ -37,6 +37,8 @@ MapReplace = Literal["flush", "none"]
 EagerSplit = Literal["split", "none"]
 SplitAlloc = Literal["unlocked", "locked"]
 FaultSplit = Literal["split", "zap"]
+InvalidRoots = Literal["skip", "include"]
+FrozenZap = Literal["flush-first", "tables-first"]
 MappedFault = Literal["spurious", "remake"]
 HugeRecovery = Literal["in-place", "zap-each"]
 WriteProtect = Literal["flush", "if-changed", "none"]
@@ -143,6 +145,12 @@ class Decisions(Protocol):
 
     def fault_split(self, cpu: Cpu, kvm: Kvm, gfn: int) -> FaultSplit:
         """A fault on `gfn` needs a 4K mapping where a huge leaf is."""
+
+    def invalid_roots(self, cpu: Cpu, kvm: Kvm) -> InvalidRoots:
+        """SPTEs of a range are about to be zapped or write-protected, not for an mmu_notifier."""
+
+    def frozen_zap(self, cpu: Cpu, kvm: Kvm) -> FrozenZap:
+        """An SPTE under mmu_lock for read was frozen, to be zapped."""
 
     def mapped_fault(self, cpu: Cpu, kvm: Kvm, gfn: int) -> MappedFault:
         """A fault on `gfn` finds a leaf that permits the access."""

@@ -154,6 +154,30 @@ TDP_POINTS: Final[tuple[DecisionPoint, ...]] = (
         },
     ),
     point(
+        Decisions.invalid_roots,
+        "Whether zaps of ranges and write-protection also change the SPTEs of invalidated roots "
+        "(kvm_tdp_mmu_zap_leafs, kvm_tdp_mmu_write_protect_gfn, kvm_tdp_mmu_clear_dirty_pt_masked).",
+        {
+            "skip": (
+                "They do not. mmu_notifiers do, without a flush, because no vCPU can use such a root "
+                "(since 6.9)."
+            ),
+            "include": "They do, and a zap there owes a flush, for mmu_notifiers too (before 6.9).",
+        },
+    ),
+    point(
+        Decisions.frozen_zap,
+        "The order in which a zap under mmu_lock for read ends, whose SPTE is frozen meanwhile "
+        "(tdp_mmu_zap_spte_atomic, before 6.13).",
+        {
+            "flush-first": "Flush, and then take the table behind the SPTE apart (6.10 to 6.12).",
+            "tables-first": (
+                "Take the table apart and give it to RCU, and then flush, still in RCU's read section "
+                "(before 6.10)."
+            ),
+        },
+    ),
+    point(
         Decisions.mapped_fault,
         "A fault that finds a leaf which permits the access already, because another vCPU was quicker "
         "(tdp_mmu_map_handle_target_level).",

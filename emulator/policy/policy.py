@@ -136,6 +136,12 @@ class Policy:
     def fault_split(self, cpu: Cpu, kvm: Kvm, gfn: int) -> decisions.FaultSplit:
         return self._answers["fault_split"]
 
+    def invalid_roots(self, cpu: Cpu, kvm: Kvm) -> decisions.InvalidRoots:
+        return self._answers["invalid_roots"]
+
+    def frozen_zap(self, cpu: Cpu, kvm: Kvm) -> decisions.FrozenZap:
+        return self._answers["frozen_zap"]
+
     def mapped_fault(self, cpu: Cpu, kvm: Kvm, gfn: int) -> decisions.MappedFault:
         return self._answers["mapped_fault"]
 

@@ -22,6 +22,7 @@ _LINUX_6_12 = {
     "zapped_pfn": "set-dirty-accessed",
     "spte_update": "accessed-dirty",
 }
+_BEFORE_6_9 = {"invalid_roots": "include", "frozen_zap": "tables-first"}
 _LINUX_5_14 = {
     "root_lock": "write",
     "root_put": "inline",
@@ -35,6 +36,7 @@ _LINUX_5_14 = {
     "sregs_flush": "none",
     "eager_split": "none",
     "fault_split": "zap",
+    **_BEFORE_6_9,
     **_LINUX_6_12,
 }
 _LINUX_5_18 = {
@@ -44,6 +46,7 @@ _LINUX_5_18 = {
     "split_alloc": "locked",
     "fault_split": "zap",
     "sregs_flush": "none",
+    **_BEFORE_6_9,
     **_LINUX_6_12,
 }
 _LINUX_6_1 = {answer: value for answer, value in _LINUX_5_18.items() if answer != "root_put"}

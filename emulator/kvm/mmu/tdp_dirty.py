@@ -30,8 +30,10 @@ from emulator.kvm.mmu.tdp_remove import (
 )
 from emulator.kvm.mmu.tdp_roots import (
     KVM_VALID_ROOTS,
+    changed_roots,
     for_each_tdp_mmu_root_yield_safe,
     kvm_tdp_mmu_put_root,
+    root_matches,
 )
 from emulator.kvm.notifications import walk_ends
 from emulator.kvm.structs import Kvm, KvmMemorySlot
@@ -61,9 +63,9 @@ def kvm_tdp_mmu_clear_dirty_pt_masked(cpu: Cpu, kvm: Kvm, slot: KvmMemorySlot, g
     """kvm_tdp_mmu_clear_dirty_pt_masked(wrprot=true), under mmu_lock for write: take W from the 4K SPTEs of
     the gfns in mask; return how many lost it."""
     assert cpu.mmu_lock_held == WRITE
-    changed = 0
+    changed, types = 0, changed_roots(cpu, kvm)
     for root in kvm.tdp_mmu_roots:
-        if root.role.invalid or root.role.smm != slot.as_id:
+        if not root_matches(root, types, slot.as_id):
             continue
         it = TdpIter(root, lib.TDP_CLEAR_DIRTY, gfn, gfn + 64, shared=False, mask=mask)
         with rcu_read_lock(cpu):
@@ -74,11 +76,11 @@ def kvm_tdp_mmu_clear_dirty_pt_masked(cpu: Cpu, kvm: Kvm, slot: KvmMemorySlot, g
 
 def kvm_tdp_mmu_write_protect_gfn(cpu: Cpu, kvm: Kvm, slot: KvmMemorySlot, gfn: int, min_level: int) -> bool:
     """kvm_tdp_mmu_write_protect_gfn(), write_protect_gfn(), under mmu_lock for write: take W and
-    MMU-writable from the leaf, if it is at min_level or above."""
+    MMU-writable from the leaf, if it is at min_level or above.  Decision invalid_roots."""
     assert cpu.mmu_lock_held == WRITE
-    spte_set = False
+    spte_set, types = False, changed_roots(cpu, kvm)
     for root in kvm.tdp_mmu_roots:
-        if root.role.invalid or root.role.smm != slot.as_id:
+        if not root_matches(root, types, slot.as_id):
             continue
         with rcu_read_lock(cpu):
             entry = tdp_entry(cpu, root, gfn, min_level)

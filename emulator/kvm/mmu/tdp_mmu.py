@@ -12,6 +12,7 @@ from emulator.kvm.mmu.tdp_remove import (
 from emulator.kvm.mmu.tdp_roots import (
     KVM_ALL_ROOTS,
     KVM_VALID_ROOTS,
+    changed_roots,
     flush_workqueue,
     for_each_tdp_mmu_root_rcu,
     for_each_tdp_mmu_root_yield_safe,
@@ -84,8 +85,11 @@ def tdp_mmu_zap_leafs(
             if can_yield and tdp_mmu_iter_cond_resched(cpu, kvm, it, flush):
                 flush = False
                 continue
-            # Zapping SPTEs in invalid roots needs no flush: see kvm_tdp_mmu_zap_invalidated_roots.
-            if tdp_mmu_zap_step(cpu, kvm, it) and not root.role.invalid:
+            # Zapping SPTEs in invalid roots needs no flush: see kvm_tdp_mmu_zap_invalidated_roots.  Decision
+            # invalid_roots.
+            if tdp_mmu_zap_step(cpu, kvm, it) and (
+                not root.role.invalid or kvm.policy.invalid_roots(cpu, kvm) == "include"
+            ):
                 flush = True
         if walk_ends(cpu, kvm, reason, flushed=False, can_yield=can_yield):
             flush = False
@@ -124,8 +128,11 @@ def _zap_leafs_of(
 
 
 def kvm_tdp_mmu_zap_leafs(cpu: Cpu, kvm: Kvm, start: int, end: int, flush: bool, reason: FlushReason) -> bool:
-    """kvm_tdp_mmu_zap_leafs(): zap the range in all valid roots; return whether a flush is pending."""
-    roots = for_each_tdp_mmu_root_yield_safe(cpu, kvm, KVM_VALID_ROOTS)
+    """kvm_tdp_mmu_zap_leafs(): zap the range in all valid roots; return whether a flush is pending.
+
+    Decision invalid_roots.
+    """
+    roots = for_each_tdp_mmu_root_yield_safe(cpu, kvm, changed_roots(cpu, kvm))
     return _zap_leafs_of(cpu, kvm, roots, start, end, flush, reason, can_yield=True)
 
 

@@ -75,15 +75,20 @@ def tdp_mmu_set_spte(cpu: Cpu, kvm: Kvm, entry: Entry, new_spte: int) -> None:
 def tdp_mmu_zap_frozen(cpu: Cpu, kvm: Kvm, entry: Entry, reason: FlushReason) -> None:
     """Do the rest of tdp_mmu_zap_spte_atomic() for `entry`, a leaf or a link to a table, now FROZEN.
 
-    Flush, then clear the SPTE so that faults may use it, then take a table apart (in 6.12; earlier kernels
-    took it apart first).  After the flush no CPU can reach the table, so its pages may go to RCU at once.
+    Flush, then clear the SPTE so that faults may use it, then take a table apart: after the flush no CPU can
+    reach the table, so its pages may go to RCU at once.  Or take the table apart before the flush, which
+    RCU's read section makes as good.  Decision frozen_zap.
     """
+    table = not is_last_spte(entry.spte, entry.level)
+    tables_first = table and kvm.policy.frozen_zap(cpu, kvm) == "tables-first"
+    if tables_first:
+        handle_removed_pt(cpu, kvm, entry, shared=True, reason=reason)
     kvm_flush_remote_tlbs_range(cpu, kvm, entry.gfn, kvm_pages_per_hpage(entry.level), reason)
     tdp_mmu_set_spte(cpu, kvm, entry, 0)
-    if is_last_spte(entry.spte, entry.level):
-        return
-    handle_removed_pt(cpu, kvm, entry, shared=True, reason=reason)
-    walk_ends(cpu, kvm, reason, flushed=True)
+    if table and not tables_first:
+        handle_removed_pt(cpu, kvm, entry, shared=True, reason=reason)
+    if table:
+        walk_ends(cpu, kvm, reason, flushed=True)
 
 
 def tdp_mmu_zap_spte_atomic(cpu: Cpu, kvm: Kvm, entry: Entry, reason: FlushReason) -> bool:

@@ -130,11 +130,16 @@ def flush_workqueue(cpu: Cpu, kvm: Kvm) -> None:
 # --- iteration ----------------------------------------------------------------------------------------------
 
 
-def _matches(root: KvmMmuPage, types: int, as_id: int) -> bool:
+def root_matches(root: KvmMmuPage, types: int, as_id: int) -> bool:
     """tdp_mmu_root_match()"""
     if as_id not in (ALL_ADDRESS_SPACES, root.role.smm):
         return False
     return bool((KVM_INVALID_ROOTS if root.role.invalid else KVM_VALID_ROOTS) & types)
+
+
+def changed_roots(cpu: Cpu, kvm: Kvm) -> int:
+    """Return the types of roots that zaps of ranges and write-protection change.  Decision invalid_roots."""
+    return KVM_VALID_ROOTS if kvm.policy.invalid_roots(cpu, kvm) == "skip" else KVM_ALL_ROOTS
 
 
 def _roots_after(kvm: Kvm, prev: KvmMmuPage | None) -> tuple[KvmMmuPage, ...]:
@@ -157,7 +162,7 @@ def tdp_mmu_next_root(
     cpu.point("tdp_mmu_roots", kvm.id, "read")
     found = None
     for root in _roots_after(kvm, prev):
-        if _matches(root, types, as_id) and kvm_tdp_mmu_get_root(cpu, root):
+        if root_matches(root, types, as_id) and kvm_tdp_mmu_get_root(cpu, root):
             found = root
             break
     if prev is not None:
@@ -193,7 +198,7 @@ def for_each_tdp_mmu_root_rcu(
     while roots:
         root, roots = roots[0], roots[1:]
         cpu.point("role", root.hfn, "read")
-        if _matches(root, types, as_id):
+        if root_matches(root, types, as_id):
             yield root
         cpu.point("tdp_mmu_roots", kvm.id, "read")
         now = kvm.tdp_mmu_roots

@@ -4,11 +4,32 @@ from __future__ import annotations
 
 import pytest
 
+from emulator.kvm.kvm_host import KVM_MEM_LOG_DIRTY_PAGES
+from emulator.kvm.mmu.spte import root_to_sp
 from emulator.kvm.mmu.structs import KvmMmuPageRole
-from emulator.kvm.mmu.tdp_roots import flush_workqueue, kvm_tdp_mmu_alloc_root, kvm_tdp_mmu_put_root
+from emulator.kvm.mmu.tdp_dirty import (
+    kvm_tdp_mmu_clear_dirty_pt_masked,
+    kvm_tdp_mmu_recover_huge_pages,
+    kvm_tdp_mmu_write_protect_gfn,
+)
+from emulator.kvm.mmu.tdp_map import tdp_entry
+from emulator.kvm.mmu.tdp_mmu import (
+    kvm_tdp_mmu_unmap_gfn_range,
+    kvm_tdp_mmu_zap_invalidated_roots,
+    kvm_tdp_mmu_zap_leafs,
+)
+from emulator.kvm.mmu.tdp_roots import (
+    flush_workqueue,
+    kvm_tdp_mmu_alloc_root,
+    kvm_tdp_mmu_invalidate_roots,
+    kvm_tdp_mmu_put_root,
+)
+from emulator.kvm.virt.kvm_main import kvm_set_memory_region
+from emulator.machine.runtime import Cpu, Mode, rcu_read_lock
+from emulator.points import PointKind
 from emulator.policy import Policy, preset
 from native import lib
-from tests.emulator.kvm.rig import Rig, cr4_toggle, idle_pcpus, online, recreate_slot, scopes
+from tests.emulator.kvm.rig import GFNS, SLOT, Rig, cr4_toggle, idle_pcpus, online, recreate_slot, scopes
 from tests.support import CPU0, CPU1, CPU2
 
 
@@ -120,3 +141,58 @@ def test_the_last_reference_to_a_valid_root_is_never_put(rig: Rig) -> None:
         with pytest.raises(AssertionError, match="KVM_BUG_ON"):
             kvm_tdp_mmu_put_root(rig.host, kvm, root)
         root.tdp_mmu_root_count.value = 1
+
+
+@pytest.mark.parametrize(("answer", "types"), [("skip", "valid"), ("include", "all")])
+def test_which_roots_zaps_and_write_protection_change(rig: Rig, answer: str, types: str) -> None:
+    """A vCPU still holds an invalidated root that maps three pages.  mmu_notifiers take all types anyway."""
+    kvm = rig.vm(Policy().with_settings({"invalid_roots": answer}))
+    guest = rig.guest(kvm)
+    for gfn in (5, 6, 7, 8):
+        guest.write(0, gfn)
+    cpu, slot, reason = rig.host, kvm.memslots[0].by_id[SLOT], lib.REASON_REMOTE_ZAP
+    with kvm.mmu_lock.write_lock(cpu):
+        kvm_tdp_mmu_invalidate_roots(cpu, kvm)
+        flush = kvm_tdp_mmu_zap_leafs(cpu, kvm, 5, 6, flush=False, reason=reason)
+        protected = kvm_tdp_mmu_write_protect_gfn(cpu, kvm, slot, 6, 1)
+        cleared = kvm_tdp_mmu_clear_dirty_pt_masked(cpu, kvm, slot, 0, 1 << 7)
+        unmapped = kvm_tdp_mmu_unmap_gfn_range(cpu, kvm, slot, 8, 9, flush=False, reason=reason)
+    assert (flush, protected, cleared, unmapped) == (
+        (True, True, 1, True) if types == "all" else (False, False, 0, False)
+    )
+    root = root_to_sp(guest.vcpu.mmu.root)
+    assert root is not None
+    with rcu_read_lock(cpu):
+        assert not tdp_entry(cpu, root, 8, 1).spte
+        assert bool(tdp_entry(cpu, root, 5, 1).spte) == (types == "valid")
+    kvm_tdp_mmu_zap_invalidated_roots(cpu, kvm, shared=True)
+
+
+@pytest.mark.parametrize(
+    ("answer", "order"), [("flush-first", ["flush", "free"]), ("tables-first", ["free", "flush"])]
+)
+def test_whether_a_frozen_table_is_flushed_for_before_it_goes_to_rcu(
+    rig: Rig, answer: str, order: list[str]
+) -> None:
+    """Logging ends: a table that was split becomes huge again, by zapping it."""
+    kvm = rig.vm(Policy().with_settings({"frozen_zap": answer, "huge_recovery": "zap-each"}))
+    guest = rig.guest(kvm)
+    guest.write(0, 5)
+    rig.collapse(kvm, 0)
+    guest.write(0, 5)
+    kvm_set_memory_region(rig.host, kvm, SLOT, 0, GFNS, 0, KVM_MEM_LOG_DIRTY_PAGES)
+    slot = kvm.memslots[0].by_id[SLOT]
+    slot.flags = 0
+    seen: list[str] = []
+
+    def hook(cpu: Cpu, kind: PointKind, obj: object, mode: Mode) -> None:
+        if kind in ("requests", "call_rcu"):
+            seen.append("free" if kind == "call_rcu" else "flush")
+            assert cpu.rcu_depth
+
+    with kvm.mmu_lock.read_lock(rig.host):
+        rig.machine.install(hook)
+        kvm_tdp_mmu_recover_huge_pages(rig.host, kvm, slot)
+        rig.machine.install(None)
+    assert list(dict.fromkeys(seen)) == order
+    assert rig.violations() == {}
