@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import sys
+import textwrap
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -57,6 +58,7 @@ def _document(built: Built, result: Executed) -> dict[str, Any]:
         "policy": result.policy,
         "counts": result.counts,
         "differences": result.differences,
+        "argued": result.argued,
         "died": result.died or None,
         "operations_before": result.last,
         "said": result.said if result.died else None,
@@ -88,6 +90,10 @@ def _text(built: Built, result: Executed) -> str:
         lines.append(f"Interrupted in sequence {result.seed}.")
     if result.counts:
         lines += _counts_text(result.counts, len(result.differences))
+        for reason, number in result.argued.items():
+            lines += textwrap.wrap(
+                f"known and harmless, {number:,} times: {reason}", 80, subsequent_indent="  "
+            )
     return "\n".join(lines) + "\n"
 
 

@@ -8,6 +8,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Final
 
+from emulator.kernel_tree.argued import without_argued
 from emulator.kernel_tree.model_side import ModelSide
 from emulator.kernel_tree.operations import Operation, Sequence, random_sequence
 from emulator.kernel_tree.sides import Kind, Outcome
@@ -66,6 +67,8 @@ class Comparison:
     operations: Counter[str] = field(default_factory=Counter)
     events: Counter[str] = field(default_factory=Counter)
     others: int = 0
+    # Differences that are known and have no effect, by their reasons.
+    argued: Counter[str] = field(default_factory=Counter)
     # Called with each operation before it runs: the process may not survive it.
     before: Callable[[Operation], None] | None = None
     _models: dict[bool, ModelSide] = field(default_factory=dict)
@@ -87,6 +90,9 @@ class Comparison:
             self.others += operation.point is not None and operation.point.other is not None
             self.events.update(one.kind.name for one in theirs.events)
             if ours != theirs:
+                theirs, reasons = without_argued(self.policy.name, ours, theirs)
+                self.argued.update(reasons)
+            if ours != theirs:
                 until = Sequence(sequence.ad_bits, sequence.operations[: at + 1])
                 # The model's tables are in doubt from here on.
                 self._models.pop(sequence.ad_bits).close()
@@ -99,6 +105,13 @@ class Comparison:
         model = self._models[ad_bits]
         model.start()
         return model
+
+    def counted(self) -> tuple[Counter[str], Counter[str], Counter[str], int]:
+        """Return the counts so far, for `restore`."""
+        return self.operations.copy(), self.events.copy(), self.argued.copy(), self.others
+
+    def restore(self, counted: tuple[Counter[str], Counter[str], Counter[str], int]) -> None:
+        self.operations, self.events, self.argued, self.others = counted
 
     def minimized(self, difference: Difference) -> Difference:
         """Return the difference with as few operations before it as are needed for the same aspects."""

@@ -30,12 +30,14 @@ _MOST_SAID: Final = 4000
 
 @dataclass(slots=True)
 class Executed:
-    """The result.  counts: of operations and events.  died: how the process ended, if not by itself; then
-    `last` has the operations of the sequence in which it did, and `said` its last words."""
+    """The result.  counts: of operations and events.  argued: harmless differences, by their reasons.  died:
+    how the process ended, if not by itself; then `last` has the operations of the sequence in which it did,
+    and `said` its last words."""
 
     policy: str
     counts: dict[str, int] = field(default_factory=dict)
     differences: list[dict[str, Any]] = field(default_factory=list)
+    argued: dict[str, int] = field(default_factory=dict)
     died: str = ""
     seed: int = -1
     last: list[str] = field(default_factory=list)
@@ -89,6 +91,8 @@ def execute(
                 progress(LENGTH * (result.seed - first))
         elif "difference" in line:
             result.differences.append(line["difference"])
+        elif "argued" in line:
+            result.argued = line["argued"]
         else:
             result.counts = line["end"]
     if result.died and not result.interrupted:

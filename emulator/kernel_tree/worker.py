@@ -12,7 +12,7 @@ import sys
 from pathlib import Path
 from typing import Any
 
-from emulator.kernel_tree.compare import Comparison, Difference, happened, sequence_of
+from emulator.kernel_tree.compare import Comparison, happened, sequence_of
 from emulator.kernel_tree.operations import Operation
 from emulator.kernel_tree.report import as_dict
 from emulator.policy import preset
@@ -32,20 +32,14 @@ def main() -> None:
         differences += 1
         if found.signature not in signatures and len(signatures) < request["most"]:
             signatures.add(found.signature)
-            counted = dict(comparison.operations), dict(comparison.events), comparison.others
-            _write({"difference": _described(comparison.minimized(found))})
-            comparison.operations.clear()
-            comparison.operations.update(counted[0])
-            comparison.events.clear()
-            comparison.events.update(counted[1])
-            comparison.others = counted[2]
+            # Runs that reduce a difference do not count.
+            counted = comparison.counted()
+            _write({"difference": as_dict(comparison.minimized(found))})
+            comparison.restore(counted)
+    _write({"argued": dict(comparison.argued)})
     _write({"end": {**happened(comparison), "sequences": seeds[1] - seeds[0], "differing": differences}})
     # The tree's code may have left anything behind: nothing of it runs at exit.
     os._exit(0)
-
-
-def _described(difference: Difference) -> dict[str, Any]:
-    return as_dict(difference)
 
 
 def _tell(operation: Operation) -> None:
