@@ -26,6 +26,7 @@ class Spte:
     global_: bool
     accessed: bool = True
     dirty: bool = True
+    size: int = 0  # 1: a leaf of 2 MiB
 
     def permits(self, kind: int) -> bool:
         return self.user and (kind != WRITE or self.writable) and (kind != EXECUTE or self.executable)
@@ -43,6 +44,10 @@ class Entry:
     write: bool
     execute: bool
     global_: bool
+    size: int = 0  # 1: of 2 MiB, `page` and `hfn` are the first
+
+    def covers(self, page: int) -> bool:
+        return page >> 9 * self.size == self.page >> 9 * self.size
 
     def allows(self, kind: int) -> bool:
         return kind == READ or (self.write if kind == WRITE else self.execute)
@@ -50,14 +55,16 @@ class Entry:
 
 @dataclass
 class Root:
-    """A tree of shadow tables: the tables that exist below it, and its leafs.  `mmio`: reserved entries."""
+    """A tree of shadow tables: the tables below it, and its leafs.  `mmio`: reserved entries, `huge`:
+    leafs of 2 MiB by region, where there are no tables of level 1."""
 
     tables: set[tuple[int, int]] = field(default_factory=set)  # level, page >> 9 * level
     leafs: dict[int, Spte] = field(default_factory=dict)
     mmio: set[int] = field(default_factory=set)
+    huge: dict[int, Spte] = field(default_factory=dict)
 
-    def touch(self, page: int) -> None:
-        self.tables |= {(level, page >> 9 * level) for level in range(1, LEVELS)}
+    def touch(self, page: int, lowest: int = 1) -> None:
+        self.tables |= {(level, page >> 9 * level) for level in range(lowest, LEVELS)}
 
 
 @dataclass
@@ -85,7 +92,7 @@ class Cpu:
 
     def usable(self, vpid: int, pcid: int, page: int) -> list[Entry]:
         return [
-            e for e in self.entries if e.page == page and e.vpid == vpid and (e.global_ or e.pcid == pcid)
+            e for e in self.entries if e.covers(page) and e.vpid == vpid and (e.global_ or e.pcid == pcid)
         ]
 
     def drop_page(self, vpid: int, pcid: int | None, page: int) -> None:
@@ -93,7 +100,7 @@ class Cpu:
         self.entries = {
             e
             for e in self.entries
-            if e.page != page or e.vpid != vpid or not (e.global_ or pcid in (None, e.pcid))
+            if not e.covers(page) or e.vpid != vpid or not (e.global_ or pcid in (None, e.pcid))
         }
         self.caches = {
             (v, p, level, region): root
@@ -101,8 +108,8 @@ class Cpu:
             if v != vpid or pcid not in (None, p) or page >> 9 * level != region
         }
 
-    def drop_vpid(self, vpid: int) -> None:
-        self.entries = {e for e in self.entries if e.vpid != vpid}
+    def drop_vpid(self, vpid: int, *, retain_globals: bool = False) -> None:
+        self.entries = {e for e in self.entries if e.vpid != vpid or (retain_globals and e.global_)}
         self.caches = {key: root for key, root in self.caches.items() if key[0] != vpid}
 
     def drop_all(self) -> None:
@@ -135,6 +142,11 @@ class ShadowModel:
         self.roots[root].mmio.discard(page)
         self.roots[root].leafs[page] = spte
         self.page(page).granted(spte.hfn, spte.writable)
+
+    def set_huge(self, root: int, page: int, spte: Spte) -> None:
+        """Set a leaf of 2 MiB.  The host keeps its pages, so that no right to them is ever lost."""
+        self.roots[root].touch(page, 2)
+        self.roots[root].huge[page >> 9] = spte
 
     def set_mmio(self, root: int, page: int) -> None:
         self.zap(root, page)
@@ -175,19 +187,42 @@ class ShadowModel:
         found = self._walk(tlb, vcpu, page, kind)
         if not isinstance(found, Spte):
             return found
+        self._fill(tlb, vcpu, page, found)
+        return None
+
+    @staticmethod
+    def _fill(tlb: Cpu, vcpu: Vcpu, page: int, found: Spte) -> None:
         entry = Entry(
             vcpu.vpid,
             vcpu.pcid,
-            page,
+            page >> 9 * found.size << 9 * found.size,
             found.hfn,
             found.life,
             found.writable and found.dirty,
             found.executable,
             found.global_,
+            found.size,
         )
         tlb.entries -= {e for e in tlb.usable(vcpu.vpid, vcpu.pcid, page) if e.global_ == found.global_}
         tlb.entries.add(entry)
-        return None
+
+    def speculate(self, cpu: int, vcpu: Vcpu, page: int) -> bool:
+        """Fetch a translation that no access needs (SDM vol. 3A, 4.10.2.3); return whether it is new.
+
+        A walk that ends in a fault raises none, and drops nothing; table caches on its way are filled.
+        """
+        tlb = self.cpus[cpu]
+        if vcpu.vpid == 0:
+            tlb.drop_vpid(0)
+        new = False
+        if not tlb.usable(vcpu.vpid, vcpu.pcid, page):
+            found = self._walk(tlb, vcpu, page, READ)
+            new = isinstance(found, Spte)
+            if isinstance(found, Spte):
+                self._fill(tlb, vcpu, page, found)
+        if vcpu.vpid == 0:
+            tlb.drop_vpid(0)
+        return new
 
     def _use(self, tlb: Cpu, entry: Entry, kind: int) -> None:
         """Count a violation if the frame has been freed, or its right promised away and not granted again."""
@@ -206,13 +241,18 @@ class ShadowModel:
                 root, level = found, cached
                 break
         tables = self.roots[root]
+        spte: Spte | None = None
         for below in range(level - 1, 0, -1):
+            if below == 1:
+                spte = tables.huge.get(page >> 9)
+                if spte is not None:
+                    break
             if (below, page >> 9 * below) not in tables.tables:
                 return error
             tlb.caches[vcpu.vpid, vcpu.pcid, below, page >> 9 * below] = root
         if page in tables.mmio:
             return error | PRESENT | RESERVED
-        spte = tables.leafs.get(page)
+        spte = spte or tables.leafs.get(page)
         if spte is None:
             return error
         if not spte.permits(kind):

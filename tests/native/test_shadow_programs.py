@@ -19,9 +19,18 @@ from tests.support import CPU0, VM0
 
 ROOTS = 3
 PAGES = (1, 2, 3, 513, 1 << 18)
-FLAGS = ("writable", "executable", "user", "global_")
+# In a region that leafs of 2 MiB map.
+HUGE = (1024, 1030, 1535)
+BITS = {
+    "writable": lib.SPTE_WRITABLE,
+    "executable": lib.SPTE_EXECUTABLE,
+    "user": lib.SPTE_USER,
+    "global_": lib.SPTE_GLOBAL,
+}
+FLAGS = tuple(BITS)
 
 page = st.sampled_from(PAGES)
+anywhere = st.sampled_from((*PAGES, *HUGE))
 root = st.integers(0, ROOTS - 1)
 pcpu = st.integers(0, 1)
 vcpu = st.integers(0, 1)
@@ -35,9 +44,15 @@ class ShadowMachine(RuleBasedStateMachine):
         super().__init__()
         entries, ways, psc = self.geometry
         self.machine = ShadowHypervisor(
-            vpid=self.with_vpid, guest_frames=64, l2_entries=entries, l2_ways=ways, psc_entries=psc
+            vpid=self.with_vpid,
+            guest_frames=64,
+            guest_blocks=1,
+            l2_entries=entries,
+            l2_ways=ways,
+            psc_entries=psc,
         )
         self.machine.vm(gfns=(1 << 18) + 512)
+        self.block = self.huge_frame()
         self.vcpus = [self.machine.vcpu(VM0, vpid, paging=0) for vpid in (1, 2)]
         self.spaces = [Space(VcpuId(99), False, number) for number in range(ROOTS)]
         for space in self.spaces:
@@ -50,7 +65,49 @@ class ShadowMachine(RuleBasedStateMachine):
     def teardown(self) -> None:
         self.machine.__exit__(None, None, None)
 
+    def huge_frame(self) -> object:
+        frame, m = ffi.new("struct mm_page *"), self.machine.m
+        assert lib.mm_fault(m, CPU0, VM0, HUGE[0], 1, frame) == 0
+        assert lib.mm_collapse(m, CPU0, VM0, HUGE[0]) == 0
+        assert lib.mm_fault(m, CPU0, VM0, HUGE[0], 1, frame) == 0
+        return frame
+
+    def huge_spot(self, root: int) -> tuple[Hfn, int, int]:
+        """Return table, index and SPTE of the level of 2 MiB; make the tables."""
+        m, top = self.machine.m, self.machine.tree[self.spaces[root]]
+        sptes, tables = ffi.new("uint64_t[]", 6), ffi.new("uint32_t[]", 6)
+        while True:
+            level = lib.tdp_mmu_get_walk(m, top, 4, HUGE[0], sptes, tables)
+            index = HUGE[0] >> 9 * (level - 1) & 511
+            if level == 2:
+                return Hfn(tables[2]), index, int(sptes[2])
+            child = Hfn(lib.shadow_page_alloc(m, CPU0, lib.FRAME_TABLE))
+            spte = lib.make_nonleaf_spte(m, child)
+            lib.shadow_mmu_set_spte(m, CPU0, VM0, Hfn(tables[level]), index, level, 0, spte)
+
     # -- KVM and the host
+
+    @rule(root=root, flags=st.sets(st.sampled_from((*FLAGS, "user")), max_size=4), aged=st.booleans())
+    def set_huge(self, root: int, flags: set[str], aged: bool) -> None:
+        m, hfn, writable = self.machine.m, self.block.hfn, "writable" in flags  # type: ignore[attr-defined]
+        table, index, _ = self.huge_spot(root)
+        lib.shadow_mmu_set_spte(m, CPU0, VM0, table, index, 2, 0, 0)
+        custody = lib.mm_huge_custody(m, VM0, HUGE[0], hfn, self.block.tag)  # type: ignore[attr-defined]
+        assert custody >= 0
+        spte = lib.make_shadow_spte(hfn, custody, 2, sum(BITS[flag] for flag in flags), 1)
+        if aged:
+            spte &= ~(lib.SPTE_ACCESSED | lib.SPTE_DIRTY)
+        assert lib.shadow_mmu_set_spte(m, CPU0, VM0, table, index, 2, HUGE[0], spte) == 0
+        shape = writable, "executable" in flags, "user" in flags, "global_" in flags
+        leaf = Spte(hfn, 0, *shape, not aged, writable and not aged, size=1)
+        self.model.set_huge(root, HUGE[0], leaf)
+
+    @rule(root=root)
+    def zap_huge(self, root: int) -> None:
+        table, index, _ = self.huge_spot(root)
+        lib.shadow_mmu_set_spte(self.machine.m, CPU0, VM0, table, index, 2, 0, 0)
+        self.model.roots[root].touch(HUGE[0], 2)
+        self.model.roots[root].huge.clear()
 
     @rule(vcpu=vcpu, root=root, pcid=st.integers(0, 2))
     def load(self, vcpu: int, root: int, pcid: int) -> None:
@@ -67,9 +124,7 @@ class ShadowMachine(RuleBasedStateMachine):
         self.model.zap(root, page)
         frame = ffi.new("struct mm_page *")
         assert lib.mm_fault(m, CPU0, VM0, page, 1, frame) == 0
-        bits = {"writable": lib.SPTE_WRITABLE, "executable": lib.SPTE_EXECUTABLE, "user": lib.SPTE_USER}
-        bits["global_"] = lib.SPTE_GLOBAL
-        spte = lib.make_shadow_spte(frame.hfn, frame.tag, 1, sum(bits[flag] for flag in flags), 1)
+        spte = lib.make_shadow_spte(frame.hfn, frame.tag, 1, sum(BITS[flag] for flag in flags), 1)
         if aged:
             spte &= ~(lib.SPTE_ACCESSED | lib.SPTE_DIRTY)
         assert lib.shadow_mmu_set_spte(m, CPU0, VM0, table, index, 1, page, spte) == 0
@@ -135,7 +190,15 @@ class ShadowMachine(RuleBasedStateMachine):
             lib.flush_invvpid_single(self.machine.m, CpuId(cpu), VM0, Vpid(vpid), lib.REASON_GUEST)
             self.model.cpus[cpu].drop_vpid(vpid)
 
-    @rule(cpu=pcpu, vcpu=vcpu, page=page)
+    @rule(cpu=pcpu, vcpu=vcpu)
+    def invvpid_retain_globals(self, cpu: int, vcpu: int) -> None:
+        vpid = self.state[vcpu].vpid
+        if vpid:
+            m, reason = self.machine.m, lib.REASON_GUEST
+            assert lib.flush_invvpid_retain_globals(m, CpuId(cpu), VM0, Vpid(vpid), reason) == 0
+            self.model.cpus[cpu].drop_vpid(vpid, retain_globals=True)
+
+    @rule(cpu=pcpu, vcpu=vcpu, page=anywhere)
     def invvpid_address(self, cpu: int, vcpu: int, page: int) -> None:
         vpid = self.state[vcpu].vpid
         if vpid:
@@ -154,7 +217,7 @@ class ShadowMachine(RuleBasedStateMachine):
 
     # -- the guest
 
-    @rule(cpu=pcpu, vcpu=vcpu, page=page, kind=st.integers(0, 2))
+    @rule(cpu=pcpu, vcpu=vcpu, page=anywhere, kind=st.integers(0, 2))
     def access(self, cpu: int, vcpu: int, page: int, kind: int) -> None:
         self.machine.enter(CpuId(cpu), self.vcpus[vcpu])
         reason = lib.guest_access(
@@ -167,6 +230,15 @@ class ShadowMachine(RuleBasedStateMachine):
             assert (reason, self.machine.exit.error_code) == (lib.EXIT_EXCEPTION, expected)
             assert self.machine.exit.linear == page << 12 | 8
 
+    @rule(cpu=pcpu, vcpu=vcpu, page=anywhere)
+    def speculate(self, cpu: int, vcpu: int, page: int) -> None:
+        m, number = self.machine.m, CpuId(cpu)
+        self.machine.enter(number, self.vcpus[vcpu])
+        assert lib.guest_enter(m, number, self.vcpus[vcpu], 1, self.machine.exit) == 0
+        new = lib.guest_speculate(m, number, page << 12)
+        assert lib.guest_leave(m, number, lib.EXIT_PREEMPTION_TIMER) == lib.EXIT_PREEMPTION_TIMER
+        assert bool(new) == self.model.speculate(cpu, self.state[vcpu], page)
+
     # -- comparison
 
     @invariant()
@@ -175,12 +247,18 @@ class ShadowMachine(RuleBasedStateMachine):
         for cpu, model in enumerate(self.model.cpus):
             n = lib.tlb_dump(lib.cpu_tlb(self.machine.m, CpuId(cpu)), entries, 256)
             found = {
-                (e.kind, e.vpid, None if getattr(e, "global") else e.pcid, e.page, e.hfn, *self.rights(e))
+                (
+                    *(e.kind, e.vpid, None if getattr(e, "global") else e.pcid),
+                    *(e.size, e.page, e.hfn, *self.rights(e)),
+                )
                 for e in entries[0:n]
             }
             assert len(found) == n
             assert found == {
-                (lib.KIND_LINEAR, e.vpid, None if e.global_ else e.pcid, e.page, e.hfn, e.write, e.execute)
+                (
+                    *(lib.KIND_LINEAR, e.vpid, None if e.global_ else e.pcid),
+                    *(e.size, e.page, e.hfn, e.write, e.execute),
+                )
                 for e in model.entries
             }
 
@@ -206,6 +284,10 @@ class ShadowMachine(RuleBasedStateMachine):
                 assert bool(word & lib.SPTE_DIRTY) == spte.dirty
                 assert Hfn(word >> lib.SPTE_HFN_SHIFT & 0xFFFFFF) == spte.hfn
                 assert lib.kvm_mmu_page_get_gfn(self.machine.m, table, index) == page
+            for spte in self.model.roots[number].huge.values():
+                word = self.huge_spot(number)[2]
+                assert bool(word & lib.SPTE_ACCESSED) == spte.accessed
+                assert bool(word & lib.SPTE_DIRTY) == spte.dirty
 
     @invariant()
     def violations(self) -> None:
@@ -238,3 +320,19 @@ FastMachine.TestCase.settings = _SETTINGS
 TestWithVpid = pytest.mark.slow(ShadowMachine.TestCase)
 TestWithoutVpid = pytest.mark.slow(WithoutVpidMachine.TestCase)
 TestFast = pytest.mark.slow(FastMachine.TestCase)
+
+
+def test_retaining_globals_drops_all_other_translations() -> None:
+    machine = ShadowMachine()
+    try:
+        machine.set_spte(0, 1, {"user", "global_"}, False)
+        machine.set_spte(0, 2, {"user"}, False)
+        machine.set_huge(0, {"user", "global_"}, False)
+        for page in (1, 2, HUGE[1]):
+            machine.access(0, 0, page, 0)
+        machine.invvpid_retain_globals(0, 0)
+        machine.translations()
+        machine.caches()
+        assert {entry.page for entry in machine.model.cpus[0].entries} == {1, HUGE[0]}
+    finally:
+        machine.teardown()
