@@ -20,7 +20,6 @@
 enum {
 	SHARE_ONE_IN = 16,       /* pages mapped to another process's page */
 	MMIO_ONE_IN = 8,         /* pages in the second memslot */
-	LOOK_FOR_PAGE = 256,     /* pages tried in the search for a mapped one */
 };
 
 /* INVLPG, or INVPCID of another process's PCID. */

@@ -18,6 +18,7 @@ void os_map_pages(struct guest_process *p, uint64_t page, struct guest_page *gp,
 enum walk_result os_unmap(struct walk *w, struct guest_process *p, uint64_t page, struct guest_page *gp);
 /* Take write access to a page away, and invalidate it. */
 enum walk_result os_protect(struct walk *w, struct guest_process *p, uint64_t page, struct guest_page *gp);
+enum { LOOK_FOR_PAGE = 256 }; /* pages tried in a search for a mapped one */
 /* Return the index of the process's next page that is mapped (and writable), from where the last search ended; page_count:
  * the search found none. */
 uint64_t os_find_mapped(struct guest_process *p, bool writable);

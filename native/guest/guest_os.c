@@ -48,14 +48,24 @@ enum walk_result os_setup(struct walk *w)
 	return r;
 }
 
-/* Choose a mapped page of any process.  False: none was found. */
+/* Find a mapped page, wherever it is: a process may have unmapped more in a row than one search tries. */
+static uint64_t find_victim(struct guest_process *p)
+{
+	uint64_t at = p->page_count;
+
+	for (uint64_t tried = 0; at == p->page_count && tried < p->page_count; tried += LOOK_FOR_PAGE)
+		at = os_find_mapped(p, false);
+	return at;
+}
+
+/* Choose a mapped page of any process.  False: there is none. */
 static bool choose_victim(struct guest *g, struct guest_choices *c)
 {
 	uint64_t start = guest_random(g);
 
 	for (uint32_t i = 0; i < g->processes; i++) {
 		c->reclaimed_from = (uint32_t)((start + i) % g->processes);
-		c->reclaimed = os_find_mapped(&g->process[c->reclaimed_from], false);
+		c->reclaimed = find_victim(&g->process[c->reclaimed_from]);
 		if (c->reclaimed != g->process[c->reclaimed_from].page_count)
 			return true;
 	}
