@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import shutil
 import subprocess
 from dataclasses import dataclass
@@ -34,6 +35,7 @@ _OPTIONS: Final = (
 )
 # The longest compilation takes two seconds on a slow machine.
 _SECONDS: Final = 120
+_OLDEST: Final = 10
 
 
 @dataclass(frozen=True, slots=True)
@@ -98,11 +100,23 @@ def find_compiler() -> Compiler:
     path = shutil.which(name)
     if path is None:
         raise BadInput("CC" if os.environ.get("CC") else "PATH", f"no {name}", "gcc 10 or later")
-    done = subprocess.run([path, "--version"], capture_output=True, text=True, check=False)
-    version = first_line(done.stdout)
-    if done.returncode or "clang" in version or "Free Software Foundation" not in done.stdout:
+    macros = _said([path, "-dM", "-E", "-x", "c", "/dev/null"])
+    major = re.search(r"^#define __GNUC__ (\d+)$", macros, re.MULTILINE)
+    version = first_line(_said([path, "--version"]))
+    if major is None or int(major[1]) < _OLDEST or "__clang__" in macros:
         raise BadInput(path, version or "no version", "gcc 10 or later, whose messages are read as JSON")
     return Compiler(path, version)
+
+
+def _said(command: list[str]) -> str:
+    """Return the output of a command; empty if it fails."""
+    try:
+        done = subprocess.run(
+            command, capture_output=True, text=True, errors="replace", timeout=_SECONDS, check=False
+        )
+    except (OSError, subprocess.TimeoutExpired):
+        return ""
+    return "" if done.returncode else done.stdout
 
 
 def first_line(text: str) -> str:

@@ -47,6 +47,8 @@ class TreeSide:
         self.roots = []
         self.logging = [False, False]
         self.lib.tree_start(NPAGES, ad_bits, self._watched, len(WATCHED), self._other)
+        for space in (0, 1):
+            self._set_levels(space)
 
     def run(self, operation: Operation) -> Outcome:
         self.lib.tree_clear()
@@ -65,13 +67,11 @@ class TreeSide:
             self._call(other)
 
     def _call(self, operation: Operation) -> int:
-        if "space" in operation.arguments:
-            self._set_levels(operation["space"])
         return int(getattr(self, f"_{operation.name}")(operation) or 0)
 
     def _set_levels(self, space: int) -> None:
         huge = 1 if self.logging[space] else 2
-        self.lib.tree_set_levels(bytes([huge] * HUGE_RANGES + [1] * (64 - HUGE_RANGES)), 64)
+        self.lib.tree_set_levels(space, bytes([huge] * HUGE_RANGES + [1] * (64 - HUGE_RANGES)), 64)
 
     def _outcome(self, returned: int) -> Outcome:
         number = self.lib.tree_events(self._events)
@@ -168,6 +168,7 @@ class TreeSide:
     def _logging(self, one: Operation) -> None:
         self.logging[one["space"]] = bool(one["on"])
         self.lib.tree_set_logging(one["space"], one["on"])
+        self._set_levels(one["space"])
 
     def _invalidate_roots(self, one: Operation) -> None:
         self.lib.tree_invalidate_roots()

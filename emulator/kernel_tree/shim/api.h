@@ -26,8 +26,8 @@ struct shim_point {
 void tree_start(unsigned long long npages, int ad_bits, const unsigned long long *watched, unsigned int n,
 		void (*other)(void));
 void tree_set_logging(int as_id, int on);
-/* The largest level that the host maps in each 2M range. */
-void tree_set_levels(const unsigned char *levels, unsigned int n);
+/* The largest level that may map each 2M range of a slot. */
+void tree_set_levels(int as_id, const unsigned char *levels, unsigned int n);
 void tree_set_points(const struct shim_point *points, unsigned int n);
 /* Forget the events so far. */
 void tree_clear(void);

@@ -183,9 +183,9 @@ void tree_set_logging(int as_id, int on)
 	slots[as_id].flags = on ? KVM_MEM_LOG_DIRTY_PAGES : 0;
 }
 
-void tree_set_levels(const unsigned char *levels, unsigned int n)
+void tree_set_levels(int as_id, const unsigned char *levels, unsigned int n)
 {
-	memcpy(shim.levels, levels, n < sizeof(shim.levels) ? n : sizeof(shim.levels));
+	memcpy(shim.levels[as_id], levels, n < sizeof(shim.levels[0]) ? n : sizeof(shim.levels[0]));
 }
 
 void tree_set_points(const struct shim_point *points, unsigned int n)

@@ -371,5 +371,7 @@ int kvm_mmu_max_mapping_level(u64 kvm, u64 second, u64 third, u64 fourth)
 {
 	u64 arguments[] = { kvm, second, third, fourth };
 
-	return shim.levels[arguments[TREE_ARG_kvm_mmu_max_mapping_level_gfn] >> 9 & 63];
+	const void *slot = (const void *)(unsigned long)arguments[TREE_ARG_kvm_mmu_max_mapping_level_slot];
+
+	return shim.levels[slot_number(slot)][arguments[TREE_ARG_kvm_mmu_max_mapping_level_gfn] >> 9 & 63];
 }

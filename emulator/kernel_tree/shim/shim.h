@@ -15,7 +15,7 @@ struct shim {
 	void (*other)(void);
 	int slots_logging[2];
 	const void *slots[2];
-	unsigned char levels[64];
+	unsigned char levels[2][64];
 };
 
 extern struct shim shim;

@@ -24,7 +24,7 @@ static unsigned long long none;
 void tree_start(unsigned long long n, int ad, const unsigned long long *w, unsigned int k,
                 void (*o)(void)) { }
 void tree_set_logging(int as_id, int on) { }
-void tree_set_levels(const unsigned char *levels, unsigned int n) { }
+void tree_set_levels(int as_id, const unsigned char *levels, unsigned int n) { }
 void tree_set_points(const struct shim_point *points, unsigned int n) { }
 void tree_clear(void) { }
 unsigned int tree_events(const struct shim_event **events) { return 0; }
