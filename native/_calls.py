@@ -112,6 +112,7 @@ CALLS: Final[Mapping[str, Described]] = {
     "guest_share_tables": Described("m vcpu cr3_gfn", "aside"),
     "guest_run_threads": Described("m vcpu of", "aside"),
     "guest_join_tables": Described("m vcpu other", "aside"),
+    "guest_set_process": Described("m vcpu process", "aside"),
     "guest_frames_used": Described("m vcpu", "anything"),
     "guest_clock": Described("m vcpu", "aside"),
     "guest_skip": Described("m vcpu", "aside; keeps-gil"),

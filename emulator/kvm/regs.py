@@ -330,6 +330,8 @@ def set_sregs(cpu: Cpu, vcpu: Vcpu, sregs: Sregs) -> None:
     if is_pae_paging(vcpu):
         load_pdptrs(cpu, vcpu, sregs.cr3)
     invalidates_by_cr4(cpu, vcpu, old.cr4, sregs.cr4)
+    if old.cr3 != sregs.cr3:
+        lib.guest_invalidates_pcid(cpu.m, vcpu.id)
     kvm_mmu_reset_context(cpu, vcpu)
     if vcpu.kvm.policy.sregs_flush(cpu, vcpu) == "guest":
         request_guest_flush(cpu, vcpu, KVM_REQ_TLB_FLUSH_GUEST)

@@ -317,5 +317,20 @@ class SetSregs(_ControlRegister):
         return Cr0.verb if self.name("bit") in Cr0.bits else Cr4.verb
 
 
+class SetSregsCr3(VcpuOp):
+    verb = "set-sregs-cr3"
+    doc = "User space executes KVM_SET_SREGS with the CR3 of PROCESS, which has run before."
+    args = (Arg("process", "number", most=_LAST_PROCESS),)
+
+    def run(self, context: Context) -> None:
+        cpu, vcpu = context.cpu, context.vcpu
+        cr3 = lib.guest_set_process(cpu.m, vcpu.id, self.number("process"))
+        if not cr3:
+            raise MachineError(f"{self.text!r}: the process has no tables yet")
+        set_sregs(cpu, vcpu, sregs_of(vcpu)._replace(cr3=cr3))
+
+
 GUEST_OPS: tuple[type[Op], ...] = (Read, Write, Exec, Map, Unmap, Protect, Invlpg, Invpcid, MovCr3)
-VCPU_OPS: tuple[type[Op], ...] = (Join, Migrate, Preempt, Exit, Smi, Rsm, Init, Cr0, Cr4, Efer, SetSregs)
+VCPU_OPS: tuple[type[Op], ...] = (
+    Join, Migrate, Preempt, Exit, Smi, Rsm, Init, Cr0, Cr4, Efer, SetSregs, SetSregsCr3
+)  # fmt: skip

@@ -211,6 +211,19 @@ uint64_t guest_join_tables(struct machine *m, uint32_t vcpu, uint32_t other)
 	return g->cr3_gfn << 12 | (g->config.pcid ? g->pcid : 0);
 }
 
+uint64_t guest_set_process(struct machine *m, uint32_t vcpu, uint32_t process)
+{
+	struct guest *g = m->vcpus[vcpu].guest;
+
+	if (process >= g->processes || g->process[process].cr3_gfn == GUEST_NO_GFN)
+		return 0;
+	g->current = process;
+	if (!g->config.pcid)
+		g->space++;
+	guest_write_cr3(g);
+	return g->cr3_gfn << 12 | (g->config.pcid ? g->pcid : 0);
+}
+
 void guest_skip(struct machine *m, uint32_t vcpu)
 {
 	struct guest *g = m->vcpus[vcpu].guest;

@@ -37,6 +37,10 @@ void guest_run_threads(struct machine *m, uint32_t vcpu, uint32_t of);
  * vCPU runs, after both have booted. */
 /* call: aside */
 uint64_t guest_join_tables(struct machine *m, uint32_t vcpu, uint32_t other);
+/* KVM_SET_SREGS with another CR3: from the next entry on the guest runs this process.  Returns its CR3; 0: it has no tables.
+ * Called by the vCPU's thread, outside guest mode. */
+/* call: aside */
+uint64_t guest_set_process(struct machine *m, uint32_t vcpu, uint32_t process);
 
 /* Return the number of guest-physical frames that this vCPU's OS uses now. */
 /* call: anything */
