@@ -117,6 +117,7 @@ def test_random_programs(geometry: Geometry) -> None:
 
 @pytest.mark.stress
 @pytest.mark.parametrize("geometry", [UNBOUNDED, SERVER, TINY], ids=["unbounded", "server", "tiny"])
-def test_many_random_programs(geometry: Geometry) -> None:
-    for seed in range(1000, 3000):
+@pytest.mark.parametrize("first", range(1000, 3000, 500))
+def test_many_random_programs(geometry: Geometry, first: int) -> None:
+    for seed in range(first, first + 500):
         run_random_program(geometry, seed, steps=80)
