@@ -42,6 +42,7 @@ _SHADOW = frozenset({
     "emulator.kvm.mmu.shadow_slots",
     "emulator.kvm.mmu.shadow_spte",
     "emulator.kvm.mmu.sync",
+    "emulator.kvm.mmu.track_write",
     "emulator.kvm.virt.guest_memory",
 })  # fmt: skip
 PARTS = ("tdp", "shadow")

@@ -6,7 +6,7 @@ from typing import Final
 
 from emulator.kvm.mmu.fault import RET_PF_EMULATE, RET_PF_FIXED, RET_PF_RETRY
 from emulator.kvm.mmu.guest_walk import paging_gva_to_gpa
-from emulator.kvm.mmu.shadow import kvm_mmu_track_write, kvm_mmu_unprotect_gfn
+from emulator.kvm.mmu.track_write import kvm_mmu_track_write, kvm_mmu_unprotect_gfn
 from emulator.kvm.structs import Vcpu
 from emulator.kvm.virt.guest_memory import kvm_write_guest_word
 from emulator.kvm.virt.slots import gfn_to_memslot, mark_page_dirty_in_slot

@@ -8,7 +8,7 @@ from types import ModuleType
 import pytest
 
 from emulator.kvm import regs
-from emulator.kvm.mmu import mmu, paging, shadow, shadow_map
+from emulator.kvm.mmu import mmu, paging, shadow, shadow_map, track_write
 from emulator.kvm.virt import mmu_notifier
 from emulator.kvm.vmx import vmx
 
@@ -128,7 +128,7 @@ CALLS: list[tuple[ModuleType, str, list[str]]] = [
         ["shadow-vm_create", "shadow-mov-cr3-new", "shadow-mov-cr3-third"],
     ),
     # kvm_mmu_track_write()
-    (shadow, "kvm_mmu_remote_flush_or_zap", ["shadow-pt-store-upper"]),
+    (track_write, "kvm_mmu_remote_flush_or_zap", ["shadow-pt-store-upper"]),
     (
         mmu,
         "kvm_flush_remote_tlbs_memslot",

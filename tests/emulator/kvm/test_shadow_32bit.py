@@ -16,9 +16,9 @@ from emulator.kvm.kvm_host import (
 )
 from emulator.kvm.mmu.fault import RET_PF_FIXED, RET_PF_INJECTED
 from emulator.kvm.mmu.roots import kvm_mmu_reset_context
-from emulator.kvm.mmu.shadow import kvm_mmu_track_write
 from emulator.kvm.mmu.shadow_structs import ShadowPage
 from emulator.kvm.mmu.spte import is_shadow_present_pte
+from emulator.kvm.mmu.track_write import kvm_mmu_track_write
 from emulator.kvm.regs import (
     kvm_mmu_invlpg,
     kvm_set_cr0,

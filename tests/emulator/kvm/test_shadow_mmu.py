@@ -27,8 +27,8 @@ from emulator.kvm.mmu.roots import (
     kvm_mmu_reset_context,
     mmu_roots,
 )
-from emulator.kvm.mmu.shadow import kvm_mmu_track_write
 from emulator.kvm.mmu.spte import is_mmu_writable_spte, is_shadow_present_pte, is_writable_pte
+from emulator.kvm.mmu.track_write import kvm_mmu_track_write
 from emulator.kvm.regs import kvm_mmu_invlpg, kvm_set_cr3, kvm_set_cr4
 from emulator.kvm.virt.kvm_main import kvm_set_memory_region
 from emulator.kvm.virt.requests import kvm_check_request, kvm_test_request
