@@ -241,3 +241,13 @@ def test_a_root_that_has_become_another_one_is_known_in_every_guest(machine: Hyp
     lib.vcpu_set_guest_mode(machine.m, vcpu, 1)
     run(machine, vcpu, op("read", A))
     assert "foreign-root" in machine.violations()
+
+
+def test_a_nested_guest_may_use_the_guest_physical_page_behind_its_own_mapping(machine: Hypervisor) -> None:
+    """L1 has cached it; the rights are those of the EPT, whichever guest they are used by."""
+    vcpu = nested_vcpu(machine)
+    run(machine, vcpu, op("map", A, GFN), op("write", A))
+    lib.flush_invvpid_single(machine.m, CPU0, machine.vm_of[vcpu], Vpid(1), lib.REASON_GUEST)
+    enter(machine, vcpu, 1, 5)
+    run(machine, vcpu, op("map", A, GFN, lib.GUEST_OP_DIRTY), op("read", A), op("write", A), op("read", A))
+    assert machine.violations() == {}

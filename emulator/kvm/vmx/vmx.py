@@ -185,15 +185,6 @@ def vmx_vcpu_load_vmcs(cpu: Cpu, vcpu: Vcpu) -> None:
     vcpu.loaded_vmcs.cpu = cpu.id
 
 
-def vmx_switch_vmcs(cpu: Cpu, vcpu: Vcpu, vmcs: LoadedVmcs) -> None:
-    """vmx_switch_vmcs(): switch between vmcs01 and vmcs02.
-
-    Each remembers its own pCPU, so a vCPU that has moved flushes once for each of the two.
-    """
-    vcpu.loaded_vmcs = vmcs
-    vmx_vcpu_load_vmcs(cpu, vcpu)
-
-
 def migration_ept(cpu: Cpu, vcpu: Vcpu) -> None:
     """Flush guest-physical mappings, and with them the combined ones.  Decision `migration`.
 
@@ -220,6 +211,15 @@ def vpid_of_vmcs(vcpu: Vcpu) -> Vpid:
     """
     nested = vcpu.loaded_vmcs is vcpu.nested.vmcs02 and nested_cpu_has_vpid(vcpu.nested.vmcs12())
     return nested_get_vpid02(vcpu) if nested else vcpu.vpid
+
+
+def vmx_switch_vmcs(cpu: Cpu, vcpu: Vcpu, vmcs: LoadedVmcs) -> None:
+    """vmx_switch_vmcs(): switch between vmcs01 and vmcs02.
+
+    Each remembers its own pCPU, so a vCPU that has moved flushes once for each of the two.
+    """
+    vcpu.loaded_vmcs = vmcs
+    vmx_vcpu_load_vmcs(cpu, vcpu)
 
 
 # --- vCPUs --------------------------------------------------------------------------------------------------

@@ -46,8 +46,8 @@ def test_invvpid(rig: Rig) -> None:
         (("VMX_EPTP_MT_WB | levels | VMX", "VMX_EPTP_MT_WB | VMX"), "invept failed: ext=0x1 eptp=0x1046"),
         (
             (
-                "    invvpid_single_context(cpu, vcpu.kvm, vcpu.vpid, reason)\n",
-                "    invvpid_single_context(cpu, vcpu.kvm, 0, reason)\n",
+                "    invvpid_single_context(cpu, kvm, vpid, reason)\n",
+                "    invvpid_single_context(cpu, kvm, 0, reason)\n",
             ),
             "invvpid failed: ext=0x1 vpid=0 gva=0x0",
         ),
