@@ -90,7 +90,7 @@ _PER_CPU = (
 
 
 class BuildInfo(Collector):
-    """flushlab_build_info: which program serves, and what it was asked to run."""
+    """flushlab_build_info: the version of the program that serves, and its settings."""
 
     def __init__(self, labels: Mapping[str, str]) -> None:
         self._labels = dict(labels)
