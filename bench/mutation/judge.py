@@ -253,7 +253,10 @@ def differs(one: Known, shown: Shown, most: int) -> str:
     if shown.verdict == FAILED:
         return "failure"
     vacuous = shown.verdict == INCONCLUSIVE and one.shown.verdict != INCONCLUSIVE
-    return INCONCLUSIVE if vacuous and most >= min(most_of(one.pair), one.shown.executions) else ""
+    # A look that the clock has cut short shows nothing by its silence.
+    whole = shown.complete or shown.executions >= min(most, most_of(one.pair), one.shown.executions)
+    enough = most >= min(most_of(one.pair), one.shown.executions)
+    return INCONCLUSIVE if vacuous and whole and enough else ""
 
 
 def _stressed(mutant: Mutant, look: Look, before: int) -> tuple[int, Judgement | None]:

@@ -128,6 +128,22 @@ def test_a_price_excuses_what_adds_work(
     assert bool(judge._cost(one, [Known(PAIRS[0], shown, before)])) == excused
 
 
+@pytest.mark.parametrize(
+    ("executions", "complete", "most", "differs"),
+    [
+        (200, False, 200, "inconclusive"),
+        (3, True, 200, "inconclusive"),
+        (150, False, 200, ""),
+        (40, False, 40, ""),
+    ],
+    ids=["whole", "few in all", "cut short by the clock", "a first look"],
+)
+def test_only_a_whole_look_is_vacuous(executions: int, complete: bool, most: int, differs: str) -> None:
+    one = Known(PAIRS[0], Shown("safe", (), 200))
+    shown = Shown("inconclusive", (), executions, complete=complete)
+    assert judge.differs(one, shown, most) == differs
+
+
 def test_arguments_can_be_doubted(known: list[Known], capsys: pytest.CaptureFixture[str]) -> None:
     """A listed mutant is judged like any other: the list may have become wrong since it was argued."""
     assert main(["--doubt", "--list"]) == 0
