@@ -26,6 +26,8 @@ _BEFORE: Final = "    answer = kvm.policy.migration(cpu, vcpu)\n"
 _AFTER: Final = "    answer = str(kvm.policy.migration(cpu, vcpu))\n"
 # A run that is as good as its start.
 _SHORT: Final = "100ms"
+# Milliseconds that a patch may add to the start.
+_ALLOWED: Final = 300
 _SPARE_SECONDS: Final = 120
 
 
@@ -67,13 +69,13 @@ def patched(context: Context) -> Iterator[Figure]:
     starts = [_pair(context, patch, _SHORT, turn) for turn in range(context.sizes.repeats)]
     yield Figure(
         name="start of a patched run",
-        what=f"milliseconds that flushlab run for {_SHORT} takes longer with the patch",
+        what=f"flushlab run for {_SHORT}, from its start to its end, with the patch",
         unit="ms",
-        values=tuple(with_patch.wall - without.wall for with_patch, without in starts),
-        reference_name="the whole run without the patch",
-        references=tuple(without.wall for _, without in starts),
+        values=tuple(with_patch.wall for with_patch, _ in starts),
+        reference_name=f"without the patch, and {_ALLOWED} ms",
+        references=tuple(without.wall + _ALLOWED for _, without in starts),
         ratio_of="value/reference",
-        wanted="value <= 300",
+        wanted="ratio <= 1",
     )
 
 

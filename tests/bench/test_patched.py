@@ -29,7 +29,7 @@ def test_figures_are_of_pairs(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -
     monkeypatch.setattr(patched, "_run", run)
     rate, start = patched.patched(context(tmp_path, 3))
     assert (rate.value, rate.reference, rate.met) == (97.0, 100.0, True)
-    assert (start.value, start.reference, start.met) == (250.0, 1000.0, True)
+    assert (start.value, start.reference, start.met) == (1250.0, 1300.0, True)
     firsts = [with_patch for _, with_patch in ran[::2]]
     assert firsts == [True, False, True] * 2
     assert len(ran) == 12
