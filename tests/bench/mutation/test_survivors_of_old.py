@@ -92,3 +92,11 @@ def test_nothing_is_found_without_it(test: str) -> None:
     found = explored(test, "linux-7.3", 150)
     assert found.verdict not in (VIOLATIONS, FAILED)
     assert found.met
+
+
+def test_a_fetch_that_passes_for_spurious_never_ends(tmp_path: Path) -> None:
+    """No execution comes to the danger, so one tells as much as many."""
+    path = tmp_path / "mutant.patch"
+    path.write_text(diffs()["drop-not@spte_permission_fault#2"])
+    assert explored("aged-exec", str(path), 1).verdict == INCONCLUSIVE
+    assert explored("aged-exec", "linux-7.3", 1).met == 1
