@@ -47,7 +47,7 @@ CASES = {
     # The oldest of four roots stays where it is, and becomes the root of a fifth process.
     "drop-reference@cached_root_find_and_keep_current#1": ("shadow-five-processes", "guest-stale"),
     # INVVPID without VPIDs fails.
-    "drop-guard@vmx_flush_tlb_gva#1": ("shadow-invlpg-no-vpid", "invvpid failed"),
+    "drop-guard@vpid_sync_vcpu_addr#1": ("shadow-invlpg-no-vpid", "invvpid failed"),
     # Neighbours of a fault: invalidated meanwhile, or logged.
     "drop-guard@tdp_mmu_map_around#1": ("fault-around-races", "use-after-free"),
     "drop-operand@__kvm_mmu_faultin_pfn#4": ("log-fault-around", "lost-dirty"),
