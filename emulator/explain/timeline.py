@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from typing import Final
 
 from emulator.explain.events import NO_VM, WHOLE, Event
 from emulator.explain.facts import Facts
@@ -12,7 +11,6 @@ from emulator.machine.runtime import HPAGE_PMD_NR
 
 _WRITE_PROMISES = ("dirty_log", "notifier_write")
 
-_LOADS_ROOT: Final = KVM_REQ_LOAD_MMU_PGD & KVM_REQUEST_MASK
 
 Wanted = Callable[[Event], bool]
 
@@ -49,8 +47,8 @@ class Timeline:
 
     def _is_request(self, by: int) -> Wanted:
         """Match a request that CPU `by` makes of the vCPU; one to load a root asks for no flush."""
-        vcpu = self.facts.vcpu
-        return lambda e: e.kind == "request" and e.a == vcpu and e.cpu == by and e.b != _LOADS_ROOT
+        vcpu, loads_root = self.facts.vcpu, KVM_REQ_LOAD_MMU_PGD & KVM_REQUEST_MASK
+        return lambda e: e.kind == "request" and e.a == vcpu and e.cpu == by and e.b != loads_root
 
     def _is_elision(self, by: int) -> Wanted:
         return lambda e: e.kind == "elided" and self._mine(e) and e.cpu == by

@@ -63,7 +63,8 @@ class PolicyAttributes(Races):
 
     def begin(self, tasks: int) -> None:
         super().begin(tasks)
-        self._asked: dict[int, int] = {}  # by task: the writes before its last query
+        # By task: the writes before each of its open queries, the innermost last.
+        self._asked: dict[int, list[int]] = {}
         self._hidden: set[int] = set()  # tasks with a query that changed memory behind the attributes
 
     def adopt(self, policy: Any) -> None:
@@ -75,11 +76,11 @@ class PolicyAttributes(Races):
         super().access(obj, name, index, write, depth + 1)
 
     def asking(self, task: int) -> None:
-        self._asked[task] = self._writes
+        self._asked.setdefault(task, []).append(self._writes)
 
     def answered(self, task: int, changed: bool) -> None:
         """Note that a query has ended.  changed: the policy's memory is another one now."""
-        if changed and self._asked[task] == self._writes:
+        if self._asked[task].pop() == self._writes and changed:
             self._hidden.add(task)
         if self._hidden and len(self._asked) > 1:
             self.findings[f"{self._name}: memory that no attribute of its object holds"] += 1

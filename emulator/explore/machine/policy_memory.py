@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import defaultdict
 from typing import TYPE_CHECKING
 
 from emulator.explore.engine.snapshot import CannotRestore, Snapshot
@@ -18,18 +19,21 @@ class Memory:
 
     def __init__(self) -> None:
         self.policy: Policy | None = None
-        self._before: dict[int, Snapshot | None] = {}
+        # By task, the innermost query last: a flush by a method is heard of by another method.
+        self._before: defaultdict[int, list[Snapshot | None]] = defaultdict(list)
         # The last snapshot, and its policy.
         self._last: Snapshot | None = None
         self._of: Policy | None = None
 
     def asking(self, task: int) -> None:
         """Record the memory as this task asks; other tasks may ask before it is answered."""
-        self._before[task] = self._now()
+        self._before[task].append(self._now())
 
     def changed(self, task: int) -> bool:
-        """Return whether it has changed since this task's `asking`; True if the states cannot be compared."""
-        before, now = self._before.pop(task, None), self._now()
+        """Return whether it has changed since this task's last `asking` without an answer; True if the states
+        cannot be compared."""
+        queries = self._before[task]
+        before, now = queries.pop() if queries else None, self._now()
         if self.policy is None or before is None or now is None:
             return True
         if before is now:

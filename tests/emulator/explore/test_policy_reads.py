@@ -101,13 +101,18 @@ def test_two_writes_of_one_step_are_seen_half_done(tmp_path: Path) -> None:
     assert {((True, False),), ((False, True),)} & last_logged(found, 1)
 
 
+# An update of the memslots has a bit of its own until it is complete (kvm_swap_active_memslots).
+_ORDER = (2, 1 << 63 | 2, 4)
+GENERATIONS = {(first, second) for i, first in enumerate(_ORDER) for second in _ORDER[i:]}
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize(
     ("mm", "look", "logs"),
     [
         ('"host-unmap 0x10"', "vcpu.kvm.mn_active_invalidate_count", {(0, 0), (0, 1), (1, 0), (1, 1)}),
-        ('"log-arm"', "vcpu.kvm.memslots[0].generation - 1", {(0, 0), (0, 1), (1, 1)}),
-        ('"log-arm"', "self._kept(vcpu.kvm, 'memslots')[0].generation - 1", {(0, 0), (0, 1), (1, 1)}),
+        ('"log-arm"', "vcpu.kvm.memslots[0].generation", GENERATIONS),
+        ('"log-arm"', "self._kept(vcpu.kvm, 'memslots')[0].generation", GENERATIONS),
         ('"zap-all"', "self._kept(vcpu.kvm, 'tdp_mmu_roots')[0].role.invalid", {(0, 0), (0, 1), (1, 1)}),
     ],
     ids=["attribute", "list", "list kept", "attribute of what was kept"],

@@ -295,6 +295,8 @@ def test_no_module_computes_with_kvms_names_when_it_is_loaded() -> None:
         for file in Path(package.__path__[0]).rglob("*.py"):
             if "emulator/kvm" in str(file) or "emulator/policy/proposals" in str(file):
                 continue
+            if "emulator/kernel_tree" in str(file):
+                continue  # stands beside the shipped presets alone
             tree = ast.parse(file.read_text())
             imports = [n for n in tree.body if isinstance(n, ast.ImportFrom) and is_patchable(n.module or "")]
             names = {alias.asname or alias.name for node in imports for alias in node.names}
@@ -309,5 +311,5 @@ def test_no_module_computes_with_kvms_names_when_it_is_loaded() -> None:
         ("acting.py", "Heard"),
         ("acting.py", "Notifications"),
     }
-    points = ("points_common.py", "points_tdp.py", "points_shadow.py")
+    points = ("points_common.py", "points_nested.py", "points_tdp.py", "points_shadow.py")
     assert tables == classes | {(file, "Decisions") for file in points}
