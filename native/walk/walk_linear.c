@@ -46,8 +46,10 @@ static _Atomic uint64_t *entry_word(const struct walk *w, const struct format *f
 static uint64_t read_entry(const struct walk *w, const struct format *f, uint32_t hfn, uint32_t index)
 {
 	uint32_t shift;
+	/* A statement of its own: in one with the shift, C would not order the two. */
+	_Atomic uint64_t *at = entry_word(w, f, hfn, index, &shift);
 	/* Relaxed: guest memory, which only the guest orders. */
-	uint64_t word = atomic_load_explicit(entry_word(w, f, hfn, index, &shift), memory_order_relaxed) >> shift;
+	uint64_t word = atomic_load_explicit(at, memory_order_relaxed) >> shift;
 
 	return f->entry_bytes == sizeof(uint64_t) ? word : word & UINT32_MAX;
 }
