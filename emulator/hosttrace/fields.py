@@ -29,8 +29,6 @@ _CPU: Final = re.compile(r"\bcpu=(\d+)")
 _CALL_SITE: Final = re.compile(r"\bcallsite=([\w.]+)")
 _FUNC: Final = re.compile(r"\bfunc=([\w.]+)")
 _PAGES: Final = re.compile(r"\bpages:(-?\d+) reason:([^(]+?) \(")
-_SWITCH: Final = re.compile(r"prev_pid=(\d+).*? ==> .*?next_pid=(\d+)")
-_MIGRATE: Final = re.compile(r"\bpid=(\d+).* orig_cpu=(\d+) dest_cpu=(\d+)")
 _PAIR: Final = re.compile(r"(\w+)=(\S+)")
 
 # A kprobe at a function's start stands behind endbr64 (4 bytes) or ftrace's call (5).
@@ -193,18 +191,6 @@ def host_flush_of(fields: str) -> tuple[int, str] | None:
     """Return pages (-1: all) and reason of the host's own tlb_flush."""
     found = _PAGES.search(fields)
     return (int(found[1]), found[2]) if found else None
-
-
-def switch_of(fields: str) -> tuple[int, int] | None:
-    """Return the previous and the next task of a sched_switch."""
-    found = _SWITCH.search(fields)
-    return (int(found[1]), int(found[2])) if found else None
-
-
-def migration_of(fields: str) -> tuple[int, int, int] | None:
-    """Return task, old CPU and new CPU of a sched_migrate_task."""
-    found = _MIGRATE.search(fields)
-    return (int(found[1]), int(found[2]), int(found[3])) if found else None
 
 
 def pairs_of(fields: str) -> dict[str, str]:

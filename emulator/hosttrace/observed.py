@@ -24,7 +24,6 @@ from emulator.hosttrace.fields import (
     exit_of,
     function_of,
     host_flush_of,
-    migration_of,
     pairs_of,
     probe_of,
     range_of,
@@ -104,7 +103,6 @@ class Observed:
     causes: dict[str, Cause] = field(default_factory=dict)
     senders: dict[str, Sender] = field(default_factory=dict)
     host_flushes: Counter[str] = field(default_factory=Counter)
-    migrations: Counter[int] = field(default_factory=Counter)
     vmcs_clears: int = 0
     smis: int = 0
     tables_zapped: int = 0
@@ -119,6 +117,7 @@ class Observed:
     _recent: dict[int, tuple[str, int]] = field(default_factory=dict)
     _was_on: dict[int, int] = field(default_factory=dict)
     _queued: dict[int, str] = field(default_factory=dict)
+    _probes: dict[str, str] = field(default_factory=dict)  # by function, the event that counts
     _notifying: set[int] = field(default_factory=set)
 
     def add(self, event: Event) -> None:
@@ -233,10 +232,9 @@ class Observed:
                 cause.protected += change.protected
 
     def _call(self, event: Event, function: str, rest: str = "") -> None:
-        first = not any(name == function for name, _ in self.functions)
         self.functions[function, event.name] += 1
-        if not first and self._probe_again(function, event.name):
-            return
+        if self._probes.setdefault(function, event.name) != event.name:
+            return  # another probe stands at this function, too, and came first in the trace
         if function == _RANGE_START:
             self._notifying.add(event.tid)
         elif function == _RANGE_END:
@@ -248,10 +246,6 @@ class Observed:
             self._cause_of(event).flushes += 1
         elif function == _KICK and (number := request_of(rest)) >= 0:
             self._cause_of(event).requests[REQUESTS.get(number, f"request {number}")] += 1
-
-    def _probe_again(self, function: str, name: str) -> bool:
-        """Return whether another probe stands at this function, too, and came first in the trace."""
-        return next(probe for known, probe in self.functions if known == function) != name
 
     # --- interrupts ---------------------------------------------------------------------------------------
 
@@ -286,10 +280,6 @@ class Observed:
         if (found := host_flush_of(event.fields)) is not None:
             self.host_flushes[found[1]] += 1
 
-    def _migration(self, event: Event) -> None:
-        if (found := migration_of(event.fields)) is not None:
-            self.migrations[found[0]] += 1
-
     def _used(self, event: Event) -> None:
         """Count the event as one that was read: its name says all."""
 
@@ -320,6 +310,6 @@ _READERS: Final[dict[str, Callable[[Observed, Event], None]]] = {
     "ipi_send_cpu": Observed._ipi,
     "csd_queue_cpu": Observed._csd,
     "tlb_flush": Observed._host_flush,
-    "sched_migrate_task": Observed._migration,
+    "sched_migrate_task": Observed._used,
     "sched_switch": Observed._used,
 }
