@@ -22,7 +22,7 @@ JSON_VERSION: Final = 1
 _WIDTH: Final = 80
 # Rows of a table, the busiest first; the JSON document has all.
 _ROWS: Final = 12
-# The exit whose interrupt kvm_exit names, on Intel.
+# kvm_exit names the interrupt of this exit, on Intel.
 _INTERRUPTED: Final = "EXTERNAL_INTERRUPT"
 # Beyond this value an int is negative.
 _INT_MAX: Final = (1 << 31) - 1

@@ -184,7 +184,7 @@ class _Order:
                     self._struct(name)
             elif name in self.taken:
                 self._item(self.taken[name])
-        # The body of a function needs the structs whose members it names; a prototype needs none.
+        # A function's body needs each struct of which it names a member; a prototype needs none.
         if text.endswith("}") and "(" in text:
             for how, name in _TAG.findall(text):
                 if how != "enum" and name in self.bodies:

@@ -10,7 +10,7 @@ from typing import Final
 # read-only for the host.
 NPAGES: Final = 2048
 HUGE_RANGES: Final = 2
-# The gfns whose SPTEs are compared: some of each range, with both ends.
+# The SPTEs of these gfns are compared: some of each range, with both ends.
 WATCHED: Final = tuple(
     base + offset
     for base in range(0, NPAGES, 512)
@@ -90,10 +90,11 @@ _WEIGHTS: Final = {
     "invalidate_roots": 1,
     "zap_invalidated_roots": 2,
 }
-# Operations whose walks yield; those whose walks replace SPTEs that a processor may change meanwhile.
+# The walks of these operations yield.
 _YIELDING: Final = frozenset(
     {"zap_leafs", "unmap", "wrprot_slot", "split", "recover", "zap_invalidated_roots"}
 )
+# The walks of these operations replace SPTEs that a processor may change meanwhile.
 _SHARED: Final = frozenset({"wrprot_slot", "split", "zap_invalidated_roots"})
 # Other CPUs' operations while mmu_lock is not held.
 _WHILE_UNLOCKED: Final = (

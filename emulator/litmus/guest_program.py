@@ -71,7 +71,7 @@ class GuestProgram:
         return [*self._thread.section.parsed, *(op for who, op in sequences if who == name)]
 
     def _nested_guests(self) -> list[int]:
-        """Return the numbers of the nested guests whose VMCS12 the guest loads."""
+        """Return the nested guests, by number, of which the guest loads the VMCS12."""
         return sorted({op.number("vmcs12") for op in self._ops() if op.verb == Vmptrld.verb})
 
     def _what_it_maps(self) -> tuple[list[int], int]:

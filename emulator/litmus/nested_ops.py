@@ -1,4 +1,4 @@
-"""Operations of litmus tests on a vCPU whose guest is a hypervisor (L1): its VMX instructions, and its L2s.
+"""Operations of litmus tests for a guest that is a hypervisor (L1): its VMX instructions, and its L2s.
 
 A vCPU's operations stand in the order in which they are executed: those between `l2-enter` and `l2-exit` are
 L2's, which has page tables of its own.  A VMCS12 is named by the number of its nested guest.
