@@ -67,8 +67,8 @@ def _is_docstring(statement: ast.stmt) -> bool:
 
 
 def events_of(statement: ast.stmt) -> tuple[str, ...]:
-    """Return the kinds of a statement that is an event: a call whose result is not used, or an `if` (or a
-    `for`) around such calls, whose test may be one."""
+    """Return the kinds of a statement that is an event: a call for its effect alone, or an `if` (or a
+    `for`) around such calls; its test may be one."""
     if isinstance(statement, ast.Expr):
         return _kinds(_unchecked(statement.value))
     if isinstance(statement, ast.For) and not statement.orelse:

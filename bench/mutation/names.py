@@ -115,8 +115,8 @@ EVENTS: Final[Mapping[str, frozenset[str]]] = {
     }),
 }  # fmt: skip
 
-# Statements whose order among their neighbours matters: they release a lock, leave RCU, clear a bit, set a
-# mode, or publish.
+# Statements that must keep their place among their neighbours: they release a lock, leave RCU, clear a bit,
+# set a mode, or publish.
 ORDERED: Final = frozenset({
     "_clear",
     "_unlink_root",

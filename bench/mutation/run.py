@@ -47,8 +47,8 @@ def survivors() -> dict[str, str]:
 
 @cache
 def _listed(file: str) -> dict[str, str]:
-    """Return a list's texts by name.  Each begins with the mutant's mark; an entry whose mutant is gone, or
-    has changed, is an error."""
+    """Return a list's texts by name.  Each begins with the mutant's mark; an entry for a mutant that is
+    gone, or has changed, is an error."""
     found: dict[str, str] = tomllib.loads(Path(__file__).with_name(file).read_text("utf-8"))
     check_listed(file, found, {one.name: one.mark for one in mutants()})
     return found

@@ -77,7 +77,7 @@ class Watchdog:
             doing = self._suspect(key, actors.get(cpu), progress)
             if doing and key not in self.reported:
                 self.reported.add(key)
-                who = actors[cpu].name if cpu in actors else "nobody"
+                who = actors[cpu].name if cpu in actors else "no thread"
                 stalls.append(Stall(_stall_kind(kind), who, cpu, waits_for, doing))
         for key in self.suspicions.keys() - depended_on:
             del self.suspicions[key]

@@ -104,7 +104,7 @@ def find_compiler() -> Compiler:
     major = re.search(r"^#define __GNUC__ (\d+)$", macros, re.MULTILINE)
     version = first_line(_said([path, "--version"]))
     if major is None or int(major[1]) < _OLDEST or "__clang__" in macros:
-        raise BadInput(path, version or "no version", "gcc 10 or later, whose messages are read as JSON")
+        raise BadInput(path, version or "no version", "gcc 10 or later, with messages in JSON")
     return Compiler(path, version)
 
 

@@ -17,8 +17,8 @@ COMMON_POINTS: Final[tuple[DecisionPoint, ...]] = (
         proposed={
             "active-roots": "INVEPT single-context on the vCPU's current and previous roots.",
             "root-tlb-gen": (
-                "INVEPT single-context on those of the vCPU's current and previous roots whose generation "
-                "has advanced since this pCPU last flushed them, possibly for another vCPU."
+                "INVEPT single-context on each current or previous root of the vCPU, if its generation has "
+                "advanced since this pCPU last flushed it, possibly for another vCPU."
             ),
         },
         wrong={
@@ -105,14 +105,14 @@ COMMON_POINTS: Final[tuple[DecisionPoint, ...]] = (
                 "requests."
             ),
             "root-tlb-gen": (
-                "As active-roots, but only roots whose generation has advanced since this pCPU last flushed "
-                "them. A remote flush advances generations before it makes its requests."
+                "As active-roots, but a root only if its generation has advanced since this pCPU last "
+                "flushed it. A remote flush advances generations before it makes its requests."
             ),
         },
         proposed_wrong={
             "cpu-flushed-mask": (
-                "As active-roots, but only roots whose cpu_flushed_mask does not have this pCPU, which then "
-                "joins the mask (sketched in August 2025). An entry for a page that is zapped while the "
+                "As active-roots, but a root only if its cpu_flushed_mask does not have this pCPU, which "
+                "then joins the mask (sketched in August 2025). An entry for a page that is zapped while the "
                 "vCPU is elsewhere comes back."
             ),
         },
@@ -272,7 +272,7 @@ COMMON_POINTS: Final[tuple[DecisionPoint, ...]] = (
             "guest": "KVM_REQ_TLB_FLUSH_GUEST: no guest-physical mapping is lost, and roots are synced.",
         },
         wrong={
-            "none": "No flush. Wrong unless the role change loads a root, whose load flushes.",
+            "none": "No flush. Wrong unless the role change loads a root, which flushes.",
         },
     ),
     point(
@@ -281,8 +281,8 @@ COMMON_POINTS: Final[tuple[DecisionPoint, ...]] = (
         {
             "guest": "KVM_REQ_TLB_FLUSH_GUEST, whatever has changed (since 4346db6e6e7a, 2023).",
             "none": (
-                "No flush of its own (before 2023). Wrong unless the role change loads a root, whose load "
-                "flushes and syncs."
+                "No flush of its own (before 2023). Wrong unless the role change loads a root, which flushes "
+                "and syncs."
             ),
         },
     ),

@@ -167,7 +167,7 @@ TDP_POINTS: Final[tuple[DecisionPoint, ...]] = (
     ),
     point(
         Decisions.frozen_zap,
-        "The order in which a zap under mmu_lock for read ends, whose SPTE is frozen meanwhile "
+        "The order in which a zap under mmu_lock for read ends; the SPTE is frozen meanwhile "
         "(tdp_mmu_zap_spte_atomic, before 6.13).",
         {
             "flush-first": "Flush, and then take the table behind the SPTE apart (6.10 to 6.12).",

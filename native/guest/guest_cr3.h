@@ -1,4 +1,4 @@
-/* MOV to CR3 of a guest whose page tables its OS here did not write: with EPT, where it does not exit. */
+/* MOV to CR3 of a guest that writes its page tables itself, not by its OS here: with EPT, where it does not exit. */
 #ifndef FLUSHLAB_GUEST_CR3_H
 #define FLUSHLAB_GUEST_CR3_H
 

@@ -228,7 +228,7 @@ void os_map_pages(struct guest_process *p, uint64_t page, struct guest_page *gp,
 		guest_page_map(gp, fresh);
 }
 
-/* map() for an OS whose threads run on other vCPUs: the record comes first, for as soon as the entry is there, KVM may find
+/* map() for an OS with threads on other vCPUs: the record comes first, for as soon as the entry is there, KVM may find
  * it for them.  Behind a VM exit os_page_fault() finds the record, and goes on. */
 static enum walk_result map_for_all(struct walk *w, struct guest_process *p, uint64_t page, struct guest_page *gp)
 {

@@ -243,7 +243,7 @@ static int enter(struct run *run, struct machine *m, uint32_t cpu, uint32_t vcpu
 	if (vcpu_mode(m, vcpu) == OUTSIDE_GUEST_MODE)
 		return cpu_misuse(m, cpu, "VM entry on CPU %u with mode OUTSIDE_GUEST_MODE", cpu);
 	if (!vmcs || vmcs->vcpu != vcpu)
-		return cpu_misuse(m, cpu, "VM entry on CPU %u of vCPU %u, whose VMCS is not current there", cpu, vcpu);
+		return cpu_misuse(m, cpu, "VM entry on CPU %u, where no VMCS of vCPU %u is current", cpu, vcpu);
 	if (!vmcs->root)
 		return cpu_misuse(m, cpu, "VM entry on CPU %u of vCPU %u without a root", cpu, vcpu);
 	*out = (struct vcpu_exit){ .reason = EXIT_PREEMPTION_TIMER };

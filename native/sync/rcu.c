@@ -217,14 +217,14 @@ static int wait_wanted(struct machine *m, uint32_t cpu, bool *wanted)
 int rcu_thread(struct machine *m, uint32_t cpu)
 {
 	struct rcu *rcu = m->rcu;
-	int32_t nobody = -1;
+	int32_t runner = -1; /* none */
 	bool wanted;
 	int r = may_synchronize(m, cpu, "rcu_thread");
 
 	if (r)
 		return r;
-	if (!atomic_compare_exchange_strong_explicit(&rcu->thread, &nobody, (int32_t)cpu, SEQ_CST, SEQ_CST))
-		return cpu_misuse(m, cpu, "rcu_thread on CPU %u: it runs on CPU %d already", cpu, nobody);
+	if (!atomic_compare_exchange_strong_explicit(&rcu->thread, &runner, (int32_t)cpu, SEQ_CST, SEQ_CST))
+		return cpu_misuse(m, cpu, "rcu_thread on CPU %u: it runs on CPU %d already", cpu, runner);
 	while (!(r = wait_wanted(m, cpu, &wanted)) && wanted) {
 		/* The thread left in the middle of a grace period: the callbacks that waited for it wait for
 		 * another one first. */

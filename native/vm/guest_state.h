@@ -209,7 +209,7 @@ struct guest_choices {
 struct guest_batch {
 	struct guest_change change[GUEST_BATCH];
 	_Atomic uint32_t changes;
-	_Atomic uint32_t written; /* those whose entries are */
+	_Atomic uint32_t written; /* of which the entries are, too */
 	uint32_t most;           /* changes after which it is invalidated */
 	_Atomic uint32_t number; /* of this batch, from 1 on */
 	_Atomic uint32_t flush;  /* number of the last batch that the vCPUs have been asked to invalidate */
@@ -233,7 +233,7 @@ struct guest_flush {
 	enum guest_flush_kind kind;
 	bool under_way;
 	uint32_t next;       /* change, or instruction, that comes next */
-	uint32_t flushed;    /* processes whose PCIDs have been invalidated, by bits */
+	uint32_t flushed;    /* processes with PCIDs that have been invalidated, by bits */
 	uint64_t cr3;        /* 0, or the operand of a MOV to CR3 that KVM has emulated by the next step */
 };
 
@@ -241,20 +241,20 @@ struct guest_flush {
 struct guest_vmx {
 	uint16_t nested;  /* tlb_entry.nested of the mappings that this guest fills; L1: 0 */
 	uint16_t vpid12;  /* of a nested guest: the VPID that L1 has given it; 0: none */
-	uint32_t current; /* of L1: the nested guest whose VMCS is current; 0: none */
+	uint32_t current; /* of L1: the nested guest of the current VMCS; 0: none */
 };
 
 struct guest {
 	struct guest_config config;
 	struct guest_vmx vmx;
-	/* The guest of the vCPU whose OS this is: its memory, tables, records and batch.  Itself, unless this vCPU runs
+	/* The guest of the vCPU that this OS belongs to: its memory, tables, records and batch.  Itself, unless this vCPU runs
 	 * threads of the processes of another one. */
 	struct guest *leader;
 	uint32_t vcpus;              /* leader: that run its OS */
 	_Atomic uint32_t os_lock;    /* leader: number + 1 of the vCPU that is in the OS; 0: none */
 	struct guest_batch batch;    /* leader */
 	uint32_t settled;            /* number of the last batch that this vCPU has invalidated */
-	uint32_t covered_batch;      /* ... and of the batch whose changes it has invalidated as far as `covered` says */
+	uint32_t covered_batch;      /* ... and of the batch that it has invalidated in part, as `covered` says */
 	uint64_t covered;            /* by bits */
 	uint32_t stale;              /* processes that a switch to them has to flush, by bits */
 	struct guest_flush flush;

@@ -97,11 +97,11 @@ static int srcu_become_synchronizer(struct machine *m, uint32_t cpu, struct srcu
 	struct wait w = wait_begin(m, cpu);
 
 	for (;;) {
-		uint32_t nobody = 0;
+		uint32_t none = 0;
 		int r;
 
 		waiters_add(&srcu->queue, cpu);
-		if (atomic_compare_exchange_strong_explicit(&srcu->synchronizing, &nobody, cpu + 1, SEQ_CST,
+		if (atomic_compare_exchange_strong_explicit(&srcu->synchronizing, &none, cpu + 1, SEQ_CST,
 							    SEQ_CST))
 			return 0;
 		r = wait_turn(&w);

@@ -38,7 +38,7 @@ bool walk_check_slow(struct walk *w, struct tlb_entry *entry, uint64_t page, uin
 	if (j.verdict == VERDICT_LEGAL_STALE)
 		count(w->cpu->counters, COUNT_LEGAL_STALE, 1);
 	if (entry->nested != w->guest->vmx.nested) {
-		/* The cached mapping remains the other guest's, in whose terms its rights are. */
+		/* The cached mapping remains the other guest's, and so do its rights. */
 		entry_adopt(entry, w->guest->vmx.nested);
 		entry->right[type] = j.right;
 		return true;

@@ -100,7 +100,7 @@ def test_an_offline_pcpu_holds_no_vmcs_back(machine: Hypervisor) -> None:
 
 def test_entry_needs_a_current_vmcs_of_the_vcpu(machine: Hypervisor) -> None:
     vcpu, other = machine.vcpu(VM0, 1), machine.vcpu(VM0, 2)
-    expected = f"VM entry on CPU 0 of vCPU {vcpu}, whose VMCS is not current there"
+    expected = f"VM entry on CPU 0, where no VMCS of vCPU {vcpu} is current"
     assert entry(machine, CPU0, vcpu) == lib.MACHINE_MISUSE
     assert error(machine, CPU0) == expected
     lib.vmptrld(machine.m, CPU0, machine.vmcs[other])

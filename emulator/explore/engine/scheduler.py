@@ -174,7 +174,7 @@ class Execution:
         self.tasks: list[Task] = []
         self.watchers: list[Task] = []  # those with loops that await_change() may block: no daemons
         self.hub: Any = None
-        self.current: Task = Task(-1, "nobody", lambda: None, True)
+        self.current: Task = Task(-1, "none", lambda: None, True)
         self.next: Task | None = None
         self.last = -1
         self.length = 0

@@ -66,7 +66,7 @@ def drop_spte(cpu: Cpu, kvm: Kvm, sptep: Sptep) -> None:
 def for_each_rmap_spte(cpu: Cpu, kvm: Kvm, rmap_head: RmapHead) -> Iterator[Sptep]:
     """for_each_rmap_spte(): yield the SPTEs of the list.
 
-    An SPTE whose page has been freed is reported as a walk through freed memory, and left out.
+    An SPTE of a page that has been freed is reported as a walk through freed memory, and left out.
     """
     for sptep in tuple(rmap_head):
         sp, index = sptep

@@ -1,4 +1,4 @@
-"""arch/x86/kvm/vmx/nested.c: nested VMX.  L1 is a hypervisor, whose guests (L2) KVM runs with vmcs02.
+"""arch/x86/kvm/vmx/nested.c: nested VMX.  L1 is a hypervisor; KVM runs its guests (L2) with vmcs02.
 
 L1 and L2 share root_mmu, because L1 enables no EPT in its VMCSs: their roots differ by role.guest_mode, and
 so do their EP4TAs.  A request to flush the current context names it implicitly.  So it is serviced before the

@@ -1,7 +1,7 @@
 """Unified diffs: parsed by the library `unidiff`, and checked for parts that no patch of KVM can have.
 
 `git diff`, `git format-patch` and `diff -u` write them.  Every line of a diff counts: a line that belongs to
-no hunk and to no header is refused, because a hunk whose header is damaged would otherwise be left out in
+no hunk and to no header is refused, because a hunk with a damaged header would otherwise be left out in
 silence, and an idea that was never tried would be called safe.
 """
 

@@ -70,4 +70,4 @@ def test_another_compiler(
     monkeypatch.setenv("CC", "true")
     assert main(["drift", str(tree), "--run"]) == 2
     (line,) = capsys.readouterr().err.strip().splitlines()
-    assert "messages are read as JSON" in line
+    assert "with messages in JSON" in line
