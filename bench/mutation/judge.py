@@ -8,6 +8,7 @@ cost-only    survived, adds work by its rule, and some price of an event is high
              all pairs, and none lower: of an event that is made twice, no price of an event.  A mutant that
              moves work, or leaves it out, is not excused by a price
 unreached    survived, and no pair reaches the mutated statements
+undecided    not caught, but some look used up its CPU time before it had done its executions
 survived     all others
 """
 
@@ -16,7 +17,7 @@ from __future__ import annotations
 import traceback
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from types import MappingProxyType
 from typing import Any, Final
 
@@ -30,6 +31,7 @@ from bench.mutation.suite import (
     STEPS,
     WORK,
     Known,
+    Pair,
     Shown,
     most_of,
     prices,
@@ -37,6 +39,7 @@ from bench.mutation.suite import (
 )
 from emulator.errors import BadInput
 from emulator.explore.engine.scheduler import Divergence
+from emulator.explore.strategies.search import Limits
 from emulator.litmus.model import INCONCLUSIVE
 from emulator.litmus.policies import named_policy
 from emulator.litmus.runner import run_test
@@ -49,7 +52,10 @@ EQUIVALENT: Final = "equivalent"
 COST_ONLY: Final = "cost-only"
 UNREACHED: Final = "unreached"
 SURVIVED: Final = "survived"
-CLASSES: Final = (CAUGHT, BROKEN, EQUIVALENT, COST_ONLY, UNREACHED, SURVIVED)
+UNDECIDED: Final = "undecided"
+CLASSES: Final = (CAUGHT, BROKEN, EQUIVALENT, COST_ONLY, UNREACHED, SURVIVED, UNDECIDED)
+# The kind of a catch: executions that do not come to an end, where they did before.
+ENDLESS: Final = "endless"
 
 # So few pairs that reach a statement all get a second look: nothing else tests it.
 FEW: Final = 10
@@ -63,6 +69,7 @@ _ADDS: Final = (
     "twice-", "widen-", "still-pending", "drop-operand", "drop-alternative", "drop-not", "drop-guard",
     "drop-branch", "off-by-one",
 )  # fmt: skip
+NOTHING_SHOWN: Final = Shown("", (), 0)
 # Python's own errors: the mutated statement cannot be executed.
 _PYTHONS: Final = (NameError, TypeError, AttributeError)
 # ... and those that a mutant causes.
@@ -147,6 +154,7 @@ def judge(
     reaching = reaches(mutant, all_known, telling)
     looked = dict(before.looked) if before is not None else {}
     executions = before.executions if before is not None else 0
+    cut_short: list[str] = []
     priced = [one for one in reaching if one.pair.preset == DEFAULT] or reaching
     if mutant.rule in _ONLY_COSTS and (cost := _cost(mutant, priced)):
         return Judgement(mutant.name, COST_ONLY, why=cost)
@@ -155,10 +163,14 @@ def judge(
         found, caught = (_stressed if look.real else _explored)(mutant, look, executions)
         if caught is not None:
             return caught
+        executions += found.executions
+        if found.cut_short:
+            cut_short.append(str(look))
         looked[look.key] = look.executions
-        executions += found
     if not reaching:
         return Judgement(mutant.name, UNREACHED)
+    if cut_short:
+        return Judgement(mutant.name, UNDECIDED, executions=executions, why=f"cut short: {cut_short[0]}")
     cost = _cost(mutant, priced)
     verdict = COST_ONLY if cost else SURVIVED
     return Judgement(mutant.name, verdict, executions=executions, why=cost, looked=looked)
@@ -231,19 +243,24 @@ def pending(reaching: Sequence[Known], depth: Depth, looked: Mapping[str, int]) 
             yield look
 
 
-def _explored(mutant: Mutant, look: Look, before: int) -> tuple[int, Judgement | None]:
-    """Explore a pair; return the number of executions, and the judgement if it caught the mutant."""
+def _explored(mutant: Mutant, look: Look, before: int) -> tuple[Shown, Judgement | None]:
+    """Explore a pair; return the result, and the judgement if it caught the mutant."""
     one = look.known
     try:
         shown = show(one.pair, look.executions)
     except _CRASHES as error:
-        verdict = BROKEN if isinstance(error, _PYTHONS) else CAUGHT
-        return 0, Judgement(mutant.name, verdict, "explore", str(one.pair), "crash", before + 1, _text(error))
+        return NOTHING_SHOWN, _crashed(mutant, "explore", one.pair, before, error)
     kind = differs(one, shown, look.executions)
     if not kind:
-        return shown.executions, None
+        return shown, None
     total = before + shown.executions
-    return 0, Judgement(mutant.name, CAUGHT, "explore", str(one.pair), kind, total, shown.failure)
+    return shown, Judgement(mutant.name, CAUGHT, "explore", str(one.pair), kind, total, shown.failure)
+
+
+def _crashed(mutant: Mutant, by: str, pair: Pair, before: int, error: Exception) -> Judgement:
+    """Judge a mutant whose code raises: no suite is needed to notice an error of Python's own."""
+    verdict = BROKEN if by == "explore" and isinstance(error, _PYTHONS) else CAUGHT
+    return Judgement(mutant.name, verdict, by, str(pair), "crash", before + 1, _text(error))
 
 
 def differs(one: Known, shown: Shown, most: int) -> str:
@@ -252,25 +269,28 @@ def differs(one: Known, shown: Shown, most: int) -> str:
         return shown.kinds[0].partition(":")[0]
     if shown.verdict == FAILED:
         return "failure"
+    if shown.endless and one.shown.depth * 2 < Limits().steps:
+        return ENDLESS
     vacuous = shown.verdict == INCONCLUSIVE and one.shown.verdict != INCONCLUSIVE
-    # A look that the clock has cut short shows nothing by its silence.
+    # A look that was cut short shows nothing by its silence.
     whole = shown.complete or shown.executions >= min(most, most_of(one.pair), one.shown.executions)
     enough = most >= min(most_of(one.pair), one.shown.executions)
     return INCONCLUSIVE if vacuous and whole and enough else ""
 
 
-def _stressed(mutant: Mutant, look: Look, before: int) -> tuple[int, Judgement | None]:
+def _stressed(mutant: Mutant, look: Look, before: int) -> tuple[Shown, Judgement | None]:
     """Run a pair on real threads; return as _explored() does."""
     pair = look.known.pair
     try:
         outcome = run_test(pair.litmus, named_policy(pair.preset), look.executions)
     except _CRASHES as error:
-        return 0, Judgement(mutant.name, CAUGHT, "stress", str(pair), "crash", before + 1, _text(error))
+        return NOTHING_SHOWN, _crashed(mutant, "stress", pair, before, error)
+    shown = replace(NOTHING_SHOWN, executions=outcome.executions)
     kind = "failure" if outcome.failure else next(iter(outcome.kinds), "")
     if not kind:
-        return outcome.executions, None
+        return shown, None
     total = before + outcome.executions
-    return 0, Judgement(mutant.name, CAUGHT, "stress", str(pair), kind, total, outcome.failure)
+    return shown, Judgement(mutant.name, CAUGHT, "stress", str(pair), kind, total, outcome.failure)
 
 
 def _cost(mutant: Mutant, reaching: Iterable[Known]) -> str:

@@ -20,10 +20,13 @@ from typing import Any, Final, TypeVar
 
 T = TypeVar("T")
 
-# Seconds of CPU time, and of wall time, without a word until a child counts as hung: far beyond the longest
-# look at one pair.  A child that waits for a lock of its own burns no CPU time.
+# Seconds without a word until a child counts as hung: of CPU time, far beyond the longest look at one pair,
+# and of sleep of all its threads, each of which waits for another one then.  A child that waits for a pCPU of
+# a busy machine, or that is stopped, does neither.
 BURNED: Final = 40.0
-SILENCE: Final = 600.0
+ASLEEP: Final = 120.0
+# Most seconds of sleep that are seen at once: the whole machine may have been stopped meanwhile.
+_LOOK: Final = 2.0
 _MEMORY: Final = 4 << 30
 
 
@@ -37,16 +40,29 @@ class Lost:
 
 @dataclass(slots=True)
 class _Child:
+    """burned: the CPU seconds until its last word.  cpu, at: those at the last look, and its time.  asleep:
+    the seconds of sleep since it was last seen awake."""
+
     number: int
     process: Any
     pipe: multiprocessing.connection.Connection
-    heard: float
+    at: float
     said: str = ""
-    burned: float = 0.0  # CPU seconds until its last word
+    burned: float = 0.0
+    cpu: float = 0.0
+    asleep: float = 0.0
+
+    def hears(self) -> None:
+        """Begin to count anew: the child has said a word."""
+        self.burned, self.asleep = _cpu_seconds(self.process.pid), 0.0
 
     def hangs(self) -> bool:
-        cpu = _cpu_seconds(self.process.pid) - self.burned
-        return cpu > BURNED or time.monotonic() - self.heard > SILENCE
+        """Look at the child, and return whether it has gone on too long without a word."""
+        now, cpu = time.monotonic(), _cpu_seconds(self.process.pid)
+        idle = cpu == self.cpu and _sleeps(self.process.pid)
+        self.asleep = self.asleep + min(now - self.at, _LOOK) if idle else 0.0
+        self.at, self.cpu = now, cpu
+        return cpu - self.burned > BURNED or self.asleep > ASLEEP
 
 
 def each(
@@ -107,7 +123,7 @@ def _heard(running: Sequence[_Child]) -> list[tuple[_Child, Any]]:
                 child.process.join()
                 ended.append((child, Lost(child.said, f"exit status {child.process.exitcode}")))
                 continue
-            child.heard, child.burned = time.monotonic(), _cpu_seconds(child.process.pid)
+            child.hears()
             if kind == "done":
                 ended.append((child, value))
             else:
@@ -120,9 +136,20 @@ def _heard(running: Sequence[_Child]) -> list[tuple[_Child, Any]]:
 
 def _cpu_seconds(pid: int) -> float:
     """Return the CPU time that a process has used."""
+    fields = _stat(Path(f"/proc/{pid}/stat"))
+    # utime and stime are the 12th and 13th field after the name.
+    return (int(fields[11]) + int(fields[12])) / os.sysconf("SC_CLK_TCK") if fields else 0.0
+
+
+def _sleeps(pid: int) -> bool:
+    """Return whether no thread of a process runs, can run, or is stopped."""
+    threads = [_stat(file) for file in Path(f"/proc/{pid}/task").glob("*/stat")]
+    return all(fields[0] == "S" for fields in threads if fields)
+
+
+def _stat(file: Path) -> list[str]:
+    """Return the fields of a stat file after the name, which is in parentheses and may contain spaces."""
     try:
-        # The name, in parentheses, may contain spaces; utime and stime are the 12th and 13th field after it.
-        fields = Path(f"/proc/{pid}/stat").read_text("utf-8").rpartition(")")[2].split()
+        return file.read_text("utf-8").rpartition(")")[2].split()
     except OSError:
-        return 0.0
-    return (int(fields[11]) + int(fields[12])) / os.sysconf("SC_CLK_TCK")
+        return []

@@ -14,6 +14,7 @@ from bench.mutation.judge import (
     COST_ONLY,
     EQUIVALENT,
     SURVIVED,
+    UNDECIDED,
     UNREACHED,
     Judgement,
 )
@@ -21,13 +22,14 @@ from bench.mutation.judge import (
 Judged = Sequence[tuple[Mutant, Judgement]]
 # Standard deviations on either side of a normal distribution's middle 95 %.
 _DEVIATIONS = 1.96
+_RATED = "neither broken, equivalent nor cost-only"
 
 
 def kill_rate(judged: Judged) -> tuple[int, int]:
-    """Return how many were caught of those that are neither broken nor equivalent nor cost-only."""
+    """Return how many were caught of those that are decided and neither broken, equivalent nor cost-only."""
     verdicts = [judgement.verdict for _, judgement in judged]
     caught = verdicts.count(CAUGHT)
-    return caught, len(verdicts) - sum(verdicts.count(one) for one in (BROKEN, EQUIVALENT, COST_ONLY))
+    return caught, len(verdicts) - sum(map(verdicts.count, (BROKEN, EQUIVALENT, COST_ONLY, UNDECIDED)))
 
 
 def interval(caught: int, of: int) -> tuple[float, float]:
@@ -61,9 +63,11 @@ def _summary(judged: Judged, chosen: int, generated: int) -> list[str]:
     if of and len(judged) < generated:
         low, high = interval(caught, of)
         rate += f" (95 % interval {100 * low:.1f} to {100 * high:.1f} %)"
+    undecided = sum(one.verdict == UNDECIDED for _, one in judged)
+    left_out = f"; {undecided} undecided are left out" if undecided else ""
     return [
         f"{generated} mutants generated, {chosen} chosen, {len(judged)} judged",
-        f"kill rate {rate}: {caught} caught of {of} that are neither broken, equivalent nor cost-only",
+        f"kill rate {rate}: {caught} caught of {of} that are {_RATED}{left_out}",
         "caught by " + ", ".join(f"{name} {n}" for name, n in by.most_common()),
         "as " + ", ".join(f"{name} {n}" for name, n in kinds.most_common()),
     ]
@@ -71,7 +75,7 @@ def _summary(judged: Judged, chosen: int, generated: int) -> list[str]:
 
 def _listed(judged: Judged) -> list[str]:
     found = []
-    for verdict in (SURVIVED, UNREACHED, COST_ONLY, EQUIVALENT):
+    for verdict in (SURVIVED, UNREACHED, UNDECIDED, COST_ONLY, EQUIVALENT):
         of = [(mutant, one) for mutant, one in judged if one.verdict == verdict]
         if of:
             found += [

@@ -10,6 +10,7 @@ from __future__ import annotations
 import json
 from collections import Counter
 from collections.abc import Mapping, Sequence
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any, Final
 
@@ -87,14 +88,7 @@ class Results:
         self._write({
             "pair": [one.pair.test, one.pair.preset, one.pair.choices],
             "text": text_hash(one.pair.test),
-            "shown": {
-                "verdict": shown.verdict,
-                "kinds": list(shown.kinds),
-                "executions": shown.executions,
-                "failure": shown.failure,
-                "seconds": shown.seconds,
-                "complete": shown.complete,
-            },
+            "shown": asdict(shown),
             "prices": one.prices,
             "lines": lines,
         })  # fmt: skip

@@ -44,7 +44,9 @@ SECOND: Final = 200
 OTHER: Final = 20
 # Executions under another preset with KVM's code as it is.
 _COVERAGE: Final = OTHER
-# Most seconds for one pair.
+# The end of a look that is all pruned runs: so many runs, ended or pruned, for each execution, and a few.
+RUNS: Final = 25
+# Most seconds of CPU time for one pair.  A look that they cut short leaves its mutant undecided.
 PATIENCE: Final = 20.0
 
 _CHOICES: Final = {
@@ -120,8 +122,9 @@ def _test(name: str) -> LitmusTest:
 class Shown:
     """The result of a pair: the verdict, its kinds, and the number of executions.
 
-    failure: the text of an execution that could not go on.  seconds: of the whole search.  complete: all
-    interleavings were searched.
+    failure: the text of an execution that could not go on.  seconds: CPU time of the whole search.  complete:
+    all interleavings were searched.  cut_short: the CPU time was used up before the executions were.  depth:
+    the steps of the longest execution; endless: executions that were given up because they did not end.
     """
 
     verdict: str
@@ -130,6 +133,29 @@ class Shown:
     failure: str = ""
     seconds: float = 0.0
     complete: bool = False
+    cut_short: bool = False
+    depth: int = 0
+    endless: int = 0
+
+
+@dataclass(slots=True)
+class Budget:
+    """The end of a look at a pair, whatever else the machine does meanwhile: runs, which depend on the code
+    alone, and as a last resort the CPU time of this process."""
+
+    runs: int
+    seconds: float
+    cut_short: bool = False
+    begun: float = field(default_factory=time.process_time)
+
+    def ended(self) -> bool:
+        """Return whether to begin no further run: the search asks before each."""
+        self.runs -= 1
+        self.cut_short = self.cut_short or self.used() > self.seconds
+        return self.cut_short or self.runs < 0
+
+    def used(self) -> float:
+        return time.process_time() - self.begun
 
 
 @dataclass(slots=True)
@@ -172,16 +198,18 @@ def most_of(pair: Pair) -> int:
 
 def show(pair: Pair, executions: int) -> Shown:
     """Explore a pair with the code that is in this process."""
-    started = time.monotonic()
-    verdict = explore_verdict(
-        pair.litmus,
-        named_policy(pair.preset),
-        plan_of(pair, executions),
-        lambda: time.monotonic() - started > PATIENCE,
-    )
-    seconds = round(time.monotonic() - started, 3)
+    budget = Budget(RUNS * (executions + FIRST), PATIENCE)
+    found = explore_verdict(pair.litmus, named_policy(pair.preset), plan_of(pair, executions), budget.ended)
     return Shown(
-        verdict.verdict, verdict.kinds, verdict.executions, verdict.failure, seconds, verdict.complete
+        found.verdict,
+        found.kinds,
+        found.executions,
+        found.failure,
+        round(budget.used(), 3),
+        found.complete,
+        budget.cut_short,
+        found.depth,
+        found.cut_off,
     )
 
 

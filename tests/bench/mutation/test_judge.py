@@ -2,6 +2,12 @@
 
 from __future__ import annotations
 
+import multiprocessing
+import os
+import signal
+import subprocess
+import sys
+import threading
 import time
 from collections.abc import Callable
 from dataclasses import replace
@@ -9,14 +15,23 @@ from pathlib import Path
 
 import pytest
 
-from bench.mutation import judge, run
+from bench.mutation import judge, run, suite
 from bench.mutation.__main__ import main
 from bench.mutation.generate import Mutant, mutants, sample, sources
-from bench.mutation.judge import BROKEN, CAUGHT, COST_ONLY, EQUIVALENT, SURVIVED, UNREACHED, Judgement
+from bench.mutation.judge import (
+    BROKEN,
+    CAUGHT,
+    COST_ONLY,
+    EQUIVALENT,
+    SURVIVED,
+    UNDECIDED,
+    UNREACHED,
+    Judgement,
+)
 from bench.mutation.pool import Lost, each
 from bench.mutation.report import interval, kill_rate, table
 from bench.mutation.results import Results
-from bench.mutation.suite import Known, Pair, Shown, fingerprint
+from bench.mutation.suite import Budget, Known, Pair, Shown, fingerprint, show
 
 pytestmark = pytest.mark.slow
 
@@ -144,6 +159,81 @@ def test_only_a_whole_look_is_vacuous(executions: int, complete: bool, most: int
     assert judge.differs(one, shown, most) == differs
 
 
+@pytest.mark.parametrize(("depth", "kind"), [(100, "endless"), (2500, "")], ids=["short", "long anyway"])
+def test_executions_that_do_not_end_are_noticed(depth: int, kind: str) -> None:
+    one = Known(PAIRS[0], Shown("safe", (), 200, depth=depth))
+    assert judge.differs(one, Shown("safe", (), 200, endless=1), 200) == kind
+
+
+def test_a_look_that_is_cut_short_decides_nothing(
+    known: list[Known], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(suite, "PATIENCE", 0.0)
+    one = mutant(FLUSH, FLUSH + "            del flush\n")
+    ((_, found),) = run.judge_all(Results(None, ""), [one], known, 1, silent)
+    assert found.verdict == UNDECIDED
+    assert found.why.startswith("cut short: ")
+    assert not found.looked, "the look must be repeated another time"
+
+
+def test_a_budget_is_used_up_by_runs_or_by_cpu_time() -> None:
+    runs, seconds = Budget(2, 60.0), Budget(2, -1.0)
+    assert [runs.ended(), runs.ended(), runs.ended()] == [False, False, True]
+    assert not runs.cut_short
+    assert seconds.ended()
+    assert seconds.cut_short
+
+
+def burn() -> None:
+    while True:
+        pass
+
+
+def test_a_look_is_the_same_beside_busy_processes(
+    known: list[Known], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Five processes that never rest share one CPU with the look: it takes far longer, by the clock."""
+    pair, executions = PAIRS[1], suite.FIRST
+    alone = show(pair, executions)
+    patience = 2.5 * alone.seconds
+    monkeypatch.setattr(suite, "PATIENCE", patience)
+    cpus = os.sched_getaffinity(0)
+    os.sched_setaffinity(0, {min(cpus)})
+    fork = multiprocessing.get_context("fork")
+    others = [fork.Process(target=burn, daemon=True) for _ in range(5)]
+    try:
+        for other in others:
+            other.start()
+        begun = time.monotonic()
+        beside = show(pair, executions)
+        took = time.monotonic() - begun
+    finally:
+        os.sched_setaffinity(0, cpus)
+        for other in others:
+            other.kill()
+            other.join()
+    assert took > patience, "the other processes must have been in the way"
+    assert not beside.cut_short
+    assert replace(beside, seconds=0.0) == replace(alone, seconds=0.0)
+
+
+def test_a_child_that_is_not_let_run_does_not_hang(monkeypatch: pytest.MonkeyPatch) -> None:
+    """One child sleeps for ever, which is a hang.  The other is stopped for longer, and goes on."""
+    monkeypatch.setattr("bench.mutation.pool.ASLEEP", 0.5)
+
+    def do(number: int, say: Callable[[str], None]) -> int:
+        say("before")
+        if number:
+            threading.Event().wait()
+        waker = f"import os, signal, time; time.sleep(4); os.kill({os.getpid()}, signal.SIGCONT)"
+        subprocess.Popen([sys.executable, "-c", waker])
+        os.kill(os.getpid(), signal.SIGSTOP)
+        return 7
+
+    found = dict(each([0, 1], do, 2, lambda: False))
+    assert found == {0: 7, 1: Lost("before", "hang")}
+
+
 def test_arguments_can_be_doubted(known: list[Known], capsys: pytest.CaptureFixture[str]) -> None:
     """A listed mutant is judged like any other: the list may have become wrong since it was argued."""
     assert main(["--doubt", "--list"]) == 0
@@ -171,13 +261,14 @@ def test_lists_name_mutants_that_exist() -> None:
 
 
 def test_the_rate_leaves_out_the_harmless() -> None:
-    verdicts = [CAUGHT, CAUGHT, CAUGHT, SURVIVED, UNREACHED, BROKEN, EQUIVALENT, COST_ONLY]
+    verdicts = [CAUGHT, CAUGHT, CAUGHT, SURVIVED, UNREACHED, BROKEN, EQUIVALENT, COST_ONLY, UNDECIDED]
     some = sample(mutants(), len(verdicts), 1)
     judged = [(one, Judgement(one.name, verdict)) for one, verdict in zip(some, verdicts, strict=True)]
     assert kill_rate(judged) == (3, 5)
-    text = table(judged, 8, 1000)
+    text = table(judged, 9, 1000)
     assert "kill rate 60.0 % (95 % interval 23.1 to 88.2 %): 3 caught of 5" in text
-    assert "kill rate 60.0 %: 3 caught of 5" in table(judged, 8, 8)
+    assert "; 1 undecided are left out" in text
+    assert "kill rate 60.0 %: 3 caught of 5" in table(judged, 9, 9)
     assert f"survived:\n  {some[3].name}" in text
 
 
