@@ -214,11 +214,20 @@ def _check_names(found: Sequence[Mutant]) -> None:
 def sample(found: Sequence[Mutant], n: int, seed: int) -> list[Mutant]:
     """Return n of the mutants.  A larger sample of one seed contains the smaller ones.
 
-    The order is by a hash of seed and name, so that a mutant that is added or goes leaves the others where
-    they were.
+    Each rule's mutants of each function are drawn in proportion: of m in all, the k-th by a hash of its name
+    comes at (k + u) / m, and u is the pair's own, from a hash, too.  A mutant that is added or goes therefore
+    leaves those of other rules and functions where they were.
     """
 
-    def key(one: Mutant) -> str:
-        return hashlib.sha256(f"{seed} {one.name}".encode()).hexdigest()
+    def at(text: str) -> float:
+        return int(hashlib.sha256(f"{seed} {text}".encode()).hexdigest()[:12], 16) / 16**12
 
-    return sorted(found, key=key)[:n]
+    cells: dict[tuple[str, str], list[Mutant]] = {}
+    for one in found:
+        cells.setdefault((one.rule, one.function), []).append(one)
+    placed = []
+    for (rule, function), members in cells.items():
+        members.sort(key=lambda one: at(one.name))
+        u = at(f"{rule}@{function}")
+        placed += [((k + u) / len(members), one.name, one) for k, one in enumerate(members)]
+    return [one for _, _, one in sorted(placed, key=lambda entry: entry[:2])[:n]]

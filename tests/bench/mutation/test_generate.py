@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import ast
+from collections import Counter
+from collections.abc import Sequence
 from pathlib import Path
 
 import pytest
@@ -114,7 +116,22 @@ def test_a_sample_is_stable(every: tuple[Mutant, ...]) -> None:
     assert sample(every, 30, seed=7)[:10] == ten
     assert sample(every, 10, seed=8) != ten
     gone = [one for one in every if one is not ten[0]]
-    assert sample(gone, 9, seed=7) == ten[1:]
+    cell = (ten[0].rule, ten[0].function)
+    rest = [one for one in sample(gone, 9, seed=7) if (one.rule, one.function) != cell]
+    assert len(rest) >= 8
+    assert rest == [one for one in ten[1:] if (one.rule, one.function) != cell][: len(rest)]
+
+
+@pytest.mark.slow
+def test_a_sample_has_its_share_of_each_rule_and_function(every: tuple[Mutant, ...]) -> None:
+    def cells(found: Sequence[Mutant]) -> Counter[tuple[str, str]]:
+        return Counter((one.rule, one.function) for one in found)
+
+    half = cells(sample(every, len(every) // 2, seed=3))
+    large = {cell: n for cell, n in cells(every).items() if n >= 4}
+    assert len(large) > 20
+    for cell, n in large.items():
+        assert abs(half[cell] - n / 2) <= 1, cell
 
 
 def test_every_name_that_a_rule_looks_for_is_called() -> None:
