@@ -9,7 +9,13 @@ from emulator.policy.policy import Policy, PolicyError, check_answer, parse_sett
 from emulator.policy.presets import DEFAULT, PRESET_DOCS, PRESETS, preset
 from emulator.policy.proposals import PROPOSALS
 from emulator.policy.spelling import check_policy, parse_policy
-from emulator.policy.user import UserPolicyError, load_user_policy, resolve_policy, spelled_policy
+from emulator.policy.user import (
+    UserPolicyError,
+    class_policy,
+    load_user_policy,
+    resolve_policy,
+    spelled_policy,
+)
 
 __all__ = [
     "DEFAULT",
@@ -27,6 +33,7 @@ __all__ = [
     "canonical",
     "check_answer",
     "check_policy",
+    "class_policy",
     "find_mutant",
     "load_user_policy",
     "parse_policy",

@@ -12,7 +12,7 @@ import importlib
 import inspect
 from collections.abc import Iterator, Mapping
 from contextlib import suppress
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from difflib import get_close_matches
 from pathlib import Path
 from types import CodeType, ModuleType
@@ -66,16 +66,18 @@ class Source:
     stores: Mapping[str, int]
     loaded: Loaded
     patches: Patches = NO_PATCHES
+    # Names that the code finds defined: those of the module of a class that is given as a policy.
+    names: Mapping[str, object] = field(default_factory=dict)
 
     def again(self) -> Source:
         """Execute the file's original text again, and return the new source."""
         path = Path(self.path)
         if not self.patches:
             with Confinement.entered():
-                return replace(self, loaded=_load(path, self.code, self.lines))
+                return replace(self, loaded=_load(path, self.code, self.lines, self.names))
         active = Confinement.swap(NO_PATCHES)
         try:
-            loaded, active_now = _executed(path, self.code, self.lines, self.stores, first=False)
+            loaded, active_now = _executed(path, self.code, self.lines, self.stores, self.names, first=False)
         except UserPolicyError:
             Confinement.swap(active)
             raise
@@ -101,23 +103,35 @@ class Source:
 def read_source(path: Path) -> Source:
     """Load the file; raises UserPolicyError."""
     tree, code = _parse(path)
+    _import_ours(tree)
+    return source_of_code(path, tree, code, {})
+
+
+def source_of_code(path: Path, tree: ast.Module, code: CodeType, names: Mapping[str, object]) -> Source:
+    """Execute the code of a policy's class, which `tree` is and to which `names` are defined; raises
+    UserPolicyError."""
     register(str(path))
     load_patchable()
-    _import_ours(tree)
     lines, stores = _lines(tree), _stores(tree)
-    loaded, patches = _executed(path, code, lines, stores, first=True)
-    return Source(str(path), code, lines, stores, loaded, patches)
+    loaded, patches = _executed(path, code, lines, stores, names, first=True)
+    return Source(str(path), code, lines, stores, loaded, patches, names)
 
 
 def _executed(
-    path: Path, code: CodeType, lines: Mapping[str, int], stores: Mapping[str, int], *, first: bool
+    path: Path,
+    code: CodeType,
+    lines: Mapping[str, int],
+    stores: Mapping[str, int],
+    names: Mapping[str, object],
+    *,
+    first: bool,
 ) -> tuple[Loaded, Patches]:
     def refuse(change: str) -> UserPolicyError:
         line = stores.get(change.rpartition(".")[2], 1)
         return UserPolicyError(f"{path}:{line}", f"changes {change}", "changes of emulator.kvm only")
 
     with Confinement.entered():
-        loaded, patches = collected(lambda: _load(path, code, lines), refuse, others=first)
+        loaded, patches = collected(lambda: _load(path, code, lines, names), refuse, others=first)
     for change in patches.new_names:
         raise _without_effect(path, change, stores)
     return loaded, patches
@@ -135,8 +149,9 @@ def _without_effect(path: Path, change: Change, stores: Mapping[str, int]) -> Us
     return UserPolicyError(where, f"sets {change}, which does not exist", f"a name that KVM has{guess}")
 
 
-def _load(path: Path, code: CodeType, lines: Mapping[str, int]) -> Loaded:
+def _load(path: Path, code: CodeType, lines: Mapping[str, int], names: Mapping[str, object]) -> Loaded:
     module = ModuleType(f"flushlab policy {path}")
+    vars(module).update(names)
     module.__file__ = str(path)
     vars(module)["__builtins__"] = builtins  # not a dictionary of them, as exec would do
     place = Place(str(path), seconds=_LOADING)

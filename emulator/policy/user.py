@@ -32,6 +32,7 @@ from typing import Any
 
 from emulator.policy.acting import is_simple
 from emulator.policy.confine import NO_PATCHES, Confinement
+from emulator.policy.from_class import class_source
 from emulator.policy.guard import Place, UserPolicyError, came_through, exact, failed, shown, through
 from emulator.policy.patch import KvmPatch, Parts, read_patch
 from emulator.policy.point import DONE, DecisionPoint
@@ -41,7 +42,14 @@ from emulator.policy.presets import DEFAULT, preset
 from emulator.policy.source import Source, read_source
 from emulator.policy.spelling import parse_policy
 
-__all__ = ["UserPolicyError", "load_user_policy", "resolve_policy", "source_of", "spelled_policy"]
+__all__ = [
+    "UserPolicyError",
+    "class_policy",
+    "load_user_policy",
+    "resolve_policy",
+    "source_of",
+    "spelled_policy",
+]
 
 # Processor seconds for making the object.
 _MAKING = 10.0
@@ -97,6 +105,15 @@ def load_user_policy(path: Path) -> Policy:
     source = read_source(path)
     with Confinement.patched(NO_PATCHES, source.refused):
         return _made(source, {})
+
+
+def class_policy(cls: type[Policy]) -> Policy:
+    """Return the policy that a class of the caller's program defines, under its own name; raises
+    UserPolicyError."""
+    source = class_source(cls)
+    named = getattr(source.loaded.cls, "name", None) is not None
+    with Confinement.patched(NO_PATCHES, source.refused):
+        return _made(source, {}, source.loaded.name if named else source.loaded.called)
 
 
 class UserPolicy(Policy):
