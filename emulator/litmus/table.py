@@ -17,6 +17,8 @@ from emulator.policy.mutants import PREFIX
 from emulator.report.cases import Case
 from emulator.report.console import letter
 
+DOCUMENT_VERSION = 1
+
 _STYLES = {SAFE: "green", INCONCLUSIVE: "yellow", VIOLATIONS: "red"}
 
 
@@ -112,6 +114,7 @@ class Results:
 
     def document(self) -> dict[str, Any]:
         return {
+            "flushlab_litmus": DOCUMENT_VERSION,
             "seed": self.seed,
             "executions": self.executions,
             "idle_delays": [{"test": name, "delay": text} for name, text in self.idle_delays()],
