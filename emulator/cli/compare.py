@@ -68,12 +68,12 @@ def compare(
 ) -> None:
     """Run the same seeded workload under each policy; show each policy's flushes and their costs."""
     from emulator.actors.crew import stop_seconds
-    from emulator.cli.run import load_scaled
     from emulator.cli.session import Session
     from emulator.compare.runner import Comparer, Plan
     from emulator.log import Logging
     from emulator.policy.suitable import check_suits
     from emulator.scenario import limits
+    from emulator.scenario.config import load_scaled
 
     shape = load_scaled(scenario, options.pcpus, options.ept)
     chosen = load_policies(policies or [])

@@ -26,7 +26,7 @@ from emulator.report.findings import Findings
 from emulator.report.result import Result
 from emulator.report.summary import document, exit_status, summary
 from emulator.scenario import limits
-from emulator.scenario.config import Scenario, load_scenario
+from emulator.scenario.config import Scenario, load_scaled
 from metrics import Endpoint, MachineCollector, parse_address
 
 
@@ -83,14 +83,6 @@ def _asked(request: Request, scenario: Scenario, policy: Policy) -> dict[str, st
 def _head(request: Request, scenario: Scenario, policy: Policy) -> dict[str, Any]:
     """Return the fields that identify this run in each file of --report-dir."""
     return {"scenario": scenario.name, "policy": policy.name, "seed": request.seed}
-
-
-def load_scaled(name: str, pcpus: int | None, ept: bool | None) -> Scenario:
-    """Load a scenario, scaled to `pcpus` pCPUs if given, on a host with EPT or without if `ept` says so."""
-    scenario = load_scenario(name)
-    if ept is not None:
-        scenario = scenario.changed(machine=scenario.machine.model_copy(update={"ept": ept}))
-    return scenario if pcpus is None else scenario.scaled(pcpus)
 
 
 def load_policy(name: str, settings: tuple[str, ...]) -> Policy:

@@ -21,6 +21,7 @@ TOPICS = (
     "roots",
     "metrics",
     "hosts",
+    "package",
     "architecture",
 )
 

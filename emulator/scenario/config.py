@@ -365,6 +365,14 @@ def load_scenario(name_or_path: str = DEFAULT_SCENARIO) -> Scenario:
     return parse_scenario(read_text(path, "a readable scenario file"), str(path), path.parent)
 
 
+def load_scaled(name_or_path: str, pcpus: int | None, ept: bool | None) -> Scenario:
+    """Load a scenario, scaled to `pcpus` pCPUs if given, on a host with EPT or without if `ept` says so."""
+    scenario = load_scenario(name_or_path)
+    if ept is not None:
+        scenario = scenario.changed(machine=scenario.machine.model_copy(update={"ept": ept}))
+    return scenario if pcpus is None else scenario.scaled(pcpus)
+
+
 def parse_scenario(text: str, name: str, directory: Path) -> Scenario:
     try:
         scenario = Scenario.model_validate(parse_toml(text, name))

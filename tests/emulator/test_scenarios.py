@@ -9,7 +9,6 @@ from pathlib import Path
 
 import pytest
 
-from emulator.cli.run import load_scaled
 from emulator.compare.measure import measure
 from emulator.errors import BadInput
 from emulator.job.emulation import Emulation, machine_config
@@ -17,7 +16,7 @@ from emulator.job.job import Job
 from emulator.kvm.kvm_host import X86_CR4_PCIDE
 from emulator.policy import preset
 from emulator.report.result import Result
-from emulator.scenario.config import VmSection, load_scenario, parse_scenario
+from emulator.scenario.config import VmSection, load_scaled, load_scenario, parse_scenario
 from native import lib
 from native.types import CpuId
 from tests.support import wait_until

@@ -25,7 +25,7 @@ from emulator.policy.state import State
 
 _BLOCK = re.compile(r"^```(?P<info>[^\n]*)\n(?P<text>.*?)^```$", re.MULTILINE | re.DOTALL)
 _MORE = " (continued)"
-_COMMAND = re.compile(r"^\$ (?P<command>flushlab .*?)(?:\s+# exit (?P<status>\d))?$")
+_COMMAND = re.compile(r"^\$ (?P<command>(?:flushlab|python) .*?)(?:\s+# exit (?P<status>\d))?$")
 
 
 @dataclass(frozen=True, slots=True)
@@ -69,7 +69,8 @@ def test_examples_do_what_the_page_says(topic: str, tmp_path: Path) -> None:
             with (tmp_path / step.name).open("a" if step.appends else "w") as file:
                 file.write(step.text)
             continue
-        command = [sys.executable, "-m", "emulator", *words(step.text)[1:]]
+        program, *arguments = words(step.text)
+        command = [sys.executable, *(("-m", "emulator") if program == "flushlab" else ()), *arguments]
         done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, timeout=250, check=False)
         assert done.returncode == step.status, f"{step.text}\n{done.stdout}\n{done.stderr}"
 
