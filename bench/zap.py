@@ -33,7 +33,7 @@ from emulator.kvm.x86 import vcpu_run
 from emulator.machine.runtime import Cpu, Machine, MachineStopped, rcu_read_lock
 from emulator.policy import Policy
 from native import ffi, lib
-from native.types import Hfn
+from native.types import Gfn, Hfn, Hva
 
 GIB = 1 << 18  # pages
 GUEST_PAGES = 64
@@ -99,7 +99,7 @@ class ZapMachine:
     def _vm(self, policy: Policy) -> Kvm:
         params = KvmParams(fault_around=GUEST_PAGES, resched_chunks=0)
         kvm = kvm_create_vm(self.host, GIB + SPTE_ENT_PER_PAGE, policy, params)
-        kvm_set_memory_region(self.host, kvm, 0, 0, GIB + SPTE_ENT_PER_PAGE, 0)
+        kvm_set_memory_region(self.host, kvm, 0, Gfn(0), GIB + SPTE_ENT_PER_PAGE, Hva(0))
         # The frames of the first 2 MiB back the whole range.
         self.hfns = ffi.new("uint32_t[]", SPTE_ENT_PER_PAGE)
         self.tags = ffi.new("uint32_t[]", SPTE_ENT_PER_PAGE)
@@ -107,7 +107,7 @@ class ZapMachine:
         m = self.machine.m
         self.host.check(
             lib.mm_fault_range(
-                m, self.host.id, kvm.id, 0, SPTE_ENT_PER_PAGE, 1, self.hfns, self.tags, self.writable
+                m, self.host.id, kvm.id, Hva(0), SPTE_ENT_PER_PAGE, 1, self.hfns, self.tags, self.writable
             )
         )
         return kvm
@@ -171,7 +171,7 @@ class ZapMachine:
                     kvm.id,
                     table,
                     gfn % SPTE_ENT_PER_PAGE,
-                    gfn,
+                    Gfn(gfn),
                     SPTE_ENT_PER_PAGE,
                     self.hfns,
                     self.tags,
@@ -181,7 +181,7 @@ class ZapMachine:
                     raise BenchFailed(f"zap: {mapped} of {SPTE_ENT_PER_PAGE} pages were mapped")
 
     def zap(self, pages: int, cost: Cost) -> None:
-        self._measure(lambda: kvm_zap_gfn_range(self.host, self.kvm, 0, pages), cost)
+        self._measure(lambda: kvm_zap_gfn_range(self.host, self.kvm, Gfn(0), Gfn(pages)), cost)
 
     def zap_root(self, cost: Cost) -> None:
         """Invalidate all roots and zap them while the guests go on with a new one."""
@@ -230,7 +230,7 @@ class ZapMachine:
 def _leaf_table(cpu: Cpu, kvm: Kvm, root: KvmMmuPage, gfn: int) -> Hfn:
     """Return the page table of this gfn; link it if it is missing."""
     while True:
-        entry = tdp_entry(cpu, root, gfn, 1)
+        entry = tdp_entry(cpu, root, Gfn(gfn), 1)
         if entry.level == 1:
             return entry.table
         tdp_mmu_link_sp(cpu, kvm, entry)

@@ -27,7 +27,9 @@ STUB: Final = HERE / "_native.pyi"
 ARGUMENTS: Final = {
     "cpu": "CpuId",
     "target": "CpuId",
+    "gfn": "Gfn",
     "hfn": "Hfn",
+    "hva": "Hva",
     "root": "Hfn",
     "table": "Hfn",
     "vpid": "Vpid",
@@ -41,6 +43,20 @@ ARGUMENTS: Final = {
 }
 # Arguments that have a meaning of their own in these functions.
 EXCEPTIONS: Final = {
+    **{
+        (function, bound): kind
+        for kind, functions in (
+            ("Gfn", ("oracle_revoke", "mmu_invalidate_range_add", "mmu_invalidate_overlaps")),
+            ("Gfn", ("mmu_invalidate_retry_range",)),
+            ("Hva", ("mm_present", "mm_unmap", "mm_protect", "mm_migrate")),
+        )
+        for function in functions
+        for bound in ("start", "end")
+    },
+    ("oracle_revoke_mask", "base"): "Gfn",
+    ("mm_image_create", "start"): "Hva",
+    ("mm_image_copy", "base"): "Hva",
+    ("mm_image_differs", "from"): "Hva",
     ("vcpu_set_cpu", "cpu"): "int",  # -1: not loaded
     ("tlb_dropped", "vm"): "int",  # -1: of any VM
     **{
@@ -66,11 +82,19 @@ EXCEPTIONS: Final = {
 }
 # Arguments that may be NULL: then the function only counts.
 NULLABLE: Final = frozenset({("tlb_dump", "entries"), ("psc_dump", "entries")})
+# Numbers that these functions return, for others to take.  A function that may fail returns an int.
+RESULTS: Final = {
+    "kvm_mmu_page_get_gfn": "Gfn",
+}
 # Fields that KVM's code passes to functions of the core.
 FIELDS: Final = {
     ("mm_page", "hfn"): "Hfn",
     ("tdp_chunk", "root"): "Hfn",
+    ("tdp_chunk", "next_gfn"): "Gfn",
+    ("tdp_chunk", "end_gfn"): "Gfn",
     ("tdp_chunk", "found_table"): "Hfn",
+    ("tdp_chunk", "found_gfn"): "Gfn",
+    ("tdp_removal", "gfn"): "Gfn",
     ("tdp_removal", "page"): "Hfn",
 }
 # Members of these enums have the type of the arguments that take them, except the member that counts them.
@@ -199,10 +223,10 @@ def _value(name: str) -> str:
     return "int"
 
 
-def _result(node: c_ast.Node) -> str:
+def _result(function: str, node: c_ast.Node) -> str:
     name, depth, _ = _spelled(node)
     if not depth:
-        return "None" if name == "void" else _value(name)
+        return "None" if name == "void" else RESULTS.get(function) or _value(name)
     return "Chars" if name == "char" else f"{_class_of(name.removeprefix('struct '))}Ptr"
 
 
@@ -231,7 +255,8 @@ def _function(decl: c_ast.Decl, opaque: set[str]) -> str:
         f"{argument.name}{'_' * iskeyword(argument.name)}: {_argument(decl.name, argument, opaque, names)}"
         for argument in params
     ]
-    return f"    def {decl.name}(self, {', '.join(arguments)}, /) -> {_result(decl.type.type)}: ..."
+    result = _result(decl.name, decl.type.type)
+    return f"    def {decl.name}(self, {', '.join(arguments)}, /) -> {result}: ..."
 
 
 def _struct(struct: c_ast.Struct) -> Iterator[str]:
@@ -290,7 +315,8 @@ def text() -> str:
         node.type.name: node.type for node in decls if isinstance(node.type, c_ast.Struct) and node.type.decls
     }
     opaque = {node.type.name for node in decls if isinstance(node.type, c_ast.Struct)} - structs.keys()
-    types = sorted({*ARGUMENTS.values(), *EXCEPTIONS.values(), *FIELDS.values(), *ENUMS.values()} - {"int"})
+    kinds = (ARGUMENTS, EXCEPTIONS, RESULTS, FIELDS, ENUMS)
+    types = sorted({kind for table in kinds for kind in table.values()} - {"int"})
     lines = [_HEAD.format(types=", ".join(types))]
     for struct in structs.values():
         lines += _struct(struct)

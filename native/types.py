@@ -3,20 +3,26 @@
 The core distinguishes CPUs, VMs and vCPUs by the positions of arguments alone: a call with two of them
 swapped acts on another CPU and another VM, and succeeds.  `native/_native.pyi` gives each argument the type
 that its name stands for (native/stub.py), so that such a call is a type error.  At run time all are ints.
+
+Names and members of enums are NewTypes.  Quantities, with which code computes, keep their type in sums: a gfn
+plus a number of pages is a gfn, and the difference of two gfns is a number.
 """
 
 from __future__ import annotations
 
-from typing import Final, NewType
+from typing import TYPE_CHECKING, Final, NewType
 
 __all__ = [
     "NO_FRAME",
+    "NO_GFN",
     "CounterId",
     "CpuId",
     "FlushReason",
     "FrameKind",
+    "Gfn",
     "Hfn",
     "HistogramId",
+    "Hva",
     "IpiFunction",
     "PromiseKind",
     "VcpuId",
@@ -24,7 +30,40 @@ __all__ = [
     "VmStat",
     "VmcsId",
     "Vpid",
+    "span",
 ]
+
+if TYPE_CHECKING:
+    from collections.abc import Sequence
+    from typing import Self, TypeVar, overload
+
+    _T = TypeVar("_T", bound=int)
+
+    class _Quantity(int):
+        def __add__(self, other: int, /) -> Self: ...
+        def __radd__(self, other: int, /) -> Self: ...
+        @overload
+        def __sub__(self, other: Self, /) -> int: ...  # type: ignore[overload-overlap]
+        @overload
+        def __sub__(self, other: int, /) -> Self: ...
+        def __sub__(self, other: int, /) -> int: ...
+        def __and__(self, other: int, /) -> Self: ...
+        def __or__(self, other: int, /) -> Self: ...
+
+    class Gfn(_Quantity):
+        """The number of a guest-physical page."""
+
+    class Hva(_Quantity):
+        """The number of a page of host virtual memory: addresses of the host are in pages here."""
+
+    def span(start: _T, end: _T, step: int = 1) -> Sequence[_T]:
+        """Return range(start, end, step), of numbers of their type."""
+else:
+    Gfn = Hva = int
+    span = range
+
+# For an SPTE that maps no page: the core ignores it.
+NO_GFN: Final = Gfn(0)
 
 CpuId = NewType("CpuId", int)
 # A host frame: a table page, a root, or a page of a guest.

@@ -16,6 +16,7 @@ from emulator.kvm.host_work import host_works, owe_a_flush
 from emulator.machine.runtime import HPAGE_PMD_NR
 from emulator.scenario.workload import HOST_ACTIVITIES, Pacer, Workload
 from native import lib
+from native.types import Hva, span
 
 if TYPE_CHECKING:
     from emulator.actors.crew import Crew
@@ -70,7 +71,7 @@ class Host(MachineActor):
     def reclaim(self, memory: UserMemory) -> None:
         """Reclaim the second half of a large range, then all of it, so that a walk ends in an empty half."""
         pages = min(_RECLAIM_PAGES, memory.pages)
-        first = self.rng.randrange(memory.pages - pages + 1)
+        first = Hva(self.rng.randrange(memory.pages - pages + 1))
         for start in (first + pages // 2, first):
             memory.reclaim(self.cpu, start, first + pages)
 
@@ -96,7 +97,7 @@ class Host(MachineActor):
 
         Unused pages stay mapped; `unmap` takes pages.
         """
-        for page in range(*self._range(memory)):
+        for page in span(*self._range(memory)):
             self._work_on_page(memory.kvm)
             memory.referenced(self.cpu, page)
 
@@ -112,18 +113,18 @@ class Host(MachineActor):
         elif owe_a_flush(self.cpu, kvm):
             self.cpu.check(lib.cpu_halt(self.cpu.m, self.cpu.id, max(1, int(self._page_seconds * 1e6))))
 
-    def _range(self, memory: UserMemory) -> tuple[int, int]:
+    def _range(self, memory: UserMemory) -> tuple[Hva, Hva]:
         """Return a random range, with some page present if a few tries find such a range."""
         pages = min(self.pages, memory.pages)
-        start = 0
+        start = Hva(0)
         for _ in range(4):
-            start = self.rng.randrange(memory.pages - pages + 1)
+            start = Hva(self.rng.randrange(memory.pages - pages + 1))
             if lib.mm_present(self.cpu.m, memory.kvm.id, start, start + pages):
                 break
         return start, start + pages
 
-    def _huge_range(self, memory: UserMemory) -> int:
-        return self.rng.randrange(memory.pages // HPAGE_PMD_NR) * HPAGE_PMD_NR
+    def _huge_range(self, memory: UserMemory) -> Hva:
+        return Hva(self.rng.randrange(memory.pages // HPAGE_PMD_NR) * HPAGE_PMD_NR)
 
 
 def host_pacer(workload: Workload, actors: int, rng: Random) -> Pacer:

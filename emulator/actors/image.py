@@ -11,7 +11,7 @@ from collections.abc import Sequence
 from typing import TYPE_CHECKING, NamedTuple
 
 from native import ffi, lib
-from native.types import VcpuId
+from native.types import Hva, VcpuId
 
 if TYPE_CHECKING:
     from emulator.kvm.structs import Kvm
@@ -38,13 +38,13 @@ class Image:
 
     __slots__ = ("_first", "kvm")
 
-    def __init__(self, cpu: Cpu, kvm: Kvm, start: int, npages: int) -> None:
+    def __init__(self, cpu: Cpu, kvm: Kvm, start: Hva, npages: int) -> None:
         self.kvm = kvm
         cpu.check(lib.mm_image_create(cpu.m, kvm.id, start, npages))
         cpu.check(lib.mm_image_copy_all(cpu.m, kvm.id))
         self._first = int(lib.mm_image_changed(cpu.m, kvm.id))
 
-    def copy(self, cpu: Cpu, start: int, words: Sequence[int]) -> int:
+    def copy(self, cpu: Cpu, start: Hva, words: Sequence[int]) -> int:
         """Copy the pages of a bitmap, 64 to a word; bit 0 of the first is page `start`.  Return how many."""
         copied = 0
         for i, mask in enumerate(words):
@@ -56,11 +56,11 @@ class Image:
         """Return the pages that differ from their last copy."""
         m, vm, value = cpu.m, self.kvm.id, ffi.new("uint64_t *")
         found = []
-        page = lib.mm_image_differs(m, vm, 0)
+        page = lib.mm_image_differs(m, vm, Hva(0))
         while page >= 0:
-            if lib.mm_image_lost(m, vm, page, value):
+            if lib.mm_image_lost(m, vm, Hva(page), value):
                 found.append(Difference(int(page), int(value[0])))
-            page = lib.mm_image_differs(m, vm, page + 1)
+            page = lib.mm_image_differs(m, vm, Hva(page + 1))
         return found
 
     def compare(self, cpu: Cpu) -> None:

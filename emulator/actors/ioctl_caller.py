@@ -113,8 +113,8 @@ class IoctlCaller(MachineActor):
 
     def _zap_range(self, pages: int) -> None:
         ram = self.kvm.memslots[0].by_id[RAM_SLOT]
-        start = self.rng.randrange(ram.npages)
-        kvm_zap_gfn_range(self.cpu, self.kvm, start, min(start + pages, ram.npages))
+        start = ram.base_gfn + self.rng.randrange(ram.npages)
+        kvm_zap_gfn_range(self.cpu, self.kvm, start, min(start + pages, ram.end_gfn))
 
     def smi(self) -> None:
         """Send an SMI to a vCPU (KVM_SMI), which runs its handler in SMM's address space, on its own root."""

@@ -21,7 +21,7 @@ from emulator.kvm.virt.kvm_main import (
 from emulator.machine.locks import RwSemaphore
 from emulator.machine.runtime import HPAGE_PMD_NR
 from native import lib
-from native.types import PromiseKind
+from native.types import Hva, PromiseKind
 
 if TYPE_CHECKING:
     from emulator.kvm.structs import Kvm
@@ -41,9 +41,9 @@ class UserMemory:
         self.mmap_lock = RwSemaphore(f"mmap_lock of VM {kvm.id}")
         self.anon_vma = RwSemaphore(f"anon_vma of VM {kvm.id}")
         # Called with the pages that user space discards, because no dirty log of KVM's names them.
-        self.discarded: Callable[[Cpu, int, int], None] = lambda cpu, start, end: None
+        self.discarded: Callable[[Cpu, Hva, Hva], None] = lambda cpu, start, end: None
 
-    def wp_page_copy(self, cpu: Cpu, page: int) -> bool:
+    def wp_page_copy(self, cpu: Cpu, page: Hva) -> bool:
         """wp_page_copy(), for KVM's faults: copy the page for its first write; return False without a frame.
 
         Allocating and copying takes time, in which another vCPU may have copied the page.  The fault has to
@@ -59,7 +59,7 @@ class UserMemory:
         cpu.check(rc)
         return True
 
-    def reclaim(self, cpu: Cpu, start: int, end: int) -> None:
+    def reclaim(self, cpu: Cpu, start: Hva, end: Hva) -> None:
         """try_to_unmap(), without mmap_lock: return the frames to the host, and the contents to swap.
 
         A huge page that is reclaimed in part is split first (split_folio()).
@@ -69,13 +69,13 @@ class UserMemory:
             with self._invalidating(cpu, start, end):
                 lib.mm_unmap(cpu.m, cpu.id, self.kvm.id, start, end, 1)
 
-    def referenced(self, cpu: Cpu, page: int) -> bool:
+    def referenced(self, cpu: Cpu, page: Hva) -> bool:
         """folio_referenced(), for reclaim: return whether the guest has used the page since the last call."""
         with self.anon_vma.read_lock(cpu):
             host_works(cpu, self.kvm)
             return kvm_mmu_notifier_clear_flush_young(cpu, self.kvm, page, page + 1)
 
-    def discard(self, cpu: Cpu, start: int, end: int) -> None:
+    def discard(self, cpu: Cpu, start: Hva, end: Hva) -> None:
         """MADV_DONTNEED: return the frames to the host, and lose the contents.
 
         zap_pmd_range() splits a huge page after the bracket for [start, end) has begun; here the split comes
@@ -88,7 +88,7 @@ class UserMemory:
                 lib.mm_unmap(cpu.m, cpu.id, self.kvm.id, start, end, 0)
                 self.discarded(cpu, start, end)
 
-    def protect(self, cpu: Cpu, start: int, end: int, writable: bool) -> None:
+    def protect(self, cpu: Cpu, start: Hva, end: Hva, writable: bool) -> None:
         """mprotect(): split the VMA, and with it a huge page (vma_adjust_trans_huge()), then protect."""
         promise = lib.PROMISE_NOTIFIER if writable else lib.PROMISE_NOTIFIER_WRITE
         with self.mmap_lock.write_lock(cpu):
@@ -96,7 +96,7 @@ class UserMemory:
             with self._invalidating(cpu, start, end, promise):
                 lib.mm_protect(cpu.m, cpu.id, self.kvm.id, start, end, writable)
 
-    def migrate(self, cpu: Cpu, start: int, end: int) -> None:
+    def migrate(self, cpu: Cpu, start: Hva, end: Hva) -> None:
         """migrate_pages(): move each page to a new frame.
 
         try_to_migrate() invalidates whole folios, so a huge page that [start, end) touches is invalidated as
@@ -104,13 +104,13 @@ class UserMemory:
         """
         with self.anon_vma.read_lock(cpu):
             if self._cut(cpu, start):
-                start = start // HPAGE_PMD_NR * HPAGE_PMD_NR
+                start = start & -HPAGE_PMD_NR
             if self._cut(cpu, end):
-                end = -(-end // HPAGE_PMD_NR) * HPAGE_PMD_NR
+                end = end + HPAGE_PMD_NR - 1 & -HPAGE_PMD_NR
             with self._invalidating(cpu, start, end):
                 lib.mm_migrate(cpu.m, cpu.id, self.kvm.id, start, end)
 
-    def collapse(self, cpu: Cpu, start: int) -> None:
+    def collapse(self, cpu: Cpu, start: Hva) -> None:
         """collapse_huge_page(): map the 512 pages from `start` on by one block.
 
         Without a free block, or with no page present, nothing changes.
@@ -124,23 +124,23 @@ class UserMemory:
             if rc not in (lib.MACHINE_NOMEM, lib.MACHINE_AGAIN):
                 cpu.check(rc)
 
-    def split(self, cpu: Cpu, start: int) -> None:
+    def split(self, cpu: Cpu, start: Hva) -> None:
         """__split_huge_pmd(): map the frames of a huge page by 4K pages."""
         with self.mmap_lock.read_lock(cpu):
             if lib.mm_huge(cpu.m, self.kvm.id, start):
                 self._split(cpu, start)
 
-    def _split_ends(self, cpu: Cpu, start: int, end: int) -> None:
+    def _split_ends(self, cpu: Cpu, start: Hva, end: Hva) -> None:
         """Split the huge pages that [start, end) cuts in two."""
         for page in (start, end):
             if self._cut(cpu, page):
-                self._split(cpu, page // HPAGE_PMD_NR * HPAGE_PMD_NR)
+                self._split(cpu, page & -HPAGE_PMD_NR)
 
-    def _cut(self, cpu: Cpu, page: int) -> bool:
+    def _cut(self, cpu: Cpu, page: Hva) -> bool:
         """Return whether the boundary before `page` lies inside a huge page."""
         return bool(page % HPAGE_PMD_NR and lib.mm_huge(cpu.m, self.kvm.id, page))
 
-    def _split(self, cpu: Cpu, start: int) -> None:
+    def _split(self, cpu: Cpu, start: Hva) -> None:
         """Split a huge page within a bracket of its own, over the whole page.
 
         Otherwise a fault beside the caller's range would map it huge again.
@@ -150,7 +150,7 @@ class UserMemory:
 
     @contextmanager
     def _invalidating(
-        self, cpu: Cpu, start: int, end: int, promise: PromiseKind = lib.PROMISE_NOTIFIER
+        self, cpu: Cpu, start: Hva, end: Hva, promise: PromiseKind = lib.PROMISE_NOTIFIER
     ) -> Iterator[None]:
         host_works(cpu, self.kvm)
         kvm_mmu_notifier_invalidate_range_start(cpu, self.kvm, start, end, promise)

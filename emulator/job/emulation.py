@@ -40,6 +40,7 @@ from emulator.traces import Trace, TraceError
 from emulator.traces import embedded as embedded_traces
 from emulator.traces import load as load_trace
 from native import ffi, lib
+from native.types import Gfn, Hva
 
 if TYPE_CHECKING:
     from pykka import ActorRef
@@ -208,16 +209,16 @@ class Emulation:
         kvm = kvm_create_vm(cpu, layout.gfns, self.policy, self.params)
         memory = kvm.mm = UserMemory(kvm)
         self.vms.append(kvm)
-        kvm_set_memory_region(cpu, kvm, RAM_SLOT, 0, layout.ram, 0)
+        kvm_set_memory_region(cpu, kvm, RAM_SLOT, Gfn(0), layout.ram, Hva(0))
         if section.disturbed:
             self.disturbed.append(kvm)
             self.memories.append(memory)
             kvm_set_memory_region(
-                cpu, kvm, SECOND_SLOT, layout.second_base, layout.second, layout.second_base
+                cpu, kvm, SECOND_SLOT, Gfn(layout.second_base), layout.second, Hva(layout.second_base)
             )
         if section.disturbed and self.scenario.kvm.smis:
             # Map the guest's RAM at the same gfns in the SMM address space.
-            kvm_set_memory_region(cpu, kvm, RAM_SLOT, 0, layout.ram, 0, as_id=1)
+            kvm_set_memory_region(cpu, kvm, RAM_SLOT, Gfn(0), layout.ram, Hva(0), as_id=1)
         home = self._home(section)
         threads = section.threads and not self.params.ept
         for i in range(section.vcpus):

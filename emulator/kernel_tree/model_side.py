@@ -36,7 +36,7 @@ from emulator.machine.runtime import Cpu, Machine, rcu_read_lock
 from emulator.points import PointKind
 from emulator.policy import Policy
 from native import ffi, lib
-from native.types import FlushReason, Hfn
+from native.types import FlushReason, Gfn, Hfn, Hva
 
 _CONFIG: Final = {
     "pcpus": 1,
@@ -114,7 +114,7 @@ class ModelSide:
         self.kvm: Kvm = kvm_create_vm(self.cpu, NPAGES, policy, params)
         self.vcpu: Vcpu = kvm_vm_ioctl_create_vcpu(self.cpu, self.kvm)
         for space in (0, 1):
-            kvm_set_memory_region(self.cpu, self.kvm, 0, 0, NPAGES, 0, as_id=space)
+            kvm_set_memory_region(self.cpu, self.kvm, 0, Gfn(0), NPAGES, Hva(0), as_id=space)
         self.pages: list[tuple[int, int]] = self._populate()
         self.kvm.mmu_lock = _Lock(self)
         self.events: list[Event] = []
@@ -123,7 +123,7 @@ class ModelSide:
         self.acting = self.cpu
         self.flushing = False
         self.cache: dict[tuple[int, int], int] = {}
-        self.age_locked = policy.age_lock(self.cpu, self.kvm, 0) == "mmu-lock"
+        self.age_locked = policy.age_lock(self.cpu, self.kvm, Gfn(0)) == "mmu-lock"
 
     def close(self) -> None:
         """Free the machine."""
@@ -135,11 +135,11 @@ class ModelSide:
         cpu, page = self.cpu, self.cpu.page
         pages: list[tuple[int, int]] = []
         for gfn in range(NPAGES):
-            cpu.check(lib.mm_fault(cpu.m, cpu.id, self.kvm.id, gfn, 1, page))
+            cpu.check(lib.mm_fault(cpu.m, cpu.id, self.kvm.id, Hva(gfn), 1, page))
         for first in range(0, HUGE_RANGES * 512, 512):
-            cpu.check(lib.mm_collapse(cpu.m, cpu.id, self.kvm.id, first))
+            cpu.check(lib.mm_collapse(cpu.m, cpu.id, self.kvm.id, Hva(first)))
         for gfn in range(NPAGES):
-            cpu.check(lib.mm_fault(cpu.m, cpu.id, self.kvm.id, gfn, 1, page))
+            cpu.check(lib.mm_fault(cpu.m, cpu.id, self.kvm.id, Hva(gfn), 1, page))
             pages.append((page.hfn, page.tag))
         return pages
 
@@ -162,7 +162,7 @@ class ModelSide:
             side.note(cpu, Kind.FLUSH, with_state=True)
 
         def kvm_flush_remote_tlbs_range(
-            cpu: Cpu, kvm: Kvm, gfn: int, nr_pages: int, reason: FlushReason
+            cpu: Cpu, kvm: Kvm, gfn: Gfn, nr_pages: int, reason: FlushReason
         ) -> None:
             side.note(cpu, Kind.FLUSH_RANGE, gfn, nr_pages, with_state=True)
 
@@ -171,7 +171,7 @@ class ModelSide:
         ) -> None:
             side.note(cpu, Kind.FLUSH_SLOT, slot.as_id, with_state=True)
 
-        def mark_page_dirty_in_slot(cpu: Cpu, slot: KvmMemorySlot, gfn: int) -> None:
+        def mark_page_dirty_in_slot(cpu: Cpu, slot: KvmMemorySlot, gfn: Gfn) -> None:
             if slot.dirty_track_enabled():
                 side.note(cpu, Kind.DIRTY, slot.as_id, gfn)
 
@@ -210,7 +210,7 @@ class ModelSide:
         for root in self.kvm.tdp_mmu_roots:
             words.append(root.role.smm | root.role.invalid << 1 | root.tdp_mmu_root_count.value << 8)
             for gfn in WATCHED:
-                level = lib.tdp_mmu_get_walk(m, root.hfn, root.role.level, gfn, sptes, tables)
+                level = lib.tdp_mmu_get_walk(m, root.hfn, root.role.level, Gfn(gfn), sptes, tables)
                 words.append(self._spelled(sptes[level], level))
         return tuple(words)
 
@@ -325,7 +325,7 @@ class ModelSide:
             return -1
         root, gfn = self.roots[one["root"]], one["gfn"]
         with rcu_read_lock(cpu):
-            entry = tdp_entry(cpu, root, gfn, PG_LEVEL_4K)
+            entry = tdp_entry(cpu, root, Gfn(gfn), PG_LEVEL_4K)
             needed = lib.SPTE_WRITABLE if one["write"] else lib.SPTE_READABLE
             if not is_last_spte(entry.spte, entry.level) or not entry.spte & needed:
                 return 0
@@ -338,7 +338,7 @@ class ModelSide:
         reason = lib.REASON_REMOTE_ZAP
         with self.kvm.mmu_lock.write_lock(cpu):
             return tdp_mmu.kvm_tdp_mmu_zap_leafs(
-                cpu, self.kvm, one["start"], one["end"], bool(one["flush"]), reason
+                cpu, self.kvm, Gfn(one["start"]), Gfn(one["end"]), bool(one["flush"]), reason
             )
 
     def _unmap(self, cpu: Cpu, one: Operation) -> int:
@@ -348,8 +348,8 @@ class ModelSide:
                 cpu,
                 self.kvm,
                 slot,
-                one["start"],
-                one["end"],
+                Gfn(one["start"]),
+                Gfn(one["end"]),
                 bool(one["flush"]),
                 lib.REASON_REMOTE_NOTIFIER,
                 bool(one["may_block"]),
@@ -358,9 +358,9 @@ class ModelSide:
     def _age(self, cpu: Cpu, one: Operation) -> int:
         slot, lock = self.slot(one["space"]), self.kvm.mmu_lock
         if not self.age_locked:
-            return tdp_mmu.kvm_tdp_mmu_age_gfn_range(cpu, self.kvm, slot, one["start"], one["end"])
+            return tdp_mmu.kvm_tdp_mmu_age_gfn_range(cpu, self.kvm, slot, Gfn(one["start"]), Gfn(one["end"]))
         with lock.write_lock(cpu):
-            return tdp_mmu.kvm_tdp_mmu_age_gfn_range(cpu, self.kvm, slot, one["start"], one["end"])
+            return tdp_mmu.kvm_tdp_mmu_age_gfn_range(cpu, self.kvm, slot, Gfn(one["start"]), Gfn(one["end"]))
 
     def _wrprot_slot(self, cpu: Cpu, one: Operation) -> int:
         with self.kvm.mmu_lock.read_lock(cpu):
@@ -369,18 +369,24 @@ class ModelSide:
     def _write_protect_gfn(self, cpu: Cpu, one: Operation) -> int:
         slot = self.slot(one["space"])
         with self.kvm.mmu_lock.write_lock(cpu):
-            return tdp_dirty.kvm_tdp_mmu_write_protect_gfn(cpu, self.kvm, slot, one["gfn"], one["level"])
+            return tdp_dirty.kvm_tdp_mmu_write_protect_gfn(cpu, self.kvm, slot, Gfn(one["gfn"]), one["level"])
 
     def _clear_dirty(self, cpu: Cpu, one: Operation) -> None:
         slot = self.slot(one["space"])
         with self.kvm.mmu_lock.write_lock(cpu):
-            tdp_dirty.kvm_tdp_mmu_clear_dirty_pt_masked(cpu, self.kvm, slot, one["gfn"], one["mask"])
+            tdp_dirty.kvm_tdp_mmu_clear_dirty_pt_masked(cpu, self.kvm, slot, Gfn(one["gfn"]), one["mask"])
 
     def _split(self, cpu: Cpu, one: Operation) -> None:
         lock, slot = self.kvm.mmu_lock, self.slot(one["space"])
         with lock.read_lock(cpu) if one["shared"] else lock.write_lock(cpu):
             tdp_dirty.kvm_tdp_mmu_try_split_huge_pages(
-                cpu, self.kvm, slot, one["start"], one["end"], PG_LEVEL_4K, shared=bool(one["shared"])
+                cpu,
+                self.kvm,
+                slot,
+                Gfn(one["start"]),
+                Gfn(one["end"]),
+                PG_LEVEL_4K,
+                shared=bool(one["shared"]),
             )
 
     def _recover(self, cpu: Cpu, one: Operation) -> None:

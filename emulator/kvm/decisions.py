@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Literal, Protocol
 from emulator.kvm.mmu.structs import KvmMmuPage
 from emulator.kvm.structs import Kvm, KvmMemorySlot, Vcpu
 from emulator.machine.runtime import Cpu
+from native.types import Gfn
 
 if TYPE_CHECKING:
     from emulator.kvm.notifications import Heard
@@ -134,7 +135,7 @@ class Decisions(Protocol):
     def zap_yield(self, cpu: Cpu, kvm: Kvm) -> ZapYield:
         """A walk that may owe a flush drops its locks."""
 
-    def map_replace(self, cpu: Cpu, kvm: Kvm, gfn: int) -> MapReplace:
+    def map_replace(self, cpu: Cpu, kvm: Kvm, gfn: Gfn) -> MapReplace:
         """A huge leaf replaced the table that mapped `gfn`."""
 
     def eager_split(self, cpu: Cpu, kvm: Kvm, slot: KvmMemorySlot) -> EagerSplit:
@@ -143,7 +144,7 @@ class Decisions(Protocol):
     def split_alloc(self, cpu: Cpu, kvm: Kvm) -> SplitAlloc:
         """A walk that splits huge pages eagerly needs a table page."""
 
-    def fault_split(self, cpu: Cpu, kvm: Kvm, gfn: int) -> FaultSplit:
+    def fault_split(self, cpu: Cpu, kvm: Kvm, gfn: Gfn) -> FaultSplit:
         """A fault on `gfn` needs a 4K mapping where a huge leaf is."""
 
     def invalid_roots(self, cpu: Cpu, kvm: Kvm) -> InvalidRoots:
@@ -152,7 +153,7 @@ class Decisions(Protocol):
     def frozen_zap(self, cpu: Cpu, kvm: Kvm) -> FrozenZap:
         """An SPTE under mmu_lock for read was frozen, to be zapped."""
 
-    def mapped_fault(self, cpu: Cpu, kvm: Kvm, gfn: int) -> MappedFault:
+    def mapped_fault(self, cpu: Cpu, kvm: Kvm, gfn: Gfn) -> MappedFault:
         """A fault on `gfn` finds a leaf that permits the access."""
 
     def huge_recovery(self, cpu: Cpu, kvm: Kvm) -> HugeRecovery:
@@ -161,19 +162,19 @@ class Decisions(Protocol):
     def write_protect(self, cpu: Cpu, kvm: Kvm, slot: KvmMemorySlot) -> WriteProtect:
         """SPTEs of `slot` were write-protected."""
 
-    def notifier_flush(self, cpu: Cpu, kvm: Kvm, gfn: int) -> NotifierFlush:
+    def notifier_flush(self, cpu: Cpu, kvm: Kvm, gfn: Gfn) -> NotifierFlush:
         """An mmu_notifier zapped SPTEs from `gfn` on."""
 
-    def age_lock(self, cpu: Cpu, kvm: Kvm, gfn: int) -> AgeLock:
+    def age_lock(self, cpu: Cpu, kvm: Kvm, gfn: Gfn) -> AgeLock:
         """An mmu_notifier is about to take the accessed bit from SPTEs from `gfn` on."""
 
-    def age_flush(self, cpu: Cpu, kvm: Kvm, gfn: int) -> AgeFlush:
+    def age_flush(self, cpu: Cpu, kvm: Kvm, gfn: Gfn) -> AgeFlush:
         """An mmu_notifier took the accessed bit from SPTEs from `gfn` on, for reclaim."""
 
     def zapped_pfn(self, cpu: Cpu, kvm: Kvm) -> ZappedPfn:
         """SPTEs are about to be zapped, by one step of a walk."""
 
-    def fault_retry(self, cpu: Cpu, kvm: Kvm, gfn: int) -> FaultRetry:
+    def fault_retry(self, cpu: Cpu, kvm: Kvm, gfn: Gfn) -> FaultRetry:
         """A fault on `gfn` asks whether it raced an invalidation."""
 
     def entry_order(self, cpu: Cpu, vcpu: Vcpu) -> EntryOrder:
@@ -200,13 +201,13 @@ class Decisions(Protocol):
     def commit_zap(self, cpu: Cpu, kvm: Kvm) -> CommitZap:
         """Shadow pages were zapped and are about to be freed, on a host without EPT."""
 
-    def spte_replace(self, cpu: Cpu, kvm: Kvm, gfn: int) -> SpteReplace:
+    def spte_replace(self, cpu: Cpu, kvm: Kvm, gfn: Gfn) -> SpteReplace:
         """A leaf for `gfn` replaced a table or a leaf of another frame, on a host without EPT."""
 
-    def table_protect(self, cpu: Cpu, kvm: Kvm, gfn: int) -> TableProtect:
+    def table_protect(self, cpu: Cpu, kvm: Kvm, gfn: Gfn) -> TableProtect:
         """An SPTE of `gfn`, a guest's page table, was write-protected, on a host without EPT."""
 
-    def spte_update(self, cpu: Cpu, kvm: Kvm, gfn: int) -> SpteUpdate:
+    def spte_update(self, cpu: Cpu, kvm: Kvm, gfn: Gfn) -> SpteUpdate:
         """The shadow MMU changes a leaf SPTE for `gfn` that stays one, on a host without EPT."""
 
     def nested_transition(self, cpu: Cpu, vcpu: Vcpu) -> NestedTransition:

@@ -12,6 +12,7 @@ from emulator.kvm.virt.guest_memory import kvm_write_guest_word
 from emulator.kvm.virt.slots import gfn_to_memslot, mark_page_dirty_in_slot
 from emulator.machine.runtime import Cpu, smp_mb
 from native import ffi, lib
+from native.types import Gfn
 
 _WORD: Final = 8
 
@@ -30,7 +31,7 @@ def emulate_store(cpu: Cpu, vcpu: Vcpu, linear: int, error_code: int) -> int:
         if found is None:
             return RET_PF_RETRY  # the guest changed its tables: it will fault again
         gpa = found
-    gfn, index = gpa >> 12, (gpa & 0xFFF) // _WORD
+    gfn, index = Gfn(gpa >> 12), (gpa & 0xFFF) // _WORD
     if not lib.guest_store_value(cpu.m, vcpu.id, value):
         kvm_mmu_unprotect_gfn(cpu, kvm, gfn)
         return RET_PF_RETRY

@@ -31,7 +31,7 @@ from emulator.kvm.mmu.structs import KvmMmu, KvmMmuPage, KvmMmuPageRole
 from emulator.machine.locks import MmuLock, Mutex, SpinLock
 from emulator.machine.runtime import Cpu, Machine
 from native import ffi, lib
-from native.types import CpuId, FlushReason, VcpuId, VmId, Vpid
+from native.types import CpuId, FlushReason, Gfn, Hva, VcpuId, VmId, Vpid
 
 if TYPE_CHECKING:
     from emulator.kvm.decisions import Decisions
@@ -90,9 +90,9 @@ class KvmMemorySlot:
         self,
         slot_id: int,
         as_id: int,
-        base_gfn: int,
+        base_gfn: Gfn,
         npages: int,
-        userspace_addr: int,
+        userspace_addr: Hva,
         flags: int = 0,
         dirty_bitmap: bytearray | None = None,
         arch: SlotArch | None = None,
@@ -110,7 +110,7 @@ class KvmMemorySlot:
         return f"<slot {self.id} gfn {self.base_gfn:#x}+{self.npages:#x} flags {self.flags:#x}>"
 
     @property
-    def end_gfn(self) -> int:
+    def end_gfn(self) -> Gfn:
         return self.base_gfn + self.npages
 
     @property
@@ -125,13 +125,13 @@ class KvmMemorySlot:
         """kvm_slot_dirty_track_enabled()"""
         return bool(self.flags & KVM_MEM_LOG_DIRTY_PAGES)
 
-    def gfn_to_hva(self, gfn: int) -> int:
+    def gfn_to_hva(self, gfn: Gfn) -> Hva:
         """__gfn_to_hva_memslot()"""
-        return self.userspace_addr + gfn - self.base_gfn
+        return self.userspace_addr + (gfn - self.base_gfn)
 
-    def hva_to_gfn(self, hva: int) -> int:
+    def hva_to_gfn(self, hva: Hva) -> Gfn:
         """hva_to_gfn_memslot()"""
-        return self.base_gfn + hva - self.userspace_addr
+        return self.base_gfn + (hva - self.userspace_addr)
 
 
 class KvmMemslots:
@@ -149,7 +149,7 @@ class KvmMemslots:
         self.by_id = {slot.id: slot for slot in self.slots}
         self._bases = [slot.base_gfn for slot in self.slots]
 
-    def search(self, gfn: int) -> KvmMemorySlot | None:
+    def search(self, gfn: Gfn) -> KvmMemorySlot | None:
         """search_memslots()"""
         i = bisect_right(self._bases, gfn) - 1
         if i >= 0:
@@ -162,7 +162,7 @@ class KvmMemslots:
 class Mm(Protocol):
     """struct mm_struct: the host's memory management, which KVM's faults need (emulator.host.memory)."""
 
-    def wp_page_copy(self, cpu: Cpu, page: int) -> bool:
+    def wp_page_copy(self, cpu: Cpu, page: Hva) -> bool:
         """Copy a page that is shared for its first write; return False if there is no frame for the copy.
 
         Invokes the VM's mmu_notifiers, so the caller's fault has to start over.

@@ -36,6 +36,7 @@ from emulator.litmus.thread import LitmusThread, PcpuLock
 from emulator.machine.runtime import Cpu, Machine, cpu_relax
 from emulator.policy import Policy
 from native import lib
+from native.types import Gfn, Hva
 
 
 def _dirty_log_manual(mode: str) -> int:
@@ -203,7 +204,7 @@ class Harness:
         if section.dirty_log != "protect":
             kvm_vm_ioctl_enable_manual_dirty_log(cpu, kvm, _dirty_log_manual(section.dirty_log))
         for slot in slots:
-            kvm_set_memory_region(cpu, kvm, slot.id, 0, slot.npages, 0, as_id=slot.as_id)
+            kvm_set_memory_region(cpu, kvm, slot.id, Gfn(0), slot.npages, Hva(0), as_id=slot.as_id)
         for number in range(section.vcpus):
             vcpu = kvm_vm_ioctl_create_vcpu(cpu, kvm)
             if section.tdp_levels:

@@ -27,6 +27,7 @@ from emulator.litmus.migration import WORD, Migration
 from emulator.litmus.syntax import Arg, Context, KvmOp, Op, OpError, check_huge
 from emulator.machine.runtime import HPAGE_PMD_NR
 from native import lib
+from native.types import Gfn, Hva
 
 if TYPE_CHECKING:
     from emulator.kvm.structs import Kvm
@@ -45,9 +46,9 @@ _PAGE = (Arg("page", "page"),)
 class _Range(KvmOp):
     args: ClassVar[tuple[Arg, ...]] = _RANGE
 
-    def range(self) -> tuple[int, int]:
-        """Return the range [start, end) in pages."""
-        start = self.number("page")
+    def range(self) -> tuple[Hva, Hva]:
+        """Return the range [start, end) in pages of user space's memory."""
+        start = Hva(self.number("page"))
         return start, start + self.number("count")
 
 
@@ -83,7 +84,7 @@ class HostTouch(_Range):
     def run(self, context: Context) -> None:
         cpu, vm = context.cpu, context.kvm.id
         for page in range(*self.range()):
-            rc = lib.mm_fault(cpu.m, cpu.id, vm, page, 1, cpu.page)
+            rc = lib.mm_fault(cpu.m, cpu.id, vm, Hva(page), 1, cpu.page)
             if rc != lib.MACHINE_AGAIN:
                 cpu.check(rc)
 
@@ -128,7 +129,7 @@ class HostCollapse(_Huge):
     doc = "khugepaged: one 2 MiB page replaces the 512 pages from PAGE on."
 
     def run(self, context: Context) -> None:
-        context.memory.collapse(context.cpu, self.number("page"))
+        context.memory.collapse(context.cpu, Hva(self.number("page")))
 
 
 class HostSplit(_Huge):
@@ -136,7 +137,7 @@ class HostSplit(_Huge):
     doc = "__split_huge_pmd(): 4 KiB pages map the frames of a 2 MiB page."
 
     def run(self, context: Context) -> None:
-        context.memory.split(context.cpu, self.number("page"))
+        context.memory.split(context.cpu, Hva(self.number("page")))
 
 
 class HostAge(_Range):
@@ -194,7 +195,8 @@ class Zap(_Range):
     doc = "kvm_zap_gfn_range() of COUNT pages from PAGE on."
 
     def run(self, context: Context) -> None:
-        kvm_zap_gfn_range(context.cpu, context.kvm, *self.range())
+        start, end = map(Gfn, self.range())  # slot 0 begins at gfn 0 and at page 0 of the memory
+        kvm_zap_gfn_range(context.cpu, context.kvm, start, end)
 
 
 class ZapAll(KvmOp):
@@ -253,7 +255,7 @@ class SlotDelete(KvmOp):
 
     def run(self, context: Context) -> None:
         with context.migration.given_up(context.cpu):
-            kvm_set_memory_region(context.cpu, context.kvm, SLOT, 0, 0, 0)
+            kvm_set_memory_region(context.cpu, context.kvm, SLOT, Gfn(0), 0, Hva(0))
 
 
 class SlotCreate(KvmOp):
@@ -262,12 +264,14 @@ class SlotCreate(KvmOp):
 
     def run(self, context: Context) -> None:
         slot = context.migration.slots[0]
-        kvm_set_memory_region(context.cpu, context.kvm, slot.id, 0, slot.npages, 0)
+        kvm_set_memory_region(context.cpu, context.kvm, slot.id, Gfn(0), slot.npages, Hva(0))
 
 
 def _set_logging(context: Context, flags: int) -> None:
     for slot in context.migration.slots:
-        kvm_set_memory_region(context.cpu, context.kvm, slot.id, 0, slot.npages, 0, flags, slot.as_id)
+        kvm_set_memory_region(
+            context.cpu, context.kvm, slot.id, Gfn(0), slot.npages, Hva(0), flags, slot.as_id
+        )
 
 
 class LogArm(KvmOp):

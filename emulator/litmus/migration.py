@@ -21,6 +21,7 @@ from emulator.actors.image import Difference, Image, report_lost
 from emulator.kvm.kvm_host import KVM_DIRTY_LOG_INITIALLY_SET
 from emulator.machine.locks import Mutex
 from native import lib
+from native.types import Hva
 
 if TYPE_CHECKING:
     from emulator.kvm.structs import Kvm
@@ -72,7 +73,7 @@ class Migration:
             if self.image is not None:
                 return
             cpu.event(lib.EVENT_LOG_ARM, len(self.slots), 0, self.kvm.id)
-            self.image = Image(cpu, self.kvm, 0, max(slot.npages for slot in self.slots))
+            self.image = Image(cpu, self.kvm, Hva(0), max(slot.npages for slot in self.slots))
             if self.kvm.dirty_log_manual & KVM_DIRTY_LOG_INITIALLY_SET:
                 self._owed = {slot: [_ALL] * slot.words for slot in self.slots}
 
@@ -136,7 +137,7 @@ class Migration:
         with self._lock.held(cpu):
             for page in range(start, end):
                 if self.image is not None:
-                    self.image.copy(cpu, page, [1])
+                    self.image.copy(cpu, Hva(page), [1])
 
     def finish(self, cpu: Cpu) -> None:
         """Copy the owed pages and compare, after all threads have ended and each log was read once more."""
@@ -165,7 +166,7 @@ class Migration:
         for i, mask in enumerate(words, start=number):
             if mask:
                 cpu.event(lib.EVENT_COPY, WORD * i, mask, self.kvm.id)
-        self.image.copy(cpu, WORD * number, words)
+        self.image.copy(cpu, Hva(WORD * number), words)
 
     def _end(self, cpu: Cpu) -> None:
         if self.image is not None:

@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Any, Final
 from emulator.errors import BadInput, one_of, shown
 from emulator.policy.points import BY_NAME, POINTS
 from emulator.policy.state import Declarations, Scope, declarations, new_data
+from native.types import Gfn
 
 if TYPE_CHECKING:
     from emulator.kvm import decisions
@@ -124,7 +125,7 @@ class Policy:
     def zap_yield(self, cpu: Cpu, kvm: Kvm) -> decisions.ZapYield:
         return self._answers["zap_yield"]
 
-    def map_replace(self, cpu: Cpu, kvm: Kvm, gfn: int) -> decisions.MapReplace:
+    def map_replace(self, cpu: Cpu, kvm: Kvm, gfn: Gfn) -> decisions.MapReplace:
         return self._answers["map_replace"]
 
     def eager_split(self, cpu: Cpu, kvm: Kvm, slot: KvmMemorySlot) -> decisions.EagerSplit:
@@ -133,7 +134,7 @@ class Policy:
     def split_alloc(self, cpu: Cpu, kvm: Kvm) -> decisions.SplitAlloc:
         return self._answers["split_alloc"]
 
-    def fault_split(self, cpu: Cpu, kvm: Kvm, gfn: int) -> decisions.FaultSplit:
+    def fault_split(self, cpu: Cpu, kvm: Kvm, gfn: Gfn) -> decisions.FaultSplit:
         return self._answers["fault_split"]
 
     def invalid_roots(self, cpu: Cpu, kvm: Kvm) -> decisions.InvalidRoots:
@@ -142,7 +143,7 @@ class Policy:
     def frozen_zap(self, cpu: Cpu, kvm: Kvm) -> decisions.FrozenZap:
         return self._answers["frozen_zap"]
 
-    def mapped_fault(self, cpu: Cpu, kvm: Kvm, gfn: int) -> decisions.MappedFault:
+    def mapped_fault(self, cpu: Cpu, kvm: Kvm, gfn: Gfn) -> decisions.MappedFault:
         return self._answers["mapped_fault"]
 
     def huge_recovery(self, cpu: Cpu, kvm: Kvm) -> decisions.HugeRecovery:
@@ -151,19 +152,19 @@ class Policy:
     def write_protect(self, cpu: Cpu, kvm: Kvm, slot: KvmMemorySlot) -> decisions.WriteProtect:
         return self._answers["write_protect"]
 
-    def notifier_flush(self, cpu: Cpu, kvm: Kvm, gfn: int) -> decisions.NotifierFlush:
+    def notifier_flush(self, cpu: Cpu, kvm: Kvm, gfn: Gfn) -> decisions.NotifierFlush:
         return self._answers["notifier_flush"]
 
-    def age_lock(self, cpu: Cpu, kvm: Kvm, gfn: int) -> decisions.AgeLock:
+    def age_lock(self, cpu: Cpu, kvm: Kvm, gfn: Gfn) -> decisions.AgeLock:
         return self._answers["age_lock"]
 
-    def age_flush(self, cpu: Cpu, kvm: Kvm, gfn: int) -> decisions.AgeFlush:
+    def age_flush(self, cpu: Cpu, kvm: Kvm, gfn: Gfn) -> decisions.AgeFlush:
         return self._answers["age_flush"]
 
     def zapped_pfn(self, cpu: Cpu, kvm: Kvm) -> decisions.ZappedPfn:
         return self._answers["zapped_pfn"]
 
-    def fault_retry(self, cpu: Cpu, kvm: Kvm, gfn: int) -> decisions.FaultRetry:
+    def fault_retry(self, cpu: Cpu, kvm: Kvm, gfn: Gfn) -> decisions.FaultRetry:
         return self._answers["fault_retry"]
 
     def entry_order(self, cpu: Cpu, vcpu: Vcpu) -> decisions.EntryOrder:
@@ -190,13 +191,13 @@ class Policy:
     def commit_zap(self, cpu: Cpu, kvm: Kvm) -> decisions.CommitZap:
         return self._answers["commit_zap"]
 
-    def spte_replace(self, cpu: Cpu, kvm: Kvm, gfn: int) -> decisions.SpteReplace:
+    def spte_replace(self, cpu: Cpu, kvm: Kvm, gfn: Gfn) -> decisions.SpteReplace:
         return self._answers["spte_replace"]
 
-    def table_protect(self, cpu: Cpu, kvm: Kvm, gfn: int) -> decisions.TableProtect:
+    def table_protect(self, cpu: Cpu, kvm: Kvm, gfn: Gfn) -> decisions.TableProtect:
         return self._answers["table_protect"]
 
-    def spte_update(self, cpu: Cpu, kvm: Kvm, gfn: int) -> decisions.SpteUpdate:
+    def spte_update(self, cpu: Cpu, kvm: Kvm, gfn: Gfn) -> decisions.SpteUpdate:
         return self._answers["spte_update"]
 
     def nested_transition(self, cpu: Cpu, vcpu: Vcpu) -> decisions.NestedTransition:

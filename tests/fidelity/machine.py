@@ -26,7 +26,7 @@ from emulator.kvm.virt.kvm_main import (
 from emulator.machine.runtime import Machine as NativeMachine
 from emulator.policy import Policy
 from native import FLUSH_REASONS, FLUSH_SCOPES, ffi, lib
-from native.types import CounterId, CpuId, VcpuId
+from native.types import CounterId, CpuId, Gfn, Hva, VcpuId
 from tests.support import machine_fields
 
 from .driver import VcpuCounts, VmCounts
@@ -292,7 +292,7 @@ class EmulatedMachine:
 
     def set_slot(self, vm: Vm, number: int, slot: Slot, flags: int = 0) -> None:
         hva = (THP_SLOTS if self.config.thp else SLOTS)[number].gfn
-        kvm_set_memory_region(self.cpu, vm.kvm, number, slot.gfn, slot.pages, hva, flags)
+        kvm_set_memory_region(self.cpu, vm.kvm, number, Gfn(slot.gfn), slot.pages, Hva(hva), flags)
 
     def counter(self, cpu: CpuId, counter: CounterId) -> int:
         values = ffi.new("uint64_t[]", lib.COUNTERS)

@@ -25,7 +25,7 @@ from emulator.kvm.x86 import vcpu_run
 from emulator.machine.runtime import Cpu
 from emulator.policy import preset
 from native import ffi, lib
-from native.types import CpuId, Vpid
+from native.types import CpuId, Gfn, Hva, Vpid
 from tests.emulator.kvm.rig import Rig, online, scopes
 
 from .probes import Probes
@@ -249,13 +249,13 @@ class NestedBench:
 
     def _region(self, slot: int, flags: int = 0) -> None:
         first, pages = SLOTS[slot]
-        kvm_set_memory_region(self.rig.host, self.kvm, slot, first, pages, first, flags)
+        kvm_set_memory_region(self.rig.host, self.kvm, slot, Gfn(first), pages, Hva(first), flags)
 
     def _create(self, slot: str) -> None:
         self._region(int(slot))
 
     def _delete(self, slot: str) -> None:
-        kvm_set_memory_region(self.rig.host, self.kvm, int(slot), 0, 0, 0)
+        kvm_set_memory_region(self.rig.host, self.kvm, int(slot), Gfn(0), 0, Hva(0))
 
     def _madvise(self, slot: str, first: str, n: str) -> None:
         start = SLOTS[int(slot)][0] + int(first)

@@ -10,7 +10,7 @@ from types import TracebackType
 from typing import TYPE_CHECKING
 
 from native import ffi, lib
-from native.types import CounterId, CpuId, Hfn, PromiseKind, VcpuId, VmcsId, VmId, Vpid
+from native.types import CounterId, CpuId, Gfn, Hfn, Hva, PromiseKind, VcpuId, VmcsId, VmId, Vpid
 from tests.support import CPU0, machine_fields
 
 if TYPE_CHECKING:
@@ -133,26 +133,26 @@ class Hypervisor:
         """Table, index and SPTE of a gfn's 4K level (or where the walk ends, without `create`)."""
         sptes, tables = ffi.new("uint64_t[]", 6), ffi.new("uint32_t[]", 6)
         while True:  # one table more each time round
-            level = lib.tdp_mmu_get_walk(self.m, self.roots[vm], 4, gfn, sptes, tables)
+            level = lib.tdp_mmu_get_walk(self.m, self.roots[vm], 4, Gfn(gfn), sptes, tables)
             if level == 1 or not create:
                 return Hfn(tables[level]), gfn >> 9 * (level - 1) & 511, int(sptes[level])
             child = Hfn(lib.ept_table_alloc(self.m, cpu, lib.FRAME_TABLE))
             assert child >= 0
             assert not lib.tdp_mmu_set_spte_atomic(
-                self.m, cpu, vm, Hfn(tables[level]), gfn >> 9 * (level - 1) & 511, level, gfn, sptes[level],
-                lib.make_nonleaf_spte(self.m, child),
+                self.m, cpu, vm, Hfn(tables[level]), gfn >> 9 * (level - 1) & 511, level, Gfn(gfn),
+                sptes[level], lib.make_nonleaf_spte(self.m, child),
             )  # fmt: skip
 
     def map(self, cpu: CpuId, vm: VmId, gfn: int, writable: bool = True) -> Hfn:
         """Fault a page in; returns its frame."""
         page = ffi.new("struct mm_page *")
-        assert lib.mm_fault(self.m, cpu, vm, gfn, 1, page) == 0
+        assert lib.mm_fault(self.m, cpu, vm, Hva(gfn), 1, page) == 0
         table, index, old = self.leaf(cpu, vm, gfn, True)
         if old & 7 and old >> lib.SPTE_HFN_SHIFT & 0xFFFFFF != page.hfn:
             self.zap(cpu, vm, gfn)  # another frame: KVM, too, has zapped the old one before
             old = 0
         new = lib.make_spte(page.hfn, page.tag, 1, writable, 1)
-        assert lib.tdp_mmu_set_spte_atomic(self.m, cpu, vm, table, index, 1, gfn, old, new) == 0
+        assert lib.tdp_mmu_set_spte_atomic(self.m, cpu, vm, table, index, 1, Gfn(gfn), old, new) == 0
         return page.hfn
 
     def mapped(self, vm: VmId, gfn: int) -> bool:
@@ -163,13 +163,13 @@ class Hypervisor:
         """Clear the SPTE; flush nothing, promise nothing."""
         table, index, old = self.leaf(cpu, vm, gfn, False)
         if old & 7:
-            lib.tdp_mmu_set_spte(self.m, cpu, vm, table, index, 1, gfn, 0)
+            lib.tdp_mmu_set_spte(self.m, cpu, vm, table, index, 1, Gfn(gfn), 0)
 
     def write_protect(self, cpu: CpuId, vm: VmId, gfn: int) -> None:
         """Take W from the SPTE."""
         table, index, old = self.leaf(cpu, vm, gfn, False)
         if old & 2:
-            lib.tdp_mmu_set_spte(self.m, cpu, vm, table, index, 1, gfn, old & ~2)
+            lib.tdp_mmu_set_spte(self.m, cpu, vm, table, index, 1, Gfn(gfn), old & ~2)
 
     def flush(self, vm: VmId) -> None:
         """INVEPT all-context on every pCPU."""
@@ -177,11 +177,11 @@ class Hypervisor:
             lib.flush_invept_global(self.m, cpu, vm, lib.REASON_REMOTE_ZAP)
 
     def promise(self, cpu: CpuId, vm: VmId, gfn: int, promise: PromiseKind) -> None:
-        lib.oracle_revoke(self.m, cpu, vm, gfn, gfn + 1, promise, lib.oracle_ticket(self.m, vm))
+        lib.oracle_revoke(self.m, cpu, vm, Gfn(gfn), Gfn(gfn + 1), promise, lib.oracle_ticket(self.m, vm))
 
     def free(self, cpu: CpuId, vm: VmId, gfn: int) -> None:
         """Give the frame behind the page back to the host."""
-        lib.mm_unmap(self.m, cpu, vm, gfn, gfn + 1, 0)
+        lib.mm_unmap(self.m, cpu, vm, Hva(gfn), Hva(gfn + 1), 0)
 
     # -- results
 

@@ -6,7 +6,7 @@ from types import TracebackType
 from typing import TYPE_CHECKING
 
 from native import ffi, lib
-from native.types import CounterId, FrameKind, Hfn
+from native.types import CounterId, FrameKind, Gfn, Hfn, Hva
 from tests.support import CPU1, CPU2, VM0
 
 if TYPE_CHECKING:
@@ -88,7 +88,7 @@ class Rig:
     def path(self, gfn: int) -> tuple[int, U32, U64]:
         """The level where a walk to gfn ends; tables and SPTEs by level."""
         sptes, tables = ffi.new("uint64_t[]", 6), ffi.new("uint32_t[]", 6)
-        level = int(lib.tdp_mmu_get_walk(self.m, self.root, self.root_level, gfn, sptes, tables))
+        level = int(lib.tdp_mmu_get_walk(self.m, self.root, self.root_level, Gfn(gfn), sptes, tables))
         return level, tables, sptes
 
     def walk(self, gfn: int) -> tuple[Hfn, int, int]:
@@ -98,11 +98,13 @@ class Rig:
 
     def set_atomic(self, table: Hfn, level: int, gfn: int, old: int, new: int) -> int:
         return int(
-            lib.tdp_mmu_set_spte_atomic(self.m, CPU, VM0, table, index_of(gfn, level), level, gfn, old, new)
+            lib.tdp_mmu_set_spte_atomic(
+                self.m, CPU, VM0, table, index_of(gfn, level), level, Gfn(gfn), old, new
+            )
         )
 
     def set(self, table: Hfn, level: int, gfn: int, new: int) -> int:
-        return int(lib.tdp_mmu_set_spte(self.m, CPU, VM0, table, index_of(gfn, level), level, gfn, new))
+        return int(lib.tdp_mmu_set_spte(self.m, CPU, VM0, table, index_of(gfn, level), level, Gfn(gfn), new))
 
     def link(self, gfn: int, goal: int) -> tuple[Hfn, int]:
         """Tables down to `goal`; returns the table and the SPTE there."""
@@ -125,7 +127,7 @@ class Rig:
     def remove(self, spte: int, level: int, gfn: int, shared: int = 0, most: int = 512) -> list[Hfn]:
         """Take the table apart that was linked by this SPTE; its pages, children first."""
         removal = ffi.new("struct tdp_removal *")
-        assert lib.tdp_removal_begin(self.m, CPU, VM0, removal, spte, level, gfn, shared) == 0
+        assert lib.tdp_removal_begin(self.m, CPU, VM0, removal, spte, level, Gfn(gfn), shared) == 0
         pages = []
         while removal.level:
             assert lib.tdp_removal_step(self.m, CPU, VM0, removal, most) == 0
@@ -153,23 +155,23 @@ class Rig:
 
     def right(self, gfn: int) -> int:
         """Rights granted now: 1 read, 2 write."""
-        return int(lib.oracle_right(self.m, VM0, gfn, ffi.new("uint32_t *"))) & 3
+        return int(lib.oracle_right(self.m, VM0, Gfn(gfn), ffi.new("uint32_t *"))) & 3
 
     def hfn(self, gfn: int) -> Hfn:
         hfn = ffi.new("uint32_t *")
-        lib.oracle_right(self.m, VM0, gfn, hfn)
+        lib.oracle_right(self.m, VM0, Gfn(gfn), hfn)
         return Hfn(hfn[0])
 
     # -- user memory
 
     def fault(self, hva: int, write: bool = True) -> MmPagePtr:
         page = ffi.new("struct mm_page *")
-        assert lib.mm_fault(self.m, CPU, VM0, hva, write, page) == 0
+        assert lib.mm_fault(self.m, CPU, VM0, Hva(hva), write, page) == 0
         return page
 
     def try_fault(self, hva: int, write: bool = True) -> int:
         """0, or why there is no page."""
-        return lib.mm_fault(self.m, CPU, VM0, hva, write, ffi.new("struct mm_page *"))
+        return lib.mm_fault(self.m, CPU, VM0, Hva(hva), write, ffi.new("struct mm_page *"))
 
 
 def map_page(rig: Rig, gfn: int, writable: bool = True) -> int:
@@ -184,10 +186,10 @@ def map_page(rig: Rig, gfn: int, writable: bool = True) -> int:
 def map_huge(rig: Rig, gfn: int = HUGE_GFN) -> int:
     """Install a 2M leaf, and return it."""
     rig.fault(gfn)
-    assert lib.mm_collapse(rig.m, CPU, VM0, gfn) == 0
+    assert lib.mm_collapse(rig.m, CPU, VM0, Hva(gfn)) == 0
     page = rig.fault(gfn)
     table, old = rig.link(gfn, 2)
-    custody = lib.mm_huge_custody(rig.m, VM0, gfn, page.hfn, page.tag)
+    custody = lib.mm_huge_custody(rig.m, VM0, Hva(gfn), page.hfn, page.tag)
     spte = int(lib.make_spte(page.hfn, custody, 2, 1, 1))
     assert rig.set_atomic(table, 2, gfn, old, spte) == 0
     return spte

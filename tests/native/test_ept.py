@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from native import ffi, lib
-from native.types import Hfn
+from native.types import Gfn, Hfn, Hva
 from tests.native.memory_rig import (
     ACCESSED,
     CPU,
@@ -51,7 +51,7 @@ def test_sptes_of_a_table_are_found_in_order(rig: Rig) -> None:
     assert lib.spte_next(rig.m, table, 0) == 512
     child = lib.make_nonleaf_spte(rig.m, rig.table())
     for index in (3, 511):
-        assert lib.shadow_mmu_set_spte(rig.m, CPU, VM0, table, index, 2, 0, child) == 0
+        assert lib.shadow_mmu_set_spte(rig.m, CPU, VM0, table, index, 2, Gfn(0), child) == 0
     assert [lib.spte_next(rig.m, table, index) for index in (0, 3, 4, 511, 512)] == [3, 3, 511, 511, 512]
 
 
@@ -100,8 +100,10 @@ def test_wrong_arguments_are_refused(rig: Rig) -> None:
         assert rig.set_atomic(*arguments) == lib.MACHINE_MISUSE
         assert text in rig.error()
     index = index_of(7, 1)
-    assert lib.tdp_mmu_set_spte_atomic(rig.m, CPU, VM0, table, index, 1, 6, 0, other) == lib.MACHINE_MISUSE
-    assert lib.tdp_mmu_set_spte(rig.m, CPU, VM0, table, index, 1, 6, other) == 2**64 - 1
+    assert (
+        lib.tdp_mmu_set_spte_atomic(rig.m, CPU, VM0, table, index, 1, Gfn(6), 0, other) == lib.MACHINE_MISUSE
+    )
+    assert lib.tdp_mmu_set_spte(rig.m, CPU, VM0, table, index, 1, Gfn(6), other) == 2**64 - 1
     assert rig.right(6) == 0
 
 
@@ -138,15 +140,15 @@ def test_huge_replaces_table(rig: Rig) -> None:
 def test_map_around(rig: Rig) -> None:
     spte = map_page(rig, 510)
     table, _, _ = rig.walk(510)
-    lib.mm_protect(rig.m, CPU, VM0, 509, 510, 0)
+    lib.mm_protect(rig.m, CPU, VM0, Hva(509), Hva(510), 0)
     hfns, tags, writable = (ffi.new("uint32_t[]", 8) for _ in range(3))
     for gfn in (508, 509, 511, 512):
         rig.fault(gfn, write=False)
-    lib.mm_fault_range(rig.m, CPU, VM0, 507, 8, 0, hfns, tags, writable)
-    wrong = lib.tdp_mmu_map_around(rig.m, CPU, VM0, table, 506, 507, 8, hfns, tags, writable)
+    lib.mm_fault_range(rig.m, CPU, VM0, Hva(507), 8, 0, hfns, tags, writable)
+    wrong = lib.tdp_mmu_map_around(rig.m, CPU, VM0, table, 506, Gfn(507), 8, hfns, tags, writable)
     assert wrong == lib.MACHINE_MISUSE
     assert "does not belong to this index" in rig.error()
     assert [rig.right(gfn) for gfn in range(507, 514)] == [0, 0, 0, 3, 0, 0, 0]
-    assert lib.tdp_mmu_map_around(rig.m, CPU, VM0, table, 507, 507, 8, hfns, tags, writable) == 3
+    assert lib.tdp_mmu_map_around(rig.m, CPU, VM0, table, 507, Gfn(507), 8, hfns, tags, writable) == 3
     assert [rig.right(gfn) for gfn in range(507, 514)] == [0, 3, 1, 3, 3, 0, 0], "not beyond the table"
     assert rig.walk(510)[2] == spte

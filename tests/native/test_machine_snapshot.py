@@ -7,7 +7,7 @@ import random
 import pytest
 
 from native import ffi, lib
-from native.types import CpuId, FrameKind, Hfn, VcpuId, VmId
+from native.types import CpuId, FrameKind, Hfn, Hva, VcpuId, VmId
 from tests.native.hypervisor import READ, WRITE, Hypervisor
 from tests.support import CPU0, VCPU0, VM0
 
@@ -36,7 +36,7 @@ def turn(h: Hypervisor, choose: random.Random) -> None:
         h.zap(cpu, VM0, gfn)
         h.flush(VM0)
         h.promise(cpu, VM0, gfn, lib.PROMISE_NOTIFIER)
-        lib.mm_unmap(h.m, cpu, VM0, gfn, gfn + 1, choose.randrange(2))
+        lib.mm_unmap(h.m, cpu, VM0, Hva(gfn), Hva(gfn + 1), choose.randrange(2))
     elif kind == 7:
         h.write_protect(cpu, VM0, gfn)
     elif kind == 8:
@@ -49,7 +49,7 @@ def turn(h: Hypervisor, choose: random.Random) -> None:
         ops = ffi.new("struct guest_op[]", choose.randrange(1, 9))
         assert lib.guest_set_program(h.m, vcpu, ops, len(ops)) == 0
     else:
-        lib.mm_image_create(h.m, VM0, gfn, choose.randrange(8))
+        lib.mm_image_create(h.m, VM0, Hva(gfn), choose.randrange(8))
 
 
 def seen(h: Hypervisor) -> list[object]:

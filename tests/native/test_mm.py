@@ -9,7 +9,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from native import ffi, lib
-from native.types import Hfn
+from native.types import Gfn, Hfn, Hva
 from tests.native.memory_rig import BLOCK, CPU, Rig, split_table
 from tests.support import VM0
 
@@ -26,20 +26,20 @@ def write(rig: Rig, hva: int, value: int) -> None:
 
 
 def test_untouched_memory_reads_zero(rig: Rig) -> None:
-    assert lib.mm_present(rig.m, VM0, 0, 2048) == 0
+    assert lib.mm_present(rig.m, VM0, Hva(0), Hva(2048)) == 0
     assert rig.words(rig.fault(7).hfn) == {0}
     write(rig, 7, 99)
-    assert lib.mm_unmap(rig.m, CPU, VM0, 0, 2048, 0) == 1
-    assert lib.mm_read(rig.m, VM0, 7, 5) == 0
+    assert lib.mm_unmap(rig.m, CPU, VM0, Hva(0), Hva(2048), 0) == 1
+    assert lib.mm_read(rig.m, VM0, Hva(7), 5) == 0
     assert rig.words(rig.fault(7).hfn) == {0}, "a recycled frame is cleared before it is handed out"
 
 
 def test_swap_keeps_contents_in_another_frame(rig: Rig) -> None:
     write(rig, 7, 99)
     old = rig.fault(7)
-    assert lib.mm_unmap(rig.m, CPU, VM0, 7, 8, 1) == 1
+    assert lib.mm_unmap(rig.m, CPU, VM0, Hva(7), Hva(8), 1) == 1
     assert lib.frame_host_tag_of(rig.m, old.hfn) != old.tag, "custody is void"
-    assert lib.mm_read(rig.m, VM0, 7, 5) == 99
+    assert lib.mm_read(rig.m, VM0, Hva(7), 5) == 99
     taken = rig.fault(8)
     assert taken.hfn == old.hfn
     assert lib.frame_read(rig.m, rig.fault(7).hfn, 5) == 99
@@ -47,19 +47,19 @@ def test_swap_keeps_contents_in_another_frame(rig: Rig) -> None:
 
 def test_dontneed_forgets_what_is_swapped(rig: Rig) -> None:
     write(rig, 7, 99)
-    lib.mm_unmap(rig.m, CPU, VM0, 7, 8, 1)
-    assert lib.mm_unmap(rig.m, CPU, VM0, 7, 8, 0) == 0
-    assert lib.mm_read(rig.m, VM0, 7, 5) == 0
+    lib.mm_unmap(rig.m, CPU, VM0, Hva(7), Hva(8), 1)
+    assert lib.mm_unmap(rig.m, CPU, VM0, Hva(7), Hva(8), 0) == 0
+    assert lib.mm_read(rig.m, VM0, Hva(7), 5) == 0
 
 
 def test_protection(rig: Rig) -> None:
     write(rig, 7, 1)
-    assert lib.mm_protect(rig.m, CPU, VM0, 6, 8, 0) == 2
+    assert lib.mm_protect(rig.m, CPU, VM0, Hva(6), Hva(8), 0) == 2
     assert rig.try_fault(7, write=True) == lib.MACHINE_AGAIN
     assert rig.fault(7, write=False).writable == 0
-    lib.mm_unmap(rig.m, CPU, VM0, 7, 8, 1)
+    lib.mm_unmap(rig.m, CPU, VM0, Hva(7), Hva(8), 1)
     assert rig.try_fault(7, write=True) == lib.MACHINE_AGAIN, "swapping does not lift it"
-    assert lib.mm_protect(rig.m, CPU, VM0, 6, 8, 1) == 2
+    assert lib.mm_protect(rig.m, CPU, VM0, Hva(6), Hva(8), 1) == 2
     assert rig.fault(7).writable == 1
 
 
@@ -67,31 +67,33 @@ def test_migration_moves_to_new_frames(rig: Rig) -> None:
     for hva in range(4):
         write(rig, hva, hva + 10)
     before = [rig.fault(hva).hfn for hva in range(4)]
-    assert lib.mm_migrate(rig.m, CPU, VM0, 0, 100) == 4
+    assert lib.mm_migrate(rig.m, CPU, VM0, Hva(0), Hva(100)) == 4
     assert all(rig.fault(hva).hfn != before[hva] for hva in range(4))
-    assert [lib.mm_read(rig.m, VM0, hva, 5) for hva in range(4)] == [10, 11, 12, 13]
+    assert [lib.mm_read(rig.m, VM0, Hva(hva), 5) for hva in range(4)] == [10, 11, 12, 13]
     while rig.frame(lib.FRAME_GUEST) != lib.MACHINE_NOMEM:
         pass
-    assert lib.mm_migrate(rig.m, CPU, VM0, 0, 100) == 0, "no frame to move to"
+    assert lib.mm_migrate(rig.m, CPU, VM0, Hva(0), Hva(100)) == 0, "no frame to move to"
 
 
 def test_collapse_and_split(rig: Rig) -> None:
-    assert lib.mm_collapse(rig.m, CPU, VM0, 512) == lib.MACHINE_AGAIN, "nothing is there"
-    assert lib.mm_collapse(rig.m, CPU, VM0, 513) == lib.MACHINE_MISUSE
+    assert lib.mm_collapse(rig.m, CPU, VM0, Hva(512)) == lib.MACHINE_AGAIN, "nothing is there"
+    assert lib.mm_collapse(rig.m, CPU, VM0, Hva(513)) == lib.MACHINE_MISUSE
     write(rig, 512, 1)
     write(rig, 700, 2)
-    lib.mm_unmap(rig.m, CPU, VM0, 700, 701, 1)
-    assert lib.mm_collapse(rig.m, CPU, VM0, 512) == 0
-    assert lib.mm_huge(rig.m, VM0, 600)
-    assert not lib.mm_huge(rig.m, VM0, 0)
+    lib.mm_unmap(rig.m, CPU, VM0, Hva(700), Hva(701), 1)
+    assert lib.mm_collapse(rig.m, CPU, VM0, Hva(512)) == 0
+    assert lib.mm_huge(rig.m, VM0, Hva(600))
+    assert not lib.mm_huge(rig.m, VM0, Hva(0))
     pages = [rig.fault(hva) for hva in range(512, 1024)]
     assert {page.level for page in pages} == {lib.PG_LEVEL_2M}
     assert [page.hfn for page in pages] == list(range(pages[0].hfn, pages[0].hfn + BLOCK))
-    custodies = {lib.mm_huge_custody(rig.m, VM0, 512 + i, pages[i].hfn, pages[i].tag) for i in range(512)}
+    custodies = {
+        lib.mm_huge_custody(rig.m, VM0, Hva(512 + i), pages[i].hfn, pages[i].tag) for i in range(512)
+    }
     assert custodies == {lib.frame_block_custody(rig.m, pages[0].hfn)}
-    assert [lib.mm_read(rig.m, VM0, hva, 5) for hva in (512, 600, 700)] == [1, 0, 2]
+    assert [lib.mm_read(rig.m, VM0, Hva(hva), 5) for hva in (512, 600, 700)] == [1, 0, 2]
     assert lib.frames_in_use(rig.m, lib.FRAME_GUEST) == 0
-    assert lib.mm_split(rig.m, CPU, VM0, 512) == 0
+    assert lib.mm_split(rig.m, CPU, VM0, Hva(512)) == 0
     assert rig.fault(600).level == lib.PG_LEVEL_4K
     assert rig.fault(600).hfn == pages[600 - 512].hfn
 
@@ -99,39 +101,39 @@ def test_collapse_and_split(rig: Rig) -> None:
 def test_part_of_a_huge_page_splits_it(rig: Rig) -> None:
     write(rig, 0, 1)
     for part in (lib.mm_unmap, lib.mm_protect):
-        assert lib.mm_collapse(rig.m, CPU, VM0, 0) == 0
-        part(rig.m, CPU, VM0, 5, 6, 0)
-        assert not lib.mm_huge(rig.m, VM0, 0)
-        lib.mm_protect(rig.m, CPU, VM0, 0, 512, 1)
-    assert lib.mm_collapse(rig.m, CPU, VM0, 0) == 0
-    assert lib.mm_protect(rig.m, CPU, VM0, 0, 512, 0) == 512
-    assert lib.mm_huge(rig.m, VM0, 0), "the whole of it need not"
+        assert lib.mm_collapse(rig.m, CPU, VM0, Hva(0)) == 0
+        part(rig.m, CPU, VM0, Hva(5), Hva(6), 0)
+        assert not lib.mm_huge(rig.m, VM0, Hva(0))
+        lib.mm_protect(rig.m, CPU, VM0, Hva(0), Hva(512), 1)
+    assert lib.mm_collapse(rig.m, CPU, VM0, Hva(0)) == 0
+    assert lib.mm_protect(rig.m, CPU, VM0, Hva(0), Hva(512), 0) == 512
+    assert lib.mm_huge(rig.m, VM0, Hva(0)), "the whole of it need not"
 
 
 def test_a_huge_page_stays_huge_while_a_part_is_promised_away(rig: Rig) -> None:
     """A promise about one page of it: the oracle's notes do not change the host's mapping."""
     write(rig, 0, 1)
-    assert lib.mm_collapse(rig.m, CPU, VM0, 0) == 0
+    assert lib.mm_collapse(rig.m, CPU, VM0, Hva(0)) == 0
     page, neighbour = rig.fault(9), rig.fault(8)
     assert page.level == lib.PG_LEVEL_2M
-    before = lib.mm_huge_custody(rig.m, VM0, 9, page.hfn, page.tag)
+    before = lib.mm_huge_custody(rig.m, VM0, Hva(9), page.hfn, page.tag)
     table, _ = rig.link(9, 1)
     assert rig.set_atomic(table, 1, 9, 0, lib.make_spte(page.hfn, page.tag, 1, 1, 1)) == 0
     rig.set(table, 1, 9, 0)
-    lib.oracle_revoke(rig.m, CPU, VM0, 9, 10, lib.PROMISE_NOTIFIER, 0)
+    lib.oracle_revoke(rig.m, CPU, VM0, Gfn(9), Gfn(10), lib.PROMISE_NOTIFIER, 0)
     assert rig.fault(9).tag != page.tag
     assert rig.fault(8).level == lib.PG_LEVEL_2M
-    now = lib.mm_huge_custody(rig.m, VM0, 8, neighbour.hfn, neighbour.tag)
+    now = lib.mm_huge_custody(rig.m, VM0, Hva(8), neighbour.hfn, neighbour.tag)
     assert now == lib.frame_block_custody(rig.m, page.hfn) != before
     # A fault that looked the page up before the promise does not have it now.
-    stale = lib.mm_huge_custody(rig.m, VM0, 9, page.hfn, page.tag)
+    stale = lib.mm_huge_custody(rig.m, VM0, Hva(9), page.hfn, page.tag)
     table, _ = rig.link(512, 2)
     for custody, holds in ((before, False), (stale, False), (now, True)):
         spte = lib.make_spte(Hfn(page.hfn - 9), custody, 2, 1, 1)
         rig.set(table, 2, 512, spte)
         hfn = ffi.new("uint32_t *")
-        assert lib.oracle_right(rig.m, VM0, 512 + 8, hfn) == 3
-        rights = lib.oracle_right(rig.m, VM0, 512 + 9, hfn)
+        assert lib.oracle_right(rig.m, VM0, Gfn(512 + 8), hfn) == 3
+        rights = lib.oracle_right(rig.m, VM0, Gfn(512 + 9), hfn)
         assert rights == (3 if holds else 3 | 3 << 2), "granted, and revoked from the start"
         rig.set(table, 2, 512, 0)
 
@@ -145,86 +147,86 @@ def test_a_huge_page_stays_huge_while_a_part_is_promised_away(rig: Rig) -> None:
 def test_a_huge_leaf_is_of_the_frame_that_the_host_maps(rig: Rig) -> None:
     write(rig, 9, 1)
     old = rig.fault(9)
-    assert lib.mm_huge_custody(rig.m, VM0, 9, old.hfn, old.tag) == -1, "mapped by 4K"
-    assert lib.mm_collapse(rig.m, CPU, VM0, 0) == 0
-    assert lib.mm_huge_custody(rig.m, VM0, 9, old.hfn, old.tag) == -1, "another frame by now"
-    assert lib.mm_huge_custody(rig.m, VM0, 9, rig.fault(9).hfn, rig.fault(9).tag) >= 0
-    assert lib.mm_huge_custody(rig.m, VM0, 1 << 40, Hfn(0), 0) == -1
+    assert lib.mm_huge_custody(rig.m, VM0, Hva(9), old.hfn, old.tag) == -1, "mapped by 4K"
+    assert lib.mm_collapse(rig.m, CPU, VM0, Hva(0)) == 0
+    assert lib.mm_huge_custody(rig.m, VM0, Hva(9), old.hfn, old.tag) == -1, "another frame by now"
+    assert lib.mm_huge_custody(rig.m, VM0, Hva(9), rig.fault(9).hfn, rig.fault(9).tag) >= 0
+    assert lib.mm_huge_custody(rig.m, VM0, Hva(1 << 40), Hfn(0), 0) == -1
 
 
 def test_collapse_without_a_block(rig: Rig) -> None:
     write(rig, 0, 1)
     while rig.frame(lib.FRAME_BLOCK) != lib.MACHINE_NOMEM:
         pass
-    assert lib.mm_collapse(rig.m, CPU, VM0, 0) == lib.MACHINE_NOMEM
-    assert lib.mm_read(rig.m, VM0, 0, 5) == 1
+    assert lib.mm_collapse(rig.m, CPU, VM0, Hva(0)) == lib.MACHINE_NOMEM
+    assert lib.mm_read(rig.m, VM0, Hva(0), 5) == 1
 
 
 def test_fault_range(rig: Rig) -> None:
     write(rig, 510, 1)
     write(rig, 513, 1)
-    lib.mm_protect(rig.m, CPU, VM0, 513, 514, 0)
+    lib.mm_protect(rig.m, CPU, VM0, Hva(513), Hva(514), 0)
     hfns, tags, writable = (ffi.new("uint32_t[]", 6) for _ in range(3))
-    assert lib.mm_fault_range(rig.m, CPU, VM0, 509, 6, 0, hfns, tags, writable) == 2
+    assert lib.mm_fault_range(rig.m, CPU, VM0, Hva(509), 6, 0, hfns, tags, writable) == 2
     assert [hfn != 0xFFFFFFFF for hfn in hfns] == [False, True, False, False, True, False]
     assert (hfns[1], tags[1], writable[1]) == (rig.fault(510).hfn, rig.fault(510).tag, 1)
     assert writable[4] == 0
-    assert lib.mm_fault_range(rig.m, CPU, VM0, 509, 6, 1, hfns, tags, writable) == 6
-    assert lib.mm_present(rig.m, VM0, 0, 2048) == 6
+    assert lib.mm_fault_range(rig.m, CPU, VM0, Hva(509), 6, 1, hfns, tags, writable) == 6
+    assert lib.mm_present(rig.m, VM0, Hva(0), Hva(2048)) == 6
 
 
 def test_bounds(rig: Rig) -> None:
     assert rig.try_fault(2048) == lib.MACHINE_MISUSE
     assert "0x800" in rig.error()
     hfns, tags, writable = (ffi.new("uint32_t[]", 2) for _ in range(3))
-    assert lib.mm_fault_range(rig.m, CPU, VM0, 2047, 2, 0, hfns, tags, writable) == lib.MACHINE_MISUSE
-    assert lib.mm_unmap(rig.m, CPU, VM0, 2000, 1 << 60, 0) == 0
-    assert lib.mm_image_create(rig.m, VM0, 1, 2048) == lib.MACHINE_NOMEM
+    assert lib.mm_fault_range(rig.m, CPU, VM0, Hva(2047), 2, 0, hfns, tags, writable) == lib.MACHINE_MISUSE
+    assert lib.mm_unmap(rig.m, CPU, VM0, Hva(2000), Hva(1 << 60), 0) == 0
+    assert lib.mm_image_create(rig.m, VM0, Hva(1), 2048) == lib.MACHINE_NOMEM
 
 
 def test_out_of_frames(rig: Rig) -> None:
     for hva in range(256):
         assert rig.try_fault(hva) == 0
     assert rig.try_fault(256) == lib.MACHINE_NOMEM
-    lib.mm_unmap(rig.m, CPU, VM0, 0, 1, 1)
+    lib.mm_unmap(rig.m, CPU, VM0, Hva(0), Hva(1), 1)
     assert rig.try_fault(256) == 0
 
 
 def test_image(rig: Rig) -> None:
-    assert lib.mm_image_create(rig.m, VM0, 100, 200) == 0
-    assert lib.mm_image_differs(rig.m, VM0, 0) == -1, "nothing written, nothing to copy"
+    assert lib.mm_image_create(rig.m, VM0, Hva(100), 200) == 0
+    assert lib.mm_image_differs(rig.m, VM0, Hva(0)) == -1, "nothing written, nothing to copy"
     for hva in (99, 100, 150, 299, 300):
         write(rig, hva, hva)
-    lib.mm_unmap(rig.m, CPU, VM0, 150, 151, 1)
-    assert lib.mm_image_differs(rig.m, VM0, 0) == 100
-    assert lib.mm_image_copy(rig.m, VM0, 99, 0b111) == 2, "page 99 is not in it"
-    assert lib.mm_image_differs(rig.m, VM0, 0) == 150
-    assert lib.mm_image_copy(rig.m, VM0, 150, 1) == 1
-    assert lib.mm_image_differs(rig.m, VM0, 101) == 299
-    assert lib.mm_image_copy(rig.m, VM0, 299, 3) == 1
-    assert lib.mm_image_differs(rig.m, VM0, 0) == -1
+    lib.mm_unmap(rig.m, CPU, VM0, Hva(150), Hva(151), 1)
+    assert lib.mm_image_differs(rig.m, VM0, Hva(0)) == 100
+    assert lib.mm_image_copy(rig.m, VM0, Hva(99), 0b111) == 2, "page 99 is not in it"
+    assert lib.mm_image_differs(rig.m, VM0, Hva(0)) == 150
+    assert lib.mm_image_copy(rig.m, VM0, Hva(150), 1) == 1
+    assert lib.mm_image_differs(rig.m, VM0, Hva(101)) == 299
+    assert lib.mm_image_copy(rig.m, VM0, Hva(299), 3) == 1
+    assert lib.mm_image_differs(rig.m, VM0, Hva(0)) == -1
     write(rig, 150, 7)
-    assert lib.mm_image_differs(rig.m, VM0, 0) == 150
+    assert lib.mm_image_differs(rig.m, VM0, Hva(0)) == 150
 
 
 def test_an_image_knows_what_has_changed(rig: Rig) -> None:
     value = ffi.new("uint64_t *")
     for hva in (0, 5, 511):
         write(rig, hva, 1000 + hva)
-    assert lib.mm_image_create(rig.m, VM0, 0, 512) == 0
+    assert lib.mm_image_create(rig.m, VM0, Hva(0), 512) == 0
     assert lib.mm_image_copy_all(rig.m, VM0) == 512
     assert lib.mm_image_changed(rig.m, VM0) == 3, "the others hold zeros, as the image does"
-    assert lib.mm_image_copy(rig.m, VM0, 0, 0b100001) == 2
+    assert lib.mm_image_copy(rig.m, VM0, Hva(0), 0b100001) == 2
     assert lib.mm_image_changed(rig.m, VM0) == 3
     write(rig, 5, 77)
-    assert lib.mm_image_lost(rig.m, VM0, 0, value) == 0
-    assert (lib.mm_image_lost(rig.m, VM0, 5, value), value[0]) == (1, 77)
-    assert lib.mm_image_copy(rig.m, VM0, 0, 0b100001) == 2
+    assert lib.mm_image_lost(rig.m, VM0, Hva(0), value) == 0
+    assert (lib.mm_image_lost(rig.m, VM0, Hva(5), value), value[0]) == (1, 77)
+    assert lib.mm_image_copy(rig.m, VM0, Hva(0), 0b100001) == 2
     assert lib.mm_image_changed(rig.m, VM0) == 4
-    lib.mm_unmap(rig.m, CPU, VM0, 5, 6, 0)
-    assert (lib.mm_image_lost(rig.m, VM0, 5, value), value[0]) == (1, 0), "given up: zeros again"
-    assert lib.mm_image_copy(rig.m, VM0, 5, 1) == 1
-    assert lib.mm_image_differs(rig.m, VM0, 0) == -1
+    lib.mm_unmap(rig.m, CPU, VM0, Hva(5), Hva(6), 0)
+    assert (lib.mm_image_lost(rig.m, VM0, Hva(5), value), value[0]) == (1, 0), "given up: zeros again"
+    assert lib.mm_image_copy(rig.m, VM0, Hva(5), 1) == 1
+    assert lib.mm_image_differs(rig.m, VM0, Hva(0)) == -1
     lib.mm_image_destroy(rig.m, VM0)
 
 
@@ -251,31 +253,31 @@ def test_contents_follow_a_plain_model(operations: list[tuple[str, int, int]]) -
                     write(rig, hva, value)
                     contents[hva] = value
             elif name in ("swap", "dontneed"):
-                lib.mm_unmap(rig.m, CPU, VM0, hva, hva + value, name == "swap")
-                assert lib.mm_present(rig.m, VM0, hva, hva + value) == 0
+                lib.mm_unmap(rig.m, CPU, VM0, Hva(hva), Hva(hva + value), name == "swap")
+                assert lib.mm_present(rig.m, VM0, Hva(hva), Hva(hva + value)) == 0
                 if name == "dontneed":
                     contents = {k: v for k, v in contents.items() if k not in pages}
             elif name in ("protect", "allow"):
-                changed = lib.mm_protect(rig.m, CPU, VM0, hva, hva + value, name == "allow")
+                changed = lib.mm_protect(rig.m, CPU, VM0, Hva(hva), Hva(hva + value), name == "allow")
                 after = readonly - set(pages) if name == "allow" else readonly | set(pages)
                 assert changed == len(after ^ readonly)
                 readonly = after
             elif name == "migrate":
-                lib.mm_migrate(rig.m, CPU, VM0, hva, hva + value)
+                lib.mm_migrate(rig.m, CPU, VM0, Hva(hva), Hva(hva + value))
             elif name == "collapse":
-                lib.mm_collapse(rig.m, CPU, VM0, hva)
+                lib.mm_collapse(rig.m, CPU, VM0, Hva(hva))
             else:
-                lib.mm_split(rig.m, CPU, VM0, hva)
+                lib.mm_split(rig.m, CPU, VM0, Hva(hva))
             check(rig, contents, readonly)
         in_use = lib.frames_in_use(rig.m, lib.FRAME_GUEST)
-        assert in_use <= lib.mm_present(rig.m, VM0, 0, 2048)
+        assert in_use <= lib.mm_present(rig.m, VM0, Hva(0), Hva(2048))
         lib.vm_destroy(rig.m, VM0)
         assert [lib.frames_in_use(rig.m, kind) for kind in (lib.FRAME_GUEST, lib.FRAME_BLOCK)] == [0, 0]
 
 
 def check(rig: Rig, contents: dict[int, int], readonly: set[int]) -> None:
     hfns, tags, writable = (ffi.new("uint32_t[]", 2048) for _ in range(3))
-    present = lib.mm_fault_range(rig.m, CPU, VM0, 0, 2048, 0, hfns, tags, writable)
+    present = lib.mm_fault_range(rig.m, CPU, VM0, Hva(0), 2048, 0, hfns, tags, writable)
     frames = [(hva, hfns[hva]) for hva in range(2048) if hfns[hva] != 0xFFFFFFFF]
     assert len({hfn for _, hfn in frames}) == len(frames) == present, "a frame has one page"
     for hva, hfn in frames:
@@ -283,7 +285,7 @@ def check(rig: Rig, contents: dict[int, int], readonly: set[int]) -> None:
         assert writable[hva] == (hva not in readonly)
         assert lib.frame_read(rig.m, Hfn(hfn), 5) == contents.get(hva, 0)
     for hva, value in contents.items():
-        assert lib.mm_read(rig.m, VM0, hva, 5) == value
+        assert lib.mm_read(rig.m, VM0, Hva(hva), 5) == value
     for region in (0, 512):
-        if lib.mm_huge(rig.m, VM0, region):
+        if lib.mm_huge(rig.m, VM0, Hva(region)):
             assert [hfns[region + i] - hfns[region] for i in range(BLOCK)] == list(range(BLOCK))

@@ -18,7 +18,7 @@ ROOT = Path(__file__).resolve().parents[2]
 SWAPPED = """
 from native import ffi, lib
 from native._native import MachinePtr
-from native.types import CpuId, Hfn, VcpuId, VmcsId, VmId, Vpid
+from native.types import CpuId, Gfn, Hfn, Hva, VcpuId, VmcsId, VmId, Vpid, span
 
 def calls(m: MachinePtr, cpu: CpuId, vm: VmId, vcpu: VcpuId) -> None:
     lib.mmu_write_lock(m, cpu, vm)
@@ -54,6 +54,19 @@ def frames(m: MachinePtr, cpu: CpuId, vm: VmId, vcpu: VcpuId, vmcs: VmcsId, root
     lib.spte_read(m, 7, root)  # error
     lib.ept_table_free(m, cpu, root)
     lib.ept_table_free(m, root, cpu)  # error
+
+def pages(m: MachinePtr, cpu: CpuId, vm: VmId, gfn: Gfn, hva: Hva) -> None:
+    lib.oracle_track_writes(m, cpu, vm, gfn + 1, 1)
+    lib.oracle_track_writes(m, cpu, vm, 1 + (gfn & -512), 1)
+    lib.oracle_track_writes(m, cpu, vm, gfn - gfn, 1)  # error
+    lib.oracle_track_writes(m, cpu, vm, gfn >> 9, 1)  # error
+    lib.oracle_track_writes(m, cpu, vm, hva + gfn, 1)  # error
+    lib.mm_present(m, vm, hva, hva + 3)
+    lib.mm_present(m, vm, hva, gfn)  # error
+    for page in span(hva, hva + 3, 2):
+        lib.mm_huge(m, vm, page)
+    for number in range(hva, hva + 3):
+        lib.mm_huge(m, vm, number)  # error
 
 def memory(m: MachinePtr, cpu: CpuId) -> None:
     words, halves = ffi.new("uint64_t[]", 8), ffi.new("uint32_t[]", 8)
@@ -115,7 +128,7 @@ def test_has_every_field_of_every_structure() -> None:
 
 def test_names_no_argument_and_no_enum_that_the_headers_lack() -> None:
     arguments = {
-        (node.name, argument.arg)
+        (node.name, argument.arg.removesuffix("_"))
         for node in stub_of("Lib").body
         if isinstance(node, ast.FunctionDef)
         for argument in node.args.posonlyargs

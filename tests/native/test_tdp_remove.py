@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING
 import pytest
 
 from native import ffi, lib
-from native.types import Hfn
+from native.types import Gfn, Hfn
 from tests.native.memory_rig import CPU, RCU_CPU, Rig, map_page
 from tests.support import VM0
 
@@ -39,7 +39,7 @@ def unlinked(rig: Rig, *gfns: int) -> tuple[Hfn, TdpRemovalPtr]:
     parent, link = rig.link(0, 2)
     rig.set(parent, 2, 0, 0)
     removal = ffi.new("struct tdp_removal *")
-    assert lib.tdp_removal_begin(rig.m, CPU, VM0, removal, link, 2, 0, 1) == 0
+    assert lib.tdp_removal_begin(rig.m, CPU, VM0, removal, link, 2, Gfn(0), 1) == 0
     return Hfn(link >> lib.SPTE_HFN_SHIFT & 0xFFFFFF), removal
 
 
@@ -86,9 +86,9 @@ def test_removal_of_a_table_that_was_freed_is_reported(rig: Rig) -> None:
     _, link = rig.link(0, 2)
     lib.ept_table_free(rig.m, CPU, Hfn(link >> lib.SPTE_HFN_SHIFT & 0xFFFFFF))
     removal = ffi.new("struct tdp_removal *")
-    assert lib.tdp_removal_begin(rig.m, CPU, VM0, removal, link, 2, 0, 1) == 0
+    assert lib.tdp_removal_begin(rig.m, CPU, VM0, removal, link, 2, Gfn(0), 1) == 0
     assert removal.level == 0
-    assert not lib.tdp_table_holds(rig.m, CPU, VM0, link, 2, 0)
+    assert not lib.tdp_table_holds(rig.m, CPU, VM0, link, 2, Gfn(0))
     counts = ffi.new("uint64_t[]", lib.VIOLATIONS)
     lib.oracle_counts(rig.m, counts)
     assert counts[lib.VIOLATION_WALK_AFTER_FREE] == 2
@@ -97,7 +97,7 @@ def test_removal_of_a_table_that_was_freed_is_reported(rig: Rig) -> None:
 def test_removal_of_a_leaf_is_misuse(rig: Rig) -> None:
     spte = map_page(rig, 0)
     removal = ffi.new("struct tdp_removal *")
-    assert lib.tdp_removal_begin(rig.m, CPU, VM0, removal, spte, 1, 0, 1) == lib.MACHINE_MISUSE
+    assert lib.tdp_removal_begin(rig.m, CPU, VM0, removal, spte, 1, Gfn(0), 1) == lib.MACHINE_MISUSE
     assert "no table" in rig.error()
 
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 
 from native import ffi, lib
-from native.types import Hfn, Vpid
+from native.types import Gfn, Hfn, Vpid
 from tests.native.hypervisor import EXECUTE
 from tests.native.shadow_guests import (
     LINEAR,
@@ -66,7 +66,7 @@ def test_error_codes() -> None:
         assert fault(machine, vcpu, 0x6000, READ) == user | lib.PFERR_PRESENT
         table, index, _ = machine.spot(CPU0, VM0, space, 7)
         mmio = 1 << lib.SPTE_MMIO_BIT | 7 << 12
-        assert lib.shadow_mmu_set_spte(machine.m, CPU0, VM0, table, index, 1, 7, mmio) == 0
+        assert lib.shadow_mmu_set_spte(machine.m, CPU0, VM0, table, index, 1, Gfn(7), mmio) == 0
         expected = user | lib.PFERR_PRESENT | lib.PFERR_RSVD
         assert fault(machine, vcpu, 0x7000, READ) == expected
         lib.guest_skip(machine.m, vcpu)
@@ -81,7 +81,7 @@ def test_nx_faults_a_fetch_only() -> None:
         space = machine.space[vcpu]
         machine.map_linear(CPU0, VM0, space, 5, Translation(5, True, True))
         table, index, spte = machine.spot(CPU0, VM0, space, 5)
-        lib.shadow_mmu_set_spte(machine.m, CPU0, VM0, table, index, 1, 5, spte & ~lib.SPTE_EXECUTABLE)
+        lib.shadow_mmu_set_spte(machine.m, CPU0, VM0, table, index, 1, Gfn(5), spte & ~lib.SPTE_EXECUTABLE)
         machine.access(CPU0, vcpu, 0x5000, WRITE)
         assert fault(machine, vcpu, 0x5000, EXECUTE) == lib.PFERR_USER | lib.PFERR_FETCH | lib.PFERR_PRESENT
 
@@ -118,7 +118,7 @@ def test_a_supervisor_page_that_the_oracle_has_judged_stays_the_os_own() -> None
         vcpu = guest(machine)
         machine.execute(CPU0, vcpu, (MAP, LINEAR, 100))
         pml4 = machine.space[vcpu].cr3
-        assert lib.oracle_track_writes(machine.m, CPU0, VM0, pml4, 1) == 0
+        assert lib.oracle_track_writes(machine.m, CPU0, VM0, Gfn(pml4), 1) == 0
         before = machine.count(lib.COUNT_ORACLE_SLOW)
         machine.execute(CPU0, vcpu, (MAP, LINEAR, 101))
         assert machine.count(lib.COUNT_ORACLE_SLOW) > before
@@ -132,7 +132,7 @@ def test_a_global_translation_serves_each_pcid() -> None:
         for page, extra in ((6, 0), (5, lib.SPTE_GLOBAL)):
             machine.map_linear(CPU0, VM0, space, page, Translation(page, True, True))
             table, index, spte = machine.spot(CPU0, VM0, space, page)
-            lib.shadow_mmu_set_spte(machine.m, CPU0, VM0, table, index, 1, page, spte | extra)
+            lib.shadow_mmu_set_spte(machine.m, CPU0, VM0, table, index, 1, Gfn(page), spte | extra)
             machine.access(CPU0, vcpu, page << 12)
         lib.vmcs_write_guest_cr3(machine.m, machine.vmcs[vcpu], machine.tree[space], 9)
         before = machine.count(lib.COUNT_L2_MISSES)
@@ -149,10 +149,10 @@ def test_two_megabyte_spte() -> None:
         block = Hfn(lib.frame_alloc(machine.m, CPU0, lib.FRAME_BLOCK))
         machine.spot(CPU0, vm, machine.space[vcpu], 0)
         sptes, tables = ffi.new("uint64_t[]", 6), ffi.new("uint32_t[]", 6)
-        lib.tdp_mmu_get_walk(machine.m, machine.tree[machine.space[vcpu]], 4, 512, sptes, tables)
+        lib.tdp_mmu_get_walk(machine.m, machine.tree[machine.space[vcpu]], 4, Gfn(512), sptes, tables)
         custody = lib.frame_block_custody(machine.m, block)
         spte = lib.make_shadow_spte(block, custody, 2, lib.SPTE_WRITABLE | lib.SPTE_USER, 1)
-        assert lib.shadow_mmu_set_spte(machine.m, CPU0, vm, Hfn(tables[2]), 1, 2, 512, spte) == 0
+        assert lib.shadow_mmu_set_spte(machine.m, CPU0, vm, Hfn(tables[2]), 1, 2, Gfn(512), spte) == 0
         machine.access(CPU0, vcpu, (512 + 7) << 12, WRITE)
         machine.access(CPU0, vcpu, (512 + 300) << 12, READ)
         assert [page for *_, page in machine.dump(CPU0)] == [512]
@@ -195,9 +195,9 @@ def test_a_walk_from_a_cached_pointer_to_a_freed_table() -> None:
         vcpu = bare(machine)
         machine.access(CPU0, vcpu, 0x5000)
         sptes, tables = ffi.new("uint64_t[]", 6), ffi.new("uint32_t[]", 6)
-        lib.tdp_mmu_get_walk(machine.m, machine.tree[machine.space[vcpu]], 4, 5, sptes, tables)
+        lib.tdp_mmu_get_walk(machine.m, machine.tree[machine.space[vcpu]], 4, Gfn(5), sptes, tables)
         machine.zap(CPU0, VM0, 5)
-        lib.shadow_mmu_set_spte(machine.m, CPU0, VM0, Hfn(tables[2]), 0, 2, 0, 0)
+        lib.shadow_mmu_set_spte(machine.m, CPU0, VM0, Hfn(tables[2]), 0, 2, Gfn(0), 0)
         lib.ept_table_free(machine.m, CPU0, Hfn(tables[1]))
         machine.access(CPU0, vcpu, 0x6000)
         assert set(machine.violations()) == {"walk-after-free"}
@@ -222,7 +222,7 @@ def test_a_leaf_must_be_dropped_before_that_of_another_gfn() -> None:
         machine.access(CPU0, vcpu, 0x5000)
         table, index, spte = machine.spot(CPU0, VM0, machine.space[vcpu], 5)
         assert lib.kvm_mmu_page_get_gfn(machine.m, table, index) == 5
-        assert lib.shadow_mmu_set_spte(machine.m, CPU0, VM0, table, index, 1, 6, spte) == (1 << 64) - 1
+        assert lib.shadow_mmu_set_spte(machine.m, CPU0, VM0, table, index, 1, Gfn(6), spte) == (1 << 64) - 1
         assert b"another gfn" in ffi.string(lib.machine_error_text(machine.m, CPU0))
 
 
@@ -298,14 +298,14 @@ def test_neither_path_trusts_what_the_oracle_must_judge(doubt: str, ways: int) -
         machine.access(CPU0, vcpu, 0x6000)
         machine.map_linear(CPU0, VM0, space, 5, Translation(gfn, True, True))
         if doubt == "tracked":
-            assert lib.oracle_track_writes(machine.m, CPU0, VM0, 5, 1) == 0
+            assert lib.oracle_track_writes(machine.m, CPU0, VM0, Gfn(5), 1) == 0
         if doubt == "void custody":
             machine.free(CPU0, VM0, 5)
         before = machine.count(lib.COUNT_STALE_WALKS)
         if doubt == "unlinked":
             sptes, tables = ffi.new("uint64_t[]", 6), ffi.new("uint32_t[]", 6)
-            lib.tdp_mmu_get_walk(machine.m, machine.tree[space], 4, 5, sptes, tables)
-            lib.shadow_mmu_set_spte(machine.m, CPU0, VM0, Hfn(tables[2]), 0, 2, 0, 0)
+            lib.tdp_mmu_get_walk(machine.m, machine.tree[space], 4, Gfn(5), sptes, tables)
+            lib.shadow_mmu_set_spte(machine.m, CPU0, VM0, Hfn(tables[2]), 0, 2, Gfn(0), 0)
         machine.access(CPU0, vcpu, 0x5000, WRITE)
         assert set(machine.violations()) == _DOUBTS[doubt]
         assert (machine.count(lib.COUNT_STALE_WALKS) > before) == (doubt == "unlinked")

@@ -11,7 +11,7 @@ from emulator.kvm.kvm_host import kvm_pages_per_hpage
 from emulator.kvm.mmu.structs import KvmMmuPage
 from emulator.kvm.structs import Kvm
 from native import ffi, lib
-from native.types import CpuId
+from native.types import CpuId, Gfn, Hva
 
 if TYPE_CHECKING:
     from native._native import TlbEntry
@@ -46,8 +46,8 @@ class ResidueProgram(LitmusProgram):
         leafs = ", ".join(f"{gfn:#x} {spte:#x}" for gfn, spte in self._leafs(root, pages))
         return f"root {root.hfn} of VM {kvm.id}{' invalid' if root.role.invalid else ''}: {leafs}"
 
-    def _leafs(self, root: KvmMmuPage, pages: int) -> Iterator[tuple[int, int]]:
-        cpu, gfn = self.harness.main, 0
+    def _leafs(self, root: KvmMmuPage, pages: int) -> Iterator[tuple[Gfn, int]]:
+        cpu, gfn = self.harness.main, Gfn(0)
         while gfn < pages:
             level = lib.tdp_mmu_get_walk(cpu.m, root.hfn, root.role.level, gfn, cpu.sptes, cpu.tables)
             if cpu.sptes[level]:
@@ -65,10 +65,10 @@ class ResidueProgram(LitmusProgram):
         """Return the pages that are marked dirty, and those that differ from their copies."""
         slots = [slot for slots in kvm.memslots for slot in slots.slots]
         marks = [page for slot in slots for page, mark in enumerate(slot.dirty_bitmap or b"") if mark]
-        differ, page = [], lib.mm_image_differs(self.machine.m, kvm.id, 0)
+        differ, page = [], lib.mm_image_differs(self.machine.m, kvm.id, Hva(0))
         while page >= 0:
             differ.append(page)
-            page = lib.mm_image_differs(self.machine.m, kvm.id, page + 1)
+            page = lib.mm_image_differs(self.machine.m, kvm.id, Hva(page + 1))
         return f"dirty {marks} copies differ {differ}"
 
     def _tlbs(self) -> Iterator[str]:

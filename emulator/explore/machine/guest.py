@@ -8,7 +8,7 @@ from emulator.explore.engine.objects import bits
 from emulator.explore.engine.scheduler import Execution
 from emulator.explore.machine.control import Control
 from native import lib
-from native.types import CpuId, VcpuId, VmId
+from native.types import CpuId, Hva, VcpuId, VmId
 
 if TYPE_CHECKING:
     from native._native import Array, GuestOp, Lib, MachinePtr, MmPagePtr, VcpuExitPtr
@@ -119,7 +119,7 @@ class GuestMode(Lib):
             f"{value} operations of thread {slot}",
         )
 
-    def mm_image_copy(self, m: MachinePtr, vm: VmId, base: int, mask: int) -> int:
+    def mm_image_copy(self, m: MachinePtr, vm: VmId, base: Hva, mask: int) -> int:
         """Copy pages in one step, which conflicts with stores to them; with paging a store may go to any
         page.  It does not conflict with the host's migrations, which move contents and do not change them."""
         control = self.control
@@ -139,7 +139,7 @@ class GuestMode(Lib):
             control.execution.step(("copy", "all pages", "read"), reads, 0)
         return int(lib.mm_image_copy_all(m, vm))
 
-    def mm_fault(self, m: MachinePtr, cpu: CpuId, vm: VmId, hva: int, write: int, page: MmPagePtr) -> int:
+    def mm_fault(self, m: MachinePtr, cpu: CpuId, vm: VmId, hva: Hva, write: int, page: MmPagePtr) -> int:
         control = self.control
         execution = control.execution
         if execution is not None:

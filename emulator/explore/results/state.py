@@ -16,7 +16,7 @@ from emulator.explore.strategies.sampling import Replay
 from emulator.kvm.kvm_host import VCPU_MODES
 from emulator.litmus.ops import Op
 from native import ffi, lib
-from native.types import NO_FRAME, CpuId, VmId
+from native.types import NO_FRAME, CpuId, Gfn, VmId
 
 # Bits of oracle_right().
 _READABLE, _WRITABLE, _READ_REVOKED, _WRITE_REVOKED = 1, 2, 4, 8
@@ -148,13 +148,13 @@ def _now(program: LitmusProgram, entry: Mapping[str, Any]) -> str:
     """Return whether the host's right behind a small entry is still granted; "" for a huge one."""
     if entry["size"] != "4K" or entry["kind"] == "linear":
         return ""
-    bits, frame = _right(program, VmId(entry["vm"]), entry["gfn"])
+    bits, frame = _right(program, VmId(entry["vm"]), Gfn(entry["gfn"]))
     if frame != entry["frame"]:
         return "stale: the page has another frame now"
     return _told(bits)
 
 
-def _right(program: LitmusProgram, vm: VmId, gfn: int) -> tuple[int, int]:
+def _right(program: LitmusProgram, vm: VmId, gfn: Gfn) -> tuple[int, int]:
     frame = ffi.new("uint32_t[]", 1)
     bits = lib.oracle_right(program.machine.m, vm, gfn, frame)
     return int(bits), int(frame[0])

@@ -8,7 +8,7 @@ from emulator.kvm.kvm_host import KVM_MAX_HUGEPAGE_LEVEL, PG_LEVEL_4K
 from emulator.kvm.mmu.spte import PfnAndRights, is_writable_pte
 from emulator.kvm.structs import KvmMemorySlot
 from native import lib
-from native.types import NO_FRAME, Hfn
+from native.types import NO_FRAME, Gfn, Hfn
 
 # enum { RET_PF_... } of mmu_internal.h
 RET_PF_CONTINUE: Final = 0
@@ -60,7 +60,7 @@ class KvmPageFault:
         self, addr: int, access: int, present: bool, error_code: int = 0, *, is_tdp: bool = True
     ) -> None:
         self.addr = addr
-        self.gfn = addr >> 12
+        self.gfn = Gfn(addr >> 12)
         self.error_code = error_code
         self.is_tdp = is_tdp
         self.max_level = KVM_MAX_HUGEPAGE_LEVEL
@@ -72,7 +72,7 @@ class KvmPageFault:
         self.mmu_seq = 0
         self.pfn = PfnAndRights(_NO_FRAME, 0, host_writable=False)
         self.goal_level = PG_LEVEL_4K
-        self.around_gfn = 0
+        self.around_gfn = Gfn(0)
         self.around_n = 0
 
 
@@ -85,7 +85,7 @@ def spte_permission_fault(fault: KvmPageFault, spte: int) -> bool:
     return not spte & lib.SPTE_READABLE
 
 
-def fault_around_range(fault: KvmPageFault, pages: int) -> tuple[int, int]:
+def fault_around_range(fault: KvmPageFault, pages: int) -> tuple[Gfn, int]:
     """Return first gfn and length of the aligned window of `pages` around the fault, cut to its slot.
 
     `pages` is a power of two, so the window lies within one table.

@@ -29,6 +29,7 @@ from emulator.kvm.virt.guest_memory import (
 from emulator.kvm.virt.slots import gfn_to_memslot, mark_page_dirty_in_slot
 from emulator.machine.runtime import Cpu
 from native import lib
+from native.types import Gfn
 
 PT_PRESENT_MASK: Final = 1 << 0
 PT_WRITABLE_MASK: Final = 1 << 1
@@ -77,16 +78,16 @@ class PagingFormat:
         """Return how many pages an entry of that level maps."""
         return 1 << self.level_bits * (level - 1)
 
-    def gpte_to_gfn_lvl(self, gpte: int, level: int) -> int:
+    def gpte_to_gfn_lvl(self, gpte: int, level: int) -> Gfn:
         """gpte_to_gfn_lvl(), with pse36_gfn_delta(): return the first gfn of a page of that level."""
-        gfn = (gpte & self.base_addr_mask) >> 12 & -self.pages(level)
+        gfn = self.gpte_to_gfn(gpte) & -self.pages(level)
         if self.entry_bytes == 4 and level > PG_LEVEL_4K:
             gfn += (gpte & PT32_DIR_PSE36_MASK) << 7
         return gfn
 
-    def gpte_to_gfn(self, gpte: int) -> int:
+    def gpte_to_gfn(self, gpte: int) -> Gfn:
         """gpte_to_gfn()"""
-        return (gpte & self.base_addr_mask) >> 12
+        return Gfn((gpte & self.base_addr_mask) >> 12)
 
     def is_present_gpte(self, gpte: int) -> bool:
         """FNAME(is_present_gpte)"""
@@ -207,11 +208,11 @@ class GuestWalker:
 
     def __init__(self, level: int) -> None:
         self.level = self.max_level = level
-        self.gfn = 0
+        self.gfn = Gfn(0)
         self.prefetch_ptes: dict[int, int] = {}
         self.error_code: int | None = None
         self.pte_access = 0
-        self.table_gfn = [0] * (level + 1)
+        self.table_gfn = [Gfn(0)] * (level + 1)
         self.ptes = [0] * (level + 1)
         self.pt_access = [0] * (level + 1)
 

@@ -7,7 +7,7 @@ from emulator.kvm.mmu.fault import KvmPageFault
 from emulator.kvm.structs import Kvm, KvmMemorySlot
 from emulator.machine.runtime import Cpu
 from native import lib
-from native.types import Hfn
+from native.types import Gfn, Hfn
 
 
 def kvm_mmu_hugepage_adjust(cpu: Cpu, kvm: Kvm, fault: KvmPageFault) -> None:
@@ -31,7 +31,7 @@ def kvm_mmu_hugepage_adjust(cpu: Cpu, kvm: Kvm, fault: KvmPageFault) -> None:
 
 
 def kvm_mmu_max_mapping_level(
-    cpu: Cpu, kvm: Kvm, slot: KvmMemorySlot, gfn: int, max_level: int = KVM_MAX_HUGEPAGE_LEVEL
+    cpu: Cpu, kvm: Kvm, slot: KvmMemorySlot, gfn: Gfn, max_level: int = KVM_MAX_HUGEPAGE_LEVEL
 ) -> int:
     """kvm_mmu_max_mapping_level(), under mmu_lock: return the largest level that the host maps now.
 
@@ -46,7 +46,7 @@ def kvm_mmu_max_mapping_level(
     return PG_LEVEL_4K
 
 
-def _level_allowed(slot: KvmMemorySlot, gfn: int, level: int) -> bool:
+def _level_allowed(slot: KvmMemorySlot, gfn: Gfn, level: int) -> bool:
     """Return whether lpage_info permits a huge mapping.
 
     It does not while dirty pages are logged, across the slot's ends, or where guest and host addresses are
@@ -63,7 +63,7 @@ def _level_allowed(slot: KvmMemorySlot, gfn: int, level: int) -> bool:
     )
 
 
-def huge_custody(cpu: Cpu, kvm: Kvm, slot: KvmMemorySlot, gfn: int, pfn: Hfn, custody: int) -> int | None:
+def huge_custody(cpu: Cpu, kvm: Kvm, slot: KvmMemorySlot, gfn: Gfn, pfn: Hfn, custody: int) -> int | None:
     """Return the custody of a huge SPTE, given `pfn` and the custody under which it was found.
 
     Return None if the host maps gfn to another frame.  This happens after another bug only; the kernel

@@ -24,6 +24,7 @@ from emulator.kvm.mmu.shadow_structs import Sptep
 from emulator.kvm.structs import Kvm, Vcpu
 from emulator.machine.runtime import Cpu
 from native import lib
+from native.types import Gfn
 
 # Bits 50:36 and 59:57 of the SPTE; the kernel has them elsewhere.
 MMIO_SPTE_GEN_LOW_BITS: Final = 15
@@ -37,7 +38,7 @@ _GFN_SHIFT: Final[int] = lib.SPTE_HFN_SHIFT
 _GFN_MASK: Final = (1 << _LOW_SHIFT - _GFN_SHIFT) - 1
 
 
-def make_mmio_spte(cpu: Cpu, kvm: Kvm, as_id: int, gfn: int) -> int:
+def make_mmio_spte(cpu: Cpu, kvm: Kvm, as_id: int, gfn: Gfn) -> int:
     """make_mmio_spte(): return the SPTE of the gfn for the present generation of the memslots."""
     cpu.point("memslots", kvm.id, "read")
     gen = kvm.memslots[as_id].generation & MMIO_SPTE_GEN_MASK
@@ -68,14 +69,14 @@ def check_mmio_spte(cpu: Cpu, vcpu: Vcpu, spte: int) -> bool:
     return gen & MMIO_SPTE_GEN_MASK == get_mmio_spte_generation(spte)
 
 
-def mark_mmio_spte(cpu: Cpu, kvm: Kvm, sptep: Sptep, gfn: int) -> None:
+def mark_mmio_spte(cpu: Cpu, kvm: Kvm, sptep: Sptep, gfn: Gfn) -> None:
     """mark_mmio_spte()"""
     spte = make_mmio_spte(cpu, kvm, sptep.sp.role.smm, gfn)
     mmu_spte_set(cpu, kvm, sptep, gfn, spte)
     cpu.stat(kvm.id, lib.STAT_PF_MMIO_SPTE_CREATED)
 
 
-def sync_mmio_spte(cpu: Cpu, kvm: Kvm, sptep: Sptep, gfn: int) -> bool:
+def sync_mmio_spte(cpu: Cpu, kvm: Kvm, sptep: Sptep, gfn: Gfn) -> bool:
     """sync_mmio_spte(): make an MMIO SPTE agree with the guest's entry; return whether it is one."""
     spte = spte_of(cpu, sptep)
     if not is_mmio_spte(spte):

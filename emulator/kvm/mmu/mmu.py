@@ -56,7 +56,7 @@ from emulator.kvm.virt.requests import (
 )
 from emulator.machine.runtime import Cpu
 from native import lib
-from native.types import FlushReason
+from native.types import FlushReason, Gfn
 
 # --- zaps ---------------------------------------------------------------------------------------------------
 
@@ -119,7 +119,7 @@ def kvm_mmu_zap_all(cpu: Cpu, kvm: Kvm) -> None:
             kvm_tdp_mmu_zap_all(cpu, kvm)
 
 
-def kvm_mmu_invalidate_start(cpu: Cpu, kvm: Kvm, ranges: Iterable[tuple[int, int]]) -> None:
+def kvm_mmu_invalidate_start(cpu: Cpu, kvm: Kvm, ranges: Iterable[tuple[Gfn, Gfn]]) -> None:
     """kvm_mmu_invalidate_start() (kvm_mmu_invalidate_begin() before 7.x), under mmu_lock for write.
 
     Count those of `ranges` that overlap an invalidation in progress.  The caller adds each range to the
@@ -131,7 +131,7 @@ def kvm_mmu_invalidate_start(cpu: Cpu, kvm: Kvm, ranges: Iterable[tuple[int, int
         cpu.stat(kvm.id, lib.STAT_OVERLAPS)
 
 
-def kvm_zap_gfn_range(cpu: Cpu, kvm: Kvm, gfn_start: int, gfn_end: int) -> None:
+def kvm_zap_gfn_range(cpu: Cpu, kvm: Kvm, gfn_start: Gfn, gfn_end: Gfn) -> None:
     """kvm_zap_gfn_range(): zap a range, bracketed as an invalidation so that faults in the range retry.
 
     The guest keeps the frames, but their mapping has to change (APICv, memory types).  A fault that looked
@@ -156,8 +156,8 @@ def kvm_unmap_gfn_range(
     cpu: Cpu,
     kvm: Kvm,
     slot: KvmMemorySlot,
-    start: int,
-    end: int,
+    start: Gfn,
+    end: Gfn,
     reason: FlushReason = lib.REASON_REMOTE_NOTIFIER,
 ) -> bool:
     """kvm_unmap_gfn_range(), for mmu_notifiers: zap a range; return whether a flush is pending.
@@ -172,7 +172,7 @@ def kvm_unmap_gfn_range(
     return flush
 
 
-def kvm_age_gfn(cpu: Cpu, kvm: Kvm, slot: KvmMemorySlot, start: int, end: int) -> bool:
+def kvm_age_gfn(cpu: Cpu, kvm: Kvm, slot: KvmMemorySlot, start: Gfn, end: Gfn) -> bool:
     """kvm_age_gfn(): return whether the guest has used the range since the last call."""
     young = False
     if tdp_mmu_enabled(kvm):
@@ -210,7 +210,7 @@ def kvm_mmu_slot_remove_write_access(cpu: Cpu, kvm: Kvm, slot: KvmMemorySlot, le
         return kvm_tdp_mmu_wrprot_slot(cpu, kvm, slot, level)
 
 
-def kvm_mmu_slot_gfn_write_protect(cpu: Cpu, kvm: Kvm, slot: KvmMemorySlot, gfn: int, min_level: int) -> bool:
+def kvm_mmu_slot_gfn_write_protect(cpu: Cpu, kvm: Kvm, slot: KvmMemorySlot, gfn: Gfn, min_level: int) -> bool:
     """kvm_mmu_slot_gfn_write_protect(), under mmu_lock for write: return whether some SPTE lost W."""
     protected = False
     if kvm_memslots_have_rmaps(kvm):
@@ -233,7 +233,7 @@ def kvm_mmu_write_protect_pt_masked(
 
 
 def kvm_mmu_try_split_huge_pages(
-    cpu: Cpu, kvm: Kvm, slot: KvmMemorySlot, start: int, end: int, target_level: int
+    cpu: Cpu, kvm: Kvm, slot: KvmMemorySlot, start: Gfn, end: Gfn, target_level: int
 ) -> None:
     """kvm_mmu_try_split_huge_pages(), under mmu_lock for write."""
     kvm_tdp_mmu_try_split_huge_pages(cpu, kvm, slot, start, end, target_level, shared=False)

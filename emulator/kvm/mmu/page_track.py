@@ -16,9 +16,10 @@ from emulator.kvm.structs import Kvm, KvmMemorySlot
 from emulator.kvm.virt.requests import kvm_flush_remote_tlbs
 from emulator.machine.runtime import Cpu, smp_mb
 from native import lib
+from native.types import Gfn
 
 
-def slots_of_gfn(kvm: Kvm, slot: KvmMemorySlot, gfn: int) -> Iterator[KvmMemorySlot]:
+def slots_of_gfn(kvm: Kvm, slot: KvmMemorySlot, gfn: Gfn) -> Iterator[KvmMemorySlot]:
     """Yield `slot`, and the slot of the other address space that gfn is in, if any.
 
     A table is counted in the slot of its shadow page's role only, but the guest can store to it in SMM and
@@ -30,20 +31,20 @@ def slots_of_gfn(kvm: Kvm, slot: KvmMemorySlot, gfn: int) -> Iterator[KvmMemoryS
         yield other
 
 
-def kvm_gfn_is_write_tracked(kvm: Kvm, slot: KvmMemorySlot | None, gfn: int) -> bool:
+def kvm_gfn_is_write_tracked(kvm: Kvm, slot: KvmMemorySlot | None, gfn: Gfn) -> bool:
     """kvm_gfn_is_write_tracked().  Faults also ask it before they take mmu_lock."""
     return slot is not None and any(
         one.arch.gfn_write_track.get(gfn, 0) for one in slots_of_gfn(kvm, slot, gfn)
     )
 
 
-def kvm_gfn_is_lpage_allowed(kvm: Kvm, slot: KvmMemorySlot, gfn: int, level: int) -> bool:
+def kvm_gfn_is_lpage_allowed(kvm: Kvm, slot: KvmMemorySlot, gfn: Gfn, level: int) -> bool:
     """kvm_gfn_is_lpage_allowed()"""
     key = (level, gfn & -kvm_pages_per_hpage(level))
     return not any(one.arch.disallow_lpage.get(key, 0) for one in slots_of_gfn(kvm, slot, gfn))
 
 
-def _update_gfn_disallow_lpage_count(slot: KvmMemorySlot, gfn: int, count: int) -> None:
+def _update_gfn_disallow_lpage_count(slot: KvmMemorySlot, gfn: Gfn, count: int) -> None:
     counts = slot.arch.disallow_lpage
     for level in range(PG_LEVEL_2M, KVM_MAX_HUGEPAGE_LEVEL + 1):
         key = (level, gfn & -kvm_pages_per_hpage(level))
@@ -52,17 +53,17 @@ def _update_gfn_disallow_lpage_count(slot: KvmMemorySlot, gfn: int, count: int) 
             del counts[key]
 
 
-def kvm_mmu_gfn_disallow_lpage(slot: KvmMemorySlot, gfn: int) -> None:
+def kvm_mmu_gfn_disallow_lpage(slot: KvmMemorySlot, gfn: Gfn) -> None:
     """kvm_mmu_gfn_disallow_lpage()"""
     _update_gfn_disallow_lpage_count(slot, gfn, 1)
 
 
-def kvm_mmu_gfn_allow_lpage(slot: KvmMemorySlot, gfn: int) -> None:
+def kvm_mmu_gfn_allow_lpage(slot: KvmMemorySlot, gfn: Gfn) -> None:
     """kvm_mmu_gfn_allow_lpage()"""
     _update_gfn_disallow_lpage_count(slot, gfn, -1)
 
 
-def shadow_gfn_write_protect(cpu: Cpu, kvm: Kvm, slot: KvmMemorySlot, gfn: int, min_level: int) -> bool:
+def shadow_gfn_write_protect(cpu: Cpu, kvm: Kvm, slot: KvmMemorySlot, gfn: Gfn, min_level: int) -> bool:
     """Write-protect the shadow MMU's leafs that map gfn, for good; return whether a flush is needed.
 
     The first half of kvm_mmu_slot_gfn_write_protect() (mmu.py), which does the TDP MMU's next.
@@ -93,12 +94,12 @@ def account_shadowed(cpu: Cpu, kvm: Kvm, sp: ShadowPage) -> None:
     stores_exit(cpu, kvm, sp.gfn)
 
 
-def stores_exit(cpu: Cpu, kvm: Kvm, gfn: int) -> None:
+def stores_exit(cpu: Cpu, kvm: Kvm, gfn: Gfn) -> None:
     """Record KVM's promise to itself: from here on each store of the guest to the table in gfn exits."""
     cpu.check(lib.oracle_track_writes(cpu.m, cpu.id, kvm.id, gfn, 1))
 
 
-def stores_need_not_exit(cpu: Cpu, kvm: Kvm, gfn: int) -> None:
+def stores_need_not_exit(cpu: Cpu, kvm: Kvm, gfn: Gfn) -> None:
     """Take the promise back, before an SPTE may become writable."""
     cpu.check(lib.oracle_track_writes(cpu.m, cpu.id, kvm.id, gfn, 0))
 

@@ -65,6 +65,7 @@ from emulator.kvm.virt.requests import kvm_flush_remote_tlbs_range, kvm_make_req
 from emulator.kvm.virt.slots import gfn_to_memslot
 from emulator.machine.runtime import Cpu, OutOfFrames
 from native import lib
+from native.types import Gfn
 
 
 def validate_direct_spte(cpu: Cpu, kvm: Kvm, sptep: Sptep, direct_access: int) -> None:
@@ -133,7 +134,7 @@ def _link_table(cpu: Cpu, vcpu: Vcpu, fault: KvmPageFault, walker: GuestWalker, 
 
 
 def _set_leaf(
-    cpu: Cpu, vcpu: Vcpu, fault: KvmPageFault, walker: GuestWalker, sptep: Sptep, base_gfn: int
+    cpu: Cpu, vcpu: Vcpu, fault: KvmPageFault, walker: GuestWalker, sptep: Sptep, base_gfn: Gfn
 ) -> int:
     r = mmu_set_spte(
         cpu,

@@ -21,7 +21,7 @@ from emulator.kvm.structs import Kvm, KvmMemorySlot
 from emulator.kvm.virt.requests import kvm_flush_remote_tlbs, kvm_flush_remote_tlbs_range
 from emulator.machine.runtime import Cpu
 from native import lib
-from native.types import FlushReason
+from native.types import FlushReason, Gfn
 
 RMAP_RECYCLE_THRESHOLD = 1000
 
@@ -30,19 +30,19 @@ RmapHead = list[Sptep]
 SlotRmapsHandler = Callable[[Cpu, Kvm, RmapHead], bool]
 
 
-def gfn_to_rmap(slot: KvmMemorySlot, gfn: int, level: int) -> RmapHead:
+def gfn_to_rmap(slot: KvmMemorySlot, gfn: Gfn, level: int) -> RmapHead:
     """gfn_to_rmap(): return the list of SPTEs of that level that map the page which gfn is in."""
     return slot.arch.rmap.setdefault((level, gfn & -kvm_pages_per_hpage(level)), [])
 
 
-def gfn_to_slot_of_role(kvm: Kvm, gfn: int, role: KvmMmuPageRole) -> KvmMemorySlot:
+def gfn_to_slot_of_role(kvm: Kvm, gfn: Gfn, role: KvmMmuPageRole) -> KvmMemorySlot:
     """kvm_memslots_for_spte_role(), __gfn_to_memslot(): the role tells the address space, not a vCPU."""
     slot = kvm.memslots[role.smm].search(gfn)
     assert slot is not None, f"gfn {gfn:#x} is in use, but in no memslot"
     return slot
 
 
-def rmap_add(cpu: Cpu, kvm: Kvm, slot: KvmMemorySlot, sptep: Sptep, gfn: int, access: int) -> None:
+def rmap_add(cpu: Cpu, kvm: Kvm, slot: KvmMemorySlot, sptep: Sptep, gfn: Gfn, access: int) -> None:
     """rmap_add(): note that the SPTE maps gfn; a list that has become very long is zapped and flushed."""
     sp = sptep.sp
     if not sp.role.direct:
@@ -95,7 +95,7 @@ def rmap_write_protect(cpu: Cpu, kvm: Kvm, rmap_head: RmapHead, *, pt_protect: b
     return flush
 
 
-def _heads(slot: KvmMemorySlot, levels: range, start: int, end: int) -> Iterator[tuple[int, RmapHead]]:
+def _heads(slot: KvmMemorySlot, levels: range, start: Gfn, end: Gfn) -> Iterator[tuple[int, RmapHead]]:
     """slot_rmap_walk_next(): yield the lists of the range that are not empty, level by level, by rising gfn.
 
     The keys are looked up anew at each level, because the walk may drop mmu_lock in between.
@@ -113,8 +113,8 @@ def walk_slot_rmaps(
     kvm: Kvm,
     slot: KvmMemorySlot,
     fn: SlotRmapsHandler,
-    start: int,
-    end: int,
+    start: Gfn,
+    end: Gfn,
     *,
     flush: bool = False,
     flush_on_yield: bool = True,
@@ -151,13 +151,13 @@ def walk_slot_rmaps_yield(cpu: Cpu, kvm: Kvm, flush: bool, reason: FlushReason) 
 
 
 def kvm_rmap_zap_gfn_range(
-    cpu: Cpu, kvm: Kvm, slot: KvmMemorySlot, start: int, end: int, reason: FlushReason, *, flush: bool = False
+    cpu: Cpu, kvm: Kvm, slot: KvmMemorySlot, start: Gfn, end: Gfn, reason: FlushReason, *, flush: bool = False
 ) -> bool:
     """__kvm_rmap_zap_gfn_range(): zap all shadow leafs of the range; return whether a flush is pending."""
     return walk_slot_rmaps(cpu, kvm, slot, kvm_zap_all_rmap_sptes, start, end, flush=flush, reason=reason)
 
 
-def kvm_rmap_age_gfn_range(cpu: Cpu, kvm: Kvm, slot: KvmMemorySlot, start: int, end: int) -> bool:
+def kvm_rmap_age_gfn_range(cpu: Cpu, kvm: Kvm, slot: KvmMemorySlot, start: Gfn, end: Gfn) -> bool:
     """kvm_rmap_age_gfn_range(): take the accessed bits; return whether one was set."""
     young = False
     for _, rmap_head in _heads(slot, range(PG_LEVEL_4K, KVM_MAX_HUGEPAGE_LEVEL + 1), start, end):

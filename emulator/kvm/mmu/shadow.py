@@ -29,7 +29,7 @@ from emulator.kvm.structs import Kvm, tdp_enabled
 from emulator.kvm.virt.requests import kvm_flush_remote_tlbs, kvm_make_all_cpus_request
 from emulator.machine.runtime import Cpu
 from native import lib
-from native.types import Hfn
+from native.types import NO_GFN, Gfn, Hfn
 
 # Pages that are zapped and wait for kvm_mmu_commit_zap_page().
 InvalidList = list[ShadowPage]
@@ -41,7 +41,7 @@ KVM_REFILL_PAGES = 25
 # --- finding ------------------------------------------------------------------------------------------------
 
 
-def for_each_gfn_valid_sp_with_gptes(kvm: Kvm, gfn: int) -> Iterator[ShadowPage]:
+def for_each_gfn_valid_sp_with_gptes(kvm: Kvm, gfn: Gfn) -> Iterator[ShadowPage]:
     """for_each_gfn_valid_sp_with_gptes(): yield the pages that shadow the guest's table in gfn.
 
     The caller may zap the page that it was given.
@@ -59,7 +59,7 @@ def spte_to_child_sp(kvm: Kvm, spte: int) -> ShadowPage:
 # --- making and linking -------------------------------------------------------------------------------------
 
 
-def kvm_mmu_alloc_shadow_page(cpu: Cpu, kvm: Kvm, gfn: int, role: KvmMmuPageRole) -> ShadowPage:
+def kvm_mmu_alloc_shadow_page(cpu: Cpu, kvm: Kvm, gfn: Gfn, role: KvmMmuPageRole) -> ShadowPage:
     """kvm_mmu_alloc_shadow_page().  Raises OutOfFrames."""
     shadow = kvm.shadow
     cpu.stat(kvm.id, lib.STAT_MMU_CACHE_MISS)
@@ -98,7 +98,7 @@ def link_shadow_page(cpu: Cpu, kvm: Kvm, sptep: Sptep, sp: ShadowPage) -> None:
             kvm_mmu_commit_zap_page(cpu, kvm, invalid_list)
         else:
             kvm_flush_remote_tlbs(cpu, kvm, lib.REASON_REMOTE_REPLACE)
-    mmu_spte_set(cpu, kvm, sptep, 0, sp.parent_spte)
+    mmu_spte_set(cpu, kvm, sptep, NO_GFN, sp.parent_spte)
     sp.parent_ptes.append(sptep)
     if sp.unsync or sp.unsync_children:
         mark_unsync(sptep)
@@ -353,4 +353,3 @@ def shadow_mmu_zap_all(cpu: Cpu, kvm: Kvm) -> None:
     while kvm.shadow.active_mmu_pages:
         kvm_mmu_prepare_zap_page(cpu, kvm, next(iter(kvm.shadow.active_mmu_pages)), invalid_list)
     kvm_mmu_commit_zap_page(cpu, kvm, invalid_list)
-

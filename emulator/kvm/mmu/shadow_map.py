@@ -55,7 +55,7 @@ from emulator.kvm.virt.requests import kvm_flush_remote_tlbs_range
 from emulator.kvm.virt.slots import gfn_to_memslot, mark_page_dirty_in_slot
 from emulator.machine.runtime import Cpu, OutOfFrames
 from native import lib
-from native.types import NO_FRAME, Hfn
+from native.types import NO_FRAME, Gfn, Hfn
 
 
 def make_shadow_spte(
@@ -64,7 +64,7 @@ def make_shadow_spte(
     sp: ShadowPage,
     slot: KvmMemorySlot,
     access: int,
-    gfn: int,
+    gfn: Gfn,
     pfn: PfnAndRights,
     old_spte: int,
     *,
@@ -103,7 +103,7 @@ def mmu_set_spte(
     slot: KvmMemorySlot | None,
     sptep: Sptep,
     access: int,
-    gfn: int,
+    gfn: Gfn,
     pfn: PfnAndRights,
     *,
     prefetch: bool,
@@ -153,7 +153,7 @@ def mmu_set_spte(
     return r
 
 
-def elides_spte_replace(cpu: Cpu, kvm: Kvm, gfn: int) -> bool:
+def elides_spte_replace(cpu: Cpu, kvm: Kvm, gfn: Gfn) -> bool:
     """Return whether the policy elides the flush for what the leaf has replaced.  Decision spte_replace."""
     if kvm.policy.spte_replace(cpu, kvm, gfn) == "flush":
         return False
@@ -162,7 +162,7 @@ def elides_spte_replace(cpu: Cpu, kvm: Kvm, gfn: int) -> bool:
 
 
 def gfn_to_memslot_dirty_bitmap(
-    kvm: Kvm, gfn: int, as_id: int, *, no_dirty_log: bool
+    kvm: Kvm, gfn: Gfn, as_id: int, *, no_dirty_log: bool
 ) -> KvmMemorySlot | None:
     """gfn_to_memslot_dirty_bitmap(): return the slot if a page of it may be mapped before it is used.
 
@@ -175,7 +175,7 @@ def gfn_to_memslot_dirty_bitmap(
 
 
 def kvm_prefetch_pages(
-    cpu: Cpu, kvm: Kvm, slot: KvmMemorySlot, gfn: int, nr_pages: int
+    cpu: Cpu, kvm: Kvm, slot: KvmMemorySlot, gfn: Gfn, nr_pages: int
 ) -> list[PfnAndRights]:
     """kvm_prefetch_pages(): return the frames of the first of these pages, up to one that the host does not
     have, or does not permit to be written.  It neither waits nor allocates (get_user_pages_fast_only(),
@@ -196,7 +196,7 @@ def kvm_prefetch_pages(
     return found
 
 
-def kvm_mmu_prefetch_sptes(cpu: Cpu, vcpu: Vcpu, gfn: int, sptep: Sptep, nr_pages: int, access: int) -> bool:
+def kvm_mmu_prefetch_sptes(cpu: Cpu, vcpu: Vcpu, gfn: Gfn, sptep: Sptep, nr_pages: int, access: int) -> bool:
     """kvm_mmu_prefetch_sptes(): map pages that the guest has not asked for; return False if none could be."""
     kvm, as_id = vcpu.kvm, int(vcpu.arch.smm)
     slot = gfn_to_memslot_dirty_bitmap(kvm, gfn, as_id, no_dirty_log=bool(access & ACC_WRITE_MASK))

@@ -41,7 +41,7 @@ from emulator.kvm.virt.guest_memory import kvm_is_visible_memslot
 from emulator.kvm.virt.slots import gfn_to_memslot
 from emulator.machine.runtime import Cpu, OutOfFrames
 from native import lib
-from native.types import Hfn
+from native.types import NO_GFN, Gfn, Hfn
 
 
 def kvm_init_pagewalk(vcpu: Vcpu) -> KvmPagewalk:
@@ -91,7 +91,7 @@ def init_kvm_shadow_mmu(vcpu: Vcpu) -> None:
         mmu.page_fault, mmu.sync_spte = paging_page_fault, paging_sync_spte
 
 
-def mmu_alloc_root(cpu: Cpu, vcpu: Vcpu, gfn: int, level: int, quadrant: int = 0) -> ShadowPage:
+def mmu_alloc_root(cpu: Cpu, vcpu: Vcpu, gfn: Gfn, level: int, quadrant: int = 0) -> ShadowPage:
     """mmu_alloc_root(): find or make a root, and take a reference on it.  Raises OutOfFrames."""
     role = replace(vcpu.mmu.root_role, level=level, quadrant=quadrant)
     sp = kvm_mmu_get_shadow_page(cpu, vcpu, gfn, role)
@@ -113,7 +113,7 @@ def mmu_alloc_special_roots(cpu: Cpu, mmu: KvmMmu) -> None:
 def _link_special(cpu: Cpu, kvm: Kvm, table: Hfn, index: int, level: int, below: Hfn | None) -> None:
     spte = 0 if below is None else lib.make_nonleaf_spte(cpu.m, below)
     cpu.point("spte", (table, index), "write")
-    lib.shadow_mmu_set_spte(cpu.m, cpu.id, kvm.id, table, index, level, 0, spte)
+    lib.shadow_mmu_set_spte(cpu.m, cpu.id, kvm.id, table, index, level, NO_GFN, spte)
 
 
 def shadow_mmu_alloc_direct_roots(cpu: Cpu, vcpu: Vcpu) -> None:
@@ -126,7 +126,7 @@ def shadow_mmu_alloc_direct_roots(cpu: Cpu, vcpu: Vcpu) -> None:
         if not make_mmu_pages_available(cpu, kvm):
             raise OutOfFrames("no shadow page is left")
         for quarter in range(4):
-            root = mmu_alloc_root(cpu, vcpu, quarter << 18, PG_LEVEL_2M)
+            root = mmu_alloc_root(cpu, vcpu, Gfn(quarter << 18), PG_LEVEL_2M)
             mmu.pae_root[quarter] = root
             _link_special(cpu, kvm, pdpt, quarter, PT32E_ROOT_LEVEL, root.hfn)
         _link_special(cpu, kvm, pml4, 0, PG_LEVEL_512G, pdpt)
@@ -164,7 +164,7 @@ def mmu_alloc_shadow_roots(cpu: Cpu, vcpu: Vcpu) -> None:
         mmu.root = KvmMmuRootInfo(pgd=pgd, hfn=sp.hfn, sp=sp)
 
 
-def mmu_alloc_pae_roots(cpu: Cpu, vcpu: Vcpu, root_gfn: int) -> Hfn:
+def mmu_alloc_pae_roots(cpu: Cpu, vcpu: Vcpu, root_gfn: Gfn) -> Hfn:
     """mmu_alloc_shadow_roots(), of a guest in 32-bit mode: find or make the pages of its page directories.
 
     PAE paging has up to four, by PDPTEs; 2-level paging one, each quarter of which has a page of its own.

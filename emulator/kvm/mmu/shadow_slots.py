@@ -26,7 +26,7 @@ from emulator.kvm.structs import Kvm, KvmMemorySlot, tdp_mmu_enabled
 from emulator.kvm.virt.requests import kvm_flush_remote_tlbs_memslot
 from emulator.machine.runtime import Cpu
 from native import lib
-from native.types import FlushReason
+from native.types import FlushReason, Gfn
 
 
 def kvm_memslots_have_rmaps(kvm: Kvm) -> bool:
@@ -34,7 +34,7 @@ def kvm_memslots_have_rmaps(kvm: Kvm) -> bool:
     return not tdp_mmu_enabled(kvm)
 
 
-def shadow_zap_gfn_range(cpu: Cpu, kvm: Kvm, start: int, end: int, reason: FlushReason) -> bool:
+def shadow_zap_gfn_range(cpu: Cpu, kvm: Kvm, start: Gfn, end: Gfn, reason: FlushReason) -> bool:
     """kvm_rmap_zap_gfn_range(): zap a range in the slots of both address spaces; return whether to flush."""
     flush = False
     if not kvm_memslots_have_rmaps(kvm):
@@ -59,7 +59,7 @@ def slot_rmap_write_protect(cpu: Cpu, kvm: Kvm, slot: KvmMemorySlot, level: int)
     )
 
 
-def rmap_write_protect_masked(cpu: Cpu, kvm: Kvm, slot: KvmMemorySlot, gfn: int, mask: int) -> None:
+def rmap_write_protect_masked(cpu: Cpu, kvm: Kvm, slot: KvmMemorySlot, gfn: Gfn, mask: int) -> None:
     """Take W from the 4K leafs of the gfns in mask: the shadow MMU's part of
     kvm_mmu_write_protect_pt_masked()."""
     for bit in for_each_set_bit(mask):

@@ -25,7 +25,7 @@ from emulator.kvm.mmu.spte import (
 from emulator.kvm.structs import Kvm
 from emulator.machine.runtime import Cpu, MachineMisuse
 from native import ffi, lib
-from native.types import Hfn
+from native.types import NO_GFN, Gfn, Hfn
 
 PT_ACCESSED_MASK: Final[int] = lib.SPTE_ACCESSED
 PT_DIRTY_MASK: Final[int] = lib.SPTE_DIRTY
@@ -35,11 +35,11 @@ _CUSTODY_MASK: Final = 0x7FFF
 _ALL_ONES: Final = (1 << 64) - 1
 
 
-def kvm_mmu_page_get_gfn(cpu: Cpu, sp: ShadowPage, index: int) -> int:
+def kvm_mmu_page_get_gfn(cpu: Cpu, sp: ShadowPage, index: int) -> Gfn:
     """kvm_mmu_page_get_gfn(): return the first gfn that the leaf at `index` maps, or mapped last."""
     if sp.role.direct:
         return sp.gfn + (index << SPTE_LEVEL_BITS * (sp.role.level - 1))
-    return int(lib.kvm_mmu_page_get_gfn(cpu.m, sp.hfn, index))
+    return lib.kvm_mmu_page_get_gfn(cpu.m, sp.hfn, index)
 
 
 def spte_of(cpu: Cpu, sptep: Sptep) -> int:
@@ -71,7 +71,7 @@ def spte_rights(spte: int) -> PfnAndRights:
     return PfnAndRights(spte_to_child_pt(spte), custody, bool(spte & SHADOW_HOST_WRITABLE_MASK))
 
 
-def _store(cpu: Cpu, kvm: Kvm, sptep: Sptep, gfn: int, new_spte: int) -> int:
+def _store(cpu: Cpu, kvm: Kvm, sptep: Sptep, gfn: Gfn, new_spte: int) -> int:
     sp, index = sptep
     cpu.point("spte", (sp.hfn, index), "write")
     old = lib.shadow_mmu_set_spte(cpu.m, cpu.id, kvm.id, sp.hfn, index, sp.role.level, gfn, new_spte)
@@ -80,13 +80,13 @@ def _store(cpu: Cpu, kvm: Kvm, sptep: Sptep, gfn: int, new_spte: int) -> int:
     return int(old)
 
 
-def mmu_spte_set(cpu: Cpu, kvm: Kvm, sptep: Sptep, gfn: int, new_spte: int) -> None:
+def mmu_spte_set(cpu: Cpu, kvm: Kvm, sptep: Sptep, gfn: Gfn, new_spte: int) -> None:
     """mmu_spte_set(): set an SPTE that is not present.  gfn: the first that a leaf maps."""
     assert not is_shadow_present_pte(spte_of(cpu, sptep))
     _store(cpu, kvm, sptep, gfn, new_spte)
 
 
-def mmu_spte_update(cpu: Cpu, kvm: Kvm, sptep: Sptep, gfn: int, new_spte: int) -> bool:
+def mmu_spte_update(cpu: Cpu, kvm: Kvm, sptep: Sptep, gfn: Gfn, new_spte: int) -> bool:
     """mmu_spte_update(): change the bits of a leaf, not its frame; return whether a flush is needed.
 
     Decision spte_update.
@@ -117,7 +117,7 @@ def mmu_spte_clear_track_bits(cpu: Cpu, kvm: Kvm, sptep: Sptep) -> int:
 
 def mmu_spte_clear_no_track(cpu: Cpu, kvm: Kvm, sptep: Sptep) -> None:
     """mmu_spte_clear_no_track(): clear an SPTE that is no leaf."""
-    _store(cpu, kvm, sptep, 0, SHADOW_NONPRESENT_VALUE)
+    _store(cpu, kvm, sptep, NO_GFN, SHADOW_NONPRESENT_VALUE)
 
 
 def mmu_spte_cmpxchg(
@@ -158,7 +158,7 @@ def spte_write_protect(cpu: Cpu, kvm: Kvm, sptep: Sptep, *, pt_protect: bool) ->
     return flush and not (pt_protect and elides_table_protect(cpu, kvm, gfn, spte))
 
 
-def elides_table_protect(cpu: Cpu, kvm: Kvm, gfn: int, old_spte: int) -> bool:
+def elides_table_protect(cpu: Cpu, kvm: Kvm, gfn: Gfn, old_spte: int) -> bool:
     """Return whether the policy elides the flush for a table's SPTE.  Decision table_protect."""
     answer = kvm.policy.table_protect(cpu, kvm, gfn)
     if answer == "mmu-writable" or (answer == "if-changed" and old_spte & PT_WRITABLE_MASK):

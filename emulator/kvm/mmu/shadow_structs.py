@@ -9,7 +9,7 @@ from typing import NamedTuple
 
 from emulator.kvm.mmu.structs import KvmMmuPage, KvmMmuPageRole
 from emulator.machine.locks import SpinLock
-from native.types import Hfn
+from native.types import Gfn, Hfn
 
 
 class ShadowPage(KvmMmuPage):
@@ -36,7 +36,7 @@ class ShadowPage(KvmMmuPage):
     )
 
     def __init__(
-        self, hfn: Hfn, role: KvmMmuPageRole, gfn: int, mmu_valid_gen: int, parent_spte: int
+        self, hfn: Hfn, role: KvmMmuPageRole, gfn: Gfn, mmu_valid_gen: int, parent_spte: int
     ) -> None:
         super().__init__(hfn, role, tdp_mmu_page=False, parent_spte=parent_spte)
         self.gfn = gfn
@@ -98,7 +98,7 @@ class KvmShadowArch:
         self.dummy_root: Hfn | None = None
         # An ordered set, which pages leave from anywhere; the newest is last.
         self.active_mmu_pages: dict[ShadowPage, None] = {}
-        self.mmu_page_hash: dict[int, list[ShadowPage]] = {}
+        self.mmu_page_hash: dict[Gfn, list[ShadowPage]] = {}
         self.mmu_valid_gen = 0
         self.indirect_shadow_pages = 0
         self.mmu_unsync_pages_lock = SpinLock("mmu_unsync_pages_lock")
@@ -119,6 +119,6 @@ class SlotArch:
     __slots__ = ("disallow_lpage", "gfn_write_track", "rmap")
 
     def __init__(self) -> None:
-        self.rmap: dict[tuple[int, int], list[Sptep]] = {}
-        self.gfn_write_track: dict[int, int] = {}
-        self.disallow_lpage: dict[tuple[int, int], int] = {}
+        self.rmap: dict[tuple[int, Gfn], list[Sptep]] = {}
+        self.gfn_write_track: dict[Gfn, int] = {}
+        self.disallow_lpage: dict[tuple[int, Gfn], int] = {}

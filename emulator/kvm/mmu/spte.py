@@ -11,7 +11,7 @@ from emulator.kvm.structs import Kvm, KvmMemorySlot
 from emulator.kvm.virt.slots import mark_page_dirty_in_slot
 from emulator.machine.runtime import Cpu
 from native import lib
-from native.types import Hfn
+from native.types import Gfn, Hfn
 
 PT_WRITABLE_MASK: Final[int] = lib.SPTE_WRITABLE
 PT_PAGE_SIZE_MASK: Final[int] = lib.SPTE_PAGE_SIZE
@@ -97,7 +97,7 @@ class PfnAndRights:
     host_writable: bool
 
 
-def make_spte(cpu: Cpu, slot: KvmMemorySlot, gfn: int, level: int, pfn: PfnAndRights) -> int:
+def make_spte(cpu: Cpu, slot: KvmMemorySlot, gfn: Gfn, level: int, pfn: PfnAndRights) -> int:
     """make_spte(): make a leaf, writable iff the host permits writes, even if the fault was a read.
 
     Under dirty logging a writable leaf marks the page.

@@ -38,12 +38,13 @@ from emulator.kvm.virt.requests import kvm_flush_remote_tlbs, kvm_make_request
 from emulator.kvm.virt.slots import gfn_to_memslot
 from emulator.machine.runtime import Cpu
 from native import lib
+from native.types import Gfn
 
 # --- making tables unsync -----------------------------------------------------------------------------------
 
 
 def mmu_try_to_unsync_pages(
-    cpu: Cpu, kvm: Kvm, slot: KvmMemorySlot, gfn: int, *, synchronizing: bool, prefetch: bool
+    cpu: Cpu, kvm: Kvm, slot: KvmMemorySlot, gfn: Gfn, *, synchronizing: bool, prefetch: bool
 ) -> bool:
     """mmu_try_to_unsync_pages(): let an SPTE map gfn writable; return False if it must be write-protected.
 
@@ -179,7 +180,7 @@ def kvm_mmu_sync_roots(cpu: Cpu, vcpu: Vcpu) -> None:
 # --- finding ------------------------------------------------------------------------------------------------
 
 
-def kvm_mmu_find_shadow_page(cpu: Cpu, vcpu: Vcpu, gfn: int, role: KvmMmuPageRole) -> ShadowPage | None:
+def kvm_mmu_find_shadow_page(cpu: Cpu, vcpu: Vcpu, gfn: Gfn, role: KvmMmuPageRole) -> ShadowPage | None:
     """kvm_mmu_find_shadow_page(): look up a page of that gfn and role in the hash.
 
     An unsync page is synced, and stays unsync: it then maps the present contents of the guest's table, as a
@@ -209,14 +210,14 @@ def kvm_mmu_find_shadow_page(cpu: Cpu, vcpu: Vcpu, gfn: int, role: KvmMmuPageRol
     return found
 
 
-def kvm_mmu_get_shadow_page(cpu: Cpu, vcpu: Vcpu, gfn: int, role: KvmMmuPageRole) -> ShadowPage:
+def kvm_mmu_get_shadow_page(cpu: Cpu, vcpu: Vcpu, gfn: Gfn, role: KvmMmuPageRole) -> ShadowPage:
     """kvm_mmu_get_shadow_page(): find the page, or make it.  Raises OutOfFrames."""
     found = kvm_mmu_find_shadow_page(cpu, vcpu, gfn, role)
     return found or kvm_mmu_alloc_shadow_page(cpu, vcpu.kvm, gfn, role)
 
 
 def kvm_mmu_get_child_sp(
-    cpu: Cpu, vcpu: Vcpu, sptep: Sptep, gfn: int, *, direct: bool, access: int
+    cpu: Cpu, vcpu: Vcpu, sptep: Sptep, gfn: Gfn, *, direct: bool, access: int
 ) -> ShadowPage | None:
     """kvm_mmu_get_child_sp(): return the page to link below the SPTE; None: it is linked already (-EEXIST).
     """

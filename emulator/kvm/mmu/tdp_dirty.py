@@ -40,7 +40,7 @@ from emulator.kvm.structs import Kvm, KvmMemorySlot
 from emulator.kvm.virt.requests import kvm_flush_remote_tlbs_memslot
 from emulator.machine.runtime import READ, WRITE, Cpu, OutOfFrames, rcu_enter, rcu_leave, rcu_read_lock
 from native import lib
-from native.types import Hfn
+from native.types import Gfn, Hfn
 
 _HFN_SHIFT = lib.SPTE_HFN_SHIFT
 
@@ -59,7 +59,7 @@ def kvm_tdp_mmu_wrprot_slot(cpu: Cpu, kvm: Kvm, slot: KvmMemorySlot, min_level: 
     return spte_set
 
 
-def kvm_tdp_mmu_clear_dirty_pt_masked(cpu: Cpu, kvm: Kvm, slot: KvmMemorySlot, gfn: int, mask: int) -> int:
+def kvm_tdp_mmu_clear_dirty_pt_masked(cpu: Cpu, kvm: Kvm, slot: KvmMemorySlot, gfn: Gfn, mask: int) -> int:
     """kvm_tdp_mmu_clear_dirty_pt_masked(wrprot=true), under mmu_lock for write: take W from the 4K SPTEs of
     the gfns in mask; return how many lost it."""
     assert cpu.mmu_lock_held == WRITE
@@ -74,7 +74,7 @@ def kvm_tdp_mmu_clear_dirty_pt_masked(cpu: Cpu, kvm: Kvm, slot: KvmMemorySlot, g
     return changed
 
 
-def kvm_tdp_mmu_write_protect_gfn(cpu: Cpu, kvm: Kvm, slot: KvmMemorySlot, gfn: int, min_level: int) -> bool:
+def kvm_tdp_mmu_write_protect_gfn(cpu: Cpu, kvm: Kvm, slot: KvmMemorySlot, gfn: Gfn, min_level: int) -> bool:
     """kvm_tdp_mmu_write_protect_gfn(), write_protect_gfn(), under mmu_lock for write: take W and
     MMU-writable from the leaf, if it is at min_level or above.  Decision invalid_roots."""
     assert cpu.mmu_lock_held == WRITE
@@ -94,7 +94,7 @@ def kvm_tdp_mmu_write_protect_gfn(cpu: Cpu, kvm: Kvm, slot: KvmMemorySlot, gfn: 
 
 
 def kvm_tdp_mmu_try_split_huge_pages(
-    cpu: Cpu, kvm: Kvm, slot: KvmMemorySlot, start: int, end: int, target_level: int, shared: bool
+    cpu: Cpu, kvm: Kvm, slot: KvmMemorySlot, start: Gfn, end: Gfn, target_level: int, shared: bool
 ) -> None:
     """kvm_tdp_mmu_try_split_huge_pages(): split huge pages until no table page is left; faults split the
     rest."""
@@ -106,7 +106,7 @@ def kvm_tdp_mmu_try_split_huge_pages(
 
 
 def tdp_mmu_split_huge_pages_root(
-    cpu: Cpu, kvm: Kvm, root: KvmMmuPage, start: int, end: int, target_level: int, shared: bool
+    cpu: Cpu, kvm: Kvm, root: KvmMmuPage, start: Gfn, end: Gfn, target_level: int, shared: bool
 ) -> bool:
     """tdp_mmu_split_huge_pages_root(): return False if no table page was left.
 

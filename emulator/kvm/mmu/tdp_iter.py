@@ -16,7 +16,7 @@ from emulator.kvm.structs import Kvm
 from emulator.kvm.virt.requests import kvm_flush_remote_tlbs
 from emulator.machine.runtime import Cpu, rcu_enter, rcu_leave
 from native import ffi, lib
-from native.types import FlushReason, Hfn
+from native.types import FlushReason, Gfn, Hfn
 
 
 @dataclass(slots=True)
@@ -26,7 +26,7 @@ class Entry:
     spte: int
     table: Hfn
     level: int
-    gfn: int
+    gfn: Gfn
 
     @property
     def index(self) -> int:
@@ -46,8 +46,8 @@ class TdpIter:
         self,
         root: KvmMmuPage,
         walk: int,
-        start: int,
-        end: int,
+        start: Gfn,
+        end: Gfn,
         *,
         shared: bool,
         level: int = lib.PG_LEVEL_4K,
@@ -77,8 +77,8 @@ class TdpIter:
         return bool(self.chunk.done)
 
     @property
-    def next_last_level_gfn(self) -> int:
-        return int(self.chunk.next_gfn)
+    def next_last_level_gfn(self) -> Gfn:
+        return self.chunk.next_gfn
 
     def step(self, cpu: Cpu, kvm: Kvm) -> int:
         """Process up to params.chunk SPTEs, or with params.single stop at the first that changes; return how
@@ -105,7 +105,7 @@ class TdpIter:
             return None
         return Entry(chunk.found_spte, chunk.found_table, chunk.found_level, chunk.found_gfn)
 
-    def retry(self, gfn: int) -> None:
+    def retry(self, gfn: Gfn) -> None:
         """Process gfn again, as `goto retry` in the kernel's loops."""
         self.chunk.next_gfn = gfn
         self.chunk.done = 0

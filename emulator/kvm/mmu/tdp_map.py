@@ -33,10 +33,10 @@ from emulator.kvm.structs import Kvm, Vcpu
 from emulator.kvm.virt.requests import kvm_flush_remote_tlbs_range
 from emulator.machine.runtime import Cpu, rcu_read_lock
 from native import lib
-from native.types import FlushReason, Hfn
+from native.types import FlushReason, Gfn, Hfn
 
 
-def tdp_entry(cpu: Cpu, root: KvmMmuPage, gfn: int, goal_level: int) -> Entry:
+def tdp_entry(cpu: Cpu, root: KvmMmuPage, gfn: Gfn, goal_level: int) -> Entry:
     """Return the deepest existing entry for gfn, not below goal_level.  Under rcu_read_lock."""
     cpu.point("sptes", (root.hfn, gfn), "read")
     walked = lib.tdp_mmu_get_walk(cpu.m, root.hfn, root.role.level, gfn, cpu.sptes, cpu.tables)
@@ -105,7 +105,7 @@ def _below(cpu: Cpu, entry: Entry, table: Hfn, linked: bool) -> Entry | None:
     return Entry(0, table, entry.level - 1, entry.gfn)
 
 
-def _step_down(cpu: Cpu, child: Entry, gfn: int) -> Entry:
+def _step_down(cpu: Cpu, child: Entry, gfn: Gfn) -> Entry:
     """Move `child` to the entry for gfn in its table, and return it."""
     child.gfn = gfn & -kvm_pages_per_hpage(child.level)
     child.spte = lib.spte_read(cpu.m, child.table, child.index)
@@ -130,7 +130,7 @@ def kvm_tdp_mmu_map(cpu: Cpu, vcpu: Vcpu, fault: KvmPageFault) -> int:
             if is_shadow_present_pte(entry.spte):
                 # Present above the goal: a huge leaf, or a table that was linked since the walk.
                 if not is_large_pte(entry.spte):
-                    child: Entry | None = Entry(0, spte_to_child_pt(entry.spte), entry.level - 1, 0)
+                    child: Entry | None = Entry(0, spte_to_child_pt(entry.spte), entry.level - 1, Gfn(0))
                 elif kvm.policy.fault_split(cpu, kvm, fault.gfn) == "split":
                     table = tdp_mmu_alloc_sp(cpu)
                     split = tdp_mmu_split_huge_page(cpu, kvm, entry, table)

@@ -25,7 +25,7 @@ from emulator.kvm.structs import Kvm, KvmMemorySlot
 from emulator.kvm.virt.requests import kvm_flush_remote_tlbs
 from emulator.machine.runtime import WRITE, Cpu, rcu_read_lock
 from native import lib
-from native.types import FlushReason
+from native.types import FlushReason, Gfn
 
 
 def kvm_tdp_mmu_zap_invalidated_roots(cpu: Cpu, kvm: Kvm, shared: bool) -> None:
@@ -61,8 +61,8 @@ def tdp_mmu_zap_leafs(
     cpu: Cpu,
     kvm: Kvm,
     root: KvmMmuPage,
-    start: int,
-    end: int,
+    start: Gfn,
+    end: Gfn,
     *,
     can_yield: bool,
     flush: bool,
@@ -111,8 +111,8 @@ def _zap_leafs_of(
     cpu: Cpu,
     kvm: Kvm,
     roots: Iterable[KvmMmuPage],
-    start: int,
-    end: int,
+    start: Gfn,
+    end: Gfn,
     flush: bool,
     reason: FlushReason,
     can_yield: bool,
@@ -127,7 +127,7 @@ def _zap_leafs_of(
     return flush
 
 
-def kvm_tdp_mmu_zap_leafs(cpu: Cpu, kvm: Kvm, start: int, end: int, flush: bool, reason: FlushReason) -> bool:
+def kvm_tdp_mmu_zap_leafs(cpu: Cpu, kvm: Kvm, start: Gfn, end: Gfn, flush: bool, reason: FlushReason) -> bool:
     """kvm_tdp_mmu_zap_leafs(): zap the range in all valid roots; return whether a flush is pending.
 
     Decision invalid_roots.
@@ -140,8 +140,8 @@ def kvm_tdp_mmu_unmap_gfn_range(
     cpu: Cpu,
     kvm: Kvm,
     slot: KvmMemorySlot,
-    start: int,
-    end: int,
+    start: Gfn,
+    end: Gfn,
     flush: bool,
     reason: FlushReason,
     may_block: bool = True,
@@ -154,7 +154,7 @@ def kvm_tdp_mmu_unmap_gfn_range(
     return _zap_leafs_of(cpu, kvm, roots, start, end, flush, reason, may_block)
 
 
-def kvm_tdp_mmu_age_gfn_range(cpu: Cpu, kvm: Kvm, slot: KvmMemorySlot, start: int, end: int) -> bool:
+def kvm_tdp_mmu_age_gfn_range(cpu: Cpu, kvm: Kvm, slot: KvmMemorySlot, start: Gfn, end: Gfn) -> bool:
     """kvm_tdp_mmu_age_gfn_range(): return whether the guest used the range since the last call.
 
     Decision age_lock: one RCU read section keeps roots and tables, and the walk takes no references, which it

@@ -15,7 +15,7 @@ from emulator.kvm.structs import Kvm
 from emulator.kvm.virt.requests import kvm_flush_remote_tlbs_range
 from emulator.machine.runtime import Cpu, cpu_relax
 from native import ffi, lib
-from native.types import FlushReason, Hfn
+from native.types import FlushReason, Gfn, Hfn
 
 
 def handle_removed_pt(cpu: Cpu, kvm: Kvm, entry: Entry, shared: bool, reason: FlushReason) -> None:
@@ -48,7 +48,7 @@ def removed_page(
     cpu: Cpu,
     kvm: Kvm,
     table: Hfn,
-    gfn: int,
+    gfn: Gfn,
     pages: int,
     reason: FlushReason,
 ) -> None:

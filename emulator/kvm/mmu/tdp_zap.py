@@ -13,6 +13,7 @@ from emulator.kvm.notifications import walk_ends
 from emulator.kvm.structs import Kvm
 from emulator.machine.runtime import Cpu, rcu_read_lock
 from native import lib
+from native.types import Gfn
 
 
 def tdp_mmu_zap_root(cpu: Cpu, kvm: Kvm, root: KvmMmuPage, shared: bool, can_yield: bool = True) -> bool:
@@ -38,9 +39,9 @@ def _tdp_mmu_zap_root(
     cpu: Cpu, kvm: Kvm, root: KvmMmuPage, shared: bool, zap_level: int, can_yield: bool, flush: bool
 ) -> bool:
     """__tdp_mmu_zap_root()"""
-    end = 1 << (SPTE_LEVEL_BITS * root.role.level)  # tdp_mmu_max_gfn_exclusive()
+    end = Gfn(1 << (SPTE_LEVEL_BITS * root.role.level))  # tdp_mmu_max_gfn_exclusive()
     reason = lib.REASON_REMOTE_ZAP
-    it = TdpIter(root, lib.TDP_ZAP_LEVEL, 0, end, shared=shared, level=zap_level, reason=reason)
+    it = TdpIter(root, lib.TDP_ZAP_LEVEL, Gfn(0), end, shared=shared, level=zap_level, reason=reason)
     while not it.done:
         if can_yield and tdp_mmu_iter_cond_resched(cpu, kvm, it, flush):
             flush = False

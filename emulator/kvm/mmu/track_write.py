@@ -17,6 +17,7 @@ from emulator.kvm.mmu.spte import is_shadow_present_pte
 from emulator.kvm.structs import Kvm
 from emulator.machine.runtime import Cpu
 from native import lib
+from native.types import Gfn
 
 # Emulated writes to a table without a use in between, after which it is taken for no table any more.
 _FLOODED = 3
@@ -71,7 +72,7 @@ def kvm_mmu_track_write(cpu: Cpu, kvm: Kvm, gpa: int, nbytes: int) -> None:
         cpu.stat(kvm.id, lib.STAT_MMU_PTE_WRITE)
         invalid_list: InvalidList = []
         flush = False
-        for sp in for_each_gfn_valid_sp_with_gptes(kvm, gpa >> 12):
+        for sp in for_each_gfn_valid_sp_with_gptes(kvm, Gfn(gpa >> 12)):
             if detect_write_misaligned(sp, gpa & 0xFFF, nbytes) or detect_write_flooding(cpu, sp):
                 cpu.stat(kvm.id, lib.STAT_MMU_FLOODED)
                 kvm_mmu_prepare_zap_page(cpu, kvm, sp, invalid_list)
@@ -83,7 +84,7 @@ def kvm_mmu_track_write(cpu: Cpu, kvm: Kvm, gpa: int, nbytes: int) -> None:
         kvm_mmu_remote_flush_or_zap(cpu, kvm, invalid_list, flush)
 
 
-def kvm_mmu_unprotect_gfn(cpu: Cpu, kvm: Kvm, gfn: int) -> bool:
+def kvm_mmu_unprotect_gfn(cpu: Cpu, kvm: Kvm, gfn: Gfn) -> bool:
     """__kvm_mmu_unprotect_gfn_and_retry(): zap the pages that shadow gfn; return whether there was one."""
     invalid_list: InvalidList = []
     with kvm.mmu_lock.write_lock(cpu):

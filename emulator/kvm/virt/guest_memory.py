@@ -8,6 +8,7 @@ from __future__ import annotations
 from emulator.kvm.structs import Kvm, KvmMemorySlot
 from emulator.machine.runtime import Cpu
 from native import ffi, lib
+from native.types import Gfn, Hva
 
 
 def kvm_is_visible_memslot(slot: KvmMemorySlot | None) -> bool:
@@ -15,7 +16,7 @@ def kvm_is_visible_memslot(slot: KvmMemorySlot | None) -> bool:
     return slot is not None and not slot.invalid
 
 
-def _fault_in(cpu: Cpu, kvm: Kvm, hva: int, *, write: bool) -> bool:
+def _fault_in(cpu: Cpu, kvm: Kvm, hva: Hva, *, write: bool) -> bool:
     """Make the page present, and writable if `write`, as a fault of the kernel on user memory does.
 
     Return False if the host does not permit it, or has no frame.
@@ -27,7 +28,7 @@ def _fault_in(cpu: Cpu, kvm: Kvm, hva: int, *, write: bool) -> bool:
     return not rc
 
 
-def kvm_read_guest_word(cpu: Cpu, kvm: Kvm, slot: KvmMemorySlot, gfn: int, index: int) -> int | None:
+def kvm_read_guest_word(cpu: Cpu, kvm: Kvm, slot: KvmMemorySlot, gfn: Gfn, index: int) -> int | None:
     """get_user() (arch/x86/include/asm/uaccess.h): read the 64-bit word `index` of a page, faulting it in;
     None: the host has none.
 
@@ -43,7 +44,7 @@ def kvm_read_guest_word(cpu: Cpu, kvm: Kvm, slot: KvmMemorySlot, gfn: int, index
             return None
 
 
-def kvm_read_guest_word_atomic(cpu: Cpu, kvm: Kvm, slot: KvmMemorySlot, gfn: int, index: int) -> int | None:
+def kvm_read_guest_word_atomic(cpu: Cpu, kvm: Kvm, slot: KvmMemorySlot, gfn: Gfn, index: int) -> int | None:
     """kvm_vcpu_read_guest_atomic(): read the 64-bit word `index` of a page; None: it is not present.
 
     Any lock may be held.
@@ -54,7 +55,7 @@ def kvm_read_guest_word_atomic(cpu: Cpu, kvm: Kvm, slot: KvmMemorySlot, gfn: int
     return None if rc else int(value[0])
 
 
-def kvm_write_guest_word(cpu: Cpu, kvm: Kvm, slot: KvmMemorySlot, gfn: int, index: int, value: int) -> bool:
+def kvm_write_guest_word(cpu: Cpu, kvm: Kvm, slot: KvmMemorySlot, gfn: Gfn, index: int, value: int) -> bool:
     """kvm_vcpu_write_guest(): store one word; return False if the host does not permit it."""
     hva = slot.gfn_to_hva(gfn)
     while True:
@@ -66,7 +67,7 @@ def kvm_write_guest_word(cpu: Cpu, kvm: Kvm, slot: KvmMemorySlot, gfn: int, inde
 
 
 def kvm_cmpxchg_guest_word(
-    cpu: Cpu, kvm: Kvm, slot: KvmMemorySlot, gfn: int, index: int, old: int, new: int
+    cpu: Cpu, kvm: Kvm, slot: KvmMemorySlot, gfn: Gfn, index: int, old: int, new: int
 ) -> bool | None:
     """__try_cmpxchg_user(): replace `old` by `new`; return whether it was `old`, None if the host forbids
     it."""
@@ -92,7 +93,7 @@ def _in_word(index: int, nbytes: int) -> tuple[int, int, int]:
 
 
 def kvm_read_guest_entry(
-    cpu: Cpu, kvm: Kvm, slot: KvmMemorySlot, gfn: int, index: int, nbytes: int
+    cpu: Cpu, kvm: Kvm, slot: KvmMemorySlot, gfn: Gfn, index: int, nbytes: int
 ) -> int | None:
     """Read an entry of `nbytes` as kvm_read_guest_word does."""
     word, shift, mask = _in_word(index, nbytes)
@@ -101,7 +102,7 @@ def kvm_read_guest_entry(
 
 
 def kvm_read_guest_entry_atomic(
-    cpu: Cpu, kvm: Kvm, slot: KvmMemorySlot, gfn: int, index: int, nbytes: int
+    cpu: Cpu, kvm: Kvm, slot: KvmMemorySlot, gfn: Gfn, index: int, nbytes: int
 ) -> int | None:
     """Read an entry of `nbytes` as kvm_read_guest_word_atomic does."""
     word, shift, mask = _in_word(index, nbytes)
@@ -110,7 +111,7 @@ def kvm_read_guest_entry_atomic(
 
 
 def kvm_cmpxchg_guest_entry(
-    cpu: Cpu, kvm: Kvm, slot: KvmMemorySlot, gfn: int, index: int, nbytes: int, old: int, new: int
+    cpu: Cpu, kvm: Kvm, slot: KvmMemorySlot, gfn: Gfn, index: int, nbytes: int, old: int, new: int
 ) -> bool | None:
     """Replace an entry of `nbytes` as kvm_cmpxchg_guest_word does.
 

@@ -23,6 +23,7 @@ from emulator.kvm.structs import Kvm, KvmMemorySlot, KvmMemslots, tdp_enabled
 from emulator.kvm.virt.requests import kvm_vcpu_kick
 from emulator.machine.runtime import Cpu, wait_until
 from native import lib
+from native.types import Gfn, Hva
 
 CREATE, DELETE, MOVE, FLAGS_ONLY = "create", "delete", "move", "flags-only"
 
@@ -31,9 +32,9 @@ def kvm_set_memory_region(
     cpu: Cpu,
     kvm: Kvm,
     slot_id: int,
-    base_gfn: int,
+    base_gfn: Gfn,
     npages: int,
-    userspace_addr: int,
+    userspace_addr: Hva,
     flags: int = 0,
     as_id: int = 0,
 ) -> None:
@@ -77,7 +78,7 @@ def _check(kvm: Kvm, old: KvmMemorySlot | None, new: KvmMemorySlot) -> None:
             raise ValueError(f"{new!r} overlaps {other!r}")
     for other in kvm.memslots[1 - new.as_id].slots:
         overlaps = other.base_gfn < new.end_gfn and new.base_gfn < other.end_gfn
-        if overlaps and other.gfn_to_hva(0) != new.gfn_to_hva(0):
+        if overlaps and other.gfn_to_hva(Gfn(0)) != new.gfn_to_hva(Gfn(0)):
             # The oracle's ledger has one frame for each gfn of a VM.
             raise ValueError(f"{new!r} and {other!r} of the other address space map gfns to different memory")
 
@@ -96,7 +97,7 @@ def _revoke(cpu: Cpu, kvm: Kvm, slot: KvmMemorySlot) -> None:
     _revoke_range(cpu, kvm, start, slot.end_gfn)
 
 
-def _revoke_range(cpu: Cpu, kvm: Kvm, start: int, end: int) -> None:
+def _revoke_range(cpu: Cpu, kvm: Kvm, start: Gfn, end: Gfn) -> None:
     if start < end:
         lib.oracle_revoke(cpu.m, cpu.id, kvm.id, start, end, lib.PROMISE_MEMSLOT, 0)
 

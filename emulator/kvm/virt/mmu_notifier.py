@@ -15,12 +15,12 @@ from emulator.kvm.structs import Kvm, KvmMemorySlot
 from emulator.kvm.virt.requests import kvm_flush_remote_tlbs
 from emulator.machine.runtime import Cpu, wake
 from native import lib
-from native.types import CpuId, PromiseKind
+from native.types import CpuId, Gfn, Hva, PromiseKind
 
-GfnRange = tuple[KvmMemorySlot, int, int]
+GfnRange = tuple[KvmMemorySlot, Gfn, Gfn]
 
 
-def kvm_for_each_memslot_in_hva_range(kvm: Kvm, start: int, end: int) -> list[GfnRange]:
+def kvm_for_each_memslot_in_hva_range(kvm: Kvm, start: Hva, end: Hva) -> list[GfnRange]:
     """kvm_for_each_memslot_in_hva_range(), under SRCU: return each slot that the range touches, with gfns.
 
     All address spaces are searched, and INVALID slots are included.
@@ -36,7 +36,7 @@ def kvm_for_each_memslot_in_hva_range(kvm: Kvm, start: int, end: int) -> list[Gf
 
 
 def kvm_mmu_notifier_invalidate_range_start(
-    cpu: Cpu, kvm: Kvm, start: int, end: int, promise: PromiseKind = lib.PROMISE_NOTIFIER
+    cpu: Cpu, kvm: Kvm, start: Hva, end: Hva, promise: PromiseKind = lib.PROMISE_NOTIFIER
 ) -> None:
     """kvm_mmu_notifier_invalidate_range_start()
 
@@ -73,7 +73,7 @@ def kvm_handle_hva_range(cpu: Cpu, kvm: Kvm, ranges: list[GfnRange]) -> None:
             notifier_flush(cpu, kvm, ranges[0][1])
 
 
-def notifier_flush(cpu: Cpu, kvm: Kvm, gfn: int) -> None:
+def notifier_flush(cpu: Cpu, kvm: Kvm, gfn: Gfn) -> None:
     """Flush under mmu_lock, before the host goes on; or too late, or never.  Decision notifier_flush."""
     answer = kvm.policy.notifier_flush(cpu, kvm, gfn)
     if answer == "before-return":
@@ -84,7 +84,7 @@ def notifier_flush(cpu: Cpu, kvm: Kvm, gfn: int) -> None:
         flush_elided(cpu, kvm, lib.REASON_REMOTE_NOTIFIER, gfn)
 
 
-def kvm_mmu_notifier_invalidate_range_end(cpu: Cpu, kvm: Kvm, start: int, end: int) -> None:
+def kvm_mmu_notifier_invalidate_range_end(cpu: Cpu, kvm: Kvm, start: Hva, end: Hva) -> None:
     """kvm_mmu_notifier_invalidate_range_end(): end the invalidation, then install a waiting memslot update.
 
     The sequence is incremented before in_progress drops, so that a fault that sees no invalidation in
@@ -114,7 +114,7 @@ def kvm_mmu_notifier_invalidate_range_end(cpu: Cpu, kvm: Kvm, start: int, end: i
         wake(kvm.machine, waiter)
 
 
-def kvm_mmu_notifier_clear_flush_young(cpu: Cpu, kvm: Kvm, start: int, end: int) -> bool:
+def kvm_mmu_notifier_clear_flush_young(cpu: Cpu, kvm: Kvm, start: Hva, end: Hva) -> bool:
     """kvm_mmu_notifier_clear_flush_young(): as clear_young, for reclaim, which then unmaps unused pages.
 
     Decision age_flush.
@@ -122,13 +122,13 @@ def kvm_mmu_notifier_clear_flush_young(cpu: Cpu, kvm: Kvm, start: int, end: int)
     return kvm_age_hva_range(cpu, kvm, start, end, flush_on_ret=True)
 
 
-def kvm_mmu_notifier_clear_young(cpu: Cpu, kvm: Kvm, start: int, end: int) -> bool:
+def kvm_mmu_notifier_clear_young(cpu: Cpu, kvm: Kvm, start: Hva, end: Hva) -> bool:
     """kvm_mmu_notifier_clear_young(): return whether the guest has used the range since the last call.  No
     flush."""
     return kvm_age_hva_range(cpu, kvm, start, end, flush_on_ret=False)
 
 
-def kvm_age_hva_range(cpu: Cpu, kvm: Kvm, start: int, end: int, *, flush_on_ret: bool) -> bool:
+def kvm_age_hva_range(cpu: Cpu, kvm: Kvm, start: Hva, end: Hva, *, flush_on_ret: bool) -> bool:
     """kvm_age_hva_range(), before 6.15 kvm_handle_hva_range(): age each slot's part of the range.
 
     Decision age_lock: walk without mmu_lock; or, as before 6.15, walk and flush with mmu_lock held for write.

@@ -19,7 +19,7 @@ from emulator.kvm.kvm_host import (
 from emulator.kvm.structs import Kvm, KvmMemorySlot, Vcpu
 from emulator.machine.runtime import Cpu, timed
 from native import lib
-from native.types import CpuId, FlushReason
+from native.types import CpuId, FlushReason, Gfn
 
 
 def kvm_make_request(cpu: Cpu, vcpu: Vcpu, req: int) -> None:
@@ -146,7 +146,7 @@ def kvm_flush_remote_tlbs(cpu: Cpu, kvm: Kvm, reason: FlushReason) -> None:
             cpu.stat(kvm.id, lib.STAT_REMOTE_TLB_FLUSH)
 
 
-def kvm_flush_remote_tlbs_range(cpu: Cpu, kvm: Kvm, gfn: int, nr_pages: int, reason: FlushReason) -> None:
+def kvm_flush_remote_tlbs_range(cpu: Cpu, kvm: Kvm, gfn: Gfn, nr_pages: int, reason: FlushReason) -> None:
     """kvm_flush_remote_tlbs_range(): flush the whole VM, because bare metal has no range hook."""
     kvm_flush_remote_tlbs(cpu, kvm, reason)
 

@@ -4,14 +4,15 @@ from __future__ import annotations
 
 from emulator.kvm.structs import Kvm, KvmMemorySlot
 from emulator.machine.runtime import Cpu
+from native.types import Gfn
 
 
-def gfn_to_memslot(kvm: Kvm, gfn: int, as_id: int = 0) -> KvmMemorySlot | None:
+def gfn_to_memslot(kvm: Kvm, gfn: Gfn, as_id: int = 0) -> KvmMemorySlot | None:
     """gfn_to_memslot(), under SRCU or slots_lock."""
     return kvm.memslots[as_id].search(gfn)
 
 
-def mark_page_dirty_in_slot(cpu: Cpu, slot: KvmMemorySlot, gfn: int) -> None:
+def mark_page_dirty_in_slot(cpu: Cpu, slot: KvmMemorySlot, gfn: Gfn) -> None:
     """mark_page_dirty_in_slot()"""
     bitmap = slot.dirty_bitmap
     if bitmap is not None:

@@ -26,7 +26,7 @@ from emulator.machine.runtime import Cpu, Machine
 from emulator.policy import Policy
 from emulator.policy.patch import KvmPatch
 from native import FLUSH_REASONS, FLUSH_SCOPES, VIOLATION_KINDS, VM_STAT_NAMES, ffi, lib
-from native.types import CpuId, PromiseKind, VmStat
+from native.types import CpuId, Gfn, Hva, PromiseKind, VmStat
 
 GFNS = 4096
 SLOT = 0
@@ -164,7 +164,7 @@ class Rig:
         kvm.mm = UserMemory(kvm)
         self.vms.append(kvm)
         if slot:
-            kvm_set_memory_region(self.host, kvm, SLOT, 0, GFNS, 0)
+            kvm_set_memory_region(self.host, kvm, SLOT, Gfn(0), GFNS, Hva(0))
         return kvm
 
     def _use(self, patch: KvmPatch | None) -> None:
@@ -179,7 +179,7 @@ class Rig:
 
     def smm_slots(self, kvm: Kvm) -> None:
         """SMM sees the same memory."""
-        kvm_set_memory_region(self.host, kvm, SLOT, 0, GFNS, 0, as_id=1)
+        kvm_set_memory_region(self.host, kvm, SLOT, Gfn(0), GFNS, Hva(0), as_id=1)
 
     def guest(self, kvm: Kvm, **config: int) -> Guest:
         return Guest(self, kvm, **config)
@@ -189,20 +189,20 @@ class Rig:
         kvm_destroy_vm(self.host, kvm)
 
     def unmap(self, kvm: Kvm, start: int, end: int, promise: PromiseKind = lib.PROMISE_NOTIFIER) -> None:
-        kvm_mmu_notifier_invalidate_range_start(self.host, kvm, start, end, promise)
-        lib.mm_unmap(self.machine.m, self.host.id, kvm.id, start, end, 1)
-        kvm_mmu_notifier_invalidate_range_end(self.host, kvm, start, end)
+        kvm_mmu_notifier_invalidate_range_start(self.host, kvm, Hva(start), Hva(end), promise)
+        lib.mm_unmap(self.machine.m, self.host.id, kvm.id, Hva(start), Hva(end), 1)
+        kvm_mmu_notifier_invalidate_range_end(self.host, kvm, Hva(start), Hva(end))
 
     def protect(self, kvm: Kvm, start: int, end: int, writable: int) -> None:
         promise = lib.PROMISE_NOTIFIER_WRITE
-        kvm_mmu_notifier_invalidate_range_start(self.host, kvm, start, end, promise)
-        lib.mm_protect(self.machine.m, self.host.id, kvm.id, start, end, writable)
-        kvm_mmu_notifier_invalidate_range_end(self.host, kvm, start, end)
+        kvm_mmu_notifier_invalidate_range_start(self.host, kvm, Hva(start), Hva(end), promise)
+        lib.mm_protect(self.machine.m, self.host.id, kvm.id, Hva(start), Hva(end), writable)
+        kvm_mmu_notifier_invalidate_range_end(self.host, kvm, Hva(start), Hva(end))
 
     def collapse(self, kvm: Kvm, start: int) -> None:
-        kvm_mmu_notifier_invalidate_range_start(self.host, kvm, start, start + 512)
-        assert lib.mm_collapse(self.machine.m, self.host.id, kvm.id, start) == 0
-        kvm_mmu_notifier_invalidate_range_end(self.host, kvm, start, start + 512)
+        kvm_mmu_notifier_invalidate_range_start(self.host, kvm, Hva(start), Hva(start + 512))
+        assert lib.mm_collapse(self.machine.m, self.host.id, kvm.id, Hva(start)) == 0
+        kvm_mmu_notifier_invalidate_range_end(self.host, kvm, Hva(start), Hva(start + 512))
 
     def stats(self, kvm: Kvm) -> dict[str, int]:
         return {name: lib.vm_stat(self.machine.m, kvm.id, VmStat(i)) for i, name in enumerate(VM_STAT_NAMES)}
@@ -302,8 +302,8 @@ def unmap_while_entering(rig: Rig, kvm: Kvm, guest: Guest, kind: str, before: Ca
 
 
 def recreate_slot(rig: Rig, kvm: Kvm) -> None:
-    kvm_set_memory_region(rig.host, kvm, SLOT, 0, 0, 0)
-    kvm_set_memory_region(rig.host, kvm, SLOT, 0, GFNS, 0)
+    kvm_set_memory_region(rig.host, kvm, SLOT, Gfn(0), 0, Hva(0))
+    kvm_set_memory_region(rig.host, kvm, SLOT, Gfn(0), GFNS, Hva(0))
 
 
 def page_is_a_root_again(

@@ -28,17 +28,18 @@ from emulator.machine.runtime import WRITE, Cpu
 from emulator.points import PointKind
 from emulator.policy import MUTANTS, Policy, preset
 from native import lib
+from native.types import Gfn, Hva
 from tests.emulator.kvm.rig import GFNS, SLOT, Guest, Rig, at_point
 
 
 def spte_of(rig: Rig, guest: Guest, gfn: int) -> int:
     root = root_to_sp(guest.vcpu.mmu.root)
     assert root is not None
-    return tdp_entry(rig.host, root, gfn, 1).spte
+    return tdp_entry(rig.host, root, Gfn(gfn), 1).spte
 
 
 def young(rig: Rig, kvm: Kvm) -> bool:
-    return kvm_mmu_notifier_clear_young(rig.host, kvm, 0, 64)
+    return kvm_mmu_notifier_clear_young(rig.host, kvm, Hva(0), Hva(64))
 
 
 @pytest.mark.parametrize("eptad", [True, False])
@@ -75,11 +76,13 @@ def test_reclaim_flushes_for_pages_that_were_used_before_6_13(
         guest.write(0, gfn)
     for start, young, requests in ((5, True, flushes), (5, False, 0), (6, True, flushes), (7, False, 0)):
         with rig.counting(kvm) as counts:
-            assert kvm_mmu_notifier_clear_flush_young(rig.host, kvm, start, start + 1) is young
+            assert kvm_mmu_notifier_clear_flush_young(rig.host, kvm, Hva(start), Hva(start + 1)) is young
         assert counts.get("remote_tlb_flush_requests", 0) == requests
     with rig.counting(kvm) as counts:
         guest.write(0, 5)
-        assert kvm_mmu_notifier_clear_young(rig.host, kvm, 5, 6) is bool(flushes), "else TLBs still have it"
+        assert kvm_mmu_notifier_clear_young(rig.host, kvm, Hva(5), Hva(6)) is bool(flushes), (
+            "else TLBs still have it"
+        )
     assert "remote_tlb_flush_requests" not in counts, "others than reclaim never flush"
     assert rig.violations() == {}
 
@@ -112,7 +115,7 @@ def test_mmu_lock_is_held_for_ageing_before_6_15(rig: Rig, name: str, mmu_lock: 
         seen.setdefault(kind, set()).add(held)
 
     rig.machine.install(hook)
-    assert kvm_mmu_notifier_clear_flush_young(rig.host, kvm, 5, 6)
+    assert kvm_mmu_notifier_clear_flush_young(rig.host, kvm, Hva(5), Hva(6))
     rig.machine.install(None)
     assert seen["sptes"] == seen["role"] == {Held(mmu_lock, True, references)}
     flushes = {Held(mmu_lock, False, references)} if mmu_lock else set()
@@ -203,7 +206,7 @@ def log_after_aging(rig: Rig, policy: Policy) -> dict[str, int]:
     guest = rig.guest(kvm)
     guest.write(0, 5)
     young(rig, kvm)
-    kvm_set_memory_region(rig.host, kvm, SLOT, 0, GFNS, 0, KVM_MEM_LOG_DIRTY_PAGES)
+    kvm_set_memory_region(rig.host, kvm, SLOT, Gfn(0), GFNS, Hva(0), KVM_MEM_LOG_DIRTY_PAGES)
     guest.write(0, 5)
     assert kvm_vm_ioctl_get_dirty_log(rig.host, kvm, SLOT)[0] == 1 << 5, "the oracle keeps memory right"
     return rig.violations()
@@ -226,7 +229,7 @@ def test_with_a_d_bits_the_same_answer_is_right(rig: Rig) -> None:
     guest = rig.guest(kvm)
     guest.write(0, 5)
     young(rig, kvm)
-    kvm_set_memory_region(rig.host, kvm, SLOT, 0, GFNS, 0, KVM_MEM_LOG_DIRTY_PAGES)
+    kvm_set_memory_region(rig.host, kvm, SLOT, Gfn(0), GFNS, Hva(0), KVM_MEM_LOG_DIRTY_PAGES)
     guest.write(0, 5)
     assert rig.violations() == {}
     assert rig.counter(lib.COUNT_ACCESSES) >= 2

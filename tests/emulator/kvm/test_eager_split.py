@@ -21,7 +21,7 @@ from emulator.machine.runtime import READ, WRITE, Cpu, rcu_read_lock
 from emulator.points import PointKind
 from emulator.policy import preset
 from native import lib
-from native.types import Hfn
+from native.types import Gfn, Hfn, Hva
 from tests.emulator.kvm.rig import GFNS, SLOT, Guest, Rig, at_point
 
 HELD = {"linux-7.3": (0, False), "linux-6.12": (0, False), "linux-5.18": (1, True)}
@@ -46,11 +46,11 @@ def spte_of(rig: Rig, vcpu: Vcpu, gfn: int, level: int) -> int:
     root = root_to_sp(vcpu.mmu.root)
     assert root is not None
     with rcu_read_lock(rig.other):
-        return tdp_entry(rig.other, root, gfn, level).spte
+        return tdp_entry(rig.other, root, Gfn(gfn), level).spte
 
 
 def arm(rig: Rig, guest: Guest) -> None:
-    kvm_set_memory_region(rig.host, guest.vcpu.kvm, SLOT, 0, GFNS, 0, KVM_MEM_LOG_DIRTY_PAGES)
+    kvm_set_memory_region(rig.host, guest.vcpu.kvm, SLOT, Gfn(0), GFNS, Hva(0), KVM_MEM_LOG_DIRTY_PAGES)
 
 
 def clear(rig: Rig, guest: Guest) -> None:

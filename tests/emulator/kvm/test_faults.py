@@ -21,7 +21,7 @@ from emulator.machine.runtime import Cpu, rcu_read_lock
 from emulator.points import PointKind
 from emulator.policy import Policy, preset
 from native import lib
-from native.types import Hfn
+from native.types import Gfn, Hfn, Hva
 from tests.emulator.kvm.rig import GFNS, SLOT, Guest, Rig
 
 GFN = 5
@@ -33,13 +33,13 @@ def written(rig: Rig, policy: Policy | None = None) -> Guest:
     kvm = rig.vm(policy)
     guest = rig.guest(kvm)
     guest.write(0, GFN)
-    kvm_set_memory_region(rig.host, kvm, SLOT, 0, GFNS, 0, KVM_MEM_LOG_DIRTY_PAGES)
+    kvm_set_memory_region(rig.host, kvm, SLOT, Gfn(0), GFNS, Hva(0), KVM_MEM_LOG_DIRTY_PAGES)
     return guest
 
 
 def write_fault(vcpu: Vcpu) -> KvmPageFault:
     fault = KvmPageFault(GFN << 12, lib.ACCESS_WRITE, present=True)
-    fault.slot = gfn_to_memslot(vcpu.kvm, GFN, 0)
+    fault.slot = gfn_to_memslot(vcpu.kvm, Gfn(GFN), 0)
     return fault
 
 
@@ -47,7 +47,7 @@ def spte_of(rig: Rig, vcpu: Vcpu) -> int:
     root = root_to_sp(vcpu.mmu.root)
     assert root is not None
     with rcu_read_lock(rig.host):
-        return tdp_entry(rig.host, root, GFN, 1).spte
+        return tdp_entry(rig.host, root, Gfn(GFN), 1).spte
 
 
 def toggle_accessed(rig: Rig, vcpu: Vcpu) -> None:
@@ -55,7 +55,7 @@ def toggle_accessed(rig: Rig, vcpu: Vcpu) -> None:
     root = root_to_sp(vcpu.mmu.root)
     assert root is not None
     with rcu_read_lock(rig.other):
-        entry = tdp_entry(rig.other, root, GFN, 1)
+        entry = tdp_entry(rig.other, root, Gfn(GFN), 1)
         tdp_mmu_set_spte(rig.other, vcpu.kvm, entry, entry.spte ^ lib.SPTE_ACCESSED)
 
 
@@ -82,7 +82,7 @@ def test_the_fast_path_reads_an_spte_again_that_changed(rig: Rig, lost: int) -> 
     result = fast_with_changes(rig, guest, lost, lambda: toggle_accessed(rig, guest.vcpu))
     assert result == (RET_PF_FIXED, lost + 1)
     assert is_writable_pte(spte_of(rig, guest.vcpu))
-    slot = gfn_to_memslot(guest.vcpu.kvm, GFN, 0)
+    slot = gfn_to_memslot(guest.vcpu.kvm, Gfn(GFN), 0)
     assert slot is not None
     assert slot.dirty_bitmap is not None
     assert sum(slot.dirty_bitmap) == slot.dirty_bitmap[GFN] == 1, "the page is marked"
@@ -190,7 +190,7 @@ def slow_read(rig: Rig, vcpu: Vcpu) -> int:
     """Do the part of a read fault under mmu_lock, for the frame that the SPTE has."""
     spte = spte_of(rig, vcpu)
     fault = KvmPageFault(GFN << 12, lib.ACCESS_READ, present=False)
-    fault.slot = gfn_to_memslot(vcpu.kvm, GFN, 0)
+    fault.slot = gfn_to_memslot(vcpu.kvm, Gfn(GFN), 0)
     custody = spte >> lib.SPTE_CUSTODY_SHIFT & lib.FRAME_TAG_MASK
     fault.pfn = PfnAndRights(Hfn(spte >> lib.SPTE_HFN_SHIFT & 0xFFFFFF), custody, host_writable=True)
     with vcpu.kvm.mmu_lock.read_lock(rig.host):

@@ -10,6 +10,7 @@ from emulator.kvm.mmu.tdp_roots import kvm_tdp_mmu_alloc_root, kvm_tdp_mmu_put_r
 from emulator.kvm.virt.kvm_main import kvm_set_memory_region
 from emulator.policy import Policy, preset
 from native import FLUSH_REASONS, FLUSH_SCOPES, ffi, lib
+from native.types import Gfn, Hva
 from tests.emulator.kvm.rig import GFNS, SLOT, Rig
 from tests.support import CPU0
 
@@ -58,8 +59,8 @@ def test_a_root_that_is_put(rig: Rig) -> None:
     guest = rig.guest(kvm)
     guest.write(0, 5)
     before = flushes(rig, lib.REASON_ROOT_PUT)
-    kvm_set_memory_region(rig.host, kvm, SLOT, 0, 0, 0)
-    kvm_set_memory_region(rig.host, kvm, SLOT, 0, GFNS, 0)
+    kvm_set_memory_region(rig.host, kvm, SLOT, Gfn(0), 0, Hva(0))
+    kvm_set_memory_region(rig.host, kvm, SLOT, Gfn(0), GFNS, Hva(0))
     guest.write(0, 5)
 
     assert flushes(rig, lib.REASON_ROOT_PUT) - before == 1

@@ -17,7 +17,7 @@ from emulator.kvm.vmx.exits import handle_instruction
 from emulator.machine.runtime import Cpu
 from emulator.policy import MUTANTS, Policy, preset
 from native import ffi, lib
-from native.types import CpuId
+from native.types import CpuId, Gfn, Hva
 from tests.emulator.kvm.rig import GFNS, SLOT, Guest, Rig, unmap_while_entering
 from tests.support import CPU0, CPU1
 
@@ -121,10 +121,10 @@ def faults_while_in_progress(rig: Rig, policy: Policy) -> set[str]:
     kvm = rig.vm(policy)
     guest = rig.guest(kvm)
     guest.write(0, 5)
-    kvm_mmu_notifier_invalidate_range_start(rig.host, kvm, 0, 64)
+    kvm_mmu_notifier_invalidate_range_start(rig.host, kvm, Hva(0), Hva(64))
     try_access(guest, CPU0, 5, lib.ACCESS_WRITE)
-    lib.mm_unmap(rig.machine.m, rig.host.id, kvm.id, 0, 64, 1)
-    kvm_mmu_notifier_invalidate_range_end(rig.host, kvm, 0, 64)
+    lib.mm_unmap(rig.machine.m, rig.host.id, kvm.id, Hva(0), Hva(64), 1)
+    kvm_mmu_notifier_invalidate_range_end(rig.host, kvm, Hva(0), Hva(64))
     guest.read(0, 5)
     return set(rig.violations())
 
@@ -144,13 +144,13 @@ def faults_on_a_slot_that_goes(rig: Rig, policy: Policy) -> set[str]:
         if at is rig.host and what == "mmu_lock" and slot is not None and slot.invalid and not fired:
             fired.append(True)
             try_access(writer, CPU1, 5, lib.ACCESS_WRITE)
-            kvm_mmu_notifier_invalidate_range_start(rig.other, kvm, 0, 64)
-            lib.mm_unmap(rig.machine.m, rig.other.id, kvm.id, 0, 64, 1)
-            kvm_mmu_notifier_invalidate_range_end(rig.other, kvm, 0, 64)
+            kvm_mmu_notifier_invalidate_range_start(rig.other, kvm, Hva(0), Hva(64))
+            lib.mm_unmap(rig.machine.m, rig.other.id, kvm.id, Hva(0), Hva(64), 1)
+            kvm_mmu_notifier_invalidate_range_end(rig.other, kvm, Hva(0), Hva(64))
             try_access(reader, CPU0, 5, lib.ACCESS_READ)
 
     rig.host.hook = hook
-    kvm_set_memory_region(rig.host, kvm, SLOT, 0, 0, 0)
+    kvm_set_memory_region(rig.host, kvm, SLOT, Gfn(0), 0, Hva(0))
     rig.host.hook = None
     assert fired
     return set(rig.violations())
@@ -159,8 +159,8 @@ def faults_on_a_slot_that_goes(rig: Rig, policy: Policy) -> set[str]:
 def smm_memory_freed(rig: Rig, policy: Policy) -> set[str]:
     """Memory that only SMM sees is taken back, and the next SMI reads it."""
     kvm = rig.vm(policy, slot=False)
-    kvm_set_memory_region(rig.host, kvm, SLOT, 0, SMRAM, 0)
-    kvm_set_memory_region(rig.host, kvm, SLOT, 0, GFNS, 0, as_id=1)
+    kvm_set_memory_region(rig.host, kvm, SLOT, Gfn(0), SMRAM, Hva(0))
+    kvm_set_memory_region(rig.host, kvm, SLOT, Gfn(0), GFNS, Hva(0), as_id=1)
     guest = rig.guest(kvm)
     guest.write(0, 70)
     guest.enter_smm(0, SMRAM)

@@ -20,6 +20,7 @@ from emulator.kvm.regs import kvm_set_cr0
 from emulator.kvm.virt.kvm_main import kvm_set_memory_region, kvm_vm_ioctl_get_dirty_log
 from emulator.machine.runtime import Cpu
 from native import lib
+from native.types import Gfn, Hva
 from tests.emulator.kvm.rig import GFNS, SLOT, Rig
 from tests.emulator.kvm.shadow_rig import ShadowedGuest, shadowed_guest
 
@@ -45,7 +46,7 @@ def direct(guest: ShadowedGuest) -> ShadowedGuest:
 
 
 def log(guest: ShadowedGuest) -> None:
-    kvm_set_memory_region(guest.rig.host, guest.kvm, SLOT, 0, GFNS, 0, KVM_MEM_LOG_DIRTY_PAGES)
+    kvm_set_memory_region(guest.rig.host, guest.kvm, SLOT, Gfn(0), GFNS, Hva(0), KVM_MEM_LOG_DIRTY_PAGES)
 
 
 def mode_at_points(guest: ShadowedGuest) -> list[tuple[str, int, bool]]:

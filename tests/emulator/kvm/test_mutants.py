@@ -20,6 +20,7 @@ from emulator.kvm.virt.kvm_main import (
 from emulator.machine.runtime import rcu_read_lock
 from emulator.policy import Policy
 from native import lib
+from native.types import Gfn, Hva
 from tests.emulator.kvm.rig import GFNS, SLOT, Guest, Rig, at_point, page_is_a_root_again
 
 Scenario = Callable[[Rig, Policy], None]
@@ -71,10 +72,10 @@ def table_replaced(rig: Rig, policy: Policy) -> None:
     first, second = rig.guest(kvm), rig.guest(kvm)
     first.write(0, 1024)
     rig.collapse(kvm, 1024)
-    kvm_set_memory_region(rig.host, kvm, SLOT, 0, GFNS, 0, KVM_MEM_LOG_DIRTY_PAGES)
+    kvm_set_memory_region(rig.host, kvm, SLOT, Gfn(0), GFNS, Hva(0), KVM_MEM_LOG_DIRTY_PAGES)
     second.read(1, 1024)
     with at_point(rig, rig.host.id, "mmu_lock", "read", lambda: first.read(0, 1030)):
-        kvm_set_memory_region(rig.host, kvm, SLOT, 0, GFNS, 0)
+        kvm_set_memory_region(rig.host, kvm, SLOT, Gfn(0), GFNS, Hva(0))
     rig.rcu()
     second.read(1, 1031)
 
@@ -83,7 +84,7 @@ def logging_armed(rig: Rig, policy: Policy) -> None:
     """A writable translation outlives the moment from which writes are logged."""
     kvm, guest = one_guest(rig, policy)
     guest.write(0, 5)
-    kvm_set_memory_region(rig.host, kvm, SLOT, 0, GFNS, 0, KVM_MEM_LOG_DIRTY_PAGES)
+    kvm_set_memory_region(rig.host, kvm, SLOT, Gfn(0), GFNS, Hva(0), KVM_MEM_LOG_DIRTY_PAGES)
     guest.write(0, 5)
 
 
@@ -99,10 +100,10 @@ def used_before_range_end(rig: Rig, policy: Policy) -> None:
     """As page_freed, but the guest runs before invalidate_range_end."""
     kvm, guest = one_guest(rig, policy)
     guest.write(0, 5)
-    kvm_mmu_notifier_invalidate_range_start(rig.host, kvm, 0, 64)
-    assert lib.mm_unmap(rig.machine.m, rig.host.id, kvm.id, 0, 64, 1) == 1
+    kvm_mmu_notifier_invalidate_range_start(rig.host, kvm, Hva(0), Hva(64))
+    assert lib.mm_unmap(rig.machine.m, rig.host.id, kvm.id, Hva(0), Hva(64), 1) == 1
     guest.read(0, 5)
-    kvm_mmu_notifier_invalidate_range_end(rig.host, kvm, 0, 64)
+    kvm_mmu_notifier_invalidate_range_end(rig.host, kvm, Hva(0), Hva(64))
 
 
 def fault_races(rig: Rig, policy: Policy) -> None:
@@ -141,11 +142,11 @@ def pages_recovered(rig: Rig, policy: Policy) -> None:
     guest.write(0, 1024)
     rig.collapse(kvm, 1024)
     guest.write(0, 1024)
-    kvm_set_memory_region(rig.host, kvm, SLOT, 0, GFNS, 0, KVM_MEM_LOG_DIRTY_PAGES)
+    kvm_set_memory_region(rig.host, kvm, SLOT, Gfn(0), GFNS, Hva(0), KVM_MEM_LOG_DIRTY_PAGES)
     guest.write(0, 1024)
     walker.read(1, 1024)
     with freed_and_walked(rig, walker):
-        kvm_set_memory_region(rig.host, kvm, SLOT, 0, GFNS, 0)
+        kvm_set_memory_region(rig.host, kvm, SLOT, Gfn(0), GFNS, Hva(0))
 
 
 def request_at_entry(rig: Rig, policy: Policy) -> None:

@@ -17,6 +17,7 @@ from emulator.kvm.virt.kvm_main import kvm_set_memory_region, kvm_vm_ioctl_get_d
 from emulator.machine.runtime import Cpu
 from emulator.policy import MUTANTS, Policy, preset
 from native import ffi, lib
+from native.types import Gfn, Hva
 from tests.emulator.kvm.rig import GFNS, SLOT, Guest, Rig
 
 Scenario = Callable[[Rig, Policy], dict[str, int]]
@@ -55,7 +56,7 @@ def unmap_by(rig: Rig, cpu: Cpu, kvm: Kvm, start: int, end: int) -> None:
 def present(rig: Rig, guest: Guest, gfn: int) -> bool:
     root = root_to_sp(guest.vcpu.mmu.root)
     assert root is not None
-    return bool(tdp_entry(rig.host, root, gfn, 1).spte & 7)
+    return bool(tdp_entry(rig.host, root, Gfn(gfn), 1).spte & 7)
 
 
 def two_roots(rig: Rig, policy: Policy) -> tuple[Kvm, Guest, Guest]:
@@ -82,7 +83,7 @@ def a_later_root_yields(rig: Rig, policy: Policy) -> dict[str, int]:
             guest.read(0, GFNS - 1)
 
     with at_each(rig, rig.host, "mmu_lock", take), rig.counting(kvm) as counts:
-        kvm_zap_gfn_range(rig.host, kvm, 0, GFNS)
+        kvm_zap_gfn_range(rig.host, kvm, Gfn(0), Gfn(GFNS))
     assert taken
     assert counts["yields"] > 10
     return rig.violations()
@@ -101,14 +102,14 @@ def logged_huge_page(rig: Rig, policy: Policy) -> tuple[Kvm, Guest, Guest]:
     guest, walker = rig.guest(kvm), rig.guest(kvm)
     guest.write(0, 1024)
     rig.collapse(kvm, 1024)
-    kvm_set_memory_region(rig.host, kvm, SLOT, 0, GFNS, 0, KVM_MEM_LOG_DIRTY_PAGES)
+    kvm_set_memory_region(rig.host, kvm, SLOT, Gfn(0), GFNS, Hva(0), KVM_MEM_LOG_DIRTY_PAGES)
     walker.read(1, 1024)
     guest.read(0, 1024)
     return kvm, guest, walker
 
 
 def end_logging(rig: Rig, kvm: Kvm) -> None:
-    kvm_set_memory_region(rig.host, kvm, SLOT, 0, GFNS, 0)
+    kvm_set_memory_region(rig.host, kvm, SLOT, Gfn(0), GFNS, Hva(0))
 
 
 def pages_recovered(rig: Rig, policy: Policy) -> dict[str, int]:
@@ -153,7 +154,7 @@ def zap_then_notifier(rig: Rig, policy: Policy) -> dict[str, int]:
     guest = rig.guest(kvm)
     guest.write(0, 5)
     guest.write(0, 600)
-    kvm_zap_gfn_range(rig.host, kvm, 0, 1024)
+    kvm_zap_gfn_range(rig.host, kvm, Gfn(0), Gfn(1024))
     guest.read(0, 600)
     rig.unmap(kvm, 0, 64)
     guest.read(0, 5)
@@ -212,14 +213,14 @@ def fault_meets_frozen(rig: Rig, policy: Policy) -> dict[str, int]:
 
 
 def rights_left(rig: Rig, kvm: Kvm, gfn: int) -> int:
-    return int(lib.oracle_right(rig.machine.m, kvm.id, gfn, ffi.new("uint32_t *"))) & 3
+    return int(lib.oracle_right(rig.machine.m, kvm.id, Gfn(gfn), ffi.new("uint32_t *"))) & 3
 
 
 def fault_into_a_removed_table(rig: Rig, policy: Policy) -> tuple[int, dict[str, int]]:
     """The table goes between a fault's look at the SPTE and its change of it.  Returns rights that outlive a
     notifier, and violations."""
     kvm, guest, _ = logged_huge_page(rig, policy)
-    unlogged = KvmMemorySlot(SLOT, 0, 0, GFNS, 0)
+    unlogged = KvmMemorySlot(SLOT, 0, Gfn(0), GFNS, Hva(0))
 
     def recover(n: int) -> None:
         if n == 1:
@@ -237,7 +238,7 @@ def fault_into_a_removed_table(rig: Rig, policy: Policy) -> tuple[int, dict[str,
 def log_of_two_words(rig: Rig, policy: Policy) -> dict[str, int]:
     kvm = rig.vm(policy)
     guest = rig.guest(kvm)
-    kvm_set_memory_region(rig.host, kvm, SLOT, 0, GFNS, 0, KVM_MEM_LOG_DIRTY_PAGES)
+    kvm_set_memory_region(rig.host, kvm, SLOT, Gfn(0), GFNS, Hva(0), KVM_MEM_LOG_DIRTY_PAGES)
     guest.write(0, 5)
     guest.write(0, 100)
 
@@ -301,7 +302,7 @@ def test_a_superfluous_flush_costs_only_itself(rig: Rig) -> None:
     def flushes(policy: Policy) -> int:
         kvm, guest, _ = two_roots(rig, policy)
         with rig.counting(kvm) as counts:
-            kvm_zap_gfn_range(rig.host, kvm, 0, GFNS)
+            kvm_zap_gfn_range(rig.host, kvm, Gfn(0), Gfn(GFNS))
         guest.read(0, GFNS - 1)
         rig.destroy(kvm)
         return counts["remote_tlb_flush_requests"]

@@ -23,7 +23,7 @@ from emulator.kvm.virt.kvm_main import (
 )
 from emulator.policy import Policy, preset
 from native import lib
-from native.types import FrameKind, Hfn
+from native.types import FrameKind, Gfn, Hfn, Hva
 from tests.emulator.kvm.rig import GFNS, SLOT, Guest, Rig
 
 # Counts that these tests are about.
@@ -58,7 +58,7 @@ def flushes(counts: dict[str, int]) -> dict[str, int]:
 
 
 def set_slot(rig: Rig, kvm: Kvm, npages: int = GFNS, flags: int = 0) -> None:
-    kvm_set_memory_region(rig.host, kvm, SLOT, 0, npages, 0, flags)
+    kvm_set_memory_region(rig.host, kvm, SLOT, Gfn(0), npages, Hva(0), flags)
 
 
 REMOTE = {"remote_tlb_flush_requests": 1, "make_all_cpus_request": 1, "tlb_flush": 2, "flush_all": 2}
@@ -105,7 +105,7 @@ def test_unmap_flushes_once_more_per_yield_with_a_flush_pending(rig: Rig, single
 
 def test_memory_that_no_slot_maps_needs_nothing(rig: Rig) -> None:
     kvm = rig.vm(slot=False)
-    kvm_set_memory_region(rig.host, kvm, SLOT, 0, 64, 0)
+    kvm_set_memory_region(rig.host, kvm, SLOT, Gfn(0), 64, Hva(0))
     with rig.counting(kvm) as counts:
         rig.unmap(kvm, 64, 128)
     assert counts == {}
@@ -149,7 +149,7 @@ def test_slot_delete_by_leafs(rig: Rig) -> None:
 
 def test_mmio(rig: Rig) -> None:
     kvm = rig.vm(slot=False)
-    kvm_set_memory_region(rig.host, kvm, SLOT, 0, 64, 0)
+    kvm_set_memory_region(rig.host, kvm, SLOT, Gfn(0), 64, Hva(0))
     guest = rig.guest(kvm)
     assert guest.write(0, 100) == ExitToUser("mmio", 100 << 12, True)
     assert guest.read(0, 5) is RESCHED
@@ -317,7 +317,7 @@ def test_zap_gfn_range(rig: Rig) -> None:
     kvm = rig.vm()
     guests = two_guests(rig, kvm, 5)
     with rig.counting(kvm) as counts:
-        kvm_zap_gfn_range(rig.host, kvm, 0, 64)
+        kvm_zap_gfn_range(rig.host, kvm, Gfn(0), Gfn(64))
         enter_all(guests)
     assert flushes(counts) == REMOTE
     guests[0].read(0, 5)
@@ -438,10 +438,10 @@ def test_everything_is_given_back(rig: Rig) -> None:
 def test_bad_slots_are_refused(rig: Rig) -> None:
     kvm = rig.vm()
     with pytest.raises(ValueError, match="overlaps"):
-        kvm_set_memory_region(rig.host, kvm, 1, 64, 64, 64)
+        kvm_set_memory_region(rig.host, kvm, 1, Gfn(64), 64, Hva(64))
     with pytest.raises(ValueError, match="beyond"):
-        kvm_set_memory_region(rig.host, kvm, 1, GFNS, 64, 0)
+        kvm_set_memory_region(rig.host, kvm, 1, Gfn(GFNS), 64, Hva(0))
     with pytest.raises(ValueError, match="does not exist"):
-        kvm_set_memory_region(rig.host, kvm, 7, 0, 0, 0)
+        kvm_set_memory_region(rig.host, kvm, 7, Gfn(0), 0, Hva(0))
     with pytest.raises(ValueError, match="no dirty log"):
         kvm_vm_ioctl_get_dirty_log(rig.host, kvm, SLOT)

@@ -14,6 +14,7 @@ from emulator.kvm.mmu.spte import is_shadow_present_pte, is_writable_pte
 from emulator.kvm.regs import kvm_set_cr0
 from emulator.kvm.virt.kvm_main import kvm_set_memory_region
 from native import lib
+from native.types import Gfn, Hva
 from tests.emulator.kvm.rig import GFNS, SLOT, Rig
 from tests.emulator.kvm.shadow_rig import PAGE, A, ShadowedGuest, shadowed_guest
 
@@ -32,7 +33,7 @@ def guest(rig: Rig) -> Iterator[ShadowedGuest]:
 
 def host_has(guest: ShadowedGuest, *pages: int) -> None:
     for page in pages:
-        guest.cpu.check(lib.mm_fault(guest.cpu.m, guest.cpu.id, guest.kvm.id, page, 1, guest.cpu.page))
+        guest.cpu.check(lib.mm_fault(guest.cpu.m, guest.cpu.id, guest.kvm.id, Hva(page), 1, guest.cpu.page))
 
 
 def sptes(guest: ShadowedGuest) -> list[int]:
@@ -76,14 +77,14 @@ def test_it_ends_at_a_page_that_the_host_does_not_have(guest: ShadowedGuest) -> 
 
 
 def test_it_ends_at_a_page_that_must_not_be_written(guest: ShadowedGuest) -> None:
-    lib.mm_protect(guest.cpu.m, guest.cpu.id, guest.kvm.id, FIRST + 4, FIRST + 5, 0)
+    lib.mm_protect(guest.cpu.m, guest.cpu.id, guest.kvm.id, Hva(FIRST + 4), Hva(FIRST + 5), 0)
     guest.fault(LINEAR + (3 << 12))
     assert mapped(guest) == [0, 1, 2, 3]
 
 
 def test_no_neighbour_becomes_writable_where_dirty_pages_are_logged(guest: ShadowedGuest) -> None:
     """A page that is mapped writable counts as dirty."""
-    kvm_set_memory_region(guest.rig.host, guest.kvm, SLOT, 0, GFNS, 0, KVM_MEM_LOG_DIRTY_PAGES)
+    kvm_set_memory_region(guest.rig.host, guest.kvm, SLOT, Gfn(0), GFNS, Hva(0), KVM_MEM_LOG_DIRTY_PAGES)
     guest.fault(LINEAR + (3 << 12))
     assert mapped(guest) == [3]
 
@@ -92,7 +93,7 @@ def test_nothing_is_mapped_while_an_invalidation_is_in_progress(guest: ShadowedG
     m, vm = guest.cpu.m, guest.kvm.id
     guest.enter()
     lib.mmu_invalidate_begin(m, vm)
-    lib.mmu_invalidate_range_add(m, vm, 900, 901)
+    lib.mmu_invalidate_range_add(m, vm, Gfn(900), Gfn(901))
     guest.fault(LINEAR + (3 << 12))
     assert mapped(guest) == [3]
     lib.mmu_invalidate_end(m, vm)

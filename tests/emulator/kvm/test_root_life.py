@@ -29,6 +29,7 @@ from emulator.machine.runtime import Cpu, Mode, rcu_read_lock
 from emulator.points import PointKind
 from emulator.policy import Policy, preset
 from native import lib
+from native.types import Gfn, Hva
 from tests.emulator.kvm.rig import GFNS, SLOT, Rig, cr4_toggle, idle_pcpus, online, recreate_slot, scopes
 from tests.support import CPU0, CPU1, CPU2
 
@@ -153,18 +154,18 @@ def test_which_roots_zaps_and_write_protection_change(rig: Rig, answer: str, typ
     cpu, slot, reason = rig.host, kvm.memslots[0].by_id[SLOT], lib.REASON_REMOTE_ZAP
     with kvm.mmu_lock.write_lock(cpu):
         kvm_tdp_mmu_invalidate_roots(cpu, kvm)
-        flush = kvm_tdp_mmu_zap_leafs(cpu, kvm, 5, 6, flush=False, reason=reason)
-        protected = kvm_tdp_mmu_write_protect_gfn(cpu, kvm, slot, 6, 1)
-        cleared = kvm_tdp_mmu_clear_dirty_pt_masked(cpu, kvm, slot, 0, 1 << 7)
-        unmapped = kvm_tdp_mmu_unmap_gfn_range(cpu, kvm, slot, 8, 9, flush=False, reason=reason)
+        flush = kvm_tdp_mmu_zap_leafs(cpu, kvm, Gfn(5), Gfn(6), flush=False, reason=reason)
+        protected = kvm_tdp_mmu_write_protect_gfn(cpu, kvm, slot, Gfn(6), 1)
+        cleared = kvm_tdp_mmu_clear_dirty_pt_masked(cpu, kvm, slot, Gfn(0), 1 << 7)
+        unmapped = kvm_tdp_mmu_unmap_gfn_range(cpu, kvm, slot, Gfn(8), Gfn(9), flush=False, reason=reason)
     assert (flush, protected, cleared, unmapped) == (
         (True, True, 1, True) if types == "all" else (False, False, 0, False)
     )
     root = root_to_sp(guest.vcpu.mmu.root)
     assert root is not None
     with rcu_read_lock(cpu):
-        assert not tdp_entry(cpu, root, 8, 1).spte
-        assert bool(tdp_entry(cpu, root, 5, 1).spte) == (types == "valid")
+        assert not tdp_entry(cpu, root, Gfn(8), 1).spte
+        assert bool(tdp_entry(cpu, root, Gfn(5), 1).spte) == (types == "valid")
     kvm_tdp_mmu_zap_invalidated_roots(cpu, kvm, shared=True)
 
 
@@ -180,7 +181,7 @@ def test_whether_a_frozen_table_is_flushed_for_before_it_goes_to_rcu(
     guest.write(0, 5)
     rig.collapse(kvm, 0)
     guest.write(0, 5)
-    kvm_set_memory_region(rig.host, kvm, SLOT, 0, GFNS, 0, KVM_MEM_LOG_DIRTY_PAGES)
+    kvm_set_memory_region(rig.host, kvm, SLOT, Gfn(0), GFNS, Hva(0), KVM_MEM_LOG_DIRTY_PAGES)
     slot = kvm.memslots[0].by_id[SLOT]
     slot.flags = 0
     seen: list[str] = []

@@ -29,6 +29,7 @@ from emulator.kvm.regs import (
     sregs_of,
 )
 from emulator.kvm.virt.requests import kvm_check_request, kvm_test_request
+from native.types import Gfn
 from tests.emulator.kvm.rig import GFNS, Rig
 from tests.emulator.kvm.shadow_rig import PAGE, PS, TABLE, P, ShadowedGuest, U, W, shadowed_guest
 
@@ -213,7 +214,7 @@ def test_toggling_pae_changes_the_format_of_the_tables(guest: Guest32) -> None:
     assert guest.fault(LINEAR) == RET_PF_FIXED
     assert [sp.gfn for sp in guest.quarters() if sp] == [111]
     # The old pages stay in the hash, by a role of their own.
-    assert {sp.role.has_4_byte_gpte for sp in guest.kvm.shadow.mmu_page_hash[DIRECTORY]} == {True}
+    assert {sp.role.has_4_byte_gpte for sp in guest.kvm.shadow.mmu_page_hash[Gfn(DIRECTORY)]} == {True}
 
 
 def test_long_mode_needs_pae(rig: Rig) -> None:

@@ -24,6 +24,7 @@ from emulator.kvm.virt.kvm_main import kvm_set_memory_region
 from emulator.kvm.virt.requests import kvm_check_request, kvm_test_request
 from emulator.kvm.virt.slots import gfn_to_memslot
 from native import lib
+from native.types import Gfn, Hva
 from tests.emulator.kvm.rig import SLOT, Rig
 from tests.emulator.kvm.shadow_rig import PAGE, A, D, P, ShadowedGuest, U, shadowed_guest
 
@@ -36,8 +37,8 @@ MMIO = 300
 @pytest.fixture
 def guest(rig: Rig) -> Iterator[ShadowedGuest]:
     with shadowed_guest(rig) as guest:
-        kvm_set_memory_region(rig.host, guest.kvm, SLOT, 0, 0, 0)
-        kvm_set_memory_region(rig.host, guest.kvm, SLOT, 0, PAGES, 0)
+        kvm_set_memory_region(rig.host, guest.kvm, SLOT, Gfn(0), 0, Hva(0))
+        kvm_set_memory_region(rig.host, guest.kvm, SLOT, Gfn(0), PAGES, Hva(0))
         yield guest
 
 
@@ -64,7 +65,7 @@ def test_an_access_without_a_memslot_is_noted_and_emulated(guest: ShadowedGuest)
 def test_an_update_of_the_memslots_makes_it_void(guest: ShadowedGuest) -> None:
     guest.map(LINEAR, MMIO)
     assert guest.fault(LINEAR) == RET_PF_EMULATE
-    kvm_set_memory_region(guest.rig.host, guest.kvm, SLOT + 1, MMIO, 8, MMIO)
+    kvm_set_memory_region(guest.rig.host, guest.kvm, SLOT + 1, Gfn(MMIO), 8, Hva(MMIO))
     assert not kvm_test_request(guest.cpu, guest.vcpu, KVM_REQ_MMU_FREE_OBSOLETE_ROOTS)
     # The SPTE is still there, and its page is in a memslot by now.
     assert is_mmio_spte(guest.spte(LINEAR))
@@ -76,7 +77,7 @@ def test_generations_are_unique_among_address_spaces(guest: ShadowedGuest) -> No
     first, second = guest.kvm.memslots
     assert (first.generation % 2, second.generation % 2) == (0, 1)
     before = first.generation
-    kvm_set_memory_region(guest.rig.host, guest.kvm, SLOT + 1, MMIO, 8, MMIO)
+    kvm_set_memory_region(guest.rig.host, guest.kvm, SLOT + 1, Gfn(MMIO), 8, Hva(MMIO))
     assert guest.kvm.memslots[0].generation == before + 2
 
 
@@ -86,7 +87,7 @@ def test_all_pages_are_zapped_at_a_wrap(guest: ShadowedGuest, left: int, zapped:
     guest.fault(LINEAR)
     guest.kvm.memslots[0].generation = MMIO_SPTE_GEN_MASK + 1 - 2 * left
     kvm_check_request(guest.cpu, guest.vcpu, KVM_REQ_MMU_FREE_OBSOLETE_ROOTS)
-    kvm_set_memory_region(guest.rig.host, guest.kvm, SLOT + 1, MMIO + 16, 8, MMIO + 16)
+    kvm_set_memory_region(guest.rig.host, guest.kvm, SLOT + 1, Gfn(MMIO + 16), 8, Hva(MMIO + 16))
     assert kvm_test_request(guest.cpu, guest.vcpu, KVM_REQ_MMU_FREE_OBSOLETE_ROOTS) == zapped
     assert guest.root().role.invalid == zapped
 
@@ -94,7 +95,7 @@ def test_all_pages_are_zapped_at_a_wrap(guest: ShadowedGuest, left: int, zapped:
 def test_all_bits_of_a_generation_come_back(guest: ShadowedGuest) -> None:
     for gen in (0, 2, 1 << 15, MMIO_SPTE_GEN_MASK - 1):
         guest.kvm.memslots[0].generation = gen
-        spte = make_mmio_spte(guest.cpu, guest.kvm, 0, MMIO)
+        spte = make_mmio_spte(guest.cpu, guest.kvm, 0, Gfn(MMIO))
         assert (get_mmio_spte_generation(spte), get_mmio_spte_gfn(spte)) == (gen, MMIO)
         assert is_mmio_spte(spte)
 
@@ -118,12 +119,12 @@ def test_a_present_spte_is_dropped_for_it_and_flushed(guest: ShadowedGuest) -> N
     guest.map(OTHER, table)
     guest.fault(LINEAR)
     guest.fault(OTHER, write=True)
-    slot = gfn_to_memslot(guest.kvm, 7)
+    slot = gfn_to_memslot(guest.kvm, Gfn(7))
     assert slot is not None
-    assert len(gfn_to_rmap(slot, 7, 1)) == 1
+    assert len(gfn_to_rmap(slot, Gfn(7), 1)) == 1
     guest.write(table, guest.index(LINEAR, 1), MMIO << 12 | PAGE)
     with guest.rig.counting(guest.kvm) as changed:
         assert guest.fault(LINEAR, write=True, present=True) == RET_PF_EMULATE
     assert changed["remote_tlb_flush_requests"] == 1
-    assert gfn_to_rmap(slot, 7, 1) == []
+    assert gfn_to_rmap(slot, Gfn(7), 1) == []
     assert is_mmio_spte(guest.spte(LINEAR))

@@ -35,6 +35,7 @@ from emulator.kvm.virt.requests import kvm_check_request, kvm_test_request
 from emulator.kvm.virt.slots import gfn_to_memslot
 from emulator.policy import Policy
 from native import lib
+from native.types import Gfn, Hva
 from tests.emulator.kvm.rig import GFNS, SLOT, Rig
 from tests.emulator.kvm.shadow_rig import PAGE, A, D, P, ShadowedGuest, U, W, shadowed_guest
 
@@ -81,8 +82,8 @@ def test_upper_tables_are_write_tracked_and_last_ones_become_unsync(guest: Shado
     table = guest.map(LINEAR, 7)
     guest.map(OTHER, table)  # the guest's own mapping of its last table
     guest.fault(LINEAR)
-    slot = gfn_to_memslot(guest.kvm, table)
-    tracked = [gfn for gfn in range(100, 104) if kvm_gfn_is_write_tracked(guest.kvm, slot, gfn)]
+    slot = gfn_to_memslot(guest.kvm, Gfn(table))
+    tracked = [gfn for gfn in range(100, 104) if kvm_gfn_is_write_tracked(guest.kvm, slot, Gfn(gfn))]
     assert tracked == [100, 101, 102]
     assert guest.fault(OTHER, write=True) == RET_PF_FIXED
     assert is_writable_pte(guest.spte(OTHER))
@@ -116,8 +117,8 @@ def test_a_table_that_is_flooded_with_writes_is_zapped(guest: ShadowedGuest) -> 
             kvm_mmu_track_write(guest.cpu, guest.kvm, 102 << 12 | index * 8, 8)
     assert changed["mmu_flooded"] == 1
     assert changed["mmu_shadow_zapped"] == 1
-    slot = gfn_to_memslot(guest.kvm, 102)
-    assert not kvm_gfn_is_write_tracked(guest.kvm, slot, 102)
+    slot = gfn_to_memslot(guest.kvm, Gfn(102))
+    assert not kvm_gfn_is_write_tracked(guest.kvm, slot, Gfn(102))
 
 
 def test_an_unsync_table_is_out_of_date_until_the_guest_invalidates(guest: ShadowedGuest) -> None:
@@ -227,12 +228,12 @@ def test_a_slot_is_deleted_with_its_shadow_pages(guest: ShadowedGuest) -> None:
     guest.map(LINEAR, 7)
     guest.fault(LINEAR)
     with guest.rig.counting(guest.kvm) as changed:
-        kvm_set_memory_region(guest.rig.host, guest.kvm, SLOT, 0, 0, 0)
+        kvm_set_memory_region(guest.rig.host, guest.kvm, SLOT, Gfn(0), 0, Hva(0))
     # Three tables are freed after one flush; the root waits for its vCPU.
     assert changed["mmu_shadow_zapped"] == 4
     assert changed["remote_tlb_flush_requests"] == 1
     assert list(guest.kvm.shadow.page_of.values()) == [guest.root()]
-    kvm_set_memory_region(guest.rig.host, guest.kvm, SLOT, 0, GFNS, 0)
+    kvm_set_memory_region(guest.rig.host, guest.kvm, SLOT, Gfn(0), GFNS, Hva(0))
     guest.enter()
     assert guest.fault(LINEAR) == RET_PF_FIXED
 
@@ -284,8 +285,8 @@ def test_a_cr3_that_points_to_no_memory_has_a_dummy_root(guest: ShadowedGuest) -
 
 
 def _delete_and_create(guest: ShadowedGuest) -> None:
-    kvm_set_memory_region(guest.rig.host, guest.kvm, SLOT, 0, 0, 0)
-    kvm_set_memory_region(guest.rig.host, guest.kvm, SLOT, 0, GFNS, 0)
+    kvm_set_memory_region(guest.rig.host, guest.kvm, SLOT, Gfn(0), 0, Hva(0))
+    kvm_set_memory_region(guest.rig.host, guest.kvm, SLOT, Gfn(0), GFNS, Hva(0))
 
 
 @pytest.mark.parametrize("times", [1, 2])

@@ -14,6 +14,7 @@ from emulator.kvm.regs import kvm_set_cr4
 from emulator.kvm.smm import emulator_leave_smm, enter_smm
 from emulator.kvm.tlb import kvm_service_local_tlb_flush_requests
 from emulator.kvm.virt.slots import gfn_to_memslot
+from native.types import Gfn
 from tests.emulator.kvm.rig import Rig
 from tests.emulator.kvm.shadow_rig import ShadowedGuest, shadowed_guest
 
@@ -74,7 +75,7 @@ def test_a_last_table_becomes_unsync_by_a_store_of_smm(guest: ShadowedGuest) -> 
     enter_smm(guest.cpu, guest.vcpu)
     assert guest.fault(table << 12, write=True) == RET_PF_FIXED
     assert shadow.unsync
-    slot = gfn_to_memslot(guest.kvm, table, 1)
+    slot = gfn_to_memslot(guest.kvm, Gfn(table), 1)
     assert slot is not None
     assert not slot.arch.disallow_lpage  # those are in the slot of the shadow page's role
 

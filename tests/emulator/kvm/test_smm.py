@@ -22,6 +22,7 @@ from emulator.kvm.structs import Kvm
 from emulator.kvm.virt.kvm_main import kvm_set_memory_region
 from emulator.policy import Policy
 from native import lib
+from native.types import Gfn, Hva
 from tests.emulator.kvm.rig import GFNS, SLOT, Guest, Rig
 
 FLUSHES = ("flush_all", "flush_current", "flush_guest", "mmu_load", "tlb_flush")
@@ -73,14 +74,14 @@ def test_what_an_smi_with_rsm_at_once_takes(rig: Rig) -> None:
 
 def test_smm_sees_memory_that_the_guest_does_not(rig: Rig) -> None:
     kvm = rig.vm(slot=False)
-    kvm_set_memory_region(rig.host, kvm, SLOT, 0, SMRAM, 0)
-    kvm_set_memory_region(rig.host, kvm, SLOT, 0, GFNS, 0, as_id=1)
+    kvm_set_memory_region(rig.host, kvm, SLOT, Gfn(0), SMRAM, Hva(0))
+    kvm_set_memory_region(rig.host, kvm, SLOT, Gfn(0), GFNS, Hva(0), as_id=1)
     guest = rig.guest(kvm)
     assert isinstance(guest.read(0, SMRAM), ExitToUser)
     guest.write(0, 5)
     guest.enter_smm(0, SMRAM)
     assert guest.vcpu.arch.smm
-    assert kvm.memslots[1].search(SMRAM) is not None
+    assert kvm.memslots[1].search(Gfn(SMRAM)) is not None
     assert guest.next_slice(0) is RESCHED
     assert isinstance(guest.read(0, SMRAM), ExitToUser)
 
@@ -112,7 +113,7 @@ def test_a_slot_of_one_address_space_goes_and_the_other_stays(rig: Rig) -> None:
     kvm, guest = smm_guest(rig)
     guest.write(0, 5)
     guest.enter_smm(0, 5, 6)
-    kvm_set_memory_region(rig.host, kvm, SLOT, 0, 0, 0, as_id=1)
+    kvm_set_memory_region(rig.host, kvm, SLOT, Gfn(0), 0, Hva(0), as_id=1)
     guest.next_slice(0)
     guest.read(0, 5)
     assert rig.violations() == {}
@@ -121,17 +122,17 @@ def test_a_slot_of_one_address_space_goes_and_the_other_stays(rig: Rig) -> None:
 def test_nothing_is_promised_of_what_the_other_address_space_maps_as_well(rig: Rig) -> None:
     kvm, guest = smm_guest(rig, Policy().with_settings({"slot_delete": "zap-slot-leafs"}))
     guest.write(0, 5)
-    kvm_set_memory_region(rig.host, kvm, SLOT, 0, 0, 0, as_id=1)
+    kvm_set_memory_region(rig.host, kvm, SLOT, Gfn(0), 0, Hva(0), as_id=1)
     guest.write(0, 5)
     assert rig.violations() == {}
-    kvm_set_memory_region(rig.host, kvm, SLOT, 0, 0, 0)
+    kvm_set_memory_region(rig.host, kvm, SLOT, Gfn(0), 0, Hva(0))
     assert isinstance(guest.read(0, 5), ExitToUser)
 
 
 def test_slots_of_both_address_spaces_map_the_same_memory(rig: Rig) -> None:
     kvm = rig.vm()
     with pytest.raises(ValueError, match="other address space"):
-        kvm_set_memory_region(rig.host, kvm, SLOT, 0, 64, 64, as_id=1)
+        kvm_set_memory_region(rig.host, kvm, SLOT, Gfn(0), 64, Hva(64), as_id=1)
 
 
 def test_paging_is_off_in_smm_and_back_after_it(rig: Rig) -> None:

@@ -11,6 +11,7 @@ from emulator.kvm.mmu.shadow_spte import PT_ACCESSED_MASK, PT_DIRTY_MASK, mmu_sp
 from emulator.kvm.mmu.spte import PT_WRITABLE_MASK, SHADOW_MMU_WRITABLE_MASK
 from emulator.kvm.regs import kvm_mmu_invlpg
 from emulator.policy import Policy
+from native.types import Gfn
 from tests.emulator.kvm.rig import Rig
 from tests.emulator.kvm.shadow_rig import PAGE, ShadowedGuest, W, shadowed_guest
 
@@ -25,7 +26,7 @@ def guest(rig: Rig, request: pytest.FixtureRequest) -> Iterator[ShadowedGuest]:
 
 
 def before_6_13(guest: ShadowedGuest) -> bool:
-    return guest.kvm.policy.spte_update(guest.cpu, guest.kvm, 0) == BEFORE
+    return guest.kvm.policy.spte_update(guest.cpu, guest.kvm, Gfn(0)) == BEFORE
 
 
 def remote_flushes(changed: dict[str, int]) -> int:
@@ -77,5 +78,5 @@ def test_each_bit_that_an_spte_loses(
     sptep = guest.leaf(LINEAR)
     spte = spte_of(guest.cpu, sptep)
     assert spte & lost == lost
-    flush = mmu_spte_update(guest.cpu, guest.kvm, sptep, 7, spte & ~lost)
+    flush = mmu_spte_update(guest.cpu, guest.kvm, sptep, Gfn(7), spte & ~lost)
     assert flush is (flushed_before if before_6_13(guest) else flushes_since)

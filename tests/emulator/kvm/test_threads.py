@@ -28,6 +28,7 @@ from emulator.kvm.virt.kvm_main import (
 from emulator.machine.runtime import Cpu, MachineStopped
 from emulator.policy import Policy, preset
 from native import lib
+from native.types import Gfn, Hva
 from tests.emulator.kvm.rig import GFNS, SLOT, Guest, Rig, running_rig
 
 PAGES = 1024
@@ -93,12 +94,12 @@ class Storm:
             # A host that splits a huge page invalidates all of it (__split_huge_pmd).
             unmapped = range(start := rng.randrange(512, 960), start + 64)
         m, vm = cpu.m, self.kvm.id
-        kvm_mmu_notifier_invalidate_range_start(cpu, self.kvm, notified.start, notified.stop)
+        kvm_mmu_notifier_invalidate_range_start(cpu, self.kvm, Hva(notified.start), Hva(notified.stop))
         if action == "collapse":
-            lib.mm_collapse(m, cpu.id, vm, notified.start)
+            lib.mm_collapse(m, cpu.id, vm, Hva(notified.start))
         else:
-            lib.mm_unmap(m, cpu.id, vm, unmapped.start, unmapped.stop, 1)
-        kvm_mmu_notifier_invalidate_range_end(cpu, self.kvm, notified.start, notified.stop)
+            lib.mm_unmap(m, cpu.id, vm, Hva(unmapped.start), Hva(unmapped.stop), 1)
+        kvm_mmu_notifier_invalidate_range_end(cpu, self.kvm, Hva(notified.start), Hva(notified.stop))
         # The merged range of invalidations only shrinks when none is in progress.
         cpu.check(lib.cpu_halt(cpu.m, cpu.id, 2000))
 
@@ -106,13 +107,13 @@ class Storm:
 
     def ioctls(self, cpu: Cpu) -> None:
         kvm = self.kvm
-        kvm_set_memory_region(cpu, kvm, SLOT, 0, GFNS, 0, KVM_MEM_LOG_DIRTY_PAGES)
+        kvm_set_memory_region(cpu, kvm, SLOT, Gfn(0), GFNS, Hva(0), KVM_MEM_LOG_DIRTY_PAGES)
         for _ in range(3):
             kvm_vm_ioctl_get_dirty_log(cpu, kvm, SLOT)
-        kvm_set_memory_region(cpu, kvm, SLOT, 0, GFNS, 0)
-        kvm_zap_gfn_range(cpu, kvm, 100, 200)
-        kvm_set_memory_region(cpu, kvm, SLOT, 0, 0, 0)
-        kvm_set_memory_region(cpu, kvm, SLOT, 0, GFNS, 0)
+        kvm_set_memory_region(cpu, kvm, SLOT, Gfn(0), GFNS, Hva(0))
+        kvm_zap_gfn_range(cpu, kvm, Gfn(100), Gfn(200))
+        kvm_set_memory_region(cpu, kvm, SLOT, Gfn(0), 0, Hva(0))
+        kvm_set_memory_region(cpu, kvm, SLOT, Gfn(0), GFNS, Hva(0))
 
     def smis(self, cpu: Cpu) -> None:
         """SMIs for all vCPUs; this thread is the workqueue, too."""

@@ -24,6 +24,7 @@ from emulator.kvm.virt.kvm_main import (
 from emulator.machine.runtime import HPAGE_PMD_NR, Cpu
 from emulator.policy import MUTANTS, Policy, preset
 from native import lib
+from native.types import Gfn, Hva
 from tests.emulator.kvm.rig import GFNS, SLOT, Guest, Rig
 from tests.support import wait_until
 
@@ -31,12 +32,12 @@ PAGE = HPAGE_PMD_NR + 16
 Operation = Callable[[UserMemory, Cpu], None]
 
 OPERATIONS: dict[str, Operation] = {
-    "reclaim": lambda memory, cpu: memory.reclaim(cpu, PAGE, PAGE + 1),
-    "discard": lambda memory, cpu: memory.discard(cpu, PAGE, PAGE + 1),
-    "protect": lambda memory, cpu: memory.protect(cpu, PAGE, PAGE + 1, writable=False),
-    "migrate": lambda memory, cpu: memory.migrate(cpu, PAGE, PAGE + 1),
-    "collapse": lambda memory, cpu: memory.collapse(cpu, HPAGE_PMD_NR),
-    "split": lambda memory, cpu: memory.split(cpu, HPAGE_PMD_NR),
+    "reclaim": lambda memory, cpu: memory.reclaim(cpu, Hva(PAGE), Hva(PAGE + 1)),
+    "discard": lambda memory, cpu: memory.discard(cpu, Hva(PAGE), Hva(PAGE + 1)),
+    "protect": lambda memory, cpu: memory.protect(cpu, Hva(PAGE), Hva(PAGE + 1), writable=False),
+    "migrate": lambda memory, cpu: memory.migrate(cpu, Hva(PAGE), Hva(PAGE + 1)),
+    "collapse": lambda memory, cpu: memory.collapse(cpu, Hva(HPAGE_PMD_NR)),
+    "split": lambda memory, cpu: memory.split(cpu, Hva(HPAGE_PMD_NR)),
 }
 # mmap_lock and anon_vma, as Linux takes them: "r" shared, "w" alone.
 LOCKS = {
@@ -75,7 +76,7 @@ def used_page(rig: Rig, huge: bool = False) -> tuple[Kvm, Guest, UserMemory]:
     guest, memory = rig.guest(kvm), UserMemory(kvm)
     guest.write(0, PAGE)
     if huge:
-        memory.collapse(rig.host, HPAGE_PMD_NR)
+        memory.collapse(rig.host, Hva(HPAGE_PMD_NR))
         guest.write(0, PAGE)
     return kvm, guest, memory
 
@@ -115,17 +116,17 @@ def test_what_overlaps(rig: Rig, monkeypatch: pytest.MonkeyPatch, first: str, se
 def test_a_frame_is_freed_by_one_of_two(rig: Rig, monkeypatch: pytest.MonkeyPatch) -> None:
     """The second finds nothing to zap, promises all the same, and frees nothing; the contents are kept."""
     kvm, guest, memory = used_page(rig)
-    lib.mm_fault(rig.host.m, rig.host.id, kvm.id, PAGE, 1, rig.host.page)
+    lib.mm_fault(rig.host.m, rig.host.id, kvm.id, Hva(PAGE), 1, rig.host.page)
     hfn = rig.host.page.hfn
     lib.frame_write(rig.host.m, hfn, 5, 77)
     freed = rig.counter(lib.COUNT_FRAMES_FREED)
     zapped = rig.counter(lib.COUNT_SPTES_ZAPPED)
-    during(monkeypatch, rig.host, lambda: memory.reclaim(rig.other, PAGE, PAGE + 1))
-    memory.reclaim(rig.host, PAGE, PAGE + 1)
+    during(monkeypatch, rig.host, lambda: memory.reclaim(rig.other, Hva(PAGE), Hva(PAGE + 1)))
+    memory.reclaim(rig.host, Hva(PAGE), Hva(PAGE + 1))
     assert rig.counter(lib.COUNT_SPTES_ZAPPED) == zapped + 1
     assert rig.counter(lib.COUNT_FRAMES_FREED) == freed + 1
     assert lib.frame_life_of(rig.host.m, hfn) == 1
-    assert lib.mm_read(rig.host.m, kvm.id, PAGE, 5) == 77
+    assert lib.mm_read(rig.host.m, kvm.id, Hva(PAGE), 5) == 77
     assert rig.stats(kvm)["overlaps"] == 1
     guest.read(0, PAGE)
     assert not rig.violations()
@@ -136,15 +137,15 @@ def test_faults_wait_for_both(rig: Rig, monkeypatch: pytest.MonkeyPatch) -> None
     kvm, guest, memory = used_page(rig)
 
     def action() -> None:
-        memory.migrate(rig.other, PAGE + 1, PAGE + 4)
+        memory.migrate(rig.other, Hva(PAGE + 1), Hva(PAGE + 4))
         for gfn, held_off in ((PAGE, 1), (PAGE + 3, 1), (PAGE + 4, 0), (PAGE - 1, 0)):
             seq = lib.mmu_invalidate_seq(rig.host.m, kvm.id)
-            assert lib.mmu_invalidate_retry_gfn(rig.host.m, kvm.id, seq, gfn) == held_off
+            assert lib.mmu_invalidate_retry_gfn(rig.host.m, kvm.id, seq, Gfn(gfn)) == held_off
 
     during(monkeypatch, rig.host, action)
-    memory.reclaim(rig.host, PAGE, PAGE + 2)
+    memory.reclaim(rig.host, Hva(PAGE), Hva(PAGE + 2))
     seq = lib.mmu_invalidate_seq(rig.host.m, kvm.id)
-    assert not lib.mmu_invalidate_retry_gfn(rig.host.m, kvm.id, seq, PAGE)
+    assert not lib.mmu_invalidate_retry_gfn(rig.host.m, kvm.id, seq, Gfn(PAGE))
     assert rig.stats(kvm)["overlaps"] == 1
     guest.write(0, PAGE)
     assert not rig.violations()
@@ -154,7 +155,7 @@ def test_the_same_range_twice_is_one_invalidation(rig: Rig) -> None:
     """The address space of SMM has the pages, too: both slots belong to one notifier."""
     kvm, _, memory = used_page(rig)
     rig.smm_slots(kvm)
-    memory.reclaim(rig.host, PAGE, PAGE + 1)
+    memory.reclaim(rig.host, Hva(PAGE), Hva(PAGE + 1))
     assert rig.stats(kvm)["overlaps"] == 0
 
 
@@ -167,7 +168,7 @@ def test_part_of_a_huge_page(rig: Rig, monkeypatch: pytest.MonkeyPatch, first: s
     def held_off() -> None:
         m, pages = rig.host.m, (HPAGE_PMD_NR, PAGE, PAGE + 1, 2 * HPAGE_PMD_NR - 1)
         seq = lib.mmu_invalidate_seq(m, kvm.id)
-        seen.append([int(lib.mmu_invalidate_retry_gfn(m, kvm.id, seq, gfn)) for gfn in pages])
+        seen.append([int(lib.mmu_invalidate_retry_gfn(m, kvm.id, seq, Gfn(gfn))) for gfn in pages])
 
     during(monkeypatch, rig.host, held_off)
     during(monkeypatch, rig.host, held_off, nth=1)
@@ -190,30 +191,33 @@ def test_a_host_that_does_not_split_a_huge_page(rig: Rig) -> None:
     goes.  Using the fault's frame is no violation until then."""
     kvm, guest, _ = used_page(rig, huge=True)
     m, cpu = rig.host.m, rig.host.id
-    kvm_mmu_notifier_invalidate_range_start(rig.host, kvm, PAGE, PAGE + 1)
+    kvm_mmu_notifier_invalidate_range_start(rig.host, kvm, Hva(PAGE), Hva(PAGE + 1))
     assert mapped_pages(rig, lambda: guest.read(0, PAGE + 1)) == HPAGE_PMD_NR
     guest.read(0, PAGE)
     assert not rig.violations()
-    assert lib.mm_unmap(m, cpu, kvm.id, PAGE, PAGE + 1, 1) == 1
+    assert lib.mm_unmap(m, cpu, kvm.id, Hva(PAGE), Hva(PAGE + 1), 1) == 1
     guest.read(0, PAGE + 2)
     assert not rig.violations(), "only that frame is gone"
     guest.read(0, PAGE)
     assert set(rig.violations()) == {"use-after-free"}
-    kvm_mmu_notifier_invalidate_range_end(rig.host, kvm, PAGE, PAGE + 1)
+    kvm_mmu_notifier_invalidate_range_end(rig.host, kvm, Hva(PAGE), Hva(PAGE + 1))
 
 
 def test_promises_about_a_part_leave_the_page_huge(rig: Rig) -> None:
     """The guest uses a few pages by 4K SPTEs, so the rights on the block's frames end at different times."""
     kvm, guest, memory = used_page(rig, huge=True)
-    kvm_set_memory_region(rig.host, kvm, SLOT, 0, GFNS, 0, KVM_MEM_LOG_DIRTY_PAGES)
-    memory.protect(rig.host, HPAGE_PMD_NR, 2 * HPAGE_PMD_NR, writable=False)
-    memory.protect(rig.host, HPAGE_PMD_NR, 2 * HPAGE_PMD_NR, writable=True)
+    kvm_set_memory_region(rig.host, kvm, SLOT, Gfn(0), GFNS, Hva(0), KVM_MEM_LOG_DIRTY_PAGES)
+    memory.protect(rig.host, Hva(HPAGE_PMD_NR), Hva(2 * HPAGE_PMD_NR), writable=False)
+    memory.protect(rig.host, Hva(HPAGE_PMD_NR), Hva(2 * HPAGE_PMD_NR), writable=True)
     assert mapped_pages(rig, lambda: guest.write(0, PAGE)) == 1
-    memory.migrate(rig.host, HPAGE_PMD_NR, 2 * HPAGE_PMD_NR)
+    memory.migrate(rig.host, Hva(HPAGE_PMD_NR), Hva(2 * HPAGE_PMD_NR))
     assert mapped_pages(rig, lambda: guest.write(0, PAGE + 1)) == 1
     # Recovery looks at the host's mapping of now.
-    assert mapped_pages(rig, lambda: kvm_set_memory_region(rig.host, kvm, SLOT, 0, GFNS, 0)) == HPAGE_PMD_NR
-    memory.migrate(rig.host, HPAGE_PMD_NR, 2 * HPAGE_PMD_NR)
+    assert (
+        mapped_pages(rig, lambda: kvm_set_memory_region(rig.host, kvm, SLOT, Gfn(0), GFNS, Hva(0)))
+        == HPAGE_PMD_NR
+    )
+    memory.migrate(rig.host, Hva(HPAGE_PMD_NR), Hva(2 * HPAGE_PMD_NR))
     assert mapped_pages(rig, lambda: guest.write(0, PAGE)) == HPAGE_PMD_NR
     guest.read(0, PAGE + 1)
     assert not rig.violations()
@@ -227,7 +231,7 @@ def test_kvm_marks_the_pages_that_it_zaps(rig: Rig, policy: str, marks: bool) ->
     guest, memory = rig.guest(kvm), UserMemory(kvm)
     for gfn in (PAGE, PAGE + 1):
         guest.write(0, gfn)
-    memory.reclaim(rig.host, PAGE, PAGE + 1)
+    memory.reclaim(rig.host, Hva(PAGE), Hva(PAGE + 1))
     assert rig.counter(lib.COUNT_PFNS_SET) == marks
     with kvm.slots_lock.held(rig.host):
         kvm_mmu_zap_all_fast(rig.host, kvm)
@@ -253,7 +257,7 @@ def test_a_notifier_beside_the_zap_of_an_invalid_root(
     guest, memory = rig.guest(kvm), UserMemory(kvm)
     guest.write(0, PAGE)
     kvm_mmu_zap_all_fast_front(rig.host, kvm)
-    memory.reclaim(rig.other, PAGE, PAGE + 1)
+    memory.reclaim(rig.other, Hva(PAGE), Hva(PAGE + 1))
     kvm_mmu_zap_all_fast_back(rig.host, kvm)
     assert rig.violations() == violations
     guest.read(0, PAGE)

@@ -17,6 +17,7 @@ from emulator.kvm.virt.kvm_main import kvm_create_vm, kvm_set_memory_region
 from emulator.machine.runtime import Cpu
 from emulator.policy import Policy, preset
 from native import lib
+from native.types import Gfn, Hva
 from tests.emulator.kvm.rig import SLOT, Guest, Rig
 
 GIB = 1 << 18  # pages
@@ -30,7 +31,7 @@ def big_vm(rig: Rig, policy: Policy, chunk: int = 32, resched_chunks: int = 0) -
     params = KvmParams(fault_around=0, slice_accesses=1, chunk=chunk, resched_chunks=resched_chunks)
     kvm = kvm_create_vm(rig.host, GIB + 512, policy, params)
     rig.vms.append(kvm)
-    kvm_set_memory_region(rig.host, kvm, SLOT, 0, GIB + 512, 0)
+    kvm_set_memory_region(rig.host, kvm, SLOT, Gfn(0), GIB + 512, Hva(0))
     return kvm
 
 
@@ -69,7 +70,7 @@ def test_flushes_of_a_range_zap(rig: Rig, zap: str, flushes: int) -> None:
     guest = spread(rig, kvm)
     freed = rig.counter(lib.COUNT_TABLES_FREED)
     with rig.counting(kvm) as counts:
-        kvm_zap_gfn_range(rig.host, kvm, 0, GIB)
+        kvm_zap_gfn_range(rig.host, kvm, Gfn(0), Gfn(GIB))
     assert counts["remote_tlb_flush_requests"] == flushes
     rig.rcu()
     assert rig.counter(lib.COUNT_TABLES_FREED) - freed == 6
@@ -83,7 +84,7 @@ def test_only_tables_wholly_in_the_range_go(rig: Rig) -> None:
     spread(rig, kvm)
     freed = rig.counter(lib.COUNT_TABLES_FREED)
     with rig.counting(kvm) as counts:
-        kvm_zap_gfn_range(rig.host, kvm, 0, GIB - 1)
+        kvm_zap_gfn_range(rig.host, kvm, Gfn(0), Gfn(GIB - 1))
     rig.rcu()
     assert rig.counter(lib.COUNT_TABLES_FREED) - freed == 4
     assert counts["remote_tlb_flush_requests"] == 4 + 1
@@ -94,7 +95,7 @@ def test_leafs_alone_leave_the_tables(rig: Rig) -> None:
     spread(rig, kvm)
     freed = rig.counter(lib.COUNT_TABLES_FREED)
     with rig.counting(kvm) as counts:
-        kvm_zap_gfn_range(rig.host, kvm, 0, GIB)
+        kvm_zap_gfn_range(rig.host, kvm, Gfn(0), Gfn(GIB))
     rig.rcu()
     assert rig.counter(lib.COUNT_TABLES_FREED) == freed
     assert counts["remote_tlb_flush_requests"] == 1
@@ -126,7 +127,7 @@ def walk_when_rcu_is_left(rig: Rig, policy: Policy, zap: Callable[[Kvm, Guest], 
 
 
 def range_zap(kvm: Kvm, guest: Guest) -> None:
-    kvm_zap_gfn_range(guest.rig.host, kvm, 0, 2048)
+    kvm_zap_gfn_range(guest.rig.host, kvm, Gfn(0), Gfn(2048))
 
 
 @pytest.mark.parametrize("order", ["flush-then-unlock", "unlock-then-flush"])
@@ -197,13 +198,13 @@ def logged_huge_page(rig: Rig, policy: Policy) -> tuple[Kvm, Guest]:
     guest.write(0, 1024)
     rig.collapse(kvm, 1024)
     guest.write(0, 1024)
-    kvm_set_memory_region(rig.host, kvm, SLOT, 0, GIB + 512, 0, KVM_MEM_LOG_DIRTY_PAGES)
+    kvm_set_memory_region(rig.host, kvm, SLOT, Gfn(0), GIB + 512, Hva(0), KVM_MEM_LOG_DIRTY_PAGES)
     guest.write(0, 1024)
     return kvm, guest
 
 
 def end_logging(rig: Rig, kvm: Kvm) -> None:
-    kvm_set_memory_region(rig.host, kvm, SLOT, 0, GIB + 512, 0)
+    kvm_set_memory_region(rig.host, kvm, SLOT, Gfn(0), GIB + 512, Hva(0))
 
 
 @pytest.mark.parametrize("order", ["flush-then-unlock", "unlock-then-flush"])
@@ -232,7 +233,7 @@ def test_a_leaf_replaces_a_table(rig: Rig, zap: str, replace: str) -> None:
     guest, walker = rig.guest(kvm), rig.guest(kvm)
     guest.write(0, 1024)
     rig.collapse(kvm, 1024)
-    kvm_set_memory_region(rig.host, kvm, SLOT, 0, GIB + 512, 0, KVM_MEM_LOG_DIRTY_PAGES)
+    kvm_set_memory_region(rig.host, kvm, SLOT, Gfn(0), GIB + 512, Hva(0), KVM_MEM_LOG_DIRTY_PAGES)
     walker.read(1, 1024)
     fired: list[int] = []
 
@@ -292,7 +293,7 @@ def test_a_zap_yields_to_whoever_wants_the_lock(rig: Rig, zap: str, at_yield: in
 
     before = rig.stats(kvm)["remote_tlb_flush_requests"]
     with rig.counting(kvm) as counts, hooked(rig, rig.host, "sptes", second_step):
-        kvm_zap_gfn_range(rig.host, kvm, 0, GIB - 1)
+        kvm_zap_gfn_range(rig.host, kvm, Gfn(0), Gfn(GIB - 1))
     contender.thread.join()
     assert counts["yields"] == 1
     assert contender.seen == [before + at_yield]
@@ -312,7 +313,7 @@ def test_the_list_survives_a_yield(rig: Rig) -> None:
         at_yields.append(_freed(rig) - freed)
 
     with rig.counting(kvm) as counts, hooked(rig, rig.host, "rcu", yields):
-        kvm_zap_gfn_range(rig.host, kvm, 0, GIB - 1)
+        kvm_zap_gfn_range(rig.host, kvm, Gfn(0), Gfn(GIB - 1))
     assert counts["yields"] >= 4
     assert set(at_yields[:-1]) == {0}
     assert at_yields[-1] == _freed(rig) - freed == 4
@@ -332,7 +333,7 @@ def test_giving_the_list_to_rcu_yields(rig: Rig) -> None:
 
     before = rig.stats(kvm)["remote_tlb_flush_requests"]
     with rig.counting(kvm) as counts, hooked(rig, rig.host, "sptes", last_step):
-        kvm_zap_gfn_range(rig.host, kvm, 0, GIB - 1)
+        kvm_zap_gfn_range(rig.host, kvm, Gfn(0), Gfn(GIB - 1))
     contender.thread.join()
     assert len(steps) == 5
     assert counts["yields"] == 1
@@ -350,16 +351,16 @@ def test_somebody_elses_frozen_entry_is_waited_for(rig: Rig) -> None:
     guest = spread(rig, kvm)
     root = root_to_sp(guest.vcpu.mmu.root)
     assert root is not None
-    entry = tdp_entry(rig.host, root, 1, 1)
+    entry = tdp_entry(rig.host, root, Gfn(1), 1)
     m = rig.machine.m
-    lib.tdp_mmu_set_spte(m, rig.host.id, kvm.id, entry.table, 1, 1, 1, lib.FROZEN_SPTE)
+    lib.tdp_mmu_set_spte(m, rig.host.id, kvm.id, entry.table, 1, 1, Gfn(1), lib.FROZEN_SPTE)
     waited: list[int] = []
 
     def owner_goes_on() -> None:
         # The first step of the removal stops at it, the second is after a nap.
         waited.append(1)
         if len(waited) == 2:
-            lib.tdp_mmu_set_spte(m, rig.other.id, kvm.id, entry.table, 1, 1, 1, 0)
+            lib.tdp_mmu_set_spte(m, rig.other.id, kvm.id, entry.table, 1, 1, Gfn(1), 0)
 
     kvm.policy = Policy("test", zap_root="1g-root")
     with hooked(rig, rig.host, "spte", owner_goes_on), kvm.slots_lock.held(rig.host):

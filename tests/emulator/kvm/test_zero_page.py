@@ -5,6 +5,7 @@ from __future__ import annotations
 from emulator.kvm.structs import Kvm
 from emulator.policy import Policy
 from native import lib
+from native.types import Hva
 from tests.emulator.kvm.rig import Rig
 
 
@@ -68,5 +69,5 @@ def test_somebody_else_may_copy_first(rig: Rig) -> None:
     m, host = rig.machine.m, rig.host
     free = lib.frames_in_use(m, lib.FRAME_GUEST)
     for _ in range(2):
-        assert lib.mm_break_cow(m, host.id, kvm.id, 5) == 0
+        assert lib.mm_break_cow(m, host.id, kvm.id, Hva(5)) == 0
     assert lib.frames_in_use(m, lib.FRAME_GUEST) == free
