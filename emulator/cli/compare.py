@@ -49,6 +49,15 @@ HtmlOption = Annotated[
     typer.Option(metavar="FILE", help="Also write a report with plots, as one self-contained page."),
 ]
 
+SensitivityOption = Annotated[
+    bool,
+    typer.Option(
+        "--sensitivity",
+        help="Also tell at which value of a cost the order of the policies turns, and which order holds "
+        "whatever the costs are within their ranges.",
+    ),
+]
+
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class CompareOptions(MachineOptions):
@@ -63,6 +72,7 @@ def compare(
     duration: DurationOption = None,
     as_json: JsonOption = False,
     html: HtmlOption = None,
+    sensitivity: SensitivityOption = False,
     *,
     options: CompareOptions,
 ) -> None:
@@ -75,7 +85,7 @@ def compare(
     from emulator.scenario import limits
     from emulator.scenario.config import load_scaled
 
-    shape = load_scaled(scenario, options.pcpus, options.ept)
+    shape = load_scaled(scenario, options.pcpus, options.ept, options.costs)
     chosen = load_policies(policies or [])
     limits.check(shape)
     for policy in chosen:
@@ -91,6 +101,8 @@ def compare(
         seed=options.chosen_seed,
         chaos=options.chaos,
         unbounded=options.unbounded,
+        sensitivity=sensitivity,
+        costs=options.costs,
         named=(scenario, tuple(policies or ())),
     )
     comparer = Comparer(plan, _announce)

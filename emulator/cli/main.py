@@ -124,6 +124,7 @@ def _request(
         scenario=scenario,
         pcpus=options.pcpus,
         ept=options.ept,
+        costs=options.costs,
         policy=options.policy,
         settings=tuple(options.settings or ()),
         duration=duration,

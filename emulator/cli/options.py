@@ -178,6 +178,14 @@ EptOption = Annotated[
         "scenario says.",
     ),
 ]
+CostsOption = Annotated[
+    Path | None,
+    typer.Option(
+        metavar="FILE",
+        help="Your own cycles of single events, in place of those in the table of costs "
+        "(emulator/costs.toml).",
+    ),
+]
 LogLevelOption = Annotated[
     LogLevel, typer.Option(envvar="FLUSHLAB_LOG_LEVEL", help="Log messages of this level and above.")
 ]
@@ -204,6 +212,7 @@ class MachineOptions:
     chaos: ChaosOption = 0
     geometry: GeometryOption = GeometryChoice.DEFAULT
     ept: EptOption = None
+    costs: CostsOption = None
 
     @property
     def chosen_seed(self) -> int:

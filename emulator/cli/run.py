@@ -44,6 +44,7 @@ class Request:
     seed: int
     chaos: int
     unbounded: bool
+    costs: Path | None = None
     metrics: str | None
     metrics_per_cpu: bool
     as_json: bool
@@ -54,7 +55,7 @@ class Request:
 
 def run_request(request: Request) -> int:
     """Check all input before any thread starts; then run, print the result and return the exit status."""
-    scenario = load_scaled(request.scenario, request.pcpus, request.ept)
+    scenario = load_scaled(request.scenario, request.pcpus, request.ept, request.costs)
     policy = load_policy(request.policy or DEFAULT, request.settings)
     address = _metrics_address(request.metrics)
     limits.check(scenario)

@@ -23,7 +23,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from emulator.report.result import Snapshot
-from emulator.scenario.costs import Costs, CycleLine
+from emulator.scenario.costs import Costs, CycleLine, charge
 
 NAME = "oracle-optimal"
 
@@ -57,14 +57,12 @@ def oracle_optimal(snapshot: Snapshot, costs: Costs) -> Bound:
     refills = counters["averted"]
     references = counters["walk_references"] * refills // max(counters["l2_misses"], 1)
     entries = (
-        ("invept_single", by_ept, costs.invept_single),
-        ("invvpid_address", by_vpid, costs.invvpid_address),
-        ("IPIs sent", interruptions, costs.ipi_send),
-        ("IPIs received", interruptions, costs.ipi_receive),
-        ("guests interrupted", interruptions, costs.vm_exit_entry),
-        ("refill walk references", references, costs.walk_reference),
+        ("invept_single", by_ept, "invept_single"),
+        ("invvpid_address", by_vpid, "invvpid_address"),
+        ("IPIs sent", interruptions, "ipi_send"),
+        ("IPIs received", interruptions, "ipi_receive"),
+        ("guests interrupted", interruptions, "vm_exit_entry"),
+        ("refill walk references", references, "walk_reference"),
     )
-    lines = tuple(
-        CycleLine(item, "flush", events, cost.cycles, cost.source) for item, events, cost in entries
-    )
+    lines = tuple(charge(costs, item, "flush", events, entry) for item, events, entry in entries)
     return Bound(by_ept, by_vpid, interruptions, refills, lines)

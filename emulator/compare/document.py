@@ -7,6 +7,7 @@ from typing import Any
 from emulator.compare.bound import NAME, Bound
 from emulator.compare.rows import bound_values, sections, spread_of
 from emulator.compare.runner import Comparison
+from emulator.compare.sensitivity import as_dict, sensitivity
 from emulator.report.summary import document as run_document
 
 VERSION = 1
@@ -34,6 +35,7 @@ def comparison_document(comparison: Comparison) -> dict[str, Any]:
         "cut_short": list(comparison.cut_short),
         "policies": [_policy(comparison, name) for name, _ in comparison.columns],
         NAME: _bound(comparison),
+        **({"sensitivity": as_dict(sensitivity(comparison))} if plan.sensitivity else {}),
     }
 
 

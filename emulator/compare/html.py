@@ -19,6 +19,7 @@ from emulator.compare.measure import Measurement
 from emulator.compare.plots import plots
 from emulator.compare.rows import Row, Spread, bound_values, sections, spread_of, text_of
 from emulator.compare.runner import Comparison
+from emulator.compare.sensitivity import sensitivity, sentences
 from emulator.compare.table import better, change
 from emulator.output import write_file
 from emulator.report.summary import short
@@ -57,6 +58,7 @@ def _page(comparison: Comparison) -> Iterator[str]:
     yield from _table(comparison)
     yield from _violations(comparison)
     yield from _decisions(comparison)
+    yield from _sensitivity(comparison)
     yield from _costs(comparison)
     yield "<h2>How to run it again</h2>"
     yield f"<pre>{escape(command_line(comparison))}</pre>"
@@ -183,14 +185,23 @@ def _decisions(comparison: Comparison) -> Iterator[str]:
     yield "</tbody></table></div>"
 
 
+def _sensitivity(comparison: Comparison) -> Iterator[str]:
+    if comparison.plan.sensitivity:
+        yield "<h2>Costs and the order of the policies</h2><ul>"
+        yield from (f"<li>{escape(text)}</li>" for text in sentences(sensitivity(comparison)))
+        yield "</ul>"
+
+
 def _costs(comparison: Comparison) -> Iterator[str]:
     table = comparison.plan.scenario.cost_table
     yield "<details><summary>The table of costs behind the modelled cycles</summary>"
-    yield from _table_head("<th>event</th><th>cycles</th><th>source</th>", "left")
+    yield from _table_head("<th>event</th><th>cycles</th><th>range</th><th>source</th>", "left")
     for item in type(table).model_fields:
         cost = getattr(table, item)
         name = escape(item.replace("_", " "))
-        yield f"<tr><td>{name}</td><td>{cost.cycles:g}</td><td>{escape(cost.source)}</td></tr>"
+        span = f"{cost.least:g} to {cost.most:g}" if cost.range else ""
+        yield f"<tr><td>{name}</td><td>{cost.cycles:g}</td><td>{span}</td>"
+        yield f"<td>{escape(cost.source)}</td></tr>"
     yield "</tbody></table></div></details>"
 
 
@@ -207,6 +218,10 @@ def command_line(comparison: Comparison) -> str:
     words += ["--pcpus", str(plan.scenario.machine.pcpus), "--duration", f"{plan.duration:g}s"]
     words += ["--ept" if plan.scenario.machine.ept else "--no-ept"]
     words += ["--repeat", str(plan.repeat), "--seed", str(plan.seed)]
+    if plan.costs is not None:
+        words += ["--costs", str(plan.costs)]
+    if plan.sensitivity:
+        words.append("--sensitivity")
     if plan.chaos:
         words += ["--chaos", str(plan.chaos)]
     if plan.unbounded:

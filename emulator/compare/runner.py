@@ -10,6 +10,7 @@ import threading
 import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
+from pathlib import Path
 
 from rich.console import RenderableType
 from rich.progress_bar import ProgressBar
@@ -46,6 +47,10 @@ class Plan:
     seed: int
     chaos: int = 0
     unbounded: bool = False
+    # Tell how the order of the policies depends on the table of costs, too.
+    sensitivity: bool = False
+    # The file of costs that replaces entries of the scenario's table, for the command.
+    costs: Path | None = None
     # The user's names of the scenario and the policies, for the command that runs the comparison again.
     named: tuple[str, tuple[str, ...]] | None = None
 

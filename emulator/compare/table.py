@@ -17,6 +17,7 @@ from emulator.compare.bound import NAME
 from emulator.compare.measure import Measurement
 from emulator.compare.rows import Row, Spread, bound_values, sections, spread_of, text_of
 from emulator.compare.runner import Comparison
+from emulator.compare.sensitivity import sensitivity, sentences
 from emulator.report.console import letter
 
 # Changes smaller than this are not called better or worse.
@@ -201,6 +202,9 @@ def _footnotes(comparison: Comparison) -> list[RenderableType]:
             example = next((r for m in runs for r in m.result.reports), None)
             if example is not None:
                 notes.append(Text(example.text, style="dim"))
+    if comparison.plan.sensitivity:
+        notes += [Text(), Text("costs and the order of the policies", style="bold underline")]
+        notes += [Text(line) for line in sentences(sensitivity(comparison))] + [Text()]
     notes += [Text(line, style="yellow") for line in behind(comparison)]
     notes += [
         Text(f"cut short by the time limit: {which}; its rates still hold", style="yellow")

@@ -345,6 +345,12 @@ class Scenario(Section):
         copy._name, copy._directory, copy._cost_table = self._name, self._directory, self._cost_table
         return copy
 
+    def priced(self, costs: Costs) -> Self:
+        """Return a copy with another table of costs."""
+        copy = self.changed()
+        copy._cost_table = costs
+        return copy
+
 
 def embedded_scenarios() -> dict[str, str]:
     """Return the texts of the scenarios that ship with the package, by name."""
@@ -365,9 +371,14 @@ def load_scenario(name_or_path: str = DEFAULT_SCENARIO) -> Scenario:
     return parse_scenario(read_text(path, "a readable scenario file"), str(path), path.parent)
 
 
-def load_scaled(name_or_path: str, pcpus: int | None, ept: bool | None) -> Scenario:
-    """Load a scenario, scaled to `pcpus` pCPUs if given, on a host with EPT or without if `ept` says so."""
+def load_scaled(
+    name_or_path: str, pcpus: int | None, ept: bool | None, costs: Path | None = None
+) -> Scenario:
+    """Load a scenario, scaled to `pcpus` pCPUs if given, on a host with EPT or without if `ept` says so, with
+    the events' cycles of the file `costs`."""
     scenario = load_scenario(name_or_path)
+    if costs is not None:
+        scenario = scenario.priced(load_costs(costs, scenario.cost_table))
     if ept is not None:
         scenario = scenario.changed(machine=scenario.machine.model_copy(update={"ept": ept}))
     return scenario if pcpus is None else scenario.scaled(pcpus)

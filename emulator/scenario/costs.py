@@ -15,7 +15,7 @@ from importlib import resources
 from pathlib import Path
 from typing import Annotated, Literal, Protocol
 
-from pydantic import BaseModel, ConfigDict, Field, ValidationError
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, ValidationInfo, field_validator
 
 from emulator.errors import BadInput
 from emulator.validation import Unit, first_error, parse_toml, read_text
@@ -23,13 +23,38 @@ from emulator.validation import Unit, first_error, parse_toml, read_text
 Group = Literal["flush", "work"]
 
 
+_MOST = 1e9
+_Cycles = Annotated[float, Unit("cycles"), Field(ge=0, le=_MOST, allow_inf_nan=False)]
+
+
 class Cost(BaseModel):
-    """Cycles of one event."""
+    """Cycles of one event.
+
+    `range` is the least and the most that the event plausibly costs on some host; a figure without one is
+    taken as exact.
+    """
 
     model_config = ConfigDict(frozen=True, extra="forbid")
 
-    cycles: Annotated[float, Unit("cycles")] = Field(ge=0, le=1e9, allow_inf_nan=False)
+    cycles: _Cycles
+    range: tuple[_Cycles, _Cycles] | None = None
     source: str = Field(default="the user's own figure", min_length=1)
+
+    @field_validator("range")
+    @classmethod
+    def _has_cycles(cls, range_: tuple[float, float] | None, info: ValidationInfo) -> object:
+        cycles = info.data.get("cycles")
+        if range_ is not None and cycles is not None and not range_[0] <= cycles <= range_[1]:
+            raise ValueError(f"the least and the most cycles, and {cycles:g} in between")
+        return range_
+
+    @property
+    def least(self) -> float:
+        return self.cycles if self.range is None else self.range[0]
+
+    @property
+    def most(self) -> float:
+        return self.cycles if self.range is None else self.range[1]
 
 
 class Costs(BaseModel):
@@ -62,6 +87,8 @@ class CycleLine:
     item: str
     group: Group
     events: int
+    # The entries of the table that an event is charged.
+    charged: tuple[str, ...]
     cycles_each: float
     source: str
 
@@ -79,17 +106,26 @@ class Flush(Protocol):
     def count(self) -> int: ...
 
 
-def load_costs(path: Path | None = None) -> Costs:
-    """Load the embedded table, with entries of the user's file in place of its own."""
-    embedded = resources.files("emulator").joinpath("costs.toml").read_text("utf-8")
-    table = tomllib.loads(embedded)
+def load_costs(path: Path | None = None, base: Costs | None = None) -> Costs:
+    """Load the embedded table, or take `base`, with entries of the user's file in place of its own."""
+    if base is None:
+        base = Costs.model_validate(
+            tomllib.loads(resources.files("emulator").joinpath("costs.toml").read_text("utf-8"))
+        )
     if path is None:
-        return Costs.model_validate(table)
+        return base
     own = parse_toml(read_text(path, "a readable file of costs"), str(path))
     try:
-        return Costs.model_validate({**table, **own})
+        return Costs.model_validate({**dict(base), **own})
     except ValidationError as error:
         raise BadInput(str(path), *first_error(error, Costs)) from error
+
+
+def charge(costs: Costs, item: str, group: Group, events: int, *charged: str) -> CycleLine:
+    """Return the line of an item: each of its events is charged these entries of the table."""
+    entries: list[Cost] = [getattr(costs, name) for name in charged]
+    source = "; ".join(dict.fromkeys(entry.source for entry in entries))
+    return CycleLine(item, group, events, charged, sum(entry.cycles for entry in entries), source)
 
 
 def modelled_cycles(
@@ -116,33 +152,32 @@ def modelled_cycles(
     refill_references = counters["walk_references"] * min(counters["refills"], walks) // max(walks, 1)
     vmclears = counters["ipis_vmclear"]
     interruptions = counters["interruptions"] - counters["interruptions_vmclear"]
-    both_ends = Cost(cycles=costs.ipi_send.cycles + costs.ipi_receive.cycles, source="sent and received")
     ride_along = max(counters["csd_queued"] - counters["ipis_sent"], 0)
 
-    def line(item: str, group: Group, events: int, cost: Cost) -> CycleLine:
-        return CycleLine(item, group, max(events, 0), cost.cycles, cost.source)
+    def line(item: str, group: Group, events: int, *charged: str) -> CycleLine:
+        return charge(costs, item, group, max(events, 0), *charged)
 
-    flush_lines = [line(scope, "flush", n, getattr(costs, scope)) for scope, n in sorted(by_scope.items())]
+    flush_lines = [line(scope, "flush", n, scope) for scope, n in sorted(by_scope.items())]
     return (
         *flush_lines,
-        line("IPIs sent", "flush", counters["ipis_sent"] - vmclears, costs.ipi_send),
-        line("IPIs received", "flush", counters["ipis_received"] - vmclears, costs.ipi_receive),
-        line("calls that rode along", "flush", ride_along, costs.call_ride_along),
-        line("guests interrupted", "flush", interruptions, costs.vm_exit_entry),
-        line("refill walk references", "flush", refill_references, costs.walk_reference),
-        line("other exits", "work", counters["vm_entries"] - interruptions, costs.vm_exit_entry),
-        line("exits without a VPID", "work", counters["no_vpid_exits"], costs.no_vpid_exit_entry),
-        line("IPIs for VMCLEAR", "work", vmclears, both_ends),
-        line("EPT violations", "work", faults, costs.ept_violation),
-        line("VMCS loads elsewhere", "work", migrations, costs.vmcs_load),
-        line("SPTEs zapped", "work", counters["sptes_zapped"], costs.spte_change),
-        line("SPTEs mapped", "work", counters["sptes_mapped"], costs.spte_change),
-        line("second-level hits", "work", counters["l1_misses"] - walks, costs.l2_hit),
+        line("IPIs sent", "flush", counters["ipis_sent"] - vmclears, "ipi_send"),
+        line("IPIs received", "flush", counters["ipis_received"] - vmclears, "ipi_receive"),
+        line("calls that rode along", "flush", ride_along, "call_ride_along"),
+        line("guests interrupted", "flush", interruptions, "vm_exit_entry"),
+        line("refill walk references", "flush", refill_references, "walk_reference"),
+        line("other exits", "work", counters["vm_entries"] - interruptions, "vm_exit_entry"),
+        line("exits without a VPID", "work", counters["no_vpid_exits"], "no_vpid_exit_entry"),
+        line("IPIs for VMCLEAR", "work", vmclears, "ipi_send", "ipi_receive"),
+        line("EPT violations", "work", faults, "ept_violation"),
+        line("VMCS loads elsewhere", "work", migrations, "vmcs_load"),
+        line("SPTEs zapped", "work", counters["sptes_zapped"], "spte_change"),
+        line("SPTEs mapped", "work", counters["sptes_mapped"], "spte_change"),
+        line("second-level hits", "work", counters["l1_misses"] - walks, "l2_hit"),
         line(
             "other walk references",
             "work",
             counters["walk_references"] - refill_references,
-            costs.walk_reference,
+            "walk_reference",
         ),
-        line("guest invalidations", "work", counters["guest_invalidations"], costs.guest_invalidation),
+        line("guest invalidations", "work", counters["guest_invalidations"], "guest_invalidation"),
     )

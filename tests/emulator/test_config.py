@@ -13,6 +13,7 @@ from emulator.machine.runtime import OutOfFrames, OutOfMemory
 from emulator.scenario.config import (
     Scenario,
     embedded_scenarios,
+    load_scaled,
     load_scenario,
     parse_duration,
     parse_scenario,
@@ -178,6 +179,12 @@ def test_own_costs_replace_single_entries(tmp_path: Path) -> None:
         ("[ipi_send]\ncycles = -1", "ipi_send.cycles: found -1; expected at least 0"),
         ("[ipi_send]", "ipi_send.cycles: found nothing"),
         ("ipi_send = 3", "ipi_send: found 3; expected a table"),
+        (
+            "[ipi_send]\ncycles = 9\nrange = [10, 20]",
+            "ipi_send.range: found [10, 20]; expected the least and the most cycles, and 9 in between",
+        ),
+        ("[ipi_send]\ncycles = 9\nrange = [20]", "ipi_send.range[1]: found nothing"),
+        ("[ipi_send]\ncycles = 9\nrange = [1, -1]", "ipi_send.range[1]: found -1; expected at least 0"),
         ("[", "not TOML"),
     ],
 )
@@ -193,6 +200,19 @@ def test_bad_costs(text: str, expected: str, tmp_path: Path) -> None:
 def test_every_default_cost_has_a_source() -> None:
     for name, cost in load_costs():
         assert cost.source != "the user's own figure", name
+        assert cost.range is not None or not cost.source.startswith("assumed"), name
+
+
+def test_an_own_cost_is_exact_and_stands_on_the_scenarios_table(tmp_path: Path) -> None:
+    """Costs given on the command line replace entries of the scenario's own file, and of no other."""
+    (tmp_path / "scenario-costs.toml").write_text("[ipi_send]\ncycles = 9\n[l2_hit]\ncycles = 8\n")
+    (tmp_path / "own.toml").write_text('costs = "scenario-costs.toml"\n[[vm]]\n')
+    (tmp_path / "mine.toml").write_text("[ipi_send]\ncycles = 7\n")
+    costs = load_scaled(str(tmp_path / "own.toml"), None, None, tmp_path / "mine.toml").cost_table
+    assert (costs.ipi_send.cycles, costs.l2_hit.cycles) == (7, 8)
+    assert costs.ipi_send.range is None
+    assert (costs.ipi_send.least, costs.ipi_send.most) == (7, 7)
+    assert costs.invept_global == load_costs().invept_global
     assert issubclass(Costs, BaseModel)
 
 
