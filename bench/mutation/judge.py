@@ -1,7 +1,8 @@
 """The verdict on one mutant: the suite against its code, by explore and then on real threads.
 
 caught       a pair of the suite shows a violation, a failure, a wait without end, or no danger where it
-             showed one before; the verdict names the pair, the kind, and the executions up to then
+             showed one before; or, after a glance at all pairs, an execution of one has other counts of
+             events; the verdict names the pair, the kind, and the executions up to then
 broken       Python itself fails in the mutated statement: no suite is needed to notice
 equivalent   argued in equivalent.toml: no execution differs in anything that KVM promises
 cost-only    survived, adds work by its rule, and some price of an event is higher in the first executions of
@@ -22,19 +23,18 @@ from types import MappingProxyType
 from typing import Any, Final
 
 from bench.mutation import patched
+from bench.mutation.counts import PRICES, STEPS, WORK, differences
 from bench.mutation.generate import Mutant
 from bench.mutation.suite import (
     FIRST,
     GLANCE,
     OTHER,
     SECOND,
-    STEPS,
-    WORK,
     Known,
     Pair,
     Shown,
+    counts,
     most_of,
-    prices,
     show,
 )
 from emulator.errors import BadInput
@@ -56,6 +56,8 @@ UNDECIDED: Final = "undecided"
 CLASSES: Final = (CAUGHT, BROKEN, EQUIVALENT, COST_ONLY, UNREACHED, SURVIVED, UNDECIDED)
 # The kind of a catch: executions that do not come to an end, where they did before.
 ENDLESS: Final = "endless"
+# ... and of one by counts alone.
+COUNTS: Final = "counts"
 
 # So few pairs that reach a statement all get a second look: nothing else tests it.
 FEW: Final = 10
@@ -158,7 +160,12 @@ def judge(
     priced = [one for one in reaching if one.pair.preset == DEFAULT] or reaching
     if mutant.rule in _ONLY_COSTS and (cost := _cost(mutant, priced)):
         return Judgement(mutant.name, COST_ONLY, why=cost)
+    counted = mutant.rule.startswith(_ADDS)  # more work is a price, unless a test catches it
     for look in pending(reaching, depth, looked):
+        if not counted and look.executions > FIRST:
+            counted = True
+            if (miscounted := _miscounted(mutant, priced, say, executions)) is not None:
+                return miscounted
         say(str(look))
         found, caught = (_stressed if look.real else _explored)(mutant, look, executions)
         if caught is not None:
@@ -171,9 +178,11 @@ def judge(
         return Judgement(mutant.name, UNREACHED)
     if cut_short:
         return Judgement(mutant.name, UNDECIDED, executions=executions, why=f"cut short: {cut_short[0]}")
-    cost = _cost(mutant, priced)
-    verdict = COST_ONLY if cost else SURVIVED
-    return Judgement(mutant.name, verdict, executions=executions, why=cost, looked=looked)
+    if cost := _cost(mutant, priced):
+        return Judgement(mutant.name, COST_ONLY, executions=executions, why=cost, looked=looked)
+    if (miscounted := _miscounted(mutant, priced, say, executions)) is not None:
+        return miscounted
+    return Judgement(mutant.name, SURVIVED, executions=executions, looked=looked)
 
 
 def reaches(
@@ -293,6 +302,22 @@ def _stressed(mutant: Mutant, look: Look, before: int) -> tuple[Shown, Judgement
     return shown, Judgement(mutant.name, CAUGHT, "stress", str(pair), kind, total, outcome.failure)
 
 
+def _miscounted(
+    mutant: Mutant, reaching: Iterable[Known], say: Callable[[str], None], before: int
+) -> Judgement | None:
+    """Judge a mutant by the counts of one execution of each pair; None: they are as they were."""
+    for one in reaching:
+        say(str(one.pair))
+        try:
+            changed = differences(one.counts, counts(one.pair))
+        except _CRASHES as error:
+            return _crashed(mutant, "explore", one.pair, before, error)
+        if changed:
+            why = ", ".join(f"{n:+} {name}" for name, n in changed.items())
+            return Judgement(mutant.name, CAUGHT, "explore", str(one.pair), COUNTS, before + 1, why)
+    return None
+
+
 def _cost(mutant: Mutant, reaching: Iterable[Known]) -> str:
     """Return the prices that have risen; "" if no event's has, or one has fallen, or the rule adds nothing.
 
@@ -303,16 +328,16 @@ def _cost(mutant: Mutant, reaching: Iterable[Known]) -> str:
     if not mutant.rule.startswith(_ADDS):
         return ""
     twice = mutant.rule.startswith("twice-")
-    uncounted = "" if twice else STEPS
+    priced = [name for name in PRICES if twice or name != STEPS]
     risen: dict[str, int] = {}
     for one in reaching:
-        for name, n in prices(one.pair).items():
-            if name == uncounted:
-                continue
-            if n < one.prices[name] and not (twice and name in WORK):
+        now = counts(one.pair)
+        for name in priced:
+            more = now[name] - one.counts[name]
+            if more < 0 and not (twice and name in WORK):
                 return ""
-            if n > one.prices[name]:
-                risen[name] = risen.get(name, 0) + n - one.prices[name]
+            if more > 0:
+                risen[name] = risen.get(name, 0) + more
     if not twice and not risen.keys() - WORK:
         return ""
     return ", ".join(f"{n} more {name}" for name, n in risen.items())

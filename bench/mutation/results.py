@@ -49,7 +49,7 @@ class Results:
             if line["fingerprint"] == self.fingerprint and line["text"] == text_hash(pair.test):
                 shown = Shown(**line["shown"] | {"kinds": tuple(line["shown"]["kinds"])})
                 lines = frozenset((module, n) for module, ns in line["lines"].items() for n in ns)
-                self.known[pair] = Known(pair, shown, line["prices"], lines)
+                self.known[pair] = Known(pair, shown, line["counts"], lines)
             return
         judgement = Judgement(**line["judgement"])
         self._remember(judgement)
@@ -89,7 +89,7 @@ class Results:
             "pair": [one.pair.test, one.pair.preset, one.pair.choices],
             "text": text_hash(one.pair.test),
             "shown": asdict(shown),
-            "prices": one.prices,
+            "counts": one.counts,
             "lines": lines,
         })  # fmt: skip
 

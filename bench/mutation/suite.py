@@ -14,19 +14,14 @@ from typing import Any, Final
 import emulator
 import native
 from bench.mutation import patched
-from emulator.explore.machine.lib import instrument
+from bench.mutation.counts import counts_of
 from emulator.explore.machine.options import NONE, ExploreOptions
-from emulator.explore.machine.program import LitmusProgram
 from emulator.explore.results.verdict import Plan, explore_verdict
-from emulator.explore.strategies.dpor import Exhaustive
-from emulator.explore.strategies.search import Limits, search
 from emulator.litmus.harness import Harness
 from emulator.litmus.loader import load_test, shipped_tests, shipped_texts
 from emulator.litmus.model import INCONCLUSIVE, SAFE, LitmusTest
 from emulator.litmus.policies import expected_of, named_policy, suits
 from emulator.policy import DEFAULT
-from native import lib
-from native.reader import CounterReader
 
 # Other policies: their answers lead through code of KVM that the default's do not.
 OTHERS: Final = (
@@ -55,33 +50,6 @@ _CHOICES: Final = {
     "speculate": ExploreOptions.given(["speculate"], 1, False),
     "store-buffers": ExploreOptions.given([], 1, True),
 }
-# Counters of a VM that are prices: flushes, kicks, requests, loads of roots, retries, yields.
-_PRICES: Final = {
-    "remote flushes": lib.STAT_REMOTE_TLB_FLUSH_REQUESTS,
-    "kicks": lib.STAT_REMOTE_TLB_FLUSH,
-    "requests": lib.STAT_MAKE_ALL_CPUS_REQUEST,
-    "flushes": lib.STAT_TLB_FLUSH,
-    "INVEPT global": lib.STAT_FLUSH_ALL,
-    "INVEPT single": lib.STAT_FLUSH_CURRENT,
-    "INVVPID": lib.STAT_FLUSH_GUEST,
-    "root loads": lib.STAT_MMU_LOAD,
-    "exits": lib.STAT_EXITS,
-    "faults": lib.STAT_FAULTS,
-    "retries": lib.STAT_FAULT_RETRIES,
-}
-# Counters of the machine that are prices, too.
-_MACHINES_PRICES: Final = {
-    "IPIs": "ipis_sent",
-    "interruptions": "interruptions",
-    "VM entries": "vm_entries",
-    "walk references": "walk_references",
-    "SPTEs mapped": "sptes_mapped",
-    "grace periods": "grace_periods",
-}
-# The price that counts for doing a step twice, which may be idle the second time: ordered steps.
-STEPS: Final = "steps"
-# Prices that are no events: what guests and walks do, which depends on when the events of others come.
-WORK: Final = frozenset({"faults", "retries", "walk references", "SPTEs mapped", STEPS})
 
 
 @dataclass(frozen=True, slots=True, order=True)
@@ -162,12 +130,12 @@ class Budget:
 class Known:
     """The findings about a pair with KVM's code as it is.
 
-    lines: module and line of the statements that it reaches.  prices: counts of its first execution.
+    lines: module and line of the statements that it reaches.  counts: of its first execution.
     """
 
     pair: Pair
     shown: Shown
-    prices: dict[str, int] = field(default_factory=dict)
+    counts: dict[str, int] = field(default_factory=dict)
     lines: frozenset[tuple[str, int]] = frozenset()
 
 
@@ -185,6 +153,11 @@ def pairs() -> Iterator[Pair]:
 def quick_pairs() -> list[Pair]:
     """Return the pairs under the default preset."""
     return [pair for pair in pairs() if pair.preset == DEFAULT]
+
+
+def counts(pair: Pair) -> dict[str, int]:
+    """Return the counts of one execution of a pair, in which each thread runs until it waits."""
+    return counts_of(pair.litmus, named_policy(pair.preset), _CHOICES[pair.choices])
 
 
 def plan_of(pair: Pair, executions: int) -> Plan:
@@ -213,34 +186,13 @@ def show(pair: Pair, executions: int) -> Shown:
     )
 
 
-def prices(pair: Pair) -> dict[str, int]:
-    """Return the counts of one execution, in which each thread runs until it waits."""
-    program = LitmusProgram(pair.litmus, named_policy(pair.preset), _CHOICES[pair.choices])
-    try:
-        with instrument(program.control):
-            strategy = Exhaustive(program.objects, bound=0)
-            found = search(program, program.objects, strategy, Limits(executions=1), bool)
-            m = program.machine.m
-            of_vms = {
-                name: sum(lib.vm_stat(m, kvm.id, stat) for kvm in program.harness.kvms)
-                for name, stat in _PRICES.items()
-            }
-            reader = CounterReader(m, vms=program.machine.config["vms"])
-            sums = reader.sums()
-            of_machine = {name: sums[counter] for name, counter in _MACHINES_PRICES.items()}
-            flushes = sum(cell.count for cell in reader.flushes())
-            return {**of_vms, **of_machine, "flush instructions": flushes, STEPS: found.steps}
-    finally:
-        program.close()
-
-
 def known(pair: Pair, cover: Cover, executions: int = 0) -> Known:
     """Explore a pair as it is, with its coverage."""
     cover.reached.clear()
     most = (executions or SECOND) if pair.preset == DEFAULT else _COVERAGE
     shown = show(pair, most)
     lines = frozenset(cover.places[number] for number in cover.reached)
-    return Known(pair, shown, prices(pair), lines)
+    return Known(pair, shown, counts(pair), lines)
 
 
 class Cover:

@@ -17,6 +17,7 @@ import pytest
 
 from bench.mutation import judge, run, suite
 from bench.mutation.__main__ import main
+from bench.mutation.counts import PRICES
 from bench.mutation.generate import Mutant, mutants, sample, sources
 from bench.mutation.judge import (
     BROKEN,
@@ -135,9 +136,9 @@ def test_results_are_kept_for_these_sources_only(known: list[Known], results: Re
 def test_a_price_excuses_what_adds_work(
     rule: str, risen: dict[str, int], excused: bool, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    before = dict.fromkeys(["flushes", "exits", "kicks", "faults", "steps"], 5)
+    before = dict.fromkeys(PRICES, 5)
     after = {name: n + risen.get(name, 0) for name, n in before.items()}
-    monkeypatch.setattr(judge, "prices", lambda pair: after)
+    monkeypatch.setattr(judge, "counts", lambda pair: after)
     one = replace(mutant(FLUSH, FLUSH + FLUSH), rule=rule)
     shown = Shown("safe", (), 1)
     assert bool(judge._cost(one, [Known(PAIRS[0], shown, before)])) == excused
