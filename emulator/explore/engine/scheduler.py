@@ -75,6 +75,7 @@ class Task:
 
     __slots__ = (
         "acts_for",
+        "awaited",
         "body",
         "changed",
         "daemon",
@@ -109,6 +110,7 @@ class Task:
         self.waits_for = ""
         self.holders: Callable[[], Iterable[int]] = tuple  # CPUs that hold the lock it waits for
         self.watch = 0  # read by the current iteration of a retry loop
+        self.awaited = 0  # read by the iteration that await_change() ended, until the step behind it is over
         self.changed = False  # another task has written one of the watched objects
         self.acts_for: Task | None = None  # a daemon that continues what this task has begun
 
@@ -257,7 +259,8 @@ class Execution:
         """Block a retry loop until another task writes an object that this iteration has read.
 
         This is sound: an iteration without side effects that reads the same values repeats the previous one
-        (as with await statements; cf. spin loops in stateless model checkers).
+        (as with await statements; cf. spin loops in stateless model checkers).  What earlier iterations have
+        read does not matter, because this one has ended as they did.
         """
         task = self.current
         assert not task.daemon
@@ -265,7 +268,8 @@ class Execution:
         task.looked_at = task.label
         self.step(label, task.watch, 0, lambda: task.changed)
         task.changed = False
-        task.watch = 0
+        # The step behind the wait depends on all that was awaited, and the next iteration on its own reads.
+        task.awaited, task.reads, task.watch = task.reads, 0, 0
 
     def stop(self) -> None:
         """End the execution with the current step: enough was seen."""
@@ -332,6 +336,8 @@ class Execution:
         writes = task.writes
         if not task.daemon:
             task.watch |= task.reads
+            task.reads |= task.awaited
+            task.awaited = 0
         if writes:
             for other in self.watchers:
                 if other.watch & writes and other is not task and other is not task.acts_for:

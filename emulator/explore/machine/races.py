@@ -83,17 +83,17 @@ class Races:
     def _happens_before(self, task: Task) -> int:
         """Return the steps that happen before a completed step, and record its accesses for later ones."""
         mark = 1 << len(self._before)
-        writes = task.writes & ~self.ignored
+        reads, writes = task.reads | task.awaited, task.writes & ~self.ignored
         found = 0
         for bit in members(writes):
             found |= self._touched.get(bit, 0)
-        for bit in members(task.reads):
+        for bit in members(reads):
             found |= self._wrote.get(bit, 0)
         found |= 1 << self._last[task.index]
         before = found
         for i in members(found):
             before |= self._before[i]
-        for bit in members(task.reads & ~writes):
+        for bit in members(reads & ~writes):
             self._touched[bit] = self._touched.get(bit, 0) | mark
         for bit in members(writes):
             # All that touched the object before happens before this step, and with it before later ones.

@@ -3,13 +3,18 @@ nothing out."""
 
 from __future__ import annotations
 
+from collections.abc import Hashable
 from math import factorial, prod
 
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from tests.emulator.explore.tiny_programs import Op, explore
+from emulator.explore.engine.objects import Objects
+from emulator.explore.engine.scheduler import Task, Wait
+from emulator.explore.strategies.dpor import Exhaustive
+from emulator.explore.strategies.search import Limits, search
+from tests.emulator.explore.tiny_programs import Op, Tiny, explore
 
 
 def interleavings(*lengths: int) -> int:
@@ -148,6 +153,55 @@ def test_the_same_outcomes_up_to_a_bound(tasks: list[list[Op]], bound: int) -> N
     reduced = explore(*tasks, bound=bound)
     everything = explore(*tasks, bound=bound, reduce=False)
     assert set(reduced.outcomes) == set(everything.outcomes)
+
+
+RETRIES = {"until", "spin"}
+RETRYING = st.one_of(
+    st.tuples(st.just("w"), VARIABLES, st.sampled_from(["1", "2"])),
+    st.tuples(st.just("inc"), VARIABLES),
+    st.tuples(st.sampled_from(sorted(RETRIES)), VARIABLES, st.sampled_from(["1", "2"])),
+)
+
+
+@pytest.mark.slow
+@settings(max_examples=150, deadline=None, derandomize=True)
+@given(programs(RETRYING))
+def test_a_retry_loop_is_a_wait(tasks: list[list[Op]]) -> None:
+    """A loop is blocked until another task writes what the iteration has read; it misses no value then, also
+    where it ends after earlier loops of the task."""
+    waiting = [[("wait", *op[1:]) if op[0] in RETRIES else op for op in task] for task in tasks]
+    assert set(explore(*tasks).outcomes) == set(explore(*waiting).outcomes)
+
+
+class Relaxes(Exhaustive):
+    """All executions, and the objects that the waits of retry loops in each depend on."""
+
+    def __init__(self, objects: Objects) -> None:
+        super().__init__(objects)
+        self.waits: dict[int, list[Hashable]] = {}
+        self.seen: list[list[list[Hashable]]] = []
+
+    def begin(self, tasks: int) -> None:
+        super().begin(tasks)
+        self.waits = {depth: names for depth, names in self.waits.items() if depth < self.depth}
+
+    def stepped(self, task: Task) -> None:
+        if task.label[0] == "relax":
+            self.waits[self.depth] = self.objects.of(task.reads)
+        super().stepped(task)
+
+    def end(self, tasks: list[Task], deadlock: tuple[Wait, ...]) -> bool:
+        self.seen.append(list(self.waits.values()))
+        return super().end(tasks, deadlock)
+
+
+def test_a_retry_loop_waits_for_what_its_last_iteration_has_read() -> None:
+    program = Tiny([("r", "x"), ("until", "y", "2")], [("w", "y", "1"), ("w", "x", "1"), ("w", "y", "2")])
+    strategy = Relaxes(program.objects)
+    assert search(program, program.objects, strategy, Limits(), lambda _: False).complete
+    twice = [waits for waits in strategy.seen if len(waits) > 1]
+    assert twice
+    assert all(waits == [["x", "y"], *[["y"]] * (len(waits) - 1)] for waits in twice)
 
 
 def test_the_bound_counts_preemptions() -> None:

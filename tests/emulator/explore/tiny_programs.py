@@ -16,7 +16,8 @@ Op = tuple[str, ...]
 class Tiny:
     """Operations: ("r", x) into the task's register; ("w", x, v); ("inc", x) reads and writes in one step;
     ("lock", x), ("unlock", x); ("wait", x, v) until x is v; ("when", x, y) once
-    x is 1 reads y, in one step.  The outcome is everything at the end."""
+    x is 1 reads y, in one step; ("until", x, v) retries until x is v, with a step for each look at it, and
+    ("spin", x, v) looks again in the step behind the wait.  The outcome is everything at the end."""
 
     def __init__(self, *tasks: Sequence[Op], objects: Objects | None = None) -> None:
         self.tasks = tasks
@@ -67,11 +68,26 @@ class Tiny:
                     y = op[2]
                     execution.step((kind, x, "read"), mask | bit(y), 0, partial(self._is, x, 1), x)
                     self.registers[i].append(shared.get(y, 0))
+                elif kind in ("until", "spin"):
+                    self._retry(execution, x, int(op[2]), apart=kind == "until")
                 else:
                     wanted = int(op[2])
                     execution.step((kind, x, "read"), mask, 0, partial(self._is, x, wanted), x)
 
         return body
+
+    def _retry(self, execution: Execution, x: str, wanted: int, *, apart: bool) -> None:
+        mask = self.objects.bit(x)
+        execution.step(("look", x, "read"), mask, 0)
+        found = self._is(x, wanted)
+        while not found:
+            execution.await_change(("relax", x, "read"))
+            if apart:
+                execution.step(("look", x, "read"), mask, 0)
+            else:
+                execution.touch(mask, 0)
+            found = self._is(x, wanted)
+            execution.step(("pause", x, "read"), 0, 0)
 
 
 def explore(
