@@ -81,11 +81,16 @@ class Readers:
 
 
 class Walks(NamedTuple):
-    """Counts of hardware walks, SPTEs in which they set A or D, and uses judged by the ledger of rights."""
+    """Counts of hardware walks, SPTEs in which they set A or D, uses judged by the ledger of rights, and
+    translations that were needed again after a flush, which are judged as well."""
 
     misses: int
     updates: int
     judged: int
+    refills: int
+
+    def judged_since(self, before: Walks) -> bool:
+        return self.judged != before.judged or self.refills != before.refills
 
 
 class Control:
@@ -318,7 +323,8 @@ class Control:
         lib.counters_read(self.machine.m, cpu, self._counters)
         of = self._counters
         misses = of[lib.COUNT_L2_MISSES] + of[lib.COUNT_GPA_LOOKUPS]
-        return Walks(misses, of[lib.COUNT_WALK_UPDATES], of[lib.COUNT_ORACLE_SLOW])
+        judged, refills = of[lib.COUNT_ORACLE_SLOW], of[lib.COUNT_REFILLS]
+        return Walks(misses, of[lib.COUNT_WALK_UPDATES], judged, refills)
 
     def caches_tables(self, cpu: CpuId) -> bool:
         """Return whether this pCPU's paging-structure caches hold any entry."""

@@ -36,7 +36,7 @@ class GuestMode(Lib):
 
     def __init__(self) -> None:
         # The shared objects of a guest's step, by CPU and VM.
-        self._guest_masks: dict[tuple[int, int], tuple[int, int, int, int]] = {}
+        self._guest_masks: dict[tuple[int, int], tuple[int, int, int, int, int]] = {}
 
     def guest_set_program(self, m: MachinePtr, vcpu: VcpuId, ops: Array[GuestOp], n: int) -> int:
         self.control.programs[vcpu] = ops
@@ -76,9 +76,12 @@ class GuestMode(Lib):
         if masks is None:
             bit = control.bit
             memory = bit("memory", vm)
-            reads = bit("irq", cpu) | bit("custody") | control.everything | memory
-            masks = self._guest_masks[cpu, vm] = (reads, bit("tlb", cpu), memory, bit("ept"))
-        reads, tlb, memory, ept = masks
+            reads = bit("irq", cpu) | control.everything
+            used = bit("custody") | memory
+            masks = self._guest_masks[cpu, vm] = (reads, used, bit("tlb", cpu), memory, bit("ept"))
+        # `used`: read by an access that gets its translation.  An EPT violation comes of SPTEs alone, unless
+        # a cached translation, or the ghost of one that was flushed, is judged on the way.
+        reads, used, tlb, memory, ept = masks
         execution.step(
             (GUEST_OP_NAMES[op.kind], (vcpu, op.linear >> 12), "write" if op.kind == _WRITE else "read"),
             reads,
@@ -98,6 +101,8 @@ class GuestMode(Lib):
             execution.touch(ept, 0)
         if now.updates != before.updates:
             execution.touch(0, ept)
+        if vm in control.paging or reason != lib.EXIT_EPT_VIOLATION or now.judged_since(before):
+            execution.touch(used, 0)
         if stored:
             execution.touch(0, memory)
             if reason not in _FAULTS or vm in control.paging:

@@ -12,6 +12,7 @@ import pytest
 from emulator.explore.audit.residue import ResidueProgram
 from emulator.explore.engine.objects import Objects
 from emulator.explore.engine.scheduler import Execution, Label, Task
+from emulator.explore.machine.control import Walks
 from emulator.explore.machine.lib import instrument
 from emulator.explore.machine.program import LitmusProgram
 from emulator.explore.results.record import record
@@ -22,7 +23,7 @@ from emulator.litmus.loader import load_test, parse_test
 from emulator.litmus.policies import named_policy
 from emulator.policy import Policy
 from native import lib
-from native.types import Hfn
+from native.types import CpuId, Hfn
 
 
 class Step(NamedTuple):
@@ -115,6 +116,42 @@ def test_a_root_that_was_loaded_before_may_be_any() -> None:
     _, steps = searched(test, "linux-7.3", 1)
     first = next(s for s in steps if s.label[0] in ("read", "write") and roots(test, s.reads))
     assert len(roots(test, first.reads)) == load_test(test).machine.root_frames
+
+
+class Judging(Watched):
+    """The steps of the first execution, and those of guests in which a use was judged or the EPT refused."""
+
+    def __init__(self, program: LitmusProgram) -> None:
+        super().__init__(program.objects, None)
+        self.program = program
+        self.refused: dict[bool, list[Step]] = {True: [], False: []}  # by whether a use was judged
+        self.walks = Walks(0, 0, 0, 0)
+
+    def stepped(self, task: Task) -> None:
+        super().stepped(task)
+        control = self.program.control
+        before, self.walks = self.walks, control.walks(CpuId(0))
+        if task.label[0] == "read" and control.exit_reason == lib.EXIT_EPT_VIOLATION:
+            self.refused[self.walks.judged_since(before)].append(self.steps[-1])
+
+
+def test_a_refused_access_depends_on_custody_only_if_a_use_was_judged() -> None:
+    """The ghost of a flushed translation is judged by its first walk, so that its count of averted violations
+    depends on the host; the walks behind it depend on SPTEs alone."""
+    program = LitmusProgram(load_test("away-zap"), Policy())
+    try:
+        with instrument(program.control):
+            strategy = Judging(program)
+            search(program, program.objects, strategy, Limits(executions=1), lambda _: False)
+    finally:
+        program.close()
+    assert len(strategy.refused[True]) == 1
+    assert len(strategy.refused[False]) == 1
+    for judged, steps in strategy.refused.items():
+        for step in steps:
+            assert ("ept",) in step.reads
+            assert (("custody",) in step.reads) == judged
+            assert (("memory", 0) in step.reads) == judged
 
 
 def test_a_grace_period_waits_for_those_who_were_inside() -> None:
