@@ -3,6 +3,7 @@
     python -m bench                          everything: about two minutes, and the machine should be idle
     python -m bench --only guest ipi         some of it; --help names them
     python -m bench --only mutation          a night: every mutant of emulator/kvm against the litmus tests
+    python -m bench --only proofs            seven minutes: litmus tests that are proved in five seconds each
     python -m bench --only patched           five minutes: what a patch costs a run, and its start
     python -m bench.mutation --sample 100 --keep FILE       some of that; goes on where FILE ends
     python -m bench --json bench.json        a JSON document as well ("-": on standard output, the table on
@@ -36,7 +37,7 @@ one poll, one look-up and one check, that every call ran, every callback was inv
 something, and that the core spins before it sleeps where there are two cores); 2 bad usage or no compiler.
 
 Where things are: native/*.c print samples, one JSON object per figure (native/bench.h); toolchain.py compiles
-and runs them; programs.py, job.py, idle.py, zap.py, exploring.py, reduction.py, patched.py and mutation/ are
-the benchmarks; figures.py does all arithmetic; history.py keeps and compares; report.py prints; machine.py
-describes the machine.
+and runs them; programs.py, job.py, idle.py, zap.py, exploring.py, reduction.py, proofs.py, patched.py and
+mutation/ are the benchmarks; figures.py does all arithmetic; history.py keeps and compares; report.py prints;
+machine.py describes the machine.
 """

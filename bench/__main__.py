@@ -23,6 +23,7 @@ from bench.job import job
 from bench.machine import facts, load, usable_cores
 from bench.mutation.benchmark import mutation
 from bench.patched import patched
+from bench.proofs import proofs
 from bench.reduction import reduction
 from bench.report import Report
 from bench.toolchain import Toolchain
@@ -44,6 +45,7 @@ BENCHMARKS = (
     Benchmark("flush", "flushes as the TLB grows", programs.flush),
     Benchmark("lookup", "the first-level look-up and its rivals", programs.lookup),
     Benchmark("rcu", "read sections and callbacks", programs.rcu),
+    Benchmark("proofs", "litmus tests proved in five seconds each", proofs, on_request=True),
     Benchmark("patched", "a run with a patch of KVM's code", patched, cores=2, on_request=True),
     Benchmark("mutation", "mutants of KVM's code: does the suite catch them?", mutation, on_request=True),
 )
