@@ -59,14 +59,17 @@ class ProcessPool(ProcessPoolExecutor):
                 found = f"found {self._jobs}, but {getattr(error, 'strerror', None) or error}"
                 raise BadInput("--jobs", found, "fewer, or higher limits of processes and memory") from error
 
-    def completed(self, futures: Sequence[Future[T]]) -> Iterator[Future[T]]:
-        """Yield the futures in the order in which they complete.
+    def completed(
+        self, futures: Sequence[Future[T]], waiting: Callable[[], None] = lambda: None
+    ) -> Iterator[Future[T]]:
+        """Yield the futures in the order in which they complete, and call `waiting` every now and then.
 
         After a signal, work that has not begun is cancelled; work that has begun ends soon, and is yielded.
         """
         pending = set(futures)
         while pending:
             done, pending = wait(pending, _TICK, FIRST_COMPLETED)
+            waiting()
             yield from (future for future in done if not future.cancelled())
             self._end_if_interrupted(pending)
 

@@ -19,6 +19,7 @@ from rich.text import Text
 
 from emulator import interrupts
 from emulator.cli.options import FilesArgument, JobsOption, JunitOption, KtapOption, refuse
+from emulator.cli.progress import SearchProgress
 from emulator.errors import BadInput
 from emulator.output import Unwritable, check_file, make_directory, saying, write_file
 from emulator.report.cases import Case, ktap
@@ -244,8 +245,11 @@ def explore(
     lines = None if as_json or as_ktap else Lines(tests, names)
     verdicts = Verdicts(work, lines, output, as_ktap=as_ktap, junit=junit)
     interrupts.only_note()
-    for verdict in explore_suite(work, jobs or len(os.sched_getaffinity(0))):
+    progress = SearchProgress(len(work))
+    for verdict in explore_suite(work, jobs or len(os.sched_getaffinity(0)), progress.told):
+        progress.reached()
         verdicts.take(verdict)
+    progress.erase()
     raise typer.Exit(verdicts.end())
 
 

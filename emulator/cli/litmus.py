@@ -16,6 +16,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 
 from emulator import interrupts
 from emulator.cli.options import FilesArgument, JobsOption, JunitOption, KtapOption, refuse
+from emulator.cli.progress import SearchProgress
 from emulator.output import check_file, saying, write_file
 from emulator.report.cases import junit as junit_of
 from emulator.report.cases import ktap
@@ -140,18 +141,22 @@ def litmus(
         named_policy(name)
     iterations = iterations or (INTERLEAVINGS if explore else EXECUTIONS)
     seed = (0 if explore else secrets.randbits(31)) if seed is None else seed
-    run = partial(explore_all, seconds=limit) if explore else run_suite
     jobs = jobs or len(os.sched_getaffinity(0))
     plan = [(test, tuple(policies_for(test, chosen, mutants))) for test in tests]
+    planned = sum(len(policies) for _, policies in plan)
+    searched = SearchProgress(planned)
+    # A terminal has the bar.
+    told = (lambda runs: None) if sys.stderr.isatty() else searched.told
+    run = partial(explore_all, seconds=limit, told=told) if explore else run_suite
     results = Results(tests, seed, (iterations, limit) if explore else None)
     started = time.monotonic()
     interrupts.only_note()
     with _progress(as_json or as_ktap) as progress:
-        bar = progress.add_task("litmus", total=iterations * sum(len(policies) for _, policies in plan))
+        bar = progress.add_task("litmus", total=iterations * planned)
         for outcome in run(plan, iterations, seed, jobs, lambda n: progress.advance(bar, n)):
+            searched.reached()
             results.add(outcome)
     seconds = time.monotonic() - started
-    planned = sum(len(policies) for _, policies in plan)
     missing = planned - len(results.outcomes)
     results.interrupted = interrupts.came() is not None
     status = VIOLATIONS_OR_SURPRISES if results.differing() or results.unforeseen() else 0

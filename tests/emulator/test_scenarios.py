@@ -293,6 +293,6 @@ def test_the_vcpus_of_a_vm_run_threads_of_the_same_processes_without_ept_only(ep
 
 
 def test_threads_and_resets_exclude_each_other() -> None:
-    text = '[[vm]]\nthreads = true\n[kvm]\nresets = 1\n'
+    text = "[[vm]]\nthreads = true\n[kvm]\nresets = 1\n"
     with pytest.raises(BadInput, match=r"kvm.resets = 0 where a vm has threads = true"):
         parse_scenario(text, "mine", Path())

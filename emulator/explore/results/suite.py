@@ -8,7 +8,7 @@ from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import Future
 from dataclasses import dataclass
 
-from emulator.explore.results.verdict import INTERRUPTED, Plan, Stop, Verdict, explore_verdict
+from emulator.explore.results.verdict import INTERRUPTED, Plan, Stop, Told, Verdict, explore_verdict
 from emulator.litmus.model import LitmusTest
 from emulator.litmus.policies import named_policy
 from emulator.litmus.verdict import SEARCHED, Outcome
@@ -30,29 +30,33 @@ def stop_of(work: Work) -> Stop:
     return lambda: (bool(work.seconds) and time.monotonic() - started > work.seconds) or ending()
 
 
-def explore_one(work: Work, jobs: int = 1) -> Verdict:
-    """Explore one test under one policy."""
-    verdict = explore_verdict(work.test, named_policy(work.policy), work.plan, stop_of(work), jobs)
+def explore_one(work: Work, jobs: int = 1, told: Told = lambda runs: None) -> Verdict:
+    """Explore one test under one policy.  told: called with the number of further runs."""
+    policy = named_policy(work.policy)
+    verdict = explore_verdict(work.test, policy, work.plan, stop_of(work), jobs, told=told)
     verdict.policy = work.policy
     return verdict
 
 
-def explore_suite(work: Sequence[Work], jobs: int) -> Iterator[Verdict]:
+def explore_suite(work: Sequence[Work], jobs: int, told: Told = lambda runs: None) -> Iterator[Verdict]:
     """Yield verdicts in the order of the work; after a signal, those that were reached.
 
-    A single pair is divided among the processes.
+    A single pair is divided among the processes.  told: called again and again, with the number of further
+    runs; those of a pair in another process are told with its verdict.
     """
     if jobs <= 1 or len(work) <= 1:
         for one in work:
             if ending():
                 return
-            yield from _reached(explore_one(one, jobs))
+            yield from _reached(explore_one(one, jobs, told))
         return
     with ProcessPool(min(jobs, len(work))) as pool:
         futures = [pool.submit(explore_one, one) for one in work]
         done: set[Future[Verdict]] = set()
         waiting = deque(futures)
-        for future in pool.completed(futures):
+        for future in pool.completed(futures, lambda: told(0)):
+            if future.exception() is None:
+                told(_runs(future.result()))
             done.add(future)
             while waiting and (waiting[0] in done or waiting[0].cancelled()):
                 yield from _said(waiting.popleft())
@@ -63,6 +67,10 @@ def explore_suite(work: Sequence[Work], jobs: int) -> Iterator[Verdict]:
 def _said(future: Future[Verdict]) -> Iterator[Verdict]:
     if not future.cancelled():
         yield from _reached(future.result())
+
+
+def _runs(verdict: Verdict) -> int:
+    return verdict.executions + verdict.pruned
 
 
 def _reached(verdict: Verdict) -> Iterator[Verdict]:
@@ -78,12 +86,13 @@ def explore_all(
     jobs: int,
     progress: Callable[[int], None],
     seconds: float,
+    told: Told = lambda runs: None,
 ) -> Iterator[Outcome]:
     """Yield the outcomes of tests by proof: of every interleaving, up to `executions` and `seconds` for each
-    pair (0: no limit)."""
+    pair (0: no limit).  told: as for explore_suite()."""
     plan = Plan(executions=executions, seed=seed, minimize=False)
     work = [Work(test, policy, plan, seconds) for test, policies in tests for policy in policies]
-    for verdict in explore_suite(work, jobs):
+    for verdict in explore_suite(work, jobs, told):
         progress(executions)
         proof = SEARCHED if verdict.counterexample is not None or verdict.failure else verdict.verdict
         # A violation counts under its most specific kind, as on real threads.

@@ -190,6 +190,7 @@ class Verdict:
 
 
 Stop = Callable[[], bool]
+Told = Callable[[int], None]
 
 
 def explore_verdict(
@@ -200,11 +201,13 @@ def explore_verdict(
     jobs: int = 1,
     *,
     build: Callable[..., LitmusProgram] = LitmusProgram,
+    told: Told = lambda runs: None,
 ) -> Verdict:
     """Explore one test under one policy.
 
     stop: asked between executions.  With it, results depend on time; they never depend on the number of
-    processes (`jobs`).  build: makes the program of this process.
+    processes (`jobs`).  build: makes the program of this process.  told: called with the number of further
+    runs, those given up half way included.
     """
     plan = plan or Plan()
     with policy.confined():
@@ -214,7 +217,8 @@ def explore_verdict(
         while known is not None:
             verdict = Verdict(test.name, policy.name, plan, test.expect.needs)
             verdict.unwatched = unwatched_state(policy)
-            known = _explored(build(test, policy, plan.options, known=known), verdict, stop, jobs)
+            program = build(test, policy, plan.options, known=known)
+            known = _explored(program, verdict, _telling(stop, told), jobs, told)
     if verdict.unwatched or verdict.unordered:
         _take_back(verdict)
     elif not verdict.complete and verdict.verdict not in (VIOLATIONS, FAILED):
@@ -226,11 +230,21 @@ def explore_verdict(
     return verdict
 
 
-def _explored(program: LitmusProgram, verdict: Verdict, stop: Stop, jobs: int) -> Known | None:
+def _telling(stop: Stop, told: Told) -> Stop:
+    """Return a `stop` that tells of the run that it precedes."""
+
+    def stops() -> bool:
+        told(1)
+        return stop()
+
+    return stops
+
+
+def _explored(program: LitmusProgram, verdict: Verdict, stop: Stop, jobs: int, told: Told) -> Known | None:
     """Explore the program.  Return the accesses that a new search must know, or None if none is needed."""
     reads = program.reads
     try:
-        with instrument(program.control), Team(program, jobs, stop) as team:
+        with instrument(program.control), Team(program, jobs, stop, told) as team:
             if verdict.plan.strategy == "exhaustive":
                 _exhaustively(program, verdict, team, stop)
             else:

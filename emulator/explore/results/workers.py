@@ -31,13 +31,20 @@ class Team:
     """`jobs` processes, not counting this one if there are several.
 
     stop: asked between executions in this process, and between parts in the pool; a part that it prevents
-    counts as not begun.
+    counts as not begun.  told: called with the number of runs of each part that the pool has searched.
     """
 
-    def __init__(self, program: LitmusProgram, jobs: int, stop: Callable[[], bool]) -> None:
+    def __init__(
+        self,
+        program: LitmusProgram,
+        jobs: int,
+        stop: Callable[[], bool],
+        told: Callable[[int], None] = lambda runs: None,
+    ) -> None:
         self.program = program
         self.jobs = jobs
         self.stop = stop
+        self.told = told
         self._parts = 0
         self._pool: ProcessPool | None = None
         self._stack = ExitStack()
@@ -63,7 +70,9 @@ class Team:
                 if self.stop() and future.cancel():
                     yield _NOT_BEGUN
                 else:
-                    yield self._take(self._others().result(future))
+                    outcome = self._take(self._others().result(future))
+                    self.told(outcome.found.executions + outcome.found.pruned)
+                    yield outcome
         finally:
             _cancel(futures)
 

@@ -152,13 +152,16 @@ def test_a_node_is_forgotten_when_everything_behind_it_is_done() -> None:
 def test_several_processes_find_what_one_finds() -> None:
     """More than are done plainly, and than this process does alone."""
     program = LitmusProgram(load_test("return-protect"), named_policy("root-tlb-gen"))
-    found = []
+    found: list[Found] = []
+    told: list[int] = []
     with instrument(program.control):
         for jobs in (1, 3):
-            with Team(program, jobs, lambda: False) as team:
+            told.clear()
+            with Team(program, jobs, lambda: False, told.append) as team:
                 one = wide_search(program, program.objects, None, Limits(), bool, team, plain=8, part=8)
                 found.append(one)
                 assert (team._pool is not None) == (jobs > 1)
+                assert (0 < sum(told) < one.executions + one.pruned) == (jobs > 1)
     program.close()
     assert found[0] == found[1]
     assert found[0].complete

@@ -196,7 +196,10 @@ NOT_TOGETHER = [
     (["cr0 pg 1"], [], [], [], "v0.ops[0]: found 'cr0 pg 1'; expected cr0 pg in a VM with paging = true"),
     (["invpcid 0 1 2"], [], [], [], "v0.ops[0]: found 'invpcid 0 1 2'; expected pcid = true in its VM"),
     (
-        ["cr4 pcide 1", "invpcid 0 1 2", "cr4 pcide 0", "invpcid 0 1 2"], [], [], [],
+        ["cr4 pcide 1", "invpcid 0 1 2", "cr4 pcide 0", "invpcid 0 1 2"],
+        [],
+        [],
+        [],
         "v0.ops[3]: found 'invpcid 0 1 2'; expected pcid = true in its VM, or a cr4 pcide 1 before it",
     ),
     (["join 0"], [], [], [], "found 'join 0'; expected the number of another thread's vCPU, of the same VM"),

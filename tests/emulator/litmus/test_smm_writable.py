@@ -45,7 +45,7 @@ needs = ["table-stores"]
 """
 
 # The repair: protect the page by the rmaps of both address spaces.
-BOTH_SPACES = '''
+BOTH_SPACES = """
 --- a/emulator/kvm/mmu/page_track.py
 +++ b/emulator/kvm/mmu/page_track.py
 @@ -91,4 +91,5 @@
@@ -55,7 +55,7 @@ BOTH_SPACES = '''
 +    if any([shadow_gfn_write_protect(cpu, kvm, one, sp.gfn, PG_LEVEL_4K) for one in both]):
          kvm_flush_remote_tlbs(cpu, kvm, lib.REASON_REMOTE_PROTECT)
      stores_exit(cpu, kvm, sp.gfn)
-'''
+"""
 
 # The gfns that the guest's OS takes for the tables of page 0x300, of level 2 and 1.  A table of level 1
 # becomes unsync with the repair, so that no store exits, which is the test's precondition.

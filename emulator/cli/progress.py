@@ -1,0 +1,71 @@
+"""A long search tells how far it is: by a line that moves on a terminal, else by one every ten seconds."""
+
+from __future__ import annotations
+
+import sys
+import time
+from collections.abc import Callable
+from contextlib import suppress
+from typing import Final, TextIO
+
+# Seconds between two lines: on a terminal, and elsewhere.
+MOVING: Final = 0.2
+STILL: Final = 10.0
+# A line that is as wide as the terminal would wrap.
+_COLUMNS: Final = 79
+_ERASE: Final = "\r\x1b[K"
+
+
+class SearchProgress:
+    """Counts runs and verdicts, and prints them from time to time.
+
+    It has no thread: the search calls `told` between two runs, or while it waits for other processes.
+    """
+
+    def __init__(
+        self, planned: int, stream: TextIO | None = None, clock: Callable[[], float] = time.monotonic
+    ) -> None:
+        self.planned = planned
+        self.runs = 0
+        self.verdicts = 0
+        self._stream = sys.stderr if stream is None else stream
+        self._clock = clock
+        self._moving = self._stream.isatty()
+        self._pause = MOVING if self._moving else STILL
+        self._started = clock()
+        self._due = self._started + self._pause
+        self._shown = False
+
+    def told(self, runs: int) -> None:
+        """Count so many further runs, and print a line if it is due."""
+        self.runs += runs
+        now = self._clock()
+        if now >= self._due:
+            self._due = now + self._pause
+            self._print(self._line(now - self._started))
+
+    def reached(self) -> None:
+        """Count a verdict, and erase the line that moves, since the verdict is printed in its place."""
+        self.verdicts += 1
+        self.erase()
+
+    def erase(self) -> None:
+        if self._shown:
+            self._write(_ERASE)
+            self._shown = False
+
+    def _line(self, seconds: float) -> str:
+        n = f"{self.verdicts} of {self.planned} verdicts, " if self.planned > 1 else ""
+        # Runs of another process are known once it has a verdict.
+        runs = f"{self.runs:,} executions, " if self.runs else ""
+        return f"explore: {n}{runs}{seconds:.0f} s"[:_COLUMNS]
+
+    def _print(self, line: str) -> None:
+        self._shown = self._moving
+        self._write(f"{_ERASE}{line}" if self._moving else f"{line}\n")
+
+    def _write(self, text: str) -> None:
+        # A standard error that is closed or full loses the line, and not the search.
+        with suppress(OSError, ValueError):
+            self._stream.write(text)
+            self._stream.flush()
