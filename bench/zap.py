@@ -33,7 +33,7 @@ from emulator.kvm.x86 import vcpu_run
 from emulator.machine.runtime import Cpu, Machine, MachineStopped, rcu_read_lock
 from emulator.policy import Policy
 from native import ffi, lib
-from native.types import Gfn, Hfn, Hva
+from native.types import Gfn, Hfn, Hva, Level, SpteIndex
 
 GIB = 1 << 18  # pages
 GUEST_PAGES = 64
@@ -170,7 +170,7 @@ class ZapMachine:
                     cpu.id,
                     kvm.id,
                     table,
-                    gfn % SPTE_ENT_PER_PAGE,
+                    SpteIndex(gfn % SPTE_ENT_PER_PAGE),
                     Gfn(gfn),
                     SPTE_ENT_PER_PAGE,
                     self.hfns,
@@ -230,7 +230,7 @@ class ZapMachine:
 def _leaf_table(cpu: Cpu, kvm: Kvm, root: KvmMmuPage, gfn: int) -> Hfn:
     """Return the page table of this gfn; link it if it is missing."""
     while True:
-        entry = tdp_entry(cpu, root, Gfn(gfn), 1)
+        entry = tdp_entry(cpu, root, Gfn(gfn), Level(1))
         if entry.level == 1:
             return entry.table
         tdp_mmu_link_sp(cpu, kvm, entry)

@@ -30,7 +30,10 @@ ARGUMENTS: Final = {
     "gfn": "Gfn",
     "hfn": "Hfn",
     "hva": "Hva",
+    "index": "SpteIndex",
+    "level": "Level",
     "root": "Hfn",
+    "root_level": "Level",
     "table": "Hfn",
     "vpid": "Vpid",
     "vm": "VmId",
@@ -40,6 +43,7 @@ ARGUMENTS: Final = {
     "histogram": "HistogramId",
     "promise": "PromiseKind",
     "stat": "VmStat",
+    "word": "WordIndex",
 }
 # Arguments that have a meaning of their own in these functions.
 EXCEPTIONS: Final = {
@@ -57,6 +61,7 @@ EXCEPTIONS: Final = {
     ("mm_image_create", "start"): "Hva",
     ("mm_image_copy", "base"): "Hva",
     ("mm_image_differs", "from"): "Hva",
+    ("srcu_read_unlock", "index"): "int",  # of a counter
     ("vcpu_set_cpu", "cpu"): "int",  # -1: not loaded
     ("tlb_dropped", "vm"): "int",  # -1: of any VM
     **{
@@ -85,17 +90,27 @@ NULLABLE: Final = frozenset({("tlb_dump", "entries"), ("psc_dump", "entries")})
 # Numbers that these functions return, for others to take.  A function that may fail returns an int.
 RESULTS: Final = {
     "kvm_mmu_page_get_gfn": "Gfn",
+    "spte_next": "SpteIndex",
+    "tdp_mmu_get_walk": "Level",
 }
 # Fields that KVM's code passes to functions of the core.
 FIELDS: Final = {
     ("mm_page", "hfn"): "Hfn",
+    ("mm_page", "level"): "Level",
     ("tdp_chunk", "root"): "Hfn",
+    ("tdp_chunk", "root_level"): "Level",
+    ("tdp_chunk", "level"): "Level",
     ("tdp_chunk", "next_gfn"): "Gfn",
     ("tdp_chunk", "end_gfn"): "Gfn",
     ("tdp_chunk", "found_table"): "Hfn",
+    ("tdp_chunk", "found_index"): "SpteIndex",
+    ("tdp_chunk", "found_level"): "Level",
     ("tdp_chunk", "found_gfn"): "Gfn",
+    ("tdp_removal", "top"): "Level",
+    ("tdp_removal", "level"): "Level",
     ("tdp_removal", "gfn"): "Gfn",
     ("tdp_removal", "page"): "Hfn",
+    ("tdp_removal", "page_level"): "Level",
 }
 # Members of these enums have the type of the arguments that take them, except the member that counts them.
 ENUMS: Final = {
@@ -104,6 +119,7 @@ ENUMS: Final = {
     "flush_reason": "FlushReason",
     "frame_kind": "FrameKind",
     "ipi_function": "IpiFunction",
+    "pg_level": "Level",
     "promise": "PromiseKind",
     "vm_stat": "VmStat",
 }

@@ -24,12 +24,15 @@ __all__ = [
     "HistogramId",
     "Hva",
     "IpiFunction",
+    "Level",
     "PromiseKind",
+    "SpteIndex",
     "VcpuId",
     "VmId",
     "VmStat",
     "VmcsId",
     "Vpid",
+    "WordIndex",
     "span",
 ]
 
@@ -56,10 +59,19 @@ if TYPE_CHECKING:
     class Hva(_Quantity):
         """The number of a page of host virtual memory: addresses of the host are in pages here."""
 
+    class Level(_Quantity):
+        """A level of page tables, and the size of a page that an entry of that level maps."""
+
+    class SpteIndex(_Quantity):
+        """The place of an SPTE in its table."""
+
+    class WordIndex(_Quantity):
+        """The place of a 64-bit word in its page."""
+
     def span(start: _T, end: _T, step: int = 1) -> Sequence[_T]:
         """Return range(start, end, step), of numbers of their type."""
 else:
-    Gfn = Hva = int
+    Gfn = Hva = Level = SpteIndex = WordIndex = int
     span = range
 
 # For an SPTE that maps no page: the core ignores it.

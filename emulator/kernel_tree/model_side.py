@@ -36,7 +36,7 @@ from emulator.machine.runtime import Cpu, Machine, rcu_read_lock
 from emulator.points import PointKind
 from emulator.policy import Policy
 from native import ffi, lib
-from native.types import FlushReason, Gfn, Hfn, Hva
+from native.types import FlushReason, Gfn, Hfn, Hva, Level
 
 _CONFIG: Final = {
     "pcpus": 1,
@@ -214,13 +214,13 @@ class ModelSide:
                 words.append(self._spelled(sptes[level], level))
         return tuple(words)
 
-    def _spelled(self, spte: int, level: int) -> int:
+    def _spelled(self, spte: int, level: Level) -> int:
         key = spte, level
         if key not in self.cache:
             self.cache[key] = self._normal(spte, level)
         return self.cache[key]
 
-    def _normal(self, spte: int, level: int) -> int:
+    def _normal(self, spte: int, level: Level) -> int:
         state = level * LEVEL
         if spte == lib.FROZEN_SPTE:
             return state | State.FROZEN
@@ -309,7 +309,7 @@ class ModelSide:
         fault = KvmPageFault(gfn << 12, access, present=False)
         fault.slot = self.slot(root.role.smm)
         fault.pfn = PfnAndRights(Hfn(hfn), tag, writable)
-        fault.max_level = one["level"]
+        fault.max_level = Level(one["level"])
         self.vcpu.mmu.root = KvmMmuRootInfo(pgd=0, hfn=root.hfn, sp=root)
         try:
             with self.kvm.mmu_lock.read_lock(cpu):
@@ -364,12 +364,16 @@ class ModelSide:
 
     def _wrprot_slot(self, cpu: Cpu, one: Operation) -> int:
         with self.kvm.mmu_lock.read_lock(cpu):
-            return tdp_dirty.kvm_tdp_mmu_wrprot_slot(cpu, self.kvm, self.slot(one["space"]), one["level"])
+            return tdp_dirty.kvm_tdp_mmu_wrprot_slot(
+                cpu, self.kvm, self.slot(one["space"]), Level(one["level"])
+            )
 
     def _write_protect_gfn(self, cpu: Cpu, one: Operation) -> int:
         slot = self.slot(one["space"])
         with self.kvm.mmu_lock.write_lock(cpu):
-            return tdp_dirty.kvm_tdp_mmu_write_protect_gfn(cpu, self.kvm, slot, Gfn(one["gfn"]), one["level"])
+            return tdp_dirty.kvm_tdp_mmu_write_protect_gfn(
+                cpu, self.kvm, slot, Gfn(one["gfn"]), Level(one["level"])
+            )
 
     def _clear_dirty(self, cpu: Cpu, one: Operation) -> None:
         slot = self.slot(one["space"])

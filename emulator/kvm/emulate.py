@@ -12,7 +12,7 @@ from emulator.kvm.virt.guest_memory import kvm_write_guest_word
 from emulator.kvm.virt.slots import gfn_to_memslot, mark_page_dirty_in_slot
 from emulator.machine.runtime import Cpu, smp_mb
 from native import ffi, lib
-from native.types import Gfn
+from native.types import Gfn, WordIndex
 
 _WORD: Final = 8
 
@@ -38,7 +38,7 @@ def emulate_store(cpu: Cpu, vcpu: Vcpu, linear: int, error_code: int) -> int:
     slot = gfn_to_memslot(kvm, gfn, int(vcpu.arch.smm))
     if slot is None:
         return RET_PF_EMULATE
-    if not kvm_write_guest_word(cpu, kvm, slot, gfn, index, value[0]):
+    if not kvm_write_guest_word(cpu, kvm, slot, gfn, WordIndex(index), value[0]):
         return RET_PF_RETRY
     mark_page_dirty_in_slot(cpu, slot, gfn)
     smp_mb(cpu)

@@ -10,6 +10,7 @@ from dataclasses import dataclass
 from typing import Final
 
 from native import lib
+from native.types import Level
 
 OUTSIDE_GUEST_MODE: Final[int] = lib.OUTSIDE_GUEST_MODE
 IN_GUEST_MODE: Final[int] = lib.IN_GUEST_MODE
@@ -82,18 +83,18 @@ KVM_MMU_EFER_ROLE_BITS: Final = EFER_LME | EFER_NX
 X86_CR0_PDPTR_BITS: Final = X86_CR0_PG
 X86_CR4_PDPTR_BITS: Final = X86_CR4_PGE | X86_CR4_PSE | X86_CR4_PAE | X86_CR4_SMEP
 
-PG_LEVEL_4K: Final[int] = lib.PG_LEVEL_4K
-PG_LEVEL_2M: Final[int] = lib.PG_LEVEL_2M
-PG_LEVEL_1G: Final[int] = lib.PG_LEVEL_1G
-PG_LEVEL_512G: Final[int] = lib.PG_LEVEL_512G
-PG_LEVEL_256T: Final = 5
+PG_LEVEL_4K: Final[Level] = lib.PG_LEVEL_4K
+PG_LEVEL_2M: Final[Level] = lib.PG_LEVEL_2M
+PG_LEVEL_1G: Final[Level] = lib.PG_LEVEL_1G
+PG_LEVEL_512G: Final[Level] = lib.PG_LEVEL_512G
+PG_LEVEL_256T: Final = Level(5)
 # A table page has 512 entries (spte.h).
 SPTE_LEVEL_BITS: Final = 9
 SPTE_ENT_PER_PAGE: Final = 1 << SPTE_LEVEL_BITS
 KVM_MAX_HUGEPAGE_LEVEL: Final = PG_LEVEL_2M  # the arena has blocks of 2M, none of 1G
 
 
-def kvm_pages_per_hpage(level: int) -> int:
+def kvm_pages_per_hpage(level: Level) -> int:
     """KVM_PAGES_PER_HPAGE()"""
     return 1 << (SPTE_LEVEL_BITS * (level - 1))
 

@@ -49,7 +49,7 @@ from emulator.kvm.virt.requests import kvm_make_request
 from emulator.kvm.virt.slots import gfn_to_memslot
 from emulator.machine.runtime import Cpu
 from native import ffi, lib
-from native.types import Gfn
+from native.types import Gfn, WordIndex
 
 # pdptr_rsvd_bits(): bits 2:1 and 8:5, beside those beyond MAXPHYADDR.
 PDPTR_RSVD_BITS: Final = 0x1E6
@@ -92,7 +92,8 @@ def load_pdptrs(cpu: Cpu, vcpu: Vcpu, cr3: int) -> bool:
     slot = gfn_to_memslot(kvm, gfn, int(vcpu.arch.smm))
     if slot is None or not kvm_is_visible_memslot(slot):
         return False
-    read = [kvm_read_guest_word(cpu, kvm, slot, gfn, (cr3 & 0xFE0) // 8 + i) for i in range(4)]
+    at = WordIndex((cr3 & 0xFE0) // 8)
+    read = [kvm_read_guest_word(cpu, kvm, slot, gfn, at + i) for i in range(4)]
     first, second, third, fourth = read
     if first is None or second is None or third is None or fourth is None:
         return False

@@ -31,7 +31,7 @@ from emulator.kvm.mmu.structs import KvmMmu, KvmMmuPage, KvmMmuPageRole
 from emulator.machine.locks import MmuLock, Mutex, SpinLock
 from emulator.machine.runtime import Cpu, Machine
 from native import ffi, lib
-from native.types import CpuId, FlushReason, Gfn, Hva, VcpuId, VmId, Vpid
+from native.types import CpuId, FlushReason, Gfn, Hva, Level, VcpuId, VmId, Vpid
 
 if TYPE_CHECKING:
     from emulator.kvm.decisions import Decisions
@@ -72,7 +72,7 @@ class KvmParams:
     vpid: bool = True
     mmu_pages: int = 1 << 16
     eptad: bool = True
-    tdp_level: int = PG_LEVEL_512G
+    tdp_level: Level = PG_LEVEL_512G
     slice_accesses: int = 100_000
     host_takes_time: bool = False
 

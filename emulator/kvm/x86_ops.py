@@ -11,7 +11,7 @@ from typing import Protocol
 from emulator.kvm.kvm_host import ExitToUser
 from emulator.kvm.structs import Kvm, Vcpu
 from emulator.machine.runtime import Cpu
-from native.types import FlushReason, Hfn
+from native.types import FlushReason, Hfn, Level
 
 
 class KvmX86Ops(Protocol):
@@ -41,7 +41,7 @@ class KvmX86Ops(Protocol):
     def handle_exit(self, cpu: Cpu, vcpu: Vcpu) -> ExitToUser | None:
         """Handle the exit; return why KVM_RUN ends, or None to enter again."""
 
-    def load_mmu_pgd(self, cpu: Cpu, vcpu: Vcpu, root_hfn: Hfn, root_level: int) -> None:
+    def load_mmu_pgd(self, cpu: Cpu, vcpu: Vcpu, root_hfn: Hfn, root_level: Level) -> None:
         """Give the hardware the root, for the next entry."""
 
     def flush_tlb_all(self, cpu: Cpu, vcpu: Vcpu, reason: FlushReason) -> None:

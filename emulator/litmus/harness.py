@@ -36,7 +36,7 @@ from emulator.litmus.thread import LitmusThread, PcpuLock
 from emulator.machine.runtime import Cpu, Machine, cpu_relax
 from emulator.policy import Policy
 from native import lib
-from native.types import Gfn, Hva
+from native.types import Gfn, Hva, Level
 
 
 def _dirty_log_manual(mode: str) -> int:
@@ -186,7 +186,7 @@ class Harness:
             resched_chunks=section.resched_chunks,
             eager_page_split=section.eager_page_split,
             mmu_pages=section.mmu_pages,
-            tdp_level=max(section.tdp_levels, default=4),
+            tdp_level=Level(max(section.tdp_levels, default=4)),
             eptad=section.ept_ad,
             ept=self.test.machine.ept,
             vpid=self.test.machine.vpid,

@@ -9,7 +9,7 @@ from emulator.kvm.structs import Kvm
 from emulator.kvm.virt.guest_memory import kvm_write_guest_word
 from emulator.kvm.virt.slots import gfn_to_memslot
 from emulator.machine.runtime import Cpu
-from native.types import Gfn
+from native.types import Gfn, WordIndex
 
 # The PML4 table of the first address space; two more follow, for guests that write another CR3.
 FIRST = 2
@@ -56,4 +56,4 @@ def entry_of(gfn: int, level: int) -> tuple[int, int]:
 def _write(cpu: Cpu, kvm: Kvm, table: int, index: int, entry: int) -> None:
     slot = gfn_to_memslot(kvm, Gfn(table))
     assert slot is not None
-    assert kvm_write_guest_word(cpu, kvm, slot, Gfn(table), index, entry)
+    assert kvm_write_guest_word(cpu, kvm, slot, Gfn(table), WordIndex(index), entry)

@@ -10,7 +10,20 @@ from types import TracebackType
 from typing import TYPE_CHECKING
 
 from native import ffi, lib
-from native.types import CounterId, CpuId, Gfn, Hfn, Hva, PromiseKind, VcpuId, VmcsId, VmId, Vpid
+from native.types import (
+    CounterId,
+    CpuId,
+    Gfn,
+    Hfn,
+    Hva,
+    Level,
+    PromiseKind,
+    SpteIndex,
+    VcpuId,
+    VmcsId,
+    VmId,
+    Vpid,
+)
 from tests.support import CPU0, machine_fields
 
 if TYPE_CHECKING:
@@ -74,7 +87,7 @@ class Hypervisor:
         lib.guest_configure(self.m, vcpu, ffi.new("struct guest_config *", values))
         self.vmcs[vcpu] = VmcsId(lib.vmcs_create(self.m, vcpu, Vpid(vpid)))
         assert self.vmcs[vcpu] >= 0
-        lib.vmcs_write_eptp(self.m, self.vmcs[vcpu], self.roots[vm], 4)
+        lib.vmcs_write_eptp(self.m, self.vmcs[vcpu], self.roots[vm], Level(4))
         self.vm_of[vcpu] = vm
         return vcpu
 
@@ -133,13 +146,13 @@ class Hypervisor:
         """Table, index and SPTE of a gfn's 4K level (or where the walk ends, without `create`)."""
         sptes, tables = ffi.new("uint64_t[]", 6), ffi.new("uint32_t[]", 6)
         while True:  # one table more each time round
-            level = lib.tdp_mmu_get_walk(self.m, self.roots[vm], 4, Gfn(gfn), sptes, tables)
+            level = lib.tdp_mmu_get_walk(self.m, self.roots[vm], Level(4), Gfn(gfn), sptes, tables)
             if level == 1 or not create:
                 return Hfn(tables[level]), gfn >> 9 * (level - 1) & 511, int(sptes[level])
             child = Hfn(lib.ept_table_alloc(self.m, cpu, lib.FRAME_TABLE))
             assert child >= 0
             assert not lib.tdp_mmu_set_spte_atomic(
-                self.m, cpu, vm, Hfn(tables[level]), gfn >> 9 * (level - 1) & 511, level, Gfn(gfn),
+                self.m, cpu, vm, Hfn(tables[level]), SpteIndex(gfn >> 9 * (level - 1) & 511), level, Gfn(gfn),
                 sptes[level], lib.make_nonleaf_spte(self.m, child),
             )  # fmt: skip
 
@@ -151,8 +164,13 @@ class Hypervisor:
         if old & 7 and old >> lib.SPTE_HFN_SHIFT & 0xFFFFFF != page.hfn:
             self.zap(cpu, vm, gfn)  # another frame: KVM, too, has zapped the old one before
             old = 0
-        new = lib.make_spte(page.hfn, page.tag, 1, writable, 1)
-        assert lib.tdp_mmu_set_spte_atomic(self.m, cpu, vm, table, index, 1, Gfn(gfn), old, new) == 0
+        new = lib.make_spte(page.hfn, page.tag, Level(1), writable, 1)
+        assert (
+            lib.tdp_mmu_set_spte_atomic(
+                self.m, cpu, vm, table, SpteIndex(index), Level(1), Gfn(gfn), old, new
+            )
+            == 0
+        )
         return page.hfn
 
     def mapped(self, vm: VmId, gfn: int) -> bool:
@@ -163,13 +181,13 @@ class Hypervisor:
         """Clear the SPTE; flush nothing, promise nothing."""
         table, index, old = self.leaf(cpu, vm, gfn, False)
         if old & 7:
-            lib.tdp_mmu_set_spte(self.m, cpu, vm, table, index, 1, Gfn(gfn), 0)
+            lib.tdp_mmu_set_spte(self.m, cpu, vm, table, SpteIndex(index), Level(1), Gfn(gfn), 0)
 
     def write_protect(self, cpu: CpuId, vm: VmId, gfn: int) -> None:
         """Take W from the SPTE."""
         table, index, old = self.leaf(cpu, vm, gfn, False)
         if old & 2:
-            lib.tdp_mmu_set_spte(self.m, cpu, vm, table, index, 1, Gfn(gfn), old & ~2)
+            lib.tdp_mmu_set_spte(self.m, cpu, vm, table, SpteIndex(index), Level(1), Gfn(gfn), old & ~2)
 
     def flush(self, vm: VmId) -> None:
         """INVEPT all-context on every pCPU."""

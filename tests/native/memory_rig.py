@@ -6,7 +6,7 @@ from types import TracebackType
 from typing import TYPE_CHECKING
 
 from native import ffi, lib
-from native.types import CounterId, FrameKind, Gfn, Hfn, Hva
+from native.types import CounterId, FrameKind, Gfn, Hfn, Hva, Level, SpteIndex, WordIndex
 from tests.support import CPU1, CPU2, VM0
 
 if TYPE_CHECKING:
@@ -76,7 +76,7 @@ class Rig:
         lib.frame_free(self.m, CPU, hfn)
 
     def words(self, hfn: Hfn) -> set[int]:
-        return {lib.frame_read(self.m, hfn, i) for i in range(512)}
+        return {lib.frame_read(self.m, hfn, WordIndex(i)) for i in range(512)}
 
     # -- EPT
 
@@ -88,7 +88,7 @@ class Rig:
     def path(self, gfn: int) -> tuple[int, U32, U64]:
         """The level where a walk to gfn ends; tables and SPTEs by level."""
         sptes, tables = ffi.new("uint64_t[]", 6), ffi.new("uint32_t[]", 6)
-        level = int(lib.tdp_mmu_get_walk(self.m, self.root, self.root_level, Gfn(gfn), sptes, tables))
+        level = int(lib.tdp_mmu_get_walk(self.m, self.root, Level(self.root_level), Gfn(gfn), sptes, tables))
         return level, tables, sptes
 
     def walk(self, gfn: int) -> tuple[Hfn, int, int]:
@@ -99,12 +99,16 @@ class Rig:
     def set_atomic(self, table: Hfn, level: int, gfn: int, old: int, new: int) -> int:
         return int(
             lib.tdp_mmu_set_spte_atomic(
-                self.m, CPU, VM0, table, index_of(gfn, level), level, Gfn(gfn), old, new
+                self.m, CPU, VM0, table, SpteIndex(index_of(gfn, level)), Level(level), Gfn(gfn), old, new
             )
         )
 
     def set(self, table: Hfn, level: int, gfn: int, new: int) -> int:
-        return int(lib.tdp_mmu_set_spte(self.m, CPU, VM0, table, index_of(gfn, level), level, Gfn(gfn), new))
+        return int(
+            lib.tdp_mmu_set_spte(
+                self.m, CPU, VM0, table, SpteIndex(index_of(gfn, level)), Level(level), Gfn(gfn), new
+            )
+        )
 
     def link(self, gfn: int, goal: int) -> tuple[Hfn, int]:
         """Tables down to `goal`; returns the table and the SPTE there."""
@@ -127,7 +131,7 @@ class Rig:
     def remove(self, spte: int, level: int, gfn: int, shared: int = 0, most: int = 512) -> list[Hfn]:
         """Take the table apart that was linked by this SPTE; its pages, children first."""
         removal = ffi.new("struct tdp_removal *")
-        assert lib.tdp_removal_begin(self.m, CPU, VM0, removal, spte, level, Gfn(gfn), shared) == 0
+        assert lib.tdp_removal_begin(self.m, CPU, VM0, removal, spte, Level(level), Gfn(gfn), shared) == 0
         pages = []
         while removal.level:
             assert lib.tdp_removal_step(self.m, CPU, VM0, removal, most) == 0
@@ -178,7 +182,7 @@ def map_page(rig: Rig, gfn: int, writable: bool = True) -> int:
     """Map one 4K page; returns its SPTE."""
     table, old = rig.link(gfn, 1)
     page = rig.fault(gfn)
-    spte = int(lib.make_spte(page.hfn, page.tag, 1, writable, 1))
+    spte = int(lib.make_spte(page.hfn, page.tag, Level(1), writable, 1))
     assert rig.set_atomic(table, 1, gfn, old, spte) == 0
     return spte
 
@@ -190,7 +194,7 @@ def map_huge(rig: Rig, gfn: int = HUGE_GFN) -> int:
     page = rig.fault(gfn)
     table, old = rig.link(gfn, 2)
     custody = lib.mm_huge_custody(rig.m, VM0, Hva(gfn), page.hfn, page.tag)
-    spte = int(lib.make_spte(page.hfn, custody, 2, 1, 1))
+    spte = int(lib.make_spte(page.hfn, custody, Level(2), 1, 1))
     assert rig.set_atomic(table, 2, gfn, old, spte) == 0
     return spte
 
@@ -199,5 +203,5 @@ def split_table(rig: Rig, huge_spte: int, level: int) -> int:
     """Return a new table that maps what the SPTE maps, or lib.MACHINE_NOMEM."""
     table = lib.ept_table_alloc(rig.m, CPU, lib.FRAME_TABLE)
     if table >= 0:
-        assert lib.tdp_mmu_fill_split_table(rig.m, CPU, Hfn(table), huge_spte, level) == 0
+        assert lib.tdp_mmu_fill_split_table(rig.m, CPU, Hfn(table), huge_spte, Level(level)) == 0
     return int(table)

@@ -10,7 +10,7 @@ from collections import defaultdict
 from typing import NamedTuple, Self
 
 from native import ffi, lib
-from native.types import CpuId, Gfn, Hfn, Hva, VcpuId, VmcsId, VmId, Vpid
+from native.types import CpuId, Gfn, Hfn, Hva, Level, SpteIndex, VcpuId, VmcsId, VmId, Vpid, WordIndex
 from tests.native.hypervisor import READ, WRITE, Hypervisor
 
 P, W, U, A, D, PS = 1, 2, 4, 0x20, 0x40, 0x80
@@ -206,13 +206,13 @@ class ShadowHypervisor(Hypervisor):
 
     def word(self, cpu: CpuId, vm: VmId, gfn: int, index: int) -> int:
         value, page = ffi.new("uint64_t *"), ffi.new("struct mm_page *")
-        while lib.mm_read_word(self.m, cpu, vm, Hva(gfn), index, value) == lib.MACHINE_AGAIN:
+        while lib.mm_read_word(self.m, cpu, vm, Hva(gfn), WordIndex(index), value) == lib.MACHINE_AGAIN:
             assert lib.mm_fault(self.m, cpu, vm, Hva(gfn), 1, page) == 0
         return int(value[0])
 
     def set_bits(self, cpu: CpuId, vm: VmId, gfn: int, index: int, bits: int) -> None:
         old = ffi.new("uint64_t *", self.word(cpu, vm, gfn, index))
-        while lib.mm_cmpxchg_word(self.m, cpu, vm, Hva(gfn), index, old, old[0] | bits) != 0:
+        while lib.mm_cmpxchg_word(self.m, cpu, vm, Hva(gfn), WordIndex(index), old, old[0] | bits) != 0:
             pass
 
     def shadow(self, cpu: CpuId, vcpu: VcpuId, gfn: int) -> None:
@@ -234,7 +234,7 @@ class ShadowHypervisor(Hypervisor):
         assert lib.guest_store_value(self.m, vcpu, value)
         index = linear >> 3 & 511
         self.word(cpu, vm, gfn, index)
-        assert lib.mm_write_word(self.m, cpu, vm, Hva(gfn), index, value[0]) == 0
+        assert lib.mm_write_word(self.m, cpu, vm, Hva(gfn), WordIndex(index), value[0]) == 0
         lib.guest_store_done(self.m, vcpu)
         self.emulated += 1
         if "sync" not in self.broken:
@@ -247,14 +247,16 @@ class ShadowHypervisor(Hypervisor):
         """Return table, index and SPTE of a linear page's 4K level; make the tables."""
         sptes, tables = ffi.new("uint64_t[]", 6), ffi.new("uint32_t[]", 6)
         while True:
-            level = lib.tdp_mmu_get_walk(self.m, self.tree[space], 4, Gfn(page), sptes, tables)
+            level = lib.tdp_mmu_get_walk(self.m, self.tree[space], Level(4), Gfn(page), sptes, tables)
             index = page >> 9 * (level - 1) & 511
             if level == 1:
                 return Hfn(tables[1]), index, int(sptes[1])
             child = Hfn(lib.shadow_page_alloc(self.m, cpu, lib.FRAME_TABLE))
             assert child >= 0
             spte = lib.make_nonleaf_spte(self.m, child)
-            old = lib.shadow_mmu_set_spte(self.m, cpu, vm, Hfn(tables[level]), index, level, Gfn(0), spte)
+            old = lib.shadow_mmu_set_spte(
+                self.m, cpu, vm, Hfn(tables[level]), SpteIndex(index), level, Gfn(0), spte
+            )
             assert old != (1 << 64) - 1
 
     def map_linear(
@@ -265,16 +267,21 @@ class ShadowHypervisor(Hypervisor):
         self.zap_linear(cpu, vm, space, page)
         table, index, _ = self.spot(cpu, vm, space, page)
         access = RIGHTS & ~(0 if writable else lib.SPTE_WRITABLE) & ~(0 if to.user else lib.SPTE_USER)
-        spte = lib.make_shadow_spte(frame.hfn, frame.tag, 1, access, 1)
-        assert lib.shadow_mmu_set_spte(self.m, cpu, vm, table, index, 1, Gfn(to.gfn), spte) != (1 << 64) - 1
+        spte = lib.make_shadow_spte(frame.hfn, frame.tag, Level(1), access, 1)
+        assert (
+            lib.shadow_mmu_set_spte(self.m, cpu, vm, table, SpteIndex(index), Level(1), Gfn(to.gfn), spte)
+            != (1 << 64) - 1
+        )
         self.mapped_by[vm, to.gfn].add((space, page))
 
     def zap_linear(self, cpu: CpuId, vm: VmId, space: Space, page: int) -> None:
         table, index, old = self.spot(cpu, vm, space, page)
         if old & 7:
-            gfn = lib.kvm_mmu_page_get_gfn(self.m, table, index)
+            gfn = lib.kvm_mmu_page_get_gfn(self.m, table, SpteIndex(index))
             self.mapped_by[vm, gfn].discard((space, page))
-            assert lib.shadow_mmu_set_spte(self.m, cpu, vm, table, index, 1, Gfn(0), 0) == old
+            assert (
+                lib.shadow_mmu_set_spte(self.m, cpu, vm, table, SpteIndex(index), Level(1), Gfn(0), 0) == old
+            )
 
     def zap(self, cpu: CpuId, vm: VmId, gfn: int) -> None:
         """Drop every SPTE that maps a gfn; flush nothing."""

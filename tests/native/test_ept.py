@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from native import ffi, lib
-from native.types import Gfn, Hfn, Hva
+from native.types import Gfn, Hfn, Hva, Level, SpteIndex
 from tests.native.memory_rig import (
     ACCESSED,
     CPU,
@@ -24,13 +24,13 @@ from tests.support import VM0
 
 
 def test_make_spte() -> None:
-    spte = lib.make_spte(Hfn(0xABCDEF), 0x7ABC, 1, 1, 1)
+    spte = lib.make_spte(Hfn(0xABCDEF), 0x7ABC, Level(1), 1, 1)
     assert spte >> lib.SPTE_HFN_SHIFT & 0xFFFFFF == 0xABCDEF
     assert (spte & CUSTODY_MASK) >> lib.SPTE_CUSTODY_SHIFT == 0x7ABC
     assert spte & (WRITABLE | ACCESSED | DIRTY | HUGE) == WRITABLE | ACCESSED | DIRTY
-    assert lib.make_spte(Hfn(1), 0, 2, 1, 1) & HUGE
+    assert lib.make_spte(Hfn(1), 0, Level(2), 1, 1) & HUGE
     for writable, host_writable in ((0, 1), (1, 0)):
-        spte = lib.make_spte(Hfn(1), 0, 1, writable, host_writable)
+        spte = lib.make_spte(Hfn(1), 0, Level(1), writable, host_writable)
         assert not spte & (WRITABLE | DIRTY | MMU_WRITABLE)
         assert spte >> lib.SPTE_HOST_WRITABLE_BIT & 1 == host_writable
     assert not lib.FROZEN_SPTE & PRESENT
@@ -48,11 +48,17 @@ def test_nonleaf_carries_the_tag_of_its_table(rig: Rig) -> None:
 
 def test_sptes_of_a_table_are_found_in_order(rig: Rig) -> None:
     table = Hfn(lib.shadow_page_alloc(rig.m, CPU, lib.FRAME_TABLE))
-    assert lib.spte_next(rig.m, table, 0) == 512
+    assert lib.spte_next(rig.m, table, SpteIndex(0)) == 512
     child = lib.make_nonleaf_spte(rig.m, rig.table())
     for index in (3, 511):
-        assert lib.shadow_mmu_set_spte(rig.m, CPU, VM0, table, index, 2, Gfn(0), child) == 0
-    assert [lib.spte_next(rig.m, table, index) for index in (0, 3, 4, 511, 512)] == [3, 3, 511, 511, 512]
+        assert lib.shadow_mmu_set_spte(rig.m, CPU, VM0, table, SpteIndex(index), Level(2), Gfn(0), child) == 0
+    assert [lib.spte_next(rig.m, table, SpteIndex(index)) for index in (0, 3, 4, 511, 512)] == [
+        3,
+        3,
+        511,
+        511,
+        512,
+    ]
 
 
 def test_rights_come_and_go_with_the_spte(rig: Rig) -> None:
@@ -88,22 +94,25 @@ def test_exclusive_step_returns_what_was_there(rig: Rig) -> None:
 def test_wrong_arguments_are_refused(rig: Rig) -> None:
     spte = map_page(rig, 5)
     table, _, _ = rig.walk(5)
-    other = lib.make_spte(rig.fault(6).hfn, 0, 1, 1, 1)
+    other = lib.make_spte(rig.fault(6).hfn, 0, Level(1), 1, 1)
     for arguments, text in (
         ((table, 1, 5, spte, other), "another frame"),
         ((rig.fault(5).hfn, 1, 5, 0, other), "not a table"),
         ((table, 6, 5, 0, other), "level"),
         ((table, 1, 1 << 20, 0, other), "beyond guest memory"),
-        ((table, 1, 6, 0, lib.make_spte(table, 0, 1, 1, 1)), "no guest frame"),
-        ((table, 2, 6, 0, lib.make_spte(rig.fault(6).hfn, 0, 1, 1, 1)), "no table"),
+        ((table, 1, 6, 0, lib.make_spte(table, 0, Level(1), 1, 1)), "no guest frame"),
+        ((table, 2, 6, 0, lib.make_spte(rig.fault(6).hfn, 0, Level(1), 1, 1)), "no table"),
     ):
         assert rig.set_atomic(*arguments) == lib.MACHINE_MISUSE
         assert text in rig.error()
     index = index_of(7, 1)
     assert (
-        lib.tdp_mmu_set_spte_atomic(rig.m, CPU, VM0, table, index, 1, Gfn(6), 0, other) == lib.MACHINE_MISUSE
+        lib.tdp_mmu_set_spte_atomic(rig.m, CPU, VM0, table, SpteIndex(index), Level(1), Gfn(6), 0, other)
+        == lib.MACHINE_MISUSE
     )
-    assert lib.tdp_mmu_set_spte(rig.m, CPU, VM0, table, index, 1, Gfn(6), other) == 2**64 - 1
+    assert (
+        lib.tdp_mmu_set_spte(rig.m, CPU, VM0, table, SpteIndex(index), Level(1), Gfn(6), other) == 2**64 - 1
+    )
     assert rig.right(6) == 0
 
 
@@ -117,7 +126,7 @@ def test_split_changes_no_right(rig: Rig) -> None:
     assert rig.set_atomic(parent, 2, HUGE_GFN, spte, lib.make_nonleaf_spte(rig.m, Hfn(table))) == 0
     assert [lib.frame_tag_of(rig.m, Hfn(hfn + i)) for i in range(512)] == tags
     for i in (0, 1, 511):
-        child = lib.spte_read(rig.m, Hfn(table), i)
+        child = lib.spte_read(rig.m, Hfn(table), SpteIndex(i))
         assert child == (spte & ~HUGE) + (i << lib.SPTE_HFN_SHIFT)
         rig.step(rig.chunk(lib.TDP_ZAP_LEAFS, HUGE_GFN + i, HUGE_GFN + i + 1))
         assert rig.right(HUGE_GFN + i) == 0
@@ -145,10 +154,12 @@ def test_map_around(rig: Rig) -> None:
     for gfn in (508, 509, 511, 512):
         rig.fault(gfn, write=False)
     lib.mm_fault_range(rig.m, CPU, VM0, Hva(507), 8, 0, hfns, tags, writable)
-    wrong = lib.tdp_mmu_map_around(rig.m, CPU, VM0, table, 506, Gfn(507), 8, hfns, tags, writable)
+    wrong = lib.tdp_mmu_map_around(rig.m, CPU, VM0, table, SpteIndex(506), Gfn(507), 8, hfns, tags, writable)
     assert wrong == lib.MACHINE_MISUSE
     assert "does not belong to this index" in rig.error()
     assert [rig.right(gfn) for gfn in range(507, 514)] == [0, 0, 0, 3, 0, 0, 0]
-    assert lib.tdp_mmu_map_around(rig.m, CPU, VM0, table, 507, Gfn(507), 8, hfns, tags, writable) == 3
+    assert (
+        lib.tdp_mmu_map_around(rig.m, CPU, VM0, table, SpteIndex(507), Gfn(507), 8, hfns, tags, writable) == 3
+    )
     assert [rig.right(gfn) for gfn in range(507, 514)] == [0, 3, 1, 3, 3, 0, 0], "not beyond the table"
     assert rig.walk(510)[2] == spte

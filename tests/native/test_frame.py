@@ -11,7 +11,7 @@ from collections.abc import Iterator
 import pytest
 
 from native import lib
-from native.types import FrameKind, Hfn
+from native.types import FrameKind, Hfn, WordIndex
 from tests.native.memory_rig import BLOCK, CPU, PRESENT, Rig
 
 KINDS = [lib.FRAME_ROOT, lib.FRAME_TABLE, lib.FRAME_GUEST, lib.FRAME_BLOCK]
@@ -44,7 +44,7 @@ def test_kinds_never_share_a_frame(rig: Rig) -> None:
         assert all(rig.words(hfn) == {0} for hfn in got[lib.FRAME_ROOT] + got[lib.FRAME_TABLE])
         assert all(rig.words(hfn) == {POISON} for hfn in got[lib.FRAME_GUEST] + got[lib.FRAME_BLOCK][:2])
         for hfn in every:
-            lib.frame_write(rig.m, hfn, 9, 42)
+            lib.frame_write(rig.m, hfn, WordIndex(9), 42)
             rig.free(hfn)
 
 

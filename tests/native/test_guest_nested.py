@@ -7,7 +7,7 @@ from collections.abc import Iterator
 import pytest
 
 from native import lib
-from native.types import VcpuId, Vpid
+from native.types import Level, VcpuId, Vpid
 from tests.native.hypervisor import Hypervisor
 from tests.native.nested_rig import A, B, nested_vcpu, vmx
 from tests.native.test_program import go_on, op, run
@@ -237,7 +237,7 @@ def test_a_root_that_has_become_another_one_is_known_in_every_guest(machine: Hyp
     lib.ept_table_free(machine.m, CPU0, machine.roots[vm])
     root = machine.new_root()
     assert root == machine.roots[vm], "recycled"
-    lib.vmcs_write_eptp(machine.m, machine.vmcs[vcpu], root, 4)
+    lib.vmcs_write_eptp(machine.m, machine.vmcs[vcpu], root, Level(4))
     lib.vcpu_set_guest_mode(machine.m, vcpu, 1)
     run(machine, vcpu, op("read", A))
     assert "foreign-root" in machine.violations()

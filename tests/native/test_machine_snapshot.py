@@ -7,7 +7,7 @@ import random
 import pytest
 
 from native import ffi, lib
-from native.types import CpuId, FrameKind, Hfn, Hva, VcpuId, VmId
+from native.types import CpuId, FrameKind, Hfn, Hva, VcpuId, VmId, WordIndex
 from tests.native.hypervisor import READ, WRITE, Hypervisor
 from tests.support import CPU0, VCPU0, VM0
 
@@ -63,7 +63,9 @@ def seen(h: Hypervisor) -> list[object]:
     found.append(h.violations())
     found.append([h.leaf(CPU0, VM0, gfn, False) for gfn in range(0, GFNS, 5)])
     found.append([lib.frames_in_use(h.m, kind) for kind in map(FrameKind, range(lib.FRAME_KINDS))])
-    found.append([lib.frame_read(h.m, Hfn(hfn), word) for hfn in range(1, 400) for word in (0, 1, 511)])
+    found.append(
+        [lib.frame_read(h.m, Hfn(hfn), WordIndex(word)) for hfn in range(1, 400) for word in (0, 1, 511)]
+    )
     return found
 
 

@@ -9,7 +9,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from native import ffi, lib
-from native.types import Gfn, Hfn, Hva
+from native.types import Gfn, Hfn, Hva, Level, SpteIndex, WordIndex
 from tests.native.memory_rig import BLOCK, CPU, Rig, split_table
 from tests.support import VM0
 
@@ -22,7 +22,7 @@ def rig() -> Iterator[Rig]:
 
 def write(rig: Rig, hva: int, value: int) -> None:
     """Write as a guest does that has the page mapped writable."""
-    lib.frame_write(rig.m, rig.fault(hva).hfn, 5, value)
+    lib.frame_write(rig.m, rig.fault(hva).hfn, WordIndex(5), value)
 
 
 def test_untouched_memory_reads_zero(rig: Rig) -> None:
@@ -30,7 +30,7 @@ def test_untouched_memory_reads_zero(rig: Rig) -> None:
     assert rig.words(rig.fault(7).hfn) == {0}
     write(rig, 7, 99)
     assert lib.mm_unmap(rig.m, CPU, VM0, Hva(0), Hva(2048), 0) == 1
-    assert lib.mm_read(rig.m, VM0, Hva(7), 5) == 0
+    assert lib.mm_read(rig.m, VM0, Hva(7), WordIndex(5)) == 0
     assert rig.words(rig.fault(7).hfn) == {0}, "a recycled frame is cleared before it is handed out"
 
 
@@ -39,17 +39,17 @@ def test_swap_keeps_contents_in_another_frame(rig: Rig) -> None:
     old = rig.fault(7)
     assert lib.mm_unmap(rig.m, CPU, VM0, Hva(7), Hva(8), 1) == 1
     assert lib.frame_host_tag_of(rig.m, old.hfn) != old.tag, "custody is void"
-    assert lib.mm_read(rig.m, VM0, Hva(7), 5) == 99
+    assert lib.mm_read(rig.m, VM0, Hva(7), WordIndex(5)) == 99
     taken = rig.fault(8)
     assert taken.hfn == old.hfn
-    assert lib.frame_read(rig.m, rig.fault(7).hfn, 5) == 99
+    assert lib.frame_read(rig.m, rig.fault(7).hfn, WordIndex(5)) == 99
 
 
 def test_dontneed_forgets_what_is_swapped(rig: Rig) -> None:
     write(rig, 7, 99)
     lib.mm_unmap(rig.m, CPU, VM0, Hva(7), Hva(8), 1)
     assert lib.mm_unmap(rig.m, CPU, VM0, Hva(7), Hva(8), 0) == 0
-    assert lib.mm_read(rig.m, VM0, Hva(7), 5) == 0
+    assert lib.mm_read(rig.m, VM0, Hva(7), WordIndex(5)) == 0
 
 
 def test_protection(rig: Rig) -> None:
@@ -69,7 +69,7 @@ def test_migration_moves_to_new_frames(rig: Rig) -> None:
     before = [rig.fault(hva).hfn for hva in range(4)]
     assert lib.mm_migrate(rig.m, CPU, VM0, Hva(0), Hva(100)) == 4
     assert all(rig.fault(hva).hfn != before[hva] for hva in range(4))
-    assert [lib.mm_read(rig.m, VM0, Hva(hva), 5) for hva in range(4)] == [10, 11, 12, 13]
+    assert [lib.mm_read(rig.m, VM0, Hva(hva), WordIndex(5)) for hva in range(4)] == [10, 11, 12, 13]
     while rig.frame(lib.FRAME_GUEST) != lib.MACHINE_NOMEM:
         pass
     assert lib.mm_migrate(rig.m, CPU, VM0, Hva(0), Hva(100)) == 0, "no frame to move to"
@@ -91,7 +91,7 @@ def test_collapse_and_split(rig: Rig) -> None:
         lib.mm_huge_custody(rig.m, VM0, Hva(512 + i), pages[i].hfn, pages[i].tag) for i in range(512)
     }
     assert custodies == {lib.frame_block_custody(rig.m, pages[0].hfn)}
-    assert [lib.mm_read(rig.m, VM0, Hva(hva), 5) for hva in (512, 600, 700)] == [1, 0, 2]
+    assert [lib.mm_read(rig.m, VM0, Hva(hva), WordIndex(5)) for hva in (512, 600, 700)] == [1, 0, 2]
     assert lib.frames_in_use(rig.m, lib.FRAME_GUEST) == 0
     assert lib.mm_split(rig.m, CPU, VM0, Hva(512)) == 0
     assert rig.fault(600).level == lib.PG_LEVEL_4K
@@ -118,7 +118,7 @@ def test_a_huge_page_stays_huge_while_a_part_is_promised_away(rig: Rig) -> None:
     assert page.level == lib.PG_LEVEL_2M
     before = lib.mm_huge_custody(rig.m, VM0, Hva(9), page.hfn, page.tag)
     table, _ = rig.link(9, 1)
-    assert rig.set_atomic(table, 1, 9, 0, lib.make_spte(page.hfn, page.tag, 1, 1, 1)) == 0
+    assert rig.set_atomic(table, 1, 9, 0, lib.make_spte(page.hfn, page.tag, Level(1), 1, 1)) == 0
     rig.set(table, 1, 9, 0)
     lib.oracle_revoke(rig.m, CPU, VM0, Gfn(9), Gfn(10), lib.PROMISE_NOTIFIER, 0)
     assert rig.fault(9).tag != page.tag
@@ -129,7 +129,7 @@ def test_a_huge_page_stays_huge_while_a_part_is_promised_away(rig: Rig) -> None:
     stale = lib.mm_huge_custody(rig.m, VM0, Hva(9), page.hfn, page.tag)
     table, _ = rig.link(512, 2)
     for custody, holds in ((before, False), (stale, False), (now, True)):
-        spte = lib.make_spte(Hfn(page.hfn - 9), custody, 2, 1, 1)
+        spte = lib.make_spte(Hfn(page.hfn - 9), custody, Level(2), 1, 1)
         rig.set(table, 2, 512, spte)
         hfn = ffi.new("uint32_t *")
         assert lib.oracle_right(rig.m, VM0, Gfn(512 + 8), hfn) == 3
@@ -138,9 +138,9 @@ def test_a_huge_page_stays_huge_while_a_part_is_promised_away(rig: Rig) -> None:
         rig.set(table, 2, 512, 0)
 
     # Split, only the child of that page has no custody any more.
-    small = split_table(rig, lib.make_spte(Hfn(page.hfn - 9), before, 2, 1, 1), 2)
+    small = split_table(rig, lib.make_spte(Hfn(page.hfn - 9), before, Level(2), 1, 1), 2)
     for index in (8, 9, 10):
-        custody = lib.spte_read(rig.m, Hfn(small), index) >> lib.SPTE_CUSTODY_SHIFT & 0x7FFF
+        custody = lib.spte_read(rig.m, Hfn(small), SpteIndex(index)) >> lib.SPTE_CUSTODY_SHIFT & 0x7FFF
         assert (custody == lib.frame_host_tag_of(rig.m, Hfn(page.hfn - 9 + index))) == (index != 9)
 
 
@@ -159,7 +159,7 @@ def test_collapse_without_a_block(rig: Rig) -> None:
     while rig.frame(lib.FRAME_BLOCK) != lib.MACHINE_NOMEM:
         pass
     assert lib.mm_collapse(rig.m, CPU, VM0, Hva(0)) == lib.MACHINE_NOMEM
-    assert lib.mm_read(rig.m, VM0, Hva(0), 5) == 1
+    assert lib.mm_read(rig.m, VM0, Hva(0), WordIndex(5)) == 1
 
 
 def test_fault_range(rig: Rig) -> None:
@@ -283,9 +283,9 @@ def check(rig: Rig, contents: dict[int, int], readonly: set[int]) -> None:
     for hva, hfn in frames:
         assert tags[hva] == lib.frame_host_tag_of(rig.m, Hfn(hfn))
         assert writable[hva] == (hva not in readonly)
-        assert lib.frame_read(rig.m, Hfn(hfn), 5) == contents.get(hva, 0)
+        assert lib.frame_read(rig.m, Hfn(hfn), WordIndex(5)) == contents.get(hva, 0)
     for hva, value in contents.items():
-        assert lib.mm_read(rig.m, VM0, Hva(hva), 5) == value
+        assert lib.mm_read(rig.m, VM0, Hva(hva), WordIndex(5)) == value
     for region in (0, 512):
         if lib.mm_huge(rig.m, VM0, Hva(region)):
             assert [hfns[region + i] - hfns[region] for i in range(BLOCK)] == list(range(BLOCK))

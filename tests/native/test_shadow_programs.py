@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, invariant, rule
 
 from native import ffi, lib
-from native.types import CpuId, Gfn, Hfn, Hva, VcpuId, Vpid
+from native.types import CpuId, Gfn, Hfn, Hva, Level, SpteIndex, VcpuId, Vpid
 from tests.native.shadow_hypervisor import ShadowHypervisor, Space
 from tests.native.shadow_model import Cpu, Root, ShadowModel, Spte, Vcpu
 from tests.support import CPU0, VM0
@@ -77,13 +77,13 @@ class ShadowMachine(RuleBasedStateMachine):
         m, top = self.machine.m, self.machine.tree[self.spaces[root]]
         sptes, tables = ffi.new("uint64_t[]", 6), ffi.new("uint32_t[]", 6)
         while True:
-            level = lib.tdp_mmu_get_walk(m, top, 4, Gfn(HUGE[0]), sptes, tables)
+            level = lib.tdp_mmu_get_walk(m, top, Level(4), Gfn(HUGE[0]), sptes, tables)
             index = HUGE[0] >> 9 * (level - 1) & 511
             if level == 2:
                 return Hfn(tables[2]), index, int(sptes[2])
             child = Hfn(lib.shadow_page_alloc(m, CPU0, lib.FRAME_TABLE))
             spte = lib.make_nonleaf_spte(m, child)
-            lib.shadow_mmu_set_spte(m, CPU0, VM0, Hfn(tables[level]), index, level, Gfn(0), spte)
+            lib.shadow_mmu_set_spte(m, CPU0, VM0, Hfn(tables[level]), SpteIndex(index), level, Gfn(0), spte)
 
     # -- KVM and the host
 
@@ -91,13 +91,15 @@ class ShadowMachine(RuleBasedStateMachine):
     def set_huge(self, root: int, flags: set[str], aged: bool) -> None:
         m, hfn, writable = self.machine.m, self.block.hfn, "writable" in flags  # type: ignore[attr-defined]
         table, index, _ = self.huge_spot(root)
-        lib.shadow_mmu_set_spte(m, CPU0, VM0, table, index, 2, Gfn(0), 0)
+        lib.shadow_mmu_set_spte(m, CPU0, VM0, table, SpteIndex(index), Level(2), Gfn(0), 0)
         custody = lib.mm_huge_custody(m, VM0, Hva(HUGE[0]), hfn, self.block.tag)  # type: ignore[attr-defined]
         assert custody >= 0
-        spte = lib.make_shadow_spte(hfn, custody, 2, sum(BITS[flag] for flag in flags), 1)
+        spte = lib.make_shadow_spte(hfn, custody, Level(2), sum(BITS[flag] for flag in flags), 1)
         if aged:
             spte &= ~(lib.SPTE_ACCESSED | lib.SPTE_DIRTY)
-        assert lib.shadow_mmu_set_spte(m, CPU0, VM0, table, index, 2, Gfn(HUGE[0]), spte) == 0
+        assert (
+            lib.shadow_mmu_set_spte(m, CPU0, VM0, table, SpteIndex(index), Level(2), Gfn(HUGE[0]), spte) == 0
+        )
         shape = writable, "executable" in flags, "user" in flags, "global_" in flags
         leaf = Spte(hfn, 0, *shape, not aged, writable and not aged, size=1)
         self.model.set_huge(root, HUGE[0], leaf)
@@ -105,7 +107,7 @@ class ShadowMachine(RuleBasedStateMachine):
     @rule(root=root)
     def zap_huge(self, root: int) -> None:
         table, index, _ = self.huge_spot(root)
-        lib.shadow_mmu_set_spte(self.machine.m, CPU0, VM0, table, index, 2, Gfn(0), 0)
+        lib.shadow_mmu_set_spte(self.machine.m, CPU0, VM0, table, SpteIndex(index), Level(2), Gfn(0), 0)
         self.model.roots[root].touch(HUGE[0], 2)
         self.model.roots[root].huge.clear()
 
@@ -120,14 +122,14 @@ class ShadowMachine(RuleBasedStateMachine):
     def set_spte(self, root: int, page: int, flags: set[str], aged: bool) -> None:
         m = self.machine.m
         table, index, _ = self.machine.spot(CPU0, VM0, self.spaces[root], page)
-        lib.shadow_mmu_set_spte(m, CPU0, VM0, table, index, 1, Gfn(0), 0)
+        lib.shadow_mmu_set_spte(m, CPU0, VM0, table, SpteIndex(index), Level(1), Gfn(0), 0)
         self.model.zap(root, page)
         frame = ffi.new("struct mm_page *")
         assert lib.mm_fault(m, CPU0, VM0, Hva(page), 1, frame) == 0
-        spte = lib.make_shadow_spte(frame.hfn, frame.tag, 1, sum(BITS[flag] for flag in flags), 1)
+        spte = lib.make_shadow_spte(frame.hfn, frame.tag, Level(1), sum(BITS[flag] for flag in flags), 1)
         if aged:
             spte &= ~(lib.SPTE_ACCESSED | lib.SPTE_DIRTY)
-        assert lib.shadow_mmu_set_spte(m, CPU0, VM0, table, index, 1, Gfn(page), spte) == 0
+        assert lib.shadow_mmu_set_spte(m, CPU0, VM0, table, SpteIndex(index), Level(1), Gfn(page), spte) == 0
         writable = "writable" in flags
         self.model.set_spte(
             root,
@@ -148,13 +150,13 @@ class ShadowMachine(RuleBasedStateMachine):
     def set_mmio(self, root: int, page: int) -> None:
         table, index, _ = self.machine.spot(CPU0, VM0, self.spaces[root], page)
         mmio = 1 << lib.SPTE_MMIO_BIT
-        lib.shadow_mmu_set_spte(self.machine.m, CPU0, VM0, table, index, 1, Gfn(0), mmio)
+        lib.shadow_mmu_set_spte(self.machine.m, CPU0, VM0, table, SpteIndex(index), Level(1), Gfn(0), mmio)
         self.model.set_mmio(root, page)
 
     @rule(root=root, page=page)
     def zap(self, root: int, page: int) -> None:
         table, index, _ = self.machine.spot(CPU0, VM0, self.spaces[root], page)
-        lib.shadow_mmu_set_spte(self.machine.m, CPU0, VM0, table, index, 1, Gfn(0), 0)
+        lib.shadow_mmu_set_spte(self.machine.m, CPU0, VM0, table, SpteIndex(index), Level(1), Gfn(0), 0)
         self.model.roots[root].touch(page)
         self.model.zap(root, page)
 
@@ -164,7 +166,9 @@ class ShadowMachine(RuleBasedStateMachine):
         self.model.roots[root].touch(page)
         if old & lib.SPTE_WRITABLE:
             new = old & ~lib.SPTE_WRITABLE
-            rc = lib.shadow_mmu_set_spte_atomic(self.machine.m, CPU0, VM0, table, index, 1, old, new)
+            rc = lib.shadow_mmu_set_spte_atomic(
+                self.machine.m, CPU0, VM0, table, SpteIndex(index), Level(1), old, new
+            )
             assert rc == 0
             self.model.roots[root].leafs[page].writable = False
 
@@ -174,7 +178,9 @@ class ShadowMachine(RuleBasedStateMachine):
             table, index, old = self.machine.spot(CPU0, VM0, space, page)
             self.model.roots[number].touch(page)
             if old & 7:
-                lib.shadow_mmu_set_spte(self.machine.m, CPU0, VM0, table, index, 1, Gfn(0), 0)
+                lib.shadow_mmu_set_spte(
+                    self.machine.m, CPU0, VM0, table, SpteIndex(index), Level(1), Gfn(0), 0
+                )
         present = lib.mm_present(self.machine.m, VM0, Hva(page), Hva(page + 1))
         self.machine.promise(CPU0, VM0, page, lib.PROMISE_NOTIFIER)
         if freed:
@@ -283,7 +289,7 @@ class ShadowMachine(RuleBasedStateMachine):
                 assert bool(word & lib.SPTE_ACCESSED) == spte.accessed
                 assert bool(word & lib.SPTE_DIRTY) == spte.dirty
                 assert Hfn(word >> lib.SPTE_HFN_SHIFT & 0xFFFFFF) == spte.hfn
-                assert lib.kvm_mmu_page_get_gfn(self.machine.m, table, index) == page
+                assert lib.kvm_mmu_page_get_gfn(self.machine.m, table, SpteIndex(index)) == page
             for spte in self.model.roots[number].huge.values():
                 word = self.huge_spot(number)[2]
                 assert bool(word & lib.SPTE_ACCESSED) == spte.accessed

@@ -18,7 +18,7 @@ ROOT = Path(__file__).resolve().parents[2]
 SWAPPED = """
 from native import ffi, lib
 from native._native import MachinePtr
-from native.types import CpuId, Gfn, Hfn, Hva, VcpuId, VmcsId, VmId, Vpid, span
+from native.types import CpuId, Gfn, Hfn, Hva, SpteIndex, VcpuId, VmcsId, VmId, Vpid, span
 
 def calls(m: MachinePtr, cpu: CpuId, vm: VmId, vcpu: VcpuId) -> None:
     lib.mmu_write_lock(m, cpu, vm)
@@ -44,13 +44,14 @@ def frames(m: MachinePtr, cpu: CpuId, vm: VmId, vcpu: VcpuId, vmcs: VmcsId, root
     lib.flush_invept_single(m, cpu, vm, "root", lib.REASON_GUEST)  # error
     lib.flush_invvpid_single(m, cpu, vm, vpid, lib.REASON_GUEST)
     lib.flush_invvpid_single(m, cpu, vm, root, lib.REASON_GUEST)  # error
-    lib.vmcs_write_eptp(m, vmcs, root, 4)
-    lib.vmcs_write_eptp(m, vmcs, 4, root)  # error
+    lib.vmcs_write_eptp(m, vmcs, root, lib.PG_LEVEL_512G)
+    lib.vmcs_write_eptp(m, vmcs, lib.PG_LEVEL_512G, root)  # error
     lib.vmptrld(m, cpu, vmcs)
     lib.vmptrld(m, vmcs, cpu)  # error
     lib.vmcs_create(m, vcpu, vpid)
     lib.vmcs_create(m, vmcs, vpid)  # error
-    lib.spte_read(m, root, 7)
+    lib.spte_read(m, root, SpteIndex(7))
+    lib.spte_read(m, root, 7)  # error
     lib.spte_read(m, 7, root)  # error
     lib.ept_table_free(m, cpu, root)
     lib.ept_table_free(m, root, cpu)  # error

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING
 import pytest
 
 from native import ffi, lib
-from native.types import Gfn, Hfn
+from native.types import Gfn, Hfn, Level, SpteIndex
 from tests.native.memory_rig import CPU, RCU_CPU, Rig, map_page
 from tests.support import VM0
 
@@ -21,15 +21,17 @@ def test_removed_tree(rig: Rig, most: int) -> None:
     for gfn in (0, 1, 600, 1500):
         map_page(rig, gfn)
     table, _ = rig.link(0, 3)
-    link = lib.spte_read(rig.m, table, 0)
+    link = lib.spte_read(rig.m, table, SpteIndex(0))
     rig.set(table, 3, 0, 0)
     pages = rig.remove(link, 3, 0, most=most)
     assert len(pages) == 4
     assert pages[3] == link >> lib.SPTE_HFN_SHIFT & 0xFFFFFF, "children before their parent"
     assert {rig.right(gfn) for gfn in (0, 1, 600, 1500)} == {0}
     assert rig.unmapped == 4
-    assert lib.spte_read(rig.m, pages[0], 1) == lib.FROZEN_SPTE
-    assert lib.spte_read(rig.m, pages[0], 2) == 0, "under the write lock only what was present is frozen"
+    assert lib.spte_read(rig.m, pages[0], SpteIndex(1)) == lib.FROZEN_SPTE
+    assert lib.spte_read(rig.m, pages[0], SpteIndex(2)) == 0, (
+        "under the write lock only what was present is frozen"
+    )
 
 
 def unlinked(rig: Rig, *gfns: int) -> tuple[Hfn, TdpRemovalPtr]:
@@ -39,7 +41,7 @@ def unlinked(rig: Rig, *gfns: int) -> tuple[Hfn, TdpRemovalPtr]:
     parent, link = rig.link(0, 2)
     rig.set(parent, 2, 0, 0)
     removal = ffi.new("struct tdp_removal *")
-    assert lib.tdp_removal_begin(rig.m, CPU, VM0, removal, link, 2, Gfn(0), 1) == 0
+    assert lib.tdp_removal_begin(rig.m, CPU, VM0, removal, link, Level(2), Gfn(0), 1) == 0
     return Hfn(link >> lib.SPTE_HFN_SHIFT & 0xFFFFFF), removal
 
 
@@ -78,7 +80,7 @@ def test_removal_without_freezing_leaves_entries_to_install_in(rig: Rig) -> None
     table, removal = unlinked(rig, 0)
     removal.freeze = 0
     assert lib.tdp_removal_step(rig.m, CPU, VM0, removal, 512) == 0
-    assert {lib.spte_read(rig.m, table, i) for i in range(512)} == {0}
+    assert {lib.spte_read(rig.m, table, SpteIndex(i)) for i in range(512)} == {0}
 
 
 def test_removal_of_a_table_that_was_freed_is_reported(rig: Rig) -> None:
@@ -86,9 +88,9 @@ def test_removal_of_a_table_that_was_freed_is_reported(rig: Rig) -> None:
     _, link = rig.link(0, 2)
     lib.ept_table_free(rig.m, CPU, Hfn(link >> lib.SPTE_HFN_SHIFT & 0xFFFFFF))
     removal = ffi.new("struct tdp_removal *")
-    assert lib.tdp_removal_begin(rig.m, CPU, VM0, removal, link, 2, Gfn(0), 1) == 0
+    assert lib.tdp_removal_begin(rig.m, CPU, VM0, removal, link, Level(2), Gfn(0), 1) == 0
     assert removal.level == 0
-    assert not lib.tdp_table_holds(rig.m, CPU, VM0, link, 2, Gfn(0))
+    assert not lib.tdp_table_holds(rig.m, CPU, VM0, link, Level(2), Gfn(0))
     counts = ffi.new("uint64_t[]", lib.VIOLATIONS)
     lib.oracle_counts(rig.m, counts)
     assert counts[lib.VIOLATION_WALK_AFTER_FREE] == 2
@@ -97,7 +99,7 @@ def test_removal_of_a_table_that_was_freed_is_reported(rig: Rig) -> None:
 def test_removal_of_a_leaf_is_misuse(rig: Rig) -> None:
     spte = map_page(rig, 0)
     removal = ffi.new("struct tdp_removal *")
-    assert lib.tdp_removal_begin(rig.m, CPU, VM0, removal, spte, 1, Gfn(0), 1) == lib.MACHINE_MISUSE
+    assert lib.tdp_removal_begin(rig.m, CPU, VM0, removal, spte, Level(1), Gfn(0), 1) == lib.MACHINE_MISUSE
     assert "no table" in rig.error()
 
 

@@ -7,7 +7,7 @@ from collections.abc import Iterator
 import pytest
 
 from native import ffi, lib
-from native.types import CpuId, VcpuId, VmcsId, Vpid
+from native.types import CpuId, Level, VcpuId, VmcsId, Vpid
 from tests.native.hypervisor import READ, Hypervisor
 from tests.support import CPU0, CPU1, VM0
 
@@ -118,7 +118,7 @@ def test_guest_mode_runs_with_the_context_of_the_current_vmcs(machine: Hyperviso
     machine.process(vcpu, [0x5000], [5])
     first, second = machine.vmcs[vcpu], VmcsId(lib.vmcs_create(machine.m, vcpu, Vpid(2)))
     roots = {first: machine.roots[VM0], second: machine.new_root()}
-    lib.vmcs_write_eptp(machine.m, second, roots[second], 4)
+    lib.vmcs_write_eptp(machine.m, second, roots[second], Level(4))
     for vmcs in (first, second):
         machine.vmcs[vcpu], machine.roots[VM0] = vmcs, roots[vmcs]
         machine.access(CPU0, vcpu, 0x5000)

@@ -7,7 +7,7 @@ from collections.abc import Iterator
 import pytest
 
 from native import ffi, lib
-from native.types import Hfn, VcpuId, VmId
+from native.types import Hfn, VcpuId, VmId, WordIndex
 from tests.native.hypervisor import READ, WRITE, Hypervisor
 from tests.support import CPU0
 
@@ -35,10 +35,10 @@ class Guest:
         return Hfn(self.machine.leaf(CPU0, self.vm, gfn, create=False)[2] >> 12 & 0xFFFFFF)
 
     def word(self, gfn: int, index: int) -> int:
-        return int(lib.frame_read(self.machine.m, self.frame(gfn), index))
+        return int(lib.frame_read(self.machine.m, self.frame(gfn), WordIndex(index)))
 
     def write(self, gfn: int, index: int, entry: int) -> None:
-        lib.frame_write(self.machine.m, self.frame(gfn), index, entry)
+        lib.frame_write(self.machine.m, self.frame(gfn), WordIndex(index), entry)
 
     def write32(self, gfn: int, index: int, entry: int) -> None:
         shift = index % 2 * 32

@@ -16,7 +16,7 @@ from hypothesis import HealthCheck, example, given, settings
 from hypothesis import strategies as st
 
 from native import ffi, lib
-from native.types import CpuId, Gfn, Hfn, VcpuId, VmId, Vpid
+from native.types import CpuId, Gfn, Hfn, Level, SpteIndex, VcpuId, VmId, Vpid
 from tests.native.hypervisor import EXECUTE, READ, WRITE, Hypervisor
 from tests.support import CPU0, CPU1, VM0, VM1
 
@@ -83,9 +83,9 @@ class Side(Hypervisor):
         found = {}
         sptes, tables = ffi.new("uint64_t[]", 6), ffi.new("uint32_t[]", 6)
         for first in range(0, GFNS, 512):
-            if lib.tdp_mmu_get_walk(self.m, self.roots[VM0], 4, Gfn(first), sptes, tables) == 1:
+            if lib.tdp_mmu_get_walk(self.m, self.roots[VM0], Level(4), Gfn(first), sptes, tables) == 1:
                 for i in (i for i in range(512) if 1 <= i % 16 <= VCPUS):
-                    found[first + i] = int(lib.spte_read(self.m, Hfn(tables[1]), i))
+                    found[first + i] = int(lib.spte_read(self.m, Hfn(tables[1]), SpteIndex(i)))
         return {gfn: spte for gfn, spte in found.items() if spte & 7}
 
     def mapped_gfns(self) -> list[int]:
@@ -99,7 +99,7 @@ class Side(Hypervisor):
         """Bits of a present SPTE change."""
         table, index, old = self.leaf(CPU0, VM0, gfn, False)
         if old & 7:
-            lib.tdp_mmu_set_spte(self.m, CPU0, VM0, table, index, 1, Gfn(gfn), old ^ flip)
+            lib.tdp_mmu_set_spte(self.m, CPU0, VM0, table, SpteIndex(index), Level(1), Gfn(gfn), old ^ flip)
 
     def step(self, step: Any) -> None:
         getattr(self, "do_" + step[0])(*step[1:])
@@ -158,14 +158,16 @@ class Side(Hypervisor):
         """The last table on the way to a page goes, without the flush that is due."""
         gfn = self.mapped_gfn(nth)
         sptes, tables = ffi.new("uint64_t[]", 6), ffi.new("uint32_t[]", 6)
-        if lib.tdp_mmu_get_walk(self.m, self.roots[VM0], 4, Gfn(gfn), sptes, tables) != 1:
+        if lib.tdp_mmu_get_walk(self.m, self.roots[VM0], Level(4), Gfn(gfn), sptes, tables) != 1:
             return
         for other in self.mapped_gfns():
             if other >> 9 == gfn >> 9:
                 self.zap(CPU0, VM0, other)
         removal = ffi.new("struct tdp_removal *")
-        old = lib.tdp_mmu_set_spte(self.m, CPU0, VM0, Hfn(tables[2]), gfn >> 9 & 511, 2, Gfn(gfn), 0)
-        lib.tdp_removal_begin(self.m, CPU0, VM0, removal, old, 2, Gfn(gfn & ~511), 0)
+        old = lib.tdp_mmu_set_spte(
+            self.m, CPU0, VM0, Hfn(tables[2]), SpteIndex(gfn >> 9 & 511), Level(2), Gfn(gfn), 0
+        )
+        lib.tdp_removal_begin(self.m, CPU0, VM0, removal, old, Level(2), Gfn(gfn & ~511), 0)
         while removal.level:
             lib.tdp_removal_step(self.m, CPU0, VM0, removal, 512)
         if free:
@@ -176,14 +178,14 @@ class Side(Hypervisor):
         sptes, tables = ffi.new("uint64_t[]", 6), ffi.new("uint32_t[]", 6)
         for gfn in self.mapped_gfns():
             self.zap(CPU0, VM0, gfn)
-        lib.tdp_mmu_get_walk(self.m, self.roots[VM0], 4, Gfn(0), sptes, tables)
+        lib.tdp_mmu_get_walk(self.m, self.roots[VM0], Level(4), Gfn(0), sptes, tables)
         kept = int(sptes[4])
-        lib.tdp_mmu_set_spte(self.m, CPU0, VM0, self.roots[VM0], 0, 4, Gfn(0), 0)
+        lib.tdp_mmu_set_spte(self.m, CPU0, VM0, self.roots[VM0], SpteIndex(0), Level(4), Gfn(0), 0)
         lib.ept_table_free(self.m, CPU0, self.roots[VM0])
         self.roots[VM0] = self.roots[VM1] = self.new_root()
-        lib.tdp_mmu_set_spte(self.m, CPU0, VM0, self.roots[VM0], 0, 4, Gfn(0), kept)
+        lib.tdp_mmu_set_spte(self.m, CPU0, VM0, self.roots[VM0], SpteIndex(0), Level(4), Gfn(0), kept)
         for vcpu in self.vcpus:
-            lib.vmcs_write_eptp(self.m, self.vmcs[vcpu], self.roots[VM0], 4)
+            lib.vmcs_write_eptp(self.m, self.vmcs[vcpu], self.roots[VM0], Level(4))
 
     def cached(self, cpu: CpuId) -> tuple[list[Any], list[Any]]:
         """Everything valid, in no order."""

@@ -13,6 +13,7 @@ from typing import Any
 import pytest
 
 from native import ffi, lib
+from native.types import WordIndex
 from tests.native.hypervisor import EXECUTE, READ, WRITE
 from tests.native.test_walk_fast import PAGES, Side
 from tests.support import CPU0
@@ -62,8 +63,8 @@ class Case(Side):
 
     def gpte(self, page: int, flip: int = 0) -> int:
         hfn = self.last_table(lib.KIND_COMBINED, page).hfn
-        value = int(lib.frame_read(self.m, hfn, page & 511)) ^ flip
-        lib.frame_write(self.m, hfn, page & 511, value)
+        value = int(lib.frame_read(self.m, hfn, WordIndex(page & 511))) ^ flip
+        lib.frame_write(self.m, hfn, WordIndex(page & 511), value)
         return value
 
     def gfn(self, page: int) -> int:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 
 from native import ffi, lib
-from native.types import Gfn, Hfn, Vpid
+from native.types import Gfn, Hfn, Level, SpteIndex, Vpid, WordIndex
 from tests.native.hypervisor import EXECUTE
 from tests.native.shadow_guests import (
     LINEAR,
@@ -66,7 +66,10 @@ def test_error_codes() -> None:
         assert fault(machine, vcpu, 0x6000, READ) == user | lib.PFERR_PRESENT
         table, index, _ = machine.spot(CPU0, VM0, space, 7)
         mmio = 1 << lib.SPTE_MMIO_BIT | 7 << 12
-        assert lib.shadow_mmu_set_spte(machine.m, CPU0, VM0, table, index, 1, Gfn(7), mmio) == 0
+        assert (
+            lib.shadow_mmu_set_spte(machine.m, CPU0, VM0, table, SpteIndex(index), Level(1), Gfn(7), mmio)
+            == 0
+        )
         expected = user | lib.PFERR_PRESENT | lib.PFERR_RSVD
         assert fault(machine, vcpu, 0x7000, READ) == expected
         lib.guest_skip(machine.m, vcpu)
@@ -81,7 +84,9 @@ def test_nx_faults_a_fetch_only() -> None:
         space = machine.space[vcpu]
         machine.map_linear(CPU0, VM0, space, 5, Translation(5, True, True))
         table, index, spte = machine.spot(CPU0, VM0, space, 5)
-        lib.shadow_mmu_set_spte(machine.m, CPU0, VM0, table, index, 1, Gfn(5), spte & ~lib.SPTE_EXECUTABLE)
+        lib.shadow_mmu_set_spte(
+            machine.m, CPU0, VM0, table, SpteIndex(index), Level(1), Gfn(5), spte & ~lib.SPTE_EXECUTABLE
+        )
         machine.access(CPU0, vcpu, 0x5000, WRITE)
         assert fault(machine, vcpu, 0x5000, EXECUTE) == lib.PFERR_USER | lib.PFERR_FETCH | lib.PFERR_PRESENT
 
@@ -93,11 +98,16 @@ def test_walks_set_accessed_and_dirty() -> None:
         machine.map_linear(CPU0, VM0, space, 5, Translation(5, True, True))
         table, index, spte = machine.spot(CPU0, VM0, space, 5)
         clean = spte & ~(lib.SPTE_ACCESSED | lib.SPTE_DIRTY)
-        assert lib.shadow_mmu_set_spte_atomic(machine.m, CPU0, VM0, table, index, 1, spte, clean) == 0
+        assert (
+            lib.shadow_mmu_set_spte_atomic(
+                machine.m, CPU0, VM0, table, SpteIndex(index), Level(1), spte, clean
+            )
+            == 0
+        )
         machine.access(CPU0, vcpu, 0x5000, READ)
-        assert lib.spte_read(machine.m, table, index) == clean | lib.SPTE_ACCESSED
+        assert lib.spte_read(machine.m, table, SpteIndex(index)) == clean | lib.SPTE_ACCESSED
         machine.access(CPU0, vcpu, 0x5000, WRITE)
-        assert lib.spte_read(machine.m, table, index) == clean | lib.SPTE_ACCESSED | lib.SPTE_DIRTY
+        assert lib.spte_read(machine.m, table, SpteIndex(index)) == clean | lib.SPTE_ACCESSED | lib.SPTE_DIRTY
 
 
 def test_supervisor_pages_are_cached_for_the_os_alone() -> None:
@@ -132,7 +142,9 @@ def test_a_global_translation_serves_each_pcid() -> None:
         for page, extra in ((6, 0), (5, lib.SPTE_GLOBAL)):
             machine.map_linear(CPU0, VM0, space, page, Translation(page, True, True))
             table, index, spte = machine.spot(CPU0, VM0, space, page)
-            lib.shadow_mmu_set_spte(machine.m, CPU0, VM0, table, index, 1, Gfn(page), spte | extra)
+            lib.shadow_mmu_set_spte(
+                machine.m, CPU0, VM0, table, SpteIndex(index), Level(1), Gfn(page), spte | extra
+            )
             machine.access(CPU0, vcpu, page << 12)
         lib.vmcs_write_guest_cr3(machine.m, machine.vmcs[vcpu], machine.tree[space], 9)
         before = machine.count(lib.COUNT_L2_MISSES)
@@ -149,15 +161,20 @@ def test_two_megabyte_spte() -> None:
         block = Hfn(lib.frame_alloc(machine.m, CPU0, lib.FRAME_BLOCK))
         machine.spot(CPU0, vm, machine.space[vcpu], 0)
         sptes, tables = ffi.new("uint64_t[]", 6), ffi.new("uint32_t[]", 6)
-        lib.tdp_mmu_get_walk(machine.m, machine.tree[machine.space[vcpu]], 4, Gfn(512), sptes, tables)
+        lib.tdp_mmu_get_walk(machine.m, machine.tree[machine.space[vcpu]], Level(4), Gfn(512), sptes, tables)
         custody = lib.frame_block_custody(machine.m, block)
-        spte = lib.make_shadow_spte(block, custody, 2, lib.SPTE_WRITABLE | lib.SPTE_USER, 1)
-        assert lib.shadow_mmu_set_spte(machine.m, CPU0, vm, Hfn(tables[2]), 1, 2, Gfn(512), spte) == 0
+        spte = lib.make_shadow_spte(block, custody, Level(2), lib.SPTE_WRITABLE | lib.SPTE_USER, 1)
+        assert (
+            lib.shadow_mmu_set_spte(
+                machine.m, CPU0, vm, Hfn(tables[2]), SpteIndex(1), Level(2), Gfn(512), spte
+            )
+            == 0
+        )
         machine.access(CPU0, vcpu, (512 + 7) << 12, WRITE)
         machine.access(CPU0, vcpu, (512 + 300) << 12, READ)
         assert [page for *_, page in machine.dump(CPU0)] == [512]
         assert machine.violations() == {}
-        assert lib.frame_read(machine.m, Hfn(block + 7), 0) != 0
+        assert lib.frame_read(machine.m, Hfn(block + 7), WordIndex(0)) != 0
 
 
 def test_the_processor_fetches_linear_mappings_ahead() -> None:
@@ -195,9 +212,9 @@ def test_a_walk_from_a_cached_pointer_to_a_freed_table() -> None:
         vcpu = bare(machine)
         machine.access(CPU0, vcpu, 0x5000)
         sptes, tables = ffi.new("uint64_t[]", 6), ffi.new("uint32_t[]", 6)
-        lib.tdp_mmu_get_walk(machine.m, machine.tree[machine.space[vcpu]], 4, Gfn(5), sptes, tables)
+        lib.tdp_mmu_get_walk(machine.m, machine.tree[machine.space[vcpu]], Level(4), Gfn(5), sptes, tables)
         machine.zap(CPU0, VM0, 5)
-        lib.shadow_mmu_set_spte(machine.m, CPU0, VM0, Hfn(tables[2]), 0, 2, Gfn(0), 0)
+        lib.shadow_mmu_set_spte(machine.m, CPU0, VM0, Hfn(tables[2]), SpteIndex(0), Level(2), Gfn(0), 0)
         lib.ept_table_free(machine.m, CPU0, Hfn(tables[1]))
         machine.access(CPU0, vcpu, 0x6000)
         assert set(machine.violations()) == {"walk-after-free"}
@@ -221,8 +238,11 @@ def test_a_leaf_must_be_dropped_before_that_of_another_gfn() -> None:
         vcpu = bare(machine)
         machine.access(CPU0, vcpu, 0x5000)
         table, index, spte = machine.spot(CPU0, VM0, machine.space[vcpu], 5)
-        assert lib.kvm_mmu_page_get_gfn(machine.m, table, index) == 5
-        assert lib.shadow_mmu_set_spte(machine.m, CPU0, VM0, table, index, 1, Gfn(6), spte) == (1 << 64) - 1
+        assert lib.kvm_mmu_page_get_gfn(machine.m, table, SpteIndex(index)) == 5
+        assert (
+            lib.shadow_mmu_set_spte(machine.m, CPU0, VM0, table, SpteIndex(index), Level(1), Gfn(6), spte)
+            == (1 << 64) - 1
+        )
         assert b"another gfn" in ffi.string(lib.machine_error_text(machine.m, CPU0))
 
 
@@ -272,7 +292,9 @@ def test_the_fast_path_fills_what_the_slow_one_fills(kind: int, writable: bool, 
             table, index, spte = machine.spot(CPU0, VM0, machine.space[vcpu], 5)
             if not dirty:
                 clean = spte & ~lib.SPTE_DIRTY
-                lib.shadow_mmu_set_spte_atomic(machine.m, CPU0, VM0, table, index, 1, spte, clean)
+                lib.shadow_mmu_set_spte_atomic(
+                    machine.m, CPU0, VM0, table, SpteIndex(index), Level(1), spte, clean
+                )
             machine.access(CPU0, vcpu, 0x6000)
             machine.access(CPU0, vcpu, 0x5000, kind)
             filled.append(entry_of(machine, 5))
@@ -304,8 +326,8 @@ def test_neither_path_trusts_what_the_oracle_must_judge(doubt: str, ways: int) -
         before = machine.count(lib.COUNT_STALE_WALKS)
         if doubt == "unlinked":
             sptes, tables = ffi.new("uint64_t[]", 6), ffi.new("uint32_t[]", 6)
-            lib.tdp_mmu_get_walk(machine.m, machine.tree[space], 4, Gfn(5), sptes, tables)
-            lib.shadow_mmu_set_spte(machine.m, CPU0, VM0, Hfn(tables[2]), 0, 2, Gfn(0), 0)
+            lib.tdp_mmu_get_walk(machine.m, machine.tree[space], Level(4), Gfn(5), sptes, tables)
+            lib.shadow_mmu_set_spte(machine.m, CPU0, VM0, Hfn(tables[2]), SpteIndex(0), Level(2), Gfn(0), 0)
         machine.access(CPU0, vcpu, 0x5000, WRITE)
         assert set(machine.violations()) == _DOUBTS[doubt]
         assert (machine.count(lib.COUNT_STALE_WALKS) > before) == (doubt == "unlinked")

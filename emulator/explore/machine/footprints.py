@@ -19,6 +19,7 @@ from emulator.explore.machine.described import CALLS
 from emulator.kvm.mmu.spte import is_last_spte, is_shadow_present_pte, spte_to_child_pt
 from native import lib
 from native.description import RESULT, Access, Call, Comparison, Object, Operand
+from native.types import Level
 
 if TYPE_CHECKING:
     from emulator.explore.machine.control import Control
@@ -77,7 +78,7 @@ def _root_loaded(control: Control, vmcs: int, root: int) -> int:
     return control.custody_of_tables((root,))
 
 
-def rights(control: Control, spte: int, level: int) -> int:
+def rights(control: Control, spte: int, level: Level) -> int:
     """Return custody, as read by a leaf SPTE: it grants its rights only if custody still holds."""
     return control.bit("custody") if is_shadow_present_pte(spte) and is_last_spte(spte, level) else 0
 

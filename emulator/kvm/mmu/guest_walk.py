@@ -29,7 +29,7 @@ from emulator.kvm.virt.guest_memory import (
 from emulator.kvm.virt.slots import gfn_to_memslot, mark_page_dirty_in_slot
 from emulator.machine.runtime import Cpu
 from native import lib
-from native.types import Gfn
+from native.types import Gfn, Level, span
 
 PT_PRESENT_MASK: Final = 1 << 0
 PT_WRITABLE_MASK: Final = 1 << 1
@@ -68,17 +68,17 @@ class PagingFormat:
     level_bits: int
     entry_bytes: int
     base_addr_mask: int
-    max_huge_level: int
+    max_huge_level: Level
 
-    def index(self, addr: int, level: int) -> int:
+    def index(self, addr: int, level: Level) -> int:
         """PT_INDEX()"""
         return addr >> 12 + self.level_bits * (level - 1) & (1 << self.level_bits) - 1
 
-    def pages(self, level: int) -> int:
+    def pages(self, level: Level) -> int:
         """Return how many pages an entry of that level maps."""
         return 1 << self.level_bits * (level - 1)
 
-    def gpte_to_gfn_lvl(self, gpte: int, level: int) -> Gfn:
+    def gpte_to_gfn_lvl(self, gpte: int, level: Level) -> Gfn:
         """gpte_to_gfn_lvl(), with pse36_gfn_delta(): return the first gfn of a page of that level."""
         gfn = self.gpte_to_gfn(gpte) & -self.pages(level)
         if self.entry_bytes == 4 and level > PG_LEVEL_4K:
@@ -122,7 +122,7 @@ class KvmPagewalk:
     """
 
     fmt: PagingFormat
-    level: int
+    level: Level
     cr0_wp: bool
     cr4_smep: bool
     cr4_pse: bool
@@ -137,11 +137,11 @@ class KvmPagewalk:
         return vcpu.arch.pdptrs[index]
 
     @property
-    def top_level(self) -> int:
+    def top_level(self) -> Level:
         """Return the level of the highest table in memory."""
         return PT32_ROOT_LEVEL if self.level == PT32E_ROOT_LEVEL else self.level
 
-    def is_last_gpte(self, level: int, gpte: int) -> bool:
+    def is_last_gpte(self, level: Level, gpte: int) -> bool:
         """FNAME(is_last_gpte): bit 7 of a 4-byte entry is ignored unless CR4.PSE is set."""
         if level == PG_LEVEL_4K:
             return True
@@ -206,7 +206,7 @@ class GuestWalker:
         "table_gfn",
     )
 
-    def __init__(self, level: int) -> None:
+    def __init__(self, level: Level) -> None:
         self.level = self.max_level = level
         self.gfn = Gfn(0)
         self.prefetch_ptes: dict[int, int] = {}
@@ -245,7 +245,7 @@ def _read_tables(cpu: Cpu, vcpu: Vcpu, w: KvmPagewalk, addr: int, pfec: int) -> 
         if not fmt.is_present_gpte(pte):
             walker.error_code = w.fault_bits(pfec)
             return walker
-    for level in range(walker.max_level, 0, -1):
+    for level in span(walker.max_level, Level(0), -1):
         walker.level = level
         table_gfn = fmt.gpte_to_gfn(pte)
         slot = gfn_to_memslot(kvm, table_gfn, int(vcpu.arch.smm))
@@ -277,7 +277,7 @@ def update_accessed_dirty_bits(
 ) -> bool | None:
     """update_accessed_dirty_bits(): return False if all flags are set, True to walk again, None: an error."""
     kvm, fmt = vcpu.kvm, w.fmt
-    for level in range(walker.max_level, walker.level - 1, -1):
+    for level in span(walker.max_level, walker.level - 1, -1):
         orig = walker.ptes[level]
         pte = orig | PT_GUEST_ACCESSED_MASK
         if level == walker.level and write_fault:
@@ -296,7 +296,7 @@ def update_accessed_dirty_bits(
     return False
 
 
-def gpte_changed(cpu: Cpu, vcpu: Vcpu, w: KvmPagewalk, walker: GuestWalker, addr: int, level: int) -> bool:
+def gpte_changed(cpu: Cpu, vcpu: Vcpu, w: KvmPagewalk, walker: GuestWalker, addr: int, level: Level) -> bool:
     """gpte_changed(), under mmu_lock: return whether the guest's entry is another than the walk's.
 
     In a last table read its neighbours as well, for pte_prefetch(): from here on KVM sees the guest's stores.

@@ -7,7 +7,7 @@ from emulator.kvm.mmu.fault import KvmPageFault
 from emulator.kvm.structs import Kvm, KvmMemorySlot
 from emulator.machine.runtime import Cpu
 from native import lib
-from native.types import Gfn, Hfn
+from native.types import Gfn, Hfn, Level
 
 
 def kvm_mmu_hugepage_adjust(cpu: Cpu, kvm: Kvm, fault: KvmPageFault) -> None:
@@ -31,8 +31,8 @@ def kvm_mmu_hugepage_adjust(cpu: Cpu, kvm: Kvm, fault: KvmPageFault) -> None:
 
 
 def kvm_mmu_max_mapping_level(
-    cpu: Cpu, kvm: Kvm, slot: KvmMemorySlot, gfn: Gfn, max_level: int = KVM_MAX_HUGEPAGE_LEVEL
-) -> int:
+    cpu: Cpu, kvm: Kvm, slot: KvmMemorySlot, gfn: Gfn, max_level: Level = KVM_MAX_HUGEPAGE_LEVEL
+) -> Level:
     """kvm_mmu_max_mapping_level(), under mmu_lock: return the largest level that the host maps now.
 
     max_level: the largest that the guest's tables permit.
@@ -46,7 +46,7 @@ def kvm_mmu_max_mapping_level(
     return PG_LEVEL_4K
 
 
-def _level_allowed(slot: KvmMemorySlot, gfn: Gfn, level: int) -> bool:
+def _level_allowed(slot: KvmMemorySlot, gfn: Gfn, level: Level) -> bool:
     """Return whether lpage_info permits a huge mapping.
 
     It does not while dirty pages are logged, across the slot's ends, or where guest and host addresses are

@@ -56,7 +56,7 @@ from emulator.kvm.virt.requests import (
 )
 from emulator.machine.runtime import Cpu
 from native import lib
-from native.types import FlushReason, Gfn
+from native.types import FlushReason, Gfn, Level
 
 # --- zaps ---------------------------------------------------------------------------------------------------
 
@@ -198,7 +198,7 @@ def kvm_dirty_log_manual_protect_and_init_set(kvm: Kvm) -> bool:
     return bool(kvm.dirty_log_manual & KVM_DIRTY_LOG_INITIALLY_SET)
 
 
-def kvm_mmu_slot_remove_write_access(cpu: Cpu, kvm: Kvm, slot: KvmMemorySlot, level: int) -> bool:
+def kvm_mmu_slot_remove_write_access(cpu: Cpu, kvm: Kvm, slot: KvmMemorySlot, level: Level) -> bool:
     """kvm_mmu_slot_remove_write_access(): return whether some SPTE of the TDP MMU lost W.  The caller
     flushes."""
     if kvm_memslots_have_rmaps(kvm):
@@ -210,7 +210,9 @@ def kvm_mmu_slot_remove_write_access(cpu: Cpu, kvm: Kvm, slot: KvmMemorySlot, le
         return kvm_tdp_mmu_wrprot_slot(cpu, kvm, slot, level)
 
 
-def kvm_mmu_slot_gfn_write_protect(cpu: Cpu, kvm: Kvm, slot: KvmMemorySlot, gfn: Gfn, min_level: int) -> bool:
+def kvm_mmu_slot_gfn_write_protect(
+    cpu: Cpu, kvm: Kvm, slot: KvmMemorySlot, gfn: Gfn, min_level: Level
+) -> bool:
     """kvm_mmu_slot_gfn_write_protect(), under mmu_lock for write: return whether some SPTE lost W."""
     protected = False
     if kvm_memslots_have_rmaps(kvm):
@@ -233,13 +235,13 @@ def kvm_mmu_write_protect_pt_masked(
 
 
 def kvm_mmu_try_split_huge_pages(
-    cpu: Cpu, kvm: Kvm, slot: KvmMemorySlot, start: Gfn, end: Gfn, target_level: int
+    cpu: Cpu, kvm: Kvm, slot: KvmMemorySlot, start: Gfn, end: Gfn, target_level: Level
 ) -> None:
     """kvm_mmu_try_split_huge_pages(), under mmu_lock for write."""
     kvm_tdp_mmu_try_split_huge_pages(cpu, kvm, slot, start, end, target_level, shared=False)
 
 
-def kvm_mmu_slot_try_split_huge_pages(cpu: Cpu, kvm: Kvm, slot: KvmMemorySlot, target_level: int) -> None:
+def kvm_mmu_slot_try_split_huge_pages(cpu: Cpu, kvm: Kvm, slot: KvmMemorySlot, target_level: Level) -> None:
     """kvm_mmu_slot_try_split_huge_pages(): split without a flush, because no translation changes."""
     with kvm.mmu_lock.read_lock(cpu):
         kvm_tdp_mmu_try_split_huge_pages(

@@ -16,7 +16,7 @@ from emulator.kvm.structs import Kvm, KvmMemorySlot
 from emulator.kvm.virt.requests import kvm_flush_remote_tlbs
 from emulator.machine.runtime import Cpu, smp_mb
 from native import lib
-from native.types import Gfn
+from native.types import Gfn, Level, span
 
 
 def slots_of_gfn(kvm: Kvm, slot: KvmMemorySlot, gfn: Gfn) -> Iterator[KvmMemorySlot]:
@@ -38,7 +38,7 @@ def kvm_gfn_is_write_tracked(kvm: Kvm, slot: KvmMemorySlot | None, gfn: Gfn) -> 
     )
 
 
-def kvm_gfn_is_lpage_allowed(kvm: Kvm, slot: KvmMemorySlot, gfn: Gfn, level: int) -> bool:
+def kvm_gfn_is_lpage_allowed(kvm: Kvm, slot: KvmMemorySlot, gfn: Gfn, level: Level) -> bool:
     """kvm_gfn_is_lpage_allowed()"""
     key = (level, gfn & -kvm_pages_per_hpage(level))
     return not any(one.arch.disallow_lpage.get(key, 0) for one in slots_of_gfn(kvm, slot, gfn))
@@ -46,7 +46,7 @@ def kvm_gfn_is_lpage_allowed(kvm: Kvm, slot: KvmMemorySlot, gfn: Gfn, level: int
 
 def _update_gfn_disallow_lpage_count(slot: KvmMemorySlot, gfn: Gfn, count: int) -> None:
     counts = slot.arch.disallow_lpage
-    for level in range(PG_LEVEL_2M, KVM_MAX_HUGEPAGE_LEVEL + 1):
+    for level in span(PG_LEVEL_2M, KVM_MAX_HUGEPAGE_LEVEL + 1):
         key = (level, gfn & -kvm_pages_per_hpage(level))
         counts[key] = counts.get(key, 0) + count
         if not counts[key]:
@@ -63,13 +63,13 @@ def kvm_mmu_gfn_allow_lpage(slot: KvmMemorySlot, gfn: Gfn) -> None:
     _update_gfn_disallow_lpage_count(slot, gfn, -1)
 
 
-def shadow_gfn_write_protect(cpu: Cpu, kvm: Kvm, slot: KvmMemorySlot, gfn: Gfn, min_level: int) -> bool:
+def shadow_gfn_write_protect(cpu: Cpu, kvm: Kvm, slot: KvmMemorySlot, gfn: Gfn, min_level: Level) -> bool:
     """Write-protect the shadow MMU's leafs that map gfn, for good; return whether a flush is needed.
 
     The first half of kvm_mmu_slot_gfn_write_protect() (mmu.py), which does the TDP MMU's next.
     """
     protected = False
-    for level in range(min_level, KVM_MAX_HUGEPAGE_LEVEL + 1):
+    for level in span(min_level, KVM_MAX_HUGEPAGE_LEVEL + 1):
         protected |= rmap_write_protect(cpu, kvm, gfn_to_rmap(slot, gfn, level), pt_protect=True)
     return protected
 

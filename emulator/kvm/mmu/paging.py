@@ -65,7 +65,7 @@ from emulator.kvm.virt.requests import kvm_flush_remote_tlbs_range, kvm_make_req
 from emulator.kvm.virt.slots import gfn_to_memslot
 from emulator.machine.runtime import Cpu, OutOfFrames
 from native import lib
-from native.types import Gfn
+from native.types import Gfn, SpteIndex
 
 
 def validate_direct_spte(cpu: Cpu, kvm: Kvm, sptep: Sptep, direct_access: int) -> None:
@@ -220,7 +220,7 @@ def first_gpte(sp: ShadowPage) -> int:
     return sp.role.quadrant * SPTE_ENT_PER_PAGE
 
 
-def paging_sync_spte(cpu: Cpu, vcpu: Vcpu, sp: ShadowPage, index: int) -> int:
+def paging_sync_spte(cpu: Cpu, vcpu: Vcpu, sp: ShadowPage, index: SpteIndex) -> int:
     """FNAME(sync_spte): compare an SPTE of an unsync page with the guest's entry; below 0: it cannot be read;
     1: a flush is due.
 

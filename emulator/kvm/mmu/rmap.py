@@ -5,7 +5,7 @@ All but ageing need mmu_lock held for write.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 
 from emulator.kvm.kvm_host import KVM_MAX_HUGEPAGE_LEVEL, PG_LEVEL_4K, kvm_pages_per_hpage
 from emulator.kvm.mmu.shadow_spte import (
@@ -21,7 +21,7 @@ from emulator.kvm.structs import Kvm, KvmMemorySlot
 from emulator.kvm.virt.requests import kvm_flush_remote_tlbs, kvm_flush_remote_tlbs_range
 from emulator.machine.runtime import Cpu
 from native import lib
-from native.types import FlushReason, Gfn
+from native.types import FlushReason, Gfn, Level, span
 
 RMAP_RECYCLE_THRESHOLD = 1000
 
@@ -30,7 +30,7 @@ RmapHead = list[Sptep]
 SlotRmapsHandler = Callable[[Cpu, Kvm, RmapHead], bool]
 
 
-def gfn_to_rmap(slot: KvmMemorySlot, gfn: Gfn, level: int) -> RmapHead:
+def gfn_to_rmap(slot: KvmMemorySlot, gfn: Gfn, level: Level) -> RmapHead:
     """gfn_to_rmap(): return the list of SPTEs of that level that map the page which gfn is in."""
     return slot.arch.rmap.setdefault((level, gfn & -kvm_pages_per_hpage(level)), [])
 
@@ -95,7 +95,9 @@ def rmap_write_protect(cpu: Cpu, kvm: Kvm, rmap_head: RmapHead, *, pt_protect: b
     return flush
 
 
-def _heads(slot: KvmMemorySlot, levels: range, start: Gfn, end: Gfn) -> Iterator[tuple[int, RmapHead]]:
+def _heads(
+    slot: KvmMemorySlot, levels: Sequence[Level], start: Gfn, end: Gfn
+) -> Iterator[tuple[Gfn, RmapHead]]:
     """slot_rmap_walk_next(): yield the lists of the range that are not empty, level by level, by rising gfn.
 
     The keys are looked up anew at each level, because the walk may drop mmu_lock in between.
@@ -119,8 +121,8 @@ def walk_slot_rmaps(
     flush: bool = False,
     flush_on_yield: bool = True,
     reason: FlushReason = lib.REASON_REMOTE_ZAP,
-    min_level: int = PG_LEVEL_4K,
-    max_level: int = KVM_MAX_HUGEPAGE_LEVEL,
+    min_level: Level = PG_LEVEL_4K,
+    max_level: Level = KVM_MAX_HUGEPAGE_LEVEL,
 ) -> bool:
     """__walk_slot_rmaps() over gfns [start, end): call `fn` for each list; return whether a flush is pending.
 
@@ -128,7 +130,7 @@ def walk_slot_rmaps(
     mmu_lock.
     """
     walked = 0
-    for _, rmap_head in _heads(slot, range(min_level, max_level + 1), start, end):
+    for _, rmap_head in _heads(slot, span(min_level, max_level + 1), start, end):
         flush |= fn(cpu, kvm, rmap_head)
         walked += 1
         scheduled = 0 < kvm.params.resched_chunks * kvm.params.chunk <= walked
@@ -160,7 +162,7 @@ def kvm_rmap_zap_gfn_range(
 def kvm_rmap_age_gfn_range(cpu: Cpu, kvm: Kvm, slot: KvmMemorySlot, start: Gfn, end: Gfn) -> bool:
     """kvm_rmap_age_gfn_range(): take the accessed bits; return whether one was set."""
     young = False
-    for _, rmap_head in _heads(slot, range(PG_LEVEL_4K, KVM_MAX_HUGEPAGE_LEVEL + 1), start, end):
+    for _, rmap_head in _heads(slot, span(PG_LEVEL_4K, KVM_MAX_HUGEPAGE_LEVEL + 1), start, end):
         for sptep in for_each_rmap_spte(cpu, kvm, rmap_head):
             young |= mmu_spte_age(cpu, kvm, sptep)
     return young

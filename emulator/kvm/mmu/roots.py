@@ -33,12 +33,12 @@ from emulator.kvm.structs import Kvm, Vcpu, tdp_enabled, tdp_mmu_enabled
 from emulator.kvm.virt.requests import kvm_check_request, kvm_make_request
 from emulator.machine.runtime import Cpu
 from native import lib
-from native.types import FlushReason
+from native.types import FlushReason, Level
 
 # --- roles --------------------------------------------------------------------------------------------------
 
 
-def kvm_mmu_get_tdp_level(vcpu: Vcpu) -> int:
+def kvm_mmu_get_tdp_level(vcpu: Vcpu) -> Level:
     """kvm_mmu_get_tdp_level(): return 4 instead of 5 levels for a guest with at most 48 address bits."""
     max_tdp_level = vcpu.kvm.params.tdp_level
     if max_tdp_level == PG_LEVEL_256T and vcpu.maxphyaddr <= 48:

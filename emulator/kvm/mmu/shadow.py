@@ -29,7 +29,7 @@ from emulator.kvm.structs import Kvm, tdp_enabled
 from emulator.kvm.virt.requests import kvm_flush_remote_tlbs, kvm_make_all_cpus_request
 from emulator.machine.runtime import Cpu
 from native import lib
-from native.types import NO_GFN, Gfn, Hfn
+from native.types import NO_GFN, Gfn, Hfn, SpteIndex
 
 # Pages that are zapped and wait for kvm_mmu_commit_zap_page().
 InvalidList = list[ShadowPage]
@@ -178,7 +178,7 @@ def unsync_leafs(cpu: Cpu, kvm: Kvm, sp: ShadowPage) -> list[ShadowPage]:
     """mmu_unsync_walk(): return the unsync pages below `sp`; bits that lead to none are cleared on the way.
     """
     found: list[ShadowPage] = []
-    for index in for_each_set_bit(sp.unsync_child_bitmap):
+    for index in map(SpteIndex, for_each_set_bit(sp.unsync_child_bitmap)):
         spte = spte_of(cpu, Sptep(sp, index))
         below: list[ShadowPage] = []
         if is_shadow_present_pte(spte) and not is_last_spte(spte, sp.role.level):

@@ -5,7 +5,7 @@ Under mmu_lock held for write.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 
 from emulator.kvm.accounting import flush_elided
 from emulator.kvm.kvm_host import PG_LEVEL_4K, SPTE_ENT_PER_PAGE, SPTE_LEVEL_BITS, kvm_pages_per_hpage
@@ -55,7 +55,7 @@ from emulator.kvm.virt.requests import kvm_flush_remote_tlbs_range
 from emulator.kvm.virt.slots import gfn_to_memslot, mark_page_dirty_in_slot
 from emulator.machine.runtime import Cpu, OutOfFrames
 from native import lib
-from native.types import NO_FRAME, Gfn, Hfn
+from native.types import NO_FRAME, Gfn, Hfn, SpteIndex, span
 
 
 def make_shadow_spte(
@@ -210,19 +210,19 @@ def kvm_mmu_prefetch_sptes(cpu: Cpu, vcpu: Vcpu, gfn: Gfn, sptep: Sptep, nr_page
     return bool(found)
 
 
-def prefetch_window(cpu: Cpu, vcpu: Vcpu, sptep: Sptep) -> range:
+def prefetch_window(cpu: Cpu, vcpu: Vcpu, sptep: Sptep) -> Sequence[SpteIndex]:
     """Return the indices of the group that the SPTE is in, for a fault that may map the others of it.
 
     None while addresses are being invalidated: the host's own tables may still have their pages.
     """
     num = vcpu.kvm.params.prefetch
     if not num or sptep.sp.role.level > PG_LEVEL_4K:
-        return range(0)
+        return ()
     cpu.point("mmu_invalidate_seq", vcpu.kvm.id, "read")
     if lib.mmu_invalidate_in_progress(cpu.m, vcpu.kvm.id):
-        return range(0)
+        return ()
     first = sptep.idx & -num
-    return range(first, first + num)
+    return span(first, first + num)
 
 
 def direct_pte_prefetch(cpu: Cpu, vcpu: Vcpu, sptep: Sptep) -> None:
@@ -238,10 +238,10 @@ def direct_pte_prefetch(cpu: Cpu, vcpu: Vcpu, sptep: Sptep) -> None:
                 return
             start = None
     if start is not None:
-        direct_pte_prefetch_many(cpu, vcpu, sp, start, window.stop)
+        direct_pte_prefetch_many(cpu, vcpu, sp, start, window[-1] + 1)
 
 
-def direct_pte_prefetch_many(cpu: Cpu, vcpu: Vcpu, sp: ShadowPage, start: int, end: int) -> bool:
+def direct_pte_prefetch_many(cpu: Cpu, vcpu: Vcpu, sp: ShadowPage, start: SpteIndex, end: SpteIndex) -> bool:
     """direct_pte_prefetch_many()"""
     gfn = kvm_mmu_page_get_gfn(cpu, sp, start)
     return kvm_mmu_prefetch_sptes(cpu, vcpu, gfn, Sptep(sp, start), end - start, sp.role.access)
@@ -252,7 +252,7 @@ def shadow_walk(cpu: Cpu, vcpu: Vcpu, addr: int) -> Iterator[Sptep]:
     sp = shadow_walk_root(vcpu, addr)
     while sp is not None:
         shift = 12 + SPTE_LEVEL_BITS * (sp.role.level - 1)
-        sptep = Sptep(sp, addr >> shift & SPTE_ENT_PER_PAGE - 1)
+        sptep = Sptep(sp, SpteIndex(addr >> shift & SPTE_ENT_PER_PAGE - 1))
         yield sptep
         spte = spte_of(cpu, sptep)
         if not is_shadow_present_pte(spte) or is_last_spte(spte, sp.role.level):

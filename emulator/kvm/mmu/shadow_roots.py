@@ -41,7 +41,7 @@ from emulator.kvm.virt.guest_memory import kvm_is_visible_memslot
 from emulator.kvm.virt.slots import gfn_to_memslot
 from emulator.machine.runtime import Cpu, OutOfFrames
 from native import lib
-from native.types import NO_GFN, Gfn, Hfn
+from native.types import NO_GFN, Gfn, Hfn, Level, SpteIndex
 
 
 def kvm_init_pagewalk(vcpu: Vcpu) -> KvmPagewalk:
@@ -91,7 +91,7 @@ def init_kvm_shadow_mmu(vcpu: Vcpu) -> None:
         mmu.page_fault, mmu.sync_spte = paging_page_fault, paging_sync_spte
 
 
-def mmu_alloc_root(cpu: Cpu, vcpu: Vcpu, gfn: Gfn, level: int, quadrant: int = 0) -> ShadowPage:
+def mmu_alloc_root(cpu: Cpu, vcpu: Vcpu, gfn: Gfn, level: Level, quadrant: int = 0) -> ShadowPage:
     """mmu_alloc_root(): find or make a root, and take a reference on it.  Raises OutOfFrames."""
     role = replace(vcpu.mmu.root_role, level=level, quadrant=quadrant)
     sp = kvm_mmu_get_shadow_page(cpu, vcpu, gfn, role)
@@ -110,7 +110,7 @@ def mmu_alloc_special_roots(cpu: Cpu, mmu: KvmMmu) -> None:
     mmu.pml4_root = alloc_special_page(cpu), alloc_special_page(cpu)
 
 
-def _link_special(cpu: Cpu, kvm: Kvm, table: Hfn, index: int, level: int, below: Hfn | None) -> None:
+def _link_special(cpu: Cpu, kvm: Kvm, table: Hfn, index: SpteIndex, level: Level, below: Hfn | None) -> None:
     spte = 0 if below is None else lib.make_nonleaf_spte(cpu.m, below)
     cpu.point("spte", (table, index), "write")
     lib.shadow_mmu_set_spte(cpu.m, cpu.id, kvm.id, table, index, level, NO_GFN, spte)
@@ -128,8 +128,8 @@ def shadow_mmu_alloc_direct_roots(cpu: Cpu, vcpu: Vcpu) -> None:
         for quarter in range(4):
             root = mmu_alloc_root(cpu, vcpu, Gfn(quarter << 18), PG_LEVEL_2M)
             mmu.pae_root[quarter] = root
-            _link_special(cpu, kvm, pdpt, quarter, PT32E_ROOT_LEVEL, root.hfn)
-        _link_special(cpu, kvm, pml4, 0, PG_LEVEL_512G, pdpt)
+            _link_special(cpu, kvm, pdpt, SpteIndex(quarter), PT32E_ROOT_LEVEL, root.hfn)
+        _link_special(cpu, kvm, pml4, SpteIndex(0), PG_LEVEL_512G, pdpt)
         mmu.root = KvmMmuRootInfo(pgd=0, hfn=pml4, sp=None)
 
 
@@ -182,8 +182,8 @@ def mmu_alloc_pae_roots(cpu: Cpu, vcpu: Vcpu, root_gfn: Gfn) -> Hfn:
             continue
         root = mmu_alloc_root(cpu, vcpu, gfn, PG_LEVEL_2M, 0 if pae else quarter)
         mmu.pae_root[quarter] = root
-        _link_special(cpu, kvm, pdpt, quarter, PT32E_ROOT_LEVEL, root.hfn)
-    _link_special(cpu, kvm, pml4, 0, PG_LEVEL_512G, pdpt)
+        _link_special(cpu, kvm, pdpt, SpteIndex(quarter), PT32E_ROOT_LEVEL, root.hfn)
+    _link_special(cpu, kvm, pml4, SpteIndex(0), PG_LEVEL_512G, pdpt)
     return pml4
 
 
@@ -205,5 +205,5 @@ def free_pae_roots(cpu: Cpu, kvm: Kvm, mmu: KvmMmu, invalid_list: InvalidList) -
             continue
         assert mmu.pml4_root is not None
         mmu.pae_root[quarter] = None
-        _link_special(cpu, kvm, mmu.pml4_root[1], quarter, PT32E_ROOT_LEVEL, None)
+        _link_special(cpu, kvm, mmu.pml4_root[1], SpteIndex(quarter), PT32E_ROOT_LEVEL, None)
         shadow_mmu_free_root_page(cpu, kvm, root, invalid_list)

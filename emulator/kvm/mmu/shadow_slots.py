@@ -26,7 +26,7 @@ from emulator.kvm.structs import Kvm, KvmMemorySlot, tdp_mmu_enabled
 from emulator.kvm.virt.requests import kvm_flush_remote_tlbs_memslot
 from emulator.machine.runtime import Cpu
 from native import lib
-from native.types import FlushReason, Gfn
+from native.types import FlushReason, Gfn, Level
 
 
 def kvm_memslots_have_rmaps(kvm: Kvm) -> bool:
@@ -47,7 +47,7 @@ def shadow_zap_gfn_range(cpu: Cpu, kvm: Kvm, start: Gfn, end: Gfn, reason: Flush
     return flush
 
 
-def slot_rmap_write_protect(cpu: Cpu, kvm: Kvm, slot: KvmMemorySlot, level: int) -> None:
+def slot_rmap_write_protect(cpu: Cpu, kvm: Kvm, slot: KvmMemorySlot, level: Level) -> None:
     """Take W from all leafs of the slot, from `level` on, for dirty logging; the caller flushes in any case.
     """
 

@@ -25,7 +25,7 @@ from emulator.kvm.mmu.spte import (
 from emulator.kvm.structs import Kvm
 from emulator.machine.runtime import Cpu, MachineMisuse
 from native import ffi, lib
-from native.types import NO_GFN, Gfn, Hfn
+from native.types import NO_GFN, Gfn, Hfn, Level, SpteIndex
 
 PT_ACCESSED_MASK: Final[int] = lib.SPTE_ACCESSED
 PT_DIRTY_MASK: Final[int] = lib.SPTE_DIRTY
@@ -35,7 +35,7 @@ _CUSTODY_MASK: Final = 0x7FFF
 _ALL_ONES: Final = (1 << 64) - 1
 
 
-def kvm_mmu_page_get_gfn(cpu: Cpu, sp: ShadowPage, index: int) -> Gfn:
+def kvm_mmu_page_get_gfn(cpu: Cpu, sp: ShadowPage, index: SpteIndex) -> Gfn:
     """kvm_mmu_page_get_gfn(): return the first gfn that the leaf at `index` maps, or mapped last."""
     if sp.role.direct:
         return sp.gfn + (index << SPTE_LEVEL_BITS * (sp.role.level - 1))
@@ -49,7 +49,7 @@ def spte_of(cpu: Cpu, sptep: Sptep) -> int:
 
 def sptes_in_use(cpu: Cpu, sp: ShadowPage) -> Iterator[Sptep]:
     """Yield the SPTEs of a page that are not 0, by rising index; each is read when its turn comes."""
-    index = lib.spte_next(cpu.m, sp.hfn, 0)
+    index = lib.spte_next(cpu.m, sp.hfn, SpteIndex(0))
     while index < SPTE_ENT_PER_PAGE:
         yield Sptep(sp, index)
         index = lib.spte_next(cpu.m, sp.hfn, index + 1)
@@ -121,7 +121,7 @@ def mmu_spte_clear_no_track(cpu: Cpu, kvm: Kvm, sptep: Sptep) -> None:
 
 
 def mmu_spte_cmpxchg(
-    cpu: Cpu, kvm: Kvm, table: Hfn, index: int, level: int, old_spte: int, new_spte: int
+    cpu: Cpu, kvm: Kvm, table: Hfn, index: SpteIndex, level: Level, old_spte: int, new_spte: int
 ) -> bool:
     """Compare and swap a leaf without mmu_lock, as try_cmpxchg64() does (include/linux/atomic.h); return
     False if the SPTE has changed."""

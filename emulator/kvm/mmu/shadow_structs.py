@@ -9,7 +9,7 @@ from typing import NamedTuple
 
 from emulator.kvm.mmu.structs import KvmMmuPage, KvmMmuPageRole
 from emulator.machine.locks import SpinLock
-from native.types import Gfn, Hfn
+from native.types import Gfn, Hfn, Level, SpteIndex
 
 
 class ShadowPage(KvmMmuPage):
@@ -44,7 +44,7 @@ class ShadowPage(KvmMmuPage):
         self.parent_ptes: list[Sptep] = []
         self.unsync = False
         self.unsync_child_bitmap = 0
-        self.shadowed_access: dict[int, int] = {}
+        self.shadowed_access: dict[SpteIndex, int] = {}
         self.mmu_valid_gen = mmu_valid_gen
         self.write_flooding_count = 0
 
@@ -59,7 +59,7 @@ class ShadowPage(KvmMmuPage):
         """sp_has_gptes(): return whether a guest's table is behind it."""
         return not self.role.direct
 
-    def get_access(self, index: int) -> int:
+    def get_access(self, index: SpteIndex) -> int:
         """kvm_mmu_page_get_access(): return the guest's rights that a leaf at `index` stands for."""
         return self.role.access if self.role.direct else self.shadowed_access.get(index, self.role.access)
 
@@ -68,7 +68,7 @@ class Sptep(NamedTuple):
     """A pointer to an SPTE: the shadow page, and the index in it (sptep_to_sp(), spte_index())."""
 
     sp: ShadowPage
-    idx: int
+    idx: SpteIndex
 
 
 class KvmShadowArch:
@@ -119,6 +119,6 @@ class SlotArch:
     __slots__ = ("disallow_lpage", "gfn_write_track", "rmap")
 
     def __init__(self) -> None:
-        self.rmap: dict[tuple[int, Gfn], list[Sptep]] = {}
+        self.rmap: dict[tuple[Level, Gfn], list[Sptep]] = {}
         self.gfn_write_track: dict[Gfn, int] = {}
-        self.disallow_lpage: dict[tuple[int, Gfn], int] = {}
+        self.disallow_lpage: dict[tuple[Level, Gfn], int] = {}

@@ -11,7 +11,7 @@ from emulator.kvm.structs import Kvm, KvmMemorySlot
 from emulator.kvm.virt.slots import mark_page_dirty_in_slot
 from emulator.machine.runtime import Cpu
 from native import lib
-from native.types import Gfn, Hfn
+from native.types import Gfn, Hfn, Level
 
 PT_WRITABLE_MASK: Final[int] = lib.SPTE_WRITABLE
 PT_PAGE_SIZE_MASK: Final[int] = lib.SPTE_PAGE_SIZE
@@ -59,7 +59,7 @@ def is_large_pte(spte: int) -> bool:
     return bool(spte & PT_PAGE_SIZE_MASK)
 
 
-def is_last_spte(spte: int, level: int) -> bool:
+def is_last_spte(spte: int, level: Level) -> bool:
     return level == PG_LEVEL_4K or bool(spte & PT_PAGE_SIZE_MASK)
 
 
@@ -97,7 +97,7 @@ class PfnAndRights:
     host_writable: bool
 
 
-def make_spte(cpu: Cpu, slot: KvmMemorySlot, gfn: Gfn, level: int, pfn: PfnAndRights) -> int:
+def make_spte(cpu: Cpu, slot: KvmMemorySlot, gfn: Gfn, level: Level, pfn: PfnAndRights) -> int:
     """make_spte(): make a leaf, writable iff the host permits writes, even if the fault was a read.
 
     Under dirty logging a writable leaf marks the page.

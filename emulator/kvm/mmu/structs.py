@@ -14,7 +14,7 @@ from emulator.kvm.kvm_host import KVM_MMU_NUM_PREV_ROOTS, PG_LEVEL_512G
 from emulator.machine.locks import Refcount
 from emulator.machine.runtime import Cpu
 from native import lib
-from native.types import Hfn
+from native.types import Hfn, Level, SpteIndex
 
 if TYPE_CHECKING:
     from emulator.kvm.mmu.fault import KvmPageFault
@@ -42,7 +42,7 @@ class KvmMmuPageRole:
     for.
     """
 
-    level: int = PG_LEVEL_512G
+    level: Level = PG_LEVEL_512G
     smm: int = 0
     guest_mode: bool = False
     direct: bool = True
@@ -139,7 +139,7 @@ class KvmMmu:
     def __init__(self, root_role: KvmMmuPageRole) -> None:
         self.root_role = root_role
         self.page_fault: Callable[[Cpu, Vcpu, KvmPageFault], int] | None = None
-        self.sync_spte: Callable[[Cpu, Vcpu, ShadowPage, int], int] | None = None
+        self.sync_spte: Callable[[Cpu, Vcpu, ShadowPage, SpteIndex], int] | None = None
         self.w: KvmPagewalk | None = None
         self.root: KvmMmuRootInfo | None = None
         self.pae_root: list[ShadowPage | None] = [None] * 4

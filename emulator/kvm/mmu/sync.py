@@ -38,7 +38,7 @@ from emulator.kvm.virt.requests import kvm_flush_remote_tlbs, kvm_make_request
 from emulator.kvm.virt.slots import gfn_to_memslot
 from emulator.machine.runtime import Cpu
 from native import lib
-from native.types import Gfn
+from native.types import Gfn, SpteIndex
 
 # --- making tables unsync -----------------------------------------------------------------------------------
 
@@ -83,7 +83,7 @@ def _kvm_unsync_page(cpu: Cpu, kvm: Kvm, sp: ShadowPage) -> None:
 # --- syncing ------------------------------------------------------------------------------------------------
 
 
-def kvm_sync_spte(cpu: Cpu, vcpu: Vcpu, sp: ShadowPage, index: int) -> int:
+def kvm_sync_spte(cpu: Cpu, vcpu: Vcpu, sp: ShadowPage, index: SpteIndex) -> int:
     """kvm_sync_spte(): compare one SPTE with the guest's entry; below 0: impossible, 1: changed, flush."""
     if spte_of(cpu, Sptep(sp, index)) == SHADOW_NONPRESENT_VALUE:
         return 0
@@ -246,7 +246,7 @@ def kvm_mmu_invalidate_addr_in_root(cpu: Cpu, vcpu: Vcpu, addr: int, root: KvmMm
         return
     with kvm.mmu_lock.write_lock(cpu):
         while True:
-            sptep = Sptep(sp, addr >> 12 + 9 * (sp.role.level - 1) & SPTE_ENT_PER_PAGE - 1)
+            sptep = Sptep(sp, SpteIndex(addr >> 12 + 9 * (sp.role.level - 1) & SPTE_ENT_PER_PAGE - 1))
             if sp.unsync:
                 changed = kvm_sync_spte(cpu, vcpu, sp, sptep.idx)
                 if changed < 0:

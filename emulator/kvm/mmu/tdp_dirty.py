@@ -40,12 +40,12 @@ from emulator.kvm.structs import Kvm, KvmMemorySlot
 from emulator.kvm.virt.requests import kvm_flush_remote_tlbs_memslot
 from emulator.machine.runtime import READ, WRITE, Cpu, OutOfFrames, rcu_enter, rcu_leave, rcu_read_lock
 from native import lib
-from native.types import Gfn, Hfn
+from native.types import Gfn, Hfn, Level, SpteIndex, span
 
 _HFN_SHIFT = lib.SPTE_HFN_SHIFT
 
 
-def kvm_tdp_mmu_wrprot_slot(cpu: Cpu, kvm: Kvm, slot: KvmMemorySlot, min_level: int) -> bool:
+def kvm_tdp_mmu_wrprot_slot(cpu: Cpu, kvm: Kvm, slot: KvmMemorySlot, min_level: Level) -> bool:
     """kvm_tdp_mmu_wrprot_slot(), wrprot_gfn_range(): return whether some SPTE lost W; yields do not flush."""
     spte_set = False
     for root in for_each_tdp_mmu_root_yield_safe(cpu, kvm, KVM_VALID_ROOTS, slot.as_id):
@@ -74,7 +74,9 @@ def kvm_tdp_mmu_clear_dirty_pt_masked(cpu: Cpu, kvm: Kvm, slot: KvmMemorySlot, g
     return changed
 
 
-def kvm_tdp_mmu_write_protect_gfn(cpu: Cpu, kvm: Kvm, slot: KvmMemorySlot, gfn: Gfn, min_level: int) -> bool:
+def kvm_tdp_mmu_write_protect_gfn(
+    cpu: Cpu, kvm: Kvm, slot: KvmMemorySlot, gfn: Gfn, min_level: Level
+) -> bool:
     """kvm_tdp_mmu_write_protect_gfn(), write_protect_gfn(), under mmu_lock for write: take W and
     MMU-writable from the leaf, if it is at min_level or above.  Decision invalid_roots."""
     assert cpu.mmu_lock_held == WRITE
@@ -94,7 +96,7 @@ def kvm_tdp_mmu_write_protect_gfn(cpu: Cpu, kvm: Kvm, slot: KvmMemorySlot, gfn: 
 
 
 def kvm_tdp_mmu_try_split_huge_pages(
-    cpu: Cpu, kvm: Kvm, slot: KvmMemorySlot, start: Gfn, end: Gfn, target_level: int, shared: bool
+    cpu: Cpu, kvm: Kvm, slot: KvmMemorySlot, start: Gfn, end: Gfn, target_level: Level, shared: bool
 ) -> None:
     """kvm_tdp_mmu_try_split_huge_pages(): split huge pages until no table page is left; faults split the
     rest."""
@@ -106,7 +108,7 @@ def kvm_tdp_mmu_try_split_huge_pages(
 
 
 def tdp_mmu_split_huge_pages_root(
-    cpu: Cpu, kvm: Kvm, root: KvmMmuPage, start: Gfn, end: Gfn, target_level: int, shared: bool
+    cpu: Cpu, kvm: Kvm, root: KvmMmuPage, start: Gfn, end: Gfn, target_level: Level, shared: bool
 ) -> bool:
     """tdp_mmu_split_huge_pages_root(): return False if no table page was left.
 
@@ -218,7 +220,7 @@ def tdp_mmu_make_huge_spte(cpu: Cpu, kvm: Kvm, slot: KvmMemorySlot, parent: Entr
     cpu.point("sptes", (table, 0), "read")
     if not lib.tdp_table_holds(cpu.m, cpu.id, kvm.id, parent.spte, parent.level, parent.gfn):
         return None  # the table was freed during the walk, and that has been reported
-    for index in range(SPTE_ENT_PER_PAGE):
+    for index in span(SpteIndex(0), SpteIndex(SPTE_ENT_PER_PAGE)):
         small_spte = lib.spte_read(cpu.m, table, index)
         if is_shadow_present_pte(small_spte):
             break

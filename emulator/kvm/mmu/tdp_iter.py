@@ -16,7 +16,7 @@ from emulator.kvm.structs import Kvm
 from emulator.kvm.virt.requests import kvm_flush_remote_tlbs
 from emulator.machine.runtime import Cpu, rcu_enter, rcu_leave
 from native import ffi, lib
-from native.types import FlushReason, Gfn, Hfn
+from native.types import FlushReason, Gfn, Hfn, Level, SpteIndex
 
 
 @dataclass(slots=True)
@@ -25,13 +25,13 @@ class Entry:
 
     spte: int
     table: Hfn
-    level: int
+    level: Level
     gfn: Gfn
 
     @property
-    def index(self) -> int:
+    def index(self) -> SpteIndex:
         """SPTE_INDEX()"""
-        return (self.gfn >> (SPTE_LEVEL_BITS * (self.level - 1))) & (SPTE_ENT_PER_PAGE - 1)
+        return SpteIndex(self.gfn >> SPTE_LEVEL_BITS * (self.level - 1) & SPTE_ENT_PER_PAGE - 1)
 
 
 class TdpIter:
@@ -50,7 +50,7 @@ class TdpIter:
         end: Gfn,
         *,
         shared: bool,
-        level: int = lib.PG_LEVEL_4K,
+        level: Level = lib.PG_LEVEL_4K,
         mask: int = 0,
         reason: FlushReason = lib.REASON_OTHER,
     ) -> None:

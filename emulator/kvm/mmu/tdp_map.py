@@ -33,14 +33,14 @@ from emulator.kvm.structs import Kvm, Vcpu
 from emulator.kvm.virt.requests import kvm_flush_remote_tlbs_range
 from emulator.machine.runtime import Cpu, rcu_read_lock
 from native import lib
-from native.types import FlushReason, Gfn, Hfn
+from native.types import FlushReason, Gfn, Hfn, Level, SpteIndex
 
 
-def tdp_entry(cpu: Cpu, root: KvmMmuPage, gfn: Gfn, goal_level: int) -> Entry:
+def tdp_entry(cpu: Cpu, root: KvmMmuPage, gfn: Gfn, goal_level: Level) -> Entry:
     """Return the deepest existing entry for gfn, not below goal_level.  Under rcu_read_lock."""
     cpu.point("sptes", (root.hfn, gfn), "read")
     walked = lib.tdp_mmu_get_walk(cpu.m, root.hfn, root.role.level, gfn, cpu.sptes, cpu.tables)
-    level = max(cpu.check(walked), goal_level)
+    level = max(walked, goal_level)
     return Entry(cpu.sptes[level], Hfn(cpu.tables[level]), level, gfn & -kvm_pages_per_hpage(level))
 
 
@@ -202,7 +202,7 @@ def tdp_mmu_map_around(cpu: Cpu, kvm: Kvm, fault: KvmPageFault, table: Hfn) -> N
         cpu.m, kvm.id, fault.mmu_seq, fault.around_gfn, end
     ):
         return
-    index = fault.around_gfn & (SPTE_ENT_PER_PAGE - 1)
+    index = SpteIndex(fault.around_gfn & (SPTE_ENT_PER_PAGE - 1))
     cpu.point("spte", (table, index), "write")
     cpu.check(
         lib.tdp_mmu_map_around(

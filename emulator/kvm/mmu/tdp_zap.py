@@ -13,7 +13,7 @@ from emulator.kvm.notifications import walk_ends
 from emulator.kvm.structs import Kvm
 from emulator.machine.runtime import Cpu, rcu_read_lock
 from native import lib
-from native.types import Gfn
+from native.types import Gfn, Level
 
 
 def tdp_mmu_zap_root(cpu: Cpu, kvm: Kvm, root: KvmMmuPage, shared: bool, can_yield: bool = True) -> bool:
@@ -23,7 +23,7 @@ def tdp_mmu_zap_root(cpu: Cpu, kvm: Kvm, root: KvmMmuPage, shared: bool, can_yie
     invalid_root_zap).
     """
     answer = kvm.policy.zap_root(cpu, kvm, root)
-    passes: tuple[int, ...] = (PG_LEVEL_4K, PG_LEVEL_2M, PG_LEVEL_1G, root.role.level)
+    passes: tuple[Level, ...] = (PG_LEVEL_4K, PG_LEVEL_2M, PG_LEVEL_1G, root.role.level)
     if answer == "1g-root":
         passes = (PG_LEVEL_1G, root.role.level)
     elif answer == "root":
@@ -36,7 +36,7 @@ def tdp_mmu_zap_root(cpu: Cpu, kvm: Kvm, root: KvmMmuPage, shared: bool, can_yie
 
 
 def _tdp_mmu_zap_root(
-    cpu: Cpu, kvm: Kvm, root: KvmMmuPage, shared: bool, zap_level: int, can_yield: bool, flush: bool
+    cpu: Cpu, kvm: Kvm, root: KvmMmuPage, shared: bool, zap_level: Level, can_yield: bool, flush: bool
 ) -> bool:
     """__tdp_mmu_zap_root()"""
     end = Gfn(1 << (SPTE_LEVEL_BITS * root.role.level))  # tdp_mmu_max_gfn_exclusive()

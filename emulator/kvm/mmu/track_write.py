@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 from emulator.kvm.kvm_host import PG_LEVEL_4K, SPTE_ENT_PER_PAGE
 from emulator.kvm.mmu.shadow import (
     InvalidList,
@@ -17,7 +19,7 @@ from emulator.kvm.mmu.spte import is_shadow_present_pte
 from emulator.kvm.structs import Kvm
 from emulator.machine.runtime import Cpu
 from native import lib
-from native.types import Gfn
+from native.types import Gfn, SpteIndex, span
 
 # Emulated writes to a table without a use in between, after which it is taken for no table any more.
 _FLOODED = 3
@@ -46,17 +48,19 @@ def gpte_bytes(sp: ShadowPage) -> int:
     return 4 if sp.role.has_4_byte_gpte else 8
 
 
-def get_written_sptes(sp: ShadowPage, offset: int) -> range:
+def get_written_sptes(sp: ShadowPage, offset: int) -> Sequence[SpteIndex]:
     """get_written_sptes(): return the indices of the SPTEs that stand for the entry at this offset.
 
     A directory entry of 4 bytes maps 4 MiB, by two SPTEs.  Empty if another quadrant's page has them.
     """
     entry = offset // gpte_bytes(sp)
     if not sp.role.has_4_byte_gpte:
-        return range(entry, entry + 1)
+        return span(SpteIndex(entry), SpteIndex(entry + 1))
     sptes = 2 if sp.role.level > PG_LEVEL_4K else 1
     quadrant, first = divmod(entry * sptes, SPTE_ENT_PER_PAGE)
-    return range(first, first + sptes) if quadrant == sp.role.quadrant else range(0)
+    if quadrant != sp.role.quadrant:
+        return ()
+    return span(SpteIndex(first), SpteIndex(first + sptes))
 
 
 def kvm_mmu_track_write(cpu: Cpu, kvm: Kvm, gpa: int, nbytes: int) -> None:

@@ -8,7 +8,7 @@ from __future__ import annotations
 from emulator.kvm.structs import Kvm, KvmMemorySlot
 from emulator.machine.runtime import Cpu
 from native import ffi, lib
-from native.types import Gfn, Hva
+from native.types import Gfn, Hva, WordIndex
 
 
 def kvm_is_visible_memslot(slot: KvmMemorySlot | None) -> bool:
@@ -28,7 +28,7 @@ def _fault_in(cpu: Cpu, kvm: Kvm, hva: Hva, *, write: bool) -> bool:
     return not rc
 
 
-def kvm_read_guest_word(cpu: Cpu, kvm: Kvm, slot: KvmMemorySlot, gfn: Gfn, index: int) -> int | None:
+def kvm_read_guest_word(cpu: Cpu, kvm: Kvm, slot: KvmMemorySlot, gfn: Gfn, index: WordIndex) -> int | None:
     """get_user() (arch/x86/include/asm/uaccess.h): read the 64-bit word `index` of a page, faulting it in;
     None: the host has none.
 
@@ -44,7 +44,9 @@ def kvm_read_guest_word(cpu: Cpu, kvm: Kvm, slot: KvmMemorySlot, gfn: Gfn, index
             return None
 
 
-def kvm_read_guest_word_atomic(cpu: Cpu, kvm: Kvm, slot: KvmMemorySlot, gfn: Gfn, index: int) -> int | None:
+def kvm_read_guest_word_atomic(
+    cpu: Cpu, kvm: Kvm, slot: KvmMemorySlot, gfn: Gfn, index: WordIndex
+) -> int | None:
     """kvm_vcpu_read_guest_atomic(): read the 64-bit word `index` of a page; None: it is not present.
 
     Any lock may be held.
@@ -55,7 +57,9 @@ def kvm_read_guest_word_atomic(cpu: Cpu, kvm: Kvm, slot: KvmMemorySlot, gfn: Gfn
     return None if rc else int(value[0])
 
 
-def kvm_write_guest_word(cpu: Cpu, kvm: Kvm, slot: KvmMemorySlot, gfn: Gfn, index: int, value: int) -> bool:
+def kvm_write_guest_word(
+    cpu: Cpu, kvm: Kvm, slot: KvmMemorySlot, gfn: Gfn, index: WordIndex, value: int
+) -> bool:
     """kvm_vcpu_write_guest(): store one word; return False if the host does not permit it."""
     hva = slot.gfn_to_hva(gfn)
     while True:
@@ -67,7 +71,7 @@ def kvm_write_guest_word(cpu: Cpu, kvm: Kvm, slot: KvmMemorySlot, gfn: Gfn, inde
 
 
 def kvm_cmpxchg_guest_word(
-    cpu: Cpu, kvm: Kvm, slot: KvmMemorySlot, gfn: Gfn, index: int, old: int, new: int
+    cpu: Cpu, kvm: Kvm, slot: KvmMemorySlot, gfn: Gfn, index: WordIndex, old: int, new: int
 ) -> bool | None:
     """__try_cmpxchg_user(): replace `old` by `new`; return whether it was `old`, None if the host forbids
     it."""
@@ -86,10 +90,10 @@ def kvm_cmpxchg_guest_word(
 # --- entries of 4 or 8 bytes --------------------------------------------------------------------------------
 
 
-def _in_word(index: int, nbytes: int) -> tuple[int, int, int]:
+def _in_word(index: int, nbytes: int) -> tuple[WordIndex, int, int]:
     """Return the word that entry `index` is in, its shift in the word, and its mask."""
     word, at = divmod(index * nbytes, 8)
-    return word, at * 8, (1 << nbytes * 8) - 1
+    return WordIndex(word), at * 8, (1 << nbytes * 8) - 1
 
 
 def kvm_read_guest_entry(
@@ -119,7 +123,7 @@ def kvm_cmpxchg_guest_entry(
     would succeed then.
     """
     if nbytes == 8:
-        return kvm_cmpxchg_guest_word(cpu, kvm, slot, gfn, index, old, new)
+        return kvm_cmpxchg_guest_word(cpu, kvm, slot, gfn, WordIndex(index), old, new)
     word, shift, mask = _in_word(index, nbytes)
     while True:
         value = kvm_read_guest_word(cpu, kvm, slot, gfn, word)

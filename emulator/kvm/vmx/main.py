@@ -9,7 +9,7 @@ from emulator.kvm.structs import Kvm, Vcpu
 from emulator.kvm.vmx import exits, nested, vmx
 from emulator.kvm.x86_ops import KvmX86Ops
 from emulator.machine.runtime import Cpu
-from native.types import FlushReason, Hfn
+from native.types import FlushReason, Hfn, Level
 
 
 class VtX86Ops:
@@ -42,7 +42,7 @@ class VtX86Ops:
     def handle_exit(self, cpu: Cpu, vcpu: Vcpu) -> ExitToUser | None:
         return exits.vmx_handle_exit(cpu, vcpu)
 
-    def load_mmu_pgd(self, cpu: Cpu, vcpu: Vcpu, root_hfn: Hfn, root_level: int) -> None:
+    def load_mmu_pgd(self, cpu: Cpu, vcpu: Vcpu, root_hfn: Hfn, root_level: Level) -> None:
         vmx.vmx_load_mmu_pgd(cpu, vcpu, root_hfn, root_level)
 
     def flush_tlb_all(self, cpu: Cpu, vcpu: Vcpu, reason: FlushReason) -> None:

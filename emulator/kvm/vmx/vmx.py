@@ -35,7 +35,7 @@ from emulator.kvm.vmx.vmcs12 import NestedVmx, nested_cpu_has_vpid, nested_get_v
 from emulator.kvm.vmx.vmx_ops import ept_sync_context, invvpid_individual_addr, invvpid_single_context
 from emulator.machine.runtime import Cpu
 from native import lib
-from native.types import FlushReason, Hfn, VcpuId, Vpid
+from native.types import FlushReason, Hfn, Level, VcpuId, Vpid
 
 # EPTP (SDM vol. 3C, 25.6.11): memory type, levels - 1, accessed and dirty flags enabled, page of the root.
 VMX_EPTP_MT_WB: Final = 6
@@ -155,7 +155,7 @@ def vpid_sync_vcpu_global(cpu: Cpu, vcpu: Vcpu, reason: FlushReason) -> None:
     flush_ended(cpu, vcpu.kvm, flush)
 
 
-def vmx_load_mmu_pgd(cpu: Cpu, vcpu: Vcpu, root_hfn: Hfn, root_level: int) -> None:
+def vmx_load_mmu_pgd(cpu: Cpu, vcpu: Vcpu, root_hfn: Hfn, root_level: Level) -> None:
     """vmx_load_mmu_pgd(): write EPT_POINTER; without EPT GUEST_CR3, with the guest's PCID."""
     if not vcpu.kvm.params.ept:
         lib.vmcs_write_guest_cr3(cpu.m, vcpu.loaded_vmcs.vmcs, root_hfn, kvm_get_active_pcid(vcpu))

@@ -20,7 +20,7 @@ from emulator.kvm.virt.requests import kvm_check_request
 from emulator.kvm.virt.slots import gfn_to_memslot
 from emulator.machine.runtime import Cpu
 from native import lib
-from native.types import Gfn
+from native.types import Gfn, WordIndex
 from tests.emulator.kvm.rig import Rig, online
 
 P, W, U, A, D, PS = 1, 2, 4, 0x20, 0x40, 0x80
@@ -42,12 +42,12 @@ class ShadowedGuest:
         """Store to a table, as the guest does where KVM lets it: unseen."""
         slot = gfn_to_memslot(self.kvm, Gfn(table))
         assert slot is not None
-        assert kvm_write_guest_word(self.cpu, self.kvm, slot, Gfn(table), index, value)
+        assert kvm_write_guest_word(self.cpu, self.kvm, slot, Gfn(table), WordIndex(index), value)
 
     def entry(self, table: int, index: int) -> int:
         slot = gfn_to_memslot(self.kvm, Gfn(table))
         assert slot is not None
-        value = kvm_read_guest_word(self.cpu, self.kvm, slot, Gfn(table), index)
+        value = kvm_read_guest_word(self.cpu, self.kvm, slot, Gfn(table), WordIndex(index))
         assert value is not None
         return value
 

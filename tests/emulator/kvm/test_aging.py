@@ -28,14 +28,14 @@ from emulator.machine.runtime import WRITE, Cpu
 from emulator.points import PointKind
 from emulator.policy import MUTANTS, Policy, preset
 from native import lib
-from native.types import Gfn, Hva
+from native.types import Gfn, Hva, Level
 from tests.emulator.kvm.rig import GFNS, SLOT, Guest, Rig, at_point
 
 
 def spte_of(rig: Rig, guest: Guest, gfn: int) -> int:
     root = root_to_sp(guest.vcpu.mmu.root)
     assert root is not None
-    return tdp_entry(rig.host, root, Gfn(gfn), 1).spte
+    return tdp_entry(rig.host, root, Gfn(gfn), Level(1)).spte
 
 
 def young(rig: Rig, kvm: Kvm) -> bool:

@@ -21,7 +21,7 @@ from emulator.machine.runtime import READ, WRITE, Cpu, rcu_read_lock
 from emulator.points import PointKind
 from emulator.policy import preset
 from native import lib
-from native.types import Gfn, Hfn, Hva
+from native.types import Gfn, Hfn, Hva, Level
 from tests.emulator.kvm.rig import GFNS, SLOT, Guest, Rig, at_point
 
 HELD = {"linux-7.3": (0, False), "linux-6.12": (0, False), "linux-5.18": (1, True)}
@@ -46,7 +46,7 @@ def spte_of(rig: Rig, vcpu: Vcpu, gfn: int, level: int) -> int:
     root = root_to_sp(vcpu.mmu.root)
     assert root is not None
     with rcu_read_lock(rig.other):
-        return tdp_entry(rig.other, root, Gfn(gfn), level).spte
+        return tdp_entry(rig.other, root, Gfn(gfn), Level(level)).spte
 
 
 def arm(rig: Rig, guest: Guest) -> None:

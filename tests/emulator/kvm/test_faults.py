@@ -21,7 +21,7 @@ from emulator.machine.runtime import Cpu, rcu_read_lock
 from emulator.points import PointKind
 from emulator.policy import Policy, preset
 from native import lib
-from native.types import Gfn, Hfn, Hva
+from native.types import Gfn, Hfn, Hva, Level
 from tests.emulator.kvm.rig import GFNS, SLOT, Guest, Rig
 
 GFN = 5
@@ -47,7 +47,7 @@ def spte_of(rig: Rig, vcpu: Vcpu) -> int:
     root = root_to_sp(vcpu.mmu.root)
     assert root is not None
     with rcu_read_lock(rig.host):
-        return tdp_entry(rig.host, root, Gfn(GFN), 1).spte
+        return tdp_entry(rig.host, root, Gfn(GFN), Level(1)).spte
 
 
 def toggle_accessed(rig: Rig, vcpu: Vcpu) -> None:
@@ -55,7 +55,7 @@ def toggle_accessed(rig: Rig, vcpu: Vcpu) -> None:
     root = root_to_sp(vcpu.mmu.root)
     assert root is not None
     with rcu_read_lock(rig.other):
-        entry = tdp_entry(rig.other, root, Gfn(GFN), 1)
+        entry = tdp_entry(rig.other, root, Gfn(GFN), Level(1))
         tdp_mmu_set_spte(rig.other, vcpu.kvm, entry, entry.spte ^ lib.SPTE_ACCESSED)
 
 

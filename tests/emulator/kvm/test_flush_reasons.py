@@ -10,11 +10,11 @@ from emulator.kvm.mmu.tdp_roots import kvm_tdp_mmu_alloc_root, kvm_tdp_mmu_put_r
 from emulator.kvm.virt.kvm_main import kvm_set_memory_region
 from emulator.policy import Policy, preset
 from native import FLUSH_REASONS, FLUSH_SCOPES, ffi, lib
-from native.types import Gfn, Hva
+from native.types import Gfn, Hva, Level
 from tests.emulator.kvm.rig import GFNS, SLOT, Rig
 from tests.support import CPU0
 
-SMM = KvmMmuPageRole(level=4, smm=1)
+SMM = KvmMmuPageRole(level=Level(4), smm=1)
 
 
 def flushes(rig: Rig, reason: int) -> int:

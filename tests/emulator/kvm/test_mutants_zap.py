@@ -17,7 +17,7 @@ from emulator.kvm.virt.kvm_main import kvm_set_memory_region, kvm_vm_ioctl_get_d
 from emulator.machine.runtime import Cpu
 from emulator.policy import MUTANTS, Policy, preset
 from native import ffi, lib
-from native.types import Gfn, Hva
+from native.types import Gfn, Hva, Level
 from tests.emulator.kvm.rig import GFNS, SLOT, Guest, Rig
 
 Scenario = Callable[[Rig, Policy], dict[str, int]]
@@ -56,14 +56,14 @@ def unmap_by(rig: Rig, cpu: Cpu, kvm: Kvm, start: int, end: int) -> None:
 def present(rig: Rig, guest: Guest, gfn: int) -> bool:
     root = root_to_sp(guest.vcpu.mmu.root)
     assert root is not None
-    return bool(tdp_entry(rig.host, root, Gfn(gfn), 1).spte & 7)
+    return bool(tdp_entry(rig.host, root, Gfn(gfn), Level(1)).spte & 7)
 
 
 def two_roots(rig: Rig, policy: Policy) -> tuple[Kvm, Guest, Guest]:
     """Two vCPUs on roots of their own; the first one's is the later one, which walks see first."""
     kvm = rig.vm(policy, chunk=32, resched_chunks=1)
     first, second = rig.guest(kvm), rig.guest(kvm)
-    second.vcpu.root_mmu.root_role = replace(second.vcpu.root_mmu.root_role, level=5)
+    second.vcpu.root_mmu.root_role = replace(second.vcpu.root_mmu.root_role, level=Level(5))
     second.write(1, 3000)
     first.write(0, GFNS - 1)
     assert len(kvm.tdp_mmu_roots) == 2

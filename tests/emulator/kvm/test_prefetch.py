@@ -14,7 +14,7 @@ from emulator.kvm.mmu.spte import is_shadow_present_pte, is_writable_pte
 from emulator.kvm.regs import kvm_set_cr0
 from emulator.kvm.virt.kvm_main import kvm_set_memory_region
 from native import lib
-from native.types import Gfn, Hva
+from native.types import Gfn, Hva, SpteIndex
 from tests.emulator.kvm.rig import GFNS, SLOT, Rig
 from tests.emulator.kvm.shadow_rig import PAGE, A, ShadowedGuest, shadowed_guest
 
@@ -39,7 +39,7 @@ def host_has(guest: ShadowedGuest, *pages: int) -> None:
 def sptes(guest: ShadowedGuest) -> list[int]:
     """Return the SPTEs of the group, and of its neighbour."""
     sp = guest.leaf(LINEAR + (3 << 12)).sp
-    return [spte_of(guest.cpu, Sptep(sp, i)) for i in range(GROUP + 1)]
+    return [spte_of(guest.cpu, Sptep(sp, SpteIndex(i))) for i in range(GROUP + 1)]
 
 
 def mapped(guest: ShadowedGuest) -> list[int]:
@@ -115,5 +115,9 @@ def test_a_guest_without_paging_gets_runs_of_pages(guest: ShadowedGuest) -> None
     kvm_set_cr0(guest.cpu, guest.vcpu, guest.vcpu.arch.cr0 & ~X86_CR0_PG)
     assert guest.fault((FIRST + 3) << 12) == RET_PF_FIXED
     sp = guest.leaf((FIRST + 3) << 12).sp
-    found = [i for i in range(FIRST + GROUP + 1) if is_shadow_present_pte(spte_of(guest.cpu, Sptep(sp, i)))]
+    found = [
+        i
+        for i in range(FIRST + GROUP + 1)
+        if is_shadow_present_pte(spte_of(guest.cpu, Sptep(sp, SpteIndex(i))))
+    ]
     assert found == list(range(FIRST, FIRST + GROUP))

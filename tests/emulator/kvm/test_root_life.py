@@ -29,7 +29,7 @@ from emulator.machine.runtime import Cpu, Mode, rcu_read_lock
 from emulator.points import PointKind
 from emulator.policy import Policy, preset
 from native import lib
-from native.types import Gfn, Hva
+from native.types import Gfn, Hva, Level
 from tests.emulator.kvm.rig import GFNS, SLOT, Rig, cr4_toggle, idle_pcpus, online, recreate_slot, scopes
 from tests.support import CPU0, CPU1, CPU2
 
@@ -155,7 +155,7 @@ def test_which_roots_zaps_and_write_protection_change(rig: Rig, answer: str, typ
     with kvm.mmu_lock.write_lock(cpu):
         kvm_tdp_mmu_invalidate_roots(cpu, kvm)
         flush = kvm_tdp_mmu_zap_leafs(cpu, kvm, Gfn(5), Gfn(6), flush=False, reason=reason)
-        protected = kvm_tdp_mmu_write_protect_gfn(cpu, kvm, slot, Gfn(6), 1)
+        protected = kvm_tdp_mmu_write_protect_gfn(cpu, kvm, slot, Gfn(6), Level(1))
         cleared = kvm_tdp_mmu_clear_dirty_pt_masked(cpu, kvm, slot, Gfn(0), 1 << 7)
         unmapped = kvm_tdp_mmu_unmap_gfn_range(cpu, kvm, slot, Gfn(8), Gfn(9), flush=False, reason=reason)
     assert (flush, protected, cleared, unmapped) == (
@@ -164,8 +164,8 @@ def test_which_roots_zaps_and_write_protection_change(rig: Rig, answer: str, typ
     root = root_to_sp(guest.vcpu.mmu.root)
     assert root is not None
     with rcu_read_lock(cpu):
-        assert not tdp_entry(cpu, root, Gfn(8), 1).spte
-        assert bool(tdp_entry(cpu, root, Gfn(5), 1).spte) == (types == "valid")
+        assert not tdp_entry(cpu, root, Gfn(8), Level(1)).spte
+        assert bool(tdp_entry(cpu, root, Gfn(5), Level(1)).spte) == (types == "valid")
     kvm_tdp_mmu_zap_invalidated_roots(cpu, kvm, shared=True)
 
 

@@ -34,11 +34,11 @@ from emulator.machine.runtime import READ, WRITE, Cpu
 from emulator.points import PointKind
 from emulator.policy import Policy, preset
 from native import lib
-from native.types import Hfn
+from native.types import Hfn, Level
 from tests.emulator.kvm.rig import Rig, cr4_toggle, scopes
 
 NORMAL, SMM = KvmMmuPageRole(), KvmMmuPageRole(smm=1)
-FIVE, FIVE_SMM = KvmMmuPageRole(level=5), KvmMmuPageRole(level=5, smm=1)
+FIVE, FIVE_SMM = KvmMmuPageRole(level=Level(5)), KvmMmuPageRole(level=Level(5), smm=1)
 ROLES = (NORMAL, SMM, FIVE, FIVE_SMM)
 
 

@@ -29,7 +29,7 @@ from emulator.kvm.regs import (
     sregs_of,
 )
 from emulator.kvm.virt.requests import kvm_check_request, kvm_test_request
-from native.types import Gfn
+from native.types import Gfn, Level
 from tests.emulator.kvm.rig import GFNS, Rig
 from tests.emulator.kvm.shadow_rig import PAGE, PS, TABLE, P, ShadowedGuest, U, W, shadowed_guest
 
@@ -121,8 +121,8 @@ def test_a_page_of_four_mebibytes_needs_pse(guest: Guest32) -> None:
 def test_the_upper_bits_of_a_large_page_are_in_the_entry(guest: Guest32) -> None:
     w = guest.vcpu.mmu.w
     assert w is not None
-    assert w.fmt.gpte_to_gfn_lvl(0x12C00000 | PS | 3 << 13, 2) == 0x12C00 + (3 << 20)
-    assert w.fmt.gpte_to_gfn_lvl(0x12345000, 1) == 0x12345
+    assert w.fmt.gpte_to_gfn_lvl(0x12C00000 | PS | 3 << 13, Level(2)) == 0x12C00 + (3 << 20)
+    assert w.fmt.gpte_to_gfn_lvl(0x12345000, Level(1)) == 0x12345
 
 
 def test_an_unsync_half_of_a_table_is_synced_by_its_own_entries(guest: Guest32) -> None:

@@ -24,7 +24,7 @@ from emulator.kvm.virt.kvm_main import kvm_set_memory_region
 from emulator.kvm.virt.requests import kvm_check_request, kvm_test_request
 from emulator.kvm.virt.slots import gfn_to_memslot
 from native import lib
-from native.types import Gfn, Hva
+from native.types import Gfn, Hva, Level
 from tests.emulator.kvm.rig import SLOT, Rig
 from tests.emulator.kvm.shadow_rig import PAGE, A, D, P, ShadowedGuest, U, shadowed_guest
 
@@ -121,10 +121,10 @@ def test_a_present_spte_is_dropped_for_it_and_flushed(guest: ShadowedGuest) -> N
     guest.fault(OTHER, write=True)
     slot = gfn_to_memslot(guest.kvm, Gfn(7))
     assert slot is not None
-    assert len(gfn_to_rmap(slot, Gfn(7), 1)) == 1
+    assert len(gfn_to_rmap(slot, Gfn(7), Level(1))) == 1
     guest.write(table, guest.index(LINEAR, 1), MMIO << 12 | PAGE)
     with guest.rig.counting(guest.kvm) as changed:
         assert guest.fault(LINEAR, write=True, present=True) == RET_PF_EMULATE
     assert changed["remote_tlb_flush_requests"] == 1
-    assert gfn_to_rmap(slot, Gfn(7), 1) == []
+    assert gfn_to_rmap(slot, Gfn(7), Level(1)) == []
     assert is_mmio_spte(guest.spte(LINEAR))

@@ -24,7 +24,7 @@ from emulator.kvm.virt.kvm_main import (
 from emulator.machine.runtime import HPAGE_PMD_NR, Cpu
 from emulator.policy import MUTANTS, Policy, preset
 from native import lib
-from native.types import Gfn, Hva
+from native.types import Gfn, Hva, WordIndex
 from tests.emulator.kvm.rig import GFNS, SLOT, Guest, Rig
 from tests.support import wait_until
 
@@ -118,7 +118,7 @@ def test_a_frame_is_freed_by_one_of_two(rig: Rig, monkeypatch: pytest.MonkeyPatc
     kvm, guest, memory = used_page(rig)
     lib.mm_fault(rig.host.m, rig.host.id, kvm.id, Hva(PAGE), 1, rig.host.page)
     hfn = rig.host.page.hfn
-    lib.frame_write(rig.host.m, hfn, 5, 77)
+    lib.frame_write(rig.host.m, hfn, WordIndex(5), 77)
     freed = rig.counter(lib.COUNT_FRAMES_FREED)
     zapped = rig.counter(lib.COUNT_SPTES_ZAPPED)
     during(monkeypatch, rig.host, lambda: memory.reclaim(rig.other, Hva(PAGE), Hva(PAGE + 1)))
@@ -126,7 +126,7 @@ def test_a_frame_is_freed_by_one_of_two(rig: Rig, monkeypatch: pytest.MonkeyPatc
     assert rig.counter(lib.COUNT_SPTES_ZAPPED) == zapped + 1
     assert rig.counter(lib.COUNT_FRAMES_FREED) == freed + 1
     assert lib.frame_life_of(rig.host.m, hfn) == 1
-    assert lib.mm_read(rig.host.m, kvm.id, Hva(PAGE), 5) == 77
+    assert lib.mm_read(rig.host.m, kvm.id, Hva(PAGE), WordIndex(5)) == 77
     assert rig.stats(kvm)["overlaps"] == 1
     guest.read(0, PAGE)
     assert not rig.violations()

@@ -17,7 +17,7 @@ from emulator.kvm.virt.kvm_main import kvm_create_vm, kvm_set_memory_region
 from emulator.machine.runtime import Cpu
 from emulator.policy import Policy, preset
 from native import lib
-from native.types import Gfn, Hva
+from native.types import Gfn, Hva, Level, SpteIndex
 from tests.emulator.kvm.rig import SLOT, Guest, Rig
 
 GIB = 1 << 18  # pages
@@ -351,16 +351,16 @@ def test_somebody_elses_frozen_entry_is_waited_for(rig: Rig) -> None:
     guest = spread(rig, kvm)
     root = root_to_sp(guest.vcpu.mmu.root)
     assert root is not None
-    entry = tdp_entry(rig.host, root, Gfn(1), 1)
+    entry = tdp_entry(rig.host, root, Gfn(1), Level(1))
     m = rig.machine.m
-    lib.tdp_mmu_set_spte(m, rig.host.id, kvm.id, entry.table, 1, 1, Gfn(1), lib.FROZEN_SPTE)
+    lib.tdp_mmu_set_spte(m, rig.host.id, kvm.id, entry.table, SpteIndex(1), Level(1), Gfn(1), lib.FROZEN_SPTE)
     waited: list[int] = []
 
     def owner_goes_on() -> None:
         # The first step of the removal stops at it, the second is after a nap.
         waited.append(1)
         if len(waited) == 2:
-            lib.tdp_mmu_set_spte(m, rig.other.id, kvm.id, entry.table, 1, 1, Gfn(1), 0)
+            lib.tdp_mmu_set_spte(m, rig.other.id, kvm.id, entry.table, SpteIndex(1), Level(1), Gfn(1), 0)
 
     kvm.policy = Policy("test", zap_root="1g-root")
     with hooked(rig, rig.host, "spte", owner_goes_on), kvm.slots_lock.held(rig.host):
