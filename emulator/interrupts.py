@@ -112,16 +112,17 @@ def allow(seconds: float) -> None:
     _State.patience = max(GIVE_UP_SECONDS, seconds)
 
 
-def ended(status: int, missing: int, planned: int) -> int:
+def ended(status: int, missing: int, planned: int, of: str = "tests and policies") -> int:
     """Return the exit status of a command; if a signal ended it, print how many verdicts it did not reach.
 
-    `status` is the exit status of the verdicts that were reached.  If there are none, it is INTERRUPTED.
+    `of`: their name.  `status` is the exit status of the verdicts that were reached.  If there are none, it
+    is INTERRUPTED.
     """
     number = came()
     if number is None:
         return status
     print(
-        f"flushlab: interrupted by {number.name}: {missing} of {planned} tests and policies not reached",
+        f"flushlab: interrupted by {number.name}: {missing} of {planned} {of} not reached",
         file=sys.stderr,
     )
     return status if missing < planned else INTERRUPTED

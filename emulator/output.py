@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import contextlib
 import errno
+import fcntl
 import io
 import os
 import secrets
@@ -78,6 +79,60 @@ def write_new_file(where: str, path: Path, data: str) -> None:
         raise Unwritable(f"{where} {path}".strip(), "it exists already", "a name of no file") from error
     except OSError as error:
         raise _unwritable(where, path, error) from error
+
+
+class Appending:
+    """A file to which one process at a time adds lines.
+
+    A line is one write at the end of the file, so a process that is killed leaves at most a last line without
+    its end, which `mend` drops.
+    """
+
+    def __init__(self, where: str, path: Path) -> None:
+        self._where, self._path = where, path
+        self._descriptor = -1
+
+    def open(self) -> None:
+        """Open or make the file; raise Unwritable if that fails, or if another process has it open."""
+        place = _place(self._where, self._path)
+        with interrupts.held():
+            try:
+                self._descriptor = os.open(place, os.O_RDWR | os.O_APPEND | os.O_CREAT | os.O_CLOEXEC, 0o666)
+                fcntl.flock(self._descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            except BlockingIOError as error:
+                self.close()
+                found = "another process is writing it"
+                raise Unwritable(f"{self._where} {self._path}".strip(), found, "a file of its own") from error
+            except OSError as error:
+                self.close()
+                raise _unwritable(self._where, self._path, error) from error
+
+    def mend(self, begins: str) -> None:
+        """Drop a last line without its end if it is one of ours, which begin so; raise Unwritable if not."""
+        text = self._path.read_bytes()
+        whole = text.rfind(b"\n") + 1
+        size = min(len(begins), len(text) - whole)
+        if text[whole:][:size] != begins.encode()[:size]:
+            found = "its last line has no end and is none of ours"
+            raise Unwritable(f"{self._where} {self._path}".strip(), found, "a new file, or one written so")
+        os.ftruncate(self._descriptor, whole)
+
+    def line(self, text: str) -> None:
+        """Add a line; raise Unwritable if that fails, in which case the file ends as before."""
+        data = text.encode() + b"\n"
+        with interrupts.held():
+            before = os.fstat(self._descriptor).st_size
+            try:
+                if os.write(self._descriptor, data) != len(data):
+                    raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+            except OSError as error:
+                os.ftruncate(self._descriptor, before)
+                raise _unwritable(self._where, self._path, error) from error
+
+    def close(self) -> None:
+        if self._descriptor >= 0:
+            os.close(self._descriptor)
+            self._descriptor = -1
 
 
 def check_file(where: str, path: Path) -> None:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import sys
-from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
@@ -14,11 +13,12 @@ from emulator.cli.options import (
     DurationOption,
     JsonOption,
     LogLevel,
-    MachineOptions,
     ScenarioArgument,
     duration_of,
     expanded,
+    refuse,
 )
+from emulator.cli.sweep import Sweep, SweepOptions, run_sweep
 from emulator.defaults import DEFAULT_POLICY
 from emulator.errors import BadInput
 from emulator.output import Unwritable, check_file, saying
@@ -59,13 +59,9 @@ SensitivityOption = Annotated[
 ]
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
-class CompareOptions(MachineOptions):
-    """The options of the machine."""
-
-
 @expanded
 def compare(
+    context: typer.Context,
     scenario: ScenarioArgument = DEFAULT_COMPARED,
     policies: PoliciesOption = None,
     repeat: RepeatOption = 1,
@@ -74,9 +70,13 @@ def compare(
     html: HtmlOption = None,
     sensitivity: SensitivityOption = False,
     *,
-    options: CompareOptions,
+    options: SweepOptions,
 ) -> None:
-    """Run the same seeded workload under each policy; show each policy's flushes and their costs."""
+    """Run the same seeded workload under each policy; show each policy's flushes and their costs.
+
+    With --vary, --store, --shard, --table or --cluster it is a sweep: a grid of runs, which goes on where it
+    stopped, shown as medians with intervals. Its seed is 0 unless --seed gives another.
+    """
     from emulator.actors.crew import stop_seconds
     from emulator.cli.session import Session
     from emulator.compare.runner import Comparer, Plan
@@ -85,8 +85,13 @@ def compare(
     from emulator.scenario import limits
     from emulator.scenario.config import load_scaled
 
-    shape = load_scaled(scenario, options.pcpus, options.ept, options.costs)
     chosen = load_policies(policies or [])
+    if options.given:
+        expected = "a comparison without --vary, --store, --shard, --table and --cluster"
+        refuse(context, {"html", "sensitivity"}, "with a sweep", expected)
+        raise typer.Exit(run_sweep(_sweep(scenario, chosen, repeat, duration, options, as_json=as_json)))
+    refuse(context, {"jobs", "figures"}, "without a sweep", "--vary, --store, --shard or --table beside it")
+    shape = load_scaled(scenario, options.pcpus, options.ept, options.costs)
     limits.check(shape)
     for policy in chosen:
         check_suits(policy, shape.name, ept=shape.machine.ept)
@@ -110,6 +115,33 @@ def compare(
         stopping = stop_seconds(shape.threads)
         comparison = Session(comparer, None, comparer.view, stopping=stopping).execute()
     raise typer.Exit(_write(comparison, as_json, html))
+
+
+def _sweep(
+    scenario: str,
+    policies: tuple[Policy, ...],
+    repeat: int,
+    duration: str | None,
+    options: SweepOptions,
+    *,
+    as_json: bool,
+) -> Sweep:
+    return Sweep(
+        scenario=scenario,
+        policies=[(policy.spelled(), policy) for policy in policies],
+        repeat=repeat,
+        seed=options.seed or 0,
+        as_json=as_json,
+        options=options,
+        unit={
+            "duration": duration_of(duration),
+            "pcpus": options.pcpus,
+            "ept": options.ept,
+            "costs": options.costs,
+            "chaos": options.chaos,
+            "unbounded": options.unbounded,
+        },
+    )
 
 
 def load_policies(texts: list[str]) -> tuple[Policy, ...]:

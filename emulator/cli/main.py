@@ -36,6 +36,7 @@ from emulator.cli.options import (
     expanded,
 )
 from emulator.cli.show import show
+from emulator.cli.sweep import merge
 from emulator.cli.trace import app as trace_app
 from emulator.defaults import DEFAULT_SCENARIO
 from emulator.errors import MOST_EXPECTED, BadInput, one_line
@@ -64,6 +65,7 @@ app.command(help=EXPLORE_HELP, epilog=EXPLORE_EXAMPLES)(explore)
 app.command("import", help=IMPORT_HELP, epilog=IMPORT_EXAMPLES)(import_)
 app.command(help=LITMUS_HELP, epilog=EXAMPLES)(litmus)
 app.add_typer(list_app, name="list")
+app.command()(merge)
 app.add_typer(new_app, name="new")
 app.command()(show)
 app.add_typer(trace_app, name="trace")

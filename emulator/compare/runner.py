@@ -109,6 +109,24 @@ class Comparison:
         return 1 if any(result.snapshot.violated for result in results) else 0
 
 
+def paced_job(
+    scenario: Scenario, policy: Policy, seed: int, duration: float, *, chaos: int, unbounded: bool
+) -> Job:
+    """Return a run whose costs can be compared: counted from after the boot, at the scenario's pace."""
+    pace = scenario.pace * 1e6
+    return Job(
+        scenario,
+        policy,
+        seed=seed,
+        duration=duration,
+        chaos=chaos,
+        unbounded=unbounded,
+        settle=_SETTLE,
+        pace=pace,
+        wall_limit=duration * _WALL_FACTOR + _WALL_EXTRA if pace else None,
+    )
+
+
 @dataclass
 class Comparer:
     """The job of a session.  `run` compares; `view`, called by another thread, draws the progress."""
@@ -142,17 +160,9 @@ class Comparer:
     def _run_one(self, policy: Policy, repetition: int, stop: threading.Event) -> Result:
         plan = self.plan
         self._policy, self._repetition, self._now, self._share = policy.name, repetition, None, 0.0
-        pace = plan.scenario.pace * 1e6
-        job = Job(
-            plan.scenario,
-            policy.fresh(),
-            seed=plan.seed + repetition,
-            duration=plan.duration,
-            chaos=plan.chaos,
-            unbounded=plan.unbounded,
-            settle=_SETTLE,
-            pace=pace,
-            wall_limit=plan.duration * _WALL_FACTOR + _WALL_EXTRA if pace else None,
+        seed = plan.seed + repetition
+        job = paced_job(
+            plan.scenario, policy.fresh(), seed, plan.duration, chaos=plan.chaos, unbounded=plan.unbounded
         )
         return job.run(self._progress, stop)
 

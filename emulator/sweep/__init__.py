@@ -1,0 +1,1 @@
+"""Sweeps: comparisons over a grid of scenarios, in units that are run once and kept."""
