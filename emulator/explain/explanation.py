@@ -9,7 +9,7 @@ from typing import Any
 from emulator.explain.course import Course
 from emulator.explain.dangers import DANGERS
 from emulator.explain.document import Case
-from emulator.explain.facts import DEADLOCK, LEAK
+from emulator.explain.facts import DEADLOCK, INCONSISTENT, LEAK
 from emulator.explain.meanings import (
     COPIED,
     EARLY,
@@ -105,11 +105,11 @@ def _tell_plot(case: Case) -> Explanation:
             mark = len(notes) + 1
             notes.append(Note(mark, meaning, _SENTENCES[meaning](case, moment)))
         rows.append(Row(moment.cpu, tuple(phrases(moment, case.facts)), meaning, mark, moment))
-    for kind in (DEADLOCK, LEAK):
+    for kind in (DEADLOCK, LEAK, INCONSISTENT):
         if not rows or kind not in case.facts.kinds:
             continue
-        # Neither has a use of a translation to explain: the legend states which thread waits for which, or
-        # what is left over.
+        # None of them has a use of a translation to explain: the legend states which thread waits for which,
+        # what is left over, or which structures disagree.
         mark = len(notes) + 1
         rows[-1] = replace(rows[-1], mark=mark)
         notes.append(Note(mark, kind, str(case.report.get("text", kind))))

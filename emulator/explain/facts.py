@@ -8,8 +8,9 @@ from typing import Any
 
 DEADLOCK = "deadlock"
 LEAK = "leak"
+INCONSISTENT = "inconsistent"
 LOST_DIRTY = "lost-dirty"
-_WITHOUT_ENTRY = {LOST_DIRTY, "ipi-stall", "rcu-stall", DEADLOCK, LEAK}
+_WITHOUT_ENTRY = {LOST_DIRTY, "ipi-stall", "rcu-stall", DEADLOCK, LEAK, INCONSISTENT}
 _ACCESS_VERBS = {"read": "reads", "write": "writes", "execute": "executes"}
 # The core's number for "no vCPU".
 NO_VCPU = 0xFFFFFFFF

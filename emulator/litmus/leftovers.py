@@ -12,17 +12,28 @@ A leak harms no guest at once; it is the violation `leak`, after all others.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 
-from emulator.explain.facts import LEAK
+from emulator.explain.facts import INCONSISTENT, LEAK
 from emulator.kvm.kvm_host import KVM_REQ_MMU_FREE_OBSOLETE_ROOTS, KVM_REQUEST_MASK
 from emulator.kvm.mmu.spte import is_obsolete_sp
 from emulator.kvm.mmu.structs import KvmMmuPage
 from emulator.kvm.structs import Kvm, Vcpu, tdp_mmu_enabled
+from emulator.litmus.audit import audited
 from emulator.machine.runtime import Machine
 from native import lib
 
-__all__ = ["LEAK", "left_over"]
+__all__ = ["INCONSISTENT", "LEAK", "at_the_end", "left_over"]
+
+
+def at_the_end(machine: Machine, kvms: Sequence[Kvm]) -> str:
+    """Return the violation of an execution that shows no other: a leak, or structures that disagree; "" for
+    none."""
+    left = left_over(machine, kvms)
+    if left:
+        return f"{LEAK}: {left}"
+    found = audited(machine, kvms)
+    return found and f"{INCONSISTENT}: {found}"
 
 
 def left_over(machine: Machine, kvms: Iterable[Kvm]) -> str:

@@ -57,7 +57,7 @@ The verdict of a policy is
     safe           no violation, and the danger occurred (`needs`)
     violations     an access used a translation or a right that KVM had promised to be gone; threads wait for
                    ever ("deadlock"); or, at the end, KVM keeps what nothing will free ("leak"): a root, a
-                   table, a reference, a VPID
+                   table, a reference, a VPID; or its structures disagree ("inconsistent")
     inconclusive   no violation, but no danger that could have led to one either; with `explore`, in none of
                    the interleavings
 `expect` names the policies with another verdict than safe: a list of violation kinds means that at least one
@@ -112,7 +112,7 @@ from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, PrivateAttr,
 from emulator.errors import shown
 from emulator.litmus.checks import SchemaError, check_test, parse_delay
 from emulator.litmus.kvm_ops import SLOT, SMM_SLOT
-from emulator.litmus.leftovers import LEAK
+from emulator.litmus.leftovers import INCONSISTENT, LEAK
 from emulator.litmus.nested_checks import check_nested
 from emulator.litmus.ops import Op, OpError, parse_op
 from emulator.machine.runtime import FAULT_AROUND_MAX
@@ -123,7 +123,7 @@ from native import VIOLATION_KINDS
 SAFE = "safe"
 INCONCLUSIVE = "inconclusive"
 # Kinds of violations: those that the core reports, and what is left over at the end.
-KINDS = (*VIOLATION_KINDS, LEAK)
+KINDS = (*VIOLATION_KINDS, LEAK, INCONSISTENT)
 
 Need = Literal[
     "averted",

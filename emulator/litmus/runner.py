@@ -19,7 +19,7 @@ from emulator.explain.document import VMM
 from emulator.litmus.evidence import Evidence, add
 from emulator.litmus.failure import KVM_FAILS, LitmusFailure, failure_text
 from emulator.litmus.harness import Harness, machine_config, rcu_cpu
-from emulator.litmus.leftovers import LEAK, left_over
+from emulator.litmus.leftovers import at_the_end, left_over
 from emulator.litmus.model import LitmusTest
 from emulator.litmus.thread import LitmusThread
 from emulator.litmus.verdict import Outcome
@@ -242,7 +242,7 @@ class Runner:
     def _judge(self, outcome: Outcome, before: list[int], seed: int, harness: Harness) -> None:
         after = self._violations()
         if after == before:
-            self._count_leak(outcome, seed, harness)
+            self._count_end(outcome, seed, harness)
             return
         outcome.violating += 1
         if outcome.first is None:
@@ -252,17 +252,18 @@ class Runner:
             if new != old:
                 outcome.kinds[kind] = outcome.kinds.get(kind, 0) + new - old
 
-    def _count_leak(self, outcome: Outcome, seed: int, harness: Harness) -> None:
-        """Look for a leak when this execution's RCU callbacks have run."""
+    def _count_end(self, outcome: Outcome, seed: int, harness: Harness) -> None:
+        """Look for a leak, or for structures that disagree, when this execution's RCU callbacks have run."""
         harness.main.check(lib.rcu_barrier(harness.main.m, harness.main.id))
-        left = left_over(self.machine, harness.kvms)
-        if not left:
+        found = at_the_end(self.machine, harness.kvms)
+        if not found:
             return
+        kind = found.partition(":")[0]
         outcome.violating += 1
-        outcome.kinds[LEAK] = outcome.kinds.get(LEAK, 0) + 1
+        outcome.kinds[kind] = outcome.kinds.get(kind, 0) + 1
         if outcome.first is None:
             outcome.first = seed
-            outcome.reports = (Report(LEAK, (LEAK,), f"{LEAK}: {left}", {}),)
+            outcome.reports = (Report(kind, (kind,), found, {}),)
 
     def _reports(self, harness: Harness) -> tuple[Report, ...]:
         """Return this execution's reports: the first of each kind."""

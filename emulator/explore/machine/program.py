@@ -24,7 +24,7 @@ from emulator.explore.strategies.search import Met
 from emulator.litmus.evidence import Evidence
 from emulator.litmus.failure import Told
 from emulator.litmus.harness import Harness, machine_config, rcu_cpu
-from emulator.litmus.leftovers import LEAK, left_over
+from emulator.litmus.leftovers import at_the_end
 from emulator.litmus.model import LitmusTest, Section
 from emulator.litmus.ops import Op
 from emulator.litmus.thread import LitmusThread
@@ -295,12 +295,11 @@ class LitmusProgram:
         return found if found or execution.stopped else self._left_over()
 
     def _left_over(self) -> str:
-        """Return the leak at the end of this execution, "" if there is none."""
+        """Return what is wrong at the end of an execution without violations, "" for nothing."""
         with Told(self.harness, VMM):
             self.control.run_callbacks()
-        left = left_over(self.machine, self.harness.kvms)
         self.waits = []
-        return left and f"{LEAK}: {left}"
+        return at_the_end(self.machine, self.harness.kvms)
 
     def _wait(self, execution: Execution, wait: Wait) -> dict[str, Any]:
         """Describe, for recordings, a thread that waits for ever, its CPU, and the holders of its lock."""

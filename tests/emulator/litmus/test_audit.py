@@ -1,0 +1,158 @@
+"""The audit of the shadow MMU's structures: each disagreement is found, explored and on real threads."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+
+from emulator.explore.results.verdict import Plan, explore_verdict
+from emulator.litmus.loader import load_test
+from emulator.litmus.policies import named_policy
+from emulator.litmus.runner import run_test
+from emulator.litmus.verdict import VIOLATIONS
+from tests.emulator.policy.patch.edits import edited, written
+
+pytestmark = pytest.mark.slow
+
+SYNCED = """    if sp.get_access(index) == access:
+        return 0
+    sp.shadowed_access[index] = access
+"""
+DROPPED = """    if w.prefetch_invalid_gpte(gpte):
+        drop_spte(cpu, kvm, sptep)
+        return 1
+"""
+TRACKED = "slot.arch.gfn_write_track.get(sp.gfn, 0) + 1\n"
+TAKEN = "taken = PT_WRITABLE_MASK | (SHADOW_MMU_WRITABLE_MASK if pt_protect else 0)\n"
+MARKED = """    if spte & PT_WRITABLE_MASK and slot.dirty_track_enabled():
+        mark_page_dirty_in_slot(cpu, slot, gfn)
+"""
+# The edit of KVM's code, the operations, and a part of the report.
+EDITS = {
+    "a page is counted twice": (
+        ("    shadow.n_mmu_pages += 1\n", "    shadow.n_mmu_pages += 2\n"),
+        [],
+        "n_mmu_pages is ",
+    ),
+    "a page is in the hash twice": (
+        (
+            "shadow.mmu_page_hash.setdefault(gfn, []).insert(0, sp)\n",
+            "shadow.mmu_page_hash[gfn] = [sp, sp]\n",
+        ),
+        [],
+        "are in the hash, or elsewhere in it",
+    ),
+    "a table is counted twice": (
+        ("    kvm.shadow.indirect_shadow_pages += 1\n", "    kvm.shadow.indirect_shadow_pages += 2\n"),
+        [],
+        "indirect_shadow_pages is ",
+    ),
+    "a link is noted twice": (
+        ("    sp.parent_ptes.append(sptep)\n", "    sp.parent_ptes += [sptep, sptep]\n"),
+        [],
+        "which is not its child",
+    ),
+    "a link is noted that does not exist": (
+        ("    sp.parent_ptes.append(sptep)\n", "    sp.parent_ptes += [sptep, Sptep(sptep.sp, 511)]\n"),
+        [],
+        "has a parent that does not link it",
+    ),
+    "a leaf is in the rmap twice": (
+        ("    rmap_head.append(sptep)\n", "    rmap_head += [sptep, sptep]\n"),
+        [],
+        "1 times too often or too seldom",
+    ),
+    "an unsync table is not marked above": (
+        ("    sp.unsync = True\n    kvm_mmu_mark_parents_unsync(sp)\n", "    sp.unsync = True\n"),
+        ["map 0x102 0x12"],
+        "is unsync, and entry 0 is not marked",
+    ),
+    "a gfn is write-tracked twice": (
+        (TRACKED, TRACKED.replace("1", "2")),
+        [],
+        "is write-tracked 1 times too often or too seldom",
+    ),
+    "huge pages are disallowed twice": (
+        (
+            "    _update_gfn_disallow_lpage_count(slot, gfn, 1)\n",
+            "    _update_gfn_disallow_lpage_count(slot, gfn, 2)\n",
+        ),
+        [],
+        "disallows pages of level 2",
+    ),
+    "a table stays MMU-writable": (
+        (TAKEN, "taken = PT_WRITABLE_MASK\n"),
+        [],
+        "lets the guest write to its table",
+    ),
+    "an SPTE outlives the guest's entry": (
+        (DROPPED, DROPPED.replace("drop_spte(cpu, kvm, sptep)\n        return 1", "return 0")),
+        ["unmap 0x100", "mov-cr3 0"],
+        "maps gfn 0x10, and the guest's entry is not present",
+    ),
+    "an SPTE keeps rights": (
+        (SYNCED, SYNCED.replace("if sp.get_access(index) == access:\n        ", "if access:\n        ")),
+        ["write 0x100", "protect 0x100", "mov-cr3 0"],
+        "that the guest's entry does not give",
+    ),
+    "an SPTE has more rights than the walk": (
+        ("        sp.shadowed_access[sptep.idx] = access\n", "        sp.shadowed_access[sptep.idx] = 0\n"),
+        [],
+        "that its walk of the guest's tables had not",
+    ),
+    "a page is writable and not in the log": (
+        (MARKED, ""),
+        ["k: log-arm", "read 0x101"],
+        "may be written to, and is not marked in the dirty log",
+    ),
+}
+TEXT = """
+doc = "A guest changes its tables."
+source = "here"
+init = ["v0: map 0x100 0x10", "v0: map 0x101 0x11 dirty", "v0: read 0x100"]
+[machine]
+ept = false
+[[vm]]
+paging = true
+[threads.v0]
+vcpu = 0
+ops = [{vcpu}]
+[threads.k]
+ops = [{vmm}]
+[expect]
+needs = "nothing"
+"""
+
+
+def written_test(path: Path, ops: list[str]) -> str:
+    vmm = [op.removeprefix("k: ") for op in ops if op.startswith("k: ")]
+    vcpu = [op for op in ops if not op.startswith("k: ")] or ["read 0x100"]
+    if vmm:
+        vcpu.insert(0, f"block k {len(vmm)}")
+    quoted = {"vcpu": ", ".join(f'"{op}"' for op in vcpu), "vmm": ", ".join(f'"{op}"' for op in vmm)}
+    file = path / "audited.toml"
+    file.write_text(TEXT.format(**quoted))
+    return str(file)
+
+
+@pytest.mark.parametrize("name", EDITS)
+def test_each_disagreement_is_found(name: str, tmp_path: Path) -> None:
+    edit, ops, text = EDITS[name]
+    test = load_test(written_test(tmp_path, ops))
+    assert not explore_verdict(test, named_policy("linux-7.3"), Plan(executions=5)).kinds
+    policy = named_policy(written(tmp_path, edited(edit)))
+    found = explore_verdict(test, policy, Plan(executions=5, minimize=False))
+    assert (found.verdict, found.kinds) == (VIOLATIONS, ("inconsistent",))
+    assert found.counterexample is not None
+    assert found.counterexample.violation is not None
+    assert text in found.counterexample.violation["text"]
+
+
+def test_a_disagreement_is_found_on_real_threads(tmp_path: Path) -> None:
+    edit, ops, text = EDITS["a page is counted twice"]
+    test = load_test(written_test(tmp_path, ops))
+    assert not run_test(test, named_policy("linux-7.3"), 2).kinds
+    outcome = run_test(test, named_policy(written(tmp_path, edited(edit))), 1)
+    assert outcome.kinds == {"inconsistent": 1}
+    assert text in outcome.reports[0].text
