@@ -9,7 +9,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from bench.mutation.generate import PARTS, Mutant, mutants, part_of, sample
-from bench.mutation.judge import FAIR, QUICK, THOROUGH
+from bench.mutation.judge import BRIEF, FAIR, QUICK, THOROUGH
 from bench.mutation.report import table
 from bench.mutation.results import Results
 from bench.mutation.run import equivalent, judge_all, learn, prepare
@@ -47,9 +47,9 @@ def _judge(chosen: Sequence[Mutant], options: argparse.Namespace) -> int:
         print(f"{time.monotonic() - started:6.0f} s  {text}", file=sys.stderr, flush=True)
 
     prepare()
-    depth = QUICK if options.quick else FAIR if options.fair else THOROUGH
+    depth = BRIEF if options.brief else QUICK if options.quick else FAIR if options.fair else THOROUGH
     results = Results(Path(options.keep) if options.keep else None, fingerprint())
-    wanted = quick_pairs() if options.quick else list(pairs())
+    wanted = quick_pairs() if options.quick or options.brief else list(pairs())
     executions = 0 if depth is THOROUGH else FIRST
     all_known = learn(results, wanted, options.jobs, say, stop, executions)
     judged = []
@@ -91,6 +91,7 @@ def _parse(arguments: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument(
         "--quick", action="store_true", help="explored under the default preset only, with fewer executions"
     )
+    parser.add_argument("--brief", action="store_true", help="as --quick, without long looks: a lower bound")
     parser.add_argument(
         "--fair", action="store_true", help="long looks at fewer tests than a thorough judgement has"
     )

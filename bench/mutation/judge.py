@@ -59,8 +59,6 @@ ENDLESS: Final = "endless"
 # ... and of one by counts alone.
 COUNTS: Final = "counts"
 
-# So few pairs that reach a statement all get a second look: nothing else tests it.
-FEW: Final = 10
 # Executions on real threads.
 STRESS: Final = 60
 ON_REAL_THREADS: Final = " on real threads"
@@ -84,7 +82,8 @@ class Depth:
 
     at_once: pairs that get a first look before that glance; first_looks, second_looks: pairs that get one
     after it; of_a_preset: pairs of each other preset; long_others: pairs of these presets together that get a
-    second look; stressed: pairs on real threads.
+    second look; stressed: pairs on real threads.  few: so few pairs that reach a statement all get a second
+    look, because nothing else tests it.
     """
 
     at_once: int = 3
@@ -93,6 +92,7 @@ class Depth:
     of_a_preset: int = 2
     long_others: int = 8
     stressed: int = 4
+    few: int = 10
 
 
 THOROUGH: Final = Depth()
@@ -100,6 +100,8 @@ THOROUGH: Final = Depth()
 FAIR: Final = Depth(at_once=10, first_looks=8, second_looks=2, of_a_preset=1, long_others=4, stressed=0)
 # Under the default preset only, and explored only.
 QUICK: Final = Depth(first_looks=16, second_looks=8, of_a_preset=0, long_others=0, stressed=0)
+# ... and without second looks: a lower bound, for machines that are busy with other work.
+BRIEF: Final = Depth(first_looks=16, second_looks=0, of_a_preset=0, long_others=0, stressed=0, few=0)
 
 
 @dataclass(frozen=True, slots=True)
@@ -161,8 +163,10 @@ def judge(
     if mutant.rule in _ONLY_COSTS and (cost := _cost(mutant, priced)):
         return Judgement(mutant.name, COST_ONLY, why=cost)
     counted = mutant.rule.startswith(_ADDS)  # more work is a price, unless a test catches it
+    glanced = False
     for look in pending(reaching, depth, looked):
-        if not counted and look.executions > FIRST:
+        glanced = glanced or look.executions == GLANCE
+        if not counted and look.executions == FIRST and glanced:
             counted = True
             if (miscounted := _miscounted(mutant, priced, say, executions)) is not None:
                 return miscounted
@@ -230,9 +234,9 @@ def looks(reaching: Sequence[Known], depth: Depth) -> Iterator[Look]:
         if seen[one.pair.preset] <= depth.of_a_preset:
             yield Look(one, OTHER)
     yield from (Look(one, FIRST) for one in unproved[: depth.first_looks])
-    seconds = depth.second_looks if len(unproved) > FEW else FEW
+    seconds = depth.second_looks if len(unproved) > depth.few else depth.few
     yield from (Look(one, SECOND) for one in unproved[:seconds])
-    yield from (Look(one, SECOND) for one in only_there[:FEW] if not one.shown.complete)
+    yield from (Look(one, SECOND) for one in only_there[: depth.few] if not one.shown.complete)
     yield from (Look(one, SECOND) for one in others[: depth.long_others])
     yield from (Look(one, STRESS, real=True) for one in reaching[: depth.stressed])
 
