@@ -180,6 +180,9 @@ class GuestConfig(CDataBase):
     halt_us: int
     wp_every: int
     batch: int
+    interrupts_off: int
+    own_kernel: int
+    file_pages: int
     seed: int
 
 class GuestConfigPtr(GuestConfig):

@@ -156,7 +156,7 @@ int guest_add_process(struct machine *m, uint32_t vcpu, const uint64_t *records,
 	p->record_count = n;
 	p->pages = pages;
 	p->page_count = n_pages;
-	p->cr3_gfn = p->cr3_building = GUEST_NO_GFN;
+	p->cr3_gfn = p->cr3_building = p->pdpt_building = GUEST_NO_GFN;
 	p->pcid = g->config.pcid ? (uint16_t)(g->processes + 1) : 0;
 	/* Processes that replay one trace are not in step. */
 	p->position = n ? guest_random(g) % n : 0;

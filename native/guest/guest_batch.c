@@ -21,7 +21,6 @@
 enum {
 	FEW = 4,            /* changes that are mostly invalidated page by page */
 	SPIN_NANOSECONDS = 20000,
-	IPI_LATENCY_BITS = 12, /* accesses, mostly a few: the vCPU that receives it may have interrupts off */
 };
 
 /* --- one vCPU at a time ------------------------------------------------------------------------------------- */
@@ -170,6 +169,21 @@ static void record(struct guest *g, const struct guest_change *change)
 			record_one(&p->page[i], change->all);
 }
 
+/* Clear the entry of a page that is unmapped; of a kernel page, the one of each process that has its own tables for it. */
+static enum walk_result clear_entries(struct walk *w, const struct guest_change *change)
+{
+	struct guest *g = w->guest;
+	bool everywhere = change->global && os_own_kernel(w), huge = change->huge || change->table;
+	enum walk_result r = WALK_DONE;
+
+	if (!everywhere)
+		return os_clear_entry(w, &g->process[change->process], change->page, huge);
+	for (uint32_t i = 0; i < g->processes && r != WALK_EXIT; i++)
+		if (os_has_tables(g, i))
+			r = os_clear_entry(w, &g->process[i], change->page, huge);
+	return r;
+}
+
 enum walk_result os_change_resumed(struct walk *w)
 {
 	struct guest *g = w->guest;
@@ -177,8 +191,7 @@ enum walk_result os_change_resumed(struct walk *w)
 	const struct guest_change *change = &b->change[changes_of(b) - 1];
 	struct guest_process *p = &g->process[change->process];
 	struct guest_mapping now = { change->gfn, false, change->huge };
-	enum walk_result r = change->all ? os_clear_entry(w, p, change->page, change->huge || change->table)
-					 : os_install(w, p, change->page, now);
+	enum walk_result r = change->all ? clear_entries(w, change) : os_install(w, p, change->page, now);
 
 	g->choices.changing = r == WALK_EXIT;
 	if (r == WALK_EXIT)
@@ -294,6 +307,15 @@ void os_process_flushed(struct walk *w, uint32_t process)
 	os_batch_covered(w, of_process);
 }
 
+/* Return for how many accesses the vCPU still has interrupts off: mostly a few, of any order of magnitude up to the most. */
+static uint64_t latency(struct guest *g)
+{
+	uint64_t most = g->leader->config.interrupts_off;
+	uint32_t orders = most > 1 ? 63 - (uint32_t)__builtin_clzll(most) : 1;
+
+	return guest_random(g) % (UINT64_C(1) << guest_random(g) % orders);
+}
+
 bool os_flush_due(struct guest *g)
 {
 	const struct guest_batch *b = &g->leader->batch;
@@ -307,7 +329,7 @@ bool os_flush_due(struct guest *g)
 		g->flush.at = g->clock;
 		/* The vCPU that has asked invalidates before the others, or after some of them. */
 		if (b->asked_by != g->clock >> GUEST_CLOCK_VCPU || guest_random(g) % 2)
-			g->flush.at += guest_random(g) % (UINT64_C(1) << guest_random(g) % IPI_LATENCY_BITS);
+			g->flush.at += latency(g);
 	}
 	return g->clock >= g->flush.at;
 }

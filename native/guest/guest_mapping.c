@@ -182,6 +182,17 @@ static void map_block(struct guest_process *p, uint64_t page, uint64_t gfn)
 		guest_page_map(&p->page[i], (struct guest_mapping){ (uint32_t)(gfn + (p->pages[i] & 511)), true, true });
 }
 
+/* Get a page of memory.  A file's page is filled by a device: the OS's own map of memory does not touch it. */
+static enum walk_result new_page(struct walk *w, uint64_t page, uint64_t *gfn)
+{
+	struct guest *g = w->guest;
+
+	if (!os_batches(w) || !g->leader->config.file_pages)
+		return os_alloc_zeroed(w, g->config.mmio_gfn && page % MMIO_ONE_IN == 0, gfn);
+	*gfn = guest_gfn_alloc(g, false);
+	return *gfn == GUEST_NO_GFN ? WALK_GUEST_FAULT : WALK_DONE;
+}
+
 /* Choose a frame or a block for a page that is not mapped. */
 static enum walk_result choose(struct walk *w, struct guest_process *p, uint64_t page,
 			       struct guest_mapping *fresh)
@@ -199,7 +210,7 @@ static enum walk_result choose(struct walk *w, struct guest_process *p, uint64_t
 	if (gfn != GUEST_NO_GFN) {
 		guest_gfn_get(g, gfn);
 	} else {
-		r = os_alloc_zeroed(w, g->config.mmio_gfn && page % MMIO_ONE_IN == 0, &gfn);
+		r = new_page(w, page, &gfn);
 		if (r != WALK_DONE)
 			return r;
 	}

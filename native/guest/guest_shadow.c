@@ -88,36 +88,55 @@ bool os_has_tables(struct guest *g, uint32_t process)
 	return g->process[process].cr3_gfn != GUEST_NO_GFN;
 }
 
-enum walk_result os_new_pml4(struct walk *w, struct guest_process *own)
-{
-	struct guest *leader = w->guest->leader;
-	uint64_t kernel = leader->kernel_pdpt << 12 | GPTE_PRESENT | GPTE_WRITABLE | GPTE_USER;
-	uint32_t process = (uint32_t)(own - w->guest->process);
-	struct guest_process *p = &leader->process[process];
-	enum walk_result r = WALK_DONE;
-
-	if (os_has_tables(w->guest, process))
-		return r;
-	if (p->cr3_building == GUEST_NO_GFN)
-		r = os_alloc_zeroed(w, false, &p->cr3_building);
-	if (r == WALK_DONE)
-		r = os_write_entry(w, p->cr3_building, KERNEL_ENTRY, kernel);
-	if (r != WALK_DONE)
-		return r;
-	own->cr3_gfn = p->cr3_gfn = p->cr3_building;
-	p->cr3_building = GUEST_NO_GFN;
-	return r;
-}
-
 /* Entry 0 leads to the kernel's own pages; the others map all guest memory. */
-static enum walk_result map_memory(struct walk *w)
+static enum walk_result map_memory(struct walk *w, uint64_t pdpt)
 {
 	uint64_t gfns = w->m->vms[w->vcpu->vm].gfns, gigabyte = UINT64_C(1) << 18;
 	uint64_t bits = GPTE_PRESENT | GPTE_WRITABLE | GPTE_ACCESSED | GPTE_DIRTY | GPTE_PAGE_SIZE | GPTE_GLOBAL;
 	enum walk_result r = WALK_DONE;
 
 	for (uint32_t i = 0; i < MAPPED_GIGABYTES && i * gigabyte < gfns && r == WALK_DONE; i++)
-		r = os_write_entry(w, w->guest->leader->kernel_pdpt, 1 + i, i * gigabyte << 12 | bits);
+		r = os_write_entry(w, pdpt, 1 + i, i * gigabyte << 12 | bits);
+	return r;
+}
+
+/* Build the table for the kernel's part of an address space, in `pdpt` unless that has one already. */
+static enum walk_result new_kernel_pdpt(struct walk *w, uint64_t *pdpt)
+{
+	enum walk_result r = WALK_DONE;
+
+	if (*pdpt == GUEST_NO_GFN)
+		r = os_alloc_zeroed(w, false, pdpt);
+	return r == WALK_DONE ? map_memory(w, *pdpt) : r;
+}
+
+bool os_own_kernel(const struct walk *w)
+{
+	return os_batches(w) && w->guest->leader->config.own_kernel;
+}
+
+enum walk_result os_new_pml4(struct walk *w, struct guest_process *own)
+{
+	struct guest *leader = w->guest->leader;
+	uint32_t process = (uint32_t)(own - w->guest->process);
+	struct guest_process *p = &leader->process[process];
+	enum walk_result r = WALK_DONE;
+	uint64_t pdpt;
+
+	if (os_has_tables(w->guest, process))
+		return r;
+	if (os_own_kernel(w))
+		r = new_kernel_pdpt(w, &p->pdpt_building);
+	if (r == WALK_DONE && p->cr3_building == GUEST_NO_GFN)
+		r = os_alloc_zeroed(w, false, &p->cr3_building);
+	if (r != WALK_DONE)
+		return r;
+	pdpt = os_own_kernel(w) ? p->pdpt_building : leader->kernel_pdpt;
+	r = os_write_entry(w, p->cr3_building, KERNEL_ENTRY, pdpt << 12 | GPTE_PRESENT | GPTE_WRITABLE | GPTE_USER);
+	if (r != WALK_DONE)
+		return r;
+	own->cr3_gfn = p->cr3_gfn = p->cr3_building;
+	p->cr3_building = p->pdpt_building = GUEST_NO_GFN;
 	return r;
 }
 
@@ -126,10 +145,8 @@ enum walk_result os_boot_tables(struct walk *w)
 	struct guest *g = w->guest;
 	enum walk_result r = WALK_DONE;
 
-	if (g->leader->kernel_pdpt == GUEST_NO_GFN)
-		r = os_alloc_zeroed(w, false, &g->leader->kernel_pdpt);
-	if (r == WALK_DONE)
-		r = map_memory(w);
+	if (!os_own_kernel(w))
+		r = new_kernel_pdpt(w, &g->leader->kernel_pdpt);
 	if (r == WALK_DONE)
 		r = os_new_pml4(w, &g->process[g->current]);
 	if (r == WALK_DONE)
@@ -226,5 +243,5 @@ void os_choices_reset(struct guest *g)
 	atomic_store_explicit(&g->os_lock, 0, memory_order_relaxed);
 	g->exit_insn.exited = g->injected.pending = g->store.faulted = g->store.done = false;
 	for (uint32_t i = 0; i < GUEST_PROCESSES; i++)
-		g->process[i].cr3_building = GUEST_NO_GFN;
+		g->process[i].cr3_building = g->process[i].pdpt_building = GUEST_NO_GFN;
 }

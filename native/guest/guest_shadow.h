@@ -35,6 +35,8 @@ enum walk_result os_injected_fault(struct walk *w);
 enum walk_result os_spare_table(struct walk *w, uint64_t *gfn);
 /* The page is a table now. */
 void os_table_linked(struct guest *g, uint64_t gfn);
+/* Return whether each process has its own tables for the kernel's pages. */
+bool os_own_kernel(const struct walk *w);
 /* Give a process its PML4 table, with the kernel's part in it. */
 enum walk_result os_new_pml4(struct walk *w, struct guest_process *p);
 /* Build the first tables, with CR0.PG = 0: the kernel's, and the PML4 table of the current process. */

@@ -30,6 +30,10 @@ struct guest_config {
 				  * an OS does to write to its read-only pages; 0: never */
 	uint32_t batch;          /* without EPT: mappings that the OS changes at most before it invalidates them together;
 				  * 0: it invalidates each at once */
+	uint32_t interrupts_off; /* of a batch: accesses for which a vCPU has interrupts off at most when another one's IPI
+				  * asks it to invalidate; mostly a few */
+	uint32_t own_kernel;     /* of a batch: each process has its own tables for the kernel's pages, as with KPTI */
+	uint32_t file_pages;     /* of a batch: the processes' pages are filled by a device, so that the OS touches none itself */
 	uint32_t seed;
 };
 
@@ -130,6 +134,7 @@ struct guest_process {
 	uint64_t hand;         /* where the search for the next page to unmap begins */
 	uint64_t cr3_gfn;      /* GUEST_NO_GFN until set up */
 	uint64_t cr3_building; /* without EPT: a PML4 table that is not complete yet, or GUEST_NO_GFN */
+	uint64_t pdpt_building; /* ... and the table for its kernel's part, if it has its own */
 	uint16_t pcid;
 	/* Without EPT: index + 1 in `pages` of each page, by hash, 0: none; NULL: pages are searched for. */
 	uint32_t *place;
@@ -282,7 +287,7 @@ struct guest {
 	uint16_t *users;       /* by gfn - first_gfn */
 	uint16_t *mmio_users;
 	/* kernel */
-	uint64_t kernel_pdpt;  /* gfn of the table shared by all processes */
+	uint64_t kernel_pdpt;  /* gfn of the table shared by all processes, unless each has its own */
 	struct guest_page kernel[GUEST_KERNEL_PAGES];
 	uint32_t kernel_next;
 	/* An instruction that exits (guest_insn.h), and SMM */

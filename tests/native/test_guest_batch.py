@@ -5,9 +5,9 @@ from __future__ import annotations
 import pytest
 
 from native import lib
-from native.types import VcpuId
+from native.types import VcpuId, VmId
 from tests.native.shadow_guests import PAGES, RECORDS, guest
-from tests.native.shadow_hypervisor import NOFLUSH, ShadowHypervisor
+from tests.native.shadow_hypervisor import DIRECT_BASE, FRAME, KERNEL_BASE, NOFLUSH, ShadowHypervisor
 from tests.support import CPU0, CPU1
 
 # Of each kind of change, one in a few accesses.
@@ -124,3 +124,65 @@ def test_what_one_thread_changes_and_the_other_does_not_lose_is_found(broken: st
     with ShadowHypervisor(pcpus=2, broken=(broken,), table_frames=4096) as machine:
         take_turns(machine, threads(machine, 1), 3000)
         assert set(machine.violations()) == {"guest-stale"}
+
+
+@pytest.mark.parametrize("own", [0, 1])
+def test_processes_share_tables_for_the_kernel_or_have_their_own(own: int) -> None:
+    with ShadowHypervisor(table_frames=4096) as machine:
+        vcpu = batching(machine, 1, own_kernel=own)
+        machine.run(CPU0, vcpu, 8000)
+        assert machine.violations() == {}
+        vm, index = machine.vm_of[vcpu], KERNEL_BASE >> 27
+        roots = [space.cr3 for space in machine.tree if space.paging]
+        assert len(roots) == 3
+        assert len({machine.word(CPU0, vm, cr3, index) & FRAME for cr3 in roots}) == (3 if own else 1)
+
+
+def test_a_kernel_page_goes_from_the_tables_of_all_processes() -> None:
+    """Each process has its own entry for it, and the OS clears them all before it invalidates."""
+    with ShadowHypervisor(table_frames=4096) as machine:
+        vcpu = batching(machine, 1, own_kernel=1, switch_every=40)
+        vm, most = machine.vm_of[vcpu], 0
+        for _ in range(200):
+            machine.run(CPU0, vcpu, 50)
+            frames = [kernel_pages(machine, vm, space.cr3) for space in machine.tree if space.paging]
+            for page in range(20):
+                found = {pages[page] for pages in frames if page in pages}
+                assert len(found) <= 1, "an entry of another process is left, with the old frame"
+            most = max(most, *(sum(page in pages for pages in frames) for page in range(20)))
+        assert most == 3, "no page was mapped by all"
+        assert machine.violations() == {}
+
+
+def kernel_pages(machine: ShadowHypervisor, vm: VmId, cr3: int) -> dict[int, int]:
+    """Return the frames of the kernel's first pages, by page, in an address space."""
+    gfn = cr3
+    for level in (4, 3, 2):
+        entry = machine.word(CPU0, vm, gfn, KERNEL_BASE >> 9 * (level - 1) & 511)
+        if not entry & 1:
+            return {}
+        gfn = (entry & FRAME) >> 12
+    entries = {page: machine.word(CPU0, vm, gfn, page) for page in range(20)}
+    return {page: entry & FRAME for page, entry in entries.items() if entry & 1}
+
+
+@pytest.mark.parametrize("files", [0, 1])
+def test_an_os_touches_the_pages_that_it_maps_unless_a_device_fills_them(files: int) -> None:
+    with ShadowHypervisor(table_frames=4096) as machine:
+        vcpu = batching(machine, 1, file_pages=files, unmap_every=0, table_every=0)
+        machine.run(CPU0, vcpu, 4000)
+        mapped = [{page for _, page in pages} for pages in machine.mapped_by.values()]
+        users = [pages for pages in mapped if not pages.isdisjoint(PAGES)]
+        assert len(users) > 50
+        touched = sum(max(pages) >= DIRECT_BASE for pages in users)
+        assert touched == (0 if files else len(users))
+
+
+def test_a_vcpu_with_interrupts_off_uses_old_translations_for_longer() -> None:
+    stale = []
+    for most in (0, 1 << 16):
+        with ShadowHypervisor(pcpus=2, table_frames=4096) as machine:
+            take_turns(machine, threads(machine, 1, interrupts_off=most), 3000)
+            assert machine.violations() == {}
+            stale.append(machine.count(lib.COUNT_LEGAL_STALE))
+    assert stale[1] > 2 * stale[0]
