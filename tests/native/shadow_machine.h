@@ -285,6 +285,9 @@ static inline void shadow_instruction(struct shadow_vm *s, uint32_t cpu, struct 
 		if (!(out->linear >> 63))
 			shadow_invalidate(s, cpu, v, UINT64_MAX, v->cr3 & 0xfff);
 		break;
+	case GUEST_INSN_MOV_CR4:
+		shadow_invalidate(s, cpu, v, UINT64_MAX, UINT32_MAX);
+		break;
 	case GUEST_INSN_INVLPG:
 		if (!v->deaf)
 			shadow_invalidate(s, cpu, v, out->linear >> 12, UINT32_MAX);

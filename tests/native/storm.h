@@ -152,14 +152,9 @@ static inline void *storm_host(void *argument)
 	return NULL;
 }
 
-/* Create a vCPU and its guest's processes: each uses `pages` pages, in half of the VM's memory. */
-static inline void storm_guest(struct storm *s, uint32_t cpu, uint64_t pages, bool pcid)
+/* Create a vCPU and its guest's processes, each of which uses `pages` pages. */
+static inline void storm_vcpu_create(struct storm *s, uint32_t cpu, uint64_t pages, const struct guest_config *config)
 {
-	uint64_t half = STORM_GFNS / STORM_VCPUS;
-	struct guest_config config = { .first_gfn = cpu * half, .end_gfn = (cpu + 1) * half, .paging = 1,
-				       .pcid = pcid, .switch_every = 3000, .unmap_every = 700,
-				       .protect_every = 900, .seed = cpu + 1 };
-
 	CHECK(pages <= STORM_PAGES);
 	CHECK(vcpu_create(s->m, s->vm) == (int)cpu);
 	for (uint64_t i = 0; i < pages; i++)
@@ -167,9 +162,20 @@ static inline void storm_guest(struct storm *s, uint32_t cpu, uint64_t pages, bo
 	for (uint64_t i = 0; i < STORM_RECORDS; i++)
 		s->records[cpu][i] = (i % 3 == 0 ? 1ull << 62 : 0) |
 				     s->page[cpu][i * 2654435761u / 64 % pages] << 12 | (i * 8 & 0xff8);
-	CHECK(guest_configure(s->m, cpu, &config) == 0);
+	CHECK(guest_configure(s->m, cpu, config) == 0);
 	for (int i = 0; i < 3; i++)
 		CHECK(guest_add_process(s->m, cpu, s->records[cpu], STORM_RECORDS, s->page[cpu], pages) == 0);
+}
+
+/* storm_vcpu_create() with an OS of its own, in half of the VM's memory. */
+static inline void storm_guest(struct storm *s, uint32_t cpu, uint64_t pages, bool pcid)
+{
+	uint64_t half = STORM_GFNS / STORM_VCPUS;
+	struct guest_config config = { .first_gfn = cpu * half, .end_gfn = (cpu + 1) * half, .paging = 1,
+				       .pcid = pcid, .switch_every = 3000, .unmap_every = 700,
+				       .protect_every = 900, .seed = cpu + 1 };
+
+	storm_vcpu_create(s, cpu, pages, &config);
 }
 
 static inline void storm_create(struct storm *s, const struct storm_mmu *mmu, enum mutant mutant, uint32_t chaos)
