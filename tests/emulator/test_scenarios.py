@@ -274,6 +274,22 @@ def test_guests_with_threads_are_clean_and_do_all_that_their_scenario_is_about()
 
 
 @pytest.mark.slow
+@pytest.mark.parametrize(
+    ("name", "counter", "activity"),
+    [
+        ("late-threads", "guest_invalidations", "unmap"),
+        ("log-toggles", "frames_freed", "dirty_log_toggles"),
+    ],
+)
+def test_flushes_that_serve_a_later_unmap_are_made(name: str, counter: str, activity: str) -> None:
+    result = run(name, seconds=1.5)
+    assert not result.failure
+    assert not result.snapshot.violated, result.reports[0].text
+    assert result.snapshot.counters[counter] > 10
+    assert next(one.begun for one in result.activities if one.name == activity) > 5
+
+
+@pytest.mark.slow
 @pytest.mark.parametrize("ept", [True, False])
 def test_the_vcpus_of_a_vm_run_threads_of_the_same_processes_without_ept_only(ept: bool) -> None:
     with Emulation(load_scaled("table-churn", None, ept), LINUX, seed=1) as emulation:

@@ -1,8 +1,8 @@
 """Mutants of the shadow MMU are caught on real threads, where guests edit their tables all the time.
 
 Each needs another part of the guest OS: batches that it invalidates by a switch or by INVPCID, entries that
-lose a right, SMM, 2 MiB pages that are logged.  A run ends at its first violation.  The clean run is in
-tests/emulator/test_scenarios.py.
+lose a right, SMM, 2 MiB pages that are logged, tables of each process for the kernel's pages, interrupts that
+are off.  A run ends at its first violation.  The clean runs are in tests/emulator/test_scenarios.py.
 """
 
 from __future__ import annotations
@@ -29,6 +29,10 @@ SEEDS = range(1, 5)
         ("table-churn", "shadow-sync-keeps-rights", "guest-stale", "guest_invalidations"),
         ("table-churn", "shadow-smm-keeps-paging", "guest-stale", "vm_entries"),
         ("huge-churn", "shadow-log-skips-huge", "lost-dirty", "guest_invalidations"),
+        ("table-churn", "shadow-invlpg-current-only", "guest-stale", "guest_switches"),
+        ("late-threads", "shadow-invlpg-without-flush", "use-after-free", "guest_invalidations"),
+        ("late-threads", "shadow-sync-without-flush", "use-after-free", "guest_invalidations"),
+        ("log-toggles", "shadow-recover-without-flush", "stale-after-revoke", "frames_freed"),
     ],
 )
 def test_mutant_is_caught(scenario: str, mutant: str, kind: str, precondition: str) -> None:
