@@ -192,7 +192,10 @@ class NotifierEnd(_Range):
 
 class Zap(_Range):
     verb = "zap"
-    doc = "kvm_zap_gfn_range() of COUNT pages from PAGE on."
+    doc = (
+        "kvm_zap_gfn_range() of COUNT pages from PAGE on. A range that ends within a huge page may be mapped "
+        "again meanwhile, by a fault next to it; KVM zaps whole ones."
+    )
 
     def run(self, context: Context) -> None:
         start, end = map(Gfn, self.range())  # slot 0 begins at gfn 0 and at page 0 of the memory

@@ -205,7 +205,7 @@ class KvmSection(Section):
 
     # Delete and re-create a memslot.
     memslot_cycles: Annotated[Rate, Unit("cycles per second")] = 0
-    # Zap a range of 64 pages, as a change of MTRRs or of memory attributes does (kvm_zap_gfn_range).
+    # Zap the pages of a huge page, as a change of MTRRs does (kvm_zap_gfn_range).
     range_zaps: Annotated[Rate, Unit("ranges per second")] = 0
     # Arm dirty logging, read it a few times, disarm it (which recovers huge pages).
     dirty_log_cycles: Annotated[Rate, Unit("cycles per second")] = 0

@@ -135,7 +135,9 @@ def kvm_zap_gfn_range(cpu: Cpu, kvm: Kvm, gfn_start: Gfn, gfn_end: Gfn) -> None:
     """kvm_zap_gfn_range(): zap a range, bracketed as an invalidation so that faults in the range retry.
 
     The guest keeps the frames, but their mapping has to change (APICv, memory types).  A fault that looked
-    its frame up before the zap would otherwise install the old mapping again.
+    its frame up before the zap would otherwise install the old mapping again.  No huge page may lie across an
+    end of the range: a fault next to the range does not retry, and would map all of the huge page again when
+    the zap yields mmu_lock.
     """
     reason = lib.REASON_REMOTE_ZAP
     with kvm.mmu_lock.write_lock(cpu):
