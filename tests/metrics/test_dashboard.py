@@ -43,6 +43,13 @@ def test_rules_use_exported_series(exported: set[str]) -> None:
     assert used <= exported
 
 
+def test_console_page_uses_exported_series(exported: set[str]) -> None:
+    text = resources.files("metrics").joinpath("consoles/flushlab.html").read_text()
+    used = set(re.findall(r"\bflushlab_\w+", text)) - {"flushlab_build_info"}
+    assert len(used) > 10
+    assert used <= exported
+
+
 def test_panels_do_not_overlap() -> None:
     cells: set[tuple[int, int]] = set()
     for panel in dashboard()["panels"]:

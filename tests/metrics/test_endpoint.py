@@ -293,6 +293,33 @@ def test_a_real_prometheus_scrapes_it(bare_machine: BareMachine, tmp_path: Path)
         wait_until(lambda: rule_health(api) == ["ok"] * 5, "evaluation of the rules")
 
 
+@pytest.mark.slow
+@pytest.mark.prometheus
+def test_the_console_page_shows_an_instance(bare_machine: BareMachine, tmp_path: Path) -> None:
+    labels = {"version": "1.2", "policy": "linux-7.3", "scenario": "main", "seed": "42"}
+    bare_machine.count(CPU0, lib.COUNT_ACCESSES, 123)
+    with (
+        Endpoint(collector_of(bare_machine), "127.0.0.1", 0, build=labels) as endpoint,
+        running_prometheus(tmp_path, urllib.parse.urlparse(endpoint.url).netloc) as api,
+    ):
+        target = urllib.parse.urlparse(endpoint.url).netloc
+        wait_until(lambda: bool(query(api, "rate(flushlab_guest_accesses_total[1m])")), "two scrapes")
+        page = fetch(f"{api}/consoles/flushlab.html")
+        for cell in (f">{target}</a>", *labels.values()):
+            assert cell in page, page
+        assert "inconclusive: no flush has averted a use yet" in page
+        # Each template is defined and each query answers: a page that fails to render says why instead.
+        assert page.rstrip().endswith("</html>")
+        assert "rror" not in page
+        bare_machine.count(CPU0, lib.COUNT_AVERTED, 1)
+        wait_until(lambda: "no violation" in fetch(f"{api}/consoles/flushlab.html"), "the verdict")
+        one = fetch(f"{api}/consoles/flushlab.html?instance={target}")
+        assert "all instances" in one
+        assert target in one
+        none = fetch(f"{api}/consoles/flushlab.html?instance=elsewhere")
+        assert "No instance answers" in none
+
+
 class running_prometheus:  # noqa: N801 - reads as a statement
     """A Prometheus of its own directory on a free loopback port that scrapes one target; gives its URL."""
 
@@ -321,6 +348,7 @@ class running_prometheus:  # noqa: N801 - reads as a statement
                 f"--config.file={self._directory / 'prometheus.yml'}",
                 f"--storage.tsdb.path={self._directory / 'data'}",
                 f"--web.listen-address={self._address}",
+                f"--web.console.templates={resources.files('metrics').joinpath('consoles')}",
             ],
             stdout=self._log,
             stderr=subprocess.STDOUT,
