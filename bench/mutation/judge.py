@@ -163,10 +163,10 @@ def judge(
     if mutant.rule in _ONLY_COSTS and (cost := _cost(mutant, priced)):
         return Judgement(mutant.name, COST_ONLY, why=cost)
     counted = mutant.rule.startswith(_ADDS)  # more work is a price, unless a test catches it
-    glanced = False
+    at_a_glance = reaching[: depth.at_once]
     for look in pending(reaching, depth, looked):
-        glanced = glanced or look.executions == GLANCE
-        if not counted and look.executions == FIRST and glanced:
+        longer = look.executions > _glance(look.known) and look.known not in at_a_glance
+        if not counted and longer:
             counted = True
             if (miscounted := _miscounted(mutant, priced, say, executions)) is not None:
                 return miscounted
@@ -226,7 +226,7 @@ def looks(reaching: Sequence[Known], depth: Depth) -> Iterator[Look]:
     others = [one for one in reaching if one.pair.preset != DEFAULT]
     only_there = [] if default else _of_each_test(others)
     yield from (Look(one, FIRST) for one in default[: depth.at_once])
-    yield from (Look(one, GLANCE) for one in default)
+    yield from (Look(one, _glance(one)) for one in default)
     yield from (Look(one, OTHER) for one in only_there)
     seen: Counter[str] = Counter()
     for one in others:
@@ -239,6 +239,15 @@ def looks(reaching: Sequence[Known], depth: Depth) -> Iterator[Look]:
     yield from (Look(one, SECOND) for one in only_there[: depth.few] if not one.shown.complete)
     yield from (Look(one, SECOND) for one in others[: depth.long_others])
     yield from (Look(one, STRESS, real=True) for one in reaching[: depth.stressed])
+
+
+def _glance(one: Known) -> int:
+    """Return the executions of the first look at a pair: all, if a few more than a glance prove it.
+
+    In a glance alone, a test with a precondition that no execution meets any more would catch nothing.
+    """
+    whole = one.shown.complete and GLANCE < one.shown.executions <= FIRST
+    return FIRST if whole else GLANCE
 
 
 def _of_each_test(others: Sequence[Known]) -> list[Known]:

@@ -160,6 +160,16 @@ def test_only_a_whole_look_is_vacuous(executions: int, complete: bool, most: int
     assert judge.differs(one, shown, most) == differs
 
 
+@pytest.mark.parametrize(
+    ("complete", "executions", "first"), [(True, 33, 40), (True, 3, 8), (True, 60, 8), (False, 33, 8)]
+)
+def test_a_small_proof_is_repeated_whole(complete: bool, executions: int, first: int) -> None:
+    """A precondition that is no longer met shows in a whole look only."""
+    one = Known(PAIRS[0], Shown("safe", (), executions, complete=complete))
+    found = list(judge.looks([one], replace(judge.QUICK, at_once=0)))
+    assert found[0].executions == first
+
+
 @pytest.mark.parametrize(("depth", "kind"), [(100, "endless"), (2500, "")], ids=["short", "long anyway"])
 def test_executions_that_do_not_end_are_noticed(depth: int, kind: str) -> None:
     one = Known(PAIRS[0], Shown("safe", (), 200, depth=depth))

@@ -9,6 +9,7 @@ from pathlib import Path
 import pytest
 
 from bench.mutation.generate import mutants
+from emulator.errors import BadInput
 from emulator.explore.results.verdict import Plan, Verdict, explore_verdict
 from emulator.litmus.loader import load_test
 from emulator.litmus.model import INCONCLUSIVE
@@ -94,9 +95,25 @@ def test_nothing_is_found_without_it(test: str) -> None:
     assert found.met
 
 
-def test_a_fetch_that_passes_for_spurious_never_ends(tmp_path: Path) -> None:
+@pytest.mark.parametrize(
+    ("name", "test"),
+    [
+        ("drop-not@spte_permission_fault#2", "aged-exec"),
+        ("drop-not@spte_permission_fault#3", "aged-read"),
+    ],
+)
+def test_an_access_that_passes_for_spurious_never_ends(name: str, test: str, tmp_path: Path) -> None:
     """No execution comes to the danger, so one tells as much as many."""
     path = tmp_path / "mutant.patch"
-    path.write_text(diffs()["drop-not@spte_permission_fault#2"])
-    assert explored("aged-exec", str(path), 1).verdict == INCONCLUSIVE
-    assert explored("aged-exec", "linux-7.3", 1).met == 1
+    path.write_text(diffs()[name])
+    assert explored(test, str(path), 1).verdict == INCONCLUSIVE
+    assert explored(test, "linux-7.3", 1).met == 1
+
+
+def test_a_lost_race_for_a_table_is_noticed(tmp_path: Path) -> None:
+    """The fault goes on below a table that was never linked, which ends the search."""
+    path = tmp_path / "mutant.patch"
+    path.write_text(diffs()["drop-guard@kvm_tdp_mmu_map#3"])
+    with pytest.raises(BadInput, match="has no attribute 'level'"):
+        explored("fault-two-link", str(path), 150)
+    assert explored("fault-two-link", "linux-7.3", 150).verdict not in (VIOLATIONS, FAILED)
