@@ -232,20 +232,47 @@ static int check_step(struct machine *m, uint32_t cpu, uint32_t vm, const struct
 	return 0;
 }
 
-int spte_set_atomic(struct machine *m, uint32_t cpu, uint32_t vm, const struct spte_place *at, uint64_t old_spte,
-		    uint64_t new_spte)
+int spte_replace(struct machine *m, uint32_t cpu, uint32_t vm, const struct spte_place *at, uint64_t old_spte,
+		 uint64_t new_spte)
 {
 	int error = check_step(m, cpu, vm, at, new_spte);
 
 	if (error)
 		return error;
-	/* handle_changed_spte() has a BUG() for it: the old frame must be flushed before the new one appears. */
-	if (is_last_spte(old_spte, at->level) && is_last_spte(new_spte, at->level) &&
-	    spte_hfn(old_spte) != spte_hfn(new_spte))
-		return misuse(m, cpu, "a leaf replaces one of another frame", new_spte);
 	if (!spte_try_change(m, cpu, vm, &ept_table(m, at->table)[at->index], at->level, at->gfn, old_spte, new_spte))
 		return MACHINE_AGAIN;
 	account(m, cpu, vm, at->gfn, at->level, old_spte, new_spte);
+	return 0;
+}
+
+int spte_set_atomic(struct machine *m, uint32_t cpu, uint32_t vm, const struct spte_place *at, uint64_t old_spte,
+		    uint64_t new_spte)
+{
+	/* handle_changed_spte() has a BUG() for it: the old frame must be flushed before the new one appears. */
+	if (is_last_spte(old_spte, at->level) && is_last_spte(new_spte, at->level) &&
+	    spte_hfn(old_spte) != spte_hfn(new_spte) && !check_step(m, cpu, vm, at, new_spte))
+		return misuse(m, cpu, "a leaf replaces one of another frame", new_spte);
+	return spte_replace(m, cpu, vm, at, old_spte, new_spte);
+}
+
+int spte_store(struct machine *m, uint32_t cpu, uint32_t vm, const struct spte_place *at, uint64_t *old,
+	       uint64_t new_spte)
+{
+	int error = check_step(m, cpu, vm, at, new_spte);
+	struct change c;
+
+	if (error)
+		return error;
+	*old = spte_read(m, at->table, at->index);
+	c = change_of(*old, new_spte, at->level);
+	grant_before(m, vm, at->gfn, new_spte, at->level, c);
+	chaos(m, cpu);
+	/* Release: a walker that follows the new SPTE sees the table behind it, and the grant. */
+	atomic_store_explicit(&ept_table(m, at->table)[at->index], new_spte, memory_order_release);
+	unlinked_after(m, *old, at->level);
+	chaos(m, cpu);
+	ungrant_after(m, vm, at->gfn, *old, at->level, c);
+	account(m, cpu, vm, at->gfn, at->level, *old, new_spte);
 	return 0;
 }
 

@@ -28,6 +28,23 @@ static void rcu_nothing(struct machine *m, struct cpu *cpu, uint64_t argument)
 	(void)argument;
 }
 
+static _Atomic uint64_t kernel_function;
+
+static void rcu_function(struct machine *m, struct cpu *cpu, uint64_t argument)
+{
+	/* acquire: pairs with rcu_set_function */
+	uint64_t function = atomic_load_explicit(&kernel_function, memory_order_acquire);
+
+	(void)m;
+	((void (*)(uint32_t, uint64_t))(uintptr_t)function)(cpu->id, argument);
+}
+
+void rcu_set_function(uint64_t function)
+{
+	atomic_store_explicit(&kernel_function, function, memory_order_release);
+	rcu_register(RCU_FUNCTION, rcu_function);
+}
+
 static rcu_handler *handler_of(uint32_t callback)
 {
 	if (callback >= RCU_CALLBACKS)

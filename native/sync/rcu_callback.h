@@ -8,12 +8,17 @@
 enum rcu_callback {
 	RCU_FREE_FRAME, /* argument is the frame of an EPT page */
 	RCU_NOTHING,    /* no effect; for benchmarks */
+	RCU_FUNCTION,   /* rcu_set_function()'s, for a kernel's compiled code */
 	RCU_CALLBACKS
 };
 
 /* Queue a callback.  Never waits.  MACHINE_NOMEM if no memory is left for its node. */
 /* call: anything */
 int call_rcu(struct machine *m, uint32_t cpu, uint32_t callback, uint64_t argument);
+/* Set the address of RCU_FUNCTION's function, void (*)(uint32_t cpu, uint64_t argument), which the RCU thread calls.
+ * It belongs to all machines of the process. */
+/* call: anything */
+void rcu_set_function(uint64_t function);
 /* Return the number of callbacks that have not run yet. */
 /* call: aside; keeps-gil */
 uint64_t rcu_pending(struct machine *m);
