@@ -23,6 +23,8 @@ _OPTIONS: Final = (
     "-fno-strict-overflow",
     "-fno-common",
     "-fno-delete-null-pointer-checks",
+    # The stack of a crash names each caller.
+    "-fno-optimize-sibling-calls",
     "-Wall",
     "-Wno-pointer-sign",
     "-Wno-unused",

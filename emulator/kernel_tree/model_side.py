@@ -6,10 +6,9 @@ note a flush or a yield first.
 
 from __future__ import annotations
 
-import sys
 from collections.abc import Callable
 from dataclasses import replace
-from typing import Any, Final
+from typing import Final
 
 from emulator.kernel_tree.operations import (
     HUGE_RANGES,
@@ -20,6 +19,7 @@ from emulator.kernel_tree.operations import (
     Point,
     host_writable,
 )
+from emulator.kernel_tree.replace import replace_function
 from emulator.kernel_tree.sides import LEVEL, PFN, Event, Kind, Outcome, State
 from emulator.kvm.kvm_host import KVM_MEM_LOG_DIRTY_PAGES, PG_LEVEL_4K
 from emulator.kvm.mmu import tdp_dirty, tdp_iter, tdp_mmu, tdp_roots
@@ -175,11 +175,11 @@ class ModelSide:
             if slot.dirty_track_enabled():
                 side.note(cpu, Kind.DIRTY, slot.as_id, gfn)
 
-        _replace(requests.kvm_flush_remote_tlbs, kvm_flush_remote_tlbs)
-        _replace(requests.kvm_flush_remote_tlbs_range, kvm_flush_remote_tlbs_range)
-        _replace(requests.kvm_flush_remote_tlbs_memslot, kvm_flush_remote_tlbs_memslot)
-        _replace(slots.mark_page_dirty_in_slot, mark_page_dirty_in_slot)
-        _replace(tdp_iter.need_resched, lambda kvm, it: side.need_resched(it))
+        replace_function(requests.kvm_flush_remote_tlbs, kvm_flush_remote_tlbs)
+        replace_function(requests.kvm_flush_remote_tlbs_range, kvm_flush_remote_tlbs_range)
+        replace_function(requests.kvm_flush_remote_tlbs_memslot, kvm_flush_remote_tlbs_memslot)
+        replace_function(slots.mark_page_dirty_in_slot, mark_page_dirty_in_slot)
+        replace_function(tdp_iter.need_resched, lambda kvm, it: side.need_resched(it))
 
     def _at_point(self, cpu: Cpu, kind: PointKind, obj: object, mode: str) -> None:
         if kind == "call_rcu":
@@ -408,13 +408,3 @@ class ModelSide:
 
     def _zap_invalidated_roots(self, cpu: Cpu, one: Operation) -> None:
         tdp_mmu.kvm_tdp_mmu_zap_invalidated_roots(cpu, self.kvm, shared=True)
-
-
-def _replace(function: Callable[..., Any], by: Callable[..., Any]) -> None:
-    """Put `by` where modules of KVM's have imported the function of that name."""
-    for name, module in list(sys.modules.items()):
-        if name.startswith("emulator.kvm."):
-            for key, value in list(vars(module).items()):
-                if value is function or getattr(value, "_stands_for", None) is function:
-                    by._stands_for = function  # type: ignore[attr-defined]
-                    setattr(module, key, by)

@@ -1,8 +1,9 @@
-/* The primitives that a Linux tree's TDP MMU stands on, for one thread in user space.
+/* The primitives that a Linux tree's TDP MMU stands on, in user space.
  *
  * Compiled together with tdp_mmu.c, tdp_iter.c and spte.c of a tree and never by itself.  Nothing here tests a version:
  * a primitive that one tree needs and another lacks does no harm.  Every access to an SPTE, every lock, flush and
- * freed page passes through here and is told to shim.c.
+ * freed page passes through here and is told to shim.c (one thread, compared with the model) or machine.c (the machine's
+ * threads).
  */
 #ifndef FLUSHLAB_SHIM_LINUX_H
 #define FLUSHLAB_SHIM_LINUX_H
@@ -132,98 +133,112 @@ void shim_say(const char *format, ...) __attribute__((format(printf, 1, 2)));
 #define pr_info(...) do { } while (0)
 #define pr_debug(...) do { } while (0)
 
-/* --- memory order: one thread, so only the accessed SPTE matters ------- ------------------------------------------ */
+/* --- accesses to memory: each one to an SPTE is told ------------------------------------------------------------- */
 void shim_reads(const volatile void *p);
-void shim_writes(const volatile void *p, u64 value);
+/* Store to an SPTE, and return true; return false if it is none, or if the caller is to store. */
+bool shim_stores(volatile void *p, u64 value);
+u64 shim_xchg(volatile void *p, u64 value);
+u64 shim_cmpxchg(volatile void *p, u64 old, u64 value);
+u64 shim_fetch_and(volatile void *p, u64 mask);
 
-#define READ_ONCE(x) ({ shim_reads(&(x)); *(volatile __typeof__(x) *)&(x); })
+#define READ_ONCE(x) ({ shim_reads(&(x)); __atomic_load_n(&(x), __ATOMIC_ACQUIRE); })
 #define WRITE_ONCE(x, v) \
-	({ __typeof__(x) shim_v = (v); shim_writes(&(x), (u64)shim_v); *(volatile __typeof__(x) *)&(x) = shim_v; })
+	({ __typeof__(x) shim_v = (v); \
+	   if (sizeof(x) != 8 || !shim_stores(&(x), (u64)shim_v)) \
+		   *(volatile __typeof__(x) *)&(x) = shim_v; })
 #define smp_load_acquire(p) READ_ONCE(*(p))
 #define smp_store_release(p, v) WRITE_ONCE(*(p), v)
 #define xchg(p, v) \
-	({ __typeof__(p) shim_p = (p); __typeof__(*shim_p) shim_new = (v), shim_old; shim_reads(shim_p); shim_old = *shim_p; \
-	   shim_writes(shim_p, (u64)shim_new); *shim_p = shim_new; shim_old; })
+	({ __typeof__(p) shim_p = (p); __typeof__(*shim_p) shim_new = (v); \
+	   sizeof(*shim_p) == 8 ? (__typeof__(*shim_p))shim_xchg(shim_p, (u64)shim_new) : \
+				  __atomic_exchange_n(shim_p, shim_new, __ATOMIC_SEQ_CST); })
 #define cmpxchg(p, old, v) \
-	({ __typeof__(p) shim_p = (p); __typeof__(*shim_p) shim_o = (old), shim_was, shim_new = (v); shim_reads(shim_p); \
-	   shim_was = *shim_p; \
-	   if (shim_was == shim_o) { shim_writes(shim_p, (u64)shim_new); *shim_p = shim_new; } shim_was; })
+	({ __typeof__(p) shim_p = (p); __typeof__(*shim_p) shim_o = (old), shim_new = (v); \
+	   if (sizeof(*shim_p) == 8) \
+		   shim_o = (__typeof__(*shim_p))shim_cmpxchg(shim_p, (u64)shim_o, (u64)shim_new); \
+	   else \
+		   __atomic_compare_exchange_n(shim_p, &shim_o, shim_new, 0, __ATOMIC_SEQ_CST, __ATOMIC_SEQ_CST); \
+	   shim_o; })
 #define cmpxchg64(p, old, v) cmpxchg(p, old, v)
 #define try_cmpxchg(p, oldp, v) \
 	({ __typeof__(oldp) shim_op = (oldp); __typeof__(*shim_op) shim_want = *shim_op, shim_got; \
 	   shim_got = cmpxchg(p, shim_want, v); if (shim_got != shim_want) *shim_op = shim_got; shim_got == shim_want; })
 #define try_cmpxchg64(p, oldp, v) try_cmpxchg(p, oldp, v)
 #define barrier() __asm__ volatile("" : : : "memory")
-#define smp_mb() barrier()
-#define smp_rmb() barrier()
-#define smp_wmb() barrier()
+#define smp_mb() __atomic_thread_fence(__ATOMIC_SEQ_CST)
+#define smp_rmb() __atomic_thread_fence(__ATOMIC_ACQUIRE)
+#define smp_wmb() __atomic_thread_fence(__ATOMIC_RELEASE)
 #define smp_mb__after_srcu_read_unlock() barrier()
-static inline void cpu_relax(void) { }
+void cpu_relax(void);
 
-static inline s64 atomic64_fetch_and(s64 mask, atomic64_t *v)
-{
-	s64 old = v->counter;
+static inline s64 atomic64_fetch_and(s64 mask, atomic64_t *v) { return (s64)shim_fetch_and(&v->counter, (u64)mask); }
+#define shim_load(v) __atomic_load_n(&(v)->counter, __ATOMIC_RELAXED)
+#define shim_set(v, n) __atomic_store_n(&(v)->counter, n, __ATOMIC_RELAXED)
+#define shim_add(v, n) ((void)__atomic_fetch_add(&(v)->counter, n, __ATOMIC_RELAXED))
+#define atomic64_read(v) shim_load(v)
+#define atomic64_set(v, n) shim_set(v, n)
+#define atomic64_inc(v) shim_add(v, 1)
+#define atomic64_dec(v) shim_add(v, -1)
+#define atomic64_add(n, v) shim_add(v, n)
+#define atomic_long_read(v) shim_load(v)
+#define atomic_long_set(v, n) shim_set(v, n)
+#define atomic_read(v) shim_load(v)
+#define atomic_inc(v) shim_add(v, 1)
+#define atomic_dec(v) shim_add(v, -1)
 
-	shim_reads(v);
-	shim_writes(v, (u64)(old & mask));
-	v->counter = old & mask;
-	return old;
-}
-#define atomic64_read(v) ((v)->counter)
-#define atomic64_set(v, n) ((void)((v)->counter = (n)))
-#define atomic64_inc(v) ((void)(v)->counter++)
-#define atomic64_dec(v) ((void)(v)->counter--)
-#define atomic64_add(n, v) ((void)((v)->counter += (n)))
-#define atomic_long_read(v) ((v)->counter)
-#define atomic_long_set(v, n) ((void)((v)->counter = (n)))
-#define atomic_read(v) ((v)->counter)
-#define atomic_inc(v) ((void)(v)->counter++)
-#define atomic_dec(v) ((void)(v)->counter--)
-
-#define refcount_set(r, n) ((void)((r)->refs = (n)))
-#define refcount_read(r) ((r)->refs)
+#define refcount_set(r, n) __atomic_store_n(&(r)->refs, n, __ATOMIC_RELAXED)
+#define refcount_read(r) __atomic_load_n(&(r)->refs, __ATOMIC_RELAXED)
 static inline bool refcount_inc_not_zero(refcount_t *r)
 {
-	if (!r->refs)
-		return false;
-	r->refs++;
-	return true;
+	int refs = refcount_read(r);
+
+	while (refs && !__atomic_compare_exchange_n(&r->refs, &refs, refs + 1, 0, __ATOMIC_SEQ_CST, __ATOMIC_RELAXED))
+		;
+	return refs != 0;
 }
 static inline bool refcount_dec_and_test(refcount_t *r)
 {
-	WARN_ON(r->refs <= 0);
-	return --r->refs == 0;
-}
-static inline void refcount_inc(refcount_t *r) { WARN_ON(!r->refs); r->refs++; }
+	int refs = __atomic_fetch_sub(&r->refs, 1, __ATOMIC_SEQ_CST);
 
-/* --- locks: one kvm->mmu_lock, and spinlocks that nest in it ------------------------------------------------------ */
+	WARN_ON(refs <= 0);
+	return refs == 1;
+}
+static inline void refcount_inc(refcount_t *r) { WARN_ON(__atomic_fetch_add(&r->refs, 1, __ATOMIC_SEQ_CST) <= 0); }
+
+/* --- locks: kvm->mmu_lock, and spinlocks that nest in it ------------------------------------------------------ */
 void shim_lock(rwlock_t *lock, int how);
 void shim_unlock(rwlock_t *lock, int how);
+bool shim_need_resched(void);
 bool shim_needbreak(void);
 void shim_yield(rwlock_t *lock, int how);
-void shim_assert_lock(const void *lock, int held, int how, const char *file, int line);
+void shim_assert_lock(int held, int how, const char *file, int line);
+/* How the caller holds mmu_lock; whether any other lock is held. */
+int shim_mmu_lock_held(const void *lock);
+static inline int shim_held(const void *lock) { return *(const volatile int *)lock; }
+void shim_spin_lock(spinlock_t *lock);
+void shim_spin_unlock(spinlock_t *lock);
 enum { SHIM_READ = 1, SHIM_WRITE = 2, SHIM_ANY = 3 };
 
 #define read_lock(l) shim_lock(l, SHIM_READ)
 #define read_unlock(l) shim_unlock(l, SHIM_READ)
 #define write_lock(l) shim_lock(l, SHIM_WRITE)
 #define write_unlock(l) shim_unlock(l, SHIM_WRITE)
-#define need_resched() shim_needbreak()
+#define need_resched() shim_need_resched()
 #define rwlock_needbreak(l) shim_needbreak()
 #define rwlock_is_contended(l) shim_needbreak()
 #define cond_resched_rwlock_read(l) shim_yield(l, SHIM_READ)
 #define cond_resched_rwlock_write(l) shim_yield(l, SHIM_WRITE)
 #define cond_resched() ((void)0)
-#define lockdep_assert_held(l) shim_assert_lock(l, (l)->held, SHIM_ANY, __FILE__, __LINE__)
-#define lockdep_assert_held_read(l) shim_assert_lock(l, (l)->held, SHIM_READ, __FILE__, __LINE__)
-#define lockdep_assert_held_write(l) shim_assert_lock(l, (l)->held, SHIM_WRITE, __FILE__, __LINE__)
+#define lockdep_assert_held(l) shim_assert_lock(lockdep_is_held(l), SHIM_ANY, __FILE__, __LINE__)
+#define lockdep_assert_held_read(l) shim_assert_lock(lockdep_is_held(l), SHIM_READ, __FILE__, __LINE__)
+#define lockdep_assert_held_write(l) shim_assert_lock(lockdep_is_held(l), SHIM_WRITE, __FILE__, __LINE__)
 #define lockdep_assert_once(x) ((void)0)
-#define lockdep_is_held(l) ((l)->held)
+#define lockdep_is_held(l) _Generic(*(l), rwlock_t: shim_mmu_lock_held, default: shim_held)(l)
 #define lockdep_assert_irqs_enabled() ((void)0)
 #define spin_lock_init(l) ((void)((l)->held = 0))
 #define rwlock_init(l) ((void)((l)->held = 0))
-#define spin_lock(l) do { BUG_ON((l)->held); (l)->held = 1; } while (0)
-#define spin_unlock(l) do { BUG_ON(!(l)->held); (l)->held = 0; } while (0)
+#define spin_lock(l) shim_spin_lock(l)
+#define spin_unlock(l) shim_spin_unlock(l)
 
 /* --- RCU ------------------------------------------------------------------------------------------------------- */
 void rcu_read_lock(void);
@@ -254,12 +269,18 @@ static inline void shim_list_between(struct list_head *new, struct list_head *pr
 {
 	new->next = next;
 	new->prev = prev;
-	prev->next = next->prev = new;
+	next->prev = new;
+	__atomic_store_n(&prev->next, new, __ATOMIC_RELEASE);
 }
 static inline void list_add(struct list_head *new, struct list_head *head) { shim_list_between(new, head, head->next); }
 static inline void list_add_tail(struct list_head *new, struct list_head *head) { shim_list_between(new, head->prev, head); }
 /* list_del_rcu(): the entry still leads to the next one. */
-static inline void list_del_rcu(struct list_head *l) { l->prev->next = l->next; l->next->prev = l->prev; l->prev = NULL; }
+static inline void list_del_rcu(struct list_head *l)
+{
+	l->next->prev = l->prev;
+	__atomic_store_n(&l->prev->next, l->next, __ATOMIC_RELEASE);
+	l->prev = NULL;
+}
 static inline void list_del(struct list_head *l) { list_del_rcu(l); l->next = NULL; }
 static inline void list_del_init(struct list_head *l) { list_del_rcu(l); INIT_LIST_HEAD(l); }
 #define list_add_rcu(new, head) list_add(new, head)
@@ -275,7 +296,8 @@ static inline void list_del_init(struct list_head *l) { list_del_rcu(l); INIT_LI
 	     n = list_entry(pos->member.next, __typeof__(*pos), member); &pos->member != (head); \
 	     pos = n, n = list_entry(n->member.next, __typeof__(*n), member))
 #define list_next_or_null_rcu(head, ptr, type, member) \
-	((ptr)->next == (head) ? NULL : list_entry((ptr)->next, type, member))
+	({ struct list_head *shim_next = __atomic_load_n(&(ptr)->next, __ATOMIC_ACQUIRE); \
+	   shim_next == (head) ? NULL : list_entry(shim_next, type, member); })
 #define list_first_or_null_rcu(head, type, member) list_next_or_null_rcu(head, head, type, member)
 
 /* --- pages ----------------------------------------------------------------------------------------------------- */

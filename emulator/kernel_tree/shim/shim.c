@@ -159,13 +159,58 @@ void shim_reads(const volatile void *p)
 		shim_event(EVENT_FREED_USE, 1, 0, "read outside of RCU and of mmu_lock for write", 0);
 }
 
-void shim_writes(const volatile void *p, u64 value)
+static void shim_writes(const volatile void *p, u64 value)
 {
 	bool was_freed;
 
 	(void)value;
 	if (shim_in_table(p, &was_freed) && was_freed)
 		shim_event(EVENT_FREED_USE, 0, 1, "write", 0);
+}
+
+bool shim_stores(volatile void *p, u64 value)
+{
+	shim_writes(p, value);
+	return false;
+}
+
+u64 shim_xchg(volatile void *p, u64 value)
+{
+	u64 old;
+
+	shim_reads(p);
+	old = *(volatile u64 *)p;
+	shim_writes(p, value);
+	*(volatile u64 *)p = value;
+	return old;
+}
+
+u64 shim_cmpxchg(volatile void *p, u64 old, u64 value)
+{
+	u64 was;
+
+	shim_reads(p);
+	was = *(volatile u64 *)p;
+	if (was == old) {
+		shim_writes(p, value);
+		*(volatile u64 *)p = value;
+	}
+	return was;
+}
+
+u64 shim_fetch_and(volatile void *p, u64 mask)
+{
+	u64 old;
+
+	shim_reads(p);
+	old = *(volatile u64 *)p;
+	shim_writes(p, old & mask);
+	*(volatile u64 *)p = old & mask;
+	return old;
+}
+
+void cpu_relax(void)
+{
 }
 
 /* --- mmu_lock -------------------------------------------------------------------------------------------------- */
@@ -186,9 +231,27 @@ void shim_unlock(rwlock_t *lock, int how)
 	shim.lock = lock->held = 0;
 }
 
-void shim_assert_lock(const void *lock, int held, int how, const char *file, int line)
+int shim_mmu_lock_held(const void *lock)
 {
-	(void)lock;
+	return ((const rwlock_t *)lock)->held;
+}
+
+void shim_spin_lock(spinlock_t *lock)
+{
+	if (lock->held)
+		shim_bug(__FILE__, __LINE__, "a spinlock is taken twice");
+	lock->held = 1;
+}
+
+void shim_spin_unlock(spinlock_t *lock)
+{
+	if (!lock->held)
+		shim_bug(__FILE__, __LINE__, "a spinlock is released that is not held");
+	lock->held = 0;
+}
+
+void shim_assert_lock(int held, int how, const char *file, int line)
+{
 	if (!(held & how) && !(how == SHIM_READ && held == SHIM_WRITE))
 		shim_warn(file, line, "lockdep: the lock is not held");
 }
@@ -229,6 +292,11 @@ bool shim_needbreak(void)
 	shim.next_point++;
 	other_runs();
 	return false;
+}
+
+bool shim_need_resched(void)
+{
+	return shim_needbreak();
 }
 
 void shim_yield(rwlock_t *lock, int how)
