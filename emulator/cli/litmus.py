@@ -7,20 +7,25 @@ import os
 import secrets
 import sys
 import time
+from collections.abc import Callable, Iterator
 from functools import partial
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 
 from emulator import interrupts
-from emulator.cli.options import FilesArgument, JobsOption, JunitOption, KtapOption, refuse
+from emulator.cli.kernel import OnTree
+from emulator.cli.options import FilesArgument, JobsOption, JunitOption, KernelOption, KtapOption, refuse
 from emulator.cli.progress import SearchProgress
 from emulator.output import check_file, saying, write_file
 from emulator.report.cases import junit as junit_of
 from emulator.report.cases import ktap
 from emulator.report.console import output_console
+
+if TYPE_CHECKING:
+    from emulator.litmus.verdict import Outcome
 
 VIOLATIONS_OR_SURPRISES = 1
 EXECUTIONS = 40
@@ -51,6 +56,10 @@ One test under one proposal, and all tests under a policy of your own:
 A test of your own, under a preset with another answer at one point:
 
     flushlab litmus my.toml --policy root-tlb-gen+migration_vpid=none
+
+All tests on the TDP MMU of a kernel's source, patched or not:
+
+    flushlab litmus --kernel ~/linux
 
 Proofs, with at most a minute for each test and policy (takes hours):
 
@@ -112,6 +121,7 @@ def litmus(
     mutants: Annotated[
         bool, typer.Option("--mutants", help="Also run every test under every mutant.")
     ] = False,
+    kernel: KernelOption = None,
     jobs: JobsOption = None,
     as_json: Annotated[
         bool, typer.Option("--json", help="Print one JSON document instead of the tables.")
@@ -124,21 +134,19 @@ def litmus(
     from emulator.explore.results.suite import explore_all
     from emulator.litmus.loader import load_tests
     from emulator.litmus.policies import named_policy, policies_for
-    from emulator.litmus.suite import run_suite
     from emulator.litmus.table import Results, print_results
 
-    if not explore:
-        refuse(context, {"limit"}, "without --explore", "both")
-    if policy:
-        refuse(context, {"mutants"}, "with --policy", "--mutants alone, or --policy mutant:NAME")
-    if as_ktap:
-        refuse(context, {"as_json"}, "with --ktap", "one of them")
+    _check_together(context, explore=explore, policy=bool(policy), ktap=as_ktap, kernel=kernel is not None)
     if junit is not None:
         check_file("--junit", junit)
     tests = load_tests(files or [])
     chosen = policy or []
     for name in chosen:
         named_policy(name)
+    on_tree = None
+    if kernel is not None:
+        on_tree = OnTree.built(kernel, tests, chosen, named=bool(files))
+        tests, chosen = on_tree.tests, on_tree.policies
     iterations = iterations or (INTERLEAVINGS if explore else EXECUTIONS)
     seed = (0 if explore else secrets.randbits(31)) if seed is None else seed
     jobs = jobs or len(os.sched_getaffinity(0))
@@ -147,8 +155,9 @@ def litmus(
     searched = SearchProgress(planned)
     # A terminal has the bar.
     told = (lambda runs: None) if sys.stderr.isatty() else searched.told
-    run = partial(explore_all, seconds=limit, told=told) if explore else run_suite
+    run = partial(explore_all, seconds=limit, told=told) if explore else _run_suite(on_tree)
     results = Results(tests, seed, (iterations, limit) if explore else None)
+    results.kernel = None if on_tree is None else on_tree.document()
     started = time.monotonic()
     interrupts.only_note()
     with _progress(as_json or as_ktap) as progress:
@@ -168,10 +177,30 @@ def litmus(
         elif as_json:
             print(json.dumps(results.document(), indent=1))
         elif results.outcomes:
+            if on_tree is not None:
+                print(on_tree.heading(policy or []))
             print_results(results, output_console(200))
             rate = f"{results.executions / max(seconds, 1e-9):,.0f} executions/s"
             print(f"seed {seed}, {seconds:.0f} s, {rate}")
     raise typer.Exit(interrupts.ended(status, missing, planned))
+
+
+def _check_together(context: typer.Context, *, explore: bool, policy: bool, ktap: bool, kernel: bool) -> None:
+    """Raise BadInput for options that do not go together."""
+    if not explore:
+        refuse(context, {"limit"}, "without --explore", "both")
+    if policy:
+        refuse(context, {"mutants"}, "with --policy", "--mutants alone, or --policy mutant:NAME")
+    if ktap:
+        refuse(context, {"as_json"}, "with --ktap", "one of them")
+    if kernel:
+        refuse(context, {"explore", "mutants"}, "with --kernel", "real threads, and a policy")
+
+
+def _run_suite(on_tree: OnTree | None) -> Callable[..., Iterator[Outcome]]:
+    from emulator.litmus.suite import run_suite
+
+    return run_suite if on_tree is None else partial(run_suite, work=on_tree.work())
 
 
 def _progress(quiet: bool) -> Progress:

@@ -56,6 +56,15 @@ JobsOption = Annotated[
 ]
 
 
+KernelOption = Annotated[
+    Path | None,
+    typer.Option(
+        "--kernel",
+        metavar="TREE",
+        help="A Linux source tree, 6.1 or newer: its own TDP MMU (tdp_mmu.c, tdp_iter.c, spte.c) is "
+        "compiled and takes the place of the model's. Needs gcc. See `flushlab guide kernel`.",
+    ),
+]
 KtapOption = Annotated[
     bool, typer.Option("--ktap", help="Print the verdicts as KTAP, as the kernel's tests do.")
 ]

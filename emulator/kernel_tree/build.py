@@ -13,6 +13,7 @@ import tempfile
 import textwrap
 from collections.abc import Iterator
 from dataclasses import dataclass
+from enum import StrEnum
 from importlib import resources
 from pathlib import Path
 from typing import Final
@@ -29,8 +30,23 @@ SOURCES: Final = ("tdp_mmu.c", "tdp_iter.c", "spte.c")
 _HEADERS: Final = ("mmu_internal.h", "spte.h", "tdp_iter.h", "tdp_mmu.h", "mmutrace.h")
 _INCLUDE: Final = re.compile(r'^\s*#\s*include\s+(["<])([\w./-]+)[">]', re.MULTILINE)
 _UNDEFINED: Final = re.compile(r"undefined reference to [`'](\w+)'")
-# The files of the shim that are compiled with the tree's, and on their own.
-_SHIM: Final = ("linux.h", "api.h", "shim.h", "shim.c", "glue.c")
+
+
+class Use(StrEnum):
+    """Tell how the object is used: compared with the model on one thread, or run on the machine."""
+
+    COMPARED = "compared"
+    MACHINE = "machine"
+
+
+# The files of the shim: the one that is compiled behind the tree's, in one unit, those that are compiled on
+# their own, and the headers.
+_BEHIND: Final = {Use.COMPARED: "glue.c", Use.MACHINE: "calls.c"}
+_ALONE: Final = {Use.COMPARED: ("shim.c",), Use.MACHINE: ("machine.c", "crash.c")}
+_SHIM: Final = {
+    Use.COMPARED: ("linux.h", "api.h", "shim.h"),
+    Use.MACHINE: ("linux.h", "machine.h", "machine_internal.h"),
+}
 _MOST_ERRORS: Final = 8
 
 
@@ -56,20 +72,20 @@ class Built:
     cached: bool
 
 
-def build(top: Path) -> Built:
+def build(top: Path, use: Use = Use.COMPARED) -> Built:
     """Return the shared object of a tree, from the cache if nothing has changed; raise BadInput if it does
     not build."""
     version = tree_version(top)
     files = _tree_files(top)
     compiler = find_compiler()
     cache = cache_directory()
-    directory = cache / _key(top, files, compiler)
+    directory = cache / _key(top, files, compiler, use)
     target = directory / "tdp_mmu.so"
     if target.is_file():
         return _described(directory, version, top, cached=True)
     cache.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(dir=cache, prefix="building-") as work:
-        _Build(top, compiler, Path(work)).run()
+        _Build(top, compiler, Path(work), use).run()
         try:
             Path(work).rename(directory)
         except OSError:
@@ -104,13 +120,17 @@ def _tree_files(top: Path) -> dict[str, bytes]:
     return found
 
 
-def _key(top: Path, files: dict[str, bytes], compiler: Compiler) -> str:
+def _shim_files(use: Use) -> tuple[str, ...]:
+    return (*_SHIM[use], _BEHIND[use], *_ALONE[use])
+
+
+def _key(top: Path, files: dict[str, bytes], compiler: Compiler, use: Use) -> str:
     """Return a hash of all that goes in.  Headers outside of the directory count by their sizes and times,
     because there are thousands."""
     hashed = hashlib.blake2b(digest_size=16)
     parts: list[bytes] = [str(top.resolve()).encode(), compiler.path.encode(), compiler.version.encode()]
     parts += [name.encode() + b"\0" + data for name, data in sorted(files.items())]
-    parts += [shim_text(name).encode() for name in _SHIM]
+    parts += [use.encode(), *(shim_text(name).encode() for name in _shim_files(use))]
     parts += [Path(__file__).with_name(f"{name}.py").read_bytes() for name in ("build", "harvest", "headers")]
     for path in Headers(top, frozenset()).files():
         state = path.stat()
@@ -134,6 +154,7 @@ class _Build:
     top: Path
     compiler: Compiler
     work: Path
+    use: Use
 
     def run(self) -> None:
         harvest = self._prepare()
@@ -141,7 +162,8 @@ class _Build:
             harvest.until_complete(lambda text: self._check(text))
         except Incomplete as error:
             raise DoesNotBuild(self.top, self._failure(error.said, error.missing)) from None
-        objects = [self._object("unit.c", self._options()), self._object("shim.c", ["-I", str(self.work)])]
+        objects = [self._object("unit.c", self._options())]
+        objects += [self._object(name, ["-I", str(self.work)]) for name in _ALONE[self.use]]
         stubs = self._link(objects, harvest)
         text = harvest.text()
         (self.work / "report").write_text(
@@ -154,11 +176,11 @@ class _Build:
             file = include / name
             file.parent.mkdir(parents=True, exist_ok=True)
             file.touch()
-        for name in _SHIM:
+        for name in _shim_files(self.use):
             (self.work / name).write_text(shim_text(name), "utf-8")
         (self.work / "tree.h").write_text(_described_functions(self.top), "utf-8")
         parts = [f'#include "{self.top.resolve() / MMU / name}"' for name in SOURCES]
-        (self.work / "unit.c").write_text("\n".join([*parts, '#include "glue.c"', ""]), "utf-8")
+        (self.work / "unit.c").write_text("\n".join([*parts, f'#include "{_BEHIND[self.use]}"', ""]), "utf-8")
         return Harvest(Headers(self.top, frozenset(f"{MMU}/{name}" for name in _HEADERS)))
 
     def _options(self) -> list[str]:
@@ -225,14 +247,17 @@ def _included(top: Path) -> Iterator[str]:
 
 
 def _described_functions(top: Path) -> str:
-    """Return macros that say which functions the directory has, and how many and which parameters they
-    take."""
+    """Return macros that say which functions the directory has, with how many and which parameters, and which
+    members its structures have."""
     lines = []
     for name in (*SOURCES, *_HEADERS):
         text = (top / MMU / name).read_bytes().decode("utf-8", "replace")
         for function, parameters in _functions(text):
             lines.append(f"#define TREE_ARGS_{function} {len(parameters)}")
             lines += [f"#define TREE_ARG_{function}_{one} {at}" for at, one in enumerate(parameters) if one]
+        for item in items(text):
+            members = [one for _, names in item.members for one in names]
+            lines += [f"#define TREE_MEMBER_{item.names[0]}_{one} 1" for one in members]
     return "\n".join(dict.fromkeys(lines)) + "\n"
 
 

@@ -43,6 +43,9 @@ def run_task(task: Task, progress: Progress = lambda done: None) -> list[Outcome
     return outcomes
 
 
+Work = Callable[..., list[Outcome]]
+
+
 def _run(runner: Runner, name: str, task: Task, progress: Progress) -> Outcome:
     """Run a test under one policy.  Races depend on chance, so a verdict that differs from the expected one
     only because no violation or danger has occurred yet gets more executions."""
@@ -82,19 +85,20 @@ def run_suite(
     seed: int,
     jobs: int,
     progress: Progress,
+    work: Work = run_task,
 ) -> Iterator[Outcome]:
     """Yield outcomes as they complete, several of a test and policy if there are many executions.
 
-    progress: called with numbers of executions.
+    progress: called with numbers of executions.  work: runs a task, in whichever process.
     """
     tasks = _tasks(tests, executions, seed)
     if jobs == 1:
         for task in tasks:
-            yield from run_task(task, progress)  # yields nothing after a signal
+            yield from work(task, progress)  # yields nothing after a signal
         return
     # Processes, because threads would share one interpreter lock.
     with ProcessPool(jobs) as pool:
-        futures = {pool.submit(run_task, task): task for task in tasks}
+        futures = {pool.submit(work, task): task for task in tasks}
         for future in pool.completed(list(futures)):
             task = futures[future]
             progress(task.executions * len(task.policies))

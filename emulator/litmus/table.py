@@ -27,6 +27,7 @@ class Results:
 
     explored: the limits of executions and seconds, if the outcomes are by proof.  interrupted: some outcomes
     have fewer executions than planned, so a danger or violation that is missing there proves nothing.
+    kernel: the source tree that has the TDP MMU, and its version.
     """
 
     def __init__(
@@ -36,6 +37,7 @@ class Results:
         self.seed = seed
         self.explored = explored
         self.interrupted = False
+        self.kernel: dict[str, str] | None = None
         self.outcomes: dict[tuple[str, str], Outcome] = {}
 
     def add(self, outcome: Outcome) -> None:
@@ -119,6 +121,7 @@ class Results:
             "executions": self.executions,
             "idle_delays": [{"test": name, "delay": text} for name, text in self.idle_delays()],
             **({"interrupted": True} if self.interrupted else {}),
+            **({"kernel": self.kernel} if self.kernel else {}),
             "outcomes": [
                 outcome.document(test, expected_of(test, policy))
                 for policy in self.policies
@@ -265,7 +268,8 @@ def _print_differences(results: Results, console: Console) -> None:
 def rerun(results: Results, test: LitmusTest, outcome: Outcome) -> str:
     """Return the command that repeats the outcome."""
     name = str(test.path) if test.path else test.name
-    command = f"flushlab litmus {name} --policy {outcome.policy}"
+    kernel = f" --kernel {results.kernel['tree']}" if results.kernel else ""
+    command = f"flushlab litmus {name}{kernel} --policy {outcome.policy}"
     if results.explored is not None:
         executions, seconds = results.explored
         return f"{command} --explore --seed {results.seed} --iterations {executions} --seconds {seconds:g}"

@@ -8,7 +8,7 @@ from typing import Any
 from cffi import FFI
 
 from native import ffi, lib
-from native.types import Hfn
+from native.types import Gfn, Hfn, Hva, Level, SpteIndex, WordIndex
 from tests.native.memory_rig import (
     ACCESSED,
     CPU,
@@ -25,13 +25,16 @@ from tests.native.memory_rig import (
 )
 from tests.support import VM0
 
-GFN = 5
+GFN = Gfn(5)
+LEAF = Level(1)
 
 
-def change(rig: Rig, table: Hfn, gfn: int, step: int, value: int, old: int = 0) -> tuple[int, int]:
+def change(rig: Rig, table: Hfn, gfn: Gfn, step: int, value: int, old: int = 0) -> tuple[int, int]:
     """Return the result, and the SPTE that was replaced."""
     was = ffi.new("uint64_t *", old)
-    result = lib.kernel_spte_change(rig.m, CPU, VM0, table, index_of(gfn, 1), 1, gfn, step, was, value)
+    result = lib.kernel_spte_change(
+        rig.m, CPU, VM0, table, SpteIndex(index_of(gfn, LEAF)), LEAF, gfn, step, was, value
+    )
     return int(result), int(was[0])
 
 
@@ -57,7 +60,7 @@ def test_each_step_replaces_the_spte_and_its_rights(rig: Rig) -> None:
 def test_an_spte_that_no_kernel_could_mean_is_refused(rig: Rig) -> None:
     spte = map_page(rig, GFN)
     table, _, _ = rig.walk(GFN)
-    of_a_table = lib.make_spte(table, 0, 1, 1, 1)
+    of_a_table = lib.make_spte(table, 0, LEAF, 1, 1)
     for step in (lib.KERNEL_CMPXCHG, lib.KERNEL_XCHG, lib.KERNEL_STORE):
         assert change(rig, table, GFN, step, of_a_table, old=spte)[0] == lib.MACHINE_MISUSE
         assert "maps what is no guest frame" in rig.error()
@@ -75,7 +78,7 @@ def test_locked_steps_lose_no_flag_that_a_cpu_sets(rig: Rig) -> None:
     def exchange(mask: int) -> None:
         for _ in range(3000):
             was = ffi.new("uint64_t *")
-            arguments = (rig.m, CPU, VM0, table, index_of(GFN, 1), 1, GFN)
+            arguments = (rig.m, CPU, VM0, table, SpteIndex(index_of(GFN, LEAF)), LEAF, GFN)
             lib.kernel_spte_change(*arguments, lib.KERNEL_FETCH_AND, was, ~mask & (1 << 64) - 1)
             before = was[0] & ~mask
             while lib.kernel_spte_change(*arguments, lib.KERNEL_CMPXCHG, was, was[0] | mask):
@@ -107,14 +110,14 @@ def test_the_leafs_of_a_split_get_the_custody_of_their_frames(rig: Rig) -> None:
     # Copies of the huge leaf's bits, as make_small_spte() makes them.
     table = rig.table()
     ours = rig.table()
-    assert lib.tdp_mmu_fill_split_table(rig.m, CPU, ours, huge, 2) == 0
+    assert lib.tdp_mmu_fill_split_table(rig.m, CPU, ours, huge, Level(2)) == 0
     for index in range(512):
         small = (huge & ~HUGE) + (index << lib.SPTE_HFN_SHIFT)
-        lib.frame_write(rig.m, table, index, small)
-    lib.kernel_split_custody(rig.m, table, huge, 2)
-    small_sptes = [lib.spte_read(rig.m, table, index) for index in range(512)]
-    assert small_sptes == [lib.spte_read(rig.m, ours, index) for index in range(512)]
-    first = lib.mm_fault(rig.m, CPU, VM0, HUGE_GFN, 1, page := ffi.new("struct mm_page *"))
+        lib.frame_write(rig.m, table, WordIndex(index), small)
+    lib.kernel_split_custody(rig.m, table, huge, Level(2))
+    small_sptes = [lib.spte_read(rig.m, table, SpteIndex(index)) for index in range(512)]
+    assert small_sptes == [lib.spte_read(rig.m, ours, SpteIndex(index)) for index in range(512)]
+    first = lib.mm_fault(rig.m, CPU, VM0, Hva(HUGE_GFN), 1, page := ffi.new("struct mm_page *"))
     assert first == 0
     assert (small_sptes[0] & CUSTODY_MASK) >> lib.SPTE_CUSTODY_SHIFT == page.tag
 

@@ -42,6 +42,24 @@ BUGS = (
 )
 
 
+# Misdeeds, each in a function that every walk over tables calls.
+_WALK = r"trace_kvm_mmu_prepare_zap_page\(sp\);"
+_FREE = r"kmem_cache_free\((.*), sp\);"
+MISDEEDS = (
+    Bug("does not compile", "handle_removed_pt", _WALK, "frobnicate_all(sp);"),
+    Bug(
+        "crashes",
+        "handle_removed_pt",
+        _WALK,
+        "*(volatile int *)((long)sp->nx_huge_page_disallowed + 16) = 1;",
+    ),
+    Bug("never ends", "handle_removed_pt", _WALK, "while (!sp->nx_huge_page_disallowed) barrier();"),
+    Bug("frees twice", "tdp_mmu_free_sp", _FREE, r"kmem_cache_free(\1, sp); kmem_cache_free(\1, sp);"),
+    Bug("uses what it has freed", "tdp_mmu_free_sp", _FREE, r"kmem_cache_free(\1, sp); sp->gfn++;"),
+    Bug("warns", "handle_removed_pt", _WALK, "WARN_ON_ONCE(level < 3);"),
+)
+
+
 def copied(top: Path, to: Path) -> Path:
     """Copy the parts of a tree that are read; links stand for directories that nothing changes."""
     for part in PARTS:

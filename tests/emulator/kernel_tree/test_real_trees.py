@@ -3,16 +3,16 @@
 from __future__ import annotations
 
 import os
-import tarfile
 from pathlib import Path
 
 import pytest
 
 from emulator.cli.main import main
-from emulator.kernel_tree.build import MMU, build
+from emulator.kernel_tree.build import build
 from emulator.kernel_tree.execute import execute, policy_for
 from emulator.kernel_tree.report import as_text
-from tests.emulator.kernel_tree.bugs import BUGS, PARTS, apply, copied
+from tests.emulator.kernel_tree.bugs import BUGS, apply, copied
+from tests.emulator.kernel_tree.trees import found_trees
 
 pytestmark = [pytest.mark.stress, pytest.mark.timeout(900)]
 
@@ -23,25 +23,9 @@ BUG_OPERATIONS = 7200
 FEW = 3
 
 
-def unpacked(archive: Path, to: Path) -> Path:
-    """Unpack the parts of an archive that are read."""
-    with tarfile.open(archive) as source:
-        for member in source:
-            top, _, path = member.name.partition("/")
-            if path == "Makefile" or path.startswith(tuple(f"{part}/" for part in PARTS)):
-                source.extract(member, to, filter="data")
-    return to / top
-
-
 @pytest.fixture(scope="module")
 def trees(tmp_path_factory: pytest.TempPathFactory) -> list[Path]:
-    """Return the trees that FLUSHLAB_LINUX_TREE names, or else those of Debian's packages."""
-    named = [Path(word) for word in os.environ.get("FLUSHLAB_LINUX_TREE", "").split(os.pathsep) if word]
-    named = [path for path in named if (path / MMU / "tdp_mmu.c").is_file() and (path / "include").is_dir()]
-    archives = [] if named else sorted(Path("/usr/src").glob("linux-source-*.tar.xz"))
-    if not named and not archives:
-        pytest.skip("no Linux source: apt-get install linux-source, or name trees in FLUSHLAB_LINUX_TREE")
-    return [*named, *(unpacked(one, tmp_path_factory.mktemp("linux")) for one in archives)]
+    return found_trees(tmp_path_factory)
 
 
 @pytest.fixture(autouse=True, scope="module")

@@ -1,0 +1,208 @@
+"""Runs a function in a forked process, in which a tree's code may crash or never end.
+
+The process is the function's own: it ends with it, or with the process that waits for it.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import json
+import os
+import pickle
+import signal
+import subprocess
+import sys
+import tempfile
+import threading
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import IO, Any, Final, TypeVar
+
+from emulator.kernel_tree.build import MMU, Built
+from emulator.kernel_tree.on_machine.core import Tree
+from emulator.kernel_tree.on_machine.install import install
+
+T = TypeVar("T")
+
+_PR_SET_PDEATHSIG: Final = 1
+_TICK: Final = 0.5
+# An operation that takes longer, and uses the processor for a part of that, never ends.
+ENDLESS_SECONDS: Final = 10.0
+_ENDLESS_CPU: Final = 2.0
+_MOST_STACK: Final = 12
+_MOST_SAID: Final = 2000
+_EXIT: Final = os._exit
+
+
+class TreeDied(Exception):
+    """The tree's code has ended the process.  lines: the reason, then the stack in the kernel's functions."""
+
+    def __init__(self, lines: list[str]) -> None:
+        super().__init__("\n".join(lines))
+        self.lines = lines
+
+
+@dataclass(frozen=True, slots=True)
+class _Pipes:
+    result: int
+    report: int
+    said: IO[bytes]
+
+
+def in_child(built: Built, function: Callable[[Tree], T]) -> T:
+    """Return what the function returns, called with the tree in a process of its own.
+
+    Raises TreeDied if the tree's code ends the process, and BadInput if the function raises it.
+    """
+    sys.stdout.flush()
+    sys.stderr.flush()
+    result_in, result_out = os.pipe()
+    report_in, report_out = os.pipe()
+    with tempfile.TemporaryFile() as said:
+        parent = os.getpid()
+        pid = os.fork()
+        if pid == 0:
+            os.close(result_in)
+            os.close(report_in)
+            _child(built, function, _Pipes(result_out, report_out, said), parent)
+        os.close(result_out)
+        os.close(report_out)
+        try:
+            data = _read(result_in)
+        finally:
+            os.close(result_in)
+            status = _reap(pid)
+        with os.fdopen(report_in, "rb") as pipe:
+            report = pipe.read()
+        said.seek(0)
+        words = said.read()[-_MOST_SAID:].decode("utf-8", "replace")
+    if data:
+        kind, value = pickle.loads(data)
+        if kind == "error":
+            raise value
+        return value  # type: ignore[no-any-return]
+    raise TreeDied(_reason(built, status, report, words))
+
+
+def _read(pipe: int) -> bytes:
+    parts = []
+    while part := os.read(pipe, 1 << 20):
+        parts.append(part)
+    return b"".join(parts)
+
+
+def _reap(pid: int) -> int:
+    """Wait for the process, which has closed its pipe; or end it, if an exception is on its way."""
+    if sys.exc_info()[0] is not None:
+        os.kill(pid, signal.SIGKILL)
+    _, status = os.waitpid(pid, 0)
+    return os.waitstatus_to_exitcode(status)
+
+
+# --- in the process -----------------------------------------------------------------------------------------
+
+
+def _child(built: Built, function: Callable[[Tree], T], pipes: _Pipes, parent: int) -> None:
+    """Run the function, and end the process."""
+    try:
+        ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)
+        if os.getppid() != parent:
+            _EXIT(1)
+        os.dup2(pipes.said.fileno(), 2)
+        tree = install(built.path, pipes.report)
+        threading.Thread(target=_watch, args=(tree,), daemon=True).start()
+        try:
+            answer: tuple[str, Any] = ("value", function(tree))
+        except Exception as error:
+            answer = ("error", error)
+        data = pickle.dumps(answer)
+        while data:
+            data = data[os.write(pipes.result, data) :]
+    except BaseException as error:
+        os.write(2, f"{type(error).__name__}: {error}\n".encode())
+        _EXIT(1)
+    # The tree's code may have left anything behind: nothing of it runs at exit.
+    _EXIT(0)
+
+
+def _watch(tree: Tree) -> None:
+    """Ask the thread in which an operation does not end where it is; its answer ends the process."""
+    begun: dict[int, tuple[float, float]] = {}
+    while True:
+        time.sleep(_TICK)
+        now = time.monotonic()
+        for thread in tree.threads:
+            since, ident = thread.since, thread.ident
+            if not since or not thread.state.inside:
+                begun.pop(ident, None)
+                continue
+            try:
+                used = time.clock_gettime(time.pthread_getcpuclockid(ident))
+            except OSError:
+                continue  # the thread has ended meanwhile
+            first = begun.get(ident)
+            if first is None or first[0] != since:
+                begun[ident] = (since, used)
+            elif now - since > ENDLESS_SECONDS and used - first[1] > _ENDLESS_CPU:
+                signal.pthread_kill(ident, signal.SIGUSR2)
+
+
+# --- the report ---------------------------------------------------------------------------------------------
+
+
+def _reason(built: Built, status: int, report: bytes, said: str) -> list[str]:
+    found: dict[str, Any] = json.loads(report.splitlines()[0]) if report.strip() else {}
+    stack = kernel_stack(built, found.get("stack", []))
+    if "crash" in found:
+        name = signal.Signals(found["crash"]).name
+        bug = next((line for line in said.splitlines() if ": BUG: " in line), "")
+        where = f" at address {found['address']:#x}" if found["address"] else ""
+        reason = f"the tree's code crashes: {name}{where}"
+        if found["freed"]:
+            reason = f"the tree's code uses an object (struct kvm_mmu_page) that it has freed: {name}{where}"
+        if bug:
+            file, line, rest = bug.split(":", 2)
+            place = file if line == "0" else f"{_short(file)}:{line}"
+            reason = f"the tree's code ends in a BUG: {place}: {rest.removeprefix(' BUG: ')}"
+        return [reason, *stack]
+    if "loop" in found:
+        return [f"an operation of the tree's code did not end in {ENDLESS_SECONDS:.0f} seconds", *stack]
+    how = f"it was ended by {signal.Signals(-status).name}" if status < 0 else f"exit status {status}"
+    last = [line for line in said.splitlines() if line.strip()][-1:]
+    return [f"the process that runs the tree's code died: {how}", *last]
+
+
+def _short(file: str) -> str:
+    at = file.find("arch/x86/kvm/")
+    return file[at:] if at >= 0 else file
+
+
+def kernel_stack(built: Built, offsets: Sequence[int]) -> list[str]:
+    """Return the kernel's functions on a stack, innermost first, each with its line.
+
+    Needs addr2line, which stands beside the linker; without it there are none.
+    """
+    # A return address is behind the call.
+    wanted = [f"{max(0, offset - (at > 0)):#x}" for at, offset in enumerate(offsets)]
+    wanted = [one for one, offset in zip(wanted, offsets, strict=True) if 0 < offset < 1 << 32]
+    if not wanted:
+        return []
+    try:
+        done = subprocess.run(
+            ["addr2line", "-f", "-i", "-e", str(built.path), *wanted],
+            capture_output=True,
+            text=True,
+            timeout=60,
+            check=False,
+        )
+    except (OSError, subprocess.TimeoutExpired):
+        return []
+    lines = done.stdout.splitlines()
+    found = []
+    for name, place in zip(lines[::2], lines[1::2], strict=False):
+        path = place.split(" ")[0]
+        if f"{MMU}/" in path and Path(path.rpartition(":")[0]).name:
+            found.append(f"  {name}() {_short(path)}")
+    return found[:_MOST_STACK]

@@ -1,0 +1,45 @@
+"""Puts a tree's TDP MMU where the model's is, for the rest of this process' life."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any, Final
+
+from emulator.kernel_tree.on_machine import tdp_mmu
+from emulator.kernel_tree.on_machine.core import Tree
+from emulator.kernel_tree.replace import replace_function
+from emulator.kvm.mmu import page_fault, tdp_dirty, tdp_map, tdp_roots
+from emulator.kvm.mmu import tdp_mmu as model
+from emulator.kvm.structs import Kvm
+from emulator.kvm.virt import vm
+
+# The model's functions that others call; tdp_mmu.py has one of the same name for each.
+REPLACED: Final[tuple[Callable[..., Any], ...]] = (
+    page_fault.fast_page_fault,
+    tdp_map.kvm_tdp_mmu_map,
+    tdp_roots.kvm_tdp_mmu_alloc_root,
+    tdp_roots.kvm_tdp_mmu_put_root,
+    tdp_roots.kvm_tdp_mmu_invalidate_roots,
+    model.kvm_tdp_mmu_zap_invalidated_roots,
+    model.kvm_tdp_mmu_zap_all,
+    model.kvm_mmu_uninit_tdp_mmu,
+    model.kvm_tdp_mmu_zap_leafs,
+    model.kvm_tdp_mmu_unmap_gfn_range,
+    model.kvm_tdp_mmu_age_gfn_range,
+    tdp_dirty.kvm_tdp_mmu_wrprot_slot,
+    tdp_dirty.kvm_tdp_mmu_write_protect_gfn,
+    tdp_dirty.kvm_tdp_mmu_clear_dirty_pt_masked,
+    tdp_dirty.kvm_tdp_mmu_try_split_huge_pages,
+    tdp_dirty.kvm_tdp_mmu_recover_huge_pages,
+)
+
+
+def install(path: Path, report_fd: int = -1) -> Tree:
+    """Load the object at `path`, and let each VM that is made from now on use it."""
+    tree = Tree(path, report_fd)
+    tdp_mmu.TreeKvm.loaded = tree
+    for function in REPLACED:
+        replace_function(function, getattr(tdp_mmu, function.__name__))
+    setattr(vm, Kvm.__name__, tdp_mmu.TreeKvm)
+    return tree

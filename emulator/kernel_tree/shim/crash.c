@@ -1,0 +1,71 @@
+/* A crash of the tree's code: its stack goes to the report's file, and the process ends. */
+#define _GNU_SOURCE
+#include "linux.h"
+#include "machine_internal.h"
+
+#include <dlfcn.h>
+#include <execinfo.h>
+#include <signal.h>
+#include <stdio.h>
+#include <stdlib.h>
+#include <sys/mman.h>
+#include <unistd.h>
+
+enum { MOST_FRAMES = 64, STACK = 1 << 16, STATUS = 70 };
+static const int crashes[] = { SIGSEGV, SIGBUS, SIGFPE, SIGILL, SIGABRT };
+static int report_fd = -1;
+static unsigned long base;
+
+bool shim_is_object(const void *p);
+
+static void stack_to(const char *kind, int sig, const void *address)
+{
+	void *frames[MOST_FRAMES];
+	int n = backtrace(frames, MOST_FRAMES);
+
+	dprintf(report_fd, "{\"%s\": %d, \"address\": %lu, \"freed\": %d, \"cpu\": %u, \"stack\": [", kind, sig,
+		(unsigned long)address, shim_is_object(address), here ? here->api.id : 0);
+	for (int i = 0; i < n; i++)
+		dprintf(report_fd, "%s%ld", i ? ", " : "", (long)((unsigned long)frames[i] - base));
+	dprintf(report_fd, "]}\n");
+}
+
+static void crashed(int sig, siginfo_t *info, void *context)
+{
+	(void)context;
+	if (!here || !(here->api.inside || shim_is_object(info->si_addr))) {
+		signal(sig, SIG_DFL);
+		raise(sig);
+		return;
+	}
+	stack_to("crash", sig, sig == SIGABRT ? NULL : info->si_addr);
+	_exit(STATUS);
+}
+
+/* A thread whose operation does not end is asked where it is. */
+static void asked(int sig)
+{
+	if (here && here->api.inside) {
+		stack_to("loop", sig, NULL);
+		_exit(STATUS);
+	}
+}
+
+void shim_catch_crashes(int fd)
+{
+	struct sigaction action = { .sa_sigaction = crashed, .sa_flags = SA_SIGINFO | SA_NODEFER };
+	struct sigaction ask = { .sa_handler = asked };
+	void *warm[1];
+	Dl_info info;
+
+	report_fd = fd;
+	if (fd < 0)
+		return;
+	/* The first call loads a library, which a handler must not. */
+	backtrace(warm, 1);
+	if (dladdr((void *)shim_catch_crashes, &info))
+		base = (unsigned long)info.dli_fbase;
+	for (unsigned int i = 0; i < sizeof(crashes) / sizeof(crashes[0]); i++)
+		sigaction(crashes[i], &action, NULL);
+	sigaction(SIGUSR2, &ask, NULL);
+}

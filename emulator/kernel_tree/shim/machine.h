@@ -1,0 +1,91 @@
+/* Functions for Python, of a tree's TDP MMU that runs on the machine's threads.  Plain declarations only: cffi reads
+ * this file. */
+enum { CALL_FLUSH, CALL_FLUSH_RANGE, CALL_FLUSH_SLOT, CALL_DIRTY, CALL_MAX_LEVEL, CALL_SCHEDULE, CALL_YIELDED, CALL_WARN,
+       CALL_POINT };
+enum { POINT_SPTE, POINT_SPTES, POINT_RCU, POINT_MMU_LOCK, POINT_CALL_RCU, POINT_FRAMES, POINT_ROOTS };
+enum { FINDING_WARN, FINDING_MISSING, FINDING_LOCKDEP, FINDING_FREED };
+enum { MOST_CPUS = 16384, MOST_NAME = 160 };
+enum { FAST_INVALID, FAST_SPURIOUS, FAST_FIXED, FAST_MADE_WRITABLE };
+
+/* The core's functions (native/), and Python's.  machine: the core's machine; memory: its frame 0.  call: returns a value,
+ * or a negative error with which the operation is given up. */
+struct tree_core {
+	void *machine;
+	unsigned char *memory;
+	unsigned int frames, cpus;
+	int (*spte_change)(void *m, unsigned int cpu, unsigned int vm, unsigned int table, unsigned int index,
+			   unsigned int level, unsigned long long gfn, unsigned int step, unsigned long long *old,
+			   unsigned long long value);
+	void (*split_custody)(void *m, unsigned int table, unsigned long long huge_spte, unsigned int level);
+	void (*set_pfn)(void *m, unsigned int cpu, unsigned int vm, unsigned long long gfn, unsigned long long spte,
+			unsigned int level);
+	int (*table_holds)(void *m, unsigned int cpu, unsigned int vm, unsigned long long spte, unsigned int level,
+			   unsigned long long gfn);
+	int (*huge_custody)(void *m, unsigned int vm, unsigned long long hva, unsigned int hfn, unsigned int tag);
+	unsigned int (*frame_tag)(void *m, unsigned int hfn);
+	long long (*table_alloc)(void *m, unsigned int cpu, unsigned int kind);
+	void (*table_free)(void *m, unsigned int cpu, unsigned int table);
+	void (*rcu_read_lock)(void *m, unsigned int cpu);
+	void (*rcu_read_unlock)(void *m, unsigned int cpu);
+	int (*queue_callback)(void *m, unsigned int cpu, unsigned int callback, unsigned long long argument);
+	int (*rcu_barrier)(void *m, unsigned int cpu);
+	int (*read_lock)(void *m, unsigned int cpu, unsigned int vm);
+	int (*write_lock)(void *m, unsigned int cpu, unsigned int vm);
+	void (*read_unlock)(void *m, unsigned int cpu, unsigned int vm);
+	void (*write_unlock)(void *m, unsigned int cpu, unsigned int vm);
+	int (*needbreak)(void *m, unsigned int vm);
+	unsigned int rcu_function, root_frame, table_frame;
+	int again, misuse, nomem;
+	int (*call)(unsigned int cpu, unsigned int what, unsigned long long a, unsigned long long b, const char *text);
+};
+
+/* What an operation needs to know of its caller, and what it leaves.  Python owns `slot_*`, `chunk`, `resched`, `points`;
+ * lock (0, 1 for read, 2 for write) and rcu_depth are true at each call of Python's. */
+struct tree_cpu {
+	unsigned int id, vm, lock, rcu_depth;
+	unsigned int chunk;   /* SPTEs of which one tells Python of its point; not 0 */
+	unsigned int resched; /* SPTEs after which another thread is due on this CPU; 0: never */
+	int points;           /* the machine's ordering points have a hook */
+	int error;            /* why the operation was given up; 0 */
+	int inside;           /* the tree's code runs */
+	unsigned int slot_as_id, slot_flags;
+	unsigned long long slot_base, slot_npages, slot_hva;
+	unsigned int changed; /* SPTEs */
+	unsigned int frozen;  /* faults that met a frozen SPTE */
+};
+
+/* Begin on a machine. */
+int tree_attach(const struct tree_core *core, int report_fd);
+struct tree_cpu *tree_cpu(unsigned int cpu);
+/* ad_bits: EPT has accessed and dirty flags, as for all VMs of the machine. */
+int tree_vm_create(unsigned int cpu, unsigned int vm, int ad_bits);
+/* Return a root's address; 0 with an error. */
+unsigned long long tree_alloc_root(unsigned int cpu, int level, int as_id, int guest_mode);
+int tree_put_root(unsigned int cpu, unsigned long long root);
+/* The words of a root's role and reference count, and what role.invalid is in the former. */
+const unsigned int *tree_root_role(unsigned long long root);
+const int *tree_root_count(unsigned long long root);
+const unsigned char *tree_root_scheduled(unsigned long long root);
+unsigned int tree_role_invalid(void);
+/* The function of the core's RCU_FUNCTION. */
+void *shim_rcu_function(void);
+/* Fill the addresses of the roots on the VM's list, and return their number. */
+unsigned int tree_roots(unsigned int cpu, unsigned long long *roots, unsigned int most);
+int tree_map(unsigned int cpu, unsigned long long root, unsigned long long gfn, unsigned long long pfn, int write, int exec,
+	     int level, int max_level, int map_writable, int prefetch);
+/* Map the neighbours of a fault, n gfns from `gfn` on, of which hfn 0xffffffff are skipped. */
+int tree_map_around(unsigned int cpu, unsigned long long root, unsigned long long gfn, unsigned int n,
+		    const unsigned int *hfns, const unsigned int *tags, const unsigned int *writable);
+int tree_fast_fault(unsigned int cpu, unsigned long long root, unsigned long long gfn, int write, int exec);
+int tree_zap_leafs(unsigned int cpu, unsigned long long start, unsigned long long end, int flush);
+int tree_unmap(unsigned int cpu, unsigned long long start, unsigned long long end, int may_block, int flush);
+int tree_age(unsigned int cpu, unsigned long long start, unsigned long long end);
+int tree_zap_all(unsigned int cpu);
+int tree_invalidate_roots(unsigned int cpu);
+int tree_zap_invalidated_roots(unsigned int cpu, int shared);
+int tree_uninit(unsigned int cpu);
+int tree_wrprot_slot(unsigned int cpu, int min_level);
+int tree_write_protect_gfn(unsigned int cpu, unsigned long long gfn, int min_level);
+int tree_clear_dirty(unsigned int cpu, unsigned long long gfn, unsigned long long mask);
+int tree_split(unsigned int cpu, unsigned long long start, unsigned long long end, int level, int shared);
+int tree_recover(unsigned int cpu);

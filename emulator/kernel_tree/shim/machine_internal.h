@@ -1,0 +1,56 @@
+/* Shared by machine.c and calls.c. */
+#ifndef FLUSHLAB_MACHINE_INTERNAL_H
+#define FLUSHLAB_MACHINE_INTERNAL_H
+
+#include "machine.h"
+
+#include <setjmp.h>
+
+enum operation { OPERATION_OTHER, OPERATION_ALLOC_ROOT, OPERATION_SPLIT, OPERATION_RECOVER };
+
+/* The place of an SPTE, as the tree's shadow page tells it. */
+struct place {
+	unsigned int level;
+	u64 gfn;
+};
+
+/* A CPU of the machine, and the operation of the tree's that runs on it. */
+struct shim_cpu {
+	struct tree_cpu api;
+	jmp_buf unwind;
+	enum operation operation;
+	spinlock_t *spin;           /* the one that it holds */
+	void *fresh_object;         /* allocated, and without a table yet */
+	unsigned int entry_rcu, entry_lock;
+	unsigned int looked;        /* SPTEs since it yielded */
+	unsigned int unflushed;     /* SPTEs zapped since the last flush */
+	bool flushed_last;          /* no SPTE was read since the last flush, which had something to flush */
+	const volatile void *last;  /* the SPTE that was read or written last, and */
+	struct place at;            /* its place */
+	u64 last_value;             /* its value, if it was a write: the one before */
+	bool pfn_set;
+};
+
+extern __thread struct shim_cpu *here;
+extern struct tree_core core;
+
+/* Run an operation on a CPU; 0, or the error with which it was given up. */
+#define OPERATION(cpu, kind, expression) \
+	({ shim_begin(cpu, kind); \
+	   if (!_setjmp(here->unwind)) \
+		   expression; \
+	   shim_end(); })
+void shim_begin(unsigned int cpu, enum operation kind);
+int shim_end(void);
+void shim_give_up(int error) __attribute__((noreturn));
+struct shim_cpu *shim_cpu_of(unsigned int cpu);
+int shim_attach(const struct tree_core *core, unsigned int object_size, int report_fd);
+void shim_catch_crashes(int report_fd);
+
+/* In calls.c, where the tree's structures are known. */
+struct place glue_place(const void *sp, unsigned int index);
+/* Whether the root above a table is invalid. */
+bool glue_root_invalid(const void *sp);
+bool glue_frozen(u64 spte);
+
+#endif

@@ -1,0 +1,104 @@
+"""A real kernel's TDP MMU on the machine: verdicts as the preset's, bugs caught, and misdeeds reported."""
+
+from __future__ import annotations
+
+import json
+import os
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from emulator.cli.main import main
+from emulator.kernel_tree.build import MMU
+from tests.emulator.kernel_tree.bugs import BUGS, MISDEEDS, Bug, apply, copied
+from tests.emulator.kernel_tree.trees import found_trees
+
+pytestmark = [pytest.mark.stress, pytest.mark.timeout(600)]
+
+# Tests of each kind of operation; FLUSHLAB_TREE_LITMUS=all runs all of them.
+TESTS = (
+    "return-zap", "huge-split", "huge-replaces-table", "log-get-away", "log-split-yields", "recover-yields",
+    "remote-smm", "slot-delete", "zap-table-yield",
+)  # fmt: skip
+
+
+@pytest.fixture(scope="module")
+def tree(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    os.environ["XDG_CACHE_HOME"] = str(tmp_path_factory.mktemp("cache"))
+    return found_trees(tmp_path_factory)[0]
+
+
+@pytest.fixture(scope="module")
+def copy(tree: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return copied(tree, tmp_path_factory.mktemp("copy") / "linux")
+
+
+def run(top: Path, *arguments: str, capsys: pytest.CaptureFixture[str]) -> tuple[int, dict[str, Any]]:
+    status = main(["litmus", *arguments, "--kernel", str(top), "--seed", "1", "--jobs", "1", "--json"])
+    return status, json.loads(capsys.readouterr().out)
+
+
+def with_bug(bug: Bug, tree: Path, copy: Path) -> Path:
+    if not apply(bug, tree, copy):
+        pytest.skip(f"the tree has no place for: {bug.name}")
+    return copy
+
+
+def test_verdicts_are_those_of_the_preset(tree: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    tests = () if os.environ.get("FLUSHLAB_TREE_LITMUS") == "all" else TESTS
+    status, found = run(tree, *tests, "--iterations", "10", capsys=capsys)
+    assert [(one["test"], one["differs"]) for one in found["outcomes"] if one["differs"]] == []
+    assert status == 0
+    assert found["kernel"]["tree"] == str(tree)
+    assert sum(one["evidence"].get("averted", 0) for one in found["outcomes"])
+
+
+@pytest.mark.parametrize(
+    ("name", "test", "kinds"),
+    [
+        ("a yield does not flush", "zap-leafs-yield", {"use-after-free", "stale-after-revoke"}),
+        ("a zap owes no flush", "remote-two-vcpus", {"use-after-free", "stale-after-revoke"}),
+    ],
+)
+def test_a_bug_is_caught(
+    name: str, test: str, kinds: set[str], tree: Path, copy: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    bug = next(bug for bug in BUGS if bug.name == name)
+    status, found = run(with_bug(bug, tree, copy), test, "--iterations", "40", capsys=capsys)
+    (outcome,) = found["outcomes"]
+    assert kinds & set(outcome["violations"])
+    assert status == 1
+
+
+@pytest.mark.parametrize(
+    ("name", "said"),
+    [
+        (
+            "crashes",
+            ["crashes: SIGSEGV at address 0x10", "  handle_removed_pt() arch/x86/kvm/mmu/tdp_mmu.c:"],
+        ),
+        ("never ends", ["did not end in 10 seconds", "  handle_removed_pt() arch/x86/kvm/mmu/tdp_mmu.c:"]),
+        ("frees twice", ["freed twice", "  tdp_mmu_free_sp() arch/x86/kvm/mmu/tdp_mmu.c:"]),
+        ("uses what it has freed", ["that it has freed", "  tdp_mmu_free_sp() arch/x86/kvm/mmu/tdp_mmu.c:"]),
+        ("warns", ["WARN at arch/x86/kvm/mmu/tdp_mmu.c:", "level < 3"]),
+    ],
+)
+def test_a_misdeed_is_reported(
+    name: str, said: list[str], tree: Path, copy: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    bug = next(bug for bug in MISDEEDS if bug.name == name)
+    status, found = run(with_bug(bug, tree, copy), "recover-yields", "--iterations", "3", capsys=capsys)
+    (outcome,) = found["outcomes"]
+    assert outcome["verdict"] == "failed"
+    for text in said:
+        assert text in outcome["failure"]
+    assert status == 1
+
+
+def test_a_patch_that_does_not_compile(tree: Path, copy: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    top = with_bug(MISDEEDS[0], tree, copy)
+    assert main(["litmus", "return-zap", "--kernel", str(top)]) == 2
+    *details, last = capsys.readouterr().err.strip().splitlines()
+    assert any(f"{MMU}/tdp_mmu.c:" in line and "frobnicate_all" in line for line in details)
+    assert "it needs frobnicate_all" in last
