@@ -259,8 +259,10 @@ class _Run:
         if self.late:
             deaths.append(f"did not end in time: {', '.join(self.late)}")
         if crew.shut_down and not snapshot.violated:
-            # A guest may triple fault after a stale translation has corrupted its memory.  Without a
-            # violation there is no such excuse.
+            # A guest may triple fault after a stale translation has corrupted its memory; its use is a
+            # violation.  One store may escape: a pCPU's thread checks the translation, loses its processor,
+            # and stores when a policy that does not wait for it has freed the frame.  Otherwise the emulator
+            # is wrong.  Neither is clean.
             vcpus = ", ".join(str(vcpu) for vcpu in sorted(crew.shut_down))
-            deaths.append(f"triple fault of vCPU {vcpus} although no translation was misused")
+            deaths.append(f"triple fault of vCPU {vcpus} although no use of a stale translation was seen")
         return "\n".join(deaths)

@@ -27,7 +27,7 @@ _VERDICTS = {
 
 
 def exit_status(result: Result) -> int:
-    """Return the exit status: 0 clean (or inconclusive: nothing was found), 1 violations, 3 an actor died."""
+    """Return the exit status: 0 clean (or inconclusive: nothing was found), 1 violations, 3 a failed run."""
     if result.failure:
         return 3
     return 1 if result.snapshot.violated else 0
@@ -295,7 +295,8 @@ def _cycle_table(result: Result) -> Table:
 
 def _verdict(result: Result) -> Text:
     style, sentence = _VERDICTS[result.verdict]
-    text = Text(sentence, style=style)
+    # What failed makes a run inconclusive, too, whatever its flushes averted.
+    text = Text("inconclusive" if result.failure and not result.snapshot.violated else sentence, style=style)
     if result.snapshot.violations:
         kinds = ", ".join(f"{kind} {count:,}" for kind, count in result.snapshot.violations.items())
         text.append(f": {kinds}")

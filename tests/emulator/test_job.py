@@ -6,14 +6,23 @@ import threading
 from typing import Any
 
 import pytest
+from rich.console import Console
 
 from emulator.actors.host import Host
 from emulator.host.memory import UserMemory
 from emulator.job.job import Job
 from emulator.policy import preset
 from emulator.report.result import Snapshot
-from emulator.report.summary import exit_status
-from emulator.scenario.config import MachineSection, Scenario, load_scenario
+from emulator.report.summary import exit_status, summary
+from emulator.scenario.config import (
+    KvmSection,
+    MachineSection,
+    Scenario,
+    SchedulerSection,
+    load_scenario,
+)
+from native import ffi, lib
+from native.types import VcpuId
 
 LINUX = preset("linux-7.3")
 
@@ -89,3 +98,33 @@ def test_a_death_is_the_result_of_the_run(monkeypatch: pytest.MonkeyPatch) -> No
     assert "KeyError: 'a bug'" in result.failure
     assert "mmu_lock of VM 0 for write" in result.failure
     assert result.verdict != "clean"
+
+
+class Breaker(Observer):
+    """Have the guest of vCPU 0 read a page that its OS does not know, which ends in a triple fault."""
+
+    def machine_up(self, machine: Any, *, pcpus: int, vms: int) -> None:
+        ops = ffi.new("struct guest_op[]", [{"kind": lib.GUEST_OP_READ, "linear": 0x7FFF_0000_0000}])
+        assert lib.guest_set_program(machine, VcpuId(0), ops, 1) == 0
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("ept", [True, False])
+def test_a_guest_that_dies_without_a_violation_makes_the_run_fail(ept: bool) -> None:
+    scenario = small().changed(
+        machine=MachineSection(pcpus=2, ept=ept), kvm=KvmSection(), scheduler=SchedulerSection(mode="pin")
+    )
+    job = Job(scenario, LINUX, seed=1, duration=30.0)
+    job.observers.append(Breaker())
+    stop = threading.Event()
+    result = job.run(lambda now: stop.set() if now.counters["exit_triple_fault"] else None, stop)
+    assert not result.snapshot.violated
+    assert "triple fault of vCPU 0 although no use of a stale translation was seen" in result.failure
+    assert result.verdict == "inconclusive"
+    assert exit_status(result) == 3
+    console = Console(width=80)
+    with console.capture() as text:
+        console.print(summary(result))
+    words = " ".join(text.get().split())
+    assert "the run failed and proves nothing: triple fault of vCPU 0" in words
+    assert "no flush averted a use" not in words
