@@ -152,7 +152,7 @@ def _broadcast(machine: Machine, rounds: int) -> float:
     before, samples = _calls_run(machine), []
     for _ in range(rounds):
         started = time.perf_counter_ns()
-        called = lib.on_each_cpu(machine.m, sender.id, lib.IPI_ACK_KICK, 0, 1)
+        called = lib.on_each_cpu(machine.m, sender.id, lib.IPI_ACK_KICK, 0, lib.IPI_WAIT)
         samples.append(_since(started))
         if called != machine.pcpus:
             raise BenchFailed(f"{called} of {machine.pcpus} pCPUs called")

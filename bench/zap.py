@@ -107,7 +107,7 @@ class ZapMachine:
         m = self.machine.m
         self.host.check(
             lib.mm_fault_range(
-                m, self.host.id, kvm.id, Hva(0), SPTE_ENT_PER_PAGE, 1, self.hfns, self.tags, self.writable
+                m, self.host.id, kvm.id, Hva(0), SPTE_ENT_PER_PAGE, True, self.hfns, self.tags, self.writable
             )
         )
         return kvm

@@ -22,19 +22,33 @@ from native.headers import HERE, declarations
 
 STUB: Final = HERE / "_native.pyi"
 
-# Names of arguments that stand for one kind of number (native/types.py) in every function on a machine.  A
-# TLB by itself takes any tags.
+# Names of arguments that stand for one kind of number (native/types.py) in every function on a machine.
 ARGUMENTS: Final = {
+    "callback": "RcuCallback",
     "cpu": "CpuId",
+    "custody": "Custody",
     "target": "CpuId",
     "gfn": "Gfn",
     "hfn": "Hfn",
+    "host_writable": "HostWritable",
     "hva": "Hva",
     "index": "SpteIndex",
+    "insn": "GuestInsn",
+    "keep": "bool",
     "level": "Level",
+    "linear": "Gva",
+    "on": "bool",
+    "populate": "bool",
+    "report": "ReportNumber",
     "root": "Hfn",
     "root_level": "Level",
+    "shared": "bool",
+    "slot": "SignalSlot",
     "table": "Hfn",
+    "tag": "Custody",
+    "step": "KernelSpteStep",
+    "ticket": "Ticket",
+    "type": "AccessKind",
     "vpid": "Vpid",
     "vm": "VmId",
     "vcpu": "VcpuId",
@@ -43,7 +57,23 @@ ARGUMENTS: Final = {
     "histogram": "HistogramId",
     "promise": "PromiseKind",
     "stat": "VmStat",
+    "wait": "IpiWait",
     "word": "WordIndex",
+    "writable": "bool",
+    "write": "bool",
+}
+# The same for functions on a TLB by itself, for which the VM and the frames are tags without a meaning.
+TLB_ARGUMENTS: Final = {
+    "ep4ta": "Ep4ta",
+    "ept": "bool",
+    "gpa_page": "Gfn",
+    "kind": "MappingKind",
+    "linear_page": "LinearPage",
+    "linear_valid": "bool",
+    "pcid": "Pcid",
+    "right": "Right",
+    "type": "AccessKind",
+    "vpid": "Vpid",
 }
 # Arguments that have a meaning of their own in these functions.
 EXCEPTIONS: Final = {
@@ -57,6 +87,15 @@ EXCEPTIONS: Final = {
         for function in functions
         for bound in ("start", "end")
     },
+    ("cpu_wait_event", "seq"): "EventSeq",
+    ("event_record", "kind"): "EventKind",
+    ("flush_invvpid_address", "page"): "LinearPage",
+    ("mmu_spte_get_lockless", "page"): "LinearPage",
+    **{
+        (f"mmu_invalidate_{part}", "seq"): "InvalidateSeq"
+        for part in ("retry_gfn", "retry_range", "seq_init")
+    },
+    ("oracle_reports", "from"): "ReportNumber",
     ("oracle_revoke_mask", "base"): "Gfn",
     ("mm_image_create", "start"): "Hva",
     ("mm_image_copy", "base"): "Hva",
@@ -64,10 +103,8 @@ EXCEPTIONS: Final = {
     ("srcu_read_unlock", "index"): "int",  # of a counter
     ("vcpu_set_cpu", "cpu"): "int",  # -1: not loaded
     ("tlb_dropped", "vm"): "int",  # -1: of any VM
-    **{
-        (function, "kind"): "FrameKind"
-        for function in ("frame_alloc", "ept_table_alloc", "frames_in_use", "frames_total")
-    },
+    **{(function, "kind"): "FrameKind" for function in ("frame_alloc", "frames_in_use", "frames_total")},
+    **{(function, "kind"): "FrameKind" for function in ("ept_table_alloc", "shadow_page_alloc")},
     **{
         (function, "function"): "IpiFunction"
         for function in ("smp_call_function_many", "smp_call_function_single", "on_each_cpu")
@@ -89,7 +126,10 @@ EXCEPTIONS: Final = {
 NULLABLE: Final = frozenset({("tlb_dump", "entries"), ("psc_dump", "entries")})
 # Numbers that these functions return, for others to take.  A function that may fail returns an int.
 RESULTS: Final = {
+    "cpu_event": "EventSeq",
     "kvm_mmu_page_get_gfn": "Gfn",
+    "mmu_invalidate_seq": "InvalidateSeq",
+    "oracle_ticket": "Ticket",
     "spte_next": "SpteIndex",
     "tdp_mmu_get_walk": "Level",
 }
@@ -97,6 +137,7 @@ RESULTS: Final = {
 FIELDS: Final = {
     ("mm_page", "hfn"): "Hfn",
     ("mm_page", "level"): "Level",
+    ("mm_page", "tag"): "Custody",
     ("tdp_chunk", "root"): "Hfn",
     ("tdp_chunk", "root_level"): "Level",
     ("tdp_chunk", "level"): "Level",
@@ -114,17 +155,25 @@ FIELDS: Final = {
 }
 # Members of these enums have the type of the arguments that take them, except the member that counts them.
 ENUMS: Final = {
+    "access_type": "AccessKind",
     "counter": "CounterId",
+    "event_kind": "EventKind",
     "histogram": "HistogramId",
     "flush_reason": "FlushReason",
     "frame_kind": "FrameKind",
+    "guest_insn": "GuestInsn",
     "ipi_function": "IpiFunction",
+    "ipi_wait": "IpiWait",
+    "kernel_spte_step": "KernelSpteStep",
+    "mapping_kind": "MappingKind",
     "pg_level": "Level",
     "promise": "PromiseKind",
+    "rcu_callback": "RcuCallback",
     "vm_stat": "VmStat",
 }
 WORDS: Final = {"uint32_t": "U32", "uint64_t": "U64"}
 _COMMENT: Final = re.compile(r"/\*.*?\*/", re.DOTALL)
+_PLAIN: Final = ("bool", "int")
 _INTEGERS: Final = ("uint8_t", "uint16_t", "uint32_t", "uint64_t", "int32_t", "int64_t")
 
 _HEAD: Final = '''\
@@ -265,7 +314,7 @@ def _argument(function: str, decl: c_ast.Decl, opaque: set[str], names: Mapping[
 
 def _function(decl: c_ast.Decl, opaque: set[str]) -> str:
     params = [argument for argument in decl.type.args.params if argument.name is not None]
-    names = {} if params and params[0].name == "t" else ARGUMENTS
+    names = TLB_ARGUMENTS if params and params[0].name == "t" else ARGUMENTS
     # The name is documentation only: calls of cffi take no keywords.
     arguments = [
         f"{argument.name}{'_' * iskeyword(argument.name)}: {_argument(decl.name, argument, opaque, names)}"
@@ -331,8 +380,8 @@ def text() -> str:
         node.type.name: node.type for node in decls if isinstance(node.type, c_ast.Struct) and node.type.decls
     }
     opaque = {node.type.name for node in decls if isinstance(node.type, c_ast.Struct)} - structs.keys()
-    kinds = (ARGUMENTS, EXCEPTIONS, RESULTS, FIELDS, ENUMS)
-    types = sorted({kind for table in kinds for kind in table.values()} - {"int"})
+    kinds = (ARGUMENTS, TLB_ARGUMENTS, EXCEPTIONS, RESULTS, FIELDS, ENUMS)
+    types = sorted({kind for table in kinds for kind in table.values()} - set(_PLAIN))
     lines = [_HEAD.format(types=", ".join(types))]
     for struct in structs.values():
         lines += _struct(struct)

@@ -15,18 +15,38 @@ from typing import TYPE_CHECKING, Final, NewType
 __all__ = [
     "NO_FRAME",
     "NO_GFN",
+    "NO_TICKET",
+    "AccessKind",
     "CounterId",
     "CpuId",
+    "Custody",
+    "Ep4ta",
+    "EventKind",
+    "EventSeq",
     "FlushReason",
     "FrameKind",
     "Gfn",
+    "GuestInsn",
+    "Gva",
     "Hfn",
     "HistogramId",
+    "HostWritable",
     "Hva",
+    "InvalidateSeq",
     "IpiFunction",
+    "IpiWait",
+    "KernelSpteStep",
     "Level",
+    "LinearPage",
+    "MappingKind",
+    "Pcid",
     "PromiseKind",
+    "RcuCallback",
+    "ReportNumber",
+    "Right",
+    "SignalSlot",
     "SpteIndex",
+    "Ticket",
     "VcpuId",
     "VmId",
     "VmStat",
@@ -65,13 +85,19 @@ if TYPE_CHECKING:
     class SpteIndex(_Quantity):
         """The place of an SPTE in its table."""
 
+    class Gva(_Quantity):
+        """A linear address of a guest."""
+
+    class LinearPage(_Quantity):
+        """The number of a page of a guest's linear addresses."""
+
     class WordIndex(_Quantity):
         """The place of a 64-bit word in its page."""
 
     def span(start: _T, end: _T, step: int = 1) -> Sequence[_T]:
         """Return range(start, end, step), of numbers of their type."""
 else:
-    Gfn = Hva = Level = SpteIndex = WordIndex = int
+    Gfn = Gva = Hva = Level = LinearPage = SpteIndex = WordIndex = int
     span = range
 
 # For an SPTE that maps no page: the core ignores it.
@@ -89,11 +115,36 @@ VcpuId = NewType("VcpuId", int)
 VmcsId = NewType("VmcsId", int)
 Vpid = NewType("Vpid", int)
 
+Pcid = NewType("Pcid", int)
+# Bits 51:12 of the EPTP, by which hardware tags what it caches.
+Ep4ta = NewType("Ep4ta", int)
+# The host tag of a frame when a fault read it: an SPTE is void as soon as the frame has another.
+Custody = NewType("Custody", int)
+# A place in the ledger of rights.
+Right = NewType("Right", int)
+# The right of the host's own mapping to write, apart from that of an SPTE.
+HostWritable = NewType("HostWritable", bool)
+# Values of counters: of a CPU's events, of a VM's invalidations, of the ledger's promises, of reports.
+EventSeq = NewType("EventSeq", int)
+InvalidateSeq = NewType("InvalidateSeq", int)
+Ticket = NewType("Ticket", int)
+# Promises about all rights, whenever they were granted.
+NO_TICKET: Final = Ticket(0)
+ReportNumber = NewType("ReportNumber", int)
+SignalSlot = NewType("SignalSlot", int)
+
 # Members of the core's enums.
+AccessKind = NewType("AccessKind", int)
 CounterId = NewType("CounterId", int)
+EventKind = NewType("EventKind", int)
 HistogramId = NewType("HistogramId", int)
 FlushReason = NewType("FlushReason", int)
 FrameKind = NewType("FrameKind", int)
+GuestInsn = NewType("GuestInsn", int)
 IpiFunction = NewType("IpiFunction", int)
+IpiWait = NewType("IpiWait", int)
+KernelSpteStep = NewType("KernelSpteStep", int)
+MappingKind = NewType("MappingKind", int)
 PromiseKind = NewType("PromiseKind", int)
+RcuCallback = NewType("RcuCallback", int)
 VmStat = NewType("VmStat", int)

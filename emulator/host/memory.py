@@ -67,7 +67,7 @@ class UserMemory:
         with self.anon_vma.read_lock(cpu):
             self._split_ends(cpu, start, end)
             with self._invalidating(cpu, start, end):
-                lib.mm_unmap(cpu.m, cpu.id, self.kvm.id, start, end, 1)
+                lib.mm_unmap(cpu.m, cpu.id, self.kvm.id, start, end, True)
 
     def referenced(self, cpu: Cpu, page: Hva) -> bool:
         """folio_referenced(), for reclaim: return whether the guest has used the page since the last call."""
@@ -85,7 +85,7 @@ class UserMemory:
         with self.mmap_lock.read_lock(cpu):
             self._split_ends(cpu, start, end)
             with self._invalidating(cpu, start, end):
-                lib.mm_unmap(cpu.m, cpu.id, self.kvm.id, start, end, 0)
+                lib.mm_unmap(cpu.m, cpu.id, self.kvm.id, start, end, False)
                 self.discarded(cpu, start, end)
 
     def protect(self, cpu: Cpu, start: Hva, end: Hva, writable: bool) -> None:

@@ -36,7 +36,7 @@ from emulator.machine.runtime import Cpu, Machine, rcu_read_lock
 from emulator.points import PointKind
 from emulator.policy import Policy
 from native import ffi, lib
-from native.types import FlushReason, Gfn, Hfn, Hva, Level
+from native.types import Custody, FlushReason, Gfn, Hfn, HostWritable, Hva, Level
 
 _CONFIG: Final = {
     "pcpus": 1,
@@ -115,7 +115,7 @@ class ModelSide:
         self.vcpu: Vcpu = kvm_vm_ioctl_create_vcpu(self.cpu, self.kvm)
         for space in (0, 1):
             kvm_set_memory_region(self.cpu, self.kvm, 0, Gfn(0), NPAGES, Hva(0), as_id=space)
-        self.pages: list[tuple[int, int]] = self._populate()
+        self.pages: list[tuple[Hfn, Custody]] = self._populate()
         self.kvm.mmu_lock = _Lock(self)
         self.events: list[Event] = []
         self.roots: list[KvmMmuPage] = []
@@ -130,16 +130,16 @@ class ModelSide:
         self.machine.stop()
         self.machine.destroy()
 
-    def _populate(self) -> list[tuple[int, int]]:
+    def _populate(self) -> list[tuple[Hfn, Custody]]:
         """Let the host allocate all pages, some of them huge; return frame and custody of each."""
         cpu, page = self.cpu, self.cpu.page
-        pages: list[tuple[int, int]] = []
+        pages: list[tuple[Hfn, Custody]] = []
         for gfn in range(NPAGES):
-            cpu.check(lib.mm_fault(cpu.m, cpu.id, self.kvm.id, Hva(gfn), 1, page))
+            cpu.check(lib.mm_fault(cpu.m, cpu.id, self.kvm.id, Hva(gfn), True, page))
         for first in range(0, HUGE_RANGES * 512, 512):
             cpu.check(lib.mm_collapse(cpu.m, cpu.id, self.kvm.id, Hva(first)))
         for gfn in range(NPAGES):
-            cpu.check(lib.mm_fault(cpu.m, cpu.id, self.kvm.id, Hva(gfn), 1, page))
+            cpu.check(lib.mm_fault(cpu.m, cpu.id, self.kvm.id, Hva(gfn), True, page))
             pages.append((page.hfn, page.tag))
         return pages
 
@@ -308,7 +308,7 @@ class ModelSide:
         access = lib.ACCESS_WRITE if one["write"] and writable else lib.ACCESS_READ
         fault = KvmPageFault(gfn << 12, access, present=False)
         fault.slot = self.slot(root.role.smm)
-        fault.pfn = PfnAndRights(Hfn(hfn), tag, writable)
+        fault.pfn = PfnAndRights(hfn, tag, HostWritable(writable))
         fault.max_level = Level(one["level"])
         self.vcpu.mmu.root = KvmMmuRootInfo(pgd=0, hfn=root.hfn, sp=root)
         try:

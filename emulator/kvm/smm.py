@@ -59,7 +59,7 @@ def enter_smm(cpu: Cpu, vcpu: Vcpu) -> None:
     kvm_smm_changed(cpu, vcpu, entering_smm=True)
     arch.cr0 &= ~(X86_CR0_PE | X86_CR0_PG)
     arch.cr4 = arch.efer = 0
-    lib.vcpu_set_smm(cpu.m, vcpu.id, 1)
+    lib.vcpu_set_smm(cpu.m, vcpu.id, True)
     kvm_mmu_reset_context(cpu, vcpu)
 
 
@@ -67,7 +67,7 @@ def emulator_leave_smm(cpu: Cpu, vcpu: Vcpu) -> None:
     """emulator_leave_smm(): return to real mode first, then restore the registers from SMRAM."""
     arch = vcpu.arch
     kvm_smm_changed(cpu, vcpu, entering_smm=False)
-    lib.vcpu_set_smm(cpu.m, vcpu.id, 0)
+    lib.vcpu_set_smm(cpu.m, vcpu.id, False)
     arch.leaving_smm = True
     try:
         if arch.cr4 & X86_CR4_PCIDE:

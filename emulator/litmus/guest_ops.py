@@ -285,7 +285,7 @@ class Cr4(_ControlRegister):
         cpu, vcpu = context.cpu, context.vcpu
         self.complete(kvm_set_cr4(cpu, vcpu, self.changed(vcpu.arch.cr4)))
         if self.name("bit") == "pcide":
-            lib.vcpu_set_pcide(cpu.m, vcpu.id, self.number("value"))
+            lib.vcpu_set_pcide(cpu.m, vcpu.id, bool(self.number("value")))
 
 
 class Efer(_ControlRegister):

@@ -36,7 +36,7 @@ from emulator.litmus.thread import LitmusThread, PcpuLock
 from emulator.machine.runtime import Cpu, Machine, cpu_relax
 from emulator.policy import Policy
 from native import lib
-from native.types import Gfn, Hva, Level
+from native.types import Gfn, Hva, InvalidateSeq, Level, SignalSlot
 
 
 def _dirty_log_manual(mode: str) -> int:
@@ -193,7 +193,7 @@ class Harness:
             slice_accesses=1 << 30,
         )
         kvm = kvm_create_vm(cpu, section.pages, self.policy, params)
-        lib.mmu_invalidate_seq_init(cpu.m, kvm.id, section.invalidations)
+        lib.mmu_invalidate_seq_init(cpu.m, kvm.id, InvalidateSeq(section.invalidations))
         self.kvms.append(kvm)
         memory = kvm.mm = UserMemory(kvm)
         self.memories.append(memory)
@@ -260,13 +260,13 @@ class Harness:
 
     def progressed(self, thread: int) -> None:
         """Record that another operation of the thread is complete."""
-        lib.signal_add(self.machine.m, thread, 1)
+        lib.signal_add(self.machine.m, SignalSlot(thread), 1)
 
     def wait_progress(self, cpu: Cpu, thread: int, n: int) -> None:
         """Sleep until the thread has completed n operations."""
-        while lib.signal_get(self.machine.m, thread) < n:
+        while lib.signal_get(self.machine.m, SignalSlot(thread)) < n:
             cpu_relax(cpu)
 
     def progress(self, thread: LitmusThread) -> int:
         """Return the number of operations that the thread has completed."""
-        return int(lib.signal_get(self.machine.m, thread.number))
+        return int(lib.signal_get(self.machine.m, SignalSlot(thread.number)))

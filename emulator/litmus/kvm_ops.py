@@ -84,7 +84,7 @@ class HostTouch(_Range):
     def run(self, context: Context) -> None:
         cpu, vm = context.cpu, context.kvm.id
         for page in range(*self.range()):
-            rc = lib.mm_fault(cpu.m, cpu.id, vm, Hva(page), 1, cpu.page)
+            rc = lib.mm_fault(cpu.m, cpu.id, vm, Hva(page), True, cpu.page)
             if rc != lib.MACHINE_AGAIN:
                 cpu.check(rc)
 
@@ -176,7 +176,7 @@ class NotifierFree(_Range):
 
     def run(self, context: Context) -> None:
         cpu = context.cpu
-        lib.mm_unmap(cpu.m, cpu.id, context.kvm.id, *self.range(), 1)
+        lib.mm_unmap(cpu.m, cpu.id, context.kvm.id, *self.range(), True)
 
 
 class NotifierEnd(_Range):

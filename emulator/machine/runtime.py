@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Any, Final, Literal, NoReturn
 
 from emulator.points import PointKind
 from native import ffi, lib
-from native.types import CpuId, HistogramId, VmId, VmStat, Vpid
+from native.types import CpuId, EventKind, HistogramId, VmId, VmStat, Vpid
 
 if TYPE_CHECKING:
     from native._native import MachinePtr
@@ -211,9 +211,9 @@ class Cpu:
     def stat(self, vm: VmId, stat: VmStat, n: int = 1) -> None:
         lib.vm_stat_add(self.m, vm, stat, n)
 
-    def event(self, kind: int, a: int, b: int, vm: int = -1) -> None:
+    def event(self, kind: EventKind, a: int, b: int, vm: int = -1) -> None:
         """Record an event in this CPU's ring, for reports; the VM is packed as the core's event_of() does."""
-        lib.event_record(self.m, self.id, (vm + 1) << 16 | kind, a, b)
+        lib.event_record(self.m, self.id, EventKind((vm + 1) << 16 | kind), a, b)
 
 
 class timed:  # noqa: N801 - reads like a statement

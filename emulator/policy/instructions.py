@@ -152,14 +152,17 @@ def invept_single_on(cpu: Cpu, kvm: Kvm, root: KvmMmuPage, pcpus: Iterable[int],
     targets = tuple(pcpus)
     argument = kvm.id << 32 | root.hfn
     if cpu.is_pcpu and cpu.id in targets:
-        cpu.check(lib.smp_call_function_single(cpu.m, cpu.id, cpu.id, lib.IPI_INVEPT_SINGLE, argument, 1))
+        cpu.check(
+            lib.smp_call_function_single(cpu.m, cpu.id, cpu.id, lib.IPI_INVEPT_SINGLE, argument, lib.IPI_WAIT)
+        )
     _call(cpu, kvm, targets, lib.IPI_INVEPT_SINGLE, root.hfn, wait=wait)
 
 
 def invept_single_on_each_cpu(cpu: Cpu, kvm: Kvm, root: KvmMmuPage) -> None:
     """Execute INVEPT single-context of a root on every pCPU of the host, and wait: on_each_cpu()."""
     cpu.point("call_queue", kvm.id, "write")
-    cpu.check(lib.on_each_cpu(cpu.m, cpu.id, lib.IPI_INVEPT_SINGLE, kvm.id << 32 | root.hfn, 1))
+    argument = kvm.id << 32 | root.hfn
+    cpu.check(lib.on_each_cpu(cpu.m, cpu.id, lib.IPI_INVEPT_SINGLE, argument, lib.IPI_WAIT))
 
 
 def _call(cpu: Cpu, kvm: Kvm, pcpus: Iterable[int], function: IpiFunction, hfn: int, *, wait: bool) -> None:
@@ -168,7 +171,8 @@ def _call(cpu: Cpu, kvm: Kvm, pcpus: Iterable[int], function: IpiFunction, hfn: 
     for pcpu in pcpus:
         mask[pcpu >> 6] |= 1 << (pcpu & 63)
     cpu.point("call_queue", kvm.id, "write")
-    cpu.check(lib.smp_call_function_many(cpu.m, cpu.id, mask, function, kvm.id << 32 | hfn, int(wait)))
+    waits = lib.IPI_WAIT if wait else lib.IPI_NO_WAIT
+    cpu.check(lib.smp_call_function_many(cpu.m, cpu.id, mask, function, kvm.id << 32 | hfn, waits))
 
 
 # --- walks that remove tables -------------------------------------------------------------------------------

@@ -35,6 +35,7 @@ from emulator.explain.meanings import (
 from emulator.explain.phrases import phrases
 from emulator.report.result import Report
 from native import VIOLATION_KINDS, ffi, lib
+from native.types import ReportNumber
 
 if TYPE_CHECKING:
     from native._native import MachinePtr, ViolationReport
@@ -81,10 +82,10 @@ class ReportCollector:
     def poll(self) -> int:
         """Take new reports; return how many there were."""
         before = len(self._reports)
-        while n := lib.oracle_reports(self._m, len(self._reports), self._buffer, 64):
+        while n := lib.oracle_reports(self._m, ReportNumber(len(self._reports)), self._buffer, 64):
             for i in range(n):
                 copy = ffi.new("struct violation_report *", self._buffer[i])
-                self._reports.append((copy, self._events_of(len(self._reports))))
+                self._reports.append((copy, self._events_of(ReportNumber(len(self._reports)))))
         return len(self._reports) - before
 
     def __len__(self) -> int:
@@ -103,7 +104,7 @@ class ReportCollector:
         report, events = self._reports[index]
         return _report(report, events, names, tuple(mutants))
 
-    def _events_of(self, report: int) -> list[Event]:
+    def _events_of(self, report: ReportNumber) -> list[Event]:
         n = lib.oracle_report_events(self._m, report, self._events, _EVENTS_KEPT)
         return sorted((Event.of_core(self._events[i]) for i in range(n)), key=lambda event: event.time)
 

@@ -42,7 +42,7 @@ def test_a_store_that_kvm_has_missed() -> None:
     with ShadowHypervisor() as machine:
         vcpu = machine.vcpu(machine.vm(), 3, paging=0)
         machine.map_linear(CPU0, VM0, machine.space[vcpu], 5, Translation(5, True, True))
-        assert lib.oracle_track_writes(machine.m, CPU0, VM0, Gfn(5), 1) == 0
+        assert lib.oracle_track_writes(machine.m, CPU0, VM0, Gfn(5), True) == 0
         machine.access(CPU0, vcpu, 0x5000, lib.ACCESS_WRITE)
         text = text_of(machine)
         assert text.startswith("missed-guest-write: write by vCPU 0")

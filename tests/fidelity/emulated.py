@@ -21,7 +21,7 @@ from emulator.kvm.virt.kvm_main import (
 from emulator.machine.runtime import HPAGE_PMD_NR
 from emulator.policy import preset as preset_named
 from native import lib
-from native.types import CpuId
+from native.types import CpuId, GuestInsn
 
 from .lines import Machine, Step
 from .machine import EmulatedMachine, Vm
@@ -346,7 +346,7 @@ class EmulatedBench(EmulatedMachine):
     def _execute(self, vcpu: Vcpu, insn: int, operand: int, what: str) -> None:
         """Return once the guest has executed the instruction, and KVM has emulated it if it exits."""
         before = self.probes.count("instructions", vcpu.id)
-        assert lib.guest_execute(self.native.m, vcpu.id, insn, operand) == 0
+        assert lib.guest_execute(self.native.m, vcpu.id, GuestInsn(insn), operand) == 0
         without_exit = insn == lib.GUEST_INSN_TOGGLE_PGE or (
             insn == lib.GUEST_INSN_MOV_CR3 and self.config.ept
         )

@@ -80,5 +80,5 @@ class HostMm:
         """Memory that is huge from its first fault on, before any vCPU uses it."""
         page = ffi.new("struct mm_page *")
         for block in range(start, start + pages, HPAGE_PMD_NR):
-            self.cpu.check(lib.mm_fault(self.cpu.m, self.cpu.id, kvm.id, Hva(block), 1, page))
+            self.cpu.check(lib.mm_fault(self.cpu.m, self.cpu.id, kvm.id, Hva(block), True, page))
             self.cpu.check(lib.mm_collapse(self.cpu.m, self.cpu.id, kvm.id, Hva(block)))

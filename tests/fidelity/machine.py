@@ -245,7 +245,7 @@ class EmulatedMachine:
         )
         kvm = kvm_create_vm(self.cpu, GFNS, self.policy, params)
         kvm.mm = UserMemory(kvm)
-        lib.mm_set_zero_page(self.cpu.m, kvm.id, 1)
+        lib.mm_set_zero_page(self.cpu.m, kvm.id, True)
         vm = Vm(kvm, dict(THP_SLOTS if self.config.thp else SLOTS))
         if self.config.manual_protect:
             flags = kvm_host.KVM_DIRTY_LOG_MANUAL_PROTECT_ENABLE | kvm_host.KVM_DIRTY_LOG_INITIALLY_SET

@@ -11,13 +11,17 @@ from typing import TYPE_CHECKING
 
 from native import ffi, lib
 from native.types import (
+    AccessKind,
     CounterId,
     CpuId,
     Gfn,
+    Gva,
     Hfn,
+    HostWritable,
     Hva,
     Level,
     PromiseKind,
+    ReportNumber,
     SpteIndex,
     VcpuId,
     VmcsId,
@@ -118,7 +122,7 @@ class Hypervisor:
         """One access, with every EPT violation on the way served by mapping the page."""
         for _ in range(64):
             self.enter(cpu, vcpu)
-            reason = lib.guest_access(self.m, cpu, vcpu, linear, kind, self.exit)
+            reason = lib.guest_access(self.m, cpu, vcpu, Gva(linear), AccessKind(kind), self.exit)
             assert reason >= 0, ffi.string(lib.machine_error_text(self.m, cpu))
             if reason != lib.EXIT_EPT_VIOLATION:
                 assert reason == lib.EXIT_PREEMPTION_TIMER, reason
@@ -159,12 +163,12 @@ class Hypervisor:
     def map(self, cpu: CpuId, vm: VmId, gfn: int, writable: bool = True) -> Hfn:
         """Fault a page in; returns its frame."""
         page = ffi.new("struct mm_page *")
-        assert lib.mm_fault(self.m, cpu, vm, Hva(gfn), 1, page) == 0
+        assert lib.mm_fault(self.m, cpu, vm, Hva(gfn), True, page) == 0
         table, index, old = self.leaf(cpu, vm, gfn, True)
         if old & 7 and old >> lib.SPTE_HFN_SHIFT & 0xFFFFFF != page.hfn:
             self.zap(cpu, vm, gfn)  # another frame: KVM, too, has zapped the old one before
             old = 0
-        new = lib.make_spte(page.hfn, page.tag, Level(1), writable, 1)
+        new = lib.make_spte(page.hfn, page.tag, Level(1), writable, HostWritable(True))
         assert (
             lib.tdp_mmu_set_spte_atomic(
                 self.m, cpu, vm, table, SpteIndex(index), Level(1), Gfn(gfn), old, new
@@ -199,7 +203,7 @@ class Hypervisor:
 
     def free(self, cpu: CpuId, vm: VmId, gfn: int) -> None:
         """Give the frame behind the page back to the host."""
-        lib.mm_unmap(self.m, cpu, vm, Hva(gfn), Hva(gfn + 1), 0)
+        lib.mm_unmap(self.m, cpu, vm, Hva(gfn), Hva(gfn + 1), False)
 
     # -- results
 
@@ -212,7 +216,7 @@ class Hypervisor:
 
     def reports(self) -> list[ViolationReport]:
         out = ffi.new("struct violation_report[]", 64)
-        return [out[i] for i in range(lib.oracle_reports(self.m, 0, out, 64))]
+        return [out[i] for i in range(lib.oracle_reports(self.m, ReportNumber(0), out, 64))]
 
     def count(self, counter: CounterId) -> int:
         values = ffi.new("uint64_t[]", lib.COUNTERS)

@@ -6,7 +6,18 @@ from types import TracebackType
 from typing import TYPE_CHECKING
 
 from native import ffi, lib
-from native.types import CounterId, FrameKind, Gfn, Hfn, Hva, Level, SpteIndex, WordIndex
+from native.types import (
+    CounterId,
+    Custody,
+    FrameKind,
+    Gfn,
+    Hfn,
+    HostWritable,
+    Hva,
+    Level,
+    SpteIndex,
+    WordIndex,
+)
 from tests.support import CPU1, CPU2, VM0
 
 if TYPE_CHECKING:
@@ -131,7 +142,9 @@ class Rig:
     def remove(self, spte: int, level: int, gfn: int, shared: int = 0, most: int = 512) -> list[Hfn]:
         """Take the table apart that was linked by this SPTE; its pages, children first."""
         removal = ffi.new("struct tdp_removal *")
-        assert lib.tdp_removal_begin(self.m, CPU, VM0, removal, spte, Level(level), Gfn(gfn), shared) == 0
+        assert (
+            lib.tdp_removal_begin(self.m, CPU, VM0, removal, spte, Level(level), Gfn(gfn), bool(shared)) == 0
+        )
         pages = []
         while removal.level:
             assert lib.tdp_removal_step(self.m, CPU, VM0, removal, most) == 0
@@ -182,7 +195,7 @@ def map_page(rig: Rig, gfn: int, writable: bool = True) -> int:
     """Map one 4K page; returns its SPTE."""
     table, old = rig.link(gfn, 1)
     page = rig.fault(gfn)
-    spte = int(lib.make_spte(page.hfn, page.tag, Level(1), writable, 1))
+    spte = int(lib.make_spte(page.hfn, page.tag, Level(1), writable, HostWritable(True)))
     assert rig.set_atomic(table, 1, gfn, old, spte) == 0
     return spte
 
@@ -194,7 +207,7 @@ def map_huge(rig: Rig, gfn: int = HUGE_GFN) -> int:
     page = rig.fault(gfn)
     table, old = rig.link(gfn, 2)
     custody = lib.mm_huge_custody(rig.m, VM0, Hva(gfn), page.hfn, page.tag)
-    spte = int(lib.make_spte(page.hfn, custody, Level(2), 1, 1))
+    spte = int(lib.make_spte(page.hfn, Custody(custody), Level(2), True, HostWritable(True)))
     assert rig.set_atomic(table, 2, gfn, old, spte) == 0
     return spte
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from native import lib
-from native.types import VcpuId
+from native.types import AccessKind, Gva, VcpuId
 from tests.native.shadow_hypervisor import READ, ShadowHypervisor
 from tests.support import CPU0
 
@@ -39,7 +39,10 @@ def canonical(linear: int) -> int:
 def fault(machine: ShadowHypervisor, vcpu: VcpuId, linear: int, kind: int) -> int:
     """One access, which must fault; returns its error code."""
     machine.enter(CPU0, vcpu)
-    assert lib.guest_access(machine.m, CPU0, vcpu, linear, kind, machine.exit) == lib.EXIT_EXCEPTION
+    assert (
+        lib.guest_access(machine.m, CPU0, vcpu, Gva(linear), AccessKind(kind), machine.exit)
+        == lib.EXIT_EXCEPTION
+    )
     assert machine.exit.linear == canonical(linear)
     assert machine.exit.access == kind
     return int(machine.exit.error_code)

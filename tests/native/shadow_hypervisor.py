@@ -10,7 +10,23 @@ from collections import defaultdict
 from typing import NamedTuple, Self
 
 from native import ffi, lib
-from native.types import CpuId, Gfn, Hfn, Hva, Level, SpteIndex, VcpuId, VmcsId, VmId, Vpid, WordIndex
+from native.types import (
+    AccessKind,
+    CpuId,
+    Gfn,
+    Gva,
+    Hfn,
+    HostWritable,
+    Hva,
+    Level,
+    LinearPage,
+    SpteIndex,
+    VcpuId,
+    VmcsId,
+    VmId,
+    Vpid,
+    WordIndex,
+)
 from tests.native.hypervisor import READ, WRITE, Hypervisor
 
 P, W, U, A, D, PS = 1, 2, 4, 0x20, 0x40, 0x80
@@ -69,7 +85,7 @@ class ShadowHypervisor(Hypervisor):
     def vcpu(self, vm: VmId, vpid: int, **guest: int) -> VcpuId:
         vcpu = super().vcpu(vm, vpid if self.with_vpid else 0, **guest)
         self.vpid[vcpu] = Vpid(vpid if self.with_vpid else 0)
-        lib.vmcs_enable_ept(self.m, self.vmcs[vcpu], 0)
+        lib.vmcs_enable_ept(self.m, self.vmcs[vcpu], False)
         self.switch(vcpu, Space(vcpu, False, 0), 0)
         return vcpu
 
@@ -92,7 +108,7 @@ class ShadowHypervisor(Hypervisor):
     def access(self, cpu: CpuId, vcpu: VcpuId, linear: int, kind: int = READ) -> None:
         for _ in range(4096):
             self.enter(cpu, vcpu)
-            reason = lib.guest_access(self.m, cpu, vcpu, linear, kind, self.exit)
+            reason = lib.guest_access(self.m, cpu, vcpu, Gva(linear), AccessKind(kind), self.exit)
             assert reason >= 0, ffi.string(lib.machine_error_text(self.m, cpu))
             if reason == lib.EXIT_PREEMPTION_TIMER:
                 return
@@ -149,7 +165,7 @@ class ShadowHypervisor(Hypervisor):
             if "invlpg" not in self.broken and self.vpid[vcpu]:
                 reason = lib.REASON_GUEST
                 rc = lib.flush_invvpid_address(
-                    self.m, cpu, self.vm_of[vcpu], self.vpid[vcpu], value >> 12, reason
+                    self.m, cpu, self.vm_of[vcpu], self.vpid[vcpu], LinearPage(value >> 12), reason
                 )
                 assert rc == 0
             return
@@ -164,7 +180,7 @@ class ShadowHypervisor(Hypervisor):
         path: list[tuple[int, int]] = []
         found = self.walk_guest(cpu, vm, space, page, error, path)
         if found is None:
-            lib.guest_inject_page_fault(self.m, vcpu, linear, error)
+            lib.guest_inject_page_fault(self.m, vcpu, Gva(linear), error)
             return
         for gfn, _ in path:
             self.shadow(cpu, vcpu, gfn)
@@ -207,7 +223,7 @@ class ShadowHypervisor(Hypervisor):
     def word(self, cpu: CpuId, vm: VmId, gfn: int, index: int) -> int:
         value, page = ffi.new("uint64_t *"), ffi.new("struct mm_page *")
         while lib.mm_read_word(self.m, cpu, vm, Hva(gfn), WordIndex(index), value) == lib.MACHINE_AGAIN:
-            assert lib.mm_fault(self.m, cpu, vm, Hva(gfn), 1, page) == 0
+            assert lib.mm_fault(self.m, cpu, vm, Hva(gfn), True, page) == 0
         return int(value[0])
 
     def set_bits(self, cpu: CpuId, vm: VmId, gfn: int, index: int, bits: int) -> None:
@@ -227,7 +243,7 @@ class ShadowHypervisor(Hypervisor):
         if "flush" not in self.broken:
             for pcpu in map(CpuId, range(self.pcpus)):
                 self.flush_vpid(pcpu, vcpu)
-        assert lib.oracle_track_writes(self.m, cpu, vm, Gfn(gfn), 1) == 0
+        assert lib.oracle_track_writes(self.m, cpu, vm, Gfn(gfn), True) == 0
 
     def emulate(self, cpu: CpuId, vcpu: VcpuId, gfn: int, linear: int) -> None:
         vm, value = self.vm_of[vcpu], ffi.new("uint64_t *")
@@ -263,11 +279,11 @@ class ShadowHypervisor(Hypervisor):
         self, cpu: CpuId, vm: VmId, space: Space, page: int, to: Translation, writable: bool = True
     ) -> None:
         frame = ffi.new("struct mm_page *")
-        assert lib.mm_fault(self.m, cpu, vm, Hva(to.gfn), 1, frame) == 0
+        assert lib.mm_fault(self.m, cpu, vm, Hva(to.gfn), True, frame) == 0
         self.zap_linear(cpu, vm, space, page)
         table, index, _ = self.spot(cpu, vm, space, page)
         access = RIGHTS & ~(0 if writable else lib.SPTE_WRITABLE) & ~(0 if to.user else lib.SPTE_USER)
-        spte = lib.make_shadow_spte(frame.hfn, frame.tag, Level(1), access, 1)
+        spte = lib.make_shadow_spte(frame.hfn, frame.tag, Level(1), access, HostWritable(True))
         assert (
             lib.shadow_mmu_set_spte(self.m, cpu, vm, table, SpteIndex(index), Level(1), Gfn(to.gfn), spte)
             != (1 << 64) - 1

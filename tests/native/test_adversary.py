@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 
 from native import ffi, lib
-from native.types import CpuId, VcpuId
+from native.types import CpuId, Gva, VcpuId
 from tests.native.hypervisor import READ, WRITE, Hypervisor
 from tests.native.tlb_model import Kind
 from tests.native.tlb_pair import (
@@ -90,7 +90,7 @@ def machine(request: pytest.FixtureRequest) -> Iterator[tuple[Hypervisor, VcpuId
 def speculate(h: Hypervisor, vcpu: VcpuId, linear: int, cpu: CpuId = CPU0) -> int:
     h.enter(cpu, vcpu)
     assert lib.guest_enter(h.m, cpu, vcpu, 1, h.exit) == 0
-    filled = int(lib.guest_speculate(h.m, cpu, linear))
+    filled = int(lib.guest_speculate(h.m, cpu, Gva(linear)))
     assert lib.guest_leave(h.m, cpu, lib.EXIT_PREEMPTION_TIMER) == lib.EXIT_PREEMPTION_TIMER
     return filled
 
@@ -180,6 +180,6 @@ def test_evicted_is_missed_and_charged_to_no_flush(machine: tuple[Hypervisor, Vc
 
 def test_there_is_no_speculation_outside_guest_mode(machine: tuple[Hypervisor, VcpuId, int]) -> None:
     h, vcpu, linear = machine
-    assert lib.guest_speculate(h.m, CPU0, linear) == lib.MACHINE_MISUSE
+    assert lib.guest_speculate(h.m, CPU0, Gva(linear)) == lib.MACHINE_MISUSE
     speculate(h, vcpu, linear)
-    assert lib.guest_speculate(h.m, CPU0, linear) == lib.MACHINE_MISUSE
+    assert lib.guest_speculate(h.m, CPU0, Gva(linear)) == lib.MACHINE_MISUSE

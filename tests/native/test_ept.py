@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from native import ffi, lib
-from native.types import Gfn, Hfn, Hva, Level, SpteIndex
+from native.types import Custody, Gfn, Hfn, HostWritable, Hva, Level, SpteIndex
 from tests.native.memory_rig import (
     ACCESSED,
     CPU,
@@ -24,13 +24,13 @@ from tests.support import VM0
 
 
 def test_make_spte() -> None:
-    spte = lib.make_spte(Hfn(0xABCDEF), 0x7ABC, Level(1), 1, 1)
+    spte = lib.make_spte(Hfn(0xABCDEF), Custody(0x7ABC), Level(1), True, HostWritable(True))
     assert spte >> lib.SPTE_HFN_SHIFT & 0xFFFFFF == 0xABCDEF
     assert (spte & CUSTODY_MASK) >> lib.SPTE_CUSTODY_SHIFT == 0x7ABC
     assert spte & (WRITABLE | ACCESSED | DIRTY | HUGE) == WRITABLE | ACCESSED | DIRTY
-    assert lib.make_spte(Hfn(1), 0, Level(2), 1, 1) & HUGE
-    for writable, host_writable in ((0, 1), (1, 0)):
-        spte = lib.make_spte(Hfn(1), 0, Level(1), writable, host_writable)
+    assert lib.make_spte(Hfn(1), Custody(0), Level(2), True, HostWritable(True)) & HUGE
+    for writable, host_writable in ((False, True), (True, False)):
+        spte = lib.make_spte(Hfn(1), Custody(0), Level(1), writable, HostWritable(host_writable))
         assert not spte & (WRITABLE | DIRTY | MMU_WRITABLE)
         assert spte >> lib.SPTE_HOST_WRITABLE_BIT & 1 == host_writable
     assert not lib.FROZEN_SPTE & PRESENT
@@ -94,14 +94,20 @@ def test_exclusive_step_returns_what_was_there(rig: Rig) -> None:
 def test_wrong_arguments_are_refused(rig: Rig) -> None:
     spte = map_page(rig, 5)
     table, _, _ = rig.walk(5)
-    other = lib.make_spte(rig.fault(6).hfn, 0, Level(1), 1, 1)
+    other = lib.make_spte(rig.fault(6).hfn, Custody(0), Level(1), True, HostWritable(True))
     for arguments, text in (
         ((table, 1, 5, spte, other), "another frame"),
         ((rig.fault(5).hfn, 1, 5, 0, other), "not a table"),
         ((table, 6, 5, 0, other), "level"),
         ((table, 1, 1 << 20, 0, other), "beyond guest memory"),
-        ((table, 1, 6, 0, lib.make_spte(table, 0, Level(1), 1, 1)), "no guest frame"),
-        ((table, 2, 6, 0, lib.make_spte(rig.fault(6).hfn, 0, Level(1), 1, 1)), "no table"),
+        (
+            (table, 1, 6, 0, lib.make_spte(table, Custody(0), Level(1), True, HostWritable(True))),
+            "no guest frame",
+        ),
+        (
+            (table, 2, 6, 0, lib.make_spte(rig.fault(6).hfn, Custody(0), Level(1), True, HostWritable(True))),
+            "no table",
+        ),
     ):
         assert rig.set_atomic(*arguments) == lib.MACHINE_MISUSE
         assert text in rig.error()
@@ -149,11 +155,11 @@ def test_huge_replaces_table(rig: Rig) -> None:
 def test_map_around(rig: Rig) -> None:
     spte = map_page(rig, 510)
     table, _, _ = rig.walk(510)
-    lib.mm_protect(rig.m, CPU, VM0, Hva(509), Hva(510), 0)
+    lib.mm_protect(rig.m, CPU, VM0, Hva(509), Hva(510), False)
     hfns, tags, writable = (ffi.new("uint32_t[]", 8) for _ in range(3))
     for gfn in (508, 509, 511, 512):
         rig.fault(gfn, write=False)
-    lib.mm_fault_range(rig.m, CPU, VM0, Hva(507), 8, 0, hfns, tags, writable)
+    lib.mm_fault_range(rig.m, CPU, VM0, Hva(507), 8, False, hfns, tags, writable)
     wrong = lib.tdp_mmu_map_around(rig.m, CPU, VM0, table, SpteIndex(506), Gfn(507), 8, hfns, tags, writable)
     assert wrong == lib.MACHINE_MISUSE
     assert "does not belong to this index" in rig.error()

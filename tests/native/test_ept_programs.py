@@ -7,7 +7,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from native import lib
-from native.types import Hfn, Level
+from native.types import Custody, Hfn, HostWritable, Level
 from tests.native.memory_rig import ACCESSED, PRESENT, WRITABLE, Rig, map_page, pages_of, split_table
 
 GFN = st.one_of(st.integers(0, 20), st.integers(500, 530), st.integers(1015, 1030), st.integers(1530, 1540))
@@ -76,7 +76,9 @@ def do_huge(rig: Rig, model: Model, gfn: int) -> None:
     block = rig.frame(lib.FRAME_BLOCK)
     if block < 0:
         return
-    new = lib.make_spte(block, lib.frame_block_custody(rig.m, block), Level(2), 1, 1)
+    new = lib.make_spte(
+        block, Custody(lib.frame_block_custody(rig.m, block)), Level(2), True, HostWritable(True)
+    )
     assert rig.set_atomic(table, 2, gfn, spte, new) == 0
     model.leafs[gfn] = (2, block, True, True)
 

@@ -8,7 +8,7 @@ import pytest
 
 from emulator.explain.events import Event, EventTail, read_events
 from native import ffi, lib
-from native.types import CpuId, VcpuId, VmId
+from native.types import CpuId, ReportNumber, VcpuId, VmId
 from tests.native.hypervisor import READ, WRITE, Hypervisor
 from tests.support import CPU0, CPU1
 
@@ -21,13 +21,13 @@ def _machine() -> Iterator[Hypervisor]:
 
 def events_of(machine: Hypervisor, report: int) -> list[Event]:
     buffer = ffi.new("struct event[]", 512)
-    n = lib.oracle_report_events(machine.m, report, buffer, 512)
+    n = lib.oracle_report_events(machine.m, ReportNumber(report), buffer, 512)
     return sorted((Event.of_core(buffer[i]) for i in range(n)), key=lambda event: event.time)
 
 
 def reports(machine: Hypervisor) -> int:
     buffer = ffi.new("struct violation_report[]", 64)
-    return int(lib.oracle_reports(machine.m, 0, buffer, 64))
+    return int(lib.oracle_reports(machine.m, ReportNumber(0), buffer, 64))
 
 
 def violate(machine: Hypervisor, vcpu: VcpuId, vm: VmId, gfn: int, cpu: CpuId = CPU0) -> None:
@@ -117,9 +117,12 @@ def test_a_call_names_pcpus_beyond_the_first_64() -> None:
     with Hypervisor(pcpus=130, housekeeping=1) as machine:
         tail = EventTail(machine.m, 130)
         # Idle pCPUs need not run to be called: the sender runs the function for them.
-        assert lib.smp_call_function_single(machine.m, CPU0, CpuId(100), lib.IPI_ACK_KICK, 0, 0) == 1
+        assert (
+            lib.smp_call_function_single(machine.m, CPU0, CpuId(100), lib.IPI_ACK_KICK, 0, lib.IPI_NO_WAIT)
+            == 1
+        )
         mask = ffi.new("uint64_t[]", [1 << 3, 1 << 6 | 1 << 7, 1])
-        assert lib.smp_call_function_many(machine.m, CPU0, mask, lib.IPI_ACK_KICK, 0, 0) == 4
+        assert lib.smp_call_function_many(machine.m, CPU0, mask, lib.IPI_ACK_KICK, 0, lib.IPI_NO_WAIT) == 4
         calls = [event for event in tail.take() if event.kind == "ipi"]
     assert [(call.targets, call.b, call.function) for call in calls] == [
         ((100,), 1, "ack_kick"),

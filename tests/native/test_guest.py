@@ -7,7 +7,7 @@ from collections.abc import Iterator
 import pytest
 
 from native import ffi, lib
-from native.types import VcpuId, Vpid
+from native.types import AccessKind, Gva, VcpuId, Vpid
 from tests.native.hypervisor import READ, WRITE, Hypervisor
 from tests.support import CPU0, CPU1, VM0
 
@@ -90,10 +90,16 @@ def test_access_to_a_gfn_without_memory_is_skipped_when_told_so(machine: Hypervi
     vm = machine.vm(16)
     vcpu = machine.vcpu(vm, 1, end_gfn=16)
     machine.enter(CPU0, vcpu)
-    assert lib.guest_access(machine.m, CPU0, vcpu, 0x5000, WRITE, machine.exit) == lib.EXIT_EPT_VIOLATION
+    assert (
+        lib.guest_access(machine.m, CPU0, vcpu, Gva(0x5000), AccessKind(WRITE), machine.exit)
+        == lib.EXIT_EPT_VIOLATION
+    )
     lib.guest_skip(machine.m, vcpu)
     machine.enter(CPU0, vcpu)
-    assert lib.guest_access(machine.m, CPU0, vcpu, 0x5000, WRITE, machine.exit) == lib.EXIT_PREEMPTION_TIMER
+    assert (
+        lib.guest_access(machine.m, CPU0, vcpu, Gva(0x5000), AccessKind(WRITE), machine.exit)
+        == lib.EXIT_PREEMPTION_TIMER
+    )
     assert not machine.mapped(vm, 5)
 
 

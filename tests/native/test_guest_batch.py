@@ -95,7 +95,7 @@ def test_a_reset_forgets_a_batch_and_frees_its_pages() -> None:
         vcpu = batching(machine, 0, end_gfn=200)
         for _ in range(3):
             machine.run(CPU0, vcpu, 1500)
-            lib.vcpu_set_paging(machine.m, vcpu, 0)
+            lib.vcpu_set_paging(machine.m, vcpu, False)
             lib.guest_boot(machine.m, vcpu)
             assert lib.guest_frames_used(machine.m, vcpu) == 0
             machine.switch(vcpu, machine.space[vcpu]._replace(paging=False, cr3=0), 0)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import pytest
 
 from native import ffi, lib
+from native.types import Gva
 from tests.native.shadow_guests import (
     INVLPG,
     LINEAR,
@@ -81,7 +82,7 @@ def test_a_reset_boots_the_os_again_on_its_former_tables() -> None:
         machine.run(CPU0, vcpu, 1500)
         tables = set(machine.tables)
         for _ in range(2):
-            lib.vcpu_set_paging(machine.m, vcpu, 0)
+            lib.vcpu_set_paging(machine.m, vcpu, False)
             lib.guest_boot(machine.m, vcpu)
             machine.switch(vcpu, Space(vcpu, False, 0), 0)
             machine.flush_vpid(CPU0, vcpu)
@@ -220,7 +221,7 @@ def test_a_lost_root_table_of_the_os_is_a_triple_fault() -> None:
     with ShadowHypervisor() as machine:
         vcpu = guest(machine)
         machine.run(CPU0, vcpu, 100)
-        lib.guest_inject_page_fault(machine.m, vcpu, DIRECT_BASE << 12, 0)
+        lib.guest_inject_page_fault(machine.m, vcpu, Gva(DIRECT_BASE << 12), 0)
         machine.enter(CPU0, vcpu)
         assert lib.guest_run(machine.m, CPU0, vcpu, 10, machine.exit) == lib.EXIT_TRIPLE_FAULT
 

@@ -54,14 +54,14 @@ def enter_and(machine: Hypervisor, vcpu: VcpuId, act: Callable[[], None]) -> int
 def kick(machine: Hypervisor, vm: VmId) -> None:
     mask = ffi.new("uint64_t[]", [1])
     sender = machine.housekeeping
-    assert lib.smp_call_function_many(machine.m, sender, mask, lib.IPI_ACK_KICK, vm << 32, 1) == 1
+    assert lib.smp_call_function_many(machine.m, sender, mask, lib.IPI_ACK_KICK, vm << 32, lib.IPI_WAIT) == 1
     # Acknowledged: then it has left guest mode, with nothing else to make it.
     assert lib.vcpu_mode(machine.m, VCPU0) == lib.OUTSIDE_GUEST_MODE
 
 
 def vmclear(machine: Hypervisor, vcpu: VcpuId) -> None:
     m, sender, argument = machine.m, machine.housekeeping, VM0 << 32 | machine.vmcs[vcpu]
-    assert lib.smp_call_function_single(m, sender, CPU0, lib.IPI_VMCS_CLEAR, argument, 1) == 1
+    assert lib.smp_call_function_single(m, sender, CPU0, lib.IPI_VMCS_CLEAR, argument, lib.IPI_WAIT) == 1
 
 
 def test_an_ipi_makes_a_halted_guest_exit(machine: Hypervisor) -> None:
@@ -151,7 +151,7 @@ def test_no_interrupt_is_lost_on_a_guest_that_is_about_to_halt(chaos: int) -> No
             while time.perf_counter() < until:
                 pass
             sender = machine.housekeeping
-            assert lib.smp_call_function_many(machine.m, sender, mask, lib.IPI_ACK_KICK, 0, 1) == 1
+            assert lib.smp_call_function_many(machine.m, sender, mask, lib.IPI_ACK_KICK, 0, lib.IPI_WAIT) == 1
         done.set()
         lib.cpu_notify(machine.m, CPU0, lib.ATTENTION_MESSAGE)
         thread.join(10)

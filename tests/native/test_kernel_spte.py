@@ -8,7 +8,7 @@ from typing import Any
 from cffi import FFI
 
 from native import ffi, lib
-from native.types import Gfn, Hfn, Hva, Level, SpteIndex, WordIndex
+from native.types import Custody, Gfn, Hfn, HostWritable, Hva, KernelSpteStep, Level, SpteIndex, WordIndex
 from tests.native.memory_rig import (
     ACCESSED,
     CPU,
@@ -29,7 +29,7 @@ GFN = Gfn(5)
 LEAF = Level(1)
 
 
-def change(rig: Rig, table: Hfn, gfn: Gfn, step: int, value: int, old: int = 0) -> tuple[int, int]:
+def change(rig: Rig, table: Hfn, gfn: Gfn, step: KernelSpteStep, value: int, old: int = 0) -> tuple[int, int]:
     """Return the result, and the SPTE that was replaced."""
     was = ffi.new("uint64_t *", old)
     result = lib.kernel_spte_change(
@@ -60,7 +60,7 @@ def test_each_step_replaces_the_spte_and_its_rights(rig: Rig) -> None:
 def test_an_spte_that_no_kernel_could_mean_is_refused(rig: Rig) -> None:
     spte = map_page(rig, GFN)
     table, _, _ = rig.walk(GFN)
-    of_a_table = lib.make_spte(table, 0, LEAF, 1, 1)
+    of_a_table = lib.make_spte(table, Custody(0), LEAF, True, HostWritable(True))
     for step in (lib.KERNEL_CMPXCHG, lib.KERNEL_XCHG, lib.KERNEL_STORE):
         assert change(rig, table, GFN, step, of_a_table, old=spte)[0] == lib.MACHINE_MISUSE
         assert "maps what is no guest frame" in rig.error()
@@ -117,7 +117,7 @@ def test_the_leafs_of_a_split_get_the_custody_of_their_frames(rig: Rig) -> None:
     lib.kernel_split_custody(rig.m, table, huge, Level(2))
     small_sptes = [lib.spte_read(rig.m, table, SpteIndex(index)) for index in range(512)]
     assert small_sptes == [lib.spte_read(rig.m, ours, SpteIndex(index)) for index in range(512)]
-    first = lib.mm_fault(rig.m, CPU, VM0, Hva(HUGE_GFN), 1, page := ffi.new("struct mm_page *"))
+    first = lib.mm_fault(rig.m, CPU, VM0, Hva(HUGE_GFN), True, page := ffi.new("struct mm_page *"))
     assert first == 0
     assert (small_sptes[0] & CUSTODY_MASK) >> lib.SPTE_CUSTODY_SHIFT == page.tag
 

@@ -36,7 +36,7 @@ def turn(h: Hypervisor, choose: random.Random) -> None:
         h.zap(cpu, VM0, gfn)
         h.flush(VM0)
         h.promise(cpu, VM0, gfn, lib.PROMISE_NOTIFIER)
-        lib.mm_unmap(h.m, cpu, VM0, Hva(gfn), Hva(gfn + 1), choose.randrange(2))
+        lib.mm_unmap(h.m, cpu, VM0, Hva(gfn), Hva(gfn + 1), bool(choose.randrange(2)))
     elif kind == 7:
         h.write_protect(cpu, VM0, gfn)
     elif kind == 8:

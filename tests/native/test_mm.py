@@ -9,7 +9,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from native import ffi, lib
-from native.types import Gfn, Hfn, Hva, Level, SpteIndex, WordIndex
+from native.types import Custody, Gfn, Hfn, HostWritable, Hva, Level, SpteIndex, Ticket, WordIndex
 from tests.native.memory_rig import BLOCK, CPU, Rig, split_table
 from tests.support import VM0
 
@@ -29,7 +29,7 @@ def test_untouched_memory_reads_zero(rig: Rig) -> None:
     assert lib.mm_present(rig.m, VM0, Hva(0), Hva(2048)) == 0
     assert rig.words(rig.fault(7).hfn) == {0}
     write(rig, 7, 99)
-    assert lib.mm_unmap(rig.m, CPU, VM0, Hva(0), Hva(2048), 0) == 1
+    assert lib.mm_unmap(rig.m, CPU, VM0, Hva(0), Hva(2048), False) == 1
     assert lib.mm_read(rig.m, VM0, Hva(7), WordIndex(5)) == 0
     assert rig.words(rig.fault(7).hfn) == {0}, "a recycled frame is cleared before it is handed out"
 
@@ -37,7 +37,7 @@ def test_untouched_memory_reads_zero(rig: Rig) -> None:
 def test_swap_keeps_contents_in_another_frame(rig: Rig) -> None:
     write(rig, 7, 99)
     old = rig.fault(7)
-    assert lib.mm_unmap(rig.m, CPU, VM0, Hva(7), Hva(8), 1) == 1
+    assert lib.mm_unmap(rig.m, CPU, VM0, Hva(7), Hva(8), True) == 1
     assert lib.frame_host_tag_of(rig.m, old.hfn) != old.tag, "custody is void"
     assert lib.mm_read(rig.m, VM0, Hva(7), WordIndex(5)) == 99
     taken = rig.fault(8)
@@ -47,19 +47,19 @@ def test_swap_keeps_contents_in_another_frame(rig: Rig) -> None:
 
 def test_dontneed_forgets_what_is_swapped(rig: Rig) -> None:
     write(rig, 7, 99)
-    lib.mm_unmap(rig.m, CPU, VM0, Hva(7), Hva(8), 1)
-    assert lib.mm_unmap(rig.m, CPU, VM0, Hva(7), Hva(8), 0) == 0
+    lib.mm_unmap(rig.m, CPU, VM0, Hva(7), Hva(8), True)
+    assert lib.mm_unmap(rig.m, CPU, VM0, Hva(7), Hva(8), False) == 0
     assert lib.mm_read(rig.m, VM0, Hva(7), WordIndex(5)) == 0
 
 
 def test_protection(rig: Rig) -> None:
     write(rig, 7, 1)
-    assert lib.mm_protect(rig.m, CPU, VM0, Hva(6), Hva(8), 0) == 2
+    assert lib.mm_protect(rig.m, CPU, VM0, Hva(6), Hva(8), False) == 2
     assert rig.try_fault(7, write=True) == lib.MACHINE_AGAIN
     assert rig.fault(7, write=False).writable == 0
-    lib.mm_unmap(rig.m, CPU, VM0, Hva(7), Hva(8), 1)
+    lib.mm_unmap(rig.m, CPU, VM0, Hva(7), Hva(8), True)
     assert rig.try_fault(7, write=True) == lib.MACHINE_AGAIN, "swapping does not lift it"
-    assert lib.mm_protect(rig.m, CPU, VM0, Hva(6), Hva(8), 1) == 2
+    assert lib.mm_protect(rig.m, CPU, VM0, Hva(6), Hva(8), True) == 2
     assert rig.fault(7).writable == 1
 
 
@@ -80,7 +80,7 @@ def test_collapse_and_split(rig: Rig) -> None:
     assert lib.mm_collapse(rig.m, CPU, VM0, Hva(513)) == lib.MACHINE_MISUSE
     write(rig, 512, 1)
     write(rig, 700, 2)
-    lib.mm_unmap(rig.m, CPU, VM0, Hva(700), Hva(701), 1)
+    lib.mm_unmap(rig.m, CPU, VM0, Hva(700), Hva(701), True)
     assert lib.mm_collapse(rig.m, CPU, VM0, Hva(512)) == 0
     assert lib.mm_huge(rig.m, VM0, Hva(600))
     assert not lib.mm_huge(rig.m, VM0, Hva(0))
@@ -102,11 +102,11 @@ def test_part_of_a_huge_page_splits_it(rig: Rig) -> None:
     write(rig, 0, 1)
     for part in (lib.mm_unmap, lib.mm_protect):
         assert lib.mm_collapse(rig.m, CPU, VM0, Hva(0)) == 0
-        part(rig.m, CPU, VM0, Hva(5), Hva(6), 0)
+        part(rig.m, CPU, VM0, Hva(5), Hva(6), False)
         assert not lib.mm_huge(rig.m, VM0, Hva(0))
-        lib.mm_protect(rig.m, CPU, VM0, Hva(0), Hva(512), 1)
+        lib.mm_protect(rig.m, CPU, VM0, Hva(0), Hva(512), True)
     assert lib.mm_collapse(rig.m, CPU, VM0, Hva(0)) == 0
-    assert lib.mm_protect(rig.m, CPU, VM0, Hva(0), Hva(512), 0) == 512
+    assert lib.mm_protect(rig.m, CPU, VM0, Hva(0), Hva(512), False) == 512
     assert lib.mm_huge(rig.m, VM0, Hva(0)), "the whole of it need not"
 
 
@@ -118,9 +118,12 @@ def test_a_huge_page_stays_huge_while_a_part_is_promised_away(rig: Rig) -> None:
     assert page.level == lib.PG_LEVEL_2M
     before = lib.mm_huge_custody(rig.m, VM0, Hva(9), page.hfn, page.tag)
     table, _ = rig.link(9, 1)
-    assert rig.set_atomic(table, 1, 9, 0, lib.make_spte(page.hfn, page.tag, Level(1), 1, 1)) == 0
+    assert (
+        rig.set_atomic(table, 1, 9, 0, lib.make_spte(page.hfn, page.tag, Level(1), True, HostWritable(True)))
+        == 0
+    )
     rig.set(table, 1, 9, 0)
-    lib.oracle_revoke(rig.m, CPU, VM0, Gfn(9), Gfn(10), lib.PROMISE_NOTIFIER, 0)
+    lib.oracle_revoke(rig.m, CPU, VM0, Gfn(9), Gfn(10), lib.PROMISE_NOTIFIER, Ticket(0))
     assert rig.fault(9).tag != page.tag
     assert rig.fault(8).level == lib.PG_LEVEL_2M
     now = lib.mm_huge_custody(rig.m, VM0, Hva(8), neighbour.hfn, neighbour.tag)
@@ -129,7 +132,7 @@ def test_a_huge_page_stays_huge_while_a_part_is_promised_away(rig: Rig) -> None:
     stale = lib.mm_huge_custody(rig.m, VM0, Hva(9), page.hfn, page.tag)
     table, _ = rig.link(512, 2)
     for custody, holds in ((before, False), (stale, False), (now, True)):
-        spte = lib.make_spte(Hfn(page.hfn - 9), custody, Level(2), 1, 1)
+        spte = lib.make_spte(Hfn(page.hfn - 9), Custody(custody), Level(2), True, HostWritable(True))
         rig.set(table, 2, 512, spte)
         hfn = ffi.new("uint32_t *")
         assert lib.oracle_right(rig.m, VM0, Gfn(512 + 8), hfn) == 3
@@ -138,7 +141,9 @@ def test_a_huge_page_stays_huge_while_a_part_is_promised_away(rig: Rig) -> None:
         rig.set(table, 2, 512, 0)
 
     # Split, only the child of that page has no custody any more.
-    small = split_table(rig, lib.make_spte(Hfn(page.hfn - 9), before, Level(2), 1, 1), 2)
+    small = split_table(
+        rig, lib.make_spte(Hfn(page.hfn - 9), Custody(before), Level(2), True, HostWritable(True)), 2
+    )
     for index in (8, 9, 10):
         custody = lib.spte_read(rig.m, Hfn(small), SpteIndex(index)) >> lib.SPTE_CUSTODY_SHIFT & 0x7FFF
         assert (custody == lib.frame_host_tag_of(rig.m, Hfn(page.hfn - 9 + index))) == (index != 9)
@@ -151,7 +156,7 @@ def test_a_huge_leaf_is_of_the_frame_that_the_host_maps(rig: Rig) -> None:
     assert lib.mm_collapse(rig.m, CPU, VM0, Hva(0)) == 0
     assert lib.mm_huge_custody(rig.m, VM0, Hva(9), old.hfn, old.tag) == -1, "another frame by now"
     assert lib.mm_huge_custody(rig.m, VM0, Hva(9), rig.fault(9).hfn, rig.fault(9).tag) >= 0
-    assert lib.mm_huge_custody(rig.m, VM0, Hva(1 << 40), Hfn(0), 0) == -1
+    assert lib.mm_huge_custody(rig.m, VM0, Hva(1 << 40), Hfn(0), Custody(0)) == -1
 
 
 def test_collapse_without_a_block(rig: Rig) -> None:
@@ -165,13 +170,13 @@ def test_collapse_without_a_block(rig: Rig) -> None:
 def test_fault_range(rig: Rig) -> None:
     write(rig, 510, 1)
     write(rig, 513, 1)
-    lib.mm_protect(rig.m, CPU, VM0, Hva(513), Hva(514), 0)
+    lib.mm_protect(rig.m, CPU, VM0, Hva(513), Hva(514), False)
     hfns, tags, writable = (ffi.new("uint32_t[]", 6) for _ in range(3))
-    assert lib.mm_fault_range(rig.m, CPU, VM0, Hva(509), 6, 0, hfns, tags, writable) == 2
+    assert lib.mm_fault_range(rig.m, CPU, VM0, Hva(509), 6, False, hfns, tags, writable) == 2
     assert [hfn != 0xFFFFFFFF for hfn in hfns] == [False, True, False, False, True, False]
     assert (hfns[1], tags[1], writable[1]) == (rig.fault(510).hfn, rig.fault(510).tag, 1)
     assert writable[4] == 0
-    assert lib.mm_fault_range(rig.m, CPU, VM0, Hva(509), 6, 1, hfns, tags, writable) == 6
+    assert lib.mm_fault_range(rig.m, CPU, VM0, Hva(509), 6, True, hfns, tags, writable) == 6
     assert lib.mm_present(rig.m, VM0, Hva(0), Hva(2048)) == 6
 
 
@@ -179,8 +184,10 @@ def test_bounds(rig: Rig) -> None:
     assert rig.try_fault(2048) == lib.MACHINE_MISUSE
     assert "0x800" in rig.error()
     hfns, tags, writable = (ffi.new("uint32_t[]", 2) for _ in range(3))
-    assert lib.mm_fault_range(rig.m, CPU, VM0, Hva(2047), 2, 0, hfns, tags, writable) == lib.MACHINE_MISUSE
-    assert lib.mm_unmap(rig.m, CPU, VM0, Hva(2000), Hva(1 << 60), 0) == 0
+    assert (
+        lib.mm_fault_range(rig.m, CPU, VM0, Hva(2047), 2, False, hfns, tags, writable) == lib.MACHINE_MISUSE
+    )
+    assert lib.mm_unmap(rig.m, CPU, VM0, Hva(2000), Hva(1 << 60), False) == 0
     assert lib.mm_image_create(rig.m, VM0, Hva(1), 2048) == lib.MACHINE_NOMEM
 
 
@@ -188,7 +195,7 @@ def test_out_of_frames(rig: Rig) -> None:
     for hva in range(256):
         assert rig.try_fault(hva) == 0
     assert rig.try_fault(256) == lib.MACHINE_NOMEM
-    lib.mm_unmap(rig.m, CPU, VM0, Hva(0), Hva(1), 1)
+    lib.mm_unmap(rig.m, CPU, VM0, Hva(0), Hva(1), True)
     assert rig.try_fault(256) == 0
 
 
@@ -197,7 +204,7 @@ def test_image(rig: Rig) -> None:
     assert lib.mm_image_differs(rig.m, VM0, Hva(0)) == -1, "nothing written, nothing to copy"
     for hva in (99, 100, 150, 299, 300):
         write(rig, hva, hva)
-    lib.mm_unmap(rig.m, CPU, VM0, Hva(150), Hva(151), 1)
+    lib.mm_unmap(rig.m, CPU, VM0, Hva(150), Hva(151), True)
     assert lib.mm_image_differs(rig.m, VM0, Hva(0)) == 100
     assert lib.mm_image_copy(rig.m, VM0, Hva(99), 0b111) == 2, "page 99 is not in it"
     assert lib.mm_image_differs(rig.m, VM0, Hva(0)) == 150
@@ -223,7 +230,7 @@ def test_an_image_knows_what_has_changed(rig: Rig) -> None:
     assert (lib.mm_image_lost(rig.m, VM0, Hva(5), value), value[0]) == (1, 77)
     assert lib.mm_image_copy(rig.m, VM0, Hva(0), 0b100001) == 2
     assert lib.mm_image_changed(rig.m, VM0) == 4
-    lib.mm_unmap(rig.m, CPU, VM0, Hva(5), Hva(6), 0)
+    lib.mm_unmap(rig.m, CPU, VM0, Hva(5), Hva(6), False)
     assert (lib.mm_image_lost(rig.m, VM0, Hva(5), value), value[0]) == (1, 0), "given up: zeros again"
     assert lib.mm_image_copy(rig.m, VM0, Hva(5), 1) == 1
     assert lib.mm_image_differs(rig.m, VM0, Hva(0)) == -1
@@ -277,7 +284,7 @@ def test_contents_follow_a_plain_model(operations: list[tuple[str, int, int]]) -
 
 def check(rig: Rig, contents: dict[int, int], readonly: set[int]) -> None:
     hfns, tags, writable = (ffi.new("uint32_t[]", 2048) for _ in range(3))
-    present = lib.mm_fault_range(rig.m, CPU, VM0, Hva(0), 2048, 0, hfns, tags, writable)
+    present = lib.mm_fault_range(rig.m, CPU, VM0, Hva(0), 2048, False, hfns, tags, writable)
     frames = [(hva, hfns[hva]) for hva in range(2048) if hfns[hva] != 0xFFFFFFFF]
     assert len({hfn for _, hfn in frames}) == len(frames) == present, "a frame has one page"
     for hva, hfn in frames:

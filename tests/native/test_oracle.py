@@ -9,7 +9,7 @@ from hypothesis import HealthCheck, example, given, settings
 from hypothesis import strategies as st
 
 from native import ffi, lib
-from native.types import Gfn, Hfn, Hva, Level, PromiseKind, SpteIndex, VcpuId, VmId
+from native.types import Gfn, Hfn, HostWritable, Hva, Level, PromiseKind, SpteIndex, VcpuId, VmId
 from tests.native.hypervisor import READ, WRITE, Hypervisor
 from tests.native.slow_oracle import Model
 from tests.support import CPU0, CPU1, VM0
@@ -229,7 +229,7 @@ def test_freed_table_behind_a_paging_structure_cache(machine: Hypervisor) -> Non
     assert lib.tdp_mmu_get_walk(machine.m, machine.roots[vm], Level(4), Gfn(5), sptes, tables) == 1
     lib.tdp_mmu_set_spte(machine.m, CPU0, vm, Hfn(tables[2]), SpteIndex(0), Level(2), Gfn(0), 0)
     removal = ffi.new("struct tdp_removal *")
-    assert lib.tdp_removal_begin(machine.m, CPU0, vm, removal, sptes[2], Level(2), Gfn(0), 0) == 0
+    assert lib.tdp_removal_begin(machine.m, CPU0, vm, removal, sptes[2], Level(2), Gfn(0), False) == 0
     assert lib.tdp_removal_step(machine.m, CPU0, vm, removal, 512) == 0
     assert removal.page == tables[1]
     lib.ept_table_free(machine.m, CPU0, Hfn(tables[1]))
@@ -242,11 +242,11 @@ def test_custody_void_before_the_spte_was_installed(machine: Hypervisor) -> None
     vm = machine.vm()
     vcpu = machine.vcpu(vm, 1)
     page = ffi.new("struct mm_page *")
-    assert lib.mm_fault(machine.m, CPU0, vm, Hva(5), 1, page) == 0
+    assert lib.mm_fault(machine.m, CPU0, vm, Hva(5), True, page) == 0
     machine.promise(CPU0, vm, 5, lib.PROMISE_NOTIFIER)
     machine.free(CPU0, vm, 5)
     table, index, old = machine.leaf(CPU0, vm, 5, True)
-    spte = lib.make_spte(page.hfn, page.tag, Level(1), 1, 1)
+    spte = lib.make_spte(page.hfn, page.tag, Level(1), True, HostWritable(True))
     assert (
         lib.tdp_mmu_set_spte_atomic(machine.m, CPU0, vm, table, SpteIndex(index), Level(1), Gfn(5), old, spte)
         == 0
@@ -314,9 +314,11 @@ def test_a_page_may_have_more_sptes_than_a_byte_counts() -> None:
     with Hypervisor() as machine:
         machine.vm(GFNS)
         m, frame = machine.m, ffi.new("struct mm_page *")
-        assert lib.mm_fault(m, CPU0, VM0, Hva(1), 1, frame) == 0
+        assert lib.mm_fault(m, CPU0, VM0, Hva(1), True, frame) == 0
         table = Hfn(lib.shadow_page_alloc(m, CPU0, lib.FRAME_TABLE))
-        spte = lib.make_shadow_spte(frame.hfn, frame.tag, Level(1), lib.SPTE_WRITABLE | lib.SPTE_USER, 1)
+        spte = lib.make_shadow_spte(
+            frame.hfn, frame.tag, Level(1), lib.SPTE_WRITABLE | lib.SPTE_USER, HostWritable(True)
+        )
         for index in range(sptes):
             lib.shadow_mmu_set_spte(m, CPU0, VM0, table, SpteIndex(index), Level(1), Gfn(1), spte)
         hfn = ffi.new("uint32_t *")

@@ -10,7 +10,7 @@ from collections.abc import Iterator
 import pytest
 
 from native import ffi, lib
-from native.types import CpuId, VcpuId
+from native.types import CpuId, SignalSlot, VcpuId
 from tests.native.hypervisor import Hypervisor
 from tests.support import CPU0, CPU1
 
@@ -198,21 +198,21 @@ def test_huge_pages_of_the_guest(machine: Hypervisor) -> None:
 def test_signals_and_waits_in_guest_mode(machine: Hypervisor) -> None:
     vcpu = boot(machine)
     run(machine, vcpu, *MAPPED)
-    lib.signal_add(machine.m, 3, 1)
+    lib.signal_add(machine.m, SignalSlot(3), 1)
     waits = [op("signal", value=5), {"kind": KINDS["wait"], "linear": 3, "value": 2, "flags": 0}]
     thread = threading.Thread(target=run, args=(machine, vcpu, *waits, op("read", A)))
     thread.start()
     deadline = time.monotonic() + 10
-    while not lib.signal_get(machine.m, 5):
+    while not lib.signal_get(machine.m, SignalSlot(5)):
         assert time.monotonic() < deadline
     assert lib.vcpu_mode(machine.m, vcpu) == lib.IN_GUEST_MODE
     time.sleep(0.002)
     assert position(machine, vcpu) == 1
-    lib.signal_add(machine.m, 3, 1)
+    lib.signal_add(machine.m, SignalSlot(3), 1)
     thread.join(10)
     assert position(machine, vcpu) == 3
     lib.signal_reset(machine.m)
-    assert lib.signal_get(machine.m, 3) == lib.signal_get(machine.m, 5) == 0
+    assert lib.signal_get(machine.m, SignalSlot(3)) == lib.signal_get(machine.m, SignalSlot(5)) == 0
 
 
 def test_whoever_waits_in_guest_mode_takes_interrupts(machine: Hypervisor) -> None:
@@ -222,9 +222,12 @@ def test_whoever_waits_in_guest_mode_takes_interrupts(machine: Hypervisor) -> No
     forever = {"kind": KINDS["wait"], "linear": 1, "value": 1, "flags": 0}
     thread = threading.Thread(target=lambda: exits.append(run(machine, vcpu, op("signal"), forever)))
     thread.start()
-    while not lib.signal_get(machine.m, 0):
+    while not lib.signal_get(machine.m, SignalSlot(0)):
         time.sleep(0.0001)
-    assert lib.smp_call_function_single(machine.m, machine.housekeeping, CPU0, lib.IPI_ACK_KICK, 0, 1) == 1
+    assert (
+        lib.smp_call_function_single(machine.m, machine.housekeeping, CPU0, lib.IPI_ACK_KICK, 0, lib.IPI_WAIT)
+        == 1
+    )
     thread.join(10)
     assert exits == [lib.EXIT_INTERRUPT]
     assert lib.vcpu_mode(machine.m, vcpu) == lib.OUTSIDE_GUEST_MODE
@@ -242,7 +245,7 @@ def test_an_idle_cpu_runs_what_is_called_on_it(machine: Hypervisor) -> None:
     before = machine.count(lib.COUNT_CALLS_SERVICED)
     argument = machine.vm_of[vcpu] << 32 | root
     m, sender = machine.m, machine.housekeeping
-    assert lib.smp_call_function_single(m, sender, CPU1, lib.IPI_INVEPT_SINGLE, argument, 1) == 1
+    assert lib.smp_call_function_single(m, sender, CPU1, lib.IPI_INVEPT_SINGLE, argument, lib.IPI_WAIT) == 1
     assert machine.count(lib.COUNT_CALLS_SERVICED) == before + 1
     assert lib.cpu_take(machine.m, CPU1) == 0
     assert lib.cpu_power(machine.m, CPU1) == lib.CPU_RUNNING

@@ -12,7 +12,21 @@ from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, invariant, rule
 
 from native import ffi, lib
-from native.types import CpuId, Gfn, Hfn, Hva, Level, SpteIndex, VcpuId, Vpid
+from native.types import (
+    AccessKind,
+    CpuId,
+    Custody,
+    Gfn,
+    Gva,
+    Hfn,
+    HostWritable,
+    Hva,
+    Level,
+    LinearPage,
+    SpteIndex,
+    VcpuId,
+    Vpid,
+)
 from tests.native.shadow_hypervisor import ShadowHypervisor, Space
 from tests.native.shadow_model import Cpu, Root, ShadowModel, Spte, Vcpu
 from tests.support import CPU0, VM0
@@ -67,9 +81,9 @@ class ShadowMachine(RuleBasedStateMachine):
 
     def huge_frame(self) -> object:
         frame, m = ffi.new("struct mm_page *"), self.machine.m
-        assert lib.mm_fault(m, CPU0, VM0, Hva(HUGE[0]), 1, frame) == 0
+        assert lib.mm_fault(m, CPU0, VM0, Hva(HUGE[0]), True, frame) == 0
         assert lib.mm_collapse(m, CPU0, VM0, Hva(HUGE[0])) == 0
-        assert lib.mm_fault(m, CPU0, VM0, Hva(HUGE[0]), 1, frame) == 0
+        assert lib.mm_fault(m, CPU0, VM0, Hva(HUGE[0]), True, frame) == 0
         return frame
 
     def huge_spot(self, root: int) -> tuple[Hfn, int, int]:
@@ -94,7 +108,9 @@ class ShadowMachine(RuleBasedStateMachine):
         lib.shadow_mmu_set_spte(m, CPU0, VM0, table, SpteIndex(index), Level(2), Gfn(0), 0)
         custody = lib.mm_huge_custody(m, VM0, Hva(HUGE[0]), hfn, self.block.tag)  # type: ignore[attr-defined]
         assert custody >= 0
-        spte = lib.make_shadow_spte(hfn, custody, Level(2), sum(BITS[flag] for flag in flags), 1)
+        spte = lib.make_shadow_spte(
+            hfn, Custody(custody), Level(2), sum(BITS[flag] for flag in flags), HostWritable(True)
+        )
         if aged:
             spte &= ~(lib.SPTE_ACCESSED | lib.SPTE_DIRTY)
         assert (
@@ -125,8 +141,10 @@ class ShadowMachine(RuleBasedStateMachine):
         lib.shadow_mmu_set_spte(m, CPU0, VM0, table, SpteIndex(index), Level(1), Gfn(0), 0)
         self.model.zap(root, page)
         frame = ffi.new("struct mm_page *")
-        assert lib.mm_fault(m, CPU0, VM0, Hva(page), 1, frame) == 0
-        spte = lib.make_shadow_spte(frame.hfn, frame.tag, Level(1), sum(BITS[flag] for flag in flags), 1)
+        assert lib.mm_fault(m, CPU0, VM0, Hva(page), True, frame) == 0
+        spte = lib.make_shadow_spte(
+            frame.hfn, frame.tag, Level(1), sum(BITS[flag] for flag in flags), HostWritable(True)
+        )
         if aged:
             spte &= ~(lib.SPTE_ACCESSED | lib.SPTE_DIRTY)
         assert lib.shadow_mmu_set_spte(m, CPU0, VM0, table, SpteIndex(index), Level(1), Gfn(page), spte) == 0
@@ -208,7 +226,9 @@ class ShadowMachine(RuleBasedStateMachine):
     def invvpid_address(self, cpu: int, vcpu: int, page: int) -> None:
         vpid = self.state[vcpu].vpid
         if vpid:
-            lib.flush_invvpid_address(self.machine.m, CpuId(cpu), VM0, Vpid(vpid), page, lib.REASON_GUEST)
+            lib.flush_invvpid_address(
+                self.machine.m, CpuId(cpu), VM0, Vpid(vpid), LinearPage(page), lib.REASON_GUEST
+            )
             self.model.cpus[cpu].drop_page(vpid, None, page)
 
     @rule(cpu=pcpu)
@@ -227,7 +247,12 @@ class ShadowMachine(RuleBasedStateMachine):
     def access(self, cpu: int, vcpu: int, page: int, kind: int) -> None:
         self.machine.enter(CpuId(cpu), self.vcpus[vcpu])
         reason = lib.guest_access(
-            self.machine.m, CpuId(cpu), self.vcpus[vcpu], page << 12 | 8, kind, self.machine.exit
+            self.machine.m,
+            CpuId(cpu),
+            self.vcpus[vcpu],
+            Gva(page << 12 | 8),
+            AccessKind(kind),
+            self.machine.exit,
         )
         expected = self.model.access(cpu, self.state[vcpu], page, kind)
         if expected is None:
@@ -241,7 +266,7 @@ class ShadowMachine(RuleBasedStateMachine):
         m, number = self.machine.m, CpuId(cpu)
         self.machine.enter(number, self.vcpus[vcpu])
         assert lib.guest_enter(m, number, self.vcpus[vcpu], 1, self.machine.exit) == 0
-        new = lib.guest_speculate(m, number, page << 12)
+        new = lib.guest_speculate(m, number, Gva(page << 12))
         assert lib.guest_leave(m, number, lib.EXIT_PREEMPTION_TIMER) == lib.EXIT_PREEMPTION_TIMER
         assert bool(new) == self.model.speculate(cpu, self.state[vcpu], page)
 

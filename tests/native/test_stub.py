@@ -10,7 +10,7 @@ import pytest
 from mypy import api
 
 from native import ffi, lib
-from native.stub import ARGUMENTS, ENUMS, EXCEPTIONS, NULLABLE, STUB, text
+from native.stub import ARGUMENTS, ENUMS, EXCEPTIONS, FIELDS, NULLABLE, RESULTS, STUB, TLB_ARGUMENTS, text
 
 ROOT = Path(__file__).resolve().parents[2]
 
@@ -18,19 +18,21 @@ ROOT = Path(__file__).resolve().parents[2]
 SWAPPED = """
 from native import ffi, lib
 from native._native import MachinePtr
-from native.types import CpuId, Gfn, Hfn, Hva, SpteIndex, VcpuId, VmcsId, VmId, Vpid, span
+from native.types import (
+    CpuId, Custody, Gfn, Gva, Hfn, Hva, ReportNumber, SpteIndex, VcpuId, VmcsId, VmId, Vpid, span
+)
 
 def calls(m: MachinePtr, cpu: CpuId, vm: VmId, vcpu: VcpuId) -> None:
     lib.mmu_write_lock(m, cpu, vm)
     lib.mmu_write_lock(m, vm, cpu)  # error
     lib.vcpu_create(m, vm)
     lib.vcpu_create(m, vcpu)  # error
-    lib.guest_speculate(m, cpu, 0)
-    lib.guest_speculate(m, vcpu, 0)  # error
+    lib.guest_speculate(m, cpu, Gva(0))
+    lib.guest_speculate(m, vcpu, Gva(0))  # error
     lib.guest_clock(m, vcpu)
     lib.guest_clock(m, vm)  # error
-    lib.smp_call_function_single(m, cpu, cpu, lib.IPI_ACK_KICK, 0, 1)
-    lib.smp_call_function_single(m, cpu, vcpu, lib.IPI_ACK_KICK, 0, 1)  # error
+    lib.smp_call_function_single(m, cpu, cpu, lib.IPI_ACK_KICK, 0, lib.IPI_WAIT)
+    lib.smp_call_function_single(m, cpu, vcpu, lib.IPI_ACK_KICK, 0, lib.IPI_WAIT)  # error
     lib.flush_invept_global(m, cpu, vm, lib.REASON_OTHER)
     lib.flush_invept_global(m, cpu, vm, lib.STAT_EXITS)  # error
     lib.vm_stat_add(m, vm, lib.STAT_EXITS, 1)
@@ -57,11 +59,11 @@ def frames(m: MachinePtr, cpu: CpuId, vm: VmId, vcpu: VcpuId, vmcs: VmcsId, root
     lib.ept_table_free(m, root, cpu)  # error
 
 def pages(m: MachinePtr, cpu: CpuId, vm: VmId, gfn: Gfn, hva: Hva) -> None:
-    lib.oracle_track_writes(m, cpu, vm, gfn + 1, 1)
-    lib.oracle_track_writes(m, cpu, vm, 1 + (gfn & -512), 1)
-    lib.oracle_track_writes(m, cpu, vm, gfn - gfn, 1)  # error
-    lib.oracle_track_writes(m, cpu, vm, gfn >> 9, 1)  # error
-    lib.oracle_track_writes(m, cpu, vm, hva + gfn, 1)  # error
+    lib.oracle_track_writes(m, cpu, vm, gfn + 1, True)
+    lib.oracle_track_writes(m, cpu, vm, 1 + (gfn & -512), True)
+    lib.oracle_track_writes(m, cpu, vm, gfn - gfn, True)  # error
+    lib.oracle_track_writes(m, cpu, vm, gfn >> 9, True)  # error
+    lib.oracle_track_writes(m, cpu, vm, hva + gfn, True)  # error
     lib.mm_present(m, vm, hva, hva + 3)
     lib.mm_present(m, vm, hva, gfn)  # error
     for page in span(hva, hva + 3, 2):
@@ -73,12 +75,13 @@ def memory(m: MachinePtr, cpu: CpuId) -> None:
     words, halves = ffi.new("uint64_t[]", 8), ffi.new("uint32_t[]", 8)
     lib.counters_sum(m, words)
     lib.counters_sum(m, halves)  # error
-    lib.oracle_reports(m, 0, ffi.new("struct violation_report[]", 4), 4)
-    lib.oracle_reports(m, 0, ffi.new("struct event[]", 4), 4)  # error
+    lib.oracle_reports(m, ReportNumber(0), ffi.new("struct violation_report[]", 4), 4)
+    lib.oracle_reports(m, ReportNumber(0), ffi.new("struct event[]", 4), 4)  # error
     lib.tlb_dump(lib.cpu_tlb(m, cpu), ffi.NULL, 0)
     lib.counters_sum(m, ffi.NULL)  # error
     page = ffi.new("struct mm_page *")
-    page.tag = words[0]
+    page.tag = Custody(words[0])
+    page.tag = words[0]  # error
     page.no_such_field = 0  # error
 """
 
@@ -127,7 +130,7 @@ def test_has_every_field_of_every_structure() -> None:
     assert seen > 8
 
 
-def test_names_no_argument_and_no_enum_that_the_headers_lack() -> None:
+def test_names_nothing_that_the_headers_lack() -> None:
     arguments = {
         (node.name, argument.arg.removesuffix("_"))
         for node in stub_of("Lib").body
@@ -135,9 +138,12 @@ def test_names_no_argument_and_no_enum_that_the_headers_lack() -> None:
         for argument in node.args.posonlyargs
     }
     assert EXCEPTIONS.keys() | NULLABLE <= arguments
-    assert ARGUMENTS.keys() <= {argument for _, argument in arguments}
+    assert ARGUMENTS.keys() | TLB_ARGUMENTS.keys() <= {argument for _, argument in arguments}
+    assert RESULTS.keys() <= {function for function, _ in arguments}
     for enum in ENUMS:
         assert ffi.typeof(f"enum {enum}").relements
+    for struct, field in FIELDS:
+        assert field in dict(ffi.typeof(f"struct {struct}").fields)
 
 
 def test_lets_nothing_be_of_any_type() -> None:

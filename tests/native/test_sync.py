@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING
 import pytest
 
 from native import COUNTER_NAMES, ffi, lib
-from native.types import CpuId
+from native.types import CpuId, EventSeq
 from tests.support import VM0, BareMachine, wait_until
 
 if TYPE_CHECKING:
@@ -149,7 +149,7 @@ def test_event_ends_a_wait_that_python_tests(m: MachinePtr) -> None:
 def test_offline_cpu_neither_waits_nor_sends(m: MachinePtr) -> None:
     assert lib.cpu_power(m, FIRST) == lib.CPU_OFFLINE
     assert lib.cpu_halt(m, FIRST, 0) == lib.MACHINE_OFFLINE
-    assert lib.on_each_cpu(m, FIRST, lib.IPI_ACK_KICK, 0, 1) == lib.MACHINE_OFFLINE
+    assert lib.on_each_cpu(m, FIRST, lib.IPI_ACK_KICK, 0, lib.IPI_WAIT) == lib.MACHINE_OFFLINE
     lib.cpu_online(m, FIRST)
     assert lib.cpu_power(m, FIRST) == lib.CPU_RUNNING
 
@@ -161,10 +161,10 @@ def test_calls_to_halted_cpus_are_served_by_the_sender(m: MachinePtr) -> None:
     with running(m, lambda: idle(m, FIRST), lambda: idle(m, SECOND)):
         halted(m, FIRST)
         halted(m, SECOND)
-        assert lib.on_each_cpu(m, HOUSEKEEPER, lib.IPI_ACK_KICK, 0, 1) == 2
-        assert lib.smp_call_function_single(m, HOUSEKEEPER, SECOND, lib.IPI_ACK_KICK, 0, 1) == 1
+        assert lib.on_each_cpu(m, HOUSEKEEPER, lib.IPI_ACK_KICK, 0, lib.IPI_WAIT) == 2
+        assert lib.smp_call_function_single(m, HOUSEKEEPER, SECOND, lib.IPI_ACK_KICK, 0, lib.IPI_WAIT) == 1
         mask = ffi.new("uint64_t[]", [1 << FIRST])
-        assert lib.smp_call_function_many(m, HOUSEKEEPER, mask, lib.IPI_ACK_KICK, 0, 1) == 1
+        assert lib.smp_call_function_many(m, HOUSEKEEPER, mask, lib.IPI_ACK_KICK, 0, lib.IPI_WAIT) == 1
         assert counter(m, "csd_queued") == counter(m, "ipis_sent") == counter(m, "ipis_received") == 4
         assert counter(m, "calls_run") == counter(m, "calls_serviced") == 4
 
@@ -172,7 +172,7 @@ def test_calls_to_halted_cpus_are_served_by_the_sender(m: MachinePtr) -> None:
 def test_interrupts_off_delay_a_call(m: MachinePtr) -> None:
     lib.cpu_online(m, FIRST)
     lib.local_irq_disable(m, FIRST, b"the test")
-    assert lib.smp_call_function_single(m, HOUSEKEEPER, FIRST, lib.IPI_ACK_KICK, 0, 0) == 1
+    assert lib.smp_call_function_single(m, HOUSEKEEPER, FIRST, lib.IPI_ACK_KICK, 0, lib.IPI_NO_WAIT) == 1
     assert lib.ipi_drain(m, FIRST) == 0
     assert lib.cpu_attention(m, FIRST) == lib.ATTENTION_IPI
     lib.local_irq_enable(m, FIRST)
@@ -184,7 +184,9 @@ def test_a_dying_target_runs_the_calls_that_it_has(m: MachinePtr) -> None:
     """Its senders go on before it is offline: a VMCS, for instance, must be clear by then."""
     lib.cpu_online(m, FIRST)
     thread = Runner(
-        lambda: _equal(lib.smp_call_function_single(m, HOUSEKEEPER, FIRST, lib.IPI_ACK_KICK, 0, 1), 1)
+        lambda: _equal(
+            lib.smp_call_function_single(m, HOUSEKEEPER, FIRST, lib.IPI_ACK_KICK, 0, lib.IPI_WAIT), 1
+        )
     )
     halted(m, HOUSEKEEPER)
     lib.cpu_offline(m, FIRST)
@@ -201,11 +203,11 @@ def _equal(found: int, expected: int) -> None:
 
 WAITS: list[tuple[str, Callable[[MachinePtr], int]]] = [
     ("cpu_halt", lambda m: lib.cpu_halt(m, FIRST, 1)),
-    ("cpu_wait_event", lambda m: lib.cpu_wait_event(m, FIRST, 0, 1)),
-    ("on_each_cpu", lambda m: lib.on_each_cpu(m, FIRST, lib.IPI_ACK_KICK, 0, 0)),
+    ("cpu_wait_event", lambda m: lib.cpu_wait_event(m, FIRST, EventSeq(0), 1)),
+    ("on_each_cpu", lambda m: lib.on_each_cpu(m, FIRST, lib.IPI_ACK_KICK, 0, lib.IPI_NO_WAIT)),
     (
         "smp_call_function_single",
-        lambda m: lib.smp_call_function_single(m, FIRST, SECOND, lib.IPI_ACK_KICK, 0, 1),
+        lambda m: lib.smp_call_function_single(m, FIRST, SECOND, lib.IPI_ACK_KICK, 0, lib.IPI_WAIT),
     ),
     ("mmu_read_lock", lambda m: lib.mmu_read_lock(m, FIRST, VM0)),
     ("mmu_write_lock", lambda m: lib.mmu_write_lock(m, FIRST, VM0)),
@@ -293,7 +295,7 @@ def test_simultaneous_broadcasts_under_mmu_lock_contention(m: MachinePtr) -> Non
             if left[cpu] % 8 == 0:
                 lock, unlock = lib.mmu_write_lock, lib.mmu_write_unlock
             assert lock(m, cpu, VM0) == 0
-            assert lib.on_each_cpu(m, cpu, lib.IPI_ACK_KICK, 0, 1) >= 1
+            assert lib.on_each_cpu(m, cpu, lib.IPI_ACK_KICK, 0, lib.IPI_WAIT) >= 1
             unlock(m, cpu, VM0)
             left[cpu] -= 1
         lib.cpu_offline(m, cpu)

@@ -41,7 +41,7 @@ def unlinked(rig: Rig, *gfns: int) -> tuple[Hfn, TdpRemovalPtr]:
     parent, link = rig.link(0, 2)
     rig.set(parent, 2, 0, 0)
     removal = ffi.new("struct tdp_removal *")
-    assert lib.tdp_removal_begin(rig.m, CPU, VM0, removal, link, Level(2), Gfn(0), 1) == 0
+    assert lib.tdp_removal_begin(rig.m, CPU, VM0, removal, link, Level(2), Gfn(0), True) == 0
     return Hfn(link >> lib.SPTE_HFN_SHIFT & 0xFFFFFF), removal
 
 
@@ -88,7 +88,7 @@ def test_removal_of_a_table_that_was_freed_is_reported(rig: Rig) -> None:
     _, link = rig.link(0, 2)
     lib.ept_table_free(rig.m, CPU, Hfn(link >> lib.SPTE_HFN_SHIFT & 0xFFFFFF))
     removal = ffi.new("struct tdp_removal *")
-    assert lib.tdp_removal_begin(rig.m, CPU, VM0, removal, link, Level(2), Gfn(0), 1) == 0
+    assert lib.tdp_removal_begin(rig.m, CPU, VM0, removal, link, Level(2), Gfn(0), True) == 0
     assert removal.level == 0
     assert not lib.tdp_table_holds(rig.m, CPU, VM0, link, Level(2), Gfn(0))
     counts = ffi.new("uint64_t[]", lib.VIOLATIONS)
@@ -99,7 +99,7 @@ def test_removal_of_a_table_that_was_freed_is_reported(rig: Rig) -> None:
 def test_removal_of_a_leaf_is_misuse(rig: Rig) -> None:
     spte = map_page(rig, 0)
     removal = ffi.new("struct tdp_removal *")
-    assert lib.tdp_removal_begin(rig.m, CPU, VM0, removal, spte, Level(1), Gfn(0), 1) == lib.MACHINE_MISUSE
+    assert lib.tdp_removal_begin(rig.m, CPU, VM0, removal, spte, Level(1), Gfn(0), True) == lib.MACHINE_MISUSE
     assert "no table" in rig.error()
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import pytest
 
 from native import ffi, lib
+from native.types import ReportNumber
 from tests.native.memory_rig import (
     ACCESSED,
     CPU,
@@ -172,7 +173,7 @@ def test_walk_through_a_freed_table_is_reported(rig: Rig) -> None:
     chunk = rig.step(rig.chunk(lib.TDP_ZAP_LEAFS))
     assert (chunk.changed, chunk.done) == (0, 1)
     reports = ffi.new("struct violation_report[]", 4)
-    assert lib.oracle_reports(rig.m, 0, reports, 4) == 1
+    assert lib.oracle_reports(rig.m, ReportNumber(0), reports, 4) == 1
     assert reports[0].kinds == 1 << lib.VIOLATION_WALK_AFTER_FREE
     assert reports[0].hfn == table
 

@@ -8,6 +8,7 @@ from typing import Any
 import pytest
 
 from native import ffi, lib
+from native.types import AccessKind, Ep4ta, MappingKind, Pcid, Right, Vpid
 from tests.native.tlb_model import Kind
 from tests.native.tlb_pair import SERVER, UNBOUNDED, Geometry, Pair, native_tlb
 
@@ -202,18 +203,18 @@ def test_ghosts_name_the_flush_that_made_them(pair: Pair) -> None:
     fill(pair, 1)
     fill(pair, 2)
     lib.tlb_flush_begin(pair.native, 77)
-    lib.invept_single(pair.native, 3)
+    lib.invept_single(pair.native, Ep4ta(3))
     lib.tlb_flush_begin(pair.native, 78)
-    lib.invept_single(pair.native, 3)  # nothing was left
+    lib.invept_single(pair.native, Ep4ta(3))  # nothing was left
     e = ffi.new("struct tlb_entry *")
-    assert lib.tlb_lookup(pair.native, Kind.COMBINED, 1, e) == 2
+    assert lib.tlb_lookup(pair.native, MappingKind(Kind.COMBINED), 1, e) == 2
     assert (e.page, lib.tlb_ghost_flush(pair.native)) == (1, 77)
     lib.tlb_ghost_forget(pair.native)
-    assert lib.tlb_lookup(pair.native, Kind.COMBINED, 1, e) == 0
+    assert lib.tlb_lookup(pair.native, MappingKind(Kind.COMBINED), 1, e) == 0
     e.page = 2
     lib.tlb_insert(pair.native, e, 2)
     lib.invlpg(pair.native, 2)
-    assert lib.tlb_lookup(pair.native, Kind.COMBINED, 2, e) == 2
+    assert lib.tlb_lookup(pair.native, MappingKind(Kind.COMBINED), 2, e) == 2
     assert lib.tlb_ghost_flush(pair.native) == 0
 
 
@@ -224,27 +225,27 @@ def test_generations_wrap(geometry: Geometry) -> None:
     table, found = ffi.new("struct psc_entry *"), ffi.new("struct psc_entry *")
     old.kind = new.kind = table.kind = Kind.COMBINED
     old.page, new.page, table.level = 1, 2, 1
-    lib.tlb_switch(tlb, 1, 0, 3, 1)
+    lib.tlb_switch(tlb, Vpid(1), Pcid(0), Ep4ta(3), True)
     lib.tlb_insert(tlb, old, 1)
     lib.psc_insert(tlb, table)
     table.page = 1 << 18
     for _ in range(GENERATIONS):
         lib.tlb_insert(tlb, new, 2)
         lib.psc_insert(tlb, table)
-        lib.invvpid_single(tlb, 1)
+        lib.invvpid_single(tlb, Vpid(1))
     lib.tlb_insert(tlb, new, 2)
     hfn, right = ffi.new("uint32_t *"), ffi.new("uint32_t[]", 3)
-    assert lib.tlb_lookup(tlb, Kind.COMBINED, 1, old) != 1
-    assert lib.psc_lookup(tlb, Kind.COMBINED, 1, found) == 0
+    assert lib.tlb_lookup(tlb, MappingKind(Kind.COMBINED), 1, old) != 1
+    assert lib.psc_lookup(tlb, MappingKind(Kind.COMBINED), 1, found) == 0
     assert not lib.tlb_l1_probe(tlb, 1, hfn, right)
-    assert lib.tlb_lookup(tlb, Kind.COMBINED, 2, new) == 1
+    assert lib.tlb_lookup(tlb, MappingKind(Kind.COMBINED), 2, new) == 1
     assert lib.tlb_dump(tlb, ffi.new("struct tlb_entry[]", 1), 1) == 1
     lib.tlb_destroy(tlb)
 
 
 def other_vpids(tlb: Any, entry: Any, count: int) -> None:
     for vpid in range(1000, 1000 + count):
-        lib.tlb_switch(tlb, vpid, 0, 3, 1)
+        lib.tlb_switch(tlb, Vpid(vpid), Pcid(0), Ep4ta(3), True)
         lib.tlb_insert(tlb, entry, entry.page)
 
 
@@ -256,18 +257,18 @@ def test_recycled_contexts_inherit_nothing(geometry: Geometry) -> None:
     e.kind, e.vm = Kind.COMBINED, 1
     live, dead, other = 1, 2, 7
     for vpid in range(1, CONTEXTS + 50):
-        lib.tlb_switch(tlb, vpid, 0, 3, 1)
+        lib.tlb_switch(tlb, Vpid(vpid), Pcid(0), Ep4ta(3), True)
         for page in (live, dead):
-            assert lib.tlb_lookup(tlb, Kind.COMBINED, page, e) == 0, vpid
-            assert lib.psc_lookup(tlb, Kind.COMBINED, page, psc) == 0, vpid
+            assert lib.tlb_lookup(tlb, MappingKind(Kind.COMBINED), page, e) == 0, vpid
+            assert lib.psc_lookup(tlb, MappingKind(Kind.COMBINED), page, psc) == 0, vpid
             e.page, e.kind = page, Kind.COMBINED
             lib.tlb_insert(tlb, e, page)
         lib.invlpg(tlb, dead)
         psc.kind, psc.level, psc.page = Kind.COMBINED, 1, 0
         lib.psc_insert(tlb, psc)
     assert lib.tlb_contexts(tlb) < CONTEXTS
-    lib.tlb_switch(tlb, 1, 0, 3, 1)  # its slot has another entry by now
-    assert lib.tlb_lookup(tlb, Kind.COMBINED, live, e) == 0
+    lib.tlb_switch(tlb, Vpid(1), Pcid(0), Ep4ta(3), True)  # its slot has another entry by now
+    assert lib.tlb_lookup(tlb, MappingKind(Kind.COMBINED), live, e) == 0
     e.page = other
     other_vpids(tlb, e, 10)
     lib.invept_global(tlb)
@@ -278,12 +279,12 @@ def test_recycled_contexts_inherit_nothing(geometry: Geometry) -> None:
 def test_unlisted_contexts_are_recycled_before_live_ones() -> None:
     tlb, e = native_tlb(UNBOUNDED), ffi.new("struct tlb_entry *")
     e.kind, e.page = Kind.COMBINED, 1
-    lib.tlb_switch(tlb, 1, 0, 3, 1)
+    lib.tlb_switch(tlb, Vpid(1), Pcid(0), Ep4ta(3), True)
     lib.tlb_insert(tlb, e, 1)
     for vpid in range(2, 4 * CONTEXTS):
-        lib.tlb_switch(tlb, vpid, 0, 3, 1)  # fills nothing
-    lib.tlb_switch(tlb, 1, 0, 3, 1)
-    assert lib.tlb_lookup(tlb, Kind.COMBINED, 1, e) == 1
+        lib.tlb_switch(tlb, Vpid(vpid), Pcid(0), Ep4ta(3), True)  # fills nothing
+    lib.tlb_switch(tlb, Vpid(1), Pcid(0), Ep4ta(3), True)
+    assert lib.tlb_lookup(tlb, MappingKind(Kind.COMBINED), 1, e) == 1
     lib.tlb_destroy(tlb)
 
 
@@ -291,7 +292,7 @@ def test_dropped_counts_by_vm() -> None:
     tlb, e = native_tlb(UNBOUNDED), ffi.new("struct tlb_entry *")
     e.kind = Kind.COMBINED
     for vm in (1, 2):
-        lib.tlb_switch(tlb, vm, 0, 10 + vm, 1)
+        lib.tlb_switch(tlb, Vpid(vm), Pcid(0), Ep4ta(10 + vm), True)
         for page in range(5 * vm):
             e.page, e.vm = page, vm
             lib.tlb_insert(tlb, e, page)
@@ -313,20 +314,20 @@ def test_dropped_counts_by_vm() -> None:
 def right_of(pair: Pair, page: int) -> tuple[int, int]:
     """In the first level and in the second, for accesses of type 2."""
     assert lib.tlb_l1_probe(pair.native, page, pair.hfn, pair.right)
-    assert lib.tlb_lookup(pair.native, Kind.COMBINED, page, pair.entry) == 1
+    assert lib.tlb_lookup(pair.native, MappingKind(Kind.COMBINED), page, pair.entry) == 1
     return pair.right[2], pair.entry.right[2]
 
 
 def test_a_right_is_refreshed_in_both_levels(pair: Pair) -> None:
     fill(pair, 1)
-    lib.tlb_update_right(pair.native, Kind.COMBINED, 1, 2, 0x123)
+    lib.tlb_update_right(pair.native, MappingKind(Kind.COMBINED), 1, AccessKind(2), Right(0x123))
     assert right_of(pair, 1) == (0x123, 0x123)
 
 
 def test_a_right_to_one_frame_of_a_large_page_says_nothing_about_the_others(pair: Pair) -> None:
     fill(pair, 600, size=1)
     before = right_of(pair, 600)[1]
-    lib.tlb_update_right(pair.native, Kind.COMBINED, 600, 2, 0x123)
+    lib.tlb_update_right(pair.native, MappingKind(Kind.COMBINED), 600, AccessKind(2), Right(0x123))
     assert right_of(pair, 600) == (0x123, before)
     assert pair.lookup(700, physical=False, refill=True) == 1
     assert right_of(pair, 700) == (before, before)
@@ -336,10 +337,10 @@ def test_a_right_is_not_refreshed_in_another_translation_of_the_page(pair: Pair)
     fill(pair, 1)
     fill(pair, 1, is_global=True)  # the first level has this one, a look-up finds the other
     before = right_of(pair, 1)[0]
-    lib.tlb_update_right(pair.native, Kind.COMBINED, 1, 2, 0x123)
+    lib.tlb_update_right(pair.native, MappingKind(Kind.COMBINED), 1, AccessKind(2), Right(0x123))
     assert right_of(pair, 1) == (before, 0x123)
     pair.invalidate("mov_to_cr3", 0)
-    assert lib.tlb_lookup(pair.native, Kind.COMBINED, 1, pair.entry) == 1
+    assert lib.tlb_lookup(pair.native, MappingKind(Kind.COMBINED), 1, pair.entry) == 1
     assert pair.entry.right[2] == before
 
 
@@ -361,7 +362,7 @@ def test_contexts_do_not_share_one_set() -> None:
     tlb, e = native_tlb(SERVER), ffi.new("struct tlb_entry *")
     e.kind = Kind.COMBINED
     for vpid in range(1, 101):
-        lib.tlb_switch(tlb, vpid, 0, 3, 1)
+        lib.tlb_switch(tlb, Vpid(vpid), Pcid(0), Ep4ta(3), True)
         for page in range(12):
             e.page = page
             lib.tlb_insert(tlb, e, page)

@@ -7,7 +7,7 @@ from collections.abc import Iterator
 import pytest
 
 from native import ffi, lib
-from native.types import CpuId, Level, VcpuId, VmcsId, Vpid
+from native.types import AccessKind, CpuId, Gva, Level, VcpuId, VmcsId, Vpid
 from tests.native.hypervisor import READ, Hypervisor
 from tests.support import CPU0, CPU1, VM0
 
@@ -29,12 +29,14 @@ def entry(machine: Hypervisor, cpu: CpuId, vcpu: VcpuId) -> int:
     """VM entry without VMPTRLD, and one access that is cached or exits."""
     lib.local_irq_disable(machine.m, cpu, b"test")
     lib.vcpu_set_mode(machine.m, vcpu, lib.IN_GUEST_MODE)
-    return int(lib.guest_access(machine.m, cpu, vcpu, 0x5000, READ, machine.exit))
+    return int(lib.guest_access(machine.m, cpu, vcpu, Gva(0x5000), AccessKind(READ), machine.exit))
 
 
 def vmclear_by_ipi(machine: Hypervisor, target: CpuId, vmcs: VmcsId) -> None:
     m = machine.m
-    assert lib.smp_call_function_single(m, HOUSEKEEPING, target, lib.IPI_VMCS_CLEAR, vmcs, 0) == 1
+    assert (
+        lib.smp_call_function_single(m, HOUSEKEEPING, target, lib.IPI_VMCS_CLEAR, vmcs, lib.IPI_NO_WAIT) == 1
+    )
     assert lib.ipi_drain(m, target) == 1
 
 

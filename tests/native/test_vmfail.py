@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 
 from native import ffi, lib
-from native.types import Vpid
+from native.types import LinearPage, Vpid
 from tests.native.hypervisor import READ, Hypervisor
 from tests.support import CPU0
 
@@ -71,12 +71,17 @@ def test_invvpid() -> None:
         machine.access(CPU0, machine.vcpu(vm, 1), 0x5000, READ)
         before, why = cached(machine), lib.REASON_OTHER
         assert lib.flush_invvpid_single(m, CPU0, vm, Vpid(0), why) == lib.VMFAIL_INVALID_OPERAND
-        assert lib.flush_invvpid_address(m, CPU0, vm, Vpid(0), 5, why) == lib.VMFAIL_INVALID_OPERAND
-        assert lib.flush_invvpid_address(m, CPU0, vm, Vpid(1), beyond, why) == lib.VMFAIL_INVALID_OPERAND
+        assert (
+            lib.flush_invvpid_address(m, CPU0, vm, Vpid(0), LinearPage(5), why) == lib.VMFAIL_INVALID_OPERAND
+        )
+        assert (
+            lib.flush_invvpid_address(m, CPU0, vm, Vpid(1), LinearPage(beyond), why)
+            == lib.VMFAIL_INVALID_OPERAND
+        )
         assert cached(machine) == before > 0
         single, address = lib.SCOPE_INVVPID_SINGLE, lib.SCOPE_INVVPID_ADDRESS
         assert failures(machine) == [(single, 0), (address, 0), (address, beyond << 12)]
         for page in (last, (1 << 52) - 1, (1 << 52) - (1 << 35)):
-            assert lib.flush_invvpid_address(m, CPU0, vm, Vpid(1), page, why) == 0
+            assert lib.flush_invvpid_address(m, CPU0, vm, Vpid(1), LinearPage(page), why) == 0
         assert lib.flush_invvpid_single(m, CPU0, vm, Vpid(1), why) == 0
         assert len(failures(machine)) == 3

@@ -7,7 +7,7 @@ from collections.abc import Iterator
 import pytest
 
 from native import ffi, lib
-from native.types import Hfn, VcpuId, VmId, WordIndex
+from native.types import AccessKind, Gva, Hfn, VcpuId, VmId, WordIndex
 from tests.native.hypervisor import READ, WRITE, Hypervisor
 from tests.support import CPU0
 
@@ -54,7 +54,9 @@ class Guest:
     def faults(self, linear: int) -> bool:
         """Return whether the guest gets a page fault, which its OS cannot handle."""
         self.machine.enter(CPU0, self.vcpu)
-        reason = lib.guest_access(self.machine.m, CPU0, self.vcpu, linear, READ, self.machine.exit)
+        reason = lib.guest_access(
+            self.machine.m, CPU0, self.vcpu, Gva(linear), AccessKind(READ), self.machine.exit
+        )
         return reason == lib.EXIT_TRIPLE_FAULT
 
     def stored(self, gfn: int, linear: int) -> bool:

@@ -167,7 +167,7 @@ class Side(Hypervisor):
         old = lib.tdp_mmu_set_spte(
             self.m, CPU0, VM0, Hfn(tables[2]), SpteIndex(gfn >> 9 & 511), Level(2), Gfn(gfn), 0
         )
-        lib.tdp_removal_begin(self.m, CPU0, VM0, removal, old, Level(2), Gfn(gfn & ~511), 0)
+        lib.tdp_removal_begin(self.m, CPU0, VM0, removal, old, Level(2), Gfn(gfn & ~511), False)
         while removal.level:
             lib.tdp_removal_step(self.m, CPU0, VM0, removal, 512)
         if free:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 
 from native import ffi, lib
-from native.types import Gfn, Hfn, Level, SpteIndex, Vpid, WordIndex
+from native.types import AccessKind, Custody, Gfn, Gva, Hfn, HostWritable, Level, SpteIndex, Vpid, WordIndex
 from tests.native.hypervisor import EXECUTE
 from tests.native.shadow_guests import (
     LINEAR,
@@ -74,7 +74,7 @@ def test_error_codes() -> None:
         assert fault(machine, vcpu, 0x7000, READ) == expected
         lib.guest_skip(machine.m, vcpu)
         machine.enter(CPU0, vcpu)
-        ended = lib.guest_access(machine.m, CPU0, vcpu, 0x7000, READ, machine.exit)
+        ended = lib.guest_access(machine.m, CPU0, vcpu, Gva(0x7000), AccessKind(READ), machine.exit)
         assert ended == lib.EXIT_PREEMPTION_TIMER
 
 
@@ -118,7 +118,7 @@ def test_supervisor_pages_are_cached_for_the_os_alone() -> None:
         held = [page for _, _, _, page in machine.dump(CPU0) if page >= DIRECT_BASE]
         assert held
         machine.enter(CPU0, vcpu)
-        reason = lib.guest_access(machine.m, CPU0, vcpu, held[0] << 12, READ, machine.exit)
+        reason = lib.guest_access(machine.m, CPU0, vcpu, Gva(held[0] << 12), AccessKind(READ), machine.exit)
         assert reason == lib.EXIT_EXCEPTION
         assert machine.exit.error_code == lib.PFERR_USER | lib.PFERR_PRESENT
 
@@ -128,7 +128,7 @@ def test_a_supervisor_page_that_the_oracle_has_judged_stays_the_os_own() -> None
         vcpu = guest(machine)
         machine.execute(CPU0, vcpu, (MAP, LINEAR, 100))
         pml4 = machine.space[vcpu].cr3
-        assert lib.oracle_track_writes(machine.m, CPU0, VM0, Gfn(pml4), 1) == 0
+        assert lib.oracle_track_writes(machine.m, CPU0, VM0, Gfn(pml4), True) == 0
         before = machine.count(lib.COUNT_ORACLE_SLOW)
         machine.execute(CPU0, vcpu, (MAP, LINEAR, 101))
         assert machine.count(lib.COUNT_ORACLE_SLOW) > before
@@ -163,7 +163,9 @@ def test_two_megabyte_spte() -> None:
         sptes, tables = ffi.new("uint64_t[]", 6), ffi.new("uint32_t[]", 6)
         lib.tdp_mmu_get_walk(machine.m, machine.tree[machine.space[vcpu]], Level(4), Gfn(512), sptes, tables)
         custody = lib.frame_block_custody(machine.m, block)
-        spte = lib.make_shadow_spte(block, custody, Level(2), lib.SPTE_WRITABLE | lib.SPTE_USER, 1)
+        spte = lib.make_shadow_spte(
+            block, Custody(custody), Level(2), lib.SPTE_WRITABLE | lib.SPTE_USER, HostWritable(True)
+        )
         assert (
             lib.shadow_mmu_set_spte(
                 machine.m, CPU0, vm, Hfn(tables[2]), SpteIndex(1), Level(2), Gfn(512), spte
@@ -185,9 +187,9 @@ def test_the_processor_fetches_linear_mappings_ahead() -> None:
         assert lib.guest_set_program(machine.m, vcpu, ops, 1) == 0
         machine.enter(CPU0, vcpu)
         assert lib.guest_enter(machine.m, CPU0, vcpu, 10, machine.exit) == 0
-        assert lib.guest_speculate(machine.m, CPU0, 0x6000) == 0
-        assert lib.guest_speculate(machine.m, CPU0, 0x5000) == 1
-        assert lib.guest_speculate(machine.m, CPU0, 0x5000) == 0
+        assert lib.guest_speculate(machine.m, CPU0, Gva(0x6000)) == 0
+        assert lib.guest_speculate(machine.m, CPU0, Gva(0x5000)) == 1
+        assert lib.guest_speculate(machine.m, CPU0, Gva(0x5000)) == 0
         assert [page for *_, page in machine.dump(CPU0)] == [5]
         assert lib.guest_leave(machine.m, CPU0, lib.EXIT_MESSAGE) == lib.EXIT_MESSAGE
         assert machine.violations() == {}
@@ -251,7 +253,10 @@ def test_entry_without_a_root_is_misuse() -> None:
         vcpu = bare(machine)
         lib.vmcs_write_guest_cr3(machine.m, machine.vmcs[vcpu], Hfn(0), 0)
         machine.enter(CPU0, vcpu)
-        assert lib.guest_access(machine.m, CPU0, vcpu, 0, READ, machine.exit) == lib.MACHINE_MISUSE
+        assert (
+            lib.guest_access(machine.m, CPU0, vcpu, Gva(0), AccessKind(READ), machine.exit)
+            == lib.MACHINE_MISUSE
+        )
 
 
 def entry_of(machine: ShadowHypervisor, page: int) -> dict[str, object]:
@@ -320,7 +325,7 @@ def test_neither_path_trusts_what_the_oracle_must_judge(doubt: str, ways: int) -
         machine.access(CPU0, vcpu, 0x6000)
         machine.map_linear(CPU0, VM0, space, 5, Translation(gfn, True, True))
         if doubt == "tracked":
-            assert lib.oracle_track_writes(machine.m, CPU0, VM0, Gfn(5), 1) == 0
+            assert lib.oracle_track_writes(machine.m, CPU0, VM0, Gfn(5), True) == 0
         if doubt == "void custody":
             machine.free(CPU0, VM0, 5)
         before = machine.count(lib.COUNT_STALE_WALKS)

@@ -9,6 +9,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from native import ffi, lib
+from native.types import Ep4ta, Gfn, LinearPage, MappingKind, Pcid, Vpid
 from tests.native.tlb_model import Kind, ModelTlb, PscEntry, Tag, Translation
 
 FLUSH_HISTORY = 16  # as in tlb_internal.h: generations for which ghosts know their end
@@ -76,9 +77,9 @@ class Pair:
     def switch(self, kind: Kind, vpid: int, pcid: int, ep4ta: int) -> None:
         if kind == Kind.GUEST_PHYSICAL:
             pcid = 0
-            lib.tlb_switch_physical(self.native, vpid, ep4ta)
+            lib.tlb_switch_physical(self.native, Vpid(vpid), Ep4ta(ep4ta))
         else:
-            lib.tlb_switch(self.native, vpid, pcid, ep4ta, kind == Kind.COMBINED)
+            lib.tlb_switch(self.native, Vpid(vpid), Pcid(pcid), Ep4ta(ep4ta), kind == Kind.COMBINED)
         self.model.switch(kind, vpid, pcid, ep4ta)
 
     def insert(self, page: int, size: int, guest: int, is_global: bool, physical: bool) -> None:
@@ -118,7 +119,7 @@ class Pair:
             kind = self.model.kind
             result = lib.tlb_refill_l1(self.native, page, self.entry)
         else:
-            result = lib.tlb_lookup(self.native, kind, page, self.entry)
+            result = lib.tlb_lookup(self.native, MappingKind(kind), page, self.entry)
         hits = self.model.hits(kind, page)
         ghosts = self.model.ghosts_of(kind, page)
         if result == 1:
@@ -142,7 +143,7 @@ class Pair:
 
     def psc_lookup(self, page: int, physical: bool) -> None:
         kind = Kind.GUEST_PHYSICAL if physical and self.model.kind != Kind.LINEAR else self.model.kind
-        level = lib.psc_lookup(self.native, kind, page, self.psc_entry)
+        level = lib.psc_lookup(self.native, MappingKind(kind), page, self.psc_entry)
         if level:
             assert level == self.psc_entry.level
             assert psc(self.psc_entry) in self.model.psc.values()
@@ -175,12 +176,14 @@ class Pair:
         if self.model.kind == Kind.LINEAR:
             return
         with self.counting_drops():
-            lib.ept_violation_invalidate(self.native, gpa_page, linear_page or 0, linear_page is not None)
+            lib.ept_violation_invalidate(
+                self.native, Gfn(gpa_page), LinearPage(linear_page or 0), linear_page is not None
+            )
             self.model.ept_violation_invalidate(gpa_page, linear_page)
 
     def drop(self, page: int) -> None:
         with self.counting_drops():
-            lib.tlb_drop(self.native, self.model.kind, page)
+            lib.tlb_drop(self.native, MappingKind(self.model.kind), page)
             self.model.drop(self.model.kind, page)
 
     # -- everything

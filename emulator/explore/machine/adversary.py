@@ -25,7 +25,7 @@ from emulator.explore.machine.options import ExploreOptions
 from emulator.litmus.model import LitmusTest
 from emulator.litmus.syntax import GuestOp, Op
 from native import ffi, lib
-from native.types import CpuId, VcpuId, VmId
+from native.types import CpuId, EventKind, Gva, MappingKind, VcpuId, VmId
 
 if TYPE_CHECKING:
     from emulator.litmus.harness import Harness
@@ -174,7 +174,7 @@ class Adversary:
                 return True
         return False
 
-    def _kind(self, place: Place) -> int:
+    def _kind(self, place: Place) -> MappingKind:
         """Return the kind of the mappings that accesses to a page use."""
         if not self._ept:
             return lib.KIND_LINEAR
@@ -246,7 +246,8 @@ class Adversary:
                 evicted += lib.tlb_evict(t, i)
         if evicted:
             scope = lib.EVICT_PHYSICAL if vm < 0 else lib.EVICT_PAGE
-            lib.event_record(m, cpu, (vm + 1) << 16 | lib.EVENT_EVICT, page if vm >= 0 else evicted, scope)
+            kind = EventKind((vm + 1) << 16 | lib.EVENT_EVICT)
+            lib.event_record(m, cpu, kind, page if vm >= 0 else evicted, scope)
 
     def _fills(self, execution: Execution | None, place: Place) -> Callable[[], None]:
         pcpu, page = place.pcpu, place.page
@@ -277,7 +278,7 @@ class Adversary:
                 # Even a fill that fails reads tables, sets flags, and fills caches on the way.
                 execution.touch(walks, flags)
                 before = self.control.walks(pcpu)
-                self.control.machine.cpus[pcpu].check(lib.guest_speculate(m, pcpu, page << 12))
+                self.control.machine.cpus[pcpu].check(lib.guest_speculate(m, pcpu, Gva(page << 12)))
                 if self.control.walks(pcpu).updates != before.updates:
                     execution.touch(0, bit("ept"))
                 if self.is_large(pcpu, vm, page):

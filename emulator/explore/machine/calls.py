@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING
 from emulator.explore.machine.control import Control
 from emulator.machine.runtime import RELAX_MICROSECONDS, MachineMisuse
 from native import lib
-from native.types import CpuId, IpiFunction
+from native.types import CpuId, IpiFunction, IpiWait
 
 if TYPE_CHECKING:
     from native._native import U64, Chars, Lib, MachinePtr
@@ -23,10 +23,10 @@ class Calls(Lib):
     # --- calls ----------------------------------------------------------------------------------------------
 
     def smp_call_function_many(
-        self, m: MachinePtr, cpu: CpuId, mask: U64, function: IpiFunction, argument: int, wait: int
+        self, m: MachinePtr, cpu: CpuId, mask: U64, function: IpiFunction, argument: int, wait: IpiWait
     ) -> int:
         if self.control.execution is None:
-            return int(lib.smp_call_function_many(m, cpu, mask, function, argument, int(wait)))
+            return int(lib.smp_call_function_many(m, cpu, mask, function, argument, wait))
         targets = [
             target
             for target in map(CpuId, range(self.control.machine.pcpus))
@@ -38,22 +38,24 @@ class Calls(Lib):
         return self._sent(m, cpu, targets, sent, bool(wait))
 
     def smp_call_function_single(
-        self, m: MachinePtr, cpu: CpuId, target: CpuId, function: IpiFunction, argument: int, wait: int
+        self, m: MachinePtr, cpu: CpuId, target: CpuId, function: IpiFunction, argument: int, wait: IpiWait
     ) -> int:
         execution = self.control.execution
         if execution is None or target == cpu:
             if execution is not None:
                 execution.touch(0, self.control.bit("tlb", cpu))
-            return int(lib.smp_call_function_single(m, cpu, target, function, argument, int(wait)))
+            return int(lib.smp_call_function_single(m, cpu, target, function, argument, wait))
         self._wait_for_nodes(m, cpu, [target], "smp_call_function_single")
         later = lib.IPI_WAIT_LATER if wait else lib.IPI_NO_WAIT
         sent = lib.smp_call_function_single(m, cpu, target, function, argument, later)
         return self._sent(m, cpu, [target], sent, bool(wait))
 
-    def on_each_cpu(self, m: MachinePtr, cpu: CpuId, function: IpiFunction, argument: int, wait: int) -> int:
+    def on_each_cpu(
+        self, m: MachinePtr, cpu: CpuId, function: IpiFunction, argument: int, wait: IpiWait
+    ) -> int:
         execution = self.control.execution
         if execution is None:
-            return int(lib.on_each_cpu(m, cpu, function, argument, int(wait)))
+            return int(lib.on_each_cpu(m, cpu, function, argument, wait))
         targets = [target for target in map(CpuId, range(self.control.machine.pcpus)) if target != cpu]
         self._wait_for_nodes(m, cpu, targets, "on_each_cpu")
         later = lib.IPI_WAIT_LATER if wait else lib.IPI_NO_WAIT

@@ -8,7 +8,7 @@ from emulator.explore.engine.objects import bits
 from emulator.explore.engine.scheduler import Execution
 from emulator.explore.machine.control import Control
 from native import lib
-from native.types import CpuId, Hva, VcpuId, VmId
+from native.types import CpuId, Hva, SignalSlot, VcpuId, VmId
 
 if TYPE_CHECKING:
     from native._native import Array, GuestOp, Lib, MachinePtr, MmPagePtr, VcpuExitPtr
@@ -120,7 +120,7 @@ class GuestMode(Lib):
             ("guest waits", slot, "read"),
             self.control.bit("progress", slot) | self.control.bit("irq", cpu),
             0,
-            lambda: lib.signal_get(m, slot) >= value or bool(lib.cpu_attention(m, cpu)),
+            lambda: lib.signal_get(m, SignalSlot(slot)) >= value or bool(lib.cpu_attention(m, cpu)),
             f"{value} operations of thread {slot}",
         )
 
@@ -144,7 +144,7 @@ class GuestMode(Lib):
             control.execution.step(("copy", "all pages", "read"), reads, 0)
         return int(lib.mm_image_copy_all(m, vm))
 
-    def mm_fault(self, m: MachinePtr, cpu: CpuId, vm: VmId, hva: Hva, write: int, page: MmPagePtr) -> int:
+    def mm_fault(self, m: MachinePtr, cpu: CpuId, vm: VmId, hva: Hva, write: bool, page: MmPagePtr) -> int:
         control = self.control
         execution = control.execution
         if execution is not None:

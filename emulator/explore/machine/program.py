@@ -33,7 +33,7 @@ from emulator.machine.runtime import Cpu, Machine, OutOfMemory
 from emulator.policy import Policy
 from emulator.policy.user import source_of
 from native import lib
-from native.types import CpuId
+from native.types import CpuId, SignalSlot
 
 DEADLOCK = "deadlock"
 
@@ -63,7 +63,7 @@ class ExploredHarness(Harness):
             ("progress", name, "read"),
             control.bit("progress", thread),
             0,
-            lambda: lib.signal_get(m, thread) >= n,
+            lambda: lib.signal_get(m, SignalSlot(thread)) >= n,
             f"operation {n} of {name}",
         )
 

@@ -19,7 +19,7 @@ from emulator.litmus.ops import GuestOp, Op
 from emulator.litmus.thread import LitmusThread
 from emulator.report.violation import MAPPINGS, SIZES
 from native import EXIT_REASONS, ffi, lib
-from native.types import CpuId, VcpuId
+from native.types import CpuId, SignalSlot, VcpuId
 
 if TYPE_CHECKING:
     from native._native import MachinePtr, TlbEntry
@@ -134,7 +134,7 @@ class Observer:
         return found
 
     def _progress_of(self, thread: _Thread) -> int:
-        return int(lib.signal_get(self.m, thread.number))
+        return int(lib.signal_get(self.m, SignalSlot(thread.number)))
 
     def _position_of(self, thread: _Thread) -> int:
         """Return the guest's position in its program: a number that differs once it has gone on."""

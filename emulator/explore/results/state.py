@@ -16,7 +16,7 @@ from emulator.explore.strategies.sampling import Replay
 from emulator.kvm.kvm_host import VCPU_MODES
 from emulator.litmus.ops import Op
 from native import ffi, lib
-from native.types import NO_FRAME, CpuId, Gfn, VmId
+from native.types import NO_FRAME, CpuId, Gfn, SignalSlot, VmId
 
 # Bits of oracle_right().
 _READABLE, _WRITABLE, _READ_REVOKED, _WRITE_REVOKED = 1, 2, 4, 8
@@ -83,7 +83,7 @@ def _idle(task: Task, enabled: int) -> bool:
 def _task(program: LitmusProgram, task: Task, enabled: int) -> dict[str, Any]:
     names = program.names()
     thread = program.harness.threads.get(task.name)
-    progress = 0 if thread is None else int(lib.signal_get(program.machine.m, thread.number))
+    progress = 0 if thread is None else int(lib.signal_get(program.machine.m, SignalSlot(thread.number)))
     ops = () if thread is None else thread.section.ops
     op = {"n": progress + 1, "of": len(ops), "text": ops[progress]} if progress < len(ops) else None
     able = bool(enabled >> task.index & 1)

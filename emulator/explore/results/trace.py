@@ -24,6 +24,7 @@ from emulator.litmus.ops import OpError, parse_op
 from emulator.litmus.verdict import proven
 from emulator.policy import Policy
 from native import lib
+from native.types import SignalSlot
 
 # A goal besides the dangers' names: an execution that meets the test's precondition.
 NEEDS: Final = "needs"
@@ -58,7 +59,7 @@ def goal_of(test: LitmusTest, text: str) -> Goal:
     number = _operation(test, name, rest)
     what = f"{name}: {test.threads[name].ops[number - 1]} (operation {number})"
     thread = tuple(test.threads).index(name)
-    return Goal(what, lambda program, n: int(lib.signal_get(program.machine.m, thread)) >= number)
+    return Goal(what, lambda program, n: int(lib.signal_get(program.machine.m, SignalSlot(thread))) >= number)
 
 
 def _operation(test: LitmusTest, name: str, text: str) -> int:

@@ -8,7 +8,7 @@ from emulator.kvm.kvm_host import KVM_MAX_HUGEPAGE_LEVEL, PG_LEVEL_4K
 from emulator.kvm.mmu.spte import PfnAndRights, is_writable_pte
 from emulator.kvm.structs import KvmMemorySlot
 from native import lib
-from native.types import NO_FRAME, Gfn, Hfn
+from native.types import NO_FRAME, Custody, Gfn, Hfn, HostWritable, InvalidateSeq
 
 # enum { RET_PF_... } of mmu_internal.h
 RET_PF_CONTINUE: Final = 0
@@ -69,8 +69,8 @@ class KvmPageFault:
         self.present = present
         self.rsvd = bool(error_code & lib.PFERR_RSVD)
         self.slot: KvmMemorySlot | None = None
-        self.mmu_seq = 0
-        self.pfn = PfnAndRights(_NO_FRAME, 0, host_writable=False)
+        self.mmu_seq = InvalidateSeq(0)
+        self.pfn = PfnAndRights(_NO_FRAME, Custody(0), host_writable=HostWritable(False))
         self.goal_level = PG_LEVEL_4K
         self.around_gfn = Gfn(0)
         self.around_n = 0

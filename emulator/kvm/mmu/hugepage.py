@@ -7,7 +7,7 @@ from emulator.kvm.mmu.fault import KvmPageFault
 from emulator.kvm.structs import Kvm, KvmMemorySlot
 from emulator.machine.runtime import Cpu
 from native import lib
-from native.types import Gfn, Hfn, Level
+from native.types import Custody, Gfn, Hfn, Level
 
 
 def kvm_mmu_hugepage_adjust(cpu: Cpu, kvm: Kvm, fault: KvmPageFault) -> None:
@@ -64,11 +64,13 @@ def _level_allowed(slot: KvmMemorySlot, gfn: Gfn, level: Level) -> bool:
     )
 
 
-def huge_custody(cpu: Cpu, kvm: Kvm, slot: KvmMemorySlot, gfn: Gfn, pfn: Hfn, custody: int) -> int | None:
+def huge_custody(
+    cpu: Cpu, kvm: Kvm, slot: KvmMemorySlot, gfn: Gfn, pfn: Hfn, custody: Custody
+) -> Custody | None:
     """Return the custody of a huge SPTE, given `pfn` and the custody under which it was found.
 
     Return None if the host maps gfn to another frame.  This happens after another bug only; the kernel
     asserts that gfn and pfn agree.
     """
     found = lib.mm_huge_custody(cpu.m, kvm.id, slot.gfn_to_hva(gfn), pfn, custody)
-    return None if found < 0 else int(found)
+    return None if found < 0 else Custody(found)

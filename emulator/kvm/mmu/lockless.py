@@ -24,7 +24,7 @@ from emulator.kvm.structs import Kvm, Vcpu, tdp_mmu_enabled
 from emulator.kvm.virt.requests import set_mode
 from emulator.machine.runtime import Cpu, rcu_enter, rcu_leave, smp_mb
 from native import ffi, lib
-from native.types import Gfn
+from native.types import Gfn, LinearPage
 
 # Names the place where interrupts were disabled; allocated once, because the core keeps the pointer.
 _WALK: Final = ffi.new("char[]", b"walk_shadow_page_lockless_begin")
@@ -103,7 +103,7 @@ def for_each_shadow_entry_lockless(cpu: Cpu, vcpu: Vcpu, addr: int) -> Iterator[
     while True:
         table = spte_to_child_pt(link)
         cpu.point("sptes", (table, page), "read")
-        spte = int(lib.mmu_spte_get_lockless(cpu.m, cpu.id, vcpu.kvm.id, link, level, page))
+        spte = int(lib.mmu_spte_get_lockless(cpu.m, cpu.id, vcpu.kvm.id, link, level, LinearPage(page)))
         yield Entry(spte, table, level, Gfn(page & -kvm_pages_per_hpage(level)))
         if not is_shadow_present_pte(spte) or is_last_spte(spte, level):
             return

@@ -56,7 +56,7 @@ from emulator.kvm.virt.requests import (
 )
 from emulator.machine.runtime import Cpu
 from native import lib
-from native.types import FlushReason, Gfn, Level
+from native.types import NO_TICKET, FlushReason, Gfn, Level
 
 # --- zaps ---------------------------------------------------------------------------------------------------
 
@@ -149,7 +149,7 @@ def kvm_zap_gfn_range(cpu: Cpu, kvm: Kvm, gfn_start: Gfn, gfn_end: Gfn) -> None:
         if flush:
             kvm_flush_remote_tlbs_range(cpu, kvm, gfn_start, gfn_end - gfn_start, reason)
         # Revoke before in_progress ends: no fault may have installed anything until then, later ones may.
-        lib.oracle_revoke(cpu.m, cpu.id, kvm.id, gfn_start, gfn_end, lib.PROMISE_ZAP_RANGE, 0)
+        lib.oracle_revoke(cpu.m, cpu.id, kvm.id, gfn_start, gfn_end, lib.PROMISE_ZAP_RANGE, NO_TICKET)
         cpu.point("mmu_invalidate_seq", kvm.id, "write")
         lib.mmu_invalidate_end(cpu.m, kvm.id)
 

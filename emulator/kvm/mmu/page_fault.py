@@ -46,6 +46,7 @@ from emulator.kvm.virt.requests import kvm_test_request
 from emulator.kvm.virt.slots import gfn_to_memslot, mark_page_dirty_in_slot
 from emulator.machine.runtime import FAULT_AROUND_MAX, Cpu, OutOfFrames
 from native import lib
+from native.types import Custody, HostWritable
 
 # How often fast_page_fault() tries to replace an SPTE that keeps changing.
 _FAST_TRIES: Final = 5
@@ -210,7 +211,7 @@ def kvm_handle_noslot_fault(fault: KvmPageFault) -> int:
     """kvm_handle_noslot_fault(): let user space emulate the access; without EPT by way of an MMIO SPTE."""
     if fault.is_tdp:
         return RET_PF_EMULATE
-    fault.pfn = PfnAndRights(KVM_PFN_NOSLOT, 0, host_writable=False)
+    fault.pfn = PfnAndRights(KVM_PFN_NOSLOT, Custody(0), host_writable=HostWritable(False))
     return RET_PF_CONTINUE
 
 
@@ -228,7 +229,7 @@ def __kvm_mmu_faultin_pfn(cpu: Cpu, kvm: Kvm, fault: KvmPageFault, slot: KvmMemo
     if rc == lib.MACHINE_NOMEM:
         return ENOMEM
     cpu.check(rc)
-    fault.pfn = PfnAndRights(page.hfn, page.tag, bool(page.writable))
+    fault.pfn = PfnAndRights(page.hfn, page.tag, HostWritable(bool(page.writable)))
     around = min(kvm.params.fault_around, FAULT_AROUND_MAX)
     # No neighbours under dirty logging: they would become writable without being marked.
     if fault.is_tdp and around > 1 and page.level == PG_LEVEL_4K and not slot.dirty_track_enabled():
@@ -241,7 +242,7 @@ def __kvm_mmu_faultin_pfn(cpu: Cpu, kvm: Kvm, fault: KvmPageFault, slot: KvmMemo
                 kvm.id,
                 slot.gfn_to_hva(fault.around_gfn),
                 fault.around_n,
-                1,
+                True,
                 cpu.hfns,
                 cpu.tags,
                 cpu.writable,

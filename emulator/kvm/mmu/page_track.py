@@ -96,12 +96,12 @@ def account_shadowed(cpu: Cpu, kvm: Kvm, sp: ShadowPage) -> None:
 
 def stores_exit(cpu: Cpu, kvm: Kvm, gfn: Gfn) -> None:
     """Record KVM's promise to itself: from here on each store of the guest to the table in gfn exits."""
-    cpu.check(lib.oracle_track_writes(cpu.m, cpu.id, kvm.id, gfn, 1))
+    cpu.check(lib.oracle_track_writes(cpu.m, cpu.id, kvm.id, gfn, True))
 
 
 def stores_need_not_exit(cpu: Cpu, kvm: Kvm, gfn: Gfn) -> None:
     """Take the promise back, before an SPTE may become writable."""
-    cpu.check(lib.oracle_track_writes(cpu.m, cpu.id, kvm.id, gfn, 0))
+    cpu.check(lib.oracle_track_writes(cpu.m, cpu.id, kvm.id, gfn, False))
 
 
 def unaccount_shadowed(cpu: Cpu, kvm: Kvm, sp: ShadowPage) -> None:

@@ -65,7 +65,7 @@ from emulator.kvm.virt.requests import kvm_flush_remote_tlbs_range, kvm_make_req
 from emulator.kvm.virt.slots import gfn_to_memslot
 from emulator.machine.runtime import Cpu, OutOfFrames
 from native import lib
-from native.types import Gfn, SpteIndex
+from native.types import Gfn, Gva, SpteIndex
 
 
 def validate_direct_spte(cpu: Cpu, kvm: Kvm, sptep: Sptep, direct_access: int) -> None:
@@ -180,7 +180,7 @@ def paging_page_fault(cpu: Cpu, vcpu: Vcpu, fault: KvmPageFault) -> int:
     kvm, w = vcpu.kvm, pagewalk_of(vcpu.mmu)
     walker = walk_addr(cpu, vcpu, w, fault.addr, fault.error_code & ~PFERR_RSVD_MASK)
     if walker.error_code is not None:
-        lib.guest_inject_page_fault(cpu.m, vcpu.id, fault.addr, walker.error_code)
+        lib.guest_inject_page_fault(cpu.m, vcpu.id, Gva(fault.addr), walker.error_code)
         return RET_PF_INJECTED
     fault.gfn = walker.gfn
     fault.max_level = walker.level

@@ -55,7 +55,7 @@ from emulator.kvm.virt.requests import kvm_flush_remote_tlbs_range
 from emulator.kvm.virt.slots import gfn_to_memslot, mark_page_dirty_in_slot
 from emulator.machine.runtime import Cpu, OutOfFrames
 from native import lib
-from native.types import NO_FRAME, Gfn, Hfn, SpteIndex, span
+from native.types import NO_FRAME, Custody, Gfn, Hfn, HostWritable, SpteIndex, span
 
 
 def make_shadow_spte(
@@ -185,14 +185,15 @@ def kvm_prefetch_pages(
     cpu.point("mm", (kvm.id, gfn), "read")
     cpu.check(
         lib.mm_fault_range(
-            cpu.m, cpu.id, kvm.id, slot.gfn_to_hva(gfn), nr_pages, 0, cpu.hfns, cpu.tags, cpu.writable
+            cpu.m, cpu.id, kvm.id, slot.gfn_to_hva(gfn), nr_pages, False, cpu.hfns, cpu.tags, cpu.writable
         )
     )
     found = []
     for i in range(nr_pages):
         if cpu.hfns[i] == NO_FRAME or not cpu.writable[i]:
             break
-        found.append(PfnAndRights(Hfn(cpu.hfns[i]), cpu.tags[i], host_writable=True))
+        custody = Custody(cpu.tags[i])
+        found.append(PfnAndRights(Hfn(cpu.hfns[i]), custody, host_writable=HostWritable(True)))
     return found
 
 

@@ -25,7 +25,7 @@ from emulator.kvm.mmu.spte import (
 from emulator.kvm.structs import Kvm
 from emulator.machine.runtime import Cpu, MachineMisuse
 from native import ffi, lib
-from native.types import NO_GFN, Gfn, Hfn, Level, SpteIndex
+from native.types import NO_GFN, Custody, Gfn, Hfn, HostWritable, Level, SpteIndex
 
 PT_ACCESSED_MASK: Final[int] = lib.SPTE_ACCESSED
 PT_DIRTY_MASK: Final[int] = lib.SPTE_DIRTY
@@ -67,8 +67,9 @@ def is_accessed_spte(spte: int) -> bool:
 
 def spte_rights(spte: int) -> PfnAndRights:
     """Return the frame of a leaf, with the custody and the host's permission under which it was installed."""
-    custody = (spte >> _CUSTODY_SHIFT) & _CUSTODY_MASK
-    return PfnAndRights(spte_to_child_pt(spte), custody, bool(spte & SHADOW_HOST_WRITABLE_MASK))
+    custody = Custody((spte >> _CUSTODY_SHIFT) & _CUSTODY_MASK)
+    host_writable = HostWritable(bool(spte & SHADOW_HOST_WRITABLE_MASK))
+    return PfnAndRights(spte_to_child_pt(spte), custody, host_writable)
 
 
 def _store(cpu: Cpu, kvm: Kvm, sptep: Sptep, gfn: Gfn, new_spte: int) -> int:

@@ -11,7 +11,7 @@ from emulator.kvm.structs import Kvm, KvmMemorySlot
 from emulator.kvm.virt.slots import mark_page_dirty_in_slot
 from emulator.machine.runtime import Cpu
 from native import lib
-from native.types import Gfn, Hfn, Level
+from native.types import Custody, Gfn, Hfn, HostWritable, Level
 
 PT_WRITABLE_MASK: Final[int] = lib.SPTE_WRITABLE
 PT_PAGE_SIZE_MASK: Final[int] = lib.SPTE_PAGE_SIZE
@@ -93,8 +93,8 @@ class PfnAndRights:
     """The result of faultin: the frame, the custody tag under which it was taken, the host's permission."""
 
     pfn: Hfn
-    custody: int
-    host_writable: bool
+    custody: Custody
+    host_writable: HostWritable
 
 
 def make_spte(cpu: Cpu, slot: KvmMemorySlot, gfn: Gfn, level: Level, pfn: PfnAndRights) -> int:

@@ -40,7 +40,7 @@ from emulator.kvm.structs import Kvm, KvmMemorySlot
 from emulator.kvm.virt.requests import kvm_flush_remote_tlbs_memslot
 from emulator.machine.runtime import READ, WRITE, Cpu, OutOfFrames, rcu_enter, rcu_leave, rcu_read_lock
 from native import lib
-from native.types import Gfn, Hfn, Level, SpteIndex, span
+from native.types import Custody, Gfn, Hfn, Level, SpteIndex, span
 
 _HFN_SHIFT = lib.SPTE_HFN_SHIFT
 
@@ -230,7 +230,7 @@ def tdp_mmu_make_huge_spte(cpu: Cpu, kvm: Kvm, slot: KvmMemorySlot, parent: Entr
     first = spte_to_child_pt(small_spte) - index
     if first & (pages - 1):
         return None
-    custody = (small_spte >> lib.SPTE_CUSTODY_SHIFT) & lib.FRAME_TAG_MASK
+    custody = Custody(small_spte >> lib.SPTE_CUSTODY_SHIFT & lib.FRAME_TAG_MASK)
     of_block = huge_custody(cpu, kvm, slot, parent.gfn + index, Hfn(first + index), custody)
     if of_block is None:
         return None

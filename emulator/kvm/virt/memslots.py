@@ -23,7 +23,7 @@ from emulator.kvm.structs import Kvm, KvmMemorySlot, KvmMemslots, tdp_enabled
 from emulator.kvm.virt.requests import kvm_vcpu_kick
 from emulator.machine.runtime import Cpu, wait_until
 from native import lib
-from native.types import Gfn, Hva
+from native.types import NO_TICKET, Gfn, Hva
 
 CREATE, DELETE, MOVE, FLAGS_ONLY = "create", "delete", "move", "flags-only"
 
@@ -99,7 +99,7 @@ def _revoke(cpu: Cpu, kvm: Kvm, slot: KvmMemorySlot) -> None:
 
 def _revoke_range(cpu: Cpu, kvm: Kvm, start: Gfn, end: Gfn) -> None:
     if start < end:
-        lib.oracle_revoke(cpu.m, cpu.id, kvm.id, start, end, lib.PROMISE_MEMSLOT, 0)
+        lib.oracle_revoke(cpu.m, cpu.id, kvm.id, start, end, lib.PROMISE_MEMSLOT, NO_TICKET)
 
 
 def kvm_prepare_memory_region(kvm: Kvm, old: KvmMemorySlot | None, new: KvmMemorySlot, change: str) -> None:

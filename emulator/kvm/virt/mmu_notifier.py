@@ -15,7 +15,7 @@ from emulator.kvm.structs import Kvm, KvmMemorySlot
 from emulator.kvm.virt.requests import kvm_flush_remote_tlbs
 from emulator.machine.runtime import Cpu, wake
 from native import lib
-from native.types import CpuId, Gfn, Hva, PromiseKind
+from native.types import NO_TICKET, CpuId, Gfn, Hva, PromiseKind
 
 GfnRange = tuple[KvmMemorySlot, Gfn, Gfn]
 
@@ -52,7 +52,7 @@ def kvm_mmu_notifier_invalidate_range_start(
         if ranges:
             kvm_handle_hva_range(cpu, kvm, ranges)
         for _, gfn_start, gfn_end in ranges:
-            lib.oracle_revoke(cpu.m, cpu.id, kvm.id, gfn_start, gfn_end, promise, 0)
+            lib.oracle_revoke(cpu.m, cpu.id, kvm.id, gfn_start, gfn_end, promise, NO_TICKET)
     finally:
         lib.srcu_read_unlock(cpu.m, cpu.id, kvm.id, index)
 

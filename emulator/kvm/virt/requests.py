@@ -112,9 +112,9 @@ def kvm_kick_many_cpus(cpu: Cpu, kvm: Kvm, wait: bool) -> bool:
 
     The called function is empty: the interrupt itself ends guest mode, and the acknowledgement proves it.
     """
-    wait = wait and kvm.policy.kick_wait(cpu, kvm) == "wait"
+    waits = lib.IPI_WAIT if wait and kvm.policy.kick_wait(cpu, kvm) == "wait" else lib.IPI_NO_WAIT
     cpu.point("call_queue", kvm.id, "write")
-    cpu.check(lib.smp_call_function_many(cpu.m, cpu.id, cpu.kick_mask, lib.IPI_ACK_KICK, kvm.id << 32, wait))
+    cpu.check(lib.smp_call_function_many(cpu.m, cpu.id, cpu.kick_mask, lib.IPI_ACK_KICK, kvm.id << 32, waits))
     return True
 
 
@@ -126,7 +126,10 @@ def kvm_vcpu_kick(cpu: Cpu, vcpu: Vcpu) -> None:
     cpu.point("vcpu->cpu", vcpu.id, "read")
     target = CpuId(lib.vcpu_cpu(cpu.m, vcpu.id))
     if target not in (cpu.id, -1):
-        cpu.check(lib.smp_call_function_single(cpu.m, cpu.id, target, lib.IPI_ACK_KICK, vcpu.kvm.id << 32, 0))
+        argument = vcpu.kvm.id << 32
+        cpu.check(
+            lib.smp_call_function_single(cpu.m, cpu.id, target, lib.IPI_ACK_KICK, argument, lib.IPI_NO_WAIT)
+        )
 
 
 def kvm_flush_remote_tlbs(cpu: Cpu, kvm: Kvm, reason: FlushReason) -> None:

@@ -21,7 +21,7 @@ def alloc_loaded_vmcs(cpu: Cpu, vcpu: VcpuId, vpid: Vpid, *, ept: bool) -> Loade
     """alloc_loaded_vmcs(): make a VMCS with the vCPU's VPID (0: none) and the control "enable EPT"."""
     vmcs = VmcsId(cpu.check(lib.vmcs_create(cpu.m, vcpu, vpid)))
     if not ept:
-        lib.vmcs_enable_ept(cpu.m, vmcs, 0)
+        lib.vmcs_enable_ept(cpu.m, vmcs, False)
     return LoadedVmcs(vmcs)
 
 
@@ -49,5 +49,7 @@ def loaded_vmcs_clear(cpu: Cpu, vm: VmId, loaded_vmcs: LoadedVmcs) -> None:
     target = loaded_vmcs.cpu
     if target != -1:
         argument = vm << 32 | loaded_vmcs.vmcs
-        cpu.check(lib.smp_call_function_single(cpu.m, cpu.id, target, lib.IPI_VMCS_CLEAR, argument, 1))
+        cpu.check(
+            lib.smp_call_function_single(cpu.m, cpu.id, target, lib.IPI_VMCS_CLEAR, argument, lib.IPI_WAIT)
+        )
     loaded_vmcs.cpu = CpuId(-1)

@@ -7,7 +7,7 @@ from typing import Final
 from emulator.kvm.structs import Kvm
 from emulator.machine.runtime import Cpu
 from native import lib
-from native.types import FlushReason, Vpid
+from native.types import FlushReason, LinearPage, Vpid
 
 VMX_EPT_EXTENT_CONTEXT: Final = 1
 VMX_VPID_EXTENT_INDIVIDUAL_ADDR: Final = 0
@@ -29,7 +29,7 @@ def invvpid_single_context(cpu: Cpu, kvm: Kvm, vpid: Vpid, reason: FlushReason) 
 
 def invvpid_individual_addr(cpu: Cpu, kvm: Kvm, vpid: Vpid, gva: int, reason: FlushReason) -> None:
     """Execute INVVPID individual-address, as __invvpid() does."""
-    if lib.flush_invvpid_address(cpu.m, cpu.id, kvm.id, vpid, gva >> 12, reason):
+    if lib.flush_invvpid_address(cpu.m, cpu.id, kvm.id, vpid, LinearPage(gva >> 12), reason):
         invvpid_error(VMX_VPID_EXTENT_INDIVIDUAL_ADDR, vpid, gva)
 
 

@@ -32,6 +32,7 @@ from emulator.policy.instructions import (
     linked_roots,
 )
 from emulator.policy.state import Bitmap, per_root
+from native.types import FlushReason
 
 if TYPE_CHECKING:
     from emulator.kvm.decisions import Migration

@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING
 from emulator.policy import Policy
 from emulator.policy.instructions import cond_resched, flush_remote, free_table
 from emulator.policy.state import OwnList, per_vm
+from native.types import FlushReason, Hfn
 
 if TYPE_CHECKING:
     from emulator.kvm.decisions import Zap

@@ -34,6 +34,7 @@ from emulator.policy.instructions import (
     linked_roots,
 )
 from emulator.policy.state import Generation, PerCpu, Private, per_root, per_vcpu
+from native.types import FlushReason
 
 if TYPE_CHECKING:
     from emulator.kvm.decisions import Migration, RemoteFlush, RootLoad

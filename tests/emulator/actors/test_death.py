@@ -240,7 +240,7 @@ def broadcast_for_ever(actor: Doer) -> None:
     cpu = actor.cpu
     # A broadcast that finds no pCPU has nothing to wait for and does not see the stop.
     while not actor.crew.machine.stopping:
-        cpu.check(lib.on_each_cpu(cpu.m, cpu.id, lib.IPI_ACK_KICK, 0, 1))
+        cpu.check(lib.on_each_cpu(cpu.m, cpu.id, lib.IPI_ACK_KICK, 0, lib.IPI_WAIT))
 
 
 @pytest.mark.parametrize("victim", ["sender", "target"])

@@ -172,7 +172,9 @@ def test_a_waiting_cpu_serves_calls(crew: Crew) -> None:
 
     def broadcast(actor: Echo) -> int:
         cpu = actor.cpu
-        return sum(cpu.check(lib.on_each_cpu(cpu.m, cpu.id, lib.IPI_ACK_KICK, 0, 1)) for _ in range(100))
+        return sum(
+            cpu.check(lib.on_each_cpu(cpu.m, cpu.id, lib.IPI_ACK_KICK, 0, lib.IPI_WAIT)) for _ in range(100)
+        )
 
     wait_until(lambda: all(lib.cpu_power(machine.m, i) == lib.CPU_HALTED for i in (CPU0, CPU1)), "pCPUs halt")
     assert sender.ask(broadcast, timeout=10) == 200

@@ -78,7 +78,9 @@ def test_a_cpu_that_burns_time_with_interrupts_off(crew: Crew) -> None:
     bad.tell(spin)
     assert started.wait(5)
     doer(crew, 0).tell(
-        lambda actor: actor.cpu.check(lib.on_each_cpu(actor.cpu.m, actor.cpu.id, lib.IPI_ACK_KICK, 0, 1))
+        lambda actor: actor.cpu.check(
+            lib.on_each_cpu(actor.cpu.m, actor.cpu.id, lib.IPI_ACK_KICK, 0, lib.IPI_WAIT)
+        )
     )
     (stall,) = watch(crew)
     assert (stall.kind, stall.who, stall.cpu) == ("ipi-stall", "pcpu0", 0)
@@ -133,7 +135,7 @@ def test_busy_actors_are_no_stall(crew: Crew) -> None:
 
     def broadcast(actor: MachineActor) -> None:
         while not actor.crew.machine.stopping:
-            actor.cpu.check(lib.on_each_cpu(actor.cpu.m, actor.cpu.id, lib.IPI_ACK_KICK, 0, 1))
+            actor.cpu.check(lib.on_each_cpu(actor.cpu.m, actor.cpu.id, lib.IPI_ACK_KICK, 0, lib.IPI_WAIT))
 
     for number in range(2):
         doer(crew, number).tell(broadcast)

@@ -17,9 +17,12 @@ from emulator.litmus.policies import named_policy
 from emulator.points import POINTS
 from native import ffi, lib
 from native.description import Object
-from native.types import Hfn, Level
+from native.types import Custody, Hfn, HostWritable, Level
 
-LEAF, TABLE = lib.make_spte(Hfn(9), 0, Level(1), 1, 1), 7 | 5 << lib.SPTE_HFN_SHIFT
+LEAF, TABLE = (
+    lib.make_spte(Hfn(9), Custody(0), Level(1), True, HostWritable(True)),
+    7 | 5 << lib.SPTE_HFN_SHIFT,
+)
 
 
 def objects() -> Iterator[Object]:

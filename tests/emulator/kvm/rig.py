@@ -26,7 +26,7 @@ from emulator.machine.runtime import Cpu, Machine
 from emulator.policy import Policy
 from emulator.policy.patch import KvmPatch
 from native import FLUSH_REASONS, FLUSH_SCOPES, VIOLATION_KINDS, VM_STAT_NAMES, ffi, lib
-from native.types import CpuId, Gfn, Hva, PromiseKind, VmStat
+from native.types import CpuId, Gfn, GuestInsn, Hva, PromiseKind, VmStat
 
 GFNS = 4096
 SLOT = 0
@@ -133,7 +133,7 @@ class Guest:
 
     def execute(self, pcpu: int, insn: int, operand: int) -> None:
         """An instruction that exits, and one access."""
-        assert lib.guest_execute(self.rig.machine.m, self.vcpu.id, insn, operand) == 0
+        assert lib.guest_execute(self.rig.machine.m, self.vcpu.id, GuestInsn(insn), operand) == 0
         self.next_slice(pcpu)
         assert lib.guest_executed(self.rig.machine.m, self.vcpu.id)
 
@@ -190,13 +190,13 @@ class Rig:
 
     def unmap(self, kvm: Kvm, start: int, end: int, promise: PromiseKind = lib.PROMISE_NOTIFIER) -> None:
         kvm_mmu_notifier_invalidate_range_start(self.host, kvm, Hva(start), Hva(end), promise)
-        lib.mm_unmap(self.machine.m, self.host.id, kvm.id, Hva(start), Hva(end), 1)
+        lib.mm_unmap(self.machine.m, self.host.id, kvm.id, Hva(start), Hva(end), True)
         kvm_mmu_notifier_invalidate_range_end(self.host, kvm, Hva(start), Hva(end))
 
     def protect(self, kvm: Kvm, start: int, end: int, writable: int) -> None:
         promise = lib.PROMISE_NOTIFIER_WRITE
         kvm_mmu_notifier_invalidate_range_start(self.host, kvm, Hva(start), Hva(end), promise)
-        lib.mm_protect(self.machine.m, self.host.id, kvm.id, Hva(start), Hva(end), writable)
+        lib.mm_protect(self.machine.m, self.host.id, kvm.id, Hva(start), Hva(end), bool(writable))
         kvm_mmu_notifier_invalidate_range_end(self.host, kvm, Hva(start), Hva(end))
 
     def collapse(self, kvm: Kvm, start: int) -> None:

@@ -21,7 +21,7 @@ from emulator.machine.runtime import Cpu, rcu_read_lock
 from emulator.points import PointKind
 from emulator.policy import Policy, preset
 from native import lib
-from native.types import Gfn, Hfn, Hva, Level
+from native.types import Custody, Gfn, Hfn, HostWritable, Hva, Level
 from tests.emulator.kvm.rig import GFNS, SLOT, Guest, Rig
 
 GFN = 5
@@ -192,6 +192,8 @@ def slow_read(rig: Rig, vcpu: Vcpu) -> int:
     fault = KvmPageFault(GFN << 12, lib.ACCESS_READ, present=False)
     fault.slot = gfn_to_memslot(vcpu.kvm, Gfn(GFN), 0)
     custody = spte >> lib.SPTE_CUSTODY_SHIFT & lib.FRAME_TAG_MASK
-    fault.pfn = PfnAndRights(Hfn(spte >> lib.SPTE_HFN_SHIFT & 0xFFFFFF), custody, host_writable=True)
+    fault.pfn = PfnAndRights(
+        Hfn(spte >> lib.SPTE_HFN_SHIFT & 0xFFFFFF), Custody(custody), host_writable=HostWritable(True)
+    )
     with vcpu.kvm.mmu_lock.read_lock(rig.host):
         return kvm_tdp_mmu_map(rig.host, vcpu, fault)

@@ -123,7 +123,7 @@ def faults_while_in_progress(rig: Rig, policy: Policy) -> set[str]:
     guest.write(0, 5)
     kvm_mmu_notifier_invalidate_range_start(rig.host, kvm, Hva(0), Hva(64))
     try_access(guest, CPU0, 5, lib.ACCESS_WRITE)
-    lib.mm_unmap(rig.machine.m, rig.host.id, kvm.id, Hva(0), Hva(64), 1)
+    lib.mm_unmap(rig.machine.m, rig.host.id, kvm.id, Hva(0), Hva(64), True)
     kvm_mmu_notifier_invalidate_range_end(rig.host, kvm, Hva(0), Hva(64))
     guest.read(0, 5)
     return set(rig.violations())
@@ -145,7 +145,7 @@ def faults_on_a_slot_that_goes(rig: Rig, policy: Policy) -> set[str]:
             fired.append(True)
             try_access(writer, CPU1, 5, lib.ACCESS_WRITE)
             kvm_mmu_notifier_invalidate_range_start(rig.other, kvm, Hva(0), Hva(64))
-            lib.mm_unmap(rig.machine.m, rig.other.id, kvm.id, Hva(0), Hva(64), 1)
+            lib.mm_unmap(rig.machine.m, rig.other.id, kvm.id, Hva(0), Hva(64), True)
             kvm_mmu_notifier_invalidate_range_end(rig.other, kvm, Hva(0), Hva(64))
             try_access(reader, CPU0, 5, lib.ACCESS_READ)
 

@@ -101,7 +101,7 @@ def used_before_range_end(rig: Rig, policy: Policy) -> None:
     kvm, guest = one_guest(rig, policy)
     guest.write(0, 5)
     kvm_mmu_notifier_invalidate_range_start(rig.host, kvm, Hva(0), Hva(64))
-    assert lib.mm_unmap(rig.machine.m, rig.host.id, kvm.id, Hva(0), Hva(64), 1) == 1
+    assert lib.mm_unmap(rig.machine.m, rig.host.id, kvm.id, Hva(0), Hva(64), True) == 1
     guest.read(0, 5)
     kvm_mmu_notifier_invalidate_range_end(rig.host, kvm, Hva(0), Hva(64))
 

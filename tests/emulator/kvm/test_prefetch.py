@@ -33,7 +33,9 @@ def guest(rig: Rig) -> Iterator[ShadowedGuest]:
 
 def host_has(guest: ShadowedGuest, *pages: int) -> None:
     for page in pages:
-        guest.cpu.check(lib.mm_fault(guest.cpu.m, guest.cpu.id, guest.kvm.id, Hva(page), 1, guest.cpu.page))
+        guest.cpu.check(
+            lib.mm_fault(guest.cpu.m, guest.cpu.id, guest.kvm.id, Hva(page), True, guest.cpu.page)
+        )
 
 
 def sptes(guest: ShadowedGuest) -> list[int]:
@@ -77,7 +79,7 @@ def test_it_ends_at_a_page_that_the_host_does_not_have(guest: ShadowedGuest) -> 
 
 
 def test_it_ends_at_a_page_that_must_not_be_written(guest: ShadowedGuest) -> None:
-    lib.mm_protect(guest.cpu.m, guest.cpu.id, guest.kvm.id, Hva(FIRST + 4), Hva(FIRST + 5), 0)
+    lib.mm_protect(guest.cpu.m, guest.cpu.id, guest.kvm.id, Hva(FIRST + 4), Hva(FIRST + 5), False)
     guest.fault(LINEAR + (3 << 12))
     assert mapped(guest) == [0, 1, 2, 3]
 

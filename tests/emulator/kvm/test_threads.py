@@ -98,7 +98,7 @@ class Storm:
         if action == "collapse":
             lib.mm_collapse(m, cpu.id, vm, Hva(notified.start))
         else:
-            lib.mm_unmap(m, cpu.id, vm, Hva(unmapped.start), Hva(unmapped.stop), 1)
+            lib.mm_unmap(m, cpu.id, vm, Hva(unmapped.start), Hva(unmapped.stop), True)
         kvm_mmu_notifier_invalidate_range_end(cpu, self.kvm, Hva(notified.start), Hva(notified.stop))
         # The merged range of invalidations only shrinks when none is in progress.
         cpu.check(lib.cpu_halt(cpu.m, cpu.id, 2000))

@@ -116,7 +116,7 @@ def test_what_overlaps(rig: Rig, monkeypatch: pytest.MonkeyPatch, first: str, se
 def test_a_frame_is_freed_by_one_of_two(rig: Rig, monkeypatch: pytest.MonkeyPatch) -> None:
     """The second finds nothing to zap, promises all the same, and frees nothing; the contents are kept."""
     kvm, guest, memory = used_page(rig)
-    lib.mm_fault(rig.host.m, rig.host.id, kvm.id, Hva(PAGE), 1, rig.host.page)
+    lib.mm_fault(rig.host.m, rig.host.id, kvm.id, Hva(PAGE), True, rig.host.page)
     hfn = rig.host.page.hfn
     lib.frame_write(rig.host.m, hfn, WordIndex(5), 77)
     freed = rig.counter(lib.COUNT_FRAMES_FREED)
@@ -195,7 +195,7 @@ def test_a_host_that_does_not_split_a_huge_page(rig: Rig) -> None:
     assert mapped_pages(rig, lambda: guest.read(0, PAGE + 1)) == HPAGE_PMD_NR
     guest.read(0, PAGE)
     assert not rig.violations()
-    assert lib.mm_unmap(m, cpu, kvm.id, Hva(PAGE), Hva(PAGE + 1), 1) == 1
+    assert lib.mm_unmap(m, cpu, kvm.id, Hva(PAGE), Hva(PAGE + 1), True) == 1
     guest.read(0, PAGE + 2)
     assert not rig.violations(), "only that frame is gone"
     guest.read(0, PAGE)

@@ -11,7 +11,7 @@ from tests.emulator.kvm.rig import Rig
 
 def zero_page_vm(rig: Rig, policy: Policy | None = None) -> Kvm:
     kvm = rig.vm(policy)
-    lib.mm_set_zero_page(rig.machine.m, kvm.id, 1)
+    lib.mm_set_zero_page(rig.machine.m, kvm.id, True)
     return kvm
 
 

@@ -22,6 +22,7 @@ from emulator.litmus.verdict import VIOLATIONS, Outcome
 from emulator.machine.runtime import Cpu
 from emulator.policy import Policy
 from native import ffi, lib
+from native.types import ReportNumber
 
 LOSES = ["log-arm", "log-clear-manual", "log-get-away", "log-get", "log-huge", "log-initially-set"]
 LOSES += ["log-races-write", "log-recover", "log-two-steps", "return-dirty-log"]
@@ -249,7 +250,7 @@ def lost_pages(test: LitmusTest) -> list[int]:
     with running(test) as runner:
         outcome = runner.run(Policy(), 1, 0)
         buffer = ffi.new("struct violation_report[]", 64)
-        n = lib.oracle_reports(runner.machine.m, 0, buffer, 64)
+        n = lib.oracle_reports(runner.machine.m, ReportNumber(0), buffer, 64)
     assert not outcome.failure
     return [buffer[i].gfn for i in range(n)]
 
