@@ -37,7 +37,7 @@ class Cost(BaseModel):
     model_config = ConfigDict(frozen=True, extra="forbid")
 
     cycles: _Cycles
-    range: tuple[_Cycles, _Cycles] | None = None
+    range: Annotated[tuple[_Cycles, _Cycles] | None, Unit("cycles")] = None
     source: str = Field(default="the user's own figure", min_length=1)
 
     @field_validator("range")
