@@ -28,6 +28,7 @@ IMPORT_EXAMPLES = """\
   flushlab import kvm.trace
   flushlab import trace.dat --json
   flushlab import kvm.trace --scenario my-host.toml
+  flushlab import kvm.trace --workload my-host.workload
   trace-cmd report | flushlab import -
 """
 _EXPECTED = "lines such as 'qemu-8397 [002] d..1. 1404.389366: kvm_exit: vcpu 1 reason HLT'"
@@ -48,9 +49,18 @@ def import_(
         Path | None,
         typer.Option(metavar="FILE", help="Write a scenario with the host's vCPUs, CPUs and rates as well."),
     ] = None,
+    workload: Annotated[
+        Path | None,
+        typer.Option(metavar="FILE", help="Write the events in their order as well, for `flushlab replay`."),
+    ] = None,
 ) -> None:
     if recipe:
-        refuse(context, ("file", "as_json", "scenario"), "--recipe, which reads no trace", "one of them")
+        refuse(
+            context,
+            ("file", "as_json", "scenario", "workload"),
+            "--recipe, which reads no trace",
+            "one of them",
+        )
         from emulator.hosttrace.recipe import trace_recipe
 
         with saying(0):
@@ -58,29 +68,38 @@ def import_(
         return
     if file is None:
         raise BadInput("TRACE", "found none", "a trace, - for standard input, or --recipe")
-    _import(file, as_json, scenario)
+    _import(file, as_json, scenario, workload)
 
 
-def _import(file: str, as_json: bool, scenario: Path | None) -> None:
+def _import(file: str, as_json: bool, scenario: Path | None, workload: Path | None) -> None:
     from emulator.hosttrace.lines import Reading, events
     from emulator.hosttrace.observed import Observed
     from emulator.hosttrace.report import as_dict, print_report
     from emulator.hosttrace.shape import scenario as shape
     from emulator.hosttrace.source import opened
+    from emulator.hosttrace.workload import Builder
+    from emulator.hosttrace.workload_file import text_of
     from emulator.output import check_file, write_file
 
     if scenario is not None:
         check_file("--scenario", scenario)
+    if workload is not None:
+        check_file("--workload", workload)
     reading, observed = Reading(), Observed()
+    builder = None if workload is None else Builder()
     with opened(file) as lines:
         for event in events(_counted(lines), reading):
             observed.add(event)
+            if builder is not None:
+                builder.add(event)
     name = "standard input" if file == "-" else file
     if not reading.events:
         found = reading.first_other[0] if reading.first_other else "an empty file"
         raise BadInput(name, f"no event in {reading.lines:,} lines, the first: {found}", _EXPECTED)
     if scenario is not None:
         write_file("--scenario", scenario, shape(name, observed))
+    if workload is not None and builder is not None:
+        write_file("--workload", workload, text_of(builder.workload(name, observed)))
     with saying(0):
         if as_json:
             print(json.dumps(as_dict(name, reading, observed), indent=1))

@@ -35,6 +35,7 @@ from emulator.cli.options import (
     duration_of,
     expanded,
 )
+from emulator.cli.replay import REPLAY_EXAMPLES, REPLAY_HELP, replay
 from emulator.cli.show import show
 from emulator.cli.sweep import merge
 from emulator.cli.trace import app as trace_app
@@ -67,6 +68,7 @@ app.command(help=LITMUS_HELP, epilog=EXAMPLES)(litmus)
 app.add_typer(list_app, name="list")
 app.command()(merge)
 app.add_typer(new_app, name="new")
+app.command(help=REPLAY_HELP, epilog=REPLAY_EXAMPLES)(replay)
 app.command()(show)
 app.add_typer(trace_app, name="trace")
 

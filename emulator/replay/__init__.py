@@ -1,0 +1,1 @@
+"""Workloads of traced hosts, replayed under policies."""

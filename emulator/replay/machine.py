@@ -1,0 +1,264 @@
+"""Replays a workload on an emulated machine: one event after the other, as fast as they go.
+
+One thread runs them all, so that a replay has one course: the same workload and policy give the same counts.
+A vCPU is on its pCPU while it executes, and outside of guest mode for the events of others, so that no event
+sends an IPI to a guest.  What a trace shows of IPIs stays what `flushlab import` says.
+"""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Callable
+from types import TracebackType
+from typing import Any, Final, Self
+
+from emulator.actors.task import VcpuTask
+from emulator.errors import BadInput
+from emulator.host.memory import UserMemory
+from emulator.hosttrace.workload import Step, Workload
+from emulator.kvm.kvm_host import KVM_MEM_LOG_DIRTY_PAGES, ExitToUser
+from emulator.kvm.mmu.mmu import kvm_mmu_zap_all_fast
+from emulator.kvm.reset import power_on
+from emulator.kvm.smm import emulator_leave_smm, kvm_inject_smi
+from emulator.kvm.structs import Kvm, KvmParams
+from emulator.kvm.virt.kvm_main import (
+    kvm_create_vm,
+    kvm_destroy_vm,
+    kvm_set_memory_region,
+    kvm_vm_ioctl_create_vcpu,
+    kvm_vm_ioctl_get_dirty_log,
+)
+from emulator.machine.runtime import Cpu, Machine
+from emulator.policy import Policy
+from emulator.report.result import Snapshot, read_snapshot
+from native import ffi, lib
+from native.types import Gfn, Hva
+
+_SLOT: Final = 0
+# After an earlier one of these events, tables may wait for a grace period.
+_FREEING: Final = frozenset({"unmap", "zap-all", "log"})
+# Turns without an instruction after which a guest is taken to be stuck.
+_TURNS: Final = 200
+_SPARE_FRAMES: Final = 64
+_ENDS: Final = 5.0
+
+
+class Vcpu:
+    """A vCPU between its events: the pCPU on which it ran last."""
+
+    def __init__(self, task: VcpuTask) -> None:
+        self.task = task
+        self.pcpu = 0
+
+
+class Replay:
+    """One replay of a workload under a policy.  `run` may be called once, in the context."""
+
+    def __init__(self, workload: Workload, policy: Policy) -> None:
+        self.workload = workload
+        self.policy = policy
+        frames = sum(workload.pages) + _SPARE_FRAMES
+        blocks = len({(step.vm, step.start) for step in workload.steps if step.verb == "huge"})
+        vcpus = sum(workload.vms)
+        self.machine = Machine(
+            {
+                "pcpus": workload.pcpus,
+                "housekeeping": 2,
+                "vms": len(workload.vms),
+                "vcpus": vcpus,
+                "root_frames": 64 + 8 * len(workload.vms),
+                "table_frames": 256 + frames // 64,
+                "guest_frames": frames,
+                "guest_blocks": blocks + 1,
+                "l1_ways": 4,
+                "l2_entries": 1536,
+                "l2_ways": 12,
+                "psc_entries": 32,
+                "chaos": 0,
+                "seed": 1,
+            }
+        )
+        self.main = self.machine.cpus[workload.pcpus]
+        self.kvms: list[Kvm] = []
+        self.vcpus: list[list[Vcpu]] = []
+        self._logged: set[int] = set()
+        self._program = ffi.new("struct guest_op[]", 1)
+        self._rcu = threading.Thread(
+            target=lib.rcu_thread,
+            args=(self.machine.m, self.machine.cpus[workload.pcpus + 1].id),
+            daemon=True,
+        )
+
+    def __enter__(self) -> Self:
+        for cpu in self.machine.cpus[self.machine.pcpus :]:
+            lib.cpu_online(cpu.m, cpu.id)
+        for cpu in self.machine.cpus[: self.machine.pcpus]:
+            self.main.check(lib.cpu_take(cpu.m, cpu.id))
+            self.main.check(lib.cpu_idle(cpu.m, cpu.id))
+        self._rcu.start()
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        if kind is None:
+            for vcpus in self.vcpus:
+                for vcpu in vcpus:
+                    self._leave(vcpu, self.machine.cpus[vcpu.pcpu])
+                    vcpu.task.close()
+            for kvm in self.kvms:
+                kvm_destroy_vm(self.main, kvm)
+        self.machine.stop()
+        self._rcu.join(_ENDS)
+        if not self._rcu.is_alive():
+            self.machine.destroy()
+
+    def run(self, done: Callable[[int], bool] = lambda steps: False) -> Snapshot | None:
+        """Replay all events and return the counts from the first one on; None if `done` asks to stop.
+
+        `done` is called with the number of events so far.
+        """
+        for vm in range(len(self.workload.vms)):
+            self._boot(vm)
+        before = self._snapshot()
+        for number, step in enumerate(self.workload.steps):
+            if number % 1024 == 0 and done(number):
+                return None
+            if step.verb in _FREEING:
+                self._reclaim()
+            _DO[step.verb](self, step)
+        self._reclaim()
+        return self._snapshot().since(before)
+
+    def _reclaim(self) -> None:
+        """Let RCU free what it was given, so that no later event depends on how fast its thread is."""
+        self.main.check(lib.rcu_barrier(self.main.m, self.main.id))
+
+    def _snapshot(self) -> Snapshot:
+        return read_snapshot(self.machine.m, vms=len(self.kvms), elapsed=self.workload.seconds)
+
+    # --- before the recording -----------------------------------------------------------------------------
+
+    def _boot(self, vm: int) -> None:
+        """Make the VM as it was when the recording began: its vCPUs have run, its pages are mapped."""
+        pages = self.workload.pages[vm]
+        kvm = kvm_create_vm(self.main, pages, self.policy, KvmParams(fault_around=1, slice_accesses=1 << 30))
+        kvm.mm = UserMemory(kvm)
+        self.kvms.append(kvm)
+        steps = [step for step in self.workload.steps if step.vm == vm]
+        for as_id in range(2 if any(step.verb == "smi" for step in steps) else 1):
+            kvm_set_memory_region(self.main, kvm, _SLOT, Gfn(0), pages, Hva(0), as_id=as_id)
+        self.vcpus.append([self._vcpu(kvm, pages) for _ in range(self.workload.vms[vm])])
+        new = set(self.workload.new)
+        first = {step.vcpu: step.start for step in reversed(steps) if step.verb == "enter"}
+        for number, vcpu in enumerate(self.vcpus[vm]):
+            vcpu.pcpu = first.get(number, 0)
+            if (vm, number) not in new:
+                self._execute(vcpu)
+        for page in self.workload.mapped[vm]:
+            self._execute(self.vcpus[vm][0], "WRITE", page)
+
+    def _vcpu(self, kvm: Kvm, pages: int) -> Vcpu:
+        vcpu = kvm_vm_ioctl_create_vcpu(self.main, kvm)
+        config = ffi.new("struct guest_config *", {"end_gfn": pages, "first_gfn": 0, "seed": 1})
+        self.main.check(lib.guest_configure(self.main.m, vcpu.id, config))
+        power_on(self.main, vcpu, paging=False, pcid=False)
+        return Vcpu(VcpuTask(vcpu))
+
+    # --- a vCPU -------------------------------------------------------------------------------------------
+
+    def _execute(self, vcpu: Vcpu, kind: str = "SIGNAL", page: int = 0) -> None:
+        """Let the guest execute one instruction: an access, or one that touches no memory."""
+        cpu = self.machine.cpus[vcpu.pcpu]
+        operation = self._program[0]
+        operation.kind = getattr(lib, f"GUEST_OP_{kind}")
+        operation.linear = page << 12
+        operation.value = lib.MACHINE_SIGNALS - 1 if kind == "SIGNAL" else 1
+        self._enter(vcpu, cpu)
+        number = vcpu.task.vcpu.id
+        cpu.check(lib.guest_set_program(cpu.m, number, self._program, 1))
+        for _ in range(_TURNS):
+            state = vcpu.task.resume(cpu)
+            if isinstance(state, ExitToUser) and state.reason in ("shutdown", "no-memory"):
+                raise BadInput(
+                    self.workload.source, f"{state.reason} at {state.gpa:#x}", "a smaller workload"
+                )
+            if lib.guest_program_position(cpu.m, number):
+                break
+        else:
+            raise RuntimeError(f"a guest's {kind} of page {page:#x} does not end")
+        self._leave(vcpu, cpu)
+
+    def _enter(self, vcpu: Vcpu, cpu: Cpu) -> None:
+        cpu.check(lib.cpu_take(cpu.m, cpu.id))
+        vcpu.task.switch_in(cpu)
+
+    def _leave(self, vcpu: Vcpu, cpu: Cpu) -> None:
+        vcpu.task.switch_out(cpu)
+        lib.cpu_idle(cpu.m, cpu.id)
+
+    # --- events -------------------------------------------------------------------------------------------
+
+    def _at(self, step: Step) -> Vcpu:
+        return self.vcpus[step.vm][step.vcpu]
+
+    def enter(self, step: Step) -> None:
+        vcpu = self._at(step)
+        vcpu.pcpu = step.start
+        self._execute(vcpu)
+
+    def read(self, step: Step) -> None:
+        self._execute(self._at(step), "READ", step.start)
+
+    def write(self, step: Step) -> None:
+        self._execute(self._at(step), "WRITE", step.start)
+
+    def smi(self, step: Step) -> None:
+        vcpu = self._at(step)
+        kvm_inject_smi(self.main, vcpu.task.vcpu)
+        self._execute(vcpu)
+
+    def rsm(self, step: Step) -> None:
+        vcpu = self._at(step)
+        if not vcpu.task.vcpu.arch.smm:
+            return  # the recording began in SMM
+        cpu = self.machine.cpus[vcpu.pcpu]
+        self._enter(vcpu, cpu)
+        emulator_leave_smm(cpu, vcpu.task.vcpu)
+        self._leave(vcpu, cpu)
+
+    def huge(self, step: Step) -> None:
+        self._memory(step).collapse(self.main, Hva(step.start))
+
+    def unmap(self, step: Step) -> None:
+        self._memory(step).discard(self.main, Hva(step.start), Hva(step.end))
+
+    def _memory(self, step: Step) -> Any:
+        return self.kvms[step.vm].mm
+
+    def log(self, step: Step) -> None:
+        kvm = self.kvms[step.vm]
+        if step.vm in self._logged:
+            kvm_vm_ioctl_get_dirty_log(self.main, kvm, _SLOT, 0)
+            return
+        self._logged.add(step.vm)
+        pages = self.workload.pages[step.vm]
+        kvm_set_memory_region(self.main, kvm, _SLOT, Gfn(0), pages, Hva(0), KVM_MEM_LOG_DIRTY_PAGES)
+
+    def zap_all(self, step: Step) -> None:
+        kvm = self.kvms[step.vm]
+        with kvm.slots_lock.held(self.main):
+            kvm_mmu_zap_all_fast(self.main, kvm)
+
+
+_DO: Final[dict[str, Callable[[Replay, Step], None]]] = {
+    "enter": Replay.enter,
+    "read": Replay.read,
+    "write": Replay.write,
+    "smi": Replay.smi,
+    "rsm": Replay.rsm,
+    "huge": Replay.huge,
+    "unmap": Replay.unmap,
+    "log": Replay.log,
+    "zap-all": Replay.zap_all,
+}

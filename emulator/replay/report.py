@@ -1,0 +1,115 @@
+"""The counts of replays beside those of the recording, as text and as a document."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any, Final
+
+from rich.console import Group, RenderableType
+from rich.table import Table
+from rich.text import Text
+
+from emulator.hosttrace.workload import RECORDED, Workload
+from emulator.report.console import letter
+from emulator.report.result import Snapshot
+from emulator.report.summary import short
+from emulator.scenario.costs import Costs, CycleLine, modelled_cycles
+
+VERSION: Final = 1
+_NARROW: Final = 20
+RULES: Final = (
+    "A replay has the recording's page faults and no other access: it counts flushes, and judges no use.",
+    "No guest runs while the host works, so a flush sends no IPI; `flushlab import` shows those recorded.",
+    "flush_current counts flushes of a root; a probe at the function counts calls without one, too.",
+)
+
+
+@dataclass(frozen=True, slots=True)
+class Replayed:
+    """A workload's counts under one policy."""
+
+    policy: str
+    snapshot: Snapshot
+    cycles: tuple[CycleLine, ...]
+
+    @property
+    def counts(self) -> dict[str, int]:
+        """Return KVM's statistics that a recording may show, summed over the VMs."""
+        return {name: self.snapshot.kvm(name) for name in RECORDED}
+
+    @property
+    def flushes(self) -> dict[str, int]:
+        """Return the flushes by scope and reason."""
+        found: dict[str, int] = {}
+        for flush in self.snapshot.flushes:
+            name = f"{flush.scope} for {flush.reason}".replace("_", " ")
+            found[name] = found.get(name, 0) + flush.count
+        return {name: found[name] for name in sorted(found) if found[name]}
+
+    @property
+    def flush_cycles(self) -> float:
+        return sum(line.cycles for line in self.cycles if line.group == "flush")
+
+
+def replayed(policy: str, snapshot: Snapshot, costs: Costs) -> Replayed:
+    cycles = modelled_cycles(costs, snapshot.counters, snapshot.vms, snapshot.flushes)
+    return Replayed(policy, snapshot, cycles)
+
+
+def document(workload: Workload, found: Sequence[Replayed]) -> dict[str, Any]:
+    """Return the document of --json."""
+    return {
+        "flushlab_replay": VERSION,
+        "source": workload.source,
+        "seconds": workload.seconds,
+        "events": len(workload.steps),
+        "vms": workload.vms,
+        "pcpus": workload.pcpus,
+        "recorded": workload.recorded,
+        "left_out": workload.left_out,
+        "policies": [
+            {
+                "name": one.policy,
+                "counts": one.counts,
+                "flushes": one.flushes,
+                "faults": one.snapshot.kvm("faults"),
+                "migrations": one.snapshot.kvm("migrations"),
+                "flushes_elided": one.snapshot.kvm("flushes_elided"),
+                "flush_cycles": one.flush_cycles,
+            }
+            for one in found
+        ],
+    }
+
+
+def table(workload: Workload, found: Sequence[Replayed], width: int) -> RenderableType:
+    """Return the counts as a table, and the rules to read it by."""
+    vcpus = sum(workload.vms)
+    head = Text(
+        f"{workload.source}: {len(workload.steps):,} events in {workload.seconds:.3f} s; VMs: "
+        f"{len(workload.vms)}, vCPUs: {vcpus}, pCPUs: {workload.pcpus}"
+    )
+    names = [one.policy for one in found]
+    narrow = any(len(name) > _NARROW for name in names) or 30 + 14 * (len(names) + 1) > width
+    legend = [Text(f"{letter(i)}  {name}") for i, name in enumerate(names)] if narrow else []
+    rows = Table(box=None, pad_edge=False)
+    rows.add_column("")
+    rows.add_column("recorded", justify="right")
+    for i, name in enumerate(names):
+        rows.add_column(letter(i) if narrow else name, justify="right")
+    for name in RECORDED:
+        recorded = workload.recorded.get(name)
+        rows.add_row(
+            name,
+            "not shown" if recorded is None else f"{recorded:,}",
+            *(f"{one.counts[name]:,}" for one in found),
+        )
+    for name in sorted({name for one in found for name in one.flushes}):
+        rows.add_row(f"  {name}", "", *(f"{one.flushes.get(name, 0):,}" for one in found))
+    elided = [one.snapshot.kvm("flushes_elided") for one in found]
+    if any(elided):
+        rows.add_row("flushes elided", "", *(f"{n:,}" for n in elided))
+    rows.add_row("cycles of flushing, modelled", "", *(short(one.flush_cycles) for one in found))
+    notes = [f"Not replayed: {count:,} {reason}." for reason, count in workload.left_out.items()]
+    return Group(head, *legend, Text(), rows, Text(), *(Text(note, style="dim") for note in (*notes, *RULES)))

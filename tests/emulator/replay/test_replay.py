@@ -1,0 +1,88 @@
+"""Replays: the counts of a recording come out again under its kernel's preset."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+
+from emulator.cli.main import main
+from emulator.policy import spelled_policy
+from emulator.replay.machine import Replay
+from emulator.report.result import Snapshot
+from tests.emulator.replay.recording import whole, workload_of
+
+
+def counts(policy: str) -> Snapshot:
+    workload = workload_of(whole())
+    loaded = spelled_policy(policy)
+    with loaded.confined(), Replay(workload, loaded) as replay:
+        snapshot = replay.run()
+    assert snapshot is not None
+    return snapshot
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("policy", ["linux-6.12", "linux-7.3"])
+def test_the_counts_of_the_recording_come_out_again(policy: str) -> None:
+    recorded = workload_of(whole()).recorded
+    snapshot = counts(policy)
+    assert len(recorded) == 5
+    assert {name: snapshot.kvm(name) for name in recorded} == recorded
+    assert not snapshot.violated
+
+
+@pytest.mark.slow
+def test_a_replay_has_one_course_and_another_policy_another() -> None:
+    first, second = counts("linux-6.12"), counts("linux-6.12")
+    assert (first.vms, first.flushes) == (second.vms, second.flushes)
+    # Some callbacks share a grace period or not, as RCU's thread comes to them.
+    differing = {name for name, n in first.counters.items() if n != second.counters[name]}
+    assert differing <= {"grace_periods", "wait_nanoseconds"}
+    other = counts("linux-6.12+migration=none")
+    assert other.kvm("flush_all") == first.kvm("flush_all") - 3
+    assert other.kvm("remote_tlb_flush_requests") == first.kvm("remote_tlb_flush_requests")
+
+
+@pytest.mark.slow
+def test_import_and_replay(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    trace, workload = tmp_path / "kvm.trace", tmp_path / "kvm.workload"
+    trace.write_text("".join(whole().text()))
+    assert main(["import", str(trace), "--workload", str(workload)]) == 0
+    capsys.readouterr()
+    line = ["replay", str(workload), "--policy", "linux-6.12", "--policy", "linux-6.12+migration=none"]
+    assert main([*line, "--json"]) == 0
+    document = json.loads(capsys.readouterr().out)
+    assert document["flushlab_replay"] == 1
+    kernel, other = document["policies"]
+    assert {name: kernel["counts"][name] for name in document["recorded"]} == document["recorded"]
+    assert other["flushes_elided"] == 3
+    assert other["flush_cycles"] < kernel["flush_cycles"]
+    assert main(line) == 0
+    out = capsys.readouterr().out
+    assert all(len(row) <= 100 for row in out.splitlines())
+    assert "Not replayed: 8 zapped SPTEs outside of a notifier's range." in out
+    row = next(row.split() for row in out.splitlines() if row.startswith("flush_all"))
+    assert row == ["flush_all", "11", "11", "8"]
+
+
+def test_bad_input_is_one_line(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    path = tmp_path / "kvm.workload"
+    assert main(["replay", str(path)]) == 2
+    path.write_text("flushlab-workload 1\npcpus 1\nvm 0 vcpus 1 pages 512\n")
+    assert main(["replay", str(path), "--policy", "linux-7.3", "--policy", "linux-7.3"]) == 2
+    assert main(["replay", str(path), "--policy", "commit_zap=no-flush"]) == 2
+    captured = capsys.readouterr()
+    assert not captured.out
+    assert captured.err.count("\n") == 3
+
+
+@pytest.mark.slow
+def test_a_workload_without_events_has_counts_of_zero(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    path = tmp_path / "kvm.workload"
+    path.write_text("flushlab-workload 1\npcpus 1\nvm 0 vcpus 1 pages 512\n")
+    assert main(["replay", str(path), "--json"]) == 0
+    assert set(json.loads(capsys.readouterr().out)["policies"][0]["counts"].values()) == {0}
