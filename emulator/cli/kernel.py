@@ -2,17 +2,26 @@
 
 from __future__ import annotations
 
+import json
 import sys
 import textwrap
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Final
+
+from emulator.errors import BadInput
+from emulator.output import saying
 
 if TYPE_CHECKING:
+    from emulator.cli.run import Request
     from emulator.kernel_tree.build import Built
+    from emulator.kernel_tree.on_machine.core import Tree
     from emulator.litmus.model import LitmusTest
+
+# The exit status for findings in the tree's code.
+FOUND: Final = 1
 
 
 def built_tree(top: Path) -> Built:
@@ -25,6 +34,69 @@ def built_tree(top: Path) -> Built:
         for line in error.details[:-1]:
             print(line, file=sys.stderr)
         raise
+
+
+@dataclass(frozen=True, slots=True)
+class _TreeOfRun:
+    """The tree of a run, in the run's process."""
+
+    built: Built
+    tree: Tree
+    chosen: tuple[str, ...]
+
+    def document(self) -> dict[str, Any]:
+        return {
+            "tree": str(self.built.top),
+            "version": self.built.version,
+            "findings": dict(self.tree.findings),
+        }
+
+    def text(self) -> str:
+        from emulator.kernel_tree.on_machine.suite import findings_text
+
+        text = heading(self.built, self.chosen)
+        return text + (f"\n{findings_text(self.tree.findings)}" if self.tree.findings else "")
+
+    def status(self) -> int:
+        return FOUND if self.tree.findings else 0
+
+
+def run_on_kernel(top: Path, request: Request) -> int:
+    """Run a scenario with the tree's TDP MMU, in a process of its own; return the exit status.
+
+    Raises BadInput before that process begins, for a tree that does not build, a scenario without EPT, and a
+    policy that decides what the tree decides.
+    """
+    from emulator import interrupts
+    from emulator.cli.run import load_policy, run_request
+    from emulator.kernel_tree.execute import policy_for
+    from emulator.kernel_tree.on_machine.child import TreeDied, in_child
+    from emulator.kernel_tree.on_machine.points import check_policy_for_tree
+    from emulator.policy import DEFAULT
+    from emulator.scenario.config import load_scaled
+
+    scenario = load_scaled(request.scenario, request.pcpus, request.ept, request.costs)
+    if not scenario.machine.ept:
+        raise BadInput(
+            scenario.name, "it needs the shadow MMU", "with --kernel, a scenario of a host with EPT"
+        )
+    if request.policy is not None or request.settings:
+        check_policy_for_tree(load_policy(request.policy or DEFAULT, request.settings))
+    built = built_tree(top)
+    chosen = (request.policy, *request.settings) if request.policy else request.settings
+    request = replace(request, policy=request.policy or policy_for(built.version))
+    check_policy_for_tree(load_policy(request.policy or DEFAULT, request.settings))
+    interrupts.only_note()
+
+    def run(tree: Tree) -> int:
+        return run_request(request, _TreeOfRun(built, tree, tuple(filter(None, chosen))))
+
+    try:
+        return in_child(built, run, talks=True)
+    except TreeDied as error:
+        with saying(FOUND):
+            print(json.dumps({"kernel": {"failure": error.lines}}) if request.as_json else error)
+        return FOUND
 
 
 @dataclass(frozen=True, slots=True)
@@ -58,13 +130,13 @@ class OnTree:
     def document(self) -> dict[str, str]:
         return {"tree": str(self.object.top), "version": self.object.version}
 
-    def heading(self, chosen: Sequence[str]) -> str:
-        """Return which code runs, and if policies were chosen, what they do not decide, in 80 columns."""
-        from emulator.kernel_tree.on_machine.points import OWN_POINTS
 
-        built = self.object
-        how = "from the cache" if built.cached else f"{built.harvested} lines of declarations harvested"
-        text = f"Linux {built.version} has the TDP MMU ({how})"
-        if chosen:
-            text += f", and decides {', '.join(OWN_POINTS)}; {', '.join(chosen)} decides the rest"
-        return "\n".join([*textwrap.wrap(text, 80, break_on_hyphens=False), ""])
+def heading(built: Built, chosen: Sequence[str]) -> str:
+    """Return which code runs, and if policies were chosen, what they do not decide, in 80 columns."""
+    from emulator.kernel_tree.on_machine.points import OWN_POINTS
+
+    how = "from the cache" if built.cached else f"{built.harvested} lines of declarations harvested"
+    text = f"Linux {built.version} has the TDP MMU ({how})"
+    if chosen:
+        text += f", and decides {', '.join(OWN_POINTS)}; {', '.join(chosen)} decides the rest"
+    return "\n".join([*textwrap.wrap(text, 80, break_on_hyphens=False), ""])

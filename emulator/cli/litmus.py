@@ -16,7 +16,7 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 
 from emulator import interrupts
-from emulator.cli.kernel import OnTree
+from emulator.cli.kernel import OnTree, heading
 from emulator.cli.options import FilesArgument, JobsOption, JunitOption, KernelOption, KtapOption, refuse
 from emulator.cli.progress import SearchProgress
 from emulator.output import check_file, saying, write_file
@@ -178,7 +178,7 @@ def litmus(
             print(json.dumps(results.document(), indent=1))
         elif results.outcomes:
             if on_tree is not None:
-                print(on_tree.heading(policy or []))
+                print(heading(on_tree.object, policy or []))
             print_results(results, output_console(200))
             rate = f"{results.executions / max(seconds, 1e-9):,.0f} executions/s"
             print(f"seed {seed}, {seconds:.0f} s, {rate}")

@@ -29,6 +29,7 @@ from emulator.cli.new import app as new_app
 from emulator.cli.options import (
     DurationOption,
     JsonOption,
+    KernelOption,
     MetricsOption,
     RunOptions,
     ScenarioArgument,
@@ -89,6 +90,7 @@ def run(
     duration: DurationOption = None,
     as_json: JsonOption = False,
     metrics: MetricsOption = None,
+    kernel: KernelOption = None,
     *,
     options: RunOptions,
 ) -> None:
@@ -96,7 +98,12 @@ def run(
     from emulator.cli.run import run_request
 
     seconds = duration_of(duration)
-    raise typer.Exit(run_request(_request(scenario, options, metrics, duration=seconds, as_json=as_json)))
+    request = _request(scenario, options, metrics, duration=seconds, as_json=as_json)
+    if kernel is not None:
+        from emulator.cli.kernel import run_on_kernel
+
+        raise typer.Exit(run_on_kernel(kernel, request))
+    raise typer.Exit(run_request(request))
 
 
 @app.command()

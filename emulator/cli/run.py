@@ -9,7 +9,7 @@ from collections.abc import Iterator, Mapping
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
 from loguru import logger
 
@@ -53,7 +53,17 @@ class Request:
     report_dir: Path | None
 
 
-def run_request(request: Request) -> int:
+class TreeReport(Protocol):
+    """A tree that has the TDP MMU, and its findings (emulator.cli.kernel)."""
+
+    def document(self) -> dict[str, Any]: ...
+
+    def text(self) -> str: ...
+
+    def status(self) -> int: ...
+
+
+def run_request(request: Request, tree: TreeReport | None = None) -> int:
     """Check all input before any thread starts; then run, print the result and return the exit status."""
     scenario = load_scaled(request.scenario, request.pcpus, request.ept, request.costs)
     policy = load_policy(request.policy or DEFAULT, request.settings)
@@ -73,7 +83,7 @@ def run_request(request: Request) -> int:
             logger.info("serving metrics", url=endpoint.url)
         result = _run(request, scenario, policy, collector, findings)
         _log_end(result)
-    return _write(request, result, findings)
+    return _write(request, result, findings, tree)
 
 
 def _asked(request: Request, scenario: Scenario, policy: Policy) -> dict[str, str]:
@@ -156,15 +166,18 @@ def _endpoint(
         endpoint.__exit__(None, None, None)
 
 
-def _write(request: Request, result: Result, findings: Findings) -> int:
+def _write(request: Request, result: Result, findings: Findings, tree: TreeReport | None) -> int:
     """Write the files, then standard output, which may have a slow reader; return the exit status."""
-    status = exit_status(result)
+    status = exit_status(result) or (0 if tree is None else tree.status())
     lost = findings.finish(result)
     with saying(status):
         if request.as_json:
-            print(json.dumps(document(result), allow_nan=False))
+            about_tree = {} if tree is None else {"exit_status": status, "kernel": tree.document()}
+            print(json.dumps(document(result) | about_tree, allow_nan=False))
         else:
             output_console(120, highlight=False).print(summary(result))
+            if tree is not None:
+                print(tree.text())
     if lost is not None:
         print(f"flushlab: {lost}", file=sys.stderr)
     return status

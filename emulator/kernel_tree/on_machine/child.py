@@ -9,6 +9,7 @@ import ctypes
 import json
 import os
 import pickle
+import select
 import signal
 import subprocess
 import sys
@@ -20,6 +21,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import IO, Any, Final, TypeVar
 
+from emulator import interrupts
 from emulator.kernel_tree.build import MMU, Built
 from emulator.kernel_tree.on_machine.core import Tree
 from emulator.kernel_tree.on_machine.install import install
@@ -48,13 +50,14 @@ class TreeDied(Exception):
 class _Pipes:
     result: int
     report: int
-    said: IO[bytes]
+    said: IO[bytes] | None
 
 
-def in_child(built: Built, function: Callable[[Tree], T]) -> T:
-    """Return what the function returns, called with the tree in a process of its own.
+def in_child(built: Built, function: Callable[[Tree], T], *, talks: bool = False) -> T:
+    """Return the result of the function, called with the tree in a process of its own.
 
-    Raises TreeDied if the tree's code ends the process, and BadInput if the function raises it.
+    talks: the process writes to standard error.  A signal that asks this process to end is passed on once.
+    Raises TreeDied if the tree's code ends the process, or the error that the function raises.
     """
     sys.stdout.flush()
     sys.stderr.flush()
@@ -66,11 +69,11 @@ def in_child(built: Built, function: Callable[[Tree], T]) -> T:
         if pid == 0:
             os.close(result_in)
             os.close(report_in)
-            _child(built, function, _Pipes(result_out, report_out, said), parent)
+            _child(built, function, _Pipes(result_out, report_out, None if talks else said), parent)
         os.close(result_out)
         os.close(report_out)
         try:
-            data = _read(result_in)
+            data = _read(result_in, pid)
         finally:
             os.close(result_in)
             status = _reap(pid)
@@ -86,11 +89,21 @@ def in_child(built: Built, function: Callable[[Tree], T]) -> T:
     raise TreeDied(_reason(built, status, report, words))
 
 
-def _read(pipe: int) -> bytes:
-    parts = []
-    while part := os.read(pipe, 1 << 20):
+def _read(pipe: int, pid: int) -> bytes:
+    """Read to the end of the pipe; pass a signal on that asks this process to end."""
+    parts: list[bytes] = []
+    told = False
+    while True:
+        number = interrupts.came()
+        if number is not None and not told:
+            told = True
+            os.kill(pid, number)
+        if not select.select([pipe], [], [], _TICK)[0]:
+            continue
+        part = os.read(pipe, 1 << 20)
+        if not part:
+            return b"".join(parts)
         parts.append(part)
-    return b"".join(parts)
 
 
 def _reap(pid: int) -> int:
@@ -110,13 +123,17 @@ def _child(built: Built, function: Callable[[Tree], T], pipes: _Pipes, parent: i
         ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)
         if os.getppid() != parent:
             _EXIT(1)
-        os.dup2(pipes.said.fileno(), 2)
+        # The terminal's signals come by way of the parent, once.
+        os.setpgid(0, 0)
+        if pipes.said is not None:
+            os.dup2(pipes.said.fileno(), 2)
         tree = install(built.path, pipes.report)
         threading.Thread(target=_watch, args=(tree,), daemon=True).start()
         try:
             answer: tuple[str, Any] = ("value", function(tree))
         except Exception as error:
             answer = ("error", error)
+        sys.stdout.flush()
         data = pickle.dumps(answer)
         while data:
             data = data[os.write(pipes.result, data) :]
@@ -157,7 +174,7 @@ def _reason(built: Built, status: int, report: bytes, said: str) -> list[str]:
     stack = kernel_stack(built, found.get("stack", []))
     if "crash" in found:
         name = signal.Signals(found["crash"]).name
-        bug = next((line for line in said.splitlines() if ": BUG: " in line), "")
+        bug = found.get("bug", "")
         where = f" at address {found['address']:#x}" if found["address"] else ""
         reason = f"the tree's code crashes: {name}{where}"
         if found["freed"]:
@@ -165,7 +182,7 @@ def _reason(built: Built, status: int, report: bytes, said: str) -> list[str]:
         if bug:
             file, line, rest = bug.split(":", 2)
             place = file if line == "0" else f"{_short(file)}:{line}"
-            reason = f"the tree's code ends in a BUG: {place}: {rest.removeprefix(' BUG: ')}"
+            reason = f"the tree's code ends in a BUG: {place}:{rest}"
         return [reason, *stack]
     if "loop" in found:
         return [f"an operation of the tree's code did not end in {ENDLESS_SECONDS:.0f} seconds", *stack]

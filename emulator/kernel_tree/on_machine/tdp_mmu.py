@@ -74,7 +74,7 @@ class TreeRoot(KvmMmuPage):
 
 
 class TreeKvm(Kvm):
-    """A VM of which the tree has the TDP MMU.  known: its roots by their addresses, freed ones too."""
+    """A VM of which the tree has the TDP MMU.  known: its roots by their addresses."""
 
     __slots__ = ("known", "tree")
 
@@ -99,17 +99,29 @@ class TreeKvm(Kvm):
         cpu = machine.cpus[machine.pcpus]
         self.tree.run(cpu, self, self.tree.lib.tree_vm_create, vm, int(params.eptad))
 
+    def _listed(self) -> list[int]:
+        addresses = self.tree.ffi.new("unsigned long long[]", _MOST_ROOTS)
+        n = self.tree.lib.tree_roots(self.id, addresses, _MOST_ROOTS)
+        return list(addresses[0:n])
+
     @property
     def tdp_mmu_roots(self) -> tuple[KvmMmuPage, ...]:
-        """Return the roots on the tree's list."""
-        addresses = self.tree.ffi.new("unsigned long long[]", _MOST_ROOTS)
-        cpu = self.machine.cpus[self.machine.pcpus]
-        n = self.tree.run(cpu, self, self.tree.lib.tree_roots, addresses, _MOST_ROOTS)
-        return tuple(self.known[address] for address in addresses[0:n] if address in self.known)
+        """Return the roots on the tree's list, under mmu_lock or while no other thread runs."""
+        return tuple(self.known[address] for address in self._listed() if address in self.known)
 
     @tdp_mmu_roots.setter
     def tdp_mmu_roots(self, roots: tuple[KvmMmuPage, ...]) -> None:
         assert not roots
+
+    def forget_freed_roots(self) -> None:
+        """Forget the roots that are on the list no more, under mmu_lock held for write.
+
+        A root that was known before the list is read has been on it, and none comes back: an address names
+        one life of a frame.
+        """
+        known = list(self.known)
+        for known_root in set(known).difference(self._listed()):
+            self.known.pop(known_root, None)
 
 
 def _of(kvm: Kvm) -> tuple[TreeKvm, Tree, Any]:
@@ -139,6 +151,7 @@ def kvm_tdp_mmu_put_root(cpu: Cpu, kvm: Kvm, root: KvmMmuPage) -> None:
 
 def kvm_tdp_mmu_invalidate_roots(cpu: Cpu, kvm: Kvm) -> None:
     vm, tree, code = _of(kvm)
+    vm.forget_freed_roots()
     valid = [root for root in vm.tdp_mmu_roots if not root.role.invalid]
     tree.run(cpu, kvm, code.tree_invalidate_roots)
     for root in valid:

@@ -235,18 +235,14 @@ unsigned int tree_role_invalid(void)
 	return role.word;
 }
 
-unsigned int tree_roots(unsigned int cpu, unsigned long long *roots, unsigned int most)
+unsigned int tree_roots(unsigned int number, unsigned long long *roots, unsigned int most)
 {
 	struct kvm_mmu_page *root;
 	unsigned int n = 0;
 
-	shim_begin(cpu, OPERATION_OTHER);
-	rcu_read_lock();
-	list_for_each_entry_rcu(root, &vm()->arch.tdp_mmu_roots, link)
+	list_for_each_entry_rcu(root, &vms[number]->arch.tdp_mmu_roots, link)
 		if (n < most)
 			roots[n++] = __pa(root->spt);
-	rcu_read_unlock();
-	shim_end();
 	return n;
 }
 

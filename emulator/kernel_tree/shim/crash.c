@@ -25,9 +25,13 @@ static void stack_to(const char *kind, int sig, const void *address)
 
 	dprintf(report_fd, "{\"%s\": %d, \"address\": %lu, \"freed\": %d, \"cpu\": %u, \"stack\": [", kind, sig,
 		(unsigned long)address, shim_is_object(address), here ? here->api.id : 0);
+	/* No byte of a string that JSON would have to escape is kept. */
+	for (char *c = shim_last_bug; *c; c++)
+		if (*c < ' ' || *c == '"' || *c == '\\')
+			*c = '\'';
 	for (int i = 0; i < n; i++)
 		dprintf(report_fd, "%s%ld", i ? ", " : "", (long)((unsigned long)frames[i] - base));
-	dprintf(report_fd, "]}\n");
+	dprintf(report_fd, "], \"bug\": \"%s\"}\n", shim_last_bug);
 }
 
 static void crashed(int sig, siginfo_t *info, void *context)

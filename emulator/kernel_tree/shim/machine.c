@@ -18,6 +18,7 @@
 enum { HFN_BITS = 24, HFN_MASK = (1 << HFN_BITS) - 1, TAG_MASK = 0x7fff, LEAF = 128, RWX = 7, OBJECTS = 1 << 18, QUARANTINE = 4096 };
 
 __thread struct shim_cpu *here;
+char shim_last_bug[BUG_TEXT];
 struct tree_core core;
 
 static struct shim_cpu *cpus;
@@ -111,8 +112,7 @@ void shim_warn(const char *file, int line, const char *what)
 
 void shim_bug(const char *file, int line, const char *what)
 {
-	fprintf(stderr, "%s:%d: BUG: %s\n", file, line, what);
-	fflush(stderr);
+	snprintf(shim_last_bug, sizeof(shim_last_bug), "%s:%d: %s", file, line, what);
 	abort();
 }
 

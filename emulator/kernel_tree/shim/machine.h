@@ -69,8 +69,9 @@ const unsigned char *tree_root_scheduled(unsigned long long root);
 unsigned int tree_role_invalid(void);
 /* The function of the core's RCU_FUNCTION. */
 void *shim_rcu_function(void);
-/* Fill the addresses of the roots on the VM's list, and return their number. */
-unsigned int tree_roots(unsigned int cpu, unsigned long long *roots, unsigned int most);
+/* Fill the addresses of the roots on the VM's list, and return their number.  Under mmu_lock, or while no other thread
+ * runs. */
+unsigned int tree_roots(unsigned int vm, unsigned long long *roots, unsigned int most);
 int tree_map(unsigned int cpu, unsigned long long root, unsigned long long gfn, unsigned long long pfn, int write, int exec,
 	     int level, int max_level, int map_writable, int prefetch);
 /* Map the neighbours of a fault, n gfns from `gfn` on, of which hfn 0xffffffff are skipped. */

@@ -34,6 +34,10 @@ struct shim_cpu {
 extern __thread struct shim_cpu *here;
 extern struct tree_core core;
 
+/* The last BUG, as "file:line: expression". */
+enum { BUG_TEXT = 400 };
+extern char shim_last_bug[BUG_TEXT];
+
 /* Run an operation on a CPU; 0, or the error with which it was given up. */
 #define OPERATION(cpu, kind, expression) \
 	({ shim_begin(cpu, kind); \

@@ -72,3 +72,9 @@ def test_a_tree_that_is_none(tmp_path: Path, capsys: pytest.CaptureFixture[str])
     assert main(["litmus", "return-zap", "--kernel", str(tmp_path)]) == 2
     (line,) = capsys.readouterr().err.strip().splitlines()
     assert str(tmp_path) in line
+
+
+def test_a_scenario_without_ept_is_refused(capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["run", "--kernel", "no-such-tree", "--no-ept"]) == 2
+    (line,) = capsys.readouterr().err.strip().splitlines()
+    assert "it needs the shadow MMU" in line

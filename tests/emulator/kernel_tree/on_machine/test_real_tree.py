@@ -102,3 +102,21 @@ def test_a_patch_that_does_not_compile(tree: Path, copy: Path, capsys: pytest.Ca
     *details, last = capsys.readouterr().err.strip().splitlines()
     assert any(f"{MMU}/tdp_mmu.c:" in line and "frobnicate_all" in line for line in details)
     assert "it needs frobnicate_all" in last
+
+
+def test_a_run_is_clean(tree: Path, capfd: pytest.CaptureFixture[str]) -> None:
+    assert main(["run", "--kernel", str(tree), "--duration", "2s", "--seed", "1", "--json"]) == 0
+    found = json.loads(capfd.readouterr().out)  # written by the run's own process
+    assert found["verdict"] == "clean"
+    assert found["kernel"] == {"tree": str(tree), "version": found["kernel"]["version"], "findings": {}}
+    assert found["vms"][0]["faults"]
+    assert found["vms"][0]["yields"]
+    assert found["counters"]["tables_freed"]
+
+
+def test_a_crash_ends_a_run(tree: Path, copy: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    top = with_bug(next(bug for bug in MISDEEDS if bug.name == "crashes"), tree, copy)
+    assert main(["run", "--kernel", str(top), "--duration", "20s", "--seed", "1"]) == 1
+    first, second, *_ = capsys.readouterr().out.splitlines()
+    assert first == "the tree's code crashes: SIGSEGV at address 0x10"
+    assert second.startswith("  handle_removed_pt() arch/x86/kvm/mmu/tdp_mmu.c:")
