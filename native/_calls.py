@@ -126,6 +126,7 @@ CALLS: Final[Mapping[str, Described]] = {
     "vmcs_destroy": Described("m cpu vmcs", "aside"),
     "vmcs_write_eptp": Described("m vmcs root root_level", "part; reads root_loaded(vmcs, root); keeps-gil"),
     "vmcs_write_guest_cr3": Described("m vmcs root pcid", "part; reads root_loaded(vmcs, root); keeps-gil"),
+    "vmcs_write_apic_page": Described("m vmcs hfn", "aside"),
     "vmptrld": Described("m cpu vmcs", "aside; keeps-gil"),
     "vmptrst": Described("m cpu", "aside; keeps-gil"),
     "vmclear": Described("m cpu vmcs", "aside"),

@@ -158,6 +158,7 @@ class TlbEntry(CDataBase):
     custody: int
     supervisor: int
     nested: int
+    apic_page: int
 
 class TlbEntryPtr(TlbEntry):
     def __getitem__(self, index: int, /) -> TlbEntry: ...
@@ -493,6 +494,7 @@ class Lib:
     EXIT_PROGRAM: Final[int]
     EXIT_PROGRAM_END: Final[int]
     EXIT_EXCEPTION: Final[int]
+    EXIT_APIC_ACCESS: Final[int]
     EXIT_REASONS: Final[int]
     GUEST_TABLES_64: Final[int]
     GUEST_TABLES_PAE: Final[int]
@@ -532,6 +534,8 @@ class Lib:
     GUEST_INSN_VMLAUNCH: Final[GuestInsn]
     GUEST_INSN_VMCALL: Final[GuestInsn]
     GUEST_INSN_INVVPID: Final[GuestInsn]
+    VMCS12_VPID: Final[int]
+    VMCS12_APIC_PAGE: Final[int]
     GUEST_OP_READ: Final[int]
     GUEST_OP_WRITE: Final[int]
     GUEST_OP_EXECUTE: Final[int]
@@ -552,6 +556,7 @@ class Lib:
     GUEST_OP_GLOBAL: Final[int]
     GUEST_OP_HUGE: Final[int]
     GUEST_OP_DIRTY: Final[int]
+    GUEST_OP_APIC: Final[int]
     MACHINE_SIGNALS: Final[int]
     VIOLATION_CROSS_VM: Final[int]
     VIOLATION_CROSS_GUEST: Final[int]
@@ -563,6 +568,7 @@ class Lib:
     VIOLATION_LOST_DIRTY: Final[int]
     VIOLATION_MISSED_GUEST_WRITE: Final[int]
     VIOLATION_L1_STALE: Final[int]
+    VIOLATION_APIC_STALE: Final[int]
     VIOLATION_IPI_STALL: Final[int]
     VIOLATION_RCU_STALL: Final[int]
     VIOLATION_DEADLOCK: Final[int]
@@ -710,6 +716,7 @@ class Lib:
     def vmcs_destroy(self, m: MachinePtr, cpu: CpuId, vmcs: VmcsId, /) -> int: ...
     def vmcs_write_eptp(self, m: MachinePtr, vmcs: VmcsId, root: Hfn, root_level: Level, /) -> None: ...
     def vmcs_write_guest_cr3(self, m: MachinePtr, vmcs: VmcsId, root: Hfn, pcid: int, /) -> None: ...
+    def vmcs_write_apic_page(self, m: MachinePtr, vmcs: VmcsId, hfn: Hfn, /) -> None: ...
     def vmptrld(self, m: MachinePtr, cpu: CpuId, vmcs: VmcsId, /) -> int: ...
     def vmptrst(self, m: MachinePtr, cpu: CpuId, /) -> int: ...
     def vmclear(self, m: MachinePtr, cpu: CpuId, vmcs: VmcsId, /) -> int: ...

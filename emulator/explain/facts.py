@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Final
 
 DEADLOCK = "deadlock"
 LEAK = "leak"
@@ -14,6 +14,8 @@ _WITHOUT_ENTRY = {LOST_DIRTY, "ipi-stall", "rcu-stall", DEADLOCK, LEAK, INCONSIS
 _ACCESS_VERBS = {"read": "reads", "write": "writes", "execute": "executes"}
 # The core's number for "no vCPU".
 NO_VCPU = 0xFFFFFFFF
+# Kinds of violation of a translation that was wrong from the first, without a promise.
+NO_PROMISE: Final = frozenset({"cross-guest", "apic-stale"})
 
 
 @dataclass(frozen=True, slots=True)
@@ -101,7 +103,7 @@ class Facts:
     def promised(self) -> bool:
         """Return whether the use broke a promise of KVM, instead of the guest's own invalidation or RCU's
         grace period."""
-        return not (self.about_table or self.about_root or self.about_guest or self.kind == "cross-guest")
+        return not (self.about_table or self.about_root or self.about_guest or self.kind in NO_PROMISE)
 
     @property
     def about_guest(self) -> bool:

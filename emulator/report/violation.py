@@ -228,6 +228,8 @@ def _promise_text(r: ViolationReport, kind: str, analysis: RaceAnalysis, names: 
         return PROMISED_BY["l1"]
     if kind == "cross-guest":
         return "never this guest's"
+    if kind == "apic-stale":
+        return "the APIC-access page of the VMCS is another one than at the fill, or than KVM has mapped"
     promised = analysis.moment(PROMISE)
     if r.promise == lib.PROMISE_NONE and promised is not None:
         # No SPTE mapped the page at the promise, because the fault that mapped it was still under way.
@@ -282,6 +284,7 @@ _MISSING: Final[dict[str, str]] = {
         "the write-protection of the table in each SPTE that maps it, and the flush after that"
     ),
     "l1-stale": "the flush of the nested guest's VPID for L1's invalidation",
+    "apic-stale": "the reload of the APIC-access page (KVM_REQ_APIC_PAGE_RELOAD), or the flush after it",
     "cross-guest": "tags that tell L1 and L2 apart (role.guest_mode, vpid02), or the flush between them",
 }
 

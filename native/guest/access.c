@@ -37,7 +37,7 @@ static inline void store(uint8_t *memory, uint32_t hfn, uint64_t record, uint64_
 			      memory_order_relaxed);
 }
 
-static void store_by(struct walk *w, const struct tlb_entry *e, uint64_t record)
+void guest_store(struct walk *w, uint64_t record, const struct tlb_entry *e)
 {
 	if (RECORD_TYPE(record) == ACCESS_WRITE)
 		store(w->m->frames->memory, e->hfn + (uint32_t)(RECORD_PAGE(record) - e->page), record,
@@ -46,64 +46,79 @@ static void store_by(struct walk *w, const struct tlb_entry *e, uint64_t record)
 
 /* Walk KVM's shadow tables.  A page fault exits; if KVM injects it, the guest's OS handles it before it repeats the
  * access. */
-static enum walk_result walk_without_ept(struct walk *w, uint64_t record)
+static enum walk_result walk_without_ept(struct walk *w, uint64_t record, struct tlb_entry *e)
 {
-	struct tlb_entry e;
-	enum walk_result r = walk_shadow(w, RECORD_PAGE(record), RECORD_TYPE(record), &e);
+	enum walk_result r = walk_shadow(w, RECORD_PAGE(record), RECORD_TYPE(record), e);
 
-	if (r == WALK_DONE)
-		store_by(w, &e, record);
 	if (r == WALK_EXIT && RECORD_TYPE(record) == ACCESS_WRITE)
 		guest_store_faulted(w, w->guest->clock);
 	return r;
 }
 
 /* Walk, with the page faults on the way. */
-static enum walk_result walk(struct walk *w, uint64_t record)
+static enum walk_result walk(struct walk *w, uint64_t record, struct tlb_entry *e)
 {
 	uint64_t page = RECORD_PAGE(record);
 	uint32_t type = RECORD_TYPE(record);
 	enum walk_result r = WALK_GUEST_FAULT;
-	struct tlb_entry e;
 
 	if (!w->vmcs->ept)
-		return walk_without_ept(w, record);
+		return walk_without_ept(w, record, e);
 	for (int i = 0; i < FAULTS_IN_A_ROW && r == WALK_GUEST_FAULT; i++) {
-		r = w->guest->config.paging ? walk_linear(w, page, type, &e) : walk_physical(w, page, type, &e);
+		r = w->guest->config.paging ? walk_linear(w, page, type, e) : walk_physical(w, page, type, e);
 		if (r == WALK_GUEST_FAULT && os_page_fault(w, page, type) == WALK_EXIT)
 			return WALK_EXIT;
 	}
-	if (r == WALK_DONE)
-		store_by(w, &e, record);
 	return r;
 }
 
 /* Handle a miss of both levels.  ghost: the result of tlb_ghost(), or NULL. */
-static enum walk_result access_miss(struct walk *w, uint64_t record, const struct tlb_entry *ghost)
+static enum walk_result access_miss(struct walk *w, uint64_t record, const struct tlb_entry *ghost, struct tlb_entry *e)
 {
 	w->linear = record & (GUEST_PAGE_MASK << 12 | 0xfff);
 	/* With EPT and without paging the walk looks up this translation again, and handles the ghost. */
 	if (ghost && (w->guest->config.paging || !w->vmcs->ept))
 		walk_ghost(w, ghost, RECORD_PAGE(record), RECORD_TYPE(record));
-	return walk(w, record);
+	return walk(w, record, e);
+}
+
+static enum walk_result access_by_walk(struct walk *w, uint64_t record, const struct tlb_entry *ghost)
+{
+	struct tlb_entry e;
+	enum walk_result r = access_miss(w, record, ghost, &e);
+
+	if (r == WALK_DONE)
+		guest_store(w, record, &e);
+	return r;
+}
+
+enum walk_result guest_translate(struct walk *w, uint64_t record, struct tlb_entry *e)
+{
+	uint64_t page = RECORD_PAGE(record);
+	struct tlb_entry ghost;
+	int hit;
+
+	w->linear = page << 12 | (record & 0xfff);
+	hit = tlb_refill_l1(w->tlb, page, e);
+	if (hit != 1) {
+		count(w->cpu->counters, COUNT_L2_MISSES, 1);
+		if (hit)
+			ghost = *e;
+		return access_miss(w, record, hit ? &ghost : NULL, e);
+	}
+	if ((e->supervisor && !w->supervisor) || !walk_check(w, e, page, RECORD_TYPE(record), 0))
+		return walk(w, record, e);
+	return WALK_DONE;
 }
 
 enum walk_result guest_access_slow(struct walk *w, uint64_t record)
 {
-	uint64_t page = RECORD_PAGE(record);
 	struct tlb_entry e;
-	int hit;
+	enum walk_result r = guest_translate(w, record, &e);
 
-	w->linear = page << 12 | (record & 0xfff);
-	hit = tlb_refill_l1(w->tlb, page, &e);
-	if (hit != 1) {
-		count(w->cpu->counters, COUNT_L2_MISSES, 1);
-		return access_miss(w, record, hit ? &e : NULL);
-	}
-	if ((e.supervisor && !w->supervisor) || !walk_check(w, &e, page, RECORD_TYPE(record), 0))
-		return walk(w, record);
-	store_by(w, &e, record);
-	return WALK_DONE;
+	if (r == WALK_DONE)
+		guest_store(w, record, &e);
+	return r;
 }
 
 static inline bool tag_is(const _Atomic uint16_t *tag, const struct tlb_hot *hot, uint32_t type)
@@ -127,7 +142,7 @@ __attribute__((noinline)) enum walk_result accesses_one(struct walk *w, uint64_t
 		count(w->cpu->counters, COUNT_L2_MISSES, 1);
 		if (!(w->vmcs->ept ? walk_fast(w, RECORD_PAGE(record), type, &hfn)
 				   : walk_shadow_fast(w, RECORD_PAGE(record), type, &hfn)))
-			return unless_skipped(access_miss(w, record, tlb_ghost(w->tlb)));
+			return unless_skipped(access_by_walk(w, record, tlb_ghost(w->tlb)));
 		if (type == ACCESS_WRITE)
 			store(w->m->frames->memory, hfn, record, w->guest->clock);
 		return WALK_DONE;

@@ -40,10 +40,16 @@ enum guest_insn {
 	GUEST_INSN_VMXOFF,
 	GUEST_INSN_VMPTRLD,    /* operand: VMCS12 */
 	GUEST_INSN_VMCLEAR,    /* operand: VMCS12 */
-	GUEST_INSN_VMWRITE,    /* operand: VIRTUAL_PROCESSOR_ID of the current VMCS12; 0 clears "enable VPID" */
+	GUEST_INSN_VMWRITE,    /* exit.invpcid_type: enum vmcs12_field; operand: its value */
 	GUEST_INSN_VMLAUNCH,   /* VMLAUNCH or VMRESUME */
 	GUEST_INSN_VMCALL,     /* of a nested guest */
 	GUEST_INSN_INVVPID,    /* operand: linear address, canonical; exit.invpcid_type, exit.invpcid_pcid: the VPID */
+};
+
+/* Fields of the current VMCS12. */
+enum vmcs12_field {
+	VMCS12_VPID,      /* VIRTUAL_PROCESSOR_ID; 0 clears "enable VPID" */
+	VMCS12_APIC_PAGE, /* APIC_ACCESS_ADDR, a gfn of L1's; 0 clears "virtualize APIC accesses" */
 };
 
 /* Any thread: make the vCPU execute this instruction before its next access.  If it exits, the VM exit is

@@ -103,7 +103,9 @@ void vmx_execute(struct walk *w, const struct guest_op *op)
 		l1->current = 0;
 		break;
 	case GUEST_INSN_VMWRITE:
-		guests[l1->current]->vmx.vpid12 = (uint16_t)op->value;
+		/* Other fields of the VMCS12 are KVM's affair. */
+		if (type == VMCS12_VPID)
+			guests[l1->current]->vmx.vpid12 = (uint16_t)op->value;
 		break;
 	case GUEST_INSN_VMLAUNCH:
 		if (!guests[l1->current]->vmx.vpid12)

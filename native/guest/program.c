@@ -10,6 +10,7 @@
 #include "core/heap.h"
 #include "core/machine_types.h"
 #include "guest/access.h"
+#include "guest/guest_apic.h"
 #include "guest/guest_nested.h"
 #include "guest/guest_os.h"
 #include "guest/guest_shadow.h"
@@ -207,8 +208,11 @@ static bool emulated(struct walk *w, uint64_t record)
 static enum walk_result do_access(struct walk *w, struct accesses *a, const struct guest_op *op, uint64_t *budget)
 {
 	uint64_t record = (uint64_t)op->kind << 62 | (op->linear & UINT64_C(0xffffffffffff));
-	enum walk_result r = emulated(w, record) ? WALK_DONE : accesses_one(w, record);
+	bool is_apic = op->flags & GUEST_OP_APIC;
+	enum walk_result r = WALK_DONE;
 
+	if (!emulated(w, record))
+		r = is_apic || w->vmcs->apic_page ? apic_access(w, record, is_apic) : accesses_one(w, record);
 	a->polls++;
 	a->lookups++;
 	a->checks++;
@@ -280,8 +284,11 @@ uint32_t program_step(struct walk *w, struct accesses *a, uint64_t *budget)
 		return EXIT_REASONS;
 	}
 	r = one(w, a, op, budget);
-	if (r == WALK_EXIT)
+	if (r == WALK_EXIT) {
+		/* KVM emulates the access: the program goes on behind it. */
+		p->position += w->exit->reason == EXIT_APIC_ACCESS;
 		return w->exit->reason;
+	}
 	if (r == WALK_GUEST_FAULT)
 		return EXIT_TRIPLE_FAULT;
 	p->position++;

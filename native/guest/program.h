@@ -11,7 +11,7 @@
 
 /* api */
 enum guest_op_kind {
-	GUEST_OP_READ,       /* linear: address (guest-physical without paging) */
+	GUEST_OP_READ,       /* linear: address (guest-physical without paging); flags, for a WRITE too: GUEST_OP_APIC */
 	GUEST_OP_WRITE,
 	GUEST_OP_EXECUTE,
 	GUEST_OP_INVLPG,     /* linear */
@@ -34,6 +34,7 @@ enum guest_op_flag {
 	GUEST_OP_GLOBAL = 4,
 	GUEST_OP_HUGE = 8,
 	GUEST_OP_DIRTY = 16,
+	GUEST_OP_APIC = 32, /* the guest accesses its APIC: EXIT_APIC_ACCESS */
 };
 
 enum { MACHINE_SIGNALS = 64 };

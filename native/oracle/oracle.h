@@ -32,6 +32,7 @@ enum violation {
 	VIOLATION_LOST_DIRTY,
 	VIOLATION_MISSED_GUEST_WRITE,
 	VIOLATION_L1_STALE, /* L2 used what L1 had invalidated */
+	VIOLATION_APIC_STALE, /* an access to the APIC reached memory, or one to memory the APIC */
 	VIOLATION_IPI_STALL,
 	VIOLATION_RCU_STALL,
 	VIOLATION_DEADLOCK,

@@ -54,6 +54,7 @@ struct tlb_entry {
 	uint16_t custody;  /* as in the SPTE (frame.h); that of a huge SPTE with CUSTODY_OF_BLOCK */
 	uint8_t supervisor; /* linear: not for user-mode accesses, which the first level serves */
 	uint16_t nested;   /* the guest that filled it (guest_nested.h): 0: the vCPU's own guest, L1 */
+	uint32_t apic_page; /* the frame of the APIC-access page at the fill (vmcs.h); 0: none */
 };
 
 struct tlb;

@@ -49,6 +49,7 @@ enum exit_reason {
 	EXIT_PROGRAM,        /* program.h: GUEST_OP_EXIT, linear its value */
 	EXIT_PROGRAM_END,    /* the program has no operation left */
 	EXIT_EXCEPTION,      /* without EPT, a page fault that KVM intercepts: linear (canonical), access, error_code */
+	EXIT_APIC_ACCESS,    /* an access to the APIC-access page: linear, gpa, access */
 	EXIT_REASONS
 };
 
@@ -61,7 +62,7 @@ struct vcpu_exit {
 	uint32_t attention;  /* attention bits at exit */
 	uint64_t accesses;   /* guest accesses done since entry */
 	uint32_t error_code; /* of a page fault: enum pferr */
-	uint32_t invpcid_type; /* of INVPCID and of INVVPID */
+	uint32_t invpcid_type; /* of INVPCID and of INVVPID; the field of VMWRITE (guest_insn.h) */
 	uint64_t invpcid_pcid; /* of INVPCID; the VPID of INVVPID */
 };
 
@@ -379,12 +380,6 @@ static inline uint64_t canonical_address(uint64_t linear)
 	return (uint64_t)((int64_t)(linear << 16) >> 16);
 }
 
-/* The life (tlb.h, right) of linear mappings: the owner of the VPID, and the address space. */
-static inline uint32_t linear_life(uint32_t owner, uint32_t space)
-{
-	return owner << 8 | (space & 0xff);
-}
-
 /* api */
 /* tlb_entry.nested: the number of a nested guest, its vCPU (8 bits of it) and the VPID that L1 has given it; L1: 0. */
 enum { NESTED_NUMBER_SHIFT = 14, NESTED_VCPU_SHIFT = 6, NESTED_VPIDS = 1 << 6 };
@@ -410,6 +405,16 @@ static inline uint32_t nested_life(uint32_t nested)
 	uint32_t guest = vpid ? vpid : number << NESTED_VCPU_SHIFT, vcpu = nested >> NESTED_VCPU_SHIFT & 0xf;
 
 	return nested ? 0x8000 | guest << 7 | vcpu << 3 : 0;
+}
+
+/* The life (tlb.h, right) of linear mappings: the owner of the VPID, and the address space.  Those of nested guests that
+ * share no mappings begin far from each other, so that a mapping of another guest's fails the fast check. */
+static inline uint32_t linear_life(uint32_t owner, const struct guest *g)
+{
+	uint32_t vpid = g->vmx.nested & (NESTED_VPIDS - 1), number = g->vmx.nested >> NESTED_NUMBER_SHIFT;
+	uint32_t context = vpid ? NESTED_VPIDS | vpid : number;
+
+	return owner << 8 | ((g->space ^ context * 0x9d) & 0xff);
 }
 
 /* Return whether two lives of mappings of a kind are of one owner: of the root page, or without EPT of the VPID.

@@ -11,7 +11,7 @@ void hw_load_context(struct walk *w, const struct vmcs *vmcs)
 	const struct guest *g = w->guest;
 
 	w->vmcs = vmcs;
-	w->life_bits = (vmcs->ept ? vmcs->life ^ nested_life(g->vmx.nested) : linear_life(vmcs->owner, g->space)) << 16;
+	w->life_bits = (vmcs->ept ? vmcs->life ^ nested_life(g->vmx.nested) : linear_life(vmcs->owner, g)) << 16;
 	l1_set_life(&w->tlb->l1, w->life_bits);
 	if (!vmcs->ept)
 		tlb_switch(w->tlb, vmcs->vpid, vmcs->pcid, 0, 0);

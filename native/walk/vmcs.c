@@ -40,7 +40,7 @@ int vmcs_create(struct machine *m, uint32_t vcpu, uint32_t vpid)
 		v->id = id;
 		v->vcpu = vcpu;
 		v->vpid = vpid;
-		v->root = v->root_level = v->life = v->pcid = 0;
+		v->root = v->root_level = v->life = v->pcid = v->apic_page = 0;
 		v->ept = true;
 		/* Another number than the last owner's of this slot, and than most other slots'. */
 		v->owner = (uint8_t)(v->owner + 1 + id * 2);
@@ -91,6 +91,11 @@ void vmcs_write_vpid(struct machine *m, uint32_t vmcs, uint32_t vpid)
 void vmcs_enable_ept(struct machine *m, uint32_t vmcs, int on)
 {
 	m->vmcss[vmcs].ept = on != 0;
+}
+
+void vmcs_write_apic_page(struct machine *m, uint32_t vmcs, uint32_t hfn)
+{
+	m->vmcss[vmcs].apic_page = hfn;
 }
 
 void vmcs_write_guest_cr3(struct machine *m, uint32_t vmcs, uint32_t root, uint32_t pcid)

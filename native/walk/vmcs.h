@@ -40,6 +40,10 @@ void vmcs_write_eptp(struct machine *m, uint32_t vmcs, uint32_t root, uint32_t r
 /* VMWRITE of GUEST_CR3, without EPT: a root page of 4 levels, and the PCID (0 with CR4.PCIDE = 0). */
 /* call: part; reads root_loaded(vmcs, root); keeps-gil */
 void vmcs_write_guest_cr3(struct machine *m, uint32_t vmcs, uint32_t root, uint32_t pcid);
+/* VMWRITE of APIC_ACCESS_ADDR, a frame, and of "virtualize APIC accesses", which frame 0 clears.  Guest programs alone
+ * access the page.  Outside guest mode. */
+/* call: aside */
+void vmcs_write_apic_page(struct machine *m, uint32_t vmcs, uint32_t hfn);
 /* VMPTRLD on this pCPU: the VMCS is active and current here.  0, or MACHINE_MISUSE while it is active on
  * another pCPU. */
 /* call: aside; keeps-gil */
@@ -68,6 +72,7 @@ struct vmcs {
 	uint32_t root_level;
 	uint32_t life;       /* tag of the root page when it was written */
 	uint32_t pcid;       /* of GUEST_CR3 */
+	uint32_t apic_page;  /* APIC_ACCESS_ADDR; 0: "virtualize APIC accesses" is 0 */
 	uint8_t owner;       /* tells the linear mappings of this VMCS from those of earlier owners of its VPID */
 };
 

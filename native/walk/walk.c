@@ -13,6 +13,7 @@
 #include "tlb/tlb_report.h"
 #include "vm/guest_state.h"
 #include "vm/vm.h"
+#include "walk/apic.h"
 #include "walk/flush.h"
 #include "walk/vmcs.h"
 #include "walk/walk_steps.h"
@@ -53,6 +54,8 @@ static bool averted(struct walk *w, const struct tlb_entry *ghost, uint64_t page
 {
 	struct judgement j;
 
+	if (apic_stale(w, ghost, page))
+		return true;
 	if (right_holds(w, ghost->right[type], ghost->hfn + (uint32_t)(page - ghost->page)))
 		return false;
 	oracle_judge(w->m, w->vcpu, w->life_bits >> 16, ghost, page, type, &j);
@@ -109,6 +112,7 @@ static void fill(struct walk *w, uint64_t spte, uint32_t level, uint64_t gfn, ui
 		.clock = w->guest->clock,
 		.custody = (uint16_t)spte_leaf_custody(spte, level),
 		.nested = w->guest->vmx.nested,
+		.apic_page = w->vmcs->apic_page,
 	};
 	walk_rights(spte, right, out->right);
 }

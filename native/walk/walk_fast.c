@@ -20,6 +20,7 @@
 #include "tlb/tlb_types.h"
 #include "vm/guest_state.h"
 #include "vm/vm.h"
+#include "walk/vmcs.h"
 #include "walk/walk.h"
 #include "walk/walk_steps.h"
 
@@ -124,6 +125,7 @@ static inline void write_entry(const struct walk *w, const struct found *f, cons
 	e->gfn = f->gfn;
 	e->custody = (uint16_t)f->custody;
 	e->nested = w->guest->vmx.nested;
+	e->apic_page = w->vmcs->apic_page;
 }
 
 bool walk_fast(struct walk *w, uint64_t page, uint32_t type, uint32_t *hfn)

@@ -106,6 +106,7 @@ static void fill(const struct walk *w, uint64_t page, const struct leaf *leaf, s
 		.clock = w->guest->clock,
 		.custody = (uint16_t)spte_leaf_custody(spte, leaf->level),
 		.nested = w->guest->vmx.nested,
+		.apic_page = w->vmcs->apic_page,
 	};
 	walk_rights(spte, leaf->tag | w->life_bits, out->right);
 }

@@ -18,6 +18,7 @@
 #include "tlb/tlb_types.h"
 #include "vm/guest_state.h"
 #include "vm/vm.h"
+#include "walk/vmcs.h"
 #include "walk/walk.h"
 #include "walk/walk_steps.h"
 
@@ -102,6 +103,7 @@ bool walk_shadow_fast(struct walk *w, uint64_t page, uint32_t type, uint32_t *hf
 		.gfn = f.gfn,
 		.custody = (uint16_t)spte_custody(f.spte),
 		.nested = w->guest->vmx.nested,
+		.apic_page = w->vmcs->apic_page,
 	};
 	walk_rights(f.spte, f.right, e->right);
 	l1_put(&t->l1, l1_victim(&t->l1, page), e, PAGE_4K, page);

@@ -15,7 +15,14 @@ if TYPE_CHECKING:
 else:
     Lib = object  # inherited for mypy alone, which compares each stand-in with the native function
 
-_FLAGS = ("GUEST_OP_NOFLUSH", "GUEST_OP_READ_ONLY", "GUEST_OP_GLOBAL", "GUEST_OP_HUGE", "GUEST_OP_DIRTY")
+_FLAGS = (
+    "GUEST_OP_NOFLUSH",
+    "GUEST_OP_READ_ONLY",
+    "GUEST_OP_GLOBAL",
+    "GUEST_OP_HUGE",
+    "GUEST_OP_DIRTY",
+    "GUEST_OP_APIC",
+)
 
 EXIT_REASONS: Final[int] = lib.EXIT_REASONS
 # Exits for a walk that found no right.
