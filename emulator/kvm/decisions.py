@@ -60,7 +60,7 @@ SpteReplace = Literal["flush", "none"]
 TableProtect = Literal["mmu-writable", "if-changed", "none"]
 SpteUpdate = Literal["mmu-writable", "accessed-dirty"]
 
-NestedTransition = Literal["tag-aware", "always", "none"]
+NestedTransition = Literal["tag-aware", "apic-access-flush", "always", "none"]
 NestedInvvpid = Literal["pcpu-of-vmcs02", "current-pcpu", "none"]
 Vpid02Reuse = Literal["flush", "none"]
 

@@ -19,6 +19,7 @@ from emulator.kvm.kvm_host import (
     EFER_NX,
     KVM_MEM_LOG_DIRTY_PAGES,
     KVM_MEMSLOT_INVALID,
+    LAPIC_MODE_DISABLED,
     PG_LEVEL_512G,
     X86_CR0_PE,
     X86_CR0_PG,
@@ -54,6 +55,8 @@ class KvmParams:
     eager_page_split: the module parameter of that name.
     ept, vpid: kvm_intel.ept and kvm_intel.vpid.  Without EPT KVM shadows the guests' page tables; without
     VPIDs VM entry and exit flush.
+    flexpriority: kvm_intel.flexpriority, with vCPUs that have a local APIC in the kernel.  Off, because only
+    guest programs access their APIC.
     mmu_pages: shadow pages that a VM may have (KVM_SET_NR_MMU_PAGES).
     eptad: kvm_intel.eptad; without A/D bits in EPT, aging takes an SPTE's permissions to see the next access.
     tdp_level: the host's levels, 4 or 5; a vCPU with a MAXPHYADDR of 48 or less in its CPUID uses 4.
@@ -70,6 +73,7 @@ class KvmParams:
     eager_page_split: bool = True
     ept: bool = True
     vpid: bool = True
+    flexpriority: bool = False
     mmu_pages: int = 1 << 16
     eptad: bool = True
     tdp_level: Level = PG_LEVEL_512G
@@ -261,10 +265,11 @@ class VcpuArch:
     """The registers of struct kvm_vcpu_arch that decide about roots and flushes, as a 64-bit OS sets them.
 
     `smram`: the registers that enter_smm() saved.  pdptrs: the PDPTEs of a guest in PAE mode, as they were
-    when it loaded CR3 last.
+    when it loaded CR3 last.  apic_mode: LAPIC_MODE_*, which bits of IA32_APIC_BASE tell.
     """
 
     __slots__ = (
+        "apic_mode",
         "cr0",
         "cr3",
         "cr4",
@@ -290,6 +295,7 @@ class VcpuArch:
         self.smi_pending = False
         self.init_latched = False  # KVM_APIC_INIT in pending_events, while in SMM
         self.smram: tuple[int, int, int, int] = (0, 0, 0, 0)  # CR0, CR3, CR4, EFER
+        self.apic_mode = LAPIC_MODE_DISABLED
 
 
 class Vcpu:

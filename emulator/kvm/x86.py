@@ -16,6 +16,7 @@ from emulator.kvm.kvm_host import (
     EXITING_GUEST_MODE,
     HALTED,
     IN_GUEST_MODE,
+    KVM_REQ_APIC_PAGE_RELOAD,
     KVM_REQ_EVENT,
     KVM_REQ_LOAD_MMU_PGD,
     KVM_REQ_MMU_FREE_OBSOLETE_ROOTS,
@@ -30,6 +31,7 @@ from emulator.kvm.kvm_host import (
     ExitToUser,
     RunYield,
 )
+from emulator.kvm.lapic import kvm_vcpu_reload_apic_access_page
 from emulator.kvm.mmu.roots import kvm_mmu_free_obsolete_roots, kvm_mmu_load_pgd, kvm_mmu_reload
 from emulator.kvm.mmu.sync import kvm_mmu_sync_roots
 from emulator.kvm.reset import kvm_apic_accept_events
@@ -73,6 +75,8 @@ def serve_requests(cpu: Cpu, vcpu: Vcpu) -> ExitToUser | None:
     kvm_service_local_tlb_flush_requests(cpu, vcpu)
     if kvm_check_request(cpu, vcpu, KVM_REQ_SMI):
         process_smi(vcpu)
+    if kvm_check_request(cpu, vcpu, KVM_REQ_APIC_PAGE_RELOAD):
+        kvm_vcpu_reload_apic_access_page(cpu, vcpu)
     if kvm_check_request(cpu, vcpu, KVM_REQ_EVENT):
         kvm_apic_accept_events(cpu, vcpu)
     return None

@@ -38,6 +38,12 @@ class KvmX86Ops(Protocol):
     def set_cr4(self, cpu: Cpu, vcpu: Vcpu) -> None:
         """Give the hardware the guest's CR4, which arch.cr4 is by now."""
 
+    def set_virtual_apic_mode(self, cpu: Cpu, vcpu: Vcpu) -> None:
+        """Let the hardware handle accesses to the APIC as its mode asks for."""
+
+    def set_apic_access_page_addr(self, cpu: Cpu, vcpu: Vcpu) -> None:
+        """Give the hardware the address of the APIC-access page, which the host may have moved."""
+
     def handle_exit(self, cpu: Cpu, vcpu: Vcpu) -> ExitToUser | None:
         """Handle the exit; return why KVM_RUN ends, or None to enter again."""
 

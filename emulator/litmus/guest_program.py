@@ -6,8 +6,8 @@ from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
 from emulator.kvm.reset import power_on
-from emulator.kvm.structs import Vcpu
-from emulator.litmus.nested_ops import NESTED_GUESTS, Vmptrld, VmxOp
+from emulator.kvm.structs import Vcpu, tdp_enabled
+from emulator.litmus.nested_ops import NESTED_GUESTS, Vmptrld
 from emulator.litmus.ops import GuestOp, Instruction, Op
 from native import ffi, lib
 
@@ -26,6 +26,7 @@ _FLAGS = {
     "global": lib.GUEST_OP_GLOBAL,
     "huge": lib.GUEST_OP_HUGE,
     "dirty": lib.GUEST_OP_DIRTY,
+    "apic": lib.GUEST_OP_APIC,
     "type0": 0,
     "type1": 1,
     "type2": 2,
@@ -39,6 +40,7 @@ _FLAGS = {
     "vmcall": lib.GUEST_INSN_VMCALL,
     "invvpid": lib.GUEST_INSN_INVVPID,
     # The instruction has the low byte.
+    "vmcs12-apic": lib.VMCS12_APIC_PAGE << 8,
     "vmx-type0": 0 << 8,
     "vmx-type1": 1 << 8,
     "vmx-type2": 2 << 8,
@@ -89,6 +91,8 @@ class GuestProgram:
             cpu.check(lib.guest_create_nested(cpu.m, vcpu.id, nested))
             lib.vcpu_set_guest_mode(cpu.m, vcpu.id, nested)
             self._configure(cpu, vcpu, section.vcpus + number * NESTED_GUESTS + nested - 1)
+            if section.paging and not tdp_enabled(vcpu.kvm):
+                lib.guest_power_on(cpu.m, vcpu.id)
             lib.vcpu_set_guest_mode(cpu.m, vcpu.id, 0)
         power_on(cpu, vcpu, paging=section.paging, pcid=section.pcid)
 
@@ -139,7 +143,7 @@ class GuestProgram:
             found.extend(_encode(ins) for ins in self._instructions(op))
             if report:
                 found.append(_encode(Instruction("SIGNAL", 0, self._thread.number)))
-        if not report and isinstance(ops[-1], VmxOp):
+        if not report and isinstance(ops[-1], GuestOp) and ops[-1].exits:
             # Enter the guest once more, so that no thread is left where KVM is preemptible and holds SRCU.
             found.append(_encode(_NOTHING))
         return ffi.new("struct guest_op[]", found)

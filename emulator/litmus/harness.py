@@ -190,9 +190,10 @@ class Harness:
             eptad=section.ept_ad,
             ept=self.test.machine.ept,
             vpid=self.test.machine.vpid,
+            flexpriority=section.apic,
             slice_accesses=1 << 30,
         )
-        kvm = kvm_create_vm(cpu, section.pages, self.policy, params)
+        kvm = kvm_create_vm(cpu, section.gfns, self.policy, params)
         lib.mmu_invalidate_seq_init(cpu.m, kvm.id, InvalidateSeq(section.invalidations))
         self.kvms.append(kvm)
         memory = kvm.mm = UserMemory(kvm)

@@ -18,6 +18,7 @@
     tdp_levels = [4, 5]           # levels of each vCPU's EPT (all 4 if not given)
     paging = false                # guests run with CR0.PG = 0: addresses are guest-physical
     pcid = false                  # CR4.PCIDE
+    apic = false                  # true: vCPUs have APICs, in xAPIC mode at the page behind memslot 0
     chunk = 32                    # SPTEs that a zap handles in one step
     prefetch = false              # true: faults without EPT map neighbours as well, as KVM's do
     fault_around = 0              # pages that a fault maps together with its own, as the emulator's guests do
@@ -110,6 +111,7 @@ from typing import Annotated, Literal, Self
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, PrivateAttr, model_validator
 
 from emulator.errors import shown
+from emulator.litmus.apic_checks import check_apic
 from emulator.litmus.checks import SchemaError, check_test, parse_delay
 from emulator.litmus.kvm_ops import SLOT, SMM_SLOT
 from emulator.litmus.leftovers import INCONSISTENT, LEAK
@@ -185,6 +187,7 @@ class VmSection(Section):
     tdp_levels: tuple[Literal[4, 5], ...] = ()
     paging: bool = False
     pcid: bool = False
+    apic: bool = False
     chunk: Annotated[int, Unit("SPTEs")] = Field(default=32, ge=1, le=512, strict=True)
     resched_chunks: Annotated[int, Unit("steps")] = Field(default=0, ge=0, le=1024, strict=True)
     fault_around: Annotated[int, Unit("pages")] = Field(default=0, ge=0, le=FAULT_AROUND_MAX, strict=True)
@@ -193,6 +196,11 @@ class VmSection(Section):
     mmu_pages: Annotated[int, Unit("shadow pages")] = Field(default=1 << 16, ge=16, le=1 << 16, strict=True)
     invalidations: Annotated[int, Unit("invalidations")] = Field(default=0, ge=0, lt=1 << 63, strict=True)
     dirty_log: Literal["protect", "manual", "initially-set"] = "protect"
+
+    @property
+    def gfns(self) -> int:
+        """Return the pages of guest-physical address space, that of the APIC included."""
+        return self.pages + self.apic
 
     @property
     def slots(self) -> tuple[tuple[int, int, int], ...]:
@@ -369,6 +377,7 @@ def bind(test: LitmusTest) -> None:
     )
     check_test(test)
     check_nested(test)
+    check_apic(test)
 
 
 def _check_thread(test: LitmusTest, name: str, thread: ThreadSection) -> None:

@@ -18,7 +18,8 @@ _VERBS: Final = frozenset(op.verb for op in NESTED_OPS)
 _NOT_MODELLED: Final = frozenset(
     {"smi", "send-smi", "rsm", "init", "send-init", "cr0", "cr4", "efer", "set-sregs", "join"}
 )
-_NEEDS_CURRENT: Final = frozenset({"vmwrite-vpid", "l2-enter"})
+_NEEDS_CURRENT: Final = frozenset({"vmwrite-vpid", "vmwrite-apic", "l2-enter"})
+_LEAVES_L2: Final = frozenset({"l2-exit", "l2-apic"})
 # Page tables of four vCPUs with three nested guests each.
 _LEAST_PAGES: Final = 0x800
 
@@ -44,9 +45,6 @@ def check_nested(test: LitmusTest) -> None:
 
 
 def _check_machine(test: LitmusTest, vm: int, key: str, op: Op) -> None:
-    if not test.machine.ept:
-        expected = "machine.ept = true: nested guests without EPT are not modelled"
-        raise SchemaError(key, shown(op.text), expected)
     if test.vm[vm].pages < _LEAST_PAGES:
         raise SchemaError(key, shown(op.text), f"pages = {_LEAST_PAGES:#x} or more in its VM")
 
@@ -78,12 +76,12 @@ class _L1:
             self.current = op.number("vmcs12")
         elif op.verb == "vmclear" and self.current == op.number("vmcs12"):
             self.current = 0
-        elif op.verb in ("l2-enter", "l2-exit"):
+        elif op.verb == "l2-enter" or op.verb in _LEAVES_L2:
             self.inside = op.verb == "l2-enter"
 
     def _refuse(self, key: str, op: Op) -> None:
         """Refuse an instruction that raises #UD, fails, or exits to L1 for another reason than VMCALL."""
-        if self.inside != (op.verb == "l2-exit"):
+        if self.inside != (op.verb in _LEAVES_L2):
             expected = "an l2-exit before it" if self.inside else "an l2-enter before it"
             raise SchemaError(key, shown(op.text), f"{expected}, by the same thread")
         if self.vmxon == (op.verb == "vmxon"):

@@ -6,10 +6,14 @@ L2's, which has page tables of its own.  A VMCS12 is named by the number of its 
 
 from __future__ import annotations
 
-from typing import ClassVar
+from typing import TYPE_CHECKING, ClassVar
 
-from emulator.litmus.syntax import Arg, GuestOp, Instruction, Op
+from emulator.errors import shown
+from emulator.litmus.syntax import Arg, GuestOp, Instruction, Op, OpError
 from native import lib
+
+if TYPE_CHECKING:
+    from emulator.litmus.model import LitmusTest
 
 NESTED_GUESTS: int = lib.NESTED_GUESTS
 _LAST_VPID = lib.NESTED_VPIDS - 1
@@ -17,9 +21,10 @@ _VMCS12 = Arg("vmcs12", "count", most=NESTED_GUESTS)
 
 
 class VmxOp(GuestOp):
-    """A VMX instruction, which exits to KVM."""
+    """A VMX instruction."""
 
     insn: ClassVar[str]
+    exits = True
 
     def instructions(self) -> list[Instruction]:
         return [Instruction("VMX", 0, self.operand(), frozenset({self.insn}))]
@@ -69,6 +74,25 @@ class VmwriteVpid(VmxOp):
         return self.number("vpid")
 
 
+class VmwriteApic(VmxOp):
+    verb = "vmwrite-apic"
+    doc = (
+        "L1 writes the address of guest-physical PAGE into APIC_ACCESS_ADDR of the current VMCS12 and sets "
+        "the control `virtualize APIC accesses`; 0 clears the control."
+    )
+    args = (Arg("page", "page"),)
+    insn = "vmwrite"
+
+    def check(self, test: LitmusTest, thread: str) -> None:
+        super().check(test, thread)
+        pages = test.vm[test.threads[thread].vm].pages
+        if self.number("page") >= pages:
+            raise OpError(shown(self.text), f"a page of memslot 0, which has {pages:#x}")
+
+    def instructions(self) -> list[Instruction]:
+        return [Instruction("VMX", 0, self.number("page"), frozenset({self.insn, "vmcs12-apic"}))]
+
+
 class L2Enter(VmxOp):
     verb = "l2-enter"
     doc = (
@@ -82,6 +106,19 @@ class L2Exit(VmxOp):
     verb = "l2-exit"
     doc = "L2 executes VMCALL, which exits to L1."
     insn = "vmcall"
+
+
+class L2Apic(GuestOp):
+    verb = "l2-apic"
+    doc = (
+        "L2 writes to linear PAGE, which is the APIC-access page of its VMCS12 (vmwrite-apic): an exit to "
+        "L1, as `l2-exit`."
+    )
+    args = (Arg("page", "page"),)
+    exits = True
+
+    def instructions(self) -> list[Instruction]:
+        return [Instruction("WRITE", self.number("page") << 12, 1, frozenset({"apic"}))]
 
 
 class Invvpid(VmxOp):
@@ -105,7 +142,9 @@ NESTED_OPS: tuple[type[Op], ...] = (
     Vmptrld,
     Vmclear,
     VmwriteVpid,
+    VmwriteApic,
     L2Enter,
     L2Exit,
+    L2Apic,
     Invvpid,
 )

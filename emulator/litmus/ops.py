@@ -6,6 +6,7 @@ guest mode.  Any other operation has one implementation, `run(context)`, on KVM'
 
 from __future__ import annotations
 
+from emulator.litmus.apic_ops import APIC_OPS
 from emulator.litmus.guest_ops import GUEST_OPS, VCPU_OPS
 from emulator.litmus.kvm_ops import KVM_OPS
 from emulator.litmus.nested_ops import NESTED_OPS
@@ -26,7 +27,7 @@ __all__ = [
     "parse_op",
 ]
 
-_KINDS: tuple[type[Op], ...] = (*GUEST_OPS, *NESTED_OPS, Wait, Block, *VCPU_OPS, *KVM_OPS)
+_KINDS: tuple[type[Op], ...] = (*GUEST_OPS, *APIC_OPS, *NESTED_OPS, Wait, Block, *VCPU_OPS, *KVM_OPS)
 
 VERBS: dict[str, type[Op]] = {kind.verb: kind for kind in _KINDS}
 

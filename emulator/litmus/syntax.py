@@ -116,7 +116,7 @@ class Op:
     def check(self, test: LitmusTest, thread: str) -> None:
         """Check the operation within its test.  Raises OpError."""
         section = test.threads[thread]
-        pages = test.vm[section.vm].pages
+        pages = test.vm[section.vm].gfns
         for arg in self.args:
             if arg.kind == "pcpu" and self.number(arg.name) >= test.machine.pcpus:
                 expected = f"a pCPU below machine.pcpus, {test.machine.pcpus}"
@@ -186,9 +186,10 @@ class Instruction:
 
 
 class GuestOp(Op):
-    """An operation that the guest executes."""
+    """An operation that the guest executes.  `exits`: always to KVM, which goes on behind it."""
 
     who: ClassVar[tuple[Who, ...]] = ("vcpu",)
+    exits: ClassVar[bool] = False
 
     def instructions(self) -> list[Instruction]:
         raise NotImplementedError

@@ -16,6 +16,10 @@ NESTED_POINTS: Final[tuple[DecisionPoint, ...]] = (
                 "KVM_REQ_TLB_FLUSH_GUEST if L1 has given L2 no VPID; else no flush while the tags of L1 and "
                 "L2 differ, but see vpid02_reuse."
             ),
+            "apic-access-flush": (
+                "As tag-aware, and KVM_REQ_TLB_FLUSH_CURRENT each time if L1 has set `virtualize APIC "
+                "accesses` for L2 (before 5.5)."
+            ),
             "always": "KVM_REQ_TLB_FLUSH_CURRENT each time, as for nested SVM.",
         },
         wrong={

@@ -7,7 +7,7 @@ from collections.abc import Iterator
 import pytest
 
 from native import ffi, lib
-from native.types import Hfn, Hva, VcpuId, Vpid
+from native.types import Hfn, Hva, VcpuId, Vpid, WordIndex
 from tests.native.hypervisor import Hypervisor
 from tests.native.test_program import go_on, op, position, run
 from tests.support import CPU0
@@ -41,7 +41,7 @@ def virtualize(machine: Hypervisor, vcpu: VcpuId, page: int) -> None:
 def word(machine: Hypervisor, vcpu: VcpuId) -> int:
     """The first word of the page in memory."""
     value = ffi.new("uint64_t *")
-    assert lib.mm_read_word(machine.m, CPU0, machine.vm_of[vcpu], Hva(PAGE), 0, value) == 0
+    assert lib.mm_read_word(machine.m, CPU0, machine.vm_of[vcpu], Hva(PAGE), WordIndex(0), value) == 0
     return int(value[0])
 
 

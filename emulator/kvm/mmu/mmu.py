@@ -13,8 +13,10 @@ from collections.abc import Iterable
 
 from emulator.kvm.accounting import flush_elided
 from emulator.kvm.kvm_host import (
+    APIC_ACCESS_PAGE_PRIVATE_MEMSLOT,
     KVM_DIRTY_LOG_INITIALLY_SET,
     KVM_MAX_NR_ADDRESS_SPACES,
+    KVM_REQ_APIC_PAGE_RELOAD,
     KVM_REQ_MMU_FREE_OBSOLETE_ROOTS,
     PG_LEVEL_2M,
     PG_LEVEL_4K,
@@ -164,6 +166,8 @@ def kvm_unmap_gfn_range(
 ) -> bool:
     """kvm_unmap_gfn_range(), for mmu_notifiers: zap a range; return whether a flush is pending.
 
+    The APIC-access page's address is in VMCSs, too, which no flush reaches.
+
     reason: why a flush is made, if the zap has to flush before it yields.
     """
     flush = False
@@ -171,6 +175,8 @@ def kvm_unmap_gfn_range(
         flush = kvm_rmap_zap_gfn_range(cpu, kvm, slot, start, end, reason)
     if tdp_mmu_enabled(kvm):
         flush = kvm_tdp_mmu_unmap_gfn_range(cpu, kvm, slot, start, end, flush, reason)
+    if slot.id == APIC_ACCESS_PAGE_PRIVATE_MEMSLOT:
+        kvm_make_all_cpus_request(cpu, kvm, KVM_REQ_APIC_PAGE_RELOAD)
     return flush
 
 

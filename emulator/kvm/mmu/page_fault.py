@@ -9,7 +9,11 @@ from __future__ import annotations
 from collections import deque
 from typing import Final
 
-from emulator.kvm.kvm_host import KVM_REQ_MMU_FREE_OBSOLETE_ROOTS, PG_LEVEL_4K
+from emulator.kvm.kvm_host import (
+    APIC_ACCESS_PAGE_PRIVATE_MEMSLOT,
+    KVM_REQ_MMU_FREE_OBSOLETE_ROOTS,
+    PG_LEVEL_4K,
+)
 from emulator.kvm.mmu.fault import (
     EFAULT,
     ENOMEM,
@@ -189,7 +193,8 @@ def kvm_mmu_faultin_pfn(cpu: Cpu, vcpu: Vcpu, fault: KvmPageFault) -> int:
     """kvm_mmu_faultin_pfn(): sample the sequence, then check the slot's state, then look up the frame.
 
     A fault in a slot that is being deleted or moved retries; otherwise it would map pages that are being
-    zapped.  A fault on a gfn that is being invalidated retries before it takes a page or mmu_lock.
+    zapped.  A fault on a gfn that is being invalidated retries before it takes a page or mmu_lock.  L2 gets
+    no mapping of L1's APIC-access page: vmcs02 does not turn accesses to it into exits.
     """
     kvm, slot = vcpu.kvm, fault.slot
     cpu.point("mmu_invalidate_seq", kvm.id, "read")
@@ -199,6 +204,8 @@ def kvm_mmu_faultin_pfn(cpu: Cpu, vcpu: Vcpu, fault: KvmPageFault) -> int:
     if slot.invalid:  # since 5.13 (e0c378684b65)
         cpu.stat(kvm.id, lib.STAT_SLOT_RETRIES)
         return RET_PF_RETRY
+    if slot.id == APIC_ACCESS_PAGE_PRIVATE_MEMSLOT and vcpu.arch.guest_mode:
+        return kvm_handle_noslot_fault(fault)
     if mmu_invalidate_retry(cpu, kvm, fault):
         return RET_PF_RETRY
     r = __kvm_mmu_faultin_pfn(cpu, kvm, fault, slot)

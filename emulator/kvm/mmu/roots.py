@@ -273,6 +273,20 @@ def kvm_mmu_free_roots(cpu: Cpu, kvm: Kvm, mmu: KvmMmu, wanted: Callable[[KvmMmu
         kvm_mmu_commit_zap_page(cpu, kvm, invalid_list)
 
 
+def kvm_mmu_free_guest_mode_roots(cpu: Cpu, kvm: Kvm, mmu: KvmMmu) -> None:
+    """kvm_mmu_free_guest_mode_roots(), while L1 runs: free the cached roots of L2, and those without a page
+    that tells whose they are (25b62c627432)."""
+    if mmu.root_role.guest_mode:
+        raise AssertionError("WARN_ON_ONCE: kvm_mmu_free_guest_mode_roots: the current role is L2's")
+    current = mmu.root
+
+    def of_guest_mode(root: KvmMmuRootInfo) -> bool:
+        sp = root_to_sp(root)
+        return root is not current and (sp is None or sp.role.guest_mode)
+
+    kvm_mmu_free_roots(cpu, kvm, mmu, of_guest_mode)
+
+
 def mmu_free_root_page(cpu: Cpu, kvm: Kvm, root: KvmMmuRootInfo, invalid_list: InvalidList) -> None:
     """mmu_free_root_page(): put the root, unless it has no shadow page; such roots are not refcounted."""
     sp = root_to_sp(root)

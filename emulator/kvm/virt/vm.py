@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from emulator.kvm.decisions import Decisions
 from emulator.kvm.kvm_host import KVM_REQ_TLB_FLUSH_GUEST
+from emulator.kvm.lapic import kvm_create_lapic
 from emulator.kvm.mmu.mmu import kvm_mmu_uninit_vm, kvm_mmu_zap_all
 from emulator.kvm.mmu.roots import kvm_init_mmu, kvm_mmu_destroy
 from emulator.kvm.structs import Kvm, KvmParams, Vcpu
@@ -24,6 +25,8 @@ def kvm_vm_ioctl_create_vcpu(cpu: Cpu, kvm: Kvm) -> Vcpu:
     """KVM_CREATE_VCPU: make a vCPU, then set its registers (KVM_SET_SREGS), as every user space does next."""
     vcpu = kvm.x86_ops.vcpu_create(cpu, kvm)
     kvm_init_mmu(vcpu)
+    if kvm.params.flexpriority:
+        kvm_create_lapic(cpu, vcpu)
     kvm_arch_vcpu_ioctl_set_sregs(cpu, vcpu)
     with kvm.slots_lock.held(cpu):
         kvm.vcpus = (*kvm.vcpus, vcpu)

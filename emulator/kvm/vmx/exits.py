@@ -22,7 +22,8 @@ from emulator.kvm.regs import (
 )
 from emulator.kvm.smm import emulator_leave_smm
 from emulator.kvm.structs import Vcpu
-from emulator.kvm.vmx.nested import handle_vmx_instruction
+from emulator.kvm.vmx.nested import handle_vmx_instruction, nested_vmx_vmexit
+from emulator.kvm.vmx.vmcs12 import nested_cpu_virtualizes_apic
 from emulator.machine.runtime import Cpu, MachineError, cpu_relax
 from native import lib
 
@@ -37,6 +38,8 @@ def vmx_handle_exit(cpu: Cpu, vcpu: Vcpu) -> ExitToUser | None:
         return vmx_handle_page_fault(cpu, vcpu)
     if reason == lib.EXIT_INSTRUCTION:
         return handle_instruction(cpu, vcpu, vcpu.exit.access, vcpu.exit.linear)
+    if reason == lib.EXIT_APIC_ACCESS:
+        handle_apic_access(cpu, vcpu)
     if reason == lib.EXIT_TRIPLE_FAULT:
         return ExitToUser("shutdown")
     if reason == lib.EXIT_EPT_MISCONFIG:
@@ -80,6 +83,15 @@ def exit_after_fault(r: int, addr: int, access: int) -> ExitToUser | None:
     if r == ENOMEM:
         return ExitToUser("no-memory", addr)
     return None
+
+
+def handle_apic_access(cpu: Cpu, vcpu: Vcpu) -> None:
+    """handle_apic_access(): emulate an access to L1's APIC, which concerns no translation.
+
+    L1 gets the exit for an access of L2 to the APIC-access page that L1 has given it.
+    """
+    if vcpu.arch.guest_mode and nested_cpu_virtualizes_apic(vcpu.nested.vmcs12()):
+        nested_vmx_vmexit(cpu, vcpu)
 
 
 def handle_instruction(cpu: Cpu, vcpu: Vcpu, insn: int, operand: int) -> ExitToUser | None:

@@ -9,17 +9,36 @@ from __future__ import annotations
 
 from emulator.kvm.accounting import flush_elided
 from emulator.kvm.kvm_host import KVM_REQ_TLB_FLUSH_CURRENT, KVM_REQ_TLB_FLUSH_GUEST
-from emulator.kvm.mmu.roots import kvm_init_mmu, kvm_mmu_free_roots, kvm_mmu_new_pgd
+from emulator.kvm.mmu.roots import (
+    kvm_init_mmu,
+    kvm_mmu_free_guest_mode_roots,
+    kvm_mmu_free_roots,
+    kvm_mmu_new_pgd,
+)
 from emulator.kvm.structs import Vcpu, tdp_enabled
 from emulator.kvm.tlb import kvm_service_local_tlb_flush_requests
 from emulator.kvm.virt.requests import kvm_make_request
-from emulator.kvm.vmx.vmcs import alloc_loaded_vmcs, allocate_vpid, free_loaded_vmcs, free_vpid
-from emulator.kvm.vmx.vmcs12 import Vmcs12, nested_cpu_has_vpid, nested_get_vpid02
+from emulator.kvm.virt.slots import gfn_to_memslot
+from emulator.kvm.vmx.apic import apic_access_hfn
+from emulator.kvm.vmx.vmcs import (
+    alloc_loaded_vmcs,
+    allocate_vpid,
+    free_loaded_vmcs,
+    free_vpid,
+    write_apic_access,
+)
+from emulator.kvm.vmx.vmcs12 import (
+    ControlRegisters,
+    Vmcs12,
+    nested_cpu_has_vpid,
+    nested_cpu_virtualizes_apic,
+    nested_get_vpid02,
+)
 from emulator.kvm.vmx.vmx import vmx_switch_vmcs, vpid_sync, vpid_sync_vcpu_addr
 from emulator.kvm.vmx.vmx_ops import VMX_VPID_EXTENT_INDIVIDUAL_ADDR
 from emulator.machine.runtime import Cpu, OutOfFrames
 from native import lib
-from native.types import Vpid
+from native.types import Gfn, Vpid
 
 
 def handle_vmx_instruction(cpu: Cpu, vcpu: Vcpu, insn: int, operand: int) -> None:
@@ -33,7 +52,7 @@ def handle_vmx_instruction(cpu: Cpu, vcpu: Vcpu, insn: int, operand: int) -> Non
     elif insn == lib.GUEST_INSN_VMCLEAR:
         handle_vmclear(cpu, vcpu, operand)
     elif insn == lib.GUEST_INSN_VMWRITE:
-        vcpu.nested.vmcs12().virtual_processor_id = operand
+        handle_vmwrite(vcpu, vcpu.exit.invpcid_type, operand)
     elif insn == lib.GUEST_INSN_VMLAUNCH:
         nested_vmx_enter_non_root_mode(cpu, vcpu)
     elif insn == lib.GUEST_INSN_VMCALL:
@@ -107,6 +126,15 @@ def handle_vmclear(cpu: Cpu, vcpu: Vcpu, vmptr: int) -> None:
         nested_release_vmcs12(cpu, vcpu)
 
 
+def handle_vmwrite(vcpu: Vcpu, field: int, value: int) -> None:
+    """handle_vmwrite(): write a field of the current VMCS12, with the control that goes with it."""
+    vmcs12 = vcpu.nested.vmcs12()
+    if field == lib.VMCS12_VPID:
+        vmcs12.virtual_processor_id = value
+    else:
+        vmcs12.apic_access_gfn = Gfn(value)
+
+
 # --- VM entry and VM exit of L2 -----------------------------------------------------------------------------
 
 
@@ -153,6 +181,8 @@ def nested_vmx_transition_tlb_flush(cpu: Cpu, vcpu: Vcpu, vmcs12: Vmcs12, is_vme
         request_nested_flush(cpu, vcpu, KVM_REQ_TLB_FLUSH_GUEST, wanted=wanted)
     elif not nested_has_guest_tlb_tag(vcpu):
         request_nested_flush(cpu, vcpu, KVM_REQ_TLB_FLUSH_CURRENT, wanted=answer != "none")
+    if answer == "apic-access-flush" and nested_cpu_virtualizes_apic(vmcs12):
+        request_nested_flush(cpu, vcpu, KVM_REQ_TLB_FLUSH_CURRENT, wanted=True)
 
 
 def request_nested_flush(cpu: Cpu, vcpu: Vcpu, req: int, *, wanted: bool) -> None:
@@ -176,9 +206,49 @@ def prepare_vmcs02_early(cpu: Cpu, vcpu: Vcpu, vmcs12: Vmcs12) -> None:
     lib.vmcs_write_vpid(cpu.m, vcpu.loaded_vmcs.vmcs, vpid)
 
 
+def nested_get_vmcs12_pages(cpu: Cpu, vcpu: Vcpu, vmcs12: Vmcs12) -> None:
+    """nested_get_vmcs12_pages(): give L2 the APIC-access page of its VMCS12, or none.
+
+    L1's page is mapped, and pinned while L2 is active; litmus tests take no page away from under it.
+    """
+    vmcs02, kvm = vcpu.loaded_vmcs, vcpu.kvm
+    vmcs02.virtualize_apic = nested_cpu_virtualizes_apic(vmcs12)
+    if vmcs02.virtualize_apic:
+        cpu.point("memslots", kvm.id, "read")
+        slot = gfn_to_memslot(kvm, vmcs12.apic_access_gfn)
+        assert slot is not None
+        hfn = apic_access_hfn(cpu, kvm, slot, vmcs12.apic_access_gfn)
+        if hfn is None:
+            raise OutOfFrames("no frame for the APIC-access page of a VMCS12")
+        vmcs02.apic_access_hfn = hfn
+    write_apic_access(cpu, vmcs02)
+
+
+def control_registers(vcpu: Vcpu) -> ControlRegisters:
+    """Return the registers that a VM entry and a VM exit of L2 replace."""
+    arch = vcpu.arch
+    return ControlRegisters(arch.cr0, arch.cr3, arch.cr4, arch.efer, arch.pdptrs)
+
+
+def load_control_registers(vcpu: Vcpu, state: ControlRegisters) -> None:
+    """Load the registers of the level that is entered.  The core's guests keep theirs by themselves."""
+    arch = vcpu.arch
+    arch.cr0, arch.cr3, arch.cr4, arch.efer, arch.pdptrs = state
+
+
+def first_guest_state(vcpu: Vcpu) -> ControlRegisters:
+    """Return the registers with which L2 begins: as after power-up, or as L1's if EPT makes them KVM's no
+    concern (power_on(), reset.py)."""
+    if tdp_enabled(vcpu.kvm):
+        return control_registers(vcpu)
+    return ControlRegisters(0, 0, 0, 0, (0, 0, 0, 0))
+
+
 def prepare_vmcs02(cpu: Cpu, vcpu: Vcpu, vmcs12: Vmcs12) -> None:
     """prepare_vmcs02()"""
+    vmcs12.host_state = control_registers(vcpu)
     nested_vmx_transition_tlb_flush(cpu, vcpu, vmcs12, is_vmenter=True)
+    load_control_registers(vcpu, vmcs12.guest_state or first_guest_state(vcpu))
     nested_vmx_load_cr3(cpu, vcpu)
 
 
@@ -189,12 +259,15 @@ def nested_vmx_enter_non_root_mode(cpu: Cpu, vcpu: Vcpu) -> None:
     kvm_service_local_tlb_flush_requests(cpu, vcpu)
     vmx_switch_vmcs(cpu, vcpu, vmcs02)
     prepare_vmcs02_early(cpu, vcpu, vmcs12)
+    nested_get_vmcs12_pages(cpu, vcpu, vmcs12)
     enter_guest_mode(cpu, vcpu)
     prepare_vmcs02(cpu, vcpu, vmcs12)
 
 
 def load_vmcs12_host_state(cpu: Cpu, vcpu: Vcpu, vmcs12: Vmcs12) -> None:
     """load_vmcs12_host_state()"""
+    assert vmcs12.host_state is not None
+    load_control_registers(vcpu, vmcs12.host_state)
     nested_vmx_load_cr3(cpu, vcpu)
     nested_vmx_transition_tlb_flush(cpu, vcpu, vmcs12, is_vmenter=False)
 
@@ -204,6 +277,7 @@ def nested_vmx_vmexit(cpu: Cpu, vcpu: Vcpu) -> None:
     vmcs12 = vcpu.nested.vmcs12()
     kvm_service_local_tlb_flush_requests(cpu, vcpu)
     leave_guest_mode(cpu, vcpu)
+    vmcs12.guest_state = control_registers(vcpu)  # sync_vmcs02_to_vmcs12()
     vmx_switch_vmcs(cpu, vcpu, vcpu.vmcs01)
     load_vmcs12_host_state(cpu, vcpu, vmcs12)
 
@@ -215,7 +289,8 @@ def handle_invvpid(cpu: Cpu, vcpu: Vcpu, kind: int, gla: int) -> None:
     """handle_invvpid(): flush vpid02, whichever VPID L1 names.
 
     If vmcs02 was loaded on another pCPU last, the flush is deferred to the next VM entry by forgetting
-    last_vpid, because it must be made where L2 runs (6d00e67326d8).  Decision nested_invvpid.
+    last_vpid, because it must be made where L2 runs (6d00e67326d8).  Without EPT L2's tables are shadowed
+    below roots of guest_mode, whose next load syncs them.  Decision nested_invvpid.
     """
     nested = vcpu.nested
     assert nested.vmcs02 is not None
@@ -228,3 +303,5 @@ def handle_invvpid(cpu: Cpu, vcpu: Vcpu, kind: int, gla: int) -> None:
         vpid_sync_vcpu_addr(cpu, vcpu.kvm, nested_get_vpid02(vcpu), gla)
     else:
         vpid_sync(cpu, vcpu.kvm, nested_get_vpid02(vcpu), lib.REASON_GUEST)
+    if not tdp_enabled(vcpu.kvm) and answer != "none":
+        kvm_mmu_free_guest_mode_roots(cpu, vcpu.kvm, vcpu.root_mmu)

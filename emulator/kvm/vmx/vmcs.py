@@ -4,17 +4,22 @@ from __future__ import annotations
 
 from emulator.machine.runtime import Cpu, Machine, OutOfFrames
 from native import lib
-from native.types import CpuId, VcpuId, VmcsId, VmId, Vpid
+from native.types import CpuId, Hfn, VcpuId, VmcsId, VmId, Vpid
 
 
 class LoadedVmcs:
-    """struct loaded_vmcs: a VMCS, and the pCPU on which it was loaded last, or -1."""
+    """struct loaded_vmcs: a VMCS, and the pCPU on which it was loaded last, or -1.
 
-    __slots__ = ("cpu", "vmcs")
+    virtualize_apic: the control "virtualize APIC accesses".  apic_access_hfn: APIC_ACCESS_ADDR.
+    """
+
+    __slots__ = ("apic_access_hfn", "cpu", "virtualize_apic", "vmcs")
 
     def __init__(self, vmcs: VmcsId) -> None:
         self.vmcs = vmcs
         self.cpu = CpuId(-1)
+        self.virtualize_apic = False
+        self.apic_access_hfn = Hfn(0)
 
 
 def alloc_loaded_vmcs(cpu: Cpu, vcpu: VcpuId, vpid: Vpid, *, ept: bool) -> LoadedVmcs:
@@ -23,6 +28,12 @@ def alloc_loaded_vmcs(cpu: Cpu, vcpu: VcpuId, vpid: Vpid, *, ept: bool) -> Loade
     if not ept:
         lib.vmcs_enable_ept(cpu.m, vmcs, False)
     return LoadedVmcs(vmcs)
+
+
+def write_apic_access(cpu: Cpu, loaded_vmcs: LoadedVmcs) -> None:
+    """Write the control "virtualize APIC accesses" and APIC_ACCESS_ADDR into the VMCS."""
+    hfn = loaded_vmcs.apic_access_hfn if loaded_vmcs.virtualize_apic else Hfn(0)
+    lib.vmcs_write_apic_page(cpu.m, loaded_vmcs.vmcs, hfn)
 
 
 def free_loaded_vmcs(cpu: Cpu, vm: VmId, loaded_vmcs: LoadedVmcs) -> None:

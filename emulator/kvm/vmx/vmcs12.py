@@ -2,27 +2,42 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, NamedTuple
 
-from native.types import Vpid
+from native.types import Gfn, Vpid
 
 if TYPE_CHECKING:
     from emulator.kvm.structs import Vcpu
     from emulator.kvm.vmx.vmcs import LoadedVmcs
 
 
+class ControlRegisters(NamedTuple):
+    """The fields of a VMCS's guest-state or host-state area that decide about roots."""
+
+    cr0: int
+    cr3: int
+    cr4: int
+    efer: int
+    pdptrs: tuple[int, int, int, int]
+
+
 class Vmcs12:
     """struct vmcs12: the VMCS of a nested guest (L2), in L1's memory.
 
     number: its address, which is the number of the nested guest.  L1 enables no EPT, so L2's guest-physical
-    addresses are L1's.
+    addresses are L1's.  apic_access_gfn: the page of APIC_ACCESS_ADDR; 0: "virtualize APIC accesses" is 0.
+    guest_state: L2's control registers while L1 runs, None before its first VM entry; host_state: L1's while
+    L2 runs.
     """
 
-    __slots__ = ("number", "virtual_processor_id")
+    __slots__ = ("apic_access_gfn", "guest_state", "host_state", "number", "virtual_processor_id")
 
     def __init__(self, number: int) -> None:
         self.number = number
         self.virtual_processor_id = 0
+        self.apic_access_gfn = Gfn(0)
+        self.guest_state: ControlRegisters | None = None
+        self.host_state: ControlRegisters | None = None
 
 
 class NestedVmx:
@@ -51,6 +66,11 @@ class NestedVmx:
 def nested_cpu_has_vpid(vmcs12: Vmcs12) -> bool:
     """nested_cpu_has_vpid(): return whether L1 has given its guest a VPID."""
     return vmcs12.virtual_processor_id != 0
+
+
+def nested_cpu_virtualizes_apic(vmcs12: Vmcs12) -> bool:
+    """nested_cpu_has2(SECONDARY_EXEC_VIRTUALIZE_APIC_ACCESSES)"""
+    return vmcs12.apic_access_gfn != 0
 
 
 def nested_get_vpid02(vcpu: Vcpu) -> Vpid:

@@ -42,6 +42,7 @@ SYNCED = "the synchronization of KVM's table, or the INVVPID, for the guest's in
 
 # The test that shows it; the wrong or missing action; the event that carries the explanation.
 TAGS = "tags that tell L1 and L2 apart"
+APIC = "the reload of the APIC-access page (KVM_REQ_APIC_PAGE_RELOAD), or the flush after it"
 CAUSES: dict[str, tuple[str, str, str]] = {
     "yield-forgets-flush": ("zap-root-yield", FLUSH, ""),
     "later-root-forgets-flush": ("zap-root-order", FLUSH, ""),
@@ -105,6 +106,12 @@ CAUSES: dict[str, tuple[str, str, str]] = {
     "nested-invvpid-on-wrong-pcpu": ("nested-invvpid-elsewhere", ELIDED, "elided"),
     "nested-transition-without-flush": ("nested-no-vpid", ELIDED, "elided"),
     "nested-run-with-wrong-vpid": ("nested-invvpid", NARROW, "flush"),
+    "nested-apic-page-mapped": ("nested-apic-l1-page", APIC, ""),
+    "nested-apic-reload-of-vmcs02": ("nested-apic-migrate", APIC, ""),
+    "nested-role-without-guest-mode": ("nested-apic-page", APIC, ""),
+    "apic-mode-without-flush": ("apic-mode", APIC, ""),
+    "apic-page-not-reloaded": ("apic-migrate", APIC, ""),
+    "apic-reload-without-retry": ("apic-reload-races", APIC, ""),
     "shadow-account-without-flush": ("shadow-new-table", TABLE_PROTECTED, ""),
     "shadow-free-without-flush": ("shadow-flooded", ELIDED, "elided"),
     "shadow-guest-flush-without-sync": ("shadow-invpcid-all", SYNCED, ""),

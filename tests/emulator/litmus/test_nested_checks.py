@@ -71,11 +71,6 @@ def test_an_instruction_that_would_fail_is_refused(ops: str, problem: str) -> No
     [
         (
             "[machine]",
-            "[machine]\nept = false",
-            "expected machine.ept = true: nested guests without EPT are not",
-        ),
-        (
-            "[machine]",
             "[machine]\nvpid = false",
             "threads.v0.ops[2]: found 'vmwrite-vpid 1'; expected machine.vpid",
         ),
