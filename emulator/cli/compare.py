@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
+from emulator.cli.completion import policies
 from emulator.cli.options import (
     DurationOption,
     JsonOption,
@@ -38,6 +39,7 @@ PoliciesOption = Annotated[
         help="A policy to compare: a preset, mutant:NAME, FILE.py or IDEA.patch, with +point=alternative to "
         "answer single points differently, and +IDEA.patch to change KVM's code. May be repeated; the first "
         f"is the baseline. A single policy is compared with {DEFAULT_POLICY}.",
+        autocompletion=policies,
     ),
 ]
 RepeatOption = Annotated[

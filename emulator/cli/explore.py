@@ -18,6 +18,7 @@ from rich.table import Column, Table
 from rich.text import Text
 
 from emulator import interrupts
+from emulator.cli.completion import policies
 from emulator.cli.options import FilesArgument, JobsOption, JunitOption, KtapOption, refuse
 from emulator.cli.progress import SearchProgress
 from emulator.errors import BadInput
@@ -94,6 +95,7 @@ def explore(
             metavar="P",
             help="The policy: a preset, mutant:NAME, FILE.py or IDEA.patch, with +point=alternative to "
             "answer single points differently. May be repeated. Default: linux-7.3.",
+            autocompletion=policies,
         ),
     ] = None,
     strategy: Annotated[

@@ -7,13 +7,16 @@ from typing import Annotated
 
 import typer
 
+from emulator.cli.completion import topics
+
 # Longer lines are hard to read.
 _WIDEST = 100
 
 
 def guide(
     topic: Annotated[
-        str | None, typer.Argument(help="The topic to explain. Default: list the topics.")
+        str | None,
+        typer.Argument(help="The topic to explain. Default: list the topics.", autocompletion=topics),
     ] = None,
 ) -> None:
     """Explain how to use flushlab, and how it works, topic by topic.

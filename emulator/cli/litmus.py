@@ -16,6 +16,7 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 
 from emulator import interrupts
+from emulator.cli.completion import policies
 from emulator.cli.kernel import OnTree, heading
 from emulator.cli.options import FilesArgument, JobsOption, JunitOption, KernelOption, KtapOption, refuse
 from emulator.cli.progress import SearchProgress
@@ -74,6 +75,7 @@ PolicyOption = Annotated[
         help="The policy: a preset, mutant:NAME, FILE.py or IDEA.patch, with +point=alternative to answer "
         "single points differently, or point=alternative,... May be repeated. Default: all presets, the "
         "policies that the tests name, and the mutants that cause no violation.",
+        autocompletion=policies,
     ),
 ]
 

@@ -25,6 +25,7 @@ from emulator.cli.guide import guide
 from emulator.cli.import_ import IMPORT_EXAMPLES, IMPORT_HELP, import_
 from emulator.cli.list import app as list_app
 from emulator.cli.litmus import EXAMPLES, LITMUS_HELP, litmus
+from emulator.cli.man import MAN_EXAMPLES, MAN_HELP, man
 from emulator.cli.new import app as new_app
 from emulator.cli.options import (
     DurationOption,
@@ -55,7 +56,6 @@ app = typer.Typer(
     help="Emulates KVM's TLB flushing on real threads: is an elided flush safe, and what does it save?",
     epilog="Exit status: 0 clean, 1 violations found, 2 bad input, 3 internal failure.",
     no_args_is_help=True,
-    add_completion=False,
     pretty_exceptions_enable=False,
     context_settings={"help_option_names": ["-h", "--help"]},
 )
@@ -67,6 +67,7 @@ app.command(help=EXPLORE_HELP, epilog=EXPLORE_EXAMPLES)(explore)
 app.command("import", help=IMPORT_HELP, epilog=IMPORT_EXAMPLES)(import_)
 app.command(help=LITMUS_HELP, epilog=EXAMPLES)(litmus)
 app.add_typer(list_app, name="list")
+app.command(help=MAN_HELP, epilog=MAN_EXAMPLES)(man)
 app.command()(merge)
 app.add_typer(new_app, name="new")
 app.command(help=REPLAY_HELP, epilog=REPLAY_EXAMPLES)(replay)

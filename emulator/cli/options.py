@@ -20,6 +20,7 @@ from typing import TYPE_CHECKING, Annotated, Any, get_type_hints
 
 import typer
 
+from emulator.cli.completion import policies, scenarios, tests
 from emulator.defaults import MAX_PCPUS
 from emulator.errors import BadInput
 
@@ -46,6 +47,7 @@ FilesArgument = Annotated[
     typer.Argument(
         metavar="[FILES]",
         help="Shipped tests by name, .toml files, or directories of them. Default: all shipped tests.",
+        autocompletion=tests,
     ),
 ]
 JobsOption = Annotated[
@@ -97,6 +99,7 @@ ScenarioArgument = Annotated[
         metavar="[SCENARIO]",
         envvar="FLUSHLAB_SCENARIO",
         help="An embedded scenario by name, or a .toml file.",
+        autocompletion=scenarios,
     ),
 ]
 PolicyOption = Annotated[
@@ -106,6 +109,7 @@ PolicyOption = Annotated[
         metavar="P",
         envvar="FLUSHLAB_POLICY",
         help="The policy: a preset, mutant:NAME, FILE.py or IDEA.patch. See `flushlab list policies`.",
+        autocompletion=policies,
     ),
 ]
 SetOption = Annotated[

@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 from rich.text import Text
 
+from emulator.cli.completion import mutants
 from emulator.report.console import output_console, print_catalogue
 
 if TYPE_CHECKING:
@@ -23,7 +24,9 @@ _STYLES = {"-": "red", "+": "green"}
 
 
 def show(
-    mutant: Annotated[str, typer.Argument(metavar="MUTANT", help="The mutant: mutant:NAME.")],
+    mutant: Annotated[
+        str, typer.Argument(metavar="MUTANT", help="The mutant: mutant:NAME.", autocompletion=mutants)
+    ],
 ) -> None:
     """Show a mutant: the bug, and each function of KVM that it changes, with the change in it.
 
