@@ -40,6 +40,11 @@ ALLOWED = {
     ("emulator/kernel_tree/build.py", "touch"): "headers that a tree names and the shim replaces",
     ("emulator/kernel_tree/build.py", "write_text"): "generated sources of one build",
     ("emulator/kernel_tree/execute.py", "tempfile.TemporaryFile"): "the words of a process that may crash",
+    (
+        "emulator/kernel_tree/on_machine/child.py",
+        "os.fdopen",
+    ): "the pipe from a process that may crash, to read it",
+    ("emulator/kernel_tree/on_machine/child.py", "tempfile.TemporaryFile"): "the words of that process",
 }
 
 
