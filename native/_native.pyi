@@ -153,6 +153,7 @@ class TlbEntry(CDataBase):
     fractured: int
     vm: int
     vcpu: int
+    ept12_delta: int
     clock: int
     gfn: int
     custody: int
@@ -249,6 +250,7 @@ class PscEntry(CDataBase):
     nested: int
     vm: int
     vcpu: int
+    ept12_delta: int
     clock: int
 
 class PscEntryPtr(PscEntry):
@@ -534,6 +536,8 @@ class Lib:
     GUEST_INSN_VMLAUNCH: Final[GuestInsn]
     GUEST_INSN_VMCALL: Final[GuestInsn]
     GUEST_INSN_INVVPID: Final[GuestInsn]
+    GUEST_INSN_VMWRITE_EPTP: Final[GuestInsn]
+    GUEST_INSN_INVEPT: Final[GuestInsn]
     VMCS12_VPID: Final[int]
     VMCS12_APIC_PAGE: Final[int]
     GUEST_OP_READ: Final[int]
@@ -550,6 +554,9 @@ class Lib:
     GUEST_OP_SIGNAL: Final[int]
     GUEST_OP_WAIT: Final[int]
     GUEST_OP_VMX: Final[int]
+    GUEST_OP_EPT12_MAP: Final[int]
+    GUEST_OP_EPT12_UNMAP: Final[int]
+    GUEST_OP_EPT12_PROTECT: Final[int]
     GUEST_OPS: Final[int]
     GUEST_OP_NOFLUSH: Final[int]
     GUEST_OP_READ_ONLY: Final[int]
@@ -598,6 +605,7 @@ class Lib:
     IPI_NO_WAIT: Final[IpiWait]
     IPI_WAIT: Final[IpiWait]
     IPI_WAIT_LATER: Final[IpiWait]
+    EPT12S: Final[int]
     VMFAIL_INVALID_OPERAND: Final[int]
     def test_and_set_bit(self, words: U64, bit: int, /) -> int: ...
     def test_bit(self, words: U64, bit: int, /) -> int: ...
@@ -715,6 +723,7 @@ class Lib:
     def vmcs_enable_ept(self, m: MachinePtr, vmcs: VmcsId, on: bool, /) -> None: ...
     def vmcs_destroy(self, m: MachinePtr, cpu: CpuId, vmcs: VmcsId, /) -> int: ...
     def vmcs_write_eptp(self, m: MachinePtr, vmcs: VmcsId, root: Hfn, root_level: Level, /) -> None: ...
+    def vmcs_write_nested_eptp(self, m: MachinePtr, vmcs: VmcsId, root: Hfn, root_level: Level, /) -> None: ...
     def vmcs_write_guest_cr3(self, m: MachinePtr, vmcs: VmcsId, root: Hfn, pcid: int, /) -> None: ...
     def vmcs_write_apic_page(self, m: MachinePtr, vmcs: VmcsId, hfn: Hfn, /) -> None: ...
     def vmptrld(self, m: MachinePtr, cpu: CpuId, vmcs: VmcsId, /) -> int: ...
@@ -736,6 +745,8 @@ class Lib:
     def guest_create_nested(self, m: MachinePtr, vcpu: VcpuId, number: int, /) -> int: ...
     def vcpu_set_guest_mode(self, m: MachinePtr, vcpu: VcpuId, number: int, /) -> None: ...
     def vcpu_guest_mode(self, m: MachinePtr, vcpu: VcpuId, /) -> int: ...
+    def vcpu_nested_ept_violation(self, m: MachinePtr, vcpu: VcpuId, gpa: int, mapped: int, /) -> None: ...
+    def vcpu_handles_violation(self, m: MachinePtr, vcpu: VcpuId, /) -> int: ...
     def guest_set_program(self, m: MachinePtr, vcpu: VcpuId, ops: Array[GuestOp], n: int, /) -> int: ...
     def guest_program_position(self, m: MachinePtr, vcpu: VcpuId, /) -> int: ...
     def signal_add(self, m: MachinePtr, slot: SignalSlot, n: int, /) -> None: ...

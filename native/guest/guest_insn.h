@@ -44,6 +44,8 @@ enum guest_insn {
 	GUEST_INSN_VMLAUNCH,   /* VMLAUNCH or VMRESUME */
 	GUEST_INSN_VMCALL,     /* of a nested guest */
 	GUEST_INSN_INVVPID,    /* operand: linear address, canonical; exit.invpcid_type, exit.invpcid_pcid: the VPID */
+	GUEST_INSN_VMWRITE_EPTP, /* operand: EPT_POINTER of the current VMCS12; 0 clears "enable EPT" */
+	GUEST_INSN_INVEPT,     /* operand: EPTP, for type 1; exit.invpcid_type */
 };
 
 /* Fields of the current VMCS12. */

@@ -11,6 +11,7 @@
 #include "core/machine_types.h"
 #include "guest/access.h"
 #include "guest/guest_apic.h"
+#include "guest/guest_ept12.h"
 #include "guest/guest_nested.h"
 #include "guest/guest_os.h"
 #include "guest/guest_shadow.h"
@@ -62,6 +63,7 @@ void signal_reset(struct machine *m)
 
 void program_destroy(struct machine *m, struct guest *g)
 {
+	ept12s_destroy(m, g);
 	if (g->program)
 		heap_free(m->heap, g->program->ops);
 	heap_free(m->heap, g->program);
@@ -263,9 +265,25 @@ static enum walk_result one(struct walk *w, struct accesses *a, const struct gue
 	case GUEST_OP_SIGNAL:
 		signal_add(w->m, (uint32_t)op->value, 1);
 		return WALK_DONE;
+	case GUEST_OP_EPT12_MAP:
+	case GUEST_OP_EPT12_UNMAP:
+	case GUEST_OP_EPT12_PROTECT:
+		return ept12_op(w, op);
+	case GUEST_OP_VMX:
+		return vmx_prepare(w, op);
 	default:
 		return WALK_DONE;
 	}
+}
+
+/* L1 handles an exit of its nested guest, and resumes it. */
+static uint32_t handle_violation(struct walk *w)
+{
+	enum walk_result r = ept12_violation(w);
+
+	if (r == WALK_DONE)
+		vmx_execute(w, &(struct guest_op){ .kind = GUEST_OP_VMX, .flags = GUEST_INSN_VMLAUNCH });
+	return r == WALK_EXIT ? w->exit->reason : r == WALK_DONE ? EXIT_INSTRUCTION : EXIT_TRIPLE_FAULT;
 }
 
 uint32_t program_step(struct walk *w, struct accesses *a, uint64_t *budget)
@@ -279,6 +297,8 @@ uint32_t program_step(struct walk *w, struct accesses *a, uint64_t *budget)
 	if (!*budget)
 		return EXIT_PREEMPTION_TIMER;
 	chaos_point(w->m, w->cpu->id);
+	if (ept12_violation_pending(w->guest))
+		return handle_violation(w);
 	if (op->kind == GUEST_OP_WAIT && signal_get(w->m, (uint32_t)op->linear) < op->value) {
 		wait_a_little(w, op);
 		return EXIT_REASONS;

@@ -45,7 +45,7 @@ enum promiser {
 	PROMISER_KVM,   /* to the host and to user space (enum promise): recorded in the ledger, by gfn */
 	PROMISER_GUEST, /* to itself, by changing and invalidating a mapping: recorded in the vCPU's guest, by linear page */
 	PROMISER_L1,    /* to its nested guest, by INVVPID or a VM entry or exit that invalidates: recorded in the nested
-			 * guest, by linear page */
+			 * guest, by linear page; by INVEPT: in L1's EPT, by guest-physical page (ept12.h) */
 	PROMISERS
 };
 

@@ -22,6 +22,7 @@ struct psc_entry {
 	uint16_t nested; /* as tlb_entry's */
 	uint32_t vm;
 	uint32_t vcpu;
+	int32_t ept12_delta; /* as tlb_entry's */
 	uint64_t clock;
 };
 

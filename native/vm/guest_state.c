@@ -48,6 +48,7 @@ bool guest_invalidated(const struct vcpu *vcpu, const struct tlb_entry *entry, u
 	const struct guest *g = vcpu->guest;
 	const struct guest_page *gp;
 	struct guest_mapping now;
+	uint64_t gfn;
 
 	if (entry->kind == KIND_LINEAR)
 		return !by_l1 && guest_contradicts(vcpu, entry, page, type) == GUEST_CONTRADICTS;
@@ -58,7 +59,8 @@ bool guest_invalidated(const struct vcpu *vcpu, const struct tlb_entry *entry, u
 	if (!gp)
 		return false;
 	now = guest_mapping_of(gp);
-	if (gp->changed > entry->clock && now.gfn != entry->gfn + (page - entry->page) && gp->l1_changed == by_l1)
+	gfn = entry->gfn + (page - entry->page) + (uint64_t)entry->ept12_delta;
+	if (gp->changed > entry->clock && now.gfn != gfn && gp->l1_changed == by_l1)
 		return true;
 	return type == ACCESS_WRITE && gp->protected_ > entry->clock && !now.writable && gp->l1_protected == by_l1;
 }

@@ -6,6 +6,7 @@
 #include "core/machine_types.h"
 #include "tlb/tlb.h"
 
+struct ept12s;
 struct program;
 
 /* api */
@@ -248,6 +249,8 @@ struct guest_vmx {
 	uint16_t nested;  /* tlb_entry.nested of the mappings that this guest fills; L1: 0 */
 	uint16_t vpid12;  /* of a nested guest: the VPID that L1 has given it; 0: none */
 	uint32_t current; /* of L1: the nested guest of the current VMCS; 0: none */
+	uint32_t ept12;   /* of a nested guest: the number of L1's EPT for it (ept12.h); 0: none */
+	struct ept12s *ept12s; /* L1's EPTs, also of a nested guest that has run; NULL: there is none */
 };
 
 struct guest {

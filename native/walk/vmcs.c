@@ -42,6 +42,7 @@ int vmcs_create(struct machine *m, uint32_t vcpu, uint32_t vpid)
 		v->vpid = vpid;
 		v->root = v->root_level = v->life = v->pcid = v->apic_page = 0;
 		v->ept = true;
+		v->nested_ept = false;
 		/* Another number than the last owner's of this slot, and than most other slots'. */
 		v->owner = (uint8_t)(v->owner + 1 + id * 2);
 		slot_set(&v->live, SLOT_LIVE);
@@ -81,6 +82,13 @@ void vmcs_write_eptp(struct machine *m, uint32_t vmcs, uint32_t root, uint32_t r
 	v->root = root;
 	v->root_level = root_level;
 	v->life = frame_tag(m->frames, root);
+	v->nested_ept = false;
+}
+
+void vmcs_write_nested_eptp(struct machine *m, uint32_t vmcs, uint32_t root, uint32_t root_level)
+{
+	vmcs_write_eptp(m, vmcs, root, root_level);
+	m->vmcss[vmcs].nested_ept = true;
 }
 
 void vmcs_write_vpid(struct machine *m, uint32_t vmcs, uint32_t vpid)

@@ -37,6 +37,10 @@ int vmcs_destroy(struct machine *m, uint32_t cpu, uint32_t vmcs);
 /* VMWRITE of EPT_POINTER: a root page, and the level of its entries. */
 /* call: part; reads root_loaded(vmcs, root); keeps-gil */
 void vmcs_write_eptp(struct machine *m, uint32_t vmcs, uint32_t root, uint32_t root_level);
+/* vmcs_write_eptp() for a root that shadows an EPT of L1's: leafs of its tables map the gfns that the shadow MMU keeps
+ * beside them (kvm_mmu_page_get_gfn()). */
+/* call: part; reads root_loaded(vmcs, root); keeps-gil */
+void vmcs_write_nested_eptp(struct machine *m, uint32_t vmcs, uint32_t root, uint32_t root_level);
 /* VMWRITE of GUEST_CR3, without EPT: a root page of 4 levels, and the PCID (0 with CR4.PCIDE = 0). */
 /* call: part; reads root_loaded(vmcs, root); keeps-gil */
 void vmcs_write_guest_cr3(struct machine *m, uint32_t vmcs, uint32_t root, uint32_t pcid);
@@ -67,6 +71,7 @@ struct vmcs {
 	uint32_t vcpu;
 	uint32_t vpid;       /* VIRTUAL_PROCESSOR_ID */
 	bool ept;            /* "enable EPT" */
+	bool nested_ept;     /* EPT_POINTER's tables shadow an EPT of L1's */
 	/* EPT_POINTER, or GUEST_CR3 without EPT */
 	uint32_t root;
 	uint32_t root_level;

@@ -5,12 +5,15 @@
 #include "core/cpu_types.h"
 #include "core/machine_types.h"
 #include "ept/ept.h"
+#include "ept/shadow_mmu.h"
 #include "memory/custody.h"
 #include "memory/frame.h"
 #include "oracle/oracle.h"
+#include "oracle/tracking.h"
 #include "tlb/tlb.h"
 #include "tlb/tlb_flush.h"
 #include "tlb/tlb_report.h"
+#include "vm/ept12.h"
 #include "vm/guest_state.h"
 #include "vm/vm.h"
 #include "walk/apic.h"
@@ -86,6 +89,7 @@ static enum walk_result violate(struct walk *w, uint64_t gfn, uint32_t type, uin
 		return WALK_SKIPPED;
 	}
 	w->guest->last_violation = gfn;
+	w->guest->store.faulted = false;
 	w->exit->reason = EXIT_EPT_VIOLATION;
 	w->exit->gpa = gfn << 12;
 	w->exit->linear = w->linear;
@@ -95,14 +99,23 @@ static enum walk_result violate(struct walk *w, uint64_t gfn, uint32_t type, uin
 	return WALK_EXIT;
 }
 
-static void fill(struct walk *w, uint64_t spte, uint32_t level, uint64_t gfn, uint32_t right,
+/* Return L1's gfn behind the guest-physical page of a leaf. */
+static uint64_t gfn_of_leaf(const struct walk *w, uint64_t page, uint32_t table, uint32_t level)
+{
+	const _Atomic uint64_t *gfns = w->vmcs->nested_ept ? shadowed_gfns(w->m, table) : NULL;
+
+	/* Relaxed: between two acquire loads of the SPTE (shadow_mmu.c). */
+	return gfns ? atomic_load_explicit(&gfns[page >> (level - 1) * 9 & 511], memory_order_relaxed) : page;
+}
+
+/* page, gfn: the first ones of the leaf. */
+static void fill(struct walk *w, uint64_t spte, uint32_t level, uint64_t page, uint64_t gfn, uint32_t right,
 		 struct tlb_entry *out)
 {
-	uint64_t pages = UINT64_C(1) << (level - 1) * 9;
-
 	*out = (struct tlb_entry){
-		.page = gfn & ~(pages - 1),
-		.gfn = gfn & ~(pages - 1),
+		.page = page,
+		.gfn = gfn,
+		.ept12_delta = (int32_t)(page - gfn),
 		.hfn = spte_hfn(spte),
 		.kind = KIND_GUEST_PHYSICAL,
 		.size = (uint8_t)(level - 1),
@@ -117,6 +130,23 @@ static void fill(struct walk *w, uint64_t spte, uint32_t level, uint64_t gfn, ui
 	walk_rights(spte, right, out->right);
 }
 
+/* A fill takes the frame's tag of now, which vouches for the SPTE only.  Let the oracle judge the first use if L1's EPT
+ * says otherwise, or if KVM has promised to see the guest's stores to the page. */
+static void doubt(const struct walk *w, uint64_t page, struct tlb_entry *e)
+{
+	uint64_t below = page - e->page;
+
+	if (w->vmcs->nested_ept && ept12_agreement(w->vcpu, e, page, ACCESS_READ) != GUEST_AGREES) {
+		for (uint32_t type = 0; type < ACCESS_TYPES; type++)
+			walk_suspect(e, type);
+		return;
+	}
+	if (e->right[ACCESS_WRITE] != RIGHT_NONE &&
+	    (writes_tracked(w->m, w->vcpu->vm, e->gfn + below) ||
+	     (w->vmcs->nested_ept && ept12_agreement(w->vcpu, e, page, ACCESS_WRITE) != GUEST_AGREES)))
+		walk_suspect(e, ACCESS_WRITE);
+}
+
 static enum walk_result ept_walk(struct walk *w, uint64_t gfn, uint32_t type, struct tlb_entry *out)
 {
 	uint32_t table, custody, level = walk_start(w, KIND_GUEST_PHYSICAL, gfn, type, &table, &custody);
@@ -125,7 +155,7 @@ static enum walk_result ept_walk(struct walk *w, uint64_t gfn, uint32_t type, st
 		return WALK_EXIT;
 	for (;;) {
 		_Atomic uint64_t *slot = ept_table(w->m, table) + (gfn >> (level - 1) * 9 & 511);
-		uint64_t spte = atomic_load_explicit(slot, memory_order_acquire);
+		uint64_t spte = atomic_load_explicit(slot, memory_order_acquire), l1_gfn, first;
 		uint32_t tag, hfn;
 
 		count(w->cpu->counters, COUNT_WALK_REFERENCES, 1);
@@ -158,14 +188,17 @@ static enum walk_result ept_walk(struct walk *w, uint64_t gfn, uint32_t type, st
 			continue;
 		/* The tag must be one that the frame had while the SPTE was there: read the tag first, then the
 		 * SPTE again.  A CPU that clears the SPTE advances the tag afterwards (oracle.h). */
-		hfn = spte_hfn(spte) + (uint32_t)(gfn & ((UINT64_C(1) << (level - 1) * 9) - 1));
+		first = gfn & ~((UINT64_C(1) << (level - 1) * 9) - 1);
+		hfn = spte_hfn(spte) + (uint32_t)(gfn - first);
+		l1_gfn = gfn_of_leaf(w, first, table, level);
 		tag = (uint32_t)atomic_load_explicit(&w->m->frames->tag[hfn], memory_order_acquire);
 		if (atomic_load_explicit(slot, memory_order_acquire) != spte)
 			continue;
 		/* Void custody: no tag can stand for it, so the oracle decides. */
 		if (!frame_custody_holds(w->m->frames, hfn, spte_leaf_custody(spte, level)))
 			tag ^= TAG_SUSPECT;
-		fill(w, spte, level, gfn, tag | w->life_bits, out);
+		fill(w, spte, level, first, l1_gfn, tag | w->life_bits, out);
+		doubt(w, gfn, out);
 		return WALK_DONE;
 	}
 }

@@ -12,6 +12,7 @@
 #include "core/machine_types.h"
 #include "ept/ept.h"
 #include "memory/frame.h"
+#include "oracle/tracking.h"
 #include "tlb/psc.h"
 #include "tlb/tlb.h"
 #include "tlb/tlb_fast.h"
@@ -98,11 +99,13 @@ static inline bool find_physical(struct walk *w, uint64_t gfn, uint32_t type, st
 {
 	const uint32_t *slots = w->tlb->contexts[w->tlb->physical].slots;
 
-	if (slots[PAGE_2M] | slots[PAGE_1G] || gfn > PAGE_NUMBER_MASK)
+	/* Gfns of an EPT of L1's are walk_physical()'s. */
+	if (slots[PAGE_2M] | slots[PAGE_1G] || gfn > PAGE_NUMBER_MASK || w->vmcs->nested_ept)
 		return false;
 	f->gfn = gfn;
 	f->physical = place_of_4k(w->tlb, w->tlb->physical, gfn);
-	return place_vacant(w->tlb, &f->physical) && read_spte(w, gfn, type, f);
+	return place_vacant(w->tlb, &f->physical) && read_spte(w, gfn, type, f) &&
+	       !(f->right[ACCESS_WRITE] != RIGHT_NONE && writes_tracked(w->m, w->vcpu->vm, gfn));
 }
 
 /* Write the fields that both mappings share. */
@@ -123,6 +126,7 @@ static inline void write_entry(const struct walk *w, const struct found *f, cons
 	e->vcpu = w->vcpu->id;
 	e->clock = w->guest->clock;
 	e->gfn = f->gfn;
+	e->ept12_delta = 0;
 	e->custody = (uint16_t)f->custody;
 	e->nested = w->guest->vmx.nested;
 	e->apic_page = w->vmcs->apic_page;

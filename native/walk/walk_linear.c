@@ -59,6 +59,7 @@ struct table {
 	uint64_t gfn;
 	uint32_t hfn;
 	uint32_t level;
+	int32_t ept12_delta;
 };
 
 static uint64_t span_of(uint32_t level)
@@ -70,7 +71,8 @@ static void cache_table(struct walk *w, uint64_t page, const struct table *t, ui
 {
 	struct psc_entry p = {
 		.page = page & ~(span_of(t->level) - 1),
-		.gfn = t->gfn,
+		.gfn = t->gfn - (uint64_t)t->ept12_delta,
+		.ept12_delta = t->ept12_delta,
 		.hfn = t->hfn,
 		.right = right,
 		.kind = KIND_COMBINED,
@@ -87,25 +89,26 @@ static void cache_table(struct walk *w, uint64_t page, const struct table *t, ui
 /* Let the oracle judge a cached pointer to a guest table that fails the fast check. */
 static bool table_check_slow(struct walk *w, uint64_t page, const struct psc_entry *p)
 {
+	uint64_t table = p->gfn + (uint64_t)p->ept12_delta;
 	struct tlb_entry e = {
-		.page = p->gfn, .gfn = p->gfn, .hfn = p->hfn, .kind = KIND_GUEST_PHYSICAL,
+		.page = table, .gfn = p->gfn, .ept12_delta = p->ept12_delta, .hfn = p->hfn, .kind = KIND_GUEST_PHYSICAL,
 		.right = { p->right, RIGHT_NONE, RIGHT_NONE },
 		.ep4ta = p->ep4ta, .vpid = p->vpid, .pcid = p->pcid,
 		.vm = p->vm, .vcpu = p->vcpu, .clock = p->clock, .nested = p->nested,
 		/* Psc entries carry no custody; the ledger decides. */
 		.custody = (uint16_t)frame_host_tag(w->m->frames, p->hfn),
 	};
-	struct table t = { .gfn = p->gfn, .hfn = p->hfn, .level = p->level };
+	struct table t = { .gfn = table, .hfn = p->hfn, .level = p->level, .ept12_delta = p->ept12_delta };
 	struct judgement j;
 
 	count(w->cpu->counters, COUNT_ORACLE_SLOW, 1);
-	oracle_judge(w->m, w->vcpu, w->life_bits >> 16, &e, p->gfn, ACCESS_READ, &j);
+	oracle_judge(w->m, w->vcpu, w->life_bits >> 16, &e, table, ACCESS_READ, &j);
 	/* It is a guest-physical page that is judged here, and the pointer to it that another guest may have filled. */
 	oracle_judge_guest(w->vcpu, p->nested, &j);
 	if (j.verdict == VERDICT_VIOLATION && w->speculative)
 		return false;
 	if (j.verdict == VERDICT_VIOLATION) {
-		oracle_violation(w->m, w->cpu, w->vcpu, &e, p->gfn, ACCESS_READ, p->level, w->linear, &j);
+		oracle_violation(w->m, w->cpu, w->vcpu, &e, table, ACCESS_READ, p->level, w->linear, &j);
 		page_fault_invalidate(w->tlb, page);
 		return false;
 	}
@@ -133,6 +136,7 @@ static enum walk_result table_enter(struct walk *w, uint64_t gfn, uint32_t level
 	t->gfn = gfn;
 	t->hfn = e.hfn + (uint32_t)(gfn - e.page);
 	t->level = level;
+	t->ept12_delta = e.ept12_delta;
 	*right = e.right[ACCESS_READ];
 	return WALK_DONE;
 }
@@ -145,9 +149,10 @@ static enum walk_result walk_begin(struct walk *w, uint64_t page, struct table *
 	uint32_t right;
 
 	if (p) {
-		t->gfn = p->gfn;
+		t->gfn = p->gfn + (uint64_t)p->ept12_delta;
 		t->hfn = p->hfn;
 		t->level = p->level;
+		t->ept12_delta = p->ept12_delta;
 		if (table_check(w, page, p))
 			return WALK_DONE;
 		if (w->speculative)
@@ -191,8 +196,8 @@ static void combine(struct walk *w, uint64_t page, uint64_t gpte, uint32_t guest
 	uint64_t span = UINT64_C(1) << size * 9, below = page & (span - 1);
 
 	e->kind = KIND_COMBINED;
-	e->gfn = gfn - below;
-	e->hfn += (uint32_t)(e->gfn - e->page);
+	e->gfn += gfn - below - e->page;
+	e->hfn += (uint32_t)(gfn - below - e->page);
 	e->page = page - below;
 	e->size = (uint8_t)size;
 	e->global = (gpte & GPTE_GLOBAL) != 0;

@@ -111,25 +111,19 @@ static void fill(const struct walk *w, uint64_t page, const struct leaf *leaf, s
 	walk_rights(spte, leaf->tag | w->life_bits, out->right);
 }
 
-static void suspect(struct tlb_entry *e, uint32_t type)
-{
-	if (e->right[type] != RIGHT_NONE)
-		e->right[type] ^= TAG_SUSPECT;
-}
-
 /* A fill takes the frame's tag of now, which vouches for the SPTE only.  Let the oracle judge the first use if the
  * guest's tables say otherwise, or if KVM has promised to see the guest's stores to this page. */
 static void doubt(const struct walk *w, uint64_t page, struct tlb_entry *e)
 {
 	if (guest_contradicts(w->vcpu, e, page, ACCESS_READ) != GUEST_AGREES) {
 		for (uint32_t type = 0; type < ACCESS_TYPES; type++)
-			suspect(e, type);
+			walk_suspect(e, type);
 		return;
 	}
 	if (e->right[ACCESS_WRITE] != RIGHT_NONE &&
 	    (guest_contradicts(w->vcpu, e, page, ACCESS_WRITE) != GUEST_AGREES ||
 	     writes_tracked(w->m, w->vcpu->vm, e->gfn + (page - e->page))))
-		suspect(e, ACCESS_WRITE);
+		walk_suspect(e, ACCESS_WRITE);
 }
 
 static enum walk_result find(struct walk *w, uint64_t page, uint32_t type, struct tlb_entry *out)

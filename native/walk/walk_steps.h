@@ -34,6 +34,13 @@ static inline void walk_rights(uint64_t spte, uint32_t right, uint32_t rights[AC
 	rights[ACCESS_EXECUTE] = spte & SPTE_EXECUTABLE ? right : RIGHT_NONE;
 }
 
+/* Let the oracle judge the first use of a right. */
+static inline void walk_suspect(struct tlb_entry *e, uint32_t type)
+{
+	if (e->right[type] != RIGHT_NONE)
+		e->right[type] ^= TAG_SUSPECT;
+}
+
 /* Set A, and D for a write.  False: the SPTE changed meanwhile and must be read again.  *spte is the table's
  * value afterwards. */
 static inline bool walk_set_accessed(struct counters *counters, _Atomic uint64_t *slot, uint64_t *spte, uint32_t type)
