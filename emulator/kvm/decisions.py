@@ -61,6 +61,7 @@ TableProtect = Literal["mmu-writable", "if-changed", "none"]
 SpteUpdate = Literal["mmu-writable", "accessed-dirty"]
 
 NestedTransition = Literal["tag-aware", "apic-access-flush", "always", "none"]
+NestedInvept = Literal["free-roots", "free-roots-and-flush", "none"]
 NestedInvvpid = Literal["pcpu-of-vmcs02", "current-pcpu", "none"]
 Vpid02Reuse = Literal["flush", "none"]
 
@@ -199,19 +200,22 @@ class Decisions(Protocol):
         """`vcpu` wrote CR3 with bit 63, on a host without EPT."""
 
     def commit_zap(self, cpu: Cpu, kvm: Kvm) -> CommitZap:
-        """Shadow pages were zapped and are about to be freed, on a host without EPT."""
+        """Shadow pages were zapped and are about to be freed."""
 
     def spte_replace(self, cpu: Cpu, kvm: Kvm, gfn: Gfn) -> SpteReplace:
-        """A leaf for `gfn` replaced a table or a leaf of another frame, on a host without EPT."""
+        """A leaf for `gfn` of the shadow MMU replaced a table or a leaf of another frame."""
 
     def table_protect(self, cpu: Cpu, kvm: Kvm, gfn: Gfn) -> TableProtect:
-        """An SPTE of `gfn`, a guest's page table, was write-protected, on a host without EPT."""
+        """An SPTE of `gfn`, a guest's page table or a table of L1's EPT, was write-protected."""
 
     def spte_update(self, cpu: Cpu, kvm: Kvm, gfn: Gfn) -> SpteUpdate:
-        """The shadow MMU changes a leaf SPTE for `gfn` that stays one, on a host without EPT."""
+        """The shadow MMU changes a leaf SPTE for `gfn` that stays one."""
 
     def nested_transition(self, cpu: Cpu, vcpu: Vcpu) -> NestedTransition:
         """`vcpu` is about to enter L2, or L1 after a VM exit of L2: vcpu.arch.guest_mode tells."""
+
+    def nested_invept(self, cpu: Cpu, vcpu: Vcpu) -> NestedInvept:
+        """L1 on `vcpu` executed INVEPT."""
 
     def nested_invvpid(self, cpu: Cpu, vcpu: Vcpu) -> NestedInvvpid:
         """L1 on `vcpu` executed INVVPID."""

@@ -261,6 +261,14 @@ def tdp_mmu_enabled(kvm: Kvm) -> bool:
     return tdp_enabled(kvm)
 
 
+def kvm_memslots_have_rmaps(kvm: Kvm) -> bool:
+    """kvm_memslots_have_rmaps(), kvm_shadow_root_allocated(): return whether there may be shadow pages.
+
+    With EPT the first root that shadows an EPT of L1's is made before the first shadow page below it.
+    """
+    return not tdp_mmu_enabled(kvm) or kvm.shadow.shadow_root_allocated
+
+
 class VcpuArch:
     """The registers of struct kvm_vcpu_arch that decide about roots and flushes, as a 64-bit OS sets them.
 
@@ -305,8 +313,8 @@ class Vcpu:
     loaded touches it; user space may set `immediate_exit` (kvm_run->immediate_exit) from any thread.
 
     loaded_vmcs is vmcs01, or nested.vmcs02 while it runs a nested guest.
-    mmu is root_mmu, or guest_mmu, which shadows the EPT of a nested guest: no L1 has one, so guest_mmu has no
-    roots.  maxphyaddr: MAXPHYADDR of the guest's CPUID, decides between 4 and 5 levels.
+    mmu is root_mmu, or guest_mmu, which shadows the EPT that L1 has for a nested guest.  maxphyaddr:
+    MAXPHYADDR of the guest's CPUID, decides between 4 and 5 levels.
     flush_current_reason: the reason of the vCPU's last KVM_REQ_TLB_FLUSH_CURRENT, for the accounts;
     flush_reasons: a bit for each reason of the KVM_REQ_TLB_FLUSH that it services, flush_reason: the first.
     policy_data: the policy's state of the vCPU.

@@ -36,7 +36,7 @@ from emulator.kvm.mmu.roots import kvm_mmu_free_obsolete_roots, kvm_mmu_load_pgd
 from emulator.kvm.mmu.sync import kvm_mmu_sync_roots
 from emulator.kvm.reset import kvm_apic_accept_events
 from emulator.kvm.smm import enter_smm, process_smi
-from emulator.kvm.structs import Vcpu, tdp_enabled
+from emulator.kvm.structs import Vcpu, kvm_memslots_have_rmaps
 from emulator.kvm.tlb import kvm_service_local_tlb_flush_requests, kvm_vcpu_flush_tlb_all
 from emulator.kvm.virt.requests import kvm_check_request, kvm_test_request, set_mode
 from emulator.kvm.virt.vcpu import vcpu_load, vcpu_put
@@ -64,7 +64,7 @@ def serve_requests(cpu: Cpu, vcpu: Vcpu) -> ExitToUser | None:
         return ExitToUser("shutdown")
     if kvm_check_request(cpu, vcpu, KVM_REQ_MMU_FREE_OBSOLETE_ROOTS):
         kvm_mmu_free_obsolete_roots(cpu, vcpu)
-    if not tdp_enabled(vcpu.kvm) and kvm_check_request(cpu, vcpu, KVM_REQ_MMU_SYNC):
+    if kvm_memslots_have_rmaps(vcpu.kvm) and kvm_check_request(cpu, vcpu, KVM_REQ_MMU_SYNC):
         kvm_mmu_sync_roots(cpu, vcpu)
     if kvm_check_request(cpu, vcpu, KVM_REQ_LOAD_MMU_PGD):
         kvm_mmu_load_pgd(cpu, vcpu)

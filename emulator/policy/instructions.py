@@ -202,6 +202,11 @@ def active_roots(vcpu: Vcpu) -> list[KvmMmuRootInfo]:
 
 
 def linked_roots(cpu: Cpu, kvm: Kvm) -> tuple[KvmMmuPage, ...]:
-    """Return all roots of the VM that a zap can find, invalid ones among them."""
+    """Return all roots of the VM that a zap can find, invalid ones among them.
+
+    Of the pages that shadow EPTs of L1's, those that have been roots: one that no vCPU holds may be loaded
+    again.
+    """
     cpu.point("tdp_mmu_roots", kvm.id, "read")
-    return kvm.tdp_mmu_roots
+    nested = tuple(sp for sp in kvm.shadow.page_of.values() if sp.policy_data is not None)
+    return kvm.tdp_mmu_roots + nested if nested else kvm.tdp_mmu_roots

@@ -27,6 +27,20 @@ NESTED_POINTS: Final[tuple[DecisionPoint, ...]] = (
         },
     ),
     point(
+        Decisions.nested_invept,
+        "KVM's work for an INVEPT that L1 executes (handle_invept).",
+        {
+            "free-roots": (
+                "The vCPU drops its roots that shadow the EPT; the next entry of L2 loads a root, which "
+                "syncs and flushes."
+            ),
+            "free-roots-and-flush": "Also INVEPT single-context for each such root at once.",
+        },
+        wrong={
+            "none": "Nothing: L2 goes on to use what L1 took away from its EPT.",
+        },
+    ),
+    point(
         Decisions.nested_invvpid,
         "The flush for an INVVPID that L1 executes (handle_invvpid).",
         {

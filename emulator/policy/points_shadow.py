@@ -1,4 +1,4 @@
-"""The decision points of the shadow MMU, which are asked on hosts without EPT alone."""
+"""The decision points of the shadow MMU, which are asked on hosts without EPT, and for EPTs of L1's."""
 
 from __future__ import annotations
 

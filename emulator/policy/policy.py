@@ -203,6 +203,9 @@ class Policy:
     def nested_transition(self, cpu: Cpu, vcpu: Vcpu) -> decisions.NestedTransition:
         return self._answers["nested_transition"]
 
+    def nested_invept(self, cpu: Cpu, vcpu: Vcpu) -> decisions.NestedInvept:
+        return self._answers["nested_invept"]
+
     def nested_invvpid(self, cpu: Cpu, vcpu: Vcpu) -> decisions.NestedInvvpid:
         return self._answers["nested_invvpid"]
 

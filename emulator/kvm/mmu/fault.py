@@ -33,9 +33,11 @@ class KvmPageFault:
     """struct kvm_page_fault.
 
     addr: the address that the CPU could not translate, guest-physical with EPT and linear without.  gfn and
-    slot: without EPT, known only after the walk of the guest's tables.  error_code: of the CPU's page fault,
-    0 with EPT. max_level: the largest page that the guest's tables permit.  around_gfn, around_n: the
-    neighbours that faultin looked up, in the arrays of the Cpu (fault-around).
+    slot: unless the MMU is direct, known only after the walk of the guest's tables.  is_tdp: it is the TDP
+    MMU's.  error_code: of the CPU's page fault; with EPT that of the access, if L1 has an EPT for the guest,
+    else 0.  max_level: the largest page that the guest's tables permit.  write_protected: the gfn may not be
+    mapped writable, because KVM must see the stores to it.  around_gfn, around_n: the neighbours that faultin
+    looked up, in the arrays of the Cpu (fault-around).
     """
 
     __slots__ = (
@@ -54,6 +56,7 @@ class KvmPageFault:
         "rsvd",
         "slot",
         "write",
+        "write_protected",
     )
 
     def __init__(
@@ -70,6 +73,7 @@ class KvmPageFault:
         self.rsvd = bool(error_code & lib.PFERR_RSVD)
         self.slot: KvmMemorySlot | None = None
         self.mmu_seq = InvalidateSeq(0)
+        self.write_protected = False
         self.pfn = PfnAndRights(_NO_FRAME, Custody(0), host_writable=HostWritable(False))
         self.goal_level = PG_LEVEL_4K
         self.around_gfn = Gfn(0)

@@ -8,7 +8,7 @@ used.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Final
 
 from emulator.kvm.kvm_host import PG_LEVEL_1G, PG_LEVEL_2M, PG_LEVEL_4K, PG_LEVEL_512G
@@ -38,6 +38,10 @@ PT_GUEST_ACCESSED_MASK: Final = 1 << 5
 PT_GUEST_DIRTY_MASK: Final = 1 << 6
 PT_PAGE_SIZE_MASK: Final = 1 << 7
 PT64_NX_MASK: Final = 1 << 63
+VMX_EPT_READABLE_MASK: Final = 1 << 0
+VMX_EPT_WRITABLE_MASK: Final = 1 << 1
+VMX_EPT_EXECUTABLE_MASK: Final = 1 << 2
+VMX_EPT_RWX_MASK: Final = VMX_EPT_READABLE_MASK | VMX_EPT_WRITABLE_MASK | VMX_EPT_EXECUTABLE_MASK
 # Bits 16:13 of an entry for 4 MiB are bits 35:32 of its address (PSE-36).
 PT32_DIR_PSE36_MASK: Final = 0xF << 13
 
@@ -62,6 +66,8 @@ class PagingFormat:
 
     level_bits: PT_LEVEL_BITS, the bits of an address that index a table.  entry_bytes: of pt_element_t.
     base_addr_mask: PT_BASE_ADDR_MASK.  max_huge_level: the highest level at which bit 7 may end a walk.
+    accessed_mask, dirty_mask: PT_GUEST_ACCESSED_MASK and PT_GUEST_DIRTY_MASK; 0: the entries have no such
+    flags (PT_HAVE_ACCESSED_DIRTY).  ept: they are entries of an EPT.
     """
 
     name: str
@@ -69,6 +75,9 @@ class PagingFormat:
     entry_bytes: int
     base_addr_mask: int
     max_huge_level: Level
+    accessed_mask: int = PT_GUEST_ACCESSED_MASK
+    dirty_mask: int = PT_GUEST_DIRTY_MASK
+    ept: bool = False
 
     def index(self, addr: int, level: Level) -> int:
         """PT_INDEX()"""
@@ -91,10 +100,12 @@ class PagingFormat:
 
     def is_present_gpte(self, gpte: int) -> bool:
         """FNAME(is_present_gpte)"""
-        return bool(gpte & PT_PRESENT_MASK)
+        return bool(gpte & (VMX_EPT_RWX_MASK if self.ept else PT_PRESENT_MASK))
 
     def gpte_access(self, gpte: int) -> int:
         """FNAME(gpte_access): return the ACC_ bits of one entry of the guest's."""
+        if self.ept:
+            return ept_access(gpte)
         access = ACC_READ_MASK
         if gpte & PT_WRITABLE_MASK:
             access |= ACC_WRITE_MASK
@@ -107,11 +118,21 @@ class PagingFormat:
     def protect_clean_gpte(self, access: int, gpte: int) -> int:
         """FNAME(protect_clean_gpte): take W while the guest's dirty flag is clear, so that the first write
         faults."""
-        return access if gpte & PT_GUEST_DIRTY_MASK else access & ~ACC_WRITE_MASK
+        clean = self.dirty_mask and not gpte & self.dirty_mask
+        return access & ~ACC_WRITE_MASK if clean else access
+
+
+def ept_access(epte: int) -> int:
+    """FNAME(gpte_access) of an entry of an EPT, in which R takes the place of the guest's U."""
+    access = ACC_READ_MASK | ACC_USER_MASK if epte & VMX_EPT_READABLE_MASK else 0
+    access |= ACC_WRITE_MASK if epte & VMX_EPT_WRITABLE_MASK else 0
+    return access | (ACC_EXEC_MASK if epte & VMX_EPT_EXECUTABLE_MASK else 0)
 
 
 PAGING64: Final = PagingFormat("paging64", 9, 8, (1 << 52) - (1 << 12), PG_LEVEL_1G)
 PAGING32: Final = PagingFormat("paging32", 10, 4, (1 << 32) - (1 << 12), PG_LEVEL_2M)
+_EPT: Final = PagingFormat("ept", 9, 8, (1 << 52) - (1 << 12), PG_LEVEL_1G, 0, 0, ept=True)
+_EPT_AD: Final = replace(_EPT, accessed_mask=1 << 8, dirty_mask=1 << 9)
 
 
 @dataclass(frozen=True, slots=True)
@@ -129,8 +150,8 @@ class KvmPagewalk:
     efer_nx: bool
 
     def guest_pgd(self, vcpu: Vcpu) -> int:
-        """kvm_mmu_get_guest_pgd(): return the address of the guest's top table."""
-        return vcpu.arch.cr3
+        """kvm_mmu_get_guest_pgd(), nested_ept_get_eptp(): return the address of the guest's top table."""
+        return vcpu.nested.vmcs12().ept_pointer if self.fmt.ept else vcpu.arch.cr3
 
     def pdptr(self, vcpu: Vcpu, index: int) -> int:
         """kvm_pdptr_read(): return a PDPTE as the last load of CR3 or of paging bits has read it."""
@@ -149,11 +170,18 @@ class KvmPagewalk:
         return level <= self.fmt.max_huge_level and pse and bool(gpte & PT_PAGE_SIZE_MASK)
 
     def is_rsvd_bits_set(self, gpte: int) -> bool:
-        """FNAME(is_rsvd_bits_set), of bit 63 alone: it is reserved while EFER.NX is clear."""
+        """FNAME(is_rsvd_bits_set), of bit 63 alone: it is reserved while EFER.NX is clear.
+
+        Of an EPT, where L1 is not offered execute-only pages, no entry may permit anything without reads.
+        """
+        if self.fmt.ept:
+            return not gpte & VMX_EPT_READABLE_MASK
         return bool(gpte & PT64_NX_MASK) and not self.efer_nx
 
     def permission_fault(self, access: int, pfec: int) -> int:
         """permission_fault(): return the error code of the fault that the access causes, or 0."""
+        if self.fmt.ept:
+            return PFERR_PRESENT_MASK if ept_needs(pfec) & ~access else 0
         user = bool(pfec & PFERR_USER_MASK)
         if user and not access & ACC_USER_MASK:
             return PFERR_PRESENT_MASK
@@ -167,16 +195,29 @@ class KvmPagewalk:
 
     def fault_bits(self, pfec: int) -> int:
         """Return the bits of an error code that describe the access (has_pferr_fetch())."""
-        fetch = PFERR_FETCH_MASK if self.efer_nx or self.cr4_smep else 0
+        fetch = PFERR_FETCH_MASK if self.fmt.ept or self.efer_nx or self.cr4_smep else 0
         return pfec & (PFERR_WRITE_MASK | PFERR_USER_MASK | fetch)
 
     def prefetch_invalid_gpte(self, gpte: int) -> bool:
         """FNAME(prefetch_invalid_gpte): return whether the entry is not present, or was never used."""
         return (
             not self.fmt.is_present_gpte(gpte)
-            or not gpte & PT_GUEST_ACCESSED_MASK
+            or bool(self.fmt.accessed_mask and not gpte & self.fmt.accessed_mask)
             or self.is_rsvd_bits_set(gpte)
         )
+
+
+def ept_needs(pfec: int) -> int:
+    """Return the ACC_ bits that an access to a nested guest's physical page needs."""
+    needs = ACC_READ_MASK if pfec & PFERR_USER_MASK else 0
+    needs |= ACC_WRITE_MASK if pfec & PFERR_WRITE_MASK else 0
+    return needs | (ACC_EXEC_MASK if pfec & PFERR_FETCH_MASK else 0)
+
+
+def ept_pagewalk(*, accessed_dirty: bool) -> KvmPagewalk:
+    """Return the walk of an EPT of L1's, of four levels.  No register of L1's or L2's takes part in it."""
+    fmt = _EPT_AD if accessed_dirty else _EPT
+    return KvmPagewalk(fmt, PT64_ROOT_4LEVEL, cr0_wp=True, cr4_smep=False, cr4_pse=False, efer_nx=True)
 
 
 def pagewalk_of(mmu: KvmMmu) -> KvmPagewalk:
@@ -279,9 +320,9 @@ def update_accessed_dirty_bits(
     kvm, fmt = vcpu.kvm, w.fmt
     for level in span(walker.max_level, walker.level - 1, -1):
         orig = walker.ptes[level]
-        pte = orig | PT_GUEST_ACCESSED_MASK
+        pte = orig | fmt.accessed_mask
         if level == walker.level and write_fault:
-            pte |= PT_GUEST_DIRTY_MASK
+            pte |= fmt.dirty_mask
         if pte == orig:
             continue
         slot = gfn_to_memslot(kvm, walker.table_gfn[level], int(vcpu.arch.smm))

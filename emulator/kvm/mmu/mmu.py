@@ -2,7 +2,8 @@
 
 Code outside mmu/ calls the functions here, which serve every MMU.  As in the kernel, each handles shadow
 pages first, through their rmaps, and then the TDP MMU's, and passes a pending flush on from the former to the
-latter.  Without EPT only shadow pages exist, with EPT only the TDP MMU's.
+latter.  Without EPT only shadow pages exist, with EPT the TDP MMU's, and shadow pages for nested guests with
+an EPT of L1's.
 
 Roles and roots of vCPUs: roots.py.  Page faults: page_fault.py.
 """
@@ -23,11 +24,10 @@ from emulator.kvm.kvm_host import (
     kvm_pages_per_hpage,
 )
 from emulator.kvm.mmu.mmio import MMIO_SPTE_GEN_MASK
-from emulator.kvm.mmu.page_track import shadow_gfn_write_protect
+from emulator.kvm.mmu.page_track import kvm_mmu_slot_gfn_write_protect
 from emulator.kvm.mmu.rmap import kvm_rmap_age_gfn_range, kvm_rmap_zap_gfn_range
 from emulator.kvm.mmu.shadow import free_special_pages, kvm_zap_obsolete_pages, shadow_mmu_zap_all
 from emulator.kvm.mmu.shadow_slots import (
-    kvm_memslots_have_rmaps,
     kvm_mmu_zap_memslot_pages_and_flush,
     kvm_rmap_zap_collapsible_sptes,
     rmap_write_protect_masked,
@@ -38,7 +38,6 @@ from emulator.kvm.mmu.tdp_dirty import (
     kvm_tdp_mmu_clear_dirty_pt_masked,
     kvm_tdp_mmu_recover_huge_pages,
     kvm_tdp_mmu_try_split_huge_pages,
-    kvm_tdp_mmu_write_protect_gfn,
     kvm_tdp_mmu_wrprot_slot,
 )
 from emulator.kvm.mmu.tdp_mmu import (
@@ -50,7 +49,13 @@ from emulator.kvm.mmu.tdp_mmu import (
     kvm_tdp_mmu_zap_leafs,
 )
 from emulator.kvm.mmu.tdp_roots import kvm_tdp_mmu_invalidate_roots
-from emulator.kvm.structs import Kvm, KvmMemorySlot, tdp_enabled, tdp_mmu_enabled
+from emulator.kvm.structs import (
+    Kvm,
+    KvmMemorySlot,
+    kvm_memslots_have_rmaps,
+    tdp_enabled,
+    tdp_mmu_enabled,
+)
 from emulator.kvm.virt.requests import (
     kvm_flush_remote_tlbs_memslot,
     kvm_flush_remote_tlbs_range,
@@ -216,18 +221,6 @@ def kvm_mmu_slot_remove_write_access(cpu: Cpu, kvm: Kvm, slot: KvmMemorySlot, le
         return False
     with kvm.mmu_lock.read_lock(cpu):
         return kvm_tdp_mmu_wrprot_slot(cpu, kvm, slot, level)
-
-
-def kvm_mmu_slot_gfn_write_protect(
-    cpu: Cpu, kvm: Kvm, slot: KvmMemorySlot, gfn: Gfn, min_level: Level
-) -> bool:
-    """kvm_mmu_slot_gfn_write_protect(), under mmu_lock for write: return whether some SPTE lost W."""
-    protected = False
-    if kvm_memslots_have_rmaps(kvm):
-        protected = shadow_gfn_write_protect(cpu, kvm, slot, gfn, min_level)
-    if tdp_mmu_enabled(kvm):
-        protected |= kvm_tdp_mmu_write_protect_gfn(cpu, kvm, slot, gfn, min_level)
-    return protected
 
 
 def kvm_mmu_write_protect_pt_masked(

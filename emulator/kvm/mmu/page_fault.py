@@ -24,13 +24,19 @@ from emulator.kvm.mmu.fault import (
     RET_PF_INVALID,
     RET_PF_RETRY,
     RET_PF_SPURIOUS,
+    RET_PF_WRITE_PROTECTED,
     KvmPageFault,
     fault_around_range,
     spte_permission_fault,
 )
 from emulator.kvm.mmu.hugepage import kvm_mmu_hugepage_adjust
-from emulator.kvm.mmu.lockless import for_each_shadow_entry_lockless, walk_shadow_page_lockless
+from emulator.kvm.mmu.lockless import (
+    for_each_shadow_entry_lockless,
+    is_tdp_mmu_active,
+    walk_shadow_page_lockless,
+)
 from emulator.kvm.mmu.mmio import handle_mmio_page_fault
+from emulator.kvm.mmu.page_track import kvm_gfn_is_write_tracked
 from emulator.kvm.mmu.shadow_spte import mmu_spte_cmpxchg
 from emulator.kvm.mmu.spte import (
     PT_WRITABLE_MASK,
@@ -43,9 +49,10 @@ from emulator.kvm.mmu.spte import (
     restore_acc_track_spte,
     root_to_sp,
 )
+from emulator.kvm.mmu.sync import mmu_try_to_unsync_pages
 from emulator.kvm.mmu.tdp_iter import Entry
 from emulator.kvm.mmu.tdp_map import kvm_tdp_mmu_map, tdp_entry, tdp_mmu_set_spte_atomic
-from emulator.kvm.structs import Kvm, KvmMemorySlot, Vcpu, tdp_enabled, tdp_mmu_enabled
+from emulator.kvm.structs import Kvm, KvmMemorySlot, Vcpu, tdp_enabled
 from emulator.kvm.virt.requests import kvm_test_request
 from emulator.kvm.virt.slots import gfn_to_memslot, mark_page_dirty_in_slot
 from emulator.machine.runtime import FAULT_AROUND_MAX, Cpu, OutOfFrames
@@ -64,7 +71,10 @@ def kvm_mmu_page_fault(
     addr: guest-physical with EPT, otherwise linear.  After FIXED, SPURIOUS and RETRY the guest executes the
     access again; after WRITE_PROTECTED the caller emulates it.
     """
-    fault = KvmPageFault(addr, access, present, error_code, is_tdp=tdp_enabled(vcpu.kvm))
+    is_tdp = is_tdp_mmu_active(vcpu)
+    if tdp_enabled(vcpu.kvm) and not is_tdp:
+        error_code = ept_error_code(access)
+    fault = KvmPageFault(addr, access, present, error_code, is_tdp=is_tdp)
     if vcpu.mmu.root_role.direct:
         cpu.point("memslots", vcpu.kvm.id, "read")
         fault.slot = gfn_to_memslot(vcpu.kvm, fault.gfn, kvm_arch_vcpu_memslots_id(vcpu))
@@ -80,6 +90,14 @@ def kvm_mmu_page_fault(
     return r
 
 
+def ept_error_code(access: int) -> int:
+    """Return the error code by which handle_ept_violation() describes an access, as far as L1's EPT decides
+    about it."""
+    if access == lib.ACCESS_WRITE:
+        return int(lib.PFERR_WRITE)
+    return int(lib.PFERR_FETCH if access == lib.ACCESS_EXECUTE else lib.PFERR_USER)
+
+
 def kvm_arch_vcpu_memslots_id(vcpu: Vcpu) -> int:
     """kvm_arch_vcpu_memslots_id(): choose the address space by the vCPU's mode, not by its root."""
     return int(vcpu.arch.smm)
@@ -88,6 +106,8 @@ def kvm_arch_vcpu_memslots_id(vcpu: Vcpu) -> int:
 def kvm_tdp_page_fault(cpu: Cpu, vcpu: Vcpu, fault: KvmPageFault) -> int:
     """kvm_tdp_page_fault(), kvm_tdp_mmu_page_fault()"""
     kvm = vcpu.kvm
+    if page_fault_handle_page_track(kvm, fault):
+        return RET_PF_WRITE_PROTECTED
     r = fast_page_fault(cpu, vcpu, fault)
     if r != RET_PF_INVALID:
         return r
@@ -98,10 +118,21 @@ def kvm_tdp_page_fault(cpu: Cpu, vcpu: Vcpu, fault: KvmPageFault) -> int:
         if is_page_fault_stale(cpu, vcpu, fault):
             return RET_PF_RETRY
         kvm_mmu_hugepage_adjust(cpu, kvm, fault)
+        if fault.slot is not None and fault.pfn.host_writable:
+            fault.write_protected = not mmu_try_to_unsync_pages(
+                cpu, kvm, fault.slot, fault.gfn, synchronizing=False, prefetch=False
+            )
         try:
             return kvm_tdp_mmu_map(cpu, vcpu, fault)
         except OutOfFrames:
             return ENOMEM
+
+
+def page_fault_handle_page_track(kvm: Kvm, fault: KvmPageFault) -> bool:
+    """page_fault_handle_page_track(): return whether the guest writes to a page that must stay read-only."""
+    if fault.rsvd or not fault.present or not fault.write:
+        return False
+    return kvm_gfn_is_write_tracked(kvm, fault.slot, fault.gfn)
 
 
 def page_fault_can_be_fast(kvm: Kvm, fault: KvmPageFault) -> bool:
@@ -145,7 +176,7 @@ def fast_page_fault(cpu: Cpu, vcpu: Vcpu, fault: KvmPageFault) -> int:
 
 def fast_pf_get_last_sptep(cpu: Cpu, vcpu: Vcpu, fault: KvmPageFault) -> Entry | None:
     """fast_pf_get_last_sptep(), kvm_tdp_mmu_fast_pf_get_last_sptep(): return the deepest existing entry."""
-    if not tdp_mmu_enabled(vcpu.kvm):
+    if not is_tdp_mmu_active(vcpu):
         last = deque(for_each_shadow_entry_lockless(cpu, vcpu, fault.addr), maxlen=1)
         return last[0] if last else None
     root = root_to_sp(vcpu.mmu.root)
@@ -178,7 +209,7 @@ def fast_pf_fix_direct_spte(
     in the log that is being read or faults again.
     """
     track = bool(new_spte & ~entry.spte & PT_WRITABLE_MASK) and slot.dirty_track_enabled()
-    if tdp_mmu_enabled(vcpu.kvm):
+    if is_tdp_mmu_active(vcpu):
         swapped = tdp_mmu_set_spte_atomic(cpu, vcpu.kvm, entry, new_spte)
     else:
         swapped = mmu_spte_cmpxchg(cpu, vcpu.kvm, entry.table, entry.index, entry.level, entry.spte, new_spte)
@@ -215,7 +246,7 @@ def kvm_mmu_faultin_pfn(cpu: Cpu, vcpu: Vcpu, fault: KvmPageFault) -> int:
 
 
 def kvm_handle_noslot_fault(fault: KvmPageFault) -> int:
-    """kvm_handle_noslot_fault(): let user space emulate the access; without EPT by way of an MMIO SPTE."""
+    """kvm_handle_noslot_fault(): let user space emulate the access; a shadow MMU by way of an MMIO SPTE."""
     if fault.is_tdp:
         return RET_PF_EMULATE
     fault.pfn = PfnAndRights(KVM_PFN_NOSLOT, Custody(0), host_writable=HostWritable(False))

@@ -12,7 +12,8 @@ from collections.abc import Iterator
 from emulator.kvm.kvm_host import KVM_MAX_HUGEPAGE_LEVEL, PG_LEVEL_2M, PG_LEVEL_4K, kvm_pages_per_hpage
 from emulator.kvm.mmu.rmap import gfn_to_rmap, gfn_to_slot_of_role, rmap_write_protect
 from emulator.kvm.mmu.shadow_structs import ShadowPage
-from emulator.kvm.structs import Kvm, KvmMemorySlot
+from emulator.kvm.mmu.tdp_dirty import kvm_tdp_mmu_write_protect_gfn
+from emulator.kvm.structs import Kvm, KvmMemorySlot, kvm_memslots_have_rmaps, tdp_mmu_enabled
 from emulator.kvm.virt.requests import kvm_flush_remote_tlbs
 from emulator.machine.runtime import Cpu, smp_mb
 from native import lib
@@ -64,13 +65,22 @@ def kvm_mmu_gfn_allow_lpage(slot: KvmMemorySlot, gfn: Gfn) -> None:
 
 
 def shadow_gfn_write_protect(cpu: Cpu, kvm: Kvm, slot: KvmMemorySlot, gfn: Gfn, min_level: Level) -> bool:
-    """Write-protect the shadow MMU's leafs that map gfn, for good; return whether a flush is needed.
-
-    The first half of kvm_mmu_slot_gfn_write_protect() (mmu.py), which does the TDP MMU's next.
-    """
+    """Write-protect the shadow MMU's leafs that map gfn, for good; return whether a flush is needed."""
     protected = False
     for level in span(min_level, KVM_MAX_HUGEPAGE_LEVEL + 1):
         protected |= rmap_write_protect(cpu, kvm, gfn_to_rmap(slot, gfn, level), pt_protect=True)
+    return protected
+
+
+def kvm_mmu_slot_gfn_write_protect(
+    cpu: Cpu, kvm: Kvm, slot: KvmMemorySlot, gfn: Gfn, min_level: Level
+) -> bool:
+    """kvm_mmu_slot_gfn_write_protect(), under mmu_lock for write: return whether some SPTE lost W."""
+    protected = False
+    if kvm_memslots_have_rmaps(kvm):
+        protected = shadow_gfn_write_protect(cpu, kvm, slot, gfn, min_level)
+    if tdp_mmu_enabled(kvm):
+        protected |= kvm_tdp_mmu_write_protect_gfn(cpu, kvm, slot, gfn, min_level)
     return protected
 
 
@@ -89,7 +99,7 @@ def account_shadowed(cpu: Cpu, kvm: Kvm, sp: ShadowPage) -> None:
     if tracked:
         slot.arch.gfn_write_track[sp.gfn] = slot.arch.gfn_write_track.get(sp.gfn, 0) + 1
     kvm_mmu_gfn_disallow_lpage(slot, sp.gfn)
-    if shadow_gfn_write_protect(cpu, kvm, slot, sp.gfn, PG_LEVEL_4K):
+    if kvm_mmu_slot_gfn_write_protect(cpu, kvm, slot, sp.gfn, PG_LEVEL_4K):
         kvm_flush_remote_tlbs(cpu, kvm, lib.REASON_REMOTE_PROTECT)
     stores_exit(cpu, kvm, sp.gfn)
 

@@ -22,6 +22,7 @@ from emulator.kvm.mmu.fault import (
     KvmPageFault,
 )
 from emulator.kvm.mmu.guest_walk import (
+    PFERR_PRESENT_MASK,
     PFERR_RSVD_MASK,
     PFERR_USER_MASK,
     GuestWalker,
@@ -32,7 +33,11 @@ from emulator.kvm.mmu.guest_walk import (
 from emulator.kvm.mmu.hugepage import kvm_mmu_hugepage_adjust
 from emulator.kvm.mmu.lockless import kvm_mmu_is_dummy_root, shadow_page_table_clear_flood
 from emulator.kvm.mmu.mmio import sync_mmio_spte
-from emulator.kvm.mmu.page_fault import is_page_fault_stale, kvm_mmu_faultin_pfn
+from emulator.kvm.mmu.page_fault import (
+    is_page_fault_stale,
+    kvm_mmu_faultin_pfn,
+    page_fault_handle_page_track,
+)
 from emulator.kvm.mmu.rmap import drop_spte
 from emulator.kvm.mmu.shadow import (
     drop_parent_pte,
@@ -45,7 +50,6 @@ from emulator.kvm.mmu.shadow_map import (
     kvm_mmu_prefetch_sptes,
     make_shadow_spte,
     mmu_set_spte,
-    page_fault_handle_page_track,
     prefetch_window,
     shadow_walk,
 )
@@ -58,7 +62,11 @@ from emulator.kvm.mmu.shadow_spte import (
 from emulator.kvm.mmu.shadow_structs import ShadowPage, Sptep
 from emulator.kvm.mmu.spte import is_large_pte, is_shadow_present_pte
 from emulator.kvm.mmu.structs import ACC_EXEC_MASK, ACC_USER_MASK, ACC_WRITE_MASK
-from emulator.kvm.mmu.sync import kvm_mmu_get_child_sp, mmu_sync_children
+from emulator.kvm.mmu.sync import (
+    kvm_mmu_get_child_sp,
+    kvm_mmu_invalidate_addr_in_root,
+    mmu_sync_children,
+)
 from emulator.kvm.structs import Kvm, Vcpu
 from emulator.kvm.virt.guest_memory import kvm_read_guest_entry_atomic
 from emulator.kvm.virt.requests import kvm_flush_remote_tlbs_range, kvm_make_request
@@ -175,12 +183,26 @@ def prefetch_gpte(cpu: Cpu, vcpu: Vcpu, sptep: Sptep, gpte: int) -> bool:
     return kvm_mmu_prefetch_sptes(cpu, vcpu, w.fmt.gpte_to_gfn(gpte), sptep, 1, access)
 
 
+def kvm_inject_emulated_page_fault(cpu: Cpu, vcpu: Vcpu, fault: KvmPageFault, error_code: int) -> None:
+    """kvm_inject_emulated_page_fault(): let the owner of the tables handle the fault.
+
+    An EPT violation invalidates the page's mappings.  So the SPTE is synced before L1 hears of it.
+    """
+    mmu = vcpu.mmu
+    if mmu.inject_page_fault is None:
+        lib.guest_inject_page_fault(cpu.m, vcpu.id, Gva(fault.addr), error_code)
+        return
+    if error_code & PFERR_PRESENT_MASK and not error_code & PFERR_RSVD_MASK:
+        kvm_mmu_invalidate_addr_in_root(cpu, vcpu, fault.addr, mmu.root)
+    mmu.inject_page_fault(cpu, vcpu, fault, error_code)
+
+
 def paging_page_fault(cpu: Cpu, vcpu: Vcpu, fault: KvmPageFault) -> int:
     """FNAME(page_fault): the guest's tables decide first; what they forbid is the guest's own page fault."""
     kvm, w = vcpu.kvm, pagewalk_of(vcpu.mmu)
     walker = walk_addr(cpu, vcpu, w, fault.addr, fault.error_code & ~PFERR_RSVD_MASK)
     if walker.error_code is not None:
-        lib.guest_inject_page_fault(cpu.m, vcpu.id, Gva(fault.addr), walker.error_code)
+        kvm_inject_emulated_page_fault(cpu, vcpu, fault, walker.error_code)
         return RET_PF_INJECTED
     fault.gfn = walker.gfn
     fault.max_level = walker.level

@@ -53,8 +53,14 @@ def kvm_calc_tdp_mmu_root_page_role(vcpu: Vcpu) -> KvmMmuPageRole:
 
 
 def kvm_init_mmu(vcpu: Vcpu) -> None:
-    """kvm_init_mmu(), init_kvm_tdp_mmu()"""
+    """kvm_init_mmu(), init_kvm_tdp_mmu()
+
+    A nested guest with an EPT of L1's has guest_mmu (mmu_is_nested()), in the role of which its registers
+    take no part.
+    """
     mmu = vcpu.root_mmu
+    if vcpu.mmu is vcpu.guest_mmu:
+        return
     if not tdp_enabled(vcpu.kvm):
         init_kvm_shadow_mmu(vcpu)
         return
@@ -176,9 +182,9 @@ def kvm_mmu_new_pgd(cpu: Cpu, vcpu: Vcpu, pgd: int) -> None:
 def sync_and_flush_on_reuse(cpu: Cpu, vcpu: Vcpu, reason: FlushReason) -> None:
     """Request for a cached root the sync and flush of a load (force_flush_and_sync_on_reuse).
 
-    With EPT there is nothing to sync.
+    A direct root has nothing to sync.
     """
-    if not tdp_enabled(vcpu.kvm):
+    if not vcpu.mmu.root_role.direct or not tdp_enabled(vcpu.kvm):
         kvm_make_request(cpu, vcpu, KVM_REQ_MMU_SYNC)
     vcpu.flush_current_reason = reason
     kvm_make_request(cpu, vcpu, KVM_REQ_TLB_FLUSH_CURRENT)

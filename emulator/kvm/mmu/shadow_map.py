@@ -23,8 +23,12 @@ from emulator.kvm.mmu.fault import (
 from emulator.kvm.mmu.hugepage import kvm_mmu_hugepage_adjust
 from emulator.kvm.mmu.lockless import shadow_walk_root
 from emulator.kvm.mmu.mmio import mark_mmio_spte
-from emulator.kvm.mmu.page_fault import fast_page_fault, is_page_fault_stale, kvm_mmu_faultin_pfn
-from emulator.kvm.mmu.page_track import kvm_gfn_is_write_tracked
+from emulator.kvm.mmu.page_fault import (
+    fast_page_fault,
+    is_page_fault_stale,
+    kvm_mmu_faultin_pfn,
+    page_fault_handle_page_track,
+)
 from emulator.kvm.mmu.rmap import drop_spte, rmap_add
 from emulator.kvm.mmu.shadow import (
     drop_parent_pte,
@@ -35,8 +39,10 @@ from emulator.kvm.mmu.shadow import (
 from emulator.kvm.mmu.shadow_spte import (
     PT_ACCESSED_MASK,
     PT_DIRTY_MASK,
+    aged_spte,
     kvm_mmu_page_get_gfn,
     mmu_spte_update,
+    spte_ad_enabled,
     spte_of,
 )
 from emulator.kvm.mmu.shadow_structs import ShadowPage, Sptep
@@ -48,9 +54,9 @@ from emulator.kvm.mmu.spte import (
     is_shadow_present_pte,
     spte_to_child_pt,
 )
-from emulator.kvm.mmu.structs import ACC_WRITE_MASK
+from emulator.kvm.mmu.structs import ACC_USER_MASK, ACC_WRITE_MASK
 from emulator.kvm.mmu.sync import kvm_mmu_get_child_sp, mmu_try_to_unsync_pages
-from emulator.kvm.structs import Kvm, KvmMemorySlot, Vcpu
+from emulator.kvm.structs import Kvm, KvmMemorySlot, Vcpu, tdp_enabled
 from emulator.kvm.virt.requests import kvm_flush_remote_tlbs_range
 from emulator.kvm.virt.slots import gfn_to_memslot, mark_page_dirty_in_slot
 from emulator.machine.runtime import Cpu, OutOfFrames
@@ -86,9 +92,11 @@ def make_shadow_spte(
         )
     if wrprot:
         access &= ~ACC_WRITE_MASK
+    if tdp_enabled(kvm):
+        access &= ~ACC_USER_MASK  # R of EPT, which each SPTE has
     spte = int(lib.make_shadow_spte(pfn.pfn, pfn.custody, level, access, pfn.host_writable))
     if prefetch and not synchronizing:
-        spte &= ~PT_ACCESSED_MASK  # mark_spte_for_access_track()
+        spte = aged_spte(spte, ad_enabled=spte_ad_enabled(kvm, sp))
     if kvm.policy.spte_update(cpu, kvm, gfn) == "accessed-dirty":
         # The CPU sets them again.
         spte &= ~(PT_DIRTY_MASK if was_writable else 0) & ~(PT_ACCESSED_MASK if synchronizing else 0)
@@ -280,13 +288,6 @@ def direct_map(cpu: Cpu, vcpu: Vcpu, fault: KvmPageFault) -> int:
         if sp is not None:
             link_shadow_page(cpu, kvm, sptep, sp)
     raise AssertionError(f"no SPTE of level {fault.goal_level} for {fault.addr:#x}")
-
-
-def page_fault_handle_page_track(kvm: Kvm, fault: KvmPageFault) -> bool:
-    """page_fault_handle_page_track(): return whether the guest writes to a page that must stay read-only."""
-    if fault.rsvd or not fault.present or not fault.write:
-        return False
-    return kvm_gfn_is_write_tracked(kvm, fault.slot, fault.gfn)
 
 
 def nonpaging_page_fault(cpu: Cpu, vcpu: Vcpu, fault: KvmPageFault) -> int:

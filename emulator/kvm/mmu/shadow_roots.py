@@ -23,6 +23,7 @@ from emulator.kvm.mmu.guest_walk import (
     PT64_ROOT_4LEVEL,
     PT_PRESENT_MASK,
     KvmPagewalk,
+    ept_pagewalk,
     pagewalk_of,
 )
 from emulator.kvm.mmu.paging import paging_page_fault, paging_sync_spte
@@ -36,7 +37,7 @@ from emulator.kvm.mmu.shadow_map import nonpaging_page_fault
 from emulator.kvm.mmu.shadow_structs import ShadowPage
 from emulator.kvm.mmu.structs import ACC_ALL, KvmMmu, KvmMmuPageRole, KvmMmuRootInfo
 from emulator.kvm.mmu.sync import kvm_mmu_get_shadow_page
-from emulator.kvm.structs import Kvm, Vcpu, is_long_mode
+from emulator.kvm.structs import Kvm, Vcpu, is_long_mode, tdp_enabled
 from emulator.kvm.virt.guest_memory import kvm_is_visible_memslot
 from emulator.kvm.virt.slots import gfn_to_memslot
 from emulator.machine.runtime import Cpu, OutOfFrames
@@ -80,6 +81,29 @@ def kvm_calc_shadow_root_page_role(vcpu: Vcpu, w: KvmPagewalk | None) -> KvmMmuP
     )
 
 
+def kvm_calc_shadow_ept_root_page_role(vcpu: Vcpu, *, accessed_dirty: bool) -> KvmMmuPageRole:
+    """kvm_calc_shadow_ept_root_page_role(): compute the role of a root that shadows an EPT of L1's.
+
+    No register of L1's or L2's takes part in it.
+    """
+    return KvmMmuPageRole(
+        level=PT64_ROOT_4LEVEL,
+        smm=vcpu.root_mmu.root_role.smm,
+        guest_mode=True,
+        direct=False,
+        access=ACC_ALL,
+        ad_disabled=not accessed_dirty,
+    )
+
+
+def init_kvm_shadow_ept_mmu(vcpu: Vcpu, *, accessed_dirty: bool) -> None:
+    """Do the first half of kvm_init_shadow_ept_mmu(): let guest_mmu shadow an EPT of L1's."""
+    mmu = vcpu.guest_mmu
+    mmu.w = ept_pagewalk(accessed_dirty=accessed_dirty)
+    mmu.root_role = kvm_calc_shadow_ept_root_page_role(vcpu, accessed_dirty=accessed_dirty)
+    mmu.page_fault, mmu.sync_spte = paging_page_fault, paging_sync_spte
+
+
 def init_kvm_shadow_mmu(vcpu: Vcpu) -> None:
     """init_kvm_shadow_mmu()"""
     mmu = vcpu.root_mmu
@@ -96,6 +120,8 @@ def mmu_alloc_root(cpu: Cpu, vcpu: Vcpu, gfn: Gfn, level: Level, quadrant: int =
     role = replace(vcpu.mmu.root_role, level=level, quadrant=quadrant)
     sp = kvm_mmu_get_shadow_page(cpu, vcpu, gfn, role)
     sp.root_count += 1
+    if tdp_enabled(vcpu.kvm) and sp.policy_data is None:
+        sp.policy_data = vcpu.kvm.policy.new_data("root", sp.hfn, cpu.machine.pcpus)
     return sp
 
 
@@ -155,6 +181,7 @@ def mmu_alloc_shadow_roots(cpu: Cpu, vcpu: Vcpu) -> None:
         return
     mmu_alloc_special_roots(cpu, mmu)
     with kvm.mmu_lock.write_lock(cpu):
+        kvm.shadow.shadow_root_allocated = True  # mmu_first_shadow_root_alloc()
         if not make_mmu_pages_available(cpu, kvm):
             raise OutOfFrames("no shadow page is left")
         if pagewalk_of(mmu).level < PT64_ROOT_4LEVEL:

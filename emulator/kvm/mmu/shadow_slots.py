@@ -22,16 +22,11 @@ from emulator.kvm.mmu.shadow import (
     kvm_mmu_remote_flush_or_zap,
 )
 from emulator.kvm.mmu.shadow_spte import mmu_spte_clear_track_bits
-from emulator.kvm.structs import Kvm, KvmMemorySlot, tdp_mmu_enabled
+from emulator.kvm.structs import Kvm, KvmMemorySlot, kvm_memslots_have_rmaps
 from emulator.kvm.virt.requests import kvm_flush_remote_tlbs_memslot
 from emulator.machine.runtime import Cpu
 from native import lib
 from native.types import FlushReason, Gfn, Level
-
-
-def kvm_memslots_have_rmaps(kvm: Kvm) -> bool:
-    """kvm_memslots_have_rmaps(): return whether there may be shadow pages, as there are only without EPT."""
-    return not tdp_mmu_enabled(kvm)
 
 
 def shadow_zap_gfn_range(cpu: Cpu, kvm: Kvm, start: Gfn, end: Gfn, reason: FlushReason) -> bool:

@@ -17,12 +17,14 @@ from emulator.kvm.mmu.spte import (
     SHADOW_HOST_WRITABLE_MASK,
     SHADOW_MMU_WRITABLE_MASK,
     PfnAndRights,
+    is_access_track_spte,
     is_mmu_writable_spte,
     is_shadow_present_pte,
     leaf_spte_change_needs_tlb_flush,
+    mark_spte_for_access_track,
     spte_to_child_pt,
 )
-from emulator.kvm.structs import Kvm
+from emulator.kvm.structs import Kvm, tdp_enabled
 from emulator.machine.runtime import Cpu, MachineMisuse
 from native import ffi, lib
 from native.types import NO_GFN, Custody, Gfn, Hfn, HostWritable, Level, SpteIndex
@@ -60,9 +62,22 @@ def is_mmio_spte(spte: int) -> bool:
     return bool(spte >> lib.SPTE_MMIO_BIT & 1) and not is_shadow_present_pte(spte)
 
 
-def is_accessed_spte(spte: int) -> bool:
+def spte_ad_enabled(kvm: Kvm, sp: ShadowPage) -> bool:
+    """spte_ad_enabled(): return whether the CPU sets accessed and dirty flags in the page's SPTEs.
+
+    Ordinary page tables always have them; EPT has them if the host's CPUs do, and L1 wants them in its EPT.
+    """
+    return not tdp_enabled(kvm) or (kvm.params.eptad and not sp.role.ad_disabled)
+
+
+def is_accessed_spte(spte: int, *, ad_enabled: bool) -> bool:
     """is_accessed_spte()"""
-    return bool(spte & PT_ACCESSED_MASK)
+    return bool(spte & PT_ACCESSED_MASK) if ad_enabled else not is_access_track_spte(spte)
+
+
+def aged_spte(spte: int, *, ad_enabled: bool) -> int:
+    """Return the SPTE with which KVM notices the next access."""
+    return spte & ~PT_ACCESSED_MASK if ad_enabled else mark_spte_for_access_track(spte)
 
 
 def spte_rights(spte: int) -> PfnAndRights:
@@ -137,10 +152,11 @@ def mmu_spte_age(cpu: Cpu, kvm: Kvm, sptep: Sptep) -> bool:
     An SPTE that another CPU changes meanwhile keeps its bit: it is being zapped, or in use.
     """
     sp, index = sptep
-    spte = spte_of(cpu, sptep)
-    if not is_shadow_present_pte(spte) or not is_accessed_spte(spte):
+    spte, ad = spte_of(cpu, sptep), spte_ad_enabled(kvm, sp)
+    if not is_shadow_present_pte(spte) or not is_accessed_spte(spte, ad_enabled=ad):
         return False
-    mmu_spte_cmpxchg(cpu, kvm, sp.hfn, index, sp.role.level, spte, spte & ~PT_ACCESSED_MASK)
+    new_spte = aged_spte(spte, ad_enabled=ad)
+    mmu_spte_cmpxchg(cpu, kvm, sp.hfn, index, sp.role.level, spte, new_spte)
     return True
 
 

@@ -47,6 +47,11 @@ def restore_acc_track_spte(spte: int) -> int:
     return (spte & ~_ACC_TRACK_SAVED) | saved
 
 
+def mark_spte_for_access_track(spte: int) -> int:
+    """mark_spte_for_access_track(): take R, W and X, and save R and X; MMU-writable tells about W."""
+    return (spte & ~_RWX) | (spte & _RX) << _ACC_TRACK_SAVED_SHIFT
+
+
 def is_frozen_spte(spte: int) -> bool:
     """is_frozen_spte(): return whether nothing may be installed in the SPTE.
 
@@ -97,13 +102,16 @@ class PfnAndRights:
     host_writable: HostWritable
 
 
-def make_spte(cpu: Cpu, slot: KvmMemorySlot, gfn: Gfn, level: Level, pfn: PfnAndRights) -> int:
+def make_spte(
+    cpu: Cpu, slot: KvmMemorySlot, gfn: Gfn, level: Level, pfn: PfnAndRights, *, wrprot: bool = False
+) -> int:
     """make_spte(): make a leaf, writable iff the host permits writes, even if the fault was a read.
 
-    Under dirty logging a writable leaf marks the page.
+    Under dirty logging a writable leaf marks the page.  wrprot: KVM must see the guest's stores to the page.
     """
-    spte: int = lib.make_spte(pfn.pfn, pfn.custody, level, pfn.host_writable, pfn.host_writable)
-    if pfn.host_writable and slot.dirty_track_enabled():
+    writable = pfn.host_writable and not wrprot
+    spte: int = lib.make_spte(pfn.pfn, pfn.custody, level, writable, pfn.host_writable)
+    if writable and slot.dirty_track_enabled():
         mark_page_dirty_in_slot(cpu, slot, gfn)
     return spte
 

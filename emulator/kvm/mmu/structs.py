@@ -39,7 +39,7 @@ class KvmMmuPageRole:
     guest.  `invalid` takes part in comparisons, so an invalid root matches no vCPU's role.  `access` and the
     bits below it are the same for all pages of the TDP MMU.  has_4_byte_gpte: a table of such entries has
     twice as many as a shadow page, so that several pages shadow it; quadrant: the part that this one stands
-    for.
+    for.  ad_disabled: the CPU sets no accessed and dirty flags, because L1 does not want them in its EPT.
     """
 
     level: Level = PG_LEVEL_512G
@@ -53,6 +53,7 @@ class KvmMmuPageRole:
     smap_andnot_wp: bool = field(default=False, repr=False)
     has_4_byte_gpte: bool = field(default=False, repr=False)
     quadrant: int = field(default=0, repr=False)
+    ad_disabled: bool = field(default=False, repr=False)
 
 
 class KvmMmuPage:
@@ -128,19 +129,31 @@ class KvmMmu:
 
     page_fault: the handler of guests' faults, or None until kvm_init_mmu() chooses it.  sync_spte: compares
     an SPTE of an unsync page with the guest's entry; None for direct MMUs.  w: how the guest's tables are
-    walked; None for direct MMUs.
+    walked; None for direct MMUs.  inject_page_fault: lets the owner of the tables handle an access that they
+    forbid, which for the EPT of a nested guest is L1; None: the guest itself does.
 
     pae_root: without EPT, and where the guest has no table of that level, the four pages that map one GiB
     each.  They are the current root, below the pages of pml4_root, which are made when first needed.
     """
 
-    __slots__ = ("pae_root", "page_fault", "pml4_root", "prev_roots", "root", "root_role", "sync_spte", "w")
+    __slots__ = (
+        "inject_page_fault",
+        "pae_root",
+        "page_fault",
+        "pml4_root",
+        "prev_roots",
+        "root",
+        "root_role",
+        "sync_spte",
+        "w",
+    )
 
     def __init__(self, root_role: KvmMmuPageRole) -> None:
         self.root_role = root_role
         self.page_fault: Callable[[Cpu, Vcpu, KvmPageFault], int] | None = None
         self.sync_spte: Callable[[Cpu, Vcpu, ShadowPage, SpteIndex], int] | None = None
         self.w: KvmPagewalk | None = None
+        self.inject_page_fault: Callable[[Cpu, Vcpu, KvmPageFault, int], None] | None = None
         self.root: KvmMmuRootInfo | None = None
         self.pae_root: list[ShadowPage | None] = [None] * 4
         self.pml4_root: tuple[Hfn, Hfn] | None = None

@@ -12,7 +12,7 @@ from emulator.kvm.mmu.lockless import shadow_walk_root
 from emulator.kvm.mmu.page_track import (
     kvm_gfn_is_lpage_allowed,
     kvm_gfn_is_write_tracked,
-    shadow_gfn_write_protect,
+    kvm_mmu_slot_gfn_write_protect,
     stores_exit,
     stores_need_not_exit,
 )
@@ -123,7 +123,7 @@ def mmu_sync_children(cpu: Cpu, vcpu: Vcpu, parent: ShadowPage, *, can_yield: bo
         for sp in unsync:
             slot = gfn_to_memslot(kvm, sp.gfn, int(vcpu.arch.smm))
             assert slot is not None
-            protected |= shadow_gfn_write_protect(cpu, kvm, slot, sp.gfn, PG_LEVEL_4K)
+            protected |= kvm_mmu_slot_gfn_write_protect(cpu, kvm, slot, sp.gfn, PG_LEVEL_4K)
         if protected:
             kvm_mmu_remote_flush_or_zap(cpu, kvm, invalid_list, remote_flush=True)
             flush = False

@@ -11,6 +11,7 @@ from emulator.kvm.mmu.fault import (
     RET_PF_FIXED,
     RET_PF_RETRY,
     RET_PF_SPURIOUS,
+    RET_PF_WRITE_PROTECTED,
     KvmPageFault,
     spte_permission_fault,
 )
@@ -163,11 +164,14 @@ def tdp_mmu_map_handle_target_level(cpu: Cpu, vcpu: Vcpu, fault: KvmPageFault, e
         remade = kvm.policy.mapped_fault(cpu, kvm, fault.gfn) == "remake"
         if not remade:
             return RET_PF_SPURIOUS
-    new_spte = make_spte(cpu, fault.slot, fault.gfn, entry.level, fault.pfn)
+    new_spte = make_spte(
+        cpu, fault.slot, fault.gfn, entry.level, fault.pfn, wrprot=fault.write_protected
+    )
     if remade:
         new_spte = remade_spte(kvm, old_spte, new_spte)
+    wrprot = fault.write_protected and fault.write
     if new_spte == old_spte:
-        return RET_PF_SPURIOUS
+        return RET_PF_WRITE_PROTECTED if wrprot else RET_PF_SPURIOUS
     if not tdp_mmu_set_spte_atomic(cpu, kvm, entry, new_spte):
         return RET_PF_RETRY
     if present and not last:
@@ -176,9 +180,10 @@ def tdp_mmu_map_handle_target_level(cpu: Cpu, vcpu: Vcpu, fault: KvmPageFault, e
         leaf_spte_change_needs_tlb_flush(old_spte, new_spte) if last else tables_need_a_flush(cpu, kvm)
     ):
         map_replace_flush(cpu, kvm, entry)
-    if fault.around_n and entry.level == PG_LEVEL_4K:
+    # A neighbour that is a table of L1's would become writable.
+    if fault.around_n and entry.level == PG_LEVEL_4K and not kvm.shadow.indirect_shadow_pages:
         tdp_mmu_map_around(cpu, kvm, fault, entry.table)
-    return RET_PF_FIXED
+    return RET_PF_WRITE_PROTECTED if wrprot else RET_PF_FIXED
 
 
 def map_replace_flush(cpu: Cpu, kvm: Kvm, entry: Entry) -> None:

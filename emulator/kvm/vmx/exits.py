@@ -11,7 +11,7 @@ from emulator.kvm.mmu.fault import (
     RET_PF_RETRY,
     RET_PF_WRITE_PROTECTED,
 )
-from emulator.kvm.mmu.page_fault import kvm_mmu_page_fault
+from emulator.kvm.mmu.page_fault import ept_error_code, kvm_mmu_page_fault
 from emulator.kvm.regs import (
     kvm_handle_invpcid,
     kvm_mmu_invlpg,
@@ -48,10 +48,15 @@ def vmx_handle_exit(cpu: Cpu, vcpu: Vcpu) -> ExitToUser | None:
 
 
 def handle_ept_violation(cpu: Cpu, vcpu: Vcpu) -> ExitToUser | None:
-    """handle_ept_violation()"""
+    """handle_ept_violation()
+
+    A store of L1's to a table of the EPT that it has for a nested guest is emulated.
+    """
     exit_info = vcpu.exit
     gpa, access = exit_info.gpa, exit_info.access
     r = kvm_mmu_page_fault(cpu, vcpu, gpa, access, bool(exit_info.rights))
+    if r == RET_PF_WRITE_PROTECTED:
+        r = emulate_store(cpu, vcpu, gpa, ept_error_code(access))
     if r == RET_PF_RETRY:
         # The guest will fault again at once, as long as the invalidation is in progress.
         cpu_relax(cpu)

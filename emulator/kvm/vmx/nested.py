@@ -1,14 +1,16 @@
 """arch/x86/kvm/vmx/nested.c: nested VMX.  L1 is a hypervisor; KVM runs its guests (L2) with vmcs02.
 
-L1 and L2 share root_mmu, because L1 enables no EPT in its VMCSs: their roots differ by role.guest_mode, and
-so do their EP4TAs.  A request to flush the current context names it implicitly.  So it is serviced before the
-context changes, and made for the next context only once is_guest_mode() tells which that is.
+If L1 enables no EPT for L2, both share root_mmu: their roots differ by role.guest_mode, and so do their
+EP4TAs.  If it does, L2 has guest_mmu (nested_ept.py).  A request to flush the current context names it
+implicitly.  So it is serviced before the context changes, and made for the next context only once
+is_guest_mode() tells which that is.
 """
 
 from __future__ import annotations
 
 from emulator.kvm.accounting import flush_elided
 from emulator.kvm.kvm_host import KVM_REQ_TLB_FLUSH_CURRENT, KVM_REQ_TLB_FLUSH_GUEST
+from emulator.kvm.mmu.fault import KvmPageFault
 from emulator.kvm.mmu.roots import (
     kvm_init_mmu,
     kvm_mmu_free_guest_mode_roots,
@@ -20,6 +22,12 @@ from emulator.kvm.tlb import kvm_service_local_tlb_flush_requests
 from emulator.kvm.virt.requests import kvm_make_request
 from emulator.kvm.virt.slots import gfn_to_memslot
 from emulator.kvm.vmx.apic import apic_access_hfn
+from emulator.kvm.vmx.nested_ept import (
+    handle_invept,
+    nested_ept_init_mmu_context,
+    nested_ept_uninit_mmu_context,
+    sync_violating_gpa,
+)
 from emulator.kvm.vmx.vmcs import (
     alloc_loaded_vmcs,
     allocate_vpid,
@@ -30,6 +38,7 @@ from emulator.kvm.vmx.vmcs import (
 from emulator.kvm.vmx.vmcs12 import (
     ControlRegisters,
     Vmcs12,
+    nested_cpu_has_ept,
     nested_cpu_has_vpid,
     nested_cpu_virtualizes_apic,
     nested_get_vpid02,
@@ -57,6 +66,10 @@ def handle_vmx_instruction(cpu: Cpu, vcpu: Vcpu, insn: int, operand: int) -> Non
         nested_vmx_enter_non_root_mode(cpu, vcpu)
     elif insn == lib.GUEST_INSN_VMCALL:
         nested_vmx_vmexit(cpu, vcpu)
+    elif insn == lib.GUEST_INSN_VMWRITE_EPTP:
+        vcpu.nested.vmcs12().ept_pointer = operand
+    elif insn == lib.GUEST_INSN_INVEPT:
+        handle_invept(cpu, vcpu, vcpu.exit.invpcid_type, operand)
     else:
         handle_invvpid(cpu, vcpu, vcpu.exit.invpcid_type, operand)
 
@@ -98,6 +111,7 @@ def nested_vmx_free_vcpu(cpu: Cpu, vcpu: Vcpu) -> None:
     """nested_vmx_free_vcpu(): leave nested VMX for good; the vCPU runs no more, and no flush is due to it."""
     if vcpu.arch.guest_mode:
         leave_guest_mode(cpu, vcpu)
+        nested_ept_uninit_mmu_context(vcpu)
         vcpu.loaded_vmcs = vcpu.vmcs01
     if vcpu.nested.vmxon:
         free_nested(cpu, vcpu)
@@ -194,10 +208,14 @@ def request_nested_flush(cpu: Cpu, vcpu: Vcpu, req: int, *, wanted: bool) -> Non
     kvm_make_request(cpu, vcpu, req)
 
 
-def nested_vmx_load_cr3(cpu: Cpu, vcpu: Vcpu) -> None:
-    """nested_vmx_load_cr3(): compute the role of the guest that is entered, and go to a cached root of it."""
+def nested_vmx_load_cr3(cpu: Cpu, vcpu: Vcpu, *, nested_ept: bool) -> None:
+    """nested_vmx_load_cr3(): compute the role of the guest that is entered, and go to a cached root of it.
+
+    With an EPT of L1's the root does not depend on CR3, and has been chosen by then.
+    """
     kvm_init_mmu(vcpu)
-    kvm_mmu_new_pgd(cpu, vcpu, vcpu.arch.cr3)
+    if not nested_ept:
+        kvm_mmu_new_pgd(cpu, vcpu, vcpu.arch.cr3)
 
 
 def prepare_vmcs02_early(cpu: Cpu, vcpu: Vcpu, vmcs12: Vmcs12) -> None:
@@ -248,8 +266,11 @@ def prepare_vmcs02(cpu: Cpu, vcpu: Vcpu, vmcs12: Vmcs12) -> None:
     """prepare_vmcs02()"""
     vmcs12.host_state = control_registers(vcpu)
     nested_vmx_transition_tlb_flush(cpu, vcpu, vmcs12, is_vmenter=True)
+    if nested_cpu_has_ept(vmcs12):
+        vcpu.guest_mmu.inject_page_fault = nested_ept_inject_page_fault
+        nested_ept_init_mmu_context(cpu, vcpu)
     load_control_registers(vcpu, vmcs12.guest_state or first_guest_state(vcpu))
-    nested_vmx_load_cr3(cpu, vcpu)
+    nested_vmx_load_cr3(cpu, vcpu, nested_ept=nested_cpu_has_ept(vmcs12))
 
 
 def nested_vmx_enter_non_root_mode(cpu: Cpu, vcpu: Vcpu) -> None:
@@ -267,8 +288,9 @@ def nested_vmx_enter_non_root_mode(cpu: Cpu, vcpu: Vcpu) -> None:
 def load_vmcs12_host_state(cpu: Cpu, vcpu: Vcpu, vmcs12: Vmcs12) -> None:
     """load_vmcs12_host_state()"""
     assert vmcs12.host_state is not None
+    nested_ept_uninit_mmu_context(vcpu)
     load_control_registers(vcpu, vmcs12.host_state)
-    nested_vmx_load_cr3(cpu, vcpu)
+    nested_vmx_load_cr3(cpu, vcpu, nested_ept=False)
     nested_vmx_transition_tlb_flush(cpu, vcpu, vmcs12, is_vmenter=False)
 
 
@@ -280,6 +302,18 @@ def nested_vmx_vmexit(cpu: Cpu, vcpu: Vcpu) -> None:
     vmcs12.guest_state = control_registers(vcpu)  # sync_vmcs02_to_vmcs12()
     vmx_switch_vmcs(cpu, vcpu, vcpu.vmcs01)
     load_vmcs12_host_state(cpu, vcpu, vmcs12)
+
+
+def nested_ept_inject_page_fault(cpu: Cpu, vcpu: Vcpu, fault: KvmPageFault, error_code: int) -> None:
+    """nested_ept_inject_page_fault(): L2 exits to L1, by the EPT of which it may not make the access.
+
+    error_code: a misconfiguration or a violation, which L1 handles alike.
+    """
+    if not error_code & lib.PFERR_RSVD:
+        sync_violating_gpa(cpu, vcpu, fault)
+    mapped = error_code & lib.PFERR_PRESENT and not error_code & lib.PFERR_RSVD
+    lib.vcpu_nested_ept_violation(cpu.m, vcpu.id, fault.addr, bool(mapped))
+    nested_vmx_vmexit(cpu, vcpu)
 
 
 # --- invalidations by L1 ------------------------------------------------------------------------------------

@@ -24,17 +24,25 @@ class ControlRegisters(NamedTuple):
 class Vmcs12:
     """struct vmcs12: the VMCS of a nested guest (L2), in L1's memory.
 
-    number: its address, which is the number of the nested guest.  L1 enables no EPT, so L2's guest-physical
-    addresses are L1's.  apic_access_gfn: the page of APIC_ACCESS_ADDR; 0: "virtualize APIC accesses" is 0.
-    guest_state: L2's control registers while L1 runs, None before its first VM entry; host_state: L1's while
-    L2 runs.
+    number: its address, which is the number of the nested guest.  ept_pointer: the EPT that L1 has for it; 0:
+    none, and L2's guest-physical addresses are L1's.  apic_access_gfn: the page of APIC_ACCESS_ADDR; 0:
+    "virtualize APIC accesses" is 0.  guest_state: L2's control registers while L1 runs, None before its first
+    VM entry; host_state: L1's while L2 runs.
     """
 
-    __slots__ = ("apic_access_gfn", "guest_state", "host_state", "number", "virtual_processor_id")
+    __slots__ = (
+        "apic_access_gfn",
+        "ept_pointer",
+        "guest_state",
+        "host_state",
+        "number",
+        "virtual_processor_id",
+    )
 
     def __init__(self, number: int) -> None:
         self.number = number
         self.virtual_processor_id = 0
+        self.ept_pointer = 0
         self.apic_access_gfn = Gfn(0)
         self.guest_state: ControlRegisters | None = None
         self.host_state: ControlRegisters | None = None
@@ -66,6 +74,11 @@ class NestedVmx:
 def nested_cpu_has_vpid(vmcs12: Vmcs12) -> bool:
     """nested_cpu_has_vpid(): return whether L1 has given its guest a VPID."""
     return vmcs12.virtual_processor_id != 0
+
+
+def nested_cpu_has_ept(vmcs12: Vmcs12) -> bool:
+    """nested_cpu_has_ept(): return whether L1 has an EPT for its guest."""
+    return vmcs12.ept_pointer != 0
 
 
 def nested_cpu_virtualizes_apic(vmcs12: Vmcs12) -> bool:

@@ -16,6 +16,7 @@ from emulator.kvm.kvm_host import (
     X86_CR4_PAE,
     X86_CR4_PSE,
 )
+from emulator.kvm.mmu.lockless import kvm_mmu_is_dummy_root
 from emulator.kvm.mmu.roots import active_roots
 from emulator.kvm.mmu.spte import root_to_sp
 from emulator.kvm.mmu.structs import KvmMmuPage, KvmMmuRootInfo
@@ -55,11 +56,19 @@ def construct_eptp(root: KvmMmuRootInfo) -> tuple[KvmMmuPage, int]:
     if sp is None:
         raise AssertionError(f"WARN_ON_ONCE: construct_eptp: root {root.hfn:#x} has no shadow page")
     levels = VMX_EPTP_PWL_5 if sp.role.level == PG_LEVEL_256T else VMX_EPTP_PWL_4
-    return sp, sp.hfn << 12 | VMX_EPTP_MT_WB | levels | VMX_EPTP_AD_ENABLE_BIT
+    ad = 0 if sp.role.ad_disabled else VMX_EPTP_AD_ENABLE_BIT
+    return sp, sp.hfn << 12 | VMX_EPTP_MT_WB | levels | ad
 
 
 def vmx_flush_tlb_ept_root(cpu: Cpu, kvm: Kvm, root: KvmMmuRootInfo, reason: FlushReason) -> None:
-    """vmx_flush_tlb_ept_root(): execute INVEPT single."""
+    """vmx_flush_tlb_ept_root(): execute INVEPT single.
+
+    The dummy root is that of a nested guest for which L1 has an EPT outside of its memory.
+    """
+    if kvm_mmu_is_dummy_root(kvm, root):
+        cpu.point("tlb", cpu.id, "write")
+        ept_sync_context(cpu, kvm, root.hfn << 12 | VMX_EPTP_MT_WB | VMX_EPTP_PWL_4, reason)
+        return
     sp, eptp = construct_eptp(root)
     flush = PcpuFlush("invept-single", root.hfn, reason, (sp,))
     flush_begins(cpu, kvm, flush)
@@ -160,7 +169,10 @@ def vmx_load_mmu_pgd(cpu: Cpu, vcpu: Vcpu, root_hfn: Hfn, root_level: Level) -> 
     if not vcpu.kvm.params.ept:
         lib.vmcs_write_guest_cr3(cpu.m, vcpu.loaded_vmcs.vmcs, root_hfn, kvm_get_active_pcid(vcpu))
         return
-    lib.vmcs_write_eptp(cpu.m, vcpu.loaded_vmcs.vmcs, root_hfn, root_level)
+    if vcpu.mmu.root_role.direct:
+        lib.vmcs_write_eptp(cpu.m, vcpu.loaded_vmcs.vmcs, root_hfn, root_level)
+    else:
+        lib.vmcs_write_nested_eptp(cpu.m, vcpu.loaded_vmcs.vmcs, root_hfn, root_level)
 
 
 def vmx_vcpu_load_vmcs(cpu: Cpu, vcpu: Vcpu) -> None:

@@ -1,0 +1,83 @@
+"""arch/x86/kvm/vmx/nested.c: the EPT that L1 has for a nested guest (EPT12), which guest_mmu shadows.
+
+The processor walks the shadow (EPT02), whose leafs map guest-physical pages of L2 to the host's frames.  L1's
+changes of tables of level 1 reach it when L1 executes INVEPT, which drops the roots: the load of a root syncs
+what is below it.  Stores to higher tables exit.
+"""
+
+from __future__ import annotations
+
+from typing import Final
+
+from emulator.kvm.accounting import flush_elided
+from emulator.kvm.mmu.fault import KvmPageFault
+from emulator.kvm.mmu.roots import kvm_mmu_free_roots, kvm_mmu_new_pgd, mmu_roots
+from emulator.kvm.mmu.shadow_roots import init_kvm_shadow_ept_mmu
+from emulator.kvm.mmu.structs import KvmMmuRootInfo
+from emulator.kvm.mmu.sync import kvm_mmu_invalidate_addr_in_root
+from emulator.kvm.structs import Vcpu
+from emulator.kvm.vmx.vmx import vmx_flush_tlb_ept_root
+from emulator.kvm.vmx.vmx_ops import VMX_EPT_EXTENT_CONTEXT
+from emulator.machine.runtime import Cpu
+from native import lib
+
+EPTP_PA_MASK: Final = (1 << 52) - (1 << 12)
+_EPTP_AD: Final = 1 << 6
+
+
+def nested_ept_init_mmu_context(cpu: Cpu, vcpu: Vcpu) -> None:
+    """nested_ept_init_mmu_context(): run L2 by guest_mmu, and go to a cached root of its EPT."""
+    vcpu.mmu = vcpu.guest_mmu
+    nested_ept_new_eptp(cpu, vcpu)
+
+
+def nested_ept_new_eptp(cpu: Cpu, vcpu: Vcpu) -> None:
+    """nested_ept_new_eptp(), kvm_init_shadow_ept_mmu()"""
+    eptp = vcpu.nested.vmcs12().ept_pointer
+    init_kvm_shadow_ept_mmu(vcpu, accessed_dirty=bool(eptp & _EPTP_AD))
+    kvm_mmu_new_pgd(cpu, vcpu, eptp)
+
+
+def nested_ept_uninit_mmu_context(vcpu: Vcpu) -> None:
+    """nested_ept_uninit_mmu_context()"""
+    vcpu.mmu = vcpu.root_mmu
+
+
+def nested_ept_root_matches(root: KvmMmuRootInfo, eptp: int) -> bool:
+    """nested_ept_root_matches(): compare EP4TAs, which accessed and dirty flags are no part of."""
+    return root.pgd & EPTP_PA_MASK == eptp & EPTP_PA_MASK
+
+
+def nested_ept_invalidate_addr(cpu: Cpu, vcpu: Vcpu, eptp: int, gpa: int) -> None:
+    """nested_ept_invalidate_addr(): sync a page of L2 below the cached roots of the EPT.
+
+    The caller has synced it below the current one.  Two EPTPs may have one EP4TA, whose mappings L1 sees
+    invalidated together.
+    """
+    for root in vcpu.mmu.prev_roots:
+        if root is not None and nested_ept_root_matches(root, eptp):
+            kvm_mmu_invalidate_addr_in_root(cpu, vcpu, gpa, root)
+
+
+def sync_violating_gpa(cpu: Cpu, vcpu: Vcpu, fault: KvmPageFault) -> None:
+    """Do what nested_ept_inject_page_fault() does before the exit: the EPT violation that L1 gets invalidates
+    the page's mappings."""
+    nested_ept_invalidate_addr(cpu, vcpu, vcpu.nested.vmcs12().ept_pointer, fault.addr)
+
+
+def handle_invept(cpu: Cpu, vcpu: Vcpu, kind: int, eptp: int) -> None:
+    """handle_invept(): drop the roots of the EPT, or all of guest_mmu's; no instruction is executed.
+
+    Only this vCPU's roots are concerned, as INVEPT invalidates on one processor.  The next VM entry of L2
+    loads a root, which syncs and flushes.  Decision nested_invept.
+    """
+    single = kind == VMX_EPT_EXTENT_CONTEXT
+    roots = [root for root in mmu_roots(vcpu.guest_mmu) if not single or nested_ept_root_matches(root, eptp)]
+    answer = vcpu.kvm.policy.nested_invept(cpu, vcpu)
+    if answer == "none":
+        flush_elided(cpu, vcpu.kvm, lib.REASON_GUEST, vcpu.id)
+        return
+    if answer == "free-roots-and-flush":
+        for root in roots:
+            vmx_flush_tlb_ept_root(cpu, vcpu.kvm, root, lib.REASON_GUEST)
+    kvm_mmu_free_roots(cpu, vcpu.kvm, vcpu.guest_mmu, lambda root: any(root is one for one in roots))
