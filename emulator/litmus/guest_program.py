@@ -25,6 +25,7 @@ _FLAGS = {
     "ro": lib.GUEST_OP_READ_ONLY,
     "global": lib.GUEST_OP_GLOBAL,
     "huge": lib.GUEST_OP_HUGE,
+    "table": lib.GUEST_OP_HUGE,
     "dirty": lib.GUEST_OP_DIRTY,
     "apic": lib.GUEST_OP_APIC,
     "type0": 0,
@@ -39,12 +40,15 @@ _FLAGS = {
     "vmlaunch": lib.GUEST_INSN_VMLAUNCH,
     "vmcall": lib.GUEST_INSN_VMCALL,
     "invvpid": lib.GUEST_INSN_INVVPID,
+    "invept": lib.GUEST_INSN_INVEPT,
+    "vmwrite-eptp": lib.GUEST_INSN_VMWRITE_EPTP,
     # The instruction has the low byte.
     "vmcs12-apic": lib.VMCS12_APIC_PAGE << 8,
     "vmx-type0": 0 << 8,
     "vmx-type1": 1 << 8,
     "vmx-type2": 2 << 8,
     "vmx-type3": 3 << 8,
+    **{f"ept12-{number}": number << 8 for number in range(1, lib.EPT12S + 1)},
 }
 
 

@@ -18,7 +18,7 @@ from emulator.explain.facts import INCONSISTENT, LEAK
 from emulator.kvm.kvm_host import KVM_REQ_MMU_FREE_OBSOLETE_ROOTS, KVM_REQUEST_MASK
 from emulator.kvm.mmu.spte import is_obsolete_sp
 from emulator.kvm.mmu.structs import KvmMmuPage
-from emulator.kvm.structs import Kvm, Vcpu, tdp_mmu_enabled
+from emulator.kvm.structs import Kvm, Vcpu
 from emulator.litmus.audit import audited
 from emulator.machine.runtime import Machine
 from native import lib
@@ -52,10 +52,10 @@ def _of_vm(kvm: Kvm) -> Iterator[str]:
                     f"vCPU {vcpu.id} of VM {kvm.id} keeps root {root.hfn:#x} as its {where}: the root is "
                     "obsolete, and no request to free it is pending"
                 )
-    if not tdp_mmu_enabled(kvm):
-        yield from _of_shadow_mmu(kvm, held)
-        return
+    yield from _of_shadow_mmu(kvm, held)
     for root, holders in held.items():
+        if not root.tdp_mmu_page:
+            continue
         expected = holders + _own_references(kvm, root)
         if root.tdp_mmu_root_count.value != expected:
             yield (

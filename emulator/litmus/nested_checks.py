@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Final
 
 from emulator.errors import shown
 from emulator.litmus.checks import SchemaError, sequence
-from emulator.litmus.nested_ops import NESTED_OPS
+from emulator.litmus.nested_ops import EPT12_OPS, NESTED_OPS
 
 if TYPE_CHECKING:
     from emulator.litmus.model import LitmusTest
@@ -18,8 +18,11 @@ _VERBS: Final = frozenset(op.verb for op in NESTED_OPS)
 _NOT_MODELLED: Final = frozenset(
     {"smi", "send-smi", "rsm", "init", "send-init", "cr0", "cr4", "efer", "set-sregs", "join"}
 )
-_NEEDS_CURRENT: Final = frozenset({"vmwrite-vpid", "vmwrite-apic", "l2-enter"})
+_NEEDS_CURRENT: Final = frozenset({"vmwrite-vpid", "vmwrite-apic", "vmwrite-eptp", "l2-enter"})
 _LEAVES_L2: Final = frozenset({"l2-exit", "l2-apic"})
+# L1 needs no VMX operation to write to its memory.
+_STORES: Final = frozenset(op.verb for op in EPT12_OPS)
+_EPT12_VERBS: Final = _STORES | {"vmwrite-eptp", "invept"}
 # Page tables of four vCPUs with three nested guests each.
 _LEAST_PAGES: Final = 0x800
 
@@ -35,6 +38,7 @@ def check_nested(test: LitmusTest) -> None:
         nested.add(thread.vm)
         _check_machine(test, thread.vm, *uses[0])
         _check_vpids(test, uses)
+        _check_ept12(test, thread.vm, uses)
         follow = _L1()
         for key, op in placed:
             follow.step(key, op)
@@ -56,6 +60,23 @@ def _check_vpids(test: LitmusTest, uses: list[tuple[str, Op]]) -> None:
             op.verb == "invvpid" or (op.verb == "vmwrite-vpid" and op.number("vpid"))
         ):
             raise SchemaError(key, shown(op.text), "machine.vpid = true: without, L1 has no VPIDs")
+
+
+def _check_ept12(test: LitmusTest, vm: int, uses: list[tuple[str, Op]]) -> None:
+    """Refuse an EPT of L1's where the host offers none, or where it meets an operation that is not modelled.
+
+    Without paging L2 has no tables of its own, and the operations would name no page of it.
+    """
+    used = [(key, op) for key, op in uses if op.verb in _EPT12_VERBS]
+    if not used:
+        return
+    key, op = used[0]
+    if not test.machine.ept:
+        raise SchemaError(key, shown(op.text), "machine.ept = true: without, L1 is offered no EPT")
+    if not test.vm[vm].paging:
+        raise SchemaError(key, shown(op.text), "paging = true in its VM: without, an EPT is not modelled")
+    if test.vm[vm].apic:
+        raise SchemaError(key, shown(op.text), "apic = false in its VM: both together are not modelled")
 
 
 @dataclass(slots=True)
@@ -84,10 +105,15 @@ class _L1:
         if self.inside != (op.verb in _LEAVES_L2):
             expected = "an l2-exit before it" if self.inside else "an l2-enter before it"
             raise SchemaError(key, shown(op.text), f"{expected}, by the same thread")
+        if op.verb in _STORES:
+            return
         if self.vmxon == (op.verb == "vmxon"):
             expected = "a vmxoff before it" if self.vmxon else "a vmxon before it"
             raise SchemaError(key, shown(op.text), f"{expected}, by the same thread")
         if op.verb in _NEEDS_CURRENT and not self.current:
             raise SchemaError(key, shown(op.text), "a vmptrld before it, by the same thread")
+        if op.verb == "invept" and (op.number("type") == 1) != bool(op.number("ept12")):
+            expected = "the number of an EPT for type 1" if op.number("type") == 1 else "no EPT for type 2"
+            raise SchemaError(key, shown(op.text), expected)
         if op.verb == "invvpid" and op.number("type") != 2 and not op.number("vpid"):
             raise SchemaError(key, shown(op.text), "a VPID of at least 1 for this TYPE")

@@ -1,7 +1,8 @@
 """Operations of litmus tests for a guest that is a hypervisor (L1): its VMX instructions, and its L2s.
 
 A vCPU's operations stand in the order in which they are executed: those between `l2-enter` and `l2-exit` are
-L2's, which has page tables of its own.  A VMCS12 is named by the number of its nested guest.
+L2's, which has page tables of its own.  A VMCS12 is named by the number of its nested guest; the EPTs that L1
+has for nested guests are numbered, too.
 """
 
 from __future__ import annotations
@@ -136,6 +137,80 @@ class Invvpid(VmxOp):
         return [Instruction("VMX", self.number("page") << 12, self.number("vpid"), flags)]
 
 
+_EPT12 = Arg("ept12", "count", most=lib.EPT12S)
+
+
+class VmwriteEptp(VmxOp):
+    verb = "vmwrite-eptp"
+    doc = (
+        "L1 writes the EPTP of its EPT of that number into the current VMCS12 and sets the control `enable "
+        "EPT`; 0 clears the control. ad: with accessed and dirty flags."
+    )
+    args = (Arg("ept12", "number", most=lib.EPT12S),)
+    words = ("ad",)
+    insn = "vmwrite-eptp"
+
+    def instructions(self) -> list[Instruction]:
+        flags = {self.insn} | ({"vmx-type1"} if "ad" in self.flags else set())
+        return [Instruction("VMX", 0, self.number("ept12"), frozenset(flags))]
+
+
+class Invept(VmxOp):
+    verb = "invept"
+    doc = "L1 executes INVEPT of TYPE 1 (its EPT of that number) or 2 (all)."
+    args = (Arg("type", "count", most=2), Arg("ept12", "number", 0, lib.EPT12S))
+    insn = "invept"
+
+    def instructions(self) -> list[Instruction]:
+        flags = frozenset({self.insn, f"vmx-type{self.number('type')}"})
+        return [Instruction("VMX", 0, self.number("ept12"), flags)]
+
+
+class _Ept12Op(GuestOp):
+    """A store of L1's to the tables of one of its EPTs."""
+
+    kind: ClassVar[str]
+
+    def instructions(self) -> list[Instruction]:
+        flags = frozenset({f"ept12-{self.number('ept12')}"}) | self.flags
+        gfn = self.number("gfn") if "gfn" in self.values else 0
+        return [Instruction(self.kind, self.number("page") << 12, gfn, flags)]
+
+    def check(self, test: LitmusTest, thread: str) -> None:
+        super().check(test, thread)
+        pages = test.vm[test.threads[thread].vm].pages
+        for name in ("page", "gfn"):
+            if name in self.values and self.number(name) >= pages:
+                raise OpError(shown(self.text), f"pages of its VM, which has {pages:#x}")
+
+
+class Ept12Map(_Ept12Op):
+    verb = "ept12-map"
+    doc = "L1 maps PAGE of L2's guest-physical memory to its own page GFN in an EPT. ro: read-only."
+    args = (_EPT12, Arg("page", "page"), Arg("gfn", "page"))
+    words = ("ro",)
+    kind = "EPT12_MAP"
+
+
+class Ept12Unmap(_Ept12Op):
+    verb = "ept12-unmap"
+    doc = (
+        "L1 clears the entry for PAGE of L2's guest-physical memory in an EPT, without an invalidation. "
+        "table: the entry of the table that maps PAGE's 2 MiB."
+    )
+    args = (_EPT12, Arg("page", "page"))
+    words = ("table",)
+    kind = "EPT12_UNMAP"
+
+
+class Ept12Protect(_Ept12Op):
+    verb = "ept12-protect"
+    doc = "L1 takes write access to PAGE of L2's guest-physical memory in an EPT, without an invalidation."
+    args = (_EPT12, Arg("page", "page"))
+    kind = "EPT12_PROTECT"
+
+
+EPT12_OPS: tuple[type[Op], ...] = (Ept12Map, Ept12Unmap, Ept12Protect)
 NESTED_OPS: tuple[type[Op], ...] = (
     Vmxon,
     Vmxoff,
@@ -147,4 +222,7 @@ NESTED_OPS: tuple[type[Op], ...] = (
     L2Exit,
     L2Apic,
     Invvpid,
+    VmwriteEptp,
+    Invept,
+    *EPT12_OPS,
 )

@@ -1,8 +1,9 @@
 """The policies that say something about a host: with EPT, or without.
 
-The TDP MMU's decision points are asked with EPT alone, and those of the shadow MMU without it.  A verdict
-about an answer that is never asked for would be empty, so it is refused.  A kernel's preset is suitable
-everywhere: of its answers those are asked for that concern the host.
+The TDP MMU's decision points are asked with EPT alone, and those of the shadow MMU without it, and for nested
+guests that L1 has an EPT for; two of these concern registers that no such guest has.  A verdict about an
+answer that is never asked for would be empty, so it is refused.  A kernel's preset is suitable everywhere: of
+its answers those are asked for that concern the host.
 """
 
 from __future__ import annotations
@@ -20,13 +21,21 @@ from emulator.policy.presets import DEFAULT, PRESETS
 # Each other answer than the default is about INVEPT.
 _INVEPT: Final = ("remote_flush", "migration", "migration_vpid")
 _ABOUT_EPT: Final = tuple(point.name for point in TDP_POINTS) + _INVEPT
+_WITHOUT_EPT_ALONE: Final = tuple(
+    point for point in SHADOW_POINTS if point.name in ("pcide_on", "noflush_root")
+)
 _KERNELS: Final = tuple(policy for name, policy in PRESETS.items() if name.startswith("linux-"))
 
 
-def unasked_answer(policy: Policy, *, ept: bool) -> str | None:
+def unasked_answer(policy: Policy, *, ept: bool, nested_ept: bool = False) -> str | None:
     """Return an answer of the policy that is without meaning on such a host, as `point=answer`; None: there
-    is none."""
+    is none.
+
+    nested_ept: a guest is a hypervisor that has an EPT for its own guests.
+    """
     points = SHADOW_POINTS if ept else tuple(BY_NAME[name] for name in _ABOUT_EPT)
+    if nested_ept:
+        points = _WITHOUT_EPT_ALONE
     if any(_answers_alike(policy, kernel, points) for kernel in _KERNELS):
         return None
     default = PRESETS[DEFAULT].answers()
@@ -48,12 +57,12 @@ def _answers_alike(policy: Policy, other: Policy, points: tuple[DecisionPoint, .
     )
 
 
-def check_suits(policy: Policy, where: str, *, ept: bool) -> None:
+def check_suits(policy: Policy, where: str, *, ept: bool, nested_ept: bool = False) -> None:
     """Raise BadInput if the policy gives an answer without meaning on such a host.
 
     where: the name of the test or scenario, for the message.
     """
-    answer = unasked_answer(policy, ept=ept)
+    answer = unasked_answer(policy, ept=ept, nested_ept=nested_ept)
     if answer is not None:
         raise BadInput(
             where,

@@ -221,11 +221,16 @@ def _lost_text(r: ViolationReport, analysis: RaceAnalysis, names: dict[int, str]
     return lines
 
 
+def _by_ept12(r: ViolationReport) -> bool:
+    """Return whether the entry was derived from an EPT that L1 has for the nested guest."""
+    return r.entry.kind == lib.KIND_GUEST_PHYSICAL or r.entry.ept12_delta != 0
+
+
 def _promise_text(r: ViolationReport, kind: str, analysis: RaceAnalysis, names: dict[int, str]) -> str:
     if kind == "guest-stale":
         return PROMISED_BY["guest"]
     if kind == "l1-stale":
-        return PROMISED_BY["l1"]
+        return PROMISED_BY["l1-ept" if _by_ept12(r) else "l1"]
     if kind == "cross-guest":
         return "never this guest's"
     if kind == "apic-stale":
@@ -299,6 +304,8 @@ def _missing(kind: str, r: ViolationReport, analysis: RaceAnalysis) -> str:
             "a reference on the root, rcu_read_lock() or READING_SHADOW_PAGE_TABLES, "
             "or a new start of the walk after a yield"
         )
+    if kind == "l1-stale" and _by_ept12(r):
+        return "the sync of KVM's tables with the EPT that L1 changed, or the flush for L1's invalidation"
     if kind in _MISSING:
         return _MISSING[kind]
     if kind == "foreign-root" and r.entry.kind == lib.KIND_LINEAR:

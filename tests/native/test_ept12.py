@@ -7,9 +7,9 @@ from collections.abc import Iterator
 import pytest
 
 from native import ffi, lib
-from native.types import VcpuId
+from native.types import Hva, VcpuId, WordIndex
 from tests.native.hypervisor import Hypervisor
-from tests.native.nested_rig import A, INSN, nested_vcpu, vmx
+from tests.native.nested_rig import INSN, A, nested_vcpu, vmx
 from tests.native.test_guest_nested import enter, leave
 from tests.native.test_program import op, run
 from tests.support import CPU0
@@ -34,7 +34,7 @@ def ept12(kind: str, page: int, gfn: int = 0, flags: int = 0, number: int = 1) -
 
 def word(machine: Hypervisor, vcpu: VcpuId, gfn: int, index: int) -> int:
     value = ffi.new("uint64_t *")
-    assert lib.mm_read_word(machine.m, CPU0, machine.vm_of[vcpu], gfn, index, value) == 0
+    assert lib.mm_read_word(machine.m, CPU0, machine.vm_of[vcpu], Hva(gfn), WordIndex(index), value) == 0
     return int(value[0])
 
 

@@ -33,7 +33,17 @@ GUEST_OP_NAMES: Final = {
     if name.startswith("GUEST_OP_") and name not in _FLAGS
 }
 _WRITE: Final[int] = lib.GUEST_OP_WRITE
-_STORES: Final = frozenset({_WRITE, lib.GUEST_OP_MAP, lib.GUEST_OP_UNMAP, lib.GUEST_OP_PROTECT})
+_STORES: Final = frozenset(
+    {
+        _WRITE,
+        lib.GUEST_OP_MAP,
+        lib.GUEST_OP_UNMAP,
+        lib.GUEST_OP_PROTECT,
+        lib.GUEST_OP_EPT12_MAP,
+        lib.GUEST_OP_EPT12_UNMAP,
+        lib.GUEST_OP_EPT12_PROTECT,
+    }
+)
 
 
 class GuestMode(Lib):
@@ -89,16 +99,15 @@ class GuestMode(Lib):
         # `used`: read by an access that gets its translation.  An EPT violation comes of SPTEs alone, unless
         # a cached translation, or the ghost of one that was flushed, is judged on the way.
         reads, used, tlb, memory, ept = masks
-        execution.step(
-            (GUEST_OP_NAMES[op.kind], (vcpu, op.linear >> 12), "write" if op.kind == _WRITE else "read"),
-            reads,
-            tlb,
-        )
+        # L1 handles an exit of its nested guest, and writes to its EPT.
+        handles = bool(lib.vcpu_handles_violation(m, vcpu))
+        label = ("handle violation", vcpu, "write") if handles else self._label(vcpu, op)
+        execution.step(label, reads, tlb)
         before, cached = control.walks(cpu), control.caches_tables(cpu)
         reason = control.exit_reason = int(lib.guest_step(m, cpu))
         now = control.walks(cpu)
         walked = now.misses != before.misses or reason in _FAULTS
-        stored = op.kind in _STORES or (walked and vm in control.paging)
+        stored = handles or op.kind in _STORES or (walked and vm in control.paging)
         if walked:
             # A walk from the root meets linked tables only; a cached pointer may lead to a free table.
             root = control.custody_of_root(cpu)
@@ -117,6 +126,10 @@ class GuestMode(Lib):
         self._performed(execution, cpu, vm, op, walked)
         control.judge()
         return reason
+
+    @staticmethod
+    def _label(vcpu: VcpuId, op: GuestOp) -> tuple[str, tuple[int, int], str]:
+        return GUEST_OP_NAMES[op.kind], (vcpu, op.linear >> 12), "write" if op.kind == _WRITE else "read"
 
     def _performed(self, execution: Execution, cpu: CpuId, vm: VmId, op: GuestOp, walked: bool) -> None:
         """Note an operation: a hook for subclasses.  `walked`: the TLB did not hold the translation."""

@@ -41,6 +41,7 @@ TABLE_PROTECTED = "the write-protection of the table in each SPTE that maps it, 
 SYNCED = "the synchronization of KVM's table, or the INVVPID, for the guest's invalidation"
 
 # The test that shows it; the wrong or missing action; the event that carries the explanation.
+EPT12 = "the sync of KVM's tables with the EPT that L1 changed, or the flush for L1's invalidation"
 TAGS = "tags that tell L1 and L2 apart"
 APIC = "the reload of the APIC-access page (KVM_REQ_APIC_PAGE_RELOAD), or the flush after it"
 CAUSES: dict[str, tuple[str, str, str]] = {
@@ -102,6 +103,19 @@ CAUSES: dict[str, tuple[str, str, str]] = {
     "nested-flush-before-switch": ("nested-vpid-changes", TAGS, ""),
     "nested-flush-of-wrong-vpid": ("nested-two-guests", TAGS, ""),
     "nested-ignores-new-vpid": ("nested-two-guests", ELIDED, "elided"),
+    "nested-eptp-switch-keeps-root": ("nested-ept-switch", EPT12, ""),
+    "nested-invept-compares-flags": ("nested-ept-flags", EPT12, ""),
+    "nested-invept-current-only": ("nested-ept-switch", EPT12, ""),
+    "nested-invept-ignored": ("nested-ept-unmap", ELIDED, "elided"),
+    "nested-invvpid-by-invept": ("nested-ept-invvpid", NARROW, "flush"),
+    "nested-move-flushes-one-mmu": ("nested-ept-away", NARROW, "flush"),
+    "nested-store-not-tracked": ("nested-ept-table", EPT12, ""),
+    "nested-table-left-writable": ("nested-ept-unsync", TABLE_PROTECTED, ""),
+    "nested-unmap-forgets-flush": ("nested-ept-host-unmap", FLUSH, ""),
+    "nested-violation-current-only": ("nested-ept-violation", EPT12, ""),
+    "nested-violation-without-sync": ("nested-ept-violation", EPT12, ""),
+    "nested-without-rmaps": ("nested-ept-host-unmap", SKIPPED, "promise"),
+    "nested-zap-forgets-flush": ("nested-ept-zap-range", FLUSH, ""),
     "nested-invvpid-ignored": ("nested-invvpid", ELIDED, "elided"),
     "nested-invvpid-on-wrong-pcpu": ("nested-invvpid-elsewhere", ELIDED, "elided"),
     "nested-transition-without-flush": ("nested-no-vpid", ELIDED, "elided"),
