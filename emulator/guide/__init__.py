@@ -19,6 +19,7 @@ TOPICS = (
     "explore",
     "results",
     "roots",
+    "nested",
     "metrics",
     "hosts",
     "package",

@@ -102,6 +102,7 @@ class Harness:
         self.policy = policy
         self.machine = machine
         self.main = machine.cpus[machine.pcpus]
+        machine.limit_vpids(test.machine.vpids)
         self.kvms: list[Kvm] = []
         self.memories: list[UserMemory] = []
         self.migrations: list[Migration] = []

@@ -8,6 +8,7 @@
     root_frames = 4               # host frames for EPT roots: few, so that pages become roots again
     ept = true                    # kvm_intel.ept; false: KVM shadows the guests' page tables
     vpid = true                   # kvm_intel.vpid; false: VM entry and VM exit flush
+    vpids = 65535                 # VPIDs that the host has left; a vCPU takes one, and one for nested guests
 
     [[vm]]                        # one VM with one vCPU if not given
     vcpus = 2
@@ -176,6 +177,7 @@ class MachineSection(Section):
     guest_blocks: Annotated[int, Unit("blocks of 2 MiB")] = Field(default=4, ge=0, le=16, strict=True)
     ept: bool = True
     vpid: bool = True
+    vpids: Annotated[int, Unit("VPIDs")] = Field(default=65535, ge=1, le=65535, strict=True)
 
 
 class VmSection(Section):

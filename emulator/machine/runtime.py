@@ -95,6 +95,11 @@ class Machine:
         self.vpids = min((1 << 16) - 1, 2 * self.config.get("vcpus", 0) + 16)
         self.vmx_vpids = list(map(Vpid, range(self.vpids, 0, -1)))
 
+    def limit_vpids(self, count: int) -> None:
+        """Leave `count` VPIDs at most, before the first is taken."""
+        self.vpids = min(self.vpids, count)
+        self.vmx_vpids = self.vmx_vpids[-self.vpids :]
+
     @property
     def pcpus(self) -> int:
         return self.config["pcpus"]
