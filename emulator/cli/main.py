@@ -40,6 +40,7 @@ from emulator.cli.options import (
 from emulator.cli.replay import REPLAY_EXAMPLES, REPLAY_HELP, replay
 from emulator.cli.show import show
 from emulator.cli.sweep import merge
+from emulator.cli.top import top
 from emulator.cli.trace import app as trace_app
 from emulator.defaults import DEFAULT_SCENARIO
 from emulator.errors import MOST_EXPECTED, BadInput, one_line
@@ -72,6 +73,7 @@ app.command()(merge)
 app.add_typer(new_app, name="new")
 app.command(help=REPLAY_HELP, epilog=REPLAY_EXAMPLES)(replay)
 app.command()(show)
+app.command()(top)
 app.add_typer(trace_app, name="trace")
 
 

@@ -273,8 +273,8 @@ def expanded(function: Callable[..., None]) -> Callable[..., None]:
     return command
 
 
-def duration_of(text: str | None) -> float | None:
-    """Return the seconds of --duration, or None if it is not given."""
+def duration_of(text: str | None, option: str = "--duration") -> float | None:
+    """Return the seconds of the option, or None if it is not given."""
     from emulator.scenario.config import parse_duration
 
     if text is None:
@@ -282,7 +282,7 @@ def duration_of(text: str | None) -> float | None:
     try:
         seconds = parse_duration(text)
     except ValueError as error:
-        raise BadInput("--duration", f"found {text!r}", str(error)) from None
+        raise BadInput(option, f"found {text!r}", str(error)) from None
     if seconds <= 0:
-        raise BadInput("--duration", f"found {text!r}", "more than 0s")
+        raise BadInput(option, f"found {text!r}", "more than 0s")
     return seconds

@@ -1,0 +1,1 @@
+"""A running service in a terminal, from its metrics."""
