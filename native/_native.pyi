@@ -317,6 +317,7 @@ class Lib:
     COUNT_EXIT_PROGRAM: Final[CounterId]
     COUNT_EXIT_PROGRAM_END: Final[CounterId]
     COUNT_EXIT_EXCEPTION: Final[CounterId]
+    COUNT_EXIT_APIC_ACCESS: Final[CounterId]
     COUNTERS: Final[int]
     HISTOGRAM_IPI_WAIT: Final[HistogramId]
     HISTOGRAM_VCPU_PAUSE: Final[HistogramId]

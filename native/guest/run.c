@@ -24,6 +24,9 @@
 #include "walk/vmcs.h"
 #include "walk/walk.h"
 
+/* A reason without its counter would be counted behind the last one. */
+_Static_assert(COUNT_EXIT_INTERRUPT + EXIT_REASONS == COUNTERS, "each exit reason has a counter, in the same order");
+
 struct run {
 	struct walk walk;
 	uint64_t budget;
