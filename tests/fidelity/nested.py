@@ -62,8 +62,8 @@ class Run:
     steps: tuple[Recorded, ...]
 
 
-def load() -> list[Run]:
-    runs = tomllib.loads(FIXTURE.read_text())["run"]
+def load(fixture: Path = FIXTURE) -> list[Run]:
+    runs = tomllib.loads(fixture.read_text())["run"]
     return [Run(r["id"], r["ept"], r["vpid"], tuple(map(_recorded, r["steps"]))) for r in runs]
 
 
@@ -172,6 +172,10 @@ class NestedBench:
         )
         self.execute(vmx("VMXON"))
 
+    def besides(self, do: str) -> Counter[str]:
+        """Return what a step counts here beside what was recorded, and why not there."""
+        return Counter()
+
     def _configure(self, first_gfn: int) -> None:
         rig, settings = self.rig, {"first_gfn": first_gfn, "end_gfn": first_gfn + 64, "seed": 1, "paging": 1}
         config = ffi.new("struct guest_config *", settings)
@@ -198,7 +202,7 @@ class NestedBench:
         """Do a step, and let the vCPU go on; return how often it did the operation."""
         name, *words = do.split()
         getattr(self, f"_{name.replace('-', '_')}")(*words)
-        if name not in ("round", "touch", "start", "stop", "setup"):
+        if name not in ("round", "touch", "touch-resumed", "start", "stop", "setup"):
             self.execute()
         return int(words[0]) if name == "round" and words else 1
 
@@ -277,24 +281,24 @@ class NestedBench:
         self._region(1)
 
 
-def _op(kind: str, page: int = 0, value: int = 0, flags: int = 0) -> dict[str, int]:
+def guest_op(kind: str, page: int = 0, value: int = 0, flags: int = 0) -> dict[str, int]:
     return {"kind": getattr(lib, f"GUEST_OP_{kind}"), "linear": page << 12, "value": value, "flags": flags}
 
 
 def guest_map(page: int, gfn: int) -> dict[str, int]:
-    return _op("MAP", page, gfn)
+    return guest_op("MAP", page, gfn)
 
 
 def guest_read(page: int) -> dict[str, int]:
-    return _op("READ", page)
+    return guest_op("READ", page)
 
 
 def _write(page: int) -> dict[str, int]:
-    return _op("WRITE", page)
+    return guest_op("WRITE", page)
 
 
 def vmx(insn: str, value: int = 0, kind: int = 0, page: int = 0) -> dict[str, int]:
-    return _op("VMX", page, value, getattr(lib, f"GUEST_INSN_{insn}") | kind << 8)
+    return guest_op("VMX", page, value, getattr(lib, f"GUEST_INSN_{insn}") | kind << 8)
 
 
 def _l2_writes() -> list[dict[str, int]]:
@@ -303,3 +307,19 @@ def _l2_writes() -> list[dict[str, int]]:
         *(guest_map(L2_FIRST + i, SLOTS[1][0] + i) for i in pages),
         *(_write(L2_FIRST + i) for i in pages),
     ]
+
+
+def differences(run: Run, bench: NestedBench, counting: NestedProbes) -> list[tuple[Any, ...]]:
+    """Do all steps; return those with other counts than the recorded ones, with both."""
+    differ: list[tuple[Any, ...]] = []
+    for number, step in enumerate(run.steps):
+        before = counting.counts()
+        n = bench.step(step.do)
+        counts = counting.counts() - before
+        if step.counts is None:
+            continue
+        recorded = {name: count * n for name, count in step.counts.items() if count}
+        expected = Counter(recorded) + bench.besides(step.do)
+        if counts != expected:
+            differ.append((number, step.do, step.operation, dict(counts), expected))
+    return differ

@@ -1,0 +1,25 @@
+"""Each step of nested_ept.toml, with the counts of a real KVM, under each preset that must agree."""
+
+from __future__ import annotations
+
+import pytest
+
+from tests.emulator.kvm.rig import running_rig
+
+from .lines import PRESETS
+from .nested import NestedProbes, Run, differences, load
+from .nested_ept import FIXTURE, NestedEptBench
+from .probes import Probes
+
+pytestmark = pytest.mark.slow
+
+RUNS = load(FIXTURE)
+
+
+@pytest.mark.parametrize("policy", PRESETS)
+@pytest.mark.parametrize("run", RUNS, ids=[run.id for run in RUNS])
+def test_counts_of_a_real_kvm(run: Run, policy: str) -> None:
+    with Probes() as probes, running_rig(root_frames=16) as rig:
+        bench = NestedEptBench(rig, run, policy)
+        assert differences(run, bench, NestedProbes(probes, rig)) == []
+        assert rig.violations() == {}
