@@ -112,6 +112,8 @@ class BuildExt(build_ext):
         extension.include_dirs = [str(here)]
         extension.extra_compile_args = compile_flags()
         extension.extra_link_args = ["-pthread", *_sanitizer_flags()]
+        # cffi's wrappers keep to the stable ABI, so that one wheel serves CPython 3.11 and newer.
+        extension.py_limited_api = True
 
     def build_extension(self, ext: Extension) -> None:
         if ext.name == MODULE:
@@ -133,6 +135,13 @@ class BuildExt(build_ext):
             sys.exit(f"Python.h: not found in {looked}; expected from python3-dev (Debian) or python3-devel")
 
 
+def _remove_others(built: Path) -> None:
+    """Remove builds under another name, which Python might import instead."""
+    for other in built.parent.glob("_native*.so"):
+        if other != built:
+            other.unlink()
+
+
 def build_in_place() -> None:
     """Compile into this directory, from which a checkout imports `native`."""
     os.chdir(ROOT)
@@ -151,6 +160,7 @@ def build_in_place() -> None:
     command.build_temp = str(Path("build") / ("native-" + os.environ.get("FLUSHLAB_SANITIZE", "plain")))
     command.force = "--force" in sys.argv
     distribution.run_command("build_ext")
+    _remove_others(Path(command.get_ext_fullpath(MODULE)).resolve())
     # Not at the top: pip's build cannot import the package `native`.
     from native import description, stub
 
