@@ -42,7 +42,7 @@ class Use(StrEnum):
 # The files of the shim: the one that is compiled behind the tree's, in one unit, those that are compiled on
 # their own, and the headers.
 _BEHIND: Final = {Use.COMPARED: "glue.c", Use.MACHINE: "calls.c"}
-_ALONE: Final = {Use.COMPARED: ("shim.c",), Use.MACHINE: ("machine.c", "crash.c")}
+_ALONE: Final = {Use.COMPARED: ("shim.c",), Use.MACHINE: ("machine.c", "steps.c", "crash.c")}
 _SHIM: Final = {
     Use.COMPARED: ("linux.h", "api.h", "shim.h"),
     Use.MACHINE: ("linux.h", "machine.h", "machine_internal.h"),

@@ -23,8 +23,9 @@ _OPTIONS: Final = (
     "-fno-strict-overflow",
     "-fno-common",
     "-fno-delete-null-pointer-checks",
-    # The stack of a crash names each caller.
+    # The stack of a crash, and of a step that a report is about, names each caller.
     "-fno-optimize-sibling-calls",
+    "-fno-omit-frame-pointer",
     "-Wall",
     "-Wno-pointer-sign",
     "-Wno-unused",

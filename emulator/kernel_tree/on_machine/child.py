@@ -11,20 +11,20 @@ import os
 import pickle
 import select
 import signal
-import subprocess
 import sys
 import tempfile
 import threading
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from dataclasses import dataclass
-from pathlib import Path
 from typing import IO, Any, Final, TypeVar
 
 from emulator import interrupts
-from emulator.kernel_tree.build import MMU, Built
+from emulator.kernel_tree.build import Built
 from emulator.kernel_tree.on_machine.core import Tree
-from emulator.kernel_tree.on_machine.install import install
+from emulator.kernel_tree.on_machine.install import install, tell_stories
+from emulator.kernel_tree.on_machine.places import kernel_places, short_place
+from emulator.kernel_tree.on_machine.story import Storyteller
 
 T = TypeVar("T")
 
@@ -128,6 +128,7 @@ def _child(built: Built, function: Callable[[Tree], T], pipes: _Pipes, parent: i
         if pipes.said is not None:
             os.dup2(pipes.said.fileno(), 2)
         tree = install(built.path, pipes.report)
+        tell_stories(Storyteller(built, tree))
         threading.Thread(target=_watch, args=(tree,), daemon=True).start()
         try:
             answer: tuple[str, Any] = ("value", function(tree))
@@ -171,7 +172,9 @@ def _watch(tree: Tree) -> None:
 
 def _reason(built: Built, status: int, report: bytes, said: str) -> list[str]:
     found: dict[str, Any] = json.loads(report.splitlines()[0]) if report.strip() else {}
-    stack = kernel_stack(built, found.get("stack", []))
+    # The handler's own frames, and the signal's, come first: addresses of no kernel's function.
+    places = kernel_places(built, found.get("stack", []))
+    stack = [f"  {name}() {place}" for name, place in places[:_MOST_STACK]]
     if "crash" in found:
         name = signal.Signals(found["crash"]).name
         bug = found.get("bug", "")
@@ -181,7 +184,7 @@ def _reason(built: Built, status: int, report: bytes, said: str) -> list[str]:
             reason = f"the tree's code uses an object (struct kvm_mmu_page) that it has freed: {name}{where}"
         if bug:
             file, line, rest = bug.split(":", 2)
-            place = file if line == "0" else f"{_short(file)}:{line}"
+            place = file if line == "0" else f"{short_place(file)}:{line}"
             reason = f"the tree's code ends in a BUG: {place}:{rest}"
         return [reason, *stack]
     if "loop" in found:
@@ -189,37 +192,3 @@ def _reason(built: Built, status: int, report: bytes, said: str) -> list[str]:
     how = f"it was ended by {signal.Signals(-status).name}" if status < 0 else f"exit status {status}"
     last = [line for line in said.splitlines() if line.strip()][-1:]
     return [f"the process that runs the tree's code died: {how}", *last]
-
-
-def _short(file: str) -> str:
-    at = file.find("arch/x86/kvm/")
-    return file[at:] if at >= 0 else file
-
-
-def kernel_stack(built: Built, offsets: Sequence[int]) -> list[str]:
-    """Return the kernel's functions on a stack, innermost first, each with its line.
-
-    Needs addr2line, which stands beside the linker; without it there are none.
-    """
-    # A return address is behind the call.
-    wanted = [f"{max(0, offset - (at > 0)):#x}" for at, offset in enumerate(offsets)]
-    wanted = [one for one, offset in zip(wanted, offsets, strict=True) if 0 < offset < 1 << 32]
-    if not wanted:
-        return []
-    try:
-        done = subprocess.run(
-            ["addr2line", "-f", "-i", "-e", str(built.path), *wanted],
-            capture_output=True,
-            text=True,
-            timeout=60,
-            check=False,
-        )
-    except (OSError, subprocess.TimeoutExpired):
-        return []
-    lines = done.stdout.splitlines()
-    found = []
-    for name, place in zip(lines[::2], lines[1::2], strict=False):
-        path = place.split(" ")[0]
-        if f"{MMU}/" in path and Path(path.rpartition(":")[0]).name:
-            found.append(f"  {name}() {_short(path)}")
-    return found[:_MOST_STACK]

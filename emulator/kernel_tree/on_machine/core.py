@@ -18,7 +18,7 @@ from emulator.kvm.mmu.hugepage import kvm_mmu_max_mapping_level
 from emulator.kvm.structs import Kvm, KvmMemorySlot
 from emulator.kvm.virt import requests
 from emulator.kvm.virt.slots import mark_page_dirty_in_slot
-from emulator.machine.runtime import Cpu, Machine, Mode
+from emulator.machine.runtime import Cpu, Hook, Machine, Mode
 from emulator.points import PointKind
 from native import ffi as _native_ffi
 from native import lib as core_lib
@@ -74,6 +74,9 @@ class Thread:
     error: BaseException | None = None
     since: float = 0.0
     ident: int = 0
+    # What `state` has: the hook's presence, and how the CPU holds mmu_lock and RCU.
+    hook: Hook | None = None
+    held: tuple[int, int] = (0, 0)
 
 
 class Tree:
@@ -142,24 +145,34 @@ class Tree:
         up.
         """
         thread = self.threads[cpu.id]
-        state, params = thread.state, kvm.params
-        state.vm, state.lock, state.rcu_depth = kvm.id, cpu.mmu_lock_held, cpu.rcu_depth
-        state.points = cpu.hook is not None
-        state.chunk, state.resched = params.chunk, params.chunk * params.resched_chunks
-        if slot is not None:
-            state.slot_as_id, state.slot_flags = slot.as_id, slot.flags
-            state.slot_base, state.slot_npages = slot.base_gfn, slot.npages
-            state.slot_hva = slot.userspace_addr
-        thread.kvm, thread.slot, thread.reason = kvm, slot, reason
+        state = thread.state
+        if thread.kvm is not kvm:
+            self._set_kvm(thread, kvm)
+        # A slot never changes.
+        if slot is not None and slot is not thread.slot:
+            _set_slot(thread, slot)
+        if thread.hook is not cpu.hook:
+            thread.hook = cpu.hook
+            state.points = cpu.hook is not None
+        if thread.held != (held := (cpu.mmu_lock_held, cpu.rcu_depth)):
+            state.lock, state.rcu_depth = thread.held = held
+        thread.reason = reason
         thread.ident, thread.since = threading.get_ident(), time.monotonic()
         result = function(cpu.id, *arguments)
         thread.since = 0.0
-        cpu.mmu_lock_held, cpu.rcu_depth = state.lock, state.rcu_depth
+        # It ends with what it began with, unless it was given up (shim_end()).
+        cpu.mmu_lock_held, cpu.rcu_depth = held
         if state.error:
             self._fail(thread)
         return result
 
+    def _set_kvm(self, thread: Thread, kvm: Kvm) -> None:
+        thread.kvm, state, params = kvm, thread.state, kvm.params
+        state.vm, state.chunk, state.resched = kvm.id, params.chunk, params.chunk * params.resched_chunks
+
     def _fail(self, thread: Thread) -> None:
+        cpu, state = thread.cpu, thread.state
+        cpu.mmu_lock_held, cpu.rcu_depth = thread.held = state.lock, state.rcu_depth
         error, thread.error = thread.error, None
         if error is not None:
             raise error
@@ -214,6 +227,12 @@ class Tree:
 
     def _point(self, thread: Thread, a: int, b: int, text: Any) -> None:
         thread.cpu.point(self._points[a], None, _MODES[b])
+
+
+def _set_slot(thread: Thread, slot: KvmMemorySlot) -> None:
+    thread.slot, state = slot, thread.state
+    state.slot_as_id, state.slot_flags = slot.as_id, slot.flags
+    state.slot_base, state.slot_npages, state.slot_hva = slot.base_gfn, slot.npages, slot.userspace_addr
 
 
 def _of(thread: Thread) -> Kvm:

@@ -6,13 +6,17 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any, Final
 
+from emulator.job import job
 from emulator.kernel_tree.on_machine import tdp_mmu
 from emulator.kernel_tree.on_machine.core import Tree
+from emulator.kernel_tree.on_machine.story import Storyteller, telling_collector
 from emulator.kernel_tree.replace import replace_function
 from emulator.kvm.mmu import page_fault, tdp_dirty, tdp_map, tdp_roots
 from emulator.kvm.mmu import tdp_mmu as model
 from emulator.kvm.structs import Kvm
 from emulator.kvm.virt import vm
+from emulator.litmus import runner
+from emulator.report.violation import ReportCollector
 
 # The model's functions that others call; tdp_mmu.py has one of the same name for each.
 REPLACED: Final[tuple[Callable[..., Any], ...]] = (
@@ -43,3 +47,9 @@ def install(path: Path, report_fd: int = -1) -> Tree:
         replace_function(function, getattr(tdp_mmu, function.__name__))
     setattr(vm, Kvm.__name__, tdp_mmu.TreeKvm)
     return tree
+
+
+def tell_stories(teller: Storyteller) -> None:
+    """Let each report of a violation name the functions of the tree's code behind it."""
+    for module in (job, runner):
+        setattr(module, ReportCollector.__name__, telling_collector(teller))

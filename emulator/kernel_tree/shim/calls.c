@@ -287,7 +287,7 @@ int tree_map(unsigned int cpu, unsigned long long root, unsigned long long gfn, 
 	     int level, int max_level, int map_writable, int prefetch)
 {
 	volatile int r = 0;
-	int error = OPERATION(cpu, OPERATION_OTHER,
+	int error = OPERATION(cpu, OPERATION_FAULT,
 			      r = call_map(root, gfn, pfn, write, exec, level, max_level, map_writable, prefetch));
 
 	return error ? error : r;
@@ -306,7 +306,7 @@ static void call_map_around(unsigned long long root, u64 gfn, unsigned int n, co
 int tree_map_around(unsigned int cpu, unsigned long long root, unsigned long long gfn, unsigned int n,
 		    const unsigned int *hfns, const unsigned int *tags, const unsigned int *writable)
 {
-	return OPERATION(cpu, OPERATION_OTHER, call_map_around(root, gfn, n, hfns, tags, writable));
+	return OPERATION(cpu, OPERATION_FAULT, call_map_around(root, gfn, n, hfns, tags, writable));
 }
 
 static bool allows(u64 spte, int write, int exec)
@@ -356,7 +356,7 @@ static int call_fast_fault(unsigned long long root, unsigned long long gfn, int 
 int tree_fast_fault(unsigned int cpu, unsigned long long root, unsigned long long gfn, int write, int exec)
 {
 	volatile int r = 0;
-	int error = OPERATION(cpu, OPERATION_OTHER, r = call_fast_fault(root, gfn, write, exec));
+	int error = OPERATION(cpu, OPERATION_FAULT, r = call_fast_fault(root, gfn, write, exec));
 
 	return error ? error : r;
 }

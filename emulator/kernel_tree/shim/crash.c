@@ -14,7 +14,7 @@
 enum { MOST_FRAMES = 64, STACK = 1 << 16, STATUS = 70 };
 static const int crashes[] = { SIGSEGV, SIGBUS, SIGFPE, SIGILL, SIGABRT };
 static int report_fd = -1;
-static unsigned long base;
+unsigned long shim_base;
 
 bool shim_is_object(const void *p);
 
@@ -30,7 +30,7 @@ static void stack_to(const char *kind, int sig, const void *address)
 		if (*c < ' ' || *c == '"' || *c == '\\')
 			*c = '\'';
 	for (int i = 0; i < n; i++)
-		dprintf(report_fd, "%s%ld", i ? ", " : "", (long)((unsigned long)frames[i] - base));
+		dprintf(report_fd, "%s%ld", i ? ", " : "", (long)((unsigned long)frames[i] - shim_base));
 	dprintf(report_fd, "], \"bug\": \"%s\"}\n", shim_last_bug);
 }
 
@@ -62,13 +62,13 @@ void shim_catch_crashes(int fd)
 	void *warm[1];
 	Dl_info info;
 
+	if (dladdr((void *)shim_catch_crashes, &info))
+		shim_base = (unsigned long)info.dli_fbase;
 	report_fd = fd;
 	if (fd < 0)
 		return;
 	/* The first call loads a library, which a handler must not. */
 	backtrace(warm, 1);
-	if (dladdr((void *)shim_catch_crashes, &info))
-		base = (unsigned long)info.dli_fbase;
 	for (unsigned int i = 0; i < sizeof(crashes) / sizeof(crashes[0]); i++)
 		sigaction(crashes[i], &action, NULL);
 	sigaction(SIGUSR2, &ask, NULL);

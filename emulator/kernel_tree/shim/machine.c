@@ -15,7 +15,7 @@
 #include <string.h>
 #include <sys/mman.h>
 
-enum { HFN_BITS = 24, HFN_MASK = (1 << HFN_BITS) - 1, TAG_MASK = 0x7fff, LEAF = 128, RWX = 7, OBJECTS = 1 << 18, QUARANTINE = 4096 };
+enum { HFN_BITS = 24, HFN_MASK = (1 << HFN_BITS) - 1, TAG_MASK = 0x7fff, LEAF = 128, RWX = 7, WRITABLE = 2, OBJECTS = 1 << 18, QUARANTINE = 4096 };
 
 __thread struct shim_cpu *here;
 char shim_last_bug[BUG_TEXT];
@@ -55,6 +55,8 @@ void shim_begin(unsigned int cpu, enum operation kind)
 
 int shim_end(void)
 {
+	if (!here->api.error && (here->api.lock != here->entry_lock || here->api.rcu_depth != here->entry_rcu))
+		shim_bug("tdp_mmu.c", 0, "an operation ends with other locks held than it began with");
 	here->api.inside = 0;
 	return here->api.error;
 }
@@ -171,6 +173,7 @@ void shim_page_free(unsigned long page)
 		return;
 	if (!in_frames((void *)page, &hfn) || !__atomic_exchange_n(&live[hfn], 0, __ATOMIC_ACQ_REL))
 		shim_bug("free_page", 0, "a page is freed that is not allocated, or freed twice");
+	shim_step(STEP_FREED, hfn, 1);
 	core.table_free(core.machine, here->api.id, hfn);
 }
 
@@ -322,7 +325,7 @@ void shim_reads(const volatile void *p)
 	before = here->looked;
 	here->looked += time_of(here->last_value);
 	if (!before || before / here->api.chunk != here->looked / here->api.chunk)
-		point(POINT_SPTES, false);
+		point(POINT_SPTES, here->operation != OPERATION_FAULT);
 }
 
 /* Return the SPTE of a huge leaf that takes the place of a table of 4K leafs (recover_huge_pages_range()): its custody is
@@ -357,6 +360,24 @@ static u64 with_custody(u64 old, u64 value)
 	return value;
 }
 
+/* Note which right a change of an SPTE takes away. */
+static void note(u64 old, u64 value)
+{
+	u64 npages = 1ULL << 9 * (here->at.level - 1);
+	bool link = is_link(old, here->at.level);
+
+	if (!(old & RWX))
+		return;
+	if (!(value & RWX))
+		here->unflushed++;
+	if (link && !is_link(value, here->at.level))
+		shim_step(STEP_UNLINKED, here->at.gfn, npages);
+	else if (!link && !(value & RWX))
+		shim_step(STEP_ZAPPED, here->at.gfn, npages);
+	else if (!link && old & ~value & WRITABLE)
+		shim_step(STEP_PROTECTED, here->at.gfn, npages);
+}
+
 enum { STEP_CMPXCHG, STEP_XCHG, STEP_STORE, STEP_FETCH_AND };
 
 /* Change an SPTE; false: this is none.  In a table that was freed nothing is changed, and *old is of no SPTE that the
@@ -382,10 +403,11 @@ static bool change(volatile void *p, unsigned int step, u64 *old, u64 value)
 		shim_give_up(r);
 	here->last_value = *old;
 	here->pfn_set = false;
+	if (!r && step == STEP_FETCH_AND)
+		value &= *old;
 	if (!r && *old != value) {
 		here->api.changed++;
-		if (*old & RWX && !(step == STEP_FETCH_AND ? *old & value & RWX : value & RWX))
-			here->unflushed++;
+		note(*old, value);
 	}
 	return true;
 }
@@ -501,6 +523,7 @@ void shim_yield(rwlock_t *lock, int how)
 
 	if (here->api.rcu_depth)
 		finding(FINDING_LOCKDEP, "tdp_mmu.c", 0, "mmu_lock is dropped for another thread inside RCU");
+	shim_step(STEP_YIELDED, here->at.gfn, 1);
 	shim_unlock(lock, how);
 	if (scheduled)
 		python(CALL_SCHEDULE, 0, 0, NULL);
@@ -535,6 +558,7 @@ static void run_callback(unsigned int cpu, u64 argument)
 
 	here = &cpus[cpu];
 	here->api.inside = 1;
+	here->entry = __builtin_frame_address(0);
 	head->func(head);
 	here->api.inside = 0;
 	here = before;
@@ -593,6 +617,7 @@ static void flush(unsigned int what, u64 a, u64 b)
 	bool pending = here->unflushed;
 
 	python(what, a, b, NULL);
+	shim_step(STEP_FLUSHED, a, b);
 	here->unflushed = 0;
 	here->flushed_last = pending;
 }

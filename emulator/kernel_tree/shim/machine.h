@@ -4,7 +4,8 @@ enum { CALL_FLUSH, CALL_FLUSH_RANGE, CALL_FLUSH_SLOT, CALL_DIRTY, CALL_MAX_LEVEL
        CALL_POINT };
 enum { POINT_SPTE, POINT_SPTES, POINT_RCU, POINT_MMU_LOCK, POINT_CALL_RCU, POINT_FRAMES, POINT_ROOTS };
 enum { FINDING_WARN, FINDING_MISSING, FINDING_LOCKDEP, FINDING_FREED };
-enum { MOST_CPUS = 16384, MOST_NAME = 160 };
+enum { STEP_ZAPPED, STEP_PROTECTED, STEP_UNLINKED, STEP_FLUSHED, STEP_YIELDED, STEP_FREED };
+enum { MOST_NAME = 160, MOST_STEPS = 8192, MOST_PLACES = 8 };
 enum { FAST_INVALID, FAST_SPURIOUS, FAST_FIXED, FAST_MADE_WRITABLE };
 
 /* The core's functions (native/), and Python's.  machine: the core's machine; memory: its frame 0.  call: returns a value,
@@ -54,6 +55,14 @@ struct tree_cpu {
 	unsigned int frozen;  /* faults that met a frozen SPTE */
 };
 
+/* A step of the tree's code that a report may be about.  gfn and pages: of an SPTE; gfn: of a freed table, its frame.
+ * time: CLOCK_MONOTONIC, in ns.  places: return addresses, from the innermost on, as offsets in the object; 0 ends them. */
+struct tree_step {
+	unsigned long long time, gfn, pages;
+	unsigned int cpu, vm, kind;
+	long places[MOST_PLACES];
+};
+
 /* Begin on a machine. */
 int tree_attach(const struct tree_core *core, int report_fd);
 struct tree_cpu *tree_cpu(unsigned int cpu);
@@ -67,6 +76,8 @@ const unsigned int *tree_root_role(unsigned long long root);
 const int *tree_root_count(unsigned long long root);
 const unsigned char *tree_root_scheduled(unsigned long long root);
 unsigned int tree_role_invalid(void);
+/* Fill the last steps, oldest first, and return their number. */
+unsigned int tree_steps(struct tree_step *steps, unsigned int most);
 /* The function of the core's RCU_FUNCTION. */
 void *shim_rcu_function(void);
 /* Fill the addresses of the roots on the VM's list, and return their number.  Under mmu_lock, or while no other thread

@@ -6,7 +6,7 @@
 
 #include <setjmp.h>
 
-enum operation { OPERATION_OTHER, OPERATION_ALLOC_ROOT, OPERATION_SPLIT, OPERATION_RECOVER };
+enum operation { OPERATION_OTHER, OPERATION_FAULT, OPERATION_ALLOC_ROOT, OPERATION_SPLIT, OPERATION_RECOVER };
 
 /* The place of an SPTE, as the tree's shadow page tells it. */
 struct place {
@@ -29,6 +29,7 @@ struct shim_cpu {
 	struct place at;            /* its place */
 	u64 last_value;             /* its value, if it was a write: the one before */
 	bool pfn_set;
+	const void *entry;          /* the frame of the function that Python called */
 };
 
 extern __thread struct shim_cpu *here;
@@ -41,6 +42,7 @@ extern char shim_last_bug[BUG_TEXT];
 /* Run an operation on a CPU; 0, or the error with which it was given up. */
 #define OPERATION(cpu, kind, expression) \
 	({ shim_begin(cpu, kind); \
+	   here->entry = __builtin_frame_address(0); \
 	   if (!_setjmp(here->unwind)) \
 		   expression; \
 	   shim_end(); })
@@ -50,6 +52,10 @@ void shim_give_up(int error) __attribute__((noreturn));
 struct shim_cpu *shim_cpu_of(unsigned int cpu);
 int shim_attach(const struct tree_core *core, unsigned int object_size, int report_fd);
 void shim_catch_crashes(int report_fd);
+/* In steps.c: note a step of the tree's code. */
+void shim_step(unsigned int kind, u64 gfn, u64 npages);
+/* The address of the object. */
+extern unsigned long shim_base;
 
 /* In calls.c, where the tree's structures are known. */
 struct place glue_place(const void *sp, unsigned int index);

@@ -69,6 +69,12 @@ def test_a_bug_is_caught(
     (outcome,) = found["outcomes"]
     assert kinds & set(outcome["violations"])
     assert status == 1
+    # Each report tells the kernel's functions that took the right away.
+    for report in outcome["reports"]:
+        assert report["tree"][0].startswith("zaps the SPTE of gfn 0x")
+        assert any(
+            line.startswith("tdp_mmu_zap_leafs() arch/x86/kvm/mmu/tdp_mmu.c:") for line in report["tree"]
+        )
 
 
 @pytest.mark.parametrize(

@@ -1,0 +1,40 @@
+"""Finds the kernel's functions and lines behind addresses in a tree's object."""
+
+from __future__ import annotations
+
+import subprocess
+from collections.abc import Sequence
+from typing import Final
+
+from emulator.kernel_tree.build import MMU, Built
+
+_SECONDS: Final = 60
+
+
+def kernel_places(built: Built, returns: Sequence[int], *, exact: int = 0) -> list[tuple[str, str]]:
+    """Return the kernel's functions with their lines, innermost first, inlined ones too.
+
+    returns: return addresses, as offsets in the object, of which the first `exact` are the instructions
+    themselves.  Needs addr2line, which stands beside the linker; without it there are none.
+    """
+    wanted = [f"{offset - (at >= exact):#x}" for at, offset in enumerate(returns) if 0 < offset < 1 << 32]
+    if not wanted:
+        return []
+    command = ["addr2line", "-f", "-i", "-e", str(built.path), *wanted]
+    try:
+        done = subprocess.run(command, capture_output=True, text=True, timeout=_SECONDS, check=False)
+    except (OSError, subprocess.TimeoutExpired):
+        return []
+    lines = done.stdout.splitlines()
+    found = [
+        (name, short_place(place.split(" ")[0]))
+        for name, place in zip(lines[::2], lines[1::2], strict=False)
+        if f"{MMU}/" in place
+    ]
+    return list(dict.fromkeys(found))
+
+
+def short_place(place: str) -> str:
+    """Return a place without the directories above the tree."""
+    at = place.find("arch/x86/kvm/")
+    return place[at:] if at >= 0 else place

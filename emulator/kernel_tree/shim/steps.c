@@ -1,0 +1,53 @@
+/* The last steps of the tree's code that took a right away, flushed, yielded or freed, with the functions that did it. */
+#include "linux.h"
+#include "machine_internal.h"
+
+#include <string.h>
+#include <time.h>
+
+static struct tree_step steps[MOST_STEPS];
+static unsigned long next_step;
+
+/* Follow the frame pointers from the shim's function up to the one that Python called. */
+static void places_of(struct tree_step *step)
+{
+	void *const *frame = __builtin_frame_address(0);
+
+	for (unsigned int n = 0; n < MOST_PLACES; ) {
+		void *const *outer = frame[0];
+
+		if (outer <= frame || (const void *)outer > here->entry)
+			return;
+		step->places[n++] = (long)((unsigned long)frame[1] - shim_base);
+		frame = outer;
+	}
+}
+
+void shim_step(unsigned int kind, u64 gfn, u64 npages)
+{
+	struct tree_step *step = &steps[__atomic_fetch_add(&next_step, 1, __ATOMIC_RELAXED) % MOST_STEPS];
+	struct timespec now;
+
+	clock_gettime(CLOCK_MONOTONIC, &now);
+	memset(step, 0, sizeof(*step));
+	step->time = (u64)now.tv_sec * 1000000000 + (u64)now.tv_nsec;
+	step->gfn = gfn;
+	step->pages = npages;
+	step->cpu = here->api.id;
+	step->vm = here->api.vm;
+	step->kind = kind;
+	places_of(step);
+}
+
+unsigned int tree_steps(struct tree_step *out, unsigned int most)
+{
+	unsigned long end = __atomic_load_n(&next_step, __ATOMIC_RELAXED);
+	unsigned long begin = end > MOST_STEPS ? end - MOST_STEPS : 0;
+	unsigned int n = 0;
+
+	if (end - begin > most)
+		begin = end - most;
+	while (begin < end)
+		out[n++] = steps[begin++ % MOST_STEPS];
+	return n;
+}
