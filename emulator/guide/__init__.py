@@ -13,6 +13,7 @@ TOPICS = (
     "policies",
     "patches",
     "porting",
+    "kernel",
     "litmus",
     "scenarios",
     "reports",
