@@ -2,7 +2,7 @@
 
 The core distinguishes CPUs, VMs and vCPUs by the positions of arguments alone: a call with two of them
 swapped acts on another CPU and another VM, and succeeds.  `native/_native.pyi` gives each argument the type
-that its name stands for (native/stub.py), so that such a call is a type error.  At run time all are ints.
+that its name stands for (native/kinds.py), so that such a call is a type error.  At run time all are ints.
 
 Names and members of enums are NewTypes.  Quantities, with which code computes, keep their type in sums: a gfn
 plus a number of pages is a gfn, and the difference of two gfns is a number.

@@ -10,7 +10,8 @@ import pytest
 from mypy import api
 
 from native import ffi, lib
-from native.stub import ARGUMENTS, ENUMS, EXCEPTIONS, FIELDS, NULLABLE, RESULTS, STUB, TLB_ARGUMENTS, text
+from native.kinds import ARGUMENTS, ENUMS, EXCEPTIONS, FIELDS, NULLABLE, RESULTS, TLB_ARGUMENTS
+from native.stub import STUB, text
 
 ROOT = Path(__file__).resolve().parents[2]
 
