@@ -26,8 +26,13 @@ def shipped_texts() -> dict[str, str]:
     return {name.removesuffix(".toml"): file.read_text("utf-8") for name, file in files}
 
 
+@cache
+def _shipped_tests() -> tuple[LitmusTest, ...]:
+    return tuple(parse_test(text, name, None) for name, text in shipped_texts().items())
+
+
 def shipped_tests() -> list[LitmusTest]:
-    return [parse_test(text, name, None) for name, text in shipped_texts().items()]
+    return list(_shipped_tests())
 
 
 def parse_test(text: str, where: str, path: Path | None) -> LitmusTest:

@@ -25,6 +25,7 @@ _CASES = st.lists(
 )
 
 
+@pytest.mark.slow
 @given(_CASES)
 def test_xml_has_each_case_whatever_its_text(cases: list[Case]) -> None:
     root = ElementTree.fromstring(junit("suite", cases).encode("utf-8", "surrogatepass"))
@@ -36,6 +37,7 @@ def test_xml_has_each_case_whatever_its_text(cases: list[Case]) -> None:
     assert suite.attrib["failures"] == str(sum(case.ending == "failed" for case in cases))
 
 
+@pytest.mark.slow
 @given(_CASES)
 def test_ktap_has_a_line_for_each_case_in_order(cases: list[Case]) -> None:
     lines = ktap(cases).split("\n")

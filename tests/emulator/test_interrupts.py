@@ -150,6 +150,7 @@ time.sleep(60)
 """
 
 
+@pytest.mark.slow
 def test_a_user_who_insists_later_waits_no_longer() -> None:
     ended = subprocess.run(
         [sys.executable, "-c", INSISTING],

@@ -77,6 +77,7 @@ def test_guests_switch_as_often_as_told_and_flush_unless_they_have_pcids(pcid: b
     assert (counters["guest_invalidations"] > switches) == (not pcid)
 
 
+@pytest.mark.slow
 def test_with_ept_a_guest_without_pcids_starts_without_cr4_pcide() -> None:
     scenario = load_scaled("pgd-churn", None, True)
     with Emulation(scenario, LINUX, seed=1) as emulation:

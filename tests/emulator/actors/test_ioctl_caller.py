@@ -43,6 +43,7 @@ def test_no_huge_page_lies_across_an_end_of_a_range(base: int, npages: int, page
     assert end % 512 == 0 or end == base + npages
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("text", "violates"),
     [(PARTIAL, True), (PARTIAL.replace("zap 0x205 510", "zap 0x200 1024"), False)],

@@ -140,6 +140,7 @@ def asked() -> Comparison:
     return replace(compared, plan=replace(compared.plan, sensitivity=True))
 
 
+@pytest.mark.slow
 def test_it_is_told_if_asked(tmp_path: Any) -> None:
     assert "wherever the costs lie" not in printed(comparison())
     assert "sensitivity" not in comparison_document(comparison())

@@ -107,6 +107,7 @@ def test_origins() -> None:
     ]
 
 
+@pytest.mark.slow
 def test_most_of_what_is_recorded_is_cited() -> None:
     """After many citations were renamed, the record has to be made anew."""
     recorded = set(shipped_record().functions)

@@ -77,6 +77,7 @@ def test_a_difference_is_reduced_and_told_side_by_side(directory: Path) -> None:
     assert all(len(line) <= 80 for line in text.splitlines())
 
 
+@pytest.mark.slow
 def test_a_crash(directory: Path) -> None:
     result = execute(built(directory, 'fputs("BUG: here\\\\n", stderr), abort()'), "linux-6.12", 60, 3)
     assert result.died == "it was ended by SIGABRT"
@@ -86,6 +87,7 @@ def test_a_crash(directory: Path) -> None:
     assert not result.clean
 
 
+@pytest.mark.slow
 def test_a_loop_without_an_end(directory: Path) -> None:
     result = execute(built(directory, "for (;;) { }"), "linux-6.12", 60, 0, silence=3.0)
     assert "did not end in 3 seconds" in result.died

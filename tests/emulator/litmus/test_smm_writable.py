@@ -62,6 +62,7 @@ BOTH_SPACES = """
 TABLES = [("0x7c3", SAFE), ("0x7c4", INCONCLUSIVE)]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("page", "repaired"), TABLES)
 def test_a_store_of_smm_goes_unseen_in_linux(tmp_path: Path, page: str, repaired: str) -> None:
     file, patch = tmp_path / "smm-writable.toml", tmp_path / "both-spaces.patch"

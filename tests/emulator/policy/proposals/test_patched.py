@@ -27,6 +27,7 @@ def patch(directory: Path, old: str, new: str, name: str = "idea.patch", base: s
     return written(directory, f"Flushlab-Base: {base}\n\n{body}", name)
 
 
+@pytest.mark.slow
 def test_the_patched_class_decides_while_the_patch_lives(tmp_path: Path) -> None:
     policy = spelled_policy(patch(tmp_path, MOVES_ON, "            pass\n"))
     before = dict(PROPOSALS)
