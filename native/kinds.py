@@ -24,6 +24,7 @@ ARGUMENTS: Final = {
     "keep": "bool",
     "level": "Level",
     "linear": "Gva",
+    "mapped": "bool",
     "on": "bool",
     "populate": "bool",
     "promise": "PromiseKind",
