@@ -52,7 +52,6 @@ def run(
     """
     shape = _scenario(scenario, pcpus, ept)
     chosen = _policy(policy)
-    check_suits(chosen, shape.name, ept=shape.machine.ept)
     seconds = _seconds(duration) or shape.duration
     job = Job(shape, chosen, seed=_seed(seed), duration=seconds, chaos=chaos, unbounded=unbounded)
     with _quiet():

@@ -135,6 +135,8 @@ def test_a_wrong_answer_is_one_line_that_names_class_and_line() -> None:
         (lambda: flushlab.compare(policies=["linux-7.3"], repeat=0), r"repeat: found 0"),
         (lambda: flushlab.explore("return-zap", strategy="luck"), r"strategy: found 'luck'"),
         (lambda: flushlab.explore("return-zip"), r"return-zip"),
+        (lambda: flushlab.run("shadow", policy="root-tlb-gen"), r"its host has no EPT"),
+        (lambda: flushlab.compare("shadow", policies=["root-tlb-gen"]), r"its host has no EPT"),
         (lambda: flushlab.litmus("shadow-wp", policies=["root-tlb-gen"]), r"its host has no EPT"),
     ],
 )

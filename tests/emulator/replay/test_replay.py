@@ -8,6 +8,7 @@ from pathlib import Path
 import pytest
 
 from emulator.cli.main import main
+from emulator.hosttrace.workload import BLOCK, Step, Workload
 from emulator.policy import spelled_policy
 from emulator.replay.machine import Replay
 from emulator.report.result import Snapshot
@@ -15,7 +16,10 @@ from tests.emulator.replay.recording import whole, workload_of
 
 
 def counts(policy: str) -> Snapshot:
-    workload = workload_of(whole())
+    return replayed(workload_of(whole()), policy)
+
+
+def replayed(workload: Workload, policy: str = "linux-6.12") -> Snapshot:
     loaded = spelled_policy(policy)
     with loaded.confined(), Replay(workload, loaded) as replay:
         snapshot = replay.run()
@@ -65,6 +69,27 @@ def test_import_and_replay(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -
     assert "Not replayed: 8 zapped SPTEs outside of a notifier's range." in out
     row = next(row.split() for row in out.splitlines() if row.startswith("flush_all"))
     assert row == ["flush_all", "11", "11", "8"]
+
+
+@pytest.mark.slow
+def test_what_a_new_vcpu_flushes_is_counted_and_what_an_old_one_did_is_not() -> None:
+    found = []
+    for new in ([], [(0, 1)]):
+        workload = Workload("two", 2, [2], [BLOCK], [[]], [Step(0, "enter", 0, i, i) for i in (0, 1)], new)
+        snapshot = replayed(workload)
+        found.append([snapshot.kvm(name) for name in ("flush_all", "flush_guest", "mmu_load")])
+    # A vCPU's first entry flushes everything once, as real KVM's does (vmx_vcpu_load_vmcs, kvm_vcpu_reset).
+    assert found == [[0, 0, 0], [1, 1, 1]]
+
+
+@pytest.mark.slow
+def test_smis_load_roots_and_a_recording_may_begin_in_smm() -> None:
+    found = []
+    for verbs in (("enter", "rsm", "enter"), ("enter", "smi", "rsm", "enter", "smi", "rsm", "enter")):
+        steps = [Step(i, verb, 0, 0, 0) for i, verb in enumerate(verbs)]
+        snapshot = replayed(Workload("smm", 1, [1], [BLOCK], [[]], steps))
+        found.append((snapshot.kvm("smis"), snapshot.kvm("mmu_load")))
+    assert found == [(0, 0), (2, 4)]
 
 
 def test_bad_input_is_one_line(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

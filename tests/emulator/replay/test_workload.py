@@ -76,6 +76,26 @@ def test_a_range_ends_with_its_probe_or_after_a_pause() -> None:
         assert workload.left_out == {"zapped SPTEs outside of a notifier's range": 1}
 
 
+def test_zaps_of_an_obsolete_root_are_no_range() -> None:
+    recording = Recording()
+    recording.enter(0)
+    recording.write(0, 0x100)
+    recording.delete_slot(range(0))
+    recording.unmap(0x100, 1)  # still mapped by the obsolete root alone
+    assert "unmap" not in verbs(workload_of(recording))
+    recording.write(0, 0x100)
+    recording.unmap(0x100, 1)
+    assert verbs(workload_of(recording)).count("unmap") == 1
+
+
+def test_requests_about_the_clock_are_not_those_of_the_mmu() -> None:
+    recording = Recording()
+    recording.enter(0)
+    recording.flush()
+    recording.lines.append(probe(HOST, 0, recording.tick(), "kvm_make_all_cpus_request", " req=0x316"))
+    assert workload_of(recording).recorded["make_all_cpus_request"] == 1
+
+
 def test_a_huge_page_is_one_before_its_access() -> None:
     recording = Recording()
     recording.enter(0)

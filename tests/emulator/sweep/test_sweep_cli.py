@@ -149,23 +149,23 @@ def sweep(tmp_path: Path, *options: str) -> list[str]:
 @pytest.mark.stress
 @pytest.mark.timeout(200)
 def test_a_sweep_that_was_killed_goes_on_where_it_stopped(tmp_path: Path) -> None:
-    command, store = sweep(tmp_path, "--repeat", "2", "--jobs", "2"), tmp_path / "store"
+    command, store = sweep(tmp_path, "--jobs", "2"), tmp_path / "store"
     with subprocess.Popen(
         command, cwd=tmp_path, start_new_session=True, stderr=subprocess.DEVNULL
     ) as process:
-        while len(lines(store)) < 2:
+        while not lines(store):
             assert process.poll() is None
             time.sleep(0.02)
         os.killpg(process.pid, signal.SIGKILL)
     before = store.read_text()
     kept = before.count("\n")
-    assert 2 <= kept < 8
+    assert 1 <= kept < 4
     done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, timeout=150, check=False)
     assert done.returncode == 0, done.stderr
-    assert done.stderr.startswith(f"{kept} of 8 runs are in the store\n")
+    assert done.stderr.startswith(f"{kept} of 4 runs are in the store\n")
     assert store.read_text().startswith(before[: before.rfind("\n") + 1])
     found = lines(store)
-    assert len(found) == len(set(found)) == 8
+    assert len(found) == len(set(found)) == 4
 
 
 @pytest.mark.stress
