@@ -12,8 +12,9 @@ from pathlib import Path
 from pydantic import ValidationError
 
 from emulator.errors import BadInput, did_you_mean, shown
+from emulator.litmus.binding import bind
 from emulator.litmus.checks import SchemaError
-from emulator.litmus.model import LitmusTest, bind
+from emulator.litmus.model import LitmusTest
 from emulator.policy import canonical, check_policy
 from emulator.validation import first_error, parse_toml, read_text
 

@@ -105,19 +105,14 @@ of this form; all other verdicts are expected not to change with these choices:
 
 from __future__ import annotations
 
-import re
 from pathlib import Path
 from typing import Annotated, Literal, Self
 
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, PrivateAttr, model_validator
 
-from emulator.errors import shown
-from emulator.litmus.apic_checks import check_apic
-from emulator.litmus.checks import SchemaError, check_test, parse_delay
 from emulator.litmus.kvm_ops import SLOT, SMM_SLOT
 from emulator.litmus.leftovers import INCONSISTENT, LEAK
-from emulator.litmus.nested_checks import check_nested
-from emulator.litmus.ops import Op, OpError, parse_op
+from emulator.litmus.ops import Op
 from emulator.machine.runtime import FAULT_AROUND_MAX
 from emulator.policy import canonical
 from emulator.validation import Unit
@@ -158,8 +153,6 @@ Need = Literal[
 # Each is an OS thread, and the check that all waits can end takes time that grows with their square.
 MAX_THREADS = 64
 Kind = Literal["vcpu", "kvm"]
-# Names of the machine's own tasks and CPUs; schedules refer to all tasks by name.
-_OTHERS = re.compile(r"main|rcu|(pcpu|irq)\d+")
 
 
 class Section(BaseModel):
@@ -360,70 +353,3 @@ class LitmusTest(Section):
     def operations(self) -> int:
         """Return the number of operations of all threads, without init and final."""
         return sum(len(thread.ops) for thread in self.threads.values())
-
-
-def bind(test: LitmusTest) -> None:
-    """Parse the operations and check all references.  Raises SchemaError."""
-    for name, thread in test.threads.items():
-        _check_thread(test, name, thread)
-    for name, thread in test.threads.items():
-        thread._parsed = tuple(
-            _parse(test, f"threads.{name}.ops[{i}]", name, text) for i, text in enumerate(thread.ops)
-        )
-    test._init = _parse_prefixed(test, "init", test.init)
-    test._final = _parse_prefixed(test, "final", test.final)
-    delays = (parse_delay(test, f"stress.delays[{i}]", text) for i, text in enumerate(test.stress.delays))
-    test._delays = tuple(
-        Delay(thread=thread, point=point, mode=mode, microseconds=microseconds)
-        for thread, point, mode, microseconds in delays
-    )
-    check_test(test)
-    check_nested(test)
-    check_apic(test)
-
-
-def _check_thread(test: LitmusTest, name: str, thread: ThreadSection) -> None:
-    key = f"threads.{name}"
-    if not name.isidentifier():
-        raise SchemaError(key, shown(name), 'a name of letters, digits and "_"')
-    if _OTHERS.fullmatch(name):
-        raise SchemaError(key, shown(name), "a name that is not the machine's own: rcu, pcpu0, irq0, ...")
-    if thread.vm >= len(test.vm):
-        raise SchemaError(f"{key}.vm", str(thread.vm), f"less than {len(test.vm)}, the number of VMs")
-    if thread.vcpu is None:
-        return
-    vcpus = test.vm[thread.vm].vcpus
-    if thread.vcpu >= vcpus:
-        raise SchemaError(f"{key}.vcpu", str(thread.vcpu), f"less than {vcpus}, the vCPUs of VM {thread.vm}")
-    if thread.pcpu >= test.machine.pcpus:
-        raise SchemaError(f"{key}.pcpu", str(thread.pcpu), f"less than machine.pcpus, {test.machine.pcpus}")
-    for other, section in test.threads.items():
-        if other != name and (section.vm, section.vcpu) == (thread.vm, thread.vcpu):
-            raise SchemaError(f"{key}.vcpu", str(thread.vcpu), f"another vCPU than that of thread {other}")
-
-
-def _parse(test: LitmusTest, key: str, name: str, text: str) -> Op:
-    thread = test.threads[name]
-    try:
-        op = parse_op(text, "vcpu" if thread.is_vcpu else "kvm")
-        op.check(test, name)
-    except OpError as error:
-        raise SchemaError(key, error.found, error.expected) from None
-    return op
-
-
-def _parse_prefixed(test: LitmusTest, where: str, texts: tuple[str, ...]) -> tuple[tuple[str, Op], ...]:
-    parsed = []
-    for i, text in enumerate(texts):
-        key = f"{where}[{i}]"
-        name, colon, rest = text.partition(":")
-        name = name.strip()
-        if not colon or name not in test.threads:
-            raise SchemaError(
-                key, shown(text), f'"THREAD: OPERATION", THREAD one of {", ".join(test.threads)}'
-            )
-        op = _parse(test, key, name, rest.strip())
-        if op.waits_for() is not None:
-            raise SchemaError(key, shown(text), f"no wait: the operations of {where} follow one another")
-        parsed.append((name, op))
-    return tuple(parsed)
