@@ -21,6 +21,7 @@
 enum {
 	FEW = 4,            /* changes that are mostly invalidated page by page */
 	SPIN_NANOSECONDS = 20000,
+	LONG_LATENCY_ONE_IN = 4,
 };
 
 /* --- one vCPU at a time ------------------------------------------------------------------------------------- */
@@ -307,12 +308,15 @@ void os_process_flushed(struct walk *w, uint32_t process)
 	os_batch_covered(w, of_process);
 }
 
-/* Return for how many accesses the vCPU still has interrupts off: mostly a few, of any order of magnitude up to the most. */
+/* Return for how many accesses the vCPU still has interrupts off: mostly a few, of any order of magnitude up to the most; one
+ * time in four any number, so that the host has time to act meanwhile. */
 static uint64_t latency(struct guest *g)
 {
 	uint64_t most = g->leader->config.interrupts_off;
 	uint32_t orders = most > 1 ? 63 - (uint32_t)__builtin_clzll(most) : 1;
 
+	if (most && guest_random(g) % LONG_LATENCY_ONE_IN == 0)
+		return guest_random(g) % most;
 	return guest_random(g) % (UINT64_C(1) << guest_random(g) % orders);
 }
 
