@@ -76,7 +76,7 @@ class ShadowedGuest:
         return kvm_mmu_page_fault(self.cpu, self.vcpu, linear, access, present, error)
 
     def enter(self) -> None:
-        """Do what vcpu_enter_guest() does for the MMU."""
+        """Serve the MMU as vcpu_enter_guest() does."""
         kvm_mmu_reload(self.cpu, self.vcpu)
         if kvm_check_request(self.cpu, self.vcpu, KVM_REQ_MMU_SYNC):
             kvm_mmu_sync_roots(self.cpu, self.vcpu)

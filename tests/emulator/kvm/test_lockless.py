@@ -1,4 +1,4 @@
-"""Walks over shadow pages without mmu_lock: what the walker's vCPU says, and fast faults."""
+"""Walks over shadow pages without mmu_lock: the mode of the walker's vCPU, and fast faults."""
 
 from __future__ import annotations
 

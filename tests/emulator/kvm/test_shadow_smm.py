@@ -94,6 +94,6 @@ def test_rsm_that_sets_pge_flushes_for_it_as_any_write_does(guest: ShadowedGuest
 
 
 def settle(guest: ShadowedGuest) -> None:
-    """Do what the next entry does for the MMU and the TLB, in its order."""
+    """Serve the MMU and the TLB as the next entry does, in its order."""
     guest.enter()
     kvm_service_local_tlb_flush_requests(guest.cpu, guest.vcpu)
