@@ -26,9 +26,13 @@ class _Waitable:
 
     def __init__(self, name: str) -> None:
         self.name = name
-        self.owner = -1  # for reports
+        self.owner = -1
         self._token = [None]
         self._waiters: list[CpuId] = []
+
+    def is_held(self, cpu: Cpu) -> bool:
+        """lockdep_is_held() (include/linux/lockdep.h)"""
+        return self.owner == cpu.id
 
     def _try(self, cpu: Cpu) -> bool:
         try:

@@ -61,7 +61,7 @@ from emulator.kvm.virt.requests import (
     kvm_flush_remote_tlbs_range,
     kvm_make_all_cpus_request,
 )
-from emulator.machine.runtime import Cpu
+from emulator.machine.runtime import WRITE, Cpu
 from native import lib
 from native.types import NO_TICKET, FlushReason, Gfn, Level
 
@@ -132,6 +132,7 @@ def kvm_mmu_invalidate_start(cpu: Cpu, kvm: Kvm, ranges: Iterable[tuple[Gfn, Gfn
     Count those of `ranges` that overlap an invalidation in progress.  The caller adds each range to the
     invalidation before it zaps it.
     """
+    assert cpu.mmu_lock_held == WRITE, "mmu_lock is not held for write"
     cpu.point("mmu_invalidate_seq", kvm.id, "write")
     lib.mmu_invalidate_begin(cpu.m, kvm.id)
     if any(lib.mmu_invalidate_overlaps(cpu.m, kvm.id, start, end) for start, end in ranges):

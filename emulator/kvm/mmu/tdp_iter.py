@@ -86,6 +86,7 @@ class TdpIter:
 
         A frozen SPTE in the way ends the step early; the next step reads it again.
         """
+        assert cpu.rcu_depth, "suspicious RCU usage: tables are walked outside of a read section"
         cpu.point("sptes", (self.root.hfn, self.chunk.next_gfn), "write")
         most = kvm.params.chunk - self.looked_at
         self.chunk.most_changed = kvm.params.single

@@ -68,6 +68,7 @@ def removed_page(
 
 def tdp_mmu_set_spte(cpu: Cpu, kvm: Kvm, entry: Entry, new_spte: int) -> None:
     """tdp_mmu_set_spte(): store an SPTE under mmu_lock for write, or as the thread that froze it."""
+    assert cpu.rcu_depth, "suspicious RCU usage: an SPTE is stored outside of a read section"
     cpu.point("spte", (entry.table, entry.index), "write")
     lib.tdp_mmu_set_spte(cpu.m, cpu.id, kvm.id, entry.table, entry.index, entry.level, entry.gfn, new_spte)
 

@@ -58,6 +58,12 @@ CASES = {
     "last-sequence@kvm_handle_hva_range#1": ("smm-unmap-yields", "use-after-free"),
     # CR0.WP is toggled without EPT, and the role stays as it was.
     "drop-not@kvm_post_set_cr0#2": ("shadow-wp-write", INCONCLUSIVE),
+    # A huge page that is not split is write-protected by nothing, or outside of RCU.
+    "drop-not@kvm_tdp_mmu_write_protect_gfn#3": ("log-unsplit", "lost-dirty"),
+    "release-early@kvm_tdp_mmu_write_protect_gfn#1": ("log-unsplit", "suspicious RCU usage"),
+    # Locks that the kernel asserts, too.
+    "release-early@kvm_vm_ioctl_clear_dirty_log#1": ("log-clear-edges", "slots_lock is not held"),
+    "early-sequence@kvm_handle_hva_range#1": ("fault-races-unmap", "mmu_lock is not held for write"),
     # Without EPT obsolete pages stay, or their roots do.
     "drop-flush@kvm_zap_obsolete_pages#1": ("shadow-zap-all-unpaged", "leak"),
     "drop-not@shadow_mmu_free_root_page#1": ("shadow-zap-all-unpaged", "leak"),

@@ -11,10 +11,11 @@ import pytest
 from emulator.kvm.kvm_host import KVM_MEM_LOG_DIRTY_PAGES
 from emulator.kvm.mmu.mmu import kvm_mmu_zap_all_fast, kvm_zap_gfn_range
 from emulator.kvm.mmu.spte import root_to_sp
+from emulator.kvm.mmu.tdp_iter import TdpIter
 from emulator.kvm.mmu.tdp_map import tdp_entry
 from emulator.kvm.structs import Kvm, KvmParams
 from emulator.kvm.virt.kvm_main import kvm_create_vm, kvm_set_memory_region
-from emulator.machine.runtime import Cpu
+from emulator.machine.runtime import Cpu, rcu_read_lock
 from emulator.policy import Policy, preset
 from native import lib
 from native.types import Gfn, Hva, Level, SpteIndex
@@ -368,3 +369,16 @@ def test_somebody_elses_frozen_entry_is_waited_for(rig: Rig) -> None:
     assert len(waited) > 2
     guest.read(0, 0)
     assert rig.violations() == {}
+
+
+def test_a_walk_outside_of_a_read_section_is_refused(rig: Rig) -> None:
+    """As rcu_dereference() is, by a kernel with PROVE_RCU."""
+    kvm = big_vm(rig, Policy())
+    root = root_to_sp(spread(rig, kvm).vcpu.mmu.root)
+    assert root is not None
+    walk = TdpIter(root, lib.TDP_ZAP_LEAFS, Gfn(0), Gfn(1), shared=False)
+    with kvm.mmu_lock.write_lock(rig.host):
+        with pytest.raises(AssertionError, match="suspicious RCU usage"):
+            walk.step(rig.host, kvm)
+        with rcu_read_lock(rig.host):
+            assert walk.step(rig.host, kvm)
