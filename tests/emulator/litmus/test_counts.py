@@ -41,6 +41,6 @@ def test_counts_are_as_recorded() -> None:
         COUNTS.write_text(f"{{\n{lines}\n}}\n", "utf-8")
     recorded: dict[str, dict[str, int]] = json.loads(COUNTS.read_text("utf-8"))
     assert not recorded.keys() - now.keys(), "tests that are gone"
-    assert len(now.keys() - recorded.keys()) < len(now) / 10, "tests without counts: write them anew"
+    assert len(recorded) > len(now) / 2, "most tests have no counts: write them anew"
     changed = {name: differences(recorded[name], now[name]) for name in now.keys() & recorded.keys()}
     assert not {name: change for name, change in changed.items() if change}
