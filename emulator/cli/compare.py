@@ -10,9 +10,11 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from emulator.cli.completion import policies
+from emulator.cli.kernel import on_kernel
 from emulator.cli.options import (
     DurationOption,
     JsonOption,
+    KernelOption,
     LogLevel,
     ScenarioArgument,
     duration_of,
@@ -25,7 +27,8 @@ from emulator.errors import BadInput
 from emulator.output import Unwritable, check_file, saying
 
 if TYPE_CHECKING:
-    from emulator.compare.runner import Comparison
+    from emulator.cli.kernel import TreeReport
+    from emulator.compare.runner import Comparison, Plan
     from emulator.policy import Policy
     from emulator.report.result import Result
 
@@ -71,6 +74,7 @@ def compare(
     as_json: JsonOption = False,
     html: HtmlOption = None,
     sensitivity: SensitivityOption = False,
+    kernel: KernelOption = None,
     *,
     options: SweepOptions,
 ) -> None:
@@ -79,10 +83,7 @@ def compare(
     With --vary, --store, --shard, --table or --cluster it is a sweep: a grid of runs, which goes on where it
     stopped, shown as medians with intervals. Its seed is 0 unless --seed gives another.
     """
-    from emulator.actors.crew import stop_seconds
-    from emulator.cli.session import Session
-    from emulator.compare.runner import Comparer, Plan
-    from emulator.log import Logging
+    from emulator.compare.runner import Plan
     from emulator.policy.suitable import check_suits
     from emulator.scenario import limits
     from emulator.scenario.config import load_scaled
@@ -90,7 +91,7 @@ def compare(
     chosen = load_policies(policies or [])
     if options.given:
         expected = "a comparison without --vary, --store, --shard, --table and --cluster"
-        refuse(context, {"html", "sensitivity"}, "with a sweep", expected)
+        refuse(context, {"html", "sensitivity", "kernel"}, "with a sweep", expected)
         raise typer.Exit(run_sweep(_sweep(scenario, chosen, repeat, duration, options, as_json=as_json)))
     refuse(context, {"jobs", "figures"}, "without a sweep", "--vary, --store, --shard or --table beside it")
     shape = load_scaled(scenario, options.pcpus, options.ept, options.costs)
@@ -112,11 +113,36 @@ def compare(
         costs=options.costs,
         named=(scenario, tuple(policies or ())),
     )
+    if kernel is None:
+        raise typer.Exit(_compare(plan, as_json, html))
+    raise typer.Exit(
+        on_kernel(
+            kernel,
+            shape,
+            chosen,
+            lambda tree: _compare(plan, as_json, html, tree),
+            chosen=[policy.name for policy in chosen],
+            as_json=as_json,
+        )
+    )
+
+
+def _compare(plan: Plan, as_json: bool, html: Path | None, tree: TreeReport | None = None) -> int:
+    """Run the comparison and write it; return the exit status."""
+    from emulator.actors.crew import stop_seconds
+    from emulator.cli.session import Session
+    from emulator.compare.runner import Comparer
+    from emulator.log import Logging
+
     comparer = Comparer(plan, _announce)
     with Logging(LogLevel.WARNING.upper(), "text"):
-        stopping = stop_seconds(shape.threads)
+        stopping = stop_seconds(plan.scenario.threads)
         comparison = Session(comparer, None, comparer.view, stopping=stopping).execute()
-    raise typer.Exit(_write(comparison, as_json, html))
+    status = _write(comparison, as_json, html)
+    if tree is None:
+        return status
+    print(tree.text(), file=sys.stderr if as_json else sys.stdout)
+    return status or tree.status()
 
 
 def _sweep(

@@ -19,6 +19,8 @@ if TYPE_CHECKING:
     from emulator.kernel_tree.build import Built
     from emulator.kernel_tree.on_machine.core import Tree
     from emulator.litmus.model import LitmusTest
+    from emulator.policy import Policy
+    from emulator.scenario.config import Scenario
 
 # The exit status for findings in the tree's code.
 FOUND: Final = 1
@@ -37,8 +39,8 @@ def built_tree(top: Path) -> Built:
 
 
 @dataclass(frozen=True, slots=True)
-class _TreeOfRun:
-    """The tree of a run, in the run's process."""
+class TreeReport:
+    """The tree of a run, in the run's process, and its findings."""
 
     built: Built
     tree: Tree
@@ -62,40 +64,53 @@ class _TreeOfRun:
 
 
 def run_on_kernel(top: Path, request: Request) -> int:
-    """Run a scenario with the tree's TDP MMU, in a process of its own; return the exit status.
-
-    Raises BadInput before that process begins, for a tree that does not build, a scenario without EPT, and a
-    policy that decides what the tree decides.
-    """
-    from emulator import interrupts
+    """Run a scenario with the tree's TDP MMU, in a process of its own; return the exit status."""
     from emulator.cli.run import load_policy, run_request
     from emulator.kernel_tree.execute import policy_for
-    from emulator.kernel_tree.on_machine.child import TreeDied, in_child
-    from emulator.kernel_tree.on_machine.points import check_policy_for_tree
     from emulator.policy import DEFAULT
     from emulator.scenario.config import load_scaled
 
     scenario = load_scaled(request.scenario, request.pcpus, request.ept, request.costs)
+    chosen = (*([request.policy] if request.policy else []), *request.settings)
+    policies = [load_policy(request.policy or DEFAULT, request.settings)] if chosen else []
+
+    def run(report: TreeReport) -> int:
+        policy = request.policy or policy_for(report.built.version)
+        return run_request(replace(request, policy=policy), report)
+
+    return on_kernel(top, scenario, policies, run, chosen=chosen, as_json=request.as_json)
+
+
+def on_kernel(
+    top: Path,
+    scenario: Scenario,
+    policies: Sequence[Policy],
+    run: Callable[[TreeReport], int],
+    *,
+    chosen: Sequence[str],
+    as_json: bool,
+) -> int:
+    """Return the exit status of `run`, in a process of its own that has the tree's TDP MMU.
+
+    Raises BadInput before that process begins, for a scenario without EPT, a policy that decides what the
+    tree decides, and a tree that does not build.  chosen: the user's words for the policies.
+    """
+    from emulator import interrupts
+    from emulator.kernel_tree.on_machine.child import TreeDied, in_child
+    from emulator.kernel_tree.on_machine.points import check_policy_for_tree
+
     if not scenario.machine.ept:
-        raise BadInput(
-            scenario.name, "it needs the shadow MMU", "with --kernel, a scenario of a host with EPT"
-        )
-    if request.policy is not None or request.settings:
-        check_policy_for_tree(load_policy(request.policy or DEFAULT, request.settings))
+        expected = "with --kernel, a scenario of a host with EPT"
+        raise BadInput(scenario.name, "it needs the shadow MMU", expected)
+    for policy in policies:
+        check_policy_for_tree(policy)
     built = built_tree(top)
-    chosen = (request.policy, *request.settings) if request.policy else request.settings
-    request = replace(request, policy=request.policy or policy_for(built.version))
-    check_policy_for_tree(load_policy(request.policy or DEFAULT, request.settings))
     interrupts.only_note()
-
-    def run(tree: Tree) -> int:
-        return run_request(request, _TreeOfRun(built, tree, tuple(filter(None, chosen))))
-
     try:
-        return in_child(built, run, talks=True)
+        return in_child(built, lambda tree: run(TreeReport(built, tree, tuple(chosen))), talks=True)
     except TreeDied as error:
         with saying(FOUND):
-            print(json.dumps({"kernel": {"failure": error.lines}}) if request.as_json else error)
+            print(json.dumps({"kernel": {"failure": error.lines}}) if as_json else error)
         return FOUND
 
 

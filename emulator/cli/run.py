@@ -9,7 +9,7 @@ from collections.abc import Iterator, Mapping
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Protocol
+from typing import TYPE_CHECKING, Any
 
 from loguru import logger
 
@@ -28,6 +28,9 @@ from emulator.report.summary import document, exit_status, summary
 from emulator.scenario import limits
 from emulator.scenario.config import Scenario, load_scaled
 from metrics import Endpoint, MachineCollector, parse_address
+
+if TYPE_CHECKING:
+    from emulator.cli.kernel import TreeReport
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -51,16 +54,6 @@ class Request:
     log_level: str
     log_format: LogFormat
     report_dir: Path | None
-
-
-class TreeReport(Protocol):
-    """A tree that has the TDP MMU, and its findings (emulator.cli.kernel)."""
-
-    def document(self) -> dict[str, Any]: ...
-
-    def text(self) -> str: ...
-
-    def status(self) -> int: ...
 
 
 def run_request(request: Request, tree: TreeReport | None = None) -> int:

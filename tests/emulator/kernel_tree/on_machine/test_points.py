@@ -74,7 +74,23 @@ def test_a_tree_that_is_none(tmp_path: Path, capsys: pytest.CaptureFixture[str])
     assert str(tmp_path) in line
 
 
-def test_a_scenario_without_ept_is_refused(capsys: pytest.CaptureFixture[str]) -> None:
-    assert main(["run", "--kernel", "no-such-tree", "--no-ept"]) == 2
+@pytest.mark.parametrize("command", ["run", "compare"])
+def test_a_scenario_without_ept_is_refused(command: str, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main([command, "--kernel", "no-such-tree", "--no-ept", "--policy", "linux-6.12"]) == 2
     (line,) = capsys.readouterr().err.strip().splitlines()
     assert "it needs the shadow MMU" in line
+
+
+@pytest.mark.parametrize("command", ["run", "compare", "litmus"])
+def test_a_policy_of_the_tree_s_points_is_refused(command: str, capsys: pytest.CaptureFixture[str]) -> None:
+    policy = "linux-6.12+zap_yield=no-flush"
+    assert main([command, "--kernel", "no-such-tree", "--policy", policy]) == 2
+    (line,) = capsys.readouterr().err.strip().splitlines()
+    assert "zap_yield=no-flush, which the tree's own code decides" in line
+
+
+def test_a_sweep_has_no_tree(capsys: pytest.CaptureFixture[str]) -> None:
+    arguments = ["--policy", "linux-6.12", "--vary", "pcpus=2,4", "--kernel", "no-such-tree"]
+    assert main(["compare", *arguments]) == 2
+    (line,) = capsys.readouterr().err.strip().splitlines()
+    assert line.startswith("flushlab: --kernel: found with a sweep")

@@ -19,7 +19,7 @@ pytestmark = [pytest.mark.stress, pytest.mark.timeout(600)]
 # Tests of each kind of operation; FLUSHLAB_TREE_LITMUS=all runs all of them.
 TESTS = (
     "return-zap", "huge-split", "huge-replaces-table", "log-get-away", "log-split-yields", "recover-yields",
-    "remote-smm", "slot-delete", "zap-table-yield",
+    "remote-smm", "slot-delete", "zap-table-yield", "nested-ept-unmap",
 )  # fmt: skip
 
 
@@ -118,6 +118,16 @@ def test_a_run_is_clean(tree: Path, capfd: pytest.CaptureFixture[str]) -> None:
     assert found["vms"][0]["faults"]
     assert found["vms"][0]["yields"]
     assert found["counters"]["tables_freed"]
+
+
+def test_a_comparison_runs_on_the_tree(tree: Path, capfd: pytest.CaptureFixture[str]) -> None:
+    policies = ["--policy", "linux-6.12", "--policy", "linux-6.12+migration=active-roots"]
+    arguments = ["--kernel", str(tree), *policies, "--duration", "1s", "--seed", "1", "--json"]
+    assert main(["compare", *arguments]) == 0
+    output = capfd.readouterr()
+    found = json.loads(output.out)
+    assert len(found["policies"]) == 2
+    assert " has the TDP MMU (" in output.err
 
 
 def test_a_crash_ends_a_run(tree: Path, copy: Path, capsys: pytest.CaptureFixture[str]) -> None:
