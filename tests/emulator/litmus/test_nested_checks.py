@@ -91,3 +91,38 @@ def test_what_is_not_modelled_beside_it_is_refused(old: str, new: str, problem: 
     with pytest.raises(BadInput) as error:
         parse(GOOD, old, new)
     assert problem in str(error.value)
+
+
+EPT = '"ept12-map 1 0x20 0x30", "vmxon", "vmptrld 1", "vmwrite-eptp 1 ad", "invept 1 1", "invept 2"'
+
+
+def test_an_ept_of_l1s() -> None:
+    """L1 needs no VMX operation for stores to its memory."""
+    parse(f"{EPT}, {GOOD[9:]}", "[[vm]]", "[[vm]]\npaging = true")
+
+
+@pytest.mark.parametrize(
+    ("ops", "vm", "problem"),
+    [
+        (EPT, "", "found 'ept12-map 1 0x20 0x30'; expected paging = true in its VM"),
+        (EPT, "paging = true\napic = true", "expected apic = false in its VM: both together are not modelled"),
+        ('"ept12-map 5 0x20 0x30"', "paging = true", "at most 4, for EPT12"),
+        ('"ept12-map 1 0x20 0x1000"', "paging = true", "expected pages of its VM, which has 0x800"),
+        ('"ept12-unmap 1 0x1000"', "paging = true", "expected pages of its VM, which has 0x800"),
+        ('"vmxon", "vmwrite-eptp 1"', "paging = true", "expected a vmptrld before it"),
+        ('"invept 2"', "paging = true", "expected a vmxon before it"),
+        ('"vmxon", "invept 1"', "paging = true", "expected the number of an EPT for type 1"),
+        ('"vmxon", "invept 2 1"', "paging = true", "expected no EPT for type 2"),
+        ('"vmxon", "vmptrld 1", "l2-enter", "ept12-unmap 1 0x20"', "paging = true", "an l2-exit before it"),
+    ],
+)
+def test_an_ept_that_l1_cannot_have_is_refused(ops: str, vm: str, problem: str) -> None:
+    with pytest.raises(BadInput) as error:
+        parse(ops, "[[vm]]", f"[[vm]]\n{vm}")
+    assert problem in str(error.value)
+
+
+def test_without_ept_in_the_host_l1_is_offered_none() -> None:
+    with pytest.raises(BadInput) as error:
+        parse(EPT, "[machine]\n[[vm]]", "[machine]\nept = false\n[[vm]]\npaging = true")
+    assert "expected machine.ept = true: without, L1 is offered no EPT" in str(error.value)

@@ -35,6 +35,14 @@ def test_an_answer_of_one_mmu_alone_suits_that_one() -> None:
     assert unasked_answer(Policy(pcide_on="keep"), ept=False) is None
 
 
+def test_an_ept_of_a_guests_asks_both_mmus() -> None:
+    assert unasked_answer(Policy(commit_zap="none"), ept=True, nested_ept=True) is None
+    assert unasked_answer(Policy(zap="flush-per-table"), ept=True, nested_ept=True) is None
+    assert unasked_answer(Policy(pcide_on="keep"), ept=True, nested_ept=True) == "pcide_on=keep"
+    tests = load_tests(["nested-ept-table", "nested-unmap"])
+    assert pairs_of(tests, ["commit_zap=none"], named=False) == [(tests[0], "commit_zap=none")]
+
+
 def test_a_kernel_with_one_answer_of_the_other_mmu_suits_no_more() -> None:
     older = PRESETS["linux-5.14"]
     assert unasked_answer(older.with_settings({"notifier_flush": "none"}), ept=False) is None
