@@ -101,5 +101,6 @@ def find_mutant(name: str, where: str = NAMED_BY) -> Mutant:
     except KeyError:
         close = closest(short, MUTANTS)
         guess = f" (did you mean {PREFIX}{close}?)" if close else ""
-        names = ", ".join(PREFIX + known for known in MUTANTS)
-        raise PolicyError(where, f"unknown mutant {shown(name)}", f"one of {names}{guess}") from None
+        # There are more of them than one line holds.
+        expected = f"one of those that `flushlab list mutants` prints{guess}"
+        raise PolicyError(where, f"unknown mutant {shown(name)}", expected) from None

@@ -121,7 +121,7 @@ CAUSES: dict[str, tuple[str, str, str]] = {
     "nested-transition-without-flush": ("nested-no-vpid", ELIDED, "elided"),
     "nested-run-with-wrong-vpid": ("nested-invvpid", NARROW, "flush"),
     "nested-apic-page-mapped": ("nested-apic-l1-page", APIC, ""),
-    "nested-apic-reload-of-vmcs02": ("nested-apic-migrate", APIC, ""),
+    "nested-apic-reload-wrong-vmcs": ("nested-apic-migrate", APIC, ""),
     "nested-role-without-guest-mode": ("nested-apic-page", APIC, ""),
     "apic-mode-without-flush": ("apic-mode", APIC, ""),
     "apic-page-not-reloaded": ("apic-migrate", APIC, ""),
