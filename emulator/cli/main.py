@@ -38,6 +38,7 @@ from emulator.cli.options import (
     expanded,
 )
 from emulator.cli.replay import REPLAY_EXAMPLES, REPLAY_HELP, replay
+from emulator.cli.schema import schema
 from emulator.cli.show import show
 from emulator.cli.sweep import merge
 from emulator.cli.top import top
@@ -72,6 +73,7 @@ app.command(help=MAN_HELP, epilog=MAN_EXAMPLES)(man)
 app.command()(merge)
 app.add_typer(new_app, name="new")
 app.command(help=REPLAY_HELP, epilog=REPLAY_EXAMPLES)(replay)
+app.command()(schema)
 app.command()(show)
 app.command()(top)
 app.add_typer(trace_app, name="trace")

@@ -1,0 +1,28 @@
+"""JSON Schemas of the documents that --json prints: `flushlab schema NAME`.
+
+The tests hold each command's document to its schema, which allows no other keys.
+"""
+
+from __future__ import annotations
+
+from typing import Any, Final
+
+from pydantic import BaseModel
+
+from emulator.errors import BadInput, one_of
+from emulator.schemas.documents import LitmusDocument, ReplayDocument, RunDocument, SweepDocument
+
+SCHEMAS: Final[dict[str, type[BaseModel]]] = {
+    "litmus": LitmusDocument,
+    "replay": ReplayDocument,
+    "run": RunDocument,
+    "sweep": SweepDocument,
+}
+
+
+def schema(name: str) -> dict[str, Any]:
+    """Return the JSON Schema of a document; raise BadInput for a name that there is not."""
+    if name not in SCHEMAS:
+        raise BadInput("schema", f"no document {name!r}", one_of(name, SCHEMAS))
+    dialect = "https://json-schema.org/draft/2020-12/schema"
+    return {"$schema": dialect, **SCHEMAS[name].model_json_schema()}

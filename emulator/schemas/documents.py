@@ -1,0 +1,235 @@
+"""The documents as pydantic models.  A document's first key has its version, which changes with a key."""
+
+from __future__ import annotations
+
+from typing import Any, Literal
+
+from pydantic import BaseModel, ConfigDict
+
+
+class Part(BaseModel):
+    """A part of a document, with these keys and no others."""
+
+    model_config = ConfigDict(extra="forbid")
+
+
+class Violation(BaseModel):
+    """A violation: its kinds, the report as text, and details that depend on the kind."""
+
+    model_config = ConfigDict(extra="allow")
+
+    kind: str
+    kinds: list[str]
+    text: str
+
+
+# --- flushlab run -------------------------------------------------------------------------------------------
+
+
+class Overridden(Part):
+    """A decision point that a user's class decides: where, and how often it gave each answer."""
+
+    where: str
+    answers: dict[str, int]
+
+
+class PolicyPart(Part):
+    name: str
+    decisions: dict[str, str]
+    overridden: dict[str, Overridden]
+
+
+class ActivityPart(Part):
+    """An activity of the scenario: calls asked for, and calls begun."""
+
+    name: str
+    asked: float
+    begun: int
+
+
+class FlushPart(Part):
+    vm: int
+    scope: str
+    reason: str
+    count: int
+    necessary: int
+
+
+class HistogramPart(Part):
+    """Durations in seconds; percentiles are upper bounds."""
+
+    count: int
+    mean: float
+    p50: float
+    p90: float
+    p99: float
+    longest: float
+
+
+class ReceiversPart(Part):
+    """A group of pCPUs and the interrupts that reached them."""
+
+    who: str
+    pcpus: int
+    uninvolved: bool
+    ipis: int
+    serviced: int
+    interruptions: int
+    bystanders: int
+
+
+class CycleLinePart(Part):
+    item: str
+    group: str
+    events: float
+    cycles_each: float
+    cycles: float
+    source: str
+
+
+class CyclesPart(Part):
+    flush: float
+    work: float
+    lines: list[CycleLinePart]
+
+
+class RunDocument(Part):
+    """The document of `flushlab run --json`."""
+
+    flushlab: Literal[1]
+    verdict: Literal["clean", "violations", "inconclusive"]
+    exit_status: int
+    scenario: str
+    policy: PolicyPart
+    seed: int
+    elapsed_seconds: float
+    interrupted: bool
+    failure: str
+    totals: dict[str, int]
+    activities: list[ActivityPart]
+    counters: dict[str, int]
+    vms: list[dict[str, int]]
+    flushes: list[FlushPart]
+    histograms: dict[str, HistogramPart]
+    receivers: list[ReceiversPart]
+    violations: dict[str, int]
+    reports: list[Violation]
+    preconditions: dict[str, int]
+    custody_tag_rounds: int
+    cycles: CyclesPart
+
+
+# --- flushlab litmus ----------------------------------------------------------------------------------------
+
+
+class IdleDelay(Part):
+    test: str
+    delay: str
+
+
+class LitmusOutcome(Part):
+    """The verdict on one test under one policy; `differs` says how it differs from the expected ones."""
+
+    test: str
+    policy: str
+    verdict: str
+    expected: list[str | list[str]]
+    differs: str | None
+    preemption_bound: int | None
+    executions: int
+    violating: int
+    violations: dict[str, int]
+    evidence: dict[str, int]
+    first_seed: int | None
+    failure: str | None
+    unwatched: list[str] = []
+    unordered: list[str] = []
+    reports: list[Violation]
+
+
+class LitmusDocument(Part):
+    """The document of `flushlab litmus --json`."""
+
+    flushlab_litmus: Literal[1]
+    seed: int
+    executions: int
+    idle_delays: list[IdleDelay]
+    interrupted: bool = False
+    kernel: Any = None
+    outcomes: list[LitmusOutcome]
+
+
+# --- flushlab compare --vary, flushlab merge ----------------------------------------------------------------
+
+Point = dict[str, str | int | float | bool]
+
+
+class CellPart(Part):
+    """A figure of one policy at one point: median, bootstrap interval, ratio to the baseline and p-value."""
+
+    point: Point
+    policy: str
+    verdict: str
+    runs: int
+    median: float
+    low: float | None
+    high: float | None
+    ratio: float | None
+    p: float | None
+
+
+class UnitPart(Part):
+    """A run of a sweep, as in a line of its store."""
+
+    flushlab_sweep: Literal[1]
+    key: str
+    number: int
+    version: str
+    scenario: str
+    point: Point
+    policy: str
+    seed: int
+    duration_seconds: float
+    verdict: str
+    violations: dict[str, int]
+    failure: str
+    wall_seconds: float
+    values: dict[str, float]
+
+
+class SweepDocument(Part):
+    """The document of `flushlab compare --vary ... --json` and of `flushlab merge --json`."""
+
+    flushlab_sweep: Literal[1]
+    baseline: str | None
+    policies: list[str]
+    exit_status: int
+    figures: dict[str, list[CellPart]]
+    units: list[UnitPart]
+
+
+# --- flushlab replay ----------------------------------------------------------------------------------------
+
+
+class ReplayedPolicy(Part):
+    name: str
+    counts: dict[str, int]
+    flushes: dict[str, int]
+    faults: int
+    migrations: int
+    flushes_elided: int
+    flush_cycles: float
+
+
+class ReplayDocument(Part):
+    """The document of `flushlab replay --json`.  `recorded` has the counts that the trace shows."""
+
+    flushlab_replay: Literal[1]
+    source: str
+    seconds: float
+    events: int
+    vms: list[int]
+    pcpus: int
+    recorded: dict[str, int]
+    left_out: dict[str, int]
+    policies: list[ReplayedPolicy]

@@ -1,0 +1,85 @@
+"""Each document is as its JSON Schema says."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+from pydantic import ValidationError
+
+from emulator.cli.main import main
+from emulator.schemas import SCHEMAS, schema
+from tests.emulator.replay.recording import whole
+from tests.emulator.sweep.canned_runs import canned
+
+Printed = Callable[[list[str]], dict[str, Any]]
+
+
+@pytest.fixture
+def printed(capsys: pytest.CaptureFixture[str]) -> Printed:
+    """Return a function that runs a command and returns its document."""
+
+    def run(line: list[str]) -> dict[str, Any]:
+        capsys.readouterr()
+        assert main([*line, "--json"]) in (0, 1)
+        document: dict[str, Any] = json.loads(capsys.readouterr().out)
+        return document
+
+    return run
+
+
+@pytest.mark.stress
+def test_a_run(printed: Printed) -> None:
+    for policy in ("linux-7.3", "migration=none"):
+        document = printed(["run", "--duration", "100ms", "--seed", "1", "--policy", policy])
+        SCHEMAS["run"].model_validate(document, strict=True)
+
+
+@pytest.mark.slow
+def test_litmus_tests(printed: Printed) -> None:
+    line = ["litmus", "return-zap", "--iterations", "20", "--jobs", "1", "--seed", "1"]
+    for policy in ("linux-7.3", "migration=none"):
+        document = printed([*line, "--policy", policy])
+        SCHEMAS["litmus"].model_validate(document, strict=True)
+        assert bool(document["outcomes"][0]["reports"]) is (policy == "migration=none")
+
+
+@pytest.mark.slow
+def test_a_sweep(printed: Printed, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("emulator.sweep.work.in_processes", canned)
+    line = ["compare", "migration-storm", "--policy", "root-tlb-gen", "--vary", "vm.count=1,2"]
+    for repeat in ("1", "4"):
+        SCHEMAS["sweep"].model_validate(printed([*line, "--repeat", repeat]), strict=True)
+
+
+@pytest.mark.slow
+def test_a_replay(printed: Printed, tmp_path: Path) -> None:
+    trace, workload = tmp_path / "kvm.trace", tmp_path / "kvm.workload"
+    trace.write_text("".join(whole().text()))
+    assert main(["import", str(trace), "--workload", str(workload)]) == 0
+    SCHEMAS["replay"].model_validate(printed(["replay", str(workload)]), strict=True)
+
+
+@pytest.mark.parametrize("name", SCHEMAS)
+def test_a_schema_forbids_other_keys_and_versions(name: str, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["schema", name]) == 0
+    found = json.loads(capsys.readouterr().out)
+    assert found == schema(name)
+    assert found["additionalProperties"] is False
+    version = next(iter(found["properties"]))
+    assert found["properties"][version]["const"] == 1
+    with pytest.raises(ValidationError, match="another_key"):
+        SCHEMAS[name].model_validate({"another_key": 1})
+
+
+def test_names(capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["schema"]) == 0
+    assert capsys.readouterr().out.split() == list(SCHEMAS)
+    assert main(["schema", "runs"]) == 2
+    found = capsys.readouterr().err
+    assert found.startswith(
+        "flushlab: schema: no document 'runs'; expected one of litmus, replay, run, sweep"
+    )
