@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 import time
-import urllib.error
-import urllib.request
 from collections.abc import Mapping
 from dataclasses import dataclass, field
+from http import HTTPStatus
+from http.client import HTTPConnection, HTTPException
 from typing import Final
 
 from prometheus_client.parser import text_string_to_metric_families
@@ -103,14 +103,16 @@ def parse(text: str, at: float) -> Sample:
 
 
 def scrape(host: str, port: int) -> Sample:
-    """Scrape a service; raise NoService if that fails."""
-    address = f"[{host}]" if ":" in host else host
-    # Not through a proxy: the service is on this host, or on one that the user named.
-    opener = urllib.request.build_opener(urllib.request.ProxyHandler({}))
+    """Scrape a service, not through a proxy; raise NoService if that fails."""
+    connection = HTTPConnection(host, port, timeout=_TIMEOUT)
     try:
-        with opener.open(f"http://{address}:{port}/metrics", timeout=_TIMEOUT) as answer:
-            text = answer.read(_MOST_BYTES).decode("utf-8", "replace")
-    except (OSError, ValueError) as error:
-        reason = getattr(error, "reason", None) or error
-        raise NoService(str(getattr(reason, "strerror", None) or reason)) from error
+        connection.request("GET", "/metrics")
+        answer = connection.getresponse()
+        text = answer.read(_MOST_BYTES).decode("utf-8", "replace")
+    except (OSError, HTTPException, ValueError) as error:
+        raise NoService(str(getattr(error, "strerror", None) or error)) from error
+    finally:
+        connection.close()
+    if answer.status != HTTPStatus.OK:
+        raise NoService(f"it answers {answer.status} {answer.reason}")
     return parse(text, time.monotonic())

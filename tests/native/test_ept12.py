@@ -1,4 +1,4 @@
-"""L1's EPTs for nested guests: the tables that L1 writes, and what its invalidations promise."""
+"""L1's EPTs for nested guests: the tables that L1 writes, and the promises of its invalidations."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Steps of a kernel's compiled code on SPTEs: their values, the rights they grant, and what a store loses."""
+"""Steps of a kernel's compiled code on SPTEs: values, rights that they grant, bits that a store loses."""
 
 from __future__ import annotations
 
