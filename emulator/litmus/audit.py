@@ -29,7 +29,7 @@ from emulator.kvm.kvm_host import (
     SPTE_LEVEL_BITS,
     kvm_pages_per_hpage,
 )
-from emulator.kvm.mmu.guest_walk import PAGING32, PAGING64, PT_PAGE_SIZE_MASK, PagingFormat
+from emulator.kvm.mmu.guest_walk import PAGING32, PAGING64, PT_PAGE_SIZE_MASK, PagingFormat, ept_format
 from emulator.kvm.mmu.shadow_spte import is_mmio_spte
 from emulator.kvm.mmu.shadow_structs import ShadowPage, Sptep
 from emulator.kvm.mmu.spte import (
@@ -41,7 +41,7 @@ from emulator.kvm.mmu.spte import (
     spte_to_child_pt,
 )
 from emulator.kvm.mmu.structs import ACC_EXEC_MASK, ACC_USER_MASK, ACC_WRITE_MASK
-from emulator.kvm.structs import Kvm, KvmMemorySlot, tdp_enabled
+from emulator.kvm.structs import Kvm, KvmMemorySlot, kvm_memslots_have_rmaps, tdp_enabled
 from emulator.machine.runtime import Machine
 from native import ffi, lib
 from native.types import Gfn, Level, SpteIndex, WordIndex, span
@@ -55,7 +55,7 @@ def audited(machine: Machine, kvms: Iterable[Kvm]) -> str:
     """Return a sentence about each of the first disagreements; "" if there is none."""
     found: list[str] = []
     for kvm in kvms:
-        if not tdp_enabled(kvm):
+        if kvm_memslots_have_rmaps(kvm):
             for text in _ShadowAudit(machine, kvm).findings():
                 found.append(f"VM {kvm.id}: {text}")
                 if len(found) == _MOST:
@@ -145,7 +145,7 @@ class _ShadowAudit:
         gpte = self._gpte(sptep)
         if gpte is None:
             return
-        fmt = _format(sp)
+        fmt = self._format(sp)
         if not fmt.is_present_gpte(gpte):
             yield f"entry {index} of {sp!r} maps gfn {gfn:#x}, and the guest's entry is not present"
             return
@@ -169,7 +169,7 @@ class _ShadowAudit:
         gpte = self._gpte(sptep)
         if gpte is None:
             return
-        fmt = _format(sp)
+        fmt = self._format(sp)
         level = sp.role.level
         huge = level <= fmt.max_huge_level and bool(gpte & PT_PAGE_SIZE_MASK)
         guests = fmt.gpte_to_gfn_lvl(gpte, level) if huge else fmt.gpte_to_gfn(gpte)
@@ -194,7 +194,7 @@ class _ShadowAudit:
         slot = self.kvm.memslots[sp.role.smm].search(sp.gfn)
         if not sp.has_gptes() or sp.unsync or is_obsolete_sp(self.kvm, sp) or slot is None:
             return None
-        fmt = _format(sp)
+        fmt = self._format(sp)
         entry = sp.role.quadrant * SPTE_ENT_PER_PAGE + int(index)
         sptes = 2 if sp.role.has_4_byte_gpte and sp.role.level > PG_LEVEL_4K else 1
         word, shift = divmod(entry // sptes * fmt.entry_bytes, 8)
@@ -249,11 +249,21 @@ class _ShadowAudit:
                     spte = self._spte(sptep)
                     if is_writable_pte(spte) or is_mmu_writable_spte(spte):
                         yield f"{sp!r} is in sync, and {sptep.sp!r} lets the guest write to its table"
+        cpu = self.machine.cpus[self.machine.pcpus]
+        for root in self.kvm.tdp_mmu_roots:
+            level = lib.tdp_mmu_get_walk(
+                self.m, root.hfn, root.role.level, sp.gfn, cpu.sptes, cpu.tables
+            )
+            spte = cpu.sptes[level]
+            if is_last_spte(spte, level) and (is_writable_pte(spte) or is_mmu_writable_spte(spte)):
+                yield f"{sp!r} is in sync, and {root!r} lets the guest write to its table"
 
     def _slots(self) -> Iterator[KvmMemorySlot]:
         for slots in self.kvm.memslots:
             yield from slots.slots
 
 
-def _format(sp: ShadowPage) -> PagingFormat:
-    return PAGING32 if sp.role.has_4_byte_gpte else PAGING64
+    def _format(self, sp: ShadowPage) -> PagingFormat:
+        if tdp_enabled(self.kvm):
+            return ept_format(accessed_dirty=not sp.role.ad_disabled)
+        return PAGING32 if sp.role.has_4_byte_gpte else PAGING64

@@ -214,9 +214,14 @@ def ept_needs(pfec: int) -> int:
     return needs | (ACC_EXEC_MASK if pfec & PFERR_FETCH_MASK else 0)
 
 
+def ept_format(*, accessed_dirty: bool) -> PagingFormat:
+    """Return the format of an EPT of L1's, with accessed and dirty flags or without."""
+    return _EPT_AD if accessed_dirty else _EPT
+
+
 def ept_pagewalk(*, accessed_dirty: bool) -> KvmPagewalk:
     """Return the walk of an EPT of L1's, of four levels.  No register of L1's or L2's takes part in it."""
-    fmt = _EPT_AD if accessed_dirty else _EPT
+    fmt = ept_format(accessed_dirty=accessed_dirty)
     return KvmPagewalk(fmt, PT64_ROOT_4LEVEL, cr0_wp=True, cr4_smep=False, cr4_pse=False, efer_nx=True)
 
 

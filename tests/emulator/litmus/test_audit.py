@@ -156,3 +156,46 @@ def test_a_disagreement_is_found_on_real_threads(tmp_path: Path) -> None:
     outcome = run_test(test, named_policy(written(tmp_path, edited(edit))), 1)
     assert outcome.kinds == {"inconsistent": 1}
     assert text in outcome.reports[0].text
+
+
+PROTECTED = "protected |= kvm_mmu_slot_gfn_write_protect(cpu, kvm, slot, sp.gfn, PG_LEVEL_4K)\n"
+NESTED = """
+doc = "L1 changes its EPT."
+source = "here"
+init = [
+    "v0: vmxon", "v0: vmptrld 1", "v0: ept12-map 1 0x20 0x30", "v0: vmwrite-eptp 1", "v0: l2-enter",
+    "v0: map 0x10 0x20", "v0: read 0x10", "v0: l2-exit",
+]
+[[vm]]
+paging = true
+[threads.v0]
+vcpu = 0
+ops = ["ept12-unmap 1 0x20", "invept 2", "l2-enter", "OP"]
+[expect]
+needs = "nothing"
+"""
+
+
+@pytest.mark.parametrize(
+    ("edit", "op", "text"),
+    [
+        ((PROTECTED, "protected |= False\n"), "read 0x10", "lets the guest write to its table"),
+        (
+            EDITS["an SPTE outlives the guest's entry"][0],
+            "read 0x11",
+            "maps gfn 0x30, and the guest's entry is not present",
+        ),
+    ],
+)
+def test_disagreements_with_an_ept_of_l1s(edit: tuple[str, str], op: str, text: str, tmp_path: Path) -> None:
+    file = tmp_path / "nested.toml"
+    file.write_text(NESTED.replace("OP", op))
+    test = load_test(str(file))
+    assert not explore_verdict(test, named_policy("linux-7.3"), Plan(executions=5)).kinds
+    found = explore_verdict(
+        test, named_policy(written(tmp_path, edited(edit))), Plan(executions=5, minimize=False)
+    )
+    assert (found.verdict, found.kinds) == (VIOLATIONS, ("inconsistent",))
+    assert found.counterexample is not None
+    assert found.counterexample.violation is not None
+    assert text in found.counterexample.violation["text"]
