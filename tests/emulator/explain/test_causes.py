@@ -120,6 +120,7 @@ CAUSES: dict[str, tuple[str, str, str]] = {
     "nested-invvpid-on-wrong-pcpu": ("nested-invvpid-elsewhere", ELIDED, "elided"),
     "nested-transition-without-flush": ("nested-no-vpid", ELIDED, "elided"),
     "nested-run-with-wrong-vpid": ("nested-invvpid", NARROW, "flush"),
+    "guest-flush-by-invept": ("nested-ept0-no-vpid", TAGS, ""),
     "nested-invvpid-keeps-roots": ("nested-ept0-invvpid", SYNCED, ""),
     "nested-apic-page-mapped": ("nested-apic-l1-page", APIC, ""),
     "nested-apic-reload-wrong-vmcs": ("nested-apic-migrate", APIC, ""),
