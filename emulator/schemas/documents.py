@@ -94,7 +94,7 @@ class CyclesPart(Part):
 
 
 class RunDocument(Part):
-    """The document of `flushlab run --json`."""
+    """The document of `flushlab run --json`.  `kernel`, with --kernel, tells of the tree's code."""
 
     flushlab: Literal[1]
     verdict: Literal["clean", "violations", "inconclusive"]
@@ -117,6 +117,7 @@ class RunDocument(Part):
     preconditions: dict[str, int]
     custody_tag_rounds: int
     cycles: CyclesPart
+    kernel: Any = None
 
 
 # --- flushlab litmus ----------------------------------------------------------------------------------------
@@ -148,7 +149,7 @@ class LitmusOutcome(Part):
 
 
 class LitmusDocument(Part):
-    """The document of `flushlab litmus --json`."""
+    """The document of `flushlab litmus --json`; `kernel` is there with --kernel."""
 
     flushlab_litmus: Literal[1]
     seed: int
