@@ -4,6 +4,9 @@ from __future__ import annotations
 
 import json
 import os
+import signal
+import subprocess
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -136,3 +139,16 @@ def test_a_crash_ends_a_run(tree: Path, copy: Path, capsys: pytest.CaptureFixtur
     first, second, *_ = capsys.readouterr().out.splitlines()
     assert first == "the tree's code crashes: SIGSEGV at address 0x10"
     assert second.startswith("  handle_removed_pt() arch/x86/kvm/mmu/tdp_mmu.c:")
+
+
+def test_a_signal_ends_a_run_and_its_process(tree: Path) -> None:
+    command = [sys.executable, "-m", "emulator", "run", "--kernel", str(tree), "--duration", "500s"]
+    with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True) as process:
+        assert process.stderr is not None
+        assert any("booted" in line for line in process.stderr)
+        (child,) = Path(f"/proc/{process.pid}/task/{process.pid}/children").read_text().split()
+        process.send_signal(signal.SIGTERM)
+        output, _ = process.communicate(timeout=60)
+    assert process.returncode == 0
+    assert "clean: no translation was used" in output
+    assert not Path(f"/proc/{child}").exists()
