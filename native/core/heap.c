@@ -43,6 +43,7 @@ struct heap {
 	bool told; /* the kernel does report which pages have a copy */
 	pid_t pid;
 	long faults;
+	uint8_t *left_out; /* a bit per word, or NULL */
 };
 
 static struct books *books_of(const struct heap *h)
@@ -79,6 +80,7 @@ void heap_destroy(struct heap *h)
 		munmap((void *)(uintptr_t)h->saved, h->bytes);
 	free(h->dirty);
 	free(h->is_dirty);
+	free(h->left_out);
 	free(h);
 }
 
@@ -375,6 +377,56 @@ uint64_t heap_fingerprint(const struct heap *h)
 	for (size_t i = 0; i < books_of(h)->used / sizeof(*word); i++)
 		hash = (hash ^ word[i]) * 1099511628211ull;
 	return hash;
+}
+
+int heap_leave_out(struct heap *h, const void *memory, size_t bytes)
+{
+	size_t first = (size_t)((const uint8_t *)memory - h->memory) / sizeof(uint64_t);
+
+	if (!h->left_out)
+		h->left_out = calloc(h->bytes / sizeof(uint64_t) / 8, 1);
+	if (!h->left_out)
+		return MACHINE_NOMEM;
+	for (size_t word = first; word < first + bytes / sizeof(uint64_t); word++)
+		h->left_out[word / 8] |= (uint8_t)(1u << word % 8);
+	return 0;
+}
+
+/* The finalizer of splitmix64 (Steele, Lea, Flood 2014). */
+static uint64_t mix(uint64_t z)
+{
+	z = (z ^ z >> 30) * 0xBF58476D1CE4E5B9u;
+	z = (z ^ z >> 27) * 0x94D049BB133111EBu;
+	return z ^ z >> 31;
+}
+
+static void digest_page(const struct heap *h, uint32_t page, uint64_t digest[2])
+{
+	enum { WORDS = PAGE_BYTES / sizeof(uint64_t) };
+	const uint64_t *now = (const uint64_t *)(const void *)(h->memory + (size_t)page * PAGE_BYTES);
+	const uint64_t *saved = (const uint64_t *)(const void *)(h->saved + (size_t)page * PAGE_BYTES);
+	const uint8_t *left_out = h->left_out ? h->left_out + (size_t)page * WORDS / 8 : NULL;
+
+	for (uint64_t i = 0; i < WORDS; i++) {
+		uint64_t place;
+
+		if (now[i] == saved[i] || (left_out && left_out[i / 8] >> i % 8 & 1))
+			continue;
+		place = (uint64_t)page * WORDS + i;
+		/* Sums do not depend on the order of the pages. */
+		digest[0] += mix(mix(place + 0x9E3779B97F4A7C15u) ^ now[i]);
+		digest[1] += mix(mix(now[i] + 0xD1B54A32D192ED03u) ^ place);
+	}
+}
+
+int heap_digest(struct heap *h, uint64_t digest[2])
+{
+	digest[0] = digest[1] = 0;
+	if (!h->saved || !h->told || know_dirty(h))
+		return MACHINE_MISUSE;
+	for (uint32_t i = 0; i < h->dirty_count; i++)
+		digest_page(h, h->dirty[i], digest);
+	return 0;
 }
 
 uint32_t heap_dirty_pages(const struct heap *h)

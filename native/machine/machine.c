@@ -12,6 +12,7 @@
 #include "ept/ept.h"
 #include "ept/shadow_mmu.h"
 #include "machine/cpus.h"
+#include "machine/digest.h"
 #include "machine/vms.h"
 #include "memory/frame.h"
 #include "oracle/oracle.h"
@@ -169,12 +170,19 @@ void machine_destroy(struct machine *m)
 
 int machine_snapshot(struct machine *m)
 {
-	return m->heap ? heap_snapshot(m->heap) : MACHINE_MISUSE;
+	int r = m->heap ? digest_prepare(m) : MACHINE_MISUSE;
+
+	return r ? r : heap_snapshot(m->heap);
 }
 
 int machine_restore(struct machine *m)
 {
 	return m->heap ? heap_restore(m->heap) : MACHINE_MISUSE;
+}
+
+int machine_digest(struct machine *m, uint64_t digest[2])
+{
+	return m->heap ? heap_digest(m->heap, digest) : MACHINE_MISUSE;
 }
 
 uint64_t machine_fingerprint(const struct machine *m)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import random
+from typing import Any
 
 import pytest
 
@@ -138,3 +139,54 @@ def test_large_machines_can_be_kept(frames: int) -> None:
         assert lib.machine_restore(h.m) == 0
         assert not h.mapped(VM0, 5)
         assert h.violations() == before
+
+
+def digest(h: Hypervisor) -> tuple[int, int]:
+    words: Any = ffi.new("uint64_t[2]")
+    assert lib.machine_digest(h.m, words) == 0
+    return words[0], words[1]
+
+
+def test_the_digest_is_the_state_without_times() -> None:
+    with rig() as h:
+        for seed in range(100):
+            turn(h, random.Random(seed))
+        assert lib.machine_snapshot(h.m) == 0
+        found = []
+        for seed in range(10):
+            digests = []
+            for _ in range(2):
+                choose = random.Random(seed)
+                for _ in range(30):
+                    turn(h, choose)
+                digests.append(digest(h))
+                assert lib.machine_restore(h.m) == 0
+                assert digest(h) == (0, 0)
+            assert digests[0] == digests[1]
+            found.append(digests[0])
+        assert len({*found, (0, 0)}) == 11
+
+
+@pytest.mark.parametrize("change", ["tlb", "spte", "frame", "request"])
+def test_a_single_change_changes_the_digest(change: str) -> None:
+    with rig() as h:
+        h.access(CPU0, VCPU0, 0x5000, WRITE)
+        assert lib.machine_snapshot(h.m) == 0
+        if change == "tlb":
+            h.flush(VM0)
+        elif change == "spte":
+            h.zap(CPU0, VM0, 5)
+        elif change == "frame":
+            lib.mm_unmap(h.m, CPU0, VM0, Hva(9), Hva(10), True)
+            h.access(CPU0, VCPU0, 0x9000)
+        else:
+            lib.kvm_make_request(h.m, VCPU0, 3)
+        assert digest(h) != (0, 0)
+
+
+def test_there_is_no_digest_without_a_snapshot() -> None:
+    words: Any = ffi.new("uint64_t[2]")
+    with rig() as h:
+        assert lib.machine_digest(h.m, words) == lib.MACHINE_MISUSE
+    with Hypervisor() as h:
+        assert lib.machine_digest(h.m, words) == lib.MACHINE_MISUSE
