@@ -81,6 +81,7 @@ class Task:
         "daemon",
         "done",
         "greenlet",
+        "heard",
         "holders",
         "index",
         "label",
@@ -88,6 +89,7 @@ class Task:
         "mark",
         "name",
         "reads",
+        "resting",
         "waits_for",
         "was_blocking",
         "watch",
@@ -112,6 +114,8 @@ class Task:
         self.watch = 0  # read by the current iteration of a retry loop
         self.awaited = 0  # read by the iteration that await_change() ended, until the step behind it is over
         self.changed = False  # another task has written one of the watched objects
+        self.heard: list[Hashable] = []  # results of the current step's calls, if the program records them
+        self.resting = False  # waits where it keeps nothing but its place of what it has read
         self.acts_for: Task | None = None  # a daemon that continues what this task has begun
 
     def __repr__(self) -> str:
@@ -255,19 +259,22 @@ class Execution:
         task.reads |= reads
         task.writes |= writes
 
-    def await_change(self, label: Label) -> None:
+    def await_change(self, label: Label, *, rests: bool = False) -> None:
         """Block a retry loop until another task writes an object that this iteration has read.
 
         This is sound: an iteration without side effects that reads the same values repeats the previous one
         (as with await statements; cf. spin loops in stateless model checkers).  What earlier iterations have
         read does not matter, because this one has ended as they did.
+
+        rests: the next iteration uses nothing that the task has read so far, but for shared state.
         """
         task = self.current
         assert not task.daemon
         task.watch |= task.reads | task.writes
         task.looked_at = task.label
+        task.resting = rests
         self.step(label, task.watch, 0, lambda: task.changed)
-        task.changed = False
+        task.changed = task.resting = False
         # The step behind the wait depends on all that was awaited, and the next iteration on its own reads.
         task.awaited, task.reads, task.watch = task.reads, 0, 0
 
@@ -344,10 +351,13 @@ class Execution:
                     other.changed = True
         if length >= self.replayed:
             self.strategy.stepped(task)
+            task.heard.clear()
         elif self.known[length][1] != task.label:
             raise Divergence(
                 f"step {length} of {task.name}: {task.label}, but {self.known[length][1]} at the first time"
             )
+        else:
+            task.heard.clear()
         if self.on_step is not None:
             self.on_step(task)
 

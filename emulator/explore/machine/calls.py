@@ -127,7 +127,7 @@ class Calls(Lib):
             return 0
         if microseconds == RELAX_MICROSECONDS:
             # The caller of cpu_relax() will test its condition again.
-            execution.await_change(("cpu_relax", cpu, "read"))
+            execution.await_change(("cpu_relax", cpu, "read"), rests=self.control.rests())
             return 0
         if microseconds:
             return 0  # a timed wait ends by itself, and other tasks may be scheduled at any time anyway

@@ -121,6 +121,8 @@ class Control:
         self.lib = lib  # the library that explored code calls
         self.queues = 0  # the store buffers, as objects (store_buffers.py)
         self.lib_class: Callable[[Control], Lib] | None = None  # instead of the usual ControlledLib
+        # Tells whether the caller of cpu_relax() keeps only its place (states.py).
+        self.rests: Callable[[], bool] = lambda: False
         self._counters = ffi.new("uint64_t[]", lib.COUNTERS)
         self._violations = ffi.new("uint64_t[]", lib.VIOLATIONS)
         self._violations_now: Any = ffi.buffer(self._violations)

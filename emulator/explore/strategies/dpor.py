@@ -71,8 +71,10 @@ class Exhaustive:
 
     def __init__(self, objects: Objects, *, bound: int | None = None, reduce: bool = True) -> None:
         self.objects = objects
+        self._node: type[Node] = Node
         self.bound = bound
         self.reduce = reduce
+        self.met = 0  # executions so far that met the precondition
         self.bounded_away = False  # a choice was left out because of the bound
         self.stack: list[Node] = []
         self.floor = 0  # nodes before this one belong to another part of the search (subtree.py)
@@ -112,7 +114,7 @@ class Exhaustive:
             if stopped:
                 self._add_any(depth - 1, stopped)
         able = enabled & ~node.sleeping
-        if not able:
+        if not able or self._covered(node):
             self._asleep = True
             return -1
         # Go on with the last task if possible: that costs no preemption, so the bound is never exceeded here.
@@ -158,12 +160,12 @@ class Exhaustive:
 
     def _new_node(self, enabled: int, last: int) -> Node:
         if not self.stack:
-            return Node(enabled, last, 0)
+            return self._node(enabled, last, 0)
         parent = self.stack[-1]
         preemptions = parent.preemptions
         if parent.chosen != parent.last:
             preemptions += self._cost(parent, parent.chosen)
-        node = Node(enabled, last, preemptions)
+        node = self._node(enabled, last, preemptions)
         if parent.sleeping and self.reduce and self.bound is None:
             wrote = parent.writes
             touched = wrote | parent.reads
@@ -200,7 +202,15 @@ class Exhaustive:
                 self._forget_from(len(stack) - 1)
                 return True
             stack.pop()
+            self._complete(node)
         return False
+
+    def _covered(self, node: Node) -> bool:
+        """Return whether all behind a new node has been searched elsewhere: a hook for subclasses."""
+        return False
+
+    def _complete(self, node: Node) -> None:
+        """Note that all behind a node has been searched: a hook for subclasses."""
 
     def _forget_from(self, depth: int) -> None:
         self._fresh = depth

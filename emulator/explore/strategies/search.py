@@ -110,6 +110,8 @@ def search(
             found.schedule = strategy.schedule()
             if limits.first_only:
                 break
+        if isinstance(strategy, Exhaustive):
+            strategy.met = found.met
         found.more = strategy.end(execution.tasks, execution.deadlock)
     found.complete = strategy.exhaustive and not found.more and not found.too_long
     found.bounded_away = strategy.bounded_away

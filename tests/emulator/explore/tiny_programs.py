@@ -26,6 +26,8 @@ class Tiny:
     def start(self, execution: Execution) -> None:
         self.shared: dict[str, int] = {}
         self.registers: list[list[int]] = [[] for _ in self.tasks]
+        self.places = [0] * len(self.tasks)
+        self.execution = execution
         for i in range(len(self.tasks)):
             execution.spawn(f"t{i}", self._body(execution, i))
 
@@ -46,7 +48,8 @@ class Tiny:
         shared, bit = self.shared, self.objects.bit
 
         def body() -> None:
-            for op in self.tasks[i]:
+            for place, op in enumerate(self.tasks[i]):
+                self.places[i] = place
                 kind, x = op[0], op[1]
                 mask = bit(x)
                 if kind == "r":
