@@ -143,6 +143,14 @@ def explore(
             "--store-buffers", help="Let plain stores reach memory late (x86-TSO), to find missing barriers."
         ),
     ] = False,
+    stateful: Annotated[
+        bool,
+        typer.Option(
+            "--stateful",
+            help="Search behind each state once, in one process: needs fewer executions where threads retry. "
+            "For presets without code of their own.",
+        ),
+    ] = False,
     output: Annotated[
         Path | None,
         typer.Option(
@@ -231,7 +239,7 @@ def explore(
         source = context.get_parameter_source("executions")
         given = executions if source is not None and source.name != "DEFAULT" else None
         raise typer.Exit(_audit(tests, names, given, seed, options, as_json))
-    plan = Plan(strategy, executions, bound, seed=seed, depth=depth, options=options)
+    plan = Plan(strategy, executions, bound, seed=seed, depth=depth, options=options, stateful=stateful)
     work = [Work(test, name, plan, seconds) for test, name in pairs]
     if trace:
         from emulator.cli.explore_trace import trace as draw
@@ -257,10 +265,10 @@ def explore(
 
 def _refuse_what_has_no_effect(context: typer.Context, strategy: str, adversary: bool, audit: bool) -> None:
     if audit:
-        search = {"strategy", "bound", "depth", "seconds", "jobs", "output", "trace", *_CASES}
+        search = {"strategy", "bound", "depth", "seconds", "jobs", "output", "trace", "stateful", *_CASES}
         refuse(context, search, "with --audit", "a search without --audit")
     if strategy != "exhaustive":
-        refuse(context, {"bound"}, f"with --strategy {strategy}", "--strategy exhaustive")
+        refuse(context, {"bound", "stateful"}, f"with --strategy {strategy}", "--strategy exhaustive")
     if strategy != "pct":
         refuse(context, {"depth"}, f"with --strategy {strategy}", "--strategy pct")
     if not adversary:
@@ -282,6 +290,7 @@ def _refuse_beside_one_execution(
     if reach:
         refuse(context, {"number"}, "with --reach", "one of them")
     if trace:
+        refuse(context, {"stateful"}, "with --trace", "a search without --trace")
         refuse(context, {"jobs"}, "with --trace", "a search without --trace, which one process does")
         refuse(context, _CASES, "with --trace", "a search without --trace, which has verdicts")
     else:

@@ -61,6 +61,8 @@ class KvmParams:
     eptad: kvm_intel.eptad; without A/D bits in EPT, aging takes an SPTE's permissions to see the next access.
     tdp_level: the host's levels, 4 or 5; a vCPU with a MAXPHYADDR of 48 or less in its CPUID uses 4.
     slice_accesses: guest accesses until the preemption timer ends a slice.
+    exits_per_tick: exits after which KVM checks need_resched() even without an attention bit; stands for the
+    timer tick.
     host_takes_time: the host's work between two flushes takes longer than an exit and an entry
     (host_work.py); for machines with freely running vCPUs.
     """
@@ -78,6 +80,7 @@ class KvmParams:
     eptad: bool = True
     tdp_level: Level = PG_LEVEL_512G
     slice_accesses: int = 100_000
+    exits_per_tick: int = 64
     host_takes_time: bool = False
 
 

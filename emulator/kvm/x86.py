@@ -43,8 +43,6 @@ from emulator.kvm.virt.vcpu import vcpu_load, vcpu_put
 from emulator.machine.runtime import Cpu, MachineStopped, OutOfFrames, smp_mb
 from native import ffi, lib
 
-# Exits after which KVM checks need_resched() even without an attention bit; stands for the timer tick.
-_EXITS_PER_TICK: Final = 64
 # The guest's slice or its program has ended.
 _SLICE_ENDS: Final = (lib.EXIT_PREEMPTION_TIMER, lib.EXIT_PROGRAM, lib.EXIT_PROGRAM_END)
 _ATTENTION_WORK: Final[int] = lib.ATTENTION_MESSAGE | lib.ATTENTION_RESCHED | lib.ATTENTION_STOP
@@ -205,7 +203,7 @@ def xfer_to_guest_mode_work_pending(vcpu: Vcpu, exits: int) -> bool:
     attention = exit_info.attention & _ATTENTION_WORK
     if attention & lib.ATTENTION_STOP:
         raise MachineStopped
-    if attention or vcpu.immediate_exit or exits >= _EXITS_PER_TICK:
+    if attention or vcpu.immediate_exit or exits >= vcpu.kvm.params.exits_per_tick:
         return True
     return exit_info.reason in _SLICE_ENDS
 

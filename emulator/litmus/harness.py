@@ -184,6 +184,8 @@ class Harness:
             prefetch=KvmParams().prefetch if section.prefetch else 0,
             chunk=section.chunk,
             single=self.single,
+            # Explored code has no time, and with it no tick: a vCPU that faults again is where it was.
+            exits_per_tick=1 << 62 if self.single else KvmParams().exits_per_tick,
             resched_chunks=section.resched_chunks,
             eager_page_split=section.eager_page_split,
             mmu_pages=section.mmu_pages,

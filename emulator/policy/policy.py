@@ -233,6 +233,10 @@ class Policy:
         """Return the proposals that decide in the VMs that were created last."""
         return list(self._parts.values())
 
+    def has_proposals(self) -> bool:
+        """Return whether proposals, which have code and memory of their own, may decide."""
+        return bool(self._wanted())
+
     def _engage(self) -> None:
         """Make the proposals that the table names; KVM's code, which they call, may be patched by now."""
         from emulator.policy.proposals import PROPOSALS

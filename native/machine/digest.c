@@ -1,4 +1,4 @@
-/* What a machine's digest leaves out.  See digest.h.
+/* The fields that a machine's digest leaves out.  See digest.h.
  *
  * All memory counts that is not named here, so that a new field makes equal states differ, and never different
  * states equal.  A field may be named if no result of a later step depends on it, but for reports and statistics.

@@ -96,7 +96,7 @@ class Cpu:
         ]
 
     def drop_page(self, vpid: int, pcid: int | None, page: int) -> None:
-        """Drop what would translate a page, under one PCID or all; globals are used with each."""
+        """Drop the entries that would translate a page, under one PCID or all; globals are used with each."""
         self.entries = {
             e
             for e in self.entries

@@ -115,7 +115,7 @@ class Task:
         self.awaited = 0  # read by the iteration that await_change() ended, until the step behind it is over
         self.changed = False  # another task has written one of the watched objects
         self.heard: list[Hashable] = []  # results of the current step's calls, if the program records them
-        self.resting = False  # waits where it keeps nothing but its place of what it has read
+        self.resting = False  # waits where it keeps nothing that it has read but its place
         self.acts_for: Task | None = None  # a daemon that continues what this task has begun
 
     def __repr__(self) -> str:
@@ -263,8 +263,8 @@ class Execution:
         """Block a retry loop until another task writes an object that this iteration has read.
 
         This is sound: an iteration without side effects that reads the same values repeats the previous one
-        (as with await statements; cf. spin loops in stateless model checkers).  What earlier iterations have
-        read does not matter, because this one has ended as they did.
+        (as with await statements; cf. spin loops in stateless model checkers).  Reads of earlier iterations
+        do not matter, because this one has ended as they did.
 
         rests: the next iteration uses nothing that the task has read so far, but for shared state.
         """

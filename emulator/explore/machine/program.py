@@ -132,6 +132,12 @@ class LitmusProgram:
         self._found: dict[str, int] | None = None  # the evidence of an execution that has come to its end
         self._buffers = {buffer_name(name): cpu for cpu, name in self._buffered().items()}
 
+    @property
+    def initial(self) -> Snapshot | None:
+        """Return the Python objects of the state in which each execution begins; None before the first one,
+        and if each has a new machine."""
+        return self._initial
+
     def _control(self) -> Control:
         options = self.options
         control: Control

@@ -20,12 +20,15 @@ from emulator.explore.machine.patched_code import kept_in_proposals, unwatched_s
 from emulator.explore.machine.policy_code import unwatched
 from emulator.explore.machine.policy_reads import NOTHING, Grown, Known
 from emulator.explore.machine.program import LitmusProgram
+from emulator.explore.machine.states import MachineStates, hear, stateless
 from emulator.explore.results.minimize import minimized
 from emulator.explore.results.record import Recording, record
 from emulator.explore.results.workers import Team
 from emulator.explore.strategies.dpor import Exhaustive
 from emulator.explore.strategies.sampling import Pct, RandomWalk, Sampler
 from emulator.explore.strategies.search import Found, Limits, search
+from emulator.explore.strategies.stateful import Stateful
+from emulator.explore.strategies.subtree import RUNS
 from emulator.explore.strategies.tree import wide_search
 from emulator.litmus.failure import LitmusFailure
 from emulator.litmus.model import INCONCLUSIVE, SAFE, LitmusTest
@@ -51,7 +54,8 @@ class Plan:
     """How to explore.
 
     executions: the limit for all rounds together.  bound: the exhaustive strategy's last bound on
-    preemptions; None: it tries 0 to `rounds` - 1 preemptions and then all.  depth: PCT's d.
+    preemptions; None: it tries 0 to `rounds` - 1 preemptions and then all.  depth: PCT's d.  stateful: it
+    tries all at once, and each state once, where states can be told.
     """
 
     strategy: str = "exhaustive"
@@ -62,6 +66,7 @@ class Plan:
     depth: int = 3
     minimize: bool = True
     options: ExploreOptions = NONE
+    stateful: bool = False
 
 
 @dataclass(slots=True)
@@ -76,6 +81,7 @@ class Verdict:
     failure: the reason why an execution could not go on, as in litmus.verdict.Outcome.
     unwatched: uses of a user's policy or patch that the search cannot watch, a sentence each: nothing is
     proved.  unordered: state of patched code that several threads share without an ordering point, likewise.
+    states: those that a stateful search has compared.  stateless: the reason why it could not.
     """
 
     test: str
@@ -100,6 +106,8 @@ class Verdict:
     unwatched: tuple[str, ...] = ()
     unordered: tuple[str, ...] = ()
     cut_off: int = 0
+    states: int = 0
+    stateless: str = ""
 
     def document(self) -> dict[str, Any]:
         """Return the document for --json, which holds no times."""
@@ -125,6 +133,7 @@ class Verdict:
             "depth": self.depth,
             "pct_guarantee": self.guarantee,
             "rounds": self.rounds,
+            **({"states": self.states, "stateless": self.stateless or None} if self.plan.stateful else {}),
             "failure": self.failure or None,
             **({"unwatched": list(self.unwatched)} if self.unwatched else {}),
             **({"unordered": list(self.unordered)} if self.unordered else {}),
@@ -135,7 +144,7 @@ class Verdict:
         """Return the verdict in one line, with the claim that the search supports."""
         if self.failure:
             return f"{FAILED}: {self.failure}"
-        return f"{self._found()}{self._odds()}, {self.plan.options.describe()}"
+        return f"{self._found()}{self._odds()}{self._states()}, {self.plan.options.describe()}"
 
     def case(self) -> Case:
         """Return the verdict as a case of a report for CI systems."""
@@ -168,6 +177,11 @@ class Verdict:
         if self.bound is not None:
             return f"with up to {self.bound} preemptions; nor in {n} altogether (not all{self._why()})"
         return f"in {n}; not all{self._why()}"
+
+    def _states(self) -> str:
+        if self.stateless:
+            return f", searched without states ({self.stateless})"
+        return f", each of {self.states:,} states once" if self.states and self.complete else ""
 
     def _odds(self) -> str:
         if self.guarantee is None:
@@ -243,6 +257,10 @@ def _telling(stop: Stop, told: Told) -> Stop:
 def _explored(program: LitmusProgram, verdict: Verdict, stop: Stop, jobs: int, told: Told) -> Known | None:
     """Explore the program.  Return the accesses that a new search must know, or None if none is needed."""
     reads = program.reads
+    if verdict.plan.stateful:
+        verdict.stateless = stateless(program)
+        if not verdict.stateless:
+            hear(program)
     try:
         with instrument(program.control), Team(program, jobs, stop, told) as team:
             if verdict.plan.strategy == "exhaustive":
@@ -315,6 +333,9 @@ def _exhaustively(program: LitmusProgram, verdict: Verdict, team: Team, stop: St
         bounds = list(range(plan.bound + 1))
     if plan.bound is None and _probed(program, verdict, stop):
         return
+    if plan.stateful and not verdict.stateless:
+        _statefully(program, verdict, stop)
+        return
     for number, bound in enumerate(bounds):
         left = plan.executions - verdict.executions
         if left <= 0:
@@ -333,6 +354,22 @@ def _exhaustively(program: LitmusProgram, verdict: Verdict, team: Team, stop: St
             verdict.verdict, verdict.bound = BOUNDED, bound
         elif plan.bound is not None:
             return  # the next bound would be out of reach as well
+
+
+def _statefully(program: LitmusProgram, verdict: Verdict, stop: Stop) -> None:
+    """Search all interleavings, and what is behind each state once."""
+    budget = verdict.plan.executions - verdict.executions
+    if budget <= 0:
+        return
+    strategy = Stateful(program.objects, MachineStates(program))
+    limits = Limits(executions=budget, runs=RUNS * budget)
+    found = search(program, program.objects, strategy, limits, bool, stop)
+    _add(verdict, found, None, "stateful")
+    verdict.states = strategy.size
+    if found.schedule is not None:
+        _violated(program, verdict, found)
+    elif found.complete:
+        verdict.verdict, verdict.complete, verdict.bound = SAFE, True, None
 
 
 def _probed(program: LitmusProgram, verdict: Verdict, stop: Stop) -> bool:

@@ -68,7 +68,7 @@ class Stateful(Exhaustive):
         self.states = states
         self.matches = 0
         self._known_states: dict[Hashable, list[tuple[int, Accesses]]] = {}
-        # Numbers of histories: each is a history before, and what was read since.
+        # Numbers of histories: each is a history before, and the values read since.
         self._numbers: dict[Hashable, int] = {}
         self._histories: list[int] = []  # by task
         self._versions: dict[int, int] = {}  # by object that tasks read: the history of its last writer
@@ -111,7 +111,7 @@ class Stateful(Exhaustive):
         return super().end(tasks, deadlock)
 
     def _number(self, told: Hashable) -> int:
-        """Return a number of its own for what was told."""
+        """Return a number of its own for a history."""
         return self._numbers.setdefault(told, len(self._numbers) + 1)
 
     def _wrote_by(self, node: StatefulNode) -> None:
@@ -131,7 +131,7 @@ class Stateful(Exhaustive):
         if shared is None:
             return False
         number = self._number(shared)
-        # What the task does from here on follows from its place and the state now.
+        # All that the task does from here on follows from its place and the state now.
         parent.history = self._histories[index] = self._number(("rests", index, number))
         locals_now = tuple(states.local(task, history) for task, history in enumerate(self._histories))
         key = number, node.enabled, locals_now

@@ -167,8 +167,8 @@ RETRYING = st.one_of(
 @settings(max_examples=150, deadline=None, derandomize=True)
 @given(programs(RETRYING))
 def test_a_retry_loop_is_a_wait(tasks: list[list[Op]]) -> None:
-    """A loop is blocked until another task writes what the iteration has read; it misses no value then, also
-    where it ends after earlier loops of the task."""
+    """A loop is blocked until another task writes an object that the iteration has read; it misses no value
+    then, also where it ends after earlier loops of the task."""
     waiting = [[("wait", *op[1:]) if op[0] in RETRIES else op for op in task] for task in tasks]
     assert set(explore(*tasks).outcomes) == set(explore(*waiting).outcomes)
 

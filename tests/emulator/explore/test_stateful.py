@@ -36,7 +36,7 @@ class Exact:
 
 
 class Told(Exact):
-    """The tasks' histories instead of what they keep; states are compared when a task is done."""
+    """The tasks' histories instead of their registers; states are compared when a task is done."""
 
     def shared(self) -> Hashable:
         return tuple(sorted(self.program.shared.items()))

@@ -1,0 +1,180 @@
+"""The states of an explored machine, for a search that visits each once (strategies/stateful.py).
+
+The shared state is all of the core's memory, but for fields that no later step depends on
+(native/machine/digest.c), all Python objects that an execution starts from and comes to, and the records of
+the scheduler's stand-ins for locks, calls and read sections.  There is no list of the state that counts, only
+of the fields that do not.
+
+The local state of a task is its frames, which cannot be compared.  It follows from the place where the task
+has rested last, from the shared state there, and from all that it has read since: the results of its calls,
+with the memory that they have filled in, and Python objects.  The latter are told by the histories of their
+writers, as each is announced as an object that steps read and write.
+"""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Callable, Hashable
+from types import FrameType
+from typing import Any, Final
+
+from emulator.explore.engine.digest import CannotDigest, Digest, address
+from emulator.explore.engine.scheduler import Execution, Task
+from emulator.explore.machine.control import Control, Readers
+from emulator.explore.machine.footprints import OBJECTS
+from emulator.explore.machine.lib import ControlledLib
+from emulator.explore.machine.program import LitmusProgram
+from emulator.policy import Policy
+from native import ffi, lib
+
+# Objects that tasks read by calls of the core only, so that the calls' results tell all that is read.
+_BY_CALLS: Final = frozenset(name for name, *_ in OBJECTS.values()) | {
+    "calls", "callbacks done", "custody of table", "custody of tables", "event", "everything", "irq",
+    "mmu_lock waiters", "rcu", "rcu left", "srcu", "srcu left",
+}  # fmt: skip
+# Callers of cpu_relax() that keep nothing that they have read but their place, which the guest's progress
+# tells: the loop of KVM_RUN, and user space that calls KVM_RUN again.  Innermost first.
+_RESTING: Final = (
+    ("handle_ept_violation", "vmx_handle_exit", "handle_exit", "vcpu_enter_guest"),
+    ("vmx_handle_page_fault", "vmx_handle_exit", "handle_exit", "vcpu_enter_guest"),
+    ("_left_to_user", "_run_guest", "do", "run"),
+)
+_POINTERS: Final = frozenset({"struct machine *", "struct tlb *"})
+# Steps at the end of a grace period, whose condition compares counts of exits.
+_ENDS: Final = (("grace period", "ends"), ("synchronize_rcu", "done"))
+
+
+def rests_there(frame: FrameType | None) -> bool:
+    """Return whether cpu_relax() was called, at or above this frame, where the caller keeps nothing."""
+    while frame is not None and frame.f_code.co_name != "cpu_relax":
+        frame = frame.f_back
+    names: list[str] = []
+    while frame is not None and len(names) < 4:
+        frame = frame.f_back
+        names.append("" if frame is None else frame.f_code.co_name)
+    return tuple(names) in _RESTING
+
+
+class HearingLib(ControlledLib):
+    """A ControlledLib that records the results of each step's calls."""
+
+    def __init__(self, control: Control) -> None:
+        super().__init__(control)
+        for name in dir(lib):
+            value = getattr(self, name)
+            if callable(value):
+                self.__dict__[name] = self._heard(value)
+
+    def _heard(self, call: Callable[..., Any]) -> Callable[..., Any]:
+        control = self.control
+
+        def heard(*args: Any) -> Any:
+            result = call(*args)
+            execution = control.execution
+            if execution is not None:
+                execution.current.heard.append((_told(result), *filled_in(args)))
+            return result
+
+        return heard
+
+
+def filled_in(args: tuple[Any, ...]) -> list[bytes]:
+    """Return the memory of the arguments that a call may have filled in."""
+    return [
+        bytes(ffi.buffer(arg))
+        for arg in args
+        if isinstance(arg, ffi.CData) and ffi.typeof(arg).cname not in _POINTERS
+    ]
+
+
+def _told(result: Any) -> Hashable:
+    told: Hashable = address(result) if isinstance(result, ffi.CData) else result
+    return told
+
+
+def stateless(program: LitmusProgram) -> str:
+    """Return the reason why states of a program cannot be told, "" if they can."""
+    policy, options = program.policy, program.options
+    if type(policy) is not Policy or policy.patch is not None or policy.has_proposals():
+        return "the policy's own code may keep values that it has read"
+    if options.store_buffers:
+        return "stores in store buffers are not compared"
+    if options.adversary:
+        return "liberties that TLBs have taken are not compared"
+    return ""
+
+
+def hear(program: LitmusProgram) -> None:
+    """Let the program's tasks record the values that they read, from the next `instrument` on."""
+    program.control.lib_class = HearingLib
+    program.control.rests = lambda: rests_there(sys._getframe(1))
+
+
+class MachineStates:
+    """The states of one program's executions; `hear` comes first."""
+
+    def __init__(self, program: LitmusProgram) -> None:
+        self.program = program
+        self.control = program.control
+        self._digest: Digest | None = None
+        self._words: Any = ffi.new("uint64_t[2]")
+        self._read: dict[int, bool] = {}
+
+    @property
+    def execution(self) -> Execution:
+        assert self.control.execution is not None
+        return self.control.execution
+
+    def shared(self) -> Hashable:
+        control, initial = self.control, self.program.initial
+        if initial is None or lib.machine_digest(control.machine.m, self._words):
+            return None
+        if self._digest is None:
+            self._digest = Digest(initial)
+        try:
+            objects = self._digest.now()
+        except CannotDigest:
+            return None
+        return self._words[0], self._words[1], objects, *self._controlled(control)
+
+    def _controlled(self, control: Control) -> tuple[Hashable, ...]:
+        """Return the stand-ins' records: locks, calls under way, read sections, callbacks."""
+        locks = tuple(
+            (vm, tuple(lock.holders), lock.readers, lock.writer, lock.waiting)
+            for vm, lock in sorted(control.mmu_locks.items())
+        )
+        counts = any(_counts_exits(task) for task in self.execution.tasks)
+        readers = tuple(
+            (vm, _inside(one), tuple(sorted(one.left.items())) if counts else ())
+            for vm, one in ((-1, control.rcu), *sorted(control.srcu.items()))
+        )
+        roots = tuple(sorted(control.root_of.items()))
+        return locks, readers, tuple(control.freed), roots, frozenset(control.queued), control.callbacks_run
+
+    def rests(self, index: int) -> bool:
+        task = self.execution.tasks[index]
+        return task.done or task.resting
+
+    def local(self, index: int, history: int) -> Hashable:
+        task = self.execution.tasks[index]
+        if task.done:
+            return "done"
+        now = task.label, task.reads, task.writes, task.changed, task.watch
+        # A daemon keeps nothing but the accesses that its next step announces.
+        return ("rests", *now) if task.resting or task.daemon else (history, *now)
+
+    def is_read(self, bit: int) -> bool:
+        read = self._read.get(bit)
+        if read is None:
+            name = self.control.objects.names[bit]
+            word = name[0] if isinstance(name, tuple) else name
+            read = self._read[bit] = word not in _BY_CALLS
+        return read
+
+
+def _counts_exits(task: Task) -> bool:
+    return not task.done and (task.label[:2] in _ENDS or task.label[0] == "synchronize_srcu")
+
+
+def _inside(readers: Readers) -> tuple[tuple[int, int], ...]:
+    return tuple(sorted((who, depth) for who, depth in readers.depth.items() if depth))

@@ -1,0 +1,154 @@
+"""A state of an explored machine tells all that later steps depend on: a search that visits each once finds
+the final states of another one, and two ways to one state go on alike."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Hashable
+
+import pytest
+
+from emulator.explore.audit.continuations import Ways, go_on_alike
+from emulator.explore.audit.residue import ResidueProgram
+from emulator.explore.machine.lib import instrument
+from emulator.explore.machine.options import NONE, ExploreOptions
+from emulator.explore.machine.program import LitmusProgram
+from emulator.explore.machine.states import MachineStates, hear, rests_there, stateless
+from emulator.explore.results.verdict import Plan, explore_verdict
+from emulator.explore.strategies.dpor import Exhaustive
+from emulator.explore.strategies.search import Found, Limits, search
+from emulator.explore.strategies.stateful import Stateful
+from emulator.litmus.loader import load_test
+from emulator.litmus.model import SAFE, LitmusTest
+from emulator.litmus.policies import named_policy
+from emulator.litmus.verdict import VIOLATIONS
+from emulator.policy import Policy
+
+
+def every(test: LitmusTest, policy: str, states_of: type[MachineStates] | None = None) -> tuple[Found, int]:
+    """Return the result of a search of everything, and the states that it has compared."""
+    program = ResidueProgram(test, named_policy(policy))
+    try:
+        if states_of is not None:
+            assert not stateless(program)
+            hear(program)
+        with instrument(program.control):
+            objects = program.objects
+            strategy = Exhaustive(objects) if states_of is None else Stateful(objects, states_of(program))
+            found = search(program, objects, strategy, Limits(first_only=False), bool)
+            return found, strategy.size if isinstance(strategy, Stateful) else 0
+    finally:
+        program.close()
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("policy", ["linux-7.3", "linux-7.3+fault_retry=none"])
+@pytest.mark.parametrize("name", ["notifier-protect", "entry-races-request"])
+def test_the_same_final_states_as_without_states(name: str, policy: str) -> None:
+    plain, _ = every(load_test(name), policy)
+    found, states = every(load_test(name), policy, MachineStates)
+    assert plain.complete
+    assert found.complete
+    assert set(found.outcomes) == set(plain.outcomes)
+    assert (found.met > 0) == (plain.met > 0)
+    assert states > 0
+    assert found.executions < plain.executions
+
+
+class NoMemory(MachineStates):
+    """States without the core's memory."""
+
+    def shared(self) -> Hashable:
+        shared = super().shared()
+        assert isinstance(shared, tuple)
+        return shared[2:]
+
+
+class NothingShared(MachineStates):
+    """States of the tasks alone."""
+
+    def shared(self) -> Hashable:
+        return 0
+
+
+class NoPlaces(MachineStates):
+    """States without those of the tasks."""
+
+    def local(self, index: int, history: int) -> Hashable:
+        return 0
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("states_of", "alike"),
+    [(MachineStates, True), (NoMemory, False), (NothingShared, False), (NoPlaces, False)],
+)
+def test_equal_states_go_on_alike(states_of: type[MachineStates], alike: bool) -> None:
+    program = ResidueProgram(load_test("zap-range-fault"), named_policy("linux-7.3"))
+    hear(program)
+    try:
+        with instrument(program.control):
+            strategy = Ways(program.objects, states_of(program))
+            search(program, program.objects, strategy, Limits(executions=60, first_only=False), bool)
+            compared, differ = go_on_alike(program, strategy, 100)
+    finally:
+        program.close()
+    assert compared == 100
+    assert (differ == 0) == alike
+
+
+@pytest.mark.slow
+def test_a_race_with_retries_is_proved_in_a_few_executions() -> None:
+    """Without states it takes over 30,000."""
+    found = explore_verdict(load_test("fault-races-unmap"), Policy(), Plan(executions=5000, stateful=True))
+    assert (found.verdict, found.complete, found.limit) == (SAFE, True, "")
+    assert found.met
+    assert found.states > 100
+    assert found.executions < 2000
+    assert "each of" in found.summary()
+    assert found.document()["stateless"] is None
+
+
+@pytest.mark.parametrize("policy", ["linux-7.3+fault_retry=none", "mutant:fault-without-retry"])
+def test_an_unsafe_policy_is_refuted(policy: str) -> None:
+    found = explore_verdict(load_test("fault-races-unmap"), named_policy(policy), Plan(stateful=True))
+    assert found.verdict == VIOLATIONS
+    assert "use-after-free" in found.kinds
+
+
+@pytest.mark.parametrize(
+    ("policy", "options", "reason"),
+    [
+        ("mutant:apic-mode-without-flush", NONE, "own code"),
+        ("root-tlb-gen", NONE, "own code"),
+        ("linux-7.3", ExploreOptions(store_buffers=True), "store buffers"),
+        ("linux-7.3", ExploreOptions(evict=1), "TLBs"),
+    ],
+)
+def test_a_search_says_why_it_tells_no_states(policy: str, options: ExploreOptions, reason: str) -> None:
+    program = LitmusProgram(load_test("away-zap"), named_policy(policy), options)
+    program.close()
+    assert reason in stateless(program)
+
+
+def test_a_retry_loop_rests_only_where_it_keeps_nothing() -> None:
+    """The frames below cpu_relax() are those of the loop of KVM_RUN, and no others."""
+
+    def cpu_relax() -> bool:
+        return rests_there(sys._getframe())
+
+    def handle_ept_violation() -> bool:
+        return cpu_relax()
+
+    def vmx_handle_exit() -> bool:
+        return handle_ept_violation()
+
+    def handle_exit() -> bool:
+        return vmx_handle_exit()
+
+    def vcpu_enter_guest() -> bool:
+        return handle_exit()
+
+    assert vcpu_enter_guest()
+    assert not handle_exit()
+    assert not cpu_relax()
