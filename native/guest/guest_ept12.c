@@ -237,7 +237,7 @@ static bool record(struct walk *w, const struct wanted *to)
 static enum walk_result change(struct walk *w, const struct wanted *to)
 {
 	bool map = to->kind == GUEST_OP_EPT12_MAP;
-	uint64_t table, value;
+	uint64_t table = GUEST_NO_GFN, value = 0;
 	enum walk_result r = find_table(w, to, map, &table);
 
 	if (r == WALK_GUEST_FAULT && !map)
