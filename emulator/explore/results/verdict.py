@@ -173,15 +173,15 @@ class Verdict:
         n = f"{self.executions:,} interleavings"
         if self.complete:
             last = self.rounds[-1]["executions"]
+            if self.states:
+                return f"in any interleaving: {last:,} executions, behind each of {self.states:,} states once"
             return f"in all {last:,} interleavings, up to the order of independent steps"
         if self.bound is not None:
             return f"with up to {self.bound} preemptions; nor in {n} altogether (not all{self._why()})"
         return f"in {n}; not all{self._why()}"
 
     def _states(self) -> str:
-        if self.stateless:
-            return f", searched without states ({self.stateless})"
-        return f", each of {self.states:,} states once" if self.states and self.complete else ""
+        return f", searched without states ({self.stateless})" if self.stateless else ""
 
     def _odds(self) -> str:
         if self.guarantee is None:
