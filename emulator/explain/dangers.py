@@ -30,6 +30,8 @@ DANGERS: Final[Mapping[str, str]] = {
     "readers": "the kick meets a vCPU that reads SPTEs without mmu_lock, and its sender waits for it",
     "table-stores": "KVM emulates the guest's store to its table",
     "mmio-sptes": "an MMIO SPTE is made",
+    "apic-aliases": "the pCPU has cached the APIC-access page as memory as well, for another guest",
+    "apic-withheld": "the nested guest gets no mapping of the page of L1's APIC",
 }
 # Words for a danger in a step that has no row otherwise; if there are none, its name.
 ROWS: Final = {

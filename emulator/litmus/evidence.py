@@ -28,6 +28,7 @@ COUNTERS: Final[Mapping[str, CounterId]] = {
     "tables-freed": lib.COUNT_TABLES_FREED,
     "guest-invalidations": lib.COUNT_GUEST_INVALIDATIONS,
     "kicks": lib.COUNT_INTERRUPTIONS,
+    "apic-aliases": lib.COUNT_APIC_ALIASES,
     "crossed-calls": lib.COUNT_CALLS_CROSSED,
 }
 # Statistics of the VMs, summed.
@@ -46,6 +47,7 @@ STATS: Final[Mapping[str, VmStat]] = {
     "prefetched": lib.STAT_MMU_PREFETCHED,
     "readers": lib.STAT_READERS_AWAITED,
     "table-stores": lib.STAT_MMU_PTE_WRITE,
+    "apic-withheld": lib.STAT_APIC_WITHHELD,
     "mmio-sptes": lib.STAT_PF_MMIO_SPTE_CREATED,
 }
 

@@ -100,6 +100,8 @@ of this form; all other verdicts are expected not to change with these choices:
     readers        a kick met a vCPU that read SPTEs without mmu_lock, without EPT
     table-stores   KVM emulated a guest's store to its page table, without EPT
     mmio-sptes     KVM noted in an SPTE that a gfn is in no memslot, without EPT
+    apic-aliases   a guest accessed its APIC while its pCPU had cached the APIC-access page as memory, too
+    apic-withheld  a nested guest accessed the page of L1's APIC, and got no mapping of it
     nothing        no danger: a run without violations proves the test's claim by itself
 """
 
@@ -148,6 +150,8 @@ Need = Literal[
     "readers",
     "table-stores",
     "mmio-sptes",
+    "apic-aliases",
+    "apic-withheld",
     "nothing",
 ]
 # Each is an OS thread, and the check that all waits can end takes time that grows with their square.

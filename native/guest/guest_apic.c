@@ -6,6 +6,7 @@
 #include "core/machine_types.h"
 #include "guest/access.h"
 #include "oracle/oracle.h"
+#include "tlb/tlb_report.h"
 #include "vm/guest_state.h"
 #include "vm/vm.h"
 #include "walk/apic.h"
@@ -33,8 +34,13 @@ enum walk_result apic_access(struct walk *w, uint64_t record, bool is_apic)
 
 		oracle_violation(w->m, w->cpu, w->vcpu, &e, page, type, 0, w->linear, &j);
 	}
-	if (is_apic)
+	if (is_apic) {
+		uint32_t apic_page = w->vmcs->apic_page;
+
+		if (apic_page && tlb_maps_as_memory(w->tlb, apic_page, apic_page))
+			count(w->cpu->counters, COUNT_APIC_ALIASES, 1);
 		return apic_exit(w, e.gfn + (page - e.page), type);
+	}
 	guest_store(w, record, &e);
 	return WALK_DONE;
 }

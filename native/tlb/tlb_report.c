@@ -47,6 +47,19 @@ uint32_t tlb_dump(struct tlb *t, struct tlb_entry *entries, uint32_t max)
 	return n;
 }
 
+bool tlb_maps_as_memory(struct tlb *t, uint32_t hfn, uint32_t apic_page)
+{
+	for (uint32_t cell = 0; cell < t->l2.cell_count; cell++) {
+		if (!cell_live(&t->l2, cell))
+			continue;
+		const struct tlb_entry *e = &slot_of(t, cell)->entry;
+
+		if (hfn - e->hfn < 1u << (9 * e->size) && e->apic_page != apic_page)
+			return true;
+	}
+	return false;
+}
+
 uint32_t tlb_contexts(struct tlb *t)
 {
 	return t->live_count;

@@ -30,4 +30,7 @@ uint32_t tlb_contexts(struct tlb *t);
 int tlb_l1_probe(struct tlb *t, uint64_t page, uint32_t *hfn, uint32_t *right);
 /* end api */
 
+/* Return whether the second level maps the frame `hfn` under another APIC-access page than `apic_page`, in any context. */
+bool tlb_maps_as_memory(struct tlb *t, uint32_t hfn, uint32_t apic_page);
+
 #endif

@@ -115,3 +115,16 @@ def test_a_combined_mapping_is_of_the_page_of_the_guest_physical_one(machine: Hy
     machine.flush(machine.vm_of[vcpu])
     assert run(machine, vcpu, apic("read", 0x100)) == EXITS
     assert machine.violations() == {"apic-stale": 1}
+
+
+def test_an_access_that_meets_its_page_cached_as_memory_is_counted(machine: Hypervisor, vcpu: VcpuId) -> None:
+    def aliases() -> int:
+        return lib.counter_sum(machine.m, lib.COUNT_APIC_ALIASES)
+
+    assert run(machine, vcpu, op("read", PAGE)) == END
+    virtualize(machine, vcpu, PAGE)
+    run(machine, vcpu, apic("read"))
+    assert aliases() == 1
+    machine.flush(machine.vm_of[vcpu])
+    run(machine, vcpu, apic("read"), apic("read"))
+    assert aliases() == 1

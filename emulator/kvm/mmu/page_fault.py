@@ -236,6 +236,7 @@ def kvm_mmu_faultin_pfn(cpu: Cpu, vcpu: Vcpu, fault: KvmPageFault) -> int:
         cpu.stat(kvm.id, lib.STAT_SLOT_RETRIES)
         return RET_PF_RETRY
     if slot.id == APIC_ACCESS_PAGE_PRIVATE_MEMSLOT and vcpu.arch.guest_mode:
+        cpu.stat(kvm.id, lib.STAT_APIC_WITHHELD)
         return kvm_handle_noslot_fault(fault)
     if mmu_invalidate_retry(cpu, kvm, fault):
         return RET_PF_RETRY
