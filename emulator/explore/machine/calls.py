@@ -88,6 +88,7 @@ class Calls(Lib):
         assert execution is not None
         if sent < 0:
             return sent
+        execution.current.heard.append(sent)  # the caller gets it behind the wait
         self.control.queued.update(targets)
         if wait and targets:
             busy = lib.csd_busy

@@ -39,7 +39,7 @@ _COVERED: Final[frozenset[PointKind]] = ANNOUNCED | {"plain store", "rcu", "smp_
 
 
 class RwLock:
-    """The holders of an mmu_lock; `holders`: their CPUs."""
+    """The holders of an mmu_lock; `holders`: their CPUs.  waiting: the tasks that found it taken."""
 
     __slots__ = ("holders", "readers", "waiting", "writer")
 
@@ -47,7 +47,7 @@ class RwLock:
         self.holders: list[int] = []
         self.readers = 0
         self.writer = False
-        self.waiting = 0
+        self.waiting: set[int] = set()
 
 
 class Readers:
@@ -76,8 +76,12 @@ class Readers:
         """Return the active readers with their counts of exits, for `gone`."""
         return tuple((who, self.left.get(who, 0)) for who, depth in self.depth.items() if depth > 0)
 
+    def inside(self, before: tuple[tuple[int, int], ...]) -> tuple[int, ...]:
+        """Return the readers of `before` that have not left since."""
+        return tuple(who for who, left in before if self.left.get(who, 0) == left)
+
     def gone(self, before: tuple[tuple[int, int], ...]) -> bool:
-        return all(self.left.get(who, 0) != left for who, left in before)
+        return not self.inside(before)
 
 
 class Walks(NamedTuple):
@@ -134,6 +138,8 @@ class Control:
         self.mmu_locks: dict[int, RwLock] = {}
         self.rcu = Readers()
         self.srcu: dict[int, Readers] = {}
+        # By task that waits for a grace period: the readers that the task waits for and has not seen leave.
+        self.holdouts: dict[int, Callable[[], tuple[int, ...]]] = {}
         self.freed: list[int] = []  # tables given to call_rcu() since the last grace period began
         self.root_of: dict[int, int] = {}  # the root in the EPT_POINTER of each VMCS
         self.queued: set[int] = set()  # pCPUs to which an interrupt is on its way
@@ -294,6 +300,7 @@ class Control:
                 lib.rcu_gp_begin(m, cpu)
                 done = self.objects.mask(("callbacks done", number) for number in due)
                 frees, self.freed = self.frees(self.freed), []
+                self.holdouts[execution.current.index] = partial(self.rcu.inside, before)
                 execution.step(
                     ("grace period", "ends", "write"),
                     self.queues,
@@ -301,6 +308,7 @@ class Control:
                     partial(self.rcu.gone, before),
                     "readers of RCU",
                 )
+                del self.holdouts[execution.current.index]
                 run = lib.rcu_gp_end(m, cpu)
                 if run < 0:
                     raise MachineMisuse(f"a reader of RCU on CPU {lib.rcu_holdout(m)} that explore missed")

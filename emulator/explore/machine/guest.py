@@ -84,10 +84,10 @@ class GuestMode(Lib):
             # A signal belongs to the step of the operation before it; the end of a program is no step.
             if op is not None:
                 execution.touch(0, control.bit("progress", op.value))
-            return int(lib.guest_step(m, cpu))
+            return self._heard_step(execution, m, cpu)
         if op.kind == lib.GUEST_OP_WAIT:
             self._guest_wait(execution, m, cpu, op)
-            return int(lib.guest_step(m, cpu))
+            return self._heard_step(execution, m, cpu)
         vm = control.vm_of(vcpu)
         masks = self._guest_masks.get((cpu, vm))
         if masks is None:
@@ -104,7 +104,7 @@ class GuestMode(Lib):
         label = ("handle violation", vcpu, "write") if handles else self._label(vcpu, op)
         execution.step(label, reads, tlb)
         before, cached = control.walks(cpu), control.caches_tables(cpu)
-        reason = control.exit_reason = int(lib.guest_step(m, cpu))
+        reason = control.exit_reason = self._heard_step(execution, m, cpu)
         now = control.walks(cpu)
         walked = now.misses != before.misses or reason in _FAULTS
         stored = handles or op.kind in _STORES or (walked and vm in control.paging)
@@ -125,6 +125,13 @@ class GuestMode(Lib):
                 execution.touch(0, control.contents(vm, op.linear >> 12))
         self._performed(execution, cpu, vm, op, walked)
         control.judge()
+        return reason
+
+    @staticmethod
+    def _heard_step(execution: Execution, m: MachinePtr, cpu: CpuId) -> int:
+        """Do an operation; record its result, which guest_run() keeps until the exit."""
+        reason = int(lib.guest_step(m, cpu))
+        execution.current.heard.append(reason)
         return reason
 
     @staticmethod

@@ -49,7 +49,7 @@ class Locks(Lib):
         contended = lock.writer or (write and lock.readers > 0)
         execution.touch(0 if write else mask, mask if write else 0)
         if contended:
-            lock.waiting += 1
+            lock.waiting.add(execution.current.index)
             execution.touch(0, waiters)
         label = ("mmu_lock", vm, "write" if write else "read")
         execution.current.holders = lambda: tuple(dict.fromkeys(lock.holders))
@@ -59,7 +59,7 @@ class Locks(Lib):
             execution.step(label, mask, 0, lambda: not lock.writer, "mmu_lock")
         execution.current.holders = tuple
         if contended:
-            lock.waiting -= 1
+            lock.waiting.discard(execution.current.index)
             execution.touch(0, waiters)
 
     def mmu_read_unlock(self, m: MachinePtr, cpu: CpuId, vm: VmId) -> None:
@@ -89,7 +89,7 @@ class Locks(Lib):
             self.control.bit("mmu_lock waiters", vm) | self.control.everything,
             0,
         )
-        return int(self.control.mmu_lock(vm).waiting > 0)
+        return int(bool(self.control.mmu_lock(vm).waiting))
 
     # --- RCU and SRCU ---------------------------------------------------------------------------------------
 
@@ -133,7 +133,9 @@ class Locks(Lib):
         execution.step(("synchronize_rcu", None, "write"), control.queues, control.bit("rcu"))
         before = control.rcu.now()
         gone, left = partial(control.rcu.gone, before), control.left("rcu left", before)
+        control.holdouts[execution.current.index] = partial(control.rcu.inside, before)
         execution.step(("synchronize_rcu", "done", "write"), control.queues, left, gone, "readers of RCU")
+        del control.holdouts[execution.current.index]
         return 0
 
     def srcu_read_lock(self, m: MachinePtr, cpu: CpuId, vm: VmId) -> int:
@@ -161,6 +163,7 @@ class Locks(Lib):
         readers = control.srcu_of(vm)
         execution.step(("synchronize_srcu", vm, "write"), control.everything, control.bit("srcu", vm))
         before = readers.now()
+        control.holdouts[execution.current.index] = partial(readers.inside, before)
         execution.step(
             ("synchronize_srcu", (vm, "done"), "write"),
             0,
@@ -168,6 +171,7 @@ class Locks(Lib):
             lambda: readers.gone(before),
             "readers of SRCU",
         )
+        del control.holdouts[execution.current.index]
         return 0
 
 

@@ -19,7 +19,7 @@ from types import FrameType
 from typing import Any, Final
 
 from emulator.explore.engine.digest import CannotDigest, Digest, address
-from emulator.explore.engine.scheduler import Execution, Task
+from emulator.explore.engine.scheduler import Execution
 from emulator.explore.machine.control import Control, Readers
 from emulator.explore.machine.footprints import OBJECTS
 from emulator.explore.machine.lib import ControlledLib
@@ -40,8 +40,6 @@ _RESTING: Final = (
     ("_left_to_user", "_run_guest", "do", "run"),
 )
 _POINTERS: Final = frozenset({"struct machine *", "struct tlb *"})
-# Steps at the end of a grace period, whose condition compares counts of exits.
-_ENDS: Final = (("grace period", "ends"), ("synchronize_rcu", "done"))
 
 
 def rests_there(frame: FrameType | None) -> bool:
@@ -135,21 +133,21 @@ class MachineStates:
             objects = self._digest.now()
         except CannotDigest:
             return None
-        return self._words[0], self._words[1], objects, *self._controlled(control)
+        return self._words[0], self._words[1], objects, *self.controlled()
 
-    def _controlled(self, control: Control) -> tuple[Hashable, ...]:
+    def controlled(self) -> tuple[Hashable, ...]:
         """Return the stand-ins' records: locks, calls under way, read sections, callbacks."""
+        control = self.control
         locks = tuple(
-            (vm, tuple(lock.holders), lock.readers, lock.writer, lock.waiting)
+            (vm, tuple(lock.holders), lock.readers, lock.writer, tuple(sorted(lock.waiting)))
             for vm, lock in sorted(control.mmu_locks.items())
         )
-        counts = any(_counts_exits(task) for task in self.execution.tasks)
-        readers = tuple(
-            (vm, _inside(one), tuple(sorted(one.left.items())) if counts else ())
-            for vm, one in ((-1, control.rcu), *sorted(control.srcu.items()))
-        )
+        readers = tuple((vm, _inside(one)) for vm, one in ((-1, control.rcu), *sorted(control.srcu.items())))
+        # A grace period waits for some of the readers that are inside: a reader may have left, and come back.
+        holdouts = tuple((task, inside()) for task, inside in sorted(control.holdouts.items()))
         roots = tuple(sorted(control.root_of.items()))
-        return locks, readers, tuple(control.freed), roots, frozenset(control.queued), control.callbacks_run
+        calls = frozenset(control.queued), tuple(control.freed), control.callbacks_run
+        return locks, readers, holdouts, roots, calls
 
     def rests(self, index: int) -> bool:
         task = self.execution.tasks[index]
@@ -170,10 +168,6 @@ class MachineStates:
             word = name[0] if isinstance(name, tuple) else name
             read = self._read[bit] = word not in _BY_CALLS
         return read
-
-
-def _counts_exits(task: Task) -> bool:
-    return not task.done and (task.label[:2] in _ENDS or task.label[0] == "synchronize_srcu")
 
 
 def _inside(readers: Readers) -> tuple[tuple[int, int], ...]:

@@ -126,7 +126,7 @@ def _locks(program: LitmusProgram) -> Iterator[dict[str, Any]]:
         if lock.holders or lock.waiting:
             held = [names.get(cpu, f"CPU {cpu}") for cpu in dict.fromkeys(lock.holders)]
             mode = "write" if lock.writer else "read"
-            yield {"vm": vm, "held_by": held, "for": mode, "waiting": lock.waiting}
+            yield {"vm": vm, "held_by": held, "for": mode, "waiting": len(lock.waiting)}
 
 
 def _rcu(program: LitmusProgram) -> dict[str, Any]:

@@ -4,18 +4,22 @@ the final states of another one, and two ways to one state go on alike."""
 from __future__ import annotations
 
 import sys
-from collections.abc import Hashable
+from collections.abc import Callable, Hashable, Sequence
+from functools import partial
+from typing import Final
 
 import pytest
 
 from emulator.explore.audit.continuations import Ways, go_on_alike
 from emulator.explore.audit.residue import ResidueProgram
+from emulator.explore.engine.scheduler import Execution, Task
 from emulator.explore.machine.lib import instrument
 from emulator.explore.machine.options import NONE, ExploreOptions
 from emulator.explore.machine.program import LitmusProgram
 from emulator.explore.machine.states import MachineStates, hear, rests_there, stateless
 from emulator.explore.results.verdict import Plan, explore_verdict
 from emulator.explore.strategies.dpor import Exhaustive
+from emulator.explore.strategies.sampling import Replay, Sampler
 from emulator.explore.strategies.search import Found, Limits, search
 from emulator.explore.strategies.stateful import Stateful
 from emulator.litmus.loader import load_test
@@ -23,6 +27,10 @@ from emulator.litmus.model import SAFE, LitmusTest
 from emulator.litmus.policies import named_policy
 from emulator.litmus.verdict import VIOLATIONS
 from emulator.policy import Policy
+from native import lib
+from native.types import CpuId, VmId
+
+VM0: Final = VmId(0)
 
 
 def every(test: LitmusTest, policy: str, states_of: type[MachineStates] | None = None) -> tuple[Found, int]:
@@ -53,6 +61,117 @@ def test_the_same_final_states_as_without_states(name: str, policy: str) -> None
     assert (found.met > 0) == (plain.met > 0)
     assert states > 0
     assert found.executions < plain.executions
+
+
+class To(Replay):
+    """Leads to the state behind a schedule, records it, and gives up."""
+
+    def __init__(self, schedule: Sequence[int], states: MachineStates) -> None:
+        super().__init__(tuple(schedule))
+        self.states = states
+        self.key: Hashable = None
+
+    def pick(self, enabled: int, last: int) -> int:
+        if len(self._schedule) < len(self.given):
+            return super().pick(enabled, last)
+        self.key = enabled, self.states.controlled()
+        return -1
+
+
+Calls = Callable[[Execution, LitmusProgram, CpuId], None]
+
+
+def state_behind(calls: Sequence[Calls], schedule: Sequence[int]) -> Hashable:
+    """Return the tasks that can go on, and the records of the scheduler's stand-ins, behind the steps of
+    tasks with calls of the library, each on a CPU of its own."""
+    program = LitmusProgram(load_test("zap-two-roots"), Policy())
+    control = program.control
+    to = To(schedule, MachineStates(program))
+    try:
+        with instrument(control):
+            program.start(Execution(program.objects, to))  # init
+            control.execution = execution = Execution(program.objects, to)
+            for cpu, call in enumerate(calls):
+                execution.spawn(f"task {cpu}", partial(call, execution, program, CpuId(cpu)))
+            execution.run()
+            control.execution = None
+    finally:
+        program.close()
+    assert execution.failure is None
+    return to.key
+
+
+def reads(execution: Execution, program: LitmusProgram, cpu: CpuId) -> None:
+    library, m = program.control.lib, program.machine.m
+    for _ in range(2):
+        index = library.srcu_read_lock(m, cpu, VM0)
+        execution.step(("inside", cpu, "read"), 0, 0)
+        library.srcu_read_unlock(m, cpu, VM0, index)
+
+
+def synchronizes(execution: Execution, program: LitmusProgram, cpu: CpuId) -> None:
+    program.control.lib.synchronize_srcu(program.machine.m, cpu, VM0)
+
+
+def test_a_grace_period_waits_for_readers_that_have_not_left_since() -> None:
+    """Both readers have left once and are inside again, one of them since before the grace period began."""
+    calls = (reads, reads, synchronizes)
+    waits_for_1 = [0, 1, 1, 1, 2, 0, 0]
+    waits_for_0 = [0, 1, 0, 0, 2, 1, 1]
+    assert state_behind(calls, waits_for_0) != state_behind(calls, waits_for_1)
+    assert state_behind(calls, waits_for_0) == state_behind(calls, waits_for_0)
+
+
+def locks_for_read(execution: Execution, program: LitmusProgram, cpu: CpuId) -> None:
+    library, m = program.control.lib, program.machine.m
+    for _ in range(2):
+        library.mmu_read_trylock(m, cpu, VM0)
+        execution.step(("inside", cpu, "read"), 0, 0)
+        library.mmu_read_unlock(m, cpu, VM0)
+
+
+def locks_for_write(execution: Execution, program: LitmusProgram, cpu: CpuId) -> None:
+    execution.step(("before", cpu, "read"), 0, 0)
+    program.control.lib.mmu_write_trylock(program.machine.m, cpu, VM0)
+
+
+def test_a_writer_waits_only_if_it_has_found_the_lock_taken() -> None:
+    """One of two writers finds the reader there and makes the lock contended until the writer has it; the
+    other one comes while the reader has left it."""
+    calls = (locks_for_read, locks_for_write, locks_for_write)
+    first, second = [0, 1, 0, 2, 0], [0, 2, 0, 1, 0]
+    assert state_behind(calls, first) != state_behind(calls, second)
+    assert state_behind(calls, first) == state_behind(calls, first)
+
+
+class Guests(Sampler):
+    """The first execution, and what is recorded of each of the guest's accesses."""
+
+    def __init__(self, program: LitmusProgram) -> None:
+        super().__init__(1)
+        self.program = program
+        self.heard: list[tuple[int, list[Hashable]]] = []
+
+    def pick(self, enabled: int, last: int) -> int:
+        return (enabled & -enabled).bit_length() - 1
+
+    def stepped(self, task: Task) -> None:
+        if task.label[0] == "read":
+            self.heard.append((self.program.control.exit_reason, list(task.heard)))
+
+
+def test_the_result_of_a_guests_operation_is_recorded() -> None:
+    """It is kept from the operation to the exit, where the mode has changed and no call has told it."""
+    program = LitmusProgram(load_test("away-zap"), Policy())
+    hear(program)
+    try:
+        with instrument(program.control):
+            guests = Guests(program)
+            search(program, program.objects, guests, Limits(), lambda _: False)
+    finally:
+        program.close()
+    assert {reason for reason, _ in guests.heard} >= {lib.EXIT_EPT_VIOLATION, lib.EXIT_REASONS}
+    assert all(reason in heard for reason, heard in guests.heard)
 
 
 class NoMemory(MachineStates):
