@@ -49,7 +49,7 @@ KVM_MEMSLOT_INVALID: Final = 1 << 16
 KVM_MEMSLOT_GEN_UPDATE_IN_PROGRESS: Final = 1 << 63
 KVM_MAX_NR_ADDRESS_SPACES: Final = 2
 
-# The memslot of KVM's own that holds the APIC-access page: the first behind those of user space.
+# KVM's private memslot for the APIC-access page; its id is the first above those of user space's slots.
 APIC_ACCESS_PAGE_PRIVATE_MEMSLOT: Final = 32764
 
 # Modes of a local APIC (lapic.h).

@@ -1,7 +1,7 @@
 """arch/x86/kvm/lapic.c: the local APIC's mode, and the page through which a guest accesses it in xAPIC mode.
 
-A guest reads and writes the registers of its xAPIC at one guest-physical page.  KVM maps a page of memory
-there, and its address stands in the VMCS: the processor turns an access to it into a VM exit.
+A guest reads and writes the registers of its xAPIC at one guest-physical page.  KVM maps a frame of memory
+there, and writes the frame's address into the VMCS, so that the processor turns each access into a VM exit.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ from native.types import Gfn, Hva
 def apic_base_gfn(kvm: Kvm) -> Gfn:
     """Return the gfn that stands for APIC_DEFAULT_PHYS_BASE: the last one of the VM.
 
-    At its real place, 0xfee00, it would make each table that has an entry for every gfn a million long.
+    With the real one, 0xfee00, each array with an element per gfn would have a million elements.
     """
     return Gfn(kvm.gfns - 1)
 
@@ -29,8 +29,7 @@ def kvm_alloc_apic_access_page(cpu: Cpu, kvm: Kvm) -> None:
 
 
 def kvm_apic_set_base(cpu: Cpu, vcpu: Vcpu, mode: str) -> None:
-    """__kvm_apic_set_base(), for WRMSR of IA32_APIC_BASE: set the mode of the APIC, which stays at its place.
-    """
+    """__kvm_apic_set_base(), for WRMSR of IA32_APIC_BASE: set the APIC's mode; its address never changes."""
     if mode != vcpu.arch.apic_mode:
         vcpu.arch.apic_mode = mode
         vcpu.kvm.x86_ops.set_virtual_apic_mode(cpu, vcpu)

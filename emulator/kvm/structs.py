@@ -55,8 +55,8 @@ class KvmParams:
     eager_page_split: the module parameter of that name.
     ept, vpid: kvm_intel.ept and kvm_intel.vpid.  Without EPT KVM shadows the guests' page tables; without
     VPIDs VM entry and exit flush.
-    flexpriority: kvm_intel.flexpriority, with vCPUs that have a local APIC in the kernel.  Off, because only
-    guest programs access their APIC.
+    flexpriority: kvm_intel.flexpriority, and vCPUs with an in-kernel local APIC.  Off by default, because
+    only the guests of litmus tests access their APICs.
     mmu_pages: shadow pages that a VM may have (KVM_SET_NR_MMU_PAGES).
     eptad: kvm_intel.eptad; without A/D bits in EPT, aging takes an SPTE's permissions to see the next access.
     tdp_level: the host's levels, 4 or 5; a vCPU with a MAXPHYADDR of 48 or less in its CPUID uses 4.
@@ -276,7 +276,7 @@ class VcpuArch:
     """The registers of struct kvm_vcpu_arch that decide about roots and flushes, as a 64-bit OS sets them.
 
     `smram`: the registers that enter_smm() saved.  pdptrs: the PDPTEs of a guest in PAE mode, as they were
-    when it loaded CR3 last.  apic_mode: LAPIC_MODE_*, which bits of IA32_APIC_BASE tell.
+    when it loaded CR3 last.  apic_mode: LAPIC_MODE_*, the mode that IA32_APIC_BASE has set.
     """
 
     __slots__ = (
@@ -317,7 +317,7 @@ class Vcpu:
 
     loaded_vmcs is vmcs01, or nested.vmcs02 while it runs a nested guest.
     mmu is root_mmu, or guest_mmu, which shadows the EPT that L1 has for a nested guest.  maxphyaddr:
-    MAXPHYADDR of the guest's CPUID, decides between 4 and 5 levels.
+    MAXPHYADDR of the guest's CPUID, which decides between 4 and 5 levels.
     flush_current_reason: the reason of the vCPU's last KVM_REQ_TLB_FLUSH_CURRENT, for the accounts;
     flush_reasons: a bit for each reason of the KVM_REQ_TLB_FLUSH that it services, flush_reason: the first.
     policy_data: the policy's state of the vCPU.

@@ -39,7 +39,7 @@ class KvmX86Ops(Protocol):
         """Give the hardware the guest's CR4, which arch.cr4 is by now."""
 
     def set_virtual_apic_mode(self, cpu: Cpu, vcpu: Vcpu) -> None:
-        """Let the hardware handle accesses to the APIC as its mode asks for."""
+        """Make the hardware intercept accesses to the APIC's page in xAPIC mode, and only then."""
 
     def set_apic_access_page_addr(self, cpu: Cpu, vcpu: Vcpu) -> None:
         """Give the hardware the address of the APIC-access page, which the host may have moved."""

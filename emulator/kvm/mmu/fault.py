@@ -33,8 +33,8 @@ class KvmPageFault:
     """struct kvm_page_fault.
 
     addr: the address that the CPU could not translate, guest-physical with EPT and linear without.  gfn and
-    slot: unless the MMU is direct, known only after the walk of the guest's tables.  is_tdp: it is the TDP
-    MMU's.  error_code: of the CPU's page fault; with EPT that of the access, if L1 has an EPT for the guest,
+    slot: unless the MMU is direct, known only after the walk of the guest's tables.  is_tdp: the TDP MMU
+    handles it.  error_code: that of the CPU's page fault; with EPT, ept_error_code() if guest_mmu handles it,
     else 0.  max_level: the largest page that the guest's tables permit.  write_protected: the gfn may not be
     mapped writable, because KVM must see the stores to it.  around_gfn, around_n: the neighbours that faultin
     looked up, in the arrays of the Cpu (fault-around).

@@ -67,7 +67,7 @@ class PagingFormat:
     level_bits: PT_LEVEL_BITS, the bits of an address that index a table.  entry_bytes: of pt_element_t.
     base_addr_mask: PT_BASE_ADDR_MASK.  max_huge_level: the highest level at which bit 7 may end a walk.
     accessed_mask, dirty_mask: PT_GUEST_ACCESSED_MASK and PT_GUEST_DIRTY_MASK; 0: the entries have no such
-    flags (PT_HAVE_ACCESSED_DIRTY).  ept: they are entries of an EPT.
+    flags (PT_HAVE_ACCESSED_DIRTY).  ept: the entries are those of an EPT.
     """
 
     name: str
@@ -123,7 +123,7 @@ class PagingFormat:
 
 
 def ept_access(epte: int) -> int:
-    """FNAME(gpte_access) of an entry of an EPT, in which R takes the place of the guest's U."""
+    """FNAME(gpte_access) for an EPT: return the ACC_ bits of an entry; its R grants the guest's U as well."""
     access = ACC_READ_MASK | ACC_USER_MASK if epte & VMX_EPT_READABLE_MASK else 0
     access |= ACC_WRITE_MASK if epte & VMX_EPT_WRITABLE_MASK else 0
     return access | (ACC_EXEC_MASK if epte & VMX_EPT_EXECUTABLE_MASK else 0)
@@ -170,9 +170,9 @@ class KvmPagewalk:
         return level <= self.fmt.max_huge_level and pse and bool(gpte & PT_PAGE_SIZE_MASK)
 
     def is_rsvd_bits_set(self, gpte: int) -> bool:
-        """FNAME(is_rsvd_bits_set), of bit 63 alone: it is reserved while EFER.NX is clear.
+        """FNAME(is_rsvd_bits_set), for bit 63 alone, which is reserved while EFER.NX is clear.
 
-        Of an EPT, where L1 is not offered execute-only pages, no entry may permit anything without reads.
+        In an EPT, W or X without R is reserved: KVM does not offer L1 execute-only pages.
         """
         if self.fmt.ept:
             return not gpte & VMX_EPT_READABLE_MASK
@@ -220,7 +220,7 @@ def ept_format(*, accessed_dirty: bool) -> PagingFormat:
 
 
 def ept_pagewalk(*, accessed_dirty: bool) -> KvmPagewalk:
-    """Return the walk of an EPT of L1's, of four levels.  No register of L1's or L2's takes part in it."""
+    """Return the walk of an EPT of L1's with four levels.  It depends on no register of L1 or L2."""
     fmt = ept_format(accessed_dirty=accessed_dirty)
     return KvmPagewalk(fmt, PT64_ROOT_4LEVEL, cr0_wp=True, cr4_smep=False, cr4_pse=False, efer_nx=True)
 

@@ -13,9 +13,9 @@ from native.types import Custody, Gfn, Hfn, Level
 def kvm_mmu_hugepage_adjust(cpu: Cpu, kvm: Kvm, fault: KvmPageFault) -> None:
     """kvm_mmu_hugepage_adjust(), under mmu_lock: choose the largest level that host, slot and logging permit.
 
-    The fault's gfn is in no invalidation, but its neighbours may be.  Mapping them is safe: before the host
-    changes a part of a huge page it splits the page, and invalidates all of it for that, and
-    kvm_zap_gfn_range() is called for whole huge pages.
+    The fault's gfn is in no invalidation, but its neighbours may be.  Mapping them is safe.  The host splits
+    a huge page before it changes a part of it, and the split invalidates the whole page.  KVM calls
+    kvm_zap_gfn_range() for whole huge pages.
     """
     slot = fault.slot
     if slot is None:

@@ -2,8 +2,8 @@
 
 Code outside mmu/ calls the functions here, which serve every MMU.  As in the kernel, each handles shadow
 pages first, through their rmaps, and then the TDP MMU's, and passes a pending flush on from the former to the
-latter.  Without EPT only shadow pages exist, with EPT the TDP MMU's, and shadow pages for nested guests with
-an EPT of L1's.
+latter.  Without EPT only shadow pages exist.  With EPT the TDP MMU's pages exist, and shadow pages for those
+nested guests for which L1 has an EPT.
 
 Roles and roots of vCPUs: roots.py.  Page faults: page_fault.py.
 """
@@ -172,7 +172,7 @@ def kvm_unmap_gfn_range(
 ) -> bool:
     """kvm_unmap_gfn_range(), for mmu_notifiers: zap a range; return whether a flush is pending.
 
-    The APIC-access page's address is in VMCSs, too, which no flush reaches.
+    VMCSs hold the address of the APIC-access page.  No flush updates them, so each vCPU gets a request to.
 
     reason: why a flush is made, if the zap has to flush before it yields.
     """

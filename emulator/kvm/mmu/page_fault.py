@@ -91,8 +91,8 @@ def kvm_mmu_page_fault(
 
 
 def ept_error_code(access: int) -> int:
-    """Return the error code by which handle_ept_violation() describes an access, as far as L1's EPT decides
-    about it."""
+    """Return the bits of handle_ept_violation()'s error code that a walk of L1's EPT tests: the kind of the
+    access."""
     if access == lib.ACCESS_WRITE:
         return int(lib.PFERR_WRITE)
     return int(lib.PFERR_FETCH if access == lib.ACCESS_EXECUTE else lib.PFERR_USER)
@@ -247,7 +247,7 @@ def kvm_mmu_faultin_pfn(cpu: Cpu, vcpu: Vcpu, fault: KvmPageFault) -> int:
 
 
 def kvm_handle_noslot_fault(fault: KvmPageFault) -> int:
-    """kvm_handle_noslot_fault(): let user space emulate the access; a shadow MMU by way of an MMIO SPTE."""
+    """kvm_handle_noslot_fault(): let user space emulate the access; a shadow MMU first makes an MMIO SPTE."""
     if fault.is_tdp:
         return RET_PF_EMULATE
     fault.pfn = PfnAndRights(KVM_PFN_NOSLOT, Custody(0), host_writable=HostWritable(False))

@@ -65,7 +65,7 @@ def kvm_mmu_gfn_allow_lpage(slot: KvmMemorySlot, gfn: Gfn) -> None:
 
 
 def shadow_gfn_write_protect(cpu: Cpu, kvm: Kvm, slot: KvmMemorySlot, gfn: Gfn, min_level: Level) -> bool:
-    """Write-protect the shadow MMU's leafs that map gfn, for good; return whether a flush is needed."""
+    """Take W and MMU-writable from the shadow MMU's leafs that map gfn; return whether a flush is needed."""
     protected = False
     for level in span(min_level, KVM_MAX_HUGEPAGE_LEVEL + 1):
         protected |= rmap_write_protect(cpu, kvm, gfn_to_rmap(slot, gfn, level), pt_protect=True)

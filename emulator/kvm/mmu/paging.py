@@ -184,9 +184,9 @@ def prefetch_gpte(cpu: Cpu, vcpu: Vcpu, sptep: Sptep, gpte: int) -> bool:
 
 
 def kvm_inject_emulated_page_fault(cpu: Cpu, vcpu: Vcpu, fault: KvmPageFault, error_code: int) -> None:
-    """kvm_inject_emulated_page_fault(): let the owner of the tables handle the fault.
+    """kvm_inject_emulated_page_fault(): hand the fault to the owner of the tables, the guest or L1.
 
-    An EPT violation invalidates the page's mappings.  So the SPTE is synced before L1 hears of it.
+    An EPT violation invalidates the page's mappings, so KVM syncs the SPTE before L1 gets the exit.
     """
     mmu = vcpu.mmu
     if mmu.inject_page_fault is None:

@@ -55,8 +55,8 @@ def kvm_calc_tdp_mmu_root_page_role(vcpu: Vcpu) -> KvmMmuPageRole:
 def kvm_init_mmu(vcpu: Vcpu) -> None:
     """kvm_init_mmu(), init_kvm_tdp_mmu()
 
-    A nested guest with an EPT of L1's has guest_mmu (mmu_is_nested()), in the role of which its registers
-    take no part.
+    A nested guest for which L1 has an EPT uses guest_mmu (mmu_is_nested()).  The role of guest_mmu does not
+    depend on the guest's registers.
     """
     mmu = vcpu.root_mmu
     if vcpu.mmu is vcpu.guest_mmu:
@@ -280,8 +280,8 @@ def kvm_mmu_free_roots(cpu: Cpu, kvm: Kvm, mmu: KvmMmu, wanted: Callable[[KvmMmu
 
 
 def kvm_mmu_free_guest_mode_roots(cpu: Cpu, kvm: Kvm, mmu: KvmMmu) -> None:
-    """kvm_mmu_free_guest_mode_roots(), while L1 runs: free the cached roots of L2, and those without a page
-    that tells whose they are (25b62c627432)."""
+    """kvm_mmu_free_guest_mode_roots(), while L1 runs: free the cached roots of L2, and each cached root that
+    has no shadow page, because it has no role that names its guest (25b62c627432)."""
     if mmu.root_role.guest_mode:
         raise AssertionError("WARN_ON_ONCE: kvm_mmu_free_guest_mode_roots: the current role is L2's")
     current = mmu.root

@@ -93,7 +93,7 @@ def make_shadow_spte(
     if wrprot:
         access &= ~ACC_WRITE_MASK
     if tdp_enabled(kvm):
-        access &= ~ACC_USER_MASK  # R of EPT, which each SPTE has
+        access &= ~ACC_USER_MASK  # stands for R of an EPT, which every present SPTE has
     spte = int(lib.make_shadow_spte(pfn.pfn, pfn.custody, level, access, pfn.host_writable))
     if prefetch and not synchronizing:
         spte = aged_spte(spte, ad_enabled=spte_ad_enabled(kvm, sp))

@@ -84,7 +84,7 @@ def kvm_calc_shadow_root_page_role(vcpu: Vcpu, w: KvmPagewalk | None) -> KvmMmuP
 def kvm_calc_shadow_ept_root_page_role(vcpu: Vcpu, *, accessed_dirty: bool) -> KvmMmuPageRole:
     """kvm_calc_shadow_ept_root_page_role(): compute the role of a root that shadows an EPT of L1's.
 
-    No register of L1's or L2's takes part in it.
+    The role depends on no register of L1 or L2.
     """
     return KvmMmuPageRole(
         level=PT64_ROOT_4LEVEL,
@@ -97,7 +97,7 @@ def kvm_calc_shadow_ept_root_page_role(vcpu: Vcpu, *, accessed_dirty: bool) -> K
 
 
 def init_kvm_shadow_ept_mmu(vcpu: Vcpu, *, accessed_dirty: bool) -> None:
-    """Do the first half of kvm_init_shadow_ept_mmu(): let guest_mmu shadow an EPT of L1's."""
+    """Do the first half of kvm_init_shadow_ept_mmu(): make guest_mmu shadow an EPT of L1's."""
     mmu = vcpu.guest_mmu
     mmu.w = ept_pagewalk(accessed_dirty=accessed_dirty)
     mmu.root_role = kvm_calc_shadow_ept_root_page_role(vcpu, accessed_dirty=accessed_dirty)

@@ -65,7 +65,8 @@ def is_mmio_spte(spte: int) -> bool:
 def spte_ad_enabled(kvm: Kvm, sp: ShadowPage) -> bool:
     """spte_ad_enabled(): return whether the CPU sets accessed and dirty flags in the page's SPTEs.
 
-    Ordinary page tables always have them; EPT has them if the host's CPUs do, and L1 wants them in its EPT.
+    Ordinary page tables always have them.  EPT has them if the host's CPUs support them and L1 has enabled
+    them in its EPTP.
     """
     return not tdp_enabled(kvm) or (kvm.params.eptad and not sp.role.ad_disabled)
 
@@ -76,7 +77,7 @@ def is_accessed_spte(spte: int, *, ad_enabled: bool) -> bool:
 
 
 def aged_spte(spte: int, *, ad_enabled: bool) -> int:
-    """Return the SPTE with which KVM notices the next access."""
+    """Return the SPTE aged: without its accessed bit, or access-tracked if the page has no A/D bits."""
     return spte & ~PT_ACCESSED_MASK if ad_enabled else mark_spte_for_access_track(spte)
 
 

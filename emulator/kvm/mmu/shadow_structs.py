@@ -77,8 +77,8 @@ class KvmShadowArch:
     active_mmu_pages: by age.  dummy_root: a table of empty entries, for a CR3 that points to no memory.
     mmu_page_hash: by gfn.  page_of: by the frame of its table, for which the kernel has struct page.
     mmu_valid_gen: 0 or 1, toggled under slots_lock and mmu_lock. indirect_shadow_pages: pages with a guest's
-    table behind them, also read without a lock.  shadow_root_allocated: a vCPU has had a root that shadows a
-    guest's table.  zapped_pages: those that wait to be freed together (commit_zap=batch).
+    table behind them, also read without a lock.  shadow_root_allocated: some vCPU has loaded a root that
+    shadows a guest's table.  zapped_pages: pages that wait to be freed together (commit_zap=batch).
     """
 
     __slots__ = (

@@ -48,7 +48,7 @@ def restore_acc_track_spte(spte: int) -> int:
 
 
 def mark_spte_for_access_track(spte: int) -> int:
-    """mark_spte_for_access_track(): take R, W and X, and save R and X; MMU-writable tells about W."""
+    """mark_spte_for_access_track(): take R, W and X, and save R and X; MMU-writable preserves W."""
     return (spte & ~_RWX) | (spte & _RX) << _ACC_TRACK_SAVED_SHIFT
 
 
@@ -107,7 +107,8 @@ def make_spte(
 ) -> int:
     """make_spte(): make a leaf, writable iff the host permits writes, even if the fault was a read.
 
-    Under dirty logging a writable leaf marks the page.  wrprot: KVM must see the guest's stores to the page.
+    Under dirty logging, making a writable leaf marks the page dirty.  wrprot: leave W and MMU-writable clear,
+    because KVM must see the guest's stores to the page.
     """
     writable = pfn.host_writable and not wrprot
     spte: int = lib.make_spte(pfn.pfn, pfn.custody, level, writable, pfn.host_writable)

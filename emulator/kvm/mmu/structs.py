@@ -39,7 +39,7 @@ class KvmMmuPageRole:
     guest.  `invalid` takes part in comparisons, so an invalid root matches no vCPU's role.  `access` and the
     bits below it are the same for all pages of the TDP MMU.  has_4_byte_gpte: a table of such entries has
     twice as many as a shadow page, so that several pages shadow it; quadrant: the part that this one stands
-    for.  ad_disabled: the CPU sets no accessed and dirty flags, because L1 does not want them in its EPT.
+    for.  ad_disabled: the CPU sets no accessed and dirty flags, because L1's EPTP does not enable them.
     """
 
     level: Level = PG_LEVEL_512G
@@ -129,8 +129,8 @@ class KvmMmu:
 
     page_fault: the handler of guests' faults, or None until kvm_init_mmu() chooses it.  sync_spte: compares
     an SPTE of an unsync page with the guest's entry; None for direct MMUs.  w: how the guest's tables are
-    walked; None for direct MMUs.  inject_page_fault: lets the owner of the tables handle an access that they
-    forbid, which for the EPT of a nested guest is L1; None: the guest itself does.
+    walked; None for direct MMUs.  inject_page_fault: hands L1 an access that its EPT forbids to a nested
+    guest; None: the guest itself gets a page fault.
 
     pae_root: without EPT, and where the guest has no table of that level, the four pages that map one GiB
     each.  They are the current root, below the pages of pml4_root, which are made when first needed.

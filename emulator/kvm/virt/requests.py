@@ -157,7 +157,7 @@ def kvm_flush_remote_tlbs_range(cpu: Cpu, kvm: Kvm, gfn: Gfn, nr_pages: int, rea
 def kvm_flush_remote_tlbs_memslot(cpu: Cpu, kvm: Kvm, slot: KvmMemorySlot, reason: FlushReason) -> None:
     """kvm_flush_remote_tlbs_memslot(), under slots_lock: flush for the slot, without mmu_lock.
 
-    slots_lock orders the flush with other work on the slot, which relies on it.
+    slots_lock keeps other operations on the slot, which rely on the flush, out until it is complete.
     """
     assert kvm.slots_lock.is_held(cpu), "slots_lock is not held"
     kvm_flush_remote_tlbs_range(cpu, kvm, slot.base_gfn, slot.npages, reason)

@@ -1,4 +1,4 @@
-"""arch/x86/kvm/vmx/vmx.c: the APIC-access page in vmcs01.  (That of a nested guest is L1's: nested.py.)"""
+"""arch/x86/kvm/vmx/vmx.c: the APIC-access page in vmcs01.  (nested.py has that in vmcs02, a page of L1's.)"""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ from native.types import Gfn, Hfn
 
 @contextmanager
 def vmx_vmcs01(cpu: Cpu, vcpu: Vcpu) -> Iterator[None]:
-    """guard(vmx_vmcs01): have vmcs01 loaded, and then vmcs02 again if the vCPU runs a nested guest."""
+    """guard(vmx_vmcs01): load vmcs01 if vmcs02 is loaded, and vmcs02 again at the end."""
     vmcs = vcpu.loaded_vmcs
     if vcpu.arch.guest_mode:
         vmx_switch_vmcs(cpu, vcpu, vcpu.vmcs01)
@@ -34,8 +34,8 @@ def vmx_vmcs01(cpu: Cpu, vcpu: Vcpu) -> Iterator[None]:
 def vmx_set_virtual_apic_mode(cpu: Cpu, vcpu: Vcpu) -> None:
     """vmx_set_virtual_apic_mode(): set "virtualize APIC accesses" in xAPIC mode, clear it in all others.
 
-    Reloading the page flushes nothing, because its address need not have changed.  While the control was
-    clear, the guest may have cached the page as ordinary memory.
+    Setting the control flushes L1's context: while it was clear, the pCPU may have cached the page as
+    ordinary memory.  The reload of the page's address makes no flush, and the address may be the old one.
     """
     with vmx_vmcs01(cpu, vcpu):
         vmcs01 = vcpu.vmcs01
@@ -47,8 +47,8 @@ def vmx_set_virtual_apic_mode(cpu: Cpu, vcpu: Vcpu) -> None:
 
 
 def flush_ordinary_mappings(cpu: Cpu, vcpu: Vcpu) -> None:
-    """Flush L1's context: by request, or at once while L2 is active, whose context the current one is then.
-    """
+    """Flush L1's context: by request while L1 runs; at once while L2 runs, because such a request would flush
+    L2's context."""
     if not vcpu.arch.guest_mode:
         vcpu.flush_current_reason = lib.REASON_OTHER
         kvm_make_request(cpu, vcpu, KVM_REQ_TLB_FLUSH_CURRENT)
@@ -61,9 +61,9 @@ def flush_ordinary_mappings(cpu: Cpu, vcpu: Vcpu) -> None:
 def vmx_set_apic_access_page_addr(cpu: Cpu, vcpu: Vcpu) -> None:
     """vmx_set_apic_access_page_addr(): write the page's address into vmcs01, or try again at the next entry.
 
-    The page is not pinned: the mmu_notifier that takes it away makes the request again.  A look-up that races
-    one may find the old page, which mmu_invalidate_seq tells (878940b33d76, 6.5).  No flush is due: if SPTEs
-    led to the old page, the notifier has flushed.
+    The page is not pinned: an mmu_notifier that takes it away requests another reload.  A look-up that races
+    the notifier may find the old page; mmu_invalidate_seq detects that (878940b33d76, 6.5).  No flush is due:
+    if SPTEs led to the old page, the notifier has flushed.
     """
     kvm = vcpu.kvm
     with vmx_vmcs01(cpu, vcpu):
@@ -91,7 +91,7 @@ def vmx_set_apic_access_page_addr(cpu: Cpu, vcpu: Vcpu) -> None:
 
 
 def apic_access_hfn(cpu: Cpu, kvm: Kvm, slot: KvmMemorySlot, gfn: Gfn) -> Hfn | None:
-    """__kvm_faultin_pfn() of an APIC-access page, for write; None: the host gives none."""
+    """__kvm_faultin_pfn() for an APIC-access page: return its frame, writable; None if the host has none."""
     cpu.point("mm", (kvm.id, gfn), "read")
     write = True
     rc = lib.mm_fault(cpu.m, cpu.id, kvm.id, slot.gfn_to_hva(gfn), write, cpu.page)

@@ -50,7 +50,7 @@ def vmx_handle_exit(cpu: Cpu, vcpu: Vcpu) -> ExitToUser | None:
 def handle_ept_violation(cpu: Cpu, vcpu: Vcpu) -> ExitToUser | None:
     """handle_ept_violation()
 
-    A store of L1's to a table of the EPT that it has for a nested guest is emulated.
+    If L1 stores to a write-protected table of the EPT that it has for a nested guest, the store is emulated.
     """
     exit_info = vcpu.exit
     gpa, access = exit_info.gpa, exit_info.access
@@ -91,9 +91,9 @@ def exit_after_fault(r: int, addr: int, access: int) -> ExitToUser | None:
 
 
 def handle_apic_access(cpu: Cpu, vcpu: Vcpu) -> None:
-    """handle_apic_access(): emulate an access to L1's APIC, which concerns no translation.
+    """handle_apic_access(): emulate an access to L1's APIC; no translation changes, so nothing is done here.
 
-    L1 gets the exit for an access of L2 to the APIC-access page that L1 has given it.
+    If L2 accesses the APIC-access page of its VMCS12, KVM hands the exit to L1.
     """
     if vcpu.arch.guest_mode and nested_cpu_virtualizes_apic(vcpu.nested.vmcs12()):
         nested_vmx_vmexit(cpu, vcpu)

@@ -1,9 +1,9 @@
 """arch/x86/kvm/vmx/nested.c: nested VMX.  L1 is a hypervisor; KVM runs its guests (L2) with vmcs02.
 
-If L1 enables no EPT for L2, both share root_mmu: their roots differ by role.guest_mode, and so do their
-EP4TAs.  If it does, L2 has guest_mmu (nested_ept.py).  A request to flush the current context names it
-implicitly.  So it is serviced before the context changes, and made for the next context only once
-is_guest_mode() tells which that is.
+If L1 enables no EPT for L2, both share root_mmu: their roots differ in role.guest_mode, so their EP4TAs
+differ.  If it does, L2 uses guest_mmu (nested_ept.py).  KVM_REQ_TLB_FLUSH_CURRENT and _GUEST flush the
+context that is current when they are serviced.  So KVM services them before it changes the context, and
+makes them for the next context only after it has changed is_guest_mode().
 """
 
 from __future__ import annotations
@@ -141,7 +141,7 @@ def handle_vmclear(cpu: Cpu, vcpu: Vcpu, vmptr: int) -> None:
 
 
 def handle_vmwrite(vcpu: Vcpu, field: int, value: int) -> None:
-    """handle_vmwrite(): write a field of the current VMCS12, with the control that goes with it."""
+    """handle_vmwrite(): write a field of the current VMCS12; 0 also clears the control that enables it."""
     vmcs12 = vcpu.nested.vmcs12()
     if field == lib.VMCS12_VPID:
         vmcs12.virtual_processor_id = value
@@ -209,9 +209,9 @@ def request_nested_flush(cpu: Cpu, vcpu: Vcpu, req: int, *, wanted: bool) -> Non
 
 
 def nested_vmx_load_cr3(cpu: Cpu, vcpu: Vcpu, *, nested_ept: bool) -> None:
-    """nested_vmx_load_cr3(): compute the role of the guest that is entered, and go to a cached root of it.
+    """nested_vmx_load_cr3(): compute the role of the guest that is entered; switch to a cached root of it.
 
-    With an EPT of L1's the root does not depend on CR3, and has been chosen by then.
+    If L1 has an EPT for L2, the root does not depend on CR3: nested_ept_new_eptp() has switched already.
     """
     kvm_init_mmu(vcpu)
     if not nested_ept:
@@ -225,9 +225,10 @@ def prepare_vmcs02_early(cpu: Cpu, vcpu: Vcpu, vmcs12: Vmcs12) -> None:
 
 
 def nested_get_vmcs12_pages(cpu: Cpu, vcpu: Vcpu, vmcs12: Vmcs12) -> None:
-    """nested_get_vmcs12_pages(): give L2 the APIC-access page of its VMCS12, or none.
+    """nested_get_vmcs12_pages(): write the APIC-access page of L2's VMCS12, or none, into vmcs02.
 
-    L1's page is mapped, and pinned while L2 is active; litmus tests take no page away from under it.
+    Linux pins the page while L2 is active.  The model does not: litmus tests with such a page may not let the
+    host take pages.
     """
     vmcs02, kvm = vcpu.loaded_vmcs, vcpu.kvm
     vmcs02.virtualize_apic = nested_cpu_virtualizes_apic(vmcs12)
@@ -243,20 +244,20 @@ def nested_get_vmcs12_pages(cpu: Cpu, vcpu: Vcpu, vmcs12: Vmcs12) -> None:
 
 
 def control_registers(vcpu: Vcpu) -> ControlRegisters:
-    """Return the registers that a VM entry and a VM exit of L2 replace."""
+    """Return the registers that VM entry to L2 and VM exit from it replace."""
     arch = vcpu.arch
     return ControlRegisters(arch.cr0, arch.cr3, arch.cr4, arch.efer, arch.pdptrs)
 
 
 def load_control_registers(vcpu: Vcpu, state: ControlRegisters) -> None:
-    """Load the registers of the level that is entered.  The core's guests keep theirs by themselves."""
+    """Put the registers of the guest that is entered into vcpu.arch.  The core's guests keep their own."""
     arch = vcpu.arch
     arch.cr0, arch.cr3, arch.cr4, arch.efer, arch.pdptrs = state
 
 
 def first_guest_state(vcpu: Vcpu) -> ControlRegisters:
-    """Return the registers with which L2 begins: as after power-up, or as L1's if EPT makes them KVM's no
-    concern (power_on(), reset.py)."""
+    """Return the registers with which L2 begins: without EPT those after power-up (power_on(), reset.py);
+    with EPT L1's, because KVM's roots do not depend on them."""
     if tdp_enabled(vcpu.kvm):
         return control_registers(vcpu)
     return ControlRegisters(0, 0, 0, 0, (0, 0, 0, 0))
@@ -305,7 +306,7 @@ def nested_vmx_vmexit(cpu: Cpu, vcpu: Vcpu) -> None:
 
 
 def nested_ept_inject_page_fault(cpu: Cpu, vcpu: Vcpu, fault: KvmPageFault, error_code: int) -> None:
-    """nested_ept_inject_page_fault(): L2 exits to L1, by the EPT of which it may not make the access.
+    """nested_ept_inject_page_fault(): exit from L2 to L1, because L1's EPT forbids L2 the access.
 
     error_code: a misconfiguration or a violation, which L1 handles alike.
     """

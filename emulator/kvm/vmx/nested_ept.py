@@ -1,8 +1,9 @@
 """arch/x86/kvm/vmx/nested.c: the EPT that L1 has for a nested guest (EPT12), which guest_mmu shadows.
 
-The processor walks the shadow (EPT02), whose leafs map guest-physical pages of L2 to the host's frames.  L1's
-changes of tables of level 1 reach it when L1 executes INVEPT, which drops the roots: the load of a root syncs
-what is below it.  Stores to higher tables exit.
+The processor walks the shadow (EPT02), in which leafs map guest-physical pages of L2 to the host's frames.
+L1 may change tables of level 1 without an exit (unsync).  When L1 then executes INVEPT, KVM drops the roots,
+and the load of the next root syncs the pages below it.  L1's stores to higher tables exit, and KVM emulates
+them.
 """
 
 from __future__ import annotations
@@ -26,7 +27,7 @@ _EPTP_AD: Final = 1 << 6
 
 
 def nested_ept_init_mmu_context(cpu: Cpu, vcpu: Vcpu) -> None:
-    """nested_ept_init_mmu_context(): run L2 by guest_mmu, and go to a cached root of its EPT."""
+    """nested_ept_init_mmu_context(): run L2 on guest_mmu, and switch to a cached root of its EPT."""
     vcpu.mmu = vcpu.guest_mmu
     nested_ept_new_eptp(cpu, vcpu)
 
@@ -60,13 +61,13 @@ def nested_ept_invalidate_addr(cpu: Cpu, vcpu: Vcpu, eptp: int, gpa: int) -> Non
 
 
 def sync_violating_gpa(cpu: Cpu, vcpu: Vcpu, fault: KvmPageFault) -> None:
-    """Do what nested_ept_inject_page_fault() does before the exit: the EPT violation that L1 gets invalidates
-    the page's mappings."""
+    """Sync the page before nested_ept_inject_page_fault() exits to L1, because the EPT violation that L1 gets
+    invalidates the page's mappings."""
     nested_ept_invalidate_addr(cpu, vcpu, vcpu.nested.vmcs12().ept_pointer, fault.addr)
 
 
 def handle_invept(cpu: Cpu, vcpu: Vcpu, kind: int, eptp: int) -> None:
-    """handle_invept(): drop the roots of the EPT, or all of guest_mmu's; no instruction is executed.
+    """handle_invept(): drop the roots of the EPT, or all of guest_mmu's.  KVM executes no INVEPT itself.
 
     Only this vCPU's roots are concerned, as INVEPT invalidates on one processor.  The next VM entry of L2
     loads a root, which syncs and flushes.  Decision nested_invept.

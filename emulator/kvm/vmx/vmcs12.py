@@ -24,10 +24,10 @@ class ControlRegisters(NamedTuple):
 class Vmcs12:
     """struct vmcs12: the VMCS of a nested guest (L2), in L1's memory.
 
-    number: its address, which is the number of the nested guest.  ept_pointer: the EPT that L1 has for it; 0:
-    none, and L2's guest-physical addresses are L1's.  apic_access_gfn: the page of APIC_ACCESS_ADDR; 0:
-    "virtualize APIC accesses" is 0.  guest_state: L2's control registers while L1 runs, None before its first
-    VM entry; host_state: L1's while L2 runs.
+    number: stands for its address, and is the nested guest's number.  ept_pointer: EPT_POINTER; 0: L1 has no
+    EPT for L2, so L2's guest-physical addresses are L1's.  apic_access_gfn: the page of APIC_ACCESS_ADDR; 0:
+    "virtualize APIC accesses" is 0.  guest_state: L2's control registers while L1 runs; None before the first
+    VM entry to L2.  host_state: L1's control registers while L2 runs.
     """
 
     __slots__ = (
@@ -77,7 +77,7 @@ def nested_cpu_has_vpid(vmcs12: Vmcs12) -> bool:
 
 
 def nested_cpu_has_ept(vmcs12: Vmcs12) -> bool:
-    """nested_cpu_has_ept(): return whether L1 has an EPT for its guest."""
+    """nested_cpu_has_ept(): return whether L1 has enabled EPT for L2."""
     return vmcs12.ept_pointer != 0
 
 

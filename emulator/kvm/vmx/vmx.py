@@ -61,9 +61,9 @@ def construct_eptp(root: KvmMmuRootInfo) -> tuple[KvmMmuPage, int]:
 
 
 def vmx_flush_tlb_ept_root(cpu: Cpu, kvm: Kvm, root: KvmMmuRootInfo, reason: FlushReason) -> None:
-    """vmx_flush_tlb_ept_root(): execute INVEPT single.
+    """vmx_flush_tlb_ept_root(): execute INVEPT single-context for the root's EP4TA.
 
-    The dummy root is that of a nested guest for which L1 has an EPT outside of its memory.
+    With EPT, a vCPU has the dummy root if L1's EPT_POINTER for a nested guest leads outside of L1's memory.
     """
     if kvm_mmu_is_dummy_root(kvm, root):
         cpu.point("tlb", cpu.id, "write")
