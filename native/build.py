@@ -112,7 +112,7 @@ class BuildExt(build_ext):
         extension.include_dirs = [str(here)]
         extension.extra_compile_args = compile_flags()
         extension.extra_link_args = ["-pthread", *_sanitizer_flags()]
-        # cffi's wrappers keep to the stable ABI, so that one wheel serves CPython 3.11 and newer.
+        # cffi's wrappers use the stable ABI alone, so that one wheel serves CPython 3.11 and newer.
         extension.py_limited_api = True
 
     def build_extension(self, ext: Extension) -> None:
@@ -136,7 +136,7 @@ class BuildExt(build_ext):
 
 
 def _remove_others(built: Path) -> None:
-    """Remove builds under another name, which Python might import instead."""
+    """Remove builds of the module under other file names, because Python might import one of them instead."""
     for other in built.parent.glob("_native*.so"):
         if other != built:
             other.unlink()

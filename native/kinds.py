@@ -1,7 +1,8 @@
 """Name the types of numbers in the core's declarations: of arguments, results, fields, and members of enums.
 
-native/stub.py writes them into the stub.  A test swaps each two numbers of each call, so an argument of a new
-call needs a type if it has neighbours: by its name, or for its function alone.
+native/stub.py writes them into the stub.  A test swaps every two numbers of each call, and expects mypy to
+object.  So an argument of a new call needs a type, by its name or for its function, if the call takes other
+numbers.
 """
 
 from __future__ import annotations
@@ -49,7 +50,7 @@ ARGUMENTS: Final = {
     "writable": "bool",
     "write": "bool",
 }
-# The same for functions on a TLB by itself, for which the VM and the frames are tags without a meaning.
+# Names of arguments in functions on a TLB by itself, which takes VMs and frames as tags without a meaning.
 TLB_ARGUMENTS: Final = {
     "ep4ta": "Ep4ta",
     "ept": "bool",
@@ -87,9 +88,9 @@ EXCEPTIONS: Final = {
     ("mm_image_create", "start"): "Hva",
     ("mm_image_copy", "base"): "Hva",
     ("mm_image_differs", "from"): "Hva",
-    ("srcu_read_unlock", "index"): "int",  # of a counter
-    ("vcpu_set_cpu", "cpu"): "int",  # -1: not loaded
-    ("tlb_dropped", "vm"): "int",  # -1: of any VM
+    ("srcu_read_unlock", "index"): "int",  # the index of a counter
+    ("vcpu_set_cpu", "cpu"): "int",  # or -1: the vCPU is not loaded
+    ("tlb_dropped", "vm"): "int",  # or -1: any VM
     **{(function, "kind"): "FrameKind" for function in ("frame_alloc", "frames_in_use", "frames_total")},
     **{(function, "kind"): "FrameKind" for function in ("ept_table_alloc", "shadow_page_alloc")},
     **{
@@ -111,7 +112,7 @@ EXCEPTIONS: Final = {
 }
 # Arguments that may be NULL: then the function only counts.
 NULLABLE: Final = frozenset({("tlb_dump", "entries"), ("psc_dump", "entries")})
-# Numbers that these functions return, for others to take.  A function that may fail returns an int.
+# Numbers that these functions return and other functions take.  A function that may fail returns an int.
 RESULTS: Final = {
     "cpu_event": "EventSeq",
     "kvm_mmu_page_get_gfn": "Gfn",
@@ -140,7 +141,8 @@ FIELDS: Final = {
     ("tdp_removal", "page"): "Hfn",
     ("tdp_removal", "page_level"): "Level",
 }
-# Members of these enums have the type of the arguments that take them, except the member that counts them.
+# Types of the members of these enums: those of the arguments that take them.  A member that counts the others
+# is an int.
 ENUMS: Final = {
     "access_type": "AccessKind",
     "counter": "CounterId",

@@ -100,7 +100,7 @@ else:
     Gfn = Gva = Hva = Level = LinearPage = SpteIndex = WordIndex = int
     span = range
 
-# For an SPTE that maps no page: the core ignores it.
+# The gfn of an SPTE that maps no page; the core ignores it.
 NO_GFN: Final = Gfn(0)
 
 CpuId = NewType("CpuId", int)
@@ -118,17 +118,17 @@ Vpid = NewType("Vpid", int)
 Pcid = NewType("Pcid", int)
 # Bits 51:12 of the EPTP, by which hardware tags what it caches.
 Ep4ta = NewType("Ep4ta", int)
-# The host tag of a frame when a fault read it: an SPTE is void as soon as the frame has another.
+# The host tag that a frame had when a fault read it: an SPTE is void as soon as the frame has another tag.
 Custody = NewType("Custody", int)
 # A place in the ledger of rights.
 Right = NewType("Right", int)
-# The right of the host's own mapping to write, apart from that of an SPTE.
+# Whether the host's own mapping permits writes, whatever the SPTE permits.
 HostWritable = NewType("HostWritable", bool)
 # Values of counters: of a CPU's events, of a VM's invalidations, of the ledger's promises, of reports.
 EventSeq = NewType("EventSeq", int)
 InvalidateSeq = NewType("InvalidateSeq", int)
 Ticket = NewType("Ticket", int)
-# Promises about all rights, whenever they were granted.
+# The ticket of promises about all rights, whenever they were granted.
 NO_TICKET: Final = Ticket(0)
 ReportNumber = NewType("ReportNumber", int)
 SignalSlot = NewType("SignalSlot", int)

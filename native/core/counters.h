@@ -56,7 +56,7 @@ enum counter {
 				  * free */
 	COUNT_CALLS_CROSSED,     /* of COUNT_CALLS_RUN: this CPU had sent a call to the sender, which had yet to
 				  * run it */
-	COUNT_APIC_ALIASES,      /* accesses to an APIC-access page that this CPU had cached as memory, too */
+	COUNT_APIC_ALIASES,      /* accesses to an APIC-access page that this CPU had also cached as memory */
 	COUNT_DEAD_ROOT_ENTRIES, /* translations of earlier owners of a root page, found when it was loaded */
 	COUNT_EXIT_INTERRUPT,    /* VM exits by reason, in the order of exit_reason (guest_state.h) */
 	COUNT_EXIT_EPT_VIOLATION,

@@ -43,7 +43,7 @@ struct heap {
 	bool told; /* the kernel does report which pages have a copy */
 	pid_t pid;
 	long faults;
-	uint8_t *left_out; /* a bit per word, or NULL */
+	uint8_t *left_out; /* by word, a bit: heap_digest() leaves it out; or NULL */
 };
 
 static struct books *books_of(const struct heap *h)
@@ -413,7 +413,7 @@ static void digest_page(const struct heap *h, uint32_t page, uint64_t digest[2])
 		if (now[i] == saved[i] || (left_out && left_out[i / 8] >> i % 8 & 1))
 			continue;
 		place = (uint64_t)page * WORDS + i;
-		/* Sums do not depend on the order of the pages. */
+		/* A sum does not depend on the order in which the pages come. */
 		digest[0] += mix(mix(place + 0x9E3779B97F4A7C15u) ^ now[i]);
 		digest[1] += mix(mix(now[i] + 0xD1B54A32D192ED03u) ^ place);
 	}

@@ -38,10 +38,10 @@ int heap_snapshot(struct heap *h);
 int heap_restore(struct heap *h);
 /* Return a hash of every byte in use, bookkeeping included. */
 uint64_t heap_fingerprint(const struct heap *h);
-/* Leave memory of the region, by whole words, out of heap_digest() for good.  0, or MACHINE_NOMEM. */
+/* Leave this memory, in whole words, out of heap_digest() from now on.  Return 0, or MACHINE_NOMEM. */
 int heap_leave_out(struct heap *h, const void *memory, size_t bytes);
-/* Two hashes of the words that differ from the last snapshot, with their places: equal for equal bytes.  0, or
- * MACHINE_MISUSE if there was no snapshot, or the kernel does not report which pages were stored to. */
+/* Compute two hashes over the words that differ from the last snapshot, and their places: equal for equal bytes.
+ * Return 0, or MACHINE_MISUSE if there was no snapshot, or if the kernel does not report which pages were stored to. */
 int heap_digest(struct heap *h, uint64_t digest[2]);
 /* Return the number of pages that the last heap_restore() put back; 0 if it left that to the kernel. */
 uint32_t heap_dirty_pages(const struct heap *h);

@@ -6,7 +6,7 @@
 #include "memory/custody.h"
 #include "memory/frame.h"
 
-/* The steps but for the store: compare-and-swap until the SPTE is the one that the step replaces. */
+/* Do a step other than KERNEL_STORE: repeat compare-and-swap until no other thread changes the SPTE in between. */
 static int locked_step(struct machine *m, uint32_t cpu, uint32_t vm, const struct spte_place *at, uint32_t step,
 		       uint64_t *old, uint64_t value)
 {

@@ -41,10 +41,10 @@ struct spte_place {
  * leaf SPTEs; the caller takes care of removed tables. */
 int spte_set_atomic(struct machine *m, uint32_t cpu, uint32_t vm, const struct spte_place *at, uint64_t old_spte,
 		    uint64_t new_spte);
-/* spte_set_atomic() without the rule that a leaf's frame stays. */
+/* Do as spte_set_atomic(), but permit a leaf to be replaced by a leaf of another frame. */
 int spte_replace(struct machine *m, uint32_t cpu, uint32_t vm, const struct spte_place *at, uint64_t old_spte,
 		 uint64_t new_spte);
-/* Replace an SPTE with a plain store, in which a change by another CPU is lost; *old: the SPTE right before it. */
+/* Replace an SPTE with a plain store, which loses a change by another CPU meanwhile; *old: the SPTE right before it. */
 int spte_store(struct machine *m, uint32_t cpu, uint32_t vm, const struct spte_place *at, uint64_t *old,
 	       uint64_t new_spte);
 /* Store an SPTE, under mmu_lock for write; return the SPTE actually replaced.  All ones: invalid arguments, named by

@@ -31,7 +31,7 @@ enum walk_result accesses_one(struct walk *w, uint64_t record);
 
 /* Do a guest access to a linear address outside the trace. */
 enum walk_result guest_access_slow(struct walk *w, uint64_t record);
-/* The two halves of guest_access_slow: find the translation, and store by it if the record is a store. */
+/* Do one half of guest_access_slow() each: find the translation; store through it if the record is a store. */
 enum walk_result guest_translate(struct walk *w, uint64_t record, struct tlb_entry *e);
 void guest_store(struct walk *w, uint64_t record, const struct tlb_entry *e);
 

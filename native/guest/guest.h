@@ -26,9 +26,9 @@ int guest_add_process(struct machine *m, uint32_t vcpu, const uint64_t *records,
 /* call: aside */
 void guest_share_tables(struct machine *m, uint32_t vcpu, uint64_t cr3_gfn);
 
-/* Let the vCPU run threads of another vCPU's processes, which replay the same records: there is one OS, with the
- * memory, tables and pages of that vCPU, and it may change them on both; without EPT.  After both have got all their
- * processes, and before they run.  Neither may get an INIT. */
+/* Let the vCPU run threads of another vCPU's processes, which replay the same records.  Both then run one OS, which
+ * has the memory, tables and pages of the other vCPU, and may change them on either; without EPT only.  Call it after
+ * both have got all their processes, and before they run.  Neither may get an INIT. */
 /* call: aside */
 void guest_run_threads(struct machine *m, uint32_t vcpu, uint32_t of);
 

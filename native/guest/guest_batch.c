@@ -170,7 +170,7 @@ static void record(struct guest *g, const struct guest_change *change)
 			record_one(&p->page[i], change->all);
 }
 
-/* Clear the entry of a page that is unmapped; of a kernel page, the one of each process that has its own tables for it. */
+/* Clear the entry of a page that is unmapped; for a kernel page, in each process if each has its own kernel tables. */
 static enum walk_result clear_entries(struct walk *w, const struct guest_change *change)
 {
 	struct guest *g = w->guest;
@@ -308,8 +308,8 @@ void os_process_flushed(struct walk *w, uint32_t process)
 	os_batch_covered(w, of_process);
 }
 
-/* Return for how many accesses the vCPU still has interrupts off: mostly a few, of any order of magnitude up to the most; one
- * time in four any number, so that the host has time to act meanwhile. */
+/* Return for how many accesses the vCPU keeps interrupts off: mostly few, with an order of magnitude drawn evenly;
+ * one time in four a number drawn evenly up to the most, so that the host has time to act meanwhile. */
 static uint64_t latency(struct guest *g)
 {
 	uint64_t most = g->leader->config.interrupts_off;

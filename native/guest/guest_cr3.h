@@ -1,4 +1,5 @@
-/* MOV to CR3 of a guest that writes its page tables itself, not by its OS here: with EPT, where it does not exit. */
+/* MOV to CR3 with EPT, where it does not exit, by a guest that writes its page tables itself, not through the OS
+ * here. */
 #ifndef FLUSHLAB_GUEST_CR3_H
 #define FLUSHLAB_GUEST_CR3_H
 

@@ -30,7 +30,7 @@
 
 enum { EPT12_LEVELS = 4, CHANGES_AT_FIRST = 16 };
 
-/* A mapping to write, or none. */
+/* An entry to write. */
 struct wanted {
 	uint32_t number;
 	uint64_t page;
@@ -83,7 +83,7 @@ static enum walk_result reach(struct walk *w, uint64_t table, uint32_t index, ui
 	return r;
 }
 
-/* Relaxed here and below: guest memory, which only the guest orders. */
+/* Relaxed here and below: these are accesses to guest memory, which the guest alone has to order. */
 static enum walk_result read_entry(struct walk *w, uint64_t table, uint32_t index, uint64_t *value)
 {
 	_Atomic uint64_t *word;
@@ -94,7 +94,7 @@ static enum walk_result read_entry(struct walk *w, uint64_t table, uint32_t inde
 	return r;
 }
 
-/* An entry that has the value is left: KVM has emulated the store. */
+/* Write an entry, unless it has the value already: then KVM has emulated the store. */
 static enum walk_result write_entry(struct walk *w, uint64_t table, uint32_t index, uint64_t value)
 {
 	_Atomic uint64_t *word;
@@ -271,7 +271,7 @@ enum walk_result ept12_op(struct walk *w, const struct guest_op *op)
 	return change(w, &to);
 }
 
-/* From here on each use of the former translations asks the oracle. */
+/* From here on the oracle judges each use of the former translations. */
 void ept12_invalidated(struct machine *m, struct vcpu *vcpu, uint32_t number, uint64_t page)
 {
 	struct ept12s *s = vcpu->guests[0]->vmx.ept12s;
@@ -289,7 +289,7 @@ void ept12_invalidated(struct machine *m, struct vcpu *vcpu, uint32_t number, ui
 		s->changes = left;
 }
 
-/* Mappings of the EPT of the last VM entry are of another tag now: a use of one asks the oracle. */
+/* Mappings cached under the EPT of the last VM entry have another tag: the oracle judges a use of one. */
 void ept12_entered(struct machine *m, struct vcpu *vcpu, uint32_t number)
 {
 	struct ept12s *s = vcpu->guests[0]->vmx.ept12s;

@@ -182,7 +182,7 @@ static void map_block(struct guest_process *p, uint64_t page, uint64_t gfn)
 		guest_page_map(&p->page[i], (struct guest_mapping){ (uint32_t)(gfn + (p->pages[i] & 511)), true, true });
 }
 
-/* Get a page of memory.  A file's page is filled by a device: the OS's own map of memory does not touch it. */
+/* Get a page of memory.  A device fills a file's page, so the OS does not touch it through its own map of memory. */
 static enum walk_result new_page(struct walk *w, uint64_t page, uint64_t *gfn)
 {
 	struct guest *g = w->guest;

@@ -122,7 +122,7 @@ enum walk_result vmx_prepare(struct walk *w, const struct guest_op *op)
 	return names && op->value ? ept12_root(w, (uint32_t)op->value) : WALK_DONE;
 }
 
-/* The operand of VMX instructions as KVM sees it. */
+/* Return the operand of a VMX instruction as KVM sees it. */
 static uint64_t operand_of(const struct guest *l1, const struct guest_op *op)
 {
 	uint32_t insn = op->flags & 0xff, type = op->flags >> 8;
@@ -154,7 +154,7 @@ void vmx_execute(struct walk *w, const struct guest_op *op)
 		l1->current = 0;
 		break;
 	case GUEST_INSN_VMWRITE:
-		/* Other fields of the VMCS12 are KVM's affair. */
+		/* KVM alone keeps the other fields of the VMCS12. */
 		if (type == VMCS12_VPID)
 			guests[l1->current]->vmx.vpid12 = (uint16_t)op->value;
 		break;

@@ -25,10 +25,10 @@ void vcpu_set_guest_mode(struct machine *m, uint32_t vcpu, uint32_t number);
 /* Return the number of the guest that is chosen. */
 /* call: aside; keeps-gil */
 uint32_t vcpu_guest_mode(struct machine *m, uint32_t vcpu);
-/* A VM exit of the nested guest to L1 for an EPT violation at this guest-physical address of the nested guest's: L1
- * handles it at the next VM entry (guest_ept12.h).  mapped: L1's EPT maps the page, and forbids the access; such a
- * violation invalidates the page's mappings (SDM vol. 3C, 29.4.3.1).  Called by the vCPU's thread, outside guest mode,
- * while the nested guest is chosen. */
+/* Record that the nested guest exits to L1 for an EPT violation at this guest-physical address of the nested guest's;
+ * L1 handles it at the next VM entry (guest_ept12.h).  mapped: L1's EPT maps the page, and forbids the access; such a
+ * violation invalidates the page's mappings (SDM vol. 3C, 29.4.3.1).  The vCPU's thread calls it outside guest mode,
+ * before vcpu_set_guest_mode() leaves the nested guest. */
 /* call: aside */
 void vcpu_nested_ept_violation(struct machine *m, uint32_t vcpu, uint64_t gpa, int mapped);
 /* Return whether L1 is about to handle such an exit, instead of the next operation of the program. */
@@ -37,7 +37,7 @@ int vcpu_handles_violation(struct machine *m, uint32_t vcpu);
 /* end api */
 
 struct guest_op;
-/* In guest mode: make what the operands of an operation GUEST_OP_VMX need. */
+/* Make the tables that the operands of an operation GUEST_OP_VMX need, in guest mode. */
 enum walk_result vmx_prepare(struct walk *w, const struct guest_op *op);
 /* In guest mode: execute an operation GUEST_OP_VMX, of L1 or (VMCALL) of a nested guest, with which the vCPU exits. */
 void vmx_execute(struct walk *w, const struct guest_op *op);

@@ -6,7 +6,8 @@
 #include "vm/guest_state.h"
 #include "vm/vm.h"
 
-/* Each use of a page of the guest's asks the oracle from here on: of each page of L1's that may be behind it. */
+/* Make the oracle judge, from here on, each use of the guest's page: announce each page of L1's that may be behind
+ * it. */
 static void announce(struct machine *m, uint32_t vm, const struct guest *g, uint64_t gfn)
 {
 	const struct ept12s *s = g->vmx.ept12 ? g->vmx.ept12s : NULL;

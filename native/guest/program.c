@@ -276,7 +276,7 @@ static enum walk_result one(struct walk *w, struct accesses *a, const struct gue
 	}
 }
 
-/* L1 handles an exit of its nested guest, and resumes it. */
+/* Let L1 handle an exit of its nested guest, and resume it. */
 static uint32_t handle_violation(struct walk *w)
 {
 	enum walk_result r = ept12_violation(w);

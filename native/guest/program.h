@@ -11,7 +11,7 @@
 
 /* api */
 enum guest_op_kind {
-	GUEST_OP_READ,       /* linear: address (guest-physical without paging); flags, for a WRITE too: GUEST_OP_APIC */
+	GUEST_OP_READ,       /* linear: address (guest-physical without paging); flags, also of a WRITE: GUEST_OP_APIC */
 	GUEST_OP_WRITE,
 	GUEST_OP_EXECUTE,
 	GUEST_OP_INVLPG,     /* linear */

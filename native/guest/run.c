@@ -24,7 +24,7 @@
 #include "walk/vmcs.h"
 #include "walk/walk.h"
 
-/* A reason without its counter would be counted behind the last one. */
+/* A reason without a counter of its own would be counted in memory behind the last counter. */
 _Static_assert(COUNT_EXIT_INTERRUPT + EXIT_REASONS == COUNTERS, "each exit reason has a counter, in the same order");
 
 struct run {

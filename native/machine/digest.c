@@ -1,7 +1,8 @@
 /* The fields that a machine's digest leaves out.  See digest.h.
  *
- * All memory counts that is not named here, so that a new field makes equal states differ, and never different
- * states equal.  A field may be named if no result of a later step depends on it, but for reports and statistics.
+ * The digest covers all memory that is not named here, so a new field can make equal states differ, and never makes
+ * different states equal.  A field may be named here if nothing of a later step depends on it but reports and
+ * statistics.
  */
 #include "machine/digest.h"
 
@@ -17,9 +18,9 @@
 #include "vm/srcu.h"
 #include "vm/vm.h"
 
-/* The TLB's statistics; the ghost's flush, which a walk reads right behind the look-up that has set it; and the counts
- * of cells that died, which only tell a set that was found without dead cells that it has to look again: the cells
- * themselves count. */
+/* Leave out the TLB's statistics; the ghost's flush, which a walk reads right after the look-up that set it; and the
+ * counts of cells that died, which only tell a set without known dead cells to look again: the cells are in the
+ * digest. */
 static int leave_out_deaths(struct heap *heap, struct store *s)
 {
 	/* The word's other half never changes. */
@@ -47,8 +48,8 @@ static int leave_out_cpu(struct heap *heap, struct cpu *c)
 	return c->tlb ? r | leave_out_tlb(heap, c->tlb) : r;
 }
 
-/* Statistics; the times of promises, which reports tell; and SRCU's counts of entries and exits.  The caller that steps through an execution knows the readers
- * itself, and no call waits for them. */
+/* Leave out statistics; the times of promises, which are for reports; and SRCU's counts of entries and exits: the
+ * scheduler of an explored execution knows the readers itself, and no call waits by these counts. */
 static int leave_out_vm(struct heap *heap, struct vm *v)
 {
 	int r = heap_leave_out(heap, v->stat, sizeof(v->stat));

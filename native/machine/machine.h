@@ -27,8 +27,8 @@ int machine_restore(struct machine *m);
 /* Return a hash of all its memory; equal for equal states of one machine.  0 without `snapshots`. */
 /* call: anything */
 uint64_t machine_fingerprint(const struct machine *m);
-/* Two hashes of all memory that differs from the last snapshot, apart from what no later step depends on (digest.c):
- * equal for equal states.  0, or MACHINE_MISUSE where that cannot be determined. */
+/* Compute two hashes of all memory that differs from the last snapshot, except memory on which no later step depends
+ * (digest.c): equal for equal states.  Return 0, or MACHINE_MISUSE where the kernel cannot tell which pages differ. */
 /* call: anything */
 int machine_digest(struct machine *m, uint64_t digest[2]);
 /* Return the message of the last MACHINE_MISUSE on this CPU. */

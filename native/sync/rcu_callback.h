@@ -16,7 +16,7 @@ enum rcu_callback {
 /* call: anything */
 int call_rcu(struct machine *m, uint32_t cpu, uint32_t callback, uint64_t argument);
 /* Set the address of RCU_FUNCTION's function, void (*)(uint32_t cpu, uint64_t argument), which the RCU thread calls.
- * It belongs to all machines of the process. */
+ * All machines of the process share it. */
 /* call: anything */
 void rcu_set_function(uint64_t function);
 /* Return the number of callbacks that have not run yet. */

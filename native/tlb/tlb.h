@@ -49,7 +49,7 @@ struct tlb_entry {
 			    * page drops all pieces; holds the guest's page_size + 1, 0: not fractured */
 	uint32_t vm;       /* VM and vCPU that filled it */
 	uint32_t vcpu;
-	int32_t ept12_delta; /* a nested guest's own guest-physical page is gfn + this; 0 unless L1 has an EPT for it */
+	int32_t ept12_delta; /* L2's guest-physical page is gfn + ept12_delta; 0 unless L1 has an EPT for L2 */
 	uint64_t clock;    /* that vCPU's clock at the fill */
 	uint64_t gfn;      /* guest-physical page behind it, in L1's terms (4 KiB units, aligned as hfn) */
 	uint16_t custody;  /* as in the SPTE (frame.h); that of a huge SPTE with CUSTODY_OF_BLOCK */

@@ -1,8 +1,8 @@
 /* The EPTs that L1 has for its nested guests (EPT12 in KVM), as L1 records them.
  *
- * The tables are in L1's memory, and are written by L1's stores (guest_ept12.h).  Kept here is what L1 has put there, and
- * which of its changes it has not invalidated yet, so that the oracle does not depend on KVM's reading of the tables.
- * Owned by the thread of the pCPU on which the vCPU is loaded, as all of the guest's state.
+ * The tables are in L1's memory, and L1's stores write them (guest_ept12.h).  These records hold the mappings that L1
+ * has written, and the changes that L1 has not invalidated yet, so that the oracle does not depend on KVM's reading
+ * of the tables.  As all of a guest's state, they belong to the thread of the pCPU on which the vCPU is loaded.
  */
 #ifndef FLUSHLAB_EPT12_H
 #define FLUSHLAB_EPT12_H
@@ -12,7 +12,7 @@
 #include "vm/guest_state.h"
 
 /* api */
-/* EPTs of one L1, by number from 1 on. */
+/* EPTs that one L1 may have, numbered from 1 on. */
 enum { EPT12S = 4 };
 /* end api */
 
@@ -37,13 +37,13 @@ struct ept12s {
 	struct ept12_change *change;
 	uint32_t changes, room;
 	uint32_t entered;    /* the EPT of the last VM entry; 0: none */
-	uint64_t violation; /* the guest-physical page of L2 at which it has exited to L1; GUEST_NO_GFN: none */
+	uint64_t violation; /* the guest-physical page at which L2 has exited to L1; GUEST_NO_GFN: none */
 };
 
 /* Return L1's mapping of a guest-physical page of L2. */
 struct guest_mapping ept12_mapping(const struct ept12 *ept, uint64_t page);
-/* Return whether a mapping is one that L1's EPT permits for the nested guest that runs.  Times do not matter, because KVM
- * may derive a mapping from what the tables said long ago. */
+/* Return whether L1's EPT permits a mapping to the nested guest that runs.  The time of the fill does not matter,
+ * because KVM may derive a mapping from entries that it read long before. */
 enum guest_agreement ept12_agreement(const struct vcpu *vcpu, const struct tlb_entry *entry, uint64_t page, uint32_t type);
 
 #endif

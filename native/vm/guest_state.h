@@ -31,8 +31,8 @@ struct guest_config {
 				  * an OS does to write to its read-only pages; 0: never */
 	uint32_t batch;          /* without EPT: mappings that the OS changes at most before it invalidates them together;
 				  * 0: it invalidates each at once */
-	uint32_t interrupts_off; /* of a batch: accesses for which a vCPU has interrupts off at most when another one's IPI
-				  * asks it to invalidate; mostly a few */
+	uint32_t interrupts_off; /* of a batch: the most accesses for which a vCPU keeps interrupts off when another
+				  * vCPU's IPI asks it to invalidate; mostly it is a few */
 	uint32_t own_kernel;     /* of a batch: each process has its own tables for the kernel's pages, as with KPTI */
 	uint32_t file_pages;     /* of a batch: the processes' pages are filled by a device, so that the OS touches none itself */
 	uint32_t seed;
@@ -250,7 +250,7 @@ struct guest_vmx {
 	uint16_t vpid12;  /* of a nested guest: the VPID that L1 has given it; 0: none */
 	uint32_t current; /* of L1: the nested guest of the current VMCS; 0: none */
 	uint32_t ept12;   /* of a nested guest: the number of L1's EPT for it (ept12.h); 0: none */
-	struct ept12s *ept12s; /* L1's EPTs, also of a nested guest that has run; NULL: there is none */
+	struct ept12s *ept12s; /* L1's EPTs; a nested guest that has run has the pointer, too; NULL: there is none */
 };
 
 struct guest {

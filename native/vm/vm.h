@@ -81,7 +81,7 @@ enum vm_stat {
 	STAT_MMU_PREFETCHED,       /* pages that faults of the shadow MMU looked up to map them with their own */
 	STAT_PF_MMIO_SPTE_CREATED, /* MMIO SPTEs made, without EPT */
 	STAT_READERS_AWAITED,      /* kicks of a vCPU that read SPTEs without mmu_lock: their sender waits for it */
-	STAT_APIC_WITHHELD,        /* faults of a nested guest on the page of L1's APIC, which it gets no mapping of */
+	STAT_APIC_WITHHELD,        /* faults of a nested guest on the page of L1's APIC, for which it gets no mapping */
 	VM_STATS
 };
 /* call: local; keeps-gil */

@@ -37,15 +37,15 @@ int vmcs_destroy(struct machine *m, uint32_t cpu, uint32_t vmcs);
 /* VMWRITE of EPT_POINTER: a root page, and the level of its entries. */
 /* call: part; reads root_loaded(vmcs, root); keeps-gil */
 void vmcs_write_eptp(struct machine *m, uint32_t vmcs, uint32_t root, uint32_t root_level);
-/* vmcs_write_eptp() for a root that shadows an EPT of L1's: leafs of its tables map the gfns that the shadow MMU keeps
- * beside them (kvm_mmu_page_get_gfn()). */
+/* Do vmcs_write_eptp() for a root that shadows an EPT of L1's.  The walker takes the gfns of leafs from the arrays that
+ * the shadow MMU keeps beside its tables (kvm_mmu_page_get_gfn()). */
 /* call: part; reads root_loaded(vmcs, root); keeps-gil */
 void vmcs_write_nested_eptp(struct machine *m, uint32_t vmcs, uint32_t root, uint32_t root_level);
 /* VMWRITE of GUEST_CR3, without EPT: a root page of 4 levels, and the PCID (0 with CR4.PCIDE = 0). */
 /* call: part; reads root_loaded(vmcs, root); keeps-gil */
 void vmcs_write_guest_cr3(struct machine *m, uint32_t vmcs, uint32_t root, uint32_t pcid);
-/* VMWRITE of APIC_ACCESS_ADDR, a frame, and of "virtualize APIC accesses", which frame 0 clears.  Guest programs alone
- * access the page.  Outside guest mode. */
+/* Do VMWRITE of APIC_ACCESS_ADDR, a frame, and of "virtualize APIC accesses", which frame 0 clears; outside guest mode.
+ * Guests that replay traces never access the page, only guest programs do. */
 /* call: aside */
 void vmcs_write_apic_page(struct machine *m, uint32_t vmcs, uint32_t hfn);
 /* VMPTRLD on this pCPU: the VMCS is active and current here.  0, or MACHINE_MISUSE while it is active on

@@ -42,7 +42,7 @@ bool walk_check_slow(struct walk *w, struct tlb_entry *entry, uint64_t page, uin
 	if (j.verdict == VERDICT_LEGAL_STALE)
 		count(w->cpu->counters, COUNT_LEGAL_STALE, 1);
 	if (entry->nested != w->guest->vmx.nested) {
-		/* The cached mapping remains the other guest's, and so do its rights. */
+		/* The cached mapping stays as the other guest filled it, with that guest's rights. */
 		entry_adopt(entry, w->guest->vmx.nested);
 		entry->right[type] = j.right;
 		return true;
@@ -99,7 +99,7 @@ static enum walk_result violate(struct walk *w, uint64_t gfn, uint32_t type, uin
 	return WALK_EXIT;
 }
 
-/* Return L1's gfn behind the guest-physical page of a leaf. */
+/* Return the gfn of L1's that a leaf maps for a guest-physical page. */
 static uint64_t gfn_of_leaf(const struct walk *w, uint64_t page, uint32_t table, uint32_t level)
 {
 	const _Atomic uint64_t *gfns = w->vmcs->nested_ept ? shadowed_gfns(w->m, table) : NULL;
@@ -108,7 +108,7 @@ static uint64_t gfn_of_leaf(const struct walk *w, uint64_t page, uint32_t table,
 	return gfns ? atomic_load_explicit(&gfns[page >> (level - 1) * 9 & 511], memory_order_relaxed) : page;
 }
 
-/* page, gfn: the first ones of the leaf. */
+/* Fill a guest-physical mapping from a leaf.  page, gfn: the first ones that the leaf maps. */
 static void fill(struct walk *w, uint64_t spte, uint32_t level, uint64_t page, uint64_t gfn, uint32_t right,
 		 struct tlb_entry *out)
 {
@@ -130,8 +130,8 @@ static void fill(struct walk *w, uint64_t spte, uint32_t level, uint64_t page, u
 	walk_rights(spte, right, out->right);
 }
 
-/* A fill takes the frame's tag of now, which vouches for the SPTE only.  Let the oracle judge the first use if L1's EPT
- * says otherwise, or if KVM has promised to see the guest's stores to the page. */
+/* Let the oracle judge the first use if L1's EPT forbids the mapping, or if KVM has promised to see the guest's
+ * stores to the page: a fill takes the frame's present tag, which vouches for the SPTE only. */
 static void doubt(const struct walk *w, uint64_t page, struct tlb_entry *e)
 {
 	uint64_t below = page - e->page;

@@ -99,7 +99,7 @@ static inline bool find_physical(struct walk *w, uint64_t gfn, uint32_t type, st
 {
 	const uint32_t *slots = w->tlb->contexts[w->tlb->physical].slots;
 
-	/* Gfns of an EPT of L1's are walk_physical()'s. */
+	/* walk_physical() alone looks up gfns behind an EPT of L1's. */
 	if (slots[PAGE_2M] | slots[PAGE_1G] || gfn > PAGE_NUMBER_MASK || w->vmcs->nested_ept)
 		return false;
 	f->gfn = gfn;
