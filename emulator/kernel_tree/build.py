@@ -33,14 +33,14 @@ _UNDEFINED: Final = re.compile(r"undefined reference to [`'](\w+)'")
 
 
 class Use(StrEnum):
-    """Tell how the object is used: compared with the model on one thread, or run on the machine."""
+    """Name the use of the object: compare it with the model on one thread, or run it on the machine."""
 
     COMPARED = "compared"
     MACHINE = "machine"
 
 
-# The files of the shim: the one that is compiled behind the tree's, in one unit, those that are compiled on
-# their own, and the headers.
+# The files of the shim.  The first is compiled in one unit with the tree's files, behind them; the others are
+# compiled on their own; then come the headers.
 _BEHIND: Final = {Use.COMPARED: "glue.c", Use.MACHINE: "calls.c"}
 _ALONE: Final = {Use.COMPARED: ("shim.c",), Use.MACHINE: ("machine.c", "steps.c", "crash.c")}
 _SHIM: Final = {

@@ -23,7 +23,7 @@ _OPTIONS: Final = (
     "-fno-strict-overflow",
     "-fno-common",
     "-fno-delete-null-pointer-checks",
-    # The stack of a crash, and of a step that a report is about, names each caller.
+    # Every caller stays on the stack: reports name the functions on it, after a crash and for a step.
     "-fno-optimize-sibling-calls",
     "-fno-omit-frame-pointer",
     "-Wall",

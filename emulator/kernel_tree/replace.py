@@ -1,4 +1,4 @@
-"""Puts functions in the place of KVM's, in a process that does nothing else."""
+"""Replace functions of the model of KVM, in a process that does nothing else."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from typing import Any
 
 
 def replace_function(function: Callable[..., Any], by: Callable[..., Any]) -> None:
-    """Put `by` where modules of KVM's have imported the function of that name."""
+    """Put `by` in the place of the function in each module of KVM's that has imported it by name."""
     for name, module in list(sys.modules.items()):
         if name.startswith("emulator.kvm."):
             for key, value in list(vars(module).items()):

@@ -1,6 +1,6 @@
-"""Runs a function in a forked process, in which a tree's code may crash or never end.
+"""Run a function in a forked process, because a tree's code may crash or never end.
 
-The process is the function's own: it ends with it, or with the process that waits for it.
+The process ends when the function does, and also if the process that waits for it ends.
 """
 
 from __future__ import annotations
@@ -30,7 +30,7 @@ T = TypeVar("T")
 
 _PR_SET_PDEATHSIG: Final = 1
 _TICK: Final = 0.5
-# An operation that takes longer, and uses the processor for a part of that, never ends.
+# An operation counts as endless if it takes longer, and its thread has used the processor for a part of that.
 ENDLESS_SECONDS: Final = 10.0
 _ENDLESS_CPU: Final = 2.0
 _MOST_STACK: Final = 12
@@ -90,7 +90,7 @@ def in_child(built: Built, function: Callable[[Tree], T], *, talks: bool = False
 
 
 def _read(pipe: int, pid: int) -> bytes:
-    """Read to the end of the pipe; pass a signal on that asks this process to end."""
+    """Read to the end of the pipe; if a signal asks this process to end, pass it on."""
     parts: list[bytes] = []
     told = False
     while True:
@@ -107,7 +107,7 @@ def _read(pipe: int, pid: int) -> bytes:
 
 
 def _reap(pid: int) -> int:
-    """Wait for the process, which has closed its pipe; or end it, if an exception is on its way."""
+    """Wait for the process, which has closed its pipe; end it first if an exception is propagating."""
     if sys.exc_info()[0] is not None:
         os.kill(pid, signal.SIGKILL)
     _, status = os.waitpid(pid, 0)
@@ -141,12 +141,12 @@ def _child(built: Built, function: Callable[[Tree], T], pipes: _Pipes, parent: i
     except BaseException as error:
         os.write(2, f"{type(error).__name__}: {error}\n".encode())
         _EXIT(1)
-    # The tree's code may have left anything behind: nothing of it runs at exit.
+    # No exit handler may run, because the tree's code may have left memory in any state.
     _EXIT(0)
 
 
 def _watch(tree: Tree) -> None:
-    """Ask the thread in which an operation does not end where it is; its answer ends the process."""
+    """Watch for an operation that does not end; its thread then reports its stack, and ends the process."""
     begun: dict[int, tuple[float, float]] = {}
     while True:
         time.sleep(_TICK)
@@ -172,7 +172,7 @@ def _watch(tree: Tree) -> None:
 
 def _reason(built: Built, status: int, report: bytes, said: str) -> list[str]:
     found: dict[str, Any] = json.loads(report.splitlines()[0]) if report.strip() else {}
-    # The handler's own frames, and the signal's, come first: addresses of no kernel's function.
+    # The frames of the handler and of the signal come first; they belong to no kernel function, and drop out.
     places = kernel_places(built, found.get("stack", []))
     stack = [f"  {name}() {place}" for name, place in places[:_MOST_STACK]]
     if "crash" in found:

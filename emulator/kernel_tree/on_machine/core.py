@@ -1,4 +1,4 @@
-"""A tree's compiled TDP MMU, connected with a machine: its functions for Python, and Python's for it."""
+"""Connect a tree's compiled TDP MMU with a machine: Python calls its functions, and it calls Python's."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ from native import ffi as _native_ffi
 from native import lib as core_lib
 from native.types import FlushReason, Gfn
 
-# The members of struct tree_core, and the functions of the core behind them.
+# The members of struct tree_core that are functions, and the functions of the core to which they point.
 _FUNCTIONS: Final = {
     "spte_change": "kernel_spte_change",
     "split_custody": "kernel_split_custody",
@@ -53,7 +53,7 @@ _POINTS: Final[dict[str, PointKind]] = {
     "POINT_FRAMES": "frames",
     "POINT_ROOTS": "tdp_mmu_roots",
 }
-# Its stub knows no addresses of functions.
+# Typed as Any, because the stub of the module does not declare the addresses of functions.
 core_ffi: Any = _native_ffi
 _MODES: Final[tuple[Mode, Mode]] = ("read", "write")
 
@@ -62,8 +62,8 @@ _MODES: Final[tuple[Mode, Mode]] = ("read", "write")
 class Thread:
     """A CPU of the machine, and the operation of the tree's that it runs.
 
-    error: what a function of Python's raised in it.  since: the time at which the operation began, 0: none
-    runs; ident: the thread that runs it.
+    error: the exception that a Python function raised when the operation called it.  since: the time at which
+    the operation began; 0: none runs.  ident: the thread that runs it.
     """
 
     cpu: Cpu
@@ -74,13 +74,13 @@ class Thread:
     error: BaseException | None = None
     since: float = 0.0
     ident: int = 0
-    # What `state` has: the hook's presence, and how the CPU holds mmu_lock and RCU.
+    # The values that `state` was given last: whether there is a hook, the lock that is held, and RCU's depth.
     hook: Hook | None = None
     held: tuple[int, int] = (0, 0)
 
 
 class Tree:
-    """The object at `path`, in which findings are counted by their text."""
+    """The object at `path`, loaded; `findings` counts its findings by their text."""
 
     def __init__(self, path: Path, report_fd: int = -1) -> None:
         self.ffi: Any = FFI()
@@ -108,7 +108,7 @@ class Tree:
         self.invalid = int(lib.tree_role_invalid())
 
     def attach(self, machine: Machine) -> None:
-        """Begin on this machine, of which no operation of the tree's runs."""
+        """Connect the object with this machine.  No operation of the tree's may be running."""
         ffi, core = self.ffi, self.ffi.new("struct tree_core *")
         core.machine = ffi.cast("void *", address(machine.m))
         core.memory = ffi.cast("unsigned char *", core_lib.kernel_frames(machine.m))
@@ -123,7 +123,7 @@ class Tree:
         core.nomem = core_lib.MACHINE_NOMEM
         core.call = self._callback
         if self.lib.tree_attach(core, self.report_fd):
-            raise MemoryError("the tree's object finds no memory")
+            raise MemoryError("no memory for the tree's object")
         core_lib.rcu_set_function(address(self.lib.shim_rcu_function()))
         self.threads = [Thread(cpu, self.lib.tree_cpu(cpu.id)) for cpu in machine.cpus]
         self.machine = machine
@@ -139,16 +139,16 @@ class Tree:
         slot: KvmMemorySlot | None = None,
         reason: FlushReason = core_lib.REASON_REMOTE_ZAP,
     ) -> int:
-        """Run an operation of the tree's as this CPU, which holds what its caller holds.
+        """Run an operation of the tree's on this CPU, with the locks that the caller holds.
 
-        Raises what a function of Python's raised meanwhile, or the error with which the operation was given
-        up.
+        Raises the exception that a Python function raised when the operation called it, or the error with
+        which the operation was given up.
         """
         thread = self.threads[cpu.id]
         state = thread.state
         if thread.kvm is not kvm:
             self._set_kvm(thread, kvm)
-        # A slot never changes.
+        # The slot's fields are copied once: a KvmMemorySlot never changes.
         if slot is not None and slot is not thread.slot:
             _set_slot(thread, slot)
         if thread.hook is not cpu.hook:
@@ -160,7 +160,7 @@ class Tree:
         thread.ident, thread.since = threading.get_ident(), time.monotonic()
         result = function(cpu.id, *arguments)
         thread.since = 0.0
-        # It ends with what it began with, unless it was given up (shim_end()).
+        # An operation ends with the locks that it began with: shim_end() sees to that if it was given up.
         cpu.mmu_lock_held, cpu.rcu_depth = held
         if state.error:
             self._fail(thread)
@@ -247,5 +247,5 @@ def address(pointer: Any) -> int:
 
 
 def _tables(machine: Machine) -> int:
-    """Return the first frame number behind those of tables; number 0 is none."""
+    """Return the first frame number behind those of tables; frame 0 is never a table."""
     return 1 + machine.config["root_frames"] + machine.config["table_frames"]

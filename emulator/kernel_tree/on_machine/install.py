@@ -1,4 +1,4 @@
-"""Puts a tree's TDP MMU where the model's is, for the rest of this process' life."""
+"""Put a tree's TDP MMU in the place of the model's, for the rest of this process's life."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from emulator.kvm.virt import vm
 from emulator.litmus import runner
 from emulator.report.violation import ReportCollector
 
-# The model's functions that others call; tdp_mmu.py has one of the same name for each.
+# The functions of the model's TDP MMU that other modules call; tdp_mmu.py has a function of each name.
 REPLACED: Final[tuple[Callable[..., Any], ...]] = (
     page_fault.fast_page_fault,
     tdp_map.kvm_tdp_mmu_map,
@@ -40,7 +40,7 @@ REPLACED: Final[tuple[Callable[..., Any], ...]] = (
 
 
 def install(path: Path, report_fd: int = -1) -> Tree:
-    """Load the object at `path`, and let each VM that is made from now on use it."""
+    """Load the object at `path`, and make each VM that is created from now on use it."""
     tree = Tree(path, report_fd)
     tdp_mmu.TreeKvm.loaded = tree
     for function in REPLACED:
@@ -50,6 +50,6 @@ def install(path: Path, report_fd: int = -1) -> Tree:
 
 
 def tell_stories(teller: Storyteller) -> None:
-    """Let each report of a violation name the functions of the tree's code behind it."""
+    """Make each report of a violation name the functions of the tree's code that led to it."""
     for module in (job, runner):
         setattr(module, ReportCollector.__name__, telling_collector(teller))

@@ -1,4 +1,4 @@
-"""Finds the kernel's functions and lines behind addresses in a tree's object."""
+"""Find the kernel's functions and lines for addresses in a tree's object."""
 
 from __future__ import annotations
 
@@ -12,10 +12,10 @@ _SECONDS: Final = 60
 
 
 def kernel_places(built: Built, returns: Sequence[int], *, exact: int = 0) -> list[tuple[str, str]]:
-    """Return the kernel's functions with their lines, innermost first, inlined ones too.
+    """Return the kernel's functions with their lines, innermost first; inlined functions are among them.
 
-    returns: return addresses, as offsets in the object, of which the first `exact` are the instructions
-    themselves.  Needs addr2line, which stands beside the linker; without it there are none.
+    returns: return addresses, as offsets in the object.  The first `exact` of them are addresses of the
+    instructions themselves.  Needs addr2line, which comes with the linker; without it the list is empty.
     """
     wanted = [f"{offset - (at >= exact):#x}" for at, offset in enumerate(returns) if 0 < offset < 1 << 32]
     if not wanted:

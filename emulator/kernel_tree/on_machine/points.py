@@ -7,13 +7,13 @@ from typing import Final
 from emulator.errors import BadInput
 from emulator.policy import PRESETS, Policy
 
-# What tdp_mmu.c decides; its callers in mmu.c, and the rest of KVM, still ask the policy.
+# Decision points of tdp_mmu.c.  The policy still decides those of mmu.c, its callers, and of the rest of KVM.
 OWN_POINTS: Final = (
     "root_alloc", "root_put", "invalid_root_zap", "zap_scope", "zap", "zap_root", "zap_yield", "map_replace",
     "split_alloc", "fault_split", "invalid_roots", "frozen_zap", "mapped_fault", "huge_recovery",
     "zapped_pfn",
 )  # fmt: skip
-# Moments inside of tdp_mmu.c, which the tree's code does not tell.
+# Moments inside tdp_mmu.c, of which the tree's code tells no policy.
 _OWN_MOMENTS: Final = ("root_created", "root_released", "table_removed", "walk_ends")
 _WITH_KERNEL: Final = "with --kernel, answers to other points"
 
@@ -29,7 +29,7 @@ def check_policy_for_tree(policy: Policy) -> None:
     if decided:
         found = f"{policy.name} decides {decided[0]}, which the tree's own code decides"
         raise BadInput("--policy", found, _WITH_KERNEL)
-    # The answers of any kernel are none of the policy's own.
+    # A policy may have the answers of any one kernel at these points: it has not chosen them itself.
     others = [[point for point in OWN_POINTS if answers[point] != kernel[point]] for kernel in kernels]
     if fewest := min(others, key=len):
         found = f"{policy.name} answers {fewest[0]}={answers[fewest[0]]}, which the tree's own code decides"

@@ -1,4 +1,4 @@
-"""Tells in a violation's report which functions of the tree's code took the right away."""
+"""Add to a violation's report which functions of the tree's code took the right away."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ _STEPS: Final = {
     "STEP_YIELDED": "yields",
     "STEP_FREED": "frees table {gfn:#x}",
 }
-# Later steps of the operation that a story tells.
+# The most later steps of the operation that a report lists.
 _MOST_LATER: Final = 4
 
 
@@ -42,7 +42,7 @@ def _step_of(step: Any) -> _Step:
 
 
 class Storyteller:
-    """Adds to each report the steps of the tree's code behind it."""
+    """Adds to each report the steps of the tree's code that led to it."""
 
     def __init__(self, built: Built, tree: Tree) -> None:
         self.built = built
@@ -90,7 +90,7 @@ class Storyteller:
 
 
 def telling_collector(teller: Storyteller) -> type[ReportCollector]:
-    """Return a collector of reports that tell the tree's steps."""
+    """Return a class of collectors, in whose reports the teller adds the tree's steps."""
 
     class Collector(ReportCollector):
         def report(self, index: int, names: dict[int, str], mutants: Iterable[str]) -> Report:

@@ -15,8 +15,8 @@ from emulator.litmus.verdict import Outcome
 
 
 def fitting_tests(tests: Sequence[LitmusTest], *, named: bool) -> list[LitmusTest]:
-    """Return the tests that need no other MMU than the TDP MMU; if they were `named`, another one is an
-    error."""
+    """Return the tests that need no other MMU than the TDP MMU.  If the user `named` the tests, another one
+    raises BadInput."""
     others = [test for test in tests if not test.machine.ept]
     if named and others:
         raise BadInput(others[0].name, "it needs the shadow MMU", "with --kernel, a test of a host with EPT")
@@ -26,7 +26,7 @@ def fitting_tests(tests: Sequence[LitmusTest], *, named: bool) -> list[LitmusTes
 def run_on_tree(built: Built, task: Task, progress: Progress = lambda done: None) -> list[Outcome]:
     """Run a task with the tree's TDP MMU (emulator.litmus.suite.run_task).
 
-    Whatever the tree's code does that no kernel may do is the outcome's failure, unless there are violations.
+    A crash or another finding in the tree's code is the outcome's failure, unless there are violations.
     """
     return [outcome for name in task.policies for outcome in _run(built, task, name, progress)]
 
@@ -45,5 +45,5 @@ def _run(built: Built, task: Task, policy: str, progress: Progress) -> list[Outc
 
 
 def findings_text(findings: Counter[str]) -> str:
-    """Return the findings, each once, with how often it was made."""
+    """Return the findings as text: each once, with its count."""
     return "; ".join(f"{text} ({n:,} times)" if n > 1 else text for text, n in findings.items())

@@ -1,6 +1,6 @@
-"""A tree's TDP MMU under the names of the model's functions, for their callers in mmu.c's place.
+"""Wrap a tree's TDP MMU under the names of the model's functions, for their callers: the model of mmu.c.
 
-The callers hold mmu_lock as KVM's do, and answer what tdp_mmu.c asks of the rest of KVM (core.py).
+The callers hold mmu_lock as KVM's do.  core.py answers when tdp_mmu.c calls the rest of KVM.
 """
 
 from __future__ import annotations
@@ -39,7 +39,7 @@ class _Count:
 
 
 class TreeRoot(KvmMmuPage):
-    """A root of the tree's.  Its role and its references are read where the tree's code has them."""
+    """A root of the tree's.  Its role and its references are read from the tree's memory."""
 
     __slots__ = ("_count", "_invalid", "_invalid_role", "_role", "_scheduled", "_word", "hpa")
 
@@ -74,7 +74,7 @@ class TreeRoot(KvmMmuPage):
 
 
 class TreeKvm(Kvm):
-    """A VM of which the tree has the TDP MMU.  known: its roots by their addresses."""
+    """A VM for which the tree's code is the TDP MMU.  known: its roots by their addresses."""
 
     __slots__ = ("known", "tree")
 
@@ -114,10 +114,10 @@ class TreeKvm(Kvm):
         assert not roots
 
     def forget_freed_roots(self) -> None:
-        """Forget the roots that are on the list no more, under mmu_lock held for write.
+        """Forget the roots that the tree has taken off its list, under mmu_lock held for write.
 
-        A root that was known before the list is read has been on it, and none comes back: an address names
-        one life of a frame.
+        A root that is known here has been on the list, so it was freed if the list lacks it now.  It does not
+        come back under the same address, because an address names one life of a frame.
         """
         known = list(self.known)
         for known_root in set(known).difference(self._listed()):
@@ -212,8 +212,7 @@ def kvm_tdp_mmu_map(cpu: Cpu, vcpu: Vcpu, fault: KvmPageFault) -> int:
 def _map_around(cpu: Cpu, kvm: Kvm, root: TreeRoot, fault: KvmPageFault, slot: KvmMemorySlot) -> None:
     """Map the neighbours that faultin looked up, unless one of them is being invalidated.
 
-    The kernel has nothing like it; the tree maps them as it maps pages that user space asks for
-    (KVM_PRE_FAULT_MEMORY).
+    The kernel does not map neighbours.  Here the tree maps each as it maps a page for KVM_PRE_FAULT_MEMORY.
     """
     _, tree, code = _of(kvm)
     end = fault.around_gfn + fault.around_n
@@ -227,7 +226,7 @@ def _map_around(cpu: Cpu, kvm: Kvm, root: TreeRoot, fault: KvmPageFault, slot: K
 
 
 def fast_page_fault(cpu: Cpu, vcpu: Vcpu, fault: KvmPageFault) -> int:
-    """fast_page_fault(): the tree's code walks, and says what an SPTE's bits mean."""
+    """fast_page_fault(): fix the fault without mmu_lock; the tree's code walks, and interprets the SPTE."""
     kvm, (_, tree, code) = vcpu.kvm, _of(vcpu.kvm)
     root, slot = root_to_sp(vcpu.mmu.root), fault.slot
     if not page_fault_can_be_fast(kvm, fault) or slot is None or root is None:

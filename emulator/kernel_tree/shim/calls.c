@@ -1,6 +1,6 @@
-/* Calls a tree's TDP MMU on the machine.  Compiled in one unit behind tdp_mmu.c, tdp_iter.c and spte.c.
+/* Functions that call a tree's TDP MMU on the machine, compiled in one unit with tdp_mmu.c, tdp_iter.c and spte.c.
  *
- * tree.h says which functions the tree has and with how many arguments; no version is tested.
+ * tree.h says which functions the tree has and how many arguments they take; no version is tested.
  */
 #include "machine_internal.h"
 #include "tree.h"
@@ -8,10 +8,10 @@
 #include <stdlib.h>
 #include <string.h>
 
-/* The tree's view of a VM, by the VM's number. */
+/* The tree's struct kvm of each VM, by the VM's number. */
 enum { MOST_VMS = 4096 };
 static struct kvm *vms[MOST_VMS];
-/* The vCPU for which a CPU of the machine works: the tree's functions take one, and keep nothing in it. */
+/* By CPU of the machine, the vCPU that is passed to the tree's functions, which keep nothing in it. */
 static struct kvm_vcpu *vcpus;
 static struct kvm_mmu *mmus;
 
@@ -32,7 +32,7 @@ void *kvm_mmu_memory_cache_alloc(struct kvm_mmu_memory_cache *cache)
 	return shim_object_alloc();
 }
 
-/* The caller has adjusted the fault. */
+/* Do nothing: the model of mmu.c has adjusted the fault before it calls the tree. */
 void kvm_mmu_hugepage_adjust(struct kvm_vcpu *v, struct kvm_page_fault *fault)
 {
 	(void)v;
@@ -68,7 +68,8 @@ bool glue_frozen(u64 spte)
 
 /* --- setting up ------------------------------------------------------------------------------------------------------ */
 #ifdef TREE_ARGS_spte_permission_fault
-/* update_permission_bitmask() for EPT: a bit for each access that rights forbid, by the fault's error code. */
+/* Do update_permission_bitmask() for EPT: by the fault's error code, a bit for each set of rights that forbids the
+ * access. */
 static void set_permissions(struct kvm_mmu *mmu)
 {
 	unsigned int n = sizeof(mmu->fmt.permissions) / sizeof(mmu->fmt.permissions[0]);
@@ -136,7 +137,7 @@ int tree_vm_create(unsigned int cpu, unsigned int number, int ad_bits)
 		return core.nomem;
 	set_masks(ad_bits);
 	shim_cpu_of(cpu)->api.vm = number;
-	/* The return value of older trees says whether there is memory for it. */
+	/* In older trees it returns an error if memory runs out, which is ignored. */
 	return OPERATION(cpu, OPERATION_OTHER, (void)kvm_mmu_init_tdp_mmu(vm()));
 }
 
@@ -149,7 +150,7 @@ static struct kvm_vcpu *vcpu_with(unsigned long long root)
 	return vcpu;
 }
 
-/* The slot of the operation, as the tree's code reads it. */
+/* Return the slot of the operation in the form that the tree's code reads. */
 static struct kvm_memory_slot slot_of(void)
 {
 	struct kvm_memory_slot slot;
@@ -293,7 +294,7 @@ int tree_map(unsigned int cpu, unsigned long long root, unsigned long long gfn, 
 	return error ? error : r;
 }
 
-/* Not the kernel's, which maps one page; as its own prefetching faults do it. */
+/* Map the neighbours of a fault, each as by a prefetching fault.  The kernel itself maps one page. */
 static void call_map_around(unsigned long long root, u64 gfn, unsigned int n, const unsigned int *hfns,
 			    const unsigned int *tags, const unsigned int *writable)
 {
@@ -314,7 +315,7 @@ static bool allows(u64 spte, int write, int exec)
 	return spte & (write ? PT_WRITABLE_MASK : exec ? VMX_EPT_EXECUTABLE_MASK : VMX_EPT_READABLE_MASK);
 }
 
-/* fast_page_fault(), of which the tree's part is the walk and the meaning of an SPTE's bits. */
+/* Do fast_page_fault(); the tree's code walks, and interprets the SPTE's bits. */
 static int call_fast_fault(unsigned long long root, unsigned long long gfn, int write, int exec)
 {
 	struct kvm_vcpu *vcpu = vcpu_with(root);
@@ -338,7 +339,7 @@ static int call_fast_fault(unsigned long long root, unsigned long long gfn, int 
 		new_spte = is_access_track_spte(spte) ? restore_acc_track_spte(spte) : spte;
 		if (write && is_mmu_writable_spte(spte)) {
 			new_spte |= PT_WRITABLE_MASK;
-			/* The fault splits a huge page of a slot that is logged. */
+			/* Leave a huge page of a logged slot to the slow path, which splits it. */
 			if (here->at.level > PG_LEVEL_4K && here->api.slot_flags & KVM_MEM_LOG_DIRTY_PAGES)
 				break;
 		}

@@ -1,4 +1,4 @@
-/* A crash of the tree's code: its stack goes to the report's file, and the process ends. */
+/* On a crash of the tree's code, write its stack to the report's file, and end the process. */
 #define _GNU_SOURCE
 #include "linux.h"
 #include "machine_internal.h"
@@ -25,7 +25,7 @@ static void stack_to(const char *kind, int sig, const void *address)
 
 	dprintf(report_fd, "{\"%s\": %d, \"address\": %lu, \"freed\": %d, \"cpu\": %u, \"stack\": [", kind, sig,
 		(unsigned long)address, shim_is_object(address), here ? here->api.id : 0);
-	/* No byte of a string that JSON would have to escape is kept. */
+	/* Replace each byte that JSON would have to escape. */
 	for (char *c = shim_last_bug; *c; c++)
 		if (*c < ' ' || *c == '"' || *c == '\\')
 			*c = '\'';
@@ -46,7 +46,7 @@ static void crashed(int sig, siginfo_t *info, void *context)
 	_exit(STATUS);
 }
 
-/* A thread whose operation does not end is asked where it is. */
+/* Report the stack of a thread that Python has asked, because its operation does not end. */
 static void asked(int sig)
 {
 	if (here && here->api.inside) {
@@ -67,7 +67,7 @@ void shim_catch_crashes(int fd)
 	report_fd = fd;
 	if (fd < 0)
 		return;
-	/* The first call loads a library, which a handler must not. */
+	/* The first call of backtrace() loads a library, which a signal handler must not do. */
 	backtrace(warm, 1);
 	for (unsigned int i = 0; i < sizeof(crashes) / sizeof(crashes[0]); i++)
 		sigaction(crashes[i], &action, NULL);

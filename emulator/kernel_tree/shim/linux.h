@@ -1,9 +1,9 @@
 /* The primitives that a Linux tree's TDP MMU stands on, in user space.
  *
- * Compiled together with tdp_mmu.c, tdp_iter.c and spte.c of a tree and never by itself.  Nothing here tests a version:
- * a primitive that one tree needs and another lacks does no harm.  Every access to an SPTE, every lock, flush and
- * freed page passes through here and is told to shim.c (one thread, compared with the model) or machine.c (the machine's
- * threads).
+ * Compiled together with tdp_mmu.c, tdp_iter.c and spte.c of a tree and never by itself.  Nothing here tests a
+ * version: a primitive that one tree needs and another lacks does no harm.  Every access to an SPTE, every lock,
+ * flush and freed page passes through here to shim.c (one thread, compared with the model) or to machine.c (the
+ * machine's threads).
  */
 #ifndef FLUSHLAB_SHIM_LINUX_H
 #define FLUSHLAB_SHIM_LINUX_H
@@ -135,7 +135,7 @@ void shim_say(const char *format, ...) __attribute__((format(printf, 1, 2)));
 
 /* --- accesses to memory: each one to an SPTE is told ------------------------------------------------------------- */
 void shim_reads(const volatile void *p);
-/* Store to an SPTE, and return true; return false if it is none, or if the caller is to store. */
+/* Store to an SPTE, and return true.  Return false if p is no SPTE, or if the caller has to store the value. */
 bool shim_stores(volatile void *p, u64 value);
 u64 shim_xchg(volatile void *p, u64 value);
 u64 shim_cmpxchg(volatile void *p, u64 old, u64 value);
@@ -212,7 +212,7 @@ bool shim_need_resched(void);
 bool shim_needbreak(void);
 void shim_yield(rwlock_t *lock, int how);
 void shim_assert_lock(int held, int how, const char *file, int line);
-/* How the caller holds mmu_lock; whether any other lock is held. */
+/* Return how the caller holds mmu_lock (0, 1 for read, 2 for write); return whether it holds another lock. */
 int shim_mmu_lock_held(const void *lock);
 static inline int shim_held(const void *lock) { return *(const volatile int *)lock; }
 void shim_spin_lock(spinlock_t *lock);

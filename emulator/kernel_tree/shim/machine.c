@@ -1,8 +1,9 @@
-/* The machine's primitives under a tree's TDP MMU, on many threads: its frames, locks and RCU are the core's.
+/* The kernel primitives of a tree's TDP MMU that runs on many threads: frames, locks and RCU are the core's.
  *
- * A table lies in a frame of the machine's, where processors walk it.  Its physical address holds the frame's tag above
- * the frame's number, so that a link says for which life of the frame it was made; a leaf's holds the custody under which
- * its fault took the frame.  KVM keeps both as bits of the pfn.
+ * A table lies in a frame of the machine's, where processors walk it.  A table's physical address holds the frame's
+ * tag above the frame's number, so that a link says for which life of the frame it was made.  A leaf's address holds,
+ * in the same place, the custody under which its fault took the frame.  The tree's code takes these bits for bits of
+ * the pfn.
  */
 #include "linux.h"
 #include "machine_internal.h"
@@ -24,7 +25,7 @@ struct tree_core core;
 static struct shim_cpu *cpus;
 static struct page *pages;      /* by frame */
 static unsigned char *live;     /* by frame: it is a table of the tree's */
-static unsigned char void_table[4096] __attribute__((aligned(4096))); /* stands for a table that was freed */
+static unsigned char void_table[4096] __attribute__((aligned(4096))); /* empty: walks read it for a freed table */
 
 /* --- operations ------------------------------------------------------------------------------------------------- */
 struct shim_cpu *shim_cpu_of(unsigned int cpu)
@@ -67,7 +68,7 @@ static void unlock(unsigned int how)
 	(how == SHIM_WRITE ? core.write_unlock : core.read_unlock)(core.machine, here->api.id, here->api.vm);
 }
 
-/* End the operation from anywhere in the tree's code.  What it holds beyond what its caller held is released. */
+/* End the operation from anywhere in the tree's code, and release the locks that it has taken since it began. */
 void shim_give_up(int error)
 {
 	here->api.error = error;
@@ -195,7 +196,7 @@ void *shim_va(unsigned long pa)
 
 	if (hfn < core.frames && core.frame_tag(core.machine, hfn) == tag)
 		return core.memory + ((unsigned long)hfn << PAGE_SHIFT) + (pa & ~PAGE_MASK);
-	/* A walk goes through a table that was freed: the oracle reports it, and the walk finds nothing there. */
+	/* The table was freed: the oracle reports that a walk goes through it, and the walk finds nothing there. */
 	core.table_holds(core.machine, here->api.id, here->api.vm, (u64)pa | RWX, here->at.level, here->at.gfn);
 	memset(void_table, 0, sizeof(void_table));
 	return void_table;
@@ -281,7 +282,7 @@ static enum where spte_at(const volatile void *p, unsigned int *hfn)
 	if (!in_frames(p, hfn))
 		return ELSEWHERE;
 	if (!__atomic_load_n(&live[*hfn], __ATOMIC_ACQUIRE)) {
-		/* The link of an earlier life, which the oracle reports. */
+		/* Make the link of the frame's earlier life, so that the oracle reports it. */
 		link = (u64)(core.frame_tag(core.machine, *hfn) - 1 & TAG_MASK) << HFN_BITS | *hfn;
 		core.table_holds(core.machine, here->api.id, here->api.vm, link << PAGE_SHIFT | RWX, here->at.level,
 				 here->at.gfn);
@@ -302,7 +303,7 @@ static bool is_link(u64 spte, unsigned int level)
 	return (spte & RWX) && level > 1 && !(spte & LEAF);
 }
 
-/* Return how many SPTEs' time the one that was read takes: an operation that looks for it takes it as a chunk's. */
+/* Return for how many SPTEs the one that was read counts: a whole chunk if the operation looks for such an SPTE. */
 static unsigned int time_of(u64 spte)
 {
 	bool sought = here->operation == OPERATION_SPLIT ? is_leaf(spte, here->at.level) :
@@ -328,8 +329,8 @@ void shim_reads(const volatile void *p)
 		point(POINT_SPTES, here->operation != OPERATION_FAULT);
 }
 
-/* Return the SPTE of a huge leaf that takes the place of a table of 4K leafs (recover_huge_pages_range()): its custody is
- * the block's. */
+/* Return the SPTE of a huge leaf that replaces a table of 4K leafs (recover_huge_pages_range()), with the custody of
+ * its block of frames. */
 static u64 recovered(u64 link, u64 leaf)
 {
 	const u64 *table = (const u64 *)(core.memory + ((link >> PAGE_SHIFT & HFN_MASK) << PAGE_SHIFT));
@@ -360,7 +361,7 @@ static u64 with_custody(u64 old, u64 value)
 	return value;
 }
 
-/* Note which right a change of an SPTE takes away. */
+/* Note as a step the right that a change of an SPTE takes away. */
 static void note(u64 old, u64 value)
 {
 	u64 npages = 1ULL << 9 * (here->at.level - 1);
@@ -380,8 +381,8 @@ static void note(u64 old, u64 value)
 
 enum { STEP_CMPXCHG, STEP_XCHG, STEP_STORE, STEP_FETCH_AND };
 
-/* Change an SPTE; false: this is none.  In a table that was freed nothing is changed, and *old is of no SPTE that the
- * caller could expect. */
+/* Change an SPTE; return false if p is none.  In a freed table change nothing, and set *old to a value that no caller
+ * expects. */
 static bool change(volatile void *p, unsigned int step, u64 *old, u64 value)
 {
 	enum where where;
@@ -583,7 +584,7 @@ void rcu_barrier(void)
 		shim_give_up(r);
 }
 
-/* --- work queues: the thread that waits for the work does it -------------------------------------------------------- */
+/* --- work queues: the thread that flushes a queue executes its work ---------------------------------------------- */
 static spinlock_t works_lock;
 
 bool queue_work(struct workqueue_struct *queue, struct work_struct *work)
@@ -611,7 +612,7 @@ void flush_workqueue(struct workqueue_struct *queue)
 	}
 }
 
-/* --- the rest of KVM: no prototypes of the tree's are in sight, because they differ between versions ----------------- */
+/* --- the rest of KVM: this file includes no prototypes of the tree's, because versions differ in them ------------- */
 static void flush(unsigned int what, u64 a, u64 b)
 {
 	bool pending = here->unflushed;
@@ -658,7 +659,7 @@ void mark_page_dirty_in_slot(void *kvm, const void *slot, u64 gfn)
 	python(CALL_DIRTY, gfn, 0, NULL);
 }
 
-/* The SPTE that was changed last is the one of this pfn. */
+/* Do kvm_set_pfn_dirty() or kvm_set_pfn_accessed(): the pfn is that of the SPTE that this CPU changed last. */
 static void set_pfn(void)
 {
 	if (!here->pfn_set)

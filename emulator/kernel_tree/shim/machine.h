@@ -1,5 +1,5 @@
-/* Functions for Python, of a tree's TDP MMU that runs on the machine's threads.  Plain declarations only: cffi reads
- * this file. */
+/* Functions by which Python runs a tree's TDP MMU on the machine's threads.  Plain declarations only: cffi reads this
+ * file. */
 enum { CALL_FLUSH, CALL_FLUSH_RANGE, CALL_FLUSH_SLOT, CALL_DIRTY, CALL_MAX_LEVEL, CALL_SCHEDULE, CALL_YIELDED, CALL_WARN,
        CALL_POINT };
 enum { POINT_SPTE, POINT_SPTES, POINT_RCU, POINT_MMU_LOCK, POINT_CALL_RCU, POINT_FRAMES, POINT_ROOTS };
@@ -8,8 +8,8 @@ enum { STEP_ZAPPED, STEP_PROTECTED, STEP_UNLINKED, STEP_FLUSHED, STEP_YIELDED, S
 enum { MOST_NAME = 160, MOST_STEPS = 8192, MOST_PLACES = 8 };
 enum { FAST_INVALID, FAST_SPURIOUS, FAST_FIXED, FAST_MADE_WRITABLE };
 
-/* The core's functions (native/), and Python's.  machine: the core's machine; memory: its frame 0.  call: returns a value,
- * or a negative error with which the operation is given up. */
+/* The core's functions (native/), and one of Python's.  machine: the core's machine; memory: its frame 0.  call: calls
+ * Python, and returns a value, or a negative error with which the operation is given up. */
 struct tree_core {
 	void *machine;
 	unsigned char *memory;
@@ -40,52 +40,54 @@ struct tree_core {
 	int (*call)(unsigned int cpu, unsigned int what, unsigned long long a, unsigned long long b, const char *text);
 };
 
-/* What an operation needs to know of its caller, and what it leaves.  Python owns `slot_*`, `chunk`, `resched`, `points`;
- * lock (0, 1 for read, 2 for write) and rcu_depth are true at each call of Python's. */
+/* The state that an operation shares with Python.  Python alone sets `slot_*`, `chunk`, `resched` and `points`.  `lock`
+ * (0, 1 for read, 2 for write) and `rcu_depth` are up to date whenever the operation calls Python. */
 struct tree_cpu {
 	unsigned int id, vm, lock, rcu_depth;
-	unsigned int chunk;   /* SPTEs of which one tells Python of its point; not 0 */
+	unsigned int chunk;   /* one in so many SPTEs calls Python for its ordering point; not 0 */
 	unsigned int resched; /* SPTEs after which another thread is due on this CPU; 0: never */
-	int points;           /* the machine's ordering points have a hook */
+	int points;           /* whether the machine's ordering points have a hook */
 	int error;            /* why the operation was given up; 0 */
-	int inside;           /* the tree's code runs */
+	int inside;           /* whether the tree's code runs */
 	unsigned int slot_as_id, slot_flags;
 	unsigned long long slot_base, slot_npages, slot_hva;
-	unsigned int changed; /* SPTEs */
+	unsigned int changed; /* SPTEs that it has changed */
 	unsigned int frozen;  /* faults that met a frozen SPTE */
 };
 
-/* A step of the tree's code that a report may be about.  gfn and pages: of an SPTE; gfn: of a freed table, its frame.
- * time: CLOCK_MONOTONIC, in ns.  places: return addresses, from the innermost on, as offsets in the object; 0 ends them. */
+/* A step of the tree's code that a report may list.  gfn and pages: those that an SPTE maps; for a freed table, gfn
+ * is its frame.  time: CLOCK_MONOTONIC, in ns.  places: return addresses, innermost first, as offsets in the object;
+ * 0 ends them. */
 struct tree_step {
 	unsigned long long time, gfn, pages;
 	unsigned int cpu, vm, kind;
 	long places[MOST_PLACES];
 };
 
-/* Begin on a machine. */
+/* Connect the object with a machine. */
 int tree_attach(const struct tree_core *core, int report_fd);
 struct tree_cpu *tree_cpu(unsigned int cpu);
-/* ad_bits: EPT has accessed and dirty flags, as for all VMs of the machine. */
+/* Create the tree's part of a VM.  ad_bits: EPT has accessed and dirty flags; equal for all VMs of the machine. */
 int tree_vm_create(unsigned int cpu, unsigned int vm, int ad_bits);
 /* Return a root's address; 0 with an error. */
 unsigned long long tree_alloc_root(unsigned int cpu, int level, int as_id, int guest_mode);
 int tree_put_root(unsigned int cpu, unsigned long long root);
-/* The words of a root's role and reference count, and what role.invalid is in the former. */
+/* Return the address of a root's role, of its reference count, and of tdp_mmu_scheduled_root_to_zap; and the mask of
+ * role.invalid in the role. */
 const unsigned int *tree_root_role(unsigned long long root);
 const int *tree_root_count(unsigned long long root);
 const unsigned char *tree_root_scheduled(unsigned long long root);
 unsigned int tree_role_invalid(void);
 /* Fill the last steps, oldest first, and return their number. */
 unsigned int tree_steps(struct tree_step *steps, unsigned int most);
-/* The function of the core's RCU_FUNCTION. */
+/* Return the function that the core has to call for RCU_FUNCTION. */
 void *shim_rcu_function(void);
-/* Fill the addresses of the roots on the VM's list, and return their number.  Under mmu_lock, or while no other thread
- * runs. */
+/* Fill in the addresses of the roots on the VM's list, and return their number.  The caller holds mmu_lock, or no other
+ * thread runs. */
 unsigned int tree_roots(unsigned int vm, unsigned long long *roots, unsigned int most);
 int tree_map(unsigned int cpu, unsigned long long root, unsigned long long gfn, unsigned long long pfn, int write, int exec,
 	     int level, int max_level, int map_writable, int prefetch);
-/* Map the neighbours of a fault, n gfns from `gfn` on, of which hfn 0xffffffff are skipped. */
+/* Map the neighbours of a fault: n gfns from `gfn` on, without those that have hfn 0xffffffff. */
 int tree_map_around(unsigned int cpu, unsigned long long root, unsigned long long gfn, unsigned int n,
 		    const unsigned int *hfns, const unsigned int *tags, const unsigned int *writable);
 int tree_fast_fault(unsigned int cpu, unsigned long long root, unsigned long long gfn, int write, int exec);

@@ -8,7 +8,7 @@
 
 enum operation { OPERATION_OTHER, OPERATION_FAULT, OPERATION_ALLOC_ROOT, OPERATION_SPLIT, OPERATION_RECOVER };
 
-/* The place of an SPTE, as the tree's shadow page tells it. */
+/* The place of an SPTE according to the tree's struct kvm_mmu_page. */
 struct place {
 	unsigned int level;
 	u64 gfn;
@@ -19,15 +19,15 @@ struct shim_cpu {
 	struct tree_cpu api;
 	jmp_buf unwind;
 	enum operation operation;
-	spinlock_t *spin;           /* the one that it holds */
-	void *fresh_object;         /* allocated, and without a table yet */
+	spinlock_t *spin;           /* the spinlock that it holds, or NULL */
+	void *fresh_object;         /* an object that it has allocated, without a table yet */
 	unsigned int entry_rcu, entry_lock;
 	unsigned int looked;        /* SPTEs since it yielded */
 	unsigned int unflushed;     /* SPTEs zapped since the last flush */
 	bool flushed_last;          /* no SPTE was read since the last flush, which had something to flush */
-	const volatile void *last;  /* the SPTE that was read or written last, and */
-	struct place at;            /* its place */
-	u64 last_value;             /* its value, if it was a write: the one before */
+	const volatile void *last;  /* the SPTE that was read or written last */
+	struct place at;            /* the place of that SPTE */
+	u64 last_value;             /* the value of that SPTE, before the write if it was written */
 	bool pfn_set;
 	const void *entry;          /* the frame of the function that Python called */
 };
@@ -39,7 +39,7 @@ extern struct tree_core core;
 enum { BUG_TEXT = 400 };
 extern char shim_last_bug[BUG_TEXT];
 
-/* Run an operation on a CPU; 0, or the error with which it was given up. */
+/* Run an operation on a CPU; the value is 0, or the error with which the operation was given up. */
 #define OPERATION(cpu, kind, expression) \
 	({ shim_begin(cpu, kind); \
 	   here->entry = __builtin_frame_address(0); \
@@ -54,12 +54,12 @@ int shim_attach(const struct tree_core *core, unsigned int object_size, int repo
 void shim_catch_crashes(int report_fd);
 /* In steps.c: note a step of the tree's code. */
 void shim_step(unsigned int kind, u64 gfn, u64 npages);
-/* The address of the object. */
+/* The address at which the object is loaded. */
 extern unsigned long shim_base;
 
 /* In calls.c, where the tree's structures are known. */
 struct place glue_place(const void *sp, unsigned int index);
-/* Whether the root above a table is invalid. */
+/* Return whether the root above a table is invalid. */
 bool glue_root_invalid(const void *sp);
 bool glue_frozen(u64 spte);
 

@@ -1,4 +1,5 @@
-/* The last steps of the tree's code that took a right away, flushed, yielded or freed, with the functions that did it. */
+/* The last steps by which the tree's code took a right away, flushed, yielded or freed, with the functions on the
+ * stack. */
 #include "linux.h"
 #include "machine_internal.h"
 
