@@ -1,8 +1,8 @@
-"""Audits that states with equal keys go on alike.
+"""Check that executions which reach states with equal keys can go on alike, as a stateful search assumes.
 
-A stateful search rests on that.  The audit keeps the ways by which it has come to a state: the one behind
-which it has searched everything, and another one that ended there.  It then goes on from both with the same
-tasks, chosen at random, to the end, and compares each step, the results of its calls, and the final state.
+The audit records pairs of ways to one state: the way after which the search has tried all continuations, and
+a way on which the search ended there.  It then continues both with the same tasks, chosen at random, to the
+end, and compares each step, the results of its calls, and the final state.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ from emulator.explore.strategies.sampling import Random, Sampler
 from emulator.explore.strategies.search import Limits, Program, run_once
 from emulator.explore.strategies.stateful import Stateful, StatefulNode, States
 
-Way = tuple[int, ...]  # the task of each step
+Way = tuple[int, ...]  # the steps of an execution from its start, by their tasks
 
 
 class Ways(Stateful):
@@ -38,7 +38,7 @@ class Ways(Stateful):
 
 
 class _Way(Sampler):
-    """Follows a way, and then `then`; without it tasks at random, which it puts there."""
+    """Follows a way, and then `then`; without `then` chooses tasks at random, and records them there."""
 
     def __init__(self, way: Way, random: Random | None, then: list[int] | None = None) -> None:
         super().__init__(1)
@@ -69,7 +69,7 @@ class _Way(Sampler):
 
 
 def go_on_alike(program: Program, strategy: Ways, pairs: int, seed: int = 0) -> tuple[int, int]:
-    """Go on from so many pairs of ways, chosen at random.  Return their number, and how many differ."""
+    """Continue `pairs` pairs of ways, chosen at random; return how many there were, and how many differed."""
     random = Random(seed)
     chosen = (
         [strategy.pairs[random.below(len(strategy.pairs))] for _ in range(pairs)] if strategy.pairs else []

@@ -1,4 +1,4 @@
-"""The present state of Python objects as a hashable value, against a snapshot of them."""
+"""Compute the state of Python objects as a hashable value: their differences from a snapshot."""
 
 from __future__ import annotations
 
@@ -18,21 +18,21 @@ _MISSING: Final = object()
 
 
 class CannotDigest(TypeError):
-    """An object of a kind whose state is not known."""
+    """An object is of a type of which the digest cannot read the state."""
 
 
 class Digest:
-    """Returns equal values for equal states, however an execution has come to them.
+    """Computes equal values for equal states, whichever execution has led to them.
 
-    A value has the differences from the snapshot.  Objects that the snapshot knows are named by their places
-    in it, and others by the order in which they are met.
+    A value has the differences from the snapshot.  It names objects of the snapshot by their places there,
+    and new objects by the order in which it meets them.
     """
 
     def __init__(self, snapshot: Snapshot) -> None:
         self._snapshot = snapshot
         self._places = {number: place for place, number in enumerate(snapshot._seen)}
         self._met: dict[int, int] = {}
-        self._kept: list[object] = []  # objects that were met, so that no other one gets their address
+        self._kept: list[object] = []  # keeps new objects alive, so that no other one gets their address
 
     def now(self) -> Hashable:
         """Return the present state.  Raises CannotDigest."""
@@ -132,7 +132,7 @@ def address(pointer: Any) -> int:
 
 
 def _differs(one: object, other: object) -> bool:
-    """Return whether two objects are to be told apart: equal ones are, unless they cannot change."""
+    """Return whether an object has been replaced: by another value, or by another object if it can change."""
     return one is not other and not (isinstance(one, _PLAIN) and type(one) is type(other) and one == other)
 
 

@@ -112,10 +112,11 @@ class Task:
         self.waits_for = ""
         self.holders: Callable[[], Iterable[int]] = tuple  # CPUs that hold the lock it waits for
         self.watch = 0  # read by the current iteration of a retry loop
-        self.awaited = 0  # read by the iteration that await_change() ended, until the step behind it is over
+        # Objects that the iteration which await_change() ended has read; 0 after the next step.
+        self.awaited = 0
         self.changed = False  # another task has written one of the watched objects
         self.heard: list[Hashable] = []  # results of the current step's calls, if the program records them
-        self.resting = False  # waits where it keeps nothing that it has read but its place
+        self.resting = False  # waits at a place where it uses no value that it has read before
         self.acts_for: Task | None = None  # a daemon that continues what this task has begun
 
     def __repr__(self) -> str:
@@ -266,7 +267,7 @@ class Execution:
         (as with await statements; cf. spin loops in stateless model checkers).  Reads of earlier iterations
         do not matter, because this one has ended as they did.
 
-        rests: the next iteration uses nothing that the task has read so far, but for shared state.
+        rests: the next iteration uses no local variable with a value that the task has read so far.
         """
         task = self.current
         assert not task.daemon
@@ -275,7 +276,7 @@ class Execution:
         task.resting = rests
         self.step(label, task.watch, 0, lambda: task.changed)
         task.changed = task.resting = False
-        # The step behind the wait depends on all that was awaited, and the next iteration on its own reads.
+        # The step after the wait depends on all objects that were awaited, the next wait on its own reads.
         task.awaited, task.reads, task.watch = task.reads, 0, 0
 
     def stop(self) -> None:

@@ -85,8 +85,8 @@ class Readers:
 
 
 class Walks(NamedTuple):
-    """Counts of hardware walks, SPTEs in which they set A or D, uses judged by the ledger of rights, and
-    translations that were needed again after a flush, which are judged as well."""
+    """Counts of hardware walks, of SPTEs in which they set A or D, of uses that the ledger of rights judged,
+    and of translations that were needed again after a flush, which are judged as well."""
 
     misses: int
     updates: int
@@ -125,7 +125,7 @@ class Control:
         self.lib = lib  # the library that explored code calls
         self.queues = 0  # the store buffers, as objects (store_buffers.py)
         self.lib_class: Callable[[Control], Lib] | None = None  # instead of the usual ControlledLib
-        # Tells whether the caller of cpu_relax() keeps only its place (states.py).
+        # Tells whether the caller of cpu_relax() uses no value that it has read before (states.py).
         self.rests: Callable[[], bool] = lambda: False
         self._counters = ffi.new("uint64_t[]", lib.COUNTERS)
         self._violations = ffi.new("uint64_t[]", lib.VIOLATIONS)

@@ -96,10 +96,10 @@ class GuestMode(Lib):
             reads = bit("irq", cpu) | control.everything
             used = bit("custody") | memory
             masks = self._guest_masks[cpu, vm] = (reads, used, bit("tlb", cpu), memory, bit("ept"))
-        # `used`: read by an access that gets its translation.  An EPT violation comes of SPTEs alone, unless
-        # a cached translation, or the ghost of one that was flushed, is judged on the way.
+        # `used`: objects that an access reads if it gets its translation.  An EPT violation depends on SPTEs
+        # alone, unless a cached translation, or the ghost of one that was flushed, is judged on the way.
         reads, used, tlb, memory, ept = masks
-        # L1 handles an exit of its nested guest, and writes to its EPT.
+        # True if L1 handles an exit of its nested guest in this step, and writes to its EPT.
         handles = bool(lib.vcpu_handles_violation(m, vcpu))
         label = ("handle violation", vcpu, "write") if handles else self._label(vcpu, op)
         execution.step(label, reads, tlb)

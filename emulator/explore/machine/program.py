@@ -134,8 +134,8 @@ class LitmusProgram:
 
     @property
     def initial(self) -> Snapshot | None:
-        """Return the Python objects of the state in which each execution begins; None before the first one,
-        and if each has a new machine."""
+        """Return the snapshot of the Python objects with which each execution begins; None before the first
+        execution, and if each execution has a new machine."""
         return self._initial
 
     def _control(self) -> Control:
@@ -301,7 +301,7 @@ class LitmusProgram:
         return found if found or execution.stopped else self._left_over()
 
     def _left_over(self) -> str:
-        """Return what is wrong at the end of an execution without violations, "" for nothing."""
+        """Return the violation in the state at the end of an execution without any other; "" for none."""
         with Told(self.harness, VMM):
             self.control.run_callbacks()
         self.waits = []

@@ -1,14 +1,14 @@
 """The states of an explored machine, for a search that visits each once (strategies/stateful.py).
 
-The shared state is all of the core's memory, but for fields that no later step depends on
-(native/machine/digest.c), all Python objects that an execution starts from and comes to, and the records of
-the scheduler's stand-ins for locks, calls and read sections.  There is no list of the state that counts, only
-of the fields that do not.
+The shared state has three parts: the core's memory without the fields on which no later step depends
+(native/machine/digest.c), all Python objects that can be reached, and the records of the scheduler's
+stand-ins for locks, calls and read sections.  Only the fields that do not count are listed, so a new field
+can make equal states differ, which is safe, but never different states equal.
 
-The local state of a task is its frames, which cannot be compared.  It follows from the place where the task
-has rested last, from the shared state there, and from all that it has read since: the results of its calls,
-with the memory that they have filled in, and Python objects.  The latter are told by the histories of their
-writers, as each is announced as an object that steps read and write.
+The local state of a task is in its Python frames, which cannot be compared.  But it follows from the place
+where the task rested last, from the shared state then, and from all that the task has read since: results of
+its calls, memory that the calls have filled in, and Python objects.  An ordering point announces each Python
+object as one that steps read and write, so the history of its last writer stands for its value.
 """
 
 from __future__ import annotations
@@ -27,13 +27,13 @@ from emulator.explore.machine.program import LitmusProgram
 from emulator.policy import Policy
 from native import ffi, lib
 
-# Objects that tasks read by calls of the core only, so that the calls' results tell all that is read.
+# Objects that tasks read through calls of the core only, so that the results of the calls tell all they read.
 _BY_CALLS: Final = frozenset(name for name, *_ in OBJECTS.values()) | {
     "calls", "callbacks done", "custody of table", "custody of tables", "event", "everything", "irq",
     "mmu_lock waiters", "rcu", "rcu left", "srcu", "srcu left",
 }  # fmt: skip
-# Callers of cpu_relax() that keep nothing that they have read but their place, which the guest's progress
-# tells: the loop of KVM_RUN, and user space that calls KVM_RUN again.  Innermost first.
+# Callers of cpu_relax() that use no value afterwards that they have read before: the loop of KVM_RUN, and
+# user space that calls KVM_RUN again.  The guest's progress tells their place.  Innermost first.
 _RESTING: Final = (
     ("handle_ept_violation", "vmx_handle_exit", "handle_exit", "vcpu_enter_guest"),
     ("vmx_handle_page_fault", "vmx_handle_exit", "handle_exit", "vcpu_enter_guest"),
@@ -43,7 +43,7 @@ _POINTERS: Final = frozenset({"struct machine *", "struct tlb *"})
 
 
 def rests_there(frame: FrameType | None) -> bool:
-    """Return whether cpu_relax() was called, at or above this frame, where the caller keeps nothing."""
+    """Return whether this frame, or one above it, is a call of cpu_relax() by a caller in _RESTING."""
     while frame is not None and frame.f_code.co_name != "cpu_relax":
         frame = frame.f_back
     names: list[str] = []
@@ -91,7 +91,7 @@ def _told(result: Any) -> Hashable:
 
 
 def stateless(program: LitmusProgram) -> str:
-    """Return the reason why states of a program cannot be told, "" if they can."""
+    """Return the reason why states of a program cannot be compared; "" if they can."""
     policy, options = program.policy, program.options
     if type(policy) is not Policy or policy.patch is not None or policy.has_proposals():
         return "the policy's own code may keep values that it has read"
@@ -158,7 +158,7 @@ class MachineStates:
         if task.done:
             return "done"
         now = task.label, task.reads, task.writes, task.changed, task.watch
-        # A daemon keeps nothing but the accesses that its next step announces.
+        # A daemon has no local state but the accesses that its next step announces.
         return ("rests", *now) if task.resting or task.daemon else (history, *now)
 
     def is_read(self, bit: int) -> bool:

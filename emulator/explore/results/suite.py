@@ -41,8 +41,8 @@ def explore_one(work: Work, jobs: int = 1, told: Told = lambda runs: None) -> Ve
 def explore_suite(work: Sequence[Work], jobs: int, told: Told = lambda runs: None) -> Iterator[Verdict]:
     """Yield verdicts in the order of the work; after a signal, those that were reached.
 
-    A single pair is divided among the processes.  told: called again and again, with the number of further
-    runs; those of a pair in another process are told with its verdict.
+    A single pair is divided among the processes.  told: called from time to time, with the number of runs
+    since the call before; it hears of the runs of a pair in another process when that pair has its verdict.
     """
     if jobs <= 1 or len(work) <= 1:
         for one in work:
@@ -88,8 +88,8 @@ def explore_all(
     seconds: float,
     told: Told = lambda runs: None,
 ) -> Iterator[Outcome]:
-    """Yield the outcomes of tests by proof: of every interleaving, up to `executions` and `seconds` for each
-    pair (0: no limit).  told: as for explore_suite()."""
+    """Explore every interleaving of each pair, up to `executions` and `seconds` (0: no limit), and yield the
+    outcomes.  told: as for explore_suite()."""
     plan = Plan(executions=executions, seed=seed, minimize=False)
     work = [Work(test, policy, plan, seconds) for test, policies in tests for policy in policies]
     for verdict in explore_suite(work, jobs, told):

@@ -54,8 +54,8 @@ class Plan:
     """How to explore.
 
     executions: the limit for all rounds together.  bound: the exhaustive strategy's last bound on
-    preemptions; None: it tries 0 to `rounds` - 1 preemptions and then all.  depth: PCT's d.  stateful: it
-    tries all at once, and each state once, where states can be told.
+    preemptions; None: it tries 0 to `rounds` - 1 preemptions and then all.  depth: PCT's d.  stateful: the
+    exhaustive strategy has no bound, and searches each state once, if states can be compared.
     """
 
     strategy: str = "exhaustive"
@@ -81,7 +81,8 @@ class Verdict:
     failure: the reason why an execution could not go on, as in litmus.verdict.Outcome.
     unwatched: uses of a user's policy or patch that the search cannot watch, a sentence each: nothing is
     proved.  unordered: state of patched code that several threads share without an ordering point, likewise.
-    states: those that a stateful search has compared.  stateless: the reason why it could not.
+    states: the number of states in a stateful search's table.  stateless: the reason why a search that was to
+    be stateful could not compare states.
     """
 
     test: str
@@ -220,8 +221,8 @@ def explore_verdict(
     """Explore one test under one policy.
 
     stop: asked between executions.  With it, results depend on time; they never depend on the number of
-    processes (`jobs`).  build: makes the program of this process.  told: called with the number of further
-    runs, those given up half way included.
+    processes (`jobs`).  build: makes the program of this process.  told: called with the number of runs since
+    the call before; runs that were given up half-way count.
     """
     plan = plan or Plan()
     with policy.confined():
@@ -245,7 +246,7 @@ def explore_verdict(
 
 
 def _telling(stop: Stop, told: Told) -> Stop:
-    """Return a `stop` that tells of the run that it precedes."""
+    """Return a `stop` that also reports the run that follows it to `told`."""
 
     def stops() -> bool:
         told(1)
@@ -357,7 +358,7 @@ def _exhaustively(program: LitmusProgram, verdict: Verdict, team: Team, stop: St
 
 
 def _statefully(program: LitmusProgram, verdict: Verdict, stop: Stop) -> None:
-    """Search all interleavings, and what is behind each state once."""
+    """Search all interleavings, but the continuations of each state only once."""
     budget = verdict.plan.executions - verdict.executions
     if budget <= 0:
         return

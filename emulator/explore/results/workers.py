@@ -31,7 +31,7 @@ class Team:
     """`jobs` processes, not counting this one if there are several.
 
     stop: asked between executions in this process, and between parts in the pool; a part that it prevents
-    counts as not begun.  told: called with the number of runs of each part that the pool has searched.
+    counts as not begun.  told: called for each part that the pool has searched, with its number of runs.
     """
 
     def __init__(

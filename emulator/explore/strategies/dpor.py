@@ -206,11 +206,11 @@ class Exhaustive:
         return False
 
     def _covered(self, node: Node) -> bool:
-        """Return whether all behind a new node has been searched elsewhere: a hook for subclasses."""
+        """Return whether all steps that can follow a new node have been searched: a hook for subclasses."""
         return False
 
     def _complete(self, node: Node) -> None:
-        """Note that all behind a node has been searched: a hook for subclasses."""
+        """Note that all steps that can follow a node have been searched: a hook for subclasses."""
 
     def _forget_from(self, depth: int) -> None:
         self._fresh = depth

@@ -1,16 +1,16 @@
-"""Every interleaving of a program, up to the order of independent steps, and each state once.
+"""Search every interleaving of a program, up to the order of independent steps, but each state only once.
 
 Stateful partial-order reduction (Yang, Chen, Gopalakrishnan, Kirby, "Efficient stateful dynamic partial order
-reduction", SPIN 2008).  A table has the states behind which everything was searched, with the accesses of all
-steps there.  An execution that comes to such a state ends.  The steps that it does not take might race with
-its own: at each of its nodes of which the step conflicts with one of them, every task is tried, so that
-nothing rests on the order of the steps that are missing.
+reduction", SPIN 2008).  A table holds the states of which all continuations have been searched, each with the
+accesses of all steps in its continuations.  An execution that reaches such a state ends there.  The steps
+that it leaves out might race with its own.  So the search tries every task at each node of the execution with
+a step that conflicts with one of them; then the result does not depend on the order of the missing steps.
 
-A state was searched without the tasks of its sleep set, whose steps other parts of the search cover.  It
-stands for the present one if each of these tasks is asleep here, too: then they are covered here as well.
+A state in the table was searched without the tasks of its sleep set, because other parts of the search cover
+their steps.  It stands for the present state only if each of these tasks is asleep here, too.
 
-The depth-first order completes a node when everything behind it has been searched, and only then is its state
-in the table.  A state on the present path is none of these, so a cycle is never taken for a proof.
+The depth-first order completes a node when all its continuations have been searched, and only then puts its
+state into the table.  A state on the present path is not in the table, so a cycle is never taken for a proof.
 """
 
 from __future__ import annotations
@@ -26,24 +26,28 @@ Accesses = dict[int, tuple[int, int]]  # by task: the objects that its steps rea
 
 
 class States(Protocol):
-    """Tells the states of a program."""
+    """Gives the states of a program."""
 
     def shared(self) -> Hashable:
-        """Return the shared state, None if it cannot be told."""
+        """Return the shared state; None if it cannot be determined."""
 
     def local(self, index: int, history: int) -> Hashable:
-        """Return the state of a task between two steps.  history: stands for all that it has read."""
+        """Return the local state of a task between two steps.  history: a number for all that it has read."""
 
     def rests(self, index: int) -> bool:
-        """Return whether a task stands where its local state is its place."""
+        """Return whether a task is at a place where its local state is the place alone."""
 
     def is_read(self, bit: int) -> bool:
-        """Return whether tasks read an object otherwise than by the results of calls."""
+        """Return whether tasks read an object by other means than the results of calls."""
 
 
 class StatefulNode(Node):
-    """`key`: its state, if it is compared; `slept`: the tasks asleep when it was new; `history`: that of the
-    chosen step's task after the step; `below`: the accesses of all steps from here on."""
+    """A node with a state.
+
+    `key`: the state, if states are compared here; `slept`: the tasks that were asleep when the node was new;
+    `history`: the history of the chosen step's task, after the step; `below`: the accesses of all steps from
+    here on.
+    """
 
     __slots__ = ("below", "history", "key", "slept")
 
@@ -58,8 +62,8 @@ class StatefulNode(Node):
 class Stateful(Exhaustive):
     """The depth-first strategy with a table of states.
 
-    matches: executions that ended in a state of the table: none, as long as no execution has met the
-    precondition, which depends on more than the state, and is only known of those that come to their ends.
+    matches: executions that ended in a state of the table.  There are none until an execution has met the
+    precondition: it depends on more than the state, and is known only at the end of a whole execution.
     """
 
     def __init__(self, objects: Objects, states: States) -> None:
@@ -68,10 +72,10 @@ class Stateful(Exhaustive):
         self.states = states
         self.matches = 0
         self._known_states: dict[Hashable, list[tuple[int, Accesses]]] = {}
-        # Numbers of histories: each is a history before, and the values read since.
+        # Numbers of histories.  A history is the number of the one before, and the values read in one step.
         self._numbers: dict[Hashable, int] = {}
         self._histories: list[int] = []  # by task
-        self._versions: dict[int, int] = {}  # by object that tasks read: the history of its last writer
+        self._versions: dict[int, int] = {}  # by object: the history of its last writer
 
     @property
     def size(self) -> int:
@@ -111,7 +115,7 @@ class Stateful(Exhaustive):
         return super().end(tasks, deadlock)
 
     def _number(self, told: Hashable) -> int:
-        """Return a number of its own for a history."""
+        """Return the number of a history; equal histories have one number."""
         return self._numbers.setdefault(told, len(self._numbers) + 1)
 
     def _wrote_by(self, node: StatefulNode) -> None:
@@ -157,10 +161,10 @@ class Stateful(Exhaustive):
                 _add(parent.below, task, *accesses)
 
     def _matched(self, key: Hashable) -> None:
-        """Note that the execution has come to a state of the table: a hook for audits."""
+        """Note that the execution has reached a state of the table: a hook for audits."""
 
     def _race_with(self, below: Accesses) -> None:
-        """Try all tasks at each node whose step one of the steps below may come before."""
+        """Try all tasks at each node with a step that conflicts with a step below and need not precede it."""
         for index, (reads, writes) in below.items():
             for i in bits(self._dependent_steps(reads, writes) & ~self._precede(index)):
                 node = self.stack[i]
