@@ -84,8 +84,8 @@ def write_new_file(where: str, path: Path, data: str) -> None:
 class Appending:
     """A file to which one process at a time adds lines.
 
-    A line is one write at the end of the file, so a process that is killed leaves at most a last line without
-    its end, which `mend` drops.
+    Each line is one write at the end of the file.  So a process that is killed leaves at most one line
+    without its end, the last, and `mend` drops it.
     """
 
     def __init__(self, where: str, path: Path) -> None:
@@ -108,7 +108,7 @@ class Appending:
                 raise _unwritable(self._where, self._path, error) from error
 
     def mend(self, begins: str) -> None:
-        """Drop a last line without its end if it is one of ours, which begin so; raise Unwritable if not."""
+        """Drop a last line without its end if it begins with `begins`; if it does not, raise Unwritable."""
         text = self._path.read_bytes()
         whole = text.rfind(b"\n") + 1
         size = min(len(begins), len(text) - whole)

@@ -70,7 +70,7 @@ _VM_STATS = (
     ("mmu_unsync", "mmu_unsynced_pages", "Times that a shadow page became unsync."),
     ("mmu_synced", "mmu_synced_pages", "Shadow pages compared with the guest's table."),
     ("mmu_prefetched", "mmu_prefetched_pages", "Pages mapped by a fault of the shadow MMU beside its own."),
-    ("readers_awaited", "readers_awaited", "Kicks that wait for a vCPU that reads SPTEs."),
+    ("readers_awaited", "readers_awaited", "Kicks that waited for a vCPU that was reading SPTEs."),
 )
 
 _HISTOGRAMS = {

@@ -57,10 +57,10 @@ def whole_range(slot: structs.KvmMemorySlot, pages: int, rng: Random) -> tuple[G
     """Return the gfns [start, end) of some `pages` pages of a slot that are safe to give to
     kvm_zap_gfn_range(): no huge page is mapped on both sides of an end.
 
-    A fault next to a range does not retry while the range is zapped, and may map the huge page that reaches
-    into the range again.  So its callers zap all of the memory, all of a huge page, or a slot of one page
-    (Linux 7.3); before 6.11 that of update_mtrr() zapped less, where kvm_mtrr_check_gfn_range_consistency()
-    kept huge pages away.  For memory attributes it is a bug that 9129633d568e (6.16) repairs.
+    A fault next to a range does not retry while the range is zapped, and may map again a huge page that
+    reaches into the range.  So in Linux 7.3 each caller zaps all memory, whole huge pages, or a slot of one
+    page.  Before 6.11 update_mtrr() zapped smaller ranges, but kvm_mtrr_check_gfn_range_consistency() forbade
+    huge pages there.  For memory attributes a smaller range was a bug, which 9129633d568e (6.16) repairs.
     """
     huge = kvm_pages_per_hpage(KVM_MAX_HUGEPAGE_LEVEL)
     start = slot.base_gfn + rng.randrange(slot.npages) & -huge

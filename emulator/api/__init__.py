@@ -1,6 +1,6 @@
 """The commands as functions, for programs and notebooks: `import flushlab`.
 
-`emulator/importable` has the package of that name, which gives out the names below and nothing else.
+`emulator/importable` has the package of that name, which exports the names below and nothing else.
 """
 
 from __future__ import annotations

@@ -174,7 +174,8 @@ def _check_names(names: Sequence[str]) -> None:
 def _pairs(
     tests: str | Path | Sequence[str | Path], policies: Sequence[Named]
 ) -> list[tuple[LitmusTest, list[Policy]]]:
-    """Return each test with its policies.  One that does not suit a test is an error if tests are named."""
+    """Return each test with its policies.  If tests are named, raise BadInput for a policy that does not suit
+    one of them."""
     names = [tests] if isinstance(tests, str | Path) else list(tests)
     chosen = [_policy(policy) for policy in policies]
     _check_names([policy.name for policy in chosen])
@@ -190,7 +191,7 @@ def _pairs(
 
 
 def _after(seconds: float) -> Callable[[], bool]:
-    """Return a function that tells whether so many seconds are over; never, if there are none."""
+    """Return a function that tells whether so many seconds have passed; with 0 it never does."""
     until = time.monotonic() + seconds
     return lambda: bool(seconds) and time.monotonic() > until
 

@@ -58,8 +58,8 @@ SensitivityOption = Annotated[
     bool,
     typer.Option(
         "--sensitivity",
-        help="Also tell at which value of a cost the order of the policies turns, and which order holds "
-        "whatever the costs are within their ranges.",
+        help="Also tell at which value of a cost the order of two policies turns, and which orders hold "
+        "wherever the costs lie in their ranges.",
     ),
 ]
 
@@ -80,8 +80,8 @@ def compare(
 ) -> None:
     """Run the same seeded workload under each policy; show each policy's flushes and their costs.
 
-    With --vary, --store, --shard, --table or --cluster it is a sweep: a grid of runs, which goes on where it
-    stopped, shown as medians with intervals. Its seed is 0 unless --seed gives another.
+    With --vary, --store, --shard, --table or --cluster it is a sweep: a grid of runs, shown as medians with
+    intervals, which with --store goes on where it stopped. Its seed is 0 unless --seed gives another.
     """
     from emulator.compare.runner import Plan
     from emulator.policy.suitable import check_suits

@@ -147,8 +147,8 @@ def explore(
         bool,
         typer.Option(
             "--stateful",
-            help="Search behind each state once, in one process: needs fewer executions where threads retry. "
-            "For presets without code of their own.",
+            help="Search the continuations of each state only once, in one process: needs fewer executions "
+            "where threads retry. For presets without code of their own.",
         ),
     ] = False,
     output: Annotated[

@@ -27,7 +27,7 @@ FOUND: Final = 1
 
 
 def built_tree(top: Path) -> Built:
-    """Return the tree's object for the machine; print the compiler's words if it does not build."""
+    """Return the tree's object for the machine; print the compiler's messages if it does not build."""
     from emulator.kernel_tree.build import DoesNotBuild, Use, build
 
     try:
@@ -40,7 +40,7 @@ def built_tree(top: Path) -> Built:
 
 @dataclass(frozen=True, slots=True)
 class TreeReport:
-    """The tree of a run, in the run's process, and its findings."""
+    """The tree of a run, loaded in the run's process, and its findings."""
 
     built: Built
     tree: Tree
@@ -116,7 +116,7 @@ def on_kernel(
 
 @dataclass(frozen=True, slots=True)
 class OnTree:
-    """A command's tree, the tests that can run on it, and the policies that decide the rest."""
+    """A command's tree, the tests that can run on it, and the policies that decide in the model's part."""
 
     object: Built
     tests: list[LitmusTest]
@@ -124,7 +124,7 @@ class OnTree:
 
     @classmethod
     def built(cls, top: Path, tests: Sequence[LitmusTest], policies: list[str], *, named: bool) -> OnTree:
-        """Build the tree.  Raises BadInput for what the tree does not have, or decides itself."""
+        """Build the tree.  Raises BadInput for tests that do not fit it, and policies that decide for it."""
         from emulator.kernel_tree.execute import policy_for
         from emulator.kernel_tree.on_machine.points import check_policy_for_tree
         from emulator.kernel_tree.on_machine.suite import fitting_tests
@@ -147,7 +147,7 @@ class OnTree:
 
 
 def heading(built: Built, chosen: Sequence[str]) -> str:
-    """Return which code runs, and if policies were chosen, what they do not decide, in 80 columns."""
+    """Return a sentence in 80 columns: which code runs, and which points chosen policies do not decide."""
     from emulator.kernel_tree.on_machine.points import OWN_POINTS
 
     how = "from the cache" if built.cached else f"{built.harvested} lines of declarations harvested"

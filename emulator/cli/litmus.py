@@ -155,7 +155,7 @@ def litmus(
     plan = [(test, tuple(policies_for(test, chosen, mutants))) for test in tests]
     planned = sum(len(policies) for _, policies in plan)
     searched = SearchProgress(planned)
-    # A terminal has the bar.
+    # On a terminal the progress bar shows the runs.
     told = (lambda runs: None) if sys.stderr.isatty() else searched.told
     run = partial(explore_all, seconds=limit, told=told) if explore else _run_suite(on_tree)
     results = Results(tests, seed, (iterations, limit) if explore else None)

@@ -89,6 +89,6 @@ def _escaped(text: str) -> str:
 
 
 def _line(text: str) -> str:
-    """Return a line of text, which roff would take for a request if it began with a dot or an apostrophe."""
+    """Return a line of text; escape a dot or an apostrophe at its start, which would begin a roff request."""
     escaped = _escaped(text)
     return f"\\&{escaped}" if escaped.startswith((".", "'")) else escaped

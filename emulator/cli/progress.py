@@ -1,4 +1,4 @@
-"""A long search tells how far it is: by a line that moves on a terminal, else by one every ten seconds."""
+"""Print how far a long search is: on a terminal in a line that is updated, else in a line per ten seconds."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from collections.abc import Callable
 from contextlib import suppress
 from typing import Final, TextIO
 
-# Seconds between two lines: on a terminal, and elsewhere.
+# Seconds between two prints: on a terminal, and elsewhere.
 MOVING: Final = 0.2
 STILL: Final = 10.0
 # A line that is as wide as the terminal would wrap.
@@ -45,7 +45,7 @@ class SearchProgress:
             self._print(self._line(now - self._started))
 
     def reached(self) -> None:
-        """Count a verdict, and erase the line that moves, since the verdict is printed in its place."""
+        """Count a verdict, and erase the progress line, because the verdict is printed in its place."""
         self.verdicts += 1
         self.erase()
 
@@ -56,7 +56,7 @@ class SearchProgress:
 
     def _line(self, seconds: float) -> str:
         n = f"{self.verdicts} of {self.planned} verdicts, " if self.planned > 1 else ""
-        # Runs of another process are known once it has a verdict.
+        # The runs of another process become known with its verdict.
         runs = f"{self.runs:,} executions, " if self.runs else ""
         return f"explore: {n}{runs}{seconds:.0f} s"[:_COLUMNS]
 
@@ -65,7 +65,7 @@ class SearchProgress:
         self._write(f"{_ERASE}{line}" if self._moving else f"{line}\n")
 
     def _write(self, text: str) -> None:
-        # A standard error that is closed or full loses the line, and not the search.
+        # If standard error is closed or full, the line is lost, but the search goes on.
         with suppress(OSError, ValueError):
             self._stream.write(text)
             self._stream.flush()

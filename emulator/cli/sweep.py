@@ -36,7 +36,7 @@ StoreOption = Annotated[
     Path | None,
     typer.Option(
         metavar="FILE",
-        help="Keep each run in this file as soon as it is done, and do not repeat runs that it has.",
+        help="Keep each run of a sweep in this file as soon as it is done; do not repeat runs that it has.",
     ),
 ]
 ShardOption = Annotated[
@@ -49,15 +49,15 @@ SweepJobsOption = Annotated[
         "--jobs",
         min=1,
         max=MAX_JOBS,
-        help="Runs at a time in a sweep. Runs beside each other slow each other down.",
+        help="Runs at a time in a sweep. Runs at the same time slow each other down.",
     ),
 ]
 ClusterOption = Annotated[
     str | None,
     typer.Option(
         metavar="ADDRESS",
-        help="Hand the runs to this scheduler of dask.distributed; local: to a cluster of --jobs processes "
-        "on loopback.",
+        help="Hand the runs of a sweep to the dask.distributed scheduler at this address; local: to a "
+        "cluster of --jobs processes on loopback.",
     ),
 ]
 TableOption = Annotated[
@@ -139,7 +139,7 @@ def run_sweep(sweep: Sweep) -> int:
 
 
 class _Lines:
-    """A line on standard error for each run, with an estimate of the time that the others take."""
+    """Print a line on standard error for each run, with an estimate of the time that is left."""
 
     def __init__(self, units: int, there: int) -> None:
         self.units, self.there, self.done = units, there, 0

@@ -78,7 +78,7 @@ def _again(host: str, port: int) -> Sample:
 
 
 def _wait(seconds: float) -> None:
-    """Sleep, but not on after a signal."""
+    """Sleep, until a signal at most."""
     until = time.monotonic() + seconds
     while interrupts.came() is None and (left := until - time.monotonic()) > 0:
         time.sleep(min(left, _TICK))

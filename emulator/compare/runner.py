@@ -47,9 +47,9 @@ class Plan:
     seed: int
     chaos: int = 0
     unbounded: bool = False
-    # Tell how the order of the policies depends on the table of costs, too.
+    # Whether also to tell how the order of the policies depends on the table of costs.
     sensitivity: bool = False
-    # The file of costs that replaces entries of the scenario's table, for the command.
+    # The file of costs that replaces entries of the scenario's table, as the command line names it.
     costs: Path | None = None
     # The user's names of the scenario and the policies, for the command that runs the comparison again.
     named: tuple[str, tuple[str, ...]] | None = None
@@ -112,7 +112,7 @@ class Comparison:
 def paced_job(
     scenario: Scenario, policy: Policy, seed: int, duration: float, *, chaos: int, unbounded: bool
 ) -> Job:
-    """Return a run whose costs can be compared: counted from after the boot, at the scenario's pace."""
+    """Return a run with costs that can be compared: it counts after the boot only, at the scenario's pace."""
     pace = scenario.pace * 1e6
     return Job(
         scenario,

@@ -1,13 +1,13 @@
 """Does the order of the policies depend on figures of the table of costs that are known within a range only?
 
-The modelled cycles of flushing are linear in each figure of the table: counts times costs.  So no run is
-needed to tell the order under other costs.  Two questions are answered:
+The modelled cycles of flushing are linear in each figure of the table: counts times costs.  So the order
+under other costs needs no further run.  This module answers two questions:
 
-* Which policy is the cheaper of two wherever the figures lie within their ranges, all at once?  The
-  difference of two policies is greatest and least at corners of the box of ranges: each figure takes that end
-  of its range which favours one of the two.
-* If one figure moves through its range and the others stay as in the table, where does the order turn?  Two
-  policies cost the same at a single value, if at any.
+* Is one of two policies the cheaper one wherever all figures lie in their ranges?  The difference of two
+  policies is greatest and least at corners of the box of ranges: there each figure is at the end of its range
+  that favours one of the two.
+* If one figure moves through its range and the others stay as in the table, where does the order of two
+  policies turn?  They cost the same at a single value, if at any.
 
 Policies that let stale translations be used are left out: they save nothing.
 """
@@ -31,11 +31,11 @@ Events = Mapping[str, float]
 
 @dataclass(frozen=True, slots=True)
 class Turn:
-    """A figure at which two policies cost the same, the others being as in the table."""
+    """The value of one figure at which two policies cost the same; all other figures are as in the table."""
 
     entry: str
     at: float
-    # Cheaper where the figure is lower, and where it is higher.
+    # The policy that is cheaper where the figure is lower, and the one where it is higher.
     below: str
     above: str
 
@@ -53,7 +53,7 @@ class Pair:
 
     @property
     def always(self) -> bool:
-        """Return whether the order is this wherever the figures lie within their ranges."""
+        """Return whether this order holds wherever the figures lie in their ranges."""
         return self.least > 0
 
 
@@ -61,12 +61,12 @@ class Pair:
 class Sensitivity:
     """The order of the policies, the cheapest one first, and what it depends on."""
 
-    # The basis of the cycles, such as "migration".
+    # The unit per which cycles are given, such as "migration".
     per: str
     cycles: Mapping[str, float]
     pairs: Sequence[Pair]
     turns: Sequence[Turn]
-    # The entries with a range that some policy's flushing is charged.
+    # The entries that have a range, and by which the flushing of some policy is charged.
     ranged: Mapping[str, Cost]
     refuted: Sequence[str]
 

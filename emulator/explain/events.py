@@ -35,7 +35,7 @@ PROMISED_BY = {
     "free": "the page was freed",
     "guest": "the guest itself invalidated it on this vCPU",
     "l1": "L1 invalidated it (INVVPID, or a VM entry or VM exit of L2 without a VPID)",
-    "l1-ept": "L1 invalidated it (INVEPT, INVVPID, or a VM entry or VM exit of L2)",
+    "l1-ept": "L1 invalidated it (INVEPT, INVVPID, or a VM entry to L2 or VM exit from it)",
 }
 
 

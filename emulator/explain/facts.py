@@ -14,7 +14,7 @@ _WITHOUT_ENTRY = {LOST_DIRTY, "ipi-stall", "rcu-stall", DEADLOCK, LEAK, INCONSIS
 _ACCESS_VERBS = {"read": "reads", "write": "writes", "execute": "executes"}
 # The core's number for "no vCPU".
 NO_VCPU = 0xFFFFFFFF
-# Kinds of violation of a translation that was wrong from the first, without a promise.
+# Kinds of violation in which the translation was wrong from its fill on, without a promise about it.
 NO_PROMISE: Final = frozenset({"cross-guest", "apic-stale"})
 
 

@@ -1,16 +1,16 @@
-"""A workload: the events of a traced host that KVM's flushing depends on, in their order.
+"""A workload: the events of a traced host on which KVM's flushing depends, in their order.
 
-It is made from a trace by these rules, because a trace does not show everything:
+A trace does not show everything, so these rules make a workload from it:
 
-* A vCPU's page fault is an access of its guest to that page.  Accesses without a fault are not in a trace.
-* A page that is zapped without having been mapped before was mapped when the recording began.
-* SPTEs that a task zaps after a notifier's range, with pauses below 5 ms, are one range of host
-  memory that is unmapped.  A range under which nothing was mapped is left out.  Where a probe tells flushes,
-  one in the middle of a range, at which KVM yields, makes two of it.
-* Zaps for other reasons are left out.  After a memslot's deletion they are those of obsolete roots.
-* SPTEs that a task write-protects outside of a notifier's range, with pauses below 5 ms, are a dirty
-  log: the first such burst arms it, each later one reads it.
-* A vCPU's entry is left out if it is on the same CPU as the one before, and nothing happened to its VM since.
+* A vCPU's page fault stands for an access of its guest to the page.  A trace shows no access without a fault.
+* If a page is zapped that no fault in the trace has mapped, it was mapped when the recording began.
+* If a task zaps SPTEs after a notifier's range, with pauses below 5 ms, these SPTEs are one range of host
+  memory that is unmapped.  A range without an SPTE is left out.  Where a probe shows flushes, a flush in the
+  middle of a range, at which KVM yields, divides it into two.
+* Zaps for other reasons are left out.  After a memslot's deletion such zaps are those of obsolete roots.
+* If a task write-protects SPTEs outside of a notifier's range, with pauses below 5 ms, this burst is an
+  operation on the dirty log: the first burst arms it, each later one reads it.
+* A vCPU's entry is left out if it is on the same CPU as its last one, and no event of its VM came in between.
 * Guest pages are numbered anew by blocks of 2 MiB, in their order and without gaps.
 * A vCPU had run before the recording began, unless a probe tells that it loads a root before its first entry.
 * Without processes (record-tgid), vCPUs of different numbers are those of one VM.
@@ -36,7 +36,7 @@ _WRITE: Final = 1 << 1
 _FLUSH: Final = "kvm_flush_remote_tlbs"
 _RANGE_END: Final = "kvm_mmu_notifier_invalidate_range_end"
 _LOAD: Final = "kvm_mmu_load"
-# KVM's counts by the functions whose calls a recording may tell: VMX's, or SVM's.
+# KVM's counts, by the functions of VMX or SVM of which a recording may show the calls.
 RECORDED: Final = {
     "remote_tlb_flush_requests": ("kvm_flush_remote_tlbs",),
     "make_all_cpus_request": ("kvm_make_all_cpus_request",),
@@ -107,7 +107,7 @@ class Builder:
         self._numbers: list[dict[int, int]] = []  # by VM: the vCPUs' tasks by their numbers
         self._tasks: dict[int, tuple[int, int]] = {}  # VM and number by task
         self._cpu: dict[int, int] = {}  # the CPU of a vCPU's last entry, by task
-        self._stale: set[int] = set()  # tasks of vCPUs to whose VM something happened since their entry
+        self._stale: set[int] = set()  # tasks of vCPUs that have not entered since an event of their VM
         self._mapped: list[set[int]] = []
         self._before: list[set[int]] = []
         self._obsolete: set[int] = set()  # VMs of which zaps may be those of obsolete roots
@@ -214,7 +214,7 @@ class Builder:
             self._protect(event, vm, pages)
 
     def _vm_with(self, event: Event, gfn: int) -> int:
-        """Return the VM whose page it is: the process's, or else the first that has it mapped."""
+        """Return the VM that owns the page: the process's, or else the first that has it mapped."""
         if event.tid in self._tasks:
             return self._tasks[event.tid][0]
         having = (vm for vm, mapped in enumerate(self._mapped) if gfn in mapped and event.tgid < 0)
@@ -250,7 +250,7 @@ class Builder:
         self._logging[event.tid] = event.time, step or self._step(event, "log", vm)
 
     def _was_mapped(self, vm: int, pages: range) -> None:
-        """Take the pages to have been mapped before the recording, if they are not known to be mapped."""
+        """Record pages that are not known to be mapped as mapped when the recording began."""
         run = any(number not in self._new for number in ((vm, vcpu) for vcpu in self._numbers[vm]))
         if vm not in self._obsolete and (run or not self._numbers[vm]):
             self._before[vm].update(page for page in pages if page not in self._mapped[vm])
@@ -262,7 +262,7 @@ class Builder:
         elif function == _LOAD and event.tid not in self._tasks:
             self._loaded.add(event.tid)
         elif function == _FLUSH:
-            # SPTEs that are zapped or protected after it have a flush of their own.
+            # SPTEs that are zapped or protected after this flush get a flush of their own.
             self._logging.pop(event.tid, None)
             if event.tid in self._unmapping:
                 self._unmapping[event.tid] = event.time, None
@@ -290,7 +290,7 @@ class Builder:
             name: max((observed.calls(function) for function in functions), default=0)
             for name, functions in RECORDED.items()
         }
-        # That of the clock is no matter of the MMU.
+        # Requests for the clock (KVM_REQ_MCLOCK_INPROGRESS) do not come from the MMU.
         clock = sum(cause.requests["MCLOCK_INPROGRESS"] for cause in observed.causes.values())
         seen["make_all_cpus_request"] -= clock
         return Workload(

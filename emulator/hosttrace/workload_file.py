@@ -1,4 +1,4 @@
-"""The file of a workload: text, a head and then an event a line.
+"""The file of a workload: text with a head, and then a line for each event.
 
     flushlab-workload 1
     source kvm.trace
@@ -14,9 +14,9 @@
 
 An event's line has the microseconds since the recording began, a verb, the VM or VM.VCPU, and arguments:
 `enter` CPU; `read` and `write` PAGE; `huge` PAGE, which the host backs by a huge page from now on; `unmap`
-START END; `smi`, `rsm`; `log`, which reads the dirty log, and arms it at first; `zap-all`.  `mapped` tells
-the pages that were mapped when the recording began, and `new` a vCPU that had not run by then.  Lines that
-begin with # are comments.
+START END; `smi`, `rsm`; `log`, which arms the dirty log the first time, and reads it later; `zap-all`.
+`mapped` has pages that were mapped when the recording began, and `new` a vCPU that had not run by then.
+Lines that begin with # are comments.
 """
 
 from __future__ import annotations
@@ -32,7 +32,7 @@ from emulator.validation import read_text
 MAGIC: Final = "flushlab-workload"
 VERSION: Final = 1
 _MOST: Final = 1 << 30
-# The model's machine takes no more.
+# The most pCPUs that an emulated machine can have.
 MOST_PCPUS: Final = 1024
 MOST_VCPUS: Final = 1024
 MOST_PAGES: Final = 1 << 21
@@ -106,7 +106,7 @@ def read_workload(path: Path) -> Workload:
 
 
 class _Unexpected(ValueError):
-    """A value out of its range; the text is the expectation."""
+    """A value is out of its range; the text says what was expected."""
 
 
 def _number(text: str, least: int, most: int, name: str) -> int:

@@ -285,8 +285,8 @@ class Emulation:
         """Return the SMI handler's accesses.  It runs without paging, and reads pages all over the guest's
         RAM without writing any.
 
-        It begins with pages that the processes use as linear ones, too: a translation of a linear page must
-        not serve an access to the physical page of that number.
+        The first pages have numbers that the processes use for linear pages, too: a translation of a linear
+        page must not serve an access to the physical page of the same number.
         """
         linear = sorted({int(page) for trace in processes for page in trace.pages if page < layout.ram})
         pages = linear[:SMI_PAGES] + list(range(0, layout.ram, max(1, layout.ram // SMI_PAGES)))

@@ -259,10 +259,10 @@ class _Run:
         if self.late:
             deaths.append(f"did not end in time: {', '.join(self.late)}")
         if crew.shut_down and not snapshot.violated:
-            # A guest may triple fault after a stale translation has corrupted its memory; its use is a
-            # violation.  One store may escape: a pCPU's thread checks the translation, loses its processor,
-            # and stores when a policy that does not wait for it has freed the frame.  Otherwise the emulator
-            # is wrong.  Neither is clean.
+            # A guest may triple fault after a store by a stale translation has corrupted its memory.  Such a
+            # store is a violation, but one may escape: a pCPU's thread checks the translation, is preempted,
+            # and stores after a policy that does not wait for the pCPU has freed the frame.  Any other triple
+            # fault is a bug of the emulator.  In neither case is the run clean.
             vcpus = ", ".join(str(vcpu) for vcpu in sorted(crew.shut_down))
             deaths.append(f"triple fault of vCPU {vcpus} although no use of a stale translation was seen")
         return "\n".join(deaths)

@@ -1,4 +1,4 @@
-"""Checks of a litmus test's accesses to APICs: each must exit, and to the level that the test means."""
+"""Checks of a litmus test's accesses to APICs: each must exit to the hypervisor that the test means."""
 
 from __future__ import annotations
 
@@ -20,8 +20,7 @@ _TAKES_PAGES: Final = ("host-", "notifier-", "slot-")
 
 
 def check_apic(test: LitmusTest) -> None:
-    """Raise SchemaError for the first operation on an APIC that is not modelled, or that means another one.
-    """
+    """Raise SchemaError for the first operation on an APIC that is not modelled or reaches another APIC."""
     pinned = set()
     for name, thread in test.threads.items():
         placed = list(sequence(test, name))
@@ -37,8 +36,8 @@ def check_apic(test: LitmusTest) -> None:
 
 
 def _follow(placed: list[Placed]) -> None:
-    """Check a thread's accesses: in L2, to the APIC-access page of its VMCS12 if that has one, else to L1's
-    APIC; in L1, to its own, in xAPIC mode."""
+    """Check a thread's accesses.  Those of L2 go to the APIC-access page of its VMCS12, or to L1's APIC if
+    the VMCS12 has none.  Those of L1 go to its own APIC, in xAPIC mode."""
     current, inside, mode = 0, False, "xapic"
     pages: dict[int, int] = {}
     for key, op in placed:

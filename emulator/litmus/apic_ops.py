@@ -29,13 +29,13 @@ class _ApicAccess(GuestOp):
 
 class ApicRead(_ApicAccess):
     verb = "apic-read"
-    doc = "The guest reads a register of its APIC at PAGE, in xAPIC mode: linear with paging."
+    doc = "The guest reads a register of its APIC, in xAPIC mode, at PAGE: a linear page if paging is on."
     kind = "READ"
 
 
 class ApicWrite(_ApicAccess):
     verb = "apic-write"
-    doc = "The guest writes to a register of its APIC at PAGE, in xAPIC mode: linear with paging."
+    doc = "The guest writes to a register of its APIC, in xAPIC mode, at PAGE: a linear page if paging is on."
     kind = "WRITE"
 
 

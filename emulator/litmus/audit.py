@@ -6,9 +6,9 @@ mmu_lock is free.  arch/x86/kvm/mmu/mmu_audit.c looked for much of this before 5
 * each shadow page is in the hash once, and the VM counts its pages, and those that shadow a guest's table
 * a link leads to a page one level below, which knows it as a parent, and no page has another parent
 * a leaf is in the rmap of its gfn once, and nothing else is there
-* a page that was taken out of use maps nothing
+* a page that was taken out of use has no present entry
 * the tables above an unsync table are marked, so that a sync finds it
-* a gfn is write-tracked, and allows no huge page, once for each table that is shadowed there
+* a gfn's counts of write tracking and of disallowed huge pages are the numbers of tables shadowed there
 * no leaf lets the guest write to a table that is shadowed and in sync
 * an SPTE of such a page grants no more than the guest's entry does now
 * a page that the guest may write to is marked in the dirty log
@@ -46,7 +46,7 @@ from emulator.machine.runtime import Machine
 from native import ffi, lib
 from native.types import Gfn, Level, SpteIndex, WordIndex, span
 
-# Enough of one execution's findings for a report.
+# The most findings of one execution that a report has.
 _MOST = 3
 _RIGHTS = ACC_WRITE_MASK | ACC_EXEC_MASK | ACC_USER_MASK
 

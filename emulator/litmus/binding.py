@@ -1,4 +1,4 @@
-"""Bind a litmus test: parse its operations, and look up what its sections refer to in each other."""
+"""Bind a litmus test: parse its operations, and resolve the references between its sections."""
 
 from __future__ import annotations
 

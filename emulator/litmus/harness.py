@@ -184,7 +184,7 @@ class Harness:
             prefetch=KvmParams().prefetch if section.prefetch else 0,
             chunk=section.chunk,
             single=self.single,
-            # Explored code has no time, and with it no tick: a vCPU that faults again is where it was.
+            # Explored code has no time, so no timer tick: a vCPU that faults again is in its former state.
             exits_per_tick=1 << 62 if self.single else KvmParams().exits_per_tick,
             resched_chunks=section.resched_chunks,
             eager_page_split=section.eager_page_split,

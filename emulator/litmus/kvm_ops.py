@@ -193,8 +193,8 @@ class NotifierEnd(_Range):
 class Zap(_Range):
     verb = "zap"
     doc = (
-        "kvm_zap_gfn_range() of COUNT pages from PAGE on. A range that ends within a huge page may be mapped "
-        "again meanwhile, by a fault next to it; KVM zaps whole ones."
+        "kvm_zap_gfn_range() of COUNT pages from PAGE on. KVM zaps whole huge pages: if a range ends within "
+        "one, a fault next to the range may map the huge page again meanwhile."
     )
 
     def run(self, context: Context) -> None:

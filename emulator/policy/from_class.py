@@ -1,9 +1,8 @@
-"""A class of the caller's own program as a policy: its source, and the names of its module that it uses.
+"""Make a policy of a class in the caller's own program, from its source and the names that it uses.
 
-A run makes a policy's class anew, so that a run never sees the state of the one before, and a policy's code
-is known by its file.  For a class in a program or a notebook neither is possible with the program itself: it
-runs already, and calls the emulator.  So the text of the class alone is executed, in a module that begins
-with those objects of the program that the text names.
+Each run executes a policy's source anew, so that it never sees the state of the run before.  The program of a
+class cannot be executed anew: it is running, and has called the emulator.  So only the text of the class is
+executed, in a module that begins with those objects of the program that the text names.
 """
 
 from __future__ import annotations
@@ -21,7 +20,7 @@ from emulator.policy.policy import Policy
 from emulator.policy.source import Source, source_of_code
 
 _READABLE: Final = "a class in a file or in a notebook's cell, so that its text can be read"
-# Annotations of a class may name what only its module imports.
+# Annotations stay text, because they may name objects that only the class's module imports.
 _FLAGS: Final = __future__.annotations.compiler_flag
 
 

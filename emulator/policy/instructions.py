@@ -204,8 +204,8 @@ def active_roots(vcpu: Vcpu) -> list[KvmMmuRootInfo]:
 def linked_roots(cpu: Cpu, kvm: Kvm) -> tuple[KvmMmuPage, ...]:
     """Return all roots of the VM that a zap can find, invalid ones among them.
 
-    Of the pages that shadow EPTs of L1's, those that have been roots: one that no vCPU holds may be loaded
-    again.
+    Pages that shadow an EPT of L1's are among them if they have been roots: even if no vCPU holds such a page
+    now, a vCPU may load it again.
     """
     cpu.point("tdp_mmu_roots", kvm.id, "read")
     nested = tuple(sp for sp in kvm.shadow.page_of.values() if sp.policy_data is not None)

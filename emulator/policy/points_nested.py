@@ -37,7 +37,7 @@ NESTED_POINTS: Final[tuple[DecisionPoint, ...]] = (
             "free-roots-and-flush": "Also INVEPT single-context for each such root at once.",
         },
         wrong={
-            "none": "Nothing: L2 goes on to use what L1 took away from its EPT.",
+            "none": "Nothing: L2 may go on using mappings that L1 has removed from its EPT.",
         },
     ),
     point(

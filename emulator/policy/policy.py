@@ -234,7 +234,7 @@ class Policy:
         return list(self._parts.values())
 
     def has_proposals(self) -> bool:
-        """Return whether proposals, which have code and memory of their own, may decide."""
+        """Return whether a proposal, which has code and memory of its own, may decide a point."""
         return bool(self._wanted())
 
     def _engage(self) -> None:

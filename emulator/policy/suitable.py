@@ -1,9 +1,9 @@
-"""The policies that say something about a host: with EPT, or without.
+"""Which policies mean something on a host with EPT, and on one without?
 
-The TDP MMU's decision points are asked with EPT alone, and those of the shadow MMU without it, and for nested
-guests that L1 has an EPT for; two of these concern registers that no such guest has.  A verdict about an
-answer that is never asked for would be empty, so it is refused.  A kernel's preset is suitable everywhere: of
-its answers those are asked for that concern the host.
+KVM asks the TDP MMU's decision points on hosts with EPT only.  It asks those of the shadow MMU on hosts
+without EPT, and for nested guests for which L1 has an EPT; but two of them concern registers on which no
+shadow of an EPT depends.  A verdict about an answer for which KVM never asks would be empty, so such a policy
+is refused.  A kernel's preset suits every host: KVM asks for those of its answers that concern the host.
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ _KERNELS: Final = tuple(policy for name, policy in PRESETS.items() if name.start
 
 
 def unasked_answer(policy: Policy, *, ept: bool, nested_ept: bool = False) -> str | None:
-    """Return an answer of the policy that is without meaning on such a host, as `point=answer`; None: there
+    """Return an answer of the policy for which KVM never asks on such a host, as `point=answer`; None: there
     is none.
 
     nested_ept: a guest is a hypervisor that has an EPT for its own guests.

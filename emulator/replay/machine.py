@@ -1,8 +1,8 @@
-"""Replays a workload on an emulated machine: one event after the other, as fast as they go.
+"""Replay a workload on an emulated machine: one event after the other, as fast as possible.
 
-One thread runs them all, so that a replay has one course: the same workload and policy give the same counts.
-A vCPU is on its pCPU while it executes, and outside of guest mode for the events of others, so that no event
-sends an IPI to a guest.  What a trace shows of IPIs stays what `flushlab import` says.
+One thread runs all events, so the same workload and policy always give the same counts.  A vCPU is in guest
+mode only while it executes an event of its own, so no event sends an IPI to a guest.  `flushlab import`
+reports the IPIs that a trace shows.
 """
 
 from __future__ import annotations
@@ -35,7 +35,7 @@ from native import ffi, lib
 from native.types import Gfn, Hva
 
 _SLOT: Final = 0
-# After an earlier one of these events, tables may wait for a grace period.
+# After one of these events, tables may wait for a grace period.
 _FREEING: Final = frozenset({"unmap", "zap-all", "log"})
 # Turns without an instruction after which a guest is taken to be stuck.
 _TURNS: Final = 200
@@ -44,7 +44,7 @@ _ENDS: Final = 5.0
 
 
 class Vcpu:
-    """A vCPU between its events: the pCPU on which it ran last."""
+    """A vCPU, and the pCPU on which it ran last."""
 
     def __init__(self, task: VcpuTask) -> None:
         self.task = task
@@ -52,7 +52,7 @@ class Vcpu:
 
 
 class Replay:
-    """One replay of a workload under a policy.  `run` may be called once, in the context."""
+    """One replay of a workload under a policy.  Call `run` once, while the context is entered."""
 
     def __init__(self, workload: Workload, policy: Policy) -> None:
         self.workload = workload
@@ -131,7 +131,7 @@ class Replay:
         return self._snapshot().since(before)
 
     def _reclaim(self) -> None:
-        """Let RCU free what it was given, so that no later event depends on how fast its thread is."""
+        """Wait until RCU has freed all that it was given, so that no later event depends on its thread."""
         self.main.check(lib.rcu_barrier(self.main.m, self.main.id))
 
     def _snapshot(self) -> Snapshot:

@@ -1,4 +1,4 @@
-"""The counts of replays beside those of the recording, as text and as a document."""
+"""The counts of replays beside the counts of the recording, as text and as a document."""
 
 from __future__ import annotations
 

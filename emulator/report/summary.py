@@ -295,7 +295,7 @@ def _cycle_table(result: Result) -> Table:
 
 def _verdict(result: Result) -> Text:
     style, sentence = _VERDICTS[result.verdict]
-    # What failed makes a run inconclusive, too, whatever its flushes averted.
+    # A failure makes a run inconclusive, even if its flushes have averted uses.
     text = Text("inconclusive" if result.failure and not result.snapshot.violated else sentence, style=style)
     if result.snapshot.violations:
         kinds = ", ".join(f"{kind} {count:,}" for kind, count in result.snapshot.violations.items())

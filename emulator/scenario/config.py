@@ -139,16 +139,16 @@ class VmSection(Section):
     # Mappings that the guest OS changes, at most, before it invalidates them together.  With 0 it invalidates
     # each at once, as it always does with EPT.
     flush_batch: Annotated[int, Unit("mappings")] = Field(default=32, ge=0, le=64, strict=True)
-    # Accesses for which a vCPU has interrupts off at most, mostly a few, when another one asks it to
-    # invalidate.  Needs flush_batch.
+    # The most accesses for which a vCPU keeps interrupts off when another vCPU asks it to invalidate; mostly
+    # it is a few.  Needs flush_batch.
     interrupts_off: Annotated[int, Unit("guest accesses")] = Field(
         default=4096, ge=0, le=1 << 31, strict=True
     )
-    # Whether each process has its own tables for the kernel's pages, which are global ones, as with kernel
-    # page-table isolation.  Needs flush_batch.
+    # Whether each process has its own tables for the kernel's global pages, as with kernel page-table
+    # isolation.  Needs flush_batch.
     own_kernel_tables: bool = False
-    # Whether the processes map pages of files, which a device fills, so that the guest OS touches none
-    # itself.  Needs flush_batch.
+    # Whether the processes map pages of files.  A device fills them, so that the guest OS itself touches
+    # none.  Needs flush_batch.
     file_pages: bool = False
     # Whether the vCPUs run threads of the same processes, under one guest OS.  With EPT each vCPU has an OS
     # and processes of its own.

@@ -30,8 +30,8 @@ _Cycles = Annotated[float, Unit("cycles"), Field(ge=0, le=_MOST, allow_inf_nan=F
 class Cost(BaseModel):
     """Cycles of one event.
 
-    `range` is the least and the most that the event plausibly costs on some host; a figure without one is
-    taken as exact.
+    `range` is the least and the most that the event plausibly costs on some host; a figure without a range
+    counts as exact.
     """
 
     model_config = ConfigDict(frozen=True, extra="forbid")
@@ -87,7 +87,7 @@ class CycleLine:
     item: str
     group: Group
     events: int
-    # The entries of the table that an event is charged.
+    # The entries of the table by which an event is charged.
     charged: tuple[str, ...]
     cycles_each: float
     source: str
@@ -107,7 +107,7 @@ class Flush(Protocol):
 
 
 def load_costs(path: Path | None = None, base: Costs | None = None) -> Costs:
-    """Load the embedded table, or take `base`, with entries of the user's file in place of its own."""
+    """Return the embedded table, or `base`, with the entries of the user's file in the place of its own."""
     if base is None:
         base = Costs.model_validate(
             tomllib.loads(resources.files("emulator").joinpath("costs.toml").read_text("utf-8"))
@@ -122,7 +122,7 @@ def load_costs(path: Path | None = None, base: Costs | None = None) -> Costs:
 
 
 def charge(costs: Costs, item: str, group: Group, events: int, *charged: str) -> CycleLine:
-    """Return the line of an item: each of its events is charged these entries of the table."""
+    """Return the line of an item: each of its events costs the sum of these entries of the table."""
     entries: list[Cost] = [getattr(costs, name) for name in charged]
     source = "; ".join(dict.fromkeys(entry.source for entry in entries))
     return CycleLine(item, group, events, charged, sum(entry.cycles for entry in entries), source)

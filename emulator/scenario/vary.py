@@ -1,4 +1,4 @@
-"""A scenario with single values replaced, by the keys of its file: `vm.count`, `host.unmap`, `pcpus`."""
+"""Replace single values of a scenario, named by the keys of its file: `vm.count`, `host.unmap`, `pcpus`."""
 
 from __future__ import annotations
 
@@ -40,7 +40,7 @@ def _value(text: str) -> Value:
 
 
 def varied(scenario: Scenario, values: Mapping[str, Value]) -> Scenario:
-    """Return the scenario with these values, a `vm.` key's in each kind of VM.  Raises BadInput."""
+    """Return the scenario with these values, that of a `vm.` key in each kind of VM.  Raises BadInput."""
     contents = scenario.model_dump()
     for key, value in values.items():
         if key == SCALED:

@@ -1,4 +1,4 @@
-"""The documents as pydantic models.  A document's first key has its version, which changes with a key."""
+"""The documents as pydantic models.  A document's first key has its version, which changes if a key does."""
 
 from __future__ import annotations
 

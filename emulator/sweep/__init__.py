@@ -1,1 +1,1 @@
-"""Sweeps: comparisons over a grid of scenarios, in units that are run once and kept."""
+"""Sweeps: comparisons over a grid of scenarios, in units of work that run once and keep their results."""

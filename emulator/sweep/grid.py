@@ -1,4 +1,4 @@
-"""The grid of a sweep: its units of work in order, each with a key that says everything it depends on."""
+"""The grid of a sweep: its units of work in order, each with a key made of everything that it depends on."""
 
 from __future__ import annotations
 
@@ -32,7 +32,7 @@ class Unit:
     scenario: str
     point: tuple[tuple[str, Value], ...]
     policy: str
-    name: str  # of the policy in verdicts
+    name: str  # the policy's name in verdicts
     seed: int
     duration: float | None
     pcpus: int | None = None
@@ -40,7 +40,7 @@ class Unit:
     costs: Path | None = None
     chaos: int = 0
     unbounded: bool = False
-    number: int = 0  # in the order of the grid
+    number: int = 0  # its place in the order of the grid
     key: str = ""
 
     def shape(self) -> Scenario:
@@ -54,7 +54,8 @@ class Unit:
 class Grid:
     """A grid: each combination of the varied values, each policy, each repetition.
 
-    `policies`: loaded ones by their spelling, the baseline first.  Repetition n has the seed + n.
+    `policies`: each policy as the user spells it, and loaded; the baseline first.  Repetition n has the seed
+    `seed` + n.
     """
 
     scenario: str

@@ -1,4 +1,4 @@
-"""A figure over repetitions: its median, how far chance moves it, and whether the baseline's is another."""
+"""A figure over repetitions: its median and interval, and a test of its difference from the baseline's."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from statistics import median
 from typing import Final
 
 CONFIDENCE: Final = 0.95
-# Above it a difference is not told from noise.
+# A difference with a p-value above this one may be noise.
 SIGNIFICANT: Final = 0.05
 # With fewer runs of each side no difference can be significant: 2 / C(2n, n) is above SIGNIFICANT.
 LEAST_RUNS: Final = 4

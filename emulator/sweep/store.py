@@ -1,4 +1,4 @@
-"""The store of a sweep: a file of JSON lines, a unit's result in each, written as soon as it is there.
+"""The store of a sweep: a file of JSON lines, one for each unit, written as soon as the unit has run.
 
 A process that is killed leaves at most a last line without its end, which the next one drops.  One process
 writes a store at a time; shards have stores of their own, which `flushlab merge` joins.
@@ -22,9 +22,9 @@ _FIELDS: Final[dict[str, type]] = {
     "key": str, "number": int, "scenario": str, "point": dict, "policy": str, "seed": int,
     "verdict": str, "values": dict,
 }  # fmt: skip
-# Each line does, see as_line().
+# Each line of a store begins so, see as_line().
 _BEGINS: Final = '{"flushlab_sweep":'
-# Bytes of a store.
+# The most bytes that a store may have.
 _MOST: Final = 1 << 30
 
 
@@ -81,7 +81,7 @@ class Store:
             self._file.close()
 
     def add(self, record: Record) -> None:
-        """Keep a record.  It is in the file when this returns."""
+        """Keep a record.  When this returns, the record is in the file."""
         self.records[str(record["key"])] = record
         if self._file is not None:
             self._file.line(as_line(record))
@@ -92,9 +92,9 @@ def as_line(record: Record) -> str:
 
 
 def merged(paths: Iterable[Path]) -> list[Record]:
-    """Return the records of several stores, in one order for all divisions into shards.
+    """Return the records of several stores, in an order that does not depend on the division into shards.
 
-    A unit that two stores have comes from the first.
+    If two stores have a unit, its record comes from the first.
     """
     found: dict[str, Record] = {}
     for path in paths:

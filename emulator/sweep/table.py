@@ -67,7 +67,7 @@ class Swept:
             point = tuple(record["point"].items())
             groups.setdefault(point, {}).setdefault(record["policy"], []).append(record)
         for point, policies in groups.items():
-            # A figure that a run does not have is a count of zero.
+            # If a run lacks a figure, nothing was counted for it: it is zero.
             values = {
                 name: [float(run["values"].get(figure, 0.0)) for run in runs]
                 for name, runs in policies.items()
@@ -102,7 +102,7 @@ class Swept:
     # --- files ------------------------------------------------------------------------------------------
 
     def rows(self) -> list[dict[str, Any]]:
-        """Return a row for each run, with equal columns."""
+        """Return a row for each run; all rows have the same columns."""
         figures, keys = self.figures, self.keys
         return [
             {

@@ -52,7 +52,8 @@ def run_unit(unit: Unit) -> Record | None:
 
 
 def in_processes(units: Sequence[Unit], jobs: int) -> Iterator[Record]:
-    """Yield the records as they come, from `jobs` processes.  After a signal those that are done."""
+    """Yield the records in the order in which `jobs` processes complete them; after a signal, those that are
+    complete."""
     with ProcessPool(min(jobs, max(len(units), 1))) as pool:
         for future in pool.completed([pool.submit(run_unit, unit) for unit in units]):
             record = future.result()

@@ -62,7 +62,7 @@ class Interval:
         return max(self.now.at - self.before.at, 1e-9)
 
     def grown(self, name: str, *labels: str) -> dict[tuple[str, ...], float]:
-        """Return the growth of a counter by label.  A counter that is lower than before began anew."""
+        """Return the growth of a counter by label.  If a counter is lower than before, it has begun anew."""
         before, now = self.before.by(name, *labels), self.now.by(name, *labels)
         return {
             key: value - before.get(key, 0.0) if value >= before.get(key, 0.0) else value
@@ -103,7 +103,7 @@ def parse(text: str, at: float) -> Sample:
 
 
 def scrape(host: str, port: int) -> Sample:
-    """Scrape a service, not through a proxy; raise NoService if that fails."""
+    """Scrape a service, without a proxy; raise NoService if that fails."""
     connection = HTTPConnection(host, port, timeout=_TIMEOUT)
     try:
         connection.request("GET", "/metrics")

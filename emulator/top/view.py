@@ -51,7 +51,7 @@ class View:
         self._found: deque[str] = deque(maxlen=_SHOWN)
 
     def draw(self, interval: Interval, *, lines: int = 0) -> RenderableType:
-        """Return the view; a screen of so many lines has no more rows of VMs and pCPUs (0: all)."""
+        """Return the view.  lines: the lines of the screen, which limit the rows of VMs and pCPUs; 0: all."""
         self._note(interval)
         rows = max(4, (lines - 24) // 2) if lines else 1 << 20
         return Group(
