@@ -112,8 +112,8 @@ class L2Exit(VmxOp):
 class L2Apic(GuestOp):
     verb = "l2-apic"
     doc = (
-        "L2 writes to linear PAGE, which is the APIC-access page of its VMCS12 (vmwrite-apic): an exit to "
-        "L1, as `l2-exit`."
+        "L2 writes to linear PAGE, which is the APIC-access page of its VMCS12 (vmwrite-apic), and so exits "
+        "to L1, as with `l2-exit`."
     )
     args = (Arg("page", "page"),)
     exits = True
@@ -143,8 +143,8 @@ _EPT12 = Arg("ept12", "count", most=lib.EPT12S)
 class VmwriteEptp(VmxOp):
     verb = "vmwrite-eptp"
     doc = (
-        "L1 writes the EPTP of its EPT of that number into the current VMCS12 and sets the control `enable "
-        "EPT`; 0 clears the control. ad: with accessed and dirty flags."
+        "L1 writes the EPTP of its EPT number EPT12 into the current VMCS12 and sets the control `enable "
+        "EPT`; 0 clears the control. ad: the EPTP enables accessed and dirty flags."
     )
     args = (Arg("ept12", "number", most=lib.EPT12S),)
     words = ("ad",)
@@ -157,7 +157,7 @@ class VmwriteEptp(VmxOp):
 
 class Invept(VmxOp):
     verb = "invept"
-    doc = "L1 executes INVEPT of TYPE 1 (its EPT of that number) or 2 (all)."
+    doc = "L1 executes INVEPT of TYPE 1 (its EPT number EPT12) or 2 (all its EPTs)."
     args = (Arg("type", "count", most=2), Arg("ept12", "number", 0, lib.EPT12S))
     insn = "invept"
 
@@ -196,7 +196,7 @@ class Ept12Unmap(_Ept12Op):
     verb = "ept12-unmap"
     doc = (
         "L1 clears the entry for PAGE of L2's guest-physical memory in an EPT, without an invalidation. "
-        "table: the entry of the table that maps PAGE's 2 MiB."
+        "table: the entry that links the table of PAGE's 2 MiB."
     )
     args = (_EPT12, Arg("page", "page"))
     words = ("table",)
