@@ -17,8 +17,8 @@ COMMON_POINTS: Final[tuple[DecisionPoint, ...]] = (
         proposed={
             "active-roots": "INVEPT single-context on the vCPU's current and previous roots.",
             "root-tlb-gen": (
-                "INVEPT single-context on each current or previous root of the vCPU, if its generation has "
-                "advanced since this pCPU last flushed it, possibly for another vCPU."
+                "INVEPT single-context on each current or previous root of the vCPU, if the root's "
+                "generation has advanced since this pCPU last flushed the root, even for another vCPU."
             ),
         },
         wrong={

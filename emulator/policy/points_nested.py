@@ -34,7 +34,9 @@ NESTED_POINTS: Final[tuple[DecisionPoint, ...]] = (
                 "The vCPU drops its roots that shadow the EPT; the next entry of L2 loads a root, which "
                 "syncs and flushes."
             ),
-            "free-roots-and-flush": "Also INVEPT single-context for each such root at once.",
+            "free-roots-and-flush": (
+                "The vCPU executes INVEPT single-context for each root that shadows the EPT, and drops it."
+            ),
         },
         wrong={
             "none": "Nothing: L2 may go on using mappings that L1 has removed from its EPT.",
