@@ -19,7 +19,7 @@ from emulator.policy import Policy
 from native import lib
 from native.reader import CounterReader
 
-# Ordered steps: the price that counts for doing a step twice, which may be idle the second time.
+# The number of ordered steps.  Doing a step twice costs a step, even if the second one has no effect.
 STEPS: Final = "steps"
 # Counters of a VM that are prices: flushes, kicks, requests, loads of roots, retries, yields.
 _PRICES: Final = {
@@ -35,7 +35,7 @@ _PRICES: Final = {
     "faults": "FAULTS",
     "retries": "FAULT_RETRIES",
 }
-# Counters of the machine that are prices, too.
+# Counters of the machine that are prices.
 _MACHINES_PRICES: Final = {
     "IPIs": "ipis_sent",
     "interruptions": "interruptions",
@@ -46,7 +46,7 @@ _MACHINES_PRICES: Final = {
 }
 _INSTRUCTIONS: Final = "flush instructions"
 PRICES: Final = (*_PRICES, *_MACHINES_PRICES, _INSTRUCTIONS, STEPS)
-# Prices that are no events: what guests and walks do, which depends on when the events of others come.
+# Prices that are no events of KVM's: the work of guests and walks, which depends on when events come.
 WORK: Final = frozenset({"faults", "retries", "walk references", "SPTEs mapped", STEPS})
 # Other counters of a VM, and of the machine: events of KVM, of the guest and of the hardware, but neither the
 # TLB's accounts nor the oracle's.

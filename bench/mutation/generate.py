@@ -214,9 +214,9 @@ def _check_names(found: Sequence[Mutant]) -> None:
 def sample(found: Sequence[Mutant], n: int, seed: int) -> list[Mutant]:
     """Return n of the mutants.  A larger sample of one seed contains the smaller ones.
 
-    Each rule's mutants of each function are drawn in proportion: of m in all, the k-th by a hash of its name
-    comes at (k + u) / m, and u is the pair's own, from a hash, too.  A mutant that is added or goes therefore
-    leaves those of other rules and functions where they were.
+    The sample has a proportional share of each pair of a rule and a function.  Of the pair's m mutants,
+    ordered by a hash of their names, the k-th has the place (k + u) / m, where u is a hash of the pair; the
+    sample is the n first places.  So a mutant that is added or removed changes no places of other pairs.
     """
 
     def at(text: str) -> float:

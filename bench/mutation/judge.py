@@ -54,9 +54,9 @@ UNREACHED: Final = "unreached"
 SURVIVED: Final = "survived"
 UNDECIDED: Final = "undecided"
 CLASSES: Final = (CAUGHT, BROKEN, EQUIVALENT, COST_ONLY, UNREACHED, SURVIVED, UNDECIDED)
-# The kind of a catch: executions that do not come to an end, where they did before.
+# The kind of a catch by executions that do not end, although they did with KVM's code as it is.
 ENDLESS: Final = "endless"
-# ... and of one by counts alone.
+# The kind of a catch by the counts of an execution alone.
 COUNTS: Final = "counts"
 
 # Executions on real threads.
@@ -72,7 +72,7 @@ _ADDS: Final = (
 NOTHING_SHOWN: Final = Shown("", (), 0)
 # Python's own errors: the mutated statement cannot be executed.
 _PYTHONS: Final = (NameError, TypeError, AttributeError)
-# ... and those that a mutant causes.
+# All errors that a mutant may raise.
 _CRASHES: Final = (*_PYTHONS, BadInput, ValueError, LookupError, ArithmeticError, RuntimeError, Divergence)
 
 
@@ -100,7 +100,7 @@ THOROUGH: Final = Depth()
 FAIR: Final = Depth(at_once=10, first_looks=8, second_looks=2, of_a_preset=1, long_others=4, stressed=0)
 # Under the default preset only, and explored only.
 QUICK: Final = Depth(first_looks=16, second_looks=8, of_a_preset=0, long_others=0, stressed=0)
-# ... and without second looks: a lower bound, for machines that are busy with other work.
+# As QUICK, but without second looks: a lower bound of the catches, for machines that are busy otherwise.
 BRIEF: Final = Depth(first_looks=16, second_looks=0, of_a_preset=0, long_others=0, stressed=0, few=0)
 
 
@@ -244,7 +244,7 @@ def looks(reaching: Sequence[Known], depth: Depth) -> Iterator[Look]:
 def _glance(one: Known) -> int:
     """Return the executions of the first look at a pair: all, if a few more than a glance prove it.
 
-    In a glance alone, a test with a precondition that no execution meets any more would catch nothing.
+    A mutant may keep every execution from the test's precondition, which only a complete search shows.
     """
     whole = one.shown.complete and GLANCE < one.shown.executions <= FIRST
     return FIRST if whole else GLANCE
@@ -280,7 +280,7 @@ def _explored(mutant: Mutant, look: Look, before: int) -> tuple[Shown, Judgement
 
 
 def _crashed(mutant: Mutant, by: str, pair: Pair, before: int, error: Exception) -> Judgement:
-    """Judge a mutant whose code raises: no suite is needed to notice an error of Python's own."""
+    """Judge a mutant with code that raises.  It is broken if the error is Python's own."""
     verdict = BROKEN if by == "explore" and isinstance(error, _PYTHONS) else CAUGHT
     return Judgement(mutant.name, verdict, by, str(pair), "crash", before + 1, _text(error))
 

@@ -20,12 +20,12 @@ from typing import Any, Final, TypeVar
 
 T = TypeVar("T")
 
-# Seconds without a word until a child counts as hung: of CPU time, far beyond the longest look at one pair,
-# and of sleep of all its threads, each of which waits for another one then.  A child that waits for a pCPU of
-# a busy machine, or that is stopped, does neither.
+# A child counts as hung if, since its last word, it has used BURNED seconds of CPU time, far more than the
+# longest look at one pair takes, or if all its threads have slept for ASLEEP seconds: then each waits for
+# another one.  A child that waits for a CPU of a busy machine, or that is stopped, does neither.
 BURNED: Final = 40.0
 ASLEEP: Final = 120.0
-# Most seconds of sleep that are seen at once: the whole machine may have been stopped meanwhile.
+# The most seconds of sleep that one look may add, because the whole machine may have been stopped meanwhile.
 _LOOK: Final = 2.0
 _MEMORY: Final = 4 << 30
 
@@ -40,8 +40,11 @@ class Lost:
 
 @dataclass(slots=True)
 class _Child:
-    """burned: the CPU seconds until its last word.  cpu, at: those at the last look, and its time.  asleep:
-    the seconds of sleep since it was last seen awake."""
+    """A process that does a piece of work.
+
+    burned: the CPU seconds that it had used at its last word.  cpu, at: the CPU seconds at the last look, and
+    the time of that look.  asleep: the seconds for which it has slept since it was last seen awake.
+    """
 
     number: int
     process: Any
@@ -53,7 +56,7 @@ class _Child:
     asleep: float = 0.0
 
     def hears(self) -> None:
-        """Begin to count anew: the child has said a word."""
+        """Note that the child has said a word: count from zero again."""
         self.burned, self.asleep = _cpu_seconds(self.process.pid), 0.0
 
     def hangs(self) -> bool:

@@ -39,9 +39,9 @@ SECOND: Final = 200
 OTHER: Final = 20
 # Executions under another preset with KVM's code as it is.
 _COVERAGE: Final = OTHER
-# The end of a look that is all pruned runs: so many runs, ended or pruned, for each execution, and a few.
+# A look ends after so many runs, complete or pruned, for each execution that it may have and for FIRST more.
 RUNS: Final = 25
-# Most seconds of CPU time for one pair.  A look that they cut short leaves its mutant undecided.
+# The most seconds of CPU time for one pair.  A look that is cut short by them leaves its mutant undecided.
 PATIENCE: Final = 20.0
 
 _CHOICES: Final = {
@@ -108,8 +108,8 @@ class Shown:
 
 @dataclass(slots=True)
 class Budget:
-    """The end of a look at a pair, whatever else the machine does meanwhile: runs, which depend on the code
-    alone, and as a last resort the CPU time of this process."""
+    """Ends a look at a pair after a number of runs, which depends on the code alone, and not on the machine's
+    load; as a last resort, after some CPU time of this process."""
 
     runs: int
     seconds: float
