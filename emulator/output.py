@@ -113,8 +113,8 @@ class Appending:
         whole = text.rfind(b"\n") + 1
         size = min(len(begins), len(text) - whole)
         if text[whole:][:size] != begins.encode()[:size]:
-            found = "its last line has no end and is none of ours"
-            raise Unwritable(f"{self._where} {self._path}".strip(), found, "a new file, or one written so")
+            found = "its last line has no end, and flushlab has not written it"
+            raise Unwritable(f"{self._where} {self._path}".strip(), found, "a new file, or one of flushlab's")
         os.ftruncate(self._descriptor, whole)
 
     def line(self, text: str) -> None:

@@ -74,7 +74,7 @@ def _again(host: str, port: int) -> Sample:
     try:
         return scrape(host, port)
     except NoService as error:
-        raise BadInput(f"ADDRESS {host}:{port}", str(error), "a service that goes on running") from None
+        raise BadInput(f"ADDRESS {host}:{port}", str(error), "a service that answers twice") from None
 
 
 def _wait(seconds: float) -> None:

@@ -175,7 +175,7 @@ class Builder:
     def _fault(self, event: Event) -> None:
         found = _ADDRESS.search(event.fields)
         if found is None or event.tid not in self._cpu:
-            self.left_out["page faults without an address, or before the first entry"] += 1
+            self.left_out["page faults without an address, or before the vCPU's first entry"] += 1
             return
         vm, number = self._tasks[event.tid]
         verb = "write" if int(found[2], 16) & _WRITE else "read"

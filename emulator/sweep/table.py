@@ -197,7 +197,7 @@ def _notes(swept: Swept, figures: Sequence[str]) -> Iterator[str]:
         if figure not in known and swept.records:
             yield f"no run has the figure {figure}; there are: {', '.join(swept.figures)}"
     if not swept.records:
-        yield "no run is there"
+        yield "there are no runs"
         return
     yield (
         f"Median over the runs, its {CONFIDENCE:.0%} bootstrap interval, the ratio to {swept.policies[0]}, "
@@ -206,7 +206,7 @@ def _notes(swept: Swept, figures: Sequence[str]) -> Iterator[str]:
     if not has_scipy():
         yield "No intervals and tests: scipy is not installed (pip install 'flushlab[data]')."
     elif any(cell.estimate.runs < LEAST_RUNS for cell in swept.cells(figures[0])):
-        yield f"Fewer than {LEAST_RUNS} runs tell no ratio from noise: a p-value takes --repeat {LEAST_RUNS}."
+        yield f"With fewer than {LEAST_RUNS} runs every ratio may be noise: use --repeat {LEAST_RUNS}."
 
 
 def _verdict(records: Sequence[Record]) -> str:

@@ -96,7 +96,7 @@ def parse(text: str, at: float) -> Sample:
                     name = one.name.removeprefix(_PREFIX)
                     values.setdefault(name, {})[frozenset(one.labels.items())] = float(one.value)
     except (ValueError, KeyError, IndexError) as error:
-        raise NoService(f"its answer is no metrics ({error})") from error
+        raise NoService(f"its answer has no metrics ({error})") from error
     if "build_info" not in values:
         raise NoService("its metrics are not those of flushlab")
     return Sample(at, values)

@@ -100,7 +100,7 @@ def _table(*heads: str) -> Table:
 
 
 def _totals(interval: Interval) -> Table:
-    table = _table("a second", "", "", "")
+    table = _table("per second", "", "", "")
     cells = [(label, short(interval.rate(name))) for label, name in _TOTALS]
     for left, right in zip(cells[::2], cells[1::2], strict=True):
         table.add_row(left[0], left[1], right[0], right[1])
@@ -108,7 +108,7 @@ def _totals(interval: Interval) -> Table:
 
 
 def _per(interval: Interval, label: str, head: str, columns: tuple[tuple[str, str], ...], rows: int) -> Table:
-    table = _table(f"{head}, a second", *(name for name, _ in columns))
+    table = _table(f"{head}, per second", *(name for name, _ in columns))
     rates = [interval.rates(metric, label) for _, metric in columns]
     keys = sorted({key for each in rates for key in each}, key=lambda key: (len(key[0]), key))
     for key in keys[:rows]:
@@ -119,7 +119,7 @@ def _per(interval: Interval, label: str, head: str, columns: tuple[tuple[str, st
 
 
 def _flushes(interval: Interval) -> Table:
-    table = _table("flushes, a second", "for", "flushes", "necessary")
+    table = _table("flushes per second", "for", "flushes", "necessary")
     rates = interval.rates("tlb_flushes_total", "scope", "reason")
     necessary = interval.rates("tlb_flushes_necessary_total", "scope", "reason")
     for key, rate in sorted(rates.items(), key=lambda item: -item[1]):

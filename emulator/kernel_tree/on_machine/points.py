@@ -21,7 +21,7 @@ _WITH_KERNEL: Final = "with --kernel, answers to other points"
 def check_policy_for_tree(policy: Policy) -> None:
     """Raise BadInput if the policy decides what the tree's own code decides."""
     if policy.patch is not None:
-        found = f"{policy.name} patches the model's code, of which the tree's takes the place"
+        found = f"{policy.name} patches the model's code, which the tree's code replaces"
         raise BadInput("--policy", found, "with --kernel, a policy without a patch")
     kernels = [one.answers() for name, one in PRESETS.items() if name.startswith("linux-")]
     answers = policy.answers()
@@ -37,5 +37,5 @@ def check_policy_for_tree(policy: Policy) -> None:
     heard = policy.heard()
     for moment in _OWN_MOMENTS:
         if getattr(heard, moment) is not None:
-            found = f"{policy.name} hears of {moment}, which is inside of the tree's own code"
-            raise BadInput("--policy", found, "with --kernel, a policy of other moments")
+            found = f"{policy.name} hears of {moment}, a moment inside the tree's own code"
+            raise BadInput("--policy", found, "with --kernel, a policy that hears of other moments")

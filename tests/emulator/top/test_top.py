@@ -176,7 +176,7 @@ def test_a_real_service_in_a_pipe_and_in_a_terminal(
         os.close(slave)
         try:
             until(master, "violations: ")
-            until(master, "flushes, a second")
+            until(master, "flushes per second")
             # The service ends, and the view says so and goes on.
             process.send_signal(signal.SIGTERM)
             until(master, "still trying (Ctrl-C ends)")
