@@ -214,7 +214,7 @@ def _seed(seed: int | None) -> int:
 
 @contextmanager
 def _quiet() -> Iterator[None]:
-    """Keep the emulator's log lines from the program's standard error; the result tells what they tell."""
+    """Keep the emulator's log lines off the program's standard error: the result has the same findings."""
     logger.disable("emulator")
     try:
         yield

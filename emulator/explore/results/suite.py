@@ -31,7 +31,7 @@ def stop_of(work: Work) -> Stop:
 
 
 def explore_one(work: Work, jobs: int = 1, told: Told = lambda runs: None) -> Verdict:
-    """Explore one test under one policy.  told: called with the number of further runs."""
+    """Explore one test under one policy.  told: called with the number of runs since the call before."""
     policy = named_policy(work.policy)
     verdict = explore_verdict(work.test, policy, work.plan, stop_of(work), jobs, told=told)
     verdict.policy = work.policy

@@ -133,7 +133,7 @@ void shim_say(const char *format, ...) __attribute__((format(printf, 1, 2)));
 #define pr_info(...) do { } while (0)
 #define pr_debug(...) do { } while (0)
 
-/* --- accesses to memory: each one to an SPTE is told ------------------------------------------------------------- */
+/* --- accesses to memory: those to SPTEs call shim_reads() and shim_stores() -------------------------------------- */
 void shim_reads(const volatile void *p);
 /* Store to an SPTE, and return true.  Return false if p is no SPTE, or if the caller has to store the value. */
 bool shim_stores(volatile void *p, u64 value);
