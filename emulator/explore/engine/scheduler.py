@@ -267,6 +267,9 @@ class Execution:
         (as with await statements; cf. spin loops in stateless model checkers).  Reads of earlier iterations
         do not matter, because this one has ended as they did.
 
+        It requires that each iteration ends here: a loop in which another loop waits forgets its reads before
+        that wait, and may seem to deadlock.
+
         rests: the next iteration uses no local variable with a value that the task has read so far.
         """
         task = self.current
