@@ -9,7 +9,8 @@ from __future__ import annotations
 
 import time
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from typing import Final
 
 from emulator.actors.task import VcpuTask
 from emulator.explain.document import VMM
@@ -90,6 +91,9 @@ class Alone:
     name: str
     what: str
     since: float
+
+# Exits that no execution has.
+_NEVER: Final = 1 << 62
 
 
 class Harness:
@@ -184,8 +188,6 @@ class Harness:
             prefetch=KvmParams().prefetch if section.prefetch else 0,
             chunk=section.chunk,
             single=self.single,
-            # Explored code has no time, so no timer tick: a vCPU that faults again is in its former state.
-            exits_per_tick=1 << 62 if self.single else KvmParams().exits_per_tick,
             resched_chunks=section.resched_chunks,
             eager_page_split=section.eager_page_split,
             mmu_pages=section.mmu_pages,
@@ -235,12 +237,25 @@ class Harness:
         self._run_sequence(self._final)
 
     def _run_sequence(self, sequence: list[tuple[LitmusThread, tuple[Op, ...]]]) -> None:
+        self._tick(KvmParams().exits_per_tick)
         for thread, ops in sequence:
             self.alone = Alone(thread.name, "; ".join(op.text for op in ops), time.monotonic())
             thread.enter_pcpu()
             thread.do(ops, report=False)
             thread.leave_pcpu()
         self.alone = None
+        if self.single:
+            self._tick(_NEVER)
+
+    def _tick(self, exits: int) -> None:
+        """Set after how many exits the timer ticks.
+
+        It never does in explored code, which has no time: a vCPU that faults again is in its former state.
+        An operation of `init` or `final` runs by itself, where only the tick shows that it never ends.
+        """
+        for kvm in self.kvms:
+            if kvm.params.exits_per_tick != exits:
+                kvm.params = replace(kvm.params, exits_per_tick=exits)
 
     def end_migrations(self) -> None:
         """End the live migrations of VMs that still log, after all threads and `final`, with paused VMs."""
