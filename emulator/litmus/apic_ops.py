@@ -5,7 +5,7 @@ Its registers are at the guest-physical page behind memslot 0: at page 0x800 of 
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Final
+from typing import TYPE_CHECKING
 
 from emulator.errors import shown
 from emulator.kvm.kvm_host import LAPIC_MODE_DISABLED, LAPIC_MODE_X2APIC, LAPIC_MODE_XAPIC
@@ -14,8 +14,6 @@ from emulator.litmus.syntax import Arg, Context, GuestOp, Instruction, Op, OpErr
 
 if TYPE_CHECKING:
     from emulator.litmus.model import LitmusTest
-
-MODES: Final = (LAPIC_MODE_DISABLED, LAPIC_MODE_XAPIC, LAPIC_MODE_X2APIC)
 
 
 class _ApicAccess(GuestOp):
@@ -48,8 +46,9 @@ class ApicMode(VcpuOp):
     args = (Arg("mode", "name"),)
 
     def check(self, test: LitmusTest, thread: str) -> None:
-        if self.name("mode") not in MODES:
-            raise OpError(shown(self.text), f"{self.verb} {'|'.join(MODES)}")
+        modes = (LAPIC_MODE_DISABLED, LAPIC_MODE_XAPIC, LAPIC_MODE_X2APIC)
+        if self.name("mode") not in modes:
+            raise OpError(shown(self.text), f"{self.verb} {'|'.join(modes)}")
 
     def run(self, context: Context) -> None:
         kvm_apic_set_base(context.cpu, context.vcpu, self.name("mode"))

@@ -48,7 +48,6 @@ from native.types import Gfn, Level, SpteIndex, WordIndex, span
 
 # The most findings of one execution that a report has.
 _MOST = 3
-_RIGHTS = ACC_WRITE_MASK | ACC_EXEC_MASK | ACC_USER_MASK
 
 
 def audited(machine: Machine, kvms: Iterable[Kvm]) -> str:
@@ -133,7 +132,8 @@ class _ShadowAudit:
             yield f"entry {index} of {sp!r} maps gfn {gfn:#x}, which is in no memslot"
             return
         mapped[slot.as_id, level, gfn & -kvm_pages_per_hpage(level), sptep] += 1
-        more = spte & _RIGHTS & ~sp.get_access(index)
+        rights = ACC_WRITE_MASK | ACC_EXEC_MASK | ACC_USER_MASK
+        more = spte & rights & ~sp.get_access(index)
         if more:
             yield f"entry {index} of {sp!r} has rights {more:#x} that its walk of the guest's tables had not"
         if (

@@ -211,6 +211,8 @@ def reached(objects: dict[int, str], modules: dict[str, ModuleType]) -> Iterator
             continue
         if isinstance(obj, ModuleType) and obj.__name__.partition(".")[0] not in ("emulator", "metrics"):
             continue
+        if isinstance(obj, ModuleType) and obj.__name__.startswith("emulator.kernel_tree"):
+            continue  # it is used with shipped code alone: --kernel refuses patches
         name = obj.__qualname__ if type(obj) in (FunctionType, type) else type(obj).__name__  # type: ignore
         pending += [(one, (*way, name)) for one in gc.get_referents(obj)]
 
