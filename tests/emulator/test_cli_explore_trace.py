@@ -67,7 +67,7 @@ def test_the_execution_that_reaches_the_window(tmp_path: Path, capsys: pytest.Ca
 
 @pytest.mark.slow
 def test_what_is_not_reached_is_said(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    options = [written(tmp_path), "--trace", "--reach", "slot-retries", "--executions", "300"]
+    options = [written(tmp_path), "--trace", "--reach", "slot-retries", "--executions", "50"]
     out = " ".join(shown(capsys, *options, status=1).split())
     assert out.startswith("race under linux-7.3: no execution reaches slot-retries with up to ")
     assert out.endswith(" interleavings altogether (not all, --executions were done)")

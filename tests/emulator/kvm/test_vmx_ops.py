@@ -43,7 +43,7 @@ def test_invvpid(rig: Rig) -> None:
 @pytest.mark.parametrize(
     ("edit", "said"),
     [
-        (("VMX_EPTP_MT_WB | levels | VMX", "VMX_EPTP_MT_WB | VMX"), "invept failed: ext=0x1 eptp=0x1046"),
+        (("VMX_EPTP_MT_WB | levels | ad", "VMX_EPTP_MT_WB | ad"), "invept failed: ext=0x1 eptp=0x1046"),
         (
             (
                 "    invvpid_single_context(cpu, kvm, vpid, reason)\n",

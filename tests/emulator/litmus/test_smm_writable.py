@@ -50,9 +50,9 @@ BOTH_SPACES = """
 +++ b/emulator/kvm/mmu/page_track.py
 @@ -91,4 +91,5 @@
      kvm_mmu_gfn_disallow_lpage(slot, sp.gfn)
--    if shadow_gfn_write_protect(cpu, kvm, slot, sp.gfn, PG_LEVEL_4K):
+-    if kvm_mmu_slot_gfn_write_protect(cpu, kvm, slot, sp.gfn, PG_LEVEL_4K):
 +    both = slots_of_gfn(kvm, slot, sp.gfn)
-+    if any([shadow_gfn_write_protect(cpu, kvm, one, sp.gfn, PG_LEVEL_4K) for one in both]):
++    if any([kvm_mmu_slot_gfn_write_protect(cpu, kvm, one, sp.gfn, PG_LEVEL_4K) for one in both]):
          kvm_flush_remote_tlbs(cpu, kvm, lib.REASON_REMOTE_PROTECT)
      stores_exit(cpu, kvm, sp.gfn)
 """
