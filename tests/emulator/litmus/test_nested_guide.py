@@ -62,3 +62,29 @@ def test_a_row_of_the_table(row: list[str]) -> None:
         assert flushes(test, 3, policy) - flushes(test, 1, policy) == 2 * int(each)
     # Where L1 and L2 share a root the flush of before 5.5 is needed.
     assert verdict(test, shared_root.with_settings(BEFORE, "shared root, before 5.5")) == due
+
+
+def migrations() -> list[tuple[str, str, str]]:
+    """Return test, policy and verdict of each cell of the second table."""
+    text = page("nested").partition("## A migration")[2].partition("## ")[0]
+    lines = [
+        [cell.strip() for cell in line.strip("|").split("|")] for line in text.splitlines() if "|" in line
+    ]
+    head, _, *body = lines
+    found = []
+    for name, *cells in body:
+        test, _, answer = name.replace("`", "").partition(" with ")
+        found += [
+            (test, f"{policy}+{answer}".rstrip("+"), cell)
+            for policy, cell in zip(head[1:], cells, strict=True)
+        ]
+    return found
+
+
+def test_the_second_table_has_every_policy() -> None:
+    assert len(migrations()) == 30
+
+
+@pytest.mark.parametrize(("test", "policy", "due"), migrations())
+def test_a_migration_with_both_levels_active(test: str, policy: str, due: str) -> None:
+    assert verdict(test, named_policy(policy)) == due
