@@ -42,7 +42,10 @@ class Use(StrEnum):
 # The files of the shim.  The first is compiled in one unit with the tree's files, behind them; the others are
 # compiled on their own; then come the headers.
 _BEHIND: Final = {Use.COMPARED: "glue.c", Use.MACHINE: "calls.c"}
-_ALONE: Final = {Use.COMPARED: ("shim.c",), Use.MACHINE: ("machine.c", "steps.c", "crash.c")}
+_ALONE: Final = {
+    Use.COMPARED: ("shim.c",),
+    Use.MACHINE: ("machine.c", "objects.c", "sptes.c", "sync.c", "kvm.c", "steps.c", "crash.c"),
+}
 _SHIM: Final = {
     Use.COMPARED: ("linux.h", "api.h", "shim.h"),
     Use.MACHINE: ("linux.h", "machine.h", "machine_internal.h"),

@@ -1,10 +1,15 @@
-/* Shared by machine.c and calls.c. */
+/* Shared by the files of the shim that runs on the machine. */
 #ifndef FLUSHLAB_MACHINE_INTERNAL_H
 #define FLUSHLAB_MACHINE_INTERNAL_H
 
 #include "machine.h"
 
 #include <setjmp.h>
+
+/* A physical address: the frame's number, and above it the tag of its life or the custody of a leaf. */
+enum { HFN_BITS = 24, HFN_MASK = (1 << HFN_BITS) - 1, TAG_MASK = 0x7fff };
+/* Bits of an SPTE. */
+enum { WRITABLE = 2, RWX = 7, LEAF = 128 };
 
 enum operation { OPERATION_OTHER, OPERATION_FAULT, OPERATION_ALLOC_ROOT, OPERATION_SPLIT, OPERATION_RECOVER };
 
@@ -52,6 +57,21 @@ void shim_give_up(int error) __attribute__((noreturn));
 struct shim_cpu *shim_cpu_of(unsigned int cpu);
 int shim_attach(const struct tree_core *core, unsigned int object_size, int report_fd);
 void shim_catch_crashes(int report_fd);
+/* Call Python, which gives the operation up if it returns an error. */
+int shim_python(unsigned int what, u64 a, u64 b, const char *text);
+/* Tell an ordering point, if the machine has a hook for them. */
+void shim_point(unsigned int kind, bool write);
+void shim_finding(unsigned int kind, const char *file, int line, const char *what);
+/* Release mmu_lock, held for reading or writing as `how` says. */
+void shim_release(unsigned int how);
+/* Return whether the address lies in the machine's frames, and the frame's number. */
+bool shim_in_frames(const volatile void *p, unsigned int *hfn);
+/* Return whether the frame is a table of the tree's; and the shadow page of that table. */
+bool shim_table_lives(unsigned int hfn);
+void *shim_table_sp(unsigned int hfn);
+/* In objects.c: make room for the objects; false if there is none. */
+bool shim_make_objects(void);
+extern spinlock_t shim_objects_lock;
 /* In steps.c: note a step of the tree's code. */
 void shim_step(unsigned int kind, u64 gfn, u64 npages);
 /* The address at which the object is loaded. */

@@ -1,0 +1,83 @@
+/* The rest of KVM that a tree's TDP MMU calls.  This file includes no prototypes of the tree's, because versions differ in
+ * them. */
+#include "linux.h"
+#include "machine_internal.h"
+#include "tree.h"
+
+static void flush(unsigned int what, u64 a, u64 b)
+{
+	bool pending = here->unflushed;
+
+	shim_python(what, a, b, NULL);
+	shim_step(STEP_FLUSHED, a, b);
+	here->unflushed = 0;
+	here->flushed_last = pending;
+}
+
+void kvm_flush_remote_tlbs(void *kvm)
+{
+	(void)kvm;
+	flush(CALL_FLUSH, 0, 0);
+}
+
+void kvm_flush_remote_tlbs_range(void *kvm, u64 gfn, u64 npages)
+{
+	(void)kvm;
+	flush(CALL_FLUSH_RANGE, gfn, npages);
+}
+
+void kvm_flush_remote_tlbs_with_address(void *kvm, u64 gfn, u64 npages)
+{
+	kvm_flush_remote_tlbs_range(kvm, gfn, npages);
+}
+
+void kvm_flush_remote_tlbs_memslot(void *kvm, const void *slot)
+{
+	(void)kvm;
+	(void)slot;
+	flush(CALL_FLUSH_SLOT, 0, 0);
+}
+
+void kvm_arch_flush_remote_tlbs_memslot(void *kvm, const void *slot)
+{
+	kvm_flush_remote_tlbs_memslot(kvm, slot);
+}
+
+void mark_page_dirty_in_slot(void *kvm, const void *slot, u64 gfn)
+{
+	(void)kvm;
+	(void)slot;
+	shim_python(CALL_DIRTY, gfn, 0, NULL);
+}
+
+/* Do kvm_set_pfn_dirty() or kvm_set_pfn_accessed(): the pfn is that of the SPTE that this CPU changed last. */
+static void set_pfn(void)
+{
+	if (!here->pfn_set)
+		core.set_pfn(core.machine, here->api.id, here->api.vm, here->at.gfn, here->last_value, here->at.level);
+	here->pfn_set = true;
+}
+
+void kvm_set_pfn_dirty(u64 pfn)
+{
+	(void)pfn;
+	set_pfn();
+}
+
+void kvm_set_pfn_accessed(u64 pfn)
+{
+	(void)pfn;
+	set_pfn();
+}
+
+int mmu_try_to_unsync_pages(void)
+{
+	return 0;
+}
+
+int kvm_mmu_max_mapping_level(u64 kvm, u64 second, u64 third, u64 fourth)
+{
+	u64 arguments[] = { kvm, second, third, fourth };
+
+	return shim_python(CALL_MAX_LEVEL, arguments[TREE_ARG_kvm_mmu_max_mapping_level_gfn], 0, NULL);
+}
