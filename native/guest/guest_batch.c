@@ -316,7 +316,7 @@ static uint64_t latency(struct guest *g)
 	uint32_t orders = most > 1 ? 63 - (uint32_t)__builtin_clzll(most) : 1;
 
 	if (most && guest_random(g) % LONG_LATENCY_ONE_IN == 0)
-		return guest_random(g) % most;
+		return guest_random(g) % (most + 1);
 	return guest_random(g) % (UINT64_C(1) << guest_random(g) % orders);
 }
 
