@@ -45,6 +45,7 @@ def test_groff_has_no_complaint(page: str) -> None:
     assert found.stderr == ""
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("line", "offered"),
     [

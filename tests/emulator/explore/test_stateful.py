@@ -79,6 +79,7 @@ def test_the_same_outcomes_with_histories(tasks: list[list[Op]]) -> None:
     assert set(found.outcomes) == set(explore(*tasks).outcomes)
 
 
+@pytest.mark.slow
 def test_states_that_come_again_are_visited_once() -> None:
     tasks: list[list[Op]] = [[("inc", "x")] * 4] * 3
     found, strategy = stateful(tasks)

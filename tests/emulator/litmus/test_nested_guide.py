@@ -49,6 +49,7 @@ def test_the_table_has_every_configuration() -> None:
     }
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("row", rows(), ids=lambda row: row[0])
 def test_a_row_of_the_table(row: list[str]) -> None:
     test, _, _, _, none, shared, merged, before = row
@@ -85,6 +86,7 @@ def test_the_second_table_has_every_policy() -> None:
     assert len(migrations()) == 30
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("test", "policy", "due"), migrations())
 def test_a_migration_with_both_levels_active(test: str, policy: str, due: str) -> None:
     assert verdict(test, named_policy(policy)) == due
