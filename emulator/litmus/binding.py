@@ -42,17 +42,18 @@ def _check_thread(test: LitmusTest, name: str, thread: ThreadSection) -> None:
     if _OTHERS.fullmatch(name):
         raise SchemaError(key, shown(name), "a name that is not the machine's own: rcu, pcpu0, irq0, ...")
     if thread.vm >= len(test.vm):
-        raise SchemaError(f"{key}.vm", str(thread.vm), f"less than {len(test.vm)}, the number of VMs")
+        raise SchemaError(f"{key}.vm", shown(thread.vm), f"less than {len(test.vm)}, the number of VMs")
     if thread.vcpu is None:
         return
     vcpus = test.vm[thread.vm].vcpus
     if thread.vcpu >= vcpus:
-        raise SchemaError(f"{key}.vcpu", str(thread.vcpu), f"less than {vcpus}, the vCPUs of VM {thread.vm}")
+        expected = f"less than {vcpus}, the vCPUs of VM {thread.vm}"
+        raise SchemaError(f"{key}.vcpu", shown(thread.vcpu), expected)
     if thread.pcpu >= test.machine.pcpus:
-        raise SchemaError(f"{key}.pcpu", str(thread.pcpu), f"less than machine.pcpus, {test.machine.pcpus}")
+        raise SchemaError(f"{key}.pcpu", shown(thread.pcpu), f"less than machine.pcpus, {test.machine.pcpus}")
     for other, section in test.threads.items():
         if other != name and (section.vm, section.vcpu) == (thread.vm, thread.vcpu):
-            raise SchemaError(f"{key}.vcpu", str(thread.vcpu), f"another vCPU than that of thread {other}")
+            raise SchemaError(f"{key}.vcpu", shown(thread.vcpu), f"another vCPU than that of thread {other}")
 
 
 def _parse(test: LitmusTest, key: str, name: str, text: str) -> Op:

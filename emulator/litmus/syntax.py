@@ -120,7 +120,7 @@ class Op:
         for arg in self.args:
             if arg.kind == "pcpu" and self.number(arg.name) >= test.machine.pcpus:
                 expected = f"a pCPU below machine.pcpus, {test.machine.pcpus}"
-                raise OpError(str(self.number(arg.name)), expected)
+                raise OpError(shown(self.number(arg.name)), expected)
         if self._physical(test, thread) and self.number("page") + self.span() > pages:
             raise OpError(shown(self.text), f"pages of VM {section.vm}, which has {pages:#x}")
 

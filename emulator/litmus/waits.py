@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
+from emulator.errors import shown
 from emulator.litmus.syntax import Arg, Context, Op, OpError
 
 if TYPE_CHECKING:
@@ -23,7 +24,7 @@ class _Waits(Op):
             raise OpError(repr(name), f"another thread: {', '.join(others) or 'there is none'}")
         count = len(test.threads[name].ops)
         if not 1 <= n <= count:
-            raise OpError(str(n), f"1 to {count}, the operations of thread {name}")
+            raise OpError(shown(n), f"1 to {count}, the operations of thread {name}")
 
     def run(self, context: Context) -> None:
         context.wait_for(*self.waits_for())

@@ -450,3 +450,23 @@ def test_what_takes_late_stores_is_expected_to_be_safe_without() -> None:
     assert {"mutant:entry-without-barrier", "mutant:request-without-barrier"} <= set(
         policies_for(test, (), False)
     )
+
+
+@pytest.mark.parametrize("key", ["vm", "vcpu", "pcpu"])
+def test_a_number_that_has_no_decimal_text_is_told(key: str) -> None:
+    """Python refuses to write more than 4,300 digits; TOML reads any number of hexadecimal ones."""
+    numbers = {"vm": "0", "vcpu": "0", "pcpu": "0", key: f"0x{'f' * 5000}"}
+    thread = "\n".join(f"{name} = {number}" for name, number in numbers.items())
+    text = f'doc = "d"\nsource = "s"\n[threads.v0]\n{thread}\nops = ["read 0x10"]\n'
+    with pytest.raises(BadInput, match=f"threads.v0.{key}: found a number of 20000 bits"):
+        parse_test(text, "here", None)
+
+
+@pytest.mark.parametrize("op", ["wait k {}", "host-unmap {}", "migrate {}", "zap 0x10 {}"])
+def test_so_is_one_in_an_operation(op: str) -> None:
+    thread = "[threads.v0]\nvcpu = 0\n" if op.startswith(("wait", "migrate")) else "[threads.v0]\n"
+    huge = op.format("0x" + "f" * 5000)
+    text = f'doc = "d"\nsource = "s"\n{thread}ops = ["{huge}"]\n[threads.k]\nops = []\n'
+    with pytest.raises(BadInput) as caught:
+        parse_test(text, "here", None)
+    assert len(str(caught.value)) < 1000
