@@ -1,4 +1,4 @@
-"""A vCPU whose guest is a hypervisor with an EPT for its own guest; see nested_ept.toml for its steps."""
+"""A vCPU with a hypervisor as guest, which has an EPT for its own; see nested_ept.toml for its steps."""
 
 from __future__ import annotations
 

@@ -25,7 +25,7 @@ def machine() -> Iterator[Hypervisor]:
 
 @pytest.fixture
 def vcpu(machine: Hypervisor) -> VcpuId:
-    """A vCPU without paging, whose pages have SPTEs, and are not cached."""
+    """A vCPU without paging; its pages have SPTEs, and are not cached."""
     vcpu = machine.vcpu(machine.vm(1024), 1, first_gfn=960, end_gfn=1024)
     assert run(machine, vcpu, op("read", PAGE), op("read", OTHER)) == END
     machine.flush(machine.vm_of[vcpu])

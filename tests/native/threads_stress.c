@@ -1,4 +1,4 @@
-/* A guest OS whose processes run threads on two vCPUs, without EPT, on real threads.
+/* A guest OS with processes that run threads on two vCPUs, without EPT, on real threads.
  *
  * The vCPUs share the OS's lock, records, memory and batches of changes, and each invalidates a batch by itself, while host
  * threads unmap, free and reuse the guest's pages.  Correct: no violation, with PCIDs and without, with the kernel's tables

@@ -90,7 +90,7 @@ class Storyteller:
 
 
 def telling_collector(teller: Storyteller) -> type[ReportCollector]:
-    """Return a class of collectors, in whose reports the teller adds the tree's steps."""
+    """Return a class of collectors: the teller adds the tree's steps to their reports."""
 
     class Collector(ReportCollector):
         def report(self, index: int, names: dict[int, str], mutants: Iterable[str]) -> Report:
