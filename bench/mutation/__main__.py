@@ -8,13 +8,15 @@ import time
 from collections.abc import Sequence
 from pathlib import Path
 
+from bench.mutation.catching import catching, record
 from bench.mutation.generate import PARTS, Mutant, mutants, part_of, sample
 from bench.mutation.judge import BRIEF, FAIR, QUICK, THOROUGH
 from bench.mutation.report import table
 from bench.mutation.results import Results
 from bench.mutation.run import equivalent, judge_all, learn, prepare
-from bench.mutation.suite import FIRST, fingerprint, pairs, quick_pairs
+from bench.mutation.suite import FIRST, Pair, fingerprint, pairs, quick_pairs
 from emulator.errors import BadInput
+from emulator.policy import DEFAULT
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -49,16 +51,26 @@ def _judge(chosen: Sequence[Mutant], options: argparse.Namespace) -> int:
     prepare()
     depth = BRIEF if options.brief else QUICK if options.quick else FAIR if options.fair else THOROUGH
     results = Results(Path(options.keep) if options.keep else None, fingerprint())
-    wanted = quick_pairs() if options.quick or options.brief else list(pairs())
+    wanted = _wanted(chosen, options)
     executions = 0 if depth is THOROUGH else FIRST
     all_known = learn(results, wanted, options.jobs, say, stop, executions)
     judged = []
     if len(results.known) >= len(wanted):
         argued: dict[str, str] | None = {} if options.doubt else None
         judged = judge_all(results, chosen, all_known, options.jobs, say, stop, depth, argued)
+        if options.record:
+            record(judged)
     generated = [one for one in mutants() if options.part in (None, part_of(one))]
     print(table(judged, len(chosen), len(generated)))
     return 0
+
+
+def _wanted(chosen: Sequence[Mutant], options: argparse.Namespace) -> list[Pair]:
+    """Return the pairs to judge by; of other presets, those that caught one of the mutants before."""
+    if not options.quick and not options.brief:
+        return list(pairs())
+    caught = {catching()[one.name].pair for one in chosen if one.name in catching()}
+    return quick_pairs() + [one for one in pairs() if one.preset != DEFAULT and str(one) in caught]
 
 
 def _chosen(options: argparse.Namespace) -> list[Mutant]:
@@ -71,6 +83,8 @@ def _chosen(options: argparse.Namespace) -> list[Mutant]:
         return [by_name[name] for name in options.names]
     found = [one for one in found if not options.rule or one.rule in options.rule]
     found = [one for one in found if options.part in (None, part_of(one))]
+    if options.listed:
+        found = [one for one in found if one.name in catching()]
     if options.doubt:
         found = [one for one in found if one.name in equivalent()]
     return sample(found, options.sample, options.seed) if options.sample else found
@@ -84,6 +98,7 @@ def _parse(arguments: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument(
         "--doubt", action="store_true", help="judge the mutants of equivalent.toml as if nothing were argued"
     )
+    parser.add_argument("--listed", action="store_true", help="only mutants that catching.toml lists")
     parser.add_argument("--sample", type=int, metavar="N", help="a sample of N mutants")
     parser.add_argument("--seed", type=int, default=1, help="of the sample")
     parser.add_argument("--list", action="store_true", help="print names and places")
@@ -97,6 +112,7 @@ def _parse(arguments: Sequence[str] | None) -> argparse.Namespace:
     )
     parser.add_argument("--jobs", type=int, default=2, metavar="N", help="processes")
     parser.add_argument("--keep", metavar="FILE", help="read and append results, one JSON line each")
+    parser.add_argument("--record", action="store_true", help="note in catching.toml which pairs caught")
     parser.add_argument("--seconds", type=float, default=0.0, help="begin no mutant after so long")
     return parser.parse_args(arguments)
 

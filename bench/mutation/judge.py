@@ -70,6 +70,8 @@ _ADDS: Final = (
     "drop-branch", "off-by-one",
 )  # fmt: skip
 NOTHING_SHOWN: Final = Shown("", (), 0)
+# How much the pair that caught this very mutant before promises: more than any number of other catches.
+THIS_ONE: Final = 1_000_000
 # Python's own errors: the mutated statement cannot be executed.
 _PYTHONS: Final = (NameError, TypeError, AttributeError)
 # All errors that a mutant may raise.
@@ -149,22 +151,27 @@ def judge(
     depth: Depth = THOROUGH,
     before: Judgement | None = None,
     telling: Mapping[str, int] = MappingProxyType({}),
+    counts_tell: bool = False,
 ) -> Judgement:
     """Judge a mutant in this process, which has no other use afterwards.  `say` hears of each look before.
 
-    before: an earlier judgement; its looks are not repeated.  telling: see reaches().
+    before: an earlier judgement; its looks are not repeated.  telling: see reaches().  counts_tell: the pair
+    that caught the mutant before did so by its counts.
     """
     patched.apply(mutant.module, mutant.path, mutant.text)
     reaching = reaches(mutant, all_known, telling)
+    before_others = [one for one in reaching if _caught_it(one, telling)]
     looked = dict(before.looked) if before is not None else {}
     executions = before.executions if before is not None else 0
     cut_short: list[str] = []
     priced = [one for one in reaching if one.pair.preset == DEFAULT] or reaching
     if mutant.rule in _ONLY_COSTS and (cost := _cost(mutant, priced)):
         return Judgement(mutant.name, COST_ONLY, why=cost)
+    if counts_tell and (miscounted := _miscounted(mutant, before_others, say, executions)) is not None:
+        return miscounted
     counted = mutant.rule.startswith(_ADDS)  # more work is a price, unless a test catches it
     at_a_glance = reaching[: depth.at_once]
-    for look in pending(reaching, depth, looked):
+    for look in pending(reaching, depth, looked, before_others):
         longer = look.executions > _glance(look.known) and look.known not in at_a_glance
         if not counted and longer:
             counted = True
@@ -194,15 +201,16 @@ def reaches(
 ) -> list[Known]:
     """Return the pairs that reach a mutated statement, in the order in which they are tried.
 
-    First come the default's, and of these the ones that promise most: telling has how many similar mutants a
-    pair has caught.  Then come the pairs that reach all of the statements, those with further choices before
-    the others, and then those that reach little else.
+    First comes the pair that caught this very mutant before, then the default's, and of these the ones that
+    promise most: telling has how many similar mutants a pair has caught.  Then come the pairs that reach all
+    of the statements, those with further choices before the others, and then those that reach little else.
     """
     lines = {(mutant.module, line) for line in mutant.statements}
     found = [one for one in all_known if one.lines & lines]
     return sorted(
         found,
         key=lambda one: (
+            not _caught_it(one, telling),
             one.pair.preset != DEFAULT,
             -telling.get(str(one.pair), 0),
             not lines <= one.lines,
@@ -219,8 +227,16 @@ def is_reached(mutant: Mutant, all_known: Iterable[Known]) -> bool:
     return any(lines <= one.lines for one in all_known)
 
 
-def looks(reaching: Sequence[Known], depth: Depth) -> Iterator[Look]:
-    """Yield the looks at a mutant: short ones at all pairs before long ones at the most promising."""
+def _caught_it(one: Known, telling: Mapping[str, int]) -> bool:
+    return telling.get(str(one.pair), 0) >= THIS_ONE
+
+
+def looks(reaching: Sequence[Known], depth: Depth, before_others: Sequence[Known] = ()) -> Iterator[Look]:
+    """Yield the looks at a mutant: short ones at all pairs before long ones at the most promising.
+
+    before_others: pairs that get their longest look before all.
+    """
+    yield from (Look(one, most_of(one.pair)) for one in before_others)
     default = [one for one in reaching if one.pair.preset == DEFAULT]
     unproved = [one for one in default if not one.shown.complete]
     others = [one for one in reaching if one.pair.preset != DEFAULT]
@@ -258,9 +274,11 @@ def _of_each_test(others: Sequence[Known]) -> list[Known]:
     return list(found.values())
 
 
-def pending(reaching: Sequence[Known], depth: Depth, looked: Mapping[str, int]) -> Iterator[Look]:
+def pending(
+    reaching: Sequence[Known], depth: Depth, looked: Mapping[str, int], before_others: Sequence[Known] = ()
+) -> Iterator[Look]:
     """Yield the looks that are left to do; `looked` may grow meanwhile."""
-    for look in looks(reaching, depth):
+    for look in looks(reaching, depth, before_others):
         if looked.get(look.key, 0) < look.executions:
             yield look
 

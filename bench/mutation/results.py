@@ -14,13 +14,22 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any, Final
 
+from bench.mutation.catching import Catch, catching
 from bench.mutation.generate import Mutant
-from bench.mutation.judge import BROKEN, CAUGHT, COST_ONLY, Depth, Judgement, pending, reaches
+from bench.mutation.judge import (
+    BROKEN,
+    CAUGHT,
+    COST_ONLY,
+    COUNTS,
+    THIS_ONE,
+    Depth,
+    Judgement,
+    pending,
+    reaches,
+)
 from bench.mutation.suite import Known, Pair, Shown, text_hash
 
-# A pair that caught this very mutant promises more than any number of others, and others of its function more
-# than those elsewhere.
-_THIS_ONE: Final = 1_000_000
+# A pair that caught others of a mutant's function promises more than those that caught mutants elsewhere.
 _THIS_FUNCTION: Final = 1000
 
 
@@ -30,7 +39,11 @@ def test_of(judgement: Judgement) -> str:
 
 
 class Results:
-    """The findings for one state of the sources.  path: None keeps nothing."""
+    """The findings for one state of the sources.  path: None keeps nothing.
+
+    Which pair caught a mutant last is remembered from other states of the sources as well, and from
+    catching.toml.
+    """
 
     def __init__(self, path: Path | None, fingerprint: str) -> None:
         self.path = path
@@ -38,7 +51,9 @@ class Results:
         self.known: dict[Pair, Known] = {}
         self.judged: dict[str, Judgement] = {}
         self._caught: dict[str, Counter[str]] = {}  # by function, and "": how often each pair caught a mutant
-        self._catching: dict[str, str] = {}  # by mutant: the pair that caught it last
+        self._catching = dict(catching())  # by mutant: the pair that caught it last
+        for name, listed in self._catching.items():
+            self._count(name, listed.pair)
         if path is not None and path.exists():
             for line in path.read_text("utf-8").splitlines():
                 self._read(json.loads(line))
@@ -58,10 +73,13 @@ class Results:
 
     def _remember(self, judgement: Judgement) -> None:
         if judgement.verdict == CAUGHT:
-            function = judgement.name.partition("@")[2].partition("#")[0]
-            for where in (function, ""):
-                self._caught.setdefault(where, Counter())[judgement.pair] += 1
-            self._catching[judgement.name] = judgement.pair
+            self._count(judgement.name, judgement.pair)
+            self._catching[judgement.name] = Catch(judgement.kind, judgement.pair)
+
+    def _count(self, name: str, pair: str) -> None:
+        function = name.partition("@")[2].partition("#")[0]
+        for where in (function, ""):
+            self._caught.setdefault(where, Counter())[pair] += 1
 
     def telling(self, mutant: Mutant) -> Mapping[str, int]:
         """Return how much each pair promises for a mutant, by what it has caught, first in its function."""
@@ -69,8 +87,12 @@ class Results:
         for pair, n in self._caught.get(mutant.function, {}).items():
             found[pair] += _THIS_FUNCTION * n
         if mutant.name in self._catching:
-            found[self._catching[mutant.name]] += _THIS_ONE
+            found[self._catching[mutant.name].pair] += THIS_ONE
         return found
+
+    def counts_tell(self, mutant: Mutant) -> bool:
+        """Return whether the last catch of a mutant was by the counts of an execution."""
+        return mutant.name in self._catching and self._catching[mutant.name].kind == COUNTS
 
     def stands(self, mutant: Mutant, known: Sequence[Known], depth: Depth) -> bool:
         """Return whether a mutant has been caught, or only costs, or no look is left to do."""

@@ -116,7 +116,8 @@ def judge_all(
 
     def do(mutant: Mutant, heard: Say) -> Judgement:
         before = results.judged.get(mutant.digest)
-        return judge(mutant, all_known, heard, depth, before, results.telling(mutant))
+        telling, counts_tell = results.telling(mutant), results.counts_tell(mutant)
+        return judge(mutant, all_known, heard, depth, before, telling, counts_tell)
 
     for number, (mutant, found) in enumerate(each(todo, do, jobs, stop), 1):
         judgement = _of_lost(mutant, found) if isinstance(found, Lost) else found
