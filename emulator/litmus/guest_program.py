@@ -44,6 +44,9 @@ _FLAGS = {
     "vmwrite-eptp": lib.GUEST_INSN_VMWRITE_EPTP,
     # The instruction has the low byte.
     "vmcs12-apic": lib.VMCS12_APIC_PAGE << 8,
+    "controls": lib.VMENTRY_CONTROLS << 8,
+    "guest-state": lib.VMENTRY_GUEST_STATE << 8,
+    "msr-load": lib.VMENTRY_MSR_LOAD << 8,
     "vmx-type0": 0 << 8,
     "vmx-type1": 1 << 8,
     "vmx-type2": 2 << 8,

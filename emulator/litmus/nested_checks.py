@@ -18,7 +18,9 @@ _VERBS: Final = frozenset(op.verb for op in NESTED_OPS)
 _NOT_MODELLED: Final = frozenset(
     {"smi", "send-smi", "rsm", "init", "send-init", "cr0", "cr4", "efer", "set-sregs", "join"}
 )
-_NEEDS_CURRENT: Final = frozenset({"vmwrite-vpid", "vmwrite-apic", "vmwrite-eptp", "l2-enter"})
+_NEEDS_CURRENT: Final = frozenset(
+    {"vmwrite-vpid", "vmwrite-apic", "vmwrite-eptp", "l2-enter", "l2-enter-fails"}
+)
 _LEAVES_L2: Final = frozenset({"l2-exit", "l2-apic"})
 # L1 needs no VMX operation to write to its memory.
 _STORES: Final = frozenset(op.verb for op in EPT12_OPS)

@@ -103,6 +103,25 @@ class L2Enter(VmxOp):
     insn = "vmlaunch"
 
 
+class L2EnterFails(VmxOp):
+    verb = "l2-enter-fails"
+    doc = (
+        "L1 executes VMLAUNCH or VMRESUME, and VM entry fails, so that L1 goes on. controls: for a control "
+        "of the VMCS12, before anything changes. guest-state, msr-load: for the guest state or an MSR that "
+        "VM entry loads; then L1 goes on as after a VM exit."
+    )
+    words = ("controls", "guest-state", "msr-load")
+    insn = "vmlaunch"
+
+    def check(self, test: LitmusTest, thread: str) -> None:
+        super().check(test, thread)
+        if len(self.flags) != 1:
+            raise OpError(shown(self.text), f"one of {', '.join(self.words)}")
+
+    def instructions(self) -> list[Instruction]:
+        return [Instruction("VMX", 0, 0, frozenset({self.insn}) | self.flags)]
+
+
 class L2Exit(VmxOp):
     verb = "l2-exit"
     doc = "L2 executes VMCALL, which exits to L1."
@@ -219,6 +238,7 @@ NESTED_OPS: tuple[type[Op], ...] = (
     VmwriteVpid,
     VmwriteApic,
     L2Enter,
+    L2EnterFails,
     L2Exit,
     L2Apic,
     Invvpid,

@@ -314,6 +314,8 @@ def _missing(kind: str, r: ViolationReport, analysis: RaceAnalysis) -> str:
         return "the synchronization of KVM's table, or the INVVPID, for the guest's invalidation"
     if kind == "foreign-root":
         return "the flush when a root page was loaded again (root_load), or that of the migration"
+    if kind == "guest-stale" and analysis.revoked_on == r.cpu:
+        return "the flush of the guest's VPID for its invalidation, which KVM emulates"
     if kind == "guest-stale":
         return "the VPID's flush when the vCPU came to this pCPU (migration_vpid)"
     if analysis.revoked_on not in (-1, r.cpu):

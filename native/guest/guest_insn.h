@@ -41,12 +41,16 @@ enum guest_insn {
 	GUEST_INSN_VMPTRLD,    /* operand: VMCS12 */
 	GUEST_INSN_VMCLEAR,    /* operand: VMCS12 */
 	GUEST_INSN_VMWRITE,    /* exit.invpcid_type: enum vmcs12_field; operand: its value */
-	GUEST_INSN_VMLAUNCH,   /* VMLAUNCH or VMRESUME */
+	GUEST_INSN_VMLAUNCH,   /* VMLAUNCH or VMRESUME; exit.invpcid_type: enum vmentry_check */
 	GUEST_INSN_VMCALL,     /* of a nested guest */
 	GUEST_INSN_INVVPID,    /* operand: linear address, canonical; exit.invpcid_type, exit.invpcid_pcid: the VPID */
 	GUEST_INSN_VMWRITE_EPTP, /* operand: EPT_POINTER of the current VMCS12; 0 clears "enable EPT" */
 	GUEST_INSN_INVEPT,     /* operand: EPTP, for type 1; exit.invpcid_type */
 };
+
+/* The check of the VMCS12 with which VM entry fails (SDM vol. 3C, 27.2, 27.3.1 and 27.4).  Of the controls: the
+ * instruction fails, and L1 goes on.  Of the guest state or of an MSR to load: L1 goes on as after a VM exit. */
+enum vmentry_check { VMENTRY_SUCCEEDS, VMENTRY_CONTROLS, VMENTRY_GUEST_STATE, VMENTRY_MSR_LOAD };
 
 /* Fields of the current VMCS12. */
 enum vmcs12_field {

@@ -83,6 +83,18 @@ static void transition_executed(struct walk *w)
 	invalidates(w, UINT64_MAX);
 }
 
+/* VMLAUNCH or VMRESUME.  A VM entry that fails while it loads the guest's state invalidates as a VM exit does (SDM vol. 3C,
+ * 27.8); one that fails for a control invalidates nothing. */
+static void vmlaunch(struct walk *w, uint32_t check)
+{
+	const struct guest *l2 = w->vcpu->guests[w->vcpu->guests[0]->vmx.current];
+
+	if (check == VMENTRY_SUCCEEDS)
+		ept12_entered(w->m, w->vcpu, l2->vmx.ept12);
+	if (check != VMENTRY_CONTROLS && !l2->vmx.vpid12)
+		transition_executed(w);
+}
+
 /* INVVPID (SDM vol. 3C, 31.3): type 0 an address, 1 a VPID, 2 all VPIDs but 0, 3 a VPID without global translations. */
 static void invvpid(struct walk *w, uint32_t type, uint64_t vpid, uint64_t page)
 {
@@ -166,9 +178,7 @@ void vmx_execute(struct walk *w, const struct guest_op *op)
 		invalidates(w, UINT64_MAX);
 		break;
 	case GUEST_INSN_VMLAUNCH:
-		ept12_entered(w->m, w->vcpu, guests[l1->current]->vmx.ept12);
-		if (!guests[l1->current]->vmx.vpid12)
-			transition_executed(w);
+		vmlaunch(w, type);
 		break;
 	case GUEST_INSN_VMCALL:
 		if (!w->guest->vmx.vpid12)

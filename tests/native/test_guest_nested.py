@@ -142,6 +142,23 @@ def test_entries_and_exits_without_a_vpid_invalidate_both_levels(machine: Hyperv
     assert set(machine.violations()) == (set() if vpid else {"guest-stale", "l1-stale", "cross-guest"})
 
 
+@pytest.mark.parametrize(
+    ("check", "ends"), [("CONTROLS", False), ("GUEST_STATE", True), ("MSR_LOAD", True)]
+)
+@pytest.mark.parametrize("vpid", [0, 5])
+def test_an_entry_that_fails_invalidates_once_it_loads_state(
+    machine: Hypervisor, check: str, ends: bool, vpid: int
+) -> None:
+    vcpu = nested_vcpu(machine)
+    run(machine, vcpu, op("map", A, GFN), op("read", A), op("map", A, OTHER), vmx("vmptrld", 1))
+    run(machine, vcpu, vmx("vmwrite", vpid))
+    run(machine, vcpu, vmx("vmlaunch", kind=getattr(lib, f"VMENTRY_{check}")))
+    assert machine.exit.invpcid_type == getattr(lib, f"VMENTRY_{check}")
+    assert lib.vcpu_guest_mode(machine.m, vcpu) == 0
+    run(machine, vcpu, op("read", A))
+    assert set(machine.violations()) == ({"guest-stale"} if ends and not vpid else set())
+
+
 # --- the guest that filled a translation --------------------------------------------------------------------
 
 

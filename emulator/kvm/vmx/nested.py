@@ -63,7 +63,7 @@ def handle_vmx_instruction(cpu: Cpu, vcpu: Vcpu, insn: int, operand: int) -> Non
     elif insn == lib.GUEST_INSN_VMWRITE:
         handle_vmwrite(vcpu, vcpu.exit.invpcid_type, operand)
     elif insn == lib.GUEST_INSN_VMLAUNCH:
-        nested_vmx_enter_non_root_mode(cpu, vcpu)
+        nested_vmx_run(cpu, vcpu, vcpu.exit.invpcid_type)
     elif insn == lib.GUEST_INSN_VMCALL:
         nested_vmx_vmexit(cpu, vcpu)
     elif insn == lib.GUEST_INSN_VMWRITE_EPTP:
@@ -265,7 +265,6 @@ def first_guest_state(vcpu: Vcpu) -> ControlRegisters:
 
 def prepare_vmcs02(cpu: Cpu, vcpu: Vcpu, vmcs12: Vmcs12) -> None:
     """prepare_vmcs02()"""
-    vmcs12.host_state = control_registers(vcpu)
     nested_vmx_transition_tlb_flush(cpu, vcpu, vmcs12, is_vmenter=True)
     if nested_cpu_has_ept(vmcs12):
         vcpu.guest_mmu.inject_page_fault = nested_ept_inject_page_fault
@@ -274,16 +273,49 @@ def prepare_vmcs02(cpu: Cpu, vcpu: Vcpu, vmcs12: Vmcs12) -> None:
     nested_vmx_load_cr3(cpu, vcpu, nested_ept=nested_cpu_has_ept(vmcs12))
 
 
-def nested_vmx_enter_non_root_mode(cpu: Cpu, vcpu: Vcpu) -> None:
-    """nested_vmx_enter_non_root_mode(), for VMLAUNCH and VMRESUME: the vCPU enters L2 next."""
+def nested_vmx_run(cpu: Cpu, vcpu: Vcpu, fails: int) -> None:
+    """nested_vmx_run(), for VMLAUNCH and VMRESUME.  fails: the check that fails, of enum vmentry_check.
+
+    A control that is wrong is found before any state changes: the instruction fails, and L1 goes on.
+    """
+    if fails != lib.VMENTRY_CONTROLS:
+        nested_vmx_enter_non_root_mode(cpu, vcpu, fails)
+
+
+def nested_vmx_enter_non_root_mode(cpu: Cpu, vcpu: Vcpu, fails: int) -> None:
+    """nested_vmx_enter_non_root_mode(): the vCPU enters L2 next, or, if a check fails, L1 as after a VM exit.
+    """
     vmcs12, vmcs02 = vcpu.nested.vmcs12(), vcpu.nested.vmcs02
     assert vmcs02 is not None
     kvm_service_local_tlb_flush_requests(cpu, vcpu)
+    vmcs12.host_state = control_registers(vcpu)
     vmx_switch_vmcs(cpu, vcpu, vmcs02)
     prepare_vmcs02_early(cpu, vcpu, vmcs12)
     nested_get_vmcs12_pages(cpu, vcpu, vmcs12)
+    if fails == lib.VMENTRY_GUEST_STATE:
+        vmentry_fail_vmexit(cpu, vcpu, vmcs12)
+        return
     enter_guest_mode(cpu, vcpu)
     prepare_vmcs02(cpu, vcpu, vmcs12)
+    if fails == lib.VMENTRY_MSR_LOAD:
+        vmentry_fail_vmexit_guest_mode(cpu, vcpu, vmcs12)
+
+
+def vmentry_fail_vmexit_guest_mode(cpu: Cpu, vcpu: Vcpu, vmcs12: Vmcs12) -> None:
+    """vmentry_fail_vmexit_guest_mode (label): undo a VM entry that has entered guest mode.
+
+    prepare_vmcs02() may have requested a flush for L2, and last_vpid says already that it was made.  So it is
+    serviced here, while L2's context is current: later it would flush L1's.
+    """
+    kvm_service_local_tlb_flush_requests(cpu, vcpu)
+    leave_guest_mode(cpu, vcpu)
+    vmentry_fail_vmexit(cpu, vcpu, vmcs12)
+
+
+def vmentry_fail_vmexit(cpu: Cpu, vcpu: Vcpu, vmcs12: Vmcs12) -> None:
+    """vmentry_fail_vmexit (label): L1 goes on as after a VM exit, for which host state is loaded."""
+    vmx_switch_vmcs(cpu, vcpu, vcpu.vmcs01)
+    load_vmcs12_host_state(cpu, vcpu, vmcs12)
 
 
 def load_vmcs12_host_state(cpu: Cpu, vcpu: Vcpu, vmcs12: Vmcs12) -> None:

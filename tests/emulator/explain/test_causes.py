@@ -42,6 +42,7 @@ SYNCED = "the synchronization of KVM's table, or the INVVPID, for the guest's in
 
 # The test that shows it; the wrong or missing action; the event that carries the explanation.
 EPT12 = "the sync of KVM's tables with the EPT that L1 changed, or the flush for L1's invalidation"
+EMULATED = "the flush of the guest's VPID for its invalidation, which KVM emulates"
 TAGS = "tags that tell L1 and L2 apart"
 APIC = "the reload of the APIC-access page (KVM_REQ_APIC_PAGE_RELOAD), or the flush after it"
 CAUSES: dict[str, tuple[str, str, str]] = {
@@ -104,6 +105,8 @@ CAUSES: dict[str, tuple[str, str, str]] = {
     "nested-flush-of-wrong-vpid": ("nested-two-guests", TAGS, ""),
     "nested-ignores-new-vpid": ("nested-two-guests", ELIDED, "elided"),
     "nested-eptp-switch-keeps-root": ("nested-ept-switch", EPT12, ""),
+    "nested-failed-entry-keeps-request": ("nested-entry-fails", TAGS, ""),
+    "nested-failed-entry-without-flush": ("nested-entry-fails-no-vpid", EMULATED, ""),
     "nested-invept-compares-flags": ("nested-ept-flags", EPT12, ""),
     "nested-invept-current-only": ("nested-ept-switch", EPT12, ""),
     "nested-invept-ignored": ("nested-ept-unmap", ELIDED, "elided"),

@@ -6,9 +6,10 @@ from collections.abc import Iterator
 
 import pytest
 
+from emulator.kvm.regs import sregs_of
 from emulator.kvm.vmx.vmx import vmx_get_current_vpid
 from native import lib
-from tests.emulator.kvm.rig import Rig
+from tests.emulator.kvm.rig import Rig, scopes
 from tests.fidelity.nested import HOME, NestedBench, Run, guest_map, guest_read, vmx
 
 RUN = Run("test", ept=True, vpid=True, steps=())
@@ -98,3 +99,33 @@ def test_each_vmcs_remembers_its_pcpu(bench: NestedBench) -> None:
     bench.step("stop")
     assert vcpu.loaded_vmcs is vcpu.vmcs01
     assert (vcpu.vmcs01.cpu, vmcs02.cpu) == (2, 2)
+
+
+@pytest.mark.parametrize("ept", [True, False])
+@pytest.mark.parametrize("check", ["CONTROLS", "GUEST_STATE", "MSR_LOAD"])
+def test_a_vm_entry_that_fails_leaves_l1_as_it_was(rig: Rig, check: str, ept: bool) -> None:
+    """L1 goes on with vmcs01 and its own root.  Only the last check comes after last_vpid was written: KVM
+    has flushed vpid02 by then, and the next VM entry flushes it no more."""
+    bench = NestedBench(rig, Run("test", ept=ept, vpid=True, steps=()), "linux-7.3")
+    vcpu = bench.vcpu
+    bench.step("setup const")
+    bench.step("touch")
+    bench.execute(vmx("VMWRITE", 9))
+    root, registers = vcpu.root_mmu.root, sregs_of(vcpu)
+
+    def flushes() -> int:
+        return scopes(rig)["invvpid_single"]
+
+    before = flushes()
+    bench.execute(vmx("VMLAUNCH", kind=getattr(lib, f"VMENTRY_{check}")))
+    assert not vcpu.arch.guest_mode
+    assert lib.vcpu_guest_mode(rig.machine.m, vcpu.id) == 0
+    assert vcpu.loaded_vmcs is vcpu.vmcs01
+    assert vcpu.mmu is vcpu.root_mmu
+    assert vcpu.root_mmu.root is root
+    assert sregs_of(vcpu) == registers
+    noticed = check == "MSR_LOAD"
+    assert (vcpu.nested.last_vpid, flushes() - before) == ((9, 1) if noticed else (5, 0))
+    bench.execute(vmx("VMLAUNCH"), guest_read(HOME), vmx("VMCALL"))
+    assert (vcpu.nested.last_vpid, flushes() - before) == (9, 1)
+    assert rig.violations() == {}

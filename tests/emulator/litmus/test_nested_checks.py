@@ -35,6 +35,7 @@ def parse(ops: str, old: str = "", new: str = "") -> None:
 def test_a_good_one() -> None:
     parse(GOOD)
     parse('"vmxon", "vmptrld 1", "vmwrite-vpid 0", "l2-enter"', "[machine]", "[machine]\nvpid = false")
+    parse('"vmxon", "vmptrld 1", "l2-enter-fails controls", "l2-enter"')
     parse(f'{GOOD}, {GOOD.replace("vmxon", "vmclear 1")}, "vmxoff", {GOOD}')
 
 
@@ -57,6 +58,12 @@ def test_a_good_one() -> None:
         ('"vmxon", "vmptrld 4"', "expected a number, at least 1, at most 3, for VMCS12"),
         ('"vmxon", "vmptrld 1", "vmwrite-vpid 64"', "at most 63, for VPID"),
         ('"vmxon", "smi"', "threads.v0.ops[1]: found 'smi'; expected no smi in a VM with nested guests"),
+        ('"vmxon", "l2-enter-fails controls"', "expected a vmptrld before it"),
+        ('"vmxon", "vmptrld 1", "l2-enter-fails"', "expected one of controls, guest-state, msr-load"),
+        (
+            '"vmxon", "vmptrld 1", "l2-enter", "l2-enter-fails controls"',
+            "expected an l2-exit before it",
+        ),
         ('"vmxon", "cr4 pge 0"', "expected no cr4 in a VM with nested guests"),
     ],
 )
