@@ -13,7 +13,7 @@ from emulator.output import saying
 def schema(
     name: Annotated[
         str | None,
-        typer.Argument(metavar="[NAME]", help="run, litmus, sweep or replay. Without it, the names."),
+        typer.Argument(metavar="[NAME]", help="A document, such as run or compare. Without it, the names."),
     ] = None,
 ) -> None:
     """Print the JSON Schema of a document that --json prints."""

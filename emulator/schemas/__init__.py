@@ -10,9 +10,14 @@ from typing import Any, Final
 from pydantic import BaseModel
 
 from emulator.errors import BadInput, one_of
-from emulator.schemas.documents import LitmusDocument, ReplayDocument, RunDocument, SweepDocument
+from emulator.schemas.documents import CompareDocument, LitmusDocument, RunDocument, SweepDocument
+from emulator.schemas.explored import ExploreDocument
+from emulator.schemas.hosts import ImportDocument, ReplayDocument
 
 SCHEMAS: Final[dict[str, type[BaseModel]]] = {
+    "compare": CompareDocument,
+    "explore": ExploreDocument,
+    "import": ImportDocument,
     "litmus": LitmusDocument,
     "replay": ReplayDocument,
     "run": RunDocument,

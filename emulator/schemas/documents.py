@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Any, Literal
 
-from pydantic import BaseModel, ConfigDict
+from pydantic import BaseModel, ConfigDict, Field
 
 
 class Part(BaseModel):
@@ -160,6 +160,111 @@ class LitmusDocument(Part):
     outcomes: list[LitmusOutcome]
 
 
+# --- flushlab compare ---------------------------------------------------------------------------------------
+
+
+class SpreadPart(Part):
+    """A figure over the runs of a policy."""
+
+    median: float
+    least: float
+    most: float
+
+
+class BoundLinePart(Part):
+    item: str
+    events: float
+    cycles: float
+    source: str
+
+
+class BoundLinesPart(Part):
+    """The costs of a policy with perfect knowledge, in one run."""
+
+    flushes: float
+    interruptions: float
+    refills: float
+    cycles: float
+    lines: list[BoundLinePart]
+
+
+class BoundPart(BoundLinesPart):
+    """The costs of a policy with perfect knowledge in the baseline's first run, and its figures."""
+
+    figures: dict[str, float]
+
+
+class ComparedRun(RunDocument):
+    """A run, as the document of `flushlab run --json`, and its bound."""
+
+    oracle_optimal: BoundLinesPart = Field(alias="oracle-optimal")
+
+
+class ComparedPolicy(Part):
+    name: str
+    verdict: str
+    figures: dict[str, SpreadPart]
+    runs: list[ComparedRun]
+
+
+class PairPart(Part):
+    """Two policies: the cycles that the cheaper one saves; `always`: at all costs within their ranges."""
+
+    cheaper: str
+    dearer: str
+    cycles_saved: float
+    least: float
+    most: float
+    always: bool
+
+
+class TurnPart(Part):
+    """A value of a cost at which the order of two policies turns."""
+
+    cost: str
+    at: float
+    cheaper_below: str
+    cheaper_above: str
+
+
+class RangePart(Part):
+    cycles: float
+    least: float
+    most: float
+
+
+class SensitivityPart(Part):
+    per: str
+    cycles: dict[str, float]
+    pairs: list[PairPart]
+    turns: list[TurnPart]
+    ranges: dict[str, RangePart]
+    refuted: list[str]
+
+
+class CompareDocument(Part):
+    """The document of `flushlab compare --json`; `sensitivity` is there with --sensitivity."""
+
+    flushlab_comparison: Literal[1]
+    scenario: str
+    title: str
+    pcpus: int
+    vms: int
+    vcpus: int
+    unit: str
+    pace_accesses_per_second: float
+    duration_seconds: float
+    seed: int
+    repeat: int
+    baseline: str
+    exit_status: int
+    interrupted: bool
+    cut_short: list[str]
+    policies: list[ComparedPolicy]
+    oracle_optimal: BoundPart | None = Field(alias="oracle-optimal")
+    sensitivity: SensitivityPart | None = None
+
+
 # --- flushlab compare --vary, flushlab merge ----------------------------------------------------------------
 
 Point = dict[str, str | int | float | bool]
@@ -207,30 +312,3 @@ class SweepDocument(Part):
     exit_status: int
     figures: dict[str, list[CellPart]]
     units: list[UnitPart]
-
-
-# --- flushlab replay ----------------------------------------------------------------------------------------
-
-
-class ReplayedPolicy(Part):
-    name: str
-    counts: dict[str, int]
-    flushes: dict[str, int]
-    faults: int
-    migrations: int
-    flushes_elided: int
-    flush_cycles: float
-
-
-class ReplayDocument(Part):
-    """The document of `flushlab replay --json`.  `recorded` has the counts that the trace shows."""
-
-    flushlab_replay: Literal[1]
-    source: str
-    seconds: float
-    events: int
-    vms: list[int]
-    pcpus: int
-    recorded: dict[str, int]
-    left_out: dict[str, int]
-    policies: list[ReplayedPolicy]

@@ -55,6 +55,34 @@ def test_a_sweep(printed: Printed, monkeypatch: pytest.MonkeyPatch) -> None:
         SCHEMAS["sweep"].model_validate(printed([*line, "--repeat", repeat]), strict=True)
 
 
+@pytest.mark.stress
+def test_a_comparison(printed: Printed) -> None:
+    line = ["compare", "migration-storm", "--duration", "100ms", "--seed", "1", "--sensitivity"]
+    document = printed([*line, "--policy", "root-tlb-gen", "--policy", "migration=none"])
+    SCHEMAS["compare"].model_validate(document, strict=True)
+    assert document["sensitivity"]["ranges"]
+    assert all(policy["runs"] for policy in document["policies"])
+
+
+@pytest.mark.slow
+def test_explored_tests(printed: Printed) -> None:
+    for policy in ("linux-7.3", "migration=none"):
+        for more in ([], ["--strategy", "pct", "--executions", "20"], ["--stateful"]):
+            document = printed(["explore", "return-zap", "--jobs", "1", "--policy", policy, *more])
+            SCHEMAS["explore"].model_validate(document, strict=True)
+            assert bool(document["explored"][0]["counterexample"]) is (policy == "migration=none")
+
+
+@pytest.mark.slow
+def test_imported_traces(printed: Printed, tmp_path: Path) -> None:
+    trace = tmp_path / "kvm.trace"
+    trace.write_text("".join(whole().text()))
+    document = printed(["import", str(trace)])
+    SCHEMAS["import"].model_validate(document, strict=True)
+    assert document["causes"]
+    assert document["vcpus"]
+
+
 @pytest.mark.slow
 def test_a_replay(printed: Printed, tmp_path: Path) -> None:
     trace, workload = tmp_path / "kvm.trace", tmp_path / "kvm.workload"
@@ -81,5 +109,5 @@ def test_names(capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["schema", "runs"]) == 2
     found = capsys.readouterr().err
     assert found.startswith(
-        "flushlab: schema: no document 'runs'; expected one of litmus, replay, run, sweep"
+        "flushlab: schema: no document 'runs'; expected one of compare, explore, import, litmus, replay, run,"
     )
