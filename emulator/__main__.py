@@ -17,7 +17,7 @@ def main() -> int:
             from emulator.cli.main import main as run
         status = run()
     except KeyboardInterrupt:
-        status = interrupts.INTERRUPTED
+        status = interrupts.status()
     interrupts.ignore()
     return status
 

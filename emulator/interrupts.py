@@ -22,8 +22,8 @@ from types import FrameType
 from typing import Any, Final
 
 ENDING: Final = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
-# Exit status of a command that a signal ended before it had a result.
-INTERRUPTED: Final = 130
+# The exit status of a command that a signal ended early is this, as shells have it, and the signal's number.
+SIGNALLED: Final = 128
 GIVEN_UP: Final = 3
 # A command that still runs so many seconds after the first signal hangs: print its stacks, and give up.
 GIVE_UP_SECONDS: Final = 20.0
@@ -96,6 +96,11 @@ def came() -> signal.Signals | None:
     return signal.Signals(_State.number) if _State.number else None
 
 
+def status() -> int:
+    """Return the exit status of a command that a signal has ended early: 130 for SIGINT, 143 for SIGTERM."""
+    return SIGNALLED + (_State.number or signal.SIGINT)
+
+
 def only_note() -> None:
     """Stop raising Interrupted until the end of the command, which polls `came` instead.
 
@@ -112,20 +117,22 @@ def allow(seconds: float) -> None:
     _State.patience = max(GIVE_UP_SECONDS, seconds)
 
 
-def ended(status: int, missing: int, planned: int, of: str = "tests and policies") -> int:
-    """Return the exit status of a command; if a signal ended it, print how many verdicts it did not reach.
+def ended(found: int, missing: int, planned: int, of: str = "tests and policies", *, cut: int = 0) -> int:
+    """Return the exit status of a command; if a signal ended it early, print how many verdicts are missing.
 
-    `of`: their name.  `status` is the exit status of the verdicts that were reached.  If there are none, it
-    is INTERRUPTED.
+    `of`: their name.  `cut`: verdicts that the signal has cut short.  `found` is the exit status of the
+    verdicts that were reached; it is the command's only if these are all verdicts, and none is cut short.
+    Otherwise a search that was stopped would pass for one that has found nothing.
     """
     number = came()
-    if number is None:
-        return status
+    if number is None or not (missing or cut):
+        return found
+    short = f", {cut} cut short" if cut else ""
     print(
-        f"flushlab: interrupted by {number.name}: {missing} of {planned} {of} not reached",
+        f"flushlab: interrupted by {number.name}: {missing} of {planned} {of} not reached{short}",
         file=sys.stderr,
     )
-    return status if missing < planned else INTERRUPTED
+    return status()
 
 
 @contextmanager
@@ -161,7 +168,7 @@ def _note(number: int, frame: FrameType | None) -> None:
     now = time.monotonic()
     if _State.number:
         if now - _State.since >= INSIST_SECONDS:
-            os._exit(INTERRUPTED)
+            os._exit(SIGNALLED + _State.number)
         return
     _State.since, _State.number = now, number
     signal.setitimer(signal.ITIMER_REAL, _State.patience)

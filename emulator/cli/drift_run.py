@@ -45,7 +45,7 @@ def execute_tree(top: Path, policy: str | None, operations: int, seed: int, *, a
 def _status(result: Executed) -> int:
     if result.differences or result.died:
         return DIFFERS
-    return interrupts.INTERRUPTED if result.interrupted else 0
+    return interrupts.status() if result.interrupted else 0
 
 
 def _progress(operations: int) -> None:

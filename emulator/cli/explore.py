@@ -54,8 +54,8 @@ EXPLORE_HELP = (
     "Counterexamples are minimized; --output keeps them for --replay and for `flushlab explain`. If no "
     "interleaving met a test's precondition (`needs`), nothing was tested, and the verdict is inconclusive. "
     "The exit status is 1 if there is a violation, a deadlock, or an execution that fails.\n\n"
-    "Ctrl-C, SIGTERM and SIGHUP end the search; the verdicts reached so far are printed, with the number of "
-    "missing ones."
+    "Ctrl-C, SIGTERM and SIGHUP end the search. The verdicts reached so far are printed with what they "
+    "cover, and the number of missing ones; the exit status is then 130, 143 or 129."
 )
 EXPLORE_EXAMPLES = """\
 Is the proposal sound, and if not, how does it fail?
@@ -337,6 +337,7 @@ class Verdicts:
 
     def end(self) -> int:
         """Print the document or the totals; return the exit status."""
+        from emulator.explore.results.verdict import INTERRUPTED
         from emulator.litmus.verdict import proofs
 
         elapsed = time.monotonic() - self.started
@@ -359,7 +360,8 @@ class Verdicts:
                 _show_only(self.verdicts)
         if self.lost is not None:
             print(f"flushlab: {self.lost}", file=sys.stderr)
-        return interrupts.ended(self.status, len(missing), len(self.work))
+        cut = sum(verdict.limit == INTERRUPTED for verdict in self.verdicts)
+        return interrupts.ended(self.status, len(missing), len(self.work), cut=cut)
 
     def _cases(self, missing: Sequence[tuple[str, str]]) -> list[Case]:
         reached = [verdict.case() for verdict in self.verdicts]

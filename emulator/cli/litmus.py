@@ -184,7 +184,7 @@ def litmus(
             print_results(results, output_console(200))
             rate = f"{results.executions / max(seconds, 1e-9):,.0f} executions/s"
             print(f"seed {seed}, {seconds:.0f} s, {rate}")
-    raise typer.Exit(interrupts.ended(status, missing, planned))
+    raise typer.Exit(interrupts.ended(status, missing, planned, cut=results.cut_short(iterations)))
 
 
 def _check_together(context: typer.Context, *, explore: bool, policy: bool, ktap: bool, kernel: bool) -> None:

@@ -1,7 +1,7 @@
 """The command line.
 
 Exit status: 0 clean, 1 violations found, 2 bad input or usage (one line on standard error), 3 internal
-failure (with traceback), 130 ended by a signal before there was anything to say.
+failure (with traceback), 129, 130 or 143 ended early by SIGHUP, SIGINT or SIGTERM.
 """
 
 from __future__ import annotations
@@ -164,9 +164,12 @@ def main(arguments: Sequence[str] | None = None) -> int:
         sys.stdout.reconfigure(errors="backslashreplace")
     try:
         with interrupts.installed(), watched():
-            return _run(arguments)
+            try:
+                return _run(arguments)
+            except KeyboardInterrupt:
+                return interrupts.status()
     except KeyboardInterrupt:
-        return interrupts.INTERRUPTED
+        return interrupts.status()
 
 
 @cache
@@ -191,7 +194,7 @@ def _run(arguments: Sequence[str] | None) -> int:
     except typer.TyperException as error:
         return _usage(error)
     except typer.Abort:
-        return interrupts.INTERRUPTED
+        return interrupts.status()
     except LostOutput as lost:
         return _lost(lost)
     except Exception as error:

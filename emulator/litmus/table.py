@@ -45,6 +45,16 @@ class Results:
         if known is not outcome:
             known.add(outcome)
 
+    def cut_short(self, executions: int) -> int:
+        """Return the number of outcomes that a signal has cut short.  executions: of a whole outcome."""
+        if not self.interrupted:
+            return 0
+        explored = self.explored is not None
+        return sum(
+            one.cut if explored else one.executions < executions and not one.failure
+            for one in self.outcomes.values()
+        )
+
     @property
     def policies(self) -> list[str]:
         """Return the policies: presets in the order of their list, then the others in order of outcomes."""

@@ -43,6 +43,8 @@ class Outcome:
     unwatched: tuple[str, ...] = ()
     # With --explore: state of patched code that threads share without an ordering point, a sentence each.
     unordered: tuple[str, ...] = ()
+    # With --explore: a signal ended the search before its limits did.
+    cut: bool = False
     # On real threads: the test's delays (by number) with points that their threads have reached.
     delays_passed: set[int] = field(default_factory=set)
     # The reports of the first execution with a violation, one of each kind, which `flushlab explain` draws.

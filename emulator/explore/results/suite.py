@@ -109,4 +109,5 @@ def explore_all(
             failure=verdict.failure,
             unwatched=verdict.unwatched,
             unordered=verdict.unordered,
+            cut=verdict.limit == INTERRUPTED,
         )
