@@ -5,9 +5,10 @@ from __future__ import annotations
 import faulthandler
 import gc
 import os
+import resource
 import shutil
 import sys
-from collections.abc import Iterator
+from collections.abc import Generator, Iterator
 from pathlib import Path
 
 import pytest
@@ -36,8 +37,10 @@ def _quiet_log() -> Iterator[None]:
     logger.remove()
 
 
-# On an idle machine no quick test comes near.
-_NO_LONGER_QUICK_SECONDS = 2.0
+# Of CPU time, which a busy machine lengthens by a half, and the clock on the wall by any factor.
+_MOST_SECONDS_OF_A_QUICK_TEST = 0.3
+# A run of fewer tests says little: the first test of a process pays for the imports.
+_LEAST_TESTS_TO_JUDGE = 1000
 
 
 @pytest.hookimpl(tryfirst=True)
@@ -68,6 +71,7 @@ def pytest_xdist_auto_num_workers() -> int:
 
 
 _REAL_STDERR = pytest.StashKey[int]()
+_CPU_BEFORE = pytest.StashKey[float]()
 
 
 def pytest_configure(config: pytest.Config) -> None:
@@ -96,13 +100,44 @@ def pytest_collection_finish() -> None:
     gc.freeze()
 
 
+def _cpu_seconds() -> float:
+    """Return the CPU time of this process and of the processes that it has waited for."""
+    used = map(resource.getrusage, (resource.RUSAGE_SELF, resource.RUSAGE_CHILDREN))
+    return sum(one.ru_utime + one.ru_stime for one in used)
+
+
+@pytest.hookimpl(wrapper=True)
+def pytest_runtest_protocol(item: pytest.Item) -> Generator[None, object, object]:
+    """Note the CPU time before a test and its fixtures begin."""
+    item.stash[_CPU_BEFORE] = _cpu_seconds()
+    return (yield)
+
+
+@pytest.hookimpl(wrapper=True)
+def pytest_runtest_makereport(item: pytest.Item) -> Generator[None, pytest.TestReport, pytest.TestReport]:
+    """Record a test's CPU time, its fixtures' included, where pytest-xdist hands it on."""
+    report = yield
+    if report.when == "call":
+        report.user_properties.append(("cpu", _cpu_seconds() - item.stash[_CPU_BEFORE]))
+    return report
+
+
 def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter) -> None:
-    """Name quick tests that took long.  Nothing fails for it: the machine may have been busy."""
-    if terminalreporter.config.option.markexpr != "quick":
+    """Print the CPU time of all quick tests, and name those that took much.
+
+    Nothing fails for it: a busy machine makes each test take more.
+    """
+    quick = {
+        report.nodeid: dict(report.user_properties)["cpu"]
+        for report in terminalreporter.getreports("passed")
+        if report.when == "call" and "quick" in report.keywords
+    }
+    if len(quick) < _LEAST_TESTS_TO_JUDGE:
         return
-    for report in terminalreporter.getreports("passed"):
-        if report.when == "call" and report.duration > _NO_LONGER_QUICK_SECONDS:
-            terminalreporter.write_line(f"{report.duration:.1f} s: {report.nodeid}: mark it slow?")
+    terminalreporter.write_line(f"{len(quick):,} quick tests took {sum(quick.values()):.1f} s of CPU")
+    for name, seconds in sorted(quick.items(), key=lambda one: -one[1]):
+        if seconds > _MOST_SECONDS_OF_A_QUICK_TEST:
+            terminalreporter.write_line(f"{seconds:.2f} s of CPU: {name}: mark it slow?")
 
 
 @pytest.fixture

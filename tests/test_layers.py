@@ -32,6 +32,7 @@ def checkout(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return directory
 
 
+@pytest.mark.slow
 def test_contracts_hold(checkout: Path) -> None:
     done = lint_imports(checkout)
     assert done.returncode == 0, done.stdout
@@ -79,6 +80,7 @@ def test_each_module_of_kvm_has_its_place_in_the_order() -> None:
     assert listed == sorted(".".join(module.parts) for module in modules if module.name != "__init__")
 
 
+@pytest.mark.slow
 def test_common_code_names_no_function_of_a_vendor() -> None:
     package = ROOT / "emulator/kvm"
     common = [path for path in package.rglob("*.py") if path.parent.name != "vmx"]

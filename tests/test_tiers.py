@@ -76,11 +76,13 @@ PACKAGES = [
 ]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("directory", DIRECTORIES)
 def test_every_directory_has_quick_tests(directory: str) -> None:
     assert any(path.parent == ROOT / directory and module.quick for path, module in modules().items())
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("package", PACKAGES)
 def test_quick_tests_import_every_package(package: str) -> None:
     name = package.replace("/", ".")
@@ -88,6 +90,7 @@ def test_quick_tests_import_every_package(package: str) -> None:
     assert any(f"{found}.".startswith(f"{name}.") for module in quick for found in module.imports)
 
 
+@pytest.mark.slow
 def test_most_tests_are_quick() -> None:
     """A tier of which most tests have been taken out says little."""
     everything = sum(module.tests for module in modules().values())

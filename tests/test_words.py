@@ -129,6 +129,7 @@ USER_TEXT = {
 }
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("place", USER_TEXT)
 @pytest.mark.parametrize("pattern", [PRONOUNS, WHAT], ids=["pronouns", "what"])
 def test_users_are_told_nouns(place: str, pattern: re.Pattern[str]) -> None:
@@ -141,6 +142,7 @@ def test_users_are_told_nouns(place: str, pattern: re.Pattern[str]) -> None:
     assert len(found) <= max(2, MOST * words / 1000), f"{len(found)} in {words} words:\n" + "\n".join(found)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("place", USER_TEXT)
 def test_times_are_before_or_since(place: str) -> None:
     found = [
@@ -175,6 +177,7 @@ def test_each_item_of_a_list_is_complete_by_itself(name: str, text: str) -> None
     assert plain.endswith((".", "?"))
 
 
+@pytest.mark.slow
 def test_lists_fit_a_terminal(capsys: pytest.CaptureFixture[str]) -> None:
     for words in (["policies"], ["mutants"], ["points"], ["scenarios"], ["litmus"], ["litmus", "--ops"]):
         assert main(["list", *words]) == 0

@@ -37,6 +37,7 @@ def written(tmp_path: Path, text: str = RETRIED) -> str:
     return str(path)
 
 
+@pytest.mark.slow
 def test_the_first_execution(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     out = shown(capsys, written(tmp_path), "--trace")
     assert out.startswith(
@@ -154,6 +155,7 @@ def test_bad_input_is_one_line(words: list[str], line: str, capsys: pytest.Captu
     assert err.count("\n") == 1
 
 
+@pytest.mark.slow
 def test_a_trace_is_kept_replayed_drawn_and_stopped(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:

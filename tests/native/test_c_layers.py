@@ -37,6 +37,7 @@ def test_each_folder_is_a_layer(core: Path) -> None:
     assert len(LAYERS) == len(set(LAYERS))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("path", "text", "found"),
     [
@@ -89,6 +90,7 @@ def test_a_declaration_in_a_second_header_is_found(core: Path) -> None:
     assert "ipi_drain(); expected in sync/ipi.h" in line
 
 
+@pytest.mark.slow
 def test_a_folder_that_is_no_layer_is_found(core: Path) -> None:
     (core / "extra").mkdir()
     (core / "extra" / "extra.h").write_text("struct extra;\n")

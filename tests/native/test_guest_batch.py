@@ -178,6 +178,7 @@ def test_an_os_touches_the_pages_that_it_maps_unless_a_device_fills_them(files: 
         assert touched == (0 if files else len(users))
 
 
+@pytest.mark.slow
 def test_a_vcpu_with_interrupts_off_uses_old_translations_for_longer() -> None:
     stale = []
     for most in (0, 1 << 16):

@@ -70,6 +70,7 @@ def seen(h: Hypervisor) -> list[object]:
     return found
 
 
+@pytest.mark.slow
 def test_a_restored_machine_is_the_one_of_the_snapshot() -> None:
     with rig() as h:
         choose = random.Random(1)

@@ -131,6 +131,7 @@ def test_a_change_that_the_guest_has_invalidated_is_stale(machine: Hypervisor, h
     assert set(changed_away(machine, change, op("read", A))) == {"guest-stale"}
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("how", DOES_NOT)
 def test_a_change_that_it_has_not_may_be_used(machine: Hypervisor, how: str) -> None:
     assert changed_away(machine, [op("map", A, 0x12), *DOES_NOT[how]], op("read", A)) == {}

@@ -56,6 +56,7 @@ def test_a_class_keeps_its_name_and_its_answers() -> None:
     assert found.counterexample("return-zap", "linux-7.3") is None
 
 
+@pytest.mark.slow
 def test_names_around_a_class_inside_a_function_are_found() -> None:
     answer = "none"
 

@@ -75,6 +75,7 @@ def one_each(values: st.SearchStrategy[float]) -> st.SearchStrategy[dict[str, fl
     return st.fixed_dictionaries(dict.fromkeys(ENTRIES, values))
 
 
+@pytest.mark.slow
 @given(EVENTS, EVENTS, one_each(FACTORS), one_each(st.floats(0, 1)))
 def test_no_costs_in_the_ranges_contradict_it(
     left: dict[str, float], right: dict[str, float], factors: dict[str, float], where: dict[str, float]
@@ -94,6 +95,7 @@ def test_no_costs_in_the_ranges_contradict_it(
     assert pair.least - slack <= pair.saved <= pair.most + slack
 
 
+@pytest.mark.slow
 @given(st.dictionaries(st.sampled_from(ENTRIES), st.floats(1, 100), min_size=1))
 def test_at_a_turn_both_cost_the_same(left: dict[str, float]) -> None:
     right = {"invept_global": 40.0, "ipi_send": 3.0}

@@ -212,6 +212,7 @@ def test_comments_and_white_space_do_not_count(body: list[str], data: st.DataObj
     assert mark(written(tokens, blanks)) == mark(" ".join(tokens))
 
 
+@pytest.mark.slow
 @settings(deadline=None)
 @given(_BODIES, _TOKENS, st.data())
 def test_each_token_counts(body: list[str], token: str, data: st.DataObject) -> None:

@@ -148,6 +148,7 @@ def test_candidates_are_the_pages_of_guests_on_pcpus_that_they_come_to() -> None
     ]
 
 
+@pytest.mark.slow
 def test_a_recording_knows_its_choices(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     arguments = ["explore", "speculative-fill", "--policy", "migration=none", "--adversary", "speculate"]
     assert main([*arguments, "--output", str(tmp_path)]) == 1
@@ -177,6 +178,7 @@ def test_what_was_evicted_is_told(tmp_path: Path, capsys: pytest.CaptureFixture[
     assert any(step["text"] == "evicts the translation of page 0x200" for step in load(path)["steps"])
 
 
+@pytest.mark.slow
 def test_without_its_adversary_nothing_is_replayed(tmp_path: Path) -> None:
     plan = Plan(options=ExploreOptions(evict=1))
     found = explore_verdict(

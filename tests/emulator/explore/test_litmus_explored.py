@@ -223,6 +223,7 @@ class Unsteady(Policy):
 """
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("command", [["explore"], ["litmus", "--explore"]])
 def test_a_policy_that_answers_now_so_now_so(
     command: list[str], tmp_path: Path, capsys: pytest.CaptureFixture[str]

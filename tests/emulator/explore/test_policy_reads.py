@@ -81,6 +81,7 @@ def test_each_read_and_each_write_has_its_place(tmp_path: Path, reads: int) -> N
         assert last_logged(found, 2) == {(one, other) for one in (True, False) for other in (True, False)}
 
 
+@pytest.mark.slow
 def test_an_attribute_that_nothing_changes_is_no_step(tmp_path: Path) -> None:
     lines = ["self.log.append((cpu.id, vcpu.id, vcpu.kvm.gfns, len(cpu.machine.cpus)))"] * 3
     found, known = outcomes(tmp_path, moving('"read 0x20"'), looking(*lines), exhaustive)
@@ -233,6 +234,7 @@ def test_memory_that_is_kept_is_read_in_each_step_of_a_method(tmp_path: Path) ->
         assert any(one.startswith("Cpu.kick_mask[]") for one in step["reads"])
 
 
+@pytest.mark.slow
 def test_methods_of_two_tasks_take_turns(tmp_path: Path) -> None:
     """Each call of the core divides a method; the other one sees its memory in between."""
     look = ("self.log.append(vcpu.id)", "lib.vcpu_mode(cpu.m, vcpu.id)")
@@ -367,6 +369,7 @@ def test_the_audit_has_nothing_to_say(tmp_path: Path, look: tuple[str, ...]) -> 
     assert found.clean, found.document()
 
 
+@pytest.mark.slow
 def test_a_read_is_a_step_for_the_audit_as_well(tmp_path: Path) -> None:
     """The audit's own descriptor stands between the policy and the attribute, which another task writes."""
     (test,) = load_tests([written(tmp_path, "returns.toml", RETURNS)])

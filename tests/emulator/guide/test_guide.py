@@ -110,6 +110,7 @@ def test_readme_is_read_in_two_minutes_and_leads_to_every_page() -> None:
     assert set(re.findall(r"\]\(emulator/guide/(\w+)\.md\)", text)) == set(TOPICS)
 
 
+@pytest.mark.slow
 def test_each_decision_point_is_asked_somewhere() -> None:
     assert set(questions()) == {point.name for point in POINTS}
     assert all(places for places in questions().values())

@@ -61,6 +61,7 @@ def built(directory: Path, bad: str) -> Built:
     return Built(target, "6.12.0", directory, 0, 0, (), cached=False)
 
 
+@pytest.mark.slow
 def test_a_difference_is_reduced_and_told_side_by_side(directory: Path) -> None:
     result = execute(built(directory, "(void)0"), "linux-6.12", 60, 0)
     assert not result.died

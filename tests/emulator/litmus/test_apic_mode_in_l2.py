@@ -8,6 +8,8 @@ from __future__ import annotations
 
 from pathlib import Path
 
+import pytest
+
 from emulator.explore.results.verdict import explore_verdict
 from emulator.litmus.loader import parse_test
 from emulator.litmus.model import SAFE
@@ -55,6 +57,7 @@ L1_ROOTS = """
 """
 
 
+@pytest.mark.slow
 def test_l1_may_use_its_apic_as_memory_in_linux(tmp_path: Path) -> None:
     test = parse_test(TEST.format(ept="true"), "apic-mode-in-l2.toml", None)
     found = explore_verdict(test, Policy())

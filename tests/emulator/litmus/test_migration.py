@@ -80,6 +80,7 @@ def test_two_vcpus_never_store_the_same() -> None:
     assert outcome_of(test, "mutant:log-without-protect").kinds == {"lost-dirty": 1}
 
 
+@pytest.mark.slow
 def test_smm_has_a_log_of_its_own() -> None:
     """A vCPU in SMM writes through another memslot, which is armed and read like the first."""
     ops = ["v0: write 0x10", "k: log-arm", "v0: smi", "v0: write 0x10", "k: log-get", "v0: write 0x10"]
@@ -111,6 +112,7 @@ def test_what_user_space_discards_it_knows_of() -> None:
     assert outcome_of(again, "mutant:log-without-protect").kinds == {"lost-dirty": 1}
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("end", ["log-disarm", "slot-delete"])
 def test_a_migration_that_is_given_up_has_lost_what_no_bitmap_has(end: str) -> None:
     """A page that is marked when the log goes was going to be reported."""

@@ -306,6 +306,7 @@ def test_wrong_answers_name_the_method(line: str, words: str, tmp_path: Path) ->
     assert policy.given() == {"migration": {}}
 
 
+@pytest.mark.slow
 def test_the_error_crosses_process_boundaries(tmp_path: Path) -> None:
     policy = load_user_policy(of(tmp_path, "def migration(self, cpu, vcpu):\n    return 7"))
     with pytest.raises(UserPolicyError) as error:

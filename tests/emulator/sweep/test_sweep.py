@@ -238,6 +238,7 @@ def test_noise_is_not_called_a_gain() -> None:
     assert mixed.p > SIGNIFICANT
 
 
+@pytest.mark.slow
 def test_the_interval_is_of_the_median_and_repeats() -> None:
     pytest.importorskip("scipy")
     values = [10.0, 12, 11, 40, 13, 12, 9, 11]
@@ -250,6 +251,7 @@ def test_the_interval_is_of_the_median_and_repeats() -> None:
     assert estimate([3.0, 3.0], None).high == 3.0
 
 
+@pytest.mark.slow
 def test_four_runs_are_the_fewest_that_can_differ() -> None:
     stats = pytest.importorskip("scipy.stats")
     for n, can in ((LEAST_RUNS - 1, False), (LEAST_RUNS, True)):

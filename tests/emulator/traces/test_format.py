@@ -25,6 +25,7 @@ ADDRESSES = st.one_of(
 ACCESSES = st.lists(st.tuples(st.sampled_from(AccessType), ADDRESSES), min_size=1, max_size=300)
 
 
+@pytest.mark.slow
 @settings(deadline=None)  # machines pause
 @given(ACCESSES)
 def test_columns_round_trip(accesses: list[tuple[AccessType, int]]) -> None:
