@@ -136,6 +136,7 @@ CALLS: Final[Mapping[str, Described]] = {
     "guest_store_value": Described("m vcpu value", "aside; keeps-gil"),
     "guest_store_done": Described("m vcpu", "aside; keeps-gil"),
     "guest_inject_page_fault": Described("m vcpu linear error_code", "aside; keeps-gil"),
+    "guest_hypervise": Described("m vcpu config", "aside"),
     "guest_execute": Described("m vcpu insn operand", "anything"),
     "guest_executed": Described("m vcpu", "anything"),
     "guest_set_smi_handler": Described("m vcpu records n", "anything"),

@@ -185,6 +185,8 @@ class GuestConfig(CDataBase):
     interrupts_off: int
     own_kernel: int
     file_pages: int
+    transition_every: int
+    tick_every: int
     seed: int
 
 class GuestConfigPtr(GuestConfig):
@@ -204,6 +206,22 @@ class VcpuExit(CDataBase):
 
 class VcpuExitPtr(VcpuExit):
     def __getitem__(self, index: int, /) -> VcpuExit: ...
+
+class HypervisorConfig(CDataBase):
+    guests: int
+    vpid: int
+    ept: int
+    ad: int
+    apic_gfn: int
+    switch_every: int
+    vpid_every: int
+    invvpid_every: int
+    unmap_every: int
+    eptp_every: int
+    vmxoff_every: int
+
+class HypervisorConfigPtr(HypervisorConfig):
+    def __getitem__(self, index: int, /) -> HypervisorConfig: ...
 
 class GuestOp(CDataBase):
     kind: int
@@ -453,6 +471,11 @@ class Lib:
     STAT_PF_MMIO_SPTE_CREATED: Final[VmStat]
     STAT_READERS_AWAITED: Final[VmStat]
     STAT_APIC_WITHHELD: Final[VmStat]
+    STAT_NESTED_RUN: Final[VmStat]
+    STAT_NESTED_FLUSHES: Final[VmStat]
+    STAT_NESTED_INVEPT: Final[VmStat]
+    STAT_NESTED_INVVPID: Final[VmStat]
+    STAT_NESTED_ROOTS_FREED: Final[VmStat]
     VM_STATS: Final[int]
     PROMISE_NONE: Final[PromiseKind]
     PROMISE_NOTIFIER: Final[PromiseKind]
@@ -741,6 +764,7 @@ class Lib:
     def guest_store_value(self, m: MachinePtr, vcpu: VcpuId, value: U64, /) -> int: ...
     def guest_store_done(self, m: MachinePtr, vcpu: VcpuId, /) -> None: ...
     def guest_inject_page_fault(self, m: MachinePtr, vcpu: VcpuId, linear: Gva, error_code: int, /) -> None: ...
+    def guest_hypervise(self, m: MachinePtr, vcpu: VcpuId, config: HypervisorConfigPtr, /) -> int: ...
     def guest_execute(self, m: MachinePtr, vcpu: VcpuId, insn: GuestInsn, operand: int, /) -> int: ...
     def guest_executed(self, m: MachinePtr, vcpu: VcpuId, /) -> int: ...
     def guest_set_smi_handler(self, m: MachinePtr, vcpu: VcpuId, records: U64, n: int, /) -> None: ...
@@ -935,6 +959,10 @@ class FFI:
     @overload
     def new(self, cdecl: Literal["struct vcpu_exit[]"], init: object = ..., /) -> Array[VcpuExit]: ...
     @overload
+    def new(self, cdecl: Literal["struct hypervisor_config *"], init: object = ..., /) -> HypervisorConfigPtr: ...
+    @overload
+    def new(self, cdecl: Literal["struct hypervisor_config[]"], init: object = ..., /) -> Array[HypervisorConfig]: ...
+    @overload
     def new(self, cdecl: Literal["struct guest_op *"], init: object = ..., /) -> GuestOpPtr: ...
     @overload
     def new(self, cdecl: Literal["struct guest_op[]"], init: object = ..., /) -> Array[GuestOp]: ...
@@ -968,6 +996,8 @@ class FFI:
     def addressof(self, cdata: GuestConfig, /) -> GuestConfigPtr: ...
     @overload
     def addressof(self, cdata: VcpuExit, /) -> VcpuExitPtr: ...
+    @overload
+    def addressof(self, cdata: HypervisorConfig, /) -> HypervisorConfigPtr: ...
     @overload
     def addressof(self, cdata: GuestOp, /) -> GuestOpPtr: ...
     @overload

@@ -67,6 +67,7 @@ static void destroy(struct machine *m, struct guest *g)
 	}
 	guest_memory_destroy(m, g);
 	program_destroy(m, g);
+	heap_free(m->heap, g->vmx.hypervisor);
 	heap_free(m->heap, g);
 }
 
@@ -96,6 +97,10 @@ static uint32_t interval(const struct guest *g, enum guest_event event)
 		return g->config.table_every;
 	case GUEST_WP:
 		return g->config.wp_every;
+	case GUEST_TRANSITION:
+		return g->config.transition_every;
+	case GUEST_TICK:
+		return g->config.tick_every;
 	default:
 		return g->config.halt_every;
 	}

@@ -11,6 +11,7 @@
 #include "guest/guest_batch.h"
 #include "guest/guest_boot.h"
 #include "guest/guest_cr3.h"
+#include "guest/guest_hypervisor.h"
 #include "guest/guest_insn.h"
 #include "guest/guest_os.h"
 #include "guest/guest_shadow.h"
@@ -195,6 +196,9 @@ static uint32_t step(struct run *run)
 		if (r != WALK_DONE)
 			return exit_of(w, r);
 	}
+	reason = hypervisor_step(w);
+	if (reason != EXIT_REASONS)
+		return reason;
 	insn = guest_take_insn(g, &operand);
 	if (insn == GUEST_INSN_TOGGLE_PGE) {
 		count(w->cpu->counters, COUNT_GUEST_INVALIDATIONS, 1);

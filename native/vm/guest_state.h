@@ -7,6 +7,7 @@
 #include "tlb/tlb.h"
 
 struct ept12s;
+struct hypervisor;
 struct program;
 
 /* api */
@@ -35,6 +36,9 @@ struct guest_config {
 				  * vCPU's IPI asks it to invalidate; mostly it is a few */
 	uint32_t own_kernel;     /* of a batch: each process has its own tables for the kernel's pages, as with KPTI */
 	uint32_t file_pages;     /* of a batch: the processes' pages are filled by a device, so that the OS touches none itself */
+	uint32_t transition_every; /* of a nested guest: accesses between its exits to L1; of an L1 that is a hypervisor
+				    * (guest_hypervisor.h): accesses with which it handles one; 0: never */
+	uint32_t tick_every;     /* of a nested guest: accesses between exits that KVM handles itself; 0: never */
 	uint32_t seed;
 };
 
@@ -155,7 +159,8 @@ struct guest_change {
 };
 
 /* An event that the OS is in the middle of; each step can be repeated from its start. */
-enum guest_event { GUEST_SWITCH, GUEST_UNMAP, GUEST_PROTECT, GUEST_TABLE, GUEST_WP, GUEST_HALT, GUEST_EVENTS };
+enum guest_event { GUEST_SWITCH, GUEST_UNMAP, GUEST_PROTECT, GUEST_TABLE, GUEST_WP, GUEST_HALT, GUEST_TRANSITION, GUEST_TICK,
+		   GUEST_EVENTS };
 
 /* The step that an OS that boots after a reset still has to do before it runs its processes. */
 enum guest_boot_step {
@@ -250,6 +255,7 @@ struct guest_vmx {
 	uint16_t vpid12;  /* of a nested guest: the VPID that L1 has given it; 0: none */
 	uint32_t current; /* of L1: the nested guest of the current VMCS; 0: none */
 	uint32_t ept12;   /* of a nested guest: the number of L1's EPT for it (ept12.h); 0: none */
+	struct hypervisor *hypervisor; /* of L1: its hypervisor (guest_hypervisor.h); NULL: it has a program, or no nested guests */
 	struct ept12s *ept12s; /* L1's EPTs; a nested guest that has run has the pointer, too; NULL: there is none */
 };
 

@@ -8,6 +8,8 @@ makes them for the next context only after it has changed is_guest_mode().
 
 from __future__ import annotations
 
+from typing import Final
+
 from emulator.kvm.accounting import flush_elided
 from emulator.kvm.kvm_host import KVM_REQ_TLB_FLUSH_CURRENT, KVM_REQ_TLB_FLUSH_GUEST
 from emulator.kvm.mmu.fault import KvmPageFault
@@ -16,6 +18,7 @@ from emulator.kvm.mmu.roots import (
     kvm_mmu_free_guest_mode_roots,
     kvm_mmu_free_roots,
     kvm_mmu_new_pgd,
+    mmu_roots,
 )
 from emulator.kvm.structs import Vcpu, tdp_enabled
 from emulator.kvm.tlb import kvm_service_local_tlb_flush_requests
@@ -47,11 +50,34 @@ from emulator.kvm.vmx.vmx import vmx_switch_vmcs, vpid_sync, vpid_sync_vcpu_addr
 from emulator.kvm.vmx.vmx_ops import VMX_VPID_EXTENT_INDIVIDUAL_ADDR
 from emulator.machine.runtime import Cpu, OutOfFrames
 from native import lib
-from native.types import Gfn, Vpid
+from native.types import Gfn, VmStat, Vpid
+
+# Instructions of L1 that may free roots of guest_mmu, and statistics of those that have one.
+_FREES_ROOTS: Final = (
+    lib.GUEST_INSN_INVEPT,
+    lib.GUEST_INSN_VMPTRLD,
+    lib.GUEST_INSN_VMCLEAR,
+    lib.GUEST_INSN_VMXOFF,
+)
+_STATS: Final[dict[int, VmStat]] = {
+    lib.GUEST_INSN_VMLAUNCH: lib.STAT_NESTED_RUN,
+    lib.GUEST_INSN_INVEPT: lib.STAT_NESTED_INVEPT,
+    lib.GUEST_INSN_INVVPID: lib.STAT_NESTED_INVVPID,
+}
 
 
 def handle_vmx_instruction(cpu: Cpu, vcpu: Vcpu, insn: int, operand: int) -> None:
-    """Emulate a VMX instruction of L1, or (VMCALL) let L2 exit to L1."""
+    """Emulate a VMX instruction of L1, or (VMCALL) let L2 exit to L1, and keep statistics of it."""
+    roots = len(mmu_roots(vcpu.guest_mmu))
+    emulate_vmx_instruction(cpu, vcpu, insn, operand)
+    if insn in _STATS:
+        cpu.stat(vcpu.kvm.id, _STATS[insn])
+    if insn in _FREES_ROOTS:
+        cpu.stat(vcpu.kvm.id, lib.STAT_NESTED_ROOTS_FREED, roots - len(mmu_roots(vcpu.guest_mmu)))
+
+
+def emulate_vmx_instruction(cpu: Cpu, vcpu: Vcpu, insn: int, operand: int) -> None:
+    """handle_vmxon(), handle_vmlaunch() and the other handlers of VMX instructions."""
     if insn == lib.GUEST_INSN_VMXON:
         enter_vmx_operation(cpu, vcpu)
     elif insn == lib.GUEST_INSN_VMXOFF:
@@ -204,6 +230,7 @@ def request_nested_flush(cpu: Cpu, vcpu: Vcpu, req: int, *, wanted: bool) -> Non
     if not wanted:
         flush_elided(cpu, vcpu.kvm, lib.REASON_GUEST, vcpu.id)
         return
+    cpu.stat(vcpu.kvm.id, lib.STAT_NESTED_FLUSHES)
     vcpu.flush_current_reason = lib.REASON_GUEST
     kvm_make_request(cpu, vcpu, req)
 
