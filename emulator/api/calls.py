@@ -29,7 +29,8 @@ from emulator.policy import DEFAULT, Policy, canonical, class_policy, spelled_po
 from emulator.policy.suitable import check_suits, unasked_answer
 from emulator.policy.user import UserPolicy
 from emulator.scenario import limits
-from emulator.scenario.config import Scenario, load_scaled, parse_duration
+from emulator.scenario.config import Scenario, load_scaled
+from emulator.scenario.sections import parse_duration
 
 Named = str | type[Policy] | Policy
 """A policy: a spelling as on the command line, a class, or a policy that was loaded before."""

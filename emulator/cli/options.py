@@ -275,7 +275,7 @@ def expanded(function: Callable[..., None]) -> Callable[..., None]:
 
 def duration_of(text: str | None, option: str = "--duration") -> float | None:
     """Return the seconds of the option, or None if it is not given."""
-    from emulator.scenario.config import parse_duration
+    from emulator.scenario.sections import parse_duration
 
     if text is None:
         return None

@@ -47,6 +47,7 @@ def units_of(result: Result, scenario: Scenario) -> int:
         "remote flushes": lambda: snapshot.kvm("remote_tlb_flush_requests"),
         "switches": lambda: snapshot.counters["guest_switches"],
         "CR0.WP windows": lambda: snapshot.counters["guest_wp_windows"],
+        "round trips": lambda: snapshot.kvm("nested_run"),
     }
     return counts[scenario.unit]() if scenario.unit else 0
 

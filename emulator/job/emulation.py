@@ -11,8 +11,8 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass, replace
-from itertools import cycle, islice
+from dataclasses import replace
+from itertools import cycle
 from random import Random
 from types import TracebackType
 from typing import TYPE_CHECKING, Any, Self
@@ -28,61 +28,29 @@ from emulator.actors.scheduler import Place, Scheduler
 from emulator.actors.task import VcpuTask
 from emulator.errors import BadInput
 from emulator.host.memory import UserMemory
+from emulator.job.guests import Guests, layout_of
 from emulator.kvm.reset import power_on
-from emulator.kvm.structs import Kvm, KvmParams, Vcpu
+from emulator.kvm.structs import Kvm, KvmParams
 from emulator.kvm.virt.kvm_main import kvm_create_vm, kvm_set_memory_region, kvm_vm_ioctl_create_vcpu
 from emulator.machine.runtime import HPAGE_PMD_NR, Cpu, Machine, OutOfMemory
 from emulator.policy import Policy
 from emulator.policy.suitable import check_suits
-from emulator.scenario.config import PAGES_PER_MIB, Scenario, VmSection
+from emulator.scenario.config import Scenario
+from emulator.scenario.sections import VmSection
 from emulator.scenario.workload import Workload
-from emulator.traces import Trace, TraceError
-from emulator.traces import embedded as embedded_traces
-from emulator.traces import load as load_trace
-from native import ffi, lib
+from native import lib
 from native.types import Gfn, Hva
 
 if TYPE_CHECKING:
     from pykka import ActorRef
 
-    from native._native import U64, MachinePtr
+    from emulator.traces import Trace
+    from native._native import MachinePtr
 
-# The slot that is deleted and created again: this many pages per vCPU.
-SECOND_SLOT_PAGES = 256
-# Pages that an SMI handler looks at.
-SMI_PAGES = 64
 # Python's switch interval, in seconds.  A pCPU that leaves the guest waits at most so long for each thread
 # that computes in Python; the default of 5 ms would be several time slices.
 SWITCH_INTERVAL = 0.0005
 SWITCH_THREADS = 100
-
-
-@dataclass(frozen=True, slots=True)
-class Layout:
-    """Guest-physical memory of a VM, in pages: RAM from 0 on, then the second slot, 2 MiB aligned.
-
-    Each vCPU's guest OS hands out its own pages of both, but the pages of different vCPUs lie side by side.
-    So the vCPUs share EPT tables, as in an SMP guest, and a change in a table concerns entries that other
-    vCPUs have cached.
-    """
-
-    ram: int
-    second: int
-    vcpus: int
-
-    @property
-    def second_base(self) -> int:
-        return -(-self.ram // HPAGE_PMD_NR) * HPAGE_PMD_NR
-
-    @property
-    def gfns(self) -> int:
-        return -(-(self.second_base + self.second) // HPAGE_PMD_NR) * HPAGE_PMD_NR
-
-
-def layout_of(vm: VmSection) -> Layout:
-    """Return a VM's layout.  Only a disturbed VM has a second slot: no ioctl deletes a slot of other VMs."""
-    second = SECOND_SLOT_PAGES * vm.vcpus if vm.disturbed else 0
-    return Layout(vm.memory * PAGES_PER_MIB, second, vm.vcpus)
 
 
 def machine_config(scenario: Scenario, seed: int, chaos: int, unbounded: bool) -> dict[str, int]:
@@ -145,9 +113,7 @@ class Emulation:
         if scenario.kvm.mmu_pages:
             self.params = replace(self.params, mmu_pages=scenario.kvm.mmu_pages)
         self._rng = Random(seed)
-        # The guests replay these arrays, so they must live as long as the machine.
-        self._traces: dict[tuple[str, int], Trace] = {}
-        self._handlers: dict[tuple[int, ...], tuple[U64, int]] = {}
+        self._guests = Guests(scenario, self._rng)
         config = machine_config(scenario, seed, chaos, unbounded)
         try:
             self.machine = Machine(config)
@@ -200,7 +166,7 @@ class Emulation:
 
     def _create_vms(self, cpu: Cpu) -> None:
         for section in self.scenario.vm:
-            traces = cycle(self._traces_of(section))
+            traces = cycle(self._guests.traces_of(section))
             for _ in range(section.count):
                 self._create_vm(cpu, section, traces)
 
@@ -220,17 +186,10 @@ class Emulation:
             # Map the guest's RAM at the same gfns in the SMM address space.
             kvm_set_memory_region(cpu, kvm, RAM_SLOT, Gfn(0), layout.ram, Hva(0), as_id=1)
         home = self._home(section)
-        threads = section.threads and not self.params.ept
-        for i in range(section.vcpus):
+        for _ in range(section.vcpus):
             vcpu = kvm_vm_ioctl_create_vcpu(cpu, kvm)
-            if not i or not threads:
-                processes = list(islice(traces, section.processes))
-            self._furnish(cpu, vcpu, section, layout, 0 if threads else i, processes)
-            if i and threads:
-                lib.guest_run_threads(cpu.m, vcpu.id, kvm.vcpus[0].id)
+            self._guests.furnish(cpu, vcpu, section, traces)
             power_on(cpu, vcpu, paging=True, pcid=section.pcid)
-            if section.disturbed and self.scenario.kvm.smis:
-                lib.guest_set_smi_handler(cpu.m, vcpu.id, *self._smi_handler(layout, processes))
             self.tasks.append(VcpuTask(vcpu, section.halt))
             self.homes.append(home)
 
@@ -242,72 +201,6 @@ class Emulation:
         first = self._next_own
         self._next_own += section.vcpus
         return range(first, self._next_own)
-
-    def _furnish(
-        self, cpu: Cpu, vcpu: Vcpu, section: VmSection, layout: Layout, i: int, processes: list[Trace]
-    ) -> None:
-        """Give a vCPU its guest OS and processes, each of which runs the next trace."""
-        config = ffi.new(
-            "struct guest_config *",
-            {
-                "first_gfn": 0,
-                "end_gfn": layout.ram,
-                "stride": 0 if section.threads and not self.params.ept else layout.vcpus,
-                "phase": i,
-                "mmio_gfn": layout.second_base,
-                "mmio_end_gfn": layout.second_base + layout.second,
-                "switch_every": section.switch_every,
-                "unmap_every": section.unmap_every,
-                "protect_every": section.protect_every,
-                "table_every": section.table_every,
-                "wp_every": section.wp_every,
-                "hugepages": section.guest_huge_pages,
-                "pcid": section.pcid,
-                "paging": 1,
-                "batch": section.flush_batch,
-                "interrupts_off": section.interrupts_off,
-                "own_kernel": section.own_kernel_tables,
-                "file_pages": section.file_pages,
-                "halt_every": section.halt_every,
-                "halt_us": 0 if section.halt_exits else max(1, int(section.halt * 1e6)),
-                "seed": self._rng.getrandbits(31),
-            },
-        )
-        cpu.check(lib.guest_configure(cpu.m, vcpu.id, config))
-        for trace in processes:
-            records = ffi.from_buffer("uint64_t[]", trace.records)
-            pages = ffi.from_buffer("uint64_t[]", trace.pages)
-            cpu.check(
-                lib.guest_add_process(cpu.m, vcpu.id, records, len(trace.records), pages, len(trace.pages))
-            )
-
-    def _smi_handler(self, layout: Layout, processes: list[Trace]) -> tuple[U64, int]:
-        """Return the SMI handler's accesses.  It runs without paging, and reads pages all over the guest's
-        RAM without writing any.
-
-        The first pages have numbers that the processes use for linear pages, too: a translation of a linear
-        page must not serve an access to the physical page of the same number.
-        """
-        linear = sorted({int(page) for trace in processes for page in trace.pages if page < layout.ram})
-        pages = linear[:SMI_PAGES] + list(range(0, layout.ram, max(1, layout.ram // SMI_PAGES)))
-        if (key := tuple(pages)) not in self._handlers:
-            gpas = [page << 12 | page % 64 * 8 for page in pages]
-            self._handlers[key] = ffi.new("uint64_t[]", gpas), len(gpas)
-        return self._handlers[key]
-
-    def _traces_of(self, section: VmSection) -> list[Trace]:
-        names = section.traces or tuple(info.name for info in embedded_traces())
-        return [self._trace(name, section.records) for name in names]
-
-    def _trace(self, name: str, records: int) -> Trace:
-        if (name, records) not in self._traces:
-            path = self.scenario.directory / name
-            try:
-                trace = load_trace(path if path.suffix else name)
-            except TraceError as error:
-                raise BadInput(f"{self.scenario.name}: vm.traces", str(error)) from error
-            self._traces[name, records] = trace.first(records) if records else trace
-        return self._traces[name, records]
 
     # --- running ---------------------------------------------------------------------------------------
 

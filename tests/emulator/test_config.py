@@ -10,16 +10,10 @@ from pydantic import BaseModel
 
 from emulator.errors import BadInput
 from emulator.machine.runtime import OutOfFrames, OutOfMemory
-from emulator.scenario.config import (
-    Scenario,
-    embedded_scenarios,
-    load_scaled,
-    load_scenario,
-    parse_duration,
-    parse_scenario,
-)
+from emulator.scenario.config import Scenario, embedded_scenarios, load_scaled, load_scenario, parse_scenario
 from emulator.scenario.costs import Costs, load_costs
 from emulator.scenario.limits import Limit, _memory_limits, _thread_limits, check, exhausted, memory_needed
+from emulator.scenario.sections import parse_duration
 
 
 def parse(text: str) -> Scenario:

@@ -14,13 +14,8 @@ from emulator.job.job import Job
 from emulator.policy import preset
 from emulator.report.result import Snapshot
 from emulator.report.summary import exit_status, summary
-from emulator.scenario.config import (
-    KvmSection,
-    MachineSection,
-    Scenario,
-    SchedulerSection,
-    load_scenario,
-)
+from emulator.scenario.config import Scenario, load_scenario
+from emulator.scenario.sections import KvmSection, MachineSection, SchedulerSection
 from native import ffi, lib
 from native.types import VcpuId
 

@@ -12,7 +12,8 @@ from emulator.actors.base import MachineActor
 from emulator.errors import BadInput
 from emulator.job.emulation import Emulation, machine_config
 from emulator.policy import preset
-from emulator.scenario.config import MachineSection, Scenario, VmSection, load_scenario
+from emulator.scenario.config import Scenario, load_scenario
+from emulator.scenario.sections import MachineSection, VmSection
 from native import lib
 from tests.support import VM0, wait_until
 

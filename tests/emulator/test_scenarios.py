@@ -16,7 +16,8 @@ from emulator.job.job import Job
 from emulator.kvm.kvm_host import X86_CR4_PCIDE
 from emulator.policy import preset
 from emulator.report.result import Result
-from emulator.scenario.config import VmSection, load_scaled, load_scenario, parse_scenario
+from emulator.scenario.config import load_scaled, load_scenario, parse_scenario
+from emulator.scenario.sections import VmSection
 from native import lib
 from native.types import CpuId
 from tests.support import wait_until
@@ -256,7 +257,7 @@ def test_books_begin_when_everybody_has_booted() -> None:
 
 
 def test_a_second_slot_is_for_those_whose_slots_come_and_go() -> None:
-    from emulator.job.emulation import layout_of
+    from emulator.job.guests import layout_of
 
     assert layout_of(VmSection(memory=4, disturbed=False)).second == 0
     assert layout_of(VmSection(memory=4)).second > 0

@@ -7,7 +7,8 @@ from random import Random
 
 import pytest
 
-from emulator.scenario.config import PhasesSection, load_scenario
+from emulator.scenario.config import load_scenario
+from emulator.scenario.sections import PhasesSection
 from emulator.scenario.workload import FLAVOURS, MIGRATIONS, QUIET_LEAST_RATES, Pacer, Workload
 
 

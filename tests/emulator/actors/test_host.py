@@ -9,7 +9,8 @@ import pytest
 from emulator.job.job import Job
 from emulator.policy import preset
 from emulator.report.result import Snapshot
-from emulator.scenario.config import HostSection, KvmSection, MachineSection, load_scenario
+from emulator.scenario.config import load_scenario
+from emulator.scenario.sections import HostSection, KvmSection, MachineSection
 
 pytestmark = pytest.mark.slow
 

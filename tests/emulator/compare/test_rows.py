@@ -10,7 +10,8 @@ from emulator.compare.measure import SHADOW_STATS, measure
 from emulator.compare.rows import Row, sections, spread_of, text_of
 from emulator.compare.table import better, change
 from emulator.report.result import FlushCount
-from emulator.scenario.config import CostUnit, load_scenario
+from emulator.scenario.config import load_scenario
+from emulator.scenario.sections import CostUnit
 from tests.emulator.canned import snapshot
 from tests.emulator.compare.figures import comparison, partitioned, run_of
 

@@ -21,7 +21,8 @@ from emulator.machine.runtime import MachineStopped
 from emulator.policy import Policy, PolicyError, UserPolicyError, load_user_policy, resolve_policy
 from emulator.report.result import Result
 from emulator.report.summary import document
-from emulator.scenario.config import MachineSection, Scenario, load_scenario
+from emulator.scenario.config import Scenario, load_scenario
+from emulator.scenario.sections import MachineSection
 
 # The guide's worked example, word for word.
 RETURNING = '''

@@ -1,0 +1,149 @@
+"""Scenarios whose guests are hypervisors: their operations, and their errors."""
+
+from __future__ import annotations
+
+import threading
+from pathlib import Path
+
+import pytest
+
+from emulator.errors import BadInput
+from emulator.job.guests import layout_of
+from emulator.job.job import Job
+from emulator.policy import preset
+from emulator.report.result import Result
+from emulator.scenario.config import Scenario, load_scenario, parse_scenario
+from emulator.scenario.sections import VmSection
+
+# Every operation of L1, often.
+BUSY = """
+[machine]
+pcpus = 2
+vpid = {vpid0}
+[[vm]]
+vcpus = 2
+memory = 16
+traces = ["cc1"]
+records = 5000
+processes = 2
+switch_every = 3000
+unmap_every = 2000
+protect_every = 3000
+[vm.nested]
+guests = 2
+vpid = {vpid}
+ept = {ept}
+exit_every = 1500
+handle = 50
+tick_every = 1000
+switch_every = 4
+vpid_every = 8
+invvpid_every = 8
+unmap_every = 4
+eptp_every = 8
+vmxoff_every = 16
+[host]
+actors = 1
+mprotect = 50
+[scheduler]
+migrations = 300
+"""
+
+
+def busy(*, ept: bool, vpid: bool, vpid0: bool = True) -> Scenario:
+    flags = {"ept": ept, "vpid": vpid, "vpid0": vpid0}
+    text = BUSY.format_map({key: str(value).lower() for key, value in flags.items()})
+    return parse_scenario(text, "busy.toml", Path())
+
+
+def run(scenario: Scenario, seconds: float, policy: str = "linux-7.3") -> Result:
+    job = Job(scenario, preset(policy), seed=3, duration=seconds)
+    return job.run(lambda now: None, threading.Event())
+
+
+def complaint(text: str) -> str:
+    with pytest.raises(BadInput) as caught:
+        parse_scenario(text, "own.toml", Path())
+    return str(caught.value)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("ept", "vpid", "vpid0"),
+    [(True, True, True), (True, False, True), (False, False, True), (False, True, False)],
+)
+def test_each_operation_of_a_hypervisor_is_done_and_the_run_is_clean(
+    ept: bool, vpid: bool, vpid0: bool
+) -> None:
+    result = run(busy(ept=ept, vpid=vpid, vpid0=vpid0), 1.5)
+    snapshot = result.snapshot
+    assert not result.failure
+    assert not snapshot.violated, result.reports[0].text
+    assert snapshot.kvm("nested_run") > 50
+    assert snapshot.counters["exit_preemption_timer"] > 0
+    assert (snapshot.kvm("nested_invvpid") > 0) == vpid
+    for stat in ("nested_invept", "nested_roots_freed", "mmu_synced"):
+        assert (snapshot.kvm(stat) > 0) == ept, stat
+    # Without a VPID, VM entry and VM exit owe L2 and L1 a flush; with one, VM entry does if it is new.
+    flushes = snapshot.kvm("nested_flushes")
+    assert flushes > snapshot.kvm("nested_run") if not vpid else 0 < flushes < snapshot.kvm("nested_run")
+
+
+@pytest.mark.slow
+def test_a_rate_of_zero_is_never() -> None:
+    scenario = busy(ept=True, vpid=True)
+    nested = scenario.vm[0].nested
+    assert nested is not None
+    names = ("switch_every", "vpid_every", "invvpid_every", "unmap_every", "eptp_every", "vmxoff_every")
+    never = nested.model_copy(update=dict.fromkeys(names, 0))
+    vm = scenario.vm[0].model_copy(update={"nested": never})
+    snapshot = run(scenario.changed(vm=(vm,)), 1.0).snapshot
+    assert snapshot.kvm("nested_run") > 20
+    assert snapshot.kvm("nested_invept") == snapshot.kvm("nested_roots_freed") == 0
+    # The one with which L1 gives each of two nested guests of two vCPUs its VPID.
+    assert snapshot.kvm("nested_invvpid") == 4
+
+
+@pytest.mark.slow
+def test_nested_guests_exit_as_often_as_told() -> None:
+    scenario = busy(ept=False, vpid=True)
+    snapshot = run(scenario, 1.5).snapshot
+    nested = scenario.vm[0].nested
+    assert nested is not None
+    round_trips = snapshot.counters["accesses"] / (nested.exit_every + nested.handle)
+    assert snapshot.kvm("nested_run") == pytest.approx(round_trips, rel=0.2)
+
+
+def test_the_oses_of_a_vm_share_its_memory_and_leave_the_apic_page() -> None:
+    plain = layout_of(VmSection(vcpus=2, memory=4))
+    assert (plain.oses, plain.end, plain.apic_gfn) == (2, 1024, 0)
+    section = parse_scenario(
+        "[[vm]]\nvcpus = 2\nmemory = 4\n[vm.nested]\nguests = 3\nvirtualize_apic = true", "own", Path()
+    ).vm[0]
+    nested = layout_of(section)
+    assert (nested.oses, nested.end, nested.apic_gfn, nested.gfns) == (8, 1023, 1023, plain.gfns)
+
+
+@pytest.mark.parametrize(
+    ("text", "expected"),
+    [
+        ("[[vm]]\n[vm.nested]\nguests = 4", "vm[0].nested.guests: found 4; expected at most 3 nested guests"),
+        ("[[vm]]\n[vm.nested]\nexit_every = 0", "exit_every: found 0; expected at least 1 guest accesses"),
+        ("[[vm]]\n[vm.nested]\nepts = true", "vm[0].nested.epts: found an unknown key"),
+        ("[machine]\nept = false\n[[vm]]\n[vm.nested]", "machine.ept = true where a vm has nested guests"),
+        (
+            "[kvm]\nsmis = 1\n[[vm]]\n[vm.nested]",
+            "kvm.resets = 0 and kvm.smis = 0 where a vm that is disturbed has nested guests",
+        ),
+        (
+            "[host]\ncollapse = 1\n[[vm]]\n[vm.nested]\nvirtualize_apic = true",
+            "no host.unmap, reclaim, migrate and collapse where a vm has virtualize_apic = true",
+        ),
+    ],
+)
+def test_complaints(text: str, expected: str) -> None:
+    assert expected in complaint(text)
+
+
+def test_the_scenarios_have_a_unit() -> None:
+    assert load_scenario("nested-switch").unit == "round trips"
