@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import sys
+from pathlib import Path
 
 from emulator import interrupts
 
@@ -16,10 +17,25 @@ def main() -> int:
         with interrupts.held():
             from emulator.cli.main import main as run
         status = run()
+    except ModuleNotFoundError as error:
+        if (error.name or "emulator").partition(".")[0] in ("emulator", "native", "metrics"):
+            raise
+        status = _not_installed(error.name)
     except KeyboardInterrupt:
         status = interrupts.status()
     interrupts.ignore()
     return status
+
+
+def _not_installed(library: str | None) -> int:
+    """Say what to type if this Python has none of the libraries, such as the system's in a checkout."""
+    checkout = Path(__file__).resolve().parent.parent
+    print(
+        f"flushlab: {library} is not installed for {sys.executable}: type 'pip install -e .' in {checkout}, "
+        "or use the installed command 'flushlab'",
+        file=sys.stderr,
+    )
+    return 3
 
 
 def _open_standard_descriptors() -> None:

@@ -340,3 +340,18 @@ def test_a_checkout_without_the_core_says_what_to_type(tmp_path: Path) -> None:
     assert done.returncode == 3
     assert done.stderr.startswith(f"flushlab: the C core is not built in {tmp_path}: type 'pip install -e .'")
     assert done.stderr.count("\n") == 1
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("library", ["typer", "rich.console"])
+def test_a_python_without_the_libraries_says_what_to_type(library: str) -> None:
+    missing = (
+        "import sys, runpy\n"
+        f"sys.modules['{library}'] = None\n"
+        "sys.argv = ['flushlab', 'list', 'points']\n"
+        "runpy.run_module('emulator', run_name='__main__')\n"
+    )
+    done = subprocess.run([sys.executable, "-c", missing], capture_output=True, text=True, check=False)
+    assert done.returncode == 3
+    assert done.stderr.startswith(f"flushlab: {library} is not installed for {sys.executable}: type 'pip")
+    assert done.stderr.count("\n") == 1
