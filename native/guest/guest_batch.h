@@ -1,9 +1,7 @@
 /* The guest OS without EPT: changes that it invalidates together, on all vCPUs that run its processes.
  *
- * An OS does not invalidate each change at once.  It gathers changes (as Linux's mmu_gather), then invalidates them: a few
- * pages by INVLPG, many by MOV to CR3, INVPCID or CR4.PGE, and those of a process that is not loaded when it switches to
- * that (flush_tlb_mm_range(), tlb_single_page_flush_ceiling, cpu_tlbstate.ctxs).  Other vCPUs that run threads of the
- * process do so too, when its IPI reaches them.  Until then they may use the old translations, and the OS does not
+ * An OS does not invalidate each change at once.  It gathers changes (as Linux's mmu_gather) in a batch, then each vCPU
+ * invalidates the batch (guest_flush.h).  Until all have done so, they may use the old translations, and the OS does not
  * hand out the pages behind these.
  *
  * One vCPU at a time is in the OS, so that no lock is needed besides os_enter().
@@ -20,6 +18,18 @@
 static inline bool os_batches(const struct walk *w)
 {
 	return w->guest->leader->config.batch && !w->vmcs->ept;
+}
+
+/* Return the batch's number, or 0 before the first.  Relaxed: for the vCPU in the OS, and after an acquire of `flush`. */
+static inline uint32_t os_batch_number(const struct guest_batch *b)
+{
+	return atomic_load_explicit(&b->number, memory_order_relaxed);
+}
+
+/* Return how many changes the batch has.  Relaxed: as os_batch_number(). */
+static inline uint32_t os_batch_changes(const struct guest_batch *b)
+{
+	return atomic_load_explicit(&b->changes, memory_order_relaxed);
 }
 
 /* Enter the OS, if it gathers changes, or stay in it.  False: another vCPU is in it. */
@@ -44,14 +54,5 @@ enum walk_result os_change_resumed(struct walk *w);
 bool os_batch_flush(struct walk *w);
 /* Free the pages of a batch that all vCPUs have invalidated, and begin the next. */
 void os_batch_reap(struct guest *g);
-/* This vCPU has invalidated the changes, by bits. */
-void os_batch_covered(struct walk *w, uint64_t changes);
-/* MOV to CR3 has flushed a process. */
-void os_process_flushed(struct walk *w, uint32_t process);
-
-/* Return whether it is time for this vCPU to invalidate the batch.  The IPI of another vCPU takes a while to arrive. */
-bool os_flush_due(struct guest *g);
-/* Execute the next instruction of that.  WALK_EXIT: KVM emulates it; WALK_DONE: none is left. */
-enum walk_result os_flush_step(struct walk *w);
 
 #endif

@@ -5,6 +5,7 @@
 #include "core/machine_types.h"
 #include "guest/guest.h"
 #include "guest/guest_batch.h"
+#include "guest/guest_flush.h"
 #include "guest/guest_insn.h"
 #include "guest/guest_pages.h"
 #include "guest/guest_promise.h"

@@ -6,6 +6,7 @@
 #include "core/machine_types.h"
 #include "guest/guest.h"
 #include "guest/guest_batch.h"
+#include "guest/guest_flush.h"
 #include "guest/guest_os.h"
 #include "guest/guest_tables.h"
 #include "vm/guest_state.h"

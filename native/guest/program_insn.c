@@ -5,7 +5,7 @@
 #include "core/cpu_types.h"
 #include "core/events.h"
 #include "core/machine_types.h"
-#include "guest/guest_batch.h"
+#include "guest/guest_flush.h"
 #include "guest/guest_os.h"
 #include "guest/guest_promise.h"
 #include "guest/guest_shadow.h"

@@ -11,6 +11,7 @@
 #include "guest/guest_batch.h"
 #include "guest/guest_boot.h"
 #include "guest/guest_cr3.h"
+#include "guest/guest_flush.h"
 #include "guest/guest_hypervisor.h"
 #include "guest/guest_insn.h"
 #include "guest/guest_os.h"
