@@ -32,6 +32,7 @@ _PACKAGES = (
     "emulator.actors.image",
     "emulator.actors.task",
     "emulator.host.memory",
+    "emulator.kernel_tree.on_machine",
     proposals.__name__,
 )
 # Policies that act are imported here: a module that is imported later is not instrumented.

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping
+from types import MappingProxyType
 from typing import Any
 
 from emulator.actors.task import VcpuTask
@@ -92,7 +93,11 @@ class LitmusProgram:
     restored; then, and with `rebuild`, each execution has a new machine.
 
     known, frozen: the accesses of a user's policy that are watched (policy_reads.py).
+    constant, aside: types of objects, and attributes of such, that a subclass puts back itself.
     """
+
+    constant: tuple[type, ...] = ()
+    aside: Mapping[type, frozenset[str]] = MappingProxyType({VcpuTask: frozenset({"_run"})})
 
     def __init__(
         self,
@@ -200,8 +205,8 @@ class LitmusProgram:
             with self.policy.guarded():
                 self._initial = Snapshot(
                     (self.harness, self.machine, self.control.programs),
-                    _is_constant,
-                    {VcpuTask: frozenset({"_run"})},
+                    lambda obj: _is_constant(obj) or isinstance(obj, self.constant),
+                    self.aside,
                     self.harness.policy.module(),
                 )
         except CannotRestore:

@@ -41,6 +41,7 @@ class Recording:
     violation: the oracle's report, or the deadlock; None if there is neither.  final: the events of the
     test's last operations, if the violation is there.  watched: the accesses of a user's policy that are
     steps.  patches: the name and the text of each patch file of the policy.
+    kernel: the version of the tree whose code was explored in the place of the model's; "" for none.
     verdict, trace: of a trace only: SAFE, VIOLATIONS or FAILED, and its content beside the steps.
     """
 
@@ -56,6 +57,7 @@ class Recording:
     options: ExploreOptions = field(default=NONE)
     watched: Known = field(default=NOTHING)
     patches: tuple[tuple[str, str], ...] = ()
+    kernel: str = ""
     verdict: str = ""
     trace: dict[str, Any] | None = None
 
@@ -68,6 +70,7 @@ class Recording:
             **self.options.document(),
             "context_switches": sum(a != b for a, b in zip(self.schedule, self.schedule[1:], strict=False)),
             **({"patches": [list(part) for part in self.patches]} if self.patches else {}),
+            **({"kernel": self.kernel} if self.kernel else {}),
             **({"watched": self.watched.document()} if self.watched else {}),
             "schedule": self.schedule,
             "actors": self.actors,

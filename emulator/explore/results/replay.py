@@ -59,6 +59,7 @@ class _Document(BaseModel):
     policy: str
     patches: list[list[str]] = []
     watched: dict[str, list[str]] = {}
+    kernel: str = ""
     schedule: list[str]
     steps: list[_Step]
     final: list[dict[str, Any]] = []
@@ -74,11 +75,14 @@ def load(path: Path) -> dict[str, Any]:
         found = _find(document)
         if found is None:
             raise BadInput(str(path), "no recording in it", _EXPECTED)
-        _Document.model_validate(found)
+        kernel = _Document.model_validate(found).kernel
     except ValidationError as error:
         raise BadInput(str(path), *first_error(error, _Document)) from error
     except RecursionError as error:
         raise BadInput(str(path), "nested too deeply", _EXPECTED) from error
+    if kernel:
+        expected = "a recording of the model; `flushlab explain` draws this one"
+        raise BadInput(str(path), f"it was recorded with the code of Linux {kernel}", expected)
     return found
 
 

@@ -38,20 +38,26 @@ def explore_one(work: Work, jobs: int = 1, told: Told = lambda runs: None) -> Ve
     return verdict
 
 
-def explore_suite(work: Sequence[Work], jobs: int, told: Told = lambda runs: None) -> Iterator[Verdict]:
+def explore_suite(
+    work: Sequence[Work],
+    jobs: int,
+    told: Told = lambda runs: None,
+    one: Callable[..., Verdict] = explore_one,
+) -> Iterator[Verdict]:
     """Yield verdicts in the order of the work; after a signal, those that were reached.
 
-    A single pair is divided among the processes.  told: called from time to time, with the number of runs
-    since the call before; it hears of the runs of a pair in another process when that pair has its verdict.
+    one: explores a pair.  A single pair is divided among the processes.  told: called from time to time, with
+    the number of runs since the call before; it hears of the runs of a pair in another process when that pair
+    has its verdict.
     """
     if jobs <= 1 or len(work) <= 1:
-        for one in work:
+        for pair in work:
             if ending():
                 return
-            yield from _reached(explore_one(one, jobs, told))
+            yield from _reached(one(pair, jobs, told))
         return
     with ProcessPool(min(jobs, len(work))) as pool:
-        futures = [pool.submit(explore_one, one) for one in work]
+        futures = [pool.submit(one, pair) for pair in work]
         done: set[Future[Verdict]] = set()
         waiting = deque(futures)
         for future in pool.completed(futures, lambda: told(0)):

@@ -227,7 +227,7 @@ def explore_verdict(
     plan = plan or Plan()
     with policy.confined():
         if policy.overrides() or policy.is_patched_by_user():
-            _check_that_it_repeats(test, policy, plan.options)
+            _check_that_it_repeats(test, policy, plan.options, build)
         known: Known | None = NOTHING
         while known is not None:
             verdict = Verdict(test.name, policy.name, plan, test.expect.needs)
@@ -296,14 +296,16 @@ def _take_back(verdict: Verdict) -> None:
     verdict.complete, verdict.bound = False, None
 
 
-def _check_that_it_repeats(test: LitmusTest, policy: Policy, options: ExploreOptions) -> None:
+def _check_that_it_repeats(
+    test: LitmusTest, policy: Policy, options: ExploreOptions, build: Callable[..., LitmusProgram]
+) -> None:
     """Check that one order of steps always yields one execution, because proofs rest on that.
 
     A user's policy can break it.  Raises PolicyError.
     """
     first = None
     for _ in range(_BEGINNINGS):
-        program = LitmusProgram(test, policy, options, frozen=True)
+        program = build(test, policy, options, frozen=True)
         try:
             with instrument(program.control):
                 for _ in range(_REPETITIONS):
