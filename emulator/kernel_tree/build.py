@@ -42,9 +42,10 @@ class Use(StrEnum):
 # The files of the shim.  The first is compiled in one unit with the tree's files, behind them; the others are
 # compiled on their own; then come the headers.
 _BEHIND: Final = {Use.COMPARED: "glue.c", Use.MACHINE: "calls.c"}
+_MACHINE = ("machine", "objects", "sptes", "sync", "kvm", "steps", "explored", "keep", "crash")
 _ALONE: Final = {
     Use.COMPARED: ("shim.c",),
-    Use.MACHINE: ("machine.c", "objects.c", "sptes.c", "sync.c", "kvm.c", "steps.c", "crash.c"),
+    Use.MACHINE: tuple(f"{name}.c" for name in _MACHINE),
 }
 _SHIM: Final = {
     Use.COMPARED: ("linux.h", "api.h", "shim.h"),
@@ -63,12 +64,17 @@ class DoesNotBuild(BadInput):
 
 @dataclass(frozen=True, slots=True)
 class Built:
-    """A shared object.  `harvested`: lines of declarations taken; `stubs`: functions that the tree calls and
-    the shim lacks, which report themselves when they are called; `cached`: it was there already."""
+    """A shared object.
+
+    `sources`: a hash of the tree's files that were compiled.  `harvested`: lines of declarations taken;
+    `stubs`: functions that the tree calls and the shim lacks, which report themselves when they are called;
+    `cached`: it was there already.
+    """
 
     path: Path
     version: str
     top: Path
+    sources: str
     harvested: int
     rounds: int
     stubs: tuple[str, ...]
@@ -85,7 +91,7 @@ def build(top: Path, use: Use = Use.COMPARED) -> Built:
     directory = cache / _key(top, files, compiler, use)
     target = directory / "tdp_mmu.so"
     if target.is_file():
-        return _described(directory, version, top, cached=True)
+        return _described(directory, version, top, files, cached=True)
     cache.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(dir=cache, prefix="building-") as work:
         _Build(top, compiler, Path(work), use).run()
@@ -97,7 +103,7 @@ def build(top: Path, use: Use = Use.COMPARED) -> Built:
                 raise
         else:
             Path(work).mkdir()
-    return _described(directory, version, top, cached=False)
+    return _described(directory, version, top, files, cached=False)
 
 
 def cache_directory() -> Path:
@@ -143,11 +149,14 @@ def _key(top: Path, files: dict[str, bytes], compiler: Compiler, use: Use) -> st
     return hashed.hexdigest()
 
 
-def _described(directory: Path, version: str, top: Path, *, cached: bool) -> Built:
+def _described(directory: Path, version: str, top: Path, files: dict[str, bytes], *, cached: bool) -> Built:
     lines = (directory / "report").read_text("utf-8").splitlines()
-    return Built(
-        directory / "tdp_mmu.so", version, top, int(lines[0]), int(lines[1]), tuple(lines[2:]), cached
-    )
+    hashed = hashlib.blake2b(digest_size=8)
+    for name, data in sorted(files.items()):
+        hashed.update(b"%s %d\0" % (name.encode(), len(data)) + data)
+    harvested, rounds, stubs = int(lines[0]), int(lines[1]), tuple(lines[2:])
+    target = directory / "tdp_mmu.so"
+    return Built(target, version, top, hashed.hexdigest(), harvested, rounds, stubs, cached)
 
 
 @dataclass(slots=True)

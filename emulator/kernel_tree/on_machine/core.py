@@ -5,7 +5,7 @@ from __future__ import annotations
 import threading
 import time
 from collections import Counter
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Final
@@ -18,7 +18,7 @@ from emulator.kvm.mmu.hugepage import kvm_mmu_max_mapping_level
 from emulator.kvm.structs import Kvm, KvmMemorySlot
 from emulator.kvm.virt import requests
 from emulator.kvm.virt.slots import mark_page_dirty_in_slot
-from emulator.machine.runtime import Cpu, Hook, Machine, Mode
+from emulator.machine.runtime import Cpu, Hook, Machine, MachineError, Mode
 from emulator.points import PointKind
 from native import ffi as _native_ffi
 from native import lib as core_lib
@@ -74,9 +74,14 @@ class Thread:
     error: BaseException | None = None
     since: float = 0.0
     ident: int = 0
-    # The values that `state` was given last: whether there is a hook, the lock that is held, and RCU's depth.
+    # The values that `state` was given last: whether there is a hook, the lock that is held, and RCU's depth;
+    # at first values that no CPU has, because the state may have been put back to any.
     hook: Hook | None = None
-    held: tuple[int, int] = (0, 0)
+    held: tuple[int, int] = (-1, -1)
+
+
+# A function that the tree's code calls, with two numbers and a text.
+Handler = Callable[[Thread, int, int, Any], int | None]
 
 
 class Tree:
@@ -92,7 +97,7 @@ class Tree:
         self.threads: list[Thread] = []
         lib: Any = self.lib
         self._points = {getattr(lib, name): kind for name, kind in _POINTS.items()}
-        self._handlers: dict[int, Callable[[Thread, int, int, Any], int | None]] = {
+        self._handlers: dict[int, Handler] = {
             lib.CALL_FLUSH: self._flush,
             lib.CALL_FLUSH_RANGE: self._flush_range,
             lib.CALL_FLUSH_SLOT: self._flush_slot,
@@ -103,6 +108,7 @@ class Tree:
             lib.CALL_WARN: self._warn,
             lib.CALL_POINT: self._point,
         }
+        self._explores = False
         signature = "int(unsigned int, unsigned int, unsigned long long, unsigned long long, const char *)"
         self._callback = self.ffi.callback(signature, self._call)
         self.invalid = int(lib.tree_role_invalid())
@@ -127,6 +133,21 @@ class Tree:
         core_lib.rcu_set_function(address(self.lib.shim_rcu_function()))
         self.threads = [Thread(cpu, self.lib.tree_cpu(cpu.id)) for cpu in machine.cpus]
         self.machine = machine
+
+    def explore(self, handlers: Mapping[int, Handler]) -> None:
+        """Tell the handlers every access of the tree's code to state that CPUs share, from now on."""
+        self._handlers.update(handlers)
+        self._explores = True
+
+    def keep(self) -> None:
+        """Keep the state of the tree's code, for put_back()."""
+        if self.lib.tree_keep():
+            raise MemoryError("no memory for a copy of the tree's state")
+
+    def put_back(self) -> None:
+        """Restore the state that keep() has kept.  No operation may be running."""
+        self.lib.tree_put_back()
+        self.threads = [Thread(thread.cpu, thread.state) for thread in self.threads]
 
     # --- operations -----------------------------------------------------------------------------------------
 
@@ -153,9 +174,11 @@ class Tree:
             _set_slot(thread, slot)
         if thread.hook is not cpu.hook:
             thread.hook = cpu.hook
-            state.points = cpu.hook is not None
+            state.points = self._points_of(cpu)
         if thread.held != (held := (cpu.mmu_lock_held, cpu.rcu_depth)):
             state.lock, state.rcu_depth = thread.held = held
+        if state.inside:
+            raise MachineError(f"two operations of the tree's code on CPU {cpu.id}")
         thread.reason = reason
         thread.ident, thread.since = threading.get_ident(), time.monotonic()
         result = function(cpu.id, *arguments)
@@ -165,6 +188,11 @@ class Tree:
         if state.error:
             self._fail(thread)
         return result
+
+    def _points_of(self, cpu: Cpu) -> int:
+        if self._explores:
+            return int(self.lib.POINTS_STEPS)
+        return int(self.lib.POINTS_NONE if cpu.hook is None else self.lib.POINTS_DELAYS)
 
     def _set_kvm(self, thread: Thread, kvm: Kvm) -> None:
         thread.kvm, state, params = kvm, thread.state, kvm.params

@@ -6,6 +6,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any, Final
 
+from emulator.explore.results import record
 from emulator.job import job
 from emulator.kernel_tree.on_machine import tdp_mmu
 from emulator.kernel_tree.on_machine.core import Tree
@@ -51,5 +52,5 @@ def install(path: Path, report_fd: int = -1) -> Tree:
 
 def tell_stories(teller: Storyteller) -> None:
     """Make each report of a violation name the functions of the tree's code that led to it."""
-    for module in (job, runner):
+    for module in (job, runner, record):
         setattr(module, ReportCollector.__name__, telling_collector(teller))

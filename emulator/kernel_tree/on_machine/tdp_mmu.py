@@ -124,6 +124,13 @@ class TreeKvm(Kvm):
             self.known.pop(known_root, None)
 
 
+# Attributes that are read from the tree's memory.
+IN_THE_TREE: Final[dict[type, frozenset[str]]] = {
+    TreeRoot: frozenset({"role", "tdp_mmu_root_count", "tdp_mmu_scheduled_root_to_zap"}),
+    TreeKvm: frozenset({"tdp_mmu_roots"}),
+}
+
+
 def _of(kvm: Kvm) -> tuple[TreeKvm, Tree, Any]:
     assert isinstance(kvm, TreeKvm)
     return kvm, kvm.tree, kvm.tree.lib

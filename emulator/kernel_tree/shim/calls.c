@@ -66,6 +66,28 @@ bool glue_frozen(u64 spte)
 #endif
 }
 
+bool glue_present(u64 spte)
+{
+	return is_shadow_present_pte(spte) && !glue_frozen(spte);
+}
+
+unsigned int glue_table_of(const struct rcu_head *head)
+{
+	const struct kvm_mmu_page *sp = container_of(head, const struct kvm_mmu_page, rcu_head);
+	unsigned int hfn;
+
+	return shim_is_object(head) && shim_in_frames(sp->spt, &hfn) ? hfn : 0;
+}
+
+bool glue_keep(void)
+{
+	bool kept = shim_keep(vcpus, core.cpus * sizeof(*vcpus)) && shim_keep(mmus, core.cpus * sizeof(*mmus));
+
+	for (unsigned int i = 0; i < MOST_VMS; i++)
+		kept = kept && (!vms[i] || shim_keep(vms[i], sizeof(*vms[i])));
+	return kept;
+}
+
 /* --- setting up ------------------------------------------------------------------------------------------------------ */
 #ifdef TREE_ARGS_spte_permission_fault
 /* Do update_permission_bitmask() for EPT: by the fault's error code, a bit for each set of rights that forbids the
@@ -431,7 +453,7 @@ static void call_invalidate_roots(void)
 
 int tree_invalidate_roots(unsigned int cpu)
 {
-	return OPERATION(cpu, OPERATION_OTHER, call_invalidate_roots());
+	return OPERATION(cpu, OPERATION_INVALIDATE, call_invalidate_roots());
 }
 
 static void call_zap_invalidated_roots(bool shared)

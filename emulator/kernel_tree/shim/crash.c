@@ -16,8 +16,6 @@ static const int crashes[] = { SIGSEGV, SIGBUS, SIGFPE, SIGILL, SIGABRT };
 static int report_fd = -1;
 unsigned long shim_base;
 
-bool shim_is_object(const void *p);
-
 static void stack_to(const char *kind, int sig, const void *address)
 {
 	void *frames[MOST_FRAMES];

@@ -50,24 +50,26 @@ void mark_page_dirty_in_slot(void *kvm, const void *slot, u64 gfn)
 	shim_python(CALL_DIRTY, gfn, 0, NULL);
 }
 
-/* Do kvm_set_pfn_dirty() or kvm_set_pfn_accessed(): the pfn is that of the SPTE that this CPU changed last. */
-static void set_pfn(void)
+/* Do kvm_set_pfn_dirty() or kvm_set_pfn_accessed(), once for both: the pfn has the custody of the leaf that the tree's
+ * code took it from, which need not be the SPTE that this CPU changed last. */
+static void set_pfn(u64 pfn)
 {
-	if (!here->pfn_set)
-		core.set_pfn(core.machine, here->api.id, here->api.vm, here->at.gfn, here->last_value, here->at.level);
-	here->pfn_set = true;
+	if (here->pfn_set == pfn)
+		return;
+	here->pfn_set = pfn;
+	shim_tell(CALL_SET_PFN, 0, 0);
+	core.set_pfn(core.machine, here->api.id, here->api.vm, here->at.gfn, pfn << PAGE_SHIFT | RWX | ACCESSED | DIRTY,
+		     here->at.level);
 }
 
 void kvm_set_pfn_dirty(u64 pfn)
 {
-	(void)pfn;
-	set_pfn();
+	set_pfn(pfn);
 }
 
 void kvm_set_pfn_accessed(u64 pfn)
 {
-	(void)pfn;
-	set_pfn();
+	set_pfn(pfn);
 }
 
 int mmu_try_to_unsync_pages(void)

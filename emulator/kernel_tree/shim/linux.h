@@ -135,6 +135,8 @@ void shim_say(const char *format, ...) __attribute__((format(printf, 1, 2)));
 
 /* --- accesses to memory: those to SPTEs call shim_reads() and shim_stores() -------------------------------------- */
 void shim_reads(const volatile void *p);
+/* Tell an access to other memory that CPUs share: reference counts, lists, and all that is no SPTE. */
+void shim_shared(const volatile void *p, bool write);
 /* Store to an SPTE, and return true.  Return false if p is no SPTE, or if the caller has to store the value. */
 bool shim_stores(volatile void *p, u64 value);
 u64 shim_xchg(volatile void *p, u64 value);
@@ -144,6 +146,8 @@ u64 shim_fetch_and(volatile void *p, u64 mask);
 #define READ_ONCE(x) ({ shim_reads(&(x)); __atomic_load_n(&(x), __ATOMIC_ACQUIRE); })
 #define WRITE_ONCE(x, v) \
 	({ __typeof__(x) shim_v = (v); \
+	   if (sizeof(x) != 8) \
+		   shim_shared(&(x), true); \
 	   if (sizeof(x) != 8 || !shim_stores(&(x), (u64)shim_v)) \
 		   *(volatile __typeof__(x) *)&(x) = shim_v; })
 #define smp_load_acquire(p) READ_ONCE(*(p))
@@ -151,13 +155,15 @@ u64 shim_fetch_and(volatile void *p, u64 mask);
 #define xchg(p, v) \
 	({ __typeof__(p) shim_p = (p); __typeof__(*shim_p) shim_new = (v); \
 	   sizeof(*shim_p) == 8 ? (__typeof__(*shim_p))shim_xchg(shim_p, (u64)shim_new) : \
-				  __atomic_exchange_n(shim_p, shim_new, __ATOMIC_SEQ_CST); })
+		   (shim_shared(shim_p, true), __atomic_exchange_n(shim_p, shim_new, __ATOMIC_SEQ_CST)); })
 #define cmpxchg(p, old, v) \
 	({ __typeof__(p) shim_p = (p); __typeof__(*shim_p) shim_o = (old), shim_new = (v); \
 	   if (sizeof(*shim_p) == 8) \
 		   shim_o = (__typeof__(*shim_p))shim_cmpxchg(shim_p, (u64)shim_o, (u64)shim_new); \
-	   else \
+	   else { \
+		   shim_shared(shim_p, true); \
 		   __atomic_compare_exchange_n(shim_p, &shim_o, shim_new, 0, __ATOMIC_SEQ_CST, __ATOMIC_SEQ_CST); \
+	   } \
 	   shim_o; })
 #define cmpxchg64(p, old, v) cmpxchg(p, old, v)
 #define try_cmpxchg(p, oldp, v) \
@@ -187,23 +193,32 @@ static inline s64 atomic64_fetch_and(s64 mask, atomic64_t *v) { return (s64)shim
 #define atomic_dec(v) shim_add(v, -1)
 
 #define refcount_set(r, n) __atomic_store_n(&(r)->refs, n, __ATOMIC_RELAXED)
-#define refcount_read(r) __atomic_load_n(&(r)->refs, __ATOMIC_RELAXED)
+#define refcount_read(r) (shim_shared(r, false), __atomic_load_n(&(r)->refs, __ATOMIC_RELAXED))
 static inline bool refcount_inc_not_zero(refcount_t *r)
 {
-	int refs = refcount_read(r);
+	int refs;
 
+	shim_shared(r, true);
+	refs = __atomic_load_n(&r->refs, __ATOMIC_RELAXED);
 	while (refs && !__atomic_compare_exchange_n(&r->refs, &refs, refs + 1, 0, __ATOMIC_SEQ_CST, __ATOMIC_RELAXED))
 		;
 	return refs != 0;
 }
 static inline bool refcount_dec_and_test(refcount_t *r)
 {
-	int refs = __atomic_fetch_sub(&r->refs, 1, __ATOMIC_SEQ_CST);
+	int refs;
+
+	shim_shared(r, true);
+	refs = __atomic_fetch_sub(&r->refs, 1, __ATOMIC_SEQ_CST);
 
 	WARN_ON(refs <= 0);
 	return refs == 1;
 }
-static inline void refcount_inc(refcount_t *r) { WARN_ON(__atomic_fetch_add(&r->refs, 1, __ATOMIC_SEQ_CST) <= 0); }
+static inline void refcount_inc(refcount_t *r)
+{
+	shim_shared(r, true);
+	WARN_ON(__atomic_fetch_add(&r->refs, 1, __ATOMIC_SEQ_CST) <= 0);
+}
 
 /* --- locks: kvm->mmu_lock, and spinlocks that nest in it ------------------------------------------------------ */
 void shim_lock(rwlock_t *lock, int how);
@@ -267,16 +282,23 @@ static inline void INIT_LIST_HEAD(struct list_head *l) { l->next = l->prev = l; 
 static inline int list_empty(const struct list_head *l) { return l->next == l; }
 static inline void shim_list_between(struct list_head *new, struct list_head *prev, struct list_head *next)
 {
+	shim_shared(prev, true);
 	new->next = next;
 	new->prev = prev;
 	next->prev = new;
 	__atomic_store_n(&prev->next, new, __ATOMIC_RELEASE);
+}
+static inline struct list_head *shim_next(struct list_head *l)
+{
+	shim_shared(l, false);
+	return __atomic_load_n(&l->next, __ATOMIC_ACQUIRE);
 }
 static inline void list_add(struct list_head *new, struct list_head *head) { shim_list_between(new, head, head->next); }
 static inline void list_add_tail(struct list_head *new, struct list_head *head) { shim_list_between(new, head->prev, head); }
 /* list_del_rcu(): the entry still leads to the next one. */
 static inline void list_del_rcu(struct list_head *l)
 {
+	shim_shared(l, true);
 	l->next->prev = l->prev;
 	__atomic_store_n(&l->prev->next, l->next, __ATOMIC_RELEASE);
 	l->prev = NULL;
@@ -288,16 +310,16 @@ static inline void list_del_init(struct list_head *l) { list_del_rcu(l); INIT_LI
 #define list_entry(ptr, type, member) container_of(ptr, type, member)
 #define list_first_entry(head, type, member) list_entry((head)->next, type, member)
 #define list_for_each_entry(pos, head, member) \
-	for (pos = list_entry((head)->next, __typeof__(*pos), member); &pos->member != (head); \
-	     pos = list_entry(pos->member.next, __typeof__(*pos), member))
+	for (pos = list_entry(shim_next(head), __typeof__(*pos), member); &pos->member != (head); \
+	     pos = list_entry(shim_next(&pos->member), __typeof__(*pos), member))
 #define list_for_each_entry_rcu(pos, head, member, ...) list_for_each_entry(pos, head, member)
 #define list_for_each_entry_safe(pos, n, head, member) \
-	for (pos = list_entry((head)->next, __typeof__(*pos), member), \
+	for (pos = list_entry(shim_next(head), __typeof__(*pos), member), \
 	     n = list_entry(pos->member.next, __typeof__(*pos), member); &pos->member != (head); \
 	     pos = n, n = list_entry(n->member.next, __typeof__(*n), member))
 #define list_next_or_null_rcu(head, ptr, type, member) \
-	({ struct list_head *shim_next = __atomic_load_n(&(ptr)->next, __ATOMIC_ACQUIRE); \
-	   shim_next == (head) ? NULL : list_entry(shim_next, type, member); })
+	({ struct list_head *shim_found = shim_next(ptr); \
+	   shim_found == (head) ? NULL : list_entry(shim_found, type, member); })
 #define list_first_or_null_rcu(head, type, member) list_next_or_null_rcu(head, head, type, member)
 
 /* --- pages ----------------------------------------------------------------------------------------------------- */

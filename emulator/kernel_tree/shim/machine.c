@@ -44,7 +44,7 @@ void shim_begin(unsigned int cpu, enum operation kind)
 	here->entry_rcu = here->api.rcu_depth;
 	here->entry_lock = here->api.lock;
 	here->looked = here->unflushed = 0;
-	here->flushed_last = false;
+	here->flushed_last = here->in_run = false;
 	here->last = NULL;
 	here->spin = NULL;
 	here->fresh_object = NULL;
@@ -64,7 +64,10 @@ int shim_end(void)
 void shim_release(unsigned int how)
 {
 	here->api.lock = 0;
-	(how == SHIM_WRITE ? core.write_unlock : core.read_unlock)(core.machine, here->api.id, here->api.vm);
+	if (shim_explored())
+		shim_tell(CALL_UNLOCK, how == SHIM_WRITE, 0);
+	else
+		(how == SHIM_WRITE ? core.write_unlock : core.read_unlock)(core.machine, here->api.id, here->api.vm);
 }
 
 /* End the operation from anywhere in the tree's code, and release the locks that it has taken since it began. */
@@ -84,8 +87,13 @@ void shim_give_up(int error)
 
 int shim_python(unsigned int what, u64 a, u64 b, const char *text)
 {
-	int r = core.call(here->api.id, what, a, b, text);
+	struct shim_cpu *cpu = here;
+	int r;
 
+	cpu->in_run = false;
+	r = core.call(cpu->api.id, what, a, b, text);
+	/* Operations on other CPUs may have begun on this thread meanwhile. */
+	here = cpu;
 	if (r < 0)
 		shim_give_up(r);
 	return r;
@@ -93,7 +101,7 @@ int shim_python(unsigned int what, u64 a, u64 b, const char *text)
 
 void shim_point(unsigned int kind, bool write)
 {
-	if (here->api.points)
+	if (here->api.points == POINTS_DELAYS)
 		shim_python(CALL_POINT, kind, write, NULL);
 }
 
@@ -153,9 +161,9 @@ unsigned long shim_page_alloc(gfp_t gfp)
 	long long hfn;
 
 	shim_point(POINT_FRAMES, true);
-	hfn = core.table_alloc(core.machine, here->api.id, kind);
+	hfn = shim_explored() ? shim_tell(CALL_ALLOC, kind, 0) : core.table_alloc(core.machine, here->api.id, kind);
 	if (hfn < 0) {
-		if (gfp == GFP_NOWAIT)
+		if (gfp == GFP_NOWAIT && hfn == core.nomem)
 			return 0;
 		shim_give_up((int)hfn);
 	}
@@ -174,7 +182,10 @@ void shim_page_free(unsigned long page)
 	if (!shim_in_frames((void *)page, &hfn) || !__atomic_exchange_n(&live[hfn], 0, __ATOMIC_ACQ_REL))
 		shim_bug("free_page", 0, "a page is freed that is not allocated, or freed twice");
 	shim_step(STEP_FREED, hfn, 1);
-	core.table_free(core.machine, here->api.id, hfn);
+	if (shim_explored())
+		shim_python(CALL_FREE, hfn, 0, NULL);
+	else
+		core.table_free(core.machine, here->api.id, hfn);
 }
 
 unsigned long shim_pa(const void *p)
@@ -193,6 +204,7 @@ void *shim_va(unsigned long pa)
 {
 	unsigned int hfn = pa >> PAGE_SHIFT & HFN_MASK, tag = pa >> (PAGE_SHIFT + HFN_BITS) & TAG_MASK;
 
+	shim_tell(CALL_TABLE, hfn, 0);
 	if (hfn < core.frames && core.frame_tag(core.machine, hfn) == tag)
 		return core.memory + ((unsigned long)hfn << PAGE_SHIFT) + (pa & ~PAGE_MASK);
 	/* The table was freed: the oracle reports that a walk goes through it, and the walk finds nothing there. */
@@ -221,6 +233,12 @@ void *shim_table_sp(unsigned int hfn)
 	return (void *)pages[hfn].private;
 }
 
+bool shim_keep_memory(void)
+{
+	return shim_keep(cpus, core.cpus * sizeof(*cpus)) && shim_keep(pages, core.frames * sizeof(*pages)) &&
+	       shim_keep(live, core.frames);
+}
+
 /* --- beginning -------------------------------------------------------------------------------------------------------- */
 int shim_attach(const struct tree_core *given, unsigned int object_size, int report_fd)
 {
@@ -235,6 +253,7 @@ int shim_attach(const struct tree_core *given, unsigned int object_size, int rep
 		return core.nomem;
 	for (unsigned int i = 0; i < core.cpus; i++)
 		cpus[i].api.id = i;
+	shim_make_steps();
 	shim_catch_crashes(report_fd);
 	return 0;
 }

@@ -1,7 +1,16 @@
 /* Functions by which Python runs a tree's TDP MMU on the machine's threads.  Plain declarations only: cffi reads this
  * file. */
 enum { CALL_FLUSH, CALL_FLUSH_RANGE, CALL_FLUSH_SLOT, CALL_DIRTY, CALL_MAX_LEVEL, CALL_SCHEDULE, CALL_YIELDED, CALL_WARN,
-       CALL_POINT };
+       CALL_POINT, CALL_STEP, CALL_MORE, CALL_SHARED, CALL_TABLE, CALL_SET_PFN, CALL_RECOVER, CALL_LOCK, CALL_UNLOCK,
+       CALL_NEEDBREAK, CALL_RCU_LOCK, CALL_RCU_UNLOCK, CALL_RCU_LATER, CALL_RCU_BARRIER, CALL_ALLOC, CALL_FREE,
+       CALL_SPIN_LOCK, CALL_SPIN_UNLOCK, CALL_RELAX };
+/* Points of an operation at which Python is called: none, the machine's ordering points, or every access to state that
+ * other CPUs share, which begins a step of an explored execution. */
+enum { POINTS_NONE, POINTS_DELAYS, POINTS_STEPS };
+/* An explored access to an SPTE: it writes; it may grant or take a leaf's right. */
+enum { ACCESS_WRITE = 1, ACCESS_LEAF = 2 };
+/* SPTEs are told apart by level and gfn, as far as so many bits of a mask go. */
+enum { SPTE_BITS = 16 };
 enum { POINT_SPTE, POINT_SPTES, POINT_RCU, POINT_MMU_LOCK, POINT_CALL_RCU, POINT_FRAMES, POINT_ROOTS };
 enum { FINDING_WARN, FINDING_MISSING, FINDING_LOCKDEP, FINDING_FREED };
 enum { STEP_ZAPPED, STEP_PROTECTED, STEP_UNLINKED, STEP_FLUSHED, STEP_YIELDED, STEP_FREED };
@@ -46,13 +55,14 @@ struct tree_cpu {
 	unsigned int id, vm, lock, rcu_depth;
 	unsigned int chunk;   /* one in so many SPTEs calls Python for its ordering point; not 0 */
 	unsigned int resched; /* SPTEs after which another thread is due on this CPU; 0: never */
-	int points;           /* whether the machine's ordering points have a hook */
+	int points;           /* POINTS_NONE, POINTS_DELAYS or POINTS_STEPS */
 	int error;            /* why the operation was given up; 0 */
 	int inside;           /* whether the tree's code runs */
 	unsigned int slot_as_id, slot_flags;
 	unsigned long long slot_base, slot_npages, slot_hva;
 	unsigned int changed; /* SPTEs that it has changed */
 	unsigned int frozen;  /* faults that met a frozen SPTE */
+	unsigned int table, index; /* the SPTE of CALL_STEP and CALL_MORE */
 };
 
 /* A step of the tree's code that a report may list.  gfn and pages: those that an SPTE maps; for a freed table, gfn
@@ -64,6 +74,9 @@ struct tree_step {
 	long places[MOST_PLACES];
 };
 
+/* Keep the state of all that the tree's code can change, and put it back.  No operation may be running. */
+int tree_keep(void);
+void tree_put_back(void);
 /* Connect the object with a machine. */
 int tree_attach(const struct tree_core *core, int report_fd);
 struct tree_cpu *tree_cpu(unsigned int cpu);

@@ -9,9 +9,10 @@
 /* A physical address: the frame's number, and above it the tag of its life or the custody of a leaf. */
 enum { HFN_BITS = 24, HFN_MASK = (1 << HFN_BITS) - 1, TAG_MASK = 0x7fff };
 /* Bits of an SPTE. */
-enum { WRITABLE = 2, RWX = 7, LEAF = 128 };
+enum { WRITABLE = 2, RWX = 7, LEAF = 128, ACCESSED = 1 << 8, DIRTY = 1 << 9 };
 
-enum operation { OPERATION_OTHER, OPERATION_FAULT, OPERATION_ALLOC_ROOT, OPERATION_SPLIT, OPERATION_RECOVER };
+enum operation { OPERATION_OTHER, OPERATION_FAULT, OPERATION_ALLOC_ROOT, OPERATION_SPLIT, OPERATION_RECOVER,
+		 OPERATION_INVALIDATE };
 
 /* The place of an SPTE according to the tree's struct kvm_mmu_page. */
 struct place {
@@ -33,8 +34,11 @@ struct shim_cpu {
 	const volatile void *last;  /* the SPTE that was read or written last */
 	struct place at;            /* the place of that SPTE */
 	u64 last_value;             /* the value of that SPTE, before the write if it was written */
-	bool pfn_set;
+	u64 pfn_set;                /* the pfn of kvm_set_pfn_dirty() since the last change of an SPTE; 0: none */
 	const void *entry;          /* the frame of the function that Python called */
+	bool in_run;                /* its last access was one to an SPTE that is not present */
+	unsigned int told_table;    /* the table of that SPTE, and the bits that Python has been told of in this step */
+	u64 told_reads, told_writes;
 };
 
 extern __thread struct shim_cpu *here;
@@ -59,6 +63,21 @@ int shim_attach(const struct tree_core *core, unsigned int object_size, int repo
 void shim_catch_crashes(int report_fd);
 /* Call Python, which gives the operation up if it returns an error. */
 int shim_python(unsigned int what, u64 a, u64 b, const char *text);
+/* In explored.c: return whether steps are told; tell Python of one, without giving the operation up, and return its value,
+ * 0 if the machine is not explored. */
+bool shim_explored(void);
+int shim_tell(unsigned int what, u64 a, u64 b);
+/* Tell the step of an access to an SPTE that is about to happen; value: what a write will store. */
+void shim_spte_step(const volatile u64 *sptep, unsigned int table, bool write, u64 value);
+bool shim_needbreak_step(void);
+bool spte_is_leaf(u64 spte, unsigned int level);
+/* In keep.c: keep a piece of memory.  The others call it for all their memory, and return false if there is none. */
+bool shim_keep(void *memory, size_t bytes);
+bool shim_keep_memory(void);
+bool shim_keep_objects(void);
+bool glue_keep(void);
+/* In objects.c: make the objects that were kept accessible, before their contents are put back, and no others. */
+void shim_put_objects_back(void);
 /* Tell an ordering point, if the machine has a hook for them. */
 void shim_point(unsigned int kind, bool write);
 void shim_finding(unsigned int kind, const char *file, int line, const char *what);
@@ -72,8 +91,11 @@ void *shim_table_sp(unsigned int hfn);
 /* In objects.c: make room for the objects; false if there is none. */
 bool shim_make_objects(void);
 extern spinlock_t shim_objects_lock;
+bool shim_is_object(const void *p);
 /* In steps.c: note a step of the tree's code. */
 void shim_step(unsigned int kind, u64 gfn, u64 npages);
+/* Make room for steps. */
+void shim_make_steps(void);
 /* The address at which the object is loaded. */
 extern unsigned long shim_base;
 
@@ -82,5 +104,9 @@ struct place glue_place(const void *sp, unsigned int index);
 /* Return whether the root above a table is invalid. */
 bool glue_root_invalid(const void *sp);
 bool glue_frozen(u64 spte);
+/* Return whether KVM takes the SPTE for present; a frozen one is not. */
+bool glue_present(u64 spte);
+/* Return the table of the shadow page that an RCU callback will free; 0 if it is none. */
+unsigned int glue_table_of(const struct rcu_head *head);
 
 #endif

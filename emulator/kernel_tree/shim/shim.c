@@ -50,6 +50,12 @@ void shim_event(unsigned int kind, u64 a, u64 b, const char *text, int with_stat
 	e->state = with_state ? glue_record() : -1;
 }
 
+void shim_shared(const volatile void *p, bool write)
+{
+	(void)p;
+	(void)write;
+}
+
 /* --- complaints ------------------------------------------------------------------------------------------------ */
 void shim_warn(const char *file, int line, const char *what)
 {

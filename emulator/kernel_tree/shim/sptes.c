@@ -22,7 +22,7 @@ static enum where spte_at(const volatile void *p, unsigned int *hfn)
 	return IN_TABLE;
 }
 
-static bool is_leaf(u64 spte, unsigned int level)
+bool spte_is_leaf(u64 spte, unsigned int level)
 {
 	return (spte & RWX) && (level == 1 || spte & LEAF);
 }
@@ -35,17 +35,33 @@ static bool is_link(u64 spte, unsigned int level)
 /* Return for how many SPTEs the one that was read counts: a whole chunk if the operation looks for such an SPTE. */
 static unsigned int time_of(u64 spte)
 {
-	bool sought = here->operation == OPERATION_SPLIT ? is_leaf(spte, here->at.level) :
+	bool sought = here->operation == OPERATION_SPLIT ? spte_is_leaf(spte, here->at.level) :
 							    here->operation == OPERATION_RECOVER &&
 							    is_link(spte, here->at.level);
 
 	return sought && here->at.level == 2 && here->api.chunk ? here->api.chunk : 1;
 }
 
+/* Begin the step of an access to an SPTE, before anything is read. */
+static void tell(const volatile void *p, bool write, u64 value)
+{
+	unsigned int hfn;
+
+	if (!shim_explored())
+		return;
+	if (!shim_in_frames(p, &hfn))
+		shim_shared(p, write);
+	else if (shim_table_lives(hfn))
+		shim_spte_step(p, hfn, write, value);
+	else
+		shim_tell(CALL_TABLE, hfn, 0);
+}
+
 void shim_reads(const volatile void *p)
 {
 	unsigned int hfn, before;
 
+	tell(p, false, 0);
 	if (spte_at(p, &hfn) != IN_TABLE)
 		return;
 	if (!here->api.rcu_depth && here->api.lock != SHIM_WRITE)
@@ -67,10 +83,11 @@ static u64 recovered(u64 link, u64 leaf)
 	u64 hva = here->api.slot_hva + here->at.gfn - here->api.slot_base;
 	int custody;
 
+	shim_tell(CALL_RECOVER, 0, 0);
 	for (unsigned int i = 0; i < 512; i++) {
 		u64 child = __atomic_load_n(&table[i], __ATOMIC_ACQUIRE);
 
-		if (!is_leaf(child, 1))
+		if (!spte_is_leaf(child, 1))
 			continue;
 		custody = core.huge_custody(core.machine, here->api.vm, hva + i, child >> PAGE_SHIFT & HFN_MASK,
 					    child >> (PAGE_SHIFT + HFN_BITS) & TAG_MASK);
@@ -83,9 +100,9 @@ static u64 recovered(u64 link, u64 leaf)
 
 static u64 with_custody(u64 old, u64 value)
 {
-	if (here->operation == OPERATION_RECOVER && is_link(old, here->at.level) && is_leaf(value, here->at.level))
+	if (here->operation == OPERATION_RECOVER && is_link(old, here->at.level) && spte_is_leaf(value, here->at.level))
 		return recovered(old, value);
-	if (here->at.level > 1 && is_leaf(old, here->at.level) && is_link(value, here->at.level))
+	if (here->at.level > 1 && spte_is_leaf(old, here->at.level) && is_link(value, here->at.level))
 		core.split_custody(core.machine, value >> PAGE_SHIFT & HFN_MASK, old, here->at.level);
 	return value;
 }
@@ -118,6 +135,7 @@ static bool change(volatile void *p, unsigned int step, u64 *old, u64 value)
 	unsigned int hfn;
 	int r;
 
+	tell(p, true, step == STEP_FETCH_AND ? *(const volatile u64 *)p & value : value);
 	where = spte_at(p, &hfn);
 	if (where == IN_FREED_TABLE)
 		*old = ~*old & ~(u64)RWX;
@@ -132,7 +150,7 @@ static bool change(volatile void *p, unsigned int step, u64 *old, u64 value)
 	if (r && r != core.again)
 		shim_give_up(r);
 	here->last_value = *old;
-	here->pfn_set = false;
+	here->pfn_set = 0;
 	if (!r && step == STEP_FETCH_AND)
 		value &= *old;
 	if (!r && *old != value) {

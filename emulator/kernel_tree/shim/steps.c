@@ -3,10 +3,11 @@
 #include "linux.h"
 #include "machine_internal.h"
 
+#include <stdlib.h>
 #include <string.h>
 #include <time.h>
 
-static struct tree_step steps[MOST_STEPS];
+static struct tree_step *steps; /* the last MOST_STEPS; NULL if there is no memory for them */
 static unsigned long next_step;
 
 /* Follow the frame pointers from the shim's function up to the one that Python called. */
@@ -26,9 +27,12 @@ static void places_of(struct tree_step *step)
 
 void shim_step(unsigned int kind, u64 gfn, u64 npages)
 {
-	struct tree_step *step = &steps[__atomic_fetch_add(&next_step, 1, __ATOMIC_RELAXED) % MOST_STEPS];
+	struct tree_step *step;
 	struct timespec now;
 
+	if (!steps)
+		return;
+	step = &steps[__atomic_fetch_add(&next_step, 1, __ATOMIC_RELAXED) % MOST_STEPS];
 	clock_gettime(CLOCK_MONOTONIC, &now);
 	memset(step, 0, sizeof(*step));
 	step->time = (u64)now.tv_sec * 1000000000 + (u64)now.tv_nsec;
@@ -38,6 +42,12 @@ void shim_step(unsigned int kind, u64 gfn, u64 npages)
 	step->vm = here->api.vm;
 	step->kind = kind;
 	places_of(step);
+}
+
+void shim_make_steps(void)
+{
+	if (!steps)
+		steps = calloc(MOST_STEPS, sizeof(*steps));
 }
 
 unsigned int tree_steps(struct tree_step *out, unsigned int most)

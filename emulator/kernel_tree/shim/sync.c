@@ -6,6 +6,10 @@
 
 void cpu_relax(void)
 {
+	if (shim_explored()) {
+		shim_python(CALL_RELAX, 0, 0, NULL);
+		return;
+	}
 	sched_yield();
 }
 
@@ -13,6 +17,8 @@ void shim_spin_lock(spinlock_t *lock)
 {
 	int free;
 
+	if (lock != &shim_objects_lock && shim_explored())
+		shim_python(CALL_SPIN_LOCK, (u64)(unsigned long)&lock->held, 0, NULL);
 	while (free = 0, !__atomic_compare_exchange_n(&lock->held, &free, 1, 0, __ATOMIC_ACQUIRE, __ATOMIC_RELAXED))
 		sched_yield();
 	if (lock != &shim_objects_lock)
@@ -26,6 +32,8 @@ void shim_spin_unlock(spinlock_t *lock)
 	if (lock != &shim_objects_lock)
 		here->spin = NULL;
 	__atomic_store_n(&lock->held, 0, __ATOMIC_RELEASE);
+	if (lock != &shim_objects_lock)
+		shim_tell(CALL_SPIN_UNLOCK, (u64)(unsigned long)&lock->held, 0);
 }
 
 void shim_lock(rwlock_t *lock, int how)
@@ -36,7 +44,10 @@ void shim_lock(rwlock_t *lock, int how)
 	if (here->api.lock)
 		shim_bug("mmu_lock", 0, "it is taken twice by a thread");
 	shim_point(POINT_MMU_LOCK, how == SHIM_WRITE);
-	r = (how == SHIM_WRITE ? core.write_lock : core.read_lock)(core.machine, here->api.id, here->api.vm);
+	if (shim_explored())
+		r = shim_python(CALL_LOCK, how == SHIM_WRITE, 0, NULL);
+	else
+		r = (how == SHIM_WRITE ? core.write_lock : core.read_lock)(core.machine, here->api.id, here->api.vm);
 	if (r)
 		shim_give_up(r);
 	here->api.lock = (unsigned int)how;
@@ -70,7 +81,7 @@ bool shim_need_resched(void)
 
 bool shim_needbreak(void)
 {
-	return core.needbreak(core.machine, here->api.vm);
+	return shim_explored() ? shim_needbreak_step() : (bool)core.needbreak(core.machine, here->api.vm);
 }
 
 void shim_yield(rwlock_t *lock, int how)
@@ -96,7 +107,10 @@ void shim_yield(rwlock_t *lock, int how)
 /* --- RCU -------------------------------------------------------------------------------------------------------------- */
 void rcu_read_lock(void)
 {
-	core.rcu_read_lock(core.machine, here->api.id);
+	if (shim_explored())
+		shim_python(CALL_RCU_LOCK, 0, 0, NULL);
+	else
+		core.rcu_read_lock(core.machine, here->api.id);
 	here->api.rcu_depth++;
 }
 
@@ -105,7 +119,10 @@ void rcu_read_unlock(void)
 	if (!here->api.rcu_depth)
 		shim_bug("rcu_read_unlock", 0, "RCU's read section is left twice");
 	here->api.rcu_depth--;
-	core.rcu_read_unlock(core.machine, here->api.id);
+	if (shim_explored())
+		shim_tell(CALL_RCU_UNLOCK, 0, 0);
+	else
+		core.rcu_read_unlock(core.machine, here->api.id);
 	if (!here->api.error)
 		shim_point(POINT_RCU, true);
 }
@@ -114,12 +131,17 @@ static void run_callback(unsigned int cpu, u64 argument)
 {
 	struct rcu_head *head = (struct rcu_head *)(unsigned long)argument;
 	struct shim_cpu *before = here;
+	int points;
 
 	here = shim_cpu_of(cpu);
+	/* A callback has no steps of its own: it belongs to the end of its grace period. */
+	points = here->api.points;
+	here->api.points = POINTS_NONE;
 	here->api.inside = 1;
 	here->entry = __builtin_frame_address(0);
 	head->func(head);
 	here->api.inside = 0;
+	here->api.points = points;
 	here = before;
 }
 
@@ -129,14 +151,17 @@ void shim_call_rcu(struct rcu_head *head, void (*func)(struct rcu_head *head))
 
 	shim_point(POINT_CALL_RCU, true);
 	head->func = func;
-	r = core.queue_callback(core.machine, here->api.id, core.rcu_function, (u64)(unsigned long)head);
+	if (shim_explored())
+		r = shim_python(CALL_RCU_LATER, (u64)(unsigned long)head, glue_table_of(head), NULL);
+	else
+		r = core.queue_callback(core.machine, here->api.id, core.rcu_function, (u64)(unsigned long)head);
 	if (r < 0)
 		shim_give_up(r);
 }
 
 void rcu_barrier(void)
 {
-	int r = core.rcu_barrier(core.machine, here->api.id);
+	int r = shim_explored() ? shim_python(CALL_RCU_BARRIER, 0, 0, NULL) : core.rcu_barrier(core.machine, here->api.id);
 
 	if (r < 0)
 		shim_give_up(r);

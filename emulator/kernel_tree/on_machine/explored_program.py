@@ -1,0 +1,66 @@
+"""Litmus tests on a tree's code in every interleaving: a process of its own for each test and policy."""
+
+from __future__ import annotations
+
+from types import MappingProxyType
+from typing import Any
+
+from emulator.explore.machine.program import LitmusProgram
+from emulator.explore.results.suite import Work, stop_of
+from emulator.explore.results.verdict import Told, Verdict, explore_verdict
+from emulator.kernel_tree.build import Built
+from emulator.kernel_tree.on_machine.child import TreeDied, in_child
+from emulator.kernel_tree.on_machine.core import Tree
+from emulator.kernel_tree.on_machine.explored import Explored
+from emulator.kernel_tree.on_machine.suite import findings_text
+from emulator.kernel_tree.on_machine.tdp_mmu import IN_THE_TREE, TreeKvm
+from emulator.litmus.policies import named_policy
+from emulator.litmus.verdict import FAILED
+
+
+class TreeProgram(LitmusProgram):
+    """A litmus test on the tree that this process has loaded."""
+
+    constant = (Tree, Explored)
+    aside = MappingProxyType({**LitmusProgram.aside, **IN_THE_TREE})
+
+    def __init__(self, *args: Any, **options: Any) -> None:
+        assert TreeKvm.loaded is not None
+        self._tree = TreeKvm.loaded
+        super().__init__(*args, **options)
+        self._tree.explore(Explored(self._tree, self.control).handlers)
+
+    def _keep(self) -> None:
+        super()._keep()
+        if self.initial is not None:
+            self._tree.keep()
+
+    def _put_back(self, initial: Any) -> None:
+        super()._put_back(initial)
+        self._tree.put_back()
+
+
+def explore_on_tree(built: Built, work: Work, jobs: int = 1, told: Told = lambda runs: None) -> Verdict:
+    """Explore one test under one policy with the tree's TDP MMU (emulator.explore.results.suite.explore_one).
+
+    A crash or another finding in the tree's code is the verdict's failure, unless there are violations.
+    """
+
+    def explored(tree: Tree) -> tuple[Verdict, Any]:
+        policy = named_policy(work.policy)
+        verdict = explore_verdict(work.test, policy, work.plan, stop_of(work), build=TreeProgram)
+        return verdict, tree.findings
+
+    try:
+        verdict, findings = in_child(built, explored)
+        failure = findings_text(findings)
+    except TreeDied as error:
+        verdict = Verdict(work.test.name, work.policy, work.plan, work.test.expect.needs)
+        failure = str(error)
+    if verdict.counterexample is not None:
+        verdict.counterexample.kernel = built.version
+    if failure and not verdict.kinds:
+        verdict.verdict, verdict.failure = FAILED, failure
+    verdict.policy = work.policy
+    told(verdict.executions + verdict.pruned)
+    return verdict
