@@ -7,7 +7,7 @@ import os
 import re
 import sys
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -19,7 +19,8 @@ from rich.text import Text
 
 from emulator import interrupts
 from emulator.cli.completion import policies
-from emulator.cli.options import FilesArgument, JobsOption, JunitOption, KtapOption, refuse
+from emulator.cli.kernel import OnTree, heading
+from emulator.cli.options import FilesArgument, JobsOption, JunitOption, KernelOption, KtapOption, refuse
 from emulator.cli.progress import SearchProgress
 from emulator.errors import BadInput
 from emulator.output import Unwritable, check_file, make_directory, saying, write_file
@@ -35,6 +36,8 @@ if TYPE_CHECKING:
 FOUND = 1
 # Least columns of a terminal for a verdict beside the names of its test and policy.
 _READABLE = 50
+# Options in which a tree's code has no part: no store of it is held back, and a recording names no tree.
+_WITHOUT_TREE = {"store_buffers", "stateful", "replay", "trace", "audit"}
 # Options about a list of verdicts.
 _CASES = ("as_ktap", "junit")
 
@@ -69,6 +72,10 @@ Violations that need a speculative TLB fill, and violations that need a missing 
     flushlab explore speculative-fill --policy migration=none --adversary speculate
 
     flushlab explore entry-races-request --policy mutant:entry-without-barrier --store-buffers
+
+The TDP MMU of a kernel's source, patched or not, in every interleaving:
+
+    flushlab explore return-zap --kernel ~/linux
 
 Repeat an execution step by step; a step that differs is an error:
 
@@ -123,6 +130,7 @@ def explore(
             help="Give up on a test after S seconds, 0: never. Results then depend on the machine.",
         ),
     ] = 0.0,
+    kernel: KernelOption = None,
     jobs: JobsOption = None,
     adversary: Annotated[
         list[str] | None,
@@ -216,13 +224,13 @@ def explore(
     """Prove or refute policies on litmus tests, in every interleaving."""
     # Imported late: help and bad usage need no engine.
     from emulator.explore.machine.options import ExploreOptions
-    from emulator.explore.results.suite import Work, explore_suite
+    from emulator.explore.results.suite import Work, explore_one, explore_suite
     from emulator.explore.results.verdict import STRATEGIES, Plan
     from emulator.litmus.loader import load_tests
     from emulator.litmus.policies import pairs_of
     from emulator.policy import DEFAULT, canonical
 
-    _refuse_what_has_no_effect(context, strategy, bool(adversary), audit)
+    _refuse_what_has_no_effect(context, strategy, bool(adversary), audit, kernel is not None)
     _refuse_beside_one_execution(context, replay is not None, trace, stop_at is not None, reach is not None)
     if replay is not None:
         from emulator.cli.explore_trace import replay_file
@@ -232,7 +240,9 @@ def explore(
     if strategy not in STRATEGIES:
         raise BadInput("--strategy", repr(strategy), " or ".join(STRATEGIES))
     tests = load_tests(files or [])
-    names = list(dict.fromkeys(map(canonical, policy or [DEFAULT])))
+    chosen = list(dict.fromkeys(map(canonical, policy or [])))
+    on_tree = None if kernel is None else OnTree.built(kernel, tests, chosen, named=bool(files))
+    tests, names = (tests, chosen or [DEFAULT]) if on_tree is None else (on_tree.tests, on_tree.policies)
     pairs = pairs_of(tests, names, named=bool(files))
     options = ExploreOptions.given(adversary or [], adversary_budget, store_buffers)
     if audit:
@@ -254,16 +264,21 @@ def explore(
         check_file("--junit", junit)
     lines = None if as_json or as_ktap else Lines(tests, names)
     verdicts = Verdicts(work, lines, output, as_ktap=as_ktap, junit=junit)
+    one = explore_one if on_tree is None else verdicts.about(on_tree, chosen)
     interrupts.only_note()
     progress = SearchProgress(len(work))
-    for verdict in explore_suite(work, jobs or len(os.sched_getaffinity(0)), progress.told):
+    for verdict in explore_suite(work, jobs or len(os.sched_getaffinity(0)), progress.told, one):
         progress.reached()
         verdicts.take(verdict)
     progress.erase()
     raise typer.Exit(verdicts.end())
 
 
-def _refuse_what_has_no_effect(context: typer.Context, strategy: str, adversary: bool, audit: bool) -> None:
+def _refuse_what_has_no_effect(
+    context: typer.Context, strategy: str, adversary: bool, audit: bool, kernel: bool
+) -> None:
+    if kernel:
+        refuse(context, _WITHOUT_TREE, "with --kernel", "a search for verdicts without it")
     if audit:
         search = {"strategy", "bound", "depth", "seconds", "jobs", "output", "trace", "stateful", *_CASES}
         refuse(context, search, "with --audit", "a search without --audit")
@@ -316,8 +331,16 @@ class Verdicts:
         self.as_ktap = as_ktap
         self.junit = junit
         self.verdicts: list[Verdict] = []
+        self.kernel: dict[str, str] | None = None  # the tree whose code was explored
         self.lost: Unwritable | None = None
         self.started = time.monotonic()
+
+    def about(self, tree: OnTree, chosen: Sequence[str]) -> Callable[..., Verdict]:
+        """Tell the tree whose code is explored; return the function that explores a pair."""
+        self.kernel = tree.document()
+        if self.lines is not None:
+            print(heading(tree.object, chosen))
+        return tree.exploring()
 
     @property
     def status(self) -> int:
@@ -349,6 +372,8 @@ class Verdicts:
                 sys.stdout.write(ktap(self._cases(missing)))
             elif self.lines is None:
                 document: dict[str, Any] = {"format": 1, "explored": [v.document() for v in self.verdicts]}
+                if self.kernel is not None:
+                    document["kernel"] = self.kernel
                 if interrupts.came():
                     document["not_reached"] = [{"test": test, "policy": policy} for test, policy in missing]
                 print(json.dumps(document, indent=1))

@@ -142,8 +142,14 @@ class OnTree:
 
         return partial(run_on_tree, self.object)
 
+    def exploring(self) -> Callable[..., Any]:
+        """Return the function that explores a pair of a suite."""
+        from emulator.kernel_tree.on_machine.explored_program import explore_on_tree
+
+        return partial(explore_on_tree, self.object)
+
     def document(self) -> dict[str, str]:
-        return {"tree": str(self.object.top), "version": self.object.version}
+        return {"tree": str(self.object.top), "version": self.object.version, "sources": self.object.sources}
 
 
 def heading(built: Built, chosen: Sequence[str]) -> str:
@@ -151,7 +157,7 @@ def heading(built: Built, chosen: Sequence[str]) -> str:
     from emulator.kernel_tree.on_machine.points import OWN_POINTS
 
     how = "from the cache" if built.cached else f"{built.harvested} lines of declarations harvested"
-    text = f"Linux {built.version} has the TDP MMU ({how})"
+    text = f"Linux {built.version} has the TDP MMU ({how}; sources {built.sources})"
     if chosen:
         text += f", and decides {', '.join(OWN_POINTS)}; {', '.join(chosen)} decides the rest"
     return "\n".join([*textwrap.wrap(text, 80, break_on_hyphens=False), ""])

@@ -66,8 +66,12 @@ class PairPart(Part):
 
 
 class ExploreDocument(Part):
-    """The document of `flushlab explore --json`; `not_reached` is there if a signal ended the search."""
+    """The document of `flushlab explore --json`.
+
+    `not_reached` is there if a signal ended the search, `kernel` with --kernel.
+    """
 
     format: Literal[1]
     explored: list[ExploredPart]
     not_reached: list[PairPart] | None = None
+    kernel: Any = None

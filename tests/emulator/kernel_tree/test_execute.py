@@ -58,7 +58,7 @@ def built(directory: Path, bad: str) -> Built:
         str(directory / "nothing.c"),
     ]
     subprocess.run(command, check=True)
-    return Built(target, "6.12.0", directory, 0, 0, (), cached=False)
+    return Built(target, "6.12.0", directory, "", 0, 0, (), cached=False)
 
 
 @pytest.mark.slow

@@ -1,0 +1,137 @@
+"""A real kernel's TDP MMU in every interleaving: verdicts as the preset's, footprints that hold, and bugs."""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from emulator.cli.main import main
+from emulator.explore.audit.independence import IndependenceCheck
+from emulator.explore.audit.residue import ResidueProgram
+from emulator.explore.machine.lib import instrument
+from emulator.kernel_tree.build import Use, build
+from emulator.kernel_tree.execute import policy_for
+from emulator.kernel_tree.on_machine.child import in_child
+from emulator.kernel_tree.on_machine.core import Tree
+from emulator.kernel_tree.on_machine.explored_program import TreeProgram
+from emulator.litmus.loader import load_test
+from emulator.litmus.policies import named_policy
+from emulator.litmus.verdict import VIOLATIONS
+from tests.emulator.kernel_tree.bugs import BUGS, MISDEEDS, apply, copied
+from tests.emulator.kernel_tree.trees import found_trees
+
+# Tests of which the search ends, for the model and for the tree.
+ENDING = (
+    "aged-exec", "aged-read", "apic-migrate", "apic-mode", "away-zap", "return-zap",
+)  # fmt: skip
+
+
+@pytest.fixture(scope="module")
+def tree(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    os.environ["XDG_CACHE_HOME"] = str(tmp_path_factory.mktemp("cache"))
+    return found_trees(tmp_path_factory)[0]
+
+
+@pytest.fixture(scope="module")
+def copy(tree: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return copied(tree, tmp_path_factory.mktemp("copy") / "linux")
+
+
+def explored(*arguments: str, capsys: pytest.CaptureFixture[str]) -> tuple[int, dict[str, Any]]:
+    status = main(["explore", *arguments, "--jobs", "1", "--json"])
+    return status, json.loads(capsys.readouterr().out)
+
+
+@pytest.mark.parametrize("option", ["--stateful", "--store-buffers", "--audit", "--trace"])
+def test_options_without_a_tree_s_part_are_refused(
+    option: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert main(["explore", "return-zap", "--kernel", str(tmp_path), option]) == 2
+    assert f"{option}: found with --kernel" in capsys.readouterr().err
+
+
+@pytest.mark.stress
+@pytest.mark.timeout(600)
+def test_verdicts_are_those_of_the_preset(tree: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    status, found = explored(*ENDING, "--kernel", str(tree), "--executions", "20000", capsys=capsys)
+    assert status == 0
+    (policy,) = {one["policy"] for one in found["explored"]}
+    _, model = explored(*ENDING, "--policy", policy, "--executions", "20000", capsys=capsys)
+    verdicts = [(one["test"], one["verdict"], one["complete"]) for one in found["explored"]]
+    assert verdicts == [(one["test"], one["verdict"], one["complete"]) for one in model["explored"]]
+    assert all(complete for _, _, complete in verdicts)
+    assert found["kernel"]["tree"] == str(tree)
+    assert len(found["kernel"]["sources"]) == 16
+
+
+class _Residue(TreeProgram, ResidueProgram):
+    """A test on a tree, with the final state in its outcome."""
+
+
+def swapped(tests: Sequence[str], policy: str) -> tuple[int, dict[str, int]]:
+    """Swap steps that the footprints call independent; return the number of swaps, and what they changed."""
+    swaps, findings = 0, dict[str, int]()
+    for name in tests:
+        program = _Residue(load_test(name), named_policy(policy))
+        check = IndependenceCheck(program, program.objects, 1)
+        with instrument(program.control):
+            check.run(12, 20)
+        program.close()
+        swaps += check.swaps
+        findings |= check.findings
+    return swaps, findings
+
+
+@pytest.mark.stress
+@pytest.mark.timeout(600)
+def test_steps_with_disjoint_footprints_commute(tree: Path) -> None:
+    built = build(tree, Use.MACHINE)
+    policy = policy_for(built.version)
+
+    def check(loaded: Tree) -> tuple[int, dict[str, int]]:
+        return swapped(("fault-races-unmap", "remote-two-vcpus", "huge-split"), policy)
+
+    swaps, findings = in_child(built, check)
+    assert findings == {}
+    assert swaps > 300
+
+
+@pytest.mark.stress
+@pytest.mark.timeout(600)
+def test_a_bug_is_found(tree: Path, copy: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    bug = next(bug for bug in BUGS if bug.name == "a zap owes no flush")
+    assert apply(bug, tree, copy)
+    arguments = ["remote-two-vcpus", "--kernel", str(copy), "--output", str(tmp_path)]
+    status, found = explored(*arguments, capsys=capsys)
+    (one,) = found["explored"]
+    assert status == 1
+    assert one["verdict"] == VIOLATIONS
+    # The report names the functions of the tree's code that took the right away.
+    violation = one["counterexample"]["violation"]
+    assert violation["tree"][0].startswith("zaps the SPTE of gfn 0x")
+    assert any("tdp_mmu_zap_leafs() arch/x86/kvm/mmu/tdp_mmu.c:" in line for line in violation["tree"])
+    (written,) = tmp_path.iterdir()
+    assert main(["explain", str(written)]) == 0
+    assert main(["explore", "--replay", str(written)]) == 2
+    assert "it was recorded with the code of Linux 6." in capsys.readouterr().err
+
+
+@pytest.mark.stress
+@pytest.mark.timeout(600)
+@pytest.mark.parametrize("name", ["crashes", "uses what it has freed", "warns"])
+def test_a_misdeed_is_a_failure(
+    name: str, tree: Path, copy: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    bug = next(bug for bug in MISDEEDS if bug.name == name)
+    assert apply(bug, tree, copy)
+    arguments = ["recover-yields", "--kernel", str(copy), "--executions", "20"]
+    status, found = explored(*arguments, capsys=capsys)
+    (one,) = found["explored"]
+    assert status == 1
+    assert one["verdict"] == "failed"
+    assert "arch/x86/kvm/mmu/tdp_mmu.c:" in one["failure"]
