@@ -56,6 +56,7 @@ def enter_smm(cpu: Cpu, vcpu: Vcpu) -> None:
     cpu.stat(vcpu.kvm.id, lib.STAT_SMIS)
     arch = vcpu.arch
     arch.smram = (arch.cr0, arch.cr3, arch.cr4, arch.efer)
+    vcpu.kvm.x86_ops.enter_smm(cpu, vcpu)
     kvm_smm_changed(cpu, vcpu, entering_smm=True)
     arch.cr0 &= ~(X86_CR0_PE | X86_CR0_PG)
     arch.cr4 = arch.efer = 0
@@ -77,6 +78,7 @@ def emulator_leave_smm(cpu: Cpu, vcpu: Vcpu) -> None:
         if arch.cr4 & X86_CR4_PAE:
             kvm_set_cr4(cpu, vcpu, arch.cr4 & ~X86_CR4_PAE)
         set_efer(cpu, vcpu, 0)
+        vcpu.kvm.x86_ops.leave_smm(cpu, vcpu)
         *registers, efer = arch.smram
         set_efer(cpu, vcpu, efer & ~EFER_LMA)
         rsm_enter_protected_mode(cpu, vcpu, *registers)

@@ -38,6 +38,12 @@ class KvmX86Ops(Protocol):
     def set_cr4(self, cpu: Cpu, vcpu: Vcpu) -> None:
         """Give the hardware the guest's CR4, which arch.cr4 is by now."""
 
+    def enter_smm(self, cpu: Cpu, vcpu: Vcpu) -> None:
+        """Leave the vendor's modes that SMM has no part in; the guest's registers are in SMRAM by now."""
+
+    def leave_smm(self, cpu: Cpu, vcpu: Vcpu) -> None:
+        """Go back into those modes, before RSM loads the registers from SMRAM."""
+
     def set_virtual_apic_mode(self, cpu: Cpu, vcpu: Vcpu) -> None:
         """Make the hardware intercept accesses to the APIC's page in xAPIC mode, and only then."""
 

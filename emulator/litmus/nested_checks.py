@@ -16,7 +16,7 @@ if TYPE_CHECKING:
 _VERBS: Final = frozenset(op.verb for op in NESTED_OPS)
 # Where KVM would have to leave L2, or has registers of L1 and of L2 to tell apart.
 _NOT_MODELLED: Final = frozenset(
-    {"smi", "send-smi", "rsm", "init", "send-init", "cr0", "cr4", "efer", "set-sregs", "join"}
+    {"send-smi", "init", "send-init", "cr0", "cr4", "efer", "set-sregs", "join"}
 )
 _NEEDS_CURRENT: Final = frozenset(
     {"vmwrite-vpid", "vmwrite-apic", "vmwrite-eptp", "l2-enter", "l2-enter-fails"}
@@ -88,8 +88,11 @@ class _L1:
     vmxon: bool = False
     current: int = 0
     inside: bool = False
+    smm: bool = False
 
     def step(self, key: str, op: Op) -> None:
+        if op.verb in ("smi", "rsm"):
+            self.smm = op.verb == "smi"
         if op.verb not in _VERBS:
             return
         self._refuse(key, op)
@@ -104,6 +107,8 @@ class _L1:
 
     def _refuse(self, key: str, op: Op) -> None:
         """Refuse an instruction that raises #UD, fails, or exits to L1 for another reason than VMCALL."""
+        if self.smm:
+            raise SchemaError(key, shown(op.text), "an rsm before it, by the same thread: SMM has no VMX")
         if self.inside != (op.verb in _LEAVES_L2):
             expected = "an l2-exit before it" if self.inside else "an l2-enter before it"
             raise SchemaError(key, shown(op.text), f"{expected}, by the same thread")

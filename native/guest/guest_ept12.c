@@ -306,7 +306,8 @@ void ept12_entered(struct machine *m, struct vcpu *vcpu, uint32_t number)
 
 bool ept12_violation_pending(const struct guest *l1)
 {
-	return l1->vmx.ept12s && l1->vmx.ept12s->violation != GUEST_NO_GFN;
+	/* In SMM L1 runs its SMI handler. */
+	return !l1->smm && l1->vmx.ept12s && l1->vmx.ept12s->violation != GUEST_NO_GFN;
 }
 
 enum walk_result ept12_violation(struct walk *w)

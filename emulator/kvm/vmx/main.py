@@ -6,7 +6,7 @@ from typing import Final
 
 from emulator.kvm.kvm_host import ExitToUser
 from emulator.kvm.structs import Kvm, Vcpu
-from emulator.kvm.vmx import apic, exits, nested, vmx
+from emulator.kvm.vmx import apic, exits, nested, nested_smm, vmx
 from emulator.kvm.x86_ops import KvmX86Ops
 from emulator.machine.runtime import Cpu
 from native.types import FlushReason, Hfn, Level
@@ -38,6 +38,12 @@ class VtX86Ops:
 
     def set_cr4(self, cpu: Cpu, vcpu: Vcpu) -> None:
         vmx.vmx_set_cr4(cpu, vcpu)
+
+    def enter_smm(self, cpu: Cpu, vcpu: Vcpu) -> None:
+        nested_smm.vmx_enter_smm(cpu, vcpu)
+
+    def leave_smm(self, cpu: Cpu, vcpu: Vcpu) -> None:
+        nested_smm.vmx_leave_smm(cpu, vcpu)
 
     def set_virtual_apic_mode(self, cpu: Cpu, vcpu: Vcpu) -> None:
         apic.vmx_set_virtual_apic_mode(cpu, vcpu)

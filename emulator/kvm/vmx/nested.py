@@ -122,7 +122,7 @@ def enter_vmx_operation(cpu: Cpu, vcpu: Vcpu) -> None:
 def free_nested(cpu: Cpu, vcpu: Vcpu) -> None:
     """free_nested(), for VMXOFF: free vmcs02 and let vpid02 be reused."""
     nested, kvm = vcpu.nested, vcpu.kvm
-    nested.vmxon = False
+    nested.vmxon = nested.smm_vmxon = nested.smm_guest_mode = False
     if nested.vpid02:
         free_vpid(kvm.machine, nested.vpid02)
         nested.vpid02 = Vpid(0)
@@ -139,7 +139,7 @@ def nested_vmx_free_vcpu(cpu: Cpu, vcpu: Vcpu) -> None:
         leave_guest_mode(cpu, vcpu)
         nested_ept_uninit_mmu_context(vcpu)
         vcpu.loaded_vmcs = vcpu.vmcs01
-    if vcpu.nested.vmxon:
+    if vcpu.nested.vmxon or vcpu.nested.smm_vmxon:
         free_nested(cpu, vcpu)
 
 
@@ -306,16 +306,18 @@ def nested_vmx_run(cpu: Cpu, vcpu: Vcpu, fails: int) -> None:
     A control that is wrong is found before any state changes: the instruction fails, and L1 goes on.
     """
     if fails != lib.VMENTRY_CONTROLS:
+        vcpu.nested.vmcs12().host_state = control_registers(vcpu)
         nested_vmx_enter_non_root_mode(cpu, vcpu, fails)
 
 
-def nested_vmx_enter_non_root_mode(cpu: Cpu, vcpu: Vcpu, fails: int) -> None:
+def nested_vmx_enter_non_root_mode(cpu: Cpu, vcpu: Vcpu, fails: int = lib.VMENTRY_SUCCEEDS) -> None:
     """nested_vmx_enter_non_root_mode(): the vCPU enters L2 next, or, if a check fails, L1 as after a VM exit.
+
+    RSM also enters L2 by it.
     """
     vmcs12, vmcs02 = vcpu.nested.vmcs12(), vcpu.nested.vmcs02
     assert vmcs02 is not None
     kvm_service_local_tlb_flush_requests(cpu, vcpu)
-    vmcs12.host_state = control_registers(vcpu)
     vmx_switch_vmcs(cpu, vcpu, vmcs02)
     prepare_vmcs02_early(cpu, vcpu, vmcs12)
     nested_get_vmcs12_pages(cpu, vcpu, vmcs12)

@@ -53,9 +53,19 @@ class NestedVmx:
 
     vmcs12s: the VMCSs in L1's memory.  current: that of the last VMPTRLD (current_vmptr), or None.
     vpid02 stands for every VPID that L1 gives to its guests; last_vpid is the one that it stood for last.
+    smm_vmxon, smm_guest_mode: what vmxon and is_guest_mode() were before SMM, for RSM.
     """
 
-    __slots__ = ("current", "last_vpid", "vmcs02", "vmcs12s", "vmxon", "vpid02")
+    __slots__ = (
+        "current",
+        "last_vpid",
+        "smm_guest_mode",
+        "smm_vmxon",
+        "vmcs02",
+        "vmcs12s",
+        "vmxon",
+        "vpid02",
+    )
 
     def __init__(self) -> None:
         self.vmxon = False
@@ -64,6 +74,8 @@ class NestedVmx:
         self.vmcs02: LoadedVmcs | None = None
         self.vpid02 = Vpid(0)
         self.last_vpid = 0
+        self.smm_vmxon = False
+        self.smm_guest_mode = False
 
     def vmcs12(self) -> Vmcs12:
         """get_vmcs12()"""

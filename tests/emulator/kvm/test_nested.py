@@ -6,10 +6,12 @@ from collections.abc import Iterator
 
 import pytest
 
+from emulator.kvm.mmu.spte import root_to_sp
 from emulator.kvm.regs import sregs_of
+from emulator.kvm.smm import emulator_leave_smm, kvm_inject_smi
 from emulator.kvm.vmx.vmx import vmx_get_current_vpid
 from native import lib
-from tests.emulator.kvm.rig import Rig, scopes
+from tests.emulator.kvm.rig import Rig, online, scopes
 from tests.fidelity.nested import HOME, NestedBench, Run, guest_map, guest_read, vmx
 
 RUN = Run("test", ept=True, vpid=True, steps=())
@@ -129,3 +131,34 @@ def test_a_vm_entry_that_fails_leaves_l1_as_it_was(rig: Rig, check: str, ept: bo
     bench.execute(vmx("VMLAUNCH"), guest_read(HOME), vmx("VMCALL"))
     assert (vcpu.nested.last_vpid, flushes() - before) == (9, 1)
     assert rig.violations() == {}
+
+
+@pytest.mark.parametrize("vpid", ["none", "const"])
+@pytest.mark.parametrize("inside", [False, True])
+def test_smm_leaves_vmx_operation_and_rsm_goes_back(bench: NestedBench, inside: bool, vpid: str) -> None:
+    """The handler runs with vmcs01 and SMM's root, and L2 goes on with the registers that it had."""
+    vcpu, rig = bench.vcpu, bench.rig
+    rig.smm_slots(bench.kvm)
+    bench.step(f"setup {vpid}")
+    bench.step("start" if inside else "touch")
+    vmcs, registers, sp = vcpu.loaded_vmcs, sregs_of(vcpu), root_to_sp(vcpu.mmu.root)
+    host_state = vcpu.nested.vmcs12().host_state
+    assert (vmcs is vcpu.nested.vmcs02) == inside
+    kvm_inject_smi(rig.host, vcpu)
+    bench.execute()
+    inner = root_to_sp(vcpu.mmu.root)
+    assert (vcpu.arch.smm, vcpu.arch.guest_mode, vcpu.nested.vmxon) == (True, False, False)
+    assert vcpu.loaded_vmcs is vcpu.vmcs01
+    assert inner is not None
+    assert (inner.role.smm, inner.role.guest_mode) == (1, False)
+    cpu = rig.machine.cpus[bench.pcpu]
+    with online(cpu):
+        emulator_leave_smm(cpu, vcpu)
+    bench.execute()
+    assert (vcpu.arch.smm, vcpu.arch.guest_mode, vcpu.nested.vmxon) == (False, inside, True)
+    assert (vcpu.loaded_vmcs, sregs_of(vcpu), root_to_sp(vcpu.mmu.root)) == (vmcs, registers, sp)
+    assert vcpu.nested.vmcs12().host_state == host_state
+    assert not vcpu.nested.smm_guest_mode
+    if inside:
+        bench.execute(vmx("VMCALL"))
+    bench.execute(vmx("VMXOFF"))

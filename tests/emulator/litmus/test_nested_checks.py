@@ -35,6 +35,7 @@ def parse(ops: str, old: str = "", new: str = "") -> None:
 def test_a_good_one() -> None:
     parse(GOOD)
     parse('"vmxon", "vmptrld 1", "vmwrite-vpid 0", "l2-enter"', "[machine]", "[machine]\nvpid = false")
+    parse('"vmxon", "vmptrld 1", "l2-enter", "smi", "read 1", "rsm", "read 1", "smi", "rsm", "l2-exit"')
     parse('"vmxon", "vmptrld 1", "l2-enter-fails controls", "l2-enter"')
     parse(f'{GOOD}, {GOOD.replace("vmxon", "vmclear 1")}, "vmxoff", {GOOD}')
 
@@ -57,7 +58,9 @@ def test_a_good_one() -> None:
         ('"vmxon", "invvpid 4"', "expected a whole number, at most 3, for TYPE"),
         ('"vmxon", "vmptrld 4"', "expected a number, at least 1, at most 3, for VMCS12"),
         ('"vmxon", "vmptrld 1", "vmwrite-vpid 64"', "at most 63, for VPID"),
-        ('"vmxon", "smi"', "threads.v0.ops[1]: found 'smi'; expected no smi in a VM with nested guests"),
+        ('"vmxon", "smi", "vmptrld 1"', "found 'vmptrld 1'; expected an rsm before it, by the same thread"),
+        ('"vmxon", "vmptrld 1", "l2-enter", "smi", "l2-exit"', "expected an rsm before it"),
+        ('"vmxon", "smi", "vmxon"', "expected an rsm before it"),
         ('"vmxon", "l2-enter-fails controls"', "expected a vmptrld before it"),
         ('"vmxon", "vmptrld 1", "l2-enter-fails"', "expected one of controls, guest-state, msr-load"),
         (
@@ -84,8 +87,13 @@ def test_an_instruction_that_would_fail_is_refused(ops: str, problem: str) -> No
         ("vcpus = 2", "vcpus = 2\npages = 0x400", "expected pages = 0x800 or more in its VM"),
         (
             '"read 0x10"]',
-            '"smi"]',
-            "threads.v1.ops[0]: found 'smi'; expected no smi in a VM with nested guests",
+            '"init"]',
+            "threads.v1.ops[0]: found 'init'; expected no init in a VM with nested guests",
+        ),
+        (
+            '"host-unmap 0x10"',
+            '"send-smi 0"',
+            "threads.mm.ops[0]: found 'send-smi 0'; expected no send-smi in a VM with",
         ),
         (
             '"host-unmap 0x10"',
