@@ -100,6 +100,11 @@ class SpteChange(NamedTuple):
         return bool(self.old & _PRESENT) and not self.new & _PRESENT
 
     @property
+    def replaces_table(self) -> bool:
+        """Return whether a huge page takes the place of a table."""
+        return not self.leaf and bool(self.old & self.new & _PRESENT) and bool(self.new & _PAGE_SIZE)
+
+    @property
     def protected(self) -> bool:
         both = self.old & self.new & _PRESENT
         return bool(both) and bool(self.old & _WRITABLE) and not self.new & _WRITABLE

@@ -118,6 +118,7 @@ class Observed:
     _was_on: dict[int, int] = field(default_factory=dict)
     _queued: dict[int, str] = field(default_factory=dict)
     _probes: dict[str, str] = field(default_factory=dict)  # by function, the event that counts
+    _numbered: str = ""  # the event that tells the numbers of requests
     _notifying: set[int] = field(default_factory=set)
 
     def add(self, event: Event) -> None:
@@ -233,6 +234,8 @@ class Observed:
 
     def _call(self, event: Event, function: str, rest: str = "") -> None:
         self.functions[function, event.name] += 1
+        if function == _KICK:
+            self._request(event, request_of(rest))
         if self._probes.setdefault(function, event.name) != event.name:
             return  # another probe stands at this function, too, and came first in the trace
         if function == _RANGE_START:
@@ -244,8 +247,13 @@ class Observed:
             self._begin(event, cause)
         elif function in _FLUSHES:
             self._cause_of(event).flushes += 1
-        elif function == _KICK and (number := request_of(rest)) >= 0:
-            self._cause_of(event).requests[REQUESTS.get(number, f"request {number}")] += 1
+
+    def _request(self, event: Event, number: int) -> None:
+        """Count a request by its name.  The function tracer shows the call, too, but not its number."""
+        if number >= 0:
+            self._numbered = self._numbered or event.name
+            if self._numbered == event.name:
+                self._cause_of(event).requests[REQUESTS.get(number, f"request {number}")] += 1
 
     # --- interrupts ---------------------------------------------------------------------------------------
 

@@ -4,13 +4,18 @@ A trace does not show everything, so these rules make a workload from it:
 
 * A vCPU's page fault stands for an access of its guest to the page.  A trace shows no access without a fault.
 * If a page is zapped that no fault in the trace has mapped, it was mapped when the recording began.
-* If a task zaps SPTEs after a notifier's range, with pauses below 5 ms, these SPTEs are one range of host
-  memory that is unmapped.  A range without an SPTE is left out.  Where a probe shows flushes, a flush in the
-  middle of a range, at which KVM yields, divides it into two.
+* If a task zaps SPTEs within 20 ms of a notifier's range, with pauses below 5 ms, these SPTEs are one range
+  of host memory that is unmapped.  A range without an SPTE is left out.  Where a probe shows flushes, a flush
+  in the middle of a range, at which KVM yields, divides it into two.
 * Zaps for other reasons are left out.  After a memslot's deletion such zaps are those of obsolete roots.
 * If a task write-protects SPTEs outside of a notifier's range, with pauses below 5 ms, this burst is an
   operation on the dirty log: the first burst arms it, each later one reads it.
-* A vCPU's entry is left out if it is on the same CPU as its last one, and no event of its VM came in between.
+* A vCPU's entry is left out if it is on the same CPU as its last one, and neither an event of its VM nor a
+  flush by another of its vCPUs came in between.
+* A vCPU's first write of CR4 changes the bits that its second one changes.  Bits that are part of no role
+  are left out: with EPT the guest owns those that flush.
+* A block that a vCPU maps by a huge page is backed by one from this fault on.  If the host collapsed it
+  before, and the fault of another vCPU came in between, the replay has a flush more.
 * Guest pages are numbered anew by blocks of 2 MiB, in their order and without gaps.
 * A vCPU had run before the recording began, unless a probe tells that it loads a root before its first entry.
 * Without processes (record-tgid), vCPUs of different numbers are those of one VM.
@@ -26,9 +31,12 @@ from typing import Final
 from emulator.hosttrace.fields import PAGE_SHIFT, probe_of, spte_of, vcpu_of
 from emulator.hosttrace.lines import Event
 from emulator.hosttrace.observed import Observed
+from emulator.kvm.kvm_host import KVM_MMU_CR4_ROLE_BITS
 
 BLOCK: Final = 512
 _PAUSE_NS: Final = 5_000_000
+# A task may lose its CPU between the event of a notifier's range and the first SPTE that it zaps.
+_RANGE_NS: Final = 20_000_000
 _ADDRESS: Final = re.compile(r"\baddress (?:0x)?([0-9a-f]+) error_code (?:0x)?([0-9a-f]+)")
 _SMM: Final = re.compile(r"vcpu (\d+): (entering|leaving) SMM")
 # PFERR_WRITE_MASK, which is also the bit of a write in the exit qualification of an EPT violation.
@@ -36,11 +44,14 @@ _WRITE: Final = 1 << 1
 _FLUSH: Final = "kvm_flush_remote_tlbs"
 _RANGE_END: Final = "kvm_mmu_notifier_invalidate_range_end"
 _LOAD: Final = "kvm_mmu_load"
+_CR: Final = re.compile(r"cr_write (\d+) = (?:0x)?([0-9a-f]+)")
 # KVM's counts, by the functions of VMX or SVM of which a recording may show the calls.
 RECORDED: Final = {
     "remote_tlb_flush_requests": ("kvm_flush_remote_tlbs",),
     "make_all_cpus_request": ("kvm_make_all_cpus_request",),
-    "flush_all": ("vmx_flush_tlb_all", "svm_flush_tlb_all"),
+    "flush_all": ("vmx_flush_tlb_all",),
+    # On SVM a vCPU that moves gets a new ASID, without a call of svm_flush_tlb_all().
+    "flush_all_but_moves": ("svm_flush_tlb_all",),
     "flush_current": ("vmx_flush_tlb_current", "svm_flush_tlb_current"),
     "flush_guest": ("vmx_flush_tlb_guest", "svm_flush_tlb_guest"),
     "mmu_load": ("kvm_mmu_load",),
@@ -64,6 +75,7 @@ VERBS: Final[dict[str, tuple[int, bool]]] = {
     "enter": (1, True),  # CPU
     "read": (1, True),  # page
     "write": (1, True),  # page
+    "cr4": (1, True),  # the bits that change
     "smi": (0, True),
     "rsm": (0, True),
     "huge": (1, False),  # first page of a block that the host backs by a huge page
@@ -111,11 +123,12 @@ class Builder:
         self._mapped: list[set[int]] = []
         self._before: list[set[int]] = []
         self._obsolete: set[int] = set()  # VMs of which zaps may be those of obsolete roots
-        self._unmapping: dict[int, tuple[int, Step | None]] = {}  # by task, its last zap and the range's step
+        self._unmapping: dict[int, tuple[int, Step | None]] = {}  # by task, when a range ends, its step
         self._logging: dict[int, tuple[int, Step]] = {}  # by task, the last protection and its step
         self._access: dict[int, Step] = {}  # by task, its last access
         self._loaded: set[int] = set()  # tasks that have loaded a root before they entered a guest
         self._new: set[tuple[int, int]] = set()  # vCPUs that have not run before
+        self._cr4: dict[int, tuple[int, Step | None]] = {}  # by task, its last CR4, and a first write's step
         self.left_out: Counter[str] = Counter()
 
     def add(self, event: Event) -> None:
@@ -134,7 +147,7 @@ class Builder:
         step = Step((event.time - self._first) // 1000, verb, vm, vcpu, start, end)
         self._steps.append(step)
         if vcpu < 0 and verb != "huge":
-            self._stale.update(task for task, (number, _) in self._tasks.items() if number == vm)
+            self._flushed(vm)
         return step
 
     # --- VMs and vCPUs ------------------------------------------------------------------------------------
@@ -188,10 +201,28 @@ class Builder:
             self._step(event, "smi" if found[2] == "entering" else "rsm", vm, number)
             self._stale.add(event.tid)
 
+    def _cr_write(self, event: Event) -> None:
+        found = _CR.search(event.fields)
+        if found is None or event.tid not in self._tasks or found[1] not in ("0", "4"):
+            return
+        if found[1] == "0":
+            self.left_out["writes of CR0"] += 1
+            return
+        value, (last, first) = int(found[2], 16), self._cr4.get(event.tid, (-1, None))
+        vm, number = self._tasks[event.tid]
+        changed = 0 if last < 0 else (last ^ value) & KVM_MMU_CR4_ROLE_BITS
+        step = self._step(event, "cr4", vm, number, changed)
+        if first is not None:
+            first.start = changed
+        self._cr4[event.tid] = value, step if last < 0 else None
+
+    def _nested(self, event: Event) -> None:
+        self.left_out["entries of nested guests"] += 1
+
     # --- the MMU ------------------------------------------------------------------------------------------
 
     def _range(self, event: Event) -> None:
-        self._unmapping[event.tid] = event.time, None
+        self._unmapping[event.tid] = event.time + _RANGE_NS, None
 
     def _zap_all(self, event: Event) -> None:
         vm = self._vm_of(event.tgid, -1)
@@ -202,11 +233,13 @@ class Builder:
 
     def _spte(self, event: Event) -> None:
         change = spte_of(event.fields)
-        if change is None or not change.leaf:
+        if change is None or not (change.leaf or change.replaces_table):
             return
         vm = self._vm_with(event, change.gfn)
         pages = range(change.gfn, change.gfn + (BLOCK if change.level == 2 else 1))
-        if change.mapped:
+        if change.replaces_table:
+            self._flushed(vm)
+        if change.mapped or change.replaces_table:
             self._map(event, vm, change.level, pages)
         elif change.zapped:
             self._zap(event, vm, pages)
@@ -230,8 +263,8 @@ class Builder:
             self._steps.insert(place, Step(access.microseconds, "huge", vm, start=pages.start))
 
     def _zap(self, event: Event, vm: int, pages: range) -> None:
-        last, step = self._unmapping.get(event.tid, (-_PAUSE_NS, None))
-        if event.time - last > _PAUSE_NS:
+        until, step = self._unmapping.get(event.tid, (-1, None))
+        if event.time > until:
             self.left_out["zapped SPTEs outside of a notifier's range"] += 1
             return
         self._was_mapped(vm, pages)
@@ -240,8 +273,12 @@ class Builder:
         self._mapped[vm].difference_update(pages)
         if step is None:
             step = self._step(event, "unmap", vm, start=pages.start, end=pages.stop)
-        self._unmapping[event.tid] = event.time, step
+        self._unmapping[event.tid] = event.time + _PAUSE_NS, step
         step.start, step.end = min(step.start, pages.start), max(step.end, pages.stop)
+
+    def _flushed(self, vm: int) -> None:
+        """Keep the next entry of each vCPU of the VM, at which it flushes."""
+        self._stale.update(task for task, (number, _) in self._tasks.items() if number == vm)
 
     def _protect(self, event: Event, vm: int, pages: range) -> None:
         self._was_mapped(vm, pages)
@@ -264,8 +301,10 @@ class Builder:
         elif function == _FLUSH:
             # SPTEs that are zapped or protected after this flush get a flush of their own.
             self._logging.pop(event.tid, None)
+            if event.tid in self._tasks:
+                self._flushed(self._tasks[event.tid][0])
             if event.tid in self._unmapping:
-                self._unmapping[event.tid] = event.time, None
+                self._unmapping[event.tid] = event.time + _PAUSE_NS, None
 
     # --- the end ------------------------------------------------------------------------------------------
 
@@ -279,11 +318,12 @@ class Builder:
 
         cpus = sorted({step.start for step in self._steps if step.verb == "enter"})
         numbers = [sorted(found) for found in self._numbers]
+        self._leave_out_unknown()
         for step in self._steps:
             step.vcpu = numbers[step.vm].index(step.vcpu) if step.vcpu >= 0 else -1
             if step.verb == "enter":
                 step.start = cpus.index(step.start)
-            elif step.start >= 0:
+            elif step.verb != "cr4" and step.start >= 0:
                 step.end = page(step.vm, step.end - 1) + 1 if step.end >= 0 else -1
                 step.start = page(step.vm, step.start)
         seen = {
@@ -305,10 +345,16 @@ class Builder:
             left_out=dict(self.left_out),
         )
 
+    def _leave_out_unknown(self) -> None:
+        """Leave out writes of CR4 that change no role, and those of which the change is not known."""
+        if unknown := sum(step is not None for _, step in self._cr4.values()):
+            self.left_out["first writes of CR4, whose change the trace does not show"] += unknown
+        self._steps = [step for step in self._steps if step.verb != "cr4" or step.start]
+
     def _blocks(self, vm: int) -> set[int]:
         found = {number // BLOCK for number in self._before[vm]}
         for step in self._steps:
-            if step.vm == vm and step.verb not in ("enter", "log", "zap-all", "smi", "rsm"):
+            if step.vm == vm and step.verb not in ("enter", "cr4", "log", "zap-all", "smi", "rsm"):
                 found.add(step.start // BLOCK)
                 if step.end >= 0:
                     found.add((step.end - 1) // BLOCK)
@@ -318,6 +364,9 @@ class Builder:
 _READERS: Final = {
     "kvm_entry": Builder._entry,
     "kvm_page_fault": Builder._fault,
+    "kvm_cr": Builder._cr_write,
+    "kvm_nested_vmenter": Builder._nested,
+    "kvm_nested_vmrun": Builder._nested,
     "kvm_smm_transition": Builder._smm,
     "kvm_unmap_hva_range": Builder._range,
     "kvm_mmu_zap_all_fast": Builder._zap_all,

@@ -14,7 +14,8 @@
 
 An event's line has the microseconds since the recording began, a verb, the VM or VM.VCPU, and arguments:
 `enter` CPU; `read` and `write` PAGE; `huge` PAGE, which the host backs by a huge page from now on; `unmap`
-START END; `smi`, `rsm`; `log`, which arms the dirty log the first time, and reads it later; `zap-all`.
+START END; `cr4` BITS, which the guest changes in CR4; `smi`, `rsm`; `log`, which arms the dirty log the first
+time, and reads it later; `zap-all`.
 `mapped` has pages that were mapped when the recording began, and `new` a vCPU that had not run by then.
 Lines that begin with # are comments.
 """
@@ -27,6 +28,7 @@ from typing import Final
 
 from emulator.errors import BadInput, shown
 from emulator.hosttrace.workload import BLOCK, RECORDED, VERBS, Step, Workload
+from emulator.kvm.kvm_host import KVM_MMU_CR4_ROLE_BITS
 from emulator.validation import read_text
 
 MAGIC: Final = "flushlab-workload"
@@ -171,8 +173,12 @@ def _step(words: list[str], workload: Workload) -> Step:
     vm, vcpu = _vcpu(words[2], workload) if of_vcpu else (_vm(words[2], workload), -1)
     step = Step(_number(words[0], 0, 1 << 62, "microseconds"), verb, vm, vcpu)
     if number:
-        most = workload.pcpus if verb == "enter" else workload.pages[vm]
-        step.start = _number(words[3], 0, most - 1, "CPU" if verb == "enter" else "PAGE")
+        most, name = {"enter": (workload.pcpus, "CPU"), "cr4": (KVM_MMU_CR4_ROLE_BITS + 1, "BITS")}.get(
+            verb, (workload.pages[vm], "PAGE")
+        )
+        step.start = _number(words[3], 0, most - 1, name)
+    if verb == "cr4" and step.start & ~KVM_MMU_CR4_ROLE_BITS:
+        raise _Unexpected(f"BITS of {KVM_MMU_CR4_ROLE_BITS:#x}, which are part of a role")
     if verb == "huge" and step.start % BLOCK:
         raise _Unexpected(f"a PAGE that is a multiple of {BLOCK:#x}")
     if number == 2:

@@ -18,6 +18,7 @@ from emulator.host.memory import UserMemory
 from emulator.hosttrace.workload import Step, Workload
 from emulator.kvm.kvm_host import KVM_MEM_LOG_DIRTY_PAGES, ExitToUser
 from emulator.kvm.mmu.mmu import kvm_mmu_zap_all_fast
+from emulator.kvm.regs import kvm_set_cr4
 from emulator.kvm.reset import power_on
 from emulator.kvm.smm import emulator_leave_smm, kvm_inject_smi
 from emulator.kvm.structs import Kvm, KvmParams
@@ -218,6 +219,14 @@ class Replay:
         kvm_inject_smi(self.main, vcpu.task.vcpu)
         self._execute(vcpu)
 
+    def cr4(self, step: Step) -> None:
+        vcpu = self._at(step)
+        cpu = self.machine.cpus[vcpu.pcpu]
+        self._enter(vcpu, cpu)
+        kvm_set_cr4(cpu, vcpu.task.vcpu, vcpu.task.vcpu.arch.cr4 ^ step.start)
+        self._leave(vcpu, cpu)
+        self._execute(vcpu)
+
     def rsm(self, step: Step) -> None:
         vcpu = self._at(step)
         if not vcpu.task.vcpu.arch.smm:
@@ -255,6 +264,7 @@ _DO: Final[dict[str, Callable[[Replay, Step], None]]] = {
     "enter": Replay.enter,
     "read": Replay.read,
     "write": Replay.write,
+    "cr4": Replay.cr4,
     "smi": Replay.smi,
     "rsm": Replay.rsm,
     "huge": Replay.huge,

@@ -18,6 +18,7 @@ from emulator.scenario.costs import Costs, CycleLine, modelled_cycles
 
 VERSION: Final = 1
 _NARROW: Final = 20
+_BUT_MOVES: Final = "flush_all_but_moves"
 RULES: Final = (
     "A replay has the recording's page faults and no other access: it counts flushes, and judges no use.",
     "No guest runs while the host works, so a flush sends no IPI; `flushlab import` shows those recorded.",
@@ -36,7 +37,13 @@ class Replayed:
     @property
     def counts(self) -> dict[str, int]:
         """Return KVM's statistics that a recording may show, summed over the VMs."""
-        return {name: self.snapshot.kvm(name) for name in RECORDED}
+        counts = {name: self.snapshot.kvm(name) for name in RECORDED if name != _BUT_MOVES}
+        moves = sum(
+            flush.count
+            for flush in self.snapshot.flushes
+            if (flush.scope, flush.reason) == ("invept_global", "migration")
+        )
+        return counts | {_BUT_MOVES: counts["flush_all"] - moves}
 
     @property
     def flushes(self) -> dict[str, int]:
@@ -100,6 +107,8 @@ def table(workload: Workload, found: Sequence[Replayed], width: int) -> Renderab
         rows.add_column(letter(i) if narrow else name, justify="right")
     for name in RECORDED:
         recorded = workload.recorded.get(name)
+        if name == _BUT_MOVES and recorded is None:
+            continue
         rows.add_row(
             name,
             "not shown" if recorded is None else f"{recorded:,}",

@@ -10,8 +10,17 @@ from tests.emulator.hosttrace.made_up import Line, entry, observe, probe, read, 
 
 # SPTE_MMU_PRESENT_MASK with read, write and execute permission, without and with its write permission.
 PRESENT, READ_ONLY = 0x60000000_01000BF7, 0x60000000_01000BF5
+# A table's entry: as PRESENT, without PT_PAGE_SIZE_MASK.
+TABLE = 0x60000000_01000827
 TASKS = (100, 101)  # of the vCPUs
 HOST = 50
+
+
+class _Call(Line):
+    """A call, with the caller as `fields`."""
+
+    def ftrace(self, flags: str = "d..1.", tgid: str = "") -> str:
+        return super().ftrace(flags, tgid).replace(f"{self.name}: ", f"{self.name} <-")
 
 
 @dataclass
@@ -44,6 +53,22 @@ class Recording:
     def spte(self, task: int, gfn: int, old: int, new: int, level: int = 1) -> None:
         change = f"gfn {gfn:x} level {level} old_spte {old:x} new_spte {new:x}"
         self.lines.append(spte(task, self.cpu.get(task, 0), self.tick(), change))
+
+    def event(self, vcpu: int, name: str, fields: str) -> None:
+        task = TASKS[vcpu]
+        self.lines.append(Line("CPU 0/KVM", task, self.cpu[task], self.tick(), name, fields))
+
+    def call(self, vcpu: int, function: str, caller: str) -> None:
+        """Add a line of the function tracer."""
+        task = TASKS[vcpu]
+        self.lines.append(_Call("CPU 0/KVM", task, self.cpu[task], self.tick(), function, caller))
+
+    def probe(self, vcpu: int, function: str, rest: str = "") -> None:
+        task = TASKS[vcpu]
+        self.lines.append(probe(task, self.cpu[task], self.tick(), function, rest))
+
+    def write_cr(self, vcpu: int, register: int, value: int) -> None:
+        self.event(vcpu, "kvm_cr", f"cr_write {register} = {value:#x}")
 
     def flush(self, request: str = "req=0x300", function: str = "vmx_flush_tlb_all") -> None:
         """Add a request to all vCPUs, and their entries, at which they serve it."""

@@ -9,8 +9,16 @@ import pytest
 from emulator.errors import BadInput
 from emulator.hosttrace.workload import BLOCK, Workload
 from emulator.hosttrace.workload_file import read_workload, text_of
-from tests.emulator.hosttrace.made_up import probe
-from tests.emulator.replay.recording import HOST, PRESENT, Recording, whole, workload_of
+from tests.emulator.hosttrace.made_up import probe, unmap
+from tests.emulator.replay.recording import (
+    HOST,
+    PRESENT,
+    TABLE,
+    TASKS,
+    Recording,
+    whole,
+    workload_of,
+)
 
 
 def verbs(workload: Workload) -> list[str]:
@@ -47,6 +55,76 @@ def test_an_entry_that_changes_nothing_is_left_out() -> None:
     recording.unmap(1, 1)
     recording.enter(0)
     assert verbs(workload_of(recording)) == ["enter", "write", "unmap", "enter", "enter"]
+
+
+def test_writes_of_cr4_change_bits_of_a_role() -> None:
+    recording = Recording()
+    recording.enter(0)
+    for value in (0x630, 0x620, 0x6A0, 0x6B0):  # PSE, PSE, then PGE, which is part of no role, and PSE
+        recording.write_cr(0, 4, value)
+    recording.write_cr(0, 0, 0x80010033)
+    recording.enter(1)
+    recording.write_cr(1, 4, 0x630)
+    workload = workload_of(recording)
+    found = [(step.vcpu, step.start) for step in workload.steps if step.verb == "cr4"]
+    assert found == [(0, 0x10), (0, 0x10), (0, 0x10)]
+    assert workload.left_out == {
+        "writes of CR0": 1,
+        "first writes of CR4, whose change the trace does not show": 1,
+    }
+
+
+def test_nested_guests_are_left_out() -> None:
+    recording = Recording()
+    recording.enter(0)
+    for name in ("kvm_nested_vmenter", "kvm_nested_vmrun"):
+        recording.event(0, name, "rip: 0x1 vmcb: 0x2")
+    assert workload_of(recording).left_out == {"entries of nested guests": 2}
+
+
+@pytest.mark.parametrize("tracer_first", [True, False])
+def test_requests_for_the_clock_are_told_by_the_probe_that_has_their_number(tracer_first: bool) -> None:
+    recording = Recording()
+    recording.enter(0)
+    for _ in range(3):
+        if tracer_first:
+            recording.call(0, "kvm_make_all_cpus_request", "kvm_arch_vcpu_ioctl_run")
+        recording.probe(0, "kvm_make_all_cpus_request", " kvm=0x1 req=0x316")
+        if not tracer_first:
+            recording.call(0, "kvm_make_all_cpus_request", "kvm_arch_vcpu_ioctl_run")
+    assert workload_of(recording).recorded == {}
+
+
+@pytest.mark.parametrize(("micros", "left_out"), [(12_000, 0), (21_000, 2)])
+def test_a_task_that_loses_its_cpu_after_the_event_of_its_range(micros: int, left_out: int) -> None:
+    recording = Recording()
+    recording.enter(0)
+    recording.write(0, 1)
+    recording.lines.append(unmap(HOST, 0, recording.tick(), 0x7F00_0000_0000, 0x7F00_0010_0000))
+    recording.tick(micros)
+    for gfn in (1, 2):
+        recording.spte(HOST, gfn, PRESENT, 0)
+    workload = workload_of(recording)
+    assert sum(workload.left_out.values()) == left_out
+    assert ("unmap" in verbs(workload)) is (left_out == 0)
+
+
+def test_moves_are_no_calls_of_svm_flush_tlb_all() -> None:
+    recording = Recording()
+    recording.enter(0)
+    recording.probe(0, "svm_flush_tlb_all")
+    assert workload_of(recording).recorded == {"flush_all_but_moves": 1}
+
+
+def test_a_huge_page_in_the_place_of_a_table_and_the_flush_for_it() -> None:
+    recording = Recording()
+    for vcpu in range(2):
+        recording.enter(vcpu)
+        recording.write(vcpu, 0x200 + vcpu)
+    recording.write(0, 0x200)
+    recording.spte(TASKS[0], 0x200, TABLE, PRESENT, level=2)
+    recording.enter(1)  # without a flush by the other vCPU this entry would change nothing
+    assert verbs(workload_of(recording))[-3:] == ["huge", "write", "enter"]
 
 
 def test_a_flush_in_the_middle_of_a_range_is_a_yield() -> None:
