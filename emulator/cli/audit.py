@@ -19,6 +19,7 @@ _TITLES = {
     "undescribed": "native functions without a described footprint",
     "shared": "Python state that two tasks touch in either order, without a step that says so",
     "ordered": "steps that should commute, and do not",
+    "apart": "ways to one state, as --stateful tells states, that go on differently",
     "failed": "executions that cannot go on, as the test and the policy are",
 }
 # Number of tests that a finding names if it came up in more.
@@ -60,11 +61,12 @@ def _print(found: Sequence[AuditResult]) -> None:
             print(f"  {n:>6}x {sentence}  [{', '.join(tests[:_NAMED])}{more}]")
     runs = sum(one.executions for one in found)
     swaps = sum(one.swaps for one in found)
+    ways = sum(one.ways for one in found)
     clean = sum(one.clean for one in found)
     vacuous = [f"{one.test} under {one.policy}" for one in found if one.verdict == INCONCLUSIVE]
     print(
         f"{clean} of {len(found)} tests and policies without a finding, {runs:,} random executions of each "
-        f"kind, {swaps:,} pairs of steps swapped"
+        f"kind, {swaps:,} pairs of steps swapped, {ways:,} pairs of ways to one state continued"
     )
     if vacuous:
         more = f" and {len(vacuous) - _NAMED} more" if len(vacuous) > _NAMED else ""

@@ -211,8 +211,9 @@ def explore(
         typer.Option(
             "--audit",
             help="Check the search itself instead: look for shared state that is touched without a declared "
-            "step, and for steps that are declared independent and do not commute. Runs --executions random "
-            "executions for each check, 20 by default.",
+            "step, for steps that are declared independent and do not commute, and for states that "
+            "--stateful takes for one and that go on differently. Runs --executions random executions for "
+            "each check, 20 by default.",
         ),
     ] = False,
     as_json: Annotated[

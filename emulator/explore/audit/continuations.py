@@ -2,21 +2,24 @@
 
 The audit records pairs of ways to one state: the way after which the search has tried all continuations, and
 a way on which the search ended there.  It then continues both with the same tasks, chosen at random, to the
-end, and compares each step, the results of its calls, and the final state.
+end, and compares each step, the results of its calls, the tasks that can go on, and the final state.
 """
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Hashable
 
 from emulator.explore.engine.objects import Objects, bits
-from emulator.explore.engine.scheduler import Divergence, Task
+from emulator.explore.engine.scheduler import Divergence, Label, Task
 from emulator.explore.strategies.dpor import Node
 from emulator.explore.strategies.sampling import Random, Sampler
-from emulator.explore.strategies.search import Limits, Program, run_once
+from emulator.explore.strategies.search import Limits, Program, run_once, search
 from emulator.explore.strategies.stateful import Stateful, StatefulNode, States
+from emulator.explore.strategies.subtree import RUNS
 
 Way = tuple[int, ...]  # the steps of an execution from its start, by their tasks
+Step = tuple[str, Label, tuple[Hashable, ...]]  # behind a way: its task's name, and the results of its calls
 
 
 class Ways(Stateful):
@@ -45,7 +48,8 @@ class _Way(Sampler):
         self.way = way
         self.random = random
         self.then = [] if then is None else then
-        self.steps: list[Hashable] = []
+        self.steps: list[Step] = []
+        self.able: list[int] = []  # behind the way: before each step, the tasks that can go on
 
     def pick(self, enabled: int, last: int) -> int:
         at = len(self._schedule)
@@ -59,35 +63,66 @@ class _Way(Sampler):
             index = self.then[at - len(self.way)]
         else:
             raise Divergence(f"step {at}: the other execution has ended")
+        if at >= len(self.way):
+            self.able.append(enabled)
         if not enabled >> index & 1:
             raise Divergence(f"step {at}: the task of this step cannot go on")
         return index
 
     def stepped(self, task: Task) -> None:
         if len(self._schedule) > len(self.way):
-            self.steps.append((task.index, task.label, tuple(task.heard)))
+            self.steps.append((task.name, task.label, tuple(task.heard)))
 
 
-def go_on_alike(program: Program, strategy: Ways, pairs: int, seed: int = 0) -> tuple[int, int]:
-    """Continue `pairs` pairs of ways, chosen at random; return how many there were, and how many differed."""
-    random = Random(seed)
-    chosen = (
-        [strategy.pairs[random.below(len(strategy.pairs))] for _ in range(pairs)] if strategy.pairs else []
-    )
-    differ = 0
-    for one, other in chosen:
-        first = _Way(one, random)
-        outcome = _outcome(program, strategy, first)
+class StateCheck:
+    """Pairs of ways to one state, continued alike.
+
+    pairs: their number.  findings: sentences about continuations that differ, and the number of each.
+    """
+
+    def __init__(self, program: Program, strategy: Ways, seed: int) -> None:
+        self.program = program
+        self.strategy = strategy
+        self.pairs = 0
+        self.findings: Counter[str] = Counter()
+        self._random = Random(seed)
+
+    def run(self, executions: int, pairs: int) -> None:
+        """Search up to `executions` executions, and continue `pairs` of the ways that they have met.
+
+        Raises the exceptions of tasks.
+        """
+        strategy = self.strategy
+        limits = Limits(executions=executions, runs=RUNS * executions, first_only=False)
+        search(self.program, strategy.objects, strategy, limits, lambda outcome: False)
+        for _ in range(pairs if strategy.pairs else 0):
+            one, other = strategy.pairs[self._random.below(len(strategy.pairs))]
+            self.pairs += 1
+            found = self._difference(one, other)
+            if found:
+                self.findings[found] += 1
+
+    def _difference(self, one: Way, other: Way) -> str:
+        """Return how the continuations behind two ways differ; "" if they do not."""
+        first = _Way(one, self._random)
+        outcome = self._outcome(first)
         again = _Way(other, None, first.then)
-        differ += (outcome, first.steps) != (_outcome(program, strategy, again), again.steps)
-    return len(chosen), differ
+        other_outcome = self._outcome(again)
+        for (name, label, heard), step in zip(first.steps, again.steps, strict=False):
+            if (name, label) != step[:2]:
+                return f"behind equal states, {name}'s {label[0]} is another step"
+            if heard != step[2]:
+                return f"behind equal states, {name}'s {label[0]} has other results"
+        if first.able != again.able:
+            return "behind equal states, other tasks can go on"
+        return "" if outcome == other_outcome else "behind equal states, something else is left behind"
 
-
-def _outcome(program: Program, strategy: Ways, way: _Way) -> str:
-    execution = run_once(program, strategy.objects, way, Limits())
-    if execution.failure is not None or execution.too_long:
+    def _outcome(self, way: _Way) -> str:
+        program = self.program
+        execution = run_once(program, self.strategy.objects, way, Limits())
+        if execution.failure is None and not execution.too_long:
+            return program.finish(execution)
         program.abandon(execution)
         if execution.failure is not None and not isinstance(execution.failure, Divergence):
             raise execution.failure
         return "diverged"
-    return program.finish(execution)

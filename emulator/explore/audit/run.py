@@ -1,4 +1,4 @@
-"""Audits of litmus tests: accesses of each that the search does not know."""
+"""Audits of litmus tests: accesses of each that the search does not know, and states that it confuses."""
 
 from __future__ import annotations
 
@@ -8,12 +8,14 @@ from contextlib import nullcontext
 from dataclasses import dataclass, field
 from typing import Any
 
+from emulator.explore.audit.continuations import StateCheck, Ways
 from emulator.explore.audit.independence import IndependenceCheck
 from emulator.explore.audit.residue import ResidueProgram
 from emulator.explore.machine.lib import instrument
 from emulator.explore.machine.options import NONE, ExploreOptions
 from emulator.explore.machine.policy_reads import NOTHING, Grown
 from emulator.explore.machine.races import Races
+from emulator.explore.machine.states import MachineStates, hear, stateless
 from emulator.explore.machine.undeclared import Audit
 from emulator.explore.machine.watching import watching
 from emulator.explore.strategies.sampling import RandomWalk
@@ -22,12 +24,15 @@ from emulator.litmus.failure import LitmusFailure
 from emulator.litmus.model import INCONCLUSIVE, LitmusTest
 from emulator.policy import Policy
 
+KINDS = ("unannounced", "undescribed", "shared", "ordered", "apart", "failed")
 FINDINGS = "findings"
 CLEAN = "clean"
 # Random executions of a test that are audited.
 EXECUTIONS = 20
 # Pairs of steps that are swapped in each of EXECUTIONS further executions.
 SWAPS = 10
+# Ways to one state are found in a stateful search of so many times EXECUTIONS.
+SEARCHED = 3
 
 
 @dataclass(frozen=True, slots=True)
@@ -38,7 +43,9 @@ class AuditResult:
     unannounced: native calls that no named point announces.  undescribed: native functions without a
     footprint.  shared: accesses of two tasks to a Python object, neither of which happens before the other.
     swaps: pairs of adjacent steps that were swapped, as their footprints do not conflict.  ordered: the pairs
-    of which the swap made a difference.  failed: why an execution could not go on, which ended the audit.
+    of which the swap made a difference.  ways: pairs of ways to one state, as a stateful search tells states,
+    each continued with the same tasks; apart: their differences.  stateless: the reason why states cannot be
+    compared.  failed: why an execution could not go on, which ended the audit.
     """
 
     test: str
@@ -48,12 +55,15 @@ class AuditResult:
     undescribed: Counter[str] = field(default_factory=Counter)
     shared: Counter[str] = field(default_factory=Counter)
     ordered: Counter[str] = field(default_factory=Counter)
+    apart: Counter[str] = field(default_factory=Counter)
     failed: Counter[str] = field(default_factory=Counter)
     swaps: int = 0
+    ways: int = 0
+    stateless: str = ""
 
     @property
     def clean(self) -> bool:
-        return not (self.unannounced or self.undescribed or self.shared or self.ordered or self.failed)
+        return not any(getattr(self, kind) for kind in KINDS)
 
     @property
     def verdict(self) -> str:
@@ -75,6 +85,9 @@ class AuditResult:
             "shared": dict(sorted(self.shared.items())),
             "swaps": self.swaps,
             "ordered": dict(sorted(self.ordered.items())),
+            "ways": self.ways,
+            "stateless": self.stateless or None,
+            "apart": dict(sorted(self.apart.items())),
             "failed": dict(sorted(self.failed.items())),
         }
 
@@ -106,6 +119,8 @@ def _audit(program: ResidueProgram, executions: int, seed: int) -> AuditResult:
     races = own or Races(program.control)
     audit = program.control.audit = Audit()
     check = IndependenceCheck(program, program.objects, seed)
+    states = StateCheck(program, Ways(program.objects, MachineStates(program)), seed)
+    why = stateless(program)
     failed: Counter[str] = Counter()
     try:
         with instrument(program.control):
@@ -116,6 +131,10 @@ def _audit(program: ResidueProgram, executions: int, seed: int) -> AuditResult:
             program.races = own
             program.control.audit = None
             check.run(executions, SWAPS)
+        if not why:
+            hear(program)
+            with instrument(program.control):
+                states.run(SEARCHED * executions, executions)
     except LitmusFailure as error:
         failed[str(error)] = 1
     if program.reads is not None:
@@ -128,8 +147,11 @@ def _audit(program: ResidueProgram, executions: int, seed: int) -> AuditResult:
         Counter(dict.fromkeys(audit.unknown, 1)),
         races.findings,
         check.findings,
+        states.findings,
         failed,
         check.swaps,
+        states.pairs,
+        why,
     )
 
 
