@@ -15,7 +15,7 @@ from emulator.kvm.decisions import Decisions
 from emulator.kvm.mmu import structs as mmu_structs
 from emulator.kvm.notifications import Notifications
 from emulator.kvm.vmx.vmcs import LoadedVmcs
-from emulator.machine.runtime import Cpu
+from emulator.machine.runtime import Cpu, Machine
 from emulator.policy import POINTS, instructions
 from emulator.policy.acting import MOMENTS
 from emulator.policy.state import Bitmap, Flag, Generation, OwnList, PerCpu, Private, State
@@ -23,6 +23,7 @@ from emulator.policy.state import Bitmap, Flag, Generation, OwnList, PerCpu, Pri
 # Arguments of a policy's methods, by the name of the parameter.
 ARGUMENTS: Final[dict[str, type]] = {
     "cpu": Cpu,
+    "cpu.machine": Machine,
     "vcpu": structs.Vcpu,
     "vcpu.mmu": mmu_structs.KvmMmu,
     "vcpu.mmu.root": mmu_structs.KvmMmuRootInfo,
@@ -147,9 +148,8 @@ def _sentences(obj: object) -> str:
 def _arguments() -> str:
     parts = []
     for name, cls in ARGUMENTS.items():
-        summary = " ".join((inspect.getdoc(cls) or "").partition("\n\n")[0].split())
         attributes = ", ".join(f"`{one}`" for one in attributes_of(cls))
-        parts.append(f"* `{name}`, a `{cls.__name__}`: {summary}\n  Attributes: {attributes}.")
+        parts.append(f"* `{name}`, a `{cls.__name__}`: {_sentences(cls)}\n  Attributes: {attributes}.")
     return "\n".join(parts)
 
 

@@ -87,8 +87,13 @@ class KvmParams:
 class KvmMemorySlot:
     """struct kvm_memory_slot: immutable apart from the dirty bitmap.
 
-    The bitmap has a byte per page, which one store marks.  Reaping clears only bytes that it read as set, so
-    each mark is reported now or stays for the next time.
+    It maps the npages guest-physical pages from base_gfn on, and not end_gfn, to the host's virtual pages
+    from userspace_addr on.  `id`: its number in the address space as_id (1: SMM's).  `flags`: KVM_MEM_*, with
+    log_dirty_pages and `invalid` (KVM_MEMSLOT_INVALID: it is being deleted or moved) as properties.  `arch`:
+    the rmaps of the shadow MMU, and its counts.
+
+    dirty_bitmap has a byte per page, which one store marks.  Reaping clears only bytes that it read as set,
+    so each mark is reported now or stays for the next time.
     """
 
     __slots__ = ("arch", "as_id", "base_gfn", "dirty_bitmap", "flags", "id", "npages", "userspace_addr")
@@ -178,6 +183,14 @@ class Mm(Protocol):
 
 class Kvm:
     """struct kvm.
+
+    `id`: the number of the VM on its `machine`.  `vcpus`: all vCPUs of the VM, loaded or not.  `gfns`: the
+    pages of guest-physical memory.  `memslots`: those of the two address spaces, of which the second is
+    SMM's.  `tdp_mmu_roots`: the linked roots, invalid ones among them.  `shadow`: the shadow MMU's part.
+    mn_active_invalidate_count: the mmu_notifier's invalidations in progress.  mn_memslots_update: the update
+    of the memslots that waits for their end.  mn_flush_at_end: an invalidation's end flushes (decision
+    notifier_flush=at-range-end).  dirty_log_manual: KVM_CAP_MANUAL_DIRTY_LOG_PROTECT2.  `params`: module
+    parameters.
 
     Lock order: slots_lock, slots_arch_lock, mn_invalidate_lock; mmu_lock, tdp_mmu_pages_lock.
     `tdp_mmu_zap_works`: roots that wait for the worker that zaps them (decision root_put=async).
@@ -275,6 +288,9 @@ def kvm_memslots_have_rmaps(kvm: Kvm) -> bool:
 class VcpuArch:
     """The registers of struct kvm_vcpu_arch that decide about roots and flushes, as a 64-bit OS sets them.
 
+    cr0, cr3, cr4, efer: the control registers and EFER.  guest_mode: it runs a nested guest (HF_GUEST_MASK).
+    smm: it is in SMM (HF_SMM_MASK); smi_pending: an SMI waits; leaving_smm: RSM changes registers with
+    which the guest does not run; init_latched: an INIT waits until SMM is left.
     `smram`: the registers that enter_smm() saved.  pdptrs: the PDPTEs of a guest in PAE mode, as they were
     when it loaded CR3 last.  apic_mode: LAPIC_MODE_*, the mode that IA32_APIC_BASE has set.
     """
@@ -315,12 +331,14 @@ class Vcpu:
     Apart from the fields in the core (mode, requests, cpu), only the thread of the pCPU on which the vCPU is
     loaded touches it; user space may set `immediate_exit` (kvm_run->immediate_exit) from any thread.
 
+    `id`: its number in the VM `kvm`.  `vpid`: its VPID.  `loaded`: it is loaded on a pCPU.
     loaded_vmcs is vmcs01, or nested.vmcs02 while it runs a nested guest.
     mmu is root_mmu, or guest_mmu, which shadows the EPT that L1 has for a nested guest.  maxphyaddr:
     MAXPHYADDR of the guest's CPUID, which decides between 4 and 5 levels.
     flush_current_reason: the reason of the vCPU's last KVM_REQ_TLB_FLUSH_CURRENT, for the accounts;
     flush_reasons: a bit for each reason of the KVM_REQ_TLB_FLUSH that it services, flush_reason: the first.
-    policy_data: the policy's state of the vCPU.
+    policy_data: the policy's state of the vCPU.  srcu_idx: the SRCU section that it is in, -1 if none.
+    `exit`: the last VM exit.
     """
 
     __slots__ = (

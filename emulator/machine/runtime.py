@@ -73,10 +73,12 @@ _FRAME_KINDS = (
 
 
 class Machine:
-    """Owns the native machine; `cpus[i]` is CPU i, pCPUs first.
+    """Owns the native machine.
 
-    `config` holds the fields of the core's `struct machine_config`.  `vpids`: the number of VPIDs;
-    `vmx_vpids`: those that are free.
+    `cpus[i]` is CPU i: first the pCPUs, `pcpus` of them, then the housekeeping CPUs, on which ioctl callers
+    and the host's memory management run.  `config` holds the fields of the core's `struct machine_config`.
+    `vpids`: the number of VPIDs; `vmx_vpids`: those that are free.  stopping: waits end by MachineStopped.
+    `m`: the native machine.
     """
 
     __slots__ = ("config", "cpus", "m", "vmx_vpids", "vpids")
@@ -137,6 +139,13 @@ class Machine:
 class Cpu:
     """One CPU: the identity of a thread for IPIs, RCU and locks, and that thread's scratch memory.
 
+    `id` is its index in `machine.cpus`.  `is_pcpu`: it is a physical CPU, with a TLB; otherwise it is a
+    housekeeping CPU of an ioctl caller or of the host's memory management.  `vcpu`: the vCPU that is loaded
+    on it, or None.  kick_mask: a bit for each pCPU that the CPU is about to interrupt, in kick_mask_words
+    words of 64 bits.
+
+    `waits_for`: the condition that it awaits, for reports.  `hook` is called at each ordering point.  `m` is
+    the native machine.  page, sptes, tables, hfns, tags, writable: scratch memory of page faults.
     `rcu_depth`, `mmu_lock_held` and `spinlocks` mirror what the thread holds, so that guards release exactly
     that when a wait inside them ended with MachineStopped.
     """

@@ -35,6 +35,9 @@ ACC_ALL: Final = ACC_READ_MASK | ACC_WRITE_MASK | ACC_EXEC_MASK | ACC_USER_MASK
 class KvmMmuPageRole:
     """union kvm_mmu_page_role.
 
+    `level`: 1 for a table of 4K entries, 4 or 5 for a root.  guest_mode: the page is a nested guest's.
+    cr0_wp, cr4_smep, smap_andnot_wp: the guest's bits of these names, for shadow pages.
+
     `smm` is the address space.  `direct`: the page maps gfns by their number, and shadows no table of the
     guest.  `invalid` takes part in comparisons, so an invalid root matches no vCPU's role.  `access` and the
     bits below it are the same for all pages of the TDP MMU.  has_4_byte_gpte: a table of such entries has
@@ -59,6 +62,7 @@ class KvmMmuPageRole:
 class KvmMmuPage:
     """struct kvm_mmu_page: a shadow page.  The TDP MMU's tables below its roots are plain frame numbers.
 
+    `hfn`: the number of the page's host frame.
     `tdp_mmu_page`: it belongs to the TDP MMU, which has roots only; the others are ShadowPages.
     `mmu_valid_gen`: the VM's generation when the ShadowPage was made.  `parent_spte`: the SPTE that would
     point to the page, with its custody.  role.invalid is set under mmu_lock held for write.
@@ -127,6 +131,7 @@ class KvmMmuRootInfo:
 class KvmMmu:
     """struct kvm_mmu: the current root and up to three previous ones (None: INVALID_PAGE).
 
+    `root` is the current one, prev_roots has the others.  root_role: the role of the roots that it loads.
     page_fault: the handler of guests' faults, or None until kvm_init_mmu() chooses it.  sync_spte: compares
     an SPTE of an unsync page with the guest's entry; None for direct MMUs.  w: how the guest's tables are
     walked; None for direct MMUs.  inject_page_fault: hands L1 an access that its EPT forbids to a nested

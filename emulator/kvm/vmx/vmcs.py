@@ -10,6 +10,7 @@ from native.types import CpuId, Hfn, VcpuId, VmcsId, VmId, Vpid
 class LoadedVmcs:
     """struct loaded_vmcs: a VMCS, and the pCPU on which it was loaded last, or -1.
 
+    `vmcs`: the VMCS's number.  `cpu`: the number of that pCPU.
     virtualize_apic: the control "virtualize APIC accesses".  apic_access_hfn: APIC_ACCESS_ADDR.
     """
 

@@ -124,10 +124,20 @@ def test_policies_page_has_each_point_and_each_alternative() -> None:
             assert f"* `{name}`" in text
 
 
+@pytest.mark.parametrize("argument", ARGUMENTS)
+def test_each_attribute_of_an_argument_is_described(argument: str) -> None:
+    """A name alone sends the reader into the source."""
+    described = f"* `{argument}`, a `{ARGUMENTS[argument].__name__}`: "
+    (line,) = (line for line in page("policies").splitlines() if line.startswith(described))
+    unknown = [name for name in attributes_of(ARGUMENTS[argument]) if not re.search(rf"\b{name}\b", line)]
+    assert unknown == []
+
+
 @pytest.mark.parametrize(
     ("argument", "attributes"),
     [
         ("cpu", {"id", "machine"}),
+        ("cpu.machine", {"cpus", "pcpus"}),
         ("vcpu", {"id", "kvm", "mmu", "loaded"}),
         ("kvm", {"vcpus", "policy", "mmu_lock"}),
         ("root", {"hfn", "role"}),
