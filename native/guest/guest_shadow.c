@@ -21,6 +21,11 @@ enum {
 	MAPPED_GIGABYTES = 511,
 };
 
+/* The entry that leads to the kernel's tables has A and D from the start, as Linux's _KERNPG_TABLE: KVM has no flag to set
+ * there when it walks to the map of memory.  Where the host forbids the store, KVM injects a page fault instead
+ * (walk_addr_generic()), and an OS that faults on its own map of memory cannot go on. */
+#define KERNEL_TABLE (GPTE_PRESENT | GPTE_WRITABLE | GPTE_USER | GPTE_ACCESSED | GPTE_DIRTY)
+
 /* --- exits -------------------------------------------------------------------------------------------------- */
 
 static enum walk_result exit_once(struct walk *w, const struct guest_exit_insn *i)
@@ -133,7 +138,7 @@ enum walk_result os_new_pml4(struct walk *w, struct guest_process *own)
 	if (r != WALK_DONE)
 		return r;
 	pdpt = os_own_kernel(w) ? p->pdpt_building : leader->kernel_pdpt;
-	r = os_write_entry(w, p->cr3_building, KERNEL_ENTRY, pdpt << 12 | GPTE_PRESENT | GPTE_WRITABLE | GPTE_USER);
+	r = os_write_entry(w, p->cr3_building, KERNEL_ENTRY, pdpt << 12 | KERNEL_TABLE);
 	if (r != WALK_DONE)
 		return r;
 	own->cr3_gfn = p->cr3_gfn = p->cr3_building;

@@ -16,6 +16,7 @@ from emulator.kvm.kvm_host import (
     X86_CR4_PAE,
     X86_CR4_PCIDE,
     X86_CR4_PGE,
+    ExitToUser,
 )
 from emulator.kvm.reset import apic_send_init, kvm_vcpu_reset, power_on
 from emulator.kvm.structs import Kvm, is_long_mode
@@ -191,3 +192,23 @@ def test_with_ept_a_guest_without_paging_starts_without_it(rig: Rig) -> None:
     kvm_check_request(rig.host, vcpu, KVM_REQ_TLB_FLUSH_GUEST)
     kvm_vcpu_reset(rig.machine.cpus[0], vcpu, init_event=False)
     assert not kvm_test_request(rig.host, vcpu, KVM_REQ_TLB_FLUSH_GUEST)
+
+
+def test_an_os_that_boots_meets_a_host_that_forbids_stores_to_its_tables(rig: Rig) -> None:
+    """If KVM had to set the accessed flag above the OS's map of memory, it could not, and would inject a
+    page fault that no OS survives.  An OS's tables for the kernel have that flag from the start."""
+    kvm = rig.vm(ept=False)
+    guest = rig.guest(kvm, pages=PAGES, paging=1, pcid=1)
+    vcpu = guest.vcpu
+    power_on(rig.host, vcpu, paging=True, pcid=True)
+    while not vcpu.arch.cr0 & X86_CR0_PG:
+        guest.resume(0)
+    top = vcpu.arch.cr3 >> 12
+    rig.protect(kvm, top, top + 1, writable=0)
+    # Its next stores to the table wait for the host.
+    assert ExitToUser("shutdown") not in [guest.resume(0) for _ in range(40)]
+    accesses = rig.counter(lib.COUNT_ACCESSES)
+    rig.protect(kvm, top, top + 1, writable=1)
+    guest.run_slices(0, 2 * PAGES)
+    assert rig.counter(lib.COUNT_ACCESSES) > accesses
+    assert rig.violations() == {}
