@@ -6,16 +6,11 @@
 #include "oracle/ledger.h"
 #include "sync/cpu.h"
 
-static _Atomic uint64_t *bits_of(const struct machine *m, uint32_t vm)
-{
-	/* Acquire: pairs with the release of bits_made(). */
-	return atomic_load_explicit(&m->vms[vm].tracked, memory_order_acquire);
-}
-
 /* Return the VM's bits, made at the first promise; NULL: memory is out. */
 static _Atomic uint64_t *bits_made(struct machine *m, uint32_t vm)
 {
-	_Atomic uint64_t *bits = bits_of(m, vm);
+	/* Relaxed: mmu_lock orders the makers. */
+	_Atomic uint64_t *bits = atomic_load_explicit(&m->vms[vm].tracked, memory_order_relaxed);
 
 	if (bits)
 		return bits;
@@ -47,11 +42,9 @@ int oracle_track_writes(struct machine *m, uint32_t cpu, uint32_t vm, uint64_t g
 	return 0;
 }
 
-bool writes_tracked(const struct machine *m, uint32_t vm, uint64_t gfn)
+bool writes_tracked_in(const struct machine *m, uint32_t vm, const _Atomic uint64_t *bits, uint64_t gfn)
 {
-	const _Atomic uint64_t *bits = bits_of(m, vm);
-
-	return bits && gfn < m->vms[vm].gfns &&
+	return gfn < m->vms[vm].gfns &&
 	       atomic_load_explicit(&bits[gfn / 64], memory_order_relaxed) >> gfn % 64 & 1;
 }
 

@@ -2,6 +2,8 @@
 #ifndef FLUSHLAB_TRACKING_H
 #define FLUSHLAB_TRACKING_H
 
+#include <stddef.h>
+
 #include "core/machine_types.h"
 #include "vm/vm.h"
 
@@ -14,8 +16,19 @@
 int oracle_track_writes(struct machine *m, uint32_t cpu, uint32_t vm, uint64_t gfn, int on);
 /* end api */
 
-/* Return whether the promise holds for a page. */
-bool writes_tracked(const struct machine *m, uint32_t vm, uint64_t gfn);
+/* writes_tracked() for a VM with such promises, which `bits` records by gfn. */
+bool writes_tracked_in(const struct machine *m, uint32_t vm, const _Atomic uint64_t *bits, uint64_t gfn);
+
+/* Return whether the promise holds for a page.  Each walk asks, and in a VM without shadow pages learns here that none
+ * does. */
+static inline bool writes_tracked(const struct machine *m, uint32_t vm, uint64_t gfn)
+{
+	/* Acquire: pairs with the release of bits_made(). */
+	const _Atomic uint64_t *bits = atomic_load_explicit(&m->vms[vm].tracked, memory_order_acquire);
+
+	return __builtin_expect(bits != NULL, 0) && writes_tracked_in(m, vm, bits, gfn);
+}
+
 void tracking_destroy(struct machine *m, struct vm *vm);
 
 #endif

@@ -430,6 +430,8 @@ static inline uint32_t linear_life(uint32_t owner, const struct guest *g)
  * nested, other_nested: the guests that filled the mappings. */
 static inline bool life_is(uint32_t kind, uint32_t life, uint32_t nested, uint32_t other, uint32_t other_nested)
 {
+	if (nested == other_nested && life == other)
+		return true;
 	return kind == KIND_LINEAR ? life >> 8 == other >> 8 :
 				     (life ^ nested_life(nested)) == (other ^ nested_life(other_nested));
 }

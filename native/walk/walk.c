@@ -130,20 +130,28 @@ static void fill(struct walk *w, uint64_t spte, uint32_t level, uint64_t page, u
 	walk_rights(spte, right, out->right);
 }
 
-/* Let the oracle judge the first use if L1's EPT forbids the mapping, or if KVM has promised to see the guest's
- * stores to the page: a fill takes the frame's present tag, which vouches for the SPTE only. */
-static void doubt(const struct walk *w, uint64_t page, struct tlb_entry *e)
+/* doubt() for L1's EPT: it forbids the mapping, or its writes. */
+static __attribute__((noinline)) void doubt_nested(const struct walk *w, uint64_t page, struct tlb_entry *e)
 {
-	uint64_t below = page - e->page;
-
-	if (w->vmcs->nested_ept && ept12_agreement(w->vcpu, e, page, ACCESS_READ) != GUEST_AGREES) {
+	if (ept12_agreement(w->vcpu, e, page, ACCESS_READ) != GUEST_AGREES) {
 		for (uint32_t type = 0; type < ACCESS_TYPES; type++)
 			walk_suspect(e, type);
 		return;
 	}
 	if (e->right[ACCESS_WRITE] != RIGHT_NONE &&
-	    (writes_tracked(w->m, w->vcpu->vm, e->gfn + below) ||
-	     (w->vmcs->nested_ept && ept12_agreement(w->vcpu, e, page, ACCESS_WRITE) != GUEST_AGREES)))
+	    (writes_tracked(w->m, w->vcpu->vm, e->gfn + (page - e->page)) ||
+	     ept12_agreement(w->vcpu, e, page, ACCESS_WRITE) != GUEST_AGREES))
+		walk_suspect(e, ACCESS_WRITE);
+}
+
+/* Let the oracle judge the first use if L1's EPT forbids the mapping, or if KVM has promised to see the guest's
+ * stores to the page: a fill takes the frame's present tag, which vouches for the SPTE only. */
+static inline void doubt(const struct walk *w, uint64_t page, struct tlb_entry *e)
+{
+	if (__builtin_expect(w->vmcs->nested_ept, 0))
+		doubt_nested(w, page, e);
+	else if (e->right[ACCESS_WRITE] != RIGHT_NONE &&
+		 writes_tracked(w->m, w->vcpu->vm, e->gfn + (page - e->page)))
 		walk_suspect(e, ACCESS_WRITE);
 }
 
