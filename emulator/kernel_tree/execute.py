@@ -160,8 +160,10 @@ def _read(pipe: IO[bytes], result: Executed, silence: float) -> Iterator[dict[st
 
 
 def _ended(process: subprocess.Popen[bytes]) -> int:
-    """Wait for the process, which has closed its output or was killed; kill it if that was by an
-    exception."""
+    """Wait for the process to end; kill it if it goes on, because an exception has ended the reading.
+
+    Return its exit status.
+    """
     try:
         status = process.wait(5)
     except subprocess.TimeoutExpired:

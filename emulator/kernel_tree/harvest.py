@@ -81,7 +81,8 @@ class Harvest:
         if not _INCOMPLETE.search(error.message):
             return False
         tags = _TAG.findall(error.message) or _TAG.findall(source_line(error))
-        taken = [self._take_tag(how, tag, missing) for how, tag in tags]  # all of them
+        # A list, so that all tags are taken before one of them decides.
+        taken = [self._take_tag(how, tag, missing) for how, tag in tags]
         return any(taken)
 
     def _take(self, name: str, kinds: tuple[Kind, ...], missing: list[str]) -> bool:
@@ -105,7 +106,7 @@ class Harvest:
             missing.append(f"{how} {tag}")
             return False
         self.structs[tag] = item
-        # Which member of a union is meant is not told by a name, so it is taken as a whole.
+        # A name does not tell which member of a union is meant, so the union is taken whole.
         self.members[tag] = set(range(len(item.members))) if item.text.startswith("union") else set()
         return True
 

@@ -1,7 +1,7 @@
 """Finds declarations in the headers of a Linux tree, by name, without preprocessing them.
 
-A header is read as a list of items: macros, and declarations at file level.  Of an #if both branches are in
-the text; the one that a 64-bit x86 kernel with KVM compiles is taken.
+A header is read as a list of items: macros, and declarations at file level.  The text has both branches of an
+#if; the one that a 64-bit x86 kernel with KVM compiles is taken.
 """
 
 from __future__ import annotations

@@ -54,7 +54,7 @@ _CONFIG: Final = {
     "chaos": 0,
     "seed": 1,
 }
-# SPTEs a native call: all of a range, unless another CPU acts in its middle.
+# SPTEs per native call: all of a range, unless another CPU acts in its middle.
 _WHOLE: Final = 1 << 20
 _RETURNS: Final = frozenset({RET_PF_RETRY, RET_PF_FIXED, RET_PF_SPURIOUS})
 _FLAGS: Final = (
@@ -71,7 +71,7 @@ _LEAF_FLAGS: Final = (
 
 
 class _Lock(MmuLock):
-    """mmu_lock that notes who takes it, and lets another CPU in when a walk yields."""
+    """An mmu_lock that notes when it is taken and released, and lets another CPU in when a walk yields."""
 
     __slots__ = ("side",)
 

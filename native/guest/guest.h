@@ -21,7 +21,7 @@ int guest_configure(struct machine *m, uint32_t vcpu, const struct guest_config 
 int guest_add_process(struct machine *m, uint32_t vcpu, const uint64_t *records, uint64_t n,
 		      const uint64_t *pages, uint64_t n_pages);
 /* Let the vCPU's last process translate by a PML4 table that is in guest memory already, and that several vCPUs may share,
- * as threads of a process do.  Its pages are no business of the OS, and the process has none; MOV to CR3 is left to
+ * as threads of a process do.  The OS neither knows nor changes its pages; MOV to CR3 is left to
  * guest_execute().  Before the vCPU runs. */
 /* call: aside */
 void guest_share_tables(struct machine *m, uint32_t vcpu, uint64_t cr3_gfn);

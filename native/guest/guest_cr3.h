@@ -5,7 +5,7 @@
 
 #include "walk/walk.h"
 
-/* Execute the MOV to CR3 that guest->new_cr3 is the operand of; to be repeated from its start after WALK_EXIT. */
+/* Execute MOV to CR3 with the operand guest->new_cr3.  After WALK_EXIT it is repeated from its start. */
 enum walk_result os_mov_cr3(struct walk *w);
 
 #endif

@@ -2,9 +2,9 @@
 
 Stateful partial-order reduction (Yang, Chen, Gopalakrishnan, Kirby, "Efficient stateful dynamic partial order
 reduction", SPIN 2008).  A table holds the states of which all continuations have been searched, each with the
-accesses of all steps in its continuations.  An execution that reaches such a state ends there.  The steps
-that it leaves out might race with its own.  So the search tries every task at each node of the execution with
-a step that conflicts with one of them; then the result does not depend on the order of the missing steps.
+accesses of all steps in its continuations.  An execution that reaches such a state ends there, and the steps
+that it leaves out might race with its own.  So the search tries every task at each node whose step conflicts
+with a step that was left out.  The result then does not depend on the order of the missing steps.
 
 A state in the table was searched without the tasks of its sleep set, because other parts of the search cover
 their steps.  It stands for the present state only if each of these tasks is asleep here, too.

@@ -29,7 +29,7 @@ def check_policy_for_tree(policy: Policy) -> None:
     if decided:
         found = f"{policy.name} decides {decided[0]}, which the tree's own code decides"
         raise BadInput("--policy", found, _WITH_KERNEL)
-    # A policy may have the answers of any one kernel at these points: it has not chosen them itself.
+    # At these points a policy may have the answers of any one kernel: they come with its base.
     others = [[point for point in OWN_POINTS if answers[point] != kernel[point]] for kernel in kernels]
     if fewest := min(others, key=len):
         found = f"{policy.name} answers {fewest[0]}={answers[fewest[0]]}, which the tree's own code decides"

@@ -1,4 +1,4 @@
-"""arch/x86/kvm/vmx/vmx.c: the APIC-access page in vmcs01.  (nested.py has that in vmcs02, a page of L1's.)"""
+"""arch/x86/kvm/vmx/vmx.c: the APIC-access page in vmcs01.  (nested.py writes vmcs02's, a page of L1's.)"""
 
 from __future__ import annotations
 

@@ -52,13 +52,14 @@ from emulator.machine.runtime import Cpu, OutOfFrames
 from native import lib
 from native.types import Gfn, VmStat, Vpid
 
-# Instructions of L1 that may free roots of guest_mmu, and statistics of those that have one.
+# Instructions of L1 that may free roots of guest_mmu.
 _FREES_ROOTS: Final = (
     lib.GUEST_INSN_INVEPT,
     lib.GUEST_INSN_VMPTRLD,
     lib.GUEST_INSN_VMCLEAR,
     lib.GUEST_INSN_VMXOFF,
 )
+# The counters of instructions that are counted.
 _STATS: Final[dict[int, VmStat]] = {
     lib.GUEST_INSN_VMLAUNCH: lib.STAT_NESTED_RUN,
     lib.GUEST_INSN_INVEPT: lib.STAT_NESTED_INVEPT,
@@ -106,8 +107,8 @@ def emulate_vmx_instruction(cpu: Cpu, vcpu: Vcpu, insn: int, operand: int) -> No
 def enter_vmx_operation(cpu: Cpu, vcpu: Vcpu) -> None:
     """enter_vmx_operation(), for VMXON: make vmcs02, with a VPID for nested guests if one is left.
 
-    Another vCPU may have used the VPID.  last_vpid is none that L1 can use, so the first VM entry with a VPID
-    flushes.
+    Another vCPU may have used the VPID.  last_vpid begins with a value that is no VPID of L1's, so the first
+    VM entry with a VPID flushes.
     """
     nested, kvm = vcpu.nested, vcpu.kvm
     nested.vmcs02 = alloc_loaded_vmcs(cpu, vcpu.id, vcpu.vpid, ept=kvm.params.ept)

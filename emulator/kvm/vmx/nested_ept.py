@@ -52,8 +52,8 @@ def nested_ept_root_matches(root: KvmMmuRootInfo, eptp: int) -> bool:
 def nested_ept_invalidate_addr(cpu: Cpu, vcpu: Vcpu, eptp: int, gpa: int) -> None:
     """nested_ept_invalidate_addr(): sync a page of L2 below the cached roots of the EPT.
 
-    The caller has synced it below the current one.  Two EPTPs may have one EP4TA, whose mappings L1 sees
-    invalidated together.
+    The caller has synced the page below the current root.  Roots of other EPTPs with the same EP4TA are
+    synced, too, because the processor invalidates mappings by their EP4TA.
     """
     for root in vcpu.mmu.prev_roots:
         if root is not None and nested_ept_root_matches(root, eptp):

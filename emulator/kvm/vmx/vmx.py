@@ -46,8 +46,10 @@ VMX_EPTP_AD_ENABLE_BIT: Final = 1 << 6
 
 
 def construct_eptp(root: KvmMmuRootInfo) -> tuple[KvmMmuPage, int]:
-    """construct_eptp(): return the root's page, and the EPTP of its role; not of a vCPU's state, because
-    callers also pass roots that are not current.
+    """construct_eptp(): return the root's page and its EPTP.
+
+    The EPTP follows from the root's role and not from a vCPU's state, because callers also pass roots that
+    are not current.
 
     For a root without a shadow page the kernel warns and flushes globally; here the machine stops, as for the
     warnings of vmx_ops.py.
@@ -178,9 +180,9 @@ def vmx_load_mmu_pgd(cpu: Cpu, vcpu: Vcpu, root_hfn: Hfn, root_level: Level) -> 
 def vmx_vcpu_load_vmcs(cpu: Cpu, vcpu: Vcpu) -> None:
     """vmx_vcpu_load_vmcs(): load the VMCS; if it was loaded on another pCPU before, flush for the migration.
 
-    Compared is loaded_vmcs.cpu, not vcpu->cpu, so a return to the pCPU on which the vCPU ran last makes no
-    flush.  Any other pCPU may hold two kinds of stale entries: of SPTEs that KVM changed while the vCPU was
-    elsewhere, and of translations that the guest invalidated natively there.
+    The pCPU is compared with loaded_vmcs.cpu, not with vcpu->cpu, so a return to the pCPU on which the vCPU
+    ran last makes no flush.  Any other pCPU may hold two kinds of stale entries: of SPTEs that KVM changed
+    while the vCPU was elsewhere, and of translations that the guest invalidated natively there.
     """
     last = vcpu.loaded_vmcs.cpu
     if last != cpu.id:
@@ -260,9 +262,9 @@ def vmx_vcpu_reset(cpu: Cpu, vcpu: Vcpu) -> None:
 def vmx_set_cr0(cpu: Cpu, vcpu: Vcpu, old_cr0: int, cr0: int) -> None:
     """vmx_set_cr0(), with an unrestricted guest: turn its paging on or off.
 
-    In SMM and during RSM nothing is told to the guest, because it has no paging there.  Clearing CR0.PG
-    invalidates all, and without paging nothing is cached; so what the guest has changed until it sets CR0.PG
-    again is invalidated, too.
+    The core's guest hears nothing in SMM and during RSM, because it has no paging there.  Clearing CR0.PG
+    invalidates all linear mappings, and while it is clear none is cached.  So either change of the bit
+    invalidates all that the guest has changed before.
     """
     arch = vcpu.arch
     if arch.efer & EFER_LME and (cr0 ^ old_cr0) & X86_CR0_PG:
@@ -281,7 +283,7 @@ def vmx_set_cr4(cpu: Cpu, vcpu: Vcpu) -> None:
 
 
 def set_table_format(cpu: Cpu, vcpu: Vcpu) -> None:
-    """Tell the hardware in which of the paging modes it is (SDM vol. 3A, 4.1.1)."""
+    """Set the hardware's paging mode from the guest's registers (SDM vol. 3A, 4.1.1)."""
     cr4 = vcpu.arch.cr4
     if is_long_mode(vcpu):
         tables = lib.GUEST_TABLES_64
