@@ -21,10 +21,10 @@ from emulator.cli.options import (
     expanded,
     refuse,
 )
-from emulator.cli.sweep import Sweep, SweepOptions, run_sweep
+from emulator.cli.sweep import HtmlOption, Sweep, SweepOptions, check_html, run_sweep
 from emulator.defaults import DEFAULT_POLICY
 from emulator.errors import BadInput
-from emulator.output import Unwritable, check_file, saying
+from emulator.output import Unwritable, saying
 
 if TYPE_CHECKING:
     from emulator.cli.kernel import TreeReport
@@ -49,11 +49,6 @@ RepeatOption = Annotated[
     int,
     typer.Option(min=1, max=1000, metavar="N", help="Run each policy N times, and show medians and spreads."),
 ]
-HtmlOption = Annotated[
-    Path | None,
-    typer.Option(metavar="FILE", help="Also write a report with plots, as one self-contained page."),
-]
-
 SensitivityOption = Annotated[
     bool,
     typer.Option(
@@ -89,18 +84,17 @@ def compare(
     from emulator.scenario.config import load_scaled
 
     chosen = load_policies(policies or [])
+    check_html(html)
     if options.given:
         expected = "a comparison without --vary, --store, --shard, --table and --cluster"
-        refuse(context, {"html", "sensitivity", "kernel"}, "with a sweep", expected)
-        raise typer.Exit(run_sweep(_sweep(scenario, chosen, repeat, duration, options, as_json=as_json)))
+        refuse(context, {"sensitivity", "kernel"}, "with a sweep", expected)
+        sweep = _sweep(scenario, chosen, repeat, duration, options, as_json=as_json, html=html)
+        raise typer.Exit(run_sweep(sweep))
     refuse(context, {"jobs", "figures"}, "without a sweep", "--vary, --store, --shard or --table beside it")
     shape = load_scaled(scenario, options.pcpus, options.ept, options.costs)
     limits.check(shape)
     for policy in chosen:
         check_suits(policy, shape.name, ept=shape.machine.ept)
-    if html is not None:
-        _check_html()
-        check_file("--html", html)
     plan = Plan(
         scenario=shape,
         policies=chosen,
@@ -153,6 +147,7 @@ def _sweep(
     options: SweepOptions,
     *,
     as_json: bool,
+    html: Path | None,
 ) -> Sweep:
     return Sweep(
         scenario=scenario,
@@ -160,6 +155,7 @@ def _sweep(
         repeat=repeat,
         seed=options.seed or 0,
         as_json=as_json,
+        html=html,
         options=options,
         unit={
             "duration": duration_of(duration),
@@ -195,16 +191,6 @@ def _announce(number: int, runs: int, result: Result) -> None:
     if not sys.stderr.isatty():
         seconds = f"{result.snapshot.elapsed:.1f}s"
         print(f"run {number} of {runs}: {result.policy_name}: {result.verdict}, {seconds}", file=sys.stderr)
-
-
-def _check_html() -> None:
-    """Raise BadInput if matplotlib is not installed, before minutes of running."""
-    try:
-        import matplotlib  # noqa: F401
-    except ImportError:
-        raise BadInput(
-            "--html", "matplotlib is not installed", "it: pip install 'flushlab[report]'"
-        ) from None
 
 
 def _write(comparison: Comparison, as_json: bool, html: Path | None) -> int:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shlex
 import sys
 import time
 from collections.abc import Sequence
@@ -60,6 +61,10 @@ ClusterOption = Annotated[
         "cluster of --jobs processes on loopback.",
     ),
 ]
+HtmlOption = Annotated[
+    Path | None,
+    typer.Option(metavar="FILE", help="Also write a report with plots, as one self-contained page."),
+]
 TableOption = Annotated[
     Path | None,
     typer.Option(metavar="FILE", help="Also write a row for each run of a sweep, as .csv or .parquet."),
@@ -102,6 +107,7 @@ class Sweep:
     seed: int
     as_json: bool
     options: SweepOptions
+    html: Path | None = None
     unit: dict[str, Any] = field(default_factory=dict)
 
 
@@ -134,8 +140,22 @@ def run_sweep(sweep: Sweep) -> int:
         records = [
             {**store.records[unit.key], "number": unit.number} for unit in units if unit.key in store.records
         ]
-    status = _print(Swept(records), options.figures, options.table, as_json=sweep.as_json)
+    swept = Swept(records)
+    status = _print(swept, options.figures, options.table, as_json=sweep.as_json, html=sweep.html)
     return interrupts.ended(status, len(units) - len(records), len(units), "runs")
+
+
+def check_html(path: Path | None) -> None:
+    """Raise BadInput, before minutes of running, if a page is asked for and cannot be made."""
+    if path is None:
+        return
+    try:
+        import matplotlib  # noqa: F401
+    except ImportError:
+        raise BadInput(
+            "--html", "matplotlib is not installed", "it: pip install 'flushlab[report]'"
+        ) from None
+    check_file("--html", path)
 
 
 class _Lines:
@@ -167,18 +187,29 @@ def _about(seconds: float) -> str:
     return f"{seconds:.0f} s"
 
 
-def _print(swept: Swept, figures: Sequence[str] | None, table: Path | None, *, as_json: bool) -> int:
-    """Write the table's file, then standard output, which may have a slow reader; return the exit status."""
+def _print(
+    swept: Swept,
+    figures: Sequence[str] | None,
+    table: Path | None,
+    *,
+    as_json: bool,
+    html: Path | None = None,
+) -> int:
+    """Write the files, then standard output, which may have a slow reader; return the exit status."""
     from emulator.report.console import output_console
     from emulator.sweep.table import FIGURES, sweep_table
 
     shown = tuple(dict.fromkeys(figures or FIGURES))
     lost = None
-    if table is not None:
-        try:
+    try:
+        if table is not None:
             swept.write(table)
-        except Unwritable as error:
-            lost = error
+        if html is not None:
+            from emulator.sweep.page import write_page
+
+            write_page(swept, shown, shlex.join(["flushlab", *sys.argv[1:]]), html)
+    except Unwritable as error:
+        lost = error
     with saying(swept.status):
         if as_json:
             print(json.dumps(swept.document(shown), allow_nan=False))
@@ -198,6 +229,7 @@ def merge(
     figures: FigureOption = None,
     table: TableOption = None,
     as_json: JsonOption = False,
+    html: HtmlOption = None,
 ) -> None:
     """Join the stores of a sweep's shards, and print its table."""
     from emulator.sweep.store import merged, write_store
@@ -208,10 +240,11 @@ def merge(
         check_file("--table", table)
     if output is not None:
         check_file("--output", output)
+    check_html(html)
     records = merged(stores)
     scenarios = sorted({str(record["scenario"]) for record in records})
     if len(scenarios) > 1:
         raise BadInput("STORES", f"found runs of {' and '.join(scenarios)}", "stores of one sweep")
     if output is not None:
         write_store("--output", output, records)
-    raise typer.Exit(_print(Swept(records), figures, table, as_json=as_json))
+    raise typer.Exit(_print(Swept(records), figures, table, as_json=as_json, html=html))

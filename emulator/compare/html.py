@@ -62,10 +62,10 @@ def _page(comparison: Comparison) -> Iterator[str]:
     yield from _costs(comparison)
     yield "<h2>How to run it again</h2>"
     yield f"<pre>{escape(command_line(comparison))}</pre>"
-    yield f'<p class="note">{escape(_origin())} {_download(comparison)}</p></body></html>'
+    yield f'<p class="note">{escape(origin())} {_download(comparison)}</p></body></html>'
 
 
-def _origin() -> str:
+def origin() -> str:
     """Return where and when the page was made."""
     now = datetime.now().astimezone()
     return f"flushlab {__version__}, {now:%Y-%m-%d %H:%M %Z}, {platform.node()}, Linux {platform.release()}."

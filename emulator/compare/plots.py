@@ -185,7 +185,7 @@ def _pauses(comparison: Comparison) -> Plot:
         axes.legend(fontsize=9)
 
     note = "from leaving guest mode to entering it; on this machine's clock, in powers of two"
-    return Plot("Pauses", note, _figure(draw, 3.2))
+    return Plot("Pauses", note, drawn(draw, 3.2))
 
 
 def _wall(comparison: Comparison) -> Plot:
@@ -203,7 +203,7 @@ def _wall(comparison: Comparison) -> Plot:
         axes.grid(visible=True, axis="x")
 
     note = "guest accesses per second on this machine, a point per run; other load on it shows here only"
-    return Plot("Speed of the emulation", note, _figure(draw, _height(len(columns), legend=False)))
+    return Plot("Speed of the emulation", note, drawn(draw, _height(len(columns), legend=False)))
 
 
 # --- how they are drawn -------------------------------------------------------------------------------------
@@ -259,7 +259,7 @@ def _stacked(
                 borderaxespad=0.2, handlelength=1.1, columnspacing=1.2,
             )  # fmt: skip
 
-    return _figure(draw, _height(len(stacks), legend=legend and len(parts) > 1))
+    return drawn(draw, _height(len(stacks), legend=legend and len(parts) > 1))
 
 
 def _names(axes: Axes, names: Sequence[str]) -> None:
@@ -271,7 +271,8 @@ def _height(bars: int, *, legend: bool) -> float:
     return 0.95 + 0.42 * bars + (0.35 if legend else 0)
 
 
-def _figure(draw: Callable[[Axes], None], height: float) -> str:
+def drawn(draw: Callable[[Axes], None], height: float) -> str:
+    """Return a picture as SVG that takes its colours from the page."""
     with mpl.rc_context(_STYLE):
         figure = Figure(figsize=(7.2, height), layout="constrained")
         draw(figure.add_subplot())

@@ -156,10 +156,14 @@ def sweep_table(swept: Swept, figures: Sequence[str], width: int) -> RenderableT
     return Group(*parts, *(Text(note, style="dim") for note in _notes(swept, figures)))
 
 
-def _figure_table(swept: Swept, figure: str, called: dict[str, str]) -> Table:
+def titled(figure: str) -> str:
+    """Return a figure's name with its unit in words."""
     per = next((text for suffix, text in _PER.items() if figure.endswith(suffix)), "")
-    title = figure.removesuffix("/M").removesuffix("/unit") + per
-    table = Table(title=title, title_justify="left", title_style="bold", box=None, pad_edge=False)
+    return figure.removesuffix("/M").removesuffix("/unit") + per
+
+
+def _figure_table(swept: Swept, figure: str, called: dict[str, str]) -> Table:
+    table = Table(title=titled(figure), title_justify="left", title_style="bold", box=None, pad_edge=False)
     for key in swept.keys:
         table.add_column(key, overflow="fold")
     table.add_column("policy", overflow="fold")

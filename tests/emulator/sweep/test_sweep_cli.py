@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import base64
 import csv
 import json
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -14,7 +16,9 @@ from pathlib import Path
 import pytest
 
 from emulator.cli.main import main
-from tests.emulator.sweep.canned_runs import canned
+from emulator.sweep.stats import Estimate
+from emulator.sweep.table import Cell
+from tests.emulator.sweep.canned_runs import canned, record_of
 
 BASE = ["compare", "migration-storm", "--policy", "linux-7.3", "--policy", "root-tlb-gen"]
 GRID = [*BASE, "--vary", "vm.count=1,2,4", "--vary", "host.unmap=10,20", "--repeat", "9"]  # 108 runs
@@ -184,6 +188,68 @@ def test_a_signal_keeps_the_runs_that_are_done(tmp_path: Path) -> None:
     assert 1 <= len(lines(store)) < 100
     assert out.startswith("flush cycles, per million guest accesses")
     assert err.splitlines()[-1].endswith(" of 200 runs not reached")
+
+
+@pytest.mark.slow
+@pytest.mark.usefixtures("canned_runs")
+def test_a_page_has_a_picture_of_each_figure_over_each_parameter(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    store, page, merged = tmp_path / "store", tmp_path / "page.html", tmp_path / "merged.html"
+    assert main([*GRID, "--figure", "flush cycles/M", "--store", str(store), "--html", str(page)]) == 0
+    text = page.read_text()
+    titles = re.findall("<h3>(.*?)</h3>", text)
+    assert titles == [
+        "Over vm.count, at host.unmap = 10", "Over vm.count, at host.unmap = 20",
+        "Over host.unmap, at vm.count = 1", "Over host.unmap, at vm.count = 2",
+        "Over host.unmap, at vm.count = 4",
+    ]  # fmt: skip
+    assert text.count("<svg") == 5
+    assert text.count("<td>root-tlb-gen</td>") == 6
+    links = re.findall(r'(?:src|href)="([^"#]+)"', text)
+    assert all(link.startswith("data:") for link in links)
+    (data,) = re.findall(r"base64,([^\"]+)", text)
+    assert len(json.loads(base64.b64decode(data))["units"]) == 108
+    assert main(["merge", str(store), "--figure", "flush cycles/M", "--html", str(merged)]) == 0
+    assert re.findall("<h3>(.*?)</h3>", merged.read_text()) == titles
+
+
+@pytest.mark.slow
+def test_a_refuted_policy_has_a_broken_line() -> None:
+    from emulator.sweep.page import _picture  # matplotlib takes a second
+
+    def cell(value: int, policy: str, verdict: str) -> Cell:
+        return Cell((("vm.count", value),), policy, verdict, Estimate(1, 5.0 * value))
+
+    clean = [cell(value, "linux-7.3", "clean") for value in (1, 2)]
+    svg = _picture([*clean, *(cell(n, "other", "violations") for n in (1, 2))], "vm.count", "unit")
+    assert "other (violations)" in svg
+    assert "stroke-dasharray" in svg
+    assert "stroke-dasharray" not in _picture(clean, "vm.count", "unit")
+
+
+@pytest.mark.stress
+@pytest.mark.timeout(200)
+def test_108_units_on_a_cluster_and_in_three_shards_are_one_table(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    pytest.importorskip("distributed")
+    monkeypatch.setattr("emulator.sweep.work.run_unit", record_of)
+    tables = [["--table", str(tmp_path / name)] for name in ("plain.csv", "whole.csv", "merged.csv")]
+    monkeypatch.setattr("emulator.sweep.work.in_processes", canned)
+    assert main([*GRID, *tables[0]]) == 0
+    plain = capsys.readouterr().out
+    assert main([*GRID, "--cluster", "local", "--jobs", "2", *tables[1]]) == 0
+    assert capsys.readouterr().out == plain
+    stores = [str(tmp_path / f"{i}.jsonl") for i in (1, 2, 3)]
+    for i, store in enumerate(stores, start=1):
+        assert main([*GRID, "--store", store, "--shard", f"{i}/3"]) == 0
+    capsys.readouterr()
+    assert main(["merge", *stores, *tables[2]]) == 0
+    assert capsys.readouterr().out == plain
+    first, second, third = (Path(table[1]).read_bytes() for table in tables)
+    assert first == second == third
+    assert first.count(b"\n") == 1 + 108
 
 
 @pytest.mark.stress
