@@ -85,6 +85,18 @@ int mmu_invalidate_retry_gfn(struct machine *m, uint32_t vm, uint64_t seq, uint6
 	return mmu_invalidate_retry_range(m, vm, seq, gfn, gfn + 1);
 }
 
+/* Before the last end its invalidation was in progress, and the merged range, which an end leaves as it is, was this
+ * one.  After the next end the sequence has moved past the sample, which is no later than now. */
+int mmu_invalidate_retry_stays(struct machine *m, uint32_t vm, uint64_t seq, uint64_t gfn)
+{
+	struct vm *v = &m->vms[vm];
+	/* Relaxed: no other thread runs. */
+	uint64_t start = atomic_load_explicit(&v->invalidate_start, memory_order_relaxed);
+	uint64_t end = atomic_load_explicit(&v->invalidate_end, memory_order_relaxed);
+
+	return mmu_invalidate_seq(m, vm) >= seq && (start == UINT64_MAX || (gfn >= start && gfn < end));
+}
+
 uint32_t mmu_invalidate_in_progress(struct machine *m, uint32_t vm)
 {
 	/* acquire: pairs with the release in mmu_invalidate_end; what the host took meanwhile is gone from its tables */

@@ -19,7 +19,7 @@ from emulator.explore.machine.described import CALLS
 from emulator.kvm.mmu.spte import is_last_spte, is_shadow_present_pte, spte_to_child_pt
 from native import lib
 from native.description import RESULT, Access, Call, Comparison, Object, Operand
-from native.types import Level
+from native.types import Gfn, InvalidateSeq, Level, VmId
 
 if TYPE_CHECKING:
     from emulator.explore.machine.control import Control
@@ -38,7 +38,9 @@ After = Callable[[Args, Any], Masks]
 # tells whether the table is free.  Each table has an object of its own, and `tables` stands for all of them:
 # a walk from a cached table pointer reads it.  Averted violations are counted without an object, because no
 # later step depends on the count.  The begin of an invalidation writes mmu_invalidate_in_progress and its
-# range, but not mmu_invalidate_seq, so it does not conflict with a fault that only samples the latter.
+# range, but not mmu_invalidate_seq, so it does not conflict with a fault that only samples the latter.  The
+# end writes both, but counts as a write of mmu_invalidate_seq alone.  So all calls that depend on the number
+# in progress read mmu_invalidate_seq, too, except a check that no end can change (_invalidate_end()).
 OBJECTS: Final[Mapping[str, tuple[str, ...]]] = {
     "block_frames": ("frames", "block"),
     "callbacks": ("callbacks",),
@@ -64,6 +66,17 @@ OBJECTS: Final[Mapping[str, tuple[str, ...]]] = {
 
 
 # --- words for objects that are computed after the call -----------------------------------------------------
+
+
+def _invalidate_end(control: Control, vm: VmId, seq: InvalidateSeq, gfn: Gfn) -> int:
+    """Return the object of an invalidation's end, as read by a check that makes a fault retry.
+
+    The check does not read it if the merged range reaches over the gfn, because neither the last end nor the
+    next one changes the result.  Before the last end, the invalidation was in progress with this range, which
+    an end does not change.  After the next end, the sequence has moved past the fault's sample.
+    """
+    stays = lib.mmu_invalidate_retry_stays(control.machine.m, vm, seq, gfn)
+    return 0 if stays else control.bit("mmu_invalidate_seq", vm)
 
 
 def _freed(control: Control, table: int) -> int:
@@ -98,6 +111,7 @@ def _tables_on_path(control: Control, removal: Any) -> int:
 
 COMPUTED: Final[Mapping[str, Callable[..., int]]] = {
     "freed": _freed,
+    "invalidate_end": _invalidate_end,
     "rights": rights,
     "root_loaded": _root_loaded,
     "table_below": _table_below,
