@@ -12,7 +12,7 @@ import typer
 from rich.console import Console
 
 from emulator.cli.options import refuse
-from emulator.errors import BadInput
+from emulator.errors import BadInput, shown
 from emulator.output import saying
 
 IMPORT_HELP = (
@@ -25,6 +25,7 @@ IMPORT_HELP = (
 IMPORT_EXAMPLES = """\
 \b
   flushlab import --recipe > record.sh
+  flushlab import --recipe costs > costs.sh
   flushlab import kvm.trace
   flushlab import trace.dat --json
   flushlab import kvm.trace --scenario my-host.toml
@@ -39,10 +40,19 @@ _STEP = 100_000
 def import_(
     context: typer.Context,
     file: Annotated[
-        str | None, typer.Argument(metavar="[TRACE]", help="The trace; - for standard input.")
+        str | None,
+        typer.Argument(
+            metavar="[TRACE]",
+            help="The trace; - for standard input. With --recipe: trace, the default, or costs.",
+        ),
     ] = None,
     recipe: Annotated[
-        bool, typer.Option("--recipe", help="Print a script that records a trace, and read none.")
+        bool,
+        typer.Option(
+            "--recipe",
+            help="Print a script that records a trace, and read none. --recipe costs: one that measures the "
+            "host's costs, for --costs.",
+        ),
     ] = False,
     as_json: Annotated[bool, typer.Option("--json", help="Print one JSON document.")] = False,
     scenario: Annotated[
@@ -57,18 +67,26 @@ def import_(
     if recipe:
         refuse(
             context,
-            ("file", "as_json", "scenario", "workload"),
+            ("as_json", "scenario", "workload"),
             "--recipe, which reads no trace",
             "one of them",
         )
-        from emulator.hosttrace.recipe import trace_recipe
-
-        with saying(0):
-            sys.stdout.write(trace_recipe())
+        _print_recipe(file or "trace")
         return
     if file is None:
         raise BadInput("TRACE", "found none", "a trace, - for standard input, or --recipe")
     _import(file, as_json, scenario, workload)
+
+
+def _print_recipe(name: str) -> None:
+    from emulator.hosttrace.cost_recipe import cost_recipe
+    from emulator.hosttrace.recipe import trace_recipe
+
+    recipes = {"trace": trace_recipe, "costs": cost_recipe}
+    if name not in recipes:
+        raise BadInput("--recipe", f"found {shown(name)}", "trace or costs")
+    with saying(0):
+        sys.stdout.write(recipes[name]())
 
 
 def _import(file: str, as_json: bool, scenario: Path | None, workload: Path | None) -> None:

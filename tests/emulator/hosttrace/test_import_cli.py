@@ -10,8 +10,10 @@ from pathlib import Path
 import pytest
 
 from emulator.cli.main import main
+from emulator.hosttrace.cost_recipe import FUNCTIONS
 from emulator.hosttrace.missing import QUESTIONS
 from emulator.hosttrace.recipe import PROBES, TRACEPOINTS
+from emulator.scenario.costs import load_costs
 from tests.emulator.hosttrace.made_up import Line, entry, kick, leave, probe, unmap
 
 
@@ -78,7 +80,10 @@ def test_bad_input_is_one_line(
     assert found in line
 
 
-@pytest.mark.parametrize("arguments", [["import"], ["import", "/no/such"], ["import", "--recipe", "--json"]])
+@pytest.mark.parametrize(
+    "arguments",
+    [["import"], ["import", "/no/such"], ["import", "--recipe", "--json"], ["import", "--recipe", "x"]],
+)
 def test_bad_arguments_are_one_line(arguments: list[str], capsys: pytest.CaptureFixture[str]) -> None:
     assert main(arguments) == 2
     assert len(capsys.readouterr().err.splitlines()) == 1
@@ -103,6 +108,43 @@ def test_a_recording_is_printed_by_its_tool(
     fake.write_text("#!/bin/sh\necho broken >&2\nexit 3\n")
     assert main(["import", str(recording)]) == 2
     assert f"{tool} failed: broken" in capsys.readouterr().err
+
+
+@pytest.mark.slow
+def test_the_recipe_of_costs_is_a_script_that_prints_a_table_of_costs(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    assert main(["import", "--recipe", "costs"]) == 0
+    script = tmp_path / "costs.sh"
+    script.write_text(capsys.readouterr().out)
+    # As bpftrace and x86/vmexit print them.
+    times = {
+        "probes": 110,
+        "invept_global": 310,
+        "invept_single": 290,
+        "invvpid_single": 100,
+        "ipi_send": 210,
+    }
+    text = "Attaching 12 probes...\n\n" + "".join(f"@{key}: {value}\n" for key, value in times.items())
+    (tmp_path / "x86").mkdir()
+    for name, output in (("bpftrace", text), ("x86/run", "enabling apic\ncpuid 1234\n")):
+        fake = tmp_path / name
+        fake.write_text(f"#!/bin/sh\nprintf '%s' '{output}'\n")
+        fake.chmod(0o755)
+    monkeypatch.setenv("PATH", f"{tmp_path}:/usr/bin:/bin")
+    monkeypatch.setenv("KVM_UNIT_TESTS", str(tmp_path))
+    printed = subprocess.run(["sh", str(script)], capture_output=True, text=True, check=True).stdout
+    table = tmp_path / "my-host.toml"
+    table.write_text(printed)
+    costs, own = load_costs(table, load_costs()), load_costs()
+    assert costs.vm_exit_entry.cycles == 1234
+    assert costs.invvpid_single.cycles == 1  # shorter than the probes
+    # 200, 180 and 100 ns at the host's frequency.
+    assert costs.invept_global.cycles == pytest.approx(2 * costs.ipi_send.cycles, abs=2)
+    assert costs.invept_single.cycles == pytest.approx(0.9 * costs.invept_global.cycles, abs=2)
+    assert costs.ipi_send.cycles > 10
+    assert costs.ipi_receive == own.ipi_receive
+    assert all(function in script.read_text() for function in FUNCTIONS.values())
 
 
 def test_the_recipe_is_a_script_that_answers_each_question(
